@@ -1,0 +1,301 @@
+"""A bundle: the folder that holds an exported base and the styles beside it.
+
+::
+
+    NAME/
+    ├── manifest.json            what everything else must be
+    ├── encoder.onnx … decoder.onnx, with weights they refer to (``*.data`` or ``*.safetensors``)
+    ├── null.safetensors         the unconditional keys and values, in the format of a style
+    └── styles/*.safetensors     not in the manifest: styles come and go, each carries its own checksum
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from .errors import BundleError, StyleError, UsageError, fault_list
+from .files import file_sha256
+from .manifest import FileEntry, Manifest
+from .spec import GraphSpec, TensorSpec, graph_specs
+from .style import Style
+
+MANIFEST = "manifest.json"
+NULL_STYLE = "null.safetensors"
+STYLES = "styles"
+
+EMBEDDED = Path(__file__).parent / "mini"
+"""The bundle that comes with the package."""
+
+_log = logging.getLogger("lsast.bundle")
+
+
+class Bundle:
+    """An exported base on disk that was found to be what its manifest says."""
+
+    def __init__(self, path: Path, manifest: Manifest, null_style: Style) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.null_style = null_style
+        """The unconditional keys and values: one stage, or as many as the styles have."""
+
+    @classmethod
+    def open(cls, path: Path, verify_hashes: bool = True) -> Bundle:
+        """Check everything that the manifest declares.
+
+        Args:
+            path: the folder.
+            verify_hashes: read every file and compare its SHA-256; without it, sizes alone are compared.
+
+        Raises:
+            BundleError: no bundle, of another format, incomplete or damaged; all faults at once.
+        """
+        if not (path / MANIFEST).is_file():
+            raise BundleError(f"found no {MANIFEST} in {path}; expected a bundle, written by: lsast-export")
+        try:
+            text = (path / MANIFEST).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{path / MANIFEST} cannot be read ({error}); export the bundle again") from error
+        manifest = Manifest.from_json(text, where=str(path / MANIFEST))
+
+        faults = _file_faults(path, manifest, verify_hashes) + _graph_faults(manifest)
+        null_style: Style | None = None
+        if (path / NULL_STYLE).is_file():
+            try:
+                null_style = Style.load(path / NULL_STYLE)
+                faults += [f"{NULL_STYLE}: {fault}" for fault in _style_faults(null_style, manifest, is_null=True)]
+            except StyleError as error:
+                faults.append(f"{NULL_STYLE}: {error}")
+        if faults or null_style is None:
+            raise BundleError(fault_list(f"{path} is not what its manifest says; export it again:", faults))
+        return cls(path, manifest, null_style)
+
+    def graph_path(self, name: str) -> Path:
+        """The ONNX file of graph `name` (one of `manifest.graphs`)."""
+        if name not in self.manifest.graphs:
+            raise BundleError(f"found no graph {name!r}; expected one of {', '.join(self.manifest.graphs)}")
+        return self.path / f"{name}.onnx"
+
+    def styles(self) -> dict[str, Path]:
+        """The style files for this bundle by name: its own, sorted, then those in the user's folder, sorted.
+
+        Of two with the same name the user's is taken.
+        """
+        own, users = (_style_files(folder) for folder in (self.path / STYLES, self.user_style_folder))
+        for name in own.keys() & users.keys():
+            _log.info("style %s: %s takes the place of the bundle's own", name, users[name])
+        return {**own, **users}
+
+    @property
+    def user_style_folder(self) -> Path:
+        """Where `lsast-export` puts styles for a bundle that is not the user's to write to."""
+        return user_style_folder(self.manifest.fingerprint)
+
+    def style(self, name: str) -> Style:
+        """Load the style `name`.
+
+        Raises:
+            UsageError: no style of that name; the message lists those there are.
+            StyleError: the file is damaged, or was baked for another base.
+        """
+        styles = self.styles()
+        if name not in styles:
+            raise UsageError(
+                f"found no style {name!r} for the bundle {self.path}; there: {', '.join(styles) or 'none'}; "
+                f"make it with: lsast-export --style {name}"
+            )
+        style = Style.load(styles[name])
+        self.check_style(style)
+        return style
+
+    def check_style(self, style: Style) -> None:
+        """Make sure that `style` fits this base.
+
+        Raises:
+            StyleError: it was baked for another base, or has other shapes; all faults at once.
+        """
+        if faults := _style_faults(style, self.manifest, is_null=False):
+            raise StyleError(fault_list(f"style {style.name!r} does not fit {self.path}; bake it again:", faults))
+
+    @classmethod
+    def write(
+        cls, path: Path, manifest: Manifest, sources: Mapping[str, Path | bytes], *, replace: bool = False
+    ) -> Bundle:
+        """Write a whole bundle, or nothing.
+
+        It is built in a hidden folder beside `path`, opened there as a proof, and renamed.
+
+        Args:
+            path: the folder to be.
+            manifest: its `files` are filled in here.
+            sources: every file but the manifest, by name: a file to copy, or contents. Names under ``styles/`` add
+                styles.
+            replace: take the place of a bundle that is there; its other styles are kept.
+
+        Raises:
+            BundleError: `path` is taken, or the result is not a sound bundle; then `path` is as it was before.
+        """
+        _check_free(path, replace)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _scratch_folder(path) as scratch:
+            fresh = scratch / "new"
+            (fresh / STYLES).mkdir(parents=True)
+            files = {}
+            for name, source in sources.items():
+                target = fresh / name
+                if target.parent not in (fresh, fresh / STYLES):
+                    raise BundleError(f"found file name {name!r}; expected a plain name, or one under {STYLES}/")
+                if isinstance(source, bytes):
+                    target.write_bytes(source)
+                else:
+                    shutil.copyfile(source, target)
+                if target.parent == fresh:
+                    files[name] = FileEntry(file_sha256(target), target.stat().st_size)
+            manifest = dataclasses.replace(manifest, files=files)
+            (fresh / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+            for name, file in _styles_to_keep(path, fresh).items():
+                shutil.copyfile(file, fresh / STYLES / name)
+            cls.open(fresh, verify_hashes=False)
+            _exchange(fresh, path, scratch / "old")
+        return cls.open(path, verify_hashes=False)
+
+
+def find_bundle(name_or_path: str | Path | None = None) -> Path:
+    """The folder of a bundle.
+
+    Args:
+        name_or_path: a folder; or a name, looked up in ``$LSAST_HOME/engines`` (without LSAST_HOME: in
+            ``lsast/engines`` of the XDG cache folder), then in ``./engines``, then among the embedded ones; or None for
+            what ``$LSAST_BUNDLE`` says, else the embedded default.
+
+    Raises:
+        BundleError: nothing there; the message lists where it was looked for.
+    """
+    wanted = name_or_path or os.environ.get("LSAST_BUNDLE") or EMBEDDED
+    folder = Path(wanted).expanduser()
+    if (folder / MANIFEST).is_file():
+        return folder
+    candidates = [folder]
+    if folder.name == str(wanted):
+        candidates += [home / folder.name for home in (_home() / "engines", Path("engines"), EMBEDDED.parent)]
+    for candidate in candidates:
+        if (candidate / MANIFEST).is_file():
+            return candidate
+    raise BundleError(
+        fault_list(
+            f"found no bundle {str(wanted)!r}; expected a folder with a {MANIFEST} (lsast-export writes it), one of:",
+            [str(candidate) for candidate in candidates],
+        )
+    )
+
+
+def user_style_folder(fingerprint: str) -> Path:
+    """The user's folder for styles of the base with this fingerprint; it need not exist.
+
+    ``$LSAST_HOME/styles/…``, without LSAST_HOME ``lsast/styles/…`` in the XDG data folder: a style is hours of
+    training, not a cache.
+    """
+    home = os.environ.get("LSAST_HOME")
+    data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "lsast"
+    return (Path(home).expanduser() if home else data) / STYLES / fingerprint[:16]
+
+
+def _home() -> Path:
+    if home := os.environ.get("LSAST_HOME"):
+        return Path(home).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lsast"
+
+
+def _style_files(folder: Path) -> dict[str, Path]:
+    return {file.stem: file for file in sorted(folder.glob("[!.]*.safetensors"))}
+
+
+def _file_faults(path: Path, manifest: Manifest, verify_hashes: bool) -> list[str]:
+    required = [f"{name}.onnx" for name in manifest.graphs] + [NULL_STYLE]
+    faults = [f"{name}: not declared in files; expected an entry" for name in required if name not in manifest.files]
+    for name, entry in manifest.files.items():
+        file = path / name
+        if Path(name).name != name:
+            faults.append(f"{name}: found a path; expected the plain name of a file in the bundle")
+        elif not file.is_file():
+            faults.append(f"{name}: found no such file; expected {entry.bytes} bytes")
+        elif file.stat().st_size != entry.bytes:
+            faults.append(f"{name}: found {file.stat().st_size} bytes; expected {entry.bytes}")
+        elif verify_hashes and (found := file_sha256(file)) != entry.sha256:
+            faults.append(f"{name}: found SHA-256 {found[:12]}…; expected {entry.sha256[:12]}…")
+    return faults
+
+
+def _graph_faults(manifest: Manifest) -> list[str]:
+    expected = graph_specs(manifest.geometry)
+    faults = [f"graph {name}: found none; expected {', '.join(expected)}" for name in expected.keys() - manifest.graphs]
+    faults += [
+        f"graph {name}: found a graph that this version does not know" for name in manifest.graphs.keys() - expected
+    ]
+    for name in expected.keys() & manifest.graphs.keys():
+        for side in ("inputs", "outputs"):
+            faults += _tensor_faults(name, side, manifest.graphs[name], expected[name])
+    return sorted(faults)
+
+
+def _tensor_faults(name: str, side: str, found: GraphSpec, expected: GraphSpec) -> list[str]:
+    there: tuple[TensorSpec, ...] = getattr(found, side)
+    wanted: tuple[TensorSpec, ...] = getattr(expected, side)
+    if there == wanted:
+        return []
+    return [f"graph {name}: found {side} {'; '.join(map(str, there))}, expected {'; '.join(map(str, wanted))}"]
+
+
+def _style_faults(style: Style, manifest: Manifest, *, is_null: bool) -> list[str]:
+    geometry = manifest.geometry
+    faults = []
+    if style.base != manifest.fingerprint:
+        faults.append(f"found base {style.base[:12]}…; expected {manifest.fingerprint[:12]}… of {manifest.name}")
+    if style.stages != manifest.stages and not (is_null and style.stages == 1):
+        faults.append(f"found {style.stages} stages; expected {manifest.stages}{' or 1' if is_null else ''}")
+    for name, width in (("kv_unet", geometry.unet_width), ("kv_control", geometry.control_width)):
+        found = getattr(style, name).shape[1:]
+        if found != (geometry.tokens, width):
+            faults.append(f"found {name} rows of {list(found)}; expected {[geometry.tokens, width]}")
+    return faults
+
+
+def _check_free(path: Path, replace: bool) -> None:
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not (path / MANIFEST).is_file():
+        raise BundleError(f"{path} is there but is no bundle; it is left alone: name another folder, or remove it")
+    if not replace:
+        raise BundleError(f"found a bundle at {path}; name another folder, or allow to replace it")
+
+
+def _styles_to_keep(path: Path, fresh: Path) -> dict[str, Path]:
+    """Style files of the bundle at `path` that `fresh` has none of the same name for."""
+    return {file.name: file for file in (path / STYLES).glob("*") if not (fresh / STYLES / file.name).exists()}
+
+
+@contextlib.contextmanager
+def _scratch_folder(path: Path) -> Iterator[Path]:
+    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _exchange(fresh: Path, path: Path, old: Path) -> None:
+    """Put `fresh` in the place of `path`, and what was there into `old`; on failure put it back."""
+    if path.exists():
+        path.rename(old)
+    try:
+        fresh.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise

@@ -1,0 +1,249 @@
+"""The manifest of a bundle: everything a runtime must know of a base, as ``manifest.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+from .errors import BundleError, UsageError, fault_list
+from .fields import Fields
+from .noise import Curve, NoiseSpec
+from .spec import Geometry, GraphSpec, TensorSpec
+
+FORMAT = 1
+"""Format number of manifests that this version writes and reads; raised when an older reader would go wrong."""
+
+Precision = Literal["fp32", "fp16"]
+"""Precision of the stored weights; inputs and outputs are float32 in either case."""
+
+Network = Literal["unet", "control"]
+Group = Literal["down", "mid", "up"]
+
+DEFAULTS = ("style", "steps", "strength", "guidance", "control", "solver", "size")
+"""The options that a manifest gives defaults for."""
+
+_SHA256 = "[0-9a-f]{64}"
+_DTYPES = ("float32", "int64")
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """Where one cross-attention finds its keys and values in a packed row.
+
+    Of ``kv_<network>`` [..., T, W] it takes the keys from columns [offset, offset + width) and the values from
+    [offset + width, offset + 2 width). The layers of a network fill the row without gap or overlap.
+    """
+
+    name: str
+    """Module path in the base, e.g. ``mid_block.attentions.0.transformer_blocks.0.attn2``."""
+    network: Network
+    group: Group
+    """Layer group: encoder, middle or decoder of the network."""
+    offset: int
+    """First column of its keys."""
+    width: int
+    """Channels of its keys (and of its values)."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file of a bundle as it was written."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A base bundle's description of itself."""
+
+    name: str
+    family: str
+    """Kind of base, e.g. ``mini`` or ``sd15``."""
+    fingerprint: str
+    """SHA-256 (hex) of the base's weights; styles are bound to it."""
+    height: int
+    """Native height in pixels."""
+    width: int
+    """Native width in pixels."""
+    latent_scale: float
+    """The U-Net's latents are the autoencoder's times this."""
+    precision: Precision
+    noise: NoiseSpec
+    stages: int
+    """Stages of the denoising; stage = t * stages // train_steps."""
+    tokens: int
+    """Tokens T of a context."""
+    geometry: Geometry
+    attention_layers: tuple[AttentionLayer, ...]
+    graphs: dict[str, GraphSpec]
+    defaults: dict[str, Any]
+    """Options that suit this base and its styles: `DEFAULTS` names them all; each may be overridden at run time."""
+    lsast_version: str
+    """Version of lsast that exported the bundle."""
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    """Every file of the bundle but the manifest and the styles; `Bundle.write` fills it."""
+    parity: dict[str, float] = field(default_factory=dict)
+    """Largest difference from torch, by graph, as measured at export."""
+    source: dict[str, str] = field(default_factory=dict)
+    """Where the base came from: versions, data, training facts."""
+    multiple: int = 64
+    """Legal heights and widths are multiples of this many pixels."""
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        """The text of ``manifest.json``: keys in the order of the fields, a newline at the end."""
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "manifest.json") -> Manifest:
+        """Read the text of a manifest; `where` names it in messages.
+
+        Raises:
+            BundleError: no JSON object, another format, or wrong fields; all wrong fields at once.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise BundleError(f"{where} is not JSON ({error}); export the bundle again") from error
+        if not isinstance(data, dict) or "format" not in data:
+            raise BundleError(f"{where} has no format number; expected the manifest of a bundle")
+        if data["format"] != FORMAT:
+            raise BundleError(
+                f"{where} has format {data['format']!r}; this version reads format {FORMAT}: "
+                "export the bundle again, or update lsast"
+            )
+        faults: list[str] = []
+        manifest = _read(Fields(data, "", faults, _names(cls)), faults)
+        if faults:
+            raise BundleError(fault_list(f"{where} is not a valid manifest:", faults))
+        return manifest
+
+
+def _read(fields: Fields, faults: list[str]) -> Manifest:
+    """The manifest in `fields`; only usable if no fault was added."""
+    manifest = Manifest(
+        name=fields.text("name"),
+        family=fields.text("family"),
+        fingerprint=fields.text("fingerprint", _SHA256),
+        height=fields.integer("height"),
+        width=fields.integer("width"),
+        latent_scale=fields.number("latent_scale", above=0),
+        precision=fields.choice("precision", get_args(Precision)),
+        noise=_noise(fields.child("noise", _names(NoiseSpec)), faults),
+        stages=fields.integer("stages"),
+        tokens=fields.integer("tokens"),
+        geometry=_geometry(fields.child("geometry", _names(Geometry))),
+        attention_layers=tuple(_layer(layer) for layer in fields.children("attention_layers", _names(AttentionLayer))),
+        graphs={
+            name: _graph(name, graph) for name, graph in fields.named_children("graphs", _names(GraphSpec)).items()
+        },
+        defaults=_defaults(fields.child("defaults", DEFAULTS)),
+        lsast_version=fields.text("lsast_version"),
+        files={
+            name: FileEntry(entry.text("sha256", _SHA256), entry.integer("bytes", at_least=0))
+            for name, entry in fields.named_children("files", _names(FileEntry)).items()
+        },
+        parity=fields.numbers("parity"),
+        source=fields.texts("source"),
+        multiple=fields.integer("multiple"),
+    )
+    if not faults:
+        faults += _contradictions(manifest)
+    return manifest
+
+
+def _names(kind: Any) -> tuple[str, ...]:
+    return tuple(item.name for item in dataclasses.fields(kind))
+
+
+def _noise(fields: Fields, faults: list[str]) -> NoiseSpec:
+    before = len(faults)
+    values: dict[str, Any] = {
+        "train_steps": fields.integer("train_steps"),
+        "beta_start": fields.number("beta_start", above=0),
+        "beta_end": fields.number("beta_end", above=0),
+        "curve": fields.choice("curve", get_args(Curve)),
+    }
+    if fields.is_object and len(faults) == before:
+        try:
+            return NoiseSpec(**values)
+        except UsageError as error:
+            faults.append(f"noise: {error}")
+    return NoiseSpec()
+
+
+def _geometry(fields: Fields) -> Geometry:
+    return Geometry(
+        hint_channels=fields.integer("hint_channels"),
+        tokens=fields.integer("tokens"),
+        unet_width=fields.integer("unet_width"),
+        control_width=fields.integer("control_width"),
+        latent_channels=fields.integer("latent_channels"),
+        factor=fields.integer("factor"),
+    )
+
+
+def _layer(fields: Fields) -> AttentionLayer:
+    return AttentionLayer(
+        name=fields.text("name"),
+        network=fields.choice("network", get_args(Network)),
+        group=fields.choice("group", get_args(Group)),
+        offset=fields.integer("offset", at_least=0),
+        width=fields.integer("width"),
+    )
+
+
+def _graph(name: str, fields: Fields) -> GraphSpec:
+    if fields.text("name") != name:
+        fields.fault("name", fields.text("name"), f"{name!r}, its key")
+    tensors = {
+        side: tuple(
+            TensorSpec(tensor.text("name"), tensor.choice("dtype", _DTYPES), tensor.axes("shape"))
+            for tensor in fields.children(side, _names(TensorSpec))
+        )
+        for side in ("inputs", "outputs")
+    }
+    return GraphSpec(name, tensors["inputs"], tensors["outputs"])
+
+
+def _defaults(fields: Fields) -> dict[str, Any]:
+    # Only their types: what range an option may have is the runtime's to say.
+    return {
+        "style": fields.text("style"),
+        "steps": fields.integer("steps"),
+        "strength": fields.number("strength"),
+        "guidance": fields.number("guidance"),
+        "control": fields.number("control"),
+        "solver": fields.text("solver"),
+        "size": fields.integer("size", at_least=0),
+    }
+
+
+def _contradictions(manifest: Manifest) -> list[str]:
+    """Fields that are well formed but do not agree with one another."""
+    faults = []
+    geometry = manifest.geometry
+    if manifest.tokens != geometry.tokens:
+        faults.append(f"tokens: found {manifest.tokens}; expected {geometry.tokens}, as in geometry")
+    if manifest.multiple % geometry.factor:
+        faults.append(f"multiple: found {manifest.multiple}; expected a multiple of geometry.factor {geometry.factor}")
+    for side in ("height", "width"):
+        if getattr(manifest, side) % manifest.multiple:
+            faults.append(f"{side}: found {getattr(manifest, side)}; expected a multiple of {manifest.multiple}")
+    for network, total in (("unet", geometry.unet_width), ("control", geometry.control_width)):
+        layers = [layer for layer in manifest.attention_layers if layer.network == network]
+        end = 0
+        for layer in sorted(layers, key=lambda layer: layer.offset):
+            if layer.offset != end:
+                faults.append(
+                    f"attention_layers: found offset {layer.offset} of {network} {layer.name}; expected {end}"
+                )
+            end = layer.offset + 2 * layer.width
+        if end != total:
+            faults.append(
+                f"attention_layers: found {end} columns of {network} in all; expected {total}, as in geometry"
+            )
+    return faults

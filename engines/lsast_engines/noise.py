@@ -1,0 +1,48 @@
+"""The noise schedule of a base: one definition for training and for sampling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import UsageError, fault_list
+
+Curve = Literal["scaled_linear", "linear"]
+"""How beta grows with the timestep: linear in its square root (Stable Diffusion), or linear."""
+
+
+@dataclass(frozen=True)
+class NoiseSpec:
+    """Variances beta_t of the forward process q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t) (Ho et al. 2020).
+
+    Raises:
+        UsageError: values that give no noise schedule; all of them at once.
+    """
+
+    train_steps: int = 1000
+    """Timesteps of the forward process, t = 0 … train_steps - 1."""
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    curve: Curve = "scaled_linear"
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.train_steps < 1:
+            faults.append(f"train_steps: found {self.train_steps}; expected at least 1")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            faults.append(f"betas: found {self.beta_start} to {self.beta_end}; expected 0 < beta_start <= beta_end < 1")
+        if self.curve not in get_args(Curve):
+            faults.append(f"curve: found {self.curve!r}; expected one of {', '.join(get_args(Curve))}")
+        if faults:
+            raise UsageError(fault_list("this is no noise schedule:", faults))
+
+    def alphas_cumprod(self) -> npt.NDArray[np.float64]:
+        """abar_t = prod_{s<=t} (1 - beta_s), float64 [train_steps]: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise."""
+        if self.curve == "linear":
+            betas = np.linspace(self.beta_start, self.beta_end, self.train_steps, dtype=np.float64)
+        else:
+            betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.train_steps, dtype=np.float64) ** 2
+        return np.cumprod(1.0 - betas, dtype=np.float64)

@@ -1,0 +1,181 @@
+"""Pictures as arrays: one reading of image files for training and for painting.
+
+Training and sampling must see the same pixels and the same edges, so both read here. Every mode that Pillow
+opens is brought to 8-bit RGB: greyscale, palette, CMYK and Lab through their ICC profile, 16-bit by its full range.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import PictureError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".jfif", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+"""File suffixes (lower case) that `find_pictures` takes for pictures."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded picture, upright and in 8-bit RGB."""
+
+    rgb: npt.NDArray[np.uint8]
+    """Pixels [H, W, 3]."""
+    alpha: npt.NDArray[np.uint8] | None = None
+    """Opacity [H, W], or None where the source has none."""
+    icc: bytes | None = None
+    """The RGB colour profile the pixels are in, or None for sRGB."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.rgb.shape[0], self.rgb.shape[1]
+
+
+def find_pictures(folder: Path) -> list[Path]:
+    """All picture files under `folder`, at any depth, sorted; hidden files and folders are left out.
+
+    Raises:
+        PictureError: the folder does not exist or holds no picture.
+    """
+    if not folder.is_dir():
+        raise PictureError(f"found no folder {folder}; expected a folder of pictures")
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    if not paths:
+        raise PictureError(f"found no picture under {folder}; expected files ending in {', '.join(sorted(SUFFIXES))}")
+    return paths
+
+
+def read_picture(source: str | Path | bytes | Image.Image | npt.NDArray[Any]) -> Picture:
+    """Decode `source` to upright 8-bit RGB.
+
+    Args:
+        source: a path, the bytes of an image file, a PIL image, or an array [H, W], [H, W, 1], [H, W, 3] or
+            [H, W, 4]: uint8, uint16 (full range) or float in [0, 1].
+
+    Raises:
+        PictureError: not found, not a picture, truncated, or an array of another shape or range.
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    from PIL import Image, UnidentifiedImageError
+
+    name = str(source) if isinstance(source, (str, Path)) else "the picture"
+    try:
+        if isinstance(source, (str, Path)):
+            source = Path(source).read_bytes()
+        with warnings.catch_warnings():
+            # Pillow warns of odd EXIF and of pictures over 89 megapixels; neither keeps us from painting.
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
+            image.load()
+            return _from_image(_upright(image))
+    except FileNotFoundError:
+        raise PictureError(f"found no file {name}; expected a picture") from None
+    except UnidentifiedImageError:
+        raise PictureError(f"{name} is not a picture that Pillow can read; expected PNG, JPEG, WebP, TIFF …") from None
+    except PictureError:
+        raise
+    # Pillow's decoders let out whatever they trip over in damaged files: struct.error, EOFError, KeyError …
+    except Exception as error:
+        raise PictureError(f"{name} cannot be decoded ({error}); expected a whole picture file") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF, e.g. struct.error: the pixels are whole, and no orientation is known
+        return image
+
+
+def _from_array(array: npt.NDArray[Any]) -> Picture:
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
+        raise PictureError(f"found an array of shape {array.shape}; expected [H, W, 3] (or [H, W], [H, W, 1 or 4])")
+    if array.dtype == np.uint16:
+        array = (array.astype(np.uint32) + 128) // 257
+    elif np.issubdtype(array.dtype, np.floating):
+        if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
+            raise PictureError("found a float array with values outside [0, 1]; expected [0, 1] or uint8")
+        array = np.round(array * 255)
+    elif array.dtype != np.uint8:
+        raise PictureError(f"found an array of {array.dtype}; expected uint8, uint16 or float in [0, 1]")
+    pixels: npt.NDArray[np.uint8] = np.ascontiguousarray(array.astype(np.uint8))
+    if pixels.shape[2] == 1:
+        return Picture(np.repeat(pixels, 3, axis=2))
+    return Picture(np.ascontiguousarray(pixels[:, :, :3]), pixels[:, :, 3] if pixels.shape[2] == 4 else None)
+
+
+def _from_image(image: Image.Image) -> Picture:
+    icc: bytes | None = image.info.get("icc_profile") or None
+    alpha: npt.NDArray[np.uint8] | None = None
+    if image.mode == "La":
+        image = image.convert("LA")  # Pillow converts premultiplied grey to nothing else
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+        alpha = np.asarray(image.convert("RGBA").getchannel("A"), dtype=np.uint8)
+        if (alpha == 255).all():
+            alpha = None
+    if image.mode.startswith(("I;16", "I", "F")):
+        return Picture(np.repeat(_wide_grey(image)[:, :, None], 3, axis=2), alpha)
+    if image.mode in ("CMYK", "LAB") and icc is not None:
+        converted = _to_srgb(image, icc)
+        return Picture(np.array(converted, dtype=np.uint8), alpha)
+    # A grey profile does not describe RGB pixels; an RGB one does, also for a palette of RGB colours.
+    keep = icc if image.mode in ("RGB", "RGBA", "RGBX", "P", "PA") else None
+    if "transparency" in image.info:
+        image = image.convert("RGBA")
+    return Picture(np.array(image.convert("RGB"), dtype=np.uint8), alpha, keep)
+
+
+def _wide_grey(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """16- and 32-bit grey to 8 bits: 16-bit by its full range, others by their own."""
+    values = np.asarray(image).astype(np.float64)
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite([low, high]).all():
+        raise PictureError("found a picture with NaN or infinite values; expected finite ones")
+    if image.mode.startswith("I;16") or (low >= 0 and 255 < high <= 65535):
+        low, high = 0.0, 65535.0
+    elif low >= 0 and high <= 255:
+        low, high = 0.0, 1.0 if image.mode == "F" and high <= 1 else 255.0
+    scaled: npt.NDArray[np.uint8] = np.round((values - low) / max(high - low, 1e-12) * 255).astype(np.uint8)
+    return scaled
+
+
+def _to_srgb(image: Image.Image, icc: bytes) -> Image.Image:
+    from PIL import ImageCms
+
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+        converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):
+        converted = None  # a damaged profile: the plain conversion is the best that is left
+    return image.convert("RGB") if converted is None else converted
+
+
+def edge_map(rgb: npt.NDArray[np.uint8], low: float = 100.0, high: float = 200.0) -> npt.NDArray[np.uint8]:
+    """Canny edges of an 8-bit RGB picture: [H, W, 3] → [H, W] of 0 and 1.
+
+    Thresholds as in the released LSAST (method.md §4.2: ``cv2.Canny(100, 200)`` on the colour image).
+    """
+    import cv2
+
+    edges: npt.NDArray[np.uint8] = (cv2.Canny(np.ascontiguousarray(rgb), low, high) > 0).astype(np.uint8)
+    return edges

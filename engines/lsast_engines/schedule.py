@@ -1,0 +1,112 @@
+"""Which timesteps a sampling run visits, and which stage of the prompt space serves each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import UsageError, fault_list
+from .noise import NoiseSpec
+
+OFFSET = 1
+"""The first timestep of every grid: Stable Diffusion's ``steps_offset``."""
+
+ENDS_INSIDE = {"ddim": True, "dpmpp2m": False, "unipc": False}
+"""Whether a solver's last step ends at the noise level of t = 0 (True) or at none at all; by solver."""
+
+Floats = TypeVar("Floats", npt.NDArray[np.float32], npt.NDArray[np.float64])
+
+
+@dataclass(frozen=True)
+class Step:
+    """One evaluation of the denoiser."""
+
+    index: int
+    """Position in the run, from 0."""
+    t: int
+    """Timestep that the denoiser is asked at."""
+    t_prev: int
+    """Timestep that the solver goes to, less than `t`; -1 for the end."""
+    stage: int
+    """Row of the style: t * stages // train_steps, 0 next to the clean picture."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of one run, noisiest first, as diffusers' image-to-image pipelines take them.
+
+    The grid is "leading" (Lin et al. 2023, table 2) with offset 1. DDIM's has `steps` points from t = 1 up; the
+    multistep solvers' has the `steps` points above t = 1 of a grid of steps + 1, because they go from the last
+    point straight to the clean latent.
+    """
+
+    noise: NoiseSpec
+    solver: str
+    """The solver whose grid this is."""
+    steps: tuple[Step, ...]
+    """Those that are run: the last int(steps * strength) of the grid, at least one."""
+
+    @classmethod
+    def build(cls, noise: NoiseSpec, steps: int, strength: float, stages: int, solver: str = "ddim") -> Schedule:
+        """Lay out a run.
+
+        Args:
+            noise: the base's noise.
+            steps: points of the full grid, from pure noise down.
+            strength: share of the grid that is run, in (0, 1].
+            stages: stages of the prompt space.
+            solver: one of `solvers.SOLVERS`.
+
+        Raises:
+            UsageError: values out of range, all at once; the largest `steps` is where the grid leaves no timestep out.
+        """
+        faults = []
+        if solver not in ENDS_INSIDE:
+            faults.append(f"solver: found {solver!r}; expected one of {', '.join(ENDS_INSIDE)}")
+        if not 0 < strength <= 1:
+            faults.append(f"strength: found {strength}; expected more than 0 and at most 1")
+        if stages < 1:
+            faults.append(f"stages: found {stages}; expected at least 1")
+        grid = _grid(noise.train_steps, steps, open_end=not ENDS_INSIDE.get(solver, True))
+        if not grid or grid[0] >= noise.train_steps:
+            largest = noise.train_steps - (1 if ENDS_INSIDE.get(solver, True) else 2)
+            faults.append(f"steps: found {steps}; expected 1 to {largest} with {solver}")
+        if faults:
+            raise UsageError(fault_list("this schedule cannot be laid out:", faults))
+        run = grid[len(grid) - max(int(steps * strength), 1) :]
+        return cls(
+            noise,
+            solver,
+            tuple(
+                Step(index, t, t_prev, t * stages // noise.train_steps)
+                for index, (t, t_prev) in enumerate(zip(run, [*run[1:], -1], strict=True))
+            ),
+        )
+
+    @property
+    def start_t(self) -> int:
+        """The timestep whose noise the run starts from."""
+        return self.steps[0].t
+
+    def abars(self) -> list[float]:
+        """abar at the timestep of every step and, last, at the end of the run: [len(steps) + 1]."""
+        abars = self.noise.alphas_cumprod()
+        return [float(abars[step.t]) for step in self.steps] + [float(abars[0]) if ENDS_INSIDE[self.solver] else 1.0]
+
+    def add_noise(self, z0: Floats, noise: Floats, t: int) -> Floats:
+        """z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise, any shape, in the type of `z0`."""
+        abar = float(self.noise.alphas_cumprod()[t])
+        noisy: Floats = abar**0.5 * z0 + (1 - abar) ** 0.5 * noise
+        return noisy
+
+
+def _grid(train_steps: int, steps: int, *, open_end: bool) -> list[int]:
+    """Timesteps from the noisiest down; empty if there are not so many."""
+    points = steps + open_end
+    if steps < 1 or points > train_steps:
+        return []
+    stride = train_steps // points
+    return [OFFSET + stride * k for k in reversed(range(points))][:steps]

@@ -1,0 +1,204 @@
+"""Solvers of the denoising ODE, in NumPy and in the letters of their papers.
+
+A step goes from timestep s to the less noisy t. With abar of the schedule::
+
+    α = sqrt(abar)    σ = sqrt(1 - abar)    λ = log(α / σ)    h = λ_t - λ_s > 0
+    x_s = α_s x_0 + σ_s ε                   the marginal; ε is what the denoiser predicts
+    x0  = (x_s - σ_s ε) / α_s               the data prediction, x_θ in the papers
+
+All operations are elementwise, so that rows of a batch never meet; arrays keep their type, float32 or float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import UsageError
+from .noise import NoiseSpec
+from .schedule import Schedule
+
+Array = npt.NDArray[np.floating[Any]]
+
+
+class Solver(Protocol):
+    """A run of one solver over one schedule. Keeps what it needs of earlier steps: one run at a time."""
+
+    def step(self, eps: Array, index: int, x: Array) -> Array:
+        """Go one step.
+
+        Args:
+            eps: predicted noise at step `index`, of the shape of `x`.
+            index: position in `schedule.steps`; steps are taken in order, and 0 begins a new run.
+            x: the latent at step `index`, e.g. [B, 4, h, w].
+
+        Returns:
+            The latent at step `index` + 1, or the clean latent after the last; a new array.
+        """
+
+
+@dataclass(frozen=True)
+class _Level:
+    """A noise level in the letters of the papers."""
+
+    alpha: float
+    sigma: float
+
+    @property
+    def lam(self) -> float:
+        """λ; infinite without noise."""
+        return math.log(self.alpha / self.sigma) if self.sigma > 0 else math.inf
+
+    def x0(self, x: Array, eps: Array) -> Array:
+        """The data prediction."""
+        return (x - self.sigma * eps) / self.alpha
+
+
+class Ddim:
+    """DDIM (Song, Meng, Ermon 2021), eq. 12 with η = 0; there α stands for abar."""
+
+    def __init__(self, levels: list[_Level]) -> None:
+        self._levels = levels
+
+    def step(self, eps: Array, index: int, x: Array) -> Array:
+        """See `Solver.step`."""
+        s, t = self._levels[index], self._levels[index + 1]
+        return t.alpha * s.x0(x, eps) + t.sigma * eps
+
+
+class DpmSolverPp2M:
+    """DPM-Solver++(2M) (Lu et al. 2022b), Algorithm 2, data prediction.
+
+    First order where there is no earlier step, and on the last, whose h is infinite.
+    """
+
+    def __init__(self, levels: list[_Level]) -> None:
+        self._levels = levels
+        self._run = _Run(len(levels) - 1)
+        self._x0_before: Array | None = None
+
+    def step(self, eps: Array, index: int, x: Array) -> Array:
+        """See `Solver.step`."""
+        self._run.enter(index)
+        s, t = self._levels[index], self._levels[index + 1]
+        x0 = s.x0(x, eps)
+        h = t.lam - s.lam
+        d = x0  # D_i
+        if index > 0 and not self._run.is_last(index):
+            assert self._x0_before is not None
+            r = (s.lam - self._levels[index - 1].lam) / h  # r_i = h_{i-1} / h_i
+            d = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * self._x0_before
+        self._x0_before = x0
+        return t.sigma / s.sigma * x - t.alpha * math.expm1(-h) * d
+
+
+class UniPc:
+    """UniPC-2, B_2(h) = e^h - 1 (Zhao et al. 2023), Algorithm 2 (UniP) and 1 (UniC), data prediction.
+
+    At each step the latent that the predictor arrived with is first corrected by the fresh evaluation there, at no
+    further evaluation, and then taken on by the predictor.
+
+    In data prediction h enters as -h. With s_0 the step's start, s_1 the one before, r_1 = (λ_{s1} - λ_{s0}) / h,
+    D_1 = (x0_{s1} - x0_{s0}) / r_1 and D_t = x0_t - x0_{s0}, both end in::
+
+        x_t = σ_t / σ_{s0} x - α_t (e^{-h} - 1) x0_{s0} - α_t B(h) (ρ_1 D_1 + ρ_t D_t),    B(h) = e^{-h} - 1
+
+    The predictor has no D_t and ρ_1 = 1/2.
+    """
+
+    def __init__(self, levels: list[_Level]) -> None:
+        self._levels = levels
+        self._run = _Run(len(levels) - 1)
+        self._x0s: list[Array] = []  # data predictions of the steps so far, newest last; two are kept
+        self._x_before: Array | None = None
+        self._order = 1  # of the step before
+
+    def step(self, eps: Array, index: int, x: Array) -> Array:
+        """See `Solver.step`."""
+        self._run.enter(index)
+        x0 = self._levels[index].x0(x, eps)
+        if index == 0:
+            self._x0s = []
+        else:
+            x = self._correct(index - 1, x0)
+        self._x0s = [*self._x0s[-1:], x0]
+        self._order = 1 if index == 0 or self._run.is_last(index) else 2
+        self._x_before = x
+        return self._predict(index, x)
+
+    def _predict(self, index: int, x: Array) -> Array:
+        """UniP: from step `index` to the next."""
+        if self._order == 1:
+            return self._advance(index, x, self._x0s[-1], 0)
+        return self._advance(index, x, self._x0s[-1], 0.5 * self._d1(index, self._x0s))
+
+    def _correct(self, index: int, x0_t: Array) -> Array:
+        """UniC: step `index` taken again, now that the data prediction `x0_t` at its end is known."""
+        assert self._x_before is not None
+        d_t = x0_t - self._x0s[-1]
+        if self._order == 1:
+            return self._advance(index, self._x_before, self._x0s[-1], 0.5 * d_t)
+        # ρ solves R_2(h) ρ = φ_2(h) / B(h), that is ρ_1 + ρ_t = b_1 and r_1 ρ_1 + ρ_t = b_2.
+        h = -self._h(index)
+        r1 = self._r1(index)
+        phi_2 = math.expm1(h) / h - 1  # h φ_2(h)
+        phi_3 = phi_2 / h - 1 / 2  # h φ_3(h)
+        b1, b2 = phi_2 / math.expm1(h), 2 * phi_3 / math.expm1(h)
+        rho_1 = (b1 - b2) / (1 - r1)
+        rho_t = b1 - rho_1
+        return self._advance(index, self._x_before, self._x0s[-1], rho_1 * self._d1(index, self._x0s) + rho_t * d_t)
+
+    def _advance(self, index: int, x: Array, x0: Array, correction: Array | float) -> Array:
+        s, t = self._levels[index], self._levels[index + 1]
+        return t.sigma / s.sigma * x - t.alpha * math.expm1(-self._h(index)) * (x0 + correction)
+
+    def _h(self, index: int) -> float:
+        return self._levels[index + 1].lam - self._levels[index].lam
+
+    def _r1(self, index: int) -> float:
+        return (self._levels[index - 1].lam - self._levels[index].lam) / self._h(index)
+
+    def _d1(self, index: int, x0s: list[Array]) -> Array:
+        d: Array = (x0s[-2] - x0s[-1]) / self._r1(index)
+        return d
+
+
+class _Run:
+    """Sees to it that the steps of a multistep solver are taken in order."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._next = 0
+
+    def enter(self, index: int) -> None:
+        if index not in (0, self._next) or index >= self._steps:
+            raise ValueError(f"found step {index}; expected {self._next}, or 0 for a new run of {self._steps} steps")
+        self._next = index + 1
+
+    def is_last(self, index: int) -> bool:
+        return index == self._steps - 1
+
+
+SOLVERS: dict[str, Callable[[list[_Level]], Solver]] = {"ddim": Ddim, "dpmpp2m": DpmSolverPp2M, "unipc": UniPc}
+"""The solvers by name."""
+
+
+def make_solver(name: str, noise: NoiseSpec, schedule: Schedule) -> Solver:
+    """A solver ready for the first step of `schedule`.
+
+    Raises:
+        UsageError: an unknown name, or a schedule laid out for another solver or noise.
+    """
+    if name not in SOLVERS:
+        raise UsageError(f"found solver {name!r}; expected one of {', '.join(SOLVERS)}")
+    if (name, noise) != (schedule.solver, schedule.noise):
+        raise UsageError(
+            f"found a schedule of {schedule.solver} and {schedule.noise}; expected {name} and {noise}: "
+            f"build it with Schedule.build(noise, …, solver={name!r})"
+        )
+    return SOLVERS[name]([_Level(abar**0.5, (1 - abar) ** 0.5) for abar in schedule.abars()])

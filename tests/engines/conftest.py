@@ -1,0 +1,163 @@
+"""A toy base of small widths: its manifest, styles and bundle, and a graph that both backends can run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from lsast_engines import (
+    AttentionLayer,
+    Bundle,
+    Geometry,
+    GraphSpec,
+    Manifest,
+    NoiseSpec,
+    Style,
+    TensorSpec,
+    graph_specs,
+)
+
+FINGERPRINT = "ab" * 32
+GEOMETRY = Geometry(hint_channels=5, tokens=3, unet_width=20, control_width=8)
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps the user's own bundles and styles out of the tests."""
+    monkeypatch.setenv("LSAST_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("LSAST_BUNDLE", raising=False)
+
+
+@pytest.fixture
+def manifest() -> Manifest:
+    return Manifest(
+        name="toy",
+        family="mini",
+        fingerprint=FINGERPRINT,
+        height=256,
+        width=512,
+        latent_scale=0.18215,
+        precision="fp16",
+        noise=NoiseSpec(),
+        stages=10,
+        tokens=GEOMETRY.tokens,
+        geometry=GEOMETRY,
+        attention_layers=(
+            AttentionLayer("down_blocks.0.attn2", "unet", "down", 0, 4),
+            AttentionLayer("up_blocks.0.attn2", "unet", "up", 8, 6),
+            AttentionLayer("mid_block.attn2", "control", "mid", 0, 4),
+        ),
+        graphs=graph_specs(GEOMETRY),
+        defaults={
+            "style": "a",
+            "steps": 12,
+            "strength": 0.7,
+            "guidance": 3.0,
+            "control": 1.0,
+            "solver": "unipc",
+            "size": 512,
+        },
+        lsast_version="0.1.0",
+        parity={"denoiser": 1e-6},
+        source={"torch": "2.6"},
+    )
+
+
+@pytest.fixture
+def make_style() -> Callable[..., Style]:
+    def make(name: str = "a", base: str = FINGERPRINT, stages: int = 10, tokens: int = 3, width: int = 20) -> Style:
+        rng = np.random.default_rng(len(name))
+        unet = rng.standard_normal((stages, tokens, width)).astype(np.float32)
+        control = rng.standard_normal((stages, tokens, 8)).astype(np.float32)
+        return Style(name, base, stages, tokens, unet, control, {"licence": "CC0", "steps": "600"})
+
+    return make
+
+
+@pytest.fixture
+def sources(tmp_path: Path, make_style: Callable[..., Style]) -> dict[str, Path | bytes]:
+    """Every file of a bundle; one of them a path."""
+    make_style("null", stages=1).save(tmp_path / "sources" / "null")
+    make_style("a").save(tmp_path / "sources" / "a")
+    (tmp_path / "sources" / "weights").write_bytes(bytes(range(256)))
+    graphs: dict[str, Path | bytes] = {f"{name}.onnx": f"graph {name}".encode() for name in graph_specs(GEOMETRY)}
+    return graphs | {
+        "base.safetensors": tmp_path / "sources" / "weights",
+        "null.safetensors": tmp_path / "sources" / "null",
+        "styles/a.safetensors": tmp_path / "sources" / "a",
+    }
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, manifest: Manifest, sources: dict[str, Path | bytes]) -> Bundle:
+    return Bundle.write(tmp_path / "toy", manifest, sources)
+
+
+SPEC = GraphSpec(
+    "toy",
+    (
+        TensorSpec("x", "float32", ("B", 3, "N")),
+        TensorSpec("timestep", "int64", ("B",)),
+        TensorSpec("scale", "float32", ()),
+    ),
+    (TensorSpec("y", "float32", ("B", 4, "N")), TensorSpec("total", "float32", ("B",))),
+)
+
+
+class ToyGraph:
+    """y = scale · W x + timestep, total = sum of y over channels and N; W [4, 3] fp16 lies in a file of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "toy.onnx"
+        self.spec = SPEC
+        self.weight = np.random.default_rng(7).standard_normal((4, 3)).astype(np.float16)
+        weight = numpy_helper.from_array(self.weight, "W")
+        # A node, not an initializer: ONNX Runtime refuses axes in external data.
+        axes = numpy_helper.from_array(np.array([1, 2]), "axes")
+        nodes = [
+            helper.make_node("Constant", [], ["axes"], value=axes),
+            helper.make_node("Cast", ["W"], ["W32"], to=TensorProto.FLOAT),
+            helper.make_node("MatMul", ["W32", "x"], ["Wx"]),
+            helper.make_node("Mul", ["Wx", "scale"], ["scaled"]),
+            helper.make_node("Cast", ["timestep"], ["t32"], to=TensorProto.FLOAT),
+            helper.make_node("Unsqueeze", ["t32", "axes"], ["t"]),
+            helper.make_node("Add", ["scaled", "t"], ["y"]),
+            helper.make_node("ReduceSum", ["y", "axes"], ["total"], keepdims=0),
+        ]
+        graph = helper.make_graph(
+            nodes,
+            "toy",
+            [_value_info(tensor) for tensor in SPEC.inputs],
+            [_value_info(tensor) for tensor in SPEC.outputs],
+            [weight],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+        onnx.save(model, self.path, save_as_external_data=True, location="toy.data", size_threshold=0)
+        assert (folder / "toy.data").stat().st_size > 0
+
+    def feeds(self, batch: int = 2, length: int = 5, seed: int = 0) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(seed)
+        return {
+            "x": rng.standard_normal((batch, 3, length)).astype(np.float32),
+            "timestep": rng.integers(0, 1000, batch),
+            "scale": np.array(rng.uniform(0.5, 2), np.float32),
+        }
+
+    def expected(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        y = feeds["scale"] * (self.weight.astype(np.float64) @ feeds["x"]) + feeds["timestep"][:, None, None]
+        return {"y": y, "total": y.sum(axis=(1, 2))}
+
+
+def _value_info(tensor: TensorSpec) -> onnx.ValueInfoProto:
+    dtype = helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
+    return helper.make_tensor_value_info(tensor.name, dtype, list(tensor.shape))
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> ToyGraph:
+    return ToyGraph(tmp_path)

@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lsast_engines import Bundle, GraphSpec, Manifest, Style, TensorSpec, find_bundle
+from lsast_engines.errors import BundleError, StyleError, UsageError
+from lsast_engines.files import file_sha256
+
+MakeStyle = Callable[..., Style]
+Sources = dict[str, "Path | bytes"]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """All files under a folder, hidden ones too."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_written_bundle_opens(bundle: Bundle, manifest: Manifest, make_style: MakeStyle, tmp_path: Path) -> None:
+    opened = Bundle.open(bundle.path)
+    assert set(opened.manifest.files) == {
+        "encoder.onnx",
+        "hint.onnx",
+        "denoiser.onnx",
+        "decoder.onnx",
+        "base.safetensors",
+        "null.safetensors",
+    }
+    assert dataclasses.replace(opened.manifest, files={}) == manifest
+    assert opened.manifest.files["base.safetensors"].sha256 == file_sha256(tmp_path / "sources" / "weights")
+    assert opened.graph_path("hint").read_bytes() == b"graph hint"
+    assert opened.null_style.stages == 1
+    assert list(opened.styles()) == ["a"]
+    np.testing.assert_array_equal(opened.style("a").kv_unet, make_style("a").kv_unet.astype(np.float16))
+    assert {path.name for path in tmp_path.iterdir()} == {"toy", "sources"}
+    assert bundle.path.stat().st_mode & 0o777 == (tmp_path / "sources").stat().st_mode & 0o777
+    with pytest.raises(BundleError, match="found no graph 'time'; expected one of encoder, hint, denoiser, decoder"):
+        opened.graph_path("time")
+
+
+def test_all_faults_are_listed_at_once(bundle: Bundle, make_style: MakeStyle) -> None:
+    path = bundle.path
+    (path / "hint.onnx").unlink()
+    (path / "decoder.onnx").write_bytes(b"longer than it was")
+    (path / "encoder.onnx").write_bytes(b"graph EncodeR")
+    make_style("null", base="cd" * 32, stages=2, width=22).save(path / "null.safetensors")
+    with pytest.raises(BundleError) as error:
+        Bundle.open(path)
+    heading, *faults = str(error.value).split("\n  - ")
+    assert str(path) in heading
+    starts = [
+        "encoder.onnx: found SHA-256",
+        "hint.onnx: found no such file; expected 10 bytes",
+        "decoder.onnx: found 18 bytes; expected 13",
+        "null.safetensors: found base cdcdcdcdcdcd…; expected abababababab… of toy",
+        "null.safetensors: found 2 stages; expected 10 or 1",
+        "null.safetensors: found kv_unet rows of [3, 22]; expected [3, 20]",
+    ]
+    for start in starts:
+        assert any(fault.startswith(start) for fault in faults), start
+    # The null style's own size or checksum is the only other one.
+    assert len(faults) == len(starts) + 1
+
+
+def test_verify_hashes_off_still_sees_sizes(bundle: Bundle) -> None:
+    (bundle.path / "encoder.onnx").write_bytes(b"graph EncodeR")
+    Bundle.open(bundle.path, verify_hashes=False)
+    with pytest.raises(BundleError, match=r"encoder.onnx: found SHA-256 .*expected"):
+        Bundle.open(bundle.path)
+    (bundle.path / "encoder.onnx").write_bytes(b"graph")
+    with pytest.raises(BundleError, match=r"encoder.onnx: found 5 bytes"):
+        Bundle.open(bundle.path, verify_hashes=False)
+
+
+def test_graphs_must_be_those_of_the_geometry(tmp_path: Path, manifest: Manifest, sources: Sources) -> None:
+    graphs = {**manifest.graphs, "time": GraphSpec("time", (), ())}
+    del graphs["hint"]
+    graphs["decoder"] = dataclasses.replace(
+        graphs["decoder"], outputs=(TensorSpec("picture", "float32", ("B", 3, "H", "W")),)
+    )
+    with pytest.raises(BundleError) as error:
+        Bundle.write(tmp_path / "toy", dataclasses.replace(manifest, graphs=graphs), sources)
+    text = str(error.value)
+    assert "graph hint: found none" in text
+    assert "graph time: found a graph that this version does not know" in text
+    assert "time.onnx: not declared in files" in text
+    assert "graph decoder: found outputs picture float32 [B, 3, H, W], expected image float32 [B, 3, H, W]" in text
+    assert not (tmp_path / "toy").exists()
+
+
+def test_files_outside_the_bundle_are_refused(bundle: Bundle, manifest: Manifest, sources: Sources) -> None:
+    text = (bundle.path / "manifest.json").read_text()
+    (bundle.path / "manifest.json").write_text(text.replace('"base.safetensors"', '"../sources/weights"'))
+    with pytest.raises(BundleError, match=r"\.\./sources/weights: found a path; expected the plain name"):
+        Bundle.open(bundle.path)
+    with pytest.raises(BundleError, match=r"found file name '\.\./evil'; expected a plain name"):
+        Bundle.write(bundle.path.parent / "other", manifest, {**sources, "../evil": b""})
+    assert not list(bundle.path.parent.glob("**/evil"))
+
+
+def test_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"found no manifest.json in .*; expected a bundle, written by: lsast-export"):
+        Bundle.open(tmp_path)
+    (tmp_path / "manifest.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BundleError, match="cannot be read"):
+        Bundle.open(tmp_path)
+
+
+def test_styles_of_a_bundle(bundle: Bundle, make_style: MakeStyle) -> None:
+    make_style("b").save(bundle.path / "styles" / "b.safetensors")
+    (bundle.path / "styles" / ".b.safetensors.tmp").write_bytes(b"")
+    (bundle.path / "styles" / ".half.safetensors").write_bytes(b"")
+    assert list(bundle.styles()) == ["a", "b"]
+    with pytest.raises(
+        UsageError, match=r"found no style 'c' for .*; there: a, b; make it with: lsast-export --style c"
+    ):
+        bundle.style("c")
+    with pytest.raises(UsageError, match="found no style"):
+        bundle.style("../null")
+    make_style("b", base="cd" * 32, stages=1, tokens=2).save(bundle.path / "styles" / "b.safetensors")
+    with pytest.raises(StyleError) as error:
+        bundle.style("b")
+    for part in ("base cdcdcdcdcdcd…", "found 1 stages; expected 10\n", "kv_unet rows of [2, 20]; expected [3, 20]"):
+        assert part in str(error.value)
+
+
+def test_styles_of_the_user(bundle: Bundle, make_style: MakeStyle, tmp_path: Path, monkeypatch: Any) -> None:
+    assert bundle.user_style_folder == tmp_path / "home" / "styles" / bundle.manifest.fingerprint[:16]
+    mine = make_style("longer name")
+    for name in ("a", "b"):
+        mine.save(bundle.user_style_folder / f"{name}.safetensors")
+    assert list(bundle.styles()) == ["a", "b"]
+    np.testing.assert_array_equal(bundle.style("a").kv_unet, mine.kv_unet.astype(np.float16))
+    monkeypatch.delenv("LSAST_HOME")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    assert list(bundle.styles()) == ["a"]
+    assert bundle.user_style_folder.is_relative_to(tmp_path / "data" / "lsast" / "styles")
+
+
+def test_write_leaves_nothing_behind_when_it_fails(tmp_path: Path, manifest: Manifest, sources: Sources) -> None:
+    before = tree(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        Bundle.write(tmp_path / "toy", manifest, {**sources, "zz.data": tmp_path / "absent"})
+    with pytest.raises(BundleError, match=r"null.safetensors: not declared"):
+        Bundle.write(tmp_path / "toy", manifest, {k: v for k, v in sources.items() if k != "null.safetensors"})
+    assert tree(tmp_path) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"sources"}
+
+
+def test_write_replaces_only_bundles_and_only_when_allowed(
+    bundle: Bundle, manifest: Manifest, sources: Sources, make_style: MakeStyle
+) -> None:
+    with pytest.raises(BundleError, match=r"found a bundle at .*; name another folder, or allow to replace it"):
+        Bundle.write(bundle.path, manifest, sources)
+    make_style("mine").save(bundle.path / "styles" / "mine.safetensors")
+    make_style("old").save(bundle.path / "styles" / "a.safetensors")
+    written = Bundle.write(bundle.path, manifest, {**sources, "hint.onnx": b"new hint"}, replace=True)
+    assert written.graph_path("hint").read_bytes() == b"new hint"
+    assert list(written.styles()) == ["a", "mine"]
+    assert written.style("a").name == "a"
+
+    other = bundle.path.parent / "thesis"
+    other.mkdir()
+    (other / "chapter.tex").write_bytes(b"years of work")
+    with pytest.raises(BundleError, match="is there but is no bundle; it is left alone"):
+        Bundle.write(other, manifest, sources, replace=True)
+    assert tree(other) == {"chapter.tex": b"years of work"}
+
+
+def test_failed_replacement_restores_the_old_bundle(
+    bundle: Bundle, manifest: Manifest, sources: Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = tree(bundle.path.parent)
+    rename = Path.rename
+
+    def fail_on_new(self: Path, target: Path) -> Path:
+        if self.name == "new":
+            raise OSError("disk on fire")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_on_new)
+    with pytest.raises(OSError, match="disk on fire"):
+        Bundle.write(bundle.path, manifest, {**sources, "hint.onnx": b"new hint"}, replace=True)
+    assert tree(bundle.path.parent) == before
+    Bundle.open(bundle.path)
+
+
+def test_find_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, cwd, cache = tmp_path / "home", tmp_path / "cwd", tmp_path / "cache"
+    for folder in (
+        home / "engines/a",
+        home / "engines/b",
+        cwd / "engines/b",
+        cwd / "engines/c",
+        cache / "lsast/engines/d",
+    ):
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+    (cwd / "a").mkdir()
+    monkeypatch.chdir(cwd)
+    monkeypatch.setenv("LSAST_HOME", str(home))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    assert find_bundle(home / "engines" / "a") == home / "engines" / "a"
+    assert find_bundle("engines/c") == Path("engines/c")
+    assert find_bundle("a") == home / "engines" / "a"
+    assert find_bundle("b") == home / "engines" / "b"
+    assert find_bundle("c").resolve() == cwd / "engines" / "c"
+    with pytest.raises(BundleError) as error:
+        find_bundle("d")
+    assert str(home / "engines" / "d") in str(error.value)
+    monkeypatch.delenv("LSAST_HOME")
+    assert find_bundle("d") == cache / "lsast" / "engines" / "d"
+    monkeypatch.setenv("LSAST_BUNDLE", "c")
+    assert find_bundle().resolve() == cwd / "engines" / "c"
+    assert find_bundle("d") == cache / "lsast" / "engines" / "d"
+
+
+def test_default_bundle_is_the_embedded_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LSAST_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lsast_engines.bundle.EMBEDDED", tmp_path / "package" / "mini")
+    with pytest.raises(BundleError, match=str(tmp_path / "package" / "mini")):
+        find_bundle()
+    (tmp_path / "package" / "mini").mkdir(parents=True)
+    (tmp_path / "package" / "mini" / "manifest.json").write_text("{}")
+    assert find_bundle() == find_bundle("mini") == tmp_path / "package" / "mini"

@@ -1,0 +1,274 @@
+from __future__ import annotations
+
+import dataclasses
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from lsast_engines import Engine, GraphSpec, TensorSpec, available_backends, open_engine
+from lsast_engines.engine import EXTRAS
+from lsast_engines.errors import BackendError, MissingExtraError, UsageError
+from lsast_engines.onnxruntime import OnnxRuntimeEngine
+
+
+@pytest.fixture(params=list(EXTRAS))
+def engine(request: pytest.FixtureRequest, toy: Any) -> Iterator[Engine]:
+    pytest.importorskip(request.param)
+    engine = open_engine(toy.path, toy.spec, request.param, threads=1)
+    yield engine
+    engine.close()
+
+
+def close_to(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> bool:
+    assert found.keys() == expected.keys()
+    assert all(found[name].dtype == np.float32 for name in found)
+    assert all(found[name].shape == expected[name].shape for name in found)
+    return all(np.allclose(found[name], expected[name], rtol=1e-5, atol=1e-5) for name in found)
+
+
+def test_engine_computes_the_graph_at_any_size(engine: Engine, toy: Any) -> None:
+    assert (engine.backend in EXTRAS, engine.device, engine.spec) == (True, "cpu", toy.spec)
+    for batch, length in ((2, 5), (1, 1), (3, 17), (2, 5)):
+        feeds = toy.feeds(batch, length, seed=length)
+        assert close_to(engine(feeds), toy.expected(feeds))
+
+
+def test_strided_and_scalar_inputs(engine: Engine, toy: Any) -> None:
+    feeds = toy.feeds(4, 6)
+    feeds |= {"x": feeds["x"][::2, :, ::-1], "timestep": feeds["timestep"][::2], "scale": np.float32(1.5)}
+    assert not feeds["x"].flags.c_contiguous
+    assert close_to(engine(feeds), toy.expected(feeds))
+
+
+def test_bound_inputs_stay_between_calls(engine: Engine, toy: Any) -> None:
+    bound, other = toy.feeds(seed=1), toy.feeds(seed=2)
+    engine.bind({"scale": bound["scale"]})
+    engine.bind({"timestep": bound["timestep"]})
+    for seed in (3, 4, 5):
+        x = toy.feeds(seed=seed)["x"]
+        assert close_to(engine({"x": x}), toy.expected({**bound, "x": x}))
+    engine.bind({"timestep": other["timestep"]})
+    assert close_to(engine({"x": x}), toy.expected({**bound, "timestep": other["timestep"], "x": x}))
+
+
+def test_binding_copies(engine: Engine, toy: Any) -> None:
+    feeds = toy.feeds()
+    mutable = feeds["x"].copy()
+    engine.bind({"x": mutable})
+    mutable[:] = 0
+    assert close_to(engine({name: feeds[name] for name in ("timestep", "scale")}), toy.expected(feeds))
+
+
+def test_everything_may_be_bound_and_sizes_changed(engine: Engine, toy: Any) -> None:
+    for batch, length in ((1, 4), (3, 2)):
+        feeds = toy.feeds(batch, length)
+        engine.bind(feeds)
+        assert close_to(engine({}), toy.expected(feeds))
+
+
+def test_wrong_inputs_are_listed_at_once(engine: Engine, toy: Any) -> None:
+    feeds = toy.feeds(2, 5)
+    wrong = {"x": feeds["x"].astype(np.float64), "timestep": feeds["timestep"][:1], "scales": feeds["scale"]}
+    with pytest.raises(BackendError) as error:
+        engine(wrong)
+    assert str(error.value).split("\n  - ") == [
+        "wrong inputs for graph toy:",
+        "scales: unknown; expected x, timestep, scale",
+        "scale: missing; expected scale float32 []",
+        "x: found float64; expected float32",
+        "timestep: found B = 1; expected 2, as in x",
+    ]
+    with pytest.raises(BackendError, match=r"x: found shape \[2, 2, 5\]; expected \[B, 3, N\]"):
+        engine({**feeds, "x": feeds["x"][:, :2]})
+    with pytest.raises(BackendError, match=r"scale: found shape \[1\]; expected \[\]"):
+        engine({**feeds, "scale": feeds["scale"][None]})
+    with pytest.raises(BackendError, match=r"x: found shape \[2, 3, 0\]"):
+        engine({**feeds, "x": feeds["x"][:, :, :0]})
+    with pytest.raises(BackendError, match=r"timestep: found int32; expected int64"):
+        engine.bind({"timestep": feeds["timestep"].astype(np.int32)})
+    assert close_to(engine(feeds), toy.expected(feeds))
+    engine.bind({"scale": feeds["scale"]})
+    with pytest.raises(BackendError, match="scale: is bound; bind it again to change it"):
+        engine(feeds)
+
+
+def test_closed_engine(engine: Engine, toy: Any) -> None:
+    engine.close()
+    engine.close()
+    with pytest.raises(BackendError, match="graph toy is closed"):
+        engine(toy.feeds())
+
+
+def test_outputs_outlive_the_engine(engine: Engine, toy: Any) -> None:
+    feeds = toy.feeds()
+    outputs = engine(feeds)
+    engine.close()
+    assert close_to(outputs, toy.expected(feeds))
+
+
+def test_second_thread_is_refused(engine: Engine, toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+    run = type(engine)._run  # type: ignore[attr-defined]
+
+    def slow(self: Any, feeds: Any) -> Any:
+        inside.set()
+        go_on.wait(10)
+        return run(self, feeds)
+
+    monkeypatch.setattr(type(engine), "_run", slow)
+    feeds = toy.feeds()
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(engine(feeds)))
+    thread.start()
+    assert inside.wait(10)
+    with pytest.raises(BackendError, match="already running in another thread; expected one thread at a time"):
+        engine(feeds)
+    go_on.set()
+    thread.join()
+    assert close_to(results[0], toy.expected(feeds))
+
+
+def test_failure_while_running_names_the_graph(engine: Engine, toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any, feeds: Any) -> Any:
+        raise RuntimeError("out of registers")
+
+    monkeypatch.setattr(type(engine), "_run", fail)
+    with pytest.raises(BackendError, match=f"graph toy failed in {engine.backend} on cpu: out of registers"):
+        engine(toy.feeds())
+
+
+@pytest.mark.parametrize("backend", EXTRAS)
+def test_float32_is_not_lowered(tmp_path: Path, backend: str) -> None:
+    # OpenVINO would take bf16 for a product of this width where the CPU has it, 1e-1 off.
+    pytest.importorskip(backend)
+    x, weight = np.random.default_rng(0).standard_normal((2, 64, 64)).astype(np.float32)
+    (spec_x, spec_y) = (TensorSpec(name, "float32", ("N", 64)) for name in "xy")
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", 64]) for name in "xy"]
+    nodes = [onnx.helper.make_node("MatMul", ["x", "W"], ["y"])]
+    graph = onnx.helper.make_graph(
+        nodes, "product", values[:1], values[1:], [onnx.numpy_helper.from_array(weight, "W")]
+    )
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10),
+        tmp_path / "product.onnx",
+    )
+    engine = open_engine(tmp_path / "product.onnx", GraphSpec("product", (spec_x,), (spec_y,)), backend)
+    np.testing.assert_allclose(engine({"x": x})["y"], x.astype(np.float64) @ weight, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", EXTRAS)
+def test_graph_files_that_are_not_what_the_spec_says(toy: Any, backend: str) -> None:
+    pytest.importorskip(backend)
+    other = GraphSpec(
+        "other",
+        (
+            TensorSpec("x", "float32", ("B", 4, "N")),
+            TensorSpec("timestep", "float32", ("B",)),
+            TensorSpec("strength", "float32", ()),
+        ),
+        (TensorSpec("y", "float32", ("B",)), TensorSpec("sum", "float32", ("B",))),
+    )
+    with pytest.raises(BackendError) as error:
+        open_engine(toy.path, other, backend)
+    assert str(error.value).split("\n  - ")[1:] == [
+        "input scale: not in the spec",
+        "input x: found float32 [?, 3, ?]; expected x float32 [B, 4, N]",
+        "input timestep: found int64 [?]; expected timestep float32 [B]",
+        "input strength: found none; expected strength float32 []",
+        "output sum: found none; expected float32",
+    ]
+
+
+@pytest.mark.parametrize("backend", EXTRAS)
+def test_axis_that_the_export_froze_is_refused(toy: Any, backend: str) -> None:
+    pytest.importorskip(backend)
+    model = onnx.load(toy.path)
+    model.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 8
+    onnx.save(model, toy.path)
+    with pytest.raises(BackendError, match=r"input x: found float32 \[\?, 3, 8\]; expected x float32 \[B, 3, N\]"):
+        open_engine(toy.path, toy.spec, backend)
+    fixed = (TensorSpec("x", "float32", ("B", 3, 8)), *toy.spec.inputs[1:])
+    engine = open_engine(toy.path, dataclasses.replace(toy.spec, inputs=fixed), backend)
+    feeds = toy.feeds(2, 8)
+    assert close_to(engine(feeds), toy.expected(feeds))
+
+
+@pytest.mark.parametrize("backend", EXTRAS)
+def test_files_that_cannot_be_loaded(toy: Any, backend: str) -> None:
+    pytest.importorskip(backend)
+    (toy.path.parent / "toy.data").unlink()
+    with pytest.raises(BackendError, match=rf"{backend} cannot load .*toy.onnx on cpu"):
+        open_engine(toy.path, toy.spec, backend)
+    toy.path.write_bytes(b"no graph")
+    with pytest.raises(BackendError, match=rf"{backend} cannot load .*toy.onnx on cpu"):
+        open_engine(toy.path, toy.spec, backend)
+    toy.path.unlink()
+    with pytest.raises(BackendError, match=r"found no graph file .*toy.onnx"):
+        open_engine(toy.path, toy.spec, backend)
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, *libraries: str) -> None:
+    for library in libraries:
+        monkeypatch.setitem(sys.modules, library, None)
+
+
+def test_auto_takes_what_is_installed(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for library in EXTRAS:
+        pytest.importorskip(library)
+    assert list(available_backends()) == ["openvino", "onnxruntime"]
+    assert all("cpu" in devices for devices in available_backends().values())
+    assert open_engine(toy.path, toy.spec).backend == "openvino"
+    assert open_engine(toy.path, toy.spec, "ONNXRuntime", "CPU").backend == "onnxruntime"
+    hide(monkeypatch, "openvino")
+    assert list(available_backends()) == ["onnxruntime"]
+    assert open_engine(toy.path, toy.spec).backend == "onnxruntime"
+
+
+def test_no_backend_is_one_line_that_mends_it(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hide(monkeypatch, "openvino", "onnxruntime")
+    assert available_backends() == {}
+    with pytest.raises(MissingExtraError, match=r"pip install 'lsast\[cpu\]'"):
+        open_engine(toy.path, toy.spec)
+    with pytest.raises(MissingExtraError, match=r"openvino is not installed.*pip install 'lsast\[openvino\]'"):
+        open_engine(toy.path, toy.spec, "openvino")
+
+
+def test_explicit_wishes_are_met_or_refused(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(BackendError, match=r"found no backend 'tensorflow' .*there is: .*onnxruntime on cpu"):
+        open_engine(toy.path, toy.spec, "tensorflow")
+    for backend in ("auto", "onnxruntime"):
+        with pytest.raises(BackendError, match=rf"'{backend}' with device 'tpu'; there is: .*onnxruntime on cpu"):
+            open_engine(toy.path, toy.spec, backend, "tpu")
+    with pytest.raises(UsageError, match="found 0 threads"):
+        open_engine(toy.path, toy.spec, threads=0)
+    hide(monkeypatch, "openvino")
+    with pytest.raises(
+        BackendError, match=r"'openvino' .*there is: onnxruntime on cpu.*pip install 'lsast\[openvino\]'"
+    ):
+        open_engine(toy.path, toy.spec, "openvino")
+
+
+def test_onnxruntime_never_falls_back_silently(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession
+
+    def without_driver(path: Path, options: Any, providers: list[str]) -> Any:
+        assert providers == ["CUDAExecutionProvider"]
+        return session(path, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    monkeypatch.setattr(onnxruntime, "InferenceSession", without_driver)
+    assert available_backends()["onnxruntime"] == ["cpu", "cuda"]
+    with pytest.raises(BackendError, match=r"found CPUExecutionProvider for device 'cuda'; .*check its driver"):
+        open_engine(toy.path, toy.spec, "onnxruntime", "cuda")
+    with pytest.raises(BackendError, match="CPUExecutionProvider"):
+        OnnxRuntimeEngine(toy.path, toy.spec, "cuda", None)

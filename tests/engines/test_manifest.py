@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from lsast_engines import Geometry, Manifest, graph_specs
+from lsast_engines.errors import BundleError
+from lsast_engines.fields import Fields
+
+
+def test_round_trip(manifest: Manifest) -> None:
+    text = manifest.to_json()
+    assert Manifest.from_json(text) == manifest
+    assert Manifest.from_json(text).to_json() == text
+    assert json.loads(text)["graphs"]["denoiser"]["inputs"][3] == {
+        "name": "kv_unet",
+        "dtype": "float32",
+        "shape": ["G", "B", 3, 20],
+    }
+
+
+def test_graph_specs_follow_the_geometry() -> None:
+    specs = graph_specs(Geometry(hint_channels=320, tokens=77, unet_width=24960, control_width=11520))
+    assert list(specs) == ["encoder", "hint", "denoiser", "decoder"]
+    inputs = {tensor.name: tensor for tensor in specs["denoiser"].inputs}
+    assert list(inputs) == ["latent", "hint", "timestep", "kv_unet", "kv_control", "control_scale"]
+    assert inputs["kv_unet"].shape == ("G", "B", 77, 24960)
+    assert inputs["kv_control"].shape == ("B", 77, 11520)
+    assert (inputs["timestep"].dtype, inputs["control_scale"].shape) == ("int64", ())
+    assert inputs["hint"] == specs["hint"].outputs[0]
+    assert specs["denoiser"].outputs[0].shape == ("G", "B", 4, "h", "w")
+    assert [tensor.name for tensor in specs["encoder"].outputs] == ["mean", "std"]
+
+
+def faults_of(data: Any) -> list[str]:
+    with pytest.raises(BundleError) as error:
+        Manifest.from_json(json.dumps(data), "toy/manifest.json")
+    heading, *faults = str(error.value).split("\n  - ")
+    assert "toy/manifest.json" in heading
+    return faults
+
+
+def test_all_faults_are_listed_at_once(manifest: Manifest) -> None:
+    data = json.loads(manifest.to_json())
+    del data["name"]
+    data["fingerprint"] = "abc"
+    data["height"] = "256"
+    data["width"] = True
+    data["latent_scale"] = 0
+    data["precision"] = "int4"
+    data["stray"] = 1
+    data["noise"]["curve"] = "cosine"
+    data["geometry"] = [1]
+    data["attention_layers"][0]["network"] = "text"
+    data["graphs"]["hint"]["inputs"][0]["shape"] = ["B", 0]
+    data["defaults"]["steps"] = None
+    data["files"] = {"encoder.onnx": {"sha256": "ab" * 32, "bytes": -1}}
+    data["parity"] = {"denoiser": float("nan")}
+    data["source"] = {"torch": 2}
+    assert sorted(faults_of(data)) == sorted(
+        [
+            "name: found nothing; expected text",
+            "fingerprint: found 'abc'; expected text like [0-9a-f]{64}",
+            "height: found '256'; expected a whole number of at least 1",
+            "width: found True; expected a whole number of at least 1",
+            "latent_scale: found 0; expected a number above 0",
+            "precision: found 'int4'; expected one of fp32, fp16",
+            f"stray: found an unknown field; expected only {', '.join(f.name for f in dataclasses.fields(Manifest))}",
+            "noise.curve: found 'cosine'; expected one of scaled_linear, linear",
+            "geometry: found [1]; expected an object with hint_channels, tokens, unet_width, control_width, "
+            "latent_channels, factor",
+            "attention_layers[0].network: found 'text'; expected one of unet, control",
+            "graphs.hint.inputs[0].shape: found ['B', 0]; expected lengths and names of axes",
+            "defaults.steps: found None; expected a whole number of at least 1",
+            "files.encoder.onnx.bytes: found -1; expected a whole number of at least 0",
+            "parity.denoiser: found nan; expected a number",
+            "source.torch: found 2; expected text",
+        ]
+    )
+
+
+def test_missing_objects_are_one_fault_each(manifest: Manifest) -> None:
+    data = json.loads(manifest.to_json())
+    for key in ("noise", "attention_layers", "graphs", "defaults"):
+        del data[key]
+    faults = faults_of(data)
+    assert [fault.split(":")[0] for fault in faults] == ["noise", "attention_layers", "graphs", "defaults"]
+
+
+def test_contradictions(manifest: Manifest) -> None:
+    data = json.loads(manifest.to_json())
+    data["tokens"] = 4
+    data["height"] = 200
+    data["noise"]["beta_end"] = 0.0001
+    assert faults_of(data)[0].startswith("noise: this is no noise schedule")
+    data["noise"]["beta_end"] = 0.012
+    data["multiple"] = 100
+    data["attention_layers"][1]["offset"] = 9
+    assert faults_of(data) == [
+        "tokens: found 4; expected 3, as in geometry",
+        "multiple: found 100; expected a multiple of geometry.factor 8",
+        "width: found 512; expected a multiple of 100",
+        "attention_layers: found offset 9 of unet up_blocks.0.attn2; expected 8",
+        "attention_layers: found 21 columns of unet in all; expected 20, as in geometry",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"is not JSON .*export the bundle again"),
+        ("[]", "has no format number"),
+        ("{}", "has no format number"),
+        ('{"format": 2}', r"has format 2; this version reads format 1: .*update lsast"),
+    ],
+)
+def test_what_is_no_manifest_of_this_format(text: str, message: str) -> None:
+    with pytest.raises(BundleError, match=message):
+        Manifest.from_json(text)
+
+
+def test_fields_of_no_object_give_one_fault() -> None:
+    faults: list[str] = []
+    fields = Fields(7, "a.b", faults, ("x", "y"))
+    assert (fields.text("x"), fields.integer("y"), fields.child("x", ("z",)).number("z")) == ("", 1, 1.0)
+    assert faults == ["a.b: found 7; expected an object with x, y"]

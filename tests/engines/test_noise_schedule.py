@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
+from lsast_engines import SOLVERS, NoiseSpec, Schedule
+from lsast_engines.errors import UsageError
+from lsast_engines.schedule import ENDS_INSIDE
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "timestep_spacing": "leading", "steps_offset": 1}
+SCHEDULERS = {"ddim": DDIMScheduler, "dpmpp2m": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
+
+
+@pytest.mark.parametrize(
+    "spec", [NoiseSpec(), NoiseSpec(curve="linear"), NoiseSpec(400, 1e-4, 0.02, "linear")], ids=str
+)
+def test_alphas_cumprod_is_diffusers(spec: NoiseSpec) -> None:
+    scheduler = DDIMScheduler(spec.train_steps, spec.beta_start, spec.beta_end, beta_schedule=spec.curve)
+    abars = spec.alphas_cumprod()
+    assert abars.dtype == np.float64
+    # diffusers multiplies in float32.
+    np.testing.assert_allclose(abars, scheduler.alphas_cumprod.numpy(), rtol=2e-5)
+
+
+def test_noise_faults_are_listed_at_once() -> None:
+    with pytest.raises(UsageError) as error:
+        NoiseSpec(0, 0.5, 0.1, "cosine")  # type: ignore[arg-type]
+    assert all(part in str(error.value) for part in ("train_steps", "0.5 to 0.1", "'cosine'", "scaled_linear, linear"))
+
+
+def img2img_timesteps(solver: str, steps: int, strength: float) -> list[int]:
+    """As StableDiffusionImg2ImgPipeline.get_timesteps, which cannot be imported without transformers."""
+    scheduler = SCHEDULERS[solver](beta_schedule="scaled_linear", **SD)
+    scheduler.set_timesteps(steps)
+    init_timestep = min(int(steps * strength), steps)
+    t_start = max(steps - init_timestep, 0)
+    return list(scheduler.timesteps[t_start * scheduler.order :].tolist())
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("strength", [0.3, 0.5, 0.7, 0.99, 1.0])
+def test_timesteps_are_those_of_diffusers_img2img(solver: str, strength: float) -> None:
+    for steps in (4, 7, 12, 30, 50, 100, 334, 499):
+        schedule = Schedule.build(NoiseSpec(), steps, strength, 10, solver)
+        expected = img2img_timesteps(solver, steps, strength)
+        assert [step.t for step in schedule.steps] == expected
+        assert [step.t_prev for step in schedule.steps] == [*expected[1:], -1]
+        assert [step.index for step in schedule.steps] == list(range(len(expected)))
+        assert schedule.start_t == expected[0]
+
+
+def test_release_schedule() -> None:
+    # method.md §4: 50 steps, strength 0.7 → 35 steps t = 681, 661, …, 1.
+    full = Schedule.build(NoiseSpec(), 50, 1.0, 10)
+    assert [step.t for step in full.steps] == list(range(981, 0, -20))
+    cut = Schedule.build(NoiseSpec(), 50, 0.7, 10)
+    assert [step.t for step in cut.steps] == list(range(681, 0, -20))
+    assert [step.stage for step in cut.steps] == [stage for stage in (6, 5, 4, 3, 2, 1, 0) for _ in range(5)]
+
+
+def test_stage_table() -> None:
+    # method.md §9, unit test iii; the grid of 999 steps visits every t from 999 to 1.
+    stages = {step.t: step.stage for step in Schedule.build(NoiseSpec(), 999, 1.0, 10).steps}
+    assert [stages[t] for t in (1, 99, 100, 681, 701, 999)] == [0, 0, 1, 6, 7, 9]
+
+
+def test_one_step_is_run_at_least() -> None:
+    assert [step.t for step in Schedule.build(NoiseSpec(), 4, 0.1, 10).steps] == [1]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_largest_number_of_steps_has_distinct_timesteps_in_range(solver: str) -> None:
+    largest = 999 if ENDS_INSIDE[solver] else 998
+    timesteps = [step.t for step in Schedule.build(NoiseSpec(), largest, 1.0, 10, solver).steps]
+    assert len(set(timesteps)) == largest
+    assert max(timesteps) == 999
+    with pytest.raises(UsageError, match=rf"found {largest + 1}; expected 1 to {largest}"):
+        Schedule.build(NoiseSpec(), largest + 1, 1.0, 10, solver)
+
+
+def test_schedule_faults_are_listed_at_once() -> None:
+    with pytest.raises(UsageError) as error:
+        Schedule.build(NoiseSpec(), 0, float("nan"), 0, "euler")
+    assert all(part in str(error.value) for part in ("found 0;", "nan", "'euler'", "ddim, dpmpp2m, unipc", "stages"))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_add_noise_is_diffusers(solver: str) -> None:
+    rng = np.random.default_rng(0)
+    z0, noise = rng.standard_normal((2, 2, 4, 3, 5)).astype(np.float32)
+    schedule = Schedule.build(NoiseSpec(), 12, 0.7, 10, solver)
+    scheduler = SCHEDULERS[solver](beta_schedule="scaled_linear", **SD)
+    scheduler.set_timesteps(12)
+    t = torch.tensor([schedule.start_t])
+    expected = scheduler.add_noise(torch.from_numpy(z0), torch.from_numpy(noise), t).numpy()
+    noisy = schedule.add_noise(z0, noise, schedule.start_t)
+    assert noisy.dtype == np.float32
+    np.testing.assert_allclose(noisy, expected, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+import io
+import random
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image, ImageCms, ImageOps
+
+from lsast_engines.errors import PictureError
+from lsast_engines.pictures import edge_map, find_pictures, read_picture
+
+U8 = npt.NDArray[np.uint8]
+
+
+def noise(height: int = 6, width: int = 9, channels: int = 3, high: int = 256, seed: int = 0) -> npt.NDArray[Any]:
+    dtype = np.uint8 if high == 256 else np.uint16
+    return np.random.default_rng(seed).integers(0, high, (height, width, channels), dtype=dtype)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def smooth(height: int = 32, width: int = 48) -> U8:
+    """A picture that JPEG keeps."""
+    rows, columns = np.mgrid[0:height, 0:width]
+    return np.stack([rows * 255 // height, columns * 255 // width, (rows + columns) * 2], axis=2).astype(np.uint8)
+
+
+def test_rgb_from_path_bytes_image_and_array(tmp_path: Path) -> None:
+    pixels = noise()
+    (tmp_path / "a.png").write_bytes(encoded(Image.fromarray(pixels)))
+    sources: list[Any] = [
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+        (tmp_path / "a.png").read_bytes(),
+        Image.fromarray(pixels),
+    ]
+    for source in [*sources, pixels, pixels.astype(np.float32) / 255, pixels.astype(np.uint16) * 257]:
+        picture = read_picture(source)
+        np.testing.assert_array_equal(picture.rgb, pixels)
+        assert picture.rgb.dtype == np.uint8
+        assert (picture.alpha, picture.icc, picture.size) == (None, None, (6, 9))
+        assert picture.rgb.flags.c_contiguous
+
+
+def test_one_pixel() -> None:
+    picture = read_picture(encoded(Image.new("RGB", (1, 1), (1, 2, 3))))
+    assert picture.rgb.tolist() == [[[1, 2, 3]]]
+    assert edge_map(picture.rgb).tolist() == [[0]]
+
+
+def test_grey_and_grey_with_alpha() -> None:
+    grey = noise(channels=2)
+    picture = read_picture(encoded(Image.fromarray(grey[..., 0])))
+    np.testing.assert_array_equal(picture.rgb, np.repeat(grey[..., :1], 3, axis=2))
+    picture = read_picture(encoded(Image.merge("LA", _bands(grey))))
+    np.testing.assert_array_equal(picture.rgb, np.repeat(grey[..., :1], 3, axis=2))
+    np.testing.assert_array_equal(picture.alpha, grey[..., 1])
+    assert read_picture(grey[..., 0]).rgb.shape == (6, 9, 3)
+    assert read_picture(Image.merge("LA", _bands(grey)).convert("La")).alpha is not None
+
+
+def _bands(pixels: U8) -> list[Image.Image]:
+    return [Image.fromarray(np.ascontiguousarray(pixels[..., band])) for band in range(pixels.shape[2])]
+
+
+def test_alpha() -> None:
+    pixels = noise(channels=4)
+    picture = read_picture(encoded(Image.fromarray(pixels)))
+    np.testing.assert_array_equal(picture.rgb, pixels[..., :3])
+    np.testing.assert_array_equal(picture.alpha, pixels[..., 3])
+    np.testing.assert_array_equal(read_picture(pixels).alpha, pixels[..., 3])
+    opaque = pixels.copy()
+    opaque[..., 3] = 255
+    assert read_picture(encoded(Image.fromarray(opaque))).alpha is None
+
+
+def test_palette_with_transparency() -> None:
+    image = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8)).convert("P")
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    for kind, transparency, alpha in (
+        ("PNG", 1, [[255, 0], [255, 0]]),
+        ("PNG", bytes([255, 128, 0]), [[255, 128], [0, 128]]),
+        ("GIF", 1, [[255, 0], [255, 0]]),
+    ):
+        picture = read_picture(encoded(image, kind, transparency=transparency))
+        assert picture.rgb[0, 0].tolist() == [10, 20, 30]
+        assert picture.rgb[1, 0].tolist() == [70, 80, 90]
+        assert picture.alpha is not None
+        assert picture.alpha.tolist() == alpha
+    assert read_picture(encoded(image)).alpha is None
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+def test_sixteen_bits_are_scaled_by_their_full_range(suffix: str) -> None:
+    grey = noise(channels=1, high=65536)[..., 0]
+    for values in (grey, grey % 200):  # a dark picture stays dark
+        picture = read_picture(cv2.imencode(suffix, values)[1].tobytes())
+        assert np.abs(picture.rgb - values[..., None] / 257).max() <= 0.5
+    colour = noise(high=65536)
+    picture = read_picture(cv2.imencode(suffix, colour)[1].tobytes())
+    # Pillow drops the low byte of colour.
+    assert np.abs(picture.rgb - colour[..., ::-1] / 257).max() < 1
+
+
+def test_sixteen_bit_png_with_alpha() -> None:
+    grey = noise(3, 4, 2, high=65536)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in grey)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 4, 3, 16, 4, 0, 0, 0)
+    file = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    picture = read_picture(file)
+    assert picture.alpha is not None
+    assert np.abs(picture.rgb - grey[..., :1] / 257).max() < 1
+    assert np.abs(picture.alpha - grey[..., 1] / 257).max() < 1
+
+
+def test_float_tiff() -> None:
+    values = np.array([[0, 0.25], [0.5, 1]], np.float32)
+    assert read_picture(encoded(Image.fromarray(values), "TIFF")).rgb[..., 0].tolist() == [[0, 64], [128, 255]]
+    assert read_picture(encoded(Image.fromarray(values * 255), "TIFF")).rgb[..., 0].tolist() == [[0, 64], [128, 255]]
+    values[0, 0] = np.nan
+    with pytest.raises(PictureError, match="NaN or infinite"):
+        read_picture(encoded(Image.fromarray(values), "TIFF"))
+
+
+def test_cmyk_jpeg() -> None:
+    pixels = smooth()
+    picture = read_picture(encoded(Image.fromarray(pixels).convert("CMYK"), "JPEG", quality=100))
+    assert np.abs(picture.rgb.astype(int) - pixels).max() <= 4
+
+
+def test_lab_goes_through_its_profile() -> None:
+    pixels = smooth()
+    srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    image = ImageCms.profileToProfile(Image.fromarray(pixels), srgb, lab, outputMode="LAB")
+    assert image is not None
+    picture = read_picture(encoded(image, "TIFF", icc_profile=ImageCms.ImageCmsProfile(lab).tobytes()))
+    assert np.abs(picture.rgb.astype(int) - pixels).mean() < 2
+    assert picture.icc is None
+
+
+def test_profile_of_rgb_is_kept_and_of_grey_is_not() -> None:
+    icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert read_picture(encoded(Image.fromarray(noise()), icc_profile=icc)).icc == icc
+    assert read_picture(encoded(Image.fromarray(noise()[..., 0]), icc_profile=icc)).icc is None
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    pixels = smooth()
+    # Lay the picture down so that a viewer who obeys `orientation` sees it upright; from the EXIF table.
+    stored = {
+        1: pixels,
+        2: pixels[:, ::-1],
+        3: pixels[::-1, ::-1],
+        4: pixels[::-1],
+        5: pixels.transpose(1, 0, 2),
+        6: np.rot90(pixels, 1),
+        7: pixels[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(pixels, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image = Image.fromarray(np.ascontiguousarray(stored))
+    for kind, options in (("JPEG", {"quality": 100, "subsampling": 0}), ("PNG", {}), ("WEBP", {"lossless": True})):
+        picture = read_picture(encoded(image, kind, exif=exif, icc_profile=icc, **options))
+        assert picture.size == (32, 48)
+        assert np.abs(picture.rgb.astype(int) - pixels).max() <= (4 if kind == "JPEG" else 0)
+        assert picture.icc == icc
+
+
+def test_alpha_turns_with_the_picture() -> None:
+    pixels = noise(channels=4)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = read_picture(encoded(Image.fromarray(pixels), exif=exif))
+    np.testing.assert_array_equal(picture.alpha, np.rot90(pixels[..., 3], -1))
+
+
+def test_damaged_exif_does_not_cost_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(image: Image.Image) -> Image.Image:
+        raise struct.error("required argument is not an integer")
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", fail)
+    pixels = noise()
+    np.testing.assert_array_equal(read_picture(encoded(Image.fromarray(pixels))).rgb, pixels)
+
+
+def test_unreadable_pictures(tmp_path: Path) -> None:
+    with pytest.raises(PictureError, match=r"found no file .*absent.png; expected a picture"):
+        read_picture(tmp_path / "absent.png")
+    with pytest.raises(PictureError, match="cannot be decoded"):
+        read_picture(tmp_path)
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(PictureError, match=r"text.png is not a picture that Pillow can read"):
+        read_picture(tmp_path / "text.png")
+    with pytest.raises(PictureError, match="not a picture"):
+        read_picture(b"")
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP"):
+        whole = encoded(Image.fromarray(smooth()), kind)
+        with pytest.raises(PictureError):
+            read_picture(whole[: len(whole) // 2])
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM"])
+def test_damage_never_raises_anything_else(kind: str) -> None:
+    chance = random.Random(kind)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "a description"
+    whole = encoded(Image.fromarray(smooth()), kind, **({"exif": exif} if kind in ("JPEG", "PNG", "WEBP") else {}))
+    refused = 0
+    for _ in range(100):
+        damaged = bytearray(whole)
+        for _ in range(chance.choice((1, 3, 10))):
+            damaged[chance.randrange(min(len(damaged), chance.choice((60, 300, 10**6))))] = chance.randrange(256)
+        try:
+            assert read_picture(bytes(damaged)).rgb.ndim == 3
+        except PictureError:
+            refused += 1
+    assert refused > 0
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((4, 5, 2), np.uint8), r"found an array of shape \(4, 5, 2\); expected \[H, W, 3\]"),
+        (np.zeros((0, 5, 3), np.uint8), r"shape \(0, 5, 3\)"),
+        (np.zeros(4, np.uint8), r"shape \(4,\)"),
+        (np.zeros((4, 5, 3), np.int64), "found an array of int64; expected uint8, uint16 or float"),
+        (np.full((4, 5, 3), 2.0), r"values outside \[0, 1\]"),
+        (np.full((4, 5, 3), np.nan), r"values outside \[0, 1\]"),
+    ],
+)
+def test_arrays_that_are_no_picture(array: npt.NDArray[Any], message: str) -> None:
+    with pytest.raises(PictureError, match=message):
+        read_picture(array)
+
+
+def test_find_pictures(tmp_path: Path) -> None:
+    for name in ("b.JPG", "a/c.png", "a/.hidden.png", ".thumbs/d.png", "notes.txt", "e.tiff"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "folder.png").mkdir()
+    assert find_pictures(tmp_path) == [tmp_path / name for name in ("a/c.png", "b.JPG", "e.tiff")]
+    with pytest.raises(PictureError, match="found no folder"):
+        find_pictures(tmp_path / "b.JPG")
+    with pytest.raises(PictureError, match=r"found no picture under .*; expected files ending in \.bmp, "):
+        find_pictures(tmp_path / "folder.png")
+
+
+def test_edges_of_a_square() -> None:
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[8:24, 8:24] = 255
+    edges = edge_map(pixels)
+    assert edges.dtype == np.uint8
+    assert set(np.unique(edges)) == {0, 1}
+    rows, columns = np.nonzero(edges)
+    on_border = [min(abs(i - 7.5), abs(i - 23.5)) < 1 for i in np.stack([rows, columns]).T.flatten()]
+    assert all(a or b for a, b in zip(on_border[::2], on_border[1::2], strict=True))
+    assert 40 < edges.sum() < 80
+    assert edge_map(np.ascontiguousarray(pixels) // 16).sum() == 0

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from lsast_engines import Style
+from lsast_engines.errors import StyleError, UsageError
+
+MakeStyle = Callable[..., Style]
+
+
+def test_round_trip(tmp_path: Path, make_style: MakeStyle) -> None:
+    style = make_style("vangogh")
+    style.save(tmp_path / "new" / "vangogh.safetensors")
+    loaded = Style.load(tmp_path / "new" / "vangogh.safetensors")
+    fields = ("name", "base", "stages", "tokens", "meta")
+    assert [getattr(loaded, field) for field in fields] == [getattr(style, field) for field in fields]
+    for name in ("kv_unet", "kv_control"):
+        tensor = getattr(loaded, name)
+        assert tensor.dtype == np.float32
+        assert tensor.flags.c_contiguous
+        np.testing.assert_array_equal(tensor, getattr(style, name).astype(np.float16))
+    # Any safetensors reader sees the two tensors in half precision.
+    stored = load_file(tmp_path / "new" / "vangogh.safetensors")
+    assert {name: tensor.dtype for name, tensor in stored.items()} == {"kv_unet": np.float16, "kv_control": np.float16}
+
+
+def test_equal_styles_give_equal_bytes(tmp_path: Path, make_style: MakeStyle) -> None:
+    style = make_style()
+    for name in ("1", "2"):
+        style.save(tmp_path / name)
+    backwards = dataclasses.replace(style, meta=dict(reversed(style.meta.items())))
+    backwards.save(tmp_path / "3")
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes() == (tmp_path / "3").read_bytes()
+
+
+def test_float64_and_strided_tensors_are_taken(make_style: MakeStyle) -> None:
+    style = make_style()
+    strided: Any = np.asfortranarray(style.kv_unet.astype(np.float64))
+    taken = dataclasses.replace(style, kv_unet=strided)
+    assert taken.kv_unet.dtype == np.float32
+    assert taken.kv_unet.flags.c_contiguous
+    np.testing.assert_array_equal(taken.kv_unet, style.kv_unet)
+
+
+def test_wrong_tensors_are_listed_at_once(make_style: MakeStyle) -> None:
+    style = make_style()
+    spoilt = style.kv_control.copy()
+    spoilt[0, 0, 0] = np.nan
+    with pytest.raises(StyleError) as error:
+        dataclasses.replace(style, kv_unet=style.kv_unet[:9], kv_control=spoilt)
+    assert "kv_unet: found shape [9, 3, 20]; expected [10, 3, width]" in str(error.value)
+    assert "kv_control: found NaN or infinite values" in str(error.value)
+
+
+def test_values_beyond_half_precision_are_not_saved(tmp_path: Path, make_style: MakeStyle) -> None:
+    style = make_style()
+    with pytest.raises(StyleError, match="kv_unet: found 100000; expected at most 65504"):
+        dataclasses.replace(style, kv_unet=style.kv_unet * 1e5 / np.abs(style.kv_unet).max()).save(tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def resave(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], object]) -> None:
+    from safetensors import safe_open
+
+    with safe_open(path, "numpy") as file:
+        header = json.loads(file.metadata()["lsast"])
+    tensors = load_file(path)
+    change(header, tensors)
+    save_file(tensors, path, {"lsast": json.dumps(header)})
+
+
+def set_value(header: dict[str, Any], tensors: dict[str, Any]) -> None:
+    tensors["kv_unet"][0, 0, 0] += 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_value, r"SHA-256 differs"),
+        (lambda header, tensors: tensors.pop("kv_control"), "kv_control: found no such tensor"),
+        (lambda header, tensors: header.update(stages=9), r"kv_unet: found shape \[10, 3, 20\]; expected \[9, 3"),
+        (
+            lambda header, tensors: header.update(name=3, tokens="3"),
+            r"name: found 3; expected text\n.*tokens: found '3'",
+        ),
+        (lambda header, tensors: header.update(meta=[1]), "meta: expected texts only"),
+        (lambda header, tensors: header.update(format=2), "has format 2; this version reads format 1"),
+        (lambda header, tensors: header.pop("format"), "no style; bake one with: lsast-export"),
+    ],
+)
+def test_damaged_files(tmp_path: Path, make_style: MakeStyle, change: Any, message: str) -> None:
+    path = tmp_path / "a.safetensors"
+    make_style().save(path)
+    resave(path, change)
+    with pytest.raises(StyleError, match=message):
+        Style.load(path)
+
+
+def test_unreadable_files(tmp_path: Path, make_style: MakeStyle) -> None:
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(StyleError, match="found no style file"):
+        Style.load(path)
+    make_style().save(path)
+    whole = path.read_bytes()
+    for cut in (0, 4, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(StyleError, match="cannot be read"):
+            Style.load(path)
+    path.write_bytes(b"PK\x03\x04" + whole)
+    with pytest.raises(StyleError, match="cannot be read"):
+        Style.load(path)
+    save_file({"kv_unet": np.zeros(2)}, path)
+    with pytest.raises(StyleError, match="a safetensors file but no style"):
+        Style.load(path)
+
+
+def test_mix_is_the_weighted_mean(make_style: MakeStyle) -> None:
+    a, b = make_style("a"), make_style("bb")
+    mixed = Style.mix([(a, 3), (b, 1)])
+    np.testing.assert_allclose(mixed.kv_unet, 0.75 * a.kv_unet + 0.25 * b.kv_unet, atol=1e-6)
+    np.testing.assert_allclose(mixed.kv_control, 0.75 * a.kv_control + 0.25 * b.kv_control, atol=1e-6)
+    assert (mixed.base, mixed.name) == (a.base, "a:0.75+bb:0.25")
+    np.testing.assert_array_equal(Style.mix([(a, 0.2), (b, 0)]).kv_unet, a.kv_unet)
+
+
+def test_what_does_not_mix(make_style: MakeStyle) -> None:
+    a = make_style("a")
+    for weights in ([], [(a, 0.0)], [(a, 1.0), (a, -0.5)], [(a, float("inf"))]):
+        with pytest.raises(UsageError, match="found style weights"):
+            Style.mix(weights)
+    with pytest.raises(StyleError) as error:
+        Style.mix([(a, 1), (make_style("bb", base="cd" * 32), 1), (make_style("c", stages=5, width=22), 1)])
+    assert "bb: found base cdcdcdcdcdcd…; expected abababababab…, that of a" in str(error.value)
+    assert "c: found kv_unet [5, 3, 22]; expected [10, 3, 20], that of a" in str(error.value)
