@@ -1,0 +1,63 @@
+"""Repaint pictures in a learned artist's hand.
+
+::
+
+    import lsast
+
+    with lsast.load() as stylizer:
+        stylizer.stylize("photo.jpg", style="vangogh").save("painting.png")
+
+Importing this package costs next to nothing: numpy, Pillow, OpenCV and the inference backend are imported when a
+name of it is first used, torch and diffusers never.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lsast_engines.errors import (
+        BackendError,
+        BundleError,
+        LsastError,
+        MissingExtraError,
+        PictureError,
+        StyleError,
+        UsageError,
+    )
+
+    from .options import Options
+    from .result import Result
+    from .stylizer import Stylizer, load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "BundleError",
+    "LsastError",
+    "MissingExtraError",
+    "Options",
+    "PictureError",
+    "Result",
+    "StyleError",
+    "Stylizer",
+    "UsageError",
+    "load",
+]
+
+_HOMES = {"Options": ".options", "Result": ".result", "Stylizer": ".stylizer", "load": ".stylizer"}
+"""Where names come from that are not errors."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES.get(name, "lsast_engines.errors"), __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

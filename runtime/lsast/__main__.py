@@ -1,0 +1,8 @@
+"""`python -m lsast` is `lsast-run`, for where scripts are not on the path."""
+
+from __future__ import annotations
+
+from .cli import main
+
+if __name__ == "__main__":
+    main(prog_name="python -m lsast")

@@ -1,0 +1,143 @@
+"""`lsast-run`: repaint a picture from the command line.
+
+The output path, or with `--json` one JSON object, goes to stdout; progress and errors go to stderr, a line for each
+fault. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Numpy and the engines are imported only when a
+picture is to be painted, so that `--help` and `--version` answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from . import __version__
+
+_USAGE = 2
+
+
+class _Command(click.Command):
+    """A command whose failures are one line a fault, with a traceback only on `--debug`."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **kwargs)
+        except click.UsageError as error:
+            _fail(f"{error.format_message()} (--help lists all options)", _USAGE)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            from lsast_engines.errors import LsastError
+
+            if ctx.params["debug"]:
+                traceback.print_exc()
+            if isinstance(error, LsastError):
+                _fail(str(error), error.exit_code)
+            if isinstance(error, KeyboardInterrupt):
+                _fail("interrupted", 130)
+            _fail(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    click.echo(f"Error: {message}", err=True)
+    raise click.exceptions.Exit(status)
+
+
+@click.command(
+    "lsast-run",
+    cls=_Command,
+    context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
+    epilog="Options that are not given are the bundle's defaults.",
+)
+@click.argument("source", metavar="IN", required=False, type=click.Path(path_type=Path))
+@click.argument("out", metavar="OUT", required=False, type=click.Path(path_type=Path))
+@click.option("--style", metavar="NAME", help="Whose hand to paint with; --list-styles names them.")
+@click.option("--bundle", metavar="PATH", help="Folder or name of a bundle. [default: $LSAST_BUNDLE, else mini]")
+@click.option("--steps", type=int, help="Length of the full schedule, of which the last int(steps * strength) run.")
+@click.option("--strength", type=float, help="How far to go from the picture: above 0, up to 1.")
+@click.option("--guidance", type=float, help="How much to exaggerate the style: 1 is plain, and the quickest.")
+@click.option("--control", type=float, help="How firmly the picture's edges hold: 0 to 2.")
+@click.option("--size", type=int, help="Paint at about SIZE x SIZE pixels; 0 is the picture's own size.")
+@click.option("--solver", metavar="NAME", help="ddim, dpmpp2m or unipc.")
+@click.option("--seed", type=int, help="Seed of the noise; the same seed gives the same bytes. [default: 0]")
+@click.option("--alpha", metavar="WAY", help="Transparency: keep, or composite on white. [default: keep]")
+@click.option("--backend", metavar="NAME", default="auto", help="onnxruntime or openvino. [default: auto]")
+@click.option("--device", metavar="NAME", default="auto", help="cpu, cuda ... [default: auto]")
+@click.option("--threads", type=click.IntRange(1), help="Threads to compute with. [default: the backend's choice]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the output's path.")
+@click.option("--list-styles", is_flag=True, help="Print the styles of the bundle and exit.")
+@click.option("--debug", is_flag=True, help="Show a traceback on errors.")
+@click.version_option(__version__, "-V", "--version", message="lsast %(version)s")
+def main(
+    source: Path | None,
+    out: Path | None,
+    bundle: str | None,
+    backend: str,
+    device: str,
+    threads: int | None,
+    as_json: bool,
+    list_styles: bool,
+    debug: bool,  # read by _Command from the context
+    **options: Any,
+) -> None:
+    """Repaint the picture IN in a learned artist's hand and write it to OUT, a PNG, JPEG or WebP by its suffix.
+
+    OUT keeps the size, the colour profile and (but for JPEG) the transparency of IN. It is written whole or not at
+    all, over any file of that name, also over IN itself.
+    """
+    if list_styles:
+        from lsast_engines.bundle import Bundle, find_bundle
+
+        names = list(Bundle.open(find_bundle(bundle)).styles())
+        click.echo(json.dumps({"styles": names}) if as_json else "\n".join(names))
+        return
+    if source is None or out is None:
+        _fail("found no IN and OUT; expected: lsast-run IN OUT (--help lists all options)", _USAGE)
+    report = _paint(source, out, {"bundle": bundle, "backend": backend, "device": device, "threads": threads}, options)
+    click.echo(json.dumps(report) if as_json else report["out"])
+
+
+def _paint(source: Path, out: Path, where: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Paint and save one picture, with a progress bar on stderr where that is a terminal; the report of `--json`."""
+    from tqdm import tqdm
+
+    from .result import check_output
+    from .stylizer import load
+
+    check_output(out)
+    with tqdm(desc="opening", unit="step", leave=False, disable=None) as bar:
+
+        def on_step(step: int, total: int) -> None:
+            bar.total = total
+            bar.set_description("painting", refresh=step == 0)
+            bar.update(step - bar.n)
+
+        begin = time.perf_counter()
+        with load(**where) as stylizer:
+            opened = time.perf_counter()
+            result = stylizer.stylize(source, **options, on_step=on_step)
+            bundle, engine = stylizer.bundle.manifest.name, stylizer.backend
+    painted = time.perf_counter()
+    result.save(out)
+    saved = time.perf_counter()
+    return {
+        "out": str(out),
+        "bundle": bundle,
+        "style": result.options.style,
+        "backend": engine,
+        "seconds": {"open": opened - begin, **result.seconds, "save": saved - painted},
+        "options": asdict(result.options),
+    }
+
+
+if __name__ == "__main__":
+    main()

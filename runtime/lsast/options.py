@@ -1,0 +1,87 @@
+"""Everything one repainting may set, in one frozen dataclass that the API, the command line and JSON share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lsast_engines.errors import UsageError, fault_list
+from lsast_engines.solvers import SOLVERS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The knobs of one repainting; a picture, these and a bundle determine every byte of the result.
+
+    Raises:
+        UsageError: one or more values cannot be meant; all of them are named at once.
+    """
+
+    style: str
+    """Name of a style of the bundle."""
+    steps: int
+    """Length of the full schedule, of which the last ``int(steps * strength)`` run (at least one): 1 to 1000, or the
+    little less that the solver allows."""
+    strength: float
+    """How far the picture is pushed towards noise before it is painted back: above 0, up to 1 (all the way)."""
+    guidance: float
+    """Classifier-free guidance, 0 to 100: 1 paints with the style alone, one pass a step; more exaggerates it."""
+    control: float
+    """How firmly the picture's edges hold the painting: 0 (not at all) to 2."""
+    size: int
+    """The picture is painted at about size x size pixels, its aspect kept: 64 to 8192, or 0 for its own size."""
+    solver: str
+    """One of `lsast_engines.solvers.SOLVERS`."""
+    seed: int = 0
+    """Seed of all noise, 0 or more: same seed, same machine, same bytes."""
+    alpha: Literal["keep", "composite"] = "keep"
+    """What becomes of transparency: `keep` gives it back, `composite` lays the picture on white before painting."""
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"{name}: found {getattr(self, name)!r}; expected {expected}"
+            for name, (expected, holds) in _RULES.items()
+            if not holds(getattr(self, name))
+        ]
+        if faults:
+            raise UsageError(fault_list("these options cannot be meant:", faults))
+
+    @classmethod
+    def resolve(cls, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Options:
+        """Options from what the caller gave; None means the bundle's default.
+
+        Args:
+            given: values by field name, None where the caller leaves the choice to the bundle.
+            defaults: the manifest's `defaults`.
+
+        Raises:
+            UsageError: one or more values cannot be meant; all of them are named at once.
+        """
+        return cls(**{**defaults, **{name: value for name, value in given.items() if value is not None}})
+
+
+def _whole(low: int, high: float = math.inf) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _number(low: float, high: float) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "style": ("the name of a style", lambda value: isinstance(value, str) and value != ""),
+    "steps": ("a whole number from 1 to 1000", _whole(1, 1000)),
+    "strength": ("a number above 0, up to 1", lambda value: _number(0, 1)(value) and value > 0),
+    "guidance": ("a number from 0 to 100", _number(0, 100)),
+    "control": ("a number from 0 to 2", _number(0, 2)),
+    "size": (
+        "0 (the picture's own) or a whole number from 64 to 8192",
+        lambda v: _whole(0, 0)(v) or _whole(64, 8192)(v),
+    ),
+    "solver": (f"one of {', '.join(SOLVERS)}", lambda value: value in tuple(SOLVERS)),
+    "seed": ("a whole number, 0 or more", _whole(0)),
+    "alpha": ("keep or composite", lambda value: value in ("keep", "composite")),
+}
+"""For every field: what is expected, and whether a value is that."""

@@ -1,0 +1,81 @@
+"""What a repainting gives back, and how it is written to a file."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lsast_engines.errors import PictureError, UsageError
+from lsast_engines.files import replace_file
+
+from .canvas import on_white
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .options import Options
+
+_log = logging.getLogger("lsast.result")
+
+_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".png": ("PNG", {}),
+    ".jpg": ("JPEG", {"quality": 95, "subsampling": "4:4:4"}),
+    ".jpeg": ("JPEG", {"quality": 95, "subsampling": "4:4:4"}),
+    ".webp": ("WEBP", {"quality": 95}),
+}
+"""By suffix: Pillow's name of the format, and how to write it."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A repainted picture."""
+
+    image: Image.Image
+    """RGB, or RGBA where the picture's transparency was kept; of the picture's own size, upright, in its profile."""
+    seconds: dict[str, float]
+    """Wall time of every phase, in the order they ran: read, edges, encode, denoise, decode, finish."""
+    options: Options
+    """All options, with the bundle's defaults filled in."""
+
+    def save(self, path: str | Path) -> None:
+        """Write PNG, JPEG or WebP, by the suffix: whole or not at all, over whatever file was there.
+
+        JPEG knows no transparency: a transparent painting is laid on white for it, and a warning says so.
+
+        Raises:
+            UsageError: the suffix names none of the formats, or `path` is a folder.
+            PictureError: the file cannot be written, or the format cannot hold so large a picture.
+        """
+        from PIL import Image
+
+        path = Path(path)
+        check_output(path)
+        name, settings = _FORMATS[path.suffix.lower()]
+        image = self.image
+        if name == "JPEG" and image.mode == "RGBA":
+            _log.warning("%s: JPEG holds no transparency; the painting is laid on white (PNG and WebP keep it)", path)
+            pixels = np.asarray(image)
+            image = Image.fromarray(on_white(pixels[:, :, :3], pixels[:, :, 3]))
+        try:
+            with replace_file(path) as handle:
+                image.save(handle, format=name, icc_profile=self.image.info.get("icc_profile"), **settings)
+        except (OSError, ValueError) as error:
+            raise PictureError(
+                f"cannot write {path} ({error}); expected a writable folder and a size {name} holds"
+            ) from error
+
+
+def check_output(path: Path) -> None:
+    """Check, before anything is painted, that `path` can name an output.
+
+    Raises:
+        UsageError: the suffix names none of the formats, or `path` is a folder.
+    """
+    if path.suffix.lower() not in _FORMATS:
+        raise UsageError(f"found the output {path}; expected a name that ends in {', '.join(_FORMATS)}")
+    if path.is_dir():
+        raise UsageError(f"found the folder {path} as output; expected the name of a file")

@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+import lsast
+from lsast.cli import main
+from lsast_engines.solvers import SOLVERS
+
+
+@pytest.fixture
+def folder(tmp_path: Path, photo: np.ndarray, bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with in.png, and the tiny bundle as the default."""
+    Image.fromarray(photo).save(tmp_path / "in.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LSAST_BUNDLE", str(bundle_path))
+    return tmp_path
+
+
+def _run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+def _process(*arguments: str, **settings: Any) -> subprocess.Popen[bytes]:
+    rooms = [str(Path(module.__file__).parents[1]) for module in (lsast, sys.modules["lsast_engines"])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(rooms)}
+    return subprocess.Popen([sys.executable, "-m", "lsast", *arguments], env=environment, **settings)
+
+
+def test_the_output_is_what_the_library_paints_and_its_path_is_printed(folder: Path) -> None:
+    result = _run("in.png", "out.png", "--style", "monet", "--seed", "3", "--guidance", "1", "--size", "96")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "out.png\n", "")
+    with lsast.load() as stylizer:
+        expected = stylizer.stylize("in.png", "monet", seed=3, guidance=1.0, size=96).image
+    np.testing.assert_array_equal(Image.open("out.png"), expected)
+
+
+def test_json_is_one_object_that_repeats_the_picture(folder: Path, bundle_path: Path) -> None:
+    result = _run("in.png", "out.png", "--json", "--strength", "0.5", "--solver", "unipc", "--threads", "1")
+    assert (result.exit_code, result.stderr) == (0, "")
+    report = json.loads(result.stdout)
+    assert report.keys() == {"out", "bundle", "style", "backend", "seconds", "options"}
+    assert (report["out"], report["bundle"], report["style"]) == ("out.png", "tiny", "vangogh")
+    assert list(report["seconds"]) == ["open", "read", "edges", "encode", "denoise", "decode", "finish", "save"]
+    options = lsast.Options(**report["options"])
+    assert (options.strength, options.solver, options.steps) == (0.5, "unipc", 10)
+    with lsast.load(bundle_path, backend=report["backend"]) as stylizer:
+        again = stylizer.stylize("in.png", **dataclasses.asdict(options)).image
+    np.testing.assert_array_equal(Image.open("out.png"), again)
+
+
+def test_the_input_may_be_painted_over(folder: Path, photo: np.ndarray) -> None:
+    assert _run("in.png", "in.png").exit_code == 0
+    assert np.asarray(Image.open("in.png")).shape == photo.shape
+    assert (np.asarray(Image.open("in.png")) != photo).any()
+
+
+def test_every_option_of_the_library_is_on_the_command_line() -> None:
+    names = {parameter.name for parameter in main.params if isinstance(parameter, click.Option)}
+    assert names >= {field.name for field in dataclasses.fields(lsast.Options)}
+
+
+def test_help_names_what_can_be_chosen() -> None:
+    text = _run("--help").output
+    for name in (*SOLVERS, "onnxruntime", "openvino", "keep", "composite", "int(steps * strength)"):
+        assert name in text
+
+
+def test_version() -> None:
+    assert _run("--version").output == f"lsast {lsast.__version__}\n"
+
+
+def test_styles_are_listed(folder: Path) -> None:
+    assert _run("--list-styles").stdout == "monet\nvangogh\n"
+    assert json.loads(_run("--list-styles", "--json").stdout) == {"styles": ["monet", "vangogh"]}
+
+
+USAGE = {
+    "no arguments": ([], "found no IN and OUT"),
+    "no output": (["in.png"], "found no IN and OUT"),
+    "unknown option": (["in.png", "out.png", "--colour", "red"], "--colour"),
+    "no number": (["in.png", "out.png", "--steps", "many"], "many"),
+    "no threads": (["in.png", "out.png", "--threads", "0"], "--threads"),
+    "suffix": (["in.png", "out.tga"], "out.tga"),
+    "style": (["in.png", "out.png", "--style", "picasso"], "monet, vangogh"),
+    "steps for solver": (["in.png", "out.png", "--steps", "1000"], "999"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), USAGE.values(), ids=USAGE)
+def test_wrong_usage_is_one_line_and_exit_2(folder: Path, arguments: list[str], words: str) -> None:
+    result = _run(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("Error: ")
+    assert "Traceback" not in result.stderr
+    assert words in result.stderr
+    assert "Usage:" not in result.stderr
+    assert not (folder / "out.png").exists()
+
+
+def test_all_wrong_options_are_named_at_once(folder: Path) -> None:
+    result = _run("in.png", "out.png", "--steps", "0", "--strength", "2", "--control=-1", "--solver", "euler")
+    assert result.exit_code == 2
+    assert [line.split(":")[0].strip(" -") for line in result.stderr.splitlines()[1:]] == [
+        "steps", "strength", "control", "solver",
+    ]  # fmt: skip
+
+
+FAILURES = {
+    "no picture": (["nothing.png", "out.png"], "nothing.png"),
+    "not a picture": (["noise.png", "out.png"], "noise.png"),
+    "no bundle": (["in.png", "out.png", "--bundle", "no/where"], "no/where"),
+    "no backend": (["in.png", "out.png", "--backend", "tpu"], "tpu"),
+    "no device": (["in.png", "out.png", "--device", "toaster"], "toaster"),
+    "no room": (["in.png", "in.png/out.png"], "in.png/out.png"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), FAILURES.values(), ids=FAILURES)
+def test_failures_are_told_and_exit_1(folder: Path, arguments: list[str], words: str) -> None:
+    (folder / "noise.png").write_bytes(b"\x89PNG no more")
+    result = _run(*arguments)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("Error: ")
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (folder / "out.png").exists()
+
+
+def test_debug_shows_the_traceback_and_the_same_line(folder: Path) -> None:
+    result = _run("nothing.png", "out.png", "--debug")
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("Error: ")
+
+
+def test_a_bug_is_one_line_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lsast.sampler.decode", lambda *_: 1 / 0)
+    result = _run("in.png", "out.png")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "Error: unexpected ZeroDivisionError: division by zero (--debug shows where)\n"
+
+
+def test_without_a_backend_one_line_says_how_to_get_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for library in ("onnxruntime", "openvino"):
+        monkeypatch.setitem(sys.modules, library, None)
+    result = _run("in.png", "out.png")
+    assert result.exit_code == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert "pip install 'lsast[cpu]'" in result.stderr
+
+
+def test_interrupted_while_painting_leaves_no_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(bar: object, steps: int = 1) -> None:
+        if steps:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("tqdm.tqdm.update", interrupt)
+    result = _run("in.png", "out.png")
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "Error: interrupted\n")
+    assert [path.name for path in folder.iterdir()] == ["in.png"]
+
+
+def test_piped_output_is_the_path_alone(folder: Path) -> None:
+    process = _process("in.png", "out.png", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.communicate(timeout=120) == (b"out.png\n", b"")
+    assert process.returncode == 0
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 1024)
+    except OSError:  # its other end is closed
+        return b""
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
+def test_a_terminal_sees_progress_and_ctrl_c_stops_it(folder: Path) -> None:
+    import fcntl
+    import struct
+    import termios
+
+    ours, theirs = os.openpty()
+    fcntl.ioctl(
+        theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0)
+    )  # tqdm draws nothing on a terminal without lines
+    # Large and long enough to be still at work when the first step is seen.
+    arguments = ("in.png", "out.png", "--size", "2048", "--steps", "999", "--strength", "1")
+    process = _process(*arguments, stdout=subprocess.PIPE, stderr=theirs)
+    os.close(theirs)
+    seen = b""
+    while b"painting" not in seen and (piece := _read(ours)):
+        seen += piece
+    process.send_signal(signal.SIGINT)
+    stdout, _ = process.communicate(timeout=120)
+    while piece := _read(ours):
+        seen += piece
+    os.close(ours)
+    assert (process.returncode, stdout) == (130, b"")
+    assert b"opening" in seen
+    assert b"/999" in seen
+    assert seen.endswith(b"Error: interrupted\r\n")
+    assert b"Traceback" not in seen
+    assert [path.name for path in folder.iterdir()] == ["in.png"]

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from lsast import Options, UsageError
+
+GOOD: dict[str, Any] = {
+    "style": "monet",
+    "steps": 20,
+    "strength": 0.7,
+    "guidance": 3.0,
+    "control": 1.0,
+    "size": 512,
+    "solver": "ddim",
+    "seed": 0,
+    "alpha": "keep",
+}
+
+LIMITS = [
+    {"steps": 1},
+    {"steps": 1000},
+    {"strength": 1},
+    {"strength": 1e-6},
+    {"guidance": 0},
+    {"guidance": 100.0},
+    {"control": 0},
+    {"control": 2},
+    {"size": 0},
+    {"size": 64},
+    {"size": 8192},
+    {"seed": 2**80},
+    {"solver": "unipc"},
+    {"solver": "dpmpp2m"},
+    {"alpha": "composite"},
+]
+
+FAULTS = [
+    ("style", ""),
+    ("style", None),
+    ("steps", 0),
+    ("steps", 1001),
+    ("steps", 10.0),
+    ("steps", True),
+    ("strength", 0),
+    ("strength", 1.01),
+    ("strength", float("nan")),
+    ("guidance", -0.1),
+    ("guidance", float("inf")),
+    ("guidance", "2"),
+    ("control", -1),
+    ("control", 2.5),
+    ("size", 63),
+    ("size", -64),
+    ("size", 9000),
+    ("size", False),
+    ("solver", "euler"),
+    ("solver", ["ddim"]),
+    ("seed", -1),
+    ("seed", 0.5),
+    ("alpha", "drop"),
+]
+
+
+@pytest.mark.parametrize("change", LIMITS, ids=str)
+def test_limits_are_legal(change: dict[str, Any]) -> None:
+    options = Options(**{**GOOD, **change})
+    assert dataclasses.asdict(options) == {**GOOD, **change}
+
+
+@pytest.mark.parametrize(("name", "value"), FAULTS)
+def test_a_fault_is_named_with_what_was_found(name: str, value: object) -> None:
+    with pytest.raises(UsageError) as caught:
+        Options(**{**GOOD, name: value})
+    _, line = str(caught.value).split("\n")
+    assert line.startswith(f"  - {name}: found {value!r}; expected ")
+
+
+def test_all_faults_are_named_at_once() -> None:
+    wrong = dict(FAULTS)
+    assert wrong.keys() == GOOD.keys()
+    with pytest.raises(UsageError) as caught:
+        Options(**wrong)
+    assert [line.split(":")[0] for line in str(caught.value).split("\n")[1:]] == [f"  - {name}" for name in GOOD]
+
+
+def test_what_is_not_given_is_the_bundles_default() -> None:
+    defaults = {name: value for name, value in GOOD.items() if name not in ("seed", "alpha")}
+    options = Options.resolve({"style": "vangogh", "strength": None, "guidance": 0.0, "seed": None}, defaults)
+    assert dataclasses.asdict(options) == {**GOOD, "style": "vangogh", "guidance": 0.0}
+
+
+def test_options_do_not_change() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Options(**GOOD).seed = 1  # type: ignore[misc]

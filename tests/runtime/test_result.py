@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lsast import Options, PictureError, Result, UsageError
+
+OPTIONS = Options(style="monet", steps=1, strength=1.0, guidance=1.0, control=1.0, size=0, solver="ddim")
+
+
+def _result(channels: int, shape: tuple[int, int] = (40, 60)) -> Result:
+    rows, columns = np.mgrid[0 : shape[0], 0 : shape[1]]
+    layers = [rows * 4, columns * 4, 255 - rows * 2, columns * 255 // max(1, shape[1] - 1)][:channels]
+    return Result(Image.fromarray(np.stack(layers, axis=-1).clip(0, 255).astype(np.uint8)), {}, OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("name", "format_name", "tolerance"),
+    [("a.png", "PNG", 0), ("a.jpg", "JPEG", 8), ("a.JPEG", "JPEG", 8), ("a.webp", "WEBP", 12)],
+)
+def test_the_suffix_chooses_the_format(tmp_path: Path, name: str, format_name: str, tolerance: int) -> None:
+    result = _result(3)
+    result.save(str(tmp_path / "new" / "folder" / name))
+    saved = Image.open(tmp_path / "new" / "folder" / name)
+    assert saved.format == format_name
+    difference = np.abs(np.asarray(saved.convert("RGB")).astype(int) - np.asarray(result.image).astype(int))
+    assert difference.max() <= tolerance
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp"])
+def test_png_and_webp_keep_transparency(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    result = _result(4)
+    result.save(tmp_path / name)
+    np.testing.assert_array_equal(Image.open(tmp_path / name).getchannel("A"), result.image.getchannel("A"))
+    assert not caplog.records
+
+
+def test_jpeg_is_laid_on_white_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    result = _result(4)
+    with caplog.at_level(logging.WARNING, "lsast"):
+        result.save(tmp_path / "a.jpg")
+    assert [record.name for record in caplog.records] == ["lsast.result"]
+    assert "no transparency" in caplog.text
+    white = Image.alpha_composite(Image.new("RGBA", result.image.size, "white"), result.image).convert("RGB")
+    difference = np.asarray(Image.open(tmp_path / "a.jpg")).astype(int) - np.asarray(white).astype(int)
+    assert np.abs(difference).max() <= 8
+
+
+def test_saving_twice_gives_equal_bytes(tmp_path: Path) -> None:
+    for suffix in ("png", "jpg", "webp"):
+        for name in ("a", "b"):
+            _result(3).save(tmp_path / f"{name}.{suffix}")
+        assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a", "png", ".png"])
+def test_an_unknown_suffix_lists_the_known(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=r"\.png, \.jpg, \.jpeg, \.webp"):
+        _result(3).save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_no_output(tmp_path: Path) -> None:
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(UsageError, match="folder"):
+        _result(3).save(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_failed_save_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    (tmp_path / "a.png").write_bytes(b"before")
+
+    def half(image: Image.Image, handle: object, **settings: object) -> None:
+        handle.write(b"half a pic")  # type: ignore[attr-defined]
+        raise error
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    with pytest.raises(PictureError if isinstance(error, OSError) else KeyboardInterrupt):
+        _result(3).save(tmp_path / "a.png")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"before"]
+
+
+def test_a_picture_too_large_for_the_format_is_an_error_not_a_traceback(tmp_path: Path) -> None:
+    with pytest.raises(PictureError, match="WEBP"):
+        _result(3, (1, 16384)).save(tmp_path / "a.webp")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,171 @@
+"""The whole path of one picture against plain numpy for the graphs and diffusers for the scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lsast
+from lsast import BackendError, Stylizer, sampler
+from lsast_engines.bundle import Bundle
+from lsast_engines.engine import available_backends, open_engine
+from lsast_engines.schedule import Schedule
+from lsast_engines.solvers import make_solver
+from lsast_engines.style import Style
+
+SCALE = 0.5  # latent_scale of the tiny bundle
+
+
+@pytest.fixture(params=sorted(available_backends()))
+def stylizer(request: pytest.FixtureRequest, bundle_path: Any) -> Iterator[Stylizer]:
+    with lsast.load(bundle_path, backend=request.param) as opened:
+        yield opened
+
+
+def _scheduler(solver: str) -> Any:
+    import diffusers
+
+    common = {
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "timestep_spacing": "leading",
+        "steps_offset": 1,
+    }
+    if solver == "ddim":
+        return diffusers.DDIMScheduler(**common, set_alpha_to_one=False, clip_sample=False)
+    if solver == "dpmpp2m":
+        return diffusers.DPMSolverMultistepScheduler(**common, algorithm_type="dpmsolver++", solver_order=2)
+    return diffusers.UniPCMultistepScheduler(**common, solver_order=2, solver_type="bh2")
+
+
+def _paint_by_hand(weights: Any, bundle: Bundle, rgb: np.ndarray, edges: np.ndarray, options: dict[str, Any]) -> Any:
+    """The released algorithm (method.md §4.2) for one picture of legal size, on the tiny graphs' own matrices."""
+    torch = pytest.importorskip("torch")
+    style, null = bundle.style(options["style"]), bundle.null_style
+    height, width = rgb.shape[:2]
+
+    def pooled(image: np.ndarray) -> np.ndarray:  # [H, W, 3] -> [h, w, 3]
+        return image.reshape(height // 8, 8, width // 8, 8, 3).mean(axis=(1, 3))
+
+    small = pooled(rgb / 127.5 - 1.0)
+    mean = (small @ weights.encode_mean.T).transpose(2, 0, 1)[None]
+    std = np.abs(small @ weights.encode_std.T).transpose(2, 0, 1)[None]
+    rng = np.random.Generator(np.random.PCG64(options["seed"]))
+    posterior, start = (rng.standard_normal(mean.shape, dtype=np.float32) for _ in range(2))
+    z0 = torch.from_numpy(SCALE * (mean + std * posterior))
+
+    features = pooled(np.repeat(edges[:, :, None], 3, axis=2).astype(float)) @ weights.hint.T
+    held = (features @ weights.edges.T).transpose(2, 0, 1)  # [4, h, w]
+
+    scheduler = _scheduler(options["solver"])
+    scheduler.set_timesteps(options["steps"])
+    skipped = options["steps"] - max(1, int(options["steps"] * options["strength"]))
+    if options["solver"] != "ddim":  # DDIM has no memory of where it is
+        scheduler.set_begin_index(skipped)
+    timesteps = scheduler.timesteps[skipped:]
+    z = scheduler.add_noise(z0, torch.from_numpy(start.astype(float)), timesteps[:1])
+    for t in timesteps:
+        stage = int(t) // 100
+        shared = z.numpy()[0] / 2 + float(t) / 1000 * weights.time[0][:, None, None]
+        gate = style.kv_control[stage].astype(float).mean(axis=0) @ weights.control
+        shared = shared + options["control"] * held * gate[:, None, None]
+        eps_c, eps_u = (
+            shared + (kv.astype(float).mean(axis=0) @ weights.unet)[:, None, None]
+            for kv in (style.kv_unet[stage], null.kv_unet[0])
+        )
+        eps = eps_u + options["guidance"] * (eps_c - eps_u)
+        z = scheduler.step(torch.from_numpy(eps[None]), t, z).prev_sample
+    image = np.einsum("rc,chw->hwr", weights.decode, z.numpy()[0] / SCALE)
+    return np.repeat(np.repeat(image, 8, axis=0), 8, axis=1)
+
+
+CASES: list[dict[str, Any]] = [
+    {},
+    {"solver": "dpmpp2m", "steps": 12, "seed": 3},
+    {"solver": "unipc", "steps": 9, "strength": 1.0, "style": "monet"},
+    {"guidance": 1.0, "control": 0.0},
+    {"guidance": 0.0, "control": 2.0, "strength": 0.05},
+    {"steps": 50, "strength": 0.7, "guidance": 5.0, "control": 0.4},
+]
+
+
+@pytest.mark.parametrize("change", CASES, ids=str)
+def test_the_painting_is_what_the_algorithm_says(stylizer: Stylizer, weights: Any, change: dict[str, Any]) -> None:
+    cv2 = pytest.importorskip("cv2")
+    rng = np.random.default_rng(5)
+    rgb = np.repeat(np.repeat(rng.integers(60, 200, (8, 16, 3), dtype=np.uint8), 8, axis=0), 8, axis=1)
+    edges = (cv2.Canny(rgb, 100, 200) > 0).astype(np.uint8)
+    assert 0.01 < edges.mean() < 0.5
+    options = {**stylizer.bundle.manifest.defaults, "seed": 0, **change, "size": 0}
+
+    expected = (_paint_by_hand(weights, stylizer.bundle, rgb, edges, options) + 1) * 127.5
+    assert np.mean((expected > 0) & (expected < 255)) > 0.5, "a painting that is clipped proves nothing"
+    found = np.asarray(stylizer.stylize(rgb, **options).image).astype(int)
+    assert np.abs(found - np.clip(expected, 0, 255)).max() < 0.51
+
+
+def _denoise(stylizer: Stylizer, style: Style, null: Style, guidance: float, calls: list[Any] | None = None) -> Any:
+    manifest = stylizer.bundle.manifest
+    engine = open_engine(
+        stylizer.bundle.graph_path("denoiser"), manifest.graphs["denoiser"], stylizer.backend, "cpu", None
+    )
+    rng = np.random.default_rng(1)
+    noisy, hint = (rng.standard_normal((2, channels, 8, 12)).astype(np.float32) for channels in (4, 5))
+    schedule = Schedule.build(manifest.noise, 10, 0.7, 10)
+    if calls is not None:
+        bind = engine.bind
+        engine.bind = lambda feeds: (calls.append({name: feed.shape for name, feed in feeds.items()}), bind(feeds))  # type: ignore[method-assign]
+    solver = make_solver("ddim", manifest.noise, schedule)
+    latent = sampler.denoise(engine, solver, schedule, noisy, hint, style, null, guidance, 1.0)
+    engine.close()
+    return latent
+
+
+def test_guidance_1_runs_one_pass_and_equals_two_equal_halves(stylizer: Stylizer) -> None:
+    style, null = stylizer.bundle.style("vangogh"), stylizer.bundle.null_style
+    calls: list[Any] = []
+    single = _denoise(stylizer, style, null, 1.0, calls)
+    assert {call["kv_unet"] for call in calls if "kv_unet" in call} == {(1, 2, 3, 24)}
+    calls.clear()
+    double = _denoise(stylizer, style, style, 3.0, calls)
+    assert {call["kv_unet"] for call in calls if "kv_unet" in call} == {(2, 2, 3, 24)}
+    np.testing.assert_allclose(single, double, atol=2e-5)
+    assert np.abs(single - _denoise(stylizer, style, null, 1.01)).max() > 1e-4
+
+
+def test_a_null_of_many_stages_is_read_by_stage(stylizer: Stylizer) -> None:
+    style, null = stylizer.bundle.style("vangogh"), stylizer.bundle.null_style
+    repeated = Style(
+        "null", null.base, 10, 3, np.repeat(null.kv_unet, 10, axis=0), np.repeat(null.kv_control, 10, axis=0)
+    )
+    np.testing.assert_array_equal(_denoise(stylizer, style, null, 2.0), _denoise(stylizer, style, repeated, 2.0))
+    early = repeated.kv_unet.copy()
+    early[:6] += 1  # stages 0 to 5 of a run that starts in stage 6
+    changed = Style("null", null.base, 10, 3, early, repeated.kv_control)
+    assert np.abs(_denoise(stylizer, style, null, 2.0) - _denoise(stylizer, style, changed, 2.0)).max() > 1e-3
+
+
+class _Broken:
+    """An engine that overflows."""
+
+    backend = "broken"
+
+    def __init__(self, name: str, outputs: dict[str, Any]) -> None:
+        self.spec = type("Spec", (), {"name": name})()
+        self.outputs = outputs
+
+    def __call__(self, feeds: object) -> dict[str, Any]:
+        return self.outputs
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_name_the_graph(value: float) -> None:
+    image = np.zeros((1, 3, 8, 8), np.float32)
+    image[0, 1, 2, 3] = value
+    with pytest.raises(BackendError, match=r"the decoder graph gave 1 values of image .* on broken"):
+        sampler.decode(_Broken("decoder", {"image": image}), np.zeros((1, 4, 1, 1), np.float32), 0.5)

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import io
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+import lsast
+from lsast import BackendError, BundleError, Options, Stylizer, UsageError
+
+
+@pytest.fixture(scope="module")
+def stylizer(bundle_path: Path) -> Iterator[Stylizer]:
+    with lsast.load(bundle_path) as opened:
+        yield opened
+
+
+def _pixels(result: lsast.Result) -> np.ndarray:
+    return np.asarray(result.image)
+
+
+@pytest.mark.parametrize("own", [(160, 90), (90, 160), (50, 2000), (1, 1), (7, 5), (64, 64), (300, 301)])
+@pytest.mark.parametrize("size", [0, 96])
+def test_any_size_and_aspect_keeps_its_size(stylizer: Stylizer, own: tuple[int, int], size: int) -> None:
+    rgb = np.random.default_rng(0).integers(0, 256, (*own, 3), dtype=np.uint8)
+    assert _pixels(stylizer.stylize(rgb, size=size)).shape == (*own, 3)
+
+
+def test_padding_is_painted_but_not_shown(stylizer: Stylizer) -> None:
+    """A picture that fills its canvas by itself, and one that is mirrored onto the same canvas, agree inside."""
+    rng = np.random.default_rng(2)
+    small = np.repeat(np.repeat(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8), 8, axis=0), 8, axis=1)  # [48, 48, 3]
+    whole = np.pad(small, [(8, 8), (8, 8), (0, 0)], mode="symmetric")
+    inner = _pixels(stylizer.stylize(whole, size=0))[8:56, 8:56]
+    np.testing.assert_array_equal(_pixels(stylizer.stylize(small, size=0)), inner)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"style": "monet"},
+        {"steps": 14},
+        {"strength": 0.3},
+        {"guidance": 4.0},
+        {"control": 0.0},
+        {"size": 64},
+        {"solver": "unipc"},
+        {"seed": 1},
+    ],
+    ids=str,
+)
+def test_every_option_matters(stylizer: Stylizer, photo: np.ndarray, change: dict[str, Any]) -> None:
+    plain, changed = stylizer.stylize(photo), stylizer.stylize(photo, **change)
+    assert (_pixels(plain) != _pixels(changed)).any()
+    assert dataclasses.replace(plain.options, **change) == changed.options
+
+
+def test_the_same_call_gives_the_same_bytes_whatever_came_before(
+    stylizer: Stylizer, bundle_path: Path, photo: np.ndarray
+) -> None:
+    first = _pixels(stylizer.stylize(photo, seed=4))
+    stylizer.stylize(photo[:50], style="monet", guidance=1.0, size=64, solver="dpmpp2m")
+    np.testing.assert_array_equal(_pixels(stylizer.stylize(photo, seed=4)), first)
+    with lsast.load(bundle_path) as other:
+        np.testing.assert_array_equal(_pixels(other.stylize(photo, seed=4)), first)
+
+
+def test_threads_get_what_they_would_get_alone(stylizer: Stylizer, photo: np.ndarray) -> None:
+    jobs = [{"style": ("vangogh", "monet")[i % 2], "seed": i, "size": (64, 96, 128)[i % 3]} for i in range(8)]
+    alone = [_pixels(stylizer.stylize(photo, **job)) for job in jobs]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda job: _pixels(stylizer.stylize(photo, **job)), jobs))
+    for expected, found in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_path_bytes_image_and_array_are_the_same_picture(stylizer: Stylizer, photo: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "photo.png"
+    Image.fromarray(photo).save(path)
+    expected = _pixels(stylizer.stylize(photo))
+    for source in (path, str(path), path.read_bytes(), Image.open(path)):
+        np.testing.assert_array_equal(_pixels(stylizer.stylize(source)), expected)
+
+
+def test_exif_orientation_is_applied_once(stylizer: Stylizer, photo: np.ndarray, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored on its side: a quarter turn clockwise sets it upright
+    path = tmp_path / "turned.png"
+    Image.fromarray(photo).save(path, exif=exif)
+    result = stylizer.stylize(path)
+    np.testing.assert_array_equal(_pixels(result), _pixels(stylizer.stylize(np.rot90(photo, -1))))
+    result.save(tmp_path / "out.jpg")
+    with Image.open(tmp_path / "out.jpg") as saved:
+        assert saved.getexif().get(0x0112, 1) == 1
+
+
+def test_transparency_is_kept_or_laid_on_white(stylizer: Stylizer, photo: np.ndarray) -> None:
+    alpha = np.tile(np.linspace(0, 255, 160).astype(np.uint8), (96, 1))
+    rgba = np.dstack([photo, alpha])
+    kept = stylizer.stylize(rgba)
+    assert kept.image.mode == "RGBA"
+    np.testing.assert_array_equal(_pixels(kept)[..., 3], alpha)
+    np.testing.assert_array_equal(_pixels(kept)[..., :3], _pixels(stylizer.stylize(photo)))
+
+    laid = stylizer.stylize(rgba, alpha="composite")
+    assert laid.image.mode == "RGB"
+    on_white = np.round(photo * (alpha[..., None] / 255) + 255 * (1 - alpha[..., None] / 255)).astype(np.uint8)
+    np.testing.assert_array_equal(_pixels(laid), _pixels(stylizer.stylize(on_white)))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_the_colour_profile_goes_along(stylizer: Stylizer, photo: np.ndarray, tmp_path: Path, suffix: str) -> None:
+    icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    held = io.BytesIO()
+    Image.fromarray(photo).save(held, format="PNG", icc_profile=icc)
+    stylizer.stylize(held.getvalue()).save(tmp_path / f"with.{suffix}")
+    with Image.open(tmp_path / f"with.{suffix}") as saved:
+        assert saved.info["icc_profile"] == icc
+    stylizer.stylize(photo).save(tmp_path / f"without.{suffix}")
+    with Image.open(tmp_path / f"without.{suffix}") as saved:
+        assert "icc_profile" not in saved.info
+
+
+def test_progress_is_told_and_phases_are_timed(stylizer: Stylizer, photo: np.ndarray) -> None:
+    told: list[tuple[int, int]] = []
+    result = stylizer.stylize(photo, steps=10, strength=0.5, on_step=lambda step, total: told.append((step, total)))
+    assert told == [(step, 5) for step in range(6)]
+    assert list(result.seconds) == ["read", "edges", "encode", "denoise", "decode", "finish"]
+    assert all(seconds > 0 for seconds in result.seconds.values())
+
+
+def test_an_interrupted_painting_leaves_the_stylizer_usable(stylizer: Stylizer, photo: np.ndarray) -> None:
+    expected = _pixels(stylizer.stylize(photo))
+
+    def interrupt(step: int, total: int) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stylizer.stylize(photo, style="monet", on_step=interrupt)
+    np.testing.assert_array_equal(_pixels(stylizer.stylize(photo)), expected)
+
+
+def test_stylize_takes_every_option_by_name() -> None:
+    parameters = list(inspect.signature(Stylizer.stylize).parameters)
+    assert parameters[2:-1] == [field.name for field in dataclasses.fields(Options)]
+    assert all(inspect.signature(Stylizer.stylize).parameters[name].default is None for name in parameters[2:])
+
+
+def test_result_options_repeat_the_result(stylizer: Stylizer, photo: np.ndarray) -> None:
+    result = stylizer.stylize(photo, style="monet", seed=9, guidance=1.5)
+    again = stylizer.stylize(photo, **dataclasses.asdict(result.options))
+    np.testing.assert_array_equal(_pixels(again), _pixels(result))
+
+
+def test_a_style_that_is_not_there_lists_those_that_are(stylizer: Stylizer, photo: np.ndarray) -> None:
+    assert stylizer.styles == ["monet", "vangogh"]
+    with pytest.raises(UsageError, match=r"'picasso'.*monet, vangogh"):
+        stylizer.stylize(photo, style="picasso")
+
+
+def test_more_steps_than_the_schedule_has_say_how_many_it_has(stylizer: Stylizer, photo: np.ndarray) -> None:
+    with pytest.raises(UsageError, match=r"steps: found 1000; expected 1 to 999 with ddim"):
+        stylizer.stylize(photo, steps=1000)
+
+
+def test_closed_is_closed(bundle_path: Path, photo: np.ndarray) -> None:
+    with lsast.load(bundle_path) as opened:
+        opened.stylize(photo)
+    opened.close()
+    with pytest.raises(UsageError, match="closed"):
+        opened.stylize(photo)
+
+
+def test_load_looks_at_the_environment(
+    bundle_path: Path, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch, stylizer: Stylizer
+) -> None:
+    monkeypatch.setenv("LSAST_BUNDLE", str(bundle_path))
+    with lsast.load() as opened:
+        assert opened.bundle.manifest.name == "tiny"
+
+
+def test_load_says_what_is_wrong(bundle_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="found no bundle"):
+        lsast.load(tmp_path / "nothing")
+    with pytest.raises(BackendError, match=r"there is: .*(onnxruntime|openvino) on"):
+        lsast.load(bundle_path, backend="tpu")
