@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lsast_train.attention import cross_attention_layers
+from lsast_train.mini.architecture import MiniConfig, build_mini
+from lsast_train.mini.autoencoder import MiniAutoencoder
+from lsast_train.mini.style_encoder import PATCH, StyleEncoder
+
+
+def test_style_tokens_do_not_depend_on_where_a_patch_stands() -> None:
+    torch.manual_seed(0)
+    encoder = StyleEncoder(4, 24).eval()
+    latents = torch.randn(2, 4, 16, 16)
+    patches = latents.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).reshape(2, 4, 16, PATCH, PATCH)
+    shuffled = patches[:, :, torch.randperm(16)].view(2, 4, 4, 4, PATCH, PATCH)
+    shuffled = shuffled.permute(0, 1, 2, 4, 3, 5).reshape(2, 4, 16, 16)
+    assert not torch.equal(latents, shuffled)
+    torch.testing.assert_close(encoder(shuffled), encoder(latents), atol=1e-5, rtol=1e-5)
+    assert (encoder(latents)[0] - encoder(latents)[1]).abs().mean() > 1e-3
+
+
+def test_style_tokens_are_normalised() -> None:
+    tokens = StyleEncoder(4, 24)(10 * torch.randn(3, 4, 13, 18))
+    torch.testing.assert_close(tokens.mean(-1), torch.zeros(3, 4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(tokens.std(-1, correction=0), torch.ones(3, 4), atol=1e-3, rtol=0)
+
+
+def test_decoding_is_local_so_that_pictures_can_be_of_any_size() -> None:
+    torch.manual_seed(0)
+    autoencoder = MiniAutoencoder((8, 8, 12), (16, 8, 8)).eval()
+    latents = torch.randn(1, 4, 40, 8)
+    changed = latents.clone()
+    changed[:, :, 36:] += 1
+    difference = (autoencoder.decode(latents) - autoencoder.decode(changed)).abs().amax((0, 1, 3))
+    # Receptive field at 1/8, 1/4 and 1/2: 7, 7 and 6 convolutions of radius 1, so under 14 latents on one side.
+    assert difference[: (36 - 14) * 8].max() == 0
+    assert difference[36 * 8 :].min() > 0
+
+
+@pytest.mark.parametrize("config", [MiniConfig(), MiniConfig.tiny()], ids=["embedded", "tiny"])
+def test_heads_are_wide_enough_and_every_group_reads_the_context(config: MiniConfig) -> None:
+    with torch.device("meta"):
+        base = build_mini(config)
+    layers = cross_attention_layers(base.unet)
+    assert {layer.group for layer in layers} == {"down", "mid", "up"}
+    assert {layer.group for layer in cross_attention_layers(base.controlnet)} == {"down", "mid"}
+    # TensorRT refuses native attention with heads narrower than 16 channels (design/tensorrt.md).
+    assert min(layer.width // layer.module.heads for layer in layers) >= 16
+
+
+def test_the_same_seed_builds_the_same_base_and_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    first, second = build_mini(MiniConfig.tiny(), 3), build_mini(MiniConfig.tiny(), 3)
+    assert torch.equal(torch.rand(1), expected)
+    for a, b in zip(first.unet.state_dict().values(), second.unet.state_dict().values(), strict=True):
+        assert torch.equal(a, b)

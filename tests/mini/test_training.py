@@ -1,0 +1,139 @@
+"""Training of a tiny base and autoencoder on pictures whose two labels differ in colour."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from diffusers import DDPMScheduler
+from safetensors.torch import load_file, save_file
+
+from lsast_engines.errors import TrainingError
+from lsast_train.base import load_base, save_base
+from lsast_train.mini.architecture import MiniConfig, build_mini
+from lsast_train.mini.autoencoder import MiniAutoencoder
+from lsast_train.mini.autoencoder_training import AutoencoderOptions, Crops, evaluate, load_teacher, train_autoencoder
+from lsast_train.mini.base_training import BaseTrainingOptions, Learner, learning_rate_factor, train_base
+from lsast_train.mini.cli import mini
+from lsast_train.mini.dataset import LatentDataset, build_cache
+
+TINY = BaseTrainingOptions(steps=6, batch=6, side=16, warmup=2, evaluate_every=100)
+
+
+@pytest.fixture(scope="module")
+def data(picture_folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> LatentDataset:
+    path = tmp_path_factory.mktemp("cache") / "latents.safetensors"
+    torch.manual_seed(0)
+    build_cache(picture_folders, torch.nn.Conv2d(3, 4, 8, stride=8).requires_grad_(False), path)
+    return LatentDataset(path)
+
+
+def test_the_target_is_diffusers_velocity(data: LatentDataset) -> None:
+    base = build_mini(MiniConfig.tiny())
+    learner = Learner(base, 2)
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = (torch.randn(3, 4, 16, 16, generator=generator) for _ in range(2))
+    t = torch.tensor([3, 400, 990])
+    context = learner.null_context.expand(3, -1, -1)
+    noisy = scheduler.add_noise(latents, noise, t)
+    base.unet_box.fill(context[:, None].expand(-1, 3, -1, -1))
+    with torch.no_grad():
+        output = base.unet(noisy, t, context).sample
+        expected = (output - scheduler.get_velocity(latents, noise, t)).square().mean((1, 2, 3))
+        found = learner.v_error(latents, noise, t, context, torch.zeros(0, 3, 128, 128))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        # The base's noise from v, against the inverse of diffusers' velocity.
+        velocity = scheduler.get_velocity(latents, noise, t)
+        torch.testing.assert_close(base.eps_from_output(velocity, noisy, t), noise, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_without_edges_are_untouched_by_controlnet(data: LatentDataset) -> None:
+    learner = Learner(build_mini(MiniConfig.tiny()), 2)
+    window = data.window(data.train[:4], 16, np.random.default_rng(0))
+    noise, t = torch.randn_like(window.latents), torch.tensor([10, 300, 600, 900])
+    context = learner.null_context.expand(4, -1, -1)
+    with torch.no_grad():
+        none = learner.v_error(window.latents, noise, t, context, window.edges[:0])
+        half = learner.v_error(window.latents, noise, t, context, window.edges[:2])
+    torch.testing.assert_close(half[2:], none[2:])
+    assert (half[:2] - none[:2]).abs().min() > 1e-6
+
+
+def test_learning_rate_warms_up_holds_and_decays() -> None:
+    options = BaseTrainingOptions(steps=1000, warmup=10)
+    assert [learning_rate_factor(s, options) for s in (0, 9, 500, 799, 900, 1000)] == [0.1, 1, 1, 1, 0.5, 0]
+
+
+def test_training_learns_and_tokens_become_worth_reading(data: LatentDataset, tmp_path: Path) -> None:
+    base = build_mini(MiniConfig.tiny())
+    options = replace(TINY, steps=60, batch=12, lr=4e-3, style_lr=4e-3, evaluate_every=20)
+    train_base(base, data, options, tmp_path, resume=False)
+    history = json.loads((tmp_path / "base.log.json").read_text())["history"]
+    assert [entry["step"] for entry in history] == [20, 40, 60]
+    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
+    last = history[-1]["gain"][-1]
+    assert last["t"] == 950
+    assert last["own"] < last["other"]
+
+
+def test_resuming_restores_weights_average_and_optimiser(data: LatentDataset, tmp_path: Path) -> None:
+    first = build_mini(MiniConfig.tiny())
+    train_base(first, data, replace(TINY, steps=3), tmp_path, resume=False)
+    again = build_mini(MiniConfig.tiny(), seed=9)
+    train_base(again, data, replace(TINY, steps=3), tmp_path, resume=True)
+    for a, b in zip(first.unet.state_dict().values(), again.unet.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    wider = build_mini(replace(MiniConfig.tiny(), dim=32))
+    with pytest.raises(TrainingError, match=r"found \(4, 24\), expected \(4, 32\)"):
+        train_base(wider, data, TINY, tmp_path, resume=True)
+
+
+def test_the_autoencoder_nears_its_teacher(picture_folders: list[Path], teacher_folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    student = MiniAutoencoder((8, 8, 12), (16, 8, 8), (1, 1, 1), (1, 1, 1))
+    teacher, crops = load_teacher(teacher_folder), Crops(picture_folders, 64)
+    before = evaluate(student, teacher, crops)
+    options = AutoencoderOptions(steps=40, batch=4, side=64, lr=4e-3, warmup=5)
+    train_autoencoder(student, teacher, crops, options, tmp_path, resume=False)
+    after = evaluate(student, teacher, crops)
+    assert after["latent_rmse"] < before["latent_rmse"]
+    assert after["decoder_psnr_to_teacher"] > before["decoder_psnr_to_teacher"] + 3
+
+
+def test_a_saved_base_loads_to_the_same_predictions(tmp_path: Path) -> None:
+    base = build_mini(MiniConfig.tiny(), 4)
+    base.facts = replace(base.facts, training={"steps": "0"})
+    fingerprint = save_base(base, tmp_path)
+    loaded = load_base(tmp_path)
+    assert (loaded.fingerprint, loaded.facts) == (fingerprint, base.facts)
+    x, t = torch.randn(1, 4, 8, 8), torch.tensor([500])
+    contexts, edges = loaded.null_context.expand(1, 3, -1, -1), (torch.rand(1, 3, 64, 64) > 0.9).float()
+    with torch.no_grad():
+        assert torch.equal(loaded.eps(x, t, contexts, edges), base.eps(x, t, contexts, edges))
+
+
+def test_weights_that_do_not_fit_are_all_named(tmp_path: Path) -> None:
+    save_base(build_mini(MiniConfig.tiny()), tmp_path)
+    tensors = load_file(tmp_path / "base.safetensors")
+    tensors["unet.extra"] = tensors.pop("unet.conv_in.bias")
+    del tensors["controlnet.conv_in.weight"]
+    save_file(tensors, tmp_path / "base.safetensors")
+    with pytest.raises(TrainingError) as caught:
+        load_base(tmp_path)
+    for part in ("unet.conv_in.bias: missing", "unet.extra: not expected", "controlnet.conv_in.weight: missing"):
+        assert part in str(caught.value)
+
+
+def test_the_command_line_refuses_what_is_not_a_teacher(picture_folders: list[Path], tmp_path: Path) -> None:
+    root = str(picture_folders[0].parent)
+    result = CliRunner().invoke(mini, ["--images", root, "--teacher", str(tmp_path), "--out", str(tmp_path / "o")])
+    assert isinstance(result.exception, TrainingError)
+    bad = CliRunner().invoke(mini, ["--images", root, "--teacher", "t", "--out", "o", "--share", "red"])
+    assert bad.exit_code == 2
+    assert "LABEL=NUMBER" in bad.output

@@ -1,0 +1,67 @@
+"""Exact resume without pickle: weights, optimiser state and counters in one safetensors file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from lsast_engines.errors import TrainingError, fault_list
+from lsast_engines.files import replace_file
+
+
+def save_checkpoint(
+    path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]
+) -> None:
+    """Write the state of `modules` and of `optimizer`, and the JSON-able `facts`, whole or not at all."""
+    tensors = {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
+    state = optimizer.state_dict()["state"]
+    for index, entry in state.items():
+        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in entry.items()}
+    data = save(
+        {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, {"facts": json.dumps(facts)}
+    )
+    with replace_file(path) as handle:
+        handle.write(data)
+
+
+def load_checkpoint(path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Restore what `save_checkpoint` wrote into `modules` and `optimizer`; returns the facts.
+
+    Raises:
+        TrainingError: the file is damaged or belongs to modules of another shape (all faults at once).
+    """
+    try:
+        with safe_open(str(path), "pt") as file:
+            facts: dict[str, Any] = json.loads((file.metadata() or {})["facts"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise TrainingError(f"{path} is not a checkpoint of lsast-train ({error}); start without --resume") from error
+    faults: list[str] = []
+    for name, module in modules.items():
+        state = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+        own = module.state_dict()
+        faults += [f"{name}.{key}: missing" for key in own.keys() - state.keys()]
+        faults += [f"{name}.{key}: not expected" for key in state.keys() - own.keys()]
+        faults += [
+            f"{name}.{key}: found {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
+            for key in own.keys() & state.keys()
+            if own[key].shape != state[key].shape
+        ]
+        if not faults:
+            module.load_state_dict(state)
+    if faults:
+        raise TrainingError(fault_list(f"{path} was written with other options:", sorted(faults)))
+    entries: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, field = key.split(".")
+            entries.setdefault(int(index), {})[field] = value
+    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+    return facts

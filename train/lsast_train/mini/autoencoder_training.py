@@ -1,0 +1,166 @@
+"""Training of mini's autoencoder by a teacher: TAESD's encoder and decoder, imitated at a fifth of the arithmetic.
+
+The student decodes towards what the teacher decodes, not towards the photograph: the teacher's sharp texture is a
+function of the latent, so a plain absolute error can learn it, where the photograph's would be averaged to blur.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from lsast_engines.errors import PictureError, TrainingError
+from lsast_engines.files import replace_file
+from lsast_engines.pictures import find_pictures, read_picture
+
+from ..checkpoint import load_checkpoint, save_checkpoint
+from .autoencoder import MiniAutoencoder
+from .dataset import is_held_out
+
+log = logging.getLogger("lsast.train.mini")
+
+
+@dataclass(frozen=True)
+class AutoencoderOptions:
+    """Every knob of the autoencoder's training."""
+
+    steps: int = 2500
+    """Optimiser steps in all; the learning rate falls along a cosine."""
+    batch: int = 8
+    side: int = 128
+    """Side of a training crop in pixels, a multiple of 8."""
+    lr: float = 1e-3
+    warmup: int = 50
+    jitter: float = 0.05
+    """Standard deviation of noise added to the latents before decoding: sampled latents are never exact."""
+    seed: int = 0
+    checkpoint_seconds: float = 300.0
+
+
+def load_teacher(folder: Path) -> AutoencoderTiny:
+    """TAESD from a diffusers folder.
+
+    Raises:
+        TrainingError: not such a folder.
+    """
+    if not (folder / "config.json").is_file():
+        raise TrainingError(f"found no config.json in {folder}; expected TAESD as a diffusers folder (AutoencoderTiny)")
+    teacher = AutoencoderTiny.from_pretrained(str(folder)).eval().requires_grad_(False)
+    return teacher.to(memory_format=torch.channels_last)
+
+
+class Crops:
+    """Random crops of pictures, read again each time, at a random scale."""
+
+    def __init__(self, folders: list[Path], side: int) -> None:
+        paths = [path for folder in folders for path in find_pictures(folder)]
+        held = [is_held_out(f"{path.parent.name}/{path.name}") for path in paths]
+        self.train = [path for path, out in zip(paths, held, strict=True) if not out]
+        self.held_out = [path for path, out in zip(paths, held, strict=True) if out]
+        self.side = side
+
+    def batch(self, paths: list[Path], count: int, rng: np.random.Generator) -> torch.Tensor:
+        """`count` crops [B, 3, side, side] in [-1, 1]; unreadable pictures are drawn again."""
+        crops: list[npt.NDArray[np.uint8]] = []
+        while len(crops) < count:
+            try:
+                rgb = read_picture(paths[rng.integers(len(paths))]).rgb
+            except PictureError:
+                continue
+            short = min(rgb.shape[:2])
+            scale = max(self.side / short, rng.uniform(0.5, 1.0))
+            size = tuple(max(self.side, round(n * scale)) for n in (rgb.shape[1], rgb.shape[0]))
+            rgb = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.LANCZOS))
+            y, x = (rng.integers(0, n - self.side + 1) for n in rgb.shape[:2])
+            crop = rgb[y : y + self.side, x : x + self.side]
+            crops.append(crop[:, ::-1] if rng.random() < 0.5 else crop)
+        stack = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return stack.contiguous(memory_format=torch.channels_last)
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of images in [-1, 1] (peak 2)."""
+    return (10 * torch.log10(4 / F.mse_loss(a.clamp(-1, 1).float(), b.clamp(-1, 1).float()))).item()
+
+
+@torch.no_grad()
+def evaluate(student: MiniAutoencoder, teacher: AutoencoderTiny, crops: Crops) -> dict[str, float]:
+    """PSNR on held-out crops: student against teacher from the same latent, and both against the picture."""
+    images = crops.batch(crops.held_out, 32, np.random.default_rng(99))
+    latents = teacher.encoder(images)
+    reference = teacher.decoder(latents)
+    return {
+        "latent_rmse": (student.encode(images) - latents).square().mean().sqrt().item(),
+        "latent_std": latents.std().item(),
+        "decoder_psnr_to_teacher": psnr(student.decode(latents), reference),
+        "psnr_to_picture": psnr(student.decode(student.encode(images)), images),
+        "teacher_psnr_to_picture": psnr(reference, images),
+    }
+
+
+def train_autoencoder(
+    student: MiniAutoencoder,
+    teacher: AutoencoderTiny,
+    crops: Crops,
+    options: AutoencoderOptions,
+    folder: Path,
+    resume: bool,
+) -> None:
+    """Train `student` in place; checkpoint and log go to `folder`."""
+    student.requires_grad_(True).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    checkpoint = folder / "autoencoder.checkpoint.safetensors"
+    step, history = 0, []
+    if resume and checkpoint.exists():
+        facts = load_checkpoint(checkpoint, {"student": student}, optimizer)
+        step, history = facts["step"], facts["history"]
+    rng = np.random.default_rng([options.seed, step])
+    generator = torch.Generator().manual_seed(options.seed + step)
+    saved, running = time.monotonic(), 0.0
+    progress = tqdm(total=options.steps, initial=step, desc="mini autoencoder", unit="step")
+    while step < options.steps:
+        for group in optimizer.param_groups:
+            cosine = 0.5 * (1 + np.cos(np.pi * step / options.steps))
+            group["lr"] = options.lr * min(1.0, (step + 1) / options.warmup) * max(0.01, cosine)
+        images = crops.batch(crops.train, options.batch, rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                latents = teacher.encoder(images).float()
+                noisy = latents + options.jitter * torch.randn(latents.shape, generator=generator)
+                reference = teacher.decoder(noisy).float().clamp(-1, 1)
+            decoded = student.decode(noisy).float()
+            encoded = student.encode(images).float()
+        error = decoded - reference
+        texture = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        loss = (
+            error.abs().mean() + 0.5 * texture + 0.5 * F.mse_loss(encoded, latents) + 0.5 * F.l1_loss(encoded, latents)
+        )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        running = loss.item() if running == 0 else 0.98 * running + 0.02 * loss.item()
+        progress.set_postfix(loss=f"{running:.4f}", refresh=False)
+        progress.update()
+        last = step == options.steps
+        if last or time.monotonic() - saved > options.checkpoint_seconds:
+            history.append({"step": step, "loss": running, **evaluate(student, teacher, crops)})
+            save_checkpoint(checkpoint, {"student": student}, optimizer, {"step": step, "history": history})
+            with replace_file(folder / "autoencoder.log.json") as handle:
+                handle.write(json.dumps({"options": asdict(options), "history": history}, indent=1).encode())
+            saved = time.monotonic()
+    progress.close()
+    student.eval().requires_grad_(False)

@@ -1,0 +1,246 @@
+"""Training of mini's U-Net, ControlNet and style encoder, jointly and from nothing.
+
+v-prediction instead of noise prediction: palette and stroke are decided at high noise, where a noise-weighted loss
+hardly counts an error of the picture; there the tokens must be worth reading (design/mini.md). The exported graph
+still gives noise.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from lsast_engines.files import replace_file
+
+from ..base import Base
+from ..checkpoint import load_checkpoint, save_checkpoint
+from .dataset import LatentDataset, Window
+
+log = logging.getLogger("lsast.train.mini")
+
+MIXED_LABELS = frozenset({"various-masters", "various-styles"})
+"""Folders of many hands: they teach the style encoder, but have no token set of their own."""
+
+
+@dataclass(frozen=True)
+class BaseTrainingOptions:
+    """Every knob of the base's training."""
+
+    steps: int = 6000
+    """Optimiser steps in all; the last fifth decays the learning rate to zero."""
+    batch: int = 16
+    side: int = 32
+    """Side of a training window in latents."""
+    lr: float = 4e-4
+    style_lr: float = 1.2e-3
+    """Learning rate of tokens, style encoder and K/V projections, which otherwise wake late."""
+    warmup: int = 100
+    ema: float = 0.999
+    null_share: float = 0.12
+    """Part of a batch conditioned on the null context (classifier-free guidance)."""
+    label_share: float = 0.45
+    """Part of a batch conditioned on the learned tokens of its folder."""
+    edge_share: float = 0.7
+    """Part of a batch that sees edges; the rest needs the tokens more, and inversion runs without edges."""
+    share: dict[str, float] = field(default_factory=dict)
+    """Sampling weight of a folder's pictures, default 1."""
+    seed: int = 0
+    evaluate_every: int = 600
+    checkpoint_seconds: float = 300.0
+
+
+class LabelTokens(nn.Module):
+    """Learned tokens of each labelled folder, class conditioning that lets cross-attention wake early."""
+
+    def __init__(self, labels: int, tokens: int, dim: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(labels, tokens, dim))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, labels: torch.Tensor) -> torch.Tensor:
+        """Labels [B] → tokens [B, tokens, dim]."""
+        out: torch.Tensor = self.norm(self.table[labels])
+        return out
+
+
+class Learner(nn.Module):
+    """All that is learned, with one forward pass: the loss of a batch."""
+
+    def __init__(self, base: Base, labels: int) -> None:
+        super().__init__()
+        if base.style_encoder is None:
+            raise ValueError("a base without a style encoder cannot be trained from nothing")
+        self.base = base
+        self.unet, self.controlnet, self.style_encoder = base.unet, base.controlnet, base.style_encoder
+        self.null_context = nn.Parameter(base.null_context.clone())
+        self.labels = LabelTokens(labels, *base.null_context.shape)
+
+    def style_parameters(self) -> list[nn.Parameter]:
+        """The parameters that carry style: tokens and how they are read."""
+        reading = [
+            p
+            for net in (self.unet, self.controlnet)
+            for n, p in net.named_parameters()
+            if ".to_k." in n or ".to_v." in n
+        ]
+        return [self.null_context, *self.style_encoder.parameters(), *self.labels.parameters(), *reading]
+
+    def v_error(
+        self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, context: torch.Tensor, edges: torch.Tensor
+    ) -> torch.Tensor:
+        """Mean squared error of v for each row [B]; `edges` [K, 3, 8n, 8n] belong to the first K ≤ B rows."""
+        noisy = self.base.add_noise(latents, noise, t)
+        contexts = context[:, None].expand(-1, 3, -1, -1)
+        residuals: dict[str, Any] = {}
+        seen = len(edges)
+        if seen:
+            self.base.control_box.fill(contexts[:seen])
+            down, mid = self.controlnet(noisy[:seen], t[:seen], context[:seen], edges, return_dict=False)
+            rest = len(latents) - seen
+            pad = [torch.cat([r, r.new_zeros(rest, *r.shape[1:])]) for r in (*down, mid)]
+            residuals = {"down_block_additional_residuals": pad[:-1], "mid_block_additional_residual": pad[-1]}
+        self.base.unet_box.fill(contexts)
+        output = self.unet(noisy, t, context, **residuals, return_dict=False)[0]
+        abar = self.base.alphas_cumprod[t].view(-1, 1, 1, 1)
+        target = abar.sqrt() * noise - (1 - abar).sqrt() * latents
+        error: torch.Tensor = (output.float() - target).square().mean((1, 2, 3))
+        return error
+
+    def draw_context(
+        self, window: Window, options: BaseTrainingOptions, mixed: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Tokens [B, tokens, dim] for a batch: null, learned for the folder, or read from another crop."""
+        draw = torch.rand(len(window.labels), generator=generator)
+        use_null = draw < options.null_share
+        use_label = (draw >= 1 - options.label_share) & ~mixed[window.labels]
+        tokens = self.style_encoder(window.other)
+        tokens = torch.where(use_label[:, None, None], self.labels(window.labels), tokens)
+        return torch.where(use_null[:, None, None], self.null_context, tokens)
+
+
+class Ema:
+    """Exponential moving average of a module's parameters."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.live = list(module.parameters())
+        self.shadow = nn.ParameterList([nn.Parameter(p.detach().clone(), requires_grad=False) for p in self.live])
+
+    def update(self, step: int) -> None:
+        """Move the average towards the live parameters; faster in the first steps."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.shadow), [p.detach() for p in self.live], 1 - decay)
+
+    def swap(self) -> None:
+        """Exchange live parameters and their average."""
+        for live, shadow in zip(self.live, self.shadow, strict=True):
+            live.data, shadow.data = shadow.data, live.data
+
+
+def learning_rate_factor(step: int, options: BaseTrainingOptions) -> float:
+    """Warm-up, constant, then linear decay to zero over the last fifth."""
+    start = options.steps * 4 // 5
+    decay = 1.0 if step < start else max(0.0, (options.steps - step) / (options.steps - start))
+    return min(1.0, (step + 1) / options.warmup) * decay
+
+
+@torch.no_grad()
+def token_gain(learner: Learner, data: LatentDataset, side: int, count: int = 32) -> list[dict[str, float]]:
+    """What the tokens are worth on held-out pictures, per stage: v-errors with null, own, another's and label tokens.
+
+    The *token gain* is null minus own (design/mini.md); without it the prompt space has nothing to hold on to.
+    """
+    rng = np.random.default_rng(1234)
+    window = data.window(rng.choice(data.held_out, count, replace=len(data.held_out) < count), side, rng)
+    noise = torch.from_numpy(rng.standard_normal(window.latents.shape).astype(np.float32))
+    own = learner.style_encoder(window.other)
+    contexts = {
+        "null": learner.null_context.expand(count, -1, -1),
+        "own": own,
+        "other": own.roll(count // 2, 0),
+        "label": learner.labels(window.labels),
+    }
+    rows = []
+    for stage in range(1, 10, 2):
+        t = torch.full((count,), stage * 100 + 50)
+        row: dict[str, float] = {"t": float(t[0])}
+        for name, context in contexts.items():
+            with torch.autocast("cpu", torch.bfloat16):
+                row[name] = learner.v_error(window.latents, noise, t, context, window.edges[:0]).mean().item()
+        with torch.autocast("cpu", torch.bfloat16):
+            row["own+edges"] = learner.v_error(window.latents, noise, t, own, window.edges).mean().item()
+        rows.append(row)
+    return rows
+
+
+def train_base(base: Base, data: LatentDataset, options: BaseTrainingOptions, folder: Path, resume: bool) -> Learner:
+    """Train `base` in place; checkpoints and the log go to `folder`. The result carries the averaged weights."""
+    learner = Learner(base, len(data.label_names)).requires_grad_(True)
+    learner.base.autoencoder.requires_grad_(False)
+    learner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    style = set(learner.style_parameters())
+    groups = [
+        {"params": [p for p in learner.parameters() if p.requires_grad and p not in style], "base": options.lr},
+        {"params": [p for p in learner.parameters() if p in style], "base": options.style_lr},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    ema = Ema(learner, options.ema)
+    checkpoint = folder / "base.checkpoint.safetensors"
+    modules = {"learner": learner, "ema": ema.shadow}
+    history: list[dict[str, Any]] = []
+    step = 0
+    if resume and checkpoint.exists():
+        facts = load_checkpoint(checkpoint, modules, optimizer)
+        step, history = facts["step"], facts["history"]
+        log.info("resumed at step %d", step)
+    mixed = torch.tensor([name in MIXED_LABELS for name in data.label_names])
+    generator = torch.Generator().manual_seed(options.seed + step)
+    batches = data.batches(options.batch, options.side, np.random.default_rng([options.seed, step]), options.share)
+    seen = round(options.edge_share * options.batch)
+    saved, running = time.monotonic(), 0.0
+    progress = tqdm(total=options.steps, initial=step, desc="mini base", unit="step")
+    while step < options.steps:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base"] * learning_rate_factor(step, options)
+        window = next(batches)
+        latents = window.latents.contiguous(memory_format=torch.channels_last)
+        noise = torch.randn(latents.shape, generator=generator)
+        t = torch.randint(0, base.facts.noise.train_steps, (options.batch,), generator=generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            context = learner.draw_context(window, options, mixed, generator)
+            loss = learner.v_error(latents, noise, t, context, window.edges[:seen]).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        ema.update(step)
+        running = loss.item() if running == 0 else 0.98 * running + 0.02 * loss.item()
+        progress.set_postfix(loss=f"{running:.4f}", refresh=False)
+        progress.update()
+        last = step == options.steps
+        if step % options.evaluate_every == 0 or last:
+            ema.swap()
+            learner.eval()
+            history.append({"step": step, "pictures": step * options.batch, "loss": running,
+                            "gain": token_gain(learner, data, options.side)})  # fmt: skip
+            learner.train()
+            ema.swap()
+            with replace_file(folder / "base.log.json") as handle:
+                handle.write(json.dumps({"options": asdict(options), "history": history}, indent=1).encode())
+        if last or time.monotonic() - saved > options.checkpoint_seconds:
+            save_checkpoint(checkpoint, modules, optimizer, {"step": step, "history": history})
+            saved = time.monotonic()
+    progress.close()
+    ema.swap()
+    base.null_context = learner.null_context.detach().clone()
+    return learner

@@ -1,0 +1,133 @@
+"""``lsast-train mini``: train the small base itself, from folders of pictures to a base folder, in one command."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import click
+import torch
+
+from lsast_engines.errors import PictureError
+from lsast_engines.pictures import find_pictures
+
+from ..base import load_base, save_base
+from .architecture import MiniConfig, build_mini
+from .autoencoder import MiniAutoencoder
+from .autoencoder_training import AutoencoderOptions, Crops, load_teacher, train_autoencoder
+from .base_training import BaseTrainingOptions, train_base
+from .dataset import LatentDataset, build_cache
+
+log = logging.getLogger("lsast.train.mini")
+
+
+def label_folders(roots: list[Path]) -> list[Path]:
+    """The folders that are a label each: the sub-folders of a root, or the root itself where it has none.
+
+    Raises:
+        PictureError: a root without pictures.
+    """
+    folders: list[Path] = []
+    for root in roots:
+        find_pictures(root)
+        below = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+        folders += [folder for folder in below if _has_pictures(folder)] if below else [root]
+    return folders
+
+
+def _has_pictures(folder: Path) -> bool:
+    try:
+        return bool(find_pictures(folder))
+    except PictureError:
+        return False
+
+
+def parse_shares(values: tuple[str, ...]) -> dict[str, float]:
+    """``("monet=1.5", …)`` as a mapping.
+
+    Raises:
+        click.BadParameter: not of the form LABEL=NUMBER.
+    """
+    shares: dict[str, float] = {}
+    for value in values:
+        label, _, number = value.partition("=")
+        try:
+            shares[label] = float(number)
+        except ValueError:
+            raise click.BadParameter(f"found {value!r}; expected LABEL=NUMBER", param_hint="--share") from None
+    return shares
+
+
+@click.command("mini", context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--images",
+    "roots",
+    multiple=True,
+    required=True,
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Folder of pictures; its sub-folders are a label each (artists, kinds of photo). Repeatable.",
+)
+@click.option(
+    "--teacher", required=True, metavar="DIR", type=click.Path(path_type=Path), help="TAESD as a diffusers folder."
+)
+@click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder of the base.")
+@click.option("--steps", default=BaseTrainingOptions().steps, show_default=True, help="Steps of U-Net and ControlNet.")
+@click.option("--side", default=BaseTrainingOptions().side, show_default=True, help="Training window in latents.")
+@click.option("--autoencoder-steps", default=AutoencoderOptions().steps, show_default=True)
+@click.option("--share", multiple=True, metavar="LABEL=X", help="Sampling weight of a label's pictures. Repeatable.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
+@click.option("--resume", is_flag=True, help="Go on from the checkpoints in --out.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def mini(
+    roots: tuple[Path, ...],
+    teacher: Path,
+    out: Path,
+    steps: int,
+    side: int,
+    autoencoder_steps: int,
+    share: tuple[str, ...],
+    seed: int,
+    threads: int | None,
+    resume: bool,
+    as_json: bool,
+) -> None:
+    """Train the small base: autoencoder by a teacher, then U-Net, ControlNet and style encoder jointly.
+
+    Checkpoints every five minutes; --resume goes on with whatever phase was cut short. Prints the base folder, which
+    `lsast-export --base DIR` turns into a bundle.
+    """
+    folders = label_folders(list(roots))
+    shares = parse_shares(share)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    base = build_mini(MiniConfig(), seed)
+    taesd = load_teacher(teacher)
+    if isinstance(base.autoencoder, MiniAutoencoder):
+        options = AutoencoderOptions(steps=autoencoder_steps, seed=seed)
+        train_autoencoder(base.autoencoder, taesd, Crops(folders, options.side), options, out, resume)
+    cache = out / "latents.safetensors"
+    if not (resume and cache.exists()):
+        build_cache(folders, taesd.encoder, cache)
+    data = LatentDataset(cache)
+    train_base(base, data, BaseTrainingOptions(steps=steps, side=side, share=shares, seed=seed), out, resume)
+    base.facts = replace(
+        base.facts,
+        training={
+            "pictures": str(len(data.train)),
+            "labels": ", ".join(data.label_names),
+            "steps": str(steps),
+            "autoencoder_steps": str(autoencoder_steps),
+            "torch": version("torch"),
+            "diffusers": version("diffusers"),
+        },
+    )
+    save_base(base, out)
+    loaded = load_base(out)
+    result = {"base": str(out), "fingerprint": loaded.fingerprint, "pictures": len(data.train)}
+    click.echo(json.dumps(result) if as_json else str(out))
