@@ -139,7 +139,8 @@ class Base:
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
         """Unscaled latent [B, 4, h, w] → image [B, 3, H, W], about [-1, 1]."""
         if isinstance(self.autoencoder, MiniAutoencoder):
-            return self.autoencoder.decode(latent)
+            decoded: torch.Tensor = self.autoencoder.decode(latent)
+            return decoded
         image: torch.Tensor = self.autoencoder.decode(latent, return_dict=False)[0]
         return image
 
