@@ -1,0 +1,109 @@
+"""Checking a bundle where it will run: files, weights, styles, and parity with torch once more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from lsast_engines.bundle import Bundle
+from lsast_engines.errors import BundleError, LsastError, fault_list
+from lsast_engines.files import file_sha256
+from lsast_train.base import Base, load_base
+
+from .bake import bake_null_style, manifest_layers, pack
+from .exporter import WEIGHTS, require_backend
+from .graphs import geometry
+from .parity import ParityPlan, measure_parity
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What a check found in a bundle whose files are sound."""
+
+    bundle: Path
+    backend: str
+    figures: dict[str, float]
+    """Largest relative error by graph, measured here."""
+    recorded: dict[str, float]
+    """The same, as measured at export."""
+    tolerance: float
+    styles: tuple[str, ...]
+    """Styles that were read and fit."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether every figure is within the tolerance."""
+        return all(error <= self.tolerance for error in self.figures.values())
+
+
+def check_bundle(
+    path: Path,
+    backend: str = "auto",
+    device: str = "auto",
+    plan: ParityPlan | None = None,
+    progress: Callable[[str], None] = lambda phase: None,
+) -> CheckReport:
+    """Verify the bundle at `path`: hashes, graphs, weights, every style, then parity on `backend`.
+
+    Raises:
+        BundleError: a file, graph or style that is not what it should be; all faults of a phase at once.
+        MissingExtraError, BackendError: the backend is not there or cannot run the graphs.
+        ParityError: an output holds NaN or infinite values.
+    """
+    plan = plan or ParityPlan()
+    require_backend(backend)
+    progress("verifying files")
+    bundle = Bundle.open(path)
+    graphs = {name: bundle.graph_path(name) for name in bundle.manifest.graphs}
+    progress("verifying graphs, weights and styles")
+    base = load_base(path)
+    if faults := _graph_faults(graphs) + _base_faults(bundle, base) + _style_faults(bundle):
+        raise BundleError(fault_list(f"{path} is damaged; export it again:", faults))
+    progress(f"comparing with torch on {backend}")
+    figures = measure_parity(base, graphs, bundle.manifest.graphs, plan, backend, device)
+    styles = tuple(bundle.styles())
+    return CheckReport(path, backend, figures, bundle.manifest.parity, plan.tolerance, styles)
+
+
+def _graph_faults(graphs: dict[str, Path]) -> list[str]:
+    faults = []
+    for path in graphs.values():
+        try:
+            onnx.checker.check_model(str(path), full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, OSError) as error:
+            faults.append(f"{path.name}: {error}")
+    return faults
+
+
+def _base_faults(bundle: Bundle, base: Base) -> list[str]:
+    """Whether the weights are those that the fingerprint, the manifest and the null style stand for."""
+    manifest = bundle.manifest
+    faults = []
+    if (found := file_sha256(bundle.path / WEIGHTS)) != manifest.fingerprint:
+        faults.append(f"{WEIGHTS}: found SHA-256 {found[:12]}…; expected the fingerprint {manifest.fingerprint[:12]}…")
+    if base.fingerprint != manifest.fingerprint:
+        faults.append(f"base.json: found fingerprint {base.fingerprint[:12]}…; expected {manifest.fingerprint[:12]}…")
+    if geometry(base) != manifest.geometry or manifest_layers(pack(base)) != manifest.attention_layers:
+        faults.append("manifest.json: geometry or attention_layers are not those of base.json's networks")
+        return faults
+    null_style = bake_null_style(base)
+    for name in ("kv_unet", "kv_control"):
+        expected = getattr(null_style, name)
+        # Styles are stored in half precision, 2^-11 of each value; sums that cancel differ between machines.
+        if not np.allclose(getattr(bundle.null_style, name), expected, rtol=2**-10, atol=1e-5 * np.abs(expected).max()):
+            faults.append(f"null.safetensors: {name} is not the base's null context, baked")
+    return faults
+
+
+def _style_faults(bundle: Bundle) -> list[str]:
+    faults = []
+    for name in bundle.styles():
+        try:
+            bundle.style(name)
+        except LsastError as error:
+            faults.append(str(error))
+    return faults

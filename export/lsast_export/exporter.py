@@ -1,0 +1,215 @@
+"""Export of a whole bundle: round, trace, bake, prove, write. What fails leaves nothing behind."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.metadata
+import logging
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lsast_engines.bundle import NULL_STYLE, STYLES, Bundle
+from lsast_engines.engine import EXTRAS, available_backends
+from lsast_engines.errors import ExportError, MissingExtraError, fault_list
+from lsast_engines.manifest import Manifest, Precision
+from lsast_engines.spec import graph_specs
+from lsast_train.base import Base, load_base, save_base
+from lsast_train.prompt_space import STAGES
+from lsast_train.prompts_file import Prompts
+
+from .bake import bake_null_style, manifest_layers, pack
+from .graphs import GRAPHS, geometry, graph_module
+from .parity import ParityPlan, measure_parity, require_parity
+from .styles import EXPORTED_FROM, bake_prompts, check_prompts
+from .trace import OPSET, TracedGraph, trace
+from .weights import save_graph
+
+Progress = Callable[[str], None]
+"""Told the name of each phase as it begins."""
+
+WEIGHTS = "base.safetensors"
+"""The file of all weights, shared by the graphs and by training."""
+
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+"""Element type of the stored weights by precision."""
+
+_log = logging.getLogger("lsast.export")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a bundle is exported."""
+
+    precision: Precision = "fp16"
+    """Storage of the weights; arithmetic is float32 in either case (see `weights`)."""
+    backend: str = "onnxruntime"
+    """Backend that the graphs are compared with torch on."""
+    plan: ParityPlan = field(default_factory=ParityPlan)
+    """What is compared, and the tolerance."""
+
+
+def default_options(base: Base, styles: Sequence[str]) -> dict[str, Any]:
+    """The manifest's `defaults` for a base that says nothing of its own.
+
+    A bundle without a style names ``none``: running it without `--style` then lists the styles there are.
+    """
+    return {
+        "style": styles[0] if styles else "none",
+        "steps": 20,
+        "strength": 0.7,
+        "guidance": 3.0,
+        "control": 1.0,
+        "solver": "dpmpp2m",
+        "size": base.facts.size,
+    }
+
+
+def trace_graphs(base: Base, progress: Progress = lambda phase: None) -> dict[str, TracedGraph]:
+    """Trace every graph of `base`; the result holds no weights and serves every precision.
+
+    Raises:
+        ExportError: a graph that torch cannot export, or one of other inputs and outputs than specified.
+    """
+    widths = geometry(base)
+    specs = graph_specs(widths)
+    traced = {}
+    for name in GRAPHS:
+        progress(f"tracing {name}")
+        with graph_module(base, name) as module:
+            traced[name] = trace(module, specs[name], base.facts.multiple, widths.factor)
+    return traced
+
+
+def export_bundle(
+    base: Base,
+    out: Path,
+    styles: Sequence[Prompts] = (),
+    options: ExportOptions | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    traced: Mapping[str, TracedGraph] | None = None,
+    progress: Progress = lambda phase: None,
+) -> Bundle:
+    """Write the bundle of `base` and `styles` to the folder `out`.
+
+    Args:
+        base: the base; it is left as it is, also where the bundle's weights are rounded.
+        out: the folder. A bundle there is replaced, its other styles are kept.
+        styles: prompts that were learned on `base`.
+        options: how; the defaults if None.
+        defaults: what to put into the manifest's `defaults` over those of `default_options`.
+        traced: graphs of this very base that `trace_graphs` gave before, to write several precisions from one trace.
+        progress: told each phase.
+
+    Raises:
+        ExportError: a graph cannot be exported, styles of different stages.
+        ParityError: a graph computes something else than torch.
+        StyleError: prompts that do not fit the base.
+        BundleError: `out` is taken by something else.
+        MissingExtraError, BackendError: the backend is not there or cannot run the graphs.
+    """
+    options = options or ExportOptions()
+    require_backend(options.backend)
+    for prompts in styles:
+        check_prompts(prompts, base)
+    stages = _common_stages(styles)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.export.") as scratch:
+        folder = Path(scratch)
+        progress("storing weights")
+        save_base(_with_origin(base), folder, DTYPES[options.precision])
+        stored = load_base(folder)
+        progress("baking styles")
+        baked = [bake_prompts(stored, prompts) for prompts in styles]
+        null_style = bake_null_style(stored)
+        traced = traced or trace_graphs(base, progress)
+        for name, graph in traced.items():
+            save_graph(graph, folder / WEIGHTS, folder / f"{name}.onnx")
+        specs = {name: graph.spec for name, graph in traced.items()}
+        progress(f"comparing with torch on {options.backend}")
+        paths = {name: folder / f"{name}.onnx" for name in traced}
+        figures = measure_parity(stored, paths, specs, options.plan, options.backend)
+        _log.info("parity: %s", figures)
+        require_parity(figures, options.plan.tolerance)
+        names = [style.name for style in baked]
+        manifest = _manifest(stored, options, stages, {**default_options(stored, names), **(defaults or {})}, figures)
+        progress("writing the bundle")
+        null_style.save(folder / NULL_STYLE)
+        for style in baked:
+            style.save(folder / STYLES / f"{style.name}.safetensors")
+        sources = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+        return Bundle.write(out, manifest, sources, replace=True)
+
+
+def require_backend(backend: str) -> None:
+    """Make sure, before minutes are spent, that the backend for the comparison is installed.
+
+    Raises:
+        MissingExtraError: it is not, or with ``auto`` none is.
+    """
+    there = available_backends()
+    if not there or (backend in EXTRAS and backend not in there):
+        library = backend if backend in EXTRAS else "onnxruntime"
+        raise MissingExtraError(library, EXTRAS[library])
+
+
+def _with_origin(base: Base) -> Base:
+    """`base` with its fingerprint among its facts: rounding makes another one, but prompts learned on it still fit."""
+    origins = " ".join(dict.fromkeys([*base.facts.training.get(EXPORTED_FROM, "").split(), base.fingerprint]))
+    noted = copy.copy(base)  # shares the networks
+    noted.facts = dataclasses.replace(base.facts, training={**base.facts.training, EXPORTED_FROM: origins})
+    return noted
+
+
+def _common_stages(styles: Sequence[Prompts]) -> int:
+    """The stages that all `styles` have; `STAGES` for none."""
+    found = {prompts.name: len(prompts.prompts) for prompts in styles}
+    if len(set(found.values())) > 1:
+        faults = [f"{name}: {stages} stages" for name, stages in found.items()]
+        raise ExportError(fault_list("styles of one bundle must have equally many stages; found:", faults))
+    return next(iter(found.values()), STAGES)
+
+
+def _manifest(
+    base: Base, options: ExportOptions, stages: int, defaults: dict[str, Any], figures: dict[str, float]
+) -> Manifest:
+    facts = base.facts
+    widths = geometry(base)
+    return Manifest(
+        name=facts.name,
+        family=facts.family,
+        fingerprint=base.fingerprint,
+        height=facts.size,
+        width=facts.size,
+        latent_scale=facts.latent_scale,
+        precision=options.precision,
+        noise=facts.noise,
+        stages=stages,
+        tokens=facts.tokens,
+        geometry=widths,
+        attention_layers=manifest_layers(pack(base)),
+        graphs=graph_specs(widths),
+        defaults=defaults,
+        lsast_version=_version("lsast"),
+        parity=figures,
+        source={
+            **facts.training,
+            "opset": str(OPSET),
+            "parity_backend": options.backend,
+            "parity_tolerance": f"{options.plan.tolerance:g}",
+            **{library: _version(library) for library in ("torch", "diffusers", "onnx", "onnxscript")},
+        },
+        multiple=facts.multiple,
+    )
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:  # a bare checkout
+        return "unknown"

@@ -1,0 +1,187 @@
+"""The four modules that are traced, one for each graph of `lsast_engines.spec`.
+
+Their parameters carry the names that the weights have in ``base.safetensors`` (``unet.…``, ``controlnet.…``,
+``autoencoder.…``), so that an exported initializer can be traced back to the file. What a graph needs changed in a
+network (processors, the hint encoder) is changed by context managers that put it back: a `Base` leaves as it came.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lsast_engines.spec import DECODER, DENOISER, ENCODER, HINT, Geometry
+from lsast_train.attention import attend
+from lsast_train.base import Base
+
+from .bake import PackedLayers, pack
+
+GRAPHS = (ENCODER, HINT, DENOISER, DECODER)
+"""The graphs of a bundle, in the order of use."""
+
+
+@dataclass(eq=False)
+class KeyValueBox:
+    """The packed keys and values [B, T, width] of the coming call; an object, since torch.export replaces lists."""
+
+    packed: torch.Tensor | None = None
+
+
+class BakedProcessor:
+    """Attention processor that reads keys and values from a box instead of projecting a context."""
+
+    def __init__(self, box: KeyValueBox, offset: int, width: int) -> None:
+        self.box = box
+        self.key = slice(offset, offset + width)
+        self.value = slice(offset + width, offset + 2 * width)
+
+    def __call__(self, attn: Any, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """Run `attn` on `hidden_states` [B, N, C]; the context it is handed does not matter."""
+        packed = self.box.packed
+        assert packed is not None, "the box is filled before the network runs"
+        return attend(attn, hidden_states, packed[:, :, self.key], packed[:, :, self.value])
+
+
+class EncoderGraph(nn.Module):
+    """Graph `encoder`."""
+
+    def __init__(self, base: Base) -> None:
+        super().__init__()
+        self.autoencoder = base.autoencoder
+        self._base = base
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image [B, 3, H, W] → mean and standard deviation [B, 4, h, w]."""
+        return self._base.encode(image)
+
+
+class HintGraph(nn.Module):
+    """Graph `hint`: what the ControlNet makes of the edges before it meets the latent; the same at every step."""
+
+    def __init__(self, base: Base) -> None:
+        super().__init__()
+        self.controlnet = base.controlnet
+
+    def forward(self, edges: torch.Tensor) -> torch.Tensor:
+        """Edges [B, 3, H, W] → hint features [B, C, h, w]."""
+        hint: torch.Tensor = self.controlnet.controlnet_cond_embedding(edges)
+        return hint
+
+
+class DenoiserGraph(nn.Module):
+    """Graph `denoiser`: ControlNet and U-Net of one step. Made by `denoiser_graph`, which patches the networks."""
+
+    def __init__(self, base: Base, unet_box: KeyValueBox, control_box: KeyValueBox) -> None:
+        super().__init__()
+        self.unet = base.unet
+        self.controlnet = base.controlnet
+        self._base = base
+        self._unet_box = unet_box
+        self._control_box = control_box
+
+    def forward(
+        self,
+        latent: torch.Tensor,
+        hint: torch.Tensor,
+        timestep: torch.Tensor,
+        kv_unet: torch.Tensor,
+        kv_control: torch.Tensor,
+        control_scale: torch.Tensor,
+    ) -> torch.Tensor:
+        """One step; shapes as in `lsast_engines.spec.graph_specs`."""
+        guidance, batch = kv_unet.shape[:2]
+
+        def repeat(rows: torch.Tensor) -> torch.Tensor:  # [B, …] → [G·B, …]
+            return rows.unsqueeze(0).expand(guidance, *rows.shape).flatten(0, 1)
+
+        self._control_box.packed = kv_control
+        down, mid = self.controlnet(latent, timestep, None, hint, conditioning_scale=control_scale, return_dict=False)
+        self._unet_box.packed = kv_unet.flatten(0, 1)
+        latents, timesteps = repeat(latent), repeat(timestep)
+        output = self.unet(
+            latents,
+            timesteps,
+            None,
+            down_block_additional_residuals=[repeat(residual) for residual in down],
+            mid_block_additional_residual=repeat(mid),
+            return_dict=False,
+        )[0]
+        eps: torch.Tensor = self._base.eps_from_output(output, latents, timesteps).unflatten(0, (guidance, batch))
+        return eps
+
+
+class DecoderGraph(nn.Module):
+    """Graph `decoder`."""
+
+    def __init__(self, base: Base) -> None:
+        super().__init__()
+        self.autoencoder = base.autoencoder
+        self._base = base
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        """Unscaled latent [B, 4, h, w] → image [B, 3, H, W]."""
+        return self._base.decode(latent)
+
+
+@contextlib.contextmanager
+def baked_attention(layout: PackedLayers, box: KeyValueBox) -> Iterator[None]:
+    """Let the cross-attentions of `layout` read from `box`; their processors are put back at the end."""
+    before = [layer.module.processor for layer in layout.layers]
+    try:
+        for layer, entry in zip(layout.layers, layout.entries, strict=True):
+            layer.module.set_processor(BakedProcessor(box, entry.offset, entry.width))
+        yield
+    finally:
+        for layer, processor in zip(layout.layers, before, strict=True):
+            layer.module.set_processor(processor)
+
+
+@contextlib.contextmanager
+def hint_bypassed(controlnet: Any) -> Iterator[None]:
+    """Let `controlnet` take hint features where it took edges; its hint encoder is put back at the end."""
+    encoder = controlnet.controlnet_cond_embedding
+    controlnet.controlnet_cond_embedding = nn.Identity()
+    try:
+        yield
+    finally:
+        controlnet.controlnet_cond_embedding = encoder
+
+
+@contextlib.contextmanager
+def denoiser_graph(base: Base) -> Iterator[DenoiserGraph]:
+    """The denoiser of `base`, whose networks are patched as long as the block runs."""
+    unet, control = pack(base)
+    unet_box, control_box = KeyValueBox(), KeyValueBox()
+    with baked_attention(unet, unet_box), baked_attention(control, control_box), hint_bypassed(base.controlnet):
+        yield DenoiserGraph(base, unet_box, control_box).eval()
+
+
+@contextlib.contextmanager
+def graph_module(base: Base, name: str) -> Iterator[nn.Module]:
+    """The module of the graph `name`, one of `GRAPHS`."""
+    if name == DENOISER:
+        with denoiser_graph(base) as module:
+            yield module
+    else:
+        yield {ENCODER: EncoderGraph, HINT: HintGraph, DECODER: DecoderGraph}[name](base).eval()
+
+
+def geometry(base: Base) -> Geometry:
+    """The widths of `base`, read off its networks."""
+    unet, control = pack(base)
+    side = base.facts.multiple
+    with torch.no_grad():
+        hint = base.controlnet.controlnet_cond_embedding(base.null_context.new_zeros(1, 3, side, side))
+    return Geometry(
+        hint_channels=hint.shape[1],
+        tokens=base.facts.tokens,
+        unet_width=unet.width,
+        control_width=control.width,
+        latent_channels=int(base.unet.config.in_channels),
+        factor=side // hint.shape[2],
+    )

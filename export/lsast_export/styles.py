@@ -1,0 +1,84 @@
+"""Styles from prompt files: finding them, making sure that they fit, and baking one for a bundle that is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lsast_engines.bundle import Bundle
+from lsast_engines.errors import StyleError
+from lsast_engines.style import Style
+from lsast_train.base import Base, check_fingerprint
+from lsast_train.prompts_file import Prompts, load_prompts
+
+from .bake import bake_style
+
+EXPORTED_FROM = "exported_from"
+"""Key in a base's training facts: fingerprints, separated by blanks, of the bases it is a rounding of."""
+
+
+def find_prompts(name_or_path: str) -> Path:
+    """The prompt file of a style: a file, or ``runs/NAME/NAME.prompts.safetensors`` as `lsast-train` writes it.
+
+    Raises:
+        StyleError: it is at neither place.
+    """
+    given = Path(name_or_path).expanduser()
+    run = Path("runs", name_or_path, f"{name_or_path}.prompts.safetensors")
+    for path in (given, run):
+        if path.is_file():
+            return path
+    raise StyleError(
+        f"found no prompts at {given} or {run}; expected a file NAME.prompts.safetensors: "
+        "learn them with lsast-train --style NAME --images DIR, or name the file"
+    )
+
+
+def check_prompts(prompts: Prompts, base: Base) -> None:
+    """Refuse prompts that were learned on another base than `base` or one that it is a rounding of.
+
+    Raises:
+        StyleError: another base.
+    """
+    if prompts.base not in base.facts.training.get(EXPORTED_FROM, "").split():
+        check_fingerprint(prompts.base, base, f"style {prompts.name}")
+
+
+def bake_prompts(base: Base, prompts: Prompts) -> Style:
+    """The style of `prompts` for `base`, with how they were learned among its facts."""
+    kind = {name: str(getattr(prompts, name)) for name in ("variant", "generator", "layout", "gradient")}
+    return bake_style(base, prompts.prompts, prompts.name, {**kind, **prompts.meta})
+
+
+def install_style(bundle: Bundle, base: Base, prompts: Prompts) -> Path:
+    """Bake `prompts` for `bundle` and put the style where its runtime finds it, in the user's folder.
+
+    Args:
+        bundle: the bundle.
+        base: its base, as `load_base` gives it.
+        prompts: learned on that base.
+
+    Returns:
+        The style file; one of the same name is replaced.
+
+    Raises:
+        StyleError: prompts that do not fit the bundle.
+    """
+    check_prompts(prompts, base)
+    style = bake_prompts(base, prompts)
+    bundle.check_style(style)
+    path = bundle.user_style_folder / f"{style.name}.safetensors"
+    style.save(path)
+    return path
+
+
+def read_prompts(names_or_paths: tuple[str, ...]) -> list[Prompts]:
+    """The prompts of all named styles.
+
+    Raises:
+        StyleError: one that is not there, damaged, or named twice.
+    """
+    styles = [load_prompts(find_prompts(name)) for name in names_or_paths]
+    names = [prompts.name for prompts in styles]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise StyleError(f"found more than one style named {', '.join(twice)}; expected different names")
+    return styles

@@ -1,0 +1,199 @@
+"""From a torch module to an ONNX graph whose weights are names only.
+
+`torch.onnx.export` is run without its optimizer: that one folds small weights into new constants, which would then
+be stored twice and, in fp16, unrounded. Instead the weights are taken out of the graph (they become inputs), what is
+left is optimized, and `weights.py` puts them back as references into ``base.safetensors``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from lsast_engines.errors import ExportError, fault_list
+from lsast_engines.spec import GraphSpec
+
+OPSET = 18
+"""ONNX operator set. Newer ones have a native Attention, which TensorRT refuses for head widths under 16."""
+
+INLINE_LIMIT = 1 << 16
+"""A constant that is no weight and still has more bytes than this points to a weight that was folded: refused."""
+
+_EXAMPLE_SIZES = {"B": 2, "G": 3, "h": 2, "w": 3}
+"""Lengths of the dynamic axes while tracing, h and w in units of the smallest legal size. All differ, and none is 1:
+torch takes equal lengths for the same axis and specialises on 1."""
+
+
+@dataclass(frozen=True, eq=False)
+class TracedGraph:
+    """A graph without its weights."""
+
+    spec: GraphSpec
+    model: ir.Model
+    """Its inputs are those of `spec`, then one for each weight."""
+    weights: tuple[str, ...]
+    """Names of the weights, as in ``base.safetensors``."""
+
+
+def trace(module: nn.Module, spec: GraphSpec, multiple: int, factor: int) -> TracedGraph:
+    """Export `module`, whose arguments are the inputs of `spec`, with every named axis dynamic.
+
+    Args:
+        module: one of `graphs`, in evaluation mode.
+        spec: names and axes of the inputs and outputs.
+        multiple: legal picture sizes are multiples of this many pixels.
+        factor: pixels along a side of one latent cell.
+
+    Raises:
+        ExportError: torch cannot export it, or the graph's inputs and outputs are not those of `spec`.
+    """
+    examples = _examples(spec, multiple, factor)
+    # AUTO: the axis is dynamic, and torch finds out by itself which axes must be equal or even.
+    dynamic = tuple(
+        {axis: torch.export.Dim.AUTO for axis, length in enumerate(tensor.shape) if isinstance(length, str)} or None
+        for tensor in spec.inputs
+    )
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                module,
+                examples,
+                dynamo=True,
+                opset_version=OPSET,
+                optimize=False,
+                verbose=False,
+                dynamic_shapes=dynamic,
+                input_names=[tensor.name for tensor in spec.inputs],
+                output_names=[tensor.name for tensor in spec.outputs],
+            )
+    except (torch.onnx.OnnxExporterError, RuntimeError) as error:
+        raise ExportError(f"torch cannot export the graph {spec.name!r}: {error}") from error
+    assert program is not None, "dynamo=True always gives a program"
+    model = program.model
+    _check_interface(model, spec)
+    weights = _detach_weights(model, {name for name, _ in (*module.named_parameters(), *module.named_buffers())})
+    _optimize(model)
+    _check_constants(model, spec)
+    _name_axes(model, spec)
+    return TracedGraph(spec, model, weights)
+
+
+def _examples(spec: GraphSpec, multiple: int, factor: int) -> tuple[torch.Tensor, ...]:
+    """Random inputs of distinct lengths along every dynamic axis."""
+    cell = multiple // factor
+    lengths = {
+        "B": _EXAMPLE_SIZES["B"],
+        "G": _EXAMPLE_SIZES["G"],
+        "h": _EXAMPLE_SIZES["h"] * cell,
+        "w": _EXAMPLE_SIZES["w"] * cell,
+        "H": _EXAMPLE_SIZES["h"] * multiple,
+        "W": _EXAMPLE_SIZES["w"] * multiple,
+    }
+    examples = []
+    for tensor in spec.inputs:
+        shape = [lengths[length] if isinstance(length, str) else length for length in tensor.shape]
+        examples.append(torch.rand(shape) if tensor.dtype == "float32" else torch.arange(1, shape[0] + 1))
+    return tuple(examples)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's notes (no torchvision here, deprecations inside torch) out of our progress."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _check_interface(model: ir.Model, spec: GraphSpec) -> None:
+    """Compare the graph's inputs and outputs with `spec`: names, types, fixed and dynamic axes."""
+    faults = []
+    for side, values, tensors in (
+        ("input", model.graph.inputs, spec.inputs),
+        ("output", model.graph.outputs, spec.outputs),
+    ):
+        found = {str(value.name): value for value in values}
+        faults += [f"{side} {name}: not expected" for name in found if name not in {t.name for t in tensors}]
+        for tensor in tensors:
+            value = found.get(tensor.name)
+            if value is None:
+                faults.append(f"{side} {tensor.name}: missing")
+                continue
+            shape = list(value.shape or ())
+            dtype = value.dtype.numpy().name if value.dtype is not None else "nothing"
+            fits = len(shape) == len(tensor.shape) and all(
+                not isinstance(axis, int) if isinstance(length, str) else axis == length
+                for axis, length in zip(shape, tensor.shape, strict=True)
+            )
+            if not fits or dtype != tensor.dtype:
+                faults.append(f"{side} {tensor.name}: found {dtype} {[str(axis) for axis in shape]}; expected {tensor}")
+    if faults:
+        raise ExportError(fault_list(f"the exported graph {spec.name!r} is not what it should be:", faults))
+
+
+def _detach_weights(model: ir.Model, names: set[str]) -> tuple[str, ...]:
+    """Turn every initializer in `names` into an input behind the others; returns those that the graph uses."""
+    graph = model.graph
+    used = tuple(sorted(name for name in graph.initializers if name in names))
+    for name in used:
+        value = graph.initializers.pop(name)
+        value.const_value = None
+        graph.inputs.append(value)
+    return used
+
+
+def _optimize(model: ir.Model) -> None:
+    """Fold constants, drop what is unused and all notes of where in the Python sources a node came from."""
+    from onnxscript import optimizer
+
+    with _quiet():
+        optimizer.optimize(model)
+    graph = model.graph
+    ends = {id(value) for value in (*graph.inputs, *graph.outputs)}
+    model.metadata_props.clear()
+    graph.metadata_props.clear()
+    for node in graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if id(value) not in ends:
+                # Written with torch's own symbols, which would contradict the axis names given below.
+                value.shape = None
+                value.type = None
+    for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
+        value.metadata_props.clear()
+        value.doc_string = None
+
+
+def _check_constants(model: ir.Model, spec: GraphSpec) -> None:
+    faults = []
+    for name, value in model.graph.initializers.items():
+        size = 0 if value.const_value is None else value.const_value.nbytes
+        if size > INLINE_LIMIT:
+            faults.append(
+                f"{name}: found a constant of {size} bytes that is no weight; at most {INLINE_LIMIT} are fine"
+            )
+    if faults:
+        raise ExportError(fault_list(f"the graph {spec.name!r} would store weights twice:", faults))
+
+
+def _name_axes(model: ir.Model, spec: GraphSpec) -> None:
+    """Give the dynamic axes of inputs and outputs the names that `spec` has for them."""
+    tensors: dict[str, Any] = {tensor.name: tensor.shape for tensor in (*spec.inputs, *spec.outputs)}
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.name in tensors:
+            value.shape = ir.Shape(tensors[value.name])

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lsast_engines.bundle import Bundle
+from lsast_engines.engine import open_engine
+from lsast_export.exporter import ExportOptions, export_bundle, trace_graphs
+from lsast_export.trace import TracedGraph
+from lsast_train.base import Base
+from lsast_train.mini.architecture import MiniConfig, build_mini
+from lsast_train.prompt_space import matrix_table
+from lsast_train.prompts_file import Prompts
+
+Run = Callable[..., dict[str, np.ndarray]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_torch_thread() -> Iterator[None]:
+    """Tiny networks on a busy machine: threads that wait for one another cost a hundred times what they save."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Styles of the person who runs the tests are neither seen nor touched."""
+    monkeypatch.setenv("LSAST_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+
+
+def random_prompts(base: Base, name: str, seed: int = 0) -> Prompts:
+    """Prompts as a training run on `base` would leave them, of random values."""
+    generator = torch.Generator().manual_seed(seed)
+    matrices = torch.randn(30, base.facts.tokens, base.context_dim, generator=generator)
+    prompts = matrices[matrix_table("step+layer")]
+    return Prompts(name, base.fingerprint, "step+layer", "direct", "strided", "all", prompts, matrices)
+
+
+@pytest.fixture(scope="session")
+def base() -> Base:
+    """A random v-prediction base of a few ten thousand weights; its fingerprint is no file's."""
+    return build_mini(MiniConfig.tiny())
+
+
+@pytest.fixture(scope="session")
+def prompts(base: Base) -> Prompts:
+    return random_prompts(base, "hand")
+
+
+@pytest.fixture(scope="session")
+def traced(base: Base) -> dict[str, TracedGraph]:
+    """The graphs of `base`, traced once: this takes nearly all the time of these tests."""
+    return trace_graphs(base)
+
+
+@pytest.fixture(scope="session")
+def bundles(
+    base: Base, prompts: Prompts, traced: dict[str, TracedGraph], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Bundle]:
+    """A bundle of each precision, with the style `hand`; tests must not change them."""
+    folder = tmp_path_factory.mktemp("bundles")
+    return {
+        precision: export_bundle(base, folder / precision, [prompts], ExportOptions(precision=precision), traced=traced)
+        for precision in ("fp32", "fp16")
+    }
+
+
+@pytest.fixture
+def run() -> Run:
+    """Runs a graph of a bundle once: run(bundle, graph, backend=…, **inputs)."""
+
+    def run_once(bundle: Bundle, graph: str, backend: str = "onnxruntime", **feeds: Any) -> dict[str, np.ndarray]:
+        spec = bundle.manifest.graphs[graph]
+        with closing(open_engine(bundle.graph_path(graph), spec, backend, threads=1)) as engine:
+            return {name: value.copy() for name, value in engine(feeds).items()}
+
+    return run_once
+
+
+@pytest.fixture
+def feeds(base: Base) -> Callable[..., dict[str, np.ndarray]]:
+    """Random inputs of the denoiser: feeds(bundle, batch, rows, height, width) in latent cells."""
+
+    def draw(bundle: Bundle, batch: int, rows: int, height: int, width: int, seed: int = 0) -> dict[str, np.ndarray]:
+        g = bundle.manifest.geometry
+        generator = np.random.default_rng(seed)
+
+        def normal(*shape: int) -> np.ndarray:
+            return generator.standard_normal(shape, dtype=np.float32)
+
+        return {
+            "latent": normal(batch, g.latent_channels, height, width),
+            "hint": normal(batch, g.hint_channels, height, width),
+            "timestep": generator.integers(0, 1000, batch),
+            "kv_unet": normal(rows, batch, g.tokens, g.unet_width),
+            "kv_control": normal(batch, g.tokens, g.control_width),
+            "control_scale": np.asarray(0.7, np.float32),
+        }
+
+    return draw

@@ -1,0 +1,119 @@
+"""Re-verification of a bundle: what was tampered with is found."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import onnx
+import pytest
+
+from lsast_engines.bundle import Bundle
+from lsast_engines.errors import BundleError
+from lsast_engines.style import Style
+from lsast_export.check import check_bundle
+from lsast_export.parity import ParityPlan
+
+
+@pytest.fixture
+def copy(bundles: dict[str, Bundle], tmp_path: Path) -> Path:
+    """A bundle that may be damaged."""
+    return Path(shutil.copytree(bundles["fp16"].path, tmp_path / "copy"))
+
+
+def rehash(folder: Path, **fields: str) -> None:
+    """Make the manifest agree with the files again, as someone who tampers with care would."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in manifest["files"]:
+        data = (folder / name).read_bytes()
+        manifest["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    (folder / "manifest.json").write_text(json.dumps({**manifest, **fields}))
+
+
+def flip_byte(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def swap_weights(folder: Path) -> None:
+    """Let two weights of one shape in the denoiser refer to one another's bytes: sound files, wrong computation."""
+    model = onnx.load(folder / "denoiser.onnx", load_external_data=False)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    first, second = (tensors[f"unet.mid_block.resnets.{index}.conv1.weight"].external_data for index in (0, 1))
+    held = [(entry.key, entry.value) for entry in first]
+    del first[:]
+    first.extend(second)
+    del second[:]
+    for key, value in held:
+        second.add(key=key, value=value)
+    onnx.save(model, folder / "denoiser.onnx")
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_sound_bundle_passes_on_every_backend(bundles: dict[str, Bundle], backend: str) -> None:
+    pytest.importorskip(backend)
+    report = check_bundle(bundles["fp16"].path, backend)
+    assert report.passed
+    assert report.figures.keys() == report.recorded.keys()
+    assert max(report.figures.values()) < 1e-5
+    assert report.styles == ("hand",)
+
+
+def test_one_changed_bit_of_a_weight_is_found(copy: Path) -> None:
+    flip_byte(copy / "base.safetensors", -9)
+    with pytest.raises(BundleError, match=r"base\.safetensors: found SHA-256"):
+        check_bundle(copy)
+
+
+def test_changed_weight_with_a_matching_hash_is_still_not_the_base_of_the_fingerprint(copy: Path) -> None:
+    flip_byte(copy / "base.safetensors", -9)
+    rehash(copy)
+    with pytest.raises(BundleError, match=r"base\.safetensors: .* expected the fingerprint"):
+        check_bundle(copy)
+
+
+def test_swapped_weights_with_matching_hashes_fail_the_comparison(copy: Path) -> None:
+    swap_weights(copy)
+    rehash(copy)
+    report = check_bundle(copy, "onnxruntime")
+    assert not report.passed
+    assert report.figures["denoiser"] > 1e-3
+    assert report.figures["loop"] > 1e-3
+    assert report.figures["encoder"] < 1e-5
+
+
+def test_null_style_of_another_context_and_a_foreign_style_are_named_together(copy: Path) -> None:
+    null_style = Style.load(copy / "null.safetensors")
+    changed = Style("null", null_style.base, 1, null_style.tokens, null_style.kv_unet * 1.01, null_style.kv_control)
+    changed.save(copy / "null.safetensors")
+    hand = Style.load(copy / "styles" / "hand.safetensors")
+    Style("hand", "2" * 64, 10, hand.tokens, hand.kv_unet, hand.kv_control).save(
+        copy / "styles" / "foreign.safetensors"
+    )
+    rehash(copy)
+    with pytest.raises(BundleError) as caught:
+        check_bundle(copy)
+    assert "kv_unet is not the base's null context" in str(caught.value)
+    assert "kv_control" not in str(caught.value)
+    assert "222222222222" in str(caught.value)
+
+
+def test_graph_that_onnx_refuses_is_named(copy: Path) -> None:
+    model = onnx.load(copy / "hint.onnx", load_external_data=False)
+    model.graph.node[-1].op_type = "Convolution"
+    onnx.save(model, copy / "hint.onnx")
+    rehash(copy)
+    with pytest.raises(BundleError, match=r"hint\.onnx: .*Convolution"):
+        check_bundle(copy)
+
+
+def test_plan_meets_every_batch_and_guidance_at_both_shapes() -> None:
+    cases = ParityPlan(shapes=((2, 2), (2, 3))).cases()
+    seen = {(case.batch, case.rows) for case in cases}
+    assert seen == {(1, 1), (1, 2), (2, 1), (2, 2)}
+    for length in (1, 2):
+        assert {case.width for case in cases if case.batch == length} == {2, 3}
+        assert {case.width for case in cases if case.rows == length} == {2, 3}

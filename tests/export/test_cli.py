@@ -1,0 +1,208 @@
+"""`lsast-export` as a user meets it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from lsast_engines.bundle import Bundle
+from lsast_engines.style import Style
+from lsast_export import exporter
+from lsast_export.__main__ import main
+from lsast_export.trace import TracedGraph
+from lsast_train.base import Base, save_base
+from lsast_train.prompts_file import Prompts, save_prompts
+
+
+def lsast_export(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def learned(prompts: Prompts) -> Path:
+    """A prompt file where lsast-train leaves it."""
+    path = Path("runs", "hand", "hand.prompts.safetensors")
+    save_prompts(prompts, path)
+    return path
+
+
+def test_help_and_import_do_without_torch_and_onnx() -> None:
+    code = (
+        "import sys; from click.testing import CliRunner; from lsast_export.__main__ import main;"
+        "assert CliRunner().invoke(main, ['--help']).exit_code == 0;"
+        "print(sorted({'torch', 'onnx', 'onnxscript', 'diffusers'} & set(sys.modules)))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True
+    )
+    assert (ran.stdout.strip(), ran.returncode) == ("[]", 0), ran.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--style", "x"], ["check", "x"], ["bundle", "--out", "x"]])
+def test_missing_library_is_one_line_that_mends_it(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "onnx" else find(name, *rest))
+    result = lsast_export(*arguments)
+    assert result.exit_code == 1
+    assert result.stderr == "Error: onnx is not installed; install it with: pip install 'lsast[export]'\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "found nothing to do"),
+        (["--style", "x", "check", "y"], "found options before 'check'"),
+        (["--style", "x", "--precision", "fp16"], "expected --out DIR with them"),
+        (["--style", "x", "--precision", "int8"], "'int8' is not one of"),
+        (["bundle"], "Missing option '--out'"),
+        (["check"], "Missing argument 'BUNDLE'"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_2(arguments: list[str], message: str) -> None:
+    result = lsast_export(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+def test_every_wrong_default_is_named() -> None:
+    result = lsast_export("bundle", "--out", "x", "--default", "steps=many", "--default", "hue=1", "--default", "style")
+    assert result.exit_code == 2
+    assert "steps=many: found 'many'; expected a whole number" in result.stderr
+    assert "hue=1: found key 'hue'; expected one of style, steps" in result.stderr
+    assert "style: expected KEY=VALUE" in result.stderr
+
+
+@pytest.mark.usefixtures("learned")
+def test_style_is_baked_for_a_bundle_and_found_by_it(bundles: dict[str, Bundle]) -> None:
+    bundle = bundles["fp16"]
+    shutil.copytree(bundle.path, "mine", ignore=shutil.ignore_patterns("styles"))
+    result = lsast_export("--style", "hand", "--base", "mine")
+    assert result.exit_code == 0, result.stderr
+    path = Path(result.stdout.strip())
+    assert path == Path("home/styles").resolve() / bundle.manifest.fingerprint[:16] / "hand.safetensors"
+    opened = Bundle.open(Path("mine"))
+    assert opened.styles() == {"hand": path}
+    # the very tensors that the export of a whole bundle bakes
+    assert path.read_bytes() == (bundle.path / "styles" / "hand.safetensors").read_bytes()
+    assert "baking" in result.stderr
+
+
+def test_users_style_goes_before_the_bundles_own(bundles: dict[str, Bundle], learned: Path) -> None:
+    result = lsast_export("--style", str(learned), "--base", bundles["fp32"].path, "--json")
+    report = json.loads(result.stdout)
+    assert report["fingerprint"] == bundles["fp32"].manifest.fingerprint
+    opened = Bundle.open(bundles["fp32"].path)
+    assert {name: str(path) for name, path in opened.styles().items()} == report["styles"]
+    assert isinstance(opened.style("hand"), Style)
+
+
+def test_style_that_is_nowhere_and_one_of_another_base(bundles: dict[str, Bundle], learned: Path) -> None:
+    result = lsast_export("--style", "hnad", "--base", bundles["fp16"].path)
+    assert result.exit_code == 1
+    assert "found no prompts at hnad or runs/hnad/hnad.prompts.safetensors" in result.stderr
+    twice = lsast_export("--style", "hand", "--style", str(learned), "--base", bundles["fp16"].path)
+    assert "more than one style named hand" in twice.stderr
+
+
+def test_trained_base_needs_a_bundle_first_and_gets_one(
+    base: Base, traced: dict[str, TracedGraph], learned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporter, "trace_graphs", lambda *_: traced)
+    fingerprint = save_base(base, Path("trained"))
+    refused = lsast_export("--style", "hand", "--base", "trained")
+    assert refused.exit_code == 2
+    assert "expected --out DIR" in refused.stderr
+
+    out = Path("engines/mine")
+    result = lsast_export(
+        "bundle", "--base", "trained", "--out", out, "--default", "steps=9", "--default", "strength=0.5", "--json"
+    )
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["precision"] == "fp16"
+    assert report["styles"] == {}
+    files = [file for file in out.iterdir() if file.is_file() and file.name != "manifest.json"]
+    assert report["bytes"] == sum(file.stat().st_size for file in files)
+    manifest = Bundle.open(out).manifest
+    assert (manifest.defaults["steps"], manifest.defaults["strength"], manifest.defaults["style"]) == (9, 0.5, "none")
+
+    # prompts of the base before it was rounded fit what it was rounded to, and no other
+    rewritten = Prompts(**{**vars(load(learned)), "base": fingerprint})
+    save_prompts(rewritten, learned)
+    assert lsast_export("--style", "hand", "--base", out).exit_code == 0
+    save_prompts(Prompts(**{**vars(rewritten), "base": "3" * 64}), learned)
+    foreign = lsast_export("--style", "hand", "--base", out)
+    assert foreign.exit_code == 1
+    assert "333333333333" in foreign.stderr
+
+    # written again with a style, from itself: its defaults are kept, but for the style
+    save_prompts(rewritten, learned)
+    again = lsast_export("--style", "hand", "--base", out, "--out", out)
+    assert again.exit_code == 0, again.stderr
+    assert again.stdout == f"{out}\n"
+    renewed = Bundle.open(out).manifest
+    assert renewed.fingerprint == manifest.fingerprint
+    assert renewed.defaults == {**manifest.defaults, "style": "hand"}
+    assert lsast_export("check", out, "--json").exit_code == 0
+
+
+def load(path: Path) -> Prompts:
+    from lsast_train.prompts_file import load_prompts
+
+    return load_prompts(path)
+
+
+def test_check_reports_figures_and_fails_past_the_tolerance(bundles: dict[str, Bundle]) -> None:
+    sound = lsast_export("--json", "check", bundles["fp32"].path)
+    report = json.loads(sound.stdout)
+    assert sound.exit_code == 0
+    assert report["passed"]
+    assert set(report["parity"]) == {"encoder", "hint", "denoiser", "decoder", "loop"}
+    assert "denoiser: relative error" in sound.stderr
+
+    wrong = Path(shutil.copytree(bundles["fp32"].path, "wrong"))
+    (wrong / "decoder.onnx").unlink()
+    missing = lsast_export("check", wrong)
+    assert missing.exit_code == 1
+    assert "decoder.onnx: found no such file" in missing.stderr
+
+
+def test_check_of_a_wrong_graph_exits_1_with_the_figures(bundles: dict[str, Bundle]) -> None:
+    import onnx
+
+    from lsast_engines.files import file_sha256
+
+    wrong = Path(shutil.copytree(bundles["fp32"].path, "wrong"))
+    model = onnx.load(wrong / "decoder.onnx", load_external_data=False)
+    bias = next(t for t in model.graph.initializer if t.name == "autoencoder.decoder.0.bias")
+    other = next(t for t in model.graph.initializer if t.name.endswith("decoder.1.first.bias"))
+    del bias.external_data[:]
+    bias.external_data.extend(other.external_data)
+    onnx.save(model, wrong / "decoder.onnx")
+    manifest = json.loads((wrong / "manifest.json").read_text())
+    size = (wrong / "decoder.onnx").stat().st_size
+    manifest["files"]["decoder.onnx"] = {"sha256": file_sha256(wrong / "decoder.onnx"), "bytes": size}
+    (wrong / "manifest.json").write_text(json.dumps(manifest))
+
+    result = lsast_export("check", wrong, "--json", "--backend", "onnxruntime")
+    report = json.loads(result.stdout)
+    assert result.exit_code == 1
+    assert not report["passed"]
+    assert report["parity"]["decoder"] > report["tolerance"]
+    assert "past the tolerance" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_debug_shows_where(bundles: dict[str, Bundle]) -> None:
+    assert "Traceback" in lsast_export("check", "nowhere", "--debug").stderr
+    assert "Traceback" not in lsast_export("check", "nowhere").stderr

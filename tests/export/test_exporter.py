@@ -1,0 +1,163 @@
+"""What an exported bundle holds, and that a wrong graph leaves none."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from lsast_engines.bundle import Bundle
+from lsast_engines.errors import ExportError, MissingExtraError, ParityError, StyleError
+from lsast_engines.spec import graph_specs
+from lsast_export import exporter
+from lsast_export.bake import bake_style
+from lsast_export.exporter import ExportOptions, export_bundle
+from lsast_export.graphs import GRAPHS, geometry
+from lsast_export.trace import TracedGraph, trace
+from lsast_export.weights import save_graph
+from lsast_train.base import Base, load_base
+from lsast_train.prompts_file import Prompts
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_bundle_holds_each_weight_once(bundles: dict[str, Bundle], precision: str) -> None:
+    bundle = bundles[precision]
+    weights = load_file(bundle.path / "base.safetensors")
+    kind = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16}[precision]
+    referenced = set()
+    for name in GRAPHS:
+        path = bundle.graph_path(name)
+        assert path.stat().st_size < 300_000
+        onnx.checker.check_model(str(path), full_check=True)
+        # onnx's own reading of external data against safetensors' reading of the same file
+        external = [t.name for t in onnx.load(path, load_external_data=False).graph.initializer if t.data_location]
+        loaded = {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
+        for key in external:
+            assert loaded[key].data_type == kind
+            np.testing.assert_array_equal(onnx.numpy_helper.to_array(loaded[key]), weights[key])
+        assert sum(t.ByteSize() for key, t in loaded.items() if key not in external) < 20_000
+        referenced |= set(external)
+    projections = {key for key in weights if ".attn" in key and (".to_k." in key or ".to_v." in key)}
+    unused = {key for key in weights if key.split(".")[0] in ("unet", "controlnet", "autoencoder")} - referenced
+    assert unused  # keys and values are inputs: the cross-attentions' projections are for training only
+    assert unused <= projections
+
+
+def test_halves_take_half_the_room(bundles: dict[str, Bundle]) -> None:
+    sizes = {name: (bundle.path / "base.safetensors").stat().st_size for name, bundle in bundles.items()}
+    assert sizes["fp16"] < 0.52 * sizes["fp32"]
+    assert bundles["fp16"].manifest.precision == "fp16"
+    assert bundles["fp16"].manifest.fingerprint != bundles["fp32"].manifest.fingerprint
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_manifest_keeps_the_figures_of_the_comparison(bundles: dict[str, Bundle], precision: str) -> None:
+    manifest = Bundle.open(bundles[precision].path).manifest
+    assert set(manifest.parity) == {*GRAPHS, "loop"}
+    assert all(0 < error < 1e-5 for error in manifest.parity.values())
+    assert manifest.graphs == graph_specs(manifest.geometry)
+    assert manifest.source["torch"] == torch.__version__.split("+")[0] or manifest.source["torch"] == torch.__version__
+    assert set(manifest.files) == {"base.json", "base.safetensors", "null.safetensors", *(f"{g}.onnx" for g in GRAPHS)}
+
+
+def test_style_in_the_bundle_is_baked_with_the_rounded_weights(bundles: dict[str, Bundle], prompts: Prompts) -> None:
+    bundle = bundles["fp16"]
+    style = bundle.style("hand")
+    assert style.meta["variant"] == "step+layer"
+    rounded = bake_style(load_base(bundle.path), prompts.prompts, "hand")
+    np.testing.assert_allclose(style.kv_unet, rounded.kv_unet, rtol=2**-10, atol=1e-4)
+    assert bundle.manifest.defaults["style"] == "hand"
+
+
+def test_base_is_not_changed_by_an_export(base: Base, bundles: dict[str, Bundle]) -> None:
+    halves = [tensor for tensor in base.unet.state_dict().values() if torch.equal(tensor, tensor.half().float())]
+    assert len(halves) < len(base.unet.state_dict()) / 2  # zeros and ones are halves too
+    assert base.fingerprint == "0" * 64
+    assert "exported_from" not in base.facts.training
+
+
+def constant(value: ir.Value) -> np.ndarray:
+    assert value.const_value is not None
+    return value.const_value.numpy()
+
+
+def wrong_graphs(traced: dict[str, TracedGraph]) -> dict[str, TracedGraph]:
+    """The graphs with a denoiser whose noise levels are a little off."""
+    denoiser = traced["denoiser"]
+    model = denoiser.model.clone()
+    (levels,) = [value for value in model.graph.initializers.values() if constant(value).size == 1000]
+    levels.const_value = ir.tensor(constant(levels) * np.float32(0.999), name=levels.name)
+    return {**traced, "denoiser": dataclasses.replace(denoiser, model=model)}
+
+
+def test_graph_that_computes_something_else_leaves_no_bundle(
+    base: Base, traced: dict[str, TracedGraph], tmp_path: Path
+) -> None:
+    folder = tmp_path / "bundles"
+    with pytest.raises(ParityError) as caught:
+        export_bundle(base, folder / "new", traced=wrong_graphs(traced))
+    assert "denoiser: found a relative error" in str(caught.value)
+    assert "encoder" not in str(caught.value)
+    assert list(folder.iterdir()) == []
+
+
+def test_failed_export_leaves_the_bundle_before_it(
+    base: Base, traced: dict[str, TracedGraph], prompts: Prompts, tmp_path: Path
+) -> None:
+    out = tmp_path / "bundle"
+    before = export_bundle(base, out, [prompts], traced=traced)
+    with pytest.raises(ParityError):
+        export_bundle(base, out, traced=wrong_graphs(traced))
+    assert Bundle.open(out).manifest == before.manifest
+    assert list(Bundle.open(out).styles()) == ["hand"]
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_prompts_of_another_base_or_other_stages_are_refused_before_anything_is_traced(
+    base: Base, prompts: Prompts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(exporter, "trace_graphs", lambda *_: pytest.fail("traced"))
+    foreign = dataclasses.replace(prompts, base="1" * 64)
+    with pytest.raises(StyleError, match="111111111111"):
+        export_bundle(base, tmp_path / "new", [foreign])
+    short = dataclasses.replace(prompts, name="short", prompts=prompts.prompts[:5], matrices=prompts.matrices[:15])
+    with pytest.raises(ExportError, match="short: 5 stages"):
+        export_bundle(base, tmp_path / "new", [prompts, short])
+
+
+def test_missing_backend_is_told_before_anything_is_traced(
+    base: Base, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(exporter, "available_backends", lambda: {"openvino": ["cpu"]})
+    monkeypatch.setattr(exporter, "trace_graphs", lambda *_: pytest.fail("traced"))
+    with pytest.raises(MissingExtraError, match=r"lsast\[cpu\]"):
+        export_bundle(base, tmp_path / "new", options=ExportOptions(backend="onnxruntime"))
+
+
+def test_graph_of_another_interface_is_refused(base: Base) -> None:
+    class Squeezed(torch.nn.Module):
+        def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return image[:, :1, ::8, ::8], image.mean(dim=(2, 3))
+
+    spec = graph_specs(geometry(base))["encoder"]
+    with pytest.raises(ExportError) as caught:
+        trace(Squeezed().eval(), spec, 64, 8)
+    assert "output mean: found float32 [" in str(caught.value)
+    assert "output std: found float32 [" in str(caught.value)
+    assert "expected std float32 [B, 4, h, w]" in str(caught.value)
+
+
+def test_weight_that_is_not_stored_is_named(
+    traced: dict[str, TracedGraph], bundles: dict[str, Bundle], tmp_path: Path
+) -> None:
+    tensors = load_file(bundles["fp32"].path / "base.safetensors")
+    gone = tensors.pop("controlnet.controlnet_cond_embedding.conv_in.bias")
+    save_file(tensors, tmp_path / "base.safetensors")
+    with pytest.raises(ExportError, match=rf"conv_in.bias: found nothing .* expected F32 or F16 \[{gone.size}\]"):
+        save_graph(traced["hint"], tmp_path / "base.safetensors", tmp_path / "hint.onnx")
