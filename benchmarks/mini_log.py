@@ -1,0 +1,41 @@
+"""Print the training log of a base as Markdown: held-out errors and token gain over the steps.
+
+    python benchmarks/mini_log.py benchmarks/mini
+
+The folder holds ``base.log.json`` and ``autoencoder.log.json`` as `lsast-train mini` writes them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("folder", type=click.Path(exists=True, path_type=Path))
+def main(folder: Path) -> None:
+    """Print both logs."""
+    base = json.loads((folder / "base.log.json").read_text())["history"]
+    print("Token gain: held-out v-error with the null context minus that with the picture's own tokens, by timestep;")
+    print("*other* minus own in brackets: what another picture's tokens cost.\n")
+    stages = [f"t = {row['t']:.0f}" for row in base[0]["gain"]]
+    print(f"| step | pictures | training loss | {' | '.join(stages)} |\n|{'---|' * (3 + len(stages))}")
+    for entry in base:
+        cells = [f"{row['null'] - row['own']:.4f} ({row['other'] - row['own']:.4f})" for row in entry["gain"]]
+        print(f"| {entry['step']} | {entry['pictures']} | {entry['loss']:.4f} | {' | '.join(cells)} |")
+    last = base[-1]["gain"]
+    print(f"\nHeld-out v-error at step {base[-1]['step']}:\n")
+    print("| tokens | " + " | ".join(stages) + f" |\n|{'---|' * (1 + len(stages))}")
+    for name in ("null", "other", "label", "own", "own+edges"):
+        print(f"| {name} | " + " | ".join(f"{row[name]:.4f}" for row in last) + " |")
+    autoencoder = json.loads((folder / "autoencoder.log.json").read_text())["history"]
+    names = [name for name in autoencoder[0] if name not in ("step", "loss")]
+    print(f"\n| autoencoder step | loss | {' | '.join(names)} |\n|{'---|' * (2 + len(names))}")
+    for entry in autoencoder:
+        print(f"| {entry['step']} | {entry['loss']:.4f} | " + " | ".join(f"{entry[n]:.3f}" for n in names) + " |")
+
+
+if __name__ == "__main__":
+    main()

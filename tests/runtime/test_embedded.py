@@ -1,0 +1,57 @@
+"""The default that ships: sound, small, and two styles that paint one photograph differently."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image, ImageFilter
+
+import lsast
+from lsast_engines.bundle import EMBEDDED, Bundle
+
+PHOTO = Path(__file__).parents[2] / "docs" / "images" / "lighthouse.jpg"
+SIZE = 256
+
+
+@pytest.fixture(scope="module")
+def painted() -> dict[tuple[str, int], npt.NDArray[np.float64]]:
+    with lsast.load(backend="onnxruntime", threads=2) as stylizer:
+        return {
+            (style, seed): blurred(stylizer.stylize(PHOTO, style=style, size=SIZE, seed=seed).image)
+            for style in ("vangogh", "monet")
+            for seed in (0, 1)
+        }
+
+
+def blurred(image: Image.Image) -> npt.NDArray[np.float64]:
+    """Palette and composition without strokes, [64, 96, 3]."""
+    return np.asarray(image.filter(ImageFilter.GaussianBlur(8)).resize((96, 64)), dtype=np.float64)
+
+
+def test_it_is_sound_under_sixty_megabytes_and_has_two_styles() -> None:
+    bundle = Bundle.open(EMBEDDED)
+    assert {"vangogh", "monet"} <= bundle.styles().keys()
+    for name in bundle.styles():
+        bundle.style(name)
+    assert sum(file.stat().st_size for file in EMBEDDED.rglob("*") if file.is_file()) < 60_000_000
+    assert bundle.manifest.precision == "fp16"
+    assert 0 < max(bundle.manifest.parity.values()) < 1e-4
+
+
+def test_a_painting_keeps_the_photograph_recognisable(painted: dict[tuple[str, int], npt.NDArray[np.float64]]) -> None:
+    photo = blurred(Image.open(PHOTO))
+    for (style, _), picture in painted.items():
+        assert np.corrcoef(photo.mean(2).ravel(), picture.mean(2).ravel())[0, 1] > 0.7, style
+        assert np.abs(photo - picture).mean() > 5, style
+
+
+def test_styles_differ_by_more_than_the_noise_does(painted: dict[tuple[str, int], npt.NDArray[np.float64]]) -> None:
+    def distance(one: tuple[str, int], two: tuple[str, int]) -> float:
+        return float(np.abs(painted[one].mean((0, 1)) - painted[two].mean((0, 1))).mean())  # of the mean colours
+
+    between = min(distance(("vangogh", seed), ("monet", seed)) for seed in (0, 1))
+    within = max(distance((style, 0), (style, 1)) for style in ("vangogh", "monet"))
+    assert between > 2 * within

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lsast_engines.errors import PictureError, TrainingError
+from lsast_train.base import Base
+from lsast_train.paintings import Collection, EncodedViews, FreshViews, Painting, held_out_names, view
+
+GREY16 = 0x8081
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _by_name(collection: Collection) -> dict[str, Painting]:
+    return {painting.name: painting for painting in collection.training + collection.held_out}
+
+
+def _gradient(height: int, width: int) -> np.ndarray[Any, Any]:
+    """Every pixel another one."""
+    rows, columns = np.mgrid[:height, :width]
+    return np.stack([rows % 256, columns % 256, (rows + columns) % 256], axis=2).astype(np.uint8)
+
+
+@pytest.fixture
+def odd_folder(tmp_path: Path) -> Path:
+    """Every kind of file that a collection scraped together may hold."""
+    folder = tmp_path / "odd"
+    (folder / "deep" / "er").mkdir(parents=True)
+    plain = Image.fromarray(_gradient(80, 96))
+    plain.save(folder / "plain.png")
+    plain.save(folder / "deep" / "twin.png")
+    Image.new("CMYK", (80, 80), (0, 255, 255, 0)).save(folder / "cmyk.jpg", quality=100)
+    Image.fromarray(np.full((70, 90), GREY16, dtype=np.uint16)).save(folder / "deep" / "wide.png")
+    palette = Image.new("P", (64, 64), 1)
+    palette.putpalette([0, 0, 0, 10, 200, 30])
+    palette.save(folder / "deep" / "er" / "palette.gif")
+    Image.new("L", (66, 66), 77).save(folder / "grey.webp", lossless=True)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(_gradient(70, 100)).save(folder / "turned.png", exif=turned)
+    glass = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    glass.save(folder / "glass.png")
+    Image.new("RGB", (63, 500)).save(folder / "thin.png")
+    (folder / "broken.jpg").write_bytes((folder / "cmyk.jpg").read_bytes()[:400])
+    (folder / "text.png").write_text("not a picture")
+    (folder / "notes.txt").write_text("no picture at all")
+    return folder
+
+
+def test_odd_pictures_are_used_rightly_or_named_in_one_line(odd_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "lsast"):
+        found = _by_name(Collection.load(odd_folder, 64, progress=False))
+    assert set(found) == {
+        "cmyk.jpg", "deep/er/palette.gif", "deep/twin.png", "deep/wide.png", "glass.png", "grey.webp", "turned.png",
+    }  # fmt: skip
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert message.startswith("left out 4 of 11 pictures: ")
+    for part in (
+        "broken.jpg (unreadable)",
+        "text.png (unreadable)",
+        "thin.png (63 by 500 pixels, shorter side below 64)",
+        "plain.png (same as deep/twin.png)",
+    ):
+        assert part in message
+    assert "notes.txt" not in message
+    np.testing.assert_array_equal(found["deep/twin.png"].pixels, _gradient(80, 96))
+    np.testing.assert_array_equal(found["turned.png"].pixels, np.rot90(_gradient(70, 100), -1))
+    for name, colour, tolerance in (
+        ("cmyk.jpg", (255, 0, 0), 8),
+        ("deep/wide.png", (GREY16 / 257,) * 3, 0.5),
+        ("deep/er/palette.gif", (10, 200, 30), 0),
+        ("grey.webp", (77, 77, 77), 0),
+        ("glass.png", (255, 255, 255), 0),
+    ):
+        assert np.abs(found[name].pixels.astype(float) - colour).max() <= tolerance, name
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "crop", "expected"),
+    [
+        (80, 90, "random", (80, 90)),  # between size and 1.5 sizes: as it is
+        (64, 128, "random", (64, 128)),
+        (192, 480, "random", (96, 240)),  # shorter side down to 1.5 sizes
+        (300, 97, "squash", (64, 64)),
+    ],
+)
+def test_paintings_are_held_at_the_size_training_needs(
+    tmp_path: Path, height: int, width: int, crop: Any, expected: tuple[int, int]
+) -> None:
+    for index in range(2):
+        Image.fromarray(_gradient(height, width) + np.uint8(index)).save(tmp_path / f"{index}.png")
+    for painting in _by_name(Collection.load(tmp_path, 64, crop, progress=False)).values():
+        assert painting.pixels.shape == (*expected, 3)
+        assert painting.pixels.dtype == np.uint8
+
+
+def test_small_paintings_are_enlarged_to_the_training_size(tmp_path: Path) -> None:
+    for index in range(2):
+        Image.fromarray(_gradient(64, 70) + np.uint8(index)).save(tmp_path / f"{index}.png")
+    for painting in _by_name(Collection.load(tmp_path, 128, progress=False)).values():
+        assert painting.pixels.shape == (128, 140, 3)
+
+
+def test_too_few_pictures_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(PictureError, match="found no folder"):
+        Collection.load(tmp_path / "nowhere", 64, progress=False)
+    with pytest.raises(PictureError, match="found no picture"):
+        Collection.load(tmp_path, 64, progress=False)
+    Image.new("RGB", (80, 80)).save(tmp_path / "one.png")
+    with pytest.raises(TrainingError, match=r"found 1 usable pictures .* expected at least 2"):
+        Collection.load(tmp_path, 64, progress=False)
+
+
+def test_the_split_holds_out_an_eighth_and_no_picture_ever_moves() -> None:
+    names = [f"{index}.jpg" for index in range(1000)]
+    held = held_out_names(names)
+    assert 90 < len(held) < 160
+    assert held_out_names(names[::-1]) == held
+    assert held & set(names[:400]) == held_out_names(names[:400])
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_small_collections_have_both_sides(count: int) -> None:
+    for start in range(60):
+        names = [f"{index}.jpg" for index in range(start, start + count)]
+        assert 1 <= len(held_out_names(names)) < count
+
+
+def test_the_digest_tells_other_pixels_and_other_names(paintings: Path, tmp_path: Path) -> None:
+    def digest(folder: Path) -> str:
+        return Collection.load(folder, 64, progress=False).digest
+
+    copy = tmp_path / "copy"
+    shutil.copytree(paintings, copy)
+    original = digest(paintings)
+    assert digest(copy) == original
+    (copy / "0.png").rename(copy / "zero.png")
+    renamed = digest(copy)
+    Image.new("RGB", (80, 80)).save(copy / "zero.png")
+    assert len({original, renamed, digest(copy)}) == 3
+
+
+def test_views_are_windows_anywhere_in_the_painting() -> None:
+    pixels = _gradient(70, 66)
+    corners = set()
+    for seed in range(200):
+        window = view(Painting("x", pixels), 64, _generator(seed))
+        top, left = int(window[0, 0, 0]), int(window[0, 0, 1])
+        np.testing.assert_array_equal(window, pixels[top : top + 64, left : left + 64])
+        corners.add((top, left))
+    assert {top for top, _ in corners} == set(range(7))
+    assert {left for _, left in corners} == set(range(3))
+
+
+def test_encoded_views_are_the_encoded_pictures_and_their_mirror_images(base: Base) -> None:
+    squares = [Painting(str(index), np.roll(_gradient(64, 64), 20 * index, axis=0)) for index in range(2)]
+    views = EncodedViews.of(base, squares, 64, 2, _generator())
+    expected = []
+    for square in squares:
+        for pixels in (square.pixels, square.pixels[:, ::-1]):
+            image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+            expected.append(base.encode(image)[0])
+    torch.testing.assert_close(views.take(torch.arange(4), _generator()), torch.cat(expected))
+    assert len(EncodedViews.of(base, squares, 64, 2, _generator(), mirrored=False)) == 2
+
+
+def test_fresh_views_draw_every_painting_either_way_round(base: Base) -> None:
+    squares = [Painting(str(index), np.roll(_gradient(64, 64), 20 * index, axis=0)) for index in range(2)]
+    known = EncodedViews.of(base, squares, 64, 2, _generator()).take(torch.arange(4), _generator())
+    drawn = FreshViews(base, squares, 64).draw(40, _generator())
+    distance = torch.cdist(drawn.flatten(1), known.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
+    assert distance.min(1).values.max() < 1e-4
+    assert set(distance.argmin(1).tolist()) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("kind", [EncodedViews, FreshViews])
+def test_latents_are_samples_of_the_posterior_in_the_units_of_the_unet(kind: Any) -> None:
+    def encode(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (len(image), 4, 8, 8)
+        return torch.full(shape, 2.0), torch.full(shape, 3.0)
+
+    stub: Any = SimpleNamespace(encode=encode, null_context=torch.zeros(1), facts=SimpleNamespace(latent_scale=0.5))
+    pictures = [Painting("x", _gradient(64, 64))]
+    source = kind(stub, pictures, 64) if kind is FreshViews else kind.of(stub, pictures, 64, 1, _generator())
+    drawn = source.draw(200, _generator())
+    assert drawn.mean().item() == pytest.approx(1.0, abs=0.03)
+    assert drawn.std().item() == pytest.approx(1.5, abs=0.03)
+    assert not torch.equal(drawn[0], drawn[1])

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lsast_engines.errors import StyleError
+from lsast_train.base import Base
+from lsast_train.prompt_space import PromptSpace
+from lsast_train.prompts_file import Prompts, load_prompts, save_prompts
+
+FINGERPRINT = "ab" * 32
+
+
+def _prompts(**options: Any) -> Prompts:
+    space = PromptSpace(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), **options)
+    return Prompts.of(space, "red", FINGERPRINT, {"licence": "public domain", "works": "7"})
+
+
+def _rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the JSON header of a file, tensors untouched."""
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + length])
+    inner = json.loads(header["__metadata__"]["lsast"])
+    change(inner)
+    header["__metadata__"]["lsast"] = json.dumps(inner)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "red.prompts.safetensors"
+    save_prompts(_prompts(), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"generator": "direct", "layout": "overlap", "gradient": "decoder"}, {"variant": "global"}],
+    ids=["default", "released", "global"],
+)
+def test_a_file_gives_back_what_was_learned(tmp_path: Path, options: dict[str, Any]) -> None:
+    saved = _prompts(**options)
+    save_prompts(saved, tmp_path / "a")
+    found = load_prompts(tmp_path / "a")
+    assert {name: getattr(found, name) for name in ("name", "base", "variant", "generator", "layout", "gradient")} == {
+        "name": "red", "base": FINGERPRINT, "variant": "step+layer", "generator": "attention", "layout": "strided",
+        "gradient": "all", **options,
+    }  # fmt: skip
+    assert found.meta == {"licence": "public domain", "works": "7"}
+    assert found.tensors().keys() == saved.tensors().keys()
+    assert all(torch.equal(found.tensors()[name], tensor) for name, tensor in saved.tensors().items())
+
+
+def test_stored_prompts_are_those_of_the_stored_matrices_and_maps(tmp_path: Path) -> None:
+    save_prompts(_prompts(), tmp_path / "a")
+    found = load_prompts(tmp_path / "a")
+    again = PromptSpace(torch.zeros(4, 8))
+    again.load_state_dict({"matrices": found.matrices, **found.maps})
+    assert torch.equal(again.prompts(), found.prompts)
+
+
+def test_equal_prompts_give_equal_bytes(tmp_path: Path) -> None:
+    for name in "ab":
+        save_prompts(_prompts(), tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_prompts_of_another_base_are_refused(file: Path, base: Base) -> None:
+    with pytest.raises(StyleError, match=r"learned on base abababababab.*; the base 'mini' is 000000000000"):
+        load_prompts(file, base)
+    base.fingerprint = FINGERPRINT
+    assert load_prompts(file, base).name == "red"
+
+
+def test_a_pickle_is_refused_and_never_run(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return marker.touch, ()
+
+    path = tmp_path / "red.prompts.safetensors"
+    torch.save({"attention": Bomb()}, path)
+    with pytest.raises(StyleError, match="cannot be read"):
+        load_prompts(path)
+    assert not marker.exists()
+
+
+def test_files_that_are_something_else_are_refused(file: Path, tmp_path: Path) -> None:
+    with pytest.raises(StyleError, match="learn one with: lsast-train"):
+        load_prompts(tmp_path / "nowhere")
+    save_file({"prompts": torch.zeros(1)}, tmp_path / "other")
+    with pytest.raises(StyleError, match="holds no prompts"):
+        load_prompts(tmp_path / "other")
+    (tmp_path / "half").write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(StyleError, match="cannot be read"):
+        load_prompts(tmp_path / "half")
+    save_file({"prompts": torch.zeros(1)}, tmp_path / "nested", {"lsast": "[" * 100_000})
+    with pytest.raises(StyleError, match="cannot be read"):
+        load_prompts(tmp_path / "nested")
+
+
+def test_a_changed_value_is_noticed(file: Path) -> None:
+    raw = bytearray(file.read_bytes())
+    raw[-3] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(StyleError, match="SHA-256 differs"):
+        load_prompts(file)
+
+
+def test_another_format_says_which_is_read(file: Path) -> None:
+    _rewrite(file, lambda header: header.update(format=2))
+    with pytest.raises(StyleError, match="has format 2; this version reads format 1"):
+        load_prompts(file)
+
+
+def test_all_faults_of_a_header_are_named(file: Path) -> None:
+    _rewrite(file, lambda header: header.update(name=3, base=None, generator=[], meta={"works": 7}, sha256="0"))
+    with pytest.raises(StyleError) as caught:
+        load_prompts(file)
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()[1:]] == [
+        "  - name", "  - base", "  - generator", "  - meta", "  - tensors",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/etc/passwd", ""])
+def test_a_name_cannot_lead_out_of_the_style_folder(file: Path, name: str) -> None:
+    _rewrite(file, lambda header: header.update(name=name))
+    with pytest.raises(StyleError, match="letters, digits"):
+        load_prompts(file)
+
+
+def test_a_variant_that_does_not_fit_the_matrices_is_refused(file: Path) -> None:
+    _rewrite(file, lambda header: header.update(variant="step", generator="direct"))
+    with pytest.raises(StyleError) as caught:
+        load_prompts(file)
+    message = str(caught.value)
+    assert "matrices: found shape [30, 4, 8]; expected [10, 4, 8]" in message
+    assert all(f"{name}: found, but not expected" in message for name in ("query", "key", "value"))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"prompts": torch.zeros(10, 2, 4, 8)}, r"expected \[stages, 3, tokens, dim\]"),
+        ({"prompts": torch.zeros(0, 3, 4, 8)}, r"expected \[stages, 3, tokens, dim\]"),
+        ({"prompts": torch.tensor(1.0)}, r"expected \[stages, 3, tokens, dim\]"),
+        ({"prompts": torch.full((10, 3, 4, 8), float("nan"))}, "NaN"),
+        ({"matrices": torch.zeros(30, 4, 8, dtype=torch.float16)}, r"expected torch\.float32"),
+        ({"maps": {}}, "query: missing"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(change: dict[str, Any], expected: str) -> None:
+    with pytest.raises(StyleError, match=expected):
+        replace(_prompts(), **change)

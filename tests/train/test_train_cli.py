@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lsast_train.__main__ import main
+from lsast_train.base import Base, load_base, save_base
+from lsast_train.prompts_file import load_prompts
+
+ROOMS = os.pathsep.join(str(Path(__file__).parents[2] / room) for room in ("engines", "train"))
+BRIEF = ["--steps", "2", "--batch", "2", "--size", "64", "--precision", "fp32"]
+
+
+@pytest.fixture
+def base_folder(base: Base, tmp_path: Path) -> Path:
+    save_base(base, tmp_path / "base")
+    return tmp_path / "base"
+
+
+def _run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    code: Any = caught.value.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def _errors(err: str) -> list[str]:
+    """The lines of stderr that are neither progress nor log."""
+    lines = err.replace("\r", "\n").splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("Error: "))
+    return lines[start:]
+
+
+def _python(code: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": ROOMS}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_it_trains_and_prints_the_prompt_file(
+    capsys: pytest.CaptureFixture[str], base_folder: Path, paintings: Path, tmp_path: Path
+) -> None:
+    code, out, err = _run(
+        capsys, "--style", "red", "--images", paintings, "--base", base_folder, "--licence", "CC0", *BRIEF
+    )
+    assert code == 0, err
+    assert out == f"{Path('runs', 'red', 'red.prompts.safetensors')}\n"
+    assert "kept step 2" in err
+    assert "loss=" in err
+    prompts = load_prompts(tmp_path / out.strip(), load_base(base_folder))
+    assert prompts.name == "red"
+    assert (prompts.meta["licence"], prompts.meta["works"]) == ("CC0", "10")
+    knobs = json.loads(prompts.meta["options"])
+    assert (knobs["steps"], knobs["schedule"]) == (2, "cosine")
+    assert sorted(path.name for path in (tmp_path / "runs" / "red").iterdir()) == [
+        "red.curve.json",
+        "red.curve.png",
+        "red.prompts.safetensors",
+    ]
+
+
+def test_json_gives_the_whole_outcome(
+    capsys: pytest.CaptureFixture[str], base_folder: Path, paintings: Path, tmp_path: Path
+) -> None:
+    arguments = ["--images", paintings, "--base", base_folder, "--out", tmp_path / "there", "--json", *BRIEF]
+    code, out, _ = _run(capsys, "--style", "red", *arguments, "--variant", "layer", "--preset", "paper")
+    assert code == 0
+    result = json.loads(out)
+    assert set(result) == {"prompts", "curve", "steps", "best_step", "relative", "seconds"}
+    assert result["steps"] == 2
+    assert load_prompts(Path(result["prompts"])).variant == "layer"
+    assert Path(result["curve"]).parent == tmp_path / "there"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "--style NAME and no --images DIR"),
+        (["--style", "red"], "no --images DIR"),
+        (["--style", "red", "--images", ".", "--preset", "slow"], "'slow' is not one of"),
+        (["--style", "red", "--images", ".", "--steps", "many"], "not a valid integer"),
+        (["--style", "red", "--images", ".", "--no-such-option"], "No such option"),
+        (["--style", "red", "--images", ".", "--steps", "0", "--lr", "-1"], "steps: found 0"),
+        (["--style", "red", "--images", ".", "--variant", "step", "--layout", "overlap"], "overlap with variant"),
+        (["monet"], "No such command"),
+    ],
+)
+def test_wrong_usage_is_code_2(capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str) -> None:
+    code, out, err = _run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("Error: ")
+    assert expected in err
+    assert "Traceback" not in err
+
+
+def test_a_failure_is_one_line_and_code_1(
+    capsys: pytest.CaptureFixture[str], base_folder: Path, tmp_path: Path
+) -> None:
+    code, _, err = _run(capsys, "--style", "red", "--images", tmp_path / "nowhere", "--base", base_folder)
+    assert code == 1
+    assert _errors(err) == [f"Error: found no folder {tmp_path / 'nowhere'}; expected a folder of pictures"]
+
+
+def test_the_unexpected_is_one_line_too_and_a_traceback_with_debug(
+    capsys: pytest.CaptureFixture[str], base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr("lsast_train.paintings.Collection.load", broken)
+    arguments = ["--style", "red", "--images", str(tmp_path), "--base", str(base_folder)]
+    code, _, err = _run(capsys, *arguments)
+    assert code == 1
+    assert _errors(err) == ["Error: unexpected KeyError: 'surprise' (--debug shows where)"]
+    with pytest.raises(KeyError):
+        main([*arguments, "--debug"])
+
+
+def test_ctrl_c_while_the_paintings_are_read_is_one_line_and_code_130(
+    capsys: pytest.CaptureFixture[str], base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pressed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lsast_train.paintings.Collection.load", pressed)
+    code, _, err = _run(capsys, "--style", "red", "--images", tmp_path, "--base", base_folder)
+    assert (code, _errors(err)) == (130, ["Error: interrupted"])
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_resume_goes_on(
+    capsys: pytest.CaptureFixture[str], base_folder: Path, paintings: Path, tmp_path: Path
+) -> None:
+    """The process gets a real SIGINT as soon as the run listens for it."""
+    before = signal.getsignal(signal.SIGINT)
+
+    def press() -> None:
+        while signal.getsignal(signal.SIGINT) is before:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    arguments = ["--style", "red", "--images", paintings, "--base", base_folder, "--batch", "2", "--size", "64"]
+    finger = threading.Thread(target=press)
+    finger.start()
+    code, out, err = _run(capsys, *arguments, "--steps", "40")
+    finger.join()
+    assert (code, out) == (130, "")
+    (line,) = _errors(err)
+    assert "go on with --resume" in line
+    assert [path.name for path in (tmp_path / "runs" / "red").iterdir()] == ["red.checkpoint.safetensors"]
+    code, _, err = _run(capsys, *arguments, "--steps", "41", "--resume")
+    assert code == 1
+    assert "steps: found 40 in the checkpoint, 41 now" in err
+    code, out, err = _run(capsys, *arguments, "--steps", "40", "--resume")
+    assert code == 0, err
+    assert "goes on after step" in err
+
+
+def test_help_needs_no_torch_and_a_missing_extra_is_one_line() -> None:
+    blocked = "import sys\nfor name in ('torch', 'diffusers', 'accelerate'): sys.modules[name] = None\n"
+    run = "from lsast_train.__main__ import main\nmain(%r)"
+    shown = _python(blocked + run % ["--help"])
+    assert shown.returncode == 0, shown.stderr
+    assert "--images" in shown.stdout
+    assert "mini" in shown.stdout
+    for arguments in (["--style", "red", "--images", "."], ["mini", "--help"]):
+        refused = _python(blocked + run % arguments)
+        assert refused.returncode == 1
+        assert refused.stderr == "Error: torch is not installed; install it with: pip install 'lsast[train]'\n"
+
+
+def test_mini_is_a_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = _run(capsys, "mini", "--help")
+    assert code == 0
+    assert "Usage: lsast-train mini" in out

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lsast_engines.errors import UsageError
+from lsast_train.options import PRESETS, TrainOptions, style_name_faults
+
+
+def test_the_paper_preset_is_the_papers() -> None:
+    paper = PRESETS["paper"]
+    assert (paper.steps, paper.batch, paper.size, paper.lr, paper.weight_decay) == (100_000, 1, 512, 5e-6, 0.01)
+    assert (paper.variant, paper.generator, paper.weighting) == ("step+layer", "attention", "eps")
+    rates = [paper.learning_rate(step) for step in (0, 19_999, 20_000, 99_999)]
+    assert rates == pytest.approx([5e-6, 5e-6, 5e-7, 5e-7])
+
+
+@pytest.mark.parametrize("schedule", ["step", "cosine", "constant"])
+def test_learning_rates_are_those_of_torchs_schedulers(schedule: Any) -> None:
+    options = TrainOptions(steps=40, lr=0.2, schedule=schedule, decay_after=15)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.2)
+    scheduler: Any = {
+        "step": torch.optim.lr_scheduler.MultiStepLR(optimizer, [15], gamma=0.1),
+        "cosine": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40),
+        "constant": torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
+    }[schedule]
+    optimizer.param_groups[0]["lr"] = 0.2
+    for step in range(40):
+        assert options.learning_rate(step) == pytest.approx(optimizer.param_groups[0]["lr"]), step
+        optimizer.step()
+        scheduler.step()
+
+
+def test_all_faults_are_named_at_once() -> None:
+    wrong: dict[str, Any] = {
+        "variant": "layers", "generator": "mlp", "layout": "diagonal", "gradient": "none", "schedule": "linear",
+        "crop": "centre", "weighting": "x0", "precision": "fp8", "steps": 0, "batch": 1.5, "size": 32, "views": -1,
+        "seed": -1, "evaluate_every": 0, "evaluate_latents": 0, "lr": 0.0, "map_lr": -1.0,
+        "weight_decay": float("nan"), "decay_after": -1, "checkpoint_minutes": 0.0,
+    }  # fmt: skip
+    with pytest.raises(UsageError) as caught:
+        TrainOptions(**wrong)
+    lines = str(caught.value).splitlines()[1:]
+    assert sorted(line.split(":")[0].removeprefix("  - ") for line in lines) == sorted(wrong)
+
+
+def test_overlap_with_another_variant_is_refused() -> None:
+    with pytest.raises(UsageError, match="overlap with variant 'step'"):
+        TrainOptions(variant="step", layout="overlap")
+
+
+@pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "-x", "a b", "x" * 101, "naïve", "a\n"])
+def test_names_that_are_no_file_names_are_refused(name: str) -> None:
+    assert len(style_name_faults(name)) == 1
+
+
+@pytest.mark.parametrize("name", ["vangogh", "Claude-Monet_2.1", "0"])
+def test_plain_names_are_fine(name: str) -> None:
+    assert style_name_faults(name) == []

@@ -1,0 +1,141 @@
+"""``lsast-train``: options, progress and results on a terminal. Imports torch only when there is work to do."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import logging
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lsast_engines.errors import MissingExtraError, UsageError
+
+from .options import CHOICES, PRESETS
+
+_LIBRARIES = ("torch", "diffusers", "accelerate", "matplotlib")
+"""What the extra [train] installs."""
+
+
+def _choice(name: str) -> click.Choice[str]:
+    return click.Choice(CHOICES[name])
+
+
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--style", metavar="NAME", help="Name of the style to learn.")
+@click.option("--images", metavar="DIR", type=click.Path(path_type=Path), help="Folder tree of the artist's pictures.")
+@click.option(
+    "--base", metavar="NAME", help="Base to learn it on: a bundle's name or folder. [default: the embedded one]"
+)
+@click.option("--preset", type=click.Choice(list(PRESETS)), default="quick", show_default=True, help="Sets all below.")
+@click.option("--variant", type=_choice("variant"), help="What the prompts know of the moment they are used in.")
+@click.option("--generator", type=_choice("generator"), help="How a prompt comes from its matrix.")
+@click.option("--layout", type=_choice("layout"), help="Matrix of stage s, layer group l: 3s+l or s+l.")
+@click.option("--gradient", type=_choice("gradient"), help="Layer groups that train the prompts.")
+@click.option("--steps", type=int)
+@click.option("--batch", type=int, help="Pictures of a step, in each process.")
+@click.option("--lr", type=float, help="Learning rate at the start.")
+@click.option("--size", type=int, help="Side of a training picture in pixels.")
+@click.option("--crop", type=_choice("crop"), help="How a picture becomes square.")
+@click.option("--weighting", type=_choice("weighting"), help="Which error the loss counts.")
+@click.option("--precision", type=_choice("precision"), help="Arithmetic of the U-Net.")
+@click.option("--seed", type=int)
+@click.option("--licence", metavar="TEXT", default="", help="Licence of the pictures, kept in the prompt file.")
+@click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write to. [default: runs/NAME]")
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint of a stopped run.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--debug", is_flag=True, help="Log more, and show tracebacks.")
+@click.pass_context
+def command(
+    context: click.Context,
+    /,
+    style: str | None,
+    images: Path | None,
+    base: str | None,
+    preset: str,
+    licence: str,
+    out: Path | None,
+    resume: bool,
+    threads: int | None,
+    as_json: bool,
+    debug: bool,
+    **knobs: Any,
+) -> None:
+    """Learn an artist's prompts from a folder of pictures.
+
+    \b
+    lsast-train --style vangogh --images paintings/van-gogh
+    accelerate launch -m lsast_train --style vangogh --images paintings/van-gogh --preset paper --base sd15
+
+    Prints the prompt file, which `lsast-export --style NAME` turns into a style; the held-out loss is drawn beside it.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    missing = [name for name, value in (("--style NAME", style), ("--images DIR", images)) if value is None]
+    if style is None or images is None:
+        raise UsageError(f"found no {' and no '.join(missing)}; lsast-train needs both (--help lists all options)")
+    options = replace(PRESETS[preset], **{name: value for name, value in knobs.items() if value is not None})
+    require_train_extra()
+    _learn(style, images, base, options, licence, out or Path("runs") / style, resume, threads, as_json, debug)
+
+
+@command.command("mini", add_help_option=False, context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def mini(arguments: tuple[str, ...]) -> None:
+    """Train the small base `mini` itself."""
+    require_train_extra()
+    group: click.Group = importlib.import_module("lsast_train.mini.cli").mini
+    group.main(args=list(arguments), prog_name="lsast-train mini", standalone_mode=False)
+
+
+def require_train_extra() -> None:
+    """Raise `MissingExtraError` for the first library of the extra [train] that is not installed."""
+    for library in _LIBRARIES:
+        if importlib.util.find_spec(library) is None:
+            raise MissingExtraError(library, "train")
+
+
+def _learn(
+    style: str,
+    images: Path,
+    base_name: str | None,
+    options: Any,
+    licence: str,
+    folder: Path,
+    resume: bool,
+    threads: int | None,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    import torch
+    from accelerate import Accelerator
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from .base import load_base
+    from .inversion import Inversion
+    from .paintings import Collection
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    main = Accelerator().is_main_process
+    logger = logging.getLogger("lsast")
+    level = logging.DEBUG if debug else logging.INFO
+    logger.setLevel(level if main else logging.ERROR)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    try:
+        with logging_redirect_tqdm([logger]):
+            base = load_base(base_name)
+            collection = Collection.load(images, options.size, options.crop, progress=main)
+            outcome = Inversion(base, collection, options, style, folder, licence, resume).run()
+    finally:
+        logger.removeHandler(handler)
+    if not main:
+        return
+    result = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(outcome).items()}
+    click.echo(json.dumps(result) if as_json else str(outcome.prompts))
