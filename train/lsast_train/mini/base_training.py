@@ -49,7 +49,7 @@ class BaseTrainingOptions:
     """Part of a batch conditioned on the null context (classifier-free guidance)."""
     label_share: float = 0.45
     """Part of a batch conditioned on the learned tokens of its folder."""
-    edge_share: float = 0.7
+    edge_share: float = 0.75
     """Part of a batch that sees edges; the rest needs the tokens more, and inversion runs without edges."""
     share: dict[str, float] = field(default_factory=dict)
     """Sampling weight of a folder's pictures, default 1."""
