@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ def devices() -> list[str]:
     """
     import openvino
 
-    return [str(device).lower() for device in openvino.Core().available_devices]
+    return [str(device).lower() for device in _core(openvino).available_devices]
 
 
 class OpenVinoEngine(CheckedEngine):
@@ -29,7 +30,7 @@ class OpenVinoEngine(CheckedEngine):
         import openvino
 
         super().__init__(spec, device)
-        core = openvino.Core()
+        core = _core(openvino)
         model = core.read_model(path)
         inputs = {_name(port, [tensor.name for tensor in spec.inputs]): port for port in model.inputs}
         outputs = {_name(port, [tensor.name for tensor in spec.outputs]): port for port in model.outputs}
@@ -60,6 +61,16 @@ class OpenVinoEngine(CheckedEngine):
 
     def _release(self) -> None:
         self._request = None
+
+
+@functools.cache
+def _core(library: Any) -> Any:
+    """The process's one OpenVINO core, never destroyed.
+
+    Its CPU plugin gives the thread an alternate signal stack and frees it with the last core; Python's handlers run on
+    that stack, so that a later Ctrl-C would be a segmentation fault (seen with OpenVINO 2026.4.1).
+    """
+    return library.Core()
 
 
 def _name(port: Any, wanted: list[str]) -> str:
