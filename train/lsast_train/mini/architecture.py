@@ -40,8 +40,8 @@ class MiniConfig:
     @property
     def only_cross_attention(self) -> tuple[bool, ...]:
         """Which levels attend to the context only. Self-attention at the two finest levels is quadratic in the
-        picture's area; a second cross-attention in its place took training from 7.8 to 11.0 pictures a second at widths 64/128/192/256
-        (two cores, bf16, 256², best of 4 steps) and gives style two ways in.
+        picture's area; a second cross-attention in its place took training from 7.8 to 11.0 pictures a second at widths
+        64/128/192/256 (two cores, bf16, 256², best of 4 steps) and gives style two ways in.
         """
         return tuple(level < 2 and level < len(self.widths) - 1 for level in range(len(self.widths)))
 
