@@ -20,6 +20,7 @@ from .autoencoder import MiniAutoencoder
 from .autoencoder_training import AutoencoderOptions, Crops, load_teacher, train_autoencoder
 from .base_training import BaseTrainingOptions, train_base
 from .dataset import LatentDataset, build_cache
+from .sharpening import SharpeningOptions, sharpen_autoencoder
 
 log = logging.getLogger("lsast.train.mini")
 
@@ -78,6 +79,9 @@ def parse_shares(values: tuple[str, ...]) -> dict[str, float]:
 @click.option("--steps", default=BaseTrainingOptions().steps, show_default=True, help="Steps of U-Net and ControlNet.")
 @click.option("--side", default=BaseTrainingOptions().side, show_default=True, help="Training window in latents.")
 @click.option("--autoencoder-steps", default=AutoencoderOptions().steps, show_default=True)
+@click.option(
+    "--sharpening-steps", default=SharpeningOptions().steps, show_default=True, help="0 leaves that phase out."
+)
 @click.option("--share", multiple=True, metavar="LABEL=X", help="Sampling weight of a label's pictures. Repeatable.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
@@ -90,13 +94,14 @@ def mini(
     steps: int,
     side: int,
     autoencoder_steps: int,
+    sharpening_steps: int,
     share: tuple[str, ...],
     seed: int,
     threads: int | None,
     resume: bool,
     as_json: bool,
 ) -> None:
-    """Train the small base: autoencoder by a teacher, then U-Net, ControlNet and style encoder jointly.
+    """Train the small base: autoencoder by a teacher, then against a critic; U-Net, ControlNet, style encoder jointly.
 
     Checkpoints every five minutes; --resume goes on with whatever phase was cut short. Prints the base folder, which
     `lsast-export --base DIR` turns into a bundle.
@@ -110,7 +115,11 @@ def mini(
     taesd = load_teacher(teacher)
     if isinstance(base.autoencoder, MiniAutoencoder):
         options = AutoencoderOptions(steps=autoencoder_steps, seed=seed)
-        train_autoencoder(base.autoencoder, taesd, Crops(folders, options.side), options, out, resume)
+        crops = Crops(folders, options.side)
+        train_autoencoder(base.autoencoder, taesd, crops, options, out, resume)
+        if sharpening_steps:
+            second = SharpeningOptions(steps=sharpening_steps, seed=seed)
+            sharpen_autoencoder(base.autoencoder, taesd, crops, second, out, resume)
     cache = out / "latents.safetensors"
     if not (resume and cache.exists()):
         build_cache(folders, taesd.encoder, cache)
@@ -123,6 +132,7 @@ def mini(
             "labels": ", ".join(data.label_names),
             "steps": str(steps),
             "autoencoder_steps": str(autoencoder_steps),
+            "sharpening_steps": str(sharpening_steps),
             "torch": version("torch"),
             "diffusers": version("diffusers"),
         },

@@ -1,0 +1,115 @@
+"""The adversarial phase on tiny networks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny
+from safetensors.torch import load_file
+
+from lsast_train.mini.autoencoder import MiniAutoencoder
+from lsast_train.mini.autoencoder_training import Crops
+from lsast_train.mini.sharpening import (
+    EncodedCrops,
+    PatchDiscriminator,
+    SharpeningOptions,
+    _losses,
+    evaluate_sharpness,
+    sharpen_autoencoder,
+    spoil,
+)
+
+TINY = SharpeningOptions(steps=40, batch=4, crops=32, lr=4e-3, warmup=10, adversarial=0.01, matching=0.05)
+
+
+def student() -> MiniAutoencoder:
+    torch.manual_seed(0)
+    return MiniAutoencoder((8, 8, 12), (16, 8, 8), (1, 1, 1), (1, 1, 1))
+
+
+def test_latents_are_spoilt_row_by_row() -> None:
+    latents = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(1)
+    clean = spoil(latents, replace(TINY, smoothing=0.0, jitter=0.0), draw)
+    assert torch.equal(clean, latents)
+    kernel = torch.full((4, 1, 3, 3), 1 / 9)
+    mean = F.conv2d(F.pad(latents, (1, 1, 1, 1), mode="reflect"), kernel, groups=4)
+    smooth = spoil(latents, replace(TINY, smoothing=1.0, jitter=0.0), draw)
+    parts = ((smooth - latents) / (mean - latents)).flatten(1)
+    torch.testing.assert_close(parts, parts[:, :1].expand_as(parts), atol=2e-2, rtol=0)  # one part a row
+    assert parts[:, 0].min() < 0.1
+    assert parts[:, 0].max() > 0.9
+    noisy = spoil(latents, replace(TINY, smoothing=0.0, jitter=1.0), draw) - latents
+    spreads = noisy.flatten(1).std(1)
+    assert spreads.min() < 0.2
+    assert 0.8 < spreads.max() < 1.2
+
+
+def test_a_verdict_sees_26_pixels() -> None:
+    critic = PatchDiscriminator((4, 4, 4))
+    image = torch.randn(1, 3, 64, 64, requires_grad=True)
+    critic(image)[-1][0, 0, 8, 8].backward()
+    assert image.grad is not None
+    rows = image.grad.abs().sum((0, 1, 3)).nonzero()
+    assert int(rows.max() - rows.min() + 1) == 26
+
+
+def test_each_side_learns_from_its_own_loss_only() -> None:
+    autoencoder, critic = student(), PatchDiscriminator((4, 4, 4))
+    images, latents = torch.rand(2, 3, 64, 64) * 2 - 1, torch.randn(2, 4, 8, 8)
+    losses = _losses(autoencoder, critic, images, latents, latents, TINY, step=0)
+    losses["critic"].backward(retain_graph=True)
+    assert all(p.grad is None for p in autoencoder.parameters())
+    critic.zero_grad()
+    # Before the warm-up ends the decoder does not hear the critic at all.
+    losses["student"].backward()
+    assert all(p.grad is None or not p.grad.any() for p in critic.parameters())
+
+
+def patch_teacher() -> AutoencoderTiny:
+    """A stand-in whose latents say something: an orthogonal map of each 8x8 patch's mean colour."""
+    teacher = AutoencoderTiny(
+        encoder_block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        num_encoder_blocks=(1,) * 4,
+        num_decoder_blocks=(1,) * 4,
+    )
+    teacher.encoder = torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Conv2d(3, 4, 1, bias=False))
+    torch.nn.init.orthogonal_(teacher.encoder[1].weight)
+    return teacher.requires_grad_(False)
+
+
+def test_it_goes_on_from_a_checkpoint_and_learns(picture_folders: list[Path], tmp_path: Path) -> None:
+    teacher, crops = patch_teacher(), Crops(picture_folders, 64)
+    held_out = EncodedCrops.of(crops, crops.held_out, teacher, 16, 5)
+    autoencoder = student()
+    before = evaluate_sharpness(autoencoder, held_out)
+    sharpen_autoencoder(autoencoder, teacher, crops, TINY, tmp_path, resume=False)
+    after = evaluate_sharpness(autoencoder, held_out)
+    assert after["psnr_of_decoder"] > before["psnr_of_decoder"] + 2
+    assert after["latent_rmse"] < before["latent_rmse"]
+    again = student()
+    sharpen_autoencoder(again, teacher, crops, TINY, tmp_path, resume=True)  # no step is left
+    for a, b in zip(autoencoder.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    stored = load_file(tmp_path / "sharpening.checkpoint.safetensors")
+    assert any(key.startswith("critic.") for key in stored)
+    assert json.loads((tmp_path / "sharpening.log.json").read_text())["history"][-1]["step"] == TINY.steps
+
+
+def test_gradient_energy_of_the_picture_itself_is_one() -> None:
+    class Exact(MiniAutoencoder):
+        def decode(self, latent: torch.Tensor) -> torch.Tensor:
+            return pixels.float() / 127.5 - 1
+
+    pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    torch.manual_seed(0)
+    found = evaluate_sharpness(
+        Exact((8, 8, 12), (16, 8, 8), (1, 1, 1), (1, 1, 1)), EncodedCrops(pixels, torch.zeros(4, 4, 4, 4))
+    )
+    assert found["gradient_energy"] == pytest.approx(1)
