@@ -153,7 +153,8 @@ def sharpen_autoencoder(
     student.requires_grad_(True).train().to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(options.seed)
     torch.manual_seed(options.seed)
-    critic = PatchDiscriminator().to(memory_format=torch.channels_last)
+    critic = PatchDiscriminator()
+    critic.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(
         [
             {"params": list(student.parameters()), "base": options.lr},

@@ -1,0 +1,152 @@
+"""Networks from CompVis naming against the diffusers and transformers networks that were written under those names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lsast_engines.errors import TrainingError
+from lsast_train.compvis import (
+    controlnet_from_compvis,
+    text_encoder_from_compvis,
+    unet_from_compvis,
+    vae_from_compvis,
+)
+
+GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
+
+SD15_LIKE = {
+    "block_out_channels": (32, 32, 64, 64),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "layers_per_block": 2,
+    "cross_attention_dim": 48,
+    "attention_head_dim": 4,
+}
+OTHER = {
+    "block_out_channels": (64, 32, 96),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 3,
+    "cross_attention_dim": 128,
+    "attention_head_dim": 2,
+}
+
+
+def _same(built: Any, original: Any) -> None:
+    """Every tensor and every setting that shapes the computation."""
+    expected = original.state_dict()
+    found = built.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(("shape", "prefixed"), [(SD15_LIKE, True), (OTHER, False)], ids=["sd15", "other"])
+def test_unet_and_controlnet_predict_what_they_did(compvis: Any, shape: dict[str, Any], prefixed: bool) -> None:
+    networks = compvis.random_networks(shape)
+    heads = shape["attention_head_dim"]
+    names = ("model.diffusion_model.", "control_model.") if prefixed else ("", "")
+    unet, controlnet = (
+        build({name + key: value for key, value in compvis.compvis_network(networks[network]).items()}, heads)
+        for build, name, network in zip(
+            (unet_from_compvis, controlnet_from_compvis), names, ("unet", "controlnet"), strict=True
+        )
+    )
+    _same(unet, networks["unet"])
+    _same(controlnet, networks["controlnet"])
+    generator = torch.Generator().manual_seed(0)
+    latent, time = torch.randn(1, 4, 16, 8, generator=generator), torch.tensor([401])
+    context = torch.randn(1, 5, shape["cross_attention_dim"], generator=generator)
+    edges = torch.rand(1, 3, 128, 64, generator=generator)
+    outputs = []
+    for control, net in ((controlnet, unet), (networks["controlnet"], networks["unet"])):
+        down, mid = control(latent, time, context, edges, return_dict=False)
+        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        outputs.append(net(latent, time, context, **residuals, return_dict=False)[0])
+    assert torch.equal(*outputs)
+
+
+def test_autoencoder_and_text_encoder_compute_what_they_did(compvis: Any, compvis_base: Any) -> None:
+    vae = vae_from_compvis({**compvis_base.tensors, "first_stage_model.loss.logvar": torch.zeros(())})
+    expected = compvis_base.networks["autoencoder"]
+    _same(vae, expected)
+    picture = torch.rand(1, 3, 64, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.equal(vae.encode(picture).latent_dist.parameters, expected.encode(picture).latent_dist.parameters)
+    latent = torch.randn(1, 4, 8, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(vae.decode(latent).sample, expected.decode(latent).sample)
+    text = text_encoder_from_compvis(compvis_base.tensors)
+    ids = torch.tensor([[398, 17, 301, *[399] * 74]])
+    torch.testing.assert_close(
+        text(input_ids=ids).last_hidden_state,
+        compvis_base.networks["text_encoder"](input_ids=ids).last_hidden_state,
+    )
+
+
+def test_weights_are_shared_unless_they_are_converted(compvis: Any, compvis_base: Any) -> None:
+    unet = unet_from_compvis(compvis_base.tensors)
+    stored = compvis_base.tensors["model.diffusion_model.out.2.weight"]
+    assert unet.conv_out.weight.data_ptr() == stored.data_ptr()
+    assert not unet.conv_out.weight.requires_grad
+    half = unet_from_compvis(compvis_base.tensors, dtype=torch.float16)
+    assert torch.equal(half.conv_out.weight, stored.half())
+
+
+def test_what_is_missing_left_over_or_of_another_shape_is_named(compvis_base: Any) -> None:
+    tensors = {key: value for key, value in compvis_base.tensors.items() if key.startswith("model.diffusion_model.")}
+    prefix = "model.diffusion_model."
+    missing = dict(tensors)
+    del missing[f"{prefix}output_blocks.1.0.in_layers.2.bias"]
+    missing[f"{prefix}input_blocks.1.0.in_layers.2.bias"] = torch.zeros(5)
+    with pytest.raises(TrainingError) as caught:
+        unet_from_compvis(missing)
+    assert "up_blocks.0.resnets.1.conv1.bias: missing" in str(caught.value)
+    assert "down_blocks.0.resnets.0.conv1.bias: found shape [5]; expected [32]" in str(caught.value)
+    with pytest.raises(TrainingError, match=r"label_emb\.0\.0\.weight: not expected"):
+        unet_from_compvis({**tensors, f"{prefix}label_emb.0.0.weight": torch.zeros(3)})
+    with pytest.raises(TrainingError, match=r"32.*multiples of 5"):
+        unet_from_compvis(tensors, heads=5)
+    with pytest.raises(TrainingError, match=r"missing:\n  - input_blocks\.0\.0\.weight"):
+        unet_from_compvis({"something": torch.zeros(1)})
+
+
+def test_the_released_code_computed_the_same_noise_and_residuals() -> None:
+    if not GOLDEN.is_dir():
+        pytest.skip(f"needs {GOLDEN}")
+    io = load_file(GOLDEN / "tiny_a_io.safetensors")
+    unet = unet_from_compvis(load_file(GOLDEN / "tiny_a_unet.safetensors"), heads=2)
+    controlnet = controlnet_from_compvis(load_file(GOLDEN / "tiny_a_control.safetensors"), heads=2)
+    # Unconditional half: one context for every block, so that stock diffusers can run it.
+    latent, time = io["latents_in"][:1], io["timesteps"][:1]
+    stage = int(time) // 100
+    down, mid = _residuals(controlnet, latent, time, io["contexts"][stage : stage + 2], io["hint"])
+    for place, residual in enumerate([*down, mid]):
+        assert _relative_error(residual, io[f"control_residual_{place:02d}"]) < 1e-5
+    found = unet(
+        latent,
+        time,
+        io["unconditional"][None],
+        down_block_additional_residuals=down,
+        mid_block_additional_residual=mid,
+        return_dict=False,
+    )[0]
+    assert _relative_error(found, io["eps_uncond"][:1]) < 1e-5
+
+
+def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def _residuals(controlnet: Any, latent: Any, time: Any, contexts: torch.Tensor, edges: Any) -> tuple[Any, Any]:
+    """ControlNet's residuals with one context in its encoder and another in its middle block."""
+    middle = controlnet.mid_block.forward
+
+    def with_context(*args: Any, encoder_hidden_states: Any, **settings: Any) -> Any:
+        return middle(*args, encoder_hidden_states=contexts[1:2], **settings)
+
+    controlnet.mid_block.forward = with_context
+    down, mid = controlnet(latent, time, contexts[:1], edges, return_dict=False)
+    return down, mid

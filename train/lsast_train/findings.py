@@ -1,0 +1,64 @@
+"""What was found while a published base was looked through: its parts, its facts, and every fault."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lsast_engines.errors import TrainingError, UsageError
+from lsast_engines.noise import NoiseSpec
+
+from .compvis import HEADS
+from .weights import Weights, shortened
+
+Part = Literal["unet", "controlnet", "autoencoder", "text_encoder"]
+"""The networks of a published base."""
+
+Prediction = Literal["epsilon", "v_prediction"]
+"""What a U-Net was trained to predict."""
+
+UnetWeights = Literal["auto", "ema", "non-ema"]
+"""Which weights of the U-Net to take: the averaged ones (EMA) if both are there, or one of them for certain. The
+release was trained on those that are not averaged (method.md §3)."""
+
+SCALE = 0.18215
+"""Stable Diffusion 1.x's factor from the autoencoder's latents to the U-Net's, where no configuration names it."""
+
+OpenWeights = Callable[[], Weights]
+"""Opens a network that is not built yet; its tensors stay in their file as long as nobody uses them."""
+
+
+@dataclass(eq=False)
+class Findings:
+    """Parts, facts and faults of a base; filled in as its files are read."""
+
+    heads: int = HEADS
+    """Attention heads of U-Net and ControlNet where no configuration names them."""
+    networks: dict[Part, OpenWeights] = field(default_factory=dict)
+    """The parts that could be opened."""
+    facts: dict[str, str] = field(default_factory=dict)
+    """Where the base came from."""
+    faults: list[str] = field(default_factory=list)
+    tried: set[str] = field(default_factory=set)
+    """Names that a fault is noted for; nothing more is said about what is missing there."""
+    latent_scale: float = SCALE
+    prediction: Prediction = "epsilon"
+    noise: NoiseSpec = field(default_factory=NoiseSpec)
+
+    def fail(self, name: str, fault: str) -> None:
+        """Note a fault of the part `name`, or of the whole ``base``."""
+        self.tried.add(name)
+        self.faults.append(f"{name}: {fault}")
+
+    def add(self, part: Part, opened: OpenWeights) -> Weights | None:
+        """Keep a part if it can be opened; note what its weights lack."""
+        try:
+            weights = opened()
+        except (TrainingError, UsageError) as error:
+            self.fail(part, str(error))
+            return None
+        self.networks[part] = opened
+        if faults := weights.faults():
+            self.fail(part, "; ".join(shortened(faults, 5)))
+        return weights

@@ -1,0 +1,119 @@
+"""Where the files of a model lie: a local folder, or a repository of the Hugging Face hub at a pinned revision."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+from lsast_engines.errors import TrainingError, UsageError
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_BRANCHES = ("main", "master", "HEAD")
+
+
+class Repository(Protocol):
+    """Files by their path inside of a model's folder."""
+
+    name: str
+    """What the model is called in messages and facts; no path of this machine."""
+
+    def first(self, *paths: str) -> Path | None:
+        """The local file of the first of `paths` that is there; None if none is.
+
+        Raises:
+            TrainingError: whether they are there cannot be found out.
+        """
+
+
+class Folder:
+    """A local folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = path.resolve().name
+
+    def first(self, *paths: str) -> Path | None:
+        """The first of `paths` that is a file."""
+        return next((self.path / path for path in paths if (self.path / path).is_file()), None)
+
+
+class HubRepository:
+    """A repository of the hub. Files that were downloaded before are taken without asking the network."""
+
+    def __init__(self, name: str, revision: str) -> None:
+        self.name = name
+        self.revision = revision
+
+    def first(self, *paths: str) -> Path | None:
+        """The first of `paths` in the local cache, else the first in the repository."""
+        for path in paths:
+            if found := self._get(path, local=True):
+                return found
+        for path in paths:
+            if found := self._get(path, local=False):
+                return found
+        return None
+
+    def _get(self, path: str, local: bool) -> Path | None:
+        import huggingface_hub
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        try:
+            return Path(
+                huggingface_hub.hf_hub_download(self.name, path, revision=self.revision, local_files_only=local)
+            )
+        except LocalEntryNotFoundError as error:  # not in the cache and, if it was asked, no answer from the network
+            if local:
+                return None
+            raise TrainingError(
+                f"{self.name} at revision {self.revision} is not in the cache and cannot be downloaded now ({error}); "
+                f"download it where there is a network, with: hf download {self.name} --revision {self.revision} "
+                "--local-dir FOLDER, and name FOLDER instead"
+            ) from error
+        except EntryNotFoundError:
+            return None
+        # No such repository or revision, no permission, a connection that breaks: the library's words say it best.
+        except (OSError, ValueError) as error:
+            if local:
+                return None
+            raise TrainingError(f"{self.name} at revision {self.revision} cannot be had: {error}") from error
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` has the form OWNER/NAME or OWNER/NAME@REVISION and is nothing local."""
+    return _HUB_ID.fullmatch(name.partition("@")[0]) is not None and not Path(name).expanduser().exists()
+
+
+def open_hub(name: str, revision: str | None) -> HubRepository:
+    """The repository OWNER/NAME or OWNER/NAME@REVISION; `revision` is for names without one of their own.
+
+    Raises:
+        UsageError: no revision, or a branch.
+    """
+    owner, _, own = name.partition("@")
+    pinned = own or revision
+    if pinned is None or pinned in _BRANCHES:
+        found = "no revision" if pinned is None else f"the branch {pinned!r}"
+        raise UsageError(
+            f"found no local file or folder {name!r}, and for the hub's {owner} {found}; expected a commit hash or tag "
+            f"(--revision, or {owner}@REVISION): what a branch holds changes, and styles are bound to exact weights"
+        )
+    return HubRepository(owner, pinned)
+
+
+def weight_files(*names: str, marks: Iterable[str] = ("", ".fp16")) -> list[str]:
+    """The names under which diffusers and transformers store the weights of a network, most wanted first.
+
+    Args:
+        names: names of one file, e.g. ``model.safetensors``.
+        marks: variants, e.g. ``.fp16`` for ``model.fp16.safetensors``. A name that ends in ``.json`` is an index of
+            shards.
+    """
+    found: list[str] = []
+    for stem, _, ending in (name.rpartition(".") for name in names):
+        for mark in marks:
+            indices = {f"{stem}{mark}.{ending}.index.json": None, f"{stem}.{ending}.index{mark}.json": None}
+            found += [f"{stem}{mark}.{ending}", *indices]
+    return found

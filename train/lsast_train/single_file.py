@@ -1,0 +1,104 @@
+"""A base in a single file of CompVis naming, as Stable Diffusion 1.x was published."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lsast_engines.errors import TrainingError, fault_list
+
+from . import compvis
+from .findings import Findings, UnetWeights
+from .weights import read_tensors
+
+_EMA = "model_ema.diffusion_model"
+
+
+def read_single_file(path: Path, wanted: UnetWeights, with_controlnet: bool, found: Findings) -> None:
+    """Add what the base in `path` holds to `found`; its ControlNet only `with_controlnet`."""
+    found.facts["source"] = path.name
+    try:
+        state = read_tensors(path)
+    except TrainingError as error:
+        found.fail("base", str(error))
+        return
+    if kind := foreign(state):
+        found.fail("base", f"found {kind} in {path.name}; expected Stable Diffusion 1.5 in CompVis naming")
+        return
+    if compvis.has(state, compvis.UNET):
+        try:
+            names, found.facts["unet_weights"] = _choose_unet(state, wanted)
+            found.add("unet", lambda: compvis.unet_weights(_pick(path, names), found.heads))
+        except TrainingError as error:
+            found.fail("unet", str(error))
+
+    def within(prefix: str) -> dict[str, torch.Tensor]:
+        return compvis.section(read_tensors(path), prefix)
+
+    if compvis.has(state, compvis.VAE):
+        found.add("autoencoder", lambda: compvis.vae_weights(within(compvis.VAE)))
+    if compvis.has(state, compvis.TEXT):
+        found.add("text_encoder", lambda: compvis.text_encoder_weights(within(compvis.TEXT)))
+    if with_controlnet and compvis.has(state, compvis.CONTROL):
+        found.add("controlnet", lambda: compvis.controlnet_weights(within(compvis.CONTROL), found.heads))
+    if (schedule := state.get("alphas_cumprod")) is not None:
+        expected = found.noise.alphas_cumprod()
+        if schedule.shape != expected.shape or np.abs(schedule.double().numpy() - expected).max() > 1e-3:
+            found.fail("alphas_cumprod", "found another noise schedule; expected Stable Diffusion 1.5's")
+
+
+def _choose_unet(state: Mapping[str, torch.Tensor], wanted: UnetWeights) -> tuple[dict[str, str], str]:
+    """Where the U-Net's tensors are, by their names without prefix, and what kind of weights they are."""
+    plain = {key.removeprefix(compvis.UNET): key for key in state if key.startswith(compvis.UNET)}
+    # Averaged weights lie under the same names without their dots (Stable Diffusion, ldm/modules/ema.py).
+    averaged = {name: _EMA + name.replace(".", "") for name in plain}
+    there = [key for key in averaged.values() if key in state]
+    if wanted == "ema" and not there:
+        raise TrainingError(
+            "found no EMA weights (model_ema.*); expected them for --unet-weights ema: the file holds one set of "
+            "weights, which --unet-weights auto takes"
+        )
+    if wanted == "non-ema" or not there:
+        return plain, "non-ema" if there or wanted == "non-ema" else "the only ones there"
+    if missing := [key for key in averaged.values() if key not in state]:
+        raise TrainingError(
+            fault_list(f"found EMA weights without {len(missing)} of {len(averaged)} tensors, e.g.:", missing[:3])
+            + "\ntake --unet-weights non-ema, or get the file again"
+        )
+    return averaged, "ema"
+
+
+def _pick(path: Path, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    state = read_tensors(path)
+    return {name: state[key] for name, key in names.items()}
+
+
+def foreign(keys: Iterable[str]) -> str | None:
+    """What a file with tensors of these names holds if it is no Stable Diffusion 1.x in CompVis naming, else None."""
+    names = list(keys)
+
+    def some(pattern: str) -> bool:
+        return any(re.search(pattern, name) for name in names)
+
+    kinds = {
+        r"(^|[._])lora([._]|$)": "a LoRA, which changes a base but is none,",
+        r"^conditioner\.embedders\.": "Stable Diffusion XL",
+        r"^cond_stage_model\.model\.": "Stable Diffusion 2 (an OpenCLIP text encoder)",
+        r"(joint|double)_blocks\.": "a diffusion transformer (Stable Diffusion 3, Flux)",
+    }
+    for pattern, kind in kinds.items():
+        if some(pattern):
+            return kind
+    if some(r"^model\.diffusion_model\."):
+        return None
+    if some(r"^(control_model\.)?input_hint_block\.|^controlnet_cond_embedding\."):
+        return "a ControlNet alone (name it with --controlnet)"
+    if some(r"^(first_stage_model\.)?(encoder|decoder)\.(conv_in|down|mid)"):
+        return "an autoencoder alone"
+    if some(r"^(down_blocks|up_blocks|conv_in)\."):
+        return "a network in diffusers' naming (name the folder of its model)"
+    return f"{len(names)} tensors of an unknown kind, such as {', '.join(names[:3])},"

@@ -1,0 +1,196 @@
+"""Bases of Stable Diffusion 1.5's form, as others published them.
+
+A base is a folder in diffusers' format (on disk, or a repository of the Hugging Face hub at a pinned revision) or a
+single file in CompVis naming; its ControlNet is either, too. Whatever does not belong together is refused before any
+network is built.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lsast_engines.errors import TrainingError, UsageError, fault_list
+from lsast_engines.noise import NoiseSpec
+
+from . import compvis
+from .diffusers_folder import FILES, add_from, controlnet_config, diffusers_weights, read_folder
+from .findings import Findings, OpenWeights, Part, Prediction, UnetWeights
+from .repository import Folder, Repository, is_hub_id, open_hub, weight_files
+from .single_file import foreign, read_single_file
+from .weights import PICKLED, Weights, read_tensors
+
+_SINGLE_FILES = (".safetensors", *PICKLED)
+_PARTS: dict[Part, str] = {
+    "unet": "U-Net",
+    "controlnet": "ControlNet",
+    "autoencoder": "autoencoder",
+    "text_encoder": "text encoder",
+}
+_log = logging.getLogger("lsast.base")
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """Which base to load.
+
+    Raises:
+        UsageError: an unknown choice of weights, or heads below 1.
+    """
+
+    base: str | Path | None = None
+    """A base or bundle that lsast wrote, by name or folder (None: the embedded default); a folder in diffusers' format;
+    a single file in CompVis naming; or OWNER/NAME of the hub."""
+    controlnet: str | Path | None = None
+    """Its ControlNet: a folder in diffusers' format, a single file, or OWNER/NAME of the hub. None: the base's own."""
+    unet_weights: UnetWeights = "auto"
+    revision: str | None = None
+    """Commit hash or tag of what comes from the hub and names none itself (OWNER/NAME@REVISION)."""
+    heads: int = compvis.HEADS
+    """Attention heads of U-Net and ControlNet, which a single file does not tell."""
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.unet_weights not in ("auto", "ema", "non-ema"):
+            faults.append(f"unet_weights: found {self.unet_weights!r}; expected auto, ema or non-ema")
+        if self.heads < 1:
+            faults.append(f"heads: found {self.heads}; expected at least 1")
+        if faults:
+            raise UsageError(fault_list("this is no base:", faults))
+
+
+@dataclass(frozen=True, eq=False)
+class ImportedBase:
+    """A published base whose parts fit together; nothing of it is in memory yet."""
+
+    name: str
+    networks: Mapping[Part, OpenWeights]
+    """All four parts."""
+    latent_scale: float
+    prediction: Prediction
+    noise: NoiseSpec
+    multiple: int
+    """Legal heights and widths are multiples of this many pixels: all halvings of autoencoder and U-Net."""
+    origin: dict[str, str]
+    """Names of its files or repositories, which weights of the U-Net were taken."""
+
+
+def is_source(name: str | Path) -> bool:
+    """Whether `name` is a folder or file that this module reads, or looks like a name on the hub."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return (path / "model_index.json").is_file() or (path / "unet" / "config.json").is_file()
+    return path.suffix in _SINGLE_FILES or is_hub_id(str(name))
+
+
+def import_base(source: BaseSource) -> ImportedBase:
+    """Find the parts of `source` and make sure that they are Stable Diffusion 1.5's kind and fit together.
+
+    Raises:
+        TrainingError: parts that are missing, damaged, of another kind of model, or do not fit together; all at once.
+        UsageError: a repository of the hub without a pinned revision.
+        MissingExtraError: transformers is not installed.
+    """
+    assert source.base is not None
+    found = Findings(source.heads)
+    path = Path(source.base).expanduser()
+    if _is_file(path):
+        name = path.stem
+        read_single_file(path, source.unet_weights, source.controlnet is None, found)
+    else:
+        repository = _repository(source.base, source, "revision", found)
+        name = repository.name.rpartition("/")[2]
+        read_folder(repository, source.unet_weights, source.controlnet is None, found)
+    if source.controlnet is not None:
+        _read_controlnet(source.controlnet, source, found)
+    for part, what in _PARTS.items():
+        if part not in found.networks and found.tried.isdisjoint({part, "base"}):
+            hint = "; name one with --controlnet" if part == "controlnet" else ""
+            found.fail(part, f"found none in {found.facts['source']}; expected the {what}{hint}")
+    configs = {part: opened().config for part, opened in found.networks.items()}
+    if faults := found.faults + _misfits(configs):
+        heading = f"{source.base} cannot be used; expected the parts of one Stable Diffusion 1.5:"
+        raise TrainingError(fault_list(heading, faults))
+    for key, value in found.facts.items():
+        _log.info("%s: %s: %s", name, key.replace("_", " "), value)
+    halvings = sum(len(configs[part]["block_out_channels"]) - 1 for part in ("unet", "autoencoder"))
+    facts = (found.latent_scale, found.prediction, found.noise, 2**halvings, found.facts)
+    return ImportedBase(name, found.networks, *facts)
+
+
+def _is_file(path: Path) -> bool:
+    return path.suffix in _SINGLE_FILES and not path.is_dir()
+
+
+def _repository(name: str | Path, source: BaseSource, fact: str, found: Findings) -> Repository:
+    if not is_hub_id(str(name)):
+        return Folder(Path(name).expanduser())
+    repository = open_hub(str(name), source.revision)
+    found.facts[fact] = repository.revision
+    return repository
+
+
+def _read_controlnet(name: str | Path, source: BaseSource, found: Findings) -> None:
+    path = Path(name).expanduser()
+    if _is_file(path):
+        found.facts["controlnet"] = path.name
+        found.add("controlnet", lambda: _controlnet_file(path, found.heads))
+        return
+    repository = _repository(name, source, "controlnet_revision", found)
+    found.facts["controlnet"] = repository.name
+    folder = "" if repository.first("config.json") is not None else "controlnet"
+    add_from(repository, folder, "controlnet", "ControlNetModel", weight_files(*FILES), found)
+    if "controlnet" not in found.networks and "controlnet" not in found.tried:
+        found.fail("controlnet", f"found none in {repository.name}; expected config.json and {FILES[0]}")
+
+
+def _controlnet_file(path: Path, heads: int) -> Weights:
+    state = read_tensors(path)
+    if "controlnet_cond_embedding.conv_in.weight" in state:
+        return diffusers_weights("ControlNetModel", controlnet_config(state, heads), state)
+    section = compvis.section(state, compvis.CONTROL)
+    if "input_hint_block.0.weight" not in section:
+        raise TrainingError(f"found {foreign(state) or 'a base'} in {path.name}; expected a ControlNet")
+    return compvis.controlnet_weights(section, heads)
+
+
+def _misfits(configs: Mapping[Part, Mapping[str, Any]]) -> list[str]:
+    """Everything about the configurations of the parts that is not Stable Diffusion 1.5's, or not one another's."""
+    faults: list[str] = []
+
+    def expect(what: str, found: Any, expected: Any, why: str = "") -> None:
+        found, expected = (list(value) if isinstance(value, tuple) else value for value in (found, expected))
+        if found != expected:
+            faults.append(f"{what}: found {found}; expected {expected}{f' ({why})' if why else ''}")
+
+    unet, control = configs.get("unet"), configs.get("controlnet")
+    vae, text = configs.get("autoencoder"), configs.get("text_encoder")
+    width: Any = None if unet is None else unet["cross_attention_dim"]
+    if unet is not None:
+        inputs = unet["in_channels"]
+        expect("unet input channels", inputs, 4, "9 are an inpainting model's" if inputs == 9 else "")
+        expect("unet output channels", unet["out_channels"], 4)
+        family = {1024: "1024 are Stable Diffusion 2's", 2048: "2048 are Stable Diffusion XL's"}.get(width)
+        if family:
+            expect("unet context channels", width, 768, family)
+        expect("unet linear projections", bool(unet.get("use_linear_projection")), False, "Stable Diffusion 2 has them")
+        expect("unet transformer blocks in a layer", unet.get("transformer_layers_per_block", 1), 1)
+        for extra in ("class_embed_type", "addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim"):
+            expect(f"unet {extra}", unet.get(extra), None)
+    if unet is not None and control is not None:
+        for key in ("block_out_channels", "layers_per_block", "down_block_types", "in_channels"):
+            expect(f"controlnet {key}", control[key], unet[key], "the U-Net's")
+        expect("controlnet context channels", control["cross_attention_dim"], width, "the U-Net's")
+        expect("controlnet channels of the edges", control.get("conditioning_channels", 3), 3)
+    if vae is not None:
+        expect("autoencoder latent channels", vae["latent_channels"], 4)
+        expect("autoencoder shift", vae.get("shift_factor"), None)
+    if vae is not None and control is not None:
+        halvings = len(control["conditioning_embedding_out_channels"]) - 1
+        expect("autoencoder halvings", len(vae["block_out_channels"]) - 1, halvings, "ControlNet's")
+    if text is not None and unet is not None:
+        expect("text encoder channels", text["hidden_size"], width, "the U-Net's context")
+    return faults

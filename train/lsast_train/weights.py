@@ -1,0 +1,185 @@
+"""Weights on disk: read as views of their files, turned into networks, hashed and written, one network at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from lsast_engines.errors import TrainingError, fault_list
+from lsast_engines.files import replace_file
+
+from .restricted import load_tensors
+
+PICKLED = (".ckpt", ".pth", ".pt", ".bin")
+"""Endings of PyTorch's pickled files."""
+
+_CODES: dict[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Names of element types in the header of a safetensors file."""
+
+
+OpenTensors = Callable[[], Mapping[str, torch.Tensor]]
+"""Opens the tensors of a network by name."""
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """A network that is not built yet: its class and configuration, and its tensors, still in their file."""
+
+    what: str
+    """Its name in messages."""
+    config: Mapping[str, Any]
+    """Its configuration, as diffusers or transformers know it."""
+    make: Callable[[], nn.Module]
+    """Builds it; called where tensors have no memory."""
+    tensors: Mapping[str, torch.Tensor]
+    """Its weights by their names in the network."""
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """Its tensors by names that do not depend on the version of a library."""
+        return {key.removeprefix("text_model."): value for key, value in self.tensors.items()}
+
+    def faults(self) -> list[str]:
+        """What keeps the weights from fitting the network: tensors missing, of another shape, or not expected."""
+        with torch.device("meta"):
+            network = self.make()
+        expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+        found = {key: tuple(value.shape) for key, value in self.tensors.items()}
+        faults = [f"{key}: missing" for key in expected if key not in found]
+        faults += [f"{key}: not expected" for key in found if key not in expected]
+        faults += [
+            f"{key}: found shape {list(shape)}; expected {list(expected[key])}"
+            for key, shape in found.items()
+            if key in expected and shape != expected[key]
+        ]
+        return faults
+
+    def build(self, dtype: torch.dtype = torch.float32) -> Any:
+        """The network with its weights in `dtype`, in evaluation mode and without gradients.
+
+        It is made without memory of its own, so that no second copy of the weights ever exists; tensors that are of
+        `dtype` already stay views of their file.
+
+        Raises:
+            TrainingError: weights that do not fit, all faults at once.
+        """
+        if faults := self.faults():
+            raise TrainingError(
+                fault_list(f"the weights of {self.what} do not fit its architecture:", shortened(faults))
+            )
+        with torch.device("meta"):
+            network = self.make()
+        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.tensors.items()}
+        network.load_state_dict(state, assign=True)
+        return network.eval().requires_grad_(False)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a ``.safetensors`` file or, through the restricted loader, a pickled one, as views of the file.
+
+    Raises:
+        TrainingError: no such file, of another ending, damaged, or a pickle that is refused.
+    """
+    if path.suffix in PICKLED:
+        return load_tensors(path)
+    if path.suffix != ".safetensors":
+        raise TrainingError(f"found {path}; expected a file that ends in .safetensors, or in {', '.join(PICKLED)}")
+    try:
+        with safe_open(str(path), "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"{path} cannot be read ({error}); get the file again") from error
+
+
+def tensors_sha256(networks: Mapping[str, OpenTensors]) -> str:
+    """SHA-256 over the floating tensors of several networks, in the order of their names.
+
+    Each tensor counts with the name ``NETWORK.KEY``, its shape and its values as float32, so that it does not matter in
+    which format and in which precision equal values are stored. One network is open at a time.
+    """
+    digest = hashlib.sha256()
+    for network, tensors in sorted(networks.items()):
+        for key, value in sorted(tensors().items()):
+            if value.is_floating_point():
+                digest.update(f"{network}.{key} {list(value.shape)}\n".encode())
+                digest.update(value.detach().float().contiguous().reshape(-1).numpy().data)
+    return digest.hexdigest()
+
+
+def write_tensors(path: Path, networks: Mapping[str, OpenTensors], dtype: torch.dtype) -> str:
+    """Write the tensors of several networks into one safetensors file; returns the file's SHA-256.
+
+    Args:
+        path: the file; it appears whole or not at all.
+        networks: opens the tensors of each network; asked again for every pass, and none is held longer than it takes
+            to write it. A tensor is named ``NETWORK.KEY``, under the empty name just ``KEY``.
+        dtype: floating tensors are stored in it; one at a time is converted.
+    """
+    plan = [
+        _Entry(network, key, dtype if value.is_floating_point() else value.dtype, tuple(value.shape))
+        for network, opened in networks.items()
+        for key, value in opened().items()
+    ]
+    # As safetensors itself sorts them: wide elements first, so that every tensor is aligned.
+    plan.sort(key=lambda entry: (-entry.dtype.itemsize, entry.name))
+    header: dict[str, Any] = {}
+    end = 0
+    for entry in plan:
+        start, end = end, end + math.prod(entry.shape) * entry.dtype.itemsize
+        header[entry.name] = {"dtype": _CODES[entry.dtype], "shape": entry.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with replace_file(path) as handle:
+        for piece in (len(text).to_bytes(8, "little"), text):
+            digest.update(piece)
+            handle.write(piece)
+        for network, entries in itertools.groupby(plan, key=lambda entry: entry.network):
+            tensors = networks[network]()
+            for entry in entries:
+                value = tensors[entry.key].detach().to("cpu", entry.dtype).contiguous()
+                data = value.reshape(-1).view(torch.uint8).numpy().data
+                digest.update(data)
+                handle.write(data)
+            del tensors
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor to be written."""
+
+    network: str
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.network}.{self.key}" if self.network else self.key
+
+
+def shortened(faults: Iterable[str], limit: int = 20) -> list[str]:
+    """The first `limit` faults, and how many more there are: a wrong file has hundreds of a kind."""
+    faults = list(faults)
+    return faults if len(faults) <= limit else [*faults[:limit], f"… and {len(faults) - limit} more"]
