@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEAN = ("lsast", "lsast_engines")
-FORBIDDEN = ("torch", "diffusers", "transformers", "accelerate", "onnx", "lsast_train", "lsast_export")
+FORBIDDEN = ("torch", "diffusers", "transformers", "accelerate", "onnx", "lsast_train", "lsast_export", "lsast_eval")
 HEAVY = (*FORBIDDEN, "PIL", "cv2", "numpy", "onnxruntime", "openvino", "safetensors", "tqdm")
 
 _PRELUDE = """

@@ -18,7 +18,13 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-ROOMS = {"engines": "lsast_engines", "export": "lsast_export", "runtime": "lsast", "train": "lsast_train"}
+ROOMS = {
+    "engines": "lsast_engines",
+    "eval": "lsast_eval",
+    "export": "lsast_export",
+    "runtime": "lsast",
+    "train": "lsast_train",
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +58,7 @@ def test_no_extra_brings_two_onnx_runtimes(project: dict[str, Any]) -> None:
 def test_torch_is_only_where_it_is_asked_for(project: dict[str, Any]) -> None:
     extras = {extra: _names(wanted) for extra, wanted in project["project"]["optional-dependencies"].items()}
     heavy = {"torch", "diffusers", "transformers", "accelerate"}
-    assert {extra for extra, names in extras.items() if names & heavy} == {"train", "export"}
+    assert {extra for extra, names in extras.items() if names & heavy} == {"train", "export", "eval"}
 
 
 def test_the_errors_name_extras_that_there_are(project: dict[str, Any]) -> None:
@@ -80,7 +86,7 @@ def test_every_room_is_packaged_and_typed(project: dict[str, Any]) -> None:
 
 def test_every_script_has_its_module(project: dict[str, Any]) -> None:
     scripts = project["project"]["scripts"]
-    assert scripts.keys() == {"lsast-run", "lsast-train", "lsast-export"}
+    assert scripts.keys() == {"lsast-run", "lsast-train", "lsast-export", "lsast-eval"}
     for target in scripts.values():
         module, _, function = target.partition(":")
         package, name = module.split(".")
@@ -92,6 +98,6 @@ def test_every_script_has_its_module(project: dict[str, Any]) -> None:
 def test_the_readmes_test_command_is_the_one_ci_runs() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (command,) = re.findall(r"^<!-- test-command -->\n+```sh\n(.*?)\n```$", readme, re.MULTILINE | re.DOTALL)
-    assert "pip install -c constraints.txt -e '.[cpu,openvino,train,export,dev]'" in command
+    assert "pip install -c constraints.txt -e '.[cpu,openvino,train,export,eval,dev]'" in command
     assert command.endswith("pytest")
     assert "<!-- test-command -->" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")

@@ -164,7 +164,7 @@ def sharpen_autoencoder(
         weight_decay=0.0,
     )
     checkpoint = folder / "sharpening.checkpoint.safetensors"
-    modules = {"student": student, "critic": critic}
+    modules: dict[str, nn.Module] = {"student": student, "critic": critic}
     step, history = 0, []
     if resume and checkpoint.exists():
         facts = load_checkpoint(checkpoint, modules, optimizer)

@@ -1,0 +1,254 @@
+"""A local page that asks people which of two results they prefer, blind and in random order.
+
+The browser only ever sees numbers: neither a method's name nor a file's reaches it before the vote is written.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
+from itertools import combinations
+from pathlib import Path
+from threading import Lock
+from typing import Any, get_args
+
+import numpy as np
+from PIL import Image
+
+from lsast_engines.errors import LsastError, UsageError
+from lsast_engines.pictures import find_pictures
+
+from .content import flat_pixels, resized, shrunk
+from .matching import match_by_stem
+from .votes import Choice, Vote, append_vote, read_votes
+
+log = logging.getLogger("lsast.eval")
+
+_SHOWN = 768
+"""Shorter side of a picture on the page, at most."""
+_LARGEST = 4096
+"""Bytes that an answer of the page may have."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One question."""
+
+    content: str
+    """File stem."""
+    left: str
+    """Method."""
+    right: str
+    files: tuple[Path, Path, Path]
+    """Content, left, right."""
+    works: tuple[Path, ...]
+    """Works of the artist shown beside it."""
+
+
+def draw_pairs(
+    contents: Path, methods: Mapping[str, Path], works: Path | None, seed: int, shown_works: int = 3
+) -> list[Pair]:
+    """Every content with every pair of methods, in random order and with random sides.
+
+    Args:
+        contents: folder of the contents.
+        methods: name → folder of its results, at least two.
+        works: folder of the artist's works, or None to show none.
+        seed: of the order, the sides and the works.
+        shown_works: how many works stand beside a pair.
+
+    Raises:
+        UsageError: fewer than two methods.
+        PictureError: folders that do not match.
+    """
+    if len(methods) < 2:
+        raise UsageError(f"found {len(methods)} method; expected at least two to choose between")
+    matches = match_by_stem(contents, methods)
+    pool = [] if works is None else find_pictures(works)
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for index, stem in enumerate(matches.stems):
+        for duo in combinations(matches.results, 2):
+            left, right = duo if rng.integers(2) else duo[::-1]
+            beside = rng.permutation(len(pool))[:shown_works]
+            trio = (matches.contents[index], matches.results[left][index], matches.results[right][index])
+            pairs.append(Pair(stem, left, right, trio, tuple(pool[number] for number in beside)))
+    return [pairs[number] for number in rng.permutation(len(pairs))]
+
+
+class Ballot:
+    """The questions still open, and the file the answers go to.
+
+    Args:
+        pairs: the questions, in the order they are asked.
+        artist: whose hand it is about.
+        out: votes file; its votes of this voter for this artist are not asked again.
+        voter: tells people apart.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], artist: str, out: Path, voter: str) -> None:
+        self._artist, self._out, self._voter = artist, out, voter
+        said = {
+            (vote.content, frozenset((vote.left, vote.right)))
+            for vote in (read_votes([out]) if out.exists() else [])
+            if (vote.voter, vote.artist) == (voter, artist)
+        }
+        self._open = {
+            number: pair
+            for number, pair in enumerate(pairs)
+            if (pair.content, frozenset((pair.left, pair.right))) not in said
+        }
+        self._total = len(pairs)
+        self._lock = Lock()
+        self._pictures: dict[str, tuple[Path, Path]] = {}
+        self._names: dict[tuple[int, Path], str] = {}
+
+    @property
+    def remaining(self) -> int:
+        """Pairs without an answer."""
+        return len(self._open)
+
+    def next(self) -> dict[str, Any]:
+        """The question to ask now, as the page takes it."""
+        with self._lock:
+            if not self._open:
+                return {"done": True}
+            number, pair = next(iter(self._open.items()))
+            content, left, right = [self._opaque(number, path, pair.files[0]) for path in pair.files]
+            works = [self._opaque(number, path, path) for path in pair.works]
+            return {
+                "done": False,
+                "pair": number,
+                "artist": self._artist,
+                "content": content,
+                "left": left,
+                "right": right,
+                "works": works,
+                "number": self._total - len(self._open) + 1,
+                "total": self._total,
+            }
+
+    def answer(self, data: Any) -> None:
+        """Write the vote that the page sent.
+
+        Raises:
+            UsageError: not a vote, or not for a pair that is open.
+        """
+        if not isinstance(data, dict) or data.keys() != {"pair", "choice", "seconds"}:
+            raise UsageError("expected an object of pair, choice and seconds")
+        number, choice, seconds = data["pair"], data["choice"], data["seconds"]
+        if choice not in get_args(Choice) or type(number) is not int:
+            raise UsageError(f"expected a pair's number and a choice of {', '.join(get_args(Choice))}")
+        if type(seconds) not in (int, float) or not math.isfinite(seconds) or seconds < 0:
+            raise UsageError("expected seconds of 0 or more")
+        with self._lock:
+            pair = self._open.get(number)
+            if pair is None:
+                raise UsageError(f"pair {number} has its vote, or does not exist; reload the page")
+            time = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            names = (self._artist, pair.content, pair.left, pair.right)
+            append_vote(self._out, Vote(*names, choice, self._voter, round(float(seconds), 2), time))
+            del self._open[number]
+
+    def picture(self, name: str) -> bytes | None:
+        """The PNG that the page knows by this name, or None.
+
+        Encoded anew and brought to the size of its content: format, metadata and size would tell the methods apart.
+        """
+        if name not in self._pictures:
+            return None
+        path, like = self._pictures[name]
+        height, width = shrunk(flat_pixels(like), _SHOWN).shape[:2]
+        buffer = io.BytesIO()
+        Image.fromarray(resized(flat_pixels(path), height, width)).save(buffer, format="PNG", compress_level=1)
+        return buffer.getvalue()
+
+    def _opaque(self, number: int, path: Path, like: Path) -> str:
+        # A new name in every pair: one name for a method's folder or file could be learnt.
+        key = (number, path)
+        if key not in self._names:
+            self._names[key] = f"picture/{secrets.token_hex(8)}"
+            self._pictures[self._names[key]] = (path, like)
+        return self._names[key]
+
+
+def open_server(ballot: Ballot, port: int = 0) -> ThreadingHTTPServer:
+    """A server for one ballot on this machine alone; ``server_address`` tells the port that 0 chose.
+
+    Raises:
+        UsageError: the port is taken.
+    """
+
+    class Handler(_Handler):
+        ask = ballot
+
+    try:
+        return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    except OSError as error:
+        raise UsageError(f"cannot listen on port {port} ({error}); choose another, or 0 for any free one") from error
+
+
+class _Handler(BaseHTTPRequestHandler):
+    ask: Ballot
+
+    def do_GET(self) -> None:
+        if not self._is_local():
+            return
+        name = self.path.lstrip("/")
+        if name == "":
+            page = files(__package__).joinpath("ballot.html").read_bytes()
+            self._reply(200, page, "text/html; charset=utf-8")
+        elif name == "next":
+            self._reply(200, json.dumps(self.ask.next()).encode(), "application/json")
+        elif (picture := self.ask.picture(name)) is not None:
+            self._reply(200, picture, "image/png")
+        else:
+            self._reply(404, b"nothing of that name")
+
+    def do_POST(self) -> None:
+        if not self._is_local():
+            return
+        length = self.headers.get("Content-Length", "")
+        if self.path != "/vote" or self.headers.get_content_type() != "application/json":
+            self._reply(404, b"expected JSON for /vote")
+        elif not length.isdigit() or int(length) > _LARGEST:
+            self._reply(413, b"expected a short vote")
+        else:
+            try:
+                self.ask.answer(json.loads(self.rfile.read(int(length))))
+            except (LsastError, ValueError) as error:
+                self._reply(400, str(error).encode())
+            except OSError as error:
+                self._reply(500, str(error).encode())
+            else:
+                self._reply(200, b"{}", "application/json")
+
+    def _is_local(self) -> bool:
+        """Refuse other pages of the browser: a name that was pointed at this machine, and posts from elsewhere."""
+        port = self.connection.getsockname()[1]
+        allowed = {f"127.0.0.1:{port}", f"localhost:{port}"}
+        origin = self.headers.get("Origin")
+        if self.headers.get("Host") in allowed and (origin is None or origin.partition("://")[2] in allowed):
+            return True
+        self._reply(403, b"this page is for this machine alone")
+        return False
+
+    def _reply(self, status: int, body: bytes, kind: str = "text/plain; charset=utf-8") -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        log.debug(format, *args)

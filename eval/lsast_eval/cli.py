@@ -1,0 +1,209 @@
+"""``lsast-eval``: options, and results on a terminal. Imports torch only when pictures are to be scored."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from lsast_engines.errors import UsageError
+
+from .options import EvalOptions, Networks
+
+_FOLDER = click.Path(path_type=Path)
+
+
+def _methods(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Path]:
+    methods: dict[str, Path] = {}
+    for value in values:
+        name, sign, folder = value.partition("=")
+        if not (name and sign and folder):
+            raise click.BadParameter(f"found {value!r}; expected NAME=DIR")
+        if name in methods:
+            raise click.BadParameter(f"found {name!r} twice; expected each name once")
+        methods[name] = Path(folder)
+    return methods
+
+
+def _matched(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that scoring and voting share."""
+    for option in (
+        click.option("--artist", metavar="NAME", help="Whose works they are. [default: the name of --works' folder]"),
+        click.option(
+            "--method",
+            "methods",
+            metavar="NAME=DIR",
+            multiple=True,
+            callback=_methods,
+            help="Results; may be repeated.",
+        ),
+        click.option("--works", metavar="DIR", type=_FOLDER, help="Folder of the artist's works."),
+        click.option("--contents", metavar="DIR", type=_FOLDER, help="Folder of the pictures that were repainted."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(
+    "lsast-eval",
+    invoke_without_command=True,
+    context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
+)
+@_matched
+@click.option("--artists", metavar="DIR", type=_FOLDER, help="Folder with a folder for each artist: deception score.")
+@click.option("--photos", metavar="DIR", type=_FOLDER, help="Photographs, one more class of the artist classifier.")
+@click.option(
+    "--leave-out", metavar="NAME", multiple=True, help="Folder of --artists that is no class; may be repeated."
+)
+@click.option("--networks", type=click.Choice(get_args(Networks)), help="What looks at the pictures. [default: auto]")
+@click.option("--size", type=int, help="Shorter side at which results are compared with contents. [default: 512]")
+@click.option("--bootstrap", type=int, help="Resamplings behind the intervals. [default: 300]")
+@click.option("--seed", type=int, help="Of the resampling. [default: 0]")
+@click.option(
+    "--cache", metavar="DIR", type=_FOLDER, help="Where features are kept. [default: in lsast's cache folder]"
+)
+@click.option("--sheet", metavar="PNG", type=_FOLDER, help="Write a contact sheet.")
+@click.option("--sheet-rows", type=click.IntRange(1), default=12, show_default=True, help="Contents on the sheet.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, with the figures of every picture.")
+@click.option("--debug", is_flag=True, help="Log more, and show tracebacks.")
+@click.pass_context
+def command(
+    context: click.Context,
+    /,
+    contents: Path | None,
+    works: Path | None,
+    methods: dict[str, Path],
+    artist: str | None,
+    artists: Path | None,
+    photos: Path | None,
+    leave_out: tuple[str, ...],
+    sheet: Path | None,
+    sheet_rows: int,
+    threads: int | None,
+    as_json: bool,
+    debug: bool,
+    **knobs: Any,
+) -> None:
+    """Score folders of stylised pictures against their contents and an artist's works.
+
+    \b
+    lsast-eval --contents photos --works artists/monet --artists artists --method ours=out --method other=out2
+
+    A method's pictures are named like the contents. Prints a table; nothing is painted, nothing is downloaded.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s", force=True)
+    given = {"--contents DIR": contents, "--works DIR": works, "--method NAME=DIR": methods or None}
+    if missing := [name for name, value in given.items() if value is None]:
+        raise UsageError(f"found no {' and no '.join(missing)}; lsast-eval needs them (--help lists all options)")
+    assert contents is not None
+    assert works is not None
+    options = replace(EvalOptions(), **{name: value for name, value in knobs.items() if value is not None})
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    from .evaluation import evaluate
+
+    report = evaluate(contents, works, artists, methods, artist, options, photos=photos, leave_out=leave_out)
+    if sheet is not None:
+        report.sheet(sheet, sheet_rows)
+    click.echo(json.dumps(report.to_json(), ensure_ascii=False) if as_json else report.table())
+
+
+@command.command("vote")
+@_matched
+@click.option("--out", metavar="FILE", type=_FOLDER, required=True, help="Votes, a JSON line each; added to.")
+@click.option("--voter", default="anonymous", show_default=True, help="Tells people apart in one file.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the order and the sides.")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, show_default=True, help="0 is any free one.")
+@click.option("--open/--no-open", "browse", default=True, show_default=True, help="Open the page in a browser.")
+@click.option("--debug", is_flag=True, help="Log more, and show tracebacks.")
+def vote(
+    contents: Path | None,
+    works: Path | None,
+    methods: dict[str, Path],
+    artist: str | None,
+    out: Path,
+    voter: str,
+    seed: int,
+    port: int,
+    browse: bool,
+    debug: bool,
+) -> None:
+    """Ask, on a local page, which of two results is preferred; --out gets a line for each vote.
+
+    Order and sides are random, methods are not named. Works of --works stand beside each pair. What a voter has voted
+    on is not asked again. Ends with Ctrl-C.
+    """
+    import webbrowser
+
+    from .ballot import Ballot, draw_pairs, open_server
+
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s", force=True)
+    if contents is None or (artist is None and works is None):
+        raise UsageError("found no --contents DIR, or neither --works DIR nor --artist NAME; expected them")
+    name = artist if artist is not None or works is None else works.resolve().name
+    assert name is not None
+    ballot = Ballot(draw_pairs(contents, methods, works, seed), name, out, voter)
+    server = open_server(ballot, port)
+    address = f"http://127.0.0.1:{server.server_address[1]}/"
+    try:
+        click.echo(f"{address}  {ballot.remaining} pairs to vote on; Ctrl-C ends", err=True)
+        if browse:
+            webbrowser.open(address)
+        server.serve_forever()
+    except KeyboardInterrupt:
+        click.echo(str(out))
+    finally:
+        server.server_close()
+
+
+@command.command("votes")
+@click.argument("files", metavar="FILE…", nargs=-1, required=True, type=_FOLDER)
+@click.option(
+    "--confidence", type=click.FloatRange(0.5, 1, min_open=True, max_open=True), default=0.95, show_default=True
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def votes(files: tuple[Path, ...], confidence: float, as_json: bool, debug: bool) -> None:
+    """Win rates of votes, by artist, with Wilson's intervals; a tie is half a win for either side."""
+    from .votes import left_share, read_votes, win_rates
+
+    ballots = read_votes(files)
+    artists = sorted({vote.artist for vote in ballots})
+    rates = {name: win_rates([vote for vote in ballots if vote.artist == name], confidence) for name in artists}
+    left = left_share(ballots, confidence)
+    if as_json:
+        report = {
+            "votes": len(ballots),
+            "voters": len({vote.voter for vote in ballots}),
+            "left": None if left is None else dict(zip(("rate", "low", "high"), left, strict=True)),
+            "artists": {name: [asdict(rate) for rate in found] for name, found in rates.items()},
+        }
+        click.echo(json.dumps(report, ensure_ascii=False))
+        return
+    for name, found in rates.items():
+        click.echo(f"{name}\n")
+        width = max(len(_pair(rate.method, rate.other)) for rate in found)
+        for rate in found:
+            counts = f"{rate.wins} won, {rate.ties} tied, {rate.losses} lost"
+            interval = f"[{rate.low:.1%}, {rate.high:.1%}]"
+            click.echo(f"{_pair(rate.method, rate.other):{width}}  {rate.rate:6.1%} {interval}  {counts}")
+        click.echo("")
+    side = "no decided vote" if left is None else f"the left one was taken {left[0]:.1%} [{left[1]:.1%}, {left[2]:.1%}]"
+    click.echo(f"* {len(ballots)} votes of {len({vote.voter for vote in ballots})} voters; {side}")
+    click.echo(
+        f"* intervals of {confidence:.0%} are Wilson's: they take every vote for a person and a picture of its own"
+    )
+
+
+def _pair(method: str, other: str | None) -> str:
+    return f"{method} against all" if other is None else f"{method} against {other}"

@@ -1,0 +1,102 @@
+"""What of the content is left, measured on pixels: structure of the luminance, and edges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from lsast_engines.pictures import edge_map, read_picture
+
+Pixels = npt.NDArray[np.uint8]
+
+_WINDOW, _SIGMA, _K1, _K2 = 11, 1.5, 0.01, 0.03
+"""Window, its deviation, and the two constants of Wang et al. 2004, section III.C."""
+
+
+def flat_pixels(path: Path) -> Pixels:
+    """Pixels [H, W, 3] of a picture file; what is transparent shows white."""
+    picture = read_picture(path)
+    if picture.alpha is None:
+        return picture.rgb
+    opacity = picture.alpha[:, :, None].astype(np.float32) / 255
+    return np.round(opacity * picture.rgb + (1 - opacity) * 255).astype(np.uint8)
+
+
+def resized(rgb: Pixels, height: int, width: int) -> Pixels:
+    """Bring [H, W, 3] to [height, width, 3]: averaging where it shrinks, cubic where it grows."""
+    import cv2
+
+    if rgb.shape[:2] == (height, width):
+        return rgb
+    shrinks = height * width < rgb.shape[0] * rgb.shape[1]
+    how = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+    return np.asarray(cv2.resize(np.ascontiguousarray(rgb), (width, height), interpolation=how), dtype=np.uint8)
+
+
+def shrunk(rgb: Pixels, size: int) -> Pixels:
+    """Bring the shorter side down to `size`; a smaller picture stays as it is."""
+    height, width = rgb.shape[:2]
+    scale = size / min(height, width)
+    return rgb if scale >= 1 else resized(rgb, round(height * scale), round(width * scale))
+
+
+def luminance(rgb: Pixels) -> npt.NDArray[np.float64]:
+    """BT.601 luma Y' of 8-bit RGB, float64 in [0, 255], [H, W]."""
+    return np.asarray(rgb @ np.array([0.299, 0.587, 0.114]), dtype=np.float64)
+
+
+def ssim(content: Pixels, result: Pixels) -> float:
+    """Mean structural similarity of the luminance (Wang et al. 2004): 1 for equal pictures, about 0 for unrelated.
+
+    Gaussian window of 11 pixels and deviation 1.5, population moments; the border that the window does not fill is
+    left out.
+
+    Args:
+        content: [H, W, 3], both sides at least 11.
+        result: of the same shape.
+    """
+    import cv2
+
+    taps = cv2.getGaussianKernel(_WINDOW, _SIGMA, cv2.CV_64F)
+    rim = _WINDOW // 2
+
+    def blurred(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        whole = cv2.sepFilter2D(values, cv2.CV_64F, taps, taps)
+        return np.asarray(whole[rim:-rim, rim:-rim], dtype=np.float64)
+
+    x, y = luminance(content), luminance(result)
+    mean_x, mean_y = blurred(x), blurred(y)
+    var_x = blurred(x * x) - mean_x**2
+    var_y = blurred(y * y) - mean_y**2
+    covariance = blurred(x * y) - mean_x * mean_y
+    c1, c2 = (_K1 * 255) ** 2, (_K2 * 255) ** 2
+    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    return float((similarity / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).mean())
+
+
+def edge_f1(content: Pixels, result: Pixels, tolerance: float = 2.0) -> float:
+    """How well Canny's edges of the result and of the content meet: 1 where every edge has one within `tolerance`.
+
+    Harmonic mean of the share of the result's edge pixels that have an edge of the content within `tolerance` pixels
+    (Euclidean), and of the share of the content's that have one of the result. Two pictures without edges agree: 1.
+
+    Args:
+        content: [H, W, 3].
+        result: of the same shape.
+        tolerance: in pixels, 0 or more.
+    """
+    one, two = edge_map(content), edge_map(result)
+    if not one.any() or not two.any():
+        return float(one.any() == two.any())
+    precision = float((_distance_to(one)[two > 0] <= tolerance).mean())
+    recall = float((_distance_to(two)[one > 0] <= tolerance).mean())
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def _distance_to(edges: Pixels) -> npt.NDArray[np.float32]:
+    import cv2
+
+    whole = cv2.distanceTransform((edges == 0).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    return np.asarray(whole, dtype=np.float32)

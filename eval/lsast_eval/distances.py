@@ -1,0 +1,126 @@
+"""Distances between two sets of features, and intervals for any score by resampling the pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from statistics import NormalDist
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A figure with its interval."""
+
+    value: float
+    low: float
+    """Lower end of the interval."""
+    high: float
+    """Upper end of the interval."""
+    replicates: Floats = field(repr=False, compare=False)
+    """The score of every resampling [bootstrap], shifted so that their mean is `value`.
+
+    All scores of a report are resampled alike, so replicates of two methods may be subtracted one by one.
+    """
+
+
+def score_of(value: float, replicates: Floats, confidence: float) -> Score:
+    """A score with the percentile interval of its replicates, which are centred on the value first.
+
+    A resampling holds pictures twice. That pushes distances between sets up (as a smaller sample would), a bias that
+    the value itself does not have; centring takes it out.
+    """
+    centred = replicates - replicates.mean() + value
+    low, high = np.quantile(centred, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Score(float(value), float(low), float(high), centred)
+
+
+def resamplings(count: int, times: int, seed: int) -> npt.NDArray[np.int64]:
+    """Indices drawn with repetition, [times, count]."""
+    return np.random.default_rng(seed).integers(0, count, (times, count))
+
+
+def wilson(successes: float, count: int, confidence: float) -> tuple[float, float]:
+    """Interval of a share, by Wilson (1927): sensible also for 0 and for all of a few.
+
+    Args:
+        successes: 0 to `count`; halves for ties are allowed.
+        count: at least 1.
+        confidence: above 0, below 1.
+    """
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share = successes / count
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    # The formula gives 0 and 1 exactly at the ends, but for rounding.
+    return (0.0 if successes == 0 else centre - half), (1.0 if successes == count else centre + half)
+
+
+def frechet(x: Floats, y: Floats, draws: Iterable[npt.NDArray[np.int64]] = ()) -> tuple[float, Floats]:
+    """Squared Fréchet distance of the Gaussians fitted to two sets (Heusel et al. 2017, eq. 6: FID).
+
+    ``|mx − my|² + tr(Sx + Sy − 2 (Sx Sy)^½)`` with unbiased covariances. The trace of the root is the sum of the
+    singular values of ``Xc Ycᵀ / √((n−1)(m−1))``, Xc and Yc being the centred features: no root of a D × D matrix,
+    which would be singular wherever there are fewer pictures than features.
+
+    Args:
+        x: [n, D], n at least 2.
+        y: [m, D], m at least 2.
+        draws: resamplings of x, each [n] of row numbers.
+
+    Returns:
+        The distance, and the distance of every resampling, [draws].
+    """
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    mean = y.mean(0)
+    x, y = x - mean, y - mean
+    spread_y = float(np.square(y).sum()) / (len(y) - 1)
+    root_y = np.asarray(np.linalg.qr(y, mode="r")) if len(y) > y.shape[1] else y
+    cross, gram = x @ root_y.T, x @ x.T  # [n, min(m, D)], [n, n]: all that a resampling needs
+
+    def distance(rows: npt.NDArray[np.int64]) -> float:
+        n = len(rows)
+        square_mean = float(gram[np.ix_(rows, rows)].mean())
+        spread_x = (float(gram[rows, rows].sum()) - n * square_mean) / (n - 1)
+        part = cross[rows]
+        part = part - part.mean(0)
+        singular = np.linalg.svd(part, compute_uv=False)
+        overlap = float(singular.sum()) / math.sqrt((n - 1) * (len(y) - 1))
+        return max(square_mean + spread_x + spread_y - 2 * overlap, 0.0)
+
+    return distance(np.arange(len(x))), np.array([distance(rows) for rows in draws], dtype=np.float64)
+
+
+def kernel(x: Floats, y: Floats, draws: Iterable[npt.NDArray[np.int64]] = ()) -> tuple[float, Floats]:
+    """Unbiased squared maximum mean discrepancy with ``k(a, b) = (a·b / D + 1)³`` (Bińkowski et al. 2018: KID).
+
+    Over all pictures at once: the usual average over subsets of 1000 is for sets too large for that. May be negative.
+
+    Args:
+        x: [n, D], n at least 2.
+        y: [m, D], m at least 2.
+        draws: resamplings of x, each [n] of row numbers.
+
+    Returns:
+        The discrepancy, and that of every resampling, [draws].
+    """
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    n, m, dim = len(x), len(y), x.shape[1]
+
+    def k(a: Floats, b: Floats) -> Floats:
+        cubes: Floats = (a @ b.T / dim + 1) ** 3
+        return cubes
+
+    k_xx, k_xy, k_yy = k(x, x), k(x, y).mean(1), k(y, y)
+    within_y = float(k_yy.sum() - np.trace(k_yy)) / (m * (m - 1))
+
+    def discrepancy(rows: npt.NDArray[np.int64]) -> float:
+        within_x = float(k_xx[np.ix_(rows, rows)].sum() - k_xx[rows, rows].sum()) / (n * (n - 1))
+        return within_x + within_y - 2 * float(k_xy[rows].mean())
+
+    return discrepancy(np.arange(n)), np.array([discrepancy(rows) for rows in draws], dtype=np.float64)

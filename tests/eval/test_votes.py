@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import json
+import threading
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lsast_engines.errors import LsastError, UsageError
+from lsast_eval.ballot import Ballot, draw_pairs, open_server
+from lsast_eval.votes import Vote, append_vote, left_share, read_votes, win_rates
+
+from .conftest import save, scene
+
+METHODS = ("ours", "magenta", "reinhard")
+SHADE = {"ours": 40, "magenta": 120, "reinhard": 200}
+
+
+def _vote(left: str, right: str, choice: Any, content: str = "c") -> Vote:
+    return Vote("monet", content, left, right, choice, "me", 1.5, "2026-01-01T00:00:00+00:00")
+
+
+def test_win_rates_of_known_votes() -> None:
+    votes = [
+        *[_vote("ours", "magenta", "left")] * 6,
+        *[_vote("magenta", "ours", "right")] * 2,
+        *[_vote("magenta", "ours", "left")] * 1,
+        *[_vote("ours", "magenta", "tie")] * 1,
+        *[_vote("reinhard", "magenta", "right")] * 4,
+    ]
+    rates = {(rate.method, rate.other): rate for rate in win_rates(votes)}
+    pair = rates["ours", "magenta"]
+    assert (pair.wins, pair.ties, pair.losses, pair.rate) == (8, 1, 1, 0.85)
+    # Wilson's bounds are the shares p with (0.85 − p)² n = z² p (1 − p).
+    for bound in (pair.low, pair.high):
+        assert (0.85 - bound) ** 2 * 10 == pytest.approx(1.959964**2 * bound * (1 - bound), rel=1e-5)
+    assert rates["magenta", None].rate == pytest.approx((4 + 1 + 0.5) / 14)
+    assert rates["reinhard", None].rate == 0
+    assert [rate.method for rate in win_rates(votes)[:3]] == ["ours", "magenta", "reinhard"]
+    assert ("ours", "reinhard") not in rates
+    share = left_share(votes)
+    assert share is not None
+    assert share[0] == pytest.approx(7 / 13)
+    assert left_share([_vote("a", "b", "tie")]) is None
+    with pytest.raises(UsageError, match="found no votes"):
+        win_rates([])
+
+
+def test_votes_are_read_as_they_were_written(tmp_path: Path) -> None:
+    votes = [_vote("ours", "magenta", "tie", "Æ\n"), _vote("magenta", "ours", "left")]
+    for vote in votes:
+        append_vote(tmp_path / "deep" / "votes.jsonl", vote)
+    assert read_votes([tmp_path / "deep" / "votes.jsonl"]) == votes
+
+
+def test_lines_that_are_no_votes_are_all_named(tmp_path: Path) -> None:
+    good = {**vars(_vote("a", "b", "left")), "format": 1}
+    bad = [
+        '{"format": 1',
+        json.dumps({**good, "format": 2}),
+        json.dumps({**good, "choice": "both"}),
+        json.dumps({**good, "right": "a"}),
+        json.dumps({**good, "seconds": "1"}),
+        json.dumps({name: value for name, value in good.items() if name != "voter"}),
+    ]
+    (tmp_path / "votes").write_text("\n".join([json.dumps(good), *bad]))
+    with pytest.raises(LsastError) as caught:
+        read_votes([tmp_path / "votes"])
+    assert [f"line {number}:" in str(caught.value) for number in range(1, 8)] == [False] + [True] * 6
+    with pytest.raises(UsageError, match="found no file"):
+        read_votes([tmp_path / "none"])
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, Path]:
+    for seed in range(4):
+        save(tmp_path / "contents", f"s{seed}", scene(seed))
+        save(tmp_path / "works", f"w{seed}", scene(50 + seed))
+        for method, shade in SHADE.items():
+            side = 64 if method == "ours" else 128
+            save(tmp_path / method, f"s{seed}", np.full((side, side, 3), shade, np.uint8))
+    return {path.name: path for path in tmp_path.iterdir()}
+
+
+def test_pairs_are_all_there_once_in_random_order_and_on_random_sides(folders: dict[str, Path]) -> None:
+    methods = {name: folders[name] for name in METHODS}
+    pairs = draw_pairs(folders["contents"], methods, folders["works"], seed=1)
+    questions = Counter((pair.content, frozenset((pair.left, pair.right))) for pair in pairs)
+    assert len(questions) == len(pairs) == 4 * 3
+    assert set(questions.values()) == {1}
+    for pair in pairs:
+        assert [path.parent.name for path in pair.files] == ["contents", pair.left, pair.right]
+        assert {path.stem for path in pair.files} == {pair.content}
+        assert len(set(pair.works)) == 3
+    assert [pair.content for pair in pairs] != sorted(pair.content for pair in pairs)
+    many = [pair for seed in range(30) for pair in draw_pairs(folders["contents"], methods, None, seed)]
+    on_the_left = np.mean([pair.left == "ours" for pair in many if "ours" in (pair.left, pair.right)])
+    assert 0.4 < on_the_left < 0.6
+    with pytest.raises(UsageError, match="at least two"):
+        draw_pairs(folders["contents"], {"ours": folders["ours"]}, None, 0)
+
+
+class _Page:
+    def __init__(self, address: str) -> None:
+        self.address = address
+
+    def get(self, path: str, **headers: str) -> tuple[int, bytes]:
+        return self._open(urllib.request.Request(self.address + path, headers=headers))
+
+    def post(self, data: bytes, path: str = "vote", **headers: str) -> tuple[int, bytes]:
+        given = {"Content-Type": "application/json", **headers}
+        return self._open(urllib.request.Request(self.address + path, data, given))
+
+    @staticmethod
+    def _open(request: urllib.request.Request) -> tuple[int, bytes]:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(request, timeout=10) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read()
+
+
+@pytest.fixture
+def ballot(folders: dict[str, Path], tmp_path: Path) -> Ballot:
+    pairs = draw_pairs(folders["contents"], {name: folders[name] for name in METHODS}, folders["works"], seed=3)
+    return Ballot(pairs, "monet", tmp_path / "votes.jsonl", "me")
+
+
+@pytest.fixture
+def page(ballot: Ballot) -> Iterator[_Page]:
+    server = open_server(ballot)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield _Page(f"http://127.0.0.1:{server.server_address[1]}/")
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def _shade(page: _Page, name: str) -> int:
+    status, data = page.get(name)
+    assert status == 200
+    picture = Image.open(BytesIO(data))
+    assert picture.format == "PNG"
+    assert picture.size == (128, 128)  # also that of "ours", half as large
+    assert not picture.info
+    return int(np.asarray(picture)[0, 0, 0])
+
+
+def test_a_whole_vote_goes_to_the_method_that_was_seen(page: _Page, ballot: Ballot, tmp_path: Path) -> None:
+    """The voter likes dark pictures, knows only what the page shows, and must elect the darkest method."""
+    status, html = page.get("")
+    assert status == 200
+    assert b"<!doctype html>" in html
+    for number in range(12):
+        status, answer = page.get("next")
+        question = json.loads(answer)
+        assert (question["number"], question["total"], question["artist"]) == (number + 1, 12, "monet")
+        assert not any(name.encode() in answer for name in (*METHODS, "s0", "s1", "s2", "s3"))
+        left, right = (_shade(page, question[side]) for side in ("left", "right"))
+        choice = "left" if left < right else "right"
+        vote = {"pair": question["pair"], "choice": choice, "seconds": 0.5}
+        assert page.post(json.dumps(vote).encode())[0] == 200
+        assert page.post(json.dumps(vote).encode())[0] == 400  # no second vote on one pair
+        assert len(read_votes([tmp_path / "votes.jsonl"])) == number + 1
+    assert json.loads(page.get("next")[1]) == {"done": True}
+    assert ballot.remaining == 0
+    rates = {rate.method: rate.rate for rate in win_rates(read_votes([tmp_path / "votes.jsonl"])) if rate.other is None}
+    assert rates == {"ours": 1, "magenta": 0.5, "reinhard": 0}
+
+
+def test_only_this_machines_own_page_is_answered(page: _Page, ballot: Ballot, tmp_path: Path) -> None:
+    number = json.loads(page.get("next")[1])["pair"]
+    vote = json.dumps({"pair": number, "choice": "tie", "seconds": 1}).encode()
+    assert page.get("next", Host="evil.example")[0] == 403
+    assert page.post(vote, Origin="https://evil.example")[0] == 403
+    assert page.post(vote, **{"Content-Type": "text/plain"})[0] == 404
+    assert page.post(b"x" * 5000)[0] == 413
+    assert page.get("picture/0000")[0] == 404
+    assert page.get("../votes.jsonl")[0] == 404
+    for bad in (b"no json", b"[]", b'{"pair": 0}', vote.replace(b"tie", b"all"), vote.replace(b"1}", b"-1}"),
+                vote.replace(b"1}", b"NaN}"), vote.replace(str(number).encode(), b"99")):  # fmt: skip
+        assert page.post(bad)[0] == 400
+    assert not (tmp_path / "votes.jsonl").exists()
+    assert page.post(vote, Origin=page.address.rstrip("/"))[0] == 200
+    assert ballot.remaining == 11
+
+
+def test_a_voter_is_not_asked_twice_but_another_is(folders: dict[str, Path], ballot: Ballot, tmp_path: Path) -> None:
+    out = tmp_path / "votes.jsonl"
+    ballot.answer({"pair": ballot.next()["pair"], "choice": "left", "seconds": 2})
+    (written,) = read_votes([out])
+    assert (written.voter, written.artist, written.seconds) == ("me", "monet", 2)
+    methods = {name: folders[name] for name in METHODS}
+    # Another seed: other order, other sides, the same questions.
+    again = Ballot(draw_pairs(folders["contents"], methods, None, seed=8), "monet", out, "me")
+    assert again.remaining == 11
+    assert Ballot(draw_pairs(folders["contents"], methods, None, 8), "monet", out, "you").remaining == 12
+    assert Ballot(draw_pairs(folders["contents"], methods, None, 8), "hokusai", out, "me").remaining == 12
+
+
+def test_a_taken_port_is_refused(page: _Page, ballot: Ballot) -> None:
+    port = int(page.address.rstrip("/").rpartition(":")[2])
+    with pytest.raises(UsageError, match=f"cannot listen on port {port}"):
+        open_server(ballot, port)
