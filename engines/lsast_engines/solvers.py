@@ -184,8 +184,13 @@ class _Run:
         return index == self._steps - 1
 
 
-SOLVERS: dict[str, Callable[[list[_Level]], Solver]] = {"ddim": Ddim, "dpmpp2m": DpmSolverPp2M, "unipc": UniPc}
-"""The solvers by name."""
+SOLVERS: dict[str, Callable[[list[_Level]], Solver]] = {
+    "ddim": Ddim,
+    "dpmpp2m": DpmSolverPp2M,
+    "unipc": UniPc,
+    "released": Ddim,
+}
+"""The solvers by name; `released` is DDIM on a grid of its own, see `Schedule`."""
 
 
 def make_solver(name: str, noise: NoiseSpec, schedule: Schedule) -> Solver:

@@ -1,9 +1,10 @@
-"""Where a picture lies on the canvas that the graphs paint: scaled without squashing, padded, and cut out again."""
+"""Where a picture lies on the canvas that the graphs paint: scaled and padded, or squashed, and cut out again."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -50,11 +51,63 @@ class Canvas:
         margins = [(pixels // 2, pixels - pixels // 2) for pixels in spare]
         return np.pad(_resize(rgb, self.inner), [*margins, (0, 0)], mode="symmetric")
 
+    def views(self, rgb: Pixels) -> tuple[Pixels, Pixels]:
+        """What is encoded and what edges are looked for in, [*outer, 3] each: the same picture."""
+        placed = self.place(rgb)
+        return placed, placed
+
+    def cover(self, alpha: Pixels | None) -> Pixels | None:
+        """The opacity [*own] of what `cut` gives: that of the picture; None is opaque."""
+        return alpha
+
     def cut(self, painted: Pixels) -> Pixels:
         """Cut the picture out of a painted canvas [*outer, 3] and give it its own size back: [*own, 3]."""
         (height, width), (outer_height, outer_width) = self.inner, self.outer
         top, left = (outer_height - height) // 2, (outer_width - width) // 2
         return _resize(painted[top : top + height, left : left + width], self.own)
+
+
+@dataclass(frozen=True)
+class SquashedCanvas:
+    """A picture squashed to a square, whatever its aspect; what is painted is given as it is.
+
+    As the released code has it (method.md §4.1-2), which resamples the picture once for the encoder and once, in
+    another way, for the edges.
+    """
+
+    side: int
+    """Height and width of the canvas, in pixels."""
+
+    @classmethod
+    def fit(cls, size: int, multiple: int) -> SquashedCanvas:
+        """The canvas of size * size pixels, `size` rounded up to a multiple of `multiple`."""
+        return cls(-(-size // multiple) * multiple)
+
+    def views(self, rgb: Pixels) -> tuple[Pixels, Pixels]:
+        """What is encoded, in RGB by Lanczos, and what edges are looked for in: [side, side, 3] each.
+
+        The second is in BGR, by OpenCV's bilinear: the released code reads it with cv2.imread, and where two channels
+        are equally steep Canny goes by the first.
+        """
+        import cv2
+
+        bgr = cv2.resize(np.ascontiguousarray(rgb[..., ::-1]), (self.side, self.side))
+        return _resize(rgb, (self.side, self.side)), np.asarray(bgr, dtype=np.uint8)
+
+    def cover(self, alpha: Pixels | None) -> Pixels | None:
+        """The opacity [side, side] of what `cut` gives: the picture's, squashed; None is opaque."""
+        return None if alpha is None else _resize(alpha, (self.side, self.side))
+
+    def cut(self, painted: Pixels) -> Pixels:
+        """The whole canvas: [side, side, 3]."""
+        return painted
+
+
+def canvas_for(
+    own: tuple[int, int], size: int, multiple: int, fit: Literal["aspect", "squash"]
+) -> Canvas | SquashedCanvas:
+    """The canvas for a picture of `own` height and width; see `Options.size` and `Options.fit`."""
+    return SquashedCanvas.fit(size, multiple) if fit == "squash" else Canvas.fit(own, size, multiple)
 
 
 def on_white(rgb: Pixels, alpha: Pixels | None) -> Pixels:
@@ -66,7 +119,7 @@ def on_white(rgb: Pixels, alpha: Pixels | None) -> Pixels:
 
 
 def _resize(rgb: Pixels, size: tuple[int, int]) -> Pixels:
-    """Lanczos, by Pillow: OpenCV's does not widen its kernel when it shrinks, which aliases."""
+    """[H, W] or [H, W, 3] by Pillow's Lanczos: OpenCV's does not widen its kernel when it shrinks, which aliases."""
     if rgb.shape[:2] == size:
         return rgb
     from PIL import Image

@@ -38,6 +38,9 @@ class Options:
     """Seed of all noise, 0 or more: same seed, same machine, same bytes."""
     alpha: Literal["keep", "composite"] = "keep"
     """What becomes of transparency: `keep` gives it back, `composite` lays the picture on white before painting."""
+    fit: Literal["aspect", "squash"] = "aspect"
+    """How the picture is brought to `size`: `aspect` keeps its aspect and gives its own size back; `squash` paints and
+    gives size x size pixels, as the released code does (method.md §4.1-2); it needs a `size` other than 0."""
 
     def __post_init__(self) -> None:
         faults = [
@@ -45,6 +48,8 @@ class Options:
             for name, (expected, holds) in _RULES.items()
             if not holds(getattr(self, name))
         ]
+        if self.fit == "squash" and self.size == 0:
+            faults.append("size: found 0 with fit squash; expected the side to squash to, such as 512")
         if faults:
             raise UsageError(fault_list("these options cannot be meant:", faults))
 
@@ -83,5 +88,30 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "solver": (f"one of {', '.join(SOLVERS)}", lambda value: value in tuple(SOLVERS)),
     "seed": ("a whole number, 0 or more", _whole(0)),
     "alpha": ("keep or composite", lambda value: value in ("keep", "composite")),
+    "fit": ("aspect or squash", lambda value: value in ("aspect", "squash")),
 }
 """For every field: what is expected, and whether a value is that."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "released": {
+        "steps": 50,
+        "strength": 0.7,
+        "guidance": 10.0,
+        "control": 1.0,
+        "size": 512,
+        "solver": "released",
+        "fit": "squash",
+    }
+}
+"""Options that belong together, by name; `released` is the shipped call of LSAST's code (method.md §4)."""
+
+
+def preset_options(name: str | None) -> dict[str, Any]:
+    """The options of a preset; none for None.
+
+    Raises:
+        UsageError: there is no such preset.
+    """
+    if name is not None and name not in PRESETS:
+        raise UsageError(f"found preset {name!r}; expected one of {', '.join(PRESETS)}")
+    return {} if name is None else PRESETS[name]

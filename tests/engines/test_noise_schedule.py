@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from safetensors.numpy import load_file
 
-from lsast_engines import SOLVERS, NoiseSpec, Schedule
+from lsast_engines import NoiseSpec, Schedule
 from lsast_engines.errors import UsageError
 from lsast_engines.schedule import ENDS_INSIDE
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "timestep_spacing": "leading", "steps_offset": 1}
+GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "tiny_a_io.safetensors"
 SCHEDULERS = {"ddim": DDIMScheduler, "dpmpp2m": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
 
 
@@ -39,7 +43,7 @@ def img2img_timesteps(solver: str, steps: int, strength: float) -> list[int]:
     return list(scheduler.timesteps[t_start * scheduler.order :].tolist())
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", SCHEDULERS)
 @pytest.mark.parametrize("strength", [0.3, 0.5, 0.7, 0.99, 1.0])
 def test_timesteps_are_those_of_diffusers_img2img(solver: str, strength: float) -> None:
     for steps in (4, 7, 12, 30, 50, 100, 334, 499):
@@ -70,7 +74,7 @@ def test_one_step_is_run_at_least() -> None:
     assert [step.t for step in Schedule.build(NoiseSpec(), 4, 0.1, 10).steps] == [1]
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", SCHEDULERS)
 def test_largest_number_of_steps_has_distinct_timesteps_in_range(solver: str) -> None:
     largest = 999 if ENDS_INSIDE[solver] else 998
     timesteps = [step.t for step in Schedule.build(NoiseSpec(), largest, 1.0, 10, solver).steps]
@@ -83,10 +87,12 @@ def test_largest_number_of_steps_has_distinct_timesteps_in_range(solver: str) ->
 def test_schedule_faults_are_listed_at_once() -> None:
     with pytest.raises(UsageError) as error:
         Schedule.build(NoiseSpec(), 0, float("nan"), 0, "euler")
-    assert all(part in str(error.value) for part in ("found 0;", "nan", "'euler'", "ddim, dpmpp2m, unipc", "stages"))
+    assert all(
+        part in str(error.value) for part in ("found 0;", "nan", "'euler'", "ddim, dpmpp2m, unipc, released", "stages")
+    )
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", SCHEDULERS)
 def test_add_noise_is_diffusers(solver: str) -> None:
     rng = np.random.default_rng(0)
     z0, noise = rng.standard_normal((2, 2, 4, 3, 5)).astype(np.float32)
@@ -98,3 +104,81 @@ def test_add_noise_is_diffusers(solver: str) -> None:
     noisy = schedule.add_noise(z0, noise, schedule.start_t)
     assert noisy.dtype == np.float32
     np.testing.assert_allclose(noisy, expected, rtol=1e-5, atol=1e-6)
+
+
+def released_run(steps: int, strength: float) -> tuple[int, list[int]]:
+    """Timestep of the start noise and those of the steps, as the DDIM sampler of CompVis's latent-diffusion has them.
+
+    Written after method.md §4.3-4; raises IndexError where that code does.
+    """
+    grid = np.arange(0, 1000, 1000 // steps) + 1
+    np.zeros(1000)[grid]  # looks up abar at every point of the grid, used or not
+    count = int(strength * steps)
+    return int(grid[count]), [int(t) for t in np.flip(grid[:count])]
+
+
+RELEASED = {
+    (50, 0.7): (701, 681, 35),
+    (50, 0.98): (981, 961, 49),
+    (30, 0.7): (694, 661, 21),
+    (30, 1.0): (991, 958, 30),  # 31 points, so that even strength 1 has a point to noise to
+    (20, 0.5): (501, 451, 10),
+    (7, 0.7): (569, 427, 4),
+    (40, 0.99): (976, 951, 39),
+    (400, 1.0): (801, 799, 400),
+}
+"""Steps and strength → start noise, first step, number of steps; worked out by hand."""
+
+
+@pytest.mark.parametrize(("wish", "expected"), RELEASED.items(), ids=str)
+def test_released_grid_by_hand(wish: tuple[int, float], expected: tuple[int, int, int]) -> None:
+    schedule = Schedule.build(NoiseSpec(), *wish, 10, "released")
+    assert (schedule.start_t, schedule.steps[0].t, len(schedule.steps)) == expected
+    assert (schedule.steps[-1].t, schedule.steps[-1].t_prev) == (1, -1)
+    assert all(step.stage == step.t // 100 for step in schedule.steps)
+
+
+def test_released_grid_is_that_code_wherever_it_runs() -> None:
+    ran = failed = 0
+    for steps in range(1, 1001):
+        for strength in (0.001, 0.3, 0.7, 1.0):
+            try:
+                start, timesteps = released_run(steps, strength)
+            except IndexError:
+                start, timesteps = -1, []
+            if not timesteps:
+                failed += 1
+                with pytest.raises(UsageError, match=rf"found ({steps}|{strength} at {steps} steps); .* that code"):
+                    Schedule.build(NoiseSpec(), steps, strength, 10, "released")
+                continue
+            ran += 1
+            schedule = Schedule.build(NoiseSpec(), steps, strength, 10, "released")
+            assert (schedule.start_t, [step.t for step in schedule.steps]) == (start, timesteps), (steps, strength)
+    assert ran > 500
+    assert failed > 500
+
+
+@pytest.mark.parametrize(
+    ("steps", "strength", "words"),
+    [
+        (50, 1.0, "noise to point 50 of a grid whose last is 49"),
+        (50, 0.01, r"expected at least 0\.02 .* no step"),
+        (333, 0.7, "by 3 up to t = 1000, past its last timestep 999"),
+        (1000, 0.7, "by 1 up to t = 1000"),
+        (1001, 0.7, "expected 1 to 1000 with released"),
+        (0, 0.7, "expected 1 to 1000 with released"),
+        (1, 1.0, "noise to point 1 of a grid whose last is 0"),
+    ],
+)
+def test_what_the_released_code_cannot_do_says_why(steps: int, strength: float, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        Schedule.build(NoiseSpec(), steps, strength, 10, "released")
+
+
+@pytest.mark.skipif(not GOLDEN.is_file(), reason="needs ../shared/golden")
+def test_released_grid_is_the_one_that_was_recorded() -> None:
+    golden = load_file(GOLDEN)
+    schedule = Schedule.build(NoiseSpec(), 50, 0.7, 10, "released")
+    assert [step.t for step in schedule.steps] == golden["timesteps"].tolist()
+    start = schedule.add_noise(golden["z0"], golden["noise"], schedule.start_t)
+    np.testing.assert_allclose(start, golden["start_latent"], rtol=0, atol=1e-6 * np.abs(start).max())

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from safetensors.numpy import load_file
 
 from lsast_engines import SOLVERS, NoiseSpec, Schedule, make_solver
 from lsast_engines.errors import UsageError
@@ -19,6 +21,9 @@ SD = {
     "steps_offset": 1,
 }
 SHAPE = (2, 4, 5, 3)
+DIFFUSERS = ("ddim", "dpmpp2m", "unipc")
+"""The solvers that diffusers has, on the same grid."""
+GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "tiny_a_io.safetensors"
 
 
 def diffusers_scheduler(name: str) -> Any:
@@ -48,7 +53,7 @@ def sharpen(scheduler: Any) -> None:
         scheduler.sigmas = torch.cat([((1 - abars) / abars)[scheduler.timesteps] ** 0.5, torch.zeros(1)])
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", DIFFUSERS)
 @pytest.mark.parametrize("strength", [0.3, 0.5, 0.7, 1.0])
 @pytest.mark.parametrize("steps", [1, 4, 12, 30, 50])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -129,9 +134,40 @@ def test_multistep_solvers_refuse_steps_out_of_order(name: str) -> None:
 
 def test_unknown_solver_and_foreign_schedule() -> None:
     schedule = Schedule.build(NoiseSpec(), 8, 1.0, 10, "ddim")
-    with pytest.raises(UsageError, match="found solver 'euler'; expected one of ddim, dpmpp2m, unipc"):
+    with pytest.raises(UsageError, match="found solver 'euler'; expected one of ddim, dpmpp2m, unipc, released"):
         make_solver("euler", NoiseSpec(), schedule)
     with pytest.raises(UsageError, match=r"schedule of ddim .* expected unipc .*solver='unipc'"):
         make_solver("unipc", NoiseSpec(), schedule)
     with pytest.raises(UsageError, match="linear"):
         make_solver("ddim", NoiseSpec(curve="linear"), schedule)
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(50, 0.7), (30, 1.0), (20, 0.5), (7, 0.9)])
+def test_released_is_ddim_of_the_paper_on_its_own_grid(steps: int, strength: float) -> None:
+    # Song et al. 2021, eq. 12 with eta 0, written out; the step from t goes to the grid point below, from t = 1 to 0.
+    schedule = Schedule.build(NoiseSpec(), steps, strength, 10, "released")
+    solver = make_solver("released", NoiseSpec(), schedule)
+    abars = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+    rng = np.random.default_rng(steps)
+    ours = theirs = rng.standard_normal(SHAPE)
+    stride = 1000 // steps
+    for step in schedule.steps:
+        eps = rng.standard_normal(SHAPE)
+        ours = solver.step(eps, step.index, ours)
+        here, there = abars[step.t], abars[step.t - stride if step.t > 1 else 0]
+        x0 = (theirs - (1 - here) ** 0.5 * eps) / here**0.5
+        theirs = there**0.5 * x0 + (1 - there) ** 0.5 * eps
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9 * np.abs(theirs).max())
+
+
+@pytest.mark.skipif(not GOLDEN.is_file(), reason="needs ../shared/golden")
+def test_released_steps_are_those_that_were_recorded() -> None:
+    golden = load_file(GOLDEN)
+    schedule = Schedule.build(NoiseSpec(), 50, 0.7, 10, "released")
+    solver = make_solver("released", NoiseSpec(), schedule)
+    ends = [*golden["latents_in"][1:, None], golden["final_latent"]]
+    for index, end in enumerate(ends):
+        unconditional, conditional = golden["eps_uncond"][index], golden["eps_cond"][index]
+        eps = unconditional + 10.0 * (conditional - unconditional)
+        found = solver.step(eps[None], index, golden["latents_in"][index][None])
+        np.testing.assert_allclose(found, end, rtol=0, atol=2e-6 * np.abs(end).max())

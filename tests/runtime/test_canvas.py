@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
-from lsast.canvas import Canvas, on_white
+from lsast.canvas import Canvas, SquashedCanvas, canvas_for, on_white
 
 SIZES = [(512, 512), (1200, 800), (800, 1200), (50, 2000), (2000, 50), (1, 1), (7, 5), (1, 5000), (513, 511)]
 
@@ -71,3 +72,31 @@ def test_on_white_is_pillows_composite() -> None:
     expected = np.asarray(Image.alpha_composite(white, Image.fromarray(rgba)).convert("RGB"), dtype=int)
     found = on_white(rgba[..., :3], rgba[..., 3]).astype(int)
     assert np.abs(found - expected).max() <= 1
+
+
+@pytest.mark.parametrize("own", [(90, 180), (180, 90), (40, 40), (128, 128), (1, 300)])
+def test_squashing_resamples_as_the_released_code(own: tuple[int, int]) -> None:
+    # method.md §4.1-2: Pillow's Lanczos for the encoder, OpenCV's bilinear on BGR for the edges.
+    rgb = np.random.default_rng(4).integers(0, 256, (*own, 3), dtype=np.uint8)
+    canvas = canvas_for(own, 128, 64, "squash")
+    content, outlined = canvas.views(rgb)
+    np.testing.assert_array_equal(content, Image.fromarray(rgb).resize((128, 128), Image.Resampling.LANCZOS))
+    bgr = np.dstack([rgb[..., 2], rgb[..., 1], rgb[..., 0]])
+    np.testing.assert_array_equal(outlined, cv2.resize(bgr, (128, 128), interpolation=cv2.INTER_LINEAR))
+    assert canvas.cut(content) is content
+
+
+def test_squashing_takes_legal_sides_only_and_squashes_opacity() -> None:
+    assert [SquashedCanvas.fit(size, 64).side for size in (64, 65, 500, 512)] == [64, 128, 512, 512]
+    canvas = SquashedCanvas.fit(64, 64)
+    assert canvas.cover(None) is None
+    alpha = np.tile(np.linspace(0, 255, 100).astype(np.uint8), (30, 1))
+    squashed = Image.fromarray(alpha).resize((64, 64), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(canvas.cover(alpha), squashed)
+
+
+def test_keeping_the_aspect_looks_for_edges_in_what_is_encoded() -> None:
+    rgb = np.random.default_rng(4).integers(0, 256, (50, 80, 3), dtype=np.uint8)
+    content, outlined = canvas_for((50, 80), 64, 64, "aspect").views(rgb)
+    np.testing.assert_array_equal(content, Canvas.fit((50, 80), 64, 64).place(rgb))
+    np.testing.assert_array_equal(outlined, content)

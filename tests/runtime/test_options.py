@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from lsast import Options, UsageError
+from lsast.options import preset_options
 
 GOOD: dict[str, Any] = {
     "style": "monet",
@@ -17,6 +18,7 @@ GOOD: dict[str, Any] = {
     "solver": "ddim",
     "seed": 0,
     "alpha": "keep",
+    "fit": "aspect",
 }
 
 LIMITS = [
@@ -34,7 +36,9 @@ LIMITS = [
     {"seed": 2**80},
     {"solver": "unipc"},
     {"solver": "dpmpp2m"},
+    {"solver": "released"},
     {"alpha": "composite"},
+    {"fit": "squash"},
 ]
 
 FAULTS = [
@@ -61,6 +65,7 @@ FAULTS = [
     ("seed", -1),
     ("seed", 0.5),
     ("alpha", "drop"),
+    ("fit", "crop"),
 ]
 
 
@@ -87,7 +92,7 @@ def test_all_faults_are_named_at_once() -> None:
 
 
 def test_what_is_not_given_is_the_bundles_default() -> None:
-    defaults = {name: value for name, value in GOOD.items() if name not in ("seed", "alpha")}
+    defaults = {name: value for name, value in GOOD.items() if name not in ("seed", "alpha", "fit")}
     options = Options.resolve({"style": "vangogh", "strength": None, "guidance": 0.0, "seed": None}, defaults)
     assert dataclasses.asdict(options) == {**GOOD, "style": "vangogh", "guidance": 0.0}
 
@@ -95,3 +100,19 @@ def test_what_is_not_given_is_the_bundles_default() -> None:
 def test_options_do_not_change() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Options(**GOOD).seed = 1  # type: ignore[misc]
+
+
+def test_squashing_needs_a_side_to_squash_to() -> None:
+    with pytest.raises(UsageError, match=r"size: found 0 with fit squash; expected .* such as 512"):
+        Options(**{**GOOD, "size": 0, "fit": "squash"})
+    Options(**{**GOOD, "size": 0, "fit": "aspect"})
+
+
+def test_the_released_preset_is_the_shipped_call() -> None:
+    # method.md §4: 50 DDIM steps, strength 0.7, scale 10, all ControlNet scales 1, squashed to 512 x 512.
+    options = Options(style="monet", **preset_options("released"))
+    shipped = {"steps": 50, "strength": 0.7, "guidance": 10.0, "control": 1.0, "size": 512, "fit": "squash"}
+    assert dataclasses.asdict(options) == {**GOOD, **shipped, "solver": "released"}
+    assert preset_options(None) == {}
+    with pytest.raises(UsageError, match="found preset 'sdxl'; expected one of released"):
+        preset_options("sdxl")

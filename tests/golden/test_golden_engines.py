@@ -1,0 +1,112 @@
+"""Golden sets through the exported graphs, on every backend that is installed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from lsast_engines.engine import available_backends
+from lsast_engines.errors import MissingExtraError
+from lsast_export import golden, golden_denoisers
+from lsast_export.golden_command import golden_command
+from lsast_export.golden_reader import read_golden
+
+SHARED = Path(__file__).parents[3] / "shared" / "golden" / "tiny_a"
+BACKENDS = sorted(available_backends())
+
+SHALLOW: dict[str, Any] = {"channel_mult": (1,), "num_heads": 2}
+"""One level: the smallest network that has every kind of layer but those that change the resolution."""
+
+RUNS: dict[str, dict[str, Any]] = {
+    "not square": {"size": (8, 4)},
+    "31 points, all of them but one": {"steps": 30, "strength": 1.0, "size": (3, 5)},
+    "unguided": {"guidance": 1.0, "steps": 10, "strength": 0.7},
+    "a batch": {"batch": 2, "steps": 7, "strength": 0.9, "size": (5, 4)},
+}
+
+
+@pytest.fixture(scope="module")
+def exported_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """Stands for `export_graphs`: all runs of this module have the same networks, and tracing takes nearly all time."""
+    kept = tmp_path_factory.mktemp("graphs")
+    export = golden_denoisers.export_graphs
+
+    def export_graphs(base: Any, folder: Path, progress: Any) -> None:
+        if not any(kept.iterdir()):
+            export(base, kept, progress)
+        shutil.copytree(kept, folder, dirs_exist_ok=True)
+
+    return export_graphs
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_the_exported_graphs_repeat_what_was_recorded(
+    record: Any, run: dict[str, Any], backend: str, exported_once: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(golden, "export_graphs", exported_once)
+    prefix = record(**SHALLOW, **run)
+    report = golden.check_golden(read_golden(prefix), backend)
+    assert report.passed, report.errors
+    assert max(report.errors.values()) < 3e-5
+    assert report.backend == backend
+    in_torch = golden.check_golden(read_golden(prefix))
+    assert report.errors.keys() == in_torch.errors.keys()
+    # The graphs were run, and not torch again: sums in another order.
+    residuals = [name for name in report.errors if name.startswith("control_residual_")]
+    assert [report.errors[name] for name in residuals] != [in_torch.errors[name] for name in residuals]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_differs_is_seen_on_a_backend_too(
+    record: Any, backend: str, exported_once: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(golden, "export_graphs", exported_once)
+
+    def change(tensors: dict[str, Any]) -> None:
+        tensors["contexts"][1] *= 1.5  # at the last steps, stage 0, that of the middle
+        tensors["control_residual_01"][0, 3, 1, 1] += 0.01
+
+    errors = golden.check_golden(read_golden(record(**SHALLOW, change=change)), backend).errors
+    past = {name for name, error in errors.items() if error > 1e-4}
+    assert past >= {"control_residual_01", "eps_cond", "eps_uncond", "final_latent"}
+    assert not past & {"timesteps", "start_latent", "control_residual_00"}
+
+
+def test_a_backend_that_is_not_there_is_told_before_minutes_are_spent(
+    record: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lsast_export.exporter.available_backends", lambda: {"onnxruntime": ["cpu"]})
+    monkeypatch.setattr(golden, "golden_base", lambda _: pytest.fail("work was begun"))
+    with pytest.raises(MissingExtraError, match=r"lsast\[openvino\]"):
+        golden.check_golden(read_golden(record(**SHALLOW)), "openvino")
+
+
+DEEP: dict[str, dict[str, Any]] = {
+    "four levels, not square": {
+        "channel_mult": (1, 2, 2, 4), "attending": (0, 1, 2), "num_heads": 8, "size": (8, 24), "steps": 30,
+        "strength": 0.5, "guidance": 10.0,
+    },
+    "two levels, a batch": {"channel_mult": (1, 2), "attending": (1,), "num_res_blocks": 2, "batch": 2},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("recipe", DEEP.values(), ids=DEEP)
+def test_deep_networks_repeat_what_was_recorded(record: Any, recipe: dict[str, Any], backend: str) -> None:
+    result = CliRunner().invoke(golden_command, [str(record(**recipe)), "--backend", backend])
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path(f"{SHARED}_io.safetensors").is_file(), reason="needs ../shared/golden")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_exported_graphs_repeat_the_released_code(backend: str) -> None:
+    result = CliRunner().invoke(golden_command, [str(SHARED), "--backend", backend])
+    assert result.exit_code == 0, result.output
