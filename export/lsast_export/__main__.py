@@ -9,17 +9,17 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
 import click
 
-from lsast_engines.errors import LsastError, MissingExtraError, UsageError
+from lsast_engines.errors import MissingExtraError, UsageError
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+from .console import Command, Group, Phases, common, fail
+from .golden_command import golden_command
+from .import_command import import_command
 
 _DEFAULT_TYPES: dict[str, Callable[[str], Any]] = {
     "style": str,
@@ -31,72 +31,6 @@ _DEFAULT_TYPES: dict[str, Callable[[str], Any]] = {
     "size": int,
 }
 """How the value of each of the manifest's defaults is read."""
-
-
-class _Group(click.Group):
-    """A group whose failures are one line a fault, with a traceback only on `--debug`."""
-
-    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        try:
-            return super().make_context(*args, **kwargs)
-        except click.UsageError as error:
-            _fail(f"{error.format_message()} (--help lists all options)", UsageError.exit_code)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except click.UsageError as error:
-            _fail(f"{error.format_message()} (--help lists all options)", UsageError.exit_code)
-        except (click.ClickException, click.exceptions.Exit):
-            raise
-        except (Exception, KeyboardInterrupt) as error:
-            if ctx.meta.get("lsast.debug"):
-                traceback.print_exc()
-            if isinstance(error, LsastError):
-                _fail(str(error), error.exit_code)
-            if isinstance(error, KeyboardInterrupt):
-                _fail("interrupted", 130)
-            _fail(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1)
-
-
-def _fail(message: str, status: int) -> NoReturn:
-    click.echo(f"Error: {message}", err=True)
-    raise click.exceptions.Exit(status)
-
-
-class _Phases:
-    """Names each phase on stderr as it begins, and keeps how long each took."""
-
-    def __init__(self) -> None:
-        self._began = time.perf_counter()
-        self._starts: list[tuple[str, float]] = []
-
-    def __call__(self, phase: str) -> None:
-        now = time.perf_counter() - self._began
-        self._starts.append((phase, now))
-        click.echo(f"[{now:6.1f} s] {phase}", err=True)
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds of each phase, in order; the last one ends now."""
-        ends = [start for _, start in self._starts[1:]] + [time.perf_counter() - self._began]
-        return {phase: round(end - start, 3) for (phase, start), end in zip(self._starts, ends, strict=True)}
-
-
-def _remember_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    if value:
-        ctx.meta["lsast.debug"] = True
-
-
-def _common(command: Command) -> Command:
-    """Options that every command has."""
-    for option in (
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the path."),
-        click.option(
-            "--debug", is_flag=True, expose_value=False, callback=_remember_debug, help="Show a traceback on errors."
-        ),
-    ):
-        command = option(command)
-    return command
 
 
 def _exporting(command: Command) -> Command:
@@ -111,9 +45,23 @@ def _exporting(command: Command) -> Command:
             help=f"What lsast-run does unless told otherwise; again for others. KEY: {', '.join(_DEFAULT_TYPES)}.",
         ),
         click.option(
-            "--precision", type=click.Choice(["fp32", "fp16"]), help="Storage of the weights. [default: fp16]"
+            "--precision", type=click.Choice(["fp32", "fp16", "bf16"]), help="Storage of the weights. [default: fp16]"
         ),
-        click.option("--base", metavar="PATH", help="Folder or name of the base or bundle. [default: embedded]"),
+        click.option("--revision", metavar="REV", help="Commit hash or tag of a base from the hub."),
+        click.option(
+            "--unet-weights",
+            type=click.Choice(["auto", "ema", "non-ema"]),
+            help="Weights of a base that holds two sets. [default: auto, the averaged ones (EMA) if there]",
+        ),
+        click.option(
+            "--controlnet", metavar="PATH", help="ControlNet of a base to import: a folder, a file, or OWNER/NAME."
+        ),
+        click.option(
+            "--base",
+            metavar="PATH",
+            help="Folder or name of the base or bundle; to import one, a folder in diffusers' format, a file in "
+            "CompVis naming, or OWNER/NAME of the hub. [default: embedded]",
+        ),
         click.option(
             "--style",
             "styles",
@@ -128,18 +76,21 @@ def _exporting(command: Command) -> Command:
 
 @click.group(
     "lsast-export",
-    cls=_Group,
+    cls=Group,
     invoke_without_command=True,
     context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
 )
 @_exporting
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Write a whole bundle here.")
-@_common
+@common
 @click.pass_context
 def main(
     ctx: click.Context,
     styles: tuple[str, ...],
     base: str | None,
+    controlnet: str | None,
+    unet_weights: str | None,
+    revision: str | None,
     out: Path | None,
     precision: str | None,
     defaults: tuple[str, ...],
@@ -151,19 +102,25 @@ def main(
     Without --out a style is baked for the bundle of its base and put into your style folder. With --out its base is
     exported too, into a bundle of its own; one that is there is replaced, its other styles are kept.
     """
-    given = any((styles, base, out, precision, defaults, backend))
+    imports = {"controlnet": controlnet, "unet_weights": unet_weights, "revision": revision}
+    given = any((styles, base, out, precision, defaults, backend, *imports.values()))
     if ctx.invoked_subcommand is not None:
         if given:
             raise UsageError(f"found options before {ctx.invoked_subcommand!r}; expected them behind it")
         ctx.meta["lsast.json"] = as_json
         return
     if not styles:
-        raise UsageError("found nothing to do; expected --style NAME, or one of the commands bundle and check (--help)")
+        raise UsageError(
+            "found nothing to do; expected --style NAME, or one of the commands bundle, check, golden, import (--help)"
+        )
     if out is not None:
-        _export(styles, base, out, precision, defaults, backend, as_json)
+        _export(styles, base, out, precision, defaults, backend, as_json, **imports)
         return
-    if precision or defaults or backend:
-        raise UsageError("--precision, --default and --backend are of a whole bundle; expected --out DIR with them")
+    if precision or defaults or backend or any(imports.values()):
+        raise UsageError(
+            "--precision, --default, --backend, --controlnet, --unet-weights and --revision are of a whole bundle; "
+            "expected --out DIR with them"
+        )
     _bake(styles, base, as_json)
 
 
@@ -172,7 +129,7 @@ def main(
 @click.option(
     "--out", metavar="DIR", type=click.Path(path_type=Path), required=True, help="Folder of the bundle to write."
 )
-@_common
+@common
 @click.pass_context
 def bundle(ctx: click.Context, /, **options: Any) -> None:
     """Export a base into a bundle, with or without styles."""
@@ -183,7 +140,7 @@ def bundle(ctx: click.Context, /, **options: Any) -> None:
 @click.argument("bundle", metavar="BUNDLE")
 @click.option("--backend", default="auto", metavar="NAME", help="onnxruntime, openvino or auto. [default: auto]")
 @click.option("--device", default="auto", metavar="NAME", help="cpu, cuda ... [default: auto]")
-@_common
+@common
 @click.pass_context
 def check(ctx: click.Context, bundle: str, backend: str, device: str, as_json: bool) -> None:
     """Verify BUNDLE (a folder or a name): hashes, graphs, styles, and parity with torch on this machine."""
@@ -192,7 +149,7 @@ def check(ctx: click.Context, bundle: str, backend: str, device: str, as_json: b
 
     from .check import check_bundle
 
-    phases = _Phases()
+    phases = Phases()
     report = check_bundle(find_bundle(bundle), backend, device, progress=phases)
     for name, error in report.figures.items():
         recorded = report.recorded.get(name)
@@ -211,25 +168,26 @@ def check(ctx: click.Context, bundle: str, backend: str, device: str, as_json: b
     }
     click.echo(json.dumps(facts) if as_json or ctx.meta["lsast.json"] else report.bundle)
     if not report.passed:
-        _fail(f"{report.bundle} does not compute what torch computes here; export it again, or use another backend", 1)
+        fail(f"{report.bundle} does not compute what torch computes here; export it again, or use another backend", 1)
 
 
 def _bake(styles: tuple[str, ...], base: str | None, as_json: bool) -> None:
     """Bake `styles` for the bundle of `base`, into the user's style folder."""
     _require_extra()
     from lsast_engines.bundle import MANIFEST, Bundle
-    from lsast_train.base import find_base, load_base
+    from lsast_train.base import find_base, open_base_parts
 
+    from .skeleton import baking_base
     from .styles import install_style, read_prompts
 
-    phases = _Phases()
+    phases = Phases()
     phases("reading")
     prompts = read_prompts(styles)
     folder = find_base(base)
     if not (folder / MANIFEST).is_file():
         raise UsageError(f"{folder} is a base that was not exported yet; expected --out DIR for its bundle")
     opened = Bundle.open(folder)
-    loaded = load_base(folder)
+    loaded = baking_base(open_base_parts(folder))
     phases("baking")
     paths = {style.name: str(install_style(opened, loaded, style)) for style in prompts}
     facts = {"bundle": str(folder), "fingerprint": opened.manifest.fingerprint, "styles": paths}
@@ -244,30 +202,37 @@ def _export(
     defaults: tuple[str, ...],
     backend: str | None,
     as_json: bool,
+    **imports: str | None,
 ) -> None:
-    """Export `base` with `styles` to `out`."""
+    """Export `base` with `styles` to `out`; `imports` are the fields of `BaseSource` beside the base."""
     wanted = _read_defaults(defaults)
     _require_extra()
     from lsast_engines.bundle import MANIFEST
     from lsast_engines.manifest import Manifest
-    from lsast_train.base import find_base, load_base
+    from lsast_train.base import open_base_parts, stored_base
+    from lsast_train.sources import BaseSource
 
     from .exporter import ExportOptions, export_bundle
+    from .progress import peak_rss
+    from .skeleton import text_base
     from .styles import read_prompts
 
-    phases = _Phases()
+    phases = Phases()
     phases("reading")
-    prompts = read_prompts(styles)
-    folder = find_base(base)
+    fields: dict[str, Any] = {name: value for name, value in imports.items() if value is not None}
+    source = BaseSource(base, **fields)
+    folder = stored_base(source)
+    parts = open_base_parts(source)
+    prompts = read_prompts(styles, text_base(parts) if styles else None)
     inherited: dict[str, Any] = {}
-    if (folder / MANIFEST).is_file():
+    if folder is not None and (folder / MANIFEST).is_file():
         inherited = Manifest.from_json((folder / MANIFEST).read_text(encoding="utf-8"), str(folder / MANIFEST)).defaults
     if prompts:
         inherited = {key: value for key, value in inherited.items() if key != "style"}
     chosen: dict[str, Any] = {"precision": precision, "backend": backend}
     options = dataclasses.replace(ExportOptions(), **{key: value for key, value in chosen.items() if value is not None})
-    written = export_bundle(load_base(folder), out, prompts, options, {**inherited, **wanted}, progress=phases)
-    manifest = written.manifest
+    written = export_bundle(parts, out, prompts, options, {**inherited, **wanted}, progress=phases)
+    manifest, peak = written.manifest, peak_rss()
     facts = {
         "bundle": str(written.path),
         "fingerprint": manifest.fingerprint,
@@ -276,7 +241,10 @@ def _export(
         "parity": manifest.parity,
         "styles": {name: str(path) for name, path in written.styles().items()},
         "seconds": phases.seconds(),
+        "peak_rss_bytes": peak,
     }
+    if peak is not None:
+        click.echo(f"           peak memory {peak / 1e9:.2f} GB", err=True)
     click.echo(json.dumps(facts) if as_json else written.path)
 
 
@@ -307,6 +275,9 @@ def _require_extra() -> None:
         if importlib.util.find_spec(library) is None:
             raise MissingExtraError(library, "export")
 
+
+main.add_command(golden_command)
+main.add_command(import_command)
 
 if __name__ == "__main__":
     main()

@@ -7,8 +7,9 @@ from pathlib import Path
 from lsast_engines.bundle import Bundle
 from lsast_engines.errors import StyleError
 from lsast_engines.style import Style
-from lsast_train.base import Base, check_fingerprint
-from lsast_train.prompts_file import Prompts, load_prompts
+from lsast_train.base import Base, BaseParts, check_fingerprint
+from lsast_train.prompts_file import Prompts, UnboundPrompts, load_any_prompts
+from lsast_train.text_path import TextPath
 
 from .bake import bake_style
 
@@ -33,7 +34,7 @@ def find_prompts(name_or_path: str) -> Path:
     )
 
 
-def check_prompts(prompts: Prompts, base: Base) -> None:
+def check_prompts(prompts: Prompts, base: Base | BaseParts) -> None:
     """Refuse prompts that were learned on another base than `base` or one that it is a rounding of.
 
     Raises:
@@ -45,7 +46,7 @@ def check_prompts(prompts: Prompts, base: Base) -> None:
 
 def bake_prompts(base: Base, prompts: Prompts) -> Style:
     """The style of `prompts` for `base`, with how they were learned among its facts."""
-    kind = {name: str(getattr(prompts, name)) for name in ("variant", "generator", "layout", "gradient")}
+    kind = {name: str(getattr(prompts, name)) for name in ("variant", "generator", "prompt", "layout", "gradient")}
     return bake_style(base, prompts.prompts, prompts.name, {**kind, **prompts.meta})
 
 
@@ -71,14 +72,42 @@ def install_style(bundle: Bundle, base: Base, prompts: Prompts) -> Path:
     return path
 
 
-def read_prompts(names_or_paths: tuple[str, ...]) -> list[Prompts]:
+def read_prompts(names_or_paths: tuple[str, ...], base: Base | BaseParts | None = None) -> list[Prompts]:
     """The prompts of all named styles.
 
+    Args:
+        names_or_paths: as `find_prompts` takes them.
+        base: binds embeddings that are bound to no base yet, with its text encoder.
+
     Raises:
-        StyleError: one that is not there, damaged, or named twice.
+        StyleError: one that is not there, damaged, or named twice; one that is bound to no base without a `base` that
+            has a text encoder.
     """
-    styles = [load_prompts(find_prompts(name)) for name in names_or_paths]
+    styles = [load_any_prompts(find_prompts(name)) for name in names_or_paths]
     names = [prompts.name for prompts in styles]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise StyleError(f"found more than one style named {', '.join(twice)}; expected different names")
-    return styles
+    return [prompts if isinstance(prompts, Prompts) else bind_prompts(prompts, base) for prompts in styles]
+
+
+def bind_prompts(prompts: UnboundPrompts, base: Base | BaseParts | None) -> Prompts:
+    """`prompts` as the text encoder of `base` resolves them.
+
+    Raises:
+        StyleError: no base, one without a text encoder (a bundle has none), or one that takes other embeddings.
+    """
+    text = text_path(base)
+    if text is None or base is None:
+        found = "no base" if base is None else f"base {base.facts.name!r} without one (no bundle has one)"
+        raise StyleError(
+            f"the embeddings of {prompts.name!r} need a text encoder; found {found}. Bind them to the base that the "
+            "bundle comes from: lsast-export import FILE --base BASE"
+        )
+    return prompts.bind(text, base.fingerprint)
+
+
+def text_path(base: Base | BaseParts | None) -> TextPath | None:
+    """The text path of a base; None if it has no text encoder. Of `BaseParts` nothing else is loaded."""
+    if isinstance(base, BaseParts):
+        return TextPath(base.load("text_encoder")) if "text_encoder" in base.networks else None
+    return None if base is None or base.text_encoder is None else TextPath(base.text_encoder)

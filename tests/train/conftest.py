@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from lsast_train.base import Base
 from lsast_train.mini.architecture import MiniConfig, build_mini
@@ -31,6 +33,24 @@ def _one_quiet_cpu_thread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> It
 def base() -> Base:
     """A base of a few ten thousand random weights: 4 tokens of 24 channels, v-prediction."""
     return build_mini(MiniConfig.tiny())
+
+
+@pytest.fixture
+def text_base() -> Base:
+    """The same networks as a base with a text encoder: predicts the noise, contexts of 77 tokens, no style encoder."""
+    torch.manual_seed(1)
+    config = CLIPTextConfig(
+        vocab_size=400, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        bos_token_id=398, eos_token_id=399,
+    )  # fmt: skip
+    encoder = CLIPTextModel(config).eval().requires_grad_(False)
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    base = build_mini(MiniConfig.tiny())
+    base.facts = replace(base.facts, name="tiny-sd", family="sd15", prediction="epsilon", tokens=77)
+    base.text_encoder, base.style_encoder = encoder, None
+    base.null_context = encoder(torch.tensor([[398] + [399] * 76])).last_hidden_state[0]
+    return base
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -18,7 +19,7 @@ from diffusers import DDPMScheduler
 from lsast_engines.errors import TrainingError, UsageError
 from lsast_train import inversion
 from lsast_train.base import Base
-from lsast_train.evaluation import Probe, Purpose, noise_error, seeded
+from lsast_train.evaluation import Probe, Purpose, noise_error, round_unet, seeded
 from lsast_train.interruption import InterruptionError
 from lsast_train.inversion import Inversion
 from lsast_train.mini.architecture import MiniConfig, build_mini
@@ -59,6 +60,7 @@ def _alphas() -> torch.Tensor:
         {"variant": "step+layer"},
         {"variant": "step+layer", "generator": "direct"},
         {"variant": "step+layer", "layout": "overlap", "gradient": "decoder"},
+        {"variant": "step+layer", "layout": "overlap", "gradient": "decoder", "generator": "geglu", "lr": 0.01},
         {"variant": "step"},
         {"variant": "step", "generator": "direct"},
         {"variant": "layer"},
@@ -66,7 +68,7 @@ def _alphas() -> torch.Tensor:
         {"variant": "global"},
         {"variant": "global", "generator": "direct"},
     ],
-    ids=lambda kind: " ".join(kind.values()),
+    ids=lambda kind: " ".join(map(str, kind.values())),
 )
 def test_every_variant_learns_and_the_base_stays_as_it_was(
     base: Base, collection: Collection, brief: TrainOptions, tmp_path: Path, kind: dict[str, Any]
@@ -109,6 +111,121 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     assert (resumed.steps, resumed.best_step) == (10, straight.best_step)
     assert not (tmp_path / "parts" / "red.checkpoint.safetensors").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"generator": "geglu", "layout": "overlap", "gradient": "decoder"},
+        {"generator": "attention", "placeholder_tokens": 2},
+        {"generator": "direct", "prompt": "context"},
+    ],
+    ids=lambda kind: " ".join(map(str, kind.values())),
+)
+def test_prompts_for_a_base_with_a_text_encoder_learn_and_resume(
+    text_base: Base, collection: Collection, brief: TrainOptions, tmp_path: Path, kind: dict[str, Any]
+) -> None:
+    """Bit for bit, with the generator's dropout."""
+    lr = 0.01 if kind["generator"] == "geglu" else 1.0
+    options = replace(brief, **kind, lr=lr, map_lr=0.0, batch=6, evaluate_latents=2)
+    before = _weights(text_base), copy.deepcopy(text_base.text_encoder.state_dict())
+    straight = Inversion(text_base, collection, options, "red", tmp_path / "straight").run()
+    assert (straight.best_step, straight.relative < 0.9999) == (10, True)
+    with pytest.raises(InterruptionError):
+        Inversion(text_base, collection, options, "red", tmp_path / "parts", on_step=_interrupt_at(4)).run()
+    resumed = Inversion(text_base, collection, options, "red", tmp_path / "parts", resume=True).run()
+    assert resumed.prompts.read_bytes() == straight.prompts.read_bytes()
+    assert _weights(text_base) == before[0]
+    assert all(torch.equal(v, before[1][k]) for k, v in text_base.text_encoder.state_dict().items())
+    prompts = load_prompts(straight.prompts, text_base)
+    assert prompts.prompts.shape == (10, 3, 77, 24)
+    assert prompts.prompt == kind.get("prompt", "text")
+    assert json.loads(prompts.meta["options"])["generator"] == kind["generator"]
+
+
+@pytest.mark.parametrize("generator", ["geglu", "direct"])
+def test_dropout_is_on_in_training_and_off_in_evaluation(
+    text_base: Base, collection: Collection, brief: TrainOptions, tmp_path: Path, monkeypatch: Any, generator: Any
+) -> None:
+    run = Inversion(text_base, collection, replace(brief, generator=generator), "red", tmp_path)
+    losses = [run.loss(0, 0).item(), run.loss(0, 0).item()]
+    monkeypatch.setattr("lsast_train.geglu.DROPOUT", 0.0)
+    without = run.loss(0, 0).item()
+    assert losses[0] == losses[1]
+    assert (losses[0] == without) == (generator == "direct")
+    monkeypatch.setattr("lsast_train.geglu.DROPOUT", 0.5)
+    probe = run._probes[0]
+    found = probe.losses(run.space, [3])
+    monkeypatch.setattr("lsast_train.geglu.DROPOUT", 0.0)
+    assert torch.equal(probe.losses(run.space, [3]), found)
+
+
+def _kept(run: Inversion) -> tuple[int, torch.Tensor]:
+    """Bytes that one step keeps for the way back, and its gradient."""
+    storages: dict[int, int] = {}
+    frozen = {p.untyped_storage().data_ptr() for p in run.base.unet.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in frozen:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = run.loss(0, 0)
+    run.space.zero_grad()
+    torch.autograd.backward(loss)
+    assert run.space.matrices.grad is not None
+    return sum(storages.values()), run.space.matrices.grad.clone()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_checkpointing_keeps_less_and_changes_no_gradient(
+    text_base: Base, collection: Collection, brief: TrainOptions, tmp_path: Path, precision: Any
+) -> None:
+    options = replace(brief, generator="direct", precision=precision)
+    much, expected = _kept(Inversion(text_base, collection, options, "red", tmp_path))
+    thrifty = Inversion(text_base, collection, replace(options, gradient_checkpointing=True), "red", tmp_path)
+    little, found = _kept(thrifty)
+    assert little < 0.6 * much
+    assert torch.equal(found, expected)
+    assert found.abs().max() > 0
+    Inversion(text_base, collection, options, "red", tmp_path)
+    assert not text_base.unet.is_gradient_checkpointing
+
+
+def test_a_unet_stored_in_bf16_computes_what_rounding_at_every_call_does(
+    text_base: Base, collection: Collection, brief: TrainOptions, tmp_path: Path
+) -> None:
+    for module in text_base.unet.modules():
+        if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+            torch.nn.init.normal_(module.weight)
+    run = Inversion(text_base, collection, replace(brief, precision="bf16"), "red", tmp_path)
+    expected, size = run.loss(0, 0), sum(p.nbytes for p in text_base.unet.parameters())
+    (gradient,) = torch.autograd.grad(expected, run.space.matrices)
+    round_unet(text_base)
+    found = run.loss(0, 0)
+    assert torch.equal(found, expected)
+    assert torch.equal(torch.autograd.grad(found, run.space.matrices)[0], gradient)
+    assert sum(p.nbytes for p in text_base.unet.parameters()) < 0.52 * size
+
+
+def test_contexts_stay_in_fp32_where_the_unet_computes_in_bf16(
+    text_base: Base, collection: Collection, brief: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Inversion(text_base, collection, replace(brief, precision="bf16"), "red", tmp_path)
+    seen: list[Any] = []
+
+    def eps(noisy: torch.Tensor, time: torch.Tensor, contexts: Any) -> torch.Tensor:
+        seen.append(contexts)
+        assert torch.is_autocast_enabled("cpu")
+        return noisy
+
+    expected = run.space.contexts(torch.tensor([340]))
+    monkeypatch.setattr(text_base, "eps", eps)
+    latents = torch.zeros(1, 4, 8, 8)
+    noise_error(text_base, run.space, latents, latents, torch.tensor([340]), "bf16")
+    assert torch.equal(torch.stack(list(seen[0]), dim=1), expected)
 
 
 def test_checkpoints_are_not_lost_nor_mixed_up(
@@ -161,7 +278,7 @@ def test_timesteps_are_uniform_and_the_optimiser_follows_the_schedule(
     times: list[torch.Tensor] = []
     rates: list[list[float]] = []
 
-    def stub(_: Base, space: PromptSpace, latents: torch.Tensor, __: Any, timestep: torch.Tensor, ___: Any) -> Any:
+    def stub(_: Base, space: PromptSpace, latents: torch.Tensor, __: Any, timestep: torch.Tensor, *___: Any) -> Any:
         times.append(timestep)
         return space.contexts(timestep).mean((1, 2, 3))
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any, get_args
 
@@ -9,9 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from lsast_engines.errors import UsageError
+from lsast_train.base import Base
 from lsast_train.mini.architecture import MiniConfig, build_mini
-from lsast_train.options import Variant
-from lsast_train.prompt_space import PromptSpace, initial_context, matrix_table
+from lsast_train.options import TrainOptions, Variant
+from lsast_train.prompt_space import PromptSpace, build_space, initial_context, matrix_table
+from lsast_train.text_path import TextPath
 
 VARIANTS = get_args(Variant)
 KINDS = [(variant, "strided") for variant in VARIANTS] + [("step+layer", "overlap")]
@@ -61,9 +64,10 @@ def test_contexts_are_those_of_the_timesteps_stage(time: int, stage: int) -> Non
     assert torch.equal(context[0], space.matrices[[3 * stage, 3 * stage + 1, 3 * stage + 2]])
 
 
-@pytest.mark.parametrize("generator", ["attention", "direct"])
-def test_a_batch_of_mixed_stages_is_its_rows_one_by_one(generator: Any) -> None:
-    space = _space(generator=generator)
+@pytest.mark.parametrize("gradient", ["all", "decoder"])
+@pytest.mark.parametrize("generator", ["attention", "direct", "geglu"])
+def test_a_batch_of_mixed_stages_is_its_rows_one_by_one(generator: Any, gradient: Any) -> None:
+    space = _space(generator=generator, gradient=gradient)
     times = torch.tensor([990, 5, 450, 5])
     together = space.contexts(times)
     for row, time in zip(together, times, strict=True):
@@ -164,6 +168,122 @@ def test_prompts_start_at_the_mean_of_the_artists_style_tokens_or_at_the_null_co
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     assert base.style_encoder is not None
     each = torch.stack([base.style_encoder(latent[None])[0] for latent in latents])
-    torch.testing.assert_close(initial_context(base, latents), each.mean(0))
+    torch.testing.assert_close(initial_context(base, lambda: latents), each.mean(0))
     base.style_encoder = None
-    assert torch.equal(initial_context(base, latents), base.null_context)
+    assert torch.equal(initial_context(base, _never), base.null_context)
+
+
+@pytest.mark.parametrize("layout", ["strided", "overlap"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_released_generator_makes_thirty_matrices_and_every_stage_reads_its_own(variant: Any, layout: Any) -> None:
+    if layout == "overlap" and variant != "step+layer":
+        return
+    space = _space(variant=variant, layout=layout, generator="geglu")
+    matrices, prompts = space.embeddings(), space.prompts()
+    assert len(matrices) == {"step+layer": 30, "step": 10, "layer": 3, "global": 1}[variant]
+    assert matrices.shape[1:] == (5, 16)
+    for stage, group in itertools.product(range(10), range(3)):
+        assert torch.equal(prompts[stage, group], matrices[_expected_matrix(variant, layout, stage, group)])
+    assert torch.equal(space.geglu.constant, _context().mean(0))
+
+
+def test_dropout_is_drawn_from_what_is_given_and_never_otherwise() -> None:
+    space = _space(generator="geglu").train()
+    time = torch.tensor([340])
+    assert torch.equal(space.contexts(time), space.contexts(time))
+    assert torch.equal(space.contexts(time)[0], space.prompts()[3])
+    one, same, other = (space.contexts(time, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.allclose(one, other)
+    assert not torch.allclose(one, space.contexts(time))
+
+
+@pytest.mark.parametrize("gradient", ["all", "decoder"])
+def test_layers_of_one_step_share_one_dropout(gradient: Any) -> None:
+    """Overlapping, stage 3's middle is stage 4's encoder: the same matrix, made once for the whole step."""
+    space = _space(generator="geglu", layout="overlap", gradient=gradient)
+    contexts = space.contexts(torch.tensor([340, 440]), torch.Generator().manual_seed(1))
+    assert torch.equal(contexts[0, 1], contexts[1, 0])
+    assert torch.equal(contexts[0, 2], contexts[1, 1])
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("generator", ["attention", "direct", "geglu"])
+def test_prompts_are_what_the_text_encoder_makes_of_the_embeddings(
+    text_base: Base, generator: Any, tokens: int
+) -> None:
+    text = TextPath(text_base.text_encoder)
+    space = PromptSpace(torch.randn(tokens, 24), generator=generator, text=text)
+    expected = text.contexts(space.embeddings())
+    assert expected.shape == (30, 77, 24)
+    torch.testing.assert_close(space.prompts(), expected.view(10, 3, 77, 24))
+    torch.testing.assert_close(space.contexts(torch.tensor([999, 5])), expected.view(10, 3, 77, 24)[[9, 0]])
+
+
+@pytest.mark.parametrize(("gradient", "groups"), [("all", (0, 1, 2)), ("decoder", (2,))])
+def test_gradients_flow_through_the_text_encoder_to_the_matrices_of_the_stage(
+    text_base: Base, gradient: Any, groups: tuple[int, ...]
+) -> None:
+    text = TextPath(text_base.text_encoder)
+    space = PromptSpace(torch.randn(1, 24), generator="direct", gradient=gradient, text=text)
+    weights = torch.randn(1, 3, 77, 24)
+    torch.autograd.backward((space.contexts(torch.tensor([340])) * weights).sum())
+    found = space.matrices.grad
+    assert found is not None
+    expected = torch.zeros_like(found)
+    for group in groups:
+        matrix = space.matrices[9 + group][None].detach().requires_grad_()
+        torch.autograd.backward((text.contexts(matrix) * weights[0, group]).sum())
+        assert matrix.grad is not None
+        expected[9 + group] = matrix.grad[0]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert all(parameter.grad is None for parameter in text_base.text_encoder.parameters())
+
+
+def test_the_text_encoder_is_neither_learned_nor_saved_nor_copied(text_base: Base) -> None:
+    space = PromptSpace(torch.randn(1, 24), text=TextPath(text_base.text_encoder))
+    assert set(dict(space.named_parameters())) == {"matrices", "query", "key", "value"} == set(space.state_dict())
+    assert copy.deepcopy(space).text is space.text
+
+
+def _options(**changes: Any) -> TrainOptions:
+    return TrainOptions(**{"generator": "direct", **changes})
+
+
+def _never() -> torch.Tensor:
+    raise AssertionError("hundreds of megabytes of latents for nothing")
+
+
+def test_text_prompts_start_near_clips_word_a(text_base: Base) -> None:
+    """method.md §1.2: token 320."""
+    word = text_base.text_encoder.get_input_embeddings().weight[320]
+    space = build_space(text_base, _options(placeholder_tokens=2), _never)
+    assert space.matrices.shape == (30, 2, 24)
+    assert ((space.matrices - word).norm() / word.norm() / 60**0.5).item() == pytest.approx(0.01, rel=0.2)
+    released = build_space(text_base, _options(generator="geglu"), _never)
+    torch.testing.assert_close(released.geglu.constant, word)
+    assert released.embeddings().shape == (30, 1, 24)
+
+
+def test_auto_takes_the_text_encoder_where_there_is_one(text_base: Base, base: Base) -> None:
+    assert build_space(text_base, _options(), _never).text is not None
+    assert build_space(base, _options(), lambda: torch.randn(3, 4, 8, 8)).text is None
+    direct = build_space(text_base, _options(prompt="context"), _never)
+    assert direct.text is None
+    assert direct.matrices.shape == (30, 77, 24)
+    torch.testing.assert_close(direct.matrices.mean(0), text_base.null_context, rtol=0, atol=0.05)
+
+
+def test_options_that_the_base_cannot_follow_are_refused(text_base: Base, base: Base) -> None:
+    with pytest.raises(UsageError, match=r"prompt: found text on base 'mini', which has no text encoder"):
+        build_space(base, _options(prompt="text"), _never)
+    with pytest.raises(UsageError, match=r"placeholder_tokens: found 2 without a text encoder"):
+        build_space(base, _options(placeholder_tokens=2), _never)
+    with pytest.raises(UsageError, match=r"placeholder_tokens: found 76; expected at most 75"):
+        build_space(text_base, _options(placeholder_tokens=76), _never)
+
+
+def test_a_generator_of_whole_contexts_would_be_too_large(text_base: Base) -> None:
+    """77 tokens of 768 channels, thirty times, from 3072: 5.4 billion weights."""
+    with pytest.raises(UsageError, match=r"5\.4 billion weights; .* choose prompt text"):
+        PromptSpace(torch.zeros(77, 768), generator="geglu")

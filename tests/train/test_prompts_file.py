@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lsast_engines.errors import StyleError
 from lsast_train.base import Base
 from lsast_train.prompt_space import PromptSpace
-from lsast_train.prompts_file import Prompts, load_prompts, save_prompts
+from lsast_train.prompts_file import Prompts, UnboundPrompts, load_any_prompts, load_prompts, save_prompts
+from lsast_train.text_path import TextPath
 
 FINGERPRINT = "ab" * 32
 
@@ -45,8 +47,13 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"generator": "direct", "layout": "overlap", "gradient": "decoder"}, {"variant": "global"}],
-    ids=["default", "released", "global"],
+    [
+        {},
+        {"generator": "direct", "layout": "overlap", "gradient": "decoder"},
+        {"variant": "global"},
+        {"generator": "geglu", "layout": "overlap", "gradient": "decoder"},
+    ],
+    ids=["default", "overlap", "global", "released"],
 )
 def test_a_file_gives_back_what_was_learned(tmp_path: Path, options: dict[str, Any]) -> None:
     saved = _prompts(**options)
@@ -67,6 +74,93 @@ def test_stored_prompts_are_those_of_the_stored_matrices_and_maps(tmp_path: Path
     again = PromptSpace(torch.zeros(4, 8))
     again.load_state_dict({"matrices": found.matrices, **found.maps})
     assert torch.equal(again.prompts(), found.prompts)
+
+
+def test_contexts_are_still_written_as_the_first_version_reads_them(file: Path) -> None:
+    """Names and header of a file that 0.1.0 wrote."""
+    with safe_open(str(file), "pt") as opened:
+        header = json.loads(opened.metadata()["lsast"])
+        assert set(opened.keys()) == {"prompts", "matrices", "query", "key", "value"}
+    assert set(header) == {
+        "format", "name", "base", "variant", "generator", "layout", "gradient", "meta", "sha256",
+    }  # fmt: skip
+    assert header["format"] == 1
+
+
+@pytest.mark.parametrize(("generator", "layout"), [("geglu", "overlap"), ("attention", "strided")])
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_prompts_through_a_text_encoder_are_kept_with_what_went_in(
+    text_base: Base, tmp_path: Path, generator: Any, layout: Any, tokens: int
+) -> None:
+    text = TextPath(text_base.text_encoder)
+    space = PromptSpace(text.word().expand(tokens, -1), generator=generator, layout=layout, text=text)
+    save_prompts(Prompts.of(space, "red", FINGERPRINT, {}), tmp_path / "a")
+    found = load_prompts(tmp_path / "a")
+    assert found.prompt == "text"
+    assert found.prompts.shape == (10, 3, 77, 24)
+    assert found.embeddings is not None
+    assert found.embeddings.shape == (30, tokens, 24)
+    expected = text.contexts(found.embeddings)
+    for stage, group in ((0, 0), (4, 1), (9, 2)):
+        matrix = stage + group if layout == "overlap" else 3 * stage + group
+        torch.testing.assert_close(found.prompts[stage, group], expected[matrix])
+
+
+def _unbound(**changes: Any) -> UnboundPrompts:
+    embeddings = torch.randn(30, 1, 24, generator=torch.Generator().manual_seed(0))
+    return replace(
+        UnboundPrompts("red", "step+layer", "geglu", "overlap", "decoder", embeddings, meta={"works": "7"}), **changes
+    )
+
+
+def test_embeddings_without_a_base_are_bound_later(text_base: Base, tmp_path: Path) -> None:
+    path = tmp_path / "red.prompts.safetensors"
+    save_prompts(_unbound(), path)
+    with pytest.raises(StyleError, match=r"bound to no base; bind them with: lsast-export import .* --base"):
+        load_prompts(path)
+    unbound = load_any_prompts(path)
+    assert isinstance(unbound, UnboundPrompts)
+    assert torch.equal(unbound.embeddings, _unbound().embeddings)
+    assert (unbound.stages, unbound.meta, unbound.layout) == (10, {"works": "7"}, "overlap")
+    text = TextPath(text_base.text_encoder)
+    bound = unbound.bind(text, text_base.fingerprint)
+    assert (bound.base, bound.name, bound.meta, bound.generator) == ("0" * 64, "red", {"works": "7"}, "geglu")
+    each = text.contexts(unbound.embeddings)
+    torch.testing.assert_close(bound.prompts, torch.stack([each[stage : stage + 3] for stage in range(10)]))
+    save_prompts(bound, path)
+    assert load_prompts(path, text_base).prompt == "text"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"embeddings": torch.zeros(12, 1, 24)}, r"found shape \[12, 1, 24\]; expected \[30, tokens, dim\]"),
+        ({"embeddings": torch.zeros(30, 24)}, r"expected \[30, tokens, dim\]"),
+        ({"embeddings": torch.full((30, 1, 24), float("inf"))}, "NaN or infinite"),
+        ({"stages": 9}, r"expected \[27, tokens, dim\]"),
+        ({"name": "../up"}, "letters, digits"),
+    ],
+)
+def test_embeddings_that_do_not_fit_are_refused(change: dict[str, Any], expected: str) -> None:
+    with pytest.raises(StyleError, match=expected):
+        _unbound(**change)
+
+
+def test_embeddings_of_another_text_encoder_are_refused(text_base: Base) -> None:
+    unbound = _unbound(embeddings=torch.zeros(30, 1, 23))
+    with pytest.raises(StyleError, match=r"23 channels; expected .* 24 channels"):
+        unbound.bind(TextPath(text_base.text_encoder), "0" * 64)
+
+
+def test_the_header_of_unbound_embeddings_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "red.prompts.safetensors"
+    save_prompts(_unbound(), path)
+    _rewrite(path, lambda header: header.update(stages=True))
+    with pytest.raises(StyleError, match="stages: found True"):
+        load_any_prompts(path)
+    _rewrite(path, lambda header: header.update(base=FINGERPRINT))
+    with pytest.raises(StyleError, match="prompts: missing tensor"):
+        load_any_prompts(path)
 
 
 def test_equal_prompts_give_equal_bytes(tmp_path: Path) -> None:
@@ -119,8 +213,8 @@ def test_a_changed_value_is_noticed(file: Path) -> None:
 
 
 def test_another_format_says_which_is_read(file: Path) -> None:
-    _rewrite(file, lambda header: header.update(format=2))
-    with pytest.raises(StyleError, match="has format 2; this version reads format 1"):
+    _rewrite(file, lambda header: header.update(format=3))
+    with pytest.raises(StyleError, match="has format 3; this version reads formats 1 and 2"):
         load_prompts(file)
 
 
@@ -158,6 +252,8 @@ def test_a_variant_that_does_not_fit_the_matrices_is_refused(file: Path) -> None
         ({"prompts": torch.full((10, 3, 4, 8), float("nan"))}, "NaN"),
         ({"matrices": torch.zeros(30, 4, 8, dtype=torch.float16)}, r"expected torch\.float32"),
         ({"maps": {}}, "query: missing"),
+        ({"embeddings": torch.zeros(29, 4, 8)}, r"embeddings: found shape \[29, 4, 8\]; expected \[30, 4, 8\]"),
+        ({"embeddings": torch.full((30, 4, 8), float("nan"))}, "embeddings: found NaN"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(change: dict[str, Any], expected: str) -> None:

@@ -82,9 +82,31 @@ def test_json_gives_the_whole_outcome(
     assert Path(result["curve"]).parent == tmp_path / "there"
 
 
+def test_a_published_base_learns_prompts_through_its_text_encoder(
+    capsys: pytest.CaptureFixture[str], compvis_base: Any, paintings: Path, tmp_path: Path
+) -> None:
+    code, out, err = _run(
+        capsys, "--style", "red", "--images", paintings, "--base", compvis_base.file,
+        "--controlnet", compvis_base.controlnet_file, "--preset", "released", "--placeholder-tokens", "2",
+        "--prompt", "text", "--gradient-checkpointing", "--precision", "bf16", "--steps", "1", "--size", "64",
+    )  # fmt: skip
+    assert code == 0, err
+    prompts = load_prompts(tmp_path / out.strip())
+    assert (prompts.prompt, prompts.generator, prompts.layout) == ("text", "geglu", "overlap")
+    assert prompts.embeddings is not None
+    assert prompts.embeddings.shape == (30, 2, 64)
+    assert prompts.prompts.shape == (10, 3, 77, 64)
+    knobs = json.loads(prompts.meta["options"])
+    assert (knobs["gradient_checkpointing"], knobs["precision"], knobs["lr"]) == (True, "bf16", 1e-6)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (
+            ["--style", "red", "--images", ".", "--prompt", "context", "--placeholder-tokens", "2"],
+            "found 2 with prompt",
+        ),
         ([], "--style NAME and no --images DIR"),
         (["--style", "red"], "no --images DIR"),
         (["--style", "red", "--images", ".", "--preset", "slow"], "'slow' is not one of"),

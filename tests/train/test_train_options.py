@@ -17,6 +17,16 @@ def test_the_paper_preset_is_the_papers() -> None:
     assert rates == pytest.approx([5e-6, 5e-6, 5e-7, 5e-7])
 
 
+def test_the_released_preset_is_the_released_codes() -> None:
+    """method.md §3."""
+    released = PRESETS["released"]
+    assert (released.steps, released.batch, released.size, released.weight_decay) == (100_000, 1, 512, 0.01)
+    assert (released.variant, released.generator, released.layout) == ("step+layer", "geglu", "overlap")
+    assert (released.gradient, released.crop, released.views, released.precision) == ("decoder", "squash", 0, "fp32")
+    assert (released.prompt, released.placeholder_tokens, released.weighting) == ("auto", 1, "eps")
+    assert {released.learning_rate(step) for step in (0, 20_000, 99_999)} == {1e-6}
+
+
 @pytest.mark.parametrize("schedule", ["step", "cosine", "constant"])
 def test_learning_rates_are_those_of_torchs_schedulers(schedule: Any) -> None:
     options = TrainOptions(steps=40, lr=0.2, schedule=schedule, decay_after=15)
@@ -36,6 +46,7 @@ def test_learning_rates_are_those_of_torchs_schedulers(schedule: Any) -> None:
 def test_all_faults_are_named_at_once() -> None:
     wrong: dict[str, Any] = {
         "variant": "layers", "generator": "mlp", "layout": "diagonal", "gradient": "none", "schedule": "linear",
+        "prompt": "caption", "placeholder_tokens": 0,
         "crop": "centre", "weighting": "x0", "precision": "fp8", "steps": 0, "batch": 1.5, "size": 32, "views": -1,
         "seed": -1, "evaluate_every": 0, "evaluate_latents": 0, "lr": 0.0, "map_lr": -1.0,
         "weight_decay": float("nan"), "decay_after": -1, "checkpoint_minutes": 0.0,
@@ -44,6 +55,11 @@ def test_all_faults_are_named_at_once() -> None:
         TrainOptions(**wrong)
     lines = str(caught.value).splitlines()[1:]
     assert sorted(line.split(":")[0].removeprefix("  - ") for line in lines) == sorted(wrong)
+
+
+def test_a_context_has_no_placeholder() -> None:
+    with pytest.raises(UsageError, match="placeholder_tokens: found 2 with prompt context"):
+        TrainOptions(prompt="context", placeholder_tokens=2)
 
 
 def test_overlap_with_another_variant_is_refused() -> None:

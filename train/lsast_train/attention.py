@@ -7,8 +7,9 @@ filled just before the call. The box is an object, not a list attribute, because
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,10 @@ Group = Literal["down", "mid", "up"]
 GROUPS: tuple[Group, ...] = get_args(Group)
 """The layer groups in the order of the prompt space's group axis."""
 
+Contexts: TypeAlias = torch.Tensor | Sequence[torch.Tensor]
+"""Contexts of all layer groups: [B, 3, tokens, dim], or three of [B, tokens, dim], in the order of `GROUPS`. Apart, a
+group whose context is constant leaves no trace for the way back."""
+
 _PREFIXES: dict[str, Group] = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}
 
 
@@ -32,9 +37,9 @@ class ContextBox:
     mid: torch.Tensor | None = None
     up: torch.Tensor | None = None
 
-    def fill(self, contexts: torch.Tensor) -> None:
-        """Take contexts [B, 3, tokens, dim], group axis in the order of `GROUPS`."""
-        self.down, self.mid, self.up = contexts.unbind(1)
+    def fill(self, contexts: Contexts) -> None:
+        """Take the contexts of all groups."""
+        self.down, self.mid, self.up = contexts.unbind(1) if isinstance(contexts, torch.Tensor) else contexts
 
 
 @dataclass(frozen=True)

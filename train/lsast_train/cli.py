@@ -28,11 +28,24 @@ def _choice(name: str) -> click.Choice[str]:
 @click.option("--style", metavar="NAME", help="Name of the style to learn.")
 @click.option("--images", metavar="DIR", type=click.Path(path_type=Path), help="Folder tree of the artist's pictures.")
 @click.option(
-    "--base", metavar="NAME", help="Base to learn it on: a bundle's name or folder. [default: the embedded one]"
+    "--base",
+    metavar="NAME",
+    help="Base to learn it on: a bundle's name or folder, a folder in diffusers' format, a file in CompVis naming, or "
+    "OWNER/NAME of the hub. [default: the embedded one]",
 )
+@click.option("--controlnet", metavar="PATH", help="ControlNet of a base to import: a folder, a file, or OWNER/NAME.")
+@click.option(
+    "--unet-weights",
+    type=click.Choice(["auto", "ema", "non-ema"]),
+    default="auto",
+    help="Weights of a base that holds two sets. [default: auto, the averaged ones (EMA) if there]",
+)
+@click.option("--revision", metavar="REV", help="Commit hash or tag of a base from the hub.")
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="quick", show_default=True, help="Sets all below.")
 @click.option("--variant", type=_choice("variant"), help="What the prompts know of the moment they are used in.")
-@click.option("--generator", type=_choice("generator"), help="How a prompt comes from its matrix.")
+@click.option("--generator", type=_choice("generator"), help="Where a matrix comes from.")
+@click.option("--prompt", type=_choice("prompt"), help="A matrix is a context, or goes through the text encoder.")
+@click.option("--placeholder-tokens", type=int, metavar="N", help="Tokens of a matrix that goes through the encoder.")
 @click.option("--layout", type=_choice("layout"), help="Matrix of stage s, layer group l: 3s+l or s+l.")
 @click.option("--gradient", type=_choice("gradient"), help="Layer groups that train the prompts.")
 @click.option("--steps", type=int)
@@ -42,6 +55,11 @@ def _choice(name: str) -> click.Choice[str]:
 @click.option("--crop", type=_choice("crop"), help="How a picture becomes square.")
 @click.option("--weighting", type=_choice("weighting"), help="Which error the loss counts.")
 @click.option("--precision", type=_choice("precision"), help="Arithmetic of the U-Net.")
+@click.option(
+    "--gradient-checkpointing/--no-gradient-checkpointing",
+    default=None,
+    help="Compute activations twice instead of keeping them: less memory, more time.",
+)
 @click.option("--seed", type=int)
 @click.option("--licence", metavar="TEXT", default="", help="Licence of the pictures, kept in the prompt file.")
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write to. [default: runs/NAME]")
@@ -56,6 +74,9 @@ def command(
     style: str | None,
     images: Path | None,
     base: str | None,
+    controlnet: str | None,
+    unet_weights: str,
+    revision: str | None,
     preset: str,
     licence: str,
     out: Path | None,
@@ -80,7 +101,8 @@ def command(
         raise UsageError(f"found no {' and no '.join(missing)}; lsast-train needs both (--help lists all options)")
     options = replace(PRESETS[preset], **{name: value for name, value in knobs.items() if value is not None})
     require_train_extra()
-    _learn(style, images, base, options, licence, out or Path("runs") / style, resume, threads, as_json, debug)
+    source = {"base": base, "controlnet": controlnet, "unet_weights": unet_weights, "revision": revision}
+    _learn(style, images, source, options, licence, out or Path("runs") / style, resume, threads, as_json, debug)
 
 
 @command.command("mini", add_help_option=False, context_settings={"ignore_unknown_options": True})
@@ -102,7 +124,7 @@ def require_train_extra() -> None:
 def _learn(
     style: str,
     images: Path,
-    base_name: str | None,
+    source: dict[str, Any],
     options: Any,
     licence: str,
     folder: Path,
@@ -116,8 +138,10 @@ def _learn(
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from .base import load_base
+    from .evaluation import round_unet
     from .inversion import Inversion
     from .paintings import Collection
+    from .sources import BaseSource
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -130,7 +154,9 @@ def _learn(
     logger.addHandler(handler)
     try:
         with logging_redirect_tqdm([logger]):
-            base = load_base(base_name)
+            base = load_base(BaseSource(**source))
+            if options.precision == "bf16":
+                round_unet(base)
             collection = Collection.load(images, options.size, options.crop, progress=main)
             outcome = Inversion(base, collection, options, style, folder, licence, resume).run()
     finally:

@@ -12,8 +12,8 @@ from .base import Base
 from .options import Precision
 from .prompt_space import PromptSpace
 
-_ROWS = 16
-"""Rows of one call of the U-Net."""
+_CELLS = 16 * 32 * 32
+"""Latent cells of one call of the U-Net: 16 pictures of 256 pixels, 4 of 512."""
 
 
 class Purpose(IntEnum):
@@ -24,6 +24,7 @@ class Purpose(IntEnum):
     HELD_OUT_VIEWS = 3
     INITIAL_CONTEXT = 4
     PROBE = 5
+    DROPOUT = 6
 
 
 def seeded(seed: int, purpose: Purpose, *numbers: int) -> torch.Generator:
@@ -39,6 +40,7 @@ def noise_error(
     noise: torch.Tensor,
     timestep: torch.Tensor,
     precision: Precision,
+    dropout: torch.Generator | None = None,
 ) -> torch.Tensor:
     """Mean squared error of the predicted noise for each row, [B] float32.
 
@@ -48,12 +50,25 @@ def noise_error(
         latents: clean latents [B, 4, h, w].
         noise: [B, 4, h, w].
         timestep: [B].
-        precision: of the U-Net.
+        precision: of the U-Net; prompts are always computed in float32.
+        dropout: what the generator draws its dropout from in training; None leaves it out.
     """
     noisy = base.add_noise(latents, noise, timestep)
+    contexts = space.grouped(timestep, dropout)
     with torch.autocast(latents.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        predicted = base.eps(noisy, timestep, space.contexts(timestep))
+        predicted = base.eps(noisy, timestep, contexts)
     return (predicted.float() - noise).square().mean((1, 2, 3))
+
+
+def round_unet(base: Base) -> None:
+    """Store the weights of the U-Net's convolutions and linear maps in bf16: half the memory.
+
+    Under ``precision="bf16"`` they are rounded at every call otherwise, so nothing is computed differently; the norms
+    keep float32. The base serves no other precision any more.
+    """
+    for module in base.unet.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            module.to(torch.bfloat16)
 
 
 class Probe:
@@ -88,9 +103,10 @@ class Probe:
         ]
         times = [self.timesteps(stage, space.stages) for stage in wanted]
         rows = (self._latents.repeat(len(wanted), 1, 1, 1), torch.cat(noises).to(device), torch.cat(times).to(device))
+        count = max(1, _CELLS // self._latents[0, 0].numel())
         errors = [
             noise_error(self._base, space, latents, noise, timestep, self._precision)
-            for latents, noise, timestep in zip(*(row.split(_ROWS) for row in rows), strict=True)
+            for latents, noise, timestep in zip(*(row.split(count) for row in rows), strict=True)
         ]
         losses[wanted] = torch.cat(errors).double().cpu().view(len(wanted), -1).mean(1)
         return losses

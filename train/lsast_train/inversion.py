@@ -35,7 +35,7 @@ from .evaluation import Probe, Purpose, noise_error, seeded
 from .interruption import InterruptionError, NotedSignals
 from .options import TrainOptions, style_name_faults
 from .paintings import Collection, EncodedViews, FreshViews, LatentSource
-from .prompt_space import PromptSpace, initial_context
+from .prompt_space import PromptSpace, build_space
 from .prompts_file import Prompts, save_prompts
 
 log = logging.getLogger("lsast.train")
@@ -96,7 +96,8 @@ class Inversion:
         on_step: called with step and loss after each step; for tests and tools.
 
     Raises:
-        UsageError: a name that is no file name, or a size that the base cannot take (all faults at once).
+        UsageError: a name that is no file name, or a size that the base cannot take (all faults at once); prompts of a
+            kind that the base has not got.
         TrainingError: a checkpoint that is missing, in the way, damaged, or of another run.
     """
 
@@ -123,12 +124,12 @@ class Inversion:
         self._check_checkpoint(resume)
         self.accelerator = Accelerator()
         self._licence, self._on_step = licence, on_step
-        _place(base, self.accelerator.device)
+        place(base, self.accelerator.device, options.gradient_checkpointing)
         self._source = self._training_source()
         self._probes = self._make_probes()
         self.space = self._make_space()
         self._best = copy.deepcopy(self.space)
-        self.optimizer = self._make_optimizer()
+        self.optimizer = make_optimizer(self.space, options)
         self.curve = Curve()
         self.step = 0
         self._loss_sum = 0.0
@@ -199,7 +200,7 @@ class Inversion:
     def _identity(self) -> dict[str, Any]:
         """What a resumed run must share with its checkpoint, as JSON values."""
         knobs = asdict(self.options)
-        del knobs["checkpoint_minutes"]
+        del knobs["checkpoint_minutes"], knobs["gradient_checkpointing"]  # they change no result
         return {
             **knobs,
             "base": self.base.fingerprint,
@@ -236,27 +237,12 @@ class Inversion:
         return probes[0], probes[1]
 
     def _make_space(self) -> PromptSpace:
-        options = self.options
-        latents = self._source.draw(32, seeded(options.seed, Purpose.INITIAL_CONTEXT))
-        space = PromptSpace(
-            initial_context(self.base, latents),
-            options.variant,
-            options.generator,
-            options.layout,
-            options.gradient,
-            train_steps=self.base.facts.noise.train_steps,
-            seed=options.seed,
-        ).to(self.accelerator.device)
+        generator = seeded(self.options.seed, Purpose.INITIAL_CONTEXT)
+        space = build_space(self.base, self.options, lambda: self._source.draw(32, generator))
         # Processes on unlike hardware would start from slightly unlike style tokens.
-        for parameter in space.parameters():
-            parameter.data = broadcast(parameter.data)
+        for tensor in (*space.parameters(), *space.buffers()):
+            tensor.data = broadcast(tensor.data)
         return space
-
-    def _make_optimizer(self) -> torch.optim.AdamW:
-        groups: list[dict[str, Any]] = [{"params": [self.space.matrices], "relative": 1.0}]
-        if maps := list(self.space.maps().values()):
-            groups.append({"params": maps, "relative": self.options.map_lr})
-        return torch.optim.AdamW(groups, lr=self.options.lr, betas=(0.9, 0.999), weight_decay=self.options.weight_decay)
 
     def loss(self, step: int, process: int) -> torch.Tensor:
         """The training loss of `step` (from 0) in `process`: weighted noise error of a random batch."""
@@ -266,7 +252,8 @@ class Inversion:
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         timestep = torch.randint(base.facts.noise.train_steps, (options.batch,), generator=generator)
         timestep = timestep.to(latents.device)
-        error = noise_error(base, self.space, latents, noise, timestep, options.precision)
+        dropout = seeded(options.seed, Purpose.DROPOUT, process, step)
+        error = noise_error(base, self.space, latents, noise, timestep, options.precision, dropout)
         if options.weighting == "v":
             error = error * (1 / base.alphas_cumprod[timestep]).clamp(max=V_WEIGHT_LIMIT)
         return error.mean()
@@ -363,11 +350,28 @@ class Inversion:
         }
 
 
-def _place(base: Base, device: torch.device) -> None:
-    """Move a base to `device`, the U-Net channels-last: convolutions run faster so, on CPUs as on GPUs."""
+def make_optimizer(space: PromptSpace, options: TrainOptions) -> torch.optim.AdamW:
+    """AdamW over all that `space` learns; the learning rate of a group is ``relative`` times the options'."""
+    groups: list[dict[str, Any]] = [{"params": space.learned(), "relative": 1.0}]
+    if maps := list(space.maps().values()):
+        groups.append({"params": maps, "relative": options.map_lr})
+    return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.999), weight_decay=options.weight_decay)
+
+
+def place(base: Base, device: torch.device, checkpointing: bool = False) -> None:
+    """Move a base to `device`, the U-Net channels-last: convolutions run faster so, on CPUs as on GPUs.
+
+    Args:
+        base: the base.
+        device: where training runs.
+        checkpointing: the U-Net computes its activations again on the way back.
+    """
     for network in base.networks().values():
         network.to(device)
+    if base.text_encoder is not None:
+        base.text_encoder.to(device)
     base.unet.to(memory_format=torch.channels_last)
+    (base.unet.enable_gradient_checkpointing if checkpointing else base.unet.disable_gradient_checkpointing)()
     base.null_context = base.null_context.to(device)
     base.alphas_cumprod = base.alphas_cumprod.to(device)
 

@@ -16,8 +16,13 @@ from lsast_engines.errors import UsageError, fault_list
 Variant = Literal["step+layer", "step", "layer", "global"]
 """What the prompts know: stage and layer group (LSAST), stage only (ProSpect), layer group only, nothing (ArtBank)."""
 
-Generator = Literal["attention", "direct"]
-"""How a prompt comes from its matrix: self-attention over the matrix's tokens, or the matrix itself."""
+Generator = Literal["attention", "direct", "geglu"]
+"""Where a matrix comes from: self-attention over the tokens of a learned one, a learned one as it is, or the released
+code's network on a constant (method.md §1.3)."""
+
+Prompt = Literal["auto", "context", "text"]
+"""What a matrix is: the context itself, or the embedding of the caption's placeholder, which the base's text encoder
+turns into the context (method.md §2). ``auto``: text where the base has a text encoder."""
 
 Layout = Literal["strided", "overlap"]
 """Which matrix serves stage s and group l: k = 3s + l, or k = s + l as in the released code (method.md §1.4)."""
@@ -40,6 +45,7 @@ Precision = Literal["fp32", "bf16"]
 CHOICES: dict[str, tuple[str, ...]] = {
     "variant": get_args(Variant),
     "generator": get_args(Generator),
+    "prompt": get_args(Prompt),
     "layout": get_args(Layout),
     "gradient": get_args(Gradient),
     "schedule": get_args(Schedule),
@@ -75,13 +81,16 @@ class TrainOptions:
 
     variant: Variant = "step+layer"
     generator: Generator = "attention"
+    prompt: Prompt = "auto"
+    placeholder_tokens: int = 1
+    """Tokens of the caption's placeholder, so of a matrix, where prompts pass a text encoder; 1 in the release."""
     layout: Layout = "strided"
     gradient: Gradient = "all"
     steps: int = 100_000
     batch: int = 1
     """Pictures of a step in each process, each with a timestep of its own."""
     lr: float = 5e-6
-    """Learning rate of the matrices at step 0."""
+    """Learning rate of the matrices, or of the network that generates them, at step 0."""
     map_lr: float = 1.0
     """Learning rate of the attention's maps, as a multiple of `lr`. About 1/dim makes a step of the maps move a prompt
     as far as a step of the matrices does (Yang et al. 2022, Tensor Programs V, for Adam)."""
@@ -97,6 +106,8 @@ class TrainOptions:
     """Crops of each painting that are encoded once and kept, each also mirrored; 0 encodes a fresh crop every time."""
     weighting: Weighting = "eps"
     precision: Precision = "fp32"
+    gradient_checkpointing: bool = field(default=False, compare=False)
+    """Compute the U-Net's activations again on the way back instead of keeping them: less memory, more time."""
     seed: int = 0
     evaluate_every: int = 1000
     """Steps between two evaluations of the held-out loss."""
@@ -110,6 +121,7 @@ class TrainOptions:
         least = {
             "steps": 1,
             "batch": 1,
+            "placeholder_tokens": 1,
             "decay_after": 0,
             "size": 64,
             "views": 0,
@@ -125,6 +137,11 @@ class TrainOptions:
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (positive and value == 0):
                 faults.append(f"{name}: found {value}; expected a number {'above' if positive else 'of at least'} 0")
+        if self.prompt == "context" and self.placeholder_tokens != 1:
+            faults.append(
+                f"placeholder_tokens: found {self.placeholder_tokens} with prompt context; expected 1, "
+                "a context has no placeholder"
+            )
         if faults:
             raise UsageError(fault_list("these training options cannot be meant:", faults))
 
@@ -154,8 +171,17 @@ PRESETS: dict[str, TrainOptions] = {
         checkpoint_minutes=2.0,
     ),
     "paper": TrainOptions(),
+    "released": TrainOptions(
+        generator="geglu",
+        layout="overlap",
+        gradient="decoder",
+        lr=1e-6,
+        schedule="constant",
+        crop="squash",
+    ),
 }
-"""``paper``: the published recipe, hours on a GPU. ``quick``: minutes on two CPU cores with the embedded base."""
+"""``quick``: minutes on two CPU cores with the embedded base. ``paper``: the published recipe, hours on a GPU.
+``released``: what the published code does instead (method.md §3)."""
 
 
 def style_name_faults(name: str) -> list[str]:

@@ -1,14 +1,20 @@
 """The step-aware and layer-aware prompt space: learnable matrices that become the contexts of cross-attention.
 
-A prompt is a context [tokens, dim] for one stage (a tenth of the noise schedule) and one layer group (`GROUPS`). It
-comes from a matrix P_k of the same shape; `matrix_table` says which k serves which stage and group. With the
-``attention`` generator a prompt is self-attention over the tokens of its matrix, with maps that all matrices share:
-Q, K, V = P W_Q, P W_K, P W_V; A = softmax(Q Kᵀ / √d); prompt = A V. There is no residual.
+A prompt is a context [T, dim] for one stage (a tenth of the noise schedule) and one layer group (`GROUPS`). It comes
+from a matrix P_k [tokens, dim]; `matrix_table` says which k serves which stage and group. With a `TextPath` the matrix
+replaces the caption's placeholder, and the frozen text encoder gives the context; without one the matrix is the
+context, and both have equally many tokens.
+
+P_k itself is a parameter (``direct``), self-attention over the tokens of a parameter, with maps that all matrices
+share (``attention``: Q, K, V = M W_Q, M W_K, M W_V; A = softmax(Q Kᵀ / √d); P = A V, no residual), or the output of
+the released code's generator (``geglu``).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import nn
@@ -17,13 +23,18 @@ from lsast_engines.errors import UsageError, fault_list
 
 from .attention import GROUPS
 from .base import Base
-from .options import Generator, Gradient, Layout, Variant, choice_faults
+from .geglu import FACTOR, GegluGenerator
+from .options import Generator, Gradient, Layout, TrainOptions, Variant, choice_faults
+from .text_path import TextPath
 
 STAGES = 10
 """Equal parts of the noise schedule; stage 0 is the clean end (method.md §1.4)."""
 
 NOISE = 0.01
-"""Spread of the matrices around the initial context, relative to its root mean square: no two start alike."""
+"""Spread of the matrices around their start, relative to its root mean square: no two start alike."""
+
+GEGLU_LIMIT = 1_000_000_000
+"""Weights of the last layer of ``geglu`` that are still accepted; the release has 71 million."""
 
 _UNRESOLVED = 0.01
 """Differences between initial tokens below this part of the largest singular value are not told apart at the start."""
@@ -36,7 +47,7 @@ def matrix_table(variant: Variant, layout: Layout = "strided", stages: int = STA
     """Index k of the matrix that serves each stage and layer group, int64 [stages, 3].
 
     ``step+layer`` gives 3s + l (30 matrices) or, overlapping, s + l: 12 matrices, each serving three stages in turn
-    (the released code allocates 30 and never reads the other 18, method.md §8.1). ``step`` gives s, ``layer`` l and
+    (the released code makes 30 and never reads the other 18, method.md §8.1). ``step`` gives s, ``layer`` l and
     ``global`` 0.
     """
     stage = torch.arange(stages)[:, None].expand(stages, len(GROUPS))
@@ -47,15 +58,24 @@ def matrix_table(variant: Variant, layout: Layout = "strided", stages: int = STA
     return tables[variant].clone()
 
 
+def matrix_count(variant: Variant, generator: Generator, layout: Layout, stages: int = STAGES) -> int:
+    """Matrices there are: those that are read and, with ``geglu``, those that the released generator makes besides."""
+    if generator == "geglu" and variant == "step+layer":
+        return len(GROUPS) * stages
+    return int(matrix_table(variant, layout, stages).max()) + 1
+
+
 class PromptSpace(nn.Module):
-    """The learnable matrices and, for ``attention``, the maps that turn them into prompts.
+    """The learnable matrices, or what generates them, and the way to the prompts.
 
     Args:
-        initial: context [tokens, dim] that every prompt starts near.
+        initial: matrix [tokens, dim] that every matrix starts near; for ``geglu`` the mean of its rows is the constant
+            that the generator starts from.
         variant, generator, layout, gradient: see `options`.
         stages: equal parts of the noise schedule.
         train_steps: timesteps of the noise schedule.
-        seed: of the small differences between the matrices at the start.
+        seed: of the small differences between the matrices at the start, or of the generator's weights.
+        text: the text path; None if the matrices are the contexts.
 
     Raises:
         UsageError: values that cannot be meant, all of them at once.
@@ -74,19 +94,23 @@ class PromptSpace(nn.Module):
         stages: int = STAGES,
         train_steps: int = 1000,
         seed: int = 0,
+        text: TextPath | None = None,
     ) -> None:
         super().__init__()
         named = {"variant": variant, "generator": generator, "layout": layout, "gradient": gradient}
         if faults := choice_faults(named):
             raise UsageError(fault_list("these prompt space options cannot be meant:", faults))
         self.variant, self.generator, self.layout, self.gradient = variant, generator, layout, gradient
-        self.train_steps = train_steps
+        self.train_steps, self.text = train_steps, text
         self.register_buffer("table", matrix_table(variant, layout, stages), persistent=False)
         initial = initial.detach().float().cpu()
-        count = int(self.table.max()) + 1
+        count = matrix_count(variant, generator, layout, stages)
+        if generator == "geglu":
+            self.geglu = _generator(initial, count, seed)
+            return
         spread = NOISE * (initial.square().mean().sqrt().item() or 1.0)
         noise = torch.randn(count, *initial.shape, generator=torch.Generator().manual_seed(seed))
-        self.matrices = nn.Parameter(initial + spread * noise)  # P: [K, tokens, dim]
+        self.matrices = nn.Parameter(initial + spread * noise)  # [K, tokens, dim]
         if generator == "attention":
             near_identity = _own_token_map(initial)
             self.query = nn.Parameter(near_identity.clone())
@@ -99,45 +123,149 @@ class PromptSpace(nn.Module):
         return len(self.table)
 
     def maps(self) -> dict[str, nn.Parameter]:
-        """The attention's maps ``query``, ``key`` and ``value``, each [dim, dim]; empty for ``direct``."""
-        return {name: parameter for name, parameter in self.named_parameters() if name != "matrices"}
+        """The attention's maps ``query``, ``key`` and ``value``, each [dim, dim]; empty for other generators."""
+        return {name: getattr(self, name) for name in ("query", "key", "value") if self.generator == "attention"}
+
+    def learned(self) -> list[nn.Parameter]:
+        """All that is learned beside `maps`: the matrices, or the weights that generate them."""
+        return list(self.geglu.parameters()) if self.generator == "geglu" else [self.matrices]
 
     def generate(self, matrices: torch.Tensor) -> torch.Tensor:
-        """Matrices [N, tokens, dim] → prompts [N, tokens, dim]."""
+        """What ``direct`` or ``attention`` makes of matrices [N, tokens, dim]; the same shape."""
         if self.generator == "direct":
             return matrices
         query, key, value = matrices @ self.query, matrices @ self.key, matrices @ self.value
         scores = query @ key.transpose(1, 2) / math.sqrt(matrices.shape[2])
         return scores.softmax(dim=2) @ value
 
-    def prompts(self) -> torch.Tensor:
-        """The prompt of every stage and layer group, [stages, 3, tokens, dim]."""
-        return self.generate(self.matrices)[self.table]
+    def embeddings(self, index: torch.Tensor | None = None, dropout: torch.Generator | None = None) -> torch.Tensor:
+        """P_k [N, tokens, dim]: of the matrices `index` [N], or of all.
 
-    def contexts(self, timestep: torch.Tensor) -> torch.Tensor:
-        """Contexts [B, 3, tokens, dim] of the stages of `timestep` [B]; stages may be mixed.
+        Args:
+            index: numbers of matrices.
+            dropout: what ``geglu`` draws its dropout from while it is trained; None leaves it out.
+        """
+        if self.generator == "geglu":
+            made: torch.Tensor = self.geglu(dropout)
+            return made if index is None else made[index]
+        return self.generate(self.matrices if index is None else self.matrices[index])
+
+    def prompts(self) -> torch.Tensor:
+        """The prompt of every stage and layer group, [stages, 3, T, dim]."""
+        used, where = self.table.unique(return_inverse=True)
+        return self._contexts(self.embeddings(used))[where]
+
+    def contexts(self, timestep: torch.Tensor, dropout: torch.Generator | None = None) -> torch.Tensor:
+        """Contexts [B, 3, T, dim] of the stages of `timestep` [B]; arguments are those of `grouped`."""
+        return torch.stack(self.grouped(timestep, dropout), dim=1)
+
+    def grouped(
+        self, timestep: torch.Tensor, dropout: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Contexts of each layer group, [B, T, dim], in the stages of `timestep` [B]; stages may be mixed.
 
         Only the matrices of these stages are read, so only they get a gradient. With ``gradient="decoder"`` the
-        contexts of `down` and `mid` are detached.
+        contexts of `down` and `mid` are constants, so nothing before the decoder is kept for the way back; the released
+        code runs that part without gradient, to the same effect (method.md §3).
+
+        Args:
+            timestep: in 0..train_steps-1.
+            dropout: see `embeddings`.
         """
         stage = timestep * self.stages // self.train_steps
         used, where = self.table[stage].unique(return_inverse=True)  # where: [B, 3]
-        contexts = self.generate(self.matrices[used])[where]
-        if self.gradient == "decoder":
-            contexts = torch.cat([contexts[:, :2].detach(), contexts[:, 2:]], dim=1)
-        return contexts
+        embeddings = self.embeddings(used, dropout)
+        if self.gradient == "all":
+            down, mid, up = self._contexts(embeddings)[where].unbind(1)
+            return down, mid, up
+        with torch.no_grad():
+            held, at = where[:, :2].unique(return_inverse=True)
+            down, mid = self._contexts(embeddings[held])[at].unbind(1)
+        moved, at = where[:, 2].unique(return_inverse=True)
+        return down, mid, self._contexts(embeddings[moved])[at]
+
+    def _contexts(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """[N, tokens, dim] to [N, T, dim]."""
+        return embeddings if self.text is None else self.text.contexts(embeddings)
 
 
-def initial_context(base: Base, latents: torch.Tensor) -> torch.Tensor:
+def build_space(base: Base, options: TrainOptions, draw: Callable[[], torch.Tensor]) -> PromptSpace:
+    """The untrained prompt space that `options` ask for on `base`, on its device.
+
+    Through a text encoder the matrices start near CLIP's word ``a``, as the released generator does; else near
+    `initial_context`.
+
+    Args:
+        base: the base.
+        options: what the prompts are.
+        draw: gives latents of the artist [N, 4, h, w]; called only if the start depends on them.
+
+    Raises:
+        UsageError: text prompts on a base without a text encoder, placeholder tokens without text prompts or more of
+            them than a caption has room for, or a generator that would be too large; all faults at once.
+    """
+    mode = prompt_mode(base, options)
+    text = TextPath(base.text_encoder) if mode == "text" and base.text_encoder is not None else None
+    faults = []
+    if mode == "text" and text is None:
+        faults.append(
+            f"prompt: found text on base {base.facts.name!r}, which has no text encoder; expected auto or context, "
+            "or the --base that the encoder belongs to"
+        )
+    if mode == "context" and options.placeholder_tokens != 1:
+        faults.append(
+            f"placeholder_tokens: found {options.placeholder_tokens} without a text encoder; expected 1, "
+            f"contexts of base {base.facts.name!r} have {base.facts.tokens} tokens of their own"
+        )
+    if text is not None and options.placeholder_tokens > text.tokens - 2:
+        faults.append(
+            f"placeholder_tokens: found {options.placeholder_tokens}; expected at most {text.tokens - 2}, "
+            "what the text encoder takes between the caption's first and last token"
+        )
+    if faults:
+        raise UsageError(fault_list("these options do not fit the base:", faults))
+    initial = initial_context(base, draw) if text is None else text.word().expand(options.placeholder_tokens, -1)
+    space = PromptSpace(
+        initial,
+        options.variant,
+        options.generator,
+        options.layout,
+        options.gradient,
+        train_steps=base.facts.noise.train_steps,
+        seed=options.seed,
+        text=text,
+    )
+    return space.to(base.null_context.device)
+
+
+def prompt_mode(base: Base, options: TrainOptions) -> Literal["context", "text"]:
+    """Whether prompts pass a text encoder: ``auto`` means that they do where the base has one."""
+    if options.prompt == "auto":
+        return "context" if base.text_encoder is None else "text"
+    return options.prompt
+
+
+def _generator(initial: torch.Tensor, count: int, seed: int) -> GegluGenerator:
+    tokens, dim = initial.shape
+    size = FACTOR * dim * count * tokens * dim
+    if size > GEGLU_LIMIT:
+        raise UsageError(
+            f"found generator geglu for {count} matrices of {tokens} tokens of {dim} channels, whose last layer would "
+            f"have {size / 1e9:.1f} billion weights; expected fewer tokens: choose prompt text, or generator attention"
+        )
+    return GegluGenerator(initial.mean(0), count, tokens, seed=seed)
+
+
+def initial_context(base: Base, draw: Callable[[], torch.Tensor]) -> torch.Tensor:
     """Where the prompts of an artist start, [tokens, dim].
 
-    The mean of the style tokens that the base's style encoder reads from the artist's `latents` [N, 4, h, w]; for a
-    base without one, its null context.
+    The mean of the style tokens that the base's style encoder reads from latents [N, 4, h, w] of the artist, which
+    `draw` gives; for a base without one, its null context.
     """
     if base.style_encoder is None:
         return base.null_context.detach().clone()
     with torch.no_grad():
-        tokens: torch.Tensor = base.style_encoder(latents).mean(0)
+        tokens: torch.Tensor = base.style_encoder(draw()).mean(0)
     return tokens
 
 

@@ -1,8 +1,13 @@
 """The artefact of an inversion: ``NAME.prompts.safetensors``, what `lsast-export` bakes into a style.
 
-Tensors, all float32: ``prompts`` [stages, 3, tokens, dim], which matrix serves what already resolved; ``matrices``
-[K, tokens, dim]; for the attention generator its maps ``query``, ``key``, ``value`` [dim, dim]. The metadata is one
-JSON object under the key ``lsast``: several keys would be written in random order, and equal prompts would differ.
+Tensors, all float32: ``prompts`` [stages, 3, T, dim], which matrix serves what already resolved; ``matrices``
+[K, tokens, dim]; for the attention generator its maps ``query``, ``key``, ``value`` [dim, dim]. Where prompts pass a
+text encoder there are also ``embeddings`` [K, tokens, dim], what goes in; ``prompts`` is what comes out, so nobody
+needs the encoder again. A file may also hold ``embeddings`` alone, bound to no base yet (`UnboundPrompts`).
+
+The metadata is one JSON object under the key ``lsast``: several keys would be written in random order, and equal
+prompts would differ. Format 1 knows neither embeddings nor the generator ``geglu``; what needs neither is still
+written so.
 """
 
 from __future__ import annotations
@@ -12,25 +17,27 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from lsast_engines.errors import StyleError, fault_list
+from lsast_engines.errors import StyleError, UsageError, fault_list
 from lsast_engines.files import replace_file
 
 from .attention import GROUPS
 from .base import Base, check_fingerprint
 from .options import Generator, Gradient, Layout, Variant, choice_faults, style_name_faults
-from .prompt_space import PromptSpace, matrix_table
+from .prompt_space import STAGES, PromptSpace, matrix_count, matrix_table
+from .text_path import TextPath
 
-FORMAT = 1
-"""Format number of prompt files that this version writes and reads."""
+FORMATS = (1, 2)
+"""Format numbers of prompt files that this version reads; it writes the lowest that will do."""
 
 _KEY = "lsast"
 _MAPS = ("query", "key", "value")
+_KIND = ("variant", "generator", "layout", "gradient")
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,13 +56,15 @@ class Prompts:
     layout: Layout
     gradient: Gradient
     prompts: torch.Tensor
-    """[stages, 3, tokens, dim], groups in the order of `GROUPS`."""
+    """[stages, 3, T, dim], groups in the order of `GROUPS`."""
     matrices: torch.Tensor
-    """[K, tokens, dim]: the learned matrices."""
+    """[K, tokens, dim]: the learned matrices; for ``geglu`` what the generator makes, its weights are not kept."""
     maps: dict[str, torch.Tensor] = field(default_factory=dict)
-    """``query``, ``key``, ``value`` [dim, dim] of the attention generator; empty for ``direct``."""
+    """``query``, ``key``, ``value`` [dim, dim] of the attention generator; empty for the others."""
     meta: dict[str, str] = field(default_factory=dict)
     """Licence and training facts; kept, not interpreted."""
+    embeddings: torch.Tensor | None = None
+    """[K, tokens, dim]: the embeddings of the placeholder, where prompts pass a text encoder."""
 
     def __post_init__(self) -> None:
         if faults := self._faults():
@@ -63,58 +72,126 @@ class Prompts:
 
     @classmethod
     def of(cls, space: PromptSpace, name: str, base: str, meta: Mapping[str, str]) -> Prompts:
-        """The prompts that `space` gives now, copied to the CPU."""
+        """The prompts that `space` gives now, without dropout, copied to the CPU."""
         with torch.no_grad():
             prompts = space.prompts().cpu().clone()
+            made = space.embeddings().cpu().clone()
         maps = {key: value.detach().cpu().clone() for key, value in space.maps().items()}
-        matrices = space.matrices.detach().cpu().clone()
+        matrices = made if space.generator == "geglu" else space.matrices.detach().cpu().clone()
         kind = (space.variant, space.generator, space.layout, space.gradient)
-        return cls(name, base, *kind, prompts, matrices, maps, dict(meta))
+        return cls(name, base, *kind, prompts, matrices, maps, dict(meta), None if space.text is None else made)
+
+    @property
+    def prompt(self) -> Literal["context", "text"]:
+        """Whether the matrices are the contexts, or passed a text encoder."""
+        return "context" if self.embeddings is None else "text"
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything that is stored, by name."""
-        return {"prompts": self.prompts, "matrices": self.matrices, **self.maps}
+        through = {} if self.embeddings is None else {"embeddings": self.embeddings}
+        return {"prompts": self.prompts, "matrices": self.matrices, **self.maps, **through}
 
     def _faults(self) -> list[str]:
-        named = {"variant": self.variant, "generator": self.generator, "layout": self.layout, "gradient": self.gradient}
-        faults = style_name_faults(self.name) + choice_faults(named)
-        faults += [
-            f"{name}: found {tensor.dtype}; expected torch.float32"
-            for name, tensor in self.tensors().items()
-            if tensor.dtype != torch.float32
-        ]
+        faults = _shared_faults(self)
         shape = tuple(self.prompts.shape)
         if len(shape) != 4 or shape[1] != len(GROUPS) or 0 in shape:
             faults.append(f"prompts: found shape {list(shape)}; expected [stages, {len(GROUPS)}, tokens, dim]")
         elif not faults:
             stages, _, tokens, dim = shape
-            count = int(matrix_table(self.variant, self.layout, stages).max()) + 1
-            expected: dict[str, tuple[int, ...]] = {"matrices": (count, tokens, dim)}
+            if self.embeddings is not None and self.matrices.ndim == 3:
+                tokens = max(1, self.matrices.shape[1])  # those of the placeholder
+            matrices = (matrix_count(self.variant, self.generator, self.layout, stages), tokens, dim)
+            expected: dict[str, tuple[int, ...]] = {"prompts": shape, "matrices": matrices}
             if self.generator == "attention":
                 expected |= dict.fromkeys(_MAPS, (dim, dim))
-            others = {"matrices": self.matrices, **self.maps}
-            faults += [f"{name}: missing; expected {list(expected[name])}" for name in expected.keys() - others.keys()]
-            faults += [f"{name}: found, but not expected" for name in others.keys() - expected.keys()]
+            if self.embeddings is not None:
+                expected["embeddings"] = matrices
+            found = self.tensors()
+            faults += [f"{name}: missing; expected {list(expected[name])}" for name in expected.keys() - found.keys()]
+            faults += [f"{name}: found, but not expected" for name in found.keys() - expected.keys()]
             faults += [
-                f"{name}: found shape {list(others[name].shape)}; expected {list(expected[name])}"
-                for name in others.keys() & expected.keys()
-                if tuple(others[name].shape) != expected[name]
+                f"{name}: found shape {list(found[name].shape)}; expected {list(expected[name])}"
+                for name in found.keys() & expected.keys()
+                if tuple(found[name].shape) != expected[name]
             ]
-        faults += [
-            f"{name}: found NaN or infinite values; expected finite ones"
-            for name, tensor in self.tensors().items()
-            if tensor.dtype == torch.float32 and not torch.isfinite(tensor).all()
-        ]
-        return sorted(faults)
+        return sorted(faults + _infinite(self.tensors()))
 
 
-def save_prompts(prompts: Prompts, path: Path) -> None:
+@dataclass(frozen=True, eq=False)
+class UnboundPrompts:
+    """Embeddings of the placeholder that no text encoder has seen: the prompts of any base with one that fits.
+
+    Raises:
+        StyleError: parts that do not fit together, or values that are not finite; all faults at once.
+    """
+
+    name: str
+    variant: Variant
+    generator: Generator
+    layout: Layout
+    gradient: Gradient
+    embeddings: torch.Tensor
+    """[K, tokens, dim]."""
+    stages: int = STAGES
+    """Equal parts of the noise schedule."""
+    meta: dict[str, str] = field(default_factory=dict)
+    """Licence and training facts; kept, not interpreted."""
+
+    def __post_init__(self) -> None:
+        faults = _shared_faults(self)
+        shape = tuple(self.embeddings.shape)
+        if not faults:
+            count = matrix_count(self.variant, self.generator, self.layout, self.stages)
+            if len(shape) != 3 or shape[0] != count or 0 in shape:
+                faults.append(f"embeddings: found shape {list(shape)}; expected [{count}, tokens, dim]")
+        if faults := sorted(faults + _infinite(self.tensors())):
+            raise StyleError(fault_list(f"the embeddings of {self.name!r} are not usable:", faults))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that is stored, by name."""
+        return {"embeddings": self.embeddings}
+
+    def bind(self, text: TextPath, base: str) -> Prompts:
+        """The prompts that the text encoder of the base with the fingerprint `base` makes of the embeddings.
+
+        Raises:
+            StyleError: the encoder takes embeddings of another size.
+        """
+        table = matrix_table(self.variant, self.layout, self.stages)
+        used, where = table.unique(return_inverse=True)
+        try:
+            with torch.no_grad():
+                prompts = text.contexts(self.embeddings[used]).cpu()[where]
+        except UsageError as error:
+            raise StyleError(f"the embeddings of {self.name!r} do not fit the base: {error}") from error
+        kind = (self.variant, self.generator, self.layout, self.gradient)
+        return Prompts(self.name, base, *kind, prompts, self.embeddings, {}, self.meta, self.embeddings)
+
+
+def _shared_faults(prompts: Prompts | UnboundPrompts) -> list[str]:
+    faults = style_name_faults(prompts.name) + choice_faults({name: getattr(prompts, name) for name in _KIND})
+    return faults + [
+        f"{name}: found {tensor.dtype}; expected torch.float32"
+        for name, tensor in prompts.tensors().items()
+        if tensor.dtype != torch.float32
+    ]
+
+
+def _infinite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    return [
+        f"{name}: found NaN or infinite values; expected finite ones"
+        for name, tensor in tensors.items()
+        if tensor.dtype == torch.float32 and not torch.isfinite(tensor).all()
+    ]
+
+
+def save_prompts(prompts: Prompts | UnboundPrompts, path: Path) -> None:
     """Write `prompts` to `path`, whole; equal prompts give equal bytes."""
-    tensors = {name: tensor.contiguous() for name, tensor in prompts.tensors().items()}
+    # safetensors refuses tensors that share memory, as imported matrices and embeddings do.
+    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in prompts.tensors().items()}
     header = {
-        "format": FORMAT,
+        "format": 2 if "embeddings" in tensors or prompts.generator == "geglu" else 1,
         "name": prompts.name,
-        "base": prompts.base,
         "variant": prompts.variant,
         "generator": prompts.generator,
         "layout": prompts.layout,
@@ -122,6 +199,7 @@ def save_prompts(prompts: Prompts, path: Path) -> None:
         "meta": prompts.meta,
         "sha256": _digest(tensors),
     }
+    header |= {"base": prompts.base} if isinstance(prompts, Prompts) else {"stages": prompts.stages}
     with replace_file(path) as handle:
         handle.write(save(tensors, {_KEY: json.dumps(header, sort_keys=True, ensure_ascii=False)}))
 
@@ -130,8 +208,48 @@ def load_prompts(path: Path, base: Base | None = None) -> Prompts:
     """Read a prompt file; with `base`, refuse prompts that were learned on another one.
 
     Raises:
-        StyleError: not there, no prompt file, of another format, damaged (all faults at once), or of another base.
+        StyleError: not there, no prompt file, of another format, damaged (all faults at once), of another base, or
+            bound to none.
     """
+    prompts = load_any_prompts(path)
+    if isinstance(prompts, UnboundPrompts):
+        raise StyleError(
+            f"prompt file {path} holds embeddings that are bound to no base; bind them with: "
+            f"lsast-export import {path} --base BASE, a base with a text encoder"
+        )
+    if base is not None:
+        check_fingerprint(prompts.base, base, f"prompt file {path}")
+    return prompts
+
+
+def load_any_prompts(path: Path) -> Prompts | UnboundPrompts:
+    """Read a prompt file, bound to a base or not.
+
+    Raises:
+        StyleError: not there, no prompt file, of another format, or damaged (all faults at once).
+    """
+    header, tensors = _read(path)
+    bound = header["format"] == 1 or "base" in header
+    faults = _header_faults(header, bound)
+    required = ("prompts", "matrices") if bound else ("embeddings",)
+    faults += [f"{name}: missing tensor" for name in required if name not in tensors]
+    if header.get("sha256") != _digest(tensors):
+        faults.append("tensors: found other values than were written (SHA-256 differs); train or copy the file again")
+    if faults:
+        raise StyleError(fault_list(f"prompt file {path} is damaged:", faults))
+    kind = (header["variant"], header["generator"], header["layout"], header["gradient"])
+    name, meta, embeddings = header["name"], header["meta"], tensors.get("embeddings")
+    try:
+        if bound:
+            maps = {key: value for key, value in tensors.items() if key not in ("prompts", "matrices", "embeddings")}
+            return Prompts(name, header["base"], *kind, tensors["prompts"], tensors["matrices"], maps, meta, embeddings)
+        return UnboundPrompts(name, *kind, tensors["embeddings"], header["stages"], meta)
+    except StyleError as error:
+        raise StyleError(f"prompt file {path} is damaged: {error}") from error
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Header and tensors of a prompt file of a format that is read."""
     try:
         with safe_open(str(path), "pt") as file:
             header = json.loads((file.metadata() or {}).get(_KEY, "null"))
@@ -144,35 +262,22 @@ def load_prompts(path: Path, base: Base | None = None) -> Prompts:
         raise StyleError(f"prompt file {path} cannot be read ({error}); train or copy it again") from error
     if not isinstance(header, dict) or "variant" not in header:
         raise StyleError(f"{path} is a safetensors file but holds no prompts; expected NAME.prompts.safetensors")
-    if header.get("format") != FORMAT:
+    if header.get("format") not in FORMATS:
         raise StyleError(
-            f"prompt file {path} has format {header.get('format')!r}; this version reads format {FORMAT}: "
-            "train again, or update lsast"
+            f"prompt file {path} has format {header.get('format')!r}; this version reads formats "
+            f"{' and '.join(map(str, FORMATS))}: train again, or update lsast"
         )
-    faults = _header_faults(header)
-    faults += [f"{name}: missing tensor" for name in ("prompts", "matrices") if name not in tensors]
-    if header.get("sha256") != _digest(tensors):
-        faults.append("tensors: found other values than were written (SHA-256 differs); train or copy the file again")
-    if faults:
-        raise StyleError(fault_list(f"prompt file {path} is damaged:", faults))
-    maps = {name: tensor for name, tensor in tensors.items() if name not in ("prompts", "matrices")}
-    kind = (header["variant"], header["generator"], header["layout"], header["gradient"])
-    try:
-        prompts = Prompts(
-            header["name"], header["base"], *kind, tensors["prompts"], tensors["matrices"], maps, header["meta"]
-        )
-    except StyleError as error:
-        raise StyleError(f"prompt file {path} is damaged: {error}") from error
-    if base is not None:
-        check_fingerprint(prompts.base, base, f"prompt file {path}")
-    return prompts
+    return header, tensors
 
 
-def _header_faults(header: dict[str, Any]) -> list[str]:
-    texts = ("name", "base", "variant", "generator", "layout", "gradient", "sha256")
+def _header_faults(header: dict[str, Any], bound: bool) -> list[str]:
+    texts = ("name", *(["base"] if bound else []), *_KIND, "sha256")
     faults = [
         f"{key}: found {header.get(key)!r}; expected text" for key in texts if not isinstance(header.get(key), str)
     ]
+    stages = header.get("stages")
+    if not bound and (not isinstance(stages, int) or isinstance(stages, bool) or stages < 1):
+        faults.append(f"stages: found {stages!r}; expected a whole number of at least 1")
     meta = header.get("meta")
     if not isinstance(meta, dict) or not all(isinstance(value, str) for value in meta.values()):
         faults.append("meta: expected an object of texts")

@@ -1,0 +1,96 @@
+"""`lsast-export import`: prompts that the released code learned, as a prompt file of ours."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lsast_engines.errors import MissingExtraError, UsageError, fault_list
+
+from .console import common
+
+
+@click.command("import")
+@click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
+@click.option("--base", metavar="PATH", help="Base whose text encoder resolves them. [default: none, later]")
+@click.option("--controlnet", metavar="PATH", help="ControlNet of a base to import: a folder, a file, or OWNER/NAME.")
+@click.option(
+    "--unet-weights",
+    type=click.Choice(["auto", "ema", "non-ema"]),
+    default="auto",
+    help="Weights of a base that holds two sets. [default: auto, the averaged ones (EMA) if there]",
+)
+@click.option("--revision", metavar="REV", help="Commit hash or tag of a base from the hub.")
+@click.option("--name", metavar="NAME", help="Name of the style. [default: that of the file]")
+@click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write to. [default: runs/NAME]")
+@common
+@click.pass_context
+def import_command(
+    ctx: click.Context,
+    /,
+    file: Path,
+    base: str | None,
+    name: str | None,
+    out: Path | None,
+    as_json: bool,
+    **source: Any,
+) -> None:
+    """Read FILE, a checkpoint of LSAST's released code (embeddings_gs-99999.pt), without running what is pickled in it.
+
+    With --base its prompts are resolved by the text encoder of that base, and bound to the base. Without, they are
+    kept as they are, for any base: lsast-export --style NAME --base BASE --out DIR resolves them later, and so does
+    this command on the file that it wrote.
+    """
+    from lsast_train.options import style_name_faults
+
+    if name is not None and (faults := style_name_faults(name)):
+        raise UsageError(fault_list("this style cannot be meant:", faults))
+    given = sorted(f"--{key.replace('_', '-')}" for key, value in source.items() if value not in (None, "auto"))
+    if base is None and given:
+        raise UsageError(f"found {', '.join(given)} without --base; expected the base it belongs to")
+    for library in ("torch", "diffusers"):
+        if importlib.util.find_spec(library) is None:
+            raise MissingExtraError(library, "export")
+    from lsast_train.base import open_base_parts
+    from lsast_train.prompts_file import Prompts, save_prompts
+    from lsast_train.sources import BaseSource
+
+    from .released import import_prompts
+
+    with _notes_on_stderr():
+        opened = None if base is None else open_base_parts(BaseSource(base, **source))
+        prompts = import_prompts(file, name, opened)
+    path = (out or Path("runs") / prompts.name) / f"{prompts.name}.prompts.safetensors"
+    save_prompts(prompts, path)
+    bound = prompts.base if isinstance(prompts, Prompts) else None
+    if bound is None:
+        click.echo("bound to no base yet: --base resolves them", err=True)
+    facts = {
+        "prompts": str(path),
+        "name": prompts.name,
+        "base": bound,
+        "embeddings": list(prompts.tensors()["embeddings"].shape),
+    }
+    click.echo(json.dumps(facts) if as_json or ctx.meta.get("lsast.json") else path)
+
+
+@contextmanager
+def _notes_on_stderr() -> Iterator[None]:
+    """Inside, what the project logs is shown."""
+    logger, handler = logging.getLogger("lsast"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)

@@ -1,0 +1,155 @@
+"""Checkpoints of the released code: ``embeddings_gs-99999.pt``, a pickled generator and the constant it starts from.
+
+The pickle is never run: its tensors are read by name (`lsast_train.restricted`). Only the generator's output is kept,
+without dropout: the released script leaves it on by mistake (method.md §8.5).
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lsast_engines.errors import StyleError, fault_list
+from lsast_engines.files import file_sha256
+from lsast_train.attention import GROUPS
+from lsast_train.base import Base, BaseParts
+from lsast_train.geglu import HEADS, GegluGenerator
+from lsast_train.prompts_file import Prompts, UnboundPrompts, load_any_prompts
+from lsast_train.restricted import load_module_tensors
+
+from .styles import bind_prompts, text_path
+
+_CONSTANT = "initial_embeddings"
+_MODULE = "attention."
+_log = logging.getLogger("lsast.export")
+
+
+@dataclass(frozen=True, eq=False)
+class Released:
+    """What a released checkpoint holds."""
+
+    embeddings: torch.Tensor
+    """[K, 1, dim] float32: the generator's output without dropout; the first stages + 2 of them are ever read."""
+    constant: torch.Tensor
+    """[dim]: what the generator starts from, a row of the token embedding of the text encoder it was trained with."""
+
+    @property
+    def stages(self) -> int:
+        """Equal parts of the noise schedule; the release allots three matrices to each."""
+        return len(self.embeddings) // len(GROUPS)
+
+
+def read_released(path: Path) -> Released:
+    """Read a checkpoint of the released code; nothing in it is run.
+
+    Raises:
+        TrainingError: no such file, no PyTorch archive, or one that holds more than tensors and modules.
+        StyleError: tensors that are not those of the released generator; all faults at once.
+    """
+    tensors = load_module_tensors(path)
+    generator = _generator(tensors, path)
+    with torch.no_grad():
+        embeddings = generator()
+    if not torch.isfinite(embeddings).all():
+        raise StyleError(f"{path} gives prompts that are NaN or infinite; expected a checkpoint of a sound training")
+    return Released(embeddings, generator.constant)
+
+
+def import_prompts(
+    path: Path, name: str | None = None, base: Base | BaseParts | None = None
+) -> Prompts | UnboundPrompts:
+    """The prompts in `path`: a released checkpoint, or one of our own files that is bound to no base yet.
+
+    Args:
+        path: the file.
+        name: of the style; what our file says, or a checkpoint's file name without its ending, if None.
+        base: binds them, with its text encoder; None leaves them unbound.
+
+    Raises:
+        TrainingError, StyleError: as `read_released`; our own file is damaged or bound already; a base without a text
+            encoder or with one of another size.
+    """
+    if path.name.endswith(".safetensors"):
+        own = load_any_prompts(path)
+        if isinstance(own, Prompts):
+            raise StyleError(f"{path} is bound to base {own.base[:12]}… already; bake it with lsast-export --style")
+        unbound = own if name is None else _renamed(own, name)
+        return unbound if base is None else bind_prompts(unbound, base)
+    released = read_released(path)
+    meta = {"imported_from": path.name, "imported_sha256": file_sha256(path)}
+    unbound = UnboundPrompts(
+        path.stem if name is None else name,
+        "step+layer",
+        "geglu",
+        "overlap",
+        "decoder",
+        released.embeddings,
+        released.stages,
+        meta,
+    )
+    if base is None:
+        return unbound
+    bound = bind_prompts(unbound, base)
+    text = text_path(base)
+    if text is not None and not torch.allclose(text.word().cpu(), released.constant, rtol=1e-2, atol=1e-4):
+        _log.warning(
+            "%s started from another word embedding than that of base %r: it was trained with another text encoder",
+            path,
+            base.facts.name,
+        )
+    return bound
+
+
+def _renamed(prompts: UnboundPrompts, name: str) -> UnboundPrompts:
+    kind = (prompts.variant, prompts.generator, prompts.layout, prompts.gradient)
+    return UnboundPrompts(name, *kind, prompts.embeddings, prompts.stages, prompts.meta)
+
+
+def _generator(tensors: dict[str, torch.Tensor], path: Path) -> GegluGenerator:
+    """The generator with the weights `tensors`; sizes are read from them."""
+    state = {key.removeprefix(_MODULE): value for key, value in tensors.items() if key.startswith(_MODULE)}
+    faults = [f"{key}: not expected" for key in tensors if not key.startswith(_MODULE) and key != _CONSTANT]
+    sizes: dict[str, tuple[int, ...]] = {}
+    for key in ("attn1.to_q.weight", "ff.net.2.weight"):
+        if key in state:
+            sizes[key] = tuple(state[key].shape)
+        if len(sizes.get(key, ())) != 2:
+            faults.append(f"{_MODULE}{key}: found {_shape(state.get(key))}; expected a matrix")
+    constant = tensors.get(_CONSTANT)
+    if constant is None or constant.ndim != 2 or len(constant) != 1:
+        faults.append(f"{_CONSTANT}: found {_shape(constant)}; expected [1, dim]")
+    if faults or constant is None:
+        raise StyleError(_not_released(path, faults))
+    dim, (inner, _), (out, hidden) = constant.shape[1], sizes["attn1.to_q.weight"], sizes["ff.net.2.weight"]
+    count, rest = divmod(out, dim)
+    if rest or not count or count % len(GROUPS):
+        faults.append(f"{_MODULE}ff.net.2.weight: found {out} rows; expected {len(GROUPS)} · stages · {dim}")
+    if not inner or inner % HEADS:
+        faults.append(f"{_MODULE}attn1.to_q.weight: found {inner} rows; expected a multiple of {HEADS}")
+    if faults:
+        raise StyleError(_not_released(path, faults))
+    generator = GegluGenerator(constant[0], count, inner=inner, hidden=hidden)
+    own = generator.state_dict()
+    state["constant"] = constant[0]
+    faults += [f"{_MODULE}{key}: missing" for key in own.keys() - state.keys()]
+    faults += [f"{_MODULE}{key}: not expected" for key in state.keys() - own.keys()]
+    faults += [
+        f"{_MODULE}{key}: found {_shape(state[key])}; expected {_shape(own[key])}"
+        for key in own.keys() & state.keys()
+        if own[key].shape != state[key].shape
+    ]
+    if faults:
+        raise StyleError(_not_released(path, sorted(faults)))
+    generator.load_state_dict({key: value.float() for key, value in state.items()})
+    return generator
+
+
+def _shape(tensor: torch.Tensor | None) -> str:
+    return "nothing" if tensor is None else str(list(tensor.shape))
+
+
+def _not_released(path: Path, faults: list[str]) -> str:
+    return fault_list(f"{path} is no checkpoint of the released LSAST:", faults)

@@ -1,0 +1,308 @@
+"""Checkpoints of the released code, against the module that a checkpoint was pickled from."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+from torch import nn
+
+from lsast_engines.errors import StyleError, TrainingError, UsageError
+from lsast_export.bake import pack
+from lsast_export.import_command import import_command
+from lsast_export.released import import_prompts, read_released
+from lsast_export.styles import bake_prompts, check_prompts, read_prompts
+from lsast_train.base import Base, BaseParts, open_base_parts
+from lsast_train.prompts_file import Prompts, UnboundPrompts, load_any_prompts, load_prompts
+from lsast_train.sources import BaseSource
+
+GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
+DIM = 64
+
+
+class CrossAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (nn.Linear(DIM, 512, bias=False) for _ in range(3))
+        self.to_out = nn.Sequential(nn.Linear(512, DIM), nn.Dropout(0.1))
+
+
+class GEGLU(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(DIM, 8 * DIM)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, out: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(), nn.Dropout(0.1), nn.Linear(4 * DIM, out))
+
+
+class TransformerBlock(nn.Module):
+    """The released module's parts and names (method.md §1.3, §3); its formula is `_closed_form`."""
+
+    def __init__(self, matrices: int = 30) -> None:
+        super().__init__()
+        self.attn1, self.attn2, self.ff = CrossAttention(), CrossAttention(), FeedForward(matrices * DIM)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(DIM) for _ in range(3))
+
+
+def _closed_form(block: TransformerBlock, e: torch.Tensor) -> torch.Tensor:
+    """method.md §1.3: attention over one token is linear, without dropout."""
+    x = e + block.attn1.to_out[0](block.attn1.to_v(block.norm1(e)))
+    x = x + block.attn2.to_out[0](block.attn2.to_v(e))
+    value, gate = block.ff.net[0].proj(block.norm3(x)).chunk(2)
+    made: torch.Tensor = block.ff.net[2](value * F.gelu(gate))
+    return made.view(-1, DIM)
+
+
+Save = Callable[..., Path]
+
+
+@pytest.fixture
+def save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Save:
+    """Pickles a generator as the released code does, whole, in training mode, under names that exist nowhere else."""
+
+    def write(content: dict[str, Any], name: str = "embeddings_gs-99999.pt") -> Path:
+        places: dict[str, list[type]] = {
+            "ldm": [],
+            "ldm.modules": [],
+            "ldm.modules.attention": [CrossAttention, GEGLU, FeedForward],
+            "ldm.modules.embedding_manager": [TransformerBlock],
+        }
+        with monkeypatch.context() as patch:
+            for place, kinds in places.items():
+                module = ModuleType(place)
+                for kind in kinds:
+                    patch.setattr(kind, "__module__", place)
+                    setattr(module, kind.__name__, kind)
+                patch.setitem(sys.modules, place, module)
+            torch.save(content, tmp_path / name)
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
+def block() -> TransformerBlock:
+    torch.manual_seed(0)
+    made = TransformerBlock()
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return made
+
+
+@pytest.fixture
+def content(block: TransformerBlock, compvis_base: Any) -> dict[str, Any]:
+    """A checkpoint trained on the tiny base: it starts from the base's word 320."""
+    word = compvis_base.networks["text_encoder"].get_input_embeddings().weight[320]
+    return {"attention": block, "initial_embeddings": nn.Parameter(word[None].clone(), requires_grad=False)}
+
+
+@pytest.fixture(scope="session")
+def source(compvis_base: Any) -> BaseSource:
+    return BaseSource(compvis_base.file, compvis_base.controlnet_file)
+
+
+@pytest.fixture(scope="session")
+def parts(source: BaseSource) -> BaseParts:
+    return open_base_parts(source)
+
+
+@pytest.fixture(scope="session")
+def published(parts: BaseParts) -> Base:
+    """The tiny base in memory; tests must not change it."""
+    return parts.base()
+
+
+def _by_transformers(compvis_base: Any, embeddings: torch.Tensor) -> torch.Tensor:
+    """Contexts [K, 77, dim] of the caption ``*`` with its row of the token embedding replaced by each embedding."""
+    encoder = compvis_base.networks["text_encoder"]
+    table = encoder.get_input_embeddings().weight
+    before = table[265].clone()
+    contexts = []
+    with torch.no_grad():
+        for embedding in embeddings:
+            table[265] = embedding[0]
+            contexts.append(encoder(torch.tensor([[398, 265] + [399] * 75])).last_hidden_state[0])
+        table[265] = before
+    return torch.stack(contexts)
+
+
+def test_a_checkpoint_gives_what_its_module_gives_without_dropout(
+    save: Save, block: TransformerBlock, content: dict[str, Any]
+) -> None:
+    released = read_released(save(content))
+    assert block.training
+    e = content["initial_embeddings"][0]
+    assert torch.equal(released.constant, e)
+    assert (released.embeddings.shape, released.stages) == ((30, 1, DIM), 10)
+    torch.testing.assert_close(released.embeddings[:, 0], _closed_form(block, e), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="needs ../shared/golden")
+def test_the_thirty_outputs_are_those_of_the_released_code() -> None:
+    released = read_released(GOLDEN / "embeddings_gs-99999.pt")
+    expected = load_file(GOLDEN / "generator_io.safetensors")
+    assert torch.equal(released.constant[None], expected["initial"])
+    error = (released.embeddings[:, 0] - expected["prompts"]).abs().max() / expected["prompts"].abs().max()
+    assert error < 1e-5
+
+
+def test_without_a_base_only_the_embeddings_are_kept(save: Save, content: dict[str, Any]) -> None:
+    path = save(content)
+    unbound = import_prompts(path)
+    assert isinstance(unbound, UnboundPrompts)
+    assert (unbound.name, unbound.variant, unbound.generator) == ("embeddings_gs-99999", "step+layer", "geglu")
+    assert (unbound.layout, unbound.gradient, unbound.stages) == ("overlap", "decoder", 10)
+    assert torch.equal(unbound.embeddings, read_released(path).embeddings)
+    assert unbound.meta["imported_from"] == "embeddings_gs-99999.pt"
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["base", "parts"])
+def test_a_base_resolves_them_in_the_released_layout(
+    save: Save, content: dict[str, Any], compvis_base: Any, parts: BaseParts, published: Base, caplog: Any, whole: bool
+) -> None:
+    path = save(content)
+    base = published if whole else parts
+    with caplog.at_level(logging.WARNING, "lsast"):
+        prompts = import_prompts(path, "hand", base)
+    assert isinstance(prompts, Prompts)
+    assert (prompts.name, prompts.base, prompts.prompt) == ("hand", base.fingerprint, "text")
+    contexts = _by_transformers(compvis_base, read_released(path).embeddings)
+    for stage in range(10):
+        torch.testing.assert_close(prompts.prompts[stage], contexts[stage : stage + 3], rtol=1e-4, atol=1e-4)
+    assert "another word embedding" not in caplog.text
+    check_prompts(prompts, base)
+
+
+def test_prompts_of_a_text_encoder_are_baked_without_it(save: Save, content: dict[str, Any], published: Base) -> None:
+    prompts = import_prompts(save(content), "hand", published)
+    assert isinstance(prompts, Prompts)
+    base = copy.copy(published)
+    base.text_encoder = None  # as in a bundle
+    style = bake_prompts(base, prompts)
+    assert (style.stages, style.tokens, style.meta["prompt"]) == (10, 77, "text")
+    entry = pack(base)[0].entries[-1]
+    assert entry.group == "up"
+    keys = base.unet.get_submodule(entry.name).to_k.weight
+    expected = (prompts.prompts[6, 2] @ keys.T).numpy()
+    found = style.kv_unet[6, :, entry.offset : entry.offset + entry.width]
+    assert abs(found - expected).max() < 1e-4
+
+
+def test_embeddings_of_another_text_encoder_are_noted(
+    save: Save, content: dict[str, Any], parts: BaseParts, caplog: pytest.LogCaptureFixture
+) -> None:
+    content["initial_embeddings"] = nn.Parameter(content["initial_embeddings"] + 0.1)
+    with caplog.at_level(logging.WARNING, "lsast"):
+        import_prompts(save(content), "hand", parts)
+    assert "trained with another text encoder" in caplog.text
+
+
+def test_all_that_is_no_released_checkpoint_is_named(save: Save, content: dict[str, Any], tmp_path: Path) -> None:
+    block = content["attention"]
+    del block.norm2
+    block.norm1 = nn.LayerNorm(DIM + 1)
+    block.more = nn.Linear(1, 1, bias=False)
+    with pytest.raises(StyleError) as caught:
+        read_released(save(content))
+    lines = [line.strip(" -") for line in str(caught.value).splitlines()[1:]]
+    assert lines == [
+        "attention.more.weight: not expected",
+        "attention.norm1.bias: found [65]; expected [64]",
+        "attention.norm1.weight: found [65]; expected [64]",
+        "attention.norm2.bias: missing",
+        "attention.norm2.weight: missing",
+    ]
+    with pytest.raises(StyleError, match=r"initial_embeddings: found nothing; expected \[1, dim\]"):
+        read_released(save({"attention": block}))
+    with pytest.raises(StyleError, match=r"found 1280 rows; expected 3 · stages · 64"):
+        read_released(save({**content, "attention": TransformerBlock(20)}))
+    with pytest.raises(TrainingError):
+        read_released(tmp_path / "nowhere.pt")
+
+
+def test_weights_that_give_no_numbers_are_refused(save: Save, content: dict[str, Any]) -> None:
+    nn.init.constant_(content["attention"].ff.net[2].bias, float("nan"))
+    with pytest.raises(StyleError, match="NaN or infinite"):
+        read_released(save(content))
+
+
+def _run(*arguments: object) -> Result:
+    return CliRunner().invoke(import_command, [str(argument) for argument in arguments])
+
+
+def test_the_command_writes_a_prompt_file_where_the_exporter_looks(save: Save, content: dict[str, Any]) -> None:
+    ran = _run(save(content), "--name", "hand")
+    assert (ran.exit_code, ran.stdout) == (0, f"{Path('runs', 'hand', 'hand.prompts.safetensors')}\n"), ran.output
+    assert "bound to no base yet" in ran.stderr
+    assert "training mode" in ran.stderr
+    with pytest.raises(StyleError, match=r"'hand' need a text encoder; found no base\. .* lsast-export import FILE"):
+        read_prompts(("hand",))
+
+
+def test_what_is_bound_later_is_what_is_bound_at_once(
+    save: Save, content: dict[str, Any], compvis_base: Any, published: Base, tmp_path: Path
+) -> None:
+    base = ["--base", compvis_base.file, "--controlnet", compvis_base.controlnet_file]
+    at_once = _run(save(content), "--name", "hand", *base, "--out", tmp_path / "once", "--json")
+    assert at_once.exit_code == 0, at_once.output
+    facts = json.loads(at_once.stdout)
+    assert facts["base"] == published.fingerprint
+    assert (facts["name"], facts["embeddings"]) == ("hand", [30, 1, DIM])
+    expected = load_prompts(Path(facts["prompts"]))
+    unbound = _run(save(content), "--name", "hand").stdout.strip()
+    (by_style,) = read_prompts(("hand",), published)
+    later = _run(unbound, *base, "--out", tmp_path / "later").stdout.strip()
+    for found in (by_style, load_prompts(Path(later))):
+        assert torch.equal(found.prompts, expected.prompts)
+        assert (found.base, found.meta) == (expected.base, expected.meta)
+    again = _run(later, *base)
+    assert isinstance(again.exception, StyleError)
+    assert "already" in str(again.exception)
+    renamed = _run(unbound, "--name", "other").stdout.strip()
+    assert load_any_prompts(Path(renamed)).name == "other"
+
+
+def test_a_base_without_a_text_encoder_is_refused(save: Save, content: dict[str, Any], base: Any) -> None:
+    with pytest.raises(StyleError, match=r"found base 'mini' without one"):
+        import_prompts(save(content), "hand", base)
+
+
+def test_a_hostile_pickle_runs_nothing(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.system, (f"touch {marker}",)
+
+    torch.save({"attention": Bomb(), "initial_embeddings": torch.zeros(1, DIM)}, tmp_path / "bomb.pt")
+    ran = _run(tmp_path / "bomb.pt")
+    assert isinstance(ran.exception, TrainingError)
+    assert "system" in str(ran.exception)
+    assert not marker.exists()
+    assert not Path("runs").exists()
+
+
+def test_wrong_usage_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    for arguments, expected in (
+        (["x.pt", "--name", "../up"], "letters, digits"),
+        (["x.pt", "--unet-weights", "ema", "--revision", "main"], "found --revision, --unet-weights without --base"),
+    ):
+        ran = _run(*arguments)
+        assert isinstance(ran.exception, UsageError)
+        assert expected in str(ran.exception)

@@ -1,0 +1,119 @@
+"""The released generator against diffusers' modules, which have the released names, and against method.md §1.3."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from lsast_train.geglu import GegluGenerator
+
+DIM = 12
+
+
+def _generator(count: int = 5, tokens: int = 1, **sizes: int) -> GegluGenerator:
+    generator = GegluGenerator(torch.randn(DIM, generator=torch.Generator().manual_seed(3)), count, tokens, **sizes)
+    torch.manual_seed(4)
+    for parameter in generator.parameters():  # norms too: untrained ones would hide a mistake
+        nn.init.normal_(parameter, std=0.5)
+    return generator
+
+
+def _by_diffusers(generator: GegluGenerator, inner: int, hidden: int, out: int) -> torch.Tensor:
+    """The block out of another library's parts, with the weights of the same names."""
+    block = nn.ModuleDict(
+        {
+            "attn1": Attention(DIM, heads=8, dim_head=inner // 8),
+            "attn2": Attention(DIM, cross_attention_dim=DIM, heads=8, dim_head=inner // 8),
+            "ff": FeedForward(DIM, out, inner_dim=hidden, activation_fn="geglu"),
+            **{f"norm{number}": nn.LayerNorm(DIM) for number in (1, 2, 3)},
+        }
+    )
+    state = generator.state_dict()
+    e = state.pop("constant")[None, None]
+    block.load_state_dict(state)
+    x = block["attn1"](block["norm1"](e)) + e
+    x = block["attn2"](block["norm2"](x), e) + x
+    result: torch.Tensor = block["ff"](block["norm3"](x))
+    return result.flatten()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "inner", "hidden"), [({}, 512, 4 * DIM), ({"inner": 16, "hidden": 10}, 16, 10)], ids=["release", "other"]
+)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_it_is_the_block_that_diffusers_builds(sizes: dict[str, int], inner: int, hidden: int, tokens: int) -> None:
+    generator = _generator(tokens=tokens, **sizes)
+    found = generator()
+    assert found.shape == (5, tokens, DIM)
+    torch.testing.assert_close(found.flatten(), _by_diffusers(generator, inner, hidden, 5 * tokens * DIM))
+
+
+def test_it_has_as_many_weights_as_the_released_one() -> None:
+    constant = torch.zeros(768)
+    with torch.device("meta"):
+        generator = GegluGenerator(constant, 30)
+    assert sum(parameter.numel() for parameter in generator.parameters()) == 78_678_528  # method.md §1.3
+    assert generator.ff.net["2"].weight.shape == (30 * 768, 3072)
+
+
+def test_untrained_matrices_are_those_of_torchs_default_weights() -> None:
+    """The seed decides them; nobody else's random numbers are touched."""
+    before = torch.get_rng_state()
+    one, same, other = (GegluGenerator(torch.ones(DIM), 2, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(one(), same())
+    assert not torch.allclose(one(), other())
+    weight = one.ff.net["2"].weight
+    assert weight.abs().max() <= (4 * DIM) ** -0.5  # Kaiming-uniform with a = √5: ±1/√fan_in
+    assert weight.std().item() == pytest.approx((4 * DIM) ** -0.5 / 3**0.5, rel=0.1)
+
+
+def test_queries_keys_and_the_second_norm_are_dead_and_all_else_lives() -> None:
+    generator = _generator()
+    torch.autograd.backward(generator().square().sum())
+    moved = {name: bool(p.grad is not None and p.grad.abs().max() > 0) for name, p in generator.named_parameters()}
+    dead = {f"attn{n}.to_{part}.weight" for n in (1, 2) for part in "qk"} | {"norm2.weight", "norm2.bias"}
+    assert {name for name, moves in moved.items() if not moves} == dead
+    assert not generator.constant.requires_grad
+
+
+def test_dropout_before_the_last_layer_keeps_the_mean_and_has_the_binomial_spread() -> None:
+    generator = _generator()
+    for attention in (generator.attn1, generator.attn2):
+        nn.init.zeros_(attention.to_out[0].weight)
+        nn.init.zeros_(attention.to_out[0].bias)
+    with torch.no_grad():
+        draws = torch.stack([generator(torch.Generator().manual_seed(seed)).flatten() for seed in range(1000)])
+        quiet = generator().flatten()
+        hidden = {}
+        handle = generator.ff.net["2"].register_forward_pre_hook(lambda _, args: hidden.update(h=args[0][0]))
+        generator()
+        handle.remove()
+        weight = generator.ff.net["2"].weight.detach()
+    deviation = (weight.square() @ hidden["h"].square() * 0.1 / 0.9).sqrt()  # variance of Σ w h d, P(d = 1/0.9) = 0.9
+    np.testing.assert_allclose(((draws.mean(0) - quiet) / deviation).abs().max(), 0, atol=5 / 1000**0.5)
+    np.testing.assert_allclose(draws.std(0) / deviation, 1, atol=0.12)
+
+
+@pytest.mark.parametrize("which", ["attn1", "attn2"])
+def test_dropout_after_each_attention(which: str) -> None:
+    generator = _generator()
+    other = {"attn1": generator.attn2, "attn2": generator.attn1}[which]
+    nn.init.zeros_(other.to_out[0].weight)
+    nn.init.zeros_(other.to_out[0].bias)
+    seen: list[torch.Tensor] = []
+    generator.norm3.register_forward_pre_hook(lambda _, args: seen.append(args[0][0] - generator.constant))
+    with torch.no_grad():
+        generator()
+        for seed in range(200):
+            generator(torch.Generator().manual_seed(seed))
+    quiet, draws = seen[0], torch.stack(seen[1:])
+    ratio = draws / quiet
+    assert torch.allclose(ratio.clamp(max=0.5).abs().min(), torch.tensor(0.0), atol=1e-4)
+    dropped = ratio.abs() < 1e-3
+    torch.testing.assert_close(ratio[~dropped], torch.full_like(ratio[~dropped], 1 / 0.9), rtol=1e-3, atol=0)
+    assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.02)

@@ -1,0 +1,143 @@
+"""The released way of training: against what the released code computed, and against its rule written out on diffusers'
+blocks (method.md §3: encoder and middle without gradient, so that only the decoder's context learns)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file
+
+from lsast_train.base import Base, BaseFacts
+from lsast_train.compvis import controlnet_from_compvis, unet_from_compvis
+from lsast_train.evaluation import noise_error
+from lsast_train.inversion import Inversion
+from lsast_train.mini.autoencoder import MiniAutoencoder
+from lsast_train.options import PRESETS
+from lsast_train.paintings import Collection
+from lsast_train.prompt_space import PromptSpace
+
+GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
+
+
+def _space(contexts: torch.Tensor) -> PromptSpace:
+    """The released layout and gradient over given contexts [12, T, dim]."""
+    space = PromptSpace(contexts[0], generator="direct", layout="overlap", gradient="decoder")
+    space.matrices.data = contexts.clone()
+    return space
+
+
+def _touched(space: PromptSpace) -> list[int]:
+    assert space.matrices.grad is not None
+    found: list[int] = space.matrices.grad.flatten(1).abs().sum(1).nonzero().flatten().tolist()
+    return found
+
+
+def _stock(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """The same U-Net with diffusers' own attention."""
+    fresh = UNet2DConditionModel.from_config(unet.config)
+    fresh.load_state_dict(unet.state_dict())
+    return fresh.eval().requires_grad_(False)
+
+
+def _released_unet(unet: UNet2DConditionModel, noisy: Any, t: torch.Tensor, contexts: list[torch.Tensor]) -> Any:
+    """The U-Net with a context for each part; all but the decoder under no_grad, as the released forward has it."""
+    unet = _stock(unet)
+    with torch.no_grad():
+        emb = unet.time_embedding(unet.time_proj(t))
+        sample = unet.conv_in(noisy)
+        skips = [sample]
+        for block in unet.down_blocks:
+            extra = {"encoder_hidden_states": contexts[0]} if hasattr(block, "attentions") else {}
+            sample, states = block(hidden_states=sample, temb=emb, **extra)
+            skips += states
+        sample = unet.mid_block(sample, emb, encoder_hidden_states=contexts[1])
+    for block in unet.up_blocks:
+        extra = {"encoder_hidden_states": contexts[2]} if hasattr(block, "attentions") else {}
+        count = len(block.resnets)
+        sample = block(hidden_states=sample, temb=emb, res_hidden_states_tuple=tuple(skips[-count:]), **extra)
+        del skips[-count:]
+    return unet.conv_out(unet.conv_act(unet.conv_norm_out(sample)))
+
+
+@pytest.mark.parametrize("time", [0, 99, 340, 999])
+def test_loss_and_gradient_are_those_of_a_unet_whose_encoder_runs_without_gradient(base: Base, time: int) -> None:
+    base.facts = replace(base.facts, prediction="epsilon")
+    torch.manual_seed(time)
+    contexts, latents, noise = torch.randn(12, 4, 24), torch.randn(1, 4, 16, 16), torch.randn(1, 4, 16, 16)
+    space, t = _space(contexts), torch.tensor([time])
+    loss = noise_error(base, space, latents, noise, t, "fp32").mean()
+    torch.autograd.backward(loss)
+
+    schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    stage = time // 100
+    window = [contexts[stage + group][None].requires_grad_() for group in range(3)]
+    predicted = _released_unet(base.unet, schedule.add_noise(latents, noise, t), t, window)
+    expected = torch.nn.functional.mse_loss(predicted, noise)
+    torch.autograd.backward(expected)
+    torch.testing.assert_close(loss, expected)
+    assert [part.grad is None for part in window] == [True, True, False]
+    assert _touched(space) == [stage + 2]
+    assert space.matrices.grad is not None
+    assert window[2].grad is not None
+    torch.testing.assert_close(space.matrices.grad[stage + 2], window[2].grad[0], rtol=1e-4, atol=1e-7)
+
+
+def test_nothing_before_the_decoder_is_kept_for_the_way_back(base: Base) -> None:
+    space = _space(torch.randn(12, 4, 24))
+    seen: dict[str, bool] = {}
+    for name in ("conv_in", "mid_block", "up_blocks.0", "conv_out"):
+        module = base.unet.get_submodule(name)
+        module.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out.requires_grad}))
+    noise_error(base, space, torch.randn(1, 4, 16, 16), torch.randn(1, 4, 16, 16), torch.tensor([5]), "fp32")
+    assert seen == {"conv_in": False, "mid_block": False, "up_blocks.0": False, "conv_out": True}
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="needs ../shared/golden")
+@pytest.mark.parametrize("number", range(5))
+def test_loss_and_gradient_are_those_of_the_released_code(number: int) -> None:
+    weights = {part: load_file(GOLDEN / f"tiny_a_{part}.safetensors") for part in ("unet", "control", "train")}
+    base = Base(
+        BaseFacts("golden", "sd15", "epsilon", 77, 128, 0.18215),
+        "0" * 64,
+        unet_from_compvis(weights["unet"], heads=2),
+        controlnet_from_compvis(weights["control"], heads=2),
+        MiniAutoencoder((4, 4, 4), (4, 4, 4)),
+        torch.zeros(77, 64),
+    )
+    given = {key[2:]: value for key, value in weights["train"].items() if key.startswith(f"{number}_")}
+    space = _space(given["contexts"][:12])
+    loss = noise_error(base, space, given["z"], given["noise"], given["t"], "fp32").mean()
+    torch.autograd.backward(loss)
+    assert loss.item() == pytest.approx(given["loss"].item(), rel=1e-5)
+    assert _touched(space) == given["grad_index"].tolist()
+    assert space.matrices.grad is not None
+    error = (space.matrices.grad[given["grad_index"]][0] - given["grad"]).abs().max() / given["grad"].abs().max()
+    assert error < 1e-4
+
+
+def test_the_released_preset_trains_the_generators_last_rows_of_decoder_prompts_only(
+    text_base: Base, paintings: Path, tmp_path: Path
+) -> None:
+    """Its first step: AdamW moves what has a gradient by the learning rate and lets the rest decay (method.md §3)."""
+    options = replace(PRESETS["released"], steps=1, size=64, evaluate_every=1, evaluate_latents=2)
+    collection = Collection.load(paintings, 64, options.crop, progress=False)
+    run = Inversion(text_base, collection, options, "red", tmp_path)
+    before = run.space.geglu.ff.net["2"].bias.detach().clone().view(30, 24)
+    run.run()
+    moved = (run.space.geglu.ff.net["2"].bias.view(30, 24) - before * (1 - 1e-6 * 0.01)).abs()
+    (index,) = (moved.mean(1) > 5e-7).nonzero().flatten().tolist()
+    assert 2 <= index <= 11
+    assert moved[index].median().item() == pytest.approx(1e-6, rel=0.1)
+    assert moved[[k for k in range(30) if k != index]].max() < 5e-8  # float32's rounding
+
+
+def test_the_written_out_unet_is_diffusers_own_where_all_contexts_are_one(base: Base) -> None:
+    """The oracle above is sound."""
+    noisy, t, context = torch.randn(1, 4, 16, 16), torch.tensor([7]), torch.randn(1, 4, 24)
+    expected = _stock(base.unet)(noisy, t, context, return_dict=False)[0]
+    torch.testing.assert_close(_released_unet(base.unet, noisy, t, [context] * 3), expected)

@@ -1,0 +1,109 @@
+"""Contexts of a placeholder's embedding against transformers itself with that row of its token embedding replaced."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from lsast_engines.errors import UsageError
+from lsast_train.text_path import TextPath
+
+BOS, EOS, STAR = 998, 999, 265
+
+
+def _encoder(**changes: Any) -> CLIPTextModel:
+    """CLIP in miniature, random; the special ids are wrong, as in the configuration of Stable Diffusion 1.5."""
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=1000, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+        bos_token_id=0, eos_token_id=2, **changes,
+    )  # fmt: skip
+    encoder = CLIPTextModel(config).eval().requires_grad_(False)
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return encoder
+
+
+def _by_transformers(encoder: CLIPTextModel, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Context [77, dim], and the token embedding of the copy that gave it; the placeholder's rows are `embedding`."""
+    encoder = copy.deepcopy(encoder)
+    table = encoder.get_input_embeddings().weight
+    stars = list(range(STAR, STAR + len(embedding)))
+    table[stars] = embedding.detach()
+    table.requires_grad_()
+    ids = [BOS, *stars]
+    ids = torch.tensor([ids + [EOS] * (77 - len(ids))])
+    return encoder(ids).last_hidden_state[0], table
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 75])
+def test_contexts_and_gradients_are_those_of_a_caption_with_a_word_of_its_own(tokens: int) -> None:
+    encoder = _encoder()
+    embeddings = torch.randn(2, tokens, 24, requires_grad=True)
+    contexts = TextPath(encoder).contexts(embeddings)
+    assert contexts.shape == (2, 77, 24)
+    weights = torch.randn(contexts.shape)
+    torch.autograd.backward((contexts * weights).sum())
+    assert embeddings.grad is not None
+    for index, embedding in enumerate(embeddings):
+        expected, table = _by_transformers(encoder, embedding)
+        torch.testing.assert_close(contexts[index], expected, rtol=1e-4, atol=1e-5)
+        torch.autograd.backward((expected * weights[index]).sum())
+        assert table.grad is not None
+        torch.testing.assert_close(embeddings.grad[index], table.grad[STAR : STAR + tokens], rtol=1e-3, atol=1e-4)
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+
+
+def test_the_first_token_of_every_context_is_that_of_the_empty_caption() -> None:
+    """method.md §2: causal layers; all later tokens see the placeholder."""
+    encoder = _encoder()
+    contexts = TextPath(encoder).contexts(torch.randn(3, 1, 24))
+    empty = encoder(torch.tensor([[BOS] + [EOS] * 76])).last_hidden_state[0]
+    torch.testing.assert_close(contexts[:, 0], empty[0].expand(3, -1))
+    assert (contexts[:, 1:] - empty[1:]).abs().amax(-1).min() > 0
+
+
+def test_the_encoder_is_left_as_it_was() -> None:
+    encoder = _encoder()
+    ids = torch.randint(0, 998, (1, 77))
+    before = encoder(ids).last_hidden_state
+    path = TextPath(encoder)
+    path.contexts(torch.randn(1, 1, 24))
+    assert torch.equal(encoder(ids).last_hidden_state, before)
+    encoder.final_layer_norm.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        path.contexts(torch.randn(1, 1, 24))
+    assert not encoder.get_input_embeddings()._forward_hooks
+    assert copy.deepcopy([path])[0] is path
+
+
+def test_words_are_rows_of_the_token_embedding() -> None:
+    encoder = _encoder()
+    path = TextPath(encoder)
+    assert torch.equal(path.word(), encoder.get_input_embeddings().weight[320])
+    assert torch.equal(path.word(7), encoder.get_input_embeddings().weight[7])
+    assert (path.tokens, path.dim, path.bos, path.eos) == (77, 24, BOS, EOS)
+
+
+def test_a_half_precision_encoder_gives_full_precision_contexts() -> None:
+    encoder = _encoder()
+    embeddings = torch.randn(2, 1, 24)
+    exact = TextPath(encoder).contexts(embeddings)
+    rough = TextPath(copy.deepcopy(encoder).bfloat16()).contexts(embeddings)
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough, exact, rtol=0.1, atol=0.2)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 23), (1, 76, 24), (1, 0, 24)])
+def test_embeddings_that_fit_no_caption_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(UsageError, match=r"expected 1 to 75 tokens of 24 channels"):
+        TextPath(_encoder()).contexts(torch.zeros(shape))
+
+
+def test_a_vocabulary_without_the_word_is_refused() -> None:
+    with pytest.raises(UsageError, match="found a text encoder of 1000 tokens"):
+        TextPath(_encoder()).word(998)

@@ -1,0 +1,90 @@
+"""From an embedding of the placeholder to a context, through a frozen CLIP text encoder (method.md §2).
+
+The caption is the placeholder alone. Its ids are BOS, the placeholder's n tokens, then EOS to the end; the
+placeholder's rows of the token embedding are replaced by P_k, position embeddings are added, and the encoder's causal
+layers and its last layer norm give the context. The padding is not masked, neither here nor in the U-Net.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from lsast_engines.errors import UsageError
+
+A_TOKEN = 320
+"""CLIP's id of the word ``a``, the constant that the released generator starts from (method.md §1.2)."""
+
+
+class TextPath:
+    """A frozen text encoder that takes the embedding of the placeholder.
+
+    Args:
+        text_encoder: transformers' CLIPTextModel with a vocabulary that ends with BOS and EOS, as CLIP's does. Its
+            configuration is not asked for them: that of Stable Diffusion 1.5 names other ids.
+    """
+
+    def __init__(self, text_encoder: Any) -> None:
+        self._encoder = text_encoder
+        self._table = text_encoder.get_input_embeddings()
+        vocabulary = int(self._table.weight.shape[0])
+        self.bos, self.eos = vocabulary - 2, vocabulary - 1
+        self.tokens = int(text_encoder.config.max_position_embeddings)
+        """Tokens of a context, 77 for CLIP."""
+
+    def __deepcopy__(self, _: dict[int, Any]) -> TextPath:
+        """Itself: whoever is copied shares the frozen encoder."""
+        return self
+
+    @property
+    def dim(self) -> int:
+        """Channels of an embedding, and of a context."""
+        return int(self._table.weight.shape[1])
+
+    def word(self, token: int = A_TOKEN) -> torch.Tensor:
+        """The encoder's own embedding of a token, [dim] float32.
+
+        Raises:
+            UsageError: the vocabulary has no such token.
+        """
+        if not 0 <= token < self.bos:
+            raise UsageError(
+                f"found a text encoder of {self.eos + 1} tokens; expected CLIP's vocabulary, which has a token {token}"
+            )
+        word: torch.Tensor = self._table.weight[token].detach().float()
+        return word
+
+    def contexts(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Embeddings [N, n, dim] of the placeholder to contexts [N, tokens, dim] float32; gradients flow through.
+
+        Raises:
+            UsageError: embeddings of other channels, or more tokens than fit between BOS and EOS.
+        """
+        count, placeholders, dim = embeddings.shape
+        if dim != self.dim or not 1 <= placeholders <= self.tokens - 2:
+            raise UsageError(
+                f"found embeddings of {placeholders} tokens of {dim} channels; expected 1 to {self.tokens - 2} tokens "
+                f"of {self.dim} channels for this text encoder"
+            )
+        ids = torch.full((count, self.tokens), self.eos, device=self._table.weight.device)
+        ids[:, 0] = self.bos
+        with self._placeholder(embeddings):
+            context: torch.Tensor = self._encoder(input_ids=ids).last_hidden_state
+        return context.float()
+
+    @contextmanager
+    def _placeholder(self, embeddings: torch.Tensor) -> Iterator[None]:
+        """Inside, positions 1 to n of the token embedding's output are `embeddings`."""
+
+        def replace(_: Any, __: Any, words: torch.Tensor) -> torch.Tensor:
+            own = embeddings.to(words)
+            return torch.cat([words[:, :1], own, words[:, 1 + own.shape[1] :]], dim=1)
+
+        hook = self._table.register_forward_hook(replace)
+        try:
+            yield
+        finally:
+            hook.remove()
