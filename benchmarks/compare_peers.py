@@ -19,13 +19,13 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from lsast_eval import EvalOptions, evaluate
 from machine import describe
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import lsast
 from lsast_engines.pictures import find_pictures
+from lsast_eval import EvalOptions, evaluate
 
 MIXED = ("various-masters", "various-styles")
 """Folders of many hands: no class of the artist classifier."""
