@@ -62,12 +62,12 @@ def test_a_verdict_sees_26_pixels() -> None:
 def test_each_side_learns_from_its_own_loss_only() -> None:
     autoencoder, critic = student(), PatchDiscriminator((4, 4, 4))
     images, latents = torch.rand(2, 3, 64, 64) * 2 - 1, torch.randn(2, 4, 8, 8)
-    losses = _losses(autoencoder, critic, images, latents, latents, TINY, step=0)
+    losses = _losses(autoencoder, critic, images, latents, TINY, step=0)
     losses["critic"].backward(retain_graph=True)
     assert all(p.grad is None for p in autoencoder.parameters())
     critic.zero_grad()
     # Before the warm-up ends the decoder does not hear the critic at all.
-    losses["student"].backward()
+    losses["decoder"].backward()
     assert all(p.grad is None or not p.grad.any() for p in critic.parameters())
 
 
@@ -92,7 +92,8 @@ def test_it_goes_on_from_a_checkpoint_and_learns(picture_folders: list[Path], tm
     sharpen_autoencoder(autoencoder, teacher, crops, TINY, tmp_path, resume=False)
     after = evaluate_sharpness(autoencoder, held_out)
     assert after["psnr_of_decoder"] > before["psnr_of_decoder"] + 2
-    assert after["latent_rmse"] < before["latent_rmse"]
+    encoder = student().encoder.state_dict()
+    assert all(torch.equal(value, encoder[key]) for key, value in autoencoder.encoder.state_dict().items())
     again = student()
     sharpen_autoencoder(again, teacher, crops, TINY, tmp_path, resume=True)  # no step is left
     for a, b in zip(autoencoder.state_dict().values(), again.state_dict().values(), strict=True):

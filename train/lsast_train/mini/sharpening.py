@@ -1,11 +1,11 @@
-"""Second phase of mini's autoencoder: an adversarial decoder, and an encoder trained on.
+"""Second phase of mini's autoencoder: its decoder against a critic.
 
 Imitating the teacher with an absolute error leaves a small decoder soft: what it cannot place exactly it averages.
 A discriminator of patches (Isola et al. 2017, hinge loss of Lim & Ye 2017) that compares with real crops asks for
 *some* crisp touch instead, and its own features hold it to the right one (feature matching, Larsen et al. 2016), so
 no pretrained network is needed. The latents handed to the decoder are spoilt as sampled latents are, smoothed and
-noisy, so that it paints from those as crisply. Encoder and decoder keep the teacher's latent space, so a base that
-was trained in it stays valid.
+noisy, so that it paints from those as crisply. The encoder and the latent space stay as they are, so a base that was
+trained in it stays valid.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class SharpeningOptions:
     crops: int = 4000
     """Crops that are cut and encoded by the teacher once."""
     lr: float = 3e-4
-    """Learning rate of encoder and decoder."""
+    """Learning rate of the decoder."""
     discriminator_lr: float = 3e-4
     warmup: int = 200
     """Steps in which the discriminator learns while the decoder does not yet listen to it."""
@@ -137,7 +137,6 @@ def evaluate_sharpness(student: MiniAutoencoder, held_out: EncodedCrops) -> dict
         "psnr_of_decoder": psnr(decoded, images),
         "gradient_energy": energy(decoded) / energy(images),
         "psnr_to_picture": psnr(student.decode(student.encode(images)), images),
-        "latent_rmse": (student.encode(images) - latents).square().mean().sqrt().item(),
     }
 
 
@@ -149,15 +148,16 @@ def sharpen_autoencoder(
     folder: Path,
     resume: bool,
 ) -> None:
-    """Train `student` on, in place; checkpoint and log go to `folder`."""
-    student.requires_grad_(True).train().to(memory_format=torch.channels_last)
+    """Train the decoder of `student` on, in place; checkpoint and log go to `folder`."""
+    student.requires_grad_(False).to(memory_format=torch.channels_last)
+    decoder = student.decoder.requires_grad_(True)
     generator = torch.Generator().manual_seed(options.seed)
     torch.manual_seed(options.seed)
     critic = PatchDiscriminator()
     critic.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(
         [
-            {"params": list(student.parameters()), "base": options.lr},
+            {"params": list(decoder.parameters()), "base": options.lr},
             {"params": list(critic.parameters()), "base": options.discriminator_lr},
         ],
         betas=(0.5, 0.99),
@@ -172,27 +172,25 @@ def sharpen_autoencoder(
         generator.manual_seed(options.seed + step)
     training = EncodedCrops.of(crops, crops.train, teacher, options.crops, options.seed)
     held_out = EncodedCrops.of(crops, crops.held_out, teacher, 64, options.seed)
-    saved, running = time.monotonic(), {"absolute": 0.0, "fooled": 0.0, "matching": 0.0, "encoder": 0.0}
+    saved, running = time.monotonic(), {"absolute": 0.0, "fooled": 0.0, "matching": 0.0}
     progress = tqdm(total=options.steps, initial=step, desc="mini decoder", unit="step")
     while step < options.steps:
         decay = min(1.0, 3 * (options.steps - step) / options.steps)
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * decay
         images, latents = training.batch(options.batch, generator)
-        losses = _losses(student, critic, images, latents, spoil(latents, options, generator), options, step)
+        losses = _losses(student, critic, images, spoil(latents, options, generator), options, step)
         optimizer.zero_grad(set_to_none=True)
-        losses.pop("student").backward(inputs=list(student.parameters()), retain_graph=True)
+        losses.pop("decoder").backward(inputs=list(decoder.parameters()), retain_graph=True)
         losses.pop("critic").backward(inputs=list(critic.parameters()))
-        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()
         step += 1
         running = {k: v.item() if step == 1 else 0.98 * running[k] + 0.02 * v.item() for k, v in losses.items()}
         progress.set_postfix({k: f"{v:.3f}" for k, v in running.items()}, refresh=False)
         progress.update()
         if step == options.steps or time.monotonic() - saved > options.checkpoint_seconds:
-            student.eval()
             history.append({"step": step, **running, **evaluate_sharpness(student, held_out)})
-            student.train()
             log.info("%s", history[-1])
             save_checkpoint(checkpoint, modules, optimizer, {"step": step, "history": history})
             with replace_file(folder / "sharpening.log.json") as handle:
@@ -206,15 +204,13 @@ def _losses(
     student: MiniAutoencoder,
     critic: PatchDiscriminator,
     images: torch.Tensor,
-    latents: torch.Tensor,
     spoilt: torch.Tensor,
     options: SharpeningOptions,
     step: int,
 ) -> dict[str, Any]:
-    """The losses of student and critic, and their parts for the log."""
+    """The losses of decoder and critic, and their parts for the log."""
     with torch.autocast("cpu", torch.bfloat16):
         decoded = student.decode(spoilt).float()
-        encoded = student.encode(images).float()
         real = [feature.float() for feature in critic(images)]
         fake = [feature.float() for feature in critic(decoded)]
         fake_for_critic = critic(decoded.detach())[-1].float()
@@ -223,14 +219,12 @@ def _losses(
         ((a - b.detach()).abs().mean() / b.detach().abs().mean() for a, b in zip(fake[:-1], real[:-1], strict=True)),
         start=torch.zeros(()),
     )
-    encoder = F.mse_loss(encoded, latents) + F.l1_loss(encoded, latents)
     fooled = -fake[-1].mean()
     heard = options.adversarial if step >= options.warmup else 0.0
     return {
-        "student": absolute + 0.5 * encoder + (options.matching if heard else 0.0) * matching + heard * fooled,
+        "decoder": absolute + (options.matching if heard else 0.0) * matching + heard * fooled,
         "critic": F.relu(1 - real[-1]).mean() + F.relu(1 + fake_for_critic).mean(),
         "absolute": absolute,
         "fooled": fooled,
         "matching": matching,
-        "encoder": encoder,
     }
