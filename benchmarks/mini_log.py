@@ -2,7 +2,7 @@
 
     python benchmarks/mini_log.py benchmarks/mini
 
-The folder holds ``base.log.json`` and ``autoencoder.log.json`` as `lsast-train mini` writes them.
+The folder holds ``base.log.json``, ``autoencoder.log.json`` and ``sharpening.log.json`` as `lsast-train mini` writes them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import click
 @click.command()
 @click.argument("folder", type=click.Path(exists=True, path_type=Path))
 def main(folder: Path) -> None:
-    """Print both logs."""
+    """Print the logs."""
     base = json.loads((folder / "base.log.json").read_text())["history"]
     print("Token gain: held-out v-error with the null context minus that with the picture's own tokens, by timestep;")
     print("*other* minus own in brackets: what another picture's tokens cost.\n")
@@ -30,11 +30,12 @@ def main(folder: Path) -> None:
     print("| tokens | " + " | ".join(stages) + f" |\n|{'---|' * (1 + len(stages))}")
     for name in ("null", "other", "label", "own", "own+edges"):
         print(f"| {name} | " + " | ".join(f"{row[name]:.4f}" for row in last) + " |")
-    autoencoder = json.loads((folder / "autoencoder.log.json").read_text())["history"]
-    names = [name for name in autoencoder[0] if name not in ("step", "loss")]
-    print(f"\n| autoencoder step | loss | {' | '.join(names)} |\n|{'---|' * (2 + len(names))}")
-    for entry in autoencoder:
-        print(f"| {entry['step']} | {entry['loss']:.4f} | " + " | ".join(f"{entry[n]:.3f}" for n in names) + " |")
+    for phase in ("autoencoder", "sharpening"):
+        history = json.loads((folder / f"{phase}.log.json").read_text())["history"]
+        names = [name for name in history[0] if name != "step"]
+        print(f"\n| {phase} step | {' | '.join(names)} |\n|{'---|' * (1 + len(names))}")
+        for entry in history:
+            print(f"| {entry['step']} | " + " | ".join(f"{entry[n]:.3f}" for n in names) + " |")
 
 
 if __name__ == "__main__":
