@@ -10,6 +10,7 @@ from .schedule import Schedule, Step
 from .solvers import SOLVERS, Solver, make_solver
 from .spec import Geometry, GraphSpec, TensorSpec, graph_specs
 from .style import Style
+from .style_file import StyleFile
 
 __all__ = [
     "SOLVERS",
@@ -25,6 +26,7 @@ __all__ = [
     "Solver",
     "Step",
     "Style",
+    "StyleFile",
     "TensorSpec",
     "available_backends",
     "find_bundle",

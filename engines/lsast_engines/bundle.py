@@ -25,6 +25,7 @@ from .files import file_sha256
 from .manifest import FileEntry, Manifest
 from .spec import GraphSpec, TensorSpec, graph_specs
 from .style import Style
+from .style_file import StyleFile
 
 MANIFEST = "manifest.json"
 NULL_STYLE = "null.safetensors"
@@ -98,7 +99,16 @@ class Bundle:
         return user_style_folder(self.manifest.fingerprint)
 
     def style(self, name: str) -> Style:
-        """Load the style `name`.
+        """Load the style `name`, all stages of it.
+
+        Raises:
+            UsageError: no style of that name; the message lists those there are.
+            StyleError: the file is damaged, or was baked for another base.
+        """
+        return self.open_style(name).load()
+
+    def open_style(self, name: str) -> StyleFile:
+        """Open the style `name`, whose stages are read as they are asked for.
 
         Raises:
             UsageError: no style of that name; the message lists those there are.
@@ -110,11 +120,11 @@ class Bundle:
                 f"found no style {name!r} for the bundle {self.path}; there: {', '.join(styles) or 'none'}; "
                 f"make it with: lsast-export --style {name}"
             )
-        style = Style.load(styles[name])
+        style = StyleFile(styles[name])
         self.check_style(style)
         return style
 
-    def check_style(self, style: Style) -> None:
+    def check_style(self, style: Style | StyleFile) -> None:
         """Make sure that `style` fits this base.
 
         Raises:
@@ -125,7 +135,13 @@ class Bundle:
 
     @classmethod
     def write(
-        cls, path: Path, manifest: Manifest, sources: Mapping[str, Path | bytes], *, replace: bool = False
+        cls,
+        path: Path,
+        manifest: Manifest,
+        sources: Mapping[str, Path | bytes],
+        *,
+        replace: bool = False,
+        consume: bool = False,
     ) -> Bundle:
         """Write a whole bundle, or nothing.
 
@@ -137,6 +153,8 @@ class Bundle:
             sources: every file but the manifest, by name: a file to copy, or contents. Names under ``styles/`` add
                 styles.
             replace: take the place of a bundle that is there; its other styles are kept.
+            consume: move the files of `sources` instead of copying them: gigabytes of weights are then written once.
+                Those moved before a failure are gone.
 
         Raises:
             BundleError: `path` is taken, or the result is not a sound bundle; then `path` is as it was before.
@@ -153,6 +171,8 @@ class Bundle:
                     raise BundleError(f"found file name {name!r}; expected a plain name, or one under {STYLES}/")
                 if isinstance(source, bytes):
                     target.write_bytes(source)
+                elif consume:
+                    shutil.move(source, target)
                 else:
                     shutil.copyfile(source, target)
                 if target.parent == fresh:
@@ -252,7 +272,7 @@ def _tensor_faults(name: str, side: str, found: GraphSpec, expected: GraphSpec) 
     return [f"graph {name}: found {side} {'; '.join(map(str, there))}, expected {'; '.join(map(str, wanted))}"]
 
 
-def _style_faults(style: Style, manifest: Manifest, *, is_null: bool) -> list[str]:
+def _style_faults(style: Style | StyleFile, manifest: Manifest, *, is_null: bool) -> list[str]:
     geometry = manifest.geometry
     faults = []
     if style.base != manifest.fingerprint:
@@ -260,9 +280,9 @@ def _style_faults(style: Style, manifest: Manifest, *, is_null: bool) -> list[st
     if style.stages != manifest.stages and not (is_null and style.stages == 1):
         faults.append(f"found {style.stages} stages; expected {manifest.stages}{' or 1' if is_null else ''}")
     for name, width in (("kv_unet", geometry.unet_width), ("kv_control", geometry.control_width)):
-        found = getattr(style, name).shape[1:]
-        if found != (geometry.tokens, width):
-            faults.append(f"found {name} rows of {list(found)}; expected {[geometry.tokens, width]}")
+        found = [style.tokens, style.width(name)]
+        if found != [geometry.tokens, width]:
+            faults.append(f"found {name} rows of {found}; expected {[geometry.tokens, width]}")
     return faults
 
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,10 @@ from .spec import GraphSpec, TensorSpec
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
+
+Arithmetic = Literal["fp32", "bf16", "fp16"]
+"""What a graph computes in. Below ``fp32`` it is faster where the processor has it, and off by about 1e-2 (bf16) or
+1e-3 (fp16); fp16 may overflow."""
 
 EXTRAS = {"openvino": "openvino", "onnxruntime": "cpu"}
 """The backends, and the extra that installs each; ``auto`` takes the first that is installed."""
@@ -30,6 +34,8 @@ class Engine(Protocol):
     """Name of the backend, a key of `EXTRAS`."""
     device: str
     """Where it runs, e.g. ``cpu``."""
+    arithmetic: Arithmetic
+    """What it computes in."""
 
     def bind(self, feeds: Feeds) -> None:
         """Keep inputs for all following calls, checked and copied to the device once; binding again replaces them.
@@ -49,6 +55,12 @@ class Engine(Protocol):
                 running; or a call from a second thread during a call.
         """
 
+    def rest(self) -> None:
+        """Give working memory back until the next call, where the backend can; weights and what is bound stay.
+
+        The outputs of the last call may go with it.
+        """
+
     def close(self) -> None:
         """Free the memory; the engine cannot be used any more. Closing twice is harmless."""
 
@@ -58,9 +70,10 @@ class CheckedEngine(abc.ABC):
 
     backend: str
 
-    def __init__(self, spec: GraphSpec, device: str) -> None:
+    def __init__(self, spec: GraphSpec, device: str, arithmetic: Arithmetic) -> None:
         self.spec = spec
         self.device = device
+        self.arithmetic = arithmetic
         self._bound: dict[str, Array] = {}
         self._closed = False
         self._busy = threading.Lock()
@@ -80,6 +93,11 @@ class CheckedEngine(abc.ABC):
             self._check(feeds, complete=True)
             return self._run({name: np.asarray(value, order="C") for name, value in feeds.items()})
 
+    def rest(self) -> None:
+        """See `Engine.rest`."""
+        with self._alone():
+            self._rest()
+
     def close(self) -> None:
         """See `Engine.close`."""
         self._closed = True
@@ -93,6 +111,10 @@ class CheckedEngine(abc.ABC):
     @abc.abstractmethod
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         """Run on checked inputs and the bound ones."""
+
+    @abc.abstractmethod
+    def _rest(self) -> None:
+        """Let go of working memory."""
 
     @abc.abstractmethod
     def _release(self) -> None:
@@ -200,7 +222,12 @@ def available_backends() -> dict[str, list[str]]:
 
 
 def open_engine(
-    path: Path, spec: GraphSpec, backend: str = "auto", device: str = "auto", threads: int | None = None
+    path: Path,
+    spec: GraphSpec,
+    backend: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    arithmetic: Arithmetic = "fp32",
 ) -> Engine:
     """Load a graph.
 
@@ -210,21 +237,24 @@ def open_engine(
         backend: ``onnxruntime``, ``openvino``, or ``auto``: the first installed that has the device.
         device: ``cpu``, ``cuda``, …, or ``auto``: the CPU.
         threads: CPU threads; None leaves it to the backend.
+        arithmetic: what to compute in; OpenVINO alone has a choice, and only of what the device has.
 
     Raises:
-        UsageError: fewer threads than 1.
+        UsageError: fewer threads than 1, or an unknown arithmetic.
         MissingExtraError: no backend is installed.
-        BackendError: an explicit backend or device that is not there (the message lists what is), or a file that
-            cannot be loaded or has other inputs and outputs.
+        BackendError: an explicit backend, device or arithmetic that is not there (the message lists what is), or a file
+            that cannot be loaded or has other inputs and outputs.
     """
     if threads is not None and threads < 1:
         raise UsageError(f"found {threads} threads; expected at least 1")
+    if arithmetic not in get_args(Arithmetic):
+        raise UsageError(f"found arithmetic {arithmetic!r}; expected one of {', '.join(get_args(Arithmetic))}")
     backend, device = _choose(backend.lower(), device.lower())
     if not path.is_file():
         raise BackendError(f"found no graph file {path}; export the bundle again")
     _, engine = _backend(backend)
     try:
-        return engine(path, spec, device, threads)
+        return engine(path, spec, device, threads, arithmetic)
     except (BackendError, MemoryError):
         raise
     except Exception as error:
@@ -254,7 +284,10 @@ def _choose(backend: str, device: str) -> tuple[str, str]:
     raise BackendError(f"found no backend {backend!r} with device {device!r}; there is: {listing}{mend}")
 
 
-def _backend(name: str) -> tuple[Callable[[], list[str]], Callable[[Path, GraphSpec, str, int | None], Engine]]:
+_Open = Callable[[Path, GraphSpec, str, "int | None", Arithmetic], Engine]
+
+
+def _backend(name: str) -> tuple[Callable[[], list[str]], _Open]:
     """The devices and the engine class of a backend."""
     from . import onnxruntime, openvino
 

@@ -15,7 +15,7 @@ from .spec import Geometry, GraphSpec, TensorSpec
 FORMAT = 1
 """Format number of manifests that this version writes and reads; raised when an older reader would go wrong."""
 
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "bf16"]
 """Precision of the stored weights; inputs and outputs are float32 in either case."""
 
 Network = Literal["unet", "control"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .engine import Array, CheckedEngine, check_interface
+from .engine import Arithmetic, Array, CheckedEngine, check_interface
 from .errors import BackendError
-from .spec import GraphSpec
+from .spec import DENOISER, GraphSpec
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -31,12 +31,20 @@ class OnnxRuntimeEngine(CheckedEngine):
 
     backend = "onnxruntime"
 
-    def __init__(self, path: Path, spec: GraphSpec, device: str, threads: int | None) -> None:
+    def __init__(
+        self, path: Path, spec: GraphSpec, device: str, threads: int | None, arithmetic: Arithmetic = "fp32"
+    ) -> None:
         import onnxruntime
 
-        super().__init__(spec, device)
+        super().__init__(spec, device, arithmetic)
+        if arithmetic != "fp32":
+            raise BackendError(f"onnxruntime computes in fp32, found {arithmetic}; expected fp32, or openvino for it")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors; they are raised as well
+        # A pattern is a second arena for a shape that came before: 2.3 GB with Stable Diffusion 1.5 at 512 x 512.
+        options.enable_mem_pattern = False
+        # The arena keeps what it had for the next run: quicker every step, and 1 GB for nothing once a picture.
+        options.enable_cpu_mem_arena = spec.name == DENOISER
         if threads is not None:
             options.intra_op_num_threads = threads
         self._session: Any = onnxruntime.InferenceSession(path, options, providers=[_PROVIDERS[device]])
@@ -68,6 +76,9 @@ class OnnxRuntimeEngine(CheckedEngine):
         values = self._bound_values | {name: self._value(value) for name, value in feeds.items()}
         results = self._session.run_with_ort_values(self._outputs, values)
         return {name: result.numpy() for name, result in zip(self._outputs, results, strict=True)}
+
+    def _rest(self) -> None:
+        """Only a run can shrink an arena; graphs that run once a picture have none."""
 
     def _release(self) -> None:
         self._session = None

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from pathlib import Path
 from typing import Any
 
-from .engine import Array, CheckedEngine, check_interface
+from .engine import Arithmetic, Array, CheckedEngine, check_interface
+from .errors import BackendError
+from .mapped import MappedFiles
 from .spec import GraphSpec
+
+_HINTS: dict[Arithmetic, str] = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
 
 def devices() -> list[str]:
@@ -26,12 +31,17 @@ class OpenVinoEngine(CheckedEngine):
 
     backend = "openvino"
 
-    def __init__(self, path: Path, spec: GraphSpec, device: str, threads: int | None) -> None:
+    def __init__(
+        self, path: Path, spec: GraphSpec, device: str, threads: int | None, arithmetic: Arithmetic = "fp32"
+    ) -> None:
         import openvino
 
-        super().__init__(spec, device)
+        super().__init__(spec, device, arithmetic)
         core = _core(openvino)
-        model = core.read_model(path)
+        _require(core, device, arithmetic)
+        self._mapped = MappedFiles(path.parent)
+        with self._mapped.watch():
+            model = core.read_model(path)
         inputs = {_name(port, [tensor.name for tensor in spec.inputs]): port for port in model.inputs}
         outputs = {_name(port, [tensor.name for tensor in spec.outputs]): port for port in model.outputs}
         check_interface(
@@ -41,10 +51,14 @@ class OpenVinoEngine(CheckedEngine):
             path,
         )
         # OpenVINO would take bf16 by itself where the CPU has it; then results depend on the machine by 1e-2.
-        config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+        config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _HINTS[arithmetic], "PERFORMANCE_HINT": "LATENCY"}
         if threads is not None and device == "cpu":
             config["INFERENCE_NUM_THREADS"] = threads
-        self._request: Any = core.compile_model(model, device.upper(), config).create_infer_request()
+        with self._mapped.released():
+            self._compiled: Any = core.compile_model(model, device.upper(), config)
+            self._request: Any = self._compiled.create_infer_request()
+        self._model: Any = model  # keeps the mappings
+        self._shapes: list[tuple[int, ...]] = []
         self._outputs = [tensor.name for tensor in spec.outputs]
 
     def _bind(self, feeds: dict[str, Array]) -> None:
@@ -56,11 +70,18 @@ class OpenVinoEngine(CheckedEngine):
 
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         self._bind(feeds)
-        self._request.infer()
+        shapes = [tuple(self._request.get_tensor(tensor.name).get_shape()) for tensor in self.spec.inputs]
+        # For shapes that it did not meet just before, weights may be packed from the file once more.
+        with contextlib.nullcontext() if shapes == self._shapes else self._mapped.released():
+            self._request.infer()
+        self._shapes = shapes
         return {name: self._request.get_tensor(name).data for name in self._outputs}
 
+    def _rest(self) -> None:
+        self._compiled.release_memory()
+
     def _release(self) -> None:
-        self._request = None
+        self._request = self._compiled = self._model = None
 
 
 @functools.cache
@@ -71,6 +92,14 @@ def _core(library: Any) -> Any:
     that stack, so that a later Ctrl-C would be a segmentation fault (seen with OpenVINO 2026.4.1).
     """
     return library.Core()
+
+
+def _require(core: Any, device: str, arithmetic: Arithmetic) -> None:
+    """Refuse an arithmetic that the device would only imitate, or ignore."""
+    there = {str(name).lower() for name in core.get_property(device.upper(), "OPTIMIZATION_CAPABILITIES")}
+    if arithmetic != "fp32" and arithmetic not in there:
+        has = ", ".join(name for name in ("fp32", "bf16", "fp16") if name in there)
+        raise BackendError(f"openvino cannot compute in {arithmetic} on {device} here; there is: {has}")
 
 
 def _name(port: Any, wanted: list[str]) -> str:

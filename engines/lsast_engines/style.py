@@ -1,31 +1,17 @@
-"""A style: the artist's prompts, already projected through every cross-attention of a base.
-
-One safetensors file holds ``kv_unet`` [stages, T, Wu] and ``kv_control`` [stages, T, Wc] in half precision. Its
-metadata is one JSON object under the key ``lsast``: safetensors writes several keys in random order, one key keeps
-the bytes of equal styles equal.
-"""
+"""A style: the artist's prompts, already projected through every cross-attention of a base."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .errors import StyleError, UsageError, fault_list
-from .files import replace_file
-
-FORMAT = 1
-"""Format number of style files that this version writes and reads."""
-
-_TENSORS = ("kv_unet", "kv_control")
-_KEY = "lsast"
+from .style_file import TENSORS, StyleFile, StyleRow, write_style
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +39,7 @@ class Style:
 
     def __post_init__(self) -> None:
         faults = []
-        for tensor_name in _TENSORS:
+        for tensor_name in TENSORS:
             tensor = np.ascontiguousarray(getattr(self, tensor_name), dtype=np.float32)
             object.__setattr__(self, tensor_name, tensor)
             expected = f"[{self.stages}, {self.tokens}, width]"
@@ -64,69 +50,30 @@ class Style:
         if faults:
             raise StyleError(fault_list(f"style {self.name!r} is not usable:", faults))
 
+    def width(self, tensor: str) -> int:
+        """Columns of the rows of `tensor`, one of `TENSORS`."""
+        return int(getattr(self, tensor).shape[2])
+
+    def row(self, stage: int) -> StyleRow:
+        """Keys and values of one stage, 0 … stages - 1."""
+        return StyleRow(self.kv_unet[stage], self.kv_control[stage])
+
     def save(self, path: Path) -> None:
-        """Write one safetensors file, tensors in fp16; equal styles give equal bytes, and no half file is ever seen.
+        """Write one file, as `style_file` describes it.
 
         Raises:
             StyleError: values beyond fp16's range of ±65504.
         """
-        from safetensors.numpy import save
-
-        with np.errstate(over="ignore"):
-            tensors = {name: getattr(self, name).astype(np.float16) for name in _TENSORS}
-        wide = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
-        if wide:
-            faults = [f"{name}: found {np.abs(getattr(self, name)).max():g}; expected at most 65504" for name in wide]
-            raise StyleError(fault_list(f"style {self.name!r} does not fit half precision:", faults))
-        header: dict[str, Any] = {
-            "format": FORMAT,
-            "name": self.name,
-            "base": self.base,
-            "stages": self.stages,
-            "tokens": self.tokens,
-            "meta": self.meta,
-            "sha256": _digest(tensors),
-        }
-        with replace_file(path) as handle:
-            handle.write(save(tensors, metadata={_KEY: json.dumps(header, sort_keys=True, ensure_ascii=False)}))
+        write_style(self, path)
 
     @classmethod
     def load(cls, path: Path) -> Style:
-        """Read a style file.
+        """Read a whole style file; `StyleFile` reads single stages.
 
         Raises:
             StyleError: not there, not a style, of another format, or damaged; all faults at once.
         """
-        header, tensors = _read(path)
-        faults = []
-        for key, kind in (("name", str), ("base", str), ("stages", int), ("tokens", int), ("sha256", str)):
-            if not isinstance(header.get(key), kind) or isinstance(header.get(key), bool):
-                faults.append(
-                    f"{key}: found {header.get(key)!r}; expected {'text' if kind is str else 'a whole number'}"
-                )
-        meta = header.get("meta", {})
-        if not isinstance(meta, dict) or not all(isinstance(value, str) for value in meta.values()):
-            faults.append("meta: expected texts only")
-        missing = [name for name in _TENSORS if name not in tensors]
-        faults += [f"{name}: found no such tensor; expected [stages, tokens, width]" for name in missing]
-        if not missing and header.get("sha256") != _digest({name: tensors[name] for name in _TENSORS}):
-            faults.append(
-                "tensors: found other values than were written (SHA-256 differs); copy or bake the style again"
-            )
-        if faults:
-            raise StyleError(fault_list(f"style file {path} is damaged:", faults))
-        try:
-            return cls(
-                header["name"],
-                header["base"],
-                header["stages"],
-                header["tokens"],
-                tensors["kv_unet"],
-                tensors["kv_control"],
-                meta,
-            )
-        except StyleError as error:
-            raise StyleError(f"style file {path} is damaged: {error}") from error
+        return StyleFile(path).load()
 
     @staticmethod
     def mix(parts: Sequence[tuple[Style, float]]) -> Style:
@@ -145,7 +92,7 @@ class Style:
             raise StyleError(fault_list("these styles do not mix:", faults))
         shares = [(style, weight / sum(weights)) for style, weight in parts]
         mixed = {
-            name: sum(share * getattr(style, name).astype(np.float64) for style, share in shares) for name in _TENSORS
+            name: sum(share * getattr(style, name).astype(np.float64) for style, share in shares) for name in TENSORS
         }
         title = "+".join(f"{style.name}:{share:.3g}" for style, share in shares)
         return Style(title, first.base, first.stages, first.tokens, mixed["kv_unet"], mixed["kv_control"])
@@ -159,39 +106,8 @@ def _differences(style: Style, first: Style) -> list[str]:
             f"{style.name}: found base {style.base[:12]}…; expected {first.base[:12]}…, that of {first.name}; "
             f"export both styles for one base"
         )
-    for name in _TENSORS:
+    for name in TENSORS:
         found, expected = getattr(style, name).shape, getattr(first, name).shape
         if found != expected:
             faults.append(f"{style.name}: found {name} {list(found)}; expected {list(expected)}, that of {first.name}")
     return faults
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
-    """Header and tensors of a style file of the supported format."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            header = json.loads((file.metadata() or {}).get(_KEY, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-    except FileNotFoundError:
-        raise StyleError(f"found no style file {path}") from None
-    except (OSError, SafetensorError, ValueError) as error:
-        raise StyleError(f"style file {path} cannot be read ({error}); copy or bake the style again") from error
-    if not isinstance(header, dict) or "format" not in header:
-        raise StyleError(f"{path} is a safetensors file but no style; bake one with: lsast-export --style NAME")
-    if header["format"] != FORMAT:
-        raise StyleError(
-            f"style file {path} has format {header['format']}; this version reads format {FORMAT}: "
-            "bake the style again, or update lsast"
-        )
-    return header, tensors
-
-
-def _digest(tensors: Mapping[str, npt.NDArray[Any]]) -> str:
-    """SHA-256 over names, types, shapes and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
-        digest.update(np.ascontiguousarray(tensor).tobytes())
-    return digest.hexdigest()

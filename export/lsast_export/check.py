@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +11,14 @@ import onnx
 from lsast_engines.bundle import Bundle
 from lsast_engines.errors import BundleError, LsastError, fault_list
 from lsast_engines.files import file_sha256
-from lsast_train.base import Base, load_base
+from lsast_train.base import Base, open_base_parts
 
 from .bake import bake_null_style, manifest_layers, pack
 from .exporter import WEIGHTS, require_backend
 from .graphs import geometry
-from .parity import ParityPlan, measure_parity
+from .parity import ParityPlan, measure_parity, plan_for
+from .progress import Progress, silent
+from .skeleton import baking_base
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def check_bundle(
     backend: str = "auto",
     device: str = "auto",
     plan: ParityPlan | None = None,
-    progress: Callable[[str], None] = lambda phase: None,
+    progress: Progress = silent,
 ) -> CheckReport:
     """Verify the bundle at `path`: hashes, graphs, weights, every style, then parity on `backend`.
 
@@ -54,17 +55,16 @@ def check_bundle(
         MissingExtraError, BackendError: the backend is not there or cannot run the graphs.
         ParityError: an output holds NaN or infinite values.
     """
-    plan = plan or ParityPlan()
     require_backend(backend)
     progress("verifying files")
     bundle = Bundle.open(path)
     graphs = {name: bundle.graph_path(name) for name in bundle.manifest.graphs}
     progress("verifying graphs, weights and styles")
-    base = load_base(path)
-    if faults := _graph_faults(graphs) + _base_faults(bundle, base) + _style_faults(bundle):
+    parts = open_base_parts(path)
+    if faults := _graph_faults(graphs) + _base_faults(bundle, baking_base(parts)) + _style_faults(bundle):
         raise BundleError(fault_list(f"{path} is damaged; export it again:", faults))
-    progress(f"comparing with torch on {backend}")
-    figures = measure_parity(base, graphs, bundle.manifest.graphs, plan, backend, device)
+    plan = plan or plan_for(parts)
+    figures = measure_parity(parts, graphs, bundle.manifest.graphs, plan, backend, device, progress)
     styles = tuple(bundle.styles())
     return CheckReport(path, backend, figures, bundle.manifest.parity, plan.tolerance, styles)
 

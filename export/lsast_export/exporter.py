@@ -1,4 +1,8 @@
-"""Export of a whole bundle: round, trace, bake, prove, write. What fails leaves nothing behind."""
+"""Export of a whole bundle: round, bake, trace, prove, write. What fails leaves nothing behind.
+
+No more than one network, or the session of one graph, is in memory at any time: weights go from file to file a tensor
+at a time, tracing needs none, baking a few (`skeleton`), and torch has left when the graphs are opened (`parity`).
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,8 @@ import dataclasses
 import importlib.metadata
 import logging
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +23,23 @@ from lsast_engines.engine import EXTRAS, available_backends
 from lsast_engines.errors import ExportError, MissingExtraError, fault_list
 from lsast_engines.manifest import Manifest, Precision
 from lsast_engines.spec import graph_specs
-from lsast_train.base import Base, load_base, save_base
+from lsast_train.base import Base, BaseParts, open_base_parts, save_base
 from lsast_train.prompt_space import STAGES
 from lsast_train.prompts_file import Prompts
 
 from .bake import bake_null_style, manifest_layers, pack
 from .graphs import GRAPHS, geometry, graph_module
-from .parity import ParityPlan, measure_parity, require_parity
+from .parity import ParityPlan, measure_parity, plan_for, require_parity
+from .progress import Progress, silent
+from .skeleton import baking_base, skeleton
 from .styles import EXPORTED_FROM, bake_prompts, check_prompts
 from .trace import OPSET, TracedGraph, trace
 from .weights import save_graph
 
-Progress = Callable[[str], None]
-"""Told the name of each phase as it begins."""
-
 WEIGHTS = "base.safetensors"
 """The file of all weights, shared by the graphs and by training."""
 
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Element type of the stored weights by precision."""
 
 _log = logging.getLogger("lsast.export")
@@ -50,11 +53,11 @@ class ExportOptions:
     """Storage of the weights; arithmetic is float32 in either case (see `weights`)."""
     backend: str = "onnxruntime"
     """Backend that the graphs are compared with torch on."""
-    plan: ParityPlan = field(default_factory=ParityPlan)
-    """What is compared, and the tolerance."""
+    plan: ParityPlan | None = None
+    """What is compared, and the tolerance; None leaves it to `plan_for`."""
 
 
-def default_options(base: Base, styles: Sequence[str]) -> dict[str, Any]:
+def default_options(base: Base | BaseParts, styles: Sequence[str]) -> dict[str, Any]:
     """The manifest's `defaults` for a base that says nothing of its own.
 
     A bundle without a style names ``none``: running it without `--style` then lists the styles there are.
@@ -70,8 +73,8 @@ def default_options(base: Base, styles: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def trace_graphs(base: Base, progress: Progress = lambda phase: None) -> dict[str, TracedGraph]:
-    """Trace every graph of `base`; the result holds no weights and serves every precision.
+def trace_graphs(base: Base, progress: Progress = silent) -> dict[str, TracedGraph]:
+    """Trace every graph of `base`, which may be a `skeleton`; the result has no weights and serves every precision.
 
     Raises:
         ExportError: a graph that torch cannot export, or one of other inputs and outputs than specified.
@@ -87,18 +90,18 @@ def trace_graphs(base: Base, progress: Progress = lambda phase: None) -> dict[st
 
 
 def export_bundle(
-    base: Base,
+    base: Base | BaseParts,
     out: Path,
     styles: Sequence[Prompts] = (),
     options: ExportOptions | None = None,
     defaults: Mapping[str, Any] | None = None,
     traced: Mapping[str, TracedGraph] | None = None,
-    progress: Progress = lambda phase: None,
+    progress: Progress = silent,
 ) -> Bundle:
     """Write the bundle of `base` and `styles` to the folder `out`.
 
     Args:
-        base: the base; it is left as it is, also where the bundle's weights are rounded.
+        base: the base; it is left as it is, also where the bundle's weights are rounded. `BaseParts` need less memory.
         out: the folder. A bundle there is replaced, its other styles are kept.
         styles: prompts that were learned on `base`.
         options: how; the defaults if None.
@@ -123,27 +126,32 @@ def export_bundle(
         folder = Path(scratch)
         progress("storing weights")
         save_base(_with_origin(base), folder, DTYPES[options.precision])
-        stored = load_base(folder)
+        stored = open_base_parts(folder)
         progress("baking styles")
-        baked = [bake_prompts(stored, prompts) for prompts in styles]
-        null_style = bake_null_style(stored)
-        traced = traced or trace_graphs(base, progress)
+        projections = baking_base(stored)
+        baked = [bake_prompts(projections, prompts) for prompts in styles]
+        null_style = bake_null_style(projections)
+        del projections
+        empty = skeleton(stored)
+        traced = traced or trace_graphs(empty, progress)
         for name, graph in traced.items():
             save_graph(graph, folder / WEIGHTS, folder / f"{name}.onnx")
         specs = {name: graph.spec for name, graph in traced.items()}
-        progress(f"comparing with torch on {options.backend}")
         paths = {name: folder / f"{name}.onnx" for name in traced}
-        figures = measure_parity(stored, paths, specs, options.plan, options.backend)
+        plan = options.plan or plan_for(stored)
+        figures = measure_parity(stored, paths, specs, plan, options.backend, progress=progress)
         _log.info("parity: %s", figures)
-        require_parity(figures, options.plan.tolerance)
+        require_parity(figures, plan.tolerance)
         names = [style.name for style in baked]
-        manifest = _manifest(stored, options, stages, {**default_options(stored, names), **(defaults or {})}, figures)
+        manifest = _manifest(
+            empty, options, plan, stages, {**default_options(stored, names), **(defaults or {})}, figures
+        )
         progress("writing the bundle")
         null_style.save(folder / NULL_STYLE)
         for style in baked:
             style.save(folder / STYLES / f"{style.name}.safetensors")
         sources = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
-        return Bundle.write(out, manifest, sources, replace=True)
+        return Bundle.write(out, manifest, sources, replace=True, consume=True)
 
 
 def require_backend(backend: str) -> None:
@@ -158,7 +166,7 @@ def require_backend(backend: str) -> None:
         raise MissingExtraError(library, EXTRAS[library])
 
 
-def _with_origin(base: Base) -> Base:
+def _with_origin(base: Base | BaseParts) -> Base | BaseParts:
     """`base` with its fingerprint among its facts: rounding makes another one, but prompts learned on it still fit."""
     origins = " ".join(dict.fromkeys([*base.facts.training.get(EXPORTED_FROM, "").split(), base.fingerprint]))
     noted = copy.copy(base)  # shares the networks
@@ -176,7 +184,12 @@ def _common_stages(styles: Sequence[Prompts]) -> int:
 
 
 def _manifest(
-    base: Base, options: ExportOptions, stages: int, defaults: dict[str, Any], figures: dict[str, float]
+    base: Base,
+    options: ExportOptions,
+    plan: ParityPlan,
+    stages: int,
+    defaults: dict[str, Any],
+    figures: dict[str, float],
 ) -> Manifest:
     facts = base.facts
     widths = geometry(base)
@@ -201,7 +214,7 @@ def _manifest(
             **facts.training,
             "opset": str(OPSET),
             "parity_backend": options.backend,
-            "parity_tolerance": f"{options.plan.tolerance:g}",
+            "parity_tolerance": f"{plan.tolerance:g}",
             **{library: _version(library) for library in ("torch", "diffusers", "onnx", "onnxscript")},
         },
         multiple=facts.multiple,

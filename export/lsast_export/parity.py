@@ -1,110 +1,158 @@
 """Proof that the exported graphs compute what torch computes.
 
-The reference is the base as it is trained and sampled in torch: stock convolutions, contexts projected inside each
-attention, one pass for each guidance half. The exported side is baked keys and values through the graphs on a
-backend. Inputs are random and not degenerate: constant ones would hide a wrong softmax scale or a swapped axis.
+The reference is the base as it is trained and sampled in torch (`reference`): stock convolutions, contexts projected
+inside each attention, one pass for each guidance half. The exported side is baked keys and values through the graphs
+on a backend. Inputs are random and not degenerate: constant ones would hide a wrong softmax scale or a swapped axis.
 
 A figure is the largest difference of an output, relative to the largest magnitude of the reference. Weights are
 rounded before either side sees them and both compute in float32, so figures are about 1e-6; `ParityPlan.tolerance`
 leaves room for other machines' order of summation, and is far below what any wrong operation gives.
+
+A network is in memory once: torch goes first, its answers are kept and its networks freed, then the graphs are opened
+one after another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from lsast_engines.engine import Engine, open_engine
 from lsast_engines.errors import ParityError, fault_list
-from lsast_engines.schedule import Schedule
-from lsast_engines.solvers import make_solver
 from lsast_engines.spec import DECODER, DENOISER, ENCODER, HINT, GraphSpec
-from lsast_train.attention import GROUPS
-from lsast_train.base import Base
+from lsast_train.base import Base, BaseFacts, BaseParts
 
 from .bake import pack
-
-Array = npt.NDArray[np.float32]
-Denoise = Callable[[Array, int, int], Array]
-"""(latent [B, 4, h, w], timestep, stage) → eps [G, B, 4, h, w]."""
+from .graphs import geometry
+from .progress import Countdown, Progress, silent
+from .reference import Array, Case, Inputs, Loop, draw_inputs, run_torch, start_of
+from .skeleton import baking_base
 
 LOOP = "loop"
 """Key of the figure of a whole denoising loop."""
+
+LARGE = 500_000_000
+"""Weights from which a base is large: it is compared at its native size, in fewer cases."""
 
 
 @dataclass(frozen=True)
 class ParityPlan:
     """What is compared."""
 
-    shapes: tuple[tuple[int, int], tuple[int, int]] = ((2, 2), (2, 3))
-    """Two picture sizes, height and width in units of the base's smallest legal size; the second is not square."""
-    steps: int = 5
-    """Points of the loop's schedule."""
-    strength: float = 0.8
-    guidance: float = 3.0
-    solver: str = "ddim"
-    stages: int = 10
-    """Stages of the loop's random style."""
+    cases: tuple[Case, ...] = (
+        Case(batch=1, rows=1, height=2, width=2),
+        Case(batch=1, rows=2, height=2, width=3, loop=True),
+        Case(batch=2, rows=1, height=2, width=3),
+        Case(batch=2, rows=2, height=2, width=2, loop=True),
+    )
+    """Batch 1 and 2 with one and two guidance rows, square and not."""
+    loop: Loop = field(default_factory=Loop)
+    """The run of the cases that loop."""
     seed: int = 0
     tolerance: float = 1e-4
     """Largest figure that passes."""
 
-    def cases(self) -> tuple[ParityCase, ...]:
-        """Batch 1 and 2 with one and two guidance rows; each of the four meets either shape."""
-        return tuple(ParityCase(batch, rows, *self.shapes[(batch + rows) % 2]) for batch in (1, 2) for rows in (1, 2))
+
+def plan_for(parts: BaseParts) -> ParityPlan:
+    """The plan that suits a base: the default one, or `large_plan` from `LARGE` weights on."""
+    count = sum(tensor.numel() for name in parts.names for tensor in parts.networks[name]().tensors.values())
+    return large_plan(parts.facts) if count >= LARGE else ParityPlan()
 
 
-@dataclass(frozen=True)
-class ParityCase:
-    """One set of input shapes."""
-
-    batch: int
-    rows: int
-    """Guidance rows G."""
-    height: int
-    """In units of the base's smallest legal size."""
-    width: int
+def large_plan(facts: BaseFacts) -> ParityPlan:
+    """Batch 2 with one and two guidance rows at small sizes, and loops of three steps at the native size and at 7/8
+    of its height by 9/8 of its width: 512 x 512 and 448 x 576 pixels.
+    """
+    native = facts.size // facts.multiple
+    return ParityPlan(
+        (
+            Case(batch=2, rows=1, height=1, width=2),
+            Case(batch=2, rows=2, height=2, width=1),
+            Case(batch=1, rows=2, height=native, width=native, loop=True),
+            Case(batch=1, rows=2, height=native - native // 8, width=native + native // 8, loop=True),
+        ),
+        Loop(steps=3, strength=1.0),
+    )
 
 
 def measure_parity(
-    base: Base,
+    parts: BaseParts,
     graphs: Mapping[str, Path],
     specs: Mapping[str, GraphSpec],
     plan: ParityPlan,
     backend: str = "onnxruntime",
     device: str = "auto",
+    progress: Progress = silent,
 ) -> dict[str, float]:
     """The largest relative error of each graph and of the denoising loop, over all cases of `plan`.
 
     Args:
-        base: the reference, with the weights as the bundle stores them.
+        parts: the reference, with the weights as the bundle stores them.
         graphs: the ONNX files by name.
         specs: their specs by name.
         plan: what is compared.
         backend: see `lsast_engines.engine.open_engine`.
         device: likewise.
+        progress: told each phase, and how long the loops will take.
 
     Raises:
         BackendError: a graph cannot be loaded or run.
         ParityError: an output holds NaN or infinite values.
     """
-    figures: dict[str, float] = {}
-    with ExitStack() as stack, torch.no_grad():
-        engines = {
-            name: stack.enter_context(closing(open_engine(graphs[name], specs[name], backend, device)))
-            for name in specs
-        }
-        generator = np.random.default_rng(plan.seed)
-        for case in plan.cases():
-            for name, error in _case_errors(base, engines, plan, case, generator):
-                figures[name] = max(figures.get(name, 0.0), error)
+    base = baking_base(parts)
+    cell = parts.facts.multiple // geometry(base).factor
+    generator = np.random.default_rng(plan.seed)
+    inputs = [draw_inputs(case, plan.loop, parts.facts, base.context_dim, cell, generator) for case in plan.cases]
+    pairs = list(zip(inputs, run_torch(parts, inputs, plan.loop, progress), strict=True))
+    figures = dict.fromkeys((ENCODER, HINT, DENOISER, DECODER), 0.0)
+
+    def note(name: str, found: Array, expected: Array) -> None:
+        figures[name] = max(figures.get(name, 0.0), _error(found, expected, name))
+
+    @contextmanager
+    def opened(name: str) -> Iterator[Engine]:
+        progress(f"comparing {name} on {backend}")
+        with closing(open_engine(graphs[name], specs[name], backend, device)) as engine:
+            yield engine
+
+    with opened(ENCODER) as engine:
+        for drawn, expected in pairs:
+            outputs = _run(engine, image=drawn.image)
+            note(ENCODER, outputs["mean"], expected.mean)
+            note(ENCODER, outputs["std"], expected.std)
+    hints = []
+    with opened(HINT) as engine:
+        for drawn, expected in pairs:
+            hints.append(_run(engine, edges=drawn.edges)["hint"])
+            note(HINT, hints[-1], expected.hint)
+    with opened(DENOISER) as engine:
+        denoiser = _Denoiser(engine, base)
+        runs = sum(case.loop for case in plan.cases)
+        countdown = Countdown(
+            progress, f"comparing {DENOISER} on {backend}", runs * len(plan.loop.schedule(parts.facts.noise).steps)
+        )
+        for (drawn, expected), hint in zip(pairs, hints, strict=True):
+            if expected.loop_end is None:
+                eps = denoiser(drawn, hint, drawn.noise, drawn.timestep, drawn.stage)
+                note(DENOISER, eps, expected.eps)
+                continue
+            run = start_of(plan.loop, parts.facts, drawn, expected)
+            while (step := run.step) is not None:
+                eps = denoiser(drawn, hint, run.latent, step.t, step.stage)
+                if step.index == 0:
+                    note(DENOISER, eps, expected.eps)
+                run.advance(eps)
+                countdown.step()
+            note(LOOP, run.latent, expected.loop_end)
+    with opened(DECODER) as engine:
+        for drawn, expected in pairs:
+            note(DECODER, _run(engine, latent=drawn.noise)["image"], expected.image)
     return figures
 
 
@@ -123,106 +171,27 @@ def require_parity(figures: Mapping[str, float], tolerance: float) -> None:
         raise ParityError(fault_list("the exported graphs do not compute what torch computes:", faults))
 
 
-def reference_eps(
-    base: Base,
-    latent: torch.Tensor,
-    edges: torch.Tensor,
-    timestep: torch.Tensor,
-    contexts: torch.Tensor,
-    control_contexts: torch.Tensor,
-    control_scale: float,
-) -> torch.Tensor:
-    """One guidance half in torch, on contexts: `Base.eps` with a scale on ControlNet's residuals.
+class _Denoiser:
+    """The exported denoiser, fed with keys and values that `base` projects."""
 
-    Args:
-        base: the base.
-        latent: [B, 4, h, w].
-        edges: [B, 3, H, W].
-        timestep: [B].
-        contexts: [B, 3, tokens, dim] of the U-Net.
-        control_contexts: the same of the ControlNet.
-        control_scale: factor on the residuals.
-    """
-    base.control_box.fill(control_contexts)
-    down, mid = base.controlnet(latent, timestep, base.control_box.down, edges, return_dict=False)
-    base.unet_box.fill(contexts)
-    output = base.unet(
-        latent,
-        timestep,
-        base.unet_box.down,
-        down_block_additional_residuals=[control_scale * residual for residual in down],
-        mid_block_additional_residual=control_scale * mid,
-        return_dict=False,
-    )[0]
-    return base.eps_from_output(output, latent, timestep)
+    def __init__(self, engine: Engine, base: Base) -> None:
+        self._engine = engine
+        self._unet, self._control = pack(base)
 
-
-def _case_errors(
-    base: Base, engines: Mapping[str, Engine], plan: ParityPlan, case: ParityCase, generator: np.random.Generator
-) -> Iterator[tuple[str, float]]:
-    """Name and relative error of every comparison of one case."""
-    facts = base.facts
-    height, width = case.height * facts.multiple, case.width * facts.multiple
-    image = generator.uniform(-1, 1, (case.batch, 3, height, width)).astype(np.float32)
-    edges = (generator.random((case.batch, 1, height, width)) < 0.1).repeat(3, axis=1).astype(np.float32)
-    scale = np.float32(generator.uniform(0.5, 1.5))
-    # [stages, G, B, 3, tokens, dim]; rows of a batch may be of different styles.
-    shape = (plan.stages, case.rows, case.batch, len(GROUPS), facts.tokens, base.context_dim)
-    contexts = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
-
-    encoded = _run(engines[ENCODER], image=image)
-    mean, std = (tensor.numpy() for tensor in base.encode(torch.from_numpy(image)))
-    yield ENCODER, max(_error(encoded["mean"], mean, ENCODER), _error(encoded["std"], std, ENCODER))
-
-    hint = _run(engines[HINT], edges=edges)["hint"]
-    yield HINT, _error(hint, base.controlnet.controlnet_cond_embedding(torch.from_numpy(edges)).numpy(), HINT)
-
-    def in_torch(latent: Array, timestep: int, stage: int) -> Array:
-        inputs = torch.from_numpy(latent), torch.from_numpy(edges), torch.full((case.batch,), timestep)
-        control = contexts[stage, -1]  # ControlNet always sees the style, never the null context
-        halves = [reference_eps(base, *inputs, half, control, float(scale)) for half in contexts[stage]]
-        stacked: Array = torch.stack(halves).numpy()
-        return stacked
-
-    unet, control = pack(base)
-
-    def exported(latent: Array, timestep: int, stage: int) -> Array:
-        rows = contexts[stage].flatten(0, 1)
+    def __call__(self, drawn: Inputs, hint: Array, latent: Array, timestep: int, stage: int) -> Array:
+        contexts = drawn.contexts[stage]  # [G, B, 3, tokens, dim]
+        with torch.no_grad():
+            kv_unet = self._unet.project(contexts.flatten(0, 1)).unflatten(0, contexts.shape[:2])
+            kv_control = self._control.project(contexts[-1])
         return _run(
-            engines[DENOISER],
+            self._engine,
             latent=latent,
             hint=hint,
-            timestep=np.full(case.batch, timestep, np.int64),
-            kv_unet=unet.project(rows).unflatten(0, (case.rows, case.batch)).numpy(),
-            kv_control=control.project(contexts[stage, -1]).numpy(),
-            control_scale=scale,
+            timestep=np.full(len(latent), timestep, np.int64),
+            kv_unet=kv_unet.numpy(),
+            kv_control=kv_control.numpy(),
+            control_scale=drawn.control_scale,
         )["eps"]
-
-    start = facts.latent_scale * (mean + std * generator.standard_normal(mean.shape, dtype=np.float32))
-    noise = generator.standard_normal(start.shape, dtype=np.float32)
-    timestep = int(generator.integers(facts.noise.train_steps))
-    stage = int(generator.integers(plan.stages))
-    yield DENOISER, _error(exported(noise, timestep, stage), in_torch(noise, timestep, stage), DENOISER)
-    yield (
-        DECODER,
-        _error(_run(engines[DECODER], latent=noise)["image"], base.decode(torch.from_numpy(noise)).numpy(), DECODER),
-    )
-    if case.rows == 2:
-        ends = [_loop(base, plan, start, noise, denoise) for denoise in (exported, in_torch)]
-        yield LOOP, _error(ends[0], ends[1], LOOP)
-
-
-def _loop(base: Base, plan: ParityPlan, start: Array, noise: Array, denoise: Denoise) -> Array:
-    """The latent that a guided run over the plan's schedule ends with."""
-    spec = base.facts.noise
-    schedule = Schedule.build(spec, plan.steps, plan.strength, plan.stages, plan.solver)
-    solver = make_solver(plan.solver, spec, schedule)
-    x: Any = schedule.add_noise(start, noise, schedule.start_t)
-    for step in schedule.steps:
-        unconditional, conditional = denoise(x.astype(np.float32), step.t, step.stage)
-        x = solver.step(unconditional + plan.guidance * (conditional - unconditional), step.index, x)
-    result: Array = x
-    return result
 
 
 def _run(engine: Engine, **feeds: Any) -> dict[str, Array]:

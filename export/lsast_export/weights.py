@@ -1,10 +1,10 @@
 """Weights stored once: ONNX initializers that are byte ranges of ``base.safetensors``.
 
 A safetensors file is 8 bytes of header length, a JSON header, then raw tensors, and ONNX external data is "so many
-bytes from there in that file": the graphs of a bundle share the very file that training reads. In precision `fp16`
-the file holds halves; the graph then casts each weight to float32 (runtimes fold the cast when they load), so
-*storage* is half precision and *arithmetic* is float32: a CPU computes exactly what torch computes with the same
-rounded weights.
+bytes from there in that file": the graphs of a bundle share the very file that training reads. In precision `fp16` or
+`bf16` the file holds 16-bit numbers; the graph then casts each weight to float32 (runtimes fold the cast when they
+load), so *storage* is half precision and *arithmetic* is float32: a CPU computes exactly what torch computes with the
+same rounded weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lsast_engines.errors import ExportError, fault_list
 
 from .trace import TracedGraph
 
-_TYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16}
+_TYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def save_graph(graph: TracedGraph, weights: Path, path: Path) -> None:
         shape = tuple(value.shape.numpy()) if value.shape is not None else None
         if slot is None or slot.shape != shape or slot.dtype not in _TYPES:
             found = "nothing" if slot is None else f"{slot.dtype} {list(slot.shape)}"
-            faults.append(f"{name}: found {found} in {weights.name}; expected F32 or F16 {list(shape or ())}")
+            faults.append(f"{name}: found {found} in {weights.name}; expected F32, F16 or BF16 {list(shape or ())}")
             continue
         model.graph.inputs.remove(value)
         dtype = _TYPES[slot.dtype]

@@ -61,18 +61,23 @@ def _fail(message: str, status: int) -> NoReturn:
 @click.argument("source", metavar="IN", required=False, type=click.Path(path_type=Path))
 @click.argument("out", metavar="OUT", required=False, type=click.Path(path_type=Path))
 @click.option("--style", metavar="NAME", help="Whose hand to paint with; --list-styles names them.")
+@click.option("--preset", metavar="NAME", help="released: paint as LSAST's code does; options given besides go first.")
 @click.option("--bundle", metavar="PATH", help="Folder or name of a bundle. [default: $LSAST_BUNDLE, else mini]")
 @click.option("--steps", type=int, help="Length of the full schedule, of which the last int(steps * strength) run.")
 @click.option("--strength", type=float, help="How far to go from the picture: above 0, up to 1.")
 @click.option("--guidance", type=float, help="How much to exaggerate the style: 1 is plain, and the quickest.")
 @click.option("--control", type=float, help="How firmly the picture's edges hold: 0 to 2.")
 @click.option("--size", type=int, help="Paint at about SIZE x SIZE pixels; 0 is the picture's own size.")
-@click.option("--solver", metavar="NAME", help="ddim, dpmpp2m or unipc.")
+@click.option("--fit", metavar="WAY", help="aspect keeps the picture's; squash gives SIZE x SIZE. [default: aspect]")
+@click.option("--solver", metavar="NAME", help="ddim, dpmpp2m, unipc, or released: ddim on the released code's steps.")
 @click.option("--seed", type=int, help="Seed of the noise; the same seed gives the same bytes. [default: 0]")
 @click.option("--alpha", metavar="WAY", help="Transparency: keep, or composite on white. [default: keep]")
 @click.option("--backend", metavar="NAME", default="auto", help="onnxruntime or openvino. [default: auto]")
 @click.option("--device", metavar="NAME", default="auto", help="cpu, cuda ... [default: auto]")
 @click.option("--threads", type=click.IntRange(1), help="Threads to compute with. [default: the backend's choice]")
+@click.option(
+    "--arithmetic", metavar="TYPE", default="fp32", help="fp32; with openvino also bf16, fp16. [default: fp32]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the output's path.")
 @click.option("--list-styles", is_flag=True, help="Print the styles of the bundle and exit.")
 @click.option("--debug", is_flag=True, help="Show a traceback on errors.")
@@ -80,10 +85,12 @@ def _fail(message: str, status: int) -> NoReturn:
 def main(
     source: Path | None,
     out: Path | None,
+    preset: str | None,
     bundle: str | None,
     backend: str,
     device: str,
     threads: int | None,
+    arithmetic: str,
     as_json: bool,
     list_styles: bool,
     debug: bool,  # read by _Command from the context
@@ -102,18 +109,29 @@ def main(
         return
     if source is None or out is None:
         _fail("found no IN and OUT; expected: lsast-run IN OUT (--help lists all options)", _USAGE)
-    report = _paint(source, out, {"bundle": bundle, "backend": backend, "device": device, "threads": threads}, options)
+    where = {
+        "bundle": bundle,
+        "backend": backend,
+        "device": device,
+        "threads": threads,
+        "arithmetic": arithmetic,
+    }
+    report = _paint(source, out, where, preset, options)
     click.echo(json.dumps(report) if as_json else report["out"])
 
 
-def _paint(source: Path, out: Path, where: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+def _paint(
+    source: Path, out: Path, where: dict[str, Any], preset: str | None, options: dict[str, Any]
+) -> dict[str, Any]:
     """Paint and save one picture, with a progress bar on stderr where that is a terminal; the report of `--json`."""
     from tqdm import tqdm
 
+    from .options import preset_options
     from .result import check_output
     from .stylizer import load
 
     check_output(out)
+    options = {**preset_options(preset), **{name: value for name, value in options.items() if value is not None}}
     with tqdm(desc="opening", unit="step", leave=False, disable=None) as bar:
 
         def on_step(step: int, total: int) -> None:

@@ -17,16 +17,23 @@ from lsast_engines.errors import BackendError
 from lsast_engines.schedule import Schedule
 from lsast_engines.solvers import Solver
 from lsast_engines.style import Style
+from lsast_engines.style_file import StyleFile
 
 Floats = npt.NDArray[np.float32]
 OnStep = Callable[[int, int], None]
 """Called with the number of steps done and the number there are, before the first step and after each."""
 
 
+class NotFiniteError(BackendError):
+    """A graph gave a NaN or an infinity: fp16 overflows at 65504."""
+
+
 def hint_features(engine: Engine, edges: npt.NDArray[np.uint8]) -> Floats:
     """What the ControlNet reads of the picture's edges, the same at every step: [H, W] of 0 and 1 → [1, C, h, w]."""
     planes = np.broadcast_to(edges.astype(np.float32), (1, 3, *edges.shape))
-    return run(engine, {"edges": np.ascontiguousarray(planes)})["hint"]
+    hint = run(engine, {"edges": np.ascontiguousarray(planes)})["hint"].copy()
+    engine.rest()
+    return hint
 
 
 def encode(engine: Engine, rgb: npt.NDArray[np.uint8], scale: float, rng: np.random.Generator) -> Floats:
@@ -34,7 +41,9 @@ def encode(engine: Engine, rgb: npt.NDArray[np.uint8], scale: float, rng: np.ran
     image = np.ascontiguousarray(rgb.transpose(2, 0, 1)[None], dtype=np.float32) / np.float32(127.5) - np.float32(1)
     posterior = run(engine, {"image": image})
     noise = rng.standard_normal(posterior["mean"].shape, dtype=np.float32)
-    return np.float32(scale) * (posterior["mean"] + posterior["std"] * noise)
+    latent = np.float32(scale) * (posterior["mean"] + posterior["std"] * noise)
+    engine.rest()
+    return latent
 
 
 def denoise(
@@ -43,7 +52,7 @@ def denoise(
     schedule: Schedule,
     noisy: Floats,
     hint: Floats,
-    style: Style,
+    style: Style | StyleFile,
     null: Style,
     guidance: float,
     control: float,
@@ -57,7 +66,8 @@ def denoise(
         schedule: the steps to run, with the stage of each.
         noisy: the latent, noised to the schedule's first step.
         hint: what `hint_features` gave, [B, C, h, w].
-        style: keys and values of the hand to paint with, the same for every picture of the batch.
+        style: keys and values of the hand to paint with, the same for every picture of the batch; of a file, only the
+            stages that are visited are read.
         null: keys and values of no style, which guidance leads away from.
         guidance: g in ε = ε_null + g · (ε_style - ε_null); at 1 the null half is not computed.
         control: what the ControlNet's residuals are multiplied with.
@@ -79,6 +89,7 @@ def denoise(
         z = solver.step(eps_z, index, z)
         if on_step:
             on_step(index + 1, total)
+    engine.rest()
     return z
 
 
@@ -86,6 +97,7 @@ def decode(engine: Engine, latent: Floats, scale: float) -> npt.NDArray[np.uint8
     """Paint the latent's picture: z₀ [1, 4, h, w] → [H, W, 3] of 0 … 255."""
     image = run(engine, {"latent": latent / np.float32(scale)})["image"][0]
     rgb: npt.NDArray[np.uint8] = np.round(np.clip((image.transpose(1, 2, 0) + 1) * 127.5, 0, 255)).astype(np.uint8)
+    engine.rest()
     return rgb
 
 
@@ -93,23 +105,25 @@ def run(engine: Engine, feeds: dict[str, npt.NDArray[np.generic]]) -> dict[str, 
     """Run a graph once; the arrays it gives may be overwritten by its next run.
 
     Raises:
-        BackendError: an output holds a NaN or an infinity.
+        NotFiniteError: an output holds a NaN or an infinity.
     """
     outputs = engine(feeds)
     for name, values in outputs.items():
         if not np.isfinite(values).all():
-            raise BackendError(
+            mend = "a smaller guidance" if engine.arithmetic == "fp32" else "arithmetic fp32, a smaller guidance"
+            raise NotFiniteError(
                 f"the {engine.spec.name} graph gave {np.count_nonzero(~np.isfinite(values))} values of {name} that are "
-                f"not finite, on {engine.backend}; try a smaller guidance, or another backend"
+                f"not finite, on {engine.backend} in {engine.arithmetic}; try {mend}, or another backend"
             )
     return outputs
 
 
-def _context(style: Style, null: Style, stage: int, batch: int, *, guided: bool) -> dict[str, Floats]:
+def _context(style: Style | StyleFile, null: Style, stage: int, batch: int, *, guided: bool) -> dict[str, Floats]:
     """Keys and values of one stage, for every picture of the batch: kv_unet [G, B, T, Wu], kv_control [B, T, Wc]."""
-    hand = style.kv_unet[stage]
-    halves = np.stack([null.kv_unet[stage if null.stages > 1 else 0], hand] if guided else [hand])
+    hand = style.row(stage)
+    nothing = null.row(stage if null.stages > 1 else 0)
+    halves = np.stack([nothing.kv_unet, hand.kv_unet] if guided else [hand.kv_unet])
     return {
         "kv_unet": np.repeat(halves[:, None], batch, axis=1),
-        "kv_control": np.repeat(style.kv_control[stage][None], batch, axis=0),
+        "kv_control": np.repeat(hand.kv_control[None], batch, axis=0),
     }

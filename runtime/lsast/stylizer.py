@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,25 +15,31 @@ import numpy as np
 import numpy.typing as npt
 
 from lsast_engines.bundle import Bundle, find_bundle
-from lsast_engines.engine import Engine, open_engine
+from lsast_engines.engine import Arithmetic, Engine, open_engine
 from lsast_engines.errors import UsageError
-from lsast_engines.pictures import Picture, edge_map, read_picture
+from lsast_engines.pictures import edge_map, read_picture
 from lsast_engines.schedule import Schedule
 from lsast_engines.solvers import make_solver
 from lsast_engines.spec import DECODER, DENOISER, ENCODER, HINT
-from lsast_engines.style import Style
+from lsast_engines.style_file import StyleFile
 
 from . import sampler
-from .canvas import Canvas, on_white
+from .canvas import Pixels, canvas_for, on_white
 from .options import Options
 from .result import Result
 
 if TYPE_CHECKING:
     from PIL import Image
 
+_log = logging.getLogger("lsast.runtime")
+
 
 def load(
-    bundle: str | Path | None = None, backend: str = "auto", device: str = "auto", threads: int | None = None
+    bundle: str | Path | None = None,
+    backend: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    arithmetic: Arithmetic = "fp32",
 ) -> Stylizer:
     """Open a bundle and compile its graphs, once for any number of pictures.
 
@@ -41,20 +48,27 @@ def load(
         backend: `onnxruntime`, `openvino`, or `auto` for one that is installed.
         device: `cpu`, `cuda` …, or `auto` for the CPU.
         threads: threads to compute with; None leaves it to the backend.
+        arithmetic: `fp32`, or with `openvino` where the processor has it `bf16` or `fp16`: about twice as fast, and
+            off by a grey level or two. If the decoder overflows in it, it is opened in `fp32` and asked again.
 
     Raises:
+        UsageError: fewer threads than 1, or an unknown arithmetic.
         BundleError: there is no such bundle, or it is damaged.
-        BackendError: the backend or the device cannot be had here; the message lists what can.
+        BackendError: the backend, the device or the arithmetic cannot be had here; the message lists what can.
         MissingExtraError: no backend is installed.
     """
     opened = Bundle.open(find_bundle(bundle))
+
+    def open_graph(name: str, arithmetic: Arithmetic) -> Engine:
+        return open_engine(opened.graph_path(name), opened.manifest.graphs[name], backend, device, threads, arithmetic)
+
     with contextlib.ExitStack() as stack:
         engines: dict[str, Engine] = {}
-        for name, spec in opened.manifest.graphs.items():
-            engines[name] = open_engine(opened.graph_path(name), spec, backend, device, threads)
+        for name in opened.manifest.graphs:
+            engines[name] = open_graph(name, arithmetic)
             stack.callback(engines[name].close)
         stack.pop_all()
-    return Stylizer(opened, engines)
+    return Stylizer(opened, engines, lambda name: open_graph(name, "fp32"))
 
 
 class Stylizer:
@@ -64,10 +78,11 @@ class Stylizer:
     Calls from several threads take turns.
     """
 
-    def __init__(self, bundle: Bundle, engines: Mapping[str, Engine]) -> None:
+    def __init__(self, bundle: Bundle, engines: Mapping[str, Engine], in_fp32: Callable[[str], Engine]) -> None:
         self.bundle = bundle
         self._engines = dict(engines)
-        self._styles: dict[str, Style] = {}
+        self._in_fp32 = in_fp32
+        self._styles: dict[str, StyleFile] = {}
         self._turn = threading.Lock()
 
     @property
@@ -93,6 +108,7 @@ class Stylizer:
         solver: str | None = None,
         seed: int | None = None,
         alpha: Literal["keep", "composite"] | None = None,
+        fit: Literal["aspect", "squash"] | None = None,
         on_step: sampler.OnStep | None = None,
     ) -> Result:
         """Repaint a picture; `Options` says what each option means, None is the bundle's default.
@@ -104,7 +120,7 @@ class Stylizer:
                 raises ends the painting and comes out here.
 
         Returns:
-            The painting, of the picture's own size and in its colour profile.
+            The painting, in the picture's colour profile and, but with `fit` "squash", of its own size.
 
         Raises:
             UsageError: options that cannot be meant, all named at once; a style that the bundle has not, with a list
@@ -115,7 +131,7 @@ class Stylizer:
         """
         manifest = self.bundle.manifest
         given = {"style": style, "steps": steps, "strength": strength, "guidance": guidance, "control": control,
-                 "size": size, "solver": solver, "seed": seed, "alpha": alpha}  # fmt: skip
+                 "size": size, "solver": solver, "seed": seed, "alpha": alpha, "fit": fit}  # fmt: skip
         options = Options.resolve(given, manifest.defaults)
         schedule = Schedule.build(manifest.noise, options.steps, options.strength, manifest.stages, options.solver)
         clock = _Clock()
@@ -127,10 +143,10 @@ class Stylizer:
             with clock("read"):
                 source = read_picture(picture)
                 rgb = source.rgb if options.alpha == "keep" else on_white(source.rgb, source.alpha)
-                canvas = Canvas.fit(source.size, options.size, manifest.multiple)
-                content = canvas.place(rgb)
+                canvas = canvas_for(source.size, options.size, manifest.multiple, options.fit)
+                content, outlined = canvas.views(rgb)
             with clock("edges"):
-                hint = sampler.hint_features(self._engines[HINT], edge_map(content))
+                hint = sampler.hint_features(self._engines[HINT], edge_map(outlined))
             with clock("encode"):
                 rng = np.random.Generator(np.random.PCG64(options.seed))
                 z0 = sampler.encode(self._engines[ENCODER], content, manifest.latent_scale, rng)
@@ -149,9 +165,10 @@ class Stylizer:
                     on_step,
                 )
             with clock("decode"):
-                painted = sampler.decode(self._engines[DECODER], z, manifest.latent_scale)
+                painted = self._decode(z)
             with clock("finish"):
-                image = _finish(canvas.cut(painted), source, options)
+                cover = canvas.cover(source.alpha if options.alpha == "keep" else None)
+                image = _finish(canvas.cut(painted), cover, source.icc)
         return Result(image, clock.seconds, options)
 
     def close(self) -> None:
@@ -169,10 +186,24 @@ class Stylizer:
     ) -> None:
         self.close()
 
-    def _style(self, name: str) -> Style:
+    def _style(self, name: str) -> StyleFile:
         if name not in self._styles:
-            self._styles[name] = self.bundle.style(name)
+            self._styles[name] = self.bundle.open_style(name)
         return self._styles[name]
+
+    def _decode(self, latent: sampler.Floats) -> npt.NDArray[np.uint8]:
+        """Decode; if that overflows below fp32, once more in fp32, in which the decoder then stays."""
+        engine = self._engines[DECODER]
+        scale = self.bundle.manifest.latent_scale
+        try:
+            return sampler.decode(engine, latent, scale)
+        except sampler.NotFiniteError as error:
+            if engine.arithmetic == "fp32":
+                raise
+            _log.warning("%s; decoding again in fp32", error)
+        self._engines[DECODER] = self._in_fp32(DECODER)
+        engine.close()
+        return sampler.decode(self._engines[DECODER], latent, scale)
 
 
 class _Clock:
@@ -188,12 +219,11 @@ class _Clock:
         self.seconds[phase] = time.perf_counter() - begin
 
 
-def _finish(rgb: npt.NDArray[np.uint8], source: Picture, options: Options) -> Image.Image:
-    """The painting as a PIL image, with the source's transparency and colour profile."""
+def _finish(rgb: Pixels, alpha: Pixels | None, icc: bytes | None) -> Image.Image:
+    """The painting as a PIL image, with the transparency and the colour profile given."""
     from PIL import Image
 
-    layers = rgb if source.alpha is None or options.alpha == "composite" else np.dstack([rgb, source.alpha])
-    image = Image.fromarray(layers)
-    if source.icc:
-        image.info["icc_profile"] = source.icc
+    image = Image.fromarray(rgb if alpha is None else np.dstack([rgb, alpha]))
+    if icc:
+        image.info["icc_profile"] = icc
     return image

@@ -152,6 +152,16 @@ def test_write_leaves_nothing_behind_when_it_fails(tmp_path: Path, manifest: Man
     assert {path.name for path in tmp_path.iterdir()} == {"sources"}
 
 
+def test_write_can_move_files_instead_of_copying_them(tmp_path: Path, manifest: Manifest, sources: Sources) -> None:
+    weights = tmp_path / "sources" / "weights"
+    inode, content = weights.stat().st_ino, weights.read_bytes()
+    bundle = Bundle.write(tmp_path / "toy", manifest, sources, consume=True)
+    assert not weights.exists()
+    assert (bundle.path / "base.safetensors").stat().st_ino == inode
+    assert (bundle.path / "base.safetensors").read_bytes() == content
+    Bundle.open(bundle.path)
+
+
 def test_write_replaces_only_bundles_and_only_when_allowed(
     bundle: Bundle, manifest: Manifest, sources: Sources, make_style: MakeStyle
 ) -> None:

@@ -72,6 +72,19 @@ def test_everything_may_be_bound_and_sizes_changed(engine: Engine, toy: Any) -> 
         assert close_to(engine({}), toy.expected(feeds))
 
 
+def test_resting_changes_nothing(engine: Engine, toy: Any) -> None:
+    feeds = toy.feeds(seed=1)
+    engine.bind({"scale": feeds.pop("scale")})
+    expected = {name: value.copy() for name, value in engine(feeds).items()}
+    for _ in range(2):
+        engine.rest()
+        for name, value in engine(feeds).items():
+            np.testing.assert_array_equal(value, expected[name])
+    engine.close()
+    with pytest.raises(BackendError, match="is closed"):
+        engine.rest()
+
+
 def test_wrong_inputs_are_listed_at_once(engine: Engine, toy: Any) -> None:
     feeds = toy.feeds(2, 5)
     wrong = {"x": feeds["x"].astype(np.float64), "timestep": feeds["timestep"][:1], "scales": feeds["scale"]}
@@ -143,22 +156,29 @@ def test_failure_while_running_names_the_graph(engine: Engine, toy: Any, monkeyp
         engine(toy.feeds())
 
 
+def product_values() -> tuple[np.ndarray, np.ndarray]:
+    x, weight = np.random.default_rng(0).standard_normal((2, 64, 64)).astype(np.float32)
+    return x, weight
+
+
+def product(folder: Path) -> tuple[Path, GraphSpec]:
+    """The graph y = x W for the weight of `product_values`."""
+    (spec_x, spec_y) = (TensorSpec(name, "float32", ("N", 64)) for name in "xy")
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", 64]) for name in "xy"]
+    nodes = [onnx.helper.make_node("MatMul", ["x", "W"], ["y"])]
+    weight = onnx.numpy_helper.from_array(product_values()[1], "W")
+    graph = onnx.helper.make_graph(nodes, "product", values[:1], values[1:], [weight])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(model, folder / "product.onnx")
+    return folder / "product.onnx", GraphSpec("product", (spec_x,), (spec_y,))
+
+
 @pytest.mark.parametrize("backend", EXTRAS)
 def test_float32_is_not_lowered(tmp_path: Path, backend: str) -> None:
     # OpenVINO would take bf16 for a product of this width where the CPU has it, 1e-1 off.
     pytest.importorskip(backend)
-    x, weight = np.random.default_rng(0).standard_normal((2, 64, 64)).astype(np.float32)
-    (spec_x, spec_y) = (TensorSpec(name, "float32", ("N", 64)) for name in "xy")
-    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", 64]) for name in "xy"]
-    nodes = [onnx.helper.make_node("MatMul", ["x", "W"], ["y"])]
-    graph = onnx.helper.make_graph(
-        nodes, "product", values[:1], values[1:], [onnx.numpy_helper.from_array(weight, "W")]
-    )
-    onnx.save(
-        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10),
-        tmp_path / "product.onnx",
-    )
-    engine = open_engine(tmp_path / "product.onnx", GraphSpec("product", (spec_x,), (spec_y,)), backend)
+    x, weight = product_values()
+    engine = open_engine(*product(tmp_path), backend)
     np.testing.assert_allclose(engine({"x": x})["y"], x.astype(np.float64) @ weight, atol=1e-4)
 
 
@@ -272,3 +292,20 @@ def test_onnxruntime_never_falls_back_silently(toy: Any, monkeypatch: pytest.Mon
         open_engine(toy.path, toy.spec, "onnxruntime", "cuda")
     with pytest.raises(BackendError, match="CPUExecutionProvider"):
         OnnxRuntimeEngine(toy.path, toy.spec, "cuda", None)
+
+
+def test_openvino_computes_in_what_it_is_asked_for_where_the_device_has_it(tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    there = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    path, spec = product(tmp_path)
+    x, weight = product_values()
+    exact = x.astype(np.float64) @ weight
+    for arithmetic, capability, eps in (("bf16", "BF16", 2**-8), ("fp16", "FP16", 2**-11)):
+        if capability not in there:
+            with pytest.raises(BackendError, match=rf"cannot compute in {arithmetic} on cpu here; there is: fp32"):
+                open_engine(path, spec, "openvino", arithmetic=arithmetic)  # type: ignore[arg-type]
+            continue
+        engine = open_engine(path, spec, "openvino", arithmetic=arithmetic)  # type: ignore[arg-type]
+        error = np.abs(engine({"x": x})["y"] - exact).max() / np.abs(exact).max()
+        assert engine.arithmetic == arithmetic
+        assert eps / 64 < error < 4 * eps

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lsast_engines import Style
+from lsast_engines import Style, StyleFile
 from lsast_engines.errors import StyleError, UsageError
+from lsast_engines.style_file import stage_digest
 
 MakeStyle = Callable[..., Style]
 
@@ -92,7 +94,8 @@ def set_value(header: dict[str, Any], tensors: dict[str, Any]) -> None:
             r"name: found 3; expected text\n.*tokens: found '3'",
         ),
         (lambda header, tensors: header.update(meta=[1]), "meta: expected texts only"),
-        (lambda header, tensors: header.update(format=2), "has format 2; this version reads format 1"),
+        (lambda header, tensors: header.update(format=3), "has format 3; this version reads formats 1 and 2"),
+        (lambda header, tensors: header["sha256"].pop(), "sha256: found .*; expected a text for each of 10 stages"),
         (lambda header, tensors: header.pop("format"), "no style; bake one with: lsast-export"),
     ],
 )
@@ -102,6 +105,71 @@ def test_damaged_files(tmp_path: Path, make_style: MakeStyle, change: Any, messa
     resave(path, change)
     with pytest.raises(StyleError, match=message):
         Style.load(path)
+
+
+def save_format_1(style: Style, path: Path) -> None:
+    """As version 0.1 wrote it: one digest over both whole tensors."""
+    tensors = {name: getattr(style, name).astype(np.float16) for name in ("kv_unet", "kv_control")}
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        digest.update(tensor.tobytes())
+    header = {"format": 1, "name": style.name, "base": style.base, "stages": style.stages, "tokens": style.tokens}
+    save_file(tensors, path, {"lsast": json.dumps({**header, "meta": style.meta, "sha256": digest.hexdigest()})})
+
+
+def test_format_1_is_read_and_proven_whole(tmp_path: Path, make_style: MakeStyle) -> None:
+    style, path = make_style(), tmp_path / "a.safetensors"
+    save_format_1(style, path)
+    loaded = Style.load(path)
+    np.testing.assert_array_equal(loaded.kv_unet, style.kv_unet.astype(np.float16))
+    np.testing.assert_array_equal(loaded.kv_control, style.kv_control.astype(np.float16))
+    assert loaded.meta == style.meta
+    resave(path, set_value)
+    with pytest.raises(StyleError, match="other values of tensors than were written"):
+        StyleFile(path)
+
+
+def test_a_file_gives_the_rows_that_are_asked_for_and_reads_no_other(tmp_path: Path, make_style: MakeStyle) -> None:
+    style, path = make_style(), tmp_path / "a.safetensors"
+    style.save(path)
+    resave(path, lambda header, tensors: tensors["kv_unet"].__setitem__((3, 0, 0), 7))  # stage 3 is damaged
+    file = StyleFile(path)
+    assert (file.name, file.stages, file.read_stages) == ("a", 10, [])
+    for stage in (6, 2, 6):
+        row = file.row(stage)
+        np.testing.assert_array_equal(row.kv_unet, style.kv_unet[stage].astype(np.float16))
+        np.testing.assert_array_equal(row.kv_control, style.kv_control[stage].astype(np.float16))
+        assert (row.kv_unet.dtype, row.kv_unet.flags.c_contiguous) == (np.float32, True)
+    assert file.read_stages == [2, 6]
+    with pytest.raises(StyleError, match=r"other values of stage 3 than were written .SHA-256 differs"):
+        file.row(3)
+    with pytest.raises(StyleError, match="stage 3"):
+        file.load()
+
+
+def test_a_file_that_is_replaced_goes_on_as_it_was(tmp_path: Path, make_style: MakeStyle) -> None:
+    path = tmp_path / "a.safetensors"
+    make_style("a").save(path)
+    file = StyleFile(path)
+    make_style("another").save(path)
+    np.testing.assert_array_equal(file.row(9).kv_unet, make_style("a").kv_unet[9].astype(np.float16))
+
+
+def test_values_that_are_not_finite_are_refused_when_their_stage_is_read(tmp_path: Path, make_style: MakeStyle) -> None:
+    path = tmp_path / "a.safetensors"
+    make_style().save(path)
+
+    def spoil(header: dict[str, Any], tensors: dict[str, Any]) -> None:
+        tensors["kv_control"][4] = np.inf
+        row = {name: tensor[4] for name, tensor in tensors.items()}
+        header["sha256"][4] = stage_digest(row)
+
+    resave(path, spoil)
+    file = StyleFile(path)
+    file.row(5)
+    with pytest.raises(StyleError, match="NaN or infinite values in kv_control of stage 4"):
+        file.row(4)
 
 
 def test_unreadable_files(tmp_path: Path, make_style: MakeStyle) -> None:

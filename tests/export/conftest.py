@@ -70,7 +70,7 @@ def bundles(
     folder = tmp_path_factory.mktemp("bundles")
     return {
         precision: export_bundle(base, folder / precision, [prompts], ExportOptions(precision=precision), traced=traced)
-        for precision in ("fp32", "fp16")
+        for precision in ("fp32", "fp16", "bf16")
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -14,7 +15,8 @@ from lsast_engines.bundle import Bundle
 from lsast_engines.errors import BundleError
 from lsast_engines.style import Style
 from lsast_export.check import check_bundle
-from lsast_export.parity import ParityPlan
+from lsast_export.parity import ParityPlan, large_plan
+from lsast_train.base import Base
 
 
 @pytest.fixture
@@ -111,9 +113,17 @@ def test_graph_that_onnx_refuses_is_named(copy: Path) -> None:
 
 
 def test_plan_meets_every_batch_and_guidance_at_both_shapes() -> None:
-    cases = ParityPlan(shapes=((2, 2), (2, 3))).cases()
-    seen = {(case.batch, case.rows) for case in cases}
-    assert seen == {(1, 1), (1, 2), (2, 1), (2, 2)}
+    cases = ParityPlan().cases
+    assert {(case.batch, case.rows) for case in cases} == {(1, 1), (1, 2), (2, 1), (2, 2)}
     for length in (1, 2):
         assert {case.width for case in cases if case.batch == length} == {2, 3}
         assert {case.width for case in cases if case.rows == length} == {2, 3}
+    assert sum(case.loop for case in cases) == 2
+
+
+def test_plan_of_a_large_base_loops_at_its_native_size_and_beside_it(base: Base) -> None:
+    plan = large_plan(dataclasses.replace(base.facts, size=512, multiple=64))
+    loops = [(case.height * 64, case.width * 64) for case in plan.cases if case.loop]
+    assert loops == [(512, 512), (448, 576)]
+    assert len(plan.loop.schedule(base.facts.noise).steps) == 3
+    assert {(case.batch, case.rows) for case in plan.cases} >= {(2, 1), (2, 2), (1, 2)}

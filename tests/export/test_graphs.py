@@ -9,11 +9,16 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import is_fake
 
 from lsast_engines.bundle import Bundle
+from lsast_export import graphs
 from lsast_export.bake import pack
-from lsast_train.base import load_base
+from lsast_export.graphs import SplitProcessor, geometry, graph_module, head_groups, split_attention
+from lsast_export.trace import TracedGraph, trace
+from lsast_train.base import Base, load_base
 
 Run = Callable[..., dict[str, np.ndarray]]
 Feeds = Callable[..., dict[str, np.ndarray]]
@@ -37,7 +42,7 @@ def stock_networks(bundle: Bundle) -> tuple[Any, Any]:
     return networks[0], networks[1]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_denoiser_is_an_unmodified_diffusers_unet_with_controlnet(
     bundles: dict[str, Bundle], run: Run, precision: str
 ) -> None:
@@ -147,3 +152,73 @@ def test_without_control_the_edges_do_not_matter(bundles: dict[str, Bundle], run
     np.testing.assert_allclose(found[0], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     controlled = run(bundle, "denoiser", **inputs)["eps"]
     assert np.abs(controlled[0] - expected).max() > 1e-3
+
+
+def test_attention_in_groups_of_heads_is_attention() -> None:
+    attention = Attention(query_dim=24, heads=6, dim_head=4).eval()
+    hidden = torch.randn(2, 35, 24, generator=torch.Generator().manual_seed(0))
+    expected = attention(hidden)  # diffusers' own processor
+    for groups in (1, 2, 3, 6):
+        attention.set_processor(SplitProcessor(groups))
+        torch.testing.assert_close(attention(hidden), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "groups"),
+    [
+        ("down_blocks.0.attentions.1.transformer_blocks.0.attn1", 8),  # 2 x 8 heads x 4096² x 4 bytes: 1 GB
+        ("up_blocks.3.attentions.0.transformer_blocks.0.attn1", 8),
+        ("down_blocks.1.attentions.0.transformer_blocks.0.attn1", 1),  # 2 x 8 x 1024² x 4: 64 MB
+        ("up_blocks.2.attentions.2.transformer_blocks.0.attn1", 1),
+        ("mid_block.attentions.0.transformer_blocks.0.attn1", 1),
+    ],
+)
+def test_heads_of_stable_diffusion_are_split_where_their_scores_are_large(name: str, groups: int) -> None:
+    assert head_groups(name, heads=8, levels=4, side=64) == groups
+    assert head_groups(name, heads=8, levels=4, side=16) == 1
+
+
+def test_network_with_split_heads_computes_the_same_and_gets_its_processors_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    unet = UNet2DConditionModel(
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=4,
+        cross_attention_dim=8,
+    ).eval()
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2, 4, 8, 8, generator=generator), 500, torch.randn(2, 3, 8, generator=generator)
+    before = unet.attn_processors
+    with torch.no_grad():
+        expected = unet(*inputs).sample  # untouched by us
+        # The scores of the upper level, 64 tokens, are 2 x 4 x 64² x 4 bytes; those of the middle 1/16 of that.
+        monkeypatch.setattr(graphs, "SCORES_LIMIT", 2 * 64**2 * 4)
+        with split_attention(unet, 8):
+            split = {name for name, kind in unet.attn_processors.items() if isinstance(kind, SplitProcessor)}
+            found = unet(*inputs).sample
+    assert {name.split(".")[0] for name in split} == {"down_blocks", "up_blocks"}
+    assert all("attn1" in name for name in split)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert unet.attn_processors == before
+
+
+def test_tracing_looks_at_no_weight_and_leaves_them_alone(base: Base, traced: dict[str, TracedGraph]) -> None:
+    assert all(weight.device.type == "cpu" and not is_fake(weight) for weight in base.controlnet.parameters())
+    with graph_module(skeleton_of(base), "hint") as module:
+        empty = trace(module, traced["hint"].spec, base.facts.multiple, geometry(base).factor)
+        assert all(weight.device.type == "meta" and not is_fake(weight) for weight in module.parameters())
+    models = (empty.model, traced["hint"].model)
+    nodes = [
+        [(node.op_type, [value.name for value in node.inputs if value]) for node in model.graph] for model in models
+    ]
+    assert nodes[0] == nodes[1]
+    assert empty.weights == traced["hint"].weights
+
+
+def skeleton_of(base: Base) -> Base:
+    with torch.device("meta"):
+        networks = {name: type(net).from_config(net.config) for name, net in base.networks().items()}  # type: ignore[attr-defined]
+    return Base(base.facts, base.fingerprint, null_context=base.null_context, **networks)

@@ -61,6 +61,16 @@ def test_json_is_one_object_that_repeats_the_picture(folder: Path, bundle_path: 
     np.testing.assert_array_equal(Image.open("out.png"), again)
 
 
+def test_a_preset_sets_what_is_not_given(folder: Path) -> None:
+    result = _run("in.png", "out.png", "--json", "--preset", "released", "--size", "128", "--guidance", "2")
+    assert (result.exit_code, result.stderr) == (0, "")
+    options = json.loads(result.stdout)["options"]
+    expected = {"steps": 50, "strength": 0.7, "control": 1.0, "solver": "released", "fit": "squash", "style": "vangogh"}
+    assert {name: options[name] for name in expected} == expected
+    assert (options["size"], options["guidance"]) == (128, 2.0)
+    assert np.asarray(Image.open("out.png")).shape == (128, 128, 3)
+
+
 def test_the_input_may_be_painted_over(folder: Path, photo: np.ndarray) -> None:
     assert _run("in.png", "in.png").exit_code == 0
     assert np.asarray(Image.open("in.png")).shape == photo.shape
@@ -95,6 +105,7 @@ USAGE = {
     "no threads": (["in.png", "out.png", "--threads", "0"], "--threads"),
     "suffix": (["in.png", "out.tga"], "out.tga"),
     "style": (["in.png", "out.png", "--style", "picasso"], "monet, vangogh"),
+    "preset": (["in.png", "out.png", "--preset", "sdxl"], "expected one of released"),
     "steps for solver": (["in.png", "out.png", "--steps", "1000"], "999"),
 }
 

@@ -62,13 +62,16 @@ def _paint_by_hand(weights: Any, bundle: Bundle, rgb: np.ndarray, edges: np.ndar
     features = pooled(np.repeat(edges[:, :, None], 3, axis=2).astype(float)) @ weights.hint.T
     held = (features @ weights.edges.T).transpose(2, 0, 1)  # [4, h, w]
 
-    scheduler = _scheduler(options["solver"])
+    scheduler = _scheduler("ddim" if options["solver"] == "released" else options["solver"])
     scheduler.set_timesteps(options["steps"])
-    skipped = options["steps"] - max(1, int(options["steps"] * options["strength"]))
-    if options["solver"] != "ddim":  # DDIM has no memory of where it is
+    run = max(1, int(options["steps"] * options["strength"]))
+    skipped = options["steps"] - run
+    if options["solver"] in ("dpmpp2m", "unipc"):  # DDIM has no memory of where it is
         scheduler.set_begin_index(skipped)
     timesteps = scheduler.timesteps[skipped:]
-    z = scheduler.add_noise(z0, torch.from_numpy(start.astype(float)), timesteps[:1])
+    # The released code noises one grid point further up than it begins.
+    noised_to = scheduler.timesteps[skipped - 1 :][:1] if options["solver"] == "released" else timesteps[:1]
+    z = scheduler.add_noise(z0, torch.from_numpy(start.astype(float)), noised_to)
     for t in timesteps:
         stage = int(t) // 100
         shared = z.numpy()[0] / 2 + float(t) / 1000 * weights.time[0][:, None, None]
@@ -91,6 +94,7 @@ CASES: list[dict[str, Any]] = [
     {"guidance": 1.0, "control": 0.0},
     {"guidance": 0.0, "control": 2.0, "strength": 0.05},
     {"steps": 50, "strength": 0.7, "guidance": 5.0, "control": 0.4},
+    {"steps": 50, "strength": 0.7, "solver": "released"},
 ]
 
 
@@ -154,6 +158,7 @@ class _Broken:
     """An engine that overflows."""
 
     backend = "broken"
+    arithmetic = "fp32"
 
     def __init__(self, name: str, outputs: dict[str, Any]) -> None:
         self.spec = type("Spec", (), {"name": name})()

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
@@ -52,13 +53,15 @@ def test_padding_is_painted_but_not_shown(stylizer: Stylizer) -> None:
         {"control": 0.0},
         {"size": 64},
         {"solver": "unipc"},
+        {"solver": "released"},
         {"seed": 1},
+        {"fit": "squash"},
     ],
     ids=str,
 )
 def test_every_option_matters(stylizer: Stylizer, photo: np.ndarray, change: dict[str, Any]) -> None:
     plain, changed = stylizer.stylize(photo), stylizer.stylize(photo, **change)
-    assert (_pixels(plain) != _pixels(changed)).any()
+    assert _pixels(plain).shape != _pixels(changed).shape or (_pixels(plain) != _pixels(changed)).any()
     assert dataclasses.replace(plain.options, **change) == changed.options
 
 
@@ -192,3 +195,28 @@ def test_load_says_what_is_wrong(bundle_path: Path, tmp_path: Path) -> None:
         lsast.load(tmp_path / "nothing")
     with pytest.raises(BackendError, match=r"there is: .*(onnxruntime|openvino) on"):
         lsast.load(bundle_path, backend="tpu")
+
+
+def test_squashed_pictures_come_out_squared(stylizer: Stylizer, photo: np.ndarray) -> None:
+    rgba = np.dstack([photo, np.full(photo.shape[:2], 90, np.uint8)])
+    result = stylizer.stylize(rgba, fit="squash", size=128)
+    assert (result.image.size, result.image.mode) == ((128, 128), "RGBA")
+    assert (_pixels(result)[..., 3] == 90).all()
+    # Squashing a picture of that very size changes nothing.
+    square = photo[:64, 30:94]
+    plain, squashed = (stylizer.stylize(square, fit=fit, size=64) for fit in ("aspect", "squash"))
+    np.testing.assert_array_equal(_pixels(plain), _pixels(squashed))
+
+
+def test_edges_of_a_squashed_picture_are_those_of_the_bilinear_one(
+    stylizer: Stylizer, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, np.ndarray] = {}
+    features, encode = lsast.sampler.hint_features, lsast.sampler.encode
+    monkeypatch.setattr("lsast.sampler.hint_features", lambda e, edges: features(e, seen.setdefault("edges", edges)))
+    monkeypatch.setattr("lsast.sampler.encode", lambda e, rgb, *r: encode(e, seen.setdefault("rgb", rgb), *r))
+    stylizer.stylize(photo, fit="squash", size=128)
+    bilinear = cv2.resize(np.ascontiguousarray(photo[..., ::-1]), (128, 128))
+    np.testing.assert_array_equal(seen["edges"], cv2.Canny(bilinear, 100, 200) > 0)
+    np.testing.assert_array_equal(seen["rgb"], Image.fromarray(photo).resize((128, 128), Image.Resampling.LANCZOS))
+    assert (seen["edges"] != (cv2.Canny(seen["rgb"], 100, 200) > 0)).any(), "Lanczos would do as well: no proof"

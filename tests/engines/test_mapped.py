@@ -1,0 +1,76 @@
+"""Resident pages of mapped files, as the kernel counts them."""
+
+from __future__ import annotations
+
+import mmap
+import re
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lsast_engines.mapped import MappedFiles
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pages are given back on Linux only")
+
+SIZE = 32 << 20
+
+
+def resident(path: Path) -> int:
+    """Bytes of `path` that are resident in this process (/proc/self/smaps)."""
+    total, counts = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match("^[0-9a-f]+-[0-9a-f]+ ", line):
+            counts = line.endswith(str(path))
+        elif counts and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    path = tmp_path / "base.safetensors"
+    path.write_bytes(np.arange(SIZE // 4, dtype=np.int32).tobytes())
+    return path
+
+
+def read(mapped: mmap.mmap) -> int:
+    return int(np.frombuffer(mapped, np.int32).sum(dtype=np.int64))
+
+
+def test_pages_are_given_back_and_come_again_with_the_same_values(weights: Path) -> None:
+    total = SIZE // 4 * (SIZE // 4 - 1) // 2
+    files = MappedFiles(weights.parent)
+    with weights.open("rb") as handle, files.watch():
+        mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+    assert read(mapped) == total
+    assert resident(weights) == SIZE
+    with files.released():
+        assert read(mapped) == total
+        deadline = time.monotonic() + 10
+        while resident(weights) > SIZE // 10 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert resident(weights) <= SIZE // 10  # while the block runs
+        assert read(mapped) == total
+    assert resident(weights) <= SIZE // 10  # and at its end
+    assert read(mapped) == total
+
+
+def test_other_files_and_earlier_mappings_stay(weights: Path, tmp_path: Path) -> None:
+    other = tmp_path / "elsewhere" / "other.bin"
+    other.parent.mkdir()
+    other.write_bytes(weights.read_bytes())
+    with weights.open("rb") as handle:
+        earlier = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+    (tmp_path / "bundle").mkdir()
+    files = MappedFiles(tmp_path / "bundle")
+    with other.open("rb") as handle, files.watch():
+        mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+    read(earlier)
+    read(mapped)
+    with files.released():
+        pass
+    assert resident(weights) == SIZE
+    assert resident(other) == SIZE

@@ -1,0 +1,68 @@
+"""Stable Diffusion 1.5 at full size, random weights: memory, parity and painting, by `benchmarks/sd15_random.py`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "sd15_random.py"
+DENOISER = 4 * (859_520_964 + 361_279_120)
+"""Bytes of the largest graph in fp32."""
+WEIGHTS = DENOISER + 4 * 83_653_863
+"""Bytes of all graphs in fp32, which they are in while they run."""
+
+
+def script(*arguments: Any) -> Any:
+    done = subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], check=True, stdout=subprocess.PIPE)
+    return json.loads(done.stdout) if done.stdout else None
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    memory = Path("/proc/meminfo")
+    if not memory.is_file() or int(memory.read_text().split("MemAvailable:")[1].split()[0]) < 9_000_000:
+        pytest.skip("needs Linux and 9 GB of free memory")
+    folder = tmp_path_factory.mktemp("sd15")
+    if shutil.disk_usage(folder).free < 20e9:
+        pytest.skip("needs 20 GB of free disk")
+    script("build", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(folder: Path) -> dict[str, Any]:
+    rows = script("export", folder, "--precision", "fp32", "--precision", "bf16", "--json")["rows"]
+    return {row["precision"]: row for row in rows}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_export_needs_little_more_than_the_largest_graph(exported: dict[str, Any], precision: str) -> None:
+    row = exported[precision]
+    assert row["peak_rss_gb"] * 1e9 <= 1.5 * DENOISER
+    assert set(row["parity"]) == {"encoder", "hint", "denoiser", "decoder", "loop"}
+    assert all(0 < error < 1e-4 for error in row["parity"].values())
+
+
+def test_weights_are_in_one_file_that_is_hashed(exported: dict[str, Any], folder: Path) -> None:
+    bundle = folder / "fp32"
+    large = {path.name for path in bundle.iterdir() if path.is_file() and path.stat().st_size > 1_000_000}
+    assert large == {"base.safetensors", "null.safetensors"}
+    entry = json.loads((bundle / "manifest.json").read_text())["files"]["base.safetensors"]
+    assert entry["bytes"] == (bundle / "base.safetensors").stat().st_size > WEIGHTS
+    digest = subprocess.run(["sha256sum", bundle / "base.safetensors"], check=True, stdout=subprocess.PIPE).stdout
+    assert digest.decode().split()[0] == entry["sha256"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_painting_needs_little_more_than_the_weights(exported: dict[str, Any], folder: Path, precision: str) -> None:
+    for row in script("run", folder, "--precision", precision, "--steps", 2, "--json")["rows"]:
+        assert row["peak_rss_gb"] * 1e9 <= WEIGHTS + 2e9, row
+        assert set(row["phases"]) >= {"open", "read", "edges", "encode", "denoise", "decode", "save"}

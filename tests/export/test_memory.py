@@ -1,0 +1,134 @@
+"""An export holds one network at a time: who has weights when, and which file is moved rather than copied."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lsast_engines.bundle import Bundle
+from lsast_export import exporter, reference
+from lsast_export.bake import bake_null_style, bake_style
+from lsast_export.exporter import ExportOptions, export_bundle
+from lsast_export.parity import ParityPlan
+from lsast_export.progress import Countdown, peak_rss
+from lsast_export.reference import draw_inputs, run_torch
+from lsast_export.skeleton import NETWORKS, baking_base, skeleton
+from lsast_export.trace import TracedGraph
+from lsast_train.base import Base, load_base, open_base_parts
+from lsast_train.prompts_file import Prompts
+
+
+def in_memory(base: Base) -> set[str]:
+    return {
+        name
+        for name in NETWORKS
+        if any(weight.device.type != "meta" for weight in getattr(base, name).state_dict().values())
+    }
+
+
+def test_a_skeleton_has_no_weights_and_bakes_what_the_whole_base_bakes(
+    bundles: dict[str, Bundle], prompts: Prompts
+) -> None:
+    path = bundles["fp16"].path
+    parts = open_base_parts(path)
+    assert in_memory(skeleton(parts)) == set()
+    whole, empty = load_base(path), baking_base(parts)
+    for baked, expected in (
+        (bake_null_style(empty), bake_null_style(whole)),
+        (bake_style(empty, prompts.prompts, "hand"), bake_style(whole, prompts.prompts, "hand")),
+    ):
+        np.testing.assert_array_equal(baked.kv_unet, expected.kv_unet)
+        np.testing.assert_array_equal(baked.kv_control, expected.kv_control)
+        assert baked.base == expected.base
+    held = sum(weight.nbytes for weight in empty.unet.parameters() if weight.device.type != "meta")
+    assert 0 < held < 0.2 * sum(weight.nbytes for weight in whole.unet.parameters())
+
+
+def test_torch_computes_with_one_network_at_a_time(bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = open_base_parts(bundles["fp32"].path)
+    plan = ParityPlan()
+    order = []
+    real = reference.loaded
+
+    @contextlib.contextmanager
+    def watched(base: Base, parts: Any, name: str) -> Iterator[None]:
+        assert in_memory(base) == set()
+        with real(base, parts, name):
+            assert in_memory(base) == {name}
+            order.append(name)
+            yield
+        assert in_memory(base) == set()
+
+    monkeypatch.setattr(reference, "loaded", watched)
+    generator = np.random.default_rng(0)
+    width = parts.null_context.shape[1]
+    inputs = [draw_inputs(case, plan.loop, parts.facts, width, 8, generator) for case in plan.cases]
+    details: list[str] = []
+    answers = run_torch(parts, inputs, plan.loop, lambda phase, detail="": details.append(detail))
+    steps = len(plan.loop.schedule(parts.facts.noise).steps)
+    assert order == ["autoencoder", *["controlnet", "unet"] * steps]
+    assert sum(detail.startswith("step") for detail in details) == steps
+
+    # The single step of the first case, ControlNet scaled by diffusers itself.
+    base, drawn = load_base(bundles["fp32"].path), inputs[0]
+    assert (drawn.case.rows, drawn.case.loop) == (1, False)
+    latent, timestep = torch.from_numpy(drawn.noise), torch.tensor([drawn.timestep])
+    contexts = drawn.contexts[drawn.stage, 0]
+    edges = torch.from_numpy(drawn.edges)
+    scale = float(drawn.control_scale)
+    with torch.no_grad():
+        base.control_box.fill(contexts)
+        base.unet_box.fill(contexts)
+        context = contexts[:, 0]  # not looked at: the boxes hold what is
+        down, mid = base.controlnet(latent, timestep, context, edges, conditioning_scale=scale, return_dict=False)
+        v = base.unet(
+            latent,
+            timestep,
+            context,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=mid,
+        ).sample
+    np.testing.assert_allclose(answers[0].eps[0], base.eps_from_output(v, latent, timestep), atol=1e-5)
+
+
+def test_weights_are_moved_into_the_bundle(
+    base: Base, traced: dict[str, TracedGraph], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    written: list[int] = []
+    real = exporter.save_graph
+
+    def noted(graph: TracedGraph, weights: Path, path: Path) -> None:
+        written.append(weights.stat().st_ino)
+        real(graph, weights, path)
+
+    monkeypatch.setattr(exporter, "save_graph", noted)
+    bundle = export_bundle(base, tmp_path / "bundle", options=ExportOptions(precision="bf16"), traced=traced)
+    assert {(bundle.path / "base.safetensors").stat().st_ino} == set(written)
+    assert bundle.manifest.precision == "bf16"
+
+
+def test_countdown_says_what_is_left() -> None:
+    told: list[tuple[str, str]] = []
+    countdown = Countdown(lambda phase, detail="": told.append((phase, detail)), "denoising", 2)
+    countdown.step()
+    countdown.step()
+    assert [phase for phase, _ in told] == ["denoising"] * 2
+    assert re.fullmatch(r"step 1 of 2, about \d+ s left", told[0][1])
+    assert told[1][1] == "step 2 of 2, about 0 s left"
+
+
+def test_peak_memory_is_the_high_water_mark_of_the_kernel() -> None:
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        pytest.skip("no /proc here")
+    (kilobytes,) = re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())
+    peak = peak_rss()
+    assert peak is not None
+    assert abs(peak - int(kilobytes) * 1024) < 32 << 20
