@@ -2,7 +2,8 @@
 
     python benchmarks/mini_log.py benchmarks/mini
 
-The folder holds ``base.log.json``, ``autoencoder.log.json`` and ``sharpening.log.json`` as `lsast-train mini` writes them.
+The folder holds ``base.log.json``, ``autoencoder.log.json`` and ``sharpening.log.json``, as `lsast-train mini` writes
+them.
 """
 
 from __future__ import annotations
