@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,13 @@ from .errors import BackendError
 from .spec import DENOISER, GraphSpec
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+EXPANDED_LIMIT = 1_000_000_000
+"""Bytes of weights stored in half precision up to which they are expanded to float32 once, when the graph is opened.
+
+Beyond, ONNX Runtime leaves them in the file, mapped, and expands each one whenever it is used. With Stable Diffusion
+1.5 in bf16 at 512 x 512 the denoiser opens in 1.6 s instead of 40 and peaks at 3.0 GB instead of 8.4; a step takes a
+sixth longer (50.4 s against 42.9 on one busy core)."""
 
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
 
@@ -24,6 +32,23 @@ def devices() -> list[str]:
 
     there = onnxruntime.get_available_providers()
     return [device for device, provider in _PROVIDERS.items() if provider in there]
+
+
+def half_bytes(folder: Path) -> int:
+    """Bytes of half-precision tensors in the safetensors files of `folder`; what cannot be read counts nothing."""
+    from safetensors import SafetensorError, safe_open
+
+    count = 0
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(file, framework="numpy") as weights:
+                for name in weights.keys():  # noqa: SIM118 - it is no dict
+                    tensor = weights.get_slice(name)
+                    if tensor.get_dtype() in ("F16", "BF16"):
+                        count += 2 * math.prod(tensor.get_shape())
+        except (OSError, SafetensorError):
+            continue
+    return count
 
 
 class OnnxRuntimeEngine(CheckedEngine):
@@ -47,7 +72,10 @@ class OnnxRuntimeEngine(CheckedEngine):
         options.enable_cpu_mem_arena = spec.name == DENOISER
         if threads is not None:
             options.intra_op_num_threads = threads
-        self._session: Any = onnxruntime.InferenceSession(path, options, providers=[_PROVIDERS[device]])
+        left_out = ["ConstantFolding"] if device == "cpu" and half_bytes(path.parent) > EXPANDED_LIMIT else []
+        self._session: Any = onnxruntime.InferenceSession(
+            path, options, providers=[_PROVIDERS[device]], disabled_optimizers=left_out
+        )
         # ONNX Runtime runs on the CPU, with a warning, where the provider that was asked for cannot start.
         if (found := self._session.get_providers()[0]) != _PROVIDERS[device]:
             raise BackendError(

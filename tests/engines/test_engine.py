@@ -279,7 +279,7 @@ def test_onnxruntime_never_falls_back_silently(toy: Any, monkeypatch: pytest.Mon
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession
 
-    def without_driver(path: Path, options: Any, providers: list[str]) -> Any:
+    def without_driver(path: Path, options: Any, providers: list[str], **_: Any) -> Any:
         assert providers == ["CUDAExecutionProvider"]
         return session(path, options, providers=["CPUExecutionProvider"])
 

@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from lsast_engines.bundle import Bundle
+from lsast_engines import onnxruntime as backend
+from lsast_engines.bundle import NULL_STYLE, Bundle
+from lsast_engines.engine import open_engine
 from lsast_export import exporter, reference
 from lsast_export.bake import bake_null_style, bake_style
-from lsast_export.exporter import ExportOptions, export_bundle
+from lsast_export.exporter import WEIGHTS, ExportOptions, export_bundle
 from lsast_export.parity import ParityPlan
 from lsast_export.progress import Countdown, peak_rss
 from lsast_export.reference import draw_inputs, run_torch
@@ -132,3 +135,30 @@ def test_peak_memory_is_the_high_water_mark_of_the_kernel() -> None:
     peak = peak_rss()
     assert peak is not None
     assert abs(peak - int(kilobytes) * 1024) < 32 << 20
+
+
+def test_large_half_weights_stay_in_their_file(bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    bundle = bundles["fp16"]
+    stored = load_file(bundle.path / WEIGHTS)
+    baked = load_file(bundle.path / NULL_STYLE)
+    halves = sum(t.nbytes for t in (*stored.values(), *baked.values()) if t.dtype == torch.float16)
+    assert backend.half_bytes(bundle.path) == halves > 0
+
+    left_out = []
+    real = onnxruntime.InferenceSession
+
+    def session(*arguments: Any, **named: Any) -> Any:
+        left_out.append(named["disabled_optimizers"])
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    latent = np.random.default_rng(0).standard_normal((1, 4, 8, 16), dtype=np.float32)
+    images = []
+    for limit in (backend.EXPANDED_LIMIT, halves - 1):
+        monkeypatch.setattr(backend, "EXPANDED_LIMIT", limit)
+        spec = bundle.manifest.graphs["decoder"]
+        with contextlib.closing(open_engine(bundle.graph_path("decoder"), spec, "onnxruntime")) as engine:
+            images.append(engine({"latent": latent})["image"].copy())
+    assert left_out == [[], ["ConstantFolding"]]
+    np.testing.assert_allclose(images[1], images[0], atol=1e-5)
