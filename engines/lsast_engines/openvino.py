@@ -58,7 +58,7 @@ class OpenVinoEngine(CheckedEngine):
         config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _HINTS[arithmetic], "PERFORMANCE_HINT": "LATENCY"}
         if threads is not None and device == "cpu":
             config["INFERENCE_NUM_THREADS"] = threads
-        if device == "cpu" and half_bytes(path.parent) > EXPANDED_LIMIT:
+        if device == "cpu" and half_bytes(path.parent, "F16", "BF16") > EXPANDED_LIMIT:
             _log.warning(
                 "OpenVINO expands the half-precision weights of %s to float32 twice over while it opens them; "
                 "export the bundle with --precision fp32 for a third less memory, or take onnxruntime",

@@ -139,11 +139,11 @@ def test_peak_memory_is_the_high_water_mark_of_the_kernel() -> None:
 
 def test_large_half_weights_stay_in_their_file(bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    bundle = bundles["fp16"]
-    stored = load_file(bundle.path / WEIGHTS)
-    baked = load_file(bundle.path / NULL_STYLE)
-    halves = sum(t.nbytes for t in (*stored.values(), *baked.values()) if t.dtype == torch.float16)
-    assert backend.half_bytes(bundle.path) == halves > 0
+    bundle = bundles["bf16"]
+    halves = sum(t.nbytes for t in load_file(bundle.path / WEIGHTS).values() if t.dtype == torch.bfloat16)
+    baked = sum(t.nbytes for t in load_file(bundle.path / NULL_STYLE).values())  # fp16
+    assert backend.half_bytes(bundle.path, "BF16") == halves > 0
+    assert backend.half_bytes(bundle.path, "BF16", "F16") == halves + baked
 
     left_out = []
     real = onnxruntime.InferenceSession
