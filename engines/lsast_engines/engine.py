@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from .errors import BackendError, MissingExtraError, UsageError, fault_list
 from .spec import GraphSpec, TensorSpec
+from .unpacked import unpacked_graph
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -228,6 +229,7 @@ def open_engine(
     device: str = "auto",
     threads: int | None = None,
     arithmetic: Arithmetic = "fp32",
+    cache: Path | None = None,
 ) -> Engine:
     """Load a graph.
 
@@ -238,6 +240,7 @@ def open_engine(
         device: ``cpu``, ``cuda``, …, or ``auto``: the CPU.
         threads: CPU threads; None leaves it to the backend.
         arithmetic: what to compute in; OpenVINO alone has a choice, and only of what the device has.
+        cache: where large weights of 16 bits are unpacked; None is the user's cache folder (`unpacked`).
 
     Raises:
         UsageError: fewer threads than 1, or an unknown arithmetic.
@@ -254,7 +257,9 @@ def open_engine(
         raise BackendError(f"found no graph file {path}; export the bundle again")
     _, engine = _backend(backend)
     try:
-        return engine(path, spec, device, threads, arithmetic)
+        # ONNX Runtime reads bf16 from the file as it goes; fp16, and OpenVINO either, would double in memory.
+        kinds = ("F16",) if backend == "onnxruntime" else ("F16", "BF16")
+        return engine(unpacked_graph(path, cache, kinds), spec, device, threads, arithmetic)
     except (BackendError, MemoryError):
         raise
     except Exception as error:

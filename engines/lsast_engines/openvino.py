@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 from pathlib import Path
 from typing import Any
 
 from .engine import Arithmetic, Array, CheckedEngine, check_interface
 from .errors import BackendError
 from .mapped import MappedFiles
-from .onnxruntime import EXPANDED_LIMIT, half_bytes
 from .spec import GraphSpec
-
-_log = logging.getLogger("lsast.openvino")
 
 _HINTS: dict[Arithmetic, str] = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
@@ -58,12 +54,6 @@ class OpenVinoEngine(CheckedEngine):
         config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _HINTS[arithmetic], "PERFORMANCE_HINT": "LATENCY"}
         if threads is not None and device == "cpu":
             config["INFERENCE_NUM_THREADS"] = threads
-        if device == "cpu" and half_bytes(path.parent, "F16", "BF16") > EXPANDED_LIMIT:
-            _log.warning(
-                "OpenVINO expands the half-precision weights of %s to float32 twice over while it opens them; "
-                "export the bundle with --precision fp32 for a third less memory, or take onnxruntime",
-                path.parent,
-            )
         with self._mapped.released():
             self._compiled: Any = core.compile_model(model, device.upper(), config)
             self._request: Any = self._compiled.create_infer_request()

@@ -139,7 +139,8 @@ def export_bundle(
         specs = {name: graph.spec for name, graph in traced.items()}
         paths = {name: folder / f"{name}.onnx" for name in traced}
         plan = options.plan or plan_for(stored)
-        figures = measure_parity(stored, paths, specs, plan, options.backend, progress=progress)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.unpacked.") as cache:
+            figures = measure_parity(stored, paths, specs, plan, options.backend, progress=progress, cache=Path(cache))
         _log.info("parity: %s", figures)
         require_parity(figures, plan.tolerance)
         names = [style.name for style in baked]

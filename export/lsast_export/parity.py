@@ -89,6 +89,7 @@ def measure_parity(
     backend: str = "onnxruntime",
     device: str = "auto",
     progress: Progress = silent,
+    cache: Path | None = None,
 ) -> dict[str, float]:
     """The largest relative error of each graph and of the denoising loop, over all cases of `plan`.
 
@@ -100,6 +101,7 @@ def measure_parity(
         backend: see `lsast_engines.engine.open_engine`.
         device: likewise.
         progress: told each phase, and how long the loops will take.
+        cache: see `lsast_engines.engine.open_engine`.
 
     Raises:
         BackendError: a graph cannot be loaded or run.
@@ -118,7 +120,7 @@ def measure_parity(
     @contextmanager
     def opened(name: str) -> Iterator[Engine]:
         progress(f"comparing {name} on {backend}")
-        with closing(open_engine(graphs[name], specs[name], backend, device)) as engine:
+        with closing(open_engine(graphs[name], specs[name], backend, device, cache=cache)) as engine:
             yield engine
 
     with opened(ENCODER) as engine:

@@ -1,0 +1,237 @@
+"""Large weights of 16 bits, unpacked to float32 in a file that backends map.
+
+A bundle in fp16 or bf16 is computed in float32. OpenVINO (and ONNX Runtime for fp16; bf16 it can take from the file)
+makes float32 constants of 16-bit weights in memory, and then packed copies of those: a Stable Diffusion 1.5 at 512 x
+512 takes 12.0 GB (9.0 GB), instead of 6.9 from a bundle in fp32. So the weights are unpacked once, a tensor at a time,
+into a float32 file in the cache folder, and the graph is rewritten to what it would be over that file: without casts,
+other offsets. Weights below `LARGE` are left to the backend.
+
+Graphs are protocol buffers (onnx/onnx.proto); the runtime has no onnx library, and the few fields that change are
+rewritten here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import BackendError
+from .files import replace_file
+
+LARGE = 1 << 30
+"""Bytes of a weight file from which it is worth it."""
+
+WEIGHTS = "base.safetensors"
+"""The file of all weights of a bundle."""
+
+_HALVES = {"F16": 10, "BF16": 16}
+"""16-bit types by safetensors' name, with their number in ONNX."""
+_FLOAT = 1
+_LENGTH = 2  # wire type of texts, bytes and messages
+_log = logging.getLogger("lsast.unpacked")
+
+
+def unpacked_graph(path: Path, cache: Path | None = None, kinds: tuple[str, ...] = ("F16", "BF16")) -> Path:
+    """The graph to open in the place of `path`: itself, or one over unpacked weights.
+
+    Args:
+        path: an ONNX file of a bundle.
+        cache: folder for what is unpacked; None is ``unpacked`` in ``$LSAST_HOME``, without LSAST_HOME in
+            ``lsast`` of the XDG cache folder.
+        kinds: 16-bit types to unpack; weights of others are left alone.
+
+    Raises:
+        BackendError: the folder's disk has no room for the weights.
+    """
+    weights = path.parent / WEIGHTS
+    if not weights.is_file() or weights.stat().st_size < LARGE:
+        return path
+    slots = _slots(weights)
+    if not any(slot.dtype in kinds for slot in slots.values()):
+        return path
+    folder = (cache or _cache()) / _key(weights)
+    target = folder / WEIGHTS
+    if not target.is_file():
+        _unpack(weights, slots, target)
+    moved = {old.begin: new for old, new in zip(slots.values(), _slots(target).values(), strict=True)}
+    with replace_file(folder / path.name) as handle:
+        handle.write(_rewritten(path.read_bytes(), moved))
+    return folder / path.name
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where a tensor lies in a safetensors file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    """First byte, from the beginning of the file."""
+    length: int
+
+
+def _slots(path: Path) -> dict[str, _Slot]:
+    """The tensors of a safetensors file in the order in which they lie there."""
+    with path.open("rb") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(size))
+    slots = {
+        name: _Slot(entry["dtype"], tuple(entry["shape"]), 8 + size + begin, end - begin)
+        for name, entry in header.items()
+        if name != "__metadata__"
+        for begin, end in [entry["data_offsets"]]
+    }
+    return dict(sorted(slots.items(), key=lambda item: item[1].begin))
+
+
+def _cache() -> Path:
+    if home := os.environ.get("LSAST_HOME"):
+        return Path(home).expanduser() / "unpacked"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lsast" / "unpacked"
+
+
+def _key(weights: Path) -> str:
+    """A name for what `weights` holds that costs no reading of it."""
+    facts = weights.stat()
+    return hashlib.sha256(f"{weights.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode()).hexdigest()[:16]
+
+
+def _unpack(weights: Path, slots: dict[str, _Slot], target: Path) -> None:
+    header: dict[str, Any] = {}
+    end = 0
+    for name, slot in slots.items():
+        half = slot.dtype in _HALVES
+        begin, end = end, end + slot.length * (2 if half else 1)
+        header[name] = {"dtype": "F32" if half else slot.dtype, "shape": slot.shape, "data_offsets": [begin, end]}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(target.parent).free) < end:
+        raise BackendError(
+            f"found {free / 1e9:.1f} GB free at {target.parent}; expected {end / 1e9:.1f} GB to unpack {weights}: make "
+            "room, set LSAST_HOME to a folder with room, or export the bundle in fp32"
+        )
+    _log.warning(
+        "unpacking %s to %s: %.1f GB, once; delete that folder to have the room back", weights, target.parent, end / 1e9
+    )
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with weights.open("rb") as source, replace_file(target) as handle:
+        handle.write(len(text).to_bytes(8, "little") + text)
+        for slot in slots.values():
+            source.seek(slot.begin)
+            handle.write(_widened(source.read(slot.length), slot.dtype))
+
+
+def _widened(data: bytes, dtype: str) -> bytes:
+    """Values of `dtype` as float32, if they have 16 bits."""
+    if dtype == "F16":
+        return np.frombuffer(data, np.float16).astype(np.float32).tobytes()
+    if dtype == "BF16":  # the upper half of a float32
+        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).tobytes()
+    return data
+
+
+def _rewritten(model: bytes, moved: dict[int, _Slot]) -> bytes:
+    """A serialized ModelProto over the unpacked weights; `moved` gives the new slot by the old first byte."""
+    result = []
+    for number, _, value, raw in _fields(model):
+        result.append(_message(7, _graph(value, moved)) if number == 7 else raw)
+    return b"".join(result)
+
+
+def _graph(graph: bytes, moved: dict[int, _Slot]) -> bytes:
+    """A GraphProto: 16-bit initializers become the outputs of their casts, which go."""
+    halves = set()
+    for number, _, value, _ in _fields(graph):
+        if number == 5:
+            tensor = _first(value)
+            if tensor.get(2) in _HALVES.values() and tensor.get(14) == 1:  # data_type; data_location: external
+                halves.add(bytes(tensor[8]))
+    names, result = {}, []
+    for number, _, value, raw in _fields(graph):
+        if number == 1 and _first(value).get(4) == b"Cast" and (source := _first(value)[1]) in halves:
+            names[source] = _first(value)[2]
+        elif number != 5:
+            result.append(raw)
+    for number, _, value, _ in _fields(graph):
+        if number == 5:
+            result.append(_message(5, _initializer(value, moved, names)))
+    return b"".join(result)
+
+
+def _initializer(tensor: bytes, moved: dict[int, _Slot], names: dict[bytes, bytes]) -> bytes:
+    """A TensorProto; one that lies in the weight file is pointed to its new place there."""
+    place = {bytes(_first(v)[1]): bytes(_first(v)[2]) for number, _, v, _ in _fields(tensor) if number == 13}
+    if place.get(b"location") != WEIGHTS.encode():
+        return tensor
+    slot = moved[int(place[b"offset"])]
+    result = []
+    for number, _, value, raw in _fields(tensor):
+        if number == 2:
+            result.append(_varint(2 << 3) + _varint(_FLOAT if value in _HALVES.values() else value))
+        elif number == 8:
+            result.append(_message(8, names.get(value, value)))
+        elif number != 13:
+            result.append(raw)
+    entries = {b"location": WEIGHTS.encode(), b"offset": b"%d" % slot.begin, b"length": b"%d" % slot.length}
+    result += [_message(13, _message(1, key) + _message(2, text)) for key, text in entries.items()]
+    return b"".join(result)
+
+
+def _first(message: bytes) -> dict[int, Any]:
+    """The first value of each field."""
+    found: dict[int, Any] = {}
+    for number, _, value, _ in _fields(message):
+        found.setdefault(number, value)
+    return found
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int, Any, bytes]]:
+    """Number, wire type, value and raw bytes of every field (protobuf.dev/programming-guides/encoding)."""
+    position = 0
+    while position < len(message):
+        begin = position
+        key, position = _read_varint(message, position)
+        wire = key & 7
+        value: Any
+        if wire == 0:
+            value, position = _read_varint(message, position)
+        else:
+            if wire == _LENGTH:
+                size, position = _read_varint(message, position)
+            else:
+                size = {1: 8, 5: 4}[wire]
+            value, position = message[position : position + size], position + size
+        yield key >> 3, wire, value, message[begin:position]
+
+
+def _read_varint(data: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[position]
+        position += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, position
+        shift += 7
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _message(number: int, content: bytes) -> bytes:
+    return _varint(number << 3 | _LENGTH) + _varint(len(content)) + content

@@ -1,0 +1,111 @@
+"""Weights of 16 bits unpacked for the backends, as onnx and safetensors read the result."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lsast_engines import unpacked
+from lsast_engines.bundle import Bundle
+from lsast_engines.engine import open_engine
+from lsast_engines.errors import BackendError
+from lsast_engines.unpacked import unpacked_graph
+from lsast_export.graphs import GRAPHS
+
+Run = Callable[..., dict[str, np.ndarray]]
+Feeds = Callable[..., dict[str, np.ndarray]]
+
+
+@pytest.fixture
+def _all_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unpacked, "LARGE", 0)
+
+
+@pytest.mark.usefixtures("_all_are_large")
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_graphs_and_weights_are_those_of_a_float32_bundle(
+    bundles: dict[str, Bundle], tmp_path: Path, precision: str
+) -> None:
+    bundle = bundles[precision]
+    stored = load_file(bundle.path / "base.safetensors")
+    for name in GRAPHS:
+        path = unpacked_graph(bundle.graph_path(name), tmp_path)
+        assert path.is_relative_to(tmp_path)
+        onnx.checker.check_model(str(path), full_check=True)
+        model, fp32 = onnx.load(path), onnx.load(bundles["fp32"].graph_path(name), load_external_data=False)
+        # The casts are gone: the very nodes of the float32 bundle's graph, up to the names of weights.
+        plain = [(node.op_type, len(node.input), list(node.output)) for node in fp32.graph.node]
+        assert [(node.op_type, len(node.input), list(node.output)) for node in model.graph.node] == plain
+        values = {tensor.name: tensor for tensor in model.graph.initializer}
+        external = [t.name for t in fp32.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+        assert external
+        for key in external:
+            tensor = values[f"{key}/float32"]
+            assert tensor.data_type == onnx.TensorProto.FLOAT
+            np.testing.assert_array_equal(onnx.numpy_helper.to_array(tensor), stored[key].float().numpy())
+    wide = load_file(path.parent / "base.safetensors")
+    assert wide.keys() == stored.keys()
+    assert all(torch.equal(wide[key], stored[key].float()) for key in stored)
+
+
+@pytest.mark.usefixtures("_all_are_large")
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_engines_compute_the_same(
+    bundles: dict[str, Bundle], run: Run, feeds: Feeds, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, backend: str
+) -> None:
+    pytest.importorskip(backend)
+    bundle = bundles["bf16"]
+    inputs = feeds(bundle, 1, 2, 8, 8)
+    spec = bundle.manifest.graphs["denoiser"]
+    with closing(open_engine(bundle.graph_path("denoiser"), spec, backend, threads=1, cache=tmp_path)) as engine:
+        found = engine(inputs)["eps"].copy()
+    monkeypatch.setattr(unpacked, "LARGE", 1 << 40)
+    expected = run(bundle, "denoiser", backend, **inputs)["eps"]
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_small_and_float32_weights_are_left_alone(
+    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = bundles["fp16"].graph_path("hint")
+    assert unpacked_graph(path, tmp_path) == path
+    monkeypatch.setattr(unpacked, "LARGE", 0)
+    path = bundles["fp32"].graph_path("hint")
+    assert unpacked_graph(path, tmp_path) == path
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("_all_are_large")
+def test_weights_are_unpacked_once_and_anew_when_they_change(
+    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(bundles["bf16"].path, tmp_path / "copy"))
+    monkeypatch.setenv("LSAST_HOME", str(tmp_path / "home"))
+    first = unpacked_graph(copy / "hint.onnx")
+    assert first.is_relative_to(tmp_path / "home" / "unpacked")
+    inode = (first.parent / "base.safetensors").stat().st_ino
+    second = unpacked_graph(copy / "encoder.onnx")
+    assert (second.parent, (second.parent / "base.safetensors").stat().st_ino) == (first.parent, inode)
+    shutil.copytree(bundles["fp16"].path, copy, dirs_exist_ok=True)  # the bundle is replaced
+    assert unpacked_graph(copy / "hint.onnx").parent != first.parent
+
+
+@pytest.mark.usefixtures("_all_are_large")
+def test_no_room_is_said_before_anything_is_written(
+    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    usage: Any = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1000))
+    with pytest.raises(BackendError, match=r"found 0\.0 GB free at .*; expected .* or export the bundle in fp32"):
+        unpacked_graph(bundles["fp16"].graph_path("hint"), tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))
