@@ -66,18 +66,26 @@ def test_shares_weigh_labels_and_small_pictures_are_left_out_of_large_windows(ca
     data = LatentDataset(cache)
     only_red = next(data.batches(64, 16, np.random.default_rng(0), {"blue": 0.0}))
     assert set(only_red.labels.tolist()) == {1}
-    large = [i for i in data.train if min(data._latents[i].shape[1:]) >= 34]
+    large = [i for i in data.train if min(data._latents[i].shape[1:]) >= 64]
     assert 0 < len(large) < len(data.train)
-    windows = data.batches(32, 34, np.random.default_rng(0), {})
-    assert next(windows).latents.shape == (32, 4, 34, 34)
+    windows = data.batches(32, 64, np.random.default_rng(0), {})
+    assert next(windows).latents.shape == (32, 4, 64, 64)
 
 
-def test_fitting_bounds_both_sides() -> None:
-    for shape in [(100, 100), (300, 420), (1000, 900), (256, 2000)]:
-        fitted = fit_picture(np.zeros((*shape, 3), np.uint8)).shape
-        assert all(n % 8 == 0 for n in fitted[:2])
-        assert 256 <= min(fitted[:2]) <= 384
-        assert max(fitted[:2]) <= 2 * min(fitted[:2])
+@pytest.mark.parametrize(("shape", "fitted"), [
+    ((100, 100), (512, 512)),
+    ((300, 420), (432, 608)),  # 512² pixels at 1.4:1 are 432.7 by 605.8
+    ((1000, 900), (536, 488)),
+    ((256, 2000), (360, 728)),  # 2:1 at most: 362 by 724
+])  # fmt: skip
+def test_pictures_are_brought_to_512_squared_pixels(shape: tuple[int, int], fitted: tuple[int, int]) -> None:
+    assert fit_picture(np.zeros((*shape, 3), np.uint8)).shape == (*fitted, 3)
+
+
+def test_long_pictures_lose_their_ends_and_keep_their_middle() -> None:
+    rgb = np.zeros((100, 400, 3), np.uint8)
+    rgb[:, 100:300] = 200
+    assert fit_picture(rgb).min() == 200
 
 
 def test_a_missing_cache_says_how_to_make_one(tmp_path: Path) -> None:

@@ -113,6 +113,16 @@ def test_small_paintings_are_enlarged_to_the_training_size(tmp_path: Path) -> No
         assert painting.pixels.shape == (128, 140, 3)
 
 
+def test_small_training_pictures_are_cut_from_paintings_at_the_scale_that_the_base_paints_at(tmp_path: Path) -> None:
+    for index in range(2):
+        Image.fromarray(_gradient(96, 120) + np.uint8(index)).save(tmp_path / f"{index}.png")
+    for painting in Collection.load(tmp_path, 64, painted=128, progress=False).training:
+        assert painting.pixels.shape == (128, 160, 3)
+        assert view(painting, 64, torch.Generator().manual_seed(0)).shape == (64, 64, 3)
+    for painting in Collection.load(tmp_path, 64, "squash", painted=128, progress=False).training:
+        assert painting.pixels.shape == (64, 64, 3)
+
+
 def test_too_few_pictures_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PictureError, match="found no folder"):
         Collection.load(tmp_path / "nowhere", 64, progress=False)

@@ -157,7 +157,7 @@ def _learn(
             base = load_base(BaseSource(**source))
             if options.precision == "bf16":
                 round_unet(base)
-            collection = Collection.load(images, options.size, options.crop, progress=main)
+            collection = Collection.load(images, options.size, options.crop, base.facts.size, progress=main)
             outcome = Inversion(base, collection, options, style, folder, licence, resume).run()
     finally:
         logger.removeHandler(handler)

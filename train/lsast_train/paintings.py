@@ -31,8 +31,8 @@ SMALLEST = 64
 """Pictures with a shorter side below this many pixels are left out: enlarged, they would only teach blur."""
 
 LARGEST_SCALE = 1.5
-"""Larger paintings are reduced until their shorter side is this many times the training size, so that a crop shows
-a good part of the painting and not a few hairs of the brush."""
+"""Larger paintings are reduced until their shorter side is this many times the size the base paints at, so that a touch
+of the brush is as large in training as it will be in a painting."""
 
 HELD_OUT_SHARE = 0.125
 """Part of the paintings that training never sees."""
@@ -60,13 +60,17 @@ class Collection:
     """SHA-256 of the split and of all pixels; tells whether a resumed run sees the same paintings."""
 
     @classmethod
-    def load(cls, folder: Path, size: int, crop: Crop = "random", progress: bool = True) -> Collection:
+    def load(
+        cls, folder: Path, size: int, crop: Crop = "random", painted: int = 0, progress: bool = True
+    ) -> Collection:
         """Read every picture under `folder`.
 
         Args:
             folder: searched at any depth.
             size: side of a training picture in pixels.
             crop: what `view` will do; decides the size at which paintings are held.
+            painted: side in pixels that the base paints at; paintings are held at that scale, so that a smaller
+                training picture is a part of one and no miniature of it. At least `size`.
             progress: show a bar on stderr.
 
         Raises:
@@ -94,7 +98,7 @@ class Collection:
             if twin != name:
                 left_out.append(f"{name} (same as {twin})")
                 continue
-            paintings.append(Painting(name, _fit(pixels, size, crop)))
+            paintings.append(Painting(name, _fit(pixels, size if crop == "squash" else max(size, painted), crop)))
         if left_out:
             more = f" and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
             log.warning(

@@ -17,7 +17,6 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny
-from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -27,7 +26,7 @@ from lsast_engines.pictures import find_pictures, read_picture
 
 from ..checkpoint import load_checkpoint, save_checkpoint
 from .autoencoder import MiniAutoencoder
-from .dataset import is_held_out
+from .dataset import PAINTED_SIDE, fit_picture, is_held_out
 
 log = logging.getLogger("lsast.train.mini")
 
@@ -62,7 +61,7 @@ def load_teacher(folder: Path) -> AutoencoderTiny:
 
 
 class Crops:
-    """Random crops of pictures, read again each time, at a random scale."""
+    """Random crops of pictures, read again each time, at about the scale that mini paints at."""
 
     def __init__(self, folders: list[Path], side: int) -> None:
         paths = [path for folder in folders for path in find_pictures(folder)]
@@ -79,10 +78,9 @@ class Crops:
                 rgb = read_picture(paths[rng.integers(len(paths))]).rgb
             except PictureError:
                 continue
-            short = min(rgb.shape[:2])
-            scale = max(self.side / short, rng.uniform(0.5, 1.0))
-            size = tuple(max(self.side, round(n * scale)) for n in (rgb.shape[1], rgb.shape[0]))
-            rgb = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.LANCZOS))
+            rgb = fit_picture(rgb, PAINTED_SIDE * rng.uniform(0.85, 1.2))
+            if min(rgb.shape[:2]) < self.side:
+                continue
             y, x = (rng.integers(0, n - self.side + 1) for n in rgb.shape[:2])
             crop = rgb[y : y + self.side, x : x + self.side]
             crops.append(crop[:, ::-1] if rng.random() < 0.5 else crop)

@@ -119,10 +119,10 @@ def mini(
         train_autoencoder(base.autoencoder, taesd, crops, options, out, resume)
         if sharpening_steps:
             second = SharpeningOptions(steps=sharpening_steps, seed=seed)
-            sharpen_autoencoder(base.autoencoder, taesd, crops, second, out, resume)
+            sharpen_autoencoder(base.autoencoder, crops, second, out, resume)
     cache = out / "latents.safetensors"
     if not (resume and cache.exists()):
-        build_cache(folders, taesd.encoder, cache)
+        build_cache(folders, base.autoencoder.encoder, cache)
     data = LatentDataset(cache)
     train_base(base, data, BaseTrainingOptions(steps=steps, side=side, share=shares, seed=seed), out, resume)
     base.facts = replace(

@@ -1,4 +1,4 @@
-"""The latent cache that mini is trained from: whole pictures, encoded once by a teacher autoencoder.
+"""The latent cache that mini is trained from: whole pictures, encoded once at the size that mini paints at.
 
 Encoding costs far more than a training step, so every picture is encoded once, at one size, and training crops
 windows out of the cached latents. The edges are cached beside them as packed bits, so that a window of latents
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,10 @@ from lsast_engines.pictures import edge_map, find_pictures, read_picture
 
 log = logging.getLogger("lsast.train.mini")
 
-SHORT_SIDE = (256, 384)
-"""Shorter side of a cached picture in pixels: smaller pictures are enlarged to the first, larger ones reduced."""
+PAINTED_SIDE = 512
+"""Pictures are cached with about this number of pixels squared, the size that mini paints at. A work of 300 pixels is
+enlarged: at its own size its touch is finer than the autoencoder can carry, and a base that was trained there paints
+pictures of 512² without any."""
 
 SMALLEST = 96
 """Pictures with a shorter side below this many pixels are left out: enlarged, they would only teach blur."""
@@ -54,19 +57,16 @@ def is_held_out(name: str, share: float = 0.04) -> bool:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") < share * 2**32
 
 
-def fit_picture(rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Resize to a shorter side within `SHORT_SIDE`, then crop the centre to multiples of 8 and at most 2:1."""
-    height, width = rgb.shape[:2]
-    short = min(height, width)
-    scale = min(max(short, SHORT_SIDE[0]), SHORT_SIDE[1]) / short
-    size = (max(round(width * scale), SHORT_SIDE[0]), max(round(height * scale), SHORT_SIDE[0]))
-    if scale != 1:
-        rgb = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.LANCZOS))
+def fit_picture(rgb: npt.NDArray[np.uint8], side: float = PAINTED_SIDE) -> npt.NDArray[np.uint8]:
+    """Crop the centre to at most 2:1 and resize to about side² pixels, in multiples of 8: [H, W, 3] → [h, w, 3]."""
     height, width = rgb.shape[:2]
     limit = 2 * min(height, width)
-    new_h, new_w = min(height, limit) // 8 * 8, min(width, limit) // 8 * 8
-    top, left = (height - new_h) // 2, (width - new_w) // 2
-    return np.ascontiguousarray(rgb[top : top + new_h, left : left + new_w])
+    cut_h, cut_w = min(height, limit), min(width, limit)
+    top, left = (height - cut_h) // 2, (width - cut_w) // 2
+    rgb = rgb[top : top + cut_h, left : left + cut_w]
+    scale = side / math.sqrt(cut_h * cut_w)
+    size = (max(round(cut_w * scale / 8), 1) * 8, max(round(cut_h * scale / 8), 1) * 8)
+    return np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.LANCZOS))
 
 
 def build_cache(folders: list[Path], encoder: torch.nn.Module, out: Path) -> None:
