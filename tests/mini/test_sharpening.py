@@ -98,13 +98,19 @@ def test_it_goes_on_from_a_checkpoint_and_learns(picture_folders: list[Path], tm
     after = evaluate_sharpness(autoencoder, first, held_out)
     assert after["psnr"] > before["psnr"] + 2
     assert after["latent_shift"] > 0
+    decoder = [value.clone() for value in autoencoder.decoder.parameters()]
+    encoder = {name: value.clone() for name, value in autoencoder.encoder.state_dict().items()}
+    longer = replace(TINY, steps=TINY.steps + 3, encoder_steps=TINY.steps)
+    sharpen_autoencoder(autoencoder, crops, longer, tmp_path, resume=True)
+    assert all(torch.equal(value, encoder[name]) for name, value in autoencoder.encoder.state_dict().items())
+    assert not all(torch.equal(a, b) for a, b in zip(autoencoder.decoder.parameters(), decoder, strict=True))
     again = student()
-    sharpen_autoencoder(again, crops, TINY, tmp_path, resume=True)  # no step is left
+    sharpen_autoencoder(again, crops, longer, tmp_path, resume=True)  # no step is left
     for a, b in zip(autoencoder.state_dict().values(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     stored = load_file(tmp_path / "sharpening.checkpoint.safetensors")
     assert any(key.startswith("critic.") for key in stored)
-    assert json.loads((tmp_path / "sharpening.log.json").read_text())["history"][-1]["step"] == TINY.steps
+    assert json.loads((tmp_path / "sharpening.log.json").read_text())["history"][-1]["step"] == longer.steps
 
 
 def test_gradient_energy_of_the_picture_itself_is_one() -> None:

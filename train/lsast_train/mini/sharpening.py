@@ -39,8 +39,11 @@ log = logging.getLogger("lsast.train.mini")
 class SharpeningOptions:
     """Every knob of the second phase."""
 
-    steps: int = 4000
+    steps: int = 8000
     """Optimiser steps in all; the last third decays the learning rates to zero."""
+    encoder_steps: int = 2600
+    """Steps in which the encoder learns too. Then the latent space stands, the cache can be made from it and the base
+    trained in it, while the decoder, most of the work and all of the touch, goes on."""
     batch: int = 8
     crops: int = 4000
     """Crops that are cut once and kept in memory."""
@@ -165,9 +168,13 @@ def sharpen_autoencoder(
         if torch.rand((), generator=generator) < 0.5:
             images = images.flip(-1)
         images = images.contiguous(memory_format=torch.channels_last)
+        whole = step < options.encoder_steps
+        student.encoder.requires_grad_(whole)
         losses = _losses(student, first, critic, images, options, generator, listening=step >= options.warmup)
         optimizer.zero_grad(set_to_none=True)
-        losses.pop("student").backward(inputs=weights, retain_graph=True)
+        losses.pop("student").backward(
+            inputs=weights if whole else list(student.decoder.parameters()), retain_graph=True
+        )
         losses.pop("critic").backward(inputs=list(critic.parameters()))
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
