@@ -1,0 +1,117 @@
+"""Strength, guidance and control on a grid: what each combination costs in content and gives in style, and how it looks.
+
+    pip install '.[cpu,eval]'
+    python benchmarks/options_grid.py --contents DIR --paintings DIR --photos DIR --out DIR --artist vincent-van-gogh \
+        --style vangogh --strength 0.6 --strength 0.8 --guidance 2 --guidance 4 --control 1 --show lighthouse.jpg
+
+Prints deception, edge F1 and the perceptual distance to the content of every combination, as `lsast-eval` has them, and
+writes `OUT/STYLE.jpg`: one picture in all combinations, strength down, guidance across, a block for each control.
+Paintings that are there already are kept.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import click
+from machine import describe
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+import lsast
+from lsast_engines.pictures import find_pictures
+from lsast_eval import EvalOptions, evaluate
+
+MIXED = ("various-masters", "various-styles")
+CELL = 240
+
+
+@click.command()
+@click.option("--contents", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--every", default=1, show_default=True, help="Take every n-th content.")
+@click.option("--paintings", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--photos", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path))
+@click.option("--artist", required=True, help="Folder of --paintings.")
+@click.option("--style", required=True)
+@click.option("--bundle")
+@click.option("--strength", "strengths", multiple=True, type=float, required=True)
+@click.option("--guidance", "guidances", multiple=True, type=float, required=True)
+@click.option("--control", "controls", multiple=True, type=float, required=True)
+@click.option("--show", type=click.Path(exists=True, path_type=Path), help="Picture of the sheet.")
+@click.option("--threads", type=int)
+def main(
+    contents: Path,
+    every: int,
+    paintings: Path,
+    photos: Path,
+    out: Path,
+    artist: str,
+    style: str,
+    bundle: str | None,
+    strengths: tuple[float, ...],
+    guidances: tuple[float, ...],
+    controls: tuple[float, ...],
+    show: Path | None,
+    threads: int | None,
+) -> None:
+    """Paint, score and show the grid."""
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = find_pictures(contents)[::every]
+    linked = out / "contents"
+    linked.mkdir(exist_ok=True)
+    for path in chosen:
+        if not (linked / path.name).exists():
+            (linked / path.name).symlink_to(path.resolve())
+    grid = list(product(controls, strengths, guidances))
+    names = {point: "control {:g}, strength {:g}, guidance {:g}".format(*point) for point in grid}
+    folders = {names[point]: out / style / names[point].replace(", ", "_").replace(" ", "") for point in grid}
+    cells = {}
+    with lsast.load(bundle, threads=threads) as stylizer:
+        for point in tqdm(grid, desc="grid", unit="point"):
+            control, strength, guidance = point
+            knobs = {"control": control, "strength": strength, "guidance": guidance}
+            folder = folders[names[point]]
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in chosen:
+                target = folder / f"{path.stem}.png"
+                if not target.exists():
+                    stylizer.stylize(path, style=style, **knobs).image.convert("RGB").save(target)
+            if show:
+                cells[point] = stylizer.stylize(show, style=style, **knobs).image.convert("RGB")
+    if show:
+        sheet(cells, controls, strengths, guidances).save(out / f"{style}.jpg", quality=88)
+    report = evaluate(
+        linked, paintings / artist, paintings, folders, artist, EvalOptions(), photos=photos, leave_out=MIXED
+    )
+    asked = ("deception", "kid", "lpips", "edge_f1")
+    metrics = [name for name in report.rows[0].scores if name.partition("[")[0] in asked]
+    click.echo(f"| {style} | {' | '.join(metrics)} |\n|---|{'---|' * len(metrics)}")
+    for row in report.rows:
+        if row.name in folders:
+            click.echo(f"| {row.name} | {' | '.join(f'{row.scores[name].value:.3f}' for name in metrics)} |")
+    click.echo(f"\nn = {len(chosen)} contents; {describe(('lsast', 'onnxruntime'))}")
+
+
+def sheet(
+    cells: dict[tuple[float, float, float], Image.Image],
+    controls: tuple[float, ...],
+    strengths: tuple[float, ...],
+    guidances: tuple[float, ...],
+) -> Image.Image:
+    """Blocks of a control side by side; in each, strength grows downwards and guidance to the right."""
+    aspect = next(iter(cells.values())).height / next(iter(cells.values())).width
+    width, height, head = CELL, round(CELL * aspect), 18
+    page = Image.new("RGB", (len(controls) * len(guidances) * width, head + len(strengths) * (height + head)), "white")
+    draw = ImageDraw.Draw(page)
+    for (control, strength, guidance), image in cells.items():
+        x = (controls.index(control) * len(guidances) + guidances.index(guidance)) * width
+        y = strengths.index(strength) * (height + head)
+        draw.text((x + 4, y + 3), f"control {control:g}  strength {strength:g}  guidance {guidance:g}", fill="black")
+        page.paste(image.resize((width - 4, height), Image.Resampling.LANCZOS), (x + 2, y + head))
+    return page
+
+
+if __name__ == "__main__":
+    main()
