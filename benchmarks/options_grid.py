@@ -1,4 +1,4 @@
-"""Strength, guidance and control on a grid: what each combination costs in content and gives in style, and how it looks.
+"""A grid of strength, guidance and control: what a combination costs in content and gives in style, and how it looks.
 
     pip install '.[cpu,eval]'
     python benchmarks/options_grid.py --contents DIR --paintings DIR --photos DIR --out DIR --artist vincent-van-gogh \
