@@ -9,6 +9,7 @@
     ├── BundleError            exit 1   a bundle that is not what its manifest says
     ├── StyleError             exit 1   a style or prompt file that is damaged or does not fit the bundle
     ├── BackendError           exit 1   a backend or device that cannot be had, or fails while running
+    ├── CancelledError         exit 130 a painting that was asked to stop
     ├── TrainingError          exit 1   training that cannot start, resume or converge
     └── ExportError            exit 1   a graph that cannot be exported
         └── ParityError        exit 1   an exported graph that does not compute what torch computes
@@ -54,6 +55,12 @@ class StyleError(LsastError):
 
 class BackendError(LsastError):
     """A backend or device that cannot be had here, or that failed while running a graph."""
+
+
+class CancelledError(LsastError):
+    """A painting that was asked to stop, and did."""
+
+    exit_code = 130
 
 
 class TrainingError(LsastError):

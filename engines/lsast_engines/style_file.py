@@ -91,6 +91,16 @@ class StyleFile:
         """The stages that are in memory."""
         return sorted(self._rows)
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of the keys and values that are in memory."""
+        return sum(tensor.nbytes for row in self._rows.values() for tensor in row)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over the checksums of all stages: equal for equal keys and values, whatever is in memory."""
+        return hashlib.sha256(json.dumps(self._digests).encode()).hexdigest()
+
     def row(self, stage: int) -> StyleRow:
         """Keys and values of one stage, 0 … stages - 1.
 

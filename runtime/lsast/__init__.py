@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lsast_engines.errors import (
         BackendError,
         BundleError,
+        CancelledError,
         LsastError,
         MissingExtraError,
         PictureError,
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
         UsageError,
     )
 
+    from .cancelling import CancelToken
     from .options import Options
+    from .provenance import Provenance
     from .result import Result
     from .stylizer import Stylizer, load
 
@@ -36,10 +39,13 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "BundleError",
+    "CancelToken",
+    "CancelledError",
     "LsastError",
     "MissingExtraError",
     "Options",
     "PictureError",
+    "Provenance",
     "Result",
     "StyleError",
     "Stylizer",
@@ -47,7 +53,14 @@ __all__ = [
     "load",
 ]
 
-_HOMES = {"Options": ".options", "Result": ".result", "Stylizer": ".stylizer", "load": ".stylizer"}
+_HOMES = {
+    "CancelToken": ".cancelling",
+    "Options": ".options",
+    "Provenance": ".provenance",
+    "Result": ".result",
+    "Stylizer": ".stylizer",
+    "load": ".stylizer",
+}
 """Where names come from that are not errors."""
 
 

@@ -60,6 +60,18 @@ class Canvas:
         """The opacity [*own] of what `cut` gives: that of the picture; None is opaque."""
         return alpha
 
+    def under(self, rgb: Pixels) -> Pixels:
+        """The picture, pixel for pixel under what `cut` gives: itself."""
+        return rgb
+
+    def inside(self, cells: tuple[int, ...]) -> tuple[slice, slice]:
+        """Rows and columns of the picture on the canvas shrunk to `cells`, with those that it fills in part."""
+        spans = []
+        for inner, outer, count in zip(self.inner, self.outer, cells, strict=True):
+            first, size = (outer - inner) // 2, outer // count
+            spans.append(slice(first // size, -(-(first + inner) // size)))
+        return spans[0], spans[1]
+
     def cut(self, painted: Pixels) -> Pixels:
         """Cut the picture out of a painted canvas [*outer, 3] and give it its own size back: [*own, 3]."""
         (height, width), (outer_height, outer_width) = self.inner, self.outer
@@ -97,6 +109,14 @@ class SquashedCanvas:
     def cover(self, alpha: Pixels | None) -> Pixels | None:
         """The opacity [side, side] of what `cut` gives: the picture's, squashed; None is opaque."""
         return None if alpha is None else _resize(alpha, (self.side, self.side))
+
+    def under(self, rgb: Pixels) -> Pixels:
+        """The picture, pixel for pixel under what `cut` gives: squashed, [side, side, 3]."""
+        return _resize(rgb, (self.side, self.side))
+
+    def inside(self, cells: tuple[int, ...]) -> tuple[slice, slice]:
+        """Rows and columns of the picture on the canvas shrunk to `cells`: all."""
+        return slice(0, cells[0]), slice(0, cells[1])
 
     def cut(self, painted: Pixels) -> Pixels:
         """The whole canvas: [side, side, 3]."""

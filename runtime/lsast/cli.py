@@ -47,6 +47,14 @@ class _Command(click.Command):
             _fail(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1)
 
 
+def _number_or_text(ctx: click.Context, param: click.Parameter, value: str | None) -> float | str | None:
+    """A number, or a text that the library reads: its errors point at the character."""
+    try:
+        return value if value is None else float(value)
+    except ValueError:
+        return value
+
+
 def _fail(message: str, status: int) -> NoReturn:
     click.echo(f"Error: {message}", err=True)
     raise click.exceptions.Exit(status)
@@ -60,11 +68,18 @@ def _fail(message: str, status: int) -> NoReturn:
 )
 @click.argument("source", metavar="IN", required=False, type=click.Path(path_type=Path))
 @click.argument("out", metavar="OUT", required=False, type=click.Path(path_type=Path))
-@click.option("--style", metavar="NAME", help="Whose hand to paint with; --list-styles names them.")
+@click.option(
+    "--style", metavar="MIX", help="Whose hand to paint with: vangogh, or vangogh:0.6+monet:0.4, vangogh@up+monet@0-4."
+)
 @click.option("--preset", metavar="NAME", help="released: paint as LSAST's code does; options given besides go first.")
 @click.option("--bundle", metavar="PATH", help="Folder or name of a bundle. [default: $LSAST_BUNDLE, else mini]")
 @click.option("--steps", type=int, help="Length of the full schedule, of which the last int(steps * strength) run.")
-@click.option("--strength", type=float, help="How far to go from the picture: above 0, up to 1.")
+@click.option(
+    "--strength",
+    metavar="NUMBER",
+    callback=_number_or_text,
+    help="How far to go from the picture: above 0, up to 1; by stage 0.7,0.4@0-2.",
+)
 @click.option("--guidance", type=float, help="How much to exaggerate the style: 1 is plain, and the quickest.")
 @click.option("--control", type=float, help="How firmly the picture's edges hold: 0 to 2.")
 @click.option("--size", type=int, help="Paint at about SIZE x SIZE pixels; 0 is the picture's own size.")
@@ -72,6 +87,9 @@ def _fail(message: str, status: int) -> NoReturn:
 @click.option("--solver", metavar="NAME", help="ddim, dpmpp2m, unipc, or released: ddim on the released code's steps.")
 @click.option("--seed", type=int, help="Seed of the noise; the same seed gives the same bytes. [default: 0]")
 @click.option("--alpha", metavar="WAY", help="Transparency: keep, or composite on white. [default: keep]")
+@click.option("--mask", metavar="PATH", type=click.Path(), help="Where to paint: white; black stays as it is.")
+@click.option("--feather", type=int, help="Pixels over which the painting fades in inside the mask. [default: 16]")
+@click.option("--keep-colour", is_flag=True, default=None, help="Keep the picture's colours; only luma is painted.")
 @click.option("--backend", metavar="NAME", default="auto", help="onnxruntime or openvino. [default: auto]")
 @click.option("--device", metavar="NAME", default="auto", help="cpu, cuda ... [default: auto]")
 @click.option("--threads", type=click.IntRange(1), help="Threads to compute with. [default: the backend's choice]")
@@ -134,7 +152,7 @@ def _paint(
     options = {**preset_options(preset), **{name: value for name, value in options.items() if value is not None}}
     with tqdm(desc="opening", unit="step", leave=False, disable=None) as bar:
 
-        def on_step(step: int, total: int) -> None:
+        def on_step(step: int, total: int, preview: object) -> None:
             bar.total = total
             bar.set_description("painting", refresh=step == 0)
             bar.update(step - bar.n)

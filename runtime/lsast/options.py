@@ -10,6 +10,9 @@ from typing import Any, Literal
 from lsast_engines.errors import UsageError, fault_list
 from lsast_engines.solvers import SOLVERS
 
+from .mixing import Mix
+from .strength import Strength
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -20,12 +23,13 @@ class Options:
     """
 
     style: str
-    """Name of a style of the bundle."""
+    """Name of a style of the bundle, or a mix of several, such as ``vangogh:0.6+monet:0.4`` (`lsast.mixing`)."""
     steps: int
     """Length of the full schedule, of which the last ``int(steps * strength)`` run (at least one): 1 to 1000, or the
     little less that the solver allows."""
-    strength: float
-    """How far the picture is pushed towards noise before it is painted back: above 0, up to 1 (all the way)."""
+    strength: float | str
+    """How far the picture is pushed towards noise before it is painted back: above 0, up to 1 (all the way). As a text
+    also by stage, such as ``0.7,0.4@0-2`` (`lsast.strength`)."""
     guidance: float
     """Classifier-free guidance, 0 to 100: 1 paints with the style alone, one pass a step; more exaggerates it."""
     control: float
@@ -41,13 +45,18 @@ class Options:
     fit: Literal["aspect", "squash"] = "aspect"
     """How the picture is brought to `size`: `aspect` keeps its aspect and gives its own size back; `squash` paints and
     gives size x size pixels, as the released code does (method.md §4.1-2); it needs a `size` other than 0."""
+    keep_colour: bool = False
+    """Keep the picture's colours: only luma is painted."""
+    feather: int = 16
+    """Pixels of the picture over which a mask's painting fades in from its border, 0 to 4096; of no use without a
+    mask."""
 
     def __post_init__(self) -> None:
-        faults = [
-            f"{name}: found {getattr(self, name)!r}; expected {expected}"
-            for name, (expected, holds) in _RULES.items()
-            if not holds(getattr(self, name))
-        ]
+        faults = [fault for name in _RULES if (fault := _fault(name, getattr(self, name)))]
+        if not faults and isinstance(self.strength, str):
+            strength = Strength.parse(self.strength)
+            # A text that is but a number is that number, in reports and in files too.
+            object.__setattr__(self, "strength", self.strength if strength.parts else strength.overall)
         if self.fit == "squash" and self.size == 0:
             faults.append("size: found 0 with fit squash; expected the side to squash to, such as 512")
         if faults:
@@ -67,6 +76,19 @@ class Options:
         return cls(**{**defaults, **{name: value for name, value in given.items() if value is not None}})
 
 
+def _fault(name: str, value: Any) -> str | None:
+    """What is wrong with the value of a field, or None."""
+    expected, holds = _RULES[name]
+    if not holds(value):
+        return f"{name}: found {value!r}; expected {expected}"
+    if isinstance(value, str) and name in _GRAMMARS:
+        try:
+            _GRAMMARS[name](value)
+        except UsageError as error:
+            return f"{name}: {error}"
+    return None
+
+
 def _whole(low: int, high: float = math.inf) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
@@ -78,7 +100,10 @@ def _number(low: float, high: float) -> Callable[[Any], bool]:
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "style": ("the name of a style", lambda value: isinstance(value, str) and value != ""),
     "steps": ("a whole number from 1 to 1000", _whole(1, 1000)),
-    "strength": ("a number above 0, up to 1", lambda value: _number(0, 1)(value) and value > 0),
+    "strength": (
+        "a number above 0, up to 1",
+        lambda value: isinstance(value, str) or (_number(0, 1)(value) and value > 0),
+    ),
     "guidance": ("a number from 0 to 100", _number(0, 100)),
     "control": ("a number from 0 to 2", _number(0, 2)),
     "size": (
@@ -89,8 +114,13 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "seed": ("a whole number, 0 or more", _whole(0)),
     "alpha": ("keep or composite", lambda value: value in ("keep", "composite")),
     "fit": ("aspect or squash", lambda value: value in ("aspect", "squash")),
+    "keep_colour": ("true or false", lambda value: isinstance(value, bool)),
+    "feather": ("a whole number from 0 to 4096", _whole(0, 4096)),
 }
 """For every field: what is expected, and whether a value is that."""
+
+_GRAMMARS: dict[str, Callable[[str], object]] = {"style": Mix.parse, "strength": Strength.parse}
+"""Fields whose texts have a grammar, and what reads it."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "released": {

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from .options import Options
+    from .provenance import Provenance
 
 _log = logging.getLogger("lsast.result")
 
@@ -40,6 +41,8 @@ class Result:
     """Wall time of every phase, in the order they ran: read, edges, encode, denoise, decode, finish."""
     options: Options
     """All options, with the bundle's defaults filled in."""
+    provenance: Provenance | None = None
+    """What the painting was made of; files carry it, so that it can be painted again (`metadata`)."""
 
     def save(self, path: str | Path) -> None:
         """Write PNG, JPEG or WebP, by the suffix: whole or not at all, over whatever file was there.

@@ -1,13 +1,15 @@
 """The sampler of LSAST: picture → latent → noise → a style's hand, step by step → picture.
 
-The four functions are the four graphs of a bundle, in the order in which one picture passes them. Symbols, after the
+The four functions are the four graphs of a bundle, in the order in which one picture passes them; the denoiser takes
+several at once. Symbols, after the
 paper and its released code: z₀ the picture's latent, z_t the latent with the noise of step t, c_s the style's keys and
 values of stage s = floor(t · stages / 1000), ε the noise that the U-Net sees in z_t, g the guidance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +21,12 @@ from lsast_engines.solvers import Solver
 from lsast_engines.style import Style
 from lsast_engines.style_file import StyleFile
 
+from .mixing import Hand
+
 Floats = npt.NDArray[np.float32]
-OnStep = Callable[[int, int], None]
-"""Called with the number of steps done and the number there are, before the first step and after each."""
+Watch = Callable[[int, int, Sequence[Floats]], None]
+"""Called before the first step and after each with the number of steps done, the number there are, and what each row's
+clean latent is taken to be, [4, h, w]."""
 
 
 class NotFiniteError(BackendError):
@@ -46,51 +51,75 @@ def encode(engine: Engine, rgb: npt.NDArray[np.uint8], scale: float, rng: np.ran
     return latent
 
 
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One picture of a batch on its way through the denoiser; every row may be painted in its own way."""
+
+    solver: Solver
+    """Takes z_t and ε to the next step's z_t; no other row's."""
+    schedule: Schedule
+    """The steps to run, with the stage of each; of all rows equally many."""
+    z0: Floats
+    """The picture's own latent, [4, h, w]."""
+    noisy: Floats
+    """The latent, noised to the schedule's first step, [4, h, w]."""
+    hint: Floats
+    """What `hint_features` gave, [C, h, w]."""
+    hand: Hand | Style | StyleFile
+    """Keys and values to paint with; of a file, only the stages that are visited are read."""
+    guidance: float
+    """g in ε = ε_null + g · (ε_style - ε_null); 1 in all rows or in none, for the null half is then not computed."""
+    share: Callable[[int], Floats | None] = lambda stage: None
+    """By stage, the painting's share in what a step takes the clean picture to be, 0 to 1, [h, w] or one for all cells;
+    None is all. With w the share, x0' = w · x0 + (1 - w) · z0, from which ε' follows. Where w is 0 every solver stays
+    on z_t = sqrt(abar) z0 + sqrt(1 - abar) noise, the picture noised, which is what RePaint (Lugmayr et al. 2022,
+    eq. 8) puts there."""
+
+
 def denoise(
-    engine: Engine,
-    solver: Solver,
-    schedule: Schedule,
-    noisy: Floats,
-    hint: Floats,
-    style: Style | StyleFile,
-    null: Style,
-    guidance: float,
-    control: float,
-    on_step: OnStep | None = None,
-) -> Floats:
-    """The denoising loop: z_t of the schedule's first step [B, 4, h, w] → z₀.
+    engine: Engine, rows: Sequence[Row], null: Style, control: float, watch: Watch | None = None
+) -> list[Floats]:
+    """The denoising loop: z_t of the schedules' first step → z₀, of every row [4, h, w].
 
     Args:
         engine: the `denoiser` graph.
-        solver: takes z_t and ε to the next step's z_t.
-        schedule: the steps to run, with the stage of each.
-        noisy: the latent, noised to the schedule's first step.
-        hint: what `hint_features` gave, [B, C, h, w].
-        style: keys and values of the hand to paint with, the same for every picture of the batch; of a file, only the
-            stages that are visited are read.
+        rows: the batch.
         null: keys and values of no style, which guidance leads away from.
-        guidance: g in ε = ε_null + g · (ε_style - ε_null); at 1 the null half is not computed.
         control: what the ControlNet's residuals are multiplied with.
-        on_step: told of every step; an exception that it raises ends the loop.
+        watch: told of every step; an exception that it raises ends the loop.
     """
-    batch, total = noisy.shape[0], len(schedule.steps)
-    engine.bind({"hint": hint, "control_scale": np.array(control, np.float32)})
-    z = noisy
-    stage = None
-    if on_step:
-        on_step(0, total)
-    for index, step in enumerate(schedule.steps):
-        if step.stage != stage:
-            stage = step.stage
-            engine.bind(_context(style, null, stage, batch, guided=guidance != 1))
-        timestep = np.full(batch, step.t, np.int64)
-        eps = run(engine, {"latent": z, "timestep": timestep})["eps"]  # [G, B, 4, h, w]
-        eps_z = eps[0] if len(eps) == 1 else eps[0] + np.float32(guidance) * (eps[1] - eps[0])
-        z = solver.step(eps_z, index, z)
-        if on_step:
-            on_step(index + 1, total)
+    total = len(rows[0].schedule.steps)
+    guided = rows[0].guidance != 1
+    engine.bind({"hint": np.stack([row.hint for row in rows]), "control_scale": np.array(control, np.float32)})
+    latents = [row.noisy for row in rows]
+    levels = [row.schedule.abars() for row in rows]
+    stages: list[int] = []
+    if watch:
+        watch(0, total, [row.z0 for row in rows])
+    for index in range(total):
+        steps = [row.schedule.steps[index] for row in rows]
+        if stages != (stages := [step.stage for step in steps]):
+            engine.bind(_context(rows, null, stages, guided=guided))
+        timesteps = np.array([step.t for step in steps], np.int64)
+        eps = run(engine, {"latent": np.stack(latents), "timestep": timesteps})["eps"]  # [G, B, 4, h, w]
+        guesses = []
+        for place, row in enumerate(rows):
+            z, abar = latents[place], levels[place][index]
+            eps_z = eps[0, place]
+            if guided:
+                eps_z = eps_z + np.float32(row.guidance) * (eps[1, place] - eps_z)
+            share = row.share(stages[place])
+            alpha, sigma = np.float32(abar**0.5), np.float32((1 - abar) ** 0.5)
+            x0 = (z - sigma * eps_z) / alpha
+            if share is not None:
+                x0 = share * x0 + (1 - share) * row.z0
+                eps_z = (z - alpha * x0) / sigma
+            guesses.append(x0)
+            latents[place] = row.solver.step(eps_z, index, z)
+        if watch:
+            watch(index + 1, total, guesses)
     engine.rest()
-    return z
+    return latents
 
 
 def decode(engine: Engine, latent: Floats, scale: float) -> npt.NDArray[np.uint8]:
@@ -118,12 +147,13 @@ def run(engine: Engine, feeds: dict[str, npt.NDArray[np.generic]]) -> dict[str, 
     return outputs
 
 
-def _context(style: Style | StyleFile, null: Style, stage: int, batch: int, *, guided: bool) -> dict[str, Floats]:
-    """Keys and values of one stage, for every picture of the batch: kv_unet [G, B, T, Wu], kv_control [B, T, Wc]."""
-    hand = style.row(stage)
-    nothing = null.row(stage if null.stages > 1 else 0)
-    halves = np.stack([nothing.kv_unet, hand.kv_unet] if guided else [hand.kv_unet])
+def _context(rows: Sequence[Row], null: Style, stages: Sequence[int], *, guided: bool) -> dict[str, Floats]:
+    """Keys and values of the stage of every row: kv_unet [G, B, T, Wu], kv_control [B, T, Wc]."""
+    hands = [row.hand.row(stage) for row, stage in zip(rows, stages, strict=True)]
+    halves = [[hand.kv_unet for hand in hands]]
+    if guided:
+        halves.insert(0, [null.row(stage if null.stages > 1 else 0).kv_unet for stage in stages])
     return {
-        "kv_unet": np.repeat(halves[:, None], batch, axis=1),
-        "kv_control": np.repeat(hand.kv_control[None], batch, axis=0),
+        "kv_unet": np.stack([np.stack(half) for half in halves]),
+        "kv_control": np.stack([hand.kv_control for hand in hands]),
     }

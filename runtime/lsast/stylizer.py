@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import threading
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,23 +14,30 @@ import numpy as np
 import numpy.typing as npt
 
 from lsast_engines.bundle import Bundle, find_bundle
-from lsast_engines.engine import Arithmetic, Engine, open_engine
-from lsast_engines.errors import UsageError
-from lsast_engines.pictures import edge_map, read_picture
-from lsast_engines.schedule import Schedule
-from lsast_engines.solvers import make_solver
-from lsast_engines.spec import DECODER, DENOISER, ENCODER, HINT
-from lsast_engines.style_file import StyleFile
+from lsast_engines.engine import Arithmetic, Engine
+from lsast_engines.spec import DECODER, DENOISER
 
-from . import sampler
-from .canvas import Pixels, canvas_for, on_white
+from . import batches, sampler
+from .cancelling import CancelToken
 from .options import Options
+from .painting import Painting
+from .provenance import Provenance
 from .result import Result
+from .workshop import STYLE_MEMORY, Opener, Workshop
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from .painting import Picture
+
 _log = logging.getLogger("lsast.runtime")
+
+Preview = Callable[[], "Image.Image"]
+"""What `OnStep` is given to look at the painting: nothing is computed until it is called."""
+
+OnStep = Callable[[int, int, Preview], None]
+"""Called with the number of steps done, the number there are, and a function that gives a small picture of what the
+painting is about to be, one pixel for a latent cell of 8 x 8."""
 
 
 def load(
@@ -40,6 +46,7 @@ def load(
     device: str = "auto",
     threads: int | None = None,
     arithmetic: Arithmetic = "fp32",
+    style_memory: int = STYLE_MEMORY,
 ) -> Stylizer:
     """Open a bundle and compile its graphs, once for any number of pictures.
 
@@ -50,6 +57,7 @@ def load(
         threads: threads to compute with; None leaves it to the backend.
         arithmetic: `fp32`, or with `openvino` where the processor has it `bf16` or `fp16`: about twice as fast, and
             off by a grey level or two. If the decoder overflows in it, it is opened in `fp32` and asked again.
+        style_memory: bytes of styles to keep in memory between paintings; those used longest ago go first.
 
     Raises:
         UsageError: fewer threads than 1, or an unknown arithmetic.
@@ -57,33 +65,28 @@ def load(
         BackendError: the backend, the device or the arithmetic cannot be had here; the message lists what can.
         MissingExtraError: no backend is installed.
     """
-    opened = Bundle.open(find_bundle(bundle))
-
-    def open_graph(name: str, arithmetic: Arithmetic) -> Engine:
-        return open_engine(opened.graph_path(name), opened.manifest.graphs[name], backend, device, threads, arithmetic)
-
-    with contextlib.ExitStack() as stack:
-        engines: dict[str, Engine] = {}
-        for name in opened.manifest.graphs:
-            engines[name] = open_graph(name, arithmetic)
-            stack.callback(engines[name].close)
-        stack.pop_all()
-    return Stylizer(opened, engines, lambda name: open_graph(name, "fp32"))
+    opener = Opener(Bundle.open(find_bundle(bundle)), backend, device, threads, arithmetic)
+    return Stylizer(opener, opener.all(), style_memory)
 
 
 class Stylizer:
     """A bundle's engines and styles, kept open; a context manager. Made by `load`.
 
     What `stylize` gives depends on the picture, the options and the bundle alone, never on what was painted before.
-    Calls from several threads take turns.
+
+    Any number of threads may share one: their calls read and finish pictures side by side and take turns at the
+    engines, which are there once. A forked process opens engines of its own at its first call, and a pickled
+    stylizer opens its bundle again where it is unpickled, so that one can be handed to a pool of processes.
     """
 
-    def __init__(self, bundle: Bundle, engines: Mapping[str, Engine], in_fp32: Callable[[str], Engine]) -> None:
-        self.bundle = bundle
-        self._engines = dict(engines)
-        self._in_fp32 = in_fp32
-        self._styles: dict[str, StyleFile] = {}
-        self._turn = threading.Lock()
+    def __init__(self, opener: Opener, engines: Mapping[str, Engine], style_memory: int = STYLE_MEMORY) -> None:
+        self.bundle = opener.bundle
+        self._opener = opener
+        self._style_memory = style_memory
+        self._backend = engines[DENOISER].backend
+        # Neither locks nor the threads of a backend survive a fork: a workshop belongs to the process that opened it.
+        # Those of parents are kept, unused: to take them down would wait for threads that are not there.
+        self._workshops = {os.getpid(): Workshop(opener, style_memory, engines)}
 
     @property
     def styles(self) -> list[str]:
@@ -93,15 +96,15 @@ class Stylizer:
     @property
     def backend(self) -> str:
         """Name of the backend that the denoiser runs on."""
-        return self._engines[DENOISER].backend
+        return self._backend
 
     def stylize(
         self,
-        picture: str | Path | bytes | Image.Image | npt.NDArray[Any],
+        picture: Picture,
         style: str | None = None,
         *,
         steps: int | None = None,
-        strength: float | None = None,
+        strength: float | str | None = None,
         guidance: float | None = None,
         control: float | None = None,
         size: int | None = None,
@@ -109,74 +112,102 @@ class Stylizer:
         seed: int | None = None,
         alpha: Literal["keep", "composite"] | None = None,
         fit: Literal["aspect", "squash"] | None = None,
-        on_step: sampler.OnStep | None = None,
+        keep_colour: bool | None = None,
+        feather: int | None = None,
+        mask: Picture | None = None,
+        on_step: OnStep | None = None,
+        cancel: CancelToken | None = None,
     ) -> Result:
         """Repaint a picture; `Options` says what each option means, None is the bundle's default.
 
         Args:
             picture: a path, the bytes of an image file, a PIL image, or an array [H, W], [H, W, 3] or [H, W, 4]
                 (uint8, uint16, or float in [0, 1]). EXIF orientation is applied.
-            on_step: called with (steps done, steps in all) before the first step and after each; an exception that it
+            mask: where to paint, a picture of the same size: white is painted, black is left as it is to the bit.
+            on_step: called with (steps done, steps in all, preview) before the first step and after each, in this
+                thread; `preview()` gives a small PIL image of what the painting is about to be. An exception that it
                 raises ends the painting and comes out here.
+            cancel: ends the painting within one step once another thread turns it.
 
         Returns:
             The painting, in the picture's colour profile and, but with `fit` "squash", of its own size.
 
         Raises:
             UsageError: options that cannot be meant, all named at once; a style that the bundle has not, with a list
-                of those it has; or the stylizer is closed.
+                of those it has; the stylizer is closed; or a call from inside `on_step`.
             StyleError: the style's file is damaged, or was made for another base.
-            PictureError: the picture cannot be read.
+            PictureError: the picture or the mask cannot be read, or they differ in size.
             BackendError: a graph fails, or gives values that are not finite.
+            CancelledError: `cancel` was turned.
         """
-        manifest = self.bundle.manifest
         given = {"style": style, "steps": steps, "strength": strength, "guidance": guidance, "control": control,
-                 "size": size, "solver": solver, "seed": seed, "alpha": alpha, "fit": fit}  # fmt: skip
-        options = Options.resolve(given, manifest.defaults)
-        schedule = Schedule.build(manifest.noise, options.steps, options.strength, manifest.stages, options.solver)
-        clock = _Clock()
-        with self._turn:
-            if not self._engines:
-                raise UsageError("the stylizer is closed; open another one with lsast.load()")
-            hand = self._style(options.style)
+                 "size": size, "solver": solver, "seed": seed, "alpha": alpha, "fit": fit, "keep_colour": keep_colour,
+                 "feather": feather}  # fmt: skip
+        return self._paint([self._read(picture, given, mask)], on_step, cancel)[0]
 
-            with clock("read"):
-                source = read_picture(picture)
-                rgb = source.rgb if options.alpha == "keep" else on_white(source.rgb, source.alpha)
-                canvas = canvas_for(source.size, options.size, manifest.multiple, options.fit)
-                content, outlined = canvas.views(rgb)
-            with clock("edges"):
-                hint = sampler.hint_features(self._engines[HINT], edge_map(outlined))
-            with clock("encode"):
-                rng = np.random.Generator(np.random.PCG64(options.seed))
-                z0 = sampler.encode(self._engines[ENCODER], content, manifest.latent_scale, rng)
-            with clock("denoise"):
-                noise = rng.standard_normal(z0.shape, dtype=np.float32)
-                z = sampler.denoise(
-                    self._engines[DENOISER],
-                    make_solver(options.solver, manifest.noise, schedule),
-                    schedule,
-                    schedule.add_noise(z0, noise, schedule.start_t),
-                    hint,
-                    hand,
-                    self.bundle.null_style,
-                    options.guidance,
-                    options.control,
-                    on_step,
-                )
-            with clock("decode"):
-                painted = self._decode(z)
-            with clock("finish"):
-                cover = canvas.cover(source.alpha if options.alpha == "keep" else None)
-                image = _finish(canvas.cut(painted), cover, source.icc)
-        return Result(image, clock.seconds, options)
+    async def stylize_async(self, picture: Picture, style: str | None = None, **options: Any) -> Result:
+        """`stylize` for asyncio: the event loop goes on meanwhile, and a task that is cancelled stops painting.
+
+        Args:
+            picture: see `stylize`.
+            style: see `stylize`.
+            options: what else `stylize` takes, but for `cancel`; `on_step` is called in the painting thread, from
+                where `loop.call_soon_threadsafe` leads back.
+
+        Raises:
+            LsastError: see `stylize`.
+        """
+        from .asynchronous import in_queue
+
+        return await in_queue(
+            self._workshop.queue(), lambda cancel: self.stylize(picture, style, **options, cancel=cancel)
+        )
+
+    def stylize_many(
+        self,
+        pictures: Iterable[Picture],
+        styles: str | Iterable[str | None] | None = None,
+        *,
+        rows: Iterable[Mapping[str, Any]] | None = None,
+        batch: int = 4,
+        cancel: CancelToken | None = None,
+        **options: Any,
+    ) -> Iterator[Result]:
+        """Repaint many pictures; those of equal size go through the denoiser together.
+
+        Pictures share a batch if they are painted at the same size, with as many steps, the same `control`, and all
+        with a `guidance` of 1 or none; style, seed, strength by stage, mask and the rest may differ. A painting is what
+        `stylize` gives to within the rounding of the backend, which may add up in another order for another batch.
+
+        Args:
+            pictures: as `stylize` takes them, of any size; they are read a few batches ahead.
+            styles: one for all, or one for each picture.
+            rows: for each picture, options of its own, a mapping of what `stylize` takes (`mask` too); they go
+                before `styles` and `options`.
+            batch: most pictures that are painted at once, at least 1; memory grows with it.
+            cancel: see `stylize`.
+            options: options of all pictures.
+
+        Yields:
+            The paintings in the order of the pictures, each as soon as it and those before it are done. `seconds` of
+            a shared denoising are divided by the pictures that shared it.
+
+        Raises:
+            LsastError: see `stylize`; it comes out when its picture's turn is there, and ends the stream.
+            UsageError: a batch below 1, or fewer or more styles or rows than pictures.
+        """
+
+        def read(picture: Picture, own: Mapping[str, Any]) -> Painting:
+            given = {**options, **own}
+            return self._read(picture, given, given.pop("mask", None))
+
+        return batches.stream(
+            batches.jobs(pictures, styles, rows), read, lambda paintings: self._paint(paintings, None, cancel), batch
+        )
 
     def close(self) -> None:
         """Give the engines' memory and devices back; `stylize` cannot be called any more. Closing twice is fine."""
-        with self._turn:
-            for engine in self._engines.values():
-                engine.close()
-            self._engines.clear()
+        self._workshop.close()
 
     def __enter__(self) -> Stylizer:
         return self
@@ -186,44 +217,65 @@ class Stylizer:
     ) -> None:
         self.close()
 
-    def _style(self, name: str) -> StyleFile:
-        if name not in self._styles:
-            self._styles[name] = self.bundle.open_style(name)
-        return self._styles[name]
+    def __reduce__(self) -> tuple[Any, ...]:
+        opener = self._opener
+        where = (self.bundle.path.resolve(), opener.backend, opener.device, opener.threads, opener.arithmetic)
+        return load, (*where, self._style_memory)
 
-    def _decode(self, latent: sampler.Floats) -> npt.NDArray[np.uint8]:
-        """Decode; if that overflows below fp32, once more in fp32, in which the decoder then stays."""
-        engine = self._engines[DECODER]
-        scale = self.bundle.manifest.latent_scale
-        try:
-            return sampler.decode(engine, latent, scale)
-        except sampler.NotFiniteError as error:
-            if engine.arithmetic == "fp32":
-                raise
-            _log.warning("%s; decoding again in fp32", error)
-        self._engines[DECODER] = self._in_fp32(DECODER)
-        engine.close()
-        return sampler.decode(self._engines[DECODER], latent, scale)
+    @property
+    def _workshop(self) -> Workshop:
+        # setdefault is atomic: two first calls of a forked process get one workshop.
+        return self._workshops.setdefault(os.getpid(), Workshop(self._opener, self._style_memory))
+
+    def _read(self, picture: Picture, given: Mapping[str, Any], mask: Picture | None) -> Painting:
+        options = Options.resolve(given, self.bundle.manifest.defaults)
+        return Painting(self.bundle, picture, options, mask)
+
+    def _paint(self, paintings: Sequence[Painting], on_step: OnStep | None, cancel: CancelToken | None) -> list[Result]:
+        """Paint a batch: the one way that every picture goes. All have one `batch_key`."""
+        workshop = self._workshop
+        with workshop.turn(cancel):
+            rows = []
+            for painting in paintings:
+                rows.append(painting.begin(workshop.engines, workshop.shelf))
+                if cancel:
+                    cancel.check()
+
+            def watch(step: int, total: int, guesses: Sequence[sampler.Floats]) -> None:
+                if cancel:
+                    cancel.check()
+                if on_step:
+                    on_step(step, total, lambda: paintings[0].previewer(guesses[0]))
+
+            begin = time.perf_counter()
+            control = paintings[0].options.control
+            denoiser = workshop.engines[DENOISER]
+            latents = sampler.denoise(denoiser, rows, self.bundle.null_style, control, watch)
+            shared = (time.perf_counter() - begin) / len(paintings)
+            painted = []
+            for painting, latent in zip(paintings, latents, strict=True):
+                painting.clock.add("denoise", shared)
+                with painting.clock("decode"):
+                    painted.append(_decode(workshop, latent[None]))
+                if cancel:
+                    cancel.check()
+            provenances = [Provenance.of(painting, workshop) for painting in paintings]
+        return [
+            Result(painting.finish(canvas), painting.clock.seconds, painting.options, provenance)
+            for painting, canvas, provenance in zip(paintings, painted, provenances, strict=True)
+        ]
 
 
-class _Clock:
-    """Wall time of named phases."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self.seconds[phase] = time.perf_counter() - begin
-
-
-def _finish(rgb: Pixels, alpha: Pixels | None, icc: bytes | None) -> Image.Image:
-    """The painting as a PIL image, with the transparency and the colour profile given."""
-    from PIL import Image
-
-    image = Image.fromarray(rgb if alpha is None else np.dstack([rgb, alpha]))
-    if icc:
-        image.info["icc_profile"] = icc
-    return image
+def _decode(workshop: Workshop, latent: sampler.Floats) -> npt.NDArray[np.uint8]:
+    """Decode; if that overflows below fp32, once more in fp32, in which the decoder then stays."""
+    engine = workshop.engines[DECODER]
+    scale = workshop.opener.bundle.manifest.latent_scale
+    try:
+        return sampler.decode(engine, latent, scale)
+    except sampler.NotFiniteError as error:
+        if engine.arithmetic == "fp32":
+            raise
+        _log.warning("%s; decoding again in fp32", error)
+    workshop.engines[DECODER] = workshop.opener(DECODER, "fp32")
+    engine.close()
+    return sampler.decode(workshop.engines[DECODER], latent, scale)

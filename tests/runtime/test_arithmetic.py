@@ -15,6 +15,7 @@ from PIL import Image
 import lsast
 from lsast import BackendError, Stylizer, UsageError
 from lsast.cli import main
+from lsast.workshop import Opener
 from lsast_engines.bundle import Bundle
 from lsast_engines.engine import Engine, open_engine
 
@@ -54,23 +55,24 @@ def open_graph(bundle_path: Path) -> Open:
 def test_decoder_that_overflows_is_asked_again_in_fp32_and_stays_there(
     bundle_path: Path, open_graph: Open, photo: np.ndarray, caplog: pytest.LogCaptureFixture
 ) -> None:
-    opened: list[str] = []
+    opened: list[tuple[str, str | None]] = []
 
-    def in_fp32(name: str) -> Engine:
-        opened.append(name)
-        return open_graph(name)
+    class Noted(Opener):
+        def __call__(self, name: str, arithmetic: Any = None) -> Engine:
+            opened.append((name, arithmetic))
+            return super().__call__(name, arithmetic)
 
     engines: dict[str, Any] = {name: open_graph(name) for name in ("encoder", "hint", "denoiser", "decoder")}
     low = engines["decoder"] = Overflowing(engines["decoder"])
     with lsast.load(bundle_path, backend="onnxruntime") as plain:
         expected = np.asarray(plain.stylize(photo).image)
     caplog.set_level(logging.WARNING, "lsast")
-    with Stylizer(Bundle.open(bundle_path), engines, in_fp32) as stylizer:
+    with Stylizer(Noted(Bundle.open(bundle_path), "onnxruntime"), engines) as stylizer:
         first = np.asarray(stylizer.stylize(photo).image)
         second = np.asarray(stylizer.stylize(photo).image)
     np.testing.assert_array_equal(first, expected)
     np.testing.assert_array_equal(second, expected)
-    assert opened == ["decoder"]
+    assert opened == [("decoder", "fp32")]
     assert low.closed
     (record,) = caplog.records
     assert "decoder graph gave" in record.getMessage()
@@ -84,7 +86,7 @@ def test_any_other_graph_that_overflows_is_an_error(bundle_path: Path, open_grap
 
     engines: dict[str, Any] = {name: open_graph(name) for name in ("encoder", "hint", "denoiser", "decoder")}
     engines["encoder"] = Encoder(engines["encoder"])
-    stylizer = Stylizer(Bundle.open(bundle_path), engines, open_graph)
+    stylizer = Stylizer(Opener(Bundle.open(bundle_path), "onnxruntime"), engines)
     with stylizer, pytest.raises(BackendError, match=r"the encoder graph gave .* in fp16; try arithmetic fp32"):
         stylizer.stylize(photo)
 
@@ -92,9 +94,9 @@ def test_any_other_graph_that_overflows_is_an_error(bundle_path: Path, open_grap
 def test_only_the_stages_of_the_schedule_are_read(bundle_path: Path, photo: np.ndarray) -> None:
     with lsast.load(bundle_path) as stylizer:
         stylizer.stylize(photo, steps=10, strength=0.3, solver="ddim")  # t = 201, 101, 1
-        assert stylizer._styles["vangogh"].read_stages == [0, 1, 2]
+        assert stylizer._workshop.shelf["vangogh"].read_stages == [0, 1, 2]
         stylizer.stylize(photo, steps=10, strength=0.7, solver="ddim")
-        assert stylizer._styles["vangogh"].read_stages == [0, 1, 2, 3, 4, 5, 6]
+        assert stylizer._workshop.shelf["vangogh"].read_stages == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_arithmetic_that_is_not_there_is_refused(bundle_path: Path) -> None:

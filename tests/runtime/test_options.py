@@ -19,6 +19,8 @@ GOOD: dict[str, Any] = {
     "seed": 0,
     "alpha": "keep",
     "fit": "aspect",
+    "keep_colour": False,
+    "feather": 16,
 }
 
 LIMITS = [
@@ -39,6 +41,11 @@ LIMITS = [
     {"solver": "released"},
     {"alpha": "composite"},
     {"fit": "squash"},
+    {"keep_colour": True},
+    {"feather": 0},
+    {"feather": 4096},
+    {"strength": "0.7,0.3@0-2"},
+    {"style": "vangogh:0.6@up+monet@0-4"},
 ]
 
 FAULTS = [
@@ -66,6 +73,9 @@ FAULTS = [
     ("seed", 0.5),
     ("alpha", "drop"),
     ("fit", "crop"),
+    ("keep_colour", 1),
+    ("feather", -1),
+    ("feather", 4097),
 ]
 
 
@@ -92,7 +102,9 @@ def test_all_faults_are_named_at_once() -> None:
 
 
 def test_what_is_not_given_is_the_bundles_default() -> None:
-    defaults = {name: value for name, value in GOOD.items() if name not in ("seed", "alpha", "fit")}
+    defaults = {
+        name: value for name, value in GOOD.items() if name not in ("seed", "alpha", "fit", "keep_colour", "feather")
+    }
     options = Options.resolve({"style": "vangogh", "strength": None, "guidance": 0.0, "seed": None}, defaults)
     assert dataclasses.asdict(options) == {**GOOD, "style": "vangogh", "guidance": 0.0}
 
@@ -116,3 +128,21 @@ def test_the_released_preset_is_the_shipped_call() -> None:
     assert preset_options(None) == {}
     with pytest.raises(UsageError, match="found preset 'sdxl'; expected one of released"):
         preset_options("sdxl")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "before"),
+    [("style", "vangogh:x+monet", "vangogh:"), ("strength", "0.7,2@0-2", "0.7,"), ("strength", "0.7,0.3", "0.7,")],
+)
+def test_a_fault_in_a_grammar_is_pointed_at(name: str, value: str, before: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Options(**{**GOOD, name: value, "steps": 0})
+    lines = str(caught.value).split("\n")
+    at = 1 if name == "style" else 2  # faults come in the order of the fields
+    assert lines[at].startswith(f"  - {name}: found ")
+    assert lines[at + 1].index(value) + len(before) == lines[at + 2].index("^")
+    assert sum(line.startswith("  - ") for line in lines) == 2
+
+
+def test_a_text_that_is_a_number_is_the_number() -> None:
+    assert Options(**{**GOOD, "strength": "0.7"}) == Options(**{**GOOD, "strength": 0.7})

@@ -124,10 +124,21 @@ def _denoise(stylizer: Stylizer, style: Style, null: Style, guidance: float, cal
     if calls is not None:
         bind = engine.bind
         engine.bind = lambda feeds: (calls.append({name: feed.shape for name, feed in feeds.items()}), bind(feeds))  # type: ignore[method-assign]
-    solver = make_solver("ddim", manifest.noise, schedule)
-    latent = sampler.denoise(engine, solver, schedule, noisy, hint, style, null, guidance, 1.0)
+    rows = [
+        sampler.Row(
+            solver=make_solver("ddim", manifest.noise, schedule),
+            schedule=schedule,
+            z0=np.zeros_like(noisy[row]),
+            noisy=noisy[row],
+            hint=hint[row],
+            hand=style,
+            guidance=guidance,
+        )
+        for row in range(2)
+    ]
+    latents = sampler.denoise(engine, rows, null, 1.0)
     engine.close()
-    return latent
+    return np.stack(latents)
 
 
 def test_guidance_1_runs_one_pass_and_equals_two_equal_halves(stylizer: Stylizer) -> None:

@@ -56,6 +56,9 @@ def test_padding_is_painted_but_not_shown(stylizer: Stylizer) -> None:
         {"solver": "released"},
         {"seed": 1},
         {"fit": "squash"},
+        {"keep_colour": True},
+        {"style": "vangogh@up+monet"},
+        {"strength": "0.7,0.2@0-2"},
     ],
     ids=str,
 )
@@ -133,7 +136,7 @@ def test_the_colour_profile_goes_along(stylizer: Stylizer, photo: np.ndarray, tm
 
 def test_progress_is_told_and_phases_are_timed(stylizer: Stylizer, photo: np.ndarray) -> None:
     told: list[tuple[int, int]] = []
-    result = stylizer.stylize(photo, steps=10, strength=0.5, on_step=lambda step, total: told.append((step, total)))
+    result = stylizer.stylize(photo, steps=10, strength=0.5, on_step=lambda step, total, _: told.append((step, total)))
     assert told == [(step, 5) for step in range(6)]
     assert list(result.seconds) == ["read", "edges", "encode", "denoise", "decode", "finish"]
     assert all(seconds > 0 for seconds in result.seconds.values())
@@ -142,7 +145,7 @@ def test_progress_is_told_and_phases_are_timed(stylizer: Stylizer, photo: np.nda
 def test_an_interrupted_painting_leaves_the_stylizer_usable(stylizer: Stylizer, photo: np.ndarray) -> None:
     expected = _pixels(stylizer.stylize(photo))
 
-    def interrupt(step: int, total: int) -> None:
+    def interrupt(step: int, total: int, preview: object) -> None:
         if step == 2:
             raise KeyboardInterrupt
 
@@ -153,7 +156,8 @@ def test_an_interrupted_painting_leaves_the_stylizer_usable(stylizer: Stylizer, 
 
 def test_stylize_takes_every_option_by_name() -> None:
     parameters = list(inspect.signature(Stylizer.stylize).parameters)
-    assert parameters[2:-1] == [field.name for field in dataclasses.fields(Options)]
+    assert parameters[2:-3] == [field.name for field in dataclasses.fields(Options)]
+    assert parameters[-3:] == ["mask", "on_step", "cancel"]
     assert all(inspect.signature(Stylizer.stylize).parameters[name].default is None for name in parameters[2:])
 
 

@@ -1,0 +1,166 @@
+"""One picture on its way: read, laid on a canvas, through the four graphs, and cut out again."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import time
+from collections.abc import Hashable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lsast_engines.bundle import Bundle
+from lsast_engines.engine import Engine
+from lsast_engines.pictures import edge_map, read_picture
+from lsast_engines.schedule import Schedule
+from lsast_engines.solvers import make_solver
+from lsast_engines.spec import ENCODER, HINT
+
+from . import masking, sampler
+from .canvas import Pixels, canvas_for, on_white
+from .mixing import Hand, Mix
+from .options import Options
+from .preview import Previewer
+from .shelf import Shelf
+from .strength import Strength
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    Picture = str | Path | bytes | Image.Image | npt.NDArray[Any]
+    """A path, the bytes of an image file, a PIL image, or an array [H, W], [H, W, 3] or [H, W, 4] (uint8, uint16, or
+    float in [0, 1])."""
+
+
+class Painting:
+    """What is known of one picture between its reading and its result."""
+
+    def __init__(self, bundle: Bundle, picture: Picture, options: Options, mask: Picture | None = None) -> None:
+        """Read the picture and lay it on its canvas; needs no engine.
+
+        Raises:
+            UsageError: options that this bundle does not have.
+            PictureError: the picture or the mask cannot be read, or they differ in size.
+        """
+        manifest = bundle.manifest
+        self.options = options
+        self.clock = Clock()
+        self.mix = Mix.parse(options.style)
+        self.mix.check(list(bundle.styles()), manifest.stages)
+        self._strength = Strength.parse(options.strength)
+        self._strength.check(manifest.stages)
+        self._schedule = Schedule.build(
+            manifest.noise, options.steps, self._strength.overall, manifest.stages, options.solver
+        )
+        self._bundle = bundle
+        with self.clock("read"):
+            self._source = read_picture(picture)
+            rgb, alpha = self._source.rgb, self._source.alpha
+            self._rgb = rgb if options.alpha == "keep" else on_white(rgb, alpha)
+            self._mask = None if mask is None else masking.read_mask(mask, self._source.size, options.feather)
+            self._canvas = canvas_for(self._source.size, options.size, manifest.multiple, options.fit)
+            self._content, outlined = self._canvas.views(self._rgb)
+        with self.clock("edges"):
+            self._edges = edge_map(outlined)
+
+    @property
+    def batch_key(self) -> Hashable:
+        """Paintings of equal keys can share a batch."""
+        return self._content.shape, len(self._schedule.steps), self.options.guidance != 1, self.options.control
+
+    @property
+    def canvas_size(self) -> tuple[int, int]:
+        """Height and width that are painted, in pixels."""
+        return self._content.shape[0], self._content.shape[1]
+
+    def picture_sha256(self) -> str:
+        """SHA-256 (hex) of the picture's pixels, upright, with its opacity."""
+        return _sha256(self._source.rgb, self._source.alpha)
+
+    def mask_sha256(self) -> str | None:
+        """SHA-256 (hex) of what the mask leaves to paint, or None without one."""
+        return None if self._mask is None else _sha256(self._mask)
+
+    def begin(self, engines: Mapping[str, Engine], shelf: Shelf) -> sampler.Row:
+        """Take the picture through `hint` and `encoder` and noise it."""
+        manifest = self._bundle.manifest
+        with self.clock("edges"):
+            hint = sampler.hint_features(engines[HINT], self._edges)
+        with self.clock("encode"):
+            rng = np.random.Generator(np.random.PCG64(self.options.seed))
+            z0 = sampler.encode(engines[ENCODER], self._content, manifest.latent_scale, rng)[0]
+            noise = rng.standard_normal((1, *z0.shape), dtype=np.float32)[0]
+        styles = shelf.take(self.mix.styles)
+        self.previewer = Previewer(self._content, z0, self._canvas)
+        return sampler.Row(
+            solver=make_solver(self.options.solver, manifest.noise, self._schedule),
+            schedule=self._schedule,
+            z0=z0,
+            noisy=self._schedule.add_noise(z0, noise, self._schedule.start_t),
+            hint=hint[0],
+            hand=Hand(self.mix, styles, self._bundle.null_style, manifest.attention_layers),
+            guidance=self.options.guidance,
+            share=self._share,
+        )
+
+    def finish(self, painted: Pixels) -> Image.Image:
+        """The painted canvas [H, W, 3] as the picture's painting, with its transparency and its colour profile."""
+        from PIL import Image
+
+        with self.clock("finish"):
+            rgb = self._canvas.cut(painted)
+            if self.options.keep_colour or self._mask is not None:
+                beneath = self._canvas.under(self._rgb)
+                rgb = masking.keep_colour(rgb, beneath) if self.options.keep_colour else rgb
+                mask = self._canvas.cover(self._mask)
+                rgb = rgb if mask is None else masking.blend(rgb, beneath, mask)
+            alpha = self._canvas.cover(self._source.alpha if self.options.alpha == "keep" else None)
+            image = Image.fromarray(rgb if alpha is None else np.dstack([rgb, alpha]))
+            if self._source.icc:
+                image.info["icc_profile"] = self._source.icc
+        return image
+
+    def _share(self, stage: int) -> sampler.Floats | None:
+        """See `sampler.Row.share`."""
+        share = np.float32(self._strength.share(stage))
+        if self._mask is None:
+            return None if share == 1 else np.asarray(share)
+        return share * self._mask_cells
+
+    @functools.cached_property
+    def _mask_cells(self) -> sampler.Floats:
+        """How much is painted of every latent cell, [h, w] of 0 … 1."""
+        assert self._mask is not None
+        planes, _ = self._canvas.views(np.repeat(self._mask[:, :, None], 3, axis=2))
+        return masking.cells(planes[:, :, 0], self._bundle.manifest.geometry.factor)
+
+
+class Clock:
+    """Wall time of named phases; a phase that is entered again goes on."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Count the block's time to `phase`."""
+        begin = time.perf_counter()
+        yield
+        self.add(phase, time.perf_counter() - begin)
+
+    def add(self, phase: str, seconds: float) -> None:
+        """Count `seconds` to `phase`."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+
+def _sha256(*planes: npt.NDArray[np.uint8] | None) -> str:
+    digest = hashlib.sha256()
+    for plane in planes:
+        if plane is not None:
+            digest.update(f"{plane.shape}".encode())
+            digest.update(np.ascontiguousarray(plane).data)
+    return digest.hexdigest()

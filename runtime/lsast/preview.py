@@ -1,0 +1,62 @@
+"""A cheap look at a painting that is not done: latents to colours without the decoder."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .canvas import Canvas, Pixels, SquashedCanvas
+
+Floats = npt.NDArray[np.float32]
+
+
+class Previewer:
+    """Turns a picture's latents into small pictures, one pixel a latent cell.
+
+    Colours are an affine map of the latent's channels, fitted by least squares to what is known: the picture's own
+    latent, and the picture shrunk to its size. That needs no constants of the base and costs milliseconds, once, when
+    the first preview is asked for.
+    """
+
+    def __init__(self, content: Pixels, z0: Floats, canvas: Canvas | SquashedCanvas) -> None:
+        """Remember what to fit; nothing is computed yet.
+
+        Args:
+            content: the canvas as it was encoded, [H, W, 3].
+            z0: its latent, [4, h, w].
+            canvas: where the picture lies on it.
+        """
+        self._content = content
+        self._z0 = z0
+        self._canvas = canvas
+
+    def __call__(self, latent: Floats) -> Image.Image:
+        """A latent [4, h, w] as a picture of about w x h pixels, without the canvas's margin."""
+        from PIL import Image
+
+        colours = np.clip(_with_one(latent) @ self._map, 0, 255).reshape(*latent.shape[1:], 3)
+        rows, columns = self._canvas.inside(latent.shape[1:])
+        return Image.fromarray(np.round(colours[rows, columns]).astype(np.uint8))
+
+    @functools.cached_property
+    def _map(self) -> npt.NDArray[np.float64]:
+        """[5, 3]: for every channel and the constant, what it adds to red, green and blue."""
+        import cv2
+
+        height, width = self._z0.shape[1:]
+        small = cv2.resize(self._content, (width, height), interpolation=cv2.INTER_AREA)
+        target = np.asarray(small, np.float64).reshape(-1, 3)
+        found, *_ = np.linalg.lstsq(_with_one(self._z0), target, rcond=None)
+        return np.asarray(found, np.float64)
+
+
+def _with_one(latent: Floats) -> npt.NDArray[np.float64]:
+    """[C, h, w] → [h * w, C + 1], the last column 1."""
+    channels = latent.reshape(len(latent), -1).T.astype(np.float64)
+    return np.column_stack([channels, np.ones(len(channels))])

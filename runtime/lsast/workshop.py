@@ -1,0 +1,130 @@
+"""The open engines and styles of one process, and who may use them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from lsast_engines.bundle import Bundle
+from lsast_engines.engine import Arithmetic, Engine, open_engine
+from lsast_engines.errors import UsageError
+
+from .cancelling import CancelToken
+from .shelf import Shelf
+
+STYLE_MEMORY = 256 * 2**20
+"""Bytes of styles that are kept in memory between paintings, if nothing else is said."""
+
+_LOOK = 0.05
+"""Seconds between two looks at the token of one that waits for its turn."""
+
+
+@dataclass(frozen=True)
+class Opener:
+    """How the graphs of a bundle are opened, here and in any other process."""
+
+    bundle: Bundle
+    backend: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+    arithmetic: Arithmetic = "fp32"
+
+    def __call__(self, name: str, arithmetic: Arithmetic | None = None) -> Engine:
+        """Open the graph `name`, in another arithmetic if one is given.
+
+        Raises:
+            LsastError: see `lsast_engines.engine.open_engine`.
+        """
+        return open_engine(
+            self.bundle.graph_path(name),
+            self.bundle.manifest.graphs[name],
+            self.backend,
+            self.device,
+            self.threads,
+            arithmetic or self.arithmetic,
+        )
+
+    def all(self) -> dict[str, Engine]:
+        """Open every graph, or none."""
+        with contextlib.ExitStack() as stack:
+            engines: dict[str, Engine] = {}
+            for name in self.bundle.manifest.graphs:
+                engines[name] = self(name)
+                stack.callback(engines[name].close)
+            stack.pop_all()
+        return engines
+
+
+class Workshop:
+    """Engines, styles and the turn to use them. An engine serves one thread at a time, so there is one turn."""
+
+    def __init__(self, opener: Opener, style_memory: int, engines: Mapping[str, Engine] | None = None) -> None:
+        """A workshop.
+
+        Args:
+            opener: opens what is not open.
+            style_memory: see `Shelf`.
+            engines: the open graphs; None opens them at the first turn.
+        """
+        self.opener = opener
+        self.engines: dict[str, Engine] = dict(engines or {})
+        self.shelf = Shelf(opener.bundle, style_memory)
+        self._opened = engines is not None
+        self._closed = False
+        self._lock = threading.Lock()
+        self._holder: int | None = None
+        self._queue: ThreadPoolExecutor | None = None
+
+    @contextlib.contextmanager
+    def turn(self, cancel: CancelToken | None = None) -> Iterator[None]:
+        """Wait until no other thread is at work, and keep the others waiting while the block runs.
+
+        Raises:
+            UsageError: the stylizer is closed, or this very thread is at work.
+            CancelledError: `cancel` was turned meanwhile.
+        """
+        if self._holder == threading.get_ident():
+            raise UsageError("found a call from inside on_step; expected it after the painting, or another stylizer")
+        while not self._lock.acquire(timeout=_LOOK if cancel else -1):
+            if cancel:
+                cancel.check()
+        try:
+            self._holder = threading.get_ident()
+            if self._closed:
+                raise UsageError("the stylizer is closed; open another one with lsast.load()")
+            if not self._opened:
+                self.engines, self._opened = self.opener.all(), True
+            if cancel:
+                cancel.check()
+            yield
+        finally:
+            self.shelf.tidy()
+            self._holder = None
+            self._lock.release()
+
+    def queue(self) -> ThreadPoolExecutor:
+        """The one thread that works for those who wait without one: more would only wait in it.
+
+        Raises:
+            UsageError: the stylizer is closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise UsageError("the stylizer is closed; open another one with lsast.load()")
+            if self._queue is None:
+                self._queue = ThreadPoolExecutor(1, thread_name_prefix="lsast")
+            return self._queue
+
+    def close(self) -> None:
+        """Wait for the painting that is at work and give memory and devices back. Closing twice is fine."""
+        with self._lock:
+            self._closed = True
+            for engine in self.engines.values():
+                engine.close()
+            self.engines.clear()
+            queue, self._queue = self._queue, None
+        if queue:
+            queue.shutdown(wait=False, cancel_futures=True)
