@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -84,9 +83,7 @@ class Stylizer:
         self._opener = opener
         self._style_memory = style_memory
         self._backend = engines[DENOISER].backend
-        # Neither locks nor the threads of a backend survive a fork: a workshop belongs to the process that opened it.
-        # Those of parents are kept, unused: to take them down would wait for threads that are not there.
-        self._workshops = {os.getpid(): Workshop(opener, style_memory, engines)}
+        self._workshop = Workshop(opener, engines, style_memory)
 
     @property
     def styles(self) -> list[str]:
@@ -221,11 +218,6 @@ class Stylizer:
         opener = self._opener
         where = (self.bundle.path.resolve(), opener.backend, opener.device, opener.threads, opener.arithmetic)
         return load, (*where, self._style_memory)
-
-    @property
-    def _workshop(self) -> Workshop:
-        # setdefault is atomic: two first calls of a forked process get one workshop.
-        return self._workshops.setdefault(os.getpid(), Workshop(self._opener, self._style_memory))
 
     def _read(self, picture: Picture, given: Mapping[str, Any], mask: Picture | None) -> Painting:
         options = Options.resolve(given, self.bundle.manifest.defaults)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +23,9 @@ STYLE_MEMORY = 256 * 2**20
 
 _LOOK = 0.05
 """Seconds between two looks at the token of one that waits for its turn."""
+
+_workshops: weakref.WeakSet[Workshop] = weakref.WeakSet()
+"""Those that a fork has to renew."""
 
 
 @dataclass(frozen=True)
@@ -61,22 +67,19 @@ class Opener:
 class Workshop:
     """Engines, styles and the turn to use them. An engine serves one thread at a time, so there is one turn."""
 
-    def __init__(self, opener: Opener, style_memory: int, engines: Mapping[str, Engine] | None = None) -> None:
+    def __init__(self, opener: Opener, engines: Mapping[str, Engine], style_memory: int) -> None:
         """A workshop.
 
         Args:
-            opener: opens what is not open.
+            opener: opens the graphs again.
+            engines: the open graphs.
             style_memory: see `Shelf`.
-            engines: the open graphs; None opens them at the first turn.
         """
         self.opener = opener
-        self.engines: dict[str, Engine] = dict(engines or {})
-        self.shelf = Shelf(opener.bundle, style_memory)
-        self._opened = engines is not None
+        self._style_memory = style_memory
         self._closed = False
-        self._lock = threading.Lock()
-        self._holder: int | None = None
-        self._queue: ThreadPoolExecutor | None = None
+        self._begin(dict(engines), opened=True)
+        _workshops.add(self)
 
     @contextlib.contextmanager
     def turn(self, cancel: CancelToken | None = None) -> Iterator[None]:
@@ -118,6 +121,24 @@ class Workshop:
                 self._queue = ThreadPoolExecutor(1, thread_name_prefix="lsast")
             return self._queue
 
+    def renew(self) -> None:
+        """Start anew in a forked process: neither locks nor the threads of a backend come along.
+
+        The parent's engines are left alone for good: to take them down, even when the interpreter ends, would wait for
+        threads that are not there (ONNX Runtime 1.32) or crash (OpenVINO 2026.4).
+        """
+        for engine in self.engines.values():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
+        self._begin({}, opened=False)
+
+    def _begin(self, engines: dict[str, Engine], *, opened: bool) -> None:
+        self.engines = engines
+        self.shelf = Shelf(self.opener.bundle, self._style_memory)
+        self._opened = opened
+        self._lock = threading.Lock()
+        self._holder: int | None = None
+        self._queue: ThreadPoolExecutor | None = None
+
     def close(self) -> None:
         """Wait for the painting that is at work and give memory and devices back. Closing twice is fine."""
         with self._lock:
@@ -128,3 +149,12 @@ class Workshop:
             queue, self._queue = self._queue, None
         if queue:
             queue.shutdown(wait=False, cancel_futures=True)
+
+
+def _renew_all() -> None:
+    for workshop in list(_workshops):
+        workshop.renew()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
+    os.register_at_fork(after_in_child=_renew_all)

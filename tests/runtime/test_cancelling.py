@@ -1,0 +1,190 @@
+"""Stopping a painting and looking at it meanwhile: from threads, callbacks and asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+import lsast
+from lsast import CancelledError, CancelToken, Stylizer, UsageError
+from lsast_engines.bundle import EMBEDDED
+
+
+@pytest.fixture(scope="module")
+def stylizer(bundle_path: Path) -> Iterator[Stylizer]:
+    with lsast.load(bundle_path) as opened:
+        yield opened
+
+
+def test_a_token_stops_before_the_next_step(stylizer: Stylizer, photo: np.ndarray) -> None:
+    token = CancelToken()
+    told: list[int] = []
+
+    def on_step(step: int, total: int, preview: object) -> None:
+        told.append(step)
+        if step == 2:
+            token.cancel()
+
+    with pytest.raises(CancelledError, match="cancelled"):
+        stylizer.stylize(photo, on_step=on_step, cancel=token)
+    assert told == [0, 1, 2]
+    assert token.cancelled
+    stylizer.stylize(photo, cancel=CancelToken())
+
+
+def test_a_token_that_is_turned_already_starts_nothing(stylizer: Stylizer, photo: np.ndarray) -> None:
+    token = CancelToken()
+    token.cancel()
+    with pytest.raises(CancelledError):
+        stylizer.stylize(photo, cancel=token, on_step=lambda *_: pytest.fail("it was begun"))
+
+
+def test_one_that_waits_for_its_turn_stops_while_the_other_paints_on(stylizer: Stylizer, photo: np.ndarray) -> None:
+    begun, go_on, token = threading.Event(), threading.Event(), CancelToken()
+
+    def hold(*_: object) -> None:
+        begun.set()
+        go_on.wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(stylizer.stylize, photo, on_step=hold)
+        begun.wait()
+        second = pool.submit(stylizer.stylize, photo, cancel=token)
+        token.cancel()
+        with pytest.raises(CancelledError):
+            second.result(timeout=30)
+        assert not first.done()
+        go_on.set()
+        first.result(timeout=30)
+
+
+def test_a_stream_is_stopped_too(stylizer: Stylizer, photo: np.ndarray) -> None:
+    token = CancelToken()
+    stream = stylizer.stylize_many([photo] * 6, batch=2, cancel=token)
+    next(stream)
+    next(stream)
+    token.cancel()
+    with pytest.raises(CancelledError):
+        next(stream)
+
+
+def test_asyncio_paints_the_same_and_the_loop_goes_on(stylizer: Stylizer, photo: np.ndarray) -> None:
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0.001)
+            ticks += 1
+
+    async def paint() -> list[lsast.Result]:
+        clock = asyncio.create_task(tick())
+        results = await asyncio.gather(
+            *(stylizer.stylize_async(photo, style, seed=3, on_step=lambda *_: time.sleep(0.01)) for style in STYLES)
+        )
+        clock.cancel()
+        return results
+
+    for style, result in zip(STYLES, asyncio.run(paint()), strict=True):
+        np.testing.assert_array_equal(result.image, stylizer.stylize(photo, style, seed=3).image)
+    assert ticks > 10
+
+
+STYLES = ["vangogh", "monet", "vangogh+monet"]
+
+
+def test_a_cancelled_task_stops_its_painting_and_drops_what_waits(stylizer: Stylizer, photo: np.ndarray) -> None:
+    steps: list[tuple[str, int]] = []
+
+    async def scene() -> None:
+        begun = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def watch(name: str) -> Any:
+            def on_step(step: int, total: int, preview: object) -> None:
+                steps.append((name, step))
+                loop.call_soon_threadsafe(begun.set)
+                time.sleep(0.05)
+
+            return on_step
+
+        first = asyncio.create_task(stylizer.stylize_async(photo, steps=100, strength=1.0, on_step=watch("first")))
+        second = asyncio.create_task(stylizer.stylize_async(photo, on_step=watch("second")))
+        await begun.wait()
+        for task in (second, first):
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        seen = len(steps)
+        await asyncio.sleep(0.2)
+        assert len(steps) == seen, "it goes on unseen"
+
+    asyncio.run(scene())
+    assert {name for name, _ in steps} == {"first"}
+    assert len(steps) < 50
+    stylizer.stylize(photo)
+
+
+def test_errors_come_out_of_the_await(stylizer: Stylizer, photo: np.ndarray) -> None:
+    with pytest.raises(UsageError, match="picasso"):
+        asyncio.run(stylizer.stylize_async(photo, "picasso"))
+
+
+def test_closed_is_closed_for_asyncio(bundle_path: Path, photo: np.ndarray) -> None:
+    with lsast.load(bundle_path) as opened:
+        asyncio.run(opened.stylize_async(photo))
+    with pytest.raises(UsageError, match="closed"):
+        asyncio.run(opened.stylize_async(photo))
+
+
+@pytest.mark.parametrize(
+    ("own", "size", "fit", "cells"),
+    [
+        ((96, 160), 0, "aspect", (12, 20)),  # a canvas of 128 x 192: 16 pixels of margin above and below, 16 aside
+        ((64, 64), 0, "aspect", (8, 8)),
+        ((50, 70), 0, "aspect", (8, 10)),  # rows 7 … 56 of 64 lie in cells 0 … 7, columns 29 … 98 of 128 in 3 … 12
+        ((96, 160), 128, "squash", (16, 16)),
+    ],
+)
+def test_a_preview_shows_the_picture_without_the_margin(
+    stylizer: Stylizer, own: tuple[int, int], size: int, fit: Any, cells: tuple[int, int]
+) -> None:
+    rgb = np.random.default_rng(1).integers(0, 256, (*own, 3), dtype=np.uint8)
+    shown: list[Image.Image] = []
+    stylizer.stylize(rgb, size=size, fit=fit, on_step=lambda step, total, preview: shown.append(preview()))
+    assert {(image.height, image.width) for image in shown} == {cells}
+    assert shown[0].mode == "RGB"
+
+
+def test_nothing_is_computed_for_a_preview_that_nobody_wants(
+    stylizer: Stylizer, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("numpy.linalg.lstsq", lambda *_, **__: pytest.fail("it was"))
+    stylizer.stylize(photo, on_step=lambda step, total, preview: None)
+
+
+def test_the_last_preview_is_the_painting_made_small() -> None:
+    """On the embedded base, whose decoder undoes its encoder: the yardstick is the decoded painting itself."""
+    photo = Path(__file__).parents[2] / "docs" / "images" / "lighthouse.jpg"
+    with Image.open(photo) as image:
+        rgb = np.asarray(image.convert("RGB").resize((128, 128)))
+    shown: list[np.ndarray] = []
+    with lsast.load(EMBEDDED, backend="onnxruntime", threads=1) as mini:
+        result = mini.stylize(
+            rgb, steps=8, size=0, guidance=1.0, on_step=lambda step, total, look: shown.append(np.asarray(look()))
+        )
+    small = cv2.resize(np.asarray(result.image), (16, 16), interpolation=cv2.INTER_AREA).astype(float)
+    errors = [np.abs(preview - small).mean() for preview in shown]
+    assert np.corrcoef(shown[-1].ravel(), small.ravel())[0, 1] > 0.8
+    assert errors[-1] < 20
+    assert errors[-1] < errors[1], "what is about to be gets nearer to what is"

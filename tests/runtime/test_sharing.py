@@ -1,0 +1,196 @@
+"""One stylizer and many threads, forks and processes: everyone gets what they would get alone, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lsast
+from lsast import Stylizer, UsageError
+from lsast.shelf import Shelf
+from lsast_engines.bundle import Bundle
+from lsast_engines.engine import available_backends
+
+MIXES = ["vangogh", "monet", "vangogh:0.6+monet:0.4", "monet@up+vangogh@0-4", "vangogh@down"]
+
+
+def _pixels(result: lsast.Result) -> np.ndarray:
+    return np.asarray(result.image)
+
+
+@pytest.mark.parametrize("backend", sorted(available_backends()))
+def test_eight_threads_get_the_serial_bytes(
+    bundle_path: Path, photo: np.ndarray, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    open_style = Bundle.open_style
+    monkeypatch.setattr(Bundle, "open_style", lambda self, name: opened.append(name) or open_style(self, name))
+    jobs: list[dict[str, Any]] = [
+        {
+            "style": MIXES[i % 5],
+            "seed": i,
+            "size": (64, 96, 128)[i % 3],
+            "solver": ("ddim", "dpmpp2m", "unipc")[i % 3],
+            "strength": (0.7, "0.6,0.3@0-2")[i % 2],
+            "guidance": (1.0, 2.0)[i % 2],
+        }
+        for i in range(24)
+    ]
+    with lsast.load(bundle_path, backend=backend) as alone:
+        expected = [_pixels(alone.stylize(photo, **job)) for job in jobs]
+    opened.clear()
+    barrier = threading.Barrier(8)
+
+    def work(lane: int) -> list[np.ndarray]:
+        barrier.wait()
+        return [_pixels(shared.stylize(photo, **job)) for job in jobs[lane::8]]
+
+    with lsast.load(bundle_path, backend=backend) as shared, ThreadPoolExecutor(8) as pool:
+        lanes = list(pool.map(work, range(8)))
+    for lane, found in enumerate(lanes):
+        for left, right in zip(found, expected[lane::8], strict=True):
+            np.testing.assert_array_equal(left, right)
+    assert sorted(opened) == ["monet", "vangogh"], "styles are opened once, not once a call"
+
+
+def test_one_stylizer_from_within_its_own_callback_is_refused_not_stuck(bundle_path: Path, photo: np.ndarray) -> None:
+    with lsast.load(bundle_path) as stylizer:
+        with pytest.raises(UsageError, match="from inside on_step"):
+            stylizer.stylize(photo, on_step=lambda *_: stylizer.stylize(photo))
+        stylizer.stylize(photo, on_step=lambda *_: stylizer.backend)
+
+
+def test_closing_waits_for_the_painting_and_refuses_the_next(bundle_path: Path, photo: np.ndarray) -> None:
+    stylizer = lsast.load(bundle_path)
+    begun = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        painting = pool.submit(stylizer.stylize, photo, on_step=lambda *_: begun.set())
+        begun.wait()
+        stylizer.close()
+        assert painting.result().image.size == (160, 96)
+    with pytest.raises(UsageError, match="closed"):
+        stylizer.stylize(photo)
+
+
+FORK = """
+import hashlib, os, sys, threading
+import numpy as np, lsast
+bundle, backend = sys.argv[1:]
+rng = np.random.default_rng(0)
+photo = rng.integers(0, 256, (96, 160, 3), dtype=np.uint8)
+stylizer = lsast.load(bundle, backend=backend)
+def digest(**options):
+    return hashlib.sha256(np.asarray(stylizer.stylize(photo, **options).image)).hexdigest()
+def child(**options):
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(writer, digest(**options).encode())
+        stylizer.close()
+        os._exit(0)  # as multiprocessing does: ONNX Runtime itself hangs in the exit of a forked process
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        found = pipe.read()
+    assert os.waitpid(pid, 0)[1] == 0
+    return found
+expected = digest(style="monet", seed=3)
+assert child(style="monet", seed=3) == expected
+# A fork while another thread holds the turn: the child's turn is its own.
+begun, go_on = threading.Event(), threading.Event()
+def hold(step, total, preview):
+    begun.set()
+    go_on.wait()
+busy = threading.Thread(target=lambda: stylizer.stylize(photo, on_step=hold))
+busy.start()
+begun.wait()
+assert child(style="monet", seed=3) == expected
+go_on.set()
+busy.join()
+assert digest(style="monet", seed=3) == expected
+print("equal")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("backend", sorted(available_backends()))
+def test_a_forked_process_paints_the_same_even_while_its_parent_paints(bundle_path: Path, backend: str) -> None:
+    rooms = [str(Path(module.__file__).parents[1]) for module in (lsast, sys.modules["lsast_engines"])]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORK, str(bundle_path), backend],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(rooms)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (0, "equal\n"), done.stderr
+
+
+def _painted_elsewhere(stylizer: Stylizer, photo: np.ndarray) -> tuple[lsast.Result, int]:
+    return stylizer.stylize(photo, style="monet", seed=5), os.getpid()
+
+
+def test_a_spawned_process_opens_the_bundle_again(bundle_path: Path, photo: np.ndarray, tmp_path: Path) -> None:
+    with lsast.load(bundle_path, threads=1) as stylizer:
+        expected = _pixels(stylizer.stylize(photo, style="monet", seed=5))
+        # Spawned processes import what they unpickle: this module is not on their path, so the call is made by name.
+        script = tmp_path / "elsewhere.py"
+        script.write_text("def paint(stylizer, photo):\n    return stylizer.stylize(photo, style='monet', seed=5)\n")
+        sys.path.insert(0, str(tmp_path))
+        try:
+            import elsewhere  # type: ignore[import-not-found]
+
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                result = pool.apply(elsewhere.paint, (stylizer, photo))
+        finally:
+            sys.path.remove(str(tmp_path))
+    np.testing.assert_array_equal(_pixels(result), expected)
+    assert isinstance(result, lsast.Result)
+
+
+def test_a_copy_by_pickle_is_a_stylizer_of_its_own(bundle_path: Path, photo: np.ndarray) -> None:
+    with lsast.load(bundle_path, style_memory=1000) as stylizer:
+        copy = pickle.loads(pickle.dumps(stylizer))
+    with copy:
+        assert copy.bundle.path == bundle_path.resolve()
+        assert copy._style_memory == 1000
+        copy.stylize(photo)
+
+
+STAGE_BYTES = 4 * 3 * (24 + 16)  # float32, three tokens, the widths of the tiny bundle
+
+
+def test_styles_leave_memory_in_the_order_of_their_use(bundle_path: Path) -> None:
+    shelf = Shelf(Bundle.open(bundle_path), 3 * STAGE_BYTES)
+    shelf["vangogh"].row(0), shelf["vangogh"].row(1)
+    shelf["monet"].row(0)
+    assert shelf.bytes == 3 * STAGE_BYTES
+    shelf.tidy()
+    assert shelf.names == ["vangogh", "monet"]
+    shelf["vangogh"]  # used again: monet is now the one used longest ago
+    shelf["monet"].row(1), shelf["vangogh"].row(2)
+    shelf.tidy()
+    assert shelf.names == ["vangogh"]
+    assert shelf.bytes == 3 * STAGE_BYTES
+
+
+def test_a_budget_changes_memory_and_no_picture(bundle_path: Path, photo: np.ndarray) -> None:
+    def run(stylizer: Stylizer) -> str:
+        digest = hashlib.sha256()
+        for style in (*MIXES, *MIXES):
+            digest.update(_pixels(stylizer.stylize(photo, style, strength=0.5)).data)
+        return digest.hexdigest()
+
+    with lsast.load(bundle_path, style_memory=5 * STAGE_BYTES) as poor, lsast.load(bundle_path) as rich:
+        assert run(poor) == run(rich)
+        assert poor._workshop.shelf.bytes <= 5 * STAGE_BYTES < rich._workshop.shelf.bytes
