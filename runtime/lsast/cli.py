@@ -1,22 +1,25 @@
-"""`lsast-run`: repaint a picture from the command line.
+"""`lsast-run`: repaint pictures from the command line.
 
-The output path, or with `--json` one JSON object, goes to stdout; progress and errors go to stderr, a line for each
-fault. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Numpy and the engines are imported only when a
-picture is to be painted, so that `--help` and `--version` answer at once.
+Output paths, or with `--json` one JSON object each, go to stdout; progress and errors go to stderr, a line for each
+fault. Exit status: 0 done, 1 something failed, 2 wrong usage, 130 interrupted. Numpy and the engines are imported only
+when a picture is to be painted, so that `--help` and `--version` answer at once.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import time
 import traceback
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from . import __version__
+
+if TYPE_CHECKING:
+    from .feeding import Job, Plan
 
 _USAGE = 2
 
@@ -66,8 +69,7 @@ def _fail(message: str, status: int) -> NoReturn:
     context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
     epilog="Options that are not given are the bundle's defaults.",
 )
-@click.argument("source", metavar="IN", required=False, type=click.Path(path_type=Path))
-@click.argument("out", metavar="OUT", required=False, type=click.Path(path_type=Path))
+@click.argument("paths", metavar="IN... OUT", nargs=-1, type=click.Path())
 @click.option(
     "--style", metavar="MIX", help="Whose hand to paint with: vangogh, or vangogh:0.6+monet:0.4, vangogh@up+monet@0-4."
 )
@@ -96,19 +98,20 @@ def _fail(message: str, status: int) -> NoReturn:
 @click.option(
     "--arithmetic", metavar="TYPE", default="fp32", help="fp32; with openvino also bf16, fp16. [default: fp32]"
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the output's path.")
+@click.option("--overwrite", is_flag=True, help="Of several: paint also what is there already.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a file instead of the output's path.")
 @click.option("--list-styles", is_flag=True, help="Print the styles of the bundle and exit.")
 @click.option("--debug", is_flag=True, help="Show a traceback on errors.")
 @click.version_option(__version__, "-V", "--version", message="lsast %(version)s")
 def main(
-    source: Path | None,
-    out: Path | None,
+    paths: tuple[str, ...],
     preset: str | None,
     bundle: str | None,
     backend: str,
     device: str,
     threads: int | None,
     arithmetic: str,
+    overwrite: bool,
     as_json: bool,
     list_styles: bool,
     debug: bool,  # read by _Command from the context
@@ -118,6 +121,10 @@ def main(
 
     OUT keeps the size, the colour profile and (but for JPEG) the transparency of IN. It is written whole or not at
     all, over any file of that name, also over IN itself.
+
+    Of several INs (files, folders, which are mirrored, or 'quoted/**/*.jpg') OUT is a folder. Paintings that are there
+    are skipped, so that the same call goes on with one that was stopped; a file that fails is told at the end, and the
+    rest is done. - is standard input or output (a PNG).
     """
     if list_styles:
         from lsast_engines.bundle import Bundle, find_bundle
@@ -125,8 +132,12 @@ def main(
         names = list(Bundle.open(find_bundle(bundle)).styles())
         click.echo(json.dumps({"styles": names}) if as_json else "\n".join(names))
         return
-    if source is None or out is None:
+    if len(paths) < 2:
         _fail("found no IN and OUT; expected: lsast-run IN OUT (--help lists all options)", _USAGE)
+    from .feeding import lay_out
+    from .options import preset_options
+
+    plan = lay_out(paths[:-1], paths[-1])
     where = {
         "bundle": bundle,
         "backend": backend,
@@ -134,45 +145,51 @@ def main(
         "threads": threads,
         "arithmetic": arithmetic,
     }
-    report = _paint(source, out, where, preset, options)
-    click.echo(json.dumps(report) if as_json else report["out"])
+    options = {**preset_options(preset), **{name: value for name, value in options.items() if value is not None}}
+    if plan.one:
+        _paint_one(plan.jobs[0], where, options, as_json)
+    else:
+        _paint_several(plan, where, options, overwrite, as_json)
 
 
-def _paint(
-    source: Path, out: Path, where: dict[str, Any], preset: str | None, options: dict[str, Any]
-) -> dict[str, Any]:
-    """Paint and save one picture, with a progress bar on stderr where that is a terminal; the report of `--json`."""
-    from tqdm import tqdm
-
-    from .options import preset_options
+def _paint_one(job: Job, where: dict[str, Any], options: dict[str, Any], as_json: bool) -> None:
+    """Paint and save one picture, with a progress bar on stderr where that is a terminal."""
     from .result import check_output
+    from .running import Bars, paint
     from .stylizer import load
 
-    check_output(out)
-    options = {**preset_options(preset), **{name: value for name, value in options.items() if value is not None}}
-    with tqdm(desc="opening", unit="step", leave=False, disable=None) as bar:
+    if job.out is not None:
+        check_output(job.out)
+    elif as_json:
+        _fail("found --json and OUT -; expected the name of a file: both would go to standard output", _USAGE)
+    begin = time.perf_counter()
+    with contextlib.closing(Bars(1)) as bars, load(**where) as stylizer:
+        opened = time.perf_counter()
+        report = {"out": str(job.out), **paint(job, stylizer, options, bars.on_step)}
+    report["seconds"] = {"open": opened - begin, **report["seconds"]}
+    if job.out is not None:
+        click.echo(json.dumps(report) if as_json else report["out"])
 
-        def on_step(step: int, total: int, preview: object) -> None:
-            bar.total = total
-            bar.set_description("painting", refresh=step == 0)
-            bar.update(step - bar.n)
 
-        begin = time.perf_counter()
-        with load(**where) as stylizer:
-            opened = time.perf_counter()
-            result = stylizer.stylize(source, **options, on_step=on_step)
-            bundle, engine = stylizer.bundle.manifest.name, stylizer.backend
-    painted = time.perf_counter()
-    result.save(out)
-    saved = time.perf_counter()
-    return {
-        "out": str(out),
-        "bundle": bundle,
-        "style": result.options.style,
-        "backend": engine,
-        "seconds": {"open": opened - begin, **result.seconds, "save": saved - painted},
-        "options": asdict(result.options),
-    }
+def _paint_several(plan: Plan, where: dict[str, Any], options: dict[str, Any], overwrite: bool, as_json: bool) -> None:
+    """Paint what a plan names, report each file on stdout and sum up on stderr."""
+    from .running import Bars, Tally, paint_all
+    from .stylizer import load
+
+    tally = Tally()
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: click.echo(tally.summary(), err=True))
+        bars = stack.enter_context(contextlib.closing(Bars(len(plan.jobs))))
+
+        def report(facts: dict[str, Any]) -> None:
+            if as_json or facts["status"] == "painted":
+                with bars.aside():
+                    click.echo(json.dumps(facts) if as_json else facts["out"])
+
+        stylizer = functools.cache(lambda: stack.enter_context(load(**where)))
+        paint_all(plan.jobs, stylizer, options, overwrite=overwrite, bars=bars, report=report, tally=tally)
+    if tally.failures:
+        raise click.exceptions.Exit(1)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -53,23 +54,43 @@ class Result:
             UsageError: the suffix names none of the formats, or `path` is a folder.
             PictureError: the file cannot be written, or the format cannot hold so large a picture.
         """
-        from PIL import Image
-
         path = Path(path)
         check_output(path)
+        try:
+            with replace_file(path) as handle:
+                self._write(handle, path)
+        except (OSError, ValueError) as error:
+            name, _ = _FORMATS[path.suffix.lower()]
+            raise PictureError(
+                f"cannot write {path} ({error}); expected a writable folder and a size {name} holds"
+            ) from error
+
+    def write(self, handle: BinaryIO, suffix: str = ".png") -> None:
+        """Write the bytes of a PNG, JPEG or WebP file to a stream that need not be seekable.
+
+        Raises:
+            UsageError: the suffix names none of the formats.
+            PictureError: the format cannot hold so large a picture, or the stream takes no more.
+        """
+        check_output(Path("painting" + suffix))
+        buffer = io.BytesIO()
+        try:
+            self._write(buffer, Path("painting" + suffix))
+            handle.write(buffer.getbuffer())
+            handle.flush()
+        except (OSError, ValueError) as error:
+            raise PictureError(f"cannot write a {suffix[1:]} to the stream ({error})") from error
+
+    def _write(self, handle: BinaryIO, path: Path) -> None:
+        from PIL import Image
+
         name, settings = _FORMATS[path.suffix.lower()]
         image = self.image
         if name == "JPEG" and image.mode == "RGBA":
             _log.warning("%s: JPEG holds no transparency; the painting is laid on white (PNG and WebP keep it)", path)
             pixels = np.asarray(image)
             image = Image.fromarray(on_white(pixels[:, :, :3], pixels[:, :, 3]))
-        try:
-            with replace_file(path) as handle:
-                image.save(handle, format=name, icc_profile=self.image.info.get("icc_profile"), **settings)
-        except (OSError, ValueError) as error:
-            raise PictureError(
-                f"cannot write {path} ({error}); expected a writable folder and a size {name} holds"
-            ) from error
+        image.save(handle, format=name, icc_profile=self.image.info.get("icc_profile"), **settings)
 
 
 def check_output(path: Path) -> None:

@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+import lsast
+from lsast.cli import main
+from lsast.feeding import Job, lay_out
+from lsast_engines.errors import PictureError, UsageError
+
+QUICK = ("--size", "64", "--guidance", "1")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, photo: np.ndarray, bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with pictures at two depths, and the tiny bundle as the default."""
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    for index, name in enumerate(("in/a.png", "in/b.jpg", "in/deep/a.png", "in/deep/scan.tif")):
+        Image.fromarray(np.roll(photo, 10 * index, axis=1)).save(tmp_path / name)
+    (tmp_path / "in" / ".hidden.png").write_bytes(b"no picture")
+    (tmp_path / "in" / "notes.txt").write_text("no picture either")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LSAST_BUNDLE", str(bundle_path))
+    return tmp_path
+
+
+def _run(*arguments: str, **settings: Any) -> Result:
+    return CliRunner().invoke(main, [*arguments, *QUICK], **settings)
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _format(path: str) -> str | None:
+    with Image.open(path) as image:
+        return image.format
+
+
+def _pairs(*sources: str, out: str) -> dict[str, str]:
+    return {str(job.source): str(job.out) for job in lay_out(sources, out).jobs}
+
+
+def test_one_file_is_one_job(folder: Path) -> None:
+    plan = lay_out(["in/a.png"], "out.png")
+    assert (plan.jobs, plan.one) == ((Job(Path("in/a.png"), Path("out.png")),), True)
+
+
+def test_a_folder_is_mirrored_whatever_it_holds_besides(folder: Path) -> None:
+    assert _pairs("in", out="out") == {
+        "in/a.png": "out/a.png",
+        "in/b.jpg": "out/b.jpg",
+        "in/deep/a.png": "out/deep/a.png",
+        "in/deep/scan.tif": "out/deep/scan.tif.png",
+    }
+
+
+def test_several_go_below_their_own_names(folder: Path) -> None:
+    (folder / "more").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "more" / "a.png")
+    assert _pairs("in/deep", "more", "in/b.jpg", out="out") == {
+        "in/b.jpg": "out/b.jpg",
+        "in/deep/a.png": "out/deep/a.png",
+        "in/deep/scan.tif": "out/deep/scan.tif.png",
+        "more/a.png": "out/more/a.png",
+    }
+
+
+def test_a_pattern_is_mirrored_from_its_plain_part(folder: Path) -> None:
+    assert _pairs("in/**/*.png", out="out") == {"in/a.png": "out/a.png", "in/deep/a.png": "out/deep/a.png"}
+    assert _pairs("in/d*/*.png", out="out") == {"in/deep/a.png": "out/deep/a.png"}
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_a_file(folder: Path) -> None:
+    (folder / "in" / "a.png").rename(folder / "a[1].png")
+    assert _pairs("a[1].png", out="out.png") == {"a[1].png": "out.png"}
+
+
+def test_an_existing_folder_or_a_slash_makes_out_a_folder(folder: Path) -> None:
+    (folder / "there").mkdir()
+    assert _pairs("in/a.png", out="there") == {"in/a.png": "there/a.png"}
+    assert _pairs("in/a.png", out="new/") == {"in/a.png": "new/a.png"}
+
+
+def test_paintings_inside_the_searched_folder_are_not_painted_again(folder: Path) -> None:
+    before = _pairs("in", out="in/painted")
+    (folder / "in" / "painted").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "in" / "painted" / "a.png")
+    assert _pairs("in", out="in/painted") == before
+    assert _pairs("in/**/*.png", out="in/painted").keys() == {"in/a.png", "in/deep/a.png"}
+
+
+WRONG = {
+    "nothing found": (["x*.png"], "out", "x\\*.png"),
+    "one file of several": (["in/a.png", "in/b.jpg"], "in/b.jpg", "expected a folder"),
+    "a picture's name of several": (["in"], "out.png", "expected a folder"),
+    "twice": (["in/a.png", "in/deep/a.png"], "out", r"out/a\.png: in/a\.png, in/deep/a\.png"),
+    "stream of several": (["in"], "-", "one picture"),
+    "stream among several": (["-", "in/a.png"], "out", "one picture"),
+    "stream to a folder": (["-"], "in", "name of a file"),
+    "video to a stream": (["clip.mp4"], "-", "videos need one"),
+}
+
+
+@pytest.mark.parametrize(("sources", "out", "words"), WRONG.values(), ids=WRONG)
+def test_layouts_that_cannot_be_meant(folder: Path, sources: list[str], out: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        lay_out(sources, out)
+
+
+def test_a_folder_without_pictures_is_an_error(folder: Path) -> None:
+    (folder / "empty").mkdir()
+    with pytest.raises(PictureError, match="found no picture under empty"):
+        lay_out(["empty"], "out")
+
+
+def test_a_folder_is_painted_file_by_file_as_alone(folder: Path) -> None:
+    result = _run("in", "out")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == ["out/a.png", "out/b.jpg", "out/deep/a.png", "out/deep/scan.tif.png"]
+    assert result.stderr == "painted 4, failed 0\n"
+    assert _files(folder / "out") == ["a.png", "b.jpg", "deep/a.png", "deep/scan.tif.png"]
+    with lsast.load() as stylizer:
+        for name in ("a.png", "deep/a.png"):
+            alone = stylizer.stylize(folder / "in" / name, size=64, guidance=1.0).image
+            np.testing.assert_array_equal(Image.open(folder / "out" / name), alone)
+
+
+def test_what_is_there_is_skipped_or_painted_over(folder: Path) -> None:
+    (folder / "out").mkdir()
+    (folder / "out" / "a.png").write_bytes(b"an earlier painting")
+    result = _run("in/*.*g", "out")
+    assert (result.exit_code, result.stdout) == (0, "out/b.jpg\n")
+    assert "painted 1, failed 0, skipped 1" in result.stderr
+    assert (folder / "out" / "a.png").read_bytes() == b"an earlier painting"
+    assert _run("in/*.*g", "out", "--overwrite").stdout == "out/a.png\nout/b.jpg\n"
+    assert _format("out/a.png") == "PNG"
+
+
+def test_nothing_is_opened_where_nothing_is_to_be_painted(folder: Path) -> None:
+    _run("in", "out")
+    result = _run("in", "out", "--bundle", "no/where")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "skipped 4" in result.stderr
+
+
+def test_a_bad_file_is_one_line_and_the_rest_is_done(folder: Path) -> None:
+    (folder / "in" / "b.jpg").write_bytes((folder / "in" / "b.jpg").read_bytes()[:500])
+    result = _run("in", "missing.png", "out")
+    assert (result.exit_code, len(result.stdout.splitlines())) == (1, 3)
+    counts, *failures = result.stderr.splitlines()
+    assert counts == "painted 3, failed 2"
+    assert [line.split(": ")[0] for line in failures] == ["  - in/b.jpg", "  - missing.png"]
+    assert _files(folder / "out") == ["in/a.png", "in/deep/a.png", "in/deep/scan.tif.png"]
+
+
+def test_options_that_no_file_could_pass_end_the_run(folder: Path) -> None:
+    result = _run("in", "out", "--steps", "0")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert len(re.findall("steps: found 0", result.stderr)) == 1
+    assert not (folder / "out").exists()
+
+
+def test_json_is_one_line_a_file(folder: Path) -> None:
+    (folder / "out").mkdir()
+    (folder / "out" / "a.png").write_bytes(b"there")
+    (folder / "in" / "b.jpg").write_bytes(b"no picture")
+    result = _run("in", "out", "--json")
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(line["status"], line["source"], line["out"]) for line in lines] == [
+        ("skipped", "in/a.png", "out/a.png"),
+        ("failed", "in/b.jpg", "out/b.jpg"),
+        ("painted", "in/deep/a.png", "out/deep/a.png"),
+        ("painted", "in/deep/scan.tif", "out/deep/scan.tif.png"),
+    ]
+    assert "in/b.jpg" in lines[1]["error"]
+    assert lines[2]["options"]["size"] == 64
+
+
+def test_streams_carry_the_picture_and_nothing_else(folder: Path) -> None:
+    _run("in/a.png", "expected.png")
+    expected = Image.open("expected.png")
+    for source, given in (("-", Path("in/a.png").read_bytes()), ("in/a.png", b"")):
+        result = _run(source, "-", input=given)
+        assert (result.exit_code, result.stderr) == (0, "")
+        painted = Image.open(io.BytesIO(result.stdout_bytes))
+        assert painted.format == "PNG"
+        np.testing.assert_array_equal(painted, expected)
+    result = _run("-", "out.jpg", input=Path("in/a.png").read_bytes())
+    assert (result.stdout, _format("out.jpg")) == ("out.jpg\n", "JPEG")
+    assert _run("-", "out.png", input=b"no picture").exit_code == 1
+    assert _run("in/a.png", "-", "--json").exit_code == 2
+
+
+def _process(*arguments: str, **settings: Any) -> subprocess.Popen[bytes]:
+    rooms = [str(Path(module.__file__).parents[1]) for module in (lsast, sys.modules["lsast_engines"])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(rooms)}
+    return subprocess.Popen([sys.executable, "-m", "lsast", *arguments], env=environment, **settings)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that cannot be caught")
+def test_a_killed_run_goes_on_where_it_was(folder: Path, photo: np.ndarray) -> None:
+    for index in range(8):
+        Image.fromarray(np.roll(photo, index, axis=0)).save(folder / "in" / f"{index}.png")
+    arguments = ("in", "out", "--steps", "900", "--strength", "1", "--size", "64", "--guidance", "1")
+    process = _process(*arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.kill()
+    process.communicate(timeout=60)
+    done = {name: (folder / "out" / name).stat().st_mtime_ns for name in _files(folder / "out") if name[0] != "."}
+    assert 0 < len(done) < 12
+    time.sleep(0.01)
+    again = CliRunner().invoke(main, arguments)
+    assert again.exit_code == 0
+    assert f"painted {12 - len(done)}, failed 0, skipped {len(done)}" in again.stderr
+    for name, changed in done.items():
+        assert (folder / "out" / name).stat().st_mtime_ns == changed
+        Image.open(folder / "out" / name).load()
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
+def test_a_terminal_sees_two_bars(folder: Path) -> None:
+    import fcntl
+    import struct
+    import termios
+
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+    process = _process("in", "out", *QUICK, stdout=subprocess.PIPE, stderr=theirs)
+    os.close(theirs)
+    seen = b""
+    while True:
+        try:
+            piece = os.read(ours, 1024)
+        except OSError:  # its other end is closed
+            break
+        seen += piece
+    stdout, _ = process.communicate(timeout=60)
+    os.close(ours)
+    assert process.returncode == 0
+    assert len(stdout.splitlines()) == 4
+    assert b"files: 100%" in seen
+    assert b"4/4" in seen
+    assert b"painting:" in seen
+    assert seen.endswith(b"painted 4, failed 0\r\n")
