@@ -86,6 +86,7 @@ def _fail(message: str, status: int) -> NoReturn:
 @click.option("--control", type=float, help="How firmly the picture's edges hold: 0 to 2.")
 @click.option("--size", type=int, help="Paint at about SIZE x SIZE pixels; 0 is the picture's own size.")
 @click.option("--fit", metavar="WAY", help="aspect keeps the picture's; squash gives SIZE x SIZE. [default: aspect]")
+@click.option("--tile", type=int, help="Paint large pictures in tiles of TILE x TILE; 0 never does. [default: 1024]")
 @click.option("--solver", metavar="NAME", help="ddim, dpmpp2m, unipc, or released: ddim on the released code's steps.")
 @click.option("--seed", type=int, help="Seed of the noise; the same seed gives the same bytes. [default: 0]")
 @click.option("--alpha", metavar="WAY", help="Transparency: keep, or composite on white. [default: keep]")

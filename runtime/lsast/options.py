@@ -50,6 +50,9 @@ class Options:
     feather: int = 16
     """Pixels of the picture over which a mask's painting fades in from its border, 0 to 4096; of no use without a
     mask."""
+    tile: int = 1024
+    """A canvas of more than one and a half tiles is painted in overlapping tiles of about tile x tile pixels, in
+    bounded memory: 64 to 8192, or 0 to paint whatever comes whole."""
 
     def __post_init__(self) -> None:
         faults = [fault for name in _RULES if (fault := _fault(name, getattr(self, name)))]
@@ -116,6 +119,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "fit": ("aspect or squash", lambda value: value in ("aspect", "squash")),
     "keep_colour": ("true or false", lambda value: isinstance(value, bool)),
     "feather": ("a whole number from 0 to 4096", _whole(0, 4096)),
+    "tile": ("0 (never) or a whole number from 64 to 8192", lambda v: _whole(0, 0)(v) or _whole(64, 8192)(v)),
 }
 """For every field: what is expected, and whether a value is that."""
 

@@ -20,13 +20,14 @@ from lsast_engines.schedule import Schedule
 from lsast_engines.solvers import make_solver
 from lsast_engines.spec import ENCODER, HINT
 
-from . import masking, sampler
+from . import masking, sampler, tiles
 from .canvas import Pixels, canvas_for, on_white
 from .mixing import Hand, Mix
 from .options import Options
 from .preview import Previewer
 from .shelf import Shelf
 from .strength import Strength
+from .tiles import Grid
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -64,13 +65,20 @@ class Painting:
             self._mask = None if mask is None else masking.read_mask(mask, self._source.size, options.feather)
             self._canvas = canvas_for(self._source.size, options.size, manifest.multiple, options.fit)
             self._content, outlined = self._canvas.views(self._rgb)
+            self.grid = Grid.lay(self.canvas_size, options.tile, manifest.geometry.factor, manifest.multiple)
         with self.clock("edges"):
             self._edges = edge_map(outlined)
 
     @property
     def batch_key(self) -> Hashable:
         """Paintings of equal keys can share a batch."""
-        return self._content.shape, len(self._schedule.steps), self.options.guidance != 1, self.options.control
+        return (
+            self._content.shape,
+            self.options.tile,
+            len(self._schedule.steps),
+            self.options.guidance != 1,
+            self.options.control,
+        )
 
     @property
     def canvas_size(self) -> tuple[int, int]:
@@ -89,10 +97,10 @@ class Painting:
         """Take the picture through `hint` and `encoder` and noise it."""
         manifest = self._bundle.manifest
         with self.clock("edges"):
-            hint = sampler.hint_features(engines[HINT], self._edges)
+            hint = tiles.hint_features(engines[HINT], self._edges, self.grid)
         with self.clock("encode"):
             rng = np.random.Generator(np.random.PCG64(self.options.seed))
-            z0 = sampler.encode(engines[ENCODER], self._content, manifest.latent_scale, rng)[0]
+            z0 = tiles.encode(engines[ENCODER], self._content, manifest.latent_scale, rng, self.grid)[0]
             noise = rng.standard_normal((1, *z0.shape), dtype=np.float32)[0]
         styles = shelf.take(self.mix.styles)
         self.previewer = Previewer(self._content, z0, self._canvas)

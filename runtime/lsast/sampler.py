@@ -42,13 +42,23 @@ def hint_features(engine: Engine, edges: npt.NDArray[np.uint8]) -> Floats:
 
 
 def encode(engine: Engine, rgb: npt.NDArray[np.uint8], scale: float, rng: np.random.Generator) -> Floats:
-    """Sample the picture's latent, z₀ = scale · (mean + std · n): [H, W, 3] of 0 … 255 → [1, 4, h, w]."""
+    """Sample the picture's latent: [H, W, 3] of 0 … 255 → z₀ [1, 4, h, w]."""
+    return drawn(*posterior(engine, rgb), scale, rng)
+
+
+def posterior(engine: Engine, rgb: npt.NDArray[np.uint8]) -> tuple[Floats, Floats]:
+    """Mean and standard deviation of the picture's latent: [H, W, 3] of 0 … 255 → [1, 4, h, w] each."""
     image = np.ascontiguousarray(rgb.transpose(2, 0, 1)[None], dtype=np.float32) / np.float32(127.5) - np.float32(1)
-    posterior = run(engine, {"image": image})
-    noise = rng.standard_normal(posterior["mean"].shape, dtype=np.float32)
-    latent = np.float32(scale) * (posterior["mean"] + posterior["std"] * noise)
+    outputs = run(engine, {"image": image})
+    mean, std = outputs["mean"].copy(), outputs["std"].copy()
     engine.rest()
-    return latent
+    return mean, std
+
+
+def drawn(mean: Floats, std: Floats, scale: float, rng: np.random.Generator) -> Floats:
+    """A latent of such a mean and deviation, z₀ = scale · (mean + std · n)."""
+    noise = rng.standard_normal(mean.shape, dtype=np.float32)
+    return np.float32(scale) * (mean + std * noise)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +134,20 @@ def denoise(
 
 def decode(engine: Engine, latent: Floats, scale: float) -> npt.NDArray[np.uint8]:
     """Paint the latent's picture: z₀ [1, 4, h, w] → [H, W, 3] of 0 … 255."""
+    return to_pixels(paint(engine, latent, scale))
+
+
+def paint(engine: Engine, latent: Floats, scale: float) -> Floats:
+    """The latent's picture before it is rounded: z₀ [1, 4, h, w] → [H, W, 3], about 0 … 255."""
     image = run(engine, {"latent": latent / np.float32(scale)})["image"][0]
-    rgb: npt.NDArray[np.uint8] = np.round(np.clip((image.transpose(1, 2, 0) + 1) * 127.5, 0, 255)).astype(np.uint8)
+    levels: Floats = (image.transpose(1, 2, 0) + 1) * 127.5
     engine.rest()
+    return levels
+
+
+def to_pixels(levels: Floats) -> npt.NDArray[np.uint8]:
+    """Grey levels as bytes: rounded, and what is beyond 0 … 255 cut off."""
+    rgb: npt.NDArray[np.uint8] = np.round(np.clip(levels, 0, 255)).astype(np.uint8)
     return rgb
 
 

@@ -16,7 +16,7 @@ from lsast_engines.bundle import Bundle, find_bundle
 from lsast_engines.engine import Arithmetic, Engine
 from lsast_engines.spec import DECODER, DENOISER
 
-from . import batches, sampler
+from . import batches, sampler, tiles
 from .cancelling import CancelToken
 from .options import Options
 from .painting import Painting
@@ -111,6 +111,7 @@ class Stylizer:
         fit: Literal["aspect", "squash"] | None = None,
         keep_colour: bool | None = None,
         feather: int | None = None,
+        tile: int | None = None,
         mask: Picture | None = None,
         on_step: OnStep | None = None,
         cancel: CancelToken | None = None,
@@ -139,7 +140,7 @@ class Stylizer:
         """
         given = {"style": style, "steps": steps, "strength": strength, "guidance": guidance, "control": control,
                  "size": size, "solver": solver, "seed": seed, "alpha": alpha, "fit": fit, "keep_colour": keep_colour,
-                 "feather": feather}  # fmt: skip
+                 "feather": feather, "tile": tile}  # fmt: skip
         return self._paint([self._read(picture, given, mask)], on_step, cancel)[0]
 
     async def stylize_async(self, picture: Picture, style: str | None = None, **options: Any) -> Result:
@@ -241,14 +242,14 @@ class Stylizer:
 
             begin = time.perf_counter()
             control = paintings[0].options.control
-            denoiser = workshop.engines[DENOISER]
+            denoiser = tiles.denoiser(workshop.engines[DENOISER], paintings[0].grid)
             latents = sampler.denoise(denoiser, rows, self.bundle.null_style, control, watch)
             shared = (time.perf_counter() - begin) / len(paintings)
             painted = []
             for painting, latent in zip(paintings, latents, strict=True):
                 painting.clock.add("denoise", shared)
                 with painting.clock("decode"):
-                    painted.append(_decode(workshop, latent[None]))
+                    painted.append(_decode(workshop, latent[None], painting.grid))
                 if cancel:
                     cancel.check()
             provenances = [Provenance.of(painting, workshop) for painting in paintings]
@@ -258,16 +259,16 @@ class Stylizer:
         ]
 
 
-def _decode(workshop: Workshop, latent: sampler.Floats) -> npt.NDArray[np.uint8]:
+def _decode(workshop: Workshop, latent: sampler.Floats, grid: tiles.Grid) -> npt.NDArray[np.uint8]:
     """Decode; if that overflows below fp32, once more in fp32, in which the decoder then stays."""
     engine = workshop.engines[DECODER]
     scale = workshop.opener.bundle.manifest.latent_scale
     try:
-        return sampler.decode(engine, latent, scale)
+        return tiles.decode(engine, latent, scale, grid)
     except sampler.NotFiniteError as error:
         if engine.arithmetic == "fp32":
             raise
         _log.warning("%s; decoding again in fp32", error)
     workshop.engines[DECODER] = workshop.opener(DECODER, "fp32")
     engine.close()
-    return sampler.decode(workshop.engines[DECODER], latent, scale)
+    return tiles.decode(workshop.engines[DECODER], latent, scale, grid)

@@ -21,6 +21,7 @@ GOOD: dict[str, Any] = {
     "fit": "aspect",
     "keep_colour": False,
     "feather": 16,
+    "tile": 1024,
 }
 
 LIMITS = [
@@ -46,6 +47,9 @@ LIMITS = [
     {"feather": 4096},
     {"strength": "0.7,0.3@0-2"},
     {"style": "vangogh:0.6@up+monet@0-4"},
+    {"tile": 0},
+    {"tile": 64},
+    {"tile": 8192},
 ]
 
 FAULTS = [
@@ -76,6 +80,9 @@ FAULTS = [
     ("keep_colour", 1),
     ("feather", -1),
     ("feather", 4097),
+    ("tile", 63),
+    ("tile", -1),
+    ("tile", 0.5),
 ]
 
 
@@ -102,9 +109,8 @@ def test_all_faults_are_named_at_once() -> None:
 
 
 def test_what_is_not_given_is_the_bundles_default() -> None:
-    defaults = {
-        name: value for name, value in GOOD.items() if name not in ("seed", "alpha", "fit", "keep_colour", "feather")
-    }
+    own = ("seed", "alpha", "fit", "keep_colour", "feather", "tile")
+    defaults = {name: value for name, value in GOOD.items() if name not in own}
     options = Options.resolve({"style": "vangogh", "strength": None, "guidance": 0.0, "seed": None}, defaults)
     assert dataclasses.asdict(options) == {**GOOD, "style": "vangogh", "guidance": 0.0}
 
