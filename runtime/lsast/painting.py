@@ -32,6 +32,8 @@ from .tiles import Grid
 if TYPE_CHECKING:
     from PIL import Image
 
+    from .coherence import Follower
+
     Picture = str | Path | bytes | Image.Image | npt.NDArray[Any]
     """A path, the bytes of an image file, a PIL image, or an array [H, W], [H, W, 3] or [H, W, 4] (uint8, uint16, or
     float in [0, 1])."""
@@ -40,8 +42,22 @@ if TYPE_CHECKING:
 class Painting:
     """What is known of one picture between its reading and its result."""
 
-    def __init__(self, bundle: Bundle, picture: Picture, options: Options, mask: Picture | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        picture: Picture,
+        options: Options,
+        mask: Picture | None = None,
+        follower: Follower | None = None,
+    ) -> None:
         """Read the picture and lay it on its canvas; needs no engine.
+
+        Args:
+            bundle: whose graphs will paint.
+            picture: what to paint.
+            options: how.
+            mask: where.
+            follower: what remembers the painting of the frame before.
 
         Raises:
             UsageError: options that this bundle does not have.
@@ -58,6 +74,7 @@ class Painting:
             manifest.noise, options.steps, self._strength.overall, manifest.stages, options.solver
         )
         self._bundle = bundle
+        self._follower = follower
         with self.clock("read"):
             self._source = read_picture(picture)
             rgb, alpha = self._source.rgb, self._source.alpha
@@ -102,18 +119,26 @@ class Painting:
             rng = np.random.Generator(np.random.PCG64(self.options.seed))
             z0 = tiles.encode(engines[ENCODER], self._content, manifest.latent_scale, rng, self.grid)[0]
             noise = rng.standard_normal((1, *z0.shape), dtype=np.float32)[0]
+        solver = make_solver(self.options.solver, manifest.noise, self._schedule)
+        start = z0
+        if self._follower:
+            start, solver = self._follower.begin(self._content, z0, solver, self._schedule)
         styles = shelf.take(self.mix.styles)
         self.previewer = Previewer(self._content, z0, self._canvas)
         return sampler.Row(
-            solver=make_solver(self.options.solver, manifest.noise, self._schedule),
+            solver=solver,
             schedule=self._schedule,
             z0=z0,
-            noisy=self._schedule.add_noise(z0, noise, self._schedule.start_t),
+            noisy=self._schedule.add_noise(start, noise, self._schedule.start_t),
             hint=hint[0],
             hand=Hand(self.mix, styles, self._bundle.null_style, manifest.attention_layers),
             guidance=self.options.guidance,
             share=self._share,
         )
+
+    def settle(self, latent: sampler.Floats, canvas: Pixels) -> Pixels:
+        """The canvas to finish, [H, W, 3], after the latent [4, h, w] was painted and decoded to `canvas`."""
+        return self._follower.end(latent, canvas) if self._follower else canvas
 
     def finish(self, painted: Pixels) -> Image.Image:
         """The painted canvas [H, W, 3] as the picture's painting, with its transparency and its colour profile."""

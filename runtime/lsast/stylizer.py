@@ -27,6 +27,7 @@ from .workshop import STYLE_MEMORY, Opener, Workshop
 if TYPE_CHECKING:
     from PIL import Image
 
+    from .coherence import Follower
     from .painting import Picture
 
 _log = logging.getLogger("lsast.runtime")
@@ -203,6 +204,40 @@ class Stylizer:
             batches.jobs(pictures, styles, rows), read, lambda paintings: self._paint(paintings, None, cancel), batch
         )
 
+    def stylize_frames(
+        self,
+        frames: Iterable[Picture],
+        style: str | None = None,
+        *,
+        follower: Follower | None = None,
+        on_step: OnStep | None = None,
+        cancel: CancelToken | None = None,
+        **options: Any,
+    ) -> Iterator[Result]:
+        """Repaint the frames of a video, each so that it follows the painting before it.
+
+        Args:
+            frames: in their order, as `stylize` takes pictures; those of another size than the one before start anew.
+            style: see `stylize`.
+            follower: what remembers the painting before; a new one if None. One serves one video.
+            on_step: see `stylize`; called for every frame.
+            cancel: see `stylize`.
+            options: what else `stylize` takes.
+
+        Yields:
+            The paintings, each before the next frame is taken.
+
+        Raises:
+            LsastError: see `stylize`; it ends the stream.
+        """
+        from .coherence import Follower
+
+        follower = follower or Follower()
+        given = {**options, "style": style}
+        mask = given.pop("mask", None)
+        for frame in frames:
+            yield self._paint([self._read(frame, given, mask, follower)], on_step, cancel)[0]
+
     def close(self) -> None:
         """Give the engines' memory and devices back; `stylize` cannot be called any more. Closing twice is fine."""
         self._workshop.close()
@@ -220,9 +255,11 @@ class Stylizer:
         where = (self.bundle.path.resolve(), opener.backend, opener.device, opener.threads, opener.arithmetic)
         return load, (*where, self._style_memory)
 
-    def _read(self, picture: Picture, given: Mapping[str, Any], mask: Picture | None) -> Painting:
+    def _read(
+        self, picture: Picture, given: Mapping[str, Any], mask: Picture | None, follower: Follower | None = None
+    ) -> Painting:
         options = Options.resolve(given, self.bundle.manifest.defaults)
-        return Painting(self.bundle, picture, options, mask)
+        return Painting(self.bundle, picture, options, mask, follower)
 
     def _paint(self, paintings: Sequence[Painting], on_step: OnStep | None, cancel: CancelToken | None) -> list[Result]:
         """Paint a batch: the one way that every picture goes. All have one `batch_key`."""
@@ -249,7 +286,8 @@ class Stylizer:
             for painting, latent in zip(paintings, latents, strict=True):
                 painting.clock.add("denoise", shared)
                 with painting.clock("decode"):
-                    painted.append(_decode(workshop, latent[None], painting.grid))
+                    canvas = _decode(workshop, latent[None], painting.grid)
+                    painted.append(painting.settle(latent, canvas))
                 if cancel:
                     cancel.check()
             provenances = [Provenance.of(painting, workshop) for painting in paintings]

@@ -1,0 +1,144 @@
+"""Frames of a video painted so that strokes move with what they are painted on.
+
+Every frame gets the same noise. Where optical flow finds a frame's surface in the frame before, the latent of that
+frame's painting, warped along the flow, is what the new one starts from and is drawn to at every step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from lsast_engines.schedule import Schedule
+from lsast_engines.solvers import Array, Solver
+
+from .canvas import Pixels
+from .sampler import Floats, to_pixels
+
+Field = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coherence:
+    """How firmly a frame follows the painting before it."""
+
+    start: float = 0.8
+    """Share of the painting before in what a frame starts from, 0 to 1."""
+    hold: float = 0.6
+    """Share of the painting before in the prediction of every step, 0 to 1."""
+    blend: float = 0.5
+    until: float = 0.8
+    """Part of the steps that are held; the rest is free to settle details."""
+
+
+@dataclass(frozen=True)
+class Motion:
+    """Where the surface of each pixel was one frame earlier."""
+
+    back: Field
+    """[H, W, 2]: how far to the right and down, in pixels, a pixel's surface was in the frame before."""
+    seen: Field
+    """[H, W]: 1 where it was visible there, 0 where it was hidden or outside."""
+
+    @classmethod
+    def between(cls, before: Pixels, now: Pixels) -> Motion:
+        """Estimate by dense inverse search (Kroeger et al. 2016), there and back: [H, W, 3] each.
+
+        What was seen is where both ways cancel, |b + f|² < 0.01 (|b|² + |f|²) + 0.5 (Sundaram et al. 2010, eq. 5).
+        """
+        grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in (before, now)]
+        search = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        back = search.calc(grey[1], grey[0], None)
+        forth = warped(search.calc(grey[0], grey[1], None), back)
+        lengths = (back**2).sum(2) + (forth**2).sum(2)
+        cancel = ((back + forth) ** 2).sum(2) < 0.01 * lengths + 0.5
+        return cls(back, (cancel & _inside(back)).astype(np.float32))
+
+    def shrunk(self, factor: int) -> Motion:
+        """The same by cells of factor * factor pixels, lengths in cells."""
+        size = (self.seen.shape[1] // factor, self.seen.shape[0] // factor)
+        back, seen = (cv2.resize(field, size, interpolation=cv2.INTER_AREA) for field in (self.back, self.seen))
+        return Motion(back / np.float32(factor), seen)
+
+
+def warped(values: Field, back: Field) -> Field:
+    """Fetch values [H, W, C] from where `back` [H, W, 2] says each pixel was; the rim goes on beyond it."""
+    y, x = np.mgrid[0 : back.shape[0], 0 : back.shape[1]].astype(np.float32)
+    moved: Field = cv2.remap(
+        values, x + back[..., 0], y + back[..., 1], cv2.INTER_LANCZOS4, borderMode=cv2.BORDER_REPLICATE
+    )
+    return moved.reshape(values.shape)
+
+
+def _inside(back: Field) -> npt.NDArray[np.bool_]:
+    height, width = back.shape[:2]
+    y, x = np.mgrid[0:height, 0:width]
+    to_x, to_y = x + back[..., 0], y + back[..., 1]
+    inside: npt.NDArray[np.bool_] = (to_x >= 0) & (to_x <= width - 1) & (to_y >= 0) & (to_y <= height - 1)
+    return inside
+
+
+class Held:
+    """A solver whose data prediction x0 is drawn to a latent: x0 + m (latent - x0), by way of the noise that says so.
+
+    See `lsast_engines.solvers` for the letters.
+    """
+
+    def __init__(self, solver: Solver, schedule: Schedule, latent: Floats, share: Floats, steps: int) -> None:
+        self._solver = solver
+        self._levels = schedule.abars()
+        self._latent = latent
+        self._share = share
+        self._steps = steps
+
+    def step(self, eps: Array, index: int, x: Array) -> Array:
+        """See `Solver.step`."""
+        if index < self._steps:
+            alpha, sigma = np.float32(self._levels[index] ** 0.5), np.float32((1 - self._levels[index]) ** 0.5)
+            x0 = (x - sigma * eps) / alpha
+            eps = eps - alpha / sigma * self._share * (self._latent - x0)
+        return self._solver.step(eps, index, x)
+
+
+class Follower:
+    """Remembers the last frame and its painting, and leads the next frame's painting by them."""
+
+    def __init__(self, coherence: Coherence | None = None) -> None:
+        self._coherence = coherence or Coherence()
+        self._content: Pixels | None = None
+        self._latent: Floats | None = None
+        self._painted: Pixels | None = None
+        self._motion: Motion | None = None
+
+    def begin(self, content: Pixels, z0: Floats, solver: Solver, schedule: Schedule) -> tuple[Floats, Solver]:
+        """What to paint a frame from and with: a latent [4, h, w] and a solver.
+
+        Args:
+            content: the frame on its canvas, [H, W, 3].
+            z0: its latent, [4, h, w].
+            solver: the solver of its own.
+            schedule: the steps that it takes.
+        """
+        before, self._content, self._motion = self._content, content, None
+        if before is None or self._latent is None or before.shape != content.shape:
+            return z0, solver
+        self._motion = Motion.between(before, content)
+        cells = self._motion.shrunk(content.shape[0] // z0.shape[1])
+        latent = warped(self._latent.transpose(1, 2, 0), cells.back).transpose(2, 0, 1)
+        c = self._coherence
+        start = z0 + np.float32(c.start) * cells.seen * (latent - z0)
+        steps = round(c.until * len(schedule.steps))
+        return start, Held(solver, schedule, latent, np.float32(c.hold) * cells.seen, steps)
+
+    def end(self, z: Floats, painted: Pixels) -> Pixels:
+        """The canvas to give back, [H, W, 3], given the latent [4, h, w] that was painted and what it decodes to."""
+        self._latent = z.copy()
+        if self._motion is not None and self._painted is not None:
+            share = np.float32(self._coherence.blend) * self._motion.seen[..., None]
+            there = warped(self._painted.astype(np.float32), self._motion.back)
+            painted = to_pixels(painted + share * (there - painted))
+        self._painted = painted
+        return painted
