@@ -125,7 +125,7 @@ def main(
 
     Of several INs (files, folders, which are mirrored, or 'quoted/**/*.jpg') OUT is a folder. Paintings that are there
     are skipped, so that the same call goes on with one that was stopped; a file that fails is told at the end, and the
-    rest is done. - is standard input or output (a PNG).
+    rest is done. - is standard input or output (a PNG). Videos (avi, m4v, mkv, mov, mp4, webm) become videos.
     """
     if list_styles:
         from lsast_engines.bundle import Bundle, find_bundle
@@ -155,18 +155,16 @@ def main(
 
 def _paint_one(job: Job, where: dict[str, Any], options: dict[str, Any], as_json: bool) -> None:
     """Paint and save one picture, with a progress bar on stderr where that is a terminal."""
-    from .result import check_output
-    from .running import Bars, paint
+    from .running import Bars, check, paint
     from .stylizer import load
 
-    if job.out is not None:
-        check_output(job.out)
-    elif as_json:
+    check(job)
+    if as_json and job.out is None:
         _fail("found --json and OUT -; expected the name of a file: both would go to standard output", _USAGE)
     begin = time.perf_counter()
     with contextlib.closing(Bars(1)) as bars, load(**where) as stylizer:
         opened = time.perf_counter()
-        report = {"out": str(job.out), **paint(job, stylizer, options, bars.on_step)}
+        report = {"out": str(job.out), **paint(job, stylizer, options, bars)}
     report["seconds"] = {"open": opened - begin, **report["seconds"]}
     if job.out is not None:
         click.echo(json.dumps(report) if as_json else report["out"])

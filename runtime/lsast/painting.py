@@ -120,16 +120,15 @@ class Painting:
             z0 = tiles.encode(engines[ENCODER], self._content, manifest.latent_scale, rng, self.grid)[0]
             noise = rng.standard_normal((1, *z0.shape), dtype=np.float32)[0]
         solver = make_solver(self.options.solver, manifest.noise, self._schedule)
-        start = z0
         if self._follower:
-            start, solver = self._follower.begin(self._content, z0, solver, self._schedule)
+            solver = self._follower.begin(self._content, manifest.geometry.factor, solver, self._schedule)
         styles = shelf.take(self.mix.styles)
         self.previewer = Previewer(self._content, z0, self._canvas)
         return sampler.Row(
             solver=solver,
             schedule=self._schedule,
             z0=z0,
-            noisy=self._schedule.add_noise(start, noise, self._schedule.start_t),
+            noisy=self._schedule.add_noise(z0, noise, self._schedule.start_t),
             hint=hint[0],
             hand=Hand(self.mix, styles, self._bundle.null_style, manifest.attention_layers),
             guidance=self.options.guidance,

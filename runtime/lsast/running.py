@@ -7,6 +7,7 @@ appear whole or not at all, so that the same call goes on with one that was kill
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +21,7 @@ from .feeding import Job
 
 if TYPE_CHECKING:
     from .result import Result
-    from .stylizer import OnStep, Stylizer
+    from .stylizer import Stylizer
 
 Report = dict[str, Any]
 _CALL_IS_WRONG = (UsageError, StyleError, BundleError, MissingExtraError)
@@ -45,14 +46,19 @@ class Tally:
 
 
 class Bars:
-    """Two progress bars on stderr, where that is a terminal: files, and the steps of the one being painted."""
+    """Progress bars on stderr, where that is a terminal: files, the steps of the one being painted, a video's frames."""
 
     def __init__(self, files: int | None) -> None:
         from tqdm import tqdm
 
         # A bar that shows 1 of 1 says nothing.
         self._files = tqdm(total=files, desc="files", unit="file", position=0, disable=None if files != 1 else True)
-        self._steps = tqdm(desc="opening", unit="step", position=int(files != 1), leave=False, disable=None)
+        row = int(files != 1)
+        self._steps = tqdm(desc="opening", unit="step", position=row, leave=False, disable=None)
+        self._frames: Any = None
+        self._new_frames = functools.partial(
+            tqdm, desc="frames", unit="frame", position=row + 1, leave=False, disable=None
+        )
 
     def on_step(self, step: int, total: int, preview: object) -> None:
         """See `Stylizer.stylize`."""
@@ -61,8 +67,17 @@ class Bars:
             self._steps.set_description("painting")
         self._steps.update(step - self._steps.n)
 
+    def on_frame(self, done: int, total: int | None) -> None:
+        """See `video.paint_video`."""
+        if self._frames is None:
+            self._frames = self._new_frames(total=total, initial=done)
+        self._frames.update(done - self._frames.n)
+
     def file_done(self) -> None:
         """Count one file."""
+        if self._frames is not None:
+            self._frames.close()
+            self._frames = None
         self._files.update()
 
     @contextlib.contextmanager
@@ -72,7 +87,9 @@ class Bars:
             yield
 
     def close(self) -> None:
-        """Remove the steps' bar and leave the files'."""
+        """Remove the bars of the file being painted and leave the files'."""
+        if self._frames is not None:
+            self._frames.close()
         self._steps.close()
         self._files.close()
 
@@ -109,7 +126,7 @@ def paint_all(
             report({"status": "skipped", **names})
         else:
             try:
-                facts = paint(job, stylizer(), options, bars.on_step)
+                facts = paint(job, stylizer(), options, bars)
             except _CALL_IS_WRONG:
                 raise
             # Whatever one file brings about, the others are still to be painted.
@@ -123,13 +140,38 @@ def paint_all(
         bars.file_done()
 
 
-def paint(job: Job, stylizer: Stylizer, options: dict[str, Any], on_step: OnStep) -> Report:
-    """Paint one picture and write it; the facts of it for a report."""
+def check(job: Job) -> None:
+    """Check, before a bundle is opened, that a job's output can be written.
+
+    Raises:
+        UsageError: a suffix that is not written, or a folder.
+        LsastError: for a video, see `video.check_video`.
+    """
+    if job.source is not None and job.out is not None and job.is_video:
+        from .video import check_video
+
+        check_video(job.source, job.out)
+    elif job.out is not None:
+        from .result import check_output
+
+        check_output(job.out)
+
+
+def paint(job: Job, stylizer: Stylizer, options: dict[str, Any], bars: Bars) -> Report:
+    """Paint one picture or video and write it; the facts of it for a report."""
+    begin = time.perf_counter()
+    if job.source is not None and job.out is not None and job.is_video:
+        from .video import paint_video
+
+        facts = paint_video(job.source, job.out, stylizer, options, bars.on_step, bars.on_frame)
+        last = facts.pop("result")
+        painted = {} if last is None else describe(last, stylizer, {})
+        return {**painted, **facts, "seconds": {"video": time.perf_counter() - begin}}
     source = sys.stdin.buffer.read() if job.source is None else job.source
-    result = stylizer.stylize(source, **options, on_step=on_step)
-    painted = time.perf_counter()
+    result = stylizer.stylize(source, **options, on_step=bars.on_step)
+    begin = time.perf_counter()
     write(result, job.out)
-    return describe(result, stylizer, {"save": time.perf_counter() - painted})
+    return describe(result, stylizer, {"save": time.perf_counter() - begin})
 
 
 def write(result: Result, out: Path | None) -> None:

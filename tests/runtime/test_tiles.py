@@ -132,14 +132,14 @@ def test_every_tile_is_asked_and_none_is_larger_than_a_tile(
 ) -> None:
     seen: dict[str, set[tuple[int, ...]]] = {name: set() for name in (ENCODER, HINT, DENOISER, DECODER)}
     for name in seen:
-        engine = stylizer._engines[name]
+        engine = stylizer._workshop.engines[name]
         call = engine.__call__
 
         def spy(feeds: Any, name: str = name, call: Any = call) -> Any:
             seen[name] |= {value.shape[-2:] for key, value in feeds.items() if key != "timestep"}
             return call(feeds)
 
-        monkeypatch.setitem(stylizer._engines, name, _Spied(engine, spy))
+        monkeypatch.setitem(stylizer._workshop.engines, name, _Spied(engine, spy))
     stylizer.stylize(np.tile(photo, (3, 3, 1)), size=0, tile=128)
     assert seen == {ENCODER: {(128, 128)}, HINT: {(128, 128)}, DENOISER: {(16, 16)}, DECODER: {(16, 16)}}
 
@@ -161,7 +161,7 @@ def test_the_embedded_autoencoder_and_hint_give_in_tiles_what_they_give_whole(mi
     rgb = np.kron(rng.integers(0, 255, (24, 40, 3)), np.ones((16, 16, 1))).astype(np.uint8)  # 384 x 640
     whole, grid = (Grid.lay((384, 640), tile, 8, 64) for tile in (0, 320))
     assert len(grid.columns) > 1 < len(grid.rows)
-    engines = mini._engines
+    engines = mini._workshop.engines
     edges = (rgb[..., 0] > 127).astype(np.uint8)
     np.testing.assert_allclose(
         hint_features(engines[HINT], edges, grid), hint_features(engines[HINT], edges, whole), atol=1e-4

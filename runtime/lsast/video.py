@@ -1,0 +1,282 @@
+"""Videos, frame by frame through PyAV: audio is copied, timestamps are kept, memory does not grow with the length.
+
+Frames are painted in the order of the clip and encoded in segments of `SEGMENT` frames, which lie with what the next
+frame needs in a hidden folder beside OUT until all are there. The same call goes on after the last whole segment of one
+that was stopped, and paints what it would have painted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import heapq
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lsast_engines.errors import MissingExtraError, PictureError, UsageError
+from lsast_engines.files import replace_file
+
+from .canvas import Pixels
+from .coherence import Follower
+from .feeding import WRITTEN_VIDEOS
+
+if TYPE_CHECKING:
+    from av.container import InputContainer, OutputContainer
+    from av.packet import Packet
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+    from .result import Result
+    from .stylizer import OnStep, Stylizer
+
+SEGMENT = 24
+"""Frames that are encoded together, and at most lost when a run is killed."""
+
+_FORMATS = {".m4v": "mp4", ".mkv": "matroska", ".mov": "mov", ".mp4": "mp4"}
+_BT709 = 1
+_LIMITED_RANGE = 1
+_UNSPECIFIED = 2
+
+
+def check_video(source: Path, out: Path) -> None:
+    """Check, before anything is painted, that `source` is a video and that `out` can hold its sound.
+
+    Raises:
+        UsageError: the suffix of `out` names none of the formats, or `out` is a folder or the source itself.
+        MissingExtraError: PyAV is not installed.
+        PictureError: the source cannot be read, holds no picture, or sound that OUT cannot hold.
+    """
+    if out.suffix.lower() not in WRITTEN_VIDEOS:
+        raise UsageError(f"found the output {out}; expected a name that ends in {', '.join(sorted(WRITTEN_VIDEOS))}")
+    if out.is_dir():
+        raise UsageError(f"found the folder {out} as output; expected the name of a file")
+    if out.exists() and source.exists() and out.samefile(source):
+        raise UsageError(f"found {out} as both IN and OUT; expected another name: a video is read while it is written")
+    with _opened(source) as container:
+        if not container.streams.video:
+            raise PictureError(f"found no picture in {source}; expected a video")
+        spare = out.with_name(f".{out.name}.check")
+        try:
+            spare.parent.mkdir(parents=True, exist_ok=True)
+            with _av().open(str(spare), "w", format=_FORMATS[out.suffix.lower()]) as trial:
+                for stream in container.streams.audio:
+                    trial.add_stream_from_template(stream)
+                if container.streams.audio:
+                    trial.start_encoding()
+        except (OSError, ValueError) as error:
+            sound = ", ".join(sorted({stream.codec_context.name for stream in container.streams.audio}))
+            raise PictureError(
+                f"{out} cannot be written with the sound of {source} ({sound or 'none'}: {error}); expected a writable "
+                "folder, or try a name that ends in .mkv, which holds any sound"
+            ) from error
+        finally:
+            spare.unlink(missing_ok=True)
+
+
+def paint_video(
+    source: Path,
+    out: Path,
+    stylizer: Stylizer,
+    options: Mapping[str, Any],
+    on_step: OnStep | None = None,
+    on_frame: Callable[[int, int | None], None] | None = None,
+) -> dict[str, Any]:
+    """Paint a video's first picture stream; its sound is copied as it is.
+
+    Args:
+        source: the video.
+        out: the video to write, H.264 in the format of its suffix: whole or not at all, over whatever was there.
+        stylizer: what paints.
+        options: what `Stylizer.stylize` takes.
+        on_step: see `Stylizer.stylize`; called for every frame.
+        on_frame: told how many frames are done, of how many if that is known, before the first and after each.
+
+    Returns:
+        `frames` of the video, `resumed` of them painted by an earlier run, and the last frame's `result`.
+
+    Raises:
+        UsageError, MissingExtraError, PictureError: see `check_video`.
+        LsastError: see `Stylizer.stylize`.
+    """
+    check_video(source, out)
+    work = _Work(out, _key(source, stylizer, options))
+    follower = Follower()
+    follower.restore(work.memory)
+    resumed = done = work.frames
+    result: Result | None = None
+    with _opened(source) as container:
+        pictures = container.streams.video[0]
+        total = pictures.frames or None
+        if on_frame:
+            on_frame(done, total)
+        # Decoding what is done already is cheap beside painting, and lands on the very frame, which seeking may not.
+        frames = islice(container.decode(pictures), done, None)
+        while (first := next(frames, None)) is not None:
+            with work.segment() as handle, contextlib.closing(_Encoder(handle, pictures)) as encoder:
+                for frame in chain([first], islice(frames, SEGMENT - 1)):
+                    painting = stylizer.stylize_frames([_rgb(frame)], follower=follower, on_step=on_step, **options)
+                    result = next(painting)
+                    encoder.add(np.asarray(result.image.convert("RGB")), frame)
+                    done += 1
+                    if on_frame:
+                        on_frame(done, total)
+            work.keep(done, follower.state())
+    if done == 0:
+        raise PictureError(f"found no frame in {source}; expected a video")
+    with replace_file(out) as handle:
+        _join(work.segments(), source, handle, _FORMATS[out.suffix.lower()])
+    work.clear()
+    return {"frames": done, "resumed": resumed, "result": result}
+
+
+class _Work:
+    """The segments of a video that is being painted, and what is remembered after the last."""
+
+    def __init__(self, out: Path, key: str) -> None:
+        self._folder = out.with_name(f".{out.name}.parts")
+        self._key = key
+        self.frames = 0
+        self.memory: dict[str, np.ndarray[Any, Any]] = {}
+        self._count = 0
+        state = self._folder / "state.npz"
+        if state.is_file():
+            with np.load(state) as found:
+                if str(found["key"]) == key:
+                    self.frames, self._count = int(found["frames"]), int(found["segments"])
+                    self.memory = {name: found[name] for name in ("content", "latent", "painted") if name in found}
+        if self._count == 0:
+            self.clear()  # nothing, or another clip, or other options
+
+    @contextlib.contextmanager
+    def segment(self) -> Iterator[Any]:
+        """A file for the next segment."""
+        with replace_file(self._name(self._count)) as handle:
+            yield handle
+        self._count += 1
+
+    def keep(self, frames: int, memory: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Count the segment that was written last."""
+        with replace_file(self._folder / "state.npz") as handle:
+            arrays: dict[str, Any] = {"key": self._key, "frames": frames, "segments": self._count, **memory}
+            np.savez(handle, **arrays)
+
+    def segments(self) -> list[Path]:
+        """All segments, in order."""
+        return [self._name(index) for index in range(self._count)]
+
+    def clear(self) -> None:
+        """Remove everything."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _name(self, index: int) -> Path:
+        return self._folder / f"{index:06}.nut"
+
+
+class _Encoder:
+    """Encodes painted frames into a segment, each at its source's time."""
+
+    def __init__(self, handle: Any, like: VideoStream) -> None:
+        # NUT keeps any time base as it is.
+        self._container: OutputContainer = _av().open(handle, "w", format="nut")
+        self._rate = like.average_rate or Fraction(25)
+        self._time_base = like.time_base or 1 / self._rate
+        self._stream: Any = None
+
+    def add(self, rgb: Pixels, source: VideoFrame) -> None:
+        """Encode a painting [H, W, 3] for a frame."""
+        if self._stream is None:
+            self._open(rgb.shape[1], rgb.shape[0])
+        frame = (
+            _av()
+            .VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
+            .reformat(format=self._stream.pix_fmt, dst_colorspace="itu709", dst_color_range="MPEG")
+        )
+        frame.pts, frame.time_base = source.pts, source.time_base
+        self._container.mux(self._stream.encode(frame))
+
+    def close(self) -> None:
+        """Write what the encoder still holds."""
+        with self._container:
+            if self._stream is not None:
+                self._container.mux(self._stream.encode(None))
+
+    def _open(self, width: int, height: int) -> None:
+        stream: Any = self._container.add_stream("libx264", rate=self._rate, options={"crf": "17"})
+        stream.width, stream.height = width, height
+        # 4:2:0 needs even sides.
+        stream.pix_fmt = "yuv444p" if width % 2 or height % 2 else "yuv420p"
+        context = stream.codec_context
+        context.time_base = self._time_base
+        # Without B-frames packets come in the order in which they are shown, and segments join as they are.
+        context.max_b_frames = 0
+        context.colorspace = context.color_primaries = context.color_trc = _BT709
+        context.color_range = _LIMITED_RANGE
+        self._stream = stream
+
+
+def _join(segments: list[Path], source: Path, handle: Any, name: str) -> None:
+    """Write the packets of the segments and of the source's sound into one file, by time."""
+    av = _av()
+    with _opened(source) as heard, av.open(str(segments[0])) as first, av.open(handle, "w", format=name) as joined:
+        pictures = joined.add_stream_from_template(first.streams.video[0])
+        sounds = {stream.index: joined.add_stream_from_template(stream) for stream in heard.streams.audio}
+
+        def seen() -> Iterator[Packet[Any]]:
+            for segment in segments:
+                with av.open(str(segment)) as container:
+                    for packet in container.demux(video=0):
+                        if packet.dts is not None:
+                            packet.stream = pictures
+                            yield packet
+
+        def sound() -> Iterator[Packet[Any]]:
+            for packet in heard.demux(*heard.streams.audio) if sounds else ():
+                if packet.dts is not None:
+                    packet.stream = sounds[packet.stream.index]
+                    yield packet
+
+        for packet in heapq.merge(seen(), sound(), key=lambda packet: (packet.dts or 0) * packet.time_base):
+            joined.mux(packet)
+
+
+def _rgb(frame: VideoFrame) -> Pixels:
+    """The frame as it is to be seen, [H, W, 3]."""
+    # Untagged high definition is BT.709 by every player's convention; the converter's is BT.601.
+    untagged = frame.colorspace == _UNSPECIFIED and frame.height >= 720
+    rgb = frame.to_ndarray(format="rgb24", src_colorspace="itu709" if untagged else None)
+    return np.ascontiguousarray(np.rot90(rgb, round(frame.rotation / 90)), dtype=np.uint8)
+
+
+def _key(source: Path, stylizer: Stylizer, options: Mapping[str, Any]) -> str:
+    """What a painted segment depends on."""
+    facts = source.stat()
+    known = [str(source.resolve()), facts.st_size, facts.st_mtime_ns, stylizer.bundle.manifest.fingerprint,
+             sorted((name, repr(value)) for name, value in options.items())]  # fmt: skip
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _opened(source: Path) -> Iterator[InputContainer]:
+    av = _av()
+    try:
+        with av.open(str(source)) as container:
+            yield container
+    except av.FFmpegError as error:
+        if isinstance(error, FileNotFoundError):
+            raise PictureError(f"found no file {source}; expected a video") from None
+        raise PictureError(f"{source} cannot be read as a video ({error})") from error
+
+
+def _av() -> Any:
+    try:
+        import av
+    except ImportError:
+        raise MissingExtraError("av", "video") from None
+    return av

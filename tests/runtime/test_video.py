@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+import lsast
+from lsast import PictureError, Stylizer, UsageError
+from lsast.cli import main
+from lsast.video import SEGMENT, check_video, paint_video
+
+av = pytest.importorskip("av", reason="needs the extra [video]")
+
+QUICK: dict[str, Any] = {"size": 64, "guidance": 1.0, "steps": 3}
+RATE = 24000
+
+
+@pytest.fixture(scope="module")
+def stylizer(bundle_path: Path) -> Iterator[Stylizer]:
+    with lsast.load(bundle_path) as opened:
+        yield opened
+
+
+def write_clip(path: Path, photo: np.ndarray, frames: int, sound: bool = True, turn: int = 0) -> list[int]:
+    """A clip of a picture that moves by two pixels a frame, with irregular times; the times."""
+    times = [frame * 1001 + 100 * (frame % 3) for frame in range(frames)]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(24000, 1001), options={"crf": "1"})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 24000)
+        if turn:
+            stream.set_display_rotation(turn)
+        tone = container.add_stream("aac", rate=RATE) if sound else None
+        for frame, pts in enumerate(times):
+            image = av.VideoFrame.from_ndarray(np.ascontiguousarray(photo[:64, 2 * frame % 60 :][:, :96]), "rgb24")
+            image.pts, image.time_base = pts, Fraction(1, 24000)
+            container.mux(stream.encode(image))
+        container.mux(stream.encode(None))
+        if tone is not None:
+            wave = (np.sin(np.arange(1024 * frames) / 20) / 2).astype(np.float32)
+            for index in range(frames):
+                samples = av.AudioFrame.from_ndarray(wave[None, 1024 * index : 1024 * (index + 1)], "fltp", "mono")
+                samples.sample_rate, samples.pts = RATE, 1024 * index
+                container.mux(tone.encode(samples))
+            container.mux(tone.encode(None))
+    return times
+
+
+def read(path: Path) -> tuple[list[np.ndarray], list[Fraction], list[bytes]]:
+    """Frames, their times in seconds, and the packets of the sound."""
+    with av.open(str(path)) as container:
+        frames, times = [], []
+        for frame in container.decode(video=0):
+            frames.append(frame.to_ndarray(format="rgb24"))
+            times.append(frame.pts * frame.time_base)
+    with av.open(str(path)) as container:
+        sound = [bytes(packet) for packet in container.demux(audio=0) if packet.size] if container.streams.audio else []
+    return frames, times, sound
+
+
+def test_pictures_are_painted_times_and_sound_are_kept(stylizer: Stylizer, photo: np.ndarray, tmp_path: Path) -> None:
+    source, out = tmp_path / "clip.mp4", tmp_path / "out.mp4"
+    times = write_clip(source, photo, SEGMENT + 5)
+    facts = paint_video(source, out, stylizer, QUICK)
+    assert (facts["frames"], facts["resumed"]) == (SEGMENT + 5, 0)
+    frames, found, sound = read(out)
+    assert found == [Fraction(pts, 24000) for pts in times]
+    assert sound == read(source)[2] != []
+    paintings = [np.asarray(r.image) for r in stylizer.stylize_frames(read(source)[0], **QUICK)]
+    assert len(frames) == len(paintings)
+    for frame, painting in zip(frames, paintings, strict=True):
+        assert np.abs(frame.astype(int) - painting).mean() < 4  # what H.264 loses
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.mp4", "out.mp4"]
+
+
+@pytest.mark.parametrize("name", ["out.mkv", "out.mov", "out.m4v"])
+def test_every_format_holds_the_same(stylizer: Stylizer, photo: np.ndarray, tmp_path: Path, name: str) -> None:
+    source = tmp_path / "clip.mp4"
+    write_clip(source, photo, 3)
+    paint_video(source, tmp_path / name, stylizer, QUICK)
+    frames, times, sound = read(tmp_path / name)
+    assert len(frames) == 3
+    # Matroska counts in milliseconds, and from the sound's lead-in on.
+    assert [float(t - times[0]) for t in times] == pytest.approx([float(t) for t in read(source)[1]], abs=1.1e-3)
+    assert sound == read(source)[2]
+
+
+def test_silent_and_turned_clips(stylizer: Stylizer, photo: np.ndarray, tmp_path: Path) -> None:
+    upright, turned = tmp_path / "upright.mp4", tmp_path / "turned.mov"
+    write_clip(upright, photo, 2, sound=False)
+    write_clip(turned, photo, 2, sound=False, turn=90)
+    for source in (upright, turned):
+        paint_video(source, source.with_name("out.mp4"), stylizer, QUICK)
+        frames, _, sound = read(source.with_name("out.mp4"))
+        assert sound == []
+        if source is turned:
+            with av.open(str(source)) as container:
+                turn = next(container.decode(video=0)).rotation
+            assert turn == 90
+            plain = [np.rot90(frame) for frame in read(source)[0]]
+        else:
+            plain = read(source)[0]
+        painting = np.asarray(next(stylizer.stylize_frames(plain, **QUICK)).image)
+        assert frames[0].shape == painting.shape
+        assert np.abs(frames[0].astype(int) - painting).mean() < 4
+
+
+def test_a_stopped_video_goes_on_and_becomes_what_it_would_have_been(
+    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path
+) -> None:
+    source, out, whole = tmp_path / "clip.mp4", tmp_path / "out.mp4", tmp_path / "whole.mp4"
+    write_clip(source, photo, 2 * SEGMENT + 6)
+    paint_video(source, whole, stylizer, QUICK)
+
+    def stop(done: int, total: int | None) -> None:
+        assert total == 2 * SEGMENT + 6
+        if done == SEGMENT + 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        paint_video(source, out, stylizer, QUICK, on_frame=stop)
+    assert not out.exists()
+    with pytest.raises(KeyboardInterrupt):  # other options: from the start
+        paint_video(source, out, stylizer, {**QUICK, "seed": 3}, on_frame=stop)
+    with pytest.raises(KeyboardInterrupt):
+        paint_video(source, out, stylizer, QUICK, on_frame=stop)
+    assert paint_video(source, out, stylizer, QUICK)["resumed"] == SEGMENT
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_memory_does_not_grow_with_the_length(stylizer: Stylizer, photo: np.ndarray, tmp_path: Path) -> None:
+    peaks = []
+    for frames in (SEGMENT, SEGMENT, 4 * SEGMENT):  # the first also counts what is imported on the way
+        write_clip(tmp_path / "clip.mp4", photo, frames)
+        tracemalloc.start()
+        paint_video(tmp_path / "clip.mp4", tmp_path / "out.mp4", stylizer, QUICK)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] < 1.2 * peaks[1]
+
+
+def test_what_cannot_be_done_is_said_before_anything_is_painted(photo: np.ndarray, tmp_path: Path) -> None:
+    source = tmp_path / "clip.mkv"
+    with av.open(str(source), "w") as container:
+        tone = container.add_stream("pcm_u8", rate=8000)
+        samples = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.uint8), "u8", "mono")
+        samples.sample_rate = 8000
+        container.mux(tone.encode(samples))
+        container.mux(tone.encode(None))
+    with pytest.raises(PictureError, match="no picture"):
+        check_video(source, tmp_path / "out.mp4")
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    with pytest.raises(PictureError, match="cannot be read"):
+        check_video(tmp_path / "broken.mp4", tmp_path / "out.mp4")
+    with pytest.raises(PictureError, match="found no file"):
+        check_video(tmp_path / "missing.mp4", tmp_path / "out.mp4")
+    write_clip(tmp_path / "clip.mp4", photo, 2)
+    for out in ("out.png", "clip.mp4"):
+        with pytest.raises(UsageError, match=out):
+            check_video(tmp_path / "clip.mp4", tmp_path / out)
+    check_video(tmp_path / "clip.mp4", tmp_path / "out.mp4")
+    assert {path.name for path in tmp_path.iterdir()} == {"clip.mkv", "broken.mp4", "clip.mp4"}
+
+
+def _run(*arguments: str) -> Result:
+    options = [text for name, value in QUICK.items() for text in (f"--{name}", str(value))]
+    return CliRunner().invoke(main, [*arguments, *options])
+
+
+def test_the_command_line_paints_clips_beside_pictures(
+    photo: np.ndarray, bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LSAST_BUNDLE", str(bundle_path))
+    monkeypatch.chdir(tmp_path)
+    write_clip(tmp_path / "clip.mp4", photo, 4)
+    result = _run("clip.mp4", "out.mkv", "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert (report["out"], report["frames"], report["resumed"], report["style"]) == ("out.mkv", 4, 0, "vangogh")
+    assert len(read(tmp_path / "out.mkv")[0]) == 4
+    (tmp_path / "broken.mov").write_bytes(b"no video")
+    result = _run("clip.mp4", "broken.mov", "out/")
+    assert (result.exit_code, result.stdout) == (1, "out/clip.mp4\n")
+    assert "painted 1, failed 1\n  - broken.mov: " in result.stderr
+    assert _run("clip.mp4", "out.png").exit_code == 2
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that cannot be caught")
+def test_a_killed_command_goes_on(photo: np.ndarray, bundle_path: Path, tmp_path: Path) -> None:
+    write_clip(tmp_path / "clip.mp4", photo, 3 * SEGMENT)
+    rooms = [str(Path(module.__file__).parents[1]) for module in (lsast, sys.modules["lsast_engines"])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(rooms), "LSAST_BUNDLE": str(bundle_path)}
+    command = [sys.executable, "-m", "lsast", "clip.mp4", "out.mp4", "--size", "64", "--steps", "40", "--json"]
+    process = subprocess.Popen(command, env=environment, cwd=tmp_path)
+    state = tmp_path / ".out.mp4.parts" / "state.npz"
+    patience = time.monotonic() + 60
+    while not state.exists() and process.poll() is None and time.monotonic() < patience:
+        time.sleep(0.01)
+    process.kill()
+    process.wait(60)
+    assert not (tmp_path / "out.mp4").exists()
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, timeout=120, check=True)
+    assert json.loads(done.stdout)["resumed"] >= SEGMENT
+    assert len(read(tmp_path / "out.mp4")[0]) == 3 * SEGMENT
