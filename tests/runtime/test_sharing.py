@@ -1,4 +1,4 @@
-"""One stylizer and many threads, forks and processes: everyone gets what they would get alone, and nobody waits for ever."""
+"""One stylizer and many threads, forks and processes: all get what they would get alone, and nobody waits for ever."""
 
 from __future__ import annotations
 

@@ -1,0 +1,150 @@
+"""Many pictures at once: each as if it were alone, in order, and read no further ahead than was said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lsast
+from lsast import PictureError, Stylizer, UsageError, batches, sampler
+from lsast_engines.engine import available_backends
+
+
+@pytest.fixture(scope="module", params=sorted(available_backends()))
+def stylizer(request: pytest.FixtureRequest, bundle_path: Path) -> Iterator[Stylizer]:
+    with lsast.load(bundle_path, backend=request.param) as opened:
+        yield opened
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pictures every run of the denoising loop was shared by."""
+    sizes: list[int] = []
+    denoise = sampler.denoise
+
+    def counted(engine: Any, rows: Any, *rest: Any) -> Any:
+        sizes.append(len(rows))
+        return denoise(engine, rows, *rest)
+
+    monkeypatch.setattr("lsast.sampler.denoise", counted)
+    return sizes
+
+
+def _pictures(*sizes: tuple[int, int]) -> list[np.ndarray]:
+    rng = np.random.default_rng(3)
+    return [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+
+
+def _close(found: lsast.Result, expected: lsast.Result) -> None:
+    # The last bit of a sum may differ with the batch, and so, at a border, a grey level.
+    difference = np.abs(np.asarray(found.image).astype(int) - np.asarray(expected.image))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.01
+    assert found.options == expected.options
+
+
+ROWS: list[dict[str, Any]] = [
+    {"seed": 1},
+    {"style": "monet", "solver": "unipc"},
+    {"style": "vangogh:0.3@up+monet", "guidance": 5.0, "solver": "dpmpp2m"},
+    {"strength": "0.7,0.2@0-2"},
+    {"steps": 14, "strength": 0.5, "keep_colour": True},
+]
+
+
+def test_every_row_is_painted_in_its_own_way_in_one_batch(
+    stylizer: Stylizer, photo: np.ndarray, shared: list[int]
+) -> None:
+    mask = np.zeros(photo.shape[:2], np.uint8)
+    mask[20:70] = 255
+    rows = [*ROWS, {"mask": mask, "seed": 8}]
+    many = list(stylizer.stylize_many([photo] * 6, rows=rows, batch=6))
+    assert shared == [6]
+    for row, result in zip(rows, many, strict=True):
+        alone = stylizer.stylize(photo, **row)
+        _close(result, alone)
+        assert list(result.seconds) == list(alone.seconds)
+    assert len({np.asarray(result.image).tobytes() for result in many}) == 6
+
+
+def test_mixed_sizes_are_grouped_and_come_out_in_order(stylizer: Stylizer, shared: list[int]) -> None:
+    pictures = _pictures((64, 64), (96, 160), (64, 64), (64, 128), (96, 160), (64, 64), (64, 64))
+    results = list(stylizer.stylize_many(iter(pictures), ["monet"] * 7, batch=3, size=0))
+    assert [result.image.size[::-1] for result in results] == [picture.shape[:2] for picture in pictures]
+    for picture, result in zip(pictures, results, strict=True):
+        _close(result, stylizer.stylize(picture, "monet", size=0))
+    assert shared[:4] == [3, 2, 1, 1]
+
+
+def test_what_cannot_share_a_call_does_not(stylizer: Stylizer, photo: np.ndarray, shared: list[int]) -> None:
+    rows = [{"control": 0.5}, {"guidance": 1.0}, {"steps": 20}, {"control": 0.5}, {}]
+    many = list(stylizer.stylize_many([photo] * 5, rows=rows, batch=5))
+    assert shared == [2, 1, 1, 1]
+    for row, result in zip(rows, many, strict=True):
+        _close(result, stylizer.stylize(photo, **row))
+
+
+def test_a_stream_reads_no_further_than_it_must(stylizer: Stylizer) -> None:
+    read = 0
+
+    def endless() -> Iterator[np.ndarray]:
+        nonlocal read
+        while True:
+            read += 1
+            yield np.full((64, 64, 3), read % 256, np.uint8)
+
+    stream = stylizer.stylize_many(endless(), batch=2)
+    assert read == 0
+    for taken in range(1, 6):
+        next(stream)
+        assert read <= taken + 2
+    read = 0
+    mixed = stylizer.stylize_many((rgb[: 64 - 32 * (read % 2)] for rgb in endless()), batch=2, size=0)
+    next(mixed)
+    assert read <= batches.AHEAD * 2
+
+
+def test_an_error_comes_at_its_place_after_what_was_before_it(stylizer: Stylizer, photo: np.ndarray) -> None:
+    stream = stylizer.stylize_many([photo, photo, b"no picture", photo], batch=4)
+    assert isinstance(next(stream), lsast.Result)
+    assert isinstance(next(stream), lsast.Result)
+    with pytest.raises(PictureError):
+        next(stream)
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+def test_options_of_a_row_go_before_those_of_all(stylizer: Stylizer, photo: np.ndarray) -> None:
+    results = stylizer.stylize_many(
+        [photo] * 3, ["vangogh", None, "monet"], rows=[{}, {"seed": 2}, {"style": "vangogh"}], style="monet", seed=1
+    )
+    assert [(result.options.style, result.options.seed) for result in results] == [
+        ("vangogh", 1), ("monet", 2), ("vangogh", 1),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("styles", "rows", "words"),
+    [
+        (["monet"], None, "found 1 styles and more pictures"),
+        (["monet"] * 3, None, "found 2 pictures and more styles or rows"),
+        (None, [{}], "found 1 rows and more pictures"),
+        ("monet", [{}] * 3, "found 2 pictures and more styles or rows"),
+        (["monet"], [{}], "found 1 styles and rows and more pictures"),
+    ],
+)
+def test_styles_and_rows_are_as_many_as_pictures(
+    stylizer: Stylizer, photo: np.ndarray, styles: Any, rows: Any, words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        list(stylizer.stylize_many([photo] * 2, styles, rows=rows))
+
+
+def test_nothing_comes_of_nothing_and_a_batch_of_none_is_refused(stylizer: Stylizer) -> None:
+    assert list(stylizer.stylize_many([])) == []
+    with pytest.raises(UsageError, match="found a batch of 0"):
+        stylizer.stylize_many([], batch=0)

@@ -1,0 +1,134 @@
+"""Where is painted, and which colours are kept: against the picture's own bytes, and against Pillow's Y'CbCr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import lsast
+from lsast import PictureError, Stylizer
+from lsast.masking import blend, cells, keep_colour, read_mask
+
+
+@pytest.fixture(scope="module")
+def stylizer(bundle_path: Path) -> Iterator[Stylizer]:
+    with lsast.load(bundle_path) as opened:
+        yield opened
+
+
+@pytest.fixture
+def picture() -> np.ndarray:
+    """A picture [64, 128, 3] that fills its canvas: on the tiny graphs no cell of 8 x 8 knows of another."""
+    return np.random.default_rng(0).integers(0, 256, (64, 128, 3), dtype=np.uint8)
+
+
+def _pixels(result: lsast.Result) -> np.ndarray:
+    return np.asarray(result.image)
+
+
+def _mask(height: int = 64, width: int = 128) -> np.ndarray:
+    mask = np.zeros((height, width), np.uint8)
+    mask[16:48, 24:80] = 255
+    return mask
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp2m", "unipc", "released"])
+def test_inside_is_the_painting_and_outside_the_picture_to_the_bit(
+    stylizer: Stylizer, picture: np.ndarray, solver: str
+) -> None:
+    options: dict[str, Any] = {"size": 0, "solver": solver, "guidance": 3.0}
+    inside = _mask() == 255
+    masked = _pixels(stylizer.stylize(picture, mask=_mask(), feather=0, **options))
+    np.testing.assert_array_equal(masked[~inside], picture[~inside])
+    np.testing.assert_array_equal(masked[inside], _pixels(stylizer.stylize(picture, **options))[inside])
+    assert (masked[inside] != picture[inside]).mean() > 0.9
+
+
+def test_a_feathered_edge_fades_inside_and_leaves_the_outside_alone(stylizer: Stylizer, picture: np.ndarray) -> None:
+    inside = _mask() == 255
+    masked = _pixels(stylizer.stylize(picture, mask=_mask(), feather=10, size=0))
+    np.testing.assert_array_equal(masked[~inside], picture[~inside])
+    share = read_mask(_mask(), (64, 128), 10)
+    assert (share[~inside] == 0).all()
+    # The nearest unpainted pixel is d away: d / 11 of the painting, all of it from 11 on.
+    expected = [round(255 * min(distance / 11, 1)) for distance in range(1, 17)]
+    assert share[16:32, 52].tolist() == expected
+    assert share[32, 24:40].tolist() == expected
+
+
+def test_the_edge_of_the_picture_is_no_edge_of_the_mask() -> None:
+    whole = read_mask(np.full((32, 48), 255, np.uint8), (32, 48), 16)
+    assert (whole == 255).all()
+    half = np.zeros((32, 48), np.uint8)
+    half[:, :24] = 255
+    assert read_mask(half, (32, 48), 4)[:, 0].tolist() == [255] * 32
+
+
+def test_grey_is_painted_in_part(stylizer: Stylizer, picture: np.ndarray) -> None:
+    half = np.full((64, 128), 128, np.uint8)
+    whole = _pixels(stylizer.stylize(picture, mask=half, feather=0, size=0, strength=0.05)).astype(float)
+    assert np.abs(whole - picture).max() > 0
+    assert (
+        blend(np.full((1, 1, 3), 200, np.uint8), np.full((1, 1, 3), 100, np.uint8), np.full((1, 1), 51, np.uint8))[
+            0, 0
+        ].tolist()
+        == [120] * 3
+    )
+
+
+def test_a_mask_may_be_any_kind_of_picture(tmp_path: Path) -> None:
+    grey = np.tile(np.arange(0, 240, 10, dtype=np.uint8), (8, 1))
+    Image.fromarray(grey).save(tmp_path / "m.png")
+    clear = Image.merge("LA", [Image.new("L", (24, 8), 255), Image.fromarray(grey)])
+    for source in (grey, Image.fromarray(grey).convert("RGB"), tmp_path / "m.png", clear):
+        np.testing.assert_array_equal(read_mask(source, (8, 24), 0), grey)
+    coloured = np.random.default_rng(0).integers(0, 256, (8, 24, 3), dtype=np.uint8)
+    luma = np.asarray(Image.fromarray(coloured).convert("L")).astype(int)
+    assert np.abs(read_mask(coloured, (8, 24), 0) - luma).max() <= 1
+
+
+def test_a_mask_of_another_size_says_which_is_wanted(stylizer: Stylizer, picture: np.ndarray) -> None:
+    with pytest.raises(PictureError, match=r"mask of 64 x 128 pixels; expected 128 x 64"):
+        stylizer.stylize(picture, mask=_mask().T)
+
+
+def test_a_squashed_picture_has_its_mask_squashed_along(stylizer: Stylizer, photo: np.ndarray) -> None:
+    mask = np.zeros(photo.shape[:2], np.uint8)
+    mask[:48] = 255
+    result = _pixels(stylizer.stylize(photo, mask=mask, feather=0, fit="squash", size=128))
+    squashed = np.asarray(Image.fromarray(photo).resize((128, 128), Image.Resampling.LANCZOS))
+    np.testing.assert_array_equal(result[70:], squashed[70:])
+    assert (result[:58] != squashed[:58]).mean() > 0.9
+
+
+def test_transparency_is_kept_under_a_mask(stylizer: Stylizer, picture: np.ndarray) -> None:
+    alpha = np.tile(np.arange(128, dtype=np.uint8) * 2, (64, 1))
+    result = _pixels(stylizer.stylize(np.dstack([picture, alpha]), mask=_mask(), feather=0))
+    np.testing.assert_array_equal(result[..., 3], alpha)
+    np.testing.assert_array_equal(result[48:, :, :3], picture[48:])
+
+
+def test_cells_are_means() -> None:
+    mask = np.random.default_rng(0).integers(0, 256, (16, 24), dtype=np.uint8)
+    expected = [[mask[8 * i : 8 * i + 8, 8 * j : 8 * j + 8].mean() / 255 for j in range(3)] for i in range(2)]
+    np.testing.assert_allclose(cells(mask, 8), expected, rtol=1e-6)
+
+
+def test_kept_colours_are_the_pictures_chroma_and_the_paintings_luma() -> None:
+    rng = np.random.default_rng(0)
+    picture, painted = (rng.integers(90, 166, (40, 40, 3), dtype=np.uint8) for _ in range(2))
+    kept = keep_colour(painted, picture)
+    bands = [np.asarray(Image.fromarray(rgb).convert("YCbCr")).astype(int) for rgb in (kept, painted, picture)]
+    assert np.abs(bands[0][..., 0] - bands[1][..., 0]).max() <= 1
+    assert np.abs(bands[0][..., 1:] - bands[2][..., 1:]).max() <= 1
+
+
+def test_keep_colour_is_done_to_the_finished_painting(stylizer: Stylizer, photo: np.ndarray) -> None:
+    plain, kept = (_pixels(stylizer.stylize(photo, keep_colour=keep)) for keep in (False, True))
+    np.testing.assert_array_equal(kept, keep_colour(plain, photo))
+    assert (plain != kept).any()
