@@ -81,6 +81,14 @@ class Workshop:
         self._begin(dict(engines), opened=True)
         _workshops.add(self)
 
+    def _begin(self, engines: dict[str, Engine], *, opened: bool) -> None:
+        self.engines = engines
+        self.shelf = Shelf(self.opener.bundle, self._style_memory)
+        self._opened = opened
+        self._lock = threading.Lock()
+        self._holder: int | None = None
+        self._queue: ThreadPoolExecutor | None = None
+
     @contextlib.contextmanager
     def turn(self, cancel: CancelToken | None = None) -> Iterator[None]:
         """Wait until no other thread is at work, and keep the others waiting while the block runs.
@@ -130,14 +138,6 @@ class Workshop:
         for engine in self.engines.values():
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
         self._begin({}, opened=False)
-
-    def _begin(self, engines: dict[str, Engine], *, opened: bool) -> None:
-        self.engines = engines
-        self.shelf = Shelf(self.opener.bundle, self._style_memory)
-        self._opened = opened
-        self._lock = threading.Lock()
-        self._holder: int | None = None
-        self._queue: ThreadPoolExecutor | None = None
 
     def close(self) -> None:
         """Wait for the painting that is at work and give memory and devices back. Closing twice is fine."""
