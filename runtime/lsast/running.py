@@ -34,25 +34,26 @@ class Tally:
 
     painted: int = 0
     skipped: int = 0
-    failures: list[str] = field(default_factory=list)
-    """A line for each file that failed: its name and why."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """Why each file failed that did, by its name."""
 
     def summary(self) -> str:
         """One line of counts, then one for each failure."""
         counts = f"painted {self.painted}, failed {len(self.failures)}"
         if self.skipped:
             counts += f", skipped {self.skipped} that were there (--overwrite paints them again)"
-        return "\n".join([counts, *(f"  - {line}" for line in self.failures)])
+        return "\n".join([counts, *(f"  - {name}: {reason}" for name, reason in self.failures.items())])
 
 
 class Bars:
-    """Progress bars on stderr, where that is a terminal: files, the steps of the one being painted, a video's frames."""
+    """Progress bars on stderr, where that is a terminal: files, steps of the one being painted, a video's frames."""
 
     def __init__(self, files: int | None) -> None:
         from tqdm import tqdm
 
         # A bar that shows 1 of 1 says nothing.
         self._files = tqdm(total=files, desc="files", unit="file", position=0, disable=None if files != 1 else True)
+        # None is not known: watched folders.
         row = int(files != 1)
         self._steps = tqdm(desc="opening", unit="step", position=row, leave=False, disable=None)
         self._frames: Any = None
@@ -132,10 +133,11 @@ def paint_all(
             # Whatever one file brings about, the others are still to be painted.
             except Exception as error:
                 reason = " ".join(str(error).split()) or type(error).__name__
-                tally.failures.append(f"{job.source}: {reason}")
+                tally.failures[names["source"]] = reason
                 report({"status": "failed", **names, "error": reason})
             else:
                 tally.painted += 1
+                tally.failures.pop(names["source"], None)  # a watched file that was mended
                 report({"status": "painted", **names, **facts})
         bars.file_done()
 

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import lsast
+from lsast.feeding import Job
+from lsast.watching import SETTLED, check_watch, watch
+from lsast_engines.errors import UsageError
+
+pytest.importorskip("watchfiles", reason="needs the extra [watch]")
+
+PATIENCE = 20.0
+QUIET = 2.5 * SETTLED
+"""Seconds after which nothing more is expected."""
+
+
+class Watched:
+    """Jobs as a thread of its own gets them, each with a painting that appears at once."""
+
+    def __init__(self, sources: list[str], out: str, **settings: bool) -> None:
+        self._stop = threading.Event()
+        self.jobs: list[tuple[str, str]] = []
+        self._thread = threading.Thread(target=self._run, args=(watch(sources, out, stop=self._stop, **settings),))
+        self._thread.start()
+
+    def _run(self, jobs: Iterator[Job]) -> None:
+        for job in jobs:
+            assert job.out is not None
+            job.out.parent.mkdir(parents=True, exist_ok=True)
+            job.out.write_bytes(b"painting")
+            self.jobs.append((str(job.source), str(job.out)))
+
+    def wait(self, count: int) -> list[tuple[str, str]]:
+        """Wait for so many jobs, and for no more."""
+        patience = time.monotonic() + PATIENCE
+        while len(self.jobs) < count and time.monotonic() < patience:
+            time.sleep(0.02)
+        time.sleep(QUIET)
+        return self.jobs
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive()
+
+
+def _old(path: Path, seconds: float = 60) -> None:
+    os.utime(path, (time.time() - seconds,) * 2)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    for name in ("done", "stale", "new"):
+        (tmp_path / "in" / f"{name}.png").write_bytes(b"picture")
+        _old(tmp_path / "in" / f"{name}.png")
+    (tmp_path / "out").mkdir()
+    for name in ("done", "stale"):
+        (tmp_path / "out" / f"{name}.png").write_bytes(b"earlier")
+    _old(tmp_path / "out" / "stale.png", 120)
+    return tmp_path
+
+
+def test_what_is_missing_or_older_is_named_then_what_arrives_or_changes(folder: Path) -> None:
+    watched = Watched(["in"], "out")
+    try:
+        assert watched.wait(2) == [("in/new.png", "out/new.png"), ("in/stale.png", "out/stale.png")]
+        (folder / "in" / "deep").mkdir()
+        (folder / "in" / "deep" / "late.jpg").write_bytes(b"picture")
+        (folder / "in" / "notes.txt").write_text("no picture")
+        (folder / "in" / "done.png").write_bytes(b"another picture")
+        expected = [("in/deep/late.jpg", "out/deep/late.jpg"), ("in/done.png", "out/done.png")]
+        assert sorted(watched.wait(4)[2:]) == expected
+    finally:
+        watched.close()
+
+
+def test_a_file_that_is_still_written_to_is_left_alone(folder: Path) -> None:
+    watched = Watched(["in"], "out")
+    try:
+        watched.wait(2)
+        with (folder / "in" / "slow.png").open("wb") as handle:
+            for _ in range(6):
+                handle.write(b"a piece")
+                handle.flush()
+                time.sleep(SETTLED / 3)
+                assert len(watched.jobs) == 2
+        assert watched.wait(3)[2:] == [("in/slow.png", "out/slow.png")]
+    finally:
+        watched.close()
+
+
+def test_overwriting_names_everything_once(folder: Path) -> None:
+    (folder / "more").mkdir()
+    watched = Watched(["in", "more"], "out", overwrite=True)
+    try:
+        assert [out for _, out in watched.wait(3)] == ["out/in/done.png", "out/in/new.png", "out/in/stale.png"]
+    finally:
+        watched.close()
+
+
+def test_only_folders_can_be_watched(folder: Path) -> None:
+    for sources, out in ((["in/done.png"], "out"), (["-"], "out"), (["in", "x*"], "out"), (["in"], "in/done.png")):
+        with pytest.raises(UsageError, match="expected"):
+            check_watch(sources, out)
+    check_watch(["in"], "new")
+
+
+def test_the_command_paints_until_it_is_interrupted(folder: Path, photo: np.ndarray, bundle_path: Path) -> None:
+    for path in (folder / "in").iterdir():
+        path.unlink()
+    rooms = [str(Path(module.__file__).parents[1]) for module in (lsast, sys.modules["lsast_engines"])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(rooms), "LSAST_BUNDLE": str(bundle_path)}
+    command = [sys.executable, "-m", "lsast", "in", "fresh", "--watch", "--size", "64", "--guidance", "1"]
+    process = subprocess.Popen(command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        assert process.stderr is not None
+        assert process.stdout is not None
+        assert process.stderr.readline() == b"watching in; Ctrl-C ends\n"
+        (folder / "in" / "bad.png").write_bytes(b"no picture")
+        Image.fromarray(photo).save(folder / "in" / "good.png")
+        assert process.stdout.readline() == b"fresh/good.png\n"
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1  # bad.png
+    assert told.startswith(b"painted 1, failed 1\n  - in/bad.png: ")
