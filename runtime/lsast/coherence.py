@@ -24,14 +24,17 @@ from .sampler import Floats, to_pixels
 
 Field = npt.NDArray[np.float32]
 
+_ALIKE = 20.0
+"""Mean absolute difference, in grey levels, beyond which a pixel shows another surface than one frame earlier."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Coherence:
     """How firmly a frame follows the painting before it."""
 
-    hold: float = 0.8
+    hold: float = 0.85
     """Share of the latent before in what every step takes the clean latent to be, 0 to 1."""
-    blend: float = 0.4
+    blend: float = 0.45
     """Share of the painting before, moved, in the pixels of the new one, 0 to 1."""
 
 
@@ -48,7 +51,8 @@ class Motion:
     def between(cls, before: Pixels, now: Pixels) -> Motion:
         """Estimate by dense inverse search (Kroeger et al. 2016), there and back: [H, W, 3] each.
 
-        What was seen is where both ways cancel, |b + f|² < 0.01 (|b|² + |f|²) + 0.5 (Sundaram et al. 2010, eq. 5).
+        What was seen is where both ways cancel, |b + f|² < 0.01 (|b|² + |f|²) + 0.5 (Sundaram et al. 2010, eq. 5), and
+        where the frame before, moved, looks like this one: to `_ALIKE` grey levels after a blur.
         """
         grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in (before, now)]
         search = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
@@ -61,7 +65,9 @@ class Motion:
         forth = warped(search.calc(grey[0], grey[1], None), back)
         lengths = (back**2).sum(2) + (forth**2).sum(2)
         cancel = ((back + forth) ** 2).sum(2) < 0.01 * lengths + 0.5
-        return cls(back, (cancel & _inside(back)).astype(np.float32))
+        apart = np.abs(now - warped(before.astype(np.float32), back)).mean(2)
+        alike = cv2.GaussianBlur(apart, (0, 0), 2) < _ALIKE
+        return cls(back, (cancel & alike & _inside(back)).astype(np.float32))
 
     def shrunk(self, factor: int) -> Motion:
         """The same by cells of factor * factor pixels, lengths in cells."""

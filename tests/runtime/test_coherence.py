@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+import lsast
+from lsast import Stylizer
+from lsast.coherence import Coherence, Follower, Held, Motion, warped
+from lsast_engines.noise import NoiseSpec
+from lsast_engines.schedule import Schedule
+from lsast_engines.solvers import make_solver
+
+SHIFT = (3.0, -2.0)
+"""How far the surface of every pixel of a moved picture was to the right and down, one frame earlier."""
+
+
+@pytest.fixture(scope="module")
+def stylizer(bundle_path: Path) -> Iterator[Stylizer]:
+    with lsast.load(bundle_path) as opened:
+        yield opened
+
+
+def _texture(height: int, width: int) -> np.ndarray:
+    """Smooth random blobs, which have structure everywhere."""
+    noise = np.random.default_rng(5).standard_normal((height, width, 3)).astype(np.float32)
+    smooth = cv2.GaussianBlur(noise, (0, 0), 2)
+    return np.clip(128 + 60 * smooth / smooth.std(), 0, 255).astype(np.uint8)
+
+
+def _moved(large: np.ndarray, frame: int) -> np.ndarray:
+    """Frame [128, 160, 3] of a clip: a window that goes by SHIFT a frame."""
+    x, y = (round(20 + frame * step) for step in SHIFT)
+    return np.ascontiguousarray(large[y : y + 128, x : x + 160])
+
+
+def test_motion_is_that_of_a_moved_window() -> None:
+    large = _texture(200, 240)
+    motion = Motion.between(_moved(large, 0), _moved(large, 1))
+    inner = motion.back[16:-16, 16:-16]
+    np.testing.assert_allclose(inner.reshape(-1, 2).mean(0), SHIFT, atol=0.02)
+    assert np.abs(inner - SHIFT).mean() < 0.05
+    assert motion.seen[16:-16, 16:-16].mean() > 0.99
+    assert (motion.seen[:, -3:] == 0).all(), "was outside"
+    assert (motion.seen[:2] == 0).all(), "was outside"
+
+
+def test_what_was_hidden_is_not_seen() -> None:
+    large = _texture(200, 240)
+    before, now = _moved(large, 0), _moved(large, 0)
+    patch = _texture(260, 200)[200:240, 100:140]
+    before[40:80, 40:80] = patch
+    now[40:80, 50:90] = patch  # moved to the right by 10
+    motion = Motion.between(before, now)
+    assert motion.seen[44:76, 42:48].mean() < 0.2  # uncovered
+    assert motion.seen[46:74, 58:82].mean() > 0.9
+    assert motion.seen[100:].mean() > 0.95
+
+
+def test_a_shrunk_motion_counts_in_cells() -> None:
+    back = np.tile(np.array([4.0, -8.0], np.float32), (64, 96, 1))
+    seen = np.zeros((64, 96), np.float32)
+    seen[:, :44] = 1
+    cells = Motion(back, seen).shrunk(8)
+    np.testing.assert_allclose(cells.back, np.tile([0.5, -1.0], (8, 12, 1)))
+    np.testing.assert_allclose(cells.seen[0], [1, 1, 1, 1, 1, 0.5, 0, 0, 0, 0, 0, 0])
+
+
+def test_warping_fetches_from_where_it_was() -> None:
+    values = np.random.default_rng(0).standard_normal((20, 30, 4)).astype(np.float32)
+    back = np.tile(np.array([3, 2], np.float32), (20, 30, 1))
+    np.testing.assert_allclose(warped(values, back)[4:-6, 4:-8], values[6:-4, 7:-5], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpmpp2m", "unipc"])
+def test_a_solver_held_wholly_ends_at_the_latent_it_is_held_to_whatever_the_noise(name: str) -> None:
+    noise = NoiseSpec()
+    schedule = Schedule.build(noise, 10, 1.0, 10, name)
+    rng = np.random.default_rng(1)
+    latent, x = (rng.standard_normal((4, 3, 5)).astype(np.float32) for _ in range(2))
+    share = np.zeros((3, 5), np.float32)
+    share[:, 2:] = 1
+    held = Held(make_solver(name, noise, schedule), schedule, latent, share)
+    free = make_solver(name, noise, schedule)
+    x_free = x
+    for index in range(len(schedule.steps)):
+        eps = rng.standard_normal(x.shape).astype(np.float32)
+        x, x_free = held.step(eps, index, x), free.step(eps, index, x_free)
+    np.testing.assert_allclose(x[..., :2], x_free[..., :2], atol=1e-4)
+    # DDIM ends at the noise of t = 0, sqrt(1 - abar) = 0.03 of what the latent is off there.
+    abar = schedule.abars()[-1]
+    np.testing.assert_allclose(x[..., 2:], latent[..., 2:], atol=5 * (1 - abar) ** 0.5 + 1e-3)
+
+
+def test_frames_follow_the_painting_before(stylizer: Stylizer) -> None:
+    """The difference of two paintings along a motion that is known is below half of that of frames painted alone."""
+    large = _texture(200, 240)
+    frames = [_moved(large, k) for k in range(4)]
+    options = {"size": 0, "guidance": 1.0}
+    followed = [np.asarray(result.image) for result in stylizer.stylize_frames(frames, **options)]
+    alone = [np.asarray(stylizer.stylize(frame, **options).image) for frame in frames]
+    np.testing.assert_array_equal(followed[0], alone[0])
+
+    def error(clip: list[np.ndarray]) -> float:
+        x, y = (round(step) for step in SHIFT)
+        return float(
+            np.mean(
+                [
+                    np.abs(now[8:-8, 8:-8].astype(int) - before[8 + y : y - 8, 8 + x : x - 8]).mean()
+                    for before, now in pairwise(clip)
+                ]
+            )
+        )
+
+    assert error(alone) > 2, "paintings that agree anyway prove nothing"
+    assert error(followed) < 0.5 * error(alone)
+
+
+def test_without_share_every_frame_is_alone_and_state_goes_on(stylizer: Stylizer) -> None:
+    large = _texture(200, 240)
+    frames = [_moved(large, k) for k in range(4)]
+    options = {"size": 64, "guidance": 1.0, "style": "monet"}
+
+    def paint(frames: list[np.ndarray], follower: Follower) -> list[np.ndarray]:
+        return [np.asarray(r.image) for r in stylizer.stylize_frames(frames, follower=follower, **options)]
+
+    for frame, painting in zip(frames, paint(frames, Follower(Coherence(hold=0.0, blend=0.0))), strict=True):
+        np.testing.assert_array_equal(painting, np.asarray(stylizer.stylize(frame, **options).image))
+    whole, first, second = paint(frames, Follower()), Follower(), Follower()
+    parts = paint(frames[:2], first)
+    second.restore(first.state())
+    np.testing.assert_array_equal(np.stack(parts + paint(frames[2:], second)), np.stack(whole))
+
+
+def test_a_frame_of_another_size_starts_anew(stylizer: Stylizer) -> None:
+    large = _texture(200, 240)
+    frames = [_moved(large, 0), large[:128, :128]]
+    painted = list(stylizer.stylize_frames(frames, size=0, guidance=1.0))
+    np.testing.assert_array_equal(painted[1].image, stylizer.stylize(frames[1], size=0, guidance=1.0).image)
