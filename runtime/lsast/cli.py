@@ -12,9 +12,11 @@ import functools
 import json
 import time
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+from click.core import ParameterSource
 
 from . import __version__
 
@@ -101,6 +103,7 @@ def _fail(message: str, status: int) -> NoReturn:
 @click.option(
     "--arithmetic", metavar="TYPE", default="fp32", help="fp32; with openvino also bf16, fp16. [default: fp32]"
 )
+@click.option("--from", "origin", metavar="PAINTING", help="Repeat a painting from what its file says; see below.")
 @click.option("--overwrite", is_flag=True, help="Of several: paint also what is there already.")
 @click.option("--watch", is_flag=True, help="Go on painting what arrives or changes in the folders IN, until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a file instead of the output's path.")
@@ -115,6 +118,7 @@ def main(
     device: str,
     threads: int | None,
     arithmetic: str,
+    origin: str | None,
     overwrite: bool,
     watch: bool,
     as_json: bool,
@@ -130,6 +134,9 @@ def main(
     Of several INs (files, folders, which are mirrored, or 'quoted/**/*.jpg') OUT is a folder. Paintings that are there
     are skipped, so that the same call goes on with one that was stopped; a file that fails is told at the end, and the
     rest is done. - is standard input or output (a PNG). Videos (avi, m4v, mkv, mov, mp4, webm) become videos.
+
+    --from PAINTING verifies that the bundle and the styles of a painting are here; with IN also that picture, which it
+    paints again and compares; with OUT it writes that. Options given besides change it, and nothing is verified.
     """
     if list_styles:
         from lsast_engines.bundle import Bundle, find_bundle
@@ -137,7 +144,7 @@ def main(
         names = list(Bundle.open(find_bundle(bundle)).styles())
         click.echo(json.dumps({"styles": names}) if as_json else "\n".join(names))
         return
-    if len(paths) < 2:
+    if len(paths) < 2 and origin is None:
         _fail("found no IN and OUT; expected: lsast-run IN OUT (--help lists all options)", _USAGE)
     from .feeding import lay_out
     from .options import preset_options
@@ -150,14 +157,24 @@ def main(
         "arithmetic": arithmetic,
     }
     options = {**preset_options(preset), **{name: value for name, value in options.items() if value is not None}}
-    if watch:
+    if origin is not None:
+        _repeat(origin, paths, where, options, as_json)
+    elif watch:
         _watch(paths, where, options, overwrite, as_json)
-        return
-    plan = lay_out(paths[:-1], paths[-1])
-    if plan.one:
+    elif (plan := lay_out(paths[:-1], paths[-1])).one:
         _paint_one(plan.jobs[0], where, options, as_json)
     else:
         _paint_several(plan.jobs, len(plan.jobs), where, options, overwrite, as_json)
+
+
+def _repeat(origin: str, paths: tuple[str, ...], where: dict[str, Any], options: dict[str, Any], as_json: bool) -> None:
+    """Verify and repeat a painting."""
+    from .commands import repeat
+
+    chosen = click.get_current_context().get_parameter_source
+    given = {name: value for name, value in where.items() if chosen(name) is not ParameterSource.DEFAULT}
+    report, line = repeat(Path(origin), [Path(path) for path in paths], given, options)
+    click.echo(json.dumps(report) if as_json else line)
 
 
 def _paint_one(job: Job, where: dict[str, Any], options: dict[str, Any], as_json: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import time
 from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from .canvas import Pixels, canvas_for, on_white
 from .mixing import Hand, Mix
 from .options import Options
 from .preview import Previewer
+from .provenance import pixels_sha256
 from .shelf import Shelf
 from .strength import Strength
 from .tiles import Grid
@@ -104,11 +104,11 @@ class Painting:
 
     def picture_sha256(self) -> str:
         """SHA-256 (hex) of the picture's pixels, upright, with its opacity."""
-        return _sha256(self._source.rgb, self._source.alpha)
+        return pixels_sha256(self._source.rgb, self._source.alpha)
 
     def mask_sha256(self) -> str | None:
         """SHA-256 (hex) of what the mask leaves to paint, or None without one."""
-        return None if self._mask is None else _sha256(self._mask)
+        return None if self._mask is None else pixels_sha256(self._mask)
 
     def begin(self, engines: Mapping[str, Engine], shelf: Shelf) -> sampler.Row:
         """Take the picture through `hint` and `encoder` and noise it."""
@@ -187,12 +187,3 @@ class Clock:
     def add(self, phase: str, seconds: float) -> None:
         """Count `seconds` to `phase`."""
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
-
-
-def _sha256(*planes: npt.NDArray[np.uint8] | None) -> str:
-    digest = hashlib.sha256()
-    for plane in planes:
-        if plane is not None:
-            digest.update(f"{plane.shape}".encode())
-            digest.update(np.ascontiguousarray(plane).data)
-    return digest.hexdigest()

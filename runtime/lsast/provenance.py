@@ -1,33 +1,33 @@
-"""Where a painting comes from: what a file must say so that the very picture can be painted again."""
+"""Where a painting comes from: what must be known so that the very picture can be painted again."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lsast_engines.errors import PictureError
+import numpy as np
+import numpy.typing as npt
+
+from lsast_engines.bundle import Bundle
+from lsast_engines.engine import Engine
 from lsast_engines.spec import DENOISER
 
 from . import __version__
 
 if TYPE_CHECKING:
-    from .options import Options
     from .painting import Painting
-    from .workshop import Workshop
-
-FORMAT = 1
-"""Format number of the JSON that this version writes and reads."""
+    from .shelf import Shelf
 
 _LIBRARIES = {"numpy": "numpy", "opencv": "opencv-python-headless", "pillow": "pillow"}
+"""What pixels go through besides the backend, and the wheel that it comes in."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a painting was made of. No path, no time, nothing of the picture but a checksum."""
+    """What a painting was made of. No path, no time, and nothing of the picture but a checksum."""
 
     bundle: str
     """Name of the bundle."""
@@ -48,14 +48,13 @@ class Provenance:
     """Of lsast, the backend and the libraries that pixels go through."""
 
     @classmethod
-    def of(cls, painting: Painting, workshop: Workshop) -> Provenance:
-        """The provenance of what this workshop paints."""
-        bundle = workshop.opener.bundle
-        engine = workshop.engines[DENOISER]
+    def of(cls, painting: Painting, bundle: Bundle, engines: Mapping[str, Engine], shelf: Shelf) -> Provenance:
+        """The provenance of what these engines paint."""
+        engine = engines[DENOISER]
         return cls(
             bundle=bundle.manifest.name,
-            bundle_sha256=hashlib.sha256(bundle.manifest.to_json().encode()).hexdigest(),
-            styles={name: workshop.shelf[name].fingerprint for name in painting.mix.styles},
+            bundle_sha256=bundle_sha256(bundle),
+            styles={name: shelf[name].fingerprint for name in painting.mix.styles},
             picture_sha256=painting.picture_sha256(),
             mask_sha256=painting.mask_sha256(),
             painted=painting.canvas_size,
@@ -65,81 +64,29 @@ class Provenance:
             versions={"lsast": __version__, **_versions(engine.backend)},
         )
 
-    def differences(self, other: Provenance) -> list[str]:
-        """What keeps `other` from being the same picture: a line for every checksum that differs from ours."""
-        faults = []
-        for name, expected, found in (
-            ("bundle", self.bundle_sha256, other.bundle_sha256),
-            ("picture", self.picture_sha256, other.picture_sha256),
-            ("mask", self.mask_sha256, other.mask_sha256),
-            *((f"style {name}", digest, other.styles.get(name)) for name, digest in self.styles.items()),
-        ):
-            if found != expected:
-                faults.append(f"{name}: found {_short(found)}; expected {_short(expected)}")
-        return faults
+    def changes(self, later: Provenance) -> list[str]:
+        """What may make the same picture come out otherwise, ``name old, now new`` each: backend and versions."""
+        before, now = ({"backend": p.backend, "device": p.device, **p.versions} for p in (self, later))
+        return [
+            f"{name} {before.get(name, 'none')}, now {now.get(name, 'none')}"
+            for name in {**before, **now}
+            if before.get(name) != now.get(name)
+        ]
 
 
-def to_json(provenance: Provenance, options: Options, seconds: dict[str, float]) -> str:
-    """The text that a file carries: everything of `provenance`, all options, and the seconds of every phase."""
-    held = {
-        "format": FORMAT,
-        **dataclasses.asdict(provenance),
-        "options": dataclasses.asdict(options),
-        "seconds": {phase: round(value, 4) for phase, value in seconds.items()},
-    }
-    return json.dumps(held)
+def bundle_sha256(bundle: Bundle) -> str:
+    """SHA-256 (hex) of a bundle's manifest."""
+    return hashlib.sha256(bundle.manifest.to_json().encode()).hexdigest()
 
 
-def from_json(text: str, where: str) -> tuple[Provenance, Options]:
-    """Read what `to_json` wrote; `where` names the file in messages.
-
-    Raises:
-        PictureError: no such JSON, or of another format.
-        UsageError: options that this version does not understand.
-    """
-    from .options import Options
-
-    try:
-        held: dict[str, Any] = json.loads(text)
-        form = held["format"]
-        if form != FORMAT:
-            raise PictureError(
-                f"{where} was written in format {form}; this version reads format {FORMAT}: update lsast"
-            )
-        height, width = held["painted"]
-        facts = {field.name: held[field.name] for field in dataclasses.fields(Provenance)}
-        return Provenance(**{**facts, "painted": (height, width)}), Options(**held["options"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise PictureError(
-            f"the lsast data of {where} cannot be read ({error!r}); expected what lsast wrote"
-        ) from error
-
-
-def parameters(provenance: Provenance, options: Options) -> str:
-    """The line of settings that galleries of generated pictures read, in the form of AUTOMATIC1111's web UI.
-
-    First the prompt, for which the style stands here; then `Name: value` pairs, of which that form knows most.
-    """
-    height, width = provenance.painted
-    pairs = {
-        "Steps": options.steps,
-        "Sampler": options.solver,
-        "CFG scale": options.guidance,
-        "Seed": options.seed,
-        "Size": f"{width}x{height}",
-        "Model hash": provenance.bundle_sha256[:10],
-        "Model": provenance.bundle,
-        "Denoising strength": options.strength,
-        "Control weight": options.control,
-        "Version": f"lsast {provenance.versions['lsast']}",
-    }
-    # A value with a comma is quoted there, as JSON does it.
-    texts = {name: json.dumps(str(value)) if "," in str(value) else str(value) for name, value in pairs.items()}
-    return f"{options.style}\n" + ", ".join(f"{name}: {text}" for name, text in texts.items())
-
-
-def _short(digest: str | None) -> str:
-    return "none" if digest is None else f"{digest[:12]}…"
+def pixels_sha256(*planes: npt.NDArray[np.uint8] | None) -> str:
+    """SHA-256 (hex) over shapes and values of arrays; None adds nothing."""
+    digest = hashlib.sha256()
+    for plane in planes:
+        if plane is not None:
+            digest.update(f"{plane.shape}".encode())
+            digest.update(np.ascontiguousarray(plane).data)
+    return digest.hexdigest()
 
 
 def _versions(backend: str) -> dict[str, str]:

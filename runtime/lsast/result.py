@@ -43,7 +43,7 @@ class Result:
     options: Options
     """All options, with the bundle's defaults filled in."""
     provenance: Provenance | None = None
-    """What the painting was made of; files carry it, so that it can be painted again (`metadata`)."""
+    """What the painting was made of; files carry it, so that it can be painted again (`lsast.metadata`)."""
 
     def save(self, path: str | Path) -> None:
         """Write PNG, JPEG or WebP, by the suffix: whole or not at all, over whatever file was there.
@@ -90,6 +90,10 @@ class Result:
             _log.warning("%s: JPEG holds no transparency; the painting is laid on white (PNG and WebP keep it)", path)
             pixels = np.asarray(image)
             image = Image.fromarray(on_white(pixels[:, :, :3], pixels[:, :, 3]))
+        if self.provenance:
+            from .metadata import Record
+
+            settings = {**settings, **Record(self.provenance, self.options, self.seconds).settings(name)}
         image.save(handle, format=name, icc_profile=self.image.info.get("icc_profile"), **settings)
 
 

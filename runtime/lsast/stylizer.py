@@ -290,7 +290,9 @@ class Stylizer:
                     painted.append(painting.settle(latent, canvas))
                 if cancel:
                     cancel.check()
-            provenances = [Provenance.of(painting, workshop) for painting in paintings]
+            provenances = [
+                Provenance.of(painting, self.bundle, workshop.engines, workshop.shelf) for painting in paintings
+            ]
         return [
             Result(painting.finish(canvas), painting.clock.seconds, painting.options, provenance)
             for painting, canvas, provenance in zip(paintings, painted, provenances, strict=True)

@@ -1,0 +1,61 @@
+"""What `lsast-run` does besides painting what it is given: repeating a painting.
+
+Each gives what `--json` prints and the line that is printed without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lsast_engines.bundle import Bundle, find_bundle
+from lsast_engines.errors import UsageError
+
+from .metadata import read_record
+from .repeating import compare, verify
+from .result import check_output
+from .running import Bars
+from .stylizer import load
+
+Report = dict[str, Any]
+
+
+def repeat(origin: Path, paths: list[Path], where: dict[str, Any], options: dict[str, Any]) -> tuple[Report, str]:
+    """Verify what a painting was made of, and repeat it.
+
+    Args:
+        origin: the painting.
+        paths: nothing to verify the bundle and the styles alone; the picture, to verify that too, paint it again and
+            compare; or the picture and where to write it, instead of comparing.
+        where: what `load` takes, as far as it was given; the rest is as it was.
+        options: what is to be different; then nothing is verified.
+
+    Raises:
+        LsastError: what it was made of is not what is here, or another picture came out.
+        UsageError: too many paths, or `options` without a place to write to.
+    """
+    if len(paths) > 2 or (options.keys() - {"mask"} and len(paths) < 2):
+        raise UsageError(
+            "found --from with more than IN and OUT, or with options and no OUT; expected --from PAINTING [IN [OUT]]"
+        )
+    record = read_record(origin)
+    told = record.provenance
+    report: Report = {"from": str(origin), **asdict(told), "options": asdict(record.options)}
+    mask = options.pop("mask", None)
+    source, out = (*paths, None, None)[:2]
+    if out is not None:
+        check_output(out)
+    if not options:
+        verify(record, origin, Bundle.open(find_bundle(where.get("bundle"))), source, mask)
+    if source is None:
+        return report, f"{origin}: the bundle and the styles that it was painted with are here"
+    same = {"backend": told.backend, "device": told.device, "arithmetic": told.arithmetic}
+    with contextlib.closing(Bars(1)) as bars, load(**{**same, **where}) as stylizer:
+        result = stylizer.stylize(source, **{**asdict(record.options), **options}, mask=mask, on_step=bars.on_step)
+    if out is None:
+        compare(result, origin, record)
+        return {**report, "same": True}, f"{origin}: {source} paints the same again, to the last bit"
+    result.save(out)
+    return {**report, "options": asdict(result.options), "out": str(out)}, str(out)

@@ -1,0 +1,145 @@
+"""What a painting's file says of it: one JSON text of our own, and the settings that galleries read.
+
+============ ==================================== =====================================================
+format       JSON of `lsast`                      settings, in the form of AUTOMATIC1111's web UI
+============ ==================================== =====================================================
+PNG          text chunk ``lsast``                 text chunk ``parameters``
+JPEG, WebP   EXIF MakerNote, after ``lsast\\0``    EXIF UserComment, UTF-16 as the standard has it
+============ ==================================== =====================================================
+
+Nothing else is written, and nothing of the painted picture's own metadata but its colour profile: no camera, no place,
+no name, no comment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lsast_engines.errors import PictureError
+
+from .options import Options
+from .provenance import Provenance
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+FORMAT = 1
+"""Format number of the JSON that this version writes and reads."""
+
+_EXIF, _SOFTWARE, _MAKER_NOTE, _USER_COMMENT = 0x8769, 0x0131, 0x927C, 0x9286
+_MARK, _UNICODE = b"lsast\0", b"UNICODE\0"
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a file tells of its painting."""
+
+    provenance: Provenance
+    options: Options
+    seconds: dict[str, float]
+    """Wall time of every phase."""
+
+    def to_json(self) -> str:
+        """The text that a file carries."""
+        held = {
+            "format": FORMAT,
+            **dataclasses.asdict(self.provenance),
+            "options": dataclasses.asdict(self.options),
+            "seconds": {phase: round(value, 4) for phase, value in self.seconds.items()},
+        }
+        return json.dumps(held)
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Record:
+        """Read what `to_json` wrote; `where` names the file in messages.
+
+        Raises:
+            PictureError: no such JSON, or of another format.
+            UsageError: options that cannot be meant.
+        """
+        try:
+            held: dict[str, Any] = json.loads(text)
+            if (found := held["format"]) != FORMAT:
+                raise PictureError(
+                    f"{where} was written in format {found}; this version reads format {FORMAT}: update lsast"
+                )
+            height, width = held["painted"]
+            facts = {field.name: held[field.name] for field in dataclasses.fields(Provenance)}
+            provenance = Provenance(**{**facts, "painted": (height, width)})
+            return cls(provenance, Options(**held["options"]), held["seconds"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise PictureError(
+                f"what lsast wrote into {where} cannot be read ({error!r}); expected it whole, of this version or older"
+            ) from error
+
+    def parameters(self) -> str:
+        """The settings that galleries read: the style for a prompt, then ``Name: value`` pairs."""
+        options, provenance = self.options, self.provenance
+        height, width = provenance.painted
+        pairs = {
+            "Steps": options.steps,
+            "Sampler": options.solver,
+            "CFG scale": options.guidance,
+            "Seed": options.seed,
+            "Size": f"{width}x{height}",
+            "Model hash": provenance.bundle_sha256[:10],
+            "Model": provenance.bundle,
+            "Denoising strength": options.strength,
+            "Control weight": options.control,
+            "Version": f"lsast {provenance.versions['lsast']}",
+        }
+        # A value that holds a comma is quoted there, as JSON does it.
+        texts = {name: json.dumps(str(value)) if "," in str(value) else str(value) for name, value in pairs.items()}
+        return f"{options.style}\n" + ", ".join(f"{name}: {text}" for name, text in texts.items())
+
+    def settings(self, form: str) -> dict[str, Any]:
+        """What Pillow's `save` takes to write it into a file of the format `form`: PNG, JPEG or WEBP."""
+        if form == "PNG":
+            from PIL import PngImagePlugin
+
+            chunks = PngImagePlugin.PngInfo()
+            chunks.add_text("parameters", self.parameters())
+            chunks.add_text("lsast", self.to_json())
+            return {"pnginfo": chunks}
+        from PIL import Image
+
+        exif = Image.Exif()
+        exif[_SOFTWARE] = f"lsast {self.provenance.versions['lsast']}"
+        inner = exif.get_ifd(_EXIF)
+        inner[_MAKER_NOTE] = _MARK + self.to_json().encode()
+        inner[_USER_COMMENT] = _UNICODE + self.parameters().encode("utf-16-be")
+        return {"exif": exif}
+
+
+def read_record(path: Path) -> Record:
+    """What a painting's file tells of it.
+
+    Raises:
+        PictureError: no picture, or none that says how it was painted.
+        UsageError: options that cannot be meant.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            text = _text(image)
+    except FileNotFoundError:
+        raise PictureError(f"found no file {path}; expected a painting of lsast") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise PictureError(f"{path} cannot be read ({error}); expected a painting of lsast") from error
+    if text is None:
+        raise PictureError(f"{path} does not say how it was painted; expected a PNG, JPEG or WebP that lsast wrote")
+    return Record.from_json(text, str(path))
+
+
+def _text(image: Image.Image) -> str | None:
+    """Our JSON in an open picture, or None."""
+    if isinstance(found := image.info.get("lsast"), str):
+        return found
+    note = image.getexif().get_ifd(_EXIF).get(_MAKER_NOTE)
+    if isinstance(note, bytes) and note.startswith(_MARK):
+        return note.removeprefix(_MARK).decode("utf-8", "replace")
+    return None

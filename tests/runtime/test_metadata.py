@@ -1,0 +1,239 @@
+"""What a painting's file says, what it keeps to itself, and repeating it: read by Pillow and by hand, not by lsast."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click.testing
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+import lsast
+from lsast import LsastError, PictureError
+from lsast.cli import main
+from lsast.metadata import Record, read_record
+from lsast_engines.bundle import Bundle
+from lsast_engines.style import Style
+
+FORMS = ["png", "jpg", "webp"]
+MIX = "vangogh:0.6@up+monet@0-4"
+
+
+@pytest.fixture(scope="module")
+def painted(bundle_path: Path, photo: np.ndarray) -> lsast.Result:
+    with lsast.load(bundle_path) as stylizer:
+        return stylizer.stylize(photo, MIX, seed=7, guidance=3.5, strength="0.7,0.5@0-2", size=96)
+
+
+def _held(path: Path) -> tuple[dict[str, Any], str]:
+    """JSON and settings of a file, found as others would find them."""
+    with Image.open(path) as image:
+        if path.suffix == ".png":
+            return json.loads(image.text["lsast"]), image.text["parameters"]  # type: ignore[attr-defined]
+        tags = image.getexif().get_ifd(0x8769)
+    assert tags[0x927C].startswith(b"lsast\0")
+    assert tags[0x9286].startswith(b"UNICODE\0")
+    return json.loads(tags[0x927C][6:]), tags[0x9286][8:].decode("utf-16-be")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_file_says_what_it_was_made_of(
+    painted: lsast.Result, bundle_path: Path, photo: np.ndarray, tmp_path: Path, form: str
+) -> None:
+    painted.save(tmp_path / f"a.{form}")
+    held, _ = _held(tmp_path / f"a.{form}")
+    assert held["format"] == 1
+    assert held["bundle"] == "tiny"
+    assert held["bundle_sha256"] == hashlib.sha256((bundle_path / "manifest.json").read_bytes()).hexdigest()
+    assert held["picture_sha256"] == hashlib.sha256(f"{photo.shape}".encode() + photo.tobytes()).hexdigest()
+    assert held["mask_sha256"] is None
+    assert held["styles"].keys() == {"vangogh", "monet"}
+    assert held["styles"]["monet"] != held["styles"]["vangogh"]
+    assert held["options"] == dataclasses.asdict(painted.options)
+    assert held["seconds"] == pytest.approx(painted.seconds, abs=1e-4)
+    assert held["versions"]["lsast"] == lsast.__version__
+    assert held["versions"]["numpy"] == np.__version__
+    assert held["backend"] in held["versions"]
+    assert (held["painted"], held["arithmetic"], held["device"]) == ([128, 128], "fp32", "cpu")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_galleries_read_the_settings(painted: lsast.Result, tmp_path: Path, form: str) -> None:
+    painted.save(tmp_path / f"a.{form}")
+    _, settings = _held(tmp_path / f"a.{form}")
+    # The reader of AUTOMATIC1111's web UI: pairs by this pattern on the last line, a prompt before it.
+    prompt, last = settings.rsplit("\n", 1)
+    pairs = dict(re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last))
+    assert prompt == MIX
+    expected = {"Steps": "10", "Sampler": "ddim", "CFG scale": "3.5", "Seed": "7", "Size": "128x128", "Model": "tiny"}
+    assert {name: pairs[name] for name in expected} == expected
+    assert json.loads(pairs["Denoising strength"]) == "0.7,0.5@0-2"
+    assert re.fullmatch("[0-9a-f]{10}", pairs["Model hash"])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_written_is_read(painted: lsast.Result, tmp_path: Path, form: str) -> None:
+    painted.save(tmp_path / f"a.{form}")
+    record = read_record(tmp_path / f"a.{form}")
+    assert record.options == painted.options
+    assert record.provenance == painted.provenance
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("given", ["jpg", "png"])
+def test_nothing_private_of_the_picture_goes_along(
+    bundle_path: Path, photo: np.ndarray, tmp_path: Path, form: str, given: str
+) -> None:
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0110], exif[0x8298], exif[0x010E] = "Secretmake", "Secretcam", "Secretname", "Secretplace"
+    exif.get_ifd(0x8825)[2] = (48.0, 51.0, 29.0)
+    exif.get_ifd(0x8769)[0x9286] = b"ASCII\0\0\0Secretcomment"
+    source = tmp_path / f"Secretfile.{given}"
+    extra: dict[str, Any] = {"comment": b"Secretcom"} if given == "jpg" else {}
+    if given == "png":
+        extra["pnginfo"] = PngImagePlugin.PngInfo()
+        extra["pnginfo"].add_text("Author", "Secretauthor")
+    Image.fromarray(photo).save(source, exif=exif, xmp=b"<x>Secretxmp</x>", **extra)
+    assert source.read_bytes().count(b"Secret") >= 6
+    with lsast.load(bundle_path) as stylizer:
+        stylizer.stylize(source).save(tmp_path / f"out.{form}")
+    assert b"Secret" not in (tmp_path / f"out.{form}").read_bytes()
+    with Image.open(tmp_path / f"out.{form}") as image:
+        assert not image.getexif().get_ifd(0x8825)
+        assert set(image.getexif()) <= {0x0131, 0x8769}
+        texts = [value for value in image.info.values() if isinstance(value, str)]
+    assert not any(str(tmp_path) in text for text in texts)
+
+
+def test_a_style_is_known_by_its_values_not_by_its_file(bundle_path: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(bundle_path)
+    style = bundle.style("monet")
+    prints = []
+    for name, values in (("a", style.kv_unet), ("b", style.kv_unet), ("c", style.kv_unet * 2)):
+        Style(name, style.base, style.stages, style.tokens, values, style.kv_control, {"by": name}).save(
+            tmp_path / f"{name}.safetensors"
+        )
+        from lsast_engines.style_file import StyleFile
+
+        prints.append(StyleFile(tmp_path / f"{name}.safetensors").fingerprint)
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_files_that_say_nothing_or_nonsense_are_refused(painted: lsast.Result, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    with pytest.raises(PictureError, match="does not say how it was painted"):
+        read_record(tmp_path / "plain.png")
+    with pytest.raises(PictureError, match="found no file"):
+        read_record(tmp_path / "nothing.png")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG")
+    with pytest.raises(PictureError, match="cannot be read"):
+        read_record(tmp_path / "broken.png")
+    assert painted.provenance is not None
+    text = Record(painted.provenance, painted.options, {}).to_json()
+    for wrong, words in (
+        (text.replace('"format": 1', '"format": 2'), "format 2; this version reads format 1"),
+        (text.replace('"bundle_sha256"', '"bundle_md5"'), "bundle_sha256"),
+        (text[:-5], "cannot be read"),
+    ):
+        with pytest.raises(PictureError, match=words):
+            Record.from_json(wrong, "a.png")
+    with pytest.raises(LsastError, match="steps: found 0"):
+        Record.from_json(text.replace('"steps": 10', '"steps": 0'), "a.png")
+
+
+Run = Callable[..., click.testing.Result]
+
+
+@pytest.fixture
+def run(tmp_path: Path, photo: np.ndarray, bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`lsast-run` in a folder with in.png and mask.png."""
+    Image.fromarray(photo).save(tmp_path / "in.png")
+    mask = np.zeros(photo.shape[:2], np.uint8)
+    mask[30:, 50:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LSAST_BUNDLE", str(bundle_path))
+    return lambda *arguments: click.testing.CliRunner().invoke(main, arguments)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_painting_is_repeated_to_the_bit(run: Run, form: str) -> None:
+    made = run("in.png", f"out.{form}", "--style", MIX, "--seed", "3", "--mask", "mask.png", "--keep-colour")
+    assert made.exit_code == 0, made.stderr
+    alone = run("--from", f"out.{form}")
+    assert (alone.exit_code, alone.stdout.count("are here")) == (0, 1), alone.stderr
+    again = run("--from", f"out.{form}", "in.png", "--mask", "mask.png")
+    assert (again.exit_code, again.stderr) == (0, "")
+    assert again.stdout == f"out.{form}: in.png paints the same again, to the last bit\n"
+    written = run("--from", f"out.{form}", "in.png", f"again.{form}", "--mask", "mask.png")
+    assert written.stdout == f"again.{form}\n"
+    with Image.open(f"again.{form}") as second_image, Image.open(f"out.{form}") as first_image:
+        np.testing.assert_array_equal(second_image, first_image)
+    first, second = read_record(Path(f"out.{form}")), read_record(Path(f"again.{form}"))
+    assert (first.provenance, first.options) == (second.provenance, second.options)
+
+
+def test_what_is_not_the_same_is_named_before_anything_is_painted(
+    run: Run, photo: np.ndarray, bundle_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("in.png", "out.png", "--style", MIX, "--mask", "mask.png").exit_code == 0
+    photo = photo.copy()
+    photo[0, 0, 0] ^= 1
+    Image.fromarray(photo).save("other.png")
+    Image.new("L", (160, 96), 255).save("other_mask.png")
+    monkeypatch.setattr("lsast.stylizer.Stylizer.stylize", lambda *_, **__: pytest.fail("it was painted"))
+    wrong = run("--from", "out.png", "other.png", "--mask", "other_mask.png")
+    assert wrong.exit_code == 1
+    heading, *faults = wrong.stderr.splitlines()
+    assert "from something else than is here" in heading
+    assert [fault.split(":")[0] for fault in faults] == ["  - picture other.png", "  - mask other_mask.png"]
+    unmasked = run("--from", "out.png", "in.png")
+    assert (unmasked.exit_code, "give it with --mask" in unmasked.stderr) == (2, True)
+
+    users = Bundle.open(bundle_path).user_style_folder
+    style = Bundle.open(bundle_path).style("monet")
+    monkeypatch.setenv("LSAST_HOME", "home")
+    Style("monet", style.base, 10, 3, style.kv_unet / 2, style.kv_control).save(
+        Path("home") / "styles" / users.name / "monet.safetensors"
+    )
+    changed = run("--from", "out.png")
+    assert (changed.exit_code, "style monet: found" in changed.stderr) == (1, True)
+    monkeypatch.delenv("LSAST_BUNDLE")
+    elsewhere = run("--from", "out.png")
+    assert (elsewhere.exit_code, "another bundle; name it with --bundle" in elsewhere.stderr) == (1, True)
+
+
+def test_another_picture_than_before_says_by_how_much_and_what_changed(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("in.png", "out.png").exit_code == 0
+    with Image.open("out.png") as image:
+        text, pixels = image.text, np.array(image)  # type: ignore[attr-defined]
+    pixels[3, 5, 1] ^= 2
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("lsast", text["lsast"].replace(f'"numpy": "{np.__version__}"', '"numpy": "1.0"'))
+    Image.fromarray(pixels).save("out.png", pnginfo=chunks)
+    result = run("--from", "out.png", "in.png")
+    assert result.exit_code == 1
+    assert "by up to 2 of 255" in result.stderr
+    assert f"numpy 1.0, now {np.__version__}" in result.stderr
+
+
+def test_options_besides_change_the_picture_and_need_a_place(run: Run, photo: np.ndarray) -> None:
+    assert run("in.png", "out.png", "--style", "monet", "--guidance", "3").exit_code == 0
+    refused = run("--from", "out.png", "in.png", "--seed", "5")
+    assert (refused.exit_code, "options and no OUT" in refused.stderr) == (2, True)
+    Image.fromarray(photo[:50]).save("other.png")
+    result = run("--from", "out.png", "other.png", "new.png", "--seed", "5", "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    options = json.loads(result.stdout)["options"]
+    assert (options["style"], options["guidance"], options["seed"]) == ("monet", 3.0, 5)
+    with Image.open("new.png") as image:
+        assert image.size == (160, 50)
