@@ -171,3 +171,33 @@ def test_the_embedded_autoencoder_and_hint_give_in_tiles_what_they_give_whole(mi
     assert np.abs(latents[0] - latents[1]).max() < 0.02 * latents[0].std()
     pictures = [decode(engines[DECODER], latents[0], 1.0, g).astype(int) for g in (whole, grid)]
     assert np.abs(pictures[0] - pictures[1]).max() <= 3
+
+
+def _clouds(side: int) -> np.ndarray:
+    """1/f noise [side, side, 3]: as much going on everywhere, at every scale."""
+    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side))
+    frequency[0, 0] = np.inf
+    spectra = np.fft.rfft2(np.random.default_rng(2).standard_normal((3, side, side))) / frequency
+    waves = np.fft.irfft2(spectra, (side, side)).transpose(1, 2, 0)
+    return np.clip(128 + 40 * waves / waves.std(), 0, 255).astype(np.uint8)
+
+
+def _energy(painting: np.ndarray) -> np.ndarray:
+    """Squared differences to the pixels below and to the right, [H - 1, W - 1]."""
+    down, right = (np.diff(painting.astype(float), axis=axis) ** 2 for axis in (0, 1))
+    return np.asarray((down[:, :-1] + right[:-1]).mean(2))
+
+
+@pytest.mark.slow
+def test_no_seam_is_seen_between_tiles_of_the_embedded_bundle(mini: Stylizer) -> None:
+    side, tile = 640, 320
+    grid = Grid.lay((side, side), tile, 8, 64)
+    near = np.zeros((side - 1, side - 1), bool)
+    for line in grid.borders()[0]:
+        near[line - 16 : line + 16] = near[:, line - 16 : line + 16] = True
+    assert len(grid.borders()[0]) > 0
+    options = {"size": 0, "steps": 4, "strength": 0.75, "guidance": 2.0}
+    whole, tiled = (_energy(_pixels(mini.stylize(_clouds(side), tile=t, **options))) for t in (0, tile))
+    assert tiled.mean() > 50, "a flat picture proves nothing"
+    share = (tiled[near].mean() / tiled[~near].mean()) / (whole[near].mean() / whole[~near].mean())
+    assert share == pytest.approx(1, abs=0.05)
