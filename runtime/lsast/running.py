@@ -42,7 +42,12 @@ class Tally:
         counts = f"painted {self.painted}, failed {len(self.failures)}"
         if self.skipped:
             counts += f", skipped {self.skipped} that were there (--overwrite paints them again)"
-        return "\n".join([counts, *(f"  - {name}: {reason}" for name, reason in self.failures.items())])
+        return "\n".join([counts, *(f"  - {_named(name, reason)}" for name, reason in self.failures.items())])
+
+
+def _named(name: str, reason: str) -> str:
+    """A reason that names its file."""
+    return reason if name in reason else f"{name}: {reason}"
 
 
 class Bars:

@@ -163,7 +163,10 @@ def test_a_bad_file_is_one_line_and_the_rest_is_done(folder: Path) -> None:
     assert (result.exit_code, len(result.stdout.splitlines())) == (1, 3)
     counts, *failures = result.stderr.splitlines()
     assert counts == "painted 3, failed 2"
-    assert [line.split(": ")[0] for line in failures] == ["  - in/b.jpg", "  - missing.png"]
+    assert [line.split(" cannot")[0] for line in failures] == [
+        "  - in/b.jpg",
+        "  - found no file missing.png; expected a picture",
+    ]
     assert _files(folder / "out") == ["in/a.png", "in/deep/a.png", "in/deep/scan.tif.png"]
 
 

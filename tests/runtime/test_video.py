@@ -208,7 +208,7 @@ def test_the_command_line_paints_clips_beside_pictures(
     (tmp_path / "broken.mov").write_bytes(b"no video")
     result = _run("clip.mp4", "broken.mov", "out/")
     assert (result.exit_code, result.stdout) == (1, "out/clip.mp4\n")
-    assert "painted 1, failed 1\n  - broken.mov: " in result.stderr
+    assert "painted 1, failed 1\n  - broken.mov cannot be read" in result.stderr
     assert _run("clip.mp4", "out.png").exit_code == 2
 
 

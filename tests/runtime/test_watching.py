@@ -137,4 +137,4 @@ def test_the_command_paints_until_it_is_interrupted(folder: Path, photo: np.ndar
     finally:
         process.kill()
     assert process.returncode == 1  # bad.png
-    assert told.startswith(b"painted 1, failed 1\n  - in/bad.png: ")
+    assert told.startswith(b"painted 1, failed 1\n  - in/bad.png is not a picture")
