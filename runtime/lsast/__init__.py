@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     )
 
     from .cancelling import CancelToken
+    from .metadata import Record, read_record
     from .options import Options
     from .provenance import Provenance
     from .result import Result
+    from .sheet import Sheet, contact_sheet
     from .stylizer import Stylizer, load
 
 __version__ = "0.1.0"
@@ -46,20 +48,28 @@ __all__ = [
     "Options",
     "PictureError",
     "Provenance",
+    "Record",
     "Result",
+    "Sheet",
     "StyleError",
     "Stylizer",
     "UsageError",
+    "contact_sheet",
     "load",
+    "read_record",
 ]
 
 _HOMES = {
     "CancelToken": ".cancelling",
     "Options": ".options",
     "Provenance": ".provenance",
+    "Record": ".metadata",
     "Result": ".result",
+    "Sheet": ".sheet",
     "Stylizer": ".stylizer",
+    "contact_sheet": ".sheet",
     "load": ".stylizer",
+    "read_record": ".metadata",
 }
 """Where names come from that are not errors."""
 

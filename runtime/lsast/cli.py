@@ -103,6 +103,13 @@ def _fail(message: str, status: int) -> NoReturn:
 @click.option(
     "--arithmetic", metavar="TYPE", default="fp32", help="fp32; with openvino also bf16, fp16. [default: fp32]"
 )
+@click.option(
+    "--grid",
+    "axes",
+    metavar="NAME=A,B",
+    multiple=True,
+    help="Paint a contact sheet over values of an option; up to three times.",
+)
 @click.option("--from", "origin", metavar="PAINTING", help="Repeat a painting from what its file says; see below.")
 @click.option("--overwrite", is_flag=True, help="Of several: paint also what is there already.")
 @click.option("--watch", is_flag=True, help="Go on painting what arrives or changes in the folders IN, until Ctrl-C.")
@@ -118,6 +125,7 @@ def main(
     device: str,
     threads: int | None,
     arithmetic: str,
+    axes: tuple[str, ...],
     origin: str | None,
     overwrite: bool,
     watch: bool,
@@ -137,6 +145,8 @@ def main(
 
     --from PAINTING verifies that the bundle and the styles of a painting are here; with IN also that picture, which it
     paints again and compares; with OUT it writes that. Options given besides change it, and nothing is verified.
+
+    --grid strength=0.4,0.6 --grid control=0.5,1 --grid style=vangogh,monet writes one sheet with all eight to OUT.
     """
     if list_styles:
         from lsast_engines.bundle import Bundle, find_bundle
@@ -144,6 +154,10 @@ def main(
         names = list(Bundle.open(find_bundle(bundle)).styles())
         click.echo(json.dumps({"styles": names}) if as_json else "\n".join(names))
         return
+    if (origin is not None) + bool(axes) + watch > 1:
+        _fail("found more than one of --from, --grid and --watch; expected one", _USAGE)
+    if axes and len(paths) > 2:
+        _fail("found --grid and several pictures; expected: lsast-run IN OUT --grid NAME=A,B", _USAGE)
     if len(paths) < 2 and origin is None:
         _fail("found no IN and OUT; expected: lsast-run IN OUT (--help lists all options)", _USAGE)
     from .feeding import lay_out
@@ -159,6 +173,11 @@ def main(
     options = {**preset_options(preset), **{name: value for name, value in options.items() if value is not None}}
     if origin is not None:
         _repeat(origin, paths, where, options, as_json)
+    elif axes:
+        from .commands import sheet
+
+        report, line = sheet(Path(paths[0]), Path(paths[-1]), axes, where, options)
+        click.echo(json.dumps(report) if as_json else line)
     elif watch:
         _watch(paths, where, options, overwrite, as_json)
     elif (plan := lay_out(paths[:-1], paths[-1])).one:

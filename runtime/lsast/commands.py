@@ -1,4 +1,4 @@
-"""What `lsast-run` does besides painting what it is given: repeating a painting.
+"""What `lsast-run` does besides painting what it is given: repeating a painting, and contact sheets.
 
 Each gives what `--json` prints and the line that is printed without it.
 """
@@ -10,13 +10,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from lsast_engines.bundle import Bundle, find_bundle
 from lsast_engines.errors import UsageError
 
 from .metadata import read_record
+from .options import Options
 from .repeating import compare, verify
-from .result import check_output
+from .result import Result, check_output
 from .running import Bars
+from .sheet import contact_sheet, parse_axes
 from .stylizer import load
 
 Report = dict[str, Any]
@@ -59,3 +63,33 @@ def repeat(origin: Path, paths: list[Path], where: dict[str, Any], options: dict
         return {**report, "same": True}, f"{origin}: {source} paints the same again, to the last bit"
     result.save(out)
     return {**report, "options": asdict(result.options), "out": str(out)}, str(out)
+
+
+def sheet(
+    source: Path, out: Path, axes: tuple[str, ...], where: dict[str, Any], options: dict[str, Any]
+) -> tuple[Report, str]:
+    """Paint a picture with every combination of some options and write them on one contact sheet.
+
+    Args:
+        source: the picture.
+        out: the sheet to write.
+        axes: see `parse_axes`.
+        where: what `load` takes.
+        options: options of all paintings.
+
+    Raises:
+        LsastError: see `contact_sheet`.
+    """
+    check_output(out)
+    parsed = parse_axes(axes)
+    with load(**where) as stylizer:
+        common = Options.resolve(options, stylizer.bundle.manifest.defaults)
+        with tqdm(desc="painting", unit="cell", leave=False, disable=None) as bar:
+
+            def on_cell(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            made = contact_sheet(stylizer, source, parsed, on_cell=on_cell, **options)
+    Result(made.image, {}, common).save(out)
+    return {"out": str(out), "axes": parsed, "cells": len(made.cells), "options": asdict(common)}, str(out)

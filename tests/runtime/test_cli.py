@@ -106,6 +106,10 @@ USAGE = {
     "suffix": (["in.png", "out.tga"], "out.tga"),
     "style": (["in.png", "out.png", "--style", "picasso"], "monet, vangogh"),
     "preset": (["in.png", "out.png", "--preset", "sdxl"], "expected one of released"),
+    "grid and watch": (["in.png", "out.png", "--grid", "seed=1", "--watch"], "more than one of --from, --grid"),
+    "grid of several": (["in.png", "in.png", "out.png", "--grid", "seed=1"], "--grid and several pictures"),
+    "mix": (["in.png", "out.png", "--style", "vangogh+monet:"], "    vangogh+monet:\n                  ^"),
+    "strength": (["in.png", "out.png", "--strength", "0.7,x@2"], "    0.7,x@2\n        ^"),
     "steps for solver": (["in.png", "out.png", "--steps", "1000"], "999"),
 }
 

@@ -1,0 +1,112 @@
+"""Contact sheets: every cell is the painting that its labels name."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+import lsast
+from lsast import Stylizer, UsageError
+from lsast.cli import main
+from lsast.sheet import CELL, contact_sheet, parse_axes
+
+AXES: dict[str, list[Any]] = {"strength": [0.3, 0.7, 1.0], "control": [0.0, 2.0], "style": ["vangogh", "monet@up"]}
+
+
+@pytest.fixture(scope="module")
+def stylizer(bundle_path: Path) -> Iterator[Stylizer]:
+    with lsast.load(bundle_path) as opened:
+        yield opened
+
+
+def test_every_cell_is_the_painting_of_its_options(stylizer: Stylizer, photo: np.ndarray) -> None:
+    told: list[tuple[int, int]] = []
+    sheet = contact_sheet(stylizer, photo, AXES, on_cell=lambda *progress: told.append(progress), guidance=3.0)
+    assert list(sheet.cells) == [(s, c, style) for style in AXES["style"] for c in (0.0, 2.0) for s in (0.3, 0.7, 1.0)]
+    for (strength, control, style), box in sheet.cells.items():
+        alone = stylizer.stylize(photo, style, strength=strength, control=control, guidance=3.0).image
+        difference = np.asarray(sheet.image.crop(box)).astype(int) - np.asarray(alone)
+        assert np.abs(difference).max() <= 1
+    assert told == [(done, 12) for done in range(13)]
+
+
+def test_cells_are_in_rows_and_columns_and_do_not_touch(stylizer: Stylizer, photo: np.ndarray) -> None:
+    cells = contact_sheet(stylizer, photo, AXES, steps=2).cells
+    lefts = {strength: {box[0] for (s, *_), box in cells.items() if s == strength} for strength in AXES["strength"]}
+    assert all(len(left) == 1 for left in lefts.values())
+    assert sorted(lefts, key=lambda strength: min(lefts[strength])) == AXES["strength"]
+    tops = {key: {box[1] for (_, *rest), box in cells.items() if tuple(rest) == key} for key in
+            itertools.product(AXES["control"], AXES["style"])}  # fmt: skip
+    assert all(len(top) == 1 for top in tops.values())
+    assert len(set.union(*tops.values())) == 4
+    for one, other in itertools.combinations(cells.values(), 2):
+        apart = one[2] < other[0] or other[2] < one[0] or one[3] < other[1] or other[3] < one[1]
+        assert apart
+
+
+def test_labels_are_beside_what_they_name(stylizer: Stylizer, photo: np.ndarray) -> None:
+    def sheet(values: list[float]) -> tuple[np.ndarray, list[tuple[int, int, int, int]]]:
+        made = contact_sheet(stylizer, photo, {"control": [1.0], "guidance": values}, steps=1)
+        return np.asarray(made.image), list(made.cells.values())
+
+    image, boxes = sheet([1.0, 3.0])
+    other, _ = sheet([1.0, 8.0])
+    first, second = (image[box[1] : box[3], : box[0]] for box in boxes)
+    assert (first < 128).sum() > 50, "dark text on white"
+    assert (image[: boxes[0][1], boxes[0][0] :] < 128).sum() > 50
+    assert (first != second).any()
+    assert (first == other[boxes[0][1] : boxes[0][3], : boxes[0][0]]).all()
+    assert (second != other[boxes[1][1] : boxes[1][3], : boxes[1][0]]).any()
+
+
+def test_large_paintings_are_made_small_and_transparent_ones_lie_on_white(stylizer: Stylizer) -> None:
+    rgba = np.zeros((500, 1000, 4), np.uint8)
+    sheet = contact_sheet(stylizer, rgba, {"seed": [0]}, size=64)
+    ((left, top, right, bottom),) = sheet.cells.values()
+    assert (right - left, bottom - top) == (CELL, CELL // 2)
+    assert (np.asarray(sheet.image.crop((left, top, right, bottom))) == 255).all()
+
+
+def test_axes_are_read() -> None:
+    found = parse_axes(["strength=0.4, 0.6", "steps=10", "style=vangogh:0.5+monet,monet", "keep-colour=true"])
+    assert found == {
+        "strength": [0.4, 0.6], "steps": [10], "style": ["vangogh:0.5+monet", "monet"], "keep_colour": ["true"],
+    }  # fmt: skip
+    assert isinstance(found["steps"][0], int)
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        (["strength"], "expected an option and its values"),
+        (["strength="], "expected an option and its values"),
+        (["strength=1,,2"], "expected an option and its values"),
+        (["colour=red"], "the axis colour, no option; expected one of style, steps"),
+        (["seed=1", "seed=2"], "the axis seed, twice"),
+    ],
+)
+def test_wrong_axes_are_refused(texts: list[str], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        parse_axes(texts)
+
+
+def test_the_command_line_writes_a_sheet(bundle_path: Path, photo: np.ndarray, tmp_path: Path) -> None:
+    Image.fromarray(photo).save(tmp_path / "in.png")
+    arguments = [str(tmp_path / "in.png"), str(tmp_path / "sheet.png"), "--bundle", str(bundle_path), "--json"]
+    result = CliRunner().invoke(main, [*arguments, "--grid", "strength=0.3,0.7", "--grid", "style=monet,vangogh"])
+    assert (result.exit_code, result.stderr) == (0, "")
+    report = json.loads(result.stdout)
+    assert (report["cells"], report["axes"]) == (4, {"strength": [0.3, 0.7], "style": ["monet", "vangogh"]})
+    with lsast.load(bundle_path) as stylizer, Image.open(tmp_path / "sheet.png") as saved:
+        expected = contact_sheet(stylizer, photo, report["axes"]).image
+        np.testing.assert_array_equal(saved, expected)
+    wrong = CliRunner().invoke(main, [*arguments, "--grid", "strength=0.3,7"])
+    assert (wrong.exit_code, "strength: found 7" in wrong.stderr) == (2, True)
