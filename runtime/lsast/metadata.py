@@ -114,7 +114,7 @@ class Record:
         return {"exif": exif}
 
 
-def read_record(path: Path) -> Record:
+def read_record(path: str | Path) -> Record:
     """What a painting's file tells of it.
 
     Raises:

@@ -24,7 +24,7 @@ from .canvas import Pixels, canvas_for, on_white
 from .mixing import Hand, Mix
 from .options import Options
 from .preview import Previewer
-from .provenance import pixels_sha256
+from .provenance import Provenance, bundle_sha256, pixels_sha256, versions
 from .shelf import Shelf
 from .strength import Strength
 from .tiles import Grid
@@ -102,13 +102,20 @@ class Painting:
         """Height and width that are painted, in pixels."""
         return self._content.shape[0], self._content.shape[1]
 
-    def picture_sha256(self) -> str:
-        """SHA-256 (hex) of the picture's pixels, upright, with its opacity."""
-        return pixels_sha256(self._source.rgb, self._source.alpha)
-
-    def mask_sha256(self) -> str | None:
-        """SHA-256 (hex) of what the mask leaves to paint, or None without one."""
-        return None if self._mask is None else pixels_sha256(self._mask)
+    def provenance(self, engine: Engine, shelf: Shelf) -> Provenance:
+        """What the painting is made of, by the denoiser that paints it."""
+        return Provenance(
+            bundle=self._bundle.manifest.name,
+            bundle_sha256=bundle_sha256(self._bundle),
+            styles={name: shelf[name].fingerprint for name in self.mix.styles},
+            picture_sha256=pixels_sha256(self._source.rgb, self._source.alpha),
+            mask_sha256=None if self._mask is None else pixels_sha256(self._mask),
+            painted=self.canvas_size,
+            backend=engine.backend,
+            device=engine.device,
+            arithmetic=engine.arithmetic,
+            versions=versions(engine.backend),
+        )
 
     def begin(self, engines: Mapping[str, Engine], shelf: Shelf) -> sampler.Row:
         """Take the picture through `hint` and `encoder` and noise it."""

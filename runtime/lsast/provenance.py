@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from lsast_engines.bundle import Bundle
-from lsast_engines.engine import Engine
-from lsast_engines.spec import DENOISER
 
 from . import __version__
-
-if TYPE_CHECKING:
-    from .painting import Painting
-    from .shelf import Shelf
 
 _LIBRARIES = {"numpy": "numpy", "opencv": "opencv-python-headless", "pillow": "pillow"}
 """What pixels go through besides the backend, and the wheel that it comes in."""
@@ -47,23 +39,6 @@ class Provenance:
     versions: dict[str, str]
     """Of lsast, the backend and the libraries that pixels go through."""
 
-    @classmethod
-    def of(cls, painting: Painting, bundle: Bundle, engines: Mapping[str, Engine], shelf: Shelf) -> Provenance:
-        """The provenance of what these engines paint."""
-        engine = engines[DENOISER]
-        return cls(
-            bundle=bundle.manifest.name,
-            bundle_sha256=bundle_sha256(bundle),
-            styles={name: shelf[name].fingerprint for name in painting.mix.styles},
-            picture_sha256=painting.picture_sha256(),
-            mask_sha256=painting.mask_sha256(),
-            painted=painting.canvas_size,
-            backend=engine.backend,
-            device=engine.device,
-            arithmetic=engine.arithmetic,
-            versions={"lsast": __version__, **_versions(engine.backend)},
-        )
-
     def changes(self, later: Provenance) -> list[str]:
         """What may make the same picture come out otherwise, ``name old, now new`` each: backend and versions."""
         before, now = ({"backend": p.backend, "device": p.device, **p.versions} for p in (self, later))
@@ -89,8 +64,9 @@ def pixels_sha256(*planes: npt.NDArray[np.uint8] | None) -> str:
     return digest.hexdigest()
 
 
-def _versions(backend: str) -> dict[str, str]:
-    found = {}
+def versions(backend: str) -> dict[str, str]:
+    """Versions of lsast, `backend` and the libraries that pixels go through."""
+    found = {"lsast": __version__}
     for name, package in {**_LIBRARIES, backend: backend}.items():
         try:
             found[name] = version(package)

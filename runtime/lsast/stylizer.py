@@ -20,7 +20,6 @@ from . import batches, sampler, tiles
 from .cancelling import CancelToken
 from .options import Options
 from .painting import Painting
-from .provenance import Provenance
 from .result import Result
 from .workshop import STYLE_MEMORY, Opener, Workshop
 
@@ -290,9 +289,7 @@ class Stylizer:
                     painted.append(painting.settle(latent, canvas))
                 if cancel:
                     cancel.check()
-            provenances = [
-                Provenance.of(painting, self.bundle, workshop.engines, workshop.shelf) for painting in paintings
-            ]
+            provenances = [painting.provenance(workshop.engines[DENOISER], workshop.shelf) for painting in paintings]
         return [
             Result(painting.finish(canvas), painting.clock.seconds, painting.options, provenance)
             for painting, canvas, provenance in zip(paintings, painted, provenances, strict=True)
