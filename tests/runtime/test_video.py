@@ -189,6 +189,28 @@ def test_what_cannot_be_done_is_said_before_anything_is_painted(photo: np.ndarra
     assert {path.name for path in tmp_path.iterdir()} == {"clip.mkv", "broken.mp4", "clip.mp4"}
 
 
+def test_sound_that_the_format_cannot_hold_is_refused_before_anything_is_painted(
+    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path
+) -> None:
+    source = tmp_path / "clip.mkv"
+    with av.open(str(source), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        tone = container.add_stream("pcm_u8", rate=8000)
+        image = av.VideoFrame.from_ndarray(np.ascontiguousarray(photo[:64, :96]), "rgb24")
+        container.mux(stream.encode(image))
+        container.mux(stream.encode(None))
+        samples = av.AudioFrame.from_ndarray(np.full((1, 800), 99, np.uint8), "u8", "mono")
+        samples.sample_rate = 8000
+        container.mux(tone.encode(samples))
+        container.mux(tone.encode(None))
+    with pytest.raises(PictureError, match=r"pcm_u8.*\.mkv, which holds any sound"):
+        paint_video(source, tmp_path / "out.mp4", stylizer, QUICK)
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.mkv"]
+    paint_video(source, tmp_path / "out.mkv", stylizer, QUICK)
+    assert read(tmp_path / "out.mkv")[2] == read(source)[2] != []
+
+
 def _run(*arguments: str) -> Result:
     options = [text for name, value in QUICK.items() for text in (f"--{name}", str(value))]
     return CliRunner().invoke(main, [*arguments, *options])
