@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import lsast
-from lsast import PictureError, Stylizer
+from lsast import PictureError, Stylizer, sampler
 from lsast.masking import blend, cells, keep_colour, read_mask
 
 
@@ -47,6 +47,29 @@ def test_inside_is_the_painting_and_outside_the_picture_to_the_bit(
     np.testing.assert_array_equal(masked[~inside], picture[~inside])
     np.testing.assert_array_equal(masked[inside], _pixels(stylizer.stylize(picture, **options))[inside])
     assert (masked[inside] != picture[inside]).mean() > 0.9
+
+
+def test_the_latent_is_held_too_where_nothing_is_painted(
+    stylizer: Stylizer, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Any, Any]] = []
+    denoise = sampler.denoise
+
+    def spied(engine: Any, rows: Any, *rest: Any) -> Any:
+        latents = denoise(engine, rows, *rest)
+        seen.append((rows[0], latents[0]))
+        return latents
+
+    monkeypatch.setattr("lsast.sampler.denoise", spied)
+    mask = _mask()
+    mask[:, 120:] = 51  # a fifth
+    stylizer.stylize(picture, mask=mask, feather=0, size=0, solver="dpmpp2m", strength="0.7,0.5@0-2")
+    ((row, latent),) = seen
+    outside = mask[::8, ::8] == 0
+    np.testing.assert_allclose(latent[:, outside], row.z0[:, outside], atol=1e-4)
+    assert np.abs(latent[:, ~outside] - row.z0[:, ~outside]).min(axis=0).max() > 1e-2
+    np.testing.assert_allclose(row.share(4), mask[::8, ::8] / 255, atol=1e-6)
+    np.testing.assert_allclose(row.share(1), mask[::8, ::8] / 255 / 2, atol=1e-6)
 
 
 def test_a_feathered_edge_fades_inside_and_leaves_the_outside_alone(stylizer: Stylizer, picture: np.ndarray) -> None:
