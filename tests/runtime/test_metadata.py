@@ -237,3 +237,13 @@ def test_options_besides_change_the_picture_and_need_a_place(run: Run, photo: np
     assert (options["style"], options["guidance"], options["seed"]) == ("monet", 3.0, 5)
     with Image.open("new.png") as image:
         assert image.size == (160, 50)
+
+
+def test_a_transparent_picture_laid_on_white_is_known_again(run: Run, photo: np.ndarray) -> None:
+    alpha = np.full(photo.shape[:2], 90, np.uint8)
+    Image.fromarray(np.dstack([photo, alpha])).save("clear.png")
+    assert run("clear.png", "out.png", "--alpha", "composite").exit_code == 0
+    again = run("--from", "out.png", "clear.png")
+    assert (again.exit_code, again.stderr) == (0, "")
+    opaque = run("--from", "out.png", "in.png")
+    assert (opaque.exit_code, "picture in.png: found" in opaque.stderr) == (1, True)
