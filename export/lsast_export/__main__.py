@@ -17,6 +17,7 @@ import click
 
 from lsast_engines.errors import MissingExtraError, UsageError
 
+from .compile_command import LIBRARIES, compile_command, compiled
 from .console import Command, Group, Phases, common, fail
 from .golden_command import golden_command
 from .import_command import import_command
@@ -36,7 +37,17 @@ _DEFAULT_TYPES: dict[str, Callable[[str], Any]] = {
 def _exporting(command: Command) -> Command:
     """Options of commands that export a base."""
     for option in (
-        click.option("--backend", metavar="NAME", help="Compare with torch on this backend. [default: onnxruntime]"),
+        click.option(
+            "--sm",
+            multiple=True,
+            metavar="N.N",
+            help="With --backend tensorrt-rtx, compute capability to compile for, e.g. 8.6,8.9. [default: portable]",
+        ),
+        click.option(
+            "--backend",
+            metavar="NAME",
+            help="Compare with torch on this backend [default: onnxruntime]; tensorrt, tensorrt-rtx: compile engines.",
+        ),
         click.option(
             "--default",
             "defaults",
@@ -95,6 +106,7 @@ def main(
     precision: str | None,
     defaults: tuple[str, ...],
     backend: str | None,
+    sm: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Bake the styles that lsast-train learned, for lsast-run to paint with.
@@ -103,7 +115,7 @@ def main(
     exported too, into a bundle of its own; one that is there is replaced, its other styles are kept.
     """
     imports = {"controlnet": controlnet, "unet_weights": unet_weights, "revision": revision}
-    given = any((styles, base, out, precision, defaults, backend, *imports.values()))
+    given = any((styles, base, out, precision, defaults, backend, sm, *imports.values()))
     if ctx.invoked_subcommand is not None:
         if given:
             raise UsageError(f"found options before {ctx.invoked_subcommand!r}; expected them behind it")
@@ -114,14 +126,15 @@ def main(
             "found nothing to do; expected --style NAME, or one of the commands bundle, check, golden, import (--help)"
         )
     if out is not None:
-        _export(styles, base, out, precision, defaults, backend, as_json, **imports)
+        _export(styles, base, out, precision, defaults, backend, sm, as_json, **imports)
         return
+    library, backend = _library(backend, sm)
     if precision or defaults or backend or any(imports.values()):
         raise UsageError(
             "--precision, --default, --backend, --controlnet, --unet-weights and --revision are of a whole bundle; "
             "expected --out DIR with them"
         )
-    _bake(styles, base, as_json)
+    _bake(styles, base, library, sm, as_json)
 
 
 @main.command()
@@ -171,8 +184,17 @@ def check(ctx: click.Context, bundle: str, backend: str, device: str, as_json: b
         fail(f"{report.bundle} does not compute what torch computes here; export it again, or use another backend", 1)
 
 
-def _bake(styles: tuple[str, ...], base: str | None, as_json: bool) -> None:
-    """Bake `styles` for the bundle of `base`, into the user's style folder."""
+def _library(backend: str | None, sm: tuple[str, ...]) -> tuple[str | None, str | None]:
+    """What compiles engines, and what the graphs are compared with torch on: `--backend` names either."""
+    if backend in LIBRARIES:
+        return backend, None
+    if sm:
+        raise UsageError(f"found --sm {','.join(sm)}; expected --backend tensorrt-rtx with it")
+    return None, backend
+
+
+def _bake(styles: tuple[str, ...], base: str | None, library: str | None, sm: tuple[str, ...], as_json: bool) -> None:
+    """Bake `styles` for the bundle of `base`, into the user's style folder, and compile it with `library`."""
     _require_extra()
     from lsast_engines.bundle import MANIFEST, Bundle
     from lsast_train.base import find_base, open_base_parts
@@ -190,7 +212,9 @@ def _bake(styles: tuple[str, ...], base: str | None, as_json: bool) -> None:
     loaded = baking_base(open_base_parts(folder))
     phases("baking")
     paths = {style.name: str(install_style(opened, loaded, style)) for style in prompts}
-    facts = {"bundle": str(folder), "fingerprint": opened.manifest.fingerprint, "styles": paths}
+    facts: dict[str, Any] = {"bundle": str(folder), "fingerprint": opened.manifest.fingerprint, "styles": paths}
+    if library is not None:
+        facts["compiled"] = compiled(folder, library, phases, sm=sm)
     click.echo(json.dumps({**facts, "seconds": phases.seconds()}) if as_json else "\n".join(paths.values()))
 
 
@@ -201,11 +225,13 @@ def _export(
     precision: str | None,
     defaults: tuple[str, ...],
     backend: str | None,
+    sm: tuple[str, ...],
     as_json: bool,
     **imports: str | None,
 ) -> None:
     """Export `base` with `styles` to `out`; `imports` are the fields of `BaseSource` beside the base."""
     wanted = _read_defaults(defaults)
+    library, backend = _library(backend, sm)
     _require_extra()
     from lsast_engines.bundle import MANIFEST
     from lsast_engines.manifest import Manifest
@@ -232,8 +258,10 @@ def _export(
     chosen: dict[str, Any] = {"precision": precision, "backend": backend}
     options = dataclasses.replace(ExportOptions(), **{key: value for key, value in chosen.items() if value is not None})
     written = export_bundle(parts, out, prompts, options, {**inherited, **wanted}, progress=phases)
+    engines = {} if library is None else {"compiled": compiled(written.path, library, phases, sm=sm)}
     manifest, peak = written.manifest, peak_rss()
     facts = {
+        **engines,
         "bundle": str(written.path),
         "fingerprint": manifest.fingerprint,
         "precision": manifest.precision,
@@ -276,6 +304,7 @@ def _require_extra() -> None:
             raise MissingExtraError(library, "export")
 
 
+main.add_command(compile_command)
 main.add_command(golden_command)
 main.add_command(import_command)
 

@@ -1,0 +1,112 @@
+"""`lsast-export compile`: engines of a bundle's graphs for NVIDIA GPUs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from lsast_engines.engine_key import Library
+from lsast_engines.errors import UsageError
+from lsast_engines.profile import Ranges, Span
+
+from .console import Command, Phases, common
+
+LIBRARIES = get_args(Library)
+
+
+def compiling(command: Command) -> Command:
+    """Options of commands that compile engines."""
+    for option in (
+        click.option(
+            "--arithmetic", type=click.Choice(["fp16", "fp32"]), help="What engines compute in. [default: fp16]"
+        ),
+        click.option("--batch", metavar="N,N,N", help="Pictures at once: least, best, most. [default: 1,1,4]"),
+        click.option(
+            "--sides", metavar="N,N,N", help="Pixels of height and width: least, best, most. [default: 384,512,1024]"
+        ),
+        click.option(
+            "--sm",
+            multiple=True,
+            metavar="N.N",
+            help="Compute capability to compile for (tensorrt-rtx), e.g. 8.9, or 8.6,8.9,12.0. [default: portable]",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command("compile")
+@click.argument("bundle", metavar="BUNDLE", required=False)
+@click.option("--backend", type=click.Choice(LIBRARIES), required=True, help="The library that compiles.")
+@click.option(
+    "--out", metavar="DIR", type=click.Path(path_type=Path), help="Put engines here, not where lsast-run finds them."
+)
+@compiling
+@common
+@click.pass_context
+def compile_command(
+    ctx: click.Context,
+    bundle: str | None,
+    backend: Library,
+    out: Path | None,
+    sm: tuple[str, ...],
+    sides: str | None,
+    batch: str | None,
+    arithmetic: str | None,
+    as_json: bool,
+) -> None:
+    """Compile the graphs of BUNDLE (a folder or a name; the embedded one) for NVIDIA GPUs.
+
+    tensorrt-rtx compiles on any machine, for the compute capabilities that --sm names; tensorrt only where the GPU is.
+    What is there and still fits is left alone. Styles are inputs of an engine: they are never compiled.
+    """
+    from lsast_engines.bundle import find_bundle
+
+    phases = Phases()
+    facts = compiled(find_bundle(bundle), backend, phases, out, sm, sides, batch, arithmetic)
+    click.echo(json.dumps(facts) if as_json or ctx.meta.get("lsast.json") else facts["engines"])
+
+
+def compiled(
+    bundle: Path,
+    backend: str,
+    phases: Phases,
+    out: Path | None = None,
+    sm: tuple[str, ...] = (),
+    sides: str | None = None,
+    batch: str | None = None,
+    arithmetic: str | None = None,
+) -> dict[str, Any]:
+    """Compile `bundle` as the options say, and what came of it, for ``--json``."""
+    from lsast_engines.engine_key import engine_folder
+
+    from .tensorrt import CompileOptions, compile_bundle
+
+    chosen: dict[str, Any] = {} if arithmetic is None else {"arithmetic": arithmetic}
+    spans = {"side": _span("--sides", sides), "batch": _span("--batch", batch)}
+    ranges = Ranges(**{name: span for name, span in spans.items() if span is not None})
+    targets = tuple(dict.fromkeys(target.strip() for text in sm for target in text.split(",") if target.strip()))
+    library: Library = "tensorrt" if backend == "tensorrt" else "tensorrt-rtx"
+    options = CompileOptions(library, targets, ranges, **chosen)
+    records = compile_bundle(bundle, options, out, phases)
+    return {
+        "bundle": str(bundle),
+        "engines": str(out or engine_folder(bundle, library)),
+        "graphs": {
+            name: {"bytes": record.bytes, "seconds": record.seconds, "targets": list(record.key.targets)}
+            for name, record in records.items()
+        },
+        "seconds": phases.seconds(),
+    }
+
+
+def _span(option: str, text: str | None) -> Span | None:
+    if text is None:
+        return None
+    try:
+        return Span(*map(int, text.split(",")))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"found {option} {text}; expected three whole numbers: least,best,most") from error

@@ -1,0 +1,148 @@
+"""A graph in the number types that it is to compute in: the ONNX file is where an engine's precision is settled.
+
+Bundles store halves and compute in float32 (`weights`). A library with strong typing takes that literally, so that
+tensor cores would stay idle. Here a graph is rewritten to compute in fp16 where that is safe, by the rule of torch's
+autocast: products, convolutions and what is elementwise in fp16; norms, softmax, sums and whatever leads to a sine of
+the timestep (999 has an error of 0.25 in fp16) in float32. Inputs and outputs stay float32.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
+
+from lsast_engines.errors import ExportError
+
+FULL = frozenset(
+    (
+        *("Cos", "CumSum", "Exp", "Log", "Pow", "Range", "ReduceL2", "ReduceMean", "ReduceSum", "Sin", "Softmax"),
+        *("GroupNormalization", "InstanceNormalization", "LayerNormalization"),
+    )
+)
+"""Operators that stay in float32 (torch.amp's list: docs.pytorch.org/docs/stable/amp.html)."""
+
+_FLOAT_INPUTS = {"Resize": (1, 2)}
+"""Inputs that are float32 by definition, whatever the operator computes in (onnx.ai/onnx/operators)."""
+
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+def held_types(path: Path) -> set[str]:
+    """ONNX's names of the number types in the graph file `path`: weights, and what casts and quantisers give."""
+    model = ir.load(path)
+    found = {str(value.dtype.name) for value in model.graph.initializers.values() if value.dtype is not None}
+    for node in model.graph.all_nodes():
+        for name in ("to", "output_dtype"):
+            if (attribute := node.attributes.get(name)) is not None and attribute.as_int():
+                found.add(ir.DataType(attribute.as_int()).name)
+    return found
+
+
+def write_half_graph(path: Path, target: Path) -> None:
+    """Write the graph of `path` in fp16 to `target`; its weights are expected beside it, as they lie beside `path`.
+
+    There is no bf16: up to opset 21 ONNX has no convolution in it (onnx.ai/onnx/operators/onnx__Conv.html).
+
+    Raises:
+        ExportError: a graph with sub-graphs, or whose types cannot be inferred.
+    """
+    model = ir.load(path)
+    ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
+    _Rewriter(model, ir.DataType.FLOAT16).run()
+    ir.save(model, target)
+
+
+class _Rewriter:
+    """Gives every node of a graph float32 or the half type, and casts values where the two meet."""
+
+    def __init__(self, model: ir.Model, half: ir.DataType) -> None:
+        self._graph, self._half = model.graph, half
+        self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+
+    def run(self) -> None:
+        """Rewrite the graph in place."""
+        outputs = {output: output.dtype for output in self._graph.outputs}
+        stays = self._leads_to_sine()
+        for node in list(self._graph):
+            if any(isinstance(attribute.value, ir.Graph) for attribute in node.attributes.values()):
+                raise ExportError(f"found operator {node.op_type} with a graph of its own; it cannot be typed anew")
+            self._retype(node, node in stays or node.op_type in FULL)
+        for output, dtype in outputs.items():
+            if output.dtype != dtype:
+                self._cast_output(output, dtype)
+
+    def _retype(self, node: ir.Node, full: bool) -> None:
+        wanted = ir.DataType.FLOAT if full else self._half
+        if node.op_type == "Cast":
+            self._retype_cast(node, full)
+            return
+        if node.op_type == "Constant" and not full:
+            return  # cast where it is used; libraries fold it
+        for index, value in enumerate(node.inputs):
+            exempt = index in _FLOAT_INPUTS.get(node.op_type, ())
+            if value is not None and value.dtype in (ir.DataType.FLOAT, self._half):
+                to = ir.DataType.FLOAT if exempt else wanted
+                node.replace_input_with(index, self._as(value, to, node))
+        floats = any(
+            value is not None and value.dtype == wanted and index not in _FLOAT_INPUTS.get(node.op_type, ())
+            for index, value in enumerate(node.inputs)
+        )
+        for output in node.outputs:
+            if output.dtype is None:
+                raise ExportError(f"found no type of {output.name}; export the bundle again")
+            if output.dtype == ir.DataType.FLOAT and floats:
+                output.dtype = wanted
+
+    def _retype_cast(self, node: ir.Node, full: bool) -> None:
+        """A cast of a weight to float32 gives halves at once, or goes where it held halves anyway."""
+        (source,), (output,) = node.inputs, node.outputs
+        assert source is not None, "a cast has an input"
+        # A timestep or a length does not fit 11 bits; it is rounded only where it meets halves.
+        if full or node.attributes["to"].as_int() != ir.DataType.FLOAT or source.dtype not in _FLOATS:
+            return
+        if source.dtype == self._half and not output.is_graph_output():
+            ir.convenience.replace_all_uses_with(output, source)
+            self._graph.remove(node, safe=True)
+            return
+        node.attributes["to"] = ir.AttrInt64("to", self._half)
+        output.dtype = self._half
+
+    def _as(self, value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:
+        """`value` in `dtype`, cast once for all its users."""
+        if value.dtype == dtype:
+            return value
+        if (value, dtype) not in self._casts:
+            node = ir.node("Cast", [value], attributes={"to": dtype}, name=f"{value.name}/as_{dtype.name}")
+            (cast,) = node.outputs
+            cast.name, cast.dtype, cast.shape = f"{value.name}/as_{dtype.name}", dtype, value.shape
+            producer = value.producer()
+            if producer is None:
+                self._graph.insert_before(next(iter(self._graph)), node)
+            else:
+                self._graph.insert_after(producer, node)
+            self._casts[value, dtype] = cast
+        return self._casts[value, dtype]
+
+    def _cast_output(self, output: ir.Value, dtype: ir.DataType | None) -> None:
+        """Put a cast behind what computes a graph output; the output keeps its name."""
+        assert dtype is not None
+        index = list(self._graph.outputs).index(output)
+        name, output.name = output.name, f"{output.name}/half"
+        node = ir.node("Cast", [output], attributes={"to": dtype}, name=f"{name}/cast")
+        (cast,) = node.outputs
+        cast.name, cast.dtype, cast.shape = name, dtype, output.shape
+        self._graph.append(node)
+        self._graph.outputs[index] = cast
+
+    def _leads_to_sine(self) -> set[ir.Node]:
+        """The nodes whose values end in a sine or cosine."""
+        found: set[ir.Node] = set()
+        todo = [node for node in self._graph if node.op_type in ("Sin", "Cos")]
+        while todo:
+            node = todo.pop()
+            found.add(node)
+            producers = (value.producer() for value in node.inputs if value is not None)
+            todo += [producer for producer in producers if producer is not None and producer not in found]
+        return found

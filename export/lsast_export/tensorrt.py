@@ -1,0 +1,315 @@
+"""Compiling graphs into engines with TensorRT or TensorRT-RTX: one builder for both.
+
+Networks are strongly typed in both libraries: an engine computes in the types that the ONNX file has, and precision is
+settled before (`half_graph`). The libraries differ in what they compile for: TensorRT times its kernels on the GPU at
+hand and serves that one alone; TensorRT-RTX compiles ahead of time, also where there is no GPU, for compute
+capabilities that are named, or portably.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lsast_engines.engine import Arithmetic
+from lsast_engines.engine_key import (
+    ANY_GPU,
+    PORTABLE,
+    EngineKey,
+    EngineRecord,
+    Library,
+    engine_folder,
+    graph_digest,
+    verified_record,
+)
+from lsast_engines.errors import BackendError, ExportError, UsageError, fault_list
+from lsast_engines.files import replace_file
+from lsast_engines.manifest import Manifest
+from lsast_engines.profile import Profile, Ranges
+from lsast_engines.spec import GraphSpec
+from lsast_engines.tensorrt_library import load_library, make_logger
+
+from .half_graph import held_types, write_half_graph
+from .progress import Progress, silent
+
+SUFFIX = ".engine"
+
+NEEDS = {"BFLOAT16": (8, 0), "FLOAT8E4M3FN": (8, 9), "FLOAT8E5M2": (8, 9), "FLOAT4E2M1": (10, 0)}
+"""Compute capability from which a GPU has a type of ONNX (docs.nvidia.com/deeplearning/tensorrt, support matrix)."""
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """How graphs are compiled.
+
+    Raises:
+        UsageError: targets that the library does not take.
+    """
+
+    library: Library
+    targets: tuple[str, ...] = ()
+    """Compute capabilities, e.g. ``8.9``; TensorRT-RTX alone has a choice, none of them means portable."""
+    ranges: Ranges = dataclasses.field(default_factory=Ranges)
+    arithmetic: Arithmetic = "fp16"
+    """What to compute in; weights stored in halves are computed with as float32 in ``fp32``."""
+
+    def __post_init__(self) -> None:
+        if self.arithmetic not in ("fp32", "fp16"):
+            raise UsageError(f"found arithmetic {self.arithmetic}; engines are compiled in fp32 or fp16")
+        wrong = [target for target in self.targets if not re.fullmatch(r"\d+\.\d", target)]
+        if wrong:
+            raise UsageError(f"found compute capability {', '.join(wrong)}; expected one such as 8.9")
+        if self.targets and self.library == "tensorrt":
+            raise UsageError(
+                f"found compute capabilities {', '.join(self.targets)} for tensorrt; it compiles for the GPU that is "
+                "here only: leave them out, or use tensorrt-rtx"
+            )
+
+
+def compile_graph(
+    path: Path, spec: GraphSpec, engine: Path, options: CompileOptions, progress: Progress = silent
+) -> EngineRecord:
+    """Compile the graph file `path` into `engine`, with its record beside it.
+
+    An engine that is there and was compiled from the same, for the same, is left as it is.
+
+    Raises:
+        MissingExtraError: the library is not installed.
+        BackendError: TensorRT without a GPU.
+        UsageError: a compute capability that the library does not know.
+        ExportError: the graph cannot be compiled; everything that the library had to say.
+    """
+    trt = load_library(options.library)
+    targets, gpu = _targets(options, trt)
+    key = EngineKey(
+        graph=spec.name,
+        onnx=graph_digest(path),
+        profile=options.ranges.profile(spec),
+        arithmetic=options.arithmetic,
+        library=options.library,
+        library_version=str(trt.__version__),
+        targets=targets,
+        gpu=gpu,
+    )
+    found = _there(engine)
+    if found is not None and not key.differences(found.key):
+        progress(f"compiling {spec.name}")
+        progress(f"compiling {spec.name}", "is there already")
+        return found
+    _require_types(path, targets)
+    progress(f"compiling {spec.name}")
+    if found is not None:
+        progress(f"compiling {spec.name}", f"took {found.seconds:.0f} s last time")
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="lsast-compile.") as scratch:
+        source = _source(path, options.arithmetic, Path(scratch))
+        serialized = _Build(trt, options, key, progress).run(source, spec, _timing_cache(engine, key))
+    seconds = time.perf_counter() - began
+    with replace_file(engine) as handle:
+        handle.write(serialized)
+    digest, size = hashlib.sha256(serialized).hexdigest(), memoryview(serialized).nbytes
+    record = EngineRecord(key=key, sha256=digest, bytes=size, seconds=round(seconds, 3), lsast_version=_version())
+    record.save(engine)
+    return record
+
+
+def compile_bundle(
+    bundle: Path, options: CompileOptions, out: Path | None = None, progress: Progress = silent
+) -> dict[str, EngineRecord]:
+    """Compile every graph of the folder `bundle` into `out`, or where `lsast-run` finds them; see `compile_graph`."""
+    manifest = Manifest.from_json((bundle / "manifest.json").read_text(encoding="utf-8"), str(bundle / "manifest.json"))
+    folder = out or engine_folder(bundle, options.library)
+    return {
+        name: compile_graph(bundle / f"{name}.onnx", spec, folder / f"{name}{SUFFIX}", options, progress)
+        for name, spec in manifest.graphs.items()
+    }
+
+
+class _Build:
+    """One run of a library's builder. Every object of it is kept alive to the end: the library does not."""
+
+    def __init__(self, trt: Any, options: CompileOptions, key: EngineKey, progress: Progress) -> None:
+        self._trt, self._options, self._key, self._progress = trt, options, key, progress
+        self._logger, self._complaints = make_logger(trt)
+
+    def run(self, source: Path, spec: GraphSpec, timing: Path | None) -> Any:
+        """The serialized engine, a buffer."""
+        trt = self._trt
+        builder = trt.Builder(self._logger)
+        network = builder.create_network(0)
+        parser = trt.OnnxParser(network, self._logger)
+        parsed = parser.parse_from_file(str(source))
+        faults = [str(parser.get_error(index).desc()) for index in range(parser.num_errors)]
+        self._require(parsed and not faults, "cannot be read", faults)
+        self._require(True, "was read with errors")
+        _check_network(trt, network, spec, self._key.profile)
+        config = builder.create_builder_config()
+        profile = builder.create_optimization_profile()
+        for name, span in self._key.profile.items():
+            profile.set_shape(name, *span)
+        index = config.add_optimization_profile(profile)
+        self._require(index == 0, "does not take these sizes")
+        monitor = _monitor(trt, f"compiling {spec.name}", self._progress)
+        config.progress_monitor = monitor
+        if self._options.library == "tensorrt-rtx":
+            self._aim(config)
+        cache = _load_timing(config, timing) if timing is not None else None
+        serialized = builder.build_serialized_network(network, config)
+        self._require(serialized is not None, "cannot be compiled")
+        if timing is not None and cache is not None:
+            with replace_file(timing) as handle:
+                handle.write(config.get_timing_cache().serialize())
+        return serialized
+
+    def _aim(self, config: Any) -> None:
+        """Name the compute capabilities to TensorRT-RTX; portable is what it does when it is told none."""
+        if not self._options.targets:
+            return
+        config.num_compute_capabilities = len(self._options.targets)
+        for index, target in enumerate(self._options.targets):
+            done = config.set_compute_capability(_capability(self._trt, target), index)
+            self._require(done, f"cannot be compiled for {target}")
+
+    def _require(self, passed: Any, what: str, faults: list[str] | None = None) -> None:
+        """Fail unless `passed` and nothing was logged as an error."""
+        found = list(dict.fromkeys([*(faults or []), *self._complaints.take()]))
+        if not passed or found:
+            name, library = self._key.graph, self._options.library
+            found = found or ["(it does not say why)"]
+            raise ExportError(fault_list(f"{library} {self._key.library_version}: graph {name} {what}:", found))
+
+
+def _source(path: Path, arithmetic: Arithmetic, scratch: Path) -> Path:
+    """The file to compile: `path`, or in the folder `scratch` the same in fp16."""
+    if arithmetic == "fp32":
+        return path
+    for file in path.parent.iterdir():
+        if file.suffix in (".data", ".safetensors"):
+            # Links: gigabytes need not be copied. onnx's own checks refuse them, the libraries' parser does not.
+            (scratch / file.name).symlink_to(file.resolve())
+    write_half_graph(path, scratch / path.name)
+    return scratch / path.name
+
+
+def _check_network(trt: Any, network: Any, spec: GraphSpec, profile: Profile) -> None:
+    """Make sure that the parsed network has the inputs and outputs of `spec`: a profile ignores names it has not."""
+    faults = []
+    types = {"float32": trt.float32, "int64": trt.int64}
+    for side, wanted, count, tensor_at in (
+        ("input", spec.inputs, network.num_inputs, network.get_input),
+        ("output", spec.outputs, network.num_outputs, network.get_output),
+    ):
+        found = {tensor.name: tensor for tensor in (tensor_at(index) for index in range(count))}
+        faults += [f"{side} {name}: not in the spec" for name in sorted(found.keys() - {t.name for t in wanted})]
+        for tensor in wanted:
+            if tensor.name not in found:
+                faults.append(f"{side} {tensor.name}: found none; expected {tensor}")
+            elif found[tensor.name].dtype != types[tensor.dtype]:
+                faults.append(f"{side} {tensor.name}: found {found[tensor.name].dtype}; expected {tensor}")
+            elif len(found[tensor.name].shape) != len(tensor.shape):
+                faults.append(f"{side} {tensor.name}: found {list(found[tensor.name].shape)}; expected {tensor}")
+    faults += [f"profile {name}: not an input" for name in sorted(profile.keys() - {t.name for t in spec.inputs})]
+    if faults:
+        raise ExportError(
+            fault_list(f"the file is not the graph {spec.name} that was expected; export it again:", faults)
+        )
+
+
+def _targets(options: CompileOptions, trt: Any) -> tuple[tuple[str, ...], str]:
+    """What the engine will run on: compute capabilities, and the GPU's name if it is bound to it."""
+    if options.library == "tensorrt-rtx":
+        for target in options.targets:
+            _capability(trt, target)
+        return options.targets or (PORTABLE,), ANY_GPU
+    from lsast_engines.cuda import gpus
+
+    found = gpus()
+    if not found:
+        raise BackendError(
+            "found no NVIDIA GPU; tensorrt compiles on the GPU that runs the engine: use one, or tensorrt-rtx"
+        )
+    return (found[0].capability,), found[0].name
+
+
+def _capability(trt: Any, target: str) -> Any:
+    name = f"SM{target.replace('.', '')}"
+    if name not in trt.ComputeCapability.__members__:
+        known = [
+            match for member in trt.ComputeCapability.__members__ if (match := re.fullmatch(r"SM(\d+)(\d)", member))
+        ]
+        there = ", ".join(f"{major}.{minor}" for major, minor in (match.groups() for match in known))
+        raise UsageError(f"found compute capability {target}; tensorrt-rtx {trt.__version__} compiles for {there}")
+    return trt.ComputeCapability.__members__[name]
+
+
+def _require_types(path: Path, targets: tuple[str, ...]) -> None:
+    """Refuse number types that a target's GPUs do not have, before minutes are spent."""
+    faults = []
+    for kind in sorted(held_types(path) & NEEDS.keys()):
+        least = NEEDS[kind]
+        for target in targets:
+            capability = (8, 0) if target == PORTABLE else tuple(map(int, target.split(".")))
+            if capability < least:
+                faults.append(
+                    f"{target}: found {kind} in {path.name}; expected compute capability {least[0]}.{least[1]}"
+                )
+    if faults:
+        raise ExportError(fault_list("GPUs of these compute capabilities lack number types of the graph:", faults))
+
+
+def _monitor(trt: Any, phase: str, progress: Progress) -> Any:
+    """Tells `progress` of the outer phases of a build."""
+    began = time.perf_counter()
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            if parent is None or parent == "Building engine":
+                progress(phase, f"{name[0].lower()}{name[1:]}, {time.perf_counter() - began:.0f} s")
+
+        def step_complete(self, name: str, step: int) -> bool:
+            return True
+
+        def phase_finish(self, name: str) -> None:
+            pass
+
+    return Monitor()
+
+
+def _load_timing(config: Any, timing: Path) -> Any:
+    cache = config.create_timing_cache(timing.read_bytes() if timing.is_file() else b"")
+    # A cache of another GPU or version is refused and begun anew by the library, which logs it as a warning.
+    config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache
+
+
+def _timing_cache(engine: Path, key: EngineKey) -> Path | None:
+    """TensorRT's measurements for one GPU and version; TensorRT-RTX measures nothing ahead of time."""
+    if key.library == "tensorrt-rtx":
+        return None
+    name = hashlib.sha256(f"{key.library_version} {key.gpu} {key.targets}".encode()).hexdigest()[:12]
+    return engine.with_name(f"timing-{name}.cache")
+
+
+def _there(engine: Path) -> EngineRecord | None:
+    try:
+        return verified_record(engine)
+    except BackendError:
+        return None
+
+
+def _version() -> str:
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version("lsast")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

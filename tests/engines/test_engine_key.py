@@ -1,0 +1,199 @@
+"""Engines on disk: what is not what was compiled, or was compiled from something else, is named and refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lsast_engines.bundle import EMBEDDED, Bundle
+from lsast_engines.engine_key import (
+    EngineKey,
+    EngineRecord,
+    engine_folder,
+    graph_digest,
+    record_path,
+    verified_record,
+)
+from lsast_engines.errors import BackendError, UsageError
+from lsast_engines.profile import Ranges, ShapeSpan, Span, output_shapes, require_in_profile
+from lsast_engines.spec import Geometry, graph_specs
+
+GEOMETRY = Geometry(hint_channels=6, tokens=8, unet_width=40, control_width=16)
+SPECS = graph_specs(GEOMETRY)
+
+
+def a_key(**changes: Any) -> EngineKey:
+    key = EngineKey(
+        graph="denoiser",
+        onnx="a" * 64,
+        profile=Ranges().profile(SPECS["denoiser"]),
+        arithmetic="fp16",
+        library="tensorrt-rtx",
+        library_version="1.7.1",
+        targets=("8.9", "12.0"),
+    )
+    return dataclasses.replace(key, **changes)
+
+
+def an_engine(folder: Path, name: str = "denoiser", content: bytes = b"compiled" * 9, **changes: Any) -> Path:
+    engine = folder / f"{name}.engine"
+    engine.write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    EngineRecord(
+        key=a_key(graph=name, **changes), sha256=digest, bytes=len(content), seconds=41.5, lsast_version="0.1.0"
+    ).save(engine)
+    return engine
+
+
+def test_a_profile_spans_what_the_ranges_say() -> None:
+    profile = Ranges().profile(SPECS["denoiser"])
+    # By hand: 384, 512 and 1024 pixels are 48, 64 and 128 cells.
+    assert profile["latent"] == ((1, 4, 48, 48), (1, 4, 64, 64), (4, 4, 128, 128))
+    assert profile["kv_unet"] == ((1, 1, 8, 40), (2, 1, 8, 40), (2, 4, 8, 40))
+    assert profile["control_scale"] == ((), (), ())
+    assert profile["timestep"] == ((1,), (1,), (4,))
+    assert Ranges().profile(SPECS["encoder"])["image"].most == (4, 3, 1024, 1024)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "message"),
+    [
+        ({"side": Span(512, 384, 1024)}, "side: found 512, 384, 1024; expected smallest, best and largest"),
+        ({"side": Span(380, 512, 1024)}, "expected multiples of 8"),
+        ({"batch": Span(0, 1, 4)}, "batch: found 0, 1, 4"),
+        ({"guidance": Span(1, 2, 3)}, "guidance: found 3 rows"),
+    ],
+)
+def test_ranges_that_cannot_be_meant_are_refused(ranges: dict[str, Span], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Ranges(**ranges)
+
+
+def test_shapes_outside_the_profile_are_refused_all_at_once() -> None:
+    profile = Ranges().profile(SPECS["denoiser"])
+    require_in_profile(profile, {"latent": (4, 4, 48, 128)}, "denoiser")
+    with pytest.raises(BackendError) as caught:
+        require_in_profile(profile, {"latent": (5, 4, 64, 64), "hint": (1, 6, 40, 64)}, "denoiser")
+    assert "latent: found [5, 4, 64, 64]; expected [1, 4, 48, 48] to [4, 4, 128, 128]" in str(caught.value)
+    assert "hint: found [1, 6, 40, 64]" in str(caught.value)
+
+
+def test_output_shapes_follow_from_the_inputs() -> None:
+    assert output_shapes(SPECS["encoder"], {"image": (2, 3, 384, 512)})["std"] == (2, 4, 48, 64)
+    assert output_shapes(SPECS["decoder"], {"latent": (2, 4, 48, 64)}) == {"image": (2, 3, 384, 512)}
+    shapes = {
+        "latent": (3, 4, 48, 64),
+        "hint": (3, 6, 48, 64),
+        "timestep": (3,),
+        "kv_unet": (2, 3, 8, 40),
+        "kv_control": (3, 8, 16),
+        "control_scale": (),
+    }
+    assert output_shapes(SPECS["denoiser"], shapes) == {"eps": (2, 3, 4, 48, 64)}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("graph", "decoder"),
+        ("onnx", "b" * 64),
+        ("profile", {"latent": ShapeSpan((1,), (1,), (2,))}),
+        ("arithmetic", "fp32"),
+        ("library", "tensorrt"),
+        ("library_version", "1.8.0"),
+        ("targets", ("8.6",)),
+        ("gpu", "NVIDIA GeForce RTX 4090"),
+    ],
+)
+def test_a_difference_names_its_field_and_no_other(field: str, value: Any) -> None:
+    (fault,) = a_key().differences(a_key(**{field: value}))
+    assert fault.startswith(f"{field}: found ")
+
+
+def test_every_field_of_a_key_counts() -> None:
+    tried = test_a_difference_names_its_field_and_no_other.pytestmark[0].args[1]  # type: ignore[attr-defined]
+    assert {field for field, _ in tried} == {field.name for field in dataclasses.fields(EngineKey)}
+    assert a_key().differences(a_key()) == []
+
+
+def test_an_engine_serves_its_targets_and_its_gpu() -> None:
+    assert a_key().serves("12.0", "anything") == []
+    assert a_key().serves("8.6", "anything") == ["targets: found 8.9, 12.0; expected 8.6, that of the GPU"]
+    portable = a_key(targets=("portable",))
+    assert [capability for capability in ("7.5", "8.0", "8.6", "12.1") if not portable.serves(capability, "")] == [
+        "8.0", "8.6", "12.1",
+    ]  # fmt: skip
+    timed = a_key(library="tensorrt", targets=("8.9",), gpu="NVIDIA L4")
+    assert timed.serves("8.9", "NVIDIA L40S") == ["gpu: found NVIDIA L4; expected NVIDIA L40S"]
+
+
+def test_a_record_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+    engine = an_engine(tmp_path)
+    record = verified_record(engine)
+    assert record.key == a_key()
+    assert (record.bytes, record.seconds) == (72, 41.5)
+
+
+def test_truncated_changed_and_swapped_engines_are_refused(tmp_path: Path) -> None:
+    engine, other = an_engine(tmp_path), an_engine(tmp_path, "decoder", b"another!" * 9)
+    whole = engine.read_bytes()
+    engine.write_bytes(whole[:-1])
+    with pytest.raises(BackendError, match="bytes: found 71; expected 72"):
+        verified_record(engine)
+    engine.write_bytes(whole[:-1] + b"!")
+    with pytest.raises(BackendError, match="SHA-256"):
+        verified_record(engine)
+    engine.write_bytes(other.read_bytes())  # of the same size
+    with pytest.raises(BackendError, match="SHA-256"):
+        verified_record(engine)
+    engine.unlink()
+    with pytest.raises(BackendError, match="found no engine"):
+        verified_record(engine)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda data: data | {"format": 2}, "has format 2; this version reads 1"),
+        (lambda data: {key: value for key, value in data.items() if key != "sha256"}, "is not the record"),
+        (lambda data: data | {"key": {**data["key"], "library": "cudnn"}}, "library: found 'cudnn'"),
+        (lambda data: data | {"key": {**data["key"], "profile": {"latent": [[1], [2]]}}}, "expected three shapes"),
+        (lambda data: data | {"key": {**data["key"], "sm": 1}}, "is not the record"),
+        (lambda data: data | {"bytes": "72"}, "wrong types"),
+    ],
+)
+def test_damaged_records_are_refused(tmp_path: Path, edit: Any, message: str) -> None:
+    engine = an_engine(tmp_path)
+    path = record_path(engine)
+    path.write_text(json.dumps(edit(json.loads(path.read_text()))))
+    with pytest.raises(BackendError, match=message):
+        verified_record(engine)
+    path.write_text("{")
+    with pytest.raises(BackendError, match="cannot be read"):
+        verified_record(engine)
+
+
+def test_the_digest_covers_graph_and_weights(tmp_path: Path) -> None:
+    graph, weights = tmp_path / "toy.onnx", tmp_path / "toy.data"
+    graph.write_bytes(b"graph")
+    weights.write_bytes(b"weights")
+    before = graph_digest(graph)
+    (tmp_path / "styles.txt").write_text("of no account")
+    assert graph_digest(graph) == before
+    weights.write_bytes(b"weightz")
+    changed = graph_digest(graph)
+    graph.write_bytes(b"grapf")
+    assert len({before, changed, graph_digest(graph)}) == 3
+
+
+def test_engines_lie_with_their_base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LSAST_HOME", str(tmp_path))
+    fingerprint = Bundle.open(EMBEDDED, verify_hashes=False).manifest.fingerprint
+    assert engine_folder(EMBEDDED, "tensorrt") == tmp_path / "compiled" / f"mini-{fingerprint[:16]}" / "tensorrt"
+    with pytest.raises(BackendError, match="is no bundle"):
+        engine_folder(tmp_path, "tensorrt")

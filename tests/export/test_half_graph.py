@@ -1,0 +1,85 @@
+"""Graphs rewritten to compute in fp16 are sound, compute nearly the same, and do what is delicate in float32."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from lsast_engines.bundle import Bundle
+from lsast_export.half_graph import FULL, held_types, write_half_graph
+
+GRAPHS = ("encoder", "hint", "denoiser", "decoder")
+
+
+@pytest.fixture
+def halved(bundles: dict[str, Bundle], tmp_path: Path) -> Callable[[str, str], Path]:
+    def write(precision: str, graph: str) -> Path:
+        folder = bundles[precision].path
+        shutil.copyfile(folder / "base.safetensors", tmp_path / "base.safetensors")
+        write_half_graph(folder / f"{graph}.onnx", tmp_path / f"{graph}.onnx")
+        return tmp_path / f"{graph}.onnx"
+
+    return write
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_products_are_of_halves_and_sums_are_not(
+    halved: Callable[[str, str], Path], precision: str, graph: str
+) -> None:
+    path = halved(precision, graph)
+    onnx.checker.check_model(str(path), full_check=True)
+    # onnx's own inference says what each value is, not what the rewriter noted.
+    model = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False), strict_mode=True)
+    kinds = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.value_info, *model.graph.input)}
+    found: dict[str, Counter[int]] = {}
+    for node in model.graph.node:
+        for output in node.output:
+            if output in kinds:
+                found.setdefault(node.op_type, Counter())[kinds[output]] += 1
+    assert set(found["Conv"]) <= {onnx.TensorProto.FLOAT16}
+    if graph == "denoiser":
+        # The timestep's own embedding is of halves, its sine is not.
+        assert set(found["MatMul"]) | set(found.get("Gemm", ())) == {onnx.TensorProto.FLOAT16}
+        assert found["Softmax"].keys() == found["Sin"].keys() == found["Cos"].keys() == {onnx.TensorProto.FLOAT}
+    for operator in FULL & found.keys():
+        assert onnx.TensorProto.FLOAT16 not in found[operator], operator
+    borders = [*model.graph.input, *model.graph.output]
+    assert {value.type.tensor_type.elem_type for value in borders} <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}
+
+
+def test_weights_in_halves_need_no_cast(halved: Callable[[str, str], Path]) -> None:
+    nodes = onnx.load(halved("fp16", "hint"), load_external_data=False).graph.node
+    assert Counter(node.op_type for node in nodes)["Cast"] == 2  # into the graph and out of it
+
+
+def test_the_denoiser_in_halves_computes_nearly_the_same(
+    halved: Callable[[str, str], Path],
+    bundles: dict[str, Bundle],
+    run: Callable[..., dict[str, np.ndarray]],
+    feeds: Callable[..., dict[str, np.ndarray]],
+) -> None:
+    import onnxruntime
+
+    bundle = bundles["fp16"]
+    inputs = feeds(bundle, 2, 2, 8, 16)
+    expected = run(bundle, "denoiser", **inputs)["eps"]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(halved("fp16", "denoiser"), options, providers=["CPUExecutionProvider"])
+    (eps,) = session.run(["eps"], inputs)
+    error = np.abs(eps - expected).max() / np.abs(expected).max()
+    assert 0 < error < 5e-3  # eleven bits; not 0, or nothing was computed in halves
+
+
+def test_held_types_are_those_of_weights_and_casts(bundles: dict[str, Bundle]) -> None:
+    assert {"FLOAT16", "FLOAT"} <= held_types(bundles["fp16"].graph_path("hint"))
+    assert "BFLOAT16" in held_types(bundles["bf16"].graph_path("hint"))
+    assert "FLOAT16" not in held_types(bundles["fp32"].graph_path("hint"))

@@ -1,0 +1,224 @@
+"""Engines compiled ahead of time by TensorRT-RTX, on a machine without a GPU: compiled, never run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from onnx import TensorProto, helper, numpy_helper, save
+
+from lsast_engines.bundle import EMBEDDED, Bundle
+from lsast_engines.engine_key import record_path, verified_record
+from lsast_engines.errors import BackendError, ExportError, MissingExtraError, UsageError
+from lsast_engines.profile import Ranges, Span
+from lsast_engines.spec import GraphSpec, TensorSpec
+from lsast_export.__main__ import main
+from lsast_export.tensorrt import CompileOptions, compile_bundle, compile_graph
+
+TARGETS = ("8.6", "8.9", "12.0")
+SMALL = Ranges(Span(64, 64, 128), Span(1, 1, 2))
+
+
+@pytest.fixture
+def rtx() -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'lsast[tensorrt-rtx]'")
+
+
+def rtx_options(**changes: object) -> CompileOptions:
+    return dataclasses.replace(CompileOptions("tensorrt-rtx", TARGETS, SMALL), **changes)
+
+
+def product(folder: Path, name: str = "product", operator: str = "MatMul") -> tuple[Path, GraphSpec]:
+    """y = x W, W [8, 16] in fp32; another operator takes x alone."""
+    spec = GraphSpec(
+        name,
+        (TensorSpec("x", "float32", ("B", 16, 8)),),
+        (TensorSpec("y", "float32", ("B", 16, 16 if operator == "MatMul" else 8)),),
+    )
+    weight = np.random.default_rng(0).standard_normal((8, 16)).astype(np.float32)
+    inputs = ["x", "W"] if operator == "MatMul" else ["x"]
+    tensors = [
+        helper.make_tensor_value_info(tensor.name, TensorProto.FLOAT, list(tensor.shape))
+        for tensor in (*spec.inputs, *spec.outputs)
+    ]
+    node = helper.make_node(operator, inputs, ["y"])
+    graph = helper.make_graph([node], name, tensors[:1], tensors[1:], [numpy_helper.from_array(weight, "W")])
+    path = folder / f"{name}.onnx"
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+    return path, spec
+
+
+def quantised(folder: Path, kind: int) -> tuple[Path, GraphSpec]:
+    """y = dequantised(quantised(x)) dequantised(W) with per-tensor scales, W stored in `kind`."""
+    spec = GraphSpec("quantised", (TensorSpec("x", "float32", ("B", 32)),), (TensorSpec("y", "float32", ("B", 32)),))
+    values = np.clip(np.random.default_rng(1).standard_normal((32, 32)) * 20, -100, 100)
+    weight = helper.make_tensor("W", kind, (32, 32), values.round().flatten().tolist())
+    constants = [
+        weight,
+        numpy_helper.from_array(np.float32(0.05), "scale"),
+        helper.make_tensor("zero", kind, (), [0]),
+    ]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["xq", "scale", "zero"], ["xd"]),
+        helper.make_node("DequantizeLinear", ["W", "scale", "zero"], ["Wd"]),
+        helper.make_node("MatMul", ["xd", "Wd"], ["y"]),
+    ]
+    tensors = [
+        helper.make_tensor_value_info(tensor.name, TensorProto.FLOAT, list(tensor.shape))
+        for tensor in (*spec.inputs, *spec.outputs)
+    ]
+    graph = helper.make_graph(nodes, "quantised", tensors[:1], tensors[1:], constants)
+    path = folder / "quantised.onnx"
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10), path)
+    return path, spec
+
+
+def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt_rtx", None)
+    path, spec = product(tmp_path)
+    with pytest.raises(MissingExtraError, match=r"tensorrt-rtx is not installed.*lsast\[tensorrt-rtx\]"):
+        compile_graph(path, spec, tmp_path / "product.engine", rtx_options())
+
+
+@pytest.mark.parametrize(
+    ("library", "targets", "message"),
+    [
+        ("tensorrt", ("8.9",), "it compiles for the GPU that is here only"),
+        ("tensorrt-rtx", ("sm89",), "found compute capability sm89; expected one such as 8.9"),
+    ],
+)
+def test_targets_that_cannot_be_meant_are_refused(library: str, targets: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        CompileOptions(library, targets)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("arithmetic", ["fp32", "fp16"])
+def test_a_bundle_compiles_for_every_target(
+    rtx: None, bundles: dict[str, Bundle], tmp_path: Path, arithmetic: str
+) -> None:
+    bundle = bundles["fp16"]
+    records = compile_bundle(bundle.path, rtx_options(arithmetic=arithmetic), tmp_path)
+    assert records.keys() == bundle.manifest.graphs.keys()
+    for name, record in records.items():
+        engine = tmp_path / f"{name}.engine"
+        assert verified_record(engine) == record
+        assert (record.key.targets, record.key.arithmetic) == (TARGETS, arithmetic)
+        assert record.key.profile == SMALL.profile(bundle.manifest.graphs[name])
+
+
+def test_what_is_there_is_compiled_again_only_if_it_differs(rtx: None, tmp_path: Path) -> None:
+    path, spec = product(tmp_path)
+    engine = tmp_path / "product.engine"
+    said: list[str] = []
+
+    def compile_it(**changes: object) -> int:
+        said.clear()
+        options = rtx_options(arithmetic="fp32", **changes)
+        compile_graph(path, spec, engine, options, lambda phase, detail="": said.append(detail))
+        return engine.stat().st_mtime_ns
+
+    first = compile_it()
+    assert "building engine, 0 s" in said
+    assert compile_it() == first
+    assert said == ["", "is there already"]
+    for_another = compile_it(targets=("8.9",))
+    assert for_another > first
+    assert any("last time" in detail for detail in said)
+    engine.write_bytes(engine.read_bytes()[:-1])  # truncated: not there
+    assert compile_it(targets=("8.9",)) > for_another
+    path.write_bytes(path.read_bytes() + b"\x22\x01x")  # field 4, the domain: another file, the same graph
+    before = verified_record(engine).key.onnx
+    compile_it(targets=("8.9",))
+    assert verified_record(engine).key.onnx != before
+
+
+def test_what_the_library_logs_is_an_error_with_its_words(rtx: None, tmp_path: Path) -> None:
+    path, spec = product(tmp_path, operator="Bernoulli")
+    engine = tmp_path / "product.engine"
+    with pytest.raises(ExportError, match=r"(?s)graph product cannot be read:.*Bernoulli"):
+        compile_graph(path, spec, engine, rtx_options(arithmetic="fp32"))
+    assert not engine.exists()
+    assert not record_path(engine).exists()
+
+
+def test_a_file_that_is_another_graph_is_refused(rtx: None, tmp_path: Path) -> None:
+    path, spec = product(tmp_path)
+    wanted = GraphSpec("product", (TensorSpec("z", "float32", ("B", 16, 8)),), spec.outputs)
+    with pytest.raises(ExportError) as caught:
+        compile_graph(path, wanted, tmp_path / "product.engine", rtx_options(arithmetic="fp32"))
+    assert "input x: not in the spec" in str(caught.value)
+    assert "input z: found none" in str(caught.value)
+
+
+def test_unknown_targets_list_those_there_are(rtx: None, tmp_path: Path) -> None:
+    path, spec = product(tmp_path)
+    with pytest.raises(UsageError, match=r"found compute capability 9\.0; .*compiles for 7\.5, 8\.0, 8\.6, 8\.9"):
+        compile_graph(path, spec, tmp_path / "product.engine", rtx_options(targets=("9.0",)))
+
+
+def test_fp8_is_refused_for_gpus_that_have_none(rtx: None, tmp_path: Path) -> None:
+    path, spec = quantised(tmp_path, TensorProto.FLOAT8E4M3FN)
+    engine = tmp_path / "quantised.engine"
+    with pytest.raises(ExportError, match=r"8\.6: found FLOAT8E4M3FN .* expected compute capability 8\.9") as caught:
+        compile_graph(path, spec, engine, rtx_options(arithmetic="fp32"))
+    assert "12.0:" not in str(caught.value)
+    assert compile_graph(path, spec, engine, rtx_options(arithmetic="fp32", targets=("8.9", "12.0"))).bytes > 0
+
+
+def test_our_refusal_of_fp8_is_the_librarys(rtx: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("lsast_export.tensorrt.NEEDS", {})
+    path, spec = quantised(tmp_path, TensorProto.FLOAT8E4M3FN)
+    with pytest.raises(ExportError, match="HW-specific datatypes: fp8_e4m3"):
+        compile_graph(path, spec, tmp_path / "quantised.engine", rtx_options(arithmetic="fp32", targets=("8.6",)))
+
+
+def test_int8_compiles_for_every_target(rtx: None, tmp_path: Path) -> None:
+    path, spec = quantised(tmp_path, TensorProto.INT8)
+    assert compile_graph(path, spec, tmp_path / "quantised.engine", rtx_options(arithmetic="fp32")).bytes > 0
+
+
+def test_tensorrt_itself_needs_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lsast_export.tensorrt.load_library", lambda _: None)
+    monkeypatch.setattr("lsast_engines.cuda.gpus", list)
+    path, spec = product(tmp_path)
+    with pytest.raises(BackendError, match="found no NVIDIA GPU; tensorrt compiles on the GPU that runs the engine"):
+        compile_graph(path, spec, tmp_path / "product.engine", CompileOptions("tensorrt"))
+
+
+def test_the_command_compiles_where_the_runtime_looks(rtx: None, bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    path = str(bundles["fp32"].path)
+    arguments = ["compile", path, "--backend", "tensorrt-rtx", "--sm", "8.9", "--sides", "64,64,128", "--json"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.stderr
+    facts = json.loads(result.stdout)
+    folder = Path(facts["engines"])
+    assert folder.is_relative_to(tmp_path / "home" / "compiled")
+    assert verified_record(folder / "denoiser.engine").key.targets == ("8.9",)
+    assert facts["graphs"]["denoiser"]["bytes"] == (folder / "denoiser.engine").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compile", "--backend", "tensorrt-rtx", "--sides", "1,2"], "expected three whole numbers"),
+        (["--style", "x", "--sm", "8.9"], "expected --backend tensorrt-rtx with it"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arithmetic", ["fp32", "fp16"])
+def test_the_embedded_bundle_compiles_for_every_target(rtx: None, tmp_path: Path, arithmetic: str) -> None:
+    options = CompileOptions("tensorrt-rtx", TARGETS, arithmetic=arithmetic)  # type: ignore[arg-type]
+    records = compile_bundle(EMBEDDED, options, tmp_path)
+    assert records.keys() == {"encoder", "hint", "denoiser", "decoder"}
+    assert all(record.key.targets == TARGETS for record in records.values())
