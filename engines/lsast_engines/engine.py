@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 import numpy.typing as npt
 
+from .engine_key import Library
 from .errors import BackendError, MissingExtraError, UsageError, fault_list
 from .spec import GraphSpec, TensorSpec
 from .unpacked import unpacked_graph
@@ -23,8 +25,8 @@ Arithmetic = Literal["fp32", "bf16", "fp16"]
 """What a graph computes in. Below ``fp32`` it is faster where the processor has it, and off by about 1e-2 (bf16) or
 1e-3 (fp16); fp16 may overflow."""
 
-EXTRAS = {"openvino": "openvino", "onnxruntime": "cpu"}
-"""The backends, and the extra that installs each; ``auto`` takes the first that is installed."""
+EXTRAS = {"openvino": "openvino", "onnxruntime": "cpu", "tensorrt-rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
+"""The backends, and the extra that installs each; ``auto`` takes the first that is installed and has the device."""
 
 
 class Engine(Protocol):
@@ -211,14 +213,16 @@ def check_interface(
 
 
 def available_backends() -> dict[str, list[str]]:
-    """The installed backends and the devices that each can reach here, first choice first."""
+    """The installed backends that find a device here, and their devices, first choice first."""
     there = {}
     for backend in EXTRAS:
         devices, _ = _backend(backend)
         try:
-            there[backend] = devices()
+            found = devices()
         except ImportError:
             continue
+        if found:
+            there[backend] = found
     return there
 
 
@@ -236,10 +240,12 @@ def open_engine(
     Args:
         path: the ONNX file; weights that it refers to lie beside it.
         spec: its inputs and outputs, from the manifest.
-        backend: ``onnxruntime``, ``openvino``, or ``auto``: the first installed that has the device.
+        backend: ``onnxruntime``, ``openvino``, ``tensorrt-rtx``, ``tensorrt``, or ``auto``: the first installed that
+            has the device.
         device: ``cpu``, ``cuda``, …, or ``auto``: the CPU.
         threads: CPU threads; None leaves it to the backend.
-        arithmetic: what to compute in; OpenVINO alone has a choice, and only of what the device has.
+        arithmetic: what to compute in; OpenVINO has a choice of what the device has, compiled engines have what they
+            were compiled in.
         cache: where large weights of 16 bits are unpacked; None is the user's cache folder (`unpacked`).
 
     Raises:
@@ -258,7 +264,7 @@ def open_engine(
     _, engine = _backend(backend)
     try:
         # ONNX Runtime reads bf16 from the file as it goes; fp16, and OpenVINO either, would double in memory.
-        kinds = ("F16",) if backend == "onnxruntime" else ("F16", "BF16")
+        kinds = {"onnxruntime": ("F16",), "openvino": ("F16", "BF16")}.get(backend, ())
         return engine(unpacked_graph(path, cache, kinds), spec, device, threads, arithmetic)
     except (BackendError, MemoryError):
         raise
@@ -285,8 +291,18 @@ def _choose(backend: str, device: str) -> tuple[str, str]:
     listing = "; ".join(f"{name} on {', '.join(devices)}" for name, devices in there.items())
     mend = ""
     if backend in EXTRAS and backend not in there:
-        mend = f"; install it with: pip install 'lsast[{EXTRAS[backend]}]'"
+        mend = f"; {_absence(backend)}"
     raise BackendError(f"found no backend {backend!r} with device {device!r}; there is: {listing}{mend}")
+
+
+def _absence(backend: str) -> str:
+    """Why `backend` has no device here, and what helps."""
+    devices, _ = _backend(backend)
+    try:
+        devices()
+    except ImportError:
+        return f"install it with: pip install 'lsast[{EXTRAS[backend]}]'"
+    return f"{backend} is installed and finds no GPU with a driver; lsast-run --doctor tells what is missing"
 
 
 _Open = Callable[[Path, GraphSpec, str, "int | None", Arithmetic], Engine]
@@ -294,9 +310,18 @@ _Open = Callable[[Path, GraphSpec, str, "int | None", Arithmetic], Engine]
 
 def _backend(name: str) -> tuple[Callable[[], list[str]], _Open]:
     """The devices and the engine class of a backend."""
-    from . import onnxruntime, openvino
+    from . import onnxruntime, openvino, tensorrt
 
-    return {
+    native = {
+        library: (
+            functools.partial(tensorrt.devices, library),
+            functools.partial(tensorrt.TensorRtEngine, library=library),
+        )
+        for library in get_args(Library)
+    }
+    backends: dict[str, tuple[Callable[[], list[str]], _Open]] = {
+        **native,
         "openvino": (openvino.devices, openvino.OpenVinoEngine),
         "onnxruntime": (onnxruntime.devices, onnxruntime.OnnxRuntimeEngine),
-    }[name]
+    }
+    return backends[name]

@@ -31,6 +31,9 @@ FORMAT = 1
 Library = Literal["tensorrt", "tensorrt-rtx"]
 """The libraries that compile engines."""
 
+SUFFIX = ".engine"
+"""Of the file names of engines; what comes before is the graph."""
+
 PORTABLE = "portable"
 """Target of an engine that runs on every GPU from compute capability 8.0 on that TensorRT-RTX supports."""
 ANY_GPU = "any"
@@ -181,7 +184,7 @@ def _manifest_hashes(folder: Path) -> Mapping[tuple[str, int], str]:
     return {(name, entry.bytes): entry.sha256 for name, entry in manifest.files.items()}
 
 
-def engine_folder(bundle: Path, library: Library) -> Path:
+def engine_folder(bundle: Path, library: Library, arithmetic: str) -> Path:
     """Where the engines of the graphs in the folder `bundle` lie: named by the base's fingerprint.
 
     In ``$LSAST_HOME/compiled``, without LSAST_HOME in ``lsast/compiled`` of the XDG cache folder. A bundle that is
@@ -197,7 +200,7 @@ def engine_folder(bundle: Path, library: Library) -> Path:
     home = os.environ.get("LSAST_HOME")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lsast"
     folder = Path(home).expanduser() if home else cache
-    return folder / "compiled" / f"{manifest.name}-{manifest.fingerprint[:16]}" / library
+    return folder / "compiled" / f"{manifest.name}-{manifest.fingerprint[:16]}" / library / arithmetic
 
 
 def _number(capability: str) -> tuple[int, ...]:

@@ -94,7 +94,7 @@ def compiled(
     records = compile_bundle(bundle, options, out, phases)
     return {
         "bundle": str(bundle),
-        "engines": str(out or engine_folder(bundle, library)),
+        "engines": str(out or engine_folder(bundle, library, options.arithmetic)),
         "graphs": {
             name: {"bytes": record.bytes, "seconds": record.seconds, "targets": list(record.key.targets)}
             for name, record in records.items()

@@ -21,6 +21,7 @@ from lsast_engines.engine import Arithmetic
 from lsast_engines.engine_key import (
     ANY_GPU,
     PORTABLE,
+    SUFFIX,
     EngineKey,
     EngineRecord,
     Library,
@@ -37,8 +38,6 @@ from lsast_engines.tensorrt_library import load_library, make_logger
 
 from .half_graph import held_types, write_half_graph
 from .progress import Progress, silent
-
-SUFFIX = ".engine"
 
 NEEDS = {"BFLOAT16": (8, 0), "FLOAT8E4M3FN": (8, 9), "FLOAT8E5M2": (8, 9), "FLOAT4E2M1": (10, 0)}
 """Compute capability from which a GPU has a type of ONNX (docs.nvidia.com/deeplearning/tensorrt, support matrix)."""
@@ -124,7 +123,7 @@ def compile_bundle(
 ) -> dict[str, EngineRecord]:
     """Compile every graph of the folder `bundle` into `out`, or where `lsast-run` finds them; see `compile_graph`."""
     manifest = Manifest.from_json((bundle / "manifest.json").read_text(encoding="utf-8"), str(bundle / "manifest.json"))
-    folder = out or engine_folder(bundle, options.library)
+    folder = out or engine_folder(bundle, options.library, options.arithmetic)
     return {
         name: compile_graph(bundle / f"{name}.onnx", spec, folder / f"{name}{SUFFIX}", options, progress)
         for name, spec in manifest.graphs.items()
@@ -157,6 +156,8 @@ class _Build:
         self._require(index == 0, "does not take these sizes")
         monitor = _monitor(trt, f"compiling {spec.name}", self._progress)
         config.progress_monitor = monitor
+        # It would round what is declared float32 to the 10 bits of TF32.
+        config.clear_flag(trt.BuilderFlag.TF32)
         if self._options.library == "tensorrt-rtx":
             self._aim(config)
         cache = _load_timing(config, timing) if timing is not None else None

@@ -194,6 +194,7 @@ def test_the_digest_covers_graph_and_weights(tmp_path: Path) -> None:
 def test_engines_lie_with_their_base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LSAST_HOME", str(tmp_path))
     fingerprint = Bundle.open(EMBEDDED, verify_hashes=False).manifest.fingerprint
-    assert engine_folder(EMBEDDED, "tensorrt") == tmp_path / "compiled" / f"mini-{fingerprint[:16]}" / "tensorrt"
+    folder = tmp_path / "compiled" / f"mini-{fingerprint[:16]}" / "tensorrt" / "fp16"
+    assert engine_folder(EMBEDDED, "tensorrt", "fp16") == folder
     with pytest.raises(BackendError, match="is no bundle"):
-        engine_folder(tmp_path, "tensorrt")
+        engine_folder(tmp_path, "tensorrt", "fp16")
