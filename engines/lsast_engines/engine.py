@@ -216,14 +216,23 @@ def available_backends() -> dict[str, list[str]]:
     """The installed backends that find a device here, and their devices, first choice first."""
     there = {}
     for backend in EXTRAS:
-        devices, _ = _backend(backend)
         try:
-            found = devices()
+            found = backend_devices(backend)
         except ImportError:
             continue
         if found:
             there[backend] = found
     return there
+
+
+def backend_devices(backend: str) -> list[str]:
+    """The devices that `backend`, a key of `EXTRAS`, finds here; a GPU backend may find none.
+
+    Raises:
+        ImportError: it is not installed. A broken installation may raise anything.
+    """
+    devices, _ = _backend(backend)
+    return devices()
 
 
 def open_engine(

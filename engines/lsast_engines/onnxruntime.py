@@ -1,4 +1,4 @@
-"""Graphs on ONNX Runtime: everywhere, CPU and CUDA."""
+"""Graphs on ONNX Runtime: everywhere, on the CPU and on NVIDIA GPUs (`onnxruntime_gpu`)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 
 from .engine import Arithmetic, Array, CheckedEngine, check_interface
 from .errors import BackendError
+from .onnxruntime_gpu import PROVIDERS, gpu_devices, session
 from .spec import DENOISER, GraphSpec
-
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 EXPANDED_LIMIT = 1_000_000_000
 """Bytes of weights stored in bf16 up to which they are expanded to float32 once, when the graph is opened.
@@ -31,8 +30,8 @@ def devices() -> list[str]:
     """
     import onnxruntime
 
-    there = onnxruntime.get_available_providers()
-    return [device for device, provider in _PROVIDERS.items() if provider in there]
+    cpu = ["cpu"] if PROVIDERS["cpu"] in onnxruntime.get_available_providers() else []
+    return cpu + gpu_devices(onnxruntime)
 
 
 def half_bytes(folder: Path, *dtypes: str) -> int:
@@ -74,13 +73,11 @@ class OnnxRuntimeEngine(CheckedEngine):
         if threads is not None:
             options.intra_op_num_threads = threads
         left_out = ["ConstantFolding"] if device == "cpu" and half_bytes(path.parent, "BF16") > EXPANDED_LIMIT else []
-        self._session: Any = onnxruntime.InferenceSession(
-            path, options, providers=[_PROVIDERS[device]], disabled_optimizers=left_out
-        )
+        self._session: Any = session(onnxruntime, path, spec, device, options, left_out)
         # ONNX Runtime runs on the CPU, with a warning, where the provider that was asked for cannot start.
-        if (found := self._session.get_providers()[0]) != _PROVIDERS[device]:
+        if (found := self._session.get_providers()[0]) != PROVIDERS[device]:
             raise BackendError(
-                f"found {found} for device {device!r}; expected {_PROVIDERS[device]}, which is installed but does not "
+                f"found {found} for device {device!r}; expected {PROVIDERS[device]}, which is installed but does not "
                 "start here: check its driver, or use device 'cpu'"
             )
         check_interface(
@@ -103,8 +100,20 @@ class OnnxRuntimeEngine(CheckedEngine):
 
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         values = self._bound_values | {name: self._value(value) for name, value in feeds.items()}
+        if self.device != "cpu":
+            return self._run_bound(values)
         results = self._session.run_with_ort_values(self._outputs, values)
         return {name: result.numpy() for name, result in zip(self._outputs, results, strict=True)}
+
+    def _run_bound(self, values: dict[str, Any]) -> dict[str, Array]:
+        """Run on values that lie on the device: what is bound was copied there once; outputs come back at the end."""
+        binding = self._session.io_binding()
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self._outputs:
+            binding.bind_output(name, "cuda")
+        self._session.run_with_iobinding(binding)
+        return dict(zip(self._outputs, binding.copy_outputs_to_cpu(), strict=True))
 
     def _rest(self) -> None:
         """Only a run can shrink an arena; graphs that run once a picture have none."""
@@ -116,4 +125,4 @@ class OnnxRuntimeEngine(CheckedEngine):
     def _value(self, array: Array) -> Any:
         import onnxruntime
 
-        return onnxruntime.OrtValue.ortvalue_from_numpy(array, self.device)
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array, "cpu" if self.device == "cpu" else "cuda")

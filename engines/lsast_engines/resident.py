@@ -72,7 +72,7 @@ class ResidentStyles:
         if not 0 <= stage < least:
             raise UsageError(f"found stage {stage}; expected 0 to {least - 1}")
         nothing = [self._null] * len(hands)
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for tensor in TENSORS:
             tokens, width = self._null.row[tensor]
             if tensor == "kv_unet":
