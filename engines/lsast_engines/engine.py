@@ -251,7 +251,7 @@ def open_engine(
         spec: its inputs and outputs, from the manifest.
         backend: ``onnxruntime``, ``openvino``, ``tensorrt-rtx``, ``tensorrt``, or ``auto``: the first installed that
             has the device.
-        device: ``cpu``, ``cuda``, …, or ``auto``: the CPU.
+        device: ``cpu``, ``cuda``, …, or ``auto``: the CPU, for compiled engines the GPU.
         threads: CPU threads; None leaves it to the backend.
         arithmetic: what to compute in; OpenVINO has a choice of what the device has, compiled engines have what they
             were compiled in.
@@ -283,7 +283,9 @@ def open_engine(
 
 def _choose(backend: str, device: str) -> tuple[str, str]:
     """Backend and device that are there, for what was asked; an explicit wish is met or refused."""
-    wanted_device = "cpu" if device == "auto" else device
+    # A library of compiled engines that was named has no other device.
+    usual = "cuda" if backend in get_args(Library) else "cpu"
+    wanted_device = usual if device == "auto" else device
     for candidate in EXTRAS if backend == "auto" else [backend]:
         if candidate not in EXTRAS:
             break

@@ -311,3 +311,20 @@ def test_openvino_computes_in_what_it_is_asked_for_where_the_device_has_it(tmp_p
         error = np.abs(engine({"x": x})["y"] - exact).max() / np.abs(exact).max()
         assert engine.arithmetic == arithmetic
         assert eps / 64 < error < 4 * eps
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_compiled_backend_means_the_gpu(toy: Any, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    opened = []
+    monkeypatch.setattr("lsast_engines.tensorrt.devices", lambda library: ["cuda"])
+    monkeypatch.setattr(
+        "lsast_engines.tensorrt.TensorRtEngine", lambda *given, library: opened.append((given, library))
+    )
+    open_engine(toy.path, toy.spec, "tensorrt-rtx", device, arithmetic="fp16")
+    assert opened == [((toy.path, toy.spec, "cuda", None, "fp16"), "tensorrt-rtx")]
+
+
+def test_auto_does_not_leave_the_cpu_for_a_gpu(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("lsast_engines.tensorrt.devices", lambda library: ["cuda"])
+    assert open_engine(toy.path, toy.spec).device == "cpu"
