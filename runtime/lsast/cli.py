@@ -12,6 +12,7 @@ import functools
 import json
 import time
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -97,11 +98,16 @@ def _fail(message: str, status: int) -> NoReturn:
 @click.option("--mask", metavar="PATH", type=click.Path(), help="Where to paint: white; black stays as it is.")
 @click.option("--feather", type=int, help="Pixels over which the painting fades in inside the mask. [default: 16]")
 @click.option("--keep-colour", is_flag=True, default=None, help="Keep the picture's colours; only luma is painted.")
-@click.option("--backend", metavar="NAME", default="auto", help="onnxruntime or openvino. [default: auto]")
+@click.option(
+    "--backend", metavar="NAME", default="auto", help="onnxruntime, openvino, tensorrt-rtx, tensorrt. [default: auto]"
+)
 @click.option("--device", metavar="NAME", default="auto", help="cpu, cuda ... [default: auto]")
 @click.option("--threads", type=click.IntRange(1), help="Threads to compute with. [default: the backend's choice]")
 @click.option(
-    "--arithmetic", metavar="TYPE", default="fp32", help="fp32; with openvino also bf16, fp16. [default: fp32]"
+    "--arithmetic",
+    metavar="TYPE",
+    default="fp32",
+    help="fp32; openvino also bf16, fp16; tensorrt fp16. [default: fp32]",
 )
 @click.option(
     "--grid",
@@ -115,6 +121,7 @@ def _fail(message: str, status: int) -> NoReturn:
 @click.option("--watch", is_flag=True, help="Go on painting what arrives or changes in the folders IN, until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a file instead of the output's path.")
 @click.option("--list-styles", is_flag=True, help="Print the styles of the bundle and exit.")
+@click.option("--doctor", is_flag=True, help="Print what works on this machine and what to install, and exit.")
 @click.option("--debug", is_flag=True, help="Show a traceback on errors.")
 @click.version_option(__version__, "-V", "--version", message="lsast %(version)s")
 def main(
@@ -131,6 +138,7 @@ def main(
     watch: bool,
     as_json: bool,
     list_styles: bool,
+    doctor: bool,
     debug: bool,  # read by _Command from the context
     **options: Any,
 ) -> None:
@@ -148,6 +156,12 @@ def main(
 
     --grid strength=0.4,0.6 --grid control=0.5,1 --grid style=vangogh,monet writes one sheet with all eight to OUT.
     """
+    if doctor:
+        from .doctor import examine
+
+        found = examine()
+        click.echo(json.dumps({**asdict(found), "healthy": found.healthy}) if as_json else found.text())
+        raise click.exceptions.Exit(0 if found.healthy else 1)
     if list_styles:
         from lsast_engines.bundle import Bundle, find_bundle
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from lsast import doctor
+from lsast.cli import main
 from lsast.doctor import examine
 
 
@@ -105,3 +108,14 @@ def test_no_broken_library_keeps_the_report_from_coming(monkeypatch: pytest.Monk
     assert report.gpus == ()
     assert not any(backend.devices for backend in report.backends)
     assert not report.healthy
+
+
+@pytest.mark.parametrize(("broken", "status"), [(False, 0), (True, 1)])
+def test_the_command_prints_it_and_its_status_tells(installed: dict[str, str], broken: bool, status: int) -> None:
+    pytest.importorskip("onnxruntime")
+    if broken:
+        installed["onnxruntime-gpu"] = "1.31.1"
+    result = CliRunner().invoke(main, ["--doctor", "--json"])
+    facts = json.loads(result.stdout)
+    assert (result.exit_code, facts["healthy"], bool(facts["faults"])) == (status, not broken, broken)
+    assert "backends" in CliRunner().invoke(main, ["--doctor"]).stdout
