@@ -23,9 +23,7 @@ ROOMS = os.pathsep.join(str(HERE.parents[1] / room) for room in ("engines", "tra
 STEPS = 3
 
 
-def test_two_processes_average_their_gradients_and_write_once(
-    base: Base, collection: Collection, paintings: Path, tmp_path: Path
-) -> None:
+def test_two_processes_average_their_gradients_and_write_once(base: Base, paintings: Path, tmp_path: Path) -> None:
     save_base(base, tmp_path / "base")
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
@@ -53,6 +51,7 @@ def test_two_processes_average_their_gradients_and_write_once(
 
     # The same in one process, by hand: the mean of the losses that both processes drew.
     options = replace(PRESETS["quick"], steps=STEPS, batch=2, size=64, precision="fp32")
+    collection = Collection.load(paintings, 64, painted=base.facts.size, progress=False)
     alone = Inversion(base, collection, options, "red", tmp_path / "alone")
     loss_sum = 0.0
     for step in range(STEPS):
