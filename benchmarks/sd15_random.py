@@ -1,9 +1,9 @@
 """Stable Diffusion 1.5 at full size on random weights: export, run, and a training step, measured.
 
-    python benchmarks/sd15_random.py build /tmp/sd15
-    python benchmarks/sd15_random.py export /tmp/sd15 --precision fp32 --precision fp16 --precision bf16
-    python benchmarks/sd15_random.py run /tmp/sd15
-    python benchmarks/sd15_random.py train /tmp/sd15
+    python benchmarks/sd15_random.py build sd15
+    python benchmarks/sd15_random.py export sd15 --precision fp32 --precision fp16 --precision bf16
+    python benchmarks/sd15_random.py run sd15
+    python benchmarks/sd15_random.py train sd15
 
 The base is built from the published configurations (U-Net 860 M weights, ControlNet 361 M, autoencoder 84 M, text
 encoder 123 M), nothing is downloaded. What comes out looks like noise; seconds, memory, sizes and parity are those of

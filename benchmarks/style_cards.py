@@ -1,6 +1,6 @@
 """Write a card for each embedded style from what its training and its judgement left behind.
 
-    python benchmarks/style_cards.py --runs runs --compare /tmp/compare/compare.json --out docs/styles
+    python benchmarks/style_cards.py --runs runs --compare compare/compare.json --out docs/styles
 
 `--runs` holds what `lsast-train` wrote (prompts and curve, a folder for each style), `--compare` is the JSON of
 `benchmarks/compare_peers.py`. Text that no file knows (provenance, limits) stands in `NOTES`.
@@ -31,22 +31,11 @@ class Note:
 _JPEGS = "reduced JPEGs (256 to 800 pixels) of works in the public domain (life + 70)"
 NOTES = {
     "vangogh": Note("Vincent van Gogh (1853-1890)", _JPEGS, "Faces and crowds dissolve into strokes."),
-    "monet": Note("Claude Monet (1840-1926)", f"{_JPEGS}, all 256 x 256", "Learned from small squares: soft touch."),
-    "roerich": Note(
-        "Nicholas Roerich (1874-1947)",
-        f"{_JPEGS}; late works may still be protected in the US",
-        "Interiors and close-ups are not what he painted.",
+    "monet": Note(
+        "Claude Monet (1840-1926)",
+        "JPEGs of 256 x 256 pixels of works in the public domain (life + 70)",
+        "All works were small squares, enlarged. Faces and crowds dissolve into strokes.",
     ),
-    "martin": Note("Henri Martin (1860-1943)", _JPEGS, "His finest dots are below what the autoencoder carries."),
-    "hokusai": Note(
-        "Katsushika Hokusai (1760-1849)", _JPEGS, "Learned from few works; colour areas are less flat than in print."
-    ),
-    "koson": Note(
-        "Ohara Koson (1877-1945)",
-        f"{_JPEGS}; late works may still be protected in the US",
-        "Busy pictures do not become as empty as his.",
-    ),
-    "malevich": Note("Kazimir Malevich (1879-1935)", _JPEGS, "Early and late work in one hand; no pure abstraction."),
 }
 METRICS = ("deception", "kid", "lpips", "edge_f1", "ssim")
 
@@ -71,6 +60,8 @@ def main(runs: Path, compare: Path | None, out: Path) -> None:
 
 def card(name: str, facts: dict[str, Any], curve: dict[str, Any], scores: dict[str, Any] | None) -> str:
     """The card as Markdown."""
+    if name not in NOTES:
+        raise click.ClickException(f"found no note on {name}; expected its artist, provenance and limits in NOTES")
     note, meta = NOTES[name], facts["meta"]
     options = json.loads(meta["options"])
     first = curve["evaluations"][0]["held_out"]

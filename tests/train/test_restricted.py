@@ -318,7 +318,7 @@ def test_storages_come_from_the_archive_alone(tmp_path: Path, key: str) -> None:
         load_tensors(_archive(tmp_path / "bad.pt", data, **{"archive/data/0": bytes(16)}))
 
 
-@pytest.mark.parametrize("name", ["../marker", "/tmp/marker", "archive/../../marker", "C:\\marker", "..\\marker"])
+@pytest.mark.parametrize("name", ["../marker", "/marker", "archive/../../marker", "C:\\marker", "..\\marker"])
 def test_entries_outside_of_the_archive_are_refused(tmp_path: Path, name: str) -> None:
     good = io.BytesIO()
     torch.save({"a": torch.ones(2)}, good)
