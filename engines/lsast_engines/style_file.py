@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from .errors import StyleError, fault_list
 from .files import replace_file
+from .style_defaults import read_style_defaults
 
 if TYPE_CHECKING:
     from .style import Style
@@ -67,6 +68,11 @@ class StyleFile:
         meta = header.get("meta", {})
         if not isinstance(meta, dict) or not all(isinstance(value, str) for value in meta.values()):
             faults.append("meta: expected texts only")
+            meta = {}
+        self.defaults: dict[str, Any]
+        """What the style asks for unless told otherwise (`style_defaults`)."""
+        self.defaults, wrong = read_style_defaults(meta)
+        faults += wrong
         self.name: str = header.get("name", "")
         self.base: str = header.get("base", "")
         """Fingerprint of the base (`Manifest.fingerprint`) that projected it; it fits no other."""

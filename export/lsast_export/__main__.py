@@ -52,8 +52,9 @@ def _exporting(command: Command) -> Command:
             "--default",
             "defaults",
             multiple=True,
-            metavar="KEY=VALUE",
-            help=f"What lsast-run does unless told otherwise; again for others. KEY: {', '.join(_DEFAULT_TYPES)}.",
+            metavar="[STYLE.]KEY=VALUE",
+            help=f"What lsast-run does unless told otherwise, with STYLE. for one style only; again for others. "
+            f"KEY: {', '.join(_DEFAULT_TYPES)}.",
         ),
         click.option(
             "--precision", type=click.Choice(["fp32", "fp16", "bf16"]), help="Storage of the weights. [default: fp16]"
@@ -129,12 +130,13 @@ def main(
         _export(styles, base, out, precision, defaults, backend, sm, as_json, **imports)
         return
     library, backend = _library(backend, sm)
-    if precision or defaults or backend or any(imports.values()):
+    wanted, own = _read_defaults(defaults)
+    if precision or wanted or backend or any(imports.values()):
         raise UsageError(
-            "--precision, --default, --backend, --controlnet, --unet-weights and --revision are of a whole bundle; "
-            "expected --out DIR with them"
+            "--precision, --default KEY=VALUE, --backend, --controlnet, --unet-weights and --revision are of a whole "
+            "bundle; expected --out DIR with them (a style's own: --default STYLE.KEY=VALUE)"
         )
-    _bake(styles, base, library, sm, as_json)
+    _bake(styles, base, own, library, sm, as_json)
 
 
 @main.command()
@@ -193,18 +195,25 @@ def _library(backend: str | None, sm: tuple[str, ...]) -> tuple[str | None, str 
     return None, backend
 
 
-def _bake(styles: tuple[str, ...], base: str | None, library: str | None, sm: tuple[str, ...], as_json: bool) -> None:
+def _bake(
+    styles: tuple[str, ...],
+    base: str | None,
+    defaults: dict[str, dict[str, Any]],
+    library: str | None,
+    sm: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Bake `styles` for the bundle of `base`, into the user's style folder, and compile it with `library`."""
     _require_extra()
     from lsast_engines.bundle import MANIFEST, Bundle
     from lsast_train.base import find_base, open_base_parts
 
     from .skeleton import baking_base
-    from .styles import install_style, read_prompts
+    from .styles import install_style, read_prompts, with_defaults
 
     phases = Phases()
     phases("reading")
-    prompts = read_prompts(styles)
+    prompts = with_defaults(read_prompts(styles), defaults)
     folder = find_base(base)
     if not (folder / MANIFEST).is_file():
         raise UsageError(f"{folder} is a base that was not exported yet; expected --out DIR for its bundle")
@@ -230,7 +239,7 @@ def _export(
     **imports: str | None,
 ) -> None:
     """Export `base` with `styles` to `out`; `imports` are the fields of `BaseSource` beside the base."""
-    wanted = _read_defaults(defaults)
+    wanted, own = _read_defaults(defaults)
     library, backend = _library(backend, sm)
     _require_extra()
     from lsast_engines.bundle import MANIFEST
@@ -241,7 +250,7 @@ def _export(
     from .exporter import ExportOptions, export_bundle
     from .progress import peak_rss
     from .skeleton import text_base
-    from .styles import read_prompts
+    from .styles import read_prompts, with_defaults
 
     phases = Phases()
     phases("reading")
@@ -249,7 +258,7 @@ def _export(
     source = BaseSource(base, **fields)
     folder = stored_base(source)
     parts = open_base_parts(source)
-    prompts = read_prompts(styles, text_base(parts) if styles else None)
+    prompts = with_defaults(read_prompts(styles, text_base(parts) if styles else None), own)
     inherited: dict[str, Any] = {}
     if folder is not None and (folder / MANIFEST).is_file():
         inherited = Manifest.from_json((folder / MANIFEST).read_text(encoding="utf-8"), str(folder / MANIFEST)).defaults
@@ -276,14 +285,16 @@ def _export(
     click.echo(json.dumps(facts) if as_json else written.path)
 
 
-def _read_defaults(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """``KEY=VALUE`` pairs as values of the right types; all faults at once."""
+def _read_defaults(pairs: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """``KEY=VALUE`` pairs as values of the right types, and ``STYLE.KEY=VALUE`` pairs by style; all faults at once."""
     values: dict[str, Any] = {}
+    own: dict[str, dict[str, Any]] = {}
     faults = []
     for pair in pairs:
-        key, separator, text = pair.partition("=")
+        name, separator, text = pair.partition("=")
+        style, _, key = name.rpartition(".")
         try:
-            values[key] = _DEFAULT_TYPES[key](text)
+            (own.setdefault(style, {}) if style else values)[key] = _DEFAULT_TYPES[key](text)
         except KeyError:
             faults.append(f"{pair}: found key {key!r}; expected one of {', '.join(_DEFAULT_TYPES)}")
         except ValueError:
@@ -294,7 +305,7 @@ def _read_defaults(pairs: tuple[str, ...]) -> dict[str, Any]:
         from lsast_engines.errors import fault_list
 
         raise UsageError(fault_list("these defaults cannot be meant:", faults))
-    return values
+    return values, own
 
 
 def _require_extra() -> None:

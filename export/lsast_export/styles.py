@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lsast_engines.bundle import Bundle
-from lsast_engines.errors import StyleError
+from lsast_engines.errors import StyleError, UsageError
 from lsast_engines.style import Style
+from lsast_engines.style_defaults import write_style_defaults
 from lsast_train.base import Base, BaseParts, check_fingerprint
 from lsast_train.prompts_file import Prompts, UnboundPrompts, load_any_prompts
 from lsast_train.text_path import TextPath
@@ -70,6 +74,24 @@ def install_style(bundle: Bundle, base: Base, prompts: Prompts) -> Path:
     path = bundle.user_style_folder / f"{style.name}.safetensors"
     style.save(path)
     return path
+
+
+def with_defaults(styles: Sequence[Prompts], defaults: Mapping[str, Mapping[str, Any]]) -> list[Prompts]:
+    """`styles` with what they ask for unless told otherwise, by name, among their facts.
+
+    Raises:
+        UsageError: defaults of a style that is not among `styles`, or that cannot be meant.
+    """
+    names = [prompts.name for prompts in styles]
+    if strangers := sorted(set(defaults) - set(names)):
+        raise UsageError(
+            f"found defaults of {', '.join(strangers)}; expected those of a style that is baked here: "
+            f"{', '.join(names) or 'none is'}"
+        )
+    return [
+        replace(prompts, meta={**prompts.meta, **write_style_defaults(defaults.get(prompts.name, {}))})
+        for prompts in styles
+    ]
 
 
 def read_prompts(names_or_paths: tuple[str, ...], base: Base | BaseParts | None = None) -> list[Prompts]:

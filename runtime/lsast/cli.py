@@ -72,7 +72,7 @@ def _fail(message: str, status: int) -> NoReturn:
     "lsast-run",
     cls=_Command,
     context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
-    epilog="Options that are not given are the bundle's defaults.",
+    epilog="Options that are not given are the style's defaults, else the bundle's.",
 )
 @click.argument("paths", metavar="IN... OUT", nargs=-1, type=click.Path())
 @click.option(

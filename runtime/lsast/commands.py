@@ -15,8 +15,8 @@ from tqdm import tqdm
 from lsast_engines.bundle import Bundle, find_bundle
 from lsast_engines.errors import UsageError
 
+from . import defaults
 from .metadata import read_record
-from .options import Options
 from .repeating import compare, verify
 from .result import Result, check_output
 from .running import Bars
@@ -83,7 +83,7 @@ def sheet(
     check_output(out)
     parsed = parse_axes(axes)
     with load(**where) as stylizer:
-        common = Options.resolve(options, stylizer.bundle.manifest.defaults)
+        common = defaults.resolve(stylizer.bundle, options)
         with tqdm(desc="painting", unit="cell", leave=False, disable=None) as bar:
 
             def on_cell(done: int, total: int) -> None:

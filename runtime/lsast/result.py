@@ -41,7 +41,7 @@ class Result:
     seconds: dict[str, float]
     """Wall time of every phase, in the order they ran: read, edges, encode, denoise, decode, finish."""
     options: Options
-    """All options, with the bundle's defaults filled in."""
+    """All options, with the defaults of style and bundle filled in."""
     provenance: Provenance | None = None
     """What the painting was made of; files carry it, so that it can be painted again (`lsast.metadata`)."""
 

@@ -16,9 +16,8 @@ from lsast_engines.bundle import Bundle, find_bundle
 from lsast_engines.engine import Arithmetic, Engine
 from lsast_engines.spec import DECODER, DENOISER
 
-from . import batches, sampler, tiles
+from . import batches, defaults, sampler, tiles
 from .cancelling import CancelToken
-from .options import Options
 from .painting import Painting
 from .result import Result
 from .workshop import STYLE_MEMORY, Opener, Workshop
@@ -116,7 +115,8 @@ class Stylizer:
         on_step: OnStep | None = None,
         cancel: CancelToken | None = None,
     ) -> Result:
-        """Repaint a picture; `Options` says what each option means, None is the bundle's default.
+        """Repaint a picture; `lsast.Options` says what each option means, None is the default of
+        the style, else of the bundle.
 
         Args:
             picture: a path, the bytes of an image file, a PIL image, or an array [H, W], [H, W, 3] or [H, W, 4]
@@ -257,8 +257,7 @@ class Stylizer:
     def _read(
         self, picture: Picture, given: Mapping[str, Any], mask: Picture | None, follower: Follower | None = None
     ) -> Painting:
-        options = Options.resolve(given, self.bundle.manifest.defaults)
-        return Painting(self.bundle, picture, options, mask, follower)
+        return Painting(self.bundle, picture, defaults.resolve(self.bundle, given), mask, follower)
 
     def _paint(self, paintings: Sequence[Painting], on_step: OnStep | None, cancel: CancelToken | None) -> list[Result]:
         """Paint a batch: the one way that every picture goes. All have one `batch_key`."""

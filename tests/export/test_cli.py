@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 
 from lsast_engines.bundle import Bundle
 from lsast_engines.style import Style
+from lsast_engines.style_file import StyleFile
 from lsast_export import exporter
 from lsast_export.__main__ import main
 from lsast_export.trace import TracedGraph
@@ -112,6 +113,23 @@ def test_style_that_is_nowhere_and_one_of_another_base(bundles: dict[str, Bundle
     assert "found no prompts at hnad or runs/hnad/hnad.prompts.safetensors" in result.stderr
     twice = lsast_export("--style", "hand", "--style", str(learned), "--base", bundles["fp16"].path)
     assert "more than one style named hand" in twice.stderr
+
+
+@pytest.mark.usefixtures("learned")
+def test_a_style_keeps_defaults_of_its_own(bundles: dict[str, Bundle]) -> None:
+    base = bundles["fp16"].path
+    asked = ("--default", "hand.guidance=8", "--default", "hand.steps=11")
+    result = lsast_export("--style", "hand", "--base", base, *asked)
+    assert result.exit_code == 0, result.stderr
+    assert StyleFile(Path(result.stdout.strip())).defaults == {"guidance": 8.0, "steps": 11}
+    for wrong, told in (
+        ("hnad.steps=3", "defaults of hnad"),
+        ("hand.size=64", "found 'size'"),
+        ("steps=3", "--out DIR"),
+    ):
+        refused = lsast_export("--style", "hand", "--base", base, "--default", wrong)
+        assert refused.exit_code == 2
+        assert told in refused.stderr
 
 
 def test_trained_base_needs_a_bundle_first_and_gets_one(
