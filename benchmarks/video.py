@@ -146,6 +146,7 @@ def main(pictures: tuple[Path, ...], frames: int, side: int, names: tuple[str, .
             print(f"| {name} | {' | '.join(f'{cell:.2f}' for cell in (*cells, *ratios))} |", flush=True)
             if save:
                 rows = [np.hstack([clip[k], *(frames_[k] for frames_ in ways.values())]) for k in (-2, -1)]
+                save.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(np.vstack(rows)).save(save / f"{name.replace(' ', '-')}.png")
 
 

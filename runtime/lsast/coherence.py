@@ -34,7 +34,7 @@ class Coherence:
 
     hold: float = 0.85
     """Share of the latent before in what every step takes the clean latent to be, 0 to 1."""
-    blend: float = 0.45
+    blend: float = 0.5
     """Share of the painting before, moved, in the pixels of the new one, 0 to 1."""
 
 
