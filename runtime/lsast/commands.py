@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lsast_engines.bundle import Bundle, find_bundle
 from lsast_engines.errors import UsageError
 
-from . import defaults
+from .defaults import Defaults
 from .metadata import read_record
 from .repeating import compare, verify
 from .result import Result, check_output
@@ -83,7 +83,7 @@ def sheet(
     check_output(out)
     parsed = parse_axes(axes)
     with load(**where) as stylizer:
-        common = defaults.resolve(stylizer.bundle, options)
+        common = Defaults(stylizer.bundle).resolve(options)
         with tqdm(desc="painting", unit="cell", leave=False, disable=None) as bar:
 
             def on_cell(done: int, total: int) -> None:

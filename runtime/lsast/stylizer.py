@@ -16,8 +16,9 @@ from lsast_engines.bundle import Bundle, find_bundle
 from lsast_engines.engine import Arithmetic, Engine
 from lsast_engines.spec import DECODER, DENOISER
 
-from . import batches, defaults, sampler, tiles
+from . import batches, sampler, tiles
 from .cancelling import CancelToken
+from .defaults import Defaults
 from .painting import Painting
 from .result import Result
 from .workshop import STYLE_MEMORY, Opener, Workshop
@@ -81,6 +82,7 @@ class Stylizer:
         self.bundle = opener.bundle
         self._opener = opener
         self._style_memory = style_memory
+        self._defaults = Defaults(opener.bundle)
         self._backend = engines[DENOISER].backend
         self._workshop = Workshop(opener, engines, style_memory)
 
@@ -257,7 +259,7 @@ class Stylizer:
     def _read(
         self, picture: Picture, given: Mapping[str, Any], mask: Picture | None, follower: Follower | None = None
     ) -> Painting:
-        return Painting(self.bundle, picture, defaults.resolve(self.bundle, given), mask, follower)
+        return Painting(self.bundle, picture, self._defaults.resolve(given), mask, follower)
 
     def _paint(self, paintings: Sequence[Painting], on_step: OnStep | None, cancel: CancelToken | None) -> list[Result]:
         """Paint a batch: the one way that every picture goes. All have one `batch_key`."""

@@ -181,7 +181,12 @@ def test_the_last_preview_is_the_painting_made_small() -> None:
     shown: list[np.ndarray] = []
     with lsast.load(EMBEDDED, backend="onnxruntime", threads=1) as mini:
         result = mini.stylize(
-            rgb, steps=8, size=0, guidance=1.0, on_step=lambda step, total, look: shown.append(np.asarray(look()))
+            rgb,
+            steps=8,
+            strength=0.75,
+            size=0,
+            guidance=1.0,
+            on_step=lambda step, total, look: shown.append(np.asarray(look())),
         )
     small = cv2.resize(np.asarray(result.image), (16, 16), interpolation=cv2.INTER_AREA).astype(float)
     errors = [np.abs(preview - small).mean() for preview in shown]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import lsast
-from lsast.defaults import resolve
+from lsast.defaults import Defaults
 from lsast_engines.bundle import Bundle
 from lsast_engines.style_file import StyleFile
 
@@ -36,18 +36,18 @@ def path(tmp_path_factory: pytest.TempPathFactory, bundle_path: Path) -> Path:
 
 def test_the_style_comes_before_the_bundle(path: Path) -> None:
     bundle = Bundle.open(path)
-    found = resolve(bundle, {"style": "monet"})
+    found = Defaults(bundle).resolve({"style": "monet"})
     assert (found.guidance, found.strength, found.steps) == (5.0, 1.0, bundle.manifest.defaults["steps"])
-    assert resolve(bundle, {}).steps == 4  # the bundle's own style is no exception
+    assert Defaults(bundle).resolve({}).steps == 4  # the bundle's own style is no exception
 
 
 def test_what_is_asked_for_comes_before_the_style(path: Path) -> None:
-    assert resolve(Bundle.open(path), {"style": "monet", "guidance": 1.0, "strength": None}).guidance == 1.0
+    assert Defaults(Bundle.open(path)).resolve({"style": "monet", "guidance": 1.0, "strength": None}).guidance == 1.0
 
 
 def test_a_mix_takes_what_its_styles_agree_on(path: Path) -> None:
     bundle = Bundle.open(path)
-    found = resolve(bundle, {"style": "vangogh:0.3+monet"})
+    found = Defaults(bundle).resolve({"style": "vangogh:0.3+monet"})
     defaults = bundle.manifest.defaults
     assert (found.guidance, found.steps, found.strength) == (5.0, defaults["steps"], defaults["strength"])
 
