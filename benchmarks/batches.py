@@ -46,7 +46,9 @@ def main(
     """Measure one way after another, from the one that needs least memory to the one that needs most."""
     rows = []
     with lsast.load(backend=backend) as stylizer:
-        jobs = [{"style": stylizer.styles[i % 2], "seed": i, "size": size} for i in range(pictures)]
+        # Styles may have defaults of their own, and only equal steps and control share a batch.
+        common = {key: stylizer.bundle.manifest.defaults[key] for key in ("steps", "strength", "guidance", "control")}
+        jobs = [{"style": stylizer.styles[i % 2], "seed": i, "size": size, **common} for i in range(pictures)]
         stylizer.stylize(picture, size=size)
 
         def row(name: str, paint: Callable[[], Any]) -> None:
