@@ -29,6 +29,7 @@ class Note:
 
 
 _JPEGS = "reduced JPEGs (256 to 800 pixels) of works in the public domain (life + 70)"
+_SMALL = "reduced JPEGs (long side at most 500 pixels) of works in the public domain (life + 70)"
 _CROWDS = "Faces and crowds dissolve into strokes."
 NOTES = {
     "vangogh": Note("Vincent van Gogh (1853-1890)", _JPEGS, _CROWDS),
@@ -39,23 +40,24 @@ NOTES = {
     ),
     "roerich": Note(
         "Nicholas Roerich (1874-1947)",
-        f"{_JPEGS}; late works may still be protected in the United States",
-        f"The short side of most works is about 325 pixels, enlarged. {_CROWDS}",
+        f"{_SMALL}; late works may still be protected in the United States",
+        f"Works are small (short side 332 pixels, median), enlarged; palettes vary much with the seed. {_CROWDS}",
     ),
     "martin": Note(
         "Henri Martin (1860-1943)",
-        _JPEGS,
-        f"His short touches are near the limit of what mini's autoencoder carries. {_CROWDS}",
+        _SMALL,
+        f"Finest dots are lost in mini's autoencoder. {_CROWDS}",
     ),
     "koson": Note(
         "Ohara Koson (1877-1945)",
-        f"{_JPEGS}; late works may still be protected in the United States",
-        "Prints with few flat tones: what is left of them on a busy photograph is palette and outline, not emptiness.",
+        f"{_SMALL}; late works may still be protected in the United States",
+        "Prints with few flat tones: what is left of them on a busy photograph is palette and outline, "
+        "not emptiness. Strong curves show stairs of latent cells.",
     ),
     "malevich": Note(
         "Kazimir Malevich (1879-1935)",
-        _JPEGS,
-        "He painted in several manners, of which the prompts hold a mean; large flat planes are not kept flat.",
+        _SMALL,
+        "Flat planes are not kept flat.",
     ),
 }
 METRICS = ("deception", "kid", "lpips", "edge_f1", "ssim")

@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from lsast_engines.errors import MissingExtraError, UsageError
+from lsast_engines.style_defaults import STYLE_DEFAULTS
 
 from .compile_command import LIBRARIES, compile_command, compiled
 from .console import Command, Group, Phases, common, fail
@@ -24,11 +25,7 @@ from .import_command import import_command
 
 _DEFAULT_TYPES: dict[str, Callable[[str], Any]] = {
     "style": str,
-    "steps": int,
-    "strength": float,
-    "guidance": float,
-    "control": float,
-    "solver": str,
+    **STYLE_DEFAULTS,
     "size": int,
 }
 """How the value of each of the manifest's defaults is read."""

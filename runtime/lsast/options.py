@@ -67,11 +67,11 @@ class Options:
 
     @classmethod
     def resolve(cls, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Options:
-        """Options from what the caller gave; None means the bundle's default.
+        """Options from what the caller gave; None means the default.
 
         Args:
-            given: values by field name, None where the caller leaves the choice to the bundle.
-            defaults: the manifest's `defaults`.
+            given: values by field name, None where the caller leaves the choice.
+            defaults: the manifest's `defaults`, those of the style over them (`lsast.defaults`).
 
         Raises:
             UsageError: one or more values cannot be meant; all of them are named at once.

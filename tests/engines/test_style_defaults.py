@@ -35,7 +35,7 @@ def test_what_cannot_be_meant_is_refused_all_at_once() -> None:
         write_style_defaults({"style": "monet", "steps": 2.5, "strength": True, "guidance": 3})
     for part in ("'style'", "steps: found 2.5", "strength: found True"):
         assert part in str(caught.value)
-    assert "guidance" not in str(caught.value).replace("strength, guidance, control", "")
+    assert "guidance: found" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"size": 64}', '{"steps": "many"}'])
