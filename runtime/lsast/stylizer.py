@@ -117,7 +117,7 @@ class Stylizer:
         on_step: OnStep | None = None,
         cancel: CancelToken | None = None,
     ) -> Result:
-        """Repaint a picture; `lsast.Options` says what each option means, None is the style's default, else the bundle's.
+        """Repaint a picture; `lsast.Options` says what each option means. None is the style's default or the bundle's.
 
         Args:
             picture: a path, the bytes of an image file, a PIL image, or an array [H, W], [H, W, 3] or [H, W, 4]
