@@ -25,8 +25,12 @@ Arithmetic = Literal["fp32", "bf16", "fp16"]
 """What a graph computes in. Below ``fp32`` it is faster where the processor has it, and off by about 1e-2 (bf16) or
 1e-3 (fp16); fp16 may overflow."""
 
-EXTRAS = {"openvino": "openvino", "onnxruntime": "cpu", "tensorrt-rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
-"""The backends, and the extra that installs each; ``auto`` takes the first that is installed and has the device."""
+EXTRAS = {"onnxruntime": "cpu", "openvino": "openvino", "tensorrt-rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
+"""The backends, and the extra that installs each; ``auto`` takes the first that is installed, has the device and may
+compute in what is asked for."""
+
+_FP32_ONLY = frozenset({"onnxruntime"})
+"""Backends that ``auto`` passes over for any other arithmetic."""
 
 
 class Engine(Protocol):
@@ -250,7 +254,7 @@ def open_engine(
         path: the ONNX file; weights that it refers to lie beside it.
         spec: its inputs and outputs, from the manifest.
         backend: ``onnxruntime``, ``openvino``, ``tensorrt-rtx``, ``tensorrt``, or ``auto``: the first installed that
-            has the device.
+            has the device and a choice of arithmetic, where another than fp32 is asked for.
         device: ``cpu``, ``cuda``, …, or ``auto``: the CPU, for compiled engines the GPU.
         threads: CPU threads; None leaves it to the backend.
         arithmetic: what to compute in; OpenVINO has a choice of what the device has, compiled engines have what they
@@ -267,7 +271,7 @@ def open_engine(
         raise UsageError(f"found {threads} threads; expected at least 1")
     if arithmetic not in get_args(Arithmetic):
         raise UsageError(f"found arithmetic {arithmetic!r}; expected one of {', '.join(get_args(Arithmetic))}")
-    backend, device = _choose(backend.lower(), device.lower())
+    backend, device = _choose(backend.lower(), device.lower(), arithmetic)
     if not path.is_file():
         raise BackendError(f"found no graph file {path}; export the bundle again")
     _, engine = _backend(backend)
@@ -281,12 +285,13 @@ def open_engine(
         raise BackendError(f"{backend} cannot load {path} on {device}: {error}") from error
 
 
-def _choose(backend: str, device: str) -> tuple[str, str]:
+def _choose(backend: str, device: str, arithmetic: Arithmetic) -> tuple[str, str]:
     """Backend and device that are there, for what was asked; an explicit wish is met or refused."""
     # A library of compiled engines that was named has no other device.
     usual = "cuda" if backend in get_args(Library) else "cpu"
     wanted_device = usual if device == "auto" else device
-    for candidate in EXTRAS if backend == "auto" else [backend]:
+    able = [name for name in EXTRAS if arithmetic == "fp32" or name not in _FP32_ONLY]
+    for candidate in able if backend == "auto" else [backend]:
         if candidate not in EXTRAS:
             break
         devices, _ = _backend(candidate)
@@ -303,7 +308,8 @@ def _choose(backend: str, device: str) -> tuple[str, str]:
     mend = ""
     if backend in EXTRAS and backend not in there:
         mend = f"; {_absence(backend)}"
-    raise BackendError(f"found no backend {backend!r} with device {device!r}; there is: {listing}{mend}")
+    wish = f"device {device!r}" + ("" if arithmetic == "fp32" else f" and arithmetic {arithmetic}")
+    raise BackendError(f"found no backend {backend!r} with {wish}; there is: {listing}{mend}")
 
 
 def _absence(backend: str) -> str:

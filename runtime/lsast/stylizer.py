@@ -51,7 +51,7 @@ def load(
 
     Args:
         bundle: a bundle's folder or name; None is the one of the environment's LSAST_BUNDLE, else the embedded `mini`.
-        backend: `onnxruntime`, `openvino`, or `auto` for one that is installed.
+        backend: `onnxruntime`, `openvino`, or `auto` for the first that is installed and has the arithmetic.
         device: `cpu`, `cuda` …, or `auto` for the CPU.
         threads: threads to compute with; None leaves it to the backend.
         arithmetic: `fp32`, or with `openvino` where the processor has it `bf16` or `fp16`: about twice as fast, and

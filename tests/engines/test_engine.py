@@ -243,13 +243,25 @@ def hide(monkeypatch: pytest.MonkeyPatch, *libraries: str) -> None:
 def test_auto_takes_what_is_installed(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for library in BACKENDS:
         pytest.importorskip(library)
-    assert list(available_backends()) == ["openvino", "onnxruntime"]
+    assert list(available_backends()) == ["onnxruntime", "openvino"]
     assert all("cpu" in devices for devices in available_backends().values())
-    assert open_engine(toy.path, toy.spec).backend == "openvino"
-    assert open_engine(toy.path, toy.spec, "ONNXRuntime", "CPU").backend == "onnxruntime"
-    hide(monkeypatch, "openvino")
-    assert list(available_backends()) == ["onnxruntime"]
     assert open_engine(toy.path, toy.spec).backend == "onnxruntime"
+    assert open_engine(toy.path, toy.spec, "OpenVINO", "CPU").backend == "openvino"
+    hide(monkeypatch, "onnxruntime")
+    assert list(available_backends()) == ["openvino"]
+    assert open_engine(toy.path, toy.spec).backend == "openvino"
+
+
+def test_auto_passes_over_what_computes_in_fp32_only(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    opened = []
+    monkeypatch.setattr("lsast_engines.openvino.devices", lambda: ["cpu"])
+    monkeypatch.setattr("lsast_engines.openvino.OpenVinoEngine", lambda *given: opened.append(given))
+    open_engine(toy.path, toy.spec, arithmetic="bf16")
+    assert opened == [(toy.path, toy.spec, "cpu", None, "bf16")]
+    monkeypatch.setattr("lsast_engines.openvino.devices", list)
+    with pytest.raises(BackendError, match="'auto' with device 'auto' and arithmetic bf16; there is: onnxruntime on"):
+        open_engine(toy.path, toy.spec, arithmetic="bf16")
 
 
 def test_no_backend_is_one_line_that_mends_it(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
