@@ -8,53 +8,18 @@ last axis, ``K_0 | V_0 | K_1 | V_1 | …``, in the order of `cross_attention_lay
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from lsast_engines.errors import StyleError, fault_list
-from lsast_engines.manifest import AttentionLayer, Network
+from lsast_engines.manifest import AttentionLayer
 from lsast_engines.style import Style
-from lsast_train.attention import GROUPS, CrossAttentionLayer, cross_attention_layers
+from lsast_train.attention import GROUPS
 from lsast_train.base import Base
+from lsast_train.packed import PackedLayers, pack
 
 NULL_STYLE = "null"
 """Name of the unconditional style, the row 0 of classifier-free guidance."""
-
-
-@dataclass(frozen=True)
-class PackedLayers:
-    """The cross-attentions of one network and where each finds its columns."""
-
-    layers: tuple[CrossAttentionLayer, ...]
-    entries: tuple[AttentionLayer, ...]
-    """What the manifest says of each layer, in the same order."""
-    width: int
-    """Columns of a packed row."""
-
-    @classmethod
-    def of(cls, network: nn.Module, name: Network) -> PackedLayers:
-        """Lay out the cross-attentions of `network` without gaps."""
-        layers = cross_attention_layers(network)
-        entries, offset = [], 0
-        for layer in layers:
-            entries.append(AttentionLayer(layer.name, name, layer.group, offset, layer.width))
-            offset += 2 * layer.width
-        return cls(tuple(layers), tuple(entries), offset)
-
-    def project(self, contexts: torch.Tensor) -> torch.Tensor:
-        """Contexts [N, 3, T, dim], groups in the order of `GROUPS`, to packed keys and values [N, T, width]."""
-        parts = []
-        for layer in self.layers:
-            context = contexts[:, GROUPS.index(layer.group)]  # [N, T, dim]
-            parts += [layer.module.to_k(context), layer.module.to_v(context)]
-        return torch.cat(parts, dim=-1)
-
-
-def pack(base: Base) -> tuple[PackedLayers, PackedLayers]:
-    """The layouts of the base's U-Net and ControlNet."""
-    return PackedLayers.of(base.unet, "unet"), PackedLayers.of(base.controlnet, "control")
 
 
 def bake_style(base: Base, prompts: torch.Tensor, name: str, meta: Mapping[str, str] | None = None) -> Style:

@@ -12,8 +12,9 @@ from lsast_engines.bundle import Bundle
 from lsast_engines.errors import BundleError, LsastError, fault_list
 from lsast_engines.files import file_sha256
 from lsast_train.base import Base, open_base_parts
+from lsast_train.packed import pack
 
-from .bake import bake_null_style, manifest_layers, pack
+from .bake import bake_null_style, manifest_layers
 from .exporter import WEIGHTS, require_backend
 from .graphs import geometry
 from .parity import ParityPlan, measure_parity, plan_for

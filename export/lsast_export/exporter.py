@@ -24,10 +24,11 @@ from lsast_engines.errors import ExportError, MissingExtraError, fault_list
 from lsast_engines.manifest import Manifest, Precision
 from lsast_engines.spec import graph_specs
 from lsast_train.base import Base, BaseParts, open_base_parts, save_base
+from lsast_train.packed import pack
 from lsast_train.prompt_space import STAGES
 from lsast_train.prompts_file import Prompts
 
-from .bake import bake_null_style, manifest_layers, pack
+from .bake import bake_null_style, manifest_layers
 from .graphs import GRAPHS, geometry, graph_module
 from .parity import ParityPlan, measure_parity, plan_for, require_parity
 from .progress import Progress, silent

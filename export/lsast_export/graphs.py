@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,38 +17,14 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from lsast_engines.spec import DECODER, DENOISER, ENCODER, HINT, Geometry
-from lsast_train.attention import attend
 from lsast_train.base import Base
-
-from .bake import PackedLayers, pack
+from lsast_train.packed import KeyValueBox, baked_attention, hint_bypassed, pack
 
 SCORES_LIMIT = 128 << 20
 """Most bytes that the scores of a self-attention take at the base's native size, one picture and two guidance rows."""
 
 GRAPHS = (ENCODER, HINT, DENOISER, DECODER)
 """The graphs of a bundle, in the order of use."""
-
-
-@dataclass(eq=False)
-class KeyValueBox:
-    """The packed keys and values [B, T, width] of the coming call; an object, since torch.export replaces lists."""
-
-    packed: torch.Tensor | None = None
-
-
-class BakedProcessor:
-    """Attention processor that reads keys and values from a box instead of projecting a context."""
-
-    def __init__(self, box: KeyValueBox, offset: int, width: int) -> None:
-        self.box = box
-        self.key = slice(offset, offset + width)
-        self.value = slice(offset + width, offset + 2 * width)
-
-    def __call__(self, attn: Any, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """Run `attn` on `hidden_states` [B, N, C]; the context it is handed does not matter."""
-        packed = self.box.packed
-        assert packed is not None, "the box is filled before the network runs"
-        return attend(attn, hidden_states, packed[:, :, self.key], packed[:, :, self.value])
 
 
 class SplitProcessor:
@@ -154,19 +129,6 @@ class DecoderGraph(nn.Module):
         return self._base.decode(latent)
 
 
-@contextlib.contextmanager
-def baked_attention(layout: PackedLayers, box: KeyValueBox) -> Iterator[None]:
-    """Let the cross-attentions of `layout` read from `box`; their processors are put back at the end."""
-    before = [layer.module.processor for layer in layout.layers]
-    try:
-        for layer, entry in zip(layout.layers, layout.entries, strict=True):
-            layer.module.set_processor(BakedProcessor(box, entry.offset, entry.width))
-        yield
-    finally:
-        for layer, processor in zip(layout.layers, before, strict=True):
-            layer.module.set_processor(processor)
-
-
 def head_groups(name: str, heads: int, levels: int, side: int) -> int:
     """Groups of heads in which the self-attention `name` runs, so that its scores fit into `SCORES_LIMIT`.
 
@@ -200,17 +162,6 @@ def split_attention(network: Any, side: int) -> Iterator[None]:
     finally:
         for module, processor in before:
             module.set_processor(processor)
-
-
-@contextlib.contextmanager
-def hint_bypassed(controlnet: Any) -> Iterator[None]:
-    """Let `controlnet` take hint features where it took edges; its hint encoder is put back at the end."""
-    encoder = controlnet.controlnet_cond_embedding
-    controlnet.controlnet_cond_embedding = nn.Identity()
-    try:
-        yield
-    finally:
-        controlnet.controlnet_cond_embedding = encoder
 
 
 @contextlib.contextmanager

@@ -27,8 +27,8 @@ from lsast_engines.engine import Engine, open_engine
 from lsast_engines.errors import ParityError, fault_list
 from lsast_engines.spec import DECODER, DENOISER, ENCODER, HINT, GraphSpec
 from lsast_train.base import Base, BaseFacts, BaseParts
+from lsast_train.packed import pack
 
-from .bake import pack
 from .graphs import geometry
 from .progress import Countdown, Progress, silent
 from .reference import Array, Case, Inputs, Loop, draw_inputs, run_torch, start_of

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from lsast_engines.errors import StyleError
-from lsast_export.bake import bake_null_style, bake_style, manifest_layers, pack
-from lsast_export.graphs import KeyValueBox, baked_attention, denoiser_graph
+from lsast_export.bake import bake_null_style, bake_style, manifest_layers
+from lsast_export.graphs import denoiser_graph
 from lsast_train.attention import GROUPS
 from lsast_train.base import Base
+from lsast_train.packed import KeyValueBox, baked_attention, pack
 from lsast_train.prompts_file import Prompts
 
 

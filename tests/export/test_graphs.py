@@ -15,10 +15,10 @@ from torch._subclasses.fake_tensor import is_fake
 
 from lsast_engines.bundle import Bundle
 from lsast_export import graphs
-from lsast_export.bake import pack
 from lsast_export.graphs import SplitProcessor, geometry, graph_module, head_groups, split_attention
 from lsast_export.trace import TracedGraph, trace
 from lsast_train.base import Base, load_base
+from lsast_train.packed import pack
 
 Run = Callable[..., dict[str, np.ndarray]]
 Feeds = Callable[..., dict[str, np.ndarray]]

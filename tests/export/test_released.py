@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lsast_engines.errors import StyleError, TrainingError, UsageError
-from lsast_export.bake import pack
 from lsast_export.import_command import import_command
 from lsast_export.released import import_prompts, read_released
 from lsast_export.styles import bake_prompts, check_prompts, read_prompts
 from lsast_train.base import Base, BaseParts, open_base_parts
+from lsast_train.packed import pack
 from lsast_train.prompts_file import Prompts, UnboundPrompts, load_any_prompts, load_prompts
 from lsast_train.sources import BaseSource
 
