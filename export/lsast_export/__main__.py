@@ -7,7 +7,6 @@ done, 1 failed, 2 wrong usage, 130 interrupted. torch and onnx are imported only
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +14,14 @@ from typing import Any
 
 import click
 
-from lsast_engines.errors import MissingExtraError, UsageError
+from lsast_engines.errors import UsageError
 from lsast_engines.style_defaults import STYLE_DEFAULTS
 
 from .compile_command import LIBRARIES, compile_command, compiled
-from .console import Command, Group, Phases, common, fail
+from .console import Command, Group, Phases, common, fail, require_extra
 from .golden_command import golden_command
 from .import_command import import_command
+from .triton_command import triton_command
 
 _DEFAULT_TYPES: dict[str, Callable[[str], Any]] = {
     "style": str,
@@ -121,7 +121,8 @@ def main(
         return
     if not styles:
         raise UsageError(
-            "found nothing to do; expected --style NAME, or one of the commands bundle, check, golden, import (--help)"
+            "found nothing to do; expected --style NAME, or one of the commands bundle, check, compile, golden, "
+            "import, triton (--help)"
         )
     if out is not None:
         _export(styles, base, out, precision, defaults, backend, sm, as_json, **imports)
@@ -306,15 +307,13 @@ def _read_defaults(pairs: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, di
 
 
 def _require_extra() -> None:
-    """Make sure that the libraries of the extra are there before anything heavy is imported."""
-    for library in ("torch", "diffusers", "onnx", "onnxscript"):
-        if importlib.util.find_spec(library) is None:
-            raise MissingExtraError(library, "export")
+    require_extra("torch", "diffusers", "onnx", "onnxscript")
 
 
 main.add_command(compile_command)
 main.add_command(golden_command)
 main.add_command(import_command)
+main.add_command(triton_command)
 
 if __name__ == "__main__":
     main()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -12,7 +12,10 @@ from lsast_engines.engine_key import Library
 from lsast_engines.errors import UsageError
 from lsast_engines.profile import Ranges, Span
 
-from .console import Command, Phases, common
+from .console import Command, Phases, common, require_extra
+
+if TYPE_CHECKING:
+    from .tensorrt import CompileOptions
 
 LIBRARIES = get_args(Library)
 
@@ -63,6 +66,7 @@ def compile_command(
     tensorrt-rtx compiles on any machine, for the compute capabilities that --sm names; tensorrt only where the GPU is.
     What is there and still fits is left alone. Styles are inputs of an engine: they are never compiled.
     """
+    require_extra("onnx", "onnx_ir")
     from lsast_engines.bundle import find_bundle
 
     phases = Phases()
@@ -83,14 +87,10 @@ def compiled(
     """Compile `bundle` as the options say, and what came of it, for ``--json``."""
     from lsast_engines.engine_key import engine_folder
 
-    from .tensorrt import CompileOptions, compile_bundle
+    from .tensorrt import compile_bundle
 
-    chosen: dict[str, Any] = {} if arithmetic is None else {"arithmetic": arithmetic}
-    spans = {"side": _span("--sides", sides), "batch": _span("--batch", batch)}
-    ranges = Ranges(**{name: span for name, span in spans.items() if span is not None})
-    targets = tuple(dict.fromkeys(target.strip() for text in sm for target in text.split(",") if target.strip()))
-    library: Library = "tensorrt" if backend == "tensorrt" else "tensorrt-rtx"
-    options = CompileOptions(library, targets, ranges, **chosen)
+    options = compile_options(backend, sm, sides, batch, arithmetic)
+    library = options.library
     records = compile_bundle(bundle, options, out, phases)
     return {
         "bundle": str(bundle),
@@ -101,6 +101,28 @@ def compiled(
         },
         "seconds": phases.seconds(),
     }
+
+
+def compile_options(
+    backend: str,
+    sm: tuple[str, ...] = (),
+    sides: str | None = None,
+    batch: str | None = None,
+    arithmetic: str | None = None,
+) -> CompileOptions:
+    """What the options of `compiling` mean.
+
+    Raises:
+        UsageError: they cannot be meant.
+    """
+    from .tensorrt import CompileOptions
+
+    chosen: dict[str, Any] = {} if arithmetic is None else {"arithmetic": arithmetic}
+    spans = {"side": _span("--sides", sides), "batch": _span("--batch", batch)}
+    ranges = Ranges(**{name: span for name, span in spans.items() if span is not None})
+    targets = tuple(dict.fromkeys(target.strip() for text in sm for target in text.split(",") if target.strip()))
+    library: Library = "tensorrt" if backend == "tensorrt" else "tensorrt-rtx"
+    return CompileOptions(library, targets, ranges, **chosen)
 
 
 def _span(option: str, text: str | None) -> Span | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 import traceback
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
-from lsast_engines.errors import LsastError, UsageError
+from lsast_engines.errors import LsastError, MissingExtraError, UsageError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -46,6 +47,17 @@ def fail(message: str, status: int) -> NoReturn:
     """Say why, and leave with `status`."""
     click.echo(f"Error: {message}", err=True)
     raise click.exceptions.Exit(status)
+
+
+def require_extra(*libraries: str) -> None:
+    """Make sure that `libraries` of the extra `export` are there before anything heavy is imported.
+
+    Raises:
+        MissingExtraError: one is not installed.
+    """
+    for library in libraries:
+        if importlib.util.find_spec(library) is None:
+            raise MissingExtraError(library, "export")
 
 
 class Phases:
