@@ -86,7 +86,7 @@ def test_every_room_is_packaged_and_typed(project: dict[str, Any]) -> None:
 
 def test_every_script_has_its_module(project: dict[str, Any]) -> None:
     scripts = project["project"]["scripts"]
-    assert scripts.keys() == {"lsast-run", "lsast-train", "lsast-export", "lsast-eval"}
+    assert scripts.keys() == {"lsast-run", "lsast-bench", "lsast-train", "lsast-export", "lsast-eval"}
     for target in scripts.values():
         module, _, function = target.partition(":")
         package, name = module.split(".")

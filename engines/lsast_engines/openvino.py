@@ -23,7 +23,7 @@ def devices() -> list[str]:
     """
     import openvino
 
-    return [str(device).lower() for device in _core(openvino).available_devices]
+    return [str(device).lower() for device in shared_core(openvino).available_devices]
 
 
 class OpenVinoEngine(CheckedEngine):
@@ -37,7 +37,7 @@ class OpenVinoEngine(CheckedEngine):
         import openvino
 
         super().__init__(spec, device, arithmetic)
-        core = _core(openvino)
+        core = shared_core(openvino)
         _require(core, device, arithmetic)
         self._mapped = MappedFiles(path.parent)
         with self._mapped.watch():
@@ -85,7 +85,7 @@ class OpenVinoEngine(CheckedEngine):
 
 
 @functools.cache
-def _core(library: Any) -> Any:
+def shared_core(library: Any) -> Any:
     """The process's one OpenVINO core, never destroyed.
 
     Its CPU plugin gives the thread an alternate signal stack and frees it with the last core; Python's handlers run on

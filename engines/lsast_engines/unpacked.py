@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ import numpy as np
 
 from .errors import BackendError
 from .files import replace_file
+from .protobuf import fields, first_values, message_field, number_field
 
 LARGE = 1 << 30
 """Bytes of a weight file from which it is worth it."""
@@ -36,7 +36,6 @@ WEIGHTS = "base.safetensors"
 _HALVES = {"F16": 10, "BF16": 16}
 """16-bit types by safetensors' name, with their number in ONNX."""
 _FLOAT = 1
-_LENGTH = 2  # wire type of texts, bytes and messages
 _log = logging.getLogger("lsast.unpacked")
 
 
@@ -142,96 +141,45 @@ def _widened(data: bytes, dtype: str) -> bytes:
 def _rewritten(model: bytes, moved: dict[int, _Slot]) -> bytes:
     """A serialized ModelProto over the unpacked weights; `moved` gives the new slot by the old first byte."""
     result = []
-    for number, _, value, raw in _fields(model):
-        result.append(_message(7, _graph(value, moved)) if number == 7 else raw)
+    for number, _, value, raw in fields(model):
+        result.append(message_field(7, _graph(value, moved)) if number == 7 else raw)
     return b"".join(result)
 
 
 def _graph(graph: bytes, moved: dict[int, _Slot]) -> bytes:
     """A GraphProto: 16-bit initializers become the outputs of their casts, which go."""
     halves = set()
-    for number, _, value, _ in _fields(graph):
+    for number, _, value, _ in fields(graph):
         if number == 5:
-            tensor = _first(value)
+            tensor = first_values(value)
             if tensor.get(2) in _HALVES.values() and tensor.get(14) == 1:  # data_type; data_location: external
                 halves.add(bytes(tensor[8]))
     names, result = {}, []
-    for number, _, value, raw in _fields(graph):
-        if number == 1 and _first(value).get(4) == b"Cast" and (source := _first(value)[1]) in halves:
-            names[source] = _first(value)[2]
+    for number, _, value, raw in fields(graph):
+        if number == 1 and first_values(value).get(4) == b"Cast" and (source := first_values(value)[1]) in halves:
+            names[source] = first_values(value)[2]
         elif number != 5:
             result.append(raw)
-    for number, _, value, _ in _fields(graph):
+    for number, _, value, _ in fields(graph):
         if number == 5:
-            result.append(_message(5, _initializer(value, moved, names)))
+            result.append(message_field(5, _initializer(value, moved, names)))
     return b"".join(result)
 
 
 def _initializer(tensor: bytes, moved: dict[int, _Slot], names: dict[bytes, bytes]) -> bytes:
     """A TensorProto; one that lies in the weight file is pointed to its new place there."""
-    place = {bytes(_first(v)[1]): bytes(_first(v)[2]) for number, _, v, _ in _fields(tensor) if number == 13}
+    place = {bytes(first_values(v)[1]): bytes(first_values(v)[2]) for number, _, v, _ in fields(tensor) if number == 13}
     if place.get(b"location") != WEIGHTS.encode():
         return tensor
     slot = moved[int(place[b"offset"])]
     result = []
-    for number, _, value, raw in _fields(tensor):
+    for number, _, value, raw in fields(tensor):
         if number == 2:
-            result.append(_varint(2 << 3) + _varint(_FLOAT if value in _HALVES.values() else value))
+            result.append(number_field(2, _FLOAT if value in _HALVES.values() else value))
         elif number == 8:
-            result.append(_message(8, names.get(value, value)))
+            result.append(message_field(8, names.get(value, value)))
         elif number != 13:
             result.append(raw)
     entries = {b"location": WEIGHTS.encode(), b"offset": b"%d" % slot.begin, b"length": b"%d" % slot.length}
-    result += [_message(13, _message(1, key) + _message(2, text)) for key, text in entries.items()]
+    result += [message_field(13, message_field(1, key) + message_field(2, text)) for key, text in entries.items()]
     return b"".join(result)
-
-
-def _first(message: bytes) -> dict[int, Any]:
-    """The first value of each field."""
-    found: dict[int, Any] = {}
-    for number, _, value, _ in _fields(message):
-        found.setdefault(number, value)
-    return found
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, int, Any, bytes]]:
-    """Number, wire type, value and raw bytes of every field (protobuf.dev/programming-guides/encoding)."""
-    position = 0
-    while position < len(message):
-        begin = position
-        key, position = _read_varint(message, position)
-        wire = key & 7
-        value: Any
-        if wire == 0:
-            value, position = _read_varint(message, position)
-        else:
-            if wire == _LENGTH:
-                size, position = _read_varint(message, position)
-            else:
-                size = {1: 8, 5: 4}[wire]
-            value, position = message[position : position + size], position + size
-        yield key >> 3, wire, value, message[begin:position]
-
-
-def _read_varint(data: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[position]
-        position += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, position
-        shift += 7
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _message(number: int, content: bytes) -> bytes:
-    return _varint(number << 3 | _LENGTH) + _varint(len(content)) + content

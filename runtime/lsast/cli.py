@@ -11,48 +11,20 @@ import contextlib
 import functools
 import json
 import time
-import traceback
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
 from . import __version__
+from .command import USAGE, Command, fail
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from .feeding import Job
-
-_USAGE = 2
-
-
-class _Command(click.Command):
-    """A command whose failures are one line a fault, with a traceback only on `--debug`."""
-
-    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        try:
-            return super().make_context(*args, **kwargs)
-        except click.UsageError as error:
-            _fail(f"{error.format_message()} (--help lists all options)", _USAGE)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit):
-            raise
-        except (Exception, KeyboardInterrupt) as error:
-            from lsast_engines.errors import LsastError
-
-            if ctx.params["debug"]:
-                traceback.print_exc()
-            if isinstance(error, LsastError):
-                _fail(str(error), error.exit_code)
-            if isinstance(error, KeyboardInterrupt):
-                _fail("interrupted", 130)
-            _fail(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1)
 
 
 def _number_or_text(ctx: click.Context, param: click.Parameter, value: str | None) -> float | str | None:
@@ -63,14 +35,9 @@ def _number_or_text(ctx: click.Context, param: click.Parameter, value: str | Non
         return value
 
 
-def _fail(message: str, status: int) -> NoReturn:
-    click.echo(f"Error: {message}", err=True)
-    raise click.exceptions.Exit(status)
-
-
 @click.command(
     "lsast-run",
-    cls=_Command,
+    cls=Command,
     context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
     epilog="Options that are not given are the style's defaults, else the bundle's.",
 )
@@ -139,7 +106,7 @@ def main(
     as_json: bool,
     list_styles: bool,
     doctor: bool,
-    debug: bool,  # read by _Command from the context
+    debug: bool,  # read by Command from the context
     **options: Any,
 ) -> None:
     """Repaint the picture IN in a learned artist's hand and write it to OUT, a PNG, JPEG or WebP by its suffix.
@@ -169,11 +136,11 @@ def main(
         click.echo(json.dumps({"styles": names}) if as_json else "\n".join(names))
         return
     if (origin is not None) + bool(axes) + watch > 1:
-        _fail("found more than one of --from, --grid and --watch; expected one", _USAGE)
+        fail("found more than one of --from, --grid and --watch; expected one", USAGE)
     if axes and len(paths) > 2:
-        _fail("found --grid and several pictures; expected: lsast-run IN OUT --grid NAME=A,B", _USAGE)
+        fail("found --grid and several pictures; expected: lsast-run IN OUT --grid NAME=A,B", USAGE)
     if len(paths) < 2 and origin is None:
-        _fail("found no IN and OUT; expected: lsast-run IN OUT (--help lists all options)", _USAGE)
+        fail("found no IN and OUT; expected: lsast-run IN OUT (--help lists all options)", USAGE)
     from .feeding import lay_out
     from .options import preset_options
 
@@ -217,7 +184,7 @@ def _paint_one(job: Job, where: dict[str, Any], options: dict[str, Any], as_json
 
     check(job)
     if as_json and job.out is None:
-        _fail("found --json and OUT -; expected the name of a file: both would go to standard output", _USAGE)
+        fail("found --json and OUT -; expected the name of a file: both would go to standard output", USAGE)
     begin = time.perf_counter()
     with contextlib.closing(Bars(1)) as bars, load(**where) as stylizer:
         opened = time.perf_counter()

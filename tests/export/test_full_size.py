@@ -66,3 +66,25 @@ def test_painting_needs_little_more_than_the_weights(exported: dict[str, Any], f
     for row in script("run", folder, "--precision", precision, "--steps", 2, "--json")["rows"]:
         assert row["peak_rss_gb"] * 1e9 <= WEIGHTS + 2e9, row
         assert set(row["phases"]) >= {"open", "read", "edges", "encode", "denoise", "decode", "save"}
+
+
+def test_multiplications_are_those_that_are_known(exported: dict[str, Any], folder: Path) -> None:
+    pytest.importorskip("openvino")
+    from lsast.bench_macs import count_macs
+
+    def denoiser(rows: int) -> dict[str, list[int]]:
+        return {
+            "latent": [1, 4, 64, 64],
+            "hint": [1, 320, 64, 64],
+            "timestep": [1],
+            "control_scale": [],
+            "kv_unet": [rows, 1, 77, 24960],
+            "kv_control": [1, 77, 11520],
+        }
+
+    one, two = count_macs(folder / "fp32" / "denoiser.onnx", [denoiser(1), denoiser(2)])
+    (hint,) = count_macs(folder / "fp32" / "hint.onnx", [{"edges": [1, 3, 512, 512]}])
+    # diffusers' networks take 402 G and 142 G, 7.4 G of which for the hint; keys and values, here baked, are 1.5 G.
+    assert two - one == pytest.approx(402e9, rel=0.005)
+    assert one - (two - one) + hint == pytest.approx(142e9, rel=0.01)
+    assert hint == pytest.approx(7.4e9, rel=0.02)

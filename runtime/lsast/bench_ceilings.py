@@ -1,0 +1,141 @@
+"""How fast this machine multiplies matrices: what every other figure of `lsast-bench` is a fraction of.
+
+One large product, by NumPy's BLAS and as a graph of one MatMul through every installed backend, in every arithmetic
+that it has; of each arithmetic the best counts. A convolution that a backend computes by Winograd's method needs fewer
+multiplications than are counted, so that a fraction may come out above what this allows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from lsast_engines.engine import Arithmetic, open_engine
+from lsast_engines.errors import BackendError
+from lsast_engines.protobuf import message_field, number_field
+from lsast_engines.spec import GraphSpec, TensorSpec
+
+SIDE = 2048
+"""Rows and columns of the matrices: 8.6 G multiplications, with 50 MB of operands and result."""
+REPEATS = 8
+"""Times that a product is taken; the quickest counts, for nothing can be quicker than the machine."""
+
+INT8 = "int8"
+"""The arithmetic of a graph whose product is quantised, besides those of `Arithmetic`."""
+
+_FLOAT, _UINT8, _INT8_TYPE = 1, 2, 3  # onnx.TensorProto.DataType
+_OPSET, _IR = 18, 9
+
+
+def ceilings(
+    backends: Sequence[str], threads: int | None = None, side: int = SIDE, repeats: int = REPEATS
+) -> dict[str, dict[str, float]]:
+    """Measure.
+
+    Args:
+        backends: names of those that are installed and run on the CPU.
+        threads: threads for the backends; None is their choice. What BLAS takes is settled before NumPy is imported.
+        side: rows and columns of the matrices.
+        repeats: times that each product is taken.
+
+    Returns:
+        By arithmetic (`fp32`, …, ``int8``) and by who computed it (``numpy`` or a backend), multiply-accumulates a
+        second in units of 10⁹; an arithmetic that a backend has not is left out.
+    """
+    rng = np.random.default_rng(0)
+    left, right = (rng.standard_normal((side, side), dtype=np.float32) for _ in range(2))
+    found: dict[str, dict[str, float]] = {"fp32": {"numpy": _rate(lambda: np.matmul(left, right), side, repeats)}}
+    with tempfile.TemporaryDirectory(prefix="lsast-bench-") as folder:
+        plain, quantised = Path(folder) / "matmul.onnx", Path(folder) / "matmul8.onnx"
+        plain.write_bytes(matmul_graph(right))
+        quantised.write_bytes(quantised_matmul_graph(right))
+        for backend in backends:
+            for arithmetic in get_args(Arithmetic):
+                with contextlib.suppress(BackendError):
+                    rate = _engine_rate(plain, backend, arithmetic, threads, left, repeats)
+                    found.setdefault(arithmetic, {})[backend] = rate
+            with contextlib.suppress(BackendError):
+                rate = _engine_rate(quantised, backend, "fp32", threads, left, repeats)
+                found.setdefault(INT8, {})[backend] = rate
+    return found
+
+
+def spec(side: int) -> GraphSpec:
+    """Input and output of both graphs: x [side, side] → y = x · w."""
+    return GraphSpec("matmul", (TensorSpec("x", "float32", (side, side)),), (TensorSpec("y", "float32", (side, side)),))
+
+
+def matmul_graph(right: npt.NDArray[np.float32]) -> bytes:
+    """An ONNX file of y = x · `right` [n, n]; the factor is a constant, which backends pack beforehand as weights."""
+    return _model([_node("MatMul", ["x", "w"], "y")], {"w": right}, len(right))
+
+
+def quantised_matmul_graph(right: npt.NDArray[np.float32]) -> bytes:
+    """The same with both factors in 8 bits (x unsigned in steps of 1/16 about 128, `right` signed to its extremes)."""
+    step = np.float32(np.abs(right).max() / 127)
+    nodes = [
+        _node("QuantizeLinear", ["x", "x_step", "x_zero"], "x8"),
+        _node("DequantizeLinear", ["x8", "x_step", "x_zero"], "xd"),
+        _node("DequantizeLinear", ["w8", "w_step", "w_zero"], "wd"),
+        _node("MatMul", ["xd", "wd"], "y"),
+    ]
+    constants: dict[str, npt.NDArray[Any]] = {
+        "x_step": np.array(1 / 16, np.float32),
+        "x_zero": np.array(128, np.uint8),
+        "w8": np.round(right / step).astype(np.int8),
+        "w_step": np.array(step),
+        "w_zero": np.array(0, np.int8),
+    }
+    return _model(nodes, constants, len(right))
+
+
+def _engine_rate(
+    path: Path, backend: str, arithmetic: Arithmetic, threads: int | None, left: npt.NDArray[np.float32], repeats: int
+) -> float:
+    with contextlib.closing(open_engine(path, spec(len(left)), backend, "cpu", threads, arithmetic)) as engine:
+        return _rate(lambda: engine({"x": left}), len(left), repeats)
+
+
+def _rate(multiply: Callable[[], Any], side: int, repeats: int) -> float:
+    """10⁹ multiply-accumulates a second, at the quickest of `repeats` after one that warms up."""
+    multiply()
+    quickest = float("inf")
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        multiply()
+        quickest = min(quickest, time.perf_counter() - begin)
+    return side**3 / quickest / 1e9
+
+
+def _model(nodes: Sequence[bytes], constants: dict[str, npt.NDArray[Any]], side: int) -> bytes:
+    """A serialized ModelProto (onnx/onnx.proto) of a graph x → y, both [side, side]."""
+    graph = b"".join(message_field(1, node) for node in nodes) + message_field(2, b"matmul")
+    graph += b"".join(message_field(5, _tensor(name, value)) for name, value in constants.items())
+    graph += message_field(11, _border("x", side)) + message_field(12, _border("y", side))
+    return number_field(1, _IR) + message_field(7, graph) + message_field(8, number_field(2, _OPSET))
+
+
+def _node(kind: str, inputs: Sequence[str], output: str) -> bytes:
+    names = b"".join(message_field(1, name.encode()) for name in inputs)
+    return (
+        names + message_field(2, output.encode()) + message_field(3, output.encode()) + message_field(4, kind.encode())
+    )
+
+
+def _tensor(name: str, value: npt.NDArray[Any]) -> bytes:
+    number = {"float32": _FLOAT, "uint8": _UINT8, "int8": _INT8_TYPE}[value.dtype.name]
+    shape = b"".join(number_field(1, length) for length in value.shape)
+    return shape + number_field(2, number) + message_field(8, name.encode()) + message_field(9, value.tobytes())
+
+
+def _border(name: str, side: int) -> bytes:
+    shape = message_field(1, number_field(1, side)) * 2
+    tensor = number_field(1, _FLOAT) + message_field(2, shape)
+    return message_field(1, name.encode()) + message_field(2, message_field(1, tensor))

@@ -1,0 +1,204 @@
+"""The report of `lsast-bench` as Markdown, and as a bar chart."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lsast_engines.errors import MissingExtraError
+from lsast_engines.files import replace_file
+
+Row = dict[str, Any]
+
+NOTABLE = 0.1
+"""Share of a cold start from which a part is set in bold."""
+
+
+def markdown(report: Row) -> str:
+    """All tables of a report."""
+    parts = [_machine(report)]
+    rows = [row for row in report["rows"] if row["warm"]]
+    if report["ceilings"]:
+        parts.append(_ceilings(report["ceilings"]))
+    if rows:
+        parts += [_pictures(rows), _graphs(rows)]
+    if any(row["cold"] for row in rows):
+        parts.append(_cold([row for row in rows if row["cold"]]))
+    if any(row["size"] != rows[0]["size"] or row["batch"] != rows[0]["batch"] for row in rows):
+        parts.append(_growth(rows))
+    failed = [f"- {row['name']}: {row['error']}" for row in report["rows"] if row["error"]]
+    if failed:
+        parts.append("Not measured:\n\n" + "\n".join(failed))
+    parts += [f"Note: {note}" for note in report["notes"]]
+    return "\n\n".join(parts)
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def _machine(report: Row) -> str:
+    machine = report["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    threads = report["threads"] or "the backend's choice"
+    return "\n".join(
+        [
+            f"{machine['cpu']}, {machine['cores']} cores ({' '.join(machine['flags'])})",
+            f"{machine['system']}, {versions}",
+            f"threads: {threads}; n = {report['repeats']}; median (spread); load of the machine at the beginning "
+            f"{_number(machine['load'])}, at the end {_number(report['load_at_end'])}",
+        ]
+    )
+
+
+def _ceilings(rates: dict[str, dict[str, float]]) -> str:
+    rows = [
+        (arithmetic, f"{max(by.values()):.0f}", ", ".join(f"{name} {rate:.0f}" for name, rate in by.items()))
+        for arithmetic, by in rates.items()
+    ]
+    return "The limit, 10⁹ multiply-accumulates a second:\n\n" + table(("arithmetic", "best", "of"), rows)
+
+
+def _pictures(rows: Sequence[Row]) -> str:
+    heads = ("", "painted", "picture s", "step s", "first s", "GMAC", "of the limit", "peak MB", "cold s", "cold CPU s")
+    lines = []
+    for row in rows:
+        warm, cold = row["warm"], row["cold"]
+        peaks = [figures["peak_mb"] for figures in (warm, cold) if figures and figures["peak_mb"] is not None]
+        lines.append(
+            (
+                row["name"],
+                "x".join(map(str, reversed(warm["painted"]))),
+                _seconds(warm["picture"]),
+                _seconds(warm["step"]),
+                f"{warm['first_s']:.2f}",
+                _number(warm.get("gmac"), 0),
+                _percent(warm.get("fraction")),
+                _number(max(peaks, default=None), 0),
+                _seconds(cold and cold["total"]),
+                _seconds(cold and cold["cpu"]),
+            )
+        )
+    return "Pictures (in a batch: of each), models open:\n\n" + table(heads, lines)
+
+
+def _graphs(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        phases = row["warm"]["phases"]
+        listing = ", ".join(f"{name} {_seconds(found)}" for name, found in phases.items())
+        for name, graph in row["warm"]["graphs"].items():
+            runs = sum(group["runs"] for group in graph["shapes"])
+            figures = (_seconds(graph["run"]), _number(graph.get("gmac"), 1), _percent(graph.get("fraction")))
+            lines.append((row["name"], name, str(runs), *figures, ""))
+        lines.append((row["name"], "phases", "", "", "", "", listing))
+    heads = ("", "graph", "runs", "run s", "GMAC", "of the limit", "seconds of a picture")
+    return "Graphs and phases:\n\n" + table(heads, lines)
+
+
+def _cold(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        parts = sorted(row["cold"]["parts"].items(), key=lambda item: -item[1]["median"])
+        shown = [
+            f"{'**' if part['share'] > NOTABLE else ''}{name} {part['median']:.2f} s ({part['share']:.0%})"
+            f"{'**' if part['share'] > NOTABLE else ''}"
+            for name, part in parts
+            if part["share"] >= 0.01
+        ]
+        lines.append((row["name"], _seconds(row["cold"]["total"]), ", ".join(shown)))
+    heads = ("", "total s", f"parts of at least 1 %; above {NOTABLE:.0%} in bold")
+    return "A new process, from its start to its end, with one picture saved:\n\n" + table(heads, lines)
+
+
+def _growth(rows: Sequence[Row]) -> str:
+    """Time and memory against size and batch, each beside the row of its kind that came first."""
+    lines = []
+    first: dict[str, Row] = {}
+    for row in rows:
+        key = f"{row['backend']} {row['arithmetic']} {row['preset']} {row['options']}"
+        base = first.setdefault(key, row)
+        ratio = row["warm"]["picture"]["median"] / base["warm"]["picture"]["median"]
+        pixels = _area(row) / _area(base)
+        height, width = row["warm"]["painted"]
+        extent = (f"{width}x{height}", str(row["batch"]), _seconds(row["warm"]["picture"]))
+        lines.append((row["name"], *extent, f"{ratio:.2f}", f"{pixels:.2f}", _number(row["warm"]["peak_mb"], 0)))
+    heads = ("", "painted", "batch", "s a picture", "times the first's", "pixels, times", "peak MB")
+    return "Growth:\n\n" + table(heads, lines)
+
+
+def _area(row: Row) -> int:
+    height, width = row["warm"]["painted"]
+    return int(height * width)
+
+
+def _seconds(summary: dict[str, float] | None) -> str:
+    return "-" if summary is None else f"{summary['median']:.3g} ({summary['spread']:.2g})"
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def require_matplotlib() -> None:
+    """Find out before anything is measured whether a chart can be drawn.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "bench") from error
+
+
+def draw_bars(path: Path, title: str, bars: Sequence[tuple[str, float, str]], unit: str = "seconds a picture") -> None:
+    """Draw horizontal bars into a PNG.
+
+    Args:
+        path: the file to write.
+        title: over the chart; long ones are wrapped.
+        bars: label, length, and what is written at the end of each, from top to bottom.
+        unit: of the lengths.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1.2 + 0.4 * len(bars)), layout="constrained")
+    axes = figure.add_subplot()
+    places = range(len(bars))
+    drawn = axes.barh(places, [length for _, length, _ in bars], color="#3b6ea5")
+    axes.bar_label(drawn, [note for _, _, note in bars], padding=4)
+    axes.set_yticks(places, [label for label, _, _ in bars])
+    axes.invert_yaxis()
+    axes.margins(x=0.18)
+    axes.set_xlabel(unit)
+    axes.set_title(textwrap.fill(title, 100), fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    with replace_file(path) as handle:
+        FigureCanvasAgg(figure).print_png(handle)
+
+
+def chart(report: Row, path: Path) -> None:
+    """Draw the seconds of a picture of every row that was measured; see `draw_bars`."""
+    bars = []
+    for row in report["rows"]:
+        if row["warm"]:
+            seconds = row["warm"]["picture"]["median"]
+            fraction = row["warm"].get("fraction")
+            note = f"{seconds:.3g} s" + ("" if fraction is None else f", {fraction:.0%} of the limit")
+            bars.append((row["name"], seconds, note))
+    machine = report["machine"]
+    draw_bars(path, f"{machine['cpu']}, {machine['cores']} cores; median of {report['repeats']}", bars)

@@ -1,0 +1,45 @@
+"""The counter of `lsast-bench` on exported graphs, against torch's own count of the modules they were traced from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lsast.bench_macs import count_macs
+from lsast_engines.bundle import Bundle
+from lsast_export.graphs import GRAPHS, graph_module
+from lsast_train.base import Base
+
+LENGTHS = [
+    {"B": 1, "G": 1, "h": 8, "w": 8, "H": 64, "W": 64},
+    {"B": 1, "G": 2, "h": 16, "w": 8, "H": 128, "W": 64},
+    {"B": 3, "G": 2, "h": 8, "w": 24, "H": 64, "W": 192},
+]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_as_many_as_torch_counts(base: Base, bundles: dict[str, Bundle], graph: str, precision: str) -> None:
+    pytest.importorskip("openvino")
+    bundle = bundles[precision]
+    inputs = bundle.manifest.graphs[graph].inputs
+    shapes: list[dict[str, Any]] = [
+        {tensor.name: [lengths.get(axis, axis) for axis in tensor.shape] for tensor in inputs}  # type: ignore[call-overload]
+        for lengths in LENGTHS
+    ]
+    expected = []
+    # torch does not count its fused attention on the CPU.
+    with graph_module(base, graph) as module, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        for shape in shapes:
+            feeds = [
+                torch.randn(shape[t.name]) if t.dtype == "float32" else torch.arange(shape[t.name][0]) for t in inputs
+            ]
+            with FlopCounterMode(display=False) as counter:
+                module(*feeds)
+            expected.append(counter.get_total_flops() // 2)
+    assert expected[0] > 0
+    assert count_macs(bundle.graph_path(graph), shapes) == expected

@@ -1,0 +1,323 @@
+"""`lsast-bench`: its statistics and sums against hand-made reports, and the whole of it on a tiny bundle."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from lsast import bench_measure
+from lsast.bench import main
+from lsast.bench_ceilings import ceilings, matmul_graph, quantised_matmul_graph, spec
+from lsast.bench_measure import add_macs, cold_figures, covered, warm_figures
+from lsast.bench_plan import Configuration, Summary, parse_counts, plan
+from lsast.bench_report import markdown
+from lsast_engines.engine import open_engine
+from lsast_engines.errors import UsageError
+
+
+@pytest.fixture
+def folder(tmp_path: Path, bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder, with the tiny bundle as the default."""
+    rooms = [str(Path(module.__file__).parents[1]) for module in (bench_measure, sys.modules["lsast_engines"])]
+    monkeypatch.setenv("PYTHONPATH", ":".join(rooms))
+    monkeypatch.setenv("LSAST_BUNDLE", str(bundle_path))
+    monkeypatch.setenv("LSAST_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of matrices so small that they take no time; what they tell of the machine is not tested."""
+    real = bench_measure.child
+
+    def child(name: str, task: dict[str, Any], threads: int | None = None) -> Any:
+        return real(name, {**task, "side": 32, "repeats": 1} if name == "ceilings" else task, threads)
+
+    monkeypatch.setattr(bench_measure, "child", child)
+
+
+def _run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+def test_a_summary_is_median_and_spread() -> None:
+    odd, even = Summary.of([0.4, 0.1, 0.2]), Summary.of([4.0, 1.0, 2.0, 8.0])
+    assert (odd.n, odd.median, odd.least, odd.most) == (3, 0.2, 0.1, 0.4)
+    assert odd.spread == pytest.approx(0.3)
+    assert even.as_json() == {"n": 4, "median": 3.0, "min": 1.0, "max": 8.0, "spread": 7.0}
+
+
+def test_a_plan_grows_along_each_axis_and_does_not_multiply_them() -> None:
+    found = plan(["onnxruntime", "openvino:bf16"], ["released"], {"guidance": [1, 7]}, [512, 256], [1, 4])
+    assert [(c.backend, c.arithmetic, c.options["guidance"], c.size, c.batch) for c in found] == [
+        (backend, arithmetic, guidance, size, batch)
+        for backend, arithmetic in (("onnxruntime", "fp32"), ("openvino", "bf16"))
+        for guidance in (1, 7)
+        for size, batch in ((512, 1), (256, 1), (512, 4))
+    ]
+    assert {c.preset for c in found} == {"released"}
+    assert len({c.name for c in found}) == len(found)
+    assert [c.options for c in plan(["openvino"], [], {}, [64], [1])] == [{}]
+
+
+@pytest.mark.parametrize("text", ["", "64,", "0", "-1", "a", "64,64", "1.5"])
+def test_sizes_that_cannot_be_meant(text: str) -> None:
+    with pytest.raises(UsageError, match="found sizes"):
+        parse_counts(text, "sizes")
+
+
+def test_what_is_covered_counts_once() -> None:
+    assert covered([]) == 0
+    assert covered([(2.0, 5.0), (1.0, 3.0), (2.5, 2.75), (7.0, 8.0)]) == 5.0
+
+
+def _call(seconds: list[float], **shapes: list[int]) -> dict[str, Any]:
+    return {"shapes": shapes, "seconds": seconds}
+
+
+WARM = {
+    "open": 0.5,
+    "first": 9.0,
+    "peak_bytes": 2_000_000,
+    "cpu_s": 3.0,
+    "paths": {"denoiser": "d.onnx", "decoder": "p.onnx"},
+    "repeats": [
+        {
+            "total": total,
+            "phases": {"denoise": total / 2, "decode": 1.0},
+            "steps": [],
+            "graphs": {
+                "denoiser": [_call([total / 8, total / 8], latent=[2, 4]), _call([total / 4], latent=[2, 8])],
+                "decoder": [_call([0.5, 0.5], latent=[1, 4])],
+            },
+            "painted": [64, 96],
+            "options": {"style": "vangogh"},
+        }
+        for total in (8.0, 4.0, 6.0)
+    ],
+}
+"""A batch of two pictures, painted three times: two steps at one shape and one at another."""
+
+
+def test_figures_of_a_batch_are_those_of_a_picture() -> None:
+    figures = warm_figures(WARM, batch=2)
+    assert figures["picture"] == Summary.of([4.0, 2.0, 3.0]).as_json()
+    assert figures["phases"]["denoise"] == Summary.of([2.0, 1.0, 1.5]).as_json()
+    assert figures["step"] is None
+    denoiser = figures["graphs"]["denoiser"]
+    assert denoiser["run"] == Summary.of([1, 1, 2, 0.5, 0.5, 1, 0.75, 0.75, 1.5]).as_json()
+    assert denoiser["picture"] == Summary.of([2.0, 1.0, 1.5]).as_json()
+    assert [group["runs"] for group in denoiser["shapes"]] == [2, 1]
+    assert (figures["open_s"], figures["first_s"], figures["peak_mb"], figures["painted"]) == (0.5, 9.0, 2.0, [64, 96])
+    single = warm_figures({**WARM, "repeats": [{**WARM["repeats"][0], "steps": [1.0, 3.0]}]}, batch=1)  # type: ignore[index]
+    assert single["step"] == {"n": 2, "median": 2.0, "min": 1.0, "max": 3.0, "spread": 2.0}
+
+
+def test_fractions_are_of_the_best_that_the_machine_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"arithmetic": "bf16", "batch": 2, "warm": warm_figures(WARM, batch=2)}
+    asked: dict[str, Any] = {}
+
+    def count(name: str, task: dict[str, Any], threads: int | None = None) -> Any:
+        asked.update(task["graphs"])
+        # 10⁹ for each cell of the latent
+        return {"macs": {path: [s["latent"][-1] * 10**9 for s in shapes] for path, shapes in asked.items()}}
+
+    monkeypatch.setattr(bench_measure, "child", count)
+    add_macs([row, {"warm": None}], {"fp32": {"numpy": 99.0}, "bf16": {"openvino": 4.0, "other": 8.0}})
+    assert asked == {"d.onnx": [{"latent": [2, 4]}, {"latent": [2, 8]}], "p.onnx": [{"latent": [1, 4]}]}
+    denoiser, decoder = row["warm"]["graphs"]["denoiser"], row["warm"]["graphs"]["decoder"]  # type: ignore[index]
+    assert denoiser["gmac"] == pytest.approx((4 + 4 + 8) / 3)
+    assert denoiser["fraction"] == pytest.approx(16 / (2 * 1.5) / 8)  # 16 G in 3 s for both pictures, of 8 G a second
+    assert decoder["gmac"] == pytest.approx(4)
+    assert row["warm"]["gmac"] == pytest.approx((16 + 8) / 2)  # type: ignore[index]
+    assert row["warm"]["fraction"] == pytest.approx(12 / 3 / 8)  # type: ignore[index]
+    add_macs([row], {"fp32": {"numpy": 99.0}})
+    assert row["warm"]["fraction"] is None  # type: ignore[index]
+
+
+def test_a_cold_start_is_taken_apart() -> None:
+    report = {
+        "spawned": 10.0,
+        "ended": 20.0,
+        "done": 19.5,
+        "cpu_s": 4.0,
+        "peak_bytes": 3_000_000,
+        # Two graphs are opened side by side.
+        "parts": [["imports", 10.0, 11.0], ["open a", 11.0, 13.0], ["open b", 11.5, 13.0], ["hint: first run", 15, 16]],
+        "phases": {"read": 0.25, "edges": 1.5, "finish": 0.25},
+    }
+    later = {**report, "ended": 22.0, "done": 21.5, "peak_bytes": 5_000_000}
+    figures = cold_figures([report, report, later])
+    parts = {name: part["median"] for name, part in figures["parts"].items()}
+    # 10 s less 1 + 2 + 1 + 0.5 covered, and 0.25 + 0.5 + 0.25 of phases outside of graphs
+    assert parts == {
+        "imports": 1.0,
+        "open a": 2.0,
+        "open b": 1.5,
+        "hint: first run": 1.0,
+        "exit": 0.5,
+        "read the picture": 0.25,
+        "find edges": 0.5,
+        "finish": 0.25,
+        "rest": 4.5,
+    }
+    assert figures["parts"]["open a"]["share"] == pytest.approx(0.2)
+    assert figures["total"] == {"n": 3, "median": 10.0, "min": 10.0, "max": 12.0, "spread": 2.0}
+    assert figures["peak_mb"] == 5.0
+
+
+def test_products_are_those_that_they_claim_to_be(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    rng = np.random.default_rng(0)
+    left, right = (rng.standard_normal((48, 48), dtype=np.float32) for _ in range(2))
+    product = left @ right
+    for name, content in (("plain", matmul_graph(right)), ("quantised", quantised_matmul_graph(right))):
+        onnx.checker.check_model(onnx.load_from_string(content), full_check=True)
+        path = tmp_path / f"{name}.onnx"
+        path.write_bytes(content)
+        for backend in ("onnxruntime", "openvino"):
+            pytest.importorskip(backend)
+            engine = open_engine(path, spec(48), backend, threads=1)
+            found = engine({"x": left})["y"].copy()
+            engine.close()
+            error = np.abs(found - product)
+            if name == "plain":
+                assert error.max() < 1e-4
+            else:
+                # Rounding errors are even in ± half a step, their variances s² / 12 add up over the sum of 48.
+                steps = np.array([1 / 16, np.abs(right).max() / 127])
+                deviation = np.sqrt(48 * (steps**2 / 12).sum())
+                assert 0 < error.mean() < 1.5 * deviation
+
+
+def test_every_arithmetic_that_there_is_has_its_ceiling() -> None:
+    pytest.importorskip("onnxruntime")
+    found = ceilings(["onnxruntime"], threads=1, side=16, repeats=1)
+    assert set(found["fp32"]) == {"numpy", "onnxruntime"}
+    assert set(found["int8"]) == {"onnxruntime"}
+    assert set(found) == {"fp32", "int8"}  # ONNX Runtime has no other on the CPU
+    assert all(rate > 0 for by in found.values() for rate in by.values())
+
+
+def test_a_report_tells_everything(folder: Path, small_products: None) -> None:
+    pytest.importorskip("openvino")
+    result = _run(
+        *("--backend", "onnxruntime", "--option", "guidance=1,2", "--option", "steps=4", "--option", "strength=0.5"),
+        *("--sizes", "64,128", "--repeats", "2", "--cold", "--threads", "1", "--json", "-"),
+    )
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report.keys() == {"machine", "threads", "repeats", "ceilings", "rows", "notes", "load_at_end"}
+    assert {"cpu", "cores", "flags", "versions", "load"} <= report["machine"].keys()
+    assert report["machine"]["versions"]["numpy"] == np.__version__
+    assert set(report["ceilings"]) == {"fp32", "int8"}
+    assert (report["threads"], report["repeats"], report["notes"]) == (1, 2, [])
+    rows = report["rows"]
+    assert [(row["options"]["guidance"], row["size"]) for row in rows] == [(1, 64), (1, 128), (2, 64), (2, 128)]
+    for row in rows:
+        warm, cold = row["warm"], row["cold"]
+        assert warm["painted"] == [row["size"], row["size"]]
+        assert (warm["options"]["steps"], warm["options"]["guidance"]) == (4, row["options"]["guidance"])
+        assert warm["picture"]["n"] == cold["total"]["n"] == 2
+        assert warm["step"]["n"] == 2 * 2  # the last half of four steps, twice
+        assert {name: graph["run"]["n"] for name, graph in warm["graphs"].items()} == {
+            "hint": 2, "encoder": 2, "denoiser": 4, "decoder": 2,
+        }  # fmt: skip
+        assert list(warm["phases"]) == ["read", "edges", "encode", "denoise", "decode", "finish"]
+        assert warm["peak_mb"] > 20
+        assert {"interpreter", "imports", "import onnxruntime", "open bundle", "open denoiser"} <= cold["parts"].keys()
+        assert {"denoiser: first run", "denoiser: further runs", "decoder: first run"} <= cold["parts"].keys()
+        assert sum(part["median"] for part in cold["parts"].values()) == pytest.approx(
+            cold["total"]["median"], rel=1e-3
+        )
+        # Products of the tiny graphs (tests/runtime/conftest.py): styles 24·4 a row of guidance, gate 16·4, time 4,
+        # edge convolution 5·4 a cell.
+        cells, halves = (row["size"] // 8) ** 2, row["options"]["guidance"]
+        denoiser = (halves * 24 * 4 + 16 * 4 + 4 + 20 * cells) / 1e9
+        assert warm["graphs"]["denoiser"]["gmac"] == pytest.approx(denoiser)
+        once = (2 * 12 + 15 + 12) * cells / 1e9  # encoder, hint, decoder
+        assert warm["gmac"] == pytest.approx(2 * denoiser + once)
+        assert warm["fraction"] == pytest.approx(
+            warm["gmac"] / warm["picture"]["median"] / max(report["ceilings"]["fp32"].values())
+        )
+    tables = markdown(report)
+    assert all(title in tables for title in ("The limit", "Pictures", "Graphs and phases", "A new process", "Growth"))
+    assert f"n = 2; median (spread); load of the machine at the beginning {report['machine']['load']:.2f}" in tables
+
+
+def test_batches_go_through_the_denoiser_together(folder: Path) -> None:
+    result = _run(
+        *("--backend", "onnxruntime", "--preset", "released", "--option", "steps=4", "--sizes", "64"),
+        *("--batch", "3", "--repeats", "1", "--no-ceilings", "--json", "figures.json", "--chart", "bars.png"),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "onnxruntime fp32 released steps 4 64² batch 3" in result.stdout
+    (row,) = json.loads(Path("figures.json").read_text())["rows"]
+    assert row["warm"]["options"]["guidance"] == 10.0  # the preset's
+    assert row["warm"]["graphs"]["denoiser"]["run"]["n"] == 2
+    (group,) = row["warm"]["graphs"]["denoiser"]["shapes"]
+    assert group["shapes"]["latent"] == [3, 4, 8, 8]
+    assert group["shapes"]["kv_unet"][:2] == [2, 3]
+    assert row["warm"]["graphs"]["decoder"]["run"]["n"] == 3
+    assert row["warm"]["step"] is None
+    with Image.open("bars.png") as image:
+        assert image.format == "PNG"
+
+
+def test_what_this_machine_cannot_do_is_told_and_the_rest_is_measured(folder: Path) -> None:
+    result = _run(
+        *("--backend", "onnxruntime:bf16", "--backend", "onnxruntime", "--option", "steps=2", "--sizes", "64"),
+        *("--repeats", "1", "--no-ceilings", "--json", "figures.json"),
+    )
+    assert result.exit_code == 1
+    refused, measured = json.loads(Path("figures.json").read_text())["rows"]
+    assert refused["warm"] is None
+    assert "onnxruntime computes in fp32, found bf16" in refused["error"]
+    assert measured["warm"]["picture"]["n"] == 1
+    assert "Not measured:\n\n- onnxruntime bf16 steps 2 64²: onnxruntime computes in fp32" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--option", "speed=1"), "found the axis speed, no option"),
+        (("--option", "steps"), "expected an option and its values"),
+        (("--sizes", "big"), "found sizes 'big'"),
+        (("--batch", "0"), "found batches '0'"),
+        (("--preset", "quickest"), "found preset 'quickest'"),
+        (("--backend", "openvino:fp64"), "found 'openvino:fp64'; expected BACKEND or BACKEND:ARITHMETIC"),
+        (("--repeats", "0"), "--repeats"),
+    ],
+)
+def test_usage_that_cannot_be_meant_is_refused_before_anything_is_measured(
+    arguments: tuple[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_measure, "child", lambda *_: pytest.fail("measured"))
+    result = _run(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_a_chart_without_matplotlib_is_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(bench_measure, "child", lambda *_: pytest.fail("measured"))
+    result = _run("--chart", "bars.png", "--backend", "onnxruntime")
+    assert result.exit_code == 1
+    assert "pip install 'lsast[bench]'" in result.stderr
+
+
+def test_a_process_that_dies_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configuration = Configuration(backend="onnxruntime", size=64)
+    task = {"bundle": None, "picture": "nowhere.png", "threads": 1, "repeats": 1}
+    row = bench_measure.measure(configuration, task, cold=False)
+    assert "nowhere.png" in row["error"]  # what the library says of it
+    monkeypatch.setattr(sys, "executable", "false")
+    assert "ended with status 1" in bench_measure.measure(configuration, task, cold=False)["error"]
