@@ -57,7 +57,7 @@ def find_engine(path: Path, spec: GraphSpec, library: Library, version: str, ari
     try:
         record = verified_record(engine)
     except BackendError as error:
-        raise BackendError(f"{error}\ncompile with: {command}") from error
+        raise BackendError(f"{error}\ncompile with: {command}, or let lsast-run do so: --build") from error
     wanted = dataclasses.replace(
         record.key,
         graph=spec.name,
@@ -69,7 +69,8 @@ def find_engine(path: Path, spec: GraphSpec, library: Library, version: str, ari
     if faults := wanted.differences(record.key) + record.key.serves(gpu.capability, gpu.name):
         heading = f"{engine} was compiled from something else, or for something else:"
         took = f"it took {record.seconds:.0f} s last time"
-        raise BackendError(f"{fault_list(heading, faults)}\ncompile again ({took}) with: {command}")
+        again = f"compile again ({took}) with: {command}, or let lsast-run do so: --build"
+        raise BackendError(f"{fault_list(heading, faults)}\n{again}")
     return record
 
 

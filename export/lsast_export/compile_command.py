@@ -47,6 +47,7 @@ def compiling(command: Command) -> Command:
 @click.option(
     "--out", metavar="DIR", type=click.Path(path_type=Path), help="Put engines here, not where lsast-run finds them."
 )
+@click.option("--graph", "graphs", metavar="NAME", multiple=True, help="This graph only; again for others.")
 @compiling
 @common
 @click.pass_context
@@ -55,6 +56,7 @@ def compile_command(
     bundle: str | None,
     backend: Library,
     out: Path | None,
+    graphs: tuple[str, ...],
     sm: tuple[str, ...],
     sides: str | None,
     batch: str | None,
@@ -70,7 +72,7 @@ def compile_command(
     from lsast_engines.bundle import find_bundle
 
     phases = Phases()
-    facts = compiled(find_bundle(bundle), backend, phases, out, sm, sides, batch, arithmetic)
+    facts = compiled(find_bundle(bundle), backend, phases, out, sm, sides, batch, arithmetic, graphs)
     click.echo(json.dumps(facts) if as_json or ctx.meta.get("lsast.json") else facts["engines"])
 
 
@@ -83,6 +85,7 @@ def compiled(
     sides: str | None = None,
     batch: str | None = None,
     arithmetic: str | None = None,
+    graphs: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Compile `bundle` as the options say, and what came of it, for ``--json``."""
     from lsast_engines.engine_key import engine_folder
@@ -91,7 +94,7 @@ def compiled(
 
     options = compile_options(backend, sm, sides, batch, arithmetic)
     library = options.library
-    records = compile_bundle(bundle, options, out, phases)
+    records = compile_bundle(bundle, options, out, phases, graphs)
     return {
         "bundle": str(bundle),
         "engines": str(out or engine_folder(bundle, library, options.arithmetic)),

@@ -13,6 +13,7 @@ import hashlib
 import re
 import tempfile
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,14 +120,32 @@ def compile_graph(
 
 
 def compile_bundle(
-    bundle: Path, options: CompileOptions, out: Path | None = None, progress: Progress = silent
+    bundle: Path,
+    options: CompileOptions,
+    out: Path | None = None,
+    progress: Progress = silent,
+    graphs: Collection[str] = (),
 ) -> dict[str, EngineRecord]:
-    """Compile every graph of the folder `bundle` into `out`, or where `lsast-run` finds them; see `compile_graph`."""
+    """Compile the graphs of the folder `bundle` into `out`, or where `lsast-run` finds them; see `compile_graph`.
+
+    Args:
+        bundle: the bundle's folder.
+        options: how.
+        out: where to.
+        progress: told of phases.
+        graphs: names of those to compile; none is all.
+
+    Raises:
+        UsageError: the bundle has no such graph.
+    """
     manifest = Manifest.from_json((bundle / "manifest.json").read_text(encoding="utf-8"), str(bundle / "manifest.json"))
+    if unknown := sorted(set(graphs) - manifest.graphs.keys()):
+        raise UsageError(f"found graphs {', '.join(unknown)}; expected of {', '.join(manifest.graphs)}")
     folder = out or engine_folder(bundle, options.library, options.arithmetic)
     return {
         name: compile_graph(bundle / f"{name}.onnx", spec, folder / f"{name}{SUFFIX}", options, progress)
         for name, spec in manifest.graphs.items()
+        if name in graphs or not graphs
     }
 
 

@@ -76,6 +76,7 @@ def _number_or_text(ctx: click.Context, param: click.Parameter, value: str | Non
     default="fp32",
     help="fp32; openvino also bf16, fp16; tensorrt fp16. [default: fp32]",
 )
+@click.option("--build", is_flag=True, help="Compile what tensorrt-rtx or tensorrt misses; takes minutes.")
 @click.option(
     "--grid",
     "axes",
@@ -99,6 +100,7 @@ def main(
     device: str,
     threads: int | None,
     arithmetic: str,
+    build: bool,
     axes: tuple[str, ...],
     origin: str | None,
     overwrite: bool,
@@ -150,6 +152,7 @@ def main(
         "device": device,
         "threads": threads,
         "arithmetic": arithmetic,
+        "build": build,
     }
     options = {**preset_options(preset), **{name: value for name, value in options.items() if value is not None}}
     if origin is not None:

@@ -46,6 +46,7 @@ def load(
     threads: int | None = None,
     arithmetic: Arithmetic = "fp32",
     style_memory: int = STYLE_MEMORY,
+    build: bool = False,
 ) -> Stylizer:
     """Open a bundle and compile its graphs, once for any number of pictures.
 
@@ -57,14 +58,20 @@ def load(
         arithmetic: `fp32`, or with `openvino` where the processor has it `bf16` or `fp16`: about twice as fast, and
             off by a grey level or two. If the decoder overflows in it, it is opened in `fp32` and asked again.
         style_memory: bytes of styles to keep in memory between paintings; those used longest ago go first.
+        build: with `tensorrt-rtx` or `tensorrt`, compile first what is missing, which takes minutes and the extra
+            `export`; without, a missing engine is an error.
 
     Raises:
-        UsageError: fewer threads than 1, or an unknown arithmetic.
+        UsageError: fewer threads than 1, an unknown arithmetic, or `build` with a backend that compiles nothing.
         BundleError: there is no such bundle, or it is damaged.
         BackendError: the backend, the device or the arithmetic cannot be had here; the message lists what can.
         MissingExtraError: no backend is installed.
     """
     opener = Opener(Bundle.open(find_bundle(bundle)), backend, device, threads, arithmetic)
+    if build:
+        from .building import build_engines
+
+        build_engines(opener.bundle, backend.lower(), arithmetic)
     return Stylizer(opener, opener.all(), style_memory)
 
 

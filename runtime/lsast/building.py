@@ -1,0 +1,81 @@
+"""Compiling what a GPU backend misses, when the caller allowed it: minutes that nobody should be surprised by.
+
+The exporter compiles, in a process of its own, as the command does that a missing engine names: the runtime neither
+imports it nor what it needs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any, get_args
+
+from lsast_engines.bundle import Bundle
+from lsast_engines.cuda import gpus, load_cuda
+from lsast_engines.engine import Arithmetic
+from lsast_engines.engine_key import Library
+from lsast_engines.errors import BackendError, MissingExtraError, UsageError
+from lsast_engines.tensorrt import find_engine
+from lsast_engines.tensorrt_library import load_library
+
+Run = Callable[[list[str]], int]
+"""Runs a command, which says on stderr how far it is, and gives its exit status."""
+
+
+def build_engines(
+    bundle: Bundle, backend: str, arithmetic: Arithmetic, run: Run | None = None, runtime: Any = None
+) -> list[str]:
+    """Compile the engines of a bundle that are missing or do not fit this machine; what fits is left as it is.
+
+    Args:
+        bundle: whose graphs.
+        backend: ``tensorrt-rtx`` or ``tensorrt``.
+        arithmetic: what the engines compute in.
+        run: runs the compiler, to compile otherwise.
+        runtime: the module `cuda.bindings.runtime`, to ask another.
+
+    Returns:
+        The graphs that were compiled.
+
+    Raises:
+        UsageError: a backend that compiles nothing.
+        MissingExtraError: the library, cuda-python or what the exporter needs is not installed.
+        BackendError: no GPU, or compiling failed; why stands on stderr.
+    """
+    if backend not in get_args(Library):
+        expected = " or ".join(get_args(Library))
+        raise UsageError(f"found a backend {backend!r} to build engines for; expected {expected}")
+    library: Library = "tensorrt" if backend == "tensorrt" else "tensorrt-rtx"
+    version = str(load_library(library).__version__)
+    there = gpus(runtime or load_cuda())
+    if not there:
+        raise BackendError(f"found no NVIDIA GPU to build engines for; see lsast-run --doctor ({library})")
+    missing = []
+    for name, spec in bundle.manifest.graphs.items():
+        try:
+            find_engine(bundle.graph_path(name), spec, library, version, arithmetic, there[0])
+        except BackendError:
+            missing.append(name)
+    if not missing:
+        return []
+    if importlib.util.find_spec("lsast_export") is None or importlib.util.find_spec("onnx_ir") is None:
+        raise MissingExtraError("the exporter, which compiles engines,", "export")
+    command = [sys.executable, "-m", "lsast_export", "compile", str(bundle.path), "--backend", library]
+    command += ["--arithmetic", arithmetic]
+    if library == "tensorrt-rtx":
+        command += ["--sm", there[0].capability]
+    for name in missing:
+        command += ["--graph", name]
+    if status := (run or _run)(command):
+        raise BackendError(
+            f"compiling {', '.join(missing)} failed with exit status {status}; try it by itself: "
+            f"lsast-export {' '.join(command[3:])}"
+        )
+    return missing
+
+
+def _run(command: list[str]) -> int:
+    # What it prints on stdout would mix with the paintings' paths.
+    return subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
