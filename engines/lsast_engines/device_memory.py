@@ -41,10 +41,10 @@ class Stream:
         self._copy(buffer.at(offset, array.nbytes), array.ctypes.data, array.nbytes, kind)
         self.wait()
 
-    def read(self, buffer: Buffer, array: Array) -> None:
-        """Fill the contiguous `array` from the beginning of `buffer`, after all work before."""
+    def read(self, buffer: Buffer, array: Array, offset: int = 0) -> None:
+        """Fill the contiguous `array` from byte `offset` of `buffer` on, after all work before."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._copy(array.ctypes.data, buffer.at(0, array.nbytes), array.nbytes, kind)
+        self._copy(array.ctypes.data, buffer.at(offset, array.nbytes), array.nbytes, kind)
         self.wait()
 
     def copy(self, target: Buffer, source: Buffer, count: int, target_offset: int = 0, source_offset: int = 0) -> None:

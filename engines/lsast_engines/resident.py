@@ -8,18 +8,40 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from .device_memory import Buffer
 from .errors import StyleError, UsageError
-from .style import Style
-from .style_file import TENSORS, StyleFile
+from .style_file import TENSORS, StyleRow
 from .tensorrt import TensorRtEngine
 
 
+class Rows(Protocol):
+    """Keys and values by stage: a `Style`, a `StyleFile`, or a mix of them."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    @property
+    def stages(self) -> int:
+        """How many stages."""
+
+    @property
+    def tokens(self) -> int:
+        """T of each row."""
+
+    def width(self, tensor: str) -> int:
+        """Columns of the rows of `tensor`, one of `TENSORS`."""
+
+    def row(self, stage: int) -> StyleRow:
+        """Keys and values of one stage."""
+
+
 @dataclass(frozen=True)
-class _Rows:
+class _Table:
     """The rows of one style on the device: [stages, T, W] a tensor."""
 
     stages: int
@@ -35,17 +57,30 @@ class _Rows:
 class ResidentStyles:
     """The styles on the device of one denoiser. They go when the denoiser is closed."""
 
-    def __init__(self, denoiser: TensorRtEngine, null: Style) -> None:
+    def __init__(self, denoiser: TensorRtEngine, null: Rows) -> None:
         """Put the unconditional rows `null` on the device of `denoiser`."""
         self._denoiser = denoiser
         self._null = self._upload(null)
-        self._styles: dict[str, _Rows] = {}
+        self._styles: dict[str, _Table] = {}
 
-    def add(self, name: str, style: Style | StyleFile) -> None:
+    def add(self, name: str, style: Rows) -> None:
         """Put all stages of `style` on the device as `name`; one of that name is replaced."""
         rows = self._upload(style)
         self.remove(name)
         self._styles[name] = rows
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._styles
+
+    @property
+    def names(self) -> list[str]:
+        """The styles that are there, the one added or bound longest ago first."""
+        return list(self._styles)
+
+    @property
+    def bytes(self) -> int:
+        """Device memory of the styles, without the unconditional rows."""
+        return sum(buffer.bytes for rows in self._styles.values() for buffer in rows.buffers.values())
 
     def remove(self, name: str) -> None:
         """Give the memory of `name` back; one that is not there is no matter."""
@@ -54,8 +89,8 @@ class ResidentStyles:
             for buffer in rows.buffers.values():
                 buffer.free()
 
-    def bind(self, names: Sequence[str], stage: int, *, guided: bool) -> None:
-        """Bind the keys and values of one step: picture b of the batch is painted in style ``names[b]``.
+    def bind(self, names: Sequence[str], stages: Sequence[int], *, guided: bool) -> None:
+        """Bind the keys and values of one step: picture b of the batch is painted in stage s_b of style n_b.
 
         Nothing passes through the host, and nothing is waited for.
 
@@ -68,10 +103,11 @@ class ResidentStyles:
             there = ", ".join(self._styles) or "none"
             raise UsageError(f"found styles {', '.join(unknown) or 'none'}; expected of those added before: {there}")
         hands = [self._styles[name] for name in names]
-        least = min(rows.stages for rows in hands)
-        if not 0 <= stage < least:
-            raise UsageError(f"found stage {stage}; expected 0 to {least - 1}")
-        nothing = [self._null] * len(hands)
+        for rows, stage in zip(hands, stages, strict=True):
+            if not 0 <= stage < rows.stages:
+                raise UsageError(f"found stage {stage}; expected 0 to {rows.stages - 1}")
+        for name in names:
+            self._styles[name] = self._styles.pop(name)
         shapes: dict[str, tuple[int, ...]] = {}
         for tensor in TENSORS:
             tokens, width = self._null.row[tensor]
@@ -81,16 +117,17 @@ class ResidentStyles:
                 shapes[tensor] = (len(hands), tokens, width)
         # Checked before anything is copied, while the buffers still hold what was bound before.
         self._denoiser.bind_on_device(shapes)
-        self._copy("kv_unet", [*(nothing if guided else []), *hands], stage)
-        self._copy("kv_control", hands, stage)
+        styled = list(zip(hands, stages, strict=True))
+        plain = [(self._null, stage if self._null.stages > 1 else 0) for stage in stages]
+        self._copy("kv_unet", [*(plain if guided else []), *styled])
+        self._copy("kv_control", styled)
 
-    def _copy(self, tensor: str, rows: Sequence[_Rows], stage: int) -> None:
-        target, size = self._denoiser.input_buffer(tensor), self._null.bytes_of(tensor)
-        for index, row in enumerate(rows):
-            source = (stage if row.stages > 1 else 0) * size
-            self._denoiser.stream.copy(target, row.buffers[tensor], size, index * size, source)
+    def _copy(self, tensor: str, rows: Sequence[tuple[_Table, int]]) -> None:
+        target, size = self._denoiser.buffer(tensor), self._null.bytes_of(tensor)
+        for index, (table, stage) in enumerate(rows):
+            self._denoiser.stream.copy(target, table.buffers[tensor], size, index * size, stage * size)
 
-    def _upload(self, style: Style | StyleFile) -> _Rows:
+    def _upload(self, style: Rows) -> _Table:
         stream = self._denoiser.stream
         buffers: dict[str, Buffer] = {}
         shapes = {tensor: (style.tokens, style.width(tensor)) for tensor in TENSORS}
@@ -103,4 +140,4 @@ class ResidentStyles:
             table = np.stack([getattr(style.row(stage), tensor) for stage in range(style.stages)])
             buffers[tensor] = stream.allocate(table.nbytes)
             stream.write(buffers[tensor], table.astype(np.float32, copy=False))
-        return _Rows(style.stages, buffers, shapes)
+        return _Table(style.stages, buffers, shapes)

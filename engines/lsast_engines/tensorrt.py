@@ -11,11 +11,13 @@ compiled here.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,10 +26,9 @@ from .device_memory import Buffer, Graph, Stream
 from .engine import Arithmetic, Array, CheckedEngine
 from .engine_key import SUFFIX, EngineRecord, Library, engine_folder, graph_digest, verified_record
 from .errors import BackendError, fault_list
-from .files import replace_file
 from .profile import Profile, Shape, output_shapes, require_in_profile
-from .spec import GraphSpec, TensorSpec
-from .tensorrt_library import MODULES, load_library, make_logger
+from .spec import GraphSpec
+from .tensorrt_library import MODULES, Kernels, check_engine, load_library, make_logger
 
 _log = logging.getLogger("lsast.tensorrt")
 
@@ -44,14 +45,34 @@ def devices(library: Library) -> list[str]:
     return ["cuda"] if gpus() else []
 
 
-def find_engine(path: Path, spec: GraphSpec, library: Library, version: str, arithmetic: str, gpu: Gpu) -> EngineRecord:
+class Dependent(Protocol):
+    """Something that recorded an engine's work, or that uses its buffers."""
+
+    def reshaped(self) -> None:
+        """The engine is about to take other shapes: what was recorded of it is void."""
+
+    def close(self) -> None:
+        """The engine is about to close. May be called twice."""
+
+
+def find_engine(
+    path: Path,
+    spec: GraphSpec,
+    library: Library,
+    version: str,
+    arithmetic: str,
+    gpu: Gpu,
+    folder: Path | None = None,
+) -> EngineRecord:
     """The record of the engine of the graph file `path` that fits this library, arithmetic and GPU.
+
+    It is looked for in `folder`, by default where `engine_folder` has those of the graph's bundle.
 
     Raises:
         BackendError: none that fits: what is there instead, field by field, how long it took to compile, and the
             command that compiles it.
     """
-    engine = engine_folder(path.parent, library, arithmetic) / f"{spec.name}{SUFFIX}"
+    engine = (folder or engine_folder(path.parent, library, arithmetic)) / f"{spec.name}{SUFFIX}"
     sm = f" --sm {gpu.capability}" if library == "tensorrt-rtx" else ""
     command = f"lsast-export compile {path.parent} --backend {library} --arithmetic {arithmetic}{sm}"
     try:
@@ -88,6 +109,9 @@ class TensorRtEngine(CheckedEngine):
         library: Library,
         trt: Any = None,
         runtime: Any = None,
+        folder: Path | None = None,
+        stream: Stream | None = None,
+        shared: Mapping[str, Buffer] | None = None,
     ) -> None:
         """Open the engine of the graph file `path`.
 
@@ -100,6 +124,9 @@ class TensorRtEngine(CheckedEngine):
             library: the library that compiled it.
             trt: the library's module, to run against another.
             runtime: the module `cuda.bindings.runtime`, likewise.
+            folder: where the engine lies, if not where that of a bundle does.
+            stream: another engine's, to work in order with it; it must be closed after this one.
+            shared: that engine's buffers to use for inputs of these names.
 
         Raises:
             MissingExtraError: library or cuda-python is not installed.
@@ -113,43 +140,92 @@ class TensorRtEngine(CheckedEngine):
             raise BackendError(
                 f"found no NVIDIA GPU for {library}; expected one with its driver, see lsast-run --doctor"
             )
-        record = find_engine(path, spec, library, str(trt.__version__), arithmetic, there[0])
-        file = engine_folder(path.parent, library, arithmetic) / f"{spec.name}{SUFFIX}"
+        self._folder = folder or engine_folder(path.parent, library, arithmetic)
+        record = find_engine(path, spec, library, str(trt.__version__), arithmetic, there[0], self._folder)
+        file = self._folder / f"{spec.name}{SUFFIX}"
+        self._modules = library, trt, runtime
         self._profile: Profile = record.key.profile
         self._logger, self._complaints = make_logger(trt)
         self._library: Any = trt.Runtime(self._logger)
         self._engine: Any = self._library.deserialize_cuda_engine(file.read_bytes())
         self._require(self._engine is not None, f"refuses {file}")
-        _check_engine(trt, self._engine, spec, self._profile, file)
+        check_engine(trt, self._engine, spec, self._profile, file)
         # TensorRT-RTX compiles kernels for the GPU when a context is made, and captures graphs by itself.
-        self._kernels = _Kernels(trt, self._engine, file) if library == "tensorrt-rtx" else None
+        self._kernels = Kernels(trt, self._engine, file) if library == "tensorrt-rtx" else None
         self._context: Any = self._kernels.context() if self._kernels else self._engine.create_execution_context()
         self._require(self._context is not None, "cannot make an execution context")
-        self._stream = Stream(runtime)
-        try:
-            self._buffers = self._allocate()
-        except BaseException:
-            self._release()
-            raise
+        self._stream, self._owns_stream = stream or Stream(runtime), stream is None
+        self._buffers: dict[str, Buffer] = {}
+        self._shared = dict(shared or {})
+        self.dependents: list[Dependent] = []
         self._shapes: dict[str, Shape] = {}
         self._host: dict[str, Array] = {}
         self._runs = 0
         self._graph: Graph | None = None
+        try:
+            self._allocate()
+        except BaseException:
+            self._release()
+            raise
 
     @property
     def stream(self) -> Stream:
         """The stream that everything of this engine is in order on."""
         return self._stream
 
-    def input_buffer(self, name: str) -> Buffer:
-        """The buffer of input `name`, as large as the profile's largest shape."""
+    def buffer(self, name: str) -> Buffer:
+        """The buffer of input or output `name`, as large as the profile's largest shape."""
         return self._buffers[name]
+
+    def beside(
+        self, path: Path, spec: GraphSpec, arithmetic: Arithmetic, shared: Mapping[str, Buffer]
+    ) -> TensorRtEngine:
+        """Open the engine of another graph that lies beside this one, to work on the same stream.
+
+        It takes the buffers `shared` of this engine for its inputs of these names, and is closed before this one.
+
+        Raises:
+            BackendError: see the constructor.
+        """
+        library, trt, runtime = self._modules
+        return TensorRtEngine(
+            path,
+            spec,
+            self.device,
+            None,
+            arithmetic,
+            library=library,
+            trt=trt,
+            runtime=runtime,
+            folder=self._folder,
+            stream=self._stream,
+            shared=shared,
+        )
+
+    def lay(self, shapes: dict[str, Shape]) -> None:
+        """Get ready for `execute`: what is bound, and the other inputs in these shapes, which lie in their buffers.
+
+        Raises:
+            BackendError: wrong or missing inputs, or shapes that it was not compiled for.
+        """
+        with self._alone():
+            self._check(_stand_ins(shapes, self.spec), complete=True)
+            require_in_profile(self._profile, shapes, self.spec.name)
+            self._set_shapes({name: value.shape for name, value in self._bound.items()} | shapes)
+
+    def execute(self) -> None:
+        """Put one run in the shapes of `lay` on the stream; returns at once. A graph may record it."""
+        self._execute()
+
+    @property
+    def records_itself(self) -> bool:
+        """Whether the library captures its work as a CUDA graph, so that its caller must not."""
+        return self._kernels is not None
 
     def bind_on_device(self, shapes: dict[str, Shape]) -> None:
         """Take for bound what was copied into `input_buffer` on `stream`, in these shapes."""
         with self._alone():
-            # Stands for the values in the checks, and takes no room.
-            stand_ins = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+            stand_ins = _stand_ins(shapes, self.spec)
             self._check(stand_ins, complete=False)
             require_in_profile(self._profile, shapes, self.spec.name)
             self._bound |= stand_ins
@@ -171,29 +247,46 @@ class TensorRtEngine(CheckedEngine):
         """Buffers stay: their addresses are part of what was captured."""
 
     def _release(self) -> None:
+        for dependent in self.dependents:
+            dependent.close()
         # The library's objects go before the stream and the memory that they were given.
-        self._graph = None
         if self._stream.handle is not None and self._kernels is not None:
             self._kernels.save()
         self._context = self._kernels = self._engine = self._library = None
-        self._stream.close()
-        self._host = {}
+        if self._owns_stream:
+            self._stream.close()
+        elif self._stream.handle is not None:
+            with contextlib.suppress(BackendError):  # after a failed kernel every call fails
+                self._stream.wait()
+            own: list[Buffer | Graph] = [self._graph] if self._graph else []
+            own += [buffer for name, buffer in self._buffers.items() if name not in self._shared]
+            for thing in own:
+                with contextlib.suppress(BackendError):
+                    thing.free()
+        self._graph, self._buffers, self._host = None, {}, {}
 
-    def _allocate(self) -> dict[str, Buffer]:
+    def _allocate(self) -> None:
         largest = {name: span.most for name, span in self._profile.items()}
         largest |= output_shapes(self.spec, largest)
-        buffers = {}
         for tensor in (*self.spec.inputs, *self.spec.outputs):
             count = int(np.prod(largest[tensor.name], dtype=np.int64)) * np.dtype(tensor.dtype).itemsize
-            buffers[tensor.name] = self._stream.allocate(count)
-            done = self._context.set_tensor_address(tensor.name, buffers[tensor.name].address)
+            if (buffer := self._shared.get(tensor.name)) is None:
+                buffer = self._stream.allocate(count)
+            elif buffer.bytes < count:
+                raise BackendError(
+                    f"graph {self.spec.name} was compiled for larger sizes than the graph that gives {tensor.name} "
+                    f"({count} against {buffer.bytes} bytes); compile both with the same --sides and --batch"
+                )
+            self._buffers[tensor.name] = buffer
+            done = self._context.set_tensor_address(tensor.name, buffer.address)
             self._require(done, f"does not take the address of {tensor.name}")
-        return buffers
 
     def _set_shapes(self, shapes: dict[str, Shape]) -> None:
         """Tell the context of new shapes; what was captured for others is dropped."""
         if shapes == self._shapes:
             return
+        for dependent in self.dependents:
+            dependent.reshaped()
         if self._graph is not None:
             self._stream.wait()
             self._graph.free()
@@ -234,49 +327,7 @@ class TensorRtEngine(CheckedEngine):
             _log.error("%s, graph %s: %s", self.backend, self.spec.name, line)
 
 
-class _Kernels:
-    """What TensorRT-RTX compiles for the GPU at hand: kept beside the engine, so that it does so once."""
-
-    def __init__(self, trt: Any, engine: Any, file: Path) -> None:
-        self._engine, self._file = engine, file.with_name(f"{file.name}.kernels")
-        self._config = engine.create_runtime_config()
-        self._config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        self._cache = self._config.create_runtime_cache()
-        self._known = self._file.read_bytes() if self._file.is_file() else b""
-        if self._known and not self._cache.deserialize(self._known):
-            _log.info("%s is of another GPU or version; kernels are compiled anew", self._file)
-        self._config.set_runtime_cache(self._cache)
-
-    def context(self) -> Any:
-        """An execution context that uses the cache."""
-        return self._engine.create_execution_context(self._config)
-
-    def save(self) -> None:
-        """Write the cache if it grew."""
-        kernels = bytes(self._cache.serialize())
-        if kernels and kernels != self._known:
-            with replace_file(self._file) as handle:
-                handle.write(kernels)
-
-
-def _check_engine(trt: Any, engine: Any, spec: GraphSpec, profile: Profile, file: Path) -> None:
-    """Make sure that the engine has the inputs, outputs and profile that were recorded."""
-    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    wanted: dict[str, tuple[TensorSpec, Any]] = {
-        **{tensor.name: (tensor, trt.TensorIOMode.INPUT) for tensor in spec.inputs},
-        **{tensor.name: (tensor, trt.TensorIOMode.OUTPUT) for tensor in spec.outputs},
-    }
-    faults = [f"{name}: not in the spec" for name in names if name not in wanted]
-    for name, (tensor, mode) in wanted.items():
-        if name not in names:
-            faults.append(f"{name}: found none; expected {tensor}")
-            continue
-        dtype = np.dtype(trt.nptype(engine.get_tensor_dtype(name)))
-        if engine.get_tensor_mode(name) != mode or dtype != np.dtype(tensor.dtype):
-            faults.append(f"{name}: found {dtype} {engine.get_tensor_mode(name)}; expected {tensor} {mode}")
-        elif name in profile:
-            found = tuple(tuple(shape) for shape in engine.get_tensor_profile_shape(name, 0))
-            if found != tuple(profile[name]):
-                faults.append(f"{name}: found profile {found}; expected {tuple(profile[name])}")
-    if faults:
-        raise BackendError(fault_list(f"{file} is not the engine of graph {spec.name}; compile it again:", faults))
+def _stand_ins(shapes: Mapping[str, Shape], spec: GraphSpec) -> dict[str, Array]:
+    """Arrays that stand for values on the device in the checks, and take no room."""
+    dtypes = {tensor.name: np.dtype(tensor.dtype) for tensor in spec.inputs}
+    return {name: np.broadcast_to(np.zeros((), dtypes.get(name)), shape) for name, shape in shapes.items()}

@@ -32,9 +32,10 @@ from lsast_engines.engine_key import (
 )
 from lsast_engines.errors import BackendError, ExportError, UsageError, fault_list
 from lsast_engines.files import replace_file
+from lsast_engines.loop import ADVANCE_GRAPH
 from lsast_engines.manifest import Manifest
 from lsast_engines.profile import Profile, Ranges
-from lsast_engines.spec import GraphSpec
+from lsast_engines.spec import ADVANCE, GraphSpec, advance_spec
 from lsast_engines.tensorrt_library import load_library, make_logger
 
 from .half_graph import held_types, write_half_graph
@@ -128,6 +129,8 @@ def compile_bundle(
 ) -> dict[str, EngineRecord]:
     """Compile the graphs of the folder `bundle` into `out`, or where `lsast-run` finds them; see `compile_graph`.
 
+    With them goes ``advance``, which takes the solver's steps on the device, in fp32 whatever the others compute in.
+
     Args:
         bundle: the bundle's folder.
         options: how.
@@ -136,15 +139,17 @@ def compile_bundle(
         graphs: names of those to compile; none is all.
 
     Raises:
-        UsageError: the bundle has no such graph.
+        UsageError: there is no such graph.
     """
     manifest = Manifest.from_json((bundle / "manifest.json").read_text(encoding="utf-8"), str(bundle / "manifest.json"))
-    if unknown := sorted(set(graphs) - manifest.graphs.keys()):
-        raise UsageError(f"found graphs {', '.join(unknown)}; expected of {', '.join(manifest.graphs)}")
+    sources = {name: (bundle / f"{name}.onnx", spec, options) for name, spec in manifest.graphs.items()}
+    sources[ADVANCE] = (ADVANCE_GRAPH, advance_spec(), dataclasses.replace(options, arithmetic="fp32"))
+    if unknown := sorted(set(graphs) - sources.keys()):
+        raise UsageError(f"found graphs {', '.join(unknown)}; expected of {', '.join(sources)}")
     folder = out or engine_folder(bundle, options.library, options.arithmetic)
     return {
-        name: compile_graph(bundle / f"{name}.onnx", spec, folder / f"{name}{SUFFIX}", options, progress)
-        for name, spec in manifest.graphs.items()
+        name: compile_graph(path, spec, folder / f"{name}{SUFFIX}", chosen, progress)
+        for name, (path, spec, chosen) in sources.items()
         if name in graphs or not graphs
     }
 

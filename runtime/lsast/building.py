@@ -10,13 +10,16 @@ import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_args
 
 from lsast_engines.bundle import Bundle
 from lsast_engines.cuda import gpus, load_cuda
 from lsast_engines.engine import Arithmetic
-from lsast_engines.engine_key import Library
+from lsast_engines.engine_key import Library, engine_folder
 from lsast_engines.errors import BackendError, MissingExtraError, UsageError
+from lsast_engines.loop import ADVANCE_GRAPH
+from lsast_engines.spec import ADVANCE, GraphSpec, advance_spec
 from lsast_engines.tensorrt import find_engine
 from lsast_engines.tensorrt_library import load_library
 
@@ -52,10 +55,15 @@ def build_engines(
     there = gpus(runtime or load_cuda())
     if not there:
         raise BackendError(f"found no NVIDIA GPU to build engines for; see lsast-run --doctor ({library})")
+    folder = engine_folder(bundle.path, library, arithmetic)
+    graphs: dict[str, tuple[Path, GraphSpec, str]] = {
+        name: (bundle.graph_path(name), spec, arithmetic) for name, spec in bundle.manifest.graphs.items()
+    }
+    graphs[ADVANCE] = (ADVANCE_GRAPH, advance_spec(), "fp32")
     missing = []
-    for name, spec in bundle.manifest.graphs.items():
+    for name, (path, spec, computed_in) in graphs.items():
         try:
-            find_engine(bundle.graph_path(name), spec, library, version, arithmetic, there[0])
+            find_engine(path, spec, library, version, computed_in, there[0], folder)
         except BackendError:
             missing.append(name)
     if not missing:

@@ -14,9 +14,10 @@ sum. Where no term reaches, the base's unconditional keys and values stand, so t
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -125,6 +126,7 @@ class Hand:
         """
         self._mix = mix
         self._styles = styles
+        self.stages = min(style.stages for style in styles.values())
         self._null = null
         self._columns = {
             (tensor, group): [
@@ -135,6 +137,11 @@ class Hand:
             for tensor, network in _NETWORKS.items()
             for group in GROUPS
         }
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for hands of equal rows: the mix, and what its styles hold."""
+        return self._mix.text, tuple(style_key(self._styles[name]) for name in self._mix.styles)
 
     def row(self, stage: int) -> StyleRow:
         """Keys and values of one stage, 0 … stages - 1; new arrays, or those of the one style there is.
@@ -160,6 +167,13 @@ class Hand:
     def _part(self, term: Term, stage: int, tensor: str) -> np.ndarray:
         part: np.ndarray = getattr(self._styles[term.style].row(stage), tensor)
         return part
+
+
+def style_key(style: StyleFile | Style) -> str:
+    """Equal for equal keys and values: SHA-256 (hex) over them."""
+    if isinstance(style, StyleFile):
+        return style.fingerprint
+    return hashlib.sha256(b"".join(getattr(style, tensor).tobytes() for tensor in TENSORS)).hexdigest()
 
 
 def pointed(fault: str, text: str, column: int) -> UsageError:

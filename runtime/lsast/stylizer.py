@@ -16,7 +16,7 @@ from lsast_engines.bundle import Bundle, find_bundle
 from lsast_engines.engine import Arithmetic, Engine
 from lsast_engines.spec import DECODER, DENOISER
 
-from . import batches, sampler, tiles
+from . import batches, on_device, sampler, tiles
 from .cancelling import CancelToken
 from .defaults import Defaults
 from .painting import Painting
@@ -286,7 +286,8 @@ class Stylizer:
             begin = time.perf_counter()
             control = paintings[0].options.control
             denoiser = tiles.denoiser(workshop.engines[DENOISER], paintings[0].grid)
-            latents = sampler.denoise(denoiser, rows, self.bundle.null_style, control, watch)
+            watching = watch if cancel or on_step else None
+            latents = on_device.denoise(denoiser, rows, self.bundle.null_style, control, watching)
             shared = (time.perf_counter() - begin) / len(paintings)
             painted = []
             for painting, latent in zip(paintings, latents, strict=True):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from fake_denoiser import RANGES, kernels
+from fake_denoiser import SPEC as SPEC_ON_GPU
+from fake_gpu import FakeCuda, FakeTrt, write_engine
 from lsast_engines import (
     AttentionLayer,
     Bundle,
@@ -20,7 +24,10 @@ from lsast_engines import (
     Style,
     TensorSpec,
     graph_specs,
+    tensorrt,
 )
+from lsast_engines.engine_key import Library
+from lsast_engines.tensorrt import TensorRtEngine
 
 FINGERPRINT = "ab" * 32
 GEOMETRY = Geometry(hint_channels=5, tokens=3, unet_width=20, control_width=8)
@@ -161,3 +168,64 @@ def _value_info(tensor: TensorSpec) -> onnx.ValueInfoProto:
 @pytest.fixture
 def toy(tmp_path: Path) -> ToyGraph:
     return ToyGraph(tmp_path)
+
+
+@pytest.fixture
+def cuda() -> FakeCuda:
+    return FakeCuda()
+
+
+@pytest.fixture
+def trt(cuda: FakeCuda) -> FakeTrt:
+    return FakeTrt(cuda, kernels())
+
+
+@pytest.fixture
+def denoiser_graph(tmp_path: Path) -> Path:
+    """A graph file of the fake bundle; nobody reads what is in it."""
+    path = tmp_path / "bundle" / "denoiser.onnx"
+    path.parent.mkdir()
+    path.write_bytes(b"a graph")
+    return path
+
+
+@pytest.fixture
+def engine_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where engines of TensorRT in fp16 are looked for."""
+    monkeypatch.setattr(tensorrt, "engine_folder", lambda bundle, library, arithmetic: tmp_path / library / arithmetic)
+    return tmp_path / "tensorrt" / "fp16"
+
+
+@pytest.fixture
+def compiled(denoiser_graph: Path, engine_home: Path) -> Callable[..., Path]:
+    """Leaves what compiling the fake denoiser would: compiled(library=…, content=…, fields of the key)."""
+
+    def write(library: Library = "tensorrt", **changes: Any) -> Path:
+        folder = engine_home.parents[1] / library / "fp16"
+        return write_engine(denoiser_graph, SPEC_ON_GPU, folder, library, RANGES, **changes)
+
+    return write
+
+
+@pytest.fixture
+def open_it(
+    denoiser_graph: Path, engine_home: Path, cuda: FakeCuda, trt: FakeTrt
+) -> Iterator[Callable[..., TensorRtEngine]]:
+    """Opens the denoiser of the fake bundle on the fake GPU; at the end nothing of it may be left there."""
+    opened = []
+
+    def open_engine(library: Library = "tensorrt") -> TensorRtEngine:
+        engine = TensorRtEngine(
+            denoiser_graph, SPEC_ON_GPU, "cuda", None, "fp16", library=library, trt=trt, runtime=cuda
+        )
+        opened.append(engine)
+        return engine
+
+    yield open_engine
+    for engine in opened:
+        engine.close()
+    assert not cuda.memory
+    assert not cuda.streams
+    assert not cuda.graphs
+    assert not cuda.executables
+    assert not cuda.objects

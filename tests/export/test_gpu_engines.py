@@ -96,7 +96,7 @@ def test_a_style_swap_needs_no_engine(
         row = hand.row(stage)
         null = bundle.null_style.row(0)
         fed = {**inputs, "kv_unet": np.stack([null.kv_unet, row.kv_unet])[:, None], "kv_control": row.kv_control[None]}
-        styles.bind(["hand"], stage, guided=True)
+        styles.bind(["hand"], [stage], guided=True)
         rest = {name: value for name, value in inputs.items() if not name.startswith("kv_")}
         on_device = denoiser(rest)["eps"].copy()
         denoiser.bind({name: fed[name] for name in ("kv_unet", "kv_control")})

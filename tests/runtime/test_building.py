@@ -42,6 +42,11 @@ def library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "load_library", lambda _: SimpleNamespace(__version__="1.7.1"))
 
 
+def graphs(bundle: Bundle) -> list[str]:
+    """What is compiled: the bundle's graphs, and the one that takes the solver's steps."""
+    return [*bundle.manifest.graphs, "advance"]
+
+
 class Runner:
     """Takes the place of the compiler's process."""
 
@@ -56,27 +61,29 @@ class Runner:
 
 def test_the_command_names_what_is_missing_and_the_gpu(bundle: Bundle, library: None) -> None:
     run = Runner()
-    assert build_engines(bundle, "tensorrt-rtx", "fp16", run, CUDA) == list(bundle.manifest.graphs)
+    assert build_engines(bundle, "tensorrt-rtx", "fp16", run, CUDA) == graphs(bundle)
     (command,) = run.commands
     assert command[1:4] == ["-m", "lsast_export", "compile"]
     assert command[4:11] == [str(bundle.path), "--backend", "tensorrt-rtx", "--arithmetic", "fp16", "--sm", "8.9"]
-    assert command[11:] == [part for name in bundle.manifest.graphs for part in ("--graph", name)]
+    assert command[11:] == [part for name in graphs(bundle) for part in ("--graph", name)]
 
 
 def test_what_is_there_is_not_compiled(bundle: Bundle, library: None, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Runner()
-    there = set(bundle.manifest.graphs)
+    there = set(graphs(bundle))
 
     def find(path: Path, spec: Any, *key: Any) -> None:
-        assert key == ("tensorrt", "1.7.1", "fp32", GPU)
+        # The solver's step is in fp32 whatever the others are in.
+        arithmetic = "fp32" if spec.name == "advance" else "fp16"
+        assert key[:-1] == ("tensorrt", "1.7.1", arithmetic, GPU)
         if spec.name not in there:
             raise BackendError("missing")
 
     monkeypatch.setattr(building, "find_engine", find)
-    assert build_engines(bundle, "tensorrt", "fp32", run, CUDA) == []
+    assert build_engines(bundle, "tensorrt", "fp16", run, CUDA) == []
     assert run.commands == []
     there.remove("decoder")
-    assert build_engines(bundle, "tensorrt", "fp32", run, CUDA) == ["decoder"]
+    assert build_engines(bundle, "tensorrt", "fp16", run, CUDA) == ["decoder"]
     assert run.commands[0][-2:] == ["--graph", "decoder"]
     assert "--sm" not in run.commands[0]
 
@@ -138,7 +145,7 @@ def test_the_compiler_leaves_engines_that_fit(
     known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*rooms, *known]))
     monkeypatch.setenv("LSAST_HOME", str(tmp_path / "home"))
-    assert build_engines(bundle, "tensorrt-rtx", "fp32", runtime=CUDA) == list(bundle.manifest.graphs)
+    assert build_engines(bundle, "tensorrt-rtx", "fp32", runtime=CUDA) == graphs(bundle)
     for name, spec in bundle.manifest.graphs.items():
         path = bundle.graph_path(name)
         record = find_engine(path, spec, "tensorrt-rtx", str(rtx.__version__), "fp32", GPU)

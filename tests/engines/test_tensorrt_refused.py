@@ -1,0 +1,87 @@
+"""Engines that are not what is needed are refused, with what differs and the command that mends it; on a fake GPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fake_denoiser import SPEC
+from fake_gpu import FakeCuda
+from lsast_engines.errors import BackendError
+from lsast_engines.profile import Ranges, Span
+from lsast_engines.tensorrt import TensorRtEngine
+
+Compiled = Callable[..., Path]
+Open = Callable[..., TensorRtEngine]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"onnx": "0" * 64}, "onnx: found"),
+        ({"graph": "decoder"}, "graph: found decoder; expected denoiser"),
+        ({"library_version": "1.6.0"}, "library_version: found 1.6.0; expected 1.7.1"),
+        ({"arithmetic": "fp32"}, "arithmetic: found fp32; expected fp16"),
+        ({"targets": ("8.6",)}, "targets: found 8.6; expected 8.9, that of the GPU"),
+        ({"gpu": "Other GPU"}, "gpu: found Other GPU; expected Fake GPU"),
+    ],
+)
+def test_an_engine_of_something_else_is_refused_by_the_field(
+    compiled: Compiled, open_it: Open, cuda: FakeCuda, changes: dict[str, Any], message: str
+) -> None:
+    compiled(**changes)
+    with pytest.raises(BackendError, match=message) as caught:
+        open_it()
+    assert "it took 42 s last time) with: lsast-export compile" in str(caught.value)
+    assert cuda.calls == []
+
+
+def test_a_stale_engine_is_refused(compiled: Compiled, open_it: Open, denoiser_graph: Path) -> None:
+    compiled()
+    denoiser_graph.write_bytes(b"a graph, exported again")
+    with pytest.raises(BackendError, match=r"onnx: found [0-9a-f]{12}…; expected [0-9a-f]{12}…"):
+        open_it()
+
+
+def test_a_missing_or_truncated_engine_names_the_command(compiled: Compiled, open_it: Open) -> None:
+    with pytest.raises(
+        BackendError, match=r"found no engine .*\ncompile with: lsast-export compile .* --backend tensorrt"
+    ):
+        open_it()
+    engine = compiled()
+    engine.write_bytes(engine.read_bytes()[:100])
+    with pytest.raises(BackendError, match=r"bytes: found 100; expected \d+"):
+        open_it()
+
+
+def test_what_the_library_refuses_comes_with_its_words(compiled: Compiled, open_it: Open) -> None:
+    compiled(content=b"no engine, but recorded as one")
+    with pytest.raises(BackendError, match=r"refuses .*\n.*magicTag"):
+        open_it()
+
+
+def test_an_engine_of_another_profile_than_recorded_is_refused(compiled: Compiled, open_it: Open) -> None:
+    other = json.dumps({"graph": "denoiser", "profile": Ranges(Span(64, 64, 256)).profile(SPEC)}).encode()
+    compiled(content=other)
+    with pytest.raises(BackendError, match=r"latent: found profile .*; expected"):
+        open_it()
+
+
+def test_no_gpu_is_one_line(compiled: Compiled, open_it: Open, cuda: FakeCuda) -> None:
+    compiled()
+    cuda.count = 0
+    with pytest.raises(BackendError, match="found no NVIDIA GPU for tensorrt"):
+        open_it()
+
+
+def test_too_little_memory_leaves_nothing_behind(compiled: Compiled, open_it: Open, cuda: FakeCuda) -> None:
+    compiled()
+    cuda.room = 20_000
+    with pytest.raises(BackendError, match="cudaMalloc failed: cudaErrorMemoryAllocation"):
+        open_it()
+    assert not cuda.memory
+    assert not cuda.streams
