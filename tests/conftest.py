@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _home_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the runtime keeps between runs is not kept in the home of the person who runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LSAST_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
 
 TINY_UNET = {
     "block_out_channels": (32, 64),

@@ -10,6 +10,7 @@ from typing import Any
 from .engine import Arithmetic, Array, CheckedEngine, check_interface
 from .errors import BackendError
 from .mapped import MappedFiles
+from .openvino_cache import compiled
 from .spec import GraphSpec
 
 _HINTS: dict[Arithmetic, str] = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
@@ -39,25 +40,33 @@ class OpenVinoEngine(CheckedEngine):
         super().__init__(spec, device, arithmetic)
         core = shared_core(openvino)
         _require(core, device, arithmetic)
+        # OpenVINO would take bf16 by itself where the CPU has it; then results depend on the machine by 1e-2.
+        config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _HINTS[arithmetic], "PERFORMANCE_HINT": "LATENCY"}
+        if threads is not None and device == "cpu":
+            config["INFERENCE_NUM_THREADS"] = threads
         self._mapped = MappedFiles(path.parent)
-        with self._mapped.watch():
-            model = core.read_model(path)
-        inputs = {_name(port, [tensor.name for tensor in spec.inputs]): port for port in model.inputs}
-        outputs = {_name(port, [tensor.name for tensor in spec.outputs]): port for port in model.outputs}
+        self._model: Any = None
+
+        def compile_graph() -> Any:
+            with self._mapped.watch():
+                self._model = core.read_model(path)  # kept, for it keeps the mappings
+            with self._mapped.released():
+                return core.compile_model(self._model, device.upper(), config)
+
+        if device == "cpu":
+            self._compiled: Any = compiled(core, path, arithmetic, config, openvino.__version__, compile_graph)
+        else:
+            self._compiled = compile_graph()
+        inputs = {_name(port, [tensor.name for tensor in spec.inputs]): port for port in self._compiled.inputs}
+        outputs = {_name(port, [tensor.name for tensor in spec.outputs]): port for port in self._compiled.outputs}
         check_interface(
             spec,
             {name: (_dtype(port), _axes(port.get_partial_shape())) for name, port in inputs.items()},
             {name: _dtype(port) for name, port in outputs.items()},
             path,
         )
-        # OpenVINO would take bf16 by itself where the CPU has it; then results depend on the machine by 1e-2.
-        config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _HINTS[arithmetic], "PERFORMANCE_HINT": "LATENCY"}
-        if threads is not None and device == "cpu":
-            config["INFERENCE_NUM_THREADS"] = threads
         with self._mapped.released():
-            self._compiled: Any = core.compile_model(model, device.upper(), config)
             self._request: Any = self._compiled.create_infer_request()
-        self._model: Any = model  # keeps the mappings
         self._shapes: list[tuple[int, ...]] = []
         self._outputs = [tensor.name for tensor in spec.outputs]
 
