@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from .errors import StyleError, fault_list
 from .files import replace_file
-from .style_defaults import read_style_defaults
+from .style_defaults import read_guidance_baked, read_style_defaults
 
 if TYPE_CHECKING:
     from .style import Style
@@ -72,6 +72,11 @@ class StyleFile:
         self.defaults: dict[str, Any]
         """What the style asks for unless told otherwise (`style_defaults`)."""
         self.defaults, wrong = read_style_defaults(meta)
+        faults += wrong
+        self.guidance_baked: float | None
+        """The guidance that one pass gives with this style, as two passes gave with the one it was distilled from; such
+        a style is painted with guidance 1. None of any other style."""
+        self.guidance_baked, wrong = read_guidance_baked(meta)
         faults += wrong
         self.name: str = header.get("name", "")
         self.base: str = header.get("base", "")

@@ -207,18 +207,21 @@ def _bake(
     from lsast_train.base import find_base, open_base_parts
 
     from .skeleton import baking_base
-    from .styles import install_style, read_prompts, with_defaults
+    from .styles import find_distilled, install_distilled, install_style, read_prompts, with_defaults
 
     phases = Phases()
     phases("reading")
-    prompts = with_defaults(read_prompts(styles), defaults)
+    distilled = {name: path for name in styles if (path := find_distilled(name)) is not None}
+    prompts = with_defaults(read_prompts(tuple(name for name in styles if name not in distilled)), defaults)
     folder = find_base(base)
     if not (folder / MANIFEST).is_file():
         raise UsageError(f"{folder} is a base that was not exported yet; expected --out DIR for its bundle")
     opened = Bundle.open(folder)
     loaded = baking_base(open_base_parts(folder))
     phases("baking")
-    paths = {style.name: str(install_style(opened, loaded, style)) for style in prompts}
+    installed = [install_style(opened, loaded, style) for style in prompts]
+    installed += [install_distilled(opened, path) for path in distilled.values()]
+    paths = {path.stem: str(path) for path in installed}
     facts: dict[str, Any] = {"bundle": str(folder), "fingerprint": opened.manifest.fingerprint, "styles": paths}
     if library is not None:
         facts["compiled"] = compiled(folder, library, phases, sm=sm)

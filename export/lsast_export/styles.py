@@ -10,7 +10,8 @@ from typing import Any
 from lsast_engines.bundle import Bundle
 from lsast_engines.errors import StyleError, UsageError
 from lsast_engines.style import Style
-from lsast_engines.style_defaults import write_style_defaults
+from lsast_engines.style_defaults import GUIDANCE_BAKED, write_style_defaults
+from lsast_engines.style_file import StyleFile
 from lsast_train.base import Base, BaseParts, check_fingerprint
 from lsast_train.prompts_file import Prompts, UnboundPrompts, load_any_prompts
 from lsast_train.text_path import TextPath
@@ -36,6 +37,35 @@ def find_prompts(name_or_path: str) -> Path:
         f"found no prompts at {given} or {run}; expected a file NAME.prompts.safetensors: "
         "learn them with lsast-train --style NAME --images DIR, or name the file"
     )
+
+
+def find_distilled(name_or_path: str) -> Path | None:
+    """The style file that `lsast-train distil` wrote: a file, or ``runs/NAME/NAME.safetensors``; None if there is none.
+
+    Prompts of that name, from which a style is baked, go before.
+    """
+    given = Path(name_or_path).expanduser()
+    if given.is_file():
+        return None if given.name.endswith(".prompts.safetensors") or given.suffix != ".safetensors" else given
+    folder = Path("runs", name_or_path)
+    run, prompts = folder / f"{name_or_path}.safetensors", folder / f"{name_or_path}.prompts.safetensors"
+    return run if run.is_file() and not prompts.is_file() else None
+
+
+def install_distilled(bundle: Bundle, file: Path) -> Path:
+    """Put a style file of `lsast-train distil` where the runtime of `bundle` finds it, in the user's folder.
+
+    Returns:
+        The style file there; one of the same name is replaced.
+
+    Raises:
+        StyleError: a damaged file, or a style that does not fit the bundle.
+    """
+    style = StyleFile(file).load()
+    bundle.check_style(style)
+    path = bundle.user_style_folder / f"{style.name}.safetensors"
+    style.save(path)
+    return path
 
 
 def check_prompts(prompts: Prompts, base: Base | BaseParts) -> None:
@@ -88,6 +118,8 @@ def with_defaults(styles: Sequence[Prompts], defaults: Mapping[str, Mapping[str,
             f"found defaults of {', '.join(strangers)}; expected those of a style that is baked here: "
             f"{', '.join(names) or 'none is'}"
         )
+    if guided := [p.name for p in styles if GUIDANCE_BAKED in p.meta and "guidance" in defaults.get(p.name, {})]:
+        raise UsageError(f"found a default of guidance for {', '.join(guided)}; expected none: it is baked in")
     return [
         replace(prompts, meta={**prompts.meta, **write_style_defaults(defaults.get(prompts.name, {}))})
         for prompts in styles

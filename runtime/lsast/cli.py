@@ -133,9 +133,12 @@ def main(
         raise click.exceptions.Exit(0 if found.healthy else 1)
     if list_styles:
         from lsast_engines.bundle import Bundle, find_bundle
+        from lsast_engines.style_file import StyleFile
 
-        names = list(Bundle.open(find_bundle(bundle)).styles())
-        click.echo(json.dumps({"styles": names}) if as_json else "\n".join(names))
+        styles = Bundle.open(find_bundle(bundle)).styles()
+        baked = {name: scale for name, path in styles.items() if (scale := StyleFile(path).guidance_baked)}
+        told = {"styles": list(styles), "guidance_baked": baked}
+        click.echo(json.dumps(told) if as_json else "\n".join(styles))
         return
     if (origin is not None) + bool(axes) + watch > 1:
         fail("found more than one of --from, --grid and --watch; expected one", USAGE)

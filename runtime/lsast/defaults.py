@@ -1,4 +1,7 @@
-"""What is meant where nothing is said: first what the style asks for, then the bundle."""
+"""What is meant where nothing is said: first what the style asks for, then the bundle.
+
+A style with guidance baked in is painted with guidance 1, whatever stands behind it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ class Defaults:
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
-        self._styles: dict[str, dict[str, Any]] = {}
+        self._styles: dict[str, StyleFile] = {}
 
     def resolve(self, given: Mapping[str, Any]) -> Options:
         """Options from what the caller gave; what is None is left to the style and then to the bundle.
@@ -26,25 +29,47 @@ class Defaults:
         Of a mix the styles have a say where all of them say the same; else the bundle's default stands.
 
         Raises:
-            UsageError: one or more values cannot be meant; all of them are named at once.
+            UsageError: one or more values cannot be meant; all of them are named at once. Guidance is asked for with a
+                style that has it baked in, or styles are mixed that differ in it.
             StyleError: a style's file is damaged.
         """
         defaults = self._bundle.manifest.defaults
         style = defaults["style"] if given.get("style") is None else given["style"]
-        return Options.resolve(given, {**defaults, **self._agreed(style)})
+        return Options.resolve(given, {**defaults, **self._agreed(style), **self._baked(style, given)})
 
     def _agreed(self, style: Any) -> dict[str, Any]:
         """The defaults that all styles of a mix have in common."""
+        first, *others = (file.defaults for file in self._files(style)) if self._files(style) else ({},)
+        return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+
+    def _baked(self, style: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The guidance of styles that have it baked in: none is left to apply."""
+        scales = {file.name: file.guidance_baked for file in self._files(style)}
+        if not any(scales.values()):
+            return {}
+        told = ", ".join(f"{name} {'without' if scale is None else f'{scale:g}'}" for name, scale in scales.items())
+        if len(set(scales.values())) > 1:
+            raise UsageError(
+                f"found a mix of styles with unequal guidance baked in ({told}); expected the same in all, or none: "
+                "bake it with lsast-train distil --style NAME --guidance G, or mix the styles that these were made from"
+            )
+        asked = given.get("guidance")
+        if asked is not None and asked != 1:
+            raise UsageError(
+                f"found guidance {asked} for a style with guidance baked in ({told}); expected 1, or none asked for: "
+                "one pass guides already; for another scale take the style that it was made from"
+            )
+        return {"guidance": 1.0}
+
+    def _files(self, style: Any) -> list[StyleFile]:
+        """The styles of a mix; none if it is no mix, or not of this bundle: `Options` and `Mix.check` say so."""
         try:
             names = Mix.parse(style).styles if isinstance(style, str) else []
         except UsageError:
             names = []
-        if not names or not all(self._known(name) for name in names):
-            return {}  # no mix, or not of this bundle: `Options` and `Mix.check` say so
-        first, *others = (self._styles[name] for name in names)
-        return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+        return [self._styles[name] for name in names] if all(self._known(name) for name in names) else []
 
     def _known(self, name: str) -> bool:
         if name not in self._styles and (path := self._bundle.styles().get(name)):
-            self._styles[name] = StyleFile(path).defaults
+            self._styles[name] = StyleFile(path)
         return name in self._styles

@@ -8,8 +8,10 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
@@ -130,6 +132,32 @@ def test_a_style_keeps_defaults_of_its_own(bundles: dict[str, Bundle]) -> None:
         refused = lsast_export("--style", "hand", "--base", base, "--default", wrong)
         assert refused.exit_code == 2
         assert told in refused.stderr
+
+
+def test_a_distilled_style_is_installed_or_baked_and_keeps_its_guidance(
+    bundles: dict[str, Bundle], prompts: Prompts
+) -> None:
+    bundle = bundles["fp16"]
+    folder = Path("runs", "hand-g7")
+    style = bundle.style("hand")
+    meta = {"guidance_baked": "7", "defaults": json.dumps({"control": 0.8})}
+    made = Style("hand-g7", style.base, 10, style.tokens, 2 * style.kv_unet, style.kv_control, meta)
+    made.save(folder / "hand-g7.safetensors")
+    result = lsast_export("--style", "hand-g7", "--base", bundle.path)
+    assert result.exit_code == 0, result.stderr
+    found = bundle.open_style("hand-g7")
+    assert Path(result.stdout.strip()) == found.path
+    assert (found.guidance_baked, found.defaults) == (7.0, {"control": 0.8})
+    np.testing.assert_array_equal(found.load().kv_unet, made.kv_unet)
+    # Prompts carry it too, and go before a style file of that name.
+    save_prompts(replace(prompts, name="hand-g7", meta={"guidance_baked": "5"}), folder / "hand-g7.prompts.safetensors")
+    assert lsast_export("--style", "hand-g7", "--base", bundle.path).exit_code == 0
+    assert bundle.open_style("hand-g7").guidance_baked == 5.0
+    refused = lsast_export("--style", "hand-g7", "--base", bundle.path, "--default", "hand-g7.guidance=3")
+    assert refused.exit_code == 2
+    assert "found a default of guidance for hand-g7; expected none: it is baked in" in refused.stderr
+    Style("hand-g7", "ab" * 32, 10, style.tokens, style.kv_unet, style.kv_control, meta).save(folder / "x.safetensors")
+    assert "does not fit" in lsast_export("--style", folder / "x.safetensors", "--base", bundle.path).stderr
 
 
 def test_trained_base_needs_a_bundle_first_and_gets_one(

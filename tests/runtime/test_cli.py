@@ -94,7 +94,7 @@ def test_version() -> None:
 
 def test_styles_are_listed(folder: Path) -> None:
     assert _run("--list-styles").stdout == "monet\nvangogh\n"
-    assert json.loads(_run("--list-styles", "--json").stdout) == {"styles": ["monet", "vangogh"]}
+    assert json.loads(_run("--list-styles", "--json").stdout) == {"styles": ["monet", "vangogh"], "guidance_baked": {}}
 
 
 USAGE = {

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import lsast
+from lsast.cli import main
 from lsast.defaults import Defaults
 from lsast_engines.bundle import Bundle
+from lsast_engines.style import Style
 from lsast_engines.style_file import StyleFile
 
 OWN = {"vangogh": {"guidance": 5.0, "steps": 4}, "monet": {"guidance": 5.0, "strength": 1.0}}
@@ -20,8 +24,6 @@ OWN = {"vangogh": {"guidance": 5.0, "steps": 4}, "monet": {"guidance": 5.0, "str
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory, bundle_path: Path) -> Path:
     """The tiny bundle, whose two styles have defaults of their own."""
-    from lsast_engines.style import Style
-
     folder = tmp_path_factory.mktemp("own") / "tiny"
     shutil.copytree(bundle_path, folder)
     for name, values in OWN.items():
@@ -63,3 +65,56 @@ def test_a_painting_is_that_of_the_same_options_given(path: Path, bundle_path: P
         right = plain.stylize(photo, style="monet", **OWN["monet"])
         assert left.options == right.options
         np.testing.assert_array_equal(np.asarray(left.image), np.asarray(right.image))
+
+
+@pytest.fixture(scope="module")
+def baked(tmp_path_factory: pytest.TempPathFactory, bundle_path: Path) -> Path:
+    """The tiny bundle; vangogh and monet have guidance 7 baked in, `five` has 5, `plain` none."""
+    folder = tmp_path_factory.mktemp("baked") / "tiny"
+    shutil.copytree(bundle_path, folder)
+    style = Bundle.open(folder).style("vangogh")
+    scales = {"vangogh": "7", "monet": "7", "five": "5", "plain": None}
+    for name, scale in scales.items():
+        meta = {"defaults": json.dumps({"steps": 4, "guidance": 6.0}), **({"guidance_baked": scale} if scale else {})}
+        made = Style(name, style.base, style.stages, style.tokens, style.kv_unet, style.kv_control, meta)
+        made.save(folder / "styles" / f"{name}.safetensors")
+    return folder
+
+
+def test_a_style_with_guidance_baked_in_is_painted_in_one_pass(baked: Path, photo: np.ndarray) -> None:
+    bundle = Bundle.open(baked)
+    assert bundle.open_style("five").guidance_baked == 5.0
+    assert bundle.open_style("plain").guidance_baked is None
+    found = Defaults(bundle).resolve({"style": "five"})
+    assert (found.guidance, found.steps) == (1.0, 4)
+    assert Defaults(bundle).resolve({"style": "five", "guidance": 1}).guidance == 1
+    assert Defaults(bundle).resolve({"style": "vangogh:0.3+monet@0-4"}).guidance == 1.0
+    assert Defaults(bundle).resolve({"style": "plain"}).guidance == 6.0
+    with lsast.load(baked) as stylizer:
+        assert stylizer.stylize(photo, style="five").options.guidance == 1.0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"style": "five", "guidance": 3.0}, r"found guidance 3.0 .*baked in \(five 5\); expected 1, or none"),
+        ({"style": "five+plain"}, r"unequal guidance baked in \(five 5, plain without\); .* distil"),
+        ({"style": "vangogh@0-4+five@5-9"}, r"unequal guidance baked in \(vangogh 7, five 5\)"),
+    ],
+)
+def test_guidance_is_not_applied_twice(baked: Path, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(lsast.UsageError, match=message):
+        Defaults(Bundle.open(baked)).resolve(given)
+
+
+def test_a_baked_scale_that_is_none_is_damage(baked: Path, tmp_path: Path) -> None:
+    style = Bundle.open(baked).style("plain")
+    broken = Style("x", style.base, 10, style.tokens, style.kv_unet, style.kv_control, {"guidance_baked": "much"})
+    broken.save(tmp_path / "x.safetensors")
+    with pytest.raises(lsast.StyleError, match="guidance_baked: found 'much'; expected a number above 0"):
+        StyleFile(tmp_path / "x.safetensors")
+
+
+def test_list_styles_tells_what_is_baked(baked: Path) -> None:
+    told = json.loads(CliRunner().invoke(main, ["--bundle", str(baked), "--list-styles", "--json"]).stdout)
+    assert told["guidance_baked"] == {"vangogh": 7.0, "monet": 7.0, "five": 5.0}

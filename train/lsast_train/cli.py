@@ -114,6 +114,16 @@ def mini(arguments: tuple[str, ...]) -> None:
     group.main(args=list(arguments), prog_name="lsast-train mini", standalone_mode=False)
 
 
+@command.command("distil", add_help_option=False, context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def distil(arguments: tuple[str, ...]) -> None:
+    """Bake guidance into a style: one pass a step gives what two give."""
+    require_train_extra()
+    from .distil_command import distil as distil_command
+
+    distil_command.main(args=list(arguments), prog_name="lsast-train distil", standalone_mode=False)
+
+
 def require_train_extra() -> None:
     """Raise `MissingExtraError` for the first library of the extra [train] that is not installed."""
     for library in _LIBRARIES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,15 @@ class Curve:
         )
 
 
-def save_curve(curve: Curve, path: Path, facts: dict[str, Any]) -> None:
-    """Write ``path`` (JSON) and the same name with ``.png``, both whole."""
+def save_curve(curve: Curve, path: Path, facts: dict[str, Any], stages: Sequence[int] | None = None) -> None:
+    """Write ``path`` (JSON) and the same name with ``.png``, both whole.
+
+    Args:
+        curve: what was measured.
+        path: of the JSON.
+        facts: more to tell there; ``name`` is the picture's title.
+        stages: numbers of the stages that the losses are of; None is 0, 1, 2 …
+    """
     best = curve.best()
     rows = [
         {
@@ -76,14 +84,15 @@ def save_curve(curve: Curve, path: Path, facts: dict[str, Any]) -> None:
         }
         for row, evaluation in zip(curve.to_json(), curve.evaluations, strict=True)
     ]
-    document = {"format": FORMAT, **facts, "best_step": best.step, "evaluations": rows}
+    stages = list(range(len(best.held_out)) if stages is None else stages)
+    document = {"format": FORMAT, **facts, "stages": stages, "best_step": best.step, "evaluations": rows}
     with replace_file(path) as handle:
         handle.write(json.dumps(document, indent=1).encode())
     with replace_file(path.with_suffix(".png")) as handle:
-        handle.write(_plot(curve, best, facts.get("name", "")))
+        handle.write(_plot(curve, best, facts.get("name", ""), stages))
 
 
-def _plot(curve: Curve, best: Evaluation, title: str) -> bytes:
+def _plot(curve: Curve, best: Evaluation, title: str, stages: list[int]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -98,14 +107,13 @@ def _plot(curve: Curve, best: Evaluation, title: str) -> bytes:
     over_steps.set(xlabel="step", ylabel="noise error / untrained", title=title)
     over_steps.legend()
     untrained = curve.evaluations[0]
-    stages = range(len(best.held_out))
     parts = [100 * (new / old - 1) for new, old in zip(best.held_out, untrained.held_out, strict=True)]
     over_stages.bar(stages, parts)
     over_stages.axhline(0, color="grey", linewidth=0.8)
     over_stages.set(
         xlabel="stage (0: clean end)", ylabel="change [%]", title=f"held-out noise error at step {best.step}"
     )
-    over_stages.set_xticks(list(stages))
+    over_stages.set_xticks(stages)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()

@@ -25,6 +25,9 @@ class Purpose(IntEnum):
     INITIAL_CONTEXT = 4
     PROBE = 5
     DROPOUT = 6
+    TEACHER = 7
+    TEACHER_NOISED = 8
+    CONTENT = 9
 
 
 def seeded(seed: int, purpose: Purpose, *numbers: int) -> torch.Generator:

@@ -346,7 +346,7 @@ class Inversion:
             "steps": str(outcome.steps),
             "best_step": str(outcome.best_step),
             "relative_held_out_loss": f"{outcome.relative:.6f}",
-            "versions": json.dumps({name: _version(name) for name in ("lsast", "torch", "diffusers")}),
+            "versions": json.dumps(versions()),
         }
 
 
@@ -374,6 +374,11 @@ def place(base: Base, device: torch.device, checkpointing: bool = False) -> None
     (base.unet.enable_gradient_checkpointing if checkpointing else base.unet.disable_gradient_checkpointing)()
     base.null_context = base.null_context.to(device)
     base.alphas_cumprod = base.alphas_cumprod.to(device)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    return {name: _version(name) for name in ("lsast", "torch", "diffusers")}
 
 
 def _version(package: str) -> str:

@@ -1,0 +1,117 @@
+"""``lsast-train distil``: options, progress and results on a terminal. Imports torch only when there is work to do."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from lsast_engines.schedule import ENDS_INSIDE
+
+from .distil_options import DistilOptions, Kind
+from .options import CHOICES
+
+_DEFAULTS = {field.name: field.default for field in fields(DistilOptions)}
+
+
+def _knob(name: str, help_text: str, kind: Any = None) -> Any:
+    """An option of `DistilOptions`, with its default."""
+    shown = _DEFAULTS[name]
+    return click.option(
+        f"--{name.replace('_', '-')}", name, type=kind or type(shown), default=shown, show_default=True, help=help_text
+    )
+
+
+@click.command("distil", context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--style", required=True, metavar="NAME", help="Style of the base's bundle or of a run, or its file.")
+@click.option(
+    "--images", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder tree of any pictures."
+)
+@click.option("--guidance", required=True, type=float, help="Guidance that one pass is to give.")
+@click.option("--name", help="Name of the new style. [default: STYLE-gGUIDANCE, with --student-steps also -sN]")
+@click.option("--base", metavar="NAME", help="Bundle or base that the style belongs to. [default: the embedded one]")
+@_knob("kind", "Move keys and values themselves, or the prompts behind them.", click.Choice(get_args(Kind)))
+@_knob("student_steps", "Also let so few steps land where the teacher's land; 0 leaves the schedule free.")
+@_knob("teacher_steps", "Points of the teacher's schedule.")
+@_knob("strength", "Share of the schedule that the teacher runs.")
+@_knob("solver", "Of the teacher's runs.", click.Choice(tuple(ENDS_INSIDE)))
+@_knob("control", "Scale of ControlNet's residuals.")
+@_knob("pictures", "Pictures that the teacher paints to learn from.")
+@_knob("noised", "States of each stage that are pictures noised.")
+@_knob("steps", "Steps of the optimiser; the stages take turns.")
+@_knob("batch", "States of a step.")
+@_knob("lr", "Learning rate at the start, relative to what is moved.")
+@_knob("size", "Side of a picture in pixels.")
+@_knob("precision", "Arithmetic of the student's pass.", click.Choice(CHOICES["precision"]))
+@_knob("seed", "Seed of all random numbers.")
+@_knob("evaluate_every", "Steps between two evaluations.")
+@click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write to. [default: runs/NAME]")
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint of a stopped run.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--debug", is_flag=True, help="Log more, and show tracebacks.")
+def distil(
+    style: str,
+    images: Path,
+    name: str | None,
+    base: str | None,
+    out: Path | None,
+    resume: bool,
+    threads: int | None,
+    as_json: bool,
+    debug: bool,
+    **knobs: Any,
+) -> None:
+    """Bake guidance into a style: one pass a step gives what two give.
+
+    \b
+    lsast-train distil --style vangogh --guidance 7 --images photos
+    lsast-export --style vangogh-g7        # puts it where lsast-run finds it
+
+    Prints the style file (with --kind prompts the prompt file); the held-out error is drawn beside it.
+    """
+    options = DistilOptions(**knobs)
+    import torch
+
+    from .base import load_base, stored_base
+    from .distilling import Distillation
+    from .paintings import Collection
+    from .source_style import find_style, read_source
+    from .sources import BaseSource
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with _logging(debug):
+        source = BaseSource(base)
+        path = find_style(style, stored_base(source), options.kind)
+        loaded = load_base(source)
+        found = read_source(path, loaded, options.kind)
+        few = f"-s{options.student_steps}" if options.student_steps else ""
+        name = name or f"{found.name}-g{options.guidance:g}{few}"
+        pictures = Collection.load(images, options.size, "random", loaded.facts.size)
+        outcome = Distillation(loaded, found, pictures, options, name, out or Path("runs") / name, resume).run()
+    result = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(outcome).items()}
+    click.echo(json.dumps(result) if as_json else str(outcome.style))
+
+
+@contextmanager
+def _logging(debug: bool) -> Iterator[None]:
+    """Log to stderr, above the bars, as long as the block runs."""
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    logger = logging.getLogger("lsast")
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    try:
+        with logging_redirect_tqdm([logger]):
+            yield
+    finally:
+        logger.removeHandler(handler)

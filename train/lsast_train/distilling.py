@@ -1,0 +1,414 @@
+"""Distillation: a style moved until one pass of the frozen base gives what guidance gives with two.
+
+Guidance doubles the U-Net's work. The style's keys and values are ours to train, so the guided noise of a teacher (the
+same base under the original style, `teaching`) is made the target of one pass under a moved style. Every stage is a
+problem of its own: a step looks at states of one stage and moves what serves that stage.
+
+The result is an ordinary style with ``guidance_baked`` among its facts. All random numbers come from (seed, purpose,
+number), so a resumed run repeats those of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from lsast_engines.errors import TrainingError, UsageError, fault_list
+from lsast_engines.pictures import edge_map
+from lsast_engines.style_defaults import read_style_defaults, write_style_defaults
+
+from .baked_base import BakedBase, baked_base
+from .base import Base
+from .checkpoint import load_checkpoint, save_checkpoint
+from .curves import Curve, Evaluation, save_curve
+from .distil_options import DistilOptions
+from .evaluation import Purpose, seeded
+from .interruption import InterruptionError, NotedSignals
+from .inversion import place, versions
+from .options import style_name_faults
+from .paintings import Collection, Painting, view
+from .prompt_space import matrix_table
+from .prompts_file import Prompts, save_prompts
+from .source_style import SourceStyle, null_rows, style_of
+from .student import KeyValueStudent, PromptStudent
+from .teaching import Content, States, Teacher, student_schedule
+
+log = logging.getLogger("lsast.train")
+
+SCALES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0)
+"""Starts that are tried: this far along the line from the null context's keys and values through the style's. Were the
+base linear in them, the guidance itself would be the answer."""
+
+TRIED = 8
+"""States of a stage that the start is chosen by."""
+
+KIND = ("variant", "generator", "layout", "gradient", "prompt")
+"""Facts that a prompt file says of itself, and baking writes from there."""
+
+ROWS = 8
+"""Rows of an evaluation's call at 256 pixels."""
+
+
+@dataclass(frozen=True)
+class DistilFiles:
+    """Where a distillation writes: one folder, under the new style's name."""
+
+    folder: Path
+    name: str
+    kind: str
+
+    @property
+    def result(self) -> Path:
+        """The style file, or the prompt file."""
+        return self.folder / f"{self.name}{'.prompts' if self.kind == 'prompts' else ''}.safetensors"
+
+    @property
+    def checkpoint(self) -> Path:
+        """There only while a run is unfinished."""
+        return self.folder / f"{self.name}.checkpoint.safetensors"
+
+    @property
+    def curve(self) -> Path:
+        """The errors as JSON; the picture has the suffix ``.png``."""
+        return self.folder / f"{self.name}.curve.json"
+
+
+@dataclass(frozen=True)
+class DistilOutcome:
+    """What a finished distillation gives."""
+
+    style: Path
+    curve: Path
+    steps: int
+    best_step: int
+    """Step of what was kept."""
+    relative: float
+    """Held-out ‖student - teacher‖ / ‖unguided - teacher‖, stage by stage, then averaged; 1 is nothing learnt."""
+    seconds: float
+    """Wall time of training, including that of the parts before a resume; without the teacher's."""
+
+
+class Distillation:
+    """One run.
+
+    Args:
+        base: moved to the device that accelerate chooses; its weights are never changed.
+        style: what to start from.
+        collection: pictures of any kind, loaded with the options' size, for the teacher to paint.
+        options: every knob.
+        name: of the new style.
+        folder: for the files of the run.
+        resume: go on from the checkpoint that a stopped run left in `folder`.
+        on_step: called with step and loss after each step; for tests and tools.
+
+    Raises:
+        UsageError: a name that is no file name, a size that the base cannot take, a schedule that cannot be laid out.
+        TrainingError: a checkpoint that is missing, in the way, damaged, or of another run.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        style: SourceStyle,
+        collection: Collection,
+        options: DistilOptions,
+        name: str,
+        folder: Path,
+        resume: bool = False,
+        on_step: Callable[[int, float], None] | None = None,
+    ) -> None:
+        faults = style_name_faults(name)
+        if options.size % base.facts.multiple:
+            faults.append(f"size: found {options.size}; expected a multiple of {base.facts.multiple}")
+        if options.kind == "prompts" and style.prompts is None:
+            faults.append("kind: found prompts for a style that was read for kv; read it for prompts")
+        if faults:
+            raise UsageError(fault_list("this distillation cannot be meant:", faults))
+        if options.student_steps:
+            student_schedule(options, base.facts.noise, style.stages)
+        self.base, self.style, self.collection, self.options = base, style, collection, options
+        self.files = DistilFiles(folder, name, options.kind)
+        if resume and not self.files.checkpoint.exists():
+            raise TrainingError(f"found no checkpoint {self.files.checkpoint}; start without --resume")
+        if self.files.checkpoint.exists() and not resume:
+            raise TrainingError(
+                f"found the checkpoint of an unfinished run, {self.files.checkpoint}; go on with --resume, or delete it"
+            )
+        place(base, Accelerator().device)
+        self._resume, self._on_step = resume, on_step
+        self.curve = Curve()
+        self.step = 0
+        self._loss_sum = self._seconds = 0.0
+
+    def run(self) -> DistilOutcome:
+        """Let the teacher paint, train to the last step, write the best style.
+
+        Raises:
+            TrainingError: a loss that is not finite; nothing learnt.
+            InterruptionError: SIGINT or SIGTERM in training; a checkpoint was written.
+        """
+        with baked_base(self.base) as baked:
+            self._prepare(baked)
+            signals, options = NotedSignals(), self.options
+            began = saved = time.monotonic()
+            before = self._seconds
+            bar = tqdm(total=options.steps, initial=self.step, desc=self.files.name, unit="step")
+            with bar, signals:
+                while self.step < options.steps:
+                    loss = self._train_step()
+                    self._loss_sum += loss
+                    bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                    bar.update()
+                    if self._on_step is not None:
+                        self._on_step(self.step, loss)
+                    if self.step % options.evaluate_every == 0 or self.step == options.steps:
+                        self._evaluate()
+                    self._seconds = before + time.monotonic() - began
+                    if signals.number or time.monotonic() - saved > 60 * options.checkpoint_minutes:
+                        self._save_checkpoint()
+                        saved = time.monotonic()
+                    if signals.number and self.step < options.steps:
+                        raise InterruptionError(signals.number, self.step, self.files.checkpoint)
+            return self._finish()
+
+    def errors(self, states: States) -> tuple[float, ...]:
+        """Root mean square of student - target in each stage that is trained, float32 arithmetic."""
+        found = []
+        with torch.no_grad():
+            for stage in self.stages:
+                rows = states.rows(stage)
+                squares = [self._error(states, part, stage).double().sum() for part in rows.split(self._at_once)]
+                found.append((torch.stack(squares).sum() / states.target[rows].numel()).sqrt().item())
+        return tuple(found)
+
+    def _prepare(self, baked: BakedBase) -> None:
+        """The teacher's states, the student at its start or where the checkpoint left it."""
+        options, base = self.options, self.base
+        self._baked = baked
+        teacher = Teacher(baked, self.style, null_rows(base), options)
+        self._at_once = max(1, ROWS * 256 * 256 // options.size**2)
+        sides = (self.collection.training, options.pictures), (self.collection.held_out, options.held_out_pictures)
+        self._contents, self._states = [], []
+        for side, (paintings, count) in enumerate(sides):
+            content = read_content(baked, paintings, count, options.size, options.seed, side)
+            few = options.noised if side == 0 else max(2, options.noised // 8)
+            shown = teacher.states(content, side, noised=few)
+            parts = list(tqdm(shown, desc=("teach", "held out")[side], unit="batch"))
+            self._contents.append(content)
+            self._states.append(States.join(parts))
+        held_out = set(self._states[1].stage.tolist())
+        self.stages = sorted(held_out & set(self._states[0].stage.tolist()))
+        self._size = self._states[0].distance(self.stages)
+        self.student = self._make_student(base.null_context.device)
+        self.optimizer = torch.optim.AdamW(
+            self.student.parameters(), lr=options.lr, betas=(0.9, 0.999), weight_decay=options.weight_decay
+        )
+        self._best = copy.deepcopy(self.student.moves)
+        if self._resume:
+            self._restore()
+        else:
+            self._choose_start()
+            seen, unseen = (states.distance(self.stages) for states in self._states)
+            self.curve.evaluations.append(Evaluation(0, unseen, seen))
+            self._evaluate()
+
+    def _make_student(self, device: torch.device) -> KeyValueStudent | PromptStudent:
+        style, baked = self.style, self._baked
+        if self.options.kind == "prompts":
+            assert style.prompts is not None, "checked at the start"
+            return PromptStudent(style.prompts, baked.unet, baked.control).to(device)
+        return KeyValueStudent(style.kv_unet, style.kv_control, baked.unet).to(device)
+
+    def _choose_start(self) -> None:
+        """Put every stage at the best of `SCALES` along the line from the null context through the style."""
+        student, states = self.student, self._states[0]
+        null = self.base.null_context if self.options.kind == "prompts" else null_rows(self.base)
+        null = null.to(student.start)
+        origin = student.start.clone()
+        chosen = []
+        with torch.no_grad():
+            for stage in tqdm(self.stages, desc="start", unit="stage"):
+                rows = states.rows(stage)[:TRIED]
+                errors = []
+                for scale in SCALES:
+                    student.start[stage] = null + scale * (origin[stage] - null)
+                    parts = rows.split(self._at_once)
+                    errors.append(sum(self._error(states, part, stage).sum().item() for part in parts))
+                chosen.append(SCALES[errors.index(min(errors))])
+                student.start[stage] = null + chosen[-1] * (origin[stage] - null)
+        log.info("starts at %s times the style, by stage", ", ".join(f"{scale:g}" for scale in chosen))
+
+    def _error(self, states: States, rows: torch.Tensor, stage: int, training: bool = False) -> torch.Tensor:
+        """Squared error of the student at the states `rows` of one stage, [B, 4, h, w]."""
+        device = self._baked.device
+        content = self._contents[0 if states is self._states[0] else 1]
+        predicted = self._baked.predict(
+            states.latent[rows].to(device),
+            states.timestep[rows].to(device),
+            self.student.rows(stage),
+            content.hints[states.picture[rows]].to(device),
+            self.options.control,
+            self.options.precision if training else "fp32",
+        )
+        return (predicted.float() - states.target[rows].to(device)).square()
+
+    def _train_step(self) -> float:
+        """One step on one stage; returns its loss, 1 for the unguided style."""
+        options, states = self.options, self._states[0]
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.learning_rate(self.step)
+        place_of = self.step % len(self.stages)
+        stage = self.stages[place_of]
+        generator = seeded(options.seed, Purpose.STEP, self.step)
+        known = states.rows(stage)
+        rows = known[torch.randint(len(known), (options.batch,), generator=generator)]
+        loss = self._error(states, rows, stage, training=True).mean() / self._size[place_of] ** 2
+        # Without gradients the other stages stay where they are; with zeros they would drift on their momentum.
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        if not math.isfinite(value := loss.item()):
+            raise TrainingError(f"the loss of step {self.step} is {value}; lower --lr, or use --precision fp32")
+        self.optimizer.step()
+        self.step += 1
+        return value
+
+    def _evaluate(self) -> None:
+        since = self.step % self.options.evaluate_every or self.options.evaluate_every
+        trained = self.step > 0
+        evaluation = Evaluation(
+            self.step,
+            self.errors(self._states[1]),
+            self.errors(self._states[0]),
+            self._loss_sum / since if trained else None,
+            self.options.learning_rate(self.step - 1) if trained else None,
+        )
+        self._loss_sum = 0.0
+        self.curve.evaluations.append(evaluation)
+        if self._kept() is evaluation:
+            self._best.load_state_dict(self.student.moves.state_dict())
+        log.info(
+            "step %d: held out, %.4f of the way from unguided to guided is left; training %.4f",
+            self.step,
+            self.curve.relative(evaluation),
+            self.curve.relative_training(evaluation),
+        )
+        save_curve(
+            self.curve, self.files.curve, {"name": self.files.name, "options": asdict(self.options)}, self.stages
+        )
+
+    def _kept(self) -> Evaluation:
+        """The best of the student's evaluations; the first one is the original style's."""
+        return min(self.curve.evaluations[1:], key=self.curve.relative)
+
+    def _identity(self) -> dict[str, Any]:
+        knobs = asdict(self.options)
+        del knobs["checkpoint_minutes"]
+        style = {"style": self.style.name, "rms": f"{self.style.kv_unet.square().mean().sqrt().item():.9g}"}
+        return {**knobs, **style, "base": self.base.fingerprint, "pictures_sha256": self.collection.digest}
+
+    def _save_checkpoint(self) -> None:
+        facts = {
+            "identity": self._identity(),
+            "step": self.step,
+            "loss_sum": self._loss_sum,
+            "seconds": self._seconds,
+            "curve": self.curve.to_json(),
+        }
+        save_checkpoint(self.files.checkpoint, {"student": self.student, "best": self._best}, self.optimizer, facts)
+
+    def _restore(self) -> None:
+        modules = {"student": self.student, "best": self._best}
+        facts = load_checkpoint(self.files.checkpoint, modules, self.optimizer)
+        own, known = self._identity(), facts.get("identity", {})
+        if faults := [
+            f"{key}: found {known.get(key)!r} in the checkpoint, {own[key]!r} now"
+            for key in own
+            if known.get(key) != own[key]
+        ]:
+            where = f"{self.files.checkpoint} belongs to another run; give the same options:"
+            raise TrainingError(fault_list(where, faults))
+        self.step, self._loss_sum, self._seconds = facts["step"], facts["loss_sum"], facts["seconds"]
+        self.curve = Curve.from_json(facts["curve"])
+        log.info("goes on after step %d of %d", self.step, self.options.steps)
+
+    def _finish(self) -> DistilOutcome:
+        kept = self._kept()
+        relative = self.curve.relative(kept)
+        if not relative < 1:
+            raise TrainingError(
+                f"nothing was learnt: the best held-out error is {relative:.4f} of the unguided style's; lower --lr, "
+                "or take more --steps or --pictures"
+            )
+        self.student.moves.load_state_dict(self._best.state_dict())
+        meta = distilled_meta(self.style, self.options, relative, kept.step, self.collection.digest)
+        if isinstance(self.student, KeyValueStudent):
+            style_of(self.style, self.base, self.files.name, self.student.kv_unet(), meta).save(self.files.result)
+        else:
+            prompts = self.student.prompts().cpu()
+            matrices = prompts.flatten(0, 1).clone()
+            assert torch.equal(matrices[matrix_table("step+layer", stages=len(prompts))], prompts), "3s + l"
+            facts = {key: value for key, value in meta.items() if key not in KIND}
+            name, base = self.files.name, self.base.fingerprint
+            save_prompts(
+                Prompts(name, base, "step+layer", "direct", "strided", "all", prompts, matrices, meta=facts),
+                self.files.result,
+            )
+        self.files.checkpoint.unlink(missing_ok=True)
+        log.info("kept step %d: %.4f of the way from unguided to guided is left", kept.step, relative)
+        return DistilOutcome(self.files.result, self.files.curve, self.step, kept.step, relative, self._seconds)
+
+
+def read_content(
+    baked: BakedBase, paintings: Sequence[Painting], count: int, size: int, seed: int, side: int
+) -> Content:
+    """Random windows of `paintings`, which take turns: latents and hint features of `count` of them."""
+    base, latents, hints = baked.base, [], []
+    for index in range(count):
+        generator = seeded(seed, Purpose.CONTENT, side, index)
+        pixels = view(paintings[index % len(paintings)], size, generator).copy()
+        edges = torch.from_numpy(edge_map(pixels)).float().expand(1, 3, -1, -1).to(baked.device)
+        with torch.no_grad():
+            image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(baked.device).float() / 127.5 - 1
+            mean, std = (part.cpu() for part in base.encode(image))
+            hints.append(baked.hints(edges).cpu())
+        latents.append(base.facts.latent_scale * (mean + std * torch.randn(mean.shape, generator=generator)))
+    return Content(torch.cat(latents), torch.cat(hints))
+
+
+def distilled_meta(
+    style: SourceStyle, options: DistilOptions, relative: float, step: int, pictures: str
+) -> dict[str, str]:
+    """The facts of a distilled style: those of the original, with the guidance baked in instead of asked for.
+
+    Raises:
+        UsageError: defaults of the original that cannot be meant.
+    """
+    defaults, faults = read_style_defaults(style.meta)
+    if faults:
+        raise UsageError(fault_list(f"style {style.name!r} has defaults that cannot be meant:", faults))
+    defaults.pop("guidance", None)
+    if options.student_steps:
+        defaults |= {"steps": options.student_steps, "strength": options.strength, "solver": options.solver}
+    kept = {key: value for key, value in style.meta.items() if key != "defaults"}
+    return {
+        **kept,
+        **write_style_defaults(defaults),
+        "guidance_baked": f"{options.guidance:g}",
+        "distilled_from": style.name,
+        "distil_options": json.dumps(asdict(options), sort_keys=True),
+        "distil_pictures_sha256": pictures,
+        "distil_step": str(step),
+        "distil_relative_error": f"{relative:.6f}",
+        "distil_versions": json.dumps(versions()),
+    }

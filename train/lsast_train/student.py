@@ -1,0 +1,100 @@
+"""What a distillation moves: a style's keys and values, or the prompts behind them, each stage for itself.
+
+Parameters are departures from a start, in units of the root mean square of what they are added to (of each layer's keys
+and values; of the prompts), so that one learning rate suits all layers and weight decay leads back to the start.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from .attention import GROUPS
+from .packed import PackedLayers
+
+Rows = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of U-Net [T, Wu] and ControlNet [T, Wc]."""
+
+
+class Student(Protocol):
+    """A style that can be trained; a `torch.nn.Module`."""
+
+    moves: nn.ParameterList
+    """One parameter a stage."""
+    start: torch.Tensor
+    """[stages, …]: where the moves start from."""
+
+    def rows(self, stage: int) -> Rows:
+        """What the networks read in this stage."""
+
+
+class KeyValueStudent(nn.Module):
+    """Moves the U-Net's keys and values; ControlNet's stay, for no guidance is applied to them.
+
+    Args:
+        kv_unet: [stages, T, Wu]: the style's.
+        kv_control: [stages, T, Wc]: the style's.
+        layout: of `kv_unet`.
+    """
+
+    start: torch.Tensor
+    control: torch.Tensor
+    unit: torch.Tensor
+
+    def __init__(self, kv_unet: torch.Tensor, kv_control: torch.Tensor, layout: PackedLayers) -> None:
+        super().__init__()
+        self.register_buffer("start", kv_unet.clone())
+        self.register_buffer("control", kv_control, persistent=False)
+        unit = torch.ones(layout.width)
+        for entry in layout.entries:
+            for offset in (entry.offset, entry.offset + entry.width):
+                columns = slice(offset, offset + entry.width)
+                unit[columns] = kv_unet[:, :, columns].square().mean().sqrt()
+        self.register_buffer("unit", unit, persistent=False)
+        self.moves = nn.ParameterList(torch.zeros_like(rows) for rows in kv_unet)
+
+    def rows(self, stage: int) -> Rows:
+        """See `Student`."""
+        return self.start[stage] + self.unit * self.moves[stage], self.control[stage]
+
+    def kv_unet(self) -> torch.Tensor:
+        """[stages, T, Wu], without gradient."""
+        with torch.no_grad():
+            return torch.stack([self.rows(stage)[0] for stage in range(len(self.moves))])
+
+
+class PromptStudent(nn.Module):
+    """Moves the prompts of every stage and layer group, from which keys and values of both networks follow.
+
+    Args:
+        prompts: [stages, 3, T, dim]: the style's.
+        unet, control: how the networks project and pack them.
+    """
+
+    start: torch.Tensor
+    unit: torch.Tensor
+
+    def __init__(self, prompts: torch.Tensor, unet: PackedLayers, control: PackedLayers) -> None:
+        super().__init__()
+        self._layouts = unet, control
+        self.register_buffer("start", prompts.clone())
+        self.register_buffer("unit", prompts.square().mean((0, 2, 3)).sqrt().view(len(GROUPS), 1, 1), persistent=False)
+        self.moves = nn.ParameterList(torch.zeros_like(contexts) for contexts in prompts)
+
+    def contexts(self, stage: int) -> torch.Tensor:
+        """[3, T, dim]."""
+        moved: torch.Tensor = self.start[stage] + self.unit * self.moves[stage]
+        return moved
+
+    def rows(self, stage: int) -> Rows:
+        """See `Student`."""
+        contexts = self.contexts(stage)[None]
+        unet, control = (layout.project(contexts)[0] for layout in self._layouts)
+        return unet, control
+
+    def prompts(self) -> torch.Tensor:
+        """[stages, 3, T, dim], without gradient."""
+        with torch.no_grad():
+            return torch.stack([self.contexts(stage) for stage in range(len(self.moves))])
