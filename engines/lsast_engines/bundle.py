@@ -5,6 +5,7 @@
     NAME/
     ├── manifest.json            what everything else must be
     ├── encoder.onnx … decoder.onnx, with weights they refer to (``*.data`` or ``*.safetensors``)
+    ├── control.onnx, deep.onnx, shallow.onnx: the denoiser's parts, if it has them
     ├── null.safetensors         the unconditional keys and values, in the format of a style
     └── styles/*.safetensors     not in the manifest: styles come and go, each carries its own checksum
 """
@@ -23,7 +24,7 @@ from pathlib import Path
 from .errors import BundleError, StyleError, UsageError, fault_list
 from .files import file_sha256
 from .manifest import FileEntry, Manifest
-from .spec import GraphSpec, TensorSpec, graph_specs
+from .spec import GraphSpec, TensorSpec, further_specs, graph_specs
 from .style import Style
 from .style_file import StyleFile
 
@@ -253,7 +254,7 @@ def _file_faults(path: Path, manifest: Manifest, verify_hashes: bool) -> list[st
 
 
 def _graph_faults(manifest: Manifest) -> list[str]:
-    expected = graph_specs(manifest.geometry)
+    expected = {**graph_specs(manifest.geometry), **further_specs(manifest.geometry, manifest.graphs)}
     faults = [f"graph {name}: found none; expected {', '.join(expected)}" for name in expected.keys() - manifest.graphs]
     faults += [
         f"graph {name}: found a graph that this version does not know" for name in manifest.graphs.keys() - expected

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .errors import BackendError, UsageError, fault_list
-from .spec import GraphSpec, TensorSpec
+from .spec import GraphSpec, TensorSpec, halvings
 
 Shape = tuple[int, ...]
 
@@ -69,7 +69,8 @@ class Ranges:
     def profile(self, spec: GraphSpec) -> Profile:
         """The shapes that every input of `spec` may take."""
         axes = {"B": self.batch, "G": self.guidance, "H": self.side, "W": self.side}
-        axes |= {axis: Span(*(side // FACTOR for side in self.side)) for axis in ("h", "w")}
+        cells = {axis for tensor in spec.inputs for axis in tensor.shape if isinstance(axis, str) and axis[0] in "hw"}
+        axes |= {axis: Span(*(side // FACTOR >> halvings(axis) for side in self.side)) for axis in cells}
         return {tensor.name: _shape_span(tensor, axes) for tensor in spec.inputs}
 
 
@@ -90,6 +91,10 @@ def output_shapes(spec: GraphSpec, shapes: Mapping[str, Shape]) -> dict[str, Sha
             axes.setdefault(pixels, axes[cells] * FACTOR)
         elif pixels in axes:
             axes[cells] = axes[pixels] // FACTOR
+    for tensor in spec.outputs:
+        for axis in tensor.shape:
+            if isinstance(axis, str) and axis not in axes:
+                axes[axis] = axes[axis[0]] >> halvings(axis)
     return {
         tensor.name: tuple(axis if isinstance(axis, int) else axes[axis] for axis in tensor.shape)
         for tensor in spec.outputs

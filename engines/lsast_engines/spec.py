@@ -3,20 +3,30 @@
 Everything is float32 at the border (weights inside may be fp16), but for the timestep. An axis that is a string is
 dynamic; the same string means the same length in every input of one call.
 
-==== =====================================================
-B    pictures in the batch
-G    guidance: 1 = conditional only; 2 = [unconditional, conditional]
-H, W picture height and width in pixels
-h, w latent height and width: H / factor, W / factor
-==== =====================================================
+====== =====================================================
+B      pictures in the batch
+G      guidance: 1 = conditional only; 2 = [unconditional, conditional]
+H, W   picture height and width in pixels
+h, w   latent height and width: H / factor, W / factor
+h2, w2 h / 2, w / 2, and so on: the deeper levels of a network
+====== =====================================================
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 ENCODER, HINT, DENOISER, DECODER = "encoder", "hint", "denoiser", "decoder"
-"""Names of the four graphs."""
+"""Names of the four graphs that every bundle has."""
+
+EVERY = (ENCODER, HINT, DENOISER, DECODER)
+
+CONTROL, DEEP, SHALLOW = "control", "deep", "shallow"
+"""Names of the denoiser's parts, which a bundle may have beside it: all three or none."""
+
+PARTS = (CONTROL, DEEP, SHALLOW)
+
 ADVANCE = "advance"
 """Name of the graph that takes a solver's step on the device; no bundle's, see `advance_spec`."""
 KEPT = 3
@@ -121,3 +131,95 @@ def advance_spec(channels: int = 4) -> GraphSpec:
         ),
         (TensorSpec("advanced", "float32", (slots + 1, *latent)),),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """Where a denoiser is cut into its parts: between ControlNet and U-Net, and across the U-Net.
+
+    Across the U-Net the cut lies below its outermost level, at full latent resolution (DeepCache, arXiv 2312.00858,
+    where the feature that enters an up block is kept): `shallow` is the convolution in, the first down block, the last
+    up block and the convolution out, and `feature` is what the last up block takes from below.
+    """
+
+    residuals: tuple[tuple[int, int], ...]
+    """Channels and level of each of the ControlNet's residuals, in its order; the middle block's is the last. At level
+    n the sides are those of the latent, halved n times."""
+    outer: int
+    """How many of them, from the first, belong to the outermost level."""
+    feature: int
+    """Channels of the feature that is kept."""
+
+
+def part_specs(geometry: Geometry, cut: Cut) -> dict[str, GraphSpec]:
+    """The specs of the parts of a base's denoiser, by graph name.
+
+    - ``control``: the ControlNet of one step, at batch B with the style's keys and values, scaled → its residuals.
+    - ``deep``: the U-Net of one step with residuals, always giving eps, and the `feature` at the cut.
+    - ``shallow``: its outermost level alone, with the residuals of that level and a `feature` of an earlier step.
+
+    ``deep`` after ``control`` is the ``denoiser``, and ``shallow`` after ``deep`` at the same step gives the same eps.
+    """
+    g = geometry
+    latent = TensorSpec("latent", "float32", ("B", g.latent_channels, "h", "w"))
+    timestep = TensorSpec("timestep", "int64", ("B",))
+    kv_unet = TensorSpec("kv_unet", "float32", ("G", "B", g.tokens, g.unet_width))
+    residuals = tuple(
+        TensorSpec(f"residual_{place}", "float32", ("B", channels, *_sides(level)))
+        for place, (channels, level) in enumerate(cut.residuals)
+    )
+    feature = TensorSpec("feature", "float32", ("G", "B", cut.feature, "h", "w"))
+    eps = TensorSpec("eps", "float32", ("G", *latent.shape))
+    specs = (
+        GraphSpec(
+            CONTROL,
+            (
+                latent,
+                TensorSpec("hint", "float32", ("B", g.hint_channels, "h", "w")),
+                timestep,
+                TensorSpec("kv_control", "float32", ("B", g.tokens, g.control_width)),
+                TensorSpec("control_scale", "float32", ()),
+            ),
+            residuals,
+        ),
+        GraphSpec(DEEP, (latent, timestep, kv_unet, *residuals), (eps, feature)),
+        GraphSpec(SHALLOW, (latent, timestep, kv_unet, *residuals[: cut.outer], feature), (eps,)),
+    )
+    return {spec.name: spec for spec in specs}
+
+
+def further_specs(geometry: Geometry, graphs: Mapping[str, GraphSpec]) -> dict[str, GraphSpec]:
+    """What those of `graphs` have to be that a bundle need not have, by name; of parts, all that belong together.
+
+    The cut is read off the parts themselves; that they agree on it, and name things as `part_specs` does, is not.
+    """
+    if not any(name in graphs for name in PARTS):
+        return {}
+    residuals = graphs[CONTROL].outputs if CONTROL in graphs else ()
+    features = [tensor.shape[2] for tensor in graphs[DEEP].outputs[1:]] if DEEP in graphs else []
+    outer = len(graphs[SHALLOW].inputs) - 4 if SHALLOW in graphs else 0  # beside latent, timestep, kv_unet, feature
+    cut = Cut(
+        residuals=tuple((_length(tensor, 1), _level(tensor)) for tensor in residuals),
+        outer=max(0, outer),
+        feature=next((channels for channels in features if isinstance(channels, int)), 0),
+    )
+    return part_specs(geometry, cut)
+
+
+def _sides(level: int) -> tuple[str, str]:
+    """Names of height and width at a level of a network."""
+    return ("h", "w") if level == 0 else (f"h{2**level}", f"w{2**level}")
+
+
+def halvings(axis: str) -> int:
+    """How often the axis ``h…`` or ``w…`` is halved: 0 for ``h``, 1 for ``h2``, 2 for ``h4``."""
+    return int(axis[1:]).bit_length() - 1 if axis[1:].isdecimal() else 0
+
+
+def _length(tensor: TensorSpec, axis: int) -> int:
+    length = tensor.shape[axis] if axis < len(tensor.shape) else 0
+    return length if isinstance(length, int) else 0
+
+
+def _level(tensor: TensorSpec) -> int:
+    return halvings(str(tensor.shape[-1])) if tensor.shape else 0

@@ -21,6 +21,7 @@ from .compile_command import LIBRARIES, compile_command, compiled
 from .console import Command, Group, Phases, common, fail, require_extra
 from .golden_command import golden_command
 from .import_command import import_command
+from .parts_command import parts_command
 from .triton_command import triton_command
 
 _DEFAULT_TYPES: dict[str, Callable[[str], Any]] = {
@@ -55,6 +56,9 @@ def _exporting(command: Command) -> Command:
         ),
         click.option(
             "--precision", type=click.Choice(["fp32", "fp16", "bf16"]), help="Storage of the weights. [default: fp16]"
+        ),
+        click.option(
+            "--parts", is_flag=True, help="Write the denoiser's parts too, see lsast-export parts; kept if there."
         ),
         click.option("--revision", metavar="REV", help="Commit hash or tag of a base from the hub."),
         click.option(
@@ -105,6 +109,7 @@ def main(
     defaults: tuple[str, ...],
     backend: str | None,
     sm: tuple[str, ...],
+    parts: bool,
     as_json: bool,
 ) -> None:
     """Bake the styles that lsast-train learned, for lsast-run to paint with.
@@ -113,7 +118,7 @@ def main(
     exported too, into a bundle of its own; one that is there is replaced, its other styles are kept.
     """
     imports = {"controlnet": controlnet, "unet_weights": unet_weights, "revision": revision}
-    given = any((styles, base, out, precision, defaults, backend, sm, *imports.values()))
+    given = any((styles, base, out, precision, defaults, backend, sm, parts, *imports.values()))
     if ctx.invoked_subcommand is not None:
         if given:
             raise UsageError(f"found options before {ctx.invoked_subcommand!r}; expected them behind it")
@@ -122,17 +127,17 @@ def main(
     if not styles:
         raise UsageError(
             "found nothing to do; expected --style NAME, or one of the commands bundle, check, compile, golden, "
-            "import, triton (--help)"
+            "import, parts, triton (--help)"
         )
     if out is not None:
-        _export(styles, base, out, precision, defaults, backend, sm, as_json, **imports)
+        _export(styles, base, out, precision, defaults, backend, sm, parts, as_json, **imports)
         return
     library, backend = _library(backend, sm)
     wanted, own = _read_defaults(defaults)
-    if precision or wanted or backend or any(imports.values()):
+    if precision or wanted or backend or parts or any(imports.values()):
         raise UsageError(
-            "--precision, --default KEY=VALUE, --backend, --controlnet, --unet-weights and --revision are of a whole "
-            "bundle; expected --out DIR with them (a style's own: --default STYLE.KEY=VALUE)"
+            "--precision, --default KEY=VALUE, --backend, --parts, --controlnet, --unet-weights and --revision are of "
+            "a whole bundle; expected --out DIR with them (a style's own: --default STYLE.KEY=VALUE)"
         )
     _bake(styles, base, own, library, sm, as_json)
 
@@ -236,6 +241,7 @@ def _export(
     defaults: tuple[str, ...],
     backend: str | None,
     sm: tuple[str, ...],
+    parts: bool,
     as_json: bool,
     **imports: str | None,
 ) -> None:
@@ -245,6 +251,7 @@ def _export(
     _require_extra()
     from lsast_engines.bundle import MANIFEST
     from lsast_engines.manifest import Manifest
+    from lsast_engines.spec import PARTS
     from lsast_train.base import open_base_parts, stored_base
     from lsast_train.sources import BaseSource
 
@@ -258,16 +265,20 @@ def _export(
     fields: dict[str, Any] = {name: value for name, value in imports.items() if value is not None}
     source = BaseSource(base, **fields)
     folder = stored_base(source)
-    parts = open_base_parts(source)
-    prompts = with_defaults(read_prompts(styles, text_base(parts) if styles else None), own)
+    networks = open_base_parts(source)
+    prompts = with_defaults(read_prompts(styles, text_base(networks) if styles else None), own)
     inherited: dict[str, Any] = {}
     if folder is not None and (folder / MANIFEST).is_file():
-        inherited = Manifest.from_json((folder / MANIFEST).read_text(encoding="utf-8"), str(folder / MANIFEST)).defaults
+        before = Manifest.from_json((folder / MANIFEST).read_text(encoding="utf-8"), str(folder / MANIFEST))
+        inherited = before.defaults
+        parts |= before.graphs.keys() >= set(PARTS)
     if prompts:
         inherited = {key: value for key, value in inherited.items() if key != "style"}
     chosen: dict[str, Any] = {"precision": precision, "backend": backend}
-    options = dataclasses.replace(ExportOptions(), **{key: value for key, value in chosen.items() if value is not None})
-    written = export_bundle(parts, out, prompts, options, {**inherited, **wanted}, progress=phases)
+    options = dataclasses.replace(
+        ExportOptions(parts=parts), **{key: value for key, value in chosen.items() if value is not None}
+    )
+    written = export_bundle(networks, out, prompts, options, {**inherited, **wanted}, progress=phases)
     engines = {} if library is None else {"compiled": compiled(written.path, library, phases, sm=sm)}
     manifest, peak = written.manifest, peak_rss()
     facts = {
@@ -317,6 +328,7 @@ main.add_command(compile_command)
 main.add_command(golden_command)
 main.add_command(import_command)
 main.add_command(triton_command)
+main.add_command(parts_command)
 
 if __name__ == "__main__":
     main()

@@ -11,6 +11,7 @@ import onnx
 from lsast_engines.bundle import Bundle
 from lsast_engines.errors import BundleError, LsastError, fault_list
 from lsast_engines.files import file_sha256
+from lsast_engines.spec import PARTS
 from lsast_train.base import Base, open_base_parts
 from lsast_train.packed import pack
 
@@ -18,6 +19,7 @@ from .bake import bake_null_style, manifest_layers
 from .exporter import WEIGHTS, require_backend
 from .graphs import geometry
 from .parity import ParityPlan, measure_parity, plan_for
+from .parts_parity import measure_parts_parity
 from .progress import Progress, silent
 from .skeleton import baking_base
 
@@ -66,6 +68,8 @@ def check_bundle(
         raise BundleError(fault_list(f"{path} is damaged; export it again:", faults))
     plan = plan or plan_for(parts)
     figures = measure_parity(parts, graphs, bundle.manifest.graphs, plan, backend, device, progress)
+    if graphs.keys() >= set(PARTS):
+        figures |= measure_parts_parity(parts, graphs, bundle.manifest.graphs, plan, backend, device, progress)
     styles = tuple(bundle.styles())
     return CheckReport(path, backend, figures, bundle.manifest.parity, plan.tolerance, styles)
 

@@ -47,7 +47,13 @@ def compiling(command: Command) -> Command:
 @click.option(
     "--out", metavar="DIR", type=click.Path(path_type=Path), help="Put engines here, not where lsast-run finds them."
 )
-@click.option("--graph", "graphs", metavar="NAME", multiple=True, help="This graph only; again for others.")
+@click.option(
+    "--graph",
+    "graphs",
+    metavar="NAME",
+    multiple=True,
+    help="This graph only; again for others. [default: all but the denoiser's parts]",
+)
 @compiling
 @common
 @click.pass_context

@@ -22,7 +22,7 @@ from lsast_engines.bundle import NULL_STYLE, STYLES, Bundle
 from lsast_engines.engine import EXTRAS, available_backends
 from lsast_engines.errors import ExportError, MissingExtraError, fault_list
 from lsast_engines.manifest import Manifest, Precision
-from lsast_engines.spec import graph_specs
+from lsast_engines.spec import PARTS, GraphSpec, graph_specs
 from lsast_train.base import Base, BaseParts, open_base_parts, save_base
 from lsast_train.packed import pack
 from lsast_train.prompt_space import STAGES
@@ -31,6 +31,8 @@ from lsast_train.prompts_file import Prompts
 from .bake import bake_null_style, manifest_layers
 from .graphs import GRAPHS, geometry, graph_module
 from .parity import ParityPlan, measure_parity, plan_for, require_parity
+from .parts import trace_parts
+from .parts_parity import measure_parts_parity
 from .progress import Progress, silent
 from .skeleton import baking_base, skeleton
 from .styles import EXPORTED_FROM, bake_prompts, check_prompts
@@ -56,6 +58,8 @@ class ExportOptions:
     """Backend that the graphs are compared with torch on."""
     plan: ParityPlan | None = None
     """What is compared, and the tolerance; None leaves it to `plan_for`."""
+    parts: bool = False
+    """Whether the bundle gets the denoiser's parts (`parts`), too; they need no weights of their own."""
 
 
 def default_options(base: Base | BaseParts, styles: Sequence[str]) -> dict[str, Any]:
@@ -135,6 +139,8 @@ def export_bundle(
         del projections
         empty = skeleton(stored)
         traced = traced or trace_graphs(empty, progress)
+        if options.parts and not traced.keys() >= set(PARTS):
+            traced = {**traced, **trace_parts(empty, progress)}
         for name, graph in traced.items():
             save_graph(graph, folder / WEIGHTS, folder / f"{name}.onnx")
         specs = {name: graph.spec for name, graph in traced.items()}
@@ -142,11 +148,15 @@ def export_bundle(
         plan = options.plan or plan_for(stored)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.unpacked.") as cache:
             figures = measure_parity(stored, paths, specs, plan, options.backend, progress=progress, cache=Path(cache))
+            if traced.keys() >= set(PARTS):
+                figures |= measure_parts_parity(
+                    stored, paths, specs, plan, options.backend, progress=progress, cache=Path(cache)
+                )
         _log.info("parity: %s", figures)
         require_parity(figures, plan.tolerance)
         names = [style.name for style in baked]
         manifest = _manifest(
-            empty, options, plan, stages, {**default_options(stored, names), **(defaults or {})}, figures
+            empty, options, plan, stages, {**default_options(stored, names), **(defaults or {})}, figures, specs
         )
         progress("writing the bundle")
         null_style.save(folder / NULL_STYLE)
@@ -192,6 +202,7 @@ def _manifest(
     stages: int,
     defaults: dict[str, Any],
     figures: dict[str, float],
+    specs: dict[str, GraphSpec],
 ) -> Manifest:
     facts = base.facts
     widths = geometry(base)
@@ -208,7 +219,7 @@ def _manifest(
         tokens=facts.tokens,
         geometry=widths,
         attention_layers=manifest_layers(pack(base)),
-        graphs=graph_specs(widths),
+        graphs=specs,
         defaults=defaults,
         lsast_version=_version("lsast"),
         parity=figures,

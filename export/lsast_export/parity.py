@@ -31,7 +31,7 @@ from lsast_train.packed import pack
 
 from .graphs import geometry
 from .progress import Countdown, Progress, silent
-from .reference import Array, Case, Inputs, Loop, draw_inputs, run_torch, start_of
+from .reference import Array, Case, Expected, Inputs, Loop, draw_inputs, run_torch, start_of
 from .skeleton import baking_base
 
 LOOP = "loop"
@@ -108,14 +108,11 @@ def measure_parity(
         ParityError: an output holds NaN or infinite values.
     """
     base = baking_base(parts)
-    cell = parts.facts.multiple // geometry(base).factor
-    generator = np.random.default_rng(plan.seed)
-    inputs = [draw_inputs(case, plan.loop, parts.facts, base.context_dim, cell, generator) for case in plan.cases]
-    pairs = list(zip(inputs, run_torch(parts, inputs, plan.loop, progress), strict=True))
+    pairs = answered(parts, plan, progress)
     figures = dict.fromkeys((ENCODER, HINT, DENOISER, DECODER), 0.0)
 
     def note(name: str, found: Array, expected: Array) -> None:
-        figures[name] = max(figures.get(name, 0.0), _error(found, expected, name))
+        figures[name] = max(figures.get(name, 0.0), relative_error(found, expected, name))
 
     @contextmanager
     def opened(name: str) -> Iterator[Engine]:
@@ -125,13 +122,13 @@ def measure_parity(
 
     with opened(ENCODER) as engine:
         for drawn, expected in pairs:
-            outputs = _run(engine, image=drawn.image)
+            outputs = run_copied(engine, image=drawn.image)
             note(ENCODER, outputs["mean"], expected.mean)
             note(ENCODER, outputs["std"], expected.std)
     hints = []
     with opened(HINT) as engine:
         for drawn, expected in pairs:
-            hints.append(_run(engine, edges=drawn.edges)["hint"])
+            hints.append(run_copied(engine, edges=drawn.edges)["hint"])
             note(HINT, hints[-1], expected.hint)
     with opened(DENOISER) as engine:
         denoiser = _Denoiser(engine, base)
@@ -154,8 +151,17 @@ def measure_parity(
             note(LOOP, run.latent, expected.loop_end)
     with opened(DECODER) as engine:
         for drawn, expected in pairs:
-            note(DECODER, _run(engine, latent=drawn.noise)["image"], expected.image)
+            note(DECODER, run_copied(engine, latent=drawn.noise)["image"], expected.image)
     return figures
+
+
+def answered(parts: BaseParts, plan: ParityPlan, progress: Progress = silent) -> list[tuple[Inputs, Expected]]:
+    """The inputs of every case of `plan`, and what torch gives for them."""
+    base = baking_base(parts)
+    cell = parts.facts.multiple // geometry(base).factor
+    generator = np.random.default_rng(plan.seed)
+    inputs = [draw_inputs(case, plan.loop, parts.facts, base.context_dim, cell, generator) for case in plan.cases]
+    return list(zip(inputs, run_torch(parts, inputs, plan.loop, progress), strict=True))
 
 
 def require_parity(figures: Mapping[str, float], tolerance: float) -> None:
@@ -173,35 +179,46 @@ def require_parity(figures: Mapping[str, float], tolerance: float) -> None:
         raise ParityError(fault_list("the exported graphs do not compute what torch computes:", faults))
 
 
+class Projections:
+    """Keys and values of random contexts, as `base` projects them."""
+
+    def __init__(self, base: Base) -> None:
+        self._unet, self._control = pack(base)
+
+    def __call__(self, drawn: Inputs, stage: int) -> tuple[Array, Array]:
+        """``kv_unet`` [G, B, T, Wu] and ``kv_control`` [B, T, Wc] of a stage."""
+        contexts = drawn.contexts[stage]  # [G, B, 3, tokens, dim]
+        with torch.no_grad():
+            kv_unet = self._unet.project(contexts.flatten(0, 1)).unflatten(0, contexts.shape[:2])
+            return kv_unet.numpy(), self._control.project(contexts[-1]).numpy()
+
+
 class _Denoiser:
     """The exported denoiser, fed with keys and values that `base` projects."""
 
     def __init__(self, engine: Engine, base: Base) -> None:
         self._engine = engine
-        self._unet, self._control = pack(base)
+        self._project = Projections(base)
 
     def __call__(self, drawn: Inputs, hint: Array, latent: Array, timestep: int, stage: int) -> Array:
-        contexts = drawn.contexts[stage]  # [G, B, 3, tokens, dim]
-        with torch.no_grad():
-            kv_unet = self._unet.project(contexts.flatten(0, 1)).unflatten(0, contexts.shape[:2])
-            kv_control = self._control.project(contexts[-1])
-        return _run(
+        kv_unet, kv_control = self._project(drawn, stage)
+        return run_copied(
             self._engine,
             latent=latent,
             hint=hint,
             timestep=np.full(len(latent), timestep, np.int64),
-            kv_unet=kv_unet.numpy(),
-            kv_control=kv_control.numpy(),
+            kv_unet=kv_unet,
+            kv_control=kv_control,
             control_scale=drawn.control_scale,
         )["eps"]
 
 
-def _run(engine: Engine, **feeds: Any) -> dict[str, Array]:
+def run_copied(engine: Engine, **feeds: Any) -> dict[str, Array]:
     """Outputs that outlive the next call."""
     return {name: value.copy() for name, value in engine({k: np.asarray(v) for k, v in feeds.items()}).items()}
 
 
-def _error(found: Array, expected: Array, name: str) -> float:
+def relative_error(found: Array, expected: Array, name: str) -> float:
     """Largest difference relative to the largest magnitude expected (absolute where that is 0)."""
     for side, values in (("exported graph", found), ("torch", expected)):
         if not np.isfinite(values).all():

@@ -114,6 +114,12 @@ class Expected:
     hint: Array
     eps: Array
     """Of the single step, or of the first step of the loop: [G, B, 4, h, w]."""
+    latent: Array
+    """Where that step was taken, [B, 4, h, w]."""
+    timestep: int
+    stage: int
+    residuals: list[Array]
+    """The ControlNet's of that step, scaled, the middle block's last."""
     loop_end: Array | None = None
     """The latent that the loop ends with."""
 
@@ -164,6 +170,9 @@ def run_torch(parts: BaseParts, inputs: Sequence[Inputs], loop: Loop, progress: 
                         edges = torch.from_numpy(drawn.edges)
                         answer.hint = base.controlnet.controlnet_cond_embedding(edges).numpy()
                 residuals = [_control(base, question) for question in questions]
+            if first:
+                for question, found in zip(questions, residuals, strict=True):
+                    _note_step(expected[question.index], question, found)
             with loaded(base, parts, "unet"):
                 for question in questions:
                     eps = _eps(base, question, residuals.pop(0))
@@ -202,6 +211,7 @@ class _Question:
     drawn: Inputs
     latent: torch.Tensor
     timestep: torch.Tensor
+    stage: int
     contexts: torch.Tensor
     """[G, B, 3, tokens, dim]"""
 
@@ -217,14 +227,31 @@ def _questions(inputs: Sequence[Inputs], runs: Sequence[LoopRun | None], first: 
         else:
             continue
         timestep = torch.full((drawn.case.batch,), t)
-        questions.append(_Question(index, drawn, torch.from_numpy(latent), timestep, drawn.contexts[stage]))
+        questions.append(_Question(index, drawn, torch.from_numpy(latent), timestep, stage, drawn.contexts[stage]))
     return questions
 
 
 def _autoencode(base: Base, drawn: Inputs) -> Expected:
     mean, std = (tensor.numpy() for tensor in base.encode(torch.from_numpy(drawn.image)))
     nothing = np.zeros(0, np.float32)
-    return Expected(mean, std, base.decode(torch.from_numpy(drawn.noise)).numpy(), nothing, nothing)
+    return Expected(
+        mean,
+        std,
+        image=base.decode(torch.from_numpy(drawn.noise)).numpy(),
+        hint=nothing,
+        eps=nothing,
+        latent=nothing,
+        timestep=0,
+        stage=0,
+        residuals=[],
+    )
+
+
+def _note_step(expected: Expected, question: _Question, residuals: Sequence[torch.Tensor]) -> None:
+    """Keep what the single or first step began with, and what the ControlNet gave."""
+    expected.latent = question.latent.numpy().copy()
+    expected.timestep, expected.stage = int(question.timestep[0]), question.stage
+    expected.residuals = [residual.numpy() for residual in residuals]
 
 
 def _control(base: Base, question: _Question) -> list[torch.Tensor]:

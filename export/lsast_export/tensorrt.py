@@ -35,7 +35,7 @@ from lsast_engines.files import replace_file
 from lsast_engines.loop import ADVANCE_GRAPH
 from lsast_engines.manifest import Manifest
 from lsast_engines.profile import Profile, Ranges
-from lsast_engines.spec import ADVANCE, GraphSpec, advance_spec
+from lsast_engines.spec import ADVANCE, EVERY, GraphSpec, advance_spec
 from lsast_engines.tensorrt_library import load_library, make_logger
 
 from .half_graph import held_types, write_half_graph
@@ -136,7 +136,7 @@ def compile_bundle(
         options: how.
         out: where to.
         progress: told of phases.
-        graphs: names of those to compile; none is all.
+        graphs: names of those to compile; none is those that every bundle has, without the denoiser's parts.
 
     Raises:
         UsageError: there is no such graph.
@@ -150,7 +150,7 @@ def compile_bundle(
     return {
         name: compile_graph(path, spec, folder / f"{name}{SUFFIX}", chosen, progress)
         for name, (path, spec, chosen) in sources.items()
-        if name in graphs or not graphs
+        if name in (graphs or (*EVERY, ADVANCE))
     }
 
 

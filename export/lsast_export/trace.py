@@ -12,6 +12,7 @@ be one without weights (`skeleton`).
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lsast_engines.errors import ExportError, fault_list
-from lsast_engines.spec import GraphSpec
+from lsast_engines.spec import GraphSpec, halvings
 
 OPSET = 18
 """ONNX operator set. Newer ones have a native Attention, which TensorRT refuses for head widths under 16."""
@@ -61,10 +62,14 @@ def trace(module: nn.Module, spec: GraphSpec, multiple: int, factor: int) -> Tra
         ExportError: torch cannot export it, or the graph's inputs and outputs are not those of `spec`.
     """
     # AUTO: the axis is dynamic, and torch finds out by itself which axes must be equal or even.
-    dynamic = tuple(
+    dynamic: tuple[Any, ...] = tuple(
         {axis: torch.export.Dim.AUTO for axis, length in enumerate(tensor.shape) if isinstance(length, str)} or None
         for tensor in spec.inputs
     )
+    parameters = inspect.signature(module.forward).parameters.values()
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        named = len(parameters) - 1
+        dynamic = (*dynamic[:named], dynamic[named:])  # torch.export takes *args for one argument
     try:
         with _quiet(), torch.no_grad(), _without_weights(module):
             examples = _examples(spec, multiple, factor)
@@ -104,7 +109,10 @@ def _examples(spec: GraphSpec, multiple: int, factor: int) -> tuple[torch.Tensor
     }
     examples = []
     for tensor in spec.inputs:
-        shape = [lengths[length] if isinstance(length, str) else length for length in tensor.shape]
+        shape = [
+            lengths[axis] if axis in lengths else axis if isinstance(axis, int) else lengths[axis[0]] >> halvings(axis)
+            for axis in tensor.shape
+        ]
         examples.append(torch.rand(shape) if tensor.dtype == "float32" else torch.arange(1, shape[0] + 1))
     return tuple(examples)
 

@@ -30,7 +30,7 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from lsast_engines.errors import ExportError, UsageError, fault_list
 from lsast_engines.files import replace_file
 from lsast_engines.manifest import Manifest
-from lsast_engines.spec import GraphSpec, TensorSpec
+from lsast_engines.spec import EVERY, GraphSpec, TensorSpec
 
 from .progress import Progress, silent
 from .tensorrt import CompileOptions, compile_graph
@@ -68,13 +68,14 @@ def write_repository(
     if engines is not None and engines.library != "tensorrt":
         raise UsageError(f"found engines of {engines.library}; Triton serves those of tensorrt, or onnxruntime")
     manifest = Manifest.from_json((bundle / "manifest.json").read_text(encoding="utf-8"), str(bundle / "manifest.json"))
-    models = {name: folder / f"{manifest.name}_{name}" for name in manifest.graphs}
+    models = {name: folder / f"{manifest.name}_{name}" for name in EVERY}
     if there := [str(model) for model in models.values() if model.exists()]:
         raise UsageError(fault_list("found models there already; remove them, or name another folder:", there))
     backend = "onnxruntime" if engines is None else engines.library
     folder.mkdir(parents=True, exist_ok=True)
     with _scratch(folder) as scratch:
-        for name, spec in manifest.graphs.items():
+        for name in EVERY:
+            spec = manifest.graphs[name]
             served = served_spec(spec)
             model = scratch / models[name].name
             version = model / VERSION

@@ -19,7 +19,7 @@ from lsast_engines.engine import Arithmetic
 from lsast_engines.engine_key import Library, engine_folder
 from lsast_engines.errors import BackendError, MissingExtraError, UsageError
 from lsast_engines.loop import ADVANCE_GRAPH
-from lsast_engines.spec import ADVANCE, GraphSpec, advance_spec
+from lsast_engines.spec import ADVANCE, EVERY, GraphSpec, advance_spec
 from lsast_engines.tensorrt import find_engine
 from lsast_engines.tensorrt_library import load_library
 
@@ -57,7 +57,9 @@ def build_engines(
         raise BackendError(f"found no NVIDIA GPU to build engines for; see lsast-run --doctor ({library})")
     folder = engine_folder(bundle.path, library, arithmetic)
     graphs: dict[str, tuple[Path, GraphSpec, str]] = {
-        name: (bundle.graph_path(name), spec, arithmetic) for name, spec in bundle.manifest.graphs.items()
+        # The denoiser's parts are compiled by name only: lsast-export compile --graph deep …
+        name: (bundle.graph_path(name), bundle.manifest.graphs[name], arithmetic)
+        for name in EVERY
     }
     graphs[ADVANCE] = (ADVANCE_GRAPH, advance_spec(), "fp32")
     missing = []

@@ -24,6 +24,7 @@ from lsast_engines.tensorrt import TensorRtEngine
 
 from . import sampler
 from .mixing import Hand, style_key
+from .passes import Pass
 from .sampler import Floats, Row, Watch
 
 _log = logging.getLogger("lsast.runtime")
@@ -33,7 +34,12 @@ STYLE_MEMORY = 1 << 30
 
 
 def denoise(
-    engine: Engine, rows: Sequence[Row], null: Style, control: float, watch: Watch | None = None
+    engine: Engine,
+    rows: Sequence[Row],
+    null: Style,
+    control: float,
+    watch: Watch | None = None,
+    passes: Sequence[Pass] | None = None,
 ) -> list[Floats]:
     """The denoising loop of `sampler.denoise`, on the device where that is possible.
 
@@ -43,10 +49,12 @@ def denoise(
         null: keys and values of no style.
         control: what the ControlNet's residuals are multiplied with.
         watch: told of every step; None lets a device run ahead of the host.
+        passes: see `sampler.denoise`; where one leaves something out, the host has a say.
     """
-    loop = _loop(engine, null) if isinstance(engine, TensorRtEngine) and _plain(rows) else None
+    whole = passes is None or set(passes) == {Pass(rows[0].guidance != 1, "inside", "whole")}
+    loop = _loop(engine, null) if isinstance(engine, TensorRtEngine) and whole and _plain(rows) else None
     if loop is None:
-        return sampler.denoise(engine, rows, null, control, watch)
+        return sampler.denoise(engine, rows, null, control, watch, passes)
     names = [_reside(loop, row.hand, null) for row in rows]
     _make_room(loop, names)
     steps = list(zip(*(row.schedule.steps for row in rows), strict=True))

@@ -53,6 +53,17 @@ class Options:
     tile: int = 1024
     """A canvas of more than one and a half tiles is painted in overlapping tiles of about tile x tile pixels, in
     bounded memory: 64 to 8192, or 0 to paint whatever comes whole."""
+    guidance_low: int = 0
+    """Below this timestep, 0 to 1000, guidance rests: one pass a step with the style alone."""
+    guidance_high: int = 1000
+    """Above this timestep, 0 to 1000, guidance rests; not below `guidance_low`."""
+    control_low: int = 0
+    """Below this timestep, 0 to 1000, the edges hold no longer: the ControlNet is left out."""
+    control_interval: int = 1
+    """The ControlNet runs at every n-th step, 1 to 1000, and what it said is kept between."""
+    cache_interval: int = 1
+    """The whole U-Net and the ControlNet run at every n-th step, 1 to 1000, and between them only the U-Net's outermost
+    level (DeepCache, arXiv 2312.00858)."""
 
     def __post_init__(self) -> None:
         faults = [fault for name in _RULES if (fault := _fault(name, getattr(self, name)))]
@@ -62,6 +73,10 @@ class Options:
             object.__setattr__(self, "strength", self.strength if strength.parts else strength.overall)
         if self.fit == "squash" and self.size == 0:
             faults.append("size: found 0 with fit squash; expected the side to squash to, such as 512")
+        if not faults and self.guidance_low > self.guidance_high:
+            faults.append(
+                f"guidance_low: found {self.guidance_low}; expected at most guidance_high, {self.guidance_high}"
+            )
         if faults:
             raise UsageError(fault_list("these options cannot be meant:", faults))
 
@@ -120,6 +135,10 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "keep_colour": ("true or false", lambda value: isinstance(value, bool)),
     "feather": ("a whole number from 0 to 4096", _whole(0, 4096)),
     "tile": ("0 (never) or a whole number from 64 to 8192", lambda v: _whole(0, 0)(v) or _whole(64, 8192)(v)),
+    **dict.fromkeys(
+        ("guidance_low", "guidance_high", "control_low"), ("a whole number from 0 to 1000", _whole(0, 1000))
+    ),
+    **dict.fromkeys(("control_interval", "cache_interval"), ("a whole number from 1 to 1000", _whole(1, 1000))),
 }
 """For every field: what is expected, and whether a value is that."""
 

@@ -22,6 +22,7 @@ from lsast_engines.style import Style
 from lsast_engines.style_file import StyleFile
 
 from .mixing import Hand
+from .passes import Pass
 
 Floats = npt.NDArray[np.float32]
 Watch = Callable[[int, int, Sequence[Floats]], None]
@@ -87,36 +88,43 @@ class Row:
 
 
 def denoise(
-    engine: Engine, rows: Sequence[Row], null: Style, control: float, watch: Watch | None = None
+    engine: Engine,
+    rows: Sequence[Row],
+    null: Style,
+    control: float,
+    watch: Watch | None = None,
+    passes: Sequence[Pass] | None = None,
 ) -> list[Floats]:
     """The denoising loop: z_t of the schedules' first step → z₀, of every row [4, h, w].
 
     Args:
-        engine: the `denoiser` graph.
+        engine: the `denoiser` graph, or what stands for it (`parted`).
         rows: the batch.
         null: keys and values of no style, which guidance leads away from.
         control: what the ControlNet's residuals are multiplied with.
         watch: told of every step; an exception that it raises ends the loop.
+        passes: what runs at which step, of all rows the same; None is everything at every step.
     """
     total = len(rows[0].schedule.steps)
-    guided = rows[0].guidance != 1
+    guided = [rows[0].guidance != 1] * total if passes is None else [each.guided for each in passes]
     engine.bind({"hint": np.stack([row.hint for row in rows]), "control_scale": np.array(control, np.float32)})
     latents = [row.noisy for row in rows]
     levels = [row.schedule.abars() for row in rows]
-    stages: list[int] = []
+    bound: tuple[list[int], bool] | None = None
     if watch:
         watch(0, total, [row.z0 for row in rows])
     for index in range(total):
         steps = [row.schedule.steps[index] for row in rows]
-        if stages != (stages := [step.stage for step in steps]):
-            engine.bind(_context(rows, null, stages, guided=guided))
+        stages = [step.stage for step in steps]
+        if bound != (bound := (stages, guided[index])):
+            engine.bind(_context(rows, null, stages, guided=guided[index]))
         timesteps = np.array([step.t for step in steps], np.int64)
         eps = run(engine, {"latent": np.stack(latents), "timestep": timesteps})["eps"]  # [G, B, 4, h, w]
         guesses = []
         for place, row in enumerate(rows):
             z, abar = latents[place], levels[place][index]
             eps_z = eps[0, place]
-            if guided:
+            if guided[index]:
                 eps_z = eps_z + np.float32(row.guidance) * (eps[1, place] - eps_z)
             share = row.share(stages[place])
             alpha, sigma = np.float32(abar**0.5), np.float32((1 - abar) ** 0.5)

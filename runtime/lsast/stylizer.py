@@ -20,6 +20,8 @@ from . import batches, on_device, sampler, tiles
 from .cancelling import CancelToken
 from .defaults import Defaults
 from .painting import Painting
+from .parted import PartedDenoiser
+from .passes import Pass, graphs_of
 from .result import Result
 from .workshop import STYLE_MEMORY, Opener, Workshop
 
@@ -120,6 +122,11 @@ class Stylizer:
         keep_colour: bool | None = None,
         feather: int | None = None,
         tile: int | None = None,
+        guidance_low: int | None = None,
+        guidance_high: int | None = None,
+        control_low: int | None = None,
+        control_interval: int | None = None,
+        cache_interval: int | None = None,
         mask: Picture | None = None,
         on_step: OnStep | None = None,
         cancel: CancelToken | None = None,
@@ -142,13 +149,16 @@ class Stylizer:
             UsageError: options that cannot be meant, all named at once; a style that the bundle has not, with a list
                 of those it has; the stylizer is closed; or a call from inside `on_step`.
             StyleError: the style's file is damaged, or was made for another base.
+            BundleError: options that need parts of the denoiser, of which the bundle has none.
             PictureError: the picture or the mask cannot be read, or they differ in size.
             BackendError: a graph fails, or gives values that are not finite.
             CancelledError: `cancel` was turned.
         """
         given = {"style": style, "steps": steps, "strength": strength, "guidance": guidance, "control": control,
                  "size": size, "solver": solver, "seed": seed, "alpha": alpha, "fit": fit, "keep_colour": keep_colour,
-                 "feather": feather, "tile": tile}  # fmt: skip
+                 "feather": feather, "tile": tile, "guidance_low": guidance_low, "guidance_high": guidance_high,
+                 "control_low": control_low, "control_interval": control_interval,
+                 "cache_interval": cache_interval}  # fmt: skip
         return self._paint([self._read(picture, given, mask)], on_step, cancel)[0]
 
     async def stylize_async(self, picture: Picture, style: str | None = None, **options: Any) -> Result:
@@ -181,8 +191,9 @@ class Stylizer:
     ) -> Iterator[Result]:
         """Repaint many pictures; those of equal size go through the denoiser together.
 
-        Pictures share a batch if they are painted at the same size, with as many steps, the same `control`, and all
-        with a `guidance` of 1 or none; style, seed, strength by stage, mask and the rest may differ. A painting is what
+        Pictures share a batch if they are painted at the same size, with as many steps, the same `control`, the same
+        passes left out at the same steps (`lsast.passes`), and all with a `guidance` of 1 or none; style, seed,
+        strength by stage, mask and the rest may differ. A painting is what
         `stylize` gives to within the rounding of the backend, which may add up in another order for another batch.
 
         Args:
@@ -285,9 +296,10 @@ class Stylizer:
 
             begin = time.perf_counter()
             control = paintings[0].options.control
-            denoiser = tiles.denoiser(workshop.engines[DENOISER], paintings[0].grid)
+            passes, grid = paintings[0].passes, paintings[0].grid
+            denoiser = _denoiser(workshop, passes, grid)
             watching = watch if cancel or on_step else None
-            latents = on_device.denoise(denoiser, rows, self.bundle.null_style, control, watching)
+            latents = on_device.denoise(denoiser, rows, self.bundle.null_style, control, watching, passes)
             shared = (time.perf_counter() - begin) / len(paintings)
             painted = []
             for painting, latent in zip(paintings, latents, strict=True):
@@ -302,6 +314,15 @@ class Stylizer:
             Result(painting.finish(canvas), painting.clock.seconds, painting.options, provenance)
             for painting, canvas, provenance in zip(paintings, painted, provenances, strict=True)
         ]
+
+
+def _denoiser(workshop: Workshop, passes: Sequence[Pass], grid: tiles.Grid) -> Engine:
+    """The engine to denoise a canvas with: the whole denoiser, unless the plan leaves something out of it."""
+    names = graphs_of(passes)
+    if names == (DENOISER,):
+        return tiles.denoiser(workshop.engines[DENOISER], grid)
+    spec = workshop.engines[DENOISER].spec
+    return PartedDenoiser({name: workshop.engine(name) for name in names}, spec, passes, grid)
 
 
 def _decode(workshop: Workshop, latent: sampler.Floats, grid: tiles.Grid) -> npt.NDArray[np.uint8]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from lsast_engines.bundle import Bundle
 from lsast_engines.engine import Arithmetic, Engine, open_engine
 from lsast_engines.errors import UsageError
+from lsast_engines.spec import EVERY
 
 from .cancelling import CancelToken
 from .shelf import Shelf
@@ -54,10 +55,10 @@ class Opener:
         )
 
     def all(self) -> dict[str, Engine]:
-        """Open every graph, or none."""
+        """Open the graphs that every painting passes, or none."""
         with contextlib.ExitStack() as stack:
             engines: dict[str, Engine] = {}
-            for name in self.bundle.manifest.graphs:
+            for name in EVERY:
                 engines[name] = self(name)
                 stack.callback(engines[name].close)
             stack.pop_all()
@@ -88,6 +89,16 @@ class Workshop:
         self._lock = threading.Lock()
         self._holder: int | None = None
         self._queue: ThreadPoolExecutor | None = None
+
+    def engine(self, name: str) -> Engine:
+        """The engine of the graph `name`, opened at its first use and kept; for whoever has the turn.
+
+        Raises:
+            LsastError: see `lsast_engines.engine.open_engine`.
+        """
+        if name not in self.engines:
+            self.engines[name] = self.opener(name)
+        return self.engines[name]
 
     @contextlib.contextmanager
     def turn(self, cancel: CancelToken | None = None) -> Iterator[None]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -11,7 +12,10 @@ import torch
 
 from lsast_engines.bundle import Bundle
 from lsast_engines.engine import open_engine
+from lsast_export import adding
+from lsast_export.adding import add_parts
 from lsast_export.exporter import ExportOptions, export_bundle, trace_graphs
+from lsast_export.parts import trace_parts
 from lsast_export.trace import TracedGraph
 from lsast_train.base import Base
 from lsast_train.mini.architecture import MiniConfig, build_mini
@@ -107,3 +111,24 @@ def feeds(base: Base) -> Callable[..., dict[str, np.ndarray]]:
         }
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def traced_parts(base: Base) -> dict[str, TracedGraph]:
+    """The parts of its denoiser, traced once."""
+    return trace_parts(base)
+
+
+@pytest.fixture(scope="session")
+def parted(
+    base: Base,
+    bundles: dict[str, Bundle],
+    traced_parts: dict[str, TracedGraph],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Bundle:
+    """The fp16 bundle with the parts added to it; tests must not change it."""
+    folder = tmp_path_factory.mktemp("parted") / "bundle"
+    shutil.copytree(bundles["fp16"].path, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adding, "trace_parts", lambda *_: traced_parts)
+        return add_parts(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from lsast_engines.bundle import Bundle
 from lsast_engines.manifest import AttentionLayer, Manifest
 from lsast_engines.noise import NoiseSpec
-from lsast_engines.spec import Geometry, GraphSpec, graph_specs
+from lsast_engines.spec import Cut, Geometry, GraphSpec, graph_specs, part_specs
 from lsast_engines.style import Style
 
 GEOMETRY = Geometry(hint_channels=5, tokens=3, unet_width=24, control_width=16)
@@ -144,6 +145,86 @@ def graphs(weights: Weights) -> dict[str, bytes]:
     }
 
 
+PART_SPECS = part_specs(GEOMETRY, Cut(residuals=((4, 0), (4, 1)), outer=1, feature=4))
+
+
+@pytest.fixture(scope="session")
+def part_graphs(weights: Weights) -> dict[str, bytes]:
+    """The tiny denoiser in parts: what is coarse of what the edges hold goes the deep way, the rest the shallow one."""
+    node = helper.make_node
+    axes = {"axis1": np.array([1]), "axes23": np.array([2, 3]), "axes34": np.array([3, 4])}
+    # residual_1[b] = pool(scale * (E hint[b]) * (C mean_T(kv_control[b]))), residual_0[b] = what the pool loses
+    control = [
+        node("Mul", ["latent", "zero"], ["no_latent"]),
+        node("Cast", ["timestep"], ["timestep_float"], to=TensorProto.FLOAT),
+        node("Unsqueeze", ["timestep_float", "axes123"], ["timestep_map"]),
+        node("Mul", ["timestep_map", "zero"], ["no_time"]),
+        node("ReduceMean", ["kv_control", "axis1"], ["kv_control_mean"], keepdims=0),
+        node("MatMul", ["kv_control_mean", "w_control"], ["gate"]),
+        node("Unsqueeze", ["gate", "axes23"], ["gate_map"]),
+        node("Conv", ["hint", "w_edges"], ["edge_map"]),
+        node("Mul", ["edge_map", "gate_map"], ["gated"]),
+        node("Mul", ["gated", "control_scale"], ["scaled"]),
+        node("Sum", ["scaled", "no_latent", "no_time"], ["held"]),
+        node("AveragePool", ["held"], ["residual_1"], kernel_shape=[2, 2], strides=[2, 2]),
+        node("Resize", ["residual_1", "", "scales"], ["coarse"], mode="nearest"),
+        node("Sub", ["held", "coarse"], ["residual_0"]),
+    ]
+    way_out = [
+        node("Mul", ["latent", "half"], ["z"]),
+        node("Add", ["z", "residual_0"], ["z_held"]),
+        node("Add", ["feature", "z_held"], ["eps"]),
+    ]
+    # feature[g, b] = U mean_T(kv_unet[g, b]) + t / 1000 v + residual_1[b], wide again
+    deep = [
+        node("ReduceMean", ["kv_unet", "axis2"], ["kv_unet_mean"], keepdims=0),
+        node("MatMul", ["kv_unet_mean", "w_unet"], ["style"]),
+        node("Unsqueeze", ["style", "axes34"], ["style_map"]),
+        node("Cast", ["timestep"], ["timestep_float"], to=TensorProto.FLOAT),
+        node("Div", ["timestep_float", "thousand"], ["time"]),
+        node("Unsqueeze", ["time", "axis1"], ["time_column"]),
+        node("MatMul", ["time_column", "w_time"], ["time_row"]),
+        node("Unsqueeze", ["time_row", "axes23"], ["time_map"]),
+        node("Resize", ["residual_1", "", "scales"], ["coarse"], mode="nearest"),
+        node("Add", ["time_map", "coarse"], ["shared"]),
+        node("Add", ["style_map", "shared"], ["feature"]),
+        *way_out,
+    ]
+    shallow = [
+        node("Cast", ["timestep"], ["timestep_float"], to=TensorProto.FLOAT),
+        node("Unsqueeze", ["timestep_float", "axes123"], ["timestep_map"]),
+        node("Mul", ["timestep_map", "zero"], ["no_time"]),
+        node("ReduceSum", ["kv_unet"], ["kv_sum"], keepdims=0),
+        node("Mul", ["kv_sum", "zero"], ["no_style"]),
+        *way_out[:-1],
+        node("Sum", ["z_held", "no_time", "no_style"], ["z_outer"]),
+        node("Add", ["feature", "z_outer"], ["eps"]),
+    ]
+    scales = np.array([1, 1, 2, 2], np.float32)
+    zero = {"zero": np.float32(0), "axes123": np.array([1, 2, 3])}
+    wide = {"scales": scales, **axes}
+    return {
+        "control": _model(
+            PART_SPECS["control"],
+            control,
+            {**zero, **wide, "w_control": weights.control, "w_edges": _convolution(weights.edges)},
+        ),
+        "deep": _model(
+            PART_SPECS["deep"],
+            deep,
+            {
+                **wide,
+                "axis2": np.array([2]),
+                "half": np.float32(0.5),
+                "thousand": np.float32(1000),
+                "w_unet": weights.unet,
+                "w_time": weights.time,
+            },
+        ),
+        "shallow": _model(PART_SPECS["shallow"], shallow, {**zero, "half": np.float32(0.5)}),
+    }
+
+
 def _style(name: str, seed: int, stages: int = STAGES) -> Style:
     rng = np.random.default_rng(seed)
     # What a style file can hold, so that saving and loading give these very numbers.
@@ -192,6 +273,23 @@ def bundle_path(tmp_path_factory: pytest.TempPathFactory, graphs: dict[str, byte
     Bundle.write(folder, manifest, {**sources, "null.safetensors": null})
     for seed, name in enumerate(("vangogh", "monet"), start=1):
         _style(name, seed).save(folder / "styles" / f"{name}.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def parted_path(
+    tmp_path_factory: pytest.TempPathFactory,
+    bundle_path: Path,
+    graphs: dict[str, bytes],
+    part_graphs: dict[str, bytes],
+    manifest: Manifest,
+) -> Path:
+    """The tiny bundle with its denoiser in parts, too."""
+    folder = tmp_path_factory.mktemp("parted") / "tiny"
+    files = {f"{name}.onnx": content for name, content in {**graphs, **part_graphs}.items()}
+    sources = {**files, "null.safetensors": bundle_path / "null.safetensors"}
+    whole = dataclasses.replace(manifest, graphs={**manifest.graphs, **PART_SPECS})
+    Bundle.write(folder, whole, {**sources, **{f"styles/{file.name}": file for file in bundle_path.glob("styles/*")}})
     return folder
 
 

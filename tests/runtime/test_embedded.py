@@ -14,6 +14,7 @@ from PIL import Image, ImageFilter
 
 import lsast
 from lsast_engines.bundle import EMBEDDED, Bundle
+from lsast_engines.spec import PARTS
 
 PHOTO = Path(__file__).parents[2] / "docs" / "images" / "lighthouse.jpg"
 SIZE = 256
@@ -42,6 +43,20 @@ def test_it_is_sound_under_sixty_megabytes_and_has_six_styles() -> None:
     assert sum(file.stat().st_size for file in EMBEDDED.rglob("*") if file.is_file()) < 60_000_000
     assert bundle.manifest.precision == "fp16"
     assert 0 < max(bundle.manifest.parity.values()) < 1e-4
+
+
+def test_it_has_the_denoisers_parts_and_they_paint_nearly_what_the_whole_paints() -> None:
+    bundle = Bundle.open(EMBEDDED)
+    assert set(PARTS) < bundle.manifest.graphs.keys()
+    assert sum(bundle.manifest.files[f"{name}.onnx"].bytes for name in PARTS) < 1_000_000  # they refer into the base
+    options = {"style": "vangogh", "size": 128, "steps": 6, "strength": 0.9}
+    with lsast.load(backend="onnxruntime", threads=1) as stylizer:
+        exact, kept, shallow, unguided = (
+            np.asarray(stylizer.stylize(PHOTO, **options, **lever).image.resize((64, 64)), float)
+            for lever in ({}, {"control_interval": 2}, {"cache_interval": 2}, {"guidance": 1.0})
+        )
+    errors = [float(np.abs(exact - other).mean()) for other in (kept, shallow, unguided)]
+    assert all(0 < error < errors[2] / 2 for error in errors[:2]), errors
 
 
 def test_a_painting_keeps_the_photograph_recognisable(painted: dict[tuple[str, int], npt.NDArray[np.float64]]) -> None:

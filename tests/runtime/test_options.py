@@ -22,6 +22,11 @@ GOOD: dict[str, Any] = {
     "keep_colour": False,
     "feather": 16,
     "tile": 1024,
+    "guidance_low": 0,
+    "guidance_high": 1000,
+    "control_low": 0,
+    "control_interval": 1,
+    "cache_interval": 1,
 }
 
 LIMITS = [
@@ -50,6 +55,11 @@ LIMITS = [
     {"tile": 0},
     {"tile": 64},
     {"tile": 8192},
+    {"guidance_low": 1000},
+    {"guidance_high": 0},
+    {"control_low": 1000},
+    {"control_interval": 1000},
+    {"cache_interval": 1000},
 ]
 
 FAULTS = [
@@ -83,6 +93,13 @@ FAULTS = [
     ("tile", 63),
     ("tile", -1),
     ("tile", 0.5),
+    ("guidance_low", -1),
+    ("guidance_low", 0.5),
+    ("guidance_high", 1001),
+    ("control_low", True),
+    ("control_interval", 0),
+    ("cache_interval", 0),
+    ("cache_interval", "2"),
 ]
 
 

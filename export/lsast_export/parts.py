@@ -1,0 +1,199 @@
+"""The denoiser in parts: the three modules that are traced beside the whole (`lsast_engines.spec.part_specs`).
+
+A run may leave parts out: the ControlNet at some steps, and all of the U-Net but its outermost level. Parameters carry
+the names of ``base.safetensors``, as in `graphs`, so that the parts add no weights to a bundle.
+
+The U-Net is walked block by block here, as diffusers' `UNet2DConditionModel.forward` does for networks without class,
+image or adapter conditions; `parity` compares with that very function.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lsast_engines.spec import CONTROL, DEEP, PARTS, Cut, part_specs
+from lsast_train.base import Base
+from lsast_train.packed import KeyValueBox, baked_attention, hint_bypassed, pack
+
+from .graphs import geometry, split_attention
+from .progress import Progress, silent
+from .trace import TracedGraph, trace
+
+
+class ControlGraph(nn.Module):
+    """Graph `control`."""
+
+    def __init__(self, base: Base, box: KeyValueBox) -> None:
+        super().__init__()
+        self.controlnet = base.controlnet
+        self._box = box
+
+    def forward(
+        self,
+        latent: torch.Tensor,
+        hint: torch.Tensor,
+        timestep: torch.Tensor,
+        kv_control: torch.Tensor,
+        control_scale: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """The residuals of one step, the middle block's last."""
+        self._box.packed = kv_control
+        down, mid = self.controlnet(latent, timestep, None, hint, conditioning_scale=control_scale, return_dict=False)
+        return (*down, mid)
+
+
+class _UnetPart(nn.Module):
+    """What `deep` and `shallow` share: guidance rows, the embedding of the step, the outermost level."""
+
+    def __init__(self, base: Base, box: KeyValueBox) -> None:
+        super().__init__()
+        self.unet = base.unet
+        self._base = base
+        self._box = box
+
+    def _rows(self, rows: torch.Tensor, guidance: int) -> torch.Tensor:
+        """[B, …] → [G·B, …]."""
+        return rows.unsqueeze(0).expand(guidance, *rows.shape).flatten(0, 1)
+
+    def _embedded(self, latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        embedded: torch.Tensor = self.unet.time_embedding(self.unet.get_time_embed(latents, timesteps))
+        return embedded
+
+    def _noise(
+        self,
+        feature: torch.Tensor,
+        skips: Sequence[torch.Tensor],
+        embedded: torch.Tensor,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+    ) -> torch.Tensor:
+        """The last up block and the way out: `feature` and the outermost skips → eps [G·B, 4, h, w]."""
+        sample = _up(self.unet.up_blocks[-1], feature, embedded, tuple(skips))
+        output = self.unet.conv_out(self.unet.conv_act(self.unet.conv_norm_out(sample)))
+        return self._base.eps_from_output(output, latents, timesteps)
+
+
+class DeepGraph(_UnetPart):
+    """Graph `deep`."""
+
+    def forward(
+        self, latent: torch.Tensor, timestep: torch.Tensor, kv_unet: torch.Tensor, *residuals: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One pass: eps [G, B, 4, h, w] and what the last up block took from below, [G, B, C, h, w]."""
+        guidance, batch = kv_unet.shape[:2]
+        self._box.packed = kv_unet.flatten(0, 1)
+        latents, timesteps = self._rows(latent, guidance), self._rows(timestep, guidance)
+        embedded = self._embedded(latents, timesteps)
+        sample = self.unet.conv_in(latents)
+        skips = [sample]
+        for block in self.unet.down_blocks:
+            sample, more = _down(block, sample, embedded)
+            skips += more
+        *down, mid = (self._rows(residual, guidance) for residual in residuals)
+        skips = [skip + residual for skip, residual in zip(skips, down, strict=True)]
+        sample = self.unet.mid_block(sample, embedded, encoder_hidden_states=None) + mid
+        for block in self.unet.up_blocks[:-1]:
+            count = len(block.resnets)
+            sample = _up(block, sample, embedded, tuple(skips[-count:]))
+            skips = skips[:-count]
+        eps = self._noise(sample, skips, embedded, latents, timesteps)
+        return eps.unflatten(0, (guidance, batch)), sample.unflatten(0, (guidance, batch))
+
+
+class ShallowGraph(_UnetPart):
+    """Graph `shallow`."""
+
+    def forward(
+        self,
+        latent: torch.Tensor,
+        timestep: torch.Tensor,
+        kv_unet: torch.Tensor,
+        *residuals_and_feature: torch.Tensor,
+    ) -> torch.Tensor:
+        """The outermost level alone, on a feature [G, B, C, h, w] that was kept: eps [G, B, 4, h, w]."""
+        *residuals, feature = residuals_and_feature
+        guidance, batch = kv_unet.shape[:2]
+        self._box.packed = kv_unet.flatten(0, 1)
+        latents, timesteps = self._rows(latent, guidance), self._rows(timestep, guidance)
+        embedded = self._embedded(latents, timesteps)
+        sample = self.unet.conv_in(latents)
+        skips = [sample]
+        block = self.unet.down_blocks[0]
+        for place, resnet in enumerate(block.resnets):
+            sample = resnet(sample, embedded)
+            if _attends(block):
+                sample = block.attentions[place](sample, encoder_hidden_states=None, return_dict=False)[0]
+            skips.append(sample)
+        skips = [skip + self._rows(residual, guidance) for skip, residual in zip(skips, residuals, strict=True)]
+        eps = self._noise(feature.flatten(0, 1), skips, embedded, latents, timesteps)
+        rows: torch.Tensor = eps.unflatten(0, (guidance, batch))
+        return rows
+
+
+def _attends(block: Any) -> bool:
+    return bool(getattr(block, "has_cross_attention", False))
+
+
+def _down(block: Any, sample: torch.Tensor, embedded: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    context = {"encoder_hidden_states": None} if _attends(block) else {}
+    result: tuple[torch.Tensor, tuple[torch.Tensor, ...]] = block(hidden_states=sample, temb=embedded, **context)
+    return result
+
+
+def _up(block: Any, sample: torch.Tensor, embedded: torch.Tensor, skips: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    context = {"encoder_hidden_states": None} if _attends(block) else {}
+    result: torch.Tensor = block(hidden_states=sample, temb=embedded, res_hidden_states_tuple=skips, **context)
+    return result
+
+
+def cut_of(base: Base) -> Cut:
+    """Where the denoiser of `base` is cut; its networks may be without weights (`skeleton`)."""
+    widths = base.unet.config.block_out_channels
+    residuals = [(widths[0], 0)]
+    for level, (width, block) in enumerate(zip(widths, base.unet.down_blocks, strict=True)):
+        residuals += [(width, level)] * len(block.resnets)
+        residuals += [(width, level + 1)] * (block.downsamplers is not None)
+    deepest = len(widths) - 1
+    last = base.unet.up_blocks[-1].resnets[0]
+    return Cut(
+        residuals=(*residuals, (widths[-1], deepest)),
+        outer=len(base.unet.up_blocks[-1].resnets),
+        feature=last.in_channels - widths[0],
+    )
+
+
+@contextlib.contextmanager
+def part_module(base: Base, name: str) -> Iterator[nn.Module]:
+    """The module of the part `name`, one of `PARTS`, whose network is patched as long as the block runs."""
+    unet, control = pack(base)
+    box = KeyValueBox()
+    network, layout = (base.controlnet, control) if name == CONTROL else (base.unet, unet)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(baked_attention(layout, box))
+        stack.enter_context(split_attention(network, base.facts.size // geometry(base).factor))
+        if name == CONTROL:
+            stack.enter_context(hint_bypassed(base.controlnet))
+            yield ControlGraph(base, box).eval()
+        else:
+            yield (DeepGraph if name == DEEP else ShallowGraph)(base, box).eval()
+
+
+def trace_parts(base: Base, progress: Progress = silent) -> dict[str, TracedGraph]:
+    """Trace the parts of the denoiser of `base`, which may be a `skeleton`; see `exporter.trace_graphs`.
+
+    Raises:
+        ExportError: a part that torch cannot export, or one of other inputs and outputs than specified.
+    """
+    widths = geometry(base)
+    specs = part_specs(widths, cut_of(base))
+    traced = {}
+    for name in PARTS:
+        progress(f"tracing {name}")
+        with part_module(base, name) as module:
+            traced[name] = trace(module, specs[name], base.facts.multiple, widths.factor)
+    return traced

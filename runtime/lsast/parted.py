@@ -1,0 +1,128 @@
+"""The denoiser in parts, each run where the plan of `passes` says so, with what is kept between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from lsast_engines.engine import Arithmetic, Engine, Feeds
+from lsast_engines.spec import CONTROL, DEEP, SHALLOW, GraphSpec, TensorSpec, halvings
+
+from .passes import Pass
+from .tiles import Grid, Span
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass
+class _Kept:
+    """What one tile keeps between steps."""
+
+    residuals: dict[str, Floats] = field(default_factory=dict)
+    """The ControlNet's last, by name."""
+    feature: Floats | None = None
+    """The deep feature of the last whole pass, [G, B, C, h, w]."""
+
+
+class PartedDenoiser:
+    """Stands for the `denoiser` graph in `sampler.denoise`, on a canvas of any size; see `Engine`.
+
+    It is called once a step, in order, and binding the `hint` begins a run. Every tile keeps its own.
+    """
+
+    def __init__(self, engines: Mapping[str, Engine], spec: GraphSpec, passes: Sequence[Pass], grid: Grid) -> None:
+        """A denoiser.
+
+        Args:
+            engines: the graphs that the plan needs, by name (`passes.graphs_of`).
+            spec: of the graph `denoiser`.
+            passes: what runs at which step.
+            grid: the tiles of the canvas.
+        """
+        self.spec = spec
+        first = next(iter(engines.values()))
+        self.backend, self.device = first.backend, first.device
+        self.arithmetic: Arithmetic = first.arithmetic
+        self._engines = engines
+        self._passes = passes
+        self._grid = grid
+        self._bound: dict[str, npt.NDArray[np.float32]] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        self._step = 0
+        self._kept = [_Kept() for _ in self._grid]
+
+    def bind(self, feeds: Feeds) -> None:
+        """See `Engine.bind`."""
+        if "hint" in feeds:
+            self._begin()
+        self._bound |= feeds
+
+    def __call__(self, feeds: Feeds) -> dict[str, Floats]:
+        """See `Engine.__call__`; `latent` [B, 4, h, w] and `eps` [G, B, 4, h, w] are of the whole canvas."""
+        now = self._passes[self._step]
+        self._step += 1
+        eps: Floats | None = None
+        for tile, kept in zip(self._grid, self._kept, strict=True):
+            found = self._predict(feeds, now, tile, kept)
+            if self._grid.whole:
+                return {"eps": found}
+            if eps is None:
+                eps = np.zeros((*found.shape[:-2], *self._grid.cells), np.float32)
+            row, column = tile
+            eps[..., row.cells, column.cells] += found * row.weight[:, None] * column.weight
+        assert eps is not None
+        return {"eps": eps}
+
+    def _predict(self, feeds: Feeds, now: Pass, tile: tuple[Span, Span], kept: _Kept) -> Floats:
+        """One tile's noise."""
+        at = (..., tile[0].cells, tile[1].cells)
+        given = {**self._bound, **feeds, "latent": feeds["latent"][at], "hint": self._bound["hint"][at]}
+        if now.control == "fresh":
+            kept.residuals = _copies(self._run(CONTROL, given))
+        name = DEEP if now.unet == "deep" else SHALLOW
+        if now.control == "off":
+            kept.residuals = _nothing(self._engines[name].spec, given["latent"])
+        if now.unet == "deep":
+            outputs = self._run(DEEP, {**given, **kept.residuals})
+            kept.feature = outputs["feature"].copy()
+            return outputs["eps"]
+        assert kept.feature is not None, "the first step is deep"
+        # Guidance may have ended since: the conditional half is the last.
+        feature = kept.feature[-len(given["kv_unet"]) :]
+        return self._run(SHALLOW, {**given, **kept.residuals, "feature": feature})["eps"]
+
+    def _run(self, name: str, given: Feeds) -> dict[str, Floats]:
+        """Run a part on those of `given` that it takes."""
+        engine = self._engines[name]
+        return engine({tensor.name: given[tensor.name] for tensor in engine.spec.inputs})
+
+    def rest(self) -> None:
+        """See `Engine.rest`."""
+        self._begin()
+        for engine in self._engines.values():
+            engine.rest()
+
+    def close(self) -> None:
+        """Does nothing: the engines belong to who opened them."""
+
+
+def _copies(outputs: Mapping[str, Floats]) -> dict[str, Floats]:
+    return {name: value.copy() for name, value in outputs.items()}
+
+
+def _nothing(spec: GraphSpec, latent: Floats) -> dict[str, Floats]:
+    """Residuals of 0 for a part that takes some, of a latent [B, 4, h, w]."""
+    sides = {"B": latent.shape[0], "h": latent.shape[2], "w": latent.shape[3]}
+
+    def length(axis: int | str) -> int:
+        return axis if isinstance(axis, int) else sides[axis[0]] >> halvings(axis)
+
+    def zeros(tensor: TensorSpec) -> Floats:
+        return np.zeros([length(axis) for axis in tensor.shape], np.float32)
+
+    return {tensor.name: zeros(tensor) for tensor in spec.inputs if tensor.name.startswith("residual_")}

@@ -1,0 +1,235 @@
+"""The denoiser in parts: against the whole denoiser, against torch where they leave something out, and added safely."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner
+
+from lsast_engines.bundle import Bundle
+from lsast_engines.errors import BundleError, ParityError
+from lsast_engines.spec import PARTS, halvings, part_specs
+from lsast_export import adding
+from lsast_export.__main__ import main
+from lsast_export.adding import add_parts
+from lsast_export.check import check_bundle
+from lsast_export.exporter import ExportOptions, export_bundle
+from lsast_export.parts import cut_of
+from lsast_export.skeleton import skeleton
+from lsast_export.trace import TracedGraph
+from lsast_train.base import Base, load_base, open_base_parts
+from lsast_train.packed import pack
+
+Run = Callable[..., dict[str, np.ndarray]]
+Feeds = Callable[..., dict[str, np.ndarray]]
+
+
+def split(
+    inputs: dict[str, np.ndarray], run: Run, bundle: Bundle, backend: str = "onnxruntime"
+) -> dict[str, np.ndarray]:
+    """What `control`, then `deep`, give for the inputs of a denoiser; with what the parts go on with."""
+    control = {name: value for name, value in inputs.items() if name != "kv_unet"}
+    residuals = run(bundle, "control", backend=backend, **control)
+    own = {name: inputs[name] for name in ("latent", "timestep", "kv_unet")}
+    return {**residuals, **run(bundle, "deep", backend=backend, **own, **residuals)}
+
+
+def outer(bundle: Bundle, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What `shallow` takes of it."""
+    names = {tensor.name for tensor in bundle.manifest.graphs["shallow"].inputs}
+    return {name: value for name, value in found.items() if name in names}
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("shape", [(3, 2, 8, 8), (1, 1, 24, 8)])
+def test_control_and_deep_are_the_denoiser_and_shallow_on_a_fresh_feature_is_deep(
+    parted: Bundle, run: Run, feeds: Feeds, shape: tuple[int, int, int, int], backend: str
+) -> None:
+    pytest.importorskip(backend)
+    inputs = feeds(parted, *shape)
+    whole = run(parted, "denoiser", backend=backend, **inputs)["eps"]
+    found = split(inputs, run, parted, backend)
+    np.testing.assert_allclose(found["eps"], whole, rtol=0, atol=2e-6 * np.abs(whole).max())
+    own = {name: inputs[name] for name in ("latent", "timestep", "kv_unet")}
+    again = run(parted, "shallow", backend=backend, **own, **outer(parted, found))["eps"]
+    np.testing.assert_allclose(again, found["eps"], rtol=0, atol=1e-6 * np.abs(whole).max())
+
+
+def test_shallow_on_a_kept_feature_is_torchs_unet_with_everything_deeper_frozen(
+    parted: Bundle, run: Run, feeds: Feeds
+) -> None:
+    """diffusers' own U-Net at the next step, but that its last up block takes from below what it took before."""
+    before, now = (feeds(parted, 2, 1, 8, 16, seed) for seed in (1, 2))
+    source = load_base(parted.path)
+    contexts = torch.randn(2, 3, parted.manifest.tokens, source.context_dim, generator=torch.Generator().manual_seed(3))
+    for inputs in (before, now):
+        with torch.no_grad():
+            inputs["kv_unet"] = pack(source)[0].project(contexts)[None].numpy()
+    found = split(before, run, parted)
+    own = {name: now[name] for name in ("latent", "timestep", "kv_unet")}
+    eps = run(parted, "shallow", **own, **outer(parted, found))["eps"][0]
+
+    residuals = [torch.from_numpy(found[tensor.name]) for tensor in parted.manifest.graphs["control"].outputs]
+    kept: list[torch.Tensor] = []
+    replaying = False
+
+    def feature(_: object, args: tuple[object, ...], kwargs: dict[str, torch.Tensor]) -> object:
+        if replaying:
+            kwargs["hidden_states"] = kept[0]
+        kept.append(kwargs["hidden_states"])
+        return args, kwargs
+
+    hook = source.unet.up_blocks[-1].register_forward_pre_hook(feature, with_kwargs=True)
+    source.unet_box.fill(contexts)
+    with torch.no_grad():
+        for inputs in (before, now):
+            latent, timestep = torch.from_numpy(inputs["latent"]), torch.from_numpy(inputs["timestep"])
+            output = source.unet(
+                latent,
+                timestep,
+                source.unet_box.down,
+                down_block_additional_residuals=residuals[:-1],
+                mid_block_additional_residual=residuals[-1],
+                return_dict=False,
+            )[0]
+            expected = source.eps_from_output(output, latent, timestep).numpy()
+            replaying = True
+    hook.remove()
+    np.testing.assert_allclose(found["feature"][0], kept[0].numpy(), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(eps, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    fresh = split(now, run, parted)["eps"][0]
+    assert np.abs(fresh - expected).max() > 1e-3, "a feature that does not matter proves nothing"
+
+
+def test_the_cut_is_what_diffusers_networks_give(base: Base) -> None:
+    latent, timestep = torch.randn(1, 4, 8, 16), torch.tensor([500])
+    contexts = torch.randn(1, 3, base.facts.tokens, base.context_dim)
+    base.control_box.fill(contexts)
+    with torch.no_grad():
+        down, mid = base.controlnet(
+            latent, timestep, base.control_box.down, torch.zeros(1, 3, 64, 128), return_dict=False
+        )
+    cut = cut_of(base)
+    assert [(8 >> level, 16 >> level) for _, level in cut.residuals] == [tuple(r.shape[2:]) for r in (*down, mid)]
+    assert [channels for channels, _ in cut.residuals] == [residual.shape[1] for residual in (*down, mid)]
+    assert [halvings(axis) for axis in ("h", "w2", "h16")] == [0, 1, 4]
+
+
+def test_parts_add_graphs_and_figures_and_leave_all_else_to_the_byte(
+    parted: Bundle, bundles: dict[str, Bundle]
+) -> None:
+    before = bundles["fp16"]
+    manifest = Bundle.open(parted.path).manifest
+    assert list(manifest.graphs) == [*before.manifest.graphs, *PARTS]
+    assert all(0 < manifest.parity[name] < 1e-5 for name in PARTS)
+    new = {f"{name}.onnx" for name in PARTS}
+    assert {path.name for path in parted.path.iterdir()} == {path.name for path in before.path.iterdir()} | new
+    for file in before.path.rglob("*.*"):
+        if file.name != "manifest.json":
+            assert (parted.path / file.relative_to(before.path)).read_bytes() == file.read_bytes()
+    bare = dataclasses.replace(
+        manifest,
+        graphs=before.manifest.graphs,
+        parity=before.manifest.parity,
+        files={name: entry for name, entry in manifest.files.items() if name not in new},
+    )
+    assert bare == before.manifest
+    for name in PARTS:  # no weight is stored again
+        model = onnx.load(parted.graph_path(name), load_external_data=False)
+        assert sum(t.ByteSize() for t in model.graph.initializer if not t.external_data) < 20_000
+        assert {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"} == {
+            "base.safetensors"
+        }
+
+
+def wrong(traced_parts: dict[str, TracedGraph]) -> dict[str, TracedGraph]:
+    """Parts whose ControlNet listens to a residual of the wrong place."""
+    control = traced_parts["control"]
+    model = control.model.clone()
+    outputs = list(model.graph.outputs)
+    first, second = outputs[0].producer(), outputs[1].producer()
+    assert first is not None
+    assert second is not None
+    first.replace_input_with(0, second.inputs[0])
+    return {**traced_parts, "control": dataclasses.replace(control, model=model)}
+
+
+def test_a_wrong_part_leaves_the_bundle_as_it_was(
+    parted: Bundle,
+    bundles: dict[str, Bundle],
+    traced_parts: dict[str, TracedGraph],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for place, bundle in enumerate((bundles["fp16"], parted)):
+        folder = tmp_path / str(place)
+        shutil.copytree(bundle.path, folder)
+        monkeypatch.setattr(adding, "trace_parts", lambda *_: wrong(traced_parts))
+        with pytest.raises(ParityError, match="control: found a relative error") as caught:
+            add_parts(folder)
+        assert "shallow:" not in str(caught.value) or "deep:" in str(caught.value)
+        assert Bundle.open(folder).manifest == bundle.manifest
+        assert {path.name for path in folder.iterdir()} == {path.name for path in bundle.path.iterdir()}
+        monkeypatch.setattr(adding, "trace_parts", lambda *_: traced_parts)
+        assert Bundle.open(add_parts(folder).path).manifest.graphs == parted.manifest.graphs
+
+
+def test_parts_come_with_an_export_and_are_checked(
+    base: Base,
+    traced: dict[str, TracedGraph],
+    traced_parts: dict[str, TracedGraph],
+    parted: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lsast_export.exporter.trace_parts", lambda *_: traced_parts)
+    written = export_bundle(base, tmp_path / "new", (), ExportOptions(parts=True), traced=traced)
+    assert written.manifest.graphs == parted.manifest.graphs
+    assert (written.path / "deep.onnx").read_bytes() == (parted.path / "deep.onnx").read_bytes()
+    report = check_bundle(written.path)
+    assert set(PARTS) < report.figures.keys()
+    assert report.passed
+
+
+def test_parts_that_do_not_belong_together_are_refused(parted: Bundle, tmp_path: Path) -> None:
+    folder = shutil.copytree(parted.path, tmp_path / "bundle")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["graphs"]["shallow"]
+    manifest["graphs"]["deep"]["inputs"][4]["shape"][1] = 17
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(folder)
+    assert "graph shallow: found none; expected encoder, hint, denoiser, decoder, control, deep" in str(caught.value)
+    assert "graph deep: found inputs" in str(caught.value)
+
+
+def test_the_command_says_where_and_how_well(
+    bundles: dict[str, Bundle], traced_parts: dict[str, TracedGraph], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(bundles["fp16"].path, tmp_path / "bundle")
+    monkeypatch.setattr(adding, "trace_parts", lambda *_: traced_parts)
+    result = CliRunner().invoke(main, ["parts", str(folder), "--json"])
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["bundle"] == str(folder)
+    assert set(report["parity"]) == set(PARTS)
+    assert report["bytes"] == sum((folder / f"{name}.onnx").stat().st_size for name in PARTS)
+    assert "comparing shallow" in result.stderr
+    missing = CliRunner().invoke(main, ["parts", "nowhere"])
+    assert missing.exit_code == 1
+    assert "found no bundle 'nowhere'" in missing.stderr
+
+
+def test_specs_are_those_of_the_base(parted: Bundle) -> None:
+    cut = cut_of(skeleton(open_base_parts(parted.path)))
+    specs = part_specs(parted.manifest.geometry, cut)
+    assert {name: parted.manifest.graphs[name] for name in PARTS} == specs
+    assert len(specs["control"].outputs) == len(specs["deep"].inputs) - 3

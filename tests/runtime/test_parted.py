@@ -1,0 +1,191 @@
+"""Runs that leave parts of the denoiser out, against the algorithm in plain numpy on the tiny graphs' own matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lsast
+from lsast import BundleError, Stylizer, sampler
+from lsast.metadata import read_record
+from lsast_engines.engine import available_backends
+from lsast_engines.noise import NoiseSpec
+from lsast_engines.solvers import make_solver
+
+LEVERS: list[dict[str, Any]] = [
+    {"control_interval": 3},
+    {"cache_interval": 3},
+    {"control_low": 300},
+    {"guidance_low": 250, "guidance_high": 450},
+    {"cache_interval": 2, "guidance_high": 450, "control_low": 150, "solver": "unipc"},
+    {"cache_interval": 4, "control_interval": 6, "guidance_low": 350, "solver": "dpmpp2m"},
+]
+
+
+@pytest.fixture(params=sorted({"onnxruntime", "openvino"} & available_backends().keys()))
+def stylizer(request: pytest.FixtureRequest, parted_path: Path) -> Iterator[Stylizer]:
+    with lsast.load(parted_path, backend=request.param, threads=1) as opened:
+        yield opened
+
+
+def _pixels(result: lsast.Result) -> np.ndarray:
+    return np.asarray(result.image).astype(int)
+
+
+def _coarse(held: np.ndarray) -> np.ndarray:
+    """What of [4, h, w] a level further down sees."""
+    means = held.reshape(4, held.shape[1] // 2, 2, held.shape[2] // 2, 2).mean(axis=(2, 4))
+    return np.repeat(np.repeat(means, 2, axis=1), 2, axis=2)
+
+
+def _by_hand(stylizer: Stylizer, weights: Any, row: sampler.Row, options: dict[str, Any]) -> np.ndarray:
+    """The run in the words of `Options`; nothing of `lsast.passes` is in it."""
+    style, null = stylizer.bundle.style(options["style"]), stylizer.bundle.null_style
+    solver = make_solver(options["solver"], NoiseSpec(), row.schedule)
+    z = row.noisy.astype(float)
+    edges = np.einsum("ce,ehw->chw", weights.edges, row.hint.astype(float))
+    deep_at = control_at = None
+    guided_before = False
+    for index, step in enumerate(row.schedule.steps):
+        guided = options.get("guidance_low", 0) <= step.t <= options.get("guidance_high", 1000)
+        if deep_at is None or index - deep_at >= options.get("cache_interval", 1) or (guided and not guided_before):
+            deep_at = index
+            if control_at is None or index - control_at >= options.get("control_interval", 1):
+                control_at = index
+                gate = style.kv_control[step.stage].astype(float).mean(axis=0) @ weights.control
+                held = options["control"] * edges * gate[:, None, None]
+            if step.t < options.get("control_low", 0):
+                held = np.zeros_like(edges)
+            time = step.t / 1000 * weights.time[0][:, None, None]
+            features = [
+                (kv.astype(float).mean(axis=0) @ weights.unet)[:, None, None] + time + _coarse(held)
+                for kv in (style.kv_unet[step.stage], null.kv_unet[0])
+            ]
+        if step.t < options.get("control_low", 0):
+            held = np.zeros_like(edges)
+        conditional, unconditional = (z / 2 + held - _coarse(held) + feature for feature in features)
+        eps = unconditional + options["guidance"] * (conditional - unconditional) if guided else conditional
+        z = solver.step(eps, index, z)
+        guided_before = guided
+    return z
+
+
+@pytest.mark.parametrize("levers", LEVERS, ids=str)
+def test_a_run_is_what_its_levers_say(stylizer: Stylizer, weights: Any, levers: dict[str, Any]) -> None:
+    rng = np.random.default_rng(4)
+    options = {**stylizer.bundle.manifest.defaults, "steps": 12, "solver": "ddim", **levers}
+    picture = np.repeat(np.repeat(rng.integers(60, 200, (8, 16, 3), dtype=np.uint8), 8, axis=0), 8, axis=1)
+    rows: list[sampler.Row] = []
+    latents: list[np.ndarray] = []
+    denoise = sampler.denoise
+
+    def spied(engine: Any, given: Any, *rest: Any) -> Any:
+        rows.extend(given)
+        latents.extend(found := denoise(engine, given, *rest))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "denoise", spied)
+        stylizer.stylize(picture, **{**options, "size": 0})
+    expected = _by_hand(stylizer, weights, rows[0], options)
+    np.testing.assert_allclose(latents[0], expected, atol=2e-4 * np.abs(expected).max())
+    plain = _by_hand(stylizer, weights, rows[0], {**options, **dict.fromkeys(levers, None)} | {
+        "cache_interval": 1, "control_interval": 1, "control_low": 0, "guidance_low": 0, "guidance_high": 1000,
+        "solver": options["solver"],
+    })  # fmt: skip
+    assert np.abs(plain - expected).max() > 1e-2 * np.abs(expected).max(), "a lever that changes nothing proves nothing"
+
+
+def test_no_lever_is_the_whole_denoiser_and_opens_no_part(
+    stylizer: Stylizer, bundle_path: Path, photo: np.ndarray
+) -> None:
+    with lsast.load(bundle_path, backend=stylizer.backend, threads=1) as without:
+        expected = _pixels(without.stylize(photo, seed=3))
+    idle = {"control_low": 0, "control_interval": 1, "cache_interval": 1, "guidance_low": 0, "guidance_high": 1000}
+    for options in ({}, idle):
+        assert (_pixels(stylizer.stylize(photo, seed=3, **options)) == expected).all()
+    assert set(stylizer._workshop.engines) == {"encoder", "hint", "denoiser", "decoder"}
+    stylizer.stylize(photo, control_interval=2)
+    assert set(stylizer._workshop.engines) == {"encoder", "hint", "denoiser", "decoder", "control", "deep"}
+
+
+def test_parts_that_are_run_in_full_are_the_denoiser(stylizer: Stylizer, photo: np.ndarray) -> None:
+    """An interval no step of which is left out: the parts at every step, to rounding the same picture."""
+    whole = _pixels(stylizer.stylize(photo, steps=10, strength=0.1))
+    assert np.abs(whole - _pixels(stylizer.stylize(photo, steps=10, strength=0.1, cache_interval=9))).max() <= 1
+
+
+def test_rows_of_a_batch_keep_their_own_and_share_the_plan(stylizer: Stylizer, photo: np.ndarray) -> None:
+    rows: list[dict[str, Any]] = [
+        {"style": "monet", "cache_interval": 2},
+        {"seed": 9, "cache_interval": 2},
+        {},
+        {"cache_interval": 2, "guidance_low": 350},
+    ]
+    sizes: list[int] = []
+    denoise = sampler.denoise
+
+    def spied(engine: Any, given: Any, *rest: Any) -> Any:
+        sizes.append(len(given))
+        return denoise(engine, given, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "denoise", spied)
+        many = list(stylizer.stylize_many([photo] * 4, rows=rows, batch=4))
+    assert sizes == [2, 1, 1]
+    for row, result in zip(rows, many, strict=True):
+        assert np.abs(_pixels(result) - _pixels(stylizer.stylize(photo, **row))).max() <= 1
+
+
+@pytest.mark.parametrize("levers", [{"cache_interval": 3, "control_low": 200}, {"control_interval": 2}], ids=str)
+def test_every_tile_keeps_its_own(stylizer: Stylizer, photo: np.ndarray, levers: dict[str, Any]) -> None:
+    """The tiny graphs look no further than two cells, so tiles must give what the whole gives."""
+    large = np.tile(photo, (4, 3, 1))[:330, :400]
+    whole, tiled = (_pixels(stylizer.stylize(large, size=0, tile=tile, **levers)) for tile in (0, 128))
+    assert np.abs(whole - tiled).max() <= 1
+    assert whole.std() > 5, "a flat picture proves nothing"
+
+
+def test_masks_strength_by_stage_and_videos_run_with_levers(stylizer: Stylizer, photo: np.ndarray) -> None:
+    mask = np.zeros(photo.shape[:2], np.uint8)
+    mask[20:70] = 255
+    levers = {"cache_interval": 2, "guidance_low": 200}
+    masked = stylizer.stylize(photo, strength="0.7,0.3@0-2", mask=mask, **levers)
+    assert (_pixels(masked)[:20] == photo[:20]).all()
+    frames = list(stylizer.stylize_frames([photo, photo], **levers))
+    assert (_pixels(frames[0]) == _pixels(stylizer.stylize(photo, **levers))).all()
+
+
+def test_a_painting_made_with_levers_is_repeated_with_them(
+    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path
+) -> None:
+    result = stylizer.stylize(photo, cache_interval=2, control_low=150)
+    result.save(tmp_path / "out.png")
+    options = read_record(tmp_path / "out.png").options
+    assert options == result.options
+    assert (options.cache_interval, options.control_low) == (2, 150)
+    again = stylizer.stylize(photo, **vars(options))
+    assert (_pixels(again) == _pixels(result)).all()
+
+
+def test_a_bundle_without_parts_says_what_adds_them(bundle_path: Path, photo: np.ndarray) -> None:
+    with lsast.load(bundle_path, threads=1) as without:
+        with pytest.raises(BundleError, match=f"cache_interval needs; .* lsast-export parts {bundle_path}"):
+            without.stylize(photo, cache_interval=2)
+        without.stylize(photo, guidance_low=300)  # needs none
+
+
+def test_a_run_that_begins_again_keeps_nothing_of_the_last(stylizer: Stylizer, photo: np.ndarray) -> None:
+    first = _pixels(stylizer.stylize(photo, cache_interval=2))
+
+    def stop(step: int, total: int, preview: Any) -> None:
+        if step == 2:
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        stylizer.stylize(photo, cache_interval=2, seed=4, on_step=stop)
+    assert (_pixels(stylizer.stylize(photo, cache_interval=2)) == first).all()
