@@ -2,7 +2,7 @@
 
     pip install 'lsast[cpu]' fastapi uvicorn
     uvicorn --app-dir examples serve:app
-    curl --data-binary @photo.jpg 'localhost:8000/paint?style=monet&seed=7' > painted.png
+    curl --data-binary @photo.jpg 'localhost:8000/paint?style=monet&preset=fast&seed=7' > painted.png
 
 One process, one stylizer. Requests wait for the engines without a thread each, and one whose client has gone away
 stops painting within a step. More processes (`uvicorn --workers 4`) each open their own.
@@ -45,6 +45,7 @@ def styles(request: Request) -> list[str]:
 async def paint(
     request: Request,
     style: str | None = None,
+    preset: str | None = None,
     strength: str | None = None,
     seed: int | None = None,
     size: int | None = None,
@@ -54,7 +55,9 @@ async def paint(
     picture = await request.body()
     stylizer: lsast.Stylizer = request.app.state.stylizer
     painting = asyncio.ensure_future(
-        stylizer.stylize_async(picture, style, strength=strength, seed=seed, size=size, keep_colour=keep_colour)
+        stylizer.stylize_async(
+            picture, style, preset=preset, strength=strength, seed=seed, size=size, keep_colour=keep_colour
+        )
     )
     try:
         while not (await asyncio.wait([painting], timeout=LOOK))[0]:

@@ -67,7 +67,7 @@ def main(
     from .bench_plan import parse_counts, plan
     from .bench_report import chart as draw
     from .bench_report import markdown, require_matplotlib
-    from .options import preset_options
+    from .presets import preset_options
     from .sheet import parse_axes
 
     if chart:

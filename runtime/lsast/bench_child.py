@@ -110,9 +110,7 @@ def opened(bundle: Bundle, task: Mapping[str, Any], parts: Parts) -> tuple[Styli
 
 def keywords(task: Mapping[str, Any]) -> dict[str, Any]:
     """What `Stylizer.stylize` is given for a task."""
-    from .options import preset_options
-
-    return {**preset_options(task["preset"]), **task["options"], "size": task["size"]}
+    return {"preset": task["preset"], **task["options"], "size": task["size"]}
 
 
 def warm(task: Mapping[str, Any]) -> Report:

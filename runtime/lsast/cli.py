@@ -39,13 +39,17 @@ def _number_or_text(ctx: click.Context, param: click.Parameter, value: str | Non
     "lsast-run",
     cls=Command,
     context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
-    epilog="Options that are not given are the style's defaults, else the bundle's.",
+    epilog="Options that are not given are the preset's, else the style's defaults, else the bundle's.",
 )
 @click.argument("paths", metavar="IN... OUT", nargs=-1, type=click.Path())
 @click.option(
     "--style", metavar="MIX", help="Whose hand to paint with: vangogh, or vangogh:0.6+monet:0.4, vangogh@up+monet@0-4."
 )
-@click.option("--preset", metavar="NAME", help="released: paint as LSAST's code does; options given besides go first.")
+@click.option(
+    "--preset",
+    metavar="NAME",
+    help="exact, balanced or fast; released paints as LSAST's code does. Options given besides go first.",
+)
 @click.option("--bundle", metavar="PATH", help="Folder or name of a bundle. [default: $LSAST_BUNDLE, else mini]")
 @click.option("--steps", type=int, help="Length of the full schedule, of which the last int(steps * strength) run.")
 @click.option(
@@ -99,7 +103,6 @@ def _number_or_text(ctx: click.Context, param: click.Parameter, value: str | Non
 @click.version_option(__version__, "-V", "--version", message="lsast %(version)s")
 def main(
     paths: tuple[str, ...],
-    preset: str | None,
     bundle: str | None,
     backend: str,
     device: str,
@@ -152,7 +155,6 @@ def main(
     if len(paths) < 2 and origin is None:
         fail("found no IN and OUT; expected: lsast-run IN OUT (--help lists all options)", USAGE)
     from .feeding import lay_out
-    from .options import preset_options
 
     where = {
         "bundle": bundle,
@@ -162,7 +164,7 @@ def main(
         "arithmetic": arithmetic,
         "build": build,
     }
-    options = {**preset_options(preset), **{name: value for name, value in options.items() if value is not None}}
+    options = {name: value for name, value in options.items() if value is not None}
     if origin is not None:
         _repeat(origin, paths, where, options, as_json)
     elif axes:

@@ -17,6 +17,7 @@ from lsast_engines.errors import UsageError
 
 from .defaults import Defaults
 from .metadata import read_record
+from .presets import preset_options
 from .repeating import compare, verify
 from .result import Result, check_output
 from .running import Bars
@@ -57,7 +58,8 @@ def repeat(origin: Path, paths: list[Path], where: dict[str, Any], options: dict
         return report, f"{origin}: the bundle and the styles that it was painted with are here"
     same = {"backend": told.backend, "device": told.device, "arithmetic": told.arithmetic}
     with contextlib.closing(Bars(1)) as bars, load(**{**same, **where}) as stylizer:
-        result = stylizer.stylize(source, **{**asdict(record.options), **options}, mask=mask, on_step=bars.on_step)
+        changed = {**asdict(record.options), **preset_options(options.get("preset")), **options}
+        result = stylizer.stylize(source, **changed, mask=mask, on_step=bars.on_step)
     if out is None:
         compare(result, origin, record)
         return {**report, "same": True}, f"{origin}: {source} paints the same again, to the last bit"

@@ -1,4 +1,4 @@
-"""What is meant where nothing is said: first what the style asks for, then the bundle.
+"""What is meant where nothing is said: first the preset, then what the style asks for, then the bundle.
 
 A style with guidance baked in is painted with guidance 1, whatever stands behind it.
 """
@@ -14,19 +14,33 @@ from lsast_engines.style_file import StyleFile
 
 from .mixing import Mix
 from .options import Options
+from .presets import preset_options
 
 
 class Defaults:
     """The defaults of a bundle and of its styles; what a style asks for is read once. For any number of threads."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, preset: str | None = None) -> None:
+        """Defaults.
+
+        Args:
+            bundle: whose.
+            preset: name of a preset that comes before them.
+
+        Raises:
+            UsageError: there is no such preset.
+        """
+        preset_options(preset)
+        self._preset = preset
         self._bundle = bundle
         self._styles: dict[str, StyleFile] = {}
 
     def resolve(self, given: Mapping[str, Any]) -> Options:
-        """Options from what the caller gave; what is None is left to the style and then to the bundle.
+        """Options from what the caller gave; what is None is left to the preset, the style and then the bundle.
 
-        Of a mix the styles have a say where all of them say the same; else the bundle's default stands.
+        The preset is that of `given`, or else the one that these defaults were made with; what it does not name, a
+        style may still ask for. Of a mix the styles have a say where all of them say the same; else the bundle's
+        default stands.
 
         Raises:
             UsageError: one or more values cannot be meant; all of them are named at once. Guidance is asked for with a
@@ -35,7 +49,9 @@ class Defaults:
         """
         defaults = self._bundle.manifest.defaults
         style = defaults["style"] if given.get("style") is None else given["style"]
-        return Options.resolve(given, {**defaults, **self._agreed(style), **self._baked(style, given)})
+        preset = self._preset if given.get("preset") is None else given["preset"]
+        ahead = {} if preset is None else {**preset_options(preset), "preset": preset}
+        return Options.resolve(given, {**defaults, **self._agreed(style), **ahead, **self._baked(style, given)})
 
     def _agreed(self, style: Any) -> dict[str, Any]:
         """The defaults that all styles of a mix have in common."""

@@ -11,6 +11,7 @@ from lsast_engines.errors import UsageError, fault_list
 from lsast_engines.solvers import SOLVERS
 
 from .mixing import Mix
+from .presets import PRESETS
 from .strength import Strength
 
 
@@ -64,6 +65,8 @@ class Options:
     cache_interval: int = 1
     """The whole U-Net and the ControlNet run at every n-th step, 1 to 1000, and between them only the U-Net's outermost
     level (DeepCache, arXiv 2312.00858)."""
+    preset: str | None = None
+    """Name of the preset (`lsast.presets`) that options were left to; here they are all resolved."""
 
     def __post_init__(self) -> None:
         faults = [fault for name in _RULES if (fault := _fault(name, getattr(self, name)))]
@@ -86,7 +89,7 @@ class Options:
 
         Args:
             given: values by field name, None where the caller leaves the choice.
-            defaults: the manifest's `defaults`, those of the style over them (`lsast.defaults`).
+            defaults: the manifest's `defaults`, those of the style over them, a preset over both (`lsast.defaults`).
 
         Raises:
             UsageError: one or more values cannot be meant; all of them are named at once.
@@ -139,32 +142,9 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         ("guidance_low", "guidance_high", "control_low"), ("a whole number from 0 to 1000", _whole(0, 1000))
     ),
     **dict.fromkeys(("control_interval", "cache_interval"), ("a whole number from 1 to 1000", _whole(1, 1000))),
+    "preset": (f"one of {', '.join(PRESETS)}", lambda value: value is None or value in tuple(PRESETS)),
 }
 """For every field: what is expected, and whether a value is that."""
 
 _GRAMMARS: dict[str, Callable[[str], object]] = {"style": Mix.parse, "strength": Strength.parse}
 """Fields whose texts have a grammar, and what reads it."""
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "released": {
-        "steps": 50,
-        "strength": 0.7,
-        "guidance": 10.0,
-        "control": 1.0,
-        "size": 512,
-        "solver": "released",
-        "fit": "squash",
-    }
-}
-"""Options that belong together, by name; `released` is the shipped call of LSAST's code (method.md §4)."""
-
-
-def preset_options(name: str | None) -> dict[str, Any]:
-    """The options of a preset; none for None.
-
-    Raises:
-        UsageError: there is no such preset.
-    """
-    if name is not None and name not in PRESETS:
-        raise UsageError(f"found preset {name!r}; expected one of {', '.join(PRESETS)}")
-    return {} if name is None else PRESETS[name]

@@ -22,6 +22,7 @@ from .defaults import Defaults
 from .painting import Painting
 from .parted import PartedDenoiser
 from .passes import Pass, graphs_of
+from .presets import preset_options
 from .result import Result
 from .workshop import STYLE_MEMORY, Opener, Workshop
 
@@ -49,6 +50,7 @@ def load(
     arithmetic: Arithmetic = "fp32",
     style_memory: int = STYLE_MEMORY,
     build: bool = False,
+    preset: str | None = None,
 ) -> Stylizer:
     """Open a bundle and compile its graphs, once for any number of pictures.
 
@@ -62,19 +64,22 @@ def load(
         style_memory: bytes of styles to keep in memory between paintings; those used longest ago go first.
         build: with `tensorrt-rtx` or `tensorrt`, compile first what is missing, which takes minutes and the extra
             `export`; without, a missing engine is an error.
+        preset: what comes before the defaults of style and bundle at every painting, see `lsast.presets`.
 
     Raises:
-        UsageError: fewer threads than 1, an unknown arithmetic, or `build` with a backend that compiles nothing.
+        UsageError: fewer threads than 1, an unknown arithmetic or preset, or `build` with a backend that compiles
+            nothing.
         BundleError: there is no such bundle, or it is damaged.
         BackendError: the backend, the device or the arithmetic cannot be had here; the message lists what can.
         MissingExtraError: no backend is installed.
     """
+    preset_options(preset)
     opener = Opener(Bundle.open(find_bundle(bundle)), backend, device, threads, arithmetic)
     if build:
         from .building import build_engines
 
         build_engines(opener.bundle, backend.lower(), arithmetic)
-    return Stylizer(opener, opener.all(), style_memory)
+    return Stylizer(opener, opener.all(), style_memory, preset)
 
 
 class Stylizer:
@@ -87,11 +92,18 @@ class Stylizer:
     stylizer opens its bundle again where it is unpickled, so that one can be handed to a pool of processes.
     """
 
-    def __init__(self, opener: Opener, engines: Mapping[str, Engine], style_memory: int = STYLE_MEMORY) -> None:
+    def __init__(
+        self,
+        opener: Opener,
+        engines: Mapping[str, Engine],
+        style_memory: int = STYLE_MEMORY,
+        preset: str | None = None,
+    ) -> None:
         self.bundle = opener.bundle
         self._opener = opener
         self._style_memory = style_memory
-        self._defaults = Defaults(opener.bundle)
+        self._preset = preset
+        self._defaults = Defaults(opener.bundle, preset)
         self._backend = engines[DENOISER].backend
         self._workshop = Workshop(opener, engines, style_memory)
 
@@ -127,11 +139,14 @@ class Stylizer:
         control_low: int | None = None,
         control_interval: int | None = None,
         cache_interval: int | None = None,
+        preset: str | None = None,
         mask: Picture | None = None,
         on_step: OnStep | None = None,
         cancel: CancelToken | None = None,
     ) -> Result:
-        """Repaint a picture; `lsast.Options` says what each option means. None is the style's default or the bundle's.
+        """Repaint a picture; `lsast.Options` says what each option means.
+
+        What is None is left to the preset, then to the style, then to the bundle.
 
         Args:
             picture: a path, the bytes of an image file, a PIL image, or an array [H, W], [H, W, 3] or [H, W, 4]
@@ -154,10 +169,10 @@ class Stylizer:
             BackendError: a graph fails, or gives values that are not finite.
             CancelledError: `cancel` was turned.
         """
-        given = {"style": style, "steps": steps, "strength": strength, "guidance": guidance, "control": control,
-                 "size": size, "solver": solver, "seed": seed, "alpha": alpha, "fit": fit, "keep_colour": keep_colour,
-                 "feather": feather, "tile": tile, "guidance_low": guidance_low, "guidance_high": guidance_high,
-                 "control_low": control_low, "control_interval": control_interval,
+        given = {"style": style, "preset": preset, "steps": steps, "strength": strength, "guidance": guidance,
+                 "control": control, "size": size, "solver": solver, "seed": seed, "alpha": alpha, "fit": fit,
+                 "keep_colour": keep_colour, "feather": feather, "tile": tile, "guidance_low": guidance_low,
+                 "guidance_high": guidance_high, "control_low": control_low, "control_interval": control_interval,
                  "cache_interval": cache_interval}  # fmt: skip
         return self._paint([self._read(picture, given, mask)], on_step, cancel)[0]
 
@@ -271,7 +286,7 @@ class Stylizer:
     def __reduce__(self) -> tuple[Any, ...]:
         opener = self._opener
         where = (self.bundle.path.resolve(), opener.backend, opener.device, opener.threads, opener.arithmetic)
-        return load, (*where, self._style_memory)
+        return load, (*where, self._style_memory, False, self._preset)
 
     def _read(
         self, picture: Picture, given: Mapping[str, Any], mask: Picture | None, follower: Follower | None = None

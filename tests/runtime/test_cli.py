@@ -105,7 +105,7 @@ USAGE = {
     "no threads": (["in.png", "out.png", "--threads", "0"], "--threads"),
     "suffix": (["in.png", "out.tga"], "out.tga"),
     "style": (["in.png", "out.png", "--style", "picasso"], "monet, vangogh"),
-    "preset": (["in.png", "out.png", "--preset", "sdxl"], "expected one of released"),
+    "preset": (["in.png", "out.png", "--preset", "sdxl"], "expected one of exact, balanced, fast, released"),
     "grid and watch": (["in.png", "out.png", "--grid", "seed=1", "--watch"], "more than one of --from, --grid"),
     "grid of several": (["in.png", "in.png", "out.png", "--grid", "seed=1"], "--grid and several pictures"),
     "mix": (["in.png", "out.png", "--style", "vangogh+monet:"], "    vangogh+monet:\n                  ^"),
@@ -229,3 +229,19 @@ def test_a_terminal_sees_progress_and_ctrl_c_stops_it(folder: Path) -> None:
     assert seen.endswith(b"Error: interrupted\r\n")
     assert b"Traceback" not in seen
     assert [path.name for path in folder.iterdir()] == ["in.png"]
+
+
+def test_a_preset_is_told_and_may_be_an_axis_and_change_a_repetition(folder: Path, parted_path: Path) -> None:
+    where = ("--bundle", str(parted_path))
+    painted = _run("in.png", "fast.png", "--json", "--preset", "fast", *where)
+    assert painted.exit_code == 0, painted.stderr
+    options = json.loads(painted.stdout)["options"]
+    assert (options["preset"], options["steps"], options["cache_interval"]) == ("fast", 8, 2)
+    assert _run("--from", "fast.png", "in.png", *where).exit_code == 0
+    changed = _run("--from", "fast.png", "in.png", "other.png", "--preset", "balanced", "--json", *where)
+    assert changed.exit_code == 0, changed.stderr
+    assert json.loads(changed.stdout)["options"]["steps"] == 12
+    assert _run("in.png", "sheet.png", "--grid", "preset=exact,balanced,fast", *where).exit_code == 0
+    refused = _run("in.png", "out.png", "--preset", "fast")  # the plain bundle has no parts
+    assert refused.exit_code == 1
+    assert "lsast-export parts" in refused.stderr

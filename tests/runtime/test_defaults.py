@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from click.testing import CliRunner
 import lsast
 from lsast.cli import main
 from lsast.defaults import Defaults
+from lsast.presets import PRESETS
 from lsast_engines.bundle import Bundle
 from lsast_engines.style import Style
 from lsast_engines.style_file import StyleFile
@@ -118,3 +120,34 @@ def test_a_baked_scale_that_is_none_is_damage(baked: Path, tmp_path: Path) -> No
 def test_list_styles_tells_what_is_baked(baked: Path) -> None:
     told = json.loads(CliRunner().invoke(main, ["--bundle", str(baked), "--list-styles", "--json"]).stdout)
     assert told["guidance_baked"] == {"vangogh": 7.0, "monet": 7.0, "five": 5.0}
+
+
+def test_a_preset_comes_before_the_style_and_behind_what_is_asked_for(path: Path) -> None:
+    bundle = Bundle.open(path)
+    defaults = bundle.manifest.defaults
+    found = Defaults(bundle).resolve({"style": "vangogh", "preset": "fast", "solver": "ddim"})
+    # steps of the preset, solver as asked for, guidance of the style, strength of the bundle
+    assert (found.steps, found.solver, found.guidance, found.strength) == (8, "ddim", 5.0, defaults["strength"])
+    assert (found.preset, found.cache_interval) == ("fast", 2)
+
+
+def test_exact_is_what_runs_where_nothing_is_said(path: Path) -> None:
+    bundle = Bundle.open(path)
+    said, unsaid = (Defaults(bundle).resolve({"style": "monet", "preset": preset}) for preset in ("exact", None))
+    assert dataclasses.replace(said, preset=None) == unsaid
+    assert (said.preset, unsaid.preset) == ("exact", None)
+
+
+def test_a_stylizer_may_have_a_preset_that_a_call_overrules(path: Path) -> None:
+    bundle = Bundle.open(path)
+    defaults = Defaults(bundle, "balanced")
+    assert defaults.resolve({}).preset == "balanced"
+    assert defaults.resolve({"preset": "exact"}).cache_interval == 1
+    with pytest.raises(lsast.UsageError, match="found preset 'quick'; expected one of exact, balanced, fast, released"):
+        Defaults(bundle, "quick")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_can_be_meant(path: Path, preset: str) -> None:
+    options = Defaults(Bundle.open(path)).resolve({"preset": preset})
+    assert {name: getattr(options, name) for name in PRESETS[preset]} == PRESETS[preset]

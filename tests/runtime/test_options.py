@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lsast import Options, UsageError
-from lsast.options import preset_options
+from lsast.presets import preset_options
 
 GOOD: dict[str, Any] = {
     "style": "monet",
@@ -27,6 +27,7 @@ GOOD: dict[str, Any] = {
     "control_low": 0,
     "control_interval": 1,
     "cache_interval": 1,
+    "preset": None,
 }
 
 LIMITS = [
@@ -100,6 +101,8 @@ FAULTS = [
     ("control_interval", 0),
     ("cache_interval", 0),
     ("cache_interval", "2"),
+    ("preset", "sdxl"),
+    ("preset", ""),
 ]
 
 
@@ -149,7 +152,7 @@ def test_the_released_preset_is_the_shipped_call() -> None:
     shipped = {"steps": 50, "strength": 0.7, "guidance": 10.0, "control": 1.0, "size": 512, "fit": "squash"}
     assert dataclasses.asdict(options) == {**GOOD, **shipped, "solver": "released"}
     assert preset_options(None) == {}
-    with pytest.raises(UsageError, match="found preset 'sdxl'; expected one of released"):
+    with pytest.raises(UsageError, match="found preset 'sdxl'; expected one of exact, balanced, fast, released"):
         preset_options("sdxl")
 
 

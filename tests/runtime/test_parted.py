@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 
 import lsast
-from lsast import BundleError, Stylizer, sampler
+from lsast import BundleError, Stylizer, UsageError, sampler
 from lsast.metadata import read_record
+from lsast.presets import PRESETS
 from lsast_engines.engine import available_backends
 from lsast_engines.noise import NoiseSpec
 from lsast_engines.solvers import make_solver
@@ -189,3 +191,19 @@ def test_a_run_that_begins_again_keeps_nothing_of_the_last(stylizer: Stylizer, p
     with pytest.raises(RuntimeError, match="enough"):
         stylizer.stylize(photo, cache_interval=2, seed=4, on_step=stop)
     assert (_pixels(stylizer.stylize(photo, cache_interval=2)) == first).all()
+
+
+def test_presets_pull_their_levers_and_are_told(parted_path: Path, photo: np.ndarray) -> None:
+    with lsast.load(parted_path, threads=1, preset="fast") as stylizer:
+        found = stylizer.stylize(photo)
+        exact = stylizer.stylize(photo, preset="exact", seed=0)
+        again = pickle.loads(pickle.dumps(stylizer))
+    with again, lsast.load(parted_path, threads=1) as plain:
+        expected = plain.stylize(photo, **PRESETS["fast"])
+        assert (_pixels(found) == _pixels(expected)).all()
+        assert (_pixels(again.stylize(photo)) == _pixels(expected)).all()
+        assert (_pixels(exact) == _pixels(plain.stylize(photo))).all()
+        assert found.options.preset == "fast"
+        assert (_pixels(plain.stylize(photo, **vars(found.options))) == _pixels(expected)).all()
+    with pytest.raises(UsageError, match="found preset 'swift'"):
+        lsast.load(parted_path, preset="swift")
