@@ -4,6 +4,7 @@
     python benchmarks/sd15_random.py export sd15 --precision fp32 --precision fp16 --precision bf16
     python benchmarks/sd15_random.py run sd15
     python benchmarks/sd15_random.py train sd15
+    python benchmarks/sd15_random.py compile sd15 --sm 8.9      # TensorRT-RTX, no GPU needed
 
 The base is built from the published configurations (U-Net 860 M weights, ControlNet 361 M, autoencoder 84 M, text
 encoder 123 M), nothing is downloaded. What comes out looks like noise; seconds, memory, sizes and parity are those of
@@ -195,6 +196,29 @@ def run(folder: Path, precisions: tuple[str, ...], steps: int, size: int, as_jso
                     | {"phases": report["seconds"]}
                 )
     show(rows, as_json, ("numpy", "onnxruntime", "openvino"))
+
+
+@main.command("compile")
+@click.argument("folder", type=click.Path(path_type=Path, exists=True))
+@click.option("--precision", default="fp16", show_default=True, help="Of the exported bundle.")
+@click.option("--arithmetic", default="fp16", show_default=True)
+@click.option("--sm", default="8.6,8.9,12.0", show_default=True)
+@click.option("--graph", "graphs", multiple=True, default=("encoder", "hint", "denoiser", "decoder"), show_default=True)
+@click.option("--json", "as_json", is_flag=True)
+def compile_(folder: Path, precision: str, arithmetic: str, sm: str, graphs: tuple[str, ...], as_json: bool) -> None:
+    """Compile the bundle FOLDER/PRECISION ahead of time by TensorRT-RTX; nothing is run."""
+    rows = []
+    for graph in graphs:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            command = ["lsast_export", "compile", folder / precision, "--backend", "tensorrt-rtx", "--sm", sm]
+            command += ["--arithmetic", arithmetic, "--graph", graph, "--out", scratch, "--json"]
+            report, peak = measured(*command)
+        facts = report["graphs"][graph]
+        rows.append(
+            {"graph": graph, "arithmetic": arithmetic, "targets": ",".join(facts["targets"])}
+            | {"seconds": facts["seconds"], "engine_gb": facts["bytes"] / GIGA, "peak_rss_gb": peak / GIGA}
+        )
+    show(rows, as_json, ("onnx", "tensorrt-rtx"))
 
 
 @main.command()

@@ -88,3 +88,12 @@ def test_multiplications_are_those_that_are_known(exported: dict[str, Any], fold
     assert two - one == pytest.approx(402e9, rel=0.005)
     assert one - (two - one) + hint == pytest.approx(142e9, rel=0.01)
     assert hint == pytest.approx(7.4e9, rel=0.02)
+
+
+def test_the_denoiser_with_its_controlnet_compiles_ahead_of_time(folder: Path) -> None:
+    """By TensorRT-RTX, for one target: three take three times as long. Compiled, never run."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'lsast[tensorrt-rtx]'")
+    script("export", folder, "--precision", "fp16", "--json")
+    (row,) = script("compile", folder, "--sm", "8.9", "--graph", "denoiser", "--json")["rows"]
+    halves = DENOISER / 2 / 1e9
+    assert halves <= row["engine_gb"] <= 1.1 * halves

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from onnx import TensorProto, helper, numpy_helper, save
+from onnx import TensorProto, checker, helper, numpy_helper, save
 
 from lsast_engines.bundle import EMBEDDED, Bundle
 from lsast_engines.engine_key import record_path, verified_record
@@ -215,6 +215,49 @@ def test_options_that_cannot_be_meant_are_refused(arguments: list[str], message:
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("graph", ["encoder", "hint", "denoiser", "decoder"])
+def test_the_embedded_graphs_are_sound_and_read_as_declared(rtx: None, graph: str) -> None:
+    """By onnx's own checks and by the library's parser, without a line of ours in between."""
+    import tensorrt_rtx as trt
+
+    path = EMBEDDED / f"{graph}.onnx"
+    checker.check_model(str(path), full_check=True)
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse_from_file(str(path)), [parser.get_error(index).desc() for index in range(parser.num_errors)]
+    spec = Bundle.open(EMBEDDED, verify_hashes=False).manifest.graphs[graph]
+    types = {"float32": trt.float32, "int64": trt.int64}
+    for wanted, count, at in (
+        (spec.inputs, network.num_inputs, network.get_input),
+        (spec.outputs, network.num_outputs, network.get_output),
+    ):
+        found = {tensor.name: (tensor.dtype, list(tensor.shape)) for tensor in map(at, range(count))}
+        assert found.keys() == {tensor.name for tensor in wanted}
+        for tensor in wanted:
+            dtype, shape = found[tensor.name]
+            assert dtype == types[tensor.dtype]
+            # The parser knows fewer axes of an output than there are; none may contradict.
+            assert len(shape) == len(tensor.shape)
+            assert all(a in (-1, b) for a, b in zip(shape, tensor.shape, strict=True) if isinstance(b, int))
+
+
+@pytest.mark.parametrize("arithmetic", ["fp32", "fp16"])
+def test_the_embedded_autoencoder_compiles_for_every_target(rtx: None, tmp_path: Path, arithmetic: str) -> None:
+    """At the sizes that are the default; the denoiser takes a minute and is below."""
+    options = CompileOptions("tensorrt-rtx", TARGETS, arithmetic=arithmetic)  # type: ignore[arg-type]
+    names = ("encoder", "hint", "decoder", "advance")
+    records = compile_bundle(EMBEDDED, options, tmp_path, graphs=names)
+    assert records.keys() == set(names)
+    assert all(record.key.targets == TARGETS for record in records.values())
+
+
+def test_an_unknown_graph_lists_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"found graphs decoding; expected of .*decoder.*advance"):
+        compile_bundle(EMBEDDED, rtx_options(), tmp_path, graphs=["decoding"])
 
 
 @pytest.mark.slow

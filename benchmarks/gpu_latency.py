@@ -1,0 +1,185 @@
+"""Milliseconds of a denoising step on one device, one way beside the other in one run.
+
+    python benchmarks/gpu_latency.py [--bundle mini] [--size 512] [--batch 1] [--repeats 50]
+
+Ways: torch eager and `torch.compile` in the arithmetic asked for, ONNX Runtime on the device, and the compiled engines
+of TensorRT and TensorRT-RTX, once called step by step with the latent passing through the host, once in the loop that
+stays on the device. A way that this machine has not says why. Each step runs the ControlNet and, with guidance, the
+U-Net of two rows. Prints a Markdown table of medians and spreads (largest less smallest of five groups); run nothing
+else meanwhile.
+
+Never run on a GPU yet: `--device cpu` runs those ways that a machine without one has.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from typing import Any
+
+import click
+import numpy as np
+from machine import describe
+
+from lsast_engines.bundle import Bundle, find_bundle
+from lsast_engines.engine import open_engine
+from lsast_engines.errors import LsastError
+from lsast_engines.loop import DeviceLoop, Run
+from lsast_engines.moves import moves
+from lsast_engines.schedule import Schedule
+from lsast_engines.solvers import make_solver
+from lsast_engines.spec import DENOISER
+
+GROUPS = 5
+STEPS = 10
+Step = Callable[[], None]
+"""Runs one step and returns when the device is done with it."""
+
+
+class Case:
+    """A bundle, and random inputs of its denoiser."""
+
+    def __init__(self, bundle: Bundle, size: int, batch: int, device: str, arithmetic: str) -> None:
+        self.bundle, self.device, self.arithmetic, self.batch = bundle, device, arithmetic, batch
+        self.spec, self.path = bundle.manifest.graphs[DENOISER], bundle.graph_path(DENOISER)
+        lengths = {"B": batch, "G": 2, "h": size // 8, "w": size // 8}
+        rng = np.random.default_rng(0)
+        self.feeds: dict[str, np.ndarray] = {}
+        for tensor in self.spec.inputs:
+            shape = [lengths[axis] if isinstance(axis, str) else axis for axis in tensor.shape]
+            values = rng.integers(0, 1000, shape) if tensor.dtype == "int64" else rng.standard_normal(shape)
+            self.feeds[tensor.name] = np.asarray(values, tensor.dtype)
+
+
+def torch_step(case: Case, compiled: bool) -> Iterator[Step]:
+    import torch
+
+    from lsast_export.graphs import denoiser_graph
+    from lsast_train.base import load_base
+
+    if case.device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("torch finds no GPU")
+    kind = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[case.arithmetic]
+    feeds = {name: torch.from_numpy(value).to(case.device) for name, value in case.feeds.items()}
+    with denoiser_graph(load_base(case.bundle.path)) as module, torch.inference_mode():
+        module = module.to(case.device).eval()
+        run: Any = torch.compile(module) if compiled else module
+
+        def step() -> None:
+            with torch.autocast(case.device, kind, enabled=kind != torch.float32):
+                run(**feeds)
+            if case.device == "cuda":
+                torch.cuda.synchronize()
+
+        yield step
+
+
+def engine_step(case: Case, backend: str) -> Iterator[Step]:
+    library = backend.startswith("tensorrt")
+    device = case.device if not library else "auto"
+    arithmetic: Any = case.arithmetic if library else "fp32"
+    with closing(open_engine(case.path, case.spec, backend, device, arithmetic=arithmetic)) as engine:
+        step_feeds = {name: case.feeds[name] for name in ("latent", "timestep")}
+        engine.bind({name: value for name, value in case.feeds.items() if name not in step_feeds})
+        yield lambda: engine(step_feeds) and None
+
+
+def loop_step(case: Case, backend: str) -> Iterator[Step]:
+    manifest = case.bundle.manifest
+    schedule = Schedule.build(manifest.noise, STEPS, 1.0, manifest.stages, "dpmpp2m")
+    table = moves(make_solver("dpmpp2m", manifest.noise, schedule), schedule.abars())
+    name = next(iter(case.bundle.styles()))
+    run = Run(
+        latents=case.feeds["latent"],
+        hint=case.feeds["hint"],
+        control=1.0,
+        timesteps=np.array([[step.t] * case.batch for step in schedule.steps], np.int64),
+        moves=np.stack([table] * case.batch, axis=-1),
+        guidance=[3.0] * case.batch,
+        styles=[name] * case.batch,
+        stages=[[step.stage] * case.batch for step in schedule.steps],
+    )
+    arithmetic: Any = case.arithmetic
+    engine: Any = open_engine(case.path, case.spec, backend, "auto", arithmetic=arithmetic)
+    with closing(engine):
+        loop = DeviceLoop(engine, case.bundle.null_style)
+        loop.styles.add(name, case.bundle.style(name))
+        yield lambda: loop.run(run) is None
+
+
+WAYS: dict[str, tuple[Callable[[Case], Iterator[Step]], int]] = {
+    "torch eager": (lambda case: torch_step(case, False), 1),
+    "torch.compile": (lambda case: torch_step(case, True), 1),
+    "onnxruntime": (lambda case: engine_step(case, "onnxruntime"), 1),
+    "tensorrt-rtx, step by step": (lambda case: engine_step(case, "tensorrt-rtx"), 1),
+    "tensorrt-rtx, loop": (lambda case: loop_step(case, "tensorrt-rtx"), STEPS),
+    "tensorrt, step by step": (lambda case: engine_step(case, "tensorrt"), 1),
+    "tensorrt, loop": (lambda case: loop_step(case, "tensorrt"), STEPS),
+}
+"""Each way, and how many steps one call of it takes."""
+
+
+def measured(step: Step, steps: int, repeats: int) -> list[float]:
+    """Milliseconds a step of each of `GROUPS` groups, after as many calls to warm up as a CUDA graph needs."""
+    for _ in range(3):
+        step()
+    groups = []
+    for _ in range(GROUPS):
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            step()
+        groups.append(1e3 * (time.perf_counter() - begin) / (repeats * steps))
+    return groups
+
+
+@click.command()
+@click.option("--bundle", help="Folder or name. [default: the embedded one]")
+@click.option("--size", default=512, show_default=True)
+@click.option("--batch", default=1, show_default=True)
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
+@click.option("--arithmetic", type=click.Choice(["fp16", "bf16", "fp32"]), default="fp16", show_default=True,
+              help="Of torch and the compiled engines; ONNX Runtime computes in fp32.")  # fmt: skip
+@click.option("--repeats", default=50, show_default=True, help="Calls in each of five groups.")
+@click.option("--json", "as_json", is_flag=True)
+def main(bundle: str | None, size: int, batch: int, device: str, arithmetic: str, repeats: int, as_json: bool) -> None:
+    """Measure one way after another."""
+    case = Case(Bundle.open(find_bundle(bundle)), size, batch, device, arithmetic)
+    rows: list[dict[str, Any]] = []
+    for way, (make, steps) in WAYS.items():
+        row: dict[str, Any] = {"way": way, "ms_per_step": None, "spread": None, "missing": ""}
+        try:
+            with ExitStack() as stack:
+                step = stack.enter_context(contextmanager(make)(case))
+                groups = measured(step, steps, repeats)
+            row |= {"ms_per_step": statistics.median(groups), "spread": max(groups) - min(groups)}
+        except (LsastError, ImportError, RuntimeError) as error:
+            row["missing"] = str(error).splitlines()[0]
+        rows.append(row)
+    facts = {
+        **describe(("torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")),
+        "gpu": _gpu(),
+        "case": f"{size}x{size}, batch {batch}, guided, {arithmetic} on {device}, {repeats} calls x {GROUPS}",
+    }
+    if as_json:
+        click.echo(json.dumps({"machine": facts, "rows": rows}, indent=1))
+        return
+    click.echo(f"{facts}\n\n| way | ms a step | spread |\n|---|---|---|")
+    for row in rows:
+        figures = row["missing"] if row["ms_per_step"] is None else f"{row['ms_per_step']:.2f} | {row['spread']:.2f}"
+        click.echo(f"| {row['way']} | {figures} |" + (" |" if row["ms_per_step"] is None else ""))
+
+
+def _gpu() -> str:
+    from lsast_engines.cuda import gpus
+
+    try:
+        return ", ".join(gpu.name for gpu in gpus()) or "none"
+    except LsastError as error:
+        return str(error)
+
+
+if __name__ == "__main__":
+    main()
