@@ -22,7 +22,8 @@ from lsast_train.__main__ import main
 from lsast_train.baked_base import baked_base
 from lsast_train.base import Base, save_base
 from lsast_train.distil_options import DistilOptions
-from lsast_train.distilling import Distillation, distilled_meta
+from lsast_train.distilled import distilled_meta
+from lsast_train.distilling import Distillation
 from lsast_train.interruption import InterruptionError
 from lsast_train.mini.architecture import MiniConfig, build_mini
 from lsast_train.packed import pack
@@ -88,7 +89,7 @@ def test_one_pass_comes_nearer_to_two(base: Base, collection: Collection, tmp_pa
         assert prompts.meta["guidance_baked"] == "4"
         with torch.no_grad():
             kv = pack(base)[0].project(prompts.prompts)
-    states, content = run._states[1], run._contents[1]
+    content, states = run.exam
     squares = np.zeros((2, 10))
     with baked_base(base) as baked:
         for index in range(len(states.stage)):
@@ -109,13 +110,13 @@ def test_targets_are_the_guided_noise_of_whole_passes(base: Base, collection: Co
     run = Distillation(base, _source(base), collection, BRIEF, "hand-g4", tmp_path)
     with baked_base(base) as baked:
         run._prepare(baked)
-    states = run._states[0]
+    content, states = run.lessons
     assert sorted(set(states.stage.tolist())) == list(range(10))
     assert torch.equal(states.stage, states.timestep // 100)
     # Edges are not kept; flat pictures have none, and the hint features of none are the same everywhere.
     with baked_base(base) as baked:
         hints = baked.hints(torch.zeros(1, 3, 64, 64))
-    flat = [i for i in range(len(states.stage)) if torch.equal(run._contents[0].hints[states.picture[i]], hints[0])]
+    flat = [i for i in range(len(states.stage)) if torch.equal(content.hints[states.picture[i]], hints[0])]
     assert flat
     for index in flat[::5]:
         t = int(states.timestep[index])
@@ -168,7 +169,7 @@ def test_few_steps_learn_from_many(base: Base, collection: Collection, tmp_path:
     run = Distillation(base, source, collection, options, "hand-g4-s4", tmp_path)
     outcome = run.run()
     times = [step.t for step in Schedule.build(NoiseSpec(), 4, 0.9, 10, "dpmpp2m").steps]
-    assert sorted(set(run._states[0].timestep.tolist())) == sorted(times)
+    assert sorted(set(run.lessons[1].timestep.tolist())) == sorted(times)
     assert run.stages == sorted({t // 100 for t in times})
     assert outcome.relative < 0.9
     file = StyleFile(outcome.style)
@@ -179,7 +180,9 @@ def test_few_steps_learn_from_many(base: Base, collection: Collection, tmp_path:
 
 
 @pytest.mark.parametrize("kind", ["kv", "prompts"])
-def test_a_resumed_run_is_the_uninterrupted_one(collection: Collection, tmp_path: Path, kind: Any) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one(
+    collection: Collection, tmp_path: Path, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = replace(BRIEF, steps=8, evaluate_every=4, kind=kind, pictures=2, noised=1, teacher_steps=2)
 
     def make(folder: str, **how: Any) -> Distillation:
@@ -192,14 +195,21 @@ def test_a_resumed_run_is_the_uninterrupted_one(collection: Collection, tmp_path
     assert caught.value.exit_code == 130
     with pytest.raises(TrainingError, match="unfinished run"):
         make("parts")
+    assert {path.suffixes[-2] for path in (tmp_path / "parts").glob("*.safetensors")} == {".checkpoint", ".lessons"}
     other = build_mini(MiniConfig.tiny())
     changed = replace(options, guidance=5.0)
     with pytest.raises(TrainingError, match=r"another run(.|\n)*guidance: found 4.0 in the checkpoint, 5.0 now"):
         Distillation(other, _source(other, kind), collection, changed, "hand-g4", tmp_path / "parts", True).run()
-    resumed = make("parts", resume=True).run()
+    # What the teacher painted is not painted again.
+    with monkeypatch.context() as patch:
+        patch.setattr("lsast_train.teaching.Teacher.states", None)
+        resumed = make("parts", resume=True).run()
     assert resumed.style.read_bytes() == straight.style.read_bytes()
     assert resumed.curve.read_text() == straight.curve.read_text()
-    assert not (tmp_path / "parts" / "hand-g4.checkpoint.safetensors").exists()
+    assert [path.name for path in (tmp_path / "parts").glob("*.safetensors")] in (
+        ["hand-g4.safetensors"],
+        ["hand-g4.prompts.safetensors"],
+    )
 
 
 def test_prompts_are_recovered_from_keys_and_values(base: Base) -> None:

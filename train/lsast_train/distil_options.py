@@ -49,7 +49,7 @@ class DistilOptions:
     """Steps of the optimiser, each for one stage; the stages take turns."""
     batch: int = 8
     """States of a step, all of one stage."""
-    lr: float = 0.03
+    lr: float = 0.2
     """Learning rate at step 0, in units of the root mean square of what is moved; a half cosine brings it to zero."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay, towards the start."""

@@ -11,12 +11,11 @@ number), so a resumed run repeats those of an uninterrupted one.
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +24,22 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from lsast_engines.errors import TrainingError, UsageError, fault_list
-from lsast_engines.pictures import edge_map
-from lsast_engines.style_defaults import read_style_defaults, write_style_defaults
 
 from .baked_base import BakedBase, baked_base
 from .base import Base
 from .checkpoint import load_checkpoint, save_checkpoint
 from .curves import Curve, Evaluation, save_curve
 from .distil_options import DistilOptions
+from .distilled import DistilFiles, DistilOutcome, distilled_meta, write_distilled
 from .evaluation import Purpose, seeded
 from .interruption import InterruptionError, NotedSignals
-from .inversion import place, versions
+from .inversion import place
+from .lessons_file import Side, load_lessons, save_lessons
 from .options import style_name_faults
-from .paintings import Collection, Painting, view
-from .prompt_space import matrix_table
-from .prompts_file import Prompts, save_prompts
-from .source_style import SourceStyle, null_rows, style_of
+from .paintings import Collection
+from .source_style import SourceStyle, null_rows
 from .student import KeyValueStudent, PromptStudent
-from .teaching import Content, States, Teacher, student_schedule
+from .teaching import States, Teacher, read_content, student_schedule
 
 log = logging.getLogger("lsast.train")
 
@@ -53,50 +50,8 @@ base linear in them, the guidance itself would be the answer."""
 TRIED = 8
 """States of a stage that the start is chosen by."""
 
-KIND = ("variant", "generator", "layout", "gradient", "prompt")
-"""Facts that a prompt file says of itself, and baking writes from there."""
-
 ROWS = 8
 """Rows of an evaluation's call at 256 pixels."""
-
-
-@dataclass(frozen=True)
-class DistilFiles:
-    """Where a distillation writes: one folder, under the new style's name."""
-
-    folder: Path
-    name: str
-    kind: str
-
-    @property
-    def result(self) -> Path:
-        """The style file, or the prompt file."""
-        return self.folder / f"{self.name}{'.prompts' if self.kind == 'prompts' else ''}.safetensors"
-
-    @property
-    def checkpoint(self) -> Path:
-        """There only while a run is unfinished."""
-        return self.folder / f"{self.name}.checkpoint.safetensors"
-
-    @property
-    def curve(self) -> Path:
-        """The errors as JSON; the picture has the suffix ``.png``."""
-        return self.folder / f"{self.name}.curve.json"
-
-
-@dataclass(frozen=True)
-class DistilOutcome:
-    """What a finished distillation gives."""
-
-    style: Path
-    curve: Path
-    steps: int
-    best_step: int
-    """Step of what was kept."""
-    relative: float
-    """Held-out ‖student - teacher‖ / ‖unguided - teacher‖, stage by stage, then averaged; 1 is nothing learnt."""
-    seconds: float
-    """Wall time of training, including that of the parts before a resume; without the teacher's."""
 
 
 class Distillation:
@@ -182,13 +137,13 @@ class Distillation:
                         raise InterruptionError(signals.number, self.step, self.files.checkpoint)
             return self._finish()
 
-    def errors(self, states: States) -> tuple[float, ...]:
+    def errors(self, side: Side) -> tuple[float, ...]:
         """Root mean square of student - target in each stage that is trained, float32 arithmetic."""
-        found = []
+        found, states = [], side[1]
         with torch.no_grad():
             for stage in self.stages:
                 rows = states.rows(stage)
-                squares = [self._error(states, part, stage).double().sum() for part in rows.split(self._at_once)]
+                squares = [self._error(side, part, stage).double().sum() for part in rows.split(self._at_once)]
                 found.append((torch.stack(squares).sum() / states.target[rows].numel()).sqrt().item())
         return tuple(found)
 
@@ -198,18 +153,6 @@ class Distillation:
         self._baked = baked
         teacher = Teacher(baked, self.style, null_rows(base), options)
         self._at_once = max(1, ROWS * 256 * 256 // options.size**2)
-        sides = (self.collection.training, options.pictures), (self.collection.held_out, options.held_out_pictures)
-        self._contents, self._states = [], []
-        for side, (paintings, count) in enumerate(sides):
-            content = read_content(baked, paintings, count, options.size, options.seed, side)
-            few = options.noised if side == 0 else max(2, options.noised // 8)
-            shown = teacher.states(content, side, noised=few)
-            parts = list(tqdm(shown, desc=("teach", "held out")[side], unit="batch"))
-            self._contents.append(content)
-            self._states.append(States.join(parts))
-        held_out = set(self._states[1].stage.tolist())
-        self.stages = sorted(held_out & set(self._states[0].stage.tolist()))
-        self._size = self._states[0].distance(self.stages)
         self.student = self._make_student(base.null_context.device)
         self.optimizer = torch.optim.AdamW(
             self.student.parameters(), lr=options.lr, betas=(0.9, 0.999), weight_decay=options.weight_decay
@@ -217,11 +160,29 @@ class Distillation:
         self._best = copy.deepcopy(self.student.moves)
         if self._resume:
             self._restore()
-        else:
+        sides = load_lessons(self.files.lessons, self._taught()) if self._resume else None
+        if sides is None:
+            sides = {name: self._teach(teacher, side) for side, name in enumerate(("teach", "held_out"))}
+            save_lessons(self.files.lessons, sides, self._taught())
+        self.lessons, self.exam = sides["teach"], sides["held_out"]
+        self._repeated = self.lessons[0], self.lessons[1].like(self.exam[1])
+        self.stages = sorted(set(self.exam[1].stage.tolist()) & set(self.lessons[1].stage.tolist()))
+        self._size = self.lessons[1].distance(self.stages)
+        if not self._resume:
             self._choose_start()
-            seen, unseen = (states.distance(self.stages) for states in self._states)
+            unseen, seen = (side[1].distance(self.stages) for side in (self.exam, self._repeated))
             self.curve.evaluations.append(Evaluation(0, unseen, seen))
             self._evaluate()
+
+    def _teach(self, teacher: Teacher, side: int) -> Side:
+        """Have pictures painted, of `side` 0 to learn from, of 1 held out."""
+        options, collection = self.options, self.collection
+        paintings = collection.held_out if side else collection.training
+        count = options.held_out_pictures if side else options.pictures
+        content = read_content(teacher.baked, paintings, count, options.size, options.seed, side)
+        few = max(2, options.noised // 8) if side else options.noised
+        shown = teacher.states(content, side, noised=few)
+        return content, States.join(list(tqdm(shown, desc=("teach", "held out")[side], unit="batch")))
 
     def _make_student(self, device: torch.device) -> KeyValueStudent | PromptStudent:
         style, baked = self.style, self._baked
@@ -232,27 +193,26 @@ class Distillation:
 
     def _choose_start(self) -> None:
         """Put every stage at the best of `SCALES` along the line from the null context through the style."""
-        student, states = self.student, self._states[0]
+        student = self.student
         null = self.base.null_context if self.options.kind == "prompts" else null_rows(self.base)
         null = null.to(student.start)
         origin = student.start.clone()
         chosen = []
         with torch.no_grad():
             for stage in tqdm(self.stages, desc="start", unit="stage"):
-                rows = states.rows(stage)[:TRIED]
+                rows = self.lessons[1].rows(stage)[:TRIED]
                 errors = []
                 for scale in SCALES:
                     student.start[stage] = null + scale * (origin[stage] - null)
                     parts = rows.split(self._at_once)
-                    errors.append(sum(self._error(states, part, stage).sum().item() for part in parts))
+                    errors.append(sum(self._error(self.lessons, part, stage).sum().item() for part in parts))
                 chosen.append(SCALES[errors.index(min(errors))])
                 student.start[stage] = null + chosen[-1] * (origin[stage] - null)
         log.info("starts at %s times the style, by stage", ", ".join(f"{scale:g}" for scale in chosen))
 
-    def _error(self, states: States, rows: torch.Tensor, stage: int, training: bool = False) -> torch.Tensor:
+    def _error(self, side: Side, rows: torch.Tensor, stage: int, training: bool = False) -> torch.Tensor:
         """Squared error of the student at the states `rows` of one stage, [B, 4, h, w]."""
-        device = self._baked.device
-        content = self._contents[0 if states is self._states[0] else 1]
+        device, (content, states) = self._baked.device, side
         predicted = self._baked.predict(
             states.latent[rows].to(device),
             states.timestep[rows].to(device),
@@ -265,15 +225,15 @@ class Distillation:
 
     def _train_step(self) -> float:
         """One step on one stage; returns its loss, 1 for the unguided style."""
-        options, states = self.options, self._states[0]
+        options = self.options
         for group in self.optimizer.param_groups:
             group["lr"] = options.learning_rate(self.step)
         place_of = self.step % len(self.stages)
         stage = self.stages[place_of]
         generator = seeded(options.seed, Purpose.STEP, self.step)
-        known = states.rows(stage)
+        known = self.lessons[1].rows(stage)
         rows = known[torch.randint(len(known), (options.batch,), generator=generator)]
-        loss = self._error(states, rows, stage, training=True).mean() / self._size[place_of] ** 2
+        loss = self._error(self.lessons, rows, stage, training=True).mean() / self._size[place_of] ** 2
         # Without gradients the other stages stay where they are; with zeros they would drift on their momentum.
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
@@ -288,8 +248,8 @@ class Distillation:
         trained = self.step > 0
         evaluation = Evaluation(
             self.step,
-            self.errors(self._states[1]),
-            self.errors(self._states[0]),
+            self.errors(self.exam),
+            self.errors(self._repeated),
             self._loss_sum / since if trained else None,
             self.options.learning_rate(self.step - 1) if trained else None,
         )
@@ -316,6 +276,12 @@ class Distillation:
         del knobs["checkpoint_minutes"]
         style = {"style": self.style.name, "rms": f"{self.style.kv_unet.square().mean().sqrt().item():.9g}"}
         return {**knobs, **style, "base": self.base.fingerprint, "pictures_sha256": self.collection.digest}
+
+    def _taught(self) -> dict[str, Any]:
+        """What the teacher's states depend on."""
+        names = ("guidance", "student_steps", "teacher_steps", "strength", "solver", "control", "pictures", "noised",
+                 "size", "seed", "style", "rms", "base", "pictures_sha256")  # fmt: skip
+        return {name: value for name, value in self._identity().items() if name in names}
 
     def _save_checkpoint(self) -> None:
         facts = {
@@ -352,63 +318,8 @@ class Distillation:
             )
         self.student.moves.load_state_dict(self._best.state_dict())
         meta = distilled_meta(self.style, self.options, relative, kept.step, self.collection.digest)
-        if isinstance(self.student, KeyValueStudent):
-            style_of(self.style, self.base, self.files.name, self.student.kv_unet(), meta).save(self.files.result)
-        else:
-            prompts = self.student.prompts().cpu()
-            matrices = prompts.flatten(0, 1).clone()
-            assert torch.equal(matrices[matrix_table("step+layer", stages=len(prompts))], prompts), "3s + l"
-            facts = {key: value for key, value in meta.items() if key not in KIND}
-            name, base = self.files.name, self.base.fingerprint
-            save_prompts(
-                Prompts(name, base, "step+layer", "direct", "strided", "all", prompts, matrices, meta=facts),
-                self.files.result,
-            )
-        self.files.checkpoint.unlink(missing_ok=True)
+        write_distilled(self.student, self.style, self.base, self.files, meta)
+        for file in (self.files.checkpoint, self.files.lessons):
+            file.unlink(missing_ok=True)
         log.info("kept step %d: %.4f of the way from unguided to guided is left", kept.step, relative)
         return DistilOutcome(self.files.result, self.files.curve, self.step, kept.step, relative, self._seconds)
-
-
-def read_content(
-    baked: BakedBase, paintings: Sequence[Painting], count: int, size: int, seed: int, side: int
-) -> Content:
-    """Random windows of `paintings`, which take turns: latents and hint features of `count` of them."""
-    base, latents, hints = baked.base, [], []
-    for index in range(count):
-        generator = seeded(seed, Purpose.CONTENT, side, index)
-        pixels = view(paintings[index % len(paintings)], size, generator).copy()
-        edges = torch.from_numpy(edge_map(pixels)).float().expand(1, 3, -1, -1).to(baked.device)
-        with torch.no_grad():
-            image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(baked.device).float() / 127.5 - 1
-            mean, std = (part.cpu() for part in base.encode(image))
-            hints.append(baked.hints(edges).cpu())
-        latents.append(base.facts.latent_scale * (mean + std * torch.randn(mean.shape, generator=generator)))
-    return Content(torch.cat(latents), torch.cat(hints))
-
-
-def distilled_meta(
-    style: SourceStyle, options: DistilOptions, relative: float, step: int, pictures: str
-) -> dict[str, str]:
-    """The facts of a distilled style: those of the original, with the guidance baked in instead of asked for.
-
-    Raises:
-        UsageError: defaults of the original that cannot be meant.
-    """
-    defaults, faults = read_style_defaults(style.meta)
-    if faults:
-        raise UsageError(fault_list(f"style {style.name!r} has defaults that cannot be meant:", faults))
-    defaults.pop("guidance", None)
-    if options.student_steps:
-        defaults |= {"steps": options.student_steps, "strength": options.strength, "solver": options.solver}
-    kept = {key: value for key, value in style.meta.items() if key != "defaults"}
-    return {
-        **kept,
-        **write_style_defaults(defaults),
-        "guidance_baked": f"{options.guidance:g}",
-        "distilled_from": style.name,
-        "distil_options": json.dumps(asdict(options), sort_keys=True),
-        "distil_pictures_sha256": pictures,
-        "distil_step": str(step),
-        "distil_relative_error": f"{relative:.6f}",
-        "distil_versions": json.dumps(versions()),
-    }

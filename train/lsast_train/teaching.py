@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,14 @@ import numpy.typing as npt
 import torch
 
 from lsast_engines.noise import NoiseSpec
+from lsast_engines.pictures import edge_map
 from lsast_engines.schedule import Schedule, Step
 from lsast_engines.solvers import Solver, make_solver
 
 from .baked_base import BakedBase
 from .distil_options import DistilOptions
 from .evaluation import Purpose, seeded
+from .paintings import Painting, view
 from .source_style import SourceStyle
 
 BATCH = 8
@@ -57,6 +59,12 @@ class States:
         names = cls.__dataclass_fields__
         return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
+    def like(self, other: States) -> States:
+        """As many states of each stage as `other` has, if there are, the first ones."""
+        counts = torch.bincount(other.stage)
+        rows = torch.cat([self.rows(stage)[:count] for stage, count in enumerate(counts.tolist())])
+        return States(**{name: getattr(self, name)[rows] for name in self.__dataclass_fields__})
+
     def rows(self, stage: int) -> torch.Tensor:
         """Numbers of the states of a stage."""
         return (self.stage == stage).nonzero().flatten()
@@ -77,6 +85,23 @@ class Content:
     """[P, 4, h, w]"""
     hints: torch.Tensor
     """[P, C, h, w]: what ControlNet's hint encoder makes of the edges."""
+
+
+def read_content(
+    baked: BakedBase, paintings: Sequence[Painting], count: int, size: int, seed: int, side: int
+) -> Content:
+    """Random windows of `paintings`, which take turns: latents and hint features of `count` of them."""
+    base, latents, hints = baked.base, [], []
+    for index in range(count):
+        generator = seeded(seed, Purpose.CONTENT, side, index)
+        pixels = view(paintings[index % len(paintings)], size, generator).copy()
+        edges = torch.from_numpy(edge_map(pixels)).float().expand(1, 3, -1, -1).to(baked.device)
+        with torch.no_grad():
+            image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(baked.device).float() / 127.5 - 1
+            mean, std = (part.cpu() for part in base.encode(image))
+            hints.append(baked.hints(edges).cpu())
+        latents.append(base.facts.latent_scale * (mean + std * torch.randn(mean.shape, generator=generator)))
+    return Content(torch.cat(latents), torch.cat(hints))
 
 
 class Teacher:
