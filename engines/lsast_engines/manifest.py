@@ -15,8 +15,11 @@ from .spec import Geometry, GraphSpec, TensorSpec
 FORMAT = 1
 """Format number of manifests that this version writes and reads; raised when an older reader would go wrong."""
 
-Precision = Literal["fp32", "fp16", "bf16"]
-"""Precision of the stored weights; inputs and outputs are float32 in either case."""
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int8-weights"]
+"""Precision of the stored weights, with ``int8`` of activations too; inputs and outputs are float32 in any case."""
+
+QUANTISED: tuple[Precision, ...] = ("int8", "int8-weights")
+"""Precisions of bundles that were made from another one, for processors, and that are no base to train or bake on."""
 
 Network = Literal["unet", "control"]
 Group = Literal["down", "mid", "up"]
@@ -86,7 +89,8 @@ class Manifest:
     files: dict[str, FileEntry] = field(default_factory=dict)
     """Every file of the bundle but the manifest and the styles; `Bundle.write` fills it."""
     parity: dict[str, float] = field(default_factory=dict)
-    """Largest difference from torch, by graph, as measured at export."""
+    """Largest difference from torch, by graph, as measured at export; of a quantised bundle how near its paintings come
+    to those of the bundle that it was made from, as measured when it was made (``picture_psnr_db``)."""
     source: dict[str, str] = field(default_factory=dict)
     """Where the base came from: versions, data, training facts."""
     multiple: int = 64

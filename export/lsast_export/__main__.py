@@ -22,6 +22,7 @@ from .console import Command, Group, Phases, common, fail, require_extra
 from .golden_command import golden_command
 from .import_command import import_command
 from .parts_command import parts_command
+from .quantise_command import quantise_command
 from .triton_command import triton_command
 
 _DEFAULT_TYPES: dict[str, Callable[[str], Any]] = {
@@ -327,6 +328,7 @@ def _require_extra() -> None:
 main.add_command(compile_command)
 main.add_command(golden_command)
 main.add_command(import_command)
+main.add_command(quantise_command)
 main.add_command(triton_command)
 main.add_command(parts_command)
 

@@ -9,8 +9,10 @@ import numpy as np
 import onnx
 
 from lsast_engines.bundle import Bundle
+from lsast_engines.engine import open_engine
 from lsast_engines.errors import BundleError, LsastError, fault_list
 from lsast_engines.files import file_sha256
+from lsast_engines.manifest import QUANTISED
 from lsast_engines.spec import PARTS
 from lsast_train.base import Base, open_base_parts
 from lsast_train.packed import pack
@@ -53,6 +55,9 @@ def check_bundle(
 ) -> CheckReport:
     """Verify the bundle at `path`: hashes, graphs, weights, every style, then parity on `backend`.
 
+    A quantised bundle has no weights for torch: its graphs are opened on `backend`, and how near its paintings come is
+    what was recorded when it was made.
+
     Raises:
         BundleError: a file, graph or style that is not what it should be; all faults of a phase at once.
         MissingExtraError, BackendError: the backend is not there or cannot run the graphs.
@@ -63,6 +68,12 @@ def check_bundle(
     bundle = Bundle.open(path)
     graphs = {name: bundle.graph_path(name) for name in bundle.manifest.graphs}
     progress("verifying graphs, weights and styles")
+    if bundle.manifest.precision in QUANTISED:
+        if faults := _graph_faults(graphs) + _style_faults(bundle):
+            raise BundleError(fault_list(f"{path} is damaged; quantise it again:", faults))
+        for name, graph in graphs.items():
+            open_engine(graph, bundle.manifest.graphs[name], backend, device).close()
+        return CheckReport(path, backend, {}, bundle.manifest.parity, 0.0, tuple(bundle.styles()))
     parts = open_base_parts(path)
     if faults := _graph_faults(graphs) + _base_faults(bundle, baking_base(parts)) + _style_faults(bundle):
         raise BundleError(fault_list(f"{path} is damaged; export it again:", faults))

@@ -33,7 +33,7 @@ from lsast_engines.engine_key import (
 from lsast_engines.errors import BackendError, ExportError, UsageError, fault_list
 from lsast_engines.files import replace_file
 from lsast_engines.loop import ADVANCE_GRAPH
-from lsast_engines.manifest import Manifest
+from lsast_engines.manifest import QUANTISED, Manifest
 from lsast_engines.profile import Profile, Ranges
 from lsast_engines.spec import ADVANCE, EVERY, GraphSpec, advance_spec
 from lsast_engines.tensorrt_library import load_library, make_logger
@@ -139,9 +139,10 @@ def compile_bundle(
         graphs: names of those to compile; none is those that every bundle has, without the denoiser's parts.
 
     Raises:
-        UsageError: there is no such graph.
+        UsageError: there is no such graph, or the bundle is quantised for processors.
     """
     manifest = Manifest.from_json((bundle / "manifest.json").read_text(encoding="utf-8"), str(bundle / "manifest.json"))
+    require_float(manifest, bundle)
     sources = {name: (bundle / f"{name}.onnx", spec, options) for name, spec in manifest.graphs.items()}
     sources[ADVANCE] = (ADVANCE_GRAPH, advance_spec(), dataclasses.replace(options, arithmetic="fp32"))
     if unknown := sorted(set(graphs) - sources.keys()):
@@ -152,6 +153,20 @@ def compile_bundle(
         for name, (path, spec, chosen) in sources.items()
         if name in (graphs or (*EVERY, ADVANCE))
     }
+
+
+def require_float(manifest: Manifest, bundle: Path) -> None:
+    """Refuse a bundle that `lsast-export quantise` made: where it rounds was chosen for processors, and by them.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if manifest.precision in QUANTISED:
+        made_from = manifest.source.get("quantised_from", "another one")
+        raise UsageError(
+            f"found {bundle} in {manifest.precision}, quantised for processors; GPUs compute in halves: compile the "
+            f"bundle that it was made from, {made_from}"
+        )
 
 
 class _Build:

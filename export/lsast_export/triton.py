@@ -33,7 +33,7 @@ from lsast_engines.manifest import Manifest
 from lsast_engines.spec import EVERY, GraphSpec, TensorSpec
 
 from .progress import Progress, silent
-from .tensorrt import CompileOptions, compile_graph
+from .tensorrt import CompileOptions, compile_graph, require_float
 
 VERSION = "1"
 """Folder of the one version of each model; Triton serves the highest."""
@@ -68,6 +68,8 @@ def write_repository(
     if engines is not None and engines.library != "tensorrt":
         raise UsageError(f"found engines of {engines.library}; Triton serves those of tensorrt, or onnxruntime")
     manifest = Manifest.from_json((bundle / "manifest.json").read_text(encoding="utf-8"), str(bundle / "manifest.json"))
+    if engines is not None:
+        require_float(manifest, bundle)
     models = {name: folder / f"{manifest.name}_{name}" for name in EVERY}
     if there := [str(model) for model in models.values() if model.exists()]:
         raise UsageError(fault_list("found models there already; remove them, or name another folder:", there))

@@ -302,7 +302,8 @@ def _stored_parts(folder: Path) -> BaseParts:
     description = folder / "base.json"
     if not description.is_file():
         raise TrainingError(
-            f"found no base.json in {folder}; expected a base folder written by lsast-train mini or lsast-export"
+            f"found no base.json in {folder}; expected a base folder written by lsast-train mini or lsast-export (a "
+            "quantised bundle is none: name the bundle that it was made from)"
         )
     raw = json.loads(description.read_text())
     if raw.get("format") != FORMAT:

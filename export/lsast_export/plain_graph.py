@@ -1,0 +1,122 @@
+"""A graph as quantisers want it: float32 weights in the file, each the direct input of what multiplies with it.
+
+An exported graph casts halves and transposes the matrix of every linear layer, which backends fold when they load; a
+quantiser would take such a matrix for an activation. And the gate of a feed-forward is computed with its values, by
+one product that is then split: next to products in int8 the split is what costs (a tenth of mini's step), so there
+are two products here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import numpy_helper
+from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+
+Model = Any
+"""An onnx.ModelProto."""
+Node = Any
+"""An onnx.NodeProto."""
+
+_HALVES = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+
+
+class Weights:
+    """The initializers of a graph by name; those in another file are read when they are asked for, and not kept."""
+
+    def __init__(self, model: Model, folder: Path) -> None:
+        self._tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._folder = folder
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        tensor = self._tensors[name]
+        if uses_external_data(tensor):
+            loaded = onnx.TensorProto()
+            loaded.CopyFrom(tensor)
+            load_external_data_for_tensor(loaded, str(self._folder))
+            tensor = loaded
+        array: npt.NDArray[Any] = numpy_helper.to_array(tensor)
+        return array
+
+    def is_half(self, name: str) -> bool:
+        """Whether it has 16 bits."""
+        return self._tensors[name].data_type in _HALVES
+
+
+def plain_graph(path: Path) -> Model:
+    """The graph of `path` with everything in memory: float32, transposes of weights folded, gates of their own."""
+    model = onnx.load(str(path), load_external_data=False)
+    weights = Weights(model, path.parent)
+    arrays = {tensor.name: _float(weights[tensor.name]) for tensor in model.graph.initializer}
+    kept = []
+    for node in model.graph.node:
+        source = node.input[0] if node.input else ""
+        if node.op_type == "Cast" and source in weights and weights.is_half(source):
+            arrays[node.output[0]] = arrays[source]
+        elif node.op_type == "Transpose" and source in arrays:
+            (order,) = [list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"]
+            arrays[node.output[0]] = np.ascontiguousarray(arrays[source].transpose(order))
+        else:
+            kept.append(node)
+    kept = _gates_apart(kept, arrays, [value.name for value in model.graph.output])
+    used = {name for node in kept for name in node.input}
+    tensors = [numpy_helper.from_array(array, name) for name, array in arrays.items() if name in used]
+    replace_contents(model, kept, tensors)
+    # Types and shapes are inferred anew: those written down are of the weights as they were.
+    del model.graph.value_info[:]
+    return model
+
+
+def replace_contents(model: Model, nodes: Iterable[Node], tensors: Iterable[Any]) -> None:
+    """Give `model` other nodes and initializers."""
+    nodes, tensors = list(nodes), list(tensors)
+    del model.graph.node[:]
+    del model.graph.initializer[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.extend(tensors)
+
+
+def _float(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    is_float = array.dtype.kind == "f" or array.dtype.name == "bfloat16"
+    return array.astype(np.float32) if is_float else array
+
+
+def _gates_apart(nodes: list[Node], arrays: dict[str, npt.NDArray[Any]], outputs: list[str]) -> list[Node]:
+    """Split(x W + b) along the last axis as products with the halves of W, where nothing else reads x W + b."""
+    makers = {output: node for node in nodes for output in node.output}
+    users = Counter([*outputs, *(name for node in nodes for name in node.input)])
+    replaced: dict[int, list[Node]] = {}
+    for node in nodes:
+        add = makers.get(node.input[0]) if node.op_type == "Split" and len(node.output) == 2 else None
+        if add is None or add.op_type != "Add" or users[node.input[0]] != 1:
+            continue
+        biases = [name for name in add.input if name in arrays]
+        products = [makers[name] for name in add.input if name in makers and makers[name].op_type == "MatMul"]
+        if len(biases) != 1 or len(products) != 1 or products[0].input[1] not in arrays:
+            continue
+        product, bias = products[0], biases[0]
+        weight, offset = arrays[product.input[1]], arrays[bias]
+        if users[product.output[0]] != 1 or weight.shape[1] % 2 or offset.shape != weight.shape[1:]:
+            continue
+        halves = []
+        for index, output in enumerate(node.output):
+            names = [f"{name}/half{index}" for name in (product.input[1], bias, product.output[0])]
+            for name, array in zip(names, (weight, offset), strict=False):
+                arrays[name] = np.ascontiguousarray(np.split(array, 2, axis=-1)[index])
+            halves += [
+                onnx.helper.make_node(
+                    "MatMul", [product.input[0], names[0]], [names[2]], f"{product.name}/half{index}"
+                ),
+                onnx.helper.make_node("Add", [names[2], names[1]], [output], f"{add.name}/half{index}"),
+            ]
+        replaced |= {id(product): [], id(add): [], id(node): halves}
+    return [after for node in nodes for after in replaced.get(id(node), [node])]

@@ -1,0 +1,75 @@
+"""`lsast-export quantise`: a bundle in 8 bits from an exported one."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lsast_engines.errors import MissingExtraError
+
+from .console import Phases, common
+
+
+@click.command("quantise")
+@click.argument("bundle", metavar="BUNDLE", required=False)
+@click.option(
+    "--out", metavar="DIR", type=click.Path(path_type=Path), required=True, help="Folder of the bundle to write."
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["int8", "int8-weights"]),
+    help="int8: weights and activations, for speed; int8-weights: weights alone, for memory. [default: int8]",
+)
+@click.option(
+    "--images",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Pictures to calibrate on and to judge by, such as will be painted. [default: some are drawn]",
+)
+@click.option("--pictures", type=int, metavar="N", help="Calibrate on N of them, judge by N others. [default: 4]")
+@click.option("--size", type=int, metavar="PIXELS", help="Side that they are painted at. [default: 256]")
+@click.option(
+    "--target",
+    type=float,
+    metavar="DB",
+    help="Least mean PSNR to paintings by the float graphs; below it nothing is written. [default: 30]",
+)
+@click.option("--backend", metavar="NAME", help="Judge on onnxruntime or openvino. [default: onnxruntime]")
+@common
+@click.pass_context
+def quantise_command(ctx: click.Context, /, bundle: str | None, out: Path, as_json: bool, **chosen: Any) -> None:
+    """Write BUNDLE (a folder or a name; the embedded one) in 8 bits, for processors, with its styles.
+
+    Paintings under its styles give the ranges that activations take; paintings of other pictures are the proof.
+    """
+    for library in ("onnx", "onnxruntime"):
+        if importlib.util.find_spec(library) is None:
+            raise MissingExtraError(library, {"onnx": "export", "onnxruntime": "cpu"}[library])
+    from lsast_engines.bundle import Bundle, find_bundle
+
+    from .progress import peak_rss
+    from .quantise import QuantiseOptions, quantise_bundle
+
+    phases = Phases()
+    phases("reading")
+    source = Bundle.open(find_bundle(bundle))
+    given = {name: value for name, value in chosen.items() if value is not None}
+    written = quantise_bundle(source, out, dataclasses.replace(QuantiseOptions(), **given), phases)
+    manifest = written.manifest
+    for name, figure in manifest.parity.items():
+        click.echo(f"           {name}: {figure:.1f}", err=True)
+    facts = {
+        "bundle": str(written.path),
+        "precision": manifest.precision,
+        "bytes": sum(entry.bytes for entry in manifest.files.values()),
+        "parity": manifest.parity,
+        "source": manifest.source,
+        "seconds": phases.seconds(),
+        "peak_rss_bytes": peak_rss(),
+    }
+    click.echo(json.dumps(facts) if as_json or ctx.meta.get("lsast.json") else written.path)

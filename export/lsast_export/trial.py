@@ -1,0 +1,197 @@
+"""Paintings to try graphs on: what a denoiser is fed on its way through them, and how far another one strays.
+
+A quantised graph is calibrated on what it will really see: latents of every stage, under the styles, the guidance and
+the ControlNet's scale that the bundle paints with. And it is judged by what it paints: decoded pictures against those
+that the float graphs paint from the same noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lsast_engines.bundle import Bundle
+from lsast_engines.engine import Engine, open_engine
+from lsast_engines.errors import UsageError
+from lsast_engines.pictures import edge_map, find_pictures, read_picture
+from lsast_engines.schedule import Schedule
+from lsast_engines.solvers import make_solver
+from lsast_engines.spec import DECODER, ENCODER, HINT
+
+Floats = npt.NDArray[np.float32]
+Pixels = npt.NDArray[np.uint8]
+Feeds = dict[str, npt.NDArray[Any]]
+Record = Callable[[Feeds], None]
+
+DRAWN = "drawn"
+"""What `find_contents` says of pictures that no folder gave."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """A painting that is about to be denoised."""
+
+    schedule: Schedule
+    style: str
+    guidance: float
+    hint: Floats
+    """[1, C, h, w]"""
+    noisy: Floats
+    """[1, 4, h, w]: where the run starts."""
+    control: np.float32
+
+
+def find_contents(folder: Path | None, count: int, side: int) -> tuple[list[Pixels], str]:
+    """Square pictures to paint, and where they came from.
+
+    Args:
+        folder: pictures of any size, the first `count` of which are cut square; None draws some.
+        count: how many.
+        side: pixels.
+
+    Raises:
+        UsageError: the folder holds fewer.
+        PictureError: no folder, or a file that is no picture.
+    """
+    if folder is None:
+        return [_drawn(seed, side) for seed in range(count)], DRAWN
+    paths = find_pictures(folder)
+    if len(paths) < count:
+        raise UsageError(f"found {len(paths)} pictures in {folder}; expected at least {count}")
+    # Spread over the folder: its first files may be of one kind.
+    chosen = [paths[index * len(paths) // count] for index in range(count)]
+    return [_square(read_picture(path).rgb, side) for path in chosen], folder.name
+
+
+def make_trials(
+    bundle: Bundle,
+    contents: Sequence[Pixels],
+    styles: Sequence[str],
+    strength: float | None,
+    backend: str,
+    seed: int = 0,
+) -> list[Trial]:
+    """A trial for each content, under the styles in turn; styles' own defaults are theirs.
+
+    Args:
+        bundle: encodes the pictures.
+        contents: [side, side, 3] each, of a legal size.
+        styles: names of its styles.
+        strength: None is the default of style and bundle.
+        backend: what its graphs run on.
+        seed: of the first trial's noise; each has its own.
+    """
+    manifest = bundle.manifest
+
+    def opened(name: str) -> Engine:
+        return open_engine(bundle.graph_path(name), manifest.graphs[name], backend, "cpu")
+
+    trials = []
+    with closing(opened(ENCODER)) as encoder, closing(opened(HINT)) as hinter:
+        for index, rgb in enumerate(contents):
+            style = styles[index % len(styles)]
+            options = {**manifest.defaults, **bundle.open_style(style).defaults}
+            schedule = Schedule.build(
+                manifest.noise, options["steps"], strength or options["strength"], manifest.stages, options["solver"]
+            )
+            generator = np.random.default_rng(seed + index)
+            planes = np.broadcast_to(edge_map(rgb).astype(np.float32), (1, 3, *rgb.shape[:2]))
+            hint = hinter({"edges": np.ascontiguousarray(planes)})["hint"].copy()
+            image = np.ascontiguousarray(rgb.transpose(2, 0, 1)[None], np.float32) / np.float32(127.5) - np.float32(1)
+            posterior = {name: value.copy() for name, value in encoder({"image": image}).items()}
+            noise = generator.standard_normal(posterior["mean"].shape, dtype=np.float32)
+            z0 = np.float32(manifest.latent_scale) * (posterior["mean"] + posterior["std"] * noise)
+            noise = generator.standard_normal(z0.shape, dtype=np.float32)
+            noisy = schedule.add_noise(z0, noise, schedule.start_t).astype(np.float32)
+            trials.append(Trial(schedule, style, options["guidance"], hint, noisy, np.float32(options["control"])))
+    return trials
+
+
+def run_trial(bundle: Bundle, trial: Trial, denoiser: Engine, record: Record | None = None) -> Floats:
+    """Denoise: → the latent [1, 4, h, w] that the run ends with.
+
+    Args:
+        bundle: has the styles.
+        trial: where to begin.
+        denoiser: the graph on trial.
+        record: told what the denoiser is fed at each step.
+    """
+    style, null = bundle.open_style(trial.style), bundle.null_style
+    solver = make_solver(trial.schedule.solver, bundle.manifest.noise, trial.schedule)
+    latent = trial.noisy
+    for step in trial.schedule.steps:
+        row = style.row(step.stage)
+        halves = [null.row(step.stage if null.stages > 1 else 0).kv_unet, row.kv_unet]
+        feeds: Feeds = {
+            "latent": latent,
+            "hint": trial.hint,
+            "timestep": np.array([step.t], np.int64),
+            "kv_unet": np.stack(halves[1 if trial.guidance == 1 else 0 :])[:, None],
+            "kv_control": row.kv_control[None],
+            "control_scale": np.asarray(trial.control),
+        }
+        if record is not None:
+            record(feeds)
+        eps = denoiser(feeds)["eps"].copy()
+        guided = eps[0] if trial.guidance == 1 else eps[0] + np.float32(trial.guidance) * (eps[1] - eps[0])
+        latent = np.asarray(solver.step(guided, step.index, latent), np.float32)
+    return latent
+
+
+def decode_all(bundle: Bundle, folder: Path, latents: Sequence[Floats], backend: str) -> list[Pixels]:
+    """The pictures [H, W, 3] of `latents`, by the decoder that lies in `folder`."""
+    spec = bundle.manifest.graphs[DECODER]
+    scale = np.float32(bundle.manifest.latent_scale)
+    with closing(open_engine(folder / f"{DECODER}.onnx", spec, backend, "cpu")) as decoder:
+        images = [decoder({"latent": latent / scale})["image"][0].transpose(1, 2, 0).copy() for latent in latents]
+        return [np.round(np.clip((image + 1) * 127.5, 0, 255)).astype(np.uint8) for image in images]
+
+
+def psnr(found: Pixels, expected: Pixels) -> float:
+    """Peak signal-to-noise ratio of 8-bit pictures in dB; infinite for equal ones."""
+    error = float(np.mean((found.astype(np.float64) - expected) ** 2))
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+def relative_error(found: Mapping[str, Any], expected: Mapping[str, Any]) -> float:
+    """Root of the mean square of the difference of all outputs, relative to that of `expected`."""
+    error = sum(float(np.sum((found[name] - expected[name]).astype(np.float64) ** 2)) for name in expected)
+    return math.sqrt(
+        error / max(sum(float(np.sum(value.astype(np.float64) ** 2)) for value in expected.values()), 1e-30)
+    )
+
+
+def _square(rgb: Pixels, side: int) -> Pixels:
+    import cv2
+
+    height, width = rgb.shape[:2]
+    edge = min(height, width)
+    top, left = (height - edge) // 2, (width - edge) // 2
+    cut = np.ascontiguousarray(rgb[top : top + edge, left : left + edge])
+    method = cv2.INTER_AREA if edge > side else cv2.INTER_CUBIC
+    return np.asarray(cv2.resize(cut, (side, side), interpolation=method), np.uint8)
+
+
+def _drawn(seed: int, side: int) -> Pixels:
+    """Clouds of colour whose power falls with frequency squared, as a photograph's does, behind shapes with edges."""
+    import cv2
+
+    generator = np.random.default_rng(1000 + seed)
+    rows, columns = np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side), indexing="ij")
+    falling = 1 / np.maximum(np.hypot(rows, columns), 1 / side)
+    planes = [np.fft.ifft2(np.fft.fft2(generator.standard_normal((side, side))) * falling).real for _ in range(3)]
+    shared = planes[0] / planes[0].std()
+    stacked = np.stack([shared + 0.5 * plane / plane.std() for plane in planes], axis=-1)
+    picture = np.ascontiguousarray(np.clip(128 + 45 * stacked, 0, 255).astype(np.uint8))
+    for _ in range(6):
+        colour = tuple(int(level) for level in generator.integers(0, 256, 3))
+        corners = generator.integers(0, side, (int(generator.integers(3, 7)), 2)).astype(np.int32)
+        cv2.fillPoly(picture, [corners], colour, lineType=cv2.LINE_AA)
+    return picture

@@ -1,0 +1,316 @@
+from __future__ import annotations
+
+import collections
+import json
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import onnx
+import onnxruntime
+import openvino
+import pytest
+from click.testing import CliRunner
+from onnx import TensorProto, helper, numpy_helper
+
+from lsast_engines.bundle import Bundle
+from lsast_engines.engine import open_engine
+from lsast_engines.errors import ParityError, TrainingError, UsageError
+from lsast_engines.spec import GraphSpec, TensorSpec
+from lsast_export.__main__ import main
+from lsast_export.calibration import Calibration, ends
+from lsast_export.check import check_bundle
+from lsast_export.plain_graph import Weights, plain_graph
+from lsast_export.quantise import PICTURE_PSNR, QuantiseOptions, quantise_bundle
+from lsast_export.tensorrt import CompileOptions, compile_bundle
+from lsast_export.trial import find_contents, psnr
+from lsast_export.weight_file import WeightFile
+from lsast_export.weight_only import quantise_weights, to_int8
+from lsast_train.base import load_base
+
+SMALL = {"pictures": 1, "size": 64, "target": 5.0}
+
+
+@pytest.fixture(scope="module", params=["int8", "int8-weights"])
+def quantised(request: pytest.FixtureRequest, bundles: dict[str, Bundle], tmp_path_factory: Any) -> Bundle:
+    options = QuantiseOptions(request.param, **SMALL)
+    return quantise_bundle(bundles["fp16"], tmp_path_factory.mktemp("quantised") / request.param, options)
+
+
+SPEC = GraphSpec(
+    "toy", (TensorSpec("x", "float32", ("B", 16, "h", "w")),), (TensorSpec("y", "float32", ("B", "h", "w", 32)),)
+)
+
+
+def toy(folder: Path) -> Path:
+    """A 3x3 convolution, SiLU, a 3x3 convolution; tanh; then, for each cell, a gate: Split(x W + b), a * sigmoid(g)."""
+    rng = np.random.default_rng(3)
+
+    def weight(name: str, *shape: int) -> Any:
+        return numpy_helper.from_array((rng.standard_normal(shape) / np.sqrt(shape[-1] * 3)).astype(np.float32), name)
+
+    nodes = [
+        helper.make_node("Conv", ["x", "first", "first_bias"], ["a"], "conv1", pads=[1, 1, 1, 1]),
+        helper.make_node("Sigmoid", ["a"], ["s"], "sigmoid"),
+        helper.make_node("Mul", ["a", "s"], ["silu"], "silu"),
+        helper.make_node("Conv", ["silu", "second", "second_bias"], ["c"], "conv2", pads=[1, 1, 1, 1]),
+        helper.make_node("Transpose", ["c"], ["cells"], "cells", perm=[0, 2, 3, 1]),
+        helper.make_node("Tanh", ["cells"], ["bent"], "bent"),
+        helper.make_node("Transpose", ["linear"], ["turned"], "turn", perm=[1, 0]),
+        helper.make_node("MatMul", ["bent", "turned"], ["product"], "linear"),
+        helper.make_node("Add", ["product", "linear_bias"], ["both"], "bias"),
+        helper.make_node("Split", ["both"], ["value", "gate"], "split", axis=-1, num_outputs=2),
+        helper.make_node("Sigmoid", ["gate"], ["open"], "open"),
+        helper.make_node("Mul", ["value", "open"], ["y"], "gated"),
+    ]
+    tensors = [
+        weight("first", 32, 16, 3, 3), weight("first_bias", 32), weight("second", 32, 32, 3, 3),
+        weight("second_bias", 32), weight("linear", 64, 32), weight("linear_bias", 64),
+    ]  # fmt: skip
+    ends = [("x", ["B", 16, "h", "w"]), ("y", ["B", "h", "w", 32])]
+    inputs, outputs = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)] for name, shape in ends)
+    graph = helper.make_graph(nodes, "toy", inputs, outputs, tensors)
+    path = folder / "toy.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+    return path
+
+
+def draw(count: int) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(5)
+    return [{"x": rng.standard_normal((1, 16, 8, 8)).astype(np.float32)} for _ in range(count)]
+
+
+def run_model(model: Any, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feeds)
+
+
+def kinds(model: Any) -> collections.Counter[str]:
+    return collections.Counter(node.op_type for node in model.graph.node)
+
+
+def error(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_eight_bits_of_a_channel_reach_its_largest_weight(axis: int) -> None:
+    weight = np.random.default_rng(0).standard_normal((5, 7)).astype(np.float32)
+    weight[2] = weight[:, 2] = 0
+    numbers, scales = to_int8(weight, axis)
+    largest = np.abs(weight).max(axis=1 - axis)
+    np.testing.assert_allclose(scales[largest > 0], largest[largest > 0] / 127, rtol=1e-6)
+    back = numbers * np.expand_dims(scales, 1 - axis)
+    assert (np.abs(back - weight) <= np.expand_dims(scales, 1 - axis) / 2 * 1.0001).all()
+    assert not back[2].any()
+    assert numbers.min() >= -127, "symmetric"
+
+
+def test_a_plain_graph_computes_the_same_with_weights_as_they_are_multiplied(tmp_path: Path) -> None:
+    path = toy(tmp_path)
+    plain = plain_graph(path)
+    assert kinds(plain) == {"Conv": 2, "Sigmoid": 2, "Mul": 2, "Transpose": 1, "Tanh": 1, "MatMul": 2, "Add": 2}
+    (feeds,) = draw(1)
+    np.testing.assert_allclose(run_model(plain, feeds)[0], run_model(onnx.load(path), feeds)[0], atol=1e-5)
+
+
+def test_a_split_that_another_reads_too_is_left_alone(tmp_path: Path) -> None:
+    model = onnx.load(toy(tmp_path))
+    model.graph.output.append(helper.make_tensor_value_info("both", TensorProto.FLOAT, ["B", "h", "w", 64]))
+    onnx.save(model, tmp_path / "read.onnx")
+    plain = plain_graph(tmp_path / "read.onnx")
+    (feeds,) = draw(1)
+    for found, expected in zip(run_model(plain, feeds), run_model(model, feeds), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_the_plain_denoiser_computes_the_same(bundles: dict[str, Bundle], feeds: Callable[..., Any], run: Any) -> None:
+    bundle = bundles["bf16"]
+    given = feeds(bundle, 1, 2, 8, 8)
+    plain = plain_graph(bundle.graph_path("denoiser"))
+    assert "Split" not in kinds(plain)
+    assert all(tensor.data_type != TensorProto.BFLOAT16 for tensor in plain.graph.initializer)
+    np.testing.assert_allclose(run_model(plain, given)[0], run(bundle, "denoiser", **given)["eps"], atol=1e-4)
+
+
+def test_onnx_runtime_computes_convolutions_and_products_in_int8(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibration = Calibration(toy(tmp_path), draw(4))
+    assert calibration.layers == ("conv1", "conv2", "linear/half0", "linear/half1")
+    onnx.save(calibration.quantised([]), tmp_path / "quantised.onnx")
+
+    class Options(onnxruntime.SessionOptions):
+        def __init__(self) -> None:
+            super().__init__()
+            self.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+
+    monkeypatch.setattr(onnxruntime, "SessionOptions", Options)
+    open_engine(tmp_path / "quantised.onnx", SPEC, "onnxruntime", "cpu").close()
+    found = kinds(onnx.load(tmp_path / "optimised.onnx"))
+    assert found["QLinearConv"] == 2, found
+    assert found["MatMulIntegerToFloat"] == 2, found
+    assert not found["Conv"] + found["MatMul"] + found["FusedConv"]
+
+
+def test_openvino_computes_convolutions_and_products_in_int8(tmp_path: Path) -> None:
+    model = Calibration(toy(tmp_path), draw(4)).quantised([])
+    onnx.save(model, tmp_path / "quantised.onnx")
+    compiled = openvino.Core().compile_model(tmp_path / "quantised.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = collections.defaultdict(set)
+    for node in compiled.get_runtime_model().get_ops():
+        facts = node.get_rt_info()
+        found[str(facts["layerType"].astype(str))].add(str(facts["runtimePrecision"].astype(str)))
+    assert {*found["Convolution"]} <= {"u8", "i8"}, dict(found)
+    products = {kind for name, kinds in found.items() if name.startswith("FullyConnected") for kind in kinds}
+    assert products <= {"u8", "i8"}, dict(found)
+    assert found["Convolution"]
+    assert products
+
+
+def test_eight_bits_stay_near_and_a_layer_that_is_kept_is_computed_as_before(tmp_path: Path) -> None:
+    path = toy(tmp_path)
+    calibration = Calibration(path, draw(8))
+    (feeds,) = draw(1)
+    (expected,) = run_model(onnx.load(path), feeds)
+    errors = [error(run_model(calibration.quantised(kept), feeds)[0], expected) for kept in ([], calibration.layers)]
+    assert 1e-4 < errors[0] < 0.05
+    assert errors[1] < 1e-5
+    half = kinds(calibration.quantised(["conv1", "linear/half0"]))
+    assert half["DequantizeLinear"] < kinds(calibration.quantised([]))["DequantizeLinear"]
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_in_int8_compute_what_the_rounded_weights_compute(
+    precision: str, backend: str, bundles: dict[str, Bundle], tmp_path: Path, feeds: Callable[..., Any]
+) -> None:
+    bundle = bundles[precision]
+    path, spec = bundle.graph_path("denoiser"), bundle.manifest.graphs["denoiser"]
+    # The oracle: the plain graph in float with every matrix rounded to 8 bits.
+    oracle = plain_graph(path)
+    weights = Weights(oracle, tmp_path)
+    layers = [node for node in oracle.graph.node if node.op_type in ("Conv", "MatMul") and node.name not in ends(path)]
+    axes = {node.input[1]: int(node.op_type == "MatMul") for node in layers}
+    for tensor in oracle.graph.initializer:
+        array = weights[tensor.name]
+        if tensor.name in axes and array.size * (1 + ("/half" in tensor.name)) >= 1 << 12:
+            numbers, scales = to_int8(array, axes[tensor.name])
+            shape = [-1 if axis == axes[tensor.name] else 1 for axis in range(array.ndim)]
+            tensor.CopyFrom(numpy_helper.from_array(numbers * scales.reshape(shape), tensor.name))
+    given = feeds(bundle, 1, 2, 8, 8)
+    (expected,) = run_model(oracle, given)
+    (before,) = run_model(plain_graph(path), given)
+    with WeightFile(tmp_path) as weight_file:
+        model = quantise_weights(path, ends(path))
+        assert kinds(model)["DequantizeLinear"] >= 10
+        weight_file.save(model, bundle.path, "denoiser.onnx")
+    with closing(open_engine(tmp_path / "denoiser.onnx", spec, backend, threads=1)) as engine:
+        found = engine(given)["eps"].copy()
+    # Backends may round the other factor of a product too, in small groups and as it comes.
+    assert error(found, expected) < error(before, expected) / 8
+
+
+def test_equal_weights_of_two_graphs_are_stored_once(tmp_path: Path) -> None:
+    path = toy(tmp_path)
+    sizes = []
+    for names in (["one.onnx"], ["one.onnx", "two.onnx"]):
+        (folder := tmp_path / str(len(names))).mkdir()
+        with WeightFile(folder) as weights:
+            for name in names:
+                weights.save(onnx.load(path), tmp_path, name)
+        sizes.append((folder / "weights.data").stat().st_size)
+        (feeds,) = draw(1)
+        session = onnxruntime.InferenceSession(folder / names[-1], providers=["CPUExecutionProvider"])
+        np.testing.assert_array_equal(session.run(None, feeds)[0], run_model(onnx.load(path), feeds)[0])
+    assert sizes[0] == sizes[1] > 32 * 32 * 9 * 4
+
+
+def test_a_quantised_bundle_has_the_styles_and_the_fingerprint_of_its_base(
+    quantised: Bundle, bundles: dict[str, Bundle]
+) -> None:
+    source = bundles["fp16"]
+    manifest = quantised.manifest
+    assert manifest.fingerprint == source.manifest.fingerprint
+    assert manifest.source["quantised_from"] == f"{source.manifest.name} (fp16)"
+    assert "1 pictures (drawn) at 64 pixels" in manifest.source["calibrated_on"]
+    assert list(quantised.styles()) == ["hand"]
+    quantised.style("hand")
+    assert "base.safetensors" not in manifest.files
+    assert manifest.parity[PICTURE_PSNR] >= 5
+    assert (quantised.path / "weights.data").stat().st_size < (source.path / "base.safetensors").stat().st_size
+    Bundle.open(quantised.path)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_quantised_denoiser_is_near_on_either_backend(
+    backend: str, quantised: Bundle, bundles: dict[str, Bundle], feeds: Callable[..., Any], run: Any
+) -> None:
+    given = feeds(quantised, 1, 2, 8, 8)
+    found, expected = (run(bundle, "denoiser", backend, **given)["eps"] for bundle in (quantised, bundles["fp16"]))
+    assert 1e-4 < error(found, expected) < 0.3
+
+
+def test_what_cannot_be_done_with_a_quantised_bundle_is_refused(quantised: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="expected the one that it was made from"):
+        quantise_bundle(quantised, tmp_path / "again", QuantiseOptions(**SMALL))
+    with pytest.raises(TrainingError, match="name the bundle that it was made from"):
+        load_base(quantised.path)
+    with pytest.raises(UsageError, match=r"quantised for processors.*mini \(fp16\)"):
+        compile_bundle(quantised.path, CompileOptions("tensorrt-rtx"), tmp_path / "engines")
+    assert not (tmp_path / "engines").exists()
+
+
+def test_a_check_opens_the_graphs_and_finds_damage(quantised: Bundle, tmp_path: Path) -> None:
+    report = check_bundle(quantised.path, "onnxruntime")
+    assert report.passed
+    assert report.styles == ("hand",)
+    assert report.recorded == quantised.manifest.parity
+
+
+def test_paintings_that_stray_too_far_leave_nothing(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    options = QuantiseOptions("int8-weights", pictures=1, size=64, target=500)
+    with pytest.raises(ParityError, match="expected 500"):
+        quantise_bundle(bundles["fp32"], tmp_path / "out", options)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_all_faults_of_options_at_once(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"(?s)0 pictures.*size of 65"):
+        quantise_bundle(bundles["fp32"], tmp_path / "out", QuantiseOptions(pictures=0, size=65))
+
+
+def test_the_command_line_quantises_on_pictures_of_a_folder(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    (photos := tmp_path / "photos").mkdir()
+    for index in range(2):
+        picture = np.random.default_rng(index).integers(0, 256, (40, 90 + index, 3)).astype(np.uint8)
+        cv2.imwrite(str(photos / f"{index}.png"), picture)
+    arguments = ["quantise", str(bundles["fp32"].path), "--out", str(tmp_path / "out"), "--precision", "int8-weights",
+                 "--images", str(photos), "--pictures", "1", "--size", "64", "--target", "5", "--json"]  # fmt: skip
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["precision"] == "int8-weights"
+    assert "(photos)" in facts["source"]["calibrated_on"]
+    assert facts["parity"] == Bundle.open(tmp_path / "out").manifest.parity
+    result = CliRunner().invoke(main, [*arguments, "--pictures", "2"])
+    assert result.exit_code == 2
+    assert "found 2 pictures" in result.output
+
+
+def test_drawn_pictures_differ_and_come_again() -> None:
+    first, origin = find_contents(None, 3, 64)
+    again, _ = find_contents(None, 3, 64)
+    assert origin == "drawn"
+    for one, other in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert psnr(first[0], first[1]) < 20
+
+
+def test_psnr_is_opencvs() -> None:
+    rng = np.random.default_rng(1)
+    one, other = (rng.integers(0, 256, (9, 7, 3)).astype(np.uint8) for _ in range(2))
+    assert psnr(one, other) == pytest.approx(cv2.PSNR(one, other), rel=1e-6)
+    assert psnr(one, one) == float("inf")
