@@ -160,7 +160,7 @@ class Distillation:
         self._best = copy.deepcopy(self.student.moves)
         if self._resume:
             self._restore()
-        sides = load_lessons(self.files.lessons, self._taught()) if self._resume else None
+        sides = load_lessons(self.files.lessons, self._taught())
         if sides is None:
             sides = {name: self._teach(teacher, side) for side, name in enumerate(("teach", "held_out"))}
             save_lessons(self.files.lessons, sides, self._taught())

@@ -1,0 +1,203 @@
+"""How near a style with guidance baked in comes to guidance, in one pass a step instead of two.
+
+    pip install -c constraints.txt '.[cpu,train,export]'
+    for g in 3 5 7.5 10; do
+        lsast-train distil --style vangogh --guidance $g --images PHOTOS && lsast-export --style vangogh-g$g
+    done
+    python benchmarks/guidance_baked.py --contents DIR --out DIR \
+        --student vangogh-g3 --student vangogh-g5 --student vangogh-g7.5 --student vangogh-g10
+
+Every content is painted with the same seed by the original style with guidance (the teacher), by the student, by the
+original in one pass (the yardstick: what is had for the same time without distilling), and with guidance in an interval
+of timesteps only. Prints the PSNR of each to the teacher, of pictures (peak 255) and of the latents that the decoder is
+handed (peak: the range of the teacher's), mean and lowest over the contents, and median seconds of denoising; with
+`--paintings` and `--photos` also what `lsast-eval` says. Writes `guidance_baked.json`, all paintings, and a sheet of
+every content: content, teacher, student, one pass. The contents must be none that the student was distilled on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+import numpy as np
+from machine import describe
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+import lsast
+from lsast import tiles
+from lsast_engines.errors import UsageError
+from lsast_engines.pictures import find_pictures
+
+MIXED = ("various-masters", "various-styles")
+INTERVAL = ("guidance_low", "guidance_high")
+CELL = 320
+
+
+@dataclass
+class Way:
+    """One way to paint, beside the teacher's."""
+
+    name: str
+    picture: list[float] = field(default_factory=list)
+    latent: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def row(self) -> str:
+        """Of the table."""
+        if not self.picture:
+            return f"| {self.name} | | | {statistics.median(self.seconds):.2f} |"
+        parts = [f"{statistics.mean(side):.1f} ({min(side):.1f})" for side in (self.picture, self.latent)]
+        return f"| {self.name} | {' | '.join(parts)} | {statistics.median(self.seconds):.2f} |"
+
+
+def psnr(found: np.ndarray, expected: np.ndarray, peak: float) -> float:
+    """In dB; infinite for equal ones."""
+    error = float(np.mean((found.astype(np.float64) - expected.astype(np.float64)) ** 2))
+    return float("inf") if error == 0 else float(10 * np.log10(peak**2 / error))
+
+
+def paint(stylizer: lsast.Stylizer, picture: Path, options: dict[str, Any]) -> tuple[Image.Image, np.ndarray, float]:
+    """A painting, the latent that was decoded to it, and the seconds of denoising."""
+    with mock.patch.object(tiles, "decode", wraps=tiles.decode) as decode:
+        result = stylizer.stylize(picture, **options)
+    latent: np.ndarray = decode.call_args.args[1]
+    return result.image.convert("RGB"), np.array(latent), result.seconds["denoise"]
+
+
+def ways(student: str, original: str, scale: float, interval: tuple[int, int]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and options of every way, the teacher first."""
+    yield "teacher", {"style": original, "guidance": scale}
+    yield "student", {"style": student}
+    yield "one pass", {"style": original, "guidance": 1.0}
+    if {field.name for field in dataclasses.fields(lsast.Options)}.issuperset(INTERVAL):
+        yield (
+            f"guidance at {interval[0]}-{interval[1]}",
+            {
+                "style": original,
+                "guidance": scale,
+                **dict(zip(INTERVAL, interval, strict=True)),
+            },
+        )
+
+
+def sheet(content: Image.Image, painted: dict[str, Image.Image]) -> Image.Image:
+    """Content and paintings side by side, each under its name."""
+    cells = {"content": content, **painted}
+    height = round(CELL * content.height / content.width)
+    page = Image.new("RGB", (CELL * len(cells), height + 18), "white")
+    for index, (name, image) in enumerate(cells.items()):
+        ImageDraw.Draw(page).text((index * CELL + 4, 3), name, fill="black")
+        page.paste(image.convert("RGB").resize((CELL - 4, height), Image.Resampling.LANCZOS), (index * CELL + 2, 18))
+    return page
+
+
+def scores(
+    folders: dict[str, Path], contents: Path, paintings: Path, photos: Path, artist: str
+) -> dict[str, dict[str, float]]:
+    """What `lsast-eval` says of folders of paintings."""
+    from lsast_eval import EvalOptions, evaluate
+
+    report = evaluate(contents, paintings / artist, paintings, folders, artist, EvalOptions(), photos=photos,
+                      leave_out=MIXED)  # fmt: skip
+    return {
+        row.name: {name: score.value for name, score in row.scores.items()}
+        for row in report.rows
+        if row.name in folders
+    }
+
+
+@click.command()
+@click.option("--contents", required=True, type=click.Path(exists=True, path_type=Path), help="Folder of pictures.")
+@click.option("--every", default=1, show_default=True, help="Take every n-th content.")
+@click.option("--out", required=True, type=click.Path(path_type=Path))
+@click.option("--student", "students", multiple=True, required=True, help="A style with guidance baked in; repeatable.")
+@click.option("--interval", nargs=2, type=int, default=(200, 800), show_default=True, help="Timesteps with guidance.")
+@click.option("--bundle")
+@click.option("--backend", default="auto")
+@click.option("--threads", type=int)
+@click.option("--size", type=int)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--paintings", type=click.Path(exists=True, path_type=Path), help="For lsast-eval: a folder an artist.")
+@click.option("--photos", type=click.Path(exists=True, path_type=Path), help="For lsast-eval.")
+@click.option("--artist", help="Folder of --paintings.")
+def main(
+    contents: Path,
+    every: int,
+    out: Path,
+    students: tuple[str, ...],
+    interval: tuple[int, int],
+    bundle: str | None,
+    backend: str,
+    threads: int | None,
+    size: int | None,
+    seed: int,
+    paintings: Path | None,
+    photos: Path | None,
+    artist: str | None,
+) -> None:
+    """Paint, compare, print."""
+    chosen = find_pictures(contents)[::every]
+    linked = out / "contents"
+    linked.mkdir(parents=True, exist_ok=True)
+    for path in chosen:
+        if not (linked / path.name).exists():
+            (linked / path.name).symlink_to(path.resolve())
+    machine = describe(("lsast", "numpy", "onnxruntime", "openvino"))
+    report: dict[str, Any] = {"machine": machine, "contents": len(chosen), "students": {}}
+    with lsast.load(bundle, backend, threads=threads) as stylizer:
+        report["backend"] = stylizer.backend
+        for name in students:
+            style = stylizer.bundle.open_style(name)
+            facts = json.loads(style.meta.get("distil_options", "{}"))
+            if style.guidance_baked is None or facts.get("student_steps"):
+                raise UsageError(f"found {name!r}; expected a style that lsast-train distil made for any schedule")
+            plan = dict(ways(name, style.meta["distilled_from"], style.guidance_baked, interval))
+            table = {way: Way(way) for way in plan}
+            folders = {way: out / name / way.replace(" ", "_") for way in plan}
+            for path in tqdm(chosen, desc=name, unit="picture"):
+                painted: dict[str, Image.Image] = {}
+                expected: dict[str, np.ndarray] = {}
+                for way, options in plan.items():
+                    image, latent, seconds = paint(stylizer, path, {**options, "size": size, "seed": seed})
+                    table[way].seconds.append(seconds)
+                    if way == "teacher":
+                        expected = {"picture": np.asarray(image), "latent": latent}
+                    else:
+                        peak = float(expected["latent"].max() - expected["latent"].min())
+                        table[way].picture.append(psnr(np.asarray(image), expected["picture"], 255))
+                        table[way].latent.append(psnr(latent, expected["latent"], peak))
+                    painted[way] = image
+                    folders[way].mkdir(parents=True, exist_ok=True)
+                    image.save(folders[way] / f"{path.stem}.png")
+                with Image.open(path) as content:
+                    sheet(content, painted).save(out / name / f"{path.stem}.sheet.png")
+            told: dict[str, Any] = {
+                "guidance": style.guidance_baked,
+                "relative_error": style.meta.get("distil_relative_error"),
+                "ways": [asdict(way) for way in table.values()],
+            }
+            click.echo(f"\n{name}: guidance {style.guidance_baked:g}, PSNR to the teacher, mean (lowest), dB\n")
+            click.echo("| | picture | latent | denoising, s |\n|---|---|---|---|")
+            click.echo("\n".join(way.row() for way in table.values()))
+            if paintings and photos and artist:
+                told["scores"] = scores(folders, linked, paintings, photos, artist)
+                metrics = list(next(iter(told["scores"].values())))
+                click.echo(f"\n| | {' | '.join(metrics)} |\n|---|{'---|' * len(metrics)}")
+                for way, found in told["scores"].items():
+                    click.echo(f"| {way} | {' | '.join(f'{found[metric]:.3f}' for metric in metrics)} |")
+            report["students"][name] = told
+    (out / "guidance_baked.json").write_text(json.dumps(report, indent=1))
+    click.echo(f"\nn = {len(chosen)} contents, {report['backend']}; {machine}")
+
+
+if __name__ == "__main__":
+    main()
