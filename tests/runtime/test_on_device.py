@@ -140,7 +140,7 @@ def mask_of(picture: np.ndarray) -> np.ndarray:
     return mask
 
 
-@pytest.mark.parametrize("lever", ["mask", "strength", "tile"])
+@pytest.mark.parametrize("lever", ["mask", "strength", "tile", "guidance"])
 def test_what_needs_a_say_between_steps_is_the_hosts(
     on_gpu: Stylizer, on_cpu: Stylizer, picture: np.ndarray, lever: str
 ) -> None:
@@ -148,6 +148,7 @@ def test_what_needs_a_say_between_steps_is_the_hosts(
         "mask": {"mask": mask_of(picture)},
         "strength": {"strength": "0.7,0.4@0-2"},
         "tile": {"tile": 64},
+        "guidance": {"guidance_low": 300},
     }[lever]
     large = np.tile(picture, (1, 2, 1)) if lever == "tile" else picture
     alike(on_gpu.stylize(large, **LARGE, **change), on_cpu.stylize(large, **LARGE, **change))
