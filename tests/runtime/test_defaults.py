@@ -92,6 +92,8 @@ def test_a_style_with_guidance_baked_in_is_painted_in_one_pass(baked: Path, phot
     assert Defaults(bundle).resolve({"style": "five", "guidance": 1}).guidance == 1
     assert Defaults(bundle).resolve({"style": "vangogh:0.3+monet@0-4"}).guidance == 1.0
     assert Defaults(bundle).resolve({"style": "plain"}).guidance == 6.0
+    # The released preset asks for 10; it is no more asked for than the bundle's own default is.
+    assert Defaults(bundle).resolve({"style": "five", "preset": "released"}).guidance == 1.0
     with lsast.load(baked) as stylizer:
         assert stylizer.stylize(photo, style="five").options.guidance == 1.0
 

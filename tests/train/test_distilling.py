@@ -179,15 +179,14 @@ def test_few_steps_learn_from_many(base: Base, collection: Collection, tmp_path:
     assert json.loads(outcome.curve.read_text())["stages"] == run.stages
 
 
-@pytest.mark.parametrize("kind", ["kv", "prompts"])
 def test_a_resumed_run_is_the_uninterrupted_one(
-    collection: Collection, tmp_path: Path, kind: Any, monkeypatch: pytest.MonkeyPatch
+    collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = replace(BRIEF, steps=8, evaluate_every=4, kind=kind, pictures=2, noised=1, teacher_steps=2)
+    options = replace(BRIEF, steps=8, evaluate_every=4, pictures=2, noised=1, teacher_steps=2)
 
     def make(folder: str, **how: Any) -> Distillation:
         fresh = build_mini(MiniConfig.tiny())
-        return Distillation(fresh, _source(fresh, kind), collection, options, "hand-g4", tmp_path / folder, **how)
+        return Distillation(fresh, _source(fresh), collection, options, "hand-g4", tmp_path / folder, **how)
 
     straight = make("straight").run()
     with pytest.raises(InterruptionError, match=r"after step 6; .* --resume") as caught:
@@ -199,17 +198,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     other = build_mini(MiniConfig.tiny())
     changed = replace(options, guidance=5.0)
     with pytest.raises(TrainingError, match=r"another run(.|\n)*guidance: found 4.0 in the checkpoint, 5.0 now"):
-        Distillation(other, _source(other, kind), collection, changed, "hand-g4", tmp_path / "parts", True).run()
+        Distillation(other, _source(other), collection, changed, "hand-g4", tmp_path / "parts", True).run()
     # What the teacher painted is not painted again.
     with monkeypatch.context() as patch:
         patch.setattr("lsast_train.teaching.Teacher.states", None)
         resumed = make("parts", resume=True).run()
     assert resumed.style.read_bytes() == straight.style.read_bytes()
     assert resumed.curve.read_text() == straight.curve.read_text()
-    assert [path.name for path in (tmp_path / "parts").glob("*.safetensors")] in (
-        ["hand-g4.safetensors"],
-        ["hand-g4.prompts.safetensors"],
-    )
+    assert [path.name for path in (tmp_path / "parts").glob("*.safetensors")] == ["hand-g4.safetensors"]
 
 
 def test_prompts_are_recovered_from_keys_and_values(base: Base) -> None:
