@@ -92,7 +92,7 @@ class TimedEngine:
 
 def opened(bundle: Bundle, task: Mapping[str, Any], parts: Parts) -> tuple[Stylizer, dict[str, TimedEngine]]:
     """A stylizer on timed engines, and those, filled as they are opened."""
-    from .stylizer import Stylizer
+    from .stylizer import Stylizer, first_graphs
     from .workshop import Opener
 
     engines: dict[str, TimedEngine] = {}
@@ -105,7 +105,7 @@ def opened(bundle: Bundle, task: Mapping[str, Any], parts: Parts) -> tuple[Styli
             return engines[name]
 
     opener = TimedOpener(bundle, task["backend"], "cpu", task["threads"], task["arithmetic"])
-    return Stylizer(opener, opener.all()), engines
+    return Stylizer(opener, opener.all(first_graphs(bundle, keywords(task)))), engines
 
 
 def keywords(task: Mapping[str, Any]) -> dict[str, Any]:

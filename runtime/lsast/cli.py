@@ -199,7 +199,7 @@ def _paint_one(job: Job, where: dict[str, Any], options: dict[str, Any], as_json
     if as_json and job.out is None:
         fail("found --json and OUT -; expected the name of a file: both would go to standard output", USAGE)
     begin = time.perf_counter()
-    with contextlib.closing(Bars(1)) as bars, load(**where) as stylizer:
+    with contextlib.closing(Bars(1)) as bars, load(**where, preset=options.get("preset")) as stylizer:
         opened = time.perf_counter()
         report = {"out": str(job.out), **paint(job, stylizer, options, bars)}
     report["seconds"] = {"open": opened - begin, **report["seconds"]}
@@ -244,7 +244,7 @@ def _paint_several(
                 with bars.aside():
                     click.echo(json.dumps(facts) if as_json else facts["out"])
 
-        stylizer = functools.cache(lambda: stack.enter_context(load(**where)))
+        stylizer = functools.cache(lambda: stack.enter_context(load(**where, preset=options.get("preset"))))
         with contextlib.suppress(KeyboardInterrupt) if count is None else contextlib.nullcontext():
             paint_all(jobs, stylizer, options, overwrite=overwrite, bars=bars, report=report, tally=tally)
     if tally.failures:

@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 from lsast_engines.bundle import Bundle
 from lsast_engines.engine import Engine
-from lsast_engines.errors import BundleError
 from lsast_engines.pictures import edge_map, read_picture
 from lsast_engines.schedule import Schedule
 from lsast_engines.solvers import make_solver
@@ -24,7 +23,7 @@ from . import masking, sampler, tiles
 from .canvas import Pixels, canvas_for, on_white
 from .mixing import Hand, Mix
 from .options import Options
-from .passes import graphs_of, lay_passes, levers_of
+from .passes import graphs_of, lay_passes, levers_of, require_parts
 from .preview import Previewer
 from .provenance import Provenance, bundle_sha256, pixels_sha256, versions
 from .shelf import Shelf
@@ -78,7 +77,7 @@ class Painting:
         )
         self.passes = lay_passes(options, self._schedule.steps)
         self._bundle = bundle
-        self._check_parts()
+        require_parts(bundle, graphs_of(self.passes), levers_of(options))
         self._follower = follower
         with self.clock("read"):
             self._source = read_picture(picture)
@@ -166,14 +165,6 @@ class Painting:
             if self._source.icc:
                 image.info["icc_profile"] = self._source.icc
         return image
-
-    def _check_parts(self) -> None:
-        if missing := [name for name in graphs_of(self.passes) if name not in self._bundle.manifest.graphs]:
-            raise BundleError(
-                f"found no graph {', '.join(missing)} in {self._bundle.path}, which "
-                f"{', '.join(levers_of(self.options))} needs; add the denoiser's parts with: "
-                f"lsast-export parts {self._bundle.path}"
-            )
 
     def _share(self, stage: int) -> sampler.Floats | None:
         """See `sampler.Row.share`."""

@@ -14,10 +14,12 @@ cache_interval                      the whole U-Net at every n-th step, between 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lsast_engines.bundle import Bundle
+from lsast_engines.errors import BundleError
 from lsast_engines.schedule import Step
 from lsast_engines.spec import CONTROL, DEEP, DENOISER, SHALLOW
 
@@ -75,6 +77,19 @@ def lay_passes(options: Options, steps: Sequence[Step]) -> tuple[Pass, ...]:
 def graphs_of(passes: Sequence[Pass]) -> tuple[str, ...]:
     """Names of the graphs that a plan runs, each once, in the order of their first use."""
     return tuple(dict.fromkeys(name for each in passes for name in each.graphs))
+
+
+def require_parts(bundle: Bundle, names: Iterable[str], levers: Sequence[str]) -> None:
+    """Make sure that a bundle has the graphs `names`, which `levers` need.
+
+    Raises:
+        BundleError: it has not; the message says what adds them.
+    """
+    if missing := [name for name in names if name not in bundle.manifest.graphs]:
+        raise BundleError(
+            f"found no graph {', '.join(missing)} in {bundle.path}, which {', '.join(levers)} needs; add the "
+            f"denoiser's parts with: lsast-export parts {bundle.path}"
+        )
 
 
 def levers_of(options: Options) -> list[str]:

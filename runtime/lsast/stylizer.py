@@ -14,15 +14,14 @@ import numpy.typing as npt
 
 from lsast_engines.bundle import Bundle, find_bundle
 from lsast_engines.engine import Arithmetic, Engine
-from lsast_engines.spec import DECODER, DENOISER
+from lsast_engines.spec import DECODER, DENOISER, EVERY, PARTS
 
 from . import batches, on_device, sampler, tiles
 from .cancelling import CancelToken
 from .defaults import Defaults
 from .painting import Painting
 from .parted import PartedDenoiser
-from .passes import Pass, graphs_of
-from .presets import preset_options
+from .passes import Pass, graphs_of, levers_of
 from .result import Result
 from .workshop import STYLE_MEMORY, Opener, Workshop
 
@@ -64,7 +63,8 @@ def load(
         style_memory: bytes of styles to keep in memory between paintings; those used longest ago go first.
         build: with `tensorrt-rtx` or `tensorrt`, compile first what is missing, which takes minutes and the extra
             `export`; without, a missing engine is an error.
-        preset: what comes before the defaults of style and bundle at every painting, see `lsast.presets`.
+        preset: what comes before the defaults of style and bundle at every painting, see `lsast.presets`. Only what it
+            runs is opened here; the rest is opened by the first painting that needs it.
 
     Raises:
         UsageError: fewer threads than 1, an unknown arithmetic or preset, or `build` with a backend that compiles
@@ -73,13 +73,13 @@ def load(
         BackendError: the backend, the device or the arithmetic cannot be had here; the message lists what can.
         MissingExtraError: no backend is installed.
     """
-    preset_options(preset)
     opener = Opener(Bundle.open(find_bundle(bundle)), backend, device, threads, arithmetic)
     if build:
         from .building import build_engines
 
         build_engines(opener.bundle, backend.lower(), arithmetic)
-    return Stylizer(opener, opener.all(), style_memory, preset)
+    names = EVERY if preset is None else first_graphs(opener.bundle, {"preset": preset})
+    return Stylizer(opener, opener.all(names), style_memory, preset)
 
 
 class Stylizer:
@@ -104,7 +104,7 @@ class Stylizer:
         self._style_memory = style_memory
         self._preset = preset
         self._defaults = Defaults(opener.bundle, preset)
-        self._backend = engines[DENOISER].backend
+        self._backend = next(iter(engines.values())).backend
         self._workshop = Workshop(opener, engines, style_memory)
 
     @property
@@ -324,19 +324,29 @@ class Stylizer:
                     painted.append(painting.settle(latent, canvas))
                 if cancel:
                     cancel.check()
-            provenances = [painting.provenance(workshop.engines[DENOISER], workshop.shelf) for painting in paintings]
+            provenances = [painting.provenance(denoiser, workshop.shelf) for painting in paintings]
         return [
             Result(painting.finish(canvas), painting.clock.seconds, painting.options, provenance)
             for painting, canvas, provenance in zip(paintings, painted, provenances, strict=True)
         ]
 
 
+def first_graphs(bundle: Bundle, options: Mapping[str, Any]) -> list[str]:
+    """The graphs to open at once for paintings with `options`: without the whole denoiser, where its parts run instead.
+
+    Raises:
+        UsageError: options that cannot be meant.
+    """
+    parted = levers_of(Defaults(bundle).resolve(options)) and bundle.manifest.graphs.keys() >= set(PARTS)
+    return [name for name in EVERY if name != DENOISER] + list(PARTS) if parted else list(EVERY)
+
+
 def _denoiser(workshop: Workshop, passes: Sequence[Pass], grid: tiles.Grid) -> Engine:
     """The engine to denoise a canvas with: the whole denoiser, unless the plan leaves something out of it."""
     names = graphs_of(passes)
     if names == (DENOISER,):
-        return tiles.denoiser(workshop.engines[DENOISER], grid)
-    spec = workshop.engines[DENOISER].spec
+        return tiles.denoiser(workshop.engine(DENOISER), grid)
+    spec = workshop.opener.bundle.manifest.graphs[DENOISER]
     return PartedDenoiser({name: workshop.engine(name) for name in names}, spec, passes, grid)
 
 

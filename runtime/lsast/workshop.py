@@ -7,7 +7,7 @@ import ctypes
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -54,11 +54,11 @@ class Opener:
             arithmetic or self.arithmetic,
         )
 
-    def all(self) -> dict[str, Engine]:
-        """Open the graphs that every painting passes, or none."""
+    def all(self, names: Iterable[str] = EVERY) -> dict[str, Engine]:
+        """Open the graphs `names`, or none; else those that a painting passes from which nothing is left out."""
         with contextlib.ExitStack() as stack:
             engines: dict[str, Engine] = {}
-            for name in EVERY:
+            for name in names:
                 engines[name] = self(name)
                 stack.callback(engines[name].close)
             stack.pop_all()
@@ -79,6 +79,7 @@ class Workshop:
         self.opener = opener
         self._style_memory = style_memory
         self._closed = False
+        self._first = tuple(engines)
         self._begin(dict(engines), opened=True)
         _workshops.add(self)
 
@@ -118,7 +119,7 @@ class Workshop:
             if self._closed:
                 raise UsageError("the stylizer is closed; open another one with lsast.load()")
             if not self._opened:
-                self.engines, self._opened = self.opener.all(), True
+                self.engines, self._opened = self.opener.all(self._first), True
             if cancel:
                 cancel.check()
             yield

@@ -55,7 +55,7 @@ def sharpen(scheduler: Any) -> None:
 
 @pytest.mark.parametrize("name", DIFFUSERS)
 @pytest.mark.parametrize("strength", [0.3, 0.5, 0.7, 1.0])
-@pytest.mark.parametrize("steps", [1, 4, 12, 30, 50])
+@pytest.mark.parametrize("steps", [1, 4, 6, 8, 12, 30, 50])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_every_step_is_diffusers(name: str, steps: int, strength: float, dtype: type[np.floating[Any]]) -> None:
     rng = np.random.default_rng(steps)

@@ -195,7 +195,9 @@ def test_a_run_that_begins_again_keeps_nothing_of_the_last(stylizer: Stylizer, p
 
 def test_presets_pull_their_levers_and_are_told(parted_path: Path, photo: np.ndarray) -> None:
     with lsast.load(parted_path, threads=1, preset="fast") as stylizer:
+        assert set(stylizer._workshop.engines) == {"encoder", "hint", "decoder", "control", "deep", "shallow"}
         found = stylizer.stylize(photo)
+        assert "denoiser" not in stylizer._workshop.engines  # its weights are in memory once
         exact = stylizer.stylize(photo, preset="exact", seed=0)
         again = pickle.loads(pickle.dumps(stylizer))
     with again, lsast.load(parted_path, threads=1) as plain:

@@ -1,0 +1,142 @@
+"""What each lever gains and costs: seconds a picture, and how far the picture is from the exact one of the same seed.
+
+    python benchmarks/levers.py PICTURE... [--style vangogh --style monet] [--size 512] [--repeats 3] [--json]
+
+Every lever of `lsast.passes` alone, then the presets, in one process, warm: each picture in each style is painted once
+unmeasured, then `--repeats` times, the levers by turns. Seconds are the median over pictures and styles of their
+medians, in brackets how far these lie apart; PSNR is over all values of the picture, mean and least over pictures and
+styles. Prints a Markdown table; run nothing else meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from machine import describe
+
+import lsast
+from lsast.presets import PRESETS
+
+LEVERS: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "ControlNet every 2nd step": {"control_interval": 2},
+    "ControlNet every 3rd step": {"control_interval": 3},
+    "ControlNet down to t = 200": {"control_low": 200},
+    "ControlNet down to t = 400": {"control_low": 400},
+    "deep U-Net every 2nd step": {"cache_interval": 2},
+    "deep U-Net every 3rd step": {"cache_interval": 3},
+    "guidance down to t = 200": {"guidance_low": 200},
+    "guidance down to t = 400": {"guidance_low": 400},
+    "guidance up to t = 600": {"guidance_high": 600},
+    "unipc, 8 steps": {"solver": "unipc", "steps": 8},
+    "no guidance": {"guidance": 1.0},
+    **{f"preset {name}": {"preset": name} for name in PRESETS if name not in ("exact", "released")},
+}
+"""By name, what differs from the defaults; the first is what the others are compared with."""
+
+
+def psnr(first: lsast.Result, second: lsast.Result) -> float:
+    """Of two pictures of one size, in dB; infinite for equal ones."""
+    one, other = (np.asarray(result.image.convert("RGB"), dtype=np.float64) for result in (first, second))
+    error = float(((one - other) ** 2).mean())
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+Key = tuple[str, Path, str]
+"""Lever, picture, style."""
+
+
+def measured(
+    stylizer: lsast.Stylizer, jobs: list[tuple[Path, str]], size: int, repeats: int
+) -> tuple[dict[Key, lsast.Result], dict[Key, float], dict[Key, float]]:
+    """What every lever gives for every job, the median seconds, and of these the denoising's.
+
+    The levers take turns within each repeat, so that a machine that grows slower does so for all.
+    """
+    results: dict[Key, lsast.Result] = {}
+    walls: dict[Key, list[float]] = {}
+    loops: dict[Key, list[float]] = {}
+    for turn in range(1 + repeats):  # the first is unmeasured
+        for picture, style in jobs:
+            for name, lever in LEVERS.items():
+                key = name, picture, style
+                begin = time.perf_counter()
+                results[key] = stylizer.stylize(picture, **{"style": style, "size": size, **lever})
+                if turn:
+                    walls.setdefault(key, []).append(time.perf_counter() - begin)
+                    loops.setdefault(key, []).append(results[key].seconds["denoise"])
+    medians = [{key: statistics.median(found) for key, found in table.items()} for table in (walls, loops)]
+    return results, medians[0], medians[1]
+
+
+@click.command()
+@click.argument("pictures", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--style", "styles", multiple=True, default=("vangogh", "monet"), show_default=True)
+@click.option("--bundle", help="Folder or name of a bundle. [default: mini]")
+@click.option("--backend", default="auto", show_default=True)
+@click.option("--arithmetic", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True)
+@click.option("--threads", type=int, help="[default: the backend's choice]")
+@click.option("--size", default=512, show_default=True)
+@click.option("--repeats", default=3, show_default=True)
+@click.option("--json", "as_json", is_flag=True)
+def main(
+    pictures: tuple[Path, ...],
+    styles: tuple[str, ...],
+    bundle: str | None,
+    backend: str,
+    arithmetic: Any,
+    threads: int | None,
+    size: int,
+    repeats: int,
+    as_json: bool,
+) -> None:
+    """Measure one lever after another."""
+    jobs = [(picture, style) for picture in pictures for style in styles]
+    rows: list[dict[str, Any]] = []
+    with lsast.load(bundle, backend, threads=threads, arithmetic=arithmetic) as stylizer:
+        results, walls, loops = measured(stylizer, jobs, size, repeats)
+        for name, lever in LEVERS.items():
+            seconds = [walls[(name, *job)] for job in jobs]
+            distances = [psnr(results[("exact", *job)], results[(name, *job)]) for job in jobs]
+            rows.append(
+                {
+                    "lever": name,
+                    "options": lever,
+                    "seconds": statistics.median(seconds),
+                    "spread_s": max(seconds) - min(seconds),
+                    "denoise_s": statistics.median(loops[(name, *job)] for job in jobs),
+                    "psnr_mean": None if name == "exact" else statistics.fmean(distances),
+                    "psnr_least": None if name == "exact" else min(distances),
+                }
+            )
+        facts = {
+            **describe(("lsast", "numpy", "onnxruntime", "openvino")),
+            "bundle": stylizer.bundle.manifest.name,
+            "backend": stylizer.backend,
+            "arithmetic": arithmetic,
+            "threads": "the backend's choice" if threads is None else str(threads),
+        }
+    if as_json:
+        told = {"machine": facts, "n": repeats, "size": size, "styles": styles, "pictures": len(pictures)}
+        print(json.dumps({**told, "rows": rows}, indent=1))
+        return
+    print(f"{size}² pixels, {len(pictures)} pictures in {', '.join(styles)}, n = {repeats} each\n{facts}\n")
+    print("| lever | s a picture (spread) | times exact | denoise s | PSNR to exact, mean | least |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        quality = " | | " if row["psnr_mean"] is None else f" {row['psnr_mean']:.1f} | {row['psnr_least']:.1f} "
+        print(
+            f"| {row['lever']} | {row['seconds']:.2f} ({row['spread_s']:.2f}) "
+            f"| {rows[0]['seconds'] / row['seconds']:.2f} | {row['denoise_s']:.2f} |{quality}|"
+        )
+
+
+if __name__ == "__main__":
+    main()
