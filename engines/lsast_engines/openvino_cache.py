@@ -15,11 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .bundle import MANIFEST
 from .files import replace_file
-from .unpacked import WEIGHTS
 
 LIMIT = 1 << 30
 """Bytes of a bundle's weights from which its graphs are not kept."""
+
+_WEIGHTS = (".safetensors", ".data")
+"""Suffixes of the files that graphs may refer into."""
 
 _log = logging.getLogger("lsast.openvino")
 
@@ -37,12 +40,11 @@ def compiled(
         version: of OpenVINO.
         compile_graph: compiles.
     """
-    weights = path.parent / WEIGHTS
-    if not weights.is_file() or weights.stat().st_size >= LIMIT:
+    weights = [file for file in sorted(path.parent.iterdir()) if file.suffix in _WEIGHTS]
+    if not (path.parent / MANIFEST).is_file() or sum(file.stat().st_size for file in weights) >= LIMIT:
         return compile_graph()
-    kept = (
-        _folder() / _key(str(path.resolve())) / f"{path.stem}-{arithmetic}-{_facts(core, path, weights, version)}.blob"
-    )
+    facts = _facts(core, [path, *weights], version)
+    kept = _folder() / _key(str(path.resolve())) / f"{path.stem}-{arithmetic}-{facts}.blob"
     if kept.is_file():
         try:
             return core.import_model(io.BytesIO(kept.read_bytes()), "CPU", config)
@@ -70,10 +72,10 @@ def _keep(fresh: Any, kept: Path) -> None:
             other.unlink(missing_ok=True)
 
 
-def _facts(core: Any, path: Path, weights: Path, version: str) -> str:
+def _facts(core: Any, files: list[Path], version: str) -> str:
     """A short name for everything that the compiled graph depends on; costs no reading of the weights."""
-    files = [(file.stat().st_size, file.stat().st_mtime_ns) for file in (path, weights)]
-    return _key(f"{version} {core.get_property('CPU', 'FULL_DEVICE_NAME')} {files}")
+    found = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return _key(f"{version} {core.get_property('CPU', 'FULL_DEVICE_NAME')} {found}")
 
 
 def _key(text: str) -> str:

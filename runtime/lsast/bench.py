@@ -121,6 +121,7 @@ def _measured(
     ceilings: bool,
 ) -> dict[str, Any]:
     """Everything that is measured, ready for JSON."""
+    from lsast_engines.bundle import find_bundle
     from lsast_engines.errors import BackendError
 
     from .bench_machine import describe, load
@@ -129,12 +130,17 @@ def _measured(
     def progress(line: str) -> None:
         click.echo(line, err=True)
 
-    report: dict[str, Any] = {"machine": describe(), "threads": threads, "repeats": repeats, "ceilings": {}}
+    report: dict[str, Any] = {
+        "machine": describe(),
+        "bundle": str(find_bundle(bundle)),
+        "threads": threads,
+        "repeats": repeats,
+        "ceilings": {},
+    }
     rows, notes = [], []
     if ceilings:
         progress("products of matrices")
-        named = list(dict.fromkeys(configuration.backend for configuration in configurations))
-        report["ceilings"] = child("ceilings", {"backends": named, "threads": threads}, threads)["gmacs"]
+        report["ceilings"] = child("ceilings", {"backends": _installed(), "threads": threads}, threads)["gmacs"]
     with tempfile.TemporaryDirectory(prefix="lsast-bench-") as folder:
         for configuration in configurations:
             source = picture or str(Path(folder) / f"{configuration.size}.png")

@@ -149,7 +149,8 @@ def warm(task: Mapping[str, Any]) -> Report:
         first = paint()
         repeats = [paint() for _ in range(task["repeats"])]
     paths = {name: str(bundle.graph_path(name)) for name in first["graphs"]}
-    return {"open": opening, "first": first["total"], "repeats": repeats, "paths": paths}
+    report = {"open": opening, "first": first["total"], "repeats": repeats, "paths": paths}
+    return {**report, "precision": bundle.manifest.precision}
 
 
 def gathered(calls: list[tuple[float, dict[str, list[int]]]]) -> list[Report]:

@@ -102,6 +102,7 @@ def warm_figures(report: Row, batch: int) -> Row:
         "graphs": graphs,
         "painted": first["painted"],
         "options": first["options"],
+        "precision": report["precision"],
         "peak_mb": megabytes(report["peak_bytes"]),
         "cpu_s": report["cpu_s"],
     }
@@ -174,7 +175,10 @@ def add_macs(rows: Iterable[Row], rates: Mapping[str, Mapping[str, float]], thre
             known += [group["shapes"] for group in graph["shapes"] if group["shapes"] not in known]
     counted = child("macs", {"graphs": wanted}, threads)["macs"]
     for row in rows:
-        best = ceiling(rates, row["arithmetic"])
+        # What a bundle with activations in 8 bits multiplies is in 8 bits, whatever the rest is computed in.
+        kind = "int8" if row["warm"]["precision"] == "int8" else row["arithmetic"]
+        best = ceiling(rates, kind)
+        row["warm"]["limit"] = kind
         picture = 0.0
         for graph in row["warm"]["graphs"].values():
             shapes = wanted[graph["path"]]

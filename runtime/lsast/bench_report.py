@@ -49,8 +49,8 @@ def _machine(report: Row) -> str:
         [
             f"{machine['cpu']}, {machine['cores']} cores ({' '.join(machine['flags'])})",
             f"{machine['system']}, {versions}",
-            f"threads: {threads}; n = {report['repeats']}; median (spread); load of the machine at the beginning "
-            f"{_number(machine['load'])}, at the end {_number(report['load_at_end'])}",
+            f"{report['bundle']}; threads: {threads}; n = {report['repeats']}; median (spread); load of the machine "
+            f"at the beginning {_number(machine['load'])}, at the end {_number(report['load_at_end'])}",
         ]
     )
 
@@ -183,7 +183,7 @@ def draw_bars(path: Path, title: str, bars: Sequence[tuple[str, float, str]], un
     axes.bar_label(drawn, [note for _, _, note in bars], padding=4)
     axes.set_yticks(places, [label for label, _, _ in bars])
     axes.invert_yaxis()
-    axes.margins(x=0.18)
+    axes.margins(x=0.3)
     axes.set_xlabel(unit)
     axes.set_title(textwrap.fill(title, 100), fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)

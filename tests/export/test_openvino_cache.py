@@ -133,9 +133,12 @@ def test_where_nothing_can_be_kept_graphs_run_all_the_same(
     assert core.compiled == 2
 
 
-def test_large_weights_are_not_kept(
+def test_large_weights_and_graphs_of_no_bundle_are_not_kept(
     core: CountingCore, bundle: Bundle, decode: Callable[..., np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(openvino_cache, "LIMIT", (bundle.path / "base.safetensors").stat().st_size)
+    with monkeypatch.context() as patch:
+        patch.setattr(openvino_cache, "LIMIT", (bundle.path / "base.safetensors").stat().st_size)
+        decode()
+    (bundle.path / "manifest.json").unlink()
     decode()
-    assert _kept() == []
+    assert (core.compiled, _kept()) == (2, [])

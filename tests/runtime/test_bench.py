@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -88,6 +89,7 @@ WARM = {
     "first": 9.0,
     "peak_bytes": 2_000_000,
     "cpu_s": 3.0,
+    "precision": "fp16",
     "paths": {"denoiser": "d.onnx", "decoder": "p.onnx"},
     "repeats": [
         {
@@ -141,6 +143,10 @@ def test_fractions_are_of_the_best_that_the_machine_does(monkeypatch: pytest.Mon
     assert row["warm"]["fraction"] == pytest.approx(12 / 3 / 8)  # type: ignore[index]
     add_macs([row], {"fp32": {"numpy": 99.0}})
     assert row["warm"]["fraction"] is None  # type: ignore[index]
+    row["warm"]["precision"] = "int8"  # type: ignore[index]
+    add_macs([row], {"fp32": {"numpy": 99.0}, "int8": {"openvino": 16.0}})
+    assert row["warm"]["limit"] == "int8"  # type: ignore[index]
+    assert row["warm"]["fraction"] == pytest.approx(12 / 3 / 16)  # type: ignore[index]
 
 
 def test_a_cold_start_is_taken_apart() -> None:
@@ -215,11 +221,13 @@ def test_a_report_tells_everything(folder: Path, small_products: None) -> None:
     )
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
-    assert report.keys() == {"machine", "threads", "repeats", "ceilings", "rows", "notes", "load_at_end"}
+    assert report.keys() == {"machine", "bundle", "threads", "repeats", "ceilings", "rows", "notes", "load_at_end"}
     assert {"cpu", "cores", "flags", "versions", "load"} <= report["machine"].keys()
     assert report["machine"]["versions"]["numpy"] == np.__version__
-    assert set(report["ceilings"]) == {"fp32", "int8"}
+    assert {"fp32", "int8"} <= set(report["ceilings"])
+    assert {"numpy", "onnxruntime", "openvino"} <= set(report["ceilings"]["fp32"])
     assert (report["threads"], report["repeats"], report["notes"]) == (1, 2, [])
+    assert Path(report["bundle"]).name == "tiny"
     rows = report["rows"]
     assert [(row["options"]["guidance"], row["size"]) for row in rows] == [(1, 64), (1, 128), (2, 64), (2, 128)]
     for row in rows:
@@ -312,6 +320,19 @@ def test_a_chart_without_matplotlib_is_refused_before_anything_is_measured(monke
     result = _run("--chart", "bars.png", "--backend", "onnxruntime")
     assert result.exit_code == 1
     assert "pip install 'lsast[bench]'" in result.stderr
+
+
+def test_steps_that_were_not_measured_are_added_at_the_median() -> None:
+    spec = importlib.util.spec_from_file_location("compare", Path(__file__).parents[2] / "benchmarks" / "compare.py")
+    assert spec is not None
+    assert spec.loader is not None
+    compare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compare)
+    pictures, steps = compare.whole([10.0, 12.0], [[1.0, 2.0], [3.0, 2.0]], measured=3, total=35)
+    assert (steps.n, steps.median) == (4, 2.0)
+    assert (pictures.least, pictures.most) == (10 + 32 * 2.0, 12 + 32 * 2.0)
+    pictures, _ = compare.whole([10.0], [[1.0, 2.0]], measured=35, total=35)
+    assert pictures.median == 10.0
 
 
 def test_a_process_that_dies_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,215 @@
+"""One peer of `compare.py`, measured in this very process: ``python peers.py NAME`` with JSON on stdin and stdout.
+
+A peer paints one picture as LSAST's released code does (50 steps at strength 0.7, of which 35 run, guidance 10, a
+ControlNet): `reference` is that loop in eager torch, with the ControlNet at batch 1 and keys and values projected from
+the prompts at every step; `diffusers` its own ControlNet img2img pipeline, whose ControlNet runs at batch 2. Contexts
+and picture are random: they cost what real ones cost.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, StableDiffusionControlNetImg2ImgPipeline
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from lsast.bench_child import peak_bytes
+from lsast_engines.schedule import Schedule
+from lsast_engines.solvers import make_solver
+from lsast_train.base import Base, load_base
+
+STEPS, STRENGTH, GUIDANCE, STAGES = 50, 0.7, 10.0, 10
+RUN = int(STEPS * STRENGTH)
+
+Paint = Callable[[int], list[float]]
+"""Paints with so many of the steps, the last ones of the schedule; gives the times between the steps' ends."""
+
+
+def reference(base: Base, size: int, dtype: torch.dtype) -> Paint:
+    """The released loop in eager torch."""
+    generator = torch.Generator().manual_seed(0)
+    contexts = torch.randn(STAGES, 1, 3, base.facts.tokens, base.context_dim, generator=generator).to(dtype)
+    null = base.null_context.expand(1, 3, -1, -1)
+    image, edges = _picture(size, dtype)
+
+    def paint(steps: int) -> list[float]:
+        schedule = Schedule.build(base.facts.noise, STEPS, _strength(steps), STAGES, "released")
+        solver = make_solver("released", base.facts.noise, schedule)
+        mean, std = base.encode(image)
+        z0 = base.facts.latent_scale * (mean + std * torch.randn(mean.shape, generator=generator).to(dtype))
+        noise = torch.randn(mean.shape, generator=generator)
+        latent = schedule.add_noise(z0.float().numpy(), noise.numpy(), schedule.start_t)
+        ticks = [time.perf_counter()]
+        for index, step in enumerate(schedule.steps):
+            z, t = torch.from_numpy(latent).to(dtype), torch.tensor([step.t])
+            base.control_box.fill(contexts[step.stage])
+            down, mid = base.controlnet(z, t, base.control_box.down, edges, return_dict=False)
+            base.unet_box.fill(torch.cat([null, contexts[step.stage]]))
+            twice, times = z.expand(2, -1, -1, -1), t.expand(2)
+            output = base.unet(
+                twice,
+                times,
+                base.unet_box.down,
+                down_block_additional_residuals=down,
+                mid_block_additional_residual=mid,
+                return_dict=False,
+            )[0]
+            unconditional, conditional = base.eps_from_output(output, twice, times).float().numpy()
+            latent = solver.step(unconditional + GUIDANCE * (conditional - unconditional), index, latent[0])[None]
+            latent = np.asarray(latent, np.float32)
+            ticks.append(time.perf_counter())
+        base.decode(torch.from_numpy(latent).to(dtype) / base.facts.latent_scale)
+        return [later - earlier for earlier, later in pairwise(ticks)]
+
+    return paint
+
+
+class PipelineAutoencoder(nn.Module):
+    """An autoencoder of lsast's bases as diffusers' pipelines want theirs."""
+
+    def __init__(self, base: Base, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._base = base
+        self.dtype, self.device = dtype, torch.device("cpu")
+        self.config = SimpleNamespace(scaling_factor=base.facts.latent_scale, block_out_channels=(1, 1, 1, 1))
+
+    def encode(self, image: torch.Tensor) -> Any:
+        mean, std = self._base.encode(image)
+        return SimpleNamespace(latent_dist=SimpleNamespace(sample=lambda _: mean + std * torch.randn_like(mean)))
+
+    def decode(self, latent: torch.Tensor, **_: Any) -> tuple[torch.Tensor]:
+        return (self._base.decode(latent),)
+
+
+def diffusers(base: Base, size: int, dtype: torch.dtype) -> Paint:
+    """`StableDiffusionControlNetImg2ImgPipeline` as it comes."""
+    noise = base.facts.noise
+    scheduler = DDIMScheduler(
+        noise.train_steps,
+        noise.beta_start,
+        noise.beta_end,
+        "scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=base.facts.prediction,
+    )
+    for network in (base.unet, base.controlnet):
+        network.set_attn_processor(AttnProcessor2_0())
+    pipeline = StableDiffusionControlNetImg2ImgPipeline(
+        vae=PipelineAutoencoder(base, dtype),
+        text_encoder=None,
+        tokenizer=None,
+        unet=base.unet,
+        controlnet=base.controlnet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    image, edges = _picture(size, dtype)
+    prompt = torch.randn(1, base.facts.tokens, base.context_dim, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def paint(steps: int) -> list[float]:
+        ticks: list[float] = []
+
+        def tick(_pipeline: Any, _step: int, _t: int, values: dict[str, Any]) -> dict[str, Any]:
+            ticks.append(time.perf_counter())
+            return values
+
+        pipeline(
+            prompt_embeds=prompt,
+            negative_prompt_embeds=base.null_context[None],
+            image=image / 2 + 0.5,
+            control_image=edges,
+            num_inference_steps=STEPS,
+            strength=_strength(steps),
+            guidance_scale=GUIDANCE,
+            output_type="np",
+            callback_on_step_end=tick,
+        )
+        # The time before the first step's end is not its own.
+        return [later - earlier for earlier, later in pairwise(ticks)]
+
+    return paint
+
+
+PEERS = {"reference": reference, "diffusers": diffusers}
+
+
+def _strength(steps: int) -> float:
+    """The strength at which so many of `STEPS` run; both sides round it down."""
+    return (steps + 0.5) / STEPS
+
+
+def _picture(size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A random picture in [-1, 1] and random edges, both [1, 3, size, size]."""
+    generator = torch.Generator().manual_seed(1)
+    image = torch.rand(1, 3, size, size, generator=generator) * 2 - 1
+    edges = (torch.rand(1, 1, size, size, generator=generator) < 0.1).expand(-1, 3, -1, -1)
+    return image.to(dtype), edges.to(dtype)
+
+
+def counted(paint: Paint, steps: int) -> int:
+    """Multiply-accumulates of painting with so many steps."""
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
+    # torch has no count for its attention on the CPU.
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FlopCounterMode(display=False, custom_mapping={fused: attention}) as counter:
+        paint(steps)
+    return int(counter.get_total_flops() // 2)
+
+
+def measure(task: dict[str, Any], name: str) -> dict[str, Any]:
+    """Seconds of pictures and steps; with `steps_measured`, of so many steps and not of a whole picture."""
+    if task["threads"]:
+        torch.set_num_threads(task["threads"])
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[task["arithmetic"]]
+    begin = time.perf_counter()
+    base = load_base(Path(task["bundle"]), dtype)
+    paint = PEERS[name](base, task["size"], dtype)
+    opened = time.perf_counter() - begin
+    with torch.inference_mode():
+        begin = time.perf_counter()
+        once, twice = counted(paint, 2), counted(paint, 3)  # warms up, too
+        first = time.perf_counter() - begin
+        pictures, steps = [], []
+        count = min(RUN, task["steps_measured"] or RUN)
+        for _ in range(task["repeats"]):
+            begin = time.perf_counter()
+            steps.append(paint(count))
+            pictures.append(time.perf_counter() - begin)
+    times = os.times()
+    step = twice - once
+    return {
+        "open": opened,
+        "first": first,
+        "pictures": pictures,
+        "steps": steps,
+        "counted_steps": count,
+        "run_steps": RUN,
+        "macs_step": step,
+        "macs_picture": once + (RUN - 2) * step,
+        "cpu_s": times.user + times.system,
+        "peak_bytes": peak_bytes(),
+    }
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(measure(json.load(sys.stdin), sys.argv[1])) + "\n")
