@@ -163,7 +163,9 @@ def test_the_students_solver_lands_where_the_teacher_went(solver: str) -> None:
         np.testing.assert_allclose(x, way[index + 1], rtol=1e-6, atol=1e-6)
 
 
-def test_few_steps_learn_from_many(base: Base, collection: Collection, tmp_path: Path) -> None:
+def test_few_steps_learn_from_many(
+    base: Base, collection: Collection, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     options = replace(BRIEF, student_steps=4, teacher_steps=12, strength=0.9)
     source = _source(base, meta={"defaults": json.dumps({"guidance": 4.0, "steps": 11, "control": 0.5})})
     run = Distillation(base, source, collection, options, "hand-g4-s4", tmp_path)
@@ -175,6 +177,7 @@ def test_few_steps_learn_from_many(base: Base, collection: Collection, tmp_path:
     file = StyleFile(outcome.style)
     assert file.defaults == {"steps": 4, "strength": 0.9, "solver": "dpmpp2m", "control": 0.5}
     found, left = file.load().kv_unet, sorted(set(range(10)) - set(run.stages))
+    assert f"stages {', '.join(map(str, left))} were not painted and stay unguided" in caplog.text
     np.testing.assert_allclose(found[left], source.kv_unet.numpy()[left], atol=2e-3)
     assert json.loads(outcome.curve.read_text())["stages"] == run.stages
 

@@ -167,6 +167,8 @@ class Distillation:
         self.lessons, self.exam = sides["teach"], sides["held_out"]
         self._repeated = self.lessons[0], self.lessons[1].like(self.exam[1])
         self.stages = sorted(set(self.exam[1].stage.tolist()) & set(self.lessons[1].stage.tolist()))
+        if left := sorted(set(range(self.style.stages)) - set(self.stages)):
+            log.warning("stages %s were not painted and stay unguided", ", ".join(map(str, left)))
         self._size = self.lessons[1].distance(self.stages)
         if not self._resume:
             self._choose_start()
