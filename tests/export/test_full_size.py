@@ -84,16 +84,8 @@ def test_multiplications_are_those_that_are_known(exported: dict[str, Any], fold
 
     one, two = count_macs(folder / "fp32" / "denoiser.onnx", [denoiser(1), denoiser(2)])
     (hint,) = count_macs(folder / "fp32" / "hint.onnx", [{"edges": [1, 3, 512, 512]}])
-    # diffusers' networks take 402 G and 142 G, 7.4 G of which for the hint; keys and values, here baked, are 1.5 G.
-    assert two - one == pytest.approx(402e9, rel=0.005)
-    assert one - (two - one) + hint == pytest.approx(142e9, rel=0.01)
-    assert hint == pytest.approx(7.4e9, rel=0.02)
-
-
-def test_the_denoiser_with_its_controlnet_compiles_ahead_of_time(folder: Path) -> None:
-    """By TensorRT-RTX, for one target: three take three times as long. Compiled, never run."""
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'lsast[tensorrt-rtx]'")
-    script("export", folder, "--precision", "fp16", "--json")
-    (row,) = script("compile", folder, "--sm", "8.9", "--graph", "denoiser", "--json")["rows"]
-    halves = DENOISER / 2 / 1e9
-    assert halves <= row["engine_gb"] <= 1.1 * halves
+    # torch's FlopCounterMode on diffusers' networks of these configurations, on the device meta: 401.637 G, 141.646 G
+    # and 7.361 G for the hint; less 1.476 G and 0.681 G for keys and values, which are baked here.
+    assert two - one == pytest.approx(400.161e9, rel=1e-4)
+    assert one - (two - one) + hint == pytest.approx(140.965e9, rel=1e-4)
+    assert hint == pytest.approx(7.361e9, rel=1e-4)
