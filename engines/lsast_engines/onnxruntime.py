@@ -70,8 +70,6 @@ class OnnxRuntimeEngine(CheckedEngine):
         options.enable_mem_pattern = False
         # The arena keeps what it had for the next run: quicker every step, and 1 GB for nothing once a picture.
         options.enable_cpu_mem_arena = spec.name == DENOISER
-        # Of quantised graphs: products in int8 whose input several share are computed in float32 without it on x86.
-        options.add_session_config_entry("session.qdqisint8allowed", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         left_out = ["ConstantFolding"] if device == "cpu" and half_bytes(path.parent, "BF16") > EXPANDED_LIMIT else []

@@ -18,9 +18,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+from onnx import numpy_helper
 
-from .plain_graph import Model, plain_graph
+from .plain_graph import Model, plain_graph, replace_contents
 from .trial import Feeds
 
 OPERATORS = ("Conv", "MatMul")
@@ -111,9 +113,45 @@ class Calibration:
         quantizer.quantize_model()
         quantizer.model.topological_sort()
         quantised = quantizer.model.model
+        _pairs_apart(quantised)
         # Shapes that were inferred before have gone stale, and name scratch values.
         del quantised.graph.value_info[:]
         return quantised
+
+
+def _pairs_apart(model: Model) -> None:
+    """Give every linear layer a pair of its own where several share one.
+
+    On x86 ONNX Runtime multiplies int8 by turning it into uint8, which it does for a pair that one layer reads; what
+    several read it computes in float32. Equal pairs it would make one again, so that their scales differ in the last
+    bit.
+    """
+    makers = {output: node for node in model.graph.node for output in node.output}
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    readers: dict[str, int] = {}
+    nodes = []
+    for node in model.graph.node:
+        shared = node.input[0] if node.op_type == "MatMul" else ""
+        if (end := makers.get(shared)) is not None and end.op_type == "DequantizeLinear" and end.input[0] in makers:
+            count = readers.get(shared, 0)
+            readers[shared] = count + 1
+            if count:
+                begin, own = makers[end.input[0]], f"{shared}/{count}"
+                scale = numpy_helper.to_array(tensors[end.input[1]])
+                for _ in range(count):
+                    scale = np.nextafter(scale, np.float32(np.inf), dtype=np.float32)
+                model.graph.initializer.append(numpy_helper.from_array(np.asarray(scale), f"{own}/scale"))
+                nodes += [
+                    onnx.helper.make_node(
+                        "QuantizeLinear", [begin.input[0], f"{own}/scale", begin.input[2]], [f"{own}/int8"], f"{own}/q"
+                    ),
+                    onnx.helper.make_node(
+                        "DequantizeLinear", [f"{own}/int8", f"{own}/scale", end.input[2]], [own], f"{own}/dq"
+                    ),
+                ]
+                node.input[0] = own
+        nodes.append(node)
+    replace_contents(model, nodes, model.graph.initializer)
 
 
 class _Reader:

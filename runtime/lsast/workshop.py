@@ -39,6 +39,14 @@ class Opener:
     threads: int | None = None
     arithmetic: Arithmetic = "fp32"
 
+    def __post_init__(self) -> None:
+        if self.bundle.manifest.precision == "int8" and self.arithmetic != "fp32":
+            # OpenVINO 2026.4 fails to open a float convolution in bf16 whose output is quantised.
+            raise UsageError(
+                f"found arithmetic {self.arithmetic} for {self.bundle.path}, which is in int8; expected fp32, which is "
+                "then what is not in int8: leave it out"
+            )
+
     def __call__(self, name: str, arithmetic: Arithmetic | None = None) -> Engine:
         """Open the graph `name`, in another arithmetic if one is given.
 

@@ -61,9 +61,6 @@ class FakeOptions:
     def __init__(self) -> None:
         self.added: list[Any] = []
 
-    def add_session_config_entry(self, key: str, value: str) -> None:
-        assert key == "session.qdqisint8allowed"
-
     def add_provider_for_devices(self, devices: list[Any], told: dict[str, str]) -> None:
         self.added.append((devices[0].ep_name, told))
 

@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
+import lsast
 from lsast_engines.bundle import Bundle
 from lsast_engines.engine import open_engine
 from lsast_engines.errors import ParityError, TrainingError, UsageError
@@ -314,3 +315,30 @@ def test_psnr_is_opencvs() -> None:
     one, other = (rng.integers(0, 256, (9, 7, 3)).astype(np.uint8) for _ in range(2))
     assert psnr(one, other) == pytest.approx(cv2.PSNR(one, other), rel=1e-6)
     assert psnr(one, one) == float("inf")
+
+
+def test_int8_in_lower_arithmetic_is_refused(quantised: Bundle) -> None:
+    if quantised.manifest.precision == "int8":
+        with pytest.raises(UsageError, match=r"found arithmetic bf16.*expected fp32"):
+            lsast.load(quantised.path, arithmetic="bf16")
+    with lsast.load(quantised.path, backend="onnxruntime") as stylizer:
+        picture = find_contents(None, 1, 64)[0][0]
+        image = stylizer.stylize(picture, size=64, steps=2).image
+    assert image.size == (64, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_the_embedded_bundle_in_int8_paints_what_it_paints_in_float(backend: str, tmp_path: Path) -> None:
+    arguments = ["quantise", "--out", str(tmp_path / "mini"), "--backend", backend, "--json"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["parity"][PICTURE_PSNR] >= 30
+    picture = find_contents(None, 9, 256)[0][8]
+    for style in ("vangogh", "koson"):
+        pictures = []
+        for bundle in (tmp_path / "mini", None):
+            with lsast.load(bundle, backend=backend) as stylizer:
+                pictures.append(np.asarray(stylizer.stylize(picture, style=style, size=256, seed=3).image))
+        assert psnr(*pictures) >= 30, style
