@@ -13,6 +13,7 @@ with the profilers of ONNX Runtime 1.32 and OpenVINO 2026.4 on mini's denoiser):
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from .plain_graph import Model, plain_graph, replace_contents
+from .plain_graph import Model, Weights, plain_graph, replace_contents
 from .trial import Feeds
 
 OPERATORS = ("Conv", "MatMul")
@@ -82,6 +83,13 @@ class Calibration:
         return tuple(
             node.name for node in self._model.graph.node if node.op_type in OPERATORS and node.input[1] in constants
         )
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """SHA-256 (hex) of each layer's weights: the same layer has other names in other graphs."""
+        arrays = Weights(self._model, Path())
+        inputs = {node.name: node.input[1] for node in self._model.graph.node if len(node.input) > 1}
+        return {layer: hashlib.sha256(arrays[inputs[layer]].tobytes()).hexdigest() for layer in self.layers}
 
     def quantised(self, kept: Iterable[str]) -> Model:
         """The graph with every layer in int8 but those that are `kept`."""

@@ -11,7 +11,7 @@ import dataclasses
 import importlib.metadata
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +26,10 @@ from lsast_engines.manifest import QUANTISED
 from lsast_engines.spec import CONTROL, DEEP, DENOISER, PARTS, SHALLOW
 
 from .calibration import Calibration, ends
+from .layer_choice import choose_layers
+from .plain_graph import Model
 from .progress import Progress, silent
-from .trial import Feeds, Floats, Pixels, Trial, decode_all, find_contents, make_trials, psnr, run_trial
+from .trial import Feeds, Floats, Pixels, Trial, decode_all, find_contents, make_trials, psnr, relative_error, run_trial
 from .weight_file import WeightFile
 from .weight_only import quantise_weights
 
@@ -35,6 +37,9 @@ PICTURE_PSNR = "picture_psnr_db"
 """Key of the mean PSNR of held-out paintings in the manifest's `parity`."""
 PICTURE_PSNR_LEAST = "picture_psnr_least_db"
 """Key of the least of them."""
+
+_PROBES = 8
+"""Steps at which a denoiser's output is compared while layers are chosen."""
 
 _log = logging.getLogger("lsast.export")
 
@@ -52,7 +57,8 @@ class QuantiseOptions:
     size: int = 256
     """Their side in pixels, a multiple of the bundle's."""
     target: float = 30.0
-    """Least mean PSNR in dB between held-out paintings by the quantised graphs and by the float ones."""
+    """Least mean PSNR in dB between held-out paintings by the quantised graphs and by the float ones. With ``int8``
+    layers stay in float until it is reached (`layer_choice`)."""
     backend: str = "onnxruntime"
     """Backend to judge on."""
 
@@ -82,7 +88,7 @@ def quantise_bundle(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.quantise.") as scratch:
         folder = Path(scratch)
         progress("quantising")
-        facts = _write_graphs(source, folder, options, feeds)
+        facts = _write_graphs(source, folder, options, feeds, judges, progress)
         progress("judging by paintings")
         figures = judges.figures(folder)
         _log.info("paintings: %s", figures)
@@ -161,19 +167,36 @@ def _fed_to_parts(source: Bundle, feeds: Sequence[Feeds], backend: str) -> dict[
     return fed
 
 
-def _write_graphs(source: Bundle, folder: Path, options: QuantiseOptions, feeds: Sequence[Feeds]) -> dict[str, str]:
+def _write_graphs(
+    source: Bundle,
+    folder: Path,
+    options: QuantiseOptions,
+    feeds: Sequence[Feeds],
+    judges: _Judges,
+    progress: Progress,
+) -> dict[str, str]:
     """Write all graphs and the weight file to `folder`; → facts for the manifest's `source`."""
     facts = {}
+    # By their weights: nodes of the parts have other names than the denoiser's.
+    kept_weights: frozenset[str] = frozenset()
     fed = {DENOISER: feeds, **_fed_to_parts(source, feeds, options.backend)} if feeds else {}
     with WeightFile(folder) as weights:
-        for name in source.manifest.graphs:
+        for name in sorted(source.manifest.graphs, key=lambda name: name != DENOISER):
             path = source.graph_path(name)
             kept = ends(path)
             if options.precision == "int8-weights":
                 model = quantise_weights(path, kept)
             elif name in fed:
                 calibration = Calibration(path, fed[name])
-                model = calibration.quantised(kept)
+                if name == DENOISER:
+                    choice = choose_layers(
+                        calibration, kept, judges.psnr_of, judges.error_of(feeds), options.target, progress
+                    )
+                    model, kept = choice.graph, choice.kept
+                    kept_weights = frozenset(calibration.weights[layer] for layer in kept & set(calibration.layers))
+                else:
+                    kept |= {layer for layer, weight in calibration.weights.items() if weight in kept_weights}
+                    model = calibration.quantised(kept)
                 facts[f"{name}_in_float"] = f"{len(kept & set(calibration.layers))} of {len(calibration.layers)} layers"
             else:
                 model = onnx.load(str(path), load_external_data=False)
@@ -189,17 +212,48 @@ class _Judges:
         # Other styles come to other pictures than in calibration where there are several.
         turned = [*styles[1:], *styles[:1]]
         self._trials: list[Trial] = make_trials(source, contents, turned, None, backend, seed=1000)
-        self._expected = self._paint(source.path)
+        self._expected = self._paint(source.path, source.path)
 
     def figures(self, folder: Path) -> dict[str, float]:
-        """How near the paintings by the denoiser of `folder` come."""
-        found = [psnr(*pair) for pair in zip(self._paint(folder), self._expected, strict=True)]
+        """How near the paintings by the denoiser and decoder of `folder` come."""
+        found = [psnr(*pair) for pair in zip(self._paint(folder, folder), self._expected, strict=True)]
         return {PICTURE_PSNR: round(sum(found) / len(found), 2), PICTURE_PSNR_LEAST: round(min(found), 2)}
 
-    def _paint(self, folder: Path) -> list[Pixels]:
-        with closing(_denoiser(self._source, folder, self._backend)) as denoiser:
+    def psnr_of(self, denoiser: Model) -> float:
+        """Mean PSNR in dB of paintings by `denoiser` and the float decoder."""
+        with _saved(denoiser) as folder:
+            painted = self._paint(folder, self._source.path)
+        return sum(psnr(*pair) for pair in zip(painted, self._expected, strict=True)) / len(painted)
+
+    def error_of(self, feeds: Sequence[Feeds]) -> Callable[[Model], float]:
+        """What tells the relative error of a denoiser's output over some of `feeds`, of early and of late steps."""
+        chosen = feeds[:: max(1, len(feeds) // _PROBES)]
+        with closing(_denoiser(self._source, self._source.path, self._backend)) as engine:
+            expected = {str(place): engine(given)["eps"].copy() for place, given in enumerate(chosen)}
+
+        def error(denoiser: Model) -> float:
+            with _saved(denoiser) as folder, closing(_denoiser(self._source, folder, self._backend)) as engine:
+                found = {str(place): engine(given)["eps"].copy() for place, given in enumerate(chosen)}
+            return relative_error(found, expected)
+
+        return error
+
+    def _paint(self, denoiser_folder: Path, decoder_folder: Path) -> list[Pixels]:
+        with closing(_denoiser(self._source, denoiser_folder, self._backend)) as denoiser:
             latents: list[Floats] = [run_trial(self._source, trial, denoiser) for trial in self._trials]
-        return decode_all(self._source, folder, latents, self._backend)
+        return decode_all(self._source, decoder_folder, latents, self._backend)
+
+
+@contextlib.contextmanager
+def _saved(denoiser: Model) -> Iterator[Path]:
+    """A folder with `denoiser`, as long as the block runs."""
+    with tempfile.TemporaryDirectory(prefix="lsast-quantise.") as scratch:
+        folder = Path(scratch)
+        copied = onnx.ModelProto()
+        copied.CopyFrom(denoiser)
+        with WeightFile(folder) as weights:
+            weights.save(copied, folder, f"{DENOISER}.onnx")
+        yield folder
 
 
 def _denoiser(source: Bundle, folder: Path, backend: str) -> Engine:

@@ -278,6 +278,18 @@ def test_paintings_that_stray_too_far_leave_nothing(bundles: dict[str, Bundle], 
     assert not list(tmp_path.glob("*out*"))
 
 
+def test_layers_stay_in_float_until_paintings_are_near_enough(
+    quantised: Bundle, bundles: dict[str, Bundle], tmp_path: Path
+) -> None:
+    if quantised.manifest.precision == "int8":
+        target = quantised.manifest.parity[PICTURE_PSNR] + 3
+        options = QuantiseOptions("int8", pictures=1, size=64, target=target)
+        nearer = quantise_bundle(bundles["fp16"], tmp_path / "nearer", options)
+        assert nearer.manifest.parity[PICTURE_PSNR] >= target
+        before, after = (int(bundle.manifest.source["denoiser_in_float"].split()[0]) for bundle in (quantised, nearer))
+        assert before < after < int(nearer.manifest.source["denoiser_in_float"].split()[2])
+
+
 def test_all_faults_of_options_at_once(bundles: dict[str, Bundle], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"(?s)0 pictures.*size of 65"):
         quantise_bundle(bundles["fp32"], tmp_path / "out", QuantiseOptions(pictures=0, size=65))
