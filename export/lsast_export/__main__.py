@@ -19,6 +19,7 @@ from lsast_engines.style_defaults import STYLE_DEFAULTS
 
 from .compile_command import LIBRARIES, compile_command, compiled
 from .console import Command, Group, Phases, common, fail, require_extra
+from .eight_bit_command import modelopt_command
 from .golden_command import golden_command
 from .import_command import import_command
 from .parts_command import parts_command
@@ -128,7 +129,7 @@ def main(
     if not styles:
         raise UsageError(
             "found nothing to do; expected --style NAME, or one of the commands bundle, check, compile, golden, "
-            "import, parts, triton (--help)"
+            "import, modelopt, parts, quantise, triton (--help)"
         )
     if out is not None:
         _export(styles, base, out, precision, defaults, backend, sm, parts, as_json, **imports)
@@ -329,6 +330,7 @@ main.add_command(compile_command)
 main.add_command(golden_command)
 main.add_command(import_command)
 main.add_command(quantise_command)
+main.add_command(modelopt_command)
 main.add_command(triton_command)
 main.add_command(parts_command)
 

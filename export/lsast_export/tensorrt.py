@@ -103,7 +103,7 @@ def compile_graph(
         progress(f"compiling {spec.name}")
         progress(f"compiling {spec.name}", "is there already")
         return found
-    _require_types(path, targets)
+    require_types(held_types(path), targets, path.name)
     progress(f"compiling {spec.name}")
     if found is not None:
         progress(f"compiling {spec.name}", f"took {found.seconds:.0f} s last time")
@@ -288,17 +288,24 @@ def _capability(trt: Any, target: str) -> Any:
     return trt.ComputeCapability.__members__[name]
 
 
-def _require_types(path: Path, targets: tuple[str, ...]) -> None:
-    """Refuse number types that a target's GPUs do not have, before minutes are spent."""
+def require_types(kinds: Collection[str], targets: tuple[str, ...], holder: str) -> None:
+    """Refuse number types that a target's GPUs do not have, before minutes are spent.
+
+    Args:
+        kinds: ONNX's names of the types.
+        targets: compute capabilities, or `PORTABLE`.
+        holder: what holds them, for the message.
+
+    Raises:
+        ExportError: all of them at once.
+    """
     faults = []
-    for kind in sorted(held_types(path) & NEEDS.keys()):
+    for kind in sorted(set(kinds) & NEEDS.keys()):
         least = NEEDS[kind]
         for target in targets:
             capability = (8, 0) if target == PORTABLE else tuple(map(int, target.split(".")))
             if capability < least:
-                faults.append(
-                    f"{target}: found {kind} in {path.name}; expected compute capability {least[0]}.{least[1]}"
-                )
+                faults.append(f"{target}: found {kind} in {holder}; expected compute capability {least[0]}.{least[1]}")
     if faults:
         raise ExportError(fault_list("GPUs of these compute capabilities lack number types of the graph:", faults))
 

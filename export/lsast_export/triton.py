@@ -146,7 +146,7 @@ def _write_graph(path: Path, spec: GraphSpec, target: Path) -> None:
     model = onnx.load(path, load_external_data=False)
     for tensor in spec.inputs:
         if not tensor.shape:
-            _take_one_element(model, tensor.name)
+            one_element(model, tensor.name)
     target.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(target.parent / f"{spec.name}.data") as weights:
         _move_weights(model, path.parent, weights, f"{spec.name}.data")
@@ -180,7 +180,7 @@ def _move_weights(model: onnx.ModelProto, folder: Path, weights: BinaryIO, name:
                 tensor.external_data.add(key=key, value=value)
 
 
-def _take_one_element(model: onnx.ModelProto, name: str) -> None:
+def one_element(model: onnx.ModelProto, name: str) -> None:
     """Turn the scalar input `name` of a graph into one of shape [1]."""
     graph = model.graph
     scalar = f"{name}/scalar"
