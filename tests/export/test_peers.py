@@ -1,0 +1,58 @@
+"""The peers of `benchmarks/compare.py` do the work that they claim to: so many passes of each network a step."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from lsast_train.base import Base
+from lsast_train.mini.architecture import MiniConfig, build_mini
+
+
+@pytest.fixture(scope="module")
+def peers() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("peers", Path(__file__).parents[2] / "benchmarks" / "peers.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _batches(network: Any) -> list[int]:
+    """Filled with the batch of every pass of `network`."""
+    seen: list[int] = []
+    network.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(len(args[0] if args else kwargs["sample"])), with_kwargs=True
+    )
+    return seen
+
+
+@pytest.mark.parametrize(("name", "control"), [("reference", 1), ("diffusers", 2)])
+def test_passes_of_a_step(peers: ModuleType, name: str, control: int) -> None:
+    base: Base = build_mini(MiniConfig.tiny())  # the pipeline changes its processors
+    paint: Callable[[int], list[float]] = peers.PEERS[name](base, 64, torch.float32)
+    unet, controlnet = _batches(base.unet), _batches(base.controlnet)
+    with torch.inference_mode():
+        ticks = paint(3)
+        assert unet == [2, 2, 2]
+        assert controlnet == [control] * 3
+        assert len(ticks) == (3 if name == "reference" else 2)
+        one, two = peers.counted(paint, 1), peers.counted(paint, 2)
+    assert unet[3:] == [2, 2, 2]
+    # A step is more than two passes of the U-Net alone, and what runs once a picture comes on top.
+    with torch.inference_mode(), peers.FlopCounterMode(display=False) as counter:
+        contexts = torch.zeros(2, 3, base.facts.tokens, base.context_dim)
+        base.eps(torch.zeros(2, 4, 8, 8), torch.tensor([1, 1]), contexts)
+    assert counter.get_total_flops() // 2 < two - one < one
+
+
+@pytest.mark.parametrize("steps", [1, 2, 29, 35])
+def test_strength_that_gives_so_many_steps(peers: ModuleType, steps: int) -> None:
+    assert int(peers.STEPS * peers._strength(steps)) == steps
