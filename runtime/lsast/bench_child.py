@@ -223,12 +223,15 @@ def peak_bytes() -> int | None:
 
 def main(name: str) -> None:
     """Do a task and print its report, or what was wrong as ``{"error": …}``."""
-    from lsast_engines.errors import LsastError
-
     task = json.load(sys.stdin)
     try:
         report = TASKS[name](task)
-    except LsastError as error:
+    except Exception as error:
+        # Not before: it imports what a cold start is to be told of.
+        from lsast_engines.errors import LsastError
+
+        if not isinstance(error, LsastError):
+            raise
         report = {"error": str(error)}
     times = os.times()
     report |= {"cpu_s": times.user + times.system, "peak_bytes": peak_bytes()}
