@@ -21,7 +21,7 @@ from lsast_engines.engine_key import (
 )
 from lsast_engines.errors import BackendError, UsageError
 from lsast_engines.profile import Ranges, ShapeSpan, Span, output_shapes, require_in_profile
-from lsast_engines.spec import Geometry, graph_specs
+from lsast_engines.spec import Cut, Geometry, graph_specs, part_specs
 
 GEOMETRY = Geometry(hint_channels=6, tokens=8, unet_width=40, control_width=16)
 SPECS = graph_specs(GEOMETRY)
@@ -48,6 +48,17 @@ def an_engine(folder: Path, name: str = "denoiser", content: bytes = b"compiled"
         key=a_key(graph=name, **changes), sha256=digest, bytes=len(content), seconds=41.5, lsast_version="0.1.0"
     ).save(engine)
     return engine
+
+
+def test_deeper_levels_of_a_part_have_sides_that_are_halved() -> None:
+    cut = Cut(residuals=((6, 0), (6, 1), (9, 3)), outer=1, feature=7)
+    specs = part_specs(GEOMETRY, cut)
+    profile = Ranges().profile(specs["deep"])
+    assert profile["residual_1"] == ((1, 6, 24, 24), (1, 6, 32, 32), (4, 6, 64, 64))
+    assert profile["residual_2"] == ((1, 9, 6, 6), (1, 9, 8, 8), (4, 9, 16, 16))
+    shapes = {"latent": (2, 4, 48, 64), "hint": (2, 6, 48, 64), "timestep": (2,), "kv_control": (2, 8, 16)}
+    found = output_shapes(specs["control"], {**shapes, "control_scale": ()})
+    assert found == {"residual_0": (2, 6, 48, 64), "residual_1": (2, 6, 24, 32), "residual_2": (2, 9, 6, 8)}
 
 
 def test_a_profile_spans_what_the_ranges_say() -> None:

@@ -228,6 +228,26 @@ def test_the_command_says_where_and_how_well(
     assert "found no bundle 'nowhere'" in missing.stderr
 
 
+def test_a_bundle_that_is_exported_again_keeps_its_parts_and_one_without_gets_them_by_option(
+    parted: Bundle,
+    bundles: dict[str, Bundle],
+    traced: dict[str, TracedGraph],
+    traced_parts: dict[str, TracedGraph],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lsast_export.exporter.trace_graphs", lambda *_: traced)
+    monkeypatch.setattr("lsast_export.exporter.trace_parts", lambda *_: traced_parts)
+    for name, source, options in (("kept", parted, []), ("new", bundles["fp16"], ["--parts"])):
+        arguments = ["bundle", "--base", str(source.path), "--out", str(tmp_path / name), *options]
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.stderr
+        assert set(PARTS) < Bundle.open(tmp_path / name).manifest.parity.keys()
+    refused = CliRunner().invoke(main, ["--style", "x", "--parts"])
+    assert refused.exit_code == 2
+    assert "expected --out DIR with them" in refused.stderr
+
+
 def test_specs_are_those_of_the_base(parted: Bundle) -> None:
     cut = cut_of(skeleton(open_base_parts(parted.path)))
     specs = part_specs(parted.manifest.geometry, cut)

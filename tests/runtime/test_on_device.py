@@ -118,6 +118,15 @@ def test_plain_paintings_are_the_hosts_and_come_back_once(
     assert cuda.calls.count("download") == 5
 
 
+@pytest.mark.parametrize("low", [250, 1000])
+def test_guidance_that_rests_at_some_steps_is_the_hosts_say(
+    on_gpu: Stylizer, on_cpu: Stylizer, picture: np.ndarray, low: int
+) -> None:
+    change = {**LARGE, "guidance": 3.0, "guidance_low": low}
+    alike(on_gpu.stylize(picture, **change), on_cpu.stylize(picture, **change))
+    assert loop_of(on_gpu) is None
+
+
 def test_a_batch_of_unlike_rows_is_one_loop(
     on_gpu: Stylizer, on_cpu: Stylizer, cuda: FakeCuda, picture: np.ndarray
 ) -> None:
