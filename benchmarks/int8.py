@@ -1,0 +1,161 @@
+"""What 8 bits gain and cost: a denoiser step, a painting, memory and nearness of fp32, bf16, int8 and int8-weights.
+
+    lsast-export quantise --out engines/mini-int8
+    lsast-export quantise --out engines/mini-int8-weights --precision int8-weights
+    python benchmarks/int8.py PICTURE… --int8 engines/mini-int8 --int8-weights engines/mini-int8-weights
+
+Every row is a process of its own, so that its peak memory is its own; rounds go through all rows again and again, so
+that what else the machine does meets all of them. PSNR is that of the painting to ONNX Runtime's in fp32, of the same
+picture and seed, mean over the pictures. Prints a Markdown table, or JSON; run nothing else meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from machine import describe
+
+ROWS = (
+    ("onnxruntime", "fp32", "float"),
+    ("onnxruntime", "fp32", "int8"),
+    ("onnxruntime", "fp32", "int8-weights"),
+    ("openvino", "fp32", "float"),
+    ("openvino", "bf16", "float"),
+    ("openvino", "fp32", "int8"),
+    ("openvino", "fp32", "int8-weights"),
+)
+"""Backend, arithmetic, bundle."""
+
+
+@click.command()
+@click.argument("pictures", nargs=-1, type=click.Path(exists=True, path_type=Path))
+@click.option("--bundle", default=None, help="In fp32, fp16 or bf16; the embedded one.")
+@click.option("--int8", "int8", required=True, help="What quantise made of it.")
+@click.option("--int8-weights", "weights", required=True, help="What quantise --precision int8-weights made of it.")
+@click.option("--size", default=512, show_default=True)
+@click.option("--rounds", default=3, show_default=True, help="Processes for each row.")
+@click.option("--threads", type=int, default=None, help="Default: what the backend takes.")
+@click.option("--json", "as_json", is_flag=True)
+def main(
+    pictures: tuple[Path, ...],
+    bundle: str | None,
+    int8: str,
+    weights: str,
+    size: int,
+    rounds: int,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Measure all rows on PICTURES."""
+    if not pictures:
+        raise click.UsageError("found no picture; expected one or more")
+    bundles = {"float": bundle, "int8": int8, "int8-weights": weights}
+    with tempfile.TemporaryDirectory() as scratch:
+        found: list[list[dict[str, Any]]] = [[] for _ in ROWS]
+        for _ in range(rounds):
+            for place, (backend, arithmetic, kind) in enumerate(ROWS):
+                job = {
+                    "pictures": [str(picture.resolve()) for picture in pictures],
+                    "bundle": bundles[kind],
+                    "backend": backend,
+                    "arithmetic": arithmetic,
+                    "size": size,
+                    "threads": threads,
+                    "out": f"{scratch}/{place}.npy",
+                }
+                child = subprocess.run(
+                    [sys.executable, __file__, "--child", json.dumps(job)],
+                    stdout=subprocess.PIPE,
+                    check=False,
+                    text=True,
+                )
+                if child.returncode:
+                    raise click.ClickException(f"{backend} {arithmetic} {kind} failed, see above")
+                found[place].append(json.loads(child.stdout))
+        rows = [
+            _row(ROWS[place], found[place], f"{scratch}/{place}.npy", f"{scratch}/0.npy") for place in range(len(ROWS))
+        ]
+    facts = describe(("lsast", "numpy", "onnxruntime", "openvino"))
+    if as_json:
+        print(
+            json.dumps(
+                {"machine": facts, "size": size, "pictures": len(pictures), "rounds": rounds, "rows": rows}, indent=1
+            )
+        )
+        return
+    print(
+        f"{size} pixels, {len(pictures)} pictures, {rounds} processes a row, threads {threads or 'default'}\n{facts}\n"
+    )
+    print("| backend | arithmetic | bundle | step s (spread) | painting s (spread) | peak RSS MB | PSNR dB |")
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        cells = [row["backend"], row["arithmetic"], row["bundle"]]
+        cells += [f"{row[f'{name}_s']:.3f} ({row[f'{name}_spread_s']:.3f})" for name in ("step", "painting")]
+        print(f"| {' | '.join(cells)} | {row['peak_rss_mb']:.0f} | {row['psnr_db']:.1f} |")
+
+
+def _row(kind: tuple[str, str, str], runs: list[dict[str, Any]], out: str, reference: str) -> dict[str, Any]:
+    import numpy as np
+
+    painted, expected = np.load(out).astype(np.float64), np.load(reference).astype(np.float64)
+    errors = ((painted - expected) ** 2).reshape(len(painted), -1).mean(axis=1)
+    row: dict[str, Any] = dict(zip(("backend", "arithmetic", "bundle"), kind, strict=True))
+    for name in ("step", "painting"):
+        values = [run[f"{name}_s"] for run in runs]
+        row[f"{name}_s"], row[f"{name}_spread_s"] = statistics.median(values), max(values) - min(values)
+    row["step_cpu_s"] = min(run["step_cpu_s"] for run in runs)
+    row["peak_rss_mb"] = max(run["peak_rss_mb"] for run in runs)
+    row["psnr_db"] = float(np.mean(10 * np.log10(255**2 / np.maximum(errors, 1e-10))))
+    return row
+
+
+def child(job: dict[str, Any]) -> dict[str, float]:
+    """Paint every picture twice, the second time by the clock; seconds of a step are those of its denoising."""
+    import resource
+
+    import cv2
+    import numpy as np
+
+    import lsast
+
+    painted, seconds, steps, cpu = [], [], [], []
+    options = {"size": job["size"], "fit": "squash", "seed": 1}
+    with lsast.load(
+        job["bundle"], backend=job["backend"], arithmetic=job["arithmetic"], threads=job["threads"]
+    ) as stylizer:
+        for picture in job["pictures"]:
+            stylizer.stylize(picture, **options)
+            counted = []
+            begin, began = time.perf_counter(), time.process_time()
+            result = stylizer.stylize(
+                picture, **options, on_step=lambda done, total, _, counted=counted: counted.append(total)
+            )
+            seconds.append(time.perf_counter() - begin)
+            steps.append(result.seconds["denoise"] / counted[0])
+            cpu.append((time.process_time() - began) / counted[0])
+            # All of one size, to lie in one file.
+            image = np.asarray(result.image.convert("RGB"))
+            painted.append(cv2.resize(image, (job["size"], job["size"]), interpolation=cv2.INTER_AREA))
+    np.save(job["out"], np.stack(painted))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {
+        "step_s": statistics.median(steps),
+        "step_cpu_s": min(cpu),
+        "painting_s": statistics.median(seconds),
+        "peak_rss_mb": peak,
+    }
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        print(json.dumps(child(json.loads(sys.argv[2]))))
+    else:
+        main()
