@@ -47,7 +47,7 @@ def compiled(
     kept = _folder() / _key(str(path.resolve())) / f"{path.stem}-{arithmetic}-{facts}.blob"
     if kept.is_file():
         try:
-            return core.import_model(io.BytesIO(kept.read_bytes()), "CPU", config)
+            return core.import_model(io.BytesIO(_checked(kept)), "CPU", config)
         # What OpenVINO raises has no common base, and the graph itself is there.
         except Exception as error:
             _log.warning("%s cannot be read (%s); the graph is compiled anew", kept, error)
@@ -63,13 +63,27 @@ def _keep(fresh: Any, kept: Path) -> None:
     """Write the compiled graph and remove those that it takes the place of."""
     kept.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
+    fresh.export_model(buffer)
     with replace_file(kept) as handle:
-        fresh.export_model(buffer)
+        handle.write(hashlib.sha256(buffer.getbuffer()).digest())
         handle.write(buffer.getbuffer())
     graph, arithmetic, _ = kept.stem.split("-")
     for other in kept.parent.glob(f"{graph}-{arithmetic}-*.blob"):
         if other != kept:
             other.unlink(missing_ok=True)
+
+
+def _checked(kept: Path) -> bytes:
+    """What OpenVINO wrote, behind its SHA-256: a library may crash on damaged bytes.
+
+    Raises:
+        ValueError: it is not what was written.
+    """
+    with kept.open("rb") as handle:
+        digest, content = handle.read(hashlib.sha256().digest_size), handle.read()
+    if hashlib.sha256(content).digest() != digest:
+        raise ValueError("damaged")
+    return content
 
 
 def _facts(core: Any, files: list[Path], version: str) -> str:

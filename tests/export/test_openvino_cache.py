@@ -109,13 +109,16 @@ def test_every_arithmetic_has_a_file_of_its_own(core: CountingCore, decode: Call
     assert core.compiled == 2
 
 
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
 def test_a_damaged_file_is_told_of_and_replaced(
-    core: CountingCore, decode: Callable[..., np.ndarray], caplog: pytest.LogCaptureFixture
+    core: CountingCore, decode: Callable[..., np.ndarray], caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     expected = decode()
     (kept,) = _kept()
-    size = kept.stat().st_size
-    kept.write_bytes(b"nothing")
+    content = bytearray(kept.read_bytes())
+    size = len(content)
+    content[size // 2] ^= 1
+    kept.write_bytes(content[: size // 2] if damage == "cut" else content)
     with caplog.at_level(logging.WARNING, "lsast.openvino"):
         np.testing.assert_array_equal(decode(), expected)
     assert "the graph is compiled anew" in caplog.text
