@@ -23,10 +23,10 @@ from typing import Any
 
 import click
 
-from lsast.bench_machine import PACKAGES, describe, load
-from lsast.bench_measure import THREAD_VARIABLES, add_macs, ceiling, child, measure, megabytes, write_test_picture
-from lsast.bench_plan import Configuration, Summary, parse_backend
-from lsast.bench_report import draw_bars, require_matplotlib, table
+from lsast.bench.machine import PACKAGES, describe, load
+from lsast.bench.measure import THREAD_VARIABLES, add_macs, ceiling, child, measure, megabytes, write_test_picture
+from lsast.bench.plan import Configuration, Summary, parse_backend
+from lsast.bench.report import draw_bars, require_matplotlib, table
 from lsast.presets import PRESETS
 from lsast_engines.bundle import find_bundle
 from lsast_engines.engine import available_backends

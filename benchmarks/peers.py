@@ -25,7 +25,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from lsast.bench_child import peak_bytes
+from lsast.bench.child import peak_bytes
 from lsast_engines.schedule import Schedule
 from lsast_engines.solvers import make_solver
 from lsast_train.base import Base, load_base

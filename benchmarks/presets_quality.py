@@ -75,7 +75,8 @@ def main() -> None:
                 for preset, where in folders.items()
                 if where != first
             }
-            print(f"\n## {style}\n{report.table()}\n\n| preset | PSNR to {chosen.preset[0]}: median | lowest |\n|---|---|---|")
+            print(f"\n## {style}\n{report.table()}\n")
+            print(f"| preset | PSNR to {chosen.preset[0]}: median | lowest |\n|---|---|---|")
             for preset, values in distances.items():
                 print(f"| {preset} | {np.median(values):.1f} dB | {min(values):.1f} dB |", flush=True)
             report.sheet(chosen.out / f"{style}.png")

@@ -89,9 +89,9 @@ def test_every_script_has_its_module(project: dict[str, Any]) -> None:
     assert scripts.keys() == {"lsast-run", "lsast-bench", "lsast-train", "lsast-export", "lsast-eval"}
     for target in scripts.values():
         module, _, function = target.partition(":")
-        package, name = module.split(".")
+        package, *path = module.split(".")
         (room,) = [room for room, held in ROOMS.items() if held == package]
-        source = (ROOT / room / package / f"{name}.py").read_text(encoding="utf-8")
+        source = (ROOT.joinpath(room, package, *path).with_suffix(".py")).read_text(encoding="utf-8")
         assert re.search(rf"\b{function}\b", source), f"{target} is not in {module}"
 
 

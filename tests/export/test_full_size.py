@@ -70,7 +70,7 @@ def test_painting_needs_little_more_than_the_weights(exported: dict[str, Any], f
 
 def test_multiplications_are_those_that_are_known(exported: dict[str, Any], folder: Path) -> None:
     pytest.importorskip("openvino")
-    from lsast.bench_macs import count_macs
+    from lsast.bench.macs import count_macs
 
     def denoiser(rows: int) -> dict[str, list[int]]:
         return {

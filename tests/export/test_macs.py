@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lsast.bench_macs import count_macs
+from lsast.bench.macs import count_macs
 from lsast_engines.bundle import Bundle
 from lsast_export.graphs import GRAPHS, graph_module
 from lsast_train.base import Base

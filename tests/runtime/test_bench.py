@@ -13,12 +13,12 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from lsast import bench_measure
-from lsast.bench import main
-from lsast.bench_ceilings import ceilings, matmul_graph, quantised_matmul_graph, spec
-from lsast.bench_measure import add_macs, cold_figures, covered, warm_figures
-from lsast.bench_plan import Configuration, Summary, parse_counts, plan
-from lsast.bench_report import markdown
+from lsast.bench import measure as bench_measure
+from lsast.bench.ceilings import ceilings, matmul_graph, quantised_matmul_graph, spec
+from lsast.bench.cli import main
+from lsast.bench.measure import add_macs, cold_figures, covered, warm_figures
+from lsast.bench.plan import Configuration, Summary, parse_counts, plan
+from lsast.bench.report import markdown
 from lsast_engines.engine import open_engine
 from lsast_engines.errors import UsageError
 
@@ -26,7 +26,7 @@ from lsast_engines.errors import UsageError
 @pytest.fixture
 def folder(tmp_path: Path, bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder, with the tiny bundle as the default."""
-    rooms = [str(Path(module.__file__).parents[1]) for module in (bench_measure, sys.modules["lsast_engines"])]
+    rooms = [str(Path(module.__file__).parents[1]) for module in (sys.modules["lsast"], sys.modules["lsast_engines"])]
     monkeypatch.setenv("PYTHONPATH", ":".join(rooms))
     monkeypatch.setenv("LSAST_BUNDLE", str(bundle_path))
     monkeypatch.setenv("LSAST_HOME", str(tmp_path / "home"))

@@ -1,11 +1,11 @@
-"""What one process of `lsast-bench` measures: ``python -m lsast.bench_child TASK`` with JSON on stdin and stdout.
+"""What one process of `lsast-bench` measures: ``python -m lsast.bench.child TASK`` with JSON on stdin and stdout.
 
 Every measurement has a process of its own, so that peaks of memory and what was loaded before are its own. Tasks:
 
 - ``warm``: open a bundle, paint a picture (or a batch) once, then again and again;
 - ``cold``: open a bundle, paint a picture and save it, once, with the time of every part;
-- ``ceilings``: see `bench_ceilings`;
-- ``macs``: see `bench_macs`.
+- ``ceilings``: see `ceilings`;
+- ``macs``: see `macs`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lsast_engines.bundle import Bundle
     from lsast_engines.engine import Arithmetic, Array, Engine, Feeds
 
-    from .stylizer import Stylizer
+    from ..stylizer import Stylizer
 
 Report = dict[str, Any]
 
@@ -92,8 +92,8 @@ class TimedEngine:
 
 def opened(bundle: Bundle, task: Mapping[str, Any], parts: Parts) -> tuple[Stylizer, dict[str, TimedEngine]]:
     """A stylizer on timed engines, and those, filled as they are opened."""
-    from .stylizer import Stylizer, first_graphs
-    from .workshop import Opener
+    from ..stylizer import Stylizer, first_graphs
+    from ..workshop import Opener
 
     engines: dict[str, TimedEngine] = {}
 
@@ -168,7 +168,7 @@ def cold(task: Mapping[str, Any]) -> Report:
     with parts("imports"):
         from lsast_engines.bundle import Bundle, find_bundle
 
-        from . import running, stylizer  # noqa: F401 - what lsast-run imports before it opens anything
+        from .. import running, stylizer  # noqa: F401 - what lsast-run imports before it opens anything
     with parts(f"import {task['backend']}"):
         from lsast_engines.engine import backend_devices
 
@@ -185,15 +185,15 @@ def cold(task: Mapping[str, Any]) -> Report:
 
 
 def measure_ceilings(task: Mapping[str, Any]) -> Report:
-    """See `bench_ceilings.ceilings`."""
-    from .bench_ceilings import ceilings
+    """See `ceilings.ceilings`."""
+    from .ceilings import ceilings
 
     return {"gmacs": ceilings(**task)}
 
 
 def measure_macs(task: Mapping[str, Any]) -> Report:
-    """Counts by graph; see `bench_macs.count_macs`."""
-    from .bench_macs import count_macs
+    """Counts by graph; see `macs.count_macs`."""
+    from .macs import count_macs
 
     return {"macs": {path: count_macs(Path(path), shapes) for path, shapes in task["graphs"].items()}}
 

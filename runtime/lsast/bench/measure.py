@@ -1,4 +1,4 @@
-"""Measurements of `lsast-bench`: starts the processes of `bench_child` and makes rows of what they tell."""
+"""Measurements of `lsast-bench`: starts the processes of `child` and makes rows of what they tell."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from lsast_engines.errors import BackendError
 
-from .bench_plan import Configuration, Summary
+from .plan import Configuration, Summary
 
 Row = dict[str, Any]
 Progress = Callable[[str], None]
@@ -23,7 +23,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
 
 
 def child(name: str, task: Mapping[str, Any], threads: int | None = None) -> Row:
-    """Do a task of `bench_child` in a process of its own; stderr goes through.
+    """Do a task of `child` in a process of its own; stderr goes through.
 
     Raises:
         BackendError: the process ended without a report, or with an error; the message says which.
@@ -31,7 +31,7 @@ def child(name: str, task: Mapping[str, Any], threads: int | None = None) -> Row
     environment = dict(os.environ)
     if threads is not None:
         environment |= dict.fromkeys(THREAD_VARIABLES, str(threads))
-    command = [sys.executable, "-m", "lsast.bench_child", name]
+    command = [sys.executable, "-m", "lsast.bench.child", name]
     done = subprocess.run(command, input=json.dumps(task), stdout=subprocess.PIPE, env=environment, text=True)
     if done.returncode:
         raise BackendError(f"the process that measures {name} ended with status {done.returncode}; see above")
@@ -161,7 +161,7 @@ def add_macs(rows: Iterable[Row], rates: Mapping[str, Mapping[str, float]], thre
 
     Args:
         rows: of `measure`.
-        rates: of `bench_ceilings.ceilings`.
+        rates: of `ceilings.ceilings`.
         threads: see `child`.
 
     Raises:

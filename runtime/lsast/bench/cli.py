@@ -13,8 +13,8 @@ from typing import Any
 
 import click
 
-from . import __version__
-from .command import Command
+from .. import __version__
+from ..command import Command
 
 
 @click.command(
@@ -64,11 +64,11 @@ def main(
     The first size and the first batch are what the other sizes and batches are measured besides. Every measurement is
     a process of its own, so that its memory is its own. Run nothing else meanwhile.
     """
-    from .bench_plan import parse_counts, plan
-    from .bench_report import chart as draw
-    from .bench_report import markdown, require_matplotlib
-    from .presets import preset_options
-    from .sheet import parse_axes
+    from ..presets import preset_options
+    from ..sheet import parse_axes
+    from .plan import parse_counts, plan
+    from .report import chart as draw
+    from .report import markdown, require_matplotlib
 
     if chart:
         require_matplotlib()
@@ -124,8 +124,8 @@ def _measured(
     from lsast_engines.bundle import find_bundle
     from lsast_engines.errors import BackendError
 
-    from .bench_machine import describe, load
-    from .bench_measure import add_macs, child, measure, write_test_picture
+    from .machine import describe, load
+    from .measure import add_macs, child, measure, write_test_picture
 
     def progress(line: str) -> None:
         click.echo(line, err=True)

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from .. import __version__
 
 PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "openvino")
 """What computes, if it is installed."""
