@@ -15,7 +15,7 @@ h2, w2 h / 2, w / 2, and so on: the deeper levels of a network
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ENCODER, HINT, DENOISER, DECODER = "encoder", "hint", "denoiser", "decoder"
 """Names of the four graphs that every bundle has."""
@@ -26,6 +26,9 @@ CONTROL, DEEP, SHALLOW = "control", "deep", "shallow"
 """Names of the denoiser's parts, which a bundle may have beside it: all three or none."""
 
 PARTS = (CONTROL, DEEP, SHALLOW)
+
+DECODER_SMALL = "decoder_small"
+"""Name of a smaller decoder, of the same inputs and outputs, which a bundle may have beside its own."""
 
 ADVANCE = "advance"
 """Name of the graph that takes a solver's step on the device; no bundle's, see `advance_spec`."""
@@ -108,6 +111,14 @@ def graph_specs(geometry: Geometry) -> dict[str, GraphSpec]:
         GraphSpec(DECODER, (TensorSpec("latent", "float32", latent),), (TensorSpec("image", "float32", picture),)),
     )
     return {spec.name: spec for spec in specs}
+
+
+def small_decoder_spec(geometry: Geometry) -> GraphSpec:
+    """The spec of ``decoder_small``: that of the ``decoder``, in whose place it may run, under its own name.
+
+    Its latents are divided by `latent_scale` too, whatever the network inside takes.
+    """
+    return replace(graph_specs(geometry)[DECODER], name=DECODER_SMALL)
 
 
 def advance_spec(channels: int = 4) -> GraphSpec:
@@ -193,8 +204,9 @@ def further_specs(geometry: Geometry, graphs: Mapping[str, GraphSpec]) -> dict[s
 
     The cut is read off the parts themselves; that they agree on it, and name things as `part_specs` does, is not.
     """
+    small = {DECODER_SMALL: small_decoder_spec(geometry)} if DECODER_SMALL in graphs else {}
     if not any(name in graphs for name in PARTS):
-        return {}
+        return small
     residuals = graphs[CONTROL].outputs if CONTROL in graphs else ()
     features = [tensor.shape[2] for tensor in graphs[DEEP].outputs[1:]] if DEEP in graphs else []
     outer = len(graphs[SHALLOW].inputs) - 4 if SHALLOW in graphs else 0  # beside latent, timestep, kv_unet, feature
@@ -203,7 +215,7 @@ def further_specs(geometry: Geometry, graphs: Mapping[str, GraphSpec]) -> dict[s
         outer=max(0, outer),
         feature=next((channels for channels in features if isinstance(channels, int)), 0),
     )
-    return part_specs(geometry, cut)
+    return {**part_specs(geometry, cut), **small}
 
 
 def _sides(level: int) -> tuple[str, str]:

@@ -19,6 +19,7 @@ from lsast_engines.style_defaults import STYLE_DEFAULTS
 
 from .compile_command import LIBRARIES, compile_command, compiled
 from .console import Command, Group, Phases, common, fail, require_extra
+from .decoder_command import decoder_command
 from .eight_bit_command import modelopt_command
 from .golden_command import golden_command
 from .import_command import import_command
@@ -253,13 +254,15 @@ def _export(
     _require_extra()
     from lsast_engines.bundle import MANIFEST
     from lsast_engines.manifest import Manifest
-    from lsast_engines.spec import PARTS
+    from lsast_engines.spec import DECODER_SMALL, PARTS
     from lsast_train.base import open_base_parts, stored_base
     from lsast_train.sources import BaseSource
 
     from .exporter import ExportOptions, export_bundle
     from .progress import peak_rss
     from .skeleton import text_base
+    from .small_decoder import WEIGHTS as SMALL_WEIGHTS
+    from .small_decoder import add_small_decoder, read_small_decoder
     from .styles import read_prompts, with_defaults
 
     phases = Phases()
@@ -270,10 +273,13 @@ def _export(
     networks = open_base_parts(source)
     prompts = with_defaults(read_prompts(styles, text_base(networks) if styles else None), own)
     inherited: dict[str, Any] = {}
+    small = None
     if folder is not None and (folder / MANIFEST).is_file():
         before = Manifest.from_json((folder / MANIFEST).read_text(encoding="utf-8"), str(folder / MANIFEST))
         inherited = before.defaults
         parts |= before.graphs.keys() >= set(PARTS)
+        if DECODER_SMALL in before.graphs:
+            small = read_small_decoder(folder / SMALL_WEIGHTS, before)
     if prompts:
         inherited = {key: value for key, value in inherited.items() if key != "style"}
     chosen: dict[str, Any] = {"precision": precision, "backend": backend}
@@ -281,6 +287,8 @@ def _export(
         ExportOptions(parts=parts), **{key: value for key, value in chosen.items() if value is not None}
     )
     written = export_bundle(networks, out, prompts, options, {**inherited, **wanted}, progress=phases)
+    if small is not None:
+        written = add_small_decoder(out, small, options.backend, phases)
     engines = {} if library is None else {"compiled": compiled(written.path, library, phases, sm=sm)}
     manifest, peak = written.manifest, peak_rss()
     facts = {
@@ -333,6 +341,7 @@ main.add_command(quantise_command)
 main.add_command(modelopt_command)
 main.add_command(triton_command)
 main.add_command(parts_command)
+main.add_command(decoder_command)
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""Adding the denoiser's parts to a bundle that is there, whose weights and styles stay as they are."""
+"""Adding graphs to a bundle that is there, whose weights and styles stay as they are."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import dataclasses
 import logging
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lsast_engines.bundle import MANIFEST, Bundle
 from lsast_engines.errors import BundleError
 from lsast_engines.files import file_sha256, replace_file
 from lsast_engines.manifest import FileEntry, Manifest
-from lsast_engines.spec import PARTS
+from lsast_engines.spec import PARTS, GraphSpec
 from lsast_train.base import open_base_parts
 
 from .exporter import WEIGHTS, require_backend
@@ -55,35 +55,70 @@ def add_parts(
     traced = trace_parts(skeleton(parts), progress)
     specs = {name: graph.spec for name, graph in traced.items()}
     plan = plan or plan_for(parts)
-    try:
-        with _scratch_names(path) as fresh, tempfile.TemporaryDirectory(prefix="lsast-unpacked.") as cache:
-            for name, graph in traced.items():
-                save_graph(graph, path / WEIGHTS, fresh[name])
-            figures = measure_parts_parity(parts, fresh, specs, plan, backend, progress=progress, cache=Path(cache))
-            _log.info("parity: %s", figures)
-            require_parity(figures, plan.tolerance)
-            progress("writing the bundle")
-            files = {f"{name}.onnx": FileEntry(file_sha256(file), file.stat().st_size) for name, file in fresh.items()}
-            bare = dataclasses.replace(
-                manifest,
-                graphs={name: spec for name, spec in manifest.graphs.items() if name not in PARTS},
-                files={name: entry for name, entry in manifest.files.items() if name not in files},
-                parity={name: figure for name, figure in manifest.parity.items() if name not in PARTS},
-            )
-            if bare != manifest:
-                _write_manifest(path, bare)  # before a file that it declares is replaced
-            for name, file in fresh.items():
-                file.replace(path / f"{name}.onnx")
-    except OSError as error:
-        raise BundleError(f"cannot write to {path} ({error}); copy the bundle to a folder that is yours") from error
+    with (
+        writing_to(path),
+        _scratch_names(path) as fresh,
+        tempfile.TemporaryDirectory(prefix="lsast-unpacked.") as cache,
+    ):
+        for name, graph in traced.items():
+            save_graph(graph, path / WEIGHTS, fresh[name])
+        figures = measure_parts_parity(parts, fresh, specs, plan, backend, progress=progress, cache=Path(cache))
+        _log.info("parity: %s", figures)
+        require_parity(figures, plan.tolerance)
+        progress("writing the bundle")
+        return put_graphs(path, manifest, {f"{name}.onnx": file for name, file in fresh.items()}, specs, figures)
+
+
+def put_graphs(
+    path: Path,
+    manifest: Manifest,
+    files: Mapping[str, Path],
+    specs: Mapping[str, GraphSpec],
+    figures: Mapping[str, float],
+) -> Bundle:
+    """Move files that were proven into the bundle at `path`, and then declare them.
+
+    Whenever this is stopped, the folder holds a sound bundle, with all of the graphs or with none.
+
+    Args:
+        path: the bundle.
+        manifest: what it says so far; graphs of the same names are replaced.
+        files: what to move, by the names to be; on the same disk.
+        specs: the graphs, by name.
+        figures: how near to torch each of them comes.
+    """
+    entries = {name: FileEntry(file_sha256(file), file.stat().st_size) for name, file in files.items()}
+    bare = dataclasses.replace(
+        manifest,
+        graphs={name: spec for name, spec in manifest.graphs.items() if name not in specs},
+        files={name: entry for name, entry in manifest.files.items() if name not in entries},
+        parity={name: figure for name, figure in manifest.parity.items() if name not in specs},
+    )
+    if bare != manifest:
+        _write_manifest(path, bare)  # before a file that it declares is replaced
+    for name, file in files.items():
+        file.replace(path / name)
     whole = dataclasses.replace(
         bare,
         graphs={**bare.graphs, **specs},
-        files=dict(sorted({**bare.files, **files}.items())),
+        files=dict(sorted({**bare.files, **entries}.items())),
         parity={**bare.parity, **figures},
     )
     _write_manifest(path, whole)
     return Bundle.open(path, verify_hashes=False)
+
+
+@contextlib.contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Say of a bundle that cannot be written to what to do about it.
+
+    Raises:
+        BundleError: instead of the OSError that came out of the block.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise BundleError(f"cannot write to {path} ({error}); copy the bundle to a folder that is yours") from error
 
 
 def _write_manifest(path: Path, manifest: Manifest) -> None:

@@ -13,7 +13,7 @@ from lsast_engines.engine import open_engine
 from lsast_engines.errors import BundleError, LsastError, fault_list
 from lsast_engines.files import file_sha256
 from lsast_engines.manifest import QUANTISED
-from lsast_engines.spec import PARTS
+from lsast_engines.spec import DECODER_SMALL, PARTS
 from lsast_train.base import Base, open_base_parts
 from lsast_train.packed import pack
 
@@ -24,6 +24,8 @@ from .parity import ParityPlan, measure_parity, plan_for
 from .parts_parity import measure_parts_parity
 from .progress import Progress, silent
 from .skeleton import baking_base
+from .small_decoder import WEIGHTS as SMALL_WEIGHTS
+from .small_decoder import measure_small_parity, read_small_decoder
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,9 @@ def check_bundle(
     figures = measure_parity(parts, graphs, bundle.manifest.graphs, plan, backend, device, progress)
     if graphs.keys() >= set(PARTS):
         figures |= measure_parts_parity(parts, graphs, bundle.manifest.graphs, plan, backend, device, progress)
+    if DECODER_SMALL in graphs:
+        small = read_small_decoder(path / SMALL_WEIGHTS, bundle.manifest)
+        figures |= measure_small_parity(small, graphs[DECODER_SMALL], bundle.manifest, backend, device, progress)
     styles = tuple(bundle.styles())
     return CheckReport(path, backend, figures, bundle.manifest.parity, plan.tolerance, styles)
 

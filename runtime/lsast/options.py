@@ -65,6 +65,9 @@ class Options:
     cache_interval: int = 1
     """The whole U-Net and the ControlNet run at every n-th step, 1 to 1000, and between them only the U-Net's outermost
     level (DeepCache, arXiv 2312.00858)."""
+    decoder: Literal["full", "small"] = "full"
+    """What makes a picture of the painted latent: the base's own decoder, or the smaller, quicker one that
+    ``lsast-export decoder`` adds to a bundle."""
     preset: str | None = None
     """Name of the preset (`lsast.presets`) that options were left to; here they are all resolved."""
 
@@ -142,6 +145,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         ("guidance_low", "guidance_high", "control_low"), ("a whole number from 0 to 1000", _whole(0, 1000))
     ),
     **dict.fromkeys(("control_interval", "cache_interval"), ("a whole number from 1 to 1000", _whole(1, 1000))),
+    "decoder": ("full or small", lambda value: value in ("full", "small")),
     "preset": (f"one of {', '.join(PRESETS)}", lambda value: value is None or value in tuple(PRESETS)),
 }
 """For every field: what is expected, and whether a value is that."""

@@ -23,7 +23,7 @@ from . import masking, sampler, tiles
 from .canvas import Pixels, canvas_for, on_white
 from .mixing import Hand, Mix
 from .options import Options
-from .passes import graphs_of, lay_passes, levers_of, require_parts
+from .passes import graphs_of, lay_passes, levers_of, require_decoder, require_parts
 from .preview import Previewer
 from .provenance import Provenance, bundle_sha256, pixels_sha256, versions
 from .shelf import Shelf
@@ -62,7 +62,7 @@ class Painting:
 
         Raises:
             UsageError: options that this bundle does not have.
-            BundleError: options that need parts of the denoiser, of which this bundle has none.
+            BundleError: options that need parts of the denoiser, or a small decoder, of which this bundle has none.
             PictureError: the picture or the mask cannot be read, or they differ in size.
         """
         manifest = bundle.manifest
@@ -78,6 +78,7 @@ class Painting:
         self.passes = lay_passes(options, self._schedule.steps)
         self._bundle = bundle
         require_parts(bundle, graphs_of(self.passes), levers_of(options))
+        require_decoder(bundle, options)
         self._follower = follower
         with self.clock("read"):
             self._source = read_picture(picture)

@@ -21,7 +21,7 @@ from typing import Literal
 from lsast_engines.bundle import Bundle
 from lsast_engines.errors import BundleError
 from lsast_engines.schedule import Step
-from lsast_engines.spec import CONTROL, DEEP, DENOISER, SHALLOW
+from lsast_engines.spec import CONTROL, DECODER, DECODER_SMALL, DEEP, DENOISER, SHALLOW
 
 from .options import Options
 
@@ -90,6 +90,24 @@ def require_parts(bundle: Bundle, names: Iterable[str], levers: Sequence[str]) -
             f"found no graph {', '.join(missing)} in {bundle.path}, which {', '.join(levers)} needs; add the "
             f"denoiser's parts with: lsast-export parts {bundle.path}"
         )
+
+
+def require_decoder(bundle: Bundle, options: Options) -> None:
+    """Make sure that a bundle has the decoder that options ask for.
+
+    Raises:
+        BundleError: it has not; the message says what adds it.
+    """
+    if (name := decoder_of(options)) not in bundle.manifest.graphs:
+        raise BundleError(
+            f"found no graph {name} in {bundle.path}, which decoder {options.decoder} needs; add it with: "
+            f"lsast-export decoder {bundle.path} --small FOLDER, of TAESD for a base like Stable Diffusion 1.x"
+        )
+
+
+def decoder_of(options: Options) -> str:
+    """Name of the graph that decodes."""
+    return DECODER_SMALL if options.decoder == "small" else DECODER
 
 
 def levers_of(options: Options) -> list[str]:

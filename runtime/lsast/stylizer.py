@@ -21,7 +21,7 @@ from .cancelling import CancelToken
 from .defaults import Defaults
 from .painting import Painting
 from .parted import PartedDenoiser
-from .passes import Pass, graphs_of, levers_of
+from .passes import Pass, decoder_of, graphs_of, levers_of
 from .result import Result
 from .workshop import STYLE_MEMORY, Opener, Workshop
 
@@ -139,6 +139,7 @@ class Stylizer:
         control_low: int | None = None,
         control_interval: int | None = None,
         cache_interval: int | None = None,
+        decoder: Literal["full", "small"] | None = None,
         preset: str | None = None,
         mask: Picture | None = None,
         on_step: OnStep | None = None,
@@ -164,7 +165,7 @@ class Stylizer:
             UsageError: options that cannot be meant, all named at once; a style that the bundle has not, with a list
                 of those it has; the stylizer is closed; or a call from inside `on_step`.
             StyleError: the style's file is damaged, or was made for another base.
-            BundleError: options that need parts of the denoiser, of which the bundle has none.
+            BundleError: options that need parts of the denoiser, or a small decoder, of which the bundle has none.
             PictureError: the picture or the mask cannot be read, or they differ in size.
             BackendError: a graph fails, or gives values that are not finite.
             CancelledError: `cancel` was turned.
@@ -173,7 +174,7 @@ class Stylizer:
                  "control": control, "size": size, "solver": solver, "seed": seed, "alpha": alpha, "fit": fit,
                  "keep_colour": keep_colour, "feather": feather, "tile": tile, "guidance_low": guidance_low,
                  "guidance_high": guidance_high, "control_low": control_low, "control_interval": control_interval,
-                 "cache_interval": cache_interval}  # fmt: skip
+                 "cache_interval": cache_interval, "decoder": decoder}  # fmt: skip
         return self._paint([self._read(picture, given, mask)], on_step, cancel)[0]
 
     async def stylize_async(self, picture: Picture, style: str | None = None, **options: Any) -> Result:
@@ -320,7 +321,7 @@ class Stylizer:
             for painting, latent in zip(paintings, latents, strict=True):
                 painting.clock.add("denoise", shared)
                 with painting.clock("decode"):
-                    canvas = _decode(workshop, latent[None], painting.grid)
+                    canvas = _decode(workshop, decoder_of(painting.options), latent[None], painting.grid)
                     painted.append(painting.settle(latent, canvas))
                 if cancel:
                     cancel.check()
@@ -332,13 +333,18 @@ class Stylizer:
 
 
 def first_graphs(bundle: Bundle, options: Mapping[str, Any]) -> list[str]:
-    """The graphs to open at once for paintings with `options`: without the whole denoiser, where its parts run instead.
+    """The graphs to open at once for paintings with `options`: without the whole denoiser, where its parts run instead,
+    and with the small decoder where that is asked for.
 
     Raises:
         UsageError: options that cannot be meant.
     """
-    parted = levers_of(Defaults(bundle).resolve(options)) and bundle.manifest.graphs.keys() >= set(PARTS)
-    return [name for name in EVERY if name != DENOISER] + list(PARTS) if parted else list(EVERY)
+    resolved = Defaults(bundle).resolve(options)
+    there = bundle.manifest.graphs.keys()
+    parted = levers_of(resolved) and there >= set(PARTS)
+    names = [name for name in EVERY if name != DENOISER] + list(PARTS) if parted else list(EVERY)
+    decoder = decoder_of(resolved)
+    return [decoder if name == DECODER and decoder in there else name for name in names]
 
 
 def _denoiser(workshop: Workshop, passes: Sequence[Pass], grid: tiles.Grid) -> Engine:
@@ -350,9 +356,9 @@ def _denoiser(workshop: Workshop, passes: Sequence[Pass], grid: tiles.Grid) -> E
     return PartedDenoiser({name: workshop.engine(name) for name in names}, spec, passes, grid)
 
 
-def _decode(workshop: Workshop, latent: sampler.Floats, grid: tiles.Grid) -> npt.NDArray[np.uint8]:
-    """Decode; if that overflows below fp32, once more in fp32, in which the decoder then stays."""
-    engine = workshop.engines[DECODER]
+def _decode(workshop: Workshop, name: str, latent: sampler.Floats, grid: tiles.Grid) -> npt.NDArray[np.uint8]:
+    """Decode by the graph `name`; if that overflows below fp32, once more in fp32, in which it then stays."""
+    engine = workshop.engine(name)
     scale = workshop.opener.bundle.manifest.latent_scale
     try:
         return tiles.decode(engine, latent, scale, grid)
@@ -360,6 +366,6 @@ def _decode(workshop: Workshop, latent: sampler.Floats, grid: tiles.Grid) -> npt
         if engine.arithmetic == "fp32":
             raise
         _log.warning("%s; decoding again in fp32", error)
-    workshop.engines[DECODER] = workshop.opener(DECODER, "fp32")
+    workshop.engines[name] = workshop.opener(name, "fp32")
     engine.close()
-    return tiles.decode(workshop.engines[DECODER], latent, scale, grid)
+    return tiles.decode(workshop.engines[name], latent, scale, grid)

@@ -27,6 +27,7 @@ GOOD: dict[str, Any] = {
     "control_low": 0,
     "control_interval": 1,
     "cache_interval": 1,
+    "decoder": "full",
     "preset": None,
 }
 
@@ -61,6 +62,7 @@ LIMITS = [
     {"control_low": 1000},
     {"control_interval": 1000},
     {"cache_interval": 1000},
+    {"decoder": "small"},
 ]
 
 FAULTS = [
@@ -101,6 +103,8 @@ FAULTS = [
     ("control_interval", 0),
     ("cache_interval", 0),
     ("cache_interval", "2"),
+    ("decoder", "tiny"),
+    ("decoder", True),
     ("preset", "sdxl"),
     ("preset", ""),
 ]

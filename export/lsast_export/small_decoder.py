@@ -1,0 +1,254 @@
+"""A smaller decoder for a bundle: that of a tiny autoencoder, which paints in the place of the base's own.
+
+Such an autoencoder (TAESD, github.com/madebyollin/taesd; diffusers' `AutoencoderTiny`) is distilled from a large one
+and shares its latents as the U-Net has them, scaled. Graphs take latents before that, so the factor goes into the
+graph: it is the `decoder` to all who call it. Its weights are a file of their own beside the base's, in float32, with
+the configuration in the file's metadata, so that `check` can compare with torch again.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import tempfile
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from lsast_engines.bundle import Bundle
+from lsast_engines.engine import open_engine
+from lsast_engines.errors import ExportError, TrainingError, UsageError, fault_list
+from lsast_engines.files import replace_file
+from lsast_engines.manifest import QUANTISED, Manifest
+from lsast_engines.spec import DECODER_SMALL, small_decoder_spec
+from lsast_train.weights import Weights, read_tensors, shortened
+
+from .adding import put_graphs, writing_to
+from .exporter import require_backend
+from .parity import ParityPlan, relative_error, require_parity, run_copied
+from .progress import Progress, silent
+from .trace import trace
+from .weights import save_graph
+
+WEIGHTS = f"{DECODER_SMALL}.safetensors"
+"""The file of its weights in a bundle."""
+
+_CONFIG = "config"
+"""Key of the configuration, as JSON, in the metadata of that file."""
+
+_IN_FOLDER = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+"""What diffusers calls the weights in a folder."""
+
+_SIDES = ((1, 2, 2), (2, 1, 3))
+"""Batch, height and width of the latents that are compared, the sides in units of the smallest legal one."""
+
+
+@dataclass(frozen=True, eq=False)
+class SmallDecoder:
+    """A tiny autoencoder of which the decoder is in memory, in float32."""
+
+    autoencoder: Any
+    """diffusers' `AutoencoderTiny`; its encoder is without weights."""
+    config: Mapping[str, Any]
+    """What it is made of: arguments of `AutoencoderTiny`, and its class."""
+
+    @property
+    def scale(self) -> float:
+        """Its latents are the autoencoder's times this: 1 for TAESD, whose latents are the U-Net's."""
+        return float(self.autoencoder.config.scaling_factor)
+
+
+class SmallDecoderGraph(nn.Module):
+    """Graph `decoder_small`."""
+
+    def __init__(self, small: SmallDecoder, latent_scale: float) -> None:
+        super().__init__()
+        self.decoder = small.autoencoder.decoder
+        self._factor = latent_scale / small.scale
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        """Unscaled latent [B, 4, h, w] → image [B, 3, H, W]."""
+        image: torch.Tensor = self.decoder(latent * self._factor)
+        return image
+
+
+class _DecoderAlone(nn.Module):
+    """The decoder under the name that it has in the autoencoder, and so in its file."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.decoder = _made(config).decoder
+
+
+def _made(config: Mapping[str, Any]) -> Any:
+    return AutoencoderTiny(**{name: value for name, value in config.items() if name != "_class_name"})
+
+
+def read_small_decoder(path: Path, manifest: Manifest) -> SmallDecoder:
+    """Read the decoder of a tiny autoencoder and make sure that it can decode the latents of a bundle.
+
+    Args:
+        path: a folder of diffusers (``config.json`` and weights), or a file of weights in diffusers' naming, which is
+            taken for one of TAESD's architecture unless it came out of a bundle. Pickled weights go through the
+            restricted loader.
+        manifest: the bundle's.
+
+    Raises:
+        ExportError: no such thing, or one that does not belong to the bundle; all faults at once.
+        TrainingError: a file that cannot be read, or is refused.
+    """
+    config, file = _found(path)
+    if (kind := config.get("_class_name")) != "AutoencoderTiny":
+        raise ExportError(f"{path} is no small decoder: found {kind or 'no class'}; expected AutoencoderTiny")
+    # What diffusers notes down beside the arguments, such as its version, says nothing here.
+    known = inspect.signature(AutoencoderTiny.__init__).parameters
+    config = {name: value for name, value in config.items() if name == "_class_name" or name in known}
+    tensors = {name: value for name, value in read_tensors(file).items() if name.startswith("decoder.")}
+    weights = Weights(f"the decoder in {file}", config, lambda: _DecoderAlone(config), tensors)
+    faults = _config_faults(config, manifest)
+    faults += [f"{name}: found {t.dtype}; expected floats" for name, t in tensors.items() if not t.is_floating_point()]
+    try:
+        faults += weights.faults()
+    except (TypeError, ValueError, KeyError, IndexError, RuntimeError) as error:
+        faults.append(f"diffusers makes no AutoencoderTiny of its configuration ({error})")
+    if faults:
+        raise ExportError(fault_list(f"{path} is no small decoder for {manifest.name}:", shortened(faults)))
+    with torch.device("meta"):
+        autoencoder = _made(config)
+    autoencoder.decoder = weights.build().decoder
+    return SmallDecoder(autoencoder.eval().requires_grad_(False), config)
+
+
+def add_small_decoder(
+    path: Path, small: SmallDecoder, backend: str = "onnxruntime", progress: Progress = silent
+) -> Bundle:
+    """Write the graph of `small` and its weights into the bundle at `path`, proven against torch.
+
+    They are written aside, compared, and moved in; the manifest follows last, see `adding.put_graphs`. One that was
+    there is replaced.
+
+    Raises:
+        BundleError: no sound bundle, or one that cannot be written to.
+        UsageError: the bundle is quantised.
+        ExportError: torch cannot export it.
+        ParityError: it computes something else than torch.
+        MissingExtraError, BackendError: the backend is not there or cannot run the graph.
+    """
+    require_backend(backend)
+    progress("reading")
+    manifest = Bundle.open(path).manifest
+    _require_float(path, manifest)
+    spec = small_decoder_spec(manifest.geometry)
+    progress(f"tracing {DECODER_SMALL}")
+    module = SmallDecoderGraph(small, manifest.latent_scale).eval()
+    traced = trace(module, spec, manifest.multiple, manifest.geometry.factor)
+    with writing_to(path), tempfile.TemporaryDirectory(dir=path, prefix=f".{DECODER_SMALL}.") as scratch:
+        weights, graph = Path(scratch) / WEIGHTS, Path(scratch) / f"{DECODER_SMALL}.onnx"
+        state = {name: value.contiguous() for name, value in module.state_dict().items()}
+        with replace_file(weights) as handle:
+            handle.write(save(state, {_CONFIG: json.dumps(dict(small.config), sort_keys=True)}))
+        save_graph(traced, weights, graph)
+        figures = measure_small_parity(small, graph, manifest, backend, progress=progress)
+        require_parity(figures, ParityPlan.tolerance)
+        progress("writing the bundle")
+        return put_graphs(path, manifest, {WEIGHTS: weights, graph.name: graph}, {DECODER_SMALL: spec}, figures)
+
+
+def measure_small_parity(
+    small: SmallDecoder,
+    graph: Path,
+    manifest: Manifest,
+    backend: str = "onnxruntime",
+    device: str = "auto",
+    progress: Progress = silent,
+) -> dict[str, float]:
+    """The largest relative error of the graph, as `parity` has it, against diffusers' own `decode`.
+
+    Raises:
+        BackendError: the graph cannot be loaded or run.
+        ParityError: an output holds NaN or infinite values.
+    """
+    progress(f"comparing {DECODER_SMALL} on {backend}")
+    generator = np.random.default_rng(0)
+    cell = manifest.multiple // manifest.geometry.factor
+    figure = 0.0
+    with closing(open_engine(graph, small_decoder_spec(manifest.geometry), backend, device)) as engine:
+        for batch, height, width in _SIDES:
+            shape = (batch, manifest.geometry.latent_channels, height * cell, width * cell)
+            # Twice as far as the U-Net's latents go, into where this decoder clamps them.
+            scaled = 2 * generator.standard_normal(shape, dtype=np.float32)
+            with torch.no_grad():
+                expected = small.autoencoder.decode(torch.from_numpy(scaled) / small.scale).sample.numpy()
+            found = run_copied(engine, latent=scaled / np.float32(manifest.latent_scale))["image"]
+            figure = max(figure, relative_error(found, expected, DECODER_SMALL))
+    return {DECODER_SMALL: figure}
+
+
+def _require_float(path: Path, manifest: Manifest) -> None:
+    if manifest.precision in QUANTISED:
+        made_from = manifest.source.get("quantised_from", "another one")
+        raise UsageError(
+            f"found a bundle in {manifest.precision} at {path}; expected the one that it was made from, {made_from}: "
+            "add the decoder to that, then quantise it again"
+        )
+
+
+def _found(path: Path) -> tuple[dict[str, Any], Path]:
+    """The configuration and the file of weights at `path`."""
+    if path.is_dir():
+        file = next((path / name for name in _IN_FOLDER if (path / name).is_file()), None)
+        faults = [] if file else [f"found no weights; expected {' or '.join(_IN_FOLDER)}"]
+        config: Any = None
+        try:
+            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            faults.append("found no config.json; expected that of an AutoencoderTiny")
+        except (OSError, ValueError) as error:
+            faults.append(f"config.json cannot be read ({error})")
+        if file is None or faults:
+            raise ExportError(fault_list(f"{path} is no autoencoder of diffusers:", faults))
+        return config if isinstance(config, dict) else {}, file
+    if not path.is_file():
+        raise ExportError(
+            f"found nothing at {path}; expected a folder or a file of an AutoencoderTiny, such as TAESD's"
+        )
+    return _own_config(path) if path.suffix == ".safetensors" else {"_class_name": "AutoencoderTiny"}, path
+
+
+def _own_config(path: Path) -> dict[str, Any]:
+    """The configuration in the metadata of a bundle's file; of any other file, TAESD's, which is diffusers' default."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            config = json.loads((file.metadata() or {}).get(_CONFIG, "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise TrainingError(f"{path} cannot be read ({error}); get the file again") from error
+    return {"_class_name": "AutoencoderTiny", **(config if isinstance(config, dict) else {})}
+
+
+def _config_faults(config: Mapping[str, Any], manifest: Manifest) -> list[str]:
+    """What keeps an autoencoder from decoding the latents of a bundle."""
+    # What a configuration does not say is what diffusers takes for it.
+    levels, step = config.get("num_decoder_blocks", (3, 3, 3, 1)), config.get("upsampling_scaling_factor", 2)
+    factor = step ** (len(levels) - 1) if isinstance(levels, (list, tuple)) and isinstance(step, int) else None
+    geometry = manifest.geometry
+    wanted = (
+        ("latent channels", config.get("latent_channels", 4), geometry.latent_channels),
+        ("pixels along a side of a latent cell", factor, geometry.factor),
+        ("channels of its pictures", config.get("out_channels", 3), 3),
+        ("a shift_factor of", config.get("shift_factor") or 0, 0),
+    )
+    faults = [f"{what}: found {found!r}; expected {expected}" for what, found, expected in wanted if found != expected]
+    scale = config.get("scaling_factor", 1.0)
+    if not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale <= 0:
+        faults.append(f"a scaling_factor of: found {scale!r}; expected a number above 0")
+    return faults

@@ -1,0 +1,293 @@
+"""A tiny autoencoder's decoder in a bundle: against diffusers' own, added safely, refused where it does not belong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from diffusers import AutoencoderKL, AutoencoderTiny
+from safetensors.torch import load_file, save_file
+
+from lsast_engines.bundle import EMBEDDED, Bundle
+from lsast_engines.engine import open_engine
+from lsast_engines.errors import BundleError, ExportError, ParityError, TrainingError, UsageError
+from lsast_engines.manifest import Manifest
+from lsast_engines.pictures import read_picture
+from lsast_engines.spec import DECODER_SMALL
+from lsast_export import quantise, small_decoder
+from lsast_export.__main__ import main
+from lsast_export.check import check_bundle
+from lsast_export.progress import silent
+from lsast_export.small_decoder import WEIGHTS, add_small_decoder, read_small_decoder
+from lsast_export.trace import TracedGraph
+
+Run = Callable[..., dict[str, np.ndarray]]
+
+TAESD = Path(__file__).parents[3] / "shared" / "weights" / "taesd"
+GRAPH = f"{DECODER_SMALL}.onnx"
+SCALE = 0.5
+
+
+def _random(**changes: Any) -> AutoencoderTiny:
+    config: dict[str, Any] = {
+        "encoder_block_out_channels": (8, 8),
+        "num_encoder_blocks": (1, 1),
+        "decoder_block_out_channels": (8, 8, 8, 8),
+        "num_decoder_blocks": (1, 2, 1, 1),
+        "scaling_factor": SCALE,
+        **changes,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        return AutoencoderTiny(**config).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> AutoencoderTiny:
+    return _random()
+
+
+@pytest.fixture(scope="session")
+def folder(tiny: AutoencoderTiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random AutoencoderTiny as diffusers saves it; tests must not change it."""
+    path = tmp_path_factory.mktemp("tiny")
+    tiny.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def manifest(bundles: dict[str, Bundle]) -> Manifest:
+    return bundles["fp16"].manifest
+
+
+@pytest.fixture(scope="session")
+def added(bundles: dict[str, Bundle], folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The fp16 bundle with the small decoder; tests must not change it."""
+    path = shutil.copytree(bundles["fp16"].path, tmp_path_factory.mktemp("added") / "bundle")
+    return add_small_decoder(path, read_small_decoder(folder, bundles["fp16"].manifest))
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("shape", [(3, 4, 8, 8), (1, 4, 24, 8)])
+def test_it_gives_what_diffusers_gives_for_the_latents_as_the_decoder_takes_them(
+    added: Bundle, run: Run, tiny: AutoencoderTiny, shape: tuple[int, ...], backend: str
+) -> None:
+    pytest.importorskip(backend)
+    latent = 3 * np.random.default_rng(1).standard_normal(shape, dtype=np.float32)
+    found = run(added, DECODER_SMALL, backend=backend, latent=latent)["image"]
+    # As a pipeline decodes: z / latent_scale is the base's own latent, z / scaling_factor the tiny autoencoder's.
+    scaled = torch.from_numpy(latent) * added.manifest.latent_scale
+    expected = tiny.decode(scaled / SCALE).sample.numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    for other in (scaled, torch.from_numpy(latent)):
+        assert np.abs(tiny.decode(other).sample.numpy() - expected).max() > 1e-3, "a factor without effect"
+    assert added.manifest.graphs[DECODER_SMALL].inputs == added.manifest.graphs["decoder"].inputs
+    assert added.manifest.graphs[DECODER_SMALL].outputs == added.manifest.graphs["decoder"].outputs
+
+
+def test_it_adds_two_files_and_leaves_all_else_to_the_byte(added: Bundle, bundles: dict[str, Bundle]) -> None:
+    before = bundles["fp16"]
+    manifest = Bundle.open(added.path).manifest
+    assert {path.name for path in added.path.iterdir()} == {p.name for p in before.path.iterdir()} | {GRAPH, WEIGHTS}
+    for file in before.path.rglob("*.*"):
+        if file.name != "manifest.json":
+            assert (added.path / file.relative_to(before.path)).read_bytes() == file.read_bytes()
+    assert 0 < manifest.parity[DECODER_SMALL] < 1e-5
+    bare = dataclasses.replace(
+        manifest,
+        graphs=before.manifest.graphs,
+        parity=before.manifest.parity,
+        files={name: entry for name, entry in manifest.files.items() if name not in (GRAPH, WEIGHTS)},
+    )
+    assert bare == before.manifest
+    modes = {(added.path / name).stat().st_mode & 0o777 for name in (GRAPH, WEIGHTS, "manifest.json")}
+    assert len(modes) == 1, "whoever may read the manifest may read the rest"
+
+
+def test_the_weights_are_the_decoders_alone_in_float32(
+    added: Bundle, tiny: AutoencoderTiny, manifest: Manifest
+) -> None:
+    stored = load_file(added.path / WEIGHTS)
+    expected = {name: value for name, value in tiny.state_dict().items() if name.startswith("decoder.")}
+    assert stored.keys() == expected.keys()
+    assert all(torch.equal(stored[name], value) for name, value in expected.items())
+    again = read_small_decoder(added.path / WEIGHTS, manifest)  # its configuration is in it
+    assert again.scale == SCALE
+    assert (added.path / GRAPH).stat().st_size < 50_000
+
+
+def test_another_takes_its_place(added: Bundle, run: Run, tmp_path: Path) -> None:
+    path = shutil.copytree(added.path, tmp_path / "bundle")
+    other = _random(num_decoder_blocks=(1, 1, 1, 1), scaling_factor=2.0)
+    other.save_pretrained(tmp_path / "other")
+    written = add_small_decoder(path, read_small_decoder(tmp_path / "other", added.manifest))
+    latent = np.random.default_rng(2).standard_normal((1, 4, 8, 8), dtype=np.float32)
+    expected = other.decode(torch.from_numpy(latent) * written.manifest.latent_scale / 2).sample.numpy()
+    np.testing.assert_allclose(run(written, DECODER_SMALL, latent=latent)["image"], expected, rtol=0, atol=1e-5)
+
+
+def test_a_wrong_one_leaves_the_bundle_as_it_was(
+    added: Bundle, bundles: dict[str, Bundle], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wrong(small_decoder.SmallDecoderGraph):
+        def forward(self, latent: torch.Tensor) -> torch.Tensor:
+            return super().forward(1.01 * latent)
+
+    monkeypatch.setattr(small_decoder, "SmallDecoderGraph", Wrong)
+    for place, bundle in enumerate((bundles["fp16"], added)):
+        path = shutil.copytree(bundle.path, tmp_path / str(place))
+        with pytest.raises(ParityError, match="decoder_small: found a relative error"):
+            add_small_decoder(path, read_small_decoder(folder, bundle.manifest))
+        assert Bundle.open(path).manifest == bundle.manifest
+        assert {p.name for p in path.iterdir()} == {p.name for p in bundle.path.iterdir()}
+
+
+def test_what_does_not_belong_is_refused_with_every_fault(tmp_path: Path, manifest: Manifest) -> None:
+    stranger = _random(latent_channels=16, num_decoder_blocks=(1, 1, 1), decoder_block_out_channels=(8, 8, 8))
+    stranger.register_to_config(shift_factor=0.1, scaling_factor=0)
+    stranger.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    state["decoder.layers.0.bias"] = torch.zeros(9)
+    state["decoder.layers.99.weight"] = torch.zeros(1, dtype=torch.int64)
+    del state["decoder.layers.0.weight"]
+    save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ExportError) as caught:
+        read_small_decoder(tmp_path, manifest)
+    for fault in (
+        "latent channels: found 16; expected 4",
+        "pixels along a side of a latent cell: found 4; expected 8",
+        "a shift_factor of: found 0.1; expected 0",
+        "a scaling_factor of: found 0; expected a number above 0",
+        "decoder.layers.99.weight: found torch.int64; expected floats",
+        "decoder.layers.99.weight: not expected",
+        "decoder.layers.0.weight: missing",
+        "decoder.layers.0.bias: found shape [9]; expected [8]",
+    ):
+        assert f"  - {fault}" in str(caught.value)
+
+
+def test_what_is_no_tiny_autoencoder_is_refused(tmp_path: Path, manifest: Manifest, folder: Path) -> None:
+    AutoencoderKL(block_out_channels=(32,)).save_pretrained(tmp_path / "kl")
+    with pytest.raises(ExportError, match="found AutoencoderKL; expected AutoencoderTiny"):
+        read_small_decoder(tmp_path / "kl", manifest)
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(ExportError, match=r"(?s)found no weights; expected .*found no config.json"):
+        read_small_decoder(tmp_path / "bare", manifest)
+    with pytest.raises(ExportError, match="found nothing at"):
+        read_small_decoder(tmp_path / "nowhere", manifest)
+    odd = shutil.copytree(folder, tmp_path / "odd")
+    config = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps({**config, "act_fn": "nothing"}))
+    with pytest.raises(ExportError, match="diffusers makes no AutoencoderTiny of its configuration"):
+        read_small_decoder(odd, manifest)
+
+
+def test_pickled_weights_go_through_the_restricted_loader(
+    folder: Path, tiny: AutoencoderTiny, manifest: Manifest, tmp_path: Path
+) -> None:
+    shutil.copy(folder / "config.json", tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.bin"
+    torch.save(tiny.state_dict(), file)
+    found = read_small_decoder(tmp_path, manifest).autoencoder.decoder.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in tiny.decoder.state_dict().items())
+    torch.save({"decoder.layers.0.weight": pickle.Pickler}, file)
+    with pytest.raises(TrainingError, match="nothing of it was run"):
+        read_small_decoder(tmp_path, manifest)
+
+
+def test_a_file_alone_is_of_taesds_architecture(tmp_path: Path, manifest: Manifest, folder: Path) -> None:
+    whole = AutoencoderTiny()
+    save_file(whole.state_dict(), tmp_path / "taesd.safetensors")
+    found = read_small_decoder(tmp_path / "taesd.safetensors", manifest)
+    assert found.scale == 1
+    expected = whole.decoder.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in found.autoencoder.decoder.state_dict().items())
+    with pytest.raises(ExportError, match=r"decoder\.layers\.3\.conv\.0\.weight: missing"):
+        read_small_decoder(folder / "diffusion_pytorch_model.safetensors", manifest)
+
+
+def test_a_quantised_bundle_is_refused_and_one_that_is_quantised_keeps_it_as_it_is(
+    added: Bundle, folder: Path, tmp_path: Path, run: Run
+) -> None:
+    path = shutil.copytree(added.path, tmp_path / "bundle")
+    quantised = dataclasses.replace(added.manifest, precision="int8", source={"quantised_from": "tiny (fp16)"})
+    (path / "manifest.json").write_text(quantised.to_json())
+    with pytest.raises(UsageError, match=r"found a bundle in int8 .* made from, tiny .fp16.: add the decoder to that"):
+        add_small_decoder(path, read_small_decoder(folder, quantised))
+
+    scratch = tmp_path / "quantised"
+    scratch.mkdir()
+    judges: Any = None  # weights alone are not judged before all of them are there
+    quantise._write_graphs(added, scratch, quantise.QuantiseOptions(precision="int8-weights"), [], judges, silent)
+    latent = np.random.default_rng(3).standard_normal((1, 4, 8, 8), dtype=np.float32)
+    with closing(open_engine(scratch / GRAPH, added.manifest.graphs[DECODER_SMALL], "onnxruntime", "cpu")) as engine:
+        found = engine({"latent": latent})["image"]
+    np.testing.assert_array_equal(found, run(added, DECODER_SMALL, latent=latent)["image"])
+
+
+def test_check_measures_it_again(added: Bundle, tmp_path: Path) -> None:
+    report = check_bundle(added.path)
+    assert report.passed
+    assert report.figures[DECODER_SMALL] == pytest.approx(added.manifest.parity[DECODER_SMALL], rel=10)
+    path = shutil.copytree(added.path, tmp_path / "bundle")
+    (path / WEIGHTS).write_bytes((path / WEIGHTS).read_bytes()[:-1] + b"x")
+    with pytest.raises(BundleError, match=f"{WEIGHTS}: found SHA-256"):
+        check_bundle(path)
+
+
+def test_the_command_says_where_and_how_well_and_another_export_keeps_it(
+    bundles: dict[str, Bundle],
+    folder: Path,
+    traced: dict[str, TracedGraph],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = shutil.copytree(bundles["fp16"].path, tmp_path / "bundle")
+    result = CliRunner().invoke(main, ["decoder", str(path), "--small", str(folder), "--json"])
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["bundle"] == str(path)
+    assert set(report["parity"]) == {DECODER_SMALL}
+    assert report["bytes"] == sum((path / name).stat().st_size for name in (GRAPH, WEIGHTS))
+    assert "comparing decoder_small" in result.stderr
+    refused = CliRunner().invoke(main, ["decoder", str(path), "--small", "nowhere"])
+    assert refused.exit_code == 1
+    assert "found nothing at nowhere" in refused.stderr
+
+    monkeypatch.setattr("lsast_export.exporter.trace_graphs", lambda *_: traced)
+    weights = (path / WEIGHTS).read_bytes()
+    again = CliRunner().invoke(main, ["bundle", "--base", str(path), "--out", str(path)])
+    assert again.exit_code == 0, again.stderr
+    assert DECODER_SMALL in Bundle.open(path).manifest.parity
+    assert (path / WEIGHTS).read_bytes() == weights
+
+
+@pytest.mark.skipif(not TAESD.is_dir(), reason="needs ../shared/weights/taesd")
+def test_taesds_decoder_gives_of_minis_latents_what_diffusers_gives_and_a_picture_like_minis(
+    run: Run, tmp_path: Path
+) -> None:
+    path = shutil.copytree(EMBEDDED, tmp_path / "mini")
+    written = add_small_decoder(path, read_small_decoder(TAESD, Bundle.open(path).manifest))
+    assert written.manifest.parity[DECODER_SMALL] < 1e-4
+    y, x = np.mgrid[0:128, 0:128]
+    rgb = np.stack([x * 2, y * 2, (x + y) % 256], axis=-1).astype(np.uint8)
+    rgb[32:96, 40:100] = (200, 60, 30)
+    image = read_picture(rgb).rgb.astype(np.float32).transpose(2, 0, 1)[None] / 127.5 - 1
+    latent = run(written, "encoder", image=image)["mean"]
+    found = run(written, DECODER_SMALL, latent=latent)["image"]
+    taesd = AutoencoderTiny.from_pretrained(TAESD)
+    with torch.no_grad():
+        expected = taesd.decode(torch.from_numpy(latent) * written.manifest.latent_scale).sample.numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    own = run(written, "decoder", latent=latent)["image"]
+    assert np.corrcoef(found.ravel(), own.ravel())[0, 1] > 0.8

@@ -1,0 +1,175 @@
+"""The small decoder in the decoder's place: one that swaps red and blue, so that every picture says which one ran."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from onnx import numpy_helper
+from PIL import Image
+
+import lsast
+from lsast import BundleError, Stylizer, on_device
+from lsast.cli import main
+from lsast.metadata import read_record
+from lsast.stylizer import first_graphs
+from lsast.workshop import Opener
+from lsast_engines.bundle import Bundle
+from lsast_engines.engine import Engine
+from lsast_engines.spec import DECODER_SMALL, small_decoder_spec
+
+
+@pytest.fixture(scope="session")
+def small_path(tmp_path_factory: pytest.TempPathFactory, bundle_path: Path, graphs: dict[str, bytes]) -> Path:
+    """The tiny bundle with a small decoder that swaps red and blue."""
+    model = onnx.load_from_string(graphs["decoder"])
+    (weight,) = [tensor for tensor in model.graph.initializer if tensor.name == "w"]
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight)[::-1].copy(), "w"))
+    manifest = Bundle.open(bundle_path).manifest
+    spec = small_decoder_spec(manifest.geometry)
+    files = {f"{name}.onnx": content for name, content in graphs.items()}
+    sources: dict[str, Path | bytes] = {
+        **files,
+        f"{DECODER_SMALL}.onnx": model.SerializeToString(),
+        "null.safetensors": bundle_path / "null.safetensors",
+        **{f"styles/{file.name}": file for file in bundle_path.glob("styles/*")},
+    }
+    folder = tmp_path_factory.mktemp("small") / "tiny"
+    Bundle.write(folder, dataclasses.replace(manifest, graphs={**manifest.graphs, DECODER_SMALL: spec}), sources)
+    return folder
+
+
+@pytest.fixture
+def stylizer(small_path: Path) -> Iterator[Stylizer]:
+    with lsast.load(small_path, threads=1) as opened:
+        yield opened
+
+
+def _pixels(result: lsast.Result) -> np.ndarray:
+    return np.asarray(result.image).astype(int)
+
+
+def _swapped(result: lsast.Result) -> np.ndarray:
+    pixels = _pixels(result)
+    assert np.abs(pixels - pixels[..., ::-1]).mean() > 1, "a grey picture proves nothing"
+    return pixels[..., ::-1]
+
+
+def test_it_decodes_if_asked_for_and_is_not_opened_before(stylizer: Stylizer, photo: np.ndarray) -> None:
+    full = stylizer.stylize(photo, seed=3)
+    assert DECODER_SMALL not in stylizer._workshop.engines
+    assert (_pixels(stylizer.stylize(photo, seed=3, decoder="full")) == _pixels(full)).all()
+    small = stylizer.stylize(photo, seed=3, decoder="small")
+    assert (_pixels(small) == _swapped(full)).all()
+    assert (full.options.decoder, small.options.decoder) == ("full", "small")
+    assert (_pixels(stylizer.stylize(photo, seed=3)) == _pixels(full)).all()
+
+
+def test_tiles_are_decoded_by_it(stylizer: Stylizer, photo: np.ndarray) -> None:
+    large = np.tile(photo, (4, 3, 1))[:330, :400]
+    full, small = (stylizer.stylize(large, size=0, tile=128, decoder=which) for which in ("full", "small"))
+    assert (_pixels(small) == _swapped(full)).all()
+
+
+def test_rows_of_a_batch_keep_their_own(stylizer: Stylizer, photo: np.ndarray) -> None:
+    rows: list[dict[str, Any]] = [{"decoder": "small"}, {"decoder": "small", "seed": 9}, {}]
+    sizes: list[int] = []
+    denoise = on_device.denoise
+
+    def spied(engine: Any, given: Any, *rest: Any) -> Any:
+        sizes.append(len(given))
+        return denoise(engine, given, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(on_device, "denoise", spied)
+        many = list(stylizer.stylize_many([photo] * 3, rows=rows, batch=4))
+    assert sizes == [3]  # only the denoiser is shared
+    for row, result in zip(rows, many, strict=True):
+        assert np.abs(_pixels(result) - _pixels(stylizer.stylize(photo, **row))).max() <= 1
+
+
+def test_a_bundle_without_says_what_adds_it(bundle_path: Path, photo: np.ndarray) -> None:
+    wanted = f"found no graph decoder_small .* lsast-export decoder {re.escape(str(bundle_path))} --small FOLDER"
+    with lsast.load(bundle_path, threads=1) as without, pytest.raises(BundleError, match=wanted):
+        without.stylize(photo, decoder="small")
+
+
+def test_only_what_paints_is_opened_first(small_path: Path, bundle_path: Path, photo: np.ndarray) -> None:
+    bundle, without = Bundle.open(small_path), Bundle.open(bundle_path)
+    assert first_graphs(bundle, {"decoder": "small"}) == ["encoder", "hint", "denoiser", DECODER_SMALL]
+    assert first_graphs(bundle, {}) == first_graphs(without, {"decoder": "small"})
+    opener = Opener(bundle, "onnxruntime", threads=1)
+    with Stylizer(opener, opener.all(first_graphs(bundle, {"decoder": "small"}))) as stylizer:
+        small = stylizer.stylize(photo, decoder="small")
+        assert "decoder" not in stylizer._workshop.engines
+        assert (_pixels(stylizer.stylize(photo)) == _swapped(small)).all()
+
+
+class Overflowing:
+    """A decoder in fp16 whose values are too large for it."""
+
+    backend, arithmetic = "onnxruntime", "fp16"
+
+    def __init__(self, engine: Engine) -> None:
+        self.spec, self._engine, self.closed = engine.spec, engine, False
+
+    def __call__(self, feeds: Any) -> dict[str, np.ndarray]:
+        return {"image": np.full_like(self._engine(feeds)["image"], np.inf)}
+
+    def rest(self) -> None: ...
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_where_it_overflows_it_is_asked_again_in_fp32_and_stays_there(small_path: Path, photo: np.ndarray) -> None:
+    opened: list[tuple[str, str | None]] = []
+
+    class Noted(Opener):
+        def __call__(self, name: str, arithmetic: Any = None) -> Engine:
+            opened.append((name, arithmetic))
+            return super().__call__(name, arithmetic)
+
+    opener = Noted(Bundle.open(small_path), "onnxruntime", threads=1)
+    engines: dict[str, Any] = opener.all()
+    with closing(opener(DECODER_SMALL)) as plain:
+        low = engines[DECODER_SMALL] = Overflowing(plain)
+        opened.clear()
+        with Stylizer(opener, engines) as stylizer:
+            small = [stylizer.stylize(photo, decoder="small") for _ in range(2)]
+            expected = _swapped(stylizer.stylize(photo))
+    assert all((_pixels(result) == expected).all() for result in small)
+    assert opened == [(DECODER_SMALL, "fp32")]
+    assert low.closed
+
+
+def test_the_command_takes_it_tells_it_and_repeats_it(
+    small_path: Path, photo: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(photo).save("in.png")
+
+    def run(*arguments: str) -> Any:
+        return CliRunner().invoke(main, [*arguments, "--bundle", str(small_path)])
+
+    painted = run("in.png", "small.png", "--decoder", "small", "--json")
+    assert painted.exit_code == 0, painted.stderr
+    assert json.loads(painted.stdout)["options"]["decoder"] == "small"
+    assert read_record(Path("small.png")).options.decoder == "small"
+    again = run("--from", "small.png", "in.png", "again.png")
+    assert again.exit_code == 0, again.stderr
+    first, second = (np.asarray(Image.open(name)) for name in ("small.png", "again.png"))
+    assert (first == second).all()
+    assert run("in.png", "sheet.png", "--grid", "decoder=full,small").exit_code == 0
+    refused = run("in.png", "out.png", "--decoder", "tiny")
+    assert refused.exit_code == 2
+    assert "decoder: found 'tiny'; expected full or small" in refused.stderr
