@@ -60,6 +60,10 @@ class FakeRuntime:
 class FakeOptions:
     def __init__(self) -> None:
         self.added: list[Any] = []
+        self.entries: dict[str, str] = {}
+
+    def add_session_config_entry(self, key: str, value: str) -> None:
+        self.entries[key] = value
 
     def add_provider_for_devices(self, devices: list[Any], told: dict[str, str]) -> None:
         self.added.append((devices[0].ep_name, told))
