@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import lsast
 from lsast_engines.pictures import find_pictures
-from lsast_eval import EvalOptions, evaluate
+from lsast_eval import EvalOptions, Report, evaluate
 
 MIXED = ("various-masters", "various-styles")
 """Folders of many hands: no class of the artist classifier."""
@@ -55,6 +55,20 @@ def paint_all(out: Path, contents: list[Path], paint: Callable[[int, Path], Imag
             image.save(scratch, "PNG")
             scratch.rename(target)
     return out
+
+
+def score(chosen: argparse.Namespace, artist: str, folders: dict[str, Path]) -> Report:
+    """Judge the pictures in `folders`, by method, beside the works in the folder `artist`."""
+    return evaluate(
+        chosen.contents,
+        chosen.paintings / artist,
+        chosen.paintings,
+        folders,
+        artist,
+        EvalOptions(),
+        photos=chosen.photos,
+        leave_out=MIXED,
+    )
 
 
 def main() -> None:
@@ -94,17 +108,7 @@ def main() -> None:
                 way: paint_all(chosen.out / style / way, contents, paint, f"{style} {way}")
                 for way, paint in ways.items()
             }
-            report = evaluate(
-                chosen.contents,
-                chosen.paintings / folder,
-                chosen.paintings,
-                folders,
-                folder,
-                EvalOptions(),
-                photos=chosen.photos,
-                leave_out=MIXED,
-            )
-            reports[style] = report
+            reports[style] = report = score(chosen, folder, folders)
             print(f"\n## {style}\n{report.table()}", flush=True)
             report.sheet(chosen.out / f"{style}.png")
     facts = {

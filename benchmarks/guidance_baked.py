@@ -28,6 +28,7 @@ from unittest import mock
 
 import click
 import numpy as np
+from levers import psnr
 from machine import describe
 from PIL import Image, ImageDraw
 from tqdm import tqdm
@@ -57,12 +58,6 @@ class Way:
             return f"| {self.name} | | | {statistics.median(self.seconds):.2f} |"
         parts = [f"{statistics.mean(side):.1f} ({min(side):.1f})" for side in (self.picture, self.latent)]
         return f"| {self.name} | {' | '.join(parts)} | {statistics.median(self.seconds):.2f} |"
-
-
-def psnr(found: np.ndarray, expected: np.ndarray, peak: float) -> float:
-    """In dB; infinite for equal ones."""
-    error = float(np.mean((found.astype(np.float64) - expected.astype(np.float64)) ** 2))
-    return float("inf") if error == 0 else float(10 * np.log10(peak**2 / error))
 
 
 def paint(stylizer: lsast.Stylizer, picture: Path, options: dict[str, Any]) -> tuple[Image.Image, np.ndarray, float]:

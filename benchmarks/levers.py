@@ -42,11 +42,15 @@ LEVERS: dict[str, dict[str, Any]] = {
 """By name, what differs from the defaults; the first is what the others are compared with."""
 
 
-def psnr(first: lsast.Result, second: lsast.Result) -> float:
-    """Of two pictures of one size, in dB; infinite for equal ones."""
-    one, other = (np.asarray(result.image.convert("RGB"), dtype=np.float64) for result in (first, second))
-    error = float(((one - other) ** 2).mean())
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+def psnr(found: np.ndarray, expected: np.ndarray, peak: float = 255) -> float:
+    """In dB, `peak` that of pictures of 8 bits; infinite for equal ones."""
+    error = float(np.mean((found.astype(np.float64) - expected.astype(np.float64)) ** 2))
+    return math.inf if error == 0 else 10 * math.log10(peak**2 / error)
+
+
+def pixels(result: lsast.Result) -> np.ndarray:
+    """A painting, [H, W, 3]."""
+    return np.asarray(result.image.convert("RGB"))
 
 
 Key = tuple[str, Path, str]
@@ -104,7 +108,7 @@ def main(
         results, walls, loops = measured(stylizer, jobs, size, repeats)
         for name, lever in LEVERS.items():
             seconds = [walls[(name, *job)] for job in jobs]
-            distances = [psnr(results[("exact", *job)], results[(name, *job)]) for job in jobs]
+            distances = [psnr(pixels(results[(name, *job)]), pixels(results[("exact", *job)])) for job in jobs]
             rows.append(
                 {
                     "lever": name,

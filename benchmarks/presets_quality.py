@@ -17,19 +17,18 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from compare_peers import MIXED, paint_all
+from compare_peers import paint_all, score
+from levers import psnr
 from machine import describe
 from PIL import Image
 
 import lsast
 from lsast_engines.pictures import find_pictures
-from lsast_eval import EvalOptions, evaluate
 
 
-def psnr(painting: Path, reference: Path) -> float:
-    """Decibels between two pictures of 8 bits."""
-    a, b = (np.asarray(Image.open(path).convert("RGB"), np.float64) for path in (painting, reference))
-    return float(10 * np.log10(255**2 / ((a - b) ** 2).mean()))
+def opened(path: Path) -> np.ndarray:
+    """A painting, [H, W, 3]."""
+    return np.asarray(Image.open(path).convert("RGB"))
 
 
 def main() -> None:
@@ -59,19 +58,10 @@ def main() -> None:
                 )
                 for preset in chosen.preset
             }
-            report = evaluate(
-                chosen.contents,
-                chosen.paintings / folder,
-                chosen.paintings,
-                folders,
-                folder,
-                EvalOptions(),
-                photos=chosen.photos,
-                leave_out=MIXED,
-            )
+            report = score(chosen, folder, folders)
             first = folders[chosen.preset[0]]
             distances = {
-                preset: [psnr(where / f"{path.stem}.png", first / f"{path.stem}.png") for path in contents]
+                preset: [psnr(*(opened(side / f"{path.stem}.png") for side in (where, first))) for path in contents]
                 for preset, where in folders.items()
                 if where != first
             }

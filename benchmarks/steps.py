@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 import numpy as np
-from levers import psnr
+from levers import pixels, psnr
 from machine import describe
 
 import lsast
@@ -84,7 +84,7 @@ def main(
                 for job, (best, latent) in zip(jobs, references, strict=True):
                     result, found = run(job, steps=steps, solver=solver)
                     distances.append(float(np.sqrt(((found - latent) ** 2).mean()) / latent.std()))
-                    decibels.append(psnr(best, result))
+                    decibels.append(psnr(pixels(result), pixels(best)))
                 rows.append(
                     {
                         "solver": solver,

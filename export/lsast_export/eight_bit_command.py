@@ -24,7 +24,7 @@ from .console import Phases, common, require_extra
     required=True,
     help="Photographs to calibrate on.",
 )
-@click.option("--count", type=click.IntRange(1), default=32, show_default=True, help="Of them, at most.")
+@click.option("--count", type=click.IntRange(1), default=32, show_default=True, help="How many of them.")
 @click.option(
     "--sm", multiple=True, metavar="N.N", help="Compile with TensorRT-RTX for these compute capabilities, too."
 )
@@ -55,8 +55,9 @@ def modelopt_command(
     from lsast_engines.bundle import Bundle, find_bundle
     from lsast_engines.spec import DENOISER
 
-    from .eight_bit import pictures_in, quality, quantise_denoiser
+    from .eight_bit import quality, quantise_denoiser
     from .tensorrt import compile_graph, require_types
+    from .trial import find_contents
 
     if not sm and (sides or batch):
         raise UsageError("found --sides or --batch; expected --sm with it")
@@ -64,10 +65,12 @@ def modelopt_command(
     if engines is not None:
         require_types({"FLOAT8E4M3FN"} if kind == "fp8" else {"INT8"}, engines.targets, f"{kind} denoiser")
     opened, phases = Bundle.open(find_bundle(bundle)), Phases()
-    pictures = pictures_in(images)[:count]
-    file = quantise_denoiser(opened, pictures, "fp8" if kind == "fp8" else "int8", out / "denoiser.onnx", 512, phases)
+    native, multiple = opened.manifest.height, opened.manifest.multiple
+    contents, _ = find_contents(images, count, native)
+    file = quantise_denoiser(opened, contents, "fp8" if kind == "fp8" else "int8", out / "denoiser.onnx", phases)
     phases("comparing")
-    cost = quality(opened, file, pictures[:4])
+    judged, _ = find_contents(images, min(count, 4), max(native // 2 // multiple, 1) * multiple)
+    cost = quality(opened, file, judged)
     click.echo(
         f"           against float32: noise {cost.noise:.1f} dB, latents {cost.latent:.1f} dB, "
         f"decoded {cost.picture:.1f} dB (PSNR)",

@@ -137,7 +137,7 @@ def _recorded(source: Bundle, contents: Sequence[Pixels], styles: Sequence[str],
     """What the denoiser is fed on paintings that begin at pure noise, so that every stage is among them."""
     feeds: list[Feeds] = []
     with closing(_denoiser(source, source.path, backend)) as denoiser:
-        for trial in make_trials(source, contents, styles, 1.0, backend):
+        for trial in make_trials(source, contents, styles, [1.0], backend):
             run_trial(source, trial, denoiser, feeds.append)
     return feeds
 
@@ -211,7 +211,7 @@ class _Judges:
         self._source, self._backend = source, backend
         # Other styles come to other pictures than in calibration where there are several.
         turned = [*styles[1:], *styles[:1]]
-        self._trials: list[Trial] = make_trials(source, contents, turned, None, backend, seed=1000)
+        self._trials: list[Trial] = make_trials(source, contents, turned, [None], backend, seed=1000)
         self._expected = self._paint(source.path, source.path)
 
     def figures(self, folder: Path) -> dict[str, float]:

@@ -21,7 +21,7 @@ from lsast_engines.bundle import Bundle
 from lsast_engines.engine import Engine, open_engine
 from lsast_engines.errors import UsageError
 from lsast_engines.pictures import edge_map, find_pictures, read_picture
-from lsast_engines.schedule import Schedule
+from lsast_engines.schedule import Schedule, Step
 from lsast_engines.solvers import make_solver
 from lsast_engines.spec import DECODER, ENCODER, HINT
 
@@ -74,17 +74,17 @@ def make_trials(
     bundle: Bundle,
     contents: Sequence[Pixels],
     styles: Sequence[str],
-    strength: float | None,
+    strengths: Sequence[float | None],
     backend: str,
     seed: int = 0,
 ) -> list[Trial]:
-    """A trial for each content, under the styles in turn; styles' own defaults are theirs.
+    """A trial for each content, under the styles and the strengths in turn; styles' own defaults are theirs.
 
     Args:
         bundle: encodes the pictures.
         contents: [side, side, 3] each, of a legal size.
         styles: names of its styles.
-        strength: None is the default of style and bundle.
+        strengths: how far towards noise; None is the default of style and bundle.
         backend: what its graphs run on.
         seed: of the first trial's noise; each has its own.
     """
@@ -97,10 +97,11 @@ def make_trials(
     with closing(opened(ENCODER)) as encoder, closing(opened(HINT)) as hinter:
         for index, rgb in enumerate(contents):
             style = styles[index % len(styles)]
-            options = {**manifest.defaults, **bundle.open_style(style).defaults}
-            schedule = Schedule.build(
-                manifest.noise, options["steps"], strength or options["strength"], manifest.stages, options["solver"]
-            )
+            file = bundle.open_style(style)
+            options = {**manifest.defaults, **file.defaults}
+            strength = strengths[index % len(strengths)] or options["strength"]
+            schedule = Schedule.build(manifest.noise, options["steps"], strength, manifest.stages, options["solver"])
+            guidance = options["guidance"] if file.guidance_baked is None else 1.0
             generator = np.random.default_rng(seed + index)
             planes = np.broadcast_to(edge_map(rgb).astype(np.float32), (1, 3, *rgb.shape[:2]))
             hint = hinter({"edges": np.ascontiguousarray(planes)})["hint"].copy()
@@ -110,8 +111,23 @@ def make_trials(
             z0 = np.float32(manifest.latent_scale) * (posterior["mean"] + posterior["std"] * noise)
             noise = generator.standard_normal(z0.shape, dtype=np.float32)
             noisy = schedule.add_noise(z0, noise, schedule.start_t).astype(np.float32)
-            trials.append(Trial(schedule, style, options["guidance"], hint, noisy, np.float32(options["control"])))
+            trials.append(Trial(schedule, style, guidance, hint, noisy, np.float32(options["control"])))
     return trials
+
+
+def feeds_at(bundle: Bundle, trial: Trial, step: Step, latent: Floats) -> Feeds:
+    """What the denoiser is fed at `step` of `trial` with `latent` [1, 4, h, w]."""
+    null = bundle.null_style
+    row = bundle.open_style(trial.style).row(step.stage)
+    halves = [null.row(step.stage if null.stages > 1 else 0).kv_unet, row.kv_unet]
+    return {
+        "latent": latent,
+        "hint": trial.hint,
+        "timestep": np.array([step.t], np.int64),
+        "kv_unet": np.stack(halves[1 if trial.guidance == 1 else 0 :])[:, None],
+        "kv_control": row.kv_control[None],
+        "control_scale": np.asarray(trial.control),
+    }
 
 
 def run_trial(bundle: Bundle, trial: Trial, denoiser: Engine, record: Record | None = None) -> Floats:
@@ -123,20 +139,10 @@ def run_trial(bundle: Bundle, trial: Trial, denoiser: Engine, record: Record | N
         denoiser: the graph on trial.
         record: told what the denoiser is fed at each step.
     """
-    style, null = bundle.open_style(trial.style), bundle.null_style
     solver = make_solver(trial.schedule.solver, bundle.manifest.noise, trial.schedule)
     latent = trial.noisy
     for step in trial.schedule.steps:
-        row = style.row(step.stage)
-        halves = [null.row(step.stage if null.stages > 1 else 0).kv_unet, row.kv_unet]
-        feeds: Feeds = {
-            "latent": latent,
-            "hint": trial.hint,
-            "timestep": np.array([step.t], np.int64),
-            "kv_unet": np.stack(halves[1 if trial.guidance == 1 else 0 :])[:, None],
-            "kv_control": row.kv_control[None],
-            "control_scale": np.asarray(trial.control),
-        }
+        feeds = feeds_at(bundle, trial, step, latent)
         if record is not None:
             record(feeds)
         eps = denoiser(feeds)["eps"].copy()
@@ -154,10 +160,10 @@ def decode_all(bundle: Bundle, folder: Path, latents: Sequence[Floats], backend:
         return [np.round(np.clip((image + 1) * 127.5, 0, 255)).astype(np.uint8) for image in images]
 
 
-def psnr(found: Pixels, expected: Pixels) -> float:
-    """Peak signal-to-noise ratio of 8-bit pictures in dB; infinite for equal ones."""
+def psnr(found: npt.NDArray[Any], expected: npt.NDArray[Any], peak: float = 255) -> float:
+    """10 log10(peak² / mean squared difference) in dB, `peak` that of 8-bit pictures; infinite for equal arrays."""
     error = float(np.mean((found.astype(np.float64) - expected) ** 2))
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+    return math.inf if error == 0 else 10 * math.log10(peak**2 / error)
 
 
 def relative_error(found: Mapping[str, Any], expected: Mapping[str, Any]) -> float:

@@ -5,7 +5,7 @@ A style with guidance baked in is painted with guidance 1, whatever stands behin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lsast_engines.bundle import Bundle
@@ -51,31 +51,8 @@ class Defaults:
         style = defaults["style"] if given.get("style") is None else given["style"]
         preset = self._preset if given.get("preset") is None else given["preset"]
         ahead = {} if preset is None else {**preset_options(preset), "preset": preset}
-        return Options.resolve(given, {**defaults, **self._agreed(style), **ahead, **self._baked(style, given)})
-
-    def _agreed(self, style: Any) -> dict[str, Any]:
-        """The defaults that all styles of a mix have in common."""
-        first, *others = (file.defaults for file in self._files(style)) if self._files(style) else ({},)
-        return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
-
-    def _baked(self, style: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The guidance of styles that have it baked in: none is left to apply."""
-        scales = {file.name: file.guidance_baked for file in self._files(style)}
-        if not any(scales.values()):
-            return {}
-        told = ", ".join(f"{name} {'without' if scale is None else f'{scale:g}'}" for name, scale in scales.items())
-        if len(set(scales.values())) > 1:
-            raise UsageError(
-                f"found a mix of styles with unequal guidance baked in ({told}); expected the same in all, or none: "
-                "bake it with lsast-train distil --style NAME --guidance G, or mix the styles that these were made from"
-            )
-        asked = given.get("guidance")
-        if asked is not None and asked != 1:
-            raise UsageError(
-                f"found guidance {asked} for a style with guidance baked in ({told}); expected 1, or none asked for: "
-                "one pass guides already; for another scale take the style that it was made from"
-            )
-        return {"guidance": 1.0}
+        files = self._files(style)
+        return Options.resolve(given, {**defaults, **_agreed(files), **ahead, **_baked(files, given)})
 
     def _files(self, style: Any) -> list[StyleFile]:
         """The styles of a mix; none if it is no mix, or not of this bundle: `Options` and `Mix.check` say so."""
@@ -89,3 +66,29 @@ class Defaults:
         if name not in self._styles and (path := self._bundle.styles().get(name)):
             self._styles[name] = StyleFile(path)
         return name in self._styles
+
+
+def _agreed(files: Sequence[StyleFile]) -> dict[str, Any]:
+    """The defaults that all styles of a mix have in common."""
+    first, *others = [file.defaults for file in files] or [{}]
+    return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+
+
+def _baked(files: Sequence[StyleFile], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The guidance of styles that have it baked in: none is left to apply."""
+    scales = {file.name: file.guidance_baked for file in files}
+    if not any(scales.values()):
+        return {}
+    told = ", ".join(f"{name} {'without' if scale is None else f'{scale:g}'}" for name, scale in scales.items())
+    if len(set(scales.values())) > 1:
+        raise UsageError(
+            f"found a mix of styles with unequal guidance baked in ({told}); expected the same in all, or none: "
+            "bake it with lsast-train distil --style NAME --guidance G, or mix the styles that these were made from"
+        )
+    asked = given.get("guidance")
+    if asked is not None and asked != 1:
+        raise UsageError(
+            f"found guidance {asked} for a style with guidance baked in ({told}); expected 1, or none asked for: "
+            "one pass guides already; for another scale take the style that it was made from"
+        )
+    return {"guidance": 1.0}

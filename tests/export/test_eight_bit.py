@@ -21,9 +21,10 @@ from lsast_engines.errors import ExportError, MissingExtraError, UsageError
 from lsast_engines.profile import Ranges, Span
 from lsast_export import eight_bit
 from lsast_export.__main__ import main
-from lsast_export.eight_bit import pictures_in, psnr, quality, quantise_denoiser, take_scalar
+from lsast_export.eight_bit import calibration_feeds, quality, quantise_denoiser, take_scalar
 from lsast_export.half_graph import held_types
 from lsast_export.tensorrt import CompileOptions, compile_graph
+from lsast_export.trial import Pixels, find_contents, psnr
 from lsast_export.triton import one_element
 
 SIDE = 64
@@ -39,6 +40,11 @@ def photos(tmp_path: Path) -> Path:
         coarse.resize((120, 80), Image.Resampling.BICUBIC).save(folder / f"{index}.png")
     (folder / "notes.txt").write_text("no picture")
     return folder
+
+
+@pytest.fixture
+def contents(photos: Path) -> list[Pixels]:
+    return find_contents(photos, 3, SIDE)[0]
 
 
 def rounding(source: str, output_path: str, calibration_data: dict[str, np.ndarray], **settings: Any) -> None:
@@ -63,7 +69,7 @@ def rounding(source: str, output_path: str, calibration_data: dict[str, np.ndarr
 
 
 def test_it_is_calibrated_on_steps_of_the_pictures_and_opens_as_the_denoiser(
-    bundles: dict[str, Bundle], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundles: dict[str, Bundle], contents: list[Pixels], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, Any] = {}
 
@@ -78,17 +84,16 @@ def test_it_is_calibrated_on_steps_of_the_pictures_and_opens_as_the_denoiser(
 
     monkeypatch.setattr(eight_bit, "_modelopt", lambda: quantize)
     bundle = bundles["fp16"]
-    pictures = pictures_in(photos)
-    assert [path.name for path in pictures] == ["0.png", "1.png", "2.png"]
-    file = quantise_denoiser(bundle, pictures, "int8", tmp_path / "out" / "denoiser.onnx", SIDE)
+    file = quantise_denoiser(bundle, contents, "int8", tmp_path / "out" / "denoiser.onnx")
     assert seen["quantize_mode"] == "int8"
     data = seen["calibration_data"]
-    assert data["timestep"].tolist() == [166, 500, 833]  # the middles of three thirds
+    thirds = data["timestep"] * 3 // bundle.manifest.noise.train_steps
+    assert thirds.tolist() == [0, 1, 2]
     assert data["latent"].shape == (3, 4, 8, 8)
     assert data["kv_unet"].shape[:2] == (3 * 2, 1)
     assert "control_scale:1" in seen["calibration_shapes"].split(",")
     onnx.checker.check_model(str(file), full_check=True)
-    cost = quality(bundle, file, pictures, SIDE, 3)
+    cost = quality(bundle, file, contents)
     # A value of 8 bits is off by up to half a step of 1/127 of the largest: 20 log10(127 sqrt(12)) = 52.9 dB, less
     # where other latents are larger than those of the calibration.
     assert 25 < cost.noise < 75
@@ -96,7 +101,7 @@ def test_it_is_calibrated_on_steps_of_the_pictures_and_opens_as_the_denoiser(
 
 
 def test_what_was_not_quantised_is_an_error(
-    bundles: dict[str, Bundle], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundles: dict[str, Bundle], contents: list[Pixels], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def idle(source: str, output_path: str, **settings: Any) -> None:
         onnx.save(onnx.load(source), output_path)
@@ -107,10 +112,10 @@ def test_what_was_not_quantised_is_an_error(
     for quantize, message in ((idle, "ModelOpt quantised nothing"), (failing, "ModelOpt cannot quantise .*index out")):
         monkeypatch.setattr(eight_bit, "_modelopt", lambda quantize=quantize: quantize)
         with pytest.raises(ExportError, match=message):
-            quantise_denoiser(bundles["fp16"], pictures_in(photos), "int8", tmp_path / "out.onnx", SIDE)
+            quantise_denoiser(bundles["fp16"], contents, "int8", tmp_path / "out.onnx")
         assert not (tmp_path / "out.onnx").exists()
-    with pytest.raises(UsageError, match="found no pictures to calibrate on"):
-        quantise_denoiser(bundles["fp16"], [], "int8", tmp_path / "out.onnx", SIDE)
+    with pytest.raises(UsageError, match="found 0 pictures and 1 styles to calibrate on"):
+        quantise_denoiser(bundles["fp16"], [], "int8", tmp_path / "out.onnx")
 
 
 def test_a_scalar_goes_to_one_element_and_back(
@@ -129,16 +134,31 @@ def test_a_scalar_goes_to_one_element_and_back(
 
 
 def test_psnr_is_the_formula() -> None:
-    assert psnr([np.zeros(4)], [np.full(4, 0.1)], 1.0) == pytest.approx(20.0)
-    assert psnr([np.ones(3)], [np.ones(3)], 2.0) == math.inf
+    assert psnr(np.zeros(4), np.full(4, 0.1), 1.0) == pytest.approx(20.0)
+    assert psnr(np.zeros(4, np.uint8), np.full(4, 255, np.uint8)) == 0
+    assert psnr(np.ones(3), np.ones(3), 2.0) == math.inf
+
+
+def test_styles_with_guidance_baked_in_are_not_mixed_with_those_that_need_it(
+    bundles: dict[str, Bundle], contents: list[Pixels], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = bundles["fp16"]
+    ((name, path),) = bundle.styles().items()
+    opened = {"baked": bundle.open_style(name), "plain": bundle.open_style(name)}
+    opened["baked"].guidance_baked = 7.0
+    monkeypatch.setattr(Bundle, "styles", lambda _: {"baked": path, "plain": path})
+    monkeypatch.setattr(Bundle, "open_style", lambda _, name: opened[name])
+    feeds = calibration_feeds(bundle, contents)
+    assert len(feeds) == 1  # the second of three, in the styles by turns
+    assert {len(each["kv_unet"]) for each in feeds} == {2}
 
 
 def test_without_modelopt_it_is_one_line(
-    bundles: dict[str, Bundle], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundles: dict[str, Bundle], contents: list[Pixels], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "modelopt", None)
     with pytest.raises(MissingExtraError, match=r"nvidia-modelopt is not installed.*lsast\[modelopt\]"):
-        quantise_denoiser(bundles["fp16"], pictures_in(photos), "fp8", tmp_path / "out.onnx", SIDE)
+        quantise_denoiser(bundles["fp16"], contents, "fp8", tmp_path / "out.onnx")
 
 
 def test_fp8_is_refused_for_gpus_without_it_before_anything_is_done(photos: Path, tmp_path: Path) -> None:
@@ -152,13 +172,15 @@ def test_fp8_is_refused_for_gpus_without_it_before_anything_is_done(photos: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "stored"), [("int8", "INT8"), ("fp8", "FLOAT8E4M3FN")])
-def test_modelopt_itself(bundles: dict[str, Bundle], photos: Path, tmp_path: Path, kind: Any, stored: str) -> None:
+def test_modelopt_itself(
+    bundles: dict[str, Bundle], contents: list[Pixels], tmp_path: Path, kind: Any, stored: str
+) -> None:
     """Quantised, run by ONNX Runtime, compiled by TensorRT-RTX; fp8 also refused where no GPU has it."""
     pytest.importorskip("modelopt.onnx.quantization", reason="not installed: pip install 'lsast[modelopt]'")
     bundle = bundles["fp16"]
-    file = quantise_denoiser(bundle, pictures_in(photos), kind, tmp_path / "out" / "denoiser.onnx", SIDE)
+    file = quantise_denoiser(bundle, contents, kind, tmp_path / "out" / "denoiser.onnx")
     assert stored in held_types(file)
-    cost = quality(bundle, file, pictures_in(photos), SIDE, 4)
+    cost = quality(bundle, file, contents)
     assert 15 < cost.noise < 80
     assert 10 < cost.picture < 80
     pytest.importorskip("tensorrt_rtx", reason="not installed: pip install 'lsast[tensorrt-rtx]'")

@@ -30,7 +30,7 @@ def schema() -> Any:
     """The messages of `model_config.proto` as Triton's client publishes them; its file needs protobuf alone."""
     found = importlib.util.find_spec("tritonclient")
     if found is None or not found.submodule_search_locations:
-        pytest.skip("tritonclient is not installed: pip install tritonclient")
+        pytest.skip("tritonclient is not installed: pip install '.[dev]'")
     path = Path(found.submodule_search_locations[0], "grpc", "model_config_pb2.py")
     # By its path: the package around it imports grpc.
     spec = importlib.util.spec_from_file_location("model_config_pb2", path)
