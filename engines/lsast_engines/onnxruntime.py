@@ -8,6 +8,7 @@ from typing import Any
 
 from .engine import Arithmetic, Array, CheckedEngine, check_interface
 from .errors import BackendError
+from .onnxruntime_cache import optimised
 from .onnxruntime_gpu import PROVIDERS, gpu_devices, session
 from .spec import DENOISER, PARTS, GraphSpec
 
@@ -64,19 +65,18 @@ class OnnxRuntimeEngine(CheckedEngine):
         super().__init__(spec, device, arithmetic)
         if arithmetic != "fp32":
             raise BackendError(f"onnxruntime computes in fp32, found {arithmetic}; expected fp32, or openvino for it")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors; they are raised as well
-        # A pattern is a second arena for a shape that came before: 2.3 GB with Stable Diffusion 1.5 at 512 x 512.
-        options.enable_mem_pattern = False
-        # Else the threads of a session spin on after its run, in the way of the session that runs next: the graphs of
-        # mini in parts took 1.2 to 1.7 times as long (two cores, n = 5).
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        # The arena keeps what it had for the next run: quicker every step, and 1 GB for nothing once a picture.
-        options.enable_cpu_mem_arena = spec.name in (DENOISER, *PARTS)
-        if threads is not None:
-            options.intra_op_num_threads = threads
         left_out = ["ConstantFolding"] if device == "cpu" and half_bytes(path.parent, "BF16") > EXPANDED_LIMIT else []
-        self._session: Any = session(onnxruntime, path, spec, device, options, left_out)
+
+        def start(file: Path, options: Any) -> Any:
+            return session(onnxruntime, file, spec, device, options, left_out)
+
+        def options() -> Any:
+            return _session_options(onnxruntime, spec, threads)
+
+        if device == "cpu" and not left_out:
+            self._session: Any = optimised(onnxruntime, path, options, start)
+        else:
+            self._session = start(path, options())
         # ONNX Runtime runs on the CPU, with a warning, where the provider that was asked for cannot start.
         if (found := self._session.get_providers()[0]) != PROVIDERS[device]:
             raise BackendError(
@@ -129,3 +129,18 @@ class OnnxRuntimeEngine(CheckedEngine):
         import onnxruntime
 
         return onnxruntime.OrtValue.ortvalue_from_numpy(array, "cpu" if self.device == "cpu" else "cuda")
+
+
+def _session_options(library: Any, spec: GraphSpec, threads: int | None) -> Any:
+    options = library.SessionOptions()
+    options.log_severity_level = 3  # errors; they are raised as well
+    # A pattern is a second arena for a shape that came before: 2.3 GB with Stable Diffusion 1.5 at 512 x 512.
+    options.enable_mem_pattern = False
+    # Else the threads of a session spin on after its run, in the way of the session that runs next: the graphs of
+    # mini in parts took 1.2 to 1.7 times as long (two cores, n = 5).
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # The arena keeps what it had for the next run: quicker every step, and 1 GB for nothing once a picture.
+    options.enable_cpu_mem_arena = spec.name in (DENOISER, *PARTS)
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return options

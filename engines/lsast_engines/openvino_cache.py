@@ -1,8 +1,6 @@
 """Graphs that OpenVINO has compiled before, kept on disk: most of what it does when a graph is opened, it did already.
 
 Of mini the denoiser opens in 0.7 s of CPU time instead of 3.2, to the same bits; a file of 79 MB is what that costs.
-Graphs of `LIMIT` bytes of weights and more are not kept: theirs would take gigabytes. Of a graph in one arithmetic
-there is one file; whatever OpenVINO, the CPU or the graph changes into puts another in its place.
 """
 
 from __future__ import annotations
@@ -10,19 +8,12 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .bundle import MANIFEST
 from .files import replace_file
-
-LIMIT = 1 << 30
-"""Bytes of a bundle's weights from which its graphs are not kept."""
-
-_WEIGHTS = (".safetensors", ".data")
-"""Suffixes of the files that graphs may refer into."""
+from .kept_graphs import place, remove_others
 
 _log = logging.getLogger("lsast.openvino")
 
@@ -40,11 +31,10 @@ def compiled(
         version: of OpenVINO.
         compile_graph: compiles.
     """
-    weights = [file for file in sorted(path.parent.iterdir()) if file.suffix in _WEIGHTS]
-    if not (path.parent / MANIFEST).is_file() or sum(file.stat().st_size for file in weights) >= LIMIT:
+    name = place("openvino", path, arithmetic, f"{version} {core.get_property('CPU', 'FULL_DEVICE_NAME')}")
+    if name is None:
         return compile_graph()
-    facts = _facts(core, [path, *weights], version)
-    kept = _folder() / _key(str(path.resolve())) / f"{path.stem}-{arithmetic}-{facts}.blob"
+    kept = name.with_suffix(".blob")
     if kept.is_file():
         try:
             return core.import_model(io.BytesIO(_checked(kept)), "CPU", config)
@@ -67,10 +57,7 @@ def _keep(fresh: Any, kept: Path) -> None:
     with replace_file(kept) as handle:
         handle.write(hashlib.sha256(buffer.getbuffer()).digest())
         handle.write(buffer.getbuffer())
-    graph, arithmetic, _ = kept.stem.split("-")
-    for other in kept.parent.glob(f"{graph}-{arithmetic}-*.blob"):
-        if other != kept:
-            other.unlink(missing_ok=True)
+    remove_others(kept)
 
 
 def _checked(kept: Path) -> bytes:
@@ -84,19 +71,3 @@ def _checked(kept: Path) -> bytes:
     if hashlib.sha256(content).digest() != digest:
         raise ValueError("damaged")
     return content
-
-
-def _facts(core: Any, files: list[Path], version: str) -> str:
-    """A short name for everything that the compiled graph depends on; costs no reading of the weights."""
-    found = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return _key(f"{version} {core.get_property('CPU', 'FULL_DEVICE_NAME')} {found}")
-
-
-def _key(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _folder() -> Path:
-    home = os.environ.get("LSAST_HOME")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lsast"
-    return (Path(home).expanduser() if home else cache) / "compiled" / "openvino"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lsast_engines import openvino_cache
+from lsast_engines import kept_graphs
 from lsast_engines.bundle import Bundle
 from lsast_engines.engine import open_engine
 from lsast_engines.openvino import shared_core
@@ -140,7 +140,7 @@ def test_large_weights_and_graphs_of_no_bundle_are_not_kept(
     core: CountingCore, bundle: Bundle, decode: Callable[..., np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(openvino_cache, "LIMIT", (bundle.path / "base.safetensors").stat().st_size)
+        patch.setattr(kept_graphs, "LIMIT", (bundle.path / "base.safetensors").stat().st_size)
         decode()
     (bundle.path / "manifest.json").unlink()
     decode()
