@@ -1,23 +1,27 @@
 """One picture by lsast and by its peers, on one machine in one run: seconds, memory, and the fraction of the limit.
 
     python benchmarks/compare.py --bundle mini --size 512 --repeats 5 --json compare.json --chart compare.png
-    python benchmarks/compare.py --bundle sd15/fp32 --size 512 --repeats 1 --steps-measured 3
+    python benchmarks/compare.py --bundle sd15/fp32 --size 512 --repeats 1 --steps-measured 3 \
+        --row "fast, int8: bundle=sd15/int8, preset=fast, guidance=1, decoder=small"
+    python benchmarks/compare.py --from-json compare.json --chart compare.png --bar reference --bar onnxruntime
 
-Peers are what `peers.py` has, and those that have no such pipeline are named with the reason. Every row is a process of
-its own. `--steps-measured K` takes the time of K steps of a peer instead of all 35 and adds the others at their median;
-such rows say so. Bundles of full size with random weights (`sd15_random.py`) cost what real ones cost. Run nothing else
-meanwhile.
+Ours are the presets on the bundle, and every `--row`: a bundle, a backend, a preset and options of its own. Peers are
+what `peers.py` has, and `stable-diffusion.cpp` (`peer_sdcpp.py`); those that have no such pipeline are named with the
+reason. Every row is a process of its own, and is in the JSON as soon as it is measured. `--steps-measured K` takes the
+time of K steps of a peer instead of all 35 and adds the others at their median; such rows say so. Bundles of full size
+with random weights (`sd15_random.py`) cost what real ones cost. Run nothing else meanwhile.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +29,22 @@ import click
 
 from lsast.bench.machine import PACKAGES, describe, load
 from lsast.bench.measure import THREAD_VARIABLES, add_macs, ceiling, child, measure, megabytes, write_test_picture
-from lsast.bench.plan import Configuration, Summary, parse_backend
-from lsast.bench.report import draw_bars, require_matplotlib, table
-from lsast.presets import PRESETS
+from lsast.bench.plan import Summary
+from lsast.bench.report import require_matplotlib
 from lsast_engines.bundle import find_bundle
 from lsast_engines.engine import available_backends
+from lsast_engines.errors import LsastError
 from lsast_engines.files import replace_file
 
-Row = dict[str, Any]
+sys.path.insert(0, str(Path(__file__).parent))
+from compare_report import REFERENCE, chart, markdown
+from compare_rows import OURS, Own, rows_of_ours
 
-REFERENCE = "reference"
-"""The peer that the others are compared with."""
-OURS = ("released", "exact", "balanced", "fast")
-"""Presets that are measured, as far as there are any of these names; `released` computes what the reference does."""
+Row = dict[str, Any]
+Rates = dict[str, dict[str, float]]
+
+SDCPP = "stable-diffusion.cpp"
+"""The peer that has a script of its own."""
 
 
 @click.command()
@@ -50,10 +57,16 @@ OURS = ("released", "exact", "balanced", "fast")
     "--backend", "backends", multiple=True, default=("onnxruntime", "openvino", "openvino:bf16"), show_default=True
 )
 @click.option("--preset", "presets", multiple=True, help=f"[default: those of {', '.join(OURS)} that there are]")
+@click.option("--row", "texts", metavar="NAME: KEY=VALUE,…", multiple=True, help="A row besides; see above.")
 @click.option("--peer", "peers", multiple=True, default=(REFERENCE, "diffusers"), show_default=True)
 @click.option("--peer-arithmetic", "types", multiple=True, default=("fp32", "bf16"), show_default=True)
+@click.option("--base", type=click.Path(exists=True), help=f"What {SDCPP} reads: a base in diffusers' format.")
+@click.option("--controlnet", type=click.Path(exists=True), help="Its ControlNet, in diffusers' format.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures.")
-@click.option("--chart", type=click.Path(path_type=Path), help="Draw the seconds of a picture as bars, a PNG.")
+@click.option("--from-json", type=click.Path(exists=True, path_type=Path), help="Measure nothing: show these figures.")
+@click.option("--chart", "chart_path", type=click.Path(path_type=Path), help="Draw the seconds of a picture, a PNG.")
+@click.option("--title", help="Over the chart. [default: bundle, size and machine]")
+@click.option("--bar", "only", multiple=True, help="Draw only rows whose name has this text; several times.")
 def main(
     bundle: str | None,
     size: int,
@@ -62,76 +75,99 @@ def main(
     threads: int | None,
     backends: tuple[str, ...],
     presets: tuple[str, ...],
+    texts: tuple[str, ...],
     peers: tuple[str, ...],
     types: tuple[str, ...],
+    base: str | None,
+    controlnet: str | None,
     json_path: Path | None,
-    chart: Path | None,
+    from_json: Path | None,
+    chart_path: Path | None,
+    title: str | None,
+    only: tuple[str, ...],
 ) -> None:
     """Measure one row after another."""
-    if chart:
+    if chart_path:
         require_matplotlib()
-    folder = str(find_bundle(bundle))
-    machine = describe((*PACKAGES, "torch", "diffusers"))
+    if from_json:
+        report = json.loads(from_json.read_text())
+    else:
+        if SDCPP in peers and not (base and controlnet):
+            raise click.UsageError(f"found the peer {SDCPP} without --base and --controlnet; expected both")
+        try:
+            folder = str(find_bundle(bundle))
+            ours = rows_of_ours(folder, size, backends, presets, texts)
+        except LsastError as error:
+            raise click.ClickException(str(error)) from error
+        task = {"bundle": folder, "size": size, "threads": threads, "repeats": repeats}
+        there = {**task, "steps_measured": steps_measured, "base": base, "controlnet": controlnet}
+        report = measured(ours, [(name, arithmetic) for name in peers for arithmetic in types], task, there, json_path)
+    print(markdown(report))
+    if chart_path:
+        chart(report, chart_path, only, title)
+
+
+def measured(
+    ours: Sequence[Own], peers: Sequence[tuple[str, str]], task: Row, peer_task: Row, path: Path | None
+) -> Row:
+    """Measure all rows; those that are done are in the file `path` at any time."""
+    machine = describe((*PACKAGES, "torch", "diffusers", "stable-diffusion-cpp-python"))
     there = [name for name, devices in available_backends().items() if "cpu" in devices]
     say("products of matrices")
-    rates = child("ceilings", {"backends": there, "threads": threads}, threads)["gmacs"]
-    task = {"bundle": folder, "size": size, "threads": threads, "repeats": repeats}
-    rows = [
-        peer_row(name, arithmetic, {**task, "steps_measured": steps_measured}, rates)
-        for name in peers
-        for arithmetic in types
-    ]
-    rows += our_rows(backends, presets or [name for name in OURS if name in PRESETS], task, rates)
-    report = {
-        "machine": machine,
-        "bundle": folder,
-        "size": size,
-        "repeats": repeats,
-        "threads": threads,
-        "ceilings": rates,
-        "rows": rows,
-        "not_measured": absent(),
-        "load_at_end": load(),
-    }
-    if json_path:
-        with replace_file(json_path) as handle:
-            handle.write(json.dumps(report, indent=1, ensure_ascii=False).encode())
-    print(markdown(report))
-    if chart:
-        bars = [(row["name"], row["picture"]["median"], note(row, rows)) for row in rows if not row["error"]]
-        title = f"{Path(folder).name}, {size}², {machine['cpu']}, {machine['cores']} cores; median of {repeats}"
-        draw_bars(chart, title, bars)
+    rates = child("ceilings", {"backends": there, "threads": task["threads"]}, task["threads"])["gmacs"]
+    rows: list[Row] = []
+    report = {"machine": machine, **task, "ceilings": rates, "rows": rows}
+    report["not_measured"] = absent({name for name, _ in peers})
+
+    def all_rows() -> Iterator[Row]:
+        yield from (peer_row(name, arithmetic, peer_task, rates) for name, arithmetic in peers)
+        with tempfile.TemporaryDirectory() as scratch:
+            picture = Path(scratch) / "picture.png"
+            write_test_picture(picture, task["size"])
+            yield from (our_row(own, {**task, "picture": str(picture)}, rates) for own in ours)
+
+    for row in all_rows():
+        rows.append(row)
+        report["load_at_end"] = load()
+        if path:
+            with replace_file(path) as handle:
+                handle.write(json.dumps(report, indent=1, ensure_ascii=False).encode())
+    return report
 
 
-def peer_row(name: str, arithmetic: str, task: Row, rates: dict[str, dict[str, float]]) -> Row:
-    """Measure a peer of `peers.py`."""
+def peer_row(name: str, arithmetic: str, task: Row, rates: Rates) -> Row:
+    """Measure a peer."""
     label = f"{name} {arithmetic}"
     say(label)
+    row: Row = {"name": label, "by": name, "arithmetic": arithmetic, "preset": None, "extrapolated": None}
+    if name == SDCPP and importlib.util.find_spec("stable_diffusion_cpp") is None:
+        return {**row, "error": "stable-diffusion-cpp-python is not installed"}
     environment = {} if task["threads"] is None else dict.fromkeys(THREAD_VARIABLES, str(task["threads"]))
+    script = Path(__file__).with_name("peer_sdcpp.py" if name == SDCPP else "peers.py")
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("peers.py")), name],
+        [sys.executable, str(script), name],
         input=json.dumps({**task, "arithmetic": arithmetic}),
         stdout=subprocess.PIPE,
         env={**os.environ, **environment},
         text=True,
     )
-    row: Row = {"name": label, "by": name, "arithmetic": arithmetic, "preset": None, "extrapolated": None}
     if done.returncode:
         return {**row, "error": f"ended with status {done.returncode}; see above"}
     found = json.loads(done.stdout)
     measured, total = found["counted_steps"], found["run_steps"]
     pictures, steps = whole(found["pictures"], found["steps"], measured, total)
     best = ceiling(rates, arithmetic)
+    gmac, gmac_step = (found[key] and found[key] / 1e9 for key in ("macs_picture", "macs_step"))
     return {
         **row,
         "picture": pictures.as_json(),
         "step": steps.as_json(),
         "steps": total,
         "extrapolated": measured if measured < total else None,
-        "gmac": found["macs_picture"] / 1e9,
-        "gmac_step": found["macs_step"] / 1e9,
-        "fraction": best and found["macs_picture"] / 1e9 / pictures.median / best,
-        "step_fraction": best and found["macs_step"] / 1e9 / steps.median / best,
+        "gmac": gmac,
+        "gmac_step": gmac_step,
+        "fraction": best and gmac and gmac / pictures.median / best,
+        "step_fraction": best and gmac_step and gmac_step / steps.median / best,
         "peak_mb": megabytes(found["peak_bytes"]),
         "error": None,
     }
@@ -145,53 +181,36 @@ def whole(
     return Summary.of([seconds + (total - measured) * every.median for seconds in pictures]), every
 
 
-def our_rows(
-    backends: Sequence[str], presets: Sequence[str], task: Row, rates: dict[str, dict[str, float]]
-) -> list[Row]:
-    """Measure ours: every backend with every preset."""
-    found = []
-    with tempfile.TemporaryDirectory() as scratch:
-        picture = Path(scratch) / "picture.png"
-        write_test_picture(picture, task["size"])
-        for backend, arithmetic in map(parse_backend, backends):
-            for preset in presets:
-                chosen = Configuration(backend=backend, arithmetic=arithmetic, preset=preset, size=task["size"])
-                found.append(measure(chosen, {**task, "picture": str(picture)}, cold=False, progress=say))
-    add_macs(found, rates, task["threads"])
-    rows = []
-    for row in found:
-        label = f"lsast {row['preset']}, {row['backend']} {row['arithmetic']}"
-        head = {"name": label, "by": "lsast", "arithmetic": row["arithmetic"], "preset": row["preset"]}
-        if row["error"]:
-            rows.append({**head, "extrapolated": None, "error": row["error"]})
-            continue
-        warm = row["warm"]
-        steps = warm["step"]["n"] // task["repeats"]
-        once = {"encoder", "hint"} | {name for name in warm["graphs"] if name.startswith("decoder")}
-        inner = [graph for name, graph in warm["graphs"].items() if name not in once]
-        gmac_step = sum(g["gmac"] * sum(group["runs"] for group in g["shapes"]) for g in inner) / steps
-        best = ceiling(rates, warm["limit"])
-        rows.append(
-            {
-                **head,
-                "picture": warm["picture"],
-                "step": warm["step"],
-                "steps": steps,
-                "extrapolated": None,
-                "gmac": warm["gmac"],
-                "gmac_step": gmac_step,
-                "fraction": warm["fraction"],
-                "step_fraction": best and gmac_step / warm["step"]["median"] / best,
-                "peak_mb": warm["peak_mb"],
-                "error": None,
-                "figures": warm,
-            }
-        )
-    return rows
+def our_row(own: Own, task: Row, rates: Rates) -> Row:
+    """Measure one of ours."""
+    row = measure(own.configuration, {**task, "bundle": own.bundle}, cold=False, progress=say)
+    head = {"name": f"lsast {own.name}", "by": "lsast", "arithmetic": row["arithmetic"], "preset": row["preset"]}
+    head |= {"bundle": own.bundle, "options": row["options"], "extrapolated": None, "error": row["error"]}
+    if row["error"]:
+        return head
+    add_macs([row], rates, task["threads"])
+    warm = row["warm"]
+    steps = warm["step"]["n"] // task["repeats"]
+    once = {"encoder", "hint"} | {name for name in warm["graphs"] if name.startswith("decoder")}
+    inner = [graph for name, graph in warm["graphs"].items() if name not in once]
+    gmac_step = sum(g["gmac"] * sum(group["runs"] for group in g["shapes"]) for g in inner) / steps
+    best = ceiling(rates, warm["limit"])
+    return {
+        **head,
+        "picture": warm["picture"],
+        "step": warm["step"],
+        "steps": steps,
+        "gmac": warm["gmac"],
+        "gmac_step": gmac_step,
+        "fraction": warm["fraction"],
+        "step_fraction": best and gmac_step / warm["step"]["median"] / best,
+        "peak_mb": warm["peak_mb"],
+        "figures": warm,
+    }
 
 
-def absent() -> dict[str, str]:
-    """Peers that cannot be measured here, and why."""
+def absent(asked: set[str]) -> dict[str, str]:
+    """Peers that are not measured here, and why."""
     reasons = {}
     for package, module, newest in (
         ("optimum-intel", "optimum.intel", "2.2.0"),
@@ -204,72 +223,9 @@ def absent() -> dict[str, str]:
             continue
         if not any("ControlNet" in name for name in names):
             reasons[package] = "has no pipeline with a ControlNet"
-    try:
-        importlib.import_module("stable_diffusion_cpp")
-        reasons["stable-diffusion.cpp"] = "takes checkpoints in one file with a text encoder, which bundles have not"
-    except ImportError:
-        reasons["stable-diffusion.cpp"] = "stable-diffusion-cpp-python is not installed"
+    if SDCPP not in asked:
+        reasons[SDCPP] = f"not asked for (--peer {SDCPP}); it takes the shape of Stable Diffusion alone, not mini's"
     return reasons
-
-
-def markdown(report: Row) -> str:
-    """The table of all rows."""
-    rows = report["rows"]
-    machine = report["machine"]
-    lines = []
-    for row in rows:
-        if row["error"]:
-            lines.append((row["name"], row["error"], *[""] * 6))
-            continue
-        star = "" if row["extrapolated"] is None else f", from {row['extrapolated']} steps"
-        lines.append(
-            (
-                row["name"],
-                f"{row['picture']['median']:.3g} ({row['picture']['spread']:.2g}){star}",
-                ratio(row, base(rows, "fp32"), "picture"),
-                f"{row['steps']} of {row['step']['median']:.3g} ({row['step']['spread']:.2g})",
-                ratio(row, base(rows, row["arithmetic"]), "step"),
-                f"{row['gmac']:.0f}",
-                "-" if row["step_fraction"] is None else f"{row['step_fraction']:.0%}",
-                "-" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}",
-            )
-        )
-    heads = (
-        "",
-        "picture s (spread)",
-        "of the reference fp32",
-        "steps s (spread)",
-        "step: of the reference in its type",
-    )
-    heads += ("GMAC", "step: of the limit", "peak MB")
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    limits = ", ".join(f"{name} {max(by.values()):.0f}" for name, by in report["ceilings"].items())
-    return "\n\n".join(
-        [
-            f"{Path(report['bundle']).name} at {report['size']}², n = {report['repeats']}; {machine['cpu']}, "
-            f"{machine['cores']} cores; {versions}; load {machine['load']} … {report['load_at_end']}",
-            f"The limit, 10⁹ multiply-accumulates a second: {limits}",
-            table(heads, lines),
-            "Not measured:\n\n" + "\n".join(f"- {name}: {why}" for name, why in report["not_measured"].items()),
-        ]
-    )
-
-
-def base(rows: Sequence[Row], arithmetic: str) -> Row | None:
-    """The reference in an arithmetic, if it was measured."""
-    found = [row for row in rows if row["by"] == REFERENCE and row["arithmetic"] == arithmetic and not row["error"]]
-    return found[0] if found else None
-
-
-def ratio(row: Row, reference: Row | None, what: str) -> str:
-    """How many times as fast as the reference."""
-    return "-" if reference is None else f"{reference[what]['median'] / row[what]['median']:.2f} x"
-
-
-def note(row: Row, rows: Sequence[Row]) -> str:
-    """What stands at the end of a bar."""
-    measured = "" if row["extrapolated"] is None else f", from {row['extrapolated']} steps"
-    return f"{row['picture']['median']:.3g} s, {ratio(row, base(rows, 'fp32'), 'picture')}{measured}"
 
 
 def say(line: str) -> None:

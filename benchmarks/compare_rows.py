@@ -1,0 +1,56 @@
+"""Which rows of ours `compare.py` measures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lsast.bench.plan import Configuration, parse_backend
+from lsast.presets import PRESETS
+from lsast.sheet import parse_axes
+from lsast_engines.bundle import find_bundle
+from lsast_engines.errors import UsageError
+
+OURS = ("released", "exact", "balanced", "fast")
+"""Presets that are measured, as far as there are any of these names; `released` computes what the reference does."""
+
+
+@dataclass(frozen=True)
+class Own:
+    """A row of ours."""
+
+    name: str
+    bundle: str
+    configuration: Configuration
+
+    @classmethod
+    def parse(cls, text: str, bundle: str, size: int) -> Own:
+        """A row of a text ``NAME: key=value, …``: `bundle`, `backend` (NAME[:TYPE]), `preset`, and options.
+
+        Raises:
+            UsageError: a text that cannot be meant.
+        """
+        name, colon, rest = text.partition(":")
+        pairs = [part.strip().partition("=") for part in rest.split(",")]
+        if not (colon and name.strip() and all(equals for _, equals, _ in pairs)):
+            raise UsageError(f"found the row {text!r}; expected NAME: key=value, key=value")
+        given = {key.strip(): value.strip() for key, _, value in pairs}
+        bundle = str(find_bundle(given.pop("bundle", bundle)))
+        backend, arithmetic = parse_backend(given.pop("backend", "onnxruntime"))
+        preset = given.pop("preset", None)
+        options = {key: value for key, (value,) in parse_axes([f"{k}={v}" for k, v in given.items()]).items()}
+        chosen = Configuration(backend=backend, arithmetic=arithmetic, preset=preset, options=options, size=size)
+        return cls(name.strip(), bundle, chosen)
+
+
+def rows_of_ours(
+    bundle: str, size: int, backends: Sequence[str], presets: Sequence[str], texts: Sequence[str]
+) -> list[Own]:
+    """Every backend with every preset, then those of `texts`."""
+    ours = [
+        Own(f"{preset}, {backend} {arithmetic}", bundle, Configuration(**how, preset=preset, size=size))
+        for backend, arithmetic in map(parse_backend, backends)
+        for how in [{"backend": backend, "arithmetic": arithmetic}]
+        for preset in presets or [name for name in OURS if name in PRESETS]
+    ]
+    return ours + [Own.parse(text, bundle, size) for text in texts]
