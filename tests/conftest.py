@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gc
+import importlib.util
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +13,24 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+
+NO_SKIPS = "LSAST_TESTS_NEED"
+"""Environment variable: set, a test that is marked ``needs`` fails where its modules are missing; see .ci/run."""
+
+
+def pytest_configure() -> None:
+    """Collect garbage less often: torch's tracer makes objects by the million, a fifth of its time went there."""
+    gc.set_threshold(100_000, 50, 50)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked ``needs`` where its modules are missing."""
+    if os.environ.get(NO_SKIPS):
+        return
+    for item in items:
+        for marker in item.iter_markers("needs"):
+            if missing := [name for name in marker.args if importlib.util.find_spec(name) is None]:
+                item.add_marker(pytest.mark.skip(reason=f"not installed: {', '.join(missing)} (.ci/run has them)"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 import numpy.typing as npt
 
-from .engine_key import Library
+from .engine_key import EIGHT_BIT, Library
 from .errors import BackendError, MissingExtraError, UsageError, fault_list
 from .spec import GraphSpec, TensorSpec
 from .unpacked import unpacked_graph
@@ -21,9 +21,9 @@ from .unpacked import unpacked_graph
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 
-Arithmetic = Literal["fp32", "bf16", "fp16"]
+Arithmetic = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
 """What a graph computes in. Below ``fp32`` it is faster where the processor has it, and off by about 1e-2 (bf16) or
-1e-3 (fp16); fp16 may overflow."""
+1e-3 (fp16); fp16 may overflow. ``int8`` and ``fp8`` have only engines that were compiled from a quantised graph."""
 
 EXTRAS = {"onnxruntime": "cpu", "openvino": "openvino", "tensorrt-rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
 """The backends, and the extra that installs each; ``auto`` takes the first that is installed, has the device and may
@@ -271,6 +271,11 @@ def open_engine(
         raise UsageError(f"found {threads} threads; expected at least 1")
     if arithmetic not in get_args(Arithmetic):
         raise UsageError(f"found arithmetic {arithmetic!r}; expected one of {', '.join(get_args(Arithmetic))}")
+    if arithmetic in EIGHT_BIT and backend.lower() not in get_args(Library):
+        raise BackendError(
+            f"found arithmetic {arithmetic} for backend {backend}; expected one whose engines are compiled in it, "
+            f"{' or '.join(get_args(Library))} (for processors a bundle is quantised: lsast-export quantise)"
+        )
     backend, device = _choose(backend.lower(), device.lower(), arithmetic)
     if not path.is_file():
         raise BackendError(f"found no graph file {path}; export the bundle again")

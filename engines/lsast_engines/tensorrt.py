@@ -17,14 +17,23 @@ import importlib.util
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
 from .cuda import Gpu, gpus, load_cuda
 from .device_memory import Buffer, Graph, Stream
 from .engine import Arithmetic, Array, CheckedEngine
-from .engine_key import SUFFIX, EngineRecord, Library, engine_folder, graph_digest, verified_record
+from .engine_key import (
+    EIGHT_BIT,
+    SUFFIX,
+    EngineRecord,
+    Library,
+    engine_folder,
+    graph_arithmetic,
+    graph_digest,
+    verified_record,
+)
 from .errors import BackendError, fault_list
 from .profile import Profile, Shape, output_shapes, require_in_profile
 from .spec import GraphSpec
@@ -66,33 +75,43 @@ def find_engine(
 ) -> EngineRecord:
     """The record of the engine of the graph file `path` that fits this library, arithmetic and GPU.
 
-    It is looked for in `folder`, by default where `engine_folder` has those of the graph's bundle.
+    It is looked for in `folder`, by default where `engine_folder` has those of the graph's bundle. In 8 bits is the
+    denoiser alone, see `graph_arithmetic`.
 
     Raises:
         BackendError: none that fits: what is there instead, field by field, how long it took to compile, and the
             command that compiles it.
     """
     engine = (folder or engine_folder(path.parent, library, arithmetic)) / f"{spec.name}{SUFFIX}"
-    sm = f" --sm {gpu.capability}" if library == "tensorrt-rtx" else ""
-    command = f"lsast-export compile {path.parent} --backend {library} --arithmetic {arithmetic}{sm}"
+    command = compile_command(path.parent, spec.name, library, arithmetic, gpu)
     try:
         record = verified_record(engine)
     except BackendError as error:
-        raise BackendError(f"{error}\ncompile with: {command}, or let lsast-run do so: --build") from error
+        raise BackendError(f"{error}\ncompile with: {command}") from error
     wanted = dataclasses.replace(
         record.key,
         graph=spec.name,
         onnx=graph_digest(path),
-        arithmetic=arithmetic,
+        arithmetic=graph_arithmetic(spec.name, arithmetic),
         library=library,
         library_version=version,
     )
     if faults := wanted.differences(record.key) + record.key.serves(gpu.capability, gpu.name):
         heading = f"{engine} was compiled from something else, or for something else:"
         took = f"it took {record.seconds:.0f} s last time"
-        again = f"compile again ({took}) with: {command}, or let lsast-run do so: --build"
-        raise BackendError(f"{fault_list(heading, faults)}\n{again}")
+        raise BackendError(f"{fault_list(heading, faults)}\ncompile again ({took}) with: {command}")
     return record
+
+
+def compile_command(bundle: Path, graph: str, library: Library, arithmetic: str, gpu: Gpu) -> str:
+    """What to type where the engine of `graph` is missing, for this GPU."""
+    sm = f" --sm {gpu.capability}" if library == "tensorrt-rtx" else ""
+    if graph_arithmetic(graph, arithmetic) in EIGHT_BIT:
+        options = f"--to {arithmetic} --images PHOTOGRAPHS --backend {library}{sm}"
+        return f"lsast-export modelopt QUANTISED {bundle} {options} (needs NVIDIA's ModelOpt, see docs/gpu.md)"
+    part = f" --graph {graph}" if arithmetic in EIGHT_BIT else ""
+    command = f"lsast-export compile {bundle} --backend {library} --arithmetic {arithmetic}{sm}{part}"
+    return f"{command}, or let lsast-run do so: --build"
 
 
 class TensorRtEngine(CheckedEngine):
@@ -120,7 +139,7 @@ class TensorRtEngine(CheckedEngine):
             spec: its inputs and outputs.
             device: ``cuda``.
             threads: of no account: the work is the GPU's.
-            arithmetic: what the engine was compiled in.
+            arithmetic: what the engine was compiled in; 8 bits mean the denoiser, and fp16 for the others.
             library: the library that compiled it.
             trt: the library's module, to run against another.
             runtime: the module `cuda.bindings.runtime`, likewise.
@@ -132,7 +151,7 @@ class TensorRtEngine(CheckedEngine):
             MissingExtraError: library or cuda-python is not installed.
             BackendError: no GPU, no engine that fits (`find_engine`), or one that the library refuses.
         """
-        super().__init__(spec, device, arithmetic)
+        super().__init__(spec, device, cast(Arithmetic, graph_arithmetic(spec.name, arithmetic)))
         self.backend: str = library
         trt, runtime = trt or load_library(library), runtime or load_cuda()
         there = gpus(runtime)

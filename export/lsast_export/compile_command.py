@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from lsast_engines.engine_key import Library
+from lsast_engines.engine_key import EIGHT_BIT, Library
 from lsast_engines.errors import UsageError
 from lsast_engines.profile import Ranges, Span
 
@@ -21,11 +21,14 @@ LIBRARIES = get_args(Library)
 
 
 def compiling(command: Command) -> Command:
-    """Options of commands that compile engines."""
+    """Options of commands that compile engines of floats."""
+    kinds = click.Choice(["fp16", "fp32"])
+    return ranging(click.option("--arithmetic", type=kinds, help="What engines compute in. [default: fp16]")(command))
+
+
+def ranging(command: Command) -> Command:
+    """Options of commands that compile engines: the sizes and the GPUs that they are for."""
     for option in (
-        click.option(
-            "--arithmetic", type=click.Choice(["fp16", "fp32"]), help="What engines compute in. [default: fp16]"
-        ),
         click.option("--batch", metavar="N,N,N", help="Pictures at once: least, best, most. [default: 1,1,4]"),
         click.option(
             "--sides", metavar="N,N,N", help="Pixels of height and width: least, best, most. [default: 384,512,1024]"
@@ -54,7 +57,18 @@ def compiling(command: Command) -> Command:
     multiple=True,
     help="This graph only; again for others. [default: all but the denoiser's parts]",
 )
-@compiling
+@click.option(
+    "--arithmetic",
+    type=click.Choice(["fp16", "fp32", *EIGHT_BIT]),
+    help="What engines compute in; int8 and fp8 with --quantised. [default: fp16]",
+)
+@click.option(
+    "--quantised",
+    metavar="FILE",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="The denoiser.onnx that modelopt wrote, compiled in place of the bundle's.",
+)
+@ranging
 @common
 @click.pass_context
 def compile_command(
@@ -67,6 +81,7 @@ def compile_command(
     sides: str | None,
     batch: str | None,
     arithmetic: str | None,
+    quantised: Path | None,
     as_json: bool,
 ) -> None:
     """Compile the graphs of BUNDLE (a folder or a name; the embedded one) for NVIDIA GPUs.
@@ -78,7 +93,8 @@ def compile_command(
     from lsast_engines.bundle import find_bundle
 
     phases = Phases()
-    facts = compiled(find_bundle(bundle), backend, phases, out, sm, sides, batch, arithmetic, graphs)
+    options = compile_options(backend, sm, sides, batch, arithmetic, quantised)
+    facts = compile_as(find_bundle(bundle), options, phases, out, graphs)
     click.echo(json.dumps(facts) if as_json or ctx.meta.get("lsast.json") else facts["engines"])
 
 
@@ -94,16 +110,21 @@ def compiled(
     graphs: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Compile `bundle` as the options say, and what came of it, for ``--json``."""
+    return compile_as(bundle, compile_options(backend, sm, sides, batch, arithmetic), phases, out, graphs)
+
+
+def compile_as(
+    bundle: Path, options: CompileOptions, phases: Phases, out: Path | None = None, graphs: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Compile `bundle`, and what came of it, for ``--json``."""
     from lsast_engines.engine_key import engine_folder
 
     from .tensorrt import compile_bundle
 
-    options = compile_options(backend, sm, sides, batch, arithmetic)
-    library = options.library
     records = compile_bundle(bundle, options, out, phases, graphs)
     return {
         "bundle": str(bundle),
-        "engines": str(out or engine_folder(bundle, library, options.arithmetic)),
+        "engines": str(out or engine_folder(bundle, options.library, options.arithmetic)),
         "graphs": {
             name: {"bytes": record.bytes, "seconds": record.seconds, "targets": list(record.key.targets)}
             for name, record in records.items()
@@ -118,6 +139,7 @@ def compile_options(
     sides: str | None = None,
     batch: str | None = None,
     arithmetic: str | None = None,
+    quantised: Path | None = None,
 ) -> CompileOptions:
     """What the options of `compiling` mean.
 
@@ -131,7 +153,7 @@ def compile_options(
     ranges = Ranges(**{name: span for name, span in spans.items() if span is not None})
     targets = tuple(dict.fromkeys(target.strip() for text in sm for target in text.split(",") if target.strip()))
     library: Library = "tensorrt" if backend == "tensorrt" else "tensorrt-rtx"
-    return CompileOptions(library, targets, ranges, **chosen)
+    return CompileOptions(library, targets, ranges, quantised=quantised, **chosen)
 
 
 def _span(option: str, text: str | None) -> Span | None:

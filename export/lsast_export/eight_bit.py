@@ -25,9 +25,11 @@ from onnx import helper, numpy_helper
 
 from lsast_engines.bundle import Bundle
 from lsast_engines.engine import open_engine
+from lsast_engines.engine_key import graph_digest
 from lsast_engines.errors import ExportError, MissingExtraError, UsageError
 from lsast_engines.spec import DENOISER
 
+from .origin import tell_origin
 from .plain_graph import plain_graph
 from .progress import Progress, silent
 from .trial import Feeds, Floats, Pixels, decode_all, feeds_at, make_trials, psnr, run_trial
@@ -95,6 +97,7 @@ def quantise_denoiser(
         if not tensor.shape:
             take_scalar(model, tensor.name)
     progress(f"quantising to {kind}", f"{held} quantisers and dequantisers")
+    tell_origin(model, graph_digest(bundle.graph_path(DENOISER)))
     onnx.save(model, out, save_as_external_data=True, location=f"{out.stem}.data")
     return out
 

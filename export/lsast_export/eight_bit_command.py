@@ -9,7 +9,7 @@ import click
 
 from lsast_engines.errors import UsageError
 
-from .compile_command import compile_options
+from .compile_command import LIBRARIES, compile_as, compile_options, ranging
 from .console import Phases, common, require_extra
 
 
@@ -26,10 +26,11 @@ from .console import Phases, common, require_extra
 )
 @click.option("--count", type=click.IntRange(1), default=32, show_default=True, help="How many of them.")
 @click.option(
-    "--sm", multiple=True, metavar="N.N", help="Compile with TensorRT-RTX for these compute capabilities, too."
+    "--backend",
+    type=click.Choice(LIBRARIES),
+    help="Compile the bundle with it by this library, too. [default: tensorrt-rtx with --sm, else none]",
 )
-@click.option("--sides", metavar="N,N,N", help="See compile.")
-@click.option("--batch", metavar="N,N,N", help="See compile.")
+@ranging
 @common
 @click.pass_context
 def modelopt_command(
@@ -39,6 +40,7 @@ def modelopt_command(
     kind: str,
     images: Path,
     count: int,
+    backend: str | None,
     sm: tuple[str, ...],
     sides: str | None,
     batch: str | None,
@@ -48,26 +50,31 @@ def modelopt_command(
 
     For NVIDIA GPUs, by NVIDIA's ModelOpt (pip install 'lsast[modelopt]'); for processors see quantise.
 
-    What it costs in quality on these photographs is measured and printed. With --sm an engine is compiled beside it;
-    lsast-run does not take it yet.
+    What it costs in quality on these photographs is measured and printed. With --sm or --backend the bundle's engines
+    are compiled where lsast-run --arithmetic int8 (or fp8) finds them: the quantised denoiser, all else in fp16.
     """
     require_extra("onnx", "onnxruntime")
     from lsast_engines.bundle import Bundle, find_bundle
-    from lsast_engines.spec import DENOISER
+    from lsast_engines.engine_key import PORTABLE
+    from lsast_engines.tensorrt_library import load_library
 
     from .eight_bit import quality, quantise_denoiser
-    from .tensorrt import compile_graph, require_types
+    from .tensorrt import STORED, require_types
     from .trial import find_contents
 
-    if not sm and (sides or batch):
-        raise UsageError("found --sides or --batch; expected --sm with it")
-    engines = compile_options("tensorrt-rtx", sm, sides, batch, "fp32") if sm else None
+    backend = backend or ("tensorrt-rtx" if sm else None)
+    if backend is None and (sides or batch):
+        raise UsageError("found --sides or --batch; expected --sm or --backend with it")
+    found, file = find_bundle(bundle), out / "denoiser.onnx"
+    engines = compile_options(backend, sm, sides, batch, kind, file) if backend else None
     if engines is not None:
-        require_types({"FLOAT8E4M3FN"} if kind == "fp8" else {"INT8"}, engines.targets, f"{kind} denoiser")
-    opened, phases = Bundle.open(find_bundle(bundle)), Phases()
+        targets = engines.targets or ((PORTABLE,) if engines.library == "tensorrt-rtx" else ())
+        require_types({STORED[kind]}, targets, f"{kind} denoiser")
+        load_library(engines.library)  # before minutes are spent
+    opened, phases = Bundle.open(found), Phases()
     native, multiple = opened.manifest.height, opened.manifest.multiple
     contents, _ = find_contents(images, count, native)
-    file = quantise_denoiser(opened, contents, "fp8" if kind == "fp8" else "int8", out / "denoiser.onnx", phases)
+    quantise_denoiser(opened, contents, "fp8" if kind == "fp8" else "int8", file, phases)
     phases("comparing")
     judged, _ = find_contents(images, min(count, 4), max(native // 2 // multiple, 1) * multiple)
     cost = quality(opened, file, judged)
@@ -78,8 +85,6 @@ def modelopt_command(
     )
     facts: dict[str, object] = {"graph": str(file), "kind": kind, "psnr_db": cost._asdict()}
     if engines is not None:
-        spec = opened.manifest.graphs[DENOISER]
-        record = compile_graph(file, spec, out / "denoiser.engine", engines, phases)
-        facts["engine"] = {"bytes": record.bytes, "seconds": record.seconds, "targets": list(record.key.targets)}
+        facts |= compile_as(found, engines, phases)
     facts["seconds"] = phases.seconds()
     click.echo(json.dumps(facts) if as_json or ctx.meta.get("lsast.json") else file)

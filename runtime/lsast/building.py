@@ -16,10 +16,10 @@ from typing import Any, get_args
 from lsast_engines.bundle import Bundle
 from lsast_engines.cuda import gpus, load_cuda
 from lsast_engines.engine import Arithmetic
-from lsast_engines.engine_key import Library, engine_folder
+from lsast_engines.engine_key import EIGHT_BIT, Library, engine_folder
 from lsast_engines.errors import BackendError, MissingExtraError, UsageError
 from lsast_engines.loop import ADVANCE_GRAPH
-from lsast_engines.spec import ADVANCE, EVERY, GraphSpec, advance_spec
+from lsast_engines.spec import ADVANCE, DENOISER, EVERY, GraphSpec, advance_spec
 from lsast_engines.tensorrt import find_engine
 from lsast_engines.tensorrt_library import load_library
 
@@ -45,7 +45,8 @@ def build_engines(
     Raises:
         UsageError: a backend that compiles nothing.
         MissingExtraError: the library, cuda-python or what the exporter needs is not installed.
-        BackendError: no GPU, or compiling failed; why stands on stderr.
+        BackendError: no GPU; a denoiser in 8 bits that is missing, which `lsast-export modelopt` makes; or compiling
+            failed, and why stands on stderr.
     """
     if backend not in get_args(Library):
         expected = " or ".join(get_args(Library))
@@ -66,7 +67,10 @@ def build_engines(
     for name, (path, spec, computed_in) in graphs.items():
         try:
             find_engine(path, spec, library, version, computed_in, there[0], folder)
-        except BackendError:
+        except BackendError as error:
+            if name == DENOISER and arithmetic in EIGHT_BIT:
+                # It is quantised first, on the caller's photographs, in an environment of ModelOpt's own.
+                raise BackendError(f"--build cannot compile the denoiser in {arithmetic}: {error}") from error
             missing.append(name)
     if not missing:
         return []

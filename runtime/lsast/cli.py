@@ -84,7 +84,7 @@ def _number_or_text(ctx: click.Context, param: click.Parameter, value: str | Non
     "--arithmetic",
     metavar="TYPE",
     default="fp32",
-    help="fp32; openvino also bf16, fp16; tensorrt fp16. [default: fp32]",
+    help="fp32; openvino also bf16, fp16; tensorrt fp16, int8, fp8. [default: fp32]",
 )
 @click.option("--build", is_flag=True, help="Compile what tensorrt-rtx or tensorrt misses; takes minutes.")
 @click.option(

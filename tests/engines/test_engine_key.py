@@ -119,6 +119,7 @@ def test_output_shapes_follow_from_the_inputs() -> None:
         ("library_version", "1.8.0"),
         ("targets", ("8.6",)),
         ("gpu", "NVIDIA GeForce RTX 4090"),
+        ("quantised", "c" * 64),
     ],
 )
 def test_a_difference_names_its_field_and_no_other(field: str, value: Any) -> None:

@@ -20,17 +20,17 @@ def session(model: onnx.ModelProto) -> object:
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
+@pytest.mark.needs("polygraphy", "onnx_graphsurgeon")
 @pytest.mark.parametrize("graph", ["encoder", "hint", "denoiser", "decoder"])
 @pytest.mark.filterwarnings("ignore")
 def test_folded_and_unfolded_graphs_agree(graph: str) -> None:
-    pytest.importorskip("polygraphy", reason="polygraphy is not installed")
-    pytest.importorskip("onnx_graphsurgeon", reason="onnx-graphsurgeon is not installed")
     from polygraphy.backend.onnx import fold_constants
 
     spec = Bundle.open(EMBEDDED, verify_hashes=False).manifest.graphs[graph]
     model = onnx.load(EMBEDDED / f"{graph}.onnx")
     plain = session(model)
-    folded = fold_constants(onnx.load(EMBEDDED / f"{graph}.onnx"))
+    # Another pass finds nothing more and takes as long.
+    folded = fold_constants(onnx.load(EMBEDDED / f"{graph}.onnx"), num_passes=1)
     assert len(folded.graph.node) < len(model.graph.node)
     lengths = {"B": 1, "G": 2, "H": 64, "W": 128, "h": 8, "w": 16}
     rng = np.random.default_rng(0)

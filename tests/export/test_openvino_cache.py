@@ -123,7 +123,10 @@ def test_a_damaged_file_is_told_of_and_replaced(
         np.testing.assert_array_equal(decode(), expected)
     assert "the graph is compiled anew" in caplog.text
     assert core.compiled == 2
-    assert [file.stat().st_size for file in _kept()] == [size]
+    assert len(_kept()) == 1
+    # What OpenVINO compiles anew may differ by some bytes: it is in order if the next one opens it.
+    np.testing.assert_array_equal(decode(), expected)
+    assert core.compiled == 2
 
 
 def test_where_nothing_can_be_kept_graphs_run_all_the_same(

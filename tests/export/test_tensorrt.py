@@ -9,23 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from onnx import TensorProto, checker, helper, numpy_helper, save
+from onnx import TensorProto, checker, helper, load, numpy_helper, save
 
 from lsast_engines.bundle import EMBEDDED, Bundle
-from lsast_engines.engine_key import record_path, verified_record
+from lsast_engines.engine import Arithmetic
+from lsast_engines.engine_key import engine_folder, graph_digest, record_path, verified_record
 from lsast_engines.errors import BackendError, ExportError, MissingExtraError, UsageError
 from lsast_engines.profile import Ranges, Span
 from lsast_engines.spec import GraphSpec, TensorSpec, advance_spec
 from lsast_export.__main__ import main
+from lsast_export.origin import tell_origin
 from lsast_export.tensorrt import CompileOptions, compile_bundle, compile_graph
 
 TARGETS = ("8.6", "8.9", "12.0")
 SMALL = Ranges(Span(64, 64, 128), Span(1, 1, 2))
-
-
-@pytest.fixture
-def rtx() -> None:
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'lsast[tensorrt-rtx]'")
+needs_rtx = pytest.mark.needs("tensorrt_rtx")
 
 
 def rtx_options(**changes: object) -> CompileOptions:
@@ -97,23 +95,8 @@ def test_targets_that_cannot_be_meant_are_refused(library: str, targets: tuple[s
         CompileOptions(library, targets)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("arithmetic", ["fp32", "fp16"])
-def test_a_bundle_compiles_for_every_target(
-    rtx: None, bundles: dict[str, Bundle], tmp_path: Path, arithmetic: str
-) -> None:
-    bundle = bundles["fp16"]
-    records = compile_bundle(bundle.path, rtx_options(arithmetic=arithmetic), tmp_path)
-    specs = {**bundle.manifest.graphs, "advance": advance_spec()}
-    assert records.keys() == specs.keys()
-    for name, record in records.items():
-        engine = tmp_path / f"{name}.engine"
-        assert verified_record(engine) == record
-        # The solver's step is never rounded to halves.
-        assert (record.key.targets, record.key.arithmetic) == (TARGETS, "fp32" if name == "advance" else arithmetic)
-        assert record.key.profile == SMALL.profile(specs[name])
-
-
-def test_what_is_there_is_compiled_again_only_if_it_differs(rtx: None, tmp_path: Path) -> None:
+@needs_rtx
+def test_what_is_there_is_compiled_again_only_if_it_differs(tmp_path: Path) -> None:
     path, spec = product(tmp_path)
     engine = tmp_path / "product.engine"
     said: list[str] = []
@@ -139,7 +122,8 @@ def test_what_is_there_is_compiled_again_only_if_it_differs(rtx: None, tmp_path:
     assert verified_record(engine).key.onnx != before
 
 
-def test_what_the_library_logs_is_an_error_with_its_words(rtx: None, tmp_path: Path) -> None:
+@needs_rtx
+def test_what_the_library_logs_is_an_error_with_its_words(tmp_path: Path) -> None:
     path, spec = product(tmp_path, operator="Bernoulli")
     engine = tmp_path / "product.engine"
     with pytest.raises(ExportError, match=r"(?s)graph product cannot be read:.*Bernoulli"):
@@ -148,7 +132,8 @@ def test_what_the_library_logs_is_an_error_with_its_words(rtx: None, tmp_path: P
     assert not record_path(engine).exists()
 
 
-def test_a_file_that_is_another_graph_is_refused(rtx: None, tmp_path: Path) -> None:
+@needs_rtx
+def test_a_file_that_is_another_graph_is_refused(tmp_path: Path) -> None:
     path, spec = product(tmp_path)
     wanted = GraphSpec("product", (TensorSpec("z", "float32", ("B", 16, 8)),), spec.outputs)
     with pytest.raises(ExportError) as caught:
@@ -157,13 +142,15 @@ def test_a_file_that_is_another_graph_is_refused(rtx: None, tmp_path: Path) -> N
     assert "input z: found none" in str(caught.value)
 
 
-def test_unknown_targets_list_those_there_are(rtx: None, tmp_path: Path) -> None:
+@needs_rtx
+def test_unknown_targets_list_those_there_are(tmp_path: Path) -> None:
     path, spec = product(tmp_path)
     with pytest.raises(UsageError, match=r"found compute capability 9\.0; .*compiles for 7\.5, 8\.0, 8\.6, 8\.9"):
         compile_graph(path, spec, tmp_path / "product.engine", rtx_options(targets=("9.0",)))
 
 
-def test_fp8_is_refused_for_gpus_that_have_none(rtx: None, tmp_path: Path) -> None:
+@needs_rtx
+def test_fp8_is_refused_for_gpus_that_have_none(tmp_path: Path) -> None:
     path, spec = quantised(tmp_path, TensorProto.FLOAT8E4M3FN)
     engine = tmp_path / "quantised.engine"
     with pytest.raises(ExportError, match=r"8\.6: found FLOAT8E4M3FN .* expected compute capability 8\.9") as caught:
@@ -172,16 +159,91 @@ def test_fp8_is_refused_for_gpus_that_have_none(rtx: None, tmp_path: Path) -> No
     assert compile_graph(path, spec, engine, rtx_options(arithmetic="fp32", targets=("8.9", "12.0"))).bytes > 0
 
 
-def test_our_refusal_of_fp8_is_the_librarys(rtx: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@needs_rtx
+def test_our_refusal_of_fp8_is_the_librarys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("lsast_export.tensorrt.NEEDS", {})
     path, spec = quantised(tmp_path, TensorProto.FLOAT8E4M3FN)
     with pytest.raises(ExportError, match="HW-specific datatypes: fp8_e4m3"):
         compile_graph(path, spec, tmp_path / "quantised.engine", rtx_options(arithmetic="fp32", targets=("8.6",)))
 
 
-def test_int8_compiles_for_every_target(rtx: None, tmp_path: Path) -> None:
+@needs_rtx
+def test_int8_compiles_for_every_target(tmp_path: Path) -> None:
     path, spec = quantised(tmp_path, TensorProto.INT8)
     assert compile_graph(path, spec, tmp_path / "quantised.engine", rtx_options(arithmetic="fp32")).bytes > 0
+
+
+def eight_bit(folder: Path, kind: int = TensorProto.INT8) -> tuple[Path, Path, GraphSpec]:
+    """A graph `denoiser`, y = x W, and a quantised one that says that it was made from it."""
+    (bundle := folder / "bundle").mkdir()
+    (made := folder / "made").mkdir()
+    source, spec = quantised(made, kind)
+    model = load(source)
+    plain = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "W"], ["y"])],
+        "denoiser",
+        list(model.graph.input),
+        list(model.graph.output),
+        [numpy_helper.from_array(np.eye(32, dtype=np.float32), "W")],
+    )
+    path = bundle / "denoiser.onnx"
+    save(helper.make_model(plain, opset_imports=model.opset_import, ir_version=10), path)
+    tell_origin(model, graph_digest(path))
+    save(model, source)
+    return path, source, dataclasses.replace(spec, name="denoiser")
+
+
+def test_eight_bits_take_the_quantised_graph_of_this_very_denoiser(tmp_path: Path) -> None:
+    path, made, spec = eight_bit(tmp_path)
+    engine = tmp_path / "denoiser.engine"
+
+    def refused(message: str, error: type[Exception] = ExportError, **changes: object) -> None:
+        with pytest.raises(error, match=message):
+            compile_graph(path, spec, engine, rtx_options(arithmetic="int8", **changes))
+        assert not engine.exists()
+
+    refused("found no quantised denoiser to compile in int8; expected --quantised FILE", UsageError)
+    refused("found no quantised denoiser .*nowhere", quantised=tmp_path / "nowhere")
+    refused(r"made from: found nothing that it tells; expected [0-9a-f]{12}…", quantised=path)
+    with pytest.raises(ExportError, match="types: found no FLOAT8E4M3FN; expected it in a graph for fp8"):
+        compile_graph(path, spec, engine, rtx_options(arithmetic="fp8", quantised=made))
+    with pytest.raises(UsageError, match=r"for arithmetic fp16; expected int8 or fp8"):
+        rtx_options(quantised=made)
+    path.write_bytes(path.read_bytes() + b"\x22\x01x")  # the bundle was exported again
+    refused(r"made from: found [0-9a-f]{12}…; expected", quantised=made)
+
+
+def test_a_bundle_in_eight_bits_needs_the_quantised_denoiser_before_anything_is_compiled(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"lsast-export modelopt OUT .* --to fp8 --images PHOTOGRAPHS writes into OUT"):
+        compile_bundle(EMBEDDED, rtx_options(arithmetic="fp8"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("arithmetic", "kind", "targets"),
+    [("int8", TensorProto.INT8, TARGETS), ("fp8", TensorProto.FLOAT8E4M3FN, ("8.9", "12.0"))],
+)
+def test_a_quantised_denoiser_compiles_with_the_rest_in_halves(
+    tmp_path: Path, arithmetic: Arithmetic, kind: int, targets: tuple[str, ...]
+) -> None:
+    path, made, spec = eight_bit(tmp_path, kind)
+    engine = tmp_path / "denoiser.engine"
+    options = rtx_options(arithmetic=arithmetic, quantised=made, targets=targets)
+    record = compile_graph(path, spec, engine, options)
+    assert record == verified_record(engine)
+    assert (record.key.onnx, record.key.quantised) == (graph_digest(path), graph_digest(made))
+    assert record.key.arithmetic == arithmetic
+    stamp = engine.stat().st_mtime_ns
+    compile_graph(path, spec, engine, options)
+    assert engine.stat().st_mtime_ns == stamp
+    model = load(made)
+    model.doc_string = "calibrated again"
+    save(model, made)
+    assert compile_graph(path, spec, engine, options).key.quantised != record.key.quantised
+    if arithmetic == "fp8":
+        with pytest.raises(ExportError, match=r"8\.6: found FLOAT8E4M3FN"):
+            compile_graph(path, spec, engine, dataclasses.replace(options, targets=TARGETS))
 
 
 def test_tensorrt_itself_needs_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,16 +254,29 @@ def test_tensorrt_itself_needs_the_gpu(tmp_path: Path, monkeypatch: pytest.Monke
         compile_graph(path, spec, tmp_path / "product.engine", CompileOptions("tensorrt"))
 
 
-def test_the_command_compiles_where_the_runtime_looks(rtx: None, bundles: dict[str, Bundle], tmp_path: Path) -> None:
-    path = str(bundles["fp32"].path)
-    arguments = ["compile", path, "--backend", "tensorrt-rtx", "--sm", "8.9", "--sides", "64,64,128", "--json"]
+@needs_rtx
+def test_the_command_compiles_where_the_runtime_looks(tmp_path: Path) -> None:
+    arguments = [
+        "compile",
+        "--backend",
+        "tensorrt-rtx",
+        "--sm",
+        "8.9",
+        "--graph",
+        "encoder",
+        "--graph",
+        "hint",
+        "--json",
+    ]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.stderr
     facts = json.loads(result.stdout)
     folder = Path(facts["engines"])
     assert folder.is_relative_to(tmp_path / "home" / "compiled")
-    assert verified_record(folder / "denoiser.engine").key.targets == ("8.9",)
-    assert facts["graphs"]["denoiser"]["bytes"] == (folder / "denoiser.engine").stat().st_size
+    assert folder == engine_folder(EMBEDDED, "tensorrt-rtx", "fp16")
+    assert verified_record(folder / "encoder.engine").key.targets == ("8.9",)
+    assert facts["graphs"].keys() == {"encoder", "hint"}
+    assert facts["graphs"]["encoder"]["bytes"] == (folder / "encoder.engine").stat().st_size
 
 
 @pytest.mark.parametrize(
@@ -217,8 +292,9 @@ def test_options_that_cannot_be_meant_are_refused(arguments: list[str], message:
     assert message in result.stderr
 
 
+@needs_rtx
 @pytest.mark.parametrize("graph", ["encoder", "hint", "denoiser", "decoder"])
-def test_the_embedded_graphs_are_sound_and_read_as_declared(rtx: None, graph: str) -> None:
+def test_the_embedded_graphs_are_sound_and_read_as_declared(graph: str) -> None:
     """By onnx's own checks and by the library's parser, without a line of ours in between."""
     import tensorrt_rtx as trt
 
@@ -245,25 +321,22 @@ def test_the_embedded_graphs_are_sound_and_read_as_declared(rtx: None, graph: st
             assert all(a in (-1, b) for a, b in zip(shape, tensor.shape, strict=True) if isinstance(b, int))
 
 
-@pytest.mark.parametrize("arithmetic", ["fp32", "fp16"])
-def test_the_embedded_autoencoder_compiles_for_every_target(rtx: None, tmp_path: Path, arithmetic: str) -> None:
-    """At the sizes that are the default; the denoiser takes a minute and is below."""
-    options = CompileOptions("tensorrt-rtx", TARGETS, arithmetic=arithmetic)  # type: ignore[arg-type]
-    names = ("encoder", "hint", "decoder", "advance")
-    records = compile_bundle(EMBEDDED, options, tmp_path, graphs=names)
-    assert records.keys() == set(names)
-    assert all(record.key.targets == TARGETS for record in records.values())
-
-
 def test_an_unknown_graph_lists_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"found graphs decoding; expected of .*decoder.*advance"):
         compile_bundle(EMBEDDED, rtx_options(), tmp_path, graphs=["decoding"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arithmetic", ["fp32", "fp16"])
-def test_the_embedded_bundle_compiles_for_every_target(rtx: None, tmp_path: Path, arithmetic: str) -> None:
-    options = CompileOptions("tensorrt-rtx", TARGETS, arithmetic=arithmetic)  # type: ignore[arg-type]
-    records = compile_bundle(EMBEDDED, options, tmp_path)
-    assert records.keys() >= {"encoder", "hint", "denoiser", "decoder", "advance"}
-    assert all(record.key.targets == TARGETS for record in records.values())
+@needs_rtx
+@pytest.mark.parametrize("arithmetic", ["fp16", "fp32"])
+def test_the_embedded_bundle_compiles_for_every_target(tmp_path: Path, arithmetic: Arithmetic) -> None:
+    """At the sizes that are the default. Its denoiser in fp32 takes half a minute, in `test_triton`."""
+    options = CompileOptions("tensorrt-rtx", TARGETS, arithmetic=arithmetic)
+    names = ("encoder", "hint", *(["denoiser"] if arithmetic == "fp16" else []), "decoder", "advance")
+    records = compile_bundle(EMBEDDED, options, tmp_path, graphs=names)
+    assert records.keys() == set(names)
+    specs = {**Bundle.open(EMBEDDED).manifest.graphs, "advance": advance_spec()}
+    for name, record in records.items():
+        assert verified_record(tmp_path / f"{name}.engine") == record
+        # The solver's step is never rounded to halves.
+        assert (record.key.targets, record.key.arithmetic) == (TARGETS, "fp32" if name == "advance" else arithmetic)
+        assert record.key.profile == Ranges().profile(specs[name])

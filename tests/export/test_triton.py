@@ -13,10 +13,11 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from lsast_engines.bundle import Bundle
+from lsast_engines.bundle import EMBEDDED, Bundle
 from lsast_engines.engine import open_engine
 from lsast_engines.errors import ExportError, UsageError
 from lsast_engines.profile import Ranges, Span
+from lsast_engines.spec import DENOISER
 from lsast_export import triton
 from lsast_export.__main__ import main
 from lsast_export.tensorrt import CompileOptions, compile_graph
@@ -162,12 +163,13 @@ def test_a_failed_compile_leaves_no_model(
     assert not list((tmp_path / "models").iterdir())
 
 
-def test_the_served_denoiser_compiles(repository: dict[str, Path], bundles: dict[str, Bundle], tmp_path: Path) -> None:
+@pytest.mark.needs("tensorrt_rtx")
+def test_the_embedded_denoiser_compiles_as_it_is_served(tmp_path: Path) -> None:
     """By TensorRT-RTX, whose parser and builder are TensorRT's: the scalar of [1] is no obstacle."""
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'lsast[tensorrt-rtx]'")
-    path = repository["denoiser"] / "1" / "model.onnx" / "model.onnx"
-    options = CompileOptions("tensorrt-rtx", ("8.9",), Ranges(Span(64, 64, 128)))
-    spec = served_spec(bundles["fp16"].manifest.graphs["denoiser"])
+    served = write_repository(EMBEDDED, tmp_path / "models")[DENOISER]
+    options = CompileOptions("tensorrt-rtx", ("8.6", "8.9", "12.0"), arithmetic="fp32")
+    spec = served_spec(Bundle.open(EMBEDDED).manifest.graphs[DENOISER])
+    path = served / "1" / "model.onnx" / "model.onnx"
     assert compile_graph(path, spec, tmp_path / "denoiser.engine", options).bytes > 0
 
 

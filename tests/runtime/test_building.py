@@ -15,11 +15,13 @@ from click.testing import CliRunner
 from PIL import Image
 
 import lsast
+from fake_gpu import write_engine
 from lsast import building
 from lsast.building import build_engines
 from lsast.cli import main
 from lsast_engines import cuda
 from lsast_engines.bundle import Bundle
+from lsast_engines.engine_key import engine_folder
 from lsast_engines.errors import BackendError, MissingExtraError, UsageError
 from lsast_engines.tensorrt import find_engine
 
@@ -93,6 +95,23 @@ def test_a_compiler_that_fails_names_the_command(bundle: Bundle, library: None) 
         build_engines(bundle, "tensorrt-rtx", "fp16", Runner(3), CUDA)
 
 
+def test_a_quantised_denoiser_is_not_built_but_what_goes_with_it(bundle: Bundle, library: None) -> None:
+    run = Runner()
+    with pytest.raises(
+        BackendError, match=r"--build cannot compile the denoiser in int8: (?s:.*)found no engine"
+    ) as told:
+        build_engines(bundle, "tensorrt-rtx", "int8", run, CUDA)
+    assert f"lsast-export modelopt QUANTISED {bundle.path} --to int8 --images" in str(told.value)
+    assert "let lsast-run do so" not in str(told.value)
+    assert run.commands == []
+    folder = engine_folder(bundle.path, "tensorrt-rtx", "int8")
+    path, spec = bundle.graph_path("denoiser"), bundle.manifest.graphs["denoiser"]
+    write_engine(path, spec, folder, "tensorrt-rtx", arithmetic="int8", quantised="0" * 64)
+    rest = [name for name in graphs(bundle) if name != "denoiser"]
+    assert build_engines(bundle, "tensorrt-rtx", "int8", run, CUDA) == rest
+    assert run.commands[0][7:11] == ["--arithmetic", "int8", "--sm", "8.9"]
+
+
 @pytest.mark.parametrize("absent", ["lsast_export", "onnx_ir"])
 def test_without_the_exporter_it_is_one_line(
     bundle: Bundle, library: None, monkeypatch: pytest.MonkeyPatch, absent: str
@@ -132,12 +151,13 @@ def test_only_build_builds(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> N
     assert started == []
 
 
+@pytest.mark.needs("tensorrt_rtx", "onnx_ir")
 def test_the_compiler_leaves_engines_that_fit(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """With TensorRT-RTX itself, which compiles without a GPU."""
-    rtx = pytest.importorskip("tensorrt_rtx", reason="not installed: pip install 'lsast[tensorrt-rtx]'")
-    pytest.importorskip("onnx_ir")
+    import tensorrt_rtx as rtx
+
     rooms = [
         str(Path(str(importlib.util.find_spec(name).origin)).parents[1]) for name in ("lsast_export", "lsast_train")
     ]  # type: ignore[union-attr]

@@ -14,14 +14,14 @@ import pytest
 import lsast
 from fake_denoiser import advance_kernel
 from fake_gpu import FakeCuda, FakeTrt, Kernel, Shapes, onnx_kernel, write_engine
-from lsast import CancelledError, CancelToken, Stylizer, on_device
+from lsast import BackendError, CancelledError, CancelToken, Stylizer, on_device
 from lsast.sampler import NotFiniteError
 from lsast_engines import tensorrt
 from lsast_engines.bundle import Bundle
 from lsast_engines.engine_key import engine_folder
 from lsast_engines.loop import ADVANCE_GRAPH, DeviceLoop
 from lsast_engines.profile import Ranges, Span
-from lsast_engines.spec import ADVANCE, advance_spec
+from lsast_engines.spec import ADVANCE, EVERY, advance_spec
 
 RANGES = Ranges(Span(64, 64, 128), Span(1, 1, 3))
 LARGE = {"size": 0}
@@ -251,3 +251,26 @@ def test_without_its_engine_the_steps_are_the_hosts_and_it_says_so(
         assert loop_of(stylizer) is None
     assert "the solver's steps are taken on the host: found no engine" in caplog.text
     assert "--build" in caplog.text
+
+
+def test_in_eight_bits_is_the_denoiser_alone_and_nothing_takes_its_place(
+    bundle_path: Path, trt: FakeTrt, on_cpu: Stylizer, picture: np.ndarray
+) -> None:
+    with pytest.raises(BackendError, match=r"tensorrt-rtx.int8.*\n.*compile") as told:  # there are those in fp32
+        lsast.load(bundle_path, "tensorrt-rtx", arithmetic="int8")
+    assert "lsast-export compile" in str(told.value)
+    bundle = Bundle.open(bundle_path)
+    folder = engine_folder(bundle_path, "tensorrt-rtx", "int8")
+    for name in EVERY:
+        path, spec = bundle.graph_path(name), bundle.manifest.graphs[name]
+        write_engine(path, spec, folder, "tensorrt-rtx", RANGES, "fp16")
+    write_engine(ADVANCE_GRAPH, advance_spec(), folder, "tensorrt-rtx", RANGES, "fp32")
+    with pytest.raises(BackendError, match="arithmetic: found fp16; expected int8") as told:
+        lsast.load(bundle_path, "tensorrt-rtx", arithmetic="int8")
+    assert f"lsast-export modelopt QUANTISED {bundle_path} --to int8" in str(told.value)
+    path, spec = bundle.graph_path("denoiser"), bundle.manifest.graphs["denoiser"]
+    write_engine(path, spec, folder, "tensorrt-rtx", RANGES, "int8", quantised="0" * 64)
+    with lsast.load(bundle_path, "tensorrt-rtx", arithmetic="int8") as stylizer:
+        painted = stylizer.stylize(picture, **LARGE)
+    alike(painted, on_cpu.stylize(picture, **LARGE))  # the fake computes in float32
+    assert painted.provenance.arithmetic == "int8"
