@@ -1,26 +1,31 @@
 """How near a style with guidance baked in comes to guidance, in one pass a step instead of two.
 
-    pip install -c constraints.txt '.[cpu,train,export]'
+    pip install -c constraints.txt '.[cpu,train,export,eval]'
     for g in 3 5 7.5 10; do
         lsast-train distil --style vangogh --guidance $g --images PHOTOS && lsast-export --style vangogh-g$g
     done
     python benchmarks/guidance_baked.py --contents DIR --out DIR \
-        --student vangogh-g3 --student vangogh-g5 --student vangogh-g7.5 --student vangogh-g10
+        --student vangogh-g3 --student vangogh-g5 --student vangogh-g7.5 --student vangogh-g10 \
+        --paintings DIR --photos DIR --artist vincent-van-gogh
 
-Every content is painted with the same seed by the original style with guidance (the teacher), by the student, by the
-original in one pass (the yardstick: what is had for the same time without distilling), and with guidance in an interval
-of timesteps only. Prints the PSNR of each to the teacher, of pictures (peak 255) and of the latents that the decoder is
-handed (peak: the range of the teacher's), mean and lowest over the contents, and median seconds of denoising; with
-`--paintings` and `--photos` also what `lsast-eval` says. Writes `guidance_baked.json`, all paintings, and a sheet of
-every content: content, teacher, student, one pass. The contents must be none that the student was distilled on.
+Every content is painted with the same seed by the original style with guidance (the teacher), by the student, and by
+the original in one pass (the yardstick: what is had for the same time without distilling); with `--interval` also with
+guidance in an interval of timesteps only. A student of few steps is held against a teacher that goes the same way in
+fine steps, and beside it stand the original in as few, with guidance and without, and every style of `--beside`.
+
+Prints the PSNR of each to the teacher, of pictures (peak 255) and of the latents that the decoder is handed (peak: the
+range of the teacher's), mean and lowest over the contents, and median seconds of denoising; with `--paintings` and
+`--photos` also what `lsast-eval` says. Writes `guidance_baked.json`, all paintings, and a sheet of every content. What
+is painted already under `--out` is kept with its latent and its seconds, so that a stopped run goes on: take another
+folder for other options. The contents must be none that the student was distilled on.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,10 +41,12 @@ from tqdm import tqdm
 import lsast
 from lsast import tiles
 from lsast_engines.errors import UsageError
+from lsast_engines.files import replace_file
+from lsast_engines.noise import NoiseSpec
 from lsast_engines.pictures import find_pictures
+from lsast_engines.schedule import Schedule
 
 MIXED = ("various-masters", "various-styles")
-INTERVAL = ("guidance_low", "guidance_high")
 CELL = 320
 
 
@@ -68,20 +75,61 @@ def paint(stylizer: lsast.Stylizer, picture: Path, options: dict[str, Any]) -> t
     return result.image.convert("RGB"), np.array(latent), result.seconds["denoise"]
 
 
-def ways(student: str, original: str, scale: float, interval: tuple[int, int]) -> Iterator[tuple[str, dict[str, Any]]]:
+def kept(
+    stylizer: lsast.Stylizer, picture: Path, options: dict[str, Any], folder: Path
+) -> tuple[Image.Image, np.ndarray, float]:
+    """What `paint` gives, from `folder` if it is there."""
+    painting, facts = folder / f"{picture.stem}.png", folder / "latents" / f"{picture.stem}.npz"
+    if not (painting.exists() and facts.exists()):
+        image, latent, seconds = paint(stylizer, picture, options)
+        facts.parent.mkdir(parents=True, exist_ok=True)
+        with replace_file(facts) as handle:
+            np.savez(handle, latent=latent, seconds=seconds)
+        with replace_file(painting) as handle:
+            image.save(handle, "PNG")
+    with Image.open(painting) as opened, np.load(facts) as arrays:
+        return opened.convert("RGB"), arrays["latent"], float(arrays["seconds"])
+
+
+def fine_run(noise: NoiseSpec, few: dict[str, Any], parts: int, stages: int) -> dict[str, Any]:
+    """Options of a run from where the run `few` starts, in at least `parts` times as many steps.
+
+    Raises:
+        UsageError: no run of up to twice as many starts there.
+    """
+    coarse = Schedule.build(noise, few["steps"], few["strength"], stages, few["solver"])
+    count = parts * len(coarse.steps)
+    for taken in range(count, 2 * count):
+        for steps in range(taken, noise.train_steps // 2):
+            strength = min(1.0, (taken + 0.5) / steps)
+            found = Schedule.build(noise, steps, strength, stages, few["solver"])
+            if found.start_t == coarse.start_t:
+                return {**few, "steps": steps, "strength": strength}
+    raise UsageError(f"found no run of {count} to {2 * count - 1} steps that starts at t = {coarse.start_t}")
+
+
+def ways(
+    student: str,
+    original: str,
+    scale: float,
+    interval: tuple[int, int] | None,
+    few: dict[str, Any] | None,
+    fine: dict[str, Any],
+    beside: Sequence[str],
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and options of every way, the teacher first."""
-    yield "teacher", {"style": original, "guidance": scale}
+    short, about = few or {}, ", few steps" if few else ""
+    yield "teacher", {"style": original, "guidance": scale, **fine}
     yield "student", {"style": student}
-    yield "one pass", {"style": original, "guidance": 1.0}
-    if {field.name for field in dataclasses.fields(lsast.Options)}.issuperset(INTERVAL):
-        yield (
-            f"guidance at {interval[0]}-{interval[1]}",
-            {
-                "style": original,
-                "guidance": scale,
-                **dict(zip(INTERVAL, interval, strict=True)),
-            },
-        )
+    yield f"one pass{about}", {"style": original, "guidance": 1.0, **short}
+    if few:
+        yield f"guidance{about}", {"style": original, "guidance": scale, **few}
+    for name in beside:
+        yield f"{name}{about}", {"style": name, **short}
+    if interval:
+        low, high = interval
+        limited = {"guidance_low": low, "guidance_high": high}
+        yield f"guidance at {low}-{high}{about}", {"style": original, "guidance": scale, **limited, **short}
 
 
 def sheet(content: Image.Image, painted: dict[str, Image.Image]) -> Image.Image:
@@ -110,12 +158,34 @@ def scores(
     }
 
 
+def planned(
+    stylizer: lsast.Stylizer, name: str, interval: tuple[int, int] | None, beside: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Name and options of every way to paint beside the student `name`.
+
+    Raises:
+        UsageError: it has no guidance baked in.
+    """
+    style, manifest = stylizer.bundle.open_style(name), stylizer.bundle.manifest
+    if style.guidance_baked is None:
+        raise UsageError(f"found {name!r}, which has no guidance baked in; expected a style of lsast-train distil")
+    made = json.loads(style.meta["distil_options"])
+    few: dict[str, Any] | None = None
+    fine: dict[str, Any] = {}
+    if made["student_steps"]:
+        few = {"steps": made["student_steps"], "strength": made["strength"], "solver": made["solver"]}
+        parts = math.ceil(made["teacher_steps"] / made["student_steps"])
+        fine = fine_run(manifest.noise, few, parts, manifest.stages)
+    return dict(ways(name, style.meta["distilled_from"], style.guidance_baked, interval, few, fine, beside))
+
+
 @click.command()
 @click.option("--contents", required=True, type=click.Path(exists=True, path_type=Path), help="Folder of pictures.")
 @click.option("--every", default=1, show_default=True, help="Take every n-th content.")
 @click.option("--out", required=True, type=click.Path(path_type=Path))
 @click.option("--student", "students", multiple=True, required=True, help="A style with guidance baked in; repeatable.")
-@click.option("--interval", nargs=2, type=int, default=(200, 800), show_default=True, help="Timesteps with guidance.")
+@click.option("--beside", multiple=True, help="Another distilled style to show beside the student; repeatable.")
+@click.option("--interval", nargs=2, type=int, help="Timesteps: show guidance between them only, too.")
 @click.option("--bundle")
 @click.option("--backend", default="auto")
 @click.option("--threads", type=int)
@@ -129,7 +199,8 @@ def main(
     every: int,
     out: Path,
     students: tuple[str, ...],
-    interval: tuple[int, int],
+    beside: tuple[str, ...],
+    interval: tuple[int, int] | None,
     bundle: str | None,
     backend: str,
     threads: int | None,
@@ -151,18 +222,18 @@ def main(
     with lsast.load(bundle, backend, threads=threads) as stylizer:
         report["backend"] = stylizer.backend
         for name in students:
+            plan = planned(stylizer, name, interval, beside)
             style = stylizer.bundle.open_style(name)
-            facts = json.loads(style.meta.get("distil_options", "{}"))
-            if style.guidance_baked is None or facts.get("student_steps"):
-                raise UsageError(f"found {name!r}; expected a style that lsast-train distil made for any schedule")
-            plan = dict(ways(name, style.meta["distilled_from"], style.guidance_baked, interval))
             table = {way: Way(way) for way in plan}
-            folders = {way: out / name / way.replace(" ", "_") for way in plan}
+            # One pass of the original is the same for all students.
+            folders = {
+                way: (out if way == "one pass" else out / name) / way.replace(" ", "_").replace(",", "") for way in plan
+            }
             for path in tqdm(chosen, desc=name, unit="picture"):
                 painted: dict[str, Image.Image] = {}
                 expected: dict[str, np.ndarray] = {}
                 for way, options in plan.items():
-                    image, latent, seconds = paint(stylizer, path, {**options, "size": size, "seed": seed})
+                    image, latent, seconds = kept(stylizer, path, {**options, "size": size, "seed": seed}, folders[way])
                     table[way].seconds.append(seconds)
                     if way == "teacher":
                         expected = {"picture": np.asarray(image), "latent": latent}
@@ -171,8 +242,6 @@ def main(
                         table[way].picture.append(psnr(np.asarray(image), expected["picture"], 255))
                         table[way].latent.append(psnr(latent, expected["latent"], peak))
                     painted[way] = image
-                    folders[way].mkdir(parents=True, exist_ok=True)
-                    image.save(folders[way] / f"{path.stem}.png")
                 with Image.open(path) as content:
                     sheet(content, painted).save(out / name / f"{path.stem}.sheet.png")
             told: dict[str, Any] = {
