@@ -45,11 +45,11 @@ class DistilOptions:
     noised: int = 16
     """Training states of each stage that are pictures noised, beside those on the teacher's way; none with
     `student_steps`."""
-    steps: int = 600
+    steps: int = 1000
     """Steps of the optimiser, each for one stage; the stages take turns."""
-    batch: int = 8
+    batch: int = 4
     """States of a step, all of one stage."""
-    lr: float = 0.2
+    lr: float = 0.3
     """Learning rate at step 0, in units of the root mean square of what is moved; a half cosine brings it to zero."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay, towards the start."""
