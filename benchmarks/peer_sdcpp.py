@@ -2,12 +2,13 @@
 
 Needs ``pip install stable-diffusion-cpp-python`` (compiled on the spot, by CMake and a C++ compiler; 0.4.7 was tried),
 and a Stable Diffusion 1.5 in diffusers' format, text encoder included, with its ControlNet: `sd15_random.py build`
-makes one of random weights. It reads the base as it is; ControlNet is written for it in CompVis naming.
+makes one of random weights. It reads such a base, but for the names that newer versions of transformers give the text
+encoder, and a ControlNet in CompVis naming; both are written for it.
 
 It paints as the other peers do (`peers.py`): 50 steps at strength 0.7, of which 35 run, guidance 10, a ControlNet, its
-sampler `euler`, which is DDIM's step. ControlNet and U-Net both run twice a step, at batch 1, for guidance. Weights of
-convolutions are in fp16 whatever is asked for, others as `arithmetic` says. The prompts go through the text encoder
-once a picture.
+sampler `euler`, which is DDIM's step. ControlNet and U-Net both run twice a step, at batch 1, for guidance; once a
+picture prompts go through the text encoder, and picture and edges through the autoencoder. Weights of convolutions are
+in fp16 whatever is asked for, others as `arithmetic` says.
 """
 
 from __future__ import annotations
@@ -79,6 +80,16 @@ def write_controlnet(folder: Path, file: Path) -> None:
     save_file({f"control_model.{compvis_key(key)}": value for key, value in tensors.items()}, file)
 
 
+def write_base(base: Path, folder: Path) -> None:
+    """Make `folder` the base in `base`, its text encoder's tensors named as transformers before 5.6 did."""
+    for name in ("unet", "vae"):
+        (folder / name).symlink_to((base / name).resolve())
+    (folder / "text_encoder").mkdir()
+    tensors = load_file(base / "text_encoder" / "model.safetensors")
+    named = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in tensors.items()}
+    save_file(named, folder / "text_encoder" / "model.safetensors")
+
+
 def measure(task: dict[str, Any]) -> dict[str, Any]:
     """See `peers.measure`; multiplications are not counted."""
     from stable_diffusion_cpp import StableDiffusion
@@ -91,8 +102,11 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         controlnet = Path(scratch) / "controlnet.safetensors"
         write_controlnet(Path(task["controlnet"]), controlnet)
+        base = Path(scratch) / "base"
+        base.mkdir()
+        write_base(Path(task["base"]), base)
         model = StableDiffusion(
-            model_path=task["base"],
+            model_path=str(base),
             control_net_path=str(controlnet),
             wtype=TYPES[task["arithmetic"]],
             n_threads=task["threads"] or os.cpu_count() or 1,  # by itself it takes half
@@ -113,7 +127,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
             cfg_scale=GUIDANCE,
             sample_method="euler",
             sample_steps=STEPS,
-            strength=(steps + 0.5) / STEPS,  # it rounds down
+            strength=(steps - 0.5) / STEPS,  # it rounds down, and runs one more
             seed=0,
             # Called for other work, too, which has other totals.
             progress_callback=lambda step, total, _: ticks.append(time.perf_counter()) if total == steps else None,
