@@ -165,7 +165,7 @@ def compile_bundle(
     manifest = Manifest.from_json(path.read_text(encoding="utf-8"), str(path))
     require_float(manifest, bundle)
     sources = {name: (bundle / f"{name}.onnx", spec, options) for name, spec in manifest.graphs.items()}
-    sources[ADVANCE] = (ADVANCE_GRAPH, advance_spec(), dataclasses.replace(options, arithmetic="fp32"))
+    sources[ADVANCE] = (ADVANCE_GRAPH, advance_spec(), dataclasses.replace(options, arithmetic="fp32", quantised=None))
     if unknown := sorted(set(graphs) - sources.keys()):
         raise UsageError(f"found graphs {', '.join(unknown)}; expected of {', '.join(sources)}")
     chosen_graphs = set(graphs) or {*EVERY, ADVANCE}

@@ -13,7 +13,7 @@ from onnx import TensorProto, checker, helper, load, numpy_helper, save
 
 from lsast_engines.bundle import EMBEDDED, Bundle
 from lsast_engines.engine import Arithmetic
-from lsast_engines.engine_key import engine_folder, graph_digest, record_path, verified_record
+from lsast_engines.engine_key import engine_folder, graph_arithmetic, graph_digest, record_path, verified_record
 from lsast_engines.errors import BackendError, ExportError, MissingExtraError, UsageError
 from lsast_engines.profile import Ranges, Span
 from lsast_engines.spec import GraphSpec, TensorSpec, advance_spec
@@ -217,6 +217,30 @@ def test_a_bundle_in_eight_bits_needs_the_quantised_denoiser_before_anything_is_
     with pytest.raises(UsageError, match=r"lsast-export modelopt OUT .* --to fp8 --images PHOTOGRAPHS writes into OUT"):
         compile_bundle(EMBEDDED, rtx_options(arithmetic="fp8"), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_bundle_in_eight_bits_is_the_quantised_denoiser_and_the_rest_in_halves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, made, _ = eight_bit(tmp_path)
+    model = load(made)
+    tell_origin(model, graph_digest(EMBEDDED / "denoiser.onnx"))
+    save(model, made)
+    seen: dict[str, tuple[str, Path | None]] = {}
+
+    def note(path: Path, spec: GraphSpec, engine: Path, options: CompileOptions, progress: object) -> None:
+        seen[spec.name] = graph_arithmetic(spec.name, options.arithmetic), options.quantised
+
+    monkeypatch.setattr("lsast_export.tensorrt.compile_graph", note)
+    compile_bundle(EMBEDDED, rtx_options(arithmetic="int8", quantised=made), tmp_path / "out")
+    assert {name: arithmetic for name, (arithmetic, _) in seen.items()} == {
+        "encoder": "fp16",
+        "hint": "fp16",
+        "denoiser": "int8",
+        "decoder": "fp16",
+        "advance": "fp32",
+    }
+    assert seen["denoiser"][1] == made
 
 
 @needs_rtx
