@@ -8,9 +8,10 @@ are judged anew.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from .progress import Progress, silent
 
@@ -33,14 +34,14 @@ class Quantiser(Protocol[Made]):
 
 
 @dataclass(frozen=True)
-class Choice(Generic[Graph]):
+class Choice:
     """What was chosen."""
 
-    graph: Graph
     kept: frozenset[str]
     """The layers that stay in float."""
     psnr: float
-    """What `judge` said, in dB; below the target if even all groups in float do not reach it."""
+    """What `judge` said, in dB; below the target if even all groups in float do not reach it, nan if none was
+    asked for."""
 
 
 def choose_layers(
@@ -50,21 +51,22 @@ def choose_layers(
     error: Callable[[Graph], float],
     target: float,
     progress: Progress = silent,
-) -> Choice[Graph]:
-    """The quantised graph with as few further layers in float as bring `judge` to `target`.
+) -> Choice:
+    """As few further layers in float as bring `judge` to `target`.
 
     Args:
-        quantiser: makes graphs.
+        quantiser: makes graphs, one for each question: `judge` and `error` may use theirs up.
         kept: layers that stay in float in any case.
         judge: mean PSNR of paintings in dB; dear.
         error: of the graph's output, relative; cheap.
-        target: least PSNR.
+        target: least PSNR; 0 or less asks for nothing, and nothing is judged.
         progress: told of each group.
     """
-    graph = quantiser.quantised(kept)
-    found = judge(graph)
+    if target <= 0:
+        return Choice(kept, math.nan)
+    found = judge(quantiser.quantised(kept))
     if found >= target:
-        return Choice(graph, kept, found)
+        return Choice(kept, found)
     phase = f"choosing layers: {found:.1f} dB, {target:g} are wanted"
     progress(phase)
     costs = []
@@ -74,12 +76,11 @@ def choose_layers(
         progress(phase, f"group {number + 1} of {len(groups)} in float: error {costs[-1]:.2e}")
     for _, group in sorted(zip(costs, groups, strict=True), key=lambda pair: pair[0]):
         kept |= set(group)
-        graph = quantiser.quantised(kept)
-        found = judge(graph)
+        found = judge(quantiser.quantised(kept))
         progress(phase, f"{len(kept)} layers in float: {found:.1f} dB")
         if found >= target:
             break
-    return Choice(graph, kept, found)
+    return Choice(kept, found)
 
 
 def _groups(layers: Sequence[str]) -> list[tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""A graph as quantisers want it: float32 weights in the file, each the direct input of what multiplies with it.
+"""A graph as quantisers want it: float32 weights, each the direct input of what multiplies with it.
 
 An exported graph casts halves and transposes the matrix of every linear layer, which backends fold when they load; a
 quantiser would take such a matrix for an activation. And the gate of a feed-forward is computed with its values, by
@@ -9,7 +9,7 @@ are two products here.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,11 @@ Model = Any
 """An onnx.ModelProto."""
 Node = Any
 """An onnx.NodeProto."""
+
+Arrays = dict[str, Callable[[], npt.NDArray[Any]]]
+"""Weights by name, each made when it is called."""
+Store = Callable[[npt.NDArray[Any], str], Any]
+"""Makes the initializer (onnx.TensorProto) of an array and a name."""
 
 _HALVES = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 
@@ -47,29 +52,48 @@ class Weights:
         array: npt.NDArray[Any] = numpy_helper.to_array(tensor)
         return array
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its lengths, without reading it."""
+        return tuple(self._tensors[name].dims)
+
     def is_half(self, name: str) -> bool:
         """Whether it has 16 bits."""
         return self._tensors[name].data_type in _HALVES
 
 
-def plain_graph(path: Path) -> Model:
-    """The graph of `path` with everything in memory: float32, transposes of weights folded, gates of their own."""
+def plain_graph(path: Path, store: Store | None = None) -> Model:
+    """The graph of `path` with float32 weights, transposes of weights folded, gates of their own.
+
+    A weight is named after the one that it was made from, so that a layer's weight has one name in all graphs of a
+    bundle.
+
+    Args:
+        path: a graph file.
+        store: makes an initializer of a weight; a weight is in memory at a time. Without it all lie in the model,
+            which has as many bytes then: beyond 2 GB it can be saved as external data only.
+    """
     model = onnx.load(str(path), load_external_data=False)
     weights = Weights(model, path.parent)
-    arrays = {tensor.name: _float(weights[tensor.name]) for tensor in model.graph.initializer}
+    arrays: Arrays = {tensor.name: _reader(weights, tensor.name) for tensor in model.graph.initializer}
+    renamed: dict[str, str] = {}
     kept = []
     for node in model.graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = renamed.get(name, name)
         source = node.input[0] if node.input else ""
         if node.op_type == "Cast" and source in weights and weights.is_half(source):
-            arrays[node.output[0]] = arrays[source]
+            renamed[node.output[0]] = source
         elif node.op_type == "Transpose" and source in arrays:
             (order,) = [list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"]
-            arrays[node.output[0]] = np.ascontiguousarray(arrays[source].transpose(order))
+            own = f"{source}/transposed{''.join(map(str, order))}"
+            arrays[own] = _transposed(arrays[source], order)
+            renamed[node.output[0]] = own
         else:
             kept.append(node)
     kept = _gates_apart(kept, arrays, [value.name for value in model.graph.output])
     used = {name for node in kept for name in node.input}
-    tensors = [numpy_helper.from_array(array, name) for name, array in arrays.items() if name in used]
+    make = store or numpy_helper.from_array
+    tensors = [make(array(), name) for name, array in arrays.items() if name in used]
     replace_contents(model, kept, tensors)
     # Types and shapes are inferred anew: those written down are of the weights as they were.
     del model.graph.value_info[:]
@@ -85,12 +109,24 @@ def replace_contents(model: Model, nodes: Iterable[Node], tensors: Iterable[Any]
     model.graph.initializer.extend(tensors)
 
 
-def _float(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    is_float = array.dtype.kind == "f" or array.dtype.name == "bfloat16"
-    return array.astype(np.float32) if is_float else array
+def _reader(weights: Weights, name: str) -> Callable[[], npt.NDArray[Any]]:
+    def read() -> npt.NDArray[Any]:
+        array = weights[name]
+        is_float = array.dtype.kind == "f" or array.dtype.name == "bfloat16"
+        return array.astype(np.float32) if is_float else array
+
+    return read
 
 
-def _gates_apart(nodes: list[Node], arrays: dict[str, npt.NDArray[Any]], outputs: list[str]) -> list[Node]:
+def _transposed(array: Callable[[], npt.NDArray[Any]], order: list[int]) -> Callable[[], npt.NDArray[Any]]:
+    return lambda: np.ascontiguousarray(array().transpose(order))
+
+
+def _half(array: Callable[[], npt.NDArray[Any]], index: int) -> Callable[[], npt.NDArray[Any]]:
+    return lambda: np.ascontiguousarray(np.split(array(), 2, axis=-1)[index])
+
+
+def _gates_apart(nodes: list[Node], arrays: Arrays, outputs: list[str]) -> list[Node]:
     """Split(x W + b) along the last axis as products with the halves of W, where nothing else reads x W + b."""
     makers = {output: node for node in nodes for output in node.output}
     users = Counter([*outputs, *(name for node in nodes for name in node.input)])
@@ -104,14 +140,14 @@ def _gates_apart(nodes: list[Node], arrays: dict[str, npt.NDArray[Any]], outputs
         if len(biases) != 1 or len(products) != 1 or products[0].input[1] not in arrays:
             continue
         product, bias = products[0], biases[0]
-        weight, offset = arrays[product.input[1]], arrays[bias]
-        if users[product.output[0]] != 1 or weight.shape[1] % 2 or offset.shape != weight.shape[1:]:
+        shape = arrays[product.input[1]]().shape
+        if users[product.output[0]] != 1 or shape[1] % 2 or arrays[bias]().shape != shape[1:]:
             continue
         halves = []
         for index, output in enumerate(node.output):
             names = [f"{name}/half{index}" for name in (product.input[1], bias, product.output[0])]
-            for name, array in zip(names, (weight, offset), strict=False):
-                arrays[name] = np.ascontiguousarray(np.split(array, 2, axis=-1)[index])
+            for name, whole in zip(names, (product.input[1], bias), strict=False):
+                arrays[name] = _half(arrays[whole], index)
             halves += [
                 onnx.helper.make_node(
                     "MatMul", [product.input[0], names[0]], [names[2]], f"{product.name}/half{index}"

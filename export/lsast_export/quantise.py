@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import onnx
 
@@ -23,7 +24,7 @@ from lsast_engines.bundle import NULL_STYLE, STYLES, Bundle
 from lsast_engines.engine import Engine, open_engine
 from lsast_engines.errors import ParityError, UsageError, fault_list
 from lsast_engines.manifest import QUANTISED
-from lsast_engines.spec import CONTROL, DECODER_SMALL, DEEP, DENOISER, PARTS, SHALLOW
+from lsast_engines.spec import DECODER_SMALL, DENOISER, PARTS
 
 from .calibration import Calibration, ends
 from .layer_choice import choose_layers
@@ -61,6 +62,8 @@ class QuantiseOptions:
     layers stay in float until it is reached (`layer_choice`)."""
     backend: str = "onnxruntime"
     """Backend to judge on."""
+    smooth: float | None = None
+    """With ``int8``: how much of what is hard to round moves from activations into weights, 0 to 1 (`smoothing`)."""
 
 
 def quantise_bundle(
@@ -82,13 +85,12 @@ def quantise_bundle(
     contents, origin = find_contents(options.images, 2 * options.pictures, options.size)
     styles = [name for name, path in source.styles().items() if path.parent == source.path / STYLES]
     judges = _Judges(source, contents[1::2], styles, options.backend)
-    feeds: list[Feeds] = []
-    if options.precision == "int8":
-        feeds = _recorded(source, contents[::2], styles, options.backend)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.quantise.") as scratch:
-        folder = Path(scratch)
-        progress("quantising")
-        facts = _write_graphs(source, folder, options, feeds, judges, progress)
+        folder = Path(scratch, "bundle")
+        folder.mkdir()
+        with WeightFile(folder) as weights:
+            writer = _Writer(source, weights, options, Path(scratch), progress)
+            facts = writer.int8(contents[::2], styles, judges) if options.precision == "int8" else writer.weights_only()
         progress("judging by paintings")
         figures = judges.figures(folder)
         _log.info("paintings: %s", figures)
@@ -98,6 +100,9 @@ def quantise_bundle(
                 f"{options.target:g}: lower --target, or give --images like those to be painted"
             )
         progress("writing the bundle")
+        latents = facts.pop("latents", 0)
+        if options.smooth is not None:
+            facts["smoothed"] = f"{options.smooth:g}"
         written = dataclasses.replace(
             manifest,
             precision=options.precision,
@@ -107,7 +112,7 @@ def quantise_bundle(
                 **facts,
                 "quantised_from": f"{manifest.name} ({manifest.precision})",
                 "calibrated_on": f"{options.pictures} pictures ({origin}) at {options.size} pixels, "
-                f"{len(feeds)} latents, styles {', '.join(styles)}",
+                f"{latents} latents, styles {', '.join(styles)}",
                 "judged_on": f"{options.pictures} other pictures, {options.backend}",
                 "onnxruntime": importlib.metadata.version("onnxruntime"),
             },
@@ -129,79 +134,93 @@ def _require(source: Bundle, options: QuantiseOptions) -> None:
         faults.append(f"found {options.pictures} pictures; expected at least 1")
     if options.size < 1 or options.size % manifest.multiple:
         faults.append(f"found a size of {options.size}; expected a multiple of {manifest.multiple}")
+    if options.smooth is not None and (options.precision != "int8" or not 0 <= options.smooth <= 1):
+        faults.append(f"found smooth {options.smooth:g} for {options.precision}; expected 0 to 1, for int8")
     if faults:
         raise UsageError(fault_list(f"{source.path} cannot be quantised so:", faults))
 
 
-def _recorded(source: Bundle, contents: Sequence[Pixels], styles: Sequence[str], backend: str) -> list[Feeds]:
-    """What the denoiser is fed on paintings that begin at pure noise, so that every stage is among them."""
-    feeds: list[Feeds] = []
-    with closing(_denoiser(source, source.path, backend)) as denoiser:
-        for trial in make_trials(source, contents, styles, [1.0], backend):
-            run_trial(source, trial, denoiser, feeds.append)
-    return feeds
+class _Writer:
+    """Writes the graphs of the new bundle; each method tells facts for the manifest's `source`."""
 
+    def __init__(
+        self, source: Bundle, weights: WeightFile, options: QuantiseOptions, scratch: Path, progress: Progress
+    ) -> None:
+        self._source, self._weights, self._options = source, weights, options
+        self._scratch, self._progress = scratch, progress
 
-def _fed_to_parts(source: Bundle, feeds: Sequence[Feeds], backend: str) -> dict[str, list[Feeds]]:
-    """What the denoiser's parts are fed where it is fed `feeds`, by name; nothing for a bundle without parts."""
-    specs = source.manifest.graphs
-    if DEEP not in specs:
-        return {}
-    fed: dict[str, list[Feeds]] = {name: [] for name in PARTS}
-
-    def taken(name: str, values: Feeds) -> Feeds:
-        fed[name].append({tensor.name: values[tensor.name] for tensor in specs[name].inputs})
-        return fed[name][-1]
-
-    with contextlib.ExitStack() as stack:
-        control, deep = (
-            stack.enter_context(closing(open_engine(source.graph_path(name), specs[name], backend, "cpu")))
-            for name in (CONTROL, DEEP)
-        )
-        # Ranges change little from step to step, and a part's inputs are larger than the denoiser's.
-        for given in feeds[::2]:
-            values = dict(given)
-            for name, engine in ((CONTROL, control), (DEEP, deep)):
-                values |= {output: value.copy() for output, value in engine(taken(name, values)).items()}
-            taken(SHALLOW, values)
-    return fed
-
-
-def _write_graphs(
-    source: Bundle,
-    folder: Path,
-    options: QuantiseOptions,
-    feeds: Sequence[Feeds],
-    judges: _Judges,
-    progress: Progress,
-) -> dict[str, str]:
-    """Write all graphs and the weight file to `folder`; → facts for the manifest's `source`."""
-    facts = {}
-    # By their weights: nodes of the parts have other names than the denoiser's.
-    kept_weights: frozenset[str] = frozenset()
-    fed = {DENOISER: feeds, **_fed_to_parts(source, feeds, options.backend)} if feeds else {}
-    with WeightFile(folder) as weights:
-        for name in sorted(source.manifest.graphs, key=lambda name: name != DENOISER):
-            path = source.graph_path(name)
-            kept = ends(path)
-            if options.precision == "int8-weights" and name != DECODER_SMALL:  # no painting judges that one
-                model = quantise_weights(path, kept)
-            elif name in fed:
-                calibration = Calibration(path, fed[name])
-                if name == DENOISER:
-                    choice = choose_layers(
-                        calibration, kept, judges.psnr_of, judges.error_of(feeds), options.target, progress
-                    )
-                    model, kept = choice.graph, choice.kept
-                    kept_weights = frozenset(calibration.weights[layer] for layer in kept & set(calibration.layers))
-                else:
-                    kept |= {layer for layer, weight in calibration.weights.items() if weight in kept_weights}
-                    model = calibration.quantised(kept)
-                facts[f"{name}_in_float"] = f"{len(kept & set(calibration.layers))} of {len(calibration.layers)} layers"
+    def weights_only(self) -> dict[str, Any]:
+        """All graphs with weights in 8 bits, but for what no painting judges."""
+        self._progress("quantising")
+        for name in self._source.manifest.graphs:
+            path = self._source.graph_path(name)
+            if name == DECODER_SMALL:
+                self._as_it_is(name)
             else:
-                model = onnx.load(str(path), load_external_data=False)
-            weights.save(model, source.path, f"{name}.onnx")
-    return facts
+                self._weights.save(quantise_weights(path, ends(path)), self._source.path, f"{name}.onnx")
+        return {}
+
+    def int8(self, contents: Sequence[Pixels], styles: Sequence[str], judges: _Judges) -> dict[str, Any]:
+        """The denoiser and its parts in 8 bits, calibrated on paintings of `contents`."""
+        options, graphs = self._options, self._source.manifest.graphs
+        kept = ends(self._source.graph_path(DENOISER))
+        with self._calibration(DENOISER) as calibration:
+            feeds, latents = self._observed(calibration, contents, styles)
+            factors = calibration.smooth(options.smooth) if options.smooth is not None else {}
+            self._progress("quantising")
+            choice = choose_layers(
+                calibration, kept, judges.psnr_of(calibration), judges.error_of(calibration, feeds), options.target,
+                self._progress,
+            )  # fmt: skip
+            ranges, names = calibration.ranges, calibration.weights
+            facts: dict[str, Any] = {"latents": latents, **self._save(DENOISER, calibration, choice.kept)}
+        float_weights = {names[layer] for layer in choice.kept & names.keys()}
+        for name in sorted(graphs.keys() - {DENOISER}):
+            if name not in PARTS:
+                self._as_it_is(name)
+                continue
+            # The same layers, fed the same: what the whole denoiser's reach is what a part's reach.
+            with self._calibration(name) as calibration:
+                calibration.smooth_by(factors)
+                calibration.ranges = ranges
+                own = {layer for layer, weight in calibration.weights.items() if weight in float_weights}
+                facts |= self._save(name, calibration, ends(self._source.graph_path(name)) | own)
+        return facts
+
+    def _observed(
+        self, calibration: Calibration, contents: Sequence[Pixels], styles: Sequence[str]
+    ) -> tuple[list[Feeds], int]:
+        """Paint from pure noise, so that every stage is seen: → some of what the denoiser was fed, and how often."""
+        trials = make_trials(self._source, contents, styles, [1.0], self._options.backend)
+        total = sum(len(trial.schedule.steps) for trial in trials)
+        done = 0
+        feeds: list[Feeds] = []
+
+        def record(given: Feeds) -> None:
+            nonlocal done
+            if done % max(1, total // _PROBES) == 0:
+                feeds.append(given)
+            done += 1
+            self._progress("painting to calibrate", f"step {done} of {total}")
+
+        for trial in trials:
+            run_trial(self._source, trial, calibration, record)
+        calibration.close()
+        return feeds, total
+
+    @contextlib.contextmanager
+    def _calibration(self, name: str) -> Iterator[Calibration]:
+        with tempfile.TemporaryDirectory(dir=self._scratch, prefix=f"{name}.") as folder:
+            yield Calibration(self._source.graph_path(name), Path(folder))
+
+    def _save(self, name: str, calibration: Calibration, kept: Collection[str]) -> dict[str, str]:
+        layers = set(calibration.layers)
+        self._weights.save(calibration.quantised(kept), calibration.folder, f"{name}.onnx")
+        return {f"{name}_in_float": f"{len(layers.intersection(kept))} of {len(layers)} layers"}
+
+    def _as_it_is(self, name: str) -> None:
+        model = onnx.load(str(self._source.graph_path(name)), load_external_data=False)
+        self._weights.save(model, self._source.path, f"{name}.onnx")
 
 
 class _Judges:
@@ -219,22 +238,28 @@ class _Judges:
         found = [psnr(*pair) for pair in zip(self._paint(folder, folder), self._expected, strict=True)]
         return {PICTURE_PSNR: round(sum(found) / len(found), 2), PICTURE_PSNR_LEAST: round(min(found), 2)}
 
-    def psnr_of(self, denoiser: Model) -> float:
-        """Mean PSNR in dB of paintings by `denoiser` and the float decoder."""
-        with _saved(denoiser) as folder:
-            painted = self._paint(folder, self._source.path)
-        return sum(psnr(*pair) for pair in zip(painted, self._expected, strict=True)) / len(painted)
+    def psnr_of(self, calibration: Calibration) -> Callable[[Model], float]:
+        """What tells the mean PSNR in dB of paintings by a denoiser of `calibration` and the float decoder."""
 
-    def error_of(self, feeds: Sequence[Feeds]) -> Callable[[Model], float]:
-        """What tells the relative error of a denoiser's output over some of `feeds`, of early and of late steps."""
-        chosen = feeds[:: max(1, len(feeds) // _PROBES)]
-        with closing(_denoiser(self._source, self._source.path, self._backend)) as engine:
-            expected = {str(place): engine(given)["eps"].copy() for place, given in enumerate(chosen)}
+        def judge(denoiser: Model) -> float:
+            with _saved(denoiser, calibration.folder) as folder:
+                painted = self._paint(folder, self._source.path)
+            return sum(psnr(*pair) for pair in zip(painted, self._expected, strict=True)) / len(painted)
+
+        return judge
+
+    def error_of(self, calibration: Calibration, feeds: Sequence[Feeds]) -> Callable[[Model], float]:
+        """What tells the relative error over `feeds` of what a denoiser of `calibration` gives."""
+
+        def outputs(folder: Path) -> Feeds:
+            with closing(_denoiser(self._source, folder, self._backend)) as engine:
+                return {str(place): engine(given)["eps"].copy() for place, given in enumerate(feeds)}
+
+        expected = functools.cache(lambda: outputs(self._source.path))
 
         def error(denoiser: Model) -> float:
-            with _saved(denoiser) as folder, closing(_denoiser(self._source, folder, self._backend)) as engine:
-                found = {str(place): engine(given)["eps"].copy() for place, given in enumerate(chosen)}
-            return relative_error(found, expected)
+            with _saved(denoiser, calibration.folder) as folder:
+                return relative_error(outputs(folder), expected())
 
         return error
 
@@ -245,14 +270,15 @@ class _Judges:
 
 
 @contextlib.contextmanager
-def _saved(denoiser: Model) -> Iterator[Path]:
-    """A folder with `denoiser`, as long as the block runs."""
-    with tempfile.TemporaryDirectory(prefix="lsast-quantise.") as scratch:
+def _saved(denoiser: Model, weights: Path) -> Iterator[Path]:
+    """A folder with `denoiser`, whose other weights lie in the folder `weights`, as long as the block runs.
+
+    The model is used up: its own weights go to a file there, instead of being in memory twice.
+    """
+    with tempfile.TemporaryDirectory(dir=weights, prefix="judged.") as scratch:
         folder = Path(scratch)
-        copied = onnx.ModelProto()
-        copied.CopyFrom(denoiser)
-        with WeightFile(folder) as weights:
-            weights.save(copied, folder, f"{DENOISER}.onnx")
+        with WeightFile(folder) as file:
+            file.save(denoiser, weights, f"{DENOISER}.onnx")
         yield folder
 
 

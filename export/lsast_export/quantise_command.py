@@ -40,6 +40,12 @@ from .console import Phases, common
     help="Least mean PSNR to paintings by the float graphs; below it nothing is written. [default: 30]",
 )
 @click.option("--backend", metavar="NAME", help="Judge on onnxruntime or openvino. [default: onnxruntime]")
+@click.option(
+    "--smooth",
+    type=float,
+    metavar="ALPHA",
+    help="With int8: move what is hard to round from activations into weights, 0 to 1 (SmoothQuant). [default: don't]",
+)
 @common
 @click.pass_context
 def quantise_command(ctx: click.Context, /, bundle: str | None, out: Path, as_json: bool, **chosen: Any) -> None:

@@ -29,6 +29,7 @@ Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
 Feeds = dict[str, npt.NDArray[Any]]
 Record = Callable[[Feeds], None]
+Denoiser = Callable[[Feeds], Mapping[str, npt.NDArray[Any]]]
 
 DRAWN = "drawn"
 """What `find_contents` says of pictures that no folder gave."""
@@ -130,13 +131,13 @@ def feeds_at(bundle: Bundle, trial: Trial, step: Step, latent: Floats) -> Feeds:
     }
 
 
-def run_trial(bundle: Bundle, trial: Trial, denoiser: Engine, record: Record | None = None) -> Floats:
+def run_trial(bundle: Bundle, trial: Trial, denoiser: Denoiser, record: Record | None = None) -> Floats:
     """Denoise: → the latent [1, 4, h, w] that the run ends with.
 
     Args:
         bundle: has the styles.
         trial: where to begin.
-        denoiser: the graph on trial.
+        denoiser: the graph on trial; an engine, or what is called like one.
         record: told what the denoiser is fed at each step.
     """
     solver = make_solver(trial.schedule.solver, bundle.manifest.noise, trial.schedule)

@@ -15,7 +15,7 @@ from onnx import numpy_helper
 from .plain_graph import Model, Weights
 
 NAME = "weights.data"
-"""Of the file in the bundle."""
+"""Of the file in a bundle."""
 
 _INLINE = 1024
 """Bytes below which a tensor stays in the graph: scales, axes, biases of a few channels."""
@@ -24,12 +24,12 @@ _PAGE = 4096
 
 
 class WeightFile:
-    """Writes `NAME` into a folder, and graphs beside it. A context manager."""
+    """Writes a file into a folder, and graphs beside it. A context manager."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, name: str = NAME) -> None:
+        self._folder, self._name = folder, name
         self._places: dict[str, tuple[int, int]] = {}
-        self._file: BinaryIO = (folder / NAME).open("wb")
+        self._file: BinaryIO = (folder / name).open("wb")
 
     def __enter__(self) -> WeightFile:
         return self
@@ -49,27 +49,24 @@ class WeightFile:
         """
         weights = Weights(model, source)
         for tensor in model.graph.initializer:
-            array = weights[tensor.name]
-            if array.nbytes < _INLINE:
-                inline = numpy_helper.from_array(array, tensor.name)
-                inline.data_type = tensor.data_type
-                tensor.CopyFrom(inline)
-            else:
-                self._refer(tensor, array)
+            tensor.CopyFrom(self.tensor(weights[tensor.name], tensor.name))
         onnx.save_model(model, str(self._folder / name))
 
-    def _refer(self, tensor: Any, array: npt.NDArray[Any]) -> None:
-        data = np.ascontiguousarray(array).tobytes()
+    def tensor(self, array: npt.NDArray[Any], name: str) -> Any:
+        """An initializer (onnx.TensorProto) of `name` that refers to `array` in the file; small ones hold it."""
+        if array.nbytes < _INLINE:
+            return numpy_helper.from_array(array, name)
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         digest = hashlib.sha256(data).hexdigest()
         if digest not in self._places:
             self._file.write(bytes(-self._file.tell() % _PAGE))
-            self._places[digest] = (self._file.tell(), len(data))
+            self._places[digest] = (self._file.tell(), data.nbytes)
             self._file.write(data)
         offset, length = self._places[digest]
-        # What raw and typed fields held goes; name, type and shape stay.
-        kept = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-        kept.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in (("location", NAME), ("offset", str(offset)), ("length", str(length))):
-            entry = kept.external_data.add()
+        kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+        made = onnx.TensorProto(name=name, data_type=kind, dims=array.shape)
+        made.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", self._name), ("offset", str(offset)), ("length", str(length))):
+            entry = made.external_data.add()
             entry.key, entry.value = key, value
-        tensor.CopyFrom(kept)
+        return made

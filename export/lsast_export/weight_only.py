@@ -66,13 +66,18 @@ def quantise_weights(path: Path, kept: frozenset[str]) -> Model:
     return model
 
 
-def to_int8(array: npt.NDArray[Any], axis: int) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """`array` as int8 of its shape, and the scale of each index along `axis`."""
+def to_int8(
+    array: npt.NDArray[Any], axis: int, least: npt.NDArray[np.float32] | None = None
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """`array` as int8 of its shape, and the scale of each index along `axis`, which is `least` or more."""
     others = tuple(index for index in range(array.ndim) if index != axis)
-    largest = np.abs(array).max(axis=others, keepdims=True)
-    scales = np.where(largest > 0, largest / 127, 1).astype(np.float32)
-    numbers = np.clip(np.round(array / scales), -127, 127).astype(np.int8)
-    return np.ascontiguousarray(numbers), scales.reshape(-1)
+    scales = np.abs(array).max(axis=others) / 127
+    if least is not None:
+        scales = np.maximum(scales, least)
+    scales = np.where(scales > 0, scales, 1).astype(np.float32)
+    numbers = array / scales.reshape([-1 if index == axis else 1 for index in range(array.ndim)])
+    np.clip(np.round(numbers, out=numbers), -127, 127, out=numbers)
+    return np.ascontiguousarray(numbers, np.int8), scales
 
 
 def _origin(name: str, makers: dict[str, Node]) -> tuple[list[Node], str]:

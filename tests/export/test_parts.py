@@ -23,6 +23,7 @@ from lsast_export.adding import add_parts
 from lsast_export.check import check_bundle
 from lsast_export.exporter import ExportOptions, export_bundle
 from lsast_export.parts import cut_of
+from lsast_export.quantise import QuantiseOptions, quantise_bundle
 from lsast_export.skeleton import skeleton
 from lsast_export.trace import TracedGraph
 from lsast_train.base import Base, load_base, open_base_parts
@@ -61,6 +62,26 @@ def test_control_and_deep_are_the_denoiser_and_shallow_on_a_fresh_feature_is_dee
     own = {name: inputs[name] for name in ("latent", "timestep", "kv_unet")}
     again = run(parted, "shallow", backend=backend, **own, **outer(parted, found))["eps"]
     np.testing.assert_allclose(again, found["eps"], rtol=0, atol=1e-6 * np.abs(whole).max())
+
+
+@pytest.mark.parametrize("smooth", [None, 0.5])
+def test_parts_in_int8_round_what_the_denoiser_rounds(
+    parted: Bundle, run: Run, feeds: Feeds, tmp_path: Path, smooth: float | None
+) -> None:
+    options = QuantiseOptions(pictures=1, size=64, target=0, smooth=smooth)
+    quantised = quantise_bundle(parted, tmp_path / "int8", options)
+    inputs = feeds(parted, 2, 1, 8, 8)
+    expected, whole = (run(bundle, "denoiser", **inputs)["eps"] for bundle in (parted, quantised))
+    found = split(inputs, run, quantised)
+
+    def distance(one: np.ndarray, other: np.ndarray) -> float:
+        return float(np.sqrt(np.mean((one - other) ** 2)))
+
+    # A last bit may round the other way, and go on through all layers behind it.
+    assert distance(found["eps"], whole) < distance(whole, expected) / 3
+    own = {name: inputs[name] for name in ("latent", "timestep", "kv_unet")}
+    again = run(quantised, "shallow", **own, **outer(quantised, found))["eps"]
+    assert distance(again, found["eps"]) < distance(whole, expected) / 3
 
 
 def test_shallow_on_a_kept_feature_is_torchs_unet_with_everything_deeper_frozen(

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import collections
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,24 @@ def run_model(model: Any, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
     return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feeds)
 
 
+def calibrated(path: Path, feeds: list[dict[str, np.ndarray]]) -> Calibration:
+    (folder := path.parent / "calibration").mkdir()
+    calibration = Calibration(path, folder)
+    for given in feeds:
+        calibration(given)
+    calibration.close()
+    return calibration
+
+
+def run_kept(calibration: Calibration, kept: Iterable[str], feeds: dict[str, np.ndarray]) -> np.ndarray:
+    """What the graph gives with the `kept` layers in float."""
+    (folder := calibration.folder / "quantised").mkdir(exist_ok=True)
+    with WeightFile(folder) as weights:
+        weights.save(calibration.quantised(kept), calibration.folder, "quantised.onnx")
+    session = onnxruntime.InferenceSession(folder / "quantised.onnx", providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, feeds)[0])
+
+
 def kinds(model: Any) -> collections.Counter[str]:
     return collections.Counter(node.op_type for node in model.graph.node)
 
@@ -139,7 +157,7 @@ def test_the_plain_denoiser_computes_the_same(bundles: dict[str, Bundle], feeds:
 def test_onnx_runtime_computes_convolutions_and_products_in_int8(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calibration = Calibration(toy(tmp_path), draw(4))
+    calibration = calibrated(toy(tmp_path), draw(4))
     assert calibration.layers == ("conv1", "conv2", "linear/half0", "linear/half1")
     onnx.save(calibration.quantised([]), tmp_path / "quantised.onnx")
 
@@ -157,7 +175,7 @@ def test_onnx_runtime_computes_convolutions_and_products_in_int8(
 
 
 def test_openvino_computes_convolutions_and_products_in_int8(tmp_path: Path) -> None:
-    model = Calibration(toy(tmp_path), draw(4)).quantised([])
+    model = calibrated(toy(tmp_path), draw(4)).quantised([])
     onnx.save(model, tmp_path / "quantised.onnx")
     compiled = openvino.Core().compile_model(tmp_path / "quantised.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     found = collections.defaultdict(set)
@@ -173,14 +191,72 @@ def test_openvino_computes_convolutions_and_products_in_int8(tmp_path: Path) -> 
 
 def test_eight_bits_stay_near_and_a_layer_that_is_kept_is_computed_as_before(tmp_path: Path) -> None:
     path = toy(tmp_path)
-    calibration = Calibration(path, draw(8))
+    calibration = calibrated(path, draw(8))
     (feeds,) = draw(1)
     (expected,) = run_model(onnx.load(path), feeds)
-    errors = [error(run_model(calibration.quantised(kept), feeds)[0], expected) for kept in ([], calibration.layers)]
+    errors = [error(run_kept(calibration, kept, feeds), expected) for kept in ([], calibration.layers)]
     assert 1e-4 < errors[0] < 0.05
     assert errors[1] < 1e-5
     half = kinds(calibration.quantised(["conv1", "linear/half0"]))
     assert half["DequantizeLinear"] < kinds(calibration.quantised([]))["DequantizeLinear"]
+
+
+def test_the_numbers_are_those_of_onnx_runtimes_quantiser(tmp_path: Path) -> None:
+    from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType
+    from onnxruntime.quantization.calibrate import CalibrationDataReader, create_calibrator
+
+    class Reader(CalibrationDataReader):
+        def __init__(self, feeds: list[dict[str, np.ndarray]]) -> None:
+            self.feeds = iter(feeds)
+
+        def get_next(self) -> Any:
+            return next(self.feeds, None)
+
+    path = toy(tmp_path)
+    plain = onnx.shape_inference.infer_shapes(plain_graph(path))
+    onnx.save(plain, tmp_path / "plain.onnx")
+    calibrator = create_calibrator(tmp_path / "plain.onnx", ["Conv", "MatMul"], str(tmp_path / "augmented.onnx"),
+                                   CalibrationMethod.MinMax)  # fmt: skip
+    calibrator.collect_data(Reader(draw(4)))
+    quantizer = QDQQuantizer(
+        plain, per_channel=True, reduce_range=False, weight_qType=QuantType.QInt8, activation_qType=QuantType.QUInt8,
+        tensors_range=calibrator.compute_data(), nodes_to_quantize=[], nodes_to_exclude=[],
+        op_types_to_quantize=["Conv", "MatMul"],
+        extra_options={
+            "MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["MatMul"],
+            "QDQOpTypePerChannelSupportToAxis": {"Conv": 0, "MatMul": 1},
+            "TensorQuantOverrides": {"bent": [{"quant_type": QuantType.QInt8, "symmetric": True}]},
+        },
+    )  # fmt: skip
+    quantizer.quantize_model()
+    theirs = quantizer.model.model
+    ours = calibrated(path, draw(4)).quantised([])
+
+    def numbers(model: Any) -> list[bytes]:
+        tensors = [numpy_helper.to_array(tensor) for tensor in model.graph.initializer]
+        return sorted(array.tobytes() for array in tensors if array.dtype in (np.int8, np.int32) and array.any())
+
+    assert numbers(ours) == numbers(theirs)
+    (feeds,) = draw(1)
+    np.testing.assert_allclose(run_model(ours, feeds)[0], run_model(theirs, feeds)[0], atol=1e-5)
+
+
+def test_a_bias_that_outweighs_its_weights_is_kept(tmp_path: Path) -> None:
+    model = onnx.load(toy(tmp_path))
+    for tensor in model.graph.initializer:
+        if tensor.name == "second":
+            array = numpy_helper.to_array(tensor).copy()
+            array[:4], array[4:8] = 0, array[4:8] * 1e-12
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    onnx.save(model, path := tmp_path / "light.onnx")
+    quantised = calibrated(path, draw(4)).quantised([])
+    tensors = {
+        tensor.name: numpy_helper.to_array(tensor)
+        for tensor in (*quantised.graph.initializer, *model.graph.initializer)
+    }
+    kept = tensors["conv2/bias/int8"] * tensors["conv2/bias/scale"]
+    np.testing.assert_allclose(kept, tensors["second_bias"], atol=5e-4)
+    np.testing.assert_allclose(kept[:8], tensors["second_bias"][:8], rtol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])

@@ -1,0 +1,77 @@
+"""What smoothing (SmoothQuant) does to paintings in int8: PSNR to float of held-out pictures, for several alphas.
+
+    python benchmarks/smoothing.py PICTURES --pictures 12 --alpha 0.3 --alpha 0.5 --alpha 0.7
+
+The graph is calibrated once, on every second picture; the others are painted from the same noise by the float graph, by
+the int8 graph, and by the int8 graph smoothed with each alpha. Prints a Markdown table; the gain is the mean difference
+to no smoothing picture by picture, with its standard error. Nothing is timed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from contextlib import closing
+from pathlib import Path
+
+import click
+
+from lsast_engines.bundle import Bundle, find_bundle
+from lsast_engines.engine import open_engine
+from lsast_engines.spec import DENOISER
+from lsast_export.calibration import Calibration, ends
+from lsast_export.trial import Pixels, Trial, decode_all, find_contents, make_trials, psnr, run_trial
+from lsast_export.weight_file import WeightFile
+
+BACKEND = "onnxruntime"
+
+
+@click.command()
+@click.argument("images", type=click.Path(exists=True, path_type=Path))
+@click.option("--bundle", default=None, help="In fp32, fp16 or bf16; the embedded one.")
+@click.option("--pictures", default=12, show_default=True, help="To calibrate on, and as many others to judge by.")
+@click.option("--size", default=256, show_default=True)
+@click.option("--alpha", "alphas", type=float, multiple=True, default=(0.5,), show_default=True)
+def main(images: Path, bundle: str | None, pictures: int, size: int, alphas: tuple[float, ...]) -> None:
+    """Measure on the pictures in the folder IMAGES."""
+    source = Bundle.open(find_bundle(bundle))
+    contents, _ = find_contents(images, 2 * pictures, size)
+    styles = list(source.styles())
+    path = source.graph_path(DENOISER)
+    trials = make_trials(source, contents[1::2], [*styles[1:], *styles[:1]], [None], BACKEND, seed=1000)
+    expected = _painted(source, path.parent, trials)
+    with tempfile.TemporaryDirectory() as scratch:
+        calibration = Calibration(path, Path(scratch))
+        for trial in make_trials(source, contents[::2], styles, [1.0], BACKEND):
+            run_trial(source, trial, calibration)
+        calibration.close()
+        found: dict[float | None, list[float]] = {}
+        for alpha in (None, *alphas):
+            if alpha is not None:
+                calibration.smooth(alpha)
+            with tempfile.TemporaryDirectory(dir=scratch) as folder:
+                with WeightFile(Path(folder)) as weights:
+                    weights.save(calibration.quantised(ends(path)), calibration.folder, f"{DENOISER}.onnx")
+                painted = _painted(source, Path(folder), trials)
+            found[alpha] = [psnr(*pair) for pair in zip(painted, expected, strict=True)]
+            click.echo(f"alpha {alpha}: {statistics.mean(found[alpha]):.2f} dB", err=True)
+    print(f"{source.manifest.name}, {size} pixels, {pictures} held-out pictures, styles {', '.join(styles)}\n")
+    print("| alpha | mean PSNR dB | least | gain dB (standard error) |")
+    print("|---|---|---|---|")
+    for alpha, values in found.items():
+        gains = [one - other for one, other in zip(values, found[None], strict=True)]
+        spread = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
+        gain = "" if alpha is None else f"{statistics.mean(gains):+.2f} ({spread:.2f})"
+        print(f"| {alpha or 'none'} | {statistics.mean(values):.2f} | {min(values):.2f} | {gain} |")
+
+
+def _painted(source: Bundle, folder: Path, trials: list[Trial]) -> list[Pixels]:
+    """The pictures of `trials` by the denoiser in `folder`, decoded by the float decoder."""
+    spec = source.manifest.graphs[DENOISER]
+    with closing(open_engine(folder / f"{DENOISER}.onnx", spec, BACKEND, "cpu")) as denoiser:
+        latents = [run_trial(source, trial, denoiser) for trial in trials]
+    return decode_all(source, source.path, latents, BACKEND)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""Weights and activations in 8 bits: pairs of QuantizeLinear and DequantizeLinear where both backends use them.
+
+Where the pairs stand decides whether a backend computes in int8 at all (found with the profilers of ONNX Runtime 1.32
+and OpenVINO 2026.4 on mini's denoiser):
+
+- convolutions: input in uint8 with a zero point, which suits what a SiLU gives, weights in int8 for each channel, bias
+  in int32, and **output** quantised too: without it ONNX Runtime computes them in float32. OpenVINO does not need it
+  and fuses it;
+- linear layers: input in int8 **without** a zero point: with one OpenVINO subtracts it and multiplies in float32.
+  Their output stays float: both backends multiply int8 into float32;
+- a pair for each linear layer where several share an input. On x86 ONNX Runtime multiplies int8 by turning it into
+  uint8, which it does for a pair that one layer reads; what several read it computes in float32. Equal pairs it would
+  make one again, so that their scales differ in the last bit;
+- products of two activations, softmax, norms and everything else stay float.
+
+ONNX Runtime's own quantiser gives the same numbers (the oracle of the tests), with all of a graph's float32 weights in
+memory twice; here a weight is there at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import numpy_helper
+
+from lsast_engines.errors import ExportError
+
+from .plain_graph import Model, Node, Weights, replace_contents
+from .weight_only import to_int8
+
+OPERATORS = ("Conv", "MatMul")
+"""What is quantised; `Gemm` is the path of the timestep, whose 10^-3 of the arithmetic gains nothing."""
+
+_BIAS_ROOM = np.float32(2.0**30)
+"""Greatest magnitude of a bias in int32: half of what fits."""
+
+Span = tuple[float, float]
+"""Least and greatest value."""
+
+
+@dataclass(frozen=True)
+class LayerRange:
+    """What goes into a layer and comes out of it."""
+
+    given: Span
+    made: Span
+
+
+Ranges = Mapping[str, LayerRange]
+"""By the name of the layer's weight, which is the same in all graphs of a bundle."""
+
+
+def layers_of(model: Model) -> tuple[str, ...]:
+    """Names of the nodes of a plain graph that can be quantised, in the order of the graph."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    return tuple(node.name for node in model.graph.node if node.op_type in OPERATORS and node.input[1] in constants)
+
+
+def int8_graph(plain: Model, folder: Path, ranges: Ranges, layers: Collection[str]) -> Model:
+    """A plain graph with `layers` in int8; the other weights refer to where they lay.
+
+    Args:
+        plain: of `plain_graph`; it stays as it is, and only its small parts are copied if its weights lie in a file.
+        folder: of that file.
+        ranges: of all `layers`.
+        layers: names of nodes.
+
+    Raises:
+        ExportError: a layer without a range.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(plain)
+    inserted = _Pairs(Weights(plain, folder), ranges)
+    nodes: list[Node] = []
+    for node in model.graph.node:
+        if node.name in layers:
+            nodes += inserted.around_convolution(node) if node.op_type == "Conv" else inserted.before_product(node)
+        else:
+            nodes.append(node)
+    used = {name for node in nodes for name in node.input}
+    tensors = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    replace_contents(model, nodes, [*tensors, *inserted.tensors])
+    del model.graph.value_info[:]
+    return model
+
+
+class _Pairs:
+    """Makes the nodes and the initializers of the pairs."""
+
+    def __init__(self, weights: Weights, ranges: Ranges) -> None:
+        self._weights, self._ranges = weights, ranges
+        self.tensors: list[Any] = []
+        self._shared: dict[str, tuple[str, np.float32]] = {}
+        self._readers: dict[str, int] = {}
+
+    def around_convolution(self, node: Node) -> Iterable[Node]:
+        """`node` between its pairs; its inputs and its output change their names."""
+        span = self._span(node)
+        source, weight, result = node.input[0], node.input[1], node.output[0]
+        before: list[Node] = []
+        if source not in self._shared:
+            scale, zero = _unsigned(span.given)
+            self._shared[source] = (f"{source}/eight", scale)
+            before = self._pair(source, f"{source}/eight", scale, zero)
+        node.input[0], step = self._shared[source]
+        array = self._weights[weight]
+        bias = self._weights[node.input[2]] if len(node.input) > 2 else None
+        # A weight may be too small beside its bias for 32 bits of their common scale.
+        least = np.abs(bias) / (step * _BIAS_ROOM) if bias is not None else None
+        numbers, scales = to_int8(array, 0, least)
+        before.append(self._constant(node, 1, numbers, scales, axis=0))
+        if bias is not None:
+            scales = scales * step
+            before.append(self._constant(node, 2, np.round(bias / scales).astype(np.int32), scales, axis=0))
+        scale, zero = _unsigned(span.made)
+        node.output[0] = f"{result}/float"
+        return [*before, node, *self._pair(f"{result}/float", result, scale, zero)]
+
+    def before_product(self, node: Node) -> Iterable[Node]:
+        """`node` behind a pair of its own."""
+        source = node.input[0]
+        scale = _signed(self._span(node).given)
+        count = self._readers.get(source, 0)
+        self._readers[source] = count + 1
+        for _ in range(count):
+            scale = np.nextafter(scale, np.float32(np.inf), dtype=np.float32)
+        own = f"{source}/eight{count}"
+        before = self._pair(source, own, scale, np.int8(0))
+        numbers, scales = to_int8(self._weights[node.input[1]], 1)
+        before.append(self._constant(node, 1, numbers, scales, axis=1))
+        node.input[0] = own
+        return [*before, node]
+
+    def _span(self, node: Node) -> LayerRange:
+        if (found := self._ranges.get(node.input[1])) is None:
+            raise ExportError(f"found no range of layer {node.name} ({node.input[1]}); expected it of the denoiser")
+        return found
+
+    def _pair(self, source: str, result: str, scale: np.float32, zero: np.generic) -> list[Node]:
+        ends = [f"{result}/scale", f"{result}/zero"]
+        self.tensors += [
+            numpy_helper.from_array(np.asarray(value), name) for value, name in zip((scale, zero), ends, strict=True)
+        ]
+        make = onnx.helper.make_node
+        return [
+            make("QuantizeLinear", [source, *ends], [f"{result}/int8"], f"{result}/quantise"),
+            make("DequantizeLinear", [f"{result}/int8", *ends], [result], f"{result}/dequantise"),
+        ]
+
+    def _constant(
+        self, node: Node, place: int, numbers: npt.NDArray[Any], scales: npt.NDArray[np.float32], axis: int
+    ) -> Node:
+        """Give `node` the weight that is `numbers` times `scales` along `axis`."""
+        own = f"{node.name}/{'weight' if place == 1 else 'bias'}"
+        for array, part in ((numbers, "int8"), (scales, "scale"), (np.zeros(len(scales), numbers.dtype), "zero")):
+            self.tensors.append(numpy_helper.from_array(array, f"{own}/{part}"))
+        node.input[place] = own
+        ends = [f"{own}/{part}" for part in ("int8", "scale", "zero")]
+        return onnx.helper.make_node("DequantizeLinear", ends, [own], f"{own}/dequantise", axis=axis)
+
+
+def _unsigned(span: Span) -> tuple[np.float32, np.uint8]:
+    """Scale and zero point of uint8 that reaches over `span` and zero."""
+    low, high = min(span[0], 0.0), max(span[1], 0.0)
+    scale = (high - low) / 255
+    if scale < np.finfo(np.float32).tiny:
+        return np.float32(1), np.uint8(0)
+    return np.float32(scale), np.uint8(round(-low / scale))
+
+
+def _signed(span: Span) -> np.float32:
+    """Scale of int8 without a zero point that reaches over `span`."""
+    scale = max(-span[0], span[1], 0.0) / 127
+    return np.float32(1 if scale < np.finfo(np.float32).tiny else scale)

@@ -1,0 +1,159 @@
+"""SmoothQuant (Xiao et al. 2023, arXiv 2211.10438): what is hard to round moves from activations into weights.
+
+A linear layer Y = X W is also (X / s) (s W) with a factor for each channel j of X,
+
+    s_j = max |X_j|^α / max |W_j|^(1 - α),
+
+and one scale for all of X / s loses less than one for X, where few channels are far larger than the rest. Dividing
+costs nothing where whatever makes X takes it on:
+
+- a LayerNorm: its gamma and beta;
+- a gated product X = (V U + b) * g, the end of a feed-forward's first half: the columns of U and b.
+
+Layers that share X share s, the maximum of W going over all of them. The graph computes what it computed, to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import numpy_helper
+
+from .observing import Observer, Reach
+from .plain_graph import Model, Node, Store, Weights, replace_contents
+from .trial import Feeds
+
+ALPHA = 0.5
+"""How much of the difficulty moves: 0 evens out weights, 1 activations."""
+
+Factors = Mapping[str, npt.NDArray[np.float32]]
+"""s [C] by the name of a layer's weight, which is the same in all graphs of a bundle."""
+
+_LEAST = 1e-5
+"""Of a factor, as in the authors' code."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linear layers that share an input whose scale can be moved."""
+
+    activation: str
+    weights: tuple[str, ...]
+    """[C, N] each."""
+    makers: tuple[str, ...]
+    """What takes the division on: gamma and beta [C], or U [M, C] and b [C]."""
+
+
+def find_groups(model: Model) -> list[Group]:
+    """The groups of a plain graph, in its order."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    makers = {output: node for node in model.graph.node for output in node.output}
+    users = Counter(name for node in model.graph.node for name in node.input)
+    users.update(value.name for value in model.graph.output)
+    readers: dict[str, list[Node]] = {}
+    for node in model.graph.node:
+        if node.op_type == "MatMul" and node.input[1] in constants:
+            readers.setdefault(node.input[0], []).append(node)
+    groups = []
+    for name, nodes in readers.items():
+        taken = _takes_scale(makers.get(name), makers, constants, users)
+        weights = tuple(node.input[1] for node in nodes)
+        # Each of them is changed in place, so that nothing else may read it.
+        if taken and users[name] == len(nodes) and all(users[tensor] == 1 for tensor in (*taken, *weights)):
+            groups.append(Group(name, weights, taken))
+    return groups
+
+
+def channel_reach(path: Path, feeds: Iterable[Feeds]) -> dict[str, Reach]:
+    """Run the plain graph of the file `path` on `feeds`: least and greatest value by channel of what groups share."""
+    model = onnx.load(str(path), load_external_data=False)
+    weights = Weights(model, path.parent)
+    groups = find_groups(model)
+    observer = Observer(model, path.parent, {group.activation: weights.shape(group.weights[0])[0] for group in groups})
+    for given in feeds:
+        observer(given)
+    return observer.reach
+
+
+def find_factors(
+    model: Model, reach: Mapping[str, Reach], alpha: float = ALPHA, folder: Path | None = None
+) -> dict[str, npt.NDArray[np.float32]]:
+    """What to divide by, for all groups.
+
+    Args:
+        model: a plain graph.
+        reach: of each group's activation, by channel.
+        alpha: from 0 to 1.
+        folder: of the file with its weights, where they lie in one.
+    """
+    weights = Weights(model, folder or Path())
+    factors: dict[str, npt.NDArray[np.float32]] = {}
+    for group in find_groups(model):
+        low, high = reach[group.activation]
+        activation = np.maximum(np.abs(low), np.abs(high)).astype(np.float64)
+        weight = np.max([np.abs(weights[name]).max(axis=1) for name in group.weights], axis=0).astype(np.float64)
+        known = (activation > 0) & (weight > 0)
+        powers = np.where(known, activation, 1) ** alpha / np.where(known, weight, 1) ** (1 - alpha)
+        factor = np.maximum(powers, _LEAST).astype(np.float32)
+        factors |= dict.fromkeys(group.weights, factor)
+    return factors
+
+
+def smooth(model: Model, factors: Factors, folder: Path | None = None, store: Store | None = None) -> int:
+    """Divide activations by `factors` and multiply weights with them, in place: → how many groups were.
+
+    Args:
+        model: a plain graph; of its groups those that `factors` speaks of are smoothed.
+        factors: of `find_factors`, for this graph or for one with the same layers.
+        folder: of the file with its weights, where they lie in one.
+        store: makes the initializers of changed weights; by default they lie in the model.
+    """
+    weights = Weights(model, folder or Path())
+    make = store or numpy_helper.from_array
+    # A weight may be changed twice: as what one group reads, and as what makes the next.
+    changes: dict[str, list[npt.NDArray[np.float32]]] = {}
+    groups = [group for group in find_groups(model) if group.weights[0] in factors]
+    for group in groups:
+        factor = factors[group.weights[0]]
+        for name in group.weights:
+            changes.setdefault(name, []).append(factor[:, None])
+        for name in group.makers:
+            changes.setdefault(name, []).append(np.float32(1) / factor)
+    changed = {name: make(math.prod(by, start=weights[name]), name) for name, by in changes.items()}
+    tensors = [changed.get(tensor.name, tensor) for tensor in model.graph.initializer]
+    replace_contents(model, model.graph.node, tensors)
+    return len(groups)
+
+
+def _takes_scale(
+    node: Node | None, makers: Mapping[str, Node], constants: set[str], users: Mapping[str, int]
+) -> tuple[str, ...]:
+    """The weights that take on what the output of `node` is divided by; none where there are none."""
+    if node is None:
+        return ()
+    if node.op_type == "LayerNormalization":
+        own = tuple(node.input[1:])
+        last = all(attribute.i == -1 for attribute in node.attribute if attribute.name == "axis")
+        return own if last and all(name in constants for name in own) else ()
+    if node.op_type != "Mul":
+        return ()
+    for name in node.input:
+        add = makers.get(name)
+        if add is None or add.op_type != "Add" or users[name] != 1:
+            continue
+        biases = [each for each in add.input if each in constants]
+        products = [makers[each] for each in add.input if each in makers and makers[each].op_type == "MatMul"]
+        if (
+            len(biases) == len(products) == 1
+            and products[0].input[1] in constants
+            and users[products[0].output[0]] == 1
+        ):
+            return products[0].input[1], biases[0]
+    return ()

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from lsast_engines.bundle import Bundle
+from lsast_export.calibration import Calibration
+from lsast_export.plain_graph import Weights, plain_graph
+from lsast_export.smoothing import channel_reach, find_factors, find_groups, smooth
+
+WIDTH = 16
+
+
+def block(folder: Path, loud: float = 60.0) -> Path:
+    """LayerNorm, two linear layers that share it; value * sigmoid(gate); a linear layer. Few channels are `loud`."""
+    rng = np.random.default_rng(7)
+
+    def weight(name: str, *shape: int) -> Any:
+        return numpy_helper.from_array((rng.standard_normal(shape) / np.sqrt(WIDTH)).astype(np.float32), name)
+
+    gamma = np.ones(WIDTH, np.float32)
+    gamma[[3, 11]] = loud
+    bias = 0.1 * rng.standard_normal(WIDTH).astype(np.float32)
+    bias[5] = loud
+    nodes = [
+        helper.make_node("LayerNormalization", ["x", "gamma", "beta"], ["normed"], "norm", axis=-1),
+        helper.make_node("MatMul", ["normed", "value"], ["value_product"], "to_value"),
+        helper.make_node("Add", ["value_product", "value_bias"], ["values"], "value_add"),
+        helper.make_node("MatMul", ["normed", "gate"], ["gate_product"], "to_gate"),
+        helper.make_node("Sigmoid", ["gate_product"], ["open"], "open"),
+        helper.make_node("Mul", ["values", "open"], ["gated"], "gated"),
+        helper.make_node("MatMul", ["gated", "last"], ["y"], "last_product"),
+    ]
+    tensors = [
+        numpy_helper.from_array(gamma, "gamma"), weight("beta", WIDTH), weight("value", WIDTH, WIDTH),
+        numpy_helper.from_array(bias, "value_bias"), weight("gate", WIDTH, WIDTH), weight("last", WIDTH, 4),
+    ]  # fmt: skip
+    ends = [("x", ["B", "n", WIDTH]), ("y", ["B", "n", 4])]
+    inputs, outputs = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)] for name, shape in ends)
+    graph = helper.make_graph(nodes, "block", inputs, outputs, tensors)
+    path = folder / "block.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+    return path
+
+
+def draw(count: int, seed: int = 1) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    return [{"x": rng.standard_normal((2, 9, WIDTH)).astype(np.float32)} for _ in range(count)]
+
+
+def run(model: Any, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, feeds)[0])
+
+
+def error(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
+
+
+def unevenness(reach: tuple[np.ndarray, np.ndarray]) -> float:
+    """The largest channel's reach over the median one's."""
+    largest = np.maximum(np.abs(reach[0]), np.abs(reach[1]))
+    return float(largest.max() / np.median(largest))
+
+
+def test_groups_are_what_shares_a_norm_and_what_ends_a_gate(tmp_path: Path) -> None:
+    norm, gate = find_groups(onnx.load(block(tmp_path)))
+    assert (norm.activation, norm.weights, norm.makers) == ("normed", ("value", "gate"), ("gamma", "beta"))
+    assert (gate.activation, gate.weights, gate.makers) == ("gated", ("last",), ("value", "value_bias"))
+
+
+def test_what_another_reads_too_is_left_alone(tmp_path: Path) -> None:
+    model = onnx.load(block(tmp_path))
+    model.graph.output.append(helper.make_tensor_value_info("normed", TensorProto.FLOAT, ["B", "n", WIDTH]))
+    model.graph.node.append(helper.make_node("Neg", ["value_bias"], ["other"], "other"))
+    model.graph.output.append(helper.make_tensor_value_info("other", TensorProto.FLOAT, [WIDTH]))
+    assert not find_groups(model)
+
+
+def test_factors_are_those_of_the_paper(tmp_path: Path) -> None:
+    model = onnx.load(path := block(tmp_path))
+    factors = find_factors(model, channel_reach(path, draw(4)), alpha=0.25)
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    gamma, beta = tensors["gamma"], tensors["beta"]
+    x = np.concatenate([feeds["x"] for feeds in draw(4)]).astype(np.float64)
+    normed = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * gamma + beta
+    largest = np.maximum(*(np.abs(tensors[name]).max(axis=1) for name in ("value", "gate")))
+    expected = np.abs(normed).reshape(-1, WIDTH).max(axis=0) ** 0.25 / largest**0.75
+    np.testing.assert_allclose(factors["value"], expected, rtol=1e-4)
+    np.testing.assert_array_equal(factors["gate"], factors["value"])
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.9])
+def test_a_smoothed_graph_computes_the_same(tmp_path: Path, alpha: float) -> None:
+    model = onnx.load(path := block(tmp_path))
+    (feeds,) = draw(1, seed=2)
+    expected = run(model, feeds)
+    assert smooth(model, find_factors(model, channel_reach(path, draw(4)), alpha)) == 2
+    np.testing.assert_allclose(run(model, feeds), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+def test_outliers_shrink_and_eight_bits_lose_less(tmp_path: Path) -> None:
+    path = block(tmp_path)
+    (feeds,) = draw(1, seed=2)
+    expected = run(onnx.load(path), feeds)
+    errors = {}
+    for alpha in (None, 0.5):
+        (folder := tmp_path / str(alpha)).mkdir()
+        calibration = Calibration(path, folder)
+        for given in draw(8):
+            calibration(given)
+        calibration.close()
+        if alpha is not None:
+            calibration.smooth(alpha)
+        errors[alpha] = error(run(calibration.quantised([]), feeds), expected)
+    assert errors[0.5] < errors[None] / 2, errors
+    before = channel_reach(path, draw(8))
+    model = onnx.load(path)
+    smooth(model, find_factors(model, before))
+    onnx.save(model, tmp_path / "smooth.onnx")
+    after = channel_reach(tmp_path / "smooth.onnx", draw(8))
+    assert unevenness(after["normed"]) < unevenness(before["normed"]) / 3
+    assert unevenness(after["gated"]) < unevenness(before["gated"])
+
+
+def test_ranges_of_a_smoothed_calibration_are_those_of_the_smoothed_graph(tmp_path: Path) -> None:
+    path = block(tmp_path)
+    (folder := tmp_path / "calibration").mkdir()
+    calibration = Calibration(path, folder)
+    for given in draw(4):
+        calibration(given)
+    calibration.close()
+    calibration.smooth(0.5)
+    predicted = dict(calibration.ranges)
+    for given in draw(4):
+        calibration(given)
+    calibration.close()
+    for name, found in calibration.ranges.items():
+        np.testing.assert_allclose(predicted[name].given, found.given, rtol=1e-4)
+
+
+def test_a_channel_that_is_always_zero_is_left_as_it_is(tmp_path: Path) -> None:
+    model = onnx.load(path := block(tmp_path))
+    weights = Weights(model, tmp_path)
+    for tensor in model.graph.initializer:
+        if tensor.name in ("gamma", "beta"):
+            array = weights[tensor.name].copy()
+            array[2] = 0
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    onnx.save(model, path)
+    factors = find_factors(model, channel_reach(path, draw(4)))
+    assert factors["value"][2] == 1
+    assert np.isfinite(factors["value"]).all()
+
+
+def test_the_smoothed_denoiser_computes_the_same(
+    bundles: dict[str, Bundle], feeds: Callable[..., Any], tmp_path: Path
+) -> None:
+    bundle = bundles["fp32"]
+    given = feeds(bundle, 1, 2, 8, 8)
+    onnx.save(plain_graph(bundle.graph_path("denoiser")), path := tmp_path / "plain.onnx")
+    model = onnx.load(path)
+    expected = run(model, given)
+    assert smooth(model, find_factors(model, channel_reach(path, [given]))) >= 4
+    np.testing.assert_allclose(run(model, given), expected, atol=1e-4 * np.abs(expected).max())
