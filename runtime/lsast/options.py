@@ -61,7 +61,7 @@ class Options:
     control_low: int = 0
     """Below this timestep, 0 to 1000, the edges hold no longer: the ControlNet is left out."""
     control_interval: int = 1
-    """The ControlNet runs at every n-th step, 1 to 1000, and what it said is kept between."""
+    """The ControlNet runs at every n-th step, 1 to 1000, and what it would say is forecast between."""
     cache_interval: int = 1
     """The whole U-Net and the ControlNet run at every n-th step, 1 to 1000, and between them only the U-Net's outermost
     level (DeepCache, arXiv 2312.00858)."""

@@ -9,22 +9,54 @@ import numpy as np
 import numpy.typing as npt
 
 from lsast_engines.engine import Arithmetic, Engine, Feeds
+from lsast_engines.noise import NoiseSpec
 from lsast_engines.spec import CONTROL, DEEP, SHALLOW, GraphSpec, TensorSpec, halvings
 
 from .passes import Pass
 from .tiles import Grid, Span
 
 Floats = npt.NDArray[np.float32]
+Sigmas = npt.NDArray[np.float64]
+"""sigma_t = sqrt(1 - abar_t), the noise's share in z_t."""
+
+
+class _Forecast:
+    """What a graph gave when it ran, and by a line through the last two runs what it would give where it rests.
+
+    That is TaylorSeer's first order (Liu et al. 2025, arXiv 2503.06923), along sigma instead of the step's number;
+    after one run it is what that gave, which is DeepCache.
+    """
+
+    def __init__(self) -> None:
+        self._runs: list[tuple[Sigmas, dict[str, Floats]]] = []
+
+    def keep(self, sigmas: Sigmas, outputs: Mapping[str, Floats]) -> dict[str, Floats]:
+        """Keep a copy of what a run at `sigmas` [B] gave, each [B, …] or [G, B, C, h, w]; → the copy."""
+        copied = {name: value.copy() for name, value in outputs.items()}
+        # Of a guidance that begins, the earlier runs know nothing.
+        fits = [run for run in self._runs[-1:] if all(len(run[1][name]) >= len(copied[name]) for name in copied)]
+        self._runs = [*fits, (sigmas, copied)]
+        return copied
+
+    def at(self, sigmas: Sigmas) -> dict[str, Floats]:
+        """What a run at `sigmas` [B] would give, of as many halves as the last."""
+        assert self._runs, "at the first step everything runs"
+        (before_at, before), (last_at, last) = self._runs[0], self._runs[-1]
+        if len(self._runs) == 1:
+            return last
+        share = ((sigmas - last_at) / (last_at - before_at)).astype(np.float32)[:, None, None, None]
+        # Guidance may have ended since: of several halves the conditional one is the last.
+        return {name: value + share * (value - before[name][-len(value) :]) for name, value in last.items()}
 
 
 @dataclass
 class _Kept:
     """What one tile keeps between steps."""
 
-    residuals: dict[str, Floats] = field(default_factory=dict)
-    """The ControlNet's last, by name."""
-    feature: Floats | None = None
-    """The deep feature of the last whole pass, [G, B, C, h, w]."""
+    control: _Forecast = field(default_factory=_Forecast)
+    """Of the ControlNet's residuals."""
+    deep: _Forecast = field(default_factory=_Forecast)
+    """Of the deep feature."""
 
 
 class PartedDenoiser:
@@ -33,7 +65,9 @@ class PartedDenoiser:
     It is called once a step, in order, and binding the `hint` begins a run. Every tile keeps its own.
     """
 
-    def __init__(self, engines: Mapping[str, Engine], spec: GraphSpec, passes: Sequence[Pass], grid: Grid) -> None:
+    def __init__(
+        self, engines: Mapping[str, Engine], spec: GraphSpec, passes: Sequence[Pass], grid: Grid, noise: NoiseSpec
+    ) -> None:
         """A denoiser.
 
         Args:
@@ -41,6 +75,7 @@ class PartedDenoiser:
             spec: of the graph `denoiser`.
             passes: what runs at which step.
             grid: the tiles of the canvas.
+            noise: what a timestep's sigma is found by.
         """
         self.spec = spec
         first = next(iter(engines.values()))
@@ -49,6 +84,7 @@ class PartedDenoiser:
         self._engines = engines
         self._passes = passes
         self._grid = grid
+        self._sigmas: Sigmas = np.sqrt(1 - noise.alphas_cumprod())
         self._bound: dict[str, npt.NDArray[np.float32]] = {}
         self._begin()
 
@@ -82,19 +118,20 @@ class PartedDenoiser:
         """One tile's noise."""
         at = (..., tile[0].cells, tile[1].cells)
         given = {**self._bound, **feeds, "latent": feeds["latent"][at], "hint": self._bound["hint"][at]}
-        if now.control == "fresh":
-            kept.residuals = _copies(self._run(CONTROL, given))
+        sigmas = self._sigmas[given["timestep"]]
         name = DEEP if now.unet == "deep" else SHALLOW
-        if now.control == "off":
-            kept.residuals = _nothing(self._engines[name].spec, given["latent"])
-        if now.unet == "deep":
-            outputs = self._run(DEEP, {**given, **kept.residuals})
-            kept.feature = outputs["feature"].copy()
+        if now.control == "fresh":
+            residuals = kept.control.keep(sigmas, self._run(CONTROL, given))
+        elif now.control == "kept":
+            residuals = kept.control.at(sigmas)
+        else:
+            residuals = _nothing(self._engines[name].spec, given["latent"])
+        if name == DEEP:
+            outputs = self._run(DEEP, {**given, **residuals})
+            kept.deep.keep(sigmas, {"feature": outputs["feature"]})
             return outputs["eps"]
-        assert kept.feature is not None, "the first step is deep"
-        # Guidance may have ended since: the conditional half is the last.
-        feature = kept.feature[-len(given["kv_unet"]) :]
-        return self._run(SHALLOW, {**given, **kept.residuals, "feature": feature})["eps"]
+        feature = kept.deep.at(sigmas)["feature"][-len(given["kv_unet"]) :]
+        return self._run(SHALLOW, {**given, **residuals, "feature": feature})["eps"]
 
     def _run(self, name: str, given: Feeds) -> dict[str, Floats]:
         """Run a part on those of `given` that it takes."""
@@ -109,10 +146,6 @@ class PartedDenoiser:
 
     def close(self) -> None:
         """Does nothing: the engines belong to who opened them."""
-
-
-def _copies(outputs: Mapping[str, Floats]) -> dict[str, Floats]:
-    return {name: value.copy() for name, value in outputs.items()}
 
 
 def _nothing(spec: GraphSpec, latent: Floats) -> dict[str, Floats]:

@@ -6,10 +6,12 @@ A run that pulls no lever computes the whole denoiser at every step. The levers 
 guidance_low, guidance_high         outside these timesteps one conditional pass instead of two (Kynkäänniemi
                                     et al. 2024, arXiv 2404.07724)
 control_low                         below this timestep no ControlNet: its residuals are 0
-control_interval                    the ControlNet at every n-th step, its residuals kept between
+control_interval                    the ControlNet at every n-th step, its residuals forecast between
 cache_interval                      the whole U-Net at every n-th step, between them its outermost level on
-                                    the feature that was kept (Ma et al. 2023, DeepCache, arXiv 2312.00858)
+                                    a forecast of the feature below (Ma et al. 2023, DeepCache, arXiv 2312.00858)
 =================================== =====================================================================
+
+Forecasts (`parted`) go by the last two runs of what rests (Liu et al. 2025, TaylorSeer, arXiv 2503.06923).
 """
 
 from __future__ import annotations
@@ -33,9 +35,9 @@ class Pass:
     guided: bool
     """Whether the null half is computed, too."""
     control: Literal["inside", "fresh", "kept", "off"]
-    """The ControlNet: inside the whole denoiser, computed anew, its last residuals, or none."""
+    """The ControlNet: inside the whole denoiser, computed anew, a forecast of its residuals, or none."""
     unet: Literal["whole", "deep", "shallow"]
-    """The U-Net: inside the whole denoiser, all of it, or its outermost level on the last feature."""
+    """The U-Net: inside the whole denoiser, all of it, or its outermost level on a forecast of the rest."""
 
     @property
     def graphs(self) -> tuple[str, ...]:

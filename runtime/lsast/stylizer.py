@@ -352,8 +352,9 @@ def _denoiser(workshop: Workshop, passes: Sequence[Pass], grid: tiles.Grid) -> E
     names = graphs_of(passes)
     if names == (DENOISER,):
         return tiles.denoiser(workshop.engine(DENOISER), grid)
-    spec = workshop.opener.bundle.manifest.graphs[DENOISER]
-    return PartedDenoiser({name: workshop.engine(name) for name in names}, spec, passes, grid)
+    manifest = workshop.opener.bundle.manifest
+    engines = {name: workshop.engine(name) for name in names}
+    return PartedDenoiser(engines, manifest.graphs[DENOISER], passes, grid, manifest.noise)
 
 
 def _decode(workshop: Workshop, name: str, latent: sampler.Floats, grid: tiles.Grid) -> npt.NDArray[np.uint8]:

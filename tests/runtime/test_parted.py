@@ -50,8 +50,20 @@ def _by_hand(stylizer: Stylizer, weights: Any, row: sampler.Row, options: dict[s
     solver = make_solver(options["solver"], NoiseSpec(), row.schedule)
     z = row.noisy.astype(float)
     edges = np.einsum("ce,ehw->chw", weights.edges, row.hint.astype(float))
+    abars = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
     deep_at = control_at = None
     guided_before = False
+    # What ran: t, whether guided, both halves' features or the ControlNet's residual.
+    known: list[tuple[int, bool, list[np.ndarray]]] = []
+    told: list[tuple[int, bool, list[np.ndarray]]] = []
+
+    def forecast(runs: list[tuple[int, bool, list[np.ndarray]]], t: int) -> list[np.ndarray]:
+        t_last, guided_last, last = runs[-1]
+        if len(runs) == 1 or runs[-2][1] < guided_last:
+            return last
+        now, then, earlier = (np.sqrt(1 - abars[at]) for at in (t, t_last, runs[-2][0]))
+        return [new + (now - then) / (then - earlier) * (new - old) for new, old in zip(last, runs[-2][2], strict=True)]
+
     for index, step in enumerate(row.schedule.steps):
         guided = options.get("guidance_low", 0) <= step.t <= options.get("guidance_high", 1000)
         if deep_at is None or index - deep_at >= options.get("cache_interval", 1) or (guided and not guided_before):
@@ -59,16 +71,18 @@ def _by_hand(stylizer: Stylizer, weights: Any, row: sampler.Row, options: dict[s
             if control_at is None or index - control_at >= options.get("control_interval", 1):
                 control_at = index
                 gate = style.kv_control[step.stage].astype(float).mean(axis=0) @ weights.control
-                held = options["control"] * edges * gate[:, None, None]
-            if step.t < options.get("control_low", 0):
-                held = np.zeros_like(edges)
+                told.append((step.t, False, [options["control"] * edges * gate[:, None, None]]))
+        (held,) = forecast(told, step.t)
+        if step.t < options.get("control_low", 0):
+            held = np.zeros_like(edges)
+        if deep_at == index:
             time = step.t / 1000 * weights.time[0][:, None, None]
-            features = [
+            computed = [
                 (kv.astype(float).mean(axis=0) @ weights.unet)[:, None, None] + time + _coarse(held)
                 for kv in (style.kv_unet[step.stage], null.kv_unet[0])
             ]
-        if step.t < options.get("control_low", 0):
-            held = np.zeros_like(edges)
+            known.append((step.t, guided, computed))
+        features = forecast(known, step.t)
         conditional, unconditional = (z / 2 + held - _coarse(held) + feature for feature in features)
         eps = unconditional + options["guidance"] * (conditional - unconditional) if guided else conditional
         z = solver.step(eps, index, z)
