@@ -13,7 +13,7 @@ from lsast_engines.errors import UsageError
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": {},
     "balanced": {"steps": 12, "solver": "dpmpp2m", "cache_interval": 2},
-    "fast": {"steps": 8, "solver": "unipc", "cache_interval": 2, "guidance_low": 300},
+    "fast": {"steps": 8, "solver": "unipc", "cache_interval": 2},
     "released": {
         "steps": 50,
         "strength": 0.7,
