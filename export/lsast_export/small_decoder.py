@@ -27,9 +27,9 @@ from torch import nn
 
 from lsast_engines.bundle import Bundle
 from lsast_engines.engine import open_engine
-from lsast_engines.errors import ExportError, TrainingError, UsageError, fault_list
+from lsast_engines.errors import ExportError, TrainingError, fault_list
 from lsast_engines.files import replace_file
-from lsast_engines.manifest import QUANTISED, Manifest
+from lsast_engines.manifest import Manifest
 from lsast_engines.spec import DECODER_SMALL, small_decoder_spec
 from lsast_train.weights import Weights, read_tensors, shortened
 
@@ -135,11 +135,10 @@ def add_small_decoder(
     """Write the graph of `small` and its weights into the bundle at `path`, proven against torch.
 
     They are written aside, compared, and moved in; the manifest follows last, see `adding.put_graphs`. One that was
-    there is replaced.
+    there is replaced. A quantised bundle takes it, too: it stays in float32 and needs nothing of the bundle's weights.
 
     Raises:
         BundleError: no sound bundle, or one that cannot be written to.
-        UsageError: the bundle is quantised.
         ExportError: torch cannot export it.
         ParityError: it computes something else than torch.
         MissingExtraError, BackendError: the backend is not there or cannot run the graph.
@@ -147,7 +146,6 @@ def add_small_decoder(
     require_backend(backend)
     progress("reading")
     manifest = Bundle.open(path).manifest
-    _require_float(path, manifest)
     spec = small_decoder_spec(manifest.geometry)
     progress(f"tracing {DECODER_SMALL}")
     module = SmallDecoderGraph(small, manifest.latent_scale).eval()
@@ -192,15 +190,6 @@ def measure_small_parity(
             found = run_copied(engine, latent=scaled / np.float32(manifest.latent_scale))["image"]
             figure = max(figure, relative_error(found, expected, DECODER_SMALL))
     return {DECODER_SMALL: figure}
-
-
-def _require_float(path: Path, manifest: Manifest) -> None:
-    if manifest.precision in QUANTISED:
-        made_from = manifest.source.get("quantised_from", "another one")
-        raise UsageError(
-            f"found a bundle in {manifest.precision} at {path}; expected the one that it was made from, {made_from}: "
-            "add the decoder to that, then quantise it again"
-        )
 
 
 def _found(path: Path) -> tuple[dict[str, Any], Path]:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from lsast_engines.bundle import EMBEDDED, Bundle
 from lsast_engines.engine import open_engine
-from lsast_engines.errors import BundleError, ExportError, ParityError, TrainingError, UsageError
+from lsast_engines.errors import BundleError, ExportError, ParityError, TrainingError
 from lsast_engines.manifest import Manifest
 from lsast_engines.pictures import read_picture
 from lsast_engines.spec import DECODER_SMALL
@@ -216,14 +216,18 @@ def test_a_file_alone_is_of_taesds_architecture(tmp_path: Path, manifest: Manife
         read_small_decoder(folder / "diffusion_pytorch_model.safetensors", manifest)
 
 
-def test_a_quantised_bundle_is_refused_and_one_that_is_quantised_keeps_it_as_it_is(
-    added: Bundle, folder: Path, tmp_path: Path, run: Run
+def test_a_quantised_bundle_takes_it_and_one_that_is_quantised_keeps_it_as_it_is(
+    bundles: dict[str, Bundle], added: Bundle, folder: Path, tmp_path: Path, run: Run
 ) -> None:
-    path = shutil.copytree(added.path, tmp_path / "bundle")
-    quantised = dataclasses.replace(added.manifest, precision="int8", source={"quantised_from": "tiny (fp16)"})
+    path = shutil.copytree(bundles["fp16"].path, tmp_path / "bundle")
+    quantised = dataclasses.replace(bundles["fp16"].manifest, precision="int8", source={"quantised_from": "tiny"})
     (path / "manifest.json").write_text(quantised.to_json())
-    with pytest.raises(UsageError, match=r"found a bundle in int8 .* made from, tiny .fp16.: add the decoder to that"):
-        add_small_decoder(path, read_small_decoder(folder, quantised))
+    taken = add_small_decoder(path, read_small_decoder(folder, quantised))
+    assert taken.manifest.precision == "int8"
+    assert taken.manifest.parity[DECODER_SMALL] < 1e-4
+    latent = np.random.default_rng(4).standard_normal((1, 4, 8, 8), dtype=np.float32)
+    expected = run(added, DECODER_SMALL, latent=latent)["image"]
+    np.testing.assert_array_equal(run(taken, DECODER_SMALL, latent=latent)["image"], expected)
 
     scratch = tmp_path / "quantised"
     scratch.mkdir()
