@@ -50,7 +50,7 @@ SDCPP = "stable-diffusion.cpp"
 @click.command()
 @click.option("--bundle", help="Folder or name of a bundle. [default: $LSAST_BUNDLE, else mini]")
 @click.option("--size", default=512, show_default=True)
-@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--repeats", type=click.IntRange(0), default=3, show_default=True, help="0: ours without warming up.")
 @click.option("--steps-measured", type=click.IntRange(3), help="Of a peer, instead of all of its 35.")
 @click.option("--threads", type=click.IntRange(1), help="[default: what each takes by itself]")
 @click.option(
@@ -58,6 +58,7 @@ SDCPP = "stable-diffusion.cpp"
 )
 @click.option("--preset", "presets", multiple=True, help=f"[default: those of {', '.join(OURS)} that there are]")
 @click.option("--row", "texts", metavar="NAME: KEY=VALUE,…", multiple=True, help="A row besides; see above.")
+@click.option("--only-rows", is_flag=True, help="Neither peers nor presets: the --row alone.")
 @click.option("--peer", "peers", multiple=True, default=(REFERENCE, "diffusers"), show_default=True)
 @click.option("--peer-arithmetic", "types", multiple=True, default=("fp32", "bf16"), show_default=True)
 @click.option("--base", type=click.Path(exists=True), help=f"What {SDCPP} reads: a base in diffusers' format.")
@@ -76,6 +77,7 @@ def main(
     backends: tuple[str, ...],
     presets: tuple[str, ...],
     texts: tuple[str, ...],
+    only_rows: bool,
     peers: tuple[str, ...],
     types: tuple[str, ...],
     base: str | None,
@@ -96,12 +98,15 @@ def main(
             raise click.UsageError(f"found the peer {SDCPP} without --base and --controlnet; expected both")
         try:
             folder = str(find_bundle(bundle))
-            ours = rows_of_ours(folder, size, backends, presets, texts)
+            ours = rows_of_ours(folder, size, () if only_rows else backends, presets, texts)
         except LsastError as error:
             raise click.ClickException(str(error)) from error
         task = {"bundle": folder, "size": size, "threads": threads, "repeats": repeats}
         there = {**task, "steps_measured": steps_measured, "base": base, "controlnet": controlnet}
-        report = measured(ours, [(name, arithmetic) for name in peers for arithmetic in types], task, there, json_path)
+        there["repeats"] = max(1, repeats)
+        report = measured(
+            ours, [] if only_rows else [(name, kind) for name in peers for kind in types], task, there, json_path
+        )
     print(markdown(report))
     if chart_path:
         chart(report, chart_path, only, title)
@@ -190,7 +195,7 @@ def our_row(own: Own, task: Row, rates: Rates) -> Row:
         return head
     add_macs([row], rates, task["threads"])
     warm = row["warm"]
-    steps = warm["step"]["n"] // task["repeats"]
+    steps = warm["step"]["n"] // max(1, task["repeats"])
     once = {"encoder", "hint"} | {name for name in warm["graphs"] if name.startswith("decoder")}
     inner = [graph for name, graph in warm["graphs"].items() if name not in once]
     gmac_step = sum(g["gmac"] * sum(group["runs"] for group in g["shapes"]) for g in inner) / steps

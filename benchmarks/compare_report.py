@@ -19,6 +19,7 @@ def markdown(report: Row) -> str:
     machine = report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     limits = ", ".join(f"{name} {max(by.values()):.0f}" for name, by in report["ceilings"].items())
+    repeats = report["repeats"] or "1, ours with their first picture"
     heads = (
         "",
         "picture s (spread)",
@@ -31,7 +32,7 @@ def markdown(report: Row) -> str:
     )
     return "\n\n".join(
         [
-            f"{Path(report['bundle']).name} at {report['size']}², n = {report['repeats']}; {machine['cpu']}, "
+            f"{Path(report['bundle']).name} at {report['size']}², n = {repeats}; {machine['cpu']}, "
             f"{machine['cores']} cores; {versions}; load {machine['load']:.2f} … {report['load_at_end']:.2f}",
             f"The limit, 10⁹ multiply-accumulates a second: {limits}; that of a row is what its products are in",
             table(heads, [line(row, report["rows"]) for row in report["rows"]]),

@@ -45,7 +45,7 @@ def test_a_row_has_a_bundle_a_backend_a_preset_and_options(compare: ModuleType, 
     assert plain.configuration.options == {"style": "x:0.5+y:0.5"}
 
 
-@pytest.mark.parametrize("text", ["", "no options", "a: b", ": guidance=1", "a: speed=9", "a: backend=openvino:fp8"])
+@pytest.mark.parametrize("text", ["", "no options", "a: b", ": guidance=1", "a: speed=9", "a: backend=openvino:fp9"])
 def test_rows_that_cannot_be_meant(compare: ModuleType, bundles: dict[str, Bundle], text: str) -> None:
     with pytest.raises(UsageError, match="found"):
         compare.Own.parse(text, str(bundles["fp32"].path), 512)
