@@ -46,7 +46,6 @@ def test_from_a_published_file_to_a_painted_picture(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LSAST_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    torch.set_num_threads(1)
     base = ["--base", compvis_base.file, "--controlnet", compvis_base.controlnet_file]
     pictures = _pictures(tmp_path / "paintings")
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 import tempfile
 from collections.abc import Sequence
 from contextlib import closing
@@ -29,9 +30,12 @@ from lsast_engines.engine_key import graph_digest
 from lsast_engines.errors import ExportError, MissingExtraError, UsageError
 from lsast_engines.spec import DENOISER
 
+from .calibration import ends
 from .origin import tell_origin
 from .plain_graph import plain_graph
 from .progress import Progress, silent
+from .smoothing import channel_reach, find_factors
+from .smoothing import smooth as smooth_graph
 from .trial import Feeds, Floats, Pixels, decode_all, feeds_at, make_trials, psnr, run_trial
 from .triton import one_element
 
@@ -39,9 +43,14 @@ Kind = Literal["int8", "fp8"]
 
 
 def quantise_denoiser(
-    bundle: Bundle, contents: Sequence[Pixels], kind: Kind, out: Path, progress: Progress = silent
+    bundle: Bundle,
+    contents: Sequence[Pixels],
+    kind: Kind,
+    out: Path,
+    progress: Progress = silent,
+    smooth: float | None = None,
 ) -> Path:
-    """Write the denoiser of `bundle` with 8-bit products.
+    """Write the denoiser of `bundle` with 8-bit products; first and last convolutions and the time path stay float.
 
     Args:
         bundle: an exported bundle with at least one style.
@@ -49,6 +58,8 @@ def quantise_denoiser(
         kind: ``int8``, or ``fp8`` for GPUs from compute capability 8.9 on.
         out: the file to write; its weights go to a file beside it.
         progress: told of phases.
+        smooth: how much of what is hard to round moves from activations into weights first, from 0 to 1 (`smoothing`);
+            None leaves them as they are.
 
     Returns:
         `out`.
@@ -67,6 +78,9 @@ def quantise_denoiser(
     with tempfile.TemporaryDirectory(prefix="lsast-quantise.") as folder:
         source, result = Path(folder, "denoiser.onnx"), Path(folder, "quantised.onnx")
         model = plain_graph(bundle.graph_path(DENOISER))
+        if smooth is not None:
+            progress("smoothing")
+            model = _smoothed(model, steps, smooth, Path(folder))
         for tensor in spec.inputs:
             if not tensor.shape:
                 one_element(model, tensor.name)
@@ -83,6 +97,7 @@ def quantise_denoiser(
                 calibration_shapes=shapes,
                 output_path=str(result),
                 high_precision_dtype="fp32",
+                nodes_to_exclude=[f"{re.escape(name)}$" for name in sorted(ends(bundle.graph_path(DENOISER)))],
                 use_external_data_format=True,
                 log_level="ERROR",
             )
@@ -122,6 +137,15 @@ def calibration_feeds(bundle: Bundle, contents: Sequence[Pixels]) -> list[Feeds]
     # A calibrator takes one shape: with guidance, unless no style has any left to apply.
     widest = max(len(each["kv_unet"]) for each in feeds)
     return [each for each in feeds if len(each["kv_unet"]) == widest]
+
+
+def _smoothed(model: Any, steps: Sequence[Feeds], alpha: float, folder: Path) -> Any:
+    """The plain graph `model` smoothed by what it does on `steps`; `folder` is for files."""
+    path = folder / "plain.onnx"
+    onnx.save(model, path, save_as_external_data=True)  # which empties `model`
+    model = onnx.load(path)
+    smooth_graph(model, find_factors(model, channel_reach(path, steps), alpha))
+    return model
 
 
 class Cost(NamedTuple):

@@ -26,6 +26,12 @@ from .console import Phases, common, require_extra
 )
 @click.option("--count", type=click.IntRange(1), default=32, show_default=True, help="How many of them.")
 @click.option(
+    "--smooth",
+    metavar="ALPHA",
+    type=click.FloatRange(0, 1),
+    help="First move what is hard to round into weights (SmoothQuant): 0.5 is usual. [default: do not]",
+)
+@click.option(
     "--backend",
     type=click.Choice(LIBRARIES),
     help="Compile the bundle with it by this library, too. [default: tensorrt-rtx with --sm, else none]",
@@ -40,6 +46,7 @@ def modelopt_command(
     kind: str,
     images: Path,
     count: int,
+    smooth: float | None,
     backend: str | None,
     sm: tuple[str, ...],
     sides: str | None,
@@ -74,7 +81,7 @@ def modelopt_command(
     opened, phases = Bundle.open(found), Phases()
     native, multiple = opened.manifest.height, opened.manifest.multiple
     contents, _ = find_contents(images, count, native)
-    quantise_denoiser(opened, contents, "fp8" if kind == "fp8" else "int8", file, phases)
+    quantise_denoiser(opened, contents, "fp8" if kind == "fp8" else "int8", file, phases, smooth)
     phases("comparing")
     judged, _ = find_contents(images, min(count, 4), max(native // 2 // multiple, 1) * multiple)
     cost = quality(opened, file, judged)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,35 @@ def test_it_is_calibrated_on_steps_of_the_pictures_and_opens_as_the_denoiser(
     # where other latents are larger than those of the calibration.
     assert 25 < cost.noise < 75
     assert all(math.isfinite(value) for value in cost)
+
+
+def test_smoothing_changes_weights_and_nothing_that_is_computed(
+    bundles: dict[str, Bundle],
+    contents: list[Pixels],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    feeds: Callable[..., dict[str, np.ndarray]],
+) -> None:
+    seen: list[dict[str, np.ndarray]] = []
+
+    def quantize(source: str, **settings: Any) -> None:
+        seen.append({tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(source).graph.initializer})
+        # The ends of the network and its time path stay in float.
+        nodes = {node.name: node for node in onnx.load(source).graph.node}
+        kept = [node for name, node in nodes.items() if any(re.match(p, name) for p in settings["nodes_to_exclude"])]
+        assert len(kept) == len(settings["nodes_to_exclude"]) >= 6
+        assert {node.op_type for node in kept} == {"Conv", "Gemm"}
+        rounding(source, **settings)
+
+    monkeypatch.setattr(eight_bit, "_modelopt", lambda: quantize)
+    bundle, found = bundles["fp16"], []
+    for smooth in (None, 0.5):
+        file = quantise_denoiser(bundle, contents, "int8", tmp_path / str(smooth) / "denoiser.onnx", smooth=smooth)
+        with closing(open_engine(file, bundle.manifest.graphs["denoiser"], "onnxruntime", threads=1)) as engine:
+            found.append(engine(feeds(bundle, 1, 2, 8, 8))["eps"].copy())
+    plain, smoothed = seen
+    assert sum(not np.array_equal(plain[name], smoothed[name]) for name in plain) >= 4
+    np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-4 * np.abs(found[0]).max())
 
 
 def test_what_was_not_quantised_is_an_error(

@@ -80,6 +80,18 @@ def test_eight_bits_are_made_in_the_memory_of_an_export(
     assert facts["bytes"] <= share * WEIGHTS
 
 
+@pytest.mark.needs("tensorrt_rtx")
+def test_the_denoiser_compiles_ahead_of_time(exported: dict[str, Any], folder: Path) -> None:
+    if int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) < 14_000_000:
+        pytest.skip("needs 14 GB of free memory")
+    options = ("--precision", "fp32", "--sm", "8.9", "--graph", "denoiser", "--json")
+    (row,) = script("compile", folder, *options)["rows"]
+    assert (row["arithmetic"], row["targets"]) == ("fp16", "8.9")
+    # Weights in halves, once; anything more would be some that are stored twice.
+    assert 1 < row["engine_gb"] * 1e9 / (DENOISER / 2) < 1.05
+    assert row["peak_rss_gb"] * 1e9 < 3 * DENOISER
+
+
 def test_multiplications_are_those_that_are_known(exported: dict[str, Any], folder: Path) -> None:
     pytest.importorskip("openvino")
     from lsast.bench.macs import count_macs

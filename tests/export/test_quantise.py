@@ -21,6 +21,7 @@ from lsast_engines.bundle import Bundle
 from lsast_engines.engine import open_engine
 from lsast_engines.errors import ParityError, TrainingError, UsageError
 from lsast_engines.spec import GraphSpec, TensorSpec
+from lsast_export import layer_choice
 from lsast_export.__main__ import main
 from lsast_export.calibration import Calibration, ends
 from lsast_export.check import check_bundle
@@ -355,8 +356,9 @@ def test_paintings_that_stray_too_far_leave_nothing(bundles: dict[str, Bundle], 
 
 
 def test_layers_stay_in_float_until_paintings_are_near_enough(
-    quantised: Bundle, bundles: dict[str, Bundle], tmp_path: Path
+    quantised: Bundle, bundles: dict[str, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(layer_choice, "GROUPS", 5)  # a graph is opened for each
     if quantised.manifest.precision == "int8":
         target = quantised.manifest.parity[PICTURE_PSNR] + 3
         options = QuantiseOptions("int8", pictures=1, size=64, target=target)

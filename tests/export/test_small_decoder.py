@@ -29,7 +29,7 @@ from lsast_export.__main__ import main
 from lsast_export.check import check_bundle
 from lsast_export.progress import silent
 from lsast_export.small_decoder import WEIGHTS, add_small_decoder, read_small_decoder
-from lsast_export.trace import TracedGraph
+from lsast_export.trace import TracedGraph, trace
 
 Run = Callable[..., dict[str, np.ndarray]]
 
@@ -71,10 +71,22 @@ def manifest(bundles: dict[str, Bundle]) -> Manifest:
 
 
 @pytest.fixture(scope="session")
-def added(bundles: dict[str, Bundle], folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def traced_small(bundles: dict[str, Bundle], folder: Path) -> TracedGraph:
+    """Its graph, traced once; `test_another_takes_its_place` traces its own."""
+    facts = bundles["fp16"].manifest
+    module = small_decoder.SmallDecoderGraph(read_small_decoder(folder, facts), facts.latent_scale).eval()
+    return trace(module, small_decoder.small_decoder_spec(facts.geometry), facts.multiple, facts.geometry.factor)
+
+
+@pytest.fixture(scope="session")
+def added(
+    bundles: dict[str, Bundle], folder: Path, traced_small: TracedGraph, tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
     """The fp16 bundle with the small decoder; tests must not change it."""
     path = shutil.copytree(bundles["fp16"].path, tmp_path_factory.mktemp("added") / "bundle")
-    return add_small_decoder(path, read_small_decoder(folder, bundles["fp16"].manifest))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(small_decoder, "trace", lambda *_: traced_small)
+        return add_small_decoder(path, read_small_decoder(folder, bundles["fp16"].manifest))
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
@@ -144,6 +156,13 @@ def test_a_wrong_one_leaves_the_bundle_as_it_was(
             return super().forward(1.01 * latent)
 
     monkeypatch.setattr(small_decoder, "SmallDecoderGraph", Wrong)
+    once: list[TracedGraph] = []
+
+    def traced_once(*arguments: Any) -> TracedGraph:
+        once[:] = once or [trace(*arguments)]
+        return once[0]
+
+    monkeypatch.setattr(small_decoder, "trace", traced_once)
     for place, bundle in enumerate((bundles["fp16"], added)):
         path = shutil.copytree(bundle.path, tmp_path / str(place))
         with pytest.raises(ParityError, match="decoder_small: found a relative error"):
@@ -253,10 +272,12 @@ def test_the_command_says_where_and_how_well_and_another_export_keeps_it(
     bundles: dict[str, Bundle],
     folder: Path,
     traced: dict[str, TracedGraph],
+    traced_small: TracedGraph,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = shutil.copytree(bundles["fp16"].path, tmp_path / "bundle")
+    monkeypatch.setattr(small_decoder, "trace", lambda *_: traced_small)
     result = CliRunner().invoke(main, ["decoder", str(path), "--small", str(folder), "--json"])
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
