@@ -30,6 +30,7 @@ from .calibration import Calibration, ends
 from .layer_choice import choose_layers
 from .plain_graph import Model
 from .progress import Progress, silent
+from .smoothing import ALPHA
 from .trial import Feeds, Floats, Pixels, Trial, decode_all, find_contents, make_trials, psnr, relative_error, run_trial
 from .weight_file import WeightFile
 from .weight_only import quantise_weights
@@ -62,8 +63,9 @@ class QuantiseOptions:
     layers stay in float until it is reached (`layer_choice`)."""
     backend: str = "onnxruntime"
     """Backend to judge on."""
-    smooth: float | None = None
-    """With ``int8``: how much of what is hard to round moves from activations into weights, 0 to 1 (`smoothing`)."""
+    smooth: float | None = ALPHA
+    """With ``int8``: how much of what is hard to round moves from activations into weights, 0 to 1 (`smoothing`); None
+    leaves the graph as it is."""
 
 
 def quantise_bundle(
@@ -101,8 +103,6 @@ def quantise_bundle(
             )
         progress("writing the bundle")
         latents = facts.pop("latents", 0)
-        if options.smooth is not None:
-            facts["smoothed"] = f"{options.smooth:g}"
         written = dataclasses.replace(
             manifest,
             precision=options.precision,
@@ -134,8 +134,8 @@ def _require(source: Bundle, options: QuantiseOptions) -> None:
         faults.append(f"found {options.pictures} pictures; expected at least 1")
     if options.size < 1 or options.size % manifest.multiple:
         faults.append(f"found a size of {options.size}; expected a multiple of {manifest.multiple}")
-    if options.smooth is not None and (options.precision != "int8" or not 0 <= options.smooth <= 1):
-        faults.append(f"found smooth {options.smooth:g} for {options.precision}; expected 0 to 1, for int8")
+    if options.smooth is not None and not 0 <= options.smooth <= 1:
+        faults.append(f"found a smooth of {options.smooth:g}; expected 0 to 1, or none")
     if faults:
         raise UsageError(fault_list(f"{source.path} cannot be quantised so:", faults))
 
@@ -174,6 +174,7 @@ class _Writer:
             )  # fmt: skip
             ranges, names = calibration.ranges, calibration.weights
             facts: dict[str, Any] = {"latents": latents, **self._save(DENOISER, calibration, choice.kept)}
+        facts["smoothed"] = "no" if options.smooth is None else f"alpha {options.smooth:g}"
         float_weights = {names[layer] for layer in choice.kept & names.keys()}
         for name in sorted(graphs.keys() - {DENOISER}):
             if name not in PARTS:

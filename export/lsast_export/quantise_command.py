@@ -44,15 +44,22 @@ from .console import Phases, common
     "--smooth",
     type=float,
     metavar="ALPHA",
-    help="With int8: move what is hard to round from activations into weights, 0 to 1 (SmoothQuant). [default: don't]",
+    help="With int8: how much of what is hard to round moves into weights, 0 to 1 (SmoothQuant). [default: 0.7]",
 )
+@click.option("--no-smooth", is_flag=True, help="With int8: move nothing.")
 @common
 @click.pass_context
-def quantise_command(ctx: click.Context, /, bundle: str | None, out: Path, as_json: bool, **chosen: Any) -> None:
+def quantise_command(
+    ctx: click.Context, /, bundle: str | None, out: Path, as_json: bool, no_smooth: bool, **chosen: Any
+) -> None:
     """Write BUNDLE (a folder or a name; the embedded one) in 8 bits, for processors, with its styles.
 
     Paintings under its styles give the ranges that activations take; paintings of other pictures are the proof.
     """
+    if (smoothed := chosen["smooth"] is not None) and no_smooth:
+        raise click.UsageError("found --smooth and --no-smooth; expected one of them")
+    if (smoothed or no_smooth) and chosen["precision"] == "int8-weights":
+        raise click.UsageError("found --smooth or --no-smooth for int8-weights; expected it for int8 only")
     for library in ("onnx", "onnxruntime"):
         if importlib.util.find_spec(library) is None:
             raise MissingExtraError(library, {"onnx": "export", "onnxruntime": "cpu"}[library])
@@ -65,7 +72,8 @@ def quantise_command(ctx: click.Context, /, bundle: str | None, out: Path, as_js
     phases("reading")
     source = Bundle.open(find_bundle(bundle))
     given = {name: value for name, value in chosen.items() if value is not None}
-    written = quantise_bundle(source, out, dataclasses.replace(QuantiseOptions(), **given), phases)
+    options = dataclasses.replace(QuantiseOptions(), **given, **({"smooth": None} if no_smooth else {}))
+    written = quantise_bundle(source, out, options, phases)
     manifest = written.manifest
     for name, figure in manifest.parity.items():
         click.echo(f"           {name}: {figure:.1f}", err=True)

@@ -369,8 +369,8 @@ def test_layers_stay_in_float_until_paintings_are_near_enough(
 
 
 def test_all_faults_of_options_at_once(bundles: dict[str, Bundle], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"(?s)0 pictures.*size of 65"):
-        quantise_bundle(bundles["fp32"], tmp_path / "out", QuantiseOptions(pictures=0, size=65))
+    with pytest.raises(UsageError, match=r"(?s)0 pictures.*size of 65.*smooth of 1.5"):
+        quantise_bundle(bundles["fp32"], tmp_path / "out", QuantiseOptions(pictures=0, size=65, smooth=1.5))
 
 
 def test_the_command_line_quantises_on_pictures_of_a_folder(bundles: dict[str, Bundle], tmp_path: Path) -> None:
@@ -389,6 +389,10 @@ def test_the_command_line_quantises_on_pictures_of_a_folder(bundles: dict[str, B
     result = CliRunner().invoke(main, [*arguments, "--pictures", "2"])
     assert result.exit_code == 2
     assert "found 2 pictures" in result.output
+    for faulty in (["--smooth", "0.5"], ["--no-smooth"]):
+        result = CliRunner().invoke(main, [*arguments, *faulty])
+        assert result.exit_code == 2
+        assert "expected it for int8 only" in result.output
 
 
 def test_drawn_pictures_differ_and_come_again() -> None:
