@@ -72,8 +72,9 @@ def quantise_command(
     phases("reading")
     source = Bundle.open(find_bundle(bundle))
     given = {name: value for name, value in chosen.items() if value is not None}
-    options = dataclasses.replace(QuantiseOptions(), **given, **({"smooth": None} if no_smooth else {}))
-    written = quantise_bundle(source, out, options, phases)
+    if no_smooth:
+        given["smooth"] = None
+    written = quantise_bundle(source, out, dataclasses.replace(QuantiseOptions(), **given), phases)
     manifest = written.manifest
     for name, figure in manifest.parity.items():
         click.echo(f"           {name}: {figure:.1f}", err=True)
