@@ -12,6 +12,9 @@ from lsast_engines.errors import UsageError
 from .compile_command import LIBRARIES, compile_as, compile_options, ranging
 from .console import Phases, common, require_extra
 
+SMOOTH = 0.5
+"""What int8 is smoothed with if nothing is said: measured in docs/gpu.md."""
+
 
 @click.command("modelopt")
 @click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
@@ -29,8 +32,10 @@ from .console import Phases, common, require_extra
     "--smooth",
     metavar="ALPHA",
     type=click.FloatRange(0, 1),
-    help="First move what is hard to round into weights (SmoothQuant): 0.5 is usual. [default: do not]",
+    help="How much of what is hard to round moves into weights first, 0 to 1 (SmoothQuant). "
+    f"[default: {SMOOTH:g} for int8, nothing for fp8]",
 )
+@click.option("--no-smooth", is_flag=True, help="Move nothing.")
 @click.option(
     "--backend",
     type=click.Choice(LIBRARIES),
@@ -47,6 +52,7 @@ def modelopt_command(
     images: Path,
     count: int,
     smooth: float | None,
+    no_smooth: bool,
     backend: str | None,
     sm: tuple[str, ...],
     sides: str | None,
@@ -69,6 +75,10 @@ def modelopt_command(
     from .tensorrt import STORED, require_types
     from .trial import find_contents
 
+    if no_smooth and smooth is not None:
+        raise UsageError("found --smooth and --no-smooth; expected one of them")
+    if smooth is None and kind == "int8" and not no_smooth:
+        smooth = SMOOTH
     backend = backend or ("tensorrt-rtx" if sm else None)
     if backend is None and (sides or batch):
         raise UsageError("found --sides or --batch; expected --sm or --backend with it")

@@ -201,6 +201,27 @@ def test_fp8_is_refused_for_gpus_without_it_before_anything_is_done(photos: Path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "smooth"),
+    [(["int8"], 0.5), (["int8", "--no-smooth"], None), (["fp8"], None), (["fp8", "--smooth", "0.3"], 0.3)],
+)
+def test_int8_is_smoothed_if_nothing_is_said(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], smooth: float | None
+) -> None:
+    seen: list[Any] = []
+
+    def quantise(*given: Any) -> None:
+        seen.append(given[-1])
+        raise ExportError("enough")
+
+    monkeypatch.setattr(eight_bit, "quantise_denoiser", quantise)
+    command = ["modelopt", str(tmp_path / "out"), "--images", str(photos), "--count", "1", "--to", *arguments]
+    assert "enough" in CliRunner().invoke(main, command).stderr
+    assert seen == [smooth]
+    refused = CliRunner().invoke(main, [*command, "--smooth", "0.1", "--no-smooth"])
+    assert "found --smooth and --no-smooth" in refused.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "stored"), [("int8", "INT8"), ("fp8", "FLOAT8E4M3FN")])
 def test_modelopt_itself(
