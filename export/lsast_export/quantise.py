@@ -24,14 +24,27 @@ from lsast_engines.bundle import NULL_STYLE, STYLES, Bundle
 from lsast_engines.engine import Engine, open_engine
 from lsast_engines.errors import ParityError, UsageError, fault_list
 from lsast_engines.manifest import QUANTISED
-from lsast_engines.spec import DECODER_SMALL, DENOISER, PARTS
+from lsast_engines.spec import DECODER, DECODER_SMALL, DENOISER, ENCODER, PARTS
 
 from .calibration import Calibration, ends
 from .layer_choice import choose_layers
 from .plain_graph import Model
 from .progress import Progress, silent
 from .smoothing import ALPHA
-from .trial import Feeds, Floats, Pixels, Trial, decode_all, find_contents, make_trials, psnr, relative_error, run_trial
+from .trial import (
+    Feeds,
+    Floats,
+    Pixels,
+    Trial,
+    decode_all,
+    decoder_feeds,
+    encoder_feeds,
+    find_contents,
+    make_trials,
+    psnr,
+    relative_error,
+    run_trial,
+)
 from .weight_file import WeightFile
 from .weight_only import quantise_weights
 
@@ -39,6 +52,9 @@ PICTURE_PSNR = "picture_psnr_db"
 """Key of the mean PSNR of held-out paintings in the manifest's `parity`."""
 PICTURE_PSNR_LEAST = "picture_psnr_least_db"
 """Key of the least of them."""
+
+ALSO = (ENCODER, DECODER)
+"""Graphs that ``int8`` leaves in float unless it is told."""
 
 _PROBES = 8
 """Steps at which a denoiser's output is compared while layers are chosen."""
@@ -66,6 +82,9 @@ class QuantiseOptions:
     smooth: float | None = ALPHA
     """With ``int8``: how much of what is hard to round moves from activations into weights, 0 to 1 (`smoothing`); None
     leaves the graph as it is."""
+    also: frozenset[str] = frozenset()
+    """With ``int8``: what else is quantised, of `ALSO`. They run once a picture: the fewer the steps, the more they
+    weigh."""
 
 
 def quantise_bundle(
@@ -136,6 +155,10 @@ def _require(source: Bundle, options: QuantiseOptions) -> None:
         faults.append(f"found a size of {options.size}; expected a multiple of {manifest.multiple}")
     if options.smooth is not None and not 0 <= options.smooth <= 1:
         faults.append(f"found a smooth of {options.smooth:g}; expected 0 to 1, or none")
+    if unknown := sorted(options.also - set(ALSO)):
+        faults.append(f"found also {', '.join(unknown)}; expected of {', '.join(ALSO)}")
+    if options.also and options.precision != "int8":
+        faults.append(f"found also {', '.join(sorted(options.also))}; {options.precision} is of all graphs anyway")
     if faults:
         raise UsageError(fault_list(f"{source.path} cannot be quantised so:", faults))
 
@@ -165,7 +188,7 @@ class _Writer:
         options, graphs = self._options, self._source.manifest.graphs
         kept = ends(self._source.graph_path(DENOISER))
         with self._calibration(DENOISER) as calibration:
-            feeds, latents = self._observed(calibration, contents, styles)
+            feeds, count, latents = self._observed(calibration, contents, styles)
             factors = calibration.smooth(options.smooth) if options.smooth is not None else {}
             self._progress("quantising")
             choice = choose_layers(
@@ -173,10 +196,13 @@ class _Writer:
                 self._progress,
             )  # fmt: skip
             ranges, names = calibration.ranges, calibration.weights
-            facts: dict[str, Any] = {"latents": latents, **self._save(DENOISER, calibration, choice.kept)}
+            facts: dict[str, Any] = {"latents": count, **self._save(DENOISER, calibration, choice.kept)}
         facts["smoothed"] = "no" if options.smooth is None else f"alpha {options.smooth:g}"
         float_weights = {names[layer] for layer in choice.kept & names.keys()}
         for name in sorted(graphs.keys() - {DENOISER}):
+            if name in options.also:
+                facts |= self._alone(name, contents, latents)
+                continue
             if name not in PARTS:
                 self._as_it_is(name)
                 continue
@@ -190,8 +216,12 @@ class _Writer:
 
     def _observed(
         self, calibration: Calibration, contents: Sequence[Pixels], styles: Sequence[str]
-    ) -> tuple[list[Feeds], int]:
-        """Paint from pure noise, so that every stage is seen: → some of what the denoiser was fed, and how often."""
+    ) -> tuple[list[Feeds], int, list[Floats]]:
+        """Paint from pure noise, so that every stage is seen.
+
+        Returns:
+            Some of what the denoiser was fed, how often it was, and the latents [1, 4, h, w] that came of it.
+        """
         trials = make_trials(self._source, contents, styles, [1.0], self._options.backend)
         total = sum(len(trial.schedule.steps) for trial in trials)
         done = 0
@@ -204,10 +234,22 @@ class _Writer:
             done += 1
             self._progress("painting to calibrate", f"step {done} of {total}")
 
-        for trial in trials:
-            run_trial(self._source, trial, calibration, record)
+        latents = [run_trial(self._source, trial, calibration, record) for trial in trials]
         calibration.close()
-        return feeds, total
+        return feeds, total, latents
+
+    def _alone(self, name: str, contents: Sequence[Pixels], latents: Sequence[Floats]) -> dict[str, str]:
+        """Quantise a graph of `ALSO`, calibrated on the pictures, or on the paintings of them."""
+        self._progress(f"quantising {name}")
+        if name == ENCODER:
+            seen = [encoder_feeds(rgb) for rgb in contents]
+        else:
+            seen = [decoder_feeds(self._source, latent) for latent in latents]
+        with self._calibration(name) as calibration:
+            for given in seen:
+                calibration(given)
+            calibration.close()
+            return self._save(name, calibration, ends(self._source.graph_path(name)))
 
     @contextlib.contextmanager
     def _calibration(self, name: str) -> Iterator[Calibration]:
@@ -231,12 +273,14 @@ class _Judges:
         self._source, self._backend = source, backend
         # Other styles come to other pictures than in calibration where there are several.
         turned = [*styles[1:], *styles[:1]]
-        self._trials: list[Trial] = make_trials(source, contents, turned, [None], backend, seed=1000)
-        self._expected = self._paint(source.path, source.path)
+        self._laid = functools.partial(make_trials, source, contents, turned, [None], backend, seed=1000)
+        self._trials: list[Trial] = self._laid()
+        self._expected = self._paint(self._trials, source.path, source.path)
 
     def figures(self, folder: Path) -> dict[str, float]:
-        """How near the paintings by the denoiser and decoder of `folder` come."""
-        found = [psnr(*pair) for pair in zip(self._paint(folder, folder), self._expected, strict=True)]
+        """How near the paintings by all graphs of `folder` come."""
+        painted = self._paint(self._laid(folder=folder), folder, folder)
+        found = [psnr(*pair) for pair in zip(painted, self._expected, strict=True)]
         return {PICTURE_PSNR: round(sum(found) / len(found), 2), PICTURE_PSNR_LEAST: round(min(found), 2)}
 
     def psnr_of(self, calibration: Calibration) -> Callable[[Model], float]:
@@ -244,7 +288,7 @@ class _Judges:
 
         def judge(denoiser: Model) -> float:
             with _saved(denoiser, calibration.folder) as folder:
-                painted = self._paint(folder, self._source.path)
+                painted = self._paint(self._trials, folder, self._source.path)
             return sum(psnr(*pair) for pair in zip(painted, self._expected, strict=True)) / len(painted)
 
         return judge
@@ -264,9 +308,9 @@ class _Judges:
 
         return error
 
-    def _paint(self, denoiser_folder: Path, decoder_folder: Path) -> list[Pixels]:
+    def _paint(self, trials: Sequence[Trial], denoiser_folder: Path, decoder_folder: Path) -> list[Pixels]:
         with closing(_denoiser(self._source, denoiser_folder, self._backend)) as denoiser:
-            latents: list[Floats] = [run_trial(self._source, trial, denoiser) for trial in self._trials]
+            latents: list[Floats] = [run_trial(self._source, trial, denoiser) for trial in trials]
         return decode_all(self._source, decoder_folder, latents, self._backend)
 
 

@@ -46,11 +46,24 @@ from .console import Phases, common
     metavar="ALPHA",
     help="With int8: how much of what is hard to round moves into weights, 0 to 1 (SmoothQuant). [default: 0.7]",
 )
+@click.option(
+    "--also",
+    multiple=True,
+    type=click.Choice(["encoder", "decoder"]),
+    help="With int8: quantise this, too. It runs once a picture, and what it rounds shows at once.",
+)
 @click.option("--no-smooth", is_flag=True, help="With int8: move nothing.")
 @common
 @click.pass_context
 def quantise_command(
-    ctx: click.Context, /, bundle: str | None, out: Path, as_json: bool, no_smooth: bool, **chosen: Any
+    ctx: click.Context,
+    /,
+    bundle: str | None,
+    out: Path,
+    as_json: bool,
+    no_smooth: bool,
+    also: tuple[str, ...],
+    **chosen: Any,
 ) -> None:
     """Write BUNDLE (a folder or a name; the embedded one) in 8 bits, for processors, with its styles.
 
@@ -74,6 +87,7 @@ def quantise_command(
     given = {name: value for name, value in chosen.items() if value is not None}
     if no_smooth:
         given["smooth"] = None
+    given["also"] = frozenset(also)
     written = quantise_bundle(source, out, dataclasses.replace(QuantiseOptions(), **given), phases)
     manifest = written.manifest
     for name, figure in manifest.parity.items():

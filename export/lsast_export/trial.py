@@ -78,6 +78,7 @@ def make_trials(
     strengths: Sequence[float | None],
     backend: str,
     seed: int = 0,
+    folder: Path | None = None,
 ) -> list[Trial]:
     """A trial for each content, under the styles and the strengths in turn; styles' own defaults are theirs.
 
@@ -88,11 +89,13 @@ def make_trials(
         strengths: how far towards noise; None is the default of style and bundle.
         backend: what its graphs run on.
         seed: of the first trial's noise; each has its own.
+        folder: where the encoder and the hint's graph lie; by default those of the bundle.
     """
     manifest = bundle.manifest
 
     def opened(name: str) -> Engine:
-        return open_engine(bundle.graph_path(name), manifest.graphs[name], backend, "cpu")
+        path = bundle.graph_path(name) if folder is None else folder / f"{name}.onnx"
+        return open_engine(path, manifest.graphs[name], backend, "cpu")
 
     trials = []
     with closing(opened(ENCODER)) as encoder, closing(opened(HINT)) as hinter:
@@ -106,14 +109,24 @@ def make_trials(
             generator = np.random.default_rng(seed + index)
             planes = np.broadcast_to(edge_map(rgb).astype(np.float32), (1, 3, *rgb.shape[:2]))
             hint = hinter({"edges": np.ascontiguousarray(planes)})["hint"].copy()
-            image = np.ascontiguousarray(rgb.transpose(2, 0, 1)[None], np.float32) / np.float32(127.5) - np.float32(1)
-            posterior = {name: value.copy() for name, value in encoder({"image": image}).items()}
+            posterior = {name: value.copy() for name, value in encoder(encoder_feeds(rgb)).items()}
             noise = generator.standard_normal(posterior["mean"].shape, dtype=np.float32)
             z0 = np.float32(manifest.latent_scale) * (posterior["mean"] + posterior["std"] * noise)
             noise = generator.standard_normal(z0.shape, dtype=np.float32)
             noisy = schedule.add_noise(z0, noise, schedule.start_t).astype(np.float32)
             trials.append(Trial(schedule, style, guidance, hint, noisy, np.float32(options["control"])))
     return trials
+
+
+def encoder_feeds(rgb: Pixels) -> Feeds:
+    """What the encoder is fed for a picture [H, W, 3]."""
+    planes = np.ascontiguousarray(rgb.transpose(2, 0, 1)[None], np.float32)
+    return {"image": planes / np.float32(127.5) - np.float32(1)}
+
+
+def decoder_feeds(bundle: Bundle, latent: Floats) -> Feeds:
+    """What the decoder is fed for the latent z₀ [1, 4, h, w]."""
+    return {"latent": latent / np.float32(bundle.manifest.latent_scale)}
 
 
 def feeds_at(bundle: Bundle, trial: Trial, step: Step, latent: Floats) -> Feeds:
@@ -155,9 +168,8 @@ def run_trial(bundle: Bundle, trial: Trial, denoiser: Denoiser, record: Record |
 def decode_all(bundle: Bundle, folder: Path, latents: Sequence[Floats], backend: str) -> list[Pixels]:
     """The pictures [H, W, 3] of `latents`, by the decoder that lies in `folder`."""
     spec = bundle.manifest.graphs[DECODER]
-    scale = np.float32(bundle.manifest.latent_scale)
     with closing(open_engine(folder / f"{DECODER}.onnx", spec, backend, "cpu")) as decoder:
-        images = [decoder({"latent": latent / scale})["image"][0].transpose(1, 2, 0).copy() for latent in latents]
+        images = [decoder(decoder_feeds(bundle, latent))["image"][0].transpose(1, 2, 0).copy() for latent in latents]
         return [np.round(np.clip((image + 1) * 127.5, 0, 255)).astype(np.uint8) for image in images]
 
 

@@ -368,9 +368,33 @@ def test_layers_stay_in_float_until_paintings_are_near_enough(
         assert before < after < int(nearer.manifest.source["denoiser_in_float"].split()[2])
 
 
+def test_encoder_and_decoder_in_int8_where_that_is_asked_for(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    source = bundles["fp16"]
+    options = QuantiseOptions("int8", **SMALL, also=frozenset({"encoder", "decoder"}))
+    also = quantise_bundle(source, tmp_path / "also", options)
+    rng = np.random.default_rng(6)
+    fed = {
+        "encoder": {"image": rng.uniform(-1, 1, (1, 3, 64, 64)).astype(np.float32)},
+        "decoder": {"latent": rng.standard_normal((1, 4, 8, 8)).astype(np.float32)},
+    }
+    for name, feeds in fed.items():
+        rounded = kinds(onnx.load(str(also.graph_path(name)), load_external_data=False))
+        kept, _, layers, _ = also.manifest.source[f"{name}_in_float"].split()
+        assert rounded["QuantizeLinear"] >= int(layers) - int(kept) > 0
+        spec = source.manifest.graphs[name]
+        engines = [open_engine(bundle.graph_path(name), spec, "onnxruntime", "cpu") for bundle in (also, source)]
+        found, expected = (engine(feeds)[spec.outputs[0].name].copy() for engine in engines)
+        assert 0 < error(found, expected) < 0.2
+    assert also.manifest.parity[PICTURE_PSNR] >= SMALL["target"]
+
+
 def test_all_faults_of_options_at_once(bundles: dict[str, Bundle], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"(?s)0 pictures.*size of 65.*smooth of 1.5"):
-        quantise_bundle(bundles["fp32"], tmp_path / "out", QuantiseOptions(pictures=0, size=65, smooth=1.5))
+    wrong = QuantiseOptions(pictures=0, size=65, smooth=1.5, also=frozenset({"hint"}))
+    with pytest.raises(UsageError, match=r"(?s)0 pictures.*size of 65.*smooth of 1.5.*also hint"):
+        quantise_bundle(bundles["fp32"], tmp_path / "out", wrong)
+    wrong = QuantiseOptions("int8-weights", also=frozenset({"encoder"}))
+    with pytest.raises(UsageError, match="of all graphs anyway"):
+        quantise_bundle(bundles["fp32"], tmp_path / "out", wrong)
 
 
 def test_the_command_line_quantises_on_pictures_of_a_folder(bundles: dict[str, Bundle], tmp_path: Path) -> None:
