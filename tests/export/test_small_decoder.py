@@ -30,6 +30,7 @@ from lsast_export.check import check_bundle
 from lsast_export.progress import silent
 from lsast_export.small_decoder import WEIGHTS, add_small_decoder, read_small_decoder
 from lsast_export.trace import TracedGraph, trace
+from lsast_export.weight_file import WeightFile
 
 Run = Callable[..., dict[str, np.ndarray]]
 
@@ -250,8 +251,9 @@ def test_a_quantised_bundle_takes_it_and_one_that_is_quantised_keeps_it_as_it_is
 
     scratch = tmp_path / "quantised"
     scratch.mkdir()
-    judges: Any = None  # weights alone are not judged before all of them are there
-    quantise._write_graphs(added, scratch, quantise.QuantiseOptions(precision="int8-weights"), [], judges, silent)
+    with WeightFile(scratch) as weights:
+        options = quantise.QuantiseOptions(precision="int8-weights")
+        quantise._Writer(added, weights, options, tmp_path, silent).weights_only()
     latent = np.random.default_rng(3).standard_normal((1, 4, 8, 8), dtype=np.float32)
     with closing(open_engine(scratch / GRAPH, added.manifest.graphs[DECODER_SMALL], "onnxruntime", "cpu")) as engine:
         found = engine({"latent": latent})["image"]
