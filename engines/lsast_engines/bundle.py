@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from .errors import BundleError, StyleError, UsageError, fault_list
-from .files import file_sha256
+from .files import cache_home, file_sha256
 from .manifest import FileEntry, Manifest
 from .spec import GraphSpec, TensorSpec, further_specs, graph_specs
 from .style import Style
@@ -205,7 +205,7 @@ def find_bundle(name_or_path: str | Path | None = None) -> Path:
         return folder
     candidates = [folder]
     if folder.name == str(wanted):
-        candidates += [home / folder.name for home in (_home() / "engines", Path("engines"), EMBEDDED.parent)]
+        candidates += [home / folder.name for home in (cache_home() / "engines", Path("engines"), EMBEDDED.parent)]
     for candidate in candidates:
         if (candidate / MANIFEST).is_file():
             return candidate
@@ -226,12 +226,6 @@ def user_style_folder(fingerprint: str) -> Path:
     home = os.environ.get("LSAST_HOME")
     data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "lsast"
     return (Path(home).expanduser() if home else data) / STYLES / fingerprint[:16]
-
-
-def _home() -> Path:
-    if home := os.environ.get("LSAST_HOME"):
-        return Path(home).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lsast"
 
 
 def _style_files(folder: Path) -> dict[str, Path]:

@@ -14,14 +14,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .errors import BackendError, BundleError, fault_list
-from .files import file_sha256, replace_file
+from .files import cache_home, file_sha256, replace_file
 from .manifest import Manifest
 from .profile import Profile, profile_from_json, profile_to_json
 from .spec import DENOISER
@@ -211,10 +210,7 @@ def engine_folder(bundle: Path, library: Library, arithmetic: str) -> Path:
         manifest = Manifest.from_json((bundle / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, BundleError) as error:
         raise BackendError(f"{bundle} is no bundle ({error}); engines are compiled of a bundle's graphs") from error
-    home = os.environ.get("LSAST_HOME")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lsast"
-    folder = Path(home).expanduser() if home else cache
-    return folder / "compiled" / f"{manifest.name}-{manifest.fingerprint[:16]}" / library / arithmetic
+    return cache_home() / "compiled" / f"{manifest.name}-{manifest.fingerprint[:16]}" / library / arithmetic
 
 
 def _number(capability: str) -> tuple[int, ...]:

@@ -36,3 +36,10 @@ def file_sha256(path: Path) -> str:
         while piece := handle.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def cache_home() -> Path:
+    """``$LSAST_HOME``, else ``lsast`` in the XDG cache folder; it need not exist, and may be deleted at any time."""
+    if home := os.environ.get("LSAST_HOME"):
+        return Path(home).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lsast"

@@ -1,17 +1,17 @@
 """Where backends keep what they made of a graph, so that the next process need not make it again.
 
 One folder for each graph file, under ``compiled/BACKEND`` of the cache folder; in it one entry for each graph and
-arithmetic, named by `facts` of all that it depends on. Whatever of these changes puts another in its place.
+arithmetic, named by a hash of all that it depends on. Whatever of that changes puts another in its place.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from pathlib import Path
 
 from .bundle import MANIFEST
+from .files import cache_home
 
 LIMIT = 1 << 30
 """Bytes of a bundle's weights from which nothing is kept of its graphs: it would take gigabytes."""
@@ -35,7 +35,7 @@ def place(backend: str, path: Path, arithmetic: str, machine: str) -> Path | Non
     if not (path.parent / MANIFEST).is_file() or sum(file.stat().st_size for file in weights) >= LIMIT:
         return None
     found = [(file.name, stat.st_size, stat.st_mtime_ns) for file in (path, *weights) for stat in [file.stat()]]
-    folder = cache_folder() / "compiled" / backend / _short(str(path.resolve()))
+    folder = cache_home() / "compiled" / backend / _short(str(path.resolve()))
     return folder / f"{path.stem}-{arithmetic}-{_short(f'{machine} {found}')}"
 
 
@@ -49,13 +49,6 @@ def remove_others(kept: Path) -> None:
             shutil.rmtree(other, ignore_errors=True)
         else:
             other.unlink(missing_ok=True)
-
-
-def cache_folder() -> Path:
-    """``$LSAST_HOME``, else ``lsast`` in the user's cache folder; it need not exist."""
-    home = os.environ.get("LSAST_HOME")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lsast"
-    return Path(home).expanduser() if home else cache
 
 
 def _short(text: str) -> str:

@@ -16,12 +16,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 from .engine_key import graph_digest
 from .errors import BackendError
+from .files import cache_home
 from .profile import Profile, Ranges
 from .spec import GraphSpec
 
@@ -91,10 +91,7 @@ def cache_folder(version: str, path: Path, profile: Profile, device: str) -> Pat
     ONNX Runtime looks into its cache by names of nodes and shapes, not of weights: the key is in the folder's name.
     """
     text = f"{version} {device} {graph_digest(path)} {sorted(profile.items())}"
-    home = os.environ.get("LSAST_HOME")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lsast"
-    root = Path(home).expanduser() if home else cache
-    folder = root / "compiled" / f"onnxruntime-{device}" / hashlib.sha256(text.encode()).hexdigest()[:16]
+    folder = cache_home() / "compiled" / f"onnxruntime-{device}" / hashlib.sha256(text.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

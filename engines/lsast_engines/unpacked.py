@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from .errors import BackendError
-from .files import replace_file
+from .files import cache_home, replace_file
 from .protobuf import fields, first_values, message_field, number_field
 
 LARGE = 1 << 30
@@ -93,9 +92,7 @@ def _slots(path: Path) -> dict[str, _Slot]:
 
 
 def _cache() -> Path:
-    if home := os.environ.get("LSAST_HOME"):
-        return Path(home).expanduser() / "unpacked"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lsast" / "unpacked"
+    return cache_home() / "unpacked"
 
 
 def _key(weights: Path) -> str:
