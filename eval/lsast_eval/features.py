@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,9 @@ from tqdm import tqdm
 from lsast_engines.files import file_sha256, replace_file
 
 from .content import flat_pixels
-from .networks import SetNetwork
+
+if TYPE_CHECKING:
+    from .effnet import EffNetLite
 
 log = logging.getLogger("lsast.eval")
 
@@ -28,7 +31,7 @@ class FeatureStore:
         progress: show a bar on stderr, where that is a terminal.
     """
 
-    def __init__(self, network: SetNetwork, folder: Path, batch: int = 16, progress: bool = True) -> None:
+    def __init__(self, network: EffNetLite, folder: Path, batch: int = 16, progress: bool = True) -> None:
         self._network, self._batch, self._progress = network, batch, progress
         self._folder = folder / network.key
         self._hashes: dict[Path, str] = {}

@@ -5,12 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 from lsast_engines.errors import UsageError, fault_list
-
-Networks = Literal["auto", "effnet-lite0", "standard"]
-"""Which networks look at the pictures; see `EvalOptions.networks`."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +22,6 @@ class EvalOptions:
 
     A content is only ever shrunk to it, and a result is brought to the content's height and width.
     """
-    networks: Networks = "auto"
-    """``effnet-lite0``: all metrics on EfficientNet-Lite0. ``standard``: FID, KID, LPIPS and CFSD on the networks of
-    their papers, an error where one is not at hand. ``auto``: on the standard network where it is at hand."""
     bootstrap: int = 300
     """Resamplings behind an interval, at least 20."""
     confidence: float = 0.95
@@ -49,8 +42,6 @@ class EvalOptions:
     def __post_init__(self) -> None:
         rules = {
             f"size {self.size}; expected at least 64": self.size >= 64,
-            f"networks {self.networks!r}; expected {', '.join(get_args(Networks))}": self.networks
-            in get_args(Networks),
             f"bootstrap {self.bootstrap}; expected at least 20": self.bootstrap >= 20,
             f"confidence {self.confidence}; expected above 0.5 and below 1": 0.5 < self.confidence < 1,
             f"seed {self.seed}; expected 0 or more": self.seed >= 0,

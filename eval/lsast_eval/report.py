@@ -15,7 +15,7 @@ from lsast_engines.errors import UsageError
 from .distances import Score, score_of
 from .options import EvalOptions
 
-FORMAT = 1
+FORMAT = 2
 """Format number of the report's JSON."""
 SMALL_SET = 2000
 """Below so many pictures FID says more about their number than about their style."""
@@ -28,7 +28,6 @@ class Metric:
     """A row of the table."""
 
     name: str
-    """With the network in brackets, where it is not the one of the metric's paper."""
     better: Better
     about: Literal["style", "content"]
 

@@ -33,7 +33,7 @@ def test_a_report_as_json_and_a_sheet(capsys: pytest.CaptureFixture[str], studio
         capsys, "--contents", studio / "contents", "--works", studio / "artists" / "blots", "--size", "64",
         "--method", f"photo={studio / 'contents'}", "--cache", tmp_path / "cache", "--bootstrap", "20",
         "--artists", studio / "artists", "--sheet", tmp_path / "sheet.png", "--sheet-rows", "2",
-        "--networks", "effnet-lite0", "--json",
+        "--json",
     )  # fmt: skip
     assert (status, err) == (0, "")
     report = json.loads(out)
@@ -104,8 +104,8 @@ def test_a_missing_extra_is_said_in_one_line(
 
 def test_options_list_all_faults() -> None:
     with pytest.raises(UsageError) as caught:
-        EvalOptions(size=8, networks="vgg", bootstrap=1, confidence=1.0, folds=1)  # type: ignore[arg-type]
-    for part in ("size 8", "networks 'vgg'", "bootstrap 1;", "confidence 1.0", "folds 1;"):
+        EvalOptions(size=8, bootstrap=1, confidence=1.0, folds=1)
+    for part in ("size 8", "bootstrap 1;", "confidence 1.0", "folds 1;"):
         assert part in str(caught.value)
 
 
