@@ -20,19 +20,34 @@ from click.core import ParameterSource
 
 from . import __version__
 from .command import USAGE, Command, fail
+from .removed import REMOVED
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from .feeding import Job
 
 
 def _number_or_text(ctx: click.Context, param: click.Parameter, value: str | None) -> float | str | None:
-    """A number, or a text that the library reads: its errors point at the character."""
+    """A number, or a text that the library refuses and says why."""
     try:
         return value if value is None else float(value)
     except ValueError:
         return value
+
+
+def _refuse(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    """Say what to do instead of an option that was removed."""
+    if value is not None and param.name is not None:
+        raise click.UsageError(f"{param.opts[0]} was removed: {REMOVED[param.name][1]}")
+
+
+def _removed_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Hidden options of the names in `REMOVED`."""
+    for name in REMOVED:
+        option = click.option(f"--{name.replace('_', '-')}", hidden=True, expose_value=False, callback=_refuse)
+        command = option(command)
+    return command
 
 
 @click.command(
@@ -56,7 +71,7 @@ def _number_or_text(ctx: click.Context, param: click.Parameter, value: str | Non
     "--strength",
     metavar="NUMBER",
     callback=_number_or_text,
-    help="How far to go from the picture: above 0, up to 1; by stage 0.7,0.4@0-2.",
+    help="How far to go from the picture: above 0, up to 1.",
 )
 @click.option("--guidance", type=float, help="How much to exaggerate the style: 1 is plain, and the quickest.")
 @click.option("--control", type=float, help="How firmly the picture's edges hold: 0 to 2.")
@@ -64,10 +79,6 @@ def _number_or_text(ctx: click.Context, param: click.Parameter, value: str | Non
 @click.option("--fit", metavar="WAY", help="aspect keeps the picture's; squash gives SIZE x SIZE. [default: aspect]")
 @click.option("--tile", type=int, help="Paint large pictures in tiles of TILE x TILE; 0 never does. [default: 1024]")
 @click.option("--solver", metavar="NAME", help="ddim, dpmpp2m, unipc, or released: ddim on the released code's steps.")
-@click.option("--guidance-low", type=int, metavar="T", help="Guide no more below this timestep, 0 to 1000.")
-@click.option("--guidance-high", type=int, metavar="T", help="Guide not yet above this timestep.")
-@click.option("--control-low", type=int, metavar="T", help="Let go of the edges below this timestep.")
-@click.option("--control-interval", type=int, metavar="N", help="Look at the edges at every N-th step only.")
 @click.option("--cache-interval", type=int, metavar="N", help="Compute the whole U-Net at every N-th step only.")
 @click.option("--decoder", metavar="WHICH", help="full, or small: quicker, if the bundle has one. [default: full]")
 @click.option("--seed", type=int, help="Seed of the noise; the same seed gives the same bytes. [default: 0]")
@@ -84,7 +95,7 @@ def _number_or_text(ctx: click.Context, param: click.Parameter, value: str | Non
     "--arithmetic",
     metavar="TYPE",
     default="fp32",
-    help="fp32; openvino also bf16, fp16; tensorrt fp16, int8, fp8. [default: fp32]",
+    help="fp32; openvino also bf16, fp16; tensorrt also fp16. [default: fp32]",
 )
 @click.option("--build", is_flag=True, help="Compile what tensorrt-rtx or tensorrt misses; takes minutes.")
 @click.option(
@@ -101,6 +112,7 @@ def _number_or_text(ctx: click.Context, param: click.Parameter, value: str | Non
 @click.option("--list-styles", is_flag=True, help="Print the styles of the bundle and exit.")
 @click.option("--doctor", is_flag=True, help="Print what works on this machine and what to install, and exit.")
 @click.option("--debug", is_flag=True, help="Show a traceback on errors.")
+@_removed_options
 @click.version_option(__version__, "-V", "--version", message="lsast %(version)s")
 def main(
     paths: tuple[str, ...],

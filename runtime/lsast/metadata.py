@@ -22,6 +22,7 @@ from lsast_engines.errors import PictureError
 
 from .options import Options
 from .provenance import Provenance
+from .removed import without_removed
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -69,7 +70,7 @@ class Record:
             height, width = held["painted"]
             facts = {field.name: held[field.name] for field in dataclasses.fields(Provenance)}
             provenance = Provenance(**{**facts, "painted": (height, width)})
-            return cls(provenance, Options(**held["options"]), held["seconds"])
+            return cls(provenance, Options(**without_removed(held["options"])), held["seconds"])
         except (ValueError, KeyError, TypeError) as error:
             raise PictureError(
                 f"what lsast wrote into {where} cannot be read ({error!r}); expected it whole, of this version or older"

@@ -12,7 +12,7 @@ from lsast_engines.solvers import SOLVERS
 
 from .mixing import Mix
 from .presets import PRESETS
-from .strength import Strength
+from .removed import STRENGTH_BY_STAGE, without_removed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +28,8 @@ class Options:
     steps: int
     """Length of the full schedule, of which the last ``int(steps * strength)`` run (at least one): 1 to 1000, or the
     little less that the solver allows."""
-    strength: float | str
-    """How far the picture is pushed towards noise before it is painted back: above 0, up to 1 (all the way). As a text
-    also by stage, such as ``0.7,0.4@0-2`` (`lsast.strength`)."""
+    strength: float
+    """How far the picture is pushed towards noise before it is painted back: above 0, up to 1 (all the way)."""
     guidance: float
     """Classifier-free guidance, 0 to 100: 1 paints with the style alone, one pass a step; more exaggerates it."""
     control: float
@@ -54,14 +53,6 @@ class Options:
     tile: int = 1024
     """A canvas of more than one and a half tiles is painted in overlapping tiles of about tile x tile pixels, in
     bounded memory: 64 to 8192, or 0 to paint whatever comes whole."""
-    guidance_low: int = 0
-    """Below this timestep, 0 to 1000, guidance rests: one pass a step with the style alone."""
-    guidance_high: int = 1000
-    """Above this timestep, 0 to 1000, guidance rests; not below `guidance_low`."""
-    control_low: int = 0
-    """Below this timestep, 0 to 1000, the edges hold no longer: the ControlNet is left out."""
-    control_interval: int = 1
-    """The ControlNet runs at every n-th step, 1 to 1000, and what it would say is forecast between."""
     cache_interval: int = 1
     """The whole U-Net and the ControlNet run at every n-th step, 1 to 1000, and between them only the U-Net's outermost
     level (DeepCache, arXiv 2312.00858)."""
@@ -73,16 +64,8 @@ class Options:
 
     def __post_init__(self) -> None:
         faults = [fault for name in _RULES if (fault := _fault(name, getattr(self, name)))]
-        if not faults and isinstance(self.strength, str):
-            strength = Strength.parse(self.strength)
-            # A text that is but a number is that number, in reports and in files too.
-            object.__setattr__(self, "strength", self.strength if strength.parts else strength.overall)
         if self.fit == "squash" and self.size == 0:
             faults.append("size: found 0 with fit squash; expected the side to squash to, such as 512")
-        if not faults and self.guidance_low > self.guidance_high:
-            faults.append(
-                f"guidance_low: found {self.guidance_low}; expected at most guidance_high, {self.guidance_high}"
-            )
         if faults:
             raise UsageError(fault_list("these options cannot be meant:", faults))
 
@@ -95,8 +78,10 @@ class Options:
             defaults: the manifest's `defaults`, those of the style over them, a preset over both (`lsast.defaults`).
 
         Raises:
-            UsageError: one or more values cannot be meant; all of them are named at once.
+            UsageError: one or more values cannot be meant; all of them are named at once. Or an option that was removed
+                (`lsast.removed`).
         """
+        given = without_removed(given)
         return cls(**{**defaults, **{name: value for name, value in given.items() if value is not None}})
 
 
@@ -104,10 +89,11 @@ def _fault(name: str, value: Any) -> str | None:
     """What is wrong with the value of a field, or None."""
     expected, holds = _RULES[name]
     if not holds(value):
-        return f"{name}: found {value!r}; expected {expected}"
-    if isinstance(value, str) and name in _GRAMMARS:
+        since = f"; {STRENGTH_BY_STAGE}" if name == "strength" and "@" in str(value) else ""
+        return f"{name}: found {value!r}; expected {expected}{since}"
+    if name == "style":
         try:
-            _GRAMMARS[name](value)
+            Mix.parse(value)
         except UsageError as error:
             return f"{name}: {error}"
     return None
@@ -124,10 +110,7 @@ def _number(low: float, high: float) -> Callable[[Any], bool]:
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "style": ("the name of a style", lambda value: isinstance(value, str) and value != ""),
     "steps": ("a whole number from 1 to 1000", _whole(1, 1000)),
-    "strength": (
-        "a number above 0, up to 1",
-        lambda value: isinstance(value, str) or (_number(0, 1)(value) and value > 0),
-    ),
+    "strength": ("a number above 0, up to 1", lambda value: _number(0, 1)(value) and value > 0),
     "guidance": ("a number from 0 to 100", _number(0, 100)),
     "control": ("a number from 0 to 2", _number(0, 2)),
     "size": (
@@ -141,14 +124,8 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "keep_colour": ("true or false", lambda value: isinstance(value, bool)),
     "feather": ("a whole number from 0 to 4096", _whole(0, 4096)),
     "tile": ("0 (never) or a whole number from 64 to 8192", lambda v: _whole(0, 0)(v) or _whole(64, 8192)(v)),
-    **dict.fromkeys(
-        ("guidance_low", "guidance_high", "control_low"), ("a whole number from 0 to 1000", _whole(0, 1000))
-    ),
-    **dict.fromkeys(("control_interval", "cache_interval"), ("a whole number from 1 to 1000", _whole(1, 1000))),
+    "cache_interval": ("a whole number from 1 to 1000", _whole(1, 1000)),
     "decoder": ("full or small", lambda value: value in ("full", "small")),
     "preset": (f"one of {', '.join(PRESETS)}", lambda value: value is None or value in tuple(PRESETS)),
 }
 """For every field: what is expected, and whether a value is that."""
-
-_GRAMMARS: dict[str, Callable[[str], object]] = {"style": Mix.parse, "strength": Strength.parse}
-"""Fields whose texts have a grammar, and what reads it."""

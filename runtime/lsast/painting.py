@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
@@ -23,11 +22,10 @@ from . import masking, sampler, tiles
 from .canvas import Pixels, canvas_for, on_white
 from .mixing import Hand, Mix
 from .options import Options
-from .passes import graphs_of, lay_passes, levers_of, require_decoder, require_parts
+from .passes import graphs_of, lay_passes, require_decoder, require_parts
 from .preview import Previewer
 from .provenance import Provenance, bundle_sha256, pixels_sha256, versions
 from .shelf import Shelf
-from .strength import Strength
 from .tiles import Grid
 
 if TYPE_CHECKING:
@@ -70,14 +68,12 @@ class Painting:
         self.clock = Clock()
         self.mix = Mix.parse(options.style)
         self.mix.check(list(bundle.styles()), manifest.stages)
-        self._strength = Strength.parse(options.strength)
-        self._strength.check(manifest.stages)
         self._schedule = Schedule.build(
-            manifest.noise, options.steps, self._strength.overall, manifest.stages, options.solver
+            manifest.noise, options.steps, options.strength, manifest.stages, options.solver
         )
-        self.passes = lay_passes(options, self._schedule.steps)
+        self.passes = lay_passes(options, len(self._schedule.steps))
         self._bundle = bundle
-        require_parts(bundle, graphs_of(self.passes), levers_of(options))
+        require_parts(bundle, graphs_of(self.passes))
         require_decoder(bundle, options)
         self._follower = follower
         with self.clock("read"):
@@ -99,6 +95,7 @@ class Painting:
             self.options.tile,
             self.passes,
             self.options.control,
+            self.options.guidance != 1,
         )
 
     @property
@@ -143,7 +140,7 @@ class Painting:
             hint=hint[0],
             hand=Hand(self.mix, styles, self._bundle.null_style, manifest.attention_layers),
             guidance=self.options.guidance,
-            share=self._share,
+            share=self._mask_cells(),
         )
 
     def settle(self, latent: sampler.Floats, canvas: Pixels) -> Pixels:
@@ -167,17 +164,10 @@ class Painting:
                 image.info["icc_profile"] = self._source.icc
         return image
 
-    def _share(self, stage: int) -> sampler.Floats | None:
-        """See `sampler.Row.share`."""
-        share = np.float32(self._strength.share(stage))
+    def _mask_cells(self) -> sampler.Floats | None:
+        """How much is painted of every latent cell, [h, w] of 0 … 1; None without a mask."""
         if self._mask is None:
-            return None if share == 1 else np.asarray(share)
-        return share * self._mask_cells
-
-    @functools.cached_property
-    def _mask_cells(self) -> sampler.Floats:
-        """How much is painted of every latent cell, [h, w] of 0 … 1."""
-        assert self._mask is not None
+            return None
         planes, _ = self._canvas.views(np.repeat(self._mask[:, :, None], 3, axis=2))
         return masking.cells(planes[:, :, 0], self._bundle.manifest.geometry.factor)
 

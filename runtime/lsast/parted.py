@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from lsast_engines.engine import Arithmetic, Engine, Feeds
 from lsast_engines.noise import NoiseSpec
-from lsast_engines.spec import CONTROL, DEEP, SHALLOW, GraphSpec, TensorSpec, halvings
+from lsast_engines.spec import CONTROL, DEEP, SHALLOW, GraphSpec
 
 from .passes import Pass
 from .tiles import Grid, Span
@@ -21,10 +21,10 @@ Sigmas = npt.NDArray[np.float64]
 
 
 class _Forecast:
-    """What a graph gave when it ran, and by a line through the last two runs what it would give where it rests.
+    """Caches a graph's outputs and extrapolates them linearly in sigma for the steps at which it is skipped.
 
-    That is TaylorSeer's first order (Liu et al. 2025, arXiv 2503.06923), along sigma instead of the step's number;
-    after one run it is what that gave, which is DeepCache.
+    That is TaylorSeer's first order (Liu et al. 2025, arXiv 2503.06923), along sigma instead of the step's number.
+    After one run the outputs are reused as they are, which is DeepCache.
     """
 
     def __init__(self) -> None:
@@ -33,20 +33,17 @@ class _Forecast:
     def keep(self, sigmas: Sigmas, outputs: Mapping[str, Floats]) -> dict[str, Floats]:
         """Keep a copy of what a run at `sigmas` [B] gave, each [B, …] or [G, B, C, h, w]; → the copy."""
         copied = {name: value.copy() for name, value in outputs.items()}
-        # Of a guidance that begins, the earlier runs know nothing.
-        fits = [run for run in self._runs[-1:] if all(len(run[1][name]) >= len(copied[name]) for name in copied)]
-        self._runs = [*fits, (sigmas, copied)]
+        self._runs = [*self._runs[-1:], (sigmas, copied)]
         return copied
 
     def at(self, sigmas: Sigmas) -> dict[str, Floats]:
-        """What a run at `sigmas` [B] would give, of as many halves as the last."""
+        """What a run at `sigmas` [B] would give."""
         assert self._runs, "at the first step everything runs"
         (before_at, before), (last_at, last) = self._runs[0], self._runs[-1]
         if len(self._runs) == 1:
             return last
         share = ((sigmas - last_at) / (last_at - before_at)).astype(np.float32)[:, None, None, None]
-        # Guidance may have ended since: of several halves the conditional one is the last.
-        return {name: value + share * (value - before[name][-len(value) :]) for name, value in last.items()}
+        return {name: value + share * (value - before[name]) for name, value in last.items()}
 
 
 @dataclass
@@ -119,19 +116,12 @@ class PartedDenoiser:
         at = (..., tile[0].cells, tile[1].cells)
         given = {**self._bound, **feeds, "latent": feeds["latent"][at], "hint": self._bound["hint"][at]}
         sigmas = self._sigmas[given["timestep"]]
-        name = DEEP if now.unet == "deep" else SHALLOW
-        if now.control == "fresh":
+        if now == "deep":
             residuals = kept.control.keep(sigmas, self._run(CONTROL, given))
-        elif now.control == "kept":
-            residuals = kept.control.at(sigmas)
-        else:
-            residuals = _nothing(self._engines[name].spec, given["latent"])
-        if name == DEEP:
             outputs = self._run(DEEP, {**given, **residuals})
             kept.deep.keep(sigmas, {"feature": outputs["feature"]})
             return outputs["eps"]
-        feature = kept.deep.at(sigmas)["feature"][-len(given["kv_unet"]) :]
-        return self._run(SHALLOW, {**given, **residuals, "feature": feature})["eps"]
+        return self._run(SHALLOW, {**given, **kept.control.at(sigmas), **kept.deep.at(sigmas)})["eps"]
 
     def _run(self, name: str, given: Feeds) -> dict[str, Floats]:
         """Run a part on those of `given` that it takes."""
@@ -146,16 +136,3 @@ class PartedDenoiser:
 
     def close(self) -> None:
         """Does nothing: the engines belong to who opened them."""
-
-
-def _nothing(spec: GraphSpec, latent: Floats) -> dict[str, Floats]:
-    """Residuals of 0 for a part that takes some, of a latent [B, 4, h, w]."""
-    sides = {"B": latent.shape[0], "h": latent.shape[2], "w": latent.shape[3]}
-
-    def length(axis: int | str) -> int:
-        return axis if isinstance(axis, int) else sides[axis[0]] >> halvings(axis)
-
-    def zeros(tensor: TensorSpec) -> Floats:
-        return np.zeros([length(axis) for axis in tensor.shape], np.float32)
-
-    return {tensor.name: zeros(tensor) for tensor in spec.inputs if tensor.name.startswith("residual_")}

@@ -22,7 +22,6 @@ from lsast_engines.style import Style
 from lsast_engines.style_file import StyleFile
 
 from .mixing import Hand
-from .passes import Pass
 
 Floats = npt.NDArray[np.float32]
 Watch = Callable[[int, int, Sequence[Floats]], None]
@@ -80,11 +79,10 @@ class Row:
     """Keys and values to paint with; of a file, only the stages that are visited are read."""
     guidance: float
     """g in ε = ε_null + g · (ε_style - ε_null); 1 in all rows or in none, for the null half is then not computed."""
-    share: Callable[[int], Floats | None] = lambda stage: None
-    """By stage, the painting's share in what a step takes the clean picture to be, 0 to 1, [h, w] or one for all cells;
-    None is all. With w the share, x0' = w · x0 + (1 - w) · z0, from which ε' follows. Where w is 0 every solver stays
-    on z_t = sqrt(abar) z0 + sqrt(1 - abar) noise, the picture noised, which is what RePaint (Lugmayr et al. 2022,
-    eq. 8) puts there."""
+    share: Floats | None = None
+    """Weight w of the predicted x0, 0 to 1, [h, w]: x0' = w · x0 + (1 - w) · z0, from which ε' follows; None is 1.
+    Where w is 0 every solver stays on z_t = sqrt(abar) z0 + sqrt(1 - abar) noise, the picture noised, which is what
+    RePaint (Lugmayr et al. 2022, eq. 8) puts there."""
 
 
 def denoise(
@@ -93,7 +91,6 @@ def denoise(
     null: Style,
     control: float,
     watch: Watch | None = None,
-    passes: Sequence[Pass] | None = None,
 ) -> list[Floats]:
     """The denoising loop: z_t of the schedules' first step → z₀, of every row [4, h, w].
 
@@ -103,34 +100,32 @@ def denoise(
         null: keys and values of no style, which guidance leads away from.
         control: what the ControlNet's residuals are multiplied with.
         watch: told of every step; an exception that it raises ends the loop.
-        passes: what runs at which step, of all rows the same; None is everything at every step.
     """
     total = len(rows[0].schedule.steps)
-    guided = [rows[0].guidance != 1] * total if passes is None else [each.guided for each in passes]
+    guided = rows[0].guidance != 1
     engine.bind({"hint": np.stack([row.hint for row in rows]), "control_scale": np.array(control, np.float32)})
     latents = [row.noisy for row in rows]
     levels = [row.schedule.abars() for row in rows]
-    bound: tuple[list[int], bool] | None = None
+    bound: list[int] | None = None
     if watch:
         watch(0, total, [row.z0 for row in rows])
     for index in range(total):
         steps = [row.schedule.steps[index] for row in rows]
         stages = [step.stage for step in steps]
-        if bound != (bound := (stages, guided[index])):
-            engine.bind(_context(rows, null, stages, guided=guided[index]))
+        if bound != (bound := stages):
+            engine.bind(_context(rows, null, stages, guided=guided))
         timesteps = np.array([step.t for step in steps], np.int64)
         eps = run(engine, {"latent": np.stack(latents), "timestep": timesteps})["eps"]  # [G, B, 4, h, w]
         guesses = []
         for place, row in enumerate(rows):
             z, abar = latents[place], levels[place][index]
             eps_z = eps[0, place]
-            if guided[index]:
+            if guided:
                 eps_z = eps_z + np.float32(row.guidance) * (eps[1, place] - eps_z)
-            share = row.share(stages[place])
             alpha, sigma = np.float32(abar**0.5), np.float32((1 - abar) ** 0.5)
             x0 = (z - sigma * eps_z) / alpha
-            if share is not None:
-                x0 = share * x0 + (1 - share) * row.z0
+            if row.share is not None:
+                x0 = row.share * x0 + (1 - row.share) * row.z0
                 eps_z = (z - alpha * x0) / sigma
             guesses.append(x0)
             latents[place] = row.solver.step(eps_z, index, z)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lsast_engines.errors import UsageError
 
 from .options import Options
+from .removed import REMOVED
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
@@ -48,6 +49,8 @@ def parse_axes(texts: Sequence[str]) -> dict[str, list[Any]]:
         name = name.strip().replace("-", "_")
         if not equals or not all(value.strip() for value in values.split(",")):
             raise UsageError(f"found the axis {text!r}; expected an option and its values, such as strength=0.4,0.6")
+        if name in REMOVED:
+            raise UsageError(f"found the axis {name}, which was removed: {REMOVED[name][1]}")
         if name not in names or name in axes:
             which = "twice" if name in axes else "no option"
             raise UsageError(f"found the axis {name}, {which}; expected one of {', '.join(names)}, each once")

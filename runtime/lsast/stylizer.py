@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +16,12 @@ from lsast_engines.bundle import Bundle, find_bundle
 from lsast_engines.engine import Arithmetic, Engine
 from lsast_engines.spec import DECODER, DENOISER, EVERY, PARTS
 
-from . import batches, on_device, sampler, tiles
+from . import batches, sampler, tiles
 from .cancelling import CancelToken
 from .defaults import Defaults
 from .painting import Painting
 from .parted import PartedDenoiser
-from .passes import Pass, decoder_of, graphs_of, levers_of
+from .passes import Pass, decoder_of, graphs_of
 from .result import Result
 from .workshop import STYLE_MEMORY, Opener, Workshop
 
@@ -123,7 +123,7 @@ class Stylizer:
         style: str | None = None,
         *,
         steps: int | None = None,
-        strength: float | str | None = None,
+        strength: float | None = None,
         guidance: float | None = None,
         control: float | None = None,
         size: int | None = None,
@@ -134,16 +134,13 @@ class Stylizer:
         keep_colour: bool | None = None,
         feather: int | None = None,
         tile: int | None = None,
-        guidance_low: int | None = None,
-        guidance_high: int | None = None,
-        control_low: int | None = None,
-        control_interval: int | None = None,
         cache_interval: int | None = None,
         decoder: Literal["full", "small"] | None = None,
         preset: str | None = None,
         mask: Picture | None = None,
         on_step: OnStep | None = None,
         cancel: CancelToken | None = None,
+        **removed: NoReturn,
     ) -> Result:
         """Repaint a picture; `lsast.Options` says what each option means.
 
@@ -157,6 +154,7 @@ class Stylizer:
                 thread; `preview()` gives a small PIL image of what the painting is about to be. An exception that it
                 raises ends the painting and comes out here.
             cancel: ends the painting within one step once another thread turns it.
+            removed: options of earlier versions, which are refused by name.
 
         Returns:
             The painting, in the picture's colour profile and, but with `fit` "squash", of its own size.
@@ -172,9 +170,8 @@ class Stylizer:
         """
         given = {"style": style, "preset": preset, "steps": steps, "strength": strength, "guidance": guidance,
                  "control": control, "size": size, "solver": solver, "seed": seed, "alpha": alpha, "fit": fit,
-                 "keep_colour": keep_colour, "feather": feather, "tile": tile, "guidance_low": guidance_low,
-                 "guidance_high": guidance_high, "control_low": control_low, "control_interval": control_interval,
-                 "cache_interval": cache_interval, "decoder": decoder}  # fmt: skip
+                 "keep_colour": keep_colour, "feather": feather, "tile": tile, "cache_interval": cache_interval,
+                 "decoder": decoder, **removed}  # fmt: skip
         return self._paint([self._read(picture, given, mask)], on_step, cancel)[0]
 
     async def stylize_async(self, picture: Picture, style: str | None = None, **options: Any) -> Result:
@@ -207,10 +204,10 @@ class Stylizer:
     ) -> Iterator[Result]:
         """Repaint many pictures; those of equal size go through the denoiser together.
 
-        Pictures share a batch if they are painted at the same size, with as many steps, the same `control`, the same
-        passes left out at the same steps (`lsast.passes`), and all with a `guidance` of 1 or none; style, seed,
-        strength by stage, mask and the rest may differ. A painting is what
-        `stylize` gives to within the rounding of the backend, which may add up in another order for another batch.
+        Pictures share a batch if they are painted at the same size, with as many steps, the same `control` and
+        `cache_interval`, and all with a `guidance` of 1 or none; style, seed, mask and the rest may differ. A painting
+        is what `stylize` gives to within the rounding of the backend, which may add up in another order for another
+        batch.
 
         Args:
             pictures: as `stylize` takes them, of any size; they are read a few batches ahead.
@@ -315,7 +312,7 @@ class Stylizer:
             passes, grid = paintings[0].passes, paintings[0].grid
             denoiser = _denoiser(workshop, passes, grid)
             watching = watch if cancel or on_step else None
-            latents = on_device.denoise(denoiser, rows, self.bundle.null_style, control, watching, passes)
+            latents = sampler.denoise(denoiser, rows, self.bundle.null_style, control, watching)
             shared = (time.perf_counter() - begin) / len(paintings)
             painted = []
             for painting, latent in zip(paintings, latents, strict=True):
@@ -341,7 +338,7 @@ def first_graphs(bundle: Bundle, options: Mapping[str, Any]) -> list[str]:
     """
     resolved = Defaults(bundle).resolve(options)
     there = bundle.manifest.graphs.keys()
-    parted = levers_of(resolved) and there >= set(PARTS)
+    parted = resolved.cache_interval > 1 and there >= set(PARTS)
     names = [name for name in EVERY if name != DENOISER] + list(PARTS) if parted else list(EVERY)
     decoder = decoder_of(resolved)
     return [decoder if name == DECODER and decoder in there else name for name in names]

@@ -51,7 +51,7 @@ ROWS: list[dict[str, Any]] = [
     {"seed": 1},
     {"style": "monet", "solver": "unipc"},
     {"style": "vangogh:0.3@up+monet", "guidance": 5.0, "solver": "dpmpp2m"},
-    {"strength": "0.7,0.2@0-2"},
+    {"steps": 20, "strength": 0.35},
     {"steps": 14, "strength": 0.5, "keep_colour": True},
 ]
 

@@ -109,7 +109,8 @@ USAGE = {
     "grid and watch": (["in.png", "out.png", "--grid", "seed=1", "--watch"], "more than one of --from, --grid"),
     "grid of several": (["in.png", "in.png", "out.png", "--grid", "seed=1"], "--grid and several pictures"),
     "mix": (["in.png", "out.png", "--style", "vangogh+monet:"], "    vangogh+monet:\n                  ^"),
-    "strength": (["in.png", "out.png", "--strength", "0.7,x@2"], "    0.7,x@2\n        ^"),
+    "strength": (["in.png", "out.png", "--strength", "0.7,0.4@0-2"], "strength by stage was removed"),
+    "removed option": (["in.png", "out.png", "--control-low", "3"], "--control-low was removed: use a smaller control"),
     "steps for solver": (["in.png", "out.png", "--steps", "1000"], "999"),
 }
 

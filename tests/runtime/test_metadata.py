@@ -29,7 +29,7 @@ MIX = "vangogh:0.6@up+monet@0-4"
 @pytest.fixture(scope="module")
 def painted(bundle_path: Path, photo: np.ndarray) -> lsast.Result:
     with lsast.load(bundle_path) as stylizer:
-        return stylizer.stylize(photo, MIX, seed=7, guidance=3.5, strength="0.7,0.5@0-2", size=96)
+        return stylizer.stylize(photo, MIX, seed=7, guidance=3.5, strength=0.7, size=96)
 
 
 def _held(path: Path) -> tuple[dict[str, Any], str]:
@@ -74,7 +74,7 @@ def test_galleries_read_the_settings(painted: lsast.Result, tmp_path: Path, form
     assert prompt == MIX
     expected = {"Steps": "10", "Sampler": "ddim", "CFG scale": "3.5", "Seed": "7", "Size": "128x128", "Model": "tiny"}
     assert {name: pairs[name] for name in expected} == expected
-    assert json.loads(pairs["Denoising strength"]) == "0.7,0.5@0-2"
+    assert pairs["Denoising strength"] == "0.7"
     assert re.fullmatch("[0-9a-f]{10}", pairs["Model hash"])
 
 
@@ -247,3 +247,17 @@ def test_a_transparent_picture_laid_on_white_is_known_again(run: Run, photo: np.
     assert (again.exit_code, again.stderr) == (0, "")
     opaque = run("--from", "out.png", "in.png")
     assert (opaque.exit_code, "picture in.png: found" in opaque.stderr) == (1, True)
+
+
+def test_an_old_painting_with_removed_options_at_their_defaults_is_read(painted: lsast.Result, tmp_path: Path) -> None:
+    painted.save(tmp_path / "a.png")
+    held, _ = _held(tmp_path / "a.png")
+    idle = {"control_low": 0, "control_interval": 1, "guidance_low": 0, "guidance_high": 1000}
+    held["options"] |= idle
+    assert Record.from_json(json.dumps(held), "a.png").options == painted.options
+    held["options"] |= {"control_low": 200}
+    with pytest.raises(lsast.UsageError, match="control_low was removed: use a smaller control"):
+        Record.from_json(json.dumps(held), "a.png")
+    held["options"] |= {"control_low": 0, "strength": "0.7,0.4@0-2"}
+    with pytest.raises(lsast.UsageError, match="strength by stage was removed"):
+        Record.from_json(json.dumps(held), "a.png")

@@ -19,12 +19,10 @@ from lsast_engines.noise import NoiseSpec
 from lsast_engines.solvers import make_solver
 
 LEVERS: list[dict[str, Any]] = [
-    {"control_interval": 3},
     {"cache_interval": 3},
-    {"control_low": 300},
-    {"guidance_low": 250, "guidance_high": 450},
-    {"cache_interval": 2, "guidance_high": 450, "control_low": 150, "solver": "unipc"},
-    {"cache_interval": 4, "control_interval": 6, "guidance_low": 350, "solver": "dpmpp2m"},
+    {"cache_interval": 2, "guidance": 1.0},
+    {"cache_interval": 2, "solver": "unipc"},
+    {"cache_interval": 4, "solver": "dpmpp2m"},
 ]
 
 
@@ -51,42 +49,34 @@ def _by_hand(stylizer: Stylizer, weights: Any, row: sampler.Row, options: dict[s
     z = row.noisy.astype(float)
     edges = np.einsum("ce,ehw->chw", weights.edges, row.hint.astype(float))
     abars = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
-    deep_at = control_at = None
-    guided_before = False
-    # What ran: t, whether guided, both halves' features or the ControlNet's residual.
-    known: list[tuple[int, bool, list[np.ndarray]]] = []
-    told: list[tuple[int, bool, list[np.ndarray]]] = []
+    # What ran: t, and both halves' features or the ControlNet's residual.
+    known: list[tuple[int, list[np.ndarray]]] = []
+    told: list[tuple[int, list[np.ndarray]]] = []
 
-    def forecast(runs: list[tuple[int, bool, list[np.ndarray]]], t: int) -> list[np.ndarray]:
-        t_last, guided_last, last = runs[-1]
-        if len(runs) == 1 or runs[-2][1] < guided_last:
+    def forecast(runs: list[tuple[int, list[np.ndarray]]], t: int) -> list[np.ndarray]:
+        t_last, last = runs[-1]
+        if len(runs) == 1:
             return last
         now, then, earlier = (np.sqrt(1 - abars[at]) for at in (t, t_last, runs[-2][0]))
-        return [new + (now - then) / (then - earlier) * (new - old) for new, old in zip(last, runs[-2][2], strict=True)]
+        return [new + (now - then) / (then - earlier) * (new - old) for new, old in zip(last, runs[-2][1], strict=True)]
 
     for index, step in enumerate(row.schedule.steps):
-        guided = options.get("guidance_low", 0) <= step.t <= options.get("guidance_high", 1000)
-        if deep_at is None or index - deep_at >= options.get("cache_interval", 1) or (guided and not guided_before):
-            deep_at = index
-            if control_at is None or index - control_at >= options.get("control_interval", 1):
-                control_at = index
-                gate = style.kv_control[step.stage].astype(float).mean(axis=0) @ weights.control
-                told.append((step.t, False, [options["control"] * edges * gate[:, None, None]]))
+        deep = index % options["cache_interval"] == 0
+        if deep:
+            gate = style.kv_control[step.stage].astype(float).mean(axis=0) @ weights.control
+            told.append((step.t, [options["control"] * edges * gate[:, None, None]]))
         (held,) = forecast(told, step.t)
-        if step.t < options.get("control_low", 0):
-            held = np.zeros_like(edges)
-        if deep_at == index:
+        if deep:
             time = step.t / 1000 * weights.time[0][:, None, None]
             computed = [
                 (kv.astype(float).mean(axis=0) @ weights.unet)[:, None, None] + time + _coarse(held)
                 for kv in (style.kv_unet[step.stage], null.kv_unet[0])
             ]
-            known.append((step.t, guided, computed))
+            known.append((step.t, computed))
         features = forecast(known, step.t)
         conditional, unconditional = (z / 2 + held - _coarse(held) + feature for feature in features)
-        eps = unconditional + options["guidance"] * (conditional - unconditional) if guided else conditional
+        eps = unconditional + options["guidance"] * (conditional - unconditional)
         z = solver.step(eps, index, z)
-        guided_before = guided
     return z
 
 
@@ -109,10 +99,7 @@ def test_a_run_is_what_its_levers_say(stylizer: Stylizer, weights: Any, levers: 
         stylizer.stylize(picture, **{**options, "size": 0})
     expected = _by_hand(stylizer, weights, rows[0], options)
     np.testing.assert_allclose(latents[0], expected, atol=2e-4 * np.abs(expected).max())
-    plain = _by_hand(stylizer, weights, rows[0], {**options, **dict.fromkeys(levers, None)} | {
-        "cache_interval": 1, "control_interval": 1, "control_low": 0, "guidance_low": 0, "guidance_high": 1000,
-        "solver": options["solver"],
-    })  # fmt: skip
+    plain = _by_hand(stylizer, weights, rows[0], {**options, "cache_interval": 1})
     assert np.abs(plain - expected).max() > 1e-2 * np.abs(expected).max(), "a lever that changes nothing proves nothing"
 
 
@@ -121,12 +108,10 @@ def test_no_lever_is_the_whole_denoiser_and_opens_no_part(
 ) -> None:
     with lsast.load(bundle_path, backend=stylizer.backend, threads=1) as without:
         expected = _pixels(without.stylize(photo, seed=3))
-    idle = {"control_low": 0, "control_interval": 1, "cache_interval": 1, "guidance_low": 0, "guidance_high": 1000}
-    for options in ({}, idle):
-        assert (_pixels(stylizer.stylize(photo, seed=3, **options)) == expected).all()
+    assert (_pixels(stylizer.stylize(photo, seed=3)) == expected).all()
     assert set(stylizer._workshop.engines) == {"encoder", "hint", "denoiser", "decoder"}
-    stylizer.stylize(photo, control_interval=2)
-    assert set(stylizer._workshop.engines) == {"encoder", "hint", "denoiser", "decoder", "control", "deep"}
+    stylizer.stylize(photo, cache_interval=2)
+    assert set(stylizer._workshop.engines) == {"encoder", "hint", "denoiser", "decoder", "control", "deep", "shallow"}
 
 
 def test_parts_that_are_run_in_full_are_the_denoiser(stylizer: Stylizer, photo: np.ndarray) -> None:
@@ -140,7 +125,7 @@ def test_rows_of_a_batch_keep_their_own_and_share_the_plan(stylizer: Stylizer, p
         {"style": "monet", "cache_interval": 2},
         {"seed": 9, "cache_interval": 2},
         {},
-        {"cache_interval": 2, "guidance_low": 350},
+        {"cache_interval": 2, "guidance": 1.0},
     ]
     sizes: list[int] = []
     denoise = sampler.denoise
@@ -157,42 +142,39 @@ def test_rows_of_a_batch_keep_their_own_and_share_the_plan(stylizer: Stylizer, p
         assert np.abs(_pixels(result) - _pixels(stylizer.stylize(photo, **row))).max() <= 1
 
 
-@pytest.mark.parametrize("levers", [{"cache_interval": 3, "control_low": 200}, {"control_interval": 2}], ids=str)
-def test_every_tile_keeps_its_own(stylizer: Stylizer, photo: np.ndarray, levers: dict[str, Any]) -> None:
+def test_every_tile_keeps_its_own(stylizer: Stylizer, photo: np.ndarray) -> None:
     """The tiny graphs look no further than two cells, so tiles must give what the whole gives."""
     large = np.tile(photo, (4, 3, 1))[:330, :400]
-    whole, tiled = (_pixels(stylizer.stylize(large, size=0, tile=tile, **levers)) for tile in (0, 128))
+    whole, tiled = (_pixels(stylizer.stylize(large, size=0, tile=tile, cache_interval=3)) for tile in (0, 128))
     assert np.abs(whole - tiled).max() <= 1
     assert whole.std() > 5, "a flat picture proves nothing"
 
 
-def test_masks_strength_by_stage_and_videos_run_with_levers(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_masks_and_videos_run_with_cache_interval(stylizer: Stylizer, photo: np.ndarray) -> None:
     mask = np.zeros(photo.shape[:2], np.uint8)
     mask[20:70] = 255
-    levers = {"cache_interval": 2, "guidance_low": 200}
-    masked = stylizer.stylize(photo, strength="0.7,0.3@0-2", mask=mask, **levers)
+    masked = stylizer.stylize(photo, mask=mask, cache_interval=2)
     assert (_pixels(masked)[:20] == photo[:20]).all()
-    frames = list(stylizer.stylize_frames([photo, photo], **levers))
-    assert (_pixels(frames[0]) == _pixels(stylizer.stylize(photo, **levers))).all()
+    frames = list(stylizer.stylize_frames([photo, photo], cache_interval=2))
+    assert (_pixels(frames[0]) == _pixels(stylizer.stylize(photo, cache_interval=2))).all()
 
 
 def test_a_painting_made_with_levers_is_repeated_with_them(
     stylizer: Stylizer, photo: np.ndarray, tmp_path: Path
 ) -> None:
-    result = stylizer.stylize(photo, cache_interval=2, control_low=150)
+    result = stylizer.stylize(photo, cache_interval=2)
     result.save(tmp_path / "out.png")
     options = read_record(tmp_path / "out.png").options
     assert options == result.options
-    assert (options.cache_interval, options.control_low) == (2, 150)
+    assert options.cache_interval == 2
     again = stylizer.stylize(photo, **vars(options))
     assert (_pixels(again) == _pixels(result)).all()
 
 
 def test_a_bundle_without_parts_says_what_adds_them(bundle_path: Path, photo: np.ndarray) -> None:
-    with lsast.load(bundle_path, threads=1) as without:
-        with pytest.raises(BundleError, match=f"cache_interval needs; .* lsast-export parts {bundle_path}"):
-            without.stylize(photo, cache_interval=2)
-        without.stylize(photo, guidance_low=300)  # needs none
+    words = f"cache_interval needs; .* lsast-export parts {bundle_path}"
+    with lsast.load(bundle_path, threads=1) as without, pytest.raises(BundleError, match=words):
+        without.stylize(photo, cache_interval=2)
 
 
 def test_a_run_that_begins_again_keeps_nothing_of_the_last(stylizer: Stylizer, photo: np.ndarray) -> None:

@@ -90,6 +90,7 @@ def test_axes_are_read() -> None:
         (["strength="], "expected an option and its values"),
         (["strength=1,,2"], "expected an option and its values"),
         (["colour=red"], "the axis colour, no option; expected one of style, steps"),
+        (["guidance-low=200"], "the axis guidance_low, which was removed: use cache_interval"),
         (["seed=1", "seed=2"], "the axis seed, twice"),
     ],
 )

@@ -58,7 +58,6 @@ def test_padding_is_painted_but_not_shown(stylizer: Stylizer) -> None:
         {"fit": "squash"},
         {"keep_colour": True},
         {"style": "vangogh@up+monet"},
-        {"strength": "0.7,0.2@0-2"},
     ],
     ids=str,
 )
@@ -156,9 +155,19 @@ def test_an_interrupted_painting_leaves_the_stylizer_usable(stylizer: Stylizer, 
 
 def test_stylize_takes_every_option_by_name() -> None:
     parameters = list(inspect.signature(Stylizer.stylize).parameters)
-    assert parameters[2:-3] == [field.name for field in dataclasses.fields(Options)]
-    assert parameters[-3:] == ["mask", "on_step", "cancel"]
-    assert all(inspect.signature(Stylizer.stylize).parameters[name].default is None for name in parameters[2:])
+    assert parameters[2:-4] == [field.name for field in dataclasses.fields(Options)]
+    assert parameters[-4:] == ["mask", "on_step", "cancel", "removed"]
+    assert all(inspect.signature(Stylizer.stylize).parameters[name].default is None for name in parameters[2:-1])
+
+
+def test_stylize_refuses_removed_options_by_name(stylizer: Stylizer, photo: np.ndarray) -> None:
+    old: dict[str, Any] = {"control_low": 300}
+    with pytest.raises(UsageError, match="control_low was removed: use a smaller control"):
+        stylizer.stylize(photo, **old)
+    with pytest.raises(UsageError, match="control_low was removed"):
+        list(stylizer.stylize_many([photo], **old))
+    with pytest.raises(TypeError, match="colour"):
+        stylizer.stylize(photo, colour="red")  # type: ignore[arg-type]
 
 
 def test_result_options_repeat_the_result(stylizer: Stylizer, photo: np.ndarray) -> None:
