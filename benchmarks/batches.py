@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from machine import describe
 
 import lsast
+from bench.machine import describe
 
 
 def measured(paint: Callable[[], Any], pictures: int, repeats: int) -> dict[str, float]:

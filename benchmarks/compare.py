@@ -27,16 +27,15 @@ from typing import Any
 
 import click
 
-from lsast.bench.machine import PACKAGES, describe, load
-from lsast.bench.measure import THREAD_VARIABLES, add_macs, ceiling, child, measure, megabytes, write_test_picture
-from lsast.bench.plan import Summary
-from lsast.bench.report import require_matplotlib
 from lsast_engines.bundle import find_bundle
 from lsast_engines.engine import available_backends
 from lsast_engines.errors import LsastError
 from lsast_engines.files import replace_file
 
 sys.path.insert(0, str(Path(__file__).parent))
+from bench.configurations import Summary
+from bench.machine import PACKAGES, describe, load
+from bench.measure import THREAD_VARIABLES, add_macs, best_rate, measure, megabytes, run_worker, write_test_picture
 from compare_report import REFERENCE, chart, markdown
 from compare_rows import OURS, Own, rows_of_ours
 
@@ -90,7 +89,7 @@ def main(
 ) -> None:
     """Measure one row after another."""
     if chart_path:
-        require_matplotlib()
+        import matplotlib  # noqa: F401 - not only after hours of measuring
     if from_json:
         report = json.loads(from_json.read_text())
     else:
@@ -119,9 +118,9 @@ def measured(
     machine = describe((*PACKAGES, "torch", "diffusers", "stable-diffusion-cpp-python"))
     there = [name for name, devices in available_backends().items() if "cpu" in devices]
     say("products of matrices")
-    rates = child("ceilings", {"backends": there, "threads": task["threads"]}, task["threads"])["gmacs"]
+    rates = run_worker("peak_flops", {"backends": there, "threads": task["threads"]}, task["threads"])["gmacs"]
     rows: list[Row] = []
-    report = {"machine": machine, **task, "ceilings": rates, "rows": rows}
+    report = {"machine": machine, **task, "peak_flops": rates, "rows": rows}
     report["not_measured"] = absent({name for name, _ in peers})
 
     def all_rows() -> Iterator[Row]:
@@ -161,7 +160,7 @@ def peer_row(name: str, arithmetic: str, task: Row, rates: Rates) -> Row:
     found = json.loads(done.stdout)
     measured, total = found["counted_steps"], found["run_steps"]
     pictures, steps = whole(found["pictures"], found["steps"], measured, total)
-    best = ceiling(rates, arithmetic)
+    best = best_rate(rates, arithmetic)
     gmac, gmac_step = (found[key] and found[key] / 1e9 for key in ("macs_picture", "macs_step"))
     return {
         **row,
@@ -199,7 +198,7 @@ def our_row(own: Own, task: Row, rates: Rates) -> Row:
     once = {"encoder", "hint"} | {name for name in warm["graphs"] if name.startswith("decoder")}
     inner = [graph for name, graph in warm["graphs"].items() if name not in once]
     gmac_step = sum(g["gmac"] * sum(group["runs"] for group in g["shapes"]) for g in inner) / steps
-    best = ceiling(rates, warm["limit"])
+    best = best_rate(rates, warm["limit"])
     return {
         **head,
         "picture": warm["picture"],

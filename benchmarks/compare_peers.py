@@ -19,11 +19,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from machine import describe
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import lsast
+from bench.machine import describe
 from lsast_engines.pictures import find_pictures
 from lsast_eval import EvalOptions, Report, evaluate
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lsast.bench.report import MUTED, PLAIN, draw_bars, table
+from bench.report import MUTED, PLAIN, draw_bars, table
 
 Row = dict[str, Any]
 
@@ -18,7 +18,7 @@ def markdown(report: Row) -> str:
     """The table of all rows, what they were measured on, and what was not measured."""
     machine = report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    limits = ", ".join(f"{name} {max(by.values()):.0f}" for name, by in report["ceilings"].items())
+    limits = ", ".join(f"{name} {max(by.values()):.0f}" for name, by in report["peak_flops"].items())
     repeats = report["repeats"] or "1, ours with their first picture"
     heads = (
         "",
@@ -81,9 +81,6 @@ def chart(report: Row, path: Path, only: Sequence[str] = (), title: str | None =
         path: a PNG.
         only: texts of which a row's name has one, if it is drawn; none: every row is.
         title: what is said before how much was measured; None: bundle, size and machine.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
     """
     machine, rows = report["machine"], report["rows"]
     shown = [row for row in rows if not row["error"] and (not only or any(text in row["name"] for text in only))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lsast.bench.plan import Configuration, parse_backend
+from bench.configurations import Configuration, parse_backend
 from lsast.presets import PRESETS
 from lsast.sheet import parse_axes
 from lsast_engines.bundle import find_bundle

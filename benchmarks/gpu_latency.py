@@ -3,9 +3,8 @@
     python benchmarks/gpu_latency.py [--bundle mini] [--size 512] [--batch 1] [--repeats 50]
 
 Ways: torch eager and `torch.compile` in the arithmetic asked for, ONNX Runtime on the device, and the compiled engines
-of TensorRT and TensorRT-RTX, once called step by step with the latent passing through the host, once in the loop that
-stays on the device. A way that this machine has not says why. Each step runs the ControlNet and, with guidance, the
-U-Net of two rows. Prints a Markdown table of medians and spreads (largest less smallest of five groups); run nothing
+of TensorRT and TensorRT-RTX. A way that this machine has not says why. Each step runs the ControlNet and, with guidance,
+the U-Net of two rows. Prints a Markdown table of medians and spreads (largest less smallest of five groups); run nothing
 else meanwhile.
 
 Never run on a GPU yet: `--device cpu` runs those ways that a machine without one has.
@@ -22,19 +21,14 @@ from typing import Any
 
 import click
 import numpy as np
-from machine import describe
 
+from bench.machine import describe
 from lsast_engines.bundle import Bundle, find_bundle
 from lsast_engines.engine import open_engine
 from lsast_engines.errors import LsastError
-from lsast_engines.loop import DeviceLoop, Run
-from lsast_engines.moves import moves
-from lsast_engines.schedule import Schedule
-from lsast_engines.solvers import make_solver
 from lsast_engines.spec import DENOISER
 
 GROUPS = 5
-STEPS = 10
 Step = Callable[[], None]
 """Runs one step and returns when the device is done with it."""
 
@@ -87,42 +81,16 @@ def engine_step(case: Case, backend: str) -> Iterator[Step]:
         yield lambda: engine(step_feeds) and None
 
 
-def loop_step(case: Case, backend: str) -> Iterator[Step]:
-    manifest = case.bundle.manifest
-    schedule = Schedule.build(manifest.noise, STEPS, 1.0, manifest.stages, "dpmpp2m")
-    table = moves(make_solver("dpmpp2m", manifest.noise, schedule), schedule.abars())
-    name = next(iter(case.bundle.styles()))
-    run = Run(
-        latents=case.feeds["latent"],
-        hint=case.feeds["hint"],
-        control=1.0,
-        timesteps=np.array([[step.t] * case.batch for step in schedule.steps], np.int64),
-        moves=np.stack([table] * case.batch, axis=-1),
-        guidance=[3.0] * case.batch,
-        styles=[name] * case.batch,
-        stages=[[step.stage] * case.batch for step in schedule.steps],
-    )
-    arithmetic: Any = case.arithmetic
-    engine: Any = open_engine(case.path, case.spec, backend, "auto", arithmetic=arithmetic)
-    with closing(engine):
-        loop = DeviceLoop(engine, case.bundle.null_style)
-        loop.styles.add(name, case.bundle.style(name))
-        yield lambda: loop.run(run) is None
-
-
-WAYS: dict[str, tuple[Callable[[Case], Iterator[Step]], int]] = {
-    "torch eager": (lambda case: torch_step(case, False), 1),
-    "torch.compile": (lambda case: torch_step(case, True), 1),
-    "onnxruntime": (lambda case: engine_step(case, "onnxruntime"), 1),
-    "tensorrt-rtx, step by step": (lambda case: engine_step(case, "tensorrt-rtx"), 1),
-    "tensorrt-rtx, loop": (lambda case: loop_step(case, "tensorrt-rtx"), STEPS),
-    "tensorrt, step by step": (lambda case: engine_step(case, "tensorrt"), 1),
-    "tensorrt, loop": (lambda case: loop_step(case, "tensorrt"), STEPS),
+WAYS: dict[str, Callable[[Case], Iterator[Step]]] = {
+    "torch eager": lambda case: torch_step(case, False),
+    "torch.compile": lambda case: torch_step(case, True),
+    "onnxruntime": lambda case: engine_step(case, "onnxruntime"),
+    "tensorrt-rtx": lambda case: engine_step(case, "tensorrt-rtx"),
+    "tensorrt": lambda case: engine_step(case, "tensorrt"),
 }
-"""Each way, and how many steps one call of it takes."""
 
 
-def measured(step: Step, steps: int, repeats: int) -> list[float]:
+def measured(step: Step, repeats: int) -> list[float]:
     """Milliseconds a step of each of `GROUPS` groups, after as many calls to warm up as a CUDA graph needs."""
     for _ in range(3):
         step()
@@ -131,7 +99,7 @@ def measured(step: Step, steps: int, repeats: int) -> list[float]:
         begin = time.perf_counter()
         for _ in range(repeats):
             step()
-        groups.append(1e3 * (time.perf_counter() - begin) / (repeats * steps))
+        groups.append(1e3 * (time.perf_counter() - begin) / repeats)
     return groups
 
 
@@ -148,12 +116,12 @@ def main(bundle: str | None, size: int, batch: int, device: str, arithmetic: str
     """Measure one way after another."""
     case = Case(Bundle.open(find_bundle(bundle)), size, batch, device, arithmetic)
     rows: list[dict[str, Any]] = []
-    for way, (make, steps) in WAYS.items():
+    for way, make in WAYS.items():
         row: dict[str, Any] = {"way": way, "ms_per_step": None, "spread": None, "missing": ""}
         try:
             with ExitStack() as stack:
                 step = stack.enter_context(contextmanager(make)(case))
-                groups = measured(step, steps, repeats)
+                groups = measured(step, repeats)
             row |= {"ms_per_step": statistics.median(groups), "spread": max(groups) - min(groups)}
         except (LsastError, ImportError, RuntimeError) as error:
             row["missing"] = str(error).splitlines()[0]

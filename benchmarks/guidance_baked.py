@@ -33,12 +33,12 @@ from unittest import mock
 
 import click
 import numpy as np
-from levers import psnr
-from machine import describe
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import lsast
+from bench.machine import describe
+from levers import psnr
 from lsast import tiles
 from lsast_engines.errors import UsageError
 from lsast_engines.files import replace_file

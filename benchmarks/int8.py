@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from machine import describe
+
+from bench.machine import describe
 
 ROWS = (
     ("onnxruntime", "fp32", "float"),

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import click
 import numpy as np
-from machine import describe
 from PIL import Image
 
 import lsast
+from bench.machine import describe
 from lsast.tiles import Grid
 
 

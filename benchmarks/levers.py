@@ -19,9 +19,9 @@ from typing import Any
 
 import click
 import numpy as np
-from machine import describe
 
 import lsast
+from bench.machine import describe
 from lsast.presets import PRESETS
 
 LEVERS: dict[str, dict[str, Any]] = {

@@ -15,11 +15,11 @@ from itertools import product
 from pathlib import Path
 
 import click
-from machine import describe
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import lsast
+from bench.machine import describe
 from lsast_engines.pictures import find_pictures
 from lsast_eval import EvalOptions, evaluate
 

@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 
 import click
-from machine import describe
 
 import lsast
+from bench.machine import describe
 
 
 def cold(picture: Path, backend: str, size: int) -> tuple[float, float]:

@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from lsast.bench.child import peak_bytes
+from lsast_engines.environment import peak_memory
 
 STEPS, STRENGTH, GUIDANCE = 50, 0.7, 10.0
 """As in `peers.py`, which cannot be imported here: torch would count as this peer's memory."""
@@ -156,7 +156,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         "macs_step": None,
         "macs_picture": None,
         "cpu_s": times.user + times.system,
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": peak_memory(),
     }
 
 

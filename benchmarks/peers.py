@@ -25,7 +25,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from lsast.bench.child import peak_bytes
+from lsast_engines.environment import peak_memory
 from lsast_engines.schedule import Schedule
 from lsast_engines.solvers import make_solver
 from lsast_train.base import Base, load_base
@@ -207,7 +207,7 @@ def measure(task: dict[str, Any], name: str) -> dict[str, Any]:
         "macs_step": step,
         "macs_picture": once + (RUN - 2) * step,
         "cpu_s": times.user + times.system,
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": peak_memory(),
     }
 
 

@@ -6,7 +6,7 @@
 
 Prints deception (the share that a classifier of the artists takes for the artist), the distance to the content and edge
 F1 as `lsast-eval` has them, and PSNR to the painting of the first preset with the same seed. Paintings that are there
-already are kept. Nothing is timed: `lsast-bench` does.
+already are kept. Nothing is timed: `python -m benchmarks.bench` does.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from compare_peers import paint_all, score
-from levers import psnr
-from machine import describe
 from PIL import Image
 
 import lsast
+from bench.machine import describe
+from compare_peers import paint_all, score
+from levers import psnr
 from lsast_engines.pictures import find_pictures
 
 

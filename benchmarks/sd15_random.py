@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from machine import describe
+
+from bench.machine import describe
 
 # runwayml/stable-diffusion-v1-5, unet/config.json
 UNET: dict[str, Any] = {

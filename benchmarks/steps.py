@@ -16,10 +16,10 @@ from typing import Any
 
 import click
 import numpy as np
-from levers import pixels, psnr
-from machine import describe
 
 import lsast
+from bench.machine import describe
+from levers import pixels, psnr
 from lsast.coherence import Follower
 
 

@@ -16,9 +16,9 @@ import click
 import cv2
 import numpy as np
 import numpy.typing as npt
-from machine import describe
 
 import lsast
+from bench.machine import describe
 from lsast_engines.pictures import read_picture
 
 

@@ -23,8 +23,8 @@ from typing import Any
 
 import click
 import torch
-from machine import describe
 
+from bench.machine import describe
 from lsast_engines.files import replace_file
 from lsast_train.base import load_base
 from lsast_train.inversion import Inversion

@@ -21,10 +21,10 @@ from pathlib import Path
 import click
 import cv2
 import numpy as np
-from machine import describe
 from PIL import Image
 
 import lsast
+from bench.machine import describe
 from lsast.coherence import Motion, warped
 
 Clip = list[np.ndarray]

@@ -64,10 +64,6 @@ print(json.dumps([name for name in loaded() if sys.modules.get(name) is not None
 LIGHT = {
     "import lsast": ("import lsast", {"lsast"}),
     "--help": ("from lsast.cli import main; main(['--help'], standalone_mode=False)", {"lsast", "click"}),
-    "lsast-bench --help": (
-        "from lsast.bench.cli import main; main(['--help'], standalone_mode=False)",
-        {"lsast", "click"},
-    ),
     "--version": ("from lsast.cli import main; main(['--version'], standalone_mode=False)", {"lsast", "click"}),
 }
 

@@ -78,7 +78,7 @@ def test_there_is_one_version(project: dict[str, Any]) -> None:
 def test_every_room_is_packaged_and_typed(project: dict[str, Any]) -> None:
     folders = [f"{room}/{package}" for room, package in ROOMS.items()]
     assert project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == folders
-    assert project["tool"]["pytest"]["ini_options"]["pythonpath"] == [*ROOMS, "tests/fakes"]
+    assert project["tool"]["pytest"]["ini_options"]["pythonpath"] == [*ROOMS, "benchmarks", "tests/fakes"]
     for folder in folders:
         assert (ROOT / folder / "py.typed").is_file()
         assert (ROOT / folder / "__init__.py").is_file()
@@ -86,7 +86,7 @@ def test_every_room_is_packaged_and_typed(project: dict[str, Any]) -> None:
 
 def test_every_script_has_its_module(project: dict[str, Any]) -> None:
     scripts = project["project"]["scripts"]
-    assert scripts.keys() == {"lsast-run", "lsast-bench", "lsast-train", "lsast-export", "lsast-eval"}
+    assert scripts.keys() == {"lsast-run", "lsast-train", "lsast-export", "lsast-eval"}
     for target in scripts.values():
         module, _, function = target.partition(":")
         package, *path = module.split(".")

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from diffusers import ControlNetModel
 from PIL import Image
 
-from lsast.bench.plan import Configuration
+from bench.configurations import Configuration
 from lsast_engines.bundle import Bundle
 from lsast_engines.errors import BundleError, UsageError
 
@@ -73,7 +73,7 @@ def figures(tmp_path: Path) -> Path:
     ]
     machine = {"cpu": "Some CPU", "cores": 2, "versions": {"python": "3"}, "load": 0.1}
     report = {"bundle": "/a/mini", "size": 512, "repeats": 3, "machine": machine, "load_at_end": 0.2, "rows": rows}
-    report |= {"ceilings": {"fp32": {"numpy": 150.0}}, "not_measured": {"optimum-onnx": "has no such pipeline"}}
+    report |= {"peak_flops": {"fp32": {"numpy": 150.0}}, "not_measured": {"optimum-onnx": "has no such pipeline"}}
     path = tmp_path / "figures.json"
     path.write_text(json.dumps(report))
     return path

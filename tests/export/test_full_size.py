@@ -94,7 +94,7 @@ def test_the_denoiser_compiles_ahead_of_time(exported: dict[str, Any], folder: P
 
 def test_multiplications_are_those_that_are_known(exported: dict[str, Any], folder: Path) -> None:
     pytest.importorskip("openvino")
-    from lsast.bench.macs import count_macs
+    from bench.macs import count_macs
 
     def denoiser(rows: int) -> dict[str, list[int]]:
         return {

@@ -1,4 +1,4 @@
-"""The counter of `lsast-bench` on exported graphs, against torch's own count of the modules they were traced from."""
+"""`count_macs` on exported graphs, against torch's own count of the modules they were traced from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lsast.bench.macs import count_macs
+from bench.macs import count_macs
 from lsast_engines.bundle import Bundle
 from lsast_export.graphs import GRAPHS, graph_module
 from lsast_train.base import Base

@@ -1,4 +1,4 @@
-"""How fast this machine multiplies matrices: what every other figure of `lsast-bench` is a fraction of.
+"""How fast this machine multiplies matrices: what every other figure of the bench is a fraction of.
 
 One large product, by NumPy's BLAS and as a graph of one MatMul through every installed backend, in every arithmetic
 that it has; of each arithmetic the best counts. A convolution that a backend computes by Winograd's method needs fewer
@@ -16,10 +16,10 @@ from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
+from onnx import TensorProto, helper, numpy_helper
 
 from lsast_engines.engine import Arithmetic, open_engine
 from lsast_engines.errors import BackendError
-from lsast_engines.protobuf import message_field, number_field
 from lsast_engines.spec import GraphSpec, TensorSpec
 
 SIDE = 2048
@@ -30,11 +30,8 @@ REPEATS = 8
 INT8 = "int8"
 """The arithmetic of a graph whose product is quantised, besides those of `Arithmetic`."""
 
-_FLOAT, _UINT8, _INT8_TYPE = 1, 2, 3  # onnx.TensorProto.DataType
-_OPSET, _IR = 18, 9
 
-
-def ceilings(
+def peak_flops(
     backends: Sequence[str], threads: int | None = None, side: int = SIDE, repeats: int = REPEATS
 ) -> dict[str, dict[str, float]]:
     """Measure.
@@ -74,17 +71,17 @@ def spec(side: int) -> GraphSpec:
 
 def matmul_graph(right: npt.NDArray[np.float32]) -> bytes:
     """An ONNX file of y = x · `right` [n, n]; the factor is a constant, which backends pack beforehand as weights."""
-    return _model([_node("MatMul", ["x", "w"], "y")], {"w": right}, len(right))
+    return _model([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": right}, len(right))
 
 
 def quantised_matmul_graph(right: npt.NDArray[np.float32]) -> bytes:
     """The same with both factors in 8 bits (x unsigned in steps of 1/16 about 128, `right` signed to its extremes)."""
     step = np.float32(np.abs(right).max() / 127)
     nodes = [
-        _node("QuantizeLinear", ["x", "x_step", "x_zero"], "x8"),
-        _node("DequantizeLinear", ["x8", "x_step", "x_zero"], "xd"),
-        _node("DequantizeLinear", ["w8", "w_step", "w_zero"], "wd"),
-        _node("MatMul", ["xd", "wd"], "y"),
+        helper.make_node("QuantizeLinear", ["x", "x_step", "x_zero"], ["x8"]),
+        helper.make_node("DequantizeLinear", ["x8", "x_step", "x_zero"], ["xd"]),
+        helper.make_node("DequantizeLinear", ["w8", "w_step", "w_zero"], ["wd"]),
+        helper.make_node("MatMul", ["xd", "wd"], ["y"]),
     ]
     constants: dict[str, npt.NDArray[Any]] = {
         "x_step": np.array(1 / 16, np.float32),
@@ -94,6 +91,16 @@ def quantised_matmul_graph(right: npt.NDArray[np.float32]) -> bytes:
         "w_zero": np.array(0, np.int8),
     }
     return _model(nodes, constants, len(right))
+
+
+def _model(nodes: list[Any], constants: dict[str, npt.NDArray[Any]], side: int) -> bytes:
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [side, side]) for name in ("x", "y"))
+    weights = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "matmul", [x], [y], weights)
+    serialized: bytes = helper.make_model(
+        graph, ir_version=9, opset_imports=[helper.make_opsetid("", 18)]
+    ).SerializeToString()
+    return serialized
 
 
 def _engine_rate(
@@ -112,30 +119,3 @@ def _rate(multiply: Callable[[], Any], side: int, repeats: int) -> float:
         multiply()
         quickest = min(quickest, time.perf_counter() - begin)
     return side**3 / quickest / 1e9
-
-
-def _model(nodes: Sequence[bytes], constants: dict[str, npt.NDArray[Any]], side: int) -> bytes:
-    """A serialized ModelProto (onnx/onnx.proto) of a graph x → y, both [side, side]."""
-    graph = b"".join(message_field(1, node) for node in nodes) + message_field(2, b"matmul")
-    graph += b"".join(message_field(5, _tensor(name, value)) for name, value in constants.items())
-    graph += message_field(11, _border("x", side)) + message_field(12, _border("y", side))
-    return number_field(1, _IR) + message_field(7, graph) + message_field(8, number_field(2, _OPSET))
-
-
-def _node(kind: str, inputs: Sequence[str], output: str) -> bytes:
-    names = b"".join(message_field(1, name.encode()) for name in inputs)
-    return (
-        names + message_field(2, output.encode()) + message_field(3, output.encode()) + message_field(4, kind.encode())
-    )
-
-
-def _tensor(name: str, value: npt.NDArray[Any]) -> bytes:
-    number = {"float32": _FLOAT, "uint8": _UINT8, "int8": _INT8_TYPE}[value.dtype.name]
-    shape = b"".join(number_field(1, length) for length in value.shape)
-    return shape + number_field(2, number) + message_field(8, name.encode()) + message_field(9, value.tobytes())
-
-
-def _border(name: str, side: int) -> bytes:
-    shape = message_field(1, number_field(1, side)) * 2
-    tensor = number_field(1, _FLOAT) + message_field(2, shape)
-    return message_field(1, name.encode()) + message_field(2, message_field(1, tensor))

@@ -1,10 +1,10 @@
-"""What one process of `lsast-bench` measures: ``python -m lsast.bench.child TASK`` with JSON on stdin and stdout.
+"""What one process of the bench measures: ``python -m bench.worker TASK`` with JSON on stdin and stdout.
 
 Every measurement has a process of its own, so that peaks of memory and what was loaded before are its own. Tasks:
 
 - ``warm``: open a bundle, paint a picture (or a batch) once, then again and again;
 - ``cold``: open a bundle, paint a picture and save it, once, with the time of every part;
-- ``ceilings``: see `ceilings`;
+- ``peak_flops``: see `peak_flops`;
 - ``macs``: see `macs`.
 """
 
@@ -26,15 +26,14 @@ BEGIN = time.time()
 """When Python had started; the clock is one that all processes share."""
 
 if TYPE_CHECKING:
+    from lsast.stylizer import Stylizer
     from lsast_engines.bundle import Bundle
     from lsast_engines.engine import Arithmetic, Array, Engine, Feeds
-
-    from ..stylizer import Stylizer
 
 Report = dict[str, Any]
 
 
-class Parts:
+class Intervals:
     """Intervals of named parts, on the clock of `BEGIN`; parts of several threads may run side by side."""
 
     def __init__(self) -> None:
@@ -56,7 +55,7 @@ class TimedEngine:
     device: str
     arithmetic: Arithmetic
 
-    def __init__(self, engine: Engine, parts: Parts) -> None:
+    def __init__(self, engine: Engine, parts: Intervals) -> None:
         self._engine = engine
         self._parts = parts
         self._bound: dict[str, list[int]] = {}
@@ -90,10 +89,10 @@ class TimedEngine:
         return getattr(self._engine, name)
 
 
-def opened(bundle: Bundle, task: Mapping[str, Any], parts: Parts) -> tuple[Stylizer, dict[str, TimedEngine]]:
+def opened(bundle: Bundle, task: Mapping[str, Any], parts: Intervals) -> tuple[Stylizer, dict[str, TimedEngine]]:
     """A stylizer on timed engines, and those, filled as they are opened."""
-    from ..stylizer import Stylizer, first_graphs
-    from ..workshop import Opener
+    from lsast.stylizer import Stylizer, first_graphs
+    from lsast.workshop import Opener
 
     engines: dict[str, TimedEngine] = {}
 
@@ -117,7 +116,7 @@ def warm(task: Mapping[str, Any]) -> Report:
     """See the module; each repeat tells what it took, and where none is asked for, the first picture does."""
     from lsast_engines.bundle import Bundle, find_bundle
 
-    parts = Parts()
+    parts = Intervals()
     begin = time.perf_counter()
     bundle = Bundle.open(find_bundle(task["bundle"]))
     stylizer, engines = opened(bundle, task, parts)
@@ -163,12 +162,11 @@ def gathered(calls: list[tuple[float, dict[str, list[int]]]]) -> list[Report]:
 
 def cold(task: Mapping[str, Any]) -> Report:
     """See the module; `task` says when it was `spawned`, on the clock of `BEGIN`."""
-    parts = Parts()
+    parts = Intervals()
     parts.intervals.append(("interpreter", task["spawned"], BEGIN))
     with parts("imports"):
+        from lsast import running, stylizer  # noqa: F401 - what lsast-run imports before it opens anything
         from lsast_engines.bundle import Bundle, find_bundle
-
-        from .. import running, stylizer  # noqa: F401 - what lsast-run imports before it opens anything
     with parts(f"import {task['backend']}"):
         from lsast_engines.engine import backend_devices
 
@@ -184,11 +182,11 @@ def cold(task: Mapping[str, Any]) -> Report:
     return {"parts": parts.intervals, "phases": result.seconds, "done": time.time()}
 
 
-def measure_ceilings(task: Mapping[str, Any]) -> Report:
-    """See `ceilings.ceilings`."""
-    from .ceilings import ceilings
+def measure_peak_flops(task: Mapping[str, Any]) -> Report:
+    """See `peak_flops.peak_flops`."""
+    from .peak_flops import peak_flops
 
-    return {"gmacs": ceilings(**task)}
+    return {"gmacs": peak_flops(**task)}
 
 
 def measure_macs(task: Mapping[str, Any]) -> Report:
@@ -201,24 +199,9 @@ def measure_macs(task: Mapping[str, Any]) -> Report:
 TASKS: dict[str, Callable[[Mapping[str, Any]], Report]] = {
     "warm": warm,
     "cold": cold,
-    "ceilings": measure_ceilings,
+    "peak_flops": measure_peak_flops,
     "macs": measure_macs,
 }
-
-
-def peak_bytes() -> int | None:
-    """Most memory that this process had resident so far; None where the system does not tell."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage counts what the parent had when it forked, too
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    with contextlib.suppress(ImportError):
-        import resource
-
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most if sys.platform == "darwin" else most * 1024
-    return None
 
 
 def main(name: str) -> None:
@@ -233,8 +216,10 @@ def main(name: str) -> None:
         if not isinstance(error, LsastError):
             raise
         report = {"error": str(error)}
+    from lsast_engines.environment import peak_memory
+
     times = os.times()
-    report |= {"cpu_s": times.user + times.system, "peak_bytes": peak_bytes()}
+    report |= {"cpu_s": times.user + times.system, "peak_bytes": peak_memory()}
     sys.stdout.write(json.dumps(report) + "\n")
 
 

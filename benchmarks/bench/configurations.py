@@ -1,4 +1,4 @@
-"""What `lsast-bench` measures: configurations, and the statistics of their repeats."""
+"""What the bench measures: configurations, and the statistics of their repeats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of `lsast-bench` as Markdown, and as a bar chart."""
+"""The report of the bench as Markdown, and bar charts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lsast_engines.errors import MissingExtraError
 from lsast_engines.files import replace_file
 
 Row = dict[str, Any]
@@ -23,14 +22,12 @@ def markdown(report: Row) -> str:
     """All tables of a report."""
     parts = [_machine(report)]
     rows = [row for row in report["rows"] if row["warm"]]
-    if report["ceilings"]:
-        parts.append(_ceilings(report["ceilings"]))
+    if report["peak_flops"]:
+        parts.append(_peak_flops(report["peak_flops"]))
     if rows:
         parts += [_pictures(rows), _graphs(rows)]
     if any(row["cold"] for row in rows):
         parts.append(_cold([row for row in rows if row["cold"]]))
-    if any(row["size"] != rows[0]["size"] or row["batch"] != rows[0]["batch"] for row in rows):
-        parts.append(_growth(rows))
     failed = [f"- {row['name']}: {row['error']}" for row in report["rows"] if row["error"]]
     if failed:
         parts.append("Not measured:\n\n" + "\n".join(failed))
@@ -58,7 +55,7 @@ def _machine(report: Row) -> str:
     )
 
 
-def _ceilings(rates: dict[str, dict[str, float]]) -> str:
+def _peak_flops(rates: dict[str, dict[str, float]]) -> str:
     rows = [
         (arithmetic, f"{max(by.values()):.0f}", ", ".join(f"{name} {rate:.0f}" for name, rate in by.items()))
         for arithmetic, by in rates.items()
@@ -118,27 +115,6 @@ def _cold(rows: Sequence[Row]) -> str:
     return "A new process, from its start to its end, with one picture saved:\n\n" + table(heads, lines)
 
 
-def _growth(rows: Sequence[Row]) -> str:
-    """Time and memory against size and batch, each beside the row of its kind that came first."""
-    lines = []
-    first: dict[str, Row] = {}
-    for row in rows:
-        key = f"{row['backend']} {row['arithmetic']} {row['preset']} {row['options']}"
-        base = first.setdefault(key, row)
-        ratio = row["warm"]["picture"]["median"] / base["warm"]["picture"]["median"]
-        pixels = _area(row) / _area(base)
-        height, width = row["warm"]["painted"]
-        extent = (f"{width}x{height}", str(row["batch"]), _seconds(row["warm"]["picture"]))
-        lines.append((row["name"], *extent, f"{ratio:.2f}", f"{pixels:.2f}", _number(row["warm"]["peak_mb"], 0)))
-    heads = ("", "painted", "batch", "s a picture", "times the first's", "pixels, times", "peak MB")
-    return "Growth:\n\n" + table(heads, lines)
-
-
-def _area(row: Row) -> int:
-    height, width = row["warm"]["painted"]
-    return int(height * width)
-
-
 def _seconds(summary: dict[str, float] | None) -> str:
     return "-" if summary is None else f"{summary['median']:.3g} ({summary['spread']:.2g})"
 
@@ -149,18 +125,6 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
-
-
-def require_matplotlib() -> None:
-    """Find out before anything is measured whether a chart can be drawn.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "bench") from error
 
 
 def draw_bars(
@@ -178,11 +142,7 @@ def draw_bars(
         bars: label, length, and what is written at the end of each, from top to bottom.
         unit: of the lengths.
         colours: of each bar; `PLAIN` if None.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
     """
-    require_matplotlib()
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -206,16 +166,3 @@ def draw_bars(
         canvas.draw()
         # A palette takes a quarter of the space.
         Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(48).save(handle, "PNG", optimize=True)
-
-
-def chart(report: Row, path: Path) -> None:
-    """Draw the seconds of a picture of every row that was measured; see `draw_bars`."""
-    bars = []
-    for row in report["rows"]:
-        if row["warm"]:
-            seconds = row["warm"]["picture"]["median"]
-            fraction = row["warm"].get("fraction")
-            note = f"{seconds:.3g} s" + ("" if fraction is None else f", {fraction:.0%} of the limit")
-            bars.append((row["name"], seconds, note))
-    machine = report["machine"]
-    draw_bars(path, f"{machine['cpu']}, {machine['cores']} cores; median of {report['repeats']}", bars)

@@ -1,4 +1,4 @@
-"""`lsast-bench`: what a picture costs on this machine, as seconds, as memory, and as a fraction of what is possible.
+"""``python -m benchmarks.bench``: seconds and memory of a picture here, and the fraction of what is possible.
 
 Tables go to stdout, or with ``--json -`` one JSON object; what is being measured goes to stderr. Exit status: 0 done, 1
 a configuration could not be measured, 2 wrong usage.
@@ -13,13 +13,10 @@ from typing import Any
 
 import click
 
-from .. import __version__
-from ..command import Command
+from lsast.command import Command
 
 
-@click.command(
-    "lsast-bench", cls=Command, context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]}
-)
+@click.command("bench", cls=Command, context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]})
 @click.option("--bundle", metavar="PATH", help="Folder or name of a bundle. [default: $LSAST_BUNDLE, else mini]")
 @click.option("--picture", type=click.Path(exists=True, dir_okay=False), help="What to paint. [default: a pattern]")
 @click.option(
@@ -38,11 +35,9 @@ from ..command import Command
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Of every measurement.")
 @click.option("--threads", type=click.IntRange(1), help="Threads to compute with. [default: the backend's choice]")
 @click.option("--cold", is_flag=True, help="Measure new processes, too, and where their time goes.")
-@click.option("--ceilings/--no-ceilings", default=True, help="Measure how fast this machine multiplies. [default: yes]")
+@click.option("--limits/--no-limits", default=True, help="Measure how fast this machine multiplies. [default: yes]")
 @click.option("--json", "json_path", metavar="FILE", type=click.Path(), help="Write all figures; - instead of tables.")
-@click.option("--chart", metavar="PNG", type=click.Path(path_type=Path), help="Draw the seconds as bars.")
 @click.option("--debug", is_flag=True, help="Show a traceback on errors.")
-@click.version_option(__version__, "-V", "--version", message="lsast %(version)s")
 def main(
     bundle: str | None,
     picture: str | None,
@@ -54,9 +49,8 @@ def main(
     repeats: int,
     threads: int | None,
     cold: bool,
-    ceilings: bool,
+    limits: bool,
     json_path: str | None,
-    chart: Path | None,
     debug: bool,  # read by Command from the context
 ) -> None:
     """Measure painting: every backend with every preset and every value of the options.
@@ -64,14 +58,12 @@ def main(
     The first size and the first batch are what the other sizes and batches are measured besides. Every measurement is
     a process of its own, so that its memory is its own. Run nothing else meanwhile.
     """
-    from ..presets import preset_options
-    from ..sheet import parse_axes
-    from .plan import parse_counts, plan
-    from .report import chart as draw
-    from .report import markdown, require_matplotlib
+    from lsast.presets import preset_options
+    from lsast.sheet import parse_axes
 
-    if chart:
-        require_matplotlib()
+    from .configurations import parse_counts, plan
+    from .report import markdown
+
     for preset in presets:
         preset_options(preset)
     configurations = plan(
@@ -81,15 +73,13 @@ def main(
         parse_counts(sizes, "sizes"),
         parse_counts(batches, "batches"),
     )
-    report = _measured(configurations, bundle, picture, repeats, threads, cold=cold, ceilings=ceilings)
+    report = _measured(configurations, bundle, picture, repeats, threads, cold=cold, limits=limits)
     text = json.dumps(report, indent=1, ensure_ascii=False)
     if json_path and json_path != "-":
         from lsast_engines.files import replace_file
 
         with replace_file(Path(json_path)) as handle:
             handle.write(text.encode())
-    if chart:
-        draw(report, chart)
     click.echo(text if json_path == "-" else markdown(report))
     if any(row["error"] for row in report["rows"]):
         raise click.exceptions.Exit(1)
@@ -118,14 +108,14 @@ def _measured(
     threads: int | None,
     *,
     cold: bool,
-    ceilings: bool,
+    limits: bool,
 ) -> dict[str, Any]:
     """Everything that is measured, ready for JSON."""
     from lsast_engines.bundle import find_bundle
     from lsast_engines.errors import BackendError
 
     from .machine import describe, load
-    from .measure import add_macs, child, measure, write_test_picture
+    from .measure import add_macs, measure, run_worker, write_test_picture
 
     def progress(line: str) -> None:
         click.echo(line, err=True)
@@ -135,12 +125,13 @@ def _measured(
         "bundle": str(find_bundle(bundle)),
         "threads": threads,
         "repeats": repeats,
-        "ceilings": {},
+        "peak_flops": {},
     }
     rows, notes = [], []
-    if ceilings:
+    if limits:
         progress("products of matrices")
-        report["ceilings"] = child("ceilings", {"backends": _installed(), "threads": threads}, threads)["gmacs"]
+        rates = run_worker("peak_flops", {"backends": _installed(), "threads": threads}, threads)
+        report["peak_flops"] = rates["gmacs"]
     with tempfile.TemporaryDirectory(prefix="lsast-bench-") as folder:
         for configuration in configurations:
             source = picture or str(Path(folder) / f"{configuration.size}.png")
@@ -148,9 +139,9 @@ def _measured(
                 write_test_picture(Path(source), configuration.size)
             task = {"bundle": bundle, "picture": source, "threads": threads, "repeats": repeats}
             rows.append(measure(configuration, task, cold=cold, progress=progress))
-    if ceilings and any(row["warm"] for row in rows):
+    if limits and any(row["warm"] for row in rows):
         try:
-            add_macs(rows, report["ceilings"], threads)
+            add_macs(rows, report["peak_flops"], threads)
         except BackendError as error:
             notes.append(f"no fractions of the limit: {error}")
     return {**report, "rows": rows, "notes": notes, "load_at_end": load()}

@@ -1,4 +1,4 @@
-"""Measurements of `lsast-bench`: starts the processes of `child` and makes rows of what they tell."""
+"""Starts the processes of `worker` and makes rows of what they report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from lsast_engines.errors import BackendError
 
-from .plan import Configuration, Summary
+from .configurations import Configuration, Summary
 
 Row = dict[str, Any]
 Progress = Callable[[str], None]
@@ -22,16 +22,17 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
 """What NumPy's BLAS reads when it is loaded."""
 
 
-def child(name: str, task: Mapping[str, Any], threads: int | None = None) -> Row:
-    """Do a task of `child` in a process of its own; stderr goes through.
+def run_worker(name: str, task: Mapping[str, Any], threads: int | None = None) -> Row:
+    """Do a task of `worker` in a process of its own; stderr goes through.
 
     Raises:
         BackendError: the process ended without a report, or with an error; the message says which.
     """
-    environment = dict(os.environ)
+    folders = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
     if threads is not None:
         environment |= dict.fromkeys(THREAD_VARIABLES, str(threads))
-    command = [sys.executable, "-m", "lsast.bench.child", name]
+    command = [sys.executable, "-m", "bench.worker", name]
     done = subprocess.run(command, input=json.dumps(task), stdout=subprocess.PIPE, env=environment, text=True)
     if done.returncode:
         raise BackendError(f"the process that measures {name} ended with status {done.returncode}; see above")
@@ -59,13 +60,13 @@ def measure(
     task = {**vars(configuration), **task}
     try:
         progress(f"{configuration.name}: warm")
-        row["warm"] = warm_figures(child("warm", task, task["threads"]), configuration.batch)
+        row["warm"] = warm_figures(run_worker("warm", task, task["threads"]), configuration.batch)
         if cold and configuration.batch == 1:
             reports = []
             for repeat in range(task["repeats"]):
                 progress(f"{configuration.name}: cold, {repeat + 1} of {task['repeats']}")
                 spawned = time.time()
-                report = child("cold", {**task, "spawned": spawned}, task["threads"])
+                report = run_worker("cold", {**task, "spawned": spawned}, task["threads"])
                 reports.append({**report, "spawned": spawned, "ended": time.time()})
             row["cold"] = cold_figures(reports)
     except BackendError as error:
@@ -161,8 +162,8 @@ def add_macs(rows: Iterable[Row], rates: Mapping[str, Mapping[str, float]], thre
 
     Args:
         rows: of `measure`.
-        rates: of `ceilings.ceilings`.
-        threads: see `child`.
+        rates: of `peak_flops.peak_flops`.
+        threads: see `run_worker`.
 
     Raises:
         BackendError: graphs cannot be counted, for want of OpenVINO; the message says how to mend.
@@ -173,11 +174,11 @@ def add_macs(rows: Iterable[Row], rates: Mapping[str, Mapping[str, float]], thre
         for graph in row["warm"]["graphs"].values():
             known = wanted.setdefault(graph["path"], [])
             known += [group["shapes"] for group in graph["shapes"] if group["shapes"] not in known]
-    counted = child("macs", {"graphs": wanted}, threads)["macs"]
+    counted = run_worker("macs", {"graphs": wanted}, threads)["macs"]
     for row in rows:
         # What a bundle with activations in 8 bits multiplies is in 8 bits, whatever the rest is computed in.
         kind = "int8" if row["warm"]["precision"] == "int8" else row["arithmetic"]
-        best = ceiling(rates, kind)
+        best = best_rate(rates, kind)
         row["warm"]["limit"] = kind
         picture = 0.0
         for graph in row["warm"]["graphs"].values():
@@ -193,7 +194,7 @@ def add_macs(rows: Iterable[Row], rates: Mapping[str, Mapping[str, float]], thre
         row["warm"]["fraction"] = None if best is None else picture / row["warm"]["picture"]["median"] / best
 
 
-def ceiling(rates: Mapping[str, Mapping[str, float]], arithmetic: str) -> float | None:
+def best_rate(rates: Mapping[str, Mapping[str, float]], arithmetic: str) -> float | None:
     """The best of `rates` in an arithmetic, in 10⁹ multiply-accumulates a second; None if nothing computes in it."""
     return max(rates.get(arithmetic, {}).values(), default=None)
 

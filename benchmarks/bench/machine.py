@@ -1,14 +1,13 @@
-"""What a figure was measured on."""
+"""What a figure was measured on: stands beside every figure of a benchmark."""
 
 from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
+from lsast_engines.environment import installed_versions
 
 PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "openvino")
 """What computes, if it is installed."""
@@ -21,22 +20,16 @@ FLAGS = (
 
 
 def describe(packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:
-    """Processor, flags, cores, system, load, and versions of what is installed of `packages`."""
+    """Processor, flags, cores, system, load, and versions of lsast and of what is installed of `packages`."""
     facts = _cpuinfo()
     there = facts.get("flags", facts.get("Features", "")).split()
-    versions = {"python": platform.python_version(), "lsast": __version__}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return {
         "cpu": facts.get("model name") or platform.processor() or platform.machine(),
         "flags": [flag for flag in FLAGS if flag in there],
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "load": load(),
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **installed_versions("lsast", *packages)},
     }
 
 

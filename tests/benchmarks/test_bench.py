@@ -1,8 +1,7 @@
-"""`lsast-bench`: its statistics and sums against hand-made reports, and the whole of it on a tiny bundle."""
+"""`benchmarks/bench`: its statistics and sums against hand-made reports, and the whole of it on the embedded bundle."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -11,24 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from PIL import Image
 
-from lsast.bench import measure as bench_measure
-from lsast.bench.ceilings import ceilings, matmul_graph, quantised_matmul_graph, spec
-from lsast.bench.cli import main
-from lsast.bench.measure import add_macs, cold_figures, covered, warm_figures
-from lsast.bench.plan import Configuration, Summary, parse_counts, plan
-from lsast.bench.report import markdown
+from bench import measure as bench_measure
+from bench.__main__ import main
+from bench.configurations import Configuration, Summary, parse_counts, plan
+from bench.measure import add_macs, cold_figures, covered, warm_figures
+from bench.peak_flops import matmul_graph, peak_flops, quantised_matmul_graph, spec
+from bench.report import markdown
+from compare import whole
 from lsast_engines.engine import open_engine
 from lsast_engines.errors import UsageError
 
 
 @pytest.fixture
-def folder(tmp_path: Path, bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder, with the tiny bundle as the default."""
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder, with the embedded bundle as the default."""
     rooms = [str(Path(module.__file__).parents[1]) for module in (sys.modules["lsast"], sys.modules["lsast_engines"])]
     monkeypatch.setenv("PYTHONPATH", ":".join(rooms))
-    monkeypatch.setenv("LSAST_BUNDLE", str(bundle_path))
+    monkeypatch.delenv("LSAST_BUNDLE", raising=False)
     monkeypatch.setenv("LSAST_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -37,26 +36,26 @@ def folder(tmp_path: Path, bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture
 def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of matrices so small that they take no time; what they tell of the machine is not tested."""
-    real = bench_measure.child
+    real = bench_measure.run_worker
 
-    def child(name: str, task: dict[str, Any], threads: int | None = None) -> Any:
-        return real(name, {**task, "side": 32, "repeats": 1} if name == "ceilings" else task, threads)
+    def run_worker(name: str, task: dict[str, Any], threads: int | None = None) -> Any:
+        return real(name, {**task, "side": 32, "repeats": 1} if name == "peak_flops" else task, threads)
 
-    monkeypatch.setattr(bench_measure, "child", child)
+    monkeypatch.setattr(bench_measure, "run_worker", run_worker)
 
 
 def _run(*arguments: str) -> Result:
     return CliRunner().invoke(main, arguments)
 
 
-def test_a_summary_is_median_and_spread() -> None:
+def test_summary_is_median_and_spread() -> None:
     odd, even = Summary.of([0.4, 0.1, 0.2]), Summary.of([4.0, 1.0, 2.0, 8.0])
     assert (odd.n, odd.median, odd.least, odd.most) == (3, 0.2, 0.1, 0.4)
     assert odd.spread == pytest.approx(0.3)
     assert even.as_json() == {"n": 4, "median": 3.0, "min": 1.0, "max": 8.0, "spread": 7.0}
 
 
-def test_a_plan_grows_along_each_axis_and_does_not_multiply_them() -> None:
+def test_plan_varies_one_extent_at_a_time() -> None:
     found = plan(["onnxruntime", "openvino:bf16"], ["released"], {"guidance": [1, 7]}, [512, 256], [1, 4])
     assert [(c.backend, c.arithmetic, c.options["guidance"], c.size, c.batch) for c in found] == [
         (backend, arithmetic, guidance, size, batch)
@@ -70,12 +69,12 @@ def test_a_plan_grows_along_each_axis_and_does_not_multiply_them() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "64,", "0", "-1", "a", "64,64", "1.5"])
-def test_sizes_that_cannot_be_meant(text: str) -> None:
+def test_parse_counts_invalid_text_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="found sizes"):
         parse_counts(text, "sizes")
 
 
-def test_what_is_covered_counts_once() -> None:
+def test_covered_overlap_counts_once() -> None:
     assert covered([]) == 0
     assert covered([(2.0, 5.0), (1.0, 3.0), (2.5, 2.75), (7.0, 8.0)]) == 5.0
 
@@ -109,7 +108,7 @@ WARM = {
 """A batch of two pictures, painted three times: two steps at one shape and one at another."""
 
 
-def test_figures_of_a_batch_are_those_of_a_picture() -> None:
+def test_warm_figures_batch_are_per_picture() -> None:
     figures = warm_figures(WARM, batch=2)
     assert figures["picture"] == Summary.of([4.0, 2.0, 3.0]).as_json()
     assert figures["phases"]["denoise"] == Summary.of([2.0, 1.0, 1.5]).as_json()
@@ -123,7 +122,7 @@ def test_figures_of_a_batch_are_those_of_a_picture() -> None:
     assert single["step"] == {"n": 2, "median": 2.0, "min": 1.0, "max": 3.0, "spread": 2.0}
 
 
-def test_fractions_are_of_the_best_that_the_machine_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_add_macs_fraction_is_of_the_best_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"arithmetic": "bf16", "batch": 2, "warm": warm_figures(WARM, batch=2)}
     asked: dict[str, Any] = {}
 
@@ -132,7 +131,7 @@ def test_fractions_are_of_the_best_that_the_machine_does(monkeypatch: pytest.Mon
         # 10⁹ for each cell of the latent
         return {"macs": {path: [s["latent"][-1] * 10**9 for s in shapes] for path, shapes in asked.items()}}
 
-    monkeypatch.setattr(bench_measure, "child", count)
+    monkeypatch.setattr(bench_measure, "run_worker", count)
     add_macs([row, {"warm": None}], {"fp32": {"numpy": 99.0}, "bf16": {"openvino": 4.0, "other": 8.0}})
     assert asked == {"d.onnx": [{"latent": [2, 4]}, {"latent": [2, 8]}], "p.onnx": [{"latent": [1, 4]}]}
     denoiser, decoder = row["warm"]["graphs"]["denoiser"], row["warm"]["graphs"]["decoder"]  # type: ignore[index]
@@ -180,7 +179,7 @@ def test_a_cold_start_is_taken_apart() -> None:
     assert figures["peak_mb"] == 5.0
 
 
-def test_products_are_those_that_they_claim_to_be(tmp_path: Path) -> None:
+def test_matmul_graphs_compute_the_product(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     rng = np.random.default_rng(0)
     left, right = (rng.standard_normal((48, 48), dtype=np.float32) for _ in range(2))
@@ -204,16 +203,16 @@ def test_products_are_those_that_they_claim_to_be(tmp_path: Path) -> None:
                 assert 0 < error.mean() < 1.5 * deviation
 
 
-def test_every_arithmetic_that_there_is_has_its_ceiling() -> None:
+def test_peak_flops_covers_every_arithmetic_of_the_backend() -> None:
     pytest.importorskip("onnxruntime")
-    found = ceilings(["onnxruntime"], threads=1, side=16, repeats=1)
+    found = peak_flops(["onnxruntime"], threads=1, side=16, repeats=1)
     assert set(found["fp32"]) == {"numpy", "onnxruntime"}
     assert set(found["int8"]) == {"onnxruntime"}
     assert set(found) == {"fp32", "int8"}  # ONNX Runtime has no other on the CPU
     assert all(rate > 0 for by in found.values() for rate in by.values())
 
 
-def test_a_report_tells_everything(folder: Path, small_products: None) -> None:
+def test_bench_report_holds_warm_cold_and_limits(folder: Path, small_products: None) -> None:
     pytest.importorskip("openvino")
     result = _run(
         *("--backend", "onnxruntime", "--option", "guidance=1,2", "--option", "steps=4", "--option", "strength=0.5"),
@@ -221,13 +220,13 @@ def test_a_report_tells_everything(folder: Path, small_products: None) -> None:
     )
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
-    assert report.keys() == {"machine", "bundle", "threads", "repeats", "ceilings", "rows", "notes", "load_at_end"}
+    assert report.keys() == {"machine", "bundle", "threads", "repeats", "peak_flops", "rows", "notes", "load_at_end"}
     assert {"cpu", "cores", "flags", "versions", "load"} <= report["machine"].keys()
     assert report["machine"]["versions"]["numpy"] == np.__version__
-    assert {"fp32", "int8"} <= set(report["ceilings"])
-    assert {"numpy", "onnxruntime", "openvino"} <= set(report["ceilings"]["fp32"])
+    assert {"fp32", "int8"} <= set(report["peak_flops"])
+    assert {"numpy", "onnxruntime", "openvino"} <= set(report["peak_flops"]["fp32"])
     assert (report["threads"], report["repeats"], report["notes"]) == (1, 2, [])
-    assert Path(report["bundle"]).name == "tiny"
+    assert Path(report["bundle"]).name == "mini"
     rows = report["rows"]
     assert [(row["options"]["guidance"], row["size"]) for row in rows] == [(1, 64), (1, 128), (2, 64), (2, 128)]
     for row in rows:
@@ -246,25 +245,20 @@ def test_a_report_tells_everything(folder: Path, small_products: None) -> None:
         assert sum(part["median"] for part in cold["parts"].values()) == pytest.approx(
             cold["total"]["median"], rel=1e-3
         )
-        # Products of the tiny graphs (tests/runtime/conftest.py): styles 24·4 a row of guidance, gate 16·4, time 4,
-        # edge convolution 5·4 a cell.
-        cells, halves = (row["size"] // 8) ** 2, row["options"]["guidance"]
-        denoiser = (halves * 24 * 4 + 16 * 4 + 4 + 20 * cells) / 1e9
-        assert warm["graphs"]["denoiser"]["gmac"] == pytest.approx(denoiser)
-        once = (2 * 12 + 15 + 12) * cells / 1e9  # encoder, hint, decoder
-        assert warm["gmac"] == pytest.approx(2 * denoiser + once)
+        once = sum(warm["graphs"][name]["gmac"] for name in ("encoder", "hint", "decoder"))
+        assert warm["gmac"] == pytest.approx(2 * warm["graphs"]["denoiser"]["gmac"] + once)
         assert warm["fraction"] == pytest.approx(
-            warm["gmac"] / warm["picture"]["median"] / max(report["ceilings"]["fp32"].values())
+            warm["gmac"] / warm["picture"]["median"] / max(report["peak_flops"]["fp32"].values())
         )
     tables = markdown(report)
-    assert all(title in tables for title in ("The limit", "Pictures", "Graphs and phases", "A new process", "Growth"))
+    assert all(title in tables for title in ("The limit", "Pictures", "Graphs and phases", "A new process"))
     assert f"n = 2; median (spread); load of the machine at the beginning {report['machine']['load']:.2f}" in tables
 
 
-def test_batches_go_through_the_denoiser_together(folder: Path) -> None:
+def test_bench_batch_shares_denoiser_runs(folder: Path) -> None:
     result = _run(
         *("--backend", "onnxruntime", "--preset", "released", "--option", "steps=4", "--sizes", "64"),
-        *("--batch", "3", "--repeats", "1", "--no-ceilings", "--json", "figures.json", "--chart", "bars.png"),
+        *("--batch", "3", "--repeats", "1", "--no-limits", "--json", "figures.json"),
     )
     assert result.exit_code == 0, result.stderr
     assert "onnxruntime fp32 released steps 4 64² batch 3" in result.stdout
@@ -276,14 +270,12 @@ def test_batches_go_through_the_denoiser_together(folder: Path) -> None:
     assert group["shapes"]["kv_unet"][:2] == [2, 3]
     assert row["warm"]["graphs"]["decoder"]["run"]["n"] == 3
     assert row["warm"]["step"] is None
-    with Image.open("bars.png") as image:
-        assert image.format == "PNG"
 
 
-def test_what_this_machine_cannot_do_is_told_and_the_rest_is_measured(folder: Path) -> None:
+def test_bench_impossible_configuration_is_reported_and_the_rest_measured(folder: Path) -> None:
     result = _run(
         *("--backend", "onnxruntime:bf16", "--backend", "onnxruntime", "--option", "steps=2", "--sizes", "64"),
-        *("--repeats", "1", "--no-ceilings", "--json", "figures.json"),
+        *("--repeats", "1", "--no-limits", "--json", "figures.json"),
     )
     assert result.exit_code == 1
     refused, measured = json.loads(Path("figures.json").read_text())["rows"]
@@ -305,37 +297,24 @@ def test_what_this_machine_cannot_do_is_told_and_the_rest_is_measured(folder: Pa
         (("--repeats", "0"), "--repeats"),
     ],
 )
-def test_usage_that_cannot_be_meant_is_refused_before_anything_is_measured(
+def test_bench_wrong_usage_is_refused_before_measuring(
     arguments: tuple[str, str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_measure, "child", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(bench_measure, "run_worker", lambda *_: pytest.fail("measured"))
     result = _run(*arguments)
     assert result.exit_code == 2
     assert message in result.stderr
 
 
-def test_a_chart_without_matplotlib_is_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(bench_measure, "child", lambda *_: pytest.fail("measured"))
-    result = _run("--chart", "bars.png", "--backend", "onnxruntime")
-    assert result.exit_code == 1
-    assert "pip install 'lsast[bench]'" in result.stderr
-
-
-def test_steps_that_were_not_measured_are_added_at_the_median() -> None:
-    spec = importlib.util.spec_from_file_location("compare", Path(__file__).parents[2] / "benchmarks" / "compare.py")
-    assert spec is not None
-    assert spec.loader is not None
-    compare = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(compare)
-    pictures, steps = compare.whole([10.0, 12.0], [[1.0, 2.0], [3.0, 2.0]], measured=3, total=35)
+def test_whole_extrapolates_unmeasured_steps_at_the_median() -> None:
+    pictures, steps = whole([10.0, 12.0], [[1.0, 2.0], [3.0, 2.0]], measured=3, total=35)
     assert (steps.n, steps.median) == (4, 2.0)
     assert (pictures.least, pictures.most) == (10 + 32 * 2.0, 12 + 32 * 2.0)
-    pictures, _ = compare.whole([10.0], [[1.0, 2.0]], measured=35, total=35)
+    pictures, _ = whole([10.0], [[1.0, 2.0]], measured=35, total=35)
     assert pictures.median == 10.0
 
 
-def test_a_process_that_dies_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measure_dead_worker_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configuration = Configuration(backend="onnxruntime", size=64)
     task = {"bundle": None, "picture": "nowhere.png", "threads": 1, "repeats": 1}
     row = bench_measure.measure(configuration, task, cold=False)

@@ -1,0 +1,37 @@
+"""What this process runs on and takes: versions of packages, peak memory."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+def installed_versions(*packages: str) -> dict[str, str]:
+    """Versions of those of `packages` that are installed, by name."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def package_version(package: str) -> str:
+    """The version of an installed package; ``unknown`` for one that was not installed, such as a bare checkout."""
+    return installed_versions(package).get(package, "unknown")
+
+
+def peak_memory() -> int | None:
+    """Largest resident memory of this process so far, in bytes; None where the system does not tell."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would count what the parent had when it forked, too
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    with contextlib.suppress(ImportError):
+        import resource
+
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024
+    return None
