@@ -15,10 +15,10 @@ from .spec import Geometry, GraphSpec, TensorSpec
 FORMAT = 1
 """Format number of manifests that this version writes and reads; raised when an older reader would go wrong."""
 
-Precision = Literal["fp32", "fp16", "bf16", "int8", "int8-weights"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
 """Precision of the stored weights, with ``int8`` of activations too; inputs and outputs are float32 in any case."""
 
-QUANTISED: tuple[Precision, ...] = ("int8", "int8-weights")
+QUANTISED: tuple[Precision, ...] = ("int8",)
 """Precisions of bundles that were made from another one, for processors, and that are no base to train or bake on."""
 
 Network = Literal["unet", "control"]

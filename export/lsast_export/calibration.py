@@ -64,12 +64,6 @@ class Calibration:
         return layers_of(self._model)
 
     @property
-    def weights(self) -> dict[str, str]:
-        """Name of each layer's weights: the same layer has other names in other graphs."""
-        inputs = {node.name: node.input[1] for node in self._model.graph.node if len(node.input) > 1}
-        return {layer: inputs[layer] for layer in self.layers}
-
-    @property
     def folder(self) -> Path:
         """Where the weights of the graphs lie that this makes."""
         return self._folder

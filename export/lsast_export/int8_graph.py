@@ -32,7 +32,6 @@ from onnx import numpy_helper
 from lsast_engines.errors import ExportError
 
 from .plain_graph import Model, Node, Weights, replace_contents
-from .weight_only import to_int8
 
 OPERATORS = ("Conv", "MatMul")
 """What is quantised; `Gemm` is the path of the timestep, whose 10^-3 of the arithmetic gains nothing."""
@@ -163,6 +162,20 @@ class _Pairs:
         node.input[place] = own
         ends = [f"{own}/{part}" for part in ("int8", "scale", "zero")]
         return onnx.helper.make_node("DequantizeLinear", ends, [own], f"{own}/dequantise", axis=axis)
+
+
+def to_int8(
+    array: npt.NDArray[Any], axis: int, least: npt.NDArray[np.float32] | None = None
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """`array` in int8, and the scale of each index along `axis`: max |array| / 127, at least `least`; no zero point."""
+    others = tuple(index for index in range(array.ndim) if index != axis)
+    scales = np.abs(array).max(axis=others) / 127
+    if least is not None:
+        scales = np.maximum(scales, least)
+    scales = np.where(scales > 0, scales, 1).astype(np.float32)
+    numbers = array / scales.reshape([-1 if index == axis else 1 for index in range(array.ndim)])
+    np.clip(np.round(numbers, out=numbers), -127, 127, out=numbers)
+    return np.ascontiguousarray(numbers, np.int8), scales
 
 
 def _unsigned(span: Span) -> tuple[np.float32, np.uint8]:

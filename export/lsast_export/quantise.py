@@ -12,41 +12,36 @@ import functools
 import importlib.metadata
 import logging
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx
 
 from lsast_engines.bundle import NULL_STYLE, STYLES, Bundle
-from lsast_engines.engine import Engine, open_engine
+from lsast_engines.engine import open_engine
 from lsast_engines.errors import ParityError, UsageError, fault_list
 from lsast_engines.manifest import QUANTISED
-from lsast_engines.spec import DECODER, DECODER_SMALL, DENOISER, ENCODER, PARTS
+from lsast_engines.spec import DECODER, DENOISER, ENCODER, PARTS
 
 from .calibration import Calibration, ends
-from .layer_choice import choose_layers
-from .plain_graph import Model
 from .progress import Progress, silent
 from .smoothing import ALPHA
 from .trial import (
     Feeds,
     Floats,
     Pixels,
-    Trial,
     decode_all,
     decoder_feeds,
     encoder_feeds,
     find_contents,
     make_trials,
     psnr,
-    relative_error,
     run_trial,
 )
 from .weight_file import WeightFile
-from .weight_only import quantise_weights
 
 PICTURE_PSNR = "picture_psnr_db"
 """Key of the mean PSNR of held-out paintings in the manifest's `parity`."""
@@ -54,10 +49,7 @@ PICTURE_PSNR_LEAST = "picture_psnr_least_db"
 """Key of the least of them."""
 
 ALSO = (ENCODER, DECODER)
-"""Graphs that ``int8`` leaves in float unless it is told."""
-
-_PROBES = 8
-"""Steps at which a denoiser's output is compared while layers are chosen."""
+"""Graphs that stay in float unless it is told."""
 
 _log = logging.getLogger("lsast.export")
 
@@ -66,8 +58,6 @@ _log = logging.getLogger("lsast.export")
 class QuantiseOptions:
     """How a bundle is quantised."""
 
-    precision: Literal["int8", "int8-weights"] = "int8"
-    """``int8``: weights and activations, for speed; ``int8-weights``: weights alone, for memory."""
     images: Path | None = None
     """Folder of pictures to calibrate on and to judge by; None draws some."""
     pictures: int = 4
@@ -75,16 +65,14 @@ class QuantiseOptions:
     size: int = 256
     """Their side in pixels, a multiple of the bundle's."""
     target: float = 30.0
-    """Least mean PSNR in dB between held-out paintings by the quantised graphs and by the float ones. With ``int8``
-    layers stay in float until it is reached (`layer_choice`)."""
+    """Least mean PSNR in dB between held-out paintings by the quantised graphs and by the float ones."""
     backend: str = "onnxruntime"
     """Backend to judge on."""
     smooth: float | None = ALPHA
-    """With ``int8``: how much of what is hard to round moves from activations into weights, 0 to 1 (`smoothing`); None
+    """How much of what is hard to round moves from activations into weights, 0 to 1 (`smoothing`); None
     leaves the graph as it is."""
     also: frozenset[str] = frozenset()
-    """With ``int8``: what else is quantised, of `ALSO`. They run once a picture: the fewer the steps, the more they
-    weigh."""
+    """What else is quantised, of `ALSO`. They run once a picture: the fewer the steps, the more they weigh."""
 
 
 def quantise_bundle(
@@ -111,20 +99,20 @@ def quantise_bundle(
         folder.mkdir()
         with WeightFile(folder) as weights:
             writer = _Writer(source, weights, options, Path(scratch), progress)
-            facts = writer.int8(contents[::2], styles, judges) if options.precision == "int8" else writer.weights_only()
+            facts = writer.write(contents[::2], styles)
         progress("judging by paintings")
         figures = judges.figures(folder)
         _log.info("paintings: %s", figures)
         if figures[PICTURE_PSNR] < options.target:
             raise ParityError(
-                f"found {figures[PICTURE_PSNR]:.1f} dB between paintings in {options.precision} and in float; expected "
+                f"found {figures[PICTURE_PSNR]:.1f} dB between paintings in int8 and in float; expected "
                 f"{options.target:g}: lower --target, or give --images like those to be painted"
             )
         progress("writing the bundle")
-        latents = facts.pop("latents", 0)
+        latents = facts.pop("latents")
         written = dataclasses.replace(
             manifest,
-            precision=options.precision,
+            precision="int8",
             parity=figures,
             source={
                 **manifest.source,
@@ -157,8 +145,6 @@ def _require(source: Bundle, options: QuantiseOptions) -> None:
         faults.append(f"found a smooth of {options.smooth:g}; expected 0 to 1, or none")
     if unknown := sorted(options.also - set(ALSO)):
         faults.append(f"found also {', '.join(unknown)}; expected of {', '.join(ALSO)}")
-    if options.also and options.precision != "int8":
-        faults.append(f"found also {', '.join(sorted(options.also))}; {options.precision} is of all graphs anyway")
     if faults:
         raise UsageError(fault_list(f"{source.path} cannot be quantised so:", faults))
 
@@ -172,34 +158,17 @@ class _Writer:
         self._source, self._weights, self._options = source, weights, options
         self._scratch, self._progress = scratch, progress
 
-    def weights_only(self) -> dict[str, Any]:
-        """All graphs with weights in 8 bits, but for what no painting judges."""
-        self._progress("quantising")
-        for name in self._source.manifest.graphs:
-            path = self._source.graph_path(name)
-            if name == DECODER_SMALL:
-                self._as_it_is(name)
-            else:
-                self._weights.save(quantise_weights(path, ends(path)), self._source.path, f"{name}.onnx")
-        return {}
-
-    def int8(self, contents: Sequence[Pixels], styles: Sequence[str], judges: _Judges) -> dict[str, Any]:
-        """The denoiser and its parts in 8 bits, calibrated on paintings of `contents`."""
-        options, graphs = self._options, self._source.manifest.graphs
-        kept = ends(self._source.graph_path(DENOISER))
+    def write(self, contents: Sequence[Pixels], styles: Sequence[str]) -> dict[str, Any]:
+        """The denoiser and its parts in 8 bits, calibrated on paintings of `contents`, and what `also` names."""
+        options = self._options
         with self._calibration(DENOISER) as calibration:
-            feeds, count, latents = self._observed(calibration, contents, styles)
+            count, latents = self._observed(calibration, contents, styles)
             factors = calibration.smooth(options.smooth) if options.smooth is not None else {}
             self._progress("quantising")
-            choice = choose_layers(
-                calibration, kept, judges.psnr_of(calibration), judges.error_of(calibration, feeds), options.target,
-                self._progress,
-            )  # fmt: skip
-            ranges, names = calibration.ranges, calibration.weights
-            facts: dict[str, Any] = {"latents": count, **self._save(DENOISER, calibration, choice.kept)}
+            ranges = calibration.ranges
+            facts: dict[str, Any] = {"latents": count, **self._save(DENOISER, calibration)}
         facts["smoothed"] = "no" if options.smooth is None else f"alpha {options.smooth:g}"
-        float_weights = {names[layer] for layer in choice.kept & names.keys()}
-        for name in sorted(graphs.keys() - {DENOISER}):
+        for name in sorted(self._source.manifest.graphs.keys() - {DENOISER}):
             if name in options.also:
                 facts |= self._alone(name, contents, latents)
                 continue
@@ -210,33 +179,25 @@ class _Writer:
             with self._calibration(name) as calibration:
                 calibration.smooth_by(factors)
                 calibration.ranges = ranges
-                own = {layer for layer, weight in calibration.weights.items() if weight in float_weights}
-                facts |= self._save(name, calibration, ends(self._source.graph_path(name)) | own)
+                facts |= self._save(name, calibration)
         return facts
 
     def _observed(
         self, calibration: Calibration, contents: Sequence[Pixels], styles: Sequence[str]
-    ) -> tuple[list[Feeds], int, list[Floats]]:
-        """Paint from pure noise, so that every stage is seen.
-
-        Returns:
-            Some of what the denoiser was fed, how often it was, and the latents [1, 4, h, w] that came of it.
-        """
+    ) -> tuple[int, list[Floats]]:
+        """Paint from pure noise, so that every stage is seen: → how often the denoiser ran, latents [1, 4, h, w]."""
         trials = make_trials(self._source, contents, styles, [1.0], self._options.backend)
         total = sum(len(trial.schedule.steps) for trial in trials)
         done = 0
-        feeds: list[Feeds] = []
 
         def record(given: Feeds) -> None:
             nonlocal done
-            if done % max(1, total // _PROBES) == 0:
-                feeds.append(given)
             done += 1
             self._progress("painting to calibrate", f"step {done} of {total}")
 
         latents = [run_trial(self._source, trial, calibration, record) for trial in trials]
         calibration.close()
-        return feeds, total, latents
+        return total, latents
 
     def _alone(self, name: str, contents: Sequence[Pixels], latents: Sequence[Floats]) -> dict[str, str]:
         """Quantise a graph of `ALSO`, calibrated on the pictures, or on the paintings of them."""
@@ -249,15 +210,15 @@ class _Writer:
             for given in seen:
                 calibration(given)
             calibration.close()
-            return self._save(name, calibration, ends(self._source.graph_path(name)))
+            return self._save(name, calibration)
 
     @contextlib.contextmanager
     def _calibration(self, name: str) -> Iterator[Calibration]:
         with tempfile.TemporaryDirectory(dir=self._scratch, prefix=f"{name}.") as folder:
             yield Calibration(self._source.graph_path(name), Path(folder))
 
-    def _save(self, name: str, calibration: Calibration, kept: Collection[str]) -> dict[str, str]:
-        layers = set(calibration.layers)
+    def _save(self, name: str, calibration: Calibration) -> dict[str, str]:
+        layers, kept = set(calibration.layers), ends(self._source.graph_path(name))
         self._weights.save(calibration.quantised(kept), calibration.folder, f"{name}.onnx")
         return {f"{name}_in_float": f"{len(layers.intersection(kept))} of {len(layers)} layers"}
 
@@ -274,58 +235,16 @@ class _Judges:
         # Other styles come to other pictures than in calibration where there are several.
         turned = [*styles[1:], *styles[:1]]
         self._laid = functools.partial(make_trials, source, contents, turned, [None], backend, seed=1000)
-        self._trials: list[Trial] = self._laid()
-        self._expected = self._paint(self._trials, source.path, source.path)
+        self._expected = self._paint(source.path)
 
     def figures(self, folder: Path) -> dict[str, float]:
         """How near the paintings by all graphs of `folder` come."""
-        painted = self._paint(self._laid(folder=folder), folder, folder)
-        found = [psnr(*pair) for pair in zip(painted, self._expected, strict=True)]
+        found = [psnr(*pair) for pair in zip(self._paint(folder), self._expected, strict=True)]
         return {PICTURE_PSNR: round(sum(found) / len(found), 2), PICTURE_PSNR_LEAST: round(min(found), 2)}
 
-    def psnr_of(self, calibration: Calibration) -> Callable[[Model], float]:
-        """What tells the mean PSNR in dB of paintings by a denoiser of `calibration` and the float decoder."""
-
-        def judge(denoiser: Model) -> float:
-            with _saved(denoiser, calibration.folder) as folder:
-                painted = self._paint(self._trials, folder, self._source.path)
-            return sum(psnr(*pair) for pair in zip(painted, self._expected, strict=True)) / len(painted)
-
-        return judge
-
-    def error_of(self, calibration: Calibration, feeds: Sequence[Feeds]) -> Callable[[Model], float]:
-        """What tells the relative error over `feeds` of what a denoiser of `calibration` gives."""
-
-        def outputs(folder: Path) -> Feeds:
-            with closing(_denoiser(self._source, folder, self._backend)) as engine:
-                return {str(place): engine(given)["eps"].copy() for place, given in enumerate(feeds)}
-
-        expected = functools.cache(lambda: outputs(self._source.path))
-
-        def error(denoiser: Model) -> float:
-            with _saved(denoiser, calibration.folder) as folder:
-                return relative_error(outputs(folder), expected())
-
-        return error
-
-    def _paint(self, trials: Sequence[Trial], denoiser_folder: Path, decoder_folder: Path) -> list[Pixels]:
-        with closing(_denoiser(self._source, denoiser_folder, self._backend)) as denoiser:
+    def _paint(self, folder: Path) -> list[Pixels]:
+        trials = self._laid(folder=folder)
+        spec = self._source.manifest.graphs[DENOISER]
+        with closing(open_engine(folder / f"{DENOISER}.onnx", spec, self._backend, "cpu")) as denoiser:
             latents: list[Floats] = [run_trial(self._source, trial, denoiser) for trial in trials]
-        return decode_all(self._source, decoder_folder, latents, self._backend)
-
-
-@contextlib.contextmanager
-def _saved(denoiser: Model, weights: Path) -> Iterator[Path]:
-    """A folder with `denoiser`, whose other weights lie in the folder `weights`, as long as the block runs.
-
-    The model is used up: its own weights go to a file there, instead of being in memory twice.
-    """
-    with tempfile.TemporaryDirectory(dir=weights, prefix="judged.") as scratch:
-        folder = Path(scratch)
-        with WeightFile(folder) as file:
-            file.save(denoiser, weights, f"{DENOISER}.onnx")
-        yield folder
-
-
-def _denoiser(source: Bundle, folder: Path, backend: str) -> Engine:
-    return open_engine(folder / f"{DENOISER}.onnx", source.manifest.graphs[DENOISER], backend, "cpu")
+        return decode_all(self._source, folder, latents, self._backend)

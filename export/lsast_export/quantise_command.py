@@ -15,16 +15,21 @@ from lsast_engines.errors import MissingExtraError
 from .console import Phases, common
 
 
+def _refuse(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    """Say what to do instead of a precision that was removed."""
+    if value not in (None, "int8"):
+        raise click.UsageError(
+            f"found --precision {value}; expected int8, the only one since int8-weights was removed: for less memory "
+            "export in fp16"
+        )
+
+
 @click.command("quantise")
 @click.argument("bundle", metavar="BUNDLE", required=False)
 @click.option(
     "--out", metavar="DIR", type=click.Path(path_type=Path), required=True, help="Folder of the bundle to write."
 )
-@click.option(
-    "--precision",
-    type=click.Choice(["int8", "int8-weights"]),
-    help="int8: weights and activations, for speed; int8-weights: weights alone, for memory. [default: int8]",
-)
+@click.option("--precision", hidden=True, expose_value=False, callback=_refuse)
 @click.option(
     "--images",
     metavar="DIR",
@@ -44,15 +49,15 @@ from .console import Phases, common
     "--smooth",
     type=float,
     metavar="ALPHA",
-    help="With int8: how much of what is hard to round moves into weights, 0 to 1 (SmoothQuant). [default: 0.7]",
+    help="How much of what is hard to round moves into weights, 0 to 1 (SmoothQuant). [default: 0.7]",
 )
 @click.option(
     "--also",
     multiple=True,
     type=click.Choice(["encoder", "decoder"]),
-    help="With int8: quantise this, too. It runs once a picture, and what it rounds shows at once.",
+    help="Quantise this, too. It runs once a picture, and what it rounds shows at once.",
 )
-@click.option("--no-smooth", is_flag=True, help="With int8: move nothing.")
+@click.option("--no-smooth", is_flag=True, help="Move nothing.")
 @common
 @click.pass_context
 def quantise_command(
@@ -69,10 +74,8 @@ def quantise_command(
 
     Paintings under its styles give the ranges that activations take; paintings of other pictures are the proof.
     """
-    if (smoothed := chosen["smooth"] is not None) and no_smooth:
+    if chosen["smooth"] is not None and no_smooth:
         raise click.UsageError("found --smooth and --no-smooth; expected one of them")
-    if (smoothed or no_smooth) and chosen["precision"] == "int8-weights":
-        raise click.UsageError("found --smooth or --no-smooth for int8-weights; expected it for int8 only")
     for library in ("onnx", "onnxruntime"):
         if importlib.util.find_spec(library) is None:
             raise MissingExtraError(library, {"onnx": "export", "onnxruntime": "cpu"}[library])

@@ -179,14 +179,6 @@ def psnr(found: npt.NDArray[Any], expected: npt.NDArray[Any], peak: float = 255)
     return math.inf if error == 0 else 10 * math.log10(peak**2 / error)
 
 
-def relative_error(found: Mapping[str, Any], expected: Mapping[str, Any]) -> float:
-    """Root of the mean square of the difference of all outputs, relative to that of `expected`."""
-    error = sum(float(np.sum((found[name] - expected[name]).astype(np.float64) ** 2)) for name in expected)
-    return math.sqrt(
-        error / max(sum(float(np.sum(value.astype(np.float64) ** 2)) for value in expected.values()), 1e-30)
-    )
-
-
 def _square(rgb: Pixels, side: int) -> Pixels:
     import cv2
 

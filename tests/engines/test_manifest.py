@@ -67,7 +67,7 @@ def test_all_faults_are_listed_at_once(manifest: Manifest) -> None:
             "height: found '256'; expected a whole number of at least 1",
             "width: found True; expected a whole number of at least 1",
             "latent_scale: found 0; expected a number above 0",
-            "precision: found 'int4'; expected one of fp32, fp16, bf16, int8, int8-weights",
+            "precision: found 'int4'; expected one of fp32, fp16, bf16, int8",
             f"stray: found an unknown field; expected only {', '.join(f.name for f in dataclasses.fields(Manifest))}",
             "noise.curve: found 'cosine'; expected one of scaled_linear, linear",
             "geometry: found [1]; expected an object with hint_channels, tokens, unet_width, control_width, "

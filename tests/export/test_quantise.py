@@ -3,7 +3,6 @@ from __future__ import annotations
 import collections
 import json
 from collections.abc import Callable, Iterable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +20,23 @@ from lsast_engines.bundle import Bundle
 from lsast_engines.engine import open_engine
 from lsast_engines.errors import ParityError, TrainingError, UsageError
 from lsast_engines.spec import GraphSpec, TensorSpec
-from lsast_export import layer_choice
 from lsast_export.__main__ import main
-from lsast_export.calibration import Calibration, ends
+from lsast_export.calibration import Calibration
 from lsast_export.check import check_bundle
-from lsast_export.plain_graph import Weights, plain_graph
+from lsast_export.int8_graph import to_int8
+from lsast_export.plain_graph import plain_graph
 from lsast_export.quantise import PICTURE_PSNR, QuantiseOptions, quantise_bundle
 from lsast_export.tensorrt import CompileOptions, compile_bundle
 from lsast_export.trial import find_contents, psnr
 from lsast_export.weight_file import WeightFile
-from lsast_export.weight_only import quantise_weights, to_int8
 from lsast_train.base import load_base
 
 SMALL = {"pictures": 1, "size": 64, "target": 5.0}
 
 
-@pytest.fixture(scope="module", params=["int8", "int8-weights"])
-def quantised(request: pytest.FixtureRequest, bundles: dict[str, Bundle], tmp_path_factory: Any) -> Bundle:
-    options = QuantiseOptions(request.param, **SMALL)
-    return quantise_bundle(bundles["fp16"], tmp_path_factory.mktemp("quantised") / request.param, options)
+@pytest.fixture(scope="module")
+def quantised(bundles: dict[str, Bundle], tmp_path_factory: Any) -> Bundle:
+    return quantise_bundle(bundles["fp16"], tmp_path_factory.mktemp("quantised") / "int8", QuantiseOptions(**SMALL))
 
 
 SPEC = GraphSpec(
@@ -260,37 +257,6 @@ def test_a_bias_that_outweighs_its_weights_is_kept(tmp_path: Path) -> None:
     np.testing.assert_allclose(kept[:8], tensors["second_bias"][:8], rtol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_weights_in_int8_compute_what_the_rounded_weights_compute(
-    precision: str, backend: str, bundles: dict[str, Bundle], tmp_path: Path, feeds: Callable[..., Any]
-) -> None:
-    bundle = bundles[precision]
-    path, spec = bundle.graph_path("denoiser"), bundle.manifest.graphs["denoiser"]
-    # The oracle: the plain graph in float with every matrix rounded to 8 bits.
-    oracle = plain_graph(path)
-    weights = Weights(oracle, tmp_path)
-    layers = [node for node in oracle.graph.node if node.op_type in ("Conv", "MatMul") and node.name not in ends(path)]
-    axes = {node.input[1]: int(node.op_type == "MatMul") for node in layers}
-    for tensor in oracle.graph.initializer:
-        array = weights[tensor.name]
-        if tensor.name in axes and array.size * (1 + ("/half" in tensor.name)) >= 1 << 12:
-            numbers, scales = to_int8(array, axes[tensor.name])
-            shape = [-1 if axis == axes[tensor.name] else 1 for axis in range(array.ndim)]
-            tensor.CopyFrom(numpy_helper.from_array(numbers * scales.reshape(shape), tensor.name))
-    given = feeds(bundle, 1, 2, 8, 8)
-    (expected,) = run_model(oracle, given)
-    (before,) = run_model(plain_graph(path), given)
-    with WeightFile(tmp_path) as weight_file:
-        model = quantise_weights(path, ends(path))
-        assert kinds(model)["DequantizeLinear"] >= 10
-        weight_file.save(model, bundle.path, "denoiser.onnx")
-    with closing(open_engine(tmp_path / "denoiser.onnx", spec, backend, threads=1)) as engine:
-        found = engine(given)["eps"].copy()
-    # Backends may round the other factor of a product too, in small groups and as it comes.
-    assert error(found, expected) < error(before, expected) / 8
-
-
 def test_equal_weights_of_two_graphs_are_stored_once(tmp_path: Path) -> None:
     path = toy(tmp_path)
     sizes = []
@@ -349,28 +315,15 @@ def test_a_check_opens_the_graphs_and_finds_damage(quantised: Bundle, tmp_path: 
 
 
 def test_paintings_that_stray_too_far_leave_nothing(bundles: dict[str, Bundle], tmp_path: Path) -> None:
-    options = QuantiseOptions("int8-weights", pictures=1, size=64, target=500)
+    options = QuantiseOptions(pictures=1, size=64, target=500)
     with pytest.raises(ParityError, match="expected 500"):
         quantise_bundle(bundles["fp32"], tmp_path / "out", options)
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_layers_stay_in_float_until_paintings_are_near_enough(
-    quantised: Bundle, bundles: dict[str, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(layer_choice, "GROUPS", 5)  # a graph is opened for each
-    if quantised.manifest.precision == "int8":
-        target = quantised.manifest.parity[PICTURE_PSNR] + 3
-        options = QuantiseOptions("int8", pictures=1, size=64, target=target)
-        nearer = quantise_bundle(bundles["fp16"], tmp_path / "nearer", options)
-        assert nearer.manifest.parity[PICTURE_PSNR] >= target
-        before, after = (int(bundle.manifest.source["denoiser_in_float"].split()[0]) for bundle in (quantised, nearer))
-        assert before < after < int(nearer.manifest.source["denoiser_in_float"].split()[2])
-
-
 def test_encoder_and_decoder_in_int8_where_that_is_asked_for(bundles: dict[str, Bundle], tmp_path: Path) -> None:
     source = bundles["fp16"]
-    options = QuantiseOptions("int8", **SMALL, also=frozenset({"encoder", "decoder"}))
+    options = QuantiseOptions(**SMALL, also=frozenset({"encoder", "decoder"}))
     also = quantise_bundle(source, tmp_path / "also", options)
     rng = np.random.default_rng(6)
     fed = {
@@ -392,9 +345,6 @@ def test_all_faults_of_options_at_once(bundles: dict[str, Bundle], tmp_path: Pat
     wrong = QuantiseOptions(pictures=0, size=65, smooth=1.5, also=frozenset({"hint"}))
     with pytest.raises(UsageError, match=r"(?s)0 pictures.*size of 65.*smooth of 1.5.*also hint"):
         quantise_bundle(bundles["fp32"], tmp_path / "out", wrong)
-    wrong = QuantiseOptions("int8-weights", also=frozenset({"encoder"}))
-    with pytest.raises(UsageError, match="of all graphs anyway"):
-        quantise_bundle(bundles["fp32"], tmp_path / "out", wrong)
 
 
 def test_the_command_line_quantises_on_pictures_of_a_folder(bundles: dict[str, Bundle], tmp_path: Path) -> None:
@@ -402,21 +352,20 @@ def test_the_command_line_quantises_on_pictures_of_a_folder(bundles: dict[str, B
     for index in range(2):
         picture = np.random.default_rng(index).integers(0, 256, (40, 90 + index, 3)).astype(np.uint8)
         cv2.imwrite(str(photos / f"{index}.png"), picture)
-    arguments = ["quantise", str(bundles["fp32"].path), "--out", str(tmp_path / "out"), "--precision", "int8-weights",
-                 "--images", str(photos), "--pictures", "1", "--size", "64", "--target", "5", "--json"]  # fmt: skip
+    arguments = ["quantise", str(bundles["fp32"].path), "--out", str(tmp_path / "out"), "--images", str(photos),
+                 "--pictures", "1", "--size", "64", "--target", "5", "--json"]  # fmt: skip
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
-    assert facts["precision"] == "int8-weights"
+    assert facts["precision"] == "int8"
     assert "(photos)" in facts["source"]["calibrated_on"]
     assert facts["parity"] == Bundle.open(tmp_path / "out").manifest.parity
     result = CliRunner().invoke(main, [*arguments, "--pictures", "2"])
     assert result.exit_code == 2
     assert "found 2 pictures" in result.output
-    for faulty in (["--smooth", "0.5"], ["--no-smooth"]):
-        result = CliRunner().invoke(main, [*arguments, *faulty])
-        assert result.exit_code == 2
-        assert "expected it for int8 only" in result.output
+    result = CliRunner().invoke(main, [*arguments, "--precision", "int8-weights"])
+    assert result.exit_code == 2
+    assert "int8-weights was removed: for less memory export in fp16" in result.output
 
 
 def test_drawn_pictures_differ_and_come_again() -> None:
@@ -436,9 +385,8 @@ def test_psnr_is_opencvs() -> None:
 
 
 def test_int8_in_lower_arithmetic_is_refused(quantised: Bundle) -> None:
-    if quantised.manifest.precision == "int8":
-        with pytest.raises(UsageError, match=r"found arithmetic bf16.*expected fp32"):
-            lsast.load(quantised.path, arithmetic="bf16")
+    with pytest.raises(UsageError, match=r"found arithmetic bf16.*expected fp32"):
+        lsast.load(quantised.path, arithmetic="bf16")
     with lsast.load(quantised.path, backend="onnxruntime") as stylizer:
         picture = find_contents(None, 1, 64)[0][0]
         image = stylizer.stylize(picture, size=64, steps=2).image

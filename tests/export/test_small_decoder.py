@@ -252,8 +252,7 @@ def test_a_quantised_bundle_takes_it_and_one_that_is_quantised_keeps_it_as_it_is
     scratch = tmp_path / "quantised"
     scratch.mkdir()
     with WeightFile(scratch) as weights:
-        options = quantise.QuantiseOptions(precision="int8-weights")
-        quantise._Writer(added, weights, options, tmp_path, silent).weights_only()
+        quantise._Writer(added, weights, quantise.QuantiseOptions(), tmp_path, silent)._as_it_is(DECODER_SMALL)
     latent = np.random.default_rng(3).standard_normal((1, 4, 8, 8), dtype=np.float32)
     with closing(open_engine(scratch / GRAPH, added.manifest.graphs[DECODER_SMALL], "onnxruntime", "cpu")) as engine:
         found = engine({"latent": latent})["image"]
