@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import click
@@ -44,10 +45,19 @@ def mosaic(picture: Path, side: int) -> np.ndarray:
     return np.pad(rgb, [(0, max(0, side - n)) for n in rgb.shape[:2]] + [(0, 0)], "symmetric")[:side, :side]
 
 
+def borders(grid: Grid) -> tuple[list[int], list[int]]:
+    """Rows and columns of pixels in the middle of the blend between two tiles: where a seam would be."""
+    rows, columns = (
+        [(before.cells.stop + after.cells.start) * grid.factor // 2 for before, after in pairwise(axis)]
+        for axis in (grid.rows, grid.columns)
+    )
+    return rows, columns
+
+
 def seam(painting: np.ndarray, grid: Grid, reach: int) -> float:
     """Gradient energy across the tiles' borders, and up to `reach` pixels beside them, as a share of that elsewhere."""
     shares = []
-    for axis, lines in enumerate(grid.borders()):
+    for axis, lines in enumerate(borders(grid)):
         steps = (np.diff(painting.astype(np.float32), axis=axis) ** 2).mean(axis=(1 - axis, 2))
         near = np.zeros(len(steps), bool)
         for line in lines:

@@ -250,7 +250,7 @@ def step(folder: Path, precision: Any, checkpointing: bool, size: int) -> None:
     from lsast_train.base import load_base
     from lsast_train.evaluation import round_unet
     from lsast_train.options import PRESETS
-    from lsast_train.step_cost import training_step_cost
+    from train_step import training_step_cost
 
     base = load_base(source(folder))
     if precision == "bf16":

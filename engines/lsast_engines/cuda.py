@@ -53,15 +53,6 @@ def gpus(runtime: Any = None) -> list[Gpu]:
     return found
 
 
-def driver_version(runtime: Any = None) -> str | None:
-    """The newest CUDA that the driver runs, e.g. ``13.0``; None without a driver."""
-    runtime = runtime or load_cuda()
-    status, version = runtime.cudaDriverGetVersion()
-    if status != runtime.cudaError_t.cudaSuccess or not version:
-        return None
-    return f"{version // 1000}.{version % 1000 // 10}"
-
-
 def checked(runtime: Any, answer: tuple[Any, ...], call: str) -> Any:
     """What a call returned beside its error code: nothing, one value, or a tuple.
 

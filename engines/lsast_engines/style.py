@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import StyleError, UsageError, fault_list
+from .errors import StyleError, fault_list
 from .style_file import TENSORS, StyleFile, StyleRow, write_style
 
 
@@ -74,40 +72,3 @@ class Style:
             StyleError: not there, not a style, of another format, or damaged; all faults at once.
         """
         return StyleFile(path).load()
-
-    @staticmethod
-    def mix(parts: Sequence[tuple[Style, float]]) -> Style:
-        """The weighted mean of styles of one base; weights are normalised to sum to 1.
-
-        Raises:
-            UsageError: no part, a negative or non-finite weight, or weights that sum to 0.
-            StyleError: styles of other bases or shapes than the first one's.
-        """
-        weights = [weight for _, weight in parts]
-        if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not sum(weights) > 0:
-            raise UsageError(f"found style weights {weights}; expected weights of at least 0 with one above 0")
-        first = parts[0][0]
-        faults = [fault for style, _ in parts[1:] for fault in _differences(style, first)]
-        if faults:
-            raise StyleError(fault_list("these styles do not mix:", faults))
-        shares = [(style, weight / sum(weights)) for style, weight in parts]
-        mixed = {
-            name: sum(share * getattr(style, name).astype(np.float64) for style, share in shares) for name in TENSORS
-        }
-        title = "+".join(f"{style.name}:{share:.3g}" for style, share in shares)
-        return Style(title, first.base, first.stages, first.tokens, mixed["kv_unet"], mixed["kv_control"])
-
-
-def _differences(style: Style, first: Style) -> list[str]:
-    """Faults that keep `style` from being added to `first`."""
-    faults = []
-    if style.base != first.base:
-        faults.append(
-            f"{style.name}: found base {style.base[:12]}…; expected {first.base[:12]}…, that of {first.name}; "
-            f"export both styles for one base"
-        )
-    for name in TENSORS:
-        found, expected = getattr(style, name).shape, getattr(first, name).shape
-        if found != expected:
-            faults.append(f"{style.name}: found {name} {list(found)}; expected {list(expected)}, that of {first.name}")
-    return faults

@@ -2,9 +2,8 @@
 
 One safetensors file holds ``kv_unet`` [stages, T, Wu] and ``kv_control`` [stages, T, Wc] in half precision. Its
 metadata is one JSON object under the key ``lsast``: safetensors writes several keys in random order, one key keeps
-the bytes of equal styles equal. Since format 2 it holds a SHA-256 for every stage, so that a run which visits seven of
-ten stages reads, and proves, seven: of a Stable Diffusion 1.5 style of 56 MB those are 39. Format 1 has one SHA-256
-for all; such a file is read whole.
+the bytes of equal styles equal. It holds a SHA-256 for every stage, so that a run which visits seven of ten stages
+reads, and proves, seven.
 """
 
 from __future__ import annotations
@@ -26,12 +25,11 @@ if TYPE_CHECKING:
     from .style import Style
 
 FORMAT = 2
-"""Format number of the style files that this version writes; it reads 1 too."""
+"""Format number of style files."""
 
 TENSORS = ("kv_unet", "kv_control")
 """The tensors of a style."""
 
-_READABLE = (1, 2)
 _KEY = "lsast"
 _HEADER = {"name": str, "base": str, "stages": int, "tokens": int}
 
@@ -87,11 +85,9 @@ class StyleFile:
         """Licence, training facts and the like; kept, not interpreted."""
         self._digests: Any = header.get("sha256")
         self._rows: dict[int, StyleRow] = {}
-        faults += self._tensor_faults(header["format"])
+        faults += self._tensor_faults()
         if faults:
             raise StyleError(fault_list(f"style file {path} is damaged:", faults))
-        if header["format"] == 1:
-            self._read_whole()
 
     def width(self, tensor: str) -> int:
         """Columns of the rows of `tensor`, one of `TENSORS`."""
@@ -121,8 +117,14 @@ class StyleFile:
         if stage not in self._rows:
             tensors = {name: self._file.get_slice(name)[stage : stage + 1][0] for name in TENSORS}
             if stage_digest(tensors) != self._digests[stage]:
-                raise StyleError(_changed(self.path, f"stage {stage}"))
-            self._keep(stage, tensors)
+                raise StyleError(
+                    f"style file {self.path} is damaged: found other values of stage {stage} than were written "
+                    "(SHA-256 differs); copy or bake the style again"
+                )
+            for name, tensor in tensors.items():
+                if not np.isfinite(tensor).all():
+                    raise StyleError(f"style file {self.path}: found NaN or infinite values in {name} of stage {stage}")
+            self._rows[stage] = StyleRow(*(np.ascontiguousarray(tensors[name], dtype=np.float32) for name in TENSORS))
         return self._rows[stage]
 
     def load(self) -> Style:
@@ -137,32 +139,16 @@ class StyleFile:
         unet, control = (np.stack([getattr(row, name) for row in rows]) for name in TENSORS)
         return Style(self.name, self.base, self.stages, self.tokens, unet, control, self.meta)
 
-    def _tensor_faults(self, form: int) -> list[str]:
+    def _tensor_faults(self) -> list[str]:
         missing = [name for name in TENSORS if name not in self._shapes]
         faults = [f"{name}: found no such tensor; expected [stages, tokens, width]" for name in missing]
         for name in TENSORS:
             shape = self._shapes.get(name, [self.stages, self.tokens, 1])
             if len(shape) != 3 or shape[:2] != [self.stages, self.tokens] or 0 in shape:
                 faults.append(f"{name}: found shape {shape}; expected [{self.stages}, {self.tokens}, width]")
-        if form == 1:
-            expected, fits = "text", isinstance(self._digests, str)
-        else:
-            expected = f"a text for each of {self.stages} stages"
-            fits = isinstance(self._digests, list) and len(self._digests) == self.stages
-        return faults if fits else [*faults, f"sha256: found {self._digests!r}; expected {expected}"]
-
-    def _read_whole(self) -> None:
-        tensors = {name: self._file.get_tensor(name) for name in TENSORS}
-        if stage_digest(tensors) != self._digests:
-            raise StyleError(_changed(self.path, "tensors"))
-        for stage in range(self.stages):
-            self._keep(stage, {name: tensor[stage] for name, tensor in tensors.items()})
-
-    def _keep(self, stage: int, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
-        for name, tensor in tensors.items():
-            if not np.isfinite(tensor).all():
-                raise StyleError(f"style file {self.path}: found NaN or infinite values in {name} of stage {stage}")
-        self._rows[stage] = StyleRow(*(np.ascontiguousarray(tensors[name], dtype=np.float32) for name in TENSORS))
+        if not isinstance(self._digests, list) or len(self._digests) != self.stages:
+            faults.append(f"sha256: found {self._digests!r}; expected a text for each of {self.stages} stages")
+        return faults
 
 
 def write_style(style: Style, path: Path) -> None:
@@ -214,16 +200,9 @@ def _open(path: Path) -> tuple[Any, dict[str, Any]]:
         raise StyleError(f"style file {path} cannot be read ({error}); copy or bake the style again") from error
     if not isinstance(header, dict) or "format" not in header:
         raise StyleError(f"{path} is a safetensors file but no style; bake one with: lsast-export --style NAME")
-    if header["format"] not in _READABLE:
+    if header["format"] != FORMAT:
         raise StyleError(
-            f"style file {path} has format {header['format']}; this version reads formats 1 and {FORMAT}: "
+            f"style file {path} has format {header['format']}; this version reads format {FORMAT}: "
             "bake the style again, or update lsast"
         )
     return file, header
-
-
-def _changed(path: Path, what: str) -> str:
-    return (
-        f"style file {path} is damaged: found other values of {what} than were written (SHA-256 differs); copy or "
-        "bake the style again"
-    )

@@ -76,14 +76,6 @@ class Grid:
         """Height and width of the canvas in latent cells."""
         return self.rows[-1].cells.stop, self.columns[-1].cells.stop
 
-    def borders(self) -> tuple[list[int], list[int]]:
-        """Rows and columns of pixels in the middle of the blend between two tiles: where a seam would be."""
-        middles = [
-            [(before.cells.stop + after.cells.start) * self.factor // 2 for before, after in pairwise(axis)]
-            for axis in (self.rows, self.columns)
-        ]
-        return middles[0], middles[1]
-
     def __iter__(self) -> Iterator[tuple[Span, Span]]:
         return ((row, column) for row in self.rows for column in self.columns)
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lsast_engines import Style, StyleFile
-from lsast_engines.errors import StyleError, UsageError
+from lsast_engines.errors import StyleError
 from lsast_engines.style_file import stage_digest
 
 MakeStyle = Callable[..., Style]
@@ -94,7 +93,7 @@ def set_value(header: dict[str, Any], tensors: dict[str, Any]) -> None:
             r"name: found 3; expected text\n.*tokens: found '3'",
         ),
         (lambda header, tensors: header.update(meta=[1]), "meta: expected texts only"),
-        (lambda header, tensors: header.update(format=3), "has format 3; this version reads formats 1 and 2"),
+        (lambda header, tensors: header.update(format=1), "has format 1; this version reads format 2"),
         (lambda header, tensors: header["sha256"].pop(), "sha256: found .*; expected a text for each of 10 stages"),
         (lambda header, tensors: header.pop("format"), "no style; bake one with: lsast-export"),
     ],
@@ -105,29 +104,6 @@ def test_damaged_files(tmp_path: Path, make_style: MakeStyle, change: Any, messa
     resave(path, change)
     with pytest.raises(StyleError, match=message):
         Style.load(path)
-
-
-def save_format_1(style: Style, path: Path) -> None:
-    """As version 0.1 wrote it: one digest over both whole tensors."""
-    tensors = {name: getattr(style, name).astype(np.float16) for name in ("kv_unet", "kv_control")}
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
-        digest.update(tensor.tobytes())
-    header = {"format": 1, "name": style.name, "base": style.base, "stages": style.stages, "tokens": style.tokens}
-    save_file(tensors, path, {"lsast": json.dumps({**header, "meta": style.meta, "sha256": digest.hexdigest()})})
-
-
-def test_format_1_is_read_and_proven_whole(tmp_path: Path, make_style: MakeStyle) -> None:
-    style, path = make_style(), tmp_path / "a.safetensors"
-    save_format_1(style, path)
-    loaded = Style.load(path)
-    np.testing.assert_array_equal(loaded.kv_unet, style.kv_unet.astype(np.float16))
-    np.testing.assert_array_equal(loaded.kv_control, style.kv_control.astype(np.float16))
-    assert loaded.meta == style.meta
-    resave(path, set_value)
-    with pytest.raises(StyleError, match="other values of tensors than were written"):
-        StyleFile(path)
 
 
 def test_a_file_gives_the_rows_that_are_asked_for_and_reads_no_other(tmp_path: Path, make_style: MakeStyle) -> None:
@@ -188,23 +164,3 @@ def test_unreadable_files(tmp_path: Path, make_style: MakeStyle) -> None:
     save_file({"kv_unet": np.zeros(2)}, path)
     with pytest.raises(StyleError, match="a safetensors file but no style"):
         Style.load(path)
-
-
-def test_mix_is_the_weighted_mean(make_style: MakeStyle) -> None:
-    a, b = make_style("a"), make_style("bb")
-    mixed = Style.mix([(a, 3), (b, 1)])
-    np.testing.assert_allclose(mixed.kv_unet, 0.75 * a.kv_unet + 0.25 * b.kv_unet, atol=1e-6)
-    np.testing.assert_allclose(mixed.kv_control, 0.75 * a.kv_control + 0.25 * b.kv_control, atol=1e-6)
-    assert (mixed.base, mixed.name) == (a.base, "a:0.75+bb:0.25")
-    np.testing.assert_array_equal(Style.mix([(a, 0.2), (b, 0)]).kv_unet, a.kv_unet)
-
-
-def test_what_does_not_mix(make_style: MakeStyle) -> None:
-    a = make_style("a")
-    for weights in ([], [(a, 0.0)], [(a, 1.0), (a, -0.5)], [(a, float("inf"))]):
-        with pytest.raises(UsageError, match="found style weights"):
-            Style.mix(weights)
-    with pytest.raises(StyleError) as error:
-        Style.mix([(a, 1), (make_style("bb", base="cd" * 32), 1), (make_style("c", stages=5, width=22), 1)])
-    assert "bb: found base cdcdcdcdcdcd…; expected abababababab…, that of a" in str(error.value)
-    assert "c: found kv_unet [5, 3, 22]; expected [10, 3, 20], that of a" in str(error.value)

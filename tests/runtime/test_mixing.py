@@ -89,14 +89,6 @@ def test_every_cell_is_the_weighted_mean_of_what_reaches_it(text: str) -> None:
                 np.testing.assert_allclose(found[:, column], expected, rtol=1e-6, atol=1e-7)
 
 
-def test_a_plain_mix_is_the_styles_own() -> None:
-    mixed = Style.mix([(STYLES["vangogh"], 0.6), (STYLES["monet"], 0.4)])
-    hand = _hand("vangogh:0.6+monet:0.4")
-    for stage in range(STAGES):
-        np.testing.assert_allclose(hand.row(stage).kv_unet, mixed.kv_unet[stage], atol=1e-7)
-        np.testing.assert_allclose(hand.row(stage).kv_control, mixed.kv_control[stage], atol=1e-7)
-
-
 @pytest.mark.parametrize("text", ["vangogh", "vangogh:0.3", "vangogh+vangogh", "vangogh@down+vangogh@mid+vangogh@up"])
 def test_one_style_is_itself_to_the_bit(text: str) -> None:
     for stage in range(STAGES):

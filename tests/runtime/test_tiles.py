@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import lsast
+from large import borders
 from lsast import Stylizer
 from lsast.sampler import Floats
 from lsast.tiles import Grid, TiledDenoiser, decode, encode, hint_features, spread
@@ -197,7 +198,7 @@ def _across(painting: np.ndarray, lines: tuple[list[int], list[int]], reach: int
 @pytest.mark.slow
 def test_no_seam_is_seen_between_tiles_of_the_embedded_bundle(mini: Stylizer) -> None:
     side, tile = 640, 320
-    lines = Grid.lay((side, side), tile, 8, 64).borders()
+    lines = borders(Grid.lay((side, side), tile, 8, 64))
     options = {"size": 0, "steps": 4, "strength": 0.75, "guidance": 2.0}
     whole, tiled = (_pixels(mini.stylize(_clouds(side), tile=t, **options)) for t in (0, tile))
     assert _across(tiled, lines) / _across(whole, lines) == pytest.approx(1, abs=0.05)

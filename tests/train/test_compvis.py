@@ -11,10 +11,13 @@ from safetensors.torch import load_file
 
 from lsast_engines.errors import TrainingError
 from lsast_train.compvis import (
+    TEXT,
+    VAE,
     controlnet_from_compvis,
-    text_encoder_from_compvis,
+    section,
+    text_encoder_weights,
     unet_from_compvis,
-    vae_from_compvis,
+    vae_weights,
 )
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
@@ -71,14 +74,15 @@ def test_unet_and_controlnet_predict_what_they_did(compvis: Any, shape: dict[str
 
 
 def test_autoencoder_and_text_encoder_compute_what_they_did(compvis: Any, compvis_base: Any) -> None:
-    vae = vae_from_compvis({**compvis_base.tensors, "first_stage_model.loss.logvar": torch.zeros(())})
+    tensors = {**compvis_base.tensors, "first_stage_model.loss.logvar": torch.zeros(())}
+    vae = vae_weights(section(tensors, VAE)).build()
     expected = compvis_base.networks["autoencoder"]
     _same(vae, expected)
     picture = torch.rand(1, 3, 64, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert torch.equal(vae.encode(picture).latent_dist.parameters, expected.encode(picture).latent_dist.parameters)
     latent = torch.randn(1, 4, 8, 4, generator=torch.Generator().manual_seed(0))
     assert torch.equal(vae.decode(latent).sample, expected.decode(latent).sample)
-    text = text_encoder_from_compvis(compvis_base.tensors)
+    text = text_encoder_weights(section(compvis_base.tensors, TEXT)).build()
     ids = torch.tensor([[398, 17, 301, *[399] * 74]])
     torch.testing.assert_close(
         text(input_ids=ids).last_hidden_state,

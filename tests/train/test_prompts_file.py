@@ -76,15 +76,14 @@ def test_stored_prompts_are_those_of_the_stored_matrices_and_maps(tmp_path: Path
     assert torch.equal(again.prompts(), found.prompts)
 
 
-def test_contexts_are_still_written_as_the_first_version_reads_them(file: Path) -> None:
-    """Names and header of a file that 0.1.0 wrote."""
+def test_save_prompts_contexts_have_these_tensors_and_this_header(file: Path) -> None:
     with safe_open(str(file), "pt") as opened:
         header = json.loads(opened.metadata()["lsast"])
         assert set(opened.keys()) == {"prompts", "matrices", "query", "key", "value"}
     assert set(header) == {
         "format", "name", "base", "variant", "generator", "layout", "gradient", "meta", "sha256",
     }  # fmt: skip
-    assert header["format"] == 1
+    assert header["format"] == 2
 
 
 @pytest.mark.parametrize(("generator", "layout"), [("geglu", "overlap"), ("attention", "strided")])
@@ -213,8 +212,8 @@ def test_a_changed_value_is_noticed(file: Path) -> None:
 
 
 def test_another_format_says_which_is_read(file: Path) -> None:
-    _rewrite(file, lambda header: header.update(format=3))
-    with pytest.raises(StyleError, match="has format 3; this version reads formats 1 and 2"):
+    _rewrite(file, lambda header: header.update(format=1))
+    with pytest.raises(StyleError, match="has format 1; this version reads format 2"):
         load_prompts(file)
 
 

@@ -66,30 +66,6 @@ def controlnet_from_compvis(state: Tensors, heads: int = HEADS, dtype: torch.dty
     return controlnet_weights(section(state, CONTROL), heads).build(dtype)
 
 
-def vae_from_compvis(state: Tensors, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
-    """The autoencoder among `state`, in evaluation mode; the prefix ``first_stage_model.`` may be there or not.
-
-    Its discriminator (``loss.*``), which only its own training used, is passed over. Errors are those of
-    `unet_from_compvis`.
-    """
-    return vae_weights(section(state, VAE)).build(dtype)
-
-
-def text_encoder_from_compvis(state: Tensors, heads: int | None = None, dtype: torch.dtype = torch.float32) -> Any:
-    """The CLIP text encoder among `state` as transformers' CLIPTextModel, in evaluation mode.
-
-    Args:
-        state: tensors by name, with or without the prefix ``cond_stage_model.transformer.``.
-        heads: attention heads; None: one for every 64 channels, as in CLIP.
-        dtype: element type of the result.
-
-    Raises:
-        TrainingError: as `unet_from_compvis`.
-        MissingExtraError: transformers is not installed.
-    """
-    return text_encoder_weights(section(state, TEXT), heads).build(dtype)
-
-
 def unet_weights(state: Tensors, heads: int = HEADS) -> Weights:
     """The U-Net whose tensors `state` holds (CompVis names, no prefix), not built yet."""
     config = unet_config(state, heads)

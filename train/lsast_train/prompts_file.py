@@ -6,8 +6,7 @@ text encoder there are also ``embeddings`` [K, tokens, dim], what goes in; ``pro
 needs the encoder again. A file may also hold ``embeddings`` alone, bound to no base yet (`UnboundPrompts`).
 
 The metadata is one JSON object under the key ``lsast``: several keys would be written in random order, and equal
-prompts would differ. Format 1 knows neither embeddings nor the generator ``geglu``; what needs neither is still
-written so.
+prompts would differ.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ from .options import Generator, Gradient, Layout, Variant, choice_faults, style_
 from .prompt_space import STAGES, PromptSpace, matrix_count, matrix_table
 from .text_path import TextPath
 
-FORMATS = (1, 2)
-"""Format numbers of prompt files that this version reads; it writes the lowest that will do."""
+FORMAT = 2
+"""Format number of prompt files."""
 
 _KEY = "lsast"
 _MAPS = ("query", "key", "value")
@@ -190,7 +189,7 @@ def save_prompts(prompts: Prompts | UnboundPrompts, path: Path) -> None:
     # safetensors refuses tensors that share memory, as imported matrices and embeddings do.
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in prompts.tensors().items()}
     header = {
-        "format": 2 if "embeddings" in tensors or prompts.generator == "geglu" else 1,
+        "format": FORMAT,
         "name": prompts.name,
         "variant": prompts.variant,
         "generator": prompts.generator,
@@ -229,7 +228,7 @@ def load_any_prompts(path: Path) -> Prompts | UnboundPrompts:
         StyleError: not there, no prompt file, of another format, or damaged (all faults at once).
     """
     header, tensors = _read(path)
-    bound = header["format"] == 1 or "base" in header
+    bound = "base" in header
     faults = _header_faults(header, bound)
     required = ("prompts", "matrices") if bound else ("embeddings",)
     faults += [f"{name}: missing tensor" for name in required if name not in tensors]
@@ -262,10 +261,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         raise StyleError(f"prompt file {path} cannot be read ({error}); train or copy it again") from error
     if not isinstance(header, dict) or "variant" not in header:
         raise StyleError(f"{path} is a safetensors file but holds no prompts; expected NAME.prompts.safetensors")
-    if header.get("format") not in FORMATS:
+    if header.get("format") != FORMAT:
         raise StyleError(
-            f"prompt file {path} has format {header.get('format')!r}; this version reads formats "
-            f"{' and '.join(map(str, FORMATS))}: train again, or update lsast"
+            f"prompt file {path} has format {header.get('format')!r}; this version reads format {FORMAT}: "
+            "train again, or update lsast"
         )
     return header, tensors
 

@@ -6,8 +6,6 @@ and values; of the prompts), so that one learning rate suits all layers and weig
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import nn
 
@@ -16,18 +14,6 @@ from .packed import PackedLayers
 
 Rows = tuple[torch.Tensor, torch.Tensor]
 """Keys and values of U-Net [T, Wu] and ControlNet [T, Wc]."""
-
-
-class Student(Protocol):
-    """A style that can be trained; a `torch.nn.Module`."""
-
-    moves: nn.ParameterList
-    """One parameter a stage."""
-    start: torch.Tensor
-    """[stages, …]: where the moves start from."""
-
-    def rows(self, stage: int) -> Rows:
-        """What the networks read in this stage."""
 
 
 class KeyValueStudent(nn.Module):
@@ -56,7 +42,7 @@ class KeyValueStudent(nn.Module):
         self.moves = nn.ParameterList(torch.zeros_like(rows) for rows in kv_unet)
 
     def rows(self, stage: int) -> Rows:
-        """See `Student`."""
+        """What the networks read in this stage."""
         return self.start[stage] + self.unit * self.moves[stage], self.control[stage]
 
     def kv_unet(self) -> torch.Tensor:
@@ -89,7 +75,7 @@ class PromptStudent(nn.Module):
         return moved
 
     def rows(self, stage: int) -> Rows:
-        """See `Student`."""
+        """What the networks read in this stage."""
         contexts = self.contexts(stage)[None]
         unet, control = (layout.project(contexts)[0] for layout in self._layouts)
         return unet, control

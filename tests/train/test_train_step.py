@@ -1,0 +1,100 @@
+"""The cost of a training step: on a tiny base that it is measured rightly, on one of full size (slow) that it fits."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lsast_train.base import Base
+from lsast_train.options import PRESETS, TrainOptions
+from train_step import training_step_cost
+
+ROOMS = os.pathsep.join(str(Path(__file__).parents[2] / room) for room in ("engines", "train", "benchmarks"))
+
+FULL_SIZE = """
+import sys
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+from dataclasses import replace
+from lsast_train.base import Base, BaseFacts
+from lsast_train.evaluation import round_unet
+from lsast_train.mini.autoencoder import MiniAutoencoder
+from lsast_train.options import PRESETS
+from train_step import training_step_cost
+
+preset, precision, checkpointing = sys.argv[1:]
+unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
+assert sum(p.numel() for p in unet.parameters()) == 859_520_964  # Stable Diffusion 1.5's
+text = CLIPTextModel(CLIPTextConfig(
+    vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+))
+control = ControlNetModel(
+    down_block_types=("DownBlock2D",), block_out_channels=(32,), cross_attention_dim=768,
+    conditioning_embedding_out_channels=(4, 4, 4, 4),
+)
+facts = BaseFacts("full", "sd15", "epsilon", 77, 512, 0.18215)
+base = Base(
+    facts, "0" * 64, unet, control, MiniAutoencoder((4, 4, 4), (4, 4, 4)), torch.zeros(77, 768), text_encoder=text
+)
+if precision == "bf16":
+    round_unet(base)
+options = replace(PRESETS[preset], precision=precision, gradient_checkpointing=checkpointing == "on")
+cost = training_step_cost(base, options, steps=1)
+print(cost.seconds, cost.peak_rss, cost.loss)
+"""
+
+
+def test_seconds_memory_and_loss_of_a_step(text_base: Base) -> None:
+    options = replace(PRESETS["released"], size=64)
+    cost = training_step_cost(text_base, options)
+    assert 0 < cost.seconds < 60
+    assert 0.3 < cost.loss < 3
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        assert found is not None
+        assert cost.peak_rss == pytest.approx(1024 * int(found[1]), rel=0.1)
+    again = training_step_cost(text_base, replace(options, gradient_checkpointing=True))
+    assert again.loss == cost.loss
+
+
+def test_a_step_moves_the_prompts(text_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second step's loss differs from that of a step that learned nothing."""
+    options = TrainOptions(generator="direct", size=64, lr=1.0)
+    learned = training_step_cost(text_base, options).loss
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: None)
+    assert training_step_cost(text_base, options).loss != learned
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("setting", "gigabytes"),
+    [
+        (("released", "fp32", "off"), 8.0),
+        (("paper", "fp32", "off"), 7.0),
+        (("paper", "fp32", "on"), 6.0),
+        (("paper", "bf16", "off"), 5.0),
+        (("paper", "bf16", "on"), 5.0),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_step_of_full_size_fits(setting: tuple[str, ...], gigabytes: float) -> None:
+    ran: Any = subprocess.run(
+        [sys.executable, "-c", FULL_SIZE, *setting],
+        env={**os.environ, "PYTHONPATH": ROOMS},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    _, peak, loss = map(float, ran.stdout.split())
+    assert peak / 1e9 < gigabytes
+    assert 0.1 < loss < 10
