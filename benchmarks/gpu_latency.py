@@ -3,9 +3,9 @@
     python benchmarks/gpu_latency.py [--bundle mini] [--size 512] [--batch 1] [--repeats 50]
 
 Ways: torch eager and `torch.compile` in the arithmetic asked for, ONNX Runtime on the device, and the compiled engines
-of TensorRT and TensorRT-RTX. A way that this machine has not says why. Each step runs the ControlNet and, with guidance,
-the U-Net of two rows. Prints a Markdown table of medians and spreads (largest less smallest of five groups); run nothing
-else meanwhile.
+of TensorRT and TensorRT-RTX. A way that this machine has not says why. Each step runs the ControlNet and, with
+guidance, the U-Net of two rows. Prints a Markdown table of medians and spreads (largest less smallest of five groups);
+run nothing else meanwhile.
 
 Never run on a GPU yet: `--device cpu` runs those ways that a machine without one has.
 """

@@ -75,6 +75,22 @@ def test_what_must_be_quick_loads_next_to_nothing(code: str, allowed: set[str]) 
     assert loaded <= allowed | {"colorama"}  # click's, on Windows
 
 
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_painting_on_a_cpu_loads_no_module_of_a_gpu(backend: str) -> None:
+    pytest.importorskip(backend)
+    loaded = set(
+        _python(f"""
+import lsast, numpy
+with lsast.load(backend={backend!r}, threads=1) as stylizer:
+    stylizer.stylize(numpy.zeros((64, 64, 3), "uint8"), size=64, steps=1)
+print(json.dumps(sorted(sys.modules)))
+""")
+    )
+    assert f"lsast_engines.{backend}" in loaded
+    gpu = ("cuda", "tensorrt", "lsast_engines.cuda", "lsast_engines.device_memory", "lsast_engines.tensorrt")
+    assert not [name for name in loaded if name.startswith(gpu)]
+
+
 def test_the_probe_sees_what_it_forbids() -> None:
     """The tests above would pass in vain if a loaded library went unseen."""
     assert {"lsast", "lsast_engines", "numpy"} <= set(_python("import lsast; lsast.load\nprint(json.dumps(loaded()))"))

@@ -1,4 +1,4 @@
-"""A stream of a GPU and the memory that belongs to it: what a compiled engine and a table of styles share.
+"""A stream of a GPU and the memory that belongs to it: what a compiled engine works with.
 
 Buffers are allocated once and written in place, since addresses are part of a captured CUDA graph. Each wrapper frees
 what it took, once, and in the order that CUDA asks for: graphs before the stream that they were captured on, memory
@@ -8,7 +8,7 @@ after the last work on it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,23 +34,18 @@ class Stream:
         self._open.append(buffer)
         return buffer
 
-    def write(self, buffer: Buffer, array: Array, offset: int = 0) -> None:
-        """Copy `array` to `buffer`, from byte `offset` on; it may be changed when this returns."""
+    def write(self, buffer: Buffer, array: Array) -> None:
+        """Copy `array` to `buffer`; it may be changed when this returns."""
         array = np.ascontiguousarray(array)
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._copy(buffer.at(offset, array.nbytes), array.ctypes.data, array.nbytes, kind)
+        self._copy(buffer.holding(array.nbytes), array.ctypes.data, array.nbytes, kind)
         self.wait()
 
-    def read(self, buffer: Buffer, array: Array, offset: int = 0) -> None:
-        """Fill the contiguous `array` from byte `offset` of `buffer` on, after all work before."""
+    def read(self, buffer: Buffer, array: Array) -> None:
+        """Fill the contiguous `array` from `buffer`, after all work before."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._copy(array.ctypes.data, buffer.at(offset, array.nbytes), array.nbytes, kind)
+        self._copy(array.ctypes.data, buffer.holding(array.nbytes), array.nbytes, kind)
         self.wait()
-
-    def copy(self, target: Buffer, source: Buffer, count: int, target_offset: int = 0, source_offset: int = 0) -> None:
-        """Copy `count` bytes on the device, in the order of the stream; returns at once."""
-        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        self._copy(target.at(target_offset, count), source.at(source_offset, count), count, kind)
 
     def wait(self) -> None:
         """Wait for everything on the stream."""
@@ -107,11 +102,11 @@ class Buffer:
         self.address = int(address)
         self.bytes = bytes_
 
-    def at(self, offset: int, count: int) -> int:
-        """The address of byte `offset`, from which `count` bytes must lie inside."""
-        if not 0 <= offset <= offset + count <= self.bytes or not self.address:
-            raise ValueError(f"found bytes {offset} to {offset + count}; expected some of 0 to {self.bytes}, not freed")
-        return self.address + offset
+    def holding(self, count: int) -> int:
+        """The address, at which `count` bytes must have room."""
+        if count > self.bytes or not self.address:
+            raise ValueError(f"found {count} bytes; expected at most {self.bytes}, of memory that is not freed")
+        return self.address
 
     def free(self) -> None:
         """Give the memory back. Freeing twice is harmless."""
@@ -138,13 +133,3 @@ class Graph:
             executable, self._executable = self._executable, None
             self._stream._forget(self)
             self._stream._call("cudaGraphExecDestroy", executable)
-
-
-@contextlib.contextmanager
-def open_stream(runtime: Any) -> Iterator[Stream]:
-    """A stream that is closed at the end of the block."""
-    stream = Stream(runtime)
-    try:
-        yield stream
-    finally:
-        stream.close()

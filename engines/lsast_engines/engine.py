@@ -13,17 +13,18 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 import numpy.typing as npt
 
-from .engine_key import EIGHT_BIT, Library
+from .engine_key import Library
 from .errors import BackendError, MissingExtraError, UsageError, fault_list
+from .removed import removal
 from .spec import GraphSpec, TensorSpec
 from .unpacked import unpacked_graph
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 
-Arithmetic = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
+Arithmetic = Literal["fp32", "bf16", "fp16"]
 """What a graph computes in. Below ``fp32`` it is faster where the processor has it, and off by about 1e-2 (bf16) or
-1e-3 (fp16); fp16 may overflow. ``int8`` and ``fp8`` have only engines that were compiled from a quantised graph."""
+1e-3 (fp16); fp16 may overflow."""
 
 EXTRAS = {"onnxruntime": "cpu", "openvino": "openvino", "tensorrt-rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
 """The backends, and the extra that installs each; ``auto`` takes the first that is installed, has the device and may
@@ -262,20 +263,18 @@ def open_engine(
         cache: where large weights of 16 bits are unpacked; None is the user's cache folder (`unpacked`).
 
     Raises:
-        UsageError: fewer threads than 1, or an unknown arithmetic.
+        UsageError: fewer threads than 1, an unknown arithmetic, or something that was removed.
         MissingExtraError: no backend is installed.
         BackendError: an explicit backend, device or arithmetic that is not there (the message lists what is), or a file
             that cannot be loaded or has other inputs and outputs.
     """
     if threads is not None and threads < 1:
         raise UsageError(f"found {threads} threads; expected at least 1")
+    for option, value in (("--arithmetic", arithmetic), ("--device", device.lower())):
+        if gone := removal(f"{option} {value}"):
+            raise UsageError(gone)
     if arithmetic not in get_args(Arithmetic):
         raise UsageError(f"found arithmetic {arithmetic!r}; expected one of {', '.join(get_args(Arithmetic))}")
-    if arithmetic in EIGHT_BIT and backend.lower() not in get_args(Library):
-        raise BackendError(
-            f"found arithmetic {arithmetic} for backend {backend}; expected one whose engines are compiled in it, "
-            f"{' or '.join(get_args(Library))} (for processors a bundle is quantised: lsast-export quantise)"
-        )
     backend, device = _choose(backend.lower(), device.lower(), arithmetic)
     if not path.is_file():
         raise BackendError(f"found no graph file {path}; export the bundle again")
@@ -331,19 +330,19 @@ _Open = Callable[[Path, GraphSpec, str, "int | None", Arithmetic], Engine]
 
 
 def _backend(name: str) -> tuple[Callable[[], list[str]], _Open]:
-    """The devices and the engine class of a backend."""
-    from . import onnxruntime, openvino, tensorrt
+    """The devices and the engine class of a backend; only its own module is imported."""
+    if name == "openvino":
+        from . import openvino
 
-    native = {
-        library: (
-            functools.partial(tensorrt.devices, library),
-            functools.partial(tensorrt.TensorRtEngine, library=library),
-        )
-        for library in get_args(Library)
-    }
-    backends: dict[str, tuple[Callable[[], list[str]], _Open]] = {
-        **native,
-        "openvino": (openvino.devices, openvino.OpenVinoEngine),
-        "onnxruntime": (onnxruntime.devices, onnxruntime.OnnxRuntimeEngine),
-    }
-    return backends[name]
+        return openvino.devices, openvino.OpenVinoEngine
+    if name == "onnxruntime":
+        from . import onnxruntime
+
+        return onnxruntime.devices, onnxruntime.OnnxRuntimeEngine
+    from . import tensorrt
+
+    library: Library = "tensorrt" if name == "tensorrt" else "tensorrt-rtx"
+    return (
+        functools.partial(tensorrt.devices, library),
+        functools.partial(tensorrt.TensorRtEngine, library=library),
+    )

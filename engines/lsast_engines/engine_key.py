@@ -23,16 +23,12 @@ from .errors import BackendError, BundleError, fault_list
 from .files import cache_home, file_sha256, replace_file
 from .manifest import Manifest
 from .profile import Profile, profile_from_json, profile_to_json
-from .spec import DENOISER
 
-FORMAT = 1
+FORMAT = 2
 """Raised when records are written otherwise, or when compiling makes another graph of the same file."""
 
 Library = Literal["tensorrt", "tensorrt-rtx"]
 """The libraries that compile engines."""
-
-EIGHT_BIT = ("int8", "fp8")
-"""What a denoiser computes its products in if it was compiled from a quantised graph."""
 
 SUFFIX = ".engine"
 """Of the file names of engines; what comes before is the graph."""
@@ -54,15 +50,13 @@ class EngineKey:
     profile: Profile
     """Shapes that it takes."""
     arithmetic: str
-    """What it computes in: ``fp32``, ``fp16``, or one of `EIGHT_BIT` where the quantised graph has that."""
+    """What it computes in: ``fp32`` or ``fp16``."""
     library: Library
     library_version: str
     targets: tuple[str, ...]
     """Compute capabilities, e.g. ``8.9``, or `PORTABLE`."""
     gpu: str = ANY_GPU
     """Name of the GPU; TensorRT times its kernels on one, so that its engine serves no other."""
-    quantised: str = ""
-    """Of an 8-bit engine, `graph_digest` of the file that was compiled in place of the bundle's, and made from it."""
 
     def differences(self, found: EngineKey) -> list[str]:
         """One line for each field in which the engine `found` is not this one."""
@@ -133,7 +127,7 @@ def _record(data: dict[str, Any]) -> EngineRecord:
         name
         for owner, names in (
             (record, ("sha256", "lsast_version")),
-            (record.key, ("graph", "onnx", "arithmetic", "gpu", "quantised")),
+            (record.key, ("graph", "onnx", "arithmetic", "gpu")),
         )
         for name in names
         if not isinstance(getattr(owner, name), str)
@@ -187,14 +181,6 @@ def _manifest_hashes(folder: Path) -> Mapping[tuple[str, int], str]:
     except (OSError, ValueError, BundleError):
         return {}
     return {(name, entry.bytes): entry.sha256 for name, entry in manifest.files.items()}
-
-
-def graph_arithmetic(graph: str, arithmetic: str) -> str:
-    """What the engine of `graph` computes in where a bundle's engines are in `arithmetic`.
-
-    The denoiser alone is quantised; beside it all else is in fp16.
-    """
-    return "fp16" if arithmetic in EIGHT_BIT and graph != DENOISER else arithmetic
 
 
 def engine_folder(bundle: Path, library: Library, arithmetic: str) -> Path:

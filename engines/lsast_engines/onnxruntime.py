@@ -1,4 +1,4 @@
-"""Graphs on ONNX Runtime: everywhere, on the CPU and on NVIDIA GPUs (`onnxruntime_gpu`)."""
+"""Graphs on ONNX Runtime: everywhere, on the CPU and, by its CUDA provider, on NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 from .engine import Arithmetic, Array, CheckedEngine, check_interface
 from .errors import BackendError
 from .onnxruntime_cache import optimised
-from .onnxruntime_gpu import PROVIDERS, gpu_devices, session
 from .spec import DENOISER, PARTS, GraphSpec
 
 EXPANDED_LIMIT = 1_000_000_000
@@ -19,6 +18,9 @@ Beyond, ONNX Runtime leaves them in the file, mapped, and expands each one whene
 expanding fp16 (8.5 GB), so that large fp16 weights come here unpacked (`lsast_engines.unpacked`). With Stable Diffusion
 1.5 in bf16 at 512 x 512 the denoiser opens in 1.6 s instead of 40 and peaks at 3.0 GB instead of 8.4; a step takes a
 sixth longer (50.4 s against 42.9 on one busy core)."""
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+"""ONNX Runtime's name of the provider, by device."""
 
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
 
@@ -31,8 +33,8 @@ def devices() -> list[str]:
     """
     import onnxruntime
 
-    cpu = ["cpu"] if PROVIDERS["cpu"] in onnxruntime.get_available_providers() else []
-    return cpu + gpu_devices(onnxruntime)
+    there = onnxruntime.get_available_providers()
+    return [device for device, provider in PROVIDERS.items() if provider in there]
 
 
 def half_bytes(folder: Path, *dtypes: str) -> int:
@@ -68,7 +70,10 @@ class OnnxRuntimeEngine(CheckedEngine):
         left_out = ["ConstantFolding"] if device == "cpu" and half_bytes(path.parent, "BF16") > EXPANDED_LIMIT else []
 
         def start(file: Path, options: Any) -> Any:
-            return session(onnxruntime, file, spec, device, options, left_out)
+            # TF32 has the 10 bits of fp16: not what arithmetic fp32 promises.
+            told = {"use_tf32": "0"} if device == "cuda" else {}
+            providers = [(PROVIDERS[device], told)]
+            return onnxruntime.InferenceSession(file, options, providers=providers, disabled_optimizers=left_out)
 
         def options() -> Any:
             return _session_options(onnxruntime, spec, threads)

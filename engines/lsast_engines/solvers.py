@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -40,19 +40,6 @@ class Solver(Protocol):
         Returns:
             The latent at step `index` + 1, or the clean latent after the last; a new array.
         """
-
-
-@runtime_checkable
-class LinearSolver(Solver, Protocol):
-    """A solver whose next latent is linear in the latent, the noise and what it keeps; all of `SOLVERS` are."""
-
-    @property
-    def memory(self) -> list[Array]:
-        """What it keeps of earlier steps, of the shape of the latent: at most `spec.KEPT`."""
-
-    @memory.setter
-    def memory(self, kept: list[Array]) -> None:
-        """Keep others instead, in the same order and as many."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +70,6 @@ class Ddim:
         s, t = self._levels[index], self._levels[index + 1]
         return t.alpha * s.x0(x, eps) + t.sigma * eps
 
-    @property
-    def memory(self) -> list[Array]:
-        """See `LinearSolver.memory`: nothing."""
-        return []
-
-    @memory.setter
-    def memory(self, kept: list[Array]) -> None:
-        assert not kept, "DDIM keeps nothing"
-
 
 class DpmSolverPp2M:
     """DPM-Solver++(2M) (Lu et al. 2022b), Algorithm 2, data prediction.
@@ -117,15 +95,6 @@ class DpmSolverPp2M:
             d = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * self._x0_before
         self._x0_before = x0
         return t.sigma / s.sigma * x - t.alpha * math.expm1(-h) * d
-
-    @property
-    def memory(self) -> list[Array]:
-        """See `LinearSolver.memory`: the data prediction of the step before."""
-        return [] if self._x0_before is None else [self._x0_before]
-
-    @memory.setter
-    def memory(self, kept: list[Array]) -> None:
-        self._x0_before = kept[0] if kept else None
 
 
 class UniPc:
@@ -161,15 +130,6 @@ class UniPc:
         self._order = 1 if index == 0 or self._run.is_last(index) else 2
         self._x_before = x
         return self._predict(index, x)
-
-    @property
-    def memory(self) -> list[Array]:
-        """See `LinearSolver.memory`: the corrected latent that the step before went from, and its data predictions."""
-        return [] if self._x_before is None else [self._x_before, *self._x0s]
-
-    @memory.setter
-    def memory(self, kept: list[Array]) -> None:
-        self._x_before, self._x0s = (kept[0], kept[1:]) if kept else (None, [])
 
     def _predict(self, index: int, x: Array) -> Array:
         """UniP: from step `index` to the next."""

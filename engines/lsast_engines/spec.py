@@ -30,11 +30,6 @@ PARTS = (CONTROL, DEEP, SHALLOW)
 DECODER_SMALL = "decoder_small"
 """Name of a smaller decoder, of the same inputs and outputs, which a bundle may have beside its own."""
 
-ADVANCE = "advance"
-"""Name of the graph that takes a solver's step on the device; no bundle's, see `advance_spec`."""
-KEPT = 3
-"""Latents that a solver may keep of earlier steps, on the device."""
-
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -119,29 +114,6 @@ def small_decoder_spec(geometry: Geometry) -> GraphSpec:
     Its latents are divided by `latent_scale` too, whatever the network inside takes.
     """
     return replace(graph_specs(geometry)[DECODER], name=DECODER_SMALL)
-
-
-def advance_spec(channels: int = 4) -> GraphSpec:
-    """The spec of ``advance``, one linear step of all solvers (`moves`), the same for every base.
-
-    With e = Σ_G halves · eps, and k_0 the latent, k_1 … k_3 what is kept::
-
-        advanced_i = Σ_j moves_ij k_j + moves_i4 e          i = 0 … 4
-
-    `advanced` is the state after the step and, last, what the step takes the clean latent to be.
-    """
-    latent = ("B", channels, "h", "w")
-    slots = 1 + KEPT
-    return GraphSpec(
-        ADVANCE,
-        (
-            TensorSpec("eps", "float32", ("G", *latent)),
-            TensorSpec("halves", "float32", ("G", "B")),
-            TensorSpec("state", "float32", (slots, *latent)),
-            TensorSpec("moves", "float32", (slots + 1, slots + 1, "B")),
-        ),
-        (TensorSpec("advanced", "float32", (slots + 1, *latent)),),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,12 +20,10 @@ from lsast_engines.style_defaults import STYLE_DEFAULTS
 from .compile_command import LIBRARIES, compile_command, compiled
 from .console import Command, Group, Phases, common, fail, require_extra
 from .decoder_command import decoder_command
-from .eight_bit_command import modelopt_command
 from .golden_command import golden_command
 from .import_command import import_command
 from .parts_command import parts_command
 from .quantise_command import quantise_command
-from .triton_command import triton_command
 
 _DEFAULT_TYPES: dict[str, Callable[[str], Any]] = {
     "style": str,
@@ -130,7 +128,7 @@ def main(
     if not styles:
         raise UsageError(
             "found nothing to do; expected --style NAME, or one of the commands bundle, check, compile, golden, "
-            "import, modelopt, parts, quantise, triton (--help)"
+            "decoder, import, parts, quantise (--help)"
         )
     if out is not None:
         _export(styles, base, out, precision, defaults, backend, sm, parts, as_json, **imports)
@@ -338,8 +336,6 @@ main.add_command(compile_command)
 main.add_command(golden_command)
 main.add_command(import_command)
 main.add_command(quantise_command)
-main.add_command(modelopt_command)
-main.add_command(triton_command)
 main.add_command(parts_command)
 main.add_command(decoder_command)
 

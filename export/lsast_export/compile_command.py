@@ -4,44 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import click
 
-from lsast_engines.engine_key import EIGHT_BIT, Library
+from lsast_engines.engine_key import Library
 from lsast_engines.errors import UsageError
 from lsast_engines.profile import Ranges, Span
+from lsast_engines.removed import removal
 
-from .console import Command, Phases, common, require_extra
-
-if TYPE_CHECKING:
-    from .tensorrt import CompileOptions
+from .console import Phases, common, require_extra
 
 LIBRARIES = get_args(Library)
 
 
-def compiling(command: Command) -> Command:
-    """Options of commands that compile engines of floats."""
-    kinds = click.Choice(["fp16", "fp32"])
-    return ranging(click.option("--arithmetic", type=kinds, help="What engines compute in. [default: fp16]")(command))
-
-
-def ranging(command: Command) -> Command:
-    """Options of commands that compile engines: the sizes and the GPUs that they are for."""
-    for option in (
-        click.option("--batch", metavar="N,N,N", help="Pictures at once: least, best, most. [default: 1,1,4]"),
-        click.option(
-            "--sides", metavar="N,N,N", help="Pixels of height and width: least, best, most. [default: 384,512,1024]"
-        ),
-        click.option(
-            "--sm",
-            multiple=True,
-            metavar="N.N",
-            help="Compute capability to compile for (tensorrt-rtx), e.g. 8.9, or 8.6,8.9,12.0. [default: portable]",
-        ),
-    ):
-        command = option(command)
-    return command
+def _refuse(ctx: click.Context, option: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        raise UsageError(removal("lsast-export compile --quantised") or "")
 
 
 @click.command("compile")
@@ -57,18 +36,16 @@ def ranging(command: Command) -> Command:
     multiple=True,
     help="This graph only; again for others. [default: all but the denoiser's parts]",
 )
+@click.option("--arithmetic", metavar="TYPE", help="What engines compute in: fp16 or fp32. [default: fp16]")
+@click.option("--quantised", expose_value=False, hidden=True, callback=_refuse)
+@click.option("--batch", metavar="N,N,N", help="Pictures at once: least, best, most. [default: 1,1,4]")
+@click.option("--sides", metavar="N,N,N", help="Pixels of height and width: least, best, most. [default: 384,512,1024]")
 @click.option(
-    "--arithmetic",
-    type=click.Choice(["fp16", "fp32", *EIGHT_BIT]),
-    help="What engines compute in; int8 and fp8 with --quantised. [default: fp16]",
+    "--sm",
+    multiple=True,
+    metavar="N.N",
+    help="Compute capability to compile for (tensorrt-rtx), e.g. 8.9, or 8.6,8.9,12.0. [default: portable]",
 )
-@click.option(
-    "--quantised",
-    metavar="FILE",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="The denoiser.onnx that modelopt wrote, compiled in place of the bundle's.",
-)
-@ranging
 @common
 @click.pass_context
 def compile_command(
@@ -81,7 +58,6 @@ def compile_command(
     sides: str | None,
     batch: str | None,
     arithmetic: str | None,
-    quantised: Path | None,
     as_json: bool,
 ) -> None:
     """Compile the graphs of BUNDLE (a folder or a name; the embedded one) for NVIDIA GPUs.
@@ -93,8 +69,7 @@ def compile_command(
     from lsast_engines.bundle import find_bundle
 
     phases = Phases()
-    options = compile_options(backend, sm, sides, batch, arithmetic, quantised)
-    facts = compile_as(find_bundle(bundle), options, phases, out, graphs)
+    facts = compiled(find_bundle(bundle), backend, phases, out, sm, sides, batch, arithmetic, graphs)
     click.echo(json.dumps(facts) if as_json or ctx.meta.get("lsast.json") else facts["engines"])
 
 
@@ -109,18 +84,21 @@ def compiled(
     arithmetic: str | None = None,
     graphs: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Compile `bundle` as the options say, and what came of it, for ``--json``."""
-    return compile_as(bundle, compile_options(backend, sm, sides, batch, arithmetic), phases, out, graphs)
+    """Compile `bundle` as the options say, and what came of it, for ``--json``.
 
-
-def compile_as(
-    bundle: Path, options: CompileOptions, phases: Phases, out: Path | None = None, graphs: tuple[str, ...] = ()
-) -> dict[str, Any]:
-    """Compile `bundle`, and what came of it, for ``--json``."""
+    Raises:
+        UsageError: options that cannot be meant.
+    """
     from lsast_engines.engine_key import engine_folder
 
-    from .tensorrt import compile_bundle
+    from .tensorrt import CompileOptions, compile_bundle
 
+    chosen: dict[str, Any] = {} if arithmetic is None else {"arithmetic": arithmetic}
+    spans = {"side": _span("--sides", sides), "batch": _span("--batch", batch)}
+    ranges = Ranges(**{name: span for name, span in spans.items() if span is not None})
+    targets = tuple(dict.fromkeys(target.strip() for text in sm for target in text.split(",") if target.strip()))
+    library: Library = "tensorrt" if backend == "tensorrt" else "tensorrt-rtx"
+    options = CompileOptions(library, targets, ranges, **chosen)
     records = compile_bundle(bundle, options, out, phases, graphs)
     return {
         "bundle": str(bundle),
@@ -131,29 +109,6 @@ def compile_as(
         },
         "seconds": phases.seconds(),
     }
-
-
-def compile_options(
-    backend: str,
-    sm: tuple[str, ...] = (),
-    sides: str | None = None,
-    batch: str | None = None,
-    arithmetic: str | None = None,
-    quantised: Path | None = None,
-) -> CompileOptions:
-    """What the options of `compiling` mean.
-
-    Raises:
-        UsageError: they cannot be meant.
-    """
-    from .tensorrt import CompileOptions
-
-    chosen: dict[str, Any] = {} if arithmetic is None else {"arithmetic": arithmetic}
-    spans = {"side": _span("--sides", sides), "batch": _span("--batch", batch)}
-    ranges = Ranges(**{name: span for name, span in spans.items() if span is not None})
-    targets = tuple(dict.fromkeys(target.strip() for text in sm for target in text.split(",") if target.strip()))
-    library: Library = "tensorrt" if backend == "tensorrt" else "tensorrt-rtx"
-    return CompileOptions(library, targets, ranges, quantised=quantised, **chosen)
 
 
 def _span(option: str, text: str | None) -> Span | None:

@@ -11,12 +11,21 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from lsast_engines.errors import LsastError, MissingExtraError, UsageError
+from lsast_engines.removed import removal
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Group(click.Group):
     """A group whose failures are one line a fault, with a traceback only on `--debug`."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command of `args`; one that was removed is refused with what to do instead."""
+        if gone := removal(f"{self.name} {args[0]}"):
+            raise UsageError(gone)
+        return super().resolve_command(ctx, args)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """Read the arguments."""

@@ -30,13 +30,12 @@ _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def held_types(path: Path) -> set[str]:
-    """ONNX's names of the number types in the graph file `path`: weights, and what casts and quantisers give."""
+    """ONNX's names of the number types in the graph file `path`: weights, and what casts give."""
     model = ir.load(path)
     found = {str(value.dtype.name) for value in model.graph.initializers.values() if value.dtype is not None}
     for node in model.graph.all_nodes():
-        for name in ("to", "output_dtype"):
-            if (attribute := node.attributes.get(name)) is not None and attribute.as_int():
-                found.add(ir.DataType(attribute.as_int()).name)
+        if (attribute := node.attributes.get("to")) is not None:
+            found.add(ir.DataType(attribute.as_int()).name)
     return found
 
 

@@ -21,34 +21,28 @@ from typing import Any
 from lsast_engines.engine import Arithmetic
 from lsast_engines.engine_key import (
     ANY_GPU,
-    EIGHT_BIT,
     PORTABLE,
     SUFFIX,
     EngineKey,
     EngineRecord,
     Library,
     engine_folder,
-    graph_arithmetic,
     graph_digest,
     verified_record,
 )
 from lsast_engines.errors import BackendError, ExportError, UsageError, fault_list
 from lsast_engines.files import replace_file
-from lsast_engines.loop import ADVANCE_GRAPH
 from lsast_engines.manifest import QUANTISED, Manifest
 from lsast_engines.profile import Profile, Ranges
-from lsast_engines.spec import ADVANCE, DENOISER, EVERY, GraphSpec, advance_spec
+from lsast_engines.removed import removal
+from lsast_engines.spec import EVERY, GraphSpec
 from lsast_engines.tensorrt_library import load_library, make_logger
 
 from .half_graph import held_types, write_half_graph
-from .origin import made_from
 from .progress import Progress, silent
 
-NEEDS = {"BFLOAT16": (8, 0), "FLOAT8E4M3FN": (8, 9), "FLOAT8E5M2": (8, 9), "FLOAT4E2M1": (10, 0)}
+NEEDS = {"BFLOAT16": (8, 0)}
 """Compute capability from which a GPU has a type of ONNX (docs.nvidia.com/deeplearning/tensorrt, support matrix)."""
-
-STORED = {"int8": "INT8", "fp8": "FLOAT8E4M3FN"}
-"""ONNX's names of the types that `EIGHT_BIT` engines are compiled from."""
 
 
 @dataclass(frozen=True)
@@ -64,20 +58,13 @@ class CompileOptions:
     """Compute capabilities, e.g. ``8.9``; TensorRT-RTX alone has a choice, none of them means portable."""
     ranges: Ranges = dataclasses.field(default_factory=Ranges)
     arithmetic: Arithmetic = "fp16"
-    """What to compute in; weights stored in halves are computed with as float32 in ``fp32``. 8 bits are the denoiser's,
-    see `quantised`; what it does not quantise is in fp16, and so are the other graphs."""
-    quantised: Path | None = None
-    """The denoiser with 8-bit products that was made from the bundle's (`eight_bit`), to be compiled in its place."""
+    """What to compute in; weights stored in halves are computed with as float32 in ``fp32``."""
 
     def __post_init__(self) -> None:
-        if self.arithmetic not in ("fp32", "fp16", *EIGHT_BIT):
-            expected = " or ".join(("fp32", "fp16", *EIGHT_BIT))
-            raise UsageError(f"found arithmetic {self.arithmetic}; engines are compiled in {expected}")
-        if self.quantised is not None and self.arithmetic not in EIGHT_BIT:
-            raise UsageError(
-                f"found the quantised denoiser {self.quantised} for arithmetic {self.arithmetic}; expected "
-                f"{' or '.join(EIGHT_BIT)}"
-            )
+        if gone := removal(f"--arithmetic {self.arithmetic}"):
+            raise UsageError(gone)
+        if self.arithmetic not in ("fp32", "fp16"):
+            raise UsageError(f"found arithmetic {self.arithmetic}; engines are compiled in fp32 or fp16")
         wrong = [target for target in self.targets if not re.fullmatch(r"\d+\.\d", target)]
         if wrong:
             raise UsageError(f"found compute capability {', '.join(wrong)}; expected one such as 8.9")
@@ -98,37 +85,33 @@ def compile_graph(
     Raises:
         MissingExtraError: the library is not installed.
         BackendError: TensorRT without a GPU.
-        UsageError: a compute capability that the library does not know, or 8 bits without a quantised graph.
-        ExportError: the graph cannot be compiled, everything that the library had to say; or the quantised graph was
-            made from another, or holds other types.
+        UsageError: a compute capability that the library does not know.
+        ExportError: the graph cannot be compiled; everything that the library had to say.
     """
-    arithmetic = graph_arithmetic(spec.name, options.arithmetic)
-    quantised = _quantised(path, options) if arithmetic in EIGHT_BIT else None
     trt = load_library(options.library)
     targets, gpu = _targets(options, trt)
     key = EngineKey(
         graph=spec.name,
         onnx=graph_digest(path),
         profile=options.ranges.profile(spec),
-        arithmetic=arithmetic,
+        arithmetic=options.arithmetic,
         library=options.library,
         library_version=str(trt.__version__),
         targets=targets,
         gpu=gpu,
-        quantised="" if quantised is None else graph_digest(quantised),
     )
     found = _there(engine)
     if found is not None and not key.differences(found.key):
         progress(f"compiling {spec.name}")
         progress(f"compiling {spec.name}", "is there already")
         return found
-    require_types(held_types(quantised or path), targets, path.name)
+    require_types(held_types(path), targets, path.name)
     progress(f"compiling {spec.name}")
     if found is not None:
         progress(f"compiling {spec.name}", f"took {found.seconds:.0f} s last time")
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="lsast-compile.") as scratch:
-        source = _source(quantised or path, arithmetic, Path(scratch))
+        source = _source(path, options.arithmetic, Path(scratch))
         serialized = _Build(trt, options, key, progress).run(source, spec, _timing_cache(engine, key))
     seconds = time.perf_counter() - began
     with replace_file(engine) as handle:
@@ -148,8 +131,6 @@ def compile_bundle(
 ) -> dict[str, EngineRecord]:
     """Compile the graphs of the folder `bundle` into `out`, or where `lsast-run` finds them; see `compile_graph`.
 
-    With them goes ``advance``, which takes the solver's steps on the device, in fp32 whatever the others compute in.
-
     Args:
         bundle: the bundle's folder.
         options: how.
@@ -158,24 +139,19 @@ def compile_bundle(
         graphs: names of those to compile; none is those that every bundle has, without the denoiser's parts.
 
     Raises:
-        UsageError: there is no such graph, the bundle is quantised for processors, or the denoiser is to be compiled
-            in 8 bits without a quantised graph.
+        UsageError: there is no such graph, or the bundle is quantised for processors.
     """
     path = bundle / "manifest.json"
     manifest = Manifest.from_json(path.read_text(encoding="utf-8"), str(path))
     require_float(manifest, bundle)
-    sources = {name: (bundle / f"{name}.onnx", spec, options) for name, spec in manifest.graphs.items()}
-    sources[ADVANCE] = (ADVANCE_GRAPH, advance_spec(), dataclasses.replace(options, arithmetic="fp32", quantised=None))
-    if unknown := sorted(set(graphs) - sources.keys()):
-        raise UsageError(f"found graphs {', '.join(unknown)}; expected of {', '.join(sources)}")
-    chosen_graphs = set(graphs) or {*EVERY, ADVANCE}
-    if options.arithmetic in EIGHT_BIT and DENOISER in chosen_graphs:
-        _quantised(sources[DENOISER][0], options)  # before the others take their minutes
+    if unknown := sorted(set(graphs) - manifest.graphs.keys()):
+        raise UsageError(f"found graphs {', '.join(unknown)}; expected of {', '.join(manifest.graphs)}")
+    chosen = set(graphs) or set(EVERY)
     folder = out or engine_folder(bundle, options.library, options.arithmetic)
     return {
-        name: compile_graph(path, spec, folder / f"{name}{SUFFIX}", chosen, progress)
-        for name, (path, spec, chosen) in sources.items()
-        if name in chosen_graphs
+        name: compile_graph(bundle / f"{name}.onnx", spec, folder / f"{name}{SUFFIX}", options, progress)
+        for name, spec in manifest.graphs.items()
+        if name in chosen
     }
 
 
@@ -249,29 +225,8 @@ class _Build:
             raise ExportError(fault_list(f"{library} {self._key.library_version}: graph {name} {what}:", found))
 
 
-def _quantised(path: Path, options: CompileOptions) -> Path:
-    """The file to compile in place of the graph file `path` in 8 bits, which was made from it."""
-    kind, file = options.arithmetic, options.quantised
-    if file is None:
-        raise UsageError(
-            f"found no quantised denoiser to compile in {kind}; expected --quantised FILE, the denoiser.onnx that "
-            f"lsast-export modelopt OUT {path.parent} --to {kind} --images PHOTOGRAPHS writes into OUT"
-        )
-    if not file.is_file():
-        raise ExportError(f"found no quantised denoiser {file}; make it with lsast-export modelopt")
-    faults = []
-    if (found := made_from(file)) != (expected := graph_digest(path)):
-        whence = f"{found[:12]}…" if found else "nothing that it tells"
-        faults.append(f"made from: found {whence}; expected {expected[:12]}…, the denoiser of {path.parent}")
-    if STORED[kind] not in held_types(file):
-        faults.append(f"types: found no {STORED[kind]}; expected it in a graph for {kind}")
-    if faults:
-        raise ExportError(fault_list(f"{file} is not this denoiser in {kind}; run lsast-export modelopt:", faults))
-    return file
-
-
 def _source(path: Path, arithmetic: str, scratch: Path) -> Path:
-    """The file to compile: `path`, or in the folder `scratch` the same in fp16, but for what is quantised."""
+    """The file to compile: `path`, or in the folder `scratch` the same in fp16."""
     if arithmetic == "fp32":
         return path
     for file in path.parent.iterdir():

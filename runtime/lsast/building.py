@@ -10,16 +10,14 @@ import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, get_args
 
 from lsast_engines.bundle import Bundle
 from lsast_engines.cuda import gpus, load_cuda
 from lsast_engines.engine import Arithmetic
-from lsast_engines.engine_key import EIGHT_BIT, Library, engine_folder
+from lsast_engines.engine_key import Library
 from lsast_engines.errors import BackendError, MissingExtraError, UsageError
-from lsast_engines.loop import ADVANCE_GRAPH
-from lsast_engines.spec import ADVANCE, DENOISER, EVERY, GraphSpec, advance_spec
+from lsast_engines.spec import EVERY
 from lsast_engines.tensorrt import find_engine
 from lsast_engines.tensorrt_library import load_library
 
@@ -45,8 +43,7 @@ def build_engines(
     Raises:
         UsageError: a backend that compiles nothing.
         MissingExtraError: the library, cuda-python or what the exporter needs is not installed.
-        BackendError: no GPU; a denoiser in 8 bits that is missing, which `lsast-export modelopt` makes; or compiling
-            failed, and why stands on stderr.
+        BackendError: no GPU, or compiling failed, and why stands on stderr.
     """
     if backend not in get_args(Library):
         expected = " or ".join(get_args(Library))
@@ -56,21 +53,12 @@ def build_engines(
     there = gpus(runtime or load_cuda())
     if not there:
         raise BackendError(f"found no NVIDIA GPU to build engines for; see lsast-run --doctor ({library})")
-    folder = engine_folder(bundle.path, library, arithmetic)
-    graphs: dict[str, tuple[Path, GraphSpec, str]] = {
-        # The denoiser's parts are compiled by name only: lsast-export compile --graph deep …
-        name: (bundle.graph_path(name), bundle.manifest.graphs[name], arithmetic)
-        for name in EVERY
-    }
-    graphs[ADVANCE] = (ADVANCE_GRAPH, advance_spec(), "fp32")
     missing = []
-    for name, (path, spec, computed_in) in graphs.items():
+    for name in EVERY:  # the denoiser's parts are compiled by name only: lsast-export compile --graph deep …
+        path, spec = bundle.graph_path(name), bundle.manifest.graphs[name]
         try:
-            find_engine(path, spec, library, version, computed_in, there[0], folder)
-        except BackendError as error:
-            if name == DENOISER and arithmetic in EIGHT_BIT:
-                # It is quantised first, on the caller's photographs, in an environment of ModelOpt's own.
-                raise BackendError(f"--build cannot compile the denoiser in {arithmetic}: {error}") from error
+            find_engine(path, spec, library, version, arithmetic, there[0])
+        except BackendError:
             missing.append(name)
     if not missing:
         return []

@@ -20,7 +20,6 @@ LIBRARIES = (
     ("safetensors", None),
     ("onnxruntime", "cpu"),
     ("onnxruntime-gpu", "gpu"),
-    ("onnxruntime-ep-nv-tensorrt-rtx", None),
     ("openvino", "openvino"),
     ("tensorrt", "tensorrt"),
     ("tensorrt-rtx", "tensorrt-rtx"),

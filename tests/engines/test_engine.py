@@ -281,10 +281,8 @@ def test_explicit_wishes_are_met_or_refused(toy: Any, monkeypatch: pytest.Monkey
         with pytest.raises(BackendError, match=rf"'{backend}' with device 'tpu'; there is: .*onnxruntime on cpu"):
             open_engine(toy.path, toy.spec, backend, "tpu")
     for backend in ("auto", "onnxruntime", "openvino"):
-        with pytest.raises(
-            BackendError, match=f"found arithmetic int8 for backend {backend}; expected one whose engine"
-        ):
-            open_engine(toy.path, toy.spec, backend, arithmetic="int8")
+        with pytest.raises(UsageError, match=r"--arithmetic int8 was removed: .*lsast-export quantise"):
+            open_engine(toy.path, toy.spec, backend, arithmetic="int8")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="found 0 threads"):
         open_engine(toy.path, toy.spec, threads=0)
     hide(monkeypatch, "openvino")

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lsast_engines import kept_graphs, onnxruntime_cache, onnxruntime_gpu
+from lsast_engines import kept_graphs, onnxruntime_cache
 from lsast_engines.bundle import Bundle
 from lsast_engines.engine import open_engine
 
-pytest.importorskip("onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime")
 
 Decode = Callable[[], np.ndarray]
 
@@ -34,11 +34,13 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that sessions are opened of."""
     files: list[Path] = []
 
-    def session(library: Any, path: Path, *rest: Any) -> Any:
-        files.append(path)
-        return onnxruntime_gpu.session(library, path, *rest)
+    real = onnxruntime.InferenceSession
 
-    monkeypatch.setattr("lsast_engines.onnxruntime.session", session)
+    def session(path: Path, *rest: Any, **options: Any) -> Any:
+        files.append(path)
+        return real(path, *rest, **options)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     return files
 
 

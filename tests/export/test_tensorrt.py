@@ -9,16 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from onnx import TensorProto, checker, helper, load, numpy_helper, save
+from onnx import TensorProto, checker, helper, numpy_helper, save
 
 from lsast_engines.bundle import EMBEDDED, Bundle
 from lsast_engines.engine import Arithmetic
-from lsast_engines.engine_key import engine_folder, graph_arithmetic, graph_digest, record_path, verified_record
+from lsast_engines.engine_key import engine_folder, record_path, verified_record
 from lsast_engines.errors import BackendError, ExportError, MissingExtraError, UsageError
 from lsast_engines.profile import Ranges, Span
-from lsast_engines.spec import GraphSpec, TensorSpec, advance_spec
+from lsast_engines.spec import EVERY, GraphSpec, TensorSpec
 from lsast_export.__main__ import main
-from lsast_export.origin import tell_origin
 from lsast_export.tensorrt import CompileOptions, compile_bundle, compile_graph
 
 TARGETS = ("8.6", "8.9", "12.0")
@@ -50,29 +49,22 @@ def product(folder: Path, name: str = "product", operator: str = "MatMul") -> tu
     return path, spec
 
 
-def quantised(folder: Path, kind: int) -> tuple[Path, GraphSpec]:
-    """y = dequantised(quantised(x)) dequantised(W) with per-tensor scales, W stored in `kind`."""
-    spec = GraphSpec("quantised", (TensorSpec("x", "float32", ("B", 32)),), (TensorSpec("y", "float32", ("B", 32)),))
-    values = np.clip(np.random.default_rng(1).standard_normal((32, 32)) * 20, -100, 100)
-    weight = helper.make_tensor("W", kind, (32, 32), values.round().flatten().tolist())
-    constants = [
-        weight,
-        numpy_helper.from_array(np.float32(0.05), "scale"),
-        helper.make_tensor("zero", kind, (), [0]),
-    ]
+def bf16_weight(folder: Path) -> tuple[Path, GraphSpec]:
+    """y = x W, W [32, 32] stored in bf16."""
+    spec = GraphSpec("product", (TensorSpec("x", "float32", ("B", 32)),), (TensorSpec("y", "float32", ("B", 32)),))
+    values = np.random.default_rng(1).standard_normal(32 * 32)
+    weight = helper.make_tensor("W", TensorProto.BFLOAT16, (32, 32), values.tolist())
     nodes = [
-        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["xq"]),
-        helper.make_node("DequantizeLinear", ["xq", "scale", "zero"], ["xd"]),
-        helper.make_node("DequantizeLinear", ["W", "scale", "zero"], ["Wd"]),
-        helper.make_node("MatMul", ["xd", "Wd"], ["y"]),
+        helper.make_node("Cast", ["W"], ["W32"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["x", "W32"], ["y"]),
     ]
     tensors = [
         helper.make_tensor_value_info(tensor.name, TensorProto.FLOAT, list(tensor.shape))
         for tensor in (*spec.inputs, *spec.outputs)
     ]
-    graph = helper.make_graph(nodes, "quantised", tensors[:1], tensors[1:], constants)
-    path = folder / "quantised.onnx"
-    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10), path)
+    graph = helper.make_graph(nodes, "product", tensors[:1], tensors[1:], [weight])
+    path = folder / "product.onnx"
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
     return path, spec
 
 
@@ -150,124 +142,19 @@ def test_unknown_targets_list_those_there_are(tmp_path: Path) -> None:
 
 
 @needs_rtx
-def test_fp8_is_refused_for_gpus_that_have_none(tmp_path: Path) -> None:
-    path, spec = quantised(tmp_path, TensorProto.FLOAT8E4M3FN)
-    engine = tmp_path / "quantised.engine"
-    with pytest.raises(ExportError, match=r"8\.6: found FLOAT8E4M3FN .* expected compute capability 8\.9") as caught:
-        compile_graph(path, spec, engine, rtx_options(arithmetic="fp32"))
-    assert "12.0:" not in str(caught.value)
-    assert compile_graph(path, spec, engine, rtx_options(arithmetic="fp32", targets=("8.9", "12.0"))).bytes > 0
+def test_bf16_is_refused_for_gpus_that_have_none(tmp_path: Path) -> None:
+    path, spec = bf16_weight(tmp_path)
+    engine = tmp_path / "product.engine"
+    with pytest.raises(ExportError, match=r"7\.5: found BFLOAT16 .* expected compute capability 8\.0") as caught:
+        compile_graph(path, spec, engine, rtx_options(arithmetic="fp32", targets=("7.5", "8.6")))
+    assert "8.6:" not in str(caught.value)
+    assert compile_graph(path, spec, engine, rtx_options(arithmetic="fp32", targets=("8.6",))).bytes > 0
 
 
-@needs_rtx
-def test_our_refusal_of_fp8_is_the_librarys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("lsast_export.tensorrt.NEEDS", {})
-    path, spec = quantised(tmp_path, TensorProto.FLOAT8E4M3FN)
-    with pytest.raises(ExportError, match="HW-specific datatypes: fp8_e4m3"):
-        compile_graph(path, spec, tmp_path / "quantised.engine", rtx_options(arithmetic="fp32", targets=("8.6",)))
-
-
-@needs_rtx
-def test_int8_compiles_for_every_target(tmp_path: Path) -> None:
-    path, spec = quantised(tmp_path, TensorProto.INT8)
-    assert compile_graph(path, spec, tmp_path / "quantised.engine", rtx_options(arithmetic="fp32")).bytes > 0
-
-
-def eight_bit(folder: Path, kind: int = TensorProto.INT8) -> tuple[Path, Path, GraphSpec]:
-    """A graph `denoiser`, y = x W, and a quantised one that says that it was made from it."""
-    (bundle := folder / "bundle").mkdir()
-    (made := folder / "made").mkdir()
-    source, spec = quantised(made, kind)
-    model = load(source)
-    plain = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "W"], ["y"])],
-        "denoiser",
-        list(model.graph.input),
-        list(model.graph.output),
-        [numpy_helper.from_array(np.eye(32, dtype=np.float32), "W")],
-    )
-    path = bundle / "denoiser.onnx"
-    save(helper.make_model(plain, opset_imports=model.opset_import, ir_version=10), path)
-    tell_origin(model, graph_digest(path))
-    save(model, source)
-    return path, source, dataclasses.replace(spec, name="denoiser")
-
-
-def test_eight_bits_take_the_quantised_graph_of_this_very_denoiser(tmp_path: Path) -> None:
-    path, made, spec = eight_bit(tmp_path)
-    engine = tmp_path / "denoiser.engine"
-
-    def refused(message: str, error: type[Exception] = ExportError, **changes: object) -> None:
-        with pytest.raises(error, match=message):
-            compile_graph(path, spec, engine, rtx_options(arithmetic="int8", **changes))
-        assert not engine.exists()
-
-    refused("found no quantised denoiser to compile in int8; expected --quantised FILE", UsageError)
-    refused("found no quantised denoiser .*nowhere", quantised=tmp_path / "nowhere")
-    refused(r"made from: found nothing that it tells; expected [0-9a-f]{12}…", quantised=path)
-    with pytest.raises(ExportError, match="types: found no FLOAT8E4M3FN; expected it in a graph for fp8"):
-        compile_graph(path, spec, engine, rtx_options(arithmetic="fp8", quantised=made))
-    with pytest.raises(UsageError, match=r"for arithmetic fp16; expected int8 or fp8"):
-        rtx_options(quantised=made)
-    path.write_bytes(path.read_bytes() + b"\x22\x01x")  # the bundle was exported again
-    refused(r"made from: found [0-9a-f]{12}…; expected", quantised=made)
-
-
-def test_a_bundle_in_eight_bits_needs_the_quantised_denoiser_before_anything_is_compiled(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"lsast-export modelopt OUT .* --to fp8 --images PHOTOGRAPHS writes into OUT"):
-        compile_bundle(EMBEDDED, rtx_options(arithmetic="fp8"), tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_bundle_in_eight_bits_is_the_quantised_denoiser_and_the_rest_in_halves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, made, _ = eight_bit(tmp_path)
-    model = load(made)
-    tell_origin(model, graph_digest(EMBEDDED / "denoiser.onnx"))
-    save(model, made)
-    seen: dict[str, tuple[str, Path | None]] = {}
-
-    def note(path: Path, spec: GraphSpec, engine: Path, options: CompileOptions, progress: object) -> None:
-        seen[spec.name] = graph_arithmetic(spec.name, options.arithmetic), options.quantised
-
-    monkeypatch.setattr("lsast_export.tensorrt.compile_graph", note)
-    compile_bundle(EMBEDDED, rtx_options(arithmetic="int8", quantised=made), tmp_path / "out")
-    assert {name: arithmetic for name, (arithmetic, _) in seen.items()} == {
-        "encoder": "fp16",
-        "hint": "fp16",
-        "denoiser": "int8",
-        "decoder": "fp16",
-        "advance": "fp32",
-    }
-    assert seen["denoiser"][1] == made
-
-
-@needs_rtx
-@pytest.mark.parametrize(
-    ("arithmetic", "kind", "targets"),
-    [("int8", TensorProto.INT8, TARGETS), ("fp8", TensorProto.FLOAT8E4M3FN, ("8.9", "12.0"))],
-)
-def test_a_quantised_denoiser_compiles_with_the_rest_in_halves(
-    tmp_path: Path, arithmetic: Arithmetic, kind: int, targets: tuple[str, ...]
-) -> None:
-    path, made, spec = eight_bit(tmp_path, kind)
-    engine = tmp_path / "denoiser.engine"
-    options = rtx_options(arithmetic=arithmetic, quantised=made, targets=targets)
-    record = compile_graph(path, spec, engine, options)
-    assert record == verified_record(engine)
-    assert (record.key.onnx, record.key.quantised) == (graph_digest(path), graph_digest(made))
-    assert record.key.arithmetic == arithmetic
-    stamp = engine.stat().st_mtime_ns
-    compile_graph(path, spec, engine, options)
-    assert engine.stat().st_mtime_ns == stamp
-    model = load(made)
-    model.doc_string = "calibrated again"
-    save(model, made)
-    assert compile_graph(path, spec, engine, options).key.quantised != record.key.quantised
-    if arithmetic == "fp8":
-        with pytest.raises(ExportError, match=r"8\.6: found FLOAT8E4M3FN"):
-            compile_graph(path, spec, engine, dataclasses.replace(options, targets=TARGETS))
+@pytest.mark.parametrize("arithmetic", ["int8", "fp8"])
+def test_eight_bits_were_removed(arithmetic: Arithmetic) -> None:
+    with pytest.raises(UsageError, match=f"--arithmetic {arithmetic} was removed: .*use fp16"):
+        rtx_options(arithmetic=arithmetic)
 
 
 def test_tensorrt_itself_needs_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,6 +195,11 @@ def test_the_command_compiles_where_the_runtime_looks(tmp_path: Path) -> None:
     [
         (["compile", "--backend", "tensorrt-rtx", "--sides", "1,2"], "expected three whole numbers"),
         (["--style", "x", "--sm", "8.9"], "expected --backend tensorrt-rtx with it"),
+        (["compile", "--backend", "tensorrt-rtx", "--arithmetic", "bf16"], "compiled in fp32 or fp16"),
+        (["compile", "--backend", "tensorrt-rtx", "--arithmetic", "fp8"], "--arithmetic fp8 was removed"),
+        (["compile", "--backend", "tensorrt", "--quantised", "x"], "lsast-export compile --quantised was removed"),
+        (["modelopt", "out", "--to", "fp8"], "lsast-export modelopt was removed: "),
+        (["triton", "models"], "lsast-export triton was removed: no server was ever run; serve on many machines"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(arguments: list[str], message: str) -> None:
@@ -346,21 +238,19 @@ def test_the_embedded_graphs_are_sound_and_read_as_declared(graph: str) -> None:
 
 
 def test_an_unknown_graph_lists_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"found graphs decoding; expected of .*decoder.*advance"):
+    with pytest.raises(UsageError, match=r"found graphs decoding; expected of encoder, hint, denoiser, decoder"):
         compile_bundle(EMBEDDED, rtx_options(), tmp_path, graphs=["decoding"])
 
 
 @needs_rtx
 @pytest.mark.parametrize("arithmetic", ["fp16", "fp32"])
 def test_the_embedded_bundle_compiles_for_every_target(tmp_path: Path, arithmetic: Arithmetic) -> None:
-    """At the sizes that are the default. Its denoiser in fp32 takes half a minute, in `test_triton`."""
+    """At the sizes that are the default."""
     options = CompileOptions("tensorrt-rtx", TARGETS, arithmetic=arithmetic)
-    names = ("encoder", "hint", *(["denoiser"] if arithmetic == "fp16" else []), "decoder", "advance")
-    records = compile_bundle(EMBEDDED, options, tmp_path, graphs=names)
-    assert records.keys() == set(names)
-    specs = {**Bundle.open(EMBEDDED).manifest.graphs, "advance": advance_spec()}
+    records = compile_bundle(EMBEDDED, options, tmp_path)
+    specs = Bundle.open(EMBEDDED).manifest.graphs
+    assert records.keys() == set(EVERY) <= specs.keys()
     for name, record in records.items():
         assert verified_record(tmp_path / f"{name}.engine") == record
-        # The solver's step is never rounded to halves.
-        assert (record.key.targets, record.key.arithmetic) == (TARGETS, "fp32" if name == "advance" else arithmetic)
+        assert (record.key.targets, record.key.arithmetic) == (TARGETS, arithmetic)
         assert record.key.profile == Ranges().profile(specs[name])

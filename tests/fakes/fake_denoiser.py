@@ -1,14 +1,12 @@
-"""A small denoiser for the fake GPU: inputs, what it computes of them, and styles that fit it."""
+"""A small denoiser for the fake GPU: inputs, what it computes of them, by hand."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from fake_gpu import Kernel, onnx_kernel
-from lsast_engines.loop import ADVANCE_GRAPH
+from fake_gpu import Kernel
 from lsast_engines.profile import Ranges, Span
-from lsast_engines.spec import ADVANCE, DENOISER, Geometry, advance_spec, graph_specs
-from lsast_engines.style import Style
+from lsast_engines.spec import DENOISER, Geometry, graph_specs
 
 SPEC = graph_specs(Geometry(hint_channels=2, tokens=3, unet_width=6, control_width=4))[DENOISER]
 RANGES = Ranges(Span(64, 64, 128), Span(1, 1, 3))
@@ -21,11 +19,6 @@ def step(feeds: dict[str, np.ndarray]) -> np.ndarray:
     return np.asarray(picture[None] * feeds["kv_unet"].mean((2, 3))[:, :, None, None, None], np.float32)
 
 
-def advance_kernel() -> Kernel:
-    """The graph ``advance`` itself, run by ONNX Runtime."""
-    return onnx_kernel(ADVANCE_GRAPH, advance_spec(), lambda shapes: {"advanced": (5, *shapes["state"][1:])})
-
-
 def kernels() -> dict[str, Kernel]:
     """What the engines of the fake library compute."""
     denoiser = Kernel(
@@ -33,7 +26,7 @@ def kernels() -> dict[str, Kernel]:
         lambda feeds: {"eps": step(feeds)},
         lambda shapes: {"eps": (*shapes["kv_unet"][:2], *shapes["latent"][1:])},
     )
-    return {DENOISER: denoiser, ADVANCE: advance_kernel()}
+    return {DENOISER: denoiser}
 
 
 def inputs(batch: int = 2, rows: int = 2, height: int = 8, width: int = 12, seed: int = 0) -> dict[str, np.ndarray]:
@@ -51,9 +44,3 @@ def inputs(batch: int = 2, rows: int = 2, height: int = 8, width: int = 12, seed
         "kv_control": normal(batch, 3, 4),
         "control_scale": np.asarray(0.7, np.float32),
     }
-
-
-def style(name: str, stages: int, seed: int) -> Style:
-    """A random style."""
-    rng = np.random.default_rng(seed)
-    return Style(name, "b" * 64, stages, 3, rng.standard_normal((stages, 3, 6)), rng.standard_normal((stages, 3, 4)))

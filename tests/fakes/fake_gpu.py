@@ -95,7 +95,7 @@ class FakeCuda:
 
     cudaError_t = Status
     cudaStreamNonBlocking = 1
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
 
     def __init__(self, capability: tuple[int, int] = (8, 9), count: int = 1) -> None:
@@ -176,15 +176,13 @@ class FakeCuda:
         return (self._may_not_capture("free"),)
 
     def cudaMemcpyAsync(self, target: int, source: int, count: int, kind: int, stream: int) -> tuple[Status]:
-        self.calls.append({1: "upload", 2: "download", 3: "copy"}[kind])
+        self.calls.append({1: "upload", 2: "download"}[kind])
 
         def work() -> None:
             if kind == 1:
                 self.view(target, count)[:] = ctypes.string_at(source, count)
-            elif kind == 2:
-                ctypes.memmove(target, bytes(self.view(source, count)), count)
             else:
-                self.view(target, count)[:] = bytes(self.view(source, count))
+                ctypes.memmove(target, bytes(self.view(source, count)), count)
 
         self.submit(stream, work)
         return (Status.cudaSuccess,)

@@ -15,13 +15,11 @@ from click.testing import CliRunner
 from PIL import Image
 
 import lsast
-from fake_gpu import write_engine
 from lsast import building
 from lsast.building import build_engines
 from lsast.cli import main
 from lsast_engines import cuda
 from lsast_engines.bundle import Bundle
-from lsast_engines.engine_key import engine_folder
 from lsast_engines.errors import BackendError, MissingExtraError, UsageError
 from lsast_engines.tensorrt import find_engine
 
@@ -45,8 +43,8 @@ def library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def graphs(bundle: Bundle) -> list[str]:
-    """What is compiled: the bundle's graphs, and the one that takes the solver's steps."""
-    return [*bundle.manifest.graphs, "advance"]
+    """What is compiled."""
+    return list(bundle.manifest.graphs)
 
 
 class Runner:
@@ -75,9 +73,7 @@ def test_what_is_there_is_not_compiled(bundle: Bundle, library: None, monkeypatc
     there = set(graphs(bundle))
 
     def find(path: Path, spec: Any, *key: Any) -> None:
-        # The solver's step is in fp32 whatever the others are in.
-        arithmetic = "fp32" if spec.name == "advance" else "fp16"
-        assert key[:-1] == ("tensorrt", "1.7.1", arithmetic, GPU)
+        assert key == ("tensorrt", "1.7.1", "fp16", GPU)
         if spec.name not in there:
             raise BackendError("missing")
 
@@ -93,23 +89,6 @@ def test_what_is_there_is_not_compiled(bundle: Bundle, library: None, monkeypatc
 def test_a_compiler_that_fails_names_the_command(bundle: Bundle, library: None) -> None:
     with pytest.raises(BackendError, match=r"failed with exit status 3; try it by itself: lsast-export compile"):
         build_engines(bundle, "tensorrt-rtx", "fp16", Runner(3), CUDA)
-
-
-def test_a_quantised_denoiser_is_not_built_but_what_goes_with_it(bundle: Bundle, library: None) -> None:
-    run = Runner()
-    with pytest.raises(
-        BackendError, match=r"--build cannot compile the denoiser in int8: (?s:.*)found no engine"
-    ) as told:
-        build_engines(bundle, "tensorrt-rtx", "int8", run, CUDA)
-    assert f"lsast-export modelopt QUANTISED {bundle.path} --to int8 --images" in str(told.value)
-    assert "let lsast-run do so" not in str(told.value)
-    assert run.commands == []
-    folder = engine_folder(bundle.path, "tensorrt-rtx", "int8")
-    path, spec = bundle.graph_path("denoiser"), bundle.manifest.graphs["denoiser"]
-    write_engine(path, spec, folder, "tensorrt-rtx", arithmetic="int8", quantised="0" * 64)
-    rest = [name for name in graphs(bundle) if name != "denoiser"]
-    assert build_engines(bundle, "tensorrt-rtx", "int8", run, CUDA) == rest
-    assert run.commands[0][7:11] == ["--arithmetic", "int8", "--sm", "8.9"]
 
 
 @pytest.mark.parametrize("absent", ["lsast_export", "onnx_ir"])

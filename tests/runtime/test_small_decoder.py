@@ -18,7 +18,7 @@ from onnx import numpy_helper
 from PIL import Image
 
 import lsast
-from lsast import BundleError, Stylizer, on_device
+from lsast import BundleError, Stylizer, sampler
 from lsast.cli import main
 from lsast.metadata import read_record
 from lsast.stylizer import first_graphs
@@ -83,14 +83,14 @@ def test_tiles_are_decoded_by_it(stylizer: Stylizer, photo: np.ndarray) -> None:
 def test_rows_of_a_batch_keep_their_own(stylizer: Stylizer, photo: np.ndarray) -> None:
     rows: list[dict[str, Any]] = [{"decoder": "small"}, {"decoder": "small", "seed": 9}, {}]
     sizes: list[int] = []
-    denoise = on_device.denoise
+    denoise = sampler.denoise
 
     def spied(engine: Any, given: Any, *rest: Any) -> Any:
         sizes.append(len(given))
         return denoise(engine, given, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(on_device, "denoise", spied)
+        patch.setattr(sampler, "denoise", spied)
         many = list(stylizer.stylize_many([photo] * 3, rows=rows, batch=4))
     assert sizes == [3]  # only the denoiser is shared
     for row, result in zip(rows, many, strict=True):
