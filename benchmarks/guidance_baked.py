@@ -9,9 +9,9 @@
         --paintings DIR --photos DIR --artist vincent-van-gogh
 
 Every content is painted with the same seed by the original style with guidance (the teacher), by the student, and by
-the original in one pass (the yardstick: what is had for the same time without distilling); with `--interval` also with
-guidance in an interval of timesteps only. A student of few steps is held against a teacher that goes the same way in
-fine steps, and beside it stand the original in as few, with guidance and without, and every style of `--beside`.
+the original in one pass (the yardstick: what is had for the same time without distilling). A student of few steps is
+held against a teacher that goes the same way in fine steps, and beside it stand the original in as few, with guidance
+and without, and every style of `--beside`.
 
 Prints the PSNR of each to the teacher, of pictures (peak 255) and of the latents that the decoder is handed (peak: the
 range of the teacher's), mean and lowest over the contents, and median seconds of denoising; with `--paintings` and
@@ -112,7 +112,6 @@ def ways(
     student: str,
     original: str,
     scale: float,
-    interval: tuple[int, int] | None,
     few: dict[str, Any] | None,
     fine: dict[str, Any],
     beside: Sequence[str],
@@ -126,10 +125,6 @@ def ways(
         yield f"guidance{about}", {"style": original, "guidance": scale, **few}
     for name in beside:
         yield f"{name}{about}", {"style": name, **short}
-    if interval:
-        low, high = interval
-        limited = {"guidance_low": low, "guidance_high": high}
-        yield f"guidance at {low}-{high}{about}", {"style": original, "guidance": scale, **limited, **short}
 
 
 def sheet(content: Image.Image, painted: dict[str, Image.Image]) -> Image.Image:
@@ -158,9 +153,7 @@ def scores(
     }
 
 
-def planned(
-    stylizer: lsast.Stylizer, name: str, interval: tuple[int, int] | None, beside: Sequence[str]
-) -> dict[str, dict[str, Any]]:
+def planned(stylizer: lsast.Stylizer, name: str, beside: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Name and options of every way to paint beside the student `name`.
 
     Raises:
@@ -176,7 +169,7 @@ def planned(
         few = {"steps": made["student_steps"], "strength": made["strength"], "solver": made["solver"]}
         parts = math.ceil(made["teacher_steps"] / made["student_steps"])
         fine = fine_run(manifest.noise, few, parts, manifest.stages)
-    return dict(ways(name, style.meta["distilled_from"], style.guidance_baked, interval, few, fine, beside))
+    return dict(ways(name, style.meta["distilled_from"], style.guidance_baked, few, fine, beside))
 
 
 @click.command()
@@ -185,7 +178,6 @@ def planned(
 @click.option("--out", required=True, type=click.Path(path_type=Path))
 @click.option("--student", "students", multiple=True, required=True, help="A style with guidance baked in; repeatable.")
 @click.option("--beside", multiple=True, help="Another distilled style to show beside the student; repeatable.")
-@click.option("--interval", nargs=2, type=int, help="Timesteps: show guidance between them only, too.")
 @click.option("--bundle")
 @click.option("--backend", default="auto")
 @click.option("--threads", type=int)
@@ -200,7 +192,6 @@ def main(
     out: Path,
     students: tuple[str, ...],
     beside: tuple[str, ...],
-    interval: tuple[int, int] | None,
     bundle: str | None,
     backend: str,
     threads: int | None,
@@ -222,7 +213,7 @@ def main(
     with lsast.load(bundle, backend, threads=threads) as stylizer:
         report["backend"] = stylizer.backend
         for name in students:
-            plan = planned(stylizer, name, interval, beside)
+            plan = planned(stylizer, name, beside)
             style = stylizer.bundle.open_style(name)
             table = {way: Way(way) for way in plan}
             # One pass of the original is the same for all students.

@@ -1,8 +1,7 @@
-"""What 8 bits gain and cost: a denoiser step, a painting, memory and nearness of fp32, bf16, int8 and int8-weights.
+"""What 8 bits gain and cost: a denoiser step, a painting, memory and nearness of fp32, bf16 and int8.
 
     lsast-export quantise --out engines/mini-int8
-    lsast-export quantise --out engines/mini-int8-weights --precision int8-weights
-    python benchmarks/int8.py PICTURE… --int8 engines/mini-int8 --int8-weights engines/mini-int8-weights
+    python benchmarks/int8.py PICTURE… --int8 engines/mini-int8
 
 Every row is a process of its own, so that its peak memory is its own; rounds go through all rows again and again, so
 that what else the machine does meets all of them. PSNR is that of the painting to ONNX Runtime's in fp32, of the same
@@ -27,11 +26,9 @@ from bench.machine import describe
 ROWS = (
     ("onnxruntime", "fp32", "float"),
     ("onnxruntime", "fp32", "int8"),
-    ("onnxruntime", "fp32", "int8-weights"),
     ("openvino", "fp32", "float"),
     ("openvino", "bf16", "float"),
     ("openvino", "fp32", "int8"),
-    ("openvino", "fp32", "int8-weights"),
 )
 """Backend, arithmetic, bundle."""
 
@@ -40,7 +37,6 @@ ROWS = (
 @click.argument("pictures", nargs=-1, type=click.Path(exists=True, path_type=Path))
 @click.option("--bundle", default=None, help="In fp32, fp16 or bf16; the embedded one.")
 @click.option("--int8", "int8", required=True, help="What quantise made of it.")
-@click.option("--int8-weights", "weights", required=True, help="What quantise --precision int8-weights made of it.")
 @click.option("--size", default=512, show_default=True)
 @click.option("--rounds", default=3, show_default=True, help="Processes for each row.")
 @click.option("--threads", type=int, default=None, help="Default: what the backend takes.")
@@ -49,7 +45,6 @@ def main(
     pictures: tuple[Path, ...],
     bundle: str | None,
     int8: str,
-    weights: str,
     size: int,
     rounds: int,
     threads: int | None,
@@ -58,7 +53,7 @@ def main(
     """Measure all rows on PICTURES."""
     if not pictures:
         raise click.UsageError("found no picture; expected one or more")
-    bundles = {"float": bundle, "int8": int8, "int8-weights": weights}
+    bundles = {"float": bundle, "int8": int8}
     with tempfile.TemporaryDirectory() as scratch:
         found: list[list[dict[str, Any]]] = [[] for _ in ROWS]
         for _ in range(rounds):

@@ -2,7 +2,7 @@
 
     python benchmarks/levers.py PICTURE... [--style vangogh --style monet] [--size 512] [--repeats 3] [--json]
 
-Every lever of `lsast.passes` alone, then the presets, in one process, warm: each picture in each style is painted once
+Every lever of docs/speed.md alone, then the presets, in one process, warm: each picture in each style is painted once
 unmeasured, then `--repeats` times, the levers by turns. Seconds are the median over pictures and styles of their
 medians, in brackets how far these lie apart; PSNR is over all values of the picture, mean and least over pictures and
 styles. Prints a Markdown table; run nothing else meanwhile.
@@ -26,15 +26,8 @@ from lsast.presets import PRESETS
 
 LEVERS: dict[str, dict[str, Any]] = {
     "exact": {},
-    "ControlNet every 2nd step": {"control_interval": 2},
-    "ControlNet every 3rd step": {"control_interval": 3},
-    "ControlNet down to t = 200": {"control_low": 200},
-    "ControlNet down to t = 400": {"control_low": 400},
     "deep U-Net every 2nd step": {"cache_interval": 2},
     "deep U-Net every 3rd step": {"cache_interval": 3},
-    "guidance down to t = 200": {"guidance_low": 200},
-    "guidance down to t = 400": {"guidance_low": 400},
-    "guidance up to t = 600": {"guidance_high": 600},
     "unipc, 8 steps": {"solver": "unipc", "steps": 8},
     "no guidance": {"guidance": 1.0},
     **{f"preset {name}": {"preset": name} for name in PRESETS if name not in ("exact", "released")},

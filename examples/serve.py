@@ -46,7 +46,7 @@ async def paint(
     request: Request,
     style: str | None = None,
     preset: str | None = None,
-    strength: str | None = None,
+    strength: float | None = None,
     seed: int | None = None,
     size: int | None = None,
     keep_colour: bool | None = None,
