@@ -17,18 +17,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 from onnx import numpy_helper
 
-from .observing import Observer, Reach
+from .observing import Reach
 from .plain_graph import Model, Node, Store, Weights, replace_contents
-from .trial import Feeds
 
 ALPHA = 0.7
 """How much of the difficulty moves: 0 evens out weights, 1 activations. Of 0.3, 0.5, 0.7 and 0.85 it is the one with
@@ -70,17 +68,6 @@ def find_groups(model: Model) -> list[Group]:
         if taken and users[name] == len(nodes) and all(users[tensor] == 1 for tensor in (*taken, *weights)):
             groups.append(Group(name, weights, taken))
     return groups
-
-
-def channel_reach(path: Path, feeds: Iterable[Feeds]) -> dict[str, Reach]:
-    """Run the plain graph of the file `path` on `feeds`: least and greatest value by channel of what groups share."""
-    model = onnx.load(str(path), load_external_data=False)
-    weights = Weights(model, path.parent)
-    groups = find_groups(model)
-    observer = Observer(model, path.parent, {group.activation: weights.shape(group.weights[0])[0] for group in groups})
-    for given in feeds:
-        observer(given)
-    return observer.reach
 
 
 def find_factors(

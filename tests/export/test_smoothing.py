@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from lsast_engines.bundle import Bundle
 from lsast_export.calibration import Calibration
+from lsast_export.observing import Observer, Reach
 from lsast_export.plain_graph import Weights, plain_graph
-from lsast_export.smoothing import channel_reach, find_factors, find_groups, smooth
+from lsast_export.smoothing import find_factors, find_groups, smooth
 
 WIDTH = 16
 
@@ -68,6 +69,17 @@ def unevenness(reach: tuple[np.ndarray, np.ndarray]) -> float:
     """The largest channel's reach over the median one's."""
     largest = np.maximum(np.abs(reach[0]), np.abs(reach[1]))
     return float(largest.max() / np.median(largest))
+
+
+def channel_reach(path: Path, feeds: Iterable[dict[str, np.ndarray]]) -> dict[str, Reach]:
+    """Run the plain graph of the file `path` on `feeds`: least and greatest value by channel of what groups share."""
+    model = onnx.load(str(path), load_external_data=False)
+    weights = Weights(model, path.parent)
+    groups = find_groups(model)
+    observer = Observer(model, path.parent, {group.activation: weights.shape(group.weights[0])[0] for group in groups})
+    for given in feeds:
+        observer(given)
+    return observer.reach
 
 
 def test_groups_are_what_shares_a_norm_and_what_ends_a_gate(tmp_path: Path) -> None:
