@@ -63,8 +63,14 @@ print(json.dumps([name for name in loaded() if sys.modules.get(name) is not None
 
 LIGHT = {
     "import lsast": ("import lsast", {"lsast"}),
-    "--help": ("from lsast.cli import main; main(['--help'], standalone_mode=False)", {"lsast", "click"}),
-    "--version": ("from lsast.cli import main; main(['--version'], standalone_mode=False)", {"lsast", "click"}),
+    "--help": (
+        "from lsast.cli import main; main(['--help'], standalone_mode=False)",
+        {"lsast", "lsast_engines", "click"},
+    ),
+    "--version": (
+        "from lsast.cli import main; main(['--version'], standalone_mode=False)",
+        {"lsast", "lsast_engines", "click"},
+    ),
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from lsast.command import Command
+from lsast_engines.cli import Command, debug_option
 
 
 @click.command("bench", cls=Command, context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]})
@@ -37,7 +37,7 @@ from lsast.command import Command
 @click.option("--cold", is_flag=True, help="Measure new processes, too, and where their time goes.")
 @click.option("--limits/--no-limits", default=True, help="Measure how fast this machine multiplies. [default: yes]")
 @click.option("--json", "json_path", metavar="FILE", type=click.Path(), help="Write all figures; - instead of tables.")
-@click.option("--debug", is_flag=True, help="Show a traceback on errors.")
+@debug_option
 def main(
     bundle: str | None,
     picture: str | None,
@@ -51,7 +51,6 @@ def main(
     cold: bool,
     limits: bool,
     json_path: str | None,
-    debug: bool,  # read by Command from the context
 ) -> None:
     """Measure painting: every backend with every preset and every value of the options.
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from lsast_engines.cli import Group, debug_option, log_to_stderr
 from lsast_engines.errors import UsageError
 
 from .options import EvalOptions
@@ -51,6 +52,7 @@ def _matched(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.group(
     "lsast-eval",
+    cls=Group,
     invoke_without_command=True,
     context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
 )
@@ -70,7 +72,7 @@ def _matched(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--sheet-rows", type=click.IntRange(1), default=12, show_default=True, help="Contents on the sheet.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, with the figures of every picture.")
-@click.option("--debug", is_flag=True, help="Log more, and show tracebacks.")
+@debug_option
 @click.pass_context
 def command(
     context: click.Context,
@@ -86,7 +88,6 @@ def command(
     sheet_rows: int,
     threads: int | None,
     as_json: bool,
-    debug: bool,
     **knobs: Any,
 ) -> None:
     """Score folders of stylised pictures against their contents and an artist's works.
@@ -98,7 +99,6 @@ def command(
     """
     if context.invoked_subcommand is not None:
         return
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s", force=True)
     given = {"--contents DIR": contents, "--works DIR": works, "--method NAME=DIR": methods or None}
     if missing := [name for name, value in given.items() if value is None]:
         raise UsageError(f"found no {' and no '.join(missing)}; lsast-eval needs them (--help lists all options)")
@@ -111,7 +111,8 @@ def command(
         torch.set_num_threads(threads)
     from .evaluation import evaluate
 
-    report = evaluate(contents, works, artists, methods, artist, options, photos=photos, leave_out=leave_out)
+    with log_to_stderr(logging.WARNING):
+        report = evaluate(contents, works, artists, methods, artist, options, photos=photos, leave_out=leave_out)
     if sheet is not None:
         report.sheet(sheet, sheet_rows)
     click.echo(json.dumps(report.to_json(), ensure_ascii=False) if as_json else report.table())
@@ -124,7 +125,7 @@ def command(
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order and the sides.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, show_default=True, help="0 is any free one.")
 @click.option("--open/--no-open", "browse", default=True, show_default=True, help="Open the page in a browser.")
-@click.option("--debug", is_flag=True, help="Log more, and show tracebacks.")
+@debug_option
 def vote(
     contents: Path | None,
     works: Path | None,
@@ -135,7 +136,6 @@ def vote(
     seed: int,
     port: int,
     browse: bool,
-    debug: bool,
 ) -> None:
     """Ask, on a local page, which of two results is preferred; --out gets a line for each vote.
 
@@ -146,7 +146,6 @@ def vote(
 
     from .ballot import Ballot, draw_pairs, open_server
 
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s", force=True)
     if contents is None or (artist is None and works is None):
         raise UsageError("found no --contents DIR, or neither --works DIR nor --artist NAME; expected them")
     name = artist if artist is not None or works is None else works.resolve().name
@@ -158,7 +157,8 @@ def vote(
         click.echo(f"{address}  {ballot.remaining} pairs to vote on; Ctrl-C ends", err=True)
         if browse:
             webbrowser.open(address)
-        server.serve_forever()
+        with log_to_stderr(logging.WARNING):
+            server.serve_forever()
     except KeyboardInterrupt:
         click.echo(str(out))
     finally:
@@ -171,8 +171,8 @@ def vote(
     "--confidence", type=click.FloatRange(0.5, 1, min_open=True, max_open=True), default=0.95, show_default=True
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-def votes(files: tuple[Path, ...], confidence: float, as_json: bool, debug: bool) -> None:
+@debug_option
+def votes(files: tuple[Path, ...], confidence: float, as_json: bool) -> None:
     """Win rates of votes, by artist, with Wilson's intervals; a tie is half a win for either side."""
     from .votes import left_share, read_votes, win_rates
 

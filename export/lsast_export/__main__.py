@@ -14,11 +14,12 @@ from typing import Any
 
 import click
 
+from lsast_engines.cli import Group, fail
 from lsast_engines.errors import UsageError
 from lsast_engines.style_defaults import STYLE_DEFAULTS
 
 from .compile_command import LIBRARIES, compile_command, compiled
-from .console import Command, Group, Phases, common, fail, require_extra
+from .console import Command, Phases, common, require_extra
 from .decoder_command import decoder_command
 from .golden_command import golden_command
 from .import_command import import_command

@@ -1,61 +1,18 @@
-"""What every command of `lsast-export` shares on a terminal: errors in a line each, phases, `--json`, `--debug`."""
+"""What every command of `lsast-export` shares on a terminal: phases, `--json`, `--debug`."""
 
 from __future__ import annotations
 
 import importlib.util
 import time
-import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import click
 
-from lsast_engines.errors import LsastError, MissingExtraError, UsageError
-from lsast_engines.removed import removal
+from lsast_engines.cli import debug_option
+from lsast_engines.errors import MissingExtraError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-class Group(click.Group):
-    """A group whose failures are one line a fault, with a traceback only on `--debug`."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command of `args`; one that was removed is refused with what to do instead."""
-        if gone := removal(f"{self.name} {args[0]}"):
-            raise UsageError(gone)
-        return super().resolve_command(ctx, args)
-
-    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        """Read the arguments."""
-        try:
-            return super().make_context(*args, **kwargs)
-        except click.UsageError as error:
-            fail(f"{error.format_message()} (--help lists all options)", UsageError.exit_code)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
-        try:
-            return super().invoke(ctx)
-        except click.UsageError as error:
-            fail(f"{error.format_message()} (--help lists all options)", UsageError.exit_code)
-        except (click.ClickException, click.exceptions.Exit):
-            raise
-        except (Exception, KeyboardInterrupt) as error:
-            if ctx.meta.get("lsast.debug"):
-                traceback.print_exc()
-            if isinstance(error, LsastError):
-                fail(str(error), error.exit_code)
-            if isinstance(error, KeyboardInterrupt):
-                fail("interrupted", 130)
-            fail(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1)
-
-
-def fail(message: str, status: int) -> NoReturn:
-    """Say why, and leave with `status`."""
-    click.echo(f"Error: {message}", err=True)
-    raise click.exceptions.Exit(status)
 
 
 def require_extra(*libraries: str) -> None:
@@ -89,18 +46,7 @@ class Phases:
         return {phase: round(end - start, 3) for (phase, start), end in zip(self._starts, ends, strict=True)}
 
 
-def _remember_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    if value:
-        ctx.meta["lsast.debug"] = True
-
-
 def common(command: Command) -> Command:
     """Options that every command has."""
-    for option in (
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the path."),
-        click.option(
-            "--debug", is_flag=True, expose_value=False, callback=_remember_debug, help="Show a traceback on errors."
-        ),
-    ):
-        command = option(command)
-    return command
+    json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the path.")
+    return json_option(debug_option(command))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
+from lsast_engines.cli import log_to_stderr
 from lsast_engines.errors import MissingExtraError, UsageError, fault_list
 
 from .console import common
@@ -64,7 +62,7 @@ def import_command(
 
     from .released import import_prompts
 
-    with _notes_on_stderr():
+    with log_to_stderr():
         opened = None if base is None else open_base_parts(BaseSource(base, **source))
         prompts = import_prompts(file, name, opened)
     path = (out or Path("runs") / prompts.name) / f"{prompts.name}.prompts.safetensors"
@@ -79,18 +77,3 @@ def import_command(
         "embeddings": list(prompts.tensors()["embeddings"].shape),
     }
     click.echo(json.dumps(facts) if as_json or ctx.meta.get("lsast.json") else path)
-
-
-@contextmanager
-def _notes_on_stderr() -> Iterator[None]:
-    """Inside, what the project logs is shown."""
-    logger, handler = logging.getLogger("lsast"), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    before = logger.level
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from lsast_engines.cli import USAGE, Command, debug_option, fail
+
 from . import __version__
-from .command import USAGE, Command, fail
 from .removed import REMOVED
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def _removed_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a file instead of the output's path.")
 @click.option("--list-styles", is_flag=True, help="Print the styles of the bundle and exit.")
 @click.option("--doctor", is_flag=True, help="Print what works on this machine and what to install, and exit.")
-@click.option("--debug", is_flag=True, help="Show a traceback on errors.")
+@debug_option
 @_removed_options
 @click.version_option(__version__, "-V", "--version", message="lsast %(version)s")
 def main(
@@ -129,7 +130,6 @@ def main(
     as_json: bool,
     list_styles: bool,
     doctor: bool,
-    debug: bool,  # read by Command from the context
     **options: Any,
 ) -> None:
     """Repaint the picture IN in a learned artist's hand and write it to OUT, a PNG, JPEG or WebP by its suffix.

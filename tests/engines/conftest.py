@@ -14,19 +14,13 @@ from onnx import TensorProto, helper, numpy_helper
 from fake_denoiser import RANGES, kernels
 from fake_denoiser import SPEC as SPEC_ON_GPU
 from fake_gpu import FakeCuda, FakeTrt, write_engine
-from lsast_engines import (
-    AttentionLayer,
-    Bundle,
-    Geometry,
-    GraphSpec,
-    Manifest,
-    NoiseSpec,
-    Style,
-    TensorSpec,
-    graph_specs,
-    tensorrt,
-)
+from lsast_engines import tensorrt
+from lsast_engines.bundle import Bundle
 from lsast_engines.engine_key import Library
+from lsast_engines.manifest import AttentionLayer, Manifest
+from lsast_engines.noise import NoiseSpec
+from lsast_engines.spec import Geometry, GraphSpec, TensorSpec, graph_specs
+from lsast_engines.style import Style
 from lsast_engines.tensorrt import TensorRtEngine
 
 FINGERPRINT = "ab" * 32

@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lsast_engines import Bundle, GraphSpec, Manifest, Style, TensorSpec, find_bundle
+from lsast_engines.bundle import Bundle, find_bundle
 from lsast_engines.errors import BundleError, StyleError, UsageError
 from lsast_engines.files import file_sha256
+from lsast_engines.manifest import Manifest
+from lsast_engines.spec import GraphSpec, TensorSpec
+from lsast_engines.style import Style
 
 MakeStyle = Callable[..., Style]
 Sources = dict[str, "Path | bytes"]

@@ -11,9 +11,10 @@ import numpy as np
 import onnx
 import pytest
 
-from lsast_engines import Engine, GraphSpec, TensorSpec, available_backends, open_engine
+from lsast_engines.engine import Engine, available_backends, open_engine
 from lsast_engines.errors import BackendError, MissingExtraError, UsageError
 from lsast_engines.onnxruntime import OnnxRuntimeEngine
+from lsast_engines.spec import GraphSpec, TensorSpec
 
 BACKENDS = ("openvino", "onnxruntime")
 """Those that run a graph file as it is, on any machine."""

@@ -8,9 +8,9 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from safetensors.numpy import load_file
 
-from lsast_engines import NoiseSpec, Schedule
 from lsast_engines.errors import UsageError
-from lsast_engines.schedule import ENDS_INSIDE
+from lsast_engines.noise import NoiseSpec
+from lsast_engines.schedule import ENDS_INSIDE, Schedule
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "timestep_spacing": "leading", "steps_offset": 1}
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "tiny_a_io.safetensors"

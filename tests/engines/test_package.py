@@ -6,15 +6,8 @@ from pathlib import Path
 
 import pytest
 
-import lsast_engines
 from lsast_engines import errors
 from lsast_engines.files import file_sha256, replace_file
-
-
-def test_face_is_sorted_and_importable() -> None:
-    names = lsast_engines.__all__
-    assert names == sorted(names, key=lambda name: (not name.isupper(), name.islower(), name))
-    assert all(hasattr(lsast_engines, name) for name in names)
 
 
 def test_docstring_draws_the_tree_of_errors() -> None:

@@ -10,8 +10,10 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from safetensors.numpy import load_file
 
-from lsast_engines import SOLVERS, NoiseSpec, Schedule, make_solver
 from lsast_engines.errors import UsageError
+from lsast_engines.noise import NoiseSpec
+from lsast_engines.schedule import Schedule
+from lsast_engines.solvers import SOLVERS, make_solver
 
 SD = {
     "beta_start": 0.00085,

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from lsast_engines.cli import Group, debug_option, log_to_stderr
 from lsast_engines.errors import MissingExtraError, UsageError
 
 from .options import CHOICES, PRESETS
@@ -24,7 +25,9 @@ def _choice(name: str) -> click.Choice[str]:
     return click.Choice(CHOICES[name])
 
 
-@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    "lsast-train", cls=Group, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.option("--style", metavar="NAME", help="Name of the style to learn.")
 @click.option("--images", metavar="DIR", type=click.Path(path_type=Path), help="Folder tree of the artist's pictures.")
 @click.option(
@@ -66,7 +69,7 @@ def _choice(name: str) -> click.Choice[str]:
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint of a stopped run.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("--debug", is_flag=True, help="Log more, and show tracebacks.")
+@debug_option
 @click.pass_context
 def command(
     context: click.Context,
@@ -83,7 +86,6 @@ def command(
     resume: bool,
     threads: int | None,
     as_json: bool,
-    debug: bool,
     **knobs: Any,
 ) -> None:
     """Learn an artist's prompts from a folder of pictures.
@@ -102,7 +104,7 @@ def command(
     options = replace(PRESETS[preset], **{name: value for name, value in knobs.items() if value is not None})
     require_train_extra()
     source = {"base": base, "controlnet": controlnet, "unet_weights": unet_weights, "revision": revision}
-    _learn(style, images, source, options, licence, out or Path("runs") / style, resume, threads, as_json, debug)
+    _learn(style, images, source, options, licence, out or Path("runs") / style, resume, threads, as_json)
 
 
 @command.command("mini", add_help_option=False, context_settings={"ignore_unknown_options": True})
@@ -111,7 +113,7 @@ def mini(arguments: tuple[str, ...]) -> None:
     """Train the small base `mini` itself."""
     require_train_extra()
     group: click.Group = importlib.import_module("lsast_train.mini.cli").mini
-    group.main(args=list(arguments), prog_name="lsast-train mini", standalone_mode=False)
+    _run(group, arguments)
 
 
 @command.command("distil", add_help_option=False, context_settings={"ignore_unknown_options": True})
@@ -121,7 +123,13 @@ def distil(arguments: tuple[str, ...]) -> None:
     require_train_extra()
     from .distil_command import distil as distil_command
 
-    distil_command.main(args=list(arguments), prog_name="lsast-train distil", standalone_mode=False)
+    _run(distil_command, arguments)
+
+
+def _run(inner: click.Command, arguments: tuple[str, ...]) -> None:
+    """Run a command that is imported late; not in standalone mode, click returns its exit status."""
+    status = inner.main(args=list(arguments), prog_name=f"lsast-train {inner.name}", standalone_mode=False)
+    raise click.exceptions.Exit(status or 0)
 
 
 def require_train_extra() -> None:
@@ -141,11 +149,9 @@ def _learn(
     resume: bool,
     threads: int | None,
     as_json: bool,
-    debug: bool,
 ) -> None:
     import torch
     from accelerate import Accelerator
-    from tqdm.contrib.logging import logging_redirect_tqdm
 
     from .base import load_base
     from .evaluation import round_unet
@@ -156,21 +162,12 @@ def _learn(
     if threads is not None:
         torch.set_num_threads(threads)
     main = Accelerator().is_main_process
-    logger = logging.getLogger("lsast")
-    level = logging.DEBUG if debug else logging.INFO
-    logger.setLevel(level if main else logging.ERROR)
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.addHandler(handler)
-    try:
-        with logging_redirect_tqdm([logger]):
-            base = load_base(BaseSource(**source))
-            if options.precision == "bf16":
-                round_unet(base)
-            collection = Collection.load(images, options.size, options.crop, base.facts.size, progress=main)
-            outcome = Inversion(base, collection, options, style, folder, licence, resume).run()
-    finally:
-        logger.removeHandler(handler)
+    with log_to_stderr(logging.INFO if main else logging.ERROR):
+        base = load_base(BaseSource(**source))
+        if options.precision == "bf16":
+            round_unet(base)
+        collection = Collection.load(images, options.size, options.crop, base.facts.size, progress=main)
+        outcome = Inversion(base, collection, options, style, folder, licence, resume).run()
     if not main:
         return
     result = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(outcome).items()}

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
+from lsast_engines.cli import Command, debug_option, log_to_stderr
 from lsast_engines.schedule import ENDS_INSIDE
 
 from .distil_options import DistilOptions, Kind
@@ -28,7 +26,7 @@ def _knob(name: str, help_text: str, kind: Any = None) -> Any:
     )
 
 
-@click.command("distil", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("distil", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--style", required=True, metavar="NAME", help="Style of the base's bundle or of a run, or its file.")
 @click.option(
     "--images", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder tree of any pictures."
@@ -55,7 +53,7 @@ def _knob(name: str, help_text: str, kind: Any = None) -> Any:
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint of a stopped run.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("--debug", is_flag=True, help="Log more, and show tracebacks.")
+@debug_option
 def distil(
     style: str,
     images: Path,
@@ -65,7 +63,6 @@ def distil(
     resume: bool,
     threads: int | None,
     as_json: bool,
-    debug: bool,
     **knobs: Any,
 ) -> None:
     """Bake guidance into a style: one pass a step gives what two give.
@@ -87,7 +84,7 @@ def distil(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    with _logging(debug):
+    with log_to_stderr():
         source = BaseSource(base)
         path = find_style(style, stored_base(source), options.kind)
         loaded = load_base(source)
@@ -98,20 +95,3 @@ def distil(
         outcome = Distillation(loaded, found, pictures, options, name, out or Path("runs") / name, resume).run()
     result = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(outcome).items()}
     click.echo(json.dumps(result) if as_json else str(outcome.style))
-
-
-@contextmanager
-def _logging(debug: bool) -> Iterator[None]:
-    """Log to stderr, above the bars, as long as the block runs."""
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
-    logger = logging.getLogger("lsast")
-    logger.setLevel(logging.DEBUG if debug else logging.INFO)
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.addHandler(handler)
-    try:
-        with logging_redirect_tqdm([logger]):
-            yield
-    finally:
-        logger.removeHandler(handler)

@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 import torch
 
+from lsast_engines.cli import Command, debug_option
 from lsast_engines.errors import PictureError
 from lsast_engines.pictures import find_pictures
 
@@ -62,7 +63,7 @@ def parse_shares(values: tuple[str, ...]) -> dict[str, float]:
     return shares
 
 
-@click.command("mini", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("mini", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--images",
     "roots",
@@ -87,6 +88,7 @@ def parse_shares(values: tuple[str, ...]) -> dict[str, float]:
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoints in --out.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@debug_option
 def mini(
     roots: tuple[Path, ...],
     teacher: Path,

@@ -1,0 +1,102 @@
+"""What all command lines share: failures in a line each on stderr, exit statuses, and log records on stderr.
+
+Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted (`LsastError.exit_code`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import traceback
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import click
+
+from .errors import LsastError, UsageError
+from .removed import removal
+
+USAGE = UsageError.exit_code
+"""Exit status of a wrong usage."""
+
+_DEBUG = "lsast.debug"
+
+
+class Command(click.Command):
+    """A command whose failures are one line a fault; a traceback stands before it with `debug_option`."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """See `click.Command`."""
+        try:
+            return super().make_context(*args, **kwargs)
+        except click.UsageError as error:
+            fail(f"{error.format_message()} (--help lists all options)", USAGE)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """See `click.Command`."""
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            fail(f"{error.format_message()} (--help lists all options)", USAGE)
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            if ctx.meta.get(_DEBUG):
+                traceback.print_exc()
+            if isinstance(error, LsastError):
+                fail(str(error), error.exit_code)
+            if isinstance(error, KeyboardInterrupt):
+                fail("interrupted", 130)
+            fail(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1)
+
+
+class Group(Command, click.Group):
+    """A group whose failures, and those of its commands, are one line a fault."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command of `args`; one that was removed is refused with what to do instead."""
+        if gone := removal(f"{self.name} {args[0]}"):
+            raise UsageError(gone)
+        return super().resolve_command(ctx, args)
+
+
+def fail(message: str, status: int) -> NoReturn:
+    """Print one line on stderr and end with an exit status."""
+    click.echo(f"Error: {message}", err=True)
+    raise click.exceptions.Exit(status)
+
+
+def _remember_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.meta[_DEBUG] = True
+
+
+debug_option = click.option(
+    "--debug", is_flag=True, expose_value=False, callback=_remember_debug, help="Log more, and show tracebacks."
+)
+"""Adds `--debug` to a command; no parameter of the function, see `debugging`."""
+
+
+def debugging() -> bool:
+    """Whether the command that runs was given `--debug`."""
+    return bool(click.get_current_context().meta.get(_DEBUG))
+
+
+@contextlib.contextmanager
+def log_to_stderr(level: int = logging.INFO) -> Iterator[None]:
+    """Show what ``lsast`` logs from `level` on (all, with `--debug`) above the progress bars, while the block runs."""
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    logger, handler = logging.getLogger("lsast"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    before = logger.level
+    logger.setLevel(logging.DEBUG if debugging() else level)
+    logger.addHandler(handler)
+    try:
+        with logging_redirect_tqdm([logger]):
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
