@@ -17,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from lsast_engines.schedule import Schedule
-from lsast_engines.solvers import Array, Solver
+from lsast_engines.solvers import Solver
 
 from .canvas import Pixels
 from .sampler import Floats, to_pixels
+from .x0_blend import X0Blend
 
 Field = npt.NDArray[np.float32]
 
@@ -93,26 +94,6 @@ def _inside(back: Field) -> npt.NDArray[np.bool_]:
     return inside
 
 
-class Held:
-    """A solver whose data prediction x0 is drawn to a latent: x0 + m (latent - x0), by way of the noise that says so.
-
-    See `lsast_engines.solvers` for the letters.
-    """
-
-    def __init__(self, solver: Solver, schedule: Schedule, latent: Floats, share: Floats) -> None:
-        self._solver = solver
-        self._levels = schedule.abars()
-        self._latent = latent
-        self._share = share
-
-    def step(self, eps: Array, index: int, x: Array) -> Array:
-        """See `Solver.step`."""
-        alpha, sigma = np.float32(self._levels[index] ** 0.5), np.float32((1 - self._levels[index]) ** 0.5)
-        x0 = (x - sigma * eps) / alpha
-        eps = eps - alpha / sigma * self._share * (self._latent - x0)
-        return self._solver.step(eps, index, x)
-
-
 class Follower:
     """Remembers the last frame and its painting, and leads the next frame's painting by them."""
 
@@ -148,7 +129,7 @@ class Follower:
         self._motion = Motion.between(before, content)
         cells = self._motion.shrunk(factor)
         latent = warped(self._latent.transpose(1, 2, 0), cells.back).transpose(2, 0, 1)
-        return Held(solver, schedule, latent, np.float32(self._coherence.hold) * cells.seen)
+        return X0Blend(solver, schedule, latent, np.float32(self._coherence.hold) * cells.seen)
 
     def end(self, z: Floats, painted: Pixels) -> Pixels:
         """The canvas to give back, [H, W, 3], given the latent [4, h, w] that was painted and what it decodes to."""

@@ -27,6 +27,7 @@ from .preview import Previewer
 from .provenance import Provenance, bundle_sha256, pixels_sha256, versions
 from .shelf import Shelf
 from .tiles import Grid
+from .x0_blend import X0Blend
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -130,6 +131,8 @@ class Painting:
         solver = make_solver(self.options.solver, manifest.noise, self._schedule)
         if self._follower:
             solver = self._follower.begin(self._content, manifest.geometry.factor, solver, self._schedule)
+        if self._mask is not None:
+            solver = X0Blend(solver, self._schedule, z0, 1 - self._cells(self._mask))
         styles = shelf.take(self.mix.styles)
         self.previewer = Previewer(self._content, z0, self._canvas)
         return sampler.Row(
@@ -140,7 +143,6 @@ class Painting:
             hint=hint[0],
             hand=Hand(self.mix, styles, self._bundle.null_style, manifest.attention_layers),
             guidance=self.options.guidance,
-            share=self._mask_cells(),
         )
 
     def settle(self, latent: sampler.Floats, canvas: Pixels) -> Pixels:
@@ -164,11 +166,9 @@ class Painting:
                 image.info["icc_profile"] = self._source.icc
         return image
 
-    def _mask_cells(self) -> sampler.Floats | None:
-        """How much is painted of every latent cell, [h, w] of 0 … 1; None without a mask."""
-        if self._mask is None:
-            return None
-        planes, _ = self._canvas.views(np.repeat(self._mask[:, :, None], 3, axis=2))
+    def _cells(self, mask: Pixels) -> sampler.Floats:
+        """How much is painted of every latent cell, [h, w] of 0 … 1."""
+        planes, _ = self._canvas.views(np.repeat(mask[:, :, None], 3, axis=2))
         return masking.cells(planes[:, :, 0], self._bundle.manifest.geometry.factor)
 
 

@@ -22,6 +22,7 @@ from lsast_engines.style import Style
 from lsast_engines.style_file import StyleFile
 
 from .mixing import Hand
+from .x0_blend import X0Blend
 
 Floats = npt.NDArray[np.float32]
 Watch = Callable[[int, int, Sequence[Floats]], None]
@@ -79,10 +80,6 @@ class Row:
     """Keys and values to paint with; of a file, only the stages that are visited are read."""
     guidance: float
     """g in ε = ε_null + g · (ε_style - ε_null); 1 in all rows or in none, for the null half is then not computed."""
-    share: Floats | None = None
-    """Weight w of the predicted x0, 0 to 1, [h, w]: x0' = w · x0 + (1 - w) · z0, from which ε' follows; None is 1.
-    Where w is 0 every solver stays on z_t = sqrt(abar) z0 + sqrt(1 - abar) noise, the picture noised, which is what
-    RePaint (Lugmayr et al. 2022, eq. 8) puts there."""
 
 
 def denoise(
@@ -105,7 +102,6 @@ def denoise(
     guided = rows[0].guidance != 1
     engine.bind({"hint": np.stack([row.hint for row in rows]), "control_scale": np.array(control, np.float32)})
     latents = [row.noisy for row in rows]
-    levels = [row.schedule.abars() for row in rows]
     bound: list[int] | None = None
     if watch:
         watch(0, total, [row.z0 for row in rows])
@@ -118,21 +114,26 @@ def denoise(
         eps = run(engine, {"latent": np.stack(latents), "timestep": timesteps})["eps"]  # [G, B, 4, h, w]
         guesses = []
         for place, row in enumerate(rows):
-            z, abar = latents[place], levels[place][index]
+            z = latents[place]
             eps_z = eps[0, place]
             if guided:
                 eps_z = eps_z + np.float32(row.guidance) * (eps[1, place] - eps_z)
-            alpha, sigma = np.float32(abar**0.5), np.float32((1 - abar) ** 0.5)
-            x0 = (z - sigma * eps_z) / alpha
-            if row.share is not None:
-                x0 = row.share * x0 + (1 - row.share) * row.z0
-                eps_z = (z - alpha * x0) / sigma
-            guesses.append(x0)
             latents[place] = row.solver.step(eps_z, index, z)
+            if watch:
+                guesses.append(_predicted_x0(row, eps_z, index, z))
         if watch:
             watch(index + 1, total, guesses)
     engine.rest()
     return latents
+
+
+def _predicted_x0(row: Row, eps: Floats, index: int, z: Floats) -> Floats:
+    """What the step that was just taken from `z` took the clean latent to be."""
+    if isinstance(row.solver, X0Blend):
+        return row.solver.x0
+    abar = row.schedule.abars()[index]
+    alpha, sigma = np.float32(abar**0.5), np.float32((1 - abar) ** 0.5)
+    return np.asarray((z - sigma * eps) / alpha, np.float32)
 
 
 def decode(engine: Engine, latent: Floats, scale: float) -> npt.NDArray[np.uint8]:

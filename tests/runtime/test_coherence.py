@@ -10,7 +10,8 @@ import pytest
 
 import lsast
 from lsast import Stylizer
-from lsast.coherence import Coherence, Follower, Held, Motion, warped
+from lsast.coherence import Coherence, Follower, Motion, warped
+from lsast.x0_blend import X0Blend
 from lsast_engines.noise import NoiseSpec
 from lsast_engines.schedule import Schedule
 from lsast_engines.solvers import make_solver
@@ -84,7 +85,7 @@ def test_a_solver_held_wholly_ends_at_the_latent_it_is_held_to_whatever_the_nois
     latent, x = (rng.standard_normal((4, 3, 5)).astype(np.float32) for _ in range(2))
     share = np.zeros((3, 5), np.float32)
     share[:, 2:] = 1
-    held = Held(make_solver(name, noise, schedule), schedule, latent, share)
+    held = X0Blend(make_solver(name, noise, schedule), schedule, latent, share)
     free = make_solver(name, noise, schedule)
     x_free = x
     for index in range(len(schedule.steps)):

@@ -68,7 +68,7 @@ def test_the_latent_is_held_too_where_nothing_is_painted(
     outside = mask[::8, ::8] == 0
     np.testing.assert_allclose(latent[:, outside], row.z0[:, outside], atol=1e-4)
     assert np.abs(latent[:, ~outside] - row.z0[:, ~outside]).min(axis=0).max() > 1e-2
-    np.testing.assert_allclose(row.share, mask[::8, ::8] / 255, atol=1e-6)
+    np.testing.assert_allclose(row.solver.weight, 1 - mask[::8, ::8] / 255, atol=1e-6)
 
 
 def test_a_feathered_edge_fades_inside_and_leaves_the_outside_alone(stylizer: Stylizer, picture: np.ndarray) -> None:
