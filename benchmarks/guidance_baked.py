@@ -38,12 +38,11 @@ from tqdm import tqdm
 
 import lsast
 from bench.machine import describe
-from levers import psnr
 from lsast import tiles
 from lsast_engines.errors import UsageError
 from lsast_engines.files import replace_file
 from lsast_engines.noise import NoiseSpec
-from lsast_engines.pictures import find_pictures
+from lsast_engines.pictures import find_pictures, psnr
 from lsast_engines.schedule import Schedule
 
 MIXED = ("various-masters", "various-styles")

@@ -11,7 +11,6 @@ styles. Prints a Markdown table; run nothing else meanwhile.
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 import lsast
 from bench.machine import describe
 from lsast.presets import PRESETS
+from lsast_engines.pictures import psnr
 
 LEVERS: dict[str, dict[str, Any]] = {
     "exact": {},
@@ -33,12 +33,6 @@ LEVERS: dict[str, dict[str, Any]] = {
     **{f"preset {name}": {"preset": name} for name in PRESETS if name not in ("exact", "released")},
 }
 """By name, what differs from the defaults; the first is what the others are compared with."""
-
-
-def psnr(found: np.ndarray, expected: np.ndarray, peak: float = 255) -> float:
-    """In dB, `peak` that of pictures of 8 bits; infinite for equal ones."""
-    error = float(np.mean((found.astype(np.float64) - expected.astype(np.float64)) ** 2))
-    return math.inf if error == 0 else 10 * math.log10(peak**2 / error)
 
 
 def pixels(result: lsast.Result) -> np.ndarray:

@@ -19,8 +19,9 @@ import numpy as np
 
 import lsast
 from bench.machine import describe
-from levers import pixels, psnr
+from levers import pixels
 from lsast.coherence import Follower
+from lsast_engines.pictures import psnr
 
 
 class Recorder(Follower):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
@@ -12,8 +12,8 @@ def installed_versions(*packages: str) -> dict[str, str]:
     """Versions of those of `packages` that are installed, by name."""
     found = {}
     for package in packages:
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
     return found
 
 

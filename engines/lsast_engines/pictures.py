@@ -7,6 +7,7 @@ opens is brought to 8-bit RGB: greyscale, palette, CMYK and Lab through their IC
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,3 +180,27 @@ def edge_map(rgb: npt.NDArray[np.uint8], low: float = 100.0, high: float = 200.0
 
     edges: npt.NDArray[np.uint8] = (cv2.Canny(np.ascontiguousarray(rgb), low, high) > 0).astype(np.uint8)
     return edges
+
+
+def on_white(rgb: npt.NDArray[np.uint8], alpha: npt.NDArray[np.uint8] | None) -> npt.NDArray[np.uint8]:
+    """Lay a picture [H, W, 3] of opacity [H, W] on white; None is opaque."""
+    if alpha is None:
+        return rgb
+    cover = alpha[:, :, None] / 255
+    return np.round(rgb * cover + 255 * (1 - cover)).astype(np.uint8)
+
+
+def read_on_white(path: Path) -> npt.NDArray[np.uint8]:
+    """Pixels [H, W, 3] of a picture file, laid on white.
+
+    Raises:
+        PictureError: see `read_picture`.
+    """
+    picture = read_picture(path)
+    return on_white(picture.rgb, picture.alpha)
+
+
+def psnr(found: npt.NDArray[Any], expected: npt.NDArray[Any], peak: float = 255) -> float:
+    """10 log10(peak² / mean squared difference) in dB, `peak` that of 8-bit pictures; infinite for equal arrays."""
+    error = float(np.mean((found.astype(np.float64) - expected) ** 2))
+    return math.inf if error == 0 else 10 * math.log10(peak**2 / error)

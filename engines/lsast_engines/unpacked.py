@@ -13,18 +13,16 @@ rewritten here.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from .errors import BackendError
 from .files import cache_home, replace_file
 from .protobuf import fields, first_values, message_field, number_field
+from .safetensors_header import Slot, encode_header, read_slots
 
 LARGE = 1 << 30
 """Bytes of a weight file from which it is worth it."""
@@ -53,46 +51,17 @@ def unpacked_graph(path: Path, cache: Path | None = None, kinds: tuple[str, ...]
     weights = path.parent / WEIGHTS
     if not weights.is_file() or weights.stat().st_size < LARGE:
         return path
-    slots = _slots(weights)
+    slots = read_slots(weights)
     if not any(slot.dtype in kinds for slot in slots.values()):
         return path
-    folder = (cache or _cache()) / _key(weights)
+    folder = (cache or cache_home() / "unpacked") / _key(weights)
     target = folder / WEIGHTS
     if not target.is_file():
         _unpack(weights, slots, target)
-    moved = {old.begin: new for old, new in zip(slots.values(), _slots(target).values(), strict=True)}
+    moved = {old.offset: new for old, new in zip(slots.values(), read_slots(target).values(), strict=True)}
     with replace_file(folder / path.name) as handle:
         handle.write(_rewritten(path.read_bytes(), moved))
     return folder / path.name
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """Where a tensor lies in a safetensors file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    """First byte, from the beginning of the file."""
-    length: int
-
-
-def _slots(path: Path) -> dict[str, _Slot]:
-    """The tensors of a safetensors file in the order in which they lie there."""
-    with path.open("rb") as handle:
-        size = int.from_bytes(handle.read(8), "little")
-        header = json.loads(handle.read(size))
-    slots = {
-        name: _Slot(entry["dtype"], tuple(entry["shape"]), 8 + size + begin, end - begin)
-        for name, entry in header.items()
-        if name != "__metadata__"
-        for begin, end in [entry["data_offsets"]]
-    }
-    return dict(sorted(slots.items(), key=lambda item: item[1].begin))
-
-
-def _cache() -> Path:
-    return cache_home() / "unpacked"
 
 
 def _key(weights: Path) -> str:
@@ -101,13 +70,14 @@ def _key(weights: Path) -> str:
     return hashlib.sha256(f"{weights.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode()).hexdigest()[:16]
 
 
-def _unpack(weights: Path, slots: dict[str, _Slot], target: Path) -> None:
-    header: dict[str, Any] = {}
-    end = 0
-    for name, slot in slots.items():
-        half = slot.dtype in _HALVES
-        begin, end = end, end + slot.length * (2 if half else 1)
-        header[name] = {"dtype": "F32" if half else slot.dtype, "shape": slot.shape, "data_offsets": [begin, end]}
+def _unpack(weights: Path, slots: dict[str, Slot], target: Path) -> None:
+    half = {name: slot.dtype in _HALVES for name, slot in slots.items()}
+    tensors = [
+        (name, "F32" if half[name] else slot.dtype, slot.shape, slot.length * (2 if half[name] else 1))
+        for name, slot in slots.items()
+    ]
+    header = encode_header(tensors)
+    end = len(header) + sum(length for *_, length in tensors)
     target.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(target.parent).free) < end:
         raise BackendError(
@@ -117,12 +87,10 @@ def _unpack(weights: Path, slots: dict[str, _Slot], target: Path) -> None:
     _log.warning(
         "unpacking %s to %s: %.1f GB, once; delete that folder to have the room back", weights, target.parent, end / 1e9
     )
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
     with weights.open("rb") as source, replace_file(target) as handle:
-        handle.write(len(text).to_bytes(8, "little") + text)
+        handle.write(header)
         for slot in slots.values():
-            source.seek(slot.begin)
+            source.seek(slot.offset)
             handle.write(_widened(source.read(slot.length), slot.dtype))
 
 
@@ -135,7 +103,7 @@ def _widened(data: bytes, dtype: str) -> bytes:
     return data
 
 
-def _rewritten(model: bytes, moved: dict[int, _Slot]) -> bytes:
+def _rewritten(model: bytes, moved: dict[int, Slot]) -> bytes:
     """A serialized ModelProto over the unpacked weights; `moved` gives the new slot by the old first byte."""
     result = []
     for number, _, value, raw in fields(model):
@@ -143,7 +111,7 @@ def _rewritten(model: bytes, moved: dict[int, _Slot]) -> bytes:
     return b"".join(result)
 
 
-def _graph(graph: bytes, moved: dict[int, _Slot]) -> bytes:
+def _graph(graph: bytes, moved: dict[int, Slot]) -> bytes:
     """A GraphProto: 16-bit initializers become the outputs of their casts, which go."""
     halves = set()
     for number, _, value, _ in fields(graph):
@@ -163,7 +131,7 @@ def _graph(graph: bytes, moved: dict[int, _Slot]) -> bytes:
     return b"".join(result)
 
 
-def _initializer(tensor: bytes, moved: dict[int, _Slot], names: dict[bytes, bytes]) -> bytes:
+def _initializer(tensor: bytes, moved: dict[int, Slot], names: dict[bytes, bytes]) -> bytes:
     """A TensorProto; one that lies in the weight file is pointed to its new place there."""
     place = {bytes(first_values(v)[1]): bytes(first_values(v)[2]) for number, _, v, _ in fields(tensor) if number == 13}
     if place.get(b"location") != WEIGHTS.encode():
@@ -177,6 +145,6 @@ def _initializer(tensor: bytes, moved: dict[int, _Slot], names: dict[bytes, byte
             result.append(message_field(8, names.get(value, value)))
         elif number != 13:
             result.append(raw)
-    entries = {b"location": WEIGHTS.encode(), b"offset": b"%d" % slot.begin, b"length": b"%d" % slot.length}
+    entries = {b"location": WEIGHTS.encode(), b"offset": b"%d" % slot.offset, b"length": b"%d" % slot.length}
     result += [message_field(13, message_field(1, key) + message_field(2, text)) for key, text in entries.items()]
     return b"".join(result)

@@ -24,9 +24,9 @@ import numpy as np
 from PIL import Image
 
 from lsast_engines.errors import LsastError, UsageError
-from lsast_engines.pictures import find_pictures
+from lsast_engines.pictures import find_pictures, read_on_white
 
-from .content import flat_pixels, resized, shrunk
+from .content import resized, shrunk
 from .matching import match_by_stem
 from .votes import Choice, Vote, append_vote, read_votes
 
@@ -166,9 +166,9 @@ class Ballot:
         if name not in self._pictures:
             return None
         path, like = self._pictures[name]
-        height, width = shrunk(flat_pixels(like), _SHOWN).shape[:2]
+        height, width = shrunk(read_on_white(like), _SHOWN).shape[:2]
         buffer = io.BytesIO()
-        Image.fromarray(resized(flat_pixels(path), height, width)).save(buffer, format="PNG", compress_level=1)
+        Image.fromarray(resized(read_on_white(path), height, width)).save(buffer, format="PNG", compress_level=1)
         return buffer.getvalue()
 
     def _opaque(self, number: int, path: Path, like: Path) -> str:

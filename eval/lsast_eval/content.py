@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import numpy.typing as npt
 
-from lsast_engines.pictures import edge_map, read_picture
+from lsast_engines.pictures import edge_map
 
 Pixels = npt.NDArray[np.uint8]
 
 _WINDOW, _SIGMA, _K1, _K2 = 11, 1.5, 0.01, 0.03
 """Window, its deviation, and the two constants of Wang et al. 2004, section III.C."""
-
-
-def flat_pixels(path: Path) -> Pixels:
-    """Pixels [H, W, 3] of a picture file; what is transparent shows white."""
-    picture = read_picture(path)
-    if picture.alpha is None:
-        return picture.rgb
-    opacity = picture.alpha[:, :, None].astype(np.float32) / 255
-    return np.round(opacity * picture.rgb + (1 - opacity) * 255).astype(np.uint8)
 
 
 def resized(rgb: Pixels, height: int, width: int) -> Pixels:

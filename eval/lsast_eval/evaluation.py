@@ -12,9 +12,9 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from lsast_engines.errors import PictureError
-from lsast_engines.pictures import find_pictures
+from lsast_engines.pictures import find_pictures, read_on_white
 
-from .content import edge_f1, flat_pixels, resized, shrunk, ssim
+from .content import edge_f1, resized, shrunk, ssim
 from .distances import Score, frechet, kernel, resamplings, score_of, wilson
 from .features import FeatureStore
 from .judge import PHOTOS, Judge, find_classes
@@ -198,14 +198,14 @@ def _content_figures(
     jobs = len(paths[CONTENTS])
     with tqdm(total=jobs, desc="contents", unit="picture", leave=False, disable=None if progress else True) as bar:
         for index, path in enumerate(paths[CONTENTS]):
-            content = shrunk(flat_pixels(path), options.size)
+            content = shrunk(read_on_white(path), options.size)
             if min(content.shape[:2]) < 32:
                 raise PictureError(f"{path} is {content.shape[1]} by {content.shape[0]} pixels; expected at least 32")
             seen = network.look(content)
             for name, group in paths.items():
                 result, look = content, seen
                 if name != CONTENTS:
-                    result = resized(flat_pixels(group[index]), *content.shape[:2])
+                    result = resized(read_on_white(group[index]), *content.shape[:2])
                     look = network.look(result)
                 row = figures[name]
                 row["ssim"][index] = ssim(content, result)

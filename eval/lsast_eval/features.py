@@ -12,8 +12,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from lsast_engines.files import file_sha256, replace_file
-
-from .content import flat_pixels
+from lsast_engines.pictures import read_on_white
 
 if TYPE_CHECKING:
     from .effnet import EffNetLite
@@ -56,7 +55,7 @@ class FeatureStore:
         ) as bar:
             for begin in range(0, len(items), self._batch):
                 part = items[begin : begin + self._batch]
-                prepared = np.stack([self._network.prepare(flat_pixels(path)) for _, path in part])
+                prepared = np.stack([self._network.prepare(read_on_white(path)) for _, path in part])
                 for (digest, _), vector in zip(part, self._network.features(prepared), strict=True):
                     known[digest] = vector
                     with replace_file(self._file(digest)) as handle:

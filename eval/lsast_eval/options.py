@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from lsast_engines.errors import UsageError, fault_list
+from lsast_engines.files import cache_home
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,4 @@ class EvalOptions:
 
     def cache_folder(self) -> Path:
         """Where features are kept; it need not exist."""
-        if self.cache is not None:
-            return self.cache
-        if home := os.environ.get("LSAST_HOME"):
-            return Path(home).expanduser() / "eval"
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lsast" / "eval"
+        return self.cache or cache_home() / "eval"

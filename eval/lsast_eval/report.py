@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from lsast_engines.environment import package_version
 from lsast_engines.errors import UsageError
 
 from .distances import Score, score_of
@@ -141,7 +141,7 @@ class Report:
             "classifier": None if self.classifier is None else asdict(self.classifier),
             "notes": list(self.notes),
             "options": {name: value for name, value in asdict(self.options).items() if name not in ("cache", "batch")},
-            "versions": {name: _version(name) for name in ("lsast", "numpy", "torch")},
+            "versions": {name: package_version(name) for name in ("lsast", "numpy", "torch")},
         }
 
     def sheet(self, path: Path, rows: int = 12) -> None:
@@ -165,13 +165,6 @@ class Report:
 def _row_json(row: Row) -> dict[str, Any]:
     scores = {name: {"value": score.value, "low": score.low, "high": score.high} for name, score in row.scores.items()}
     return {"n": row.count, "scores": scores, "pictures": {stem: dict(values) for stem, values in row.pictures.items()}}
-
-
-def _version(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:  # a bare checkout
-        return "unknown"
 
 
 def _cell(score: Score | None) -> str:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lsast_engines.files import replace_file
-
-from .content import flat_pixels
+from lsast_engines.pictures import read_on_white
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -51,7 +50,7 @@ def _fitted(path: Path) -> Image.Image:
     """The picture with its longer side at `_CELL` pixels."""
     from PIL import Image
 
-    picture = Image.fromarray(flat_pixels(path))
+    picture = Image.fromarray(read_on_white(path))
     scale = _CELL / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     return picture.resize(size, Image.Resampling.LANCZOS)

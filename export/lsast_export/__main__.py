@@ -252,13 +252,13 @@ def _export(
     library, backend = _library(backend, sm)
     _require_extra()
     from lsast_engines.bundle import MANIFEST
+    from lsast_engines.environment import peak_memory
     from lsast_engines.manifest import Manifest
     from lsast_engines.spec import DECODER_SMALL, PARTS
     from lsast_train.base import open_base_parts, stored_base
     from lsast_train.sources import BaseSource
 
     from .exporter import ExportOptions, export_bundle
-    from .progress import peak_rss
     from .skeleton import text_base
     from .small_decoder import WEIGHTS as SMALL_WEIGHTS
     from .small_decoder import add_small_decoder, read_small_decoder
@@ -289,7 +289,7 @@ def _export(
     if small is not None:
         written = add_small_decoder(out, small, options.backend, phases)
     engines = {} if library is None else {"compiled": compiled(written.path, library, phases, sm=sm)}
-    manifest, peak = written.manifest, peak_rss()
+    manifest, peak = written.manifest, peak_memory()
     facts = {
         **engines,
         "bundle": str(written.path),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.metadata
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ import torch
 
 from lsast_engines.bundle import NULL_STYLE, STYLES, Bundle
 from lsast_engines.engine import EXTRAS, available_backends
+from lsast_engines.environment import package_version
 from lsast_engines.errors import ExportError, MissingExtraError, fault_list
 from lsast_engines.manifest import Manifest, Precision
 from lsast_engines.spec import PARTS, GraphSpec, graph_specs
@@ -221,21 +221,14 @@ def _manifest(
         attention_layers=manifest_layers(pack(base)),
         graphs=specs,
         defaults=defaults,
-        lsast_version=_version("lsast"),
+        lsast_version=package_version("lsast"),
         parity=figures,
         source={
             **facts.training,
             "opset": str(OPSET),
             "parity_backend": options.backend,
             "parity_tolerance": f"{plan.tolerance:g}",
-            **{library: _version(library) for library in ("torch", "diffusers", "onnx", "onnxscript")},
+            **{library: package_version(library) for library in ("torch", "diffusers", "onnx", "onnxscript")},
         },
         multiple=facts.multiple,
     )
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:  # a bare checkout
-        return "unknown"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Protocol
 
@@ -31,13 +30,3 @@ class Countdown:
         self._done += 1
         left = (time.perf_counter() - self._began) / self._done * (self._total - self._done)
         self._progress(self._phase, f"step {self._done} of {self._total}, about {left:.0f} s left")
-
-
-def peak_rss() -> int | None:
-    """The largest resident memory that this process had, in bytes; None where the system does not tell (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -24,6 +24,7 @@ from lsast_engines.bundle import NULL_STYLE, STYLES, Bundle
 from lsast_engines.engine import open_engine
 from lsast_engines.errors import ParityError, UsageError, fault_list
 from lsast_engines.manifest import QUANTISED
+from lsast_engines.pictures import psnr
 from lsast_engines.spec import DECODER, DENOISER, ENCODER, PARTS
 
 from .calibration import Calibration, ends
@@ -38,7 +39,6 @@ from .trial import (
     encoder_feeds,
     find_contents,
     make_trials,
-    psnr,
     run_trial,
 )
 from .weight_file import WeightFile

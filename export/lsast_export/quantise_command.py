@@ -80,8 +80,8 @@ def quantise_command(
         if importlib.util.find_spec(library) is None:
             raise MissingExtraError(library, {"onnx": "export", "onnxruntime": "cpu"}[library])
     from lsast_engines.bundle import Bundle, find_bundle
+    from lsast_engines.environment import peak_memory
 
-    from .progress import peak_rss
     from .quantise import QuantiseOptions, quantise_bundle
 
     phases = Phases()
@@ -102,6 +102,6 @@ def quantise_command(
         "parity": manifest.parity,
         "source": manifest.source,
         "seconds": phases.seconds(),
-        "peak_rss_bytes": peak_rss(),
+        "peak_rss_bytes": peak_memory(),
     }
     click.echo(json.dumps(facts) if as_json or ctx.meta.get("lsast.json") else written.path)

@@ -30,6 +30,7 @@ from lsast_engines.engine_key import (
     graph_digest,
     verified_record,
 )
+from lsast_engines.environment import package_version
 from lsast_engines.errors import BackendError, ExportError, UsageError, fault_list
 from lsast_engines.files import replace_file
 from lsast_engines.manifest import QUANTISED, Manifest
@@ -117,7 +118,8 @@ def compile_graph(
     with replace_file(engine) as handle:
         handle.write(serialized)
     digest, size = hashlib.sha256(serialized).hexdigest(), memoryview(serialized).nbytes
-    record = EngineRecord(key=key, sha256=digest, bytes=size, seconds=round(seconds, 3), lsast_version=_version())
+    version = package_version("lsast")
+    record = EngineRecord(key=key, sha256=digest, bytes=size, seconds=round(seconds, 3), lsast_version=version)
     record.save(engine)
     return record
 
@@ -351,12 +353,3 @@ def _there(engine: Path) -> EngineRecord | None:
         return verified_record(engine)
     except BackendError:
         return None
-
-
-def _version() -> str:
-    import importlib.metadata
-
-    try:
-        return importlib.metadata.version("lsast")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"

@@ -7,7 +7,6 @@ that the float graphs paint from the same noise.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -171,12 +170,6 @@ def decode_all(bundle: Bundle, folder: Path, latents: Sequence[Floats], backend:
     with closing(open_engine(folder / f"{DECODER}.onnx", spec, backend, "cpu")) as decoder:
         images = [decoder(decoder_feeds(bundle, latent))["image"][0].transpose(1, 2, 0).copy() for latent in latents]
         return [np.round(np.clip((image + 1) * 127.5, 0, 255)).astype(np.uint8) for image in images]
-
-
-def psnr(found: npt.NDArray[Any], expected: npt.NDArray[Any], peak: float = 255) -> float:
-    """10 log10(peak² / mean squared difference) in dB, `peak` that of 8-bit pictures; infinite for equal arrays."""
-    error = float(np.mean((found.astype(np.float64) - expected) ** 2))
-    return math.inf if error == 0 else 10 * math.log10(peak**2 / error)
 
 
 def _square(rgb: Pixels, side: int) -> Pixels:

@@ -9,44 +9,16 @@ same rounded weights.
 
 from __future__ import annotations
 
-import json
-import struct
-from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 
 from lsast_engines.errors import ExportError, fault_list
+from lsast_engines.safetensors_header import read_slots
 
 from .trace import TracedGraph
 
 _TYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where a tensor lies in a safetensors file."""
-
-    dtype: str
-    """safetensors' name of the element type, e.g. ``F16``."""
-    shape: tuple[int, ...]
-    offset: int
-    """First byte, from the beginning of the file."""
-    length: int
-    """Bytes."""
-
-
-def read_slots(path: Path) -> dict[str, Slot]:
-    """The tensors of a safetensors file by name (format: github.com/huggingface/safetensors)."""
-    with path.open("rb") as handle:
-        (header_length,) = struct.unpack("<Q", handle.read(8))
-        header = json.loads(handle.read(header_length))
-    slots = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            begin, end = entry["data_offsets"]
-            slots[name] = Slot(entry["dtype"], tuple(entry["shape"]), 8 + header_length + begin, end - begin)
-    return slots
 
 
 def save_graph(graph: TracedGraph, weights: Path, path: Path) -> None:

@@ -130,14 +130,6 @@ def canvas_for(
     return SquashedCanvas.fit(size, multiple) if fit == "squash" else Canvas.fit(own, size, multiple)
 
 
-def on_white(rgb: Pixels, alpha: Pixels | None) -> Pixels:
-    """Lay a picture [H, W, 3] of opacity [H, W] on white; None is opaque."""
-    if alpha is None:
-        return rgb
-    cover = alpha[:, :, None] / 255
-    return np.round(rgb * cover + 255 * (1 - cover)).astype(np.uint8)
-
-
 def _resize(rgb: Pixels, size: tuple[int, int]) -> Pixels:
     """[H, W] or [H, W, 3] by Pillow's Lanczos: OpenCV's does not widen its kernel when it shrinks, which aliases."""
     if rgb.shape[:2] == size:

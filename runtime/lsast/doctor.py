@@ -13,6 +13,8 @@ import shutil
 import subprocess
 from dataclasses import dataclass, field
 
+from lsast_engines.environment import installed_versions
+
 LIBRARIES = (
     ("numpy", None),
     ("opencv-python-headless", None),
@@ -80,7 +82,8 @@ class Report:
 
 def examine() -> Report:
     """Look at this machine and this environment."""
-    libraries = {name: _version(name) for name, _ in LIBRARIES}
+    names = [name for name, _ in LIBRARIES]
+    libraries: dict[str, str | None] = {**dict.fromkeys(names), **installed_versions(*names)}
     gpus, driver = _gpus(), _driver()
     return Report(
         system=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
@@ -157,10 +160,3 @@ def _driver() -> str:
         return f"nvidia-smi does not answer ({error})"
     lines = said.stdout.split("\n")
     return f"NVIDIA {lines[0].strip()}" if said.returncode == 0 else f"nvidia-smi fails ({said.stdout.strip()})"
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -13,13 +13,13 @@ import numpy.typing as npt
 
 from lsast_engines.bundle import Bundle
 from lsast_engines.engine import Engine
-from lsast_engines.pictures import edge_map, read_picture
+from lsast_engines.pictures import edge_map, on_white, read_picture
 from lsast_engines.schedule import Schedule
 from lsast_engines.solvers import make_solver
 from lsast_engines.spec import ENCODER, HINT
 
 from . import masking, sampler, tiles
-from .canvas import Pixels, canvas_for, on_white
+from .canvas import Pixels, canvas_for
 from .mixing import Hand, Mix
 from .options import Options
 from .passes import graphs_of, lay_passes, require_decoder, require_parts

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import numpy.typing as npt
 
 from lsast_engines.bundle import Bundle
+from lsast_engines.environment import installed_versions
 
 from . import __version__
 
@@ -66,10 +66,7 @@ def pixels_sha256(*planes: npt.NDArray[np.uint8] | None) -> str:
 
 def versions(backend: str) -> dict[str, str]:
     """Versions of lsast, `backend` and the libraries that pixels go through."""
-    found = {"lsast": __version__}
-    for name, package in {**_LIBRARIES, backend: backend}.items():
-        try:
-            found[name] = version(package)
-        except PackageNotFoundError:  # another wheel of the same library, such as onnxruntime-gpu or opencv-python
-            continue
-    return found
+    wheels = {**_LIBRARIES, backend: backend}
+    # Another wheel of the same library, such as onnxruntime-gpu or opencv-python, is left out.
+    found = installed_versions(*wheels.values())
+    return {"lsast": __version__, **{name: found[wheel] for name, wheel in wheels.items() if wheel in found}}

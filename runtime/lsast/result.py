@@ -12,8 +12,7 @@ import numpy as np
 
 from lsast_engines.errors import PictureError, UsageError
 from lsast_engines.files import replace_file
-
-from .canvas import on_white
+from lsast_engines.pictures import on_white
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lsast_eval.content import edge_f1, flat_pixels, luminance, resized, shrunk, ssim
+from lsast_engines.pictures import read_on_white
+from lsast_eval.content import edge_f1, luminance, resized, shrunk, ssim
 
 from .conftest import scene
 
@@ -97,6 +98,6 @@ def test_transparency_shows_white(tmp_path: Path) -> None:
     glass = np.zeros((16, 16, 4), np.uint8)
     glass[:8, :, 3] = 255
     Image.fromarray(glass).save(tmp_path / "glass.png")
-    flat = flat_pixels(tmp_path / "glass.png")
+    flat = read_on_white(tmp_path / "glass.png")
     assert flat[:8].max() == 0
     assert flat[8:].min() == 255

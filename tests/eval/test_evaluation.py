@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from lsast_engines.errors import PictureError, UsageError
+from lsast_engines.pictures import read_on_white
 from lsast_eval import EvalOptions, Report, evaluate
-from lsast_eval.content import flat_pixels
 from lsast_eval.features import FeatureStore
 from lsast_eval.networks import open_network
 
@@ -173,7 +173,7 @@ def test_table_and_json_say_the_same(report: Report) -> None:
 
 def test_the_sheet_shows_content_results_and_nearest_work(report: Report, tmp_path: Path) -> None:
     report.sheet(tmp_path / "sheet.png", rows=3)
-    sheet = flat_pixels(tmp_path / "sheet.png")
+    sheet = read_on_white(tmp_path / "sheet.png")
     assert sheet.shape[1] == 8 * 264 + 8
     assert sheet.shape[0] == 30 + 3 * 264 + 8
     top = 38
@@ -181,7 +181,7 @@ def test_the_sheet_shows_content_results_and_nearest_work(report: Report, tmp_pa
         [report.files[0].content, *report.files[0].results.values(), report.files[0].nearest]
     ):
         cell = sheet[top : top + 256, 8 + 264 * column : 264 * (column + 1)]
-        expected = flat_pixels(file)
+        expected = read_on_white(file)
         assert np.abs(cell[::2, ::2].astype(int) - expected).mean() < 12
     with pytest.raises(UsageError, match="found 0 rows"):
         report.sheet(tmp_path / "sheet.png", rows=0)

@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from lsast_engines import onnxruntime as backend
 from lsast_engines.bundle import NULL_STYLE, Bundle
 from lsast_engines.engine import open_engine
+from lsast_engines.environment import peak_memory
 from lsast_export import exporter, reference
 from lsast_export.bake import bake_null_style, bake_style
 from lsast_export.exporter import WEIGHTS, ExportOptions, export_bundle
 from lsast_export.parity import ParityPlan
-from lsast_export.progress import Countdown, peak_rss
+from lsast_export.progress import Countdown
 from lsast_export.reference import draw_inputs, run_torch
 from lsast_export.skeleton import NETWORKS, baking_base, skeleton
 from lsast_export.trace import TracedGraph
@@ -132,7 +133,7 @@ def test_peak_memory_is_the_high_water_mark_of_the_kernel() -> None:
     if not status.is_file():
         pytest.skip("no /proc here")
     (kilobytes,) = re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())
-    peak = peak_rss()
+    peak = peak_memory()
     assert peak is not None
     assert abs(peak - int(kilobytes) * 1024) < 32 << 20
 

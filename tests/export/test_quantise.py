@@ -19,6 +19,7 @@ import lsast
 from lsast_engines.bundle import Bundle
 from lsast_engines.engine import open_engine
 from lsast_engines.errors import ParityError, TrainingError, UsageError
+from lsast_engines.pictures import psnr
 from lsast_engines.spec import GraphSpec, TensorSpec
 from lsast_export.__main__ import main
 from lsast_export.calibration import Calibration
@@ -27,7 +28,7 @@ from lsast_export.int8_graph import to_int8
 from lsast_export.plain_graph import plain_graph
 from lsast_export.quantise import PICTURE_PSNR, QuantiseOptions, quantise_bundle
 from lsast_export.tensorrt import CompileOptions, compile_bundle
-from lsast_export.trial import find_contents, psnr
+from lsast_export.trial import find_contents
 from lsast_export.weight_file import WeightFile
 from lsast_train.base import load_base
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lsast.canvas import Canvas, SquashedCanvas, canvas_for, on_white
+from lsast.canvas import Canvas, SquashedCanvas, canvas_for
+from lsast_engines.pictures import on_white
 
 SIZES = [(512, 512), (1200, 800), (800, 1200), (50, 2000), (2000, 50), (1, 1), (7, 5), (1, 5000), (513, 511)]
 

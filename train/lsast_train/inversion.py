@@ -17,7 +17,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from tqdm import tqdm
 
+from lsast_engines.environment import package_version
 from lsast_engines.errors import TrainingError, UsageError, fault_list
 
 from .base import Base
@@ -378,11 +378,4 @@ def place(base: Base, device: torch.device, checkpointing: bool = False) -> None
 
 def versions() -> dict[str, str]:
     """Versions of what computes."""
-    return {name: _version(name) for name in ("lsast", "torch", "diffusers")}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # a checkout that was never installed
-        return "unknown"
+    return {name: package_version(name) for name in ("lsast", "torch", "diffusers")}

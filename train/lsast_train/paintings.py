@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from lsast_engines.errors import PictureError, TrainingError
-from lsast_engines.pictures import find_pictures, read_picture
+from lsast_engines.pictures import find_pictures, read_on_white
 
 from .base import Base
 from .options import Crop
@@ -84,7 +84,7 @@ class Collection:
         for path in tqdm(paths, desc="read", unit="picture", disable=not progress):
             name = path.relative_to(folder).as_posix()
             try:
-                pixels = _flat_pixels(path)
+                pixels = read_on_white(path)
             except PictureError as error:
                 log.debug("%s", error)
                 left_out.append(f"{name} (unreadable)")
@@ -199,15 +199,6 @@ class FreshViews:
             pictures.append(pixels[:, ::-1] if mirror else pixels)
         mean, std = _encode(self._base, pictures)
         return _sample(self._base, mean, std, generator)
-
-
-def _flat_pixels(path: Path) -> npt.NDArray[np.uint8]:
-    """Pixels [H, W, 3] of a picture file; what is transparent shows white paper."""
-    picture = read_picture(path)
-    if picture.alpha is None:
-        return picture.rgb
-    opacity = picture.alpha[:, :, None].astype(np.float32) / 255
-    return np.round(opacity * picture.rgb + (1 - opacity) * 255).astype(np.uint8)
 
 
 def _fit(pixels: npt.NDArray[np.uint8], size: int, crop: Crop) -> npt.NDArray[np.uint8]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import nn
 
 from lsast_engines.errors import TrainingError, fault_list
 from lsast_engines.files import replace_file
+from lsast_engines.safetensors_header import encode_header
 
 from .restricted import load_tensors
 
@@ -142,18 +142,12 @@ def write_tensors(path: Path, networks: Mapping[str, OpenTensors], dtype: torch.
     ]
     # As safetensors itself sorts them: wide elements first, so that every tensor is aligned.
     plan.sort(key=lambda entry: (-entry.dtype.itemsize, entry.name))
-    header: dict[str, Any] = {}
-    end = 0
-    for entry in plan:
-        start, end = end, end + math.prod(entry.shape) * entry.dtype.itemsize
-        header[entry.name] = {"dtype": _CODES[entry.dtype], "shape": entry.shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
+    header = encode_header(
+        (entry.name, _CODES[entry.dtype], entry.shape, math.prod(entry.shape) * entry.dtype.itemsize) for entry in plan
+    )
+    digest = hashlib.sha256(header)
     with replace_file(path) as handle:
-        for piece in (len(text).to_bytes(8, "little"), text):
-            digest.update(piece)
-            handle.write(piece)
+        handle.write(header)
         for network, entries in itertools.groupby(plan, key=lambda entry: entry.network):
             tensors = networks[network]()
             for entry in entries:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from lsast_engines.errors import PictureError, TrainingError
 from lsast_engines.files import replace_file
 from lsast_engines.pictures import find_pictures, read_picture
+from lsast_engines.pictures import psnr as picture_psnr
 
 from ..checkpoint import load_checkpoint, save_checkpoint
 from .autoencoder import MiniAutoencoder
@@ -90,7 +91,8 @@ class Crops:
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
     """Peak signal-to-noise ratio in dB of images in [-1, 1] (peak 2)."""
-    return (10 * torch.log10(4 / F.mse_loss(a.clamp(-1, 1).float(), b.clamp(-1, 1).float()))).item()
+    found, expected = (images.clamp(-1, 1).float().cpu().numpy() for images in (a, b))
+    return picture_psnr(found, expected, peak=2)
 
 
 @torch.no_grad()

@@ -1,0 +1,49 @@
+"""The header of safetensors files: where tensors lie, read and written without touching them.
+
+Such a file is 8 bytes of header length (little-endian), a JSON header, then raw tensors
+(github.com/huggingface/safetensors, "Format").
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Slot(NamedTuple):
+    """Where a tensor lies in a safetensors file."""
+
+    dtype: str
+    """safetensors' name of the element type, e.g. ``F16``."""
+    shape: tuple[int, ...]
+    offset: int
+    """First byte, from the beginning of the file."""
+    length: int
+    """Bytes."""
+
+
+def read_slots(path: Path) -> dict[str, Slot]:
+    """The tensors of a safetensors file by name, in the order in which they lie there."""
+    with path.open("rb") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(size))
+    slots = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            slots[name] = Slot(entry["dtype"], tuple(entry["shape"]), 8 + size + begin, end - begin)
+    return dict(sorted(slots.items(), key=lambda item: item[1].offset))
+
+
+def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+    """Length and header of a file of `tensors`: name, element type, shape and bytes of each, in the order written."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, dtype, shape, length in tensors:
+        start, end = end, end + length
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
