@@ -27,8 +27,8 @@ from typing import Any
 
 import click
 
-from lsast_engines.bundle import find_bundle
-from lsast_engines.engine import available_backends
+from lsast_engines.backends.base import available_backends
+from lsast_engines.bundle.bundle import find_bundle
 from lsast_engines.errors import LsastError
 from lsast_engines.files import replace_file
 

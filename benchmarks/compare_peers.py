@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import lsast
 from bench.machine import describe
-from lsast_engines.pictures import find_pictures
+from lsast_engines.images import find_pictures
 from lsast_eval import EvalOptions, Report, evaluate
 
 MIXED = ("various-masters", "various-styles")

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.configurations import Configuration, parse_backend
-from lsast.presets import PRESETS
-from lsast.sheet import parse_axes
-from lsast_engines.bundle import find_bundle
+from lsast.images.contact_sheet import parse_axes
+from lsast.options.presets import PRESETS
+from lsast_engines.bundle.bundle import find_bundle
 from lsast_engines.errors import UsageError
 
 OURS = ("released", "exact", "balanced", "fast")

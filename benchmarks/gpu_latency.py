@@ -23,10 +23,10 @@ import click
 import numpy as np
 
 from bench.machine import describe
-from lsast_engines.bundle import Bundle, find_bundle
-from lsast_engines.engine import open_engine
+from lsast_engines.backends.base import open_engine
+from lsast_engines.bundle.bundle import Bundle, find_bundle
+from lsast_engines.bundle.graph_spec import DENOISER
 from lsast_engines.errors import LsastError
-from lsast_engines.spec import DENOISER
 
 GROUPS = 5
 Step = Callable[[], None]
@@ -51,8 +51,8 @@ class Case:
 def torch_step(case: Case, compiled: bool) -> Iterator[Step]:
     import torch
 
-    from lsast_export.graphs import denoiser_graph
-    from lsast_train.base import load_base
+    from lsast_export.graphs.modules import denoiser_graph
+    from lsast_train.base.base import load_base
 
     if case.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("torch finds no GPU")
@@ -141,7 +141,7 @@ def main(bundle: str | None, size: int, batch: int, device: str, arithmetic: str
 
 
 def _gpu() -> str:
-    from lsast_engines.cuda import gpus
+    from lsast_engines.backends.tensorrt.cuda import gpus
 
     try:
         return ", ".join(gpu.name for gpu in gpus()) or "none"

@@ -38,12 +38,12 @@ from tqdm import tqdm
 
 import lsast
 from bench.machine import describe
-from lsast import tiles
+from lsast.sampling import tiling as tiles
+from lsast_engines.diffusion.noise_schedule import NoiseSpec
+from lsast_engines.diffusion.timesteps import Schedule
 from lsast_engines.errors import UsageError
 from lsast_engines.files import replace_file
-from lsast_engines.noise import NoiseSpec
-from lsast_engines.pictures import find_pictures, psnr
-from lsast_engines.schedule import Schedule
+from lsast_engines.images import find_pictures, psnr
 
 MIXED = ("various-masters", "various-styles")
 CELL = 320

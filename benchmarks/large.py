@@ -25,7 +25,7 @@ from PIL import Image
 
 import lsast
 from bench.machine import describe
-from lsast.tiles import Grid
+from lsast.sampling.tiling import Grid
 
 
 def clouds(side: int, seed: int = 0) -> np.ndarray:

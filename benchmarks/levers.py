@@ -21,8 +21,8 @@ import numpy as np
 
 import lsast
 from bench.machine import describe
-from lsast.presets import PRESETS
-from lsast_engines.pictures import psnr
+from lsast.options.presets import PRESETS
+from lsast_engines.images import psnr
 
 LEVERS: dict[str, dict[str, Any]] = {
     "exact": {},

@@ -25,10 +25,10 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from lsast_engines.diffusion.solvers import make_solver
+from lsast_engines.diffusion.timesteps import Schedule
 from lsast_engines.environment import peak_memory
-from lsast_engines.schedule import Schedule
-from lsast_engines.solvers import make_solver
-from lsast_train.base import Base, load_base
+from lsast_train.base.base import Base, load_base
 
 STEPS, STRENGTH, GUIDANCE, STAGES = 50, 0.7, 10.0, 10
 RUN = int(STEPS * STRENGTH)

@@ -22,7 +22,7 @@ from PIL import Image
 import lsast
 from bench.machine import describe
 from compare_peers import paint_all, score
-from lsast_engines.pictures import find_pictures, psnr
+from lsast_engines.images import find_pictures, psnr
 
 
 def opened(path: Path) -> np.ndarray:

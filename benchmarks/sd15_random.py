@@ -134,9 +134,9 @@ def write_prompts(folder: Path) -> None:
     """Prompts of the size of contexts: the last thing in the text encoder is a norm."""
     import torch
 
-    from lsast_train.base import open_base_parts
-    from lsast_train.prompt_space import matrix_table
-    from lsast_train.prompts_file import Prompts, save_prompts
+    from lsast_train.base.base import open_base_parts
+    from lsast_train.prompts.prompt_file import Prompts, save_prompts
+    from lsast_train.prompts.prompt_space import matrix_table
 
     parts = open_base_parts(source(folder))
     matrices = torch.randn(30, parts.facts.tokens, TEXT["hidden_size"])
@@ -146,7 +146,7 @@ def write_prompts(folder: Path) -> None:
 
 
 def source(folder: Path) -> Any:
-    from lsast_train.sources import BaseSource
+    from lsast_train.checkpoints.source import BaseSource
 
     return BaseSource(folder / "base", controlnet=folder / "controlnet")
 
@@ -247,7 +247,7 @@ def step(folder: Path, precision: Any, checkpointing: bool, size: int) -> None:
     """One measurement of `train`."""
     import dataclasses
 
-    from lsast_train.base import load_base
+    from lsast_train.base.base import load_base
     from lsast_train.evaluation import round_unet
     from lsast_train.options import PRESETS
     from train_step import training_step_cost

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import click
 
-from lsast_engines.bundle import Bundle, find_bundle
-from lsast_engines.engine import open_engine
-from lsast_engines.pictures import psnr
-from lsast_engines.spec import DENOISER
-from lsast_export.calibration import Calibration, ends
-from lsast_export.trial import Pixels, Trial, decode_all, find_contents, make_trials, run_trial
-from lsast_export.weight_file import WeightFile
+from lsast_engines.backends.base import open_engine
+from lsast_engines.bundle.bundle import Bundle, find_bundle
+from lsast_engines.bundle.graph_spec import DENOISER
+from lsast_engines.images import psnr
+from lsast_export.quantize.calibration import Calibration, ends
+from lsast_export.quantize.calibration_runs import Pixels, Trial, decode_all, find_contents, make_trials, run_trial
+from lsast_export.quantize.weight_file import WeightFile
 
 BACKEND = "onnxruntime"
 

@@ -20,8 +20,8 @@ import numpy as np
 import lsast
 from bench.machine import describe
 from levers import pixels
-from lsast.coherence import Follower
-from lsast_engines.pictures import psnr
+from lsast.video.optical_flow import Follower
+from lsast_engines.images import psnr
 
 
 class Recorder(Follower):

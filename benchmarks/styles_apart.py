@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 import lsast
 from bench.machine import describe
-from lsast_engines.pictures import read_picture
+from lsast_engines.images import read_picture
 
 
 def lab(rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from lsast_engines.environment import peak_memory
-from lsast_train.base import Base
+from lsast_train.base.base import Base
 from lsast_train.evaluation import Purpose, noise_error, seeded
 from lsast_train.inversion import make_optimizer, place
 from lsast_train.options import TrainOptions
-from lsast_train.prompt_space import build_space
+from lsast_train.prompts.prompt_space import build_space
 
 
 @dataclass(frozen=True)

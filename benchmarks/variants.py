@@ -26,7 +26,7 @@ import torch
 
 from bench.machine import describe
 from lsast_engines.files import replace_file
-from lsast_train.base import load_base
+from lsast_train.base.base import load_base
 from lsast_train.inversion import Inversion
 from lsast_train.options import PRESETS
 from lsast_train.paintings import Collection

@@ -25,7 +25,7 @@ from PIL import Image
 
 import lsast
 from bench.machine import describe
-from lsast.coherence import Motion, warped
+from lsast.video.optical_flow import Motion, warped
 
 Clip = list[np.ndarray]
 LIGHTHOUSE = Path(__file__).parents[1] / "docs" / "images" / "lighthouse.jpg"

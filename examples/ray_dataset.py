@@ -17,7 +17,7 @@ import click
 import ray
 
 import lsast
-from lsast.feeding import lay_out
+from lsast.cli.inputs import lay_out
 
 
 class Painter:

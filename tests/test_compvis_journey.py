@@ -13,12 +13,12 @@ from click.testing import CliRunner
 from PIL import Image
 
 import lsast
-from lsast_engines.manifest import Manifest
+from lsast_engines.bundle.manifest import Manifest
 from lsast_export.__main__ import main as lsast_export
 from lsast_train.__main__ import main as lsast_train
-from lsast_train.base import load_base
-from lsast_train.prompts_file import load_prompts
-from lsast_train.sources import BaseSource
+from lsast_train.base.base import load_base
+from lsast_train.checkpoints.source import BaseSource
+from lsast_train.prompts.prompt_file import load_prompts
 
 
 def _pictures(folder: Path) -> Path:
@@ -55,7 +55,7 @@ def test_from_a_published_file_to_a_painted_picture(
     imported = load_base(BaseSource(compvis_base.file, compvis_base.controlnet_file))
     assert prompts.base == imported.fingerprint
     assert prompts.prompts.shape == (10, 3, 77, 64)
-    # A causal encoder gives the begin of every text the same context, that of the empty one too (method.md §2).
+    # A causal encoder gives the begin of every text the same context, that of the empty one too (docs/method.md §2).
     begin = prompts.prompts[:, :, 0]
     torch.testing.assert_close(begin, imported.null_context[0].expand_as(begin))
 

@@ -48,7 +48,7 @@ def test_every_lean_module_imports_where_torch_is_not() -> None:
         for room, package in (("runtime", "lsast"), ("engines", "lsast_engines"))
         for path in (ROOT / room / package).rglob("*.py")
     )
-    assert {"lsast", "lsast.cli", "lsast.stylizer", "lsast_engines.engine"} <= set(names)
+    assert {"lsast", "lsast.cli.main", "lsast.stylizer", "lsast_engines.backends.base"} <= set(names)
     loaded = _python(f"""
 for name in {FORBIDDEN!r}:
     sys.modules[name] = None  # importing it raises ImportError
@@ -64,11 +64,11 @@ print(json.dumps([name for name in loaded() if sys.modules.get(name) is not None
 LIGHT = {
     "import lsast": ("import lsast", {"lsast"}),
     "--help": (
-        "from lsast.cli import main; main(['--help'], standalone_mode=False)",
+        "from lsast.cli.main import main; main(['--help'], standalone_mode=False)",
         {"lsast", "lsast_engines", "click"},
     ),
     "--version": (
-        "from lsast.cli import main; main(['--version'], standalone_mode=False)",
+        "from lsast.cli.main import main; main(['--version'], standalone_mode=False)",
         {"lsast", "lsast_engines", "click"},
     ),
 }
@@ -92,8 +92,12 @@ with lsast.load(backend={backend!r}, threads=1) as stylizer:
 print(json.dumps(sorted(sys.modules)))
 """)
     )
-    assert f"lsast_engines.{backend}" in loaded
-    gpu = ("cuda", "tensorrt", "lsast_engines.cuda", "lsast_engines.device_memory", "lsast_engines.tensorrt")
+    assert f"lsast_engines.backends.{backend}" in loaded
+    gpu = (
+        "cuda",
+        "tensorrt",
+        "lsast_engines.backends.tensorrt",
+    )
     assert not [name for name in loaded if name.startswith(gpu)]
 
 

@@ -57,8 +57,8 @@ def main(
     The first size and the first batch are what the other sizes and batches are measured besides. Every measurement is
     a process of its own, so that its memory is its own. Run nothing else meanwhile.
     """
-    from lsast.presets import preset_options
-    from lsast.sheet import parse_axes
+    from lsast.images.contact_sheet import parse_axes
+    from lsast.options.presets import preset_options
 
     from .configurations import parse_counts, plan
     from .report import markdown
@@ -90,7 +90,7 @@ def _installed() -> list[str]:
     Raises:
         MissingExtraError: none.
     """
-    from lsast_engines.engine import available_backends
+    from lsast_engines.backends.base import available_backends
     from lsast_engines.errors import MissingExtraError
 
     found = [name for name, devices in available_backends().items() if "cpu" in devices]
@@ -110,7 +110,7 @@ def _measured(
     limits: bool,
 ) -> dict[str, Any]:
     """Everything that is measured, ready for JSON."""
-    from lsast_engines.bundle import find_bundle
+    from lsast_engines.bundle.bundle import find_bundle
     from lsast_engines.errors import BackendError
 
     from .machine import describe, load

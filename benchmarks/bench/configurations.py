@@ -62,7 +62,7 @@ def parse_backend(text: str) -> tuple[str, str]:
     Raises:
         UsageError: an arithmetic that there is not.
     """
-    from lsast_engines.engine import Arithmetic
+    from lsast_engines.backends.base import Arithmetic
 
     backend, _, arithmetic = text.partition(":")
     if (arithmetic or "fp32") not in get_args(Arithmetic):
@@ -100,7 +100,7 @@ def plan(
     Args:
         backends: see `parse_backend`.
         presets: names; None is without.
-        axes: by the name of an option its values, as `lsast.sheet.parse_axes` gives them.
+        axes: by the name of an option its values, as `lsast.images.contact_sheet.parse_axes` gives them.
         sizes: of the canvas, in pixels a side.
         batches: pictures in a batch.
     """

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lsast_engines.backends.openvino import shared_core
 from lsast_engines.errors import MissingExtraError
-from lsast_engines.openvino import shared_core
 
 Shapes = Mapping[str, Sequence[int]]
 """Lengths of the axes of every input, by its name."""

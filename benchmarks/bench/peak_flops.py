@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto, helper, numpy_helper
 
-from lsast_engines.engine import Arithmetic, open_engine
+from lsast_engines.backends.base import Arithmetic, open_engine
+from lsast_engines.bundle.graph_spec import GraphSpec, TensorSpec
 from lsast_engines.errors import BackendError
-from lsast_engines.spec import GraphSpec, TensorSpec
 
 SIDE = 2048
 """Rows and columns of the matrices: 8.6 G multiplications, with 50 MB of operands and result."""

@@ -27,8 +27,8 @@ BEGIN = time.time()
 
 if TYPE_CHECKING:
     from lsast.stylizer import Stylizer
-    from lsast_engines.bundle import Bundle
-    from lsast_engines.engine import Arithmetic, Array, Engine, Feeds
+    from lsast_engines.backends.base import Arithmetic, Array, Engine, Feeds
+    from lsast_engines.bundle.bundle import Bundle
 
 Report = dict[str, Any]
 
@@ -91,8 +91,8 @@ class TimedEngine:
 
 def opened(bundle: Bundle, task: Mapping[str, Any], parts: Intervals) -> tuple[Stylizer, dict[str, TimedEngine]]:
     """A stylizer on timed engines, and those, filled as they are opened."""
+    from lsast.sessions.engine_pool import Opener
     from lsast.stylizer import Stylizer, first_graphs
-    from lsast.workshop import Opener
 
     engines: dict[str, TimedEngine] = {}
 
@@ -114,7 +114,7 @@ def keywords(task: Mapping[str, Any]) -> dict[str, Any]:
 
 def warm(task: Mapping[str, Any]) -> Report:
     """See the module; each repeat tells what it took, and where none is asked for, the first picture does."""
-    from lsast_engines.bundle import Bundle, find_bundle
+    from lsast_engines.bundle.bundle import Bundle, find_bundle
 
     parts = Intervals()
     begin = time.perf_counter()
@@ -165,10 +165,11 @@ def cold(task: Mapping[str, Any]) -> Report:
     parts = Intervals()
     parts.intervals.append(("interpreter", task["spawned"], BEGIN))
     with parts("imports"):
-        from lsast import running, stylizer  # noqa: F401 - what lsast-run imports before it opens anything
-        from lsast_engines.bundle import Bundle, find_bundle
+        from lsast import stylizer  # noqa: F401 - what lsast-run imports before it opens anything
+        from lsast.cli import run  # noqa: F401 - imported by lsast-run as well
+        from lsast_engines.bundle.bundle import Bundle, find_bundle
     with parts(f"import {task['backend']}"):
-        from lsast_engines.engine import backend_devices
+        from lsast_engines.backends.base import backend_devices
 
         backend_devices(task["backend"])
     with parts("open bundle"):

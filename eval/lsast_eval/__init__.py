@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .distances import Score
 from .evaluation import evaluate
+from .metrics.fid_kid import Score
 from .options import EvalOptions
 from .report import Report
-from .votes import Vote, read_votes, win_rates
+from .voting.votes import Vote, read_votes, win_rates
 
 __all__ = ["EvalOptions", "Report", "Score", "Vote", "evaluate", "read_votes", "win_rates"]

@@ -144,7 +144,7 @@ def vote(
     """
     import webbrowser
 
-    from .ballot import Ballot, draw_pairs, open_server
+    from .voting.page import Ballot, draw_pairs, open_server
 
     if contents is None or (artist is None and works is None):
         raise UsageError("found no --contents DIR, or neither --works DIR nor --artist NAME; expected them")
@@ -174,7 +174,7 @@ def vote(
 @debug_option
 def votes(files: tuple[Path, ...], confidence: float, as_json: bool) -> None:
     """Win rates of votes, by artist, with Wilson's intervals; a tie is half a win for either side."""
-    from .votes import left_share, read_votes, win_rates
+    from .voting.votes import left_share, read_votes, win_rates
 
     ballots = read_votes(files)
     artists = sorted({vote.artist for vote in ballots})

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lsast_engines.files import replace_file
-from lsast_engines.pictures import read_on_white
+from lsast_engines.images import read_on_white
 
 if TYPE_CHECKING:
     from PIL import Image

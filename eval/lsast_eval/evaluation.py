@@ -12,19 +12,19 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from lsast_engines.errors import PictureError
-from lsast_engines.pictures import find_pictures, read_on_white
+from lsast_engines.images import find_pictures, read_on_white
 
-from .content import edge_f1, resized, shrunk, ssim
-from .distances import Score, frechet, kernel, resamplings, score_of, wilson
-from .features import FeatureStore
-from .judge import PHOTOS, Judge, find_classes
 from .matching import match_by_stem
-from .networks import LITE, open_network
+from .metrics.artist_classifier import PHOTOS, Judge, find_classes
+from .metrics.content import edge_f1, resized, shrunk, ssim
+from .metrics.feature_cache import FeatureStore
+from .metrics.feature_networks import LITE, open_network
+from .metrics.fid_kid import Score, frechet, kernel, resamplings, score_of, wilson
 from .options import EvalOptions
 from .report import SMALL_SET, Metric, Report, Row, SheetRow
 
 if TYPE_CHECKING:
-    from .effnet import EffNetLite
+    from .metrics.efficientnet import EffNetLite
 
 CONTENTS, WORKS = "(contents)", "(works)"
 """Names of the reference rows: the contents left as they are, and works of the artist against the others."""
@@ -191,7 +191,7 @@ def _content_figures(
     paths: Mapping[str, Sequence[Path]], network: EffNetLite, options: EvalOptions, progress: bool
 ) -> dict[str, dict[str, npt.NDArray[np.float64]]]:
     """Row → content metric → a figure for each picture [N]."""
-    from .effnet import perceptual_distance, structure_distance
+    from .metrics.efficientnet import perceptual_distance, structure_distance
 
     metrics = ("lpips", "ssim", "edge_f1", "cfsd")
     figures = {name: {metric: np.zeros(len(group)) for metric in metrics} for name, group in paths.items()}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lsast_engines.errors import PictureError, UsageError, fault_list
-from lsast_engines.pictures import find_pictures
+from lsast_engines.images import find_pictures
 
 log = logging.getLogger("lsast.eval")
 

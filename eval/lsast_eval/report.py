@@ -12,7 +12,7 @@ import numpy as np
 from lsast_engines.environment import package_version
 from lsast_engines.errors import UsageError
 
-from .distances import Score, score_of
+from .metrics.fid_kid import Score, score_of
 from .options import EvalOptions
 
 FORMAT = 2
@@ -154,7 +154,7 @@ class Report:
         Raises:
             UsageError: `rows` below 1.
         """
-        from .sheet import write_sheet
+        from .contact_sheet import write_sheet
 
         if rows < 1:
             raise UsageError(f"found {rows} rows; expected at least 1")

@@ -14,17 +14,17 @@ from typing import Any
 
 import click
 
+from lsast_engines.bundle.style_defaults import STYLE_DEFAULTS
 from lsast_engines.cli import Group, fail
 from lsast_engines.errors import UsageError
-from lsast_engines.style_defaults import STYLE_DEFAULTS
 
-from .compile_command import LIBRARIES, compile_command, compiled
-from .console import Command, Phases, common, require_extra
-from .decoder_command import decoder_command
-from .golden_command import golden_command
-from .import_command import import_command
-from .parts_command import parts_command
-from .quantise_command import quantise_command
+from .cli.compile import LIBRARIES, compile_command, compiled
+from .cli.console import Command, Phases, common, require_extra
+from .cli.decoder import decoder_command
+from .cli.golden import golden_command
+from .cli.import_ import import_command
+from .cli.parts import parts_command
+from .cli.quantize import quantise_command
 
 _DEFAULT_TYPES: dict[str, Callable[[str], Any]] = {
     "style": str,
@@ -165,9 +165,9 @@ def bundle(ctx: click.Context, /, **options: Any) -> None:
 def check(ctx: click.Context, bundle: str, backend: str, device: str, as_json: bool) -> None:
     """Verify BUNDLE (a folder or a name): hashes, graphs, styles, and parity with torch on this machine."""
     _require_extra()
-    from lsast_engines.bundle import find_bundle
+    from lsast_engines.bundle.bundle import find_bundle
 
-    from .check import check_bundle
+    from .bundle.check import check_bundle
 
     phases = Phases()
     report = check_bundle(find_bundle(bundle), backend, device, progress=phases)
@@ -210,11 +210,11 @@ def _bake(
 ) -> None:
     """Bake `styles` for the bundle of `base`, into the user's style folder, and compile it with `library`."""
     _require_extra()
-    from lsast_engines.bundle import MANIFEST, Bundle
-    from lsast_train.base import find_base, open_base_parts
+    from lsast_engines.bundle.bundle import MANIFEST, Bundle
+    from lsast_train.base.base import find_base, open_base_parts
 
-    from .skeleton import baking_base
-    from .styles import find_distilled, install_distilled, install_style, read_prompts, with_defaults
+    from .graphs.meta_base import baking_base
+    from .styles.install import find_distilled, install_distilled, install_style, read_prompts, with_defaults
 
     phases = Phases()
     phases("reading")
@@ -251,18 +251,18 @@ def _export(
     wanted, own = _read_defaults(defaults)
     library, backend = _library(backend, sm)
     _require_extra()
-    from lsast_engines.bundle import MANIFEST
+    from lsast_engines.bundle.bundle import MANIFEST
+    from lsast_engines.bundle.graph_spec import DECODER_SMALL, PARTS
+    from lsast_engines.bundle.manifest import Manifest
     from lsast_engines.environment import peak_memory
-    from lsast_engines.manifest import Manifest
-    from lsast_engines.spec import DECODER_SMALL, PARTS
-    from lsast_train.base import open_base_parts, stored_base
-    from lsast_train.sources import BaseSource
+    from lsast_train.base.base import open_base_parts, stored_base
+    from lsast_train.checkpoints.source import BaseSource
 
-    from .exporter import ExportOptions, export_bundle
-    from .skeleton import text_base
-    from .small_decoder import WEIGHTS as SMALL_WEIGHTS
-    from .small_decoder import add_small_decoder, read_small_decoder
-    from .styles import read_prompts, with_defaults
+    from .bundle.export import ExportOptions, export_bundle
+    from .graphs.meta_base import text_base
+    from .graphs.small_decoder import WEIGHTS as SMALL_WEIGHTS
+    from .graphs.small_decoder import add_small_decoder, read_small_decoder
+    from .styles.install import read_prompts, with_defaults
 
     phases = Phases()
     phases("reading")

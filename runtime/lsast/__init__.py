@@ -28,12 +28,12 @@ if TYPE_CHECKING:
         UsageError,
     )
 
-    from .cancelling import CancelToken
-    from .metadata import Record, read_record
-    from .options import Options
-    from .provenance import Provenance
+    from .images.contact_sheet import Sheet, contact_sheet
+    from .images.metadata import Record, read_record
+    from .images.provenance import Provenance
+    from .options.options import Options
     from .result import Result
-    from .sheet import Sheet, contact_sheet
+    from .sessions.cancel import CancelToken
     from .stylizer import Stylizer, load
 
 __version__ = "0.1.0"
@@ -60,16 +60,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CancelToken": ".cancelling",
-    "Options": ".options",
-    "Provenance": ".provenance",
-    "Record": ".metadata",
+    "CancelToken": ".sessions.cancel",
+    "Options": ".options.options",
+    "Provenance": ".images.provenance",
+    "Record": ".images.metadata",
     "Result": ".result",
-    "Sheet": ".sheet",
+    "Sheet": ".images.contact_sheet",
     "Stylizer": ".stylizer",
-    "contact_sheet": ".sheet",
+    "contact_sheet": ".images.contact_sheet",
     "load": ".stylizer",
-    "read_record": ".metadata",
+    "read_record": ".images.metadata",
 }
 """Where names come from that are not errors."""
 

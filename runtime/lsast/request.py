@@ -11,28 +11,30 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from lsast_engines.bundle import Bundle
-from lsast_engines.engine import Engine
-from lsast_engines.pictures import edge_map, on_white, read_picture
-from lsast_engines.schedule import Schedule
-from lsast_engines.solvers import make_solver
-from lsast_engines.spec import ENCODER, HINT
+from lsast_engines.backends.base import Engine
+from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.graph_spec import ENCODER, HINT
+from lsast_engines.diffusion.solvers import make_solver
+from lsast_engines.diffusion.timesteps import Schedule
+from lsast_engines.images import edge_map, on_white, read_picture
 
-from . import masking, sampler, tiles
-from .canvas import Pixels, canvas_for
-from .mixing import Hand, Mix
-from .options import Options
-from .passes import graphs_of, lay_passes, require_decoder, require_parts
-from .preview import Previewer
-from .provenance import Provenance, bundle_sha256, pixels_sha256, versions
-from .shelf import Shelf
-from .tiles import Grid
-from .x0_blend import X0Blend
+from .images import mask as masking
+from .images.canvas import Pixels, canvas_for
+from .images.preview import Previewer
+from .images.provenance import Provenance, bundle_sha256, pixels_sha256, versions
+from .options.options import Options
+from .options.style_mix import Hand, Mix
+from .sampling import sampler
+from .sampling import tiling as tiles
+from .sampling.step_plan import graphs_of, lay_passes, require_decoder, require_parts
+from .sampling.tiling import Grid
+from .sampling.x0_blend import X0Blend
+from .sessions.style_cache import Shelf
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .coherence import Follower
+    from .video.optical_flow import Follower
 
     Picture = str | Path | bytes | Image.Image | npt.NDArray[Any]
     """A path, the bytes of an image file, a PIL image, or an array [H, W], [H, W, 3] or [H, W, 4] (uint8, uint16, or

@@ -12,13 +12,13 @@ import numpy as np
 
 from lsast_engines.errors import PictureError, UsageError
 from lsast_engines.files import replace_file
-from lsast_engines.pictures import on_white
+from lsast_engines.images import on_white
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .options import Options
-    from .provenance import Provenance
+    from .images.provenance import Provenance
+    from .options.options import Options
 
 _log = logging.getLogger("lsast.result")
 
@@ -42,7 +42,7 @@ class Result:
     options: Options
     """All options, with the defaults of style and bundle filled in."""
     provenance: Provenance | None = None
-    """What the painting was made of; files carry it, so that it can be painted again (`lsast.metadata`)."""
+    """What the painting was made of; files carry it, so that it can be painted again (`lsast.images.metadata`)."""
 
     def save(self, path: str | Path) -> None:
         """Write PNG, JPEG or WebP, by the suffix: whole or not at all, over whatever file was there.
@@ -90,7 +90,7 @@ class Result:
             pixels = np.asarray(image)
             image = Image.fromarray(on_white(pixels[:, :, :3], pixels[:, :, 3]))
         if self.provenance:
-            from .metadata import Record
+            from .images.metadata import Record
 
             settings = {**settings, **Record(self.provenance, self.options, self.seconds).settings(name)}
         image.save(handle, format=name, icc_profile=self.image.info.get("icc_profile"), **settings)

@@ -12,24 +12,26 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from lsast_engines.bundle import Bundle, find_bundle
-from lsast_engines.engine import Arithmetic, Engine
-from lsast_engines.spec import DECODER, DENOISER, EVERY, PARTS
+from lsast_engines.backends.base import Arithmetic, Engine
+from lsast_engines.bundle.bundle import Bundle, find_bundle
+from lsast_engines.bundle.graph_spec import DECODER, DENOISER, EVERY, PARTS
 
-from . import batches, sampler, tiles
-from .cancelling import CancelToken
-from .defaults import Defaults
-from .painting import Painting
-from .parted import PartedDenoiser
-from .passes import Pass, decoder_of, graphs_of
+from .options.defaults import Defaults
+from .request import Painting
 from .result import Result
-from .workshop import STYLE_MEMORY, Opener, Workshop
+from .sampling import sampler
+from .sampling import tiling as tiles
+from .sampling.cached_denoiser import PartedDenoiser
+from .sampling.step_plan import Pass, decoder_of, graphs_of
+from .sessions import batching as batches
+from .sessions.cancel import CancelToken
+from .sessions.engine_pool import STYLE_MEMORY, Opener, Workshop
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .coherence import Follower
-    from .painting import Picture
+    from .request import Picture
+    from .video.optical_flow import Follower
 
 _log = logging.getLogger("lsast.runtime")
 
@@ -63,7 +65,8 @@ def load(
         style_memory: bytes of styles to keep in memory between paintings; those used longest ago go first.
         build: with `tensorrt-rtx` or `tensorrt`, compile first what is missing, which takes minutes and the extra
             `export`; without, a missing engine is an error.
-        preset: what comes before the defaults of style and bundle at every painting, see `lsast.presets`. Only what it
+        preset: what comes before the defaults of style and bundle at every painting, see `lsast.options.presets`.
+        Only what it
             runs is opened here; the rest is opened by the first painting that needs it.
 
     Raises:
@@ -75,7 +78,7 @@ def load(
     """
     opener = Opener(Bundle.open(find_bundle(bundle)), backend, device, threads, arithmetic)
     if build:
-        from .building import build_engines
+        from .sessions.build_engines import build_engines
 
         build_engines(opener.bundle, backend.lower(), arithmetic)
     names = EVERY if preset is None else first_graphs(opener.bundle, {"preset": preset})
@@ -186,7 +189,7 @@ class Stylizer:
         Raises:
             LsastError: see `stylize`.
         """
-        from .asynchronous import in_queue
+        from .sessions.aio import in_queue
 
         return await in_queue(
             self._workshop.queue(), lambda cancel: self.stylize(picture, style, **options, cancel=cancel)
@@ -261,7 +264,7 @@ class Stylizer:
         Raises:
             LsastError: see `stylize`; it ends the stream.
         """
-        from .coherence import Follower
+        from .video.optical_flow import Follower
 
         follower = follower or Follower()
         given = {**options, "style": style}

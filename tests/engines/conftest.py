@@ -14,14 +14,14 @@ from onnx import TensorProto, helper, numpy_helper
 from fake_denoiser import RANGES, kernels
 from fake_denoiser import SPEC as SPEC_ON_GPU
 from fake_gpu import FakeCuda, FakeTrt, write_engine
-from lsast_engines import tensorrt
-from lsast_engines.bundle import Bundle
-from lsast_engines.engine_key import Library
-from lsast_engines.manifest import AttentionLayer, Manifest
-from lsast_engines.noise import NoiseSpec
-from lsast_engines.spec import Geometry, GraphSpec, TensorSpec, graph_specs
-from lsast_engines.style import Style
-from lsast_engines.tensorrt import TensorRtEngine
+from lsast_engines.backends.tensorrt import engine as tensorrt
+from lsast_engines.backends.tensorrt.engine import TensorRtEngine
+from lsast_engines.backends.tensorrt.engine_record import Library
+from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.graph_spec import Geometry, GraphSpec, TensorSpec, graph_specs
+from lsast_engines.bundle.manifest import AttentionLayer, Manifest
+from lsast_engines.bundle.style import Style
+from lsast_engines.diffusion.noise_schedule import NoiseSpec
 
 FINGERPRINT = "ab" * 32
 GEOMETRY = Geometry(hint_channels=5, tokens=3, unet_width=20, control_width=8)

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 
 from lsast_engines.errors import PictureError
-from lsast_engines.pictures import edge_map, find_pictures, read_picture
+from lsast_engines.images import edge_map, find_pictures, read_picture
 
 U8 = npt.NDArray[np.uint8]
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from lsast_eval.content import Pixels
+from lsast_eval.metrics.content import Pixels
 
 SIDE = 128
 

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from lsast_engines.errors import UsageError
-from lsast_eval import EvalOptions, networks
+from lsast_eval import EvalOptions
 from lsast_eval.__main__ import main
-from lsast_eval.votes import Vote, append_vote
+from lsast_eval.metrics import feature_networks as networks
+from lsast_eval.voting.votes import Vote, append_vote
 
 from .conftest import save, scene
 
@@ -110,7 +111,7 @@ def test_options_list_all_faults() -> None:
 
 
 LIGHT = {
-    "import": "import lsast_eval, lsast_eval.ballot",
+    "import": "import lsast_eval, lsast_eval.voting.page",
     "--help": "from lsast_eval.cli import command; command.main(['--help'], standalone_mode=False)",
 }
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from lsast_engines.errors import PictureError, UsageError
-from lsast_engines.pictures import read_on_white
+from lsast_engines.images import read_on_white
 from lsast_eval import EvalOptions, Report, evaluate
-from lsast_eval.features import FeatureStore
-from lsast_eval.networks import open_network
+from lsast_eval.metrics.feature_cache import FeatureStore
+from lsast_eval.metrics.feature_networks import open_network
 
 from .conftest import hand, save, scene
 

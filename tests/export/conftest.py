@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from lsast_engines.bundle import Bundle
-from lsast_engines.engine import open_engine
-from lsast_export import adding
-from lsast_export.adding import add_parts
-from lsast_export.exporter import ExportOptions, export_bundle, trace_graphs
-from lsast_export.parts import trace_parts
-from lsast_export.trace import TracedGraph
-from lsast_train.base import Base
+from lsast_engines.backends.base import open_engine
+from lsast_engines.bundle.bundle import Bundle
+from lsast_export.bundle import add_graphs as adding
+from lsast_export.bundle.add_graphs import add_parts
+from lsast_export.bundle.export import ExportOptions, export_bundle, trace_graphs
+from lsast_export.graphs.trace import TracedGraph
+from lsast_export.graphs.unet_parts import trace_parts
+from lsast_train.base.base import Base
 from lsast_train.mini.architecture import MiniConfig, build_mini
-from lsast_train.prompt_space import matrix_table
-from lsast_train.prompts_file import Prompts
+from lsast_train.prompts.prompt_file import Prompts
+from lsast_train.prompts.prompt_space import matrix_table
 
 Run = Callable[..., dict[str, np.ndarray]]
 

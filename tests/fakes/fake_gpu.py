@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from lsast_engines.engine_key import ANY_GPU, EngineKey, EngineRecord, Library, graph_digest
-from lsast_engines.profile import Ranges
-from lsast_engines.spec import GraphSpec
+from lsast_engines.backends.tensorrt.engine_record import ANY_GPU, EngineKey, EngineRecord, Library, graph_digest
+from lsast_engines.backends.tensorrt.shape_profile import Ranges
+from lsast_engines.bundle.graph_spec import GraphSpec
 
 VERSION = "1.7.1"
 Arrays = dict[str, np.ndarray]

@@ -11,11 +11,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from lsast_engines.bundle import Bundle
-from lsast_engines.manifest import AttentionLayer, Manifest
-from lsast_engines.noise import NoiseSpec
-from lsast_engines.spec import Cut, Geometry, GraphSpec, graph_specs, part_specs
-from lsast_engines.style import Style
+from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.graph_spec import Cut, Geometry, GraphSpec, graph_specs, part_specs
+from lsast_engines.bundle.manifest import AttentionLayer, Manifest
+from lsast_engines.bundle.style import Style
+from lsast_engines.diffusion.noise_schedule import NoiseSpec
 
 GEOMETRY = Geometry(hint_channels=5, tokens=3, unet_width=24, control_width=16)
 STAGES = 10

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image, ImageFilter
 
 import lsast
-from lsast_engines.bundle import EMBEDDED, Bundle
-from lsast_engines.spec import PARTS
+from lsast_engines.bundle.bundle import EMBEDDED, Bundle
+from lsast_engines.bundle.graph_spec import PARTS
 
 PHOTO = Path(__file__).parents[2] / "docs" / "images" / "lighthouse.jpg"
 SIZE = 256

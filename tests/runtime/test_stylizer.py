@@ -225,9 +225,11 @@ def test_edges_of_a_squashed_picture_are_those_of_the_bilinear_one(
     stylizer: Stylizer, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, np.ndarray] = {}
-    features, encode = lsast.sampler.hint_features, lsast.sampler.encode
-    monkeypatch.setattr("lsast.sampler.hint_features", lambda e, edges: features(e, seen.setdefault("edges", edges)))
-    monkeypatch.setattr("lsast.sampler.encode", lambda e, rgb, *r: encode(e, seen.setdefault("rgb", rgb), *r))
+    features, encode = lsast.sampling.sampler.hint_features, lsast.sampling.sampler.encode
+    monkeypatch.setattr(
+        "lsast.sampling.sampler.hint_features", lambda e, edges: features(e, seen.setdefault("edges", edges))
+    )
+    monkeypatch.setattr("lsast.sampling.sampler.encode", lambda e, rgb, *r: encode(e, seen.setdefault("rgb", rgb), *r))
     stylizer.stylize(photo, fit="squash", size=128)
     bilinear = cv2.resize(np.ascontiguousarray(photo[..., ::-1]), (128, 128))
     np.testing.assert_array_equal(seen["edges"], cv2.Canny(bilinear, 100, 200) > 0)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lsast_train.base import Base
+from lsast_train.base.base import Base
 from lsast_train.mini.architecture import MiniConfig, build_mini
 from lsast_train.options import TrainOptions
 from lsast_train.paintings import Collection

@@ -18,15 +18,15 @@ from diffusers import DDPMScheduler
 
 from lsast_engines.errors import TrainingError, UsageError
 from lsast_train import inversion
-from lsast_train.base import Base
+from lsast_train.base.base import Base
 from lsast_train.evaluation import Probe, Purpose, noise_error, round_unet, seeded
-from lsast_train.interruption import InterruptionError
 from lsast_train.inversion import Inversion
 from lsast_train.mini.architecture import MiniConfig, build_mini
 from lsast_train.options import TrainOptions
 from lsast_train.paintings import Collection, EncodedViews
-from lsast_train.prompt_space import PromptSpace
-from lsast_train.prompts_file import load_prompts
+from lsast_train.prompts.prompt_file import load_prompts
+from lsast_train.prompts.prompt_space import PromptSpace
+from lsast_train.training.signals import InterruptionError
 
 
 def _weights(base: Base) -> dict[str, str]:
@@ -149,14 +149,14 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(
 ) -> None:
     run = Inversion(text_base, collection, replace(brief, generator=generator), "red", tmp_path)
     losses = [run.loss(0, 0).item(), run.loss(0, 0).item()]
-    monkeypatch.setattr("lsast_train.geglu.DROPOUT", 0.0)
+    monkeypatch.setattr("lsast_train.prompts.released_generator.DROPOUT", 0.0)
     without = run.loss(0, 0).item()
     assert losses[0] == losses[1]
     assert (losses[0] == without) == (generator == "direct")
-    monkeypatch.setattr("lsast_train.geglu.DROPOUT", 0.5)
+    monkeypatch.setattr("lsast_train.prompts.released_generator.DROPOUT", 0.5)
     probe = run._probes[0]
     found = probe.losses(run.space, [3])
-    monkeypatch.setattr("lsast_train.geglu.DROPOUT", 0.0)
+    monkeypatch.setattr("lsast_train.prompts.released_generator.DROPOUT", 0.0)
     assert torch.equal(probe.losses(run.space, [3]), found)
 
 

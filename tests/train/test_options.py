@@ -18,7 +18,7 @@ def test_the_paper_preset_is_the_papers() -> None:
 
 
 def test_the_released_preset_is_the_released_codes() -> None:
-    """method.md §3."""
+    """docs/method.md §3."""
     released = PRESETS["released"]
     assert (released.steps, released.batch, released.size, released.weight_decay) == (100_000, 1, 512, 0.01)
     assert (released.variant, released.generator, released.layout) == ("step+layer", "geglu", "overlap")

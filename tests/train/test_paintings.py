@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from lsast_engines.errors import PictureError, TrainingError
-from lsast_train.base import Base
+from lsast_train.base.base import Base
 from lsast_train.paintings import Collection, EncodedViews, FreshViews, Painting, held_out_names, view
 
 GREY16 = 0x8081

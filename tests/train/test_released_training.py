@@ -1,5 +1,5 @@
 """The released way of training: against what the released code computed, and against its rule written out on diffusers'
-blocks (method.md §3: encoder and middle without gradient, so that only the decoder's context learns)."""
+blocks (docs/method.md §3: encoder and middle without gradient, so that only the decoder's context learns)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from lsast_train.base import Base, BaseFacts
-from lsast_train.compvis import controlnet_from_compvis, unet_from_compvis
+from lsast_train.base.base import Base, BaseFacts
+from lsast_train.base.mini_autoencoder import MiniAutoencoder
+from lsast_train.checkpoints.compvis import controlnet_from_compvis, unet_from_compvis
 from lsast_train.evaluation import noise_error
 from lsast_train.inversion import Inversion
-from lsast_train.mini.autoencoder import MiniAutoencoder
 from lsast_train.options import PRESETS
 from lsast_train.paintings import Collection
-from lsast_train.prompt_space import PromptSpace
+from lsast_train.prompts.prompt_space import PromptSpace
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 
@@ -123,7 +123,8 @@ def test_loss_and_gradient_are_those_of_the_released_code(number: int) -> None:
 def test_the_released_preset_trains_the_generators_last_rows_of_decoder_prompts_only(
     text_base: Base, paintings: Path, tmp_path: Path
 ) -> None:
-    """Its first step: AdamW moves what has a gradient by the learning rate and lets the rest decay (method.md §3)."""
+    """Its first step: AdamW moves what has a gradient by the learning rate and lets the rest decay (docs/method.md
+    §3)."""
     options = replace(PRESETS["released"], steps=1, size=64, evaluate_every=1, evaluate_latents=2)
     collection = Collection.load(paintings, 64, options.crop, progress=False)
     run = Inversion(text_base, collection, options, "red", tmp_path)

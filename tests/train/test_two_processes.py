@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from lsast_train.base import Base, save_base
+from lsast_train.base.base import Base, save_base
 from lsast_train.inversion import Inversion
 from lsast_train.options import PRESETS
 from lsast_train.paintings import Collection
-from lsast_train.prompts_file import load_prompts
+from lsast_train.prompts.prompt_file import load_prompts
 
 HERE = Path(__file__).parent
 ROOMS = os.pathsep.join(str(HERE.parents[1] / room) for room in ("engines", "train"))

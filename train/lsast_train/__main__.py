@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .cli import command
+from .cli.main import command
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -8,9 +8,9 @@ from enum import IntEnum
 import numpy as np
 import torch
 
-from .base import Base
+from .base.base import Base
 from .options import Precision
-from .prompt_space import PromptSpace
+from .prompts.prompt_space import PromptSpace
 
 _CELLS = 16 * 32 * 32
 """Latent cells of one call of the U-Net: 16 pictures of 256 pixels, 4 of 512."""
@@ -48,7 +48,7 @@ def noise_error(
     """Mean squared error of the predicted noise for each row, [B] float32.
 
     Args:
-        base: the frozen base; its ControlNet is left out, as in the released training (method.md §3).
+        base: the frozen base; its ControlNet is left out, as in the released training (docs/method.md §3).
         space: gives the contexts of `timestep`.
         latents: clean latents [B, 4, h, w].
         noise: [B, 4, h, w].

@@ -1,7 +1,8 @@
 """Prompt inversion: learn an artist's prompts against a frozen base.
 
 Each step noises latents of the artist's paintings to random timesteps, lets the frozen U-Net predict the noise under
-the contexts of those timesteps' stages, and moves the prompts down the squared error (method.md §3). A held-out loss
+the contexts of those timesteps' stages, and moves the prompts down the squared error (docs/method.md §3). A held-out
+loss
 is measured on the way, and the prompts of the best evaluation are the result.
 
 Every random number of a step comes from a generator seeded with (seed, process, step): nothing random has to be
@@ -28,15 +29,15 @@ from tqdm import tqdm
 from lsast_engines.environment import package_version
 from lsast_engines.errors import TrainingError, UsageError, fault_list
 
-from .base import Base
-from .checkpoint import load_checkpoint, save_checkpoint
-from .curves import Curve, Evaluation, save_curve
+from .base.base import Base
 from .evaluation import Probe, Purpose, noise_error, seeded
-from .interruption import InterruptionError, NotedSignals
 from .options import TrainOptions, style_name_faults
 from .paintings import Collection, EncodedViews, FreshViews, LatentSource
-from .prompt_space import PromptSpace, build_space
-from .prompts_file import Prompts, save_prompts
+from .prompts.prompt_file import Prompts, save_prompts
+from .prompts.prompt_space import PromptSpace, build_space
+from .training.checkpoint import load_checkpoint, save_checkpoint
+from .training.loss_curve import Curve, Evaluation, save_curve
+from .training.signals import InterruptionError, NotedSignals
 
 log = logging.getLogger("lsast.train")
 

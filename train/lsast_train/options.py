@@ -18,17 +18,17 @@ Variant = Literal["step+layer", "step", "layer", "global"]
 
 Generator = Literal["attention", "direct", "geglu"]
 """Where a matrix comes from: self-attention over the tokens of a learned one, a learned one as it is, or the released
-code's network on a constant (method.md §1.3)."""
+code's network on a constant (docs/method.md §1.3)."""
 
 Prompt = Literal["auto", "context", "text"]
 """What a matrix is: the context itself, or the embedding of the caption's placeholder, which the base's text encoder
-turns into the context (method.md §2). ``auto``: text where the base has a text encoder."""
+turns into the context (docs/method.md §2). ``auto``: text where the base has a text encoder."""
 
 Layout = Literal["strided", "overlap"]
-"""Which matrix serves stage s and group l: k = 3s + l, or k = s + l as in the released code (method.md §1.4)."""
+"""Which matrix serves stage s and group l: k = 3s + l, or k = s + l as in the released code (docs/method.md §1.4)."""
 
 Gradient = Literal["all", "decoder"]
-"""Whether all layer groups train the prompts, or only the decoder, as in the released code (method.md §3)."""
+"""Whether all layer groups train the prompts, or only the decoder, as in the released code (docs/method.md §3)."""
 
 Schedule = Literal["constant", "step", "cosine"]
 """Learning rate over the steps: constant, divided by 10 after `decay_after` steps, or a half cosine down to zero."""
@@ -181,7 +181,7 @@ PRESETS: dict[str, TrainOptions] = {
     ),
 }
 """``quick``: minutes on two CPU cores with the embedded base. ``paper``: the published recipe, hours on a GPU.
-``released``: what the published code does instead (method.md §3)."""
+``released``: what the published code does instead (docs/method.md §3)."""
 
 
 def style_name_faults(name: str) -> list[str]:

@@ -20,9 +20,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from lsast_engines.errors import PictureError, TrainingError
-from lsast_engines.pictures import find_pictures, read_on_white
+from lsast_engines.images import find_pictures, read_on_white
 
-from .base import Base
+from .base.base import Base
 from .options import Crop
 
 log = logging.getLogger("lsast.train")
@@ -204,7 +204,7 @@ class FreshViews:
 def _fit(pixels: npt.NDArray[np.uint8], size: int, crop: Crop) -> npt.NDArray[np.uint8]:
     height, width = pixels.shape[:2]
     if crop == "squash":
-        # Bicubic, as in the released code (method.md §3).
+        # Bicubic, as in the released code (docs/method.md §3).
         return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC))
     short = min(height, width)
     scale = min(max(short, size), round(LARGEST_SCALE * size)) / short

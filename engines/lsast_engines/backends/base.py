@@ -13,11 +13,11 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 import numpy.typing as npt
 
-from .engine_key import Library
-from .errors import BackendError, MissingExtraError, UsageError, fault_list
-from .removed import removal
-from .spec import GraphSpec, TensorSpec
-from .unpacked import unpacked_graph
+from ..bundle.graph_spec import GraphSpec, TensorSpec
+from ..errors import BackendError, MissingExtraError, UsageError, fault_list
+from ..removed import removal
+from .fp32_weights import unpacked_graph
+from .tensorrt.engine_record import Library
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -339,7 +339,7 @@ def _backend(name: str) -> tuple[Callable[[], list[str]], _Open]:
         from . import onnxruntime
 
         return onnxruntime.devices, onnxruntime.OnnxRuntimeEngine
-    from . import tensorrt
+    from .tensorrt import engine as tensorrt
 
     library: Library = "tensorrt" if name == "tensorrt" else "tensorrt-rtx"
     return (

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import BackendError
-from .files import cache_home, replace_file
+from ..bundle.safetensors_header import Slot, encode_header, read_slots
+from ..errors import BackendError
+from ..files import cache_home, replace_file
 from .protobuf import fields, first_values, message_field, number_field
-from .safetensors_header import Slot, encode_header, read_slots
 
 LARGE = 1 << 30
 """Bytes of a weight file from which it is worth it."""

@@ -10,8 +10,8 @@ import hashlib
 import shutil
 from pathlib import Path
 
-from .bundle import MANIFEST
-from .files import cache_home
+from ..bundle.bundle import MANIFEST
+from ..files import cache_home
 
 LIMIT = 1 << 30
 """Bytes of a bundle's weights from which nothing is kept of its graphs: it would take gigabytes."""

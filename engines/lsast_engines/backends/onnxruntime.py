@@ -6,16 +6,17 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .engine import Arithmetic, Array, CheckedEngine, check_interface
-from .errors import BackendError
+from ..bundle.graph_spec import DENOISER, PARTS, GraphSpec
+from ..errors import BackendError
+from .base import Arithmetic, Array, CheckedEngine, check_interface
 from .onnxruntime_cache import optimised
-from .spec import DENOISER, PARTS, GraphSpec
 
 EXPANDED_LIMIT = 1_000_000_000
 """Bytes of weights stored in bf16 up to which they are expanded to float32 once, when the graph is opened.
 
 Beyond, ONNX Runtime leaves them in the file, mapped, and expands each one whenever it is used; it cannot be kept from
-expanding fp16 (8.5 GB), so that large fp16 weights come here unpacked (`lsast_engines.unpacked`). With Stable Diffusion
+expanding fp16 (8.5 GB), so that large fp16 weights come here unpacked (`lsast_engines.backends.fp32_weights`). With
+Stable Diffusion
 1.5 in bf16 at 512 x 512 the denoiser opens in 1.6 s instead of 40 and peaks at 3.0 GB instead of 8.4; a step takes a
 sixth longer (50.4 s against 42.9 on one busy core)."""
 
@@ -55,7 +56,7 @@ def half_bytes(folder: Path, *dtypes: str) -> int:
 
 
 class OnnxRuntimeEngine(CheckedEngine):
-    """A graph in an ONNX Runtime session. See `lsast_engines.engine.Engine`."""
+    """A graph in an ONNX Runtime session. See `lsast_engines.backends.base.Engine`."""
 
     backend = "onnxruntime"
 

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .files import file_sha256
-from .kept_graphs import place, remove_others
+from ..files import file_sha256
+from .graph_cache import place, remove_others
 
 GRAPH, WEIGHTS, DIGESTS = "graph.onnx", "weights.bin", "sha256.json"
 """The files of what is kept of one graph; `DIGESTS` holds the SHA-256 of the others by name."""

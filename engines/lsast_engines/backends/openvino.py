@@ -7,11 +7,11 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from .engine import Arithmetic, Array, CheckedEngine, check_interface
-from .errors import BackendError
+from ..bundle.graph_spec import GraphSpec
+from ..errors import BackendError
+from .base import Arithmetic, Array, CheckedEngine, check_interface
 from .mapped import MappedFiles
 from .openvino_cache import compiled
-from .spec import GraphSpec
 
 _HINTS: dict[Arithmetic, str] = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
@@ -28,7 +28,7 @@ def devices() -> list[str]:
 
 
 class OpenVinoEngine(CheckedEngine):
-    """A graph compiled by OpenVINO, in this process. See `lsast_engines.engine.Engine`."""
+    """A graph compiled by OpenVINO, in this process. See `lsast_engines.backends.base.Engine`."""
 
     backend = "openvino"
 

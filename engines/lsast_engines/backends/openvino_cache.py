@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .files import replace_file
-from .kept_graphs import place, remove_others
+from ..files import replace_file
+from .graph_cache import place, remove_others
 
 _log = logging.getLogger("lsast.openvino")
 

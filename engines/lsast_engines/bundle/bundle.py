@@ -22,10 +22,10 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from .errors import BundleError, StyleError, UsageError, fault_list
-from .files import cache_home, file_sha256
+from ..errors import BundleError, StyleError, UsageError, fault_list
+from ..files import cache_home, file_sha256
+from .graph_spec import GraphSpec, TensorSpec, further_specs, graph_specs
 from .manifest import FileEntry, Manifest
-from .spec import GraphSpec, TensorSpec, further_specs, graph_specs
 from .style import Style
 from .style_file import StyleFile
 
@@ -33,7 +33,7 @@ MANIFEST = "manifest.json"
 NULL_STYLE = "null.safetensors"
 STYLES = "styles"
 
-EMBEDDED = Path(__file__).parent / "mini"
+EMBEDDED = Path(__file__).parent.parent / "mini"
 """The bundle that comes with the package."""
 
 _log = logging.getLogger("lsast.bundle")

@@ -7,10 +7,10 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from .errors import BundleError, UsageError, fault_list
-from .fields import Fields
-from .noise import Curve, NoiseSpec
-from .spec import Geometry, GraphSpec, TensorSpec
+from ..diffusion.noise_schedule import Curve, NoiseSpec
+from ..errors import BundleError, UsageError, fault_list
+from .graph_spec import Geometry, GraphSpec, TensorSpec
+from .json_fields import Fields
 
 FORMAT = 1
 """Format number of manifests that this version writes and reads; raised when an older reader would go wrong."""

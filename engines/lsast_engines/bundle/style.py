@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from .errors import StyleError, fault_list
+from ..errors import StyleError, fault_list
 from .style_file import TENSORS, StyleFile, StyleRow, write_style
 
 

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .errors import UsageError, fault_list
+from ..errors import UsageError, fault_list
 
 META_KEY = "defaults"
 """Where they stand among a style's facts."""

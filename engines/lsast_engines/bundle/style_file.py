@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .errors import StyleError, fault_list
-from .files import replace_file
+from ..errors import StyleError, fault_list
+from ..files import replace_file
 from .style_defaults import read_guidance_baked, read_style_defaults
 
 if TYPE_CHECKING:

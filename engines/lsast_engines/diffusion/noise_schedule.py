@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from .errors import UsageError, fault_list
+from ..errors import UsageError, fault_list
 
 Curve = Literal["scaled_linear", "linear"]
 """How beta grows with the timestep: linear in its square root (Stable Diffusion), or linear."""

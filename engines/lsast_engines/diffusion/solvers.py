@@ -19,9 +19,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .errors import UsageError
-from .noise import NoiseSpec
-from .schedule import Schedule
+from ..errors import UsageError
+from .noise_schedule import NoiseSpec
+from .timesteps import Schedule
 
 Array = npt.NDArray[np.floating[Any]]
 

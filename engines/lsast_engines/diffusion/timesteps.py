@@ -8,8 +8,8 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from .errors import UsageError, fault_list
-from .noise import NoiseSpec
+from ..errors import UsageError, fault_list
+from .noise_schedule import NoiseSpec
 
 OFFSET = 1
 """The first timestep of every grid: Stable Diffusion's ``steps_offset``."""
@@ -42,7 +42,8 @@ class Schedule:
     multistep solvers' has the `steps` points above t = 1 of a grid of steps + 1, because they go from the last
     point straight to the clean latent.
 
-    The solver `released` is DDIM on the grid of LSAST's released code (method.md §4.3-4): T = 1, 1 + c, 1 + 2c … with
+    The solver `released` is DDIM on the grid of LSAST's released code (docs/method.md §4.3-4): T = 1, 1 + c, 1 + 2c …
+    with
     c = train_steps // steps, up to train_steps, which may be more than `steps` points. With n = int(steps * strength)
     it noises to T[n], but takes the first step at T[n-1].
     """

@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from lsast_engines.errors import PictureError, UsageError
-from lsast_engines.pictures import find_pictures
+from lsast_engines.images import find_pictures
 
-from .features import FeatureStore
-from .options import EvalOptions
-from .report import Classifier
+from ..options import EvalOptions
+from ..report import Classifier
+from .feature_cache import FeatureStore
 
 if TYPE_CHECKING:
     from .probe import Probe

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from lsast_engines.pictures import edge_map
+from lsast_engines.images import edge_map
 
 Pixels = npt.NDArray[np.uint8]
 

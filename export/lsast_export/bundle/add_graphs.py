@@ -10,20 +10,20 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from lsast_engines.bundle import MANIFEST, Bundle
+from lsast_engines.bundle.bundle import MANIFEST, Bundle
+from lsast_engines.bundle.graph_spec import PARTS, GraphSpec
+from lsast_engines.bundle.manifest import FileEntry, Manifest
 from lsast_engines.errors import BundleError
 from lsast_engines.files import file_sha256, replace_file
-from lsast_engines.manifest import FileEntry, Manifest
-from lsast_engines.spec import PARTS, GraphSpec
-from lsast_train.base import open_base_parts
+from lsast_train.base.base import open_base_parts
 
-from .exporter import WEIGHTS, require_backend
-from .parity import ParityPlan, plan_for, require_parity
-from .parts import trace_parts
-from .parts_parity import measure_parts_parity
-from .progress import Progress, silent
-from .skeleton import skeleton
-from .weights import save_graph
+from ..graphs.external_weights import save_graph
+from ..graphs.meta_base import skeleton
+from ..graphs.unet_parts import trace_parts
+from ..parity.parity import ParityPlan, plan_for, require_parity
+from ..parity.unet_parts import measure_parts_parity
+from ..progress import Progress, silent
+from .export import WEIGHTS, require_backend
 
 _log = logging.getLogger("lsast.export")
 

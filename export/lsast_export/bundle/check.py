@@ -8,24 +8,24 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from lsast_engines.bundle import Bundle
-from lsast_engines.engine import open_engine
+from lsast_engines.backends.base import open_engine
+from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.graph_spec import DECODER_SMALL, PARTS
+from lsast_engines.bundle.manifest import QUANTISED
 from lsast_engines.errors import BundleError, LsastError, fault_list
 from lsast_engines.files import file_sha256
-from lsast_engines.manifest import QUANTISED
-from lsast_engines.spec import DECODER_SMALL, PARTS
-from lsast_train.base import Base, open_base_parts
-from lsast_train.packed import pack
+from lsast_train.base.base import Base, open_base_parts
+from lsast_train.base.kv_packing import pack
 
-from .bake import bake_null_style, manifest_layers
-from .exporter import WEIGHTS, require_backend
-from .graphs import geometry
-from .parity import ParityPlan, measure_parity, plan_for
-from .parts_parity import measure_parts_parity
-from .progress import Progress, silent
-from .skeleton import baking_base
-from .small_decoder import WEIGHTS as SMALL_WEIGHTS
-from .small_decoder import measure_small_parity, read_small_decoder
+from ..graphs.meta_base import baking_base
+from ..graphs.modules import geometry
+from ..graphs.small_decoder import WEIGHTS as SMALL_WEIGHTS
+from ..graphs.small_decoder import measure_small_parity, read_small_decoder
+from ..parity.parity import ParityPlan, measure_parity, plan_for
+from ..parity.unet_parts import measure_parts_parity
+from ..progress import Progress, silent
+from ..styles.bake import bake_null_style, manifest_layers
+from .export import WEIGHTS, require_backend
 
 
 @dataclass(frozen=True)

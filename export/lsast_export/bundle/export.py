@@ -17,27 +17,27 @@ from typing import Any
 
 import torch
 
-from lsast_engines.bundle import NULL_STYLE, STYLES, Bundle
-from lsast_engines.engine import EXTRAS, available_backends
+from lsast_engines.backends.base import EXTRAS, available_backends
+from lsast_engines.bundle.bundle import NULL_STYLE, STYLES, Bundle
+from lsast_engines.bundle.graph_spec import PARTS, GraphSpec, graph_specs
+from lsast_engines.bundle.manifest import Manifest, Precision
 from lsast_engines.environment import package_version
 from lsast_engines.errors import ExportError, MissingExtraError, fault_list
-from lsast_engines.manifest import Manifest, Precision
-from lsast_engines.spec import PARTS, GraphSpec, graph_specs
-from lsast_train.base import Base, BaseParts, open_base_parts, save_base
-from lsast_train.packed import pack
-from lsast_train.prompt_space import STAGES
-from lsast_train.prompts_file import Prompts
+from lsast_train.base.base import Base, BaseParts, open_base_parts, save_base
+from lsast_train.base.kv_packing import pack
+from lsast_train.prompts.prompt_file import Prompts
+from lsast_train.prompts.prompt_space import STAGES
 
-from .bake import bake_null_style, manifest_layers
-from .graphs import GRAPHS, geometry, graph_module
-from .parity import ParityPlan, measure_parity, plan_for, require_parity
-from .parts import trace_parts
-from .parts_parity import measure_parts_parity
-from .progress import Progress, silent
-from .skeleton import baking_base, skeleton
-from .styles import EXPORTED_FROM, bake_prompts, check_prompts
-from .trace import OPSET, TracedGraph, trace
-from .weights import save_graph
+from ..graphs.external_weights import save_graph
+from ..graphs.meta_base import baking_base, skeleton
+from ..graphs.modules import GRAPHS, geometry, graph_module
+from ..graphs.trace import OPSET, TracedGraph, trace
+from ..graphs.unet_parts import trace_parts
+from ..parity.parity import ParityPlan, measure_parity, plan_for, require_parity
+from ..parity.unet_parts import measure_parts_parity
+from ..progress import Progress, silent
+from ..styles.bake import bake_null_style, manifest_layers
+from ..styles.install import EXPORTED_FROM, bake_prompts, check_prompts
 
 WEIGHTS = "base.safetensors"
 """The file of all weights, shared by the graphs and by training."""

@@ -8,9 +8,9 @@ from typing import Any, get_args
 
 import click
 
-from lsast_engines.engine_key import Library
+from lsast_engines.backends.tensorrt.engine_record import Library
+from lsast_engines.backends.tensorrt.shape_profile import Ranges, Span
 from lsast_engines.errors import UsageError
-from lsast_engines.profile import Ranges, Span
 from lsast_engines.removed import removal
 
 from .console import Phases, common, require_extra
@@ -66,7 +66,7 @@ def compile_command(
     What is there and still fits is left alone. Styles are inputs of an engine: they are never compiled.
     """
     require_extra("onnx", "onnx_ir")
-    from lsast_engines.bundle import find_bundle
+    from lsast_engines.bundle.bundle import find_bundle
 
     phases = Phases()
     facts = compiled(find_bundle(bundle), backend, phases, out, sm, sides, batch, arithmetic, graphs)
@@ -89,9 +89,9 @@ def compiled(
     Raises:
         UsageError: options that cannot be meant.
     """
-    from lsast_engines.engine_key import engine_folder
+    from lsast_engines.backends.tensorrt.engine_record import engine_folder
 
-    from .tensorrt import CompileOptions, compile_bundle
+    from ..tensorrt.compile import CompileOptions, compile_bundle
 
     chosen: dict[str, Any] = {} if arithmetic is None else {"arithmetic": arithmetic}
     spans = {"side": _span("--sides", sides), "batch": _span("--batch", batch)}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from lsast_engines.spec import DECODER_SMALL
+from lsast_engines.bundle.graph_spec import DECODER_SMALL
 
 from .console import Phases, common, require_extra
 
@@ -31,9 +31,9 @@ def decoder_command(ctx: click.Context, bundle: str, small: Path, backend: str, 
     against torch; weights, the other graphs and styles of the bundle stay as they are.
     """
     require_extra("torch", "diffusers", "onnx", "onnxscript")
-    from lsast_engines.bundle import Bundle, find_bundle
+    from lsast_engines.bundle.bundle import Bundle, find_bundle
 
-    from .small_decoder import WEIGHTS, add_small_decoder, read_small_decoder
+    from ..graphs.small_decoder import WEIGHTS, add_small_decoder, read_small_decoder
 
     phases = Phases()
     folder = find_bundle(bundle)

@@ -48,8 +48,8 @@ def golden_command(ctx: click.Context, prefix: Path, backend: str, tolerance: fl
     for library in ("torch", "diffusers", "onnx", "onnxscript"):
         if importlib.util.find_spec(library) is None:
             raise MissingExtraError(library, "export")
-    from .golden import check_golden, failures
-    from .golden_reader import read_golden
+    from ..parity.golden.compare import check_golden, failures
+    from ..parity.golden.reader import read_golden
 
     report = check_golden(read_golden(prefix), backend, tolerance, lambda phase: click.echo(phase, err=True))
     for note in report.notes:

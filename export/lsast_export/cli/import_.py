@@ -56,11 +56,11 @@ def import_command(
     for library in ("torch", "diffusers"):
         if importlib.util.find_spec(library) is None:
             raise MissingExtraError(library, "export")
-    from lsast_train.base import open_base_parts
-    from lsast_train.prompts_file import Prompts, save_prompts
-    from lsast_train.sources import BaseSource
+    from lsast_train.base.base import open_base_parts
+    from lsast_train.checkpoints.source import BaseSource
+    from lsast_train.prompts.prompt_file import Prompts, save_prompts
 
-    from .released import import_prompts
+    from ..styles.released_checkpoint import import_prompts
 
     with log_to_stderr():
         opened = None if base is None else open_base_parts(BaseSource(base, **source))

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from lsast_engines.spec import PARTS
+from lsast_engines.bundle.graph_spec import PARTS
 
 from .console import Phases, common, require_extra
 
@@ -23,9 +23,9 @@ def parts_command(ctx: click.Context, bundle: str, backend: str, as_json: bool) 
     torch. Weights, the other graphs and styles stay as they are.
     """
     require_extra()
-    from lsast_engines.bundle import find_bundle
+    from lsast_engines.bundle.bundle import find_bundle
 
-    from .adding import add_parts
+    from ..bundle.add_graphs import add_parts
 
     phases = Phases()
     written = add_parts(find_bundle(bundle), backend, progress=phases)

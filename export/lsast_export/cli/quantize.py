@@ -79,10 +79,10 @@ def quantise_command(
     for library in ("onnx", "onnxruntime"):
         if importlib.util.find_spec(library) is None:
             raise MissingExtraError(library, {"onnx": "export", "onnxruntime": "cpu"}[library])
-    from lsast_engines.bundle import Bundle, find_bundle
+    from lsast_engines.bundle.bundle import Bundle, find_bundle
     from lsast_engines.environment import peak_memory
 
-    from .quantise import QuantiseOptions, quantise_bundle
+    from ..quantize.quantize import QuantiseOptions, quantise_bundle
 
     phases = Phases()
     phases("reading")

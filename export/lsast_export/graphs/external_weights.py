@@ -13,8 +13,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from lsast_engines.bundle.safetensors_header import read_slots
 from lsast_engines.errors import ExportError, fault_list
-from lsast_engines.safetensors_header import read_slots
 
 from .trace import TracedGraph
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lsast_train.attention import cross_attention_layers
-from lsast_train.base import Base, BaseParts
+from lsast_train.base.attention import cross_attention_layers
+from lsast_train.base.base import Base, BaseParts
 
 NETWORKS = ("unet", "controlnet", "autoencoder")
 """The networks that the graphs are made of."""

@@ -1,4 +1,4 @@
-"""The four modules that are traced, one for each graph of `lsast_engines.spec`.
+"""The four modules that are traced, one for each graph of `lsast_engines.bundle.graph_spec`.
 
 Their parameters carry the names that the weights have in ``base.safetensors`` (``unet.…``, ``controlnet.…``,
 ``autoencoder.…``), so that an exported initializer can be traced back to the file. What a graph needs changed in a
@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from lsast_engines.spec import DECODER, DENOISER, ENCODER, HINT, Geometry
-from lsast_train.base import Base
-from lsast_train.packed import KeyValueBox, baked_attention, hint_bypassed, pack
+from lsast_engines.bundle.graph_spec import DECODER, DENOISER, ENCODER, HINT, Geometry
+from lsast_train.base.base import Base
+from lsast_train.base.kv_packing import KeyValueBox, baked_attention, hint_bypassed, pack
 
 SCORES_LIMIT = 128 << 20
 """Most bytes that the scores of a self-attention take at the base's native size, one picture and two guidance rows."""
@@ -94,7 +94,7 @@ class DenoiserGraph(nn.Module):
         kv_control: torch.Tensor,
         control_scale: torch.Tensor,
     ) -> torch.Tensor:
-        """One step; shapes as in `lsast_engines.spec.graph_specs`."""
+        """One step; shapes as in `lsast_engines.bundle.graph_spec.graph_specs`."""
         guidance, batch = kv_unet.shape[:2]
 
         def repeat(rows: torch.Tensor) -> torch.Tensor:  # [B, …] → [G·B, …]

@@ -25,20 +25,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from lsast_engines.bundle import Bundle
-from lsast_engines.engine import open_engine
+from lsast_engines.backends.base import open_engine
+from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.graph_spec import DECODER_SMALL, small_decoder_spec
+from lsast_engines.bundle.manifest import Manifest
 from lsast_engines.errors import ExportError, TrainingError, fault_list
 from lsast_engines.files import replace_file
-from lsast_engines.manifest import Manifest
-from lsast_engines.spec import DECODER_SMALL, small_decoder_spec
-from lsast_train.weights import Weights, read_tensors, shortened
+from lsast_train.checkpoints.weights import Weights, read_tensors, shortened
 
-from .adding import put_graphs, writing_to
-from .exporter import require_backend
-from .parity import ParityPlan, relative_error, require_parity, run_copied
-from .progress import Progress, silent
+from ..bundle.add_graphs import put_graphs, writing_to
+from ..bundle.export import require_backend
+from ..parity.parity import ParityPlan, relative_error, require_parity, run_copied
+from ..progress import Progress, silent
+from .external_weights import save_graph
 from .trace import trace
-from .weights import save_graph
 
 WEIGHTS = f"{DECODER_SMALL}.safetensors"
 """The file of its weights in a bundle."""

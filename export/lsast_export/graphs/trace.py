@@ -24,8 +24,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lsast_engines.bundle.graph_spec import GraphSpec, halvings
 from lsast_engines.errors import ExportError, fault_list
-from lsast_engines.spec import GraphSpec, halvings
 
 OPSET = 18
 """ONNX operator set. Newer ones have a native Attention, which TensorRT refuses for head widths under 16."""

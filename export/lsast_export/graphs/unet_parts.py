@@ -1,4 +1,5 @@
-"""The denoiser in parts: the three modules that are traced beside the whole (`lsast_engines.spec.part_specs`).
+"""The denoiser in parts: the three modules that are traced beside the whole
+(`lsast_engines.bundle.graph_spec.part_specs`).
 
 A run may leave parts out: the ControlNet at some steps, and all of the U-Net but its outermost level. Parameters carry
 the names of ``base.safetensors``, as in `graphs`, so that the parts add no weights to a bundle.
@@ -16,12 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lsast_engines.spec import CONTROL, DEEP, PARTS, Cut, part_specs
-from lsast_train.base import Base
-from lsast_train.packed import KeyValueBox, baked_attention, hint_bypassed, pack
+from lsast_engines.bundle.graph_spec import CONTROL, DEEP, PARTS, Cut, part_specs
+from lsast_train.base.base import Base
+from lsast_train.base.kv_packing import KeyValueBox, baked_attention, hint_bypassed, pack
 
-from .graphs import geometry, split_attention
-from .progress import Progress, silent
+from ..progress import Progress, silent
+from .modules import geometry, split_attention
 from .trace import TracedGraph, trace
 
 

@@ -23,16 +23,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from lsast_engines.engine import Engine, open_engine
+from lsast_engines.backends.base import Engine, open_engine
+from lsast_engines.bundle.graph_spec import DECODER, DENOISER, ENCODER, HINT, GraphSpec
 from lsast_engines.errors import ParityError, fault_list
-from lsast_engines.spec import DECODER, DENOISER, ENCODER, HINT, GraphSpec
-from lsast_train.base import Base, BaseFacts, BaseParts
-from lsast_train.packed import pack
+from lsast_train.base.base import Base, BaseFacts, BaseParts
+from lsast_train.base.kv_packing import pack
 
-from .graphs import geometry
-from .progress import Countdown, Progress, silent
-from .reference import Array, Case, Expected, Inputs, Loop, draw_inputs, run_torch, start_of
-from .skeleton import baking_base
+from ..graphs.meta_base import baking_base
+from ..graphs.modules import geometry
+from ..progress import Countdown, Progress, silent
+from .torch_reference import Array, Case, Expected, Inputs, Loop, draw_inputs, run_torch, start_of
 
 LOOP = "loop"
 """Key of the figure of a whole denoising loop."""
@@ -98,10 +98,10 @@ def measure_parity(
         graphs: the ONNX files by name.
         specs: their specs by name.
         plan: what is compared.
-        backend: see `lsast_engines.engine.open_engine`.
+        backend: see `lsast_engines.backends.base.open_engine`.
         device: likewise.
         progress: told each phase, and how long the loops will take.
-        cache: see `lsast_engines.engine.open_engine`.
+        cache: see `lsast_engines.backends.base.open_engine`.
 
     Raises:
         BackendError: a graph cannot be loaded or run.

@@ -15,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lsast_engines.noise import NoiseSpec
-from lsast_engines.schedule import Schedule, Step
-from lsast_engines.solvers import make_solver
-from lsast_train.attention import GROUPS
-from lsast_train.base import Base, BaseFacts, BaseParts
+from lsast_engines.diffusion.noise_schedule import NoiseSpec
+from lsast_engines.diffusion.solvers import make_solver
+from lsast_engines.diffusion.timesteps import Schedule, Step
+from lsast_train.base.attention import GROUPS
+from lsast_train.base.base import Base, BaseFacts, BaseParts
 
-from .progress import Countdown, Progress
-from .skeleton import skeleton
+from ..graphs.meta_base import skeleton
+from ..progress import Countdown, Progress
 
 Array = npt.NDArray[np.float32]
 

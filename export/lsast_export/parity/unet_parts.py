@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from lsast_engines.engine import Engine, open_engine
-from lsast_engines.spec import CONTROL, DEEP, SHALLOW, GraphSpec
-from lsast_train.base import BaseParts
+from lsast_engines.backends.base import Engine, open_engine
+from lsast_engines.bundle.graph_spec import CONTROL, DEEP, SHALLOW, GraphSpec
+from lsast_train.base.base import BaseParts
 
+from ..graphs.meta_base import baking_base
+from ..progress import Progress, silent
 from .parity import ParityPlan, Projections, answered, relative_error, run_copied
-from .progress import Progress, silent
-from .reference import Array
-from .skeleton import baking_base
+from .torch_reference import Array
 
 
 def measure_parts_parity(

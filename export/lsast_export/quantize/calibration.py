@@ -13,11 +13,11 @@ from typing import Any
 import numpy.typing as npt
 import onnx
 
-from .int8_graph import LayerRange, Ranges, Span, int8_graph, layers_of
-from .observing import Observer, Reach
-from .plain_graph import Model, Node, Weights, plain_graph
-from .smoothing import Factors, find_factors, find_groups, smooth
-from .trial import Feeds
+from .calibration_runs import Feeds
+from .fold_weights import Model, Node, Weights, plain_graph
+from .min_max_observer import Observer, Reach
+from .qdq import LayerRange, Ranges, Span, int8_graph, layers_of
+from .smoothquant import Factors, find_factors, find_groups, smooth
 from .weight_file import WeightFile
 
 _ENDS = ("conv_in.", "conv_out.")

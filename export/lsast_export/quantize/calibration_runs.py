@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lsast_engines.bundle import Bundle
-from lsast_engines.engine import Engine, open_engine
+from lsast_engines.backends.base import Engine, open_engine
+from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.graph_spec import DECODER, ENCODER, HINT
+from lsast_engines.diffusion.solvers import make_solver
+from lsast_engines.diffusion.timesteps import Schedule, Step
 from lsast_engines.errors import UsageError
-from lsast_engines.pictures import edge_map, find_pictures, read_picture
-from lsast_engines.schedule import Schedule, Step
-from lsast_engines.solvers import make_solver
-from lsast_engines.spec import DECODER, ENCODER, HINT
+from lsast_engines.images import edge_map, find_pictures, read_picture
 
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from .plain_graph import Model
-from .trial import Feeds
+from .calibration_runs import Feeds
+from .fold_weights import Model
 
 Reach = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 """Least and greatest values: numbers, or [C] each where channels are told apart."""

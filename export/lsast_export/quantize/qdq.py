@@ -31,7 +31,7 @@ from onnx import numpy_helper
 
 from lsast_engines.errors import ExportError
 
-from .plain_graph import Model, Node, Weights, replace_contents
+from .fold_weights import Model, Node, Weights, replace_contents
 
 OPERATORS = ("Conv", "MatMul")
 """What is quantised; `Gemm` is the path of the timestep, whose 10^-3 of the arithmetic gains nothing."""

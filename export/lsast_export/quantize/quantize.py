@@ -20,17 +20,16 @@ from typing import Any
 
 import onnx
 
-from lsast_engines.bundle import NULL_STYLE, STYLES, Bundle
-from lsast_engines.engine import open_engine
+from lsast_engines.backends.base import open_engine
+from lsast_engines.bundle.bundle import NULL_STYLE, STYLES, Bundle
+from lsast_engines.bundle.graph_spec import DECODER, DENOISER, ENCODER, PARTS
+from lsast_engines.bundle.manifest import QUANTISED
 from lsast_engines.errors import ParityError, UsageError, fault_list
-from lsast_engines.manifest import QUANTISED
-from lsast_engines.pictures import psnr
-from lsast_engines.spec import DECODER, DENOISER, ENCODER, PARTS
+from lsast_engines.images import psnr
 
+from ..progress import Progress, silent
 from .calibration import Calibration, ends
-from .progress import Progress, silent
-from .smoothing import ALPHA
-from .trial import (
+from .calibration_runs import (
     Feeds,
     Floats,
     Pixels,
@@ -41,6 +40,7 @@ from .trial import (
     make_trials,
     run_trial,
 )
+from .smoothquant import ALPHA
 from .weight_file import WeightFile
 
 PICTURE_PSNR = "picture_psnr_db"

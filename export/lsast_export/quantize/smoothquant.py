@@ -25,8 +25,8 @@ import numpy as np
 import numpy.typing as npt
 from onnx import numpy_helper
 
-from .observing import Reach
-from .plain_graph import Model, Node, Store, Weights, replace_contents
+from .fold_weights import Model, Node, Store, Weights, replace_contents
+from .min_max_observer import Reach
 
 ALPHA = 0.7
 """How much of the difficulty moves: 0 evens out weights, 1 activations. Of 0.3, 0.5, 0.7 and 0.85 it is the one with

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
-from .plain_graph import Model, Weights
+from .fold_weights import Model, Weights
 
 NAME = "weights.data"
 """Of the file in a bundle."""

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from lsast_engines.bundle.manifest import AttentionLayer
+from lsast_engines.bundle.style import Style
 from lsast_engines.errors import StyleError, fault_list
-from lsast_engines.manifest import AttentionLayer
-from lsast_engines.style import Style
-from lsast_train.attention import GROUPS
-from lsast_train.base import Base
-from lsast_train.packed import PackedLayers, pack
+from lsast_train.base.attention import GROUPS
+from lsast_train.base.base import Base
+from lsast_train.base.kv_packing import PackedLayers, pack
 
 NULL_STYLE = "null"
 """Name of the unconditional style, the row 0 of classifier-free guidance."""

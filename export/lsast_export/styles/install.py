@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lsast_engines.bundle import Bundle
+from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.style import Style
+from lsast_engines.bundle.style_defaults import GUIDANCE_BAKED, write_style_defaults
+from lsast_engines.bundle.style_file import StyleFile
 from lsast_engines.errors import StyleError, UsageError
-from lsast_engines.style import Style
-from lsast_engines.style_defaults import GUIDANCE_BAKED, write_style_defaults
-from lsast_engines.style_file import StyleFile
-from lsast_train.base import Base, BaseParts, check_fingerprint
-from lsast_train.prompts_file import Prompts, UnboundPrompts, load_any_prompts
-from lsast_train.text_path import TextPath
+from lsast_train.base.base import Base, BaseParts, check_fingerprint
+from lsast_train.prompts.prompt_file import Prompts, UnboundPrompts, load_any_prompts
+from lsast_train.prompts.text_encoder import TextPath
 
 from .bake import bake_style
 

@@ -1,7 +1,8 @@
 """Checkpoints of the released code: ``embeddings_gs-99999.pt``, a pickled generator and the constant it starts from.
 
-The pickle is never run: its tensors are read by name (`lsast_train.restricted`). Only the generator's output is kept,
-without dropout: the released script leaves it on by mistake (method.md §8.5).
+The pickle is never run: its tensors are read by name (`lsast_train.checkpoints.safe_unpickle`). Only the generator's
+output is kept,
+without dropout: the released script leaves it on by mistake (docs/method.md §8.5).
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import torch
 
 from lsast_engines.errors import StyleError, fault_list
 from lsast_engines.files import file_sha256
-from lsast_train.attention import GROUPS
-from lsast_train.base import Base, BaseParts
-from lsast_train.geglu import HEADS, GegluGenerator
-from lsast_train.prompts_file import Prompts, UnboundPrompts, load_any_prompts
-from lsast_train.restricted import load_module_tensors
+from lsast_train.base.attention import GROUPS
+from lsast_train.base.base import Base, BaseParts
+from lsast_train.checkpoints.safe_unpickle import load_module_tensors
+from lsast_train.prompts.prompt_file import Prompts, UnboundPrompts, load_any_prompts
+from lsast_train.prompts.released_generator import HEADS, GegluGenerator
 
-from .styles import bind_prompts, text_path
+from .install import bind_prompts, text_path
 
 _CONSTANT = "initial_embeddings"
 _MODULE = "attention."

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lsast_engines.engine import Arithmetic
-from lsast_engines.engine_key import (
+from lsast_engines.backends.base import Arithmetic
+from lsast_engines.backends.tensorrt.engine_record import (
     ANY_GPU,
     PORTABLE,
     SUFFIX,
@@ -30,17 +30,17 @@ from lsast_engines.engine_key import (
     graph_digest,
     verified_record,
 )
+from lsast_engines.backends.tensorrt.library import load_library, make_logger
+from lsast_engines.backends.tensorrt.shape_profile import Profile, Ranges
+from lsast_engines.bundle.graph_spec import EVERY, GraphSpec
+from lsast_engines.bundle.manifest import QUANTISED, Manifest
 from lsast_engines.environment import package_version
 from lsast_engines.errors import BackendError, ExportError, UsageError, fault_list
 from lsast_engines.files import replace_file
-from lsast_engines.manifest import QUANTISED, Manifest
-from lsast_engines.profile import Profile, Ranges
 from lsast_engines.removed import removal
-from lsast_engines.spec import EVERY, GraphSpec
-from lsast_engines.tensorrt_library import load_library, make_logger
 
-from .half_graph import held_types, write_half_graph
-from .progress import Progress, silent
+from ..progress import Progress, silent
+from .fp16 import held_types, write_half_graph
 
 NEEDS = {"BFLOAT16": (8, 0)}
 """Compute capability from which a GPU has a type of ONNX (docs.nvidia.com/deeplearning/tensorrt, support matrix)."""
@@ -269,7 +269,7 @@ def _targets(options: CompileOptions, trt: Any) -> tuple[tuple[str, ...], str]:
         for target in options.targets:
             _capability(trt, target)
         return options.targets or (PORTABLE,), ANY_GPU
-    from lsast_engines.cuda import gpus
+    from lsast_engines.backends.tensorrt.cuda import gpus
 
     found = gpus()
     if not found:

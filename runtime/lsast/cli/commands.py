@@ -12,17 +12,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lsast_engines.bundle import Bundle, find_bundle
+from lsast_engines.bundle.bundle import Bundle, find_bundle
 from lsast_engines.errors import UsageError
 
-from .defaults import Defaults
-from .metadata import read_record
-from .presets import preset_options
-from .repeating import compare, verify
-from .result import Result, check_output
-from .running import Bars
-from .sheet import contact_sheet, parse_axes
-from .stylizer import load
+from ..images.contact_sheet import contact_sheet, parse_axes
+from ..images.metadata import read_record
+from ..options.defaults import Defaults
+from ..options.presets import preset_options
+from ..result import Result, check_output
+from ..stylizer import load
+from .repeat import compare, verify
+from .run import Bars
 
 Report = dict[str, Any]
 

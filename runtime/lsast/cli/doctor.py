@@ -120,7 +120,7 @@ def _loads(module: str) -> bool:
 
 
 def _backends(gpu: bool) -> list[BackendState]:
-    from lsast_engines.engine import EXTRAS, backend_devices
+    from lsast_engines.backends.base import EXTRAS, backend_devices
 
     states = []
     for name, extra in EXTRAS.items():
@@ -139,7 +139,7 @@ def _backends(gpu: bool) -> list[BackendState]:
 
 
 def _gpus() -> tuple[str, ...]:
-    from lsast_engines.cuda import gpus
+    from lsast_engines.backends.tensorrt.cuda import gpus
 
     try:
         found = gpus()

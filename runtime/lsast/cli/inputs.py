@@ -121,7 +121,7 @@ def _found(given: str, target: Path, *, own_name: bool) -> Iterator[tuple[Path, 
 
 
 def _in_folder(folder: Path, target: Path, below: Path) -> Iterator[tuple[Path, Path]]:
-    from lsast_engines.pictures import find_pictures
+    from lsast_engines.images import find_pictures
 
     for file in find_pictures(folder):
         if not _within(file, target, folder):

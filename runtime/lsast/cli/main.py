@@ -20,13 +20,13 @@ from click.core import ParameterSource
 
 from lsast_engines.cli import USAGE, Command, debug_option, fail
 
-from . import __version__
-from .removed import REMOVED
+from .. import __version__
+from ..options.removed import REMOVED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from .feeding import Job
+    from .inputs import Job
 
 
 def _number_or_text(ctx: click.Context, param: click.Parameter, value: str | None) -> float | str | None:
@@ -153,8 +153,8 @@ def main(
         click.echo(json.dumps({**asdict(found), "healthy": found.healthy}) if as_json else found.text())
         raise click.exceptions.Exit(0 if found.healthy else 1)
     if list_styles:
-        from lsast_engines.bundle import Bundle, find_bundle
-        from lsast_engines.style_file import StyleFile
+        from lsast_engines.bundle.bundle import Bundle, find_bundle
+        from lsast_engines.bundle.style_file import StyleFile
 
         styles = Bundle.open(find_bundle(bundle)).styles()
         baked = {name: scale for name, path in styles.items() if (scale := StyleFile(path).guidance_baked)}
@@ -167,7 +167,7 @@ def main(
         fail("found --grid and several pictures; expected: lsast-run IN OUT --grid NAME=A,B", USAGE)
     if len(paths) < 2 and origin is None:
         fail("found no IN and OUT; expected: lsast-run IN OUT (--help lists all options)", USAGE)
-    from .feeding import lay_out
+    from .inputs import lay_out
 
     where = {
         "bundle": bundle,
@@ -205,8 +205,8 @@ def _repeat(origin: str, paths: tuple[str, ...], where: dict[str, Any], options:
 
 def _paint_one(job: Job, where: dict[str, Any], options: dict[str, Any], as_json: bool) -> None:
     """Paint and save one picture, with a progress bar on stderr where that is a terminal."""
-    from .running import Bars, check, paint
-    from .stylizer import load
+    from ..stylizer import load
+    from .run import Bars, check, paint
 
     check(job)
     if as_json and job.out is None:
@@ -224,7 +224,7 @@ def _watch(
     paths: tuple[str, ...], where: dict[str, Any], options: dict[str, Any], overwrite: bool, as_json: bool
 ) -> None:
     """Paint what is in folders and what comes, until the keyboard interrupts."""
-    from .watching import check_watch, watch
+    from .watch import check_watch, watch
 
     check_watch(paths[:-1], paths[-1])
     click.echo(f"watching {', '.join(paths[:-1])}; Ctrl-C ends", err=True)
@@ -244,8 +244,8 @@ def _paint_several(
 
     Of folders that are watched there are nobody knows how many, `count` is None, and an interrupt is the way to end.
     """
-    from .running import Bars, Tally, paint_all
-    from .stylizer import load
+    from ..stylizer import load
+    from .run import Bars, Tally, paint_all
 
     tally = Tally()
     with contextlib.ExitStack() as stack:

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lsast_engines.bundle import Bundle
+from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.errors import LsastError, UsageError, fault_list
-from lsast_engines.pictures import read_picture
+from lsast_engines.images import read_picture
 
-from .masking import read_mask
-from .metadata import Record
-from .mixing import Mix
-from .provenance import bundle_sha256, pixels_sha256
+from ..images.mask import read_mask
+from ..images.metadata import Record
+from ..images.provenance import bundle_sha256, pixels_sha256
+from ..options.style_mix import Mix
 
 if TYPE_CHECKING:
-    from .result import Result
+    from ..result import Result
 
 
 def verify(record: Record, where: Path, bundle: Bundle, picture: Path | None = None, mask: Path | None = None) -> None:

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from lsast_engines.errors import BundleError, MissingExtraError, StyleError, UsageError
 
-from .feeding import Job
+from .inputs import Job
 
 if TYPE_CHECKING:
-    from .result import Result
-    from .stylizer import Stylizer
+    from ..result import Result
+    from ..stylizer import Stylizer
 
 Report = dict[str, Any]
 _CALL_IS_WRONG = (UsageError, StyleError, BundleError, MissingExtraError)
@@ -155,11 +155,11 @@ def check(job: Job) -> None:
         LsastError: for a video, see `video.check_video`.
     """
     if job.source is not None and job.out is not None and job.is_video:
-        from .video import check_video
+        from ..video.transcode import check_video
 
         check_video(job.source, job.out)
     elif job.out is not None:
-        from .result import check_output
+        from ..result import check_output
 
         check_output(job.out)
 
@@ -168,7 +168,7 @@ def paint(job: Job, stylizer: Stylizer, options: dict[str, Any], bars: Bars) -> 
     """Paint one picture or video and write it; the facts of it for a report."""
     begin = time.perf_counter()
     if job.source is not None and job.out is not None and job.is_video:
-        from .video import paint_video
+        from ..video.transcode import paint_video
 
         facts = paint_video(job.source, job.out, stylizer, options, bars.on_step, bars.on_frame)
         last = facts.pop("result")

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from lsast_engines.errors import MissingExtraError, PictureError, UsageError
 
-from .feeding import STREAM, Job, lay_out
+from .inputs import STREAM, Job, lay_out
 
 SETTLED = 0.5
 """Seconds for which a file must not have been written to: it may still be on its way."""

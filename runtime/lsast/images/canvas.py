@@ -83,7 +83,7 @@ class Canvas:
 class SquashedCanvas:
     """A picture squashed to a square, whatever its aspect; what is painted is given as it is.
 
-    As the released code has it (method.md §4.1-2), which resamples the picture once for the encoder and once, in
+    As the released code has it (docs/method.md §4.1-2), which resamples the picture once for the encoder and once, in
     another way, for the edges.
     """
 

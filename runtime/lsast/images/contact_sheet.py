@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from lsast_engines.errors import UsageError
 
-from .options import Options
-from .removed import REMOVED
+from ..options.options import Options
+from ..options.removed import REMOVED
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
 
-    from .painting import Picture
-    from .stylizer import Stylizer
+    from ..request import Picture
+    from ..stylizer import Stylizer
 
 CELL = 320
 """Width and height that a painting may take on a sheet, in pixels."""

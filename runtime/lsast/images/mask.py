@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lsast_engines.errors import PictureError
-from lsast_engines.pictures import read_picture
+from lsast_engines.images import read_picture
 
 from .canvas import Pixels
 

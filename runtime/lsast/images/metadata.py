@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from lsast_engines.errors import PictureError
 
-from .options import Options
+from ..options.options import Options
+from ..options.removed import without_removed
 from .provenance import Provenance
-from .removed import without_removed
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lsast_engines.bundle import Bundle
+from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.environment import installed_versions
 
-from . import __version__
+from .. import __version__
 
 _LIBRARIES = {"numpy": "numpy", "opencv": "opencv-python-headless", "pillow": "pillow"}
 """What pixels go through besides the backend, and the wheel that it comes in."""

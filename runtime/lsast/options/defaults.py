@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lsast_engines.bundle import Bundle
+from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.style_file import StyleFile
 from lsast_engines.errors import UsageError
-from lsast_engines.style_file import StyleFile
 
-from .mixing import Mix
 from .options import Options
 from .presets import preset_options
+from .style_mix import Mix
 
 
 class Defaults:

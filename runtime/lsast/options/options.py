@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lsast_engines.diffusion.solvers import SOLVERS
 from lsast_engines.errors import UsageError, fault_list
-from lsast_engines.solvers import SOLVERS
 
-from .mixing import Mix
 from .presets import PRESETS
 from .removed import STRENGTH_BY_STAGE, without_removed
+from .style_mix import Mix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,8 @@ class Options:
     """
 
     style: str
-    """Name of a style of the bundle, or a mix of several, such as ``vangogh:0.6+monet:0.4`` (`lsast.mixing`)."""
+    """Name of a style of the bundle, or a mix of several, such as ``vangogh:0.6+monet:0.4``
+    (`lsast.options.style_mix`)."""
     steps: int
     """Length of the full schedule, of which the last ``int(steps * strength)`` run (at least one): 1 to 1000, or the
     little less that the solver allows."""
@@ -37,14 +38,14 @@ class Options:
     size: int
     """The picture is painted at about size x size pixels, its aspect kept: 64 to 8192, or 0 for its own size."""
     solver: str
-    """One of `lsast_engines.solvers.SOLVERS`."""
+    """One of `lsast_engines.diffusion.solvers.SOLVERS`."""
     seed: int = 0
     """Seed of all noise, 0 or more: same seed, same machine, same bytes."""
     alpha: Literal["keep", "composite"] = "keep"
     """What becomes of transparency: `keep` gives it back, `composite` lays the picture on white before painting."""
     fit: Literal["aspect", "squash"] = "aspect"
     """How the picture is brought to `size`: `aspect` keeps its aspect and gives its own size back; `squash` paints and
-    gives size x size pixels, as the released code does (method.md §4.1-2); it needs a `size` other than 0."""
+    gives size x size pixels, as the released code does (docs/method.md §4.1-2); it needs a `size` other than 0."""
     keep_colour: bool = False
     """Keep the picture's colours: only luma is painted."""
     feather: int = 16
@@ -60,7 +61,7 @@ class Options:
     """What makes a picture of the painted latent: the base's own decoder, or the smaller, quicker one that
     ``lsast-export decoder`` adds to a bundle."""
     preset: str | None = None
-    """Name of the preset (`lsast.presets`) that options were left to; here they are all resolved."""
+    """Name of the preset (`lsast.options.presets`) that options were left to; here they are all resolved."""
 
     def __post_init__(self) -> None:
         faults = [fault for name in _RULES if (fault := _fault(name, getattr(self, name)))]
@@ -75,11 +76,12 @@ class Options:
 
         Args:
             given: values by field name, None where the caller leaves the choice.
-            defaults: the manifest's `defaults`, those of the style over them, a preset over both (`lsast.defaults`).
+            defaults: the manifest's `defaults`, those of the style over them, a preset over both
+            (`lsast.options.defaults`).
 
         Raises:
             UsageError: one or more values cannot be meant; all of them are named at once. Or an option that was removed
-                (`lsast.removed`).
+                (`lsast.options.removed`).
         """
         given = without_removed(given)
         return cls(**{**defaults, **{name: value for name, value in given.items() if value is not None}})

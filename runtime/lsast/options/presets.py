@@ -25,8 +25,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """By name: `exact` computes everything at every step and is what runs where nothing is said; `balanced` and `fast`
-cache the U-Net (`lsast.passes`) and need the denoiser's parts; `released` is the shipped call of LSAST's code
-(method.md §4)."""
+cache the U-Net (`lsast.sampling.step_plan`) and need the denoiser's parts; `released` is the shipped call of LSAST's
+code
+(docs/method.md §4)."""
 
 
 def preset_options(name: str | None) -> dict[str, Any]:

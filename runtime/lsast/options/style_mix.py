@@ -23,10 +23,10 @@ from typing import get_args
 
 import numpy as np
 
+from lsast_engines.bundle.manifest import AttentionLayer, Group
+from lsast_engines.bundle.style import Style
+from lsast_engines.bundle.style_file import TENSORS, StyleFile, StyleRow
 from lsast_engines.errors import UsageError
-from lsast_engines.manifest import AttentionLayer, Group
-from lsast_engines.style import Style
-from lsast_engines.style_file import TENSORS, StyleFile, StyleRow
 
 GROUPS: tuple[str, ...] = get_args(Group)
 """The layer groups, in the order in which a network runs them."""

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from lsast_engines.engine import Arithmetic, Engine, Feeds
-from lsast_engines.noise import NoiseSpec
-from lsast_engines.spec import CONTROL, DEEP, SHALLOW, GraphSpec
+from lsast_engines.backends.base import Arithmetic, Engine, Feeds
+from lsast_engines.bundle.graph_spec import CONTROL, DEEP, SHALLOW, GraphSpec
+from lsast_engines.diffusion.noise_schedule import NoiseSpec
 
-from .passes import Pass
-from .tiles import Grid, Span
+from .step_plan import Pass
+from .tiling import Grid, Span
 
 Floats = npt.NDArray[np.float32]
 Sigmas = npt.NDArray[np.float64]

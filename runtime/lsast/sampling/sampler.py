@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lsast_engines.engine import Engine
+from lsast_engines.backends.base import Engine
+from lsast_engines.bundle.style import Style
+from lsast_engines.bundle.style_file import StyleFile
+from lsast_engines.diffusion.solvers import Solver
+from lsast_engines.diffusion.timesteps import Schedule
 from lsast_engines.errors import BackendError
-from lsast_engines.schedule import Schedule
-from lsast_engines.solvers import Solver
-from lsast_engines.style import Style
-from lsast_engines.style_file import StyleFile
 
-from .mixing import Hand
+from ..options.style_mix import Hand
 from .x0_blend import X0Blend
 
 Floats = npt.NDArray[np.float32]

@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from lsast_engines.bundle import Bundle
+from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.graph_spec import CONTROL, DECODER, DECODER_SMALL, DEEP, DENOISER, SHALLOW
 from lsast_engines.errors import BundleError
-from lsast_engines.spec import CONTROL, DECODER, DECODER_SMALL, DEEP, DENOISER, SHALLOW
 
-from .options import Options
+from ..options.options import Options
 
 Pass = Literal["whole", "deep", "shallow"]
 """What runs at one step: the whole denoiser; its parts, all computed; or the U-Net's outermost level on forecasts."""

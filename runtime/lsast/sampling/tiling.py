@@ -16,7 +16,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from lsast_engines.engine import Arithmetic, Engine, Feeds
+from lsast_engines.backends.base import Arithmetic, Engine, Feeds
 
 from . import sampler
 from .sampler import Floats

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from lsast_engines.schedule import Schedule
-from lsast_engines.solvers import Array, Solver
+from lsast_engines.diffusion.solvers import Array, Solver
+from lsast_engines.diffusion.timesteps import Schedule
 
 
 class X0Blend:
     """Wraps a solver and replaces its predicted x0 by x0 + w · (target - x0); ε is adjusted to match.
 
     Where w is 1 every solver stays on z_t = sqrt(abar) target + sqrt(1 - abar) noise, the target noised, which is what
-    RePaint (Lugmayr et al. 2022, eq. 8) puts there. See `lsast_engines.solvers` for the letters.
+    RePaint (Lugmayr et al. 2022, eq. 8) puts there. See `lsast_engines.diffusion.solvers` for the letters.
     """
 
     def __init__(self, solver: Solver, schedule: Schedule, target: Array, weight: Array) -> None:

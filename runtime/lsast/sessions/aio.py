@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import TypeVar
 
-from .cancelling import CancelToken
+from .cancel import CancelToken
 
 T = TypeVar("T")
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from lsast_engines.errors import LsastError, UsageError
 
 if TYPE_CHECKING:
-    from .painting import Painting, Picture
-    from .result import Result
+    from ..request import Painting, Picture
+    from ..result import Result
 
 AHEAD = 4
 """Batches that are read ahead, so that pictures of one size are found among others."""

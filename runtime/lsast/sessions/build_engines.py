@@ -12,14 +12,14 @@ import sys
 from collections.abc import Callable
 from typing import Any, get_args
 
-from lsast_engines.bundle import Bundle
-from lsast_engines.cuda import gpus, load_cuda
-from lsast_engines.engine import Arithmetic
-from lsast_engines.engine_key import Library
+from lsast_engines.backends.base import Arithmetic
+from lsast_engines.backends.tensorrt.cuda import gpus, load_cuda
+from lsast_engines.backends.tensorrt.engine import find_engine
+from lsast_engines.backends.tensorrt.engine_record import Library
+from lsast_engines.backends.tensorrt.library import load_library
+from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.graph_spec import EVERY
 from lsast_engines.errors import BackendError, MissingExtraError, UsageError
-from lsast_engines.spec import EVERY
-from lsast_engines.tensorrt import find_engine
-from lsast_engines.tensorrt_library import load_library
 
 Run = Callable[[list[str]], int]
 """Runs a command, which says on stderr how far it is, and gives its exit status."""

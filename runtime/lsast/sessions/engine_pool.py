@@ -11,13 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from lsast_engines.bundle import Bundle
-from lsast_engines.engine import Arithmetic, Engine, open_engine
+from lsast_engines.backends.base import Arithmetic, Engine, open_engine
+from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.graph_spec import EVERY
 from lsast_engines.errors import UsageError
-from lsast_engines.spec import EVERY
 
-from .cancelling import CancelToken
-from .shelf import Shelf
+from .cancel import CancelToken
+from .style_cache import Shelf
 
 STYLE_MEMORY = 256 * 2**20
 """Bytes of styles that are kept in memory between paintings, if nothing else is said."""
@@ -51,7 +51,7 @@ class Opener:
         """Open the graph `name`, in another arithmetic if one is given.
 
         Raises:
-            LsastError: see `lsast_engines.engine.open_engine`.
+            LsastError: see `lsast_engines.backends.base.open_engine`.
         """
         return open_engine(
             self.bundle.graph_path(name),
@@ -103,7 +103,7 @@ class Workshop:
         """The engine of the graph `name`, opened at its first use and kept; for whoever has the turn.
 
         Raises:
-            LsastError: see `lsast_engines.engine.open_engine`.
+            LsastError: see `lsast_engines.backends.base.open_engine`.
         """
         if name not in self.engines:
             self.engines[name] = self.opener(name)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from lsast_engines.bundle import Bundle
-from lsast_engines.style_file import StyleFile
+from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.style_file import StyleFile
 
 
 class Shelf:

@@ -16,12 +16,12 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from lsast_engines.schedule import Schedule
-from lsast_engines.solvers import Solver
+from lsast_engines.diffusion.solvers import Solver
+from lsast_engines.diffusion.timesteps import Schedule
 
-from .canvas import Pixels
-from .sampler import Floats, to_pixels
-from .x0_blend import X0Blend
+from ..images.canvas import Pixels
+from ..sampling.sampler import Floats, to_pixels
+from ..sampling.x0_blend import X0Blend
 
 Field = npt.NDArray[np.float32]
 

@@ -23,9 +23,9 @@ import numpy as np
 from lsast_engines.errors import MissingExtraError, PictureError, UsageError
 from lsast_engines.files import replace_file
 
-from .canvas import Pixels
-from .coherence import Follower
-from .feeding import WRITTEN_VIDEOS
+from ..cli.inputs import WRITTEN_VIDEOS
+from ..images.canvas import Pixels
+from .optical_flow import Follower
 
 if TYPE_CHECKING:
     from av.container import InputContainer, OutputContainer
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-    from .result import Result
-    from .stylizer import OnStep, Stylizer
+    from ..result import Result
+    from ..stylizer import OnStep, Stylizer
 
 SEGMENT = 24
 """Frames that are encoded together, and at most lost when a run is killed."""

@@ -11,10 +11,10 @@ import numpy as np
 import onnx
 import pytest
 
-from lsast_engines.engine import Engine, available_backends, open_engine
+from lsast_engines.backends.base import Engine, available_backends, open_engine
+from lsast_engines.backends.onnxruntime import OnnxRuntimeEngine
+from lsast_engines.bundle.graph_spec import GraphSpec, TensorSpec
 from lsast_engines.errors import BackendError, MissingExtraError, UsageError
-from lsast_engines.onnxruntime import OnnxRuntimeEngine
-from lsast_engines.spec import GraphSpec, TensorSpec
 
 BACKENDS = ("openvino", "onnxruntime")
 """Those that run a graph file as it is, on any machine."""
@@ -256,11 +256,11 @@ def test_auto_takes_what_is_installed(toy: Any, monkeypatch: pytest.MonkeyPatch)
 def test_auto_passes_over_what_computes_in_fp32_only(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     opened = []
-    monkeypatch.setattr("lsast_engines.openvino.devices", lambda: ["cpu"])
-    monkeypatch.setattr("lsast_engines.openvino.OpenVinoEngine", lambda *given: opened.append(given))
+    monkeypatch.setattr("lsast_engines.backends.openvino.devices", lambda: ["cpu"])
+    monkeypatch.setattr("lsast_engines.backends.openvino.OpenVinoEngine", lambda *given: opened.append(given))
     open_engine(toy.path, toy.spec, arithmetic="bf16")
     assert opened == [(toy.path, toy.spec, "cpu", None, "bf16")]
-    monkeypatch.setattr("lsast_engines.openvino.devices", list)
+    monkeypatch.setattr("lsast_engines.backends.openvino.devices", list)
     with pytest.raises(BackendError, match="'auto' with device 'auto' and arithmetic bf16; there is: onnxruntime on"):
         open_engine(toy.path, toy.spec, arithmetic="bf16")
 
@@ -332,9 +332,9 @@ def test_openvino_computes_in_what_it_is_asked_for_where_the_device_has_it(tmp_p
 @pytest.mark.parametrize("device", ["auto", "cuda"])
 def test_a_compiled_backend_means_the_gpu(toy: Any, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     opened = []
-    monkeypatch.setattr("lsast_engines.tensorrt.devices", lambda library: ["cuda"])
+    monkeypatch.setattr("lsast_engines.backends.tensorrt.engine.devices", lambda library: ["cuda"])
     monkeypatch.setattr(
-        "lsast_engines.tensorrt.TensorRtEngine", lambda *given, library: opened.append((given, library))
+        "lsast_engines.backends.tensorrt.engine.TensorRtEngine", lambda *given, library: opened.append((given, library))
     )
     open_engine(toy.path, toy.spec, "tensorrt-rtx", device, arithmetic="fp16")
     assert opened == [((toy.path, toy.spec, "cuda", None, "fp16"), "tensorrt-rtx")]
@@ -342,5 +342,5 @@ def test_a_compiled_backend_means_the_gpu(toy: Any, monkeypatch: pytest.MonkeyPa
 
 def test_auto_does_not_leave_the_cpu_for_a_gpu(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr("lsast_engines.tensorrt.devices", lambda library: ["cuda"])
+    monkeypatch.setattr("lsast_engines.backends.tensorrt.engine.devices", lambda library: ["cuda"])
     assert open_engine(toy.path, toy.spec).device == "cpu"

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lsast_engines.engine import open_engine
+from lsast_engines.backends.base import open_engine
+from lsast_engines.backends.onnxruntime import PROVIDERS, OnnxRuntimeEngine, devices
 from lsast_engines.errors import BackendError, UsageError
-from lsast_engines.onnxruntime import PROVIDERS, OnnxRuntimeEngine, devices
 
 
 class FakeRuntime:
@@ -139,7 +139,7 @@ def test_the_devices_of_other_providers_were_removed(toy: Any, device: str) -> N
 @pytest.mark.gpu
 def test_the_gpu_computes_what_the_cpu_computes(toy: Any) -> None:
     runtime = pytest.importorskip("onnxruntime")
-    from lsast_engines.cuda import gpus
+    from lsast_engines.backends.tensorrt.cuda import gpus
 
     pytest.importorskip("cuda.bindings", reason="cuda-python is not installed")
     if not gpus() or "cuda" not in devices():

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lsast_engines.bundle import Bundle, find_bundle
+from lsast_engines.bundle.bundle import Bundle, find_bundle
+from lsast_engines.bundle.graph_spec import GraphSpec, TensorSpec
+from lsast_engines.bundle.manifest import Manifest
+from lsast_engines.bundle.style import Style
 from lsast_engines.errors import BundleError, StyleError, UsageError
 from lsast_engines.files import file_sha256
-from lsast_engines.manifest import Manifest
-from lsast_engines.spec import GraphSpec, TensorSpec
-from lsast_engines.style import Style
 
 MakeStyle = Callable[..., Style]
 Sources = dict[str, "Path | bytes"]
@@ -236,7 +236,7 @@ def test_find_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_default_bundle_is_the_embedded_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LSAST_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lsast_engines.bundle.EMBEDDED", tmp_path / "package" / "mini")
+    monkeypatch.setattr("lsast_engines.bundle.bundle.EMBEDDED", tmp_path / "package" / "mini")
     with pytest.raises(BundleError, match=str(tmp_path / "package" / "mini")):
         find_bundle()
     (tmp_path / "package" / "mini").mkdir(parents=True)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from lsast_engines.bundle.graph_spec import Geometry, graph_specs
+from lsast_engines.bundle.json_fields import Fields
+from lsast_engines.bundle.manifest import Manifest
 from lsast_engines.errors import BundleError
-from lsast_engines.fields import Fields
-from lsast_engines.manifest import Manifest
-from lsast_engines.spec import Geometry, graph_specs
 
 
 def test_round_trip(manifest: Manifest) -> None:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from lsast_engines.bundle.style import Style
+from lsast_engines.bundle.style_file import StyleFile, stage_digest
 from lsast_engines.errors import StyleError
-from lsast_engines.style import Style
-from lsast_engines.style_file import StyleFile, stage_digest
 
 MakeStyle = Callable[..., Style]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lsast_engines.bundle.style import Style
+from lsast_engines.bundle.style_defaults import read_style_defaults, write_style_defaults
+from lsast_engines.bundle.style_file import StyleFile
 from lsast_engines.errors import StyleError, UsageError
-from lsast_engines.style import Style
-from lsast_engines.style_defaults import read_style_defaults, write_style_defaults
-from lsast_engines.style_file import StyleFile
 
 
 def saved(folder: Path, meta: dict[str, str]) -> Path:

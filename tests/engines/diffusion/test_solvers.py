@@ -10,10 +10,10 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from safetensors.numpy import load_file
 
+from lsast_engines.diffusion.noise_schedule import NoiseSpec
+from lsast_engines.diffusion.solvers import SOLVERS, make_solver
+from lsast_engines.diffusion.timesteps import Schedule
 from lsast_engines.errors import UsageError
-from lsast_engines.noise import NoiseSpec
-from lsast_engines.schedule import Schedule
-from lsast_engines.solvers import SOLVERS, make_solver
 
 SD = {
     "beta_start": 0.00085,
@@ -25,7 +25,7 @@ SD = {
 SHAPE = (2, 4, 5, 3)
 DIFFUSERS = ("ddim", "dpmpp2m", "unipc")
 """The solvers that diffusers has, on the same grid."""
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "tiny_a_io.safetensors"
+GOLDEN = Path(__file__).parents[4] / "shared" / "golden" / "tiny_a_io.safetensors"
 
 
 def diffusers_scheduler(name: str) -> Any:

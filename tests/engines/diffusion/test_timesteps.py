@@ -8,12 +8,12 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from safetensors.numpy import load_file
 
+from lsast_engines.diffusion.noise_schedule import NoiseSpec
+from lsast_engines.diffusion.timesteps import ENDS_INSIDE, Schedule
 from lsast_engines.errors import UsageError
-from lsast_engines.noise import NoiseSpec
-from lsast_engines.schedule import ENDS_INSIDE, Schedule
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "timestep_spacing": "leading", "steps_offset": 1}
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "tiny_a_io.safetensors"
+GOLDEN = Path(__file__).parents[4] / "shared" / "golden" / "tiny_a_io.safetensors"
 SCHEDULERS = {"ddim": DDIMScheduler, "dpmpp2m": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
 
 
@@ -56,7 +56,7 @@ def test_timesteps_are_those_of_diffusers_img2img(solver: str, strength: float) 
 
 
 def test_release_schedule() -> None:
-    # method.md §4: 50 steps, strength 0.7 → 35 steps t = 681, 661, …, 1.
+    # docs/method.md §4: 50 steps, strength 0.7 → 35 steps t = 681, 661, …, 1.
     full = Schedule.build(NoiseSpec(), 50, 1.0, 10)
     assert [step.t for step in full.steps] == list(range(981, 0, -20))
     cut = Schedule.build(NoiseSpec(), 50, 0.7, 10)
@@ -65,7 +65,7 @@ def test_release_schedule() -> None:
 
 
 def test_stage_table() -> None:
-    # method.md §9, unit test iii; the grid of 999 steps visits every t from 999 to 1.
+    # docs/method.md §9, unit test iii; the grid of 999 steps visits every t from 999 to 1.
     stages = {step.t: step.stage for step in Schedule.build(NoiseSpec(), 999, 1.0, 10).steps}
     assert [stages[t] for t in (1, 99, 100, 681, 701, 999)] == [0, 0, 1, 6, 7, 9]
 
@@ -109,7 +109,7 @@ def test_add_noise_is_diffusers(solver: str) -> None:
 def released_run(steps: int, strength: float) -> tuple[int, list[int]]:
     """Timestep of the start noise and those of the steps, as the DDIM sampler of CompVis's latent-diffusion has them.
 
-    Written after method.md §4.3-4; raises IndexError where that code does.
+    Written after docs/method.md §4.3-4; raises IndexError where that code does.
     """
     grid = np.arange(0, 1000, 1000 // steps) + 1
     np.zeros(1000)[grid]  # looks up abar at every point of the grid, used or not

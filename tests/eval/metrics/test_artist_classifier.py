@@ -4,7 +4,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lsast_eval.probe import Probe, assign_folds, held_out_predictions
+from lsast_eval.metrics.probe import Probe, assign_folds, held_out_predictions
 
 
 def _clouds(counts: tuple[int, ...], dim: int = 12, apart: float = 3.0) -> tuple[np.ndarray, np.ndarray]:

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lsast_engines.pictures import read_on_white
-from lsast_eval.content import edge_f1, luminance, resized, shrunk, ssim
+from lsast_engines.images import read_on_white
+from lsast_eval.metrics.content import edge_f1, luminance, resized, shrunk, ssim
 
-from .conftest import scene
+from ..conftest import scene
 
 
 def _blurred(rgb: np.ndarray, sigma: float) -> np.ndarray:

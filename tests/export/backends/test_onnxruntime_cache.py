@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lsast_engines import kept_graphs, onnxruntime_cache
-from lsast_engines.bundle import Bundle
-from lsast_engines.engine import open_engine
+from lsast_engines.backends import graph_cache as kept_graphs
+from lsast_engines.backends import onnxruntime_cache
+from lsast_engines.backends.base import open_engine
+from lsast_engines.bundle.bundle import Bundle
 
 onnxruntime = pytest.importorskip("onnxruntime")
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lsast_engines import kept_graphs
-from lsast_engines.bundle import Bundle
-from lsast_engines.engine import open_engine
-from lsast_engines.openvino import shared_core
+from lsast_engines.backends import graph_cache as kept_graphs
+from lsast_engines.backends.base import open_engine
+from lsast_engines.backends.openvino import shared_core
+from lsast_engines.bundle.bundle import Bundle
 
 library = pytest.importorskip("openvino")
 
@@ -38,7 +38,7 @@ class CountingCore:
 @pytest.fixture
 def core(monkeypatch: pytest.MonkeyPatch) -> CountingCore:
     counting = CountingCore()
-    monkeypatch.setattr("lsast_engines.openvino.shared_core", lambda _: counting)
+    monkeypatch.setattr("lsast_engines.backends.openvino.shared_core", lambda _: counting)
     return counting
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import onnx
 import pytest
 
-from lsast_engines.bundle import Bundle
+from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.style import Style
 from lsast_engines.errors import BundleError
-from lsast_engines.style import Style
-from lsast_export.check import check_bundle
-from lsast_export.parity import ParityPlan, large_plan
-from lsast_train.base import Base
+from lsast_export.bundle.check import check_bundle
+from lsast_export.parity.parity import ParityPlan, large_plan
+from lsast_train.base.base import Base
 
 
 @pytest.fixture

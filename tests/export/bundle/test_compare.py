@@ -14,10 +14,10 @@ from diffusers import ControlNetModel
 from PIL import Image
 
 from bench.configurations import Configuration
-from lsast_engines.bundle import Bundle
+from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.errors import BundleError, UsageError
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
 
 def _module(name: str) -> ModuleType:

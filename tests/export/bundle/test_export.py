@@ -12,17 +12,17 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from lsast_engines.bundle import Bundle
+from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.graph_spec import graph_specs
 from lsast_engines.errors import ExportError, MissingExtraError, ParityError, StyleError
-from lsast_engines.spec import graph_specs
-from lsast_export import exporter
-from lsast_export.bake import bake_style
-from lsast_export.exporter import ExportOptions, export_bundle
-from lsast_export.graphs import GRAPHS, geometry
-from lsast_export.trace import TracedGraph, trace
-from lsast_export.weights import save_graph
-from lsast_train.base import Base, load_base
-from lsast_train.prompts_file import Prompts
+from lsast_export.bundle import export as exporter
+from lsast_export.bundle.export import ExportOptions, export_bundle
+from lsast_export.graphs.external_weights import save_graph
+from lsast_export.graphs.modules import GRAPHS, geometry
+from lsast_export.graphs.trace import TracedGraph, trace
+from lsast_export.styles.bake import bake_style
+from lsast_train.base.base import Base, load_base
+from lsast_train.prompts.prompt_file import Prompts
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

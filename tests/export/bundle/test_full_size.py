@@ -13,7 +13,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "sd15_random.py"
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "sd15_random.py"
 DENOISER = 4 * (859_520_964 + 361_279_120)
 """Bytes of the largest graph in fp32."""
 WEIGHTS = DENOISER + 4 * 83_653_863

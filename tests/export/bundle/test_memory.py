@@ -13,20 +13,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lsast_engines import onnxruntime as backend
-from lsast_engines.bundle import NULL_STYLE, Bundle
-from lsast_engines.engine import open_engine
+from lsast_engines.backends import onnxruntime as backend
+from lsast_engines.backends.base import open_engine
+from lsast_engines.bundle.bundle import NULL_STYLE, Bundle
 from lsast_engines.environment import peak_memory
-from lsast_export import exporter, reference
-from lsast_export.bake import bake_null_style, bake_style
-from lsast_export.exporter import WEIGHTS, ExportOptions, export_bundle
-from lsast_export.parity import ParityPlan
+from lsast_export.bundle import export as exporter
+from lsast_export.bundle.export import WEIGHTS, ExportOptions, export_bundle
+from lsast_export.graphs.meta_base import NETWORKS, baking_base, skeleton
+from lsast_export.graphs.trace import TracedGraph
+from lsast_export.parity import torch_reference as reference
+from lsast_export.parity.parity import ParityPlan
+from lsast_export.parity.torch_reference import draw_inputs, run_torch
 from lsast_export.progress import Countdown
-from lsast_export.reference import draw_inputs, run_torch
-from lsast_export.skeleton import NETWORKS, baking_base, skeleton
-from lsast_export.trace import TracedGraph
-from lsast_train.base import Base, load_base, open_base_parts
-from lsast_train.prompts_file import Prompts
+from lsast_export.styles.bake import bake_null_style, bake_style
+from lsast_train.base.base import Base, load_base, open_base_parts
+from lsast_train.prompts.prompt_file import Prompts
 
 
 def in_memory(base: Base) -> set[str]:

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from lsast_engines.bundle import Bundle
-from lsast_engines.style import Style
-from lsast_engines.style_file import StyleFile
-from lsast_export import exporter
+from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.style import Style
+from lsast_engines.bundle.style_file import StyleFile
 from lsast_export.__main__ import main
-from lsast_export.trace import TracedGraph
-from lsast_train.base import Base, save_base
-from lsast_train.prompts_file import Prompts, save_prompts
+from lsast_export.bundle import export as exporter
+from lsast_export.graphs.trace import TracedGraph
+from lsast_train.base.base import Base, save_base
+from lsast_train.prompts.prompt_file import Prompts, save_prompts
 
 
 def lsast_export(*arguments: str | Path) -> Result:
@@ -203,7 +203,7 @@ def test_trained_base_needs_a_bundle_first_and_gets_one(
 
 
 def load(path: Path) -> Prompts:
-    from lsast_train.prompts_file import load_prompts
+    from lsast_train.prompts.prompt_file import load_prompts
 
     return load_prompts(path)
 

@@ -10,9 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.macs import count_macs
-from lsast_engines.bundle import Bundle
-from lsast_export.graphs import GRAPHS, graph_module
-from lsast_train.base import Base
+from lsast_engines.bundle.bundle import Bundle
+from lsast_export.graphs.modules import GRAPHS, graph_module
+from lsast_train.base.base import Base
 
 LENGTHS = [
     {"B": 1, "G": 1, "h": 8, "w": 8, "H": 64, "W": 64},

@@ -13,12 +13,12 @@ from diffusers.models.attention_processor import Attention
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import is_fake
 
-from lsast_engines.bundle import Bundle
-from lsast_export import graphs
-from lsast_export.graphs import SplitProcessor, geometry, graph_module, head_groups, split_attention
-from lsast_export.trace import TracedGraph, trace
-from lsast_train.base import Base, load_base
-from lsast_train.packed import pack
+from lsast_engines.bundle.bundle import Bundle
+from lsast_export.graphs import modules as graphs
+from lsast_export.graphs.modules import SplitProcessor, geometry, graph_module, head_groups, split_attention
+from lsast_export.graphs.trace import TracedGraph, trace
+from lsast_train.base.base import Base, load_base
+from lsast_train.base.kv_packing import pack
 
 Run = Callable[..., dict[str, np.ndarray]]
 Feeds = Callable[..., dict[str, np.ndarray]]

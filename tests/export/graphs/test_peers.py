@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from lsast_train.base import Base
+from lsast_train.base.base import Base
 from lsast_train.mini.architecture import MiniConfig, build_mini
 
 
 @pytest.fixture(scope="module")
 def peers() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("peers", Path(__file__).parents[2] / "benchmarks" / "peers.py")
+    spec = importlib.util.spec_from_file_location("peers", Path(__file__).parents[3] / "benchmarks" / "peers.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

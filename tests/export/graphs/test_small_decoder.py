@@ -18,23 +18,24 @@ from click.testing import CliRunner
 from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
-from lsast_engines.bundle import EMBEDDED, Bundle
-from lsast_engines.engine import open_engine
+from lsast_engines.backends.base import open_engine
+from lsast_engines.bundle.bundle import EMBEDDED, Bundle
+from lsast_engines.bundle.graph_spec import DECODER_SMALL
+from lsast_engines.bundle.manifest import Manifest
 from lsast_engines.errors import BundleError, ExportError, ParityError, TrainingError
-from lsast_engines.manifest import Manifest
-from lsast_engines.pictures import read_picture
-from lsast_engines.spec import DECODER_SMALL
-from lsast_export import quantise, small_decoder
+from lsast_engines.images import read_picture
 from lsast_export.__main__ import main
-from lsast_export.check import check_bundle
+from lsast_export.bundle.check import check_bundle
+from lsast_export.graphs import small_decoder
+from lsast_export.graphs.small_decoder import WEIGHTS, add_small_decoder, read_small_decoder
+from lsast_export.graphs.trace import TracedGraph, trace
 from lsast_export.progress import silent
-from lsast_export.small_decoder import WEIGHTS, add_small_decoder, read_small_decoder
-from lsast_export.trace import TracedGraph, trace
-from lsast_export.weight_file import WeightFile
+from lsast_export.quantize import quantize as quantise
+from lsast_export.quantize.weight_file import WeightFile
 
 Run = Callable[..., dict[str, np.ndarray]]
 
-TAESD = Path(__file__).parents[3] / "shared" / "weights" / "taesd"
+TAESD = Path(__file__).parents[4] / "shared" / "weights" / "taesd"
 GRAPH = f"{DECODER_SMALL}.onnx"
 SCALE = 0.5
 
@@ -290,7 +291,7 @@ def test_the_command_says_where_and_how_well_and_another_export_keeps_it(
     assert refused.exit_code == 1
     assert "found nothing at nowhere" in refused.stderr
 
-    monkeypatch.setattr("lsast_export.exporter.trace_graphs", lambda *_: traced)
+    monkeypatch.setattr("lsast_export.bundle.export.trace_graphs", lambda *_: traced)
     weights = (path / WEIGHTS).read_bytes()
     again = CliRunner().invoke(main, ["bundle", "--base", str(path), "--out", str(path)])
     assert again.exit_code == 0, again.stderr

@@ -14,20 +14,20 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from lsast_engines.bundle import Bundle
+from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.graph_spec import PARTS, halvings, part_specs
 from lsast_engines.errors import BundleError, ParityError
-from lsast_engines.spec import PARTS, halvings, part_specs
-from lsast_export import adding
 from lsast_export.__main__ import main
-from lsast_export.adding import add_parts
-from lsast_export.check import check_bundle
-from lsast_export.exporter import ExportOptions, export_bundle
-from lsast_export.parts import cut_of
-from lsast_export.quantise import QuantiseOptions, quantise_bundle
-from lsast_export.skeleton import skeleton
-from lsast_export.trace import TracedGraph
-from lsast_train.base import Base, load_base, open_base_parts
-from lsast_train.packed import pack
+from lsast_export.bundle import add_graphs as adding
+from lsast_export.bundle.add_graphs import add_parts
+from lsast_export.bundle.check import check_bundle
+from lsast_export.bundle.export import ExportOptions, export_bundle
+from lsast_export.graphs.meta_base import skeleton
+from lsast_export.graphs.trace import TracedGraph
+from lsast_export.graphs.unet_parts import cut_of
+from lsast_export.quantize.quantize import QuantiseOptions, quantise_bundle
+from lsast_train.base.base import Base, load_base, open_base_parts
+from lsast_train.base.kv_packing import pack
 
 Run = Callable[..., dict[str, np.ndarray]]
 Feeds = Callable[..., dict[str, np.ndarray]]
@@ -211,7 +211,7 @@ def test_parts_come_with_an_export_and_are_checked(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lsast_export.exporter.trace_parts", lambda *_: traced_parts)
+    monkeypatch.setattr("lsast_export.bundle.export.trace_parts", lambda *_: traced_parts)
     written = export_bundle(base, tmp_path / "new", (), ExportOptions(parts=True), traced=traced)
     assert written.manifest.graphs == parted.manifest.graphs
     assert (written.path / "deep.onnx").read_bytes() == (parted.path / "deep.onnx").read_bytes()
@@ -257,8 +257,8 @@ def test_a_bundle_that_is_exported_again_keeps_its_parts_and_one_without_gets_th
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lsast_export.exporter.trace_graphs", lambda *_: traced)
-    monkeypatch.setattr("lsast_export.exporter.trace_parts", lambda *_: traced_parts)
+    monkeypatch.setattr("lsast_export.bundle.export.trace_graphs", lambda *_: traced)
+    monkeypatch.setattr("lsast_export.bundle.export.trace_parts", lambda *_: traced_parts)
     for name, source, options in (("kept", parted, []), ("new", bundles["fp16"], ["--parts"])):
         arguments = ["bundle", "--base", str(source.path), "--out", str(tmp_path / name), *options]
         result = CliRunner().invoke(main, arguments)

@@ -16,21 +16,21 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
 import lsast
-from lsast_engines.bundle import Bundle
-from lsast_engines.engine import open_engine
+from lsast_engines.backends.base import open_engine
+from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.graph_spec import GraphSpec, TensorSpec
 from lsast_engines.errors import ParityError, TrainingError, UsageError
-from lsast_engines.pictures import psnr
-from lsast_engines.spec import GraphSpec, TensorSpec
+from lsast_engines.images import psnr
 from lsast_export.__main__ import main
-from lsast_export.calibration import Calibration
-from lsast_export.check import check_bundle
-from lsast_export.int8_graph import to_int8
-from lsast_export.plain_graph import plain_graph
-from lsast_export.quantise import PICTURE_PSNR, QuantiseOptions, quantise_bundle
-from lsast_export.tensorrt import CompileOptions, compile_bundle
-from lsast_export.trial import find_contents
-from lsast_export.weight_file import WeightFile
-from lsast_train.base import load_base
+from lsast_export.bundle.check import check_bundle
+from lsast_export.quantize.calibration import Calibration
+from lsast_export.quantize.calibration_runs import find_contents
+from lsast_export.quantize.fold_weights import plain_graph
+from lsast_export.quantize.qdq import to_int8
+from lsast_export.quantize.quantize import PICTURE_PSNR, QuantiseOptions, quantise_bundle
+from lsast_export.quantize.weight_file import WeightFile
+from lsast_export.tensorrt.compile import CompileOptions, compile_bundle
+from lsast_train.base.base import load_base
 
 SMALL = {"pictures": 1, "size": 64, "target": 5.0}
 

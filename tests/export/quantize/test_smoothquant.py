@@ -10,11 +10,11 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from lsast_engines.bundle import Bundle
-from lsast_export.calibration import Calibration
-from lsast_export.observing import Observer, Reach
-from lsast_export.plain_graph import Weights, plain_graph
-from lsast_export.smoothing import find_factors, find_groups, smooth
+from lsast_engines.bundle.bundle import Bundle
+from lsast_export.quantize.calibration import Calibration
+from lsast_export.quantize.fold_weights import Weights, plain_graph
+from lsast_export.quantize.min_max_observer import Observer, Reach
+from lsast_export.quantize.smoothquant import find_factors, find_groups, smooth
 
 WIDTH = 16
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from lsast_engines.errors import StyleError
-from lsast_export.bake import bake_null_style, bake_style, manifest_layers
-from lsast_export.graphs import denoiser_graph
-from lsast_train.attention import GROUPS
-from lsast_train.base import Base
-from lsast_train.packed import KeyValueBox, baked_attention, pack
-from lsast_train.prompts_file import Prompts
+from lsast_export.graphs.modules import denoiser_graph
+from lsast_export.styles.bake import bake_null_style, bake_style, manifest_layers
+from lsast_train.base.attention import GROUPS
+from lsast_train.base.base import Base
+from lsast_train.base.kv_packing import KeyValueBox, baked_attention, pack
+from lsast_train.prompts.prompt_file import Prompts
 
 
 def random_contexts(base: Base, *leading: int) -> torch.Tensor:

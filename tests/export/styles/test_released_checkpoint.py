@@ -20,15 +20,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lsast_engines.errors import StyleError, TrainingError, UsageError
-from lsast_export.import_command import import_command
-from lsast_export.released import import_prompts, read_released
-from lsast_export.styles import bake_prompts, check_prompts, read_prompts
-from lsast_train.base import Base, BaseParts, open_base_parts
-from lsast_train.packed import pack
-from lsast_train.prompts_file import Prompts, UnboundPrompts, load_any_prompts, load_prompts
-from lsast_train.sources import BaseSource
+from lsast_export.cli.import_ import import_command
+from lsast_export.styles.install import bake_prompts, check_prompts, read_prompts
+from lsast_export.styles.released_checkpoint import import_prompts, read_released
+from lsast_train.base.base import Base, BaseParts, open_base_parts
+from lsast_train.base.kv_packing import pack
+from lsast_train.checkpoints.source import BaseSource
+from lsast_train.prompts.prompt_file import Prompts, UnboundPrompts, load_any_prompts, load_prompts
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
+GOLDEN = Path(__file__).parents[4] / "shared" / "golden"
 DIM = 64
 
 
@@ -52,7 +52,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """The released module's parts and names (method.md §1.3, §3); its formula is `_closed_form`."""
+    """The released module's parts and names (docs/method.md §1.3, §3); its formula is `_closed_form`."""
 
     def __init__(self, matrices: int = 30) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class TransformerBlock(nn.Module):
 
 
 def _closed_form(block: TransformerBlock, e: torch.Tensor) -> torch.Tensor:
-    """method.md §1.3: attention over one token is linear, without dropout."""
+    """docs/method.md §1.3: attention over one token is linear, without dropout."""
     x = e + block.attn1.to_out[0](block.attn1.to_v(block.norm1(e)))
     x = x + block.attn2.to_out[0](block.attn2.to_v(e))
     value, gate = block.ff.net[0].proj(block.norm3(x)).chunk(2)

@@ -11,14 +11,14 @@ import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, checker, helper, numpy_helper, save
 
-from lsast_engines.bundle import EMBEDDED, Bundle
-from lsast_engines.engine import Arithmetic
-from lsast_engines.engine_key import engine_folder, record_path, verified_record
+from lsast_engines.backends.base import Arithmetic
+from lsast_engines.backends.tensorrt.engine_record import engine_folder, record_path, verified_record
+from lsast_engines.backends.tensorrt.shape_profile import Ranges, Span
+from lsast_engines.bundle.bundle import EMBEDDED, Bundle
+from lsast_engines.bundle.graph_spec import EVERY, GraphSpec, TensorSpec
 from lsast_engines.errors import BackendError, ExportError, MissingExtraError, UsageError
-from lsast_engines.profile import Ranges, Span
-from lsast_engines.spec import EVERY, GraphSpec, TensorSpec
 from lsast_export.__main__ import main
-from lsast_export.tensorrt import CompileOptions, compile_bundle, compile_graph
+from lsast_export.tensorrt.compile import CompileOptions, compile_bundle, compile_graph
 
 TARGETS = ("8.6", "8.9", "12.0")
 SMALL = Ranges(Span(64, 64, 128), Span(1, 1, 2))
@@ -158,8 +158,8 @@ def test_eight_bits_were_removed(arithmetic: Arithmetic) -> None:
 
 
 def test_tensorrt_itself_needs_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lsast_export.tensorrt.load_library", lambda _: None)
-    monkeypatch.setattr("lsast_engines.cuda.gpus", list)
+    monkeypatch.setattr("lsast_export.tensorrt.compile.load_library", lambda _: None)
+    monkeypatch.setattr("lsast_engines.backends.tensorrt.cuda.gpus", list)
     path, spec = product(tmp_path)
     with pytest.raises(BackendError, match="found no NVIDIA GPU; tensorrt compiles on the GPU that runs the engine"):
         compile_graph(path, spec, tmp_path / "product.engine", CompileOptions("tensorrt"))

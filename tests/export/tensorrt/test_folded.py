@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 
-from lsast_engines.bundle import EMBEDDED, Bundle
+from lsast_engines.bundle.bundle import EMBEDDED, Bundle
 
 
 def session(model: onnx.ModelProto) -> object:

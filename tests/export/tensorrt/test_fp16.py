@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 import pytest
 
-from lsast_engines.bundle import Bundle
-from lsast_export.half_graph import FULL, held_types, write_half_graph
+from lsast_engines.bundle.bundle import Bundle
+from lsast_export.tensorrt.fp16 import FULL, held_types, write_half_graph
 
 GRAPHS = ("encoder", "hint", "denoiser", "decoder")
 

@@ -11,13 +11,13 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from lsast_engines.bundle import Bundle
-from lsast_engines.cuda import gpus
-from lsast_engines.engine_key import Library
+from lsast_engines.backends.tensorrt.cuda import gpus
+from lsast_engines.backends.tensorrt.engine import TensorRtEngine
+from lsast_engines.backends.tensorrt.engine_record import Library
+from lsast_engines.backends.tensorrt.shape_profile import Ranges, Span
+from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.errors import MissingExtraError
-from lsast_engines.profile import Ranges, Span
-from lsast_engines.tensorrt import TensorRtEngine
-from lsast_export.tensorrt import CompileOptions, compile_bundle
+from lsast_export.tensorrt.compile import CompileOptions, compile_bundle
 
 pytestmark = pytest.mark.gpu
 RANGES = Ranges(Span(64, 64, 128), Span(1, 1, 2))

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from lsast import doctor
-from lsast.cli import main
-from lsast.doctor import examine
+from lsast.cli import doctor
+from lsast.cli.doctor import examine
+from lsast.cli.main import main
 
 
 @pytest.fixture
@@ -66,9 +66,9 @@ def test_half_an_onnxruntime_is_a_fault(installed: dict[str, str], monkeypatch: 
 
 
 def test_no_gpu_says_what_each_backend_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lsast_engines.cuda.gpus", list)
+    monkeypatch.setattr("lsast_engines.backends.tensorrt.cuda.gpus", list)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    monkeypatch.setattr("lsast_engines.tensorrt.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("lsast_engines.backends.tensorrt.engine.importlib.util.find_spec", lambda name: None)
     report = examine()
     states = {backend.name: backend for backend in report.backends}
     assert report.gpus == ()
@@ -80,7 +80,7 @@ def test_no_gpu_says_what_each_backend_needs(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_gpu_is_named_with_its_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     card = SimpleNamespace(name="NVIDIA L4", capability="8.9", memory=24_000_000_000)
-    monkeypatch.setattr("lsast_engines.cuda.gpus", lambda: [card])
+    monkeypatch.setattr("lsast_engines.backends.tensorrt.cuda.gpus", lambda: [card])
     assert examine().gpus == ("NVIDIA L4, 8.9, 24 GB",)
 
 
@@ -102,8 +102,8 @@ def test_no_broken_library_keeps_the_report_from_coming(monkeypatch: pytest.Monk
     def broken(*_: Any) -> Any:
         raise RuntimeError("libcuda.so.1: version mismatch")
 
-    monkeypatch.setattr("lsast_engines.cuda.gpus", broken)
-    monkeypatch.setattr("lsast_engines.engine.backend_devices", broken)
+    monkeypatch.setattr("lsast_engines.backends.tensorrt.cuda.gpus", broken)
+    monkeypatch.setattr("lsast_engines.backends.base.backend_devices", broken)
     report = examine()
     assert report.gpus == ()
     assert not any(backend.devices for backend in report.backends)

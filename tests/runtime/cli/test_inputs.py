@@ -17,8 +17,8 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import lsast
-from lsast.cli import main
-from lsast.feeding import Job, lay_out
+from lsast.cli.inputs import Job, lay_out
+from lsast.cli.main import main
 from lsast_engines.errors import PictureError, UsageError
 
 QUICK = ("--size", "64", "--guidance", "1")

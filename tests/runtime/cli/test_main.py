@@ -16,8 +16,8 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import lsast
-from lsast.cli import main
-from lsast_engines.solvers import SOLVERS
+from lsast.cli.main import main
+from lsast_engines.diffusion.solvers import SOLVERS
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_debug_shows_the_traceback_and_the_same_line(folder: Path) -> None:
 
 
 def test_a_bug_is_one_line_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lsast.sampler.decode", lambda *_: 1 / 0)
+    monkeypatch.setattr("lsast.sampling.sampler.decode", lambda *_: 1 / 0)
     result = _run("in.png", "out.png")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == "Error: unexpected ZeroDivisionError: division by zero (--debug shows where)\n"

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 import lsast
-from lsast.feeding import Job
-from lsast.watching import SETTLED, check_watch, watch
+from lsast.cli.inputs import Job
+from lsast.cli.watch import SETTLED, check_watch, watch
 from lsast_engines.errors import UsageError
 
 pytest.importorskip("watchfiles", reason="needs the extra [watch]")

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lsast.canvas import Canvas, SquashedCanvas, canvas_for
-from lsast_engines.pictures import on_white
+from lsast.images.canvas import Canvas, SquashedCanvas, canvas_for
+from lsast_engines.images import on_white
 
 SIZES = [(512, 512), (1200, 800), (800, 1200), (50, 2000), (2000, 50), (1, 1), (7, 5), (1, 5000), (513, 511)]
 
@@ -77,7 +77,7 @@ def test_on_white_is_pillows_composite() -> None:
 
 @pytest.mark.parametrize("own", [(90, 180), (180, 90), (40, 40), (128, 128), (1, 300)])
 def test_squashing_resamples_as_the_released_code(own: tuple[int, int]) -> None:
-    # method.md §4.1-2: Pillow's Lanczos for the encoder, OpenCV's bilinear on BGR for the edges.
+    # docs/method.md §4.1-2: Pillow's Lanczos for the encoder, OpenCV's bilinear on BGR for the edges.
     rgb = np.random.default_rng(4).integers(0, 256, (*own, 3), dtype=np.uint8)
     canvas = canvas_for(own, 128, 64, "squash")
     content, outlined = canvas.views(rgb)

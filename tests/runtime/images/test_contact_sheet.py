@@ -15,8 +15,8 @@ from PIL import Image
 
 import lsast
 from lsast import Stylizer, UsageError
-from lsast.cli import main
-from lsast.sheet import CELL, contact_sheet, parse_axes
+from lsast.cli.main import main
+from lsast.images.contact_sheet import CELL, contact_sheet, parse_axes
 
 AXES: dict[str, list[Any]] = {"strength": [0.3, 0.7, 1.0], "control": [0.0, 2.0], "style": ["vangogh", "monet@up"]}
 

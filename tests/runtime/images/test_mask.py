@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 import lsast
-from lsast import PictureError, Stylizer, sampler
-from lsast.masking import blend, cells, keep_colour, read_mask
+from lsast import PictureError, Stylizer
+from lsast.images.mask import blend, cells, keep_colour, read_mask
+from lsast.sampling import sampler
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_the_latent_is_held_too_where_nothing_is_painted(
         seen.append((rows[0], latents[0]))
         return latents
 
-    monkeypatch.setattr("lsast.sampler.denoise", spied)
+    monkeypatch.setattr("lsast.sampling.sampler.denoise", spied)
     mask = _mask()
     mask[:, 120:] = 51  # a fifth
     stylizer.stylize(picture, mask=mask, feather=0, size=0, solver="dpmpp2m", strength=0.7)

@@ -17,10 +17,10 @@ from PIL import Image, PngImagePlugin
 
 import lsast
 from lsast import LsastError, PictureError
-from lsast.cli import main
-from lsast.metadata import Record, read_record
-from lsast_engines.bundle import Bundle
-from lsast_engines.style import Style
+from lsast.cli.main import main
+from lsast.images.metadata import Record, read_record
+from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.style import Style
 
 FORMS = ["png", "jpg", "webp"]
 MIX = "vangogh:0.6@up+monet@0-4"
@@ -120,7 +120,7 @@ def test_a_style_is_known_by_its_values_not_by_its_file(bundle_path: Path, tmp_p
         Style(name, style.base, style.stages, style.tokens, values, style.kv_control, {"by": name}).save(
             tmp_path / f"{name}.safetensors"
         )
-        from lsast_engines.style_file import StyleFile
+        from lsast_engines.bundle.style_file import StyleFile
 
         prints.append(StyleFile(tmp_path / f"{name}.safetensors").fingerprint)
     assert prints[0] == prints[1] != prints[2]

@@ -13,12 +13,12 @@ import pytest
 from click.testing import CliRunner
 
 import lsast
-from lsast.cli import main
-from lsast.defaults import Defaults
-from lsast.presets import PRESETS
-from lsast_engines.bundle import Bundle
-from lsast_engines.style import Style
-from lsast_engines.style_file import StyleFile
+from lsast.cli.main import main
+from lsast.options.defaults import Defaults
+from lsast.options.presets import PRESETS
+from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.style import Style
+from lsast_engines.bundle.style_file import StyleFile
 
 OWN = {"vangogh": {"guidance": 5.0, "steps": 4}, "monet": {"guidance": 5.0, "strength": 1.0}}
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lsast import Options, UsageError
-from lsast.presets import preset_options
+from lsast.options.presets import preset_options
 
 GOOD: dict[str, Any] = {
     "style": "monet",
@@ -139,7 +139,7 @@ def test_squashing_needs_a_side_to_squash_to() -> None:
 
 
 def test_the_released_preset_is_the_shipped_call() -> None:
-    # method.md §4: 50 DDIM steps, strength 0.7, scale 10, all ControlNet scales 1, squashed to 512 x 512.
+    # docs/method.md §4: 50 DDIM steps, strength 0.7, scale 10, all ControlNet scales 1, squashed to 512 x 512.
     options = Options(style="monet", **preset_options("released"))
     shipped = {"steps": 50, "strength": 0.7, "guidance": 10.0, "control": 1.0, "size": 512, "fit": "squash"}
     assert dataclasses.asdict(options) == {**GOOD, **shipped, "solver": "released"}

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from lsast import UsageError
-from lsast.mixing import Hand, Mix, Term
-from lsast_engines.manifest import AttentionLayer
-from lsast_engines.style import Style
+from lsast.options.style_mix import Hand, Mix, Term
+from lsast_engines.bundle.manifest import AttentionLayer
+from lsast_engines.bundle.style import Style
 
 BASE = "ab" * 32
 # Groups lie across each other on purpose: U-Net 8 columns down, 4 up, 6 down, 2 mid; ControlNet 4 mid, 6 down.
@@ -164,7 +164,7 @@ def test_reach_of_a_term() -> None:
 
 
 def test_the_embedded_bundle_knows_its_groups(tmp_path: Path) -> None:
-    from lsast_engines.bundle import EMBEDDED, Bundle
+    from lsast_engines.bundle.bundle import EMBEDDED, Bundle
 
     bundle: Any = Bundle.open(EMBEDDED, verify_hashes=False)
     styles = {name: bundle.open_style(name) for name in ("vangogh", "monet")}

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 import lsast
-from lsast import BundleError, Stylizer, UsageError, sampler
-from lsast.metadata import read_record
-from lsast.presets import PRESETS
-from lsast_engines.engine import available_backends
-from lsast_engines.noise import NoiseSpec
-from lsast_engines.solvers import make_solver
+from lsast import BundleError, Stylizer, UsageError
+from lsast.images.metadata import read_record
+from lsast.options.presets import PRESETS
+from lsast.sampling import sampler
+from lsast_engines.backends.base import available_backends
+from lsast_engines.diffusion.noise_schedule import NoiseSpec
+from lsast_engines.diffusion.solvers import make_solver
 
 LEVERS: list[dict[str, Any]] = [
     {"cache_interval": 3},
@@ -43,7 +44,7 @@ def _coarse(held: np.ndarray) -> np.ndarray:
 
 
 def _by_hand(stylizer: Stylizer, weights: Any, row: sampler.Row, options: dict[str, Any]) -> np.ndarray:
-    """The run in the words of `Options`; nothing of `lsast.passes` is in it."""
+    """The run in the words of `Options`; nothing of `lsast.sampling.step_plan` is in it."""
     style, null = stylizer.bundle.style(options["style"]), stylizer.bundle.null_style
     solver = make_solver(options["solver"], NoiseSpec(), row.schedule)
     z = row.noisy.astype(float)

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 import lsast
-from lsast import BackendError, Stylizer, sampler
-from lsast_engines.bundle import Bundle
-from lsast_engines.engine import available_backends, open_engine
-from lsast_engines.schedule import Schedule
-from lsast_engines.solvers import make_solver
-from lsast_engines.style import Style
+from lsast import BackendError, Stylizer
+from lsast.sampling import sampler
+from lsast_engines.backends.base import available_backends, open_engine
+from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.style import Style
+from lsast_engines.diffusion.solvers import make_solver
+from lsast_engines.diffusion.timesteps import Schedule
 
 SCALE = 0.5  # latent_scale of the tiny bundle
 
@@ -44,7 +45,7 @@ def _scheduler(solver: str) -> Any:
 
 
 def _paint_by_hand(weights: Any, bundle: Bundle, rgb: np.ndarray, edges: np.ndarray, options: dict[str, Any]) -> Any:
-    """The released algorithm (method.md §4.2) for one picture of legal size, on the tiny graphs' own matrices."""
+    """The released algorithm (docs/method.md §4.2) for one picture of legal size, on the tiny graphs' own matrices."""
     torch = pytest.importorskip("torch")
     style, null = bundle.style(options["style"]), bundle.null_style
     height, width = rgb.shape[:2]

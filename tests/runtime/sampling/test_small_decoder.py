@@ -18,14 +18,15 @@ from onnx import numpy_helper
 from PIL import Image
 
 import lsast
-from lsast import BundleError, Stylizer, sampler
-from lsast.cli import main
-from lsast.metadata import read_record
+from lsast import BundleError, Stylizer
+from lsast.cli.main import main
+from lsast.images.metadata import read_record
+from lsast.sampling import sampler
+from lsast.sessions.engine_pool import Opener
 from lsast.stylizer import first_graphs
-from lsast.workshop import Opener
-from lsast_engines.bundle import Bundle
-from lsast_engines.engine import Engine
-from lsast_engines.spec import DECODER_SMALL, small_decoder_spec
+from lsast_engines.backends.base import Engine
+from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.graph_spec import DECODER_SMALL, small_decoder_spec
 
 
 @pytest.fixture(scope="session")

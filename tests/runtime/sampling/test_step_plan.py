@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lsast import Options
-from lsast.passes import Pass, graphs_of, lay_passes
+from lsast.sampling.step_plan import Pass, graphs_of, lay_passes
 
 PLAIN: dict[str, Any] = {
     "style": "monet", "steps": 10, "strength": 1.0, "guidance": 3.0, "control": 1.0, "size": 512, "solver": "ddim",

@@ -10,10 +10,10 @@ import pytest
 import lsast
 from large import borders
 from lsast import Stylizer
-from lsast.sampler import Floats
-from lsast.tiles import Grid, TiledDenoiser, decode, encode, hint_features, spread
-from lsast_engines.bundle import EMBEDDED
-from lsast_engines.spec import DECODER, DENOISER, ENCODER, HINT, Geometry, graph_specs
+from lsast.sampling.sampler import Floats
+from lsast.sampling.tiling import Grid, TiledDenoiser, decode, encode, hint_features, spread
+from lsast_engines.bundle.bundle import EMBEDDED
+from lsast_engines.bundle.graph_spec import DECODER, DENOISER, ENCODER, HINT, Geometry, graph_specs
 
 CANVASES = {
     "both axes": ((1024, 1536), 256),

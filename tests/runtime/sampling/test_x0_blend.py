@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lsast import sampler
-from lsast.x0_blend import X0Blend
-from lsast_engines.noise import NoiseSpec
-from lsast_engines.schedule import Schedule
-from lsast_engines.solvers import make_solver
-from lsast_engines.style import Style
+from lsast.sampling import sampler
+from lsast.sampling.x0_blend import X0Blend
+from lsast_engines.bundle.style import Style
+from lsast_engines.diffusion.noise_schedule import NoiseSpec
+from lsast_engines.diffusion.solvers import make_solver
+from lsast_engines.diffusion.timesteps import Schedule
 
 
 class _Wavy:

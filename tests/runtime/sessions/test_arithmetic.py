@@ -14,10 +14,10 @@ from PIL import Image
 
 import lsast
 from lsast import BackendError, Stylizer, UsageError
-from lsast.cli import main
-from lsast.workshop import Opener
-from lsast_engines.bundle import Bundle
-from lsast_engines.engine import Engine, open_engine
+from lsast.cli.main import main
+from lsast.sessions.engine_pool import Opener
+from lsast_engines.backends.base import Engine, open_engine
+from lsast_engines.bundle.bundle import Bundle
 
 
 class Overflowing:

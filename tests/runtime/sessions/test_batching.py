@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 import lsast
-from lsast import PictureError, Stylizer, UsageError, batches, sampler
-from lsast_engines.engine import available_backends
+from lsast import PictureError, Stylizer, UsageError
+from lsast.sampling import sampler
+from lsast.sessions import batching as batches
+from lsast_engines.backends.base import available_backends
 
 
 @pytest.fixture(scope="module", params=sorted(available_backends()))
@@ -30,7 +32,7 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sizes.append(len(rows))
         return denoise(engine, rows, *rest)
 
-    monkeypatch.setattr("lsast.sampler.denoise", counted)
+    monkeypatch.setattr("lsast.sampling.sampler.denoise", counted)
     return sizes
 
 

@@ -15,13 +15,13 @@ from click.testing import CliRunner
 from PIL import Image
 
 import lsast
-from lsast import building
-from lsast.building import build_engines
-from lsast.cli import main
-from lsast_engines import cuda
-from lsast_engines.bundle import Bundle
+from lsast.cli.main import main
+from lsast.sessions import build_engines as building
+from lsast.sessions.build_engines import build_engines
+from lsast_engines.backends.tensorrt import cuda
+from lsast_engines.backends.tensorrt.engine import find_engine
+from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.errors import BackendError, MissingExtraError, UsageError
-from lsast_engines.tensorrt import find_engine
 
 GPU = cuda.Gpu("Fake GPU", "8.9", 1 << 34)
 CUDA = SimpleNamespace(

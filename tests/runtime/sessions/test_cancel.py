@@ -17,7 +17,7 @@ from PIL import Image
 
 import lsast
 from lsast import CancelledError, CancelToken, Stylizer, UsageError
-from lsast_engines.bundle import EMBEDDED
+from lsast_engines.bundle.bundle import EMBEDDED
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def test_nothing_is_computed_for_a_preview_that_nobody_wants(
 
 def test_the_last_preview_is_the_painting_made_small() -> None:
     """On the embedded base, whose decoder undoes its encoder: the yardstick is the decoded painting itself."""
-    photo = Path(__file__).parents[2] / "docs" / "images" / "lighthouse.jpg"
+    photo = Path(__file__).parents[3] / "docs" / "images" / "lighthouse.jpg"
     with Image.open(photo) as image:
         rgb = np.asarray(image.convert("RGB").resize((128, 128)))
     shown: list[np.ndarray] = []

@@ -13,12 +13,12 @@ import pytest
 import lsast
 from fake_gpu import FakeCuda, FakeTrt, Kernel, Shapes, onnx_kernel, write_engine
 from lsast import BackendError, Stylizer, UsageError
-from lsast.sampler import NotFiniteError
-from lsast_engines import tensorrt
-from lsast_engines.bundle import Bundle
-from lsast_engines.engine_key import engine_folder
-from lsast_engines.profile import Ranges, Span
-from lsast_engines.spec import EVERY
+from lsast.sampling.sampler import NotFiniteError
+from lsast_engines.backends.tensorrt import engine as tensorrt
+from lsast_engines.backends.tensorrt.engine_record import engine_folder
+from lsast_engines.backends.tensorrt.shape_profile import Ranges, Span
+from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.graph_spec import EVERY
 
 RANGES = Ranges(Span(64, 64, 128), Span(1, 1, 3))
 LARGE = {"size": 0}

@@ -18,9 +18,9 @@ import pytest
 
 import lsast
 from lsast import Stylizer, UsageError
-from lsast.shelf import Shelf
-from lsast_engines.bundle import Bundle
-from lsast_engines.engine import available_backends
+from lsast.sessions.style_cache import Shelf
+from lsast_engines.backends.base import available_backends
+from lsast_engines.bundle.bundle import Bundle
 
 MIXES = ["vangogh", "monet", "vangogh:0.6+monet:0.4", "monet@up+vangogh@0-4", "vangogh@down"]
 

@@ -10,11 +10,11 @@ import pytest
 
 import lsast
 from lsast import Stylizer
-from lsast.coherence import Coherence, Follower, Motion, warped
-from lsast.x0_blend import X0Blend
-from lsast_engines.noise import NoiseSpec
-from lsast_engines.schedule import Schedule
-from lsast_engines.solvers import make_solver
+from lsast.sampling.x0_blend import X0Blend
+from lsast.video.optical_flow import Coherence, Follower, Motion, warped
+from lsast_engines.diffusion.noise_schedule import NoiseSpec
+from lsast_engines.diffusion.solvers import make_solver
+from lsast_engines.diffusion.timesteps import Schedule
 
 SHIFT = (3.0, -2.0)
 """How far the surface of every pixel of a moved picture was to the right and down, one frame earlier."""

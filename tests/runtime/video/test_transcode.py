@@ -19,8 +19,8 @@ from click.testing import CliRunner, Result
 
 import lsast
 from lsast import PictureError, Stylizer, UsageError
-from lsast.cli import main
-from lsast.video import check_video, paint_video
+from lsast.cli.main import main
+from lsast.video.transcode import check_video, paint_video
 
 av = pytest.importorskip("av", reason="needs the extra [video]")
 
@@ -32,7 +32,7 @@ SEGMENT = 6
 
 @pytest.fixture(autouse=True)
 def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lsast.video.SEGMENT", SEGMENT)
+    monkeypatch.setattr("lsast.video.transcode.SEGMENT", SEGMENT)
 
 
 @pytest.fixture(scope="module")

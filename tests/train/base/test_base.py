@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.models.attention_processor import AttnProcessor
 
-from lsast_train.base import Base
+from lsast_train.base.base import Base
 
 
 def _stock(network: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from lsast_engines.errors import TrainingError
-from lsast_train.compvis import (
+from lsast_train.checkpoints.compvis import (
     TEXT,
     VAE,
     controlnet_from_compvis,
@@ -20,7 +20,7 @@ from lsast_train.compvis import (
     vae_weights,
 )
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
+GOLDEN = Path(__file__).parents[4] / "shared" / "golden"
 
 SD15_LIKE = {
     "block_out_channels": (32, 32, 64, 64),

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lsast_engines.errors import TrainingError
-from lsast_train.restricted import load_module_tensors, load_tensors
+from lsast_train.checkpoints.safe_unpickle import load_module_tensors, load_tensors
 
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
+GOLDEN = Path(__file__).parents[4] / "shared" / "golden"
 
 LOADERS = [load_tensors, load_module_tensors]
 

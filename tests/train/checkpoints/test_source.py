@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from lsast_engines.errors import BundleError, LsastError, TrainingError, UsageError
 from lsast_export.__main__ import main as lsast_export
 from lsast_train.__main__ import main as lsast_train
-from lsast_train.base import load_base, open_base_parts
-from lsast_train.sources import BaseSource
+from lsast_train.base.base import load_base, open_base_parts
+from lsast_train.checkpoints.source import BaseSource
 
 NETWORKS = ("unet", "controlnet", "autoencoder", "text_encoder")
 
@@ -457,7 +457,7 @@ def test_without_a_network_the_error_says_how_to_download(hub: list[tuple[str, s
 def test_stored_files_equal_those_of_the_safetensors_library(compvis_base: Any, tmp_path: Path) -> None:
     from safetensors.torch import save
 
-    from lsast_train.weights import write_tensors
+    from lsast_train.checkpoints.weights import write_tensors
 
     a = {"x": torch.randn(3, 5), "n": torch.arange(4), "e": torch.zeros(0, 2)}
     b = {"s": torch.tensor(2.5), "w": torch.randn(4, 6).T}

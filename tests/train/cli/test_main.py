@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from lsast_train.__main__ import main
-from lsast_train.base import Base, load_base, save_base
-from lsast_train.prompts_file import load_prompts
+from lsast_train.base.base import Base, load_base, save_base
+from lsast_train.prompts.prompt_file import load_prompts
 
-ROOMS = os.pathsep.join(str(Path(__file__).parents[2] / room) for room in ("engines", "train"))
+ROOMS = os.pathsep.join(str(Path(__file__).parents[3] / room) for room in ("engines", "train"))
 BRIEF = ["--steps", "2", "--batch", "2", "--size", "64", "--precision", "fp32"]
 
 

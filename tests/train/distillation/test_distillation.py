@@ -12,25 +12,25 @@ import numpy as np
 import pytest
 import torch
 
+from lsast_engines.bundle.style import Style
+from lsast_engines.bundle.style_file import StyleFile
+from lsast_engines.diffusion.noise_schedule import NoiseSpec
+from lsast_engines.diffusion.solvers import make_solver
+from lsast_engines.diffusion.timesteps import Schedule
 from lsast_engines.errors import StyleError, TrainingError, UsageError
-from lsast_engines.noise import NoiseSpec
-from lsast_engines.schedule import Schedule
-from lsast_engines.solvers import make_solver
-from lsast_engines.style import Style
-from lsast_engines.style_file import StyleFile
 from lsast_train.__main__ import main
-from lsast_train.baked_base import baked_base
-from lsast_train.base import Base, save_base
-from lsast_train.distil_options import DistilOptions
-from lsast_train.distilled import distilled_meta
-from lsast_train.distilling import Distillation
-from lsast_train.interruption import InterruptionError
+from lsast_train.base.baked import baked_base
+from lsast_train.base.base import Base, save_base
+from lsast_train.base.kv_packing import pack
+from lsast_train.distillation.distillation import Distillation
+from lsast_train.distillation.options import DistilOptions
+from lsast_train.distillation.result import distilled_meta
+from lsast_train.distillation.source_style import SourceStyle, find_style, null_rows, read_source, recover_prompts
+from lsast_train.distillation.teacher import landing_eps, refined, shifted
 from lsast_train.mini.architecture import MiniConfig, build_mini
-from lsast_train.packed import pack
 from lsast_train.paintings import Collection
-from lsast_train.prompts_file import Prompts, load_prompts, save_prompts
-from lsast_train.source_style import SourceStyle, find_style, null_rows, read_source, recover_prompts
-from lsast_train.teaching import landing_eps, refined, shifted
+from lsast_train.prompts.prompt_file import Prompts, load_prompts, save_prompts
+from lsast_train.training.signals import InterruptionError
 
 BRIEF = DistilOptions(guidance=4.0, pictures=4, noised=2, teacher_steps=4, steps=80, batch=4, lr=0.1, size=64,
                       evaluate_every=40)  # fmt: skip
@@ -136,7 +136,7 @@ def test_of_a_linear_base_guidance_is_found_exactly(
     def eps(_: Any, latent: torch.Tensor, __: Any, kv: torch.Tensor, ___: Any) -> torch.Tensor:
         return 0.3 * latent + (kv.mean(0) @ mix)[:, None, None]
 
-    monkeypatch.setattr("lsast_train.baked_base.BakedBase.eps", eps)
+    monkeypatch.setattr("lsast_train.base.baked.BakedBase.eps", eps)
     source = _source(base)
     outcome = Distillation(base, source, collection, replace(BRIEF, steps=1), "hand-g4", tmp_path).run()
     assert (outcome.best_step, outcome.relative < 1e-4) == (0, True)
@@ -204,7 +204,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         Distillation(other, _source(other), collection, changed, "hand-g4", tmp_path / "parts", True).run()
     # What the teacher painted is not painted again.
     with monkeypatch.context() as patch:
-        patch.setattr("lsast_train.teaching.Teacher.states", None)
+        patch.setattr("lsast_train.distillation.teacher.Teacher.states", None)
         resumed = make("parts", resume=True).run()
     assert resumed.style.read_bytes() == straight.style.read_bytes()
     assert resumed.curve.read_text() == straight.curve.read_text()

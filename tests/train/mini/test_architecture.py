@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lsast_train.attention import cross_attention_layers
+from lsast_train.base.attention import cross_attention_layers
+from lsast_train.base.mini_autoencoder import MiniAutoencoder
+from lsast_train.base.style_encoder import PATCH, StyleEncoder
 from lsast_train.mini.architecture import MiniConfig, build_mini
-from lsast_train.mini.autoencoder import MiniAutoencoder
-from lsast_train.mini.style_encoder import PATCH, StyleEncoder
 
 
 def test_style_tokens_do_not_depend_on_where_a_patch_stands() -> None:
@@ -46,7 +46,7 @@ def test_heads_are_wide_enough_and_every_group_reads_the_context(config: MiniCon
     layers = cross_attention_layers(base.unet)
     assert {layer.group for layer in layers} == {"down", "mid", "up"}
     assert {layer.group for layer in cross_attention_layers(base.controlnet)} == {"down", "mid"}
-    # TensorRT refuses native attention with heads narrower than 16 channels (design/tensorrt.md).
+    # TensorRT refuses native attention with heads narrower than 16 channels (docs/mini.md).
     assert min(layer.width // layer.module.heads for layer in layers) >= 16
 
 

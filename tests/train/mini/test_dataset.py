@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lsast_engines.errors import TrainingError
-from lsast_engines.pictures import edge_map, read_picture
+from lsast_engines.images import edge_map, read_picture
 from lsast_train.mini.dataset import LatentDataset, build_cache, fit_picture, is_held_out
 
 

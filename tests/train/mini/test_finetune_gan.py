@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from lsast_train.mini.autoencoder import MiniAutoencoder
-from lsast_train.mini.autoencoder_training import Crops
-from lsast_train.mini.sharpening import (
+from lsast_train.base.mini_autoencoder import MiniAutoencoder
+from lsast_train.mini.finetune_gan import (
     PatchDiscriminator,
     SharpeningOptions,
     _losses,
@@ -23,6 +22,7 @@ from lsast_train.mini.sharpening import (
     sharpen_autoencoder,
     spoil,
 )
+from lsast_train.mini.train_autoencoder import Crops
 
 TINY = SharpeningOptions(steps=80, batch=4, crops=32, lr=6e-3, warmup=10, adversarial=0.002, matching=0.01)
 

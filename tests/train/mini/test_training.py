@@ -14,13 +14,13 @@ from diffusers import DDPMScheduler
 from safetensors.torch import load_file, save_file
 
 from lsast_engines.errors import TrainingError
-from lsast_train.base import load_base, save_base
+from lsast_train.base.base import load_base, save_base
+from lsast_train.base.mini_autoencoder import MiniAutoencoder
+from lsast_train.cli.mini import mini
 from lsast_train.mini.architecture import MiniConfig, build_mini
-from lsast_train.mini.autoencoder import MiniAutoencoder
-from lsast_train.mini.autoencoder_training import AutoencoderOptions, Crops, evaluate, load_teacher, train_autoencoder
-from lsast_train.mini.base_training import BaseTrainingOptions, Learner, learning_rate_factor, train_base
-from lsast_train.mini.cli import mini
 from lsast_train.mini.dataset import LatentDataset, build_cache
+from lsast_train.mini.train_autoencoder import AutoencoderOptions, Crops, evaluate, load_teacher, train_autoencoder
+from lsast_train.mini.train_unet import BaseTrainingOptions, Learner, learning_rate_factor, train_base
 
 TINY = BaseTrainingOptions(steps=6, batch=6, side=16, warmup=2, evaluate_every=100)
 

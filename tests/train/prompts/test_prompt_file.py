@@ -13,10 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lsast_engines.errors import StyleError
-from lsast_train.base import Base
-from lsast_train.prompt_space import PromptSpace
-from lsast_train.prompts_file import Prompts, UnboundPrompts, load_any_prompts, load_prompts, save_prompts
-from lsast_train.text_path import TextPath
+from lsast_train.base.base import Base
+from lsast_train.prompts.prompt_file import Prompts, UnboundPrompts, load_any_prompts, load_prompts, save_prompts
+from lsast_train.prompts.prompt_space import PromptSpace
+from lsast_train.prompts.text_encoder import TextPath
 
 FINGERPRINT = "ab" * 32
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from lsast_engines.errors import UsageError
-from lsast_train.base import Base
+from lsast_train.base.base import Base
 from lsast_train.mini.architecture import MiniConfig, build_mini
 from lsast_train.options import TrainOptions, Variant
-from lsast_train.prompt_space import PromptSpace, build_space, initial_context, matrix_table
-from lsast_train.text_path import TextPath
+from lsast_train.prompts.prompt_space import PromptSpace, build_space, initial_context, matrix_table
+from lsast_train.prompts.text_encoder import TextPath
 
 VARIANTS = get_args(Variant)
 KINDS = [(variant, "strided") for variant in VARIANTS] + [("step+layer", "overlap")]
@@ -33,7 +33,7 @@ def _space(**options: Any) -> PromptSpace:
 
 
 def _expected_matrix(variant: str, layout: str, stage: int, group: int) -> int:
-    """method.md §1.4 and the issue's list of variants, once more and by hand."""
+    """docs/method.md §1.4 and the issue's list of variants, once more and by hand."""
     if variant == "step+layer":
         return stage + group if layout == "overlap" else 3 * stage + group
     return {"step": stage, "layer": group, "global": 0}[variant]
@@ -255,7 +255,7 @@ def _never() -> torch.Tensor:
 
 
 def test_text_prompts_start_near_clips_word_a(text_base: Base) -> None:
-    """method.md §1.2: token 320."""
+    """docs/method.md §1.2: token 320."""
     word = text_base.text_encoder.get_input_embeddings().weight[320]
     space = build_space(text_base, _options(placeholder_tokens=2), _never)
     assert space.matrices.shape == (30, 2, 24)

@@ -1,4 +1,4 @@
-"""The released generator against diffusers' modules, which have the released names, and against method.md §1.3."""
+"""The released generator against diffusers' modules, which have the released names, and against docs/method.md §1.3."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from lsast_train.geglu import GegluGenerator
+from lsast_train.prompts.released_generator import GegluGenerator
 
 DIM = 12
 
@@ -56,7 +56,7 @@ def test_it_has_as_many_weights_as_the_released_one() -> None:
     constant = torch.zeros(768)
     with torch.device("meta"):
         generator = GegluGenerator(constant, 30)
-    assert sum(parameter.numel() for parameter in generator.parameters()) == 78_678_528  # method.md §1.3
+    assert sum(parameter.numel() for parameter in generator.parameters()) == 78_678_528  # docs/method.md §1.3
     assert generator.ff.net["2"].weight.shape == (30 * 768, 3072)
 
 

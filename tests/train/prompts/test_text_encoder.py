@@ -10,7 +10,7 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lsast_engines.errors import UsageError
-from lsast_train.text_path import TextPath
+from lsast_train.prompts.text_encoder import TextPath
 
 BOS, EOS, STAR = 998, 999, 265
 
@@ -59,7 +59,7 @@ def test_contexts_and_gradients_are_those_of_a_caption_with_a_word_of_its_own(to
 
 
 def test_the_first_token_of_every_context_is_that_of_the_empty_caption() -> None:
-    """method.md §2: causal layers; all later tokens see the placeholder."""
+    """docs/method.md §2: causal layers; all later tokens see the placeholder."""
     encoder = _encoder()
     contexts = TextPath(encoder).contexts(torch.randn(3, 1, 24))
     empty = encoder(torch.tensor([[BOS] + [EOS] * 76])).last_hidden_state[0]

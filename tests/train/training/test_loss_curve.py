@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lsast_train.curves import Curve, Evaluation, save_curve
+from lsast_train.training.loss_curve import Curve, Evaluation, save_curve
 
 
 def _curve() -> Curve:

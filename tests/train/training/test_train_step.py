@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from lsast_train.base import Base
+from lsast_train.base.base import Base
 from lsast_train.options import PRESETS, TrainOptions
 from train_step import training_step_cost
 
-ROOMS = os.pathsep.join(str(Path(__file__).parents[2] / room) for room in ("engines", "train", "benchmarks"))
+ROOMS = os.pathsep.join(str(Path(__file__).parents[3] / room) for room in ("engines", "train", "benchmarks"))
 
 FULL_SIZE = """
 import sys
@@ -25,9 +25,9 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 from dataclasses import replace
-from lsast_train.base import Base, BaseFacts
+from lsast_train.base.base import Base, BaseFacts
 from lsast_train.evaluation import round_unet
-from lsast_train.mini.autoencoder import MiniAutoencoder
+from lsast_train.base.mini_autoencoder import MiniAutoencoder
 from lsast_train.options import PRESETS
 from train_step import training_step_cost
 

@@ -1,7 +1,8 @@
 """Cross-attention whose context is chosen by layer group.
 
 diffusers hands one text context to every block of a U-Net. LSAST needs three: one for the encoder (`down`), one for
-the middle (`mid`) and one for the decoder (`up`) (method.md §1.4). Processors read them from a `ContextBox` that is
+the middle (`mid`) and one for the decoder (`up`) (docs/method.md §1.4). Processors read them from a `ContextBox` that
+is
 filled just before the call. The box is an object, not a list attribute, because torch.export replaces lists.
 """
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from ..options import Precision
 from .base import Base
-from .options import Precision
-from .packed import KeyValueBox, PackedLayers, baked_attention, hint_bypassed, pack
+from .kv_packing import KeyValueBox, PackedLayers, baked_attention, hint_bypassed, pack
 
 Residuals = tuple[list[torch.Tensor], torch.Tensor]
 """What ControlNet adds to the U-Net's skip connections, and to its middle."""

@@ -18,17 +18,17 @@ import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import nn
 
-from lsast_engines.bundle import MANIFEST, find_bundle
+from lsast_engines.bundle.bundle import MANIFEST, find_bundle
+from lsast_engines.diffusion.noise_schedule import NoiseSpec
 from lsast_engines.errors import BundleError, StyleError, TrainingError, UsageError, fault_list
 from lsast_engines.files import replace_file
-from lsast_engines.noise import NoiseSpec
 
+from ..checkpoints.found_parts import OpenWeights
+from ..checkpoints.source import BaseSource, ImportedBase, import_base, is_source
+from ..checkpoints.weights import OpenTensors, Weights, read_tensors, tensors_sha256, write_tensors
 from .attention import ContextBox, Contexts, install_grouped_attention
-from .findings import OpenWeights
-from .mini.autoencoder import MiniAutoencoder
-from .mini.style_encoder import StyleEncoder
-from .sources import BaseSource, ImportedBase, import_base, is_source
-from .weights import OpenTensors, Weights, read_tensors, tensors_sha256, write_tensors
+from .mini_autoencoder import MiniAutoencoder
+from .style_encoder import StyleEncoder
 
 FORMAT = 1
 """Format number of ``base.json``."""
@@ -115,7 +115,8 @@ class Base:
             latent: noised latents [B, 4, h, w].
             timestep: [B] in 0..train_steps-1.
             contexts: [B, 3, tokens, dim], a context for each layer group, or three of [B, tokens, dim].
-            edges: [B, 3, 8h, 8w] of 0 and 1; None leaves ControlNet out, as the released training does (method.md §3).
+            edges: [B, 3, 8h, 8w] of 0 and 1; None leaves ControlNet out, as the released training does
+            (docs/method.md §3).
             control_contexts: contexts of the ControlNet; `contexts` if None.
         """
         residuals: dict[str, Any] = {}
@@ -186,7 +187,7 @@ class BaseParts:
         if self.stored_null_context is not None:
             return self.stored_null_context
         encoder = self.load("text_encoder")
-        # Begin, then end to the last place: the end is the padding, too (method.md §2).
+        # Begin, then end to the last place: the end is the padding, too (docs/method.md §2).
         ids = torch.full((1, self.facts.tokens), encoder.config.eos_token_id)
         ids[0, 0] = encoder.config.bos_token_id
         with torch.no_grad():

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lsast_engines.manifest import AttentionLayer, Network
+from lsast_engines.bundle.manifest import AttentionLayer, Network
 
 from .attention import GROUPS, CrossAttentionLayer, attend, cross_attention_layers
 from .base import Base

@@ -24,7 +24,7 @@ class StyleEncoder(ModelMixin, ConfigMixin):
     """Latents [B, 4, h, w] → style tokens [B, tokens, dim], each token layer-normalised.
 
     Normalised, because un-normalised tokens of a trial run stayed a constant that the U-Net learned to ignore
-    (design/mini.md); with the statistics beside the learned features, because those are informative from step one.
+    (docs/mini.md); with the statistics beside the learned features, because those are informative from step one.
     """
 
     @register_to_config

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 
+from lsast_engines.diffusion.noise_schedule import NoiseSpec
 from lsast_engines.errors import TrainingError, UsageError
-from lsast_engines.noise import NoiseSpec
 
 from . import compvis
-from .findings import Findings, Part, UnetWeights
-from .repository import Repository, weight_files
+from .found_parts import Findings, Part, UnetWeights
+from .hub import Repository, weight_files
 from .weights import Weights, read_tensors
 
 FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")

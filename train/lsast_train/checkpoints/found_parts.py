@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lsast_engines.diffusion.noise_schedule import NoiseSpec
 from lsast_engines.errors import TrainingError, UsageError
-from lsast_engines.noise import NoiseSpec
 
 from .compvis import HEADS
 from .weights import Weights, shortened
@@ -20,7 +20,7 @@ Prediction = Literal["epsilon", "v_prediction"]
 
 UnetWeights = Literal["auto", "ema", "non-ema"]
 """Which weights of the U-Net to take: the averaged ones (EMA) if both are there, or one of them for certain. The
-release was trained on those that are not averaged (method.md §3)."""
+release was trained on those that are not averaged (docs/method.md §3)."""
 
 SCALE = 0.18215
 """Stable Diffusion 1.x's factor from the autoencoder's latents to the U-Net's, where no configuration names it."""

@@ -12,7 +12,7 @@ import torch
 from lsast_engines.errors import TrainingError, fault_list
 
 from . import compvis
-from .findings import Findings, UnetWeights
+from .found_parts import Findings, UnetWeights
 from .weights import read_tensors
 
 _EMA = "model_ema.diffusion_model"

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lsast_engines.diffusion.noise_schedule import NoiseSpec
 from lsast_engines.errors import TrainingError, UsageError, fault_list
-from lsast_engines.noise import NoiseSpec
 
 from . import compvis
 from .diffusers_folder import FILES, add_from, controlnet_config, diffusers_weights, read_folder
-from .findings import Findings, OpenWeights, Part, Prediction, UnetWeights
-from .repository import Folder, Repository, is_hub_id, open_hub, weight_files
+from .found_parts import Findings, OpenWeights, Part, Prediction, UnetWeights
+from .hub import Folder, Repository, is_hub_id, open_hub, weight_files
 from .single_file import foreign, read_single_file
 from .weights import PICKLED, Weights, read_tensors
 

@@ -14,11 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from lsast_engines.bundle.safetensors_header import encode_header
 from lsast_engines.errors import TrainingError, fault_list
 from lsast_engines.files import replace_file
-from lsast_engines.safetensors_header import encode_header
 
-from .restricted import load_tensors
+from .safe_unpickle import load_tensors
 
 PICKLED = (".ckpt", ".pth", ".pt", ".bin")
 """Endings of PyTorch's pickled files."""

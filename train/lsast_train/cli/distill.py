@@ -10,10 +10,10 @@ from typing import Any, get_args
 import click
 
 from lsast_engines.cli import Command, debug_option, log_to_stderr
-from lsast_engines.schedule import ENDS_INSIDE
+from lsast_engines.diffusion.timesteps import ENDS_INSIDE
 
-from .distil_options import DistilOptions, Kind
-from .options import CHOICES
+from ..distillation.options import DistilOptions, Kind
+from ..options import CHOICES
 
 _DEFAULTS = {field.name: field.default for field in fields(DistilOptions)}
 
@@ -76,11 +76,11 @@ def distil(
     options = DistilOptions(**knobs)
     import torch
 
-    from .base import load_base, stored_base
-    from .distilling import Distillation
-    from .paintings import Collection
-    from .source_style import find_style, read_source
-    from .sources import BaseSource
+    from ..base.base import load_base, stored_base
+    from ..checkpoints.source import BaseSource
+    from ..distillation.distillation import Distillation
+    from ..distillation.source_style import find_style, read_source
+    from ..paintings import Collection
 
     if threads is not None:
         torch.set_num_threads(threads)

@@ -15,7 +15,7 @@ import click
 from lsast_engines.cli import Group, debug_option, log_to_stderr
 from lsast_engines.errors import MissingExtraError, UsageError
 
-from .options import CHOICES, PRESETS
+from ..options import CHOICES, PRESETS
 
 _LIBRARIES = ("torch", "diffusers", "accelerate", "matplotlib")
 """What the extra [train] installs."""
@@ -112,7 +112,7 @@ def command(
 def mini(arguments: tuple[str, ...]) -> None:
     """Train the small base `mini` itself."""
     require_train_extra()
-    group: click.Group = importlib.import_module("lsast_train.mini.cli").mini
+    group: click.Group = importlib.import_module("lsast_train.cli.mini").mini
     _run(group, arguments)
 
 
@@ -121,7 +121,7 @@ def mini(arguments: tuple[str, ...]) -> None:
 def distil(arguments: tuple[str, ...]) -> None:
     """Bake guidance into a style: one pass a step gives what two give."""
     require_train_extra()
-    from .distil_command import distil as distil_command
+    from .distill import distil as distil_command
 
     _run(distil_command, arguments)
 
@@ -153,11 +153,11 @@ def _learn(
     import torch
     from accelerate import Accelerator
 
-    from .base import load_base
-    from .evaluation import round_unet
-    from .inversion import Inversion
-    from .paintings import Collection
-    from .sources import BaseSource
+    from ..base.base import load_base
+    from ..checkpoints.source import BaseSource
+    from ..evaluation import round_unet
+    from ..inversion import Inversion
+    from ..paintings import Collection
 
     if threads is not None:
         torch.set_num_threads(threads)

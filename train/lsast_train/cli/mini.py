@@ -13,15 +13,15 @@ import torch
 
 from lsast_engines.cli import Command, debug_option
 from lsast_engines.errors import PictureError
-from lsast_engines.pictures import find_pictures
+from lsast_engines.images import find_pictures
 
-from ..base import load_base, save_base
-from .architecture import MiniConfig, build_mini
-from .autoencoder import MiniAutoencoder
-from .autoencoder_training import AutoencoderOptions, Crops, load_teacher, train_autoencoder
-from .base_training import BaseTrainingOptions, train_base
-from .dataset import LatentDataset, build_cache
-from .sharpening import SharpeningOptions, sharpen_autoencoder
+from ..base.base import load_base, save_base
+from ..base.mini_autoencoder import MiniAutoencoder
+from ..mini.architecture import MiniConfig, build_mini
+from ..mini.dataset import LatentDataset, build_cache
+from ..mini.finetune_gan import SharpeningOptions, sharpen_autoencoder
+from ..mini.train_autoencoder import AutoencoderOptions, Crops, load_teacher, train_autoencoder
+from ..mini.train_unet import BaseTrainingOptions, train_base
 
 log = logging.getLogger("lsast.train.mini")
 

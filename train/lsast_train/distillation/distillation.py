@@ -25,21 +25,21 @@ from tqdm import tqdm
 
 from lsast_engines.errors import TrainingError, UsageError, fault_list
 
-from .baked_base import BakedBase, baked_base
-from .base import Base
-from .checkpoint import load_checkpoint, save_checkpoint
-from .curves import Curve, Evaluation, save_curve
-from .distil_options import DistilOptions
-from .distilled import DistilFiles, DistilOutcome, distilled_meta, write_distilled
-from .evaluation import Purpose, seeded
-from .interruption import InterruptionError, NotedSignals
-from .inversion import place
-from .lessons_file import Side, load_lessons, save_lessons
-from .options import style_name_faults
-from .paintings import Collection
+from ..base.baked import BakedBase, baked_base
+from ..base.base import Base
+from ..evaluation import Purpose, seeded
+from ..inversion import place
+from ..options import style_name_faults
+from ..paintings import Collection
+from ..training.checkpoint import load_checkpoint, save_checkpoint
+from ..training.loss_curve import Curve, Evaluation, save_curve
+from ..training.signals import InterruptionError, NotedSignals
+from .options import DistilOptions
+from .result import DistilFiles, DistilOutcome, distilled_meta, write_distilled
 from .source_style import SourceStyle, null_rows
 from .student import KeyValueStudent, PromptStudent
-from .teaching import States, Teacher, read_content, student_schedule
+from .teacher import States, Teacher, read_content, student_schedule
+from .teacher_cache import Side, load_lessons, save_lessons
 
 log = logging.getLogger("lsast.train")
 

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from lsast_engines.diffusion.timesteps import ENDS_INSIDE
 from lsast_engines.errors import UsageError, fault_list
-from lsast_engines.schedule import ENDS_INSIDE
 
-from .options import Precision
+from ..options import Precision
 
 Kind = Literal["kv", "prompts"]
 """What is moved: the U-Net's keys and values themselves, or the 30 prompts that keys and values are projected from."""

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
+from lsast_engines.bundle.style_defaults import GUIDANCE_BAKED, read_style_defaults, write_style_defaults
 from lsast_engines.errors import UsageError, fault_list
-from lsast_engines.style_defaults import GUIDANCE_BAKED, read_style_defaults, write_style_defaults
 
-from .base import Base
-from .distil_options import DistilOptions
-from .inversion import versions
-from .prompt_space import matrix_table
-from .prompts_file import Prompts, save_prompts
+from ..base.base import Base
+from ..inversion import versions
+from ..prompts.prompt_file import Prompts, save_prompts
+from ..prompts.prompt_space import matrix_table
+from .options import DistilOptions
 from .source_style import SourceStyle, style_of
 from .student import KeyValueStudent, PromptStudent
 

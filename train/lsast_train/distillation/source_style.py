@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-from lsast_engines.bundle import MANIFEST, Bundle
+from lsast_engines.bundle.bundle import MANIFEST, Bundle
+from lsast_engines.bundle.style import Style
+from lsast_engines.bundle.style_file import StyleFile
 from lsast_engines.errors import StyleError
-from lsast_engines.style import Style
-from lsast_engines.style_file import StyleFile
 
-from .attention import GROUPS
-from .base import Base, check_fingerprint
-from .distil_options import Kind
-from .packed import PackedLayers, pack
-from .prompts_file import load_prompts
+from ..base.attention import GROUPS
+from ..base.base import Base, check_fingerprint
+from ..base.kv_packing import PackedLayers, pack
+from ..prompts.prompt_file import load_prompts
+from .options import Kind
 
 LARGEST_RESIDUAL = 0.01
 """Part of the keys and values, by norm, that prompts recovered from them may leave unexplained; half precision leaves

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .attention import GROUPS
-from .packed import PackedLayers
+from ..base.attention import GROUPS
+from ..base.kv_packing import PackedLayers
 
 Rows = tuple[torch.Tensor, torch.Tensor]
 """Keys and values of U-Net [T, Wu] and ControlNet [T, Wc]."""

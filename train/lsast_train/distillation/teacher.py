@@ -21,15 +21,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lsast_engines.noise import NoiseSpec
-from lsast_engines.pictures import edge_map
-from lsast_engines.schedule import Schedule, Step
-from lsast_engines.solvers import Solver, make_solver
+from lsast_engines.diffusion.noise_schedule import NoiseSpec
+from lsast_engines.diffusion.solvers import Solver, make_solver
+from lsast_engines.diffusion.timesteps import Schedule, Step
+from lsast_engines.images import edge_map
 
-from .baked_base import BakedBase
-from .distil_options import DistilOptions
-from .evaluation import Purpose, seeded
-from .paintings import Painting, view
+from ..base.baked import BakedBase
+from ..evaluation import Purpose, seeded
+from ..paintings import Painting, view
+from .options import DistilOptions
 from .source_style import SourceStyle
 
 BATCH = 8
@@ -132,7 +132,7 @@ class Teacher:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Guided and unguided noise, [B, 4, h, w] each, of latents whose timesteps [B] are all of one stage.
 
-        ControlNet is asked once, with the style, and answers for both halves, as in the runtime (method.md §4.5).
+        ControlNet is asked once, with the style, and answers for both halves, as in the runtime (docs/method.md §4.5).
         """
         device = self.baked.device
         latent, timestep, hint = latent.to(device), timestep.to(device), hint.to(device)
@@ -224,7 +224,7 @@ class Teacher:
 
 
 def stage_of(t: int, noise: NoiseSpec, stages: int) -> int:
-    """The stage of a timestep, as `lsast_engines.schedule.Step` has it."""
+    """The stage of a timestep, as `lsast_engines.diffusion.timesteps.Step` has it."""
     return t * stages // noise.train_steps
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save
 
 from lsast_engines.files import replace_file
 
-from .teaching import Content, States
+from .teacher import Content, States
 
 Side = tuple[Content, States]
 """Pictures, and the states of their paintings."""

@@ -8,9 +8,9 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import nn
 
-from ..base import Base, BaseFacts
-from .autoencoder import MiniAutoencoder
-from .style_encoder import StyleEncoder
+from ..base.base import Base, BaseFacts
+from ..base.mini_autoencoder import MiniAutoencoder
+from ..base.style_encoder import StyleEncoder
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _wake_zero_convolutions(controlnet: ControlNetModel) -> None:
     """Small random weights in ControlNet's zero convolutions.
 
     Zeros protect a *frozen* U-Net; trained jointly from nothing they keep the edges out for hundreds of steps
-    (design/mini.md: edges were followed within 300 steps only after this).
+    (docs/mini.md: edges were followed within 300 steps only after this).
     """
     zero = [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]
     for convolution in [*zero, controlnet.controlnet_cond_embedding.conv_out]:

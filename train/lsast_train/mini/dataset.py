@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from lsast_engines.errors import PictureError, TrainingError
 from lsast_engines.files import replace_file
-from lsast_engines.pictures import edge_map, find_pictures, read_picture
+from lsast_engines.images import edge_map, find_pictures, read_picture
 
 log = logging.getLogger("lsast.train.mini")
 
@@ -153,7 +153,7 @@ class LatentDataset:
             (y, x), (v, u) = (rng.integers(0, [latent.shape[1] - n + 1, latent.shape[2] - n + 1]) for _ in "ab")
             crop, other = latent[:, y : y + n, x : x + n], latent[:, v : v + n, u : u + n]
             edge = np.unpackbits(bits[8 * y : 8 * (y + n), x : x + n], axis=1)
-            if rng.random() < 0.5:  # mirroring latents is a fair approximation of mirroring the picture (mini.md)
+            if rng.random() < 0.5:  # mirroring latents is a fair approximation of mirroring the picture (docs/mini.md)
                 crop, other, edge = crop[..., ::-1], other[..., ::-1], edge[:, ::-1]
             if n < side:
                 crop, other = (np.pad(c, ((0, 0), (0, side - n), (0, side - n)), mode="reflect") for c in (crop, other))

@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from lsast_engines.files import replace_file
 
-from ..checkpoint import load_checkpoint, save_checkpoint
-from .autoencoder import MiniAutoencoder
-from .autoencoder_training import Crops, psnr
+from ..base.mini_autoencoder import MiniAutoencoder
+from ..training.checkpoint import load_checkpoint, save_checkpoint
+from .train_autoencoder import Crops, psnr
 
 log = logging.getLogger("lsast.train.mini")
 

@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from lsast_engines.errors import PictureError, TrainingError
 from lsast_engines.files import replace_file
-from lsast_engines.pictures import find_pictures, read_picture
-from lsast_engines.pictures import psnr as picture_psnr
+from lsast_engines.images import find_pictures, read_picture
+from lsast_engines.images import psnr as picture_psnr
 
-from ..checkpoint import load_checkpoint, save_checkpoint
-from .autoencoder import MiniAutoencoder
+from ..base.mini_autoencoder import MiniAutoencoder
+from ..training.checkpoint import load_checkpoint, save_checkpoint
 from .dataset import PAINTED_SIDE, fit_picture, is_held_out
 
 log = logging.getLogger("lsast.train.mini")

@@ -1,7 +1,7 @@
 """Training of mini's U-Net, ControlNet and style encoder, jointly and from nothing.
 
 v-prediction instead of noise prediction: palette and stroke are decided at high noise, where a noise-weighted loss
-hardly counts an error of the picture; there the tokens must be worth reading (design/mini.md). The exported graph
+hardly counts an error of the picture; there the tokens must be worth reading (docs/mini.md). The exported graph
 still gives noise.
 """
 
@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from lsast_engines.files import replace_file
 
-from ..base import Base
-from ..checkpoint import load_checkpoint, save_checkpoint
+from ..base.base import Base
+from ..training.checkpoint import load_checkpoint, save_checkpoint
 from .dataset import LatentDataset, Window
 
 log = logging.getLogger("lsast.train.mini")
@@ -157,7 +157,7 @@ def learning_rate_factor(step: int, options: BaseTrainingOptions) -> float:
 def token_gain(learner: Learner, data: LatentDataset, side: int, count: int = 32) -> list[dict[str, float]]:
     """What the tokens are worth on held-out pictures, per stage: v-errors with null, own, another's and label tokens.
 
-    The *token gain* is null minus own (design/mini.md); without it the prompt space has nothing to hold on to.
+    The *token gain* is null minus own (docs/mini.md); without it the prompt space has nothing to hold on to.
     """
     rng = np.random.default_rng(1234)
     window = data.window(rng.choice(data.held_out, count, replace=len(data.held_out) < count), side, rng)

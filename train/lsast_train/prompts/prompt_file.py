@@ -25,11 +25,11 @@ from safetensors.torch import save
 from lsast_engines.errors import StyleError, UsageError, fault_list
 from lsast_engines.files import replace_file
 
-from .attention import GROUPS
-from .base import Base, check_fingerprint
-from .options import Generator, Gradient, Layout, Variant, choice_faults, style_name_faults
+from ..base.attention import GROUPS
+from ..base.base import Base, check_fingerprint
+from ..options import Generator, Gradient, Layout, Variant, choice_faults, style_name_faults
 from .prompt_space import STAGES, PromptSpace, matrix_count, matrix_table
-from .text_path import TextPath
+from .text_encoder import TextPath
 
 FORMAT = 2
 """Format number of prompt files."""

@@ -21,14 +21,14 @@ from torch import nn
 
 from lsast_engines.errors import UsageError, fault_list
 
-from .attention import GROUPS
-from .base import Base
-from .geglu import FACTOR, GegluGenerator
-from .options import Generator, Gradient, Layout, TrainOptions, Variant, choice_faults
-from .text_path import TextPath
+from ..base.attention import GROUPS
+from ..base.base import Base
+from ..options import Generator, Gradient, Layout, TrainOptions, Variant, choice_faults
+from .released_generator import FACTOR, GegluGenerator
+from .text_encoder import TextPath
 
 STAGES = 10
-"""Equal parts of the noise schedule; stage 0 is the clean end (method.md §1.4)."""
+"""Equal parts of the noise schedule; stage 0 is the clean end (docs/method.md §1.4)."""
 
 NOISE = 0.01
 """Spread of the matrices around their start, relative to its root mean square: no two start alike."""
@@ -47,7 +47,7 @@ def matrix_table(variant: Variant, layout: Layout = "strided", stages: int = STA
     """Index k of the matrix that serves each stage and layer group, int64 [stages, 3].
 
     ``step+layer`` gives 3s + l (30 matrices) or, overlapping, s + l: 12 matrices, each serving three stages in turn
-    (the released code makes 30 and never reads the other 18, method.md §8.1). ``step`` gives s, ``layer`` l and
+    (the released code makes 30 and never reads the other 18, docs/method.md §8.1). ``step`` gives s, ``layer`` l and
     ``global`` 0.
     """
     stage = torch.arange(stages)[:, None].expand(stages, len(GROUPS))
@@ -166,7 +166,7 @@ class PromptSpace(nn.Module):
 
         Only the matrices of these stages are read, so only they get a gradient. With ``gradient="decoder"`` the
         contexts of `down` and `mid` are constants, so nothing before the decoder is kept for the way back; the released
-        code runs that part without gradient, to the same effect (method.md §3).
+        code runs that part without gradient, to the same effect (docs/method.md §3).
 
         Args:
             timestep: in 0..train_steps-1.

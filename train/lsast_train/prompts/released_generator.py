@@ -1,6 +1,7 @@
 """The generator of the released code: every matrix from one constant vector, through one block of a transformer.
 
-method.md §1.3 with x = context = e, one token: x₁ = e + A₁(LN₁ e), x₂ = x₁ + A₂(LN₂ x₁; e), P = W_f (u · GELU(g)) + b
+docs/method.md §1.3 with x = context = e, one token: x₁ = e + A₁(LN₁ e), x₂ = x₁ + A₂(LN₂ x₁; e), P = W_f (u ·
+GELU(g)) + b
 with [u; g] = W_p LN₃(x₂) + b; no residual around the last part. Attention over a single token is linear in its value:
 queries, keys and LN₂ never get a gradient. They are kept so that released weights fit, key by key.
 """
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 HEADS = 8
-"""Heads of both attentions (method.md §1.3)."""
+"""Heads of both attentions (docs/method.md §1.3)."""
 
 INNER = 512
 """Channels of queries, keys and values: 8 heads of 64."""
@@ -31,7 +32,8 @@ class GegluGenerator(nn.Module):
     beside them the state holds ``constant``.
 
     Args:
-        constant: e, [dim]: in the release CLIP's embedding of the token ``a`` (method.md §1.2). It is never trained.
+        constant: e, [dim]: in the release CLIP's embedding of the token ``a`` (docs/method.md §1.2). It is never
+        trained.
         count: matrices.
         tokens: rows of a matrix; 1 in the release.
         inner: channels of queries, keys and values, a multiple of `HEADS`.

@@ -1,4 +1,4 @@
-"""From an embedding of the placeholder to a context, through a frozen CLIP text encoder (method.md §2).
+"""From an embedding of the placeholder to a context, through a frozen CLIP text encoder (docs/method.md §2).
 
 The caption is the placeholder alone. Its ids are BOS, the placeholder's n tokens, then EOS to the end; the
 placeholder's rows of the token embedding are replaced by P_k, position embeddings are added, and the encoder's causal
@@ -16,7 +16,7 @@ import torch
 from lsast_engines.errors import UsageError
 
 A_TOKEN = 320
-"""CLIP's id of the word ``a``, the constant that the released generator starts from (method.md §1.2)."""
+"""CLIP's id of the word ``a``, the constant that the released generator starts from (docs/method.md §1.2)."""
 
 
 class TextPath:

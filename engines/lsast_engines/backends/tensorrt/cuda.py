@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import BackendError, MissingExtraError
+from ...errors import BackendError, MissingExtraError
 
 
 @dataclass(frozen=True)

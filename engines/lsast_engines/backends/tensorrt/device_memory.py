@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...errors import BackendError
 from .cuda import checked
-from .errors import BackendError
 
 Array = npt.NDArray[Any]
 

@@ -18,10 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from ...bundle.graph_spec import GraphSpec
+from ...errors import BackendError, fault_list
+from ..base import Arithmetic, Array, CheckedEngine
 from .cuda import Gpu, gpus, load_cuda
 from .device_memory import Buffer, Graph, Stream
-from .engine import Arithmetic, Array, CheckedEngine
-from .engine_key import (
+from .engine_record import (
     SUFFIX,
     EngineRecord,
     Library,
@@ -29,10 +31,8 @@ from .engine_key import (
     graph_digest,
     verified_record,
 )
-from .errors import BackendError, fault_list
-from .profile import Profile, Shape, output_shapes, require_in_profile
-from .spec import GraphSpec
-from .tensorrt_library import MODULES, Kernels, check_engine, load_library, make_logger
+from .library import MODULES, Kernels, check_engine, load_library, make_logger
+from .shape_profile import Profile, Shape, output_shapes, require_in_profile
 
 _log = logging.getLogger("lsast.tensorrt")
 
@@ -94,7 +94,7 @@ def compile_command(bundle: Path, library: Library, arithmetic: str, gpu: Gpu) -
 
 
 class TensorRtEngine(CheckedEngine):
-    """A compiled engine on the first GPU. See `lsast_engines.engine.Engine`."""
+    """A compiled engine on the first GPU. See `lsast_engines.backends.base.Engine`."""
 
     def __init__(
         self,

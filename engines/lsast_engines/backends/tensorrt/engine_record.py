@@ -19,10 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from .errors import BackendError, BundleError, fault_list
-from .files import cache_home, file_sha256, replace_file
-from .manifest import Manifest
-from .profile import Profile, profile_from_json, profile_to_json
+from ...bundle.manifest import Manifest
+from ...errors import BackendError, BundleError, fault_list
+from ...files import cache_home, file_sha256, replace_file
+from .shape_profile import Profile, profile_from_json, profile_to_json
 
 FORMAT = 2
 """Raised when records are written otherwise, or when compiling makes another graph of the same file."""

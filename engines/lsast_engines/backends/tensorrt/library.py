@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from .engine_key import Library
-from .errors import BackendError, MissingExtraError, fault_list
-from .files import replace_file
-from .profile import Profile
-from .spec import GraphSpec, TensorSpec
+from ...bundle.graph_spec import GraphSpec, TensorSpec
+from ...errors import BackendError, MissingExtraError, fault_list
+from ...files import replace_file
+from .engine_record import Library
+from .shape_profile import Profile
 
 _log = logging.getLogger("lsast.tensorrt")
 

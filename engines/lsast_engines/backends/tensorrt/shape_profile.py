@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .errors import BackendError, UsageError, fault_list
-from .spec import GraphSpec, TensorSpec, halvings
+from ...bundle.graph_spec import GraphSpec, TensorSpec, halvings
+from ...errors import BackendError, UsageError, fault_list
 
 Shape = tuple[int, ...]
 

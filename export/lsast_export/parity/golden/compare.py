@@ -2,7 +2,8 @@
 
 Both sides share what the runtime runs: `Schedule` and the solver ``released``. In torch the denoiser is the base as it
 is trained, contexts projected inside each attention; on a backend it is the exported ``hint`` and ``denoiser`` graphs
-fed with baked keys and values, as `lsast.sampler.denoise` feeds them. Keys and values stay float32 here, style files
+fed with baked keys and values, as `lsast.sampling.sampler.denoise` feeds them. Keys and values stay float32 here,
+style files
 hold halves. The residuals, which the denoiser keeps to itself, are read off a copy of its graph that has them as
 further outputs and is otherwise the same.
 
@@ -25,15 +26,15 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from lsast_engines.diffusion.solvers import make_solver
 from lsast_engines.errors import ExportError, ParityError, fault_list
-from lsast_engines.solvers import make_solver
-from lsast_train.base import Base, BaseFacts
-from lsast_train.compvis import HEADS, UNET, controlnet_from_compvis, section, unet_from_compvis
+from lsast_train.base.base import Base, BaseFacts
+from lsast_train.checkpoints.compvis import HEADS, UNET, controlnet_from_compvis, section, unet_from_compvis
 from lsast_train.evaluation import noise_error
-from lsast_train.prompt_space import PromptSpace
+from lsast_train.prompts.prompt_space import PromptSpace
 
-from .exporter import require_backend
-from .golden_denoisers import Denoiser, EngineDenoiser, TorchDenoiser, export_graphs
+from ...bundle.export import require_backend
+from .denoisers import Denoiser, EngineDenoiser, TorchDenoiser, export_graphs
 from .golden_set import RESIDUAL, STAGES, GoldenSet
 
 Array = npt.NDArray[np.float32]
@@ -73,7 +74,7 @@ def check_golden(
 
     Args:
         golden: the set.
-        backend: `TORCH`, or one of `lsast_engines.engine.EXTRAS`.
+        backend: `TORCH`, or one of `lsast_engines.backends.base.EXTRAS`.
         tolerance: largest error that passes.
         progress: told each phase.
 
@@ -238,7 +239,7 @@ def _sampling_errors(golden: GoldenSet, denoiser: Denoiser) -> Iterator[tuple[st
 
 
 def _training_errors(base: Base, golden: GoldenSet) -> dict[str, float]:
-    """Our training step on the recorded contexts: gradient by the decoder only, matrix s + l (method.md §3)."""
+    """Our training step on the recorded contexts: gradient by the decoder only, matrix s + l (docs/method.md §3)."""
     errors: dict[str, float] = {}
     for case in golden.training:
         space = PromptSpace(case.contexts[0], "step+layer", "direct", "overlap", "decoder", stages=STAGES)

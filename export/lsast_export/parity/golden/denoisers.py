@@ -14,16 +14,16 @@ import onnx_ir as ir
 import torch
 from safetensors.torch import save_file
 
-from lsast_engines.engine import Engine, open_engine
+from lsast_engines.backends.base import Engine, open_engine
+from lsast_engines.bundle.graph_spec import DENOISER, HINT, GraphSpec, TensorSpec, graph_specs
 from lsast_engines.errors import ExportError, fault_list
-from lsast_engines.spec import DENOISER, HINT, GraphSpec, TensorSpec, graph_specs
-from lsast_train.base import Base
+from lsast_train.base.base import Base
 
-from .bake import bake_style
+from ...graphs.external_weights import save_graph
+from ...graphs.modules import geometry, graph_module
+from ...graphs.trace import trace
+from ...styles.bake import bake_style
 from .golden_set import RESIDUAL, GoldenSet
-from .graphs import geometry, graph_module
-from .trace import trace
-from .weights import save_graph
 
 Array = npt.NDArray[np.float32]
 
@@ -103,7 +103,7 @@ class EngineDenoiser:
         base: what was exported.
         golden: hint and contexts.
         folder: where `export_graphs` wrote to.
-        backend: see `lsast_engines.engine.open_engine`.
+        backend: see `lsast_engines.backends.base.open_engine`.
 
     Raises:
         BackendError, MissingExtraError: the backend is not there or cannot load a graph.

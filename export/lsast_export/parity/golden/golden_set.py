@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from lsast_engines.schedule import Schedule
-from lsast_train.attention import GROUPS
+from lsast_engines.diffusion.timesteps import Schedule
+from lsast_train.base.attention import GROUPS
 
 STAGES = 10
 """Stages of the released code."""
@@ -62,7 +62,7 @@ class GoldenSet:
     """None where the unconditional half was not computed: guidance 1."""
     sliced: bool
     """Whether the U-Net saw the contexts of each stage. With guidance 1 the released code hands all of them over
-    unsliced, so that 0, 1 and 2 serve every stage, but for ControlNet (method.md §8.6)."""
+    unsliced, so that 0, 1 and 2 serve every stage, but for ControlNet (docs/method.md §8.6)."""
     start_latent: torch.Tensor
     """[B, 4, h, w], as `final_latent`."""
     final_latent: torch.Tensor
@@ -76,7 +76,7 @@ class GoldenSet:
     """What was concluded where the metadata says nothing."""
 
     def style_contexts(self, stage: int) -> torch.Tensor:
-        """The style's contexts of one stage, [B, 3, T, dim]: number s + l for layer group l (method.md §1.4)."""
+        """The style's contexts of one stage, [B, 3, T, dim]: number s + l for layer group l (docs/method.md §1.4)."""
         return self.contexts[stage : stage + len(GROUPS)].transpose(0, 1)
 
     def unet_contexts(self, stage: int) -> list[torch.Tensor]:

@@ -24,15 +24,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lsast_engines.diffusion.noise_schedule import NoiseSpec
+from lsast_engines.diffusion.timesteps import Schedule
 from lsast_engines.errors import ExportError, UsageError, fault_list
-from lsast_engines.noise import NoiseSpec
-from lsast_engines.schedule import Schedule
-from lsast_train.attention import GROUPS
+from lsast_train.base.attention import GROUPS
 
 from .golden_set import RESIDUAL, STAGES, GoldenSet, TrainingCase
 
 _STEPS, _GUIDANCE = 50, 10.0
-"""What the released code is called with (method.md §4), for sets that say nothing."""
+"""What the released code is called with (docs/method.md §4), for sets that say nothing."""
 
 
 def read_golden(prefix: Path) -> GoldenSet:

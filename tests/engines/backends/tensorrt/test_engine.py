@@ -10,8 +10,8 @@ import pytest
 
 from fake_denoiser import SPEC, inputs, step
 from fake_gpu import FakeCuda, FakeTrt
+from lsast_engines.backends.tensorrt.engine import TensorRtEngine
 from lsast_engines.errors import BackendError
-from lsast_engines.tensorrt import TensorRtEngine
 
 Compiled = Callable[..., Path]
 Open = Callable[..., TensorRtEngine]

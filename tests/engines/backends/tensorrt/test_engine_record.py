@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from lsast_engines.bundle import EMBEDDED, Bundle
-from lsast_engines.engine_key import (
+from lsast_engines.backends.tensorrt.engine_record import (
     EngineKey,
     EngineRecord,
     engine_folder,
@@ -19,9 +18,10 @@ from lsast_engines.engine_key import (
     record_path,
     verified_record,
 )
+from lsast_engines.backends.tensorrt.shape_profile import Ranges, ShapeSpan, Span, output_shapes, require_in_profile
+from lsast_engines.bundle.bundle import EMBEDDED, Bundle
+from lsast_engines.bundle.graph_spec import Cut, Geometry, graph_specs, part_specs
 from lsast_engines.errors import BackendError, UsageError
-from lsast_engines.profile import Ranges, ShapeSpan, Span, output_shapes, require_in_profile
-from lsast_engines.spec import Cut, Geometry, graph_specs, part_specs
 
 GEOMETRY = Geometry(hint_channels=6, tokens=8, unet_width=40, control_width=16)
 SPECS = graph_specs(GEOMETRY)

@@ -11,9 +11,9 @@ import pytest
 
 from fake_denoiser import SPEC
 from fake_gpu import FakeCuda
+from lsast_engines.backends.tensorrt.engine import TensorRtEngine
+from lsast_engines.backends.tensorrt.shape_profile import Ranges, Span
 from lsast_engines.errors import BackendError
-from lsast_engines.profile import Ranges, Span
-from lsast_engines.tensorrt import TensorRtEngine
 
 Compiled = Callable[..., Path]
 Open = Callable[..., TensorRtEngine]

@@ -1,6 +1,7 @@
 """The released sampler and its networks once more, in plain functions on tensors in CompVis naming.
 
-Written from method.md §4 and the layout of CompVis's files, without diffusers and without our own code, so that sets
+Written from docs/method.md §4 and the layout of CompVis's files, without diffusers and without our own code, so that
+sets
 of any architecture, schedule and shape can be recorded. The released code itself recorded ``../shared/golden``; that
 this module repeats it is a test of its own.
 """
@@ -246,7 +247,7 @@ def random_weights(recipe: Recipe) -> tuple[dict[str, torch.Tensor], dict[str, t
 
 @torch.no_grad()
 def sample(inputs: dict[str, Any], unet_state: Any, control_state: Any, recipe: Recipe) -> dict[str, torch.Tensor]:
-    """The released image-to-image run (method.md §4.3-5) from z0, noise, hint, contexts, unconditional."""
+    """The released image-to-image run (docs/method.md §4.3-5) from z0, noise, hint, contexts, unconditional."""
     u, c = (
         Scope({key: value.float() for key, value in state.items()}, prefix)
         for state, prefix in ((unet_state, UNET), (control_state, CONTROL))

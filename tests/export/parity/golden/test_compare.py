@@ -13,11 +13,11 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 from lsast_engines.errors import ExportError, LsastError, ParityError
-from lsast_export.golden import GoldenReport, check_golden
-from lsast_export.golden_command import golden_command
-from lsast_export.golden_reader import read_golden
+from lsast_export.cli.golden import golden_command
+from lsast_export.parity.golden.compare import GoldenReport, check_golden
+from lsast_export.parity.golden.reader import read_golden
 
-SHARED = Path(__file__).parents[3] / "shared" / "golden" / "tiny_a"
+SHARED = Path(__file__).parents[5] / "shared" / "golden" / "tiny_a"
 needs_shared = pytest.mark.skipif(
     not Path(f"{SHARED}_io.safetensors").is_file(), reason="needs ../shared/golden, which the released code recorded"
 )
@@ -140,7 +140,7 @@ def test_what_differs_is_named(record: Any, change: Any, expected: set[str]) -> 
 
 
 def test_noise_of_the_first_step_instead_of_one_point_more_is_seen(record: Any) -> None:
-    # What diffusers' image-to-image does, and the released code does not (method.md §4.4).
+    # What diffusers' image-to-image does, and the released code does not (docs/method.md §4.4).
     from diffusers import DDIMScheduler
 
     def change(tensors: Tensors) -> None:

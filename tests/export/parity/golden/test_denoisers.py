@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from lsast_engines.engine import available_backends
+from lsast_engines.backends.base import available_backends
 from lsast_engines.errors import MissingExtraError
-from lsast_export import golden, golden_denoisers
-from lsast_export.golden_command import golden_command
-from lsast_export.golden_reader import read_golden
+from lsast_export.cli.golden import golden_command
+from lsast_export.parity.golden import compare as golden
+from lsast_export.parity.golden import denoisers as golden_denoisers
+from lsast_export.parity.golden.reader import read_golden
 
-SHARED = Path(__file__).parents[3] / "shared" / "golden" / "tiny_a"
+SHARED = Path(__file__).parents[5] / "shared" / "golden" / "tiny_a"
 BACKENDS = sorted(available_backends())
 
 SHALLOW: dict[str, Any] = {"channel_mult": (1,), "num_heads": 2}
@@ -81,7 +82,7 @@ def test_what_differs_is_seen_on_a_backend_too(
 def test_a_backend_that_is_not_there_is_told_before_minutes_are_spent(
     record: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lsast_export.exporter.available_backends", lambda: {"onnxruntime": ["cpu"]})
+    monkeypatch.setattr("lsast_export.bundle.export.available_backends", lambda: {"onnxruntime": ["cpu"]})
     monkeypatch.setattr(golden, "golden_base", lambda _: pytest.fail("work was begun"))
     with pytest.raises(MissingExtraError, match=r"lsast\[openvino\]"):
         golden.check_golden(read_golden(record(**SHALLOW)), "openvino")

@@ -1,0 +1,1 @@
+"""The mathematics of sampling: noise schedule, timesteps, solvers."""

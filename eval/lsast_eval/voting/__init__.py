@@ -1,0 +1,1 @@
+"""Blind votes: the page and the counting."""

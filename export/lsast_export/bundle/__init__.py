@@ -1,0 +1,1 @@
+"""Writing bundles, adding graphs to them, checking them."""

@@ -1,0 +1,1 @@
+"""Whether the exported graphs compute what torch computes."""

@@ -1,0 +1,1 @@
+"""From prompts to a style: keys and values of every cross-attention layer."""

@@ -1,0 +1,1 @@
+"""Compiling a bundle's graphs into TensorRT engines."""

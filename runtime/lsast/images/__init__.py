@@ -1,0 +1,1 @@
+"""The picture around the algorithm: canvas, mask, preview, metadata."""

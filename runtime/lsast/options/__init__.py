@@ -1,0 +1,1 @@
+"""What a caller may set, and where the defaults come from."""

@@ -1,0 +1,1 @@
+"""The sampling algorithm of the paper, and what wraps its parts."""

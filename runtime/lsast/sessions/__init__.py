@@ -1,0 +1,1 @@
+"""Open engines and styles, shared by threads, batches and event loops."""

@@ -1,0 +1,1 @@
+"""Videos: decoding and encoding, and frames that follow each other."""

@@ -1,0 +1,1 @@
+"""The frozen base: networks, attention by layer group, keys and values."""

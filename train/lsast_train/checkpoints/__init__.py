@@ -1,0 +1,1 @@
+"""Reading the weights that others wrote, in every layout they come in."""

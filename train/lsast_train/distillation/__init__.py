@@ -1,0 +1,1 @@
+"""Guidance distillation: one pass of the U-Net instead of two."""

@@ -1,0 +1,1 @@
+"""The prompt space, its generators and its file."""
