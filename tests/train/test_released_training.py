@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from safetensors.torch import load_file
 
+from golden_sets import GoldenFiles, both_sets
 from lsast_train.base.base import Base, BaseFacts
 from lsast_train.base.mini_autoencoder import MiniAutoencoder
 from lsast_train.checkpoints.compvis import controlnet_from_compvis, unet_from_compvis
@@ -20,8 +20,6 @@ from lsast_train.inversion import Inversion
 from lsast_train.options import PRESETS
 from lsast_train.paintings import Collection
 from lsast_train.prompts.prompt_space import PromptSpace
-
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 
 
 def _space(contexts: torch.Tensor) -> PromptSpace:
@@ -97,27 +95,26 @@ def test_nothing_before_the_decoder_is_kept_for_the_way_back(base: Base) -> None
     assert seen == {"conv_in": False, "mid_block": False, "up_blocks.0": False, "conv_out": True}
 
 
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason="needs ../shared/golden")
-@pytest.mark.parametrize("number", range(5))
-def test_loss_and_gradient_are_those_of_the_released_code(number: int) -> None:
-    weights = {part: load_file(GOLDEN / f"tiny_a_{part}.safetensors") for part in ("unet", "control", "train")}
+@both_sets
+def test_noise_error_of_a_released_training_step_is_the_recorded_one(golden: GoldenFiles) -> None:
+    tokens, dim = golden.tensors("io")["unconditional"].shape
     base = Base(
-        BaseFacts("golden", "sd15", "epsilon", 77, 128, 0.18215),
+        BaseFacts("golden", "sd15", "epsilon", tokens, 128, 0.18215),
         "0" * 64,
-        unet_from_compvis(weights["unet"], heads=2),
-        controlnet_from_compvis(weights["control"], heads=2),
+        unet_from_compvis(golden.tensors("unet"), heads=golden.heads),
+        controlnet_from_compvis(golden.tensors("control"), heads=golden.heads),
         MiniAutoencoder((4, 4, 4), (4, 4, 4)),
-        torch.zeros(77, 64),
+        torch.zeros(tokens, dim),
     )
-    given = {key[2:]: value for key, value in weights["train"].items() if key.startswith(f"{number}_")}
-    space = _space(given["contexts"][:12])
-    loss = noise_error(base, space, given["z"], given["noise"], given["t"], "fp32").mean()
-    torch.autograd.backward(loss)
-    assert loss.item() == pytest.approx(given["loss"].item(), rel=1e-5)
-    assert _touched(space) == given["grad_index"].tolist()
-    assert space.matrices.grad is not None
-    error = (space.matrices.grad[given["grad_index"]][0] - given["grad"]).abs().max() / given["grad"].abs().max()
-    assert error < 1e-4
+    for given in golden.training_cases():
+        space = _space(given["contexts"][:12])
+        loss = noise_error(base, space, given["z"], given["noise"], given["t"], "fp32").mean()
+        torch.autograd.backward(loss)
+        assert loss.item() == pytest.approx(given["loss"].item(), rel=1e-5)
+        assert _touched(space) == given["grad_index"].tolist()
+        assert space.matrices.grad is not None
+        error = (space.matrices.grad[given["grad_index"]][0] - given["grad"]).abs().max() / given["grad"].abs().max()
+        assert error < 1e-4
 
 
 def test_the_released_preset_trains_the_generators_last_rows_of_decoder_prompts_only(

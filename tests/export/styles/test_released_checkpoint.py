@@ -6,19 +6,17 @@ import copy
 import json
 import logging
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from click.testing import CliRunner, Result
-from safetensors.torch import load_file
 from torch import nn
 
+import released_lsast
+from golden_sets import GoldenFiles, TransformerBlock, both_sets, save_checkpoint
 from lsast_engines.errors import StyleError, TrainingError, UsageError
 from lsast_export.cli.import_ import import_command
 from lsast_export.styles.install import bake_prompts, check_prompts, read_prompts
@@ -28,70 +26,18 @@ from lsast_train.base.kv_packing import pack
 from lsast_train.checkpoints.source import BaseSource
 from lsast_train.prompts.prompt_file import Prompts, UnboundPrompts, load_any_prompts, load_prompts
 
-GOLDEN = Path(__file__).parents[4] / "shared" / "golden"
 DIM = 64
-
-
-class CrossAttention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.to_q, self.to_k, self.to_v = (nn.Linear(DIM, 512, bias=False) for _ in range(3))
-        self.to_out = nn.Sequential(nn.Linear(512, DIM), nn.Dropout(0.1))
-
-
-class GEGLU(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj = nn.Linear(DIM, 8 * DIM)
-
-
-class FeedForward(nn.Module):
-    def __init__(self, out: int) -> None:
-        super().__init__()
-        self.net = nn.Sequential(GEGLU(), nn.Dropout(0.1), nn.Linear(4 * DIM, out))
-
-
-class TransformerBlock(nn.Module):
-    """The released module's parts and names (docs/method.md §1.3, §3); its formula is `_closed_form`."""
-
-    def __init__(self, matrices: int = 30) -> None:
-        super().__init__()
-        self.attn1, self.attn2, self.ff = CrossAttention(), CrossAttention(), FeedForward(matrices * DIM)
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(DIM) for _ in range(3))
-
-
-def _closed_form(block: TransformerBlock, e: torch.Tensor) -> torch.Tensor:
-    """docs/method.md §1.3: attention over one token is linear, without dropout."""
-    x = e + block.attn1.to_out[0](block.attn1.to_v(block.norm1(e)))
-    x = x + block.attn2.to_out[0](block.attn2.to_v(e))
-    value, gate = block.ff.net[0].proj(block.norm3(x)).chunk(2)
-    made: torch.Tensor = block.ff.net[2](value * F.gelu(gate))
-    return made.view(-1, DIM)
 
 
 Save = Callable[..., Path]
 
 
 @pytest.fixture
-def save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Save:
-    """Pickles a generator as the released code does, whole, in training mode, under names that exist nowhere else."""
+def save(tmp_path: Path) -> Save:
+    """Pickles a checkpoint as the released code does."""
 
     def write(content: dict[str, Any], name: str = "embeddings_gs-99999.pt") -> Path:
-        places: dict[str, list[type]] = {
-            "ldm": [],
-            "ldm.modules": [],
-            "ldm.modules.attention": [CrossAttention, GEGLU, FeedForward],
-            "ldm.modules.embedding_manager": [TransformerBlock],
-        }
-        with monkeypatch.context() as patch:
-            for place, kinds in places.items():
-                module = ModuleType(place)
-                for kind in kinds:
-                    patch.setattr(kind, "__module__", place)
-                    setattr(module, kind.__name__, kind)
-                patch.setitem(sys.modules, place, module)
-            torch.save(content, tmp_path / name)
-        return tmp_path / name
+        return save_checkpoint(content, tmp_path / name)
 
     return write
 
@@ -99,7 +45,7 @@ def save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Save:
 @pytest.fixture
 def block() -> TransformerBlock:
     torch.manual_seed(0)
-    made = TransformerBlock()
+    made = TransformerBlock(DIM)
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.1)
     return made
@@ -150,13 +96,14 @@ def test_a_checkpoint_gives_what_its_module_gives_without_dropout(
     e = content["initial_embeddings"][0]
     assert torch.equal(released.constant, e)
     assert (released.embeddings.shape, released.stages) == ((30, 1, DIM), 10)
-    torch.testing.assert_close(released.embeddings[:, 0], _closed_form(block, e), rtol=1e-4, atol=1e-5)
+    expected = released_lsast.generator(block.state_dict(), e)
+    torch.testing.assert_close(released.embeddings[:, 0], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason="needs ../shared/golden")
-def test_the_thirty_outputs_are_those_of_the_released_code() -> None:
-    released = read_released(GOLDEN / "embeddings_gs-99999.pt")
-    expected = load_file(GOLDEN / "generator_io.safetensors")
+@both_sets
+def test_read_released_gives_the_recorded_embeddings(golden: GoldenFiles) -> None:
+    released = read_released(golden.checkpoint)
+    expected = golden.generator()
     assert torch.equal(released.constant[None], expected["initial"])
     error = (released.embeddings[:, 0] - expected["prompts"]).abs().max() / expected["prompts"].abs().max()
     assert error < 1e-5
@@ -231,7 +178,7 @@ def test_all_that_is_no_released_checkpoint_is_named(save: Save, content: dict[s
     with pytest.raises(StyleError, match=r"initial_embeddings: found nothing; expected \[1, dim\]"):
         read_released(save({"attention": block}))
     with pytest.raises(StyleError, match=r"found 1280 rows; expected 3 · stages · 64"):
-        read_released(save({**content, "attention": TransformerBlock(20)}))
+        read_released(save({**content, "attention": TransformerBlock(DIM, 20)}))
     with pytest.raises(TrainingError):
         read_released(tmp_path / "nowhere.pt")
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from golden_sets import GoldenFiles, both_sets
 from lsast_engines.errors import TrainingError
 from lsast_train.checkpoints.compvis import (
     TEXT,
@@ -19,8 +18,6 @@ from lsast_train.checkpoints.compvis import (
     unet_from_compvis,
     vae_weights,
 )
-
-GOLDEN = Path(__file__).parents[4] / "shared" / "golden"
 
 SD15_LIKE = {
     "block_out_channels": (32, 32, 64, 64),
@@ -117,12 +114,11 @@ def test_what_is_missing_left_over_or_of_another_shape_is_named(compvis_base: An
         unet_from_compvis({"something": torch.zeros(1)})
 
 
-def test_the_released_code_computed_the_same_noise_and_residuals() -> None:
-    if not GOLDEN.is_dir():
-        pytest.skip(f"needs {GOLDEN}")
-    io = load_file(GOLDEN / "tiny_a_io.safetensors")
-    unet = unet_from_compvis(load_file(GOLDEN / "tiny_a_unet.safetensors"), heads=2)
-    controlnet = controlnet_from_compvis(load_file(GOLDEN / "tiny_a_control.safetensors"), heads=2)
+@both_sets
+def test_networks_of_a_released_run_give_the_recorded_noise_and_residuals(golden: GoldenFiles) -> None:
+    io = golden.tensors("io")
+    unet = unet_from_compvis(golden.tensors("unet"), heads=golden.heads)
+    controlnet = controlnet_from_compvis(golden.tensors("control"), heads=golden.heads)
     # Unconditional half: one context for every block, so that stock diffusers can run it.
     latent, time = io["latents_in"][:1], io["timesteps"][:1]
     stage = int(time) // 100

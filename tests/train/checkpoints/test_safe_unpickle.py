@@ -17,13 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
+from golden_sets import GoldenFiles, both_sets
 from lsast_engines.errors import TrainingError
 from lsast_train.checkpoints.safe_unpickle import load_module_tensors, load_tensors
-
-GOLDEN = Path(__file__).parents[4] / "shared" / "golden"
 
 LOADERS = [load_tensors, load_module_tensors]
 
@@ -138,14 +136,14 @@ def test_module_tensors_have_the_names_of_the_state_dict(tmp_path: Path, caplog:
         load_tensors(path)
 
 
-def test_the_released_format_is_read() -> None:
-    if not GOLDEN.is_dir():
-        pytest.skip(f"needs {GOLDEN}")
-    found = load_module_tensors(GOLDEN / "embeddings_gs-99999.pt")
-    assert found["attention.attn1.to_q.weight"].shape == (512, 64)
-    assert found["attention.ff.net.2.weight"].shape == (30 * 64, 256)
-    initial = load_file(GOLDEN / "generator_io.safetensors")["initial"]
-    assert torch.equal(found["initial_embeddings"], initial)
+@both_sets
+def test_load_module_tensors_of_a_released_checkpoint_gives_its_tensors(golden: GoldenFiles) -> None:
+    found = load_module_tensors(golden.checkpoint)
+    initial = golden.generator()["initial"]
+    assert torch.equal(found["initial_embeddings"].float(), initial)
+    dim = initial.shape[1]
+    assert found["attention.ff.net.2.weight"].shape == (30 * dim, 4 * dim)
+    assert found["attention.attn1.to_q.weight"].shape[1] == dim
 
 
 @pytest.mark.parametrize("loader", LOADERS)

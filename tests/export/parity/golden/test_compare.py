@@ -1,4 +1,4 @@
-"""`lsast-export golden` on sets recorded by the independent sampler of conftest.py, and on ``../shared/golden``."""
+"""`lsast-export golden` on sets recorded by the independent sampler of tests/oracles, and by the released code."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from safetensors.torch import load_file
 
+import released_lsast
+from golden_sets import GoldenFiles, both_sets
 from lsast_engines.errors import ExportError, LsastError, ParityError
 from lsast_export.cli.golden import golden_command
 from lsast_export.parity.golden.compare import GoldenReport, check_golden
 from lsast_export.parity.golden.reader import read_golden
+from lsast_train.checkpoints.safe_unpickle import load_module_tensors
 
-SHARED = Path(__file__).parents[5] / "shared" / "golden" / "tiny_a"
-needs_shared = pytest.mark.skipif(
-    not Path(f"{SHARED}_io.safetensors").is_file(), reason="needs ../shared/golden, which the released code recorded"
-)
 Tensors = dict[str, torch.Tensor]
 
 
@@ -74,24 +72,35 @@ def test_torch_repeats_what_was_recorded(record: Any, recipe: dict[str, Any]) ->
     )
 
 
-@needs_shared
-def test_torch_repeats_the_released_code() -> None:
-    report = check(SHARED)
+@both_sets
+def test_check_golden_of_a_released_run_passes(golden: GoldenFiles) -> None:
+    report = check(golden.prefix)
     assert report.passed, report.errors
-    assert {"train_loss", "train_gradient", "train_gradient_elsewhere", "control_residual_12"} <= report.errors.keys()
+    assert {"train_loss", "train_gradient", "train_gradient_elsewhere", "control_residual_06"} <= report.errors.keys()
     assert report.errors["train_gradient_elsewhere"] == 0
 
 
-@needs_shared
-def test_the_independent_sampler_repeats_the_released_code(reference: Any) -> None:
-    # Without this the recorded sets above would prove nothing about the released code.
-    golden = load_file(f"{SHARED}_io.safetensors")
-    recipe = reference["recipe"](num_heads=2, steps=50, strength=0.7, guidance=10.0)
-    networks = [load_file(f"{SHARED}_{name}.safetensors") for name in ("unet", "control")]
-    found = reference["sample"](golden, *networks, recipe)
+def _assert_near(found: torch.Tensor, expected: torch.Tensor, name: str) -> None:
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()), msg=name)
+
+
+@both_sets
+def test_oracle_repeats_the_recording(golden: GoldenFiles) -> None:
+    # On the released code's recording: without it, sets that the oracle writes prove nothing about that code.
+    unet, control, recorded = (golden.tensors(part) for part in ("unet", "control", "io"))
+    found = released_lsast.sample(recorded, unet, control, golden.heads, golden.steps, golden.strength, golden.guidance)
     for name, value in found.items():
-        scale = float(golden[name].abs().max())
-        torch.testing.assert_close(value.float(), golden[name].float(), rtol=0, atol=1e-5 * scale, msg=name)
+        _assert_near(value, recorded[name].float(), name)
+    for case in golden.training_cases():
+        loss, index, gradient = released_lsast.training_step(
+            unet, case["z"], case["noise"], int(case["t"]), case["contexts"], golden.heads
+        )
+        assert [index] == case["grad_index"].tolist()
+        assert loss == pytest.approx(case["loss"].item(), rel=1e-5)
+        _assert_near(gradient, case["grad"], "grad")
+    made = golden.generator()
+    state = {name.removeprefix("attention."): value for name, value in load_module_tensors(golden.checkpoint).items()}
+    _assert_near(released_lsast.generator(state, made["initial"][0]), made["prompts"], "prompts")
 
 
 def _exchange(name: str, other: str) -> Callable[[Tensors], None]:

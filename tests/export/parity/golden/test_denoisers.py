@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from golden_sets import GoldenFiles, both_sets
 from lsast_engines.backends.base import available_backends
 from lsast_engines.errors import MissingExtraError
 from lsast_export.cli.golden import golden_command
@@ -17,7 +18,6 @@ from lsast_export.parity.golden import compare as golden
 from lsast_export.parity.golden import denoisers as golden_denoisers
 from lsast_export.parity.golden.reader import read_golden
 
-SHARED = Path(__file__).parents[5] / "shared" / "golden" / "tiny_a"
 BACKENDS = sorted(available_backends())
 
 SHALLOW: dict[str, Any] = {"channel_mult": (1,), "num_heads": 2}
@@ -106,8 +106,8 @@ def test_deep_networks_repeat_what_was_recorded(record: Any, recipe: dict[str, A
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path(f"{SHARED}_io.safetensors").is_file(), reason="needs ../shared/golden")
+@both_sets
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_exported_graphs_repeat_the_released_code(backend: str) -> None:
-    result = CliRunner().invoke(golden_command, [str(SHARED), "--backend", backend])
+def test_golden_command_of_a_released_run_passes_on_a_backend(golden: GoldenFiles, backend: str) -> None:
+    result = CliRunner().invoke(golden_command, [str(golden.prefix), "--backend", backend])
     assert result.exit_code == 0, result.output
