@@ -1,0 +1,99 @@
+"""The pages: every link leads somewhere, the README is short, and its commands run word for word."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    path
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")]
+    if not path.is_relative_to(ROOT / ".venv")
+)
+README = ROOT / "README.md"
+
+
+def _prose(page: Path) -> str:
+    """The text of a page without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def _anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ +(.+)$", _prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def _links(page: Path) -> list[str]:
+    return [link for link in re.findall(r"\]\(([^)\s]+)\)", _prose(page)) if not re.match(r"[a-z]+:", link)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_page_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
+    broken = []
+    for link in _links(page):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in _anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+def test_index_names_every_page() -> None:
+    index = ROOT / "docs" / "README.md"
+    linked = {(index.parent / link.partition("#")[0]).resolve() for link in _links(index)}
+    assert {path for path in PAGES if path.is_relative_to(ROOT / "docs") and path != index} <= linked
+
+
+def test_readme_has_at_most_120_lines_and_one_table() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
+    assert len(re.findall(r"^\|[-|]+\|$", text, re.MULTILINE)) == 1
+
+
+def _readme_commands() -> list[str]:
+    """The lines of the README's shell blocks, without those that make or fill a virtual environment."""
+    blocks = re.findall(r"^```sh\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    return [line for line in lines if not line.startswith(("python3 -m venv", "pip install"))]
+
+
+def test_readme_commands_run_word_for_word_on_a_clean_clone(tmp_path: Path) -> None:
+    """With the packages that are installed here; that they install is what `.ci/run` shows."""
+    clone = tmp_path / "clone"
+    shutil.copytree(ROOT / "docs" / "images", clone / "docs" / "images")
+    paths = [ROOT / room for room in ("engines", "eval", "export", "runtime", "train")]
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, module in (("run", "lsast"), ("train", "lsast_train"), ("export", "lsast_export")):
+        command = commands / f"lsast-{name}"
+        command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m {module} "$@"\n', encoding="utf-8")
+        command.chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "LSAST_HOME": str(tmp_path / "home"),
+    }
+    script = "\n".join(["set -e", *_readme_commands()])
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=clone, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in ("painted.png", "monet.png", "mix.png", "mine.png", "painted/lighthouse.jpg"):
+        assert (clone / name).is_file(), name
+
+
+def test_readme_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "painted.png").is_file()
