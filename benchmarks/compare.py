@@ -59,7 +59,7 @@ SDCPP = "stable-diffusion.cpp"
 @click.option("--row", "texts", metavar="NAME: KEY=VALUE,…", multiple=True, help="A row besides; see above.")
 @click.option("--only-rows", is_flag=True, help="Neither peers nor presets: the --row alone.")
 @click.option("--peer", "peers", multiple=True, default=(REFERENCE, "diffusers"), show_default=True)
-@click.option("--peer-arithmetic", "types", multiple=True, default=("fp32", "bf16"), show_default=True)
+@click.option("--peer-compute-dtype", "types", multiple=True, default=("fp32", "bf16"), show_default=True)
 @click.option("--base", type=click.Path(exists=True), help=f"What {SDCPP} reads: a base in diffusers' format.")
 @click.option("--controlnet", type=click.Path(exists=True), help="Its ControlNet, in diffusers' format.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures.")
@@ -124,7 +124,7 @@ def measured(
     report["not_measured"] = absent({name for name, _ in peers})
 
     def all_rows() -> Iterator[Row]:
-        yield from (peer_row(name, arithmetic, peer_task, rates) for name, arithmetic in peers)
+        yield from (peer_row(name, compute_dtype, peer_task, rates) for name, compute_dtype in peers)
         with tempfile.TemporaryDirectory() as scratch:
             picture = Path(scratch) / "picture.png"
             write_test_picture(picture, task["size"])
@@ -139,18 +139,18 @@ def measured(
     return report
 
 
-def peer_row(name: str, arithmetic: str, task: Row, rates: Rates) -> Row:
+def peer_row(name: str, compute_dtype: str, task: Row, rates: Rates) -> Row:
     """Measure a peer."""
-    label = f"{name} {arithmetic}"
+    label = f"{name} {compute_dtype}"
     say(label)
-    row: Row = {"name": label, "by": name, "arithmetic": arithmetic, "preset": None, "extrapolated": None}
+    row: Row = {"name": label, "by": name, "compute_dtype": compute_dtype, "preset": None, "extrapolated": None}
     if name == SDCPP and importlib.util.find_spec("stable_diffusion_cpp") is None:
         return {**row, "error": "stable-diffusion-cpp-python is not installed"}
     environment = {} if task["threads"] is None else dict.fromkeys(THREAD_VARIABLES, str(task["threads"]))
     script = Path(__file__).with_name("peer_sdcpp.py" if name == SDCPP else "peers.py")
     done = subprocess.run(
         [sys.executable, str(script), name],
-        input=json.dumps({**task, "arithmetic": arithmetic}),
+        input=json.dumps({**task, "compute_dtype": compute_dtype}),
         stdout=subprocess.PIPE,
         env={**os.environ, **environment},
         text=True,
@@ -160,7 +160,7 @@ def peer_row(name: str, arithmetic: str, task: Row, rates: Rates) -> Row:
     found = json.loads(done.stdout)
     measured, total = found["counted_steps"], found["run_steps"]
     pictures, steps = whole(found["pictures"], found["steps"], measured, total)
-    best = best_rate(rates, arithmetic)
+    best = best_rate(rates, compute_dtype)
     gmac, gmac_step = (found[key] and found[key] / 1e9 for key in ("macs_picture", "macs_step"))
     return {
         **row,
@@ -188,14 +188,14 @@ def whole(
 def our_row(own: Own, task: Row, rates: Rates) -> Row:
     """Measure one of ours."""
     row = measure(own.configuration, {**task, "bundle": own.bundle}, cold=False, progress=say)
-    head = {"name": f"lsast {own.name}", "by": "lsast", "arithmetic": row["arithmetic"], "preset": row["preset"]}
+    head = {"name": f"lsast {own.name}", "by": "lsast", "compute_dtype": row["compute_dtype"], "preset": row["preset"]}
     head |= {"bundle": own.bundle, "options": row["options"], "extrapolated": None, "error": row["error"]}
     if row["error"]:
         return head
     add_macs([row], rates, task["threads"])
     warm = row["warm"]
     steps = warm["step"]["n"] // max(1, task["repeats"])
-    once = {"encoder", "hint"} | {name for name in warm["graphs"] if name.startswith("decoder")}
+    once = {"vae_encoder", "controlnet_cond"} | {name for name in warm["graphs"] if name.startswith("vae_decoder")}
     inner = [graph for name, graph in warm["graphs"].items() if name not in once]
     gmac_step = sum(g["gmac"] * sum(group["runs"] for group in g["shapes"]) for g in inner) / steps
     best = best_rate(rates, warm["limit"])

@@ -50,7 +50,7 @@ def line(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
         f"{row['picture']['median']:.3g} ({row['picture']['spread']:.2g}){extrapolation(row)}",
         ratio(row, base(rows, "fp32"), "picture"),
         f"{row['steps']} of {row['step']['median']:.3g} ({row['step']['spread']:.2g})",
-        ratio(row, base(rows, row["arithmetic"]), "step"),
+        ratio(row, base(rows, row["compute_dtype"]), "step"),
         "-" if row["gmac"] is None else f"{row['gmac']:.0f}",
         "-" if row["step_fraction"] is None else f"{row['step_fraction']:.0%}",
         "-" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}",
@@ -62,9 +62,11 @@ def extrapolation(row: Row) -> str:
     return "" if row["extrapolated"] is None else f", from {row['extrapolated']} steps"
 
 
-def base(rows: Sequence[Row], arithmetic: str) -> Row | None:
+def base(rows: Sequence[Row], compute_dtype: str) -> Row | None:
     """The reference in an arithmetic, if it was measured."""
-    found = [row for row in rows if row["by"] == REFERENCE and row["arithmetic"] == arithmetic and not row["error"]]
+    found = [
+        row for row in rows if row["by"] == REFERENCE and row["compute_dtype"] == compute_dtype and not row["error"]
+    ]
     return found[0] if found else None
 
 

@@ -36,10 +36,10 @@ class Own:
             raise UsageError(f"found the row {text!r}; expected NAME: key=value, key=value")
         given = {key.strip(): value.strip() for key, _, value in pairs}
         bundle = str(find_bundle(given.pop("bundle", bundle)))
-        backend, arithmetic = parse_backend(given.pop("backend", "onnxruntime"))
+        backend, compute_dtype = parse_backend(given.pop("backend", "onnxruntime"))
         preset = given.pop("preset", None)
         options = {key: value for key, (value,) in parse_axes([f"{k}={v}" for k, v in given.items()]).items()}
-        chosen = Configuration(backend=backend, arithmetic=arithmetic, preset=preset, options=options, size=size)
+        chosen = Configuration(backend=backend, compute_dtype=compute_dtype, preset=preset, options=options, size=size)
         return cls(name.strip(), bundle, chosen)
 
 
@@ -48,9 +48,9 @@ def rows_of_ours(
 ) -> list[Own]:
     """Every backend with every preset, then those of `texts`."""
     ours = [
-        Own(f"{preset}, {backend} {arithmetic}", bundle, Configuration(**how, preset=preset, size=size))
-        for backend, arithmetic in map(parse_backend, backends)
-        for how in [{"backend": backend, "arithmetic": arithmetic}]
+        Own(f"{preset}, {backend} {compute_dtype}", bundle, Configuration(**how, preset=preset, size=size))
+        for backend, compute_dtype in map(parse_backend, backends)
+        for how in [{"backend": backend, "compute_dtype": compute_dtype}]
         for preset in presets or [name for name in OURS if name in PRESETS]
     ]
     return ours + [Own.parse(text, bundle, size) for text in texts]

@@ -36,8 +36,8 @@ Step = Callable[[], None]
 class Case:
     """A bundle, and random inputs of its denoiser."""
 
-    def __init__(self, bundle: Bundle, size: int, batch: int, device: str, arithmetic: str) -> None:
-        self.bundle, self.device, self.arithmetic, self.batch = bundle, device, arithmetic, batch
+    def __init__(self, bundle: Bundle, size: int, batch: int, device: str, compute_dtype: str) -> None:
+        self.bundle, self.device, self.compute_dtype, self.batch = bundle, device, compute_dtype, batch
         self.spec, self.path = bundle.manifest.graphs[DENOISER], bundle.graph_path(DENOISER)
         lengths = {"B": batch, "G": 2, "h": size // 8, "w": size // 8}
         rng = np.random.default_rng(0)
@@ -56,7 +56,7 @@ def torch_step(case: Case, compiled: bool) -> Iterator[Step]:
 
     if case.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("torch finds no GPU")
-    kind = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[case.arithmetic]
+    kind = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[case.compute_dtype]
     feeds = {name: torch.from_numpy(value).to(case.device) for name, value in case.feeds.items()}
     with denoiser_graph(load_base(case.bundle.path)) as module, torch.inference_mode():
         module = module.to(case.device).eval()
@@ -74,10 +74,10 @@ def torch_step(case: Case, compiled: bool) -> Iterator[Step]:
 def engine_step(case: Case, backend: str) -> Iterator[Step]:
     library = backend.startswith("tensorrt")
     device = case.device if not library else "auto"
-    arithmetic: Any = case.arithmetic if library else "fp32"
-    with closing(open_engine(case.path, case.spec, backend, device, arithmetic=arithmetic)) as engine:
+    compute_dtype: Any = case.compute_dtype if library else "fp32"
+    with closing(open_engine(case.path, case.spec, backend, device, compute_dtype=compute_dtype)) as engine:
         step_feeds = {name: case.feeds[name] for name in ("latent", "timestep")}
-        engine.bind({name: value for name, value in case.feeds.items() if name not in step_feeds})
+        engine.bind_inputs({name: value for name, value in case.feeds.items() if name not in step_feeds})
         yield lambda: engine(step_feeds) and None
 
 
@@ -108,13 +108,15 @@ def measured(step: Step, repeats: int) -> list[float]:
 @click.option("--size", default=512, show_default=True)
 @click.option("--batch", default=1, show_default=True)
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
-@click.option("--arithmetic", type=click.Choice(["fp16", "bf16", "fp32"]), default="fp16", show_default=True,
+@click.option("--compute-dtype", type=click.Choice(["fp16", "bf16", "fp32"]), default="fp16", show_default=True,
               help="Of torch and the compiled engines; ONNX Runtime computes in fp32.")  # fmt: skip
 @click.option("--repeats", default=50, show_default=True, help="Calls in each of five groups.")
 @click.option("--json", "as_json", is_flag=True)
-def main(bundle: str | None, size: int, batch: int, device: str, arithmetic: str, repeats: int, as_json: bool) -> None:
+def main(
+    bundle: str | None, size: int, batch: int, device: str, compute_dtype: str, repeats: int, as_json: bool
+) -> None:
     """Measure one way after another."""
-    case = Case(Bundle.open(find_bundle(bundle)), size, batch, device, arithmetic)
+    case = Case(Bundle.open(find_bundle(bundle)), size, batch, device, compute_dtype)
     rows: list[dict[str, Any]] = []
     for way, make in WAYS.items():
         row: dict[str, Any] = {"way": way, "ms_per_step": None, "spread": None, "missing": ""}
@@ -129,7 +131,7 @@ def main(bundle: str | None, size: int, batch: int, device: str, arithmetic: str
     facts = {
         **describe(("torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx")),
         "gpu": _gpu(),
-        "case": f"{size}x{size}, batch {batch}, guided, {arithmetic} on {device}, {repeats} calls x {GROUPS}",
+        "case": f"{size}x{size}, batch {batch}, guided, {compute_dtype} on {device}, {repeats} calls x {GROUPS}",
     }
     if as_json:
         click.echo(json.dumps({"machine": facts, "rows": rows}, indent=1))

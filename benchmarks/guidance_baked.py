@@ -39,8 +39,8 @@ from tqdm import tqdm
 import lsast
 from bench.machine import describe
 from lsast.sampling import tiling as tiles
-from lsast_engines.diffusion.noise_schedule import NoiseSpec
-from lsast_engines.diffusion.timesteps import Schedule
+from lsast_engines.diffusion.noise_schedule import NoiseSchedule
+from lsast_engines.diffusion.timesteps import TimestepSchedule
 from lsast_engines.errors import UsageError
 from lsast_engines.files import replace_file
 from lsast_engines.images import find_pictures, psnr
@@ -90,18 +90,18 @@ def kept(
         return opened.convert("RGB"), arrays["latent"], float(arrays["seconds"])
 
 
-def fine_run(noise: NoiseSpec, few: dict[str, Any], parts: int, stages: int) -> dict[str, Any]:
+def fine_run(noise: NoiseSchedule, few: dict[str, Any], parts: int, stages: int) -> dict[str, Any]:
     """Options of a run from where the run `few` starts, in at least `parts` times as many steps.
 
     Raises:
         UsageError: no run of up to twice as many starts there.
     """
-    coarse = Schedule.build(noise, few["steps"], few["strength"], stages, few["solver"])
+    coarse = TimestepSchedule.build(noise, few["steps"], few["strength"], stages, few["solver"])
     count = parts * len(coarse.steps)
     for taken in range(count, 2 * count):
         for steps in range(taken, noise.train_steps // 2):
             strength = min(1.0, (taken + 0.5) / steps)
-            found = Schedule.build(noise, steps, strength, stages, few["solver"])
+            found = TimestepSchedule.build(noise, steps, strength, stages, few["solver"])
             if found.start_t == coarse.start_t:
                 return {**few, "steps": steps, "strength": strength}
     raise UsageError(f"found no run of {count} to {2 * count - 1} steps that starts at t = {coarse.start_t}")

@@ -57,12 +57,12 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         found: list[list[dict[str, Any]]] = [[] for _ in ROWS]
         for _ in range(rounds):
-            for place, (backend, arithmetic, kind) in enumerate(ROWS):
+            for place, (backend, compute_dtype, kind) in enumerate(ROWS):
                 job = {
                     "pictures": [str(picture.resolve()) for picture in pictures],
                     "bundle": bundles[kind],
                     "backend": backend,
-                    "arithmetic": arithmetic,
+                    "compute_dtype": compute_dtype,
                     "size": size,
                     "threads": threads,
                     "out": f"{scratch}/{place}.npy",
@@ -74,7 +74,7 @@ def main(
                     text=True,
                 )
                 if child.returncode:
-                    raise click.ClickException(f"{backend} {arithmetic} {kind} failed, see above")
+                    raise click.ClickException(f"{backend} {compute_dtype} {kind} failed, see above")
                 found[place].append(json.loads(child.stdout))
         rows = [
             _row(ROWS[place], found[place], f"{scratch}/{place}.npy", f"{scratch}/0.npy") for place in range(len(ROWS))
@@ -93,7 +93,7 @@ def main(
     print("| backend | arithmetic | bundle | step s (spread) | painting s (spread) | peak RSS MB | PSNR dB |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
-        cells = [row["backend"], row["arithmetic"], row["bundle"]]
+        cells = [row["backend"], row["compute_dtype"], row["bundle"]]
         cells += [f"{row[f'{name}_s']:.3f} ({row[f'{name}_spread_s']:.3f})" for name in ("step", "painting")]
         print(f"| {' | '.join(cells)} | {row['peak_rss_mb']:.0f} | {row['psnr_db']:.1f} |")
 
@@ -103,7 +103,7 @@ def _row(kind: tuple[str, str, str], runs: list[dict[str, Any]], out: str, refer
 
     painted, expected = np.load(out).astype(np.float64), np.load(reference).astype(np.float64)
     errors = ((painted - expected) ** 2).reshape(len(painted), -1).mean(axis=1)
-    row: dict[str, Any] = dict(zip(("backend", "arithmetic", "bundle"), kind, strict=True))
+    row: dict[str, Any] = dict(zip(("backend", "compute_dtype", "bundle"), kind, strict=True))
     for name in ("step", "painting"):
         values = [run[f"{name}_s"] for run in runs]
         row[f"{name}_s"], row[f"{name}_spread_s"] = statistics.median(values), max(values) - min(values)
@@ -125,7 +125,7 @@ def child(job: dict[str, Any]) -> dict[str, float]:
     painted, seconds, steps, cpu = [], [], [], []
     options = {"size": job["size"], "fit": "squash", "seed": 1}
     with lsast.load(
-        job["bundle"], backend=job["backend"], arithmetic=job["arithmetic"], threads=job["threads"]
+        job["bundle"], backend=job["backend"], compute_dtype=job["compute_dtype"], threads=job["threads"]
     ) as stylizer:
         for picture in job["pictures"]:
             stylizer.stylize(picture, **options)

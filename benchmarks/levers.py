@@ -72,7 +72,7 @@ def measured(
 @click.option("--style", "styles", multiple=True, default=("vangogh", "monet"), show_default=True)
 @click.option("--bundle", help="Folder or name of a bundle. [default: mini]")
 @click.option("--backend", default="auto", show_default=True)
-@click.option("--arithmetic", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True)
+@click.option("--compute-dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True)
 @click.option("--threads", type=int, help="[default: the backend's choice]")
 @click.option("--size", default=512, show_default=True)
 @click.option("--repeats", default=3, show_default=True)
@@ -82,7 +82,7 @@ def main(
     styles: tuple[str, ...],
     bundle: str | None,
     backend: str,
-    arithmetic: Any,
+    compute_dtype: Any,
     threads: int | None,
     size: int,
     repeats: int,
@@ -91,7 +91,7 @@ def main(
     """Measure one lever after another."""
     jobs = [(picture, style) for picture in pictures for style in styles]
     rows: list[dict[str, Any]] = []
-    with lsast.load(bundle, backend, threads=threads, arithmetic=arithmetic) as stylizer:
+    with lsast.load(bundle, backend, threads=threads, compute_dtype=compute_dtype) as stylizer:
         results, walls, loops = measured(stylizer, jobs, size, repeats)
         for name, lever in LEVERS.items():
             seconds = [walls[(name, *job)] for job in jobs]
@@ -111,7 +111,7 @@ def main(
             **describe(("lsast", "numpy", "onnxruntime", "openvino")),
             "bundle": stylizer.bundle.manifest.name,
             "backend": stylizer.backend,
-            "arithmetic": arithmetic,
+            "compute_dtype": compute_dtype,
             "threads": "the backend's choice" if threads is None else str(threads),
         }
     if as_json:

@@ -8,7 +8,7 @@ encoder, and a ControlNet in CompVis naming; both are written for it.
 It paints as the other peers do (`peers.py`): 50 steps at strength 0.7, of which 35 run, guidance 10, a ControlNet, its
 sampler `euler`, which is DDIM's step. ControlNet and U-Net both run twice a step, at batch 1, for guidance; once a
 picture prompts go through the text encoder, and picture and edges through the autoencoder. Weights of convolutions are
-in fp16 whatever is asked for, others as `arithmetic` says.
+in fp16 whatever is asked for, others as `compute_dtype` says.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         model = StableDiffusion(
             model_path=str(base),
             control_net_path=str(controlnet),
-            wtype=TYPES[task["arithmetic"]],
+            wtype=TYPES[task["compute_dtype"]],
             n_threads=task["threads"] or os.cpu_count() or 1,  # by itself it takes half
             verbose=False,
         )

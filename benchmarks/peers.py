@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lsast_engines.diffusion.solvers import make_solver
-from lsast_engines.diffusion.timesteps import Schedule
+from lsast_engines.diffusion.timesteps import TimestepSchedule
 from lsast_engines.environment import peak_memory
 from lsast_train.base.base import Base, load_base
 
@@ -45,7 +45,7 @@ def reference(base: Base, size: int, dtype: torch.dtype) -> Paint:
     image, edges = _picture(size, dtype)
 
     def paint(steps: int) -> list[float]:
-        schedule = Schedule.build(base.facts.noise, STEPS, _strength(steps), STAGES, "released")
+        schedule = TimestepSchedule.build(base.facts.noise, STEPS, _strength(steps), STAGES, "released")
         solver = make_solver("released", base.facts.noise, schedule)
         mean, std = base.encode(image)
         z0 = base.facts.latent_scale * (mean + std * torch.randn(mean.shape, generator=generator).to(dtype))
@@ -180,7 +180,7 @@ def measure(task: dict[str, Any], name: str) -> dict[str, Any]:
     """Seconds of pictures and steps; with `steps_measured`, of so many steps and not of a whole picture."""
     if task["threads"]:
         torch.set_num_threads(task["threads"])
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[task["arithmetic"]]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[task["compute_dtype"]]
     begin = time.perf_counter()
     base = load_base(Path(task["bundle"]), dtype)
     paint = PEERS[name](base, task["size"], dtype)

@@ -1,7 +1,7 @@
 """Stable Diffusion 1.5 at full size on random weights: export, run, and a training step, measured.
 
     python benchmarks/sd15_random.py build sd15
-    python benchmarks/sd15_random.py export sd15 --precision fp32 --precision fp16 --precision bf16
+    python benchmarks/sd15_random.py export sd15 --storage-dtype fp32 --storage-dtype fp16 --storage-dtype bf16
     python benchmarks/sd15_random.py run sd15
     python benchmarks/sd15_random.py train sd15
     python benchmarks/sd15_random.py compile sd15 --sm 8.9      # TensorRT-RTX, no GPU needed
@@ -153,18 +153,23 @@ def source(folder: Path) -> Any:
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True))
-@click.option("--precision", "precisions", multiple=True, default=("fp32", "fp16", "bf16"), show_default=True)
+@click.option("--storage-dtype", "storage_dtypes", multiple=True, default=("fp32", "fp16", "bf16"), show_default=True)
 @click.option("--json", "as_json", is_flag=True)
-def export(folder: Path, precisions: tuple[str, ...], as_json: bool) -> None:
-    """Export the base in FOLDER to FOLDER/PRECISION."""
+def export(folder: Path, storage_dtypes: tuple[str, ...], as_json: bool) -> None:
+    """Export the base in FOLDER to FOLDER/STORAGE_DTYPE."""
     rows = []
-    for precision in precisions:
+    for storage_dtype in storage_dtypes:
         command = ["lsast_export", "bundle", "--base", folder / "base", "--controlnet", folder / "controlnet"]
-        command += ["--style", folder / f"{STYLE}.prompts.safetensors", "--precision", precision]
-        report, peak = measured(*command, "--default", "size=512", "--out", folder / precision, "--json")
+        command += ["--style", folder / f"{STYLE}.prompts.safetensors", "--storage-dtype", storage_dtype]
+        report, peak = measured(*command, "--default", "size=512", "--out", folder / storage_dtype, "--json")
         seconds = sum(report["seconds"].values())
         rows.append(
-            {"precision": precision, "peak_rss_gb": peak / GIGA, "seconds": seconds, "disk_gb": report["bytes"] / GIGA}
+            {
+                "storage_dtype": storage_dtype,
+                "peak_rss_gb": peak / GIGA,
+                "seconds": seconds,
+                "disk_gb": report["bytes"] / GIGA,
+            }
             | {"phases": report["seconds"], "parity": report["parity"]}
         )
     show(rows, as_json, ("torch", "diffusers", "onnx", "onnxruntime"))
@@ -172,11 +177,11 @@ def export(folder: Path, precisions: tuple[str, ...], as_json: bool) -> None:
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True))
-@click.option("--precision", "precisions", multiple=True, default=("fp32", "fp16", "bf16"), show_default=True)
+@click.option("--storage-dtype", "storage_dtypes", multiple=True, default=("fp32", "fp16", "bf16"), show_default=True)
 @click.option("--steps", default=5, show_default=True, help="Of the schedule; at strength 0.7 the last 3 of 5 run.")
 @click.option("--size", default=512, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
-def run(folder: Path, precisions: tuple[str, ...], steps: int, size: int, as_json: bool) -> None:
+def run(folder: Path, storage_dtypes: tuple[str, ...], steps: int, size: int, as_json: bool) -> None:
     """Paint a picture with each exported bundle in FOLDER on each backend."""
     from PIL import Image
 
@@ -185,14 +190,19 @@ def run(folder: Path, precisions: tuple[str, ...], steps: int, size: int, as_jso
     with tempfile.TemporaryDirectory() as scratch:
         picture = Path(scratch) / "picture.png"
         Image.linear_gradient("L").resize((size, size)).convert("RGB").save(picture)
-        for precision in precisions:
-            for backend, arithmetic in (("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")):
-                command = ["lsast", picture, Path(scratch) / "out.png", "--bundle", folder / precision]
-                command += ["--backend", backend, "--arithmetic", arithmetic, "--size", size, "--guidance", 3]
+        for storage_dtype in storage_dtypes:
+            for backend, compute_dtype in (("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")):
+                command = ["lsast", picture, Path(scratch) / "out.png", "--bundle", folder / storage_dtype]
+                command += ["--backend", backend, "--compute-dtype", compute_dtype, "--size", size, "--guidance", 3]
                 report, peak = measured(*command, "--steps", steps, "--solver", "ddim", "--json")
                 count = max(1, int(steps * report["options"]["strength"]))
                 rows.append(
-                    {"precision": precision, "backend": backend, "arithmetic": arithmetic, "peak_rss_gb": peak / GIGA}
+                    {
+                        "storage_dtype": storage_dtype,
+                        "backend": backend,
+                        "compute_dtype": compute_dtype,
+                        "peak_rss_gb": peak / GIGA,
+                    }
                     | {"over_weights_gb": peak / GIGA - weights, "step_s": report["seconds"]["denoise"] / count}
                     | {"phases": report["seconds"]}
                 )
@@ -201,22 +211,30 @@ def run(folder: Path, precisions: tuple[str, ...], steps: int, size: int, as_jso
 
 @main.command("compile")
 @click.argument("folder", type=click.Path(path_type=Path, exists=True))
-@click.option("--precision", default="fp16", show_default=True, help="Of the exported bundle.")
-@click.option("--arithmetic", default="fp16", show_default=True)
+@click.option("--storage-dtype", default="fp16", show_default=True, help="Of the exported bundle.")
+@click.option("--compute-dtype", default="fp16", show_default=True)
 @click.option("--sm", default="8.6,8.9,12.0", show_default=True)
-@click.option("--graph", "graphs", multiple=True, default=("encoder", "hint", "denoiser", "decoder"), show_default=True)
+@click.option(
+    "--graph",
+    "graphs",
+    multiple=True,
+    default=("vae_encoder", "controlnet_cond", "denoiser", "vae_decoder"),
+    show_default=True,
+)
 @click.option("--json", "as_json", is_flag=True)
-def compile_(folder: Path, precision: str, arithmetic: str, sm: str, graphs: tuple[str, ...], as_json: bool) -> None:
-    """Compile the bundle FOLDER/PRECISION ahead of time by TensorRT-RTX; nothing is run."""
+def compile_(
+    folder: Path, storage_dtype: str, compute_dtype: str, sm: str, graphs: tuple[str, ...], as_json: bool
+) -> None:
+    """Compile the bundle FOLDER/STORAGE_DTYPE ahead of time by TensorRT-RTX; nothing is run."""
     rows = []
     for graph in graphs:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            command = ["lsast_export", "compile", folder / precision, "--backend", "tensorrt-rtx", "--sm", sm]
-            command += ["--arithmetic", arithmetic, "--graph", graph, "--out", scratch, "--json"]
+            command = ["lsast_export", "compile", folder / storage_dtype, "--backend", "tensorrt-rtx", "--sm", sm]
+            command += ["--compute-dtype", compute_dtype, "--graph", graph, "--out", scratch, "--json"]
             report, peak = measured(*command)
         facts = report["graphs"][graph]
         rows.append(
-            {"graph": graph, "arithmetic": arithmetic, "targets": ",".join(facts["targets"])}
+            {"graph": graph, "compute_dtype": compute_dtype, "targets": ",".join(facts["targets"])}
             | {"seconds": facts["seconds"], "engine_gb": facts["bytes"] / GIGA, "peak_rss_gb": peak / GIGA}
         )
     show(rows, as_json, ("onnx", "tensorrt-rtx"))

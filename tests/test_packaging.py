@@ -72,13 +72,21 @@ def test_the_errors_name_extras_that_there_are(project: dict[str, Any]) -> None:
 
 
 def test_there_is_one_version(project: dict[str, Any]) -> None:
-    assert lsast.__version__ == project["project"]["version"]
+    assert "version" in project["project"]["dynamic"]
+    assert project["tool"]["hatch"]["version"]["path"] == "runtime/lsast/_version.py"
+    cited = re.findall(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
+    assert cited == [lsast.__version__]
 
 
 def test_every_room_is_packaged_and_typed(project: dict[str, Any]) -> None:
     folders = [f"{room}/{package}" for room, package in ROOMS.items()]
     assert project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == folders
-    assert project["tool"]["pytest"]["ini_options"]["pythonpath"] == [*ROOMS, "benchmarks", "tests/fakes"]
+    assert project["tool"]["pytest"]["ini_options"]["pythonpath"] == [
+        *ROOMS,
+        "benchmarks",
+        "tests/fakes",
+        "tests/oracles",
+    ]
     for folder in folders:
         assert (ROOT / folder / "py.typed").is_file()
         assert (ROOT / folder / "__init__.py").is_file()

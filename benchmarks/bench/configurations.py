@@ -16,7 +16,7 @@ class Configuration:
     """One way to paint, measured in processes of its own."""
 
     backend: str
-    arithmetic: str = "fp32"
+    compute_dtype: str = "fp32"
     preset: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     """What is given besides the preset, by the names of `lsast.Options`, `size` aside."""
@@ -27,7 +27,7 @@ class Configuration:
     @property
     def name(self) -> str:
         """What tells it from the others, for people."""
-        parts = [self.backend, self.arithmetic, *([self.preset] if self.preset else [])]
+        parts = [self.backend, self.compute_dtype, *([self.preset] if self.preset else [])]
         parts += [f"{name} {value}" for name, value in self.options.items()]
         return " ".join([*parts, f"{self.size}²", *([f"batch {self.batch}"] if self.batch > 1 else [])])
 
@@ -62,12 +62,12 @@ def parse_backend(text: str) -> tuple[str, str]:
     Raises:
         UsageError: an arithmetic that there is not.
     """
-    from lsast_engines.backends.base import Arithmetic
+    from lsast_engines.backends.base import ComputeDtype
 
-    backend, _, arithmetic = text.partition(":")
-    if (arithmetic or "fp32") not in get_args(Arithmetic):
-        raise UsageError(f"found {text!r}; expected BACKEND or BACKEND:ARITHMETIC of {', '.join(get_args(Arithmetic))}")
-    return backend, arithmetic or "fp32"
+    backend, _, compute_dtype = text.partition(":")
+    if (compute_dtype or "fp32") not in get_args(ComputeDtype):
+        raise UsageError(f"found {text!r}; expected BACKEND or BACKEND:DTYPE of {', '.join(get_args(ComputeDtype))}")
+    return backend, compute_dtype or "fp32"
 
 
 def parse_counts(text: str, what: str) -> list[int]:
@@ -106,8 +106,8 @@ def plan(
     """
     extents = [(sizes[0], batches[0]), *((s, batches[0]) for s in sizes[1:]), *((sizes[0], b) for b in batches[1:])]
     return [
-        Configuration(backend=name, arithmetic=arithmetic, preset=preset, options=options, size=size, batch=batch)
-        for name, arithmetic in map(parse_backend, backends)
+        Configuration(backend=name, compute_dtype=compute_dtype, preset=preset, options=options, size=size, batch=batch)
+        for name, compute_dtype in map(parse_backend, backends)
         for preset in presets or [None]
         for options in _combinations(axes)
         for size, batch in extents

@@ -103,7 +103,7 @@ def warm_figures(report: Row, batch: int) -> Row:
         "graphs": graphs,
         "painted": first["painted"],
         "options": first["options"],
-        "precision": report["precision"],
+        "storage_dtype": report["storage_dtype"],
         "peak_mb": megabytes(report["peak_bytes"]),
         "cpu_s": report["cpu_s"],
     }
@@ -141,7 +141,9 @@ def cold_parts(report: Row) -> dict[str, float]:
     phases = report["phases"]
     inner = {
         "read the picture": phases["read"],
-        "find edges": phases["edges"] - parts.get("hint: first run", 0.0) - parts.get("hint: further runs", 0.0),
+        "find edges": phases["edges"]
+        - parts.get("controlnet_cond: first run", 0.0)
+        - parts.get("controlnet_cond: further runs", 0.0),
         "finish": phases["finish"],
     }
     rest = report["ended"] - report["spawned"] - covered((begin, end) for _, begin, end in intervals)
@@ -177,7 +179,7 @@ def add_macs(rows: Iterable[Row], rates: Mapping[str, Mapping[str, float]], thre
     counted = run_worker("macs", {"graphs": wanted}, threads)["macs"]
     for row in rows:
         # What a bundle with activations in 8 bits multiplies is in 8 bits, whatever the rest is computed in.
-        kind = "int8" if row["warm"]["precision"] == "int8" else row["arithmetic"]
+        kind = "int8" if row["warm"]["storage_dtype"] == "int8" else row["compute_dtype"]
         best = best_rate(rates, kind)
         row["warm"]["limit"] = kind
         picture = 0.0
@@ -194,9 +196,9 @@ def add_macs(rows: Iterable[Row], rates: Mapping[str, Mapping[str, float]], thre
         row["warm"]["fraction"] = None if best is None else picture / row["warm"]["picture"]["median"] / best
 
 
-def best_rate(rates: Mapping[str, Mapping[str, float]], arithmetic: str) -> float | None:
+def best_rate(rates: Mapping[str, Mapping[str, float]], compute_dtype: str) -> float | None:
     """The best of `rates` in an arithmetic, in 10⁹ multiply-accumulates a second; None if nothing computes in it."""
-    return max(rates.get(arithmetic, {}).values(), default=None)
+    return max(rates.get(compute_dtype, {}).values(), default=None)
 
 
 def megabytes(count: int | None) -> float | None:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto, helper, numpy_helper
 
-from lsast_engines.backends.base import Arithmetic, open_engine
+from lsast_engines.backends.base import ComputeDtype, open_engine
 from lsast_engines.bundle.graph_spec import GraphSpec, TensorSpec
 from lsast_engines.errors import BackendError
 
@@ -28,7 +28,7 @@ REPEATS = 8
 """Times that a product is taken; the quickest counts, for nothing can be quicker than the machine."""
 
 INT8 = "int8"
-"""The arithmetic of a graph whose product is quantised, besides those of `Arithmetic`."""
+"""The arithmetic of a graph whose product is quantised, besides those of `ComputeDtype`."""
 
 
 def peak_flops(
@@ -54,10 +54,10 @@ def peak_flops(
         plain.write_bytes(matmul_graph(right))
         quantised.write_bytes(quantised_matmul_graph(right))
         for backend in backends:
-            for arithmetic in get_args(Arithmetic):
+            for compute_dtype in get_args(ComputeDtype):
                 with contextlib.suppress(BackendError):
-                    rate = _engine_rate(plain, backend, arithmetic, threads, left, repeats)
-                    found.setdefault(arithmetic, {})[backend] = rate
+                    rate = _engine_rate(plain, backend, compute_dtype, threads, left, repeats)
+                    found.setdefault(compute_dtype, {})[backend] = rate
             with contextlib.suppress(BackendError):
                 rate = _engine_rate(quantised, backend, "fp32", threads, left, repeats)
                 found.setdefault(INT8, {})[backend] = rate
@@ -104,9 +104,14 @@ def _model(nodes: list[Any], constants: dict[str, npt.NDArray[Any]], side: int) 
 
 
 def _engine_rate(
-    path: Path, backend: str, arithmetic: Arithmetic, threads: int | None, left: npt.NDArray[np.float32], repeats: int
+    path: Path,
+    backend: str,
+    compute_dtype: ComputeDtype,
+    threads: int | None,
+    left: npt.NDArray[np.float32],
+    repeats: int,
 ) -> float:
-    with contextlib.closing(open_engine(path, spec(len(left)), backend, "cpu", threads, arithmetic)) as engine:
+    with contextlib.closing(open_engine(path, spec(len(left)), backend, "cpu", threads, compute_dtype)) as engine:
         return _rate(lambda: engine({"x": left}), len(left), repeats)
 
 

@@ -57,10 +57,10 @@ def _machine(report: Row) -> str:
 
 def _peak_flops(rates: dict[str, dict[str, float]]) -> str:
     rows = [
-        (arithmetic, f"{max(by.values()):.0f}", ", ".join(f"{name} {rate:.0f}" for name, rate in by.items()))
-        for arithmetic, by in rates.items()
+        (compute_dtype, f"{max(by.values()):.0f}", ", ".join(f"{name} {rate:.0f}" for name, rate in by.items()))
+        for compute_dtype, by in rates.items()
     ]
-    return "The limit, 10⁹ multiply-accumulates a second:\n\n" + table(("arithmetic", "best", "of"), rows)
+    return "The limit, 10⁹ multiply-accumulates a second:\n\n" + table(("compute_dtype", "best", "of"), rows)
 
 
 def _pictures(rows: Sequence[Row]) -> str:

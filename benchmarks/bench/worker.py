@@ -27,7 +27,7 @@ BEGIN = time.time()
 
 if TYPE_CHECKING:
     from lsast.stylizer import Stylizer
-    from lsast_engines.backends.base import Arithmetic, Array, Engine, Feeds
+    from lsast_engines.backends.base import Array, ComputeDtype, Engine, Feeds
     from lsast_engines.bundle.bundle import Bundle
 
 Report = dict[str, Any]
@@ -53,7 +53,7 @@ class TimedEngine:
     spec: Any
     backend: str
     device: str
-    arithmetic: Arithmetic
+    compute_dtype: ComputeDtype
 
     def __init__(self, engine: Engine, parts: Intervals) -> None:
         self._engine = engine
@@ -62,10 +62,10 @@ class TimedEngine:
         self.calls: list[tuple[float, dict[str, list[int]]]] = []
         """Seconds and input shapes of every run."""
 
-    def bind(self, feeds: Feeds) -> None:
-        """See `Engine.bind`."""
+    def bind_inputs(self, feeds: Feeds) -> None:
+        """See `Engine.bind_inputs`."""
         self._bound |= {name: list(value.shape) for name, value in feeds.items()}
-        self._engine.bind(feeds)
+        self._engine.bind_inputs(feeds)
 
     def __call__(self, feeds: Feeds) -> dict[str, Array]:
         """See `Engine.__call__`."""
@@ -77,9 +77,9 @@ class TimedEngine:
         self.calls.append((time.perf_counter() - begin, shapes))
         return outputs
 
-    def rest(self) -> None:
-        """See `Engine.rest`."""
-        self._engine.rest()
+    def release_memory(self) -> None:
+        """See `Engine.release_memory`."""
+        self._engine.release_memory()
 
     def close(self) -> None:
         """See `Engine.close`."""
@@ -97,13 +97,13 @@ def opened(bundle: Bundle, task: Mapping[str, Any], parts: Intervals) -> tuple[S
     engines: dict[str, TimedEngine] = {}
 
     class TimedOpener(Opener):
-        def __call__(self, name: str, arithmetic: Arithmetic | None = None) -> Engine:
+        def __call__(self, name: str, compute_dtype: ComputeDtype | None = None) -> Engine:
             with parts(f"open {name}"):
-                engine = super().__call__(name, arithmetic)
+                engine = super().__call__(name, compute_dtype)
             engines[name] = TimedEngine(engine, parts)
             return engines[name]
 
-    opener = TimedOpener(bundle, task["backend"], "cpu", task["threads"], task["arithmetic"])
+    opener = TimedOpener(bundle, task["backend"], "cpu", task["threads"], task["compute_dtype"])
     return Stylizer(opener, opener.all(first_graphs(bundle, keywords(task)))), engines
 
 
@@ -149,7 +149,7 @@ def warm(task: Mapping[str, Any]) -> Report:
         repeats = [paint() for _ in range(task["repeats"])] or [first]
     paths = {name: str(bundle.graph_path(name)) for name in first["graphs"]}
     report = {"open": opening, "first": first["total"], "repeats": repeats, "paths": paths}
-    return {**report, "precision": bundle.manifest.precision}
+    return {**report, "storage_dtype": bundle.manifest.storage_dtype}
 
 
 def gathered(calls: list[tuple[float, dict[str, list[int]]]]) -> list[Report]:

@@ -171,7 +171,7 @@ def _to_srgb(image: Image.Image, icc: bytes) -> Image.Image:
     return image.convert("RGB") if converted is None else converted
 
 
-def edge_map(rgb: npt.NDArray[np.uint8], low: float = 100.0, high: float = 200.0) -> npt.NDArray[np.uint8]:
+def canny_edges(rgb: npt.NDArray[np.uint8], low: float = 100.0, high: float = 200.0) -> npt.NDArray[np.uint8]:
     """Canny edges of an 8-bit RGB picture: [H, W, 3] → [H, W] of 0 and 1.
 
     Thresholds as in the released LSAST (docs/method.md §4.2: ``cv2.Canny(100, 200)`` on the colour image).

@@ -9,8 +9,8 @@ REMOVED = {
     "lsast-export modelopt": f"{_EIGHT_BITS}; {_CPU}",
     "lsast-export triton": "no server was ever run; serve on many machines with Ray, see docs/many-machines.md",
     "lsast-export compile --quantised": f"{_EIGHT_BITS}; {_CPU}",
-    "--arithmetic int8": f"{_EIGHT_BITS}; {_CPU}",
-    "--arithmetic fp8": _EIGHT_BITS,
+    "--compute-dtype int8": f"{_EIGHT_BITS}; {_CPU}",
+    "--compute-dtype fp8": _EIGHT_BITS,
     "--device tensorrt": "use --backend tensorrt",
     "--device tensorrt-rtx": "use --backend tensorrt-rtx",
 }

@@ -57,7 +57,11 @@ def _exporting(command: Command) -> Command:
             f"KEY: {', '.join(_DEFAULT_TYPES)}.",
         ),
         click.option(
-            "--precision", type=click.Choice(["fp32", "fp16", "bf16"]), help="Storage of the weights. [default: fp16]"
+            "--storage-dtype",
+            "--precision",
+            "storage_dtype",
+            type=click.Choice(["fp32", "fp16", "bf16"]),
+            help="Storage of the weights. [default: fp16]",
         ),
         click.option(
             "--parts", is_flag=True, help="Write the denoiser's parts too, see lsast-export parts; kept if there."
@@ -107,7 +111,7 @@ def main(
     unet_weights: str | None,
     revision: str | None,
     out: Path | None,
-    precision: str | None,
+    storage_dtype: str | None,
     defaults: tuple[str, ...],
     backend: str | None,
     sm: tuple[str, ...],
@@ -120,7 +124,7 @@ def main(
     exported too, into a bundle of its own; one that is there is replaced, its other styles are kept.
     """
     imports = {"controlnet": controlnet, "unet_weights": unet_weights, "revision": revision}
-    given = any((styles, base, out, precision, defaults, backend, sm, parts, *imports.values()))
+    given = any((styles, base, out, storage_dtype, defaults, backend, sm, parts, *imports.values()))
     if ctx.invoked_subcommand is not None:
         if given:
             raise UsageError(f"found options before {ctx.invoked_subcommand!r}; expected them behind it")
@@ -132,14 +136,14 @@ def main(
             "decoder, import, parts, quantise (--help)"
         )
     if out is not None:
-        _export(styles, base, out, precision, defaults, backend, sm, parts, as_json, **imports)
+        _export(styles, base, out, storage_dtype, defaults, backend, sm, parts, as_json, **imports)
         return
     library, backend = _library(backend, sm)
     wanted, own = _read_defaults(defaults)
-    if precision or wanted or backend or parts or any(imports.values()):
+    if storage_dtype or wanted or backend or parts or any(imports.values()):
         raise UsageError(
-            "--precision, --default KEY=VALUE, --backend, --parts, --controlnet, --unet-weights and --revision are of "
-            "a whole bundle; expected --out DIR with them (a style's own: --default STYLE.KEY=VALUE)"
+            "--storage-dtype, --default KEY=VALUE, --backend, --parts, --controlnet, --unet-weights and --revision are "
+            "of a whole bundle; expected --out DIR with them (a style's own: --default STYLE.KEY=VALUE)"
         )
     _bake(styles, base, own, library, sm, as_json)
 
@@ -239,7 +243,7 @@ def _export(
     styles: tuple[str, ...],
     base: str | None,
     out: Path,
-    precision: str | None,
+    storage_dtype: str | None,
     defaults: tuple[str, ...],
     backend: str | None,
     sm: tuple[str, ...],
@@ -252,7 +256,7 @@ def _export(
     library, backend = _library(backend, sm)
     _require_extra()
     from lsast_engines.bundle.bundle import MANIFEST
-    from lsast_engines.bundle.graph_spec import DECODER_SMALL, PARTS
+    from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS, VAE_DECODER_TINY
     from lsast_engines.bundle.manifest import Manifest
     from lsast_engines.environment import peak_memory
     from lsast_train.base.base import open_base_parts, stored_base
@@ -276,12 +280,12 @@ def _export(
     if folder is not None and (folder / MANIFEST).is_file():
         before = Manifest.from_json((folder / MANIFEST).read_text(encoding="utf-8"), str(folder / MANIFEST))
         inherited = before.defaults
-        parts |= before.graphs.keys() >= set(PARTS)
-        if DECODER_SMALL in before.graphs:
+        parts |= before.graphs.keys() >= set(UNET_SPLIT_GRAPHS)
+        if VAE_DECODER_TINY in before.graphs:
             small = read_small_decoder(folder / SMALL_WEIGHTS, before)
     if prompts:
         inherited = {key: value for key, value in inherited.items() if key != "style"}
-    chosen: dict[str, Any] = {"precision": precision, "backend": backend}
+    chosen: dict[str, Any] = {"storage_dtype": storage_dtype, "backend": backend}
     options = dataclasses.replace(
         ExportOptions(parts=parts), **{key: value for key, value in chosen.items() if value is not None}
     )
@@ -294,7 +298,7 @@ def _export(
         **engines,
         "bundle": str(written.path),
         "fingerprint": manifest.fingerprint,
-        "precision": manifest.precision,
+        "storage_dtype": manifest.storage_dtype,
         "bytes": sum(entry.bytes for entry in manifest.files.values()),
         "parity": manifest.parity,
         "styles": {name: str(path) for name, path in written.styles().items()},

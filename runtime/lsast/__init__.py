@@ -16,6 +16,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from lsast_engines.errors import (
         BackendError,
@@ -35,8 +37,6 @@ if TYPE_CHECKING:
     from .result import Result
     from .sessions.cancel import CancelToken
     from .stylizer import Stylizer, load
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BackendError",

@@ -13,10 +13,10 @@ import numpy.typing as npt
 
 from lsast_engines.backends.base import Engine
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.graph_spec import ENCODER, HINT
+from lsast_engines.bundle.graph_spec import CONTROLNET_COND, VAE_ENCODER
 from lsast_engines.diffusion.solvers import make_solver
-from lsast_engines.diffusion.timesteps import Schedule
-from lsast_engines.images import edge_map, on_white, read_picture
+from lsast_engines.diffusion.timesteps import TimestepSchedule
+from lsast_engines.images import canny_edges, on_white, read_picture
 
 from .images import mask as masking
 from .images.canvas import Pixels, canvas_for
@@ -71,7 +71,7 @@ class Painting:
         self.clock = Clock()
         self.mix = Mix.parse(options.style)
         self.mix.check(list(bundle.styles()), manifest.stages)
-        self._schedule = Schedule.build(
+        self._schedule = TimestepSchedule.build(
             manifest.noise, options.steps, options.strength, manifest.stages, options.solver
         )
         self.passes = lay_passes(options, len(self._schedule.steps))
@@ -88,7 +88,7 @@ class Painting:
             self._content, outlined = self._canvas.views(self._rgb)
             self.grid = Grid.lay(self.canvas_size, options.tile, manifest.geometry.factor, manifest.multiple)
         with self.clock("edges"):
-            self._edges = edge_map(outlined)
+            self._edges = canny_edges(outlined)
 
     @property
     def batch_key(self) -> Hashable:
@@ -117,18 +117,18 @@ class Painting:
             painted=self.canvas_size,
             backend=engine.backend,
             device=engine.device,
-            arithmetic=engine.arithmetic,
+            compute_dtype=engine.compute_dtype,
             versions=versions(engine.backend),
         )
 
     def begin(self, engines: Mapping[str, Engine], shelf: Shelf) -> sampler.Row:
-        """Take the picture through `hint` and `encoder` and noise it."""
+        """Take the picture through `controlnet_cond` and `vae_encoder` and noise it."""
         manifest = self._bundle.manifest
         with self.clock("edges"):
-            hint = tiles.hint_features(engines[HINT], self._edges, self.grid)
+            hint = tiles.hint_features(engines[CONTROLNET_COND], self._edges, self.grid)
         with self.clock("encode"):
             rng = np.random.Generator(np.random.PCG64(self.options.seed))
-            z0 = tiles.encode(engines[ENCODER], self._content, manifest.latent_scale, rng, self.grid)[0]
+            z0 = tiles.encode(engines[VAE_ENCODER], self._content, manifest.latent_scale, rng, self.grid)[0]
             noise = rng.standard_normal((1, *z0.shape), dtype=np.float32)[0]
         solver = make_solver(self.options.solver, manifest.noise, self._schedule)
         if self._follower:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from lsast_engines.backends.base import Arithmetic, Engine
+from lsast_engines.backends.base import ComputeDtype, Engine
 from lsast_engines.bundle.bundle import Bundle, find_bundle
-from lsast_engines.bundle.graph_spec import DECODER, DENOISER, EVERY, PARTS
+from lsast_engines.bundle.graph_spec import DENOISER, REQUIRED_GRAPHS, UNET_SPLIT_GRAPHS, VAE_DECODER
 
 from .options.defaults import Defaults
 from .request import Painting
@@ -48,7 +48,7 @@ def load(
     backend: str = "auto",
     device: str = "auto",
     threads: int | None = None,
-    arithmetic: Arithmetic = "fp32",
+    compute_dtype: ComputeDtype = "fp32",
     style_memory: int = STYLE_MEMORY,
     build: bool = False,
     preset: str | None = None,
@@ -60,7 +60,7 @@ def load(
         backend: `onnxruntime`, `openvino`, or `auto` for the first that is installed and has the arithmetic.
         device: `cpu`, `cuda` …, or `auto` for the CPU.
         threads: threads to compute with; None leaves it to the backend.
-        arithmetic: `fp32`, or with `openvino` where the processor has it `bf16` or `fp16`: about twice as fast, and
+        compute_dtype: `fp32`, or with `openvino` where the processor has it `bf16` or `fp16`: about twice as fast, and
             off by a grey level or two. If the decoder overflows in it, it is opened in `fp32` and asked again.
         style_memory: bytes of styles to keep in memory between paintings; those used longest ago go first.
         build: with `tensorrt-rtx` or `tensorrt`, compile first what is missing, which takes minutes and the extra
@@ -76,12 +76,12 @@ def load(
         BackendError: the backend, the device or the arithmetic cannot be had here; the message lists what can.
         MissingExtraError: no backend is installed.
     """
-    opener = Opener(Bundle.open(find_bundle(bundle)), backend, device, threads, arithmetic)
+    opener = Opener(Bundle.open(find_bundle(bundle)), backend, device, threads, compute_dtype)
     if build:
         from .sessions.build_engines import build_engines
 
-        build_engines(opener.bundle, backend.lower(), arithmetic)
-    names = EVERY if preset is None else first_graphs(opener.bundle, {"preset": preset})
+        build_engines(opener.bundle, backend.lower(), compute_dtype)
+    names = REQUIRED_GRAPHS if preset is None else first_graphs(opener.bundle, {"preset": preset})
     return Stylizer(opener, opener.all(names), style_memory, preset)
 
 
@@ -286,7 +286,7 @@ class Stylizer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         opener = self._opener
-        where = (self.bundle.path.resolve(), opener.backend, opener.device, opener.threads, opener.arithmetic)
+        where = (self.bundle.path.resolve(), opener.backend, opener.device, opener.threads, opener.compute_dtype)
         return load, (*where, self._style_memory, False, self._preset)
 
     def _read(
@@ -341,10 +341,14 @@ def first_graphs(bundle: Bundle, options: Mapping[str, Any]) -> list[str]:
     """
     resolved = Defaults(bundle).resolve(options)
     there = bundle.manifest.graphs.keys()
-    parted = resolved.cache_interval > 1 and there >= set(PARTS)
-    names = [name for name in EVERY if name != DENOISER] + list(PARTS) if parted else list(EVERY)
+    parted = resolved.cache_interval > 1 and there >= set(UNET_SPLIT_GRAPHS)
+    names = (
+        [name for name in REQUIRED_GRAPHS if name != DENOISER] + list(UNET_SPLIT_GRAPHS)
+        if parted
+        else list(REQUIRED_GRAPHS)
+    )
     decoder = decoder_of(resolved)
-    return [decoder if name == DECODER and decoder in there else name for name in names]
+    return [decoder if name == VAE_DECODER and decoder in there else name for name in names]
 
 
 def _denoiser(workshop: Workshop, passes: Sequence[Pass], grid: tiles.Grid) -> Engine:
@@ -364,7 +368,7 @@ def _decode(workshop: Workshop, name: str, latent: sampler.Floats, grid: tiles.G
     try:
         return tiles.decode(engine, latent, scale, grid)
     except sampler.NotFiniteError as error:
-        if engine.arithmetic == "fp32":
+        if engine.compute_dtype == "fp32":
             raise
         _log.warning("%s; decoding again in fp32", error)
     workshop.engines[name] = workshop.opener(name, "fp32")

@@ -57,9 +57,9 @@ def test_summary_is_median_and_spread() -> None:
 
 def test_plan_varies_one_extent_at_a_time() -> None:
     found = plan(["onnxruntime", "openvino:bf16"], ["released"], {"guidance": [1, 7]}, [512, 256], [1, 4])
-    assert [(c.backend, c.arithmetic, c.options["guidance"], c.size, c.batch) for c in found] == [
-        (backend, arithmetic, guidance, size, batch)
-        for backend, arithmetic in (("onnxruntime", "fp32"), ("openvino", "bf16"))
+    assert [(c.backend, c.compute_dtype, c.options["guidance"], c.size, c.batch) for c in found] == [
+        (backend, compute_dtype, guidance, size, batch)
+        for backend, compute_dtype in (("onnxruntime", "fp32"), ("openvino", "bf16"))
         for guidance in (1, 7)
         for size, batch in ((512, 1), (256, 1), (512, 4))
     ]
@@ -88,8 +88,8 @@ WARM = {
     "first": 9.0,
     "peak_bytes": 2_000_000,
     "cpu_s": 3.0,
-    "precision": "fp16",
-    "paths": {"denoiser": "d.onnx", "decoder": "p.onnx"},
+    "storage_dtype": "fp16",
+    "paths": {"denoiser": "d.onnx", "vae_decoder": "p.onnx"},
     "repeats": [
         {
             "total": total,
@@ -97,7 +97,7 @@ WARM = {
             "steps": [],
             "graphs": {
                 "denoiser": [_call([total / 8, total / 8], latent=[2, 4]), _call([total / 4], latent=[2, 8])],
-                "decoder": [_call([0.5, 0.5], latent=[1, 4])],
+                "vae_decoder": [_call([0.5, 0.5], latent=[1, 4])],
             },
             "painted": [64, 96],
             "options": {"style": "vangogh"},
@@ -123,7 +123,7 @@ def test_warm_figures_batch_are_per_picture() -> None:
 
 
 def test_add_macs_fraction_is_of_the_best_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = {"arithmetic": "bf16", "batch": 2, "warm": warm_figures(WARM, batch=2)}
+    row = {"compute_dtype": "bf16", "batch": 2, "warm": warm_figures(WARM, batch=2)}
     asked: dict[str, Any] = {}
 
     def count(name: str, task: dict[str, Any], threads: int | None = None) -> Any:
@@ -134,7 +134,7 @@ def test_add_macs_fraction_is_of_the_best_rate(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(bench_measure, "run_worker", count)
     add_macs([row, {"warm": None}], {"fp32": {"numpy": 99.0}, "bf16": {"openvino": 4.0, "other": 8.0}})
     assert asked == {"d.onnx": [{"latent": [2, 4]}, {"latent": [2, 8]}], "p.onnx": [{"latent": [1, 4]}]}
-    denoiser, decoder = row["warm"]["graphs"]["denoiser"], row["warm"]["graphs"]["decoder"]  # type: ignore[index]
+    denoiser, decoder = row["warm"]["graphs"]["denoiser"], row["warm"]["graphs"]["vae_decoder"]  # type: ignore[index]
     assert denoiser["gmac"] == pytest.approx((4 + 4 + 8) / 3)
     assert denoiser["fraction"] == pytest.approx(16 / (2 * 1.5) / 8)  # 16 G in 3 s for both pictures, of 8 G a second
     assert decoder["gmac"] == pytest.approx(4)
@@ -142,7 +142,7 @@ def test_add_macs_fraction_is_of_the_best_rate(monkeypatch: pytest.MonkeyPatch) 
     assert row["warm"]["fraction"] == pytest.approx(12 / 3 / 8)  # type: ignore[index]
     add_macs([row], {"fp32": {"numpy": 99.0}})
     assert row["warm"]["fraction"] is None  # type: ignore[index]
-    row["warm"]["precision"] = "int8"  # type: ignore[index]
+    row["warm"]["storage_dtype"] = "int8"  # type: ignore[index]
     add_macs([row], {"fp32": {"numpy": 99.0}, "int8": {"openvino": 16.0}})
     assert row["warm"]["limit"] == "int8"  # type: ignore[index]
     assert row["warm"]["fraction"] == pytest.approx(12 / 3 / 16)  # type: ignore[index]
@@ -156,7 +156,12 @@ def test_a_cold_start_is_taken_apart() -> None:
         "cpu_s": 4.0,
         "peak_bytes": 3_000_000,
         # Two graphs are opened side by side.
-        "parts": [["imports", 10.0, 11.0], ["open a", 11.0, 13.0], ["open b", 11.5, 13.0], ["hint: first run", 15, 16]],
+        "parts": [
+            ["imports", 10.0, 11.0],
+            ["open a", 11.0, 13.0],
+            ["open b", 11.5, 13.0],
+            ["controlnet_cond: first run", 15, 16],
+        ],
         "phases": {"read": 0.25, "edges": 1.5, "finish": 0.25},
     }
     later = {**report, "ended": 22.0, "done": 21.5, "peak_bytes": 5_000_000}
@@ -167,7 +172,7 @@ def test_a_cold_start_is_taken_apart() -> None:
         "imports": 1.0,
         "open a": 2.0,
         "open b": 1.5,
-        "hint: first run": 1.0,
+        "controlnet_cond: first run": 1.0,
         "exit": 0.5,
         "read the picture": 0.25,
         "find edges": 0.5,
@@ -236,16 +241,16 @@ def test_bench_report_holds_warm_cold_and_limits(folder: Path, small_products: N
         assert warm["picture"]["n"] == cold["total"]["n"] == 2
         assert warm["step"]["n"] == 2 * 2  # the last half of four steps, twice
         assert {name: graph["run"]["n"] for name, graph in warm["graphs"].items()} == {
-            "hint": 2, "encoder": 2, "denoiser": 4, "decoder": 2,
+            "controlnet_cond": 2, "vae_encoder": 2, "denoiser": 4, "vae_decoder": 2,
         }  # fmt: skip
         assert list(warm["phases"]) == ["read", "edges", "encode", "denoise", "decode", "finish"]
         assert warm["peak_mb"] > 20
         assert {"interpreter", "imports", "import onnxruntime", "open bundle", "open denoiser"} <= cold["parts"].keys()
-        assert {"denoiser: first run", "denoiser: further runs", "decoder: first run"} <= cold["parts"].keys()
+        assert {"denoiser: first run", "denoiser: further runs", "vae_decoder: first run"} <= cold["parts"].keys()
         assert sum(part["median"] for part in cold["parts"].values()) == pytest.approx(
             cold["total"]["median"], rel=1e-3
         )
-        once = sum(warm["graphs"][name]["gmac"] for name in ("encoder", "hint", "decoder"))
+        once = sum(warm["graphs"][name]["gmac"] for name in ("vae_encoder", "controlnet_cond", "vae_decoder"))
         assert warm["gmac"] == pytest.approx(2 * warm["graphs"]["denoiser"]["gmac"] + once)
         assert warm["fraction"] == pytest.approx(
             warm["gmac"] / warm["picture"]["median"] / max(report["peak_flops"]["fp32"].values())
@@ -268,7 +273,7 @@ def test_bench_batch_shares_denoiser_runs(folder: Path) -> None:
     (group,) = row["warm"]["graphs"]["denoiser"]["shapes"]
     assert group["shapes"]["latent"] == [3, 4, 8, 8]
     assert group["shapes"]["kv_unet"][:2] == [2, 3]
-    assert row["warm"]["graphs"]["decoder"]["run"]["n"] == 3
+    assert row["warm"]["graphs"]["vae_decoder"]["run"]["n"] == 3
     assert row["warm"]["step"] is None
 
 
@@ -293,7 +298,7 @@ def test_bench_impossible_configuration_is_reported_and_the_rest_measured(folder
         (("--sizes", "big"), "found sizes 'big'"),
         (("--batch", "0"), "found batches '0'"),
         (("--preset", "quickest"), "found preset 'quickest'"),
-        (("--backend", "openvino:fp64"), "found 'openvino:fp64'; expected BACKEND or BACKEND:ARITHMETIC"),
+        (("--backend", "openvino:fp64"), "found 'openvino:fp64'; expected BACKEND or BACKEND:DTYPE"),
         (("--repeats", "0"), "--repeats"),
     ],
 )

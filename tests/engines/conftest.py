@@ -21,7 +21,7 @@ from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import Geometry, GraphSpec, TensorSpec, graph_specs
 from lsast_engines.bundle.manifest import AttentionLayer, Manifest
 from lsast_engines.bundle.style import Style
-from lsast_engines.diffusion.noise_schedule import NoiseSpec
+from lsast_engines.diffusion.noise_schedule import NoiseSchedule
 
 FINGERPRINT = "ab" * 32
 GEOMETRY = Geometry(hint_channels=5, tokens=3, unet_width=20, control_width=8)
@@ -43,8 +43,8 @@ def manifest() -> Manifest:
         height=256,
         width=512,
         latent_scale=0.18215,
-        precision="fp16",
-        noise=NoiseSpec(),
+        storage_dtype="fp16",
+        noise=NoiseSchedule(),
         stages=10,
         tokens=GEOMETRY.tokens,
         geometry=GEOMETRY,
@@ -186,7 +186,9 @@ def denoiser_graph(tmp_path: Path) -> Path:
 @pytest.fixture
 def engine_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Where engines of TensorRT in fp16 are looked for."""
-    monkeypatch.setattr(tensorrt, "engine_folder", lambda bundle, library, arithmetic: tmp_path / library / arithmetic)
+    monkeypatch.setattr(
+        tensorrt, "engine_folder", lambda bundle, library, compute_dtype: tmp_path / library / compute_dtype
+    )
     return tmp_path / "tensorrt" / "fp16"
 
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 
 from lsast_engines.errors import PictureError
-from lsast_engines.images import edge_map, find_pictures, read_picture
+from lsast_engines.images import canny_edges, find_pictures, read_picture
 
 U8 = npt.NDArray[np.uint8]
 
@@ -56,7 +56,7 @@ def test_rgb_from_path_bytes_image_and_array(tmp_path: Path) -> None:
 def test_one_pixel() -> None:
     picture = read_picture(encoded(Image.new("RGB", (1, 1), (1, 2, 3))))
     assert picture.rgb.tolist() == [[[1, 2, 3]]]
-    assert edge_map(picture.rgb).tolist() == [[0]]
+    assert canny_edges(picture.rgb).tolist() == [[0]]
 
 
 def test_grey_and_grey_with_alpha() -> None:
@@ -266,11 +266,11 @@ def test_find_pictures(tmp_path: Path) -> None:
 def test_edges_of_a_square() -> None:
     pixels = np.zeros((32, 32, 3), np.uint8)
     pixels[8:24, 8:24] = 255
-    edges = edge_map(pixels)
+    edges = canny_edges(pixels)
     assert edges.dtype == np.uint8
     assert set(np.unique(edges)) == {0, 1}
     rows, columns = np.nonzero(edges)
     on_border = [min(abs(i - 7.5), abs(i - 23.5)) < 1 for i in np.stack([rows, columns]).T.flatten()]
     assert all(a or b for a, b in zip(on_border[::2], on_border[1::2], strict=True))
     assert 40 < edges.sum() < 80
-    assert edge_map(np.ascontiguousarray(pixels) // 16).sum() == 0
+    assert canny_edges(np.ascontiguousarray(pixels) // 16).sum() == 0

@@ -64,8 +64,10 @@ def bundles(
     """A bundle of each precision, with the style `hand`; tests must not change them."""
     folder = tmp_path_factory.mktemp("bundles")
     return {
-        precision: export_bundle(base, folder / precision, [prompts], ExportOptions(precision=precision), traced=traced)
-        for precision in ("fp32", "fp16", "bf16")
+        storage_dtype: export_bundle(
+            base, folder / storage_dtype, [prompts], ExportOptions(storage_dtype=storage_dtype), traced=traced
+        )
+        for storage_dtype in ("fp32", "fp16", "bf16")
     }
 
 

@@ -58,7 +58,7 @@ def write_engine(
     folder: Path,
     library: Library = "tensorrt",
     ranges: Ranges | None = None,
-    arithmetic: str = "fp16",
+    compute_dtype: str = "fp16",
     content: bytes = b"",
     **changes: Any,
 ) -> Path:
@@ -69,7 +69,7 @@ def write_engine(
         graph=spec.name,
         onnx=graph_digest(file),
         profile=profile,
-        arithmetic=arithmetic,
+        compute_dtype=compute_dtype,
         library=library,
         library_version=VERSION,
         targets=("8.9",),

@@ -15,7 +15,7 @@ from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import Cut, Geometry, GraphSpec, graph_specs, part_specs
 from lsast_engines.bundle.manifest import AttentionLayer, Manifest
 from lsast_engines.bundle.style import Style
-from lsast_engines.diffusion.noise_schedule import NoiseSpec
+from lsast_engines.diffusion.noise_schedule import NoiseSchedule
 
 GEOMETRY = Geometry(hint_channels=5, tokens=3, unet_width=24, control_width=16)
 STAGES = 10
@@ -115,12 +115,12 @@ def graphs(weights: Weights) -> dict[str, bytes]:
         node("Resize", ["small", "", "scales"], ["image"], mode="nearest"),
     ]
     return {
-        "encoder": _model(
-            specs["encoder"],
+        "vae_encoder": _model(
+            specs["vae_encoder"],
             encoder,
             {"w_mean": _convolution(weights.encode_mean), "w_std": _convolution(weights.encode_std)},
         ),
-        "hint": _model(specs["hint"], hint, {"w": _convolution(weights.hint)}),
+        "controlnet_cond": _model(specs["controlnet_cond"], hint, {"w": _convolution(weights.hint)}),
         "denoiser": _model(
             specs["denoiser"],
             denoiser,
@@ -137,8 +137,8 @@ def graphs(weights: Weights) -> dict[str, bytes]:
                 "w_time": weights.time,
             },
         ),
-        "decoder": _model(
-            specs["decoder"],
+        "vae_decoder": _model(
+            specs["vae_decoder"],
             decoder,
             {"w": _convolution(weights.decode), "scales": np.array([1, 1, 8, 8], np.float32)},
         ),
@@ -204,13 +204,13 @@ def part_graphs(weights: Weights) -> dict[str, bytes]:
     zero = {"zero": np.float32(0), "axes123": np.array([1, 2, 3])}
     wide = {"scales": scales, **axes}
     return {
-        "control": _model(
-            PART_SPECS["control"],
+        "controlnet": _model(
+            PART_SPECS["controlnet"],
             control,
             {**zero, **wide, "w_control": weights.control, "w_edges": _convolution(weights.edges)},
         ),
-        "deep": _model(
-            PART_SPECS["deep"],
+        "unet_full": _model(
+            PART_SPECS["unet_full"],
             deep,
             {
                 **wide,
@@ -221,7 +221,7 @@ def part_graphs(weights: Weights) -> dict[str, bytes]:
                 "w_time": weights.time,
             },
         ),
-        "shallow": _model(PART_SPECS["shallow"], shallow, {**zero, "half": np.float32(0.5)}),
+        "unet_outer": _model(PART_SPECS["unet_outer"], shallow, {**zero, "half": np.float32(0.5)}),
     }
 
 
@@ -244,8 +244,8 @@ def manifest() -> Manifest:
         height=64,
         width=64,
         latent_scale=LATENT_SCALE,
-        precision="fp32",
-        noise=NoiseSpec(),
+        storage_dtype="fp32",
+        noise=NoiseSchedule(),
         stages=STAGES,
         tokens=3,
         geometry=GEOMETRY,

@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter
 
 import lsast
 from lsast_engines.bundle.bundle import EMBEDDED, Bundle
-from lsast_engines.bundle.graph_spec import PARTS
+from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS
 
 PHOTO = Path(__file__).parents[2] / "docs" / "images" / "lighthouse.jpg"
 SIZE = 256
@@ -41,14 +41,16 @@ def test_it_is_sound_under_sixty_megabytes_and_has_six_styles() -> None:
     for name in bundle.styles():
         bundle.style(name)
     assert sum(file.stat().st_size for file in EMBEDDED.rglob("*") if file.is_file()) < 60_000_000
-    assert bundle.manifest.precision == "fp16"
+    assert bundle.manifest.storage_dtype == "fp16"
     assert 0 < max(bundle.manifest.parity.values()) < 1e-4
 
 
 def test_it_has_the_denoisers_parts_and_they_paint_nearly_what_the_whole_paints() -> None:
     bundle = Bundle.open(EMBEDDED)
-    assert set(PARTS) < bundle.manifest.graphs.keys()
-    assert sum(bundle.manifest.files[f"{name}.onnx"].bytes for name in PARTS) < 1_000_000  # they refer into the base
+    assert set(UNET_SPLIT_GRAPHS) < bundle.manifest.graphs.keys()
+    assert (
+        sum(bundle.manifest.files[f"{name}.onnx"].bytes for name in UNET_SPLIT_GRAPHS) < 1_000_000
+    )  # they refer into the base
     options = {"style": "vangogh", "size": 128, "steps": 6, "strength": 0.9}
     with lsast.load(backend="onnxruntime", threads=1) as stylizer:
         exact, shallow, unguided = (

@@ -22,7 +22,7 @@ from .tensorrt.engine_record import Library
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 
-Arithmetic = Literal["fp32", "bf16", "fp16"]
+ComputeDtype = Literal["fp32", "bf16", "fp16"]
 """What a graph computes in. Below ``fp32`` it is faster where the processor has it, and off by about 1e-2 (bf16) or
 1e-3 (fp16); fp16 may overflow."""
 
@@ -42,10 +42,10 @@ class Engine(Protocol):
     """Name of the backend, a key of `EXTRAS`."""
     device: str
     """Where it runs, e.g. ``cpu``."""
-    arithmetic: Arithmetic
+    compute_dtype: ComputeDtype
     """What it computes in."""
 
-    def bind(self, feeds: Feeds) -> None:
+    def bind_inputs(self, feeds: Feeds) -> None:
         """Keep inputs for all following calls, checked and copied to the device once; binding again replaces them.
 
         Raises:
@@ -63,7 +63,7 @@ class Engine(Protocol):
                 running; or a call from a second thread during a call.
         """
 
-    def rest(self) -> None:
+    def release_memory(self) -> None:
         """Give working memory back until the next call, where the backend can; weights and what is bound stay.
 
         The outputs of the last call may go with it.
@@ -78,16 +78,16 @@ class CheckedEngine(abc.ABC):
 
     backend: str
 
-    def __init__(self, spec: GraphSpec, device: str, arithmetic: Arithmetic) -> None:
+    def __init__(self, spec: GraphSpec, device: str, compute_dtype: ComputeDtype) -> None:
         self.spec = spec
         self.device = device
-        self.arithmetic = arithmetic
+        self.compute_dtype = compute_dtype
         self._bound: dict[str, Array] = {}
         self._closed = False
         self._busy = threading.Lock()
 
-    def bind(self, feeds: Feeds) -> None:
-        """See `Engine.bind`."""
+    def bind_inputs(self, feeds: Feeds) -> None:
+        """See `Engine.bind_inputs`."""
         with self._alone():
             self._check(feeds, complete=False)
             # A copy, so that a caller who goes on using the array does not change what is bound.
@@ -101,8 +101,8 @@ class CheckedEngine(abc.ABC):
             self._check(feeds, complete=True)
             return self._run({name: np.asarray(value, order="C") for name, value in feeds.items()})
 
-    def rest(self) -> None:
-        """See `Engine.rest`."""
+    def release_memory(self) -> None:
+        """See `Engine.release_memory`."""
         with self._alone():
             self._rest()
 
@@ -246,7 +246,7 @@ def open_engine(
     backend: str = "auto",
     device: str = "auto",
     threads: int | None = None,
-    arithmetic: Arithmetic = "fp32",
+    compute_dtype: ComputeDtype = "fp32",
     cache: Path | None = None,
 ) -> Engine:
     """Load a graph.
@@ -258,7 +258,7 @@ def open_engine(
             has the device and a choice of arithmetic, where another than fp32 is asked for.
         device: ``cpu``, ``cuda``, …, or ``auto``: the CPU, for compiled engines the GPU.
         threads: CPU threads; None leaves it to the backend.
-        arithmetic: what to compute in; OpenVINO has a choice of what the device has, compiled engines have what they
+        compute_dtype: what to compute in; OpenVINO has a choice of what the device has, compiled engines have what they
             were compiled in.
         cache: where large weights of 16 bits are unpacked; None is the user's cache folder (`unpacked`).
 
@@ -270,31 +270,31 @@ def open_engine(
     """
     if threads is not None and threads < 1:
         raise UsageError(f"found {threads} threads; expected at least 1")
-    for option, value in (("--arithmetic", arithmetic), ("--device", device.lower())):
+    for option, value in (("--compute-dtype", compute_dtype), ("--device", device.lower())):
         if gone := removal(f"{option} {value}"):
             raise UsageError(gone)
-    if arithmetic not in get_args(Arithmetic):
-        raise UsageError(f"found arithmetic {arithmetic!r}; expected one of {', '.join(get_args(Arithmetic))}")
-    backend, device = _choose(backend.lower(), device.lower(), arithmetic)
+    if compute_dtype not in get_args(ComputeDtype):
+        raise UsageError(f"found compute_dtype {compute_dtype!r}; expected one of {', '.join(get_args(ComputeDtype))}")
+    backend, device = _choose(backend.lower(), device.lower(), compute_dtype)
     if not path.is_file():
         raise BackendError(f"found no graph file {path}; export the bundle again")
     _, engine = _backend(backend)
     try:
         # ONNX Runtime reads bf16 from the file as it goes; fp16, and OpenVINO either, would double in memory.
         kinds = {"onnxruntime": ("F16",), "openvino": ("F16", "BF16")}.get(backend, ())
-        return engine(unpacked_graph(path, cache, kinds), spec, device, threads, arithmetic)
+        return engine(unpacked_graph(path, cache, kinds), spec, device, threads, compute_dtype)
     except (BackendError, MemoryError):
         raise
     except Exception as error:
         raise BackendError(f"{backend} cannot load {path} on {device}: {error}") from error
 
 
-def _choose(backend: str, device: str, arithmetic: Arithmetic) -> tuple[str, str]:
+def _choose(backend: str, device: str, compute_dtype: ComputeDtype) -> tuple[str, str]:
     """Backend and device that are there, for what was asked; an explicit wish is met or refused."""
     # A library of compiled engines that was named has no other device.
     usual = "cuda" if backend in get_args(Library) else "cpu"
     wanted_device = usual if device == "auto" else device
-    able = [name for name in EXTRAS if arithmetic == "fp32" or name not in _FP32_ONLY]
+    able = [name for name in EXTRAS if compute_dtype == "fp32" or name not in _FP32_ONLY]
     for candidate in able if backend == "auto" else [backend]:
         if candidate not in EXTRAS:
             break
@@ -312,7 +312,7 @@ def _choose(backend: str, device: str, arithmetic: Arithmetic) -> tuple[str, str
     mend = ""
     if backend in EXTRAS and backend not in there:
         mend = f"; {_absence(backend)}"
-    wish = f"device {device!r}" + ("" if arithmetic == "fp32" else f" and arithmetic {arithmetic}")
+    wish = f"device {device!r}" + ("" if compute_dtype == "fp32" else f" and compute_dtype {compute_dtype}")
     raise BackendError(f"found no backend {backend!r} with {wish}; there is: {listing}{mend}")
 
 
@@ -326,7 +326,7 @@ def _absence(backend: str) -> str:
     return f"{backend} is installed and finds no GPU with a driver; lsast-run --doctor tells what is missing"
 
 
-_Open = Callable[[Path, GraphSpec, str, "int | None", Arithmetic], Engine]
+_Open = Callable[[Path, GraphSpec, str, "int | None", ComputeDtype], Engine]
 
 
 def _backend(name: str) -> tuple[Callable[[], list[str]], _Open]:

@@ -20,7 +20,7 @@ _WEIGHTS = (".safetensors", ".data")
 """Suffixes of the files that graphs may refer into."""
 
 
-def place(backend: str, path: Path, arithmetic: str, machine: str) -> Path | None:
+def place(backend: str, path: Path, compute_dtype: str, machine: str) -> Path | None:
     """The name, without suffix, of what is kept of the graph file `path`; None where nothing is.
 
     It costs no reading of the weights: files are told apart by size and time.
@@ -28,7 +28,7 @@ def place(backend: str, path: Path, arithmetic: str, machine: str) -> Path | Non
     Args:
         backend: whose.
         path: an ONNX file; only those of a bundle with less than `LIMIT` bytes of weights are kept.
-        arithmetic: what the graph computes in.
+        compute_dtype: what the graph computes in.
         machine: version of the backend, and what it computes on.
     """
     weights = [file for file in sorted(path.parent.iterdir()) if file.suffix in _WEIGHTS]
@@ -36,13 +36,13 @@ def place(backend: str, path: Path, arithmetic: str, machine: str) -> Path | Non
         return None
     found = [(file.name, stat.st_size, stat.st_mtime_ns) for file in (path, *weights) for stat in [file.stat()]]
     folder = cache_home() / "compiled" / backend / _short(str(path.resolve()))
-    return folder / f"{path.stem}-{arithmetic}-{_short(f'{machine} {found}')}"
+    return folder / f"{path.stem}-{compute_dtype}-{_short(f'{machine} {found}')}"
 
 
 def remove_others(kept: Path) -> None:
     """Remove what `kept`, a file or a folder beside its like, takes the place of."""
-    graph, arithmetic, _ = kept.stem.split("-")
-    for other in kept.parent.glob(f"{graph}-{arithmetic}-*{kept.suffix}"):
+    graph, compute_dtype, _ = kept.stem.split("-")
+    for other in kept.parent.glob(f"{graph}-{compute_dtype}-*{kept.suffix}"):
         if other == kept:
             continue
         if other.is_dir():

@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..bundle.graph_spec import DENOISER, PARTS, GraphSpec
+from ..bundle.graph_spec import DENOISER, UNET_SPLIT_GRAPHS, GraphSpec
 from ..errors import BackendError
-from .base import Arithmetic, Array, CheckedEngine, check_interface
+from .base import Array, CheckedEngine, ComputeDtype, check_interface
 from .onnxruntime_cache import optimised
 
 EXPANDED_LIMIT = 1_000_000_000
@@ -61,13 +61,13 @@ class OnnxRuntimeEngine(CheckedEngine):
     backend = "onnxruntime"
 
     def __init__(
-        self, path: Path, spec: GraphSpec, device: str, threads: int | None, arithmetic: Arithmetic = "fp32"
+        self, path: Path, spec: GraphSpec, device: str, threads: int | None, compute_dtype: ComputeDtype = "fp32"
     ) -> None:
         import onnxruntime
 
-        super().__init__(spec, device, arithmetic)
-        if arithmetic != "fp32":
-            raise BackendError(f"onnxruntime computes in fp32, found {arithmetic}; expected fp32, or openvino for it")
+        super().__init__(spec, device, compute_dtype)
+        if compute_dtype != "fp32":
+            raise BackendError(f"onnxruntime computes in fp32, found {compute_dtype}; use openvino for it")
         left_out = ["ConstantFolding"] if device == "cpu" and half_bytes(path.parent, "BF16") > EXPANDED_LIMIT else []
 
         def start(file: Path, options: Any) -> Any:
@@ -146,7 +146,7 @@ def _session_options(library: Any, spec: GraphSpec, threads: int | None) -> Any:
     # mini in parts took 1.2 to 1.7 times as long (two cores, n = 5).
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # The arena keeps what it had for the next run: quicker every step, and 1 GB for nothing once a picture.
-    options.enable_cpu_mem_arena = spec.name in (DENOISER, *PARTS)
+    options.enable_cpu_mem_arena = spec.name in (DENOISER, *UNET_SPLIT_GRAPHS)
     if threads is not None:
         options.intra_op_num_threads = threads
     return options

@@ -9,11 +9,11 @@ from typing import Any
 
 from ..bundle.graph_spec import GraphSpec
 from ..errors import BackendError
-from .base import Arithmetic, Array, CheckedEngine, check_interface
+from .base import Array, CheckedEngine, ComputeDtype, check_interface
 from .mapped import MappedFiles
 from .openvino_cache import compiled
 
-_HINTS: dict[Arithmetic, str] = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+_HINTS: dict[ComputeDtype, str] = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
 
 def devices() -> list[str]:
@@ -33,15 +33,15 @@ class OpenVinoEngine(CheckedEngine):
     backend = "openvino"
 
     def __init__(
-        self, path: Path, spec: GraphSpec, device: str, threads: int | None, arithmetic: Arithmetic = "fp32"
+        self, path: Path, spec: GraphSpec, device: str, threads: int | None, compute_dtype: ComputeDtype = "fp32"
     ) -> None:
         import openvino
 
-        super().__init__(spec, device, arithmetic)
+        super().__init__(spec, device, compute_dtype)
         core = shared_core(openvino)
-        _require(core, device, arithmetic)
+        _require(core, device, compute_dtype)
         # OpenVINO would take bf16 by itself where the CPU has it; then results depend on the machine by 1e-2.
-        config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _HINTS[arithmetic], "PERFORMANCE_HINT": "LATENCY"}
+        config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _HINTS[compute_dtype], "PERFORMANCE_HINT": "LATENCY"}
         if threads is not None and device == "cpu":
             config["INFERENCE_NUM_THREADS"] = threads
         self._mapped = MappedFiles(path.parent)
@@ -54,7 +54,7 @@ class OpenVinoEngine(CheckedEngine):
                 return core.compile_model(self._model, device.upper(), config)
 
         if device == "cpu":
-            self._compiled: Any = compiled(core, path, arithmetic, config, openvino.__version__, compile_graph)
+            self._compiled: Any = compiled(core, path, compute_dtype, config, openvino.__version__, compile_graph)
         else:
             self._compiled = compile_graph()
         inputs = {_name(port, [tensor.name for tensor in spec.inputs]): port for port in self._compiled.inputs}
@@ -103,12 +103,12 @@ def shared_core(library: Any) -> Any:
     return library.Core()
 
 
-def _require(core: Any, device: str, arithmetic: Arithmetic) -> None:
+def _require(core: Any, device: str, compute_dtype: ComputeDtype) -> None:
     """Refuse an arithmetic that the device would only imitate, or ignore."""
     there = {str(name).lower() for name in core.get_property(device.upper(), "OPTIMIZATION_CAPABILITIES")}
-    if arithmetic != "fp32" and arithmetic not in there:
+    if compute_dtype != "fp32" and compute_dtype not in there:
         has = ", ".join(name for name in ("fp32", "bf16", "fp16") if name in there)
-        raise BackendError(f"openvino cannot compute in {arithmetic} on {device} here; there is: {has}")
+        raise BackendError(f"openvino cannot compute in {compute_dtype} on {device} here; there is: {has}")
 
 
 def _name(port: Any, wanted: list[str]) -> str:

@@ -19,19 +19,19 @@ _log = logging.getLogger("lsast.openvino")
 
 
 def compiled(
-    core: Any, path: Path, arithmetic: str, config: dict[str, Any], version: str, compile_graph: Callable[[], Any]
+    core: Any, path: Path, compute_dtype: str, config: dict[str, Any], version: str, compile_graph: Callable[[], Any]
 ) -> Any:
     """The compiled graph of `path` on the CPU: from the cache folder, else from `compile_graph`, and then kept there.
 
     Args:
         core: OpenVINO's core.
         path: an ONNX file of a bundle; any other is only compiled.
-        arithmetic: what it computes in.
+        compute_dtype: what it computes in.
         config: what OpenVINO is told besides.
         version: of OpenVINO.
         compile_graph: compiles.
     """
-    name = place("openvino", path, arithmetic, f"{version} {core.get_property('CPU', 'FULL_DEVICE_NAME')}")
+    name = place("openvino", path, compute_dtype, f"{version} {core.get_property('CPU', 'FULL_DEVICE_NAME')}")
     if name is None:
         return compile_graph()
     kept = name.with_suffix(".blob")

@@ -4,9 +4,9 @@
 
     NAME/
     ├── manifest.json            what everything else must be
-    ├── encoder.onnx … decoder.onnx, with weights they refer to (``*.data`` or ``*.safetensors``)
-    ├── control.onnx, deep.onnx, shallow.onnx: the denoiser's parts, if it has them
-    ├── decoder_small.onnx, decoder_small.safetensors: a smaller decoder, if it has one
+    ├── vae_encoder.onnx … vae_decoder.onnx, with weights they refer to (``*.data`` or ``*.safetensors``)
+    ├── controlnet.onnx, unet_full.onnx, unet_outer.onnx: the denoiser's parts, if it has them
+    ├── vae_decoder_tiny.onnx, vae_decoder_tiny.safetensors: a smaller decoder, if it has one
     ├── null.safetensors         the unconditional keys and values, in the format of a style
     └── styles/*.safetensors     not in the manifest: styles come and go, each carries its own checksum
 """

@@ -17,17 +17,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-ENCODER, HINT, DENOISER, DECODER = "encoder", "hint", "denoiser", "decoder"
+VAE_ENCODER, CONTROLNET_COND, DENOISER, VAE_DECODER = "vae_encoder", "controlnet_cond", "denoiser", "vae_decoder"
 """Names of the four graphs that every bundle has."""
 
-EVERY = (ENCODER, HINT, DENOISER, DECODER)
+REQUIRED_GRAPHS = (VAE_ENCODER, CONTROLNET_COND, DENOISER, VAE_DECODER)
 
-CONTROL, DEEP, SHALLOW = "control", "deep", "shallow"
+CONTROLNET, UNET_FULL, UNET_OUTER = "controlnet", "unet_full", "unet_outer"
 """Names of the denoiser's parts, which a bundle may have beside it: all three or none."""
 
-PARTS = (CONTROL, DEEP, SHALLOW)
+UNET_SPLIT_GRAPHS = (CONTROLNET, UNET_FULL, UNET_OUTER)
 
-DECODER_SMALL = "decoder_small"
+VAE_DECODER_TINY = "vae_decoder_tiny"
 """Name of a smaller decoder, of the same inputs and outputs, which a bundle may have beside its own."""
 
 
@@ -74,11 +74,11 @@ class Geometry:
 def graph_specs(geometry: Geometry) -> dict[str, GraphSpec]:
     """The specs of the four graphs of a base of this geometry, by graph name.
 
-    - ``encoder``: picture in [-1, 1] → mean and standard deviation of its latent, before `latent_scale`.
-    - ``hint``: edges in {0, 1} → the ControlNet's hint features, constant over the denoising loop.
+    - ``vae_encoder``: picture in [-1, 1] → mean and standard deviation of its latent, before `latent_scale`.
+    - ``controlnet_cond``: edges in {0, 1} → the ControlNet's hint features, constant over the denoising loop.
     - ``denoiser``: one step. Always gives the noise eps: a v-prediction base is converted inside. The ControlNet runs
       once, at batch B, with the style's keys and values; both guidance halves share its residuals.
-    - ``decoder``: latent, divided by `latent_scale` → picture in about [-1, 1].
+    - ``vae_decoder``: latent, divided by `latent_scale` → picture in about [-1, 1].
     """
     g = geometry
     picture = ("B", 3, "H", "W")
@@ -86,11 +86,11 @@ def graph_specs(geometry: Geometry) -> dict[str, GraphSpec]:
     hint = TensorSpec("hint", "float32", ("B", g.hint_channels, "h", "w"))
     specs = (
         GraphSpec(
-            ENCODER,
+            VAE_ENCODER,
             (TensorSpec("image", "float32", picture),),
             (TensorSpec("mean", "float32", latent), TensorSpec("std", "float32", latent)),
         ),
-        GraphSpec(HINT, (TensorSpec("edges", "float32", picture),), (hint,)),
+        GraphSpec(CONTROLNET_COND, (TensorSpec("edges", "float32", picture),), (hint,)),
         GraphSpec(
             DENOISER,
             (
@@ -103,17 +103,17 @@ def graph_specs(geometry: Geometry) -> dict[str, GraphSpec]:
             ),
             (TensorSpec("eps", "float32", ("G", *latent)),),
         ),
-        GraphSpec(DECODER, (TensorSpec("latent", "float32", latent),), (TensorSpec("image", "float32", picture),)),
+        GraphSpec(VAE_DECODER, (TensorSpec("latent", "float32", latent),), (TensorSpec("image", "float32", picture),)),
     )
     return {spec.name: spec for spec in specs}
 
 
 def small_decoder_spec(geometry: Geometry) -> GraphSpec:
-    """The spec of ``decoder_small``: that of the ``decoder``, in whose place it may run, under its own name.
+    """The spec of ``vae_decoder_tiny``: that of the ``vae_decoder``, in whose place it may run, under its own name.
 
     Its latents are divided by `latent_scale` too, whatever the network inside takes.
     """
-    return replace(graph_specs(geometry)[DECODER], name=DECODER_SMALL)
+    return replace(graph_specs(geometry)[VAE_DECODER], name=VAE_DECODER_TINY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +121,8 @@ class Cut:
     """Where a denoiser is cut into its parts: between ControlNet and U-Net, and across the U-Net.
 
     Across the U-Net the cut lies below its outermost level, at full latent resolution (DeepCache, arXiv 2312.00858,
-    where the feature that enters an up block is kept): `shallow` is the convolution in, the first down block, the last
-    up block and the convolution out, and `feature` is what the last up block takes from below.
+    where the feature that enters an up block is kept): `unet_outer` is the convolution in, the first down block, the
+    last up block and the convolution out, and `feature` is what the last up block takes from below.
     """
 
     residuals: tuple[tuple[int, int], ...]
@@ -137,11 +137,12 @@ class Cut:
 def part_specs(geometry: Geometry, cut: Cut) -> dict[str, GraphSpec]:
     """The specs of the parts of a base's denoiser, by graph name.
 
-    - ``control``: the ControlNet of one step, at batch B with the style's keys and values, scaled → its residuals.
-    - ``deep``: the U-Net of one step with residuals, always giving eps, and the `feature` at the cut.
-    - ``shallow``: its outermost level alone, with the residuals of that level and a `feature` of an earlier step.
+    - ``controlnet``: the ControlNet of one step, at batch B with the style's keys and values, scaled → its residuals.
+    - ``unet_full``: the U-Net of one step with residuals, always giving eps, and the `feature` at the cut.
+    - ``unet_outer``: its outermost level alone, with the residuals of that level and a `feature` of an earlier step.
 
-    ``deep`` after ``control`` is the ``denoiser``, and ``shallow`` after ``deep`` at the same step gives the same eps.
+    ``unet_full`` after ``controlnet`` is the ``denoiser``; ``unet_outer`` after ``unet_full`` of the same step gives
+    the same eps.
     """
     g = geometry
     latent = TensorSpec("latent", "float32", ("B", g.latent_channels, "h", "w"))
@@ -155,7 +156,7 @@ def part_specs(geometry: Geometry, cut: Cut) -> dict[str, GraphSpec]:
     eps = TensorSpec("eps", "float32", ("G", *latent.shape))
     specs = (
         GraphSpec(
-            CONTROL,
+            CONTROLNET,
             (
                 latent,
                 TensorSpec("hint", "float32", ("B", g.hint_channels, "h", "w")),
@@ -165,8 +166,8 @@ def part_specs(geometry: Geometry, cut: Cut) -> dict[str, GraphSpec]:
             ),
             residuals,
         ),
-        GraphSpec(DEEP, (latent, timestep, kv_unet, *residuals), (eps, feature)),
-        GraphSpec(SHALLOW, (latent, timestep, kv_unet, *residuals[: cut.outer], feature), (eps,)),
+        GraphSpec(UNET_FULL, (latent, timestep, kv_unet, *residuals), (eps, feature)),
+        GraphSpec(UNET_OUTER, (latent, timestep, kv_unet, *residuals[: cut.outer], feature), (eps,)),
     )
     return {spec.name: spec for spec in specs}
 
@@ -176,12 +177,14 @@ def further_specs(geometry: Geometry, graphs: Mapping[str, GraphSpec]) -> dict[s
 
     The cut is read off the parts themselves; that they agree on it, and name things as `part_specs` does, is not.
     """
-    small = {DECODER_SMALL: small_decoder_spec(geometry)} if DECODER_SMALL in graphs else {}
-    if not any(name in graphs for name in PARTS):
+    small = {VAE_DECODER_TINY: small_decoder_spec(geometry)} if VAE_DECODER_TINY in graphs else {}
+    if not any(name in graphs for name in UNET_SPLIT_GRAPHS):
         return small
-    residuals = graphs[CONTROL].outputs if CONTROL in graphs else ()
-    features = [tensor.shape[2] for tensor in graphs[DEEP].outputs[1:]] if DEEP in graphs else []
-    outer = len(graphs[SHALLOW].inputs) - 4 if SHALLOW in graphs else 0  # beside latent, timestep, kv_unet, feature
+    residuals = graphs[CONTROLNET].outputs if CONTROLNET in graphs else ()
+    features = [tensor.shape[2] for tensor in graphs[UNET_FULL].outputs[1:]] if UNET_FULL in graphs else []
+    outer = (
+        len(graphs[UNET_OUTER].inputs) - 4 if UNET_OUTER in graphs else 0
+    )  # beside latent, timestep, kv_unet, feature
     cut = Cut(
         residuals=tuple((_length(tensor, 1), _level(tensor)) for tensor in residuals),
         outer=max(0, outer),

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 
-class Fields:
+class JsonReader:
     """One JSON object whose fields are read with a type and a range.
 
     A field that is missing or wrong adds a line to `faults` and yields a placeholder of the right type, so that
@@ -27,18 +27,18 @@ class Fields:
             if key not in known
         ]
 
-    def fault(self, key: str, found: object, expected: str) -> None:
+    def error(self, key: str, found: object, expected: str) -> None:
         """Report that `key` holds `found` where `expected` was wanted."""
         # One fault for an object that is none at all, not one more for each of its fields.
         if self.is_object:
             self._faults.append(f"{self._path(key)}: found {_shown(found)}; expected {expected}")
 
-    def text(self, key: str, pattern: str = ".+") -> str:
+    def string(self, key: str, pattern: str = ".+") -> str:
         """A text that `pattern` matches as a whole."""
         value = self._data.get(key, _MISSING)
         if isinstance(value, str) and re.fullmatch(pattern, value, re.DOTALL):
             return value
-        self.fault(key, value, "text" if pattern == ".+" else f"text like {pattern}")
+        self.error(key, value, "text" if pattern == ".+" else f"text like {pattern}")
         return ""
 
     def integer(self, key: str, at_least: int = 1) -> int:
@@ -46,7 +46,7 @@ class Fields:
         value = self._data.get(key, _MISSING)
         if isinstance(value, int) and not isinstance(value, bool) and value >= at_least:
             return value
-        self.fault(key, value, f"a whole number of at least {at_least}")
+        self.error(key, value, f"a whole number of at least {at_least}")
         return at_least
 
     def number(self, key: str, above: float | None = None) -> float:
@@ -54,7 +54,7 @@ class Fields:
         value = self._data.get(key, _MISSING)
         if _is_number(value) and (above is None or value > above):
             return float(value)
-        self.fault(key, value, "a number" if above is None else f"a number above {above:g}")
+        self.error(key, value, "a number" if above is None else f"a number above {above:g}")
         return 1.0
 
     def choice(self, key: str, options: tuple[str, ...]) -> Any:
@@ -62,7 +62,7 @@ class Fields:
         value = self._data.get(key, _MISSING)
         if isinstance(value, str) and value in options:
             return value
-        self.fault(key, value, f"one of {', '.join(options)}")
+        self.error(key, value, f"one of {', '.join(options)}")
         return options[0]
 
     def axes(self, key: str) -> tuple[int | str, ...]:
@@ -70,15 +70,15 @@ class Fields:
         axes = self._list(key)
         if all((isinstance(axis, str) and axis) or _is_length(axis) for axis in axes):
             return tuple(axes)
-        self.fault(key, axes, "lengths and names of axes")
+        self.error(key, axes, "lengths and names of axes")
         return ()
 
-    def texts(self, key: str) -> dict[str, str]:
+    def string_dict(self, key: str) -> dict[str, str]:
         """An object of texts."""
         values = self._dict(key)
         for name, value in values.items():
             if not isinstance(value, str):
-                self.fault(f"{key}.{name}", value, "text")
+                self.error(f"{key}.{name}", value, "text")
         return values
 
     def numbers(self, key: str) -> dict[str, float]:
@@ -86,38 +86,38 @@ class Fields:
         values = self._dict(key)
         for name, value in values.items():
             if not _is_number(value):
-                self.fault(f"{key}.{name}", value, "a number")
+                self.error(f"{key}.{name}", value, "a number")
         return values
 
-    def child(self, key: str, known: tuple[str, ...]) -> Fields:
+    def object(self, key: str, known: tuple[str, ...]) -> JsonReader:
         """The object `key`, which holds the fields `known`."""
         value = self._data.get(key, _MISSING)
-        child = Fields(value if self.is_object else {}, self._path(key), self._faults, known)
+        child = JsonReader(value if self.is_object else {}, self._path(key), self._faults, known)
         child.is_object &= self.is_object
         return child
 
-    def children(self, key: str, known: tuple[str, ...]) -> list[Fields]:
+    def list_of(self, key: str, known: tuple[str, ...]) -> list[JsonReader]:
         """The objects of the list `key`, each with the fields `known`."""
         items = enumerate(self._list(key))
-        return [Fields(item, f"{self._path(key)}[{index}]", self._faults, known) for index, item in items]
+        return [JsonReader(item, f"{self._path(key)}[{index}]", self._faults, known) for index, item in items]
 
-    def named_children(self, key: str, known: tuple[str, ...]) -> dict[str, Fields]:
+    def dict_of(self, key: str, known: tuple[str, ...]) -> dict[str, JsonReader]:
         """The objects of the object `key`, each with the fields `known`."""
         items = self._dict(key).items()
-        return {name: Fields(item, f"{self._path(key)}.{name}", self._faults, known) for name, item in items}
+        return {name: JsonReader(item, f"{self._path(key)}.{name}", self._faults, known) for name, item in items}
 
     def _list(self, key: str) -> list[Any]:
         value = self._data.get(key, _MISSING)
         if isinstance(value, list):
             return value
-        self.fault(key, value, "a list")
+        self.error(key, value, "a list")
         return []
 
     def _dict(self, key: str) -> dict[str, Any]:
         value = self._data.get(key, _MISSING)
         if isinstance(value, dict):
             return value
-        self.fault(key, value, "an object")
+        self.error(key, value, "an object")
         return {}
 
     def _path(self, key: str) -> str:

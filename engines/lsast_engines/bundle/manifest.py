@@ -7,18 +7,18 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from ..diffusion.noise_schedule import Curve, NoiseSpec
+from ..diffusion.noise_schedule import Curve, NoiseSchedule
 from ..errors import BundleError, UsageError, fault_list
 from .graph_spec import Geometry, GraphSpec, TensorSpec
-from .json_fields import Fields
+from .json_fields import JsonReader
 
-FORMAT = 1
+FORMAT = 2
 """Format number of manifests that this version writes and reads; raised when an older reader would go wrong."""
 
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
+StorageDtype = Literal["fp32", "fp16", "bf16", "int8"]
 """Precision of the stored weights, with ``int8`` of activations too; inputs and outputs are float32 in any case."""
 
-QUANTISED: tuple[Precision, ...] = ("int8",)
+QUANTISED: tuple[StorageDtype, ...] = ("int8",)
 """Precisions of bundles that were made from another one, for processors, and that are no base to train or bake on."""
 
 Network = Literal["unet", "control"]
@@ -73,8 +73,8 @@ class Manifest:
     """Native width in pixels."""
     latent_scale: float
     """The U-Net's latents are the autoencoder's times this."""
-    precision: Precision
-    noise: NoiseSpec
+    storage_dtype: StorageDtype
+    noise: NoiseSchedule
     stages: int
     """Stages of the denoising; stage = t * stages // train_steps."""
     tokens: int
@@ -120,38 +120,36 @@ class Manifest:
                 "export the bundle again, or update lsast"
             )
         faults: list[str] = []
-        manifest = _read(Fields(data, "", faults, _names(cls)), faults)
+        manifest = _read(JsonReader(data, "", faults, _names(cls)), faults)
         if faults:
             raise BundleError(fault_list(f"{where} is not a valid manifest:", faults))
         return manifest
 
 
-def _read(fields: Fields, faults: list[str]) -> Manifest:
+def _read(fields: JsonReader, faults: list[str]) -> Manifest:
     """The manifest in `fields`; only usable if no fault was added."""
     manifest = Manifest(
-        name=fields.text("name"),
-        family=fields.text("family"),
-        fingerprint=fields.text("fingerprint", _SHA256),
+        name=fields.string("name"),
+        family=fields.string("family"),
+        fingerprint=fields.string("fingerprint", _SHA256),
         height=fields.integer("height"),
         width=fields.integer("width"),
         latent_scale=fields.number("latent_scale", above=0),
-        precision=fields.choice("precision", get_args(Precision)),
-        noise=_noise(fields.child("noise", _names(NoiseSpec)), faults),
+        storage_dtype=fields.choice("storage_dtype", get_args(StorageDtype)),
+        noise=_noise(fields.object("noise", _names(NoiseSchedule)), faults),
         stages=fields.integer("stages"),
         tokens=fields.integer("tokens"),
-        geometry=_geometry(fields.child("geometry", _names(Geometry))),
-        attention_layers=tuple(_layer(layer) for layer in fields.children("attention_layers", _names(AttentionLayer))),
-        graphs={
-            name: _graph(name, graph) for name, graph in fields.named_children("graphs", _names(GraphSpec)).items()
-        },
-        defaults=_defaults(fields.child("defaults", DEFAULTS)),
-        lsast_version=fields.text("lsast_version"),
+        geometry=_geometry(fields.object("geometry", _names(Geometry))),
+        attention_layers=tuple(_layer(layer) for layer in fields.list_of("attention_layers", _names(AttentionLayer))),
+        graphs={name: _graph(name, graph) for name, graph in fields.dict_of("graphs", _names(GraphSpec)).items()},
+        defaults=_defaults(fields.object("defaults", DEFAULTS)),
+        lsast_version=fields.string("lsast_version"),
         files={
-            name: FileEntry(entry.text("sha256", _SHA256), entry.integer("bytes", at_least=0))
-            for name, entry in fields.named_children("files", _names(FileEntry)).items()
+            name: FileEntry(entry.string("sha256", _SHA256), entry.integer("bytes", at_least=0))
+            for name, entry in fields.dict_of("files", _names(FileEntry)).items()
         },
         parity=fields.numbers("parity"),
-        source=fields.texts("source"),
+        source=fields.string_dict("source"),
         multiple=fields.integer("multiple"),
     )
     if not faults:
@@ -163,7 +161,7 @@ def _names(kind: Any) -> tuple[str, ...]:
     return tuple(item.name for item in dataclasses.fields(kind))
 
 
-def _noise(fields: Fields, faults: list[str]) -> NoiseSpec:
+def _noise(fields: JsonReader, faults: list[str]) -> NoiseSchedule:
     before = len(faults)
     values: dict[str, Any] = {
         "train_steps": fields.integer("train_steps"),
@@ -173,13 +171,13 @@ def _noise(fields: Fields, faults: list[str]) -> NoiseSpec:
     }
     if fields.is_object and len(faults) == before:
         try:
-            return NoiseSpec(**values)
+            return NoiseSchedule(**values)
         except UsageError as error:
             faults.append(f"noise: {error}")
-    return NoiseSpec()
+    return NoiseSchedule()
 
 
-def _geometry(fields: Fields) -> Geometry:
+def _geometry(fields: JsonReader) -> Geometry:
     return Geometry(
         hint_channels=fields.integer("hint_channels"),
         tokens=fields.integer("tokens"),
@@ -190,9 +188,9 @@ def _geometry(fields: Fields) -> Geometry:
     )
 
 
-def _layer(fields: Fields) -> AttentionLayer:
+def _layer(fields: JsonReader) -> AttentionLayer:
     return AttentionLayer(
-        name=fields.text("name"),
+        name=fields.string("name"),
         network=fields.choice("network", get_args(Network)),
         group=fields.choice("group", get_args(Group)),
         offset=fields.integer("offset", at_least=0),
@@ -200,28 +198,28 @@ def _layer(fields: Fields) -> AttentionLayer:
     )
 
 
-def _graph(name: str, fields: Fields) -> GraphSpec:
-    if fields.text("name") != name:
-        fields.fault("name", fields.text("name"), f"{name!r}, its key")
+def _graph(name: str, fields: JsonReader) -> GraphSpec:
+    if fields.string("name") != name:
+        fields.error("name", fields.string("name"), f"{name!r}, its key")
     tensors = {
         side: tuple(
-            TensorSpec(tensor.text("name"), tensor.choice("dtype", _DTYPES), tensor.axes("shape"))
-            for tensor in fields.children(side, _names(TensorSpec))
+            TensorSpec(tensor.string("name"), tensor.choice("dtype", _DTYPES), tensor.axes("shape"))
+            for tensor in fields.list_of(side, _names(TensorSpec))
         )
         for side in ("inputs", "outputs")
     }
     return GraphSpec(name, tensors["inputs"], tensors["outputs"])
 
 
-def _defaults(fields: Fields) -> dict[str, Any]:
+def _defaults(fields: JsonReader) -> dict[str, Any]:
     # Only their types: what range an option may have is the runtime's to say.
     return {
-        "style": fields.text("style"),
+        "style": fields.string("style"),
         "steps": fields.integer("steps"),
         "strength": fields.number("strength"),
         "guidance": fields.number("guidance"),
         "control": fields.number("control"),
-        "solver": fields.text("solver"),
+        "solver": fields.string("solver"),
         "size": fields.integer("size", at_least=0),
     }
 

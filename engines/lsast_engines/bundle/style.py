@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import StyleError, fault_list
-from .style_file import TENSORS, StyleFile, StyleRow, write_style
+from .style_file import TENSORS, StageKV, StyleFile, write_style
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +52,9 @@ class Style:
         """Columns of the rows of `tensor`, one of `TENSORS`."""
         return int(getattr(self, tensor).shape[2])
 
-    def row(self, stage: int) -> StyleRow:
+    def row(self, stage: int) -> StageKV:
         """Keys and values of one stage, 0 … stages - 1."""
-        return StyleRow(self.kv_unet[stage], self.kv_control[stage])
+        return StageKV(self.kv_unet[stage], self.kv_control[stage])
 
     def save(self, path: Path) -> None:
         """Write one file, as `style_file` describes it.

@@ -34,7 +34,7 @@ _KEY = "lsast"
 _HEADER = {"name": str, "base": str, "stages": int, "tokens": int}
 
 
-class StyleRow(NamedTuple):
+class StageKV(NamedTuple):
     """What the denoiser takes at a step of one stage, float32."""
 
     kv_unet: npt.NDArray[np.float32]
@@ -84,7 +84,7 @@ class StyleFile:
         self.meta: dict[str, str] = meta
         """Licence, training facts and the like; kept, not interpreted."""
         self._digests: Any = header.get("sha256")
-        self._rows: dict[int, StyleRow] = {}
+        self._rows: dict[int, StageKV] = {}
         faults += self._tensor_faults()
         if faults:
             raise StyleError(fault_list(f"style file {path} is damaged:", faults))
@@ -108,7 +108,7 @@ class StyleFile:
         """SHA-256 (hex) over the checksums of all stages: equal for equal keys and values, whatever is in memory."""
         return hashlib.sha256(json.dumps(self._digests).encode()).hexdigest()
 
-    def row(self, stage: int) -> StyleRow:
+    def row(self, stage: int) -> StageKV:
         """Keys and values of one stage, 0 … stages - 1.
 
         Raises:
@@ -124,7 +124,7 @@ class StyleFile:
             for name, tensor in tensors.items():
                 if not np.isfinite(tensor).all():
                     raise StyleError(f"style file {self.path}: found NaN or infinite values in {name} of stage {stage}")
-            self._rows[stage] = StyleRow(*(np.ascontiguousarray(tensors[name], dtype=np.float32) for name in TENSORS))
+            self._rows[stage] = StageKV(*(np.ascontiguousarray(tensors[name], dtype=np.float32) for name in TENSORS))
         return self._rows[stage]
 
     def load(self) -> Style:

@@ -15,7 +15,7 @@ Curve = Literal["scaled_linear", "linear"]
 
 
 @dataclass(frozen=True)
-class NoiseSpec:
+class NoiseSchedule:
     """Variances beta_t of the forward process q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t) (Ho et al. 2020).
 
     Raises:

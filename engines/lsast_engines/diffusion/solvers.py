@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UsageError
-from .noise_schedule import NoiseSpec
-from .timesteps import Schedule
+from .noise_schedule import NoiseSchedule
+from .timesteps import TimestepSchedule
 
 Array = npt.NDArray[np.floating[Any]]
 
@@ -190,10 +190,10 @@ SOLVERS: dict[str, Callable[[list[_Level]], Solver]] = {
     "unipc": UniPc,
     "released": Ddim,
 }
-"""The solvers by name; `released` is DDIM on a grid of its own, see `Schedule`."""
+"""The solvers by name; `released` is DDIM on a grid of its own, see `TimestepSchedule`."""
 
 
-def make_solver(name: str, noise: NoiseSpec, schedule: Schedule) -> Solver:
+def make_solver(name: str, noise: NoiseSchedule, schedule: TimestepSchedule) -> Solver:
     """A solver ready for the first step of `schedule`.
 
     Raises:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UsageError, fault_list
-from .noise_schedule import NoiseSpec
+from .noise_schedule import NoiseSchedule
 
 OFFSET = 1
 """The first timestep of every grid: Stable Diffusion's ``steps_offset``."""
@@ -35,7 +35,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class TimestepSchedule:
     """The steps of one run, noisiest first, as diffusers' image-to-image pipelines take them.
 
     The grid is "leading" (Lin et al. 2023, table 2) with offset 1. DDIM's has `steps` points from t = 1 up; the
@@ -48,7 +48,7 @@ class Schedule:
     it noises to T[n], but takes the first step at T[n-1].
     """
 
-    noise: NoiseSpec
+    noise: NoiseSchedule
     solver: str
     """The solver whose grid this is."""
     steps: tuple[Step, ...]
@@ -57,7 +57,9 @@ class Schedule:
     """The timestep whose noise the run starts from: that of the first step, but with `released` one grid point more."""
 
     @classmethod
-    def build(cls, noise: NoiseSpec, steps: int, strength: float, stages: int, solver: str = "ddim") -> Schedule:
+    def build(
+        cls, noise: NoiseSchedule, steps: int, strength: float, stages: int, solver: str = "ddim"
+    ) -> TimestepSchedule:
         """Lay out a run.
 
         Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from lsast_engines.images import edge_map
+from lsast_engines.images import canny_edges
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -76,7 +76,7 @@ def edge_f1(content: Pixels, result: Pixels, tolerance: float = 2.0) -> float:
         result: of the same shape.
         tolerance: in pixels, 0 or more.
     """
-    one, two = edge_map(content), edge_map(result)
+    one, two = canny_edges(content), canny_edges(result)
     if not one.any() or not two.any():
         return float(one.any() == two.any())
     precision = float((_distance_to(one)[two > 0] <= tolerance).mean())

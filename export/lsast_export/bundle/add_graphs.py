@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lsast_engines.bundle.bundle import MANIFEST, Bundle
-from lsast_engines.bundle.graph_spec import PARTS, GraphSpec
+from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS, GraphSpec
 from lsast_engines.bundle.manifest import FileEntry, Manifest
 from lsast_engines.errors import BundleError
 from lsast_engines.files import file_sha256, replace_file
@@ -130,7 +130,7 @@ def _write_manifest(path: Path, manifest: Manifest) -> None:
 def _scratch_names(path: Path) -> Iterator[dict[str, Path]]:
     """A hidden file for each part, beside the weights that it refers to; what is left of them is removed."""
     token = secrets.token_hex(4)
-    names = {name: path / f".{name}.{token}.onnx" for name in PARTS}
+    names = {name: path / f".{name}.{token}.onnx" for name in UNET_SPLIT_GRAPHS}
     try:
         yield names
     finally:

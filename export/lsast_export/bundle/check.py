@@ -10,7 +10,7 @@ import onnx
 
 from lsast_engines.backends.base import open_engine
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.graph_spec import DECODER_SMALL, PARTS
+from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS, VAE_DECODER_TINY
 from lsast_engines.bundle.manifest import QUANTISED
 from lsast_engines.errors import BundleError, LsastError, fault_list
 from lsast_engines.files import file_sha256
@@ -70,7 +70,7 @@ def check_bundle(
     bundle = Bundle.open(path)
     graphs = {name: bundle.graph_path(name) for name in bundle.manifest.graphs}
     progress("verifying graphs, weights and styles")
-    if bundle.manifest.precision in QUANTISED:
+    if bundle.manifest.storage_dtype in QUANTISED:
         if faults := _graph_faults(graphs) + _style_faults(bundle):
             raise BundleError(fault_list(f"{path} is damaged; quantise it again:", faults))
         for name, graph in graphs.items():
@@ -81,11 +81,11 @@ def check_bundle(
         raise BundleError(fault_list(f"{path} is damaged; export it again:", faults))
     plan = plan or plan_for(parts)
     figures = measure_parity(parts, graphs, bundle.manifest.graphs, plan, backend, device, progress)
-    if graphs.keys() >= set(PARTS):
+    if graphs.keys() >= set(UNET_SPLIT_GRAPHS):
         figures |= measure_parts_parity(parts, graphs, bundle.manifest.graphs, plan, backend, device, progress)
-    if DECODER_SMALL in graphs:
+    if VAE_DECODER_TINY in graphs:
         small = read_small_decoder(path / SMALL_WEIGHTS, bundle.manifest)
-        figures |= measure_small_parity(small, graphs[DECODER_SMALL], bundle.manifest, backend, device, progress)
+        figures |= measure_small_parity(small, graphs[VAE_DECODER_TINY], bundle.manifest, backend, device, progress)
     styles = tuple(bundle.styles())
     return CheckReport(path, backend, figures, bundle.manifest.parity, plan.tolerance, styles)
 

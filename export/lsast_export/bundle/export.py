@@ -19,8 +19,8 @@ import torch
 
 from lsast_engines.backends.base import EXTRAS, available_backends
 from lsast_engines.bundle.bundle import NULL_STYLE, STYLES, Bundle
-from lsast_engines.bundle.graph_spec import PARTS, GraphSpec, graph_specs
-from lsast_engines.bundle.manifest import Manifest, Precision
+from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS, GraphSpec, graph_specs
+from lsast_engines.bundle.manifest import Manifest, StorageDtype
 from lsast_engines.environment import package_version
 from lsast_engines.errors import ExportError, MissingExtraError, fault_list
 from lsast_train.base.base import Base, BaseParts, open_base_parts, save_base
@@ -42,7 +42,7 @@ from ..styles.install import EXPORTED_FROM, bake_prompts, check_prompts
 WEIGHTS = "base.safetensors"
 """The file of all weights, shared by the graphs and by training."""
 
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES: dict[StorageDtype, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Element type of the stored weights by precision."""
 
 _log = logging.getLogger("lsast.export")
@@ -52,7 +52,7 @@ _log = logging.getLogger("lsast.export")
 class ExportOptions:
     """How a bundle is exported."""
 
-    precision: Precision = "fp16"
+    storage_dtype: StorageDtype = "fp16"
     """Storage of the weights; arithmetic is float32 in either case (see `weights`)."""
     backend: str = "onnxruntime"
     """Backend that the graphs are compared with torch on."""
@@ -130,7 +130,7 @@ def export_bundle(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.export.") as scratch:
         folder = Path(scratch)
         progress("storing weights")
-        save_base(_with_origin(base), folder, DTYPES[options.precision])
+        save_base(_with_origin(base), folder, DTYPES[options.storage_dtype])
         stored = open_base_parts(folder)
         progress("baking styles")
         projections = baking_base(stored)
@@ -139,7 +139,7 @@ def export_bundle(
         del projections
         empty = skeleton(stored)
         traced = traced or trace_graphs(empty, progress)
-        if options.parts and not traced.keys() >= set(PARTS):
+        if options.parts and not traced.keys() >= set(UNET_SPLIT_GRAPHS):
             traced = {**traced, **trace_parts(empty, progress)}
         for name, graph in traced.items():
             save_graph(graph, folder / WEIGHTS, folder / f"{name}.onnx")
@@ -148,7 +148,7 @@ def export_bundle(
         plan = options.plan or plan_for(stored)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.unpacked.") as cache:
             figures = measure_parity(stored, paths, specs, plan, options.backend, progress=progress, cache=Path(cache))
-            if traced.keys() >= set(PARTS):
+            if traced.keys() >= set(UNET_SPLIT_GRAPHS):
                 figures |= measure_parts_parity(
                     stored, paths, specs, plan, options.backend, progress=progress, cache=Path(cache)
                 )
@@ -213,7 +213,7 @@ def _manifest(
         height=facts.size,
         width=facts.size,
         latent_scale=facts.latent_scale,
-        precision=options.precision,
+        storage_dtype=options.storage_dtype,
         noise=facts.noise,
         stages=stages,
         tokens=facts.tokens,

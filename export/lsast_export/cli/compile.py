@@ -36,7 +36,13 @@ def _refuse(ctx: click.Context, option: click.Parameter, value: str | None) -> N
     multiple=True,
     help="This graph only; again for others. [default: all but the denoiser's parts]",
 )
-@click.option("--arithmetic", metavar="TYPE", help="What engines compute in: fp16 or fp32. [default: fp16]")
+@click.option(
+    "--compute-dtype",
+    "--arithmetic",
+    "compute_dtype",
+    metavar="TYPE",
+    help="What engines compute in: fp16 or fp32. [default: fp16]",
+)
 @click.option("--quantised", expose_value=False, hidden=True, callback=_refuse)
 @click.option("--batch", metavar="N,N,N", help="Pictures at once: least, best, most. [default: 1,1,4]")
 @click.option("--sides", metavar="N,N,N", help="Pixels of height and width: least, best, most. [default: 384,512,1024]")
@@ -57,7 +63,7 @@ def compile_command(
     sm: tuple[str, ...],
     sides: str | None,
     batch: str | None,
-    arithmetic: str | None,
+    compute_dtype: str | None,
     as_json: bool,
 ) -> None:
     """Compile the graphs of BUNDLE (a folder or a name; the embedded one) for NVIDIA GPUs.
@@ -69,7 +75,7 @@ def compile_command(
     from lsast_engines.bundle.bundle import find_bundle
 
     phases = Phases()
-    facts = compiled(find_bundle(bundle), backend, phases, out, sm, sides, batch, arithmetic, graphs)
+    facts = compiled(find_bundle(bundle), backend, phases, out, sm, sides, batch, compute_dtype, graphs)
     click.echo(json.dumps(facts) if as_json or ctx.meta.get("lsast.json") else facts["engines"])
 
 
@@ -81,7 +87,7 @@ def compiled(
     sm: tuple[str, ...] = (),
     sides: str | None = None,
     batch: str | None = None,
-    arithmetic: str | None = None,
+    compute_dtype: str | None = None,
     graphs: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Compile `bundle` as the options say, and what came of it, for ``--json``.
@@ -93,7 +99,7 @@ def compiled(
 
     from ..tensorrt.compile import CompileOptions, compile_bundle
 
-    chosen: dict[str, Any] = {} if arithmetic is None else {"arithmetic": arithmetic}
+    chosen: dict[str, Any] = {} if compute_dtype is None else {"compute_dtype": compute_dtype}
     spans = {"side": _span("--sides", sides), "batch": _span("--batch", batch)}
     ranges = Ranges(**{name: span for name, span in spans.items() if span is not None})
     targets = tuple(dict.fromkeys(target.strip() for text in sm for target in text.split(",") if target.strip()))
@@ -102,7 +108,7 @@ def compiled(
     records = compile_bundle(bundle, options, out, phases, graphs)
     return {
         "bundle": str(bundle),
-        "engines": str(out or engine_folder(bundle, options.library, options.arithmetic)),
+        "engines": str(out or engine_folder(bundle, options.library, options.compute_dtype)),
         "graphs": {
             name: {"bytes": record.bytes, "seconds": record.seconds, "targets": list(record.key.targets)}
             for name, record in records.items()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from lsast_engines.bundle.graph_spec import DECODER_SMALL
+from lsast_engines.bundle.graph_spec import VAE_DECODER_TINY
 
 from .console import Phases, common, require_extra
 
@@ -43,8 +43,8 @@ def decoder_command(ctx: click.Context, bundle: str, small: Path, backend: str, 
     manifest = written.manifest
     facts = {
         "bundle": str(written.path),
-        "bytes": sum(manifest.files[name].bytes for name in (f"{DECODER_SMALL}.onnx", WEIGHTS)),
-        "parity": {DECODER_SMALL: manifest.parity[DECODER_SMALL]},
+        "bytes": sum(manifest.files[name].bytes for name in (f"{VAE_DECODER_TINY}.onnx", WEIGHTS)),
+        "parity": {VAE_DECODER_TINY: manifest.parity[VAE_DECODER_TINY]},
         "seconds": phases.seconds(),
     }
     click.echo(json.dumps(facts) if as_json or ctx.meta.get("lsast.json") else written.path)

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from lsast_engines.bundle.graph_spec import PARTS
+from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS
 
 from .console import Phases, common, require_extra
 
@@ -32,8 +32,8 @@ def parts_command(ctx: click.Context, bundle: str, backend: str, as_json: bool) 
     manifest = written.manifest
     facts = {
         "bundle": str(written.path),
-        "bytes": sum(manifest.files[f"{name}.onnx"].bytes for name in PARTS),
-        "parity": {name: manifest.parity[name] for name in PARTS},
+        "bytes": sum(manifest.files[f"{name}.onnx"].bytes for name in UNET_SPLIT_GRAPHS),
+        "parity": {name: manifest.parity[name] for name in UNET_SPLIT_GRAPHS},
         "seconds": phases.seconds(),
     }
     click.echo(json.dumps(facts) if as_json or ctx.meta.get("lsast.json") else written.path)

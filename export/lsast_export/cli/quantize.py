@@ -97,7 +97,7 @@ def quantise_command(
         click.echo(f"           {name}: {figure:.1f}", err=True)
     facts = {
         "bundle": str(written.path),
-        "precision": manifest.precision,
+        "storage_dtype": manifest.storage_dtype,
         "bytes": sum(entry.bytes for entry in manifest.files.values()),
         "parity": manifest.parity,
         "source": manifest.source,

@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from lsast_engines.bundle.graph_spec import DECODER, DENOISER, ENCODER, HINT, Geometry
+from lsast_engines.bundle.graph_spec import CONTROLNET_COND, DENOISER, VAE_DECODER, VAE_ENCODER, Geometry
 from lsast_train.base.base import Base
 from lsast_train.base.kv_packing import KeyValueBox, baked_attention, hint_bypassed, pack
 
 SCORES_LIMIT = 128 << 20
 """Most bytes that the scores of a self-attention take at the base's native size, one picture and two guidance rows."""
 
-GRAPHS = (ENCODER, HINT, DENOISER, DECODER)
+GRAPHS = (VAE_ENCODER, CONTROLNET_COND, DENOISER, VAE_DECODER)
 """The graphs of a bundle, in the order of use."""
 
 
@@ -49,7 +49,7 @@ class SplitProcessor:
 
 
 class EncoderGraph(nn.Module):
-    """Graph `encoder`."""
+    """Graph `vae_encoder`."""
 
     def __init__(self, base: Base) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class EncoderGraph(nn.Module):
 
 
 class HintGraph(nn.Module):
-    """Graph `hint`: what the ControlNet makes of the edges before it meets the latent; the same at every step."""
+    """Graph `controlnet_cond`: what the ControlNet makes of the edges before it meets the latent, once a run."""
 
     def __init__(self, base: Base) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class DenoiserGraph(nn.Module):
 
 
 class DecoderGraph(nn.Module):
-    """Graph `decoder`."""
+    """Graph `vae_decoder`."""
 
     def __init__(self, base: Base) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ def graph_module(base: Base, name: str) -> Iterator[nn.Module]:
         with denoiser_graph(base) as module:
             yield module
     else:
-        yield {ENCODER: EncoderGraph, HINT: HintGraph, DECODER: DecoderGraph}[name](base).eval()
+        yield {VAE_ENCODER: EncoderGraph, CONTROLNET_COND: HintGraph, VAE_DECODER: DecoderGraph}[name](base).eval()
 
 
 def geometry(base: Base) -> Geometry:

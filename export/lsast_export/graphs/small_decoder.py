@@ -2,8 +2,8 @@
 
 Such an autoencoder (TAESD, github.com/madebyollin/taesd; diffusers' `AutoencoderTiny`) is distilled from a large one
 and shares its latents as the U-Net has them, scaled. Graphs take latents before that, so the factor goes into the
-graph: it is the `decoder` to all who call it. Its weights are a file of their own beside the base's, in float32, with
-the configuration in the file's metadata, so that `check` can compare with torch again.
+graph: it is the `vae_decoder` to all who call it. Its weights are a file of their own beside the base's, in float32,
+with the configuration in the file's metadata, so that `check` can compare with torch again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import nn
 
 from lsast_engines.backends.base import open_engine
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.graph_spec import DECODER_SMALL, small_decoder_spec
+from lsast_engines.bundle.graph_spec import VAE_DECODER_TINY, small_decoder_spec
 from lsast_engines.bundle.manifest import Manifest
 from lsast_engines.errors import ExportError, TrainingError, fault_list
 from lsast_engines.files import replace_file
@@ -40,7 +40,7 @@ from ..progress import Progress, silent
 from .external_weights import save_graph
 from .trace import trace
 
-WEIGHTS = f"{DECODER_SMALL}.safetensors"
+WEIGHTS = f"{VAE_DECODER_TINY}.safetensors"
 """The file of its weights in a bundle."""
 
 _CONFIG = "config"
@@ -69,7 +69,7 @@ class SmallDecoder:
 
 
 class SmallDecoderGraph(nn.Module):
-    """Graph `decoder_small`."""
+    """Graph `vae_decoder_tiny`."""
 
     def __init__(self, small: SmallDecoder, latent_scale: float) -> None:
         super().__init__()
@@ -147,11 +147,11 @@ def add_small_decoder(
     progress("reading")
     manifest = Bundle.open(path).manifest
     spec = small_decoder_spec(manifest.geometry)
-    progress(f"tracing {DECODER_SMALL}")
+    progress(f"tracing {VAE_DECODER_TINY}")
     module = SmallDecoderGraph(small, manifest.latent_scale).eval()
     traced = trace(module, spec, manifest.multiple, manifest.geometry.factor)
-    with writing_to(path), tempfile.TemporaryDirectory(dir=path, prefix=f".{DECODER_SMALL}.") as scratch:
-        weights, graph = Path(scratch) / WEIGHTS, Path(scratch) / f"{DECODER_SMALL}.onnx"
+    with writing_to(path), tempfile.TemporaryDirectory(dir=path, prefix=f".{VAE_DECODER_TINY}.") as scratch:
+        weights, graph = Path(scratch) / WEIGHTS, Path(scratch) / f"{VAE_DECODER_TINY}.onnx"
         state = {name: value.contiguous() for name, value in module.state_dict().items()}
         with replace_file(weights) as handle:
             handle.write(save(state, {_CONFIG: json.dumps(dict(small.config), sort_keys=True)}))
@@ -159,7 +159,7 @@ def add_small_decoder(
         figures = measure_small_parity(small, graph, manifest, backend, progress=progress)
         require_parity(figures, ParityPlan.tolerance)
         progress("writing the bundle")
-        return put_graphs(path, manifest, {WEIGHTS: weights, graph.name: graph}, {DECODER_SMALL: spec}, figures)
+        return put_graphs(path, manifest, {WEIGHTS: weights, graph.name: graph}, {VAE_DECODER_TINY: spec}, figures)
 
 
 def measure_small_parity(
@@ -176,7 +176,7 @@ def measure_small_parity(
         BackendError: the graph cannot be loaded or run.
         ParityError: an output holds NaN or infinite values.
     """
-    progress(f"comparing {DECODER_SMALL} on {backend}")
+    progress(f"comparing {VAE_DECODER_TINY} on {backend}")
     generator = np.random.default_rng(0)
     cell = manifest.multiple // manifest.geometry.factor
     figure = 0.0
@@ -188,8 +188,8 @@ def measure_small_parity(
             with torch.no_grad():
                 expected = small.autoencoder.decode(torch.from_numpy(scaled) / small.scale).sample.numpy()
             found = run_copied(engine, latent=scaled / np.float32(manifest.latent_scale))["image"]
-            figure = max(figure, relative_error(found, expected, DECODER_SMALL))
-    return {DECODER_SMALL: figure}
+            figure = max(figure, relative_error(found, expected, VAE_DECODER_TINY))
+    return {VAE_DECODER_TINY: figure}
 
 
 def _found(path: Path) -> tuple[dict[str, Any], Path]:

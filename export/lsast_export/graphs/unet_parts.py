@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lsast_engines.bundle.graph_spec import CONTROL, DEEP, PARTS, Cut, part_specs
+from lsast_engines.bundle.graph_spec import CONTROLNET, UNET_FULL, UNET_SPLIT_GRAPHS, Cut, part_specs
 from lsast_train.base.base import Base
 from lsast_train.base.kv_packing import KeyValueBox, baked_attention, hint_bypassed, pack
 
@@ -27,7 +27,7 @@ from .trace import TracedGraph, trace
 
 
 class ControlGraph(nn.Module):
-    """Graph `control`."""
+    """Graph `controlnet`."""
 
     def __init__(self, base: Base, box: KeyValueBox) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class ControlGraph(nn.Module):
 
 
 class _UnetPart(nn.Module):
-    """What `deep` and `shallow` share: guidance rows, the embedding of the step, the outermost level."""
+    """What `unet_full` and `unet_outer` share: guidance rows, the embedding of the step, the outermost level."""
 
     def __init__(self, base: Base, box: KeyValueBox) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class _UnetPart(nn.Module):
 
 
 class DeepGraph(_UnetPart):
-    """Graph `deep`."""
+    """Graph `unet_full`."""
 
     def forward(
         self, latent: torch.Tensor, timestep: torch.Tensor, kv_unet: torch.Tensor, *residuals: torch.Tensor
@@ -107,7 +107,7 @@ class DeepGraph(_UnetPart):
 
 
 class ShallowGraph(_UnetPart):
-    """Graph `shallow`."""
+    """Graph `unet_outer`."""
 
     def forward(
         self,
@@ -170,18 +170,18 @@ def cut_of(base: Base) -> Cut:
 
 @contextlib.contextmanager
 def part_module(base: Base, name: str) -> Iterator[nn.Module]:
-    """The module of the part `name`, one of `PARTS`, whose network is patched as long as the block runs."""
+    """The module of the part `name`, one of `UNET_SPLIT_GRAPHS`, whose network is patched as long as the block runs."""
     unet, control = pack(base)
     box = KeyValueBox()
-    network, layout = (base.controlnet, control) if name == CONTROL else (base.unet, unet)
+    network, layout = (base.controlnet, control) if name == CONTROLNET else (base.unet, unet)
     with contextlib.ExitStack() as stack:
         stack.enter_context(baked_attention(layout, box))
         stack.enter_context(split_attention(network, base.facts.size // geometry(base).factor))
-        if name == CONTROL:
+        if name == CONTROLNET:
             stack.enter_context(hint_bypassed(base.controlnet))
             yield ControlGraph(base, box).eval()
         else:
-            yield (DeepGraph if name == DEEP else ShallowGraph)(base, box).eval()
+            yield (DeepGraph if name == UNET_FULL else ShallowGraph)(base, box).eval()
 
 
 def trace_parts(base: Base, progress: Progress = silent) -> dict[str, TracedGraph]:
@@ -193,7 +193,7 @@ def trace_parts(base: Base, progress: Progress = silent) -> dict[str, TracedGrap
     widths = geometry(base)
     specs = part_specs(widths, cut_of(base))
     traced = {}
-    for name in PARTS:
+    for name in UNET_SPLIT_GRAPHS:
         progress(f"tracing {name}")
         with part_module(base, name) as module:
             traced[name] = trace(module, specs[name], base.facts.multiple, widths.factor)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from lsast_engines.backends.base import Engine, open_engine
-from lsast_engines.bundle.graph_spec import DECODER, DENOISER, ENCODER, HINT, GraphSpec
+from lsast_engines.bundle.graph_spec import CONTROLNET_COND, DENOISER, VAE_DECODER, VAE_ENCODER, GraphSpec
 from lsast_engines.errors import ParityError, fault_list
 from lsast_train.base.base import Base, BaseFacts, BaseParts
 from lsast_train.base.kv_packing import pack
@@ -109,7 +109,7 @@ def measure_parity(
     """
     base = baking_base(parts)
     pairs = answered(parts, plan, progress)
-    figures = dict.fromkeys((ENCODER, HINT, DENOISER, DECODER), 0.0)
+    figures = dict.fromkeys((VAE_ENCODER, CONTROLNET_COND, DENOISER, VAE_DECODER), 0.0)
 
     def note(name: str, found: Array, expected: Array) -> None:
         figures[name] = max(figures.get(name, 0.0), relative_error(found, expected, name))
@@ -120,16 +120,16 @@ def measure_parity(
         with closing(open_engine(graphs[name], specs[name], backend, device, cache=cache)) as engine:
             yield engine
 
-    with opened(ENCODER) as engine:
+    with opened(VAE_ENCODER) as engine:
         for drawn, expected in pairs:
             outputs = run_copied(engine, image=drawn.image)
-            note(ENCODER, outputs["mean"], expected.mean)
-            note(ENCODER, outputs["std"], expected.std)
+            note(VAE_ENCODER, outputs["mean"], expected.mean)
+            note(VAE_ENCODER, outputs["std"], expected.std)
     hints = []
-    with opened(HINT) as engine:
+    with opened(CONTROLNET_COND) as engine:
         for drawn, expected in pairs:
             hints.append(run_copied(engine, edges=drawn.edges)["hint"])
-            note(HINT, hints[-1], expected.hint)
+            note(CONTROLNET_COND, hints[-1], expected.hint)
     with opened(DENOISER) as engine:
         denoiser = _Denoiser(engine, base)
         runs = sum(case.loop for case in plan.cases)
@@ -149,9 +149,9 @@ def measure_parity(
                 run.advance(eps)
                 countdown.step()
             note(LOOP, run.latent, expected.loop_end)
-    with opened(DECODER) as engine:
+    with opened(VAE_DECODER) as engine:
         for drawn, expected in pairs:
-            note(DECODER, run_copied(engine, latent=drawn.noise)["image"], expected.image)
+            note(VAE_DECODER, run_copied(engine, latent=drawn.noise)["image"], expected.image)
     return figures
 
 

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lsast_engines.diffusion.noise_schedule import NoiseSpec
+from lsast_engines.diffusion.noise_schedule import NoiseSchedule
 from lsast_engines.diffusion.solvers import make_solver
-from lsast_engines.diffusion.timesteps import Schedule, Step
+from lsast_engines.diffusion.timesteps import Step, TimestepSchedule
 from lsast_train.base.attention import GROUPS
 from lsast_train.base.base import Base, BaseFacts, BaseParts
 
@@ -53,15 +53,15 @@ class Loop:
     stages: int = 10
     """Stages of its random style."""
 
-    def schedule(self, noise: NoiseSpec) -> Schedule:
+    def schedule(self, noise: NoiseSchedule) -> TimestepSchedule:
         """The steps of the run."""
-        return Schedule.build(noise, self.steps, self.strength, self.stages, self.solver)
+        return TimestepSchedule.build(noise, self.steps, self.strength, self.stages, self.solver)
 
 
 class LoopRun:
     """A run under way; who computes eps does not matter to it."""
 
-    def __init__(self, loop: Loop, noise: NoiseSpec, z0: Array, drawn: Array) -> None:
+    def __init__(self, loop: Loop, noise: NoiseSchedule, z0: Array, drawn: Array) -> None:
         self._guidance = loop.guidance
         self._schedule = loop.schedule(noise)
         self._solver = make_solver(loop.solver, noise, self._schedule)

@@ -1,7 +1,7 @@
 """Proof that the parts of a denoiser compute what torch computes, as `parity` proves the whole.
 
-``control`` is compared with the ControlNet's residuals, ``deep`` with the noise that diffusers' whole U-Net gives, and
-``shallow``, handed the feature that ``deep`` gave at the same step, with that very noise too.
+``controlnet`` is compared with the ControlNet's residuals, ``unet_full`` with the noise that diffusers' U-Net gives,
+and ``unet_outer``, handed the feature that ``unet_full`` gave at the same step, with that very noise too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from lsast_engines.backends.base import Engine, open_engine
-from lsast_engines.bundle.graph_spec import CONTROL, DEEP, SHALLOW, GraphSpec
+from lsast_engines.bundle.graph_spec import CONTROLNET, UNET_FULL, UNET_OUTER, GraphSpec
 from lsast_train.base.base import BaseParts
 
 from ..graphs.meta_base import baking_base
@@ -68,7 +68,7 @@ def measure_parts_parity(
         )
         residuals.append(found)
         for name, wanted in zip(found, expected.residuals, strict=True):
-            note(CONTROL, found[name], wanted)
+            note(CONTROLNET, found[name], wanted)
 
     def deep(engine: Engine, place: int) -> None:
         _, expected = pairs[place]
@@ -80,11 +80,11 @@ def measure_parts_parity(
             **residuals[place],
         )
         features.append(outputs["feature"])
-        note(DEEP, outputs["eps"], expected.eps)
+        note(UNET_FULL, outputs["eps"], expected.eps)
 
     def shallow(engine: Engine, place: int) -> None:
         _, expected = pairs[place]
-        outer = {name: value for name, value in residuals[place].items() if name in _inputs(specs[SHALLOW])}
+        outer = {name: value for name, value in residuals[place].items() if name in _inputs(specs[UNET_OUTER])}
         outputs = run_copied(
             engine,
             latent=expected.latent,
@@ -93,11 +93,11 @@ def measure_parts_parity(
             **outer,
             feature=features[place],
         )
-        note(SHALLOW, outputs["eps"], expected.eps)
+        note(UNET_OUTER, outputs["eps"], expected.eps)
 
-    compare(CONTROL, control)
-    compare(DEEP, deep)
-    compare(SHALLOW, shallow)
+    compare(CONTROLNET, control)
+    compare(UNET_FULL, deep)
+    compare(UNET_OUTER, shallow)
     return figures
 
 

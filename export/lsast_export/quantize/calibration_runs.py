@@ -18,11 +18,12 @@ import numpy.typing as npt
 
 from lsast_engines.backends.base import Engine, open_engine
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.graph_spec import DECODER, ENCODER, HINT
+from lsast_engines.bundle.graph_spec import CONTROLNET_COND, VAE_DECODER, VAE_ENCODER
+from lsast_engines.diffusion.guidance import guide
 from lsast_engines.diffusion.solvers import make_solver
-from lsast_engines.diffusion.timesteps import Schedule, Step
+from lsast_engines.diffusion.timesteps import Step, TimestepSchedule
 from lsast_engines.errors import UsageError
-from lsast_engines.images import edge_map, find_pictures, read_picture
+from lsast_engines.images import canny_edges, find_pictures, read_picture
 
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
@@ -38,7 +39,7 @@ DRAWN = "drawn"
 class Trial:
     """A painting that is about to be denoised."""
 
-    schedule: Schedule
+    schedule: TimestepSchedule
     style: str
     guidance: float
     hint: Floats
@@ -97,16 +98,18 @@ def make_trials(
         return open_engine(path, manifest.graphs[name], backend, "cpu")
 
     trials = []
-    with closing(opened(ENCODER)) as encoder, closing(opened(HINT)) as hinter:
+    with closing(opened(VAE_ENCODER)) as encoder, closing(opened(CONTROLNET_COND)) as hinter:
         for index, rgb in enumerate(contents):
             style = styles[index % len(styles)]
             file = bundle.open_style(style)
             options = {**manifest.defaults, **file.defaults}
             strength = strengths[index % len(strengths)] or options["strength"]
-            schedule = Schedule.build(manifest.noise, options["steps"], strength, manifest.stages, options["solver"])
+            schedule = TimestepSchedule.build(
+                manifest.noise, options["steps"], strength, manifest.stages, options["solver"]
+            )
             guidance = options["guidance"] if file.guidance_baked is None else 1.0
             generator = np.random.default_rng(seed + index)
-            planes = np.broadcast_to(edge_map(rgb).astype(np.float32), (1, 3, *rgb.shape[:2]))
+            planes = np.broadcast_to(canny_edges(rgb).astype(np.float32), (1, 3, *rgb.shape[:2]))
             hint = hinter({"edges": np.ascontiguousarray(planes)})["hint"].copy()
             posterior = {name: value.copy() for name, value in encoder(encoder_feeds(rgb)).items()}
             noise = generator.standard_normal(posterior["mean"].shape, dtype=np.float32)
@@ -159,15 +162,15 @@ def run_trial(bundle: Bundle, trial: Trial, denoiser: Denoiser, record: Record |
         if record is not None:
             record(feeds)
         eps = denoiser(feeds)["eps"].copy()
-        guided = eps[0] if trial.guidance == 1 else eps[0] + np.float32(trial.guidance) * (eps[1] - eps[0])
+        guided = guide(eps, trial.guidance)
         latent = np.asarray(solver.step(guided, step.index, latent), np.float32)
     return latent
 
 
 def decode_all(bundle: Bundle, folder: Path, latents: Sequence[Floats], backend: str) -> list[Pixels]:
     """The pictures [H, W, 3] of `latents`, by the decoder that lies in `folder`."""
-    spec = bundle.manifest.graphs[DECODER]
-    with closing(open_engine(folder / f"{DECODER}.onnx", spec, backend, "cpu")) as decoder:
+    spec = bundle.manifest.graphs[VAE_DECODER]
+    with closing(open_engine(folder / f"{VAE_DECODER}.onnx", spec, backend, "cpu")) as decoder:
         images = [decoder(decoder_feeds(bundle, latent))["image"][0].transpose(1, 2, 0).copy() for latent in latents]
         return [np.round(np.clip((image + 1) * 127.5, 0, 255)).astype(np.uint8) for image in images]
 

@@ -22,7 +22,7 @@ import onnx
 
 from lsast_engines.backends.base import open_engine
 from lsast_engines.bundle.bundle import NULL_STYLE, STYLES, Bundle
-from lsast_engines.bundle.graph_spec import DECODER, DENOISER, ENCODER, PARTS
+from lsast_engines.bundle.graph_spec import DENOISER, UNET_SPLIT_GRAPHS, VAE_DECODER, VAE_ENCODER
 from lsast_engines.bundle.manifest import QUANTISED
 from lsast_engines.errors import ParityError, UsageError, fault_list
 from lsast_engines.images import psnr
@@ -48,7 +48,7 @@ PICTURE_PSNR = "picture_psnr_db"
 PICTURE_PSNR_LEAST = "picture_psnr_least_db"
 """Key of the least of them."""
 
-ALSO = (ENCODER, DECODER)
+ALSO = (VAE_ENCODER, VAE_DECODER)
 """Graphs that stay in float unless it is told."""
 
 _log = logging.getLogger("lsast.export")
@@ -112,12 +112,12 @@ def quantise_bundle(
         latents = facts.pop("latents")
         written = dataclasses.replace(
             manifest,
-            precision="int8",
+            storage_dtype="int8",
             parity=figures,
             source={
                 **manifest.source,
                 **facts,
-                "quantised_from": f"{manifest.name} ({manifest.precision})",
+                "quantised_from": f"{manifest.name} ({manifest.storage_dtype})",
                 "calibrated_on": f"{options.pictures} pictures ({origin}) at {options.size} pixels, "
                 f"{latents} latents, styles {', '.join(styles)}",
                 "judged_on": f"{options.pictures} other pictures, {options.backend}",
@@ -133,8 +133,8 @@ def quantise_bundle(
 def _require(source: Bundle, options: QuantiseOptions) -> None:
     manifest = source.manifest
     faults = []
-    if manifest.precision in QUANTISED:
-        faults.append(f"found a bundle in {manifest.precision}; expected the one that it was made from")
+    if manifest.storage_dtype in QUANTISED:
+        faults.append(f"found a bundle in {manifest.storage_dtype}; expected the one that it was made from")
     if not any((source.path / STYLES).glob("*.safetensors")):
         faults.append("found no style in it; expected at least one to calibrate with: lsast-export --style NAME --out")
     if options.pictures < 1:
@@ -172,7 +172,7 @@ class _Writer:
             if name in options.also:
                 facts |= self._alone(name, contents, latents)
                 continue
-            if name not in PARTS:
+            if name not in UNET_SPLIT_GRAPHS:
                 self._as_it_is(name)
                 continue
             # The same layers, fed the same: what the whole denoiser's reach is what a part's reach.
@@ -202,7 +202,7 @@ class _Writer:
     def _alone(self, name: str, contents: Sequence[Pixels], latents: Sequence[Floats]) -> dict[str, str]:
         """Quantise a graph of `ALSO`, calibrated on the pictures, or on the paintings of them."""
         self._progress(f"quantising {name}")
-        if name == ENCODER:
+        if name == VAE_ENCODER:
             seen = [encoder_feeds(rgb) for rgb in contents]
         else:
             seen = [decoder_feeds(self._source, latent) for latent in latents]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lsast_engines.backends.base import Arithmetic
+from lsast_engines.backends.base import ComputeDtype
 from lsast_engines.backends.tensorrt.engine_record import (
     ANY_GPU,
     PORTABLE,
@@ -32,7 +32,7 @@ from lsast_engines.backends.tensorrt.engine_record import (
 )
 from lsast_engines.backends.tensorrt.library import load_library, make_logger
 from lsast_engines.backends.tensorrt.shape_profile import Profile, Ranges
-from lsast_engines.bundle.graph_spec import EVERY, GraphSpec
+from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, GraphSpec
 from lsast_engines.bundle.manifest import QUANTISED, Manifest
 from lsast_engines.environment import package_version
 from lsast_engines.errors import BackendError, ExportError, UsageError, fault_list
@@ -58,14 +58,14 @@ class CompileOptions:
     targets: tuple[str, ...] = ()
     """Compute capabilities, e.g. ``8.9``; TensorRT-RTX alone has a choice, none of them means portable."""
     ranges: Ranges = dataclasses.field(default_factory=Ranges)
-    arithmetic: Arithmetic = "fp16"
+    compute_dtype: ComputeDtype = "fp16"
     """What to compute in; weights stored in halves are computed with as float32 in ``fp32``."""
 
     def __post_init__(self) -> None:
-        if gone := removal(f"--arithmetic {self.arithmetic}"):
+        if gone := removal(f"--compute-dtype {self.compute_dtype}"):
             raise UsageError(gone)
-        if self.arithmetic not in ("fp32", "fp16"):
-            raise UsageError(f"found arithmetic {self.arithmetic}; engines are compiled in fp32 or fp16")
+        if self.compute_dtype not in ("fp32", "fp16"):
+            raise UsageError(f"found compute_dtype {self.compute_dtype}; engines are compiled in fp32 or fp16")
         wrong = [target for target in self.targets if not re.fullmatch(r"\d+\.\d", target)]
         if wrong:
             raise UsageError(f"found compute capability {', '.join(wrong)}; expected one such as 8.9")
@@ -95,7 +95,7 @@ def compile_graph(
         graph=spec.name,
         onnx=graph_digest(path),
         profile=options.ranges.profile(spec),
-        arithmetic=options.arithmetic,
+        compute_dtype=options.compute_dtype,
         library=options.library,
         library_version=str(trt.__version__),
         targets=targets,
@@ -112,7 +112,7 @@ def compile_graph(
         progress(f"compiling {spec.name}", f"took {found.seconds:.0f} s last time")
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="lsast-compile.") as scratch:
-        source = _source(path, options.arithmetic, Path(scratch))
+        source = _source(path, options.compute_dtype, Path(scratch))
         serialized = _Build(trt, options, key, progress).run(source, spec, _timing_cache(engine, key))
     seconds = time.perf_counter() - began
     with replace_file(engine) as handle:
@@ -148,8 +148,8 @@ def compile_bundle(
     require_float(manifest, bundle)
     if unknown := sorted(set(graphs) - manifest.graphs.keys()):
         raise UsageError(f"found graphs {', '.join(unknown)}; expected of {', '.join(manifest.graphs)}")
-    chosen = set(graphs) or set(EVERY)
-    folder = out or engine_folder(bundle, options.library, options.arithmetic)
+    chosen = set(graphs) or set(REQUIRED_GRAPHS)
+    folder = out or engine_folder(bundle, options.library, options.compute_dtype)
     return {
         name: compile_graph(bundle / f"{name}.onnx", spec, folder / f"{name}{SUFFIX}", options, progress)
         for name, spec in manifest.graphs.items()
@@ -163,11 +163,11 @@ def require_float(manifest: Manifest, bundle: Path) -> None:
     Raises:
         UsageError: it is one.
     """
-    if manifest.precision in QUANTISED:
+    if manifest.storage_dtype in QUANTISED:
         made_from = manifest.source.get("quantised_from", "another one")
         raise UsageError(
-            f"found {bundle} in {manifest.precision}, quantised for processors; GPUs compute in halves: compile the "
-            f"bundle that it was made from, {made_from}"
+            f"found {bundle} in {manifest.storage_dtype}, quantised for processors; GPUs compute in halves: compile "
+            f"the bundle that it was made from, {made_from}"
         )
 
 
@@ -227,9 +227,9 @@ class _Build:
             raise ExportError(fault_list(f"{library} {self._key.library_version}: graph {name} {what}:", found))
 
 
-def _source(path: Path, arithmetic: str, scratch: Path) -> Path:
+def _source(path: Path, compute_dtype: str, scratch: Path) -> Path:
     """The file to compile: `path`, or in the folder `scratch` the same in fp16."""
-    if arithmetic == "fp32":
+    if compute_dtype == "fp32":
         return path
     for file in path.parent.iterdir():
         if file.suffix in (".data", ".safetensors"):

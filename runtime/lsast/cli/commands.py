@@ -56,7 +56,7 @@ def repeat(origin: Path, paths: list[Path], where: dict[str, Any], options: dict
         verify(record, origin, Bundle.open(find_bundle(where.get("bundle"))), source, mask)
     if source is None:
         return report, f"{origin}: the bundle and the styles that it was painted with are here"
-    same = {"backend": told.backend, "device": told.device, "arithmetic": told.arithmetic}
+    same = {"backend": told.backend, "device": told.device, "compute_dtype": told.compute_dtype}
     with contextlib.closing(Bars(1)) as bars, load(**{**same, **where}) as stylizer:
         changed = {**asdict(record.options), **preset_options(options.get("preset")), **options}
         result = stylizer.stylize(source, **changed, mask=mask, on_step=bars.on_step)

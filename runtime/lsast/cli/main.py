@@ -93,7 +93,9 @@ def _removed_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--device", metavar="NAME", default="auto", help="cpu, cuda ... [default: auto]")
 @click.option("--threads", type=click.IntRange(1), help="Threads to compute with. [default: the backend's choice]")
 @click.option(
+    "--compute-dtype",
     "--arithmetic",
+    "compute_dtype",
     metavar="TYPE",
     default="fp32",
     help="fp32; openvino also bf16, fp16; tensorrt also fp16. [default: fp32]",
@@ -121,7 +123,7 @@ def main(
     backend: str,
     device: str,
     threads: int | None,
-    arithmetic: str,
+    compute_dtype: str,
     build: bool,
     axes: tuple[str, ...],
     origin: str | None,
@@ -174,7 +176,7 @@ def main(
         "backend": backend,
         "device": device,
         "threads": threads,
-        "arithmetic": arithmetic,
+        "compute_dtype": compute_dtype,
         "build": build,
     }
     options = {name: value for name, value in options.items() if value is not None}

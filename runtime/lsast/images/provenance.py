@@ -35,7 +35,7 @@ class Provenance:
     """Height and width that were painted, in pixels."""
     backend: str
     device: str
-    arithmetic: str
+    compute_dtype: str
     versions: dict[str, str]
     """Of lsast, the backend and the libraries that pixels go through."""
 

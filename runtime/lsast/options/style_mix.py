@@ -25,7 +25,7 @@ import numpy as np
 
 from lsast_engines.bundle.manifest import AttentionLayer, Group
 from lsast_engines.bundle.style import Style
-from lsast_engines.bundle.style_file import TENSORS, StyleFile, StyleRow
+from lsast_engines.bundle.style_file import TENSORS, StageKV, StyleFile
 from lsast_engines.errors import UsageError
 
 GROUPS: tuple[str, ...] = get_args(Group)
@@ -143,7 +143,7 @@ class Hand:
         """Equal for hands of equal rows: the mix, and what its styles hold."""
         return self._mix.text, tuple(style_key(self._styles[name]) for name in self._mix.styles)
 
-    def row(self, stage: int) -> StyleRow:
+    def row(self, stage: int) -> StageKV:
         """Keys and values of one stage, 0 … stages - 1; new arrays, or those of the one style there is.
 
         Raises:
@@ -162,7 +162,7 @@ class Hand:
                         term.weight / total * self._part(term, stage, tensor)[:, columns].astype(np.float64)
                         for term in terms
                     )
-        return StyleRow(*(mixed[tensor] for tensor in TENSORS))
+        return StageKV(*(mixed[tensor] for tensor in TENSORS))
 
     def _part(self, term: Term, stage: int, tensor: str) -> np.ndarray:
         part: np.ndarray = getattr(self._styles[term.style].row(stage), tensor)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from lsast_engines.backends.base import Arithmetic, Engine, Feeds
-from lsast_engines.bundle.graph_spec import CONTROL, DEEP, SHALLOW, GraphSpec
-from lsast_engines.diffusion.noise_schedule import NoiseSpec
+from lsast_engines.backends.base import ComputeDtype, Engine, Feeds
+from lsast_engines.bundle.graph_spec import CONTROLNET, UNET_FULL, UNET_OUTER, GraphSpec
+from lsast_engines.diffusion.noise_schedule import NoiseSchedule
 
 from .step_plan import Pass
 from .tiling import Grid, Span
@@ -63,7 +63,7 @@ class PartedDenoiser:
     """
 
     def __init__(
-        self, engines: Mapping[str, Engine], spec: GraphSpec, passes: Sequence[Pass], grid: Grid, noise: NoiseSpec
+        self, engines: Mapping[str, Engine], spec: GraphSpec, passes: Sequence[Pass], grid: Grid, noise: NoiseSchedule
     ) -> None:
         """A denoiser.
 
@@ -77,7 +77,7 @@ class PartedDenoiser:
         self.spec = spec
         first = next(iter(engines.values()))
         self.backend, self.device = first.backend, first.device
-        self.arithmetic: Arithmetic = first.arithmetic
+        self.compute_dtype: ComputeDtype = first.compute_dtype
         self._engines = engines
         self._passes = passes
         self._grid = grid
@@ -89,8 +89,8 @@ class PartedDenoiser:
         self._step = 0
         self._kept = [_Kept() for _ in self._grid]
 
-    def bind(self, feeds: Feeds) -> None:
-        """See `Engine.bind`."""
+    def bind_inputs(self, feeds: Feeds) -> None:
+        """See `Engine.bind_inputs`."""
         if "hint" in feeds:
             self._begin()
         self._bound |= feeds
@@ -117,22 +117,22 @@ class PartedDenoiser:
         given = {**self._bound, **feeds, "latent": feeds["latent"][at], "hint": self._bound["hint"][at]}
         sigmas = self._sigmas[given["timestep"]]
         if now == "deep":
-            residuals = kept.control.keep(sigmas, self._run(CONTROL, given))
-            outputs = self._run(DEEP, {**given, **residuals})
+            residuals = kept.control.keep(sigmas, self._run(CONTROLNET, given))
+            outputs = self._run(UNET_FULL, {**given, **residuals})
             kept.deep.keep(sigmas, {"feature": outputs["feature"]})
             return outputs["eps"]
-        return self._run(SHALLOW, {**given, **kept.control.at(sigmas), **kept.deep.at(sigmas)})["eps"]
+        return self._run(UNET_OUTER, {**given, **kept.control.at(sigmas), **kept.deep.at(sigmas)})["eps"]
 
     def _run(self, name: str, given: Feeds) -> dict[str, Floats]:
         """Run a part on those of `given` that it takes."""
         engine = self._engines[name]
         return engine({tensor.name: given[tensor.name] for tensor in engine.spec.inputs})
 
-    def rest(self) -> None:
-        """See `Engine.rest`."""
+    def release_memory(self) -> None:
+        """See `Engine.release_memory`."""
         self._begin()
         for engine in self._engines.values():
-            engine.rest()
+            engine.release_memory()
 
     def close(self) -> None:
         """Does nothing: the engines belong to who opened them."""

@@ -17,8 +17,9 @@ import numpy.typing as npt
 from lsast_engines.backends.base import Engine
 from lsast_engines.bundle.style import Style
 from lsast_engines.bundle.style_file import StyleFile
+from lsast_engines.diffusion.guidance import guide
 from lsast_engines.diffusion.solvers import Solver
-from lsast_engines.diffusion.timesteps import Schedule
+from lsast_engines.diffusion.timesteps import TimestepSchedule
 from lsast_engines.errors import BackendError
 
 from ..options.style_mix import Hand
@@ -38,7 +39,7 @@ def hint_features(engine: Engine, edges: npt.NDArray[np.uint8]) -> Floats:
     """What the ControlNet reads of the picture's edges, the same at every step: [H, W] of 0 and 1 → [1, C, h, w]."""
     planes = np.broadcast_to(edges.astype(np.float32), (1, 3, *edges.shape))
     hint = run(engine, {"edges": np.ascontiguousarray(planes)})["hint"].copy()
-    engine.rest()
+    engine.release_memory()
     return hint
 
 
@@ -52,7 +53,7 @@ def posterior(engine: Engine, rgb: npt.NDArray[np.uint8]) -> tuple[Floats, Float
     image = np.ascontiguousarray(rgb.transpose(2, 0, 1)[None], dtype=np.float32) / np.float32(127.5) - np.float32(1)
     outputs = run(engine, {"image": image})
     mean, std = outputs["mean"].copy(), outputs["std"].copy()
-    engine.rest()
+    engine.release_memory()
     return mean, std
 
 
@@ -68,7 +69,7 @@ class Row:
 
     solver: Solver
     """Takes z_t and ε to the next step's z_t; no other row's."""
-    schedule: Schedule
+    schedule: TimestepSchedule
     """The steps to run, with the stage of each; of all rows equally many."""
     z0: Floats
     """The picture's own latent, [4, h, w]."""
@@ -100,7 +101,7 @@ def denoise(
     """
     total = len(rows[0].schedule.steps)
     guided = rows[0].guidance != 1
-    engine.bind({"hint": np.stack([row.hint for row in rows]), "control_scale": np.array(control, np.float32)})
+    engine.bind_inputs({"hint": np.stack([row.hint for row in rows]), "control_scale": np.array(control, np.float32)})
     latents = [row.noisy for row in rows]
     bound: list[int] | None = None
     if watch:
@@ -109,21 +110,19 @@ def denoise(
         steps = [row.schedule.steps[index] for row in rows]
         stages = [step.stage for step in steps]
         if bound != (bound := stages):
-            engine.bind(_context(rows, null, stages, guided=guided))
+            engine.bind_inputs(_context(rows, null, stages, guided=guided))
         timesteps = np.array([step.t for step in steps], np.int64)
         eps = run(engine, {"latent": np.stack(latents), "timestep": timesteps})["eps"]  # [G, B, 4, h, w]
         guesses = []
         for place, row in enumerate(rows):
             z = latents[place]
-            eps_z = eps[0, place]
-            if guided:
-                eps_z = eps_z + np.float32(row.guidance) * (eps[1, place] - eps_z)
+            eps_z = guide(eps[:, place], row.guidance)
             latents[place] = row.solver.step(eps_z, index, z)
             if watch:
                 guesses.append(_predicted_x0(row, eps_z, index, z))
         if watch:
             watch(index + 1, total, guesses)
-    engine.rest()
+    engine.release_memory()
     return latents
 
 
@@ -145,7 +144,7 @@ def paint(engine: Engine, latent: Floats, scale: float) -> Floats:
     """The latent's picture before it is rounded: z₀ [1, 4, h, w] → [H, W, 3], about 0 … 255."""
     image = run(engine, {"latent": latent / np.float32(scale)})["image"][0]
     levels: Floats = (image.transpose(1, 2, 0) + 1) * 127.5
-    engine.rest()
+    engine.release_memory()
     return levels
 
 
@@ -164,10 +163,10 @@ def run(engine: Engine, feeds: dict[str, npt.NDArray[np.generic]]) -> dict[str, 
     outputs = engine(feeds)
     for name, values in outputs.items():
         if not np.isfinite(values).all():
-            mend = "a smaller guidance" if engine.arithmetic == "fp32" else "arithmetic fp32, a smaller guidance"
+            mend = "a smaller guidance" if engine.compute_dtype == "fp32" else "compute_dtype fp32, a smaller guidance"
             raise NotFiniteError(
                 f"the {engine.spec.name} graph gave {np.count_nonzero(~np.isfinite(values))} values of {name} that are "
-                f"not finite, on {engine.backend} in {engine.arithmetic}; try {mend}, or another backend"
+                f"not finite, on {engine.backend} in {engine.compute_dtype}; try {mend}, or another backend"
             )
     return outputs
 

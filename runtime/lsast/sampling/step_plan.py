@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.graph_spec import CONTROL, DECODER, DECODER_SMALL, DEEP, DENOISER, SHALLOW
+from lsast_engines.bundle.graph_spec import CONTROLNET, DENOISER, UNET_FULL, UNET_OUTER, VAE_DECODER, VAE_DECODER_TINY
 from lsast_engines.errors import BundleError
 
 from ..options.options import Options
@@ -21,7 +21,7 @@ from ..options.options import Options
 Pass = Literal["whole", "deep", "shallow"]
 """What runs at one step: the whole denoiser; its parts, all computed; or the U-Net's outermost level on forecasts."""
 
-_GRAPHS: dict[Pass, tuple[str, ...]] = {"whole": (DENOISER,), "deep": (CONTROL, DEEP), "shallow": (SHALLOW,)}
+_GRAPHS: dict[Pass, tuple[str, ...]] = {"whole": (DENOISER,), "deep": (CONTROLNET, UNET_FULL), "shallow": (UNET_OUTER,)}
 
 
 def lay_passes(options: Options, count: int) -> tuple[Pass, ...]:
@@ -64,4 +64,4 @@ def require_decoder(bundle: Bundle, options: Options) -> None:
 
 def decoder_of(options: Options) -> str:
     """Name of the graph that decodes."""
-    return DECODER_SMALL if options.decoder == "small" else DECODER
+    return VAE_DECODER_TINY if options.decoder == "small" else VAE_DECODER

@@ -16,7 +16,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from lsast_engines.backends.base import Arithmetic, Engine, Feeds
+from lsast_engines.backends.base import ComputeDtype, Engine, Feeds
 
 from . import sampler
 from .sampler import Floats
@@ -157,15 +157,15 @@ class TiledDenoiser:
         self.spec = engine.spec
         self.backend = engine.backend
         self.device = engine.device
-        self.arithmetic: Arithmetic = engine.arithmetic
+        self.compute_dtype: ComputeDtype = engine.compute_dtype
         self._engine = engine
         self._grid = grid
         self._hint: sampler.Floats | None = None
 
-    def bind(self, feeds: Feeds) -> None:
-        """See `Engine.bind`; the `hint` is cut up."""
+    def bind_inputs(self, feeds: Feeds) -> None:
+        """See `Engine.bind_inputs`; the `hint` is cut up."""
         self._hint = feeds.get("hint", self._hint)
-        self._engine.bind({name: value for name, value in feeds.items() if name != "hint"})
+        self._engine.bind_inputs({name: value for name, value in feeds.items() if name != "hint"})
 
     def __call__(self, feeds: Feeds) -> dict[str, npt.NDArray[np.float32]]:
         """See `Engine.__call__`; `latent` [B, 4, h, w] is of the whole canvas, and so is `eps` [G, B, 4, h, w]."""
@@ -173,7 +173,7 @@ class TiledDenoiser:
         for row, column in self._grid:
             at = (..., row.cells, column.cells)
             assert self._hint is not None
-            self._engine.bind({"hint": self._hint[at]})
+            self._engine.bind_inputs({"hint": self._hint[at]})
             tile = self._engine({**feeds, "latent": feeds["latent"][at]})["eps"]
             if eps is None:
                 eps = np.zeros((*tile.shape[:-2], *self._grid.cells), np.float32)
@@ -181,9 +181,9 @@ class TiledDenoiser:
         assert eps is not None
         return {"eps": eps}
 
-    def rest(self) -> None:
-        """See `Engine.rest`."""
-        self._engine.rest()
+    def release_memory(self) -> None:
+        """See `Engine.release_memory`."""
+        self._engine.release_memory()
 
     def close(self) -> None:
         """Does nothing: the engine belongs to who opened it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lsast_engines.diffusion.solvers import Array, Solver
-from lsast_engines.diffusion.timesteps import Schedule
+from lsast_engines.diffusion.timesteps import TimestepSchedule
 
 
 class X0Blend:
@@ -15,7 +15,7 @@ class X0Blend:
     RePaint (Lugmayr et al. 2022, eq. 8) puts there. See `lsast_engines.diffusion.solvers` for the letters.
     """
 
-    def __init__(self, solver: Solver, schedule: Schedule, target: Array, weight: Array) -> None:
+    def __init__(self, solver: Solver, schedule: TimestepSchedule, target: Array, weight: Array) -> None:
         """A solver around `solver`, which takes the steps of `schedule`: target [4, h, w], weight [h, w] of 0 … 1."""
         self._solver = solver
         self._levels = schedule.abars()

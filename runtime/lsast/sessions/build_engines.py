@@ -12,13 +12,13 @@ import sys
 from collections.abc import Callable
 from typing import Any, get_args
 
-from lsast_engines.backends.base import Arithmetic
+from lsast_engines.backends.base import ComputeDtype
 from lsast_engines.backends.tensorrt.cuda import gpus, load_cuda
 from lsast_engines.backends.tensorrt.engine import find_engine
 from lsast_engines.backends.tensorrt.engine_record import Library
 from lsast_engines.backends.tensorrt.library import load_library
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.graph_spec import EVERY
+from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS
 from lsast_engines.errors import BackendError, MissingExtraError, UsageError
 
 Run = Callable[[list[str]], int]
@@ -26,14 +26,14 @@ Run = Callable[[list[str]], int]
 
 
 def build_engines(
-    bundle: Bundle, backend: str, arithmetic: Arithmetic, run: Run | None = None, runtime: Any = None
+    bundle: Bundle, backend: str, compute_dtype: ComputeDtype, run: Run | None = None, runtime: Any = None
 ) -> list[str]:
     """Compile the engines of a bundle that are missing or do not fit this machine; what fits is left as it is.
 
     Args:
         bundle: whose graphs.
         backend: ``tensorrt-rtx`` or ``tensorrt``.
-        arithmetic: what the engines compute in.
+        compute_dtype: what the engines compute in.
         run: runs the compiler, to compile otherwise.
         runtime: the module `cuda.bindings.runtime`, to ask another.
 
@@ -54,10 +54,12 @@ def build_engines(
     if not there:
         raise BackendError(f"found no NVIDIA GPU to build engines for; see lsast-run --doctor ({library})")
     missing = []
-    for name in EVERY:  # the denoiser's parts are compiled by name only: lsast-export compile --graph deep …
+    for (
+        name
+    ) in REQUIRED_GRAPHS:  # the denoiser's parts are compiled by name only: lsast-export compile --graph unet_full …
         path, spec = bundle.graph_path(name), bundle.manifest.graphs[name]
         try:
-            find_engine(path, spec, library, version, arithmetic, there[0])
+            find_engine(path, spec, library, version, compute_dtype, there[0])
         except BackendError:
             missing.append(name)
     if not missing:
@@ -65,7 +67,7 @@ def build_engines(
     if importlib.util.find_spec("lsast_export") is None or importlib.util.find_spec("onnx_ir") is None:
         raise MissingExtraError("the exporter, which compiles engines,", "export")
     command = [sys.executable, "-m", "lsast_export", "compile", str(bundle.path), "--backend", library]
-    command += ["--arithmetic", arithmetic]
+    command += ["--compute-dtype", compute_dtype]
     if library == "tensorrt-rtx":
         command += ["--sm", there[0].capability]
     for name in missing:

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from lsast_engines.backends.base import Arithmetic, Engine, open_engine
+from lsast_engines.backends.base import ComputeDtype, Engine, open_engine
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.graph_spec import EVERY
+from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS
 from lsast_engines.errors import UsageError
 
 from .cancel import CancelToken
@@ -37,17 +37,17 @@ class Opener:
     backend: str = "auto"
     device: str = "auto"
     threads: int | None = None
-    arithmetic: Arithmetic = "fp32"
+    compute_dtype: ComputeDtype = "fp32"
 
     def __post_init__(self) -> None:
-        if self.bundle.manifest.precision == "int8" and self.arithmetic != "fp32":
+        if self.bundle.manifest.storage_dtype == "int8" and self.compute_dtype != "fp32":
             # OpenVINO 2026.4 fails to open a float convolution in bf16 whose output is quantised.
             raise UsageError(
-                f"found arithmetic {self.arithmetic} for {self.bundle.path}, which is in int8; expected fp32, which is "
-                "then what is not in int8: leave it out"
+                f"found compute_dtype {self.compute_dtype} for {self.bundle.path}, which is in int8; expected fp32, "
+                "which is then what is not in int8: leave it out"
             )
 
-    def __call__(self, name: str, arithmetic: Arithmetic | None = None) -> Engine:
+    def __call__(self, name: str, compute_dtype: ComputeDtype | None = None) -> Engine:
         """Open the graph `name`, in another arithmetic if one is given.
 
         Raises:
@@ -59,10 +59,10 @@ class Opener:
             self.backend,
             self.device,
             self.threads,
-            arithmetic or self.arithmetic,
+            compute_dtype or self.compute_dtype,
         )
 
-    def all(self, names: Iterable[str] = EVERY) -> dict[str, Engine]:
+    def all(self, names: Iterable[str] = REQUIRED_GRAPHS) -> dict[str, Engine]:
         """Open the graphs `names`, or none; else those that a painting passes from which nothing is left out."""
         with contextlib.ExitStack() as stack:
             engines: dict[str, Engine] = {}

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lsast_engines.diffusion.solvers import Solver
-from lsast_engines.diffusion.timesteps import Schedule
+from lsast_engines.diffusion.timesteps import TimestepSchedule
 
 from ..images.canvas import Pixels
 from ..sampling.sampler import Floats, to_pixels
@@ -114,7 +114,7 @@ class Follower:
         """Go on from a `state`."""
         self._content, self._latent, self._painted = (state.get(name) for name in ("content", "latent", "painted"))
 
-    def begin(self, content: Pixels, factor: int, solver: Solver, schedule: Schedule) -> Solver:
+    def begin(self, content: Pixels, factor: int, solver: Solver, schedule: TimestepSchedule) -> Solver:
         """The solver to paint a frame with.
 
         Args:

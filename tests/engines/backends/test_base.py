@@ -51,19 +51,19 @@ def test_strided_and_scalar_inputs(engine: Engine, toy: Any) -> None:
 
 def test_bound_inputs_stay_between_calls(engine: Engine, toy: Any) -> None:
     bound, other = toy.feeds(seed=1), toy.feeds(seed=2)
-    engine.bind({"scale": bound["scale"]})
-    engine.bind({"timestep": bound["timestep"]})
+    engine.bind_inputs({"scale": bound["scale"]})
+    engine.bind_inputs({"timestep": bound["timestep"]})
     for seed in (3, 4, 5):
         x = toy.feeds(seed=seed)["x"]
         assert close_to(engine({"x": x}), toy.expected({**bound, "x": x}))
-    engine.bind({"timestep": other["timestep"]})
+    engine.bind_inputs({"timestep": other["timestep"]})
     assert close_to(engine({"x": x}), toy.expected({**bound, "timestep": other["timestep"], "x": x}))
 
 
 def test_binding_copies(engine: Engine, toy: Any) -> None:
     feeds = toy.feeds()
     mutable = feeds["x"].copy()
-    engine.bind({"x": mutable})
+    engine.bind_inputs({"x": mutable})
     mutable[:] = 0
     assert close_to(engine({name: feeds[name] for name in ("timestep", "scale")}), toy.expected(feeds))
 
@@ -71,21 +71,21 @@ def test_binding_copies(engine: Engine, toy: Any) -> None:
 def test_everything_may_be_bound_and_sizes_changed(engine: Engine, toy: Any) -> None:
     for batch, length in ((1, 4), (3, 2)):
         feeds = toy.feeds(batch, length)
-        engine.bind(feeds)
+        engine.bind_inputs(feeds)
         assert close_to(engine({}), toy.expected(feeds))
 
 
 def test_resting_changes_nothing(engine: Engine, toy: Any) -> None:
     feeds = toy.feeds(seed=1)
-    engine.bind({"scale": feeds.pop("scale")})
+    engine.bind_inputs({"scale": feeds.pop("scale")})
     expected = {name: value.copy() for name, value in engine(feeds).items()}
     for _ in range(2):
-        engine.rest()
+        engine.release_memory()
         for name, value in engine(feeds).items():
             np.testing.assert_array_equal(value, expected[name])
     engine.close()
     with pytest.raises(BackendError, match="is closed"):
-        engine.rest()
+        engine.release_memory()
 
 
 def test_wrong_inputs_are_listed_at_once(engine: Engine, toy: Any) -> None:
@@ -107,9 +107,9 @@ def test_wrong_inputs_are_listed_at_once(engine: Engine, toy: Any) -> None:
     with pytest.raises(BackendError, match=r"x: found shape \[2, 3, 0\]"):
         engine({**feeds, "x": feeds["x"][:, :, :0]})
     with pytest.raises(BackendError, match=r"timestep: found int32; expected int64"):
-        engine.bind({"timestep": feeds["timestep"].astype(np.int32)})
+        engine.bind_inputs({"timestep": feeds["timestep"].astype(np.int32)})
     assert close_to(engine(feeds), toy.expected(feeds))
-    engine.bind({"scale": feeds["scale"]})
+    engine.bind_inputs({"scale": feeds["scale"]})
     with pytest.raises(BackendError, match="scale: is bound; bind it again to change it"):
         engine(feeds)
 
@@ -258,11 +258,13 @@ def test_auto_passes_over_what_computes_in_fp32_only(toy: Any, monkeypatch: pyte
     opened = []
     monkeypatch.setattr("lsast_engines.backends.openvino.devices", lambda: ["cpu"])
     monkeypatch.setattr("lsast_engines.backends.openvino.OpenVinoEngine", lambda *given: opened.append(given))
-    open_engine(toy.path, toy.spec, arithmetic="bf16")
+    open_engine(toy.path, toy.spec, compute_dtype="bf16")
     assert opened == [(toy.path, toy.spec, "cpu", None, "bf16")]
     monkeypatch.setattr("lsast_engines.backends.openvino.devices", list)
-    with pytest.raises(BackendError, match="'auto' with device 'auto' and arithmetic bf16; there is: onnxruntime on"):
-        open_engine(toy.path, toy.spec, arithmetic="bf16")
+    with pytest.raises(
+        BackendError, match="'auto' with device 'auto' and compute_dtype bf16; there is: onnxruntime on"
+    ):
+        open_engine(toy.path, toy.spec, compute_dtype="bf16")
 
 
 def test_no_backend_is_one_line_that_mends_it(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,8 +284,8 @@ def test_explicit_wishes_are_met_or_refused(toy: Any, monkeypatch: pytest.Monkey
         with pytest.raises(BackendError, match=rf"'{backend}' with device 'tpu'; there is: .*onnxruntime on cpu"):
             open_engine(toy.path, toy.spec, backend, "tpu")
     for backend in ("auto", "onnxruntime", "openvino"):
-        with pytest.raises(UsageError, match=r"--arithmetic int8 was removed: .*lsast-export quantise"):
-            open_engine(toy.path, toy.spec, backend, arithmetic="int8")  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match=r"--compute-dtype int8 was removed: .*lsast-export quantise"):
+            open_engine(toy.path, toy.spec, backend, compute_dtype="int8")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="found 0 threads"):
         open_engine(toy.path, toy.spec, threads=0)
     hide(monkeypatch, "openvino")
@@ -318,14 +320,14 @@ def test_openvino_computes_in_what_it_is_asked_for_where_the_device_has_it(tmp_p
     path, spec = product(tmp_path)
     x, weight = product_values()
     exact = x.astype(np.float64) @ weight
-    for arithmetic, capability, eps in (("bf16", "BF16", 2**-8), ("fp16", "FP16", 2**-11)):
+    for compute_dtype, capability, eps in (("bf16", "BF16", 2**-8), ("fp16", "FP16", 2**-11)):
         if capability not in there:
-            with pytest.raises(BackendError, match=rf"cannot compute in {arithmetic} on cpu here; there is: fp32"):
-                open_engine(path, spec, "openvino", arithmetic=arithmetic)  # type: ignore[arg-type]
+            with pytest.raises(BackendError, match=rf"cannot compute in {compute_dtype} on cpu here; there is: fp32"):
+                open_engine(path, spec, "openvino", compute_dtype=compute_dtype)  # type: ignore[arg-type]
             continue
-        engine = open_engine(path, spec, "openvino", arithmetic=arithmetic)  # type: ignore[arg-type]
+        engine = open_engine(path, spec, "openvino", compute_dtype=compute_dtype)  # type: ignore[arg-type]
         error = np.abs(engine({"x": x})["y"] - exact).max() / np.abs(exact).max()
-        assert engine.arithmetic == arithmetic
+        assert engine.compute_dtype == compute_dtype
         assert eps / 64 < error < 4 * eps
 
 
@@ -336,7 +338,7 @@ def test_a_compiled_backend_means_the_gpu(toy: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         "lsast_engines.backends.tensorrt.engine.TensorRtEngine", lambda *given, library: opened.append((given, library))
     )
-    open_engine(toy.path, toy.spec, "tensorrt-rtx", device, arithmetic="fp16")
+    open_engine(toy.path, toy.spec, "tensorrt-rtx", device, compute_dtype="fp16")
     assert opened == [((toy.path, toy.spec, "cuda", None, "fp16"), "tensorrt-rtx")]
 
 

@@ -115,7 +115,7 @@ def test_what_is_bound_lies_on_the_device(fake: Callable[..., FakeRuntime], toy:
     runtime = fake()
     engine = OnnxRuntimeEngine(toy.path, toy.spec, "cuda", None)
     feeds = toy.feeds()
-    engine.bind({"x": feeds["x"], "scale": feeds["scale"]})
+    engine.bind_inputs({"x": feeds["x"], "scale": feeds["scale"]})
     for _ in range(2):
         found = engine({"timestep": feeds["timestep"]})
         for name, values in toy.expected(feeds).items():

@@ -27,39 +27,41 @@ def tree(folder: Path) -> dict[str, bytes]:
 def test_written_bundle_opens(bundle: Bundle, manifest: Manifest, make_style: MakeStyle, tmp_path: Path) -> None:
     opened = Bundle.open(bundle.path)
     assert set(opened.manifest.files) == {
-        "encoder.onnx",
-        "hint.onnx",
+        "vae_encoder.onnx",
+        "controlnet_cond.onnx",
         "denoiser.onnx",
-        "decoder.onnx",
+        "vae_decoder.onnx",
         "base.safetensors",
         "null.safetensors",
     }
     assert dataclasses.replace(opened.manifest, files={}) == manifest
     assert opened.manifest.files["base.safetensors"].sha256 == file_sha256(tmp_path / "sources" / "weights")
-    assert opened.graph_path("hint").read_bytes() == b"graph hint"
+    assert opened.graph_path("controlnet_cond").read_bytes() == b"graph controlnet_cond"
     assert opened.null_style.stages == 1
     assert list(opened.styles()) == ["a"]
     np.testing.assert_array_equal(opened.style("a").kv_unet, make_style("a").kv_unet.astype(np.float16))
     assert {path.name for path in tmp_path.iterdir()} == {"toy", "sources"}
     assert bundle.path.stat().st_mode & 0o777 == (tmp_path / "sources").stat().st_mode & 0o777
-    with pytest.raises(BundleError, match="found no graph 'time'; expected one of encoder, hint, denoiser, decoder"):
+    with pytest.raises(
+        BundleError, match="found no graph 'time'; expected one of vae_encoder, controlnet_cond, denoiser, vae_decoder"
+    ):
         opened.graph_path("time")
 
 
 def test_all_faults_are_listed_at_once(bundle: Bundle, make_style: MakeStyle) -> None:
     path = bundle.path
-    (path / "hint.onnx").unlink()
-    (path / "decoder.onnx").write_bytes(b"longer than it was")
-    (path / "encoder.onnx").write_bytes(b"graph EncodeR")
+    (path / "controlnet_cond.onnx").unlink()
+    (path / "vae_decoder.onnx").write_bytes(b"longer than it was")
+    (path / "vae_encoder.onnx").write_bytes(b"graph vae_EncodeR")
     make_style("null", base="cd" * 32, stages=2, width=22).save(path / "null.safetensors")
     with pytest.raises(BundleError) as error:
         Bundle.open(path)
     heading, *faults = str(error.value).split("\n  - ")
     assert str(path) in heading
     starts = [
-        "encoder.onnx: found SHA-256",
-        "hint.onnx: found no such file; expected 10 bytes",
-        "decoder.onnx: found 18 bytes; expected 13",
+        "vae_encoder.onnx: found SHA-256",
+        "controlnet_cond.onnx: found no such file; expected 21 bytes",
+        "vae_decoder.onnx: found 18 bytes; expected 17",
         "null.safetensors: found base cdcdcdcdcdcd…; expected abababababab… of toy",
         "null.safetensors: found 2 stages; expected 10 or 1",
         "null.safetensors: found kv_unet rows of [3, 22]; expected [3, 20]",
@@ -71,28 +73,28 @@ def test_all_faults_are_listed_at_once(bundle: Bundle, make_style: MakeStyle) ->
 
 
 def test_verify_hashes_off_still_sees_sizes(bundle: Bundle) -> None:
-    (bundle.path / "encoder.onnx").write_bytes(b"graph EncodeR")
+    (bundle.path / "vae_encoder.onnx").write_bytes(b"graph vae_EncodeR")
     Bundle.open(bundle.path, verify_hashes=False)
-    with pytest.raises(BundleError, match=r"encoder.onnx: found SHA-256 .*expected"):
+    with pytest.raises(BundleError, match=r"vae_encoder.onnx: found SHA-256 .*expected"):
         Bundle.open(bundle.path)
-    (bundle.path / "encoder.onnx").write_bytes(b"graph")
-    with pytest.raises(BundleError, match=r"encoder.onnx: found 5 bytes"):
+    (bundle.path / "vae_encoder.onnx").write_bytes(b"graph")
+    with pytest.raises(BundleError, match=r"vae_encoder.onnx: found 5 bytes"):
         Bundle.open(bundle.path, verify_hashes=False)
 
 
 def test_graphs_must_be_those_of_the_geometry(tmp_path: Path, manifest: Manifest, sources: Sources) -> None:
     graphs = {**manifest.graphs, "time": GraphSpec("time", (), ())}
-    del graphs["hint"]
-    graphs["decoder"] = dataclasses.replace(
-        graphs["decoder"], outputs=(TensorSpec("picture", "float32", ("B", 3, "H", "W")),)
+    del graphs["controlnet_cond"]
+    graphs["vae_decoder"] = dataclasses.replace(
+        graphs["vae_decoder"], outputs=(TensorSpec("picture", "float32", ("B", 3, "H", "W")),)
     )
     with pytest.raises(BundleError) as error:
         Bundle.write(tmp_path / "toy", dataclasses.replace(manifest, graphs=graphs), sources)
     text = str(error.value)
-    assert "graph hint: found none" in text
+    assert "graph controlnet_cond: found none" in text
     assert "graph time: found a graph that this version does not know" in text
     assert "time.onnx: not declared in files" in text
-    assert "graph decoder: found outputs picture float32 [B, 3, H, W], expected image float32 [B, 3, H, W]" in text
+    assert "graph vae_decoder: found outputs picture float32 [B, 3, H, W], expected image float32 [B, 3, H, W]" in text
     assert not (tmp_path / "toy").exists()
 
 
@@ -172,8 +174,8 @@ def test_write_replaces_only_bundles_and_only_when_allowed(
         Bundle.write(bundle.path, manifest, sources)
     make_style("mine").save(bundle.path / "styles" / "mine.safetensors")
     make_style("old").save(bundle.path / "styles" / "a.safetensors")
-    written = Bundle.write(bundle.path, manifest, {**sources, "hint.onnx": b"new hint"}, replace=True)
-    assert written.graph_path("hint").read_bytes() == b"new hint"
+    written = Bundle.write(bundle.path, manifest, {**sources, "controlnet_cond.onnx": b"new hint"}, replace=True)
+    assert written.graph_path("controlnet_cond").read_bytes() == b"new hint"
     assert list(written.styles()) == ["a", "mine"]
     assert written.style("a").name == "a"
 
@@ -198,7 +200,7 @@ def test_failed_replacement_restores_the_old_bundle(
 
     monkeypatch.setattr(Path, "rename", fail_on_new)
     with pytest.raises(OSError, match="disk on fire"):
-        Bundle.write(bundle.path, manifest, {**sources, "hint.onnx": b"new hint"}, replace=True)
+        Bundle.write(bundle.path, manifest, {**sources, "controlnet_cond.onnx": b"new hint"}, replace=True)
     assert tree(bundle.path.parent) == before
     Bundle.open(bundle.path)
 

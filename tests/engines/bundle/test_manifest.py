@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lsast_engines.bundle.graph_spec import Geometry, graph_specs
-from lsast_engines.bundle.json_fields import Fields
+from lsast_engines.bundle.json_fields import JsonReader
 from lsast_engines.bundle.manifest import Manifest
 from lsast_engines.errors import BundleError
 
@@ -25,15 +25,15 @@ def test_round_trip(manifest: Manifest) -> None:
 
 def test_graph_specs_follow_the_geometry() -> None:
     specs = graph_specs(Geometry(hint_channels=320, tokens=77, unet_width=24960, control_width=11520))
-    assert list(specs) == ["encoder", "hint", "denoiser", "decoder"]
+    assert list(specs) == ["vae_encoder", "controlnet_cond", "denoiser", "vae_decoder"]
     inputs = {tensor.name: tensor for tensor in specs["denoiser"].inputs}
     assert list(inputs) == ["latent", "hint", "timestep", "kv_unet", "kv_control", "control_scale"]
     assert inputs["kv_unet"].shape == ("G", "B", 77, 24960)
     assert inputs["kv_control"].shape == ("B", 77, 11520)
     assert (inputs["timestep"].dtype, inputs["control_scale"].shape) == ("int64", ())
-    assert inputs["hint"] == specs["hint"].outputs[0]
+    assert inputs["hint"] == specs["controlnet_cond"].outputs[0]
     assert specs["denoiser"].outputs[0].shape == ("G", "B", 4, "h", "w")
-    assert [tensor.name for tensor in specs["encoder"].outputs] == ["mean", "std"]
+    assert [tensor.name for tensor in specs["vae_encoder"].outputs] == ["mean", "std"]
 
 
 def faults_of(data: Any) -> list[str]:
@@ -51,14 +51,14 @@ def test_all_faults_are_listed_at_once(manifest: Manifest) -> None:
     data["height"] = "256"
     data["width"] = True
     data["latent_scale"] = 0
-    data["precision"] = "int4"
+    data["storage_dtype"] = "int4"
     data["stray"] = 1
     data["noise"]["curve"] = "cosine"
     data["geometry"] = [1]
     data["attention_layers"][0]["network"] = "text"
-    data["graphs"]["hint"]["inputs"][0]["shape"] = ["B", 0]
+    data["graphs"]["controlnet_cond"]["inputs"][0]["shape"] = ["B", 0]
     data["defaults"]["steps"] = None
-    data["files"] = {"encoder.onnx": {"sha256": "ab" * 32, "bytes": -1}}
+    data["files"] = {"vae_encoder.onnx": {"sha256": "ab" * 32, "bytes": -1}}
     data["parity"] = {"denoiser": float("nan")}
     data["source"] = {"torch": 2}
     assert sorted(faults_of(data)) == sorted(
@@ -68,15 +68,15 @@ def test_all_faults_are_listed_at_once(manifest: Manifest) -> None:
             "height: found '256'; expected a whole number of at least 1",
             "width: found True; expected a whole number of at least 1",
             "latent_scale: found 0; expected a number above 0",
-            "precision: found 'int4'; expected one of fp32, fp16, bf16, int8",
+            "storage_dtype: found 'int4'; expected one of fp32, fp16, bf16, int8",
             f"stray: found an unknown field; expected only {', '.join(f.name for f in dataclasses.fields(Manifest))}",
             "noise.curve: found 'cosine'; expected one of scaled_linear, linear",
             "geometry: found [1]; expected an object with hint_channels, tokens, unet_width, control_width, "
             "latent_channels, factor",
             "attention_layers[0].network: found 'text'; expected one of unet, control",
-            "graphs.hint.inputs[0].shape: found ['B', 0]; expected lengths and names of axes",
+            "graphs.controlnet_cond.inputs[0].shape: found ['B', 0]; expected lengths and names of axes",
             "defaults.steps: found None; expected a whole number of at least 1",
-            "files.encoder.onnx.bytes: found -1; expected a whole number of at least 0",
+            "files.vae_encoder.onnx.bytes: found -1; expected a whole number of at least 0",
             "parity.denoiser: found nan; expected a number",
             "source.torch: found 2; expected text",
         ]
@@ -115,7 +115,7 @@ def test_contradictions(manifest: Manifest) -> None:
         ("{", r"is not JSON .*export the bundle again"),
         ("[]", "has no format number"),
         ("{}", "has no format number"),
-        ('{"format": 2}', r"has format 2; this version reads format 1: .*update lsast"),
+        ('{"format": 1}', r"has format 1; this version reads format 2: .*export the bundle again"),
     ],
 )
 def test_what_is_no_manifest_of_this_format(text: str, message: str) -> None:
@@ -125,6 +125,6 @@ def test_what_is_no_manifest_of_this_format(text: str, message: str) -> None:
 
 def test_fields_of_no_object_give_one_fault() -> None:
     faults: list[str] = []
-    fields = Fields(7, "a.b", faults, ("x", "y"))
-    assert (fields.text("x"), fields.integer("y"), fields.child("x", ("z",)).number("z")) == ("", 1, 1.0)
+    fields = JsonReader(7, "a.b", faults, ("x", "y"))
+    assert (fields.string("x"), fields.integer("y"), fields.object("x", ("z",)).number("z")) == ("", 1, 1.0)
     assert faults == ["a.b: found 7; expected an object with x, y"]

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +9,10 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from safetensors.numpy import load_file
 
-from lsast_engines.diffusion.noise_schedule import NoiseSpec
+from golden_sets import GoldenFiles, both_sets
+from lsast_engines.diffusion.noise_schedule import NoiseSchedule
 from lsast_engines.diffusion.solvers import SOLVERS, make_solver
-from lsast_engines.diffusion.timesteps import Schedule
+from lsast_engines.diffusion.timesteps import TimestepSchedule
 from lsast_engines.errors import UsageError
 
 SD = {
@@ -25,7 +25,6 @@ SD = {
 SHAPE = (2, 4, 5, 3)
 DIFFUSERS = ("ddim", "dpmpp2m", "unipc")
 """The solvers that diffusers has, on the same grid."""
-GOLDEN = Path(__file__).parents[4] / "shared" / "golden" / "tiny_a_io.safetensors"
 
 
 def diffusers_scheduler(name: str) -> Any:
@@ -61,8 +60,8 @@ def sharpen(scheduler: Any) -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_every_step_is_diffusers(name: str, steps: int, strength: float, dtype: type[np.floating[Any]]) -> None:
     rng = np.random.default_rng(steps)
-    schedule = Schedule.build(NoiseSpec(), steps, strength, 10, name)
-    solver = make_solver(name, NoiseSpec(), schedule)
+    schedule = TimestepSchedule.build(NoiseSchedule(), steps, strength, 10, name)
+    solver = make_solver(name, NoiseSchedule(), schedule)
     scheduler = started(name, steps, len(schedule.steps))
     if dtype is np.float64:
         sharpen(scheduler)
@@ -87,8 +86,8 @@ def gaussian_error(name: str, steps: int) -> float:
     There eps(x, t) = σ_t x / v_t with v_t = α_t² / 4 + σ_t², and x_t / sqrt(v_t) is constant along the way. The second
     half is left out: the grid is coarse in λ there, and the last step of first order in every solver.
     """
-    schedule = Schedule.build(NoiseSpec(), steps, 0.7, 10, name)
-    solver = make_solver(name, NoiseSpec(), schedule)
+    schedule = TimestepSchedule.build(NoiseSchedule(), steps, 0.7, 10, name)
+    solver = make_solver(name, NoiseSchedule(), schedule)
     abars = np.array(schedule.abars())
     variances = abars / 4 + 1 - abars
     x = np.array([1.0])
@@ -108,9 +107,9 @@ def test_solvers_converge_to_the_exact_solution_at_their_order(name: str, order:
 @pytest.mark.parametrize("name", SOLVERS)
 def test_rows_of_a_batch_do_not_meet_and_a_solver_begins_anew(name: str) -> None:
     rng = np.random.default_rng(1)
-    schedule = Schedule.build(NoiseSpec(), 8, 0.7, 10, name)
+    schedule = TimestepSchedule.build(NoiseSchedule(), 8, 0.7, 10, name)
     start, *eps = rng.standard_normal((1 + len(schedule.steps), 3, 4, 2, 2))
-    solver = make_solver(name, NoiseSpec(), schedule)
+    solver = make_solver(name, NoiseSchedule(), schedule)
 
     def run(rows: slice) -> Any:
         x = start[rows]
@@ -126,8 +125,8 @@ def test_rows_of_a_batch_do_not_meet_and_a_solver_begins_anew(name: str) -> None
 
 @pytest.mark.parametrize("name", ["dpmpp2m", "unipc"])
 def test_multistep_solvers_refuse_steps_out_of_order(name: str) -> None:
-    schedule = Schedule.build(NoiseSpec(), 8, 1.0, 10, name)
-    solver = make_solver(name, NoiseSpec(), schedule)
+    schedule = TimestepSchedule.build(NoiseSchedule(), 8, 1.0, 10, name)
+    solver = make_solver(name, NoiseSchedule(), schedule)
     x = np.ones(SHAPE, np.float32)
     solver.step(x, 0, x)
     with pytest.raises(ValueError, match="found step 2; expected 1"):
@@ -135,20 +134,20 @@ def test_multistep_solvers_refuse_steps_out_of_order(name: str) -> None:
 
 
 def test_unknown_solver_and_foreign_schedule() -> None:
-    schedule = Schedule.build(NoiseSpec(), 8, 1.0, 10, "ddim")
+    schedule = TimestepSchedule.build(NoiseSchedule(), 8, 1.0, 10, "ddim")
     with pytest.raises(UsageError, match="found solver 'euler'; expected one of ddim, dpmpp2m, unipc, released"):
-        make_solver("euler", NoiseSpec(), schedule)
+        make_solver("euler", NoiseSchedule(), schedule)
     with pytest.raises(UsageError, match=r"schedule of ddim .* expected unipc .*solver='unipc'"):
-        make_solver("unipc", NoiseSpec(), schedule)
+        make_solver("unipc", NoiseSchedule(), schedule)
     with pytest.raises(UsageError, match="linear"):
-        make_solver("ddim", NoiseSpec(curve="linear"), schedule)
+        make_solver("ddim", NoiseSchedule(curve="linear"), schedule)
 
 
 @pytest.mark.parametrize(("steps", "strength"), [(50, 0.7), (30, 1.0), (20, 0.5), (7, 0.9)])
 def test_released_is_ddim_of_the_paper_on_its_own_grid(steps: int, strength: float) -> None:
     # Song et al. 2021, eq. 12 with eta 0, written out; the step from t goes to the grid point below, from t = 1 to 0.
-    schedule = Schedule.build(NoiseSpec(), steps, strength, 10, "released")
-    solver = make_solver("released", NoiseSpec(), schedule)
+    schedule = TimestepSchedule.build(NoiseSchedule(), steps, strength, 10, "released")
+    solver = make_solver("released", NoiseSchedule(), schedule)
     abars = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
     rng = np.random.default_rng(steps)
     ours = theirs = rng.standard_normal(SHAPE)
@@ -162,14 +161,14 @@ def test_released_is_ddim_of_the_paper_on_its_own_grid(steps: int, strength: flo
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9 * np.abs(theirs).max())
 
 
-@pytest.mark.skipif(not GOLDEN.is_file(), reason="needs ../shared/golden")
-def test_released_steps_are_those_that_were_recorded() -> None:
-    golden = load_file(GOLDEN)
-    schedule = Schedule.build(NoiseSpec(), 50, 0.7, 10, "released")
-    solver = make_solver("released", NoiseSpec(), schedule)
-    ends = [*golden["latents_in"][1:, None], golden["final_latent"]]
+@both_sets
+def test_released_steps_are_those_that_were_recorded(golden: GoldenFiles) -> None:
+    recorded = load_file(f"{golden.prefix}_io.safetensors")
+    schedule = TimestepSchedule.build(NoiseSchedule(), 50, 0.7, 10, "released")
+    solver = make_solver("released", NoiseSchedule(), schedule)
+    ends = [*recorded["latents_in"][1:, None], recorded["final_latent"]]
     for index, end in enumerate(ends):
-        unconditional, conditional = golden["eps_uncond"][index], golden["eps_cond"][index]
+        unconditional, conditional = recorded["eps_uncond"][index], recorded["eps_cond"][index]
         eps = unconditional + 10.0 * (conditional - unconditional)
-        found = solver.step(eps[None], index, golden["latents_in"][index][None])
+        found = solver.step(eps[None], index, recorded["latents_in"][index][None])
         np.testing.assert_allclose(found, end, rtol=0, atol=2e-6 * np.abs(end).max())

@@ -1,26 +1,24 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from safetensors.numpy import load_file
 
-from lsast_engines.diffusion.noise_schedule import NoiseSpec
-from lsast_engines.diffusion.timesteps import ENDS_INSIDE, Schedule
+from golden_sets import GoldenFiles, both_sets
+from lsast_engines.diffusion.noise_schedule import NoiseSchedule
+from lsast_engines.diffusion.timesteps import ENDS_INSIDE, TimestepSchedule
 from lsast_engines.errors import UsageError
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "timestep_spacing": "leading", "steps_offset": 1}
-GOLDEN = Path(__file__).parents[4] / "shared" / "golden" / "tiny_a_io.safetensors"
 SCHEDULERS = {"ddim": DDIMScheduler, "dpmpp2m": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
 
 
 @pytest.mark.parametrize(
-    "spec", [NoiseSpec(), NoiseSpec(curve="linear"), NoiseSpec(400, 1e-4, 0.02, "linear")], ids=str
+    "spec", [NoiseSchedule(), NoiseSchedule(curve="linear"), NoiseSchedule(400, 1e-4, 0.02, "linear")], ids=str
 )
-def test_alphas_cumprod_is_diffusers(spec: NoiseSpec) -> None:
+def test_alphas_cumprod_is_diffusers(spec: NoiseSchedule) -> None:
     scheduler = DDIMScheduler(spec.train_steps, spec.beta_start, spec.beta_end, beta_schedule=spec.curve)
     abars = spec.alphas_cumprod()
     assert abars.dtype == np.float64
@@ -30,7 +28,7 @@ def test_alphas_cumprod_is_diffusers(spec: NoiseSpec) -> None:
 
 def test_noise_faults_are_listed_at_once() -> None:
     with pytest.raises(UsageError) as error:
-        NoiseSpec(0, 0.5, 0.1, "cosine")  # type: ignore[arg-type]
+        NoiseSchedule(0, 0.5, 0.1, "cosine")  # type: ignore[arg-type]
     assert all(part in str(error.value) for part in ("train_steps", "0.5 to 0.1", "'cosine'", "scaled_linear, linear"))
 
 
@@ -47,7 +45,7 @@ def img2img_timesteps(solver: str, steps: int, strength: float) -> list[int]:
 @pytest.mark.parametrize("strength", [0.3, 0.5, 0.7, 0.99, 1.0])
 def test_timesteps_are_those_of_diffusers_img2img(solver: str, strength: float) -> None:
     for steps in (4, 7, 12, 30, 50, 100, 334, 499):
-        schedule = Schedule.build(NoiseSpec(), steps, strength, 10, solver)
+        schedule = TimestepSchedule.build(NoiseSchedule(), steps, strength, 10, solver)
         expected = img2img_timesteps(solver, steps, strength)
         assert [step.t for step in schedule.steps] == expected
         assert [step.t_prev for step in schedule.steps] == [*expected[1:], -1]
@@ -57,36 +55,36 @@ def test_timesteps_are_those_of_diffusers_img2img(solver: str, strength: float) 
 
 def test_release_schedule() -> None:
     # docs/method.md §4: 50 steps, strength 0.7 → 35 steps t = 681, 661, …, 1.
-    full = Schedule.build(NoiseSpec(), 50, 1.0, 10)
+    full = TimestepSchedule.build(NoiseSchedule(), 50, 1.0, 10)
     assert [step.t for step in full.steps] == list(range(981, 0, -20))
-    cut = Schedule.build(NoiseSpec(), 50, 0.7, 10)
+    cut = TimestepSchedule.build(NoiseSchedule(), 50, 0.7, 10)
     assert [step.t for step in cut.steps] == list(range(681, 0, -20))
     assert [step.stage for step in cut.steps] == [stage for stage in (6, 5, 4, 3, 2, 1, 0) for _ in range(5)]
 
 
 def test_stage_table() -> None:
     # docs/method.md §9, unit test iii; the grid of 999 steps visits every t from 999 to 1.
-    stages = {step.t: step.stage for step in Schedule.build(NoiseSpec(), 999, 1.0, 10).steps}
+    stages = {step.t: step.stage for step in TimestepSchedule.build(NoiseSchedule(), 999, 1.0, 10).steps}
     assert [stages[t] for t in (1, 99, 100, 681, 701, 999)] == [0, 0, 1, 6, 7, 9]
 
 
 def test_one_step_is_run_at_least() -> None:
-    assert [step.t for step in Schedule.build(NoiseSpec(), 4, 0.1, 10).steps] == [1]
+    assert [step.t for step in TimestepSchedule.build(NoiseSchedule(), 4, 0.1, 10).steps] == [1]
 
 
 @pytest.mark.parametrize("solver", SCHEDULERS)
 def test_largest_number_of_steps_has_distinct_timesteps_in_range(solver: str) -> None:
     largest = 999 if ENDS_INSIDE[solver] else 998
-    timesteps = [step.t for step in Schedule.build(NoiseSpec(), largest, 1.0, 10, solver).steps]
+    timesteps = [step.t for step in TimestepSchedule.build(NoiseSchedule(), largest, 1.0, 10, solver).steps]
     assert len(set(timesteps)) == largest
     assert max(timesteps) == 999
     with pytest.raises(UsageError, match=rf"found {largest + 1}; expected 1 to {largest}"):
-        Schedule.build(NoiseSpec(), largest + 1, 1.0, 10, solver)
+        TimestepSchedule.build(NoiseSchedule(), largest + 1, 1.0, 10, solver)
 
 
 def test_schedule_faults_are_listed_at_once() -> None:
     with pytest.raises(UsageError) as error:
-        Schedule.build(NoiseSpec(), 0, float("nan"), 0, "euler")
+        TimestepSchedule.build(NoiseSchedule(), 0, float("nan"), 0, "euler")
     assert all(
         part in str(error.value) for part in ("found 0;", "nan", "'euler'", "ddim, dpmpp2m, unipc, released", "stages")
     )
@@ -96,7 +94,7 @@ def test_schedule_faults_are_listed_at_once() -> None:
 def test_add_noise_is_diffusers(solver: str) -> None:
     rng = np.random.default_rng(0)
     z0, noise = rng.standard_normal((2, 2, 4, 3, 5)).astype(np.float32)
-    schedule = Schedule.build(NoiseSpec(), 12, 0.7, 10, solver)
+    schedule = TimestepSchedule.build(NoiseSchedule(), 12, 0.7, 10, solver)
     scheduler = SCHEDULERS[solver](beta_schedule="scaled_linear", **SD)
     scheduler.set_timesteps(12)
     t = torch.tensor([schedule.start_t])
@@ -132,7 +130,7 @@ RELEASED = {
 
 @pytest.mark.parametrize(("wish", "expected"), RELEASED.items(), ids=str)
 def test_released_grid_by_hand(wish: tuple[int, float], expected: tuple[int, int, int]) -> None:
-    schedule = Schedule.build(NoiseSpec(), *wish, 10, "released")
+    schedule = TimestepSchedule.build(NoiseSchedule(), *wish, 10, "released")
     assert (schedule.start_t, schedule.steps[0].t, len(schedule.steps)) == expected
     assert (schedule.steps[-1].t, schedule.steps[-1].t_prev) == (1, -1)
     assert all(step.stage == step.t // 100 for step in schedule.steps)
@@ -149,10 +147,10 @@ def test_released_grid_is_that_code_wherever_it_runs() -> None:
             if not timesteps:
                 failed += 1
                 with pytest.raises(UsageError, match=rf"found ({steps}|{strength} at {steps} steps); .* that code"):
-                    Schedule.build(NoiseSpec(), steps, strength, 10, "released")
+                    TimestepSchedule.build(NoiseSchedule(), steps, strength, 10, "released")
                 continue
             ran += 1
-            schedule = Schedule.build(NoiseSpec(), steps, strength, 10, "released")
+            schedule = TimestepSchedule.build(NoiseSchedule(), steps, strength, 10, "released")
             assert (schedule.start_t, [step.t for step in schedule.steps]) == (start, timesteps), (steps, strength)
     assert ran > 500
     assert failed > 500
@@ -172,13 +170,13 @@ def test_released_grid_is_that_code_wherever_it_runs() -> None:
 )
 def test_what_the_released_code_cannot_do_says_why(steps: int, strength: float, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        Schedule.build(NoiseSpec(), steps, strength, 10, "released")
+        TimestepSchedule.build(NoiseSchedule(), steps, strength, 10, "released")
 
 
-@pytest.mark.skipif(not GOLDEN.is_file(), reason="needs ../shared/golden")
-def test_released_grid_is_the_one_that_was_recorded() -> None:
-    golden = load_file(GOLDEN)
-    schedule = Schedule.build(NoiseSpec(), 50, 0.7, 10, "released")
-    assert [step.t for step in schedule.steps] == golden["timesteps"].tolist()
-    start = schedule.add_noise(golden["z0"], golden["noise"], schedule.start_t)
-    np.testing.assert_allclose(start, golden["start_latent"], rtol=0, atol=1e-6 * np.abs(start).max())
+@both_sets
+def test_released_grid_is_the_one_that_was_recorded(golden: GoldenFiles) -> None:
+    recorded = load_file(f"{golden.prefix}_io.safetensors")
+    schedule = TimestepSchedule.build(NoiseSchedule(), 50, 0.7, 10, "released")
+    assert [step.t for step in schedule.steps] == recorded["timesteps"].tolist()
+    start = schedule.add_noise(recorded["z0"], recorded["noise"], schedule.start_t)
+    np.testing.assert_allclose(start, recorded["start_latent"], rtol=0, atol=1e-6 * np.abs(start).max())

@@ -32,11 +32,11 @@ def _all_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_all_are_large")
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("storage_dtype", ["fp16", "bf16"])
 def test_graphs_and_weights_are_those_of_a_float32_bundle(
-    bundles: dict[str, Bundle], tmp_path: Path, precision: str
+    bundles: dict[str, Bundle], tmp_path: Path, storage_dtype: str
 ) -> None:
-    bundle = bundles[precision]
+    bundle = bundles[storage_dtype]
     stored = load_file(bundle.path / "base.safetensors")
     for name in GRAPHS:
         path = unpacked_graph(bundle.graph_path(name), tmp_path)
@@ -77,10 +77,10 @@ def test_engines_compute_the_same(
 def test_small_and_float32_weights_are_left_alone(
     bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    path = bundles["fp16"].graph_path("hint")
+    path = bundles["fp16"].graph_path("controlnet_cond")
     assert unpacked_graph(path, tmp_path) == path
     monkeypatch.setattr(unpacked, "LARGE", 0)
-    path = bundles["fp32"].graph_path("hint")
+    path = bundles["fp32"].graph_path("controlnet_cond")
     assert unpacked_graph(path, tmp_path) == path
     assert not list(tmp_path.iterdir())
 
@@ -91,13 +91,13 @@ def test_weights_are_unpacked_once_and_anew_when_they_change(
 ) -> None:
     copy = Path(shutil.copytree(bundles["bf16"].path, tmp_path / "copy"))
     monkeypatch.setenv("LSAST_HOME", str(tmp_path / "home"))
-    first = unpacked_graph(copy / "hint.onnx")
+    first = unpacked_graph(copy / "controlnet_cond.onnx")
     assert first.is_relative_to(tmp_path / "home" / "unpacked")
     inode = (first.parent / "base.safetensors").stat().st_ino
-    second = unpacked_graph(copy / "encoder.onnx")
+    second = unpacked_graph(copy / "vae_encoder.onnx")
     assert (second.parent, (second.parent / "base.safetensors").stat().st_ino) == (first.parent, inode)
     shutil.copytree(bundles["fp16"].path, copy, dirs_exist_ok=True)  # the bundle is replaced
-    assert unpacked_graph(copy / "hint.onnx").parent != first.parent
+    assert unpacked_graph(copy / "controlnet_cond.onnx").parent != first.parent
 
 
 @pytest.mark.usefixtures("_all_are_large")
@@ -107,5 +107,5 @@ def test_no_room_is_said_before_anything_is_written(
     usage: Any = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1000))
     with pytest.raises(BackendError, match=r"found 0\.0 GB free at .*; expected .* or export the bundle in fp32"):
-        unpacked_graph(bundles["fp16"].graph_path("hint"), tmp_path)
+        unpacked_graph(bundles["fp16"].graph_path("controlnet_cond"), tmp_path)
     assert not list(tmp_path.rglob("*.safetensors"))

@@ -51,8 +51,8 @@ def decode(bundle: Bundle) -> Decode:
     latent = np.random.default_rng(0).standard_normal((1, 4, 8, 8), dtype=np.float32)
 
     def run() -> np.ndarray:
-        spec = bundle.manifest.graphs["decoder"]
-        with closing(open_engine(bundle.graph_path("decoder"), spec, "onnxruntime", threads=1)) as engine:
+        spec = bundle.manifest.graphs["vae_decoder"]
+        with closing(open_engine(bundle.graph_path("vae_decoder"), spec, "onnxruntime", threads=1)) as engine:
             return engine({"latent": latent})["image"].copy()
 
     return run
@@ -70,7 +70,7 @@ def test_a_graph_is_optimised_once_and_computes_the_same(bundle: Bundle, opened:
     for _ in range(3):
         np.testing.assert_array_equal(decode(), plain)
     (kept,) = _kept()
-    own = bundle.graph_path("decoder")
+    own = bundle.graph_path("vae_decoder")
     assert opened == [own, own, kept / onnxruntime_cache.GRAPH, kept / onnxruntime_cache.GRAPH]
 
 
@@ -89,13 +89,13 @@ def test_other_weights_are_optimised_and_take_the_place(bundle: Bundle, opened: 
     weights = bundle.path / "base.safetensors"
     content = bytearray(weights.read_bytes())
     header = 8 + int.from_bytes(content[:8], "little")
-    kind = np.float32 if bundle.manifest.precision == "fp32" else np.float16
+    kind = np.float32 if bundle.manifest.storage_dtype == "fp32" else np.float16
     content[header:] = (np.frombuffer(content[header:], kind) / 2).astype(kind).tobytes()
     weights.write_bytes(content)
     assert np.abs(decode() - before).max() > 1e-3
     (new,) = _kept()
     assert new != old
-    assert opened == [bundle.graph_path("decoder")] * 2
+    assert opened == [bundle.graph_path("vae_decoder")] * 2
 
 
 def test_another_processor_is_optimised_for_anew(
@@ -144,7 +144,7 @@ def test_where_nothing_can_be_kept_graphs_run_all_the_same(
 def test_of_two_processes_at_once_one_keeps(bundle: Bundle, tmp_path: Path) -> None:
     import onnxruntime
 
-    path = bundle.graph_path("decoder")
+    path = bundle.graph_path("vae_decoder")
     kept = kept_graphs.place("onnxruntime", path, "fp32", f"{onnxruntime.__version__} {onnxruntime_cache.processor()}")
     assert kept is not None
 

@@ -55,8 +55,8 @@ def decode(bundle: Bundle) -> Callable[..., np.ndarray]:
     latent = np.random.default_rng(0).standard_normal((1, 4, 8, 8), dtype=np.float32)
 
     def run(**where: Any) -> np.ndarray:
-        spec = bundle.manifest.graphs["decoder"]
-        with closing(open_engine(bundle.graph_path("decoder"), spec, "openvino", threads=1, **where)) as engine:
+        spec = bundle.manifest.graphs["vae_decoder"]
+        with closing(open_engine(bundle.graph_path("vae_decoder"), spec, "openvino", threads=1, **where)) as engine:
             return engine({"latent": latent})["image"].copy()
 
     return run
@@ -101,11 +101,11 @@ def test_other_weights_are_compiled_and_take_the_place(
 def test_every_arithmetic_has_a_file_of_its_own(core: CountingCore, decode: Callable[..., np.ndarray]) -> None:
     if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         pytest.skip("needs a CPU that computes in bf16")
-    full, half = decode(), decode(arithmetic="bf16")
+    full, half = decode(), decode(compute_dtype="bf16")
     assert (core.compiled, len(_kept())) == (2, 2)
     assert not np.array_equal(full, half)
     np.testing.assert_array_equal(decode(), full)
-    np.testing.assert_array_equal(decode(arithmetic="bf16"), half)
+    np.testing.assert_array_equal(decode(compute_dtype="bf16"), half)
     assert core.compiled == 2
 
 

@@ -84,7 +84,7 @@ def test_swapped_weights_with_matching_hashes_fail_the_comparison(copy: Path) ->
     assert not report.passed
     assert report.figures["denoiser"] > 1e-3
     assert report.figures["loop"] > 1e-3
-    assert report.figures["encoder"] < 1e-5
+    assert report.figures["vae_encoder"] < 1e-5
 
 
 def test_null_style_of_another_context_and_a_foreign_style_are_named_together(copy: Path) -> None:
@@ -104,9 +104,9 @@ def test_null_style_of_another_context_and_a_foreign_style_are_named_together(co
 
 
 def test_graph_that_onnx_refuses_is_named(copy: Path) -> None:
-    model = onnx.load(copy / "hint.onnx", load_external_data=False)
+    model = onnx.load(copy / "controlnet_cond.onnx", load_external_data=False)
     model.graph.node[-1].op_type = "Convolution"
-    onnx.save(model, copy / "hint.onnx")
+    onnx.save(model, copy / "controlnet_cond.onnx")
     rehash(copy)
     with pytest.raises(BundleError, match=r"hint\.onnx: .*Convolution"):
         check_bundle(copy)

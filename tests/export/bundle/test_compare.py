@@ -38,7 +38,7 @@ def test_a_row_has_a_bundle_a_backend_a_preset_and_options(compare: ModuleType, 
     folder = str(bundles["bf16"].path)
     own = compare.Own.parse(f"fast, 8 bits: bundle={folder}, backend=openvino:bf16, preset=fast, guidance=1", "no", 64)
     options = {"guidance": 1}
-    expected = Configuration(backend="openvino", arithmetic="bf16", preset="fast", options=options, size=64)
+    expected = Configuration(backend="openvino", compute_dtype="bf16", preset="fast", options=options, size=64)
     assert (own.name, own.bundle, own.configuration) == ("fast, 8 bits", folder, expected)
     plain = compare.Own.parse("a: style=x:0.5+y:0.5", folder, 512)
     assert (plain.bundle, plain.configuration.backend) == (folder, "onnxruntime")
@@ -59,7 +59,7 @@ def test_a_row_of_no_bundle(compare: ModuleType) -> None:
 def _row(name: str, by: str, seconds: float, **more: Any) -> dict[str, Any]:
     summary = {"median": seconds, "spread": 0.1}
     figures = {"picture": summary, "step": summary, "steps": 35, "gmac": 517.4, "step_fraction": 0.41, "peak_mb": 748.0}
-    return {"name": name, "by": by, "arithmetic": "fp32", "extrapolated": None, "error": None, **figures, **more}
+    return {"name": name, "by": by, "compute_dtype": "fp32", "extrapolated": None, "error": None, **figures, **more}
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def figures(tmp_path: Path) -> Path:
     rows = [
         _row("reference fp32", "reference", 9.0, extrapolated=6),
         _row("stable-diffusion.cpp fp32", "stable-diffusion.cpp", 12.0, gmac=None, step_fraction=None),
-        {"name": "diffusers fp32", "by": "diffusers", "arithmetic": "fp32", "error": "ended with status 1"},
+        {"name": "diffusers fp32", "by": "diffusers", "compute_dtype": "fp32", "error": "ended with status 1"},
         _row("lsast fast", "lsast", 1.5),
     ]
     machine = {"cpu": "Some CPU", "cores": 2, "versions": {"python": "3"}, "load": 0.1}

@@ -25,11 +25,11 @@ from lsast_train.base.base import Base, load_base
 from lsast_train.prompts.prompt_file import Prompts
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_bundle_holds_each_weight_once(bundles: dict[str, Bundle], precision: str) -> None:
-    bundle = bundles[precision]
+@pytest.mark.parametrize("storage_dtype", ["fp32", "fp16"])
+def test_bundle_holds_each_weight_once(bundles: dict[str, Bundle], storage_dtype: str) -> None:
+    bundle = bundles[storage_dtype]
     weights = load_file(bundle.path / "base.safetensors")
-    kind = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16}[precision]
+    kind = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16}[storage_dtype]
     referenced = set()
     for name in GRAPHS:
         path = bundle.graph_path(name)
@@ -52,13 +52,13 @@ def test_bundle_holds_each_weight_once(bundles: dict[str, Bundle], precision: st
 def test_halves_take_half_the_room(bundles: dict[str, Bundle]) -> None:
     sizes = {name: (bundle.path / "base.safetensors").stat().st_size for name, bundle in bundles.items()}
     assert sizes["fp16"] < 0.52 * sizes["fp32"]
-    assert bundles["fp16"].manifest.precision == "fp16"
+    assert bundles["fp16"].manifest.storage_dtype == "fp16"
     assert bundles["fp16"].manifest.fingerprint != bundles["fp32"].manifest.fingerprint
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_manifest_keeps_the_figures_of_the_comparison(bundles: dict[str, Bundle], precision: str) -> None:
-    manifest = Bundle.open(bundles[precision].path).manifest
+@pytest.mark.parametrize("storage_dtype", ["fp32", "fp16"])
+def test_manifest_keeps_the_figures_of_the_comparison(bundles: dict[str, Bundle], storage_dtype: str) -> None:
+    manifest = Bundle.open(bundles[storage_dtype].path).manifest
     assert set(manifest.parity) == {*GRAPHS, "loop"}
     assert all(0 < error < 1e-5 for error in manifest.parity.values())
     assert manifest.graphs == graph_specs(manifest.geometry)
@@ -103,7 +103,7 @@ def test_graph_that_computes_something_else_leaves_no_bundle(
     with pytest.raises(ParityError) as caught:
         export_bundle(base, folder / "new", traced=wrong_graphs(traced))
     assert "denoiser: found a relative error" in str(caught.value)
-    assert "encoder" not in str(caught.value)
+    assert "vae_encoder" not in str(caught.value)
     assert list(folder.iterdir()) == []
 
 
@@ -145,7 +145,7 @@ def test_graph_of_another_interface_is_refused(base: Base) -> None:
         def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return image[:, :1, ::8, ::8], image.mean(dim=(2, 3))
 
-    spec = graph_specs(geometry(base))["encoder"]
+    spec = graph_specs(geometry(base))["vae_encoder"]
     with pytest.raises(ExportError) as caught:
         trace(Squeezed().eval(), spec, 64, 8)
     assert "output mean: found float32 [" in str(caught.value)
@@ -160,4 +160,4 @@ def test_weight_that_is_not_stored_is_named(
     gone = tensors.pop("controlnet.controlnet_cond_embedding.conv_in.bias")
     save_file(tensors, tmp_path / "base.safetensors")
     with pytest.raises(ExportError, match=rf"conv_in.bias: found nothing .* expected F32, F16 or BF16 \[{gone.size}\]"):
-        save_graph(traced["hint"], tmp_path / "base.safetensors", tmp_path / "hint.onnx")
+        save_graph(traced["controlnet_cond"], tmp_path / "base.safetensors", tmp_path / "controlnet_cond.onnx")

@@ -39,15 +39,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(folder: Path) -> dict[str, Any]:
-    rows = script("export", folder, "--precision", "fp32", "--precision", "bf16", "--json")["rows"]
-    return {row["precision"]: row for row in rows}
+    rows = script("export", folder, "--storage-dtype", "fp32", "--storage-dtype", "bf16", "--json")["rows"]
+    return {row["storage_dtype"]: row for row in rows}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_export_needs_little_more_than_the_largest_graph(exported: dict[str, Any], precision: str) -> None:
-    row = exported[precision]
+@pytest.mark.parametrize("storage_dtype", ["fp32", "bf16"])
+def test_export_needs_little_more_than_the_largest_graph(exported: dict[str, Any], storage_dtype: str) -> None:
+    row = exported[storage_dtype]
     assert row["peak_rss_gb"] * 1e9 <= 1.5 * DENOISER
-    assert set(row["parity"]) == {"encoder", "hint", "denoiser", "decoder", "loop"}
+    assert set(row["parity"]) == {"vae_encoder", "controlnet_cond", "denoiser", "vae_decoder", "loop"}
     assert all(0 < error < 1e-4 for error in row["parity"].values())
 
 
@@ -61,9 +61,11 @@ def test_weights_are_in_one_file_that_is_hashed(exported: dict[str, Any], folder
     assert digest.decode().split()[0] == entry["sha256"]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_painting_needs_little_more_than_the_weights(exported: dict[str, Any], folder: Path, precision: str) -> None:
-    for row in script("run", folder, "--precision", precision, "--steps", 2, "--json")["rows"]:
+@pytest.mark.parametrize("storage_dtype", ["fp32", "bf16"])
+def test_painting_needs_little_more_than_the_weights(
+    exported: dict[str, Any], folder: Path, storage_dtype: str
+) -> None:
+    for row in script("run", folder, "--storage-dtype", storage_dtype, "--steps", 2, "--json")["rows"]:
         assert row["peak_rss_gb"] * 1e9 <= WEIGHTS + 2e9, row
         assert set(row["phases"]) >= {"open", "read", "edges", "encode", "denoise", "decode", "save"}
 
@@ -81,9 +83,9 @@ def test_eight_bits_are_made_in_the_memory_of_an_export(exported: dict[str, Any]
 def test_the_denoiser_compiles_ahead_of_time(exported: dict[str, Any], folder: Path) -> None:
     if int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) < 14_000_000:
         pytest.skip("needs 14 GB of free memory")
-    options = ("--precision", "fp32", "--sm", "8.9", "--graph", "denoiser", "--json")
+    options = ("--storage-dtype", "fp32", "--sm", "8.9", "--graph", "denoiser", "--json")
     (row,) = script("compile", folder, *options)["rows"]
-    assert (row["arithmetic"], row["targets"]) == ("fp16", "8.9")
+    assert (row["compute_dtype"], row["targets"]) == ("fp16", "8.9")
     # Weights in halves, once; anything more would be some that are stored twice.
     assert 1 < row["engine_gb"] * 1e9 / (DENOISER / 2) < 1.05
     assert row["peak_rss_gb"] * 1e9 < 3 * DENOISER
@@ -104,7 +106,7 @@ def test_multiplications_are_those_that_are_known(exported: dict[str, Any], fold
         }
 
     one, two = count_macs(folder / "fp32" / "denoiser.onnx", [denoiser(1), denoiser(2)])
-    (hint,) = count_macs(folder / "fp32" / "hint.onnx", [{"edges": [1, 3, 512, 512]}])
+    (hint,) = count_macs(folder / "fp32" / "controlnet_cond.onnx", [{"edges": [1, 3, 512, 512]}])
     # torch's FlopCounterMode on diffusers' networks of these configurations, on the device meta: 401.637 G, 141.646 G
     # and 7.361 G for the hint; less 1.476 G and 0.681 G for keys and values, which are baked here.
     assert two - one == pytest.approx(400.161e9, rel=1e-4)

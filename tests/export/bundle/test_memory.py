@@ -114,9 +114,9 @@ def test_weights_are_moved_into_the_bundle(
         real(graph, weights, path)
 
     monkeypatch.setattr(exporter, "save_graph", noted)
-    bundle = export_bundle(base, tmp_path / "bundle", options=ExportOptions(precision="bf16"), traced=traced)
+    bundle = export_bundle(base, tmp_path / "bundle", options=ExportOptions(storage_dtype="bf16"), traced=traced)
     assert {(bundle.path / "base.safetensors").stat().st_ino} == set(written)
-    assert bundle.manifest.precision == "bf16"
+    assert bundle.manifest.storage_dtype == "bf16"
 
 
 def test_countdown_says_what_is_left() -> None:
@@ -159,8 +159,8 @@ def test_large_half_weights_stay_in_their_file(bundles: dict[str, Bundle], monke
     images = []
     for limit in (backend.EXPANDED_LIMIT, halves - 1):
         monkeypatch.setattr(backend, "EXPANDED_LIMIT", limit)
-        spec = bundle.manifest.graphs["decoder"]
-        with contextlib.closing(open_engine(bundle.graph_path("decoder"), spec, "onnxruntime")) as engine:
+        spec = bundle.manifest.graphs["vae_decoder"]
+        with contextlib.closing(open_engine(bundle.graph_path("vae_decoder"), spec, "onnxruntime")) as engine:
             images.append(engine({"latent": latent})["image"].copy())
     assert left_out == [[], ["ConstantFolding"]]
     np.testing.assert_allclose(images[1], images[0], atol=1e-5)

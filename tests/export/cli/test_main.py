@@ -175,7 +175,7 @@ def test_trained_base_needs_a_bundle_first_and_gets_one(
     )
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
-    assert report["precision"] == "fp16"
+    assert report["storage_dtype"] == "fp16"
     assert report["styles"] == {}
     files = [file for file in out.iterdir() if file.is_file() and file.name != "manifest.json"]
     assert report["bytes"] == sum(file.stat().st_size for file in files)
@@ -213,14 +213,14 @@ def test_check_reports_figures_and_fails_past_the_tolerance(bundles: dict[str, B
     report = json.loads(sound.stdout)
     assert sound.exit_code == 0
     assert report["passed"]
-    assert set(report["parity"]) == {"encoder", "hint", "denoiser", "decoder", "loop"}
+    assert set(report["parity"]) == {"vae_encoder", "controlnet_cond", "denoiser", "vae_decoder", "loop"}
     assert "denoiser: relative error" in sound.stderr
 
     wrong = Path(shutil.copytree(bundles["fp32"].path, "wrong"))
-    (wrong / "decoder.onnx").unlink()
+    (wrong / "vae_decoder.onnx").unlink()
     missing = lsast_export("check", wrong)
     assert missing.exit_code == 1
-    assert "decoder.onnx: found no such file" in missing.stderr
+    assert "vae_decoder.onnx: found no such file" in missing.stderr
 
 
 def test_check_of_a_wrong_graph_exits_1_with_the_figures(bundles: dict[str, Bundle]) -> None:
@@ -229,22 +229,22 @@ def test_check_of_a_wrong_graph_exits_1_with_the_figures(bundles: dict[str, Bund
     from lsast_engines.files import file_sha256
 
     wrong = Path(shutil.copytree(bundles["fp32"].path, "wrong"))
-    model = onnx.load(wrong / "decoder.onnx", load_external_data=False)
+    model = onnx.load(wrong / "vae_decoder.onnx", load_external_data=False)
     bias = next(t for t in model.graph.initializer if t.name == "autoencoder.decoder.0.bias")
     other = next(t for t in model.graph.initializer if t.name.endswith("decoder.1.first.bias"))
     del bias.external_data[:]
     bias.external_data.extend(other.external_data)
-    onnx.save(model, wrong / "decoder.onnx")
+    onnx.save(model, wrong / "vae_decoder.onnx")
     manifest = json.loads((wrong / "manifest.json").read_text())
-    size = (wrong / "decoder.onnx").stat().st_size
-    manifest["files"]["decoder.onnx"] = {"sha256": file_sha256(wrong / "decoder.onnx"), "bytes": size}
+    size = (wrong / "vae_decoder.onnx").stat().st_size
+    manifest["files"]["vae_decoder.onnx"] = {"sha256": file_sha256(wrong / "vae_decoder.onnx"), "bytes": size}
     (wrong / "manifest.json").write_text(json.dumps(manifest))
 
     result = lsast_export("check", wrong, "--json", "--backend", "onnxruntime")
     report = json.loads(result.stdout)
     assert result.exit_code == 1
     assert not report["passed"]
-    assert report["parity"]["decoder"] > report["tolerance"]
+    assert report["parity"]["vae_decoder"] > report["tolerance"]
     assert "past the tolerance" in result.stderr
     assert "Traceback" not in result.stderr
 

@@ -21,11 +21,11 @@ LENGTHS = [
 ]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("storage_dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("graph", GRAPHS)
-def test_as_many_as_torch_counts(base: Base, bundles: dict[str, Bundle], graph: str, precision: str) -> None:
+def test_as_many_as_torch_counts(base: Base, bundles: dict[str, Bundle], graph: str, storage_dtype: str) -> None:
     pytest.importorskip("openvino")
-    bundle = bundles[precision]
+    bundle = bundles[storage_dtype]
     inputs = bundle.manifest.graphs[graph].inputs
     shapes: list[dict[str, Any]] = [
         {tensor.name: [lengths.get(axis, axis) for axis in tensor.shape] for tensor in inputs}  # type: ignore[call-overload]

@@ -42,11 +42,11 @@ def stock_networks(bundle: Bundle) -> tuple[Any, Any]:
     return networks[0], networks[1]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("storage_dtype", ["fp32", "fp16", "bf16"])
 def test_denoiser_is_an_unmodified_diffusers_unet_with_controlnet(
-    bundles: dict[str, Bundle], run: Run, precision: str
+    bundles: dict[str, Bundle], run: Run, storage_dtype: str
 ) -> None:
-    bundle = bundles[precision]
+    bundle = bundles[storage_dtype]
     unet, controlnet = stock_networks(bundle)
     generator = torch.Generator().manual_seed(5)
     context = torch.randn(2, 2, bundle.manifest.tokens, unet.config.cross_attention_dim, generator=generator)
@@ -73,7 +73,7 @@ def test_denoiser_is_an_unmodified_diffusers_unet_with_controlnet(
         grouped = context[:, :, None].expand(-1, -1, 3, -1, -1)  # the same context for all layer groups
         kv_unet = torch.stack([layouts[0].project(rows) for rows in grouped]).numpy()
         kv_control = layouts[1].project(grouped[1]).numpy()
-    hint = run(bundle, "hint", edges=edges.numpy())["hint"]
+    hint = run(bundle, "controlnet_cond", edges=edges.numpy())["hint"]
     found = run(
         bundle,
         "denoiser",
@@ -100,7 +100,7 @@ def test_openvino_computes_what_onnx_runtime_computes(
     np.testing.assert_allclose(first, second, rtol=0, atol=1e-4 * np.abs(first).max())
 
 
-@pytest.mark.parametrize("graph", ["encoder", "decoder"])
+@pytest.mark.parametrize("graph", ["vae_encoder", "vae_decoder"])
 @pytest.mark.parametrize(("batch", "height", "width"), [(3, 1, 1), (1, 3, 1)])
 def test_autoencoder_at_shapes_that_were_not_traced(
     bundles: dict[str, Bundle], run: Run, graph: str, batch: int, height: int, width: int
@@ -109,15 +109,15 @@ def test_autoencoder_at_shapes_that_were_not_traced(
     source = load_base(bundle.path)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        if graph == "encoder":
+        if graph == "vae_encoder":
             image = torch.rand(batch, 3, 64 * height, 64 * width, generator=generator) * 2 - 1
             mean, std = source.encode(image)
-            encoded = run(bundle, "encoder", image=image.numpy())
+            encoded = run(bundle, "vae_encoder", image=image.numpy())
             np.testing.assert_allclose(encoded["std"], std.numpy(), rtol=1e-5, atol=1e-6)
             found, expected = encoded["mean"], mean.numpy()
         else:
             latent = torch.randn(batch, 4, 8 * height, 8 * width, generator=generator)
-            found, expected = run(bundle, "decoder", latent=latent.numpy())["image"], source.decode(latent).numpy()
+            found, expected = run(bundle, "vae_decoder", latent=latent.numpy())["image"], source.decode(latent).numpy()
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
@@ -207,15 +207,15 @@ def test_network_with_split_heads_computes_the_same_and_gets_its_processors_back
 
 def test_tracing_looks_at_no_weight_and_leaves_them_alone(base: Base, traced: dict[str, TracedGraph]) -> None:
     assert all(weight.device.type == "cpu" and not is_fake(weight) for weight in base.controlnet.parameters())
-    with graph_module(skeleton_of(base), "hint") as module:
-        empty = trace(module, traced["hint"].spec, base.facts.multiple, geometry(base).factor)
+    with graph_module(skeleton_of(base), "controlnet_cond") as module:
+        empty = trace(module, traced["controlnet_cond"].spec, base.facts.multiple, geometry(base).factor)
         assert all(weight.device.type == "meta" and not is_fake(weight) for weight in module.parameters())
-    models = (empty.model, traced["hint"].model)
+    models = (empty.model, traced["controlnet_cond"].model)
     nodes = [
         [(node.op_type, [value.name for value in node.inputs if value]) for node in model.graph] for model in models
     ]
     assert nodes[0] == nodes[1]
-    assert empty.weights == traced["hint"].weights
+    assert empty.weights == traced["controlnet_cond"].weights
 
 
 def skeleton_of(base: Base) -> Base:

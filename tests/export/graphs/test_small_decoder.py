@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from lsast_engines.backends.base import open_engine
 from lsast_engines.bundle.bundle import EMBEDDED, Bundle
-from lsast_engines.bundle.graph_spec import DECODER_SMALL
+from lsast_engines.bundle.graph_spec import VAE_DECODER_TINY
 from lsast_engines.bundle.manifest import Manifest
 from lsast_engines.errors import BundleError, ExportError, ParityError, TrainingError
 from lsast_engines.images import read_picture
@@ -36,7 +36,7 @@ from lsast_export.quantize.weight_file import WeightFile
 Run = Callable[..., dict[str, np.ndarray]]
 
 TAESD = Path(__file__).parents[4] / "shared" / "weights" / "taesd"
-GRAPH = f"{DECODER_SMALL}.onnx"
+GRAPH = f"{VAE_DECODER_TINY}.onnx"
 SCALE = 0.5
 
 
@@ -98,15 +98,15 @@ def test_it_gives_what_diffusers_gives_for_the_latents_as_the_decoder_takes_them
 ) -> None:
     pytest.importorskip(backend)
     latent = 3 * np.random.default_rng(1).standard_normal(shape, dtype=np.float32)
-    found = run(added, DECODER_SMALL, backend=backend, latent=latent)["image"]
+    found = run(added, VAE_DECODER_TINY, backend=backend, latent=latent)["image"]
     # As a pipeline decodes: z / latent_scale is the base's own latent, z / scaling_factor the tiny autoencoder's.
     scaled = torch.from_numpy(latent) * added.manifest.latent_scale
     expected = tiny.decode(scaled / SCALE).sample.numpy()
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     for other in (scaled, torch.from_numpy(latent)):
         assert np.abs(tiny.decode(other).sample.numpy() - expected).max() > 1e-3, "a factor without effect"
-    assert added.manifest.graphs[DECODER_SMALL].inputs == added.manifest.graphs["decoder"].inputs
-    assert added.manifest.graphs[DECODER_SMALL].outputs == added.manifest.graphs["decoder"].outputs
+    assert added.manifest.graphs[VAE_DECODER_TINY].inputs == added.manifest.graphs["vae_decoder"].inputs
+    assert added.manifest.graphs[VAE_DECODER_TINY].outputs == added.manifest.graphs["vae_decoder"].outputs
 
 
 def test_it_adds_two_files_and_leaves_all_else_to_the_byte(added: Bundle, bundles: dict[str, Bundle]) -> None:
@@ -116,7 +116,7 @@ def test_it_adds_two_files_and_leaves_all_else_to_the_byte(added: Bundle, bundle
     for file in before.path.rglob("*.*"):
         if file.name != "manifest.json":
             assert (added.path / file.relative_to(before.path)).read_bytes() == file.read_bytes()
-    assert 0 < manifest.parity[DECODER_SMALL] < 1e-5
+    assert 0 < manifest.parity[VAE_DECODER_TINY] < 1e-5
     bare = dataclasses.replace(
         manifest,
         graphs=before.manifest.graphs,
@@ -147,7 +147,7 @@ def test_another_takes_its_place(added: Bundle, run: Run, tmp_path: Path) -> Non
     written = add_small_decoder(path, read_small_decoder(tmp_path / "other", added.manifest))
     latent = np.random.default_rng(2).standard_normal((1, 4, 8, 8), dtype=np.float32)
     expected = other.decode(torch.from_numpy(latent) * written.manifest.latent_scale / 2).sample.numpy()
-    np.testing.assert_allclose(run(written, DECODER_SMALL, latent=latent)["image"], expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(run(written, VAE_DECODER_TINY, latent=latent)["image"], expected, rtol=0, atol=1e-5)
 
 
 def test_a_wrong_one_leaves_the_bundle_as_it_was(
@@ -241,29 +241,29 @@ def test_a_quantised_bundle_takes_it_and_one_that_is_quantised_keeps_it_as_it_is
     bundles: dict[str, Bundle], added: Bundle, folder: Path, tmp_path: Path, run: Run
 ) -> None:
     path = shutil.copytree(bundles["fp16"].path, tmp_path / "bundle")
-    quantised = dataclasses.replace(bundles["fp16"].manifest, precision="int8", source={"quantised_from": "tiny"})
+    quantised = dataclasses.replace(bundles["fp16"].manifest, storage_dtype="int8", source={"quantised_from": "tiny"})
     (path / "manifest.json").write_text(quantised.to_json())
     taken = add_small_decoder(path, read_small_decoder(folder, quantised))
-    assert taken.manifest.precision == "int8"
-    assert taken.manifest.parity[DECODER_SMALL] < 1e-4
+    assert taken.manifest.storage_dtype == "int8"
+    assert taken.manifest.parity[VAE_DECODER_TINY] < 1e-4
     latent = np.random.default_rng(4).standard_normal((1, 4, 8, 8), dtype=np.float32)
-    expected = run(added, DECODER_SMALL, latent=latent)["image"]
-    np.testing.assert_array_equal(run(taken, DECODER_SMALL, latent=latent)["image"], expected)
+    expected = run(added, VAE_DECODER_TINY, latent=latent)["image"]
+    np.testing.assert_array_equal(run(taken, VAE_DECODER_TINY, latent=latent)["image"], expected)
 
     scratch = tmp_path / "quantised"
     scratch.mkdir()
     with WeightFile(scratch) as weights:
-        quantise._Writer(added, weights, quantise.QuantiseOptions(), tmp_path, silent)._as_it_is(DECODER_SMALL)
+        quantise._Writer(added, weights, quantise.QuantiseOptions(), tmp_path, silent)._as_it_is(VAE_DECODER_TINY)
     latent = np.random.default_rng(3).standard_normal((1, 4, 8, 8), dtype=np.float32)
-    with closing(open_engine(scratch / GRAPH, added.manifest.graphs[DECODER_SMALL], "onnxruntime", "cpu")) as engine:
+    with closing(open_engine(scratch / GRAPH, added.manifest.graphs[VAE_DECODER_TINY], "onnxruntime", "cpu")) as engine:
         found = engine({"latent": latent})["image"]
-    np.testing.assert_array_equal(found, run(added, DECODER_SMALL, latent=latent)["image"])
+    np.testing.assert_array_equal(found, run(added, VAE_DECODER_TINY, latent=latent)["image"])
 
 
 def test_check_measures_it_again(added: Bundle, tmp_path: Path) -> None:
     report = check_bundle(added.path)
     assert report.passed
-    assert report.figures[DECODER_SMALL] == pytest.approx(added.manifest.parity[DECODER_SMALL], rel=10)
+    assert report.figures[VAE_DECODER_TINY] == pytest.approx(added.manifest.parity[VAE_DECODER_TINY], rel=10)
     path = shutil.copytree(added.path, tmp_path / "bundle")
     (path / WEIGHTS).write_bytes((path / WEIGHTS).read_bytes()[:-1] + b"x")
     with pytest.raises(BundleError, match=f"{WEIGHTS}: found SHA-256"):
@@ -284,9 +284,9 @@ def test_the_command_says_where_and_how_well_and_another_export_keeps_it(
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["bundle"] == str(path)
-    assert set(report["parity"]) == {DECODER_SMALL}
+    assert set(report["parity"]) == {VAE_DECODER_TINY}
     assert report["bytes"] == sum((path / name).stat().st_size for name in (GRAPH, WEIGHTS))
-    assert "comparing decoder_small" in result.stderr
+    assert "comparing vae_decoder_tiny" in result.stderr
     refused = CliRunner().invoke(main, ["decoder", str(path), "--small", "nowhere"])
     assert refused.exit_code == 1
     assert "found nothing at nowhere" in refused.stderr
@@ -295,7 +295,7 @@ def test_the_command_says_where_and_how_well_and_another_export_keeps_it(
     weights = (path / WEIGHTS).read_bytes()
     again = CliRunner().invoke(main, ["bundle", "--base", str(path), "--out", str(path)])
     assert again.exit_code == 0, again.stderr
-    assert DECODER_SMALL in Bundle.open(path).manifest.parity
+    assert VAE_DECODER_TINY in Bundle.open(path).manifest.parity
     assert (path / WEIGHTS).read_bytes() == weights
 
 
@@ -305,16 +305,16 @@ def test_taesds_decoder_gives_of_minis_latents_what_diffusers_gives_and_a_pictur
 ) -> None:
     path = shutil.copytree(EMBEDDED, tmp_path / "mini")
     written = add_small_decoder(path, read_small_decoder(TAESD, Bundle.open(path).manifest))
-    assert written.manifest.parity[DECODER_SMALL] < 1e-4
+    assert written.manifest.parity[VAE_DECODER_TINY] < 1e-4
     y, x = np.mgrid[0:128, 0:128]
     rgb = np.stack([x * 2, y * 2, (x + y) % 256], axis=-1).astype(np.uint8)
     rgb[32:96, 40:100] = (200, 60, 30)
     image = read_picture(rgb).rgb.astype(np.float32).transpose(2, 0, 1)[None] / 127.5 - 1
-    latent = run(written, "encoder", image=image)["mean"]
-    found = run(written, DECODER_SMALL, latent=latent)["image"]
+    latent = run(written, "vae_encoder", image=image)["mean"]
+    found = run(written, VAE_DECODER_TINY, latent=latent)["image"]
     taesd = AutoencoderTiny.from_pretrained(TAESD)
     with torch.no_grad():
         expected = taesd.decode(torch.from_numpy(latent) * written.manifest.latent_scale).sample.numpy()
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
-    own = run(written, "decoder", latent=latent)["image"]
+    own = run(written, "vae_decoder", latent=latent)["image"]
     assert np.corrcoef(found.ravel(), own.ravel())[0, 1] > 0.8

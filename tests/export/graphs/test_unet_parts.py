@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.graph_spec import PARTS, halvings, part_specs
+from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS, halvings, part_specs
 from lsast_engines.errors import BundleError, ParityError
 from lsast_export.__main__ import main
 from lsast_export.bundle import add_graphs as adding
@@ -36,16 +36,16 @@ Feeds = Callable[..., dict[str, np.ndarray]]
 def split(
     inputs: dict[str, np.ndarray], run: Run, bundle: Bundle, backend: str = "onnxruntime"
 ) -> dict[str, np.ndarray]:
-    """What `control`, then `deep`, give for the inputs of a denoiser; with what the parts go on with."""
+    """What `controlnet`, then `unet_full`, give for the inputs of a denoiser; with what the parts go on with."""
     control = {name: value for name, value in inputs.items() if name != "kv_unet"}
-    residuals = run(bundle, "control", backend=backend, **control)
+    residuals = run(bundle, "controlnet", backend=backend, **control)
     own = {name: inputs[name] for name in ("latent", "timestep", "kv_unet")}
-    return {**residuals, **run(bundle, "deep", backend=backend, **own, **residuals)}
+    return {**residuals, **run(bundle, "unet_full", backend=backend, **own, **residuals)}
 
 
 def outer(bundle: Bundle, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What `shallow` takes of it."""
-    names = {tensor.name for tensor in bundle.manifest.graphs["shallow"].inputs}
+    """What `unet_outer` takes of it."""
+    names = {tensor.name for tensor in bundle.manifest.graphs["unet_outer"].inputs}
     return {name: value for name, value in found.items() if name in names}
 
 
@@ -60,7 +60,7 @@ def test_control_and_deep_are_the_denoiser_and_shallow_on_a_fresh_feature_is_dee
     found = split(inputs, run, parted, backend)
     np.testing.assert_allclose(found["eps"], whole, rtol=0, atol=2e-6 * np.abs(whole).max())
     own = {name: inputs[name] for name in ("latent", "timestep", "kv_unet")}
-    again = run(parted, "shallow", backend=backend, **own, **outer(parted, found))["eps"]
+    again = run(parted, "unet_outer", backend=backend, **own, **outer(parted, found))["eps"]
     np.testing.assert_allclose(again, found["eps"], rtol=0, atol=1e-6 * np.abs(whole).max())
 
 
@@ -80,7 +80,7 @@ def test_parts_in_int8_round_what_the_denoiser_rounds(
     # A last bit may round the other way, and go on through all layers behind it.
     assert distance(found["eps"], whole) < distance(whole, expected) / 3
     own = {name: inputs[name] for name in ("latent", "timestep", "kv_unet")}
-    again = run(quantised, "shallow", **own, **outer(quantised, found))["eps"]
+    again = run(quantised, "unet_outer", **own, **outer(quantised, found))["eps"]
     assert distance(again, found["eps"]) < distance(whole, expected) / 3
 
 
@@ -96,9 +96,9 @@ def test_shallow_on_a_kept_feature_is_torchs_unet_with_everything_deeper_frozen(
             inputs["kv_unet"] = pack(source)[0].project(contexts)[None].numpy()
     found = split(before, run, parted)
     own = {name: now[name] for name in ("latent", "timestep", "kv_unet")}
-    eps = run(parted, "shallow", **own, **outer(parted, found))["eps"][0]
+    eps = run(parted, "unet_outer", **own, **outer(parted, found))["eps"][0]
 
-    residuals = [torch.from_numpy(found[tensor.name]) for tensor in parted.manifest.graphs["control"].outputs]
+    residuals = [torch.from_numpy(found[tensor.name]) for tensor in parted.manifest.graphs["controlnet"].outputs]
     kept: list[torch.Tensor] = []
     replaying = False
 
@@ -149,9 +149,9 @@ def test_parts_add_graphs_and_figures_and_leave_all_else_to_the_byte(
 ) -> None:
     before = bundles["fp16"]
     manifest = Bundle.open(parted.path).manifest
-    assert list(manifest.graphs) == [*before.manifest.graphs, *PARTS]
-    assert all(0 < manifest.parity[name] < 1e-5 for name in PARTS)
-    new = {f"{name}.onnx" for name in PARTS}
+    assert list(manifest.graphs) == [*before.manifest.graphs, *UNET_SPLIT_GRAPHS]
+    assert all(0 < manifest.parity[name] < 1e-5 for name in UNET_SPLIT_GRAPHS)
+    new = {f"{name}.onnx" for name in UNET_SPLIT_GRAPHS}
     assert {path.name for path in parted.path.iterdir()} == {path.name for path in before.path.iterdir()} | new
     for file in before.path.rglob("*.*"):
         if file.name != "manifest.json":
@@ -163,7 +163,7 @@ def test_parts_add_graphs_and_figures_and_leave_all_else_to_the_byte(
         files={name: entry for name, entry in manifest.files.items() if name not in new},
     )
     assert bare == before.manifest
-    for name in PARTS:  # no weight is stored again
+    for name in UNET_SPLIT_GRAPHS:  # no weight is stored again
         model = onnx.load(parted.graph_path(name), load_external_data=False)
         assert sum(t.ByteSize() for t in model.graph.initializer if not t.external_data) < 20_000
         assert {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"} == {
@@ -173,14 +173,14 @@ def test_parts_add_graphs_and_figures_and_leave_all_else_to_the_byte(
 
 def wrong(traced_parts: dict[str, TracedGraph]) -> dict[str, TracedGraph]:
     """Parts whose ControlNet listens to a residual of the wrong place."""
-    control = traced_parts["control"]
+    control = traced_parts["controlnet"]
     model = control.model.clone()
     outputs = list(model.graph.outputs)
     first, second = outputs[0].producer(), outputs[1].producer()
     assert first is not None
     assert second is not None
     first.replace_input_with(0, second.inputs[0])
-    return {**traced_parts, "control": dataclasses.replace(control, model=model)}
+    return {**traced_parts, "controlnet": dataclasses.replace(control, model=model)}
 
 
 def test_a_wrong_part_leaves_the_bundle_as_it_was(
@@ -214,22 +214,25 @@ def test_parts_come_with_an_export_and_are_checked(
     monkeypatch.setattr("lsast_export.bundle.export.trace_parts", lambda *_: traced_parts)
     written = export_bundle(base, tmp_path / "new", (), ExportOptions(parts=True), traced=traced)
     assert written.manifest.graphs == parted.manifest.graphs
-    assert (written.path / "deep.onnx").read_bytes() == (parted.path / "deep.onnx").read_bytes()
+    assert (written.path / "unet_full.onnx").read_bytes() == (parted.path / "unet_full.onnx").read_bytes()
     report = check_bundle(written.path)
-    assert set(PARTS) < report.figures.keys()
+    assert set(UNET_SPLIT_GRAPHS) < report.figures.keys()
     assert report.passed
 
 
 def test_parts_that_do_not_belong_together_are_refused(parted: Bundle, tmp_path: Path) -> None:
     folder = shutil.copytree(parted.path, tmp_path / "bundle")
     manifest = json.loads((folder / "manifest.json").read_text())
-    del manifest["graphs"]["shallow"]
-    manifest["graphs"]["deep"]["inputs"][4]["shape"][1] = 17
+    del manifest["graphs"]["unet_outer"]
+    manifest["graphs"]["unet_full"]["inputs"][4]["shape"][1] = 17
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(BundleError) as caught:
         Bundle.open(folder)
-    assert "graph shallow: found none; expected encoder, hint, denoiser, decoder, control, deep" in str(caught.value)
-    assert "graph deep: found inputs" in str(caught.value)
+    assert (
+        "graph unet_outer: found none; expected vae_encoder, controlnet_cond, denoiser, vae_decoder, controlnet"
+        in str(caught.value)
+    )
+    assert "graph unet_full: found inputs" in str(caught.value)
 
 
 def test_the_command_says_where_and_how_well(
@@ -241,9 +244,9 @@ def test_the_command_says_where_and_how_well(
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["bundle"] == str(folder)
-    assert set(report["parity"]) == set(PARTS)
-    assert report["bytes"] == sum((folder / f"{name}.onnx").stat().st_size for name in PARTS)
-    assert "comparing shallow" in result.stderr
+    assert set(report["parity"]) == set(UNET_SPLIT_GRAPHS)
+    assert report["bytes"] == sum((folder / f"{name}.onnx").stat().st_size for name in UNET_SPLIT_GRAPHS)
+    assert "comparing unet_outer" in result.stderr
     missing = CliRunner().invoke(main, ["parts", "nowhere"])
     assert missing.exit_code == 1
     assert "found no bundle 'nowhere'" in missing.stderr
@@ -263,7 +266,7 @@ def test_a_bundle_that_is_exported_again_keeps_its_parts_and_one_without_gets_th
         arguments = ["bundle", "--base", str(source.path), "--out", str(tmp_path / name), *options]
         result = CliRunner().invoke(main, arguments)
         assert result.exit_code == 0, result.stderr
-        assert set(PARTS) < Bundle.open(tmp_path / name).manifest.parity.keys()
+        assert set(UNET_SPLIT_GRAPHS) < Bundle.open(tmp_path / name).manifest.parity.keys()
     refused = CliRunner().invoke(main, ["--style", "x", "--parts"])
     assert refused.exit_code == 2
     assert "expected --out DIR with them" in refused.stderr
@@ -272,5 +275,5 @@ def test_a_bundle_that_is_exported_again_keeps_its_parts_and_one_without_gets_th
 def test_specs_are_those_of_the_base(parted: Bundle) -> None:
     cut = cut_of(skeleton(open_base_parts(parted.path)))
     specs = part_specs(parted.manifest.geometry, cut)
-    assert {name: parted.manifest.graphs[name] for name in PARTS} == specs
-    assert len(specs["control"].outputs) == len(specs["deep"].inputs) - 3
+    assert {name: parted.manifest.graphs[name] for name in UNET_SPLIT_GRAPHS} == specs
+    assert len(specs["controlnet"].outputs) == len(specs["unet_full"].inputs) - 3

@@ -324,12 +324,12 @@ def test_paintings_that_stray_too_far_leave_nothing(bundles: dict[str, Bundle], 
 
 def test_encoder_and_decoder_in_int8_where_that_is_asked_for(bundles: dict[str, Bundle], tmp_path: Path) -> None:
     source = bundles["fp16"]
-    options = QuantiseOptions(**SMALL, also=frozenset({"encoder", "decoder"}))
+    options = QuantiseOptions(**SMALL, also=frozenset({"vae_encoder", "vae_decoder"}))
     also = quantise_bundle(source, tmp_path / "also", options)
     rng = np.random.default_rng(6)
     fed = {
-        "encoder": {"image": rng.uniform(-1, 1, (1, 3, 64, 64)).astype(np.float32)},
-        "decoder": {"latent": rng.standard_normal((1, 4, 8, 8)).astype(np.float32)},
+        "vae_encoder": {"image": rng.uniform(-1, 1, (1, 3, 64, 64)).astype(np.float32)},
+        "vae_decoder": {"latent": rng.standard_normal((1, 4, 8, 8)).astype(np.float32)},
     }
     for name, feeds in fed.items():
         rounded = kinds(onnx.load(str(also.graph_path(name)), load_external_data=False))
@@ -343,7 +343,7 @@ def test_encoder_and_decoder_in_int8_where_that_is_asked_for(bundles: dict[str, 
 
 
 def test_all_faults_of_options_at_once(bundles: dict[str, Bundle], tmp_path: Path) -> None:
-    wrong = QuantiseOptions(pictures=0, size=65, smooth=1.5, also=frozenset({"hint"}))
+    wrong = QuantiseOptions(pictures=0, size=65, smooth=1.5, also=frozenset({"controlnet_cond"}))
     with pytest.raises(UsageError, match=r"(?s)0 pictures.*size of 65.*smooth of 1.5.*also hint"):
         quantise_bundle(bundles["fp32"], tmp_path / "out", wrong)
 
@@ -358,7 +358,7 @@ def test_the_command_line_quantises_on_pictures_of_a_folder(bundles: dict[str, B
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
-    assert facts["precision"] == "int8"
+    assert facts["storage_dtype"] == "int8"
     assert "(photos)" in facts["source"]["calibrated_on"]
     assert facts["parity"] == Bundle.open(tmp_path / "out").manifest.parity
     result = CliRunner().invoke(main, [*arguments, "--pictures", "2"])
@@ -386,8 +386,8 @@ def test_psnr_is_opencvs() -> None:
 
 
 def test_int8_in_lower_arithmetic_is_refused(quantised: Bundle) -> None:
-    with pytest.raises(UsageError, match=r"found arithmetic bf16.*expected fp32"):
-        lsast.load(quantised.path, arithmetic="bf16")
+    with pytest.raises(UsageError, match=r"found compute_dtype bf16.*expected fp32"):
+        lsast.load(quantised.path, compute_dtype="bf16")
     with lsast.load(quantised.path, backend="onnxruntime") as stylizer:
         picture = find_contents(None, 1, 64)[0][0]
         image = stylizer.stylize(picture, size=64, steps=2).image

@@ -11,11 +11,11 @@ import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, checker, helper, numpy_helper, save
 
-from lsast_engines.backends.base import Arithmetic
+from lsast_engines.backends.base import ComputeDtype
 from lsast_engines.backends.tensorrt.engine_record import engine_folder, record_path, verified_record
 from lsast_engines.backends.tensorrt.shape_profile import Ranges, Span
 from lsast_engines.bundle.bundle import EMBEDDED, Bundle
-from lsast_engines.bundle.graph_spec import EVERY, GraphSpec, TensorSpec
+from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, GraphSpec, TensorSpec
 from lsast_engines.errors import BackendError, ExportError, MissingExtraError, UsageError
 from lsast_export.__main__ import main
 from lsast_export.tensorrt.compile import CompileOptions, compile_bundle, compile_graph
@@ -95,7 +95,7 @@ def test_what_is_there_is_compiled_again_only_if_it_differs(tmp_path: Path) -> N
 
     def compile_it(**changes: object) -> int:
         said.clear()
-        options = rtx_options(arithmetic="fp32", **changes)
+        options = rtx_options(compute_dtype="fp32", **changes)
         compile_graph(path, spec, engine, options, lambda phase, detail="": said.append(detail))
         return engine.stat().st_mtime_ns
 
@@ -119,7 +119,7 @@ def test_what_the_library_logs_is_an_error_with_its_words(tmp_path: Path) -> Non
     path, spec = product(tmp_path, operator="Bernoulli")
     engine = tmp_path / "product.engine"
     with pytest.raises(ExportError, match=r"(?s)graph product cannot be read:.*Bernoulli"):
-        compile_graph(path, spec, engine, rtx_options(arithmetic="fp32"))
+        compile_graph(path, spec, engine, rtx_options(compute_dtype="fp32"))
     assert not engine.exists()
     assert not record_path(engine).exists()
 
@@ -129,7 +129,7 @@ def test_a_file_that_is_another_graph_is_refused(tmp_path: Path) -> None:
     path, spec = product(tmp_path)
     wanted = GraphSpec("product", (TensorSpec("z", "float32", ("B", 16, 8)),), spec.outputs)
     with pytest.raises(ExportError) as caught:
-        compile_graph(path, wanted, tmp_path / "product.engine", rtx_options(arithmetic="fp32"))
+        compile_graph(path, wanted, tmp_path / "product.engine", rtx_options(compute_dtype="fp32"))
     assert "input x: not in the spec" in str(caught.value)
     assert "input z: found none" in str(caught.value)
 
@@ -146,15 +146,15 @@ def test_bf16_is_refused_for_gpus_that_have_none(tmp_path: Path) -> None:
     path, spec = bf16_weight(tmp_path)
     engine = tmp_path / "product.engine"
     with pytest.raises(ExportError, match=r"7\.5: found BFLOAT16 .* expected compute capability 8\.0") as caught:
-        compile_graph(path, spec, engine, rtx_options(arithmetic="fp32", targets=("7.5", "8.6")))
+        compile_graph(path, spec, engine, rtx_options(compute_dtype="fp32", targets=("7.5", "8.6")))
     assert "8.6:" not in str(caught.value)
-    assert compile_graph(path, spec, engine, rtx_options(arithmetic="fp32", targets=("8.6",))).bytes > 0
+    assert compile_graph(path, spec, engine, rtx_options(compute_dtype="fp32", targets=("8.6",))).bytes > 0
 
 
-@pytest.mark.parametrize("arithmetic", ["int8", "fp8"])
-def test_eight_bits_were_removed(arithmetic: Arithmetic) -> None:
-    with pytest.raises(UsageError, match=f"--arithmetic {arithmetic} was removed: .*use fp16"):
-        rtx_options(arithmetic=arithmetic)
+@pytest.mark.parametrize("compute_dtype", ["int8", "fp8"])
+def test_eight_bits_were_removed(compute_dtype: ComputeDtype) -> None:
+    with pytest.raises(UsageError, match=f"--compute-dtype {compute_dtype} was removed: .*use fp16"):
+        rtx_options(compute_dtype=compute_dtype)
 
 
 def test_tensorrt_itself_needs_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,9 +174,9 @@ def test_the_command_compiles_where_the_runtime_looks(tmp_path: Path) -> None:
         "--sm",
         "8.9",
         "--graph",
-        "encoder",
+        "vae_encoder",
         "--graph",
-        "hint",
+        "controlnet_cond",
         "--json",
     ]
     result = CliRunner().invoke(main, arguments)
@@ -185,9 +185,9 @@ def test_the_command_compiles_where_the_runtime_looks(tmp_path: Path) -> None:
     folder = Path(facts["engines"])
     assert folder.is_relative_to(tmp_path / "home" / "compiled")
     assert folder == engine_folder(EMBEDDED, "tensorrt-rtx", "fp16")
-    assert verified_record(folder / "encoder.engine").key.targets == ("8.9",)
-    assert facts["graphs"].keys() == {"encoder", "hint"}
-    assert facts["graphs"]["encoder"]["bytes"] == (folder / "encoder.engine").stat().st_size
+    assert verified_record(folder / "vae_encoder.engine").key.targets == ("8.9",)
+    assert facts["graphs"].keys() == {"vae_encoder", "controlnet_cond"}
+    assert facts["graphs"]["vae_encoder"]["bytes"] == (folder / "vae_encoder.engine").stat().st_size
 
 
 @pytest.mark.parametrize(
@@ -195,8 +195,8 @@ def test_the_command_compiles_where_the_runtime_looks(tmp_path: Path) -> None:
     [
         (["compile", "--backend", "tensorrt-rtx", "--sides", "1,2"], "expected three whole numbers"),
         (["--style", "x", "--sm", "8.9"], "expected --backend tensorrt-rtx with it"),
-        (["compile", "--backend", "tensorrt-rtx", "--arithmetic", "bf16"], "compiled in fp32 or fp16"),
-        (["compile", "--backend", "tensorrt-rtx", "--arithmetic", "fp8"], "--arithmetic fp8 was removed"),
+        (["compile", "--backend", "tensorrt-rtx", "--compute-dtype", "bf16"], "compiled in fp32 or fp16"),
+        (["compile", "--backend", "tensorrt-rtx", "--compute-dtype", "fp8"], "--compute-dtype fp8 was removed"),
         (["compile", "--backend", "tensorrt", "--quantised", "x"], "lsast-export compile --quantised was removed"),
         (["modelopt", "out", "--to", "fp8"], "lsast-export modelopt was removed: "),
         (["triton", "models"], "lsast-export triton was removed: no server was ever run; serve on many machines"),
@@ -209,7 +209,7 @@ def test_options_that_cannot_be_meant_are_refused(arguments: list[str], message:
 
 
 @needs_rtx
-@pytest.mark.parametrize("graph", ["encoder", "hint", "denoiser", "decoder"])
+@pytest.mark.parametrize("graph", ["vae_encoder", "controlnet_cond", "denoiser", "vae_decoder"])
 def test_the_embedded_graphs_are_sound_and_read_as_declared(graph: str) -> None:
     """By onnx's own checks and by the library's parser, without a line of ours in between."""
     import tensorrt_rtx as trt
@@ -238,19 +238,21 @@ def test_the_embedded_graphs_are_sound_and_read_as_declared(graph: str) -> None:
 
 
 def test_an_unknown_graph_lists_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"found graphs decoding; expected of encoder, hint, denoiser, decoder"):
+    with pytest.raises(
+        UsageError, match=r"found graphs decoding; expected of vae_encoder, controlnet_cond, denoiser, vae_decoder"
+    ):
         compile_bundle(EMBEDDED, rtx_options(), tmp_path, graphs=["decoding"])
 
 
 @needs_rtx
-@pytest.mark.parametrize("arithmetic", ["fp16", "fp32"])
-def test_the_embedded_bundle_compiles_for_every_target(tmp_path: Path, arithmetic: Arithmetic) -> None:
+@pytest.mark.parametrize("compute_dtype", ["fp16", "fp32"])
+def test_the_embedded_bundle_compiles_for_every_target(tmp_path: Path, compute_dtype: ComputeDtype) -> None:
     """At the sizes that are the default."""
-    options = CompileOptions("tensorrt-rtx", TARGETS, arithmetic=arithmetic)
+    options = CompileOptions("tensorrt-rtx", TARGETS, compute_dtype=compute_dtype)
     records = compile_bundle(EMBEDDED, options, tmp_path)
     specs = Bundle.open(EMBEDDED).manifest.graphs
-    assert records.keys() == set(EVERY) <= specs.keys()
+    assert records.keys() == set(REQUIRED_GRAPHS) <= specs.keys()
     for name, record in records.items():
         assert verified_record(tmp_path / f"{name}.engine") == record
-        assert (record.key.targets, record.key.arithmetic) == (TARGETS, arithmetic)
+        assert (record.key.targets, record.key.compute_dtype) == (TARGETS, compute_dtype)
         assert record.key.profile == Ranges().profile(specs[name])

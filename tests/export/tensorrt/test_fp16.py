@@ -14,13 +14,13 @@ import pytest
 from lsast_engines.bundle.bundle import Bundle
 from lsast_export.tensorrt.fp16 import FULL, held_types, write_half_graph
 
-GRAPHS = ("encoder", "hint", "denoiser", "decoder")
+GRAPHS = ("vae_encoder", "controlnet_cond", "denoiser", "vae_decoder")
 
 
 @pytest.fixture
 def halved(bundles: dict[str, Bundle], tmp_path: Path) -> Callable[[str, str], Path]:
-    def write(precision: str, graph: str) -> Path:
-        folder = bundles[precision].path
+    def write(storage_dtype: str, graph: str) -> Path:
+        folder = bundles[storage_dtype].path
         shutil.copyfile(folder / "base.safetensors", tmp_path / "base.safetensors")
         write_half_graph(folder / f"{graph}.onnx", tmp_path / f"{graph}.onnx")
         return tmp_path / f"{graph}.onnx"
@@ -29,11 +29,11 @@ def halved(bundles: dict[str, Bundle], tmp_path: Path) -> Callable[[str, str], P
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("storage_dtype", ["fp32", "fp16"])
 def test_products_are_of_halves_and_sums_are_not(
-    halved: Callable[[str, str], Path], precision: str, graph: str
+    halved: Callable[[str, str], Path], storage_dtype: str, graph: str
 ) -> None:
-    path = halved(precision, graph)
+    path = halved(storage_dtype, graph)
     onnx.checker.check_model(str(path), full_check=True)
     # onnx's own inference says what each value is, not what the rewriter noted.
     model = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False), strict_mode=True)
@@ -55,7 +55,7 @@ def test_products_are_of_halves_and_sums_are_not(
 
 
 def test_weights_in_halves_need_no_cast(halved: Callable[[str, str], Path]) -> None:
-    nodes = onnx.load(halved("fp16", "hint"), load_external_data=False).graph.node
+    nodes = onnx.load(halved("fp16", "controlnet_cond"), load_external_data=False).graph.node
     assert Counter(node.op_type for node in nodes)["Cast"] == 2  # into the graph and out of it
 
 
@@ -80,6 +80,6 @@ def test_the_denoiser_in_halves_computes_nearly_the_same(
 
 
 def test_held_types_are_those_of_weights_and_casts(bundles: dict[str, Bundle]) -> None:
-    assert {"FLOAT16", "FLOAT"} <= held_types(bundles["fp16"].graph_path("hint"))
-    assert "BFLOAT16" in held_types(bundles["bf16"].graph_path("hint"))
-    assert "FLOAT16" not in held_types(bundles["fp32"].graph_path("hint"))
+    assert {"FLOAT16", "FLOAT"} <= held_types(bundles["fp16"].graph_path("controlnet_cond"))
+    assert "BFLOAT16" in held_types(bundles["bf16"].graph_path("controlnet_cond"))
+    assert "FLOAT16" not in held_types(bundles["fp32"].graph_path("controlnet_cond"))

@@ -58,7 +58,7 @@ def test_parity_with_onnxruntime(
         inputs = feeds(bundles["fp16"], *shape)
         expected = run(bundles["fp16"], "denoiser", **inputs)["eps"]
         error = np.abs(denoiser(inputs)["eps"] - expected).max() / np.abs(expected).max()
-        assert error < TOLERANCE[denoiser.arithmetic]
+        assert error < TOLERANCE[denoiser.compute_dtype]
 
 
 def test_graph_and_plain_run_are_bit_equal(denoiser: TensorRtEngine, bundles: dict[str, Bundle], feeds: Feeds) -> None:
@@ -92,6 +92,6 @@ def test_styles_are_inputs_of_one_engine(
         row = hand.row(stage)
         context = {"kv_unet": np.stack([null.kv_unet, row.kv_unet])[:, None], "kv_control": row.kv_control[None]}
         expected = run(bundle, "denoiser", **inputs, **context)["eps"]
-        denoiser.bind(context)
+        denoiser.bind_inputs(context)
         error = np.abs(denoiser(inputs)["eps"] - expected).max() / np.abs(expected).max()
-        assert error < TOLERANCE[denoiser.arithmetic]
+        assert error < TOLERANCE[denoiser.compute_dtype]

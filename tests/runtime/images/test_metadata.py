@@ -61,7 +61,7 @@ def test_a_file_says_what_it_was_made_of(
     assert held["versions"]["lsast"] == lsast.__version__
     assert held["versions"]["numpy"] == np.__version__
     assert held["backend"] in held["versions"]
-    assert (held["painted"], held["arithmetic"], held["device"]) == ([128, 128], "fp32", "cpu")
+    assert (held["painted"], held["compute_dtype"], held["device"]) == ([128, 128], "fp32", "cpu")
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -16,7 +16,7 @@ from lsast.images.metadata import read_record
 from lsast.options.presets import PRESETS
 from lsast.sampling import sampler
 from lsast_engines.backends.base import available_backends
-from lsast_engines.diffusion.noise_schedule import NoiseSpec
+from lsast_engines.diffusion.noise_schedule import NoiseSchedule
 from lsast_engines.diffusion.solvers import make_solver
 
 LEVERS: list[dict[str, Any]] = [
@@ -46,7 +46,7 @@ def _coarse(held: np.ndarray) -> np.ndarray:
 def _by_hand(stylizer: Stylizer, weights: Any, row: sampler.Row, options: dict[str, Any]) -> np.ndarray:
     """The run in the words of `Options`; nothing of `lsast.sampling.step_plan` is in it."""
     style, null = stylizer.bundle.style(options["style"]), stylizer.bundle.null_style
-    solver = make_solver(options["solver"], NoiseSpec(), row.schedule)
+    solver = make_solver(options["solver"], NoiseSchedule(), row.schedule)
     z = row.noisy.astype(float)
     edges = np.einsum("ce,ehw->chw", weights.edges, row.hint.astype(float))
     abars = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
@@ -110,9 +110,17 @@ def test_no_lever_is_the_whole_denoiser_and_opens_no_part(
     with lsast.load(bundle_path, backend=stylizer.backend, threads=1) as without:
         expected = _pixels(without.stylize(photo, seed=3))
     assert (_pixels(stylizer.stylize(photo, seed=3)) == expected).all()
-    assert set(stylizer._workshop.engines) == {"encoder", "hint", "denoiser", "decoder"}
+    assert set(stylizer._workshop.engines) == {"vae_encoder", "controlnet_cond", "denoiser", "vae_decoder"}
     stylizer.stylize(photo, cache_interval=2)
-    assert set(stylizer._workshop.engines) == {"encoder", "hint", "denoiser", "decoder", "control", "deep", "shallow"}
+    assert set(stylizer._workshop.engines) == {
+        "vae_encoder",
+        "controlnet_cond",
+        "denoiser",
+        "vae_decoder",
+        "controlnet",
+        "unet_full",
+        "unet_outer",
+    }
 
 
 def test_parts_that_are_run_in_full_are_the_denoiser(stylizer: Stylizer, photo: np.ndarray) -> None:
@@ -192,7 +200,14 @@ def test_a_run_that_begins_again_keeps_nothing_of_the_last(stylizer: Stylizer, p
 
 def test_presets_pull_their_levers_and_are_told(parted_path: Path, photo: np.ndarray) -> None:
     with lsast.load(parted_path, threads=1, preset="fast") as stylizer:
-        assert set(stylizer._workshop.engines) == {"encoder", "hint", "decoder", "control", "deep", "shallow"}
+        assert set(stylizer._workshop.engines) == {
+            "vae_encoder",
+            "controlnet_cond",
+            "vae_decoder",
+            "controlnet",
+            "unet_full",
+            "unet_outer",
+        }
         found = stylizer.stylize(photo)
         assert "denoiser" not in stylizer._workshop.engines  # its weights are in memory once
         exact = stylizer.stylize(photo, preset="exact", seed=0)

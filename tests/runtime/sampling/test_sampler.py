@@ -15,7 +15,7 @@ from lsast_engines.backends.base import available_backends, open_engine
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.style import Style
 from lsast_engines.diffusion.solvers import make_solver
-from lsast_engines.diffusion.timesteps import Schedule
+from lsast_engines.diffusion.timesteps import TimestepSchedule
 
 SCALE = 0.5  # latent_scale of the tiny bundle
 
@@ -121,10 +121,13 @@ def _denoise(stylizer: Stylizer, style: Style, null: Style, guidance: float, cal
     )
     rng = np.random.default_rng(1)
     noisy, hint = (rng.standard_normal((2, channels, 8, 12)).astype(np.float32) for channels in (4, 5))
-    schedule = Schedule.build(manifest.noise, 10, 0.7, 10)
+    schedule = TimestepSchedule.build(manifest.noise, 10, 0.7, 10)
     if calls is not None:
-        bind = engine.bind
-        engine.bind = lambda feeds: (calls.append({name: feed.shape for name, feed in feeds.items()}), bind(feeds))  # type: ignore[method-assign]
+        bind_inputs = engine.bind_inputs
+        engine.bind_inputs = lambda feeds: (
+            calls.append({name: feed.shape for name, feed in feeds.items()}),
+            bind_inputs(feeds),
+        )  # type: ignore[method-assign]
     rows = [
         sampler.Row(
             solver=make_solver("ddim", manifest.noise, schedule),
@@ -170,7 +173,7 @@ class _Broken:
     """An engine that overflows."""
 
     backend = "broken"
-    arithmetic = "fp32"
+    compute_dtype = "fp32"
 
     def __init__(self, name: str, outputs: dict[str, Any]) -> None:
         self.spec = type("Spec", (), {"name": name})()
@@ -184,5 +187,5 @@ class _Broken:
 def test_values_that_are_not_finite_name_the_graph(value: float) -> None:
     image = np.zeros((1, 3, 8, 8), np.float32)
     image[0, 1, 2, 3] = value
-    with pytest.raises(BackendError, match=r"the decoder graph gave 1 values of image .* on broken"):
-        sampler.decode(_Broken("decoder", {"image": image}), np.zeros((1, 4, 1, 1), np.float32), 0.5)
+    with pytest.raises(BackendError, match=r"the vae_decoder graph gave 1 values of image .* on broken"):
+        sampler.decode(_Broken("vae_decoder", {"image": image}), np.zeros((1, 4, 1, 1), np.float32), 0.5)

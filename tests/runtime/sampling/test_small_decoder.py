@@ -26,13 +26,13 @@ from lsast.sessions.engine_pool import Opener
 from lsast.stylizer import first_graphs
 from lsast_engines.backends.base import Engine
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.graph_spec import DECODER_SMALL, small_decoder_spec
+from lsast_engines.bundle.graph_spec import VAE_DECODER_TINY, small_decoder_spec
 
 
 @pytest.fixture(scope="session")
 def small_path(tmp_path_factory: pytest.TempPathFactory, bundle_path: Path, graphs: dict[str, bytes]) -> Path:
     """The tiny bundle with a small decoder that swaps red and blue."""
-    model = onnx.load_from_string(graphs["decoder"])
+    model = onnx.load_from_string(graphs["vae_decoder"])
     (weight,) = [tensor for tensor in model.graph.initializer if tensor.name == "w"]
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight)[::-1].copy(), "w"))
     manifest = Bundle.open(bundle_path).manifest
@@ -40,12 +40,12 @@ def small_path(tmp_path_factory: pytest.TempPathFactory, bundle_path: Path, grap
     files = {f"{name}.onnx": content for name, content in graphs.items()}
     sources: dict[str, Path | bytes] = {
         **files,
-        f"{DECODER_SMALL}.onnx": model.SerializeToString(),
+        f"{VAE_DECODER_TINY}.onnx": model.SerializeToString(),
         "null.safetensors": bundle_path / "null.safetensors",
         **{f"styles/{file.name}": file for file in bundle_path.glob("styles/*")},
     }
     folder = tmp_path_factory.mktemp("small") / "tiny"
-    Bundle.write(folder, dataclasses.replace(manifest, graphs={**manifest.graphs, DECODER_SMALL: spec}), sources)
+    Bundle.write(folder, dataclasses.replace(manifest, graphs={**manifest.graphs, VAE_DECODER_TINY: spec}), sources)
     return folder
 
 
@@ -67,7 +67,7 @@ def _swapped(result: lsast.Result) -> np.ndarray:
 
 def test_it_decodes_if_asked_for_and_is_not_opened_before(stylizer: Stylizer, photo: np.ndarray) -> None:
     full = stylizer.stylize(photo, seed=3)
-    assert DECODER_SMALL not in stylizer._workshop.engines
+    assert VAE_DECODER_TINY not in stylizer._workshop.engines
     assert (_pixels(stylizer.stylize(photo, seed=3, decoder="full")) == _pixels(full)).all()
     small = stylizer.stylize(photo, seed=3, decoder="small")
     assert (_pixels(small) == _swapped(full)).all()
@@ -99,26 +99,31 @@ def test_rows_of_a_batch_keep_their_own(stylizer: Stylizer, photo: np.ndarray) -
 
 
 def test_a_bundle_without_says_what_adds_it(bundle_path: Path, photo: np.ndarray) -> None:
-    wanted = f"found no graph decoder_small .* lsast-export decoder {re.escape(str(bundle_path))} --small FOLDER"
+    wanted = f"found no graph vae_decoder_tiny .* lsast-export decoder {re.escape(str(bundle_path))} --small FOLDER"
     with lsast.load(bundle_path, threads=1) as without, pytest.raises(BundleError, match=wanted):
         without.stylize(photo, decoder="small")
 
 
 def test_only_what_paints_is_opened_first(small_path: Path, bundle_path: Path, photo: np.ndarray) -> None:
     bundle, without = Bundle.open(small_path), Bundle.open(bundle_path)
-    assert first_graphs(bundle, {"decoder": "small"}) == ["encoder", "hint", "denoiser", DECODER_SMALL]
+    assert first_graphs(bundle, {"decoder": "small"}) == [
+        "vae_encoder",
+        "controlnet_cond",
+        "denoiser",
+        VAE_DECODER_TINY,
+    ]
     assert first_graphs(bundle, {}) == first_graphs(without, {"decoder": "small"})
     opener = Opener(bundle, "onnxruntime", threads=1)
     with Stylizer(opener, opener.all(first_graphs(bundle, {"decoder": "small"}))) as stylizer:
         small = stylizer.stylize(photo, decoder="small")
-        assert "decoder" not in stylizer._workshop.engines
+        assert "vae_decoder" not in stylizer._workshop.engines
         assert (_pixels(stylizer.stylize(photo)) == _swapped(small)).all()
 
 
 class Overflowing:
     """A decoder in fp16 whose values are too large for it."""
 
-    backend, arithmetic = "onnxruntime", "fp16"
+    backend, compute_dtype = "onnxruntime", "fp16"
 
     def __init__(self, engine: Engine) -> None:
         self.spec, self._engine, self.closed = engine.spec, engine, False
@@ -126,7 +131,7 @@ class Overflowing:
     def __call__(self, feeds: Any) -> dict[str, np.ndarray]:
         return {"image": np.full_like(self._engine(feeds)["image"], np.inf)}
 
-    def rest(self) -> None: ...
+    def release_memory(self) -> None: ...
 
     def close(self) -> None:
         self.closed = True
@@ -136,20 +141,20 @@ def test_where_it_overflows_it_is_asked_again_in_fp32_and_stays_there(small_path
     opened: list[tuple[str, str | None]] = []
 
     class Noted(Opener):
-        def __call__(self, name: str, arithmetic: Any = None) -> Engine:
-            opened.append((name, arithmetic))
-            return super().__call__(name, arithmetic)
+        def __call__(self, name: str, compute_dtype: Any = None) -> Engine:
+            opened.append((name, compute_dtype))
+            return super().__call__(name, compute_dtype)
 
     opener = Noted(Bundle.open(small_path), "onnxruntime", threads=1)
     engines: dict[str, Any] = opener.all()
-    with closing(opener(DECODER_SMALL)) as plain:
-        low = engines[DECODER_SMALL] = Overflowing(plain)
+    with closing(opener(VAE_DECODER_TINY)) as plain:
+        low = engines[VAE_DECODER_TINY] = Overflowing(plain)
         opened.clear()
         with Stylizer(opener, engines) as stylizer:
             small = [stylizer.stylize(photo, decoder="small") for _ in range(2)]
             expected = _swapped(stylizer.stylize(photo))
     assert all((_pixels(result) == expected).all() for result in small)
-    assert opened == [(DECODER_SMALL, "fp32")]
+    assert opened == [(VAE_DECODER_TINY, "fp32")]
     assert low.closed
 
 

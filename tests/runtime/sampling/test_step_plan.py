@@ -27,5 +27,5 @@ def test_lay_passes_computes_the_whole_unet_at_every_nth_step(interval: int, exp
 
 def test_graphs_of_a_plan_are_those_that_run() -> None:
     assert graphs_of(plan(1)) == ("denoiser",)
-    assert graphs_of(plan(2)) == ("control", "deep", "shallow")
-    assert graphs_of(plan(2, count=1)) == ("control", "deep")
+    assert graphs_of(plan(2)) == ("controlnet", "unet_full", "unet_outer")
+    assert graphs_of(plan(2, count=1)) == ("controlnet", "unet_full")

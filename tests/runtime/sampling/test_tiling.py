@@ -13,7 +13,7 @@ from lsast import Stylizer
 from lsast.sampling.sampler import Floats
 from lsast.sampling.tiling import Grid, TiledDenoiser, decode, encode, hint_features, spread
 from lsast_engines.bundle.bundle import EMBEDDED
-from lsast_engines.bundle.graph_spec import DECODER, DENOISER, ENCODER, HINT, Geometry, graph_specs
+from lsast_engines.bundle.graph_spec import CONTROLNET_COND, DENOISER, VAE_DECODER, VAE_ENCODER, Geometry, graph_specs
 
 CANVASES = {
     "both axes": ((1024, 1536), 256),
@@ -84,9 +84,9 @@ class _Positions:
 
     spec = graph_specs(Geometry(hint_channels=1, tokens=1, unet_width=1, control_width=1))[DENOISER]
     backend = device = "fake"
-    arithmetic = "fp32"
+    compute_dtype = "fp32"
 
-    def bind(self, feeds: Any) -> None:
+    def bind_inputs(self, feeds: Any) -> None:
         self.hint = feeds.get("hint", getattr(self, "hint", None))
 
     def __call__(self, feeds: Any) -> dict[str, Floats]:
@@ -101,7 +101,7 @@ def test_overlapping_noise_is_the_weighted_mean_of_the_tiles() -> None:
     rng = np.random.default_rng(0)
     latent = rng.standard_normal((2, 4, 16, 56), dtype=np.float32)
     hint = rng.standard_normal((2, 1, 16, 56), dtype=np.float32)
-    engine.bind({"hint": hint})
+    engine.bind_inputs({"hint": hint})
     found = engine({"latent": latent})["eps"]
     # By hand: tiles of 16 cells start at every 10th, so that one hands over to the next at 13, 23, 33 and 43; tiles
     # overlap by a quarter of 16 at least, and half of that, 2 cells, is what the blend goes over.
@@ -131,7 +131,9 @@ def test_graphs_that_look_no_further_than_a_cell_paint_in_tiles_what_they_paint_
 def test_every_tile_is_asked_and_none_is_larger_than_a_tile(
     stylizer: Stylizer, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: dict[str, set[tuple[int, ...]]] = {name: set() for name in (ENCODER, HINT, DENOISER, DECODER)}
+    seen: dict[str, set[tuple[int, ...]]] = {
+        name: set() for name in (VAE_ENCODER, CONTROLNET_COND, DENOISER, VAE_DECODER)
+    }
     for name in seen:
         engine = stylizer._workshop.engines[name]
         call = engine.__call__
@@ -142,7 +144,12 @@ def test_every_tile_is_asked_and_none_is_larger_than_a_tile(
 
         monkeypatch.setitem(stylizer._workshop.engines, name, _Spied(engine, spy))
     stylizer.stylize(np.tile(photo, (3, 3, 1)), size=0, tile=128)
-    assert seen == {ENCODER: {(128, 128)}, HINT: {(128, 128)}, DENOISER: {(16, 16)}, DECODER: {(16, 16)}}
+    assert seen == {
+        VAE_ENCODER: {(128, 128)},
+        CONTROLNET_COND: {(128, 128)},
+        DENOISER: {(16, 16)},
+        VAE_DECODER: {(16, 16)},
+    }
 
 
 class _Spied:
@@ -165,12 +172,14 @@ def test_the_embedded_autoencoder_and_hint_give_in_tiles_what_they_give_whole(mi
     engines = mini._workshop.engines
     edges = (rgb[..., 0] > 127).astype(np.uint8)
     np.testing.assert_allclose(
-        hint_features(engines[HINT], edges, grid), hint_features(engines[HINT], edges, whole), atol=1e-4
+        hint_features(engines[CONTROLNET_COND], edges, grid),
+        hint_features(engines[CONTROLNET_COND], edges, whole),
+        atol=1e-4,
     )
-    latents = [encode(engines[ENCODER], rgb, 1.0, np.random.default_rng(0), g) for g in (whole, grid)]
+    latents = [encode(engines[VAE_ENCODER], rgb, 1.0, np.random.default_rng(0), g) for g in (whole, grid)]
     # The encoder looks 84 pixels far, beyond the 20 to 40 that count for nothing, though with little weight.
     assert np.abs(latents[0] - latents[1]).max() < 0.02 * latents[0].std()
-    pictures = [decode(engines[DECODER], latents[0], 1.0, g).astype(int) for g in (whole, grid)]
+    pictures = [decode(engines[VAE_DECODER], latents[0], 1.0, g).astype(int) for g in (whole, grid)]
     assert np.abs(pictures[0] - pictures[1]).max() <= 3
 
 

@@ -10,20 +10,20 @@ import pytest
 from lsast.sampling import sampler
 from lsast.sampling.x0_blend import X0Blend
 from lsast_engines.bundle.style import Style
-from lsast_engines.diffusion.noise_schedule import NoiseSpec
+from lsast_engines.diffusion.noise_schedule import NoiseSchedule
 from lsast_engines.diffusion.solvers import make_solver
-from lsast_engines.diffusion.timesteps import Schedule
+from lsast_engines.diffusion.timesteps import TimestepSchedule
 
 
 class _Wavy:
     """A denoiser whose noise is a function of latent and time, and of nothing else."""
 
-    backend, arithmetic = "numpy", "fp32"
+    backend, compute_dtype = "numpy", "fp32"
 
-    def bind(self, feeds: Any) -> None:
+    def bind_inputs(self, feeds: Any) -> None:
         pass
 
-    def rest(self) -> None:
+    def release_memory(self) -> None:
         pass
 
     def __call__(self, feeds: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -36,8 +36,8 @@ def _eps(latent: np.ndarray, t: int) -> np.ndarray:
 
 def _run(solver: str, share: Any, steps: int = 12, watch: Any = None) -> tuple[np.ndarray, Any]:
     """Denoise two latents with a fake denoiser; the result, and what went in."""
-    noise, rng = NoiseSpec(), np.random.default_rng(0)
-    schedule = Schedule.build(noise, steps, 0.7, 10, solver)
+    noise, rng = NoiseSchedule(), np.random.default_rng(0)
+    schedule = TimestepSchedule.build(noise, steps, 0.7, 10, solver)
     z0, n = (rng.standard_normal((4, 6, 8)).astype(np.float32) for _ in range(2))
     style = Style("s", "ab", 10, 1, np.zeros((10, 1, 1)), np.zeros((10, 1, 1)))
     made = make_solver(solver, noise, schedule)
@@ -58,7 +58,7 @@ def test_denoise_with_a_share_blends_the_predicted_x0_with_the_picture() -> None
     share[0], share[1] = 0, 1
     guesses: list[np.ndarray] = []
     found, (schedule, z0, n) = _run("ddim", share, watch=lambda step, total, now: guesses.append(now[0]))
-    abar = NoiseSpec().alphas_cumprod()
+    abar = NoiseSchedule().alphas_cumprod()
     t = schedule.start_t
     z = np.sqrt(abar[t]) * z0.astype(float) + np.sqrt(1 - abar[t]) * n
     for step in schedule.steps:
@@ -79,7 +79,7 @@ def test_denoise_where_the_share_is_0_keeps_the_picture_with_every_solver(solver
     share[:, :4] = 0
     found, (_, z0, n) = _run(solver, share)
     free, _ = _run(solver, None)
-    abar = NoiseSpec().alphas_cumprod()[0] if rest else 1.0
+    abar = NoiseSchedule().alphas_cumprod()[0] if rest else 1.0
     expected = np.sqrt(abar) * z0 + np.sqrt(1 - abar) * n
     np.testing.assert_allclose(found[:, :, :4], expected[:, :, :4], atol=1e-3)
     np.testing.assert_allclose(found[:, :, 4:], free[:, :, 4:], atol=1e-3)
@@ -87,8 +87,8 @@ def test_denoise_where_the_share_is_0_keeps_the_picture_with_every_solver(solver
 
 
 def test_x0_blend_around_another_blends_one_after_the_other() -> None:
-    noise, rng = NoiseSpec(), np.random.default_rng(2)
-    schedule = Schedule.build(noise, 12, 0.7, 10, "ddim")
+    noise, rng = NoiseSchedule(), np.random.default_rng(2)
+    schedule = TimestepSchedule.build(noise, 12, 0.7, 10, "ddim")
     x, eps, picture, before = (rng.standard_normal((4, 6, 8)).astype(np.float32) for _ in range(4))
     inner = X0Blend(make_solver("ddim", noise, schedule), schedule, before, np.full((6, 8), 0.85, np.float32))
     outer = X0Blend(inner, schedule, picture, np.full((6, 8), 0.4, np.float32))

@@ -24,7 +24,7 @@ class Overflowing:
     """A decoder in fp16 whose values are too large for it."""
 
     backend = "openvino"
-    arithmetic = "fp16"
+    compute_dtype = "fp16"
 
     def __init__(self, engine: Engine) -> None:
         self.spec = engine.spec
@@ -36,7 +36,7 @@ class Overflowing:
         image[..., 0] = np.inf
         return {"image": image}
 
-    def rest(self) -> None:
+    def release_memory(self) -> None:
         pass
 
     def close(self) -> None:
@@ -58,12 +58,14 @@ def test_decoder_that_overflows_is_asked_again_in_fp32_and_stays_there(
     opened: list[tuple[str, str | None]] = []
 
     class Noted(Opener):
-        def __call__(self, name: str, arithmetic: Any = None) -> Engine:
-            opened.append((name, arithmetic))
-            return super().__call__(name, arithmetic)
+        def __call__(self, name: str, compute_dtype: Any = None) -> Engine:
+            opened.append((name, compute_dtype))
+            return super().__call__(name, compute_dtype)
 
-    engines: dict[str, Any] = {name: open_graph(name) for name in ("encoder", "hint", "denoiser", "decoder")}
-    low = engines["decoder"] = Overflowing(engines["decoder"])
+    engines: dict[str, Any] = {
+        name: open_graph(name) for name in ("vae_encoder", "controlnet_cond", "denoiser", "vae_decoder")
+    }
+    low = engines["vae_decoder"] = Overflowing(engines["vae_decoder"])
     with lsast.load(bundle_path, backend="onnxruntime") as plain:
         expected = np.asarray(plain.stylize(photo).image)
     caplog.set_level(logging.WARNING, "lsast")
@@ -72,7 +74,7 @@ def test_decoder_that_overflows_is_asked_again_in_fp32_and_stays_there(
         second = np.asarray(stylizer.stylize(photo).image)
     np.testing.assert_array_equal(first, expected)
     np.testing.assert_array_equal(second, expected)
-    assert opened == [("decoder", "fp32")]
+    assert opened == [("vae_decoder", "fp32")]
     assert low.closed
     (record,) = caplog.records
     assert "decoder graph gave" in record.getMessage()
@@ -84,10 +86,12 @@ def test_any_other_graph_that_overflows_is_an_error(bundle_path: Path, open_grap
         def __call__(self, feeds: Any) -> dict[str, np.ndarray]:
             return {name: values * np.nan for name, values in self._engine(feeds).items()}
 
-    engines: dict[str, Any] = {name: open_graph(name) for name in ("encoder", "hint", "denoiser", "decoder")}
-    engines["encoder"] = Encoder(engines["encoder"])
+    engines: dict[str, Any] = {
+        name: open_graph(name) for name in ("vae_encoder", "controlnet_cond", "denoiser", "vae_decoder")
+    }
+    engines["vae_encoder"] = Encoder(engines["vae_encoder"])
     stylizer = Stylizer(Opener(Bundle.open(bundle_path), "onnxruntime"), engines)
-    with stylizer, pytest.raises(BackendError, match=r"the encoder graph gave .* in fp16; try arithmetic fp32"):
+    with stylizer, pytest.raises(BackendError, match=r"the vae_encoder graph gave .* in fp16; try compute_dtype fp32"):
         stylizer.stylize(photo)
 
 
@@ -100,16 +104,16 @@ def test_only_the_stages_of_the_schedule_are_read(bundle_path: Path, photo: np.n
 
 
 def test_arithmetic_that_is_not_there_is_refused(bundle_path: Path) -> None:
-    with pytest.raises(UsageError, match="found arithmetic 'int3'; expected one of fp32, bf16, fp16"):
-        lsast.load(bundle_path, arithmetic="int3")  # type: ignore[arg-type]
-    with pytest.raises(BackendError, match="onnxruntime computes in fp32, found bf16; expected fp32, or openvino"):
-        lsast.load(bundle_path, backend="onnxruntime", arithmetic="bf16")
+    with pytest.raises(UsageError, match="found compute_dtype 'int3'; expected one of fp32, bf16, fp16"):
+        lsast.load(bundle_path, compute_dtype="int3")  # type: ignore[arg-type]
+    with pytest.raises(BackendError, match="onnxruntime computes in fp32, found bf16; use openvino"):
+        lsast.load(bundle_path, backend="onnxruntime", compute_dtype="bf16")
 
 
 def test_command_line_hands_the_arithmetic_on(bundle_path: Path, photo: np.ndarray, tmp_path: Path) -> None:
     Image.fromarray(photo).save(tmp_path / "in.png")
     arguments = [str(tmp_path / "in.png"), str(tmp_path / "out.png"), "--bundle", str(bundle_path)]
-    arguments += ["--backend", "onnxruntime", "--arithmetic"]
+    arguments += ["--backend", "onnxruntime", "--compute-dtype"]
     refused = CliRunner().invoke(main, [*arguments, "bf16"])
     assert refused.exit_code == 1
     assert "onnxruntime computes in fp32, found bf16" in refused.stderr

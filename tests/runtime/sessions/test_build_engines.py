@@ -64,7 +64,7 @@ def test_the_command_names_what_is_missing_and_the_gpu(bundle: Bundle, library: 
     assert build_engines(bundle, "tensorrt-rtx", "fp16", run, CUDA) == graphs(bundle)
     (command,) = run.commands
     assert command[1:4] == ["-m", "lsast_export", "compile"]
-    assert command[4:11] == [str(bundle.path), "--backend", "tensorrt-rtx", "--arithmetic", "fp16", "--sm", "8.9"]
+    assert command[4:11] == [str(bundle.path), "--backend", "tensorrt-rtx", "--compute-dtype", "fp16", "--sm", "8.9"]
     assert command[11:] == [part for name in graphs(bundle) for part in ("--graph", name)]
 
 
@@ -80,9 +80,9 @@ def test_what_is_there_is_not_compiled(bundle: Bundle, library: None, monkeypatc
     monkeypatch.setattr(building, "find_engine", find)
     assert build_engines(bundle, "tensorrt", "fp16", run, CUDA) == []
     assert run.commands == []
-    there.remove("decoder")
-    assert build_engines(bundle, "tensorrt", "fp16", run, CUDA) == ["decoder"]
-    assert run.commands[0][-2:] == ["--graph", "decoder"]
+    there.remove("vae_decoder")
+    assert build_engines(bundle, "tensorrt", "fp16", run, CUDA) == ["vae_decoder"]
+    assert run.commands[0][-2:] == ["--graph", "vae_decoder"]
     assert "--sm" not in run.commands[0]
 
 
@@ -124,7 +124,7 @@ def test_only_build_builds(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> N
     """A missing engine without it is an error that names the command, and no process is started."""
     started: list[Any] = []
     monkeypatch.setattr(subprocess, "run", lambda *command, **_: started.append(command))
-    path, spec = bundle.graph_path("hint"), bundle.manifest.graphs["hint"]
+    path, spec = bundle.graph_path("controlnet_cond"), bundle.manifest.graphs["controlnet_cond"]
     with pytest.raises(BackendError, match=r"compile with: lsast-export compile .*, or let lsast-run do so: --build"):
         find_engine(path, spec, "tensorrt-rtx", "1.7.1", "fp16", GPU)
     assert started == []

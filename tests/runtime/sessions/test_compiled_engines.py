@@ -18,7 +18,7 @@ from lsast_engines.backends.tensorrt import engine as tensorrt
 from lsast_engines.backends.tensorrt.engine_record import engine_folder
 from lsast_engines.backends.tensorrt.shape_profile import Ranges, Span
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.graph_spec import EVERY
+from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS
 
 RANGES = Ranges(Span(64, 64, 128), Span(1, 1, 3))
 LARGE = {"size": 0}
@@ -29,10 +29,10 @@ def cells(shape: tuple[int, ...], channels: int) -> tuple[int, ...]:
 
 
 OUTPUTS: dict[str, Callable[[Shapes], Shapes]] = {
-    "encoder": lambda shapes: {name: cells(shapes["image"], 4) for name in ("mean", "std")},
-    "hint": lambda shapes: {"hint": cells(shapes["edges"], 5)},
+    "vae_encoder": lambda shapes: {name: cells(shapes["image"], 4) for name in ("mean", "std")},
+    "controlnet_cond": lambda shapes: {"hint": cells(shapes["edges"], 5)},
     "denoiser": lambda shapes: {"eps": (*shapes["kv_unet"][:2], *shapes["latent"][1:])},
-    "decoder": lambda shapes: {"image": (shapes["latent"][0], 3, *(8 * side for side in shapes["latent"][2:]))},
+    "vae_decoder": lambda shapes: {"image": (shapes["latent"][0], 3, *(8 * side for side in shapes["latent"][2:]))},
 }
 
 
@@ -47,7 +47,7 @@ def trt(cuda: FakeCuda, bundle_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("LSAST_HOME", str(tmp_path / "home"))
     bundle = Bundle.open(bundle_path)
     kernels = {}
-    for name in EVERY:
+    for name in REQUIRED_GRAPHS:
         spec, path = bundle.manifest.graphs[name], bundle.graph_path(name)
         kernels[name] = onnx_kernel(path, spec, OUTPUTS[name])
         for library in ("tensorrt", "tensorrt-rtx"):
@@ -148,12 +148,12 @@ def test_values_that_are_not_finite_are_an_error(
 
 
 def test_load_without_an_engine_says_the_command(trt: FakeTrt, bundle_path: Path) -> None:
-    (engine_folder(bundle_path, "tensorrt", "fp32") / "hint.engine").unlink()
-    with pytest.raises(BackendError, match=r"(?s)found no engine .*hint.*lsast-export compile .*--build"):
+    (engine_folder(bundle_path, "tensorrt", "fp32") / "controlnet_cond.engine").unlink()
+    with pytest.raises(BackendError, match=r"(?s)found no engine .*controlnet_cond.*lsast-export compile .*--build"):
         lsast.load(bundle_path, "tensorrt")
 
 
-@pytest.mark.parametrize("arithmetic", ["int8", "fp8"])
-def test_load_in_eight_bits_is_refused(trt: FakeTrt, bundle_path: Path, arithmetic: Any) -> None:
-    with pytest.raises(UsageError, match=f"--arithmetic {arithmetic} was removed: .*use fp16"):
-        lsast.load(bundle_path, "tensorrt-rtx", arithmetic=arithmetic)
+@pytest.mark.parametrize("compute_dtype", ["int8", "fp8"])
+def test_load_in_eight_bits_is_refused(trt: FakeTrt, bundle_path: Path, compute_dtype: Any) -> None:
+    with pytest.raises(UsageError, match=f"--compute-dtype {compute_dtype} was removed: .*use fp16"):
+        lsast.load(bundle_path, "tensorrt-rtx", compute_dtype=compute_dtype)

@@ -12,9 +12,9 @@ import lsast
 from lsast import Stylizer
 from lsast.sampling.x0_blend import X0Blend
 from lsast.video.optical_flow import Coherence, Follower, Motion, warped
-from lsast_engines.diffusion.noise_schedule import NoiseSpec
+from lsast_engines.diffusion.noise_schedule import NoiseSchedule
 from lsast_engines.diffusion.solvers import make_solver
-from lsast_engines.diffusion.timesteps import Schedule
+from lsast_engines.diffusion.timesteps import TimestepSchedule
 
 SHIFT = (3.0, -2.0)
 """How far the surface of every pixel of a moved picture was to the right and down, one frame earlier."""
@@ -79,8 +79,8 @@ def test_warping_fetches_from_where_it_was() -> None:
 
 @pytest.mark.parametrize("name", ["ddim", "dpmpp2m", "unipc"])
 def test_a_solver_held_wholly_ends_at_the_latent_it_is_held_to_whatever_the_noise(name: str) -> None:
-    noise = NoiseSpec()
-    schedule = Schedule.build(noise, 10, 1.0, 10, name)
+    noise = NoiseSchedule()
+    schedule = TimestepSchedule.build(noise, 10, 1.0, 10, name)
     rng = np.random.default_rng(1)
     latent, x = (rng.standard_normal((4, 3, 5)).astype(np.float32) for _ in range(2))
     share = np.zeros((3, 5), np.float32)

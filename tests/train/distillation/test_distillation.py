@@ -14,9 +14,9 @@ import torch
 
 from lsast_engines.bundle.style import Style
 from lsast_engines.bundle.style_file import StyleFile
-from lsast_engines.diffusion.noise_schedule import NoiseSpec
+from lsast_engines.diffusion.noise_schedule import NoiseSchedule
 from lsast_engines.diffusion.solvers import make_solver
-from lsast_engines.diffusion.timesteps import Schedule
+from lsast_engines.diffusion.timesteps import TimestepSchedule
 from lsast_engines.errors import StyleError, TrainingError, UsageError
 from lsast_train.__main__ import main
 from lsast_train.base.baked import baked_base
@@ -147,8 +147,8 @@ def test_of_a_linear_base_guidance_is_found_exactly(
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp2m", "unipc"])
 def test_the_students_solver_lands_where_the_teacher_went(solver: str) -> None:
-    noise = NoiseSpec()
-    coarse = Schedule.build(noise, 6, 0.9, 10, solver)
+    noise = NoiseSchedule()
+    coarse = TimestepSchedule.build(noise, 6, 0.9, 10, solver)
     fine, marks = refined(coarse, 5, 10)
     assert [fine.steps[mark].t for mark in marks] == [step.t for step in coarse.steps]
     assert np.diff(marks).tolist() == [5] * (len(marks) - 1)
@@ -170,7 +170,7 @@ def test_few_steps_learn_from_many(
     source = _source(base, meta={"defaults": json.dumps({"guidance": 4.0, "steps": 11, "control": 0.5})})
     run = Distillation(base, source, collection, options, "hand-g4-s4", tmp_path)
     outcome = run.run()
-    times = [step.t for step in Schedule.build(NoiseSpec(), 4, 0.9, 10, "dpmpp2m").steps]
+    times = [step.t for step in TimestepSchedule.build(NoiseSchedule(), 4, 0.9, 10, "dpmpp2m").steps]
     assert sorted(set(run.lessons[1].timestep.tolist())) == sorted(times)
     assert run.stages == sorted({t // 100 for t in times})
     assert outcome.relative < 0.9
@@ -265,7 +265,7 @@ def test_what_cannot_be_meant_is_told_at_once(base: Base, collection: Collection
 
 
 def test_shifted_runs_meet_other_timesteps() -> None:
-    schedule = Schedule.build(NoiseSpec(), 12, 1.0, 10, "dpmpp2m")
+    schedule = TimestepSchedule.build(NoiseSchedule(), 12, 1.0, 10, "dpmpp2m")
     assert shifted(schedule, 0.0, 10).steps == schedule.steps
     moved = shifted(schedule, 0.5, 10)
     assert [a.t - b.t for a, b in zip(schedule.steps, moved.steps, strict=True)] == [38] * 12

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lsast_engines.errors import TrainingError
-from lsast_engines.images import edge_map, read_picture
+from lsast_engines.images import canny_edges, read_picture
 from lsast_train.mini.dataset import LatentDataset, build_cache, fit_picture, is_held_out
 
 
@@ -42,7 +42,7 @@ def test_a_window_is_a_crop_of_the_encoded_picture_with_its_own_edges(cache: Pat
     rgb = fit_picture(read_picture(sorted(picture_folders[0].iterdir())[3]).rgb)
     image = torch.tensor(rgb).permute(2, 0, 1)[None].float() / 127.5 - 1
     whole = BlockMean()(image)[0].numpy()
-    edges = edge_map(rgb)
+    edges = canny_edges(rgb)
     n = 16
     places = {
         whole[:, y : y + n, x : x + n].astype(np.float16).tobytes(): (y, x)

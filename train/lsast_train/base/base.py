@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import nn
 
 from lsast_engines.bundle.bundle import MANIFEST, find_bundle
-from lsast_engines.diffusion.noise_schedule import NoiseSpec
+from lsast_engines.diffusion.noise_schedule import NoiseSchedule
 from lsast_engines.errors import BundleError, StyleError, TrainingError, UsageError, fault_list
 from lsast_engines.files import replace_file
 
@@ -57,7 +57,7 @@ class BaseFacts:
     """Native side of a picture in pixels."""
     latent_scale: float
     """Factor from the autoencoder's latents to the U-Net's."""
-    noise: NoiseSpec = field(default_factory=NoiseSpec)
+    noise: NoiseSchedule = field(default_factory=NoiseSchedule)
     multiple: int = 64
     """Legal heights and widths are multiples of this many pixels."""
     training: dict[str, str] = field(default_factory=dict)
@@ -321,7 +321,7 @@ def _stored_parts(folder: Path) -> BaseParts:
     if faults:
         raise TrainingError(fault_list(f"{file} does not fit {description}:", faults))
     known = {name: raw[name] for name in BaseFacts.__dataclass_fields__}
-    facts = BaseFacts(**{**known, "noise": NoiseSpec(**raw["noise"])})
+    facts = BaseFacts(**{**known, "noise": NoiseSchedule(**raw["noise"])})
     return BaseParts(facts, networks, raw["fingerprint"], tensors["null_context"].float().clone())
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 
-from lsast_engines.diffusion.noise_schedule import NoiseSpec
+from lsast_engines.diffusion.noise_schedule import NoiseSchedule
 from lsast_engines.errors import TrainingError, UsageError
 
 from . import compvis
@@ -179,8 +179,8 @@ def _read_schedule(repository: Repository, found: Findings) -> None:
         return
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        default = NoiseSpec()
-        found.noise = NoiseSpec(
+        default = NoiseSchedule()
+        found.noise = NoiseSchedule(
             config.get("num_train_timesteps", default.train_steps),
             config.get("beta_start", default.beta_start),
             config.get("beta_end", default.beta_end),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lsast_engines.diffusion.noise_schedule import NoiseSpec
+from lsast_engines.diffusion.noise_schedule import NoiseSchedule
 from lsast_engines.errors import TrainingError, UsageError
 
 from .compvis import HEADS
@@ -44,7 +44,7 @@ class Findings:
     """Names that a fault is noted for; nothing more is said about what is missing there."""
     latent_scale: float = SCALE
     prediction: Prediction = "epsilon"
-    noise: NoiseSpec = field(default_factory=NoiseSpec)
+    noise: NoiseSchedule = field(default_factory=NoiseSchedule)
 
     def fail(self, name: str, fault: str) -> None:
         """Note a fault of the part `name`, or of the whole ``base``."""

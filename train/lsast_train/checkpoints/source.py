@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lsast_engines.diffusion.noise_schedule import NoiseSpec
+from lsast_engines.diffusion.noise_schedule import NoiseSchedule
 from lsast_engines.errors import TrainingError, UsageError, fault_list
 
 from . import compvis
@@ -71,7 +71,7 @@ class ImportedBase:
     """All four parts."""
     latent_scale: float
     prediction: Prediction
-    noise: NoiseSpec
+    noise: NoiseSchedule
     multiple: int
     """Legal heights and widths are multiples of this many pixels: all halvings of autoencoder and U-Net."""
     origin: dict[str, str]

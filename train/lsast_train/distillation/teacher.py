@@ -21,10 +21,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lsast_engines.diffusion.noise_schedule import NoiseSpec
+from lsast_engines.diffusion.guidance import guide
+from lsast_engines.diffusion.noise_schedule import NoiseSchedule
 from lsast_engines.diffusion.solvers import Solver, make_solver
-from lsast_engines.diffusion.timesteps import Schedule, Step
-from lsast_engines.images import edge_map
+from lsast_engines.diffusion.timesteps import Step, TimestepSchedule
+from lsast_engines.images import canny_edges
 
 from ..base.baked import BakedBase
 from ..evaluation import Purpose, seeded
@@ -95,7 +96,7 @@ def read_content(
     for index in range(count):
         generator = seeded(seed, Purpose.CONTENT, side, index)
         pixels = view(paintings[index % len(paintings)], size, generator).copy()
-        edges = torch.from_numpy(edge_map(pixels)).float().expand(1, 3, -1, -1).to(baked.device)
+        edges = torch.from_numpy(canny_edges(pixels)).float().expand(1, 3, -1, -1).to(baked.device)
         with torch.no_grad():
             image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(baked.device).float() / 127.5 - 1
             mean, std = (part.cpu() for part in base.encode(image))
@@ -122,7 +123,7 @@ class Teacher:
         self._null = null.to(device)
 
     @property
-    def noise(self) -> NoiseSpec:
+    def noise(self) -> NoiseSchedule:
         """The base's noise."""
         return self.baked.base.facts.noise
 
@@ -141,14 +142,14 @@ class Teacher:
         residuals = self.baked.residuals(latent, timestep, control, hint, self.options.control)
         plain = self.baked.eps(latent, timestep, unet, residuals)
         null = self.baked.eps(latent, timestep, self._null, residuals)
-        return (null + self.options.guidance * (plain - null)).cpu(), plain.cpu()
+        return guide((null, plain), self.options.guidance).cpu(), plain.cpu()
 
     def on_the_way(self, content: Content, seed: tuple[int, ...]) -> Iterator[States]:
         """Paint every picture with guidance; the states of each step, batch by batch."""
         facts, options = self.noise, self.options
         for number, picture in _batches(content):
             generator = seeded(options.seed, Purpose.TEACHER, *seed, number)
-            layout = Schedule.build(facts, options.teacher_steps, options.strength, self.stages, options.solver)
+            layout = TimestepSchedule.build(facts, options.teacher_steps, options.strength, self.stages, options.solver)
             schedule = shifted(layout, float(torch.rand((), generator=generator)), self.stages)
             solver = make_solver(options.solver, facts, schedule)
             latent = self._start(content, picture, schedule, generator)
@@ -208,7 +209,7 @@ class Teacher:
                 yield from self.noised(content, noised, seed)
 
     def _start(
-        self, content: Content, picture: torch.Tensor, schedule: Schedule, generator: torch.Generator
+        self, content: Content, picture: torch.Tensor, schedule: TimestepSchedule, generator: torch.Generator
     ) -> torch.Tensor:
         latents = content.latents[picture]
         drawn = torch.randn(latents.shape, generator=generator)
@@ -223,21 +224,21 @@ class Teacher:
         return States(picture, timestep, stage, latent, guided, plain), guided
 
 
-def stage_of(t: int, noise: NoiseSpec, stages: int) -> int:
+def stage_of(t: int, noise: NoiseSchedule, stages: int) -> int:
     """The stage of a timestep, as `lsast_engines.diffusion.timesteps.Step` has it."""
     return t * stages // noise.train_steps
 
 
-def student_schedule(options: DistilOptions, noise: NoiseSpec, stages: int) -> Schedule:
+def student_schedule(options: DistilOptions, noise: NoiseSchedule, stages: int) -> TimestepSchedule:
     """The few steps of a student.
 
     Raises:
         UsageError: steps or a strength that give no schedule.
     """
-    return Schedule.build(noise, options.student_steps, options.strength, stages, options.solver)
+    return TimestepSchedule.build(noise, options.student_steps, options.strength, stages, options.solver)
 
 
-def shifted(schedule: Schedule, part: float, stages: int) -> Schedule:
+def shifted(schedule: TimestepSchedule, part: float, stages: int) -> TimestepSchedule:
     """`schedule` with every timestep lowered by `part` (0 to 1) of what lies below its last one, or of its stride."""
     steps = schedule.steps
     stride = steps[-2].t - steps[-1].t if len(steps) > 1 else steps[-1].t
@@ -245,7 +246,7 @@ def shifted(schedule: Schedule, part: float, stages: int) -> Schedule:
     return _schedule(schedule, [step.t - down for step in steps], stages, schedule.start_t - down)
 
 
-def refined(schedule: Schedule, parts: int, stages: int) -> tuple[Schedule, list[int]]:
+def refined(schedule: TimestepSchedule, parts: int, stages: int) -> tuple[TimestepSchedule, list[int]]:
     """`schedule` with every step divided into at most `parts`, at whole timesteps, and where its own steps are then."""
     times = [step.t for step in schedule.steps]
     fine: list[int] = []
@@ -270,12 +271,12 @@ def landing_eps(
     return eps
 
 
-def _schedule(like: Schedule, times: list[int], stages: int, start_t: int) -> Schedule:
+def _schedule(like: TimestepSchedule, times: list[int], stages: int, start_t: int) -> TimestepSchedule:
     steps = [
         Step(index, t, t_prev, stage_of(t, like.noise, stages))
         for index, (t, t_prev) in enumerate(zip(times, [*times[1:], -1], strict=True))
     ]
-    return Schedule(like.noise, like.solver, tuple(steps), start_t)
+    return TimestepSchedule(like.noise, like.solver, tuple(steps), start_t)
 
 
 def _advance(solver: Solver, eps: torch.Tensor, index: int, latent: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from lsast_engines.errors import PictureError, TrainingError
 from lsast_engines.files import replace_file
-from lsast_engines.images import edge_map, find_pictures, read_picture
+from lsast_engines.images import canny_edges, find_pictures, read_picture
 
 log = logging.getLogger("lsast.train.mini")
 
@@ -98,7 +98,7 @@ def build_cache(folders: list[Path], encoder: torch.nn.Module, out: Path) -> Non
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             latent = encoder(image.contiguous(memory_format=torch.channels_last))[0].float().numpy()
         latents.append(latent.astype(np.float16))
-        edges.append(np.packbits(edge_map(rgb), axis=1))  # [H, W/8]
+        edges.append(np.packbits(canny_edges(rgb), axis=1))  # [H, W/8]
         sizes.append((latent.shape[1], latent.shape[2]))
         labels.append(label)
         held.append(is_held_out(f"{path.parent.name}/{path.name}"))

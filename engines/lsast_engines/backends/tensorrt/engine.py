@@ -20,7 +20,7 @@ import numpy as np
 
 from ...bundle.graph_spec import GraphSpec
 from ...errors import BackendError, fault_list
-from ..base import Arithmetic, Array, CheckedEngine
+from ..base import Array, CheckedEngine, ComputeDtype
 from .cuda import Gpu, gpus, load_cuda
 from .device_memory import Buffer, Graph, Stream
 from .engine_record import (
@@ -54,7 +54,7 @@ def find_engine(
     spec: GraphSpec,
     library: Library,
     version: str,
-    arithmetic: str,
+    compute_dtype: str,
     gpu: Gpu,
 ) -> EngineRecord:
     """The record of the engine of the graph file `path` that fits this library, arithmetic and GPU.
@@ -65,8 +65,8 @@ def find_engine(
         BackendError: none that fits: what is there instead, field by field, how long it took to compile, and the
             command that compiles it.
     """
-    engine = engine_folder(path.parent, library, arithmetic) / f"{spec.name}{SUFFIX}"
-    command = compile_command(path.parent, library, arithmetic, gpu)
+    engine = engine_folder(path.parent, library, compute_dtype) / f"{spec.name}{SUFFIX}"
+    command = compile_command(path.parent, library, compute_dtype, gpu)
     try:
         record = verified_record(engine)
     except BackendError as error:
@@ -75,7 +75,7 @@ def find_engine(
         record.key,
         graph=spec.name,
         onnx=graph_digest(path),
-        arithmetic=arithmetic,
+        compute_dtype=compute_dtype,
         library=library,
         library_version=version,
     )
@@ -86,10 +86,10 @@ def find_engine(
     return record
 
 
-def compile_command(bundle: Path, library: Library, arithmetic: str, gpu: Gpu) -> str:
+def compile_command(bundle: Path, library: Library, compute_dtype: str, gpu: Gpu) -> str:
     """What to type where an engine is missing, for this GPU."""
     sm = f" --sm {gpu.capability}" if library == "tensorrt-rtx" else ""
-    command = f"lsast-export compile {bundle} --backend {library} --arithmetic {arithmetic}{sm}"
+    command = f"lsast-export compile {bundle} --backend {library} --compute-dtype {compute_dtype}{sm}"
     return f"{command}, or let lsast-run do so: --build"
 
 
@@ -102,7 +102,7 @@ class TensorRtEngine(CheckedEngine):
         spec: GraphSpec,
         device: str,
         threads: int | None,
-        arithmetic: Arithmetic = "fp16",
+        compute_dtype: ComputeDtype = "fp16",
         *,
         library: Library,
         trt: Any = None,
@@ -115,7 +115,7 @@ class TensorRtEngine(CheckedEngine):
             spec: its inputs and outputs.
             device: ``cuda``.
             threads: of no account: the work is the GPU's.
-            arithmetic: what the engine was compiled in.
+            compute_dtype: what the engine was compiled in.
             library: the library that compiled it.
             trt: the library's module, to run against another.
             runtime: the module `cuda.bindings.runtime`, likewise.
@@ -124,7 +124,7 @@ class TensorRtEngine(CheckedEngine):
             MissingExtraError: library or cuda-python is not installed.
             BackendError: no GPU, no engine that fits (`find_engine`), or one that the library refuses.
         """
-        super().__init__(spec, device, arithmetic)
+        super().__init__(spec, device, compute_dtype)
         self.backend: str = library
         trt, runtime = trt or load_library(library), runtime or load_cuda()
         there = gpus(runtime)
@@ -132,8 +132,8 @@ class TensorRtEngine(CheckedEngine):
             raise BackendError(
                 f"found no NVIDIA GPU for {library}; expected one with its driver, see lsast-run --doctor"
             )
-        record = find_engine(path, spec, library, str(trt.__version__), arithmetic, there[0])
-        file = engine_folder(path.parent, library, arithmetic) / f"{spec.name}{SUFFIX}"
+        record = find_engine(path, spec, library, str(trt.__version__), compute_dtype, there[0])
+        file = engine_folder(path.parent, library, compute_dtype) / f"{spec.name}{SUFFIX}"
         self._profile: Profile = record.key.profile
         self._logger, self._complaints = make_logger(trt)
         self._library: Any = trt.Runtime(self._logger)

@@ -49,7 +49,7 @@ class EngineKey:
     """`graph_digest` of the bundle's file: graph and weights."""
     profile: Profile
     """Shapes that it takes."""
-    arithmetic: str
+    compute_dtype: str
     """What it computes in: ``fp32`` or ``fp16``."""
     library: Library
     library_version: str
@@ -127,7 +127,7 @@ def _record(data: dict[str, Any]) -> EngineRecord:
         name
         for owner, names in (
             (record, ("sha256", "lsast_version")),
-            (record.key, ("graph", "onnx", "arithmetic", "gpu")),
+            (record.key, ("graph", "onnx", "compute_dtype", "gpu")),
         )
         for name in names
         if not isinstance(getattr(owner, name), str)
@@ -183,7 +183,7 @@ def _manifest_hashes(folder: Path) -> Mapping[tuple[str, int], str]:
     return {(name, entry.bytes): entry.sha256 for name, entry in manifest.files.items()}
 
 
-def engine_folder(bundle: Path, library: Library, arithmetic: str) -> Path:
+def engine_folder(bundle: Path, library: Library, compute_dtype: str) -> Path:
     """Where the engines of the graphs in the folder `bundle` lie: named by the base's fingerprint.
 
     In ``$LSAST_HOME/compiled``, without LSAST_HOME in ``lsast/compiled`` of the XDG cache folder. A bundle that is
@@ -196,7 +196,7 @@ def engine_folder(bundle: Path, library: Library, arithmetic: str) -> Path:
         manifest = Manifest.from_json((bundle / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, BundleError) as error:
         raise BackendError(f"{bundle} is no bundle ({error}); engines are compiled of a bundle's graphs") from error
-    return cache_home() / "compiled" / f"{manifest.name}-{manifest.fingerprint[:16]}" / library / arithmetic
+    return cache_home() / "compiled" / f"{manifest.name}-{manifest.fingerprint[:16]}" / library / compute_dtype
 
 
 def _number(capability: str) -> tuple[int, ...]:

@@ -1,11 +1,10 @@
 """Proof against the released code: a golden set run again here, in torch or as exported graphs on a backend.
 
-Both sides share what the runtime runs: `Schedule` and the solver ``released``. In torch the denoiser is the base as it
-is trained, contexts projected inside each attention; on a backend it is the exported ``hint`` and ``denoiser`` graphs
-fed with baked keys and values, as `lsast.sampling.sampler.denoise` feeds them. Keys and values stay float32 here,
-style files
-hold halves. The residuals, which the denoiser keeps to itself, are read off a copy of its graph that has them as
-further outputs and is otherwise the same.
+Both sides share what the runtime runs: `TimestepSchedule` and the solver ``released``. In torch the denoiser is the
+base as it is trained, contexts projected inside each attention; on a backend it is the exported ``controlnet_cond`` and
+``denoiser`` graphs fed with baked keys and values, as `lsast.sampling.sampler.denoise` feeds them. Keys and values stay
+float32 here, style files hold halves. The residuals, which the denoiser keeps to itself, are
+read off a copy of its graph that has them as further outputs and is otherwise the same.
 
 Every step is computed twice: from the recorded latent, and (``free_…``) from the latent that our own run has reached.
 """
@@ -26,6 +25,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from lsast_engines.diffusion.guidance import guide
 from lsast_engines.diffusion.solvers import make_solver
 from lsast_engines.errors import ExportError, ParityError, fault_list
 from lsast_train.base.base import Base, BaseFacts
@@ -233,7 +233,7 @@ def _sampling_errors(golden: GoldenSet, denoiser: Denoiser) -> Iterator[tuple[st
         yield "free_latents", _error("free_latents", x, recorded)
         free = denoiser.eps(x, step.t, step.stage)
         yield from ((f"free_{name}", _error(f"free_{name}", free[row], rows[name])) for row, name in enumerate(rows))
-        eps = free[0] if len(free) == 1 else free[0] + np.float32(golden.guidance) * (free[1] - free[0])
+        eps = guide(free, golden.guidance)
         x = solver.step(eps, step.index, x)
     yield "final_latent", _error("final_latent", x, golden.final_latent)
 

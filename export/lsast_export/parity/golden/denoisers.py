@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from lsast_engines.backends.base import Engine, open_engine
-from lsast_engines.bundle.graph_spec import DENOISER, HINT, GraphSpec, TensorSpec, graph_specs
+from lsast_engines.bundle.graph_spec import CONTROLNET_COND, DENOISER, GraphSpec, TensorSpec, graph_specs
 from lsast_engines.errors import ExportError, fault_list
 from lsast_train.base.base import Base
 
@@ -76,7 +76,7 @@ class TorchDenoiser:
 
 
 def export_graphs(base: Base, folder: Path, progress: Callable[[str], None]) -> None:
-    """Write the graphs ``hint`` and ``denoiser`` of `base`, in float32, with their weights to the empty `folder`.
+    """Write the graphs ``controlnet_cond`` and ``denoiser`` of `base`, in float32, with their weights, to `folder`.
 
     Raises:
         ExportError: a graph that cannot be exported.
@@ -89,7 +89,7 @@ def export_graphs(base: Base, folder: Path, progress: Callable[[str], None]) -> 
     }
     save_file(weights, folder / _WEIGHTS)
     widths = geometry(base)
-    for name in (HINT, DENOISER):
+    for name in (CONTROLNET_COND, DENOISER):
         progress(f"tracing {name}")
         with graph_module(base, name) as module:
             traced = trace(module, graph_specs(widths)[name], base.facts.multiple, widths.factor)
@@ -113,7 +113,7 @@ class EngineDenoiser:
         self._folder, self._backend = folder, backend
         self._specs = graph_specs(geometry(base))
         self._keys_values = _bake(base, golden)
-        with closing(open_engine(folder / f"{HINT}.onnx", self._specs[HINT], backend)) as engine:
+        with closing(open_engine(folder / f"{CONTROLNET_COND}.onnx", self._specs[CONTROLNET_COND], backend)) as engine:
             self._hint = engine({"edges": np.ascontiguousarray(golden.hint.numpy())})["hint"].copy()
         self._engine = open_engine(folder / f"{DENOISER}.onnx", self._specs[DENOISER], backend)
         self._stage = self._bind(self._engine, 0)
@@ -142,7 +142,7 @@ class EngineDenoiser:
         """Bind what stays the same within a stage; returns the stage."""
         kv_unet, kv_control = self._keys_values[stage]
         scale = np.array(1, np.float32)
-        engine.bind({"hint": self._hint, "control_scale": scale, "kv_unet": kv_unet, "kv_control": kv_control})
+        engine.bind_inputs({"hint": self._hint, "control_scale": scale, "kv_unet": kv_unet, "kv_control": kv_control})
         return stage
 
     def _feeds(self, latent: Array, timestep: int) -> dict[str, npt.NDArray[np.generic]]:

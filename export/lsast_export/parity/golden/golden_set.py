@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lsast_engines.diffusion.timesteps import Schedule
+from lsast_engines.diffusion.timesteps import TimestepSchedule
 from lsast_train.base.attention import GROUPS
 
 STAGES = 10
@@ -45,7 +45,7 @@ class GoldenSet:
     head_channels: int | None
     """Channels of every head, for sets that fix those instead."""
     guidance: float
-    schedule: Schedule
+    schedule: TimestepSchedule
     z0: torch.Tensor
     """[B, 4, h, w], as `noise`."""
     noise: torch.Tensor

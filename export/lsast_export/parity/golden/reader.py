@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lsast_engines.diffusion.noise_schedule import NoiseSpec
-from lsast_engines.diffusion.timesteps import Schedule
+from lsast_engines.diffusion.noise_schedule import NoiseSchedule
+from lsast_engines.diffusion.timesteps import TimestepSchedule
 from lsast_engines.errors import ExportError, UsageError, fault_list
 from lsast_train.base.attention import GROUPS
 
@@ -199,7 +199,7 @@ class _Reader:
             return None
         return kind(value)
 
-    def _schedule(self, count: int, timesteps: tuple[int, ...] | None) -> Schedule | None:
+    def _schedule(self, count: int, timesteps: tuple[int, ...] | None) -> TimestepSchedule | None:
         """The run's schedule, which must have the recorded number of steps, `count`."""
         steps, strength = self._number("steps", int), self._number("strength", float)
         if steps is None:
@@ -210,7 +210,7 @@ class _Reader:
             strength = min((count + 0.5) / steps, 1.0)
             self.notes.append(f"strength: not in the metadata; {strength:g} fits the record")
         try:
-            schedule = Schedule.build(NoiseSpec(), steps, strength, STAGES, "released")
+            schedule = TimestepSchedule.build(NoiseSchedule(), steps, strength, STAGES, "released")
         except UsageError as error:
             self.faults.append(f"metadata: {error}")
             return None
@@ -238,7 +238,7 @@ def _steps_of(timesteps: tuple[int, ...] | None, count: int) -> int:
     if timesteps is None or len(timesteps) < 2 or timesteps[0] <= timesteps[1]:
         return _STEPS
     stride = timesteps[0] - timesteps[1]
-    train_steps = NoiseSpec().train_steps
+    train_steps = NoiseSchedule().train_steps
     fitting = [steps for steps in range(count, train_steps + 1) if train_steps // steps == stride]
     return fitting[0] if fitting else _STEPS
 

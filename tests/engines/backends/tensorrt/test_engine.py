@@ -68,7 +68,7 @@ def test_what_is_bound_is_uploaded_once(compiled: Compiled, open_it: Open, cuda:
     engine = open_it()
     feeds = inputs()
     fed = {name: feeds.pop(name) for name in ("latent", "timestep")}
-    engine.bind(feeds)
+    engine.bind_inputs(feeds)
     expected = step({**fed, **feeds})
     feeds["hint"][:] = 0  # the caller's array is its own again
     cuda.calls.clear()

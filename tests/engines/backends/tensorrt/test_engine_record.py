@@ -32,7 +32,7 @@ def a_key(**changes: Any) -> EngineKey:
         graph="denoiser",
         onnx="a" * 64,
         profile=Ranges().profile(SPECS["denoiser"]),
-        arithmetic="fp16",
+        compute_dtype="fp16",
         library="tensorrt-rtx",
         library_version="1.7.1",
         targets=("8.9", "12.0"),
@@ -53,11 +53,11 @@ def an_engine(folder: Path, name: str = "denoiser", content: bytes = b"compiled"
 def test_deeper_levels_of_a_part_have_sides_that_are_halved() -> None:
     cut = Cut(residuals=((6, 0), (6, 1), (9, 3)), outer=1, feature=7)
     specs = part_specs(GEOMETRY, cut)
-    profile = Ranges().profile(specs["deep"])
+    profile = Ranges().profile(specs["unet_full"])
     assert profile["residual_1"] == ((1, 6, 24, 24), (1, 6, 32, 32), (4, 6, 64, 64))
     assert profile["residual_2"] == ((1, 9, 6, 6), (1, 9, 8, 8), (4, 9, 16, 16))
     shapes = {"latent": (2, 4, 48, 64), "hint": (2, 6, 48, 64), "timestep": (2,), "kv_control": (2, 8, 16)}
-    found = output_shapes(specs["control"], {**shapes, "control_scale": ()})
+    found = output_shapes(specs["controlnet"], {**shapes, "control_scale": ()})
     assert found == {"residual_0": (2, 6, 48, 64), "residual_1": (2, 6, 24, 32), "residual_2": (2, 9, 6, 8)}
 
 
@@ -68,7 +68,7 @@ def test_a_profile_spans_what_the_ranges_say() -> None:
     assert profile["kv_unet"] == ((1, 1, 8, 40), (2, 1, 8, 40), (2, 4, 8, 40))
     assert profile["control_scale"] == ((), (), ())
     assert profile["timestep"] == ((1,), (1,), (4,))
-    assert Ranges().profile(SPECS["encoder"])["image"].most == (4, 3, 1024, 1024)
+    assert Ranges().profile(SPECS["vae_encoder"])["image"].most == (4, 3, 1024, 1024)
 
 
 @pytest.mark.parametrize(
@@ -95,8 +95,8 @@ def test_shapes_outside_the_profile_are_refused_all_at_once() -> None:
 
 
 def test_output_shapes_follow_from_the_inputs() -> None:
-    assert output_shapes(SPECS["encoder"], {"image": (2, 3, 384, 512)})["std"] == (2, 4, 48, 64)
-    assert output_shapes(SPECS["decoder"], {"latent": (2, 4, 48, 64)}) == {"image": (2, 3, 384, 512)}
+    assert output_shapes(SPECS["vae_encoder"], {"image": (2, 3, 384, 512)})["std"] == (2, 4, 48, 64)
+    assert output_shapes(SPECS["vae_decoder"], {"latent": (2, 4, 48, 64)}) == {"image": (2, 3, 384, 512)}
     shapes = {
         "latent": (3, 4, 48, 64),
         "hint": (3, 6, 48, 64),
@@ -111,10 +111,10 @@ def test_output_shapes_follow_from_the_inputs() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("graph", "decoder"),
+        ("graph", "vae_decoder"),
         ("onnx", "b" * 64),
         ("profile", {"latent": ShapeSpan((1,), (1,), (2,))}),
-        ("arithmetic", "fp32"),
+        ("compute_dtype", "fp32"),
         ("library", "tensorrt"),
         ("library_version", "1.8.0"),
         ("targets", ("8.6",)),
@@ -151,7 +151,7 @@ def test_a_record_comes_back_as_it_was_saved(tmp_path: Path) -> None:
 
 
 def test_truncated_changed_and_swapped_engines_are_refused(tmp_path: Path) -> None:
-    engine, other = an_engine(tmp_path), an_engine(tmp_path, "decoder", b"another!" * 9)
+    engine, other = an_engine(tmp_path), an_engine(tmp_path, "vae_decoder", b"another!" * 9)
     whole = engine.read_bytes()
     engine.write_bytes(whole[:-1])
     with pytest.raises(BackendError, match="bytes: found 71; expected 72"):

@@ -23,9 +23,9 @@ Open = Callable[..., TensorRtEngine]
     ("changes", "message"),
     [
         ({"onnx": "0" * 64}, "onnx: found"),
-        ({"graph": "decoder"}, "graph: found decoder; expected denoiser"),
+        ({"graph": "vae_decoder"}, "graph: found vae_decoder; expected denoiser"),
         ({"library_version": "1.6.0"}, "library_version: found 1.6.0; expected 1.7.1"),
-        ({"arithmetic": "fp32"}, "arithmetic: found fp32; expected fp16"),
+        ({"compute_dtype": "fp32"}, "compute_dtype: found fp32; expected fp16"),
         ({"targets": ("8.6",)}, "targets: found 8.6; expected 8.9, that of the GPU"),
         ({"gpu": "Other GPU"}, "gpu: found Other GPU; expected Fake GPU"),
     ],
