@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import sys
 from pathlib import Path
+
+from .errors import MissingExtraError
 
 
 def installed_versions(*packages: str) -> dict[str, str]:
@@ -35,3 +38,14 @@ def peak_memory() -> int | None:
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return most if sys.platform == "darwin" else most * 1024
     return None
+
+
+def require_extra(extra: str, *libraries: str) -> None:
+    """Check, before anything heavy is imported, that the `libraries` that the extra `extra` installs are there.
+
+    Raises:
+        MissingExtraError: for the first one that is not.
+    """
+    for library in libraries:
+        if importlib.util.find_spec(library) is None:
+            raise MissingExtraError(library, extra)

@@ -1,4 +1,4 @@
-"""Does it look like the artist, and is the content still there? Scores for folders of stylised pictures."""
+"""Scores for folders of stylised pictures: style, content, and votes of people."""
 
 from __future__ import annotations
 

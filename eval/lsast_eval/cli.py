@@ -137,24 +137,24 @@ def vote(
     port: int,
     browse: bool,
 ) -> None:
-    """Ask, on a local page, which of two results is preferred; --out gets a line for each vote.
+    """Serve a local web page on which people vote between two results; --out gets a line for each vote.
 
-    Order and sides are random, methods are not named. Works of --works stand beside each pair. What a voter has voted
-    on is not asked again. Ends with Ctrl-C.
+    Order and sides are random, methods are not named. Works of --works are shown beside each pair. Pairs that a voter
+    has voted on are not shown again. Stop it with Ctrl-C.
     """
     import webbrowser
 
-    from .voting.page import Ballot, draw_pairs, open_server
+    from .voting.page import VoteSession, draw_pairs, open_server
 
     if contents is None or (artist is None and works is None):
         raise UsageError("found no --contents DIR, or neither --works DIR nor --artist NAME; expected them")
     name = artist if artist is not None or works is None else works.resolve().name
     assert name is not None
-    ballot = Ballot(draw_pairs(contents, methods, works, seed), name, out, voter)
-    server = open_server(ballot, port)
+    session = VoteSession(draw_pairs(contents, methods, works, seed), name, out, voter)
+    server = open_server(session, port)
     address = f"http://127.0.0.1:{server.server_address[1]}/"
     try:
-        click.echo(f"{address}  {ballot.remaining} pairs to vote on; Ctrl-C ends", err=True)
+        click.echo(f"{address}  {session.remaining} pairs to vote on; Ctrl-C ends", err=True)
         if browse:
             webbrowser.open(address)
         with log_to_stderr(logging.WARNING):
@@ -174,16 +174,16 @@ def vote(
 @debug_option
 def votes(files: tuple[Path, ...], confidence: float, as_json: bool) -> None:
     """Win rates of votes, by artist, with Wilson's intervals; a tie is half a win for either side."""
-    from .voting.votes import left_share, read_votes, win_rates
+    from .voting.votes import left_bias, read_votes, win_rates
 
-    ballots = read_votes(files)
-    artists = sorted({vote.artist for vote in ballots})
-    rates = {name: win_rates([vote for vote in ballots if vote.artist == name], confidence) for name in artists}
-    left = left_share(ballots, confidence)
+    cast = read_votes(files)
+    artists = sorted({vote.artist for vote in cast})
+    rates = {name: win_rates([vote for vote in cast if vote.artist == name], confidence) for name in artists}
+    left = left_bias(cast, confidence)
     if as_json:
         report = {
-            "votes": len(ballots),
-            "voters": len({vote.voter for vote in ballots}),
+            "votes": len(cast),
+            "voters": len({vote.voter for vote in cast}),
             "left": None if left is None else dict(zip(("rate", "low", "high"), left, strict=True)),
             "artists": {name: [asdict(rate) for rate in found] for name, found in rates.items()},
         }
@@ -198,7 +198,7 @@ def votes(files: tuple[Path, ...], confidence: float, as_json: bool) -> None:
             click.echo(f"{_pair(rate.method, rate.other):{width}}  {rate.rate:6.1%} {interval}  {counts}")
         click.echo("")
     side = "no decided vote" if left is None else f"the left one was taken {left[0]:.1%} [{left[1]:.1%}, {left[2]:.1%}]"
-    click.echo(f"* {len(ballots)} votes of {len({vote.voter for vote in ballots})} voters; {side}")
+    click.echo(f"* {len(cast)} votes of {len({vote.voter for vote in cast})} voters; {side}")
     click.echo(
         f"* intervals of {confidence:.0%} are Wilson's: they take every vote for a person and a picture of its own"
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +13,20 @@ from lsast_engines.images import read_on_white
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .report import SheetRow
-
 _CELL, _GAP, _TEXT = 256, 8, 15
 """Pixels: longer side of a picture, space between two, height of the letters."""
 _PAPER, _INK = (250, 250, 248), (30, 30, 30)
+
+
+@dataclass(frozen=True)
+class SheetRow:
+    """The files of one row."""
+
+    content: Path
+    results: Mapping[str, Path]
+    """Method → its result."""
+    nearest: Path
+    """The work nearest to the first method's result, in feature space."""
 
 
 def write_sheet(path: Path, rows: Sequence[SheetRow], artist: str) -> None:

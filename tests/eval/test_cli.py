@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,7 +13,6 @@ from PIL import Image
 from lsast_engines.errors import UsageError
 from lsast_eval import EvalOptions
 from lsast_eval.__main__ import main
-from lsast_eval.metrics import feature_networks as networks
 from lsast_eval.voting.votes import Vote, append_vote
 
 from .conftest import save, scene
@@ -96,7 +96,7 @@ def test_votes_as_text_and_json(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 def test_a_missing_extra_is_said_in_one_line(
     capsys: pytest.CaptureFixture[str], studio: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(networks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     contents = studio / "contents"
     status, _, err = _run(capsys, "--contents", contents, "--works", contents, "--method", f"a={contents}")
     assert status == 1

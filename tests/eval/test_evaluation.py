@@ -12,8 +12,8 @@ import pytest
 from lsast_engines.errors import PictureError, UsageError
 from lsast_engines.images import read_on_white
 from lsast_eval import EvalOptions, Report, evaluate
-from lsast_eval.metrics.feature_cache import FeatureStore
-from lsast_eval.metrics.feature_networks import open_network
+from lsast_eval.metrics.efficientnet import EffNetLite
+from lsast_eval.metrics.feature_cache import FeatureCache
 
 from .conftest import hand, save, scene
 
@@ -220,8 +220,8 @@ def test_an_unknown_artist_and_too_few_pictures_are_refused(
 
 
 @pytest.fixture
-def counted(cache: Path) -> tuple[FeatureStore, list[int]]:
-    network = open_network()
+def counted(cache: Path) -> tuple[FeatureCache, list[int]]:
+    network = EffNetLite()
     calls: list[int] = []
     whole = network.features
 
@@ -230,11 +230,11 @@ def counted(cache: Path) -> tuple[FeatureStore, list[int]]:
         return whole(batch)
 
     network.features = features  # type: ignore[method-assign]
-    return FeatureStore(network, cache / "own", batch=2, progress=False), calls
+    return FeatureCache(network, cache / "own", batch=2, progress=False), calls
 
 
 def test_features_are_computed_once_for_each_file(
-    counted: tuple[FeatureStore, list[int]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    counted: tuple[FeatureCache, list[int]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store, calls = counted
     paths = [save(tmp_path, f"p{seed}", scene(seed)) for seed in range(3)]

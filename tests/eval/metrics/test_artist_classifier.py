@@ -4,7 +4,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lsast_eval.metrics.probe import Probe, assign_folds, held_out_predictions
+from lsast_eval.metrics.artist_classifier import LinearProbe, assign_folds, held_out_predictions
 
 
 def _clouds(counts: tuple[int, ...], dim: int = 12, apart: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
@@ -24,9 +24,9 @@ def test_it_tells_clouds_apart_and_noise_from_nothing() -> None:
 
 def test_the_fit_is_a_stationary_point_of_the_balanced_loss() -> None:
     vectors, labels = _clouds((40, 10), apart=0.5)
-    probe = Probe.fit(vectors, labels, 2, 0.05)
-    weight, bias = probe.weight.clone().requires_grad_(), probe.bias.clone().requires_grad_()
-    logits = (torch.from_numpy(vectors) - probe.mean) * probe.scale @ weight + bias
+    probe = LinearProbe.fit(vectors, labels, 2, 0.05)
+    weight, bias = (torch.tensor(array, requires_grad=True) for array in (probe.weight, probe.bias))
+    logits = torch.from_numpy((vectors - probe.mean) * probe.scale) @ weight + bias
     y = torch.from_numpy(labels)
     entropy = sum(F.cross_entropy(logits[y == label], y[y == label]) for label in (0, 1)) / 2
     (entropy + 0.025 * weight.square().sum()).backward()
@@ -41,7 +41,7 @@ def test_a_rare_class_is_not_drowned() -> None:
     rng = np.random.default_rng(2)
     vectors = np.concatenate([rng.normal(0, 1, (600, 4)), rng.normal(1, 1, (30, 4))]).astype(np.float32)
     labels = np.repeat([0, 1], [600, 30])
-    predicted = Probe.fit(vectors, labels, 2, 0.01).predict(vectors)
+    predicted = LinearProbe.fit(vectors, labels, 2, 0.01).predict(vectors)
     assert predicted[600:].mean() > 0.7
 
 
@@ -59,6 +59,6 @@ def test_folds_are_even_in_every_class_and_depend_on_the_file_alone() -> None:
 def test_held_out_means_held_out() -> None:
     """Every vector is its own direction: what training saw is remembered, what it did not see is a guess."""
     vectors, labels = np.eye(40, dtype=np.float32), np.tile([0, 1], 20)
-    assert (Probe.fit(vectors, labels, 2, 1e-4).predict(vectors) == labels).all()
+    assert (LinearProbe.fit(vectors, labels, 2, 1e-4).predict(vectors) == labels).all()
     folds = assign_folds([str(index) for index in range(40)], labels, 5)
     assert (held_out_predictions(vectors, labels, 2, folds, 1e-4) == labels).mean() < 0.75

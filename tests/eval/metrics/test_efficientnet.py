@@ -37,7 +37,7 @@ def test_pooled_features_lead_to_the_packages_own_logits(network: EffNetLite) ->
 
 def test_texture_features_are_moments_of_the_taps(network: EffNetLite) -> None:
     prepared = network.prepare(scene(3, 224))
-    taps = [tap.numpy() for tap in network.look(prepared)]
+    taps = [tap.numpy() for tap in network.feature_maps(prepared)]
     assert [tap.shape for tap in taps] == [(16, 112, 112), (24, 56, 56), (40, 28, 28), (112, 14, 14), (320, 7, 7)]
     moments = [part for tap in taps[:4] for part in (tap.mean((1, 2)), tap.std((1, 2), ddof=1))]
     np.testing.assert_allclose(
@@ -57,9 +57,9 @@ def test_prepare_takes_the_middle_of_any_shape(network: EffNetLite, height: int,
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_pair_distances_are_zero_for_equal_pictures_and_grow_with_blur(network: EffNetLite, distance) -> None:  # type: ignore[no-untyped-def]
     content = scene(5, 192)
-    maps = network.look(content)
-    found = [distance(maps, network.look(cv2.GaussianBlur(content, (0, 0), sigma))) for sigma in (1, 3, 9)]
-    assert distance(maps, network.look(content)) == pytest.approx(0, abs=1e-6)
+    maps = network.feature_maps(content)
+    found = [distance(maps, network.feature_maps(cv2.GaussianBlur(content, (0, 0), sigma))) for sigma in (1, 3, 9)]
+    assert distance(maps, network.feature_maps(content)) == pytest.approx(0, abs=1e-6)
     assert found == sorted(found)
     assert found[0] > 1e-4
 
@@ -67,18 +67,20 @@ def test_pair_distances_are_zero_for_equal_pictures_and_grow_with_blur(network: 
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_pair_distances_grow_as_another_picture_is_mixed_in(network: EffNetLite, distance) -> None:  # type: ignore[no-untyped-def]
     content, style = scene(6, 192).astype(float), hand("stripes", 1, 192)
-    maps = network.look(content.astype(np.uint8))
+    maps = network.feature_maps(content.astype(np.uint8))
     mixed = [((1 - part) * content + part * style).astype(np.uint8) for part in (0.15, 0.4, 0.8)]
-    found = [distance(maps, network.look(rgb)) for rgb in mixed]
+    found = [distance(maps, network.feature_maps(rgb)) for rgb in mixed]
     assert found == sorted(found)
 
 
 def test_structure_forgives_a_change_of_colour_that_a_shuffle_of_places_does_not_get(network: EffNetLite) -> None:
     content = scene(7, 192)
-    maps = network.look(content)
+    maps = network.feature_maps(content)
     tinted = (content * np.array([1.0, 0.8, 0.6])).astype(np.uint8)
     shuffled = np.concatenate([content[96:], content[:96]])
-    assert structure_distance(maps, network.look(tinted)) < 0.5 * structure_distance(maps, network.look(shuffled))
+    assert structure_distance(maps, network.feature_maps(tinted)) < 0.5 * structure_distance(
+        maps, network.feature_maps(shuffled)
+    )
 
 
 def test_perceptual_distance_is_one_minus_cosine_at_every_place() -> None:

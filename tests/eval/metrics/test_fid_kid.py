@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lsast_eval.metrics.fid_kid import frechet, kernel, resamplings, score_of, wilson
+from lsast_eval.metrics.fid_kid import bootstrap_indices, fid, kid, score_of, wilson
 
 RNG = np.random.default_rng(0)
 
@@ -24,7 +24,7 @@ def _by_eigenvalues(x: np.ndarray, y: np.ndarray) -> float:
 @pytest.mark.parametrize(("n", "m", "d"), [(40, 60, 5), (6, 9, 4), (7, 30, 12), (5, 4, 16)])
 def test_frechet_is_the_papers_formula(n: int, m: int, d: int) -> None:
     x, y = _sample(n, d), 1.4 * _sample(m, d, seed=2, shift=0.3)
-    assert frechet(x, y)[0] == pytest.approx(_by_eigenvalues(x, y), rel=1e-5)
+    assert fid(x, y)[0] == pytest.approx(_by_eigenvalues(x, y), rel=1e-5)
 
 
 def test_frechet_of_known_gaussians() -> None:
@@ -33,13 +33,13 @@ def test_frechet_of_known_gaussians() -> None:
     white = (raw - raw.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(raw, rowvar=False))).T
     x = white * [1, 2, 3] + [0, 0, 0]
     y = white[::-1] * [2, 2, 0.5] + [3, 0, 4]
-    assert frechet(x, y)[0] == pytest.approx(25 + 1 + 0 + 6.25, rel=1e-9)
+    assert fid(x, y)[0] == pytest.approx(25 + 1 + 0 + 6.25, rel=1e-9)
 
 
 def test_frechet_of_a_set_with_itself_is_zero_and_grows_with_distance() -> None:
     x = _sample(12, 40)
-    assert frechet(x, x[::-1])[0] == pytest.approx(0, abs=1e-9)
-    apart = [frechet(x, x + shift)[0] for shift in (0.1, 0.5, 2.0)]
+    assert fid(x, x[::-1])[0] == pytest.approx(0, abs=1e-9)
+    apart = [fid(x, x + shift)[0] for shift in (0.1, 0.5, 2.0)]
     assert apart == pytest.approx([40 * shift**2 for shift in (0.1, 0.5, 2.0)], rel=1e-6)
 
 
@@ -52,7 +52,7 @@ def test_kernel_is_the_unbiased_discrepancy() -> None:
     within_x = np.mean([k(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j])
     within_y = np.mean([k(a, b) for i, a in enumerate(y) for j, b in enumerate(y) if i != j])
     between = np.mean([k(a, b) for a in x for b in y])
-    assert kernel(x, y)[0] == pytest.approx(within_x + within_y - 2 * between, rel=1e-10)
+    assert kid(x, y)[0] == pytest.approx(within_x + within_y - 2 * between, rel=1e-10)
 
 
 def test_kernel_has_no_bias_from_small_sets_where_frechet_has() -> None:
@@ -60,17 +60,17 @@ def test_kernel_has_no_bias_from_small_sets_where_frechet_has() -> None:
     found = []
     for seed in range(200):
         both = np.random.default_rng(seed).normal(size=(16, 10))
-        found.append((kernel(both[:8], both[8:])[0], frechet(both[:8], both[8:])[0]))
+        found.append((kid(both[:8], both[8:])[0], fid(both[:8], both[8:])[0]))
     discrepancies, distances = np.array(found).T
     assert abs(discrepancies.mean()) < 3 * discrepancies.std() / 200**0.5
     assert distances.min() > 1
 
 
-@pytest.mark.parametrize("distance", [frechet, kernel])
+@pytest.mark.parametrize("distance", [fid, kid])
 @pytest.mark.parametrize("m", [5, 30])
 def test_a_resampling_equals_the_distance_of_the_resampled_set(distance, m: int) -> None:  # type: ignore[no-untyped-def]
     x, y = _sample(8, 6), _sample(m, 6, seed=4)
-    draws = resamplings(8, 5, seed=0)
+    draws = bootstrap_indices(8, 5, seed=0)
     value, replicates = distance(x, y, draws)
     assert value == pytest.approx(distance(x, y)[0])
     assert replicates == pytest.approx([distance(x[rows], y)[0] for rows in draws], rel=1e-9)
@@ -81,7 +81,7 @@ def test_the_interval_of_a_mean_covers_the_truth_as_often_as_it_says() -> None:
     hits = 0
     for seed in range(300):
         values = np.random.default_rng(seed).normal(5, 2, 40)
-        score = score_of(values.mean(), values[resamplings(40, 200, seed)].mean(1), 0.9)
+        score = score_of(values.mean(), values[bootstrap_indices(40, 200, seed)].mean(1), 0.9)
         assert score.low < score.value < score.high
         hits += score.low <= 5 <= score.high
     assert 0.82 < hits / 300 < 0.95
@@ -90,7 +90,7 @@ def test_the_interval_of_a_mean_covers_the_truth_as_often_as_it_says() -> None:
 def test_replicates_are_centred_on_the_value() -> None:
     """The bootstrap of FID lies above the FID; uncentred, the interval would not even hold the figure."""
     x, y = _sample(10, 20), _sample(30, 20, seed=5)
-    value, replicates = frechet(x, y, resamplings(10, 100, 0))
+    value, replicates = fid(x, y, bootstrap_indices(10, 100, 0))
     assert replicates.mean() > value
     score = score_of(value, replicates, 0.95)
     assert score.low < value < score.high

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from lsast_engines.errors import LsastError, UsageError
-from lsast_eval.voting.page import Ballot, draw_pairs, open_server
-from lsast_eval.voting.votes import Vote, append_vote, left_share, read_votes, win_rates
+from lsast_eval.voting.page import VoteSession, draw_pairs, open_server
+from lsast_eval.voting.votes import Vote, append_vote, left_bias, read_votes, win_rates
 
 from ..conftest import save, scene
 
@@ -46,10 +46,10 @@ def test_win_rates_of_known_votes() -> None:
     assert rates["reinhard", None].rate == 0
     assert [rate.method for rate in win_rates(votes)[:3]] == ["ours", "magenta", "reinhard"]
     assert ("ours", "reinhard") not in rates
-    share = left_share(votes)
+    share = left_bias(votes)
     assert share is not None
     assert share[0] == pytest.approx(7 / 13)
-    assert left_share([_vote("a", "b", "tie")]) is None
+    assert left_bias([_vote("a", "b", "tie")]) is None
     with pytest.raises(UsageError, match="found no votes"):
         win_rates([])
 
@@ -131,14 +131,14 @@ class _Page:
 
 
 @pytest.fixture
-def ballot(folders: dict[str, Path], tmp_path: Path) -> Ballot:
+def session(folders: dict[str, Path], tmp_path: Path) -> VoteSession:
     pairs = draw_pairs(folders["contents"], {name: folders[name] for name in METHODS}, folders["works"], seed=3)
-    return Ballot(pairs, "monet", tmp_path / "votes.jsonl", "me")
+    return VoteSession(pairs, "monet", tmp_path / "votes.jsonl", "me")
 
 
 @pytest.fixture
-def page(ballot: Ballot) -> Iterator[_Page]:
-    server = open_server(ballot)
+def page(session: VoteSession) -> Iterator[_Page]:
+    server = open_server(session)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield _Page(f"http://127.0.0.1:{server.server_address[1]}/")
@@ -157,7 +157,7 @@ def _shade(page: _Page, name: str) -> int:
     return int(np.asarray(picture)[0, 0, 0])
 
 
-def test_a_whole_vote_goes_to_the_method_that_was_seen(page: _Page, ballot: Ballot, tmp_path: Path) -> None:
+def test_a_whole_vote_goes_to_the_method_that_was_seen(page: _Page, session: VoteSession, tmp_path: Path) -> None:
     """The voter likes dark pictures, knows only what the page shows, and must elect the darkest method."""
     status, html = page.get("")
     assert status == 200
@@ -174,12 +174,12 @@ def test_a_whole_vote_goes_to_the_method_that_was_seen(page: _Page, ballot: Ball
         assert page.post(json.dumps(vote).encode())[0] == 400  # no second vote on one pair
         assert len(read_votes([tmp_path / "votes.jsonl"])) == number + 1
     assert json.loads(page.get("next")[1]) == {"done": True}
-    assert ballot.remaining == 0
+    assert session.remaining == 0
     rates = {rate.method: rate.rate for rate in win_rates(read_votes([tmp_path / "votes.jsonl"])) if rate.other is None}
     assert rates == {"ours": 1, "magenta": 0.5, "reinhard": 0}
 
 
-def test_only_this_machines_own_page_is_answered(page: _Page, ballot: Ballot, tmp_path: Path) -> None:
+def test_only_this_machines_own_page_is_answered(page: _Page, session: VoteSession, tmp_path: Path) -> None:
     number = json.loads(page.get("next")[1])["pair"]
     vote = json.dumps({"pair": number, "choice": "tie", "seconds": 1}).encode()
     assert page.get("next", Host="evil.example")[0] == 403
@@ -193,23 +193,25 @@ def test_only_this_machines_own_page_is_answered(page: _Page, ballot: Ballot, tm
         assert page.post(bad)[0] == 400
     assert not (tmp_path / "votes.jsonl").exists()
     assert page.post(vote, Origin=page.address.rstrip("/"))[0] == 200
-    assert ballot.remaining == 11
+    assert session.remaining == 11
 
 
-def test_a_voter_is_not_asked_twice_but_another_is(folders: dict[str, Path], ballot: Ballot, tmp_path: Path) -> None:
+def test_a_voter_is_not_asked_twice_but_another_is(
+    folders: dict[str, Path], session: VoteSession, tmp_path: Path
+) -> None:
     out = tmp_path / "votes.jsonl"
-    ballot.answer({"pair": ballot.next()["pair"], "choice": "left", "seconds": 2})
+    session.answer({"pair": session.next()["pair"], "choice": "left", "seconds": 2})
     (written,) = read_votes([out])
     assert (written.voter, written.artist, written.seconds) == ("me", "monet", 2)
     methods = {name: folders[name] for name in METHODS}
     # Another seed: other order, other sides, the same questions.
-    again = Ballot(draw_pairs(folders["contents"], methods, None, seed=8), "monet", out, "me")
+    again = VoteSession(draw_pairs(folders["contents"], methods, None, seed=8), "monet", out, "me")
     assert again.remaining == 11
-    assert Ballot(draw_pairs(folders["contents"], methods, None, 8), "monet", out, "you").remaining == 12
-    assert Ballot(draw_pairs(folders["contents"], methods, None, 8), "hokusai", out, "me").remaining == 12
+    assert VoteSession(draw_pairs(folders["contents"], methods, None, 8), "monet", out, "you").remaining == 12
+    assert VoteSession(draw_pairs(folders["contents"], methods, None, 8), "hokusai", out, "me").remaining == 12
 
 
-def test_a_taken_port_is_refused(page: _Page, ballot: Ballot) -> None:
+def test_a_taken_port_is_refused(page: _Page, session: VoteSession) -> None:
     port = int(page.address.rstrip("/").rpartition(":")[2])
     with pytest.raises(UsageError, match=f"cannot listen on port {port}"):
-        open_server(ballot, port)
+        open_server(session, port)
