@@ -159,7 +159,7 @@ def planned(stylizer: lsast.Stylizer, name: str, beside: Sequence[str]) -> dict[
         UsageError: it has no guidance baked in.
     """
     style, manifest = stylizer.bundle.open_style(name), stylizer.bundle.manifest
-    if style.guidance_baked is None:
+    if style.distilled_guidance is None:
         raise UsageError(f"found {name!r}, which has no guidance baked in; expected a style of lsast-train distil")
     made = json.loads(style.meta["distil_options"])
     few: dict[str, Any] | None = None
@@ -168,7 +168,7 @@ def planned(stylizer: lsast.Stylizer, name: str, beside: Sequence[str]) -> dict[
         few = {"steps": made["student_steps"], "strength": made["strength"], "solver": made["solver"]}
         parts = math.ceil(made["teacher_steps"] / made["student_steps"])
         fine = fine_run(manifest.noise, few, parts, manifest.stages)
-    return dict(ways(name, style.meta["distilled_from"], style.guidance_baked, few, fine, beside))
+    return dict(ways(name, style.meta["distilled_from"], style.distilled_guidance, few, fine, beside))
 
 
 @click.command()
@@ -235,11 +235,11 @@ def main(
                 with Image.open(path) as content:
                     sheet(content, painted).save(out / name / f"{path.stem}.sheet.png")
             told: dict[str, Any] = {
-                "guidance": style.guidance_baked,
+                "guidance": style.distilled_guidance,
                 "relative_error": style.meta.get("distil_relative_error"),
                 "ways": [asdict(way) for way in table.values()],
             }
-            click.echo(f"\n{name}: guidance {style.guidance_baked:g}, PSNR to the teacher, mean (lowest), dB\n")
+            click.echo(f"\n{name}: guidance {style.distilled_guidance:g}, PSNR to the teacher, mean (lowest), dB\n")
             click.echo("| | picture | latent | denoising, s |\n|---|---|---|---|")
             click.echo("\n".join(way.row() for way in table.values()))
             if paintings and photos and artist:

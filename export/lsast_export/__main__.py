@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from lsast_engines.bundle.style_defaults import STYLE_DEFAULTS
+from lsast_engines.bundle.style import STYLE_DEFAULTS
 from lsast_engines.cli import Group, fail
 from lsast_engines.errors import UsageError
 

@@ -26,8 +26,7 @@ from ..errors import BundleError, StyleError, UsageError, fault_list
 from ..files import cache_home, file_sha256
 from .graph_spec import GraphSpec, TensorSpec, further_specs, graph_specs
 from .manifest import FileEntry, Manifest
-from .style import Style
-from .style_file import StyleFile
+from .style import Style, StyleFile
 
 MANIFEST = "manifest.json"
 NULL_STYLE = "null.safetensors"

@@ -1,23 +1,67 @@
-"""A style: the artist's prompts, already projected through every cross-attention of a base."""
+"""A style: an artist's prompts as keys and values of every cross-attention of one base, in memory and on disk.
+
+A style file is one safetensors file: ``kv_unet`` [stages, T, Wu] and ``kv_control`` [stages, T, Wc] in float16, and a
+JSON object under the metadata key ``lsast``. safetensors writes several keys in random order; with one key, equal
+styles give equal bytes. The object holds a SHA-256 of every stage: a run that visits seven of ten stages reads, and
+verifies, seven.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import StyleError, fault_list
-from .style_file import TENSORS, StageKV, StyleFile, write_style
+from ..errors import StyleError, UsageError, fault_list
+from ..files import replace_file
+from .json_fields import JsonReader
+
+FORMAT = 2
+"""Format number of style files."""
+
+TENSORS = ("kv_unet", "kv_control")
+"""The tensors of a style."""
+
+STYLE_DEFAULTS: dict[str, type] = {
+    "steps": int,
+    "strength": float,
+    "guidance": float,
+    "control": float,
+    "solver": str,
+}
+"""The options that a style may have its own default of, and their types; the runtime checks their ranges."""
+
+DEFAULTS_KEY = "defaults"
+"""Key in a style's `meta` of its default options, as JSON."""
+
+DISTILLED_GUIDANCE_KEY = "guidance_baked"
+"""Key in a style's `meta` of the guidance scale that it was distilled with, as text."""
+
+_METADATA_KEY = "lsast"
+_HEADER = ("format", "name", "base", "stages", "tokens", "meta", "sha256")
+
+
+class StageKV(NamedTuple):
+    """Keys and values of one stage, float32."""
+
+    kv_unet: npt.NDArray[np.float32]
+    """[T, Wu]"""
+    kv_control: npt.NDArray[np.float32]
+    """[T, Wc]"""
 
 
 @dataclass(frozen=True, eq=False)
 class Style:
-    """Keys and values of one style for one base, float32 in memory, rows contiguous.
+    """Keys and values of one style for one base, float32 and contiguous.
 
-    Row `stage` of each tensor is what the denoiser takes at a step of that stage. Which prompt serves which stage and
-    layer group was settled when the style was baked.
+    The prompt of each stage and layer group was chosen when the style was baked (docs/method.md §4).
 
     Raises:
         StyleError: tensors that do not have the declared shape, or are not finite; all faults at once.
@@ -25,50 +69,244 @@ class Style:
 
     name: str
     base: str
-    """Fingerprint of the base (`Manifest.fingerprint`) that projected it; it fits no other."""
+    """Fingerprint of the base (`Manifest.fingerprint`) that projected the prompts; the style fits no other base."""
     stages: int
     tokens: int
     kv_unet: npt.NDArray[np.float32]
     """[stages, T, Wu]: keys and values of the U-Net's cross-attentions, packed as the manifest's `attention_layers`."""
     kv_control: npt.NDArray[np.float32]
-    """[stages, T, Wc]: the same of the ControlNet."""
+    """[stages, T, Wc]: the same for the ControlNet."""
     meta: dict[str, str] = field(default_factory=dict)
-    """Licence, training facts and the like; kept, not interpreted."""
+    """Licence, training settings, default options (`encode_defaults`)."""
 
     def __post_init__(self) -> None:
         faults = []
-        for tensor_name in TENSORS:
-            tensor = np.ascontiguousarray(getattr(self, tensor_name), dtype=np.float32)
-            object.__setattr__(self, tensor_name, tensor)
-            expected = f"[{self.stages}, {self.tokens}, width]"
-            if tensor.ndim != 3 or tensor.shape[:2] != (self.stages, self.tokens) or 0 in tensor.shape:
-                faults.append(f"{tensor_name}: found shape {list(tensor.shape)}; expected {expected}")
-            elif not np.isfinite(tensor).all():
-                faults.append(f"{tensor_name}: found NaN or infinite values; expected finite ones")
+        for name in TENSORS:
+            tensor = np.ascontiguousarray(getattr(self, name), dtype=np.float32)
+            object.__setattr__(self, name, tensor)
+            faults += _shape_faults(name, list(tensor.shape), self.stages, self.tokens)
+            if not np.isfinite(tensor).all():
+                faults.append(f"{name}: found NaN or infinite values; expected finite ones")
         if faults:
             raise StyleError(fault_list(f"style {self.name!r} is not usable:", faults))
 
     def width(self, tensor: str) -> int:
-        """Columns of the rows of `tensor`, one of `TENSORS`."""
+        """Columns of `tensor`, one of `TENSORS`."""
         return int(getattr(self, tensor).shape[2])
 
-    def row(self, stage: int) -> StageKV:
+    def stage(self, stage: int) -> StageKV:
         """Keys and values of one stage, 0 … stages - 1."""
         return StageKV(self.kv_unet[stage], self.kv_control[stage])
 
     def save(self, path: Path) -> None:
-        """Write one file, as `style_file` describes it.
+        """Write the style file `path`, tensors in float16.
 
         Raises:
-            StyleError: values beyond fp16's range of ±65504.
+            StyleError: values beyond float16's range of ±65504.
         """
-        write_style(self, path)
+        from safetensors.numpy import save
+
+        with np.errstate(over="ignore"):
+            tensors = {name: getattr(self, name).astype(np.float16) for name in TENSORS}
+        if wide := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
+            faults = [f"{name}: found {np.abs(getattr(self, name)).max():g}; expected at most 65504" for name in wide]
+            raise StyleError(fault_list(f"style {self.name!r} does not fit float16:", faults))
+        header: dict[str, Any] = {
+            "format": FORMAT,
+            "name": self.name,
+            "base": self.base,
+            "stages": self.stages,
+            "tokens": self.tokens,
+            "meta": self.meta,
+            "sha256": [stage_digest({name: tensors[name][stage] for name in TENSORS}) for stage in range(self.stages)],
+        }
+        with replace_file(path) as handle:
+            handle.write(save(tensors, {_METADATA_KEY: json.dumps(header, sort_keys=True, ensure_ascii=False)}))
 
     @classmethod
     def load(cls, path: Path) -> Style:
-        """Read a whole style file; `StyleFile` reads single stages.
+        """Read all stages of a style file.
 
         Raises:
-            StyleError: not there, not a style, of another format, or damaged; all faults at once.
+            StyleError: see `StyleFile`.
         """
         return StyleFile(path).load()
+
+
+class StyleFile:
+    """A style file, whose stages are read when they are asked for, and then stay in memory.
+
+    A file that replaces it on disk has no effect. For one thread at a time.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open a style file and read its header.
+
+        Raises:
+            StyleError: not found, not a style, of another format, or damaged; all faults at once.
+        """
+        self.path = path
+        self._file, header = _open(path)
+        faults: list[str] = []
+        reader = JsonReader(header, "", faults, _HEADER)
+        self.name = reader.string("name")
+        self.base = reader.string("base")
+        """Fingerprint of the base (`Manifest.fingerprint`) that projected the prompts; the style fits no other base."""
+        self.stages = reader.integer("stages")
+        self.tokens = reader.integer("tokens")
+        self.meta = reader.string_dict("meta")
+        """Licence, training settings, default options."""
+        self.defaults: dict[str, Any]
+        """The style's own default options, a part of `STYLE_DEFAULTS`."""
+        self.defaults, wrong = decode_defaults(self.meta)
+        faults += wrong
+        self.distilled_guidance: float | None
+        """The guidance scale that the style was distilled with (`lsast-train distill`), None for other styles. One pass
+        with this style gives what two passes gave with that guidance, so it runs with guidance 1."""
+        self.distilled_guidance, wrong = _distilled_guidance(self.meta)
+        faults += wrong
+        self._digests: Any = header.get("sha256")
+        self._read: dict[int, StageKV] = {}
+        self._shapes = {name: list(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
+        for name in TENSORS:
+            if name in self._shapes:
+                faults += _shape_faults(name, self._shapes[name], self.stages, self.tokens)
+            else:
+                faults.append(f"{name}: found no such tensor; expected [{self.stages}, {self.tokens}, width]")
+        if not isinstance(self._digests, list) or len(self._digests) != self.stages:
+            faults.append(f"sha256: found {self._digests!r}; expected a text for each of {self.stages} stages")
+        if faults:
+            raise StyleError(fault_list(f"style file {path} is damaged:", faults))
+
+    def width(self, tensor: str) -> int:
+        """Columns of `tensor`, one of `TENSORS`."""
+        return int(self._shapes[tensor][2])
+
+    @property
+    def read_stages(self) -> list[int]:
+        """The stages that are in memory."""
+        return sorted(self._read)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the keys and values that are in memory."""
+        return sum(tensor.nbytes for kv in self._read.values() for tensor in kv)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over the checksums of all stages: equal for equal keys and values."""
+        return hashlib.sha256(json.dumps(self._digests).encode()).hexdigest()
+
+    def stage(self, stage: int) -> StageKV:
+        """Keys and values of one stage, 0 … stages - 1.
+
+        Raises:
+            StyleError: the values are not those that were written, or not finite.
+        """
+        if stage not in self._read:
+            tensors = {name: self._file.get_slice(name)[stage : stage + 1][0] for name in TENSORS}
+            if stage_digest(tensors) != self._digests[stage]:
+                raise StyleError(
+                    f"style file {self.path} is damaged: the SHA-256 of stage {stage} differs from the recorded one; "
+                    "copy or bake the style again"
+                )
+            for name, tensor in tensors.items():
+                if not np.isfinite(tensor).all():
+                    raise StyleError(f"style file {self.path}: found NaN or infinite values in {name} of stage {stage}")
+            self._read[stage] = StageKV(*(np.ascontiguousarray(tensors[name], dtype=np.float32) for name in TENSORS))
+        return self._read[stage]
+
+    def load(self) -> Style:
+        """The whole style.
+
+        Raises:
+            StyleError: see `stage`.
+        """
+        stages = [self.stage(stage) for stage in range(self.stages)]
+        unet, control = (np.stack([getattr(kv, name) for kv in stages]) for name in TENSORS)
+        return Style(self.name, self.base, self.stages, self.tokens, unet, control, self.meta)
+
+
+def encode_defaults(values: Mapping[str, Any]) -> dict[str, str]:
+    """The entry of a style's `meta` that holds default options; empty for no options.
+
+    Raises:
+        UsageError: values that are not of `STYLE_DEFAULTS`; all of them at once.
+    """
+    if faults := [fault for name, value in values.items() if (fault := _default_fault(name, value))]:
+        raise UsageError(fault_list("invalid defaults of a style:", faults))
+    return {DEFAULTS_KEY: json.dumps(dict(values), sort_keys=True)} if values else {}
+
+
+def decode_defaults(meta: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """The default options in a style's `meta`, and the faults found in them."""
+    text = meta.get(DEFAULTS_KEY)
+    if text is None:
+        return {}, []
+    try:
+        values = json.loads(text)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        return {}, [f"{DEFAULTS_KEY}: found {text!r}; expected a JSON object"]
+    faults = [f"{DEFAULTS_KEY}: {fault}" for name, value in values.items() if (fault := _default_fault(name, value))]
+    return ({} if faults else values), faults
+
+
+def _default_fault(name: str, value: Any) -> str | None:
+    if name not in STYLE_DEFAULTS:
+        return f"found {name!r}; expected one of {', '.join(STYLE_DEFAULTS)}"
+    kind = STYLE_DEFAULTS[name]
+    valid = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+    expected = {int: "a whole number", float: "a number", str: "a text"}[kind]
+    return None if valid else f"{name}: found {value!r}; expected {expected}"
+
+
+def _distilled_guidance(meta: Mapping[str, str]) -> tuple[float | None, list[str]]:
+    """The guidance scale in a style's `meta`, None without one, and the faults found in it."""
+    text = meta.get(DISTILLED_GUIDANCE_KEY)
+    if text is None:
+        return None, []
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = math.nan
+    if not (math.isfinite(scale) and scale > 0):
+        return None, [f"{DISTILLED_GUIDANCE_KEY}: found {text!r}; expected a number above 0"]
+    return scale, []
+
+
+def _shape_faults(name: str, shape: list[int], stages: int, tokens: int) -> list[str]:
+    if len(shape) == 3 and shape[:2] == [stages, tokens] and shape[2] > 0:
+        return []
+    return [f"{name}: found shape {shape}; expected [{stages}, {tokens}, width]"]
+
+
+def stage_digest(tensors: Mapping[str, npt.NDArray[Any]]) -> str:
+    """SHA-256 (hex) over names, types, shapes and values, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        digest.update(np.ascontiguousarray(tensor).tobytes())
+    return digest.hexdigest()
+
+
+def _open(path: Path) -> tuple[Any, dict[str, Any]]:
+    """The open file and its header, of a format that this version reads."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file: Any = safe_open(path, framework="numpy")
+        header = json.loads((file.metadata() or {}).get(_METADATA_KEY, "null"))
+    except FileNotFoundError:
+        raise StyleError(f"found no style file {path}") from None
+    except (OSError, SafetensorError, ValueError) as error:
+        raise StyleError(f"style file {path} cannot be read ({error}); copy or bake the style again") from error
+    if not isinstance(header, dict) or "format" not in header:
+        raise StyleError(f"{path} is a safetensors file but not a style; bake one with: lsast-export --style NAME")
+    if header["format"] != FORMAT:
+        raise StyleError(
+            f"style file {path} has format {header['format']}; this version reads format {FORMAT}: "
+            "bake the style again, or update lsast"
+        )
+    return file, header

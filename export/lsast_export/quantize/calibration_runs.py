@@ -107,7 +107,7 @@ def make_trials(
             schedule = TimestepSchedule.build(
                 manifest.noise, options["steps"], strength, manifest.stages, options["solver"]
             )
-            guidance = options["guidance"] if file.guidance_baked is None else 1.0
+            guidance = options["guidance"] if file.distilled_guidance is None else 1.0
             generator = np.random.default_rng(seed + index)
             planes = np.broadcast_to(canny_edges(rgb).astype(np.float32), (1, 3, *rgb.shape[:2]))
             hint = hinter({"edges": np.ascontiguousarray(planes)})["hint"].copy()
@@ -134,8 +134,8 @@ def decoder_feeds(bundle: Bundle, latent: Floats) -> Feeds:
 def feeds_at(bundle: Bundle, trial: Trial, step: Step, latent: Floats) -> Feeds:
     """What the denoiser is fed at `step` of `trial` with `latent` [1, 4, h, w]."""
     null = bundle.null_style
-    row = bundle.open_style(trial.style).row(step.stage)
-    halves = [null.row(step.stage if null.stages > 1 else 0).kv_unet, row.kv_unet]
+    row = bundle.open_style(trial.style).stage(step.stage)
+    halves = [null.stage(step.stage if null.stages > 1 else 0).kv_unet, row.kv_unet]
     return {
         "latent": latent,
         "hint": trial.hint,

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.style import Style
-from lsast_engines.bundle.style_defaults import GUIDANCE_BAKED, write_style_defaults
-from lsast_engines.bundle.style_file import StyleFile
+from lsast_engines.bundle.style import DISTILLED_GUIDANCE_KEY, Style, StyleFile, encode_defaults
 from lsast_engines.errors import StyleError, UsageError
 from lsast_train.base.base import Base, BaseParts, check_fingerprint
 from lsast_train.prompts.prompt_file import Prompts, UnboundPrompts, load_any_prompts
@@ -118,11 +116,12 @@ def with_defaults(styles: Sequence[Prompts], defaults: Mapping[str, Mapping[str,
             f"found defaults of {', '.join(strangers)}; expected those of a style that is baked here: "
             f"{', '.join(names) or 'none is'}"
         )
-    if guided := [p.name for p in styles if GUIDANCE_BAKED in p.meta and "guidance" in defaults.get(p.name, {})]:
+    if guided := [
+        p.name for p in styles if DISTILLED_GUIDANCE_KEY in p.meta and "guidance" in defaults.get(p.name, {})
+    ]:
         raise UsageError(f"found a default of guidance for {', '.join(guided)}; expected none: it is baked in")
     return [
-        replace(prompts, meta={**prompts.meta, **write_style_defaults(defaults.get(prompts.name, {}))})
-        for prompts in styles
+        replace(prompts, meta={**prompts.meta, **encode_defaults(defaults.get(prompts.name, {}))}) for prompts in styles
     ]
 
 

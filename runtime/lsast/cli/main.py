@@ -156,10 +156,10 @@ def main(
         raise click.exceptions.Exit(0 if found.healthy else 1)
     if list_styles:
         from lsast_engines.bundle.bundle import Bundle, find_bundle
-        from lsast_engines.bundle.style_file import StyleFile
+        from lsast_engines.bundle.style import StyleFile
 
         styles = Bundle.open(find_bundle(bundle)).styles()
-        baked = {name: scale for name, path in styles.items() if (scale := StyleFile(path).guidance_baked)}
+        baked = {name: scale for name, path in styles.items() if (scale := StyleFile(path).distilled_guidance)}
         told = {"styles": list(styles), "guidance_baked": baked}
         click.echo(json.dumps(told) if as_json else "\n".join(styles))
         return

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.style_file import StyleFile
+from lsast_engines.bundle.style import StyleFile
 from lsast_engines.errors import UsageError
 
 from .options import Options
@@ -76,7 +76,7 @@ def _agreed(files: Sequence[StyleFile]) -> dict[str, Any]:
 
 def _baked(files: Sequence[StyleFile], given: Mapping[str, Any]) -> dict[str, Any]:
     """The guidance of styles that have it baked in: none is left to apply."""
-    scales = {file.name: file.guidance_baked for file in files}
+    scales = {file.name: file.distilled_guidance for file in files}
     if not any(scales.values()):
         return {}
     told = ", ".join(f"{name} {'without' if scale is None else f'{scale:g}'}" for name, scale in scales.items())

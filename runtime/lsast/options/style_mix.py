@@ -24,8 +24,7 @@ from typing import get_args
 import numpy as np
 
 from lsast_engines.bundle.manifest import AttentionLayer, Group
-from lsast_engines.bundle.style import Style
-from lsast_engines.bundle.style_file import TENSORS, StageKV, StyleFile
+from lsast_engines.bundle.style import TENSORS, StageKV, Style, StyleFile
 from lsast_engines.errors import UsageError
 
 GROUPS: tuple[str, ...] = get_args(Group)
@@ -143,15 +142,15 @@ class Hand:
         """Equal for hands of equal rows: the mix, and what its styles hold."""
         return self._mix.text, tuple(style_key(self._styles[name]) for name in self._mix.styles)
 
-    def row(self, stage: int) -> StageKV:
+    def stage(self, stage: int) -> StageKV:
         """Keys and values of one stage, 0 … stages - 1; new arrays, or those of the one style there is.
 
         Raises:
             StyleError: a style's file is damaged.
         """
         if len(self._mix.terms) == 1 and all(self._mix.terms[0].reaches(stage, group) for group in GROUPS):
-            return self._styles[self._mix.terms[0].style].row(stage)
-        null = self._null.row(stage if self._null.stages > 1 else 0)
+            return self._styles[self._mix.terms[0].style].stage(stage)
+        null = self._null.stage(stage if self._null.stages > 1 else 0)
         mixed = {tensor: np.array(getattr(null, tensor)) for tensor in TENSORS}
         for group in GROUPS:
             terms = [term for term in self._mix.terms if term.reaches(stage, group)]
@@ -165,7 +164,7 @@ class Hand:
         return StageKV(*(mixed[tensor] for tensor in TENSORS))
 
     def _part(self, term: Term, stage: int, tensor: str) -> np.ndarray:
-        part: np.ndarray = getattr(self._styles[term.style].row(stage), tensor)
+        part: np.ndarray = getattr(self._styles[term.style].stage(stage), tensor)
         return part
 
 

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lsast_engines.bundle.style import Style
-from lsast_engines.bundle.style_file import StyleFile, stage_digest
+from lsast_engines.bundle.style import Style, StyleFile, stage_digest
 from lsast_engines.errors import StyleError
 
 MakeStyle = Callable[..., Style]
@@ -85,17 +84,17 @@ def set_value(header: dict[str, Any], tensors: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (set_value, r"SHA-256 differs"),
+        (set_value, "SHA-256 of stage 0 differs"),
         (lambda header, tensors: tensors.pop("kv_control"), "kv_control: found no such tensor"),
         (lambda header, tensors: header.update(stages=9), r"kv_unet: found shape \[10, 3, 20\]; expected \[9, 3"),
         (
             lambda header, tensors: header.update(name=3, tokens="3"),
             r"name: found 3; expected text\n.*tokens: found '3'",
         ),
-        (lambda header, tensors: header.update(meta=[1]), "meta: expected texts only"),
+        (lambda header, tensors: header.update(meta=[1]), "meta: found .1.; expected an object"),
         (lambda header, tensors: header.update(format=1), "has format 1; this version reads format 2"),
         (lambda header, tensors: header["sha256"].pop(), "sha256: found .*; expected a text for each of 10 stages"),
-        (lambda header, tensors: header.pop("format"), "no style; bake one with: lsast-export"),
+        (lambda header, tensors: header.pop("format"), "not a style; bake one with: lsast-export"),
     ],
 )
 def test_damaged_files(tmp_path: Path, make_style: MakeStyle, change: Any, message: str) -> None:
@@ -113,13 +112,13 @@ def test_a_file_gives_the_rows_that_are_asked_for_and_reads_no_other(tmp_path: P
     file = StyleFile(path)
     assert (file.name, file.stages, file.read_stages) == ("a", 10, [])
     for stage in (6, 2, 6):
-        row = file.row(stage)
+        row = file.stage(stage)
         np.testing.assert_array_equal(row.kv_unet, style.kv_unet[stage].astype(np.float16))
         np.testing.assert_array_equal(row.kv_control, style.kv_control[stage].astype(np.float16))
         assert (row.kv_unet.dtype, row.kv_unet.flags.c_contiguous) == (np.float32, True)
     assert file.read_stages == [2, 6]
-    with pytest.raises(StyleError, match=r"other values of stage 3 than were written .SHA-256 differs"):
-        file.row(3)
+    with pytest.raises(StyleError, match=r"the SHA-256 of stage 3 differs"):
+        file.stage(3)
     with pytest.raises(StyleError, match="stage 3"):
         file.load()
 
@@ -129,7 +128,7 @@ def test_a_file_that_is_replaced_goes_on_as_it_was(tmp_path: Path, make_style: M
     make_style("a").save(path)
     file = StyleFile(path)
     make_style("another").save(path)
-    np.testing.assert_array_equal(file.row(9).kv_unet, make_style("a").kv_unet[9].astype(np.float16))
+    np.testing.assert_array_equal(file.stage(9).kv_unet, make_style("a").kv_unet[9].astype(np.float16))
 
 
 def test_values_that_are_not_finite_are_refused_when_their_stage_is_read(tmp_path: Path, make_style: MakeStyle) -> None:
@@ -143,9 +142,9 @@ def test_values_that_are_not_finite_are_refused_when_their_stage_is_read(tmp_pat
 
     resave(path, spoil)
     file = StyleFile(path)
-    file.row(5)
+    file.stage(5)
     with pytest.raises(StyleError, match="NaN or infinite values in kv_control of stage 4"):
-        file.row(4)
+        file.stage(4)
 
 
 def test_unreadable_files(tmp_path: Path, make_style: MakeStyle) -> None:
@@ -162,5 +161,5 @@ def test_unreadable_files(tmp_path: Path, make_style: MakeStyle) -> None:
     with pytest.raises(StyleError, match="cannot be read"):
         Style.load(path)
     save_file({"kv_unet": np.zeros(2)}, path)
-    with pytest.raises(StyleError, match="a safetensors file but no style"):
+    with pytest.raises(StyleError, match="a safetensors file but not a style"):
         Style.load(path)

@@ -7,9 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lsast_engines.bundle.style import Style
-from lsast_engines.bundle.style_defaults import read_style_defaults, write_style_defaults
-from lsast_engines.bundle.style_file import StyleFile
+from lsast_engines.bundle.style import Style, StyleFile, decode_defaults, encode_defaults
 from lsast_engines.errors import StyleError, UsageError
 
 
@@ -22,17 +20,17 @@ def saved(folder: Path, meta: dict[str, str]) -> Path:
 
 def test_a_style_file_gives_its_defaults_back(tmp_path: Path) -> None:
     values = {"strength": 1.0, "guidance": 8, "control": 0.9, "steps": 11, "solver": "ddim"}
-    assert StyleFile(saved(tmp_path, {"licence": "none", **write_style_defaults(values)})).defaults == values
+    assert StyleFile(saved(tmp_path, {"licence": "none", **encode_defaults(values)})).defaults == values
 
 
 def test_a_style_without_any_has_none(tmp_path: Path) -> None:
-    assert write_style_defaults({}) == {}
+    assert encode_defaults({}) == {}
     assert StyleFile(saved(tmp_path, {"licence": "none"})).defaults == {}
 
 
 def test_what_cannot_be_meant_is_refused_all_at_once() -> None:
     with pytest.raises(UsageError) as caught:
-        write_style_defaults({"style": "monet", "steps": 2.5, "strength": True, "guidance": 3})
+        encode_defaults({"style": "monet", "steps": 2.5, "strength": True, "guidance": 3})
     for part in ("'style'", "steps: found 2.5", "strength: found True"):
         assert part in str(caught.value)
     assert "guidance: found" not in str(caught.value)
@@ -42,4 +40,4 @@ def test_what_cannot_be_meant_is_refused_all_at_once() -> None:
 def test_a_file_with_others_is_damaged(tmp_path: Path, text: str) -> None:
     with pytest.raises(StyleError, match="defaults"):
         StyleFile(saved(tmp_path, {"defaults": text}))
-    assert read_style_defaults({"defaults": text})[0] == {}
+    assert decode_defaults({"defaults": text})[0] == {}

@@ -16,8 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.style import Style
-from lsast_engines.bundle.style_file import StyleFile
+from lsast_engines.bundle.style import Style, StyleFile
 from lsast_export.__main__ import main
 from lsast_export.bundle import export as exporter
 from lsast_export.graphs.trace import TracedGraph
@@ -147,12 +146,12 @@ def test_a_distilled_style_is_installed_or_baked_and_keeps_its_guidance(
     assert result.exit_code == 0, result.stderr
     found = bundle.open_style("hand-g7")
     assert Path(result.stdout.strip()) == found.path
-    assert (found.guidance_baked, found.defaults) == (7.0, {"control": 0.8})
+    assert (found.distilled_guidance, found.defaults) == (7.0, {"control": 0.8})
     np.testing.assert_array_equal(found.load().kv_unet, made.kv_unet)
     # Prompts carry it too, and go before a style file of that name.
     save_prompts(replace(prompts, name="hand-g7", meta={"guidance_baked": "5"}), folder / "hand-g7.prompts.safetensors")
     assert lsast_export("--style", "hand-g7", "--base", bundle.path).exit_code == 0
-    assert bundle.open_style("hand-g7").guidance_baked == 5.0
+    assert bundle.open_style("hand-g7").distilled_guidance == 5.0
     refused = lsast_export("--style", "hand-g7", "--base", bundle.path, "--default", "hand-g7.guidance=3")
     assert refused.exit_code == 2
     assert "found a default of guidance for hand-g7; expected none: it is baked in" in refused.stderr

@@ -86,10 +86,10 @@ def test_styles_are_inputs_of_one_engine(
     denoiser: TensorRtEngine, bundles: dict[str, Bundle], feeds: Feeds, run: Callable[..., dict[str, np.ndarray]]
 ) -> None:
     bundle = bundles["fp16"]
-    hand, null = bundle.style("hand"), bundle.null_style.row(0)
+    hand, null = bundle.style("hand"), bundle.null_style.stage(0)
     inputs = {name: value for name, value in feeds(bundle, 1, 2, 8, 8).items() if not name.startswith("kv_")}
     for stage in (0, 9, 4):
-        row = hand.row(stage)
+        row = hand.stage(stage)
         context = {"kv_unet": np.stack([null.kv_unet, row.kv_unet])[:, None], "kv_control": row.kv_control[None]}
         expected = run(bundle, "denoiser", **inputs, **context)["eps"]
         denoiser.bind_inputs(context)

@@ -120,7 +120,7 @@ def test_a_style_is_known_by_its_values_not_by_its_file(bundle_path: Path, tmp_p
         Style(name, style.base, style.stages, style.tokens, values, style.kv_control, {"by": name}).save(
             tmp_path / f"{name}.safetensors"
         )
-        from lsast_engines.bundle.style_file import StyleFile
+        from lsast_engines.bundle.style import StyleFile
 
         prints.append(StyleFile(tmp_path / f"{name}.safetensors").fingerprint)
     assert prints[0] == prints[1] != prints[2]

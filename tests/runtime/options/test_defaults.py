@@ -17,8 +17,7 @@ from lsast.cli.main import main
 from lsast.options.defaults import Defaults
 from lsast.options.presets import PRESETS
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.style import Style
-from lsast_engines.bundle.style_file import StyleFile
+from lsast_engines.bundle.style import Style, StyleFile
 
 OWN = {"vangogh": {"guidance": 5.0, "steps": 4}, "monet": {"guidance": 5.0, "strength": 1.0}}
 
@@ -31,7 +30,7 @@ def path(tmp_path_factory: pytest.TempPathFactory, bundle_path: Path) -> Path:
     for name, values in OWN.items():
         file = folder / "styles" / f"{name}.safetensors"
         style = StyleFile(file)
-        rows = [style.row(stage) for stage in range(style.stages)]
+        rows = [style.stage(stage) for stage in range(style.stages)]
         kv_unet, kv_control = (np.stack([row[side] for row in rows]) for side in (0, 1))
         meta = {"defaults": json.dumps(values)}
         Style(name, style.base, style.stages, style.tokens, kv_unet, kv_control, meta).save(file)
@@ -85,8 +84,8 @@ def baked(tmp_path_factory: pytest.TempPathFactory, bundle_path: Path) -> Path:
 
 def test_a_style_with_guidance_baked_in_is_painted_in_one_pass(baked: Path, photo: np.ndarray) -> None:
     bundle = Bundle.open(baked)
-    assert bundle.open_style("five").guidance_baked == 5.0
-    assert bundle.open_style("plain").guidance_baked is None
+    assert bundle.open_style("five").distilled_guidance == 5.0
+    assert bundle.open_style("plain").distilled_guidance is None
     found = Defaults(bundle).resolve({"style": "five"})
     assert (found.guidance, found.steps) == (1.0, 4)
     assert Defaults(bundle).resolve({"style": "five", "guidance": 1}).guidance == 1

@@ -75,7 +75,7 @@ MIXES = [
 def test_every_cell_is_the_weighted_mean_of_what_reaches_it(text: str) -> None:
     hand = _hand(text)
     for stage in range(STAGES):
-        row = hand.row(stage)
+        row = hand.stage(stage)
         for tensor, groups in GROUP_OF.items():
             found = getattr(row, tensor)
             assert found.dtype == np.float32
@@ -92,14 +92,14 @@ def test_every_cell_is_the_weighted_mean_of_what_reaches_it(text: str) -> None:
 @pytest.mark.parametrize("text", ["vangogh", "vangogh:0.3", "vangogh+vangogh", "vangogh@down+vangogh@mid+vangogh@up"])
 def test_one_style_is_itself_to_the_bit(text: str) -> None:
     for stage in range(STAGES):
-        np.testing.assert_array_equal(_hand(text).row(stage).kv_unet, STYLES["vangogh"].kv_unet[stage])
-        np.testing.assert_array_equal(_hand(text).row(stage).kv_control, STYLES["vangogh"].kv_control[stage])
+        np.testing.assert_array_equal(_hand(text).stage(stage).kv_unet, STYLES["vangogh"].kv_unet[stage])
+        np.testing.assert_array_equal(_hand(text).stage(stage).kv_control, STYLES["vangogh"].kv_control[stage])
 
 
 def test_the_null_is_read_by_stage_where_it_has_stages_and_never_changed() -> None:
     null = _style("null", 11)
     before = null.kv_unet.copy()
-    row = Hand(Mix.parse("vangogh@up"), STYLES, null, LAYERS).row(6)
+    row = Hand(Mix.parse("vangogh@up"), STYLES, null, LAYERS).stage(6)
     np.testing.assert_array_equal(row.kv_unet[:, :8], null.kv_unet[6, :, :8])
     np.testing.assert_array_equal(null.kv_unet, before)
 
@@ -168,8 +168,8 @@ def test_the_embedded_bundle_knows_its_groups(tmp_path: Path) -> None:
 
     bundle: Any = Bundle.open(EMBEDDED, verify_hashes=False)
     styles = {name: bundle.open_style(name) for name in ("vangogh", "monet")}
-    row = Hand(Mix.parse("vangogh@up+monet"), styles, bundle.null_style, bundle.manifest.attention_layers).row(3)
-    monet, vangogh = styles["monet"].row(3), styles["vangogh"].row(3)
+    row = Hand(Mix.parse("vangogh@up+monet"), styles, bundle.null_style, bundle.manifest.attention_layers).stage(3)
+    monet, vangogh = styles["monet"].stage(3), styles["vangogh"].stage(3)
     for layer in bundle.manifest.attention_layers:
         tensor = "kv_unet" if layer.network == "unet" else "kv_control"
         columns = slice(layer.offset, layer.offset + 2 * layer.width)

@@ -172,13 +172,13 @@ STAGE_BYTES = 4 * 3 * (24 + 16)  # float32, three tokens, the widths of the tiny
 
 def test_styles_leave_memory_in_the_order_of_their_use(bundle_path: Path) -> None:
     shelf = Shelf(Bundle.open(bundle_path), 3 * STAGE_BYTES)
-    shelf["vangogh"].row(0), shelf["vangogh"].row(1)
-    shelf["monet"].row(0)
+    shelf["vangogh"].stage(0), shelf["vangogh"].stage(1)
+    shelf["monet"].stage(0)
     assert shelf.bytes == 3 * STAGE_BYTES
     shelf.tidy()
     assert shelf.names == ["vangogh", "monet"]
     shelf["vangogh"]  # used again: monet is now the one used longest ago
-    shelf["monet"].row(1), shelf["vangogh"].row(2)
+    shelf["monet"].stage(1), shelf["vangogh"].stage(2)
     shelf.tidy()
     assert shelf.names == ["vangogh"]
     assert shelf.bytes == 3 * STAGE_BYTES

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from lsast_engines.bundle.style import Style
-from lsast_engines.bundle.style_file import StyleFile
+from lsast_engines.bundle.style import Style, StyleFile
 from lsast_engines.diffusion.noise_schedule import NoiseSchedule
 from lsast_engines.diffusion.solvers import make_solver
 from lsast_engines.diffusion.timesteps import TimestepSchedule
@@ -79,7 +78,7 @@ def test_one_pass_comes_nearer_to_two(base: Base, collection: Collection, tmp_pa
     # The networks serve contexts again, and the errors that are told are those of whole passes.
     if kind == "kv":
         file = StyleFile(outcome.style)
-        assert file.guidance_baked == 4.0
+        assert file.distilled_guidance == 4.0
         assert file.defaults == {"control": 0.8}
         assert file.meta["licence"] == "CC0"
         kv = torch.from_numpy(file.load().kv_unet)
@@ -299,7 +298,7 @@ def test_the_command_distils_and_says_where(
     assert caught.value.code == 0, err
     told = json.loads(out)
     assert Path(told["style"]) == Path("runs/hand-g3/hand-g3.safetensors")
-    assert StyleFile(Path(told["style"])).guidance_baked == 3.0
+    assert StyleFile(Path(told["style"])).distilled_guidance == 3.0
     assert "is left" in err
     with pytest.raises(SystemExit) as caught:
         main([*[str(argument) for argument in arguments[:-1]], "--guidance", "1"])

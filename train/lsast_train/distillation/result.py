@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lsast_engines.bundle.style_defaults import GUIDANCE_BAKED, read_style_defaults, write_style_defaults
+from lsast_engines.bundle.style import DISTILLED_GUIDANCE_KEY, decode_defaults, encode_defaults
 from lsast_engines.errors import UsageError, fault_list
 
 from ..base.base import Base
@@ -76,7 +76,7 @@ def distilled_meta(
     Raises:
         UsageError: defaults of the original that cannot be meant.
     """
-    defaults, faults = read_style_defaults(style.meta)
+    defaults, faults = decode_defaults(style.meta)
     if faults:
         raise UsageError(fault_list(f"style {style.name!r} has defaults that cannot be meant:", faults))
     defaults.pop("guidance", None)
@@ -85,8 +85,8 @@ def distilled_meta(
     kept = {key: value for key, value in style.meta.items() if key != "defaults"}
     return {
         **kept,
-        **write_style_defaults(defaults),
-        GUIDANCE_BAKED: f"{options.guidance:g}",
+        **encode_defaults(defaults),
+        DISTILLED_GUIDANCE_KEY: f"{options.guidance:g}",
         "distilled_from": style.name,
         "distil_options": json.dumps(asdict(options), sort_keys=True),
         "distil_pictures_sha256": pictures,

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 
 from lsast_engines.bundle.bundle import MANIFEST, Bundle
-from lsast_engines.bundle.style import Style
-from lsast_engines.bundle.style_file import StyleFile
+from lsast_engines.bundle.style import Style, StyleFile
 from lsast_engines.errors import StyleError
 
 from ..base.attention import GROUPS
