@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import load_file
 
 import lsast
 from lsast_engines.bundle.manifest import Manifest
@@ -46,7 +47,10 @@ def test_from_a_published_file_to_a_painted_picture(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LSAST_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    base = ["--base", compvis_base.file, "--controlnet", compvis_base.controlnet_file]
+    # Pickled files, as the base and its ControlNet were first published.
+    torch.save({"state_dict": compvis_base.tensors, "global_step": 3}, "tiny-v1-5.ckpt")
+    torch.save(load_file(compvis_base.controlnet_file), "tiny-canny.pth")
+    base = ["--base", "tiny-v1-5.ckpt", "--controlnet", "tiny-canny.pth"]
     pictures = _pictures(tmp_path / "paintings")
 
     knobs = ["--steps", "3", "--batch", "2", "--size", "64", "--precision", "fp32", "--prompt", "text"]

@@ -24,8 +24,7 @@ def skeleton(parts: BaseParts, **loaded: Any) -> Base:
         parts: the base.
         loaded: networks that are in memory, by the name of `Base`'s field.
     """
-    with torch.device("meta"):
-        empty = {name: parts.networks[name]().make() for name in NETWORKS if name not in loaded}
+    empty = {name: parts.networks[name]().on_meta() for name in NETWORKS if name not in loaded}
     return Base(parts.facts, parts.fingerprint, null_context=parts.null_context, **{**empty, **loaded})
 
 

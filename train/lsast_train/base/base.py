@@ -218,8 +218,7 @@ def save_base(base: Base | BaseParts, folder: Path, dtype: torch.dtype = torch.f
     else:
         for prefix in base.names:
             networks[prefix] = lambda opened=base.networks[prefix]: opened().tensors  # type: ignore[misc]
-            with torch.device("meta"):
-                configs[prefix] = _description(base.networks[prefix]().make())
+            configs[prefix] = _description(base.networks[prefix]().on_meta())
     fingerprint = write_tensors(folder / "base.safetensors", networks, dtype)
     facts = {"format": FORMAT, **asdict(base.facts), "fingerprint": fingerprint, "networks": configs}
     with replace_file(folder / "base.json") as handle:

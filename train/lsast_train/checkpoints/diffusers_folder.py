@@ -189,8 +189,10 @@ def _read_schedule(repository: Repository, found: Findings) -> None:
     except (OSError, ValueError, TypeError, AttributeError, UsageError) as error:
         found.fail("scheduler", str(error))
         return
+    if config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
+        found.fail("scheduler", "found trained_betas or rescale_betas_zero_snr; expected betas of a named schedule")
     prediction = config.get("prediction_type", "epsilon")
-    if prediction not in ("epsilon", "v_prediction") or config.get("trained_betas") is not None:
-        found.fail("scheduler", f"found prediction {prediction!r} or betas of its own; expected epsilon")
-    else:
+    if prediction in ("epsilon", "v_prediction"):
         found.prediction = prediction
+    else:
+        found.fail("scheduler", f"found prediction {prediction!r}; expected epsilon or v_prediction")

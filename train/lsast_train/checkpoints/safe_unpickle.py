@@ -1,339 +1,291 @@
-"""Tensors out of PyTorch's pickled files (``.ckpt``, ``.pth``, ``.pt``, ``.bin``) without running what is in them.
+"""PyTorch's pickled files, parsed and never run.
 
-A pickle is a program: unpickling the usual way calls whatever the file names. Here it may name only what rebuilds
-tensors and plain containers, each replaced by a function of ours; nothing that a file names is ever imported. A file
-that names anything else is refused before its first instruction runs, or, where the name is only put together while
-it runs, at that point, when nothing but containers and tensors has been made.
+A pickle is a program: unpickling calls whatever the file names. `parse_pickle` reads the same instructions, but what
+the file names or calls only becomes a record of the name and the arguments (`Global`, `Call`). Nothing is imported, and
+time and memory are bounded by the size of the file.
+
+`load_module_tensors` reads files that hold whole modules, such as the released ``embeddings_gs-99999.pt``, which
+``torch.load(weights_only=True)`` refuses. State dicts are read by torch (`lsast_train.checkpoints.weights`), after
+`check_pickle`: torch runs nothing of a file either, but a few bytes can keep it busy for hours.
 """
 
 from __future__ import annotations
 
 import io
 import logging
-import pickle
+import math
 import pickletools
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO
 
 import torch
 
-from lsast_engines.errors import TrainingError, fault_list
+from lsast_engines.errors import TrainingError
 
-from .torch_archive import Archive, Refused
+MAX_PICKLE = 64 << 20
+"""Largest ``data.pkl`` that is read, in bytes; the tensors lie beside it."""
 
-_STORAGES: dict[str, torch.dtype] = {
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "DoubleStorage": torch.float64,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
+MAX_ITEMS = 10_000
+"""Most items of a tuple, those of the tuples in it counted each time: a shared tuple can stand for 2**60 items."""
+
+MAX_DEPTH = 50
+"""Deepest nesting of modules and dictionaries."""
+
+_DTYPES = {
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.DoubleStorage": torch.float64,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
 }
-"""Typed storages that torch.save names, all in the module ``torch``."""
+_OLD_PICKLES = 5
+"""Pickles at the head of a file from before PyTorch 1.6: magic number, version, system, content, names of storages."""
 
-_INERT = frozenset(
-    {
-        ("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"),
-        ("numpy.core.multiarray", "scalar"),
-        ("numpy._core.multiarray", "scalar"),
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy", "dtype"),
-        ("numpy", "ndarray"),
-        ("_codecs", "encode"),
-    }
-)
-"""Names in the training state that PyTorch Lightning stores beside the weights. They become `_Nothing`."""
-
-_REFUSED_OPCODES = frozenset({"EXT1", "EXT2", "EXT4", "INST", "OBJ", "NEXT_BUFFER", "READONLY_BUFFER"})
-"""Instructions that torch.save never writes. Extension codes are looked up in a cache past any check of names."""
-
-_log = logging.getLogger("lsast.restricted")
+_log = logging.getLogger("lsast.train")
 
 
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint by name; those under a key ``state_dict`` if it has one.
+class UnsafePickleError(Exception):
+    """A pickle with instructions that torch.save does not write."""
 
-    Tensors are views of the file, read when they are used. What is no tensor is passed over.
+
+@dataclass(frozen=True, eq=False)
+class Global:
+    """A name in a pickle, such as ``collections.OrderedDict``."""
+
+    name: str
+
+
+@dataclass(eq=False)
+class Call:
+    """A call in a pickle, never made."""
+
+    name: str
+    """What is called; ``storage`` for a reference to the values of a tensor."""
+    arguments: tuple[Any, ...]
+    state: Any = None
+    """What the file would set on the result."""
+    items: dict[Any, Any] = field(default_factory=dict)
+    """What the file would put into the result, a mapping."""
+
+
+class _Tuple(tuple[Any, ...]):
+    """A tuple that knows how many items it stands for."""
+
+    weight: int
+
+
+def parse_pickle(stream: BinaryIO) -> Any:
+    """The content of a pickle as plain values, `Global` and `Call`; `stream` is left behind its end.
 
     Raises:
-        TrainingError: no such file, no PyTorch archive, one that names anything but tensors and containers, or
-            damaged; nothing of it has run.
+        UnsafePickleError: an instruction that torch.save does not write, or values that it does not write there.
+        ValueError, IndexError, KeyError: the pickle is damaged.
     """
-    content = _unpickle(path, modules=False)
-    while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict):
-        raise TrainingError(f"{path} holds {type(content).__name__}; expected tensors by name (a state_dict)")
-    tensors = {
-        key: value.tensor for key, value in content.items() if isinstance(key, str) and isinstance(value, _Value)
-    }
-    if not tensors:
-        raise TrainingError(f"{path} holds no tensors; expected a checkpoint with a state_dict")
-    if left := sorted(str(key) for key in content.keys() - tensors.keys()):
-        _log.debug("%s: passed over what is no tensor: %s", path, ", ".join(left))
-    return tensors
+    stack: list[Any] = []
+    outer: list[list[Any]] = []
+    memo: dict[Any, Any] = {}
+    argument: Any
+    for opcode, argument, _ in pickletools.genops(stream):
+        match opcode.name:
+            case "PROTO":
+                pass
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE" | "SHORT_BINSTRING":
+                stack.append(argument)
+            case "NONE" | "NEWTRUE" | "NEWFALSE" as name:
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
+            case "GLOBAL":
+                stack.append(Global(argument.replace(" ", ".")))
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_LIST":
+                stack.append([])
+            case "EMPTY_TUPLE":
+                stack.append(_tuple([]))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3" as name:
+                items = [stack.pop() for _ in range(int(name[-1]))]
+                stack.append(_tuple(items[::-1]))
+            case "MARK":
+                outer.append(stack)
+                stack = []
+            case "TUPLE":
+                items, stack = stack, outer.pop()
+                stack.append(_tuple(items))
+            case "APPEND":
+                _extend(stack, [stack.pop()])
+            case "APPENDS":
+                items, stack = stack, outer.pop()
+                _extend(stack, items)
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                _set_items(stack, [key, value])
+            case "SETITEMS":
+                items, stack = stack, outer.pop()
+                _set_items(stack, items)
+            case "BINPERSID":
+                stack.append(_storage(stack.pop()))
+            case "REDUCE" | "NEWOBJ":
+                arguments, function = stack.pop(), stack.pop()
+                if not isinstance(function, Global) or not isinstance(arguments, tuple):
+                    raise UnsafePickleError(f"a call of a {type(function).__name__}")
+                stack.append(Call(function.name, arguments))
+            case "BUILD":
+                state = stack.pop()
+                if not isinstance(stack[-1], Call):
+                    raise UnsafePickleError(f"a state for a {type(stack[-1]).__name__}")
+                stack[-1].state = state
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "STOP":
+                return stack.pop()
+            case name:
+                raise UnsafePickleError(f"the instruction {name}")
+
+
+def check_pickle(path: Path) -> None:
+    """Refuse a pickled file whose unpickling would take time or memory out of proportion to its size.
+
+    Raises:
+        UnsafePickleError: such a file, or one that torch.save did not write.
+        OSError, ValueError, IndexError, KeyError, zipfile.BadZipFile: the file is damaged.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            parse_pickle(io.BytesIO(archive.read(_pickle_entry(archive))))
+    else:
+        with path.open("rb") as stream:
+            for _ in range(_OLD_PICKLES):
+                parse_pickle(stream)
 
 
 def load_module_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file that holds whole modules, such as the released ``embeddings_gs-99999.pt``.
 
-    Modules of ``torch.nn`` and ``ldm`` are replaced by inert objects that keep their state; their parameters and
-    buffers are named as in a state_dict, e.g. ``attention.attn1.to_q.weight`` for the module under ``attention``.
+    Parameters and buffers are named as in a state dict, e.g. ``attention.attn1.to_q.weight`` for the module under
+    ``attention``.
 
     Raises:
-        TrainingError: as `load_tensors`.
+        TrainingError: no such file, no archive of torch.save, damaged, or content other than modules and tensors.
     """
-    content = _unpickle(path, modules=True)
-    if isinstance(content, _Module):
-        content = {"": content}
-    if not isinstance(content, dict):
-        raise TrainingError(f"{path} holds {type(content).__name__}; expected modules or tensors by name")
-    for name, value in content.items():
-        if isinstance(value, _Module) and value.state.get("training") is True:
-            _log.info(
-                "%s: %r was stored in training mode, in which the released code runs it with dropout; "
-                "here it is used without",
-                path,
-                name,
-            )
-    tensors = dict(_flatten(content, "", path))
+    try:
+        with zipfile.ZipFile(path) as archive, torch.device("cpu"):
+            entry = _pickle_entry(archive)
+            root = entry.filename.removesuffix("data.pkl")
+            if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
+                raise UnsafePickleError("tensors in big-endian order")
+            storages: dict[str, bytearray] = {}
+
+            def read(key: str) -> bytearray:
+                if key not in storages:
+                    storages[key] = bytearray(archive.read(_stored(archive.getinfo(f"{root}data/{key}"))))
+                return storages[key]
+
+            content = parse_pickle(io.BytesIO(archive.read(entry)))
+            tensors = dict(_flatten(content, "", read, set(), 0))
+    except FileNotFoundError:
+        raise TrainingError(f"found no file {path}") from None
+    except UnsafePickleError as error:
+        raise TrainingError(
+            f"{path} is refused, nothing of it was run: found {error}; expected modules and tensors from torch.save"
+        ) from None
+    # What a damaged file can raise in the parser, in the archive and in torch.
+    except (OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, zipfile.BadZipFile) as error:
+        raise TrainingError(f"{path} cannot be read ({type(error).__name__}: {error}); get the file again") from error
     if not tensors:
         raise TrainingError(f"{path} holds no tensors; expected a module's parameters")
     return tensors
 
 
-class _Sealed:
-    """An object of ours that a pickle may hold but not change."""
-
-    __slots__ = ()
-
-    def __setstate__(self, state: Any) -> NoReturn:
-        raise Refused("a state set on what has none")
-
-
-class _Allowed(_Sealed):
-    """A function of ours in the place of one that the file names."""
-
-    __slots__ = ("_function",)
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self._function(*arguments)
+def _tuple(items: list[Any]) -> _Tuple:
+    made = _Tuple(items)
+    made.weight = 1 + sum(item.weight if isinstance(item, _Tuple) else 1 for item in items)
+    if made.weight > MAX_ITEMS:
+        raise UnsafePickleError(f"a tuple of more than {MAX_ITEMS} items")
+    return made
 
 
-class _Nothing:
-    """What is of no interest: takes any arguments and any state, keeps none."""
-
-    __slots__ = ()
-
-    def __init__(self, *_: Any) -> None: ...
-
-    def __setstate__(self, state: Any) -> None: ...
+def _extend(stack: list[Any], items: list[Any]) -> None:
+    if not isinstance(stack[-1], list):
+        raise UnsafePickleError(f"items for a {type(stack[-1]).__name__}")
+    stack[-1].extend(items)
 
 
-class _NoCalls(type):
-    """Instances of such a class come from NEWOBJ alone, as modules are pickled; calling the class is refused."""
-
-    def __call__(cls, *_: Any, **__: Any) -> NoReturn:
-        raise Refused(f"a call of {cls.__doc__}")
-
-
-class _Module(metaclass=_NoCalls):
-    """A module: its state and nothing else."""
-
-    __slots__ = ("state",)
-
-    def __new__(cls, *arguments: Any) -> _Module:
-        if arguments:
-            raise Refused(f"arguments for {cls.__doc__}")
-        module = object.__new__(cls)
-        module.state = {}
-        return module
-
-    def __setstate__(self, state: Any) -> None:
-        if not isinstance(state, dict):
-            raise Refused(f"a state of {type(self).__doc__} that is no dictionary")
-        self.state = state
-
-    state: dict[Any, Any]
+def _set_items(stack: list[Any], items: list[Any]) -> None:
+    target = stack[-1].items if isinstance(stack[-1], Call) else stack[-1]
+    if not isinstance(target, dict):
+        raise UnsafePickleError(f"items for a {type(target).__name__}")
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        if not isinstance(key, (str, int, float, Global, type(None))):
+            raise UnsafePickleError(f"a {type(key).__name__} as a dictionary's key")
+        target[key] = value
 
 
-class _StorageType(_Sealed):
-    """A typed storage as the file names it."""
-
-    __slots__ = ("dtype",)
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+def _storage(reference: Any) -> Call:
+    plain = (str, int, Global, type(None))
+    if not isinstance(reference, tuple) or not all(isinstance(item, plain) for item in reference):
+        raise UnsafePickleError("a reference that is no storage")
+    return Call("storage", reference)
 
 
-class _Storage(_Sealed):
-    """The bytes of a storage, and what they are."""
-
-    __slots__ = ("data", "dtype")
-
-    def __init__(self, data: torch.UntypedStorage, dtype: torch.dtype) -> None:
-        self.data = data
-        self.dtype = dtype
+def _stored(entry: zipfile.ZipInfo) -> zipfile.ZipInfo:
+    if entry.compress_type != zipfile.ZIP_STORED:
+        raise UnsafePickleError(f"the entry {entry.filename!r} compressed")
+    return entry
 
 
-class _Value(_Sealed):
-    """A tensor, out of reach: a tensor itself has a __setstate__, and can be written to."""
-
-    __slots__ = ("tensor",)
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
+def _pickle_entry(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
+    entries = [entry for entry in archive.infolist() if entry.filename.rpartition("/")[2] == "data.pkl"]
+    if len(entries) != 1 or entries[0].file_size > MAX_PICKLE:
+        raise UnsafePickleError(f"{len(entries)} entries data.pkl, or one of more than {MAX_PICKLE} bytes")
+    return _stored(entries[0])
 
 
-class _Unpickler(pickle.Unpickler):
-    """An unpickler that knows nothing but what is named here."""
-
-    def __init__(self, archive: Archive, modules: bool) -> None:
-        super().__init__(io.BytesIO(archive.pickle), encoding="utf-8")
-        self._archive = archive
-        self._modules = modules
-
-    def find_class(self, module: str, name: str) -> Any:
-        return _resolve(module, name, self._modules)
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage" or not isinstance(pid[2], str):
-            raise Refused(f"a reference {str(pid)[:60]!r} that is no storage")
-        if not isinstance(pid[1], _StorageType):
-            raise Refused(f"a storage {pid[2]!r} of no known type")
-        return _Storage(self._archive.storage(pid[2]), pid[1].dtype)
-
-
-def _resolve(module: str, name: str, modules: bool) -> Any:
-    """What stands in for the global `name` of `module`."""
-    if module == "torch" and name in _STORAGES:
-        return _StorageType(_STORAGES[name])
-    if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
-        return dtype
-    if (module, name) in _INERT:
-        return _Allowed(_Nothing)
-    if function := _FUNCTIONS.get((module, name)):
-        return _Allowed(function)
-    if modules and module.split(".")[0] in ("torch", "ldm") and (module + ".").startswith(("torch.nn.", "ldm.")):
-        # A class of its own for each, so that the error can name it and nothing outlives this file.
-        return _NoCalls("_Module", (_Module,), {"__slots__": (), "__doc__": f"{module}.{name}"})
-    raise Refused(f"{module}.{name}")
-
-
-def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> _Value:
-    """The tensor that torch._utils._rebuild_tensor_v2 would give, with its bounds checked."""
-    numbers = (offset, *size, *stride)
-    if not isinstance(storage, _Storage) or len(size) != len(stride):
-        raise Refused("a tensor without a storage, or of unlike size and stride")
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise Refused(f"a tensor of size {size}, stride {stride} and offset {offset}")
-    last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
-    count = storage.data.nbytes() // storage.dtype.itemsize
-    if 0 not in size and last >= count:
-        raise Refused(f"a tensor that reads value {last} of a storage of {count}")
-    flat = torch.empty(0, dtype=storage.dtype)
-    return _Value(flat.reshape(size) if 0 in size else flat.set_(storage.data, offset, tuple(size), tuple(stride)))
-
-
-def _rebuild_parameter(data: Any, *_: Any) -> _Value:
-    if not isinstance(data, _Value):
-        raise Refused(f"a parameter of {type(data).__name__}")
-    return data
-
-
-def _ordered(items: Any = ()) -> dict[Any, Any]:
-    return _State(items)
-
-
-class _State(OrderedDict[Any, Any]):
-    """An ordered dictionary; of the attributes that state_dict gives it (``_metadata``) none is kept."""
-
-    def __setstate__(self, state: Any) -> None: ...
-
-
-_FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
-    ("collections", "OrderedDict"): _ordered,
-    ("builtins", "set"): set,
-    ("__builtin__", "set"): set,
-    ("torch", "Size"): tuple,
-    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
-}
-"""What a file may call, and what is called in its place."""
-
-
-def _unpickle(path: Path, modules: bool) -> Any:
-    try:
-        if not path.is_file():
-            raise TrainingError(f"found no file {path}")
-        if not zipfile.is_zipfile(path):
-            raise TrainingError(
-                f"{path} is no archive of torch.save in the format that PyTorch writes since 1.6; if you trust it, "
-                "load and save it again with a newer PyTorch, or get it as .safetensors"
-            )
-        archive = Archive(path)
-        _check_instructions(archive.pickle, modules)
-        return _Unpickler(archive, modules).load()
-    except Refused as error:
-        raise TrainingError(
-            fault_list(f"{path} is refused, nothing of it was run; found:", str(error).split("\n"))
-            + "\nexpected tensors, numbers, texts and plain containers; get the weights as .safetensors"
-        ) from None
-    # A malformed pickle can fail in the unpickler in any of these ways.
-    except (
-        *(pickle.UnpicklingError, zipfile.BadZipFile, OSError, EOFError, ValueError, TypeError, AttributeError),
-        *(KeyError, IndexError, OverflowError, MemoryError, RecursionError, RuntimeError, NotImplementedError),
-    ) as error:
-        raise TrainingError(f"{path} cannot be read ({type(error).__name__}: {error}); get the file again") from error
-
-
-def _check_instructions(data: bytes, modules: bool) -> None:
-    """Refuse the file for instructions and names that are not allowed, all at once, before any of it runs."""
-    faults = []
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name in _REFUSED_OPCODES:
-            faults.append(f"the instruction {opcode.name}" + ("" if argument is None else f" {argument}"))
-        elif opcode.name == "GLOBAL":
-            module, _, name = str(argument).partition(" ")
-            try:
-                _resolve(module, name, modules)
-            except Refused as refusal:
-                faults.append(str(refusal))
-    if faults:
-        raise Refused("\n".join(dict.fromkeys(faults)))
-
-
-def _flatten(value: Any, name: str, path: Path, depth: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors under `value`, named as in a state_dict."""
-    if depth > 50:
-        raise TrainingError(f"{path} nests modules more than 50 deep at {name!r}; expected a tree")
-    if isinstance(value, _Value):
-        yield name, value.tensor
+def _flatten(
+    value: Any, name: str, read: Callable[[str], bytearray], seen: set[int], depth: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors under `value`, named as in a state dict; every container is visited once."""
+    if depth > MAX_DEPTH:
+        raise UnsafePickleError(f"modules nested more than {MAX_DEPTH} deep")
+    if not isinstance(value, (dict, Call)):
         return
     children: dict[Any, Any] = {}
-    if isinstance(value, _Module):
+    if isinstance(value, dict):
+        children = value
+    elif value.name == "collections.OrderedDict":
+        children = value.items
+    elif value.name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
+        yield name, _tensor(read, *value.arguments[:4])
+        return
+    elif value.name == "torch._utils._rebuild_parameter":
+        yield from _flatten(value.arguments[0], name, read, seen, depth + 1)
+        return
+    elif isinstance(value.state, dict) and "_parameters" in value.state:
+        if value.state.get("training") is True and depth <= 1:
+            _log.info("%r was stored in training mode; it is used without dropout", name)
         for kind in ("_parameters", "_buffers", "_modules"):
-            children |= _mapping(value.state.get(kind, {}), name, path)
-    elif isinstance(value, Mapping):
-        children = dict(value)
+            part = value.state.get(kind, {})
+            children |= part.items if isinstance(part, Call) else part
+    else:
+        raise UnsafePickleError(f"a call of {value.name!r}")
+    if children and id(value) in seen:
+        raise UnsafePickleError(f"the same container twice, at {name!r}")
+    seen.add(id(value))
     for key, child in children.items():
-        yield from _flatten(child, f"{name}.{key}" if name else str(key), path, depth + 1)
+        yield from _flatten(child, f"{name}.{key}" if name else str(key), read, seen, depth + 1)
 
 
-def _mapping(value: Any, name: str, path: Path) -> dict[Any, Any]:
-    if not isinstance(value, dict):
-        raise TrainingError(f"{path}: the module {name!r} has a {type(value).__name__}; expected its parts by name")
-    return value
+def _tensor(read: Callable[[str], bytearray], storage: Call, offset: int, size: Any, stride: Any) -> torch.Tensor:
+    """The tensor that ``torch._utils._rebuild_tensor_v2`` would give; torch checks that it lies in its storage."""
+    _, kind, key, *_ = storage.arguments
+    if kind.name not in _DTYPES or not all(type(number) is int for number in (offset, *size, *stride)):
+        raise UnsafePickleError(f"a tensor of {kind.name}, or of sizes that are no numbers")
+    data = read(key)
+    values = torch.frombuffer(data, dtype=_DTYPES[kind.name]) if data else torch.empty(0, dtype=_DTYPES[kind.name])
+    if math.prod(size) > len(values):
+        raise UnsafePickleError("a tensor larger than its storage")
+    return values.as_strided(size, stride, offset)

@@ -57,13 +57,13 @@ def _choose_unet(state: Mapping[str, torch.Tensor], wanted: UnetWeights) -> tupl
     # Averaged weights lie under the same names without their dots (Stable Diffusion, ldm/modules/ema.py).
     averaged = {name: _EMA + name.replace(".", "") for name in plain}
     there = [key for key in averaged.values() if key in state]
-    if wanted == "ema" and not there:
+    if wanted != "auto" and not there:
         raise TrainingError(
-            "found no EMA weights (model_ema.*); expected them for --unet-weights ema: the file holds one set of "
-            "weights, which --unet-weights auto takes"
+            f"found one set of weights (no model_ema.*), which may be EMA weights or not; expected two sets for "
+            f"--unet-weights {wanted}: take --unet-weights auto"
         )
     if wanted == "non-ema" or not there:
-        return plain, "non-ema" if there or wanted == "non-ema" else "the only ones there"
+        return plain, "non-ema" if there else "the only ones there"
     if missing := [key for key in averaged.values() if key not in state]:
         raise TrainingError(
             fault_list(f"found EMA weights without {len(missing)} of {len(averaged)} tensors, e.g.:", missing[:3])

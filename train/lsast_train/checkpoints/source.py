@@ -149,6 +149,11 @@ def _read_controlnet(name: str | Path, source: BaseSource, found: Findings) -> N
 
 def _controlnet_file(path: Path, heads: int) -> Weights:
     state = read_tensors(path)
+    if "difference" in state:
+        raise TrainingError(
+            f"found differences to a U-Net in {path.name} (it has the key 'difference'); expected whole weights, such "
+            "as control_v11p_sd15_canny"
+        )
     if "controlnet_cond_embedding.conv_in.weight" in state:
         return diffusers_weights("ControlNetModel", controlnet_config(state, heads), state)
     section = compvis.section(state, compvis.CONTROL)

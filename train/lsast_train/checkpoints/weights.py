@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import pickle
+import re
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +21,7 @@ from lsast_engines.bundle.safetensors_header import encode_header
 from lsast_engines.errors import TrainingError, fault_list
 from lsast_engines.files import replace_file
 
-from .safe_unpickle import load_tensors
+from .safe_unpickle import UnsafePickleError, check_pickle
 
 PICKLED = (".ckpt", ".pth", ".pt", ".bin")
 """Endings of PyTorch's pickled files."""
@@ -51,7 +54,7 @@ class Weights:
     config: Mapping[str, Any]
     """Its configuration, as diffusers or transformers know it."""
     make: Callable[[], nn.Module]
-    """Builds it; called where tensors have no memory."""
+    """Builds it; see `on_meta`."""
     tensors: Mapping[str, torch.Tensor]
     """Its weights by their names in the network."""
 
@@ -59,11 +62,14 @@ class Weights:
         """Its tensors by names that do not depend on the version of a library."""
         return {key.removeprefix("text_model."): value for key, value in self.tensors.items()}
 
+    def on_meta(self) -> Any:
+        """The network on torch's meta device: shapes without memory, weights not loaded."""
+        with torch.device("meta"):
+            return self.make()
+
     def faults(self) -> list[str]:
         """What keeps the weights from fitting the network: tensors missing, of another shape, or not expected."""
-        with torch.device("meta"):
-            network = self.make()
-        expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+        expected = {key: tuple(value.shape) for key, value in self.on_meta().state_dict().items()}
         found = {key: tuple(value.shape) for key, value in self.tensors.items()}
         faults = [f"{key}: missing" for key in expected if key not in found]
         faults += [f"{key}: not expected" for key in found if key not in expected]
@@ -87,28 +93,82 @@ class Weights:
             raise TrainingError(
                 fault_list(f"the weights of {self.what} do not fit its architecture:", shortened(faults))
             )
-        with torch.device("meta"):
-            network = self.make()
+        network = self.on_meta()
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.tensors.items()}
         network.load_state_dict(state, assign=True)
         return network.eval().requires_grad_(False)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a ``.safetensors`` file or, through the restricted loader, a pickled one, as views of the file.
+    """The tensors of a ``.safetensors`` file, or of a pickled state dict, as views of the file.
+
+    The tensors are on the CPU, whatever ``torch.device`` context the caller is in.
 
     Raises:
-        TrainingError: no such file, of another ending, damaged, or a pickle that is refused.
+        TrainingError: no such file, of another ending, damaged, or a pickle that holds more than a state dict.
     """
     if path.suffix in PICKLED:
-        return load_tensors(path)
+        return _read_pickled(path)
     if path.suffix != ".safetensors":
         raise TrainingError(f"found {path}; expected a file that ends in .safetensors, or in {', '.join(PICKLED)}")
     try:
-        with safe_open(str(path), "pt") as file:
+        with safe_open(str(path), "pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"{path} cannot be read ({error}); get the file again") from error
+
+
+class _Ignored:
+    """Takes the place of a training state's objects: takes any arguments and any state, and keeps none."""
+
+    def __new__(cls, *_: Any) -> _Ignored:
+        return object.__new__(cls)
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+_TRAINING_STATE = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+)
+"""What PyTorch Lightning stores beside the weights, as in ``v1-5-pruned.ckpt``."""
+
+
+def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a state dict that ``torch.save`` wrote; those under ``state_dict`` if the file has such a key."""
+    try:
+        check_pickle(path)
+        ignored: list[Any] = [(_Ignored, name) for name in _TRAINING_STATE]
+        with torch.device("cpu"), torch.serialization.safe_globals(ignored):
+            mapped = zipfile.is_zipfile(path)  # files from before PyTorch 1.6 cannot be mapped into memory
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except FileNotFoundError:
+        raise TrainingError(f"found no file {path}") from None
+    except (UnsafePickleError, pickle.UnpicklingError) as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        found = named[1] if named else str(error).split("\n")[0]
+        raise TrainingError(
+            f"{path} is refused, nothing of it was run: found {found}; expected tensors, numbers and texts only: "
+            "convert it to safetensors, or take the .safetensors"
+        ) from None
+    # What a damaged file can raise in the parser, in the archive and in torch.
+    except (OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, zipfile.BadZipFile) as error:
+        first = str(error).split("\n")[0]
+        raise TrainingError(f"{path} cannot be read ({type(error).__name__}: {first}); get the file again") from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict):
+        raise TrainingError(f"{path} holds a {type(content).__name__}; expected tensors by name (a state dict)")
+    tensors = {key: value.data for key, value in content.items() if isinstance(key, str) and _is_plain(value)}
+    if not tensors:
+        raise TrainingError(f"{path} holds no tensors; expected a state dict")
+    return tensors
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type == "cpu"
 
 
 def tensors_sha256(networks: Mapping[str, OpenTensors]) -> str:
