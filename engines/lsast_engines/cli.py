@@ -6,24 +6,37 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted (`LsastError.exit_
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import click
 
 from .errors import LsastError, UsageError
-from .removed import removal
+from .removed import RENAMED, removal
 
 USAGE = UsageError.exit_code
 """Exit status of a wrong usage."""
 
-_DEBUG = "lsast.debug"
+_DEBUG, _JSON = "lsast.debug", "lsast.json"
 
 
 class Command(click.Command):
-    """A command whose failures are one line a fault; a traceback stands before it with `debug_option`."""
+    """A command whose failures are one line a fault; a traceback stands before it with `debug_option`.
+
+    Old names of its options (`RENAMED`) still work.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """See `click.Command`."""
+        known = {name for parameter in self.params for name in parameter.opts}
+        for index, text in enumerate(args):
+            name, equals, value = text.partition("=")
+            if name not in known and RENAMED.get(name) in known:
+                args[index] = RENAMED[name] + equals + value
+        return super().parse_args(ctx, args)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """See `click.Command`."""
@@ -59,6 +72,8 @@ class Group(Command, click.Group):
         """Find the command of `args`; one that was removed is refused with what to do instead."""
         if gone := removal(f"{self.name} {args[0]}"):
             raise UsageError(gone)
+        if args[0] not in self.commands and RENAMED.get(args[0]) in self.commands:
+            args = [RENAMED[args[0]], *args[1:]]
         return super().resolve_command(ctx, args)
 
 
@@ -77,6 +92,22 @@ debug_option = click.option(
     "--debug", is_flag=True, expose_value=False, callback=_remember_debug, help="Log more, and show tracebacks."
 )
 """Adds `--debug` to a command; no parameter of the function, see `debugging`."""
+
+
+def _remember_json(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.meta[_JSON] = True
+
+
+json_option = click.option(
+    "--json", is_flag=True, expose_value=False, callback=_remember_json, help="Print one JSON object on stdout."
+)
+"""Adds `--json` to a command; no parameter of the function, see `print_result`."""
+
+
+def print_result(facts: Mapping[str, Any], text: object) -> None:
+    """Print the result on stdout: `facts` as one JSON object with `--json`, else `text`."""
+    click.echo(json.dumps(facts, ensure_ascii=False) if click.get_current_context().meta.get(_JSON) else text)
 
 
 def debugging() -> bool:
