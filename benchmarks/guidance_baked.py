@@ -29,7 +29,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import click
 import numpy as np
@@ -38,7 +37,7 @@ from tqdm import tqdm
 
 import lsast
 from bench.machine import describe
-from lsast.sampling import tiling as tiles
+from lsast.video.optical_flow import TemporalState
 from lsast_engines.diffusion.noise_schedule import NoiseSchedule
 from lsast_engines.diffusion.timesteps import TimestepSchedule
 from lsast_engines.errors import UsageError
@@ -68,10 +67,18 @@ class Way:
 
 def paint(stylizer: lsast.Stylizer, picture: Path, options: dict[str, Any]) -> tuple[Image.Image, np.ndarray, float]:
     """A painting, the latent that was decoded to it, and the seconds of denoising."""
-    with mock.patch.object(tiles, "decode", wraps=tiles.decode) as decode:
-        result = stylizer.stylize(picture, **options)
-    latent: np.ndarray = decode.call_args.args[1]
-    return result.image.convert("RGB"), np.array(latent), result.seconds["denoise"]
+    latents: list[np.ndarray] = []
+
+    class Recorder(TemporalState):
+        def wrap_solver(self, solver: Any, *_: Any) -> Any:
+            return solver
+
+        def blend(self, latent: Any, painted: Any) -> Any:
+            latents.append(latent.copy())
+            return painted
+
+    (result,) = stylizer.stylize_frames([picture], temporal=Recorder(), **options)
+    return result.image.convert("RGB"), latents[0][None], result.seconds["denoise"]
 
 
 def kept(

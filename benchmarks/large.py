@@ -25,7 +25,7 @@ from PIL import Image
 
 import lsast
 from bench.machine import describe
-from lsast.sampling.tiling import Grid
+from lsast.sampling.tiling import TileGrid
 
 
 def clouds(side: int, seed: int = 0) -> np.ndarray:
@@ -45,7 +45,7 @@ def mosaic(picture: Path, side: int) -> np.ndarray:
     return np.pad(rgb, [(0, max(0, side - n)) for n in rgb.shape[:2]] + [(0, 0)], "symmetric")[:side, :side]
 
 
-def borders(grid: Grid) -> tuple[list[int], list[int]]:
+def borders(grid: TileGrid) -> tuple[list[int], list[int]]:
     """Rows and columns of pixels in the middle of the blend between two tiles: where a seam would be."""
     rows, columns = (
         [(before.cells.stop + after.cells.start) * grid.factor // 2 for before, after in pairwise(axis)]
@@ -54,7 +54,7 @@ def borders(grid: Grid) -> tuple[list[int], list[int]]:
     return rows, columns
 
 
-def seam(painting: np.ndarray, grid: Grid, reach: int) -> float:
+def seam(painting: np.ndarray, grid: TileGrid, reach: int) -> float:
     """Gradient energy across the tiles' borders, and up to `reach` pixels beside them, as a share of that elsewhere."""
     shares = []
     for axis, lines in enumerate(borders(grid)):
@@ -86,7 +86,7 @@ def seams(picture: Path | None, side: int, tile: int, steps: int, save: Path | N
     print("| painted | on the line | within 2 px | within 32 px |\n|---|---|---|---|")
     with lsast.load() as stylizer:
         manifest = stylizer.bundle.manifest
-        grid = Grid.lay((side, side), tile, manifest.geometry.factor, manifest.multiple)
+        grid = TileGrid.cover((side, side), -(-tile // manifest.multiple) * manifest.multiple, manifest.geometry.factor)
         for name, size in (("whole", 0), (f"in {len(list(grid))} tiles of {tile}²", tile)):
             result = stylizer.stylize(source, size=0, tile=size, steps=steps)
             painting = np.asarray(result.image)

@@ -20,29 +20,29 @@ import numpy as np
 import lsast
 from bench.machine import describe
 from levers import pixels
-from lsast.video.optical_flow import Follower
+from lsast.video.optical_flow import TemporalState
 from lsast_engines.images import psnr
 
 
-class Recorder(Follower):
+class Recorder(TemporalState):
     """Leads nothing and keeps the latent of the last painting, [4, h, w]."""
 
     latent: Any = None
 
-    def begin(self, content: Any, factor: int, solver: Any, schedule: Any) -> Any:
-        """See `Follower.begin`: the solver as it is."""
+    def wrap_solver(self, solver: Any, *_: Any) -> Any:
+        """See `TemporalState.wrap_solver`: the solver as it is."""
         return solver
 
-    def end(self, z: Any, painted: Any) -> Any:
-        """See `Follower.end`: the canvas as it is."""
-        self.latent = z.copy()
+    def blend(self, latent: Any, painted: Any) -> Any:
+        """See `TemporalState.blend`: the canvas as it is."""
+        self.latent = latent.copy()
         return painted
 
 
 def painted(stylizer: lsast.Stylizer, picture: Path, given: dict[str, Any]) -> tuple[lsast.Result, Any]:
     """A painting and its latent."""
     recorder = Recorder()
-    (result,) = stylizer.stylize_frames([picture], follower=recorder, **given)
+    (result,) = stylizer.stylize_frames([picture], temporal=recorder, **given)
     return result, recorder.latent
 
 

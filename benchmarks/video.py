@@ -76,10 +76,10 @@ def real(path: Path, side: int, frames: int) -> tuple[Clip, list[Motion]]:
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in clip]
     motions = []
     for before, now in pairwise(grey):
-        back, forth = (cv2.calcOpticalFlowFarneback(a, b, None, 0.5, 5, 21, 5, 7, 1.5, 0)
+        backward_flow, forth = (cv2.calcOpticalFlowFarneback(a, b, None, 0.5, 5, 21, 5, 7, 1.5, 0)
                        for a, b in ((now, before), (before, now)))  # fmt: skip
-        apart = ((back + warped(forth, back)) ** 2).sum(2)
-        motions.append(Motion(back, (apart < 0.5).astype(np.float32)))
+        apart = ((backward_flow + warped(forth, backward_flow)) ** 2).sum(2)
+        motions.append(Motion(backward_flow, (apart < 0.5).astype(np.float32)))
     return clip, motions
 
 
@@ -87,9 +87,9 @@ def warp_error(clip: Clip, motions: list[Motion]) -> float:
     """See the module."""
     errors = []
     for (before, now), motion in zip(pairwise(clip), motions, strict=True):
-        there = warped(before.astype(np.float32), motion.back)
+        there = warped(before.astype(np.float32), motion.backward_flow)
         apart = np.abs(now - there).mean(2)
-        errors.append(float(apart[motion.seen > 0.5].mean()))
+        errors.append(float(apart[motion.valid > 0.5].mean()))
     return float(np.mean(errors))
 
 

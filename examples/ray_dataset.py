@@ -17,7 +17,7 @@ import click
 import ray
 
 import lsast
-from lsast.cli.inputs import lay_out
+from lsast.cli.inputs import plan_jobs
 
 
 class Painter:
@@ -47,7 +47,7 @@ class Painter:
 @click.option("--address", help="Address of a Ray cluster; none starts one on this machine.")
 def main(source: str, out: str, style: str, size: int, actors: int, threads: int, address: str | None) -> None:
     """Paint the pictures under IN into the folder OUT."""
-    jobs = lay_out([source], out + "/").jobs
+    jobs = plan_jobs([source], out + "/").jobs
     rows = [{"source": str(Path(job.source).resolve()), "out": str(Path(job.out).resolve())}
             for job in jobs if job.source and job.out and not job.out.exists()]  # fmt: skip
     if not rows:

@@ -91,20 +91,20 @@ class TimedEngine:
 
 def opened(bundle: Bundle, task: Mapping[str, Any], parts: Intervals) -> tuple[Stylizer, dict[str, TimedEngine]]:
     """A stylizer on timed engines, and those, filled as they are opened."""
-    from lsast.sessions.engine_pool import Opener
+    from lsast.sessions.engine_pool import EngineFactory
     from lsast.stylizer import Stylizer, first_graphs
 
     engines: dict[str, TimedEngine] = {}
 
-    class TimedOpener(Opener):
+    class TimedFactory(EngineFactory):
         def __call__(self, name: str, compute_dtype: ComputeDtype | None = None) -> Engine:
             with parts(f"open {name}"):
                 engine = super().__call__(name, compute_dtype)
             engines[name] = TimedEngine(engine, parts)
             return engines[name]
 
-    opener = TimedOpener(bundle, task["backend"], "cpu", task["threads"], task["compute_dtype"])
-    return Stylizer(opener, opener.all(first_graphs(bundle, keywords(task)))), engines
+    factory = TimedFactory(bundle, task["backend"], "cpu", task["threads"], task["compute_dtype"])
+    return Stylizer(factory, first_graphs(bundle, keywords(task))), engines
 
 
 def keywords(task: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def cold(task: Mapping[str, Any]) -> Report:
         from lsast.cli import run  # noqa: F401 - imported by lsast-run as well
         from lsast_engines.bundle.bundle import Bundle, find_bundle
     with parts(f"import {task['backend']}"):
-        from lsast_engines.backends.base import backend_devices
+        from lsast_engines.backends.registry import backend_devices
 
         backend_devices(task["backend"])
     with parts("open bundle"):

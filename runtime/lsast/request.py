@@ -1,4 +1,4 @@
-"""One picture on its way: read, laid on a canvas, through the four graphs, and cut out again."""
+"""One picture between reading and result: laid on a canvas, sampled, and cut out of the canvas again."""
 
 from __future__ import annotations
 
@@ -11,170 +11,183 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from lsast_engines.backends.base import Engine
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.graph_spec import CONTROLNET_COND, VAE_ENCODER
-from lsast_engines.diffusion.solvers import make_solver
+from lsast_engines.bundle.graph_spec import DENOISER, UNET_SPLIT_GRAPHS, VAE_DECODER, VAE_DECODER_TINY
+from lsast_engines.bundle.style import StyleFile
+from lsast_engines.diffusion.solvers import Solver, make_solver
 from lsast_engines.diffusion.timesteps import TimestepSchedule
+from lsast_engines.errors import BundleError
 from lsast_engines.images import canny_edges, on_white, read_picture
 
-from .images import mask as masking
 from .images.canvas import Pixels, canvas_for
+from .images.mask import composite, keep_colour, read_mask, to_latent_mask
 from .images.preview import Previewer
-from .images.provenance import Provenance, bundle_sha256, pixels_sha256, versions
 from .options.options import Options
-from .options.style_mix import Hand, Mix
-from .sampling import sampler
-from .sampling import tiling as tiles
-from .sampling.step_plan import graphs_of, lay_passes, require_decoder, require_parts
-from .sampling.tiling import Grid
+from .options.style_mix import Mix
+from .sampling.mixed_style import MixedStyle
+from .sampling.sampler import Floats, Sample, StyleSource
+from .sampling.tiling import WHOLE_UP_TO, TileGrid
 from .sampling.x0_blend import X0Blend
-from .sessions.style_cache import Shelf
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .video.optical_flow import Follower
+    from .video.optical_flow import TemporalState
 
     Picture = str | Path | bytes | Image.Image | npt.NDArray[Any]
     """A path, the bytes of an image file, a PIL image, or an array [H, W], [H, W, 3] or [H, W, 4] (uint8, uint16, or
     float in [0, 1])."""
 
 
-class Painting:
-    """What is known of one picture between its reading and its result."""
+class Request:
+    """A picture that is to be repainted with resolved options; needs no engine."""
 
     def __init__(
         self,
         bundle: Bundle,
         picture: Picture,
         options: Options,
+        styles: Mapping[str, StyleFile],
         mask: Picture | None = None,
-        follower: Follower | None = None,
+        temporal: TemporalState | None = None,
     ) -> None:
-        """Read the picture and lay it on its canvas; needs no engine.
+        """Read the picture, lay it on its canvas and find its edges.
 
         Args:
-            bundle: whose graphs will paint.
+            bundle: gives the base's facts.
             picture: what to paint.
-            options: how.
-            mask: where.
-            follower: what remembers the painting of the frame before.
+            options: how to paint it.
+            styles: the open styles that the options name.
+            mask: where to paint.
+            temporal: the frame before and its painting, of a video.
 
         Raises:
-            UsageError: options that this bundle does not have.
-            BundleError: options that need parts of the denoiser, or a small decoder, of which this bundle has none.
+            UsageError: a schedule that the solver does not allow.
+            BundleError: options that need graphs which the bundle does not have.
             PictureError: the picture or the mask cannot be read, or they differ in size.
         """
         manifest = bundle.manifest
         self.options = options
-        self.clock = Clock()
-        self.mix = Mix.parse(options.style)
-        self.mix.check(list(bundle.styles()), manifest.stages)
+        self.styles = styles
+        self.timer = Timer()
+        self._bundle = bundle
+        self._temporal = temporal
         self._schedule = TimestepSchedule.build(
             manifest.noise, options.steps, options.strength, manifest.stages, options.solver
         )
-        self.passes = lay_passes(options, len(self._schedule.steps))
-        self._bundle = bundle
-        require_parts(bundle, graphs_of(self.passes))
-        require_decoder(bundle, options)
-        self._follower = follower
-        with self.clock("read"):
-            self._source = read_picture(picture)
-            rgb, alpha = self._source.rgb, self._source.alpha
+        require_graphs(bundle, options)
+        with self.timer("read"):
+            self.source = read_picture(picture)
+            rgb, alpha = self.source.rgb, self.source.alpha
             self._rgb = rgb if options.alpha == "keep" else on_white(rgb, alpha)
-            self._mask = None if mask is None else masking.read_mask(mask, self._source.size, options.feather)
-            self._canvas = canvas_for(self._source.size, options.size, manifest.multiple, options.fit)
-            self._content, outlined = self._canvas.views(self._rgb)
-            self.grid = Grid.lay(self.canvas_size, options.tile, manifest.geometry.factor, manifest.multiple)
-        with self.clock("edges"):
-            self._edges = canny_edges(outlined)
-
-    @property
-    def batch_key(self) -> Hashable:
-        """Paintings of equal keys can share a batch."""
-        return (
-            self._content.shape,
-            self.options.tile,
-            self.passes,
-            self.options.control,
-            self.options.guidance != 1,
-        )
+            self.mask = None if mask is None else read_mask(mask, self.source.size, options.feather)
+            self._canvas = canvas_for(self.source.size, options.size, manifest.multiple, options.fit)
+            self._content, edge_input = self._canvas.encoder_and_edge_inputs(self._rgb)
+        with self.timer("edges"):
+            self._edges = canny_edges(edge_input)
 
     @property
     def canvas_size(self) -> tuple[int, int]:
         """Height and width that are painted, in pixels."""
         return self._content.shape[0], self._content.shape[1]
 
-    def provenance(self, engine: Engine, shelf: Shelf) -> Provenance:
-        """What the painting is made of, by the denoiser that paints it."""
-        return Provenance(
-            bundle=self._bundle.manifest.name,
-            bundle_sha256=bundle_sha256(self._bundle),
-            styles={name: shelf[name].fingerprint for name in self.mix.styles},
-            picture_sha256=pixels_sha256(self._source.rgb, self._source.alpha),
-            mask_sha256=None if self._mask is None else pixels_sha256(self._mask),
-            painted=self.canvas_size,
-            backend=engine.backend,
-            device=engine.device,
-            compute_dtype=engine.compute_dtype,
-            versions=versions(engine.backend),
-        )
+    @property
+    def batch_key(self) -> Hashable:
+        """Requests with equal keys can share a batch."""
+        options, steps = self.options, len(self._schedule.steps)
+        shared = (options.tile, options.cache_interval, options.control, options.decoder)
+        return self.canvas_size, steps, options.guidance != 1, shared
 
-    def begin(self, engines: Mapping[str, Engine], shelf: Shelf) -> sampler.Row:
-        """Take the picture through `controlnet_cond` and `vae_encoder` and noise it."""
-        manifest = self._bundle.manifest
-        with self.clock("edges"):
-            hint = tiles.hint_features(engines[CONTROLNET_COND], self._edges, self.grid)
-        with self.clock("encode"):
-            rng = np.random.Generator(np.random.PCG64(self.options.seed))
-            z0 = tiles.encode(engines[VAE_ENCODER], self._content, manifest.latent_scale, rng, self.grid)[0]
-            noise = rng.standard_normal((1, *z0.shape), dtype=np.float32)[0]
-        solver = make_solver(self.options.solver, manifest.noise, self._schedule)
-        if self._follower:
-            solver = self._follower.begin(self._content, manifest.geometry.factor, solver, self._schedule)
-        if self._mask is not None:
-            solver = X0Blend(solver, self._schedule, z0, 1 - self._cells(self._mask))
-        styles = shelf.take(self.mix.styles)
-        self.previewer = Previewer(self._content, z0, self._canvas)
-        return sampler.Row(
-            solver=solver,
+    @property
+    def grid(self) -> TileGrid | None:
+        """The tiles of the canvas; None if it is painted whole."""
+        manifest, (height, width) = self._bundle.manifest, self.canvas_size
+        side = -(-self.options.tile // manifest.multiple) * manifest.multiple
+        if side == 0 or height * width <= WHOLE_UP_TO * side * side:
+            return None
+        return TileGrid.cover((height, width), side, manifest.geometry.factor)
+
+    def prepare(self) -> Sample:
+        """The picture as the sampler takes it."""
+        mix = Mix.parse(self.options.style)
+        style: StyleSource = self.styles[mix.terms[0].style]
+        if not mix.is_single:
+            style = MixedStyle(mix, self.styles, self._bundle.null_style, self._bundle.manifest.attention_layers)
+        return Sample(
+            picture=self._content,
+            edges=self._edges,
+            style=style,
             schedule=self._schedule,
-            z0=z0,
-            noisy=self._schedule.add_noise(z0, noise, self._schedule.start_t),
-            hint=hint[0],
-            hand=Hand(self.mix, styles, self._bundle.null_style, manifest.attention_layers),
+            solver=self._solver,
             guidance=self.options.guidance,
+            seed=self.options.seed,
         )
 
-    def settle(self, latent: sampler.Floats, canvas: Pixels) -> Pixels:
-        """The canvas to finish, [H, W, 3], after the latent [4, h, w] was painted and decoded to `canvas`."""
-        return self._follower.end(latent, canvas) if self._follower else canvas
+    def _solver(self, z0: Floats) -> Solver:
+        """The solver of the run, given the picture's latent z0 [4, h, w]; a video and a mask blend x0."""
+        manifest = self._bundle.manifest
+        solver = make_solver(self.options.solver, manifest.noise, self._schedule)
+        if self._temporal:
+            solver = self._temporal.wrap_solver(solver, self._schedule, self._content, manifest.geometry.factor)
+        if self.mask is not None:
+            planes, _ = self._canvas.encoder_and_edge_inputs(np.repeat(self.mask[:, :, None], 3, axis=2))
+            painted = to_latent_mask(planes[:, :, 0], manifest.geometry.factor)
+            solver = X0Blend(solver, self._schedule, z0, 1 - painted)
+        return solver
 
-    def finish(self, painted: Pixels) -> Image.Image:
+    def previewer(self, z0: Floats) -> Previewer:
+        """Makes small pictures of latents, given the picture's own latent z0 [4, h, w]."""
+        return Previewer(self._content, z0, self._canvas)
+
+    def blend_with_previous(self, latent: Floats, painted: Pixels) -> Pixels:
+        """The painted canvas [H, W, 3] of a latent [4, h, w]; in a video, blended with the painting before."""
+        return self._temporal.blend(latent, painted) if self._temporal else painted
+
+    def compose(self, painted: Pixels) -> Image.Image:
         """The painted canvas [H, W, 3] as the picture's painting, with its transparency and its colour profile."""
         from PIL import Image
 
-        with self.clock("finish"):
-            rgb = self._canvas.cut(painted)
-            if self.options.keep_colour or self._mask is not None:
-                beneath = self._canvas.under(self._rgb)
-                rgb = masking.keep_colour(rgb, beneath) if self.options.keep_colour else rgb
-                mask = self._canvas.cover(self._mask)
-                rgb = rgb if mask is None else masking.blend(rgb, beneath, mask)
-            alpha = self._canvas.cover(self._source.alpha if self.options.alpha == "keep" else None)
+        with self.timer("finish"):
+            rgb = self._canvas.crop(painted)
+            if self.options.keep_colour or self.mask is not None:
+                reference = self._canvas.output_reference(self._rgb)
+                rgb = keep_colour(rgb, reference) if self.options.keep_colour else rgb
+                mask = self._canvas.output_alpha(self.mask)
+                rgb = rgb if mask is None else composite(rgb, reference, mask)
+            alpha = self._canvas.output_alpha(self.source.alpha if self.options.alpha == "keep" else None)
             image = Image.fromarray(rgb if alpha is None else np.dstack([rgb, alpha]))
-            if self._source.icc:
-                image.info["icc_profile"] = self._source.icc
+            if self.source.icc:
+                image.info["icc_profile"] = self.source.icc
         return image
 
-    def _cells(self, mask: Pixels) -> sampler.Floats:
-        """How much is painted of every latent cell, [h, w] of 0 … 1."""
-        planes, _ = self._canvas.views(np.repeat(mask[:, :, None], 3, axis=2))
-        return masking.cells(planes[:, :, 0], self._bundle.manifest.geometry.factor)
+
+def graphs_of(options: Options | Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
+    """Names of the graphs that denoise with `options`, and of the one that decodes."""
+    given = vars(options) if isinstance(options, Options) else options
+    denoisers = UNET_SPLIT_GRAPHS if (given.get("cache_interval") or 1) > 1 else (DENOISER,)
+    return denoisers, VAE_DECODER_TINY if given.get("decoder") == "small" else VAE_DECODER
 
 
-class Clock:
+def require_graphs(bundle: Bundle, options: Options) -> None:
+    """Check that a bundle has the graphs that `options` need.
+
+    Raises:
+        BundleError: it lacks some; the message says what adds them.
+    """
+    denoisers, decoder = graphs_of(options)
+    if missing := [name for name in denoisers if name not in bundle.manifest.graphs]:
+        raise BundleError(
+            f"found no graph {', '.join(missing)} in {bundle.path}, which cache_interval needs; add the split graphs "
+            f"with: lsast-export parts {bundle.path}"
+        )
+    if decoder not in bundle.manifest.graphs:
+        raise BundleError(
+            f"found no graph {decoder} in {bundle.path}, which decoder {options.decoder} needs; add it with: "
+            f"lsast-export decoder {bundle.path} --small FOLDER, of TAESD for a base like Stable Diffusion 1.x"
+        )
+
+
+class Timer:
     """Wall time of named phases; a phase that is entered again goes on."""
 
     def __init__(self) -> None:
@@ -182,11 +195,11 @@ class Clock:
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Count the block's time to `phase`."""
+        """Add the block's time to `phase`."""
         begin = time.perf_counter()
         yield
         self.add(phase, time.perf_counter() - begin)
 
     def add(self, phase: str, seconds: float) -> None:
-        """Count `seconds` to `phase`."""
+        """Add `seconds` to `phase`."""
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds

@@ -54,7 +54,7 @@ class Result:
             PictureError: the file cannot be written, or the format cannot hold so large a picture.
         """
         path = Path(path)
-        check_output(path)
+        validate_output_path(path)
         try:
             with replace_file(path) as handle:
                 self._write(handle, path)
@@ -71,7 +71,7 @@ class Result:
             UsageError: the suffix names none of the formats.
             PictureError: the format cannot hold so large a picture, or the stream takes no more.
         """
-        check_output(Path("painting" + suffix))
+        validate_output_path(Path("painting" + suffix))
         buffer = io.BytesIO()
         try:
             self._write(buffer, Path("painting" + suffix))
@@ -96,7 +96,7 @@ class Result:
         image.save(handle, format=name, icc_profile=self.image.info.get("icc_profile"), **settings)
 
 
-def check_output(path: Path) -> None:
+def validate_output_path(path: Path) -> None:
     """Check, before anything is painted, that `path` can name an output.
 
     Raises:

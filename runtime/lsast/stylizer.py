@@ -10,28 +10,50 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
-import numpy.typing as npt
 
-from lsast_engines.backends.base import ComputeDtype, Engine
+from lsast_engines.backends.base import ComputeDtype
 from lsast_engines.bundle.bundle import Bundle, find_bundle
-from lsast_engines.bundle.graph_spec import DENOISER, REQUIRED_GRAPHS, UNET_SPLIT_GRAPHS, VAE_DECODER
+from lsast_engines.bundle.graph_spec import (
+    CONTROLNET_COND,
+    DENOISER,
+    REQUIRED_GRAPHS,
+    UNET_SPLIT_GRAPHS,
+    VAE_DECODER,
+    VAE_ENCODER,
+)
 
+from .images.provenance import Provenance, bundle_sha256, pixels_sha256, versions
 from .options.defaults import Defaults
-from .request import Painting
+from .options.presets import preset_options
+from .options.style_mix import Mix
+from .request import Request, graphs_of
 from .result import Result
-from .sampling import sampler
-from .sampling import tiling as tiles
-from .sampling.cached_denoiser import PartedDenoiser
-from .sampling.step_plan import Pass, decoder_of, graphs_of
-from .sessions import batching as batches
+from .sampling.cached_denoiser import CachedDenoiser
+from .sampling.sampler import (
+    Batch,
+    ControlNetCond,
+    Denoiser,
+    Floats,
+    Graph,
+    GraphDenoiser,
+    Networks,
+    NotFiniteError,
+    Pixels,
+    VaeDecoder,
+    VaeEncoder,
+    sample,
+)
+from .sampling.tiling import TiledControlNetCond, TiledDenoiser, TiledVaeDecoder, TiledVaeEncoder
+from .sessions import batching
 from .sessions.cancel import CancelToken
-from .sessions.engine_pool import STYLE_MEMORY, Opener, Workshop
+from .sessions.engine_pool import STYLE_MEMORY, EngineFactory, EnginePool
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from .images.preview import Previewer
     from .request import Picture
-    from .video.optical_flow import Follower
+    from .video.optical_flow import TemporalState
 
 _log = logging.getLogger("lsast.runtime")
 
@@ -39,8 +61,8 @@ Preview = Callable[[], "Image.Image"]
 """What `OnStep` is given to look at the painting: nothing is computed until it is called."""
 
 OnStep = Callable[[int, int, Preview], None]
-"""Called with the number of steps done, the number there are, and a function that gives a small picture of what the
-painting is about to be, one pixel for a latent cell of 8 x 8."""
+"""Called with the number of steps done, the number there are, and a function that gives a small preview of the
+painting, one pixel for a latent cell of 8 x 8."""
 
 
 def load(
@@ -76,13 +98,12 @@ def load(
         BackendError: the backend, the device or the arithmetic cannot be had here; the message lists what can.
         MissingExtraError: no backend is installed.
     """
-    opener = Opener(Bundle.open(find_bundle(bundle)), backend, device, threads, compute_dtype)
+    factory = EngineFactory(Bundle.open(find_bundle(bundle)), backend, device, threads, compute_dtype)
     if build:
         from .sessions.build_engines import build_engines
 
-        build_engines(opener.bundle, backend.lower(), compute_dtype)
-    names = REQUIRED_GRAPHS if preset is None else first_graphs(opener.bundle, {"preset": preset})
-    return Stylizer(opener, opener.all(names), style_memory, preset)
+        build_engines(factory.bundle, backend.lower(), compute_dtype)
+    return Stylizer(factory, first_graphs(factory.bundle, {"preset": preset}), style_memory, preset)
 
 
 class Stylizer:
@@ -97,18 +118,30 @@ class Stylizer:
 
     def __init__(
         self,
-        opener: Opener,
-        engines: Mapping[str, Engine],
+        factory: EngineFactory,
+        graphs: Iterable[str] = REQUIRED_GRAPHS,
         style_memory: int = STYLE_MEMORY,
         preset: str | None = None,
     ) -> None:
-        self.bundle = opener.bundle
-        self._opener = opener
+        """Open the engines.
+
+        Args:
+            factory: opens the graphs of a bundle.
+            graphs: those to open now; others are opened at their first use.
+            style_memory: see `load`.
+            preset: see `load`.
+
+        Raises:
+            LsastError: see `load`.
+        """
+        self.bundle = factory.bundle
         self._style_memory = style_memory
         self._preset = preset
-        self._defaults = Defaults(opener.bundle, preset)
-        self._backend = next(iter(engines.values())).backend
-        self._workshop = Workshop(opener, engines, style_memory)
+        self._defaults = Defaults(factory.bundle, preset)
+        self._pool = EnginePool(factory, graphs, style_memory)
+        self._backend = next(iter(self._pool.engines.values())).backend
+        self._bundle_sha256 = bundle_sha256(factory.bundle)
+        self._versions = versions(self._backend)
 
     @property
     def styles(self) -> list[str]:
@@ -175,7 +208,7 @@ class Stylizer:
                  "control": control, "size": size, "solver": solver, "seed": seed, "alpha": alpha, "fit": fit,
                  "keep_colour": keep_colour, "feather": feather, "tile": tile, "cache_interval": cache_interval,
                  "decoder": decoder, **removed}  # fmt: skip
-        return self._paint([self._read(picture, given, mask)], on_step, cancel)[0]
+        return self._paint([self._request(picture, given, mask)], on_step, cancel)[0]
 
     async def stylize_async(self, picture: Picture, style: str | None = None, **options: Any) -> Result:
         """`stylize` for asyncio: the event loop goes on meanwhile, and a task that is cancelled stops painting.
@@ -189,10 +222,10 @@ class Stylizer:
         Raises:
             LsastError: see `stylize`.
         """
-        from .sessions.aio import in_queue
+        from .sessions.aio import run_in_executor
 
-        return await in_queue(
-            self._workshop.queue(), lambda cancel: self.stylize(picture, style, **options, cancel=cancel)
+        return await run_in_executor(
+            self._pool.executor(), lambda cancel: self.stylize(picture, style, **options, cancel=cancel)
         )
 
     def stylize_many(
@@ -230,12 +263,12 @@ class Stylizer:
             UsageError: a batch below 1, or fewer or more styles or rows than pictures.
         """
 
-        def read(picture: Picture, own: Mapping[str, Any]) -> Painting:
+        def read(picture: Picture, own: Mapping[str, Any]) -> Request:
             given = {**options, **own}
-            return self._read(picture, given, given.pop("mask", None))
+            return self._request(picture, given, given.pop("mask", None))
 
-        return batches.stream(
-            batches.jobs(pictures, styles, rows), read, lambda paintings: self._paint(paintings, None, cancel), batch
+        return batching.stream(
+            batching.jobs(pictures, styles, rows), read, lambda requests: self._paint(requests, None, cancel), batch
         )
 
     def stylize_frames(
@@ -243,7 +276,7 @@ class Stylizer:
         frames: Iterable[Picture],
         style: str | None = None,
         *,
-        follower: Follower | None = None,
+        temporal: TemporalState | None = None,
         on_step: OnStep | None = None,
         cancel: CancelToken | None = None,
         **options: Any,
@@ -253,7 +286,7 @@ class Stylizer:
         Args:
             frames: in their order, as `stylize` takes pictures; those of another size than the one before start anew.
             style: see `stylize`.
-            follower: what remembers the painting before; a new one if None. One serves one video.
+            temporal: the frame before and its painting; a new state if None. One serves one video.
             on_step: see `stylize`; called for every frame.
             cancel: see `stylize`.
             options: what else `stylize` takes.
@@ -264,17 +297,17 @@ class Stylizer:
         Raises:
             LsastError: see `stylize`; it ends the stream.
         """
-        from .video.optical_flow import Follower
+        from .video.optical_flow import TemporalState
 
-        follower = follower or Follower()
+        temporal = temporal or TemporalState()
         given = {**options, "style": style}
         mask = given.pop("mask", None)
         for frame in frames:
-            yield self._paint([self._read(frame, given, mask, follower)], on_step, cancel)[0]
+            yield self._paint([self._request(frame, given, mask, temporal)], on_step, cancel)[0]
 
     def close(self) -> None:
         """Give the engines' memory and devices back; `stylize` cannot be called any more. Closing twice is fine."""
-        self._workshop.close()
+        self._pool.close()
 
     def __enter__(self) -> Stylizer:
         return self
@@ -285,92 +318,116 @@ class Stylizer:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        opener = self._opener
-        where = (self.bundle.path.resolve(), opener.backend, opener.device, opener.threads, opener.compute_dtype)
+        factory = self._pool.factory
+        where = (self.bundle.path.resolve(), factory.backend, factory.device, factory.threads, factory.compute_dtype)
         return load, (*where, self._style_memory, False, self._preset)
 
-    def _read(
-        self, picture: Picture, given: Mapping[str, Any], mask: Picture | None, follower: Follower | None = None
-    ) -> Painting:
-        return Painting(self.bundle, picture, self._defaults.resolve(given), mask, follower)
+    def _request(
+        self, picture: Picture, given: Mapping[str, Any], mask: Picture | None, temporal: TemporalState | None = None
+    ) -> Request:
+        """Resolve the options of a picture, open its styles and read it."""
+        options = self._defaults.resolve(given)
+        mix = Mix.parse(options.style)
+        mix.check(list(self.bundle.styles()), self.bundle.manifest.stages)
+        styles = {name: self._pool.styles.get(name) for name in mix.styles}
+        return Request(self.bundle, picture, options, styles, mask, temporal)
 
-    def _paint(self, paintings: Sequence[Painting], on_step: OnStep | None, cancel: CancelToken | None) -> list[Result]:
-        """Paint a batch: the one way that every picture goes. All have one `batch_key`."""
-        workshop = self._workshop
-        with workshop.turn(cancel):
-            rows = []
-            for painting in paintings:
-                rows.append(painting.begin(workshop.engines, workshop.shelf))
-                if cancel:
-                    cancel.check()
+    def _paint(self, requests: Sequence[Request], on_step: OnStep | None, cancel: CancelToken | None) -> list[Result]:
+        """Paint a batch, as every picture is painted; all requests have one `batch_key`."""
+        first = requests[0]
+        times: list[float] = []
+        previewer: Previewer | None = None
 
-            def watch(step: int, total: int, guesses: Sequence[sampler.Floats]) -> None:
-                if cancel:
-                    cancel.check()
-                if on_step:
-                    on_step(step, total, lambda: paintings[0].previewer(guesses[0]))
+        def callback(step: int, steps: int, x0: Callable[[], Floats]) -> None:
+            nonlocal previewer
+            times.append(time.perf_counter())
+            if on_step:
+                looks = previewer = previewer or first.previewer(x0()[0])
+                on_step(step, steps, lambda: looks(x0()[0]))
 
-            begin = time.perf_counter()
-            control = paintings[0].options.control
-            passes, grid = paintings[0].passes, paintings[0].grid
-            denoiser = _denoiser(workshop, passes, grid)
-            watching = watch if cancel or on_step else None
-            latents = sampler.denoise(denoiser, rows, self.bundle.null_style, control, watching)
-            shared = (time.perf_counter() - begin) / len(paintings)
-            painted = []
-            for painting, latent in zip(paintings, latents, strict=True):
-                painting.clock.add("denoise", shared)
-                with painting.clock("decode"):
-                    canvas = _decode(workshop, decoder_of(painting.options), latent[None], painting.grid)
-                    painted.append(painting.settle(latent, canvas))
-                if cancel:
-                    cancel.check()
-            provenances = [painting.provenance(denoiser, workshop.shelf) for painting in paintings]
-        return [
-            Result(painting.finish(canvas), painting.clock.seconds, painting.options, provenance)
-            for painting, canvas, provenance in zip(paintings, painted, provenances, strict=True)
-        ]
+        with self._pool.exclusive(cancel):
+            times.append(time.perf_counter())
+            networks = self._networks(first, cancel)
+            batch = Batch([request.prepare() for request in requests], self.bundle.null_style, first.options.control)
+            latents, pictures = sample(networks, batch, callback)
+            painted = [
+                request.blend_with_previous(latent, picture)
+                for request, latent, picture in zip(requests, latents, pictures, strict=True)
+            ]
+            times.append(time.perf_counter())
+            if cancel:
+                cancel.check()
+            provenances = [self._provenance(request) for request in requests]
+        phases = {"encode": times[1] - times[0], "denoise": times[-2] - times[1], "decode": times[-1] - times[-2]}
+        results = []
+        for request, canvas, provenance in zip(requests, painted, provenances, strict=True):
+            for phase, seconds in phases.items():
+                request.timer.add(phase, seconds / len(requests))
+            results.append(Result(request.compose(canvas), request.timer.seconds, request.options, provenance))
+        return results
+
+    def _networks(self, request: Request, cancel: CancelToken | None) -> Networks:
+        """The networks that paint a request: tiled if its canvas is large, cached if its options say so."""
+        manifest, grid, interval = self.bundle.manifest, request.grid, request.options.cache_interval
+        denoisers, decoder = graphs_of(request.options)
+
+        def graph(name: str) -> Graph:
+            return Graph(self._pool.engine(name), cancel.check if cancel else None)
+
+        graphs = {name: graph(name) for name in denoisers}
+        encoder, cond = VaeEncoder(graph(VAE_ENCODER)), ControlNetCond(graph(CONTROLNET_COND))
+        whole = GraphDenoiser(graphs[DENOISER]) if interval == 1 else None
+
+        def denoiser() -> Denoiser:
+            return whole or CachedDenoiser(graphs, interval, manifest.noise)
+
+        def decode(latents: Floats) -> Pixels:
+            network = VaeDecoder(graph(decoder))
+            return TiledVaeDecoder(network, grid)(latents) if grid else network(latents)
+
+        def decode_or_fall_back(latents: Floats) -> Pixels:
+            """Decode; if the values overflow below fp32, decode again in fp32, and stay there."""
+            try:
+                return decode(latents)
+            except NotFiniteError as error:
+                if self._pool.engine(decoder).compute_dtype == "fp32":
+                    raise
+                _log.warning("%s; decoding again in fp32", error)
+            self._pool.reopen(decoder, "fp32")
+            return decode(latents)
+
+        return Networks(
+            vae_encoder=TiledVaeEncoder(encoder, grid) if grid else encoder,
+            controlnet_cond=TiledControlNetCond(cond, grid) if grid else cond,
+            denoiser=TiledDenoiser(denoiser, grid) if grid else denoiser(),
+            vae_decoder=decode_or_fall_back,
+            latent_scale=np.float32(manifest.latent_scale),
+        )
+
+    def _provenance(self, request: Request) -> Provenance:
+        """What the painting of a request is made of."""
+        engine = self._pool.engine(graphs_of(request.options)[0][0])
+        return Provenance(
+            bundle=self.bundle.manifest.name,
+            bundle_sha256=self._bundle_sha256,
+            styles={name: style.fingerprint for name, style in request.styles.items()},
+            picture_sha256=pixels_sha256(request.source.rgb, request.source.alpha),
+            mask_sha256=None if request.mask is None else pixels_sha256(request.mask),
+            painted=request.canvas_size,
+            backend=engine.backend,
+            device=engine.device,
+            compute_dtype=engine.compute_dtype,
+            versions=self._versions,
+        )
 
 
 def first_graphs(bundle: Bundle, options: Mapping[str, Any]) -> list[str]:
-    """The graphs to open at once for paintings with `options`: without the whole denoiser, where its parts run instead,
-    and with the small decoder where that is asked for.
+    """The graphs to open before the first picture, given the options that all pictures share.
 
     Raises:
-        UsageError: options that cannot be meant.
+        UsageError: there is no such preset.
     """
-    resolved = Defaults(bundle).resolve(options)
-    there = bundle.manifest.graphs.keys()
-    parted = resolved.cache_interval > 1 and there >= set(UNET_SPLIT_GRAPHS)
-    names = (
-        [name for name in REQUIRED_GRAPHS if name != DENOISER] + list(UNET_SPLIT_GRAPHS)
-        if parted
-        else list(REQUIRED_GRAPHS)
-    )
-    decoder = decoder_of(resolved)
-    return [decoder if name == VAE_DECODER and decoder in there else name for name in names]
-
-
-def _denoiser(workshop: Workshop, passes: Sequence[Pass], grid: tiles.Grid) -> Engine:
-    """The engine to denoise a canvas with: the whole denoiser, unless the plan leaves something out of it."""
-    names = graphs_of(passes)
-    if names == (DENOISER,):
-        return tiles.denoiser(workshop.engine(DENOISER), grid)
-    manifest = workshop.opener.bundle.manifest
-    engines = {name: workshop.engine(name) for name in names}
-    return PartedDenoiser(engines, manifest.graphs[DENOISER], passes, grid, manifest.noise)
-
-
-def _decode(workshop: Workshop, name: str, latent: sampler.Floats, grid: tiles.Grid) -> npt.NDArray[np.uint8]:
-    """Decode by the graph `name`; if that overflows below fp32, once more in fp32, in which it then stays."""
-    engine = workshop.engine(name)
-    scale = workshop.opener.bundle.manifest.latent_scale
-    try:
-        return tiles.decode(engine, latent, scale, grid)
-    except sampler.NotFiniteError as error:
-        if engine.compute_dtype == "fp32":
-            raise
-        _log.warning("%s; decoding again in fp32", error)
-    workshop.engines[name] = workshop.opener(name, "fp32")
-    engine.close()
-    return tiles.decode(workshop.engines[name], latent, scale, grid)
+    denoisers, decoder = graphs_of({**preset_options(options.get("preset")), **options})
+    names = [VAE_ENCODER, CONTROLNET_COND, *denoisers, decoder]
+    usual = {**dict.fromkeys(UNET_SPLIT_GRAPHS, DENOISER), decoder: VAE_DECODER}
+    return list(dict.fromkeys(name if name in bundle.manifest.graphs else usual[name] for name in names))

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from lsast.sampling.sampler import Batch, Networks, sample
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.graph_spec import Cut, Geometry, GraphSpec, graph_specs, part_specs
+from lsast_engines.bundle.graph_spec import Geometry, GraphSpec, UnetSplit, graph_specs, split_specs
 from lsast_engines.bundle.manifest import AttentionLayer, Manifest
 from lsast_engines.bundle.style import Style
 from lsast_engines.diffusion.noise_schedule import NoiseSchedule
@@ -145,7 +147,7 @@ def graphs(weights: Weights) -> dict[str, bytes]:
     }
 
 
-PART_SPECS = part_specs(GEOMETRY, Cut(residuals=((4, 0), (4, 1)), outer=1, feature=4))
+PART_SPECS = split_specs(GEOMETRY, UnetSplit(residuals=((4, 0), (4, 1)), outer=1, feature=4))
 
 
 @pytest.fixture(scope="session")
@@ -301,3 +303,26 @@ def photo() -> np.ndarray:
     rgb[24:72, 40:100] = (200, 60, 30)
     rgb[40:60, 110:150] = (20, 40, 220)
     return rgb
+
+
+@dataclass
+class Run:
+    """One call of `sample`: what it was given, and the latents that it gave."""
+
+    networks: Networks
+    batch: Batch
+    latents: np.ndarray
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+    """Every call of `sample` by a stylizer, in order."""
+    calls: list[Run] = []
+
+    def recorded(networks: Networks, batch: Batch, callback: Any) -> tuple[np.ndarray, np.ndarray]:
+        latents, pictures = sample(networks, batch, callback)
+        calls.append(Run(networks, batch, latents))
+        return latents, pictures
+
+    monkeypatch.setattr("lsast.stylizer.sample", recorded)
+    return calls

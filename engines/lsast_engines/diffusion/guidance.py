@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 
-def guide(eps: Any, guidance: float) -> Any:
+def guide(eps: Any, guidance: Any) -> Any:
     """The guided noise: eps_null + guidance * (eps_style - eps_null), docs/method.md §4.5.
 
     Args:
         eps: predicted noise [G, ...], an array or a tuple of G arrays: (eps_null, eps_style), or (eps_style,) alone.
-        guidance: scale; 1 gives eps_style, larger values lead away from eps_null.
+        guidance: scale, or the scales [B, 1, 1, 1] of a batch; 1 gives eps_style, larger values lead away from
+            eps_null.
 
     Returns:
         The noise [...] of the same type; eps_style unchanged where it stands alone.

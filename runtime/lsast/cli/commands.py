@@ -19,10 +19,10 @@ from ..images.contact_sheet import contact_sheet, parse_axes
 from ..images.metadata import read_record
 from ..options.defaults import Defaults
 from ..options.presets import preset_options
-from ..result import Result, check_output
+from ..result import Result, validate_output_path
 from ..stylizer import load
 from .repeat import compare, verify
-from .run import Bars
+from .run import ProgressBars
 
 Report = dict[str, Any]
 
@@ -51,13 +51,13 @@ def repeat(origin: Path, paths: list[Path], where: dict[str, Any], options: dict
     mask = options.pop("mask", None)
     source, out = (*paths, None, None)[:2]
     if out is not None:
-        check_output(out)
+        validate_output_path(out)
     if not options:
         verify(record, origin, Bundle.open(find_bundle(where.get("bundle"))), source, mask)
     if source is None:
         return report, f"{origin}: the bundle and the styles that it was painted with are here"
     same = {"backend": told.backend, "device": told.device, "compute_dtype": told.compute_dtype}
-    with contextlib.closing(Bars(1)) as bars, load(**{**same, **where}) as stylizer:
+    with contextlib.closing(ProgressBars(1)) as bars, load(**{**same, **where}) as stylizer:
         changed = {**asdict(record.options), **preset_options(options.get("preset")), **options}
         result = stylizer.stylize(source, **changed, mask=mask, on_step=bars.on_step)
     if out is None:
@@ -82,7 +82,7 @@ def sheet(
     Raises:
         LsastError: see `contact_sheet`.
     """
-    check_output(out)
+    validate_output_path(out)
     parsed = parse_axes(axes)
     with load(**where) as stylizer:
         common = Defaults(stylizer.bundle).resolve(options)

@@ -120,7 +120,7 @@ def _loads(module: str) -> bool:
 
 
 def _backends(gpu: bool) -> list[BackendState]:
-    from lsast_engines.backends.base import EXTRAS, backend_devices
+    from lsast_engines.backends.registry import EXTRAS, backend_devices
 
     states = []
     for name, extra in EXTRAS.items():

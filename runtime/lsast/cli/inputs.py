@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lsast_engines.errors import UsageError, fault_list
 
-STREAM = "-"
+STDIO = "-"
 """The name of standard input as IN, and of standard output as OUT."""
 
 WRITTEN_PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
@@ -46,12 +46,12 @@ class Plan:
 
     jobs: tuple[Job, ...]
     """In the order in which they are painted."""
-    one: bool
+    single: bool
     """Whether the call names one picture and one file for it: it is then painted over whatever is there, and its
     failure is the failure of the call. Otherwise what is there is skipped and what fails is summed up."""
 
 
-def lay_out(sources: Sequence[str], out: str) -> Plan:
+def plan_jobs(sources: Sequence[str], out: str) -> Plan:
     """Find what the arguments of a call name, and name every output.
 
     - A file goes to the file OUT, or into OUT if that is a folder.
@@ -69,12 +69,12 @@ def lay_out(sources: Sequence[str], out: str) -> Plan:
         UsageError: a pattern that finds nothing, an OUT that cannot hold what is found, two sources with one output.
         PictureError: a folder without pictures.
     """
-    if STREAM in (*sources, out):
+    if STDIO in (*sources, out):
         return _streams(sources, out)
     target = Path(out)
     into_folder = target.is_dir() or out.endswith(("/", os.sep))
     if len(sources) == 1 and _is_file_name(sources[0]) and not into_folder:
-        return Plan((Job(Path(sources[0]), target),), one=True)
+        return Plan((Job(Path(sources[0]), target),), single=True)
     if target.exists() and not target.is_dir():
         raise UsageError(f"found the file {target} as OUT of several pictures; expected a folder")
     if target.suffix.lower() in WRITTEN_PICTURES | WRITTEN_VIDEOS and not into_folder:
@@ -85,7 +85,7 @@ def lay_out(sources: Sequence[str], out: str) -> Plan:
         for source, name in _found(given, target, own_name=len(sources) > 1)
     }
     _refuse_collisions(jobs)
-    return Plan(tuple(sorted(jobs, key=lambda job: str(job.source))), one=False)
+    return Plan(tuple(sorted(jobs, key=lambda job: str(job.source))), single=False)
 
 
 def _is_file_name(given: str) -> bool:
@@ -94,15 +94,15 @@ def _is_file_name(given: str) -> bool:
 
 
 def _streams(sources: Sequence[str], out: str) -> Plan:
-    if len(sources) > 1 or (sources[0] != STREAM and not _is_file_name(sources[0])):
+    if len(sources) > 1 or (sources[0] != STDIO and not _is_file_name(sources[0])):
         raise UsageError(f"found {' '.join(sources)} {out}; expected one picture where - is IN or OUT")
-    if out != STREAM and (out.endswith(("/", os.sep)) or Path(out).is_dir()):
+    if out != STDIO and (out.endswith(("/", os.sep)) or Path(out).is_dir()):
         raise UsageError(f"found the folder {out} as OUT of standard input; expected the name of a file")
-    source = None if sources[0] == STREAM else Path(sources[0])
-    job = Job(source, None if out == STREAM else Path(out))
+    source = None if sources[0] == STDIO else Path(sources[0])
+    job = Job(source, None if out == STDIO else Path(out))
     if job.is_video and job.out is None:
         raise UsageError(f"found the video {source} and OUT -; expected the name of a file: videos need one")
-    return Plan((job,), one=True)
+    return Plan((job,), single=True)
 
 
 def _found(given: str, target: Path, *, own_name: bool) -> Iterator[tuple[Path, Path]]:

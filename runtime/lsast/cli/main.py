@@ -169,7 +169,7 @@ def main(
         fail("found --grid and several pictures; expected: lsast-run IN OUT --grid NAME=A,B", USAGE)
     if len(paths) < 2 and origin is None:
         fail("found no IN and OUT; expected: lsast-run IN OUT (--help lists all options)", USAGE)
-    from .inputs import lay_out
+    from .inputs import plan_jobs
 
     where = {
         "bundle": bundle,
@@ -189,7 +189,7 @@ def main(
         click.echo(json.dumps(report) if as_json else line)
     elif watch:
         _watch(paths, where, options, overwrite, as_json)
-    elif (plan := lay_out(paths[:-1], paths[-1])).one:
+    elif (plan := plan_jobs(paths[:-1], paths[-1])).single:
         _paint_one(plan.jobs[0], where, options, as_json)
     else:
         _paint_several(plan.jobs, len(plan.jobs), where, options, overwrite, as_json)
@@ -208,13 +208,13 @@ def _repeat(origin: str, paths: tuple[str, ...], where: dict[str, Any], options:
 def _paint_one(job: Job, where: dict[str, Any], options: dict[str, Any], as_json: bool) -> None:
     """Paint and save one picture, with a progress bar on stderr where that is a terminal."""
     from ..stylizer import load
-    from .run import Bars, check, paint
+    from .run import ProgressBars, check, paint
 
     check(job)
     if as_json and job.out is None:
         fail("found --json and OUT -; expected the name of a file: both would go to standard output", USAGE)
     begin = time.perf_counter()
-    with contextlib.closing(Bars(1)) as bars, load(**where, preset=options.get("preset")) as stylizer:
+    with contextlib.closing(ProgressBars(1)) as bars, load(**where, preset=options.get("preset")) as stylizer:
         opened = time.perf_counter()
         report = {"out": str(job.out), **paint(job, stylizer, options, bars)}
     report["seconds"] = {"open": opened - begin, **report["seconds"]}
@@ -247,16 +247,16 @@ def _paint_several(
     Of folders that are watched there are nobody knows how many, `count` is None, and an interrupt is the way to end.
     """
     from ..stylizer import load
-    from .run import Bars, Tally, paint_all
+    from .run import ProgressBars, RunSummary, paint_all
 
-    tally = Tally()
+    tally = RunSummary()
     with contextlib.ExitStack() as stack:
         stack.callback(lambda: click.echo(tally.summary(), err=True))
-        bars = stack.enter_context(contextlib.closing(Bars(count)))
+        bars = stack.enter_context(contextlib.closing(ProgressBars(count)))
 
         def report(facts: dict[str, Any]) -> None:
             if as_json or facts["status"] == "painted":
-                with bars.aside():
+                with bars.paused():
                     click.echo(json.dumps(facts) if as_json else facts["out"])
 
         stylizer = functools.cache(lambda: stack.enter_context(load(**where, preset=options.get("preset"))))

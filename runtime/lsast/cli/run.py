@@ -29,7 +29,7 @@ _CALL_IS_WRONG = (UsageError, StyleError, BundleError, MissingExtraError)
 
 
 @dataclass
-class Tally:
+class RunSummary:
     """What became of a run's files."""
 
     painted: int = 0
@@ -50,7 +50,7 @@ def _named(name: str, reason: str) -> str:
     return reason if name in reason else f"{name}: {reason}"
 
 
-class Bars:
+class ProgressBars:
     """Progress bars on stderr, where that is a terminal: files, steps of the one being painted, a video's frames."""
 
     def __init__(self, files: int | None) -> None:
@@ -87,7 +87,7 @@ class Bars:
         self._files.update()
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """Take the bars off the terminal while something else is written to it."""
         with self._files.external_write_mode():
             yield
@@ -106,9 +106,9 @@ def paint_all(
     options: dict[str, Any],
     *,
     overwrite: bool,
-    bars: Bars,
+    bars: ProgressBars,
     report: Callable[[Report], None],
-    tally: Tally,
+    tally: RunSummary,
 ) -> None:
     """Paint one job after another.
 
@@ -118,7 +118,7 @@ def paint_all(
         options: keywords of `Stylizer.stylize`.
         overwrite: paint what is there again.
         bars: told of every step and file.
-        report: called with each file's `status` (painted, skipped, failed), `source`, `out`, and what `describe` or
+        report: called with each file's `status` (painted, skipped, failed), `source`, `out`, and what `to_report` or
             `error` tells.
         tally: counts.
 
@@ -159,12 +159,12 @@ def check(job: Job) -> None:
 
         check_video(job.source, job.out)
     elif job.out is not None:
-        from ..result import check_output
+        from ..result import validate_output_path
 
-        check_output(job.out)
+        validate_output_path(job.out)
 
 
-def paint(job: Job, stylizer: Stylizer, options: dict[str, Any], bars: Bars) -> Report:
+def paint(job: Job, stylizer: Stylizer, options: dict[str, Any], bars: ProgressBars) -> Report:
     """Paint one picture or video and write it; the facts of it for a report."""
     begin = time.perf_counter()
     if job.source is not None and job.out is not None and job.is_video:
@@ -172,13 +172,13 @@ def paint(job: Job, stylizer: Stylizer, options: dict[str, Any], bars: Bars) -> 
 
         facts = paint_video(job.source, job.out, stylizer, options, bars.on_step, bars.on_frame)
         last = facts.pop("result")
-        painted = {} if last is None else describe(last, stylizer, {})
+        painted = {} if last is None else to_report(last, stylizer, {})
         return {**painted, **facts, "seconds": {"video": time.perf_counter() - begin}}
     source = sys.stdin.buffer.read() if job.source is None else job.source
     result = stylizer.stylize(source, **options, on_step=bars.on_step)
     begin = time.perf_counter()
     write(result, job.out)
-    return describe(result, stylizer, {"save": time.perf_counter() - begin})
+    return to_report(result, stylizer, {"save": time.perf_counter() - begin})
 
 
 def write(result: Result, out: Path | None) -> None:
@@ -189,7 +189,7 @@ def write(result: Result, out: Path | None) -> None:
         result.save(out)
 
 
-def describe(result: Result, stylizer: Stylizer, seconds: dict[str, float]) -> Report:
+def to_report(result: Result, stylizer: Stylizer, seconds: dict[str, float]) -> Report:
     """How a painting came about, ready for JSON; `seconds` are added to its own."""
     return {
         "bundle": stylizer.bundle.manifest.name,

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from lsast_engines.errors import MissingExtraError, PictureError, UsageError
 
-from .inputs import STREAM, Job, lay_out
+from .inputs import STDIO, Job, plan_jobs
 
 SETTLED = 0.5
 """Seconds for which a file must not have been written to: it may still be on its way."""
@@ -29,10 +29,10 @@ def check_watch(sources: Sequence[str], out: str) -> None:
         UsageError: a source that is no folder, or an OUT that cannot be one.
         MissingExtraError: watchfiles is not installed.
     """
-    wrong = [source for source in sources if source == STREAM or not Path(source).is_dir()]
+    wrong = [source for source in sources if source == STDIO or not Path(source).is_dir()]
     if wrong:
         raise UsageError(f"found {', '.join(wrong)} to watch; expected folders")
-    if out == STREAM or (Path(out).exists() and not Path(out).is_dir()):
+    if out == STDIO or (Path(out).exists() and not Path(out).is_dir()):
         raise UsageError(f"found {out} as OUT of watched folders; expected a folder")
     _watchfiles()
 
@@ -41,7 +41,7 @@ def watch(sources: Sequence[str], out: str, *, overwrite: bool = False, stop: St
     """Name every picture whose painting is missing or older than it, now and whenever something changes; never ends.
 
     A job counts as done once the next one is asked for: whatever became of it, it is named again only after its source
-    has changed. `feeding.lay_out` says what is found and how outputs are called.
+    has changed. `feeding.plan_jobs` says what is found and how outputs are called.
 
     Args:
         sources: folders.
@@ -82,7 +82,7 @@ def _jobs(sources: Sequence[str], out: str) -> tuple[Job, ...]:
         try:
             # One by one, for a folder without pictures is no error here; named as all of them together would be.
             below = out if len(sources) == 1 else str(Path(out) / Path(source).resolve().name)
-            jobs += lay_out([source], below + "/").jobs
+            jobs += plan_jobs([source], below + "/").jobs
         except PictureError:  # no picture yet
             continue
     return tuple(jobs)

@@ -42,7 +42,7 @@ class Canvas:
         outer = (-(-inner[0] // multiple) * multiple, -(-inner[1] // multiple) * multiple)
         return cls(own, inner, outer)
 
-    def place(self, rgb: Pixels) -> Pixels:
+    def pad(self, rgb: Pixels) -> Pixels:
         """Scale a picture [*own, 3] and mirror it over its borders: [*outer, 3].
 
         Mirrored rather than flat borders, so that the edges and textures that the denoiser sees run on.
@@ -51,20 +51,20 @@ class Canvas:
         margins = [(pixels // 2, pixels - pixels // 2) for pixels in spare]
         return np.pad(_resize(rgb, self.inner), [*margins, (0, 0)], mode="symmetric")
 
-    def views(self, rgb: Pixels) -> tuple[Pixels, Pixels]:
+    def encoder_and_edge_inputs(self, rgb: Pixels) -> tuple[Pixels, Pixels]:
         """What is encoded and what edges are looked for in, [*outer, 3] each: the same picture."""
-        placed = self.place(rgb)
+        placed = self.pad(rgb)
         return placed, placed
 
-    def cover(self, alpha: Pixels | None) -> Pixels | None:
-        """The opacity [*own] of what `cut` gives: that of the picture; None is opaque."""
+    def output_alpha(self, alpha: Pixels | None) -> Pixels | None:
+        """The opacity [*own] of what `crop` gives: that of the picture; None is opaque."""
         return alpha
 
-    def under(self, rgb: Pixels) -> Pixels:
-        """The picture, pixel for pixel under what `cut` gives: itself."""
+    def output_reference(self, rgb: Pixels) -> Pixels:
+        """The picture, pixel for pixel under what `crop` gives: itself."""
         return rgb
 
-    def inside(self, cells: tuple[int, ...]) -> tuple[slice, slice]:
+    def valid_cells(self, cells: tuple[int, ...]) -> tuple[slice, slice]:
         """Rows and columns of the picture on the canvas shrunk to `cells`, with those that it fills in part."""
         spans = []
         for inner, outer, count in zip(self.inner, self.outer, cells, strict=True):
@@ -72,7 +72,7 @@ class Canvas:
             spans.append(slice(first // size, -(-(first + inner) // size)))
         return spans[0], spans[1]
 
-    def cut(self, painted: Pixels) -> Pixels:
+    def crop(self, painted: Pixels) -> Pixels:
         """Cut the picture out of a painted canvas [*outer, 3] and give it its own size back: [*own, 3]."""
         (height, width), (outer_height, outer_width) = self.inner, self.outer
         top, left = (outer_height - height) // 2, (outer_width - width) // 2
@@ -80,7 +80,7 @@ class Canvas:
 
 
 @dataclass(frozen=True)
-class SquashedCanvas:
+class StretchCanvas:
     """A picture squashed to a square, whatever its aspect; what is painted is given as it is.
 
     As the released code has it (docs/method.md §4.1-2), which resamples the picture once for the encoder and once, in
@@ -91,11 +91,11 @@ class SquashedCanvas:
     """Height and width of the canvas, in pixels."""
 
     @classmethod
-    def fit(cls, size: int, multiple: int) -> SquashedCanvas:
+    def fit(cls, size: int, multiple: int) -> StretchCanvas:
         """The canvas of size * size pixels, `size` rounded up to a multiple of `multiple`."""
         return cls(-(-size // multiple) * multiple)
 
-    def views(self, rgb: Pixels) -> tuple[Pixels, Pixels]:
+    def encoder_and_edge_inputs(self, rgb: Pixels) -> tuple[Pixels, Pixels]:
         """What is encoded, in RGB by Lanczos, and what edges are looked for in: [side, side, 3] each.
 
         The second is in BGR, by OpenCV's bilinear: the released code reads it with cv2.imread, and where two channels
@@ -106,28 +106,28 @@ class SquashedCanvas:
         bgr = cv2.resize(np.ascontiguousarray(rgb[..., ::-1]), (self.side, self.side))
         return _resize(rgb, (self.side, self.side)), np.asarray(bgr, dtype=np.uint8)
 
-    def cover(self, alpha: Pixels | None) -> Pixels | None:
-        """The opacity [side, side] of what `cut` gives: the picture's, squashed; None is opaque."""
+    def output_alpha(self, alpha: Pixels | None) -> Pixels | None:
+        """The opacity [side, side] of what `crop` gives: the picture's, squashed; None is opaque."""
         return None if alpha is None else _resize(alpha, (self.side, self.side))
 
-    def under(self, rgb: Pixels) -> Pixels:
-        """The picture, pixel for pixel under what `cut` gives: squashed, [side, side, 3]."""
+    def output_reference(self, rgb: Pixels) -> Pixels:
+        """The picture, pixel for pixel under what `crop` gives: squashed, [side, side, 3]."""
         return _resize(rgb, (self.side, self.side))
 
-    def inside(self, cells: tuple[int, ...]) -> tuple[slice, slice]:
+    def valid_cells(self, cells: tuple[int, ...]) -> tuple[slice, slice]:
         """Rows and columns of the picture on the canvas shrunk to `cells`: all."""
         return slice(0, cells[0]), slice(0, cells[1])
 
-    def cut(self, painted: Pixels) -> Pixels:
+    def crop(self, painted: Pixels) -> Pixels:
         """The whole canvas: [side, side, 3]."""
         return painted
 
 
 def canvas_for(
     own: tuple[int, int], size: int, multiple: int, fit: Literal["aspect", "squash"]
-) -> Canvas | SquashedCanvas:
+) -> Canvas | StretchCanvas:
     """The canvas for a picture of `own` height and width; see `Options.size` and `Options.fit`."""
-    return SquashedCanvas.fit(size, multiple) if fit == "squash" else Canvas.fit(own, size, multiple)
+    return StretchCanvas.fit(size, multiple) if fit == "squash" else Canvas.fit(own, size, multiple)
 
 
 def _resize(rgb: Pixels, size: tuple[int, int]) -> Pixels:

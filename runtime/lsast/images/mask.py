@@ -49,7 +49,7 @@ def read_mask(
     return np.round(share).astype(np.uint8)
 
 
-def cells(mask: Pixels, factor: int) -> npt.NDArray[np.float32]:
+def to_latent_mask(mask: Pixels, factor: int) -> npt.NDArray[np.float32]:
     """The mean of a mask over every latent cell: [H, W] of 0 … 255 → [H / factor, W / factor] of 0 … 1."""
     height, width = mask.shape
     blocks = mask.reshape(height // factor, factor, width // factor, factor).astype(np.float32)
@@ -57,7 +57,7 @@ def cells(mask: Pixels, factor: int) -> npt.NDArray[np.float32]:
     return means
 
 
-def blend(painted: Pixels, picture: Pixels, mask: Pixels) -> Pixels:
+def composite(painted: Pixels, picture: Pixels, mask: Pixels) -> Pixels:
     """The painting where the mask is 255, the picture to the bit where it is 0: [H, W, 3]."""
     share = mask[:, :, None].astype(np.float32) / 255
     return np.round(picture + share * (painted.astype(np.float32) - picture)).astype(np.uint8)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .canvas import Canvas, Pixels, SquashedCanvas
+    from .canvas import Canvas, Pixels, StretchCanvas
 
 Floats = npt.NDArray[np.float32]
 
@@ -24,7 +24,7 @@ class Previewer:
     the first preview is asked for.
     """
 
-    def __init__(self, content: Pixels, z0: Floats, canvas: Canvas | SquashedCanvas) -> None:
+    def __init__(self, content: Pixels, z0: Floats, canvas: Canvas | StretchCanvas) -> None:
         """Remember what to fit; nothing is computed yet.
 
         Args:
@@ -41,7 +41,7 @@ class Previewer:
         from PIL import Image
 
         colours = np.clip(_with_one(latent) @ self._map, 0, 255).reshape(*latent.shape[1:], 3)
-        rows, columns = self._canvas.inside(latent.shape[1:])
+        rows, columns = self._canvas.valid_cells(latent.shape[1:])
         return Image.fromarray(np.round(colours[rows, columns]).astype(np.uint8))
 
     @functools.cached_property

@@ -12,7 +12,7 @@ from .cancel import CancelToken
 T = TypeVar("T")
 
 
-async def in_queue(queue: Executor, work: Callable[[CancelToken], T]) -> T:
+async def run_in_executor(queue: Executor, work: Callable[[CancelToken], T]) -> T:
     """Run `work` in a thread of `queue` and wait for it without blocking the loop.
 
     If the task that waits is cancelled, work that is queued is dropped, and work that has begun is told by its token

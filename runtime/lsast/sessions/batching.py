@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lsast_engines.errors import LsastError, UsageError
 
 if TYPE_CHECKING:
-    from ..request import Painting, Picture
+    from ..request import Picture, Request
     from ..result import Result
 
 AHEAD = 4
@@ -27,7 +27,7 @@ Job = tuple["Picture", Mapping[str, Any]]
 class _Place:
     """One picture's place in the stream: what is to be painted, then what came of it."""
 
-    painting: Painting | None = None
+    request: Request | None = None
     outcome: Result | LsastError | None = None
 
 
@@ -56,8 +56,8 @@ def jobs(
 
 def stream(
     source: Iterable[Job],
-    read: Callable[[Picture, Mapping[str, Any]], Painting],
-    paint: Callable[[Sequence[Painting]], list[Result]],
+    read: Callable[[Picture, Mapping[str, Any]], Request],
+    paint: Callable[[Sequence[Request]], list[Result]],
     batch: int,
 ) -> Iterator[Result]:
     """Paint what `source` gives, most `batch` at once, and give the results in its order.
@@ -79,8 +79,8 @@ def stream(
 
 def _stream(
     source: Iterator[Job],
-    read: Callable[[Picture, Mapping[str, Any]], Painting],
-    paint: Callable[[Sequence[Painting]], list[Result]],
+    read: Callable[[Picture, Mapping[str, Any]], Request],
+    paint: Callable[[Sequence[Request]], list[Result]],
     batch: int,
 ) -> Iterator[Result]:
     window: deque[_Place] = deque()
@@ -111,7 +111,7 @@ def _stream(
 
 
 def _read(
-    picture: Picture, options: Mapping[str, Any], read: Callable[[Picture, Mapping[str, Any]], Painting]
+    picture: Picture, options: Mapping[str, Any], read: Callable[[Picture, Mapping[str, Any]], Request]
 ) -> _Place:
     try:
         return _Place(read(picture, options))
@@ -119,20 +119,20 @@ def _read(
         return _Place(outcome=error)
 
 
-def _paint(places: Sequence[_Place], paint: Callable[[Sequence[Painting]], list[Result]]) -> None:
-    results = paint([place.painting for place in places if place.painting])
+def _paint(places: Sequence[_Place], paint: Callable[[Sequence[Request]], list[Result]]) -> None:
+    results = paint([place.request for place in places if place.request])
     for place, result in zip(places, results, strict=True):
-        place.painting, place.outcome = None, result
+        place.request, place.outcome = None, result
 
 
 def _first_batch(window: Iterable[_Place], batch: int) -> list[_Place]:
     """The places that are painted with the first of those that wait."""
-    waiting = [place for place in window if place.painting]
-    key = waiting[0].painting.batch_key if waiting and waiting[0].painting else None
-    return [place for place in waiting if place.painting and place.painting.batch_key == key][:batch]
+    waiting = [place for place in window if place.request]
+    key = waiting[0].request.batch_key if waiting and waiting[0].request else None
+    return [place for place in waiting if place.request and place.request.batch_key == key][:batch]
 
 
 def _enough(window: deque[_Place], batch: int) -> bool:
     """Whether the first batch is full, or as much was read ahead as may be."""
-    waiting = any(place.painting for place in window)
+    waiting = any(place.request for place in window)
     return len(window) >= AHEAD * batch or (waiting and len(_first_batch(window, batch)) >= batch)

@@ -15,7 +15,7 @@ from typing import Any, get_args
 from lsast_engines.backends.base import ComputeDtype
 from lsast_engines.backends.tensorrt.cuda import gpus, load_cuda
 from lsast_engines.backends.tensorrt.engine import find_engine
-from lsast_engines.backends.tensorrt.engine_record import Library
+from lsast_engines.backends.tensorrt.engine_record import TrtFlavor
 from lsast_engines.backends.tensorrt.library import load_library
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS
@@ -45,10 +45,10 @@ def build_engines(
         MissingExtraError: the library, cuda-python or what the exporter needs is not installed.
         BackendError: no GPU, or compiling failed, and why stands on stderr.
     """
-    if backend not in get_args(Library):
-        expected = " or ".join(get_args(Library))
+    if backend not in get_args(TrtFlavor):
+        expected = " or ".join(get_args(TrtFlavor))
         raise UsageError(f"found a backend {backend!r} to build engines for; expected {expected}")
-    library: Library = "tensorrt" if backend == "tensorrt" else "tensorrt-rtx"
+    library: TrtFlavor = "tensorrt" if backend == "tensorrt" else "tensorrt-rtx"
     version = str(load_library(library).__version__)
     there = gpus(runtime or load_cuda())
     if not there:

@@ -7,31 +7,33 @@ import ctypes
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from lsast_engines.backends.base import ComputeDtype, Engine, open_engine
+from lsast_engines.backends.base import ComputeDtype, Engine
+from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS
+from lsast_engines.bundle.style import StyleFile
 from lsast_engines.errors import UsageError
 
 from .cancel import CancelToken
-from .style_cache import Shelf
 
 STYLE_MEMORY = 256 * 2**20
-"""Bytes of styles that are kept in memory between paintings, if nothing else is said."""
+"""Default for the bytes of styles that are kept in memory between paintings."""
 
-_LOOK = 0.05
-"""Seconds between two looks at the token of one that waits for its turn."""
+_POLL_SECONDS = 0.05
+"""How often a caller that waits for the engines looks at its token."""
 
-_workshops: weakref.WeakSet[Workshop] = weakref.WeakSet()
-"""Those that a fork has to renew."""
+_pools: weakref.WeakSet[EnginePool] = weakref.WeakSet()
+"""All pools of this process; a fork renews them."""
 
 
 @dataclass(frozen=True)
-class Opener:
-    """How the graphs of a bundle are opened, here and in any other process."""
+class EngineFactory:
+    """How the graphs of a bundle are opened, in this process and in any other."""
 
     bundle: Bundle
     backend: str = "auto"
@@ -43,15 +45,15 @@ class Opener:
         if self.bundle.manifest.storage_dtype == "int8" and self.compute_dtype != "fp32":
             # OpenVINO 2026.4 fails to open a float convolution in bf16 whose output is quantised.
             raise UsageError(
-                f"found compute_dtype {self.compute_dtype} for {self.bundle.path}, which is in int8; expected fp32, "
-                "which is then what is not in int8: leave it out"
+                f"found compute_dtype {self.compute_dtype} for {self.bundle.path}, which is stored in int8; "
+                "expected fp32: leave the option out"
             )
 
     def __call__(self, name: str, compute_dtype: ComputeDtype | None = None) -> Engine:
-        """Open the graph `name`, in another arithmetic if one is given.
+        """Open the graph `name`; `compute_dtype` replaces the factory's own.
 
         Raises:
-            LsastError: see `lsast_engines.backends.base.open_engine`.
+            LsastError: see `lsast_engines.backends.registry.open_engine`.
         """
         return open_engine(
             self.bundle.graph_path(name),
@@ -62,119 +64,184 @@ class Opener:
             compute_dtype or self.compute_dtype,
         )
 
-    def all(self, names: Iterable[str] = REQUIRED_GRAPHS) -> dict[str, Engine]:
-        """Open the graphs `names`, or none; else those that a painting passes from which nothing is left out."""
-        with contextlib.ExitStack() as stack:
-            engines: dict[str, Engine] = {}
-            for name in names:
-                engines[name] = self(name)
-                stack.callback(engines[name].close)
-            stack.pop_all()
-        return engines
 
+class EnginePool:
+    """Engines and styles for any number of threads. An engine serves one thread at a time, so callers take turns."""
 
-class Workshop:
-    """Engines, styles and the turn to use them. An engine serves one thread at a time, so there is one turn."""
-
-    def __init__(self, opener: Opener, engines: Mapping[str, Engine], style_memory: int) -> None:
-        """A workshop.
+    def __init__(
+        self, factory: EngineFactory, graphs: Iterable[str] = REQUIRED_GRAPHS, style_memory: int = STYLE_MEMORY
+    ) -> None:
+        """Open the engines that every picture needs.
 
         Args:
-            opener: opens the graphs again.
-            engines: the open graphs.
-            style_memory: see `Shelf`.
+            factory: opens the graphs.
+            graphs: those to open now; others are opened at their first use.
+            style_memory: see `StyleCache`.
+
+        Raises:
+            LsastError: see `EngineFactory.__call__`; no engine stays open.
         """
-        self.opener = opener
+        self.factory = factory
+        self._graphs = tuple(graphs)
         self._style_memory = style_memory
         self._closed = False
-        self._first = tuple(engines)
-        self._begin(dict(engines), opened=True)
-        _workshops.add(self)
+        self._reset()
+        self._open_first()
+        _pools.add(self)
 
-    def _begin(self, engines: dict[str, Engine], *, opened: bool) -> None:
-        self.engines = engines
-        self.shelf = Shelf(self.opener.bundle, self._style_memory)
-        self._opened = opened
+    def _reset(self) -> None:
+        self.engines: dict[str, Engine] = {}
+        self.styles = StyleCache(self.factory.bundle, self._style_memory)
+        self._opened = False
         self._lock = threading.Lock()
         self._holder: int | None = None
-        self._queue: ThreadPoolExecutor | None = None
+        self._executor: ThreadPoolExecutor | None = None
+
+    def _open_first(self) -> None:
+        try:
+            for name in self._graphs:
+                self.engine(name)
+        except BaseException:
+            self._close_engines()
+            raise
+        self._opened = True
+
+    def _close_engines(self) -> None:
+        for engine in self.engines.values():
+            engine.close()
+        self.engines.clear()
 
     def engine(self, name: str) -> Engine:
-        """The engine of the graph `name`, opened at its first use and kept; for whoever has the turn.
+        """The engine of the graph `name`, opened at its first use and kept; for the holder of `exclusive`.
 
         Raises:
-            LsastError: see `lsast_engines.backends.base.open_engine`.
+            LsastError: see `EngineFactory.__call__`.
         """
         if name not in self.engines:
-            self.engines[name] = self.opener(name)
+            self.engines[name] = self.factory(name)
         return self.engines[name]
 
-    @contextlib.contextmanager
-    def turn(self, cancel: CancelToken | None = None) -> Iterator[None]:
-        """Wait until no other thread is at work, and keep the others waiting while the block runs.
+    def reopen(self, name: str, compute_dtype: ComputeDtype) -> None:
+        """Replace the engine of the graph `name` by one that computes in `compute_dtype`; for the holder.
 
         Raises:
-            UsageError: the stylizer is closed, or this very thread is at work.
-            CancelledError: `cancel` was turned meanwhile.
+            LsastError: see `EngineFactory.__call__`; the engine stays as it was.
+        """
+        engine = self.engine(name)
+        self.engines[name] = self.factory(name, compute_dtype)
+        engine.close()
+
+    @contextlib.contextmanager
+    def exclusive(self, cancel: CancelToken | None = None) -> Iterator[None]:
+        """Wait until no other thread uses the engines, and keep the others waiting while the block runs.
+
+        Raises:
+            UsageError: the stylizer is closed, or this very thread holds the engines.
+            CancelledError: `cancel` was set meanwhile.
         """
         if self._holder == threading.get_ident():
             raise UsageError("found a call from inside on_step; expected it after the painting, or another stylizer")
-        while not self._lock.acquire(timeout=_LOOK if cancel else -1):
+        while not self._lock.acquire(timeout=_POLL_SECONDS if cancel else -1):
             if cancel:
                 cancel.check()
         try:
             self._holder = threading.get_ident()
-            if self._closed:
-                raise UsageError("the stylizer is closed; open another one with lsast.load()")
+            self._require_open()
             if not self._opened:
-                self.engines, self._opened = self.opener.all(self._first), True
+                self._open_first()
             if cancel:
                 cancel.check()
             yield
         finally:
-            self.shelf.tidy()
+            self.styles.evict()
             self._holder = None
             self._lock.release()
 
-    def queue(self) -> ThreadPoolExecutor:
-        """The one thread that works for those who wait without one: more would only wait in it.
+    def executor(self) -> ThreadPoolExecutor:
+        """The thread of async callers. One is enough: more would only wait for the engines.
 
         Raises:
             UsageError: the stylizer is closed.
         """
         with self._lock:
-            if self._closed:
-                raise UsageError("the stylizer is closed; open another one with lsast.load()")
-            if self._queue is None:
-                self._queue = ThreadPoolExecutor(1, thread_name_prefix="lsast")
-            return self._queue
+            self._require_open()
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(1, thread_name_prefix="lsast")
+            return self._executor
 
-    def renew(self) -> None:
-        """Start anew in a forked process: neither locks nor the threads of a backend come along.
+    def after_fork(self) -> None:
+        """Start anew in a forked process, which inherits neither locks nor the threads of a backend.
 
-        The parent's engines are left alone for good: to take them down, even when the interpreter ends, would wait for
-        threads that are not there (ONNX Runtime 1.32) or crash (OpenVINO 2026.4).
+        The parent's engines must never be freed here, not even when the interpreter ends: that would wait for threads
+        that do not exist (ONNX Runtime 1.32) or crash (OpenVINO 2026.4). An extra reference keeps them for good.
         """
         for engine in self.engines.values():
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
-        self._begin({}, opened=False)
+        self._reset()
 
     def close(self) -> None:
-        """Wait for the painting that is at work and give memory and devices back. Closing twice is fine."""
+        """Wait for the painting that is under way and free memory and devices. Closing twice is harmless."""
         with self._lock:
             self._closed = True
-            for engine in self.engines.values():
-                engine.close()
-            self.engines.clear()
-            queue, self._queue = self._queue, None
-        if queue:
-            queue.shutdown(wait=False, cancel_futures=True)
+            self._close_engines()
+            executor, self._executor = self._executor, None
+        if executor:
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise UsageError("the stylizer is closed; open another one with lsast.load()")
 
 
-def _renew_all() -> None:
-    for workshop in list(_workshops):
-        workshop.renew()
+class StyleCache:
+    """The open styles of a bundle, least recently used first. Any thread may open one; the engines' holder reads it."""
+
+    def __init__(self, bundle: Bundle, budget: int) -> None:
+        """Make an empty cache.
+
+        Args:
+            bundle: whose styles.
+            budget: bytes of keys and values to keep between paintings; one painting may need more.
+        """
+        self._bundle = bundle
+        self._budget = budget
+        self._styles: OrderedDict[str, StyleFile] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, name: str) -> StyleFile:
+        """The style `name`, opened if it is not.
+
+        Raises:
+            UsageError: no style of that name.
+            StyleError: the file is damaged, or was baked for another base.
+        """
+        with self._lock:
+            if name not in self._styles:
+                self._styles[name] = self._bundle.open_style(name)
+            self._styles.move_to_end(name)
+            return self._styles[name]
+
+    def evict(self) -> None:
+        """Drop styles, the least recently used first, until the others are within the budget."""
+        with self._lock:
+            while self.bytes > self._budget:
+                self._styles.popitem(last=False)
+
+    @property
+    def names(self) -> list[str]:
+        """The styles in memory, the least recently used first."""
+        return list(self._styles)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of keys and values in memory."""
+        return sum(style.bytes for style in self._styles.values())
+
+
+def _after_fork() -> None:
+    for pool in list(_pools):
+        pool.after_fork()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
-    os.register_at_fork(after_in_child=_renew_all)
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,9 +1,9 @@
-"""Frames of a video painted so that strokes move with what they are painted on.
+"""Frames of a video, painted so that strokes move with the surfaces that they lie on.
 
-Every frame gets the same noise. Where optical flow finds a frame's surface in the frame before, the latent of that
-frame's painting, warped along the flow, is what every step of the new one is drawn to. A decoder knows cells of 8 x 8
-pixels, and what it paints of a latent that moved by half a cell is not what it painted, moved by half a cell; so the
-pixels of the painting before are mixed in, too.
+Every frame gets the same noise. Where optical flow finds the surface of a pixel in the frame before, every step blends
+its predicted clean latent with the latent of that frame's painting, warped along the flow. A latent cell covers 8 x 8
+pixels, so a latent that moved by half a cell does not decode to the painting moved by half a cell: the pixels of the
+last painting are blended in as well.
 """
 
 from __future__ import annotations
@@ -25,40 +25,39 @@ from ..sampling.x0_blend import X0Blend
 
 Field = npt.NDArray[np.float32]
 
-_ALIKE = 20.0
+MAX_GREY_DIFF = 20.0
 """Mean absolute difference, in grey levels, beyond which a pixel shows another surface than one frame earlier."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Coherence:
-    """How firmly a frame follows the painting before it."""
+class TemporalOptions:
+    """How closely a frame follows the last painting."""
 
-    hold: float = 0.85
-    """Share of the latent before in what every step takes the clean latent to be, 0 to 1."""
-    blend: float = 0.5
-    """Share of the painting before, moved, in the pixels of the new one, 0 to 1."""
+    latent_weight: float = 0.85
+    """Weight of the last painting's latent in the predicted clean latent of every step, 0 to 1."""
+    pixel_weight: float = 0.5
+    """Weight of the last painting's pixels in the new one's, 0 to 1."""
 
 
 @dataclass(frozen=True)
 class Motion:
     """Where the surface of each pixel was one frame earlier."""
 
-    back: Field
+    backward_flow: Field
     """[H, W, 2]: how far to the right and down, in pixels, a pixel's surface was in the frame before."""
-    seen: Field
-    """[H, W]: 1 where it was visible there, 0 where it was hidden or outside."""
+    valid: Field
+    """[H, W]: 1 where the surface was visible there, 0 where it was hidden or outside."""
 
     @classmethod
     def between(cls, before: Pixels, now: Pixels) -> Motion:
-        """Estimate by dense inverse search (Kroeger et al. 2016), there and back: [H, W, 3] each.
+        """Estimate the motion between two frames [H, W, 3] by dense inverse search (Kroeger et al. 2016).
 
-        What was seen is where both ways cancel, |b + f|² < 0.01 (|b|² + |f|²) + 0.5 (Sundaram et al. 2010, eq. 5), and
-        where the frame before, moved, looks like this one: to `_ALIKE` grey levels after a blur.
+        The flow is valid where backward and forward flow cancel, |b + f|² < 0.01 (|b|² + |f|²) + 0.5 (Sundaram et al.
+        2010, eq. 5), and where the frame before, moved, differs by less than `MAX_GREY_DIFF` after a blur.
         """
         grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in (before, now)]
         search = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-        # Down to full resolution and smoother than the preset: a third of its error on a turning picture (0.03 px
-        # against 0.10), and half as much motion where nothing moves.
+        # Down to full resolution and smoother than the preset: less error, and less motion where nothing moves.
         search.setFinestScale(0)
         search.setVariationalRefinementIterations(20)
         search.setVariationalRefinementAlpha(60.0)
@@ -67,21 +66,22 @@ class Motion:
         lengths = (back**2).sum(2) + (forth**2).sum(2)
         cancel = ((back + forth) ** 2).sum(2) < 0.01 * lengths + 0.5
         apart = np.abs(now - warped(before.astype(np.float32), back)).mean(2)
-        alike = cv2.GaussianBlur(apart, (0, 0), 2) < _ALIKE
+        alike = cv2.GaussianBlur(apart, (0, 0), 2) < MAX_GREY_DIFF
         return cls(back, (cancel & alike & _inside(back)).astype(np.float32))
 
-    def shrunk(self, factor: int) -> Motion:
+    def downsampled(self, factor: int) -> Motion:
         """The same by cells of factor * factor pixels, lengths in cells."""
-        size = (self.seen.shape[1] // factor, self.seen.shape[0] // factor)
-        back, seen = (cv2.resize(field, size, interpolation=cv2.INTER_AREA) for field in (self.back, self.seen))
-        return Motion(back / np.float32(factor), seen)
+        size = (self.valid.shape[1] // factor, self.valid.shape[0] // factor)
+        fields = (self.backward_flow, self.valid)
+        backward_flow, valid = (cv2.resize(field, size, interpolation=cv2.INTER_AREA) for field in fields)
+        return Motion(backward_flow / np.float32(factor), valid)
 
 
-def warped(values: Field, back: Field) -> Field:
-    """Fetch values [H, W, C] from where `back` [H, W, 2] says each pixel was; the rim goes on beyond it."""
-    y, x = np.mgrid[0 : back.shape[0], 0 : back.shape[1]].astype(np.float32)
+def warped(values: Field, flow: Field) -> Field:
+    """Values [H, W, C] fetched from where the backward flow [H, W, 2] points; the rim is repeated beyond it."""
+    y, x = np.mgrid[0 : flow.shape[0], 0 : flow.shape[1]].astype(np.float32)
     moved: Field = cv2.remap(
-        values, x + back[..., 0], y + back[..., 1], cv2.INTER_LANCZOS4, borderMode=cv2.BORDER_REPLICATE
+        values, x + flow[..., 0], y + flow[..., 1], cv2.INTER_LANCZOS4, borderMode=cv2.BORDER_REPLICATE
     )
     return moved.reshape(values.shape)
 
@@ -94,18 +94,18 @@ def _inside(back: Field) -> npt.NDArray[np.bool_]:
     return inside
 
 
-class Follower:
-    """Remembers the last frame and its painting, and leads the next frame's painting by them."""
+class TemporalState:
+    """The last frame of a video and its painting, which the painting of the next frame follows."""
 
-    def __init__(self, coherence: Coherence | None = None) -> None:
-        self._coherence = coherence or Coherence()
+    def __init__(self, options: TemporalOptions | None = None) -> None:
+        self._options = options or TemporalOptions()
         self._content: Pixels | None = None
         self._latent: Floats | None = None
         self._painted: Pixels | None = None
         self._motion: Motion | None = None
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """What is remembered, for `restore`: empty before the first frame."""
+        """The arrays that `restore` needs; none before the first frame."""
         if self._content is None or self._latent is None or self._painted is None:
             return {}
         return {"content": self._content, "latent": self._latent, "painted": self._painted}
@@ -114,29 +114,29 @@ class Follower:
         """Go on from a `state`."""
         self._content, self._latent, self._painted = (state.get(name) for name in ("content", "latent", "painted"))
 
-    def begin(self, content: Pixels, factor: int, solver: Solver, schedule: TimestepSchedule) -> Solver:
-        """The solver to paint a frame with.
+    def wrap_solver(self, solver: Solver, schedule: TimestepSchedule, content: Pixels, factor: int) -> Solver:
+        """The solver that paints a frame: its x0 is blended with the last painting's latent, moved along the flow.
 
         Args:
+            solver: the solver of the frame by itself.
+            schedule: the steps that it takes.
             content: the frame on its canvas, [H, W, 3].
             factor: pixels along a side of a latent cell.
-            solver: what it would be painted with alone.
-            schedule: the steps that it takes.
         """
-        before, self._content, self._motion = self._content, content, None
-        if before is None or self._latent is None or before.shape != content.shape:
+        previous, self._content, self._motion = self._content, content, None
+        if previous is None or self._latent is None or previous.shape != content.shape:
             return solver
-        self._motion = Motion.between(before, content)
-        cells = self._motion.shrunk(factor)
-        latent = warped(self._latent.transpose(1, 2, 0), cells.back).transpose(2, 0, 1)
-        return X0Blend(solver, schedule, latent, np.float32(self._coherence.hold) * cells.seen)
+        self._motion = Motion.between(previous, content)
+        cells = self._motion.downsampled(factor)
+        latent = warped(self._latent.transpose(1, 2, 0), cells.backward_flow).transpose(2, 0, 1)
+        return X0Blend(solver, schedule, latent, np.float32(self._options.latent_weight) * cells.valid)
 
-    def end(self, z: Floats, painted: Pixels) -> Pixels:
-        """The canvas to give back, [H, W, 3], given the latent [4, h, w] that was painted and what it decodes to."""
-        self._latent = z.copy()
+    def blend(self, latent: Floats, painted: Pixels) -> Pixels:
+        """The canvas [H, W, 3] of a painted latent [4, h, w], blended with the last painting, moved along the flow."""
+        self._latent = latent.copy()
         if self._motion is not None and self._painted is not None:
-            share = np.float32(self._coherence.blend) * self._motion.seen[..., None]
-            there = warped(self._painted.astype(np.float32), self._motion.back)
-            painted = to_pixels(np.float32(1) * painted + share * (there - painted))
+            weight = np.float32(self._options.pixel_weight) * self._motion.valid[..., None]
+            moved = warped(self._painted.astype(np.float32), self._motion.backward_flow)
+            painted = to_pixels(np.float32(1) * painted + weight * (moved - painted))
         self._painted = painted
         return painted

@@ -25,7 +25,7 @@ from lsast_engines.files import replace_file
 
 from ..cli.inputs import WRITTEN_VIDEOS
 from ..images.canvas import Pixels
-from .optical_flow import Follower
+from .optical_flow import TemporalState
 
 if TYPE_CHECKING:
     from av.container import InputContainer, OutputContainer
@@ -107,8 +107,8 @@ def paint_video(
     """
     check_video(source, out)
     work = _Work(out, _key(source, stylizer, options))
-    follower = Follower()
-    follower.restore(work.memory)
+    temporal = TemporalState()
+    temporal.restore(work.memory)
     resumed = done = work.frames
     result: Result | None = None
     with _opened(source) as container:
@@ -121,13 +121,13 @@ def paint_video(
         while (first := next(frames, None)) is not None:
             with work.segment() as handle, contextlib.closing(_Encoder(handle, pictures)) as encoder:
                 for frame in chain([first], islice(frames, SEGMENT - 1)):
-                    painting = stylizer.stylize_frames([_rgb(frame)], follower=follower, on_step=on_step, **options)
+                    painting = stylizer.stylize_frames([_rgb(frame)], temporal=temporal, on_step=on_step, **options)
                     result = next(painting)
                     encoder.add(np.asarray(result.image.convert("RGB")), frame)
                     done += 1
                     if on_frame:
                         on_frame(done, total)
-            work.keep(done, follower.state())
+            work.keep(done, temporal.state())
     if done == 0:
         raise PictureError(f"found no frame in {source}; expected a video")
     with replace_file(out) as handle:

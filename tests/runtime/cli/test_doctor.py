@@ -103,7 +103,7 @@ def test_no_broken_library_keeps_the_report_from_coming(monkeypatch: pytest.Monk
         raise RuntimeError("libcuda.so.1: version mismatch")
 
     monkeypatch.setattr("lsast_engines.backends.tensorrt.cuda.gpus", broken)
-    monkeypatch.setattr("lsast_engines.backends.base.backend_devices", broken)
+    monkeypatch.setattr("lsast_engines.backends.registry.backend_devices", broken)
     report = examine()
     assert report.gpus == ()
     assert not any(backend.devices for backend in report.backends)

@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import lsast
-from lsast.cli.inputs import Job, lay_out
+from lsast.cli.inputs import Job, plan_jobs
 from lsast.cli.main import main
 from lsast_engines.errors import PictureError, UsageError
 
@@ -51,11 +51,11 @@ def _format(path: str) -> str | None:
 
 
 def _pairs(*sources: str, out: str) -> dict[str, str]:
-    return {str(job.source): str(job.out) for job in lay_out(sources, out).jobs}
+    return {str(job.source): str(job.out) for job in plan_jobs(sources, out).jobs}
 
 
 def test_one_file_is_one_job(folder: Path) -> None:
-    plan = lay_out(["in/a.png"], "out.png")
+    plan = plan_jobs(["in/a.png"], "out.png")
     assert (plan.jobs, plan.one) == ((Job(Path("in/a.png"), Path("out.png")),), True)
 
 
@@ -118,13 +118,13 @@ WRONG = {
 @pytest.mark.parametrize(("sources", "out", "words"), WRONG.values(), ids=WRONG)
 def test_layouts_that_cannot_be_meant(folder: Path, sources: list[str], out: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        lay_out(sources, out)
+        plan_jobs(sources, out)
 
 
 def test_a_folder_without_pictures_is_an_error(folder: Path) -> None:
     (folder / "empty").mkdir()
     with pytest.raises(PictureError, match="found no picture under empty"):
-        lay_out(["empty"], "out")
+        plan_jobs(["empty"], "out")
 
 
 def test_a_folder_is_painted_file_by_file_as_alone(folder: Path) -> None:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lsast.images.canvas import Canvas, SquashedCanvas, canvas_for
+from lsast.images.canvas import Canvas, StretchCanvas, canvas_for
 from lsast_engines.images import on_white
 
 SIZES = [(512, 512), (1200, 800), (800, 1200), (50, 2000), (2000, 50), (1, 1), (7, 5), (1, 5000), (513, 511)]
@@ -31,7 +31,7 @@ def test_own_size_is_not_resampled(own: tuple[int, int]) -> None:
     rgb = np.random.default_rng(0).integers(0, 256, (*own, 3), dtype=np.uint8)
     canvas = Canvas.fit(own, 0, 64)
     assert canvas.inner == own
-    np.testing.assert_array_equal(canvas.cut(canvas.place(rgb)), rgb)
+    np.testing.assert_array_equal(canvas.crop(canvas.pad(rgb)), rgb)
 
 
 @pytest.mark.parametrize("own", [(100, 60), (60, 100), (64, 64), (1, 1), (65, 129)])
@@ -42,12 +42,12 @@ def test_what_is_painted_on_the_margin_never_shows(own: tuple[int, int]) -> None
     # The margin, found from the outside: the picture is in the middle, spare odd pixels go below and right.
     top, left = [(outer - inner) // 2 for outer, inner in zip(canvas.outer, canvas.inner, strict=True)]
     marked[top : top + canvas.inner[0], left : left + canvas.inner[1]] = 90
-    np.testing.assert_array_equal(canvas.cut(marked), rgb)
+    np.testing.assert_array_equal(canvas.crop(marked), rgb)
 
 
 def test_the_margin_mirrors_the_picture() -> None:
     rgb = np.arange(6 * 10 * 3, dtype=np.uint8).reshape(6, 10, 3)
-    placed = Canvas.fit((6, 10), 0, 8).place(rgb)
+    placed = Canvas.fit((6, 10), 0, 8).pad(rgb)
     assert placed.shape == (8, 16, 3)
     np.testing.assert_array_equal(placed[1:7, 3:13], rgb)
     np.testing.assert_array_equal(placed[0, 3:13], rgb[0])
@@ -61,7 +61,7 @@ def test_scaling_is_lanczos_and_keeps_proportions() -> None:
     canvas = Canvas.fit((90, 180), 64, 8)
     assert canvas.inner == (45, 91)
     expected = np.asarray(Image.fromarray(rgb).resize((91, 45), Image.Resampling.LANCZOS))
-    placed = canvas.place(rgb)
+    placed = canvas.pad(rgb)
     top, left = (48 - 45) // 2, (96 - 91) // 2
     np.testing.assert_array_equal(placed[top : top + 45, left : left + 91], expected)
 
@@ -80,24 +80,24 @@ def test_squashing_resamples_as_the_released_code(own: tuple[int, int]) -> None:
     # docs/method.md §4.1-2: Pillow's Lanczos for the encoder, OpenCV's bilinear on BGR for the edges.
     rgb = np.random.default_rng(4).integers(0, 256, (*own, 3), dtype=np.uint8)
     canvas = canvas_for(own, 128, 64, "squash")
-    content, outlined = canvas.views(rgb)
+    content, outlined = canvas.encoder_and_edge_inputs(rgb)
     np.testing.assert_array_equal(content, Image.fromarray(rgb).resize((128, 128), Image.Resampling.LANCZOS))
     bgr = np.dstack([rgb[..., 2], rgb[..., 1], rgb[..., 0]])
     np.testing.assert_array_equal(outlined, cv2.resize(bgr, (128, 128), interpolation=cv2.INTER_LINEAR))
-    assert canvas.cut(content) is content
+    assert canvas.crop(content) is content
 
 
 def test_squashing_takes_legal_sides_only_and_squashes_opacity() -> None:
-    assert [SquashedCanvas.fit(size, 64).side for size in (64, 65, 500, 512)] == [64, 128, 512, 512]
-    canvas = SquashedCanvas.fit(64, 64)
-    assert canvas.cover(None) is None
+    assert [StretchCanvas.fit(size, 64).side for size in (64, 65, 500, 512)] == [64, 128, 512, 512]
+    canvas = StretchCanvas.fit(64, 64)
+    assert canvas.output_alpha(None) is None
     alpha = np.tile(np.linspace(0, 255, 100).astype(np.uint8), (30, 1))
     squashed = Image.fromarray(alpha).resize((64, 64), Image.Resampling.LANCZOS)
-    np.testing.assert_array_equal(canvas.cover(alpha), squashed)
+    np.testing.assert_array_equal(canvas.output_alpha(alpha), squashed)
 
 
 def test_keeping_the_aspect_looks_for_edges_in_what_is_encoded() -> None:
     rgb = np.random.default_rng(4).integers(0, 256, (50, 80, 3), dtype=np.uint8)
-    content, outlined = canvas_for((50, 80), 64, 64, "aspect").views(rgb)
-    np.testing.assert_array_equal(content, Canvas.fit((50, 80), 64, 64).place(rgb))
+    content, outlined = canvas_for((50, 80), 64, 64, "aspect").encoder_and_edge_inputs(rgb)
+    np.testing.assert_array_equal(content, Canvas.fit((50, 80), 64, 64).pad(rgb))
     np.testing.assert_array_equal(outlined, content)

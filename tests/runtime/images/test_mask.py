@@ -12,8 +12,7 @@ from PIL import Image
 
 import lsast
 from lsast import PictureError, Stylizer
-from lsast.images.mask import blend, cells, keep_colour, read_mask
-from lsast.sampling import sampler
+from lsast.images.mask import composite, keep_colour, read_mask, to_latent_mask
 
 
 @pytest.fixture(scope="module")
@@ -50,26 +49,19 @@ def test_inside_is_the_painting_and_outside_the_picture_to_the_bit(
     assert (masked[inside] != picture[inside]).mean() > 0.9
 
 
-def test_the_latent_is_held_too_where_nothing_is_painted(
-    stylizer: Stylizer, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[tuple[Any, Any]] = []
-    denoise = sampler.denoise
-
-    def spied(engine: Any, rows: Any, *rest: Any) -> Any:
-        latents = denoise(engine, rows, *rest)
-        seen.append((rows[0], latents[0]))
-        return latents
-
-    monkeypatch.setattr("lsast.sampling.sampler.denoise", spied)
+def test_stylize_with_a_mask_keeps_the_latent_outside(stylizer: Stylizer, picture: np.ndarray, runs: list[Any]) -> None:
     mask = _mask()
     mask[:, 120:] = 51  # a fifth
     stylizer.stylize(picture, mask=mask, feather=0, size=0, solver="dpmpp2m", strength=0.7)
-    ((row, latent),) = seen
+    (run,) = runs
+    mean, std = run.networks.vae_encoder(run.batch.pictures)
+    noise = np.random.Generator(np.random.PCG64(0)).standard_normal(mean.shape, dtype=np.float32)
+    z0, latent = (run.networks.latent_scale * (mean + std * noise))[0], run.latents[0]
     outside = mask[::8, ::8] == 0
-    np.testing.assert_allclose(latent[:, outside], row.z0[:, outside], atol=1e-4)
-    assert np.abs(latent[:, ~outside] - row.z0[:, ~outside]).min(axis=0).max() > 1e-2
-    np.testing.assert_allclose(row.solver.weight, 1 - mask[::8, ::8] / 255, atol=1e-6)
+    np.testing.assert_allclose(latent[:, outside], z0[:, outside], atol=1e-4)
+    assert np.abs(latent[:, ~outside] - z0[:, ~outside]).min(axis=0).max() > 1e-2
+    (solver,) = run.batch.solver(z0[None])._solvers
+    np.testing.assert_allclose(solver.weight, 1 - mask[::8, ::8] / 255, atol=1e-6)
 
 
 def test_a_feathered_edge_fades_inside_and_leaves_the_outside_alone(stylizer: Stylizer, picture: np.ndarray) -> None:
@@ -97,7 +89,7 @@ def test_grey_is_painted_in_part(stylizer: Stylizer, picture: np.ndarray) -> Non
     whole = _pixels(stylizer.stylize(picture, mask=half, feather=0, size=0, strength=0.05)).astype(float)
     assert np.abs(whole - picture).max() > 0
     assert (
-        blend(np.full((1, 1, 3), 200, np.uint8), np.full((1, 1, 3), 100, np.uint8), np.full((1, 1), 51, np.uint8))[
+        composite(np.full((1, 1, 3), 200, np.uint8), np.full((1, 1, 3), 100, np.uint8), np.full((1, 1), 51, np.uint8))[
             0, 0
         ].tolist()
         == [120] * 3
@@ -139,7 +131,7 @@ def test_transparency_is_kept_under_a_mask(stylizer: Stylizer, picture: np.ndarr
 def test_cells_are_means() -> None:
     mask = np.random.default_rng(0).integers(0, 256, (16, 24), dtype=np.uint8)
     expected = [[mask[8 * i : 8 * i + 8, 8 * j : 8 * j + 8].mean() / 255 for j in range(3)] for i in range(2)]
-    np.testing.assert_allclose(cells(mask, 8), expected, rtol=1e-6)
+    np.testing.assert_allclose(to_latent_mask(mask, 8), expected, rtol=1e-6)
 
 
 def test_kept_colours_are_the_pictures_chroma_and_the_paintings_luma() -> None:

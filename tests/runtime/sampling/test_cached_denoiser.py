@@ -1,4 +1,4 @@
-"""Runs that leave parts of the denoiser out, against the algorithm in plain numpy on the tiny graphs' own matrices."""
+"""Step caching, against the algorithm in plain numpy on the tiny graphs' own matrices."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import lsast
 from lsast import BundleError, Stylizer, UsageError
 from lsast.images.metadata import read_record
 from lsast.options.presets import PRESETS
-from lsast.sampling import sampler
-from lsast_engines.backends.base import available_backends
+from lsast_engines.backends.registry import available_backends
 from lsast_engines.diffusion.noise_schedule import NoiseSchedule
 from lsast_engines.diffusion.solvers import make_solver
+from lsast_engines.diffusion.timesteps import TimestepSchedule
 
-LEVERS: list[dict[str, Any]] = [
+CHANGES: list[dict[str, Any]] = [
     {"cache_interval": 3},
     {"cache_interval": 2, "guidance": 1.0},
     {"cache_interval": 2, "solver": "unipc"},
@@ -43,12 +43,15 @@ def _coarse(held: np.ndarray) -> np.ndarray:
     return np.repeat(np.repeat(means, 2, axis=1), 2, axis=2)
 
 
-def _by_hand(stylizer: Stylizer, weights: Any, row: sampler.Row, options: dict[str, Any]) -> np.ndarray:
-    """The run in the words of `Options`; nothing of `lsast.sampling.step_plan` is in it."""
+def _by_hand(stylizer: Stylizer, weights: Any, run: Any, options: dict[str, Any]) -> np.ndarray:
+    """The run in the words of `Options`; nothing of `lsast.sampling.cached_denoiser` is in it."""
     style, null = stylizer.bundle.style(options["style"]), stylizer.bundle.null_style
-    solver = make_solver(options["solver"], NoiseSchedule(), row.schedule)
-    z = row.noisy.astype(float)
-    edges = np.einsum("ce,ehw->chw", weights.edges, row.hint.astype(float))
+    schedule = TimestepSchedule.build(NoiseSchedule(), options["steps"], options["strength"], 10, options["solver"])
+    solver = make_solver(options["solver"], NoiseSchedule(), schedule)
+    mean, std = (moment[0].astype(float) for moment in run.networks.vae_encoder(run.batch.pictures))
+    draws = np.random.Generator(np.random.PCG64(0)).standard_normal((2, *mean.shape), dtype=np.float32)
+    z = schedule.add_noise(run.networks.latent_scale * (mean + std * draws[0]), draws[1], schedule.start_t)
+    edges = np.einsum("ce,ehw->chw", weights.edges, run.networks.controlnet_cond(run.batch.edges)[0].astype(float))
     abars = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
     # What ran: t, and both halves' features or the ControlNet's residual.
     known: list[tuple[int, list[np.ndarray]]] = []
@@ -61,7 +64,7 @@ def _by_hand(stylizer: Stylizer, weights: Any, row: sampler.Row, options: dict[s
         now, then, earlier = (np.sqrt(1 - abars[at]) for at in (t, t_last, runs[-2][0]))
         return [new + (now - then) / (then - earlier) * (new - old) for new, old in zip(last, runs[-2][1], strict=True)]
 
-    for index, step in enumerate(row.schedule.steps):
+    for index, step in enumerate(schedule.steps):
         deep = index % options["cache_interval"] == 0
         if deep:
             gate = style.kv_control[step.stage].astype(float).mean(axis=0) @ weights.control
@@ -81,38 +84,29 @@ def _by_hand(stylizer: Stylizer, weights: Any, row: sampler.Row, options: dict[s
     return z
 
 
-@pytest.mark.parametrize("levers", LEVERS, ids=str)
-def test_a_run_is_what_its_levers_say(stylizer: Stylizer, weights: Any, levers: dict[str, Any]) -> None:
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_stylize_with_cache_interval_gives_what_the_algorithm_says(
+    stylizer: Stylizer, weights: Any, runs: list[Any], changes: dict[str, Any]
+) -> None:
     rng = np.random.default_rng(4)
-    options = {**stylizer.bundle.manifest.defaults, "steps": 12, "solver": "ddim", **levers}
+    options = {**stylizer.bundle.manifest.defaults, "steps": 12, "solver": "ddim", **changes}
     picture = np.repeat(np.repeat(rng.integers(60, 200, (8, 16, 3), dtype=np.uint8), 8, axis=0), 8, axis=1)
-    rows: list[sampler.Row] = []
-    latents: list[np.ndarray] = []
-    denoise = sampler.denoise
-
-    def spied(engine: Any, given: Any, *rest: Any) -> Any:
-        rows.extend(given)
-        latents.extend(found := denoise(engine, given, *rest))
-        return found
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler, "denoise", spied)
-        stylizer.stylize(picture, **{**options, "size": 0})
-    expected = _by_hand(stylizer, weights, rows[0], options)
-    np.testing.assert_allclose(latents[0], expected, atol=2e-4 * np.abs(expected).max())
-    plain = _by_hand(stylizer, weights, rows[0], {**options, "cache_interval": 1})
-    assert np.abs(plain - expected).max() > 1e-2 * np.abs(expected).max(), "a lever that changes nothing proves nothing"
+    stylizer.stylize(picture, **{**options, "size": 0})
+    expected = _by_hand(stylizer, weights, runs[0], options)
+    np.testing.assert_allclose(runs[0].latents[0], expected, atol=2e-4 * np.abs(expected).max())
+    plain = _by_hand(stylizer, weights, runs[0], {**options, "cache_interval": 1})
+    assert np.abs(plain - expected).max() > 1e-2 * np.abs(expected).max(), "no change proves nothing"
 
 
-def test_no_lever_is_the_whole_denoiser_and_opens_no_part(
+def test_stylize_without_cache_interval_opens_no_split_graph(
     stylizer: Stylizer, bundle_path: Path, photo: np.ndarray
 ) -> None:
     with lsast.load(bundle_path, backend=stylizer.backend, threads=1) as without:
         expected = _pixels(without.stylize(photo, seed=3))
     assert (_pixels(stylizer.stylize(photo, seed=3)) == expected).all()
-    assert set(stylizer._workshop.engines) == {"vae_encoder", "controlnet_cond", "denoiser", "vae_decoder"}
+    assert set(stylizer._pool.engines) == {"vae_encoder", "controlnet_cond", "denoiser", "vae_decoder"}
     stylizer.stylize(photo, cache_interval=2)
-    assert set(stylizer._workshop.engines) == {
+    assert set(stylizer._pool.engines) == {
         "vae_encoder",
         "controlnet_cond",
         "denoiser",
@@ -123,35 +117,26 @@ def test_no_lever_is_the_whole_denoiser_and_opens_no_part(
     }
 
 
-def test_parts_that_are_run_in_full_are_the_denoiser(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_cached_denoiser_that_skips_no_step_equals_the_denoiser(stylizer: Stylizer, photo: np.ndarray) -> None:
     """An interval no step of which is left out: the parts at every step, to rounding the same picture."""
     whole = _pixels(stylizer.stylize(photo, steps=10, strength=0.1))
     assert np.abs(whole - _pixels(stylizer.stylize(photo, steps=10, strength=0.1, cache_interval=9))).max() <= 1
 
 
-def test_rows_of_a_batch_keep_their_own_and_share_the_plan(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_stylize_many_caches_each_pictures_own(stylizer: Stylizer, photo: np.ndarray, runs: list[Any]) -> None:
     rows: list[dict[str, Any]] = [
         {"style": "monet", "cache_interval": 2},
         {"seed": 9, "cache_interval": 2},
         {},
         {"cache_interval": 2, "guidance": 1.0},
     ]
-    sizes: list[int] = []
-    denoise = sampler.denoise
-
-    def spied(engine: Any, given: Any, *rest: Any) -> Any:
-        sizes.append(len(given))
-        return denoise(engine, given, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler, "denoise", spied)
-        many = list(stylizer.stylize_many([photo] * 4, rows=rows, batch=4))
-    assert sizes == [2, 1, 1]
+    many = list(stylizer.stylize_many([photo] * 4, rows=rows, batch=4))
+    assert [len(run.latents) for run in runs] == [2, 1, 1]
     for row, result in zip(rows, many, strict=True):
         assert np.abs(_pixels(result) - _pixels(stylizer.stylize(photo, **row))).max() <= 1
 
 
-def test_every_tile_keeps_its_own(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_cached_denoiser_in_tiles_caches_each_tiles_own(stylizer: Stylizer, photo: np.ndarray) -> None:
     """The tiny graphs look no further than two cells, so tiles must give what the whole gives."""
     large = np.tile(photo, (4, 3, 1))[:330, :400]
     whole, tiled = (_pixels(stylizer.stylize(large, size=0, tile=tile, cache_interval=3)) for tile in (0, 128))
@@ -159,7 +144,7 @@ def test_every_tile_keeps_its_own(stylizer: Stylizer, photo: np.ndarray) -> None
     assert whole.std() > 5, "a flat picture proves nothing"
 
 
-def test_masks_and_videos_run_with_cache_interval(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_cache_interval_works_with_masks_and_videos(stylizer: Stylizer, photo: np.ndarray) -> None:
     mask = np.zeros(photo.shape[:2], np.uint8)
     mask[20:70] = 255
     masked = stylizer.stylize(photo, mask=mask, cache_interval=2)
@@ -168,9 +153,7 @@ def test_masks_and_videos_run_with_cache_interval(stylizer: Stylizer, photo: np.
     assert (_pixels(frames[0]) == _pixels(stylizer.stylize(photo, cache_interval=2))).all()
 
 
-def test_a_painting_made_with_levers_is_repeated_with_them(
-    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path
-) -> None:
+def test_record_of_a_painting_repeats_its_cache_interval(stylizer: Stylizer, photo: np.ndarray, tmp_path: Path) -> None:
     result = stylizer.stylize(photo, cache_interval=2)
     result.save(tmp_path / "out.png")
     options = read_record(tmp_path / "out.png").options
@@ -180,13 +163,13 @@ def test_a_painting_made_with_levers_is_repeated_with_them(
     assert (_pixels(again) == _pixels(result)).all()
 
 
-def test_a_bundle_without_parts_says_what_adds_them(bundle_path: Path, photo: np.ndarray) -> None:
+def test_cache_interval_without_split_graphs_says_what_adds_them(bundle_path: Path, photo: np.ndarray) -> None:
     words = f"cache_interval needs; .* lsast-export parts {bundle_path}"
     with lsast.load(bundle_path, threads=1) as without, pytest.raises(BundleError, match=words):
         without.stylize(photo, cache_interval=2)
 
 
-def test_a_run_that_begins_again_keeps_nothing_of_the_last(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_cached_denoiser_after_an_interrupted_run_keeps_nothing_of_it(stylizer: Stylizer, photo: np.ndarray) -> None:
     first = _pixels(stylizer.stylize(photo, cache_interval=2))
 
     def stop(step: int, total: int, preview: Any) -> None:
@@ -198,9 +181,9 @@ def test_a_run_that_begins_again_keeps_nothing_of_the_last(stylizer: Stylizer, p
     assert (_pixels(stylizer.stylize(photo, cache_interval=2)) == first).all()
 
 
-def test_presets_pull_their_levers_and_are_told(parted_path: Path, photo: np.ndarray) -> None:
+def test_load_with_a_preset_opens_its_graphs_and_reports_it(parted_path: Path, photo: np.ndarray) -> None:
     with lsast.load(parted_path, threads=1, preset="fast") as stylizer:
-        assert set(stylizer._workshop.engines) == {
+        assert set(stylizer._pool.engines) == {
             "vae_encoder",
             "controlnet_cond",
             "vae_decoder",
@@ -209,7 +192,7 @@ def test_presets_pull_their_levers_and_are_told(parted_path: Path, photo: np.nda
             "unet_outer",
         }
         found = stylizer.stylize(photo)
-        assert "denoiser" not in stylizer._workshop.engines  # its weights are in memory once
+        assert "denoiser" not in stylizer._pool.engines  # its weights are in memory once
         exact = stylizer.stylize(photo, preset="exact", seed=0)
         again = pickle.loads(pickle.dumps(stylizer))
     with again, lsast.load(parted_path, threads=1) as plain:

@@ -10,8 +10,8 @@ import pytest
 
 import lsast
 from lsast import BackendError, Stylizer
-from lsast.sampling import sampler
-from lsast_engines.backends.base import available_backends, open_engine
+from lsast.sampling.sampler import Batch, Graph, GraphDenoiser, Networks, Sample, VaeDecoder, sample
+from lsast_engines.backends.registry import available_backends, open_engine
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.style import Style
 from lsast_engines.diffusion.solvers import make_solver
@@ -100,7 +100,7 @@ CASES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("change", CASES, ids=str)
-def test_the_painting_is_what_the_algorithm_says(stylizer: Stylizer, weights: Any, change: dict[str, Any]) -> None:
+def test_stylize_gives_what_the_algorithm_says(stylizer: Stylizer, weights: Any, change: dict[str, Any]) -> None:
     cv2 = pytest.importorskip("cv2")
     rng = np.random.default_rng(5)
     rgb = np.repeat(np.repeat(rng.integers(60, 200, (8, 16, 3), dtype=np.uint8), 8, axis=0), 8, axis=1)
@@ -115,37 +115,46 @@ def test_the_painting_is_what_the_algorithm_says(stylizer: Stylizer, weights: An
 
 
 def _denoise(stylizer: Stylizer, style: Style, null: Style, guidance: float, calls: list[Any] | None = None) -> Any:
+    """The latents [2, 4, 8, 12] of a batch of two on the tiny bundle's denoiser; `calls` gets the shapes bound."""
     manifest = stylizer.bundle.manifest
     engine = open_engine(
         stylizer.bundle.graph_path("denoiser"), manifest.graphs["denoiser"], stylizer.backend, "cpu", None
     )
     rng = np.random.default_rng(1)
-    noisy, hint = (rng.standard_normal((2, channels, 8, 12)).astype(np.float32) for channels in (4, 5))
+    z0, hint = (rng.standard_normal((2, channels, 8, 12)).astype(np.float32) for channels in (4, 5))
     schedule = TimestepSchedule.build(manifest.noise, 10, 0.7, 10)
     if calls is not None:
         bind_inputs = engine.bind_inputs
-        engine.bind_inputs = lambda feeds: (
+        engine.bind_inputs = lambda feeds: (  # type: ignore[method-assign]
             calls.append({name: feed.shape for name, feed in feeds.items()}),
             bind_inputs(feeds),
-        )  # type: ignore[method-assign]
-    rows = [
-        sampler.Row(
-            solver=make_solver("ddim", manifest.noise, schedule),
-            schedule=schedule,
-            z0=np.zeros_like(noisy[row]),
-            noisy=noisy[row],
-            hint=hint[row],
-            hand=style,
-            guidance=guidance,
         )
-        for row in range(2)
+    networks = Networks(
+        vae_encoder=lambda pictures: (z0, np.zeros_like(z0)),
+        controlnet_cond=lambda edges: hint,
+        denoiser=GraphDenoiser(Graph(engine)),
+        vae_decoder=lambda latents: np.zeros((2, 64, 96, 3), np.uint8),
+        latent_scale=np.float32(1),
+    )
+    blank = np.zeros((64, 96, 3), np.uint8)
+    samples = [
+        Sample(
+            picture=blank,
+            edges=blank[..., 0],
+            style=style,
+            schedule=schedule,
+            solver=lambda z0: make_solver("ddim", manifest.noise, schedule),
+            guidance=guidance,
+            seed=seed,
+        )
+        for seed in range(2)
     ]
-    latents = sampler.denoise(engine, rows, null, 1.0)
+    latents, _ = sample(networks, Batch(samples, null, control_scale=1.0))
     engine.close()
-    return np.stack(latents)
+    return latents
 
 
-def test_guidance_1_runs_one_pass_and_equals_two_equal_halves(stylizer: Stylizer) -> None:
+def test_sample_with_guidance_1_runs_one_pass_equal_to_two_equal_halves(stylizer: Stylizer) -> None:
     style, null = stylizer.bundle.style("vangogh"), stylizer.bundle.null_style
     calls: list[Any] = []
     single = _denoise(stylizer, style, null, 1.0, calls)
@@ -157,7 +166,16 @@ def test_guidance_1_runs_one_pass_and_equals_two_equal_halves(stylizer: Stylizer
     assert np.abs(single - _denoise(stylizer, style, null, 1.01)).max() > 1e-4
 
 
-def test_a_null_of_many_stages_is_read_by_stage(stylizer: Stylizer) -> None:
+def test_sample_binds_what_stays_the_same_once(stylizer: Stylizer) -> None:
+    calls: list[Any] = []
+    _denoise(stylizer, stylizer.bundle.style("vangogh"), stylizer.bundle.null_style, 2.0, calls)
+    bound = [sorted(call) for call in calls]
+    assert bound[0] == ["control_scale", "hint", "kv_control", "kv_unet"]
+    assert all(names == ["kv_control", "kv_unet"] for names in bound[1:])
+    assert len(bound) == 7, "seven steps, each of a stage of its own"
+
+
+def test_sample_with_a_null_of_many_stages_reads_it_by_stage(stylizer: Stylizer) -> None:
     style, null = stylizer.bundle.style("vangogh"), stylizer.bundle.null_style
     repeated = Style(
         "null", null.base, 10, 3, np.repeat(null.kv_unet, 10, axis=0), np.repeat(null.kv_control, 10, axis=0)
@@ -184,8 +202,9 @@ class _Broken:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_not_finite_name_the_graph(value: float) -> None:
+def test_graph_with_values_that_are_not_finite_is_named(value: float) -> None:
     image = np.zeros((1, 3, 8, 8), np.float32)
     image[0, 1, 2, 3] = value
-    with pytest.raises(BackendError, match=r"the vae_decoder graph gave 1 values of image .* on broken"):
-        sampler.decode(_Broken("vae_decoder", {"image": image}), np.zeros((1, 4, 1, 1), np.float32), 0.5)
+    graph = Graph(_Broken("vae_decoder", {"image": image}))  # type: ignore[arg-type]
+    with pytest.raises(BackendError, match=r"the graph vae_decoder gave 1 values of image .* on broken"):
+        VaeDecoder(graph)(np.zeros((1, 4, 1, 1), np.float32))

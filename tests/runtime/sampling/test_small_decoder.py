@@ -6,7 +6,6 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,11 @@ import lsast
 from lsast import BundleError, Stylizer
 from lsast.cli.main import main
 from lsast.images.metadata import read_record
-from lsast.sampling import sampler
-from lsast.sessions.engine_pool import Opener
+from lsast.sessions.engine_pool import EngineFactory
 from lsast.stylizer import first_graphs
 from lsast_engines.backends.base import Engine
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.graph_spec import VAE_DECODER_TINY, small_decoder_spec
+from lsast_engines.bundle.graph_spec import VAE_DECODER_TINY, tiny_decoder_spec
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +34,7 @@ def small_path(tmp_path_factory: pytest.TempPathFactory, bundle_path: Path, grap
     (weight,) = [tensor for tensor in model.graph.initializer if tensor.name == "w"]
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight)[::-1].copy(), "w"))
     manifest = Bundle.open(bundle_path).manifest
-    spec = small_decoder_spec(manifest.geometry)
+    spec = tiny_decoder_spec(manifest.geometry)
     files = {f"{name}.onnx": content for name, content in graphs.items()}
     sources: dict[str, Path | bytes] = {
         **files,
@@ -65,9 +63,9 @@ def _swapped(result: lsast.Result) -> np.ndarray:
     return pixels[..., ::-1]
 
 
-def test_it_decodes_if_asked_for_and_is_not_opened_before(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_small_decoder_is_opened_and_used_when_asked_for(stylizer: Stylizer, photo: np.ndarray) -> None:
     full = stylizer.stylize(photo, seed=3)
-    assert VAE_DECODER_TINY not in stylizer._workshop.engines
+    assert VAE_DECODER_TINY not in stylizer._pool.engines
     assert (_pixels(stylizer.stylize(photo, seed=3, decoder="full")) == _pixels(full)).all()
     small = stylizer.stylize(photo, seed=3, decoder="small")
     assert (_pixels(small) == _swapped(full)).all()
@@ -75,36 +73,27 @@ def test_it_decodes_if_asked_for_and_is_not_opened_before(stylizer: Stylizer, ph
     assert (_pixels(stylizer.stylize(photo, seed=3)) == _pixels(full)).all()
 
 
-def test_tiles_are_decoded_by_it(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_small_decoder_decodes_tiles(stylizer: Stylizer, photo: np.ndarray) -> None:
     large = np.tile(photo, (4, 3, 1))[:330, :400]
     full, small = (stylizer.stylize(large, size=0, tile=128, decoder=which) for which in ("full", "small"))
     assert (_pixels(small) == _swapped(full)).all()
 
 
-def test_rows_of_a_batch_keep_their_own(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_stylize_many_shares_no_batch_between_decoders(stylizer: Stylizer, photo: np.ndarray, runs: list[Any]) -> None:
     rows: list[dict[str, Any]] = [{"decoder": "small"}, {"decoder": "small", "seed": 9}, {}]
-    sizes: list[int] = []
-    denoise = sampler.denoise
-
-    def spied(engine: Any, given: Any, *rest: Any) -> Any:
-        sizes.append(len(given))
-        return denoise(engine, given, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler, "denoise", spied)
-        many = list(stylizer.stylize_many([photo] * 3, rows=rows, batch=4))
-    assert sizes == [3]  # only the denoiser is shared
+    many = list(stylizer.stylize_many([photo] * 3, rows=rows, batch=4))
+    assert [len(run.latents) for run in runs] == [2, 1]
     for row, result in zip(rows, many, strict=True):
         assert np.abs(_pixels(result) - _pixels(stylizer.stylize(photo, **row))).max() <= 1
 
 
-def test_a_bundle_without_says_what_adds_it(bundle_path: Path, photo: np.ndarray) -> None:
+def test_small_decoder_that_the_bundle_lacks_says_what_adds_it(bundle_path: Path, photo: np.ndarray) -> None:
     wanted = f"found no graph vae_decoder_tiny .* lsast-export decoder {re.escape(str(bundle_path))} --small FOLDER"
     with lsast.load(bundle_path, threads=1) as without, pytest.raises(BundleError, match=wanted):
         without.stylize(photo, decoder="small")
 
 
-def test_only_what_paints_is_opened_first(small_path: Path, bundle_path: Path, photo: np.ndarray) -> None:
+def test_first_graphs_are_those_that_the_options_need(small_path: Path, bundle_path: Path, photo: np.ndarray) -> None:
     bundle, without = Bundle.open(small_path), Bundle.open(bundle_path)
     assert first_graphs(bundle, {"decoder": "small"}) == [
         "vae_encoder",
@@ -113,10 +102,10 @@ def test_only_what_paints_is_opened_first(small_path: Path, bundle_path: Path, p
         VAE_DECODER_TINY,
     ]
     assert first_graphs(bundle, {}) == first_graphs(without, {"decoder": "small"})
-    opener = Opener(bundle, "onnxruntime", threads=1)
-    with Stylizer(opener, opener.all(first_graphs(bundle, {"decoder": "small"}))) as stylizer:
+    factory = EngineFactory(bundle, "onnxruntime", threads=1)
+    with Stylizer(factory, first_graphs(bundle, {"decoder": "small"})) as stylizer:
         small = stylizer.stylize(photo, decoder="small")
-        assert "vae_decoder" not in stylizer._workshop.engines
+        assert "vae_decoder" not in stylizer._pool.engines
         assert (_pixels(stylizer.stylize(photo)) == _swapped(small)).all()
 
 
@@ -137,28 +126,25 @@ class Overflowing:
         self.closed = True
 
 
-def test_where_it_overflows_it_is_asked_again_in_fp32_and_stays_there(small_path: Path, photo: np.ndarray) -> None:
-    opened: list[tuple[str, str | None]] = []
+def test_stylize_with_a_small_decoder_that_overflows_decodes_again_in_fp32(small_path: Path, photo: np.ndarray) -> None:
+    low: list[Overflowing] = []
 
-    class Noted(Opener):
+    class Factory(EngineFactory):
         def __call__(self, name: str, compute_dtype: Any = None) -> Engine:
-            opened.append((name, compute_dtype))
-            return super().__call__(name, compute_dtype)
+            engine = super().__call__(name, compute_dtype)
+            if name == VAE_DECODER_TINY and compute_dtype is None:
+                low.append(Overflowing(engine))
+                return low[-1]  # type: ignore[return-value]
+            return engine
 
-    opener = Noted(Bundle.open(small_path), "onnxruntime", threads=1)
-    engines: dict[str, Any] = opener.all()
-    with closing(opener(VAE_DECODER_TINY)) as plain:
-        low = engines[VAE_DECODER_TINY] = Overflowing(plain)
-        opened.clear()
-        with Stylizer(opener, engines) as stylizer:
-            small = [stylizer.stylize(photo, decoder="small") for _ in range(2)]
-            expected = _swapped(stylizer.stylize(photo))
+    with Stylizer(Factory(Bundle.open(small_path), "onnxruntime", threads=1)) as stylizer:
+        small = [stylizer.stylize(photo, decoder="small") for _ in range(2)]
+        expected = _swapped(stylizer.stylize(photo))
     assert all((_pixels(result) == expected).all() for result in small)
-    assert opened == [(VAE_DECODER_TINY, "fp32")]
-    assert low.closed
+    assert [engine.closed for engine in low] == [True]
 
 
-def test_the_command_takes_it_tells_it_and_repeats_it(
+def test_lsast_run_with_a_small_decoder_reports_and_repeats_it(
     small_path: Path, photo: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

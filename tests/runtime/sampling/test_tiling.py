@@ -10,17 +10,25 @@ import pytest
 import lsast
 from large import borders
 from lsast import Stylizer
-from lsast.sampling.sampler import Floats
-from lsast.sampling.tiling import Grid, TiledDenoiser, decode, encode, hint_features, spread
+from lsast.request import Request
+from lsast.sampling.sampler import ControlNetCond, Floats, Graph, VaeDecoder, VaeEncoder
+from lsast.sampling.tiling import (
+    TiledControlNetCond,
+    TiledDenoiser,
+    TiledVaeDecoder,
+    TiledVaeEncoder,
+    TileGrid,
+    upsample_weights,
+)
 from lsast_engines.bundle.bundle import EMBEDDED
-from lsast_engines.bundle.graph_spec import CONTROLNET_COND, DENOISER, VAE_DECODER, VAE_ENCODER, Geometry, graph_specs
+from lsast_engines.bundle.graph_spec import CONTROLNET_COND, DENOISER, VAE_DECODER, VAE_ENCODER
 
 CANVASES = {
     "both axes": ((1024, 1536), 256),
     "one axis": ((128, 4096), 256),
     "hardly": ((320, 320), 256),
     "uneven": ((576, 1216), 320),
-    "rounded up": ((1024, 1024), 200),
+    "square": ((1024, 1024), 256),
 }
 
 
@@ -41,8 +49,8 @@ def _pixels(result: lsast.Result) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("canvas", "tile"), CANVASES.values(), ids=CANVASES)
-def test_a_grid_covers_the_canvas_with_weights_that_sum_to_one(canvas: tuple[int, int], tile: int) -> None:
-    grid = Grid.lay(canvas, tile, 8, 64)
+def test_tile_grid_covers_the_canvas_with_weights_that_sum_to_one(canvas: tuple[int, int], tile: int) -> None:
+    grid = TileGrid.cover(canvas, tile, 8)
     total = np.zeros((canvas[0] // 8, canvas[1] // 8))
     for row, column in grid:
         area = total[row.cells, column.cells]
@@ -55,8 +63,8 @@ def test_a_grid_covers_the_canvas_with_weights_that_sum_to_one(canvas: tuple[int
 
 
 @pytest.mark.parametrize(("canvas", "tile"), CANVASES.values(), ids=CANVASES)
-def test_weights_by_pixel_sum_to_one_and_a_tiles_rim_counts_for_nothing(canvas: tuple[int, int], tile: int) -> None:
-    grid = Grid.lay(canvas, tile, 8, 64)
+def test_tile_span_by_pixel_sums_to_one_and_its_rim_has_weight_0(canvas: tuple[int, int], tile: int) -> None:
+    grid = TileGrid.cover(canvas, tile, 8)
     for length, axis in zip(canvas, (grid.rows, grid.columns), strict=True):
         total = np.zeros(length)
         for span in axis:
@@ -69,40 +77,44 @@ def test_weights_by_pixel_sum_to_one_and_a_tiles_rim_counts_for_nothing(canvas: 
         np.testing.assert_allclose(total, 1, atol=1e-6)
 
 
-def test_small_canvases_and_those_of_tile_0_are_whole() -> None:
-    assert Grid.lay((512, 768), 512, 8, 64).whole  # one and a half
-    assert not Grid.lay((512, 832), 512, 8, 64).whole
-    assert Grid.lay((4096, 4096), 0, 8, 64).whole
+@pytest.mark.parametrize(
+    ("canvas", "tile", "tiles"),
+    [
+        ((128, 192), 128, None),  # one and a half
+        ((128, 256), 128, 128),
+        ((128, 320), 100, 128),  # rounded up to what the graphs take
+        ((1024, 1024), 0, None),
+    ],
+)
+def test_request_grid_covers_canvases_of_more_than_one_and_a_half_tiles(
+    stylizer: Stylizer, canvas: tuple[int, int], tile: int, tiles: int | None
+) -> None:
+    options = stylizer.stylize(np.zeros((64, 64, 3), np.uint8), steps=1, tile=tile, size=0).options
+    grid = Request(stylizer.bundle, np.zeros((*canvas, 3), np.uint8), options, {}).grid
+    assert (grid and 8 * len(grid.columns[0].weight)) == tiles
 
 
-def test_a_weight_by_pixel_is_linear_between_cells() -> None:
-    np.testing.assert_allclose(spread(np.array([0, 1, 1], np.float32), 4)[2:6], [0.125, 0.375, 0.625, 0.875])
+def test_upsample_weights_is_linear_between_cells() -> None:
+    np.testing.assert_allclose(upsample_weights(np.array([0, 1, 1], np.float32), 4)[2:6], [0.125, 0.375, 0.625, 0.875])
 
 
 class _Positions:
     """A denoiser whose noise at a cell is where the cell lies in what it is given, plus the hint: depends on tiles."""
 
-    spec = graph_specs(Geometry(hint_channels=1, tokens=1, unet_width=1, control_width=1))[DENOISER]
-    backend = device = "fake"
-    compute_dtype = "fp32"
-
-    def bind_inputs(self, feeds: Any) -> None:
-        self.hint = feeds.get("hint", getattr(self, "hint", None))
-
-    def __call__(self, feeds: Any) -> dict[str, Floats]:
-        latent = feeds["latent"]
+    def __call__(self, latent: Floats, timestep: Any, hint: Floats, style: Any, control_scale: Any) -> Floats:
         rows, columns = np.mgrid[0 : latent.shape[-2], 0 : latent.shape[-1]]
-        return {"eps": (latent + 100 * rows + columns + self.hint)[None].astype(np.float32)}
+        eps: Floats = (latent + 100 * rows + columns + hint)[None].astype(np.float32)
+        return eps
+
+    def release_memory(self) -> None: ...
 
 
-def test_overlapping_noise_is_the_weighted_mean_of_the_tiles() -> None:
-    grid = Grid.lay((128, 448), 128, 8, 64)
-    engine = TiledDenoiser(_Positions(), grid)  # type: ignore[arg-type]
+def test_tiled_denoiser_gives_the_weighted_mean_of_the_tiles_noise() -> None:
+    denoiser = TiledDenoiser(_Positions, grid := TileGrid.cover((128, 448), 128, 8))
     rng = np.random.default_rng(0)
     latent = rng.standard_normal((2, 4, 16, 56), dtype=np.float32)
     hint = rng.standard_normal((2, 1, 16, 56), dtype=np.float32)
-    engine.bind_inputs({"hint": hint})
-    found = engine({"latent": latent})["eps"]
+    found = denoiser(latent, np.array([1, 1]), hint, None, np.float32(1))  # type: ignore[arg-type]
     # By hand: tiles of 16 cells start at every 10th, so that one hands over to the next at 13, 23, 33 and 43; tiles
     # overlap by a quarter of 16 at least, and half of that, 2 cells, is what the blend goes over.
     assert [span.cells.start for span in grid.columns] == [0, 10, 20, 30, 40]
@@ -118,7 +130,7 @@ def test_overlapping_noise_is_the_weighted_mean_of_the_tiles() -> None:
     np.testing.assert_allclose(found[0], expected, atol=1e-3)
 
 
-def test_graphs_that_look_no_further_than_a_cell_paint_in_tiles_what_they_paint_whole(
+def test_stylize_in_tiles_with_graphs_of_short_reach_paints_what_it_paints_whole(
     stylizer: Stylizer, photo: np.ndarray
 ) -> None:
     large = np.tile(photo, (4, 3, 1))[:330, :400]
@@ -128,21 +140,21 @@ def test_graphs_that_look_no_further_than_a_cell_paint_in_tiles_what_they_paint_
         assert whole.std() > 5, "a flat picture proves nothing"
 
 
-def test_every_tile_is_asked_and_none_is_larger_than_a_tile(
+def test_stylize_in_tiles_runs_every_graph_on_tiles_alone(
     stylizer: Stylizer, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, set[tuple[int, ...]]] = {
         name: set() for name in (VAE_ENCODER, CONTROLNET_COND, DENOISER, VAE_DECODER)
     }
     for name in seen:
-        engine = stylizer._workshop.engines[name]
+        engine = stylizer._pool.engines[name]
         call = engine.__call__
 
         def spy(feeds: Any, name: str = name, call: Any = call) -> Any:
             seen[name] |= {value.shape[-2:] for key, value in feeds.items() if key != "timestep"}
             return call(feeds)
 
-        monkeypatch.setitem(stylizer._workshop.engines, name, _Spied(engine, spy))
+        monkeypatch.setitem(stylizer._pool.engines, name, _Spied(engine, spy))
     stylizer.stylize(np.tile(photo, (3, 3, 1)), size=0, tile=128)
     assert seen == {
         VAE_ENCODER: {(128, 128)},
@@ -163,24 +175,22 @@ class _Spied:
         return getattr(self._engine, name)
 
 
-def test_the_embedded_autoencoder_and_hint_give_in_tiles_what_they_give_whole(mini: Stylizer) -> None:
+def test_tiled_networks_of_the_embedded_bundle_give_what_they_give_whole(mini: Stylizer) -> None:
     """Convolutions without normalisation: what of a tile counts saw its surroundings as the whole picture has them."""
     rng = np.random.default_rng(3)
     rgb = np.kron(rng.integers(0, 255, (24, 40, 3)), np.ones((16, 16, 1))).astype(np.uint8)  # 384 x 640
-    whole, grid = (Grid.lay((384, 640), tile, 8, 64) for tile in (0, 320))
+    grid = TileGrid.cover((384, 640), 320, 8)
     assert len(grid.columns) > 1 < len(grid.rows)
-    engines = mini._workshop.engines
-    edges = (rgb[..., 0] > 127).astype(np.uint8)
-    np.testing.assert_allclose(
-        hint_features(engines[CONTROLNET_COND], edges, grid),
-        hint_features(engines[CONTROLNET_COND], edges, whole),
-        atol=1e-4,
-    )
-    latents = [encode(engines[VAE_ENCODER], rgb, 1.0, np.random.default_rng(0), g) for g in (whole, grid)]
+    graphs = {name: Graph(engine) for name, engine in mini._pool.engines.items()}
+    edges = (rgb[None, ..., 0] > 127).astype(np.uint8)
+    cond = ControlNetCond(graphs[CONTROLNET_COND])
+    np.testing.assert_allclose(TiledControlNetCond(cond, grid)(edges), cond(edges), atol=1e-4)
+    encoder = VaeEncoder(graphs[VAE_ENCODER])
+    (mean, std), tiled = encoder(rgb[None]), TiledVaeEncoder(encoder, grid)(rgb[None])
     # The encoder looks 84 pixels far, beyond the 20 to 40 that count for nothing, though with little weight.
-    assert np.abs(latents[0] - latents[1]).max() < 0.02 * latents[0].std()
-    pictures = [decode(engines[VAE_DECODER], latents[0], 1.0, g).astype(int) for g in (whole, grid)]
-    assert np.abs(pictures[0] - pictures[1]).max() <= 3
+    assert max(np.abs(found - whole).max() for found, whole in zip(tiled, (mean, std), strict=True)) < 0.02 * mean.std()
+    decoder = VaeDecoder(graphs[VAE_DECODER])
+    assert np.abs(TiledVaeDecoder(decoder, grid)(mean).astype(int) - decoder(mean)).max() <= 3
 
 
 def _clouds(side: int) -> np.ndarray:
@@ -205,9 +215,9 @@ def _across(painting: np.ndarray, lines: tuple[list[int], list[int]], reach: int
 
 
 @pytest.mark.slow
-def test_no_seam_is_seen_between_tiles_of_the_embedded_bundle(mini: Stylizer) -> None:
+def test_stylize_in_tiles_with_the_embedded_bundle_leaves_no_seam(mini: Stylizer) -> None:
     side, tile = 640, 320
-    lines = borders(Grid.lay((side, side), tile, 8, 64))
+    lines = borders(TileGrid.cover((side, side), tile, 8))
     options = {"size": 0, "steps": 4, "strength": 0.75, "guidance": 2.0}
     whole, tiled = (_pixels(mini.stylize(_clouds(side), tile=t, **options)) for t in (0, tile))
     assert _across(tiled, lines) / _across(whole, lines) == pytest.approx(1, abs=0.05)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lsast.sampling import sampler
+from lsast.sampling.sampler import Batch, Networks, Sample, sample
 from lsast.sampling.x0_blend import X0Blend
 from lsast_engines.bundle.style import Style
 from lsast_engines.diffusion.noise_schedule import NoiseSchedule
@@ -18,16 +18,10 @@ from lsast_engines.diffusion.timesteps import TimestepSchedule
 class _Wavy:
     """A denoiser whose noise is a function of latent and time, and of nothing else."""
 
-    backend, compute_dtype = "numpy", "fp32"
+    def __call__(self, latent: Any, timestep: Any, hint: Any, style: Any, control_scale: Any) -> Any:
+        return _eps(latent, timestep[0])[None].astype(np.float32)
 
-    def bind_inputs(self, feeds: Any) -> None:
-        pass
-
-    def release_memory(self) -> None:
-        pass
-
-    def __call__(self, feeds: dict[str, Any]) -> dict[str, np.ndarray]:
-        return {"eps": _eps(feeds["latent"], feeds["timestep"][0])[None].astype(np.float32)}
+    def release_memory(self) -> None: ...
 
 
 def _eps(latent: np.ndarray, t: int) -> np.ndarray:
@@ -35,29 +29,43 @@ def _eps(latent: np.ndarray, t: int) -> np.ndarray:
 
 
 def _run(solver: str, share: Any, steps: int = 12, watch: Any = None) -> tuple[np.ndarray, Any]:
-    """Denoise two latents with a fake denoiser; the result, and what went in."""
+    """Denoise a latent with a fake denoiser, `share` of it painted; the result, and what went in."""
     noise, rng = NoiseSchedule(), np.random.default_rng(0)
     schedule = TimestepSchedule.build(noise, steps, 0.7, 10, solver)
-    z0, n = (rng.standard_normal((4, 6, 8)).astype(np.float32) for _ in range(2))
+    z0 = rng.standard_normal((1, 4, 6, 8)).astype(np.float32)
     style = Style("s", "ab", 10, 1, np.zeros((10, 1, 1)), np.zeros((10, 1, 1)))
-    made = make_solver(solver, noise, schedule)
-    row = sampler.Row(
-        solver=made if share is None else X0Blend(made, schedule, z0, 1 - share),
+
+    def wrapped(z0: Any) -> Any:
+        made = make_solver(solver, noise, schedule)
+        return made if share is None else X0Blend(made, schedule, z0, 1 - share)
+
+    picture = Sample(
+        picture=np.zeros((48, 64, 3), np.uint8),
+        edges=np.zeros((48, 64), np.uint8),
+        style=style,
         schedule=schedule,
-        z0=z0,
-        noisy=schedule.add_noise(z0, n, schedule.start_t),
-        hint=np.zeros((1, 6, 8), np.float32),
-        hand=style,
+        solver=wrapped,
         guidance=1.0,
+        seed=0,
     )
-    return sampler.denoise(_Wavy(), [row], style, 1.0, watch)[0], (schedule, z0, n)  # type: ignore[arg-type]
+    networks = Networks(
+        vae_encoder=lambda pictures: (z0, np.zeros_like(z0)),
+        controlnet_cond=lambda edges: np.zeros((1, 1, 6, 8), np.float32),
+        denoiser=_Wavy(),
+        vae_decoder=lambda latents: np.zeros((1, 48, 64, 3), np.uint8),
+        latent_scale=np.float32(1),
+    )
+    found, _ = sample(networks, Batch([picture], style, 1.0), watch)
+    # What `Batch.noise` draws for seed 0: first for the encoder, then for the start.
+    draws = np.random.Generator(np.random.PCG64(0)).standard_normal((2, 4, 6, 8), dtype=np.float32)
+    return found[0], (schedule, z0[0], draws[1])
 
 
-def test_denoise_with_a_share_blends_the_predicted_x0_with_the_picture() -> None:
+def test_sample_with_x0_blend_blends_the_predicted_x0_with_the_picture() -> None:
     share = np.random.default_rng(1).uniform(size=(6, 8)).astype(np.float32)
     share[0], share[1] = 0, 1
     guesses: list[np.ndarray] = []
-    found, (schedule, z0, n) = _run("ddim", share, watch=lambda step, total, now: guesses.append(now[0]))
+    found, (schedule, z0, n) = _run("ddim", share, watch=lambda step, total, x0: guesses.append(x0()[0]))
     abar = NoiseSchedule().alphas_cumprod()
     t = schedule.start_t
     z = np.sqrt(abar[t]) * z0.astype(float) + np.sqrt(1 - abar[t]) * n
@@ -73,7 +81,7 @@ def test_denoise_with_a_share_blends_the_predicted_x0_with_the_picture() -> None
 
 
 @pytest.mark.parametrize(("solver", "rest"), [("ddim", True), ("dpmpp2m", False), ("unipc", False)])
-def test_denoise_where_the_share_is_0_keeps_the_picture_with_every_solver(solver: str, rest: bool) -> None:
+def test_sample_where_the_blend_is_1_keeps_the_picture_with_every_solver(solver: str, rest: bool) -> None:
     """In one half of the latent nothing is painted: it ends as z0, noised to where the schedule ends."""
     share = np.ones((6, 8), np.float32)
     share[:, :4] = 0

@@ -11,29 +11,14 @@ import pytest
 
 import lsast
 from lsast import PictureError, Stylizer, UsageError
-from lsast.sampling import sampler
-from lsast.sessions import batching as batches
-from lsast_engines.backends.base import available_backends
+from lsast.sessions import batching
+from lsast_engines.backends.registry import available_backends
 
 
 @pytest.fixture(scope="module", params=sorted(available_backends()))
 def stylizer(request: pytest.FixtureRequest, bundle_path: Path) -> Iterator[Stylizer]:
     with lsast.load(bundle_path, backend=request.param) as opened:
         yield opened
-
-
-@pytest.fixture
-def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many pictures every run of the denoising loop was shared by."""
-    sizes: list[int] = []
-    denoise = sampler.denoise
-
-    def counted(engine: Any, rows: Any, *rest: Any) -> Any:
-        sizes.append(len(rows))
-        return denoise(engine, rows, *rest)
-
-    monkeypatch.setattr("lsast.sampling.sampler.denoise", counted)
-    return sizes
 
 
 def _pictures(*sizes: tuple[int, int]) -> list[np.ndarray]:
@@ -58,14 +43,14 @@ ROWS: list[dict[str, Any]] = [
 ]
 
 
-def test_every_row_is_painted_in_its_own_way_in_one_batch(
-    stylizer: Stylizer, photo: np.ndarray, shared: list[int]
+def test_stylize_many_paints_each_row_with_its_own_options_in_one_batch(
+    stylizer: Stylizer, photo: np.ndarray, runs: list[Any]
 ) -> None:
     mask = np.zeros(photo.shape[:2], np.uint8)
     mask[20:70] = 255
     rows = [*ROWS, {"mask": mask, "seed": 8}]
     many = list(stylizer.stylize_many([photo] * 6, rows=rows, batch=6))
-    assert shared == [6]
+    assert [len(run.latents) for run in runs] == [6]
     for row, result in zip(rows, many, strict=True):
         alone = stylizer.stylize(photo, **row)
         _close(result, alone)
@@ -73,24 +58,26 @@ def test_every_row_is_painted_in_its_own_way_in_one_batch(
     assert len({np.asarray(result.image).tobytes() for result in many}) == 6
 
 
-def test_mixed_sizes_are_grouped_and_come_out_in_order(stylizer: Stylizer, shared: list[int]) -> None:
+def test_stylize_many_groups_sizes_and_keeps_the_order(stylizer: Stylizer, runs: list[Any]) -> None:
     pictures = _pictures((64, 64), (96, 160), (64, 64), (64, 128), (96, 160), (64, 64), (64, 64))
     results = list(stylizer.stylize_many(iter(pictures), ["monet"] * 7, batch=3, size=0))
     assert [result.image.size[::-1] for result in results] == [picture.shape[:2] for picture in pictures]
     for picture, result in zip(pictures, results, strict=True):
         _close(result, stylizer.stylize(picture, "monet", size=0))
-    assert shared[:4] == [3, 2, 1, 1]
+    assert [len(run.latents) for run in runs[:4]] == [3, 2, 1, 1]
 
 
-def test_what_cannot_share_a_call_does_not(stylizer: Stylizer, photo: np.ndarray, shared: list[int]) -> None:
+def test_stylize_many_shares_no_batch_between_unlike_options(
+    stylizer: Stylizer, photo: np.ndarray, runs: list[Any]
+) -> None:
     rows = [{"control": 0.5}, {"guidance": 1.0}, {"steps": 20}, {"control": 0.5}, {}]
     many = list(stylizer.stylize_many([photo] * 5, rows=rows, batch=5))
-    assert shared == [2, 1, 1, 1]
+    assert [len(run.latents) for run in runs] == [2, 1, 1, 1]
     for row, result in zip(rows, many, strict=True):
         _close(result, stylizer.stylize(photo, **row))
 
 
-def test_a_stream_reads_no_further_than_it_must(stylizer: Stylizer) -> None:
+def test_stylize_many_reads_no_further_ahead_than_it_must(stylizer: Stylizer) -> None:
     read = 0
 
     def endless() -> Iterator[np.ndarray]:
@@ -107,10 +94,10 @@ def test_a_stream_reads_no_further_than_it_must(stylizer: Stylizer) -> None:
     read = 0
     odd = (rgb if read == 1 else np.tile(rgb, (1, 2, 1)) for rgb in endless())  # its first size never comes again
     next(stylizer.stylize_many(odd, batch=2, size=0))
-    assert read == batches.AHEAD * 2
+    assert read == batching.AHEAD * 2
 
 
-def test_an_error_comes_at_its_place_after_what_was_before_it(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_stylize_many_raises_an_error_at_its_pictures_place(stylizer: Stylizer, photo: np.ndarray) -> None:
     stream = stylizer.stylize_many([photo, photo, b"no picture", photo], batch=4)
     assert isinstance(next(stream), lsast.Result)
     assert isinstance(next(stream), lsast.Result)
@@ -120,7 +107,7 @@ def test_an_error_comes_at_its_place_after_what_was_before_it(stylizer: Stylizer
         next(stream)
 
 
-def test_options_of_a_row_go_before_those_of_all(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_stylize_many_prefers_a_rows_options(stylizer: Stylizer, photo: np.ndarray) -> None:
     results = stylizer.stylize_many(
         [photo] * 3, ["vangogh", None, "monet"], rows=[{}, {"seed": 2}, {"style": "vangogh"}], style="monet", seed=1
     )
@@ -139,14 +126,14 @@ def test_options_of_a_row_go_before_those_of_all(stylizer: Stylizer, photo: np.n
         (["monet"], [{}], "found 1 styles and rows and more pictures"),
     ],
 )
-def test_styles_and_rows_are_as_many_as_pictures(
+def test_stylize_many_with_unequal_counts_raises(
     stylizer: Stylizer, photo: np.ndarray, styles: Any, rows: Any, words: str
 ) -> None:
     with pytest.raises(UsageError, match=words):
         list(stylizer.stylize_many([photo] * 2, styles, rows=rows))
 
 
-def test_nothing_comes_of_nothing_and_a_batch_of_none_is_refused(stylizer: Stylizer) -> None:
+def test_stylize_many_of_nothing_is_empty_and_batch_0_is_refused(stylizer: Stylizer) -> None:
     assert list(stylizer.stylize_many([])) == []
     with pytest.raises(UsageError, match="found a batch of 0"):
         stylizer.stylize_many([], batch=0)

@@ -16,11 +16,11 @@ from lsast import BackendError, Stylizer, UsageError
 from lsast.sampling.sampler import NotFiniteError
 from lsast_engines.backends.tensorrt import engine as tensorrt
 from lsast_engines.backends.tensorrt.engine_record import engine_folder
-from lsast_engines.backends.tensorrt.shape_profile import Ranges, Span
+from lsast_engines.backends.tensorrt.shape_profile import Range, ShapeRanges
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS
 
-RANGES = Ranges(Span(64, 64, 128), Span(1, 1, 3))
+RANGES = ShapeRanges(Range(64, 64, 128), Range(1, 1, 3))
 LARGE = {"size": 0}
 
 

@@ -11,7 +11,7 @@ import pytest
 import lsast
 from lsast import Stylizer
 from lsast.sampling.x0_blend import X0Blend
-from lsast.video.optical_flow import Coherence, Follower, Motion, warped
+from lsast.video.optical_flow import Motion, TemporalOptions, TemporalState, warped
 from lsast_engines.diffusion.noise_schedule import NoiseSchedule
 from lsast_engines.diffusion.solvers import make_solver
 from lsast_engines.diffusion.timesteps import TimestepSchedule
@@ -42,12 +42,12 @@ def _moved(large: np.ndarray, frame: int) -> np.ndarray:
 def test_motion_is_that_of_a_moved_window() -> None:
     large = _texture(200, 240)
     motion = Motion.between(_moved(large, 0), _moved(large, 1))
-    inner = motion.back[16:-16, 16:-16]
+    inner = motion.backward_flow[16:-16, 16:-16]
     np.testing.assert_allclose(inner.reshape(-1, 2).mean(0), SHIFT, atol=0.02)
     assert np.abs(inner - SHIFT).mean() < 0.05
-    assert motion.seen[16:-16, 16:-16].mean() > 0.99
-    assert (motion.seen[:, -3:] == 0).all(), "was outside"
-    assert (motion.seen[:2] == 0).all(), "was outside"
+    assert motion.valid[16:-16, 16:-16].mean() > 0.99
+    assert (motion.valid[:, -3:] == 0).all(), "was outside"
+    assert (motion.valid[:2] == 0).all(), "was outside"
 
 
 def test_what_was_hidden_is_not_seen() -> None:
@@ -57,24 +57,24 @@ def test_what_was_hidden_is_not_seen() -> None:
     before[40:80, 40:80] = patch
     now[40:80, 50:90] = patch  # moved to the right by 10
     motion = Motion.between(before, now)
-    assert motion.seen[44:76, 42:48].mean() < 0.2  # uncovered
-    assert motion.seen[46:74, 58:82].mean() > 0.9
-    assert motion.seen[100:].mean() > 0.95
+    assert motion.valid[44:76, 42:48].mean() < 0.2  # uncovered
+    assert motion.valid[46:74, 58:82].mean() > 0.9
+    assert motion.valid[100:].mean() > 0.95
 
 
 def test_a_shrunk_motion_counts_in_cells() -> None:
-    back = np.tile(np.array([4.0, -8.0], np.float32), (64, 96, 1))
-    seen = np.zeros((64, 96), np.float32)
-    seen[:, :44] = 1
-    cells = Motion(back, seen).shrunk(8)
-    np.testing.assert_allclose(cells.back, np.tile([0.5, -1.0], (8, 12, 1)))
-    np.testing.assert_allclose(cells.seen[0], [1, 1, 1, 1, 1, 0.5, 0, 0, 0, 0, 0, 0])
+    backward_flow = np.tile(np.array([4.0, -8.0], np.float32), (64, 96, 1))
+    valid = np.zeros((64, 96), np.float32)
+    valid[:, :44] = 1
+    cells = Motion(backward_flow, valid).downsampled(8)
+    np.testing.assert_allclose(cells.backward_flow, np.tile([0.5, -1.0], (8, 12, 1)))
+    np.testing.assert_allclose(cells.valid[0], [1, 1, 1, 1, 1, 0.5, 0, 0, 0, 0, 0, 0])
 
 
 def test_warping_fetches_from_where_it_was() -> None:
     values = np.random.default_rng(0).standard_normal((20, 30, 4)).astype(np.float32)
-    back = np.tile(np.array([3, 2], np.float32), (20, 30, 1))
-    np.testing.assert_allclose(warped(values, back)[4:-6, 4:-8], values[6:-4, 7:-5], atol=1e-5)
+    backward_flow = np.tile(np.array([3, 2], np.float32), (20, 30, 1))
+    np.testing.assert_allclose(warped(values, backward_flow)[4:-6, 4:-8], values[6:-4, 7:-5], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpmpp2m", "unipc"])
@@ -126,12 +126,14 @@ def test_without_share_every_frame_is_alone_and_state_goes_on(stylizer: Stylizer
     frames = [_moved(large, k) for k in range(4)]
     options = {"size": 64, "guidance": 1.0, "style": "monet"}
 
-    def paint(frames: list[np.ndarray], follower: Follower) -> list[np.ndarray]:
-        return [np.asarray(r.image) for r in stylizer.stylize_frames(frames, follower=follower, **options)]
+    def paint(frames: list[np.ndarray], temporal: TemporalState) -> list[np.ndarray]:
+        return [np.asarray(r.image) for r in stylizer.stylize_frames(frames, temporal=temporal, **options)]
 
-    for frame, painting in zip(frames, paint(frames, Follower(Coherence(hold=0.0, blend=0.0))), strict=True):
+    for frame, painting in zip(
+        frames, paint(frames, TemporalState(TemporalOptions(latent_weight=0.0, pixel_weight=0.0))), strict=True
+    ):
         np.testing.assert_array_equal(painting, np.asarray(stylizer.stylize(frame, **options).image))
-    whole, first, second = paint(frames, Follower()), Follower(), Follower()
+    whole, first, second = paint(frames, TemporalState()), TemporalState(), TemporalState()
     parts = paint(frames[:2], first)
     second.restore(first.state())
     np.testing.assert_array_equal(np.stack(parts + paint(frames[2:], second)), np.stack(whole))

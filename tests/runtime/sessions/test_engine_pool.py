@@ -18,8 +18,8 @@ import pytest
 
 import lsast
 from lsast import Stylizer, UsageError
-from lsast.sessions.style_cache import Shelf
-from lsast_engines.backends.base import available_backends
+from lsast.sessions.engine_pool import StyleCache
+from lsast_engines.backends.registry import available_backends
 from lsast_engines.bundle.bundle import Bundle
 
 MIXES = ["vangogh", "monet", "vangogh:0.6+monet:0.4", "monet@up+vangogh@0-4", "vangogh@down"]
@@ -170,18 +170,18 @@ def test_a_copy_by_pickle_is_a_stylizer_of_its_own(bundle_path: Path, photo: np.
 STAGE_BYTES = 4 * 3 * (24 + 16)  # float32, three tokens, the widths of the tiny bundle
 
 
-def test_styles_leave_memory_in_the_order_of_their_use(bundle_path: Path) -> None:
-    shelf = Shelf(Bundle.open(bundle_path), 3 * STAGE_BYTES)
-    shelf["vangogh"].stage(0), shelf["vangogh"].stage(1)
-    shelf["monet"].stage(0)
-    assert shelf.bytes == 3 * STAGE_BYTES
-    shelf.tidy()
-    assert shelf.names == ["vangogh", "monet"]
-    shelf["vangogh"]  # used again: monet is now the one used longest ago
-    shelf["monet"].stage(1), shelf["vangogh"].stage(2)
-    shelf.tidy()
-    assert shelf.names == ["vangogh"]
-    assert shelf.bytes == 3 * STAGE_BYTES
+def test_style_cache_evicts_the_least_recently_used(bundle_path: Path) -> None:
+    cache = StyleCache(Bundle.open(bundle_path), 3 * STAGE_BYTES)
+    cache.get("vangogh").stage(0), cache.get("vangogh").stage(1)
+    cache.get("monet").stage(0)
+    assert cache.bytes == 3 * STAGE_BYTES
+    cache.evict()
+    assert cache.names == ["vangogh", "monet"]
+    cache.get("vangogh")  # used again: monet is now the least recently used
+    cache.get("monet").stage(1), cache.get("vangogh").stage(2)
+    cache.evict()
+    assert cache.names == ["vangogh"]
+    assert cache.bytes == 3 * STAGE_BYTES
 
 
 def test_a_budget_changes_memory_and_no_picture(bundle_path: Path, photo: np.ndarray) -> None:
@@ -193,4 +193,4 @@ def test_a_budget_changes_memory_and_no_picture(bundle_path: Path, photo: np.nda
 
     with lsast.load(bundle_path, style_memory=5 * STAGE_BYTES) as poor, lsast.load(bundle_path) as rich:
         assert run(poor) == run(rich)
-        assert poor._workshop.shelf.bytes <= 5 * STAGE_BYTES < rich._workshop.shelf.bytes
+        assert poor._pool.styles.bytes <= 5 * STAGE_BYTES < rich._pool.styles.bytes

@@ -1,0 +1,111 @@
+"""Dtypes below fp32: asked for, refused, and overflowing."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+import lsast
+from lsast import BackendError, Stylizer, UsageError
+from lsast.cli.main import main
+from lsast.sessions.engine_pool import EngineFactory
+from lsast_engines.backends.base import Engine
+from lsast_engines.bundle.bundle import Bundle
+
+
+class Overflowing:
+    """An engine in fp16 whose values are too large for it."""
+
+    backend = "openvino"
+    compute_dtype = "fp16"
+
+    def __init__(self, engine: Engine) -> None:
+        self.spec = engine.spec
+        self.closed = False
+        self._engine = engine
+
+    def __call__(self, feeds: Any) -> dict[str, np.ndarray]:
+        return {name: np.full_like(values, np.inf) for name, values in self._engine(feeds).items()}
+
+    def release_memory(self) -> None: ...
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Factory(EngineFactory):
+    """Opens one graph so that it overflows unless fp32 is asked for."""
+
+    overflowing: ClassVar[str]
+    opened: ClassVar[list[Overflowing]]
+
+    def __call__(self, name: str, compute_dtype: Any = None) -> Engine:
+        engine = super().__call__(name, compute_dtype)
+        if name == self.overflowing and compute_dtype is None:
+            self.opened.append(Overflowing(engine))
+            return self.opened[-1]  # type: ignore[return-value]
+        return engine
+
+
+@pytest.fixture
+def factory(bundle_path: Path) -> Factory:
+    Factory.opened = []
+    return Factory(Bundle.open(bundle_path), "onnxruntime")
+
+
+def test_stylize_with_a_decoder_that_overflows_decodes_again_in_fp32_and_stays_there(
+    bundle_path: Path, factory: Factory, photo: np.ndarray, caplog: pytest.LogCaptureFixture
+) -> None:
+    Factory.overflowing = "vae_decoder"
+    with lsast.load(bundle_path, backend="onnxruntime") as plain:
+        expected = np.asarray(plain.stylize(photo).image)
+    caplog.set_level(logging.WARNING, "lsast")
+    with Stylizer(factory) as stylizer:
+        found = [np.asarray(stylizer.stylize(photo).image) for _ in range(2)]
+    np.testing.assert_array_equal(found, [expected, expected])
+    assert [engine.closed for engine in Factory.opened] == [True]
+    (record,) = caplog.records
+    assert "graph vae_decoder gave" in record.getMessage()
+    assert "decoding again in fp32" in record.getMessage()
+
+
+def test_stylize_with_another_graph_that_overflows_raises(factory: Factory, photo: np.ndarray) -> None:
+    Factory.overflowing = "vae_encoder"
+    with (
+        Stylizer(factory) as stylizer,
+        pytest.raises(BackendError, match=r"the graph vae_encoder gave .* in fp16; try compute_dtype fp32"),
+    ):
+        stylizer.stylize(photo)
+
+
+def test_stylize_reads_only_the_stages_of_the_schedule(bundle_path: Path, photo: np.ndarray) -> None:
+    with lsast.load(bundle_path) as stylizer:
+        stylizer.stylize(photo, steps=10, strength=0.3, solver="ddim")  # t = 201, 101, 1
+        assert stylizer._pool.styles.get("vangogh").read_stages == [0, 1, 2]
+        stylizer.stylize(photo, steps=10, strength=0.7, solver="ddim")
+        assert stylizer._pool.styles.get("vangogh").read_stages == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_load_with_a_compute_dtype_that_is_not_there_raises(bundle_path: Path) -> None:
+    with pytest.raises(UsageError, match="found compute_dtype 'int3'; expected one of fp32, bf16, fp16"):
+        lsast.load(bundle_path, compute_dtype="int3")  # type: ignore[arg-type]
+    with pytest.raises(BackendError, match="onnxruntime computes in fp32, found bf16; use openvino"):
+        lsast.load(bundle_path, backend="onnxruntime", compute_dtype="bf16")
+
+
+def test_lsast_run_passes_the_compute_dtype_on(bundle_path: Path, photo: np.ndarray, tmp_path: Path) -> None:
+    Image.fromarray(photo).save(tmp_path / "in.png")
+    arguments = [str(tmp_path / "in.png"), str(tmp_path / "out.png"), "--bundle", str(bundle_path)]
+    arguments += ["--backend", "onnxruntime", "--compute-dtype"]
+    refused = CliRunner().invoke(main, [*arguments, "bf16"])
+    assert refused.exit_code == 1
+    assert "onnxruntime computes in fp32, found bf16" in refused.stderr
+    assert not (tmp_path / "out.png").exists()
+    assert CliRunner().invoke(main, [*arguments, "fp32"]).exit_code == 0
+    assert (tmp_path / "out.png").exists()
