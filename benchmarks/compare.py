@@ -27,7 +27,7 @@ from typing import Any
 
 import click
 
-from lsast_engines.backends.base import available_backends
+from lsast_engines.backends.registry import available_backends
 from lsast_engines.bundle.bundle import find_bundle
 from lsast_engines.errors import LsastError
 from lsast_engines.files import replace_file

@@ -23,7 +23,7 @@ import click
 import numpy as np
 
 from bench.machine import describe
-from lsast_engines.backends.base import open_engine
+from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import Bundle, find_bundle
 from lsast_engines.bundle.graph_spec import DENOISER
 from lsast_engines.errors import LsastError
@@ -52,7 +52,7 @@ def torch_step(case: Case, compiled: bool) -> Iterator[Step]:
     import torch
 
     from lsast_export.graphs.modules import denoiser_graph
-    from lsast_train.base.base import load_base
+    from lsast_train.base.lazy_base import load_base
 
     if case.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("torch finds no GPU")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import lsast
-from lsast_engines.backends.base import EXTRAS
+from lsast_engines.backends.registry import EXTRAS
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -90,7 +90,7 @@ def _installed() -> list[str]:
     Raises:
         MissingExtraError: none.
     """
-    from lsast_engines.backends.base import available_backends
+    from lsast_engines.backends.registry import available_backends
     from lsast_engines.errors import MissingExtraError
 
     found = [name for name, devices in available_backends().items() if "cpu" in devices]

@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto, helper, numpy_helper
 
-from lsast_engines.backends.base import ComputeDtype, open_engine
+from lsast_engines.backends.base import ComputeDtype
+from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.graph_spec import GraphSpec, TensorSpec
 from lsast_engines.errors import BackendError
 

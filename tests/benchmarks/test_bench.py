@@ -18,7 +18,7 @@ from bench.measure import add_macs, cold_figures, covered, warm_figures
 from bench.peak_flops import matmul_graph, peak_flops, quantised_matmul_graph, spec
 from bench.report import markdown
 from compare import whole
-from lsast_engines.backends.base import open_engine
+from lsast_engines.backends.registry import open_engine
 from lsast_engines.errors import UsageError
 
 

@@ -16,7 +16,7 @@ from fake_denoiser import SPEC as SPEC_ON_GPU
 from fake_gpu import FakeCuda, FakeTrt, write_engine
 from lsast_engines.backends.tensorrt import engine as tensorrt
 from lsast_engines.backends.tensorrt.engine import TensorRtEngine
-from lsast_engines.backends.tensorrt.engine_record import Library
+from lsast_engines.backends.tensorrt.engine_record import TrtFlavor
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import Geometry, GraphSpec, TensorSpec, graph_specs
 from lsast_engines.bundle.manifest import AttentionLayer, Manifest
@@ -187,18 +187,18 @@ def denoiser_graph(tmp_path: Path) -> Path:
 def engine_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Where engines of TensorRT in fp16 are looked for."""
     monkeypatch.setattr(
-        tensorrt, "engine_folder", lambda bundle, library, compute_dtype: tmp_path / library / compute_dtype
+        tensorrt, "engine_folder", lambda bundle, flavor, compute_dtype: tmp_path / flavor / compute_dtype
     )
     return tmp_path / "tensorrt" / "fp16"
 
 
 @pytest.fixture
 def compiled(denoiser_graph: Path, engine_home: Path) -> Callable[..., Path]:
-    """Leaves what compiling the fake denoiser would: compiled(library=…, content=…, fields of the key)."""
+    """Leaves what compiling the fake denoiser would: compiled(flavor=…, content=…, fields of the key)."""
 
-    def write(library: Library = "tensorrt", **changes: Any) -> Path:
-        folder = engine_home.parents[1] / library / "fp16"
-        return write_engine(denoiser_graph, SPEC_ON_GPU, folder, library, RANGES, **changes)
+    def write(flavor: TrtFlavor = "tensorrt", **changes: Any) -> Path:
+        folder = engine_home.parents[1] / flavor / "fp16"
+        return write_engine(denoiser_graph, SPEC_ON_GPU, folder, flavor, RANGES, **changes)
 
     return write
 
@@ -210,10 +210,8 @@ def open_it(
     """Opens the denoiser of the fake bundle on the fake GPU; at the end nothing of it may be left there."""
     opened = []
 
-    def open_engine(library: Library = "tensorrt") -> TensorRtEngine:
-        engine = TensorRtEngine(
-            denoiser_graph, SPEC_ON_GPU, "cuda", None, "fp16", library=library, trt=trt, runtime=cuda
-        )
+    def open_engine(flavor: TrtFlavor = "tensorrt") -> TensorRtEngine:
+        engine = TensorRtEngine(denoiser_graph, SPEC_ON_GPU, "cuda", None, "fp16", flavor=flavor, trt=trt, runtime=cuda)
         opened.append(engine)
         return engine
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lsast_engines.backends.base import open_engine
+from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import Bundle
 from lsast_export.bundle import add_graphs as adding
 from lsast_export.bundle.add_graphs import add_parts
@@ -35,7 +35,7 @@ def _own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def random_prompts(base: Base, name: str, seed: int = 0) -> Prompts:
     """Prompts as a training run on `base` would leave them, of random values."""
     generator = torch.Generator().manual_seed(seed)
-    matrices = torch.randn(30, base.facts.tokens, base.context_dim, generator=generator)
+    matrices = torch.randn(30, base.config.tokens, base.context_dim, generator=generator)
     prompts = matrices[matrix_table("step+layer")]
     return Prompts(name, base.fingerprint, "step+layer", "direct", "strided", "all", prompts, matrices)
 

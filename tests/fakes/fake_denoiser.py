@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from fake_gpu import Kernel
-from lsast_engines.backends.tensorrt.shape_profile import Ranges, Span
+from lsast_engines.backends.tensorrt.shape_profile import Range, ShapeRanges
 from lsast_engines.bundle.graph_spec import DENOISER, Geometry, graph_specs
 
 SPEC = graph_specs(Geometry(hint_channels=2, tokens=3, unet_width=6, control_width=4))[DENOISER]
-RANGES = Ranges(Span(64, 64, 128), Span(1, 1, 3))
+RANGES = ShapeRanges(Range(64, 64, 128), Range(1, 1, 3))
 
 
 def step(feeds: dict[str, np.ndarray]) -> np.ndarray:

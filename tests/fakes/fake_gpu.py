@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from lsast_engines.backends.tensorrt.engine_record import ANY_GPU, EngineKey, EngineRecord, Library, graph_digest
-from lsast_engines.backends.tensorrt.shape_profile import Ranges
+from lsast_engines.backends.tensorrt.engine_record import ANY_GPU, EngineKey, EngineRecord, TrtFlavor, graph_digest
+from lsast_engines.backends.tensorrt.shape_profile import ShapeRanges
 from lsast_engines.bundle.graph_spec import GraphSpec
 
 VERSION = "1.7.1"
@@ -56,14 +56,14 @@ def write_engine(
     file: Path,
     spec: GraphSpec,
     folder: Path,
-    library: Library = "tensorrt",
-    ranges: Ranges | None = None,
+    library: TrtFlavor = "tensorrt",
+    ranges: ShapeRanges | None = None,
     compute_dtype: str = "fp16",
     content: bytes = b"",
     **changes: Any,
 ) -> Path:
     """What compiling the graph file `file` would have left in `folder`; `changes` are fields of the key."""
-    profile = (ranges or Ranges()).profile(spec)
+    profile = (ranges or ShapeRanges()).profile(spec)
     content = content or json.dumps({"graph": spec.name, "profile": profile}).encode()
     key = EngineKey(
         graph=spec.name,

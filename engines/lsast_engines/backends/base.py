@@ -1,37 +1,26 @@
-"""Running a graph: one protocol, one module per backend, chosen here and nowhere else."""
+"""The engine protocol: a graph that is ready to run, and the checks that the engines of all backends share."""
 
 from __future__ import annotations
 
 import abc
-import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ..bundle.graph_spec import GraphSpec, TensorSpec
-from ..errors import BackendError, MissingExtraError, UsageError, fault_list
-from ..removed import removal
-from .fp32_weights import unpacked_graph
-from .tensorrt.engine_record import Library
+from ..errors import BackendError, fault_list
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 
 ComputeDtype = Literal["fp32", "bf16", "fp16"]
-"""What a graph computes in. Below ``fp32`` it is faster where the processor has it, and off by about 1e-2 (bf16) or
-1e-3 (fp16); fp16 may overflow."""
-
-EXTRAS = {"onnxruntime": "cpu", "openvino": "openvino", "tensorrt-rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
-"""The backends, and the extra that installs each; ``auto`` takes the first that is installed, has the device and may
-compute in what is asked for."""
-
-_FP32_ONLY = frozenset({"onnxruntime"})
-"""Backends that ``auto`` passes over for any other arithmetic."""
+"""The type that a graph computes in. bf16 and fp16 are faster where the processor supports them, with relative errors
+of about 1e-2 and 1e-3; fp16 may overflow."""
 
 
 class Engine(Protocol):
@@ -39,21 +28,20 @@ class Engine(Protocol):
 
     spec: GraphSpec
     backend: str
-    """Name of the backend, a key of `EXTRAS`."""
+    """Name of the backend, a key of `registry.EXTRAS`."""
     device: str
-    """Where it runs, e.g. ``cpu``."""
+    """Device that it runs on, e.g. ``cpu``."""
     compute_dtype: ComputeDtype
-    """What it computes in."""
 
     def bind_inputs(self, feeds: Feeds) -> None:
-        """Keep inputs for all following calls, checked and copied to the device once; binding again replaces them.
+        """Set inputs for all following calls; they are checked and copied to the device once, and may be set again.
 
         Raises:
             BackendError: unknown names, wrong types or shapes; all at once.
         """
 
     def __call__(self, feeds: Feeds) -> dict[str, Array]:
-        """Run once on `feeds` and what is bound.
+        """Run once on `feeds` and the bound inputs.
 
         Returns:
             The outputs by name. **The next call may overwrite them**: copy what must outlive it.
@@ -64,17 +52,17 @@ class Engine(Protocol):
         """
 
     def release_memory(self) -> None:
-        """Give working memory back until the next call, where the backend can; weights and what is bound stay.
+        """Free working memory until the next call, where the backend can; weights and bound inputs stay.
 
-        The outputs of the last call may go with it.
+        The outputs of the last call may be freed with it.
         """
 
     def close(self) -> None:
-        """Free the memory; the engine cannot be used any more. Closing twice is harmless."""
+        """Free all memory; the engine cannot be used any more. Closing twice is harmless."""
 
 
 class CheckedEngine(abc.ABC):
-    """What the engines of all backends do alike: check what they are fed, remember what is bound."""
+    """The common part of all engines: checks inputs, remembers bound ones, refuses a second thread."""
 
     backend: str
 
@@ -88,48 +76,48 @@ class CheckedEngine(abc.ABC):
 
     def bind_inputs(self, feeds: Feeds) -> None:
         """See `Engine.bind_inputs`."""
-        with self._alone():
+        with self._exclusive():
             self._check(feeds, complete=False)
-            # A copy, so that a caller who goes on using the array does not change what is bound.
+            # A copy, so that a caller who changes the array does not change the bound input.
             copies = {name: np.array(value, order="C") for name, value in feeds.items()}
             self._bind(copies)
             self._bound |= copies
 
     def __call__(self, feeds: Feeds) -> dict[str, Array]:
         """See `Engine.__call__`."""
-        with self._alone():
+        with self._exclusive():
             self._check(feeds, complete=True)
             return self._run({name: np.asarray(value, order="C") for name, value in feeds.items()})
 
     def release_memory(self) -> None:
         """See `Engine.release_memory`."""
-        with self._alone():
-            self._rest()
+        with self._exclusive():
+            self._release_memory()
 
     def close(self) -> None:
         """See `Engine.close`."""
         self._closed = True
         self._bound = {}
-        self._release()
+        self._close()
 
     @abc.abstractmethod
     def _bind(self, feeds: dict[str, Array]) -> None:
-        """Put checked inputs where every run finds them."""
+        """Keep checked inputs for every run."""
 
     @abc.abstractmethod
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         """Run on checked inputs and the bound ones."""
 
     @abc.abstractmethod
-    def _rest(self) -> None:
-        """Let go of working memory."""
+    def _release_memory(self) -> None:
+        """Free working memory."""
 
     @abc.abstractmethod
-    def _release(self) -> None:
-        """Let go of the backend's objects."""
+    def _close(self) -> None:
+        """Free the backend's objects; may be called twice."""
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _exclusive(self) -> Iterator[None]:
         if self._closed:
             raise BackendError(f"graph {self.spec.name} is closed; open it again with open_engine")
         if not self._busy.acquire(blocking=False):
@@ -164,7 +152,7 @@ class CheckedEngine(abc.ABC):
 
 
 def _array_faults(value: Array, spec: TensorSpec, lengths: dict[str, tuple[int, str]]) -> list[str]:
-    """Faults of one input; `lengths` gathers, by dynamic axis, its length and the input that set it."""
+    """Faults of one input; `lengths` collects, by dynamic axis, its length and the input that set it."""
     faults = []
     if value.dtype != np.dtype(spec.dtype):
         faults.append(f"{spec.name}: found {value.dtype}; expected {spec.dtype}")
@@ -185,10 +173,10 @@ def check_interface(
     outputs: Mapping[str, str],
     path: Path,
 ) -> None:
-    """Make sure that a graph file has the inputs and outputs that its spec says.
+    """Check that a graph file has the inputs and outputs of its spec.
 
     Args:
-        spec: what the manifest says.
+        spec: from the manifest.
         inputs: type and shape of the file's inputs by name; None is a dynamic axis.
         outputs: type of the file's outputs by name.
         path: the file, for messages.
@@ -203,7 +191,7 @@ def check_interface(
             continue
         dtype, shape = inputs[tensor.name]
         wanted = tuple(axis if isinstance(axis, int) else None for axis in tensor.shape)
-        # A dynamic axis in the file takes the fixed length of the spec; a fixed one takes no other.
+        # A dynamic axis in the file accepts the fixed length of the spec; a fixed one accepts no other.
         fits = len(shape) == len(wanted) and all(a is None or a == b for a, b in zip(shape, wanted, strict=True))
         if dtype != tensor.dtype or not fits:
             axes = ", ".join("?" if axis is None else str(axis) for axis in shape)
@@ -212,137 +200,4 @@ def check_interface(
         if outputs.get(tensor.name) != tensor.dtype:
             faults.append(f"output {tensor.name}: found {outputs.get(tensor.name, 'none')}; expected {tensor.dtype}")
     if faults:
-        raise BackendError(
-            fault_list(f"{path} is not the graph {spec.name} that was expected; export it again:", faults)
-        )
-
-
-def available_backends() -> dict[str, list[str]]:
-    """The installed backends that find a device here, and their devices, first choice first."""
-    there = {}
-    for backend in EXTRAS:
-        try:
-            found = backend_devices(backend)
-        except ImportError:
-            continue
-        if found:
-            there[backend] = found
-    return there
-
-
-def backend_devices(backend: str) -> list[str]:
-    """The devices that `backend`, a key of `EXTRAS`, finds here; a GPU backend may find none.
-
-    Raises:
-        ImportError: it is not installed. A broken installation may raise anything.
-    """
-    devices, _ = _backend(backend)
-    return devices()
-
-
-def open_engine(
-    path: Path,
-    spec: GraphSpec,
-    backend: str = "auto",
-    device: str = "auto",
-    threads: int | None = None,
-    compute_dtype: ComputeDtype = "fp32",
-    cache: Path | None = None,
-) -> Engine:
-    """Load a graph.
-
-    Args:
-        path: the ONNX file; weights that it refers to lie beside it.
-        spec: its inputs and outputs, from the manifest.
-        backend: ``onnxruntime``, ``openvino``, ``tensorrt-rtx``, ``tensorrt``, or ``auto``: the first installed that
-            has the device and a choice of arithmetic, where another than fp32 is asked for.
-        device: ``cpu``, ``cuda``, …, or ``auto``: the CPU, for compiled engines the GPU.
-        threads: CPU threads; None leaves it to the backend.
-        compute_dtype: what to compute in; OpenVINO has a choice of what the device has, compiled engines have what they
-            were compiled in.
-        cache: where large weights of 16 bits are unpacked; None is the user's cache folder (`unpacked`).
-
-    Raises:
-        UsageError: fewer threads than 1, an unknown arithmetic, or something that was removed.
-        MissingExtraError: no backend is installed.
-        BackendError: an explicit backend, device or arithmetic that is not there (the message lists what is), or a file
-            that cannot be loaded or has other inputs and outputs.
-    """
-    if threads is not None and threads < 1:
-        raise UsageError(f"found {threads} threads; expected at least 1")
-    for option, value in (("--compute-dtype", compute_dtype), ("--device", device.lower())):
-        if gone := removal(f"{option} {value}"):
-            raise UsageError(gone)
-    if compute_dtype not in get_args(ComputeDtype):
-        raise UsageError(f"found compute_dtype {compute_dtype!r}; expected one of {', '.join(get_args(ComputeDtype))}")
-    backend, device = _choose(backend.lower(), device.lower(), compute_dtype)
-    if not path.is_file():
-        raise BackendError(f"found no graph file {path}; export the bundle again")
-    _, engine = _backend(backend)
-    try:
-        # ONNX Runtime reads bf16 from the file as it goes; fp16, and OpenVINO either, would double in memory.
-        kinds = {"onnxruntime": ("F16",), "openvino": ("F16", "BF16")}.get(backend, ())
-        return engine(unpacked_graph(path, cache, kinds), spec, device, threads, compute_dtype)
-    except (BackendError, MemoryError):
-        raise
-    except Exception as error:
-        raise BackendError(f"{backend} cannot load {path} on {device}: {error}") from error
-
-
-def _choose(backend: str, device: str, compute_dtype: ComputeDtype) -> tuple[str, str]:
-    """Backend and device that are there, for what was asked; an explicit wish is met or refused."""
-    # A library of compiled engines that was named has no other device.
-    usual = "cuda" if backend in get_args(Library) else "cpu"
-    wanted_device = usual if device == "auto" else device
-    able = [name for name in EXTRAS if compute_dtype == "fp32" or name not in _FP32_ONLY]
-    for candidate in able if backend == "auto" else [backend]:
-        if candidate not in EXTRAS:
-            break
-        devices, _ = _backend(candidate)
-        try:
-            if wanted_device in devices():
-                return candidate, wanted_device
-        except ImportError:
-            continue
-    there = available_backends()
-    if not there:
-        library = backend if backend in EXTRAS else "onnxruntime"
-        raise MissingExtraError(library, EXTRAS[library])
-    listing = "; ".join(f"{name} on {', '.join(devices)}" for name, devices in there.items())
-    mend = ""
-    if backend in EXTRAS and backend not in there:
-        mend = f"; {_absence(backend)}"
-    wish = f"device {device!r}" + ("" if compute_dtype == "fp32" else f" and compute_dtype {compute_dtype}")
-    raise BackendError(f"found no backend {backend!r} with {wish}; there is: {listing}{mend}")
-
-
-def _absence(backend: str) -> str:
-    """Why `backend` has no device here, and what helps."""
-    devices, _ = _backend(backend)
-    try:
-        devices()
-    except ImportError:
-        return f"install it with: pip install 'lsast[{EXTRAS[backend]}]'"
-    return f"{backend} is installed and finds no GPU with a driver; lsast-run --doctor tells what is missing"
-
-
-_Open = Callable[[Path, GraphSpec, str, "int | None", ComputeDtype], Engine]
-
-
-def _backend(name: str) -> tuple[Callable[[], list[str]], _Open]:
-    """The devices and the engine class of a backend; only its own module is imported."""
-    if name == "openvino":
-        from . import openvino
-
-        return openvino.devices, openvino.OpenVinoEngine
-    if name == "onnxruntime":
-        from . import onnxruntime
-
-        return onnxruntime.devices, onnxruntime.OnnxRuntimeEngine
-    from .tensorrt import engine as tensorrt
-
-    library: Library = "tensorrt" if name == "tensorrt" else "tensorrt-rtx"
-    return (
-        functools.partial(tensorrt.devices, library),
-        functools.partial(tensorrt.TensorRtEngine, library=library),
-    )
+        raise BackendError(fault_list(f"{path} is not a {spec.name} graph as specified; export it again:", faults))

@@ -1,13 +1,12 @@
-"""Large weights of 16 bits, unpacked to float32 in a file that backends map.
+"""Large 16-bit weights, converted once to a float32 file that backends can map.
 
-A bundle in fp16 or bf16 is computed in float32. OpenVINO (and ONNX Runtime for fp16; bf16 it can take from the file)
-makes float32 constants of 16-bit weights in memory, and then packed copies of those: a Stable Diffusion 1.5 at 512 x
-512 takes 12.0 GB (9.0 GB), instead of 6.9 from a bundle in fp32. So the weights are unpacked once, a tensor at a time,
-into a float32 file in the cache folder, and the graph is rewritten to what it would be over that file: without casts,
-other offsets. Weights below `LARGE` are left to the backend.
+A bundle in fp16 or bf16 is computed in float32. OpenVINO, and ONNX Runtime with fp16, expand such weights in memory and
+then make packed copies, so that they need more memory than for a bundle in fp32. Therefore the weights are converted, a
+tensor at a time, into a float32 file in the cache folder, and the graph is rewritten for that file: without casts, with
+other offsets.
 
-Graphs are protocol buffers (onnx/onnx.proto); the runtime has no onnx library, and the few fields that change are
-rewritten here.
+An ONNX file is a protocol buffer (onnx/onnx.proto; protobuf.dev/programming-guides/encoding). The runtime does not
+depend on the onnx package; the few fields that change are rewritten here.
 """
 
 from __future__ import annotations
@@ -15,87 +14,88 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..bundle.safetensors_header import Slot, encode_header, read_slots
 from ..errors import BackendError
 from ..files import cache_home, replace_file
-from .protobuf import fields, first_values, message_field, number_field
 
-LARGE = 1 << 30
-"""Bytes of a weight file from which it is worth it."""
+MIN_BYTES = 1 << 30
+"""Minimum size of a weight file to convert; smaller ones are left to the backend."""
 
 WEIGHTS = "base.safetensors"
-"""The file of all weights of a bundle."""
+"""The weight file of a bundle."""
 
-_HALVES = {"F16": 10, "BF16": 16}
-"""16-bit types by safetensors' name, with their number in ONNX."""
 _FLOAT = 1
-_log = logging.getLogger("lsast.unpacked")
+_HALVES = {"F16": 10, "BF16": 16}
+"""Number of the type in ONNX (TensorProto.DataType), by safetensors' name."""
+
+_log = logging.getLogger("lsast.fp32_weights")
 
 
-def unpacked_graph(path: Path, cache: Path | None = None, kinds: tuple[str, ...] = ("F16", "BF16")) -> Path:
-    """The graph to open in the place of `path`: itself, or one over unpacked weights.
+def with_fp32_weights(path: Path, cache: Path | None = None, dtypes: tuple[str, ...] = ("F16", "BF16")) -> Path:
+    """The graph file to open for `path`: itself, or its rewritten copy beside converted weights.
 
     Args:
         path: an ONNX file of a bundle.
-        cache: folder for what is unpacked; None is ``unpacked`` in ``$LSAST_HOME``, without LSAST_HOME in
-            ``lsast`` of the XDG cache folder.
-        kinds: 16-bit types to unpack; weights of others are left alone.
+        cache: folder for converted weights; None is ``fp32`` in the user's cache folder.
+        dtypes: types to convert, by safetensors' name.
 
     Raises:
-        BackendError: the folder's disk has no room for the weights.
+        BackendError: the disk has no room for the weights.
     """
     weights = path.parent / WEIGHTS
-    if not weights.is_file() or weights.stat().st_size < LARGE:
+    if not weights.is_file() or weights.stat().st_size < MIN_BYTES:
         return path
     slots = read_slots(weights)
-    if not any(slot.dtype in kinds for slot in slots.values()):
+    if not any(slot.dtype in dtypes for slot in slots.values()):
         return path
-    folder = (cache or cache_home() / "unpacked") / _key(weights)
+    folder = (cache or cache_home() / "fp32") / _key(weights)
     target = folder / WEIGHTS
     if not target.is_file():
-        _unpack(weights, slots, target)
+        _convert(weights, slots, target)
     moved = {old.offset: new for old, new in zip(slots.values(), read_slots(target).values(), strict=True)}
     with replace_file(folder / path.name) as handle:
-        handle.write(_rewritten(path.read_bytes(), moved))
+        handle.write(_rewritten_model(path.read_bytes(), moved))
     return folder / path.name
 
 
 def _key(weights: Path) -> str:
-    """A name for what `weights` holds that costs no reading of it."""
-    facts = weights.stat()
-    return hashlib.sha256(f"{weights.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode()).hexdigest()[:16]
+    """A name for the content of `weights`, from size and time of change; the file is not read."""
+    stat = weights.stat()
+    return hashlib.sha256(f"{weights.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
 
 
-def _unpack(weights: Path, slots: dict[str, Slot], target: Path) -> None:
+def _convert(weights: Path, slots: dict[str, Slot], target: Path) -> None:
     half = {name: slot.dtype in _HALVES for name, slot in slots.items()}
     tensors = [
         (name, "F32" if half[name] else slot.dtype, slot.shape, slot.length * (2 if half[name] else 1))
         for name, slot in slots.items()
     ]
     header = encode_header(tensors)
-    end = len(header) + sum(length for *_, length in tensors)
+    size = len(header) + sum(length for *_, length in tensors)
     target.parent.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(target.parent).free) < end:
+    if (free := shutil.disk_usage(target.parent).free) < size:
         raise BackendError(
-            f"found {free / 1e9:.1f} GB free at {target.parent}; expected {end / 1e9:.1f} GB to unpack {weights}: make "
-            "room, set LSAST_HOME to a folder with room, or export the bundle in fp32"
+            f"found {free / 1e9:.1f} GB free at {target.parent}; expected {size / 1e9:.1f} GB to convert {weights}: "
+            "make room, set LSAST_HOME to a folder with room, or export the bundle in fp32"
         )
     _log.warning(
-        "unpacking %s to %s: %.1f GB, once; delete that folder to have the room back", weights, target.parent, end / 1e9
+        "converting %s to float32 in %s, %.1f GB, once; that folder may be deleted", weights, target, size / 1e9
     )
     with weights.open("rb") as source, replace_file(target) as handle:
         handle.write(header)
         for slot in slots.values():
             source.seek(slot.offset)
-            handle.write(_widened(source.read(slot.length), slot.dtype))
+            handle.write(to_float32(source.read(slot.length), slot.dtype))
 
 
-def _widened(data: bytes, dtype: str) -> bytes:
-    """Values of `dtype` as float32, if they have 16 bits."""
+def to_float32(data: bytes, dtype: str) -> bytes:
+    """The values `data` of `dtype` (safetensors' name) as float32, if they have 16 bits; others unchanged."""
     if dtype == "F16":
         return np.frombuffer(data, np.float16).astype(np.float32).tobytes()
     if dtype == "BF16":  # the upper half of a float32
@@ -103,48 +103,108 @@ def _widened(data: bytes, dtype: str) -> bytes:
     return data
 
 
-def _rewritten(model: bytes, moved: dict[int, Slot]) -> bytes:
-    """A serialized ModelProto over the unpacked weights; `moved` gives the new slot by the old first byte."""
+def _rewritten_model(model: bytes, moved: dict[int, Slot]) -> bytes:
+    """A serialized ModelProto that refers to the converted weights; `moved` maps old offsets to new slots."""
     result = []
-    for number, _, value, raw in fields(model):
-        result.append(message_field(7, _graph(value, moved)) if number == 7 else raw)
+    for number, value, raw in _fields(model):
+        result.append(_message_field(7, _rewritten_graph(value, moved)) if number == 7 else raw)
     return b"".join(result)
 
 
-def _graph(graph: bytes, moved: dict[int, Slot]) -> bytes:
-    """A GraphProto: 16-bit initializers become the outputs of their casts, which go."""
+def _rewritten_graph(graph: bytes, moved: dict[int, Slot]) -> bytes:
+    """A GraphProto in which 16-bit initializers are replaced by the outputs of their casts."""
     halves = set()
-    for number, _, value, _ in fields(graph):
+    for number, value, _ in _fields(graph):
         if number == 5:
-            tensor = first_values(value)
+            tensor = _first_values(value)
             if tensor.get(2) in _HALVES.values() and tensor.get(14) == 1:  # data_type; data_location: external
                 halves.add(bytes(tensor[8]))
     names, result = {}, []
-    for number, _, value, raw in fields(graph):
-        if number == 1 and first_values(value).get(4) == b"Cast" and (source := first_values(value)[1]) in halves:
-            names[source] = first_values(value)[2]
+    for number, value, raw in _fields(graph):
+        if number == 1 and _first_values(value).get(4) == b"Cast" and (source := _first_values(value)[1]) in halves:
+            names[source] = _first_values(value)[2]
         elif number != 5:
             result.append(raw)
-    for number, _, value, _ in fields(graph):
+    for number, value, _ in _fields(graph):
         if number == 5:
-            result.append(message_field(5, _initializer(value, moved, names)))
+            result.append(_message_field(5, _rewritten_initializer(value, moved, names)))
     return b"".join(result)
 
 
-def _initializer(tensor: bytes, moved: dict[int, Slot], names: dict[bytes, bytes]) -> bytes:
-    """A TensorProto; one that lies in the weight file is pointed to its new place there."""
-    place = {bytes(first_values(v)[1]): bytes(first_values(v)[2]) for number, _, v, _ in fields(tensor) if number == 13}
+def _rewritten_initializer(tensor: bytes, moved: dict[int, Slot], names: dict[bytes, bytes]) -> bytes:
+    """A TensorProto; one whose data lies in the weight file refers to its new place."""
+    entries = [_first_values(value) for number, value, _ in _fields(tensor) if number == 13]
+    place = {bytes(entry[1]): bytes(entry[2]) for entry in entries}
     if place.get(b"location") != WEIGHTS.encode():
         return tensor
     slot = moved[int(place[b"offset"])]
     result = []
-    for number, _, value, raw in fields(tensor):
+    for number, value, raw in _fields(tensor):
         if number == 2:
-            result.append(number_field(2, _FLOAT if value in _HALVES.values() else value))
+            result.append(_number_field(2, _FLOAT if value in _HALVES.values() else value))
         elif number == 8:
-            result.append(message_field(8, names.get(value, value)))
+            result.append(_message_field(8, names.get(value, value)))
         elif number != 13:
             result.append(raw)
-    entries = {b"location": WEIGHTS.encode(), b"offset": b"%d" % slot.offset, b"length": b"%d" % slot.length}
-    result += [message_field(13, message_field(1, key) + message_field(2, text)) for key, text in entries.items()]
+    place = {b"location": WEIGHTS.encode(), b"offset": b"%d" % slot.offset, b"length": b"%d" % slot.length}
+    result += [_message_field(13, _message_field(1, key) + _message_field(2, text)) for key, text in place.items()]
     return b"".join(result)
+
+
+_LENGTH_DELIMITED = 2
+"""Wire type of texts, bytes and messages."""
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any, bytes]]:
+    """Number, value and raw bytes of every field of a protocol buffer."""
+    position = 0
+    while position < len(message):
+        begin = position
+        key, position = _read_varint(message, position)
+        wire_type = key & 7
+        value: Any
+        if wire_type == 0:
+            value, position = _read_varint(message, position)
+        else:
+            if wire_type == _LENGTH_DELIMITED:
+                size, position = _read_varint(message, position)
+            else:
+                size = {1: 8, 5: 4}[wire_type]
+            value, position = message[position : position + size], position + size
+        yield key >> 3, value, message[begin:position]
+
+
+def _first_values(message: bytes) -> dict[int, Any]:
+    """The first value of each field."""
+    found: dict[int, Any] = {}
+    for number, value, _ in _fields(message):
+        found.setdefault(number, value)
+    return found
+
+
+def _read_varint(data: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[position]
+        position += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, position
+        shift += 7
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _number_field(number: int, value: int) -> bytes:
+    return _varint(number << 3) + _varint(value)
+
+
+def _message_field(number: int, content: bytes) -> bytes:
+    return _varint(number << 3 | _LENGTH_DELIMITED) + _varint(len(content)) + content

@@ -1,55 +1,109 @@
-"""Where backends keep what they made of a graph, so that the next process need not make it again.
+"""A disk cache of optimised and compiled graphs, so that the next process opens them without that work.
 
-One folder for each graph file, under ``compiled/BACKEND`` of the cache folder; in it one entry for each graph and
-arithmetic, named by a hash of all that it depends on. Whatever of that changes puts another in its place.
+Every graph file has a folder under ``compiled/BACKEND`` of the cache folder. An entry in it is a folder, one for each
+compute dtype, named by a hash of everything that the result depends on; it holds the backend's files and their SHA-256,
+since a library may crash on damaged files. A new entry replaces older ones of the same graph and compute dtype.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from ..bundle.bundle import MANIFEST
-from ..files import cache_home
+from ..bundle.manifest import MANIFEST
+from ..files import cache_home, file_sha256
 
-LIMIT = 1 << 30
-"""Bytes of a bundle's weights from which nothing is kept of its graphs: it would take gigabytes."""
+MAX_WEIGHT_BYTES = 1 << 30
+"""Bytes of a bundle's weights from which its graphs are not cached: every entry holds a copy of the weights."""
 
-_WEIGHTS = (".safetensors", ".data")
-"""Suffixes of the files that graphs may refer into."""
+DIGESTS = "sha256.json"
+"""File of an entry that holds the SHA-256 of its other files by name."""
+
+_WEIGHT_SUFFIXES = (".safetensors", ".data")
+_log = logging.getLogger("lsast.graph_cache")
+_Session = TypeVar("_Session")
 
 
-def place(backend: str, path: Path, compute_dtype: str, machine: str) -> Path | None:
-    """The name, without suffix, of what is kept of the graph file `path`; None where nothing is.
-
-    It costs no reading of the weights: files are told apart by size and time.
+def open_cached(
+    backend: str,
+    path: Path,
+    compute_dtype: str,
+    environment: str,
+    load: Callable[[Path], _Session],
+    build: Callable[[Path | None], _Session],
+) -> _Session:
+    """Open a graph from the cache, or from its file and then cache it.
 
     Args:
-        backend: whose.
-        path: an ONNX file; only those of a bundle with less than `LIMIT` bytes of weights are kept.
-        compute_dtype: what the graph computes in.
-        machine: version of the backend, and what it computes on.
+        backend: name of the backend.
+        path: an ONNX file; graphs outside a bundle, and of large bundles, are not cached.
+        compute_dtype: the type that the graph computes in.
+        environment: version of the backend and name of the processor.
+        load: opens the graph from the files of an entry, in the folder given.
+        build: opens the graph from its file and writes the files of an entry into the folder given, if any.
     """
-    weights = [file for file in sorted(path.parent.iterdir()) if file.suffix in _WEIGHTS]
-    if not (path.parent / MANIFEST).is_file() or sum(file.stat().st_size for file in weights) >= LIMIT:
+    entry = cache_path(backend, path, compute_dtype, environment)
+    if entry is None:
+        return build(None)
+    if entry.is_dir():
+        try:
+            _verify(entry)
+            return load(entry)
+        # The backends raise exceptions of no common base, and the graph file itself is there.
+        except Exception as error:
+            _log.warning("cannot read %s (%s); the graph is built again", entry, error)
+            shutil.rmtree(entry, ignore_errors=True)
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=entry.parent, prefix=".", ignore_cleanup_errors=True) as scratch:
+            fresh = Path(scratch) / "new"
+            fresh.mkdir()
+            session = build(fresh)
+            digests = {file.name: file_sha256(file) for file in sorted(fresh.iterdir())}
+            (fresh / DIGESTS).write_text(json.dumps(digests))
+            if not entry.exists():  # another process may have been quicker
+                fresh.rename(entry)
+                evict_stale(entry)
+            return session
+    except Exception as error:
+        _log.info("graph %s is not cached (%s)", path, error)
+    return build(None)
+
+
+def cache_path(backend: str, path: Path, compute_dtype: str, environment: str) -> Path | None:
+    """The folder of the entry for these arguments of `open_cached`, None for a graph that is not cached.
+
+    Weight files are identified by size and time of change; they are not read.
+    """
+    weights = [file for file in sorted(path.parent.iterdir()) if file.suffix in _WEIGHT_SUFFIXES]
+    size = sum(file.stat().st_size for file in weights)
+    if not (path.parent / MANIFEST).is_file() or size >= MAX_WEIGHT_BYTES:
         return None
-    found = [(file.name, stat.st_size, stat.st_mtime_ns) for file in (path, *weights) for stat in [file.stat()]]
-    folder = cache_home() / "compiled" / backend / _short(str(path.resolve()))
-    return folder / f"{path.stem}-{compute_dtype}-{_short(f'{machine} {found}')}"
+    files = [(file.name, stat.st_size, stat.st_mtime_ns) for file in (path, *weights) for stat in [file.stat()]]
+    folder = cache_home() / "compiled" / backend / _short_hash(str(path.resolve()))
+    return folder / f"{path.stem}-{compute_dtype}-{_short_hash(f'{environment} {files}')}"
 
 
-def remove_others(kept: Path) -> None:
-    """Remove what `kept`, a file or a folder beside its like, takes the place of."""
-    graph, compute_dtype, _ = kept.stem.split("-")
-    for other in kept.parent.glob(f"{graph}-{compute_dtype}-*{kept.suffix}"):
-        if other == kept:
-            continue
-        if other.is_dir():
+def evict_stale(entry: Path) -> None:
+    """Remove the entries that `entry` replaces: those of the same graph and compute dtype."""
+    kind = entry.name.rpartition("-")[0]
+    for other in entry.parent.glob(f"{kind}-*"):
+        if other != entry:
             shutil.rmtree(other, ignore_errors=True)
-        else:
-            other.unlink(missing_ok=True)
 
 
-def _short(text: str) -> str:
+def _verify(entry: Path) -> None:
+    """Raises ValueError if the files of `entry` are not those that were written."""
+    digests = json.loads((entry / DIGESTS).read_text())
+    if not digests or any(file_sha256(entry / name) != digest for name, digest in digests.items()):
+        raise ValueError("damaged")
+
+
+def _short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,27 +1,32 @@
-"""Graphs on ONNX Runtime: everywhere, on the CPU and, by its CUDA provider, on NVIDIA GPUs."""
+"""Graphs on ONNX Runtime: on every CPU, and with its CUDA provider on NVIDIA GPUs."""
 
 from __future__ import annotations
 
-import math
+import functools
+import platform
 from pathlib import Path
 from typing import Any
 
 from ..bundle.graph_spec import DENOISER, UNET_SPLIT_GRAPHS, GraphSpec
+from ..bundle.safetensors_header import read_slots
 from ..errors import BackendError
 from .base import Array, CheckedEngine, ComputeDtype, check_interface
-from .onnxruntime_cache import optimised
+from .graph_cache import open_cached
 
-EXPANDED_LIMIT = 1_000_000_000
-"""Bytes of weights stored in bf16 up to which they are expanded to float32 once, when the graph is opened.
+MAX_FOLDED_BYTES = 1_000_000_000
+"""Bytes of bf16 weights up to which they are expanded to float32 once, when the graph is opened.
 
-Beyond, ONNX Runtime leaves them in the file, mapped, and expands each one whenever it is used; it cannot be kept from
-expanding fp16 (8.5 GB), so that large fp16 weights come here unpacked (`lsast_engines.backends.fp32_weights`). With
-Stable Diffusion
-1.5 in bf16 at 512 x 512 the denoiser opens in 1.6 s instead of 40 and peaks at 3.0 GB instead of 8.4; a step takes a
-sixth longer (50.4 s against 42.9 on one busy core)."""
+Above, ONNX Runtime leaves them in the mapped file and expands each at every use: much less memory, a slower step. It
+cannot do that with fp16 weights, so large fp16 weights are converted before (`fp32_weights`)."""
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """ONNX Runtime's name of the provider, by device."""
+
+GRAPH, WEIGHTS = "graph.onnx", "weights.bin"
+"""Files of an entry in the graph cache."""
+
+_MIN_EXTERNAL_BYTES = 1024
+"""Smaller constants stay in `GRAPH`, since ONNX Runtime computes shapes from them."""
 
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
 
@@ -34,25 +39,8 @@ def devices() -> list[str]:
     """
     import onnxruntime
 
-    there = onnxruntime.get_available_providers()
-    return [device for device, provider in PROVIDERS.items() if provider in there]
-
-
-def half_bytes(folder: Path, *dtypes: str) -> int:
-    """Bytes of tensors of `dtypes` (safetensors' names) in the files of `folder`; an unreadable one counts nothing."""
-    from safetensors import SafetensorError, safe_open
-
-    count = 0
-    for file in folder.glob("*.safetensors"):
-        try:
-            with safe_open(file, framework="numpy") as weights:
-                for name in weights.keys():  # noqa: SIM118 - it is no dict
-                    tensor = weights.get_slice(name)
-                    if tensor.get_dtype() in dtypes:
-                        count += 2 * math.prod(tensor.get_shape())
-        except (OSError, SafetensorError):
-            continue
-    return count
+    providers = onnxruntime.get_available_providers()
+    return [device for device, provider in PROVIDERS.items() if provider in providers]
 
 
 class OnnxRuntimeEngine(CheckedEngine):
@@ -68,39 +56,22 @@ class OnnxRuntimeEngine(CheckedEngine):
         super().__init__(spec, device, compute_dtype)
         if compute_dtype != "fp32":
             raise BackendError(f"onnxruntime computes in fp32, found {compute_dtype}; use openvino for it")
-        left_out = ["ConstantFolding"] if device == "cpu" and half_bytes(path.parent, "BF16") > EXPANDED_LIMIT else []
-
-        def start(file: Path, options: Any) -> Any:
-            # TF32 has the 10 bits of fp16: not what arithmetic fp32 promises.
-            told = {"use_tf32": "0"} if device == "cuda" else {}
-            providers = [(PROVIDERS[device], told)]
-            return onnxruntime.InferenceSession(file, options, providers=providers, disabled_optimizers=left_out)
-
-        def options() -> Any:
-            return _session_options(onnxruntime, spec, threads)
-
-        if device == "cpu" and not left_out:
-            self._session: Any = optimised(onnxruntime, path, options, start)
-        else:
-            self._session = start(path, options())
-        # ONNX Runtime runs on the CPU, with a warning, where the provider that was asked for cannot start.
+        self._session: Any = _open_session(onnxruntime, path, spec, device, threads)
+        # ONNX Runtime runs on the CPU, with a warning, if the requested provider cannot start.
         if (found := self._session.get_providers()[0]) != PROVIDERS[device]:
             raise BackendError(
                 f"found {found} for device {device!r}; expected {PROVIDERS[device]}, which is installed but does not "
                 "start here: check its driver, or use device 'cpu'"
             )
-        check_interface(
-            spec,
-            {
-                node.name: (
-                    _DTYPES.get(node.type, node.type),
-                    tuple(axis if isinstance(axis, int) else None for axis in node.shape),
-                )
-                for node in self._session.get_inputs()
-            },
-            {node.name: _DTYPES.get(node.type, node.type) for node in self._session.get_outputs()},
-            path,
-        )
+        inputs = {
+            node.name: (
+                _DTYPES.get(node.type, node.type),
+                tuple(axis if isinstance(axis, int) else None for axis in node.shape),
+            )
+            for node in self._session.get_inputs()
+        }
+        outputs = {node.name: _DTYPES.get(node.type, node.type) for node in self._session.get_outputs()}
+        check_interface(spec, inputs, outputs, path)
         self._outputs = [tensor.name for tensor in spec.outputs]
         self._bound_values: dict[str, Any] = {}
 
@@ -110,12 +81,12 @@ class OnnxRuntimeEngine(CheckedEngine):
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         values = self._bound_values | {name: self._value(value) for name, value in feeds.items()}
         if self.device != "cpu":
-            return self._run_bound(values)
+            return self._run_on_gpu(values)
         results = self._session.run_with_ort_values(self._outputs, values)
         return {name: result.numpy() for name, result in zip(self._outputs, results, strict=True)}
 
-    def _run_bound(self, values: dict[str, Any]) -> dict[str, Array]:
-        """Run on values that lie on the device: what is bound was copied there once; outputs come back at the end."""
+    def _run_on_gpu(self, values: dict[str, Any]) -> dict[str, Array]:
+        """Run on values in GPU memory, where bound inputs stay; only the outputs are copied back."""
         binding = self._session.io_binding()
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
@@ -124,10 +95,10 @@ class OnnxRuntimeEngine(CheckedEngine):
         self._session.run_with_iobinding(binding)
         return dict(zip(self._outputs, binding.copy_outputs_to_cpu(), strict=True))
 
-    def _rest(self) -> None:
-        """Only a run can shrink an arena; graphs that run once a picture have none."""
+    def _release_memory(self) -> None:
+        """ONNX Runtime can shrink an arena only during a run; graphs that run once a picture have no arena."""
 
-    def _release(self) -> None:
+    def _close(self) -> None:
         self._session = None
         self._bound_values = {}
 
@@ -137,16 +108,74 @@ class OnnxRuntimeEngine(CheckedEngine):
         return onnxruntime.OrtValue.ortvalue_from_numpy(array, "cpu" if self.device == "cpu" else "cuda")
 
 
+def _open_session(library: Any, path: Path, spec: GraphSpec, device: str, threads: int | None) -> Any:
+    """A session of the graph file `path`, on the CPU from the graph cache.
+
+    Optimising folds constants, fuses nodes and orders weights for the processor; the cached graph computes the same
+    bits.
+    """
+    large_bf16 = device == "cpu" and _bf16_bytes(path.parent) > MAX_FOLDED_BYTES
+
+    def session(file: Path, options: Any) -> Any:
+        # TF32 has the 10 mantissa bits of fp16, which is not what fp32 promises.
+        provider_options = {"use_tf32": "0"} if device == "cuda" else {}
+        return library.InferenceSession(
+            file,
+            options,
+            providers=[(PROVIDERS[device], provider_options)],
+            disabled_optimizers=["ConstantFolding"] if large_bf16 else [],
+        )
+
+    def load(entry: Path) -> Any:
+        options = _session_options(library, spec, threads)
+        options.graph_optimization_level = library.GraphOptimizationLevel.ORT_DISABLE_ALL
+        return session(entry / GRAPH, options)
+
+    def build(entry: Path | None) -> Any:
+        options = _session_options(library, spec, threads)
+        if entry is not None:
+            options.optimized_model_filepath = str(entry / GRAPH)
+            prefix = "session.optimized_model_external_initializers"
+            options.add_session_config_entry(f"{prefix}_file_name", WEIGHTS)
+            options.add_session_config_entry(f"{prefix}_min_size_in_bytes", str(_MIN_EXTERNAL_BYTES))
+        return session(path, options)
+
+    if device != "cpu" or large_bf16:
+        return build(None)
+    # The order of weights depends on the processor: blocks of 16 channels with AVX-512, of 8 without.
+    return open_cached("onnxruntime", path, "fp32", f"{library.__version__} {processor()}", load, build)
+
+
 def _session_options(library: Any, spec: GraphSpec, threads: int | None) -> Any:
     options = library.SessionOptions()
     options.log_severity_level = 3  # errors; they are raised as well
-    # A pattern is a second arena for a shape that came before: 2.3 GB with Stable Diffusion 1.5 at 512 x 512.
+    # A memory pattern is a second arena for every shape that came before, gigabytes with Stable Diffusion 1.5.
     options.enable_mem_pattern = False
-    # Else the threads of a session spin on after its run, in the way of the session that runs next: the graphs of
-    # mini in parts took 1.2 to 1.7 times as long (two cores, n = 5).
+    # Otherwise a session's threads spin on after its run and slow down the session that runs next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # The arena keeps what it had for the next run: quicker every step, and 1 GB for nothing once a picture.
+    # An arena keeps its memory for the next run: good for graphs that run every step, a waste for the others.
     options.enable_cpu_mem_arena = spec.name in (DENOISER, *UNET_SPLIT_GRAPHS)
     if threads is not None:
         options.intra_op_num_threads = threads
     return options
+
+
+def _bf16_bytes(folder: Path) -> int:
+    """Bytes of bf16 tensors in the safetensors files of `folder`; an unreadable file counts as 0."""
+    count = 0
+    for file in folder.glob("*.safetensors"):
+        try:
+            count += sum(slot.length for slot in read_slots(file).values() if slot.dtype == "BF16")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return count
+
+
+@functools.cache
+def processor() -> str:
+    """The model and instruction sets of the processor, as far as the system reports them."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().partition("\n\n")[0].splitlines() if info.is_file() else []
+    keys = ("model name", "flags", "Features", "CPU part")
+    facts = [line for line in lines if line.partition("\t")[0].strip() in keys]
+    return " ".join([platform.machine(), platform.processor(), *facts])

@@ -1,23 +1,30 @@
-"""Graphs on OpenVINO: reads the same ONNX files, fastest on x86 CPUs."""
+"""Graphs on OpenVINO, which reads the same ONNX files and is fastest on x86 CPUs."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
+import io
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..bundle.graph_spec import GraphSpec
 from ..errors import BackendError
 from .base import Array, CheckedEngine, ComputeDtype, check_interface
-from .mapped import MappedFiles
-from .openvino_cache import compiled
+from .graph_cache import open_cached
 
-_HINTS: dict[ComputeDtype, str] = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+BLOB = "graph.blob"
+"""File of an entry in the graph cache."""
+
+_PRECISION_HINTS: dict[ComputeDtype, str] = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
 
 def devices() -> list[str]:
-    """The devices that OpenVINO finds here, e.g. ``cpu``, ``gpu``.
+    """The devices that OpenVINO finds, e.g. ``cpu``, ``gpu``.
 
     Raises:
         ImportError: it is not installed.
@@ -28,7 +35,7 @@ def devices() -> list[str]:
 
 
 class OpenVinoEngine(CheckedEngine):
-    """A graph compiled by OpenVINO, in this process. See `lsast_engines.backends.base.Engine`."""
+    """A graph compiled by OpenVINO. See `lsast_engines.backends.base.Engine`."""
 
     backend = "openvino"
 
@@ -39,24 +46,36 @@ class OpenVinoEngine(CheckedEngine):
 
         super().__init__(spec, device, compute_dtype)
         core = shared_core(openvino)
-        _require(core, device, compute_dtype)
-        # OpenVINO would take bf16 by itself where the CPU has it; then results depend on the machine by 1e-2.
-        config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _HINTS[compute_dtype], "PERFORMANCE_HINT": "LATENCY"}
+        _check_compute_dtype(core, device, compute_dtype)
+        # By default OpenVINO computes in bf16 where the CPU supports it; results would depend on the machine by 1e-2.
+        config: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": _PRECISION_HINTS[compute_dtype],
+            "PERFORMANCE_HINT": "LATENCY",
+        }
         if threads is not None and device == "cpu":
             config["INFERENCE_NUM_THREADS"] = threads
-        self._mapped = MappedFiles(path.parent)
+        self._pages = MmapPages(path.parent)
         self._model: Any = None
 
-        def compile_graph() -> Any:
-            with self._mapped.watch():
-                self._model = core.read_model(path)  # kept, for it keeps the mappings
-            with self._mapped.released():
-                return core.compile_model(self._model, device.upper(), config)
+        def load(entry: Path) -> Any:
+            return core.import_model(io.BytesIO((entry / BLOB).read_bytes()), "CPU", config)
+
+        def build(entry: Path | None) -> Any:
+            with self._pages.record():
+                self._model = core.read_model(path)  # kept, since it owns the mappings
+            with self._pages.advise_dontneed():
+                compiled = core.compile_model(self._model, device.upper(), config)
+            if entry is not None:
+                buffer = io.BytesIO()
+                compiled.export_model(buffer)
+                (entry / BLOB).write_bytes(buffer.getbuffer())
+            return compiled
 
         if device == "cpu":
-            self._compiled: Any = compiled(core, path, compute_dtype, config, openvino.__version__, compile_graph)
+            environment = f"{openvino.__version__} {core.get_property('CPU', 'FULL_DEVICE_NAME')}"
+            self._compiled: Any = open_cached("openvino", path, compute_dtype, environment, load, build)
         else:
-            self._compiled = compile_graph()
+            self._compiled = build(None)
         inputs = {_name(port, [tensor.name for tensor in spec.inputs]): port for port in self._compiled.inputs}
         outputs = {_name(port, [tensor.name for tensor in spec.outputs]): port for port in self._compiled.outputs}
         check_interface(
@@ -65,7 +84,7 @@ class OpenVinoEngine(CheckedEngine):
             {name: _dtype(port) for name, port in outputs.items()},
             path,
         )
-        with self._mapped.released():
+        with self._pages.advise_dontneed():
             self._request: Any = self._compiled.create_infer_request()
         self._shapes: list[tuple[int, ...]] = []
         self._outputs = [tensor.name for tensor in spec.outputs]
@@ -80,16 +99,16 @@ class OpenVinoEngine(CheckedEngine):
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         self._bind(feeds)
         shapes = [tuple(self._request.get_tensor(tensor.name).get_shape()) for tensor in self.spec.inputs]
-        # For shapes that it did not meet just before, weights may be packed from the file once more.
-        with contextlib.nullcontext() if shapes == self._shapes else self._mapped.released():
+        # For shapes other than the last ones OpenVINO may pack weights from the file again.
+        with contextlib.nullcontext() if shapes == self._shapes else self._pages.advise_dontneed():
             self._request.infer()
         self._shapes = shapes
         return {name: self._request.get_tensor(name).data for name in self._outputs}
 
-    def _rest(self) -> None:
+    def _release_memory(self) -> None:
         self._compiled.release_memory()
 
-    def _release(self) -> None:
+    def _close(self) -> None:
         self._request = self._compiled = self._model = None
 
 
@@ -97,22 +116,22 @@ class OpenVinoEngine(CheckedEngine):
 def shared_core(library: Any) -> Any:
     """The process's one OpenVINO core, never destroyed.
 
-    Its CPU plugin gives the thread an alternate signal stack and frees it with the last core; Python's handlers run on
-    that stack, so that a later Ctrl-C would be a segmentation fault (seen with OpenVINO 2026.4.1).
+    Its CPU plugin gives the thread an alternate signal stack and frees it with the last core; Python's signal handlers
+    run on that stack, so that a later Ctrl-C would be a segmentation fault (seen with OpenVINO 2026.4.1).
     """
     return library.Core()
 
 
-def _require(core: Any, device: str, compute_dtype: ComputeDtype) -> None:
-    """Refuse an arithmetic that the device would only imitate, or ignore."""
-    there = {str(name).lower() for name in core.get_property(device.upper(), "OPTIMIZATION_CAPABILITIES")}
-    if compute_dtype != "fp32" and compute_dtype not in there:
-        has = ", ".join(name for name in ("fp32", "bf16", "fp16") if name in there)
-        raise BackendError(f"openvino cannot compute in {compute_dtype} on {device} here; there is: {has}")
+def _check_compute_dtype(core: Any, device: str, compute_dtype: ComputeDtype) -> None:
+    """Refuse a compute dtype that the device would emulate or ignore."""
+    supported = {str(name).lower() for name in core.get_property(device.upper(), "OPTIMIZATION_CAPABILITIES")}
+    if compute_dtype != "fp32" and compute_dtype not in supported:
+        listing = ", ".join(name for name in ("fp32", "bf16", "fp16") if name in supported)
+        raise BackendError(f"openvino cannot compute in {compute_dtype} on {device} here; available: {listing}")
 
 
 def _name(port: Any, wanted: list[str]) -> str:
-    """The name of `port` that the spec knows; a port may have several."""
+    """The name of `port` that the spec has; a port may have several names."""
     names = sorted(port.get_names())
     return next((name for name in names if name in wanted), names[0] if names else "(unnamed)")
 
@@ -123,3 +142,70 @@ def _dtype(port: Any) -> str:
 
 def _axes(shape: Any) -> tuple[int | None, ...]:
     return tuple(None if axis.is_dynamic else axis.get_length() for axis in shape)
+
+
+class MmapPages:
+    """Memory mappings of the files in one folder, whose resident pages can be given back to the system.
+
+    OpenVINO maps the weight file and repacks the weights, at first use, into memory of its own. The pages of the file
+    would stay resident. They are clean: dropping them costs nothing, and a page that is used again is read from the
+    file. Works on Linux; elsewhere the system drops pages when it needs memory.
+
+    The mappings must stay as long as this object is used: the caller keeps their owner alive.
+    """
+
+    _MAPS = Path("/proc/self/maps")
+    _MADV_DONTNEED = 4
+    _SECONDS = 0.2
+    _recording = threading.Lock()
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = f"{folder.resolve()}/"
+        self._ranges: set[tuple[int, int]] = set()
+
+    @contextlib.contextmanager
+    def record(self) -> Iterator[None]:
+        """Record the mappings that the block makes. Blocks of several threads wait for each other."""
+        with self._recording:
+            before = self._mappings()
+            yield
+            self._ranges |= self._mappings() - before
+
+    @contextlib.contextmanager
+    def advise_dontneed(self) -> Iterator[None]:
+        """Drop the resident pages of the recorded mappings, several times a second while the block runs, and after."""
+        if not self._ranges:
+            yield
+            return
+        done = threading.Event()
+
+        def drop_repeatedly() -> None:
+            while not done.wait(self._SECONDS):
+                self._drop()
+
+        helper = threading.Thread(target=drop_repeatedly, name="lsast-madvise", daemon=True)
+        helper.start()
+        try:
+            yield
+        finally:
+            done.set()
+            helper.join()
+            self._drop()
+
+    def _mappings(self) -> set[tuple[int, int]]:
+        if not sys.platform.startswith("linux"):
+            return set()
+        ranges = set()
+        for line in self._MAPS.read_text().splitlines():
+            # 7f3e2dc00000-7f3f64c41000 r--s 00000000 fe:00 2457603    /folder/base.safetensors
+            fields = line.split(maxsplit=5)
+            if len(fields) == 6 and fields[1].startswith("r--") and fields[5].startswith(self._folder):
+                begin, _, end = fields[0].partition("-")
+                ranges.add((int(begin, 16), int(end, 16)))
+        return ranges
+
+    def _drop(self) -> None:
+        madvise = ctypes.CDLL(None).madvise
+        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        for begin, end in self._ranges:
+            madvise(begin, end - begin, self._MADV_DONTNEED)

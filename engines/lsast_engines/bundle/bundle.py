@@ -24,11 +24,10 @@ from pathlib import Path
 
 from ..errors import BundleError, StyleError, UsageError, fault_list
 from ..files import cache_home, file_sha256
-from .graph_spec import GraphSpec, TensorSpec, further_specs, graph_specs
-from .manifest import FileEntry, Manifest
+from .graph_spec import GraphSpec, TensorSpec, graph_specs, optional_specs
+from .manifest import MANIFEST, FileEntry, Manifest
 from .style import Style, StyleFile
 
-MANIFEST = "manifest.json"
 NULL_STYLE = "null.safetensors"
 STYLES = "styles"
 
@@ -248,7 +247,7 @@ def _file_faults(path: Path, manifest: Manifest, verify_hashes: bool) -> list[st
 
 
 def _graph_faults(manifest: Manifest) -> list[str]:
-    expected = {**graph_specs(manifest.geometry), **further_specs(manifest.geometry, manifest.graphs)}
+    expected = {**graph_specs(manifest.geometry), **optional_specs(manifest.geometry, manifest.graphs)}
     faults = [f"graph {name}: found none; expected {', '.join(expected)}" for name in expected.keys() - manifest.graphs]
     faults += [
         f"graph {name}: found a graph that this version does not know" for name in manifest.graphs.keys() - expected

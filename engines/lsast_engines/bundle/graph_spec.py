@@ -108,7 +108,7 @@ def graph_specs(geometry: Geometry) -> dict[str, GraphSpec]:
     return {spec.name: spec for spec in specs}
 
 
-def small_decoder_spec(geometry: Geometry) -> GraphSpec:
+def tiny_decoder_spec(geometry: Geometry) -> GraphSpec:
     """The spec of ``vae_decoder_tiny``: that of the ``vae_decoder``, in whose place it may run, under its own name.
 
     Its latents are divided by `latent_scale` too, whatever the network inside takes.
@@ -117,7 +117,7 @@ def small_decoder_spec(geometry: Geometry) -> GraphSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
+class UnetSplit:
     """Where a denoiser is cut into its parts: between ControlNet and U-Net, and across the U-Net.
 
     Across the U-Net the cut lies below its outermost level, at full latent resolution (DeepCache, arXiv 2312.00858,
@@ -134,7 +134,7 @@ class Cut:
     """Channels of the feature that is kept."""
 
 
-def part_specs(geometry: Geometry, cut: Cut) -> dict[str, GraphSpec]:
+def split_specs(geometry: Geometry, cut: UnetSplit) -> dict[str, GraphSpec]:
     """The specs of the parts of a base's denoiser, by graph name.
 
     - ``controlnet``: the ControlNet of one step, at batch B with the style's keys and values, scaled → its residuals.
@@ -172,12 +172,12 @@ def part_specs(geometry: Geometry, cut: Cut) -> dict[str, GraphSpec]:
     return {spec.name: spec for spec in specs}
 
 
-def further_specs(geometry: Geometry, graphs: Mapping[str, GraphSpec]) -> dict[str, GraphSpec]:
+def optional_specs(geometry: Geometry, graphs: Mapping[str, GraphSpec]) -> dict[str, GraphSpec]:
     """What those of `graphs` have to be that a bundle need not have, by name; of parts, all that belong together.
 
-    The cut is read off the parts themselves; that they agree on it, and name things as `part_specs` does, is not.
+    The cut is read off the parts themselves; that they agree on it, and name things as `split_specs` does, is not.
     """
-    small = {VAE_DECODER_TINY: small_decoder_spec(geometry)} if VAE_DECODER_TINY in graphs else {}
+    small = {VAE_DECODER_TINY: tiny_decoder_spec(geometry)} if VAE_DECODER_TINY in graphs else {}
     if not any(name in graphs for name in UNET_SPLIT_GRAPHS):
         return small
     residuals = graphs[CONTROLNET].outputs if CONTROLNET in graphs else ()
@@ -185,12 +185,12 @@ def further_specs(geometry: Geometry, graphs: Mapping[str, GraphSpec]) -> dict[s
     outer = (
         len(graphs[UNET_OUTER].inputs) - 4 if UNET_OUTER in graphs else 0
     )  # beside latent, timestep, kv_unet, feature
-    cut = Cut(
+    cut = UnetSplit(
         residuals=tuple((_length(tensor, 1), _level(tensor)) for tensor in residuals),
         outer=max(0, outer),
         feature=next((channels for channels in features if isinstance(channels, int)), 0),
     )
-    return {**part_specs(geometry, cut), **small}
+    return {**split_specs(geometry, cut), **small}
 
 
 def _sides(level: int) -> tuple[str, str]:
@@ -198,7 +198,7 @@ def _sides(level: int) -> tuple[str, str]:
     return ("h", "w") if level == 0 else (f"h{2**level}", f"w{2**level}")
 
 
-def halvings(axis: str) -> int:
+def downsampling_level(axis: str) -> int:
     """How often the axis ``h…`` or ``w…`` is halved: 0 for ``h``, 1 for ``h2``, 2 for ``h4``."""
     return int(axis[1:]).bit_length() - 1 if axis[1:].isdecimal() else 0
 
@@ -209,4 +209,4 @@ def _length(tensor: TensorSpec, axis: int) -> int:
 
 
 def _level(tensor: TensorSpec) -> int:
-    return halvings(str(tensor.shape[-1])) if tensor.shape else 0
+    return downsampling_level(str(tensor.shape[-1])) if tensor.shape else 0

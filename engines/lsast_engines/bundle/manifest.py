@@ -12,6 +12,9 @@ from ..errors import BundleError, UsageError, fault_list
 from .graph_spec import Geometry, GraphSpec, TensorSpec
 from .json_fields import JsonReader
 
+MANIFEST = "manifest.json"
+"""Name of the manifest's file in a bundle."""
+
 FORMAT = 2
 """Format number of manifests that this version writes and reads; raised when an older reader would go wrong."""
 

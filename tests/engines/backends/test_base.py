@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +10,11 @@ import numpy as np
 import onnx
 import pytest
 
-from lsast_engines.backends.base import Engine, available_backends, open_engine
+from lsast_engines.backends.base import Engine
 from lsast_engines.backends.onnxruntime import OnnxRuntimeEngine
+from lsast_engines.backends.registry import available_backends, open_engine
 from lsast_engines.bundle.graph_spec import GraphSpec, TensorSpec
-from lsast_engines.errors import BackendError, MissingExtraError, UsageError
+from lsast_engines.errors import BackendError
 
 BACKENDS = ("openvino", "onnxruntime")
 """Those that run a graph file as it is, on any machine."""
@@ -236,65 +236,6 @@ def test_files_that_cannot_be_loaded(toy: Any, backend: str) -> None:
         open_engine(toy.path, toy.spec, backend)
 
 
-def hide(monkeypatch: pytest.MonkeyPatch, *libraries: str) -> None:
-    for library in libraries:
-        monkeypatch.setitem(sys.modules, library, None)
-
-
-def test_auto_takes_what_is_installed(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for library in BACKENDS:
-        pytest.importorskip(library)
-    assert list(available_backends()) == ["onnxruntime", "openvino"]
-    assert all("cpu" in devices for devices in available_backends().values())
-    assert open_engine(toy.path, toy.spec).backend == "onnxruntime"
-    assert open_engine(toy.path, toy.spec, "OpenVINO", "CPU").backend == "openvino"
-    hide(monkeypatch, "onnxruntime")
-    assert list(available_backends()) == ["openvino"]
-    assert open_engine(toy.path, toy.spec).backend == "openvino"
-
-
-def test_auto_passes_over_what_computes_in_fp32_only(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("onnxruntime")
-    opened = []
-    monkeypatch.setattr("lsast_engines.backends.openvino.devices", lambda: ["cpu"])
-    monkeypatch.setattr("lsast_engines.backends.openvino.OpenVinoEngine", lambda *given: opened.append(given))
-    open_engine(toy.path, toy.spec, compute_dtype="bf16")
-    assert opened == [(toy.path, toy.spec, "cpu", None, "bf16")]
-    monkeypatch.setattr("lsast_engines.backends.openvino.devices", list)
-    with pytest.raises(
-        BackendError, match="'auto' with device 'auto' and compute_dtype bf16; there is: onnxruntime on"
-    ):
-        open_engine(toy.path, toy.spec, compute_dtype="bf16")
-
-
-def test_no_backend_is_one_line_that_mends_it(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    hide(monkeypatch, "openvino", "onnxruntime")
-    assert available_backends() == {}
-    with pytest.raises(MissingExtraError, match=r"pip install 'lsast\[cpu\]'"):
-        open_engine(toy.path, toy.spec)
-    with pytest.raises(MissingExtraError, match=r"openvino is not installed.*pip install 'lsast\[openvino\]'"):
-        open_engine(toy.path, toy.spec, "openvino")
-
-
-def test_explicit_wishes_are_met_or_refused(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("onnxruntime")
-    with pytest.raises(BackendError, match=r"found no backend 'tensorflow' .*there is: .*onnxruntime on cpu"):
-        open_engine(toy.path, toy.spec, "tensorflow")
-    for backend in ("auto", "onnxruntime"):
-        with pytest.raises(BackendError, match=rf"'{backend}' with device 'tpu'; there is: .*onnxruntime on cpu"):
-            open_engine(toy.path, toy.spec, backend, "tpu")
-    for backend in ("auto", "onnxruntime", "openvino"):
-        with pytest.raises(UsageError, match=r"--compute-dtype int8 was removed: .*lsast-export quantise"):
-            open_engine(toy.path, toy.spec, backend, compute_dtype="int8")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="found 0 threads"):
-        open_engine(toy.path, toy.spec, threads=0)
-    hide(monkeypatch, "openvino")
-    with pytest.raises(
-        BackendError, match=r"'openvino' .*there is: onnxruntime on cpu.*pip install 'lsast\[openvino\]'"
-    ):
-        open_engine(toy.path, toy.spec, "openvino")
-
-
 def test_onnxruntime_never_falls_back_silently(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession
@@ -322,27 +263,10 @@ def test_openvino_computes_in_what_it_is_asked_for_where_the_device_has_it(tmp_p
     exact = x.astype(np.float64) @ weight
     for compute_dtype, capability, eps in (("bf16", "BF16", 2**-8), ("fp16", "FP16", 2**-11)):
         if capability not in there:
-            with pytest.raises(BackendError, match=rf"cannot compute in {compute_dtype} on cpu here; there is: fp32"):
+            with pytest.raises(BackendError, match=rf"cannot compute in {compute_dtype} on cpu here; available: fp32"):
                 open_engine(path, spec, "openvino", compute_dtype=compute_dtype)  # type: ignore[arg-type]
             continue
         engine = open_engine(path, spec, "openvino", compute_dtype=compute_dtype)  # type: ignore[arg-type]
         error = np.abs(engine({"x": x})["y"] - exact).max() / np.abs(exact).max()
         assert engine.compute_dtype == compute_dtype
         assert eps / 64 < error < 4 * eps
-
-
-@pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_a_compiled_backend_means_the_gpu(toy: Any, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    opened = []
-    monkeypatch.setattr("lsast_engines.backends.tensorrt.engine.devices", lambda library: ["cuda"])
-    monkeypatch.setattr(
-        "lsast_engines.backends.tensorrt.engine.TensorRtEngine", lambda *given, library: opened.append((given, library))
-    )
-    open_engine(toy.path, toy.spec, "tensorrt-rtx", device, compute_dtype="fp16")
-    assert opened == [((toy.path, toy.spec, "cuda", None, "fp16"), "tensorrt-rtx")]
-
-
-def test_auto_does_not_leave_the_cpu_for_a_gpu(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("onnxruntime")
-    monkeypatch.setattr("lsast_engines.backends.tensorrt.engine.devices", lambda library: ["cuda"])
-    assert open_engine(toy.path, toy.spec).device == "cpu"

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lsast_engines.backends.base import open_engine
 from lsast_engines.backends.onnxruntime import PROVIDERS, OnnxRuntimeEngine, devices
+from lsast_engines.backends.registry import open_engine
 from lsast_engines.errors import BackendError, UsageError
 
 

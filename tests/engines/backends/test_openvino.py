@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lsast_engines.backends.mapped import MappedFiles
+from lsast_engines.backends.openvino import MmapPages
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pages are given back on Linux only")
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pages are dropped on Linux only")
 
 SIZE = 32 << 20
 
@@ -42,12 +42,12 @@ def read(mapped: mmap.mmap) -> int:
 
 def test_pages_are_given_back_and_come_again_with_the_same_values(weights: Path) -> None:
     total = SIZE // 4 * (SIZE // 4 - 1) // 2
-    files = MappedFiles(weights.parent)
-    with weights.open("rb") as handle, files.watch():
+    files = MmapPages(weights.parent)
+    with weights.open("rb") as handle, files.record():
         mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
     assert read(mapped) == total
     assert resident(weights) == SIZE
-    with files.released():
+    with files.advise_dontneed():
         assert read(mapped) == total
         deadline = time.monotonic() + 10
         while resident(weights) > SIZE // 10 and time.monotonic() < deadline:
@@ -65,12 +65,12 @@ def test_other_files_and_earlier_mappings_stay(weights: Path, tmp_path: Path) ->
     with weights.open("rb") as handle:
         earlier = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
     (tmp_path / "bundle").mkdir()
-    files = MappedFiles(tmp_path / "bundle")
-    with other.open("rb") as handle, files.watch():
+    files = MmapPages(tmp_path / "bundle")
+    with other.open("rb") as handle, files.record():
         mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
     read(earlier)
     read(mapped)
-    with files.released():
+    with files.advise_dontneed():
         pass
     assert resident(weights) == SIZE
     assert resident(other) == SIZE

@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lsast_engines.backends import fp32_weights as unpacked
-from lsast_engines.backends.base import open_engine
-from lsast_engines.backends.fp32_weights import unpacked_graph
+from lsast_engines.backends import fp32_weights
+from lsast_engines.backends.fp32_weights import with_fp32_weights
+from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.errors import BackendError
 from lsast_export.graphs.modules import GRAPHS
@@ -28,7 +28,7 @@ Feeds = Callable[..., dict[str, np.ndarray]]
 
 @pytest.fixture
 def _all_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unpacked, "LARGE", 0)
+    monkeypatch.setattr(fp32_weights, "MIN_BYTES", 0)
 
 
 @pytest.mark.usefixtures("_all_are_large")
@@ -39,7 +39,7 @@ def test_graphs_and_weights_are_those_of_a_float32_bundle(
     bundle = bundles[storage_dtype]
     stored = load_file(bundle.path / "base.safetensors")
     for name in GRAPHS:
-        path = unpacked_graph(bundle.graph_path(name), tmp_path)
+        path = with_fp32_weights(bundle.graph_path(name), tmp_path)
         assert path.is_relative_to(tmp_path)
         onnx.checker.check_model(str(path), full_check=True)
         model, fp32 = onnx.load(path), onnx.load(bundles["fp32"].graph_path(name), load_external_data=False)
@@ -69,7 +69,7 @@ def test_engines_compute_the_same(
     spec = bundle.manifest.graphs["denoiser"]
     with closing(open_engine(bundle.graph_path("denoiser"), spec, backend, threads=1, cache=tmp_path)) as engine:
         found = engine(inputs)["eps"].copy()
-    monkeypatch.setattr(unpacked, "LARGE", 1 << 40)
+    monkeypatch.setattr(fp32_weights, "MIN_BYTES", 1 << 40)
     expected = run(bundle, "denoiser", backend, **inputs)["eps"]
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
@@ -78,10 +78,10 @@ def test_small_and_float32_weights_are_left_alone(
     bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path = bundles["fp16"].graph_path("controlnet_cond")
-    assert unpacked_graph(path, tmp_path) == path
-    monkeypatch.setattr(unpacked, "LARGE", 0)
+    assert with_fp32_weights(path, tmp_path) == path
+    monkeypatch.setattr(fp32_weights, "MIN_BYTES", 0)
     path = bundles["fp32"].graph_path("controlnet_cond")
-    assert unpacked_graph(path, tmp_path) == path
+    assert with_fp32_weights(path, tmp_path) == path
     assert not list(tmp_path.iterdir())
 
 
@@ -91,13 +91,13 @@ def test_weights_are_unpacked_once_and_anew_when_they_change(
 ) -> None:
     copy = Path(shutil.copytree(bundles["bf16"].path, tmp_path / "copy"))
     monkeypatch.setenv("LSAST_HOME", str(tmp_path / "home"))
-    first = unpacked_graph(copy / "controlnet_cond.onnx")
-    assert first.is_relative_to(tmp_path / "home" / "unpacked")
+    first = with_fp32_weights(copy / "controlnet_cond.onnx")
+    assert first.is_relative_to(tmp_path / "home" / "fp32")
     inode = (first.parent / "base.safetensors").stat().st_ino
-    second = unpacked_graph(copy / "vae_encoder.onnx")
+    second = with_fp32_weights(copy / "vae_encoder.onnx")
     assert (second.parent, (second.parent / "base.safetensors").stat().st_ino) == (first.parent, inode)
     shutil.copytree(bundles["fp16"].path, copy, dirs_exist_ok=True)  # the bundle is replaced
-    assert unpacked_graph(copy / "controlnet_cond.onnx").parent != first.parent
+    assert with_fp32_weights(copy / "controlnet_cond.onnx").parent != first.parent
 
 
 @pytest.mark.usefixtures("_all_are_large")
@@ -107,5 +107,5 @@ def test_no_room_is_said_before_anything_is_written(
     usage: Any = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1000))
     with pytest.raises(BackendError, match=r"found 0\.0 GB free at .*; expected .* or export the bundle in fp32"):
-        unpacked_graph(bundles["fp16"].graph_path("controlnet_cond"), tmp_path)
+        with_fp32_weights(bundles["fp16"].graph_path("controlnet_cond"), tmp_path)
     assert not list(tmp_path.rglob("*.safetensors"))

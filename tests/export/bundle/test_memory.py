@@ -14,19 +14,21 @@ import torch
 from safetensors.torch import load_file
 
 from lsast_engines.backends import onnxruntime as backend
-from lsast_engines.backends.base import open_engine
-from lsast_engines.bundle.bundle import NULL_STYLE, Bundle
+from lsast_engines.backends.registry import open_engine
+from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.environment import peak_memory
 from lsast_export.bundle import export as exporter
 from lsast_export.bundle.export import WEIGHTS, ExportOptions, export_bundle
-from lsast_export.graphs.meta_base import NETWORKS, baking_base, skeleton
+from lsast_export.graphs.meta_base import NETWORKS, baking_base, base_on_meta
 from lsast_export.graphs.trace import TracedGraph
 from lsast_export.parity import torch_reference as reference
 from lsast_export.parity.parity import ParityPlan
 from lsast_export.parity.torch_reference import draw_inputs, run_torch
-from lsast_export.progress import Countdown
+from lsast_export.progress import Eta
 from lsast_export.styles.bake import bake_null_style, bake_style
-from lsast_train.base.base import Base, load_base, open_base_parts
+from lsast_train.base.attention import layer_contexts
+from lsast_train.base.base import Base
+from lsast_train.base.lazy_base import load_base, open_base
 from lsast_train.prompts.prompt_file import Prompts
 
 
@@ -42,8 +44,8 @@ def test_a_skeleton_has_no_weights_and_bakes_what_the_whole_base_bakes(
     bundles: dict[str, Bundle], prompts: Prompts
 ) -> None:
     path = bundles["fp16"].path
-    parts = open_base_parts(path)
-    assert in_memory(skeleton(parts)) == set()
+    parts = open_base(path)
+    assert in_memory(base_on_meta(parts)) == set()
     whole, empty = load_base(path), baking_base(parts)
     for baked, expected in (
         (bake_null_style(empty), bake_null_style(whole)),
@@ -57,7 +59,7 @@ def test_a_skeleton_has_no_weights_and_bakes_what_the_whole_base_bakes(
 
 
 def test_torch_computes_with_one_network_at_a_time(bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = open_base_parts(bundles["fp32"].path)
+    parts = open_base(bundles["fp32"].path)
     plan = ParityPlan()
     order = []
     real = reference.loaded
@@ -74,10 +76,10 @@ def test_torch_computes_with_one_network_at_a_time(bundles: dict[str, Bundle], m
     monkeypatch.setattr(reference, "loaded", watched)
     generator = np.random.default_rng(0)
     width = parts.null_context.shape[1]
-    inputs = [draw_inputs(case, plan.loop, parts.facts, width, 8, generator) for case in plan.cases]
+    inputs = [draw_inputs(case, plan.loop, parts.config, width, 8, generator) for case in plan.cases]
     details: list[str] = []
     answers = run_torch(parts, inputs, plan.loop, lambda phase, detail="": details.append(detail))
-    steps = len(plan.loop.schedule(parts.facts.noise).steps)
+    steps = len(plan.loop.schedule(parts.config.noise).steps)
     assert order == ["autoencoder", *["controlnet", "unet"] * steps]
     assert sum(detail.startswith("step") for detail in details) == steps
 
@@ -89,14 +91,15 @@ def test_torch_computes_with_one_network_at_a_time(bundles: dict[str, Bundle], m
     edges = torch.from_numpy(drawn.edges)
     scale = float(drawn.control_scale)
     with torch.no_grad():
-        base.control_box.fill(contexts)
-        base.unet_box.fill(contexts)
-        context = contexts[:, 0]  # not looked at: the boxes hold what is
-        down, mid = base.controlnet(latent, timestep, context, edges, conditioning_scale=scale, return_dict=False)
+        kwargs = layer_contexts(contexts)
+        down, mid = base.controlnet(
+            *(latent, timestep, None, edges), conditioning_scale=scale, cross_attention_kwargs=kwargs, return_dict=False
+        )
         v = base.unet(
             latent,
             timestep,
-            context,
+            None,
+            cross_attention_kwargs=kwargs,
             down_block_additional_residuals=down,
             mid_block_additional_residual=mid,
         ).sample
@@ -121,7 +124,7 @@ def test_weights_are_moved_into_the_bundle(
 
 def test_countdown_says_what_is_left() -> None:
     told: list[tuple[str, str]] = []
-    countdown = Countdown(lambda phase, detail="": told.append((phase, detail)), "denoising", 2)
+    countdown = Eta(lambda phase, detail="": told.append((phase, detail)), "denoising", 2)
     countdown.step()
     countdown.step()
     assert [phase for phase, _ in told] == ["denoising"] * 2
@@ -143,9 +146,7 @@ def test_large_half_weights_stay_in_their_file(bundles: dict[str, Bundle], monke
     onnxruntime = pytest.importorskip("onnxruntime")
     bundle = bundles["bf16"]
     halves = sum(t.nbytes for t in load_file(bundle.path / WEIGHTS).values() if t.dtype == torch.bfloat16)
-    baked = sum(t.nbytes for t in load_file(bundle.path / NULL_STYLE).values())  # fp16
-    assert backend.half_bytes(bundle.path, "BF16") == halves > 0
-    assert backend.half_bytes(bundle.path, "BF16", "F16") == halves + baked
+    assert halves > 0
 
     left_out = []
     real = onnxruntime.InferenceSession
@@ -157,8 +158,8 @@ def test_large_half_weights_stay_in_their_file(bundles: dict[str, Bundle], monke
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     latent = np.random.default_rng(0).standard_normal((1, 4, 8, 16), dtype=np.float32)
     images = []
-    for limit in (backend.EXPANDED_LIMIT, halves - 1):
-        monkeypatch.setattr(backend, "EXPANDED_LIMIT", limit)
+    for limit in (halves, halves - 1):
+        monkeypatch.setattr(backend, "MAX_FOLDED_BYTES", limit)
         spec = bundle.manifest.graphs["vae_decoder"]
         with contextlib.closing(open_engine(bundle.graph_path("vae_decoder"), spec, "onnxruntime")) as engine:
             images.append(engine({"latent": latent})["image"].copy())

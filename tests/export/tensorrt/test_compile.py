@@ -13,7 +13,7 @@ from onnx import TensorProto, checker, helper, numpy_helper, save
 
 from lsast_engines.backends.base import ComputeDtype
 from lsast_engines.backends.tensorrt.engine_record import engine_folder, record_path, verified_record
-from lsast_engines.backends.tensorrt.shape_profile import Ranges, Span
+from lsast_engines.backends.tensorrt.shape_profile import Range, ShapeRanges
 from lsast_engines.bundle.bundle import EMBEDDED, Bundle
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, GraphSpec, TensorSpec
 from lsast_engines.errors import BackendError, ExportError, MissingExtraError, UsageError
@@ -21,7 +21,7 @@ from lsast_export.__main__ import main
 from lsast_export.tensorrt.compile import CompileOptions, compile_bundle, compile_graph
 
 TARGETS = ("8.6", "8.9", "12.0")
-SMALL = Ranges(Span(64, 64, 128), Span(1, 1, 2))
+SMALL = ShapeRanges(Range(64, 64, 128), Range(1, 1, 2))
 needs_rtx = pytest.mark.needs("tensorrt_rtx")
 
 
@@ -255,4 +255,4 @@ def test_the_embedded_bundle_compiles_for_every_target(tmp_path: Path, compute_d
     for name, record in records.items():
         assert verified_record(tmp_path / f"{name}.engine") == record
         assert (record.key.targets, record.key.compute_dtype) == (TARGETS, compute_dtype)
-        assert record.key.profile == Ranges().profile(specs[name])
+        assert record.key.profile == ShapeRanges().profile(specs[name])

@@ -13,20 +13,20 @@ import pytest
 
 from lsast_engines.backends.tensorrt.cuda import gpus
 from lsast_engines.backends.tensorrt.engine import TensorRtEngine
-from lsast_engines.backends.tensorrt.engine_record import Library
-from lsast_engines.backends.tensorrt.shape_profile import Ranges, Span
+from lsast_engines.backends.tensorrt.engine_record import TrtFlavor
+from lsast_engines.backends.tensorrt.shape_profile import Range, ShapeRanges
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.errors import MissingExtraError
 from lsast_export.tensorrt.compile import CompileOptions, compile_bundle
 
 pytestmark = pytest.mark.gpu
-RANGES = Ranges(Span(64, 64, 128), Span(1, 1, 2))
+RANGES = ShapeRanges(Range(64, 64, 128), Range(1, 1, 2))
 TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2}
 
 
 @pytest.fixture(params=["tensorrt-rtx", "tensorrt"])
-def library(request: pytest.FixtureRequest) -> Library:
-    chosen: Library = request.param
+def library(request: pytest.FixtureRequest) -> TrtFlavor:
+    chosen: TrtFlavor = request.param
     pytest.importorskip(chosen.replace("-", "_"), reason=f"not installed: pip install 'lsast[{chosen}]'")
     try:
         there = gpus()
@@ -38,13 +38,15 @@ def library(request: pytest.FixtureRequest) -> Library:
 
 
 @pytest.fixture(params=["fp32", "fp16"])
-def denoiser(request: pytest.FixtureRequest, library: Library, bundles: dict[str, Bundle]) -> Iterator[TensorRtEngine]:
+def denoiser(
+    request: pytest.FixtureRequest, library: TrtFlavor, bundles: dict[str, Bundle]
+) -> Iterator[TensorRtEngine]:
     bundle = bundles["fp16"]
     targets = (gpus()[0].capability,) if library == "tensorrt-rtx" else ()
     compile_bundle(bundle.path, CompileOptions(library, targets, RANGES, request.param))
     spec = bundle.manifest.graphs["denoiser"]
     path = bundle.graph_path("denoiser")
-    with closing(TensorRtEngine(path, spec, "cuda", None, request.param, library=library)) as engine:
+    with closing(TensorRtEngine(path, spec, "cuda", None, request.param, flavor=library)) as engine:
         yield engine
 
 

@@ -1,19 +1,28 @@
-"""The few calls of the CUDA runtime that engines need, through cuda-python: memory, streams, graphs.
+"""The CUDA runtime as engines need it, through cuda-python: GPUs, a stream, its memory and its graphs.
 
-Every call of `cuda.bindings.runtime` returns a tuple that begins with an error code; here that is an exception.
+Buffers are allocated once and written in place, since their addresses are part of a captured CUDA graph. Every wrapper
+frees what it allocated once, in the order that CUDA requires: graphs before the stream on which they were captured,
+memory after the last work on it.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from ...errors import BackendError, MissingExtraError
+
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as the driver names it."""
+    """A GPU as the driver describes it."""
 
     name: str
     capability: str
@@ -36,7 +45,7 @@ def load_cuda() -> Any:
 
 
 def gpus(runtime: Any = None) -> list[Gpu]:
-    """The NVIDIA GPUs that the driver offers, in its order; none where there is no driver.
+    """The NVIDIA GPUs that the driver lists, in its order; none without a driver.
 
     Raises:
         MissingExtraError: cuda-python is not installed.
@@ -54,7 +63,7 @@ def gpus(runtime: Any = None) -> list[Gpu]:
 
 
 def checked(runtime: Any, answer: tuple[Any, ...], call: str) -> Any:
-    """What a call returned beside its error code: nothing, one value, or a tuple.
+    """What a call of `cuda.bindings.runtime` returned behind its error code: None, one value, or a tuple.
 
     Raises:
         BackendError: the code is an error.
@@ -67,3 +76,118 @@ def checked(runtime: Any, answer: tuple[Any, ...], call: str) -> Any:
             f"{call} failed: {text} ({int(status)}); nvidia-smi shows the GPU's state and who uses its memory"
         )
     return values[0] if len(values) == 1 else tuple(values) or None
+
+
+class Stream:
+    """A stream other than the default one, on which graphs cannot be captured, with its buffers and graphs."""
+
+    def __init__(self, runtime: Any) -> None:
+        self._runtime = runtime
+        self._open: list[Buffer | Graph] = []
+        self.handle = self._call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking)
+
+    def allocate(self, count: int) -> Buffer:
+        """Device memory of `count` bytes; freed with the stream, if not before."""
+        buffer = Buffer(self, self._call("cudaMalloc", max(count, 1)), count)
+        self._open.append(buffer)
+        return buffer
+
+    def write(self, buffer: Buffer, array: Array) -> None:
+        """Copy `array` to `buffer`; the array may be changed after the return."""
+        array = np.ascontiguousarray(array)
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._copy(buffer.holding(array.nbytes), array.ctypes.data, array.nbytes, kind)
+        self.wait()
+
+    def read(self, buffer: Buffer, array: Array) -> None:
+        """Fill the contiguous `array` from `buffer`, after all earlier work."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._copy(array.ctypes.data, buffer.holding(array.nbytes), array.nbytes, kind)
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait for all work on the stream."""
+        self._call("cudaStreamSynchronize", self.handle)
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """Record what `work` puts on the stream, without running it; `work` may not allocate or wait."""
+        mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call("cudaStreamBeginCapture", self.handle, mode)
+        try:
+            work()
+        except BaseException:
+            # Ends the capture, whatever its result, so that the stream can be used again.
+            with contextlib.suppress(BackendError):
+                self._call("cudaGraphDestroy", self._call("cudaStreamEndCapture", self.handle))
+            raise
+        recorded = self._call("cudaStreamEndCapture", self.handle)
+        try:
+            graph = Graph(self, self._call("cudaGraphInstantiate", recorded, 0))
+        finally:
+            self._call("cudaGraphDestroy", recorded)
+        self._open.append(graph)
+        return graph
+
+    def close(self) -> None:
+        """Wait, then free graphs, memory and the stream. Closing twice is harmless."""
+        if self.handle is None:
+            return
+        with contextlib.suppress(BackendError):  # after a failed kernel every call fails, but memory is freed
+            self.wait()
+        for resource in sorted(self._open, key=lambda resource: isinstance(resource, Buffer)):
+            with contextlib.suppress(BackendError):
+                resource.free()
+        handle, self.handle = self.handle, None
+        with contextlib.suppress(BackendError):
+            self._call("cudaStreamDestroy", handle)
+
+    def _copy(self, target: int, source: int, count: int, kind: Any) -> None:
+        if count:
+            self._call("cudaMemcpyAsync", target, source, count, kind, self.handle)
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        return checked(self._runtime, getattr(self._runtime, name)(*arguments), name)
+
+    def _forget(self, resource: Buffer | Graph) -> None:
+        self._open = [other for other in self._open if other is not resource]
+
+
+class Buffer:
+    """Device memory of a stream."""
+
+    def __init__(self, stream: Stream, address: Any, bytes_: int) -> None:
+        self._stream = stream
+        self.address = int(address)
+        self.bytes = bytes_
+
+    def holding(self, count: int) -> int:
+        """The address, after a check that `count` bytes fit there."""
+        if count > self.bytes or not self.address:
+            raise ValueError(f"found {count} bytes; expected at most {self.bytes}, of memory that is not freed")
+        return self.address
+
+    def free(self) -> None:
+        """Free the memory. Freeing twice is harmless."""
+        if self.address:
+            address, self.address = self.address, 0
+            self._stream._forget(self)
+            self._stream._call("cudaFree", address)
+
+
+class Graph:
+    """Captured work of a stream, which runs again on the same addresses."""
+
+    def __init__(self, stream: Stream, executable: Any) -> None:
+        self._stream = stream
+        self._executable = executable
+
+    def launch(self) -> None:
+        """Put the work on the stream; returns at once."""
+        self._stream._call("cudaGraphLaunch", self._executable, self._stream.handle)
+
+    def free(self) -> None:
+        """Free the graph. Freeing twice is harmless."""
+        if self._executable is not None:
+            executable, self._executable = self._executable, None
+            self._stream._forget(self)
+            self._stream._call("cudaGraphExecDestroy", executable)

@@ -1,10 +1,10 @@
-"""Engines that were compiled by TensorRT or TensorRT-RTX, run on an NVIDIA GPU. No torch, no copy that need not be.
+"""Engines compiled by TensorRT or TensorRT-RTX, run on an NVIDIA GPU.
 
-Every input and output has one buffer on the device for as long as the engine is open, as large as the profile allows.
-What is bound is copied there once. When the same shapes come again, what the library puts on the stream is captured as
-a CUDA graph: TensorRT leaves that to its caller, TensorRT-RTX does it by itself when told to.
+Every input and output has one buffer on the device while the engine is open, as large as the profile allows; bound
+inputs are copied there once. When the same shapes come again, the work on the stream is captured as a CUDA graph:
+TensorRT leaves that to its caller, TensorRT-RTX does it itself.
 
-An engine is only opened if its record agrees with the graph, the library and the GPU: see `engine_key`. Nothing is
+An engine is opened only if its record agrees with the graph, the library and the GPU (`engine_record`). Nothing is
 compiled here.
 """
 
@@ -21,29 +21,21 @@ import numpy as np
 from ...bundle.graph_spec import GraphSpec
 from ...errors import BackendError, fault_list
 from ..base import Array, CheckedEngine, ComputeDtype
-from .cuda import Gpu, gpus, load_cuda
-from .device_memory import Buffer, Graph, Stream
-from .engine_record import (
-    SUFFIX,
-    EngineRecord,
-    Library,
-    engine_folder,
-    graph_digest,
-    verified_record,
-)
-from .library import MODULES, Kernels, check_engine, load_library, make_logger
-from .shape_profile import Profile, Shape, output_shapes, require_in_profile
+from .cuda import Buffer, Gpu, Graph, Stream, gpus, load_cuda
+from .engine_record import SUFFIX, EngineRecord, TrtFlavor, engine_folder, graph_digest, verified_record
+from .library import MODULES, RuntimeKernelCache, check_engine, load_library, make_logger
+from .shape_profile import Profile, Shape, check_profile, output_shapes
 
 _log = logging.getLogger("lsast.tensorrt")
 
 
-def devices(library: Library) -> list[str]:
-    """``cuda`` where there is an NVIDIA GPU that `library` could use, else none.
+def devices(flavor: TrtFlavor) -> list[str]:
+    """``cuda`` if the driver lists an NVIDIA GPU, else none.
 
     Raises:
         ImportError: the library or cuda-python is not installed.
     """
-    for module in (MODULES[library], "cuda"):
+    for module in (MODULES[flavor], "cuda"):
         if importlib.util.find_spec(module) is None:
             raise ImportError(module)
     return ["cuda"] if gpus() else []
@@ -52,21 +44,19 @@ def devices(library: Library) -> list[str]:
 def find_engine(
     path: Path,
     spec: GraphSpec,
-    library: Library,
+    flavor: TrtFlavor,
     version: str,
     compute_dtype: str,
     gpu: Gpu,
 ) -> EngineRecord:
-    """The record of the engine of the graph file `path` that fits this library, arithmetic and GPU.
-
-    It is looked for where `engine_folder` has those of the graph's bundle.
+    """The record of the engine of the graph file `path`, in `engine_folder`, for this library, compute dtype and GPU.
 
     Raises:
-        BackendError: none that fits: what is there instead, field by field, how long it took to compile, and the
-            command that compiles it.
+        BackendError: no engine, or one for something else: the differences field by field, how long it took to
+            compile, and the command that compiles it.
     """
-    engine = engine_folder(path.parent, library, compute_dtype) / f"{spec.name}{SUFFIX}"
-    command = compile_command(path.parent, library, compute_dtype, gpu)
+    engine = engine_folder(path.parent, flavor, compute_dtype) / f"{spec.name}{SUFFIX}"
+    command = compile_command(path.parent, flavor, compute_dtype, gpu)
     try:
         record = verified_record(engine)
     except BackendError as error:
@@ -76,20 +66,20 @@ def find_engine(
         graph=spec.name,
         onnx=graph_digest(path),
         compute_dtype=compute_dtype,
-        library=library,
+        library=flavor,
         library_version=version,
     )
-    if faults := wanted.differences(record.key) + record.key.serves(gpu.capability, gpu.name):
+    if faults := wanted.differences(record.key) + record.key.unsupported_reasons(gpu.capability, gpu.name):
         heading = f"{engine} was compiled from something else, or for something else:"
         took = f"it took {record.seconds:.0f} s last time"
         raise BackendError(f"{fault_list(heading, faults)}\ncompile again ({took}) with: {command}")
     return record
 
 
-def compile_command(bundle: Path, library: Library, compute_dtype: str, gpu: Gpu) -> str:
-    """What to type where an engine is missing, for this GPU."""
-    sm = f" --sm {gpu.capability}" if library == "tensorrt-rtx" else ""
-    command = f"lsast-export compile {bundle} --backend {library} --compute-dtype {compute_dtype}{sm}"
+def compile_command(bundle: Path, flavor: TrtFlavor, compute_dtype: str, gpu: Gpu) -> str:
+    """The command that compiles missing engines for this GPU."""
+    sm = f" --sm {gpu.capability}" if flavor == "tensorrt-rtx" else ""
+    command = f"lsast-export compile {bundle} --backend {flavor} --compute-dtype {compute_dtype}{sm}"
     return f"{command}, or let lsast-run do so: --build"
 
 
@@ -104,7 +94,7 @@ class TensorRtEngine(CheckedEngine):
         threads: int | None,
         compute_dtype: ComputeDtype = "fp16",
         *,
-        library: Library,
+        flavor: TrtFlavor,
         trt: Any = None,
         runtime: Any = None,
     ) -> None:
@@ -114,34 +104,34 @@ class TensorRtEngine(CheckedEngine):
             path: the ONNX file of a bundle.
             spec: its inputs and outputs.
             device: ``cuda``.
-            threads: of no account: the work is the GPU's.
+            threads: ignored; the GPU does the work.
             compute_dtype: what the engine was compiled in.
-            library: the library that compiled it.
-            trt: the library's module, to run against another.
-            runtime: the module `cuda.bindings.runtime`, likewise.
+            flavor: the library that compiled it.
+            trt: the library's module; None imports it.
+            runtime: the module `cuda.bindings.runtime`; None imports it.
 
         Raises:
-            MissingExtraError: library or cuda-python is not installed.
-            BackendError: no GPU, no engine that fits (`find_engine`), or one that the library refuses.
+            MissingExtraError: the library or cuda-python is not installed.
+            BackendError: no GPU, no matching engine (`find_engine`), or one that the library refuses.
         """
         super().__init__(spec, device, compute_dtype)
-        self.backend: str = library
-        trt, runtime = trt or load_library(library), runtime or load_cuda()
-        there = gpus(runtime)
-        if not there:
+        self.backend: str = flavor
+        trt, runtime = trt or load_library(flavor), runtime or load_cuda()
+        found = gpus(runtime)
+        if not found:
             raise BackendError(
-                f"found no NVIDIA GPU for {library}; expected one with its driver, see lsast-run --doctor"
+                f"found no NVIDIA GPU for {flavor}; expected one with its driver, see lsast-run --doctor"
             )
-        record = find_engine(path, spec, library, str(trt.__version__), compute_dtype, there[0])
-        file = engine_folder(path.parent, library, compute_dtype) / f"{spec.name}{SUFFIX}"
+        record = find_engine(path, spec, flavor, str(trt.__version__), compute_dtype, found[0])
+        file = engine_folder(path.parent, flavor, compute_dtype) / f"{spec.name}{SUFFIX}"
         self._profile: Profile = record.key.profile
-        self._logger, self._complaints = make_logger(trt)
+        self._logger, self._logs = make_logger(trt)
         self._library: Any = trt.Runtime(self._logger)
         self._engine: Any = self._library.deserialize_cuda_engine(file.read_bytes())
         self._require(self._engine is not None, f"refuses {file}")
         check_engine(trt, self._engine, spec, self._profile, file)
-        # TensorRT-RTX compiles kernels for the GPU when a context is made, and captures graphs by itself.
-        self._kernels = Kernels(trt, self._engine, file) if library == "tensorrt-rtx" else None
+        # TensorRT-RTX compiles kernels for the GPU when a context is made, and captures graphs itself.
+        self._kernels = RuntimeKernelCache(trt, self._engine, file) if flavor == "tensorrt-rtx" else None
         self._context: Any = self._kernels.context() if self._kernels else self._engine.create_execution_context()
         self._require(self._context is not None, "cannot make an execution context")
         self._stream = Stream(runtime)
@@ -153,27 +143,27 @@ class TensorRtEngine(CheckedEngine):
         try:
             self._allocate()
         except BaseException:
-            self._release()
+            self._close()
             raise
 
     def _bind(self, feeds: dict[str, Array]) -> None:
-        require_in_profile(self._profile, {name: value.shape for name, value in feeds.items()}, self.spec.name)
+        check_profile(self._profile, {name: value.shape for name, value in feeds.items()}, self.spec.name)
         for name, value in feeds.items():
             self._stream.write(self._buffers[name], value)
 
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         self._bind(feeds)
-        self._set_shapes({name: value.shape for name, value in {**self._bound, **feeds}.items()})
+        self._set_input_shapes({name: value.shape for name, value in {**self._bound, **feeds}.items()})
         self._enqueue()
         for name, array in self._host.items():
             self._stream.read(self._buffers[name], array)
         return dict(self._host)
 
-    def _rest(self) -> None:
-        """Buffers stay: their addresses are part of what was captured."""
+    def _release_memory(self) -> None:
+        """Buffers stay, since their addresses are part of the captured graph."""
 
-    def _release(self) -> None:
-        # The library's objects go before the stream and the memory that they were given.
+    def _close(self) -> None:
+        # The library's objects are freed before the stream and the memory that they use.
         if self._stream.handle is not None and self._kernels is not None:
             self._kernels.save()
         self._context = self._kernels = self._engine = self._library = None
@@ -181,16 +171,16 @@ class TensorRtEngine(CheckedEngine):
         self._graph, self._buffers, self._host = None, {}, {}
 
     def _allocate(self) -> None:
-        largest = {name: span.most for name, span in self._profile.items()}
+        largest = {name: shapes.max for name, shapes in self._profile.items()}
         largest |= output_shapes(self.spec, largest)
         for tensor in (*self.spec.inputs, *self.spec.outputs):
             count = int(np.prod(largest[tensor.name], dtype=np.int64)) * np.dtype(tensor.dtype).itemsize
             buffer = self._buffers[tensor.name] = self._stream.allocate(count)
             done = self._context.set_tensor_address(tensor.name, buffer.address)
-            self._require(done, f"does not take the address of {tensor.name}")
+            self._require(done, f"refuses the address of {tensor.name}")
 
-    def _set_shapes(self, shapes: dict[str, Shape]) -> None:
-        """Tell the context of new shapes; what was captured for others is dropped."""
+    def _set_input_shapes(self, shapes: dict[str, Shape]) -> None:
+        """Set the input shapes of the context; a graph that was captured for other shapes is dropped."""
         if shapes == self._shapes:
             return
         if self._graph is not None:
@@ -200,19 +190,19 @@ class TensorRtEngine(CheckedEngine):
         self._runs = 0
         self._shapes = {}
         for name, shape in shapes.items():
-            self._require(self._context.set_input_shape(name, shape), f"does not take {name} of {list(shape)}")
+            self._require(self._context.set_input_shape(name, shape), f"refuses shape {list(shape)} of {name}")
         missing = self._context.infer_shapes()
         self._require(not missing, f"misses shapes of {', '.join(missing)}")
         outputs = output_shapes(self.spec, shapes)
         for name, shape in outputs.items():
             found = tuple(self._context.get_tensor_shape(name))
-            self._require(found == shape, f"gives {name} of {list(found)}, not {list(shape)}")
+            self._require(found == shape, f"gives {name} of shape {list(found)}, not {list(shape)}")
         dtypes = {tensor.name: tensor.dtype for tensor in self.spec.outputs}
         self._host = {name: np.empty(shape, dtypes[name]) for name, shape in outputs.items()}
         self._shapes = shapes
 
     def _enqueue(self) -> None:
-        """Put one run on the stream: plainly the first time, which settles lazy work, then as a graph."""
+        """Put one run on the stream: directly the first time, which completes lazy initialisation, then as a graph."""
         self._runs += 1
         if self._kernels is None and self._runs == 2:
             self._graph = self._stream.capture(self._execute)
@@ -224,10 +214,10 @@ class TensorRtEngine(CheckedEngine):
     def _execute(self) -> None:
         self._require(self._context.execute_async_v3(self._stream.handle), "cannot run")
 
-    def _require(self, passed: Any, what: str) -> None:
-        found = self._complaints.take()
+    def _require(self, passed: Any, fault: str) -> None:
+        errors = self._logs.take()
         if not passed:
-            heading = f"{self.backend}, graph {self.spec.name}: the library {what}:"
-            raise BackendError(fault_list(heading, found or ["(it does not say why)"]))
-        for line in found:
+            heading = f"{self.backend}, graph {self.spec.name}: the library {fault}:"
+            raise BackendError(fault_list(heading, errors or ["(no reason was logged)"]))
+        for line in errors:
             _log.error("%s, graph %s: %s", self.backend, self.spec.name, line)

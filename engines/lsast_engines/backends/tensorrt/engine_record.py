@@ -1,12 +1,12 @@
-"""What a compiled engine was compiled from, and for: its key, in a file beside it.
+"""The record of a compiled engine: what it was compiled from and for, in a file beside it.
 
 ::
 
-    denoiser.engine         what the library wrote, opaque
-    denoiser.engine.json    `EngineRecord`: the key, SHA-256 and size of the engine, how long it took to compile
+    denoiser.engine         written by the library, opaque
+    denoiser.engine.json    `EngineRecord`: the key, SHA-256 and size of the engine, the time it took to compile
 
-A library gives no usable answer to "is this engine the right one?": it crashes, refuses with a number, or computes
-something else. So every field that matters is written down and compared before the library sees a byte.
+A library does not say whether an engine is the right one: it crashes, refuses it with a number, or computes something
+else. So every field that matters is recorded, and compared before the library reads the engine.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ...bundle.manifest import Manifest
+from ...bundle.manifest import MANIFEST, Manifest
 from ...errors import BackendError, BundleError, fault_list
 from ...files import cache_home, file_sha256, replace_file
 from .shape_profile import Profile, profile_from_json, profile_to_json
 
 FORMAT = 2
-"""Raised when records are written otherwise, or when compiling makes another graph of the same file."""
+"""Format number of records; raised also when compiling makes another graph from the same file."""
 
-Library = Literal["tensorrt", "tensorrt-rtx"]
+TrtFlavor = Literal["tensorrt", "tensorrt-rtx"]
 """The libraries that compile engines."""
 
 SUFFIX = ".engine"
-"""Of the file names of engines; what comes before is the graph."""
+"""Suffix of an engine file; the name before it is the graph's."""
 
 PORTABLE = "portable"
 """Target of an engine that runs on every GPU from compute capability 8.0 on that TensorRT-RTX supports."""
@@ -41,37 +41,37 @@ ANY_GPU = "any"
 
 @dataclass(frozen=True, kw_only=True)
 class EngineKey:
-    """Everything that an engine depends on."""
+    """Everything that an engine depends on; equal keys mean interchangeable engines."""
 
     graph: str
     """Name of the graph, e.g. ``denoiser``."""
     onnx: str
     """`graph_digest` of the bundle's file: graph and weights."""
     profile: Profile
-    """Shapes that it takes."""
+    """Input shapes that it accepts."""
     compute_dtype: str
-    """What it computes in: ``fp32`` or ``fp16``."""
-    library: Library
+    """``fp32`` or ``fp16``."""
+    library: TrtFlavor
     library_version: str
     targets: tuple[str, ...]
     """Compute capabilities, e.g. ``8.9``, or `PORTABLE`."""
     gpu: str = ANY_GPU
-    """Name of the GPU; TensorRT times its kernels on one, so that its engine serves no other."""
+    """Name of the GPU. TensorRT chooses kernels by timing them on one GPU, and its engine runs on no other."""
 
     def differences(self, found: EngineKey) -> list[str]:
-        """One line for each field in which the engine `found` is not this one."""
+        """One line for each field in which `found` differs from this key."""
         return [
             f"{field.name}: found {_short(getattr(found, field.name))}; expected {_short(getattr(self, field.name))}"
             for field in dataclasses.fields(self)
             if getattr(found, field.name) != getattr(self, field.name)
         ]
 
-    def serves(self, capability: str, gpu: str) -> list[str]:
-        """Why this engine does not run on a GPU of this compute capability and name; nothing if it does."""
+    def unsupported_reasons(self, capability: str, gpu: str) -> list[str]:
+        """Why the engine does not run on a GPU of this compute capability and name; empty if it does."""
         faults = []
         portable = PORTABLE in self.targets and _number(capability) >= (8, 0)
         if not portable and capability not in self.targets:
-            faults.append(f"targets: found {', '.join(self.targets)}; expected {capability}, that of the GPU")
+            faults.append(f"targets: found {', '.join(self.targets)}; expected {capability}, the GPU's")
         if self.gpu not in (ANY_GPU, gpu):
             faults.append(f"gpu: found {self.gpu}; expected {gpu}")
         return faults
@@ -79,17 +79,17 @@ class EngineKey:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRecord:
-    """What is written beside an engine."""
+    """The record of one engine file."""
 
     key: EngineKey
     sha256: str
     bytes: int
     seconds: float
-    """How long it took to compile, on the machine that did."""
+    """Time that it took to compile."""
     lsast_version: str
 
     def save(self, engine: Path) -> None:
-        """Write it beside `engine`."""
+        """Write the record beside `engine`."""
         data = asdict(self)
         data["key"]["profile"] = profile_to_json(self.key.profile)
         with replace_file(record_path(engine)) as handle:
@@ -97,10 +97,10 @@ class EngineRecord:
 
     @classmethod
     def load(cls, engine: Path) -> EngineRecord:
-        """Read what lies beside `engine`.
+        """Read the record beside `engine`.
 
         Raises:
-            BackendError: not there, not a record, or of another format.
+            BackendError: not found, not a record, or of another format.
         """
         path = record_path(engine)
         try:
@@ -118,8 +118,8 @@ class EngineRecord:
 
 def _record(data: dict[str, Any]) -> EngineRecord:
     key = data.pop("key")
-    if key["library"] not in get_args(Library):
-        raise ValueError(f"library: found {key['library']!r}; expected one of {', '.join(get_args(Library))}")
+    if key["library"] not in get_args(TrtFlavor):
+        raise ValueError(f"library: found {key['library']!r}; expected one of {', '.join(get_args(TrtFlavor))}")
     key["profile"] = profile_from_json(key["profile"])
     key["targets"] = tuple(key["targets"])
     record = EngineRecord(key=EngineKey(**key), **data)
@@ -138,15 +138,15 @@ def _record(data: dict[str, Any]) -> EngineRecord:
 
 
 def record_path(engine: Path) -> Path:
-    """Where the record of `engine` lies."""
+    """The file of the record of `engine`."""
     return engine.with_name(f"{engine.name}.json")
 
 
 def verified_record(engine: Path) -> EngineRecord:
-    """The record of `engine`, whose bytes are what was written.
+    """The record of `engine`, after a check of the engine's size and SHA-256.
 
     Raises:
-        BackendError: no engine, no record, or a file that was truncated, changed or swapped for another.
+        BackendError: no engine, no record, or a file that was truncated, changed or replaced.
     """
     if not engine.is_file():
         raise BackendError(f"found no engine {engine}; compile it")
@@ -162,9 +162,9 @@ def verified_record(engine: Path) -> EngineRecord:
 
 
 def graph_digest(path: Path) -> str:
-    """SHA-256 (hex) of a graph file together with the weights beside it that it may refer to.
+    """SHA-256 (hex) of a graph file and of the weight files beside it that it may refer to.
 
-    In a bundle, hashes of weights are those of its manifest (`Bundle.open` proves them): a Stable Diffusion has 5 GB.
+    In a bundle the hashes of weights are taken from the manifest (`Bundle.open` verifies them), not computed again.
     """
     weights = sorted(file for pattern in ("*.data", "base.safetensors") for file in path.parent.glob(pattern))
     known = _manifest_hashes(path.parent)
@@ -177,26 +177,28 @@ def graph_digest(path: Path) -> str:
 
 def _manifest_hashes(folder: Path) -> Mapping[tuple[str, int], str]:
     try:
-        manifest = Manifest.from_json((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = Manifest.from_json((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, BundleError):
         return {}
     return {(name, entry.bytes): entry.sha256 for name, entry in manifest.files.items()}
 
 
-def engine_folder(bundle: Path, library: Library, compute_dtype: str) -> Path:
-    """Where the engines of the graphs in the folder `bundle` lie: named by the base's fingerprint.
+def engine_folder(bundle: Path, flavor: TrtFlavor, compute_dtype: str) -> Path:
+    """The folder of the engines of a bundle: ``compiled/BASE/LIBRARY/DTYPE`` in the cache folder.
 
-    In ``$LSAST_HOME/compiled``, without LSAST_HOME in ``lsast/compiled`` of the XDG cache folder. A bundle that is
-    exported again finds its old engines there, and their records say in what they differ.
+    It is named by the base's fingerprint: a bundle that is exported again finds its old engines there, and their
+    records say in what they differ.
 
     Raises:
         BackendError: no bundle.
     """
     try:
-        manifest = Manifest.from_json((bundle / "manifest.json").read_text(encoding="utf-8"))
+        manifest = Manifest.from_json((bundle / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, BundleError) as error:
-        raise BackendError(f"{bundle} is no bundle ({error}); engines are compiled of a bundle's graphs") from error
-    return cache_home() / "compiled" / f"{manifest.name}-{manifest.fingerprint[:16]}" / library / compute_dtype
+        raise BackendError(
+            f"{bundle} is not a bundle ({error}); engines are compiled from a bundle's graphs"
+        ) from error
+    return cache_home() / "compiled" / f"{manifest.name}-{manifest.fingerprint[:16]}" / flavor / compute_dtype
 
 
 def _number(capability: str) -> tuple[int, ...]:
@@ -207,5 +209,5 @@ def _short(value: Any) -> str:
     if isinstance(value, str):
         return value if len(value) < 64 else f"{value[:12]}…"
     if isinstance(value, dict):
-        return "; ".join(f"{name} {' '.join(map(str, map(list, span)))}" for name, span in value.items())
+        return "; ".join(f"{name} {' '.join(map(str, map(list, shapes)))}" for name, shapes in value.items())
     return ", ".join(value)

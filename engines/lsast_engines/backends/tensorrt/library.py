@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX: two libraries of one API, imported only when they are asked for."""
+"""TensorRT and TensorRT-RTX, two libraries with one API, imported only when they are needed."""
 
 from __future__ import annotations
 
@@ -13,64 +13,64 @@ import numpy as np
 from ...bundle.graph_spec import GraphSpec, TensorSpec
 from ...errors import BackendError, MissingExtraError, fault_list
 from ...files import replace_file
-from .engine_record import Library
+from .engine_record import TrtFlavor
 from .shape_profile import Profile
 
 _log = logging.getLogger("lsast.tensorrt")
 
-MODULES: dict[Library, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""Python module by library; the extra that installs it is named as the library."""
+MODULES: dict[TrtFlavor, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+"""Python module of each library; the extra that installs it has the library's name."""
 
-NOISE = ("catchCudaError", "CUDA initialization failure")
-"""What the libraries log in passing: where there is no driver, any error is followed by a line with the first."""
+IGNORED_LOGS = ("catchCudaError", "CUDA initialization failure")
+"""Parts of messages that the libraries log beside any error where there is no driver."""
 
 
-def load_library(library: Library) -> Any:
-    """The Python module of `library`.
+def load_library(flavor: TrtFlavor) -> Any:
+    """The Python module of a library.
 
     Raises:
         MissingExtraError: it is not installed, or libraries that it needs are not.
     """
     try:
-        return importlib.import_module(MODULES[library])
+        return importlib.import_module(MODULES[flavor])
     except (ImportError, OSError) as error:
-        raise MissingExtraError(library, library) from error
+        raise MissingExtraError(flavor, flavor) from error
 
 
 @dataclass
-class Complaints:
-    """What a library logged as wrong. Many of its calls only log and go on, or return None."""
+class LogCollector:
+    """Errors and warnings that a library logged. Many of its calls only log an error and go on, or return None."""
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def take(self) -> list[str]:
-        """The errors so far, which are then forgotten: the telling ones if there are any."""
-        telling = [line for line in self.errors if not any(noise in line for noise in NOISE)]
-        errors, self.errors = telling or self.errors, []
+        """Return and clear the errors so far; `IGNORED_LOGS` only where there is nothing else."""
+        important = [line for line in self.errors if not any(ignored in line for ignored in IGNORED_LOGS)]
+        errors, self.errors = important or self.errors, []
         return list(dict.fromkeys(errors))
 
 
-def make_logger(trt: Any) -> tuple[Any, Complaints]:
-    """A logger for the module `trt` that prints nothing, and what it gathers."""
-    complaints = Complaints()
+def make_logger(trt: Any) -> tuple[Any, LogCollector]:
+    """A logger for the module `trt` that prints nothing, and the collector of what it logs."""
+    collector = LogCollector()
     severity = trt.ILogger.Severity
 
-    class Gathering(trt.ILogger):  # type: ignore[misc]
+    class CollectingLogger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
         def log(self, level: Any, message: str) -> None:
             if level in (severity.INTERNAL_ERROR, severity.ERROR):
-                complaints.errors.append(message.strip())
+                collector.errors.append(message.strip())
             elif level == severity.WARNING:
-                complaints.warnings.append(message.strip())
+                collector.warnings.append(message.strip())
 
-    return Gathering(), complaints
+    return CollectingLogger(), collector
 
 
-class Kernels:
-    """What TensorRT-RTX compiles for the GPU at hand: kept beside the engine, so that it does so once."""
+class RuntimeKernelCache:
+    """The kernels that TensorRT-RTX compiles for the GPU of this machine, cached in a file beside the engine."""
 
     def __init__(self, trt: Any, engine: Any, file: Path) -> None:
         self._engine, self._file = engine, file.with_name(f"{file.name}.kernels")
@@ -79,7 +79,7 @@ class Kernels:
         self._cache = self._config.create_runtime_cache()
         self._known = self._file.read_bytes() if self._file.is_file() else b""
         if self._known and not self._cache.deserialize(self._known):
-            _log.info("%s is of another GPU or version; kernels are compiled anew", self._file)
+            _log.info("%s is of another GPU or version; kernels are compiled again", self._file)
         self._config.set_runtime_cache(self._cache)
 
     def context(self) -> Any:
@@ -87,7 +87,7 @@ class Kernels:
         return self._engine.create_execution_context(self._config)
 
     def save(self) -> None:
-        """Write the cache if it grew."""
+        """Write the file if the cache has changed."""
         kernels = bytes(self._cache.serialize())
         if kernels and kernels != self._known:
             with replace_file(self._file) as handle:
@@ -95,7 +95,11 @@ class Kernels:
 
 
 def check_engine(trt: Any, engine: Any, spec: GraphSpec, profile: Profile, file: Path) -> None:
-    """Make sure that the engine has the inputs, outputs and profile that were recorded."""
+    """Check that the engine has the inputs, outputs and profile of its record.
+
+    Raises:
+        BackendError: it differs; all differences at once.
+    """
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     wanted: dict[str, tuple[TensorSpec, Any]] = {
         **{tensor.name: (tensor, trt.TensorIOMode.INPUT) for tensor in spec.inputs},

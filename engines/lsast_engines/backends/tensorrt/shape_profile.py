@@ -1,4 +1,4 @@
-"""The sizes that a compiled engine serves: TensorRT compiles for a range of every dynamic axis, best for one of it."""
+"""Optimization profiles: TensorRT compiles an engine for a range of each dynamic axis, and tunes it for one length."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ...bundle.graph_spec import GraphSpec, TensorSpec, halvings
+from ...bundle.graph_spec import GraphSpec, TensorSpec, downsampling_level
 from ...errors import BackendError, UsageError, fault_list
 
 Shape = tuple[int, ...]
@@ -15,72 +15,72 @@ FACTOR = 8
 """Pixels along a side of one latent cell, in every base that can be exported."""
 
 
-class Span(NamedTuple):
-    """Smallest, best served and largest length of an axis."""
+class Range(NamedTuple):
+    """Minimum, optimum and maximum length of an axis."""
 
-    least: int
-    best: int
-    most: int
-
-
-class ShapeSpan(NamedTuple):
-    """Smallest, best served and largest shape of an input, in TensorRT's order."""
-
-    least: Shape
-    best: Shape
-    most: Shape
+    min: int
+    opt: int
+    max: int
 
 
-SIDE, BATCH, GUIDANCE = Span(384, 512, 1024), Span(1, 1, 4), Span(1, 2, 2)
-"""What `Ranges` serves unless told otherwise."""
+class InputShapes(NamedTuple):
+    """Minimum, optimum and maximum shape of an input, in TensorRT's order."""
 
-Profile = dict[str, ShapeSpan]
-"""What an engine was compiled for, by input name."""
+    min: Shape
+    opt: Shape
+    max: Shape
+
+
+SIDE, BATCH, GUIDANCE = Range(384, 512, 1024), Range(1, 1, 4), Range(1, 2, 2)
+"""The default ranges."""
+
+Profile = dict[str, InputShapes]
+"""The shapes that an engine was compiled for, by input."""
 
 
 @dataclass(frozen=True)
-class Ranges:
-    """What a user may ask of a compiled engine.
+class ShapeRanges:
+    """The sizes that a user wants to run a compiled engine with.
 
     Raises:
-        UsageError: spans that are not ordered, or sides that are no multiples of 8; all faults at once.
+        UsageError: ranges that are not ordered, or sides that are no multiples of 8; all faults at once.
     """
 
-    side: Span = SIDE
+    side: Range = SIDE
     """Height and width in pixels, multiples of 8."""
-    batch: Span = BATCH
+    batch: Range = BATCH
     """Pictures at once."""
-    guidance: Span = GUIDANCE
-    """Rows for guidance: 1 without, 2 with."""
+    guidance: Range = GUIDANCE
+    """Passes for guidance: 1 without, 2 with."""
 
     def __post_init__(self) -> None:
         faults = [
-            f"{name}: found {', '.join(map(str, span))}; expected smallest, best and largest, each at least 1"
-            for name, span in (("side", self.side), ("batch", self.batch), ("guidance", self.guidance))
-            if not 1 <= span.least <= span.best <= span.most
+            f"{name}: found {', '.join(map(str, axis))}; expected minimum, optimum and maximum, each at least 1"
+            for name, axis in (("side", self.side), ("batch", self.batch), ("guidance", self.guidance))
+            if not 1 <= axis.min <= axis.opt <= axis.max
         ]
         if any(side % FACTOR for side in self.side):
             faults.append(f"side: found {', '.join(map(str, self.side))}; expected multiples of {FACTOR} pixels")
-        if self.guidance.most > 2:
-            faults.append(f"guidance: found {self.guidance.most} rows; expected 1 or 2")
+        if self.guidance.max > 2:
+            faults.append(f"guidance: found {self.guidance.max} passes; expected 1 or 2")
         if faults:
-            raise UsageError(fault_list("an engine cannot be compiled for these ranges:", faults))
+            raise UsageError(fault_list("invalid shape ranges of an engine:", faults))
 
     def profile(self, spec: GraphSpec) -> Profile:
-        """The shapes that every input of `spec` may take."""
+        """The shapes that every input of `spec` may have."""
         axes = {"B": self.batch, "G": self.guidance, "H": self.side, "W": self.side}
         cells = {axis for tensor in spec.inputs for axis in tensor.shape if isinstance(axis, str) and axis[0] in "hw"}
-        axes |= {axis: Span(*(side // FACTOR >> halvings(axis) for side in self.side)) for axis in cells}
-        return {tensor.name: _shape_span(tensor, axes) for tensor in spec.inputs}
+        axes |= {axis: Range(*(side // FACTOR >> downsampling_level(axis) for side in self.side)) for axis in cells}
+        return {tensor.name: _input_shapes(tensor, axes) for tensor in spec.inputs}
 
 
-def _shape_span(tensor: TensorSpec, axes: Mapping[str, Span]) -> ShapeSpan:
-    spans = [Span(axis, axis, axis) if isinstance(axis, int) else axes[axis] for axis in tensor.shape]
-    return ShapeSpan(*(tuple(span[end] for span in spans) for end in range(3)))
+def _input_shapes(tensor: TensorSpec, axes: Mapping[str, Range]) -> InputShapes:
+    ranges = [Range(axis, axis, axis) if isinstance(axis, int) else axes[axis] for axis in tensor.shape]
+    return InputShapes(*(tuple(lengths[place] for lengths in ranges) for place in range(3)))
 
 
 def output_shapes(spec: GraphSpec, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    """The shapes of the outputs of `spec` for inputs of `shapes`, all inputs given."""
+    """The shapes of the outputs of `spec` for the shapes of all its inputs."""
     axes: dict[str, int] = {}
     for tensor in spec.inputs:
         for axis, length in zip(tensor.shape, shapes[tensor.name], strict=True):
@@ -94,46 +94,46 @@ def output_shapes(spec: GraphSpec, shapes: Mapping[str, Shape]) -> dict[str, Sha
     for tensor in spec.outputs:
         for axis in tensor.shape:
             if isinstance(axis, str) and axis not in axes:
-                axes[axis] = axes[axis[0]] >> halvings(axis)
+                axes[axis] = axes[axis[0]] >> downsampling_level(axis)
     return {
         tensor.name: tuple(axis if isinstance(axis, int) else axes[axis] for axis in tensor.shape)
         for tensor in spec.outputs
     }
 
 
-def require_in_profile(profile: Profile, shapes: Mapping[str, Shape], graph: str) -> None:
+def check_profile(profile: Profile, shapes: Mapping[str, Shape], graph: str) -> None:
     """Refuse shapes that the engine of `graph` was not compiled for.
 
     Raises:
-        BackendError: all inputs outside their span, and what compiles an engine that takes them.
+        BackendError: all inputs outside the profile, and how to compile an engine that accepts them.
     """
     faults = []
     for name, shape in shapes.items():
-        span = profile[name]
-        if not all(low <= found <= high for low, found, high in zip(span.least, shape, span.most, strict=True)):
-            faults.append(f"{name}: found {list(shape)}; expected {list(span.least)} to {list(span.most)}")
+        allowed = profile[name]
+        if not all(low <= found <= high for low, found, high in zip(allowed.min, shape, allowed.max, strict=True)):
+            faults.append(f"{name}: found {list(shape)}; expected {list(allowed.min)} to {list(allowed.max)}")
     if faults:
         heading = f"the engine of graph {graph} was not compiled for this; compile it with a wider --sides or --batch:"
         raise BackendError(fault_list(heading, faults))
 
 
 def profile_to_json(profile: Profile) -> dict[str, list[list[int]]]:
-    """`profile` as plain lists: smallest, best, largest."""
-    return {name: [list(shape) for shape in span] for name, span in profile.items()}
+    """`profile` as plain lists: minimum, optimum, maximum."""
+    return {name: [list(shape) for shape in shapes] for name, shapes in profile.items()}
 
 
 def profile_from_json(value: Any) -> Profile:
-    """What `profile_to_json` gave.
+    """The inverse of `profile_to_json`.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: not the JSON of a profile.
     """
     if not isinstance(value, dict):
         raise ValueError("no object")
     profile = {}
-    for name, ends in value.items():
-        shapes = [tuple(shape) for shape in ends]
+    for name, lists in value.items():
+        shapes = [tuple(shape) for shape in lists]
         if len(shapes) != 3 or not all(isinstance(axis, int) for shape in shapes for axis in shape):
-            raise ValueError(f"{name}: found {ends!r}; expected three shapes")
-        profile[name] = ShapeSpan(*shapes)
+            raise ValueError(f"{name}: found {lists!r}; expected three shapes")
+        profile[name] = InputShapes(*shapes)
     return profile

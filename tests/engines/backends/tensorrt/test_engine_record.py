@@ -18,9 +18,9 @@ from lsast_engines.backends.tensorrt.engine_record import (
     record_path,
     verified_record,
 )
-from lsast_engines.backends.tensorrt.shape_profile import Ranges, ShapeSpan, Span, output_shapes, require_in_profile
+from lsast_engines.backends.tensorrt.shape_profile import InputShapes, Range, ShapeRanges, check_profile, output_shapes
 from lsast_engines.bundle.bundle import EMBEDDED, Bundle
-from lsast_engines.bundle.graph_spec import Cut, Geometry, graph_specs, part_specs
+from lsast_engines.bundle.graph_spec import Geometry, UnetSplit, graph_specs, split_specs
 from lsast_engines.errors import BackendError, UsageError
 
 GEOMETRY = Geometry(hint_channels=6, tokens=8, unet_width=40, control_width=16)
@@ -31,7 +31,7 @@ def a_key(**changes: Any) -> EngineKey:
     key = EngineKey(
         graph="denoiser",
         onnx="a" * 64,
-        profile=Ranges().profile(SPECS["denoiser"]),
+        profile=ShapeRanges().profile(SPECS["denoiser"]),
         compute_dtype="fp16",
         library="tensorrt-rtx",
         library_version="1.7.1",
@@ -51,9 +51,9 @@ def an_engine(folder: Path, name: str = "denoiser", content: bytes = b"compiled"
 
 
 def test_deeper_levels_of_a_part_have_sides_that_are_halved() -> None:
-    cut = Cut(residuals=((6, 0), (6, 1), (9, 3)), outer=1, feature=7)
-    specs = part_specs(GEOMETRY, cut)
-    profile = Ranges().profile(specs["unet_full"])
+    cut = UnetSplit(residuals=((6, 0), (6, 1), (9, 3)), outer=1, feature=7)
+    specs = split_specs(GEOMETRY, cut)
+    profile = ShapeRanges().profile(specs["unet_full"])
     assert profile["residual_1"] == ((1, 6, 24, 24), (1, 6, 32, 32), (4, 6, 64, 64))
     assert profile["residual_2"] == ((1, 9, 6, 6), (1, 9, 8, 8), (4, 9, 16, 16))
     shapes = {"latent": (2, 4, 48, 64), "hint": (2, 6, 48, 64), "timestep": (2,), "kv_control": (2, 8, 16)}
@@ -62,34 +62,34 @@ def test_deeper_levels_of_a_part_have_sides_that_are_halved() -> None:
 
 
 def test_a_profile_spans_what_the_ranges_say() -> None:
-    profile = Ranges().profile(SPECS["denoiser"])
+    profile = ShapeRanges().profile(SPECS["denoiser"])
     # By hand: 384, 512 and 1024 pixels are 48, 64 and 128 cells.
     assert profile["latent"] == ((1, 4, 48, 48), (1, 4, 64, 64), (4, 4, 128, 128))
     assert profile["kv_unet"] == ((1, 1, 8, 40), (2, 1, 8, 40), (2, 4, 8, 40))
     assert profile["control_scale"] == ((), (), ())
     assert profile["timestep"] == ((1,), (1,), (4,))
-    assert Ranges().profile(SPECS["vae_encoder"])["image"].most == (4, 3, 1024, 1024)
+    assert ShapeRanges().profile(SPECS["vae_encoder"])["image"].max == (4, 3, 1024, 1024)
 
 
 @pytest.mark.parametrize(
     ("ranges", "message"),
     [
-        ({"side": Span(512, 384, 1024)}, "side: found 512, 384, 1024; expected smallest, best and largest"),
-        ({"side": Span(380, 512, 1024)}, "expected multiples of 8"),
-        ({"batch": Span(0, 1, 4)}, "batch: found 0, 1, 4"),
-        ({"guidance": Span(1, 2, 3)}, "guidance: found 3 rows"),
+        ({"side": Range(512, 384, 1024)}, "side: found 512, 384, 1024; expected minimum, optimum and maximum"),
+        ({"side": Range(380, 512, 1024)}, "expected multiples of 8"),
+        ({"batch": Range(0, 1, 4)}, "batch: found 0, 1, 4"),
+        ({"guidance": Range(1, 2, 3)}, "guidance: found 3 passes"),
     ],
 )
-def test_ranges_that_cannot_be_meant_are_refused(ranges: dict[str, Span], message: str) -> None:
+def test_ranges_that_cannot_be_meant_are_refused(ranges: dict[str, Range], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        Ranges(**ranges)
+        ShapeRanges(**ranges)
 
 
 def test_shapes_outside_the_profile_are_refused_all_at_once() -> None:
-    profile = Ranges().profile(SPECS["denoiser"])
-    require_in_profile(profile, {"latent": (4, 4, 48, 128)}, "denoiser")
+    profile = ShapeRanges().profile(SPECS["denoiser"])
+    check_profile(profile, {"latent": (4, 4, 48, 128)}, "denoiser")
     with pytest.raises(BackendError) as caught:
-        require_in_profile(profile, {"latent": (5, 4, 64, 64), "hint": (1, 6, 40, 64)}, "denoiser")
+        check_profile(profile, {"latent": (5, 4, 64, 64), "hint": (1, 6, 40, 64)}, "denoiser")
     assert "latent: found [5, 4, 64, 64]; expected [1, 4, 48, 48] to [4, 4, 128, 128]" in str(caught.value)
     assert "hint: found [1, 6, 40, 64]" in str(caught.value)
 
@@ -113,7 +113,7 @@ def test_output_shapes_follow_from_the_inputs() -> None:
     [
         ("graph", "vae_decoder"),
         ("onnx", "b" * 64),
-        ("profile", {"latent": ShapeSpan((1,), (1,), (2,))}),
+        ("profile", {"latent": InputShapes((1,), (1,), (2,))}),
         ("compute_dtype", "fp32"),
         ("library", "tensorrt"),
         ("library_version", "1.8.0"),
@@ -133,14 +133,13 @@ def test_every_field_of_a_key_counts() -> None:
 
 
 def test_an_engine_serves_its_targets_and_its_gpu() -> None:
-    assert a_key().serves("12.0", "anything") == []
-    assert a_key().serves("8.6", "anything") == ["targets: found 8.9, 12.0; expected 8.6, that of the GPU"]
+    assert a_key().unsupported_reasons("12.0", "anything") == []
+    assert a_key().unsupported_reasons("8.6", "anything") == ["targets: found 8.9, 12.0; expected 8.6, the GPU's"]
     portable = a_key(targets=("portable",))
-    assert [capability for capability in ("7.5", "8.0", "8.6", "12.1") if not portable.serves(capability, "")] == [
-        "8.0", "8.6", "12.1",
-    ]  # fmt: skip
+    supported = {name: not portable.unsupported_reasons(name, "") for name in ("7.5", "8.0", "8.6", "12.1")}
+    assert supported == {"7.5": False, "8.0": True, "8.6": True, "12.1": True}
     timed = a_key(library="tensorrt", targets=("8.9",), gpu="NVIDIA L4")
-    assert timed.serves("8.9", "NVIDIA L40S") == ["gpu: found NVIDIA L4; expected NVIDIA L40S"]
+    assert timed.unsupported_reasons("8.9", "NVIDIA L40S") == ["gpu: found NVIDIA L4; expected NVIDIA L40S"]
 
 
 def test_a_record_comes_back_as_it_was_saved(tmp_path: Path) -> None:
@@ -207,5 +206,5 @@ def test_engines_lie_with_their_base(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     fingerprint = Bundle.open(EMBEDDED, verify_hashes=False).manifest.fingerprint
     folder = tmp_path / "compiled" / f"mini-{fingerprint[:16]}" / "tensorrt" / "fp16"
     assert engine_folder(EMBEDDED, "tensorrt", "fp16") == folder
-    with pytest.raises(BackendError, match="is no bundle"):
+    with pytest.raises(BackendError, match="is not a bundle"):
         engine_folder(tmp_path, "tensorrt", "fp16")

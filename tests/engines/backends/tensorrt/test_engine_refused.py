@@ -12,7 +12,7 @@ import pytest
 from fake_denoiser import SPEC
 from fake_gpu import FakeCuda
 from lsast_engines.backends.tensorrt.engine import TensorRtEngine
-from lsast_engines.backends.tensorrt.shape_profile import Ranges, Span
+from lsast_engines.backends.tensorrt.shape_profile import Range, ShapeRanges
 from lsast_engines.errors import BackendError
 
 Compiled = Callable[..., Path]
@@ -26,7 +26,7 @@ Open = Callable[..., TensorRtEngine]
         ({"graph": "vae_decoder"}, "graph: found vae_decoder; expected denoiser"),
         ({"library_version": "1.6.0"}, "library_version: found 1.6.0; expected 1.7.1"),
         ({"compute_dtype": "fp32"}, "compute_dtype: found fp32; expected fp16"),
-        ({"targets": ("8.6",)}, "targets: found 8.6; expected 8.9, that of the GPU"),
+        ({"targets": ("8.6",)}, "targets: found 8.6; expected 8.9, the GPU's"),
         ({"gpu": "Other GPU"}, "gpu: found Other GPU; expected Fake GPU"),
     ],
 )
@@ -65,7 +65,7 @@ def test_what_the_library_refuses_comes_with_its_words(compiled: Compiled, open_
 
 
 def test_an_engine_of_another_profile_than_recorded_is_refused(compiled: Compiled, open_it: Open) -> None:
-    other = json.dumps({"graph": "denoiser", "profile": Ranges(Span(64, 64, 256)).profile(SPEC)}).encode()
+    other = json.dumps({"graph": "denoiser", "profile": ShapeRanges(Range(64, 64, 256)).profile(SPEC)}).encode()
     compiled(content=other)
     with pytest.raises(BackendError, match=r"latent: found profile .*; expected"):
         open_it()

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from golden_sets import GoldenFiles, both_sets
-from lsast_engines.backends.base import available_backends
+from lsast_engines.backends.registry import available_backends
 from lsast_engines.errors import MissingExtraError
 from lsast_export.cli.golden import golden_command
 from lsast_export.parity.golden import compare as golden

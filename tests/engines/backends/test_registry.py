@@ -1,0 +1,109 @@
+"""The registry: which backend and device serve a request, and what is said where none does."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+
+from lsast_engines.backends.registry import available_backends, open_engine, require_backend
+from lsast_engines.errors import BackendError, MissingExtraError, UsageError
+
+BACKENDS = ("openvino", "onnxruntime")
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, *libraries: str) -> None:
+    for library in libraries:
+        monkeypatch.setitem(sys.modules, library, None)
+
+
+def test_auto_takes_what_is_installed(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for library in BACKENDS:
+        pytest.importorskip(library)
+    assert list(available_backends()) == ["onnxruntime", "openvino"]
+    assert all("cpu" in devices for devices in available_backends().values())
+    assert open_engine(toy.path, toy.spec).backend == "onnxruntime"
+    assert open_engine(toy.path, toy.spec, "OpenVINO", "CPU").backend == "openvino"
+    hide(monkeypatch, "onnxruntime")
+    assert list(available_backends()) == ["openvino"]
+    assert open_engine(toy.path, toy.spec).backend == "openvino"
+
+
+def test_auto_passes_over_what_computes_in_fp32_only(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    opened = []
+    monkeypatch.setattr("lsast_engines.backends.openvino.devices", lambda: ["cpu"])
+    monkeypatch.setattr("lsast_engines.backends.openvino.OpenVinoEngine", lambda *given: opened.append(given))
+    open_engine(toy.path, toy.spec, compute_dtype="bf16")
+    assert opened == [(toy.path, toy.spec, "cpu", None, "bf16")]
+    monkeypatch.setattr("lsast_engines.backends.openvino.devices", list)
+    with pytest.raises(
+        BackendError, match="'auto' with device 'auto' and compute_dtype bf16; available: onnxruntime on"
+    ):
+        open_engine(toy.path, toy.spec, compute_dtype="bf16")
+
+
+def test_no_backend_is_one_line_that_mends_it(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hide(monkeypatch, "openvino", "onnxruntime")
+    assert available_backends() == {}
+    with pytest.raises(MissingExtraError, match=r"pip install 'lsast\[cpu\]'"):
+        open_engine(toy.path, toy.spec)
+    with pytest.raises(MissingExtraError, match=r"openvino is not installed.*pip install 'lsast\[openvino\]'"):
+        open_engine(toy.path, toy.spec, "openvino")
+
+
+def test_explicit_wishes_are_met_or_refused(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(BackendError, match=r"found no backend 'tensorflow' .*available: .*onnxruntime on cpu"):
+        open_engine(toy.path, toy.spec, "tensorflow")
+    for backend in ("auto", "onnxruntime"):
+        with pytest.raises(BackendError, match=rf"'{backend}' with device 'tpu'; available: .*onnxruntime on cpu"):
+            open_engine(toy.path, toy.spec, backend, "tpu")
+    for backend in ("auto", "onnxruntime", "openvino"):
+        with pytest.raises(UsageError, match=r"--compute-dtype int8 was removed: .*lsast-export quantize"):
+            open_engine(toy.path, toy.spec, backend, compute_dtype="int8")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="found 0 threads"):
+        open_engine(toy.path, toy.spec, threads=0)
+    hide(monkeypatch, "openvino")
+    with pytest.raises(
+        BackendError, match=r"'openvino' .*available: onnxruntime on cpu.*pip install 'lsast\[openvino\]'"
+    ):
+        open_engine(toy.path, toy.spec, "openvino")
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_compiled_backend_means_the_gpu(toy: Any, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    opened = []
+    monkeypatch.setattr("lsast_engines.backends.tensorrt.engine.devices", lambda flavor: ["cuda"])
+    monkeypatch.setattr(
+        "lsast_engines.backends.tensorrt.engine.TensorRtEngine", lambda *given, flavor: opened.append((given, flavor))
+    )
+    open_engine(toy.path, toy.spec, "tensorrt-rtx", device, compute_dtype="fp16")
+    assert opened == [((toy.path, toy.spec, "cuda", None, "fp16"), "tensorrt-rtx")]
+
+
+def test_auto_does_not_leave_the_cpu_for_a_gpu(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("lsast_engines.backends.tensorrt.engine.devices", lambda flavor: ["cuda"])
+    assert open_engine(toy.path, toy.spec).device == "cpu"
+
+
+def test_require_backend_raises_for_what_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lsast_engines.backends.registry.available_backends", lambda: {"openvino": ["cpu"]})
+    require_backend("auto")
+    require_backend("openvino")
+    with pytest.raises(MissingExtraError, match=r"onnxruntime is not installed.*lsast\[cpu\]"):
+        require_backend("onnxruntime")
+    monkeypatch.setattr("lsast_engines.backends.registry.available_backends", dict)
+    with pytest.raises(MissingExtraError, match=r"lsast\[cpu\]"):
+        require_backend("auto")
+
+
+def test_open_engine_on_the_cpu_loads_no_module_of_tensorrt(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    for name in [name for name in sys.modules if name.startswith("lsast_engines.backends.tensorrt")]:
+        monkeypatch.delitem(sys.modules, name)
+    hide(monkeypatch, "openvino")
+    assert open_engine(toy.path, toy.spec).backend == "onnxruntime"
+    assert not [name for name in sys.modules if name.startswith("lsast_engines.backends.tensorrt")]
