@@ -28,7 +28,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from lsast_engines.diffusion.solvers import make_solver
 from lsast_engines.diffusion.timesteps import TimestepSchedule
 from lsast_engines.environment import peak_memory
-from lsast_train.base.base import Base, load_base
+from lsast_train.base.attention import layer_contexts
+from lsast_train.base.base import Base
+from lsast_train.base.lazy_base import load_base
 
 STEPS, STRENGTH, GUIDANCE, STAGES = 50, 0.7, 10.0, 10
 RUN = int(STEPS * STRENGTH)
@@ -40,28 +42,28 @@ Paint = Callable[[int], list[float]]
 def reference(base: Base, size: int, dtype: torch.dtype) -> Paint:
     """The released loop in eager torch."""
     generator = torch.Generator().manual_seed(0)
-    contexts = torch.randn(STAGES, 1, 3, base.facts.tokens, base.context_dim, generator=generator).to(dtype)
+    contexts = torch.randn(STAGES, 1, 3, base.config.tokens, base.context_dim, generator=generator).to(dtype)
     null = base.null_context.expand(1, 3, -1, -1)
     image, edges = _picture(size, dtype)
 
     def paint(steps: int) -> list[float]:
-        schedule = TimestepSchedule.build(base.facts.noise, STEPS, _strength(steps), STAGES, "released")
-        solver = make_solver("released", base.facts.noise, schedule)
+        schedule = TimestepSchedule.build(base.config.noise, STEPS, _strength(steps), STAGES, "ddim_lsast")
+        solver = make_solver("ddim_lsast", base.config.noise, schedule)
         mean, std = base.encode(image)
-        z0 = base.facts.latent_scale * (mean + std * torch.randn(mean.shape, generator=generator).to(dtype))
+        z0 = base.config.latent_scale * (mean + std * torch.randn(mean.shape, generator=generator).to(dtype))
         noise = torch.randn(mean.shape, generator=generator)
         latent = schedule.add_noise(z0.float().numpy(), noise.numpy(), schedule.start_t)
         ticks = [time.perf_counter()]
         for index, step in enumerate(schedule.steps):
             z, t = torch.from_numpy(latent).to(dtype), torch.tensor([step.t])
-            base.control_box.fill(contexts[step.stage])
-            down, mid = base.controlnet(z, t, base.control_box.down, edges, return_dict=False)
-            base.unet_box.fill(torch.cat([null, contexts[step.stage]]))
+            kwargs = layer_contexts(contexts[step.stage])
+            down, mid = base.controlnet(z, t, None, edges, cross_attention_kwargs=kwargs, return_dict=False)
             twice, times = z.expand(2, -1, -1, -1), t.expand(2)
             output = base.unet(
                 twice,
                 times,
-                base.unet_box.down,
+                None,
+                cross_attention_kwargs=layer_contexts(torch.cat([null, contexts[step.stage]])),
                 down_block_additional_residuals=down,
                 mid_block_additional_residual=mid,
                 return_dict=False,
@@ -70,7 +72,7 @@ def reference(base: Base, size: int, dtype: torch.dtype) -> Paint:
             latent = solver.step(unconditional + GUIDANCE * (conditional - unconditional), index, latent[0])[None]
             latent = np.asarray(latent, np.float32)
             ticks.append(time.perf_counter())
-        base.decode(torch.from_numpy(latent).to(dtype) / base.facts.latent_scale)
+        base.decode(torch.from_numpy(latent).to(dtype) / base.config.latent_scale)
         return [later - earlier for earlier, later in pairwise(ticks)]
 
     return paint
@@ -83,7 +85,7 @@ class PipelineAutoencoder(nn.Module):
         super().__init__()
         self._base = base
         self.dtype, self.device = dtype, torch.device("cpu")
-        self.config = SimpleNamespace(scaling_factor=base.facts.latent_scale, block_out_channels=(1, 1, 1, 1))
+        self.config = SimpleNamespace(scaling_factor=base.config.latent_scale, block_out_channels=(1, 1, 1, 1))
 
     def encode(self, image: torch.Tensor) -> Any:
         mean, std = self._base.encode(image)
@@ -95,7 +97,7 @@ class PipelineAutoencoder(nn.Module):
 
 def diffusers(base: Base, size: int, dtype: torch.dtype) -> Paint:
     """`StableDiffusionControlNetImg2ImgPipeline` as it comes."""
-    noise = base.facts.noise
+    noise = base.config.noise
     scheduler = DDIMScheduler(
         noise.train_steps,
         noise.beta_start,
@@ -104,7 +106,7 @@ def diffusers(base: Base, size: int, dtype: torch.dtype) -> Paint:
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
-        prediction_type=base.facts.prediction,
+        prediction_type=base.config.prediction,
     )
     for network in (base.unet, base.controlnet):
         network.set_attn_processor(AttnProcessor2_0())
@@ -121,7 +123,7 @@ def diffusers(base: Base, size: int, dtype: torch.dtype) -> Paint:
     )
     pipeline.set_progress_bar_config(disable=True)
     image, edges = _picture(size, dtype)
-    prompt = torch.randn(1, base.facts.tokens, base.context_dim, generator=torch.Generator().manual_seed(0)).to(dtype)
+    prompt = torch.randn(1, base.config.tokens, base.context_dim, generator=torch.Generator().manual_seed(0)).to(dtype)
 
     def paint(steps: int) -> list[float]:
         ticks: list[float] = []

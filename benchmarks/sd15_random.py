@@ -134,12 +134,12 @@ def write_prompts(folder: Path) -> None:
     """Prompts of the size of contexts: the last thing in the text encoder is a norm."""
     import torch
 
-    from lsast_train.base.base import open_base_parts
+    from lsast_train.base.lazy_base import open_base
     from lsast_train.prompts.prompt_file import Prompts, save_prompts
     from lsast_train.prompts.prompt_space import matrix_table
 
-    parts = open_base_parts(source(folder))
-    matrices = torch.randn(30, parts.facts.tokens, TEXT["hidden_size"])
+    parts = open_base(source(folder))
+    matrices = torch.randn(30, parts.config.tokens, TEXT["hidden_size"])
     prompts = matrices[matrix_table("step+layer")]
     learned = Prompts(STYLE, parts.fingerprint, "step+layer", "direct", "strided", "all", prompts, matrices)
     save_prompts(learned, folder / f"{STYLE}.prompts.safetensors")
@@ -265,7 +265,7 @@ def step(folder: Path, precision: Any, checkpointing: bool, size: int) -> None:
     """One measurement of `train`."""
     import dataclasses
 
-    from lsast_train.base.base import load_base
+    from lsast_train.base.lazy_base import load_base
     from lsast_train.evaluation import round_unet
     from lsast_train.options import PRESETS
     from train_step import training_step_cost

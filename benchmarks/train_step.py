@@ -47,7 +47,7 @@ def training_step_cost(base: Base, options: TrainOptions, steps: int = 2) -> Ste
     seconds, loss = [], torch.tensor(0.0)
     for _ in range(steps):
         noise = torch.randn(latents.shape, generator=generator)
-        timestep = torch.randint(base.facts.noise.train_steps, (options.batch,), generator=generator)
+        timestep = torch.randint(base.config.noise.train_steps, (options.batch,), generator=generator)
         began = time.perf_counter()
         loss = noise_error(base, space, latents, noise, timestep, options.precision, generator).mean()
         optimizer.zero_grad(set_to_none=True)

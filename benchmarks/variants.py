@@ -26,7 +26,7 @@ import torch
 
 from bench.machine import describe
 from lsast_engines.files import replace_file
-from lsast_train.base.base import load_base
+from lsast_train.base.lazy_base import load_base
 from lsast_train.inversion import Inversion
 from lsast_train.options import PRESETS
 from lsast_train.paintings import Collection
@@ -70,7 +70,7 @@ def main(
             if (found := json.loads(target.read_text())["setting"]) != setting:
                 raise click.ClickException(f"{target} is a run of {found}; expected {setting}: choose another --out")
             continue
-        collection = collection or Collection.load(paintings, quick.size, quick.crop, loaded.facts.size)
+        collection = collection or Collection.load(paintings, quick.size, quick.crop, loaded.config.size)
         options = replace(quick, variant=variant, generator=generator, seed=seed)
         with tempfile.TemporaryDirectory() as folder:
             outcome = Inversion(loaded, collection, options, "variant", Path(folder)).run()

@@ -42,7 +42,7 @@ def text_base() -> Base:
     for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     base = build_mini(MiniConfig.tiny())
-    base.facts = replace(base.facts, name="tiny-sd", family="sd15", prediction="epsilon", tokens=77)
+    base.config = replace(base.config, name="tiny-sd", family="sd15", prediction="epsilon", tokens=77)
     base.text_encoder, base.style_encoder = encoder, None
     base.null_context = encoder(torch.tensor([[398] + [399] * 76])).last_hidden_state[0]
     return base

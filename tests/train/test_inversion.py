@@ -18,6 +18,7 @@ from diffusers import DDPMScheduler
 
 from lsast_engines.errors import TrainingError, UsageError
 from lsast_train import inversion
+from lsast_train.base.attention import layer_contexts
 from lsast_train.base.base import Base
 from lsast_train.evaluation import Probe, Purpose, noise_error, round_unet, seeded
 from lsast_train.inversion import Inversion
@@ -310,8 +311,8 @@ def test_weighting_v_is_the_error_of_v(
     loss = run.loss(step=seed, process=0)
     latents, noise, time = seen["latents"], seen["noise"], seen["time"]
     schedule = _schedule()
-    base.unet_box.fill(run.space.contexts(time))
-    output = base.unet(schedule.add_noise(latents, noise, time), time, base.unet_box.down, return_dict=False)[0]
+    noisy, kwargs = schedule.add_noise(latents, noise, time), layer_contexts(run.space.contexts(time))
+    output = base.unet(noisy, time, None, cross_attention_kwargs=kwargs, return_dict=False)[0]
     error = (output - schedule.get_velocity(latents, noise, time)).square().mean()
     limit = 20 * schedule.alphas_cumprod[time].item()
     torch.testing.assert_close(loss, error * min(1, limit), rtol=1e-4, atol=1e-6)
@@ -327,8 +328,8 @@ def test_processes_and_steps_draw_their_own_batches(
 
 
 def _stub_base(eps: Callable[..., torch.Tensor]) -> Any:
-    facts = SimpleNamespace(noise=SimpleNamespace(train_steps=1000))
-    return SimpleNamespace(eps=eps, add_noise=_schedule().add_noise, facts=facts)
+    config = SimpleNamespace(noise=SimpleNamespace(train_steps=1000))
+    return SimpleNamespace(eps=eps, add_noise=_schedule().add_noise, config=config)
 
 
 def test_a_perfect_base_has_no_error_and_a_blind_one_that_of_the_noise() -> None:

@@ -201,7 +201,7 @@ def test_latents_are_samples_of_the_posterior_in_the_units_of_the_unet(kind: Any
         shape = (len(image), 4, 8, 8)
         return torch.full(shape, 2.0), torch.full(shape, 3.0)
 
-    stub: Any = SimpleNamespace(encode=encode, null_context=torch.zeros(1), facts=SimpleNamespace(latent_scale=0.5))
+    stub: Any = SimpleNamespace(encode=encode, device=torch.device("cpu"), config=SimpleNamespace(latent_scale=0.5))
     pictures = [Painting("x", _gradient(64, 64))]
     source = kind(stub, pictures, 64) if kind is FreshViews else kind.of(stub, pictures, 64, 1, _generator())
     drawn = source.draw(200, _generator())

@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from golden_sets import GoldenFiles, both_sets
-from lsast_train.base.base import Base, BaseFacts
+from lsast_train.base.base import Base, BaseConfig, build_base
 from lsast_train.base.mini_autoencoder import MiniAutoencoder
 from lsast_train.checkpoints.compvis import controlnet_from_compvis, unet_from_compvis
 from lsast_train.evaluation import noise_error
@@ -64,7 +64,7 @@ def _released_unet(unet: UNet2DConditionModel, noisy: Any, t: torch.Tensor, cont
 
 @pytest.mark.parametrize("time", [0, 99, 340, 999])
 def test_loss_and_gradient_are_those_of_a_unet_whose_encoder_runs_without_gradient(base: Base, time: int) -> None:
-    base.facts = replace(base.facts, prediction="epsilon")
+    base.config = replace(base.config, prediction="epsilon")
     torch.manual_seed(time)
     contexts, latents, noise = torch.randn(12, 4, 24), torch.randn(1, 4, 16, 16), torch.randn(1, 4, 16, 16)
     space, t = _space(contexts), torch.tensor([time])
@@ -98,8 +98,8 @@ def test_nothing_before_the_decoder_is_kept_for_the_way_back(base: Base) -> None
 @both_sets
 def test_noise_error_of_a_released_training_step_is_the_recorded_one(golden: GoldenFiles) -> None:
     tokens, dim = golden.tensors("io")["unconditional"].shape
-    base = Base(
-        BaseFacts("golden", "sd15", "epsilon", tokens, 128, 0.18215),
+    base = build_base(
+        BaseConfig("golden", "sd15", "epsilon", tokens, 128, 0.18215),
         "0" * 64,
         unet_from_compvis(golden.tensors("unet"), heads=golden.heads),
         controlnet_from_compvis(golden.tensors("control"), heads=golden.heads),

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from lsast_train.base.base import Base, save_base
+from lsast_train.base.base import Base
+from lsast_train.base.lazy_base import save_base
 from lsast_train.inversion import Inversion
 from lsast_train.options import PRESETS
 from lsast_train.paintings import Collection
@@ -51,7 +52,7 @@ def test_two_processes_average_their_gradients_and_write_once(base: Base, painti
 
     # The same in one process, by hand: the mean of the losses that both processes drew.
     options = replace(PRESETS["quick"], steps=STEPS, batch=2, size=64, precision="fp32")
-    collection = Collection.load(paintings, 64, painted=base.facts.size, progress=False)
+    collection = Collection.load(paintings, 64, painted=base.config.size, progress=False)
     alone = Inversion(base, collection, options, "red", tmp_path / "alone")
     loss_sum = 0.0
     for step in range(STEPS):

@@ -90,7 +90,7 @@ class Probe:
     def timesteps(self, stage: int, stages: int) -> torch.Tensor:
         """The timesteps [N] of the latents in `stage`, spread evenly over it."""
         count = len(self._latents)
-        length = self._base.facts.noise.train_steps / stages
+        length = self._base.config.noise.train_steps / stages
         return torch.tensor([int(length * (stage + (index + 0.5) / count)) for index in range(count)])
 
     @torch.no_grad()

@@ -114,9 +114,9 @@ class Inversion:
         on_step: Callable[[int, float], None] | None = None,
     ) -> None:
         faults = style_name_faults(name)
-        if options.size % base.facts.multiple:
+        if options.size % base.config.multiple:
             faults.append(
-                f"size: found {options.size}; expected a multiple of {base.facts.multiple} for base {base.facts.name}"
+                f"size: found {options.size}; expected a multiple of {base.config.multiple} for base {base.config.name}"
             )
         if faults:
             raise UsageError(fault_list("this run cannot be meant:", faults))
@@ -251,7 +251,7 @@ class Inversion:
         generator = seeded(options.seed, Purpose.STEP, process, step)
         latents = self._source.draw(options.batch, generator)
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-        timestep = torch.randint(base.facts.noise.train_steps, (options.batch,), generator=generator)
+        timestep = torch.randint(base.config.noise.train_steps, (options.batch,), generator=generator)
         timestep = timestep.to(latents.device)
         dropout = seeded(options.seed, Purpose.DROPOUT, process, step)
         error = noise_error(base, self.space, latents, noise, timestep, options.precision, dropout)
@@ -341,7 +341,7 @@ class Inversion:
             "works": str(len(self.collection.training) + len(self.collection.held_out)),
             "works_held_out": str(len(self.collection.held_out)),
             "paintings_sha256": self.collection.digest,
-            "base_name": self.base.facts.name,
+            "base_name": self.base.config.name,
             "options": json.dumps(asdict(self.options), sort_keys=True),
             "processes": str(self.accelerator.num_processes),
             "steps": str(outcome.steps),

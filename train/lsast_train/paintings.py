@@ -218,10 +218,10 @@ def _fit(pixels: npt.NDArray[np.uint8], size: int, crop: Crop) -> npt.NDArray[np
 def _encode(base: Base, pictures: Sequence[npt.NDArray[np.uint8]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Square pictures [size, size, 3] → mean and deviation [B, 4, h, w] of the unscaled latents, on the CPU."""
     pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-    mean, std = base.encode(pixels.to(base.null_context.device).float() / 127.5 - 1)
+    mean, std = base.encode(pixels.to(base.device).float() / 127.5 - 1)
     return mean.cpu(), std.cpu()
 
 
 def _sample(base: Base, mean: torch.Tensor, std: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    latent = base.facts.latent_scale * (mean + std * torch.randn(mean.shape, generator=generator))
-    return latent.to(base.null_context.device)
+    latent = base.config.latent_scale * (mean + std * torch.randn(mean.shape, generator=generator))
+    return latent.to(base.device)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from lsast_engines.errors import BundleError, LsastError, TrainingError, UsageError
 from lsast_export.__main__ import main as lsast_export
 from lsast_train.__main__ import main as lsast_train
-from lsast_train.base.base import load_base, open_base_parts
+from lsast_train.base.lazy_base import load_base, open_base
 from lsast_train.checkpoints.source import BaseSource
 
 NETWORKS = ("unet", "controlnet", "autoencoder", "text_encoder")
@@ -57,7 +57,7 @@ def test_a_single_file_gives_the_networks_it_was_written_from(compvis_base: Any)
     assert loaded.keys() == set(NETWORKS)
     for name in NETWORKS:
         assert _same(loaded[name], compvis_base.networks["ema" if name == "unet" else name]), name
-    facts = base.facts
+    facts = base.config
     assert (facts.name, facts.family, facts.prediction, facts.tokens) == ("tiny-v1-5", "sd15", "epsilon", 77)
     assert (facts.latent_scale, facts.size, facts.multiple) == (0.18215, 512, 16)  # 8 x one halving of the U-Net
     assert facts.training == {
@@ -82,17 +82,17 @@ def test_equal_weights_have_one_fingerprint_in_every_format(compvis_base: Any, f
     for key in sorted(named, key=lambda key: key.split(".", 1)):
         digest.update(f"{key} {list(named[key].shape)}\n".encode() + named[key].tobytes())
     parts = [
-        open_base_parts(_source(compvis_base)),
-        open_base_parts(BaseSource(folder, tmp_path / "canny")),
-        open_base_parts(BaseSource(folder, compvis_base.controlnet_file)),
+        open_base(_source(compvis_base)),
+        open_base(BaseSource(folder, tmp_path / "canny")),
+        open_base(BaseSource(folder, compvis_base.controlnet_file)),
     ]
     assert [part.fingerprint for part in parts] == [digest.hexdigest()] * 3
-    assert open_base_parts(_source(compvis_base, unet_weights="non-ema")).fingerprint != digest.hexdigest()
+    assert open_base(_source(compvis_base, unet_weights="non-ema")).fingerprint != digest.hexdigest()
     halved = {k: v.half() if v.is_floating_point() else v for k, v in _one(compvis_base.tensors).items()}
     save_file(halved, tmp_path / "half.safetensors")
     widened = {k: v.float() if v.is_floating_point() else v for k, v in halved.items()}
     save_file(widened, tmp_path / "full.safetensors")
-    half, full = (open_base_parts(_source(compvis_base, base=tmp_path / f"{n}.safetensors")) for n in ("half", "full"))
+    half, full = (open_base(_source(compvis_base, base=tmp_path / f"{n}.safetensors")) for n in ("half", "full"))
     assert half.fingerprint == full.fingerprint != digest.hexdigest()
 
 
@@ -119,9 +119,9 @@ def test_ema_or_not(
         file = tmp_path / "one.safetensors"
         save_file(_one(compvis_base.tensors), file)
     with caplog.at_level(logging.INFO, "lsast"):
-        parts = open_base_parts(_source(compvis_base, base=file, unet_weights=wanted))
+        parts = open_base(_source(compvis_base, base=file, unet_weights=wanted))
     assert _same(parts.load("unet"), compvis_base.networks[taken])
-    assert parts.facts.training["unet_weights"] == fact
+    assert parts.config.training["unet_weights"] == fact
     assert f"unet weights: {fact}" in caplog.text
 
 
@@ -129,11 +129,11 @@ def test_ema_that_is_not_there_is_an_error(compvis_base: Any, tmp_path: Path) ->
     save_file(_one(compvis_base.tensors), tmp_path / "one.safetensors")
     for wanted in ("ema", "non-ema"):
         with pytest.raises(TrainingError, match=f"found one set of weights .* two sets for --unet-weights {wanted}"):
-            open_base_parts(_source(compvis_base, base=tmp_path / "one.safetensors", unet_weights=wanted))
+            open_base(_source(compvis_base, base=tmp_path / "one.safetensors", unet_weights=wanted))
     broken = {k: v for k, v in compvis_base.tensors.items() if k != "model_ema.diffusion_modelout2bias"}
     save_file(broken, tmp_path / "broken.safetensors")
     with pytest.raises(TrainingError, match=r"without 1 of \d+ tensors.*\n.*modelout2bias"):
-        open_base_parts(_source(compvis_base, base=tmp_path / "broken.safetensors"))
+        open_base(_source(compvis_base, base=tmp_path / "broken.safetensors"))
 
 
 @pytest.mark.parametrize("ending", ["ckpt", "pth"])
@@ -141,7 +141,7 @@ def test_pickled_checkpoints_go_through_the_restricted_loader(compvis_base: Any,
     base, control = tmp_path / f"tiny.{ending}", tmp_path / f"control.{ending}"
     torch.save({"epoch": 3, "state_dict": {k: v.half() for k, v in compvis_base.tensors.items()}}, base)
     torch.save(load_file(compvis_base.controlnet_file), control)
-    parts = open_base_parts(BaseSource(base, control))
+    parts = open_base(BaseSource(base, control))
     assert _same(parts.load("controlnet"), compvis_base.networks["controlnet"])
     halved = parts.load("unet").state_dict()
     assert all(torch.equal(halved[k], v.half().float()) for k, v in compvis_base.networks["ema"].state_dict().items())
@@ -204,16 +204,16 @@ def test_a_diffusers_folder_in_each_of_its_forms(
         exact = name == "controlnet"
         for key, value in _tensors(found).items():
             assert torch.equal(value, expected[key] if exact else rounded(expected[key])), (name, key)
-    assert base.facts.latent_scale == 0.18215
+    assert base.config.latent_scale == 0.18215
     assert (base.text_encoder.config.bos_token_id, base.text_encoder.config.eos_token_id) == (398, 399)
 
 
 def test_non_ema_weights_of_a_folder(compvis_base: Any, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"no diffusion_pytorch_model\.non_ema\.safetensors"):
-        open_base_parts(BaseSource(folder, tmp_path / "canny", "ema"))
+        open_base(BaseSource(folder, tmp_path / "canny", "ema"))
     compvis_base.networks["unet"].save_pretrained(folder / "unet", variant="non_ema")
     for wanted, network in (("non-ema", "unet"), ("ema", "ema"), ("auto", "ema")):
-        parts = open_base_parts(BaseSource(folder, tmp_path / "canny", wanted))  # type: ignore[arg-type]
+        parts = open_base(BaseSource(folder, tmp_path / "canny", wanted))  # type: ignore[arg-type]
         assert _same(parts.load("unet"), compvis_base.networks[network])
 
 
@@ -222,20 +222,20 @@ def test_the_schedule_of_a_folder_is_read(compvis_base: Any, folder: Path, tmp_p
     (folder / "scheduler").mkdir()
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps({**schedule, "prediction_type": "v_prediction"}))
-    facts = open_base_parts(BaseSource(folder, tmp_path / "canny")).facts
+    facts = open_base(BaseSource(folder, tmp_path / "canny")).config
     assert (facts.noise.curve, facts.noise.beta_end, facts.prediction) == ("linear", 0.02, "v_prediction")
     file.write_text(json.dumps({**schedule, "prediction_type": "sample"}))
     with pytest.raises(TrainingError, match="scheduler: found prediction 'sample'"):
-        open_base_parts(BaseSource(folder, tmp_path / "canny"))
+        open_base(BaseSource(folder, tmp_path / "canny"))
     file.write_text(json.dumps({**schedule, "rescale_betas_zero_snr": True}))
     with pytest.raises(TrainingError, match="rescale_betas_zero_snr; expected betas of a named schedule"):
-        open_base_parts(BaseSource(folder, tmp_path / "canny"))
+        open_base(BaseSource(folder, tmp_path / "canny"))
 
 
 def test_a_controlnet_file_may_have_diffusers_names(compvis_base: Any, tmp_path: Path) -> None:
     file = tmp_path / "canny.safetensors"
     save_file(compvis_base.networks["controlnet"].state_dict(), file)
-    parts = open_base_parts(_source(compvis_base, controlnet=file))
+    parts = open_base(_source(compvis_base, controlnet=file))
     assert _same(parts.load("controlnet"), compvis_base.networks["controlnet"])
 
 
@@ -243,13 +243,13 @@ def test_a_controlnet_of_differences_is_refused(compvis_base: Any, tmp_path: Pat
     file = tmp_path / "diff.safetensors"
     save_file({**load_file(compvis_base.controlnet_file), "difference": torch.ones(())}, file)
     with pytest.raises(TrainingError, match="controlnet: found differences to a U-Net"):
-        open_base_parts(_source(compvis_base, controlnet=file))
+        open_base(_source(compvis_base, controlnet=file))
 
 
 def test_a_file_with_its_own_controlnet(compvis_base: Any, tmp_path: Path) -> None:
     file = tmp_path / "whole.safetensors"
     save_file({**compvis_base.tensors, **load_file(compvis_base.controlnet_file)}, file)
-    assert _same(open_base_parts(file).load("controlnet"), compvis_base.networks["controlnet"])
+    assert _same(open_base(file).load("controlnet"), compvis_base.networks["controlnet"])
 
 
 def test_other_element_types_are_converted_as_torch_does(compvis_base: Any) -> None:
@@ -316,7 +316,7 @@ def test_a_wrong_file_is_refused_with_what_was_found(
     file = tmp_path / "bad.safetensors"
     save_file(make(compvis_base.tensors), file)
     with pytest.raises(TrainingError) as caught:
-        open_base_parts(_source(compvis_base, base=file, controlnet=compvis_base.controlnet_file))
+        open_base(_source(compvis_base, base=file, controlnet=compvis_base.controlnet_file))
     for message in messages:
         assert message in str(caught.value), caught.value
 
@@ -337,7 +337,7 @@ def test_parts_of_two_models_are_refused_together(compvis: Any, compvis_base: An
     rest = {k: v for k, v in compvis_base.tensors.items() if not k.startswith("cond_stage")}
     save_file({**rest, **text}, tmp_path / "mixed.safetensors")
     with pytest.raises(TrainingError) as caught:
-        open_base_parts(BaseSource(tmp_path / "mixed.safetensors", tmp_path / "other"))
+        open_base(BaseSource(tmp_path / "mixed.safetensors", tmp_path / "other"))
     for message in (
         "controlnet block_out_channels: found [64, 64]; expected [32, 64] (the U-Net's)",
         "controlnet layers_per_block: found 2; expected 1",
@@ -350,16 +350,16 @@ def test_parts_of_two_models_are_refused_together(compvis: Any, compvis_base: An
 
 def test_a_controlnet_must_be_named_and_be_one(compvis_base: Any, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"controlnet: found none in tiny-v1-5\.safetensors.*--controlnet"):
-        open_base_parts(compvis_base.file)
+        open_base(compvis_base.file)
     with pytest.raises(TrainingError, match=r"controlnet: found a base in tiny-v1-5\.safetensors"):
-        open_base_parts(BaseSource(folder, compvis_base.file))
+        open_base(BaseSource(folder, compvis_base.file))
     with pytest.raises(TrainingError, match="controlnet: found a UNet2DConditionModel; expected a ControlNetModel"):
-        open_base_parts(BaseSource(folder, folder / "unet"))
+        open_base(BaseSource(folder, folder / "unet"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(TrainingError, match="controlnet: found none in empty"):
-        open_base_parts(BaseSource(folder, tmp_path / "empty"))
+        open_base(BaseSource(folder, tmp_path / "empty"))
     with pytest.raises(TrainingError, match=r"gone\.safetensors cannot be read"):
-        open_base_parts(BaseSource(folder, tmp_path / "gone.safetensors"))
+        open_base(BaseSource(folder, tmp_path / "gone.safetensors"))
 
 
 def test_folders_that_lack_something(compvis_base: Any, folder: Path, tmp_path: Path) -> None:
@@ -368,7 +368,7 @@ def test_folders_that_lack_something(compvis_base: Any, folder: Path, tmp_path: 
     shutil.rmtree(folder / "unet")
     (folder / "model_index.json").write_text("{}")
     with pytest.raises(TrainingError) as caught:
-        open_base_parts(BaseSource(folder, tmp_path / "canny"))
+        open_base(BaseSource(folder, tmp_path / "canny"))
     for message in (
         "unet: found none in tiny-v1-5",
         "autoencoder: found no vae/config.json",
@@ -382,7 +382,7 @@ def test_an_index_may_only_list_files_beside_it(folder: Path, tmp_path: Path) ->
     index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"conv_in.weight": "../../../secret.safetensors"}}))
     with pytest.raises(TrainingError, match=r"lists '\.\./\.\./\.\./secret.safetensors'"):
-        open_base_parts(BaseSource(folder, tmp_path / "canny"))
+        open_base(BaseSource(folder, tmp_path / "canny"))
 
 
 def test_names_that_are_nothing_say_what_may_be_named() -> None:
@@ -392,7 +392,7 @@ def test_names_that_are_nothing_say_what_may_be_named() -> None:
 
 def test_options_of_an_import_do_not_go_with_a_base_of_ours() -> None:
     with pytest.raises(UsageError, match="--controlnet, --revision, --unet-weights"):
-        open_base_parts(BaseSource(None, "x", "ema", "1234"))
+        open_base(BaseSource(None, "x", "ema", "1234"))
     with pytest.raises(UsageError, match=r"unet_weights: found 'both'.*\n.*heads: found 0"):
         BaseSource(unet_weights="both", heads=0)  # type: ignore[arg-type]
 
@@ -418,7 +418,7 @@ def test_the_command_lines_hand_the_options_on(
 @pytest.mark.parametrize("revision", [None, "main"])
 def test_the_hub_needs_a_pinned_revision(revision: str | None) -> None:
     with pytest.raises(UsageError, match="expected a commit hash or tag"):
-        open_base_parts(BaseSource("someone/stable-diffusion", revision=revision))
+        open_base(BaseSource("someone/stable-diffusion", revision=revision))
 
 
 @pytest.fixture
@@ -443,21 +443,21 @@ def hub(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> list[t
 
 
 def test_a_base_and_a_controlnet_from_the_hub(compvis_base: Any, hub: list[tuple[str, str, str, bool]]) -> None:
-    parts = open_base_parts(BaseSource("someone/tiny-v1-5", "else/canny@v1.1", revision="0123abc"))
+    parts = open_base(BaseSource("someone/tiny-v1-5", "else/canny@v1.1", revision="0123abc"))
     assert _same(parts.load("unet"), compvis_base.networks["ema"])
     assert _same(parts.load("controlnet"), compvis_base.networks["controlnet"])
     assert {(name, revision) for name, _, revision, _ in hub} == {
         ("someone/tiny-v1-5", "0123abc"),
         ("else/canny", "v1.1"),
     }
-    assert parts.facts.name == "tiny-v1-5"
-    assert parts.facts.training["source"] == "someone/tiny-v1-5"
-    assert (parts.facts.training["revision"], parts.facts.training["controlnet_revision"]) == ("0123abc", "v1.1")
+    assert parts.config.name == "tiny-v1-5"
+    assert parts.config.training["source"] == "someone/tiny-v1-5"
+    assert (parts.config.training["revision"], parts.config.training["controlnet_revision"]) == ("0123abc", "v1.1")
     # What is in the cache is not asked for on the network.
     assert all(local for name, path, _, local in hub if (name, path) == ("else/canny", "config.json"))
 
 
 def test_without_a_network_the_error_says_how_to_download(hub: list[tuple[str, str, str, bool]]) -> None:
     with pytest.raises(LsastError, match="hf download no/where --revision 0123abc"):
-        open_base_parts(BaseSource("no/where", revision="0123abc"))
+        open_base(BaseSource("no/where", revision="0123abc"))
     assert sum(not local for *_, local in hub) == 1  # a dead network is tried once

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from lsast_train.__main__ import main
-from lsast_train.base.base import Base, load_base, save_base
+from lsast_train.base.base import Base
+from lsast_train.base.lazy_base import load_base, save_base
 from lsast_train.prompts.prompt_file import load_prompts
 
 ROOMS = os.pathsep.join(str(Path(__file__).parents[3] / room) for room in ("engines", "train"))

@@ -18,9 +18,10 @@ from lsast_engines.diffusion.solvers import make_solver
 from lsast_engines.diffusion.timesteps import TimestepSchedule
 from lsast_engines.errors import StyleError, TrainingError, UsageError
 from lsast_train.__main__ import main
-from lsast_train.base.baked import baked_base
-from lsast_train.base.base import Base, save_base
-from lsast_train.base.kv_packing import pack
+from lsast_train.base.baked import BakedBase
+from lsast_train.base.base import Base
+from lsast_train.base.kv_packing import kv_layouts
+from lsast_train.base.lazy_base import save_base
 from lsast_train.distillation.distillation import Distillation
 from lsast_train.distillation.options import DistilOptions
 from lsast_train.distillation.result import distilled_meta
@@ -37,13 +38,13 @@ BRIEF = DistilOptions(guidance=4.0, pictures=4, noised=2, teacher_steps=4, steps
 
 def _prompts(base: Base, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return base.null_context + torch.randn(10, 3, base.facts.tokens, base.context_dim, generator=generator)
+    return base.null_context + torch.randn(10, 3, base.config.tokens, base.context_dim, generator=generator)
 
 
 def _source(base: Base, kind: str = "kv", meta: dict[str, str] | None = None) -> SourceStyle:
     prompts = _prompts(base)
     with torch.no_grad():
-        kv_unet, kv_control = (layout.project(prompts) for layout in pack(base))
+        kv_unet, kv_control = (layout.project(prompts) for layout in kv_layouts(base))
     return SourceStyle("hand", kv_unet, kv_control, prompts if kind == "prompts" else None, meta or {})
 
 
@@ -87,18 +88,18 @@ def test_one_pass_comes_nearer_to_two(base: Base, collection: Collection, tmp_pa
         prompts = load_prompts(outcome.style, base)
         assert prompts.meta["guidance_baked"] == "4"
         with torch.no_grad():
-            kv = pack(base)[0].project(prompts.prompts)
+            kv = kv_layouts(base)[0].project(prompts.prompts)
     content, states = run.exam
     squares = np.zeros((2, 10))
-    with baked_base(base) as baked:
-        for index in range(len(states.stage)):
-            row, stage = slice(index, index + 1), int(states.stage[index])
-            latent, time, hint = states.latent[row], states.timestep[row], content.hints[states.picture[row]]
-            control = source.kv_control[stage] if kind == "kv" else baked.control.project(prompts.prompts)[stage]
-            with torch.no_grad():
-                found = baked.predict(latent, time, (kv[stage], control), hint, 1.0)
-            for side, eps in enumerate((found, states.unguided[row])):
-                squares[side, stage] += (eps - states.target[row]).square().sum().item()
+    baked, control_layout = BakedBase(base), kv_layouts(base)[1]
+    for index in range(len(states.stage)):
+        row, stage = slice(index, index + 1), int(states.stage[index])
+        latent, time, hint = states.latent[row], states.timestep[row], content.hints[states.picture[row]]
+        control = source.kv_control[stage] if kind == "kv" else control_layout.project(prompts.prompts)[stage]
+        with torch.no_grad():
+            found = baked.predict(latent, time, (kv[stage], control), hint, 1.0)
+        for side, eps in enumerate((found, states.unguided[row])):
+            squares[side, stage] += (eps - states.target[row]).square().sum().item()
     assert np.sqrt(squares[0] / squares[1]).mean() == pytest.approx(outcome.relative, abs=0.01)
     evaluations = json.loads(outcome.curve.read_text())["evaluations"]
     assert evaluations[0]["relative_held_out"] == 1.0
@@ -107,14 +108,12 @@ def test_one_pass_comes_nearer_to_two(base: Base, collection: Collection, tmp_pa
 
 def test_targets_are_the_guided_noise_of_whole_passes(base: Base, collection: Collection, tmp_path: Path) -> None:
     run = Distillation(base, _source(base), collection, BRIEF, "hand-g4", tmp_path)
-    with baked_base(base) as baked:
-        run._prepare(baked)
+    run._prepare(BakedBase(base))
     content, states = run.lessons
     assert sorted(set(states.stage.tolist())) == list(range(10))
     assert torch.equal(states.stage, states.timestep // 100)
     # Edges are not kept; flat pictures have none, and the hint features of none are the same everywhere.
-    with baked_base(base) as baked:
-        hints = baked.hints(torch.zeros(1, 3, 64, 64))
+    hints = BakedBase(base).hints(torch.zeros(1, 3, 64, 64))
     flat = [i for i in range(len(states.stage)) if torch.equal(content.hints[states.picture[i]], hints[0])]
     assert flat
     for index in flat[::5]:
@@ -129,7 +128,7 @@ def test_of_a_linear_base_guidance_is_found_exactly(
     base: Base, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ε linear in keys and values: null + g (style - null) is the answer, and g = 4 is among the starts."""
-    width = pack(base)[0].width
+    width = kv_layouts(base)[0].width
     mix = torch.randn(width, 4, generator=torch.Generator().manual_seed(3)) / width**0.5
 
     def eps(_: Any, latent: torch.Tensor, __: Any, kv: torch.Tensor, ___: Any) -> torch.Tensor:
@@ -211,7 +210,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 
 
 def test_prompts_are_recovered_from_keys_and_values(base: Base) -> None:
-    source, layouts = _source(base, "prompts"), pack(base)
+    source, layouts = _source(base, "prompts"), kv_layouts(base)
     assert source.prompts is not None
     half = [kv.half().float() for kv in (source.kv_unet, source.kv_control)]
     found = recover_prompts(layouts, *half, "hand")
@@ -222,7 +221,7 @@ def test_prompts_are_recovered_from_keys_and_values(base: Base) -> None:
 
 def test_a_style_is_found_by_file_bundle_and_run_and_read_as_either(base: Base, tmp_path: Path) -> None:
     source = _source(base)
-    shape = (base.fingerprint, 10, base.facts.tokens)
+    shape = (base.fingerprint, 10, base.config.tokens)
     file = tmp_path / "hand.safetensors"
     Style("hand", *shape, source.kv_unet.numpy(), source.kv_control.numpy(), {"licence": "CC0"}).save(file)
     prompts = _prompts(base)
@@ -287,7 +286,7 @@ def test_the_command_distils_and_says_where(
     save_base(base, tmp_path / "base")
     source = _source(base)
     fingerprint = json.loads((tmp_path / "base" / "base.json").read_text())["fingerprint"]
-    shape = (fingerprint, 10, base.facts.tokens)
+    shape = (fingerprint, 10, base.config.tokens)
     Style("hand", *shape, source.kv_unet.numpy(), source.kv_control.numpy()).save(tmp_path / "hand.safetensors")
     arguments = ["distil", "--style", tmp_path / "hand.safetensors", "--images", paintings, "--base", tmp_path / "base",
                  "--guidance", "3", "--size", "64", "--pictures", "2", "--noised", "0", "--teacher-steps", "10",

@@ -14,7 +14,8 @@ from diffusers import DDPMScheduler
 from safetensors.torch import load_file, save_file
 
 from lsast_engines.errors import TrainingError
-from lsast_train.base.base import load_base, save_base
+from lsast_train.base.attention import layer_contexts
+from lsast_train.base.lazy_base import load_base, save_base
 from lsast_train.base.mini_autoencoder import MiniAutoencoder
 from lsast_train.cli.mini import mini
 from lsast_train.mini.architecture import MiniConfig, build_mini
@@ -42,9 +43,9 @@ def test_the_target_is_diffusers_velocity(data: LatentDataset) -> None:
     t = torch.tensor([3, 400, 990])
     context = learner.null_context.expand(3, -1, -1)
     noisy = scheduler.add_noise(latents, noise, t)
-    base.unet_box.fill(context[:, None].expand(-1, 3, -1, -1))
+    kwargs = layer_contexts(context[:, None].expand(-1, 3, -1, -1))
     with torch.no_grad():
-        output = base.unet(noisy, t, context).sample
+        output = base.unet(noisy, t, None, cross_attention_kwargs=kwargs).sample
         expected = (output - scheduler.get_velocity(latents, noise, t)).square().mean((1, 2, 3))
         found = learner.v_error(latents, noise, t, context, torch.zeros(0, 3, 128, 128))
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -108,10 +109,10 @@ def test_the_autoencoder_nears_its_teacher(picture_folders: list[Path], teacher_
 
 def test_a_saved_base_loads_to_the_same_predictions(tmp_path: Path) -> None:
     base = build_mini(MiniConfig.tiny(), 4)
-    base.facts = replace(base.facts, training={"steps": "0"})
+    base.config = replace(base.config, training={"steps": "0"})
     fingerprint = save_base(base, tmp_path)
     loaded = load_base(tmp_path)
-    assert (loaded.fingerprint, loaded.facts) == (fingerprint, base.facts)
+    assert (loaded.fingerprint, loaded.config) == (fingerprint, base.config)
     x, t = torch.randn(1, 4, 8, 8), torch.tensor([500])
     contexts, edges = loaded.null_context.expand(1, 3, -1, -1), (torch.rand(1, 3, 64, 64) > 0.9).float()
     with torch.no_grad():

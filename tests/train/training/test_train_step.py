@@ -25,7 +25,7 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 from dataclasses import replace
-from lsast_train.base.base import Base, BaseFacts
+from lsast_train.base.base import BaseConfig, build_base
 from lsast_train.evaluation import round_unet
 from lsast_train.base.mini_autoencoder import MiniAutoencoder
 from lsast_train.options import PRESETS
@@ -41,8 +41,8 @@ control = ControlNetModel(
     down_block_types=("DownBlock2D",), block_out_channels=(32,), cross_attention_dim=768,
     conditioning_embedding_out_channels=(4, 4, 4, 4),
 )
-facts = BaseFacts("full", "sd15", "epsilon", 77, 512, 0.18215)
-base = Base(
+facts = BaseConfig("full", "sd15", "epsilon", 77, 512, 0.18215)
+base = build_base(
     facts, "0" * 64, unet, control, MiniAutoencoder((4, 4, 4), (4, 4, 4)), torch.zeros(77, 768), text_encoder=text
 )
 if precision == "bf16":

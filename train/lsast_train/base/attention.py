@@ -1,9 +1,9 @@
 """Cross-attention whose context is chosen by layer group.
 
-diffusers hands one text context to every block of a U-Net. LSAST needs three: one for the encoder (`down`), one for
-the middle (`mid`) and one for the decoder (`up`) (docs/method.md §1.4). Processors read them from a `ContextBox` that
-is
-filled just before the call. The box is an object, not a list attribute, because torch.export replaces lists.
+diffusers gives one context to every block of a U-Net. LSAST needs three: one for the encoder (`down`), one for the
+middle (`mid`) and one for the decoder (`up`) (docs/method.md §1.4). They reach the attention processors through
+diffusers' ``cross_attention_kwargs`` (`layer_contexts`), as do keys and values that were projected beforehand
+(`packed_kv`).
 """
 
 from __future__ import annotations
@@ -24,55 +24,99 @@ GROUPS: tuple[Group, ...] = get_args(Group)
 """The layer groups in the order of the prompt space's group axis."""
 
 Contexts: TypeAlias = torch.Tensor | Sequence[torch.Tensor]
-"""Contexts of all layer groups: [B, 3, tokens, dim], or three of [B, tokens, dim], in the order of `GROUPS`. Apart, a
-group whose context is constant leaves no trace for the way back."""
+"""Contexts of all layer groups: [B, 3, T, dim], or three of [B, T, dim], in the order of `GROUPS`. Three tensors keep
+nothing for the backward pass of a group whose context is constant."""
 
 _PREFIXES: dict[str, Group] = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}
 
 
-@dataclass(eq=False)
-class ContextBox:
-    """The contexts of the coming call, by group; each [B, tokens, dim]."""
-
-    down: torch.Tensor | None = None
-    mid: torch.Tensor | None = None
-    up: torch.Tensor | None = None
-
-    def fill(self, contexts: Contexts) -> None:
-        """Take the contexts of all groups."""
-        self.down, self.mid, self.up = contexts.unbind(1) if isinstance(contexts, torch.Tensor) else contexts
-
-
 @dataclass(frozen=True)
 class CrossAttentionLayer:
-    """One cross-attention of a network, in the order in which the forward pass meets them."""
+    """One cross-attention of a network."""
 
     name: str
     """Module path, e.g. ``down_blocks.0.attentions.0.transformer_blocks.0.attn2``."""
     group: Group
     module: Attention
+    offset: int
+    """First column of its keys in packed keys and values (`lsast_train.base.kv_packing`); its values follow."""
 
     @property
     def width(self) -> int:
-        """Channels of the keys (and of the values)."""
+        """Channels of the keys, and of the values."""
         return int(self.module.to_k.out_features)
 
 
 def cross_attention_layers(network: nn.Module) -> list[CrossAttentionLayer]:
     """All cross-attention layers of a diffusers U-Net or ControlNet: down, mid, up, each in module order.
 
-    Blocks built with ``only_cross_attention`` attend to the context in ``attn1`` too, so the module is asked,
-    not its name.
+    Blocks built with ``only_cross_attention`` attend to the context in ``attn1`` too, so the module is asked, not its
+    name.
     """
-    layers = [
-        CrossAttentionLayer(name, _PREFIXES[name.split(".", 1)[0]], module)
+    found = [
+        (_group(name), name, module)
         for name, module in network.named_modules()
         if isinstance(module, Attention) and module.is_cross_attention
     ]
-    return sorted(layers, key=lambda layer: GROUPS.index(layer.group))  # stable: module order within a group
+    layers: list[CrossAttentionLayer] = []
+    offset = 0
+    for group, name, module in sorted(found, key=lambda layer: GROUPS.index(layer[0])):  # stable within a group
+        layers.append(CrossAttentionLayer(name, group, module, offset))
+        offset += 2 * layers[-1].width
+    return layers
 
 
-def attend(attn: Attention, hidden: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+class LayerwiseProcessor:
+    """Attention processor: self-attention as usual, cross-attention over its group's context or over packed K and V.
+
+    Args:
+        layer: the cross-attention it is set on; None for a self-attention.
+    """
+
+    def __init__(self, layer: CrossAttentionLayer | None) -> None:
+        self.layer = layer
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        contexts: Sequence[torch.Tensor] | None = None,
+        kv: torch.Tensor | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Run `attn` on `hidden_states` [B, N, C]; `contexts` and `kv` are those of `layer_contexts`, `packed_kv`."""
+        if self.layer is not None and kv is not None:
+            start, width = self.layer.offset, self.layer.width
+            return sdpa(
+                attn, hidden_states, kv[:, :, start : start + width], kv[:, :, start + width : start + 2 * width]
+            )
+        source = hidden_states
+        if self.layer is not None:
+            assert contexts is not None, "a network of a `Base` is called with cross_attention_kwargs"
+            source = contexts[GROUPS.index(self.layer.group)]
+        return sdpa(attn, hidden_states, attn.to_k(source), attn.to_v(source))
+
+
+def set_layerwise_processors(network: nn.Module) -> None:
+    """Give every attention of a diffusers U-Net or ControlNet a `LayerwiseProcessor`."""
+    cross = {layer.name: layer for layer in cross_attention_layers(network)}
+    for name, module in network.named_modules():
+        if isinstance(module, Attention):
+            module.set_processor(LayerwiseProcessor(cross.get(name)))
+
+
+def layer_contexts(contexts: Contexts) -> dict[str, Any]:
+    """The ``cross_attention_kwargs`` that give each layer group its context."""
+    return {"contexts": contexts.unbind(1) if isinstance(contexts, torch.Tensor) else tuple(contexts)}
+
+
+def packed_kv(kv: torch.Tensor) -> dict[str, Any]:
+    """The ``cross_attention_kwargs`` that give every layer its part of the packed keys and values [B, T, width]."""
+    return {"kv": kv}
+
+
+def sdpa(attn: Attention, hidden: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Scaled dot-product attention of `hidden` [B, N, C] over projected `key`, `value` [B, T, W] → [B, N, C]."""
     query = attn.to_q(hidden)
     batch, _, width = query.shape
@@ -85,29 +129,5 @@ def attend(attn: Attention, hidden: torch.Tensor, key: torch.Tensor, value: torc
     return out
 
 
-class GroupedProcessor:
-    """Attention processor: self-attention as usual, cross-attention over the group's context in the box."""
-
-    def __init__(self, box: ContextBox, group: Group) -> None:
-        self.box = box
-        self.group = group
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        **_: Any,
-    ) -> torch.Tensor:
-        """Run `attn` on `hidden_states` [B, N, C]."""
-        source = hidden_states if encoder_hidden_states is None else getattr(self.box, self.group)
-        return attend(attn, hidden_states, attn.to_k(source), attn.to_v(source))
-
-
-def install_grouped_attention(network: nn.Module) -> ContextBox:
-    """Give every attention of `network` a `GroupedProcessor`; returns the box they share."""
-    box = ContextBox()
-    for name, module in network.named_modules():
-        if isinstance(module, Attention):
-            module.set_processor(GroupedProcessor(box, _PREFIXES[name.split(".", 1)[0]]))
-    return box
+def _group(name: str) -> Group:
+    return _PREFIXES[name.split(".", 1)[0]]

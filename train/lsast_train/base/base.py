@@ -1,49 +1,23 @@
-"""The frozen base: U-Net, ControlNet and autoencoder that the prompt space is learned against.
-
-One code path for every base. A base is stored as ``base.json`` (configurations and facts) and ``base.safetensors``
-(all weights, keys ``unet.*``, ``controlnet.*``, ``autoencoder.*``, ``style_encoder.*``, ``null_context``); an exported
-bundle holds the same two files, its ONNX graphs refer to the weights by offset, so nothing is stored twice.
-"""
+"""The frozen base: U-Net, ControlNet and autoencoder that the prompt space is learned against."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import nn
 
-from lsast_engines.bundle.bundle import MANIFEST, find_bundle
 from lsast_engines.diffusion.noise_schedule import NoiseSchedule
-from lsast_engines.errors import BundleError, StyleError, TrainingError, UsageError, fault_list
-from lsast_engines.files import replace_file
 
-from ..checkpoints.found_parts import OpenWeights
-from ..checkpoints.source import BaseSource, ImportedBase, import_base, is_source
-from ..checkpoints.weights import OpenTensors, Weights, read_tensors, tensors_sha256, write_tensors
-from .attention import ContextBox, Contexts, install_grouped_attention
+from .attention import Contexts, layer_contexts, set_layerwise_processors
 from .mini_autoencoder import MiniAutoencoder
 from .style_encoder import StyleEncoder
 
-FORMAT = 1
-"""Format number of ``base.json``."""
-
-_CLASSES: dict[str, Any] = {
-    "UNet2DConditionModel": UNet2DConditionModel,
-    "ControlNetModel": ControlNetModel,
-    "StyleEncoder": StyleEncoder,
-    "AutoencoderKL": AutoencoderKL,
-    "MiniAutoencoder": MiniAutoencoder,
-}
-
 
 @dataclass(frozen=True)
-class BaseFacts:
+class BaseConfig:
     """What a base is, beside its weights."""
 
     name: str
@@ -66,30 +40,31 @@ class BaseFacts:
 
 @dataclass(eq=False)
 class Base:
-    """A base in memory, frozen, in evaluation mode."""
+    """A base in memory, frozen, in evaluation mode; `build_base` makes it.
 
-    facts: BaseFacts
+    The networks' attentions take contexts by layer group, so the networks are called with ``cross_attention_kwargs``
+    (`lsast_train.base.attention`) and without ``encoder_hidden_states``.
+    """
+
+    config: BaseConfig
     fingerprint: str
-    """SHA-256 of the weights; styles are bound to it (`BaseParts.fingerprint`)."""
+    """SHA-256 of the weights; styles are bound to it (`lsast_train.base.lazy_base.LazyBase.fingerprint`)."""
     unet: UNet2DConditionModel
     controlnet: ControlNetModel
     autoencoder: Any
     """A `MiniAutoencoder` or diffusers' AutoencoderKL."""
     null_context: torch.Tensor
     """[tokens, dim]: the unconditional context."""
+    alphas_cumprod: torch.Tensor
+    """[train_steps] float32: ᾱ of every timestep."""
     style_encoder: StyleEncoder | None = None
     text_encoder: Any | None = None
-    """transformers' CLIPTextModel of an imported base. It is none of `networks`: a bundle has no use for it."""
-    unet_box: ContextBox = field(default_factory=ContextBox)
-    control_box: ContextBox = field(default_factory=ContextBox)
+    """transformers' CLIPTextModel of an imported base. It is not among `networks`: a bundle has no use for it."""
 
-    def __post_init__(self) -> None:
-        self.unet_box = install_grouped_attention(self.unet)
-        self.control_box = install_grouped_attention(self.controlnet)
-        self.alphas_cumprod = torch.from_numpy(self.facts.noise.alphas_cumprod()).float().to(self.null_context.device)
-        frozen = [*self.networks().values(), *([] if self.text_encoder is None else [self.text_encoder])]
-        for network in frozen:
-            network.eval().requires_grad_(False)
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.null_context.device
 
     @property
     def context_dim(self) -> int:
@@ -116,21 +91,21 @@ class Base:
             timestep: [B] in 0..train_steps-1.
             contexts: [B, 3, tokens, dim], a context for each layer group, or three of [B, tokens, dim].
             edges: [B, 3, 8h, 8w] of 0 and 1; None leaves ControlNet out, as the released training does
-            (docs/method.md §3).
+                (docs/method.md §3).
             control_contexts: contexts of the ControlNet; `contexts` if None.
         """
         residuals: dict[str, Any] = {}
         if edges is not None:
-            self.control_box.fill(contexts if control_contexts is None else control_contexts)
-            down, mid = self.controlnet(latent, timestep, self.control_box.down, edges, return_dict=False)
+            kwargs = layer_contexts(contexts if control_contexts is None else control_contexts)
+            down, mid = self.controlnet(latent, timestep, None, edges, cross_attention_kwargs=kwargs, return_dict=False)
             residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-        self.unet_box.fill(contexts)
-        output = self.unet(latent, timestep, self.unet_box.down, **residuals, return_dict=False)[0]
+        kwargs = layer_contexts(contexts)
+        output = self.unet(latent, timestep, None, cross_attention_kwargs=kwargs, **residuals, return_dict=False)[0]
         return self.eps_from_output(output, latent, timestep)
 
     def eps_from_output(self, output: torch.Tensor, latent: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """The U-Net's output as noise: v = α ε - σ x₀ gives ε = α v + σ x (Salimans & Ho 2022, appendix D)."""
-        if self.facts.prediction == "epsilon":
+        if self.config.prediction == "epsilon":
             return output
         abar = self.alphas_cumprod[timestep].view(-1, 1, 1, 1)
         return abar.sqrt() * output + (1 - abar).sqrt() * latent
@@ -157,186 +132,21 @@ class Base:
         return image
 
 
-@dataclass(eq=False)
-class BaseParts:
-    """A base on disk, of which one network at a time may be in memory. `open_base_parts` makes it."""
-
-    facts: BaseFacts
-    networks: Mapping[str, OpenWeights]
-    """Opens each network, not built yet: those of `Base.networks`, and ``text_encoder`` of an imported base."""
-    stored_fingerprint: str | None = None
-    stored_null_context: torch.Tensor | None = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The networks that a bundle holds."""
-        return tuple(name for name in self.networks if name != "text_encoder")
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """What styles are bound to: the SHA-256 that the base was stored with; of an imported one that of all tensors,
-        the text encoder's among them (`tensors_sha256`). Then every file is read once.
-        """
-        return self.stored_fingerprint or tensors_sha256(
-            {name: lambda opened=opened: opened().named() for name, opened in self.networks.items()}  # type: ignore[misc]
-        )
-
-    @cached_property
-    def null_context(self) -> torch.Tensor:
-        """[tokens, dim] float32: the unconditional context; of an imported base that of the empty text."""
-        if self.stored_null_context is not None:
-            return self.stored_null_context
-        encoder = self.load("text_encoder")
-        # Begin, then end to the last place: the end is the padding, too (docs/method.md §2).
-        ids = torch.full((1, self.facts.tokens), encoder.config.eos_token_id)
-        ids[0, 0] = encoder.config.bos_token_id
-        with torch.no_grad():
-            context: torch.Tensor = encoder(input_ids=ids).last_hidden_state[0]
-        return context
-
-    def load(self, name: str, dtype: torch.dtype = torch.float32) -> Any:
-        """The network `name`, frozen, in evaluation mode. It is a new one each time; nothing is kept here."""
-        return self.networks[name]().build(dtype)
-
-    def base(self, dtype: torch.dtype = torch.float32) -> Base:
-        """All networks at once."""
-        loaded = {name: self.load(name, dtype) for name in self.networks}
-        return Base(self.facts, self.fingerprint, null_context=self.null_context.to(dtype), **loaded)
-
-
-def save_base(base: Base | BaseParts, folder: Path, dtype: torch.dtype = torch.float32) -> str:
-    """Write ``folder/base.json`` and ``folder/base.safetensors``; returns the fingerprint of what was written.
-
-    Floating tensors are stored in `dtype`. They are written one after the other: of `BaseParts` no network is built.
-    """
-    networks: dict[str, OpenTensors] = {"": lambda: {"null_context": base.null_context}}
-    configs = {}
-    if isinstance(base, Base):
-        for prefix, network in base.networks().items():
-            networks[prefix] = network.state_dict
-            configs[prefix] = _description(network)
-    else:
-        for prefix in base.names:
-            networks[prefix] = lambda opened=base.networks[prefix]: opened().tensors  # type: ignore[misc]
-            configs[prefix] = _description(base.networks[prefix]().on_meta())
-    fingerprint = write_tensors(folder / "base.safetensors", networks, dtype)
-    facts = {"format": FORMAT, **asdict(base.facts), "fingerprint": fingerprint, "networks": configs}
-    with replace_file(folder / "base.json") as handle:
-        handle.write(json.dumps(facts, indent=1).encode())
-    return fingerprint
-
-
-def _description(network: Any) -> dict[str, Any]:
-    config = {key: value for key, value in network.config.items() if not key.startswith("_")}
-    return {"class": type(network).__name__, **config}
-
-
-def find_base(name_or_path: str | Path | None = None) -> Path:
-    """The folder of a base: one just trained, which has no manifest yet, or else what `find_bundle` finds."""
-    given = None if name_or_path is None else Path(name_or_path).expanduser()
-    return given if given is not None and (given / "base.json").is_file() else find_bundle(name_or_path)
-
-
-def stored_base(source: BaseSource) -> Path | None:
-    """The folder of a base that lsast wrote, if `source` names one; None if it is one to import.
-
-    Raises:
-        BundleError: neither.
-        UsageError: options of an import for a base that lsast wrote.
-    """
-    if source.base is not None:
-        given = Path(source.base).expanduser()
-        if is_source(source.base) and not any((given / name).is_file() for name in ("base.json", MANIFEST)):
-            return None
-    try:
-        folder = find_base(source.base)
-    except BundleError as error:
-        raise BundleError(
-            f"{error}\nor a base to import: a folder in diffusers' format, a .safetensors or .ckpt file in CompVis "
-            "naming, or OWNER/NAME of the hub with a revision"
-        ) from error
-    imports = {"--controlnet": source.controlnet, "--revision": source.revision}
-    given_options = [name for name, value in imports.items() if value is not None]
-    given_options += ["--unet-weights"] * (source.unet_weights != "auto")
-    if given_options:
-        raise UsageError(f"found {', '.join(given_options)} for {folder}; expected them only for a base to import")
-    return folder
-
-
-def open_base_parts(source: str | Path | BaseSource | None = None) -> BaseParts:
-    """Open a base without loading its weights; arguments and errors are those of `load_base`."""
-    if not isinstance(source, BaseSource):
-        source = BaseSource(source)
-    folder = stored_base(source)
-    return _import_parts(import_base(source)) if folder is None else _stored_parts(folder)
-
-
-def load_base(name_or_path: str | Path | BaseSource | None = None, dtype: torch.dtype = torch.float32) -> Base:
-    """Load a base, frozen.
-
-    Args:
-        name_or_path: name or folder of a bundle or of a base that lsast wrote (None: the embedded default), or what
-            `BaseSource` says of bases to import.
-        dtype: element type of weights and null context.
-
-    Raises:
-        BundleError: no such base.
-        TrainingError: another format, weights that do not fit, or no Stable Diffusion 1.5 (all faults at once).
-        UsageError: options that cannot be meant for this base.
-    """
-    return open_base_parts(name_or_path).base(dtype)
-
-
-def _import_parts(found: ImportedBase) -> BaseParts:
-    tokens = found.networks["text_encoder"]().config["max_position_embeddings"]
-    facts = BaseFacts(
-        *(found.name, "sd15", found.prediction, tokens, 512, found.latent_scale),
-        noise=found.noise,
-        multiple=found.multiple,
-        training=found.origin,
-    )
-    return BaseParts(facts, {str(part): opened for part, opened in found.networks.items()})
-
-
-def _stored_parts(folder: Path) -> BaseParts:
-    description = folder / "base.json"
-    if not description.is_file():
-        raise TrainingError(
-            f"found no base.json in {folder}; expected a base folder written by lsast-train mini or lsast-export (a "
-            "quantised bundle is none: name the bundle that it was made from)"
-        )
-    raw = json.loads(description.read_text())
-    if raw.get("format") != FORMAT:
-        raise TrainingError(f"{description} has format {raw.get('format')}; this version reads format {FORMAT}")
-    file = folder / "base.safetensors"
-    networks = {
-        prefix: lambda prefix=prefix, config=config: _stored_weights(file, prefix, config)
-        for prefix, config in raw["networks"].items()
-    }
-    faults = [f"{prefix}.{fault}" for prefix, opened in networks.items() for fault in opened().faults()]
-    tensors = read_tensors(file)
-    if "null_context" not in tensors:
-        faults.append("null_context: missing")
-    if faults:
-        raise TrainingError(fault_list(f"{file} does not fit {description}:", faults))
-    known = {name: raw[name] for name in BaseFacts.__dataclass_fields__}
-    facts = BaseFacts(**{**known, "noise": NoiseSchedule(**raw["noise"])})
-    return BaseParts(facts, networks, raw["fingerprint"], tensors["null_context"].float().clone())
-
-
-def _stored_weights(file: Path, prefix: str, config: Mapping[str, Any]) -> Weights:
-    kind = config["class"]
-    if kind not in _CLASSES:
-        raise TrainingError(f"base.json names a network {kind!r}; expected one of {', '.join(sorted(_CLASSES))}")
-    known = {key: value for key, value in config.items() if key != "class"}
-    tensors = {k.removeprefix(f"{prefix}."): v for k, v in read_tensors(file).items() if k.startswith(f"{prefix}.")}
-    return Weights(prefix, known, lambda: _CLASSES[kind].from_config(known), tensors)
-
-
-def check_fingerprint(found: str, base: Base | BaseParts, what: str) -> None:
-    """Refuse `what` (a prompt file) if it was learned against another base than `base`."""
-    if found != base.fingerprint:
-        raise StyleError(
-            f"{what} was learned on base {found[:12]}…; the base {base.facts.name!r} is {base.fingerprint[:12]}…: "
-            f"train it again on this base, or pass the --base it was trained on"
-        )
+def build_base(
+    config: BaseConfig,
+    fingerprint: str,
+    unet: UNet2DConditionModel,
+    controlnet: ControlNetModel,
+    autoencoder: Any,
+    null_context: torch.Tensor,
+    style_encoder: StyleEncoder | None = None,
+    text_encoder: Any | None = None,
+) -> Base:
+    """A `Base` of these networks, which are frozen and get attention processors that take contexts by layer group."""
+    for network in (unet, controlnet):
+        set_layerwise_processors(network)
+    for network in (unet, controlnet, autoencoder, style_encoder, text_encoder):
+        if network is not None:
+            network.eval().requires_grad_(False)
+    alphas = torch.from_numpy(config.noise.alphas_cumprod()).float().to(null_context.device)
+    return Base(config, fingerprint, unet, controlnet, autoencoder, null_context, alphas, style_encoder, text_encoder)

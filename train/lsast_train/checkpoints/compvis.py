@@ -22,7 +22,7 @@ from torch import nn
 
 from lsast_engines.errors import MissingExtraError, TrainingError, fault_list
 
-from .weights import Weights, shortened
+from .weights import Weights, truncate
 
 UNET = "model.diffusion_model."
 """Prefix of the U-Net's keys."""
@@ -277,5 +277,5 @@ def _translate(
     renamed = {key: value for key, value in convert(dict(state)).items() if value is not None}
     used = {id(value) for value in renamed.values()}
     if left := [f"{key}: not expected" for key, value in state.items() if id(value) not in used]:
-        raise TrainingError(fault_list(f"the weights of {what} are not those of its architecture:", shortened(left)))
+        raise TrainingError(fault_list(f"the weights of {what} are not those of its architecture:", truncate(left)))
     return renamed

@@ -15,7 +15,7 @@ from lsast_engines.diffusion.noise_schedule import NoiseSchedule
 from lsast_engines.errors import TrainingError, UsageError
 
 from . import compvis
-from .found_parts import Findings, Part, UnetWeights
+from .found_parts import BaseInspection, Part, UnetWeights
 from .hub import Repository, weight_files
 from .weights import Weights, read_tensors
 
@@ -38,14 +38,14 @@ _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", "
 _log = logging.getLogger("lsast.base")
 
 
-def read_folder(repository: Repository, wanted: UnetWeights, with_controlnet: bool, found: Findings) -> None:
-    """Add what the base in `repository` holds to `found`; its ControlNet only `with_controlnet`."""
-    found.facts["source"] = repository.name
+def read_folder(repository: Repository, wanted: UnetWeights, with_controlnet: bool, found: BaseInspection) -> None:
+    """Add the parts of the base in `repository` to `found`; its ControlNet only `with_controlnet`."""
+    found.origin["source"] = repository.name
     names = weight_files(*FILES)
-    files, found.facts["unet_weights"] = names, "the folder's own"
+    files, found.origin["unet_weights"] = names, "the folder's own"
     if wanted != "auto":
         others = weight_files(*FILES, marks=[_NON_EMA])
-        found.facts["unet_weights"] = wanted
+        found.origin["unet_weights"] = wanted
         files = others if wanted == "non-ema" else names
         if repository.first(*(f"unet/{name}" for name in others)) is None:
             found.fail(
@@ -53,7 +53,7 @@ def read_folder(repository: Repository, wanted: UnetWeights, with_controlnet: bo
                 f"found no {others[0]}, without which a folder does not tell EMA from other weights; "
                 f"expected it for --unet-weights {wanted}: take --unet-weights auto",
             )
-    if "unet" not in found.tried:
+    if "unet" not in found.failed:
         add_from(repository, "unet", "unet", "UNet2DConditionModel", files, found)
     if vae := add_from(repository, "vae", "autoencoder", "AutoencoderKL", names, found):
         found.latent_scale = float(vae.config["scaling_factor"])
@@ -68,17 +68,17 @@ def read_folder(repository: Repository, wanted: UnetWeights, with_controlnet: bo
 
 
 def add_from(
-    repository: Repository, folder: str, part: Part, kind: str, names: list[str], found: Findings
+    repository: Repository, folder: str, part: Part, kind: str, names: list[str], found: BaseInspection
 ) -> Weights | None:
     """Add the network in `folder` of `repository` (the root for an empty name) to `found`, if there is one.
 
     Args:
-        repository: where it lies.
-        folder: its folder there.
-        part: what it is to the base.
+        repository: of the base or ControlNet.
+        folder: the network's folder there.
+        part: the network's part in the base.
         kind: its class in diffusers or transformers.
         names: the names its weights may have, most wanted first.
-        found: gets it, or the faults.
+        found: gets the network, or the faults.
     """
     prefix = f"{folder}/" if folder else ""
     config_file = repository.first(f"{prefix}config.json")
@@ -96,9 +96,9 @@ def add_from(
     except (OSError, ValueError) as error:
         found.fail(part, f"{prefix}config.json of {repository.name} cannot be read ({error})")
         return None
-    said = config.get("_class_name") or next(iter(config.get("architectures") or ()), kind)
-    if said != kind:
-        found.fail(part, f"found a {said}; expected a {kind}")
+    named = config.get("_class_name") or next(iter(config.get("architectures") or ()), kind)
+    if named != kind:
+        found.fail(part, f"found a {named}; expected a {kind}")
         return None
     _log.info("%s: %s of %s", part, weights_file.name, repository.name)
     if kind == "CLIPTextModel":
@@ -115,7 +115,7 @@ def diffusers_weights(kind: str, config: Mapping[str, Any], tensors: Mapping[str
     """
     known = {key: value for key, value in config.items() if not key.startswith("_")}
     if kind == "AutoencoderKL":
-        tensors = {_todays_name(key): value for key, value in tensors.items()}
+        tensors = {_current_name(key): value for key, value in tensors.items()}
     try:
         with torch.device("meta"):
             complete = {k: v for k, v in _CLASSES[kind].from_config(known).config.items() if not k.startswith("_")}
@@ -148,7 +148,7 @@ def controlnet_config(state: Mapping[str, torch.Tensor], heads: int) -> dict[str
         raise TrainingError(f"found no tensor {error}; expected those of a ControlNet") from None
 
 
-def _todays_name(key: str) -> str:
+def _current_name(key: str) -> str:
     for old, new in _OLD_ATTENTION.items():
         key = key.replace(old, new) if ".attentions." in key else key
     return key
@@ -173,7 +173,7 @@ def _shards(repository: Repository, prefix: str, file: Path) -> dict[str, torch.
     return tensors
 
 
-def _read_schedule(repository: Repository, found: Findings) -> None:
+def _read_schedule(repository: Repository, found: BaseInspection) -> None:
     file = repository.first("scheduler/scheduler_config.json")
     if file is None:
         return

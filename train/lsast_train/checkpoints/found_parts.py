@@ -1,4 +1,4 @@
-"""What was found while a published base was looked through: its parts, its facts, and every fault."""
+"""What an inspection of a published base found: its parts, its configuration, and every fault."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lsast_engines.diffusion.noise_schedule import NoiseSchedule
 from lsast_engines.errors import TrainingError, UsageError
 
 from .compvis import HEADS
-from .weights import Weights, shortened
+from .weights import Weights, truncate
 
 Part = Literal["unet", "controlnet", "autoencoder", "text_encoder"]
 """The networks of a published base."""
@@ -30,29 +30,29 @@ OpenWeights = Callable[[], Weights]
 
 
 @dataclass(eq=False)
-class Findings:
-    """Parts, facts and faults of a base; filled in as its files are read."""
+class BaseInspection:
+    """Parts and faults of a published base; filled in as its files are read."""
 
     heads: int = HEADS
     """Attention heads of U-Net and ControlNet where no configuration names them."""
     networks: dict[Part, OpenWeights] = field(default_factory=dict)
     """The parts that could be opened."""
-    facts: dict[str, str] = field(default_factory=dict)
-    """Where the base came from."""
+    origin: dict[str, str] = field(default_factory=dict)
+    """Names of the files or repositories, and which weights of the U-Net were taken."""
     faults: list[str] = field(default_factory=list)
-    tried: set[str] = field(default_factory=set)
-    """Names that a fault is noted for; nothing more is said about what is missing there."""
+    failed: set[str] = field(default_factory=set)
+    """Parts with a fault, or ``base``: they are not reported as missing as well."""
     latent_scale: float = SCALE
     prediction: Prediction = "epsilon"
     noise: NoiseSchedule = field(default_factory=NoiseSchedule)
 
-    def fail(self, name: str, fault: str) -> None:
-        """Note a fault of the part `name`, or of the whole ``base``."""
-        self.tried.add(name)
-        self.faults.append(f"{name}: {fault}")
+    def fail(self, part: str, fault: str) -> None:
+        """Add a fault of `part`, or of the whole ``base``."""
+        self.failed.add(part)
+        self.faults.append(f"{part}: {fault}")
 
     def add(self, part: Part, opened: OpenWeights) -> Weights | None:
-        """Keep a part if it can be opened; note what its weights lack."""
+        """Add a part if it can be opened, and the faults of its weights."""
         try:
             weights = opened()
         except (TrainingError, UsageError) as error:
@@ -60,5 +60,5 @@ class Findings:
             return None
         self.networks[part] = opened
         if faults := weights.faults():
-            self.fail(part, "; ".join(shortened(faults, 5)))
+            self.fail(part, "; ".join(truncate(faults, 5)))
         return weights

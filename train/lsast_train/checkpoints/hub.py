@@ -17,7 +17,7 @@ class Repository(Protocol):
     """Files by their path inside of a model's folder."""
 
     name: str
-    """What the model is called in messages and facts; no path of this machine."""
+    """The model's name in messages and in `BaseInspection.origin`; no path of this machine."""
 
     def first(self, *paths: str) -> Path | None:
         """The local file of the first of `paths` that is there; None if none is.
@@ -74,15 +74,15 @@ class HubRepository:
             ) from error
         except EntryNotFoundError:
             return None
-        # No such repository or revision, no permission, a connection that breaks: the library's words say it best.
+        # No such repository or revision, no permission, a broken connection: the library's message says which.
         except (OSError, ValueError) as error:
             if local:
                 return None
-            raise TrainingError(f"{self.name} at revision {self.revision} cannot be had: {error}") from error
+            raise TrainingError(f"{self.name} at revision {self.revision} cannot be downloaded: {error}") from error
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` has the form OWNER/NAME or OWNER/NAME@REVISION and is nothing local."""
+    """Whether `name` has the form OWNER/NAME or OWNER/NAME@REVISION and is no local file or folder."""
     return _HUB_ID.fullmatch(name.partition("@")[0]) is not None and not Path(name).expanduser().exists()
 
 

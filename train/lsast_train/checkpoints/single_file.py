@@ -12,26 +12,26 @@ import torch
 from lsast_engines.errors import TrainingError, fault_list
 
 from . import compvis
-from .found_parts import Findings, UnetWeights
+from .found_parts import BaseInspection, UnetWeights
 from .weights import read_tensors
 
 _EMA = "model_ema.diffusion_model"
 
 
-def read_single_file(path: Path, wanted: UnetWeights, with_controlnet: bool, found: Findings) -> None:
-    """Add what the base in `path` holds to `found`; its ControlNet only `with_controlnet`."""
-    found.facts["source"] = path.name
+def read_single_file(path: Path, wanted: UnetWeights, with_controlnet: bool, found: BaseInspection) -> None:
+    """Add the parts of the base in `path` to `found`; its ControlNet only `with_controlnet`."""
+    found.origin["source"] = path.name
     try:
         state = read_tensors(path)
     except TrainingError as error:
         found.fail("base", str(error))
         return
-    if kind := foreign(state):
+    if kind := describe_unsupported(state):
         found.fail("base", f"found {kind} in {path.name}; expected Stable Diffusion 1.5 in CompVis naming")
         return
     if compvis.has(state, compvis.UNET):
         try:
-            names, found.facts["unet_weights"] = _choose_unet(state, wanted)
+            names, found.origin["unet_weights"] = _choose_unet(state, wanted)
             found.add("unet", lambda: compvis.unet_weights(_pick(path, names), found.heads))
         except TrainingError as error:
             found.fail("unet", str(error))
@@ -52,7 +52,7 @@ def read_single_file(path: Path, wanted: UnetWeights, with_controlnet: bool, fou
 
 
 def _choose_unet(state: Mapping[str, torch.Tensor], wanted: UnetWeights) -> tuple[dict[str, str], str]:
-    """Where the U-Net's tensors are, by their names without prefix, and what kind of weights they are."""
+    """The file's key of each tensor of the U-Net, by its name without prefix; and the kind of weights they are."""
     plain = {key.removeprefix(compvis.UNET): key for key in state if key.startswith(compvis.UNET)}
     # Averaged weights lie under the same names without their dots (Stable Diffusion, ldm/modules/ema.py).
     averaged = {name: _EMA + name.replace(".", "") for name in plain}
@@ -77,8 +77,8 @@ def _pick(path: Path, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
     return {name: state[key] for name, key in names.items()}
 
 
-def foreign(keys: Iterable[str]) -> str | None:
-    """What a file with tensors of these names holds if it is no Stable Diffusion 1.x in CompVis naming, else None."""
+def describe_unsupported(keys: Iterable[str]) -> str | None:
+    """What a file with these keys holds if it is no Stable Diffusion 1.x in CompVis naming; None if it is one."""
     names = list(keys)
 
     def some(pattern: str) -> bool:

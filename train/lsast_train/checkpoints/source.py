@@ -1,8 +1,8 @@
-"""Bases of Stable Diffusion 1.5's form, as others published them.
+"""Published bases of Stable Diffusion 1.5's architecture.
 
 A base is a folder in diffusers' format (on disk, or a repository of the Hugging Face hub at a pinned revision) or a
-single file in CompVis naming; its ControlNet is either, too. Whatever does not belong together is refused before any
-network is built.
+single file in CompVis naming; so is its ControlNet. Parts that do not fit together are refused before any network is
+built.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from lsast_engines.errors import TrainingError, UsageError, fault_list
 
 from . import compvis
 from .diffusers_folder import FILES, add_from, controlnet_config, diffusers_weights, read_folder
-from .found_parts import Findings, OpenWeights, Part, Prediction, UnetWeights
+from .found_parts import BaseInspection, OpenWeights, Part, Prediction, UnetWeights
 from .hub import Folder, Repository, is_hub_id, open_hub, weight_files
-from .single_file import foreign, read_single_file
+from .single_file import describe_unsupported, read_single_file
 from .weights import PICKLED, Weights, read_tensors
 
 _SINGLE_FILES = (".safetensors", *PICKLED)
@@ -59,7 +59,7 @@ class BaseSource:
         if self.heads < 1:
             faults.append(f"heads: found {self.heads}; expected at least 1")
         if faults:
-            raise UsageError(fault_list("this is no base:", faults))
+            raise UsageError(fault_list("not a valid base:", faults))
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,11 +75,11 @@ class ImportedBase:
     multiple: int
     """Legal heights and widths are multiples of this many pixels: all halvings of autoencoder and U-Net."""
     origin: dict[str, str]
-    """Names of its files or repositories, which weights of the U-Net were taken."""
+    """See `BaseInspection.origin`."""
 
 
-def is_source(name: str | Path) -> bool:
-    """Whether `name` is a folder or file that this module reads, or looks like a name on the hub."""
+def is_importable(name: str | Path) -> bool:
+    """Whether `name` is a folder or file that `import_base` reads, or has the form of a name on the hub."""
     path = Path(name).expanduser()
     if path.is_dir():
         return (path / "model_index.json").is_file() or (path / "unet" / "config.json").is_file()
@@ -87,7 +87,7 @@ def is_source(name: str | Path) -> bool:
 
 
 def import_base(source: BaseSource) -> ImportedBase:
-    """Find the parts of `source` and make sure that they are Stable Diffusion 1.5's kind and fit together.
+    """Find the parts of `source` and check that they are those of a Stable Diffusion 1.5 and fit together.
 
     Raises:
         TrainingError: parts that are missing, damaged, of another kind of model, or do not fit together; all at once.
@@ -95,7 +95,7 @@ def import_base(source: BaseSource) -> ImportedBase:
         MissingExtraError: transformers is not installed.
     """
     assert source.base is not None
-    found = Findings(source.heads)
+    found = BaseInspection(source.heads)
     path = Path(source.base).expanduser()
     if _is_file(path):
         name = path.stem
@@ -107,43 +107,44 @@ def import_base(source: BaseSource) -> ImportedBase:
     if source.controlnet is not None:
         _read_controlnet(source.controlnet, source, found)
     for part, what in _PARTS.items():
-        if part not in found.networks and found.tried.isdisjoint({part, "base"}):
+        if part not in found.networks and found.failed.isdisjoint({part, "base"}):
             hint = "; name one with --controlnet" if part == "controlnet" else ""
-            found.fail(part, f"found none in {found.facts['source']}; expected the {what}{hint}")
+            found.fail(part, f"found none in {found.origin['source']}; expected the {what}{hint}")
     configs = {part: opened().config for part, opened in found.networks.items()}
-    if faults := found.faults + _misfits(configs):
+    if faults := found.faults + _compatibility_errors(configs):
         heading = f"{source.base} cannot be used; expected the parts of one Stable Diffusion 1.5:"
         raise TrainingError(fault_list(heading, faults))
-    for key, value in found.facts.items():
+    for key, value in found.origin.items():
         _log.info("%s: %s: %s", name, key.replace("_", " "), value)
     halvings = sum(len(configs[part]["block_out_channels"]) - 1 for part in ("unet", "autoencoder"))
-    facts = (found.latent_scale, found.prediction, found.noise, 2**halvings, found.facts)
-    return ImportedBase(name, found.networks, *facts)
+    return ImportedBase(
+        *(name, found.networks, found.latent_scale, found.prediction, found.noise), 2**halvings, found.origin
+    )
 
 
 def _is_file(path: Path) -> bool:
     return path.suffix in _SINGLE_FILES and not path.is_dir()
 
 
-def _repository(name: str | Path, source: BaseSource, fact: str, found: Findings) -> Repository:
+def _repository(name: str | Path, source: BaseSource, key: str, found: BaseInspection) -> Repository:
     if not is_hub_id(str(name)):
         return Folder(Path(name).expanduser())
     repository = open_hub(str(name), source.revision)
-    found.facts[fact] = repository.revision
+    found.origin[key] = repository.revision
     return repository
 
 
-def _read_controlnet(name: str | Path, source: BaseSource, found: Findings) -> None:
+def _read_controlnet(name: str | Path, source: BaseSource, found: BaseInspection) -> None:
     path = Path(name).expanduser()
     if _is_file(path):
-        found.facts["controlnet"] = path.name
+        found.origin["controlnet"] = path.name
         found.add("controlnet", lambda: _controlnet_file(path, found.heads))
         return
     repository = _repository(name, source, "controlnet_revision", found)
-    found.facts["controlnet"] = repository.name
+    found.origin["controlnet"] = repository.name
     folder = "" if repository.first("config.json") is not None else "controlnet"
     add_from(repository, folder, "controlnet", "ControlNetModel", weight_files(*FILES), found)
-    if "controlnet" not in found.networks and "controlnet" not in found.tried:
+    if "controlnet" not in found.networks and "controlnet" not in found.failed:
         found.fail("controlnet", f"found none in {repository.name}; expected config.json and {FILES[0]}")
 
 
@@ -158,12 +159,12 @@ def _controlnet_file(path: Path, heads: int) -> Weights:
         return diffusers_weights("ControlNetModel", controlnet_config(state, heads), state)
     section = compvis.section(state, compvis.CONTROL)
     if "input_hint_block.0.weight" not in section:
-        raise TrainingError(f"found {foreign(state) or 'a base'} in {path.name}; expected a ControlNet")
+        raise TrainingError(f"found {describe_unsupported(state) or 'a base'} in {path.name}; expected a ControlNet")
     return compvis.controlnet_weights(section, heads)
 
 
-def _misfits(configs: Mapping[Part, Mapping[str, Any]]) -> list[str]:
-    """Everything about the configurations of the parts that is not Stable Diffusion 1.5's, or not one another's."""
+def _compatibility_errors(configs: Mapping[Part, Mapping[str, Any]]) -> list[str]:
+    """Settings of the parts that are not Stable Diffusion 1.5's, or that do not fit one another; a line each."""
     faults: list[str] = []
 
     def expect(what: str, found: Any, expected: Any, why: str = "") -> None:

@@ -68,7 +68,7 @@ class Weights:
             return self.make()
 
     def faults(self) -> list[str]:
-        """What keeps the weights from fitting the network: tensors missing, of another shape, or not expected."""
+        """Tensors that are missing, of another shape, or not expected in this network; a line each."""
         expected = {key: tuple(value.shape) for key, value in self.on_meta().state_dict().items()}
         found = {key: tuple(value.shape) for key, value in self.tensors.items()}
         faults = [f"{key}: missing" for key in expected if key not in found]
@@ -83,15 +83,14 @@ class Weights:
     def build(self, dtype: torch.dtype = torch.float32) -> Any:
         """The network with its weights in `dtype`, in evaluation mode and without gradients.
 
-        It is made without memory of its own, so that no second copy of the weights ever exists; tensors that are of
-        `dtype` already stay views of their file.
+        Tensors that are of `dtype` already stay views of their file.
 
         Raises:
             TrainingError: weights that do not fit, all faults at once.
         """
         if faults := self.faults():
             raise TrainingError(
-                fault_list(f"the weights of {self.what} do not fit its architecture:", shortened(faults))
+                fault_list(f"the weights of {self.what} do not fit its architecture:", truncate(faults))
             )
         network = self.on_meta()
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.tensors.items()}
@@ -196,7 +195,7 @@ def write_tensors(path: Path, networks: Mapping[str, OpenTensors], dtype: torch.
         dtype: floating tensors are stored in it; one at a time is converted.
     """
     plan = [
-        _Entry(network, key, dtype if value.is_floating_point() else value.dtype, tuple(value.shape))
+        _TensorPlan(network, key, dtype if value.is_floating_point() else value.dtype, tuple(value.shape))
         for network, opened in networks.items()
         for key, value in opened().items()
     ]
@@ -220,7 +219,7 @@ def write_tensors(path: Path, networks: Mapping[str, OpenTensors], dtype: torch.
 
 
 @dataclass(frozen=True)
-class _Entry:
+class _TensorPlan:
     """A tensor to be written."""
 
     network: str
@@ -233,7 +232,7 @@ class _Entry:
         return f"{self.network}.{self.key}" if self.network else self.key
 
 
-def shortened(faults: Iterable[str], limit: int = 20) -> list[str]:
-    """The first `limit` faults, and how many more there are: a wrong file has hundreds of a kind."""
+def truncate(faults: Iterable[str], limit: int = 20) -> list[str]:
+    """The first `limit` faults, and the number of the others: a wrong file has hundreds."""
     faults = list(faults)
     return faults if len(faults) <= limit else [*faults[:limit], f"… and {len(faults) - limit} more"]

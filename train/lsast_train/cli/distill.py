@@ -76,7 +76,7 @@ def distil(
     options = DistilOptions(**knobs)
     import torch
 
-    from ..base.base import load_base, stored_base
+    from ..base.lazy_base import load_base, resolve_local_base
     from ..checkpoints.source import BaseSource
     from ..distillation.distillation import Distillation
     from ..distillation.source_style import find_style, read_source
@@ -86,12 +86,12 @@ def distil(
         torch.set_num_threads(threads)
     with log_to_stderr():
         source = BaseSource(base)
-        path = find_style(style, stored_base(source), options.kind)
+        path = find_style(style, resolve_local_base(source), options.kind)
         loaded = load_base(source)
         found = read_source(path, loaded, options.kind)
         few = f"-s{options.student_steps}" if options.student_steps else ""
         name = name or f"{found.name}-g{options.guidance:g}{few}"
-        pictures = Collection.load(images, options.size, "random", loaded.facts.size)
+        pictures = Collection.load(images, options.size, "random", loaded.config.size)
         outcome = Distillation(loaded, found, pictures, options, name, out or Path("runs") / name, resume).run()
     result = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(outcome).items()}
     click.echo(json.dumps(result) if as_json else str(outcome.style))

@@ -153,7 +153,7 @@ def _learn(
     import torch
     from accelerate import Accelerator
 
-    from ..base.base import load_base
+    from ..base.lazy_base import load_base
     from ..checkpoints.source import BaseSource
     from ..evaluation import round_unet
     from ..inversion import Inversion
@@ -166,7 +166,7 @@ def _learn(
         base = load_base(BaseSource(**source))
         if options.precision == "bf16":
             round_unet(base)
-        collection = Collection.load(images, options.size, options.crop, base.facts.size, progress=main)
+        collection = Collection.load(images, options.size, options.crop, base.config.size, progress=main)
         outcome = Inversion(base, collection, options, style, folder, licence, resume).run()
     if not main:
         return

@@ -15,7 +15,7 @@ from lsast_engines.cli import Command, debug_option
 from lsast_engines.errors import PictureError
 from lsast_engines.images import find_pictures
 
-from ..base.base import load_base, save_base
+from ..base.lazy_base import load_base, save_base
 from ..base.mini_autoencoder import MiniAutoencoder
 from ..mini.architecture import MiniConfig, build_mini
 from ..mini.dataset import LatentDataset, build_cache
@@ -127,8 +127,8 @@ def mini(
         build_cache(folders, base.autoencoder.encoder, cache)
     data = LatentDataset(cache)
     train_base(base, data, BaseTrainingOptions(steps=steps, side=side, share=shares, seed=seed), out, resume)
-    base.facts = replace(
-        base.facts,
+    base.config = replace(
+        base.config,
         training={
             "pictures": str(len(data.train)),
             "labels": ", ".join(data.label_names),

@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from lsast_engines.errors import TrainingError, UsageError, fault_list
 
-from ..base.baked import BakedBase, baked_base
+from ..base.baked import BakedBase
 from ..base.base import Base
+from ..base.kv_packing import kv_layouts
 from ..evaluation import Purpose, seeded
 from ..inversion import place
 from ..options import style_name_faults
@@ -84,14 +85,14 @@ class Distillation:
         on_step: Callable[[int, float], None] | None = None,
     ) -> None:
         faults = style_name_faults(name)
-        if options.size % base.facts.multiple:
-            faults.append(f"size: found {options.size}; expected a multiple of {base.facts.multiple}")
+        if options.size % base.config.multiple:
+            faults.append(f"size: found {options.size}; expected a multiple of {base.config.multiple}")
         if options.kind == "prompts" and style.prompts is None:
             faults.append("kind: found prompts for a style that was read for kv; read it for prompts")
         if faults:
             raise UsageError(fault_list("this distillation cannot be meant:", faults))
         if options.student_steps:
-            student_schedule(options, base.facts.noise, style.stages)
+            student_schedule(options, base.config.noise, style.stages)
         self.base, self.style, self.collection, self.options = base, style, collection, options
         self.files = DistilFiles(folder, name, options.kind)
         if resume and not self.files.checkpoint.exists():
@@ -113,29 +114,28 @@ class Distillation:
             TrainingError: a loss that is not finite; nothing learnt.
             InterruptionError: SIGINT or SIGTERM in training; a checkpoint was written.
         """
-        with baked_base(self.base) as baked:
-            self._prepare(baked)
-            signals, options = NotedSignals(), self.options
-            began = saved = time.monotonic()
-            before = self._seconds
-            bar = tqdm(total=options.steps, initial=self.step, desc=self.files.name, unit="step")
-            with bar, signals:
-                while self.step < options.steps:
-                    loss = self._train_step()
-                    self._loss_sum += loss
-                    bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-                    bar.update()
-                    if self._on_step is not None:
-                        self._on_step(self.step, loss)
-                    if self.step % options.evaluate_every == 0 or self.step == options.steps:
-                        self._evaluate()
-                    self._seconds = before + time.monotonic() - began
-                    if signals.number or time.monotonic() - saved > 60 * options.checkpoint_minutes:
-                        self._save_checkpoint()
-                        saved = time.monotonic()
-                    if signals.number and self.step < options.steps:
-                        raise InterruptionError(signals.number, self.step, self.files.checkpoint)
-            return self._finish()
+        self._prepare(BakedBase(self.base))
+        signals, options = NotedSignals(), self.options
+        began = saved = time.monotonic()
+        before = self._seconds
+        bar = tqdm(total=options.steps, initial=self.step, desc=self.files.name, unit="step")
+        with bar, signals:
+            while self.step < options.steps:
+                loss = self._train_step()
+                self._loss_sum += loss
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                bar.update()
+                if self._on_step is not None:
+                    self._on_step(self.step, loss)
+                if self.step % options.evaluate_every == 0 or self.step == options.steps:
+                    self._evaluate()
+                self._seconds = before + time.monotonic() - began
+                if signals.number or time.monotonic() - saved > 60 * options.checkpoint_minutes:
+                    self._save_checkpoint()
+                    saved = time.monotonic()
+                if signals.number and self.step < options.steps:
+                    raise InterruptionError(signals.number, self.step, self.files.checkpoint)
+        return self._finish()
 
     def errors(self, side: Side) -> tuple[float, ...]:
         """Root mean square of student - target in each stage that is trained, float32 arithmetic."""
@@ -153,7 +153,7 @@ class Distillation:
         self._baked = baked
         teacher = Teacher(baked, self.style, null_rows(base), options)
         self._at_once = max(1, ROWS * 256 * 256 // options.size**2)
-        self.student = self._make_student(base.null_context.device)
+        self.student = self._make_student(base.device)
         self.optimizer = torch.optim.AdamW(
             self.student.parameters(), lr=options.lr, betas=(0.9, 0.999), weight_decay=options.weight_decay
         )
@@ -190,8 +190,8 @@ class Distillation:
         style, baked = self.style, self._baked
         if self.options.kind == "prompts":
             assert style.prompts is not None, "checked at the start"
-            return PromptStudent(style.prompts, baked.unet, baked.control).to(device)
-        return KeyValueStudent(style.kv_unet, style.kv_control, baked.unet).to(device)
+            return PromptStudent(style.prompts, *kv_layouts(baked.base)).to(device)
+        return KeyValueStudent(style.kv_unet, style.kv_control, kv_layouts(baked.base)[0]).to(device)
 
     def _choose_start(self) -> None:
         """Put every stage at the best of `SCALES` along the line from the null context through the style."""
@@ -214,7 +214,7 @@ class Distillation:
 
     def _error(self, side: Side, rows: torch.Tensor, stage: int, training: bool = False) -> torch.Tensor:
         """Squared error of the student at the states `rows` of one stage, [B, 4, h, w]."""
-        device, (content, states) = self._baked.device, side
+        device, (content, states) = self.base.device, side
         predicted = self._baked.predict(
             states.latent[rows].to(device),
             states.timestep[rows].to(device),

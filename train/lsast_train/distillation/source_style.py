@@ -8,13 +8,15 @@ from pathlib import Path
 
 import torch
 
-from lsast_engines.bundle.bundle import MANIFEST, Bundle
+from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.manifest import MANIFEST
 from lsast_engines.bundle.style import Style, StyleFile
 from lsast_engines.errors import StyleError
 
 from ..base.attention import GROUPS
-from ..base.base import Base, check_fingerprint
-from ..base.kv_packing import PackedLayers, pack
+from ..base.base import Base
+from ..base.kv_packing import KVLayout, kv_layouts
+from ..base.lazy_base import check_fingerprint
 from ..prompts.prompt_file import load_prompts
 from .options import Kind
 
@@ -74,10 +76,10 @@ def read_source(path: Path, base: Base, kind: Kind) -> SourceStyle:
     Raises:
         StyleError: damaged, of another base, with guidance baked in already, or keys and values that no prompts give.
     """
-    layouts = pack(base)
+    layouts = kv_layouts(base)
     if path.name.endswith(".prompts.safetensors"):
         found = load_prompts(path)
-        if found.base not in base.facts.training.get("exported_from", "").split():
+        if found.base not in base.config.training.get("exported_from", "").split():
             check_fingerprint(found.base, base, f"prompt file {path}")
         _refuse_baked(found.meta, path)
         kv_unet, kv_control = (_project(layout, found.prompts) for layout in layouts)
@@ -95,12 +97,12 @@ def read_source(path: Path, base: Base, kind: Kind) -> SourceStyle:
 def null_rows(base: Base) -> torch.Tensor:
     """Keys and values [T, Wu] of the base's null context in the U-Net, on the CPU."""
     context = base.null_context.float().expand(1, len(GROUPS), -1, -1)
-    return _project(pack(base)[0], context)[0]
+    return _project(kv_layouts(base)[0], context)[0]
 
 
 @torch.no_grad()
 def recover_prompts(
-    layouts: tuple[PackedLayers, ...], kv_unet: torch.Tensor, kv_control: torch.Tensor, what: str
+    layouts: tuple[KVLayout, ...], kv_unet: torch.Tensor, kv_control: torch.Tensor, what: str
 ) -> torch.Tensor:
     """The prompts [stages, 3, T, dim] that keys and values were projected from, by least squares.
 
@@ -140,7 +142,7 @@ def style_of(source: SourceStyle, base: Base, name: str, kv_unet: torch.Tensor, 
 
 
 @torch.no_grad()
-def _project(layout: PackedLayers, prompts: torch.Tensor) -> torch.Tensor:
+def _project(layout: KVLayout, prompts: torch.Tensor) -> torch.Tensor:
     weight = layout.layers[0].module.to_k.weight
     return layout.project(prompts.to(weight)).float().cpu()
 

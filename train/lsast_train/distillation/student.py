@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..base.attention import GROUPS
-from ..base.kv_packing import PackedLayers
+from ..base.kv_packing import KVLayout
 
 Rows = tuple[torch.Tensor, torch.Tensor]
 """Keys and values of U-Net [T, Wu] and ControlNet [T, Wc]."""
@@ -29,7 +29,7 @@ class KeyValueStudent(nn.Module):
     control: torch.Tensor
     unit: torch.Tensor
 
-    def __init__(self, kv_unet: torch.Tensor, kv_control: torch.Tensor, layout: PackedLayers) -> None:
+    def __init__(self, kv_unet: torch.Tensor, kv_control: torch.Tensor, layout: KVLayout) -> None:
         super().__init__()
         self.register_buffer("start", kv_unet.clone())
         self.register_buffer("control", kv_control, persistent=False)
@@ -62,7 +62,7 @@ class PromptStudent(nn.Module):
     start: torch.Tensor
     unit: torch.Tensor
 
-    def __init__(self, prompts: torch.Tensor, unet: PackedLayers, control: PackedLayers) -> None:
+    def __init__(self, prompts: torch.Tensor, unet: KVLayout, control: KVLayout) -> None:
         super().__init__()
         self._layouts = unet, control
         self.register_buffer("start", prompts.clone())

@@ -96,12 +96,12 @@ def read_content(
     for index in range(count):
         generator = seeded(seed, Purpose.CONTENT, side, index)
         pixels = view(paintings[index % len(paintings)], size, generator).copy()
-        edges = torch.from_numpy(canny_edges(pixels)).float().expand(1, 3, -1, -1).to(baked.device)
+        edges = torch.from_numpy(canny_edges(pixels)).float().expand(1, 3, -1, -1).to(baked.base.device)
         with torch.no_grad():
-            image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(baked.device).float() / 127.5 - 1
+            image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(baked.base.device).float() / 127.5 - 1
             mean, std = (part.cpu() for part in base.encode(image))
             hints.append(baked.hints(edges).cpu())
-        latents.append(base.facts.latent_scale * (mean + std * torch.randn(mean.shape, generator=generator)))
+        latents.append(base.config.latent_scale * (mean + std * torch.randn(mean.shape, generator=generator)))
     return Content(torch.cat(latents), torch.cat(hints))
 
 
@@ -118,14 +118,14 @@ class Teacher:
     def __init__(self, baked: BakedBase, style: SourceStyle, null: torch.Tensor, options: DistilOptions) -> None:
         self.baked, self.options = baked, options
         self.stages = style.stages
-        device = baked.device
+        device = baked.base.device
         self._rows = style.kv_unet.to(device), style.kv_control.to(device)
         self._null = null.to(device)
 
     @property
     def noise(self) -> NoiseSchedule:
         """The base's noise."""
-        return self.baked.base.facts.noise
+        return self.baked.base.config.noise
 
     @torch.no_grad()
     def __call__(
@@ -135,7 +135,7 @@ class Teacher:
 
         ControlNet is asked once, with the style, and answers for both halves, as in the runtime (docs/method.md §4.5).
         """
-        device = self.baked.device
+        device = self.baked.base.device
         latent, timestep, hint = latent.to(device), timestep.to(device), hint.to(device)
         stage = stage_of(int(timestep[0]), self.noise, self.stages)
         unet, control = (rows[stage] for rows in self._rows)

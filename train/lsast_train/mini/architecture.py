@@ -8,7 +8,7 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import nn
 
-from ..base.base import Base, BaseFacts
+from ..base.base import Base, BaseConfig, build_base
 from ..base.mini_autoencoder import MiniAutoencoder
 from ..base.style_encoder import StyleEncoder
 
@@ -70,8 +70,8 @@ def build_mini(config: MiniConfig, seed: int = 0) -> Base:
         )
         controlnet = ControlNetModel(conditioning_embedding_out_channels=config.hint_widths, **shared)
         _wake_zero_convolutions(controlnet)
-        base = Base(
-            BaseFacts("mini", "mini", "v_prediction", config.tokens, 512, 1.0),
+        base = build_base(
+            BaseConfig("mini", "mini", "v_prediction", config.tokens, 512, 1.0),
             fingerprint="0" * 64,
             unet=unet,
             controlnet=controlnet,

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from lsast_engines.files import replace_file
 
+from ..base.attention import layer_contexts
 from ..base.base import Base
 from ..training.checkpoint import load_checkpoint, save_checkpoint
 from .dataset import LatentDataset, Window
@@ -103,13 +104,15 @@ class Learner(nn.Module):
         residuals: dict[str, Any] = {}
         seen = len(edges)
         if seen:
-            self.base.control_box.fill(contexts[:seen])
-            down, mid = self.controlnet(noisy[:seen], t[:seen], context[:seen], edges, return_dict=False)
+            kwargs = layer_contexts(contexts[:seen])
+            down, mid = self.controlnet(
+                noisy[:seen], t[:seen], None, edges, cross_attention_kwargs=kwargs, return_dict=False
+            )
             rest = len(latents) - seen
             pad = [torch.cat([r, r.new_zeros(rest, *r.shape[1:])]) for r in (*down, mid)]
             residuals = {"down_block_additional_residuals": pad[:-1], "mid_block_additional_residual": pad[-1]}
-        self.base.unet_box.fill(contexts)
-        output = self.unet(noisy, t, context, **residuals, return_dict=False)[0]
+        kwargs = layer_contexts(contexts)
+        output = self.unet(noisy, t, None, cross_attention_kwargs=kwargs, **residuals, return_dict=False)[0]
         abar = self.base.alphas_cumprod[t].view(-1, 1, 1, 1)
         target = abar.sqrt() * noise - (1 - abar).sqrt() * latents
         error: torch.Tensor = (output.float() - target).square().mean((1, 2, 3))
@@ -214,7 +217,7 @@ def train_base(base: Base, data: LatentDataset, options: BaseTrainingOptions, fo
         window = next(batches)
         latents = window.latents.contiguous(memory_format=torch.channels_last)
         noise = torch.randn(latents.shape, generator=generator)
-        t = torch.randint(0, base.facts.noise.train_steps, (options.batch,), generator=generator)
+        t = torch.randint(0, base.config.noise.train_steps, (options.batch,), generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
             context = learner.draw_context(window, options, mixed, generator)
             loss = learner.v_error(latents, noise, t, context, window.edges[:seen]).mean()

@@ -26,7 +26,8 @@ from lsast_engines.errors import StyleError, UsageError, fault_list
 from lsast_engines.files import replace_file
 
 from ..base.attention import GROUPS
-from ..base.base import Base, check_fingerprint
+from ..base.base import Base
+from ..base.lazy_base import check_fingerprint
 from ..options import Generator, Gradient, Layout, Variant, choice_faults, style_name_faults
 from .prompt_space import STAGES, PromptSpace, matrix_count, matrix_table
 from .text_encoder import TextPath

@@ -209,13 +209,13 @@ def build_space(base: Base, options: TrainOptions, draw: Callable[[], torch.Tens
     faults = []
     if mode == "text" and text is None:
         faults.append(
-            f"prompt: found text on base {base.facts.name!r}, which has no text encoder; expected auto or context, "
+            f"prompt: found text on base {base.config.name!r}, which has no text encoder; expected auto or context, "
             "or the --base that the encoder belongs to"
         )
     if mode == "context" and options.placeholder_tokens != 1:
         faults.append(
             f"placeholder_tokens: found {options.placeholder_tokens} without a text encoder; expected 1, "
-            f"contexts of base {base.facts.name!r} have {base.facts.tokens} tokens of their own"
+            f"contexts of base {base.config.name!r} have {base.config.tokens} tokens of their own"
         )
     if text is not None and options.placeholder_tokens > text.tokens - 2:
         faults.append(
@@ -231,11 +231,11 @@ def build_space(base: Base, options: TrainOptions, draw: Callable[[], torch.Tens
         options.generator,
         options.layout,
         options.gradient,
-        train_steps=base.facts.noise.train_steps,
+        train_steps=base.config.noise.train_steps,
         seed=options.seed,
         text=text,
     )
-    return space.to(base.null_context.device)
+    return space.to(base.device)
 
 
 def prompt_mode(base: Base, options: TrainOptions) -> Literal["context", "text"]:
