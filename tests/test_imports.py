@@ -1,19 +1,28 @@
-"""The import contract: the runtime and the engines run where torch is not, and cost little to import.
+"""Imports: the runtime and the engines run without torch and load little, and no package has an import cycle.
 
-Times are not asserted here (they belong to benchmarks/); what is loaded is what they depend on.
+Times are not asserted here (they belong to benchmarks/), only what is loaded.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = {
+    "lsast": ROOT / "runtime",
+    "lsast_engines": ROOT / "engines",
+    "lsast_eval": ROOT / "eval",
+    "lsast_export": ROOT / "export",
+    "lsast_train": ROOT / "train",
+}
 LEAN = ("lsast", "lsast_engines")
 FORBIDDEN = ("torch", "diffusers", "transformers", "accelerate", "onnx", "lsast_train", "lsast_export", "lsast_eval")
 HEAVY = (*FORBIDDEN, "PIL", "cv2", "numpy", "onnxruntime", "openvino", "safetensors", "tqdm")
@@ -29,10 +38,10 @@ def loaded():
 
 def _python(code: str) -> list[str]:
     """Run code in a fresh interpreter; the JSON list that its last line prints."""
-    rooms = os.pathsep.join(str(ROOT / room) for room in ("engines", "export", "runtime", "train"))
+    paths = os.pathsep.join(map(str, PACKAGES.values()))
     completed = subprocess.run(
         [sys.executable, "-c", _PRELUDE + code],
-        env={**os.environ, "PYTHONPATH": rooms},
+        env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
         timeout=120,
@@ -42,13 +51,93 @@ def _python(code: str) -> list[str]:
     return found
 
 
+def _modules(package: str) -> dict[str, Path]:
+    """The files of a package by module name."""
+    files = (PACKAGES[package] / package).rglob("*.py")
+    return {
+        ".".join(file.relative_to(PACKAGES[package]).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in files
+    }
+
+
+def _import_graph(package: str) -> dict[str, set[str]]:
+    """The modules of a package that each of its modules imports anywhere, but for type checking."""
+    modules = _modules(package)
+    graph: dict[str, set[str]] = {}
+    for name, file in modules.items():
+        parent = name if file.name == "__init__.py" else name.rpartition(".")[0]
+        graph[name] = set()
+        for node in _run_nodes(ast.parse(file.read_text(encoding="utf-8"))):
+            imported: list[str] = []
+            if isinstance(node, ast.Import):
+                imported = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                parts = parent.split(".")[: len(parent.split(".")) - node.level + 1] if node.level else []
+                source = ".".join([*parts, *([node.module] if node.module else [])])
+                children = [f"{source}.{alias.name}" for alias in node.names]
+                imported = [child if child in modules else source for child in children]
+            graph[name] |= {other for other in imported if other in modules and other != name}
+    return graph
+
+
+def _run_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those under `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        yield from _run_nodes(node)
+
+
+def _cycle(graph: Mapping[str, set[str]]) -> list[str]:
+    """One cycle of the graph, [] without any."""
+    done: set[str] = set()
+
+    def visit(node: str, path: list[str]) -> list[str]:
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in done:
+            return []
+        for other in sorted(graph.get(node, ())):
+            if found := visit(other, [*path, node]):
+                return found
+        done.add(node)
+        return []
+
+    return next((found for node in sorted(graph) if (found := visit(node, []))), [])
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_import_graph_has_no_cycle_of_files(package: str) -> None:
+    assert _cycle(_import_graph(package)) == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_import_graph_has_no_cycle_of_folders(package: str) -> None:
+    """In every folder, its files and subfolders import each other in one direction only."""
+    graph = _import_graph(package)
+    folders = {name.rpartition(".")[0] for name in graph} - {""}
+    for folder in folders:
+        siblings: dict[str, set[str]] = {}
+        depth = folder.count(".") + 2
+        for name, imported in graph.items():
+            for other in imported:
+                if name.startswith(f"{folder}.") and other.startswith(f"{folder}."):
+                    child, other_child = (".".join(module.split(".")[:depth]) for module in (name, other))
+                    if child != other_child:
+                        siblings.setdefault(child, set()).add(other_child)
+        assert _cycle(siblings) == []
+
+
+def test_cycle_finds_one_where_there_is_one() -> None:
+    assert _cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert _cycle({"a": {"b", "c"}, "b": {"c"}}) == []
+    assert "lsast_engines.bundle.manifest" in _import_graph("lsast_engines")["lsast_engines.bundle.bundle"]
+
+
 def test_every_lean_module_imports_where_torch_is_not() -> None:
-    names = sorted(
-        ".".join(path.relative_to(ROOT / room).with_suffix("").parts).removesuffix(".__init__")
-        for room, package in (("runtime", "lsast"), ("engines", "lsast_engines"))
-        for path in (ROOT / room / package).rglob("*.py")
-    )
-    assert {"lsast", "lsast.cli.main", "lsast.stylizer", "lsast_engines.backends.base"} <= set(names)
+    names = sorted(name for package in LEAN for name in _modules(package))
+    assert {"lsast", "lsast.cli.main", "lsast.stylizer", "lsast_engines.backends.registry"} <= set(names)
     loaded = _python(f"""
 for name in {FORBIDDEN!r}:
     sys.modules[name] = None  # importing it raises ImportError
@@ -57,7 +146,7 @@ for name in {names!r}:
     importlib.import_module(name)
 print(json.dumps([name for name in loaded() if sys.modules.get(name) is not None]))
 """)
-    # Backends are imported inside functions: what is there to import them is none of the module level's business.
+    # Backends are imported inside functions, so that no installed backend is loaded here.
     assert set(loaded) <= {*LEAN, "PIL", "click", "cv2", "numpy", "safetensors", "tqdm"}
 
 
@@ -81,24 +170,23 @@ def test_what_must_be_quick_loads_next_to_nothing(code: str, allowed: set[str]) 
     assert loaded <= allowed | {"colorama"}  # click's, on Windows
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_painting_on_a_cpu_loads_no_module_of_a_gpu(backend: str) -> None:
-    pytest.importorskip(backend)
+@pytest.mark.parametrize(
+    ("backend", "missing", "runs"),
+    [("onnxruntime", (), "onnxruntime"), ("openvino", (), "openvino"), ("auto", ("openvino",), "onnxruntime")],
+)
+def test_painting_on_a_cpu_loads_no_module_of_a_gpu(backend: str, missing: tuple[str, ...], runs: str) -> None:
+    pytest.importorskip(runs)
     loaded = set(
         _python(f"""
 import lsast, numpy
+sys.modules.update(dict.fromkeys({missing!r}))
 with lsast.load(backend={backend!r}, threads=1) as stylizer:
     stylizer.stylize(numpy.zeros((64, 64, 3), "uint8"), size=64, steps=1)
 print(json.dumps(sorted(sys.modules)))
 """)
     )
-    assert f"lsast_engines.backends.{backend}" in loaded
-    gpu = (
-        "cuda",
-        "tensorrt",
-        "lsast_engines.backends.tensorrt",
-    )
-    assert not [name for name in loaded if name.startswith(gpu)]
+    assert f"lsast_engines.backends.{runs}" in loaded
+    assert not [name for name in loaded if name.startswith(("cuda", "tensorrt", "lsast_engines.backends.tensorrt"))]
 
 
 def test_the_probe_sees_what_it_forbids() -> None:
