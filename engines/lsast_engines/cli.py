@@ -26,7 +26,7 @@ _DEBUG, _JSON = "lsast.debug", "lsast.json"
 class Command(click.Command):
     """A command whose failures are one line a fault; a traceback stands before it with `debug_option`.
 
-    Old names of its options (`RENAMED`) still work.
+    Old names of its options still work (`RENAMED`), or are refused with what to use instead (`REMOVED`).
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -36,6 +36,8 @@ class Command(click.Command):
             name, equals, value = text.partition("=")
             if name not in known and RENAMED.get(name) in known:
                 args[index] = RENAMED[name] + equals + value
+            elif name not in known and name.startswith("--") and (gone := removal(name)):
+                raise click.UsageError(gone)
         return super().parse_args(ctx, args)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:

@@ -1,18 +1,18 @@
-"""The one exception tree of every room.
+"""The exceptions of all packages.
 
 ::
 
-    LsastError                 exit 1   anything we expect to go wrong
-    ├── UsageError             exit 2   an option or argument that cannot be meant
-    ├── MissingExtraError      exit 1   a library that an extra installs is not there
-    ├── PictureError           exit 1   a picture or folder that cannot be read or written
-    ├── BundleError            exit 1   a bundle that is not what its manifest says
-    ├── StyleError             exit 1   a style or prompt file that is damaged or does not fit the bundle
-    ├── BackendError           exit 1   a backend or device that cannot be had, or fails while running
-    ├── CancelledError         exit 130 a painting that was asked to stop
-    ├── TrainingError          exit 1   training that cannot start, resume or converge
-    └── ExportError            exit 1   a graph that cannot be exported
-        └── ParityError        exit 1   an exported graph that does not compute what torch computes
+    LsastError                 exit 1   any expected error
+    ├── UsageError             exit 2
+    ├── MissingExtraError      exit 1
+    ├── PictureError           exit 1
+    ├── BundleError            exit 1
+    ├── StyleError             exit 1
+    ├── BackendError           exit 1
+    ├── CancelledError         exit 130
+    ├── TrainingError          exit 1
+    └── ExportError            exit 1
+        └── ParityError        exit 1
 
 Messages say what was found, what was expected, and how to mend it.
 """
@@ -21,19 +21,19 @@ from __future__ import annotations
 
 
 class LsastError(Exception):
-    """Root of all expected errors; `exit_code` is what a command line returns for it."""
+    """Base class of all expected errors; `exit_code` is the exit status of a command line."""
 
     exit_code = 1
 
 
 class UsageError(LsastError):
-    """An option or argument that cannot be meant: out of range, unknown, or at odds with another."""
+    """An invalid option or argument: out of range, unknown, or in conflict with another."""
 
     exit_code = 2
 
 
 class MissingExtraError(LsastError):
-    """A library that an optional extra installs is not importable."""
+    """A library of an optional extra is not installed."""
 
     def __init__(self, library: str, extra: str) -> None:
         super().__init__(f"{library} is not installed; install it with: pip install 'lsast[{extra}]'")
@@ -46,7 +46,7 @@ class PictureError(LsastError):
 
 
 class BundleError(LsastError):
-    """A bundle that is incomplete, damaged, of another format, or not what its manifest says."""
+    """A bundle that is incomplete, damaged, of another format, or different from its manifest."""
 
 
 class StyleError(LsastError):
@@ -54,11 +54,11 @@ class StyleError(LsastError):
 
 
 class BackendError(LsastError):
-    """A backend or device that cannot be had here, or that failed while running a graph."""
+    """A backend or device that is not available, or that failed while running a graph."""
 
 
 class CancelledError(LsastError):
-    """A painting that was asked to stop, and did."""
+    """A painting that was cancelled."""
 
     exit_code = 130
 
@@ -76,5 +76,5 @@ class ParityError(ExportError):
 
 
 def fault_list(heading: str, faults: list[str]) -> str:
-    """Join several faults under one heading, a line each, so that all are mended in one go."""
+    """An error message of several faults: the heading, then a line for each."""
     return heading + "".join(f"\n  - {fault}" for fault in faults)

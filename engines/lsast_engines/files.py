@@ -1,4 +1,4 @@
-"""Files written whole: under a temporary name in the same folder, then renamed, so that no half file is ever seen."""
+"""Files that are written whole or not at all, and the user's folders for caches and data."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path` for writing; rename it onto `path` if the block ends well, else delete it."""
+    """Open a temporary file beside `path` for writing; it is renamed to `path` at the end, or deleted on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as handle:
             yield handle
-        # mkstemp makes private files; give the result the mode that open() would have.
+        # mkstemp makes private files; the result gets the mode that open() would give it.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
@@ -30,7 +30,7 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file, read in pieces."""
+    """SHA-256 (hex) of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as handle:
         while piece := handle.read(1 << 20):
@@ -39,7 +39,16 @@ def file_sha256(path: Path) -> str:
 
 
 def cache_home() -> Path:
-    """``$LSAST_HOME``, else ``lsast`` in the XDG cache folder; it need not exist, and may be deleted at any time."""
+    """``$LSAST_HOME``, else ``lsast`` in the XDG cache folder. It may not exist, and may be deleted at any time."""
+    return _home("XDG_CACHE_HOME", ".cache")
+
+
+def data_home() -> Path:
+    """``$LSAST_HOME``, else ``lsast`` in the XDG data folder, for what took hours to make. It may not exist."""
+    return _home("XDG_DATA_HOME", ".local/share")
+
+
+def _home(variable: str, default: str) -> Path:
     if home := os.environ.get("LSAST_HOME"):
         return Path(home).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lsast"
+    return Path(os.environ.get(variable) or Path.home() / default) / "lsast"

@@ -1,7 +1,7 @@
-"""Pictures as arrays: one reading of image files for training and for painting.
+"""Image files as 8-bit RGB arrays, and their edges: the same for training and for sampling.
 
-Training and sampling must see the same pixels and the same edges, so both read here. Every mode that Pillow
-opens is brought to 8-bit RGB: greyscale, palette, CMYK and Lab through their ICC profile, 16-bit by its full range.
+Every mode that Pillow opens is converted: greyscale, palette, CMYK and Lab through their ICC profile, 16-bit by its
+full range.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".jfif", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-"""File suffixes (lower case) that `find_pictures` takes for pictures."""
+"""File suffixes (lower case) of the files that `find_pictures` returns."""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A decoded picture, upright and in 8-bit RGB."""
+class Image8:
+    """A decoded image, upright and in 8-bit RGB."""
 
     rgb: npt.NDArray[np.uint8]
     """Pixels [H, W, 3]."""
     alpha: npt.NDArray[np.uint8] | None = None
-    """Opacity [H, W], or None where the source has none."""
+    """Opacity [H, W], or None if the source has none."""
     icc: bytes | None = None
-    """The RGB colour profile the pixels are in, or None for sRGB."""
+    """The RGB colour profile of the pixels, or None for sRGB."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -43,10 +43,10 @@ class Picture:
 
 
 def find_pictures(folder: Path) -> list[Path]:
-    """All picture files under `folder`, at any depth, sorted; hidden files and folders are left out.
+    """All image files under `folder`, at any depth, sorted; hidden files and folders are skipped.
 
     Raises:
-        PictureError: the folder does not exist or holds no picture.
+        PictureError: the folder does not exist or has no image.
     """
     if not folder.is_dir():
         raise PictureError(f"found no folder {folder}; expected a folder of pictures")
@@ -62,8 +62,8 @@ def find_pictures(folder: Path) -> list[Path]:
     return paths
 
 
-def read_picture(source: str | Path | bytes | Image.Image | npt.NDArray[Any]) -> Picture:
-    """Decode `source` to upright 8-bit RGB.
+def read_picture(source: str | Path | bytes | Image.Image | npt.NDArray[Any]) -> Image8:
+    """Decode an image to upright 8-bit RGB.
 
     Args:
         source: a path, the bytes of an image file, a PIL image, or an array [H, W], [H, W, 1], [H, W, 3] or
@@ -81,7 +81,7 @@ def read_picture(source: str | Path | bytes | Image.Image | npt.NDArray[Any]) ->
         if isinstance(source, (str, Path)):
             source = Path(source).read_bytes()
         with warnings.catch_warnings():
-            # Pillow warns of odd EXIF and of pictures over 89 megapixels; neither keeps us from painting.
+            # Pillow warns about odd EXIF and about images over 89 megapixels; both can be read.
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
             image.load()
@@ -92,7 +92,7 @@ def read_picture(source: str | Path | bytes | Image.Image | npt.NDArray[Any]) ->
         raise PictureError(f"{name} is not a picture that Pillow can read; expected PNG, JPEG, WebP, TIFF …") from None
     except PictureError:
         raise
-    # Pillow's decoders let out whatever they trip over in damaged files: struct.error, EOFError, KeyError …
+    # Pillow's decoders raise many types for damaged files: struct.error, EOFError, KeyError …
     except Exception as error:
         raise PictureError(f"{name} cannot be decoded ({error}); expected a whole picture file") from error
 
@@ -102,11 +102,11 @@ def _upright(image: Image.Image) -> Image.Image:
 
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF, e.g. struct.error: the pixels are whole, and no orientation is known
+    except Exception:  # damaged EXIF, e.g. struct.error; the pixels can be read, the orientation is unknown
         return image
 
 
-def _from_array(array: npt.NDArray[Any]) -> Picture:
+def _from_array(array: npt.NDArray[Any]) -> Image8:
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
@@ -121,33 +121,33 @@ def _from_array(array: npt.NDArray[Any]) -> Picture:
         raise PictureError(f"found an array of {array.dtype}; expected uint8, uint16 or float in [0, 1]")
     pixels: npt.NDArray[np.uint8] = np.ascontiguousarray(array.astype(np.uint8))
     if pixels.shape[2] == 1:
-        return Picture(np.repeat(pixels, 3, axis=2))
-    return Picture(np.ascontiguousarray(pixels[:, :, :3]), pixels[:, :, 3] if pixels.shape[2] == 4 else None)
+        return Image8(np.repeat(pixels, 3, axis=2))
+    return Image8(np.ascontiguousarray(pixels[:, :, :3]), pixels[:, :, 3] if pixels.shape[2] == 4 else None)
 
 
-def _from_image(image: Image.Image) -> Picture:
+def _from_image(image: Image.Image) -> Image8:
     icc: bytes | None = image.info.get("icc_profile") or None
     alpha: npt.NDArray[np.uint8] | None = None
     if image.mode == "La":
-        image = image.convert("LA")  # Pillow converts premultiplied grey to nothing else
+        image = image.convert("LA")  # the only mode to which Pillow converts premultiplied grey
     if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         alpha = np.asarray(image.convert("RGBA").getchannel("A"), dtype=np.uint8)
         if (alpha == 255).all():
             alpha = None
     if image.mode.startswith(("I;16", "I", "F")):
-        return Picture(np.repeat(_wide_grey(image)[:, :, None], 3, axis=2), alpha)
+        return Image8(np.repeat(_wide_grey(image)[:, :, None], 3, axis=2), alpha)
     if image.mode in ("CMYK", "LAB") and icc is not None:
         converted = _to_srgb(image, icc)
-        return Picture(np.array(converted, dtype=np.uint8), alpha)
-    # A grey profile does not describe RGB pixels; an RGB one does, also for a palette of RGB colours.
+        return Image8(np.array(converted, dtype=np.uint8), alpha)
+    # A grey profile does not describe RGB pixels; an RGB profile does, also for a palette of RGB colours.
     keep = icc if image.mode in ("RGB", "RGBA", "RGBX", "P", "PA") else None
     if "transparency" in image.info:
         image = image.convert("RGBA")
-    return Picture(np.array(image.convert("RGB"), dtype=np.uint8), alpha, keep)
+    return Image8(np.array(image.convert("RGB"), dtype=np.uint8), alpha, keep)
 
 
 def _wide_grey(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """16- and 32-bit grey to 8 bits: 16-bit by its full range, others by their own."""
+    """16- and 32-bit grey to 8 bits: 16-bit by its full range, others by the range of their values."""
     values = np.asarray(image).astype(np.float64)
     low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():
@@ -167,15 +167,12 @@ def _to_srgb(image: Image.Image, icc: bytes) -> Image.Image:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
         converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError):
-        converted = None  # a damaged profile: the plain conversion is the best that is left
+        converted = None  # a damaged profile: convert without it
     return image.convert("RGB") if converted is None else converted
 
 
 def canny_edges(rgb: npt.NDArray[np.uint8], low: float = 100.0, high: float = 200.0) -> npt.NDArray[np.uint8]:
-    """Canny edges of an 8-bit RGB picture: [H, W, 3] → [H, W] of 0 and 1.
-
-    Thresholds as in the released LSAST (docs/method.md §4.2: ``cv2.Canny(100, 200)`` on the colour image).
-    """
+    """Canny edges of an 8-bit RGB image: [H, W, 3] → [H, W] of 0 and 1; thresholds of docs/method.md §4, step 2."""
     import cv2
 
     edges: npt.NDArray[np.uint8] = (cv2.Canny(np.ascontiguousarray(rgb), low, high) > 0).astype(np.uint8)
@@ -183,7 +180,7 @@ def canny_edges(rgb: npt.NDArray[np.uint8], low: float = 100.0, high: float = 20
 
 
 def on_white(rgb: npt.NDArray[np.uint8], alpha: npt.NDArray[np.uint8] | None) -> npt.NDArray[np.uint8]:
-    """Lay a picture [H, W, 3] of opacity [H, W] on white; None is opaque."""
+    """An image [H, W, 3] with opacity [H, W] composited on white; None is opaque."""
     if alpha is None:
         return rgb
     cover = alpha[:, :, None] / 255
@@ -191,7 +188,7 @@ def on_white(rgb: npt.NDArray[np.uint8], alpha: npt.NDArray[np.uint8] | None) ->
 
 
 def read_on_white(path: Path) -> npt.NDArray[np.uint8]:
-    """Pixels [H, W, 3] of a picture file, laid on white.
+    """Pixels [H, W, 3] of an image file, composited on white.
 
     Raises:
         PictureError: see `read_picture`.
@@ -201,6 +198,6 @@ def read_on_white(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def psnr(found: npt.NDArray[Any], expected: npt.NDArray[Any], peak: float = 255) -> float:
-    """10 log10(peak² / mean squared difference) in dB, `peak` that of 8-bit pictures; infinite for equal arrays."""
+    """PSNR, 10 log10(peak² / mean squared error), in dB; infinite for equal arrays."""
     error = float(np.mean((found.astype(np.float64) - expected) ** 2))
     return math.inf if error == 0 else 10 * math.log10(peak**2 / error)

@@ -1,11 +1,21 @@
-"""What was removed before the first release, and what to use instead: one table, for the errors that name it."""
+"""Names of earlier versions: what was removed, and what to use instead; and what is called otherwise today."""
 
 from __future__ import annotations
 
 _EIGHT_BITS = "no engine in 8 bits ever ran on a GPU; use fp16"
 _CPU = "for processors there is lsast-export quantize"
+_GUIDANCE = "use cache_interval, or a style with distilled guidance (lsast-train distill)"
+
+REMOVED_OPTIONS: dict[str, tuple[int, str]] = {
+    "control_low": (0, "use a smaller control_scale"),
+    "control_interval": (1, "use cache_interval"),
+    "guidance_low": (0, _GUIDANCE),
+    "guidance_high": (1000, _GUIDANCE),
+}
+"""Painting options that were removed, by name: the value that had no effect, which old files hold, and what helps."""
 
 REMOVED = {
+    **{f"--{name.replace('_', '-')}": instead for name, (_, instead) in REMOVED_OPTIONS.items()},
     "lsast-export modelopt": f"{_EIGHT_BITS}; {_CPU}",
     "lsast-export triton": "no server was ever run; serve on many machines with Ray, see docs/guides/many-machines.md",
     "lsast-export compile --quantised": f"{_EIGHT_BITS}; {_CPU}",
@@ -25,7 +35,14 @@ def removal(name: str) -> str | None:
 RENAMED = {
     "--precision": "--storage-dtype",
     "--arithmetic": "--compute-dtype",
+    "--control": "--control-scale",
     "quantise": "quantize",
     "distil": "distill",
 }
 """Old names of options and commands, which still work where the new one exists; this goes with version 0.2."""
+
+RENAMED_OPTIONS = {"control": "control_scale"}
+"""Old names of painting options, in calls and in files."""
+
+RENAMED_VALUES = {"fit=squash": "stretch", "solver=released": "ddim_lsast"}
+"""Old values of painting options, by ``name=value``."""

@@ -59,7 +59,7 @@ def manifest() -> Manifest:
             "steps": 12,
             "strength": 0.7,
             "guidance": 3.0,
-            "control": 1.0,
+            "control_scale": 1.0,
             "solver": "unipc",
             "size": 512,
         },

@@ -1,14 +1,15 @@
-"""A bundle: the folder that holds an exported base and the styles beside it.
+"""A bundle: the folder of an exported base and its styles.
 
 ::
 
     NAME/
-    ├── manifest.json            what everything else must be
-    ├── vae_encoder.onnx … vae_decoder.onnx, with weights they refer to (``*.data`` or ``*.safetensors``)
-    ├── controlnet.onnx, unet_full.onnx, unet_outer.onnx: the denoiser's parts, if it has them
-    ├── vae_decoder_tiny.onnx, vae_decoder_tiny.safetensors: a smaller decoder, if it has one
+    ├── manifest.json            describes and checks the other files
+    ├── base.safetensors         the weights, to which the graphs refer
+    ├── vae_encoder.onnx, controlnet_cond.onnx, denoiser.onnx, vae_decoder.onnx
+    ├── controlnet.onnx, unet_full.onnx, unet_outer.onnx: the denoiser split for caching (optional)
+    ├── vae_decoder_tiny.onnx, vae_decoder_tiny.safetensors: a smaller decoder (optional)
     ├── null.safetensors         the unconditional keys and values, in the format of a style
-    └── styles/*.safetensors     not in the manifest: styles come and go, each carries its own checksum
+    └── styles/*.safetensors     not in the manifest: styles are added and removed, and carry their own checksums
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..errors import BundleError, StyleError, UsageError, fault_list
-from ..files import cache_home, file_sha256
+from ..files import cache_home, data_home, file_sha256
 from .graph_spec import GraphSpec, TensorSpec, graph_specs, optional_specs
 from .manifest import MANIFEST, FileEntry, Manifest
 from .style import Style, StyleFile
@@ -32,30 +33,30 @@ NULL_STYLE = "null.safetensors"
 STYLES = "styles"
 
 EMBEDDED = Path(__file__).parent.parent / "mini"
-"""The bundle that comes with the package."""
+"""The bundle in the package."""
 
 _log = logging.getLogger("lsast.bundle")
 
 
 class Bundle:
-    """An exported base on disk that was found to be what its manifest says."""
+    """An exported base on disk that agrees with its manifest."""
 
     def __init__(self, path: Path, manifest: Manifest, null_style: Style) -> None:
         self.path = path
         self.manifest = manifest
         self.null_style = null_style
-        """The unconditional keys and values: one stage, or as many as the styles have."""
+        """The unconditional keys and values: one stage for all, or as many as the styles have."""
 
     @classmethod
     def open(cls, path: Path, verify_hashes: bool = True) -> Bundle:
-        """Check everything that the manifest declares.
+        """Open a bundle and check everything that its manifest declares.
 
         Args:
             path: the folder.
-            verify_hashes: read every file and compare its SHA-256; without it, sizes alone are compared.
+            verify_hashes: read every file and compare its SHA-256; otherwise only sizes are compared.
 
         Raises:
-            BundleError: no bundle, of another format, incomplete or damaged; all faults at once.
+            BundleError: not a bundle, of another format, incomplete or damaged; all faults at once.
         """
         if not (path / MANIFEST).is_file():
             raise BundleError(f"found no {MANIFEST} in {path}; expected a bundle, written by: lsast-export")
@@ -74,11 +75,11 @@ class Bundle:
             except StyleError as error:
                 faults.append(f"{NULL_STYLE}: {error}")
         if faults or null_style is None:
-            raise BundleError(fault_list(f"{path} is not what its manifest says; export it again:", faults))
+            raise BundleError(fault_list(f"{path} differs from its manifest; export it again:", faults))
         return cls(path, manifest, null_style)
 
     def graph_path(self, name: str) -> Path:
-        """The ONNX file of graph `name` (one of `manifest.graphs`)."""
+        """The ONNX file of graph `name`, one of `manifest.graphs`."""
         if name not in self.manifest.graphs:
             raise BundleError(f"found no graph {name!r}; expected one of {', '.join(self.manifest.graphs)}")
         return self.path / f"{name}.onnx"
@@ -86,20 +87,20 @@ class Bundle:
     def styles(self) -> dict[str, Path]:
         """The style files for this bundle by name: its own, sorted, then those in the user's folder, sorted.
 
-        Of two with the same name the user's is taken.
+        The user's style replaces one of the bundle with the same name.
         """
         own, users = (_style_files(folder) for folder in (self.path / STYLES, self.user_style_folder))
         for name in own.keys() & users.keys():
-            _log.info("style %s: %s takes the place of the bundle's own", name, users[name])
+            _log.info("style %s: %s replaces the bundle's own", name, users[name])
         return {**own, **users}
 
     @property
     def user_style_folder(self) -> Path:
-        """Where `lsast-export` puts styles for a bundle that is not the user's to write to."""
+        """The folder into which `lsast-export` writes styles for a bundle that is not the user's own."""
         return user_style_folder(self.manifest.fingerprint)
 
     def style(self, name: str) -> Style:
-        """Load the style `name`, all stages of it.
+        """Load all stages of the style `name`.
 
         Raises:
             UsageError: no style of that name; the message lists those there are.
@@ -108,7 +109,7 @@ class Bundle:
         return self.open_style(name).load()
 
     def open_style(self, name: str) -> StyleFile:
-        """Open the style `name`, whose stages are read as they are asked for.
+        """Open the style `name`; its stages are read when they are asked for.
 
         Raises:
             UsageError: no style of that name; the message lists those there are.
@@ -117,7 +118,7 @@ class Bundle:
         styles = self.styles()
         if name not in styles:
             raise UsageError(
-                f"found no style {name!r} for the bundle {self.path}; there: {', '.join(styles) or 'none'}; "
+                f"found no style {name!r} for the bundle {self.path}; available: {', '.join(styles) or 'none'}; "
                 f"make it with: lsast-export --style {name}"
             )
         style = StyleFile(styles[name])
@@ -125,7 +126,7 @@ class Bundle:
         return style
 
     def check_style(self, style: Style | StyleFile) -> None:
-        """Make sure that `style` fits this base.
+        """Check that `style` fits this base.
 
         Raises:
             StyleError: it was baked for another base, or has other shapes; all faults at once.
@@ -145,19 +146,19 @@ class Bundle:
     ) -> Bundle:
         """Write a whole bundle, or nothing.
 
-        It is built in a hidden folder beside `path`, opened there as a proof, and renamed.
+        It is built in a hidden folder beside `path`, opened there as a check, and renamed.
 
         Args:
-            path: the folder to be.
+            path: the new folder.
             manifest: its `files` are filled in here.
-            sources: every file but the manifest, by name: a file to copy, or contents. Names under ``styles/`` add
+            sources: every file except the manifest, by name: a file to copy, or contents. Names under ``styles/`` are
                 styles.
-            replace: take the place of a bundle that is there; its other styles are kept.
-            consume: move the files of `sources` instead of copying them: gigabytes of weights are then written once.
-                Those moved before a failure are gone.
+            replace: replace a bundle at `path`; its other styles are kept.
+            consume: move the files of `sources` instead of copying them, so that gigabytes of weights are written once.
+                Files that were moved before a failure are lost.
 
         Raises:
-            BundleError: `path` is taken, or the result is not a sound bundle; then `path` is as it was before.
+            BundleError: `path` exists, or the result is not a valid bundle; then `path` is unchanged.
         """
         _check_free(path, replace)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,12 +191,11 @@ def find_bundle(name_or_path: str | Path | None = None) -> Path:
     """The folder of a bundle.
 
     Args:
-        name_or_path: a folder; or a name, looked up in ``$LSAST_HOME/engines`` (without LSAST_HOME: in
-            ``lsast/engines`` of the XDG cache folder), then in ``./engines``, then among the embedded ones; or None for
-            what ``$LSAST_BUNDLE`` says, else the embedded default.
+        name_or_path: a folder; or a name, searched in ``engines`` of the cache folder (`files.cache_home`), in
+            ``./engines``, and in the package; or None for ``$LSAST_BUNDLE``, and without that the embedded bundle.
 
     Raises:
-        BundleError: nothing there; the message lists where it was looked for.
+        BundleError: no bundle found; the message lists the folders that were searched.
     """
     wanted = name_or_path or os.environ.get("LSAST_BUNDLE") or EMBEDDED
     folder = Path(wanted).expanduser()
@@ -216,14 +216,8 @@ def find_bundle(name_or_path: str | Path | None = None) -> Path:
 
 
 def user_style_folder(fingerprint: str) -> Path:
-    """The user's folder for styles of the base with this fingerprint; it need not exist.
-
-    ``$LSAST_HOME/styles/…``, without LSAST_HOME ``lsast/styles/…`` in the XDG data folder: a style is hours of
-    training, not a cache.
-    """
-    home = os.environ.get("LSAST_HOME")
-    data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "lsast"
-    return (Path(home).expanduser() if home else data) / STYLES / fingerprint[:16]
+    """The user's folder for styles of the base with this fingerprint, in `files.data_home`; it may not exist."""
+    return data_home() / STYLES / fingerprint[:16]
 
 
 def _style_files(folder: Path) -> dict[str, Path]:
@@ -249,9 +243,7 @@ def _file_faults(path: Path, manifest: Manifest, verify_hashes: bool) -> list[st
 def _graph_faults(manifest: Manifest) -> list[str]:
     expected = {**graph_specs(manifest.geometry), **optional_specs(manifest.geometry, manifest.graphs)}
     faults = [f"graph {name}: found none; expected {', '.join(expected)}" for name in expected.keys() - manifest.graphs]
-    faults += [
-        f"graph {name}: found a graph that this version does not know" for name in manifest.graphs.keys() - expected
-    ]
+    faults += [f"graph {name}: unknown; expected {', '.join(expected)}" for name in manifest.graphs.keys() - expected]
     for name in expected.keys() & manifest.graphs.keys():
         for side in ("inputs", "outputs"):
             faults += _tensor_faults(name, side, manifest.graphs[name], expected[name])
@@ -259,11 +251,11 @@ def _graph_faults(manifest: Manifest) -> list[str]:
 
 
 def _tensor_faults(name: str, side: str, found: GraphSpec, expected: GraphSpec) -> list[str]:
-    there: tuple[TensorSpec, ...] = getattr(found, side)
+    actual: tuple[TensorSpec, ...] = getattr(found, side)
     wanted: tuple[TensorSpec, ...] = getattr(expected, side)
-    if there == wanted:
+    if actual == wanted:
         return []
-    return [f"graph {name}: found {side} {'; '.join(map(str, there))}, expected {'; '.join(map(str, wanted))}"]
+    return [f"graph {name}: found {side} {'; '.join(map(str, actual))}; expected {'; '.join(map(str, wanted))}"]
 
 
 def _style_faults(style: Style | StyleFile, manifest: Manifest, *, is_null: bool) -> list[str]:
@@ -284,13 +276,13 @@ def _check_free(path: Path, replace: bool) -> None:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not (path / MANIFEST).is_file():
-        raise BundleError(f"{path} is there but is no bundle; it is left alone: name another folder, or remove it")
+        raise BundleError(f"{path} exists and is not a bundle; name another folder, or remove it")
     if not replace:
         raise BundleError(f"found a bundle at {path}; name another folder, or allow to replace it")
 
 
 def _styles_to_keep(path: Path, fresh: Path) -> dict[str, Path]:
-    """Style files of the bundle at `path` that `fresh` has none of the same name for."""
+    """Style files of the bundle at `path` whose names `fresh` does not have."""
     return {file.name: file for file in (path / STYLES).glob("*") if not (fresh / STYLES / file.name).exists()}
 
 
@@ -304,7 +296,7 @@ def _scratch_folder(path: Path) -> Iterator[Path]:
 
 
 def _exchange(fresh: Path, path: Path, old: Path) -> None:
-    """Put `fresh` in the place of `path`, and what was there into `old`; on failure put it back."""
+    """Move `path` to `old` and `fresh` to `path`; on failure `path` is restored."""
     if path.exists():
         path.rename(old)
     try:

@@ -1,7 +1,7 @@
-"""What the graphs of a bundle take and give: the one place where their input and output names are written.
+"""The inputs and outputs of a bundle's graphs: the only place where their names are written.
 
-Everything is float32 at the border (weights inside may be fp16), but for the timestep. An axis that is a string is
-dynamic; the same string means the same length in every input of one call.
+All are float32, also where weights are stored in 16 bits, except the timestep. An axis that is a string is dynamic; the
+same string means the same length in all inputs of one call.
 
 ====== =====================================================
 B      pictures in the batch
@@ -18,17 +18,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 VAE_ENCODER, CONTROLNET_COND, DENOISER, VAE_DECODER = "vae_encoder", "controlnet_cond", "denoiser", "vae_decoder"
-"""Names of the four graphs that every bundle has."""
-
 REQUIRED_GRAPHS = (VAE_ENCODER, CONTROLNET_COND, DENOISER, VAE_DECODER)
+"""The graphs of every bundle."""
 
 CONTROLNET, UNET_FULL, UNET_OUTER = "controlnet", "unet_full", "unet_outer"
-"""Names of the denoiser's parts, which a bundle may have beside it: all three or none."""
-
 UNET_SPLIT_GRAPHS = (CONTROLNET, UNET_FULL, UNET_OUTER)
+"""The graphs of a split denoiser, which a bundle may have beside the denoiser: all three or none."""
 
 VAE_DECODER_TINY = "vae_decoder_tiny"
-"""Name of a smaller decoder, of the same inputs and outputs, which a bundle may have beside its own."""
+"""A smaller decoder with the inputs and outputs of `VAE_DECODER`, which a bundle may have beside it."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class TensorSpec:
 
     name: str
     dtype: str
-    """NumPy's name of the element type, e.g. ``float32``."""
+    """NumPy's name of the type, e.g. ``float32``."""
     shape: tuple[int | str, ...]
     """Axis lengths; a string names a dynamic axis; empty for a scalar."""
 
@@ -47,7 +45,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """Name, inputs and outputs of a graph, in the order of the exported file."""
+    """Inputs and outputs of a graph, in the order of the exported file."""
 
     name: str
     inputs: tuple[TensorSpec, ...]
@@ -56,7 +54,7 @@ class GraphSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """The widths of a base, from which the shapes of its graphs follow."""
+    """The widths of a base that determine the shapes of its graphs."""
 
     hint_channels: int
     """Channels of the ControlNet's hint features."""
@@ -76,8 +74,8 @@ def graph_specs(geometry: Geometry) -> dict[str, GraphSpec]:
 
     - ``vae_encoder``: picture in [-1, 1] → mean and standard deviation of its latent, before `latent_scale`.
     - ``controlnet_cond``: edges in {0, 1} → the ControlNet's hint features, constant over the denoising loop.
-    - ``denoiser``: one step. Always gives the noise eps: a v-prediction base is converted inside. The ControlNet runs
-      once, at batch B, with the style's keys and values; both guidance halves share its residuals.
+    - ``denoiser``: latent and hint features at a timestep → the predicted noise eps, also of a v-prediction base. The
+      ControlNet runs once, at batch B, with the style's keys and values; both guidance rows share its residuals.
     - ``vae_decoder``: latent, divided by `latent_scale` → picture in about [-1, 1].
     """
     g = geometry
@@ -109,40 +107,39 @@ def graph_specs(geometry: Geometry) -> dict[str, GraphSpec]:
 
 
 def tiny_decoder_spec(geometry: Geometry) -> GraphSpec:
-    """The spec of ``vae_decoder_tiny``: that of the ``vae_decoder``, in whose place it may run, under its own name.
+    """The spec of ``vae_decoder_tiny``, which has the inputs and outputs of ``vae_decoder``.
 
-    Its latents are divided by `latent_scale` too, whatever the network inside takes.
+    Its latents are divided by `latent_scale` too, whatever its network expects.
     """
     return replace(graph_specs(geometry)[VAE_DECODER], name=VAE_DECODER_TINY)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnetSplit:
-    """Where a denoiser is cut into its parts: between ControlNet and U-Net, and across the U-Net.
+    """How a denoiser is split: between ControlNet and U-Net, and the U-Net below its outermost level.
 
-    Across the U-Net the cut lies below its outermost level, at full latent resolution (DeepCache, arXiv 2312.00858,
-    where the feature that enters an up block is kept): `unet_outer` is the convolution in, the first down block, the
-    last up block and the convolution out, and `feature` is what the last up block takes from below.
+    The outermost level, at full latent resolution, is the first convolution, the first down block, the last up block
+    and the last convolution; it takes a cached feature of the levels below (DeepCache, arXiv 2312.00858).
     """
 
     residuals: tuple[tuple[int, int], ...]
-    """Channels and level of each of the ControlNet's residuals, in its order; the middle block's is the last. At level
-    n the sides are those of the latent, halved n times."""
+    """Channels and level of each of the ControlNet's residuals, in its order, the middle block's last. At level n the
+    sides are those of the latent, halved n times."""
     outer: int
-    """How many of them, from the first, belong to the outermost level."""
+    """Number of residuals, from the first, of the outermost level."""
     feature: int
-    """Channels of the feature that is kept."""
+    """Channels of the cached feature."""
 
 
 def split_specs(geometry: Geometry, cut: UnetSplit) -> dict[str, GraphSpec]:
-    """The specs of the parts of a base's denoiser, by graph name.
+    """The specs of the graphs of a split denoiser, by graph name.
 
-    - ``controlnet``: the ControlNet of one step, at batch B with the style's keys and values, scaled → its residuals.
-    - ``unet_full``: the U-Net of one step with residuals, always giving eps, and the `feature` at the cut.
-    - ``unet_outer``: its outermost level alone, with the residuals of that level and a `feature` of an earlier step.
+    - ``controlnet``: the ControlNet at batch B, with the style's keys and values → its residuals, scaled.
+    - ``unet_full``: the U-Net with these residuals → eps, and the `feature` that enters its outermost level.
+    - ``unet_outer``: the outermost level, with its residuals and a `feature` of an earlier step → eps.
 
-    ``unet_full`` after ``controlnet`` is the ``denoiser``; ``unet_outer`` after ``unet_full`` of the same step gives
-    the same eps.
+    ``controlnet`` and ``unet_full`` together compute the ``denoiser``; ``unet_outer`` with the feature of the same step
+    computes the same eps.
     """
     g = geometry
     latent = TensorSpec("latent", "float32", ("B", g.latent_channels, "h", "w"))
@@ -173,9 +170,9 @@ def split_specs(geometry: Geometry, cut: UnetSplit) -> dict[str, GraphSpec]:
 
 
 def optional_specs(geometry: Geometry, graphs: Mapping[str, GraphSpec]) -> dict[str, GraphSpec]:
-    """What those of `graphs` have to be that a bundle need not have, by name; of parts, all that belong together.
+    """The specs that the optional ones of `graphs` should have; if one of a split denoiser is there, of all three.
 
-    The cut is read off the parts themselves; that they agree on it, and name things as `split_specs` does, is not.
+    The split is read from the shapes of `graphs`; the caller compares the result with them.
     """
     small = {VAE_DECODER_TINY: tiny_decoder_spec(geometry)} if VAE_DECODER_TINY in graphs else {}
     if not any(name in graphs for name in UNET_SPLIT_GRAPHS):
@@ -199,7 +196,7 @@ def _sides(level: int) -> tuple[str, str]:
 
 
 def downsampling_level(axis: str) -> int:
-    """How often the axis ``h…`` or ``w…`` is halved: 0 for ``h``, 1 for ``h2``, 2 for ``h4``."""
+    """The level of an axis ``h…`` or ``w…``: 0 for ``h``, 1 for ``h2``, 2 for ``h4``."""
     return int(axis[1:]).bit_length() - 1 if axis[1:].isdecimal() else 0
 
 

@@ -1,4 +1,4 @@
-"""Reading JSON objects field by field, gathering every fault instead of stopping at the first."""
+"""Reading JSON objects field by field, with a list of all faults instead of an exception at the first."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 class JsonReader:
     """One JSON object whose fields are read with a type and a range.
 
-    A field that is missing or wrong adds a line to `faults` and yields a placeholder of the right type, so that
-    reading goes on; what was read may only be used if no fault was added.
+    A field that is missing or invalid adds a line to `faults` and returns a placeholder of the right type; the values
+    may be used only if no fault was added.
     """
 
     def __init__(self, data: object, where: str, faults: list[str], known: tuple[str, ...]) -> None:
@@ -28,13 +28,13 @@ class JsonReader:
         ]
 
     def error(self, key: str, found: object, expected: str) -> None:
-        """Report that `key` holds `found` where `expected` was wanted."""
-        # One fault for an object that is none at all, not one more for each of its fields.
+        """Add a fault: `key` has the value `found`, and `expected` describes a valid one."""
+        # One fault for a value that is not an object, not one more for each of its fields.
         if self.is_object:
             self._faults.append(f"{self._path(key)}: found {_shown(found)}; expected {expected}")
 
     def string(self, key: str, pattern: str = ".+") -> str:
-        """A text that `pattern` matches as a whole."""
+        """A text that matches all of `pattern`."""
         value = self._data.get(key, _MISSING)
         if isinstance(value, str) and re.fullmatch(pattern, value, re.DOTALL):
             return value

@@ -1,4 +1,4 @@
-"""The manifest of a bundle: everything a runtime must know of a base, as ``manifest.json``."""
+"""The manifest of a bundle, ``manifest.json``: the description of its base, graphs and files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from ..diffusion.noise_schedule import Curve, NoiseSchedule
+from ..diffusion.noise_schedule import BetaSchedule, NoiseSchedule
 from ..errors import BundleError, UsageError, fault_list
 from .graph_spec import Geometry, GraphSpec, TensorSpec
 from .json_fields import JsonReader
@@ -16,19 +16,19 @@ MANIFEST = "manifest.json"
 """Name of the manifest's file in a bundle."""
 
 FORMAT = 2
-"""Format number of manifests that this version writes and reads; raised when an older reader would go wrong."""
+"""Format number of manifests that this version writes and reads."""
 
 StorageDtype = Literal["fp32", "fp16", "bf16", "int8"]
-"""Precision of the stored weights, with ``int8`` of activations too; inputs and outputs are float32 in any case."""
+"""Type of the stored weights, in ``int8`` bundles of activations too; inputs and outputs are always float32."""
 
 QUANTISED: tuple[StorageDtype, ...] = ("int8",)
-"""Precisions of bundles that were made from another one, for processors, and that are no base to train or bake on."""
+"""Storage dtypes of bundles that were quantized from another one; no base for training or baking."""
 
 Network = Literal["unet", "control"]
 Group = Literal["down", "mid", "up"]
 
-DEFAULTS = ("style", "steps", "strength", "guidance", "control", "solver", "size")
-"""The options that a manifest gives defaults for."""
+DEFAULTS = ("style", "steps", "strength", "guidance", "control_scale", "solver", "size")
+"""The options that a manifest has defaults for."""
 
 _SHA256 = "[0-9a-f]{64}"
 _DTYPES = ("float32", "int64")
@@ -36,26 +36,26 @@ _DTYPES = ("float32", "int64")
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """Where one cross-attention finds its keys and values in a packed row.
+    """The columns of one cross-attention's keys and values in ``kv_<network>`` [..., T, W].
 
-    Of ``kv_<network>`` [..., T, W] it takes the keys from columns [offset, offset + width) and the values from
-    [offset + width, offset + 2 width). The layers of a network fill the row without gap or overlap.
+    Keys are in columns [offset, offset + width), values in [offset + width, offset + 2 width). The layers of a network
+    fill all W columns without gap or overlap.
     """
 
     name: str
     """Module path in the base, e.g. ``mid_block.attentions.0.transformer_blocks.0.attn2``."""
     network: Network
     group: Group
-    """Layer group: encoder, middle or decoder of the network."""
+    """Layer group: encoder (down), middle or decoder (up) of the network."""
     offset: int
     """First column of its keys."""
     width: int
-    """Channels of its keys (and of its values)."""
+    """Channels of its keys, and of its values."""
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file of a bundle as it was written."""
+    """SHA-256 (hex) and size of a file of a bundle."""
 
     sha256: str
     bytes: int
@@ -63,53 +63,53 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A base bundle's description of itself."""
+    """The description of a bundle."""
 
     name: str
     family: str
     """Kind of base, e.g. ``mini`` or ``sd15``."""
     fingerprint: str
-    """SHA-256 (hex) of the base's weights; styles are bound to it."""
+    """SHA-256 (hex) of the base's weights; a style fits one base only."""
     height: int
     """Native height in pixels."""
     width: int
     """Native width in pixels."""
     latent_scale: float
-    """The U-Net's latents are the autoencoder's times this."""
+    """Factor from the autoencoder's latents to the U-Net's."""
     storage_dtype: StorageDtype
     noise: NoiseSchedule
     stages: int
-    """Stages of the denoising; stage = t * stages // train_steps."""
+    """Stages of the prompts; stage = t * stages // train_steps."""
     tokens: int
     """Tokens T of a context."""
     geometry: Geometry
     attention_layers: tuple[AttentionLayer, ...]
     graphs: dict[str, GraphSpec]
     defaults: dict[str, Any]
-    """Options that suit this base and its styles: `DEFAULTS` names them all; each may be overridden at run time."""
+    """Default options for this base, one for each of `DEFAULTS`."""
     lsast_version: str
     """Version of lsast that exported the bundle."""
     files: dict[str, FileEntry] = field(default_factory=dict)
-    """Every file of the bundle but the manifest and the styles; `Bundle.write` fills it."""
+    """Every file of the bundle except the manifest and the styles; `Bundle.write` fills it."""
     parity: dict[str, float] = field(default_factory=dict)
-    """Largest difference from torch, by graph, as measured at export; of a quantised bundle how near its paintings come
-    to those of the bundle that it was made from, as measured when it was made (``picture_psnr_db``)."""
+    """Largest difference from torch by graph, measured at export. Of a quantized bundle also ``picture_psnr_db``: the
+    PSNR of its paintings to those of the bundle that it was made from."""
     source: dict[str, str] = field(default_factory=dict)
-    """Where the base came from: versions, data, training facts."""
+    """Origin of the base: versions, data, training settings."""
     multiple: int = 64
-    """Legal heights and widths are multiples of this many pixels."""
+    """Heights and widths are multiples of this many pixels."""
     format: int = FORMAT
 
     def to_json(self) -> str:
-        """The text of ``manifest.json``: keys in the order of the fields, a newline at the end."""
+        """The text of ``manifest.json``, keys in the order of the fields."""
         return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str = "manifest.json") -> Manifest:
-        """Read the text of a manifest; `where` names it in messages.
+        """Parse the text of a manifest; `where` names it in messages.
 
         Raises:
-            BundleError: no JSON object, another format, or wrong fields; all wrong fields at once.
+            BundleError: not a JSON object, another format, or invalid fields; all faults at once.
         """
         try:
             data = json.loads(text)
@@ -130,7 +130,7 @@ class Manifest:
 
 
 def _read(fields: JsonReader, faults: list[str]) -> Manifest:
-    """The manifest in `fields`; only usable if no fault was added."""
+    """The manifest in `fields`; valid only if no fault was added."""
     manifest = Manifest(
         name=fields.string("name"),
         family=fields.string("family"),
@@ -170,7 +170,7 @@ def _noise(fields: JsonReader, faults: list[str]) -> NoiseSchedule:
         "train_steps": fields.integer("train_steps"),
         "beta_start": fields.number("beta_start", above=0),
         "beta_end": fields.number("beta_end", above=0),
-        "curve": fields.choice("curve", get_args(Curve)),
+        "beta_schedule": fields.choice("beta_schedule", get_args(BetaSchedule)),
     }
     if fields.is_object and len(faults) == before:
         try:
@@ -215,20 +215,20 @@ def _graph(name: str, fields: JsonReader) -> GraphSpec:
 
 
 def _defaults(fields: JsonReader) -> dict[str, Any]:
-    # Only their types: what range an option may have is the runtime's to say.
+    # Only their types; the runtime checks their ranges.
     return {
         "style": fields.string("style"),
         "steps": fields.integer("steps"),
         "strength": fields.number("strength"),
         "guidance": fields.number("guidance"),
-        "control": fields.number("control"),
+        "control_scale": fields.number("control_scale"),
         "solver": fields.string("solver"),
         "size": fields.integer("size", at_least=0),
     }
 
 
 def _contradictions(manifest: Manifest) -> list[str]:
-    """Fields that are well formed but do not agree with one another."""
+    """Faults of fields that are well formed but contradict each other."""
     faults = []
     geometry = manifest.geometry
     if manifest.tokens != geometry.tokens:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from ..errors import StyleError, UsageError, fault_list
 from ..files import replace_file
+from ..removed import RENAMED_OPTIONS, RENAMED_VALUES
 from .json_fields import JsonReader
 
 FORMAT = 2
@@ -33,7 +34,7 @@ STYLE_DEFAULTS: dict[str, type] = {
     "steps": int,
     "strength": float,
     "guidance": float,
-    "control": float,
+    "control_scale": float,
     "solver": str,
 }
 """The options that a style may have its own default of, and their types; the runtime checks their ranges."""
@@ -61,7 +62,7 @@ class StageKV(NamedTuple):
 class Style:
     """Keys and values of one style for one base, float32 and contiguous.
 
-    The prompt of each stage and layer group was chosen when the style was baked (docs/method.md §4).
+    The prompt of each stage and layer group was chosen when the style was baked (docs/method.md §1.4).
 
     Raises:
         StyleError: tensors that do not have the declared shape, or are not finite; all faults at once.
@@ -249,6 +250,9 @@ def decode_defaults(meta: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]
         values = None
     if not isinstance(values, dict):
         return {}, [f"{DEFAULTS_KEY}: found {text!r}; expected a JSON object"]
+    values = {
+        RENAMED_OPTIONS.get(name, name): RENAMED_VALUES.get(f"{name}={value}", value) for name, value in values.items()
+    }
     faults = [f"{DEFAULTS_KEY}: {fault}" for name, value in values.items() if (fault := _default_fault(name, value))]
     return ({} if faults else values), faults
 

@@ -1,4 +1,4 @@
-"""The noise schedule of a base: one definition for training and for sampling."""
+"""The noise schedule of a base, shared by training and sampling."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from ..errors import UsageError, fault_list
 
-Curve = Literal["scaled_linear", "linear"]
-"""How beta grows with the timestep: linear in its square root (Stable Diffusion), or linear."""
+BetaSchedule = Literal["scaled_linear", "linear"]
+"""How beta grows with the timestep: linearly in its square root (Stable Diffusion), or linearly."""
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,14 @@ class NoiseSchedule:
     """Variances beta_t of the forward process q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t) (Ho et al. 2020).
 
     Raises:
-        UsageError: values that give no noise schedule; all of them at once.
+        UsageError: invalid values; all of them at once.
     """
 
     train_steps: int = 1000
     """Timesteps of the forward process, t = 0 … train_steps - 1."""
     beta_start: float = 0.00085
     beta_end: float = 0.012
-    curve: Curve = "scaled_linear"
+    beta_schedule: BetaSchedule = "scaled_linear"
 
     def __post_init__(self) -> None:
         faults = []
@@ -34,14 +34,15 @@ class NoiseSchedule:
             faults.append(f"train_steps: found {self.train_steps}; expected at least 1")
         if not 0 < self.beta_start <= self.beta_end < 1:
             faults.append(f"betas: found {self.beta_start} to {self.beta_end}; expected 0 < beta_start <= beta_end < 1")
-        if self.curve not in get_args(Curve):
-            faults.append(f"curve: found {self.curve!r}; expected one of {', '.join(get_args(Curve))}")
+        if self.beta_schedule not in get_args(BetaSchedule):
+            expected = ", ".join(get_args(BetaSchedule))
+            faults.append(f"beta_schedule: found {self.beta_schedule!r}; expected one of {expected}")
         if faults:
-            raise UsageError(fault_list("this is no noise schedule:", faults))
+            raise UsageError(fault_list("invalid noise schedule:", faults))
 
     def alphas_cumprod(self) -> npt.NDArray[np.float64]:
         """abar_t = prod_{s<=t} (1 - beta_s), float64 [train_steps]: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise."""
-        if self.curve == "linear":
+        if self.beta_schedule == "linear":
             betas = np.linspace(self.beta_start, self.beta_end, self.train_steps, dtype=np.float64)
         else:
             betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.train_steps, dtype=np.float64) ** 2

@@ -1,12 +1,12 @@
-"""Solvers of the denoising ODE, in NumPy and in the letters of their papers.
+"""Solvers of the denoising ODE in NumPy, in the notation of their papers.
 
 A step goes from timestep s to the less noisy t. With abar of the schedule::
 
     α = sqrt(abar)    σ = sqrt(1 - abar)    λ = log(α / σ)    h = λ_t - λ_s > 0
-    x_s = α_s x_0 + σ_s ε                   the marginal; ε is what the denoiser predicts
+    x_s = α_s x_0 + σ_s ε                   the marginal; the denoiser predicts ε
     x0  = (x_s - σ_s ε) / α_s               the data prediction, x_θ in the papers
 
-All operations are elementwise, so that rows of a batch never meet; arrays keep their type, float32 or float64.
+All operations are elementwise, so the samples of a batch are independent; arrays keep their type, float32 or float64.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ Array = npt.NDArray[np.floating[Any]]
 
 
 class Solver(Protocol):
-    """A run of one solver over one schedule. Keeps what it needs of earlier steps: one run at a time."""
+    """A solver for one schedule. It may keep predictions of earlier steps, so it serves one run at a time."""
 
     def step(self, eps: Array, index: int, x: Array) -> Array:
-        """Go one step.
+        """Take one step.
 
         Args:
             eps: predicted noise at step `index`, of the shape of `x`.
-            index: position in `schedule.steps`; steps are taken in order, and 0 begins a new run.
+            index: position in `schedule.steps`; steps are taken in order, and 0 starts a new run.
             x: the latent at step `index`, e.g. [B, 4, h, w].
 
         Returns:
@@ -43,8 +43,8 @@ class Solver(Protocol):
 
 
 @dataclass(frozen=True)
-class _Level:
-    """A noise level in the letters of the papers."""
+class NoiseLevel:
+    """A noise level: x = alpha x_0 + sigma ε."""
 
     alpha: float
     sigma: float
@@ -60,9 +60,9 @@ class _Level:
 
 
 class Ddim:
-    """DDIM (Song, Meng, Ermon 2021), eq. 12 with η = 0; there α stands for abar."""
+    """DDIM (Song, Meng, Ermon 2021), eq. 12 with η = 0; its α is abar here."""
 
-    def __init__(self, levels: list[_Level]) -> None:
+    def __init__(self, levels: list[NoiseLevel]) -> None:
         self._levels = levels
 
     def step(self, eps: Array, index: int, x: Array) -> Array:
@@ -74,22 +74,22 @@ class Ddim:
 class DpmSolverPp2M:
     """DPM-Solver++(2M) (Lu et al. 2022b), Algorithm 2, data prediction.
 
-    First order where there is no earlier step, and on the last, whose h is infinite.
+    First order at the first step, and at the last, where h is infinite.
     """
 
-    def __init__(self, levels: list[_Level]) -> None:
+    def __init__(self, levels: list[NoiseLevel]) -> None:
         self._levels = levels
-        self._run = _Run(len(levels) - 1)
+        self._counter = StepCounter(len(levels) - 1)
         self._x0_before: Array | None = None
 
     def step(self, eps: Array, index: int, x: Array) -> Array:
         """See `Solver.step`."""
-        self._run.enter(index)
+        self._counter.advance(index)
         s, t = self._levels[index], self._levels[index + 1]
         x0 = s.x0(x, eps)
         h = t.lam - s.lam
         d = x0  # D_i
-        if index > 0 and not self._run.is_last(index):
+        if index > 0 and not self._counter.is_last(index):
             assert self._x0_before is not None
             r = (s.lam - self._levels[index - 1].lam) / h  # r_i = h_{i-1} / h_i
             d = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * self._x0_before
@@ -100,49 +100,49 @@ class DpmSolverPp2M:
 class UniPc:
     """UniPC-2, B_2(h) = e^h - 1 (Zhao et al. 2023), Algorithm 2 (UniP) and 1 (UniC), data prediction.
 
-    At each step the latent that the predictor arrived with is first corrected by the fresh evaluation there, at no
-    further evaluation, and then taken on by the predictor.
+    Every step first corrects the latent of the predictor with the evaluation at that latent, so the corrector needs no
+    evaluation of its own, and then predicts the next latent.
 
-    In data prediction h enters as -h. With s_0 the step's start, s_1 the one before, r_1 = (λ_{s1} - λ_{s0}) / h,
-    D_1 = (x0_{s1} - x0_{s0}) / r_1 and D_t = x0_t - x0_{s0}, both end in::
+    With data prediction h enters as -h. With s_0 the start of the step, s_1 that of the step before, r_1 = (λ_{s1} -
+    λ_{s0}) / h, D_1 = (x0_{s1} - x0_{s0}) / r_1 and D_t = x0_t - x0_{s0}, both are::
 
         x_t = σ_t / σ_{s0} x - α_t (e^{-h} - 1) x0_{s0} - α_t B(h) (ρ_1 D_1 + ρ_t D_t),    B(h) = e^{-h} - 1
 
     The predictor has no D_t and ρ_1 = 1/2.
     """
 
-    def __init__(self, levels: list[_Level]) -> None:
+    def __init__(self, levels: list[NoiseLevel]) -> None:
         self._levels = levels
-        self._run = _Run(len(levels) - 1)
-        self._x0s: list[Array] = []  # data predictions of the steps so far, newest last; two are kept
+        self._counter = StepCounter(len(levels) - 1)
+        self._x0s: list[Array] = []  # the last two data predictions, newest last
         self._x_before: Array | None = None
-        self._order = 1  # of the step before
+        self._order = 1  # order of the step before
 
     def step(self, eps: Array, index: int, x: Array) -> Array:
         """See `Solver.step`."""
-        self._run.enter(index)
+        self._counter.advance(index)
         x0 = self._levels[index].x0(x, eps)
         if index == 0:
             self._x0s = []
         else:
             x = self._correct(index - 1, x0)
         self._x0s = [*self._x0s[-1:], x0]
-        self._order = 1 if index == 0 or self._run.is_last(index) else 2
+        self._order = 1 if index == 0 or self._counter.is_last(index) else 2
         self._x_before = x
         return self._predict(index, x)
 
     def _predict(self, index: int, x: Array) -> Array:
         """UniP: from step `index` to the next."""
         if self._order == 1:
-            return self._advance(index, x, self._x0s[-1], 0)
-        return self._advance(index, x, self._x0s[-1], 0.5 * self._d1(index, self._x0s))
+            return self._update(index, x, 0)
+        return self._update(index, x, 0.5 * self._d1(index))
 
     def _correct(self, index: int, x0_t: Array) -> Array:
-        """UniC: step `index` taken again, now that the data prediction `x0_t` at its end is known."""
+        """UniC: step `index` again, with the data prediction `x0_t` at its end."""
         assert self._x_before is not None
         d_t = x0_t - self._x0s[-1]
         if self._order == 1:
-            return self._advance(index, self._x_before, self._x0s[-1], 0.5 * d_t)
+            return self._update(index, self._x_before, 0.5 * d_t)
         # ρ solves R_2(h) ρ = φ_2(h) / B(h), that is ρ_1 + ρ_t = b_1 and r_1 ρ_1 + ρ_t = b_2.
         h = -self._h(index)
         r1 = self._r1(index)
@@ -151,11 +151,12 @@ class UniPc:
         b1, b2 = phi_2 / math.expm1(h), 2 * phi_3 / math.expm1(h)
         rho_1 = (b1 - b2) / (1 - r1)
         rho_t = b1 - rho_1
-        return self._advance(index, self._x_before, self._x0s[-1], rho_1 * self._d1(index, self._x0s) + rho_t * d_t)
+        return self._update(index, self._x_before, rho_1 * self._d1(index) + rho_t * d_t)
 
-    def _advance(self, index: int, x: Array, x0: Array, correction: Array | float) -> Array:
+    def _update(self, index: int, x: Array, correction: Array | float) -> Array:
+        """The common formula; `correction` is ρ_1 D_1 + ρ_t D_t."""
         s, t = self._levels[index], self._levels[index + 1]
-        return t.sigma / s.sigma * x - t.alpha * math.expm1(-self._h(index)) * (x0 + correction)
+        return t.sigma / s.sigma * x - t.alpha * math.expm1(-self._h(index)) * (self._x0s[-1] + correction)
 
     def _h(self, index: int) -> float:
         return self._levels[index + 1].lam - self._levels[index].lam
@@ -163,47 +164,49 @@ class UniPc:
     def _r1(self, index: int) -> float:
         return (self._levels[index - 1].lam - self._levels[index].lam) / self._h(index)
 
-    def _d1(self, index: int, x0s: list[Array]) -> Array:
-        d: Array = (x0s[-2] - x0s[-1]) / self._r1(index)
+    def _d1(self, index: int) -> Array:
+        d: Array = (self._x0s[-2] - self._x0s[-1]) / self._r1(index)
         return d
 
 
-class _Run:
-    """Sees to it that the steps of a multistep solver are taken in order."""
+class StepCounter:
+    """Checks that the steps of a multistep solver are taken in order."""
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
         self._next = 0
 
-    def enter(self, index: int) -> None:
+    def advance(self, index: int) -> None:
+        """Go to step `index`; ValueError if it is not the next one, or 0."""
         if index not in (0, self._next) or index >= self._steps:
             raise ValueError(f"found step {index}; expected {self._next}, or 0 for a new run of {self._steps} steps")
         self._next = index + 1
 
     def is_last(self, index: int) -> bool:
+        """Whether `index` is the last step."""
         return index == self._steps - 1
 
 
-SOLVERS: dict[str, Callable[[list[_Level]], Solver]] = {
+SOLVERS: dict[str, Callable[[list[NoiseLevel]], Solver]] = {
     "ddim": Ddim,
     "dpmpp2m": DpmSolverPp2M,
     "unipc": UniPc,
-    "released": Ddim,
+    "ddim_lsast": Ddim,
 }
-"""The solvers by name; `released` is DDIM on a grid of its own, see `TimestepSchedule`."""
+"""The solvers by name; `ddim_lsast` is DDIM on a grid of its own, see `TimestepSchedule`."""
 
 
 def make_solver(name: str, noise: NoiseSchedule, schedule: TimestepSchedule) -> Solver:
     """A solver ready for the first step of `schedule`.
 
     Raises:
-        UsageError: an unknown name, or a schedule laid out for another solver or noise.
+        UsageError: an unknown name, or a schedule for another solver or noise schedule.
     """
     if name not in SOLVERS:
         raise UsageError(f"found solver {name!r}; expected one of {', '.join(SOLVERS)}")
     if (name, noise) != (schedule.solver, schedule.noise):
         raise UsageError(
             f"found a schedule of {schedule.solver} and {schedule.noise}; expected {name} and {noise}: "
-            f"build it with Schedule.build(noise, …, solver={name!r})"
+            f"build it with TimestepSchedule.build(noise, …, solver={name!r})"
         )
-    return SOLVERS[name]([_Level(abar**0.5, (1 - abar) ** 0.5) for abar in schedule.abars()])
+    return SOLVERS[name]([NoiseLevel(abar**0.5, (1 - abar) ** 0.5) for abar in schedule.abars()])

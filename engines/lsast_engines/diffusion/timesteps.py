@@ -1,4 +1,4 @@
-"""Which timesteps a sampling run visits, and which stage of the prompt space serves each."""
+"""The timesteps of a sampling run, and the stage of the prompts that each belongs to."""
 
 from __future__ import annotations
 
@@ -12,86 +12,85 @@ from ..errors import UsageError, fault_list
 from .noise_schedule import NoiseSchedule
 
 OFFSET = 1
-"""The first timestep of every grid: Stable Diffusion's ``steps_offset``."""
+"""The first timestep of every grid, ``steps_offset`` in diffusers."""
 
-ENDS_INSIDE = {"ddim": True, "dpmpp2m": False, "unipc": False, "released": True}
-"""Whether a solver's last step ends at the noise level of t = 0 (True) or at none at all; by solver."""
+FINAL_SIGMA_NONZERO = {"ddim": True, "dpmpp2m": False, "unipc": False, "ddim_lsast": True}
+"""By solver, whether the last step ends at the noise level of t = 0, or at no noise."""
 
 Floats = TypeVar("Floats", npt.NDArray[np.float32], npt.NDArray[np.float64])
 
 
 @dataclass(frozen=True)
 class Step:
-    """One evaluation of the denoiser."""
+    """One evaluation of the denoiser, and the step of the solver after it."""
 
     index: int
     """Position in the run, from 0."""
     t: int
-    """Timestep that the denoiser is asked at."""
+    """Timestep of the evaluation."""
     t_prev: int
-    """Timestep that the solver goes to, less than `t`; -1 for the end."""
+    """Timestep at which the solver's step ends, less than `t`; -1 after the last step."""
     stage: int
-    """Row of the style: t * stages // train_steps, 0 next to the clean picture."""
+    """Stage of the prompts: t * stages // train_steps; stage 0 is next to the clean picture (docs/method.md §1.4)."""
 
 
 @dataclass(frozen=True)
 class TimestepSchedule:
-    """The steps of one run, noisiest first, as diffusers' image-to-image pipelines take them.
+    """The steps of one run, from the noisiest, as in diffusers' image-to-image pipelines.
 
-    The grid is "leading" (Lin et al. 2023, table 2) with offset 1. DDIM's has `steps` points from t = 1 up; the
-    multistep solvers' has the `steps` points above t = 1 of a grid of steps + 1, because they go from the last
-    point straight to the clean latent.
+    The grid is "leading" (Lin et al. 2023, table 2) with offset 1. For DDIM it has `steps` points from t = 1 up. For
+    the multistep solvers it has the `steps` points above t = 1 of a grid of steps + 1, because their last step ends at
+    the clean latent.
 
-    The solver `released` is DDIM on the grid of LSAST's released code (docs/method.md §4.3-4): T = 1, 1 + c, 1 + 2c …
-    with
-    c = train_steps // steps, up to train_steps, which may be more than `steps` points. With n = int(steps * strength)
-    it noises to T[n], but takes the first step at T[n-1].
+    The solver `ddim_lsast` is DDIM on the grid of LSAST's released code (docs/method.md §4.3-4): T = 1, 1 + c, 1 + 2c …
+    up to train_steps, with c = train_steps // steps; these may be more than `steps` points. With n = int(steps *
+    strength) the latent is noised to T[n], but the first step is at T[n-1].
     """
 
     noise: NoiseSchedule
     solver: str
-    """The solver whose grid this is."""
+    """The solver that the grid is for."""
     steps: tuple[Step, ...]
-    """Those that are run: the last int(steps * strength) of the grid, at least one."""
+    """The last int(steps * strength) points of the grid, at least one."""
     start_t: int
-    """The timestep whose noise the run starts from: that of the first step, but with `released` one grid point more."""
+    """The timestep to which the latent is noised: that of the first step, with `ddim_lsast` one grid point more."""
 
     @classmethod
     def build(
         cls, noise: NoiseSchedule, steps: int, strength: float, stages: int, solver: str = "ddim"
     ) -> TimestepSchedule:
-        """Lay out a run.
+        """The schedule of a run.
 
         Args:
-            noise: the base's noise.
+            noise: the base's noise schedule.
             steps: points of the full grid, from pure noise down.
-            strength: share of the grid that is run, in (0, 1].
-            stages: stages of the prompt space.
+            strength: part of the grid that is run, in (0, 1].
+            stages: stages of the prompts.
             solver: one of `solvers.SOLVERS`.
 
         Raises:
-            UsageError: values out of range, all at once; the largest `steps` is where the grid leaves no timestep out.
-                With `released` also values at which the released code fails or does not denoise.
+            UsageError: values out of range, all at once. With `ddim_lsast` also values with which the released code
+                fails or does not denoise.
         """
         faults: list[str] = []
-        if solver not in ENDS_INSIDE:
-            faults.append(f"solver: found {solver!r}; expected one of {', '.join(ENDS_INSIDE)}")
+        if solver not in FINAL_SIGMA_NONZERO:
+            faults.append(f"solver: found {solver!r}; expected one of {', '.join(FINAL_SIGMA_NONZERO)}")
         if not 0 < strength <= 1:
             faults.append(f"strength: found {strength}; expected more than 0 and at most 1")
         if stages < 1:
             faults.append(f"stages: found {stages}; expected at least 1")
-        if solver == "released":
+        if solver == "ddim_lsast":
             grid = _released_grid(noise.train_steps, steps)
             faults += _released_faults(noise.train_steps, grid, steps, strength)
         else:
-            grid = _grid(noise.train_steps, steps, open_end=not ENDS_INSIDE.get(solver, True))
+            grid = _grid(noise.train_steps, steps, open_end=not FINAL_SIGMA_NONZERO.get(solver, True))
             if not grid or grid[0] >= noise.train_steps:
-                largest = noise.train_steps - (1 if ENDS_INSIDE.get(solver, True) else 2)
+                largest = noise.train_steps - (1 if FINAL_SIGMA_NONZERO.get(solver, True) else 2)
                 faults.append(f"steps: found {steps}; expected 1 to {largest} with {solver}")
         if faults:
-            raise UsageError(fault_list("this schedule cannot be laid out:", faults))
+            raise UsageError(fault_list("invalid schedule:", faults))
         run = grid[len(grid) - max(int(steps * strength), 1) :]
-        start_t = grid[len(grid) - len(run) - 1] if solver == "released" else run[0]
+        start_t = grid[len(grid) - len(run) - 1] if solver == "ddim_lsast" else run[0]
         return cls(
             noise,
             solver,
@@ -103,9 +102,11 @@ class TimestepSchedule:
         )
 
     def abars(self) -> list[float]:
-        """abar at the timestep of every step and, last, at the end of the run: [len(steps) + 1]."""
+        """abar at the timestep of every step, then at the end of the run: [len(steps) + 1]."""
         abars = self.noise.alphas_cumprod()
-        return [float(abars[step.t]) for step in self.steps] + [float(abars[0]) if ENDS_INSIDE[self.solver] else 1.0]
+        return [float(abars[step.t]) for step in self.steps] + [
+            float(abars[0]) if FINAL_SIGMA_NONZERO[self.solver] else 1.0
+        ]
 
     def add_noise(self, z0: Floats, noise: Floats, t: int) -> Floats:
         """z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise, any shape, in the type of `z0`."""
@@ -115,7 +116,7 @@ class TimestepSchedule:
 
 
 def _grid(train_steps: int, steps: int, *, open_end: bool) -> list[int]:
-    """Timesteps from the noisiest down; empty if there are not so many."""
+    """Timesteps from the noisiest down; empty if train_steps has fewer."""
     points = steps + open_end
     if steps < 1 or points > train_steps:
         return []
@@ -124,31 +125,31 @@ def _grid(train_steps: int, steps: int, *, open_end: bool) -> list[int]:
 
 
 def _released_grid(train_steps: int, steps: int) -> list[int]:
-    """The released code's timesteps from the noisiest down, whether it can use them or not; empty if it has none."""
+    """The timesteps of the released code's grid from the noisiest down, also where that code then fails."""
     if not 1 <= steps <= train_steps:
         return []
     return [OFFSET + t for t in reversed(range(0, train_steps, train_steps // steps))]
 
 
 def _released_faults(train_steps: int, grid: list[int], steps: int, strength: float) -> list[str]:
-    """What keeps the released code from running `grid`, and what it would do."""
+    """The reasons why the released code cannot run `grid`."""
     if not grid:
-        return [f"steps: found {steps}; expected 1 to {train_steps} with released"]
+        return [f"steps: found {steps}; expected 1 to {train_steps} with ddim_lsast"]
     faults = []
     if grid[0] >= train_steps:
         faults.append(
-            f"steps: found {steps}; expected another number with released, such as 50: that code's grid would go by "
+            f"steps: found {steps}; expected another number with ddim_lsast, such as 50: that code's grid would go by "
             f"{train_steps // steps} up to t = {grid[0]}, past its last timestep {train_steps - 1}, and fail"
         )
     run = int(steps * strength) if 0 < strength <= 1 else 1
     if run < 1:
         faults.append(
-            f"strength: found {strength} at {steps} steps; expected at least {1 / steps:.3g} with released: that code "
-            "would take no step and give back the noised latent"
+            f"strength: found {strength} at {steps} steps; expected at least {1 / steps:.3g} with ddim_lsast: "
+            "that code would take no step and give back the noised latent"
         )
     if run >= len(grid):
         faults.append(
-            f"strength: found {strength} at {steps} steps; expected less with released: that code would noise to "
+            f"strength: found {strength} at {steps} steps; expected less with ddim_lsast: that code would noise to "
             f"point {run} of a grid whose last is {len(grid) - 1}, and fail"
         )
     return faults

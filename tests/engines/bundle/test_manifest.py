@@ -53,7 +53,7 @@ def test_all_faults_are_listed_at_once(manifest: Manifest) -> None:
     data["latent_scale"] = 0
     data["storage_dtype"] = "int4"
     data["stray"] = 1
-    data["noise"]["curve"] = "cosine"
+    data["noise"]["beta_schedule"] = "cosine"
     data["geometry"] = [1]
     data["attention_layers"][0]["network"] = "text"
     data["graphs"]["controlnet_cond"]["inputs"][0]["shape"] = ["B", 0]
@@ -70,7 +70,7 @@ def test_all_faults_are_listed_at_once(manifest: Manifest) -> None:
             "latent_scale: found 0; expected a number above 0",
             "storage_dtype: found 'int4'; expected one of fp32, fp16, bf16, int8",
             f"stray: found an unknown field; expected only {', '.join(f.name for f in dataclasses.fields(Manifest))}",
-            "noise.curve: found 'cosine'; expected one of scaled_linear, linear",
+            "noise.beta_schedule: found 'cosine'; expected one of scaled_linear, linear",
             "geometry: found [1]; expected an object with hint_channels, tokens, unet_width, control_width, "
             "latent_channels, factor",
             "attention_layers[0].network: found 'text'; expected one of unet, control",
@@ -96,7 +96,7 @@ def test_contradictions(manifest: Manifest) -> None:
     data["tokens"] = 4
     data["height"] = 200
     data["noise"]["beta_end"] = 0.0001
-    assert faults_of(data)[0].startswith("noise: this is no noise schedule")
+    assert faults_of(data)[0].startswith("noise: invalid noise schedule")
     data["noise"]["beta_end"] = 0.012
     data["multiple"] = 100
     data["attention_layers"][1]["offset"] = 9

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lsast_engines.bundle.style import Style, StyleFile, stage_digest
-from lsast_engines.errors import StyleError
+from lsast_engines.bundle.style import Style, StyleFile, decode_defaults, encode_defaults, stage_digest
+from lsast_engines.errors import StyleError, UsageError
 
 MakeStyle = Callable[..., Style]
 
 
-def test_round_trip(tmp_path: Path, make_style: MakeStyle) -> None:
+def test_style_file_round_trip_keeps_all_fields_in_float16(tmp_path: Path, make_style: MakeStyle) -> None:
     style = make_style("vangogh")
     style.save(tmp_path / "new" / "vangogh.safetensors")
     loaded = Style.load(tmp_path / "new" / "vangogh.safetensors")
@@ -32,7 +32,7 @@ def test_round_trip(tmp_path: Path, make_style: MakeStyle) -> None:
     assert {name: tensor.dtype for name, tensor in stored.items()} == {"kv_unet": np.float16, "kv_control": np.float16}
 
 
-def test_equal_styles_give_equal_bytes(tmp_path: Path, make_style: MakeStyle) -> None:
+def test_style_save_of_equal_styles_gives_equal_bytes(tmp_path: Path, make_style: MakeStyle) -> None:
     style = make_style()
     for name in ("1", "2"):
         style.save(tmp_path / name)
@@ -41,7 +41,7 @@ def test_equal_styles_give_equal_bytes(tmp_path: Path, make_style: MakeStyle) ->
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes() == (tmp_path / "3").read_bytes()
 
 
-def test_float64_and_strided_tensors_are_taken(make_style: MakeStyle) -> None:
+def test_style_of_float64_and_strided_tensors_is_float32_and_contiguous(make_style: MakeStyle) -> None:
     style = make_style()
     strided: Any = np.asfortranarray(style.kv_unet.astype(np.float64))
     taken = dataclasses.replace(style, kv_unet=strided)
@@ -50,7 +50,7 @@ def test_float64_and_strided_tensors_are_taken(make_style: MakeStyle) -> None:
     np.testing.assert_array_equal(taken.kv_unet, style.kv_unet)
 
 
-def test_wrong_tensors_are_listed_at_once(make_style: MakeStyle) -> None:
+def test_style_of_invalid_tensors_lists_all_faults(make_style: MakeStyle) -> None:
     style = make_style()
     spoilt = style.kv_control.copy()
     spoilt[0, 0, 0] = np.nan
@@ -60,7 +60,7 @@ def test_wrong_tensors_are_listed_at_once(make_style: MakeStyle) -> None:
     assert "kv_control: found NaN or infinite values" in str(error.value)
 
 
-def test_values_beyond_half_precision_are_not_saved(tmp_path: Path, make_style: MakeStyle) -> None:
+def test_style_save_refuses_values_beyond_float16(tmp_path: Path, make_style: MakeStyle) -> None:
     style = make_style()
     with pytest.raises(StyleError, match="kv_unet: found 100000; expected at most 65504"):
         dataclasses.replace(style, kv_unet=style.kv_unet * 1e5 / np.abs(style.kv_unet).max()).save(tmp_path / "a")
@@ -97,7 +97,7 @@ def set_value(header: dict[str, Any], tensors: dict[str, Any]) -> None:
         (lambda header, tensors: header.pop("format"), "not a style; bake one with: lsast-export"),
     ],
 )
-def test_damaged_files(tmp_path: Path, make_style: MakeStyle, change: Any, message: str) -> None:
+def test_style_load_refuses_damaged_files(tmp_path: Path, make_style: MakeStyle, change: Any, message: str) -> None:
     path = tmp_path / "a.safetensors"
     make_style().save(path)
     resave(path, change)
@@ -105,7 +105,7 @@ def test_damaged_files(tmp_path: Path, make_style: MakeStyle, change: Any, messa
         Style.load(path)
 
 
-def test_a_file_gives_the_rows_that_are_asked_for_and_reads_no_other(tmp_path: Path, make_style: MakeStyle) -> None:
+def test_style_file_reads_only_the_stages_that_are_asked_for(tmp_path: Path, make_style: MakeStyle) -> None:
     style, path = make_style(), tmp_path / "a.safetensors"
     style.save(path)
     resave(path, lambda header, tensors: tensors["kv_unet"].__setitem__((3, 0, 0), 7))  # stage 3 is damaged
@@ -123,7 +123,7 @@ def test_a_file_gives_the_rows_that_are_asked_for_and_reads_no_other(tmp_path: P
         file.load()
 
 
-def test_a_file_that_is_replaced_goes_on_as_it_was(tmp_path: Path, make_style: MakeStyle) -> None:
+def test_style_file_replaced_on_disk_keeps_its_values(tmp_path: Path, make_style: MakeStyle) -> None:
     path = tmp_path / "a.safetensors"
     make_style("a").save(path)
     file = StyleFile(path)
@@ -131,7 +131,7 @@ def test_a_file_that_is_replaced_goes_on_as_it_was(tmp_path: Path, make_style: M
     np.testing.assert_array_equal(file.stage(9).kv_unet, make_style("a").kv_unet[9].astype(np.float16))
 
 
-def test_values_that_are_not_finite_are_refused_when_their_stage_is_read(tmp_path: Path, make_style: MakeStyle) -> None:
+def test_style_file_refuses_a_stage_that_is_not_finite(tmp_path: Path, make_style: MakeStyle) -> None:
     path = tmp_path / "a.safetensors"
     make_style().save(path)
 
@@ -147,7 +147,7 @@ def test_values_that_are_not_finite_are_refused_when_their_stage_is_read(tmp_pat
         file.stage(4)
 
 
-def test_unreadable_files(tmp_path: Path, make_style: MakeStyle) -> None:
+def test_style_load_refuses_unreadable_files(tmp_path: Path, make_style: MakeStyle) -> None:
     path = tmp_path / "a.safetensors"
     with pytest.raises(StyleError, match="found no style file"):
         Style.load(path)
@@ -163,3 +163,35 @@ def test_unreadable_files(tmp_path: Path, make_style: MakeStyle) -> None:
     save_file({"kv_unet": np.zeros(2)}, path)
     with pytest.raises(StyleError, match="a safetensors file but not a style"):
         Style.load(path)
+
+
+def saved(folder: Path, meta: dict[str, str]) -> Path:
+    zeros = np.zeros((2, 3, 4), np.float32)
+    path = folder / "hand.safetensors"
+    Style("hand", "5a" * 32, 2, 3, zeros, zeros, meta).save(path)
+    return path
+
+
+def test_style_file_gives_its_defaults(tmp_path: Path) -> None:
+    values = {"strength": 1.0, "guidance": 8, "control_scale": 0.9, "steps": 11, "solver": "ddim"}
+    assert StyleFile(saved(tmp_path, {"licence": "none", **encode_defaults(values)})).defaults == values
+
+
+def test_style_file_without_defaults_has_none(tmp_path: Path) -> None:
+    assert encode_defaults({}) == {}
+    assert StyleFile(saved(tmp_path, {"licence": "none"})).defaults == {}
+
+
+def test_encode_defaults_lists_all_invalid_values() -> None:
+    with pytest.raises(UsageError) as caught:
+        encode_defaults({"style": "monet", "steps": 2.5, "strength": True, "guidance": 3})
+    for part in ("'style'", "steps: found 2.5", "strength: found True"):
+        assert part in str(caught.value)
+    assert "guidance: found" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"size": 64}', '{"steps": "many"}'])
+def test_style_file_with_invalid_defaults_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(StyleError, match="defaults"):
+        StyleFile(saved(tmp_path, {"defaults": text}))
+    assert decode_defaults({"defaults": text})[0] == {}

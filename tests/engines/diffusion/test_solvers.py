@@ -135,19 +135,19 @@ def test_multistep_solvers_refuse_steps_out_of_order(name: str) -> None:
 
 def test_unknown_solver_and_foreign_schedule() -> None:
     schedule = TimestepSchedule.build(NoiseSchedule(), 8, 1.0, 10, "ddim")
-    with pytest.raises(UsageError, match="found solver 'euler'; expected one of ddim, dpmpp2m, unipc, released"):
+    with pytest.raises(UsageError, match="found solver 'euler'; expected one of ddim, dpmpp2m, unipc, ddim_lsast"):
         make_solver("euler", NoiseSchedule(), schedule)
     with pytest.raises(UsageError, match=r"schedule of ddim .* expected unipc .*solver='unipc'"):
         make_solver("unipc", NoiseSchedule(), schedule)
     with pytest.raises(UsageError, match="linear"):
-        make_solver("ddim", NoiseSchedule(curve="linear"), schedule)
+        make_solver("ddim", NoiseSchedule(beta_schedule="linear"), schedule)
 
 
 @pytest.mark.parametrize(("steps", "strength"), [(50, 0.7), (30, 1.0), (20, 0.5), (7, 0.9)])
 def test_released_is_ddim_of_the_paper_on_its_own_grid(steps: int, strength: float) -> None:
     # Song et al. 2021, eq. 12 with eta 0, written out; the step from t goes to the grid point below, from t = 1 to 0.
-    schedule = TimestepSchedule.build(NoiseSchedule(), steps, strength, 10, "released")
-    solver = make_solver("released", NoiseSchedule(), schedule)
+    schedule = TimestepSchedule.build(NoiseSchedule(), steps, strength, 10, "ddim_lsast")
+    solver = make_solver("ddim_lsast", NoiseSchedule(), schedule)
     abars = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
     rng = np.random.default_rng(steps)
     ours = theirs = rng.standard_normal(SHAPE)
@@ -164,8 +164,8 @@ def test_released_is_ddim_of_the_paper_on_its_own_grid(steps: int, strength: flo
 @both_sets
 def test_released_steps_are_those_that_were_recorded(golden: GoldenFiles) -> None:
     recorded = load_file(f"{golden.prefix}_io.safetensors")
-    schedule = TimestepSchedule.build(NoiseSchedule(), 50, 0.7, 10, "released")
-    solver = make_solver("released", NoiseSchedule(), schedule)
+    schedule = TimestepSchedule.build(NoiseSchedule(), 50, 0.7, 10, "ddim_lsast")
+    solver = make_solver("ddim_lsast", NoiseSchedule(), schedule)
     ends = [*recorded["latents_in"][1:, None], recorded["final_latent"]]
     for index, end in enumerate(ends):
         unconditional, conditional = recorded["eps_uncond"][index], recorded["eps_cond"][index]

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from golden_sets import GoldenFiles, both_sets
 from lsast_engines.diffusion.noise_schedule import NoiseSchedule
-from lsast_engines.diffusion.timesteps import ENDS_INSIDE, TimestepSchedule
+from lsast_engines.diffusion.timesteps import FINAL_SIGMA_NONZERO, TimestepSchedule
 from lsast_engines.errors import UsageError
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "timestep_spacing": "leading", "steps_offset": 1}
@@ -16,10 +16,10 @@ SCHEDULERS = {"ddim": DDIMScheduler, "dpmpp2m": DPMSolverMultistepScheduler, "un
 
 
 @pytest.mark.parametrize(
-    "spec", [NoiseSchedule(), NoiseSchedule(curve="linear"), NoiseSchedule(400, 1e-4, 0.02, "linear")], ids=str
+    "spec", [NoiseSchedule(), NoiseSchedule(beta_schedule="linear"), NoiseSchedule(400, 1e-4, 0.02, "linear")], ids=str
 )
 def test_alphas_cumprod_is_diffusers(spec: NoiseSchedule) -> None:
-    scheduler = DDIMScheduler(spec.train_steps, spec.beta_start, spec.beta_end, beta_schedule=spec.curve)
+    scheduler = DDIMScheduler(spec.train_steps, spec.beta_start, spec.beta_end, beta_schedule=spec.beta_schedule)
     abars = spec.alphas_cumprod()
     assert abars.dtype == np.float64
     # diffusers multiplies in float32.
@@ -74,7 +74,7 @@ def test_one_step_is_run_at_least() -> None:
 
 @pytest.mark.parametrize("solver", SCHEDULERS)
 def test_largest_number_of_steps_has_distinct_timesteps_in_range(solver: str) -> None:
-    largest = 999 if ENDS_INSIDE[solver] else 998
+    largest = 999 if FINAL_SIGMA_NONZERO[solver] else 998
     timesteps = [step.t for step in TimestepSchedule.build(NoiseSchedule(), largest, 1.0, 10, solver).steps]
     assert len(set(timesteps)) == largest
     assert max(timesteps) == 999
@@ -86,7 +86,8 @@ def test_schedule_faults_are_listed_at_once() -> None:
     with pytest.raises(UsageError) as error:
         TimestepSchedule.build(NoiseSchedule(), 0, float("nan"), 0, "euler")
     assert all(
-        part in str(error.value) for part in ("found 0;", "nan", "'euler'", "ddim, dpmpp2m, unipc, released", "stages")
+        part in str(error.value)
+        for part in ("found 0;", "nan", "'euler'", "ddim, dpmpp2m, unipc, ddim_lsast", "stages")
     )
 
 
@@ -130,7 +131,7 @@ RELEASED = {
 
 @pytest.mark.parametrize(("wish", "expected"), RELEASED.items(), ids=str)
 def test_released_grid_by_hand(wish: tuple[int, float], expected: tuple[int, int, int]) -> None:
-    schedule = TimestepSchedule.build(NoiseSchedule(), *wish, 10, "released")
+    schedule = TimestepSchedule.build(NoiseSchedule(), *wish, 10, "ddim_lsast")
     assert (schedule.start_t, schedule.steps[0].t, len(schedule.steps)) == expected
     assert (schedule.steps[-1].t, schedule.steps[-1].t_prev) == (1, -1)
     assert all(step.stage == step.t // 100 for step in schedule.steps)
@@ -147,10 +148,10 @@ def test_released_grid_is_that_code_wherever_it_runs() -> None:
             if not timesteps:
                 failed += 1
                 with pytest.raises(UsageError, match=rf"found ({steps}|{strength} at {steps} steps); .* that code"):
-                    TimestepSchedule.build(NoiseSchedule(), steps, strength, 10, "released")
+                    TimestepSchedule.build(NoiseSchedule(), steps, strength, 10, "ddim_lsast")
                 continue
             ran += 1
-            schedule = TimestepSchedule.build(NoiseSchedule(), steps, strength, 10, "released")
+            schedule = TimestepSchedule.build(NoiseSchedule(), steps, strength, 10, "ddim_lsast")
             assert (schedule.start_t, [step.t for step in schedule.steps]) == (start, timesteps), (steps, strength)
     assert ran > 500
     assert failed > 500
@@ -163,20 +164,20 @@ def test_released_grid_is_that_code_wherever_it_runs() -> None:
         (50, 0.01, r"expected at least 0\.02 .* no step"),
         (333, 0.7, "by 3 up to t = 1000, past its last timestep 999"),
         (1000, 0.7, "by 1 up to t = 1000"),
-        (1001, 0.7, "expected 1 to 1000 with released"),
-        (0, 0.7, "expected 1 to 1000 with released"),
+        (1001, 0.7, "expected 1 to 1000 with ddim_lsast"),
+        (0, 0.7, "expected 1 to 1000 with ddim_lsast"),
         (1, 1.0, "noise to point 1 of a grid whose last is 0"),
     ],
 )
 def test_what_the_released_code_cannot_do_says_why(steps: int, strength: float, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        TimestepSchedule.build(NoiseSchedule(), steps, strength, 10, "released")
+        TimestepSchedule.build(NoiseSchedule(), steps, strength, 10, "ddim_lsast")
 
 
 @both_sets
 def test_released_grid_is_the_one_that_was_recorded(golden: GoldenFiles) -> None:
     recorded = load_file(f"{golden.prefix}_io.safetensors")
-    schedule = TimestepSchedule.build(NoiseSchedule(), 50, 0.7, 10, "released")
+    schedule = TimestepSchedule.build(NoiseSchedule(), 50, 0.7, 10, "ddim_lsast")
     assert [step.t for step in schedule.steps] == recorded["timesteps"].tolist()
     start = schedule.add_noise(recorded["z0"], recorded["noise"], schedule.start_t)
     np.testing.assert_allclose(start, recorded["start_latent"], rtol=0, atol=1e-6 * np.abs(start).max())
