@@ -1,4 +1,4 @@
-"""Telling how far a long command is."""
+"""Progress of long commands."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Told what goes on."""
+    """Is called when a phase begins and while it lasts."""
 
     def __call__(self, phase: str, detail: str = "") -> None:
-        """A phase begins; with `detail`, it goes on, and this is how far it is."""
+        """`phase` begins; or, with `detail`, it goes on and is at `detail`."""
 
 
-def silent(phase: str, detail: str = "") -> None:
-    """A `Progress` that nobody sees."""
+def no_progress(phase: str, detail: str = "") -> None:
+    """A `Progress` that shows nothing."""
 
 
-class Countdown:
-    """Counts the equal steps of a phase and says how long the rest will take."""
+class Eta:
+    """Counts the equal steps of a phase and estimates how long the rest will take."""
 
     def __init__(self, progress: Progress, phase: str, total: int) -> None:
         self._progress, self._phase, self._total = progress, phase, total
@@ -26,7 +26,7 @@ class Countdown:
         self._done = 0
 
     def step(self) -> None:
-        """One more is done."""
+        """One more step is done."""
         self._done += 1
         left = (time.perf_counter() - self._began) / self._done * (self._total - self._done)
         self._progress(self._phase, f"step {self._done} of {self._total}, about {left:.0f} s left")

@@ -20,7 +20,7 @@ from lsast_export.graphs.unet_parts import trace_parts
 from lsast_train.base.base import Base
 from lsast_train.mini.architecture import MiniConfig, build_mini
 from lsast_train.prompts.prompt_file import Prompts
-from lsast_train.prompts.prompt_space import matrix_table
+from lsast_train.prompts.prompt_space import matrix_index
 
 Run = Callable[..., dict[str, np.ndarray]]
 
@@ -36,7 +36,7 @@ def random_prompts(base: Base, name: str, seed: int = 0) -> Prompts:
     """Prompts as a training run on `base` would leave them, of random values."""
     generator = torch.Generator().manual_seed(seed)
     matrices = torch.randn(30, base.config.tokens, base.context_dim, generator=generator)
-    prompts = matrices[matrix_table("step+layer")]
+    prompts = matrices[matrix_index("step+layer")]
     return Prompts(name, base.fingerprint, "step+layer", "direct", "strided", "all", prompts, matrices)
 
 

@@ -1,4 +1,4 @@
-"""Adding graphs to a bundle that is there, whose weights and styles stay as they are."""
+"""Adds graphs to an exported bundle; its weights and styles stay as they are."""
 
 from __future__ import annotations
 
@@ -10,110 +10,142 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from lsast_engines.bundle.bundle import MANIFEST, Bundle
-from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS, GraphSpec
-from lsast_engines.bundle.manifest import FileEntry, Manifest
+from lsast_engines.backends.registry import require_backend
+from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS, VAE_DECODER_TINY, GraphSpec
+from lsast_engines.bundle.manifest import MANIFEST, FileEntry, Manifest
 from lsast_engines.errors import BundleError
 from lsast_engines.files import file_sha256, replace_file
-from lsast_train.base.base import open_base_parts
+from lsast_train.base.lazy_base import open_base
 
 from ..graphs.external_weights import save_graph
-from ..graphs.meta_base import skeleton
+from ..graphs.meta_base import base_on_meta
+from ..graphs.small_decoder import WEIGHTS as SMALL_WEIGHTS
+from ..graphs.small_decoder import SmallDecoder, save_small_decoder, trace_small_decoder
 from ..graphs.unet_parts import trace_parts
-from ..parity.parity import ParityPlan, plan_for, require_parity
-from ..parity.unet_parts import measure_parts_parity
-from ..progress import Progress, silent
-from .export import WEIGHTS, require_backend
+from ..parity.parity import ParityPlan, measure_parity, measure_small_parity, plan_for, require_parity
+from ..progress import Progress, no_progress
+from .export import WEIGHTS
 
 _log = logging.getLogger("lsast.export")
 
 
 def add_parts(
-    path: Path, backend: str = "onnxruntime", plan: ParityPlan | None = None, progress: Progress = silent
+    path: Path, backend: str = "onnxruntime", plan: ParityPlan | None = None, progress: Progress = no_progress
 ) -> Bundle:
     """Write the graphs of the denoiser's parts into the bundle at `path`, proven against torch.
 
-    They are written under other names, compared, and renamed; the manifest follows last. Whenever this is stopped, the
-    folder holds a sound bundle, with the parts or without. Parts that were there are replaced.
+    They are written under other names, compared, and renamed; the manifest follows last (`commit_graphs`). Parts that
+    the bundle has are replaced.
 
     Args:
         path: the bundle.
-        backend: what the parts are compared with torch on.
-        plan: what is compared, and the tolerance; None leaves it to `plan_for`.
-        progress: told each phase.
+        backend: the backend to compare with torch on.
+        plan: what is compared, and the tolerance; None for that of `plan_for`.
+        progress: is called at each phase.
 
     Raises:
         BundleError: no sound bundle, or one that cannot be written to.
         ExportError: a part that torch cannot export.
         ParityError: a part computes something else than torch.
-        MissingExtraError, BackendError: the backend is not there or cannot run the graphs.
+        MissingExtraError, BackendError: the backend is not installed or cannot run the graphs.
     """
     require_backend(backend)
     progress("reading")
     manifest = Bundle.open(path).manifest
-    parts = open_base_parts(path)
-    traced = trace_parts(skeleton(parts), progress)
+    base = open_base(path)
+    traced = trace_parts(base_on_meta(base), progress)
     specs = {name: graph.spec for name, graph in traced.items()}
-    plan = plan or plan_for(parts)
+    plan = plan or plan_for(base)
     with (
-        writing_to(path),
+        write_guard(path),
         _scratch_names(path) as fresh,
         tempfile.TemporaryDirectory(prefix="lsast-unpacked.") as cache,
     ):
         for name, graph in traced.items():
             save_graph(graph, path / WEIGHTS, fresh[name])
-        figures = measure_parts_parity(parts, fresh, specs, plan, backend, progress=progress, cache=Path(cache))
+        figures = measure_parity(base, fresh, specs, plan, backend, progress=progress, cache=Path(cache))
         _log.info("parity: %s", figures)
         require_parity(figures, plan.tolerance)
         progress("writing the bundle")
-        return put_graphs(path, manifest, {f"{name}.onnx": file for name, file in fresh.items()}, specs, figures)
+        return commit_graphs(path, manifest, {f"{name}.onnx": file for name, file in fresh.items()}, specs, figures)
 
 
-def put_graphs(
+def add_small_decoder(
+    path: Path, small: SmallDecoder, backend: str = "onnxruntime", progress: Progress = no_progress
+) -> Bundle:
+    """Write the graph of `small` and its weights into the bundle at `path`, proven against torch.
+
+    A small decoder that the bundle has is replaced. A quantized bundle takes one, too: it stays in float32 and needs
+    none of the bundle's weights.
+
+    Raises:
+        BundleError: no sound bundle, or one that cannot be written to.
+        ExportError: torch cannot export it.
+        ParityError: it computes something else than torch.
+        MissingExtraError, BackendError: the backend is not installed or cannot run the graph.
+    """
+    require_backend(backend)
+    progress("reading")
+    manifest = Bundle.open(path).manifest
+    progress(f"tracing {VAE_DECODER_TINY}")
+    traced = trace_small_decoder(small, manifest)
+    with write_guard(path), tempfile.TemporaryDirectory(dir=path, prefix=f".{VAE_DECODER_TINY}.") as scratch:
+        weights, graph = Path(scratch) / SMALL_WEIGHTS, Path(scratch) / f"{VAE_DECODER_TINY}.onnx"
+        save_small_decoder(small, weights)
+        save_graph(traced, weights, graph)
+        figures = measure_small_parity(small, graph, manifest, backend, progress=progress)
+        require_parity(figures, ParityPlan.tolerance)
+        progress("writing the bundle")
+        files = {SMALL_WEIGHTS: weights, graph.name: graph}
+        return commit_graphs(path, manifest, files, {VAE_DECODER_TINY: traced.spec}, figures)
+
+
+def commit_graphs(
     path: Path,
     manifest: Manifest,
     files: Mapping[str, Path],
     specs: Mapping[str, GraphSpec],
     figures: Mapping[str, float],
 ) -> Bundle:
-    """Move files that were proven into the bundle at `path`, and then declare them.
+    """Move files into the bundle at `path`, and then declare them in its manifest.
 
-    Whenever this is stopped, the folder holds a sound bundle, with all of the graphs or with none.
+    Whenever this is interrupted, the folder holds a sound bundle, with all of the graphs or with none.
 
     Args:
         path: the bundle.
-        manifest: what it says so far; graphs of the same names are replaced.
-        files: what to move, by the names to be; on the same disk.
+        manifest: its manifest; graphs of the same names are replaced.
+        files: the files to move, by their names in the bundle; on the same disk.
         specs: the graphs, by name.
-        figures: how near to torch each of them comes.
+        figures: their parity with torch, by name.
     """
     entries = {name: FileEntry(file_sha256(file), file.stat().st_size) for name, file in files.items()}
-    bare = dataclasses.replace(
+    without = dataclasses.replace(
         manifest,
         graphs={name: spec for name, spec in manifest.graphs.items() if name not in specs},
         files={name: entry for name, entry in manifest.files.items() if name not in entries},
         parity={name: figure for name, figure in manifest.parity.items() if name not in specs},
     )
-    if bare != manifest:
-        _write_manifest(path, bare)  # before a file that it declares is replaced
+    if without != manifest:
+        _write_manifest(path, without)  # before a file that it declares is replaced
     for name, file in files.items():
         file.replace(path / name)
     whole = dataclasses.replace(
-        bare,
-        graphs={**bare.graphs, **specs},
-        files=dict(sorted({**bare.files, **entries}.items())),
-        parity={**bare.parity, **figures},
+        without,
+        graphs={**without.graphs, **specs},
+        files=dict(sorted({**without.files, **entries}.items())),
+        parity={**without.parity, **figures},
     )
     _write_manifest(path, whole)
     return Bundle.open(path, verify_hashes=False)
 
 
 @contextlib.contextmanager
-def writing_to(path: Path) -> Iterator[None]:
-    """Say of a bundle that cannot be written to what to do about it.
+def write_guard(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into one that says how to mend it.
 
     Raises:
-        BundleError: instead of the OSError that came out of the block.
+        BundleError: the bundle at `path` cannot be written to.
     """
     try:
         yield
@@ -128,7 +160,7 @@ def _write_manifest(path: Path, manifest: Manifest) -> None:
 
 @contextlib.contextmanager
 def _scratch_names(path: Path) -> Iterator[dict[str, Path]]:
-    """A hidden file for each part, beside the weights that it refers to; what is left of them is removed."""
+    """A hidden file for each part, beside the weights that it refers to; the block's leftovers are removed."""
     token = secrets.token_hex(4)
     names = {name: path / f".{name}.{token}.onnx" for name in UNET_SPLIT_GRAPHS}
     try:

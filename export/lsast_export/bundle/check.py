@@ -1,4 +1,4 @@
-"""Checking a bundle where it will run: files, weights, styles, and parity with torch once more."""
+"""Verifies a bundle where it will run: files, weights, styles, and parity with torch."""
 
 from __future__ import annotations
 
@@ -8,39 +8,37 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from lsast_engines.backends.base import open_engine
+from lsast_engines.backends.registry import open_engine, require_backend
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS, VAE_DECODER_TINY
+from lsast_engines.bundle.graph_spec import VAE_DECODER_TINY
 from lsast_engines.bundle.manifest import QUANTISED
 from lsast_engines.errors import BundleError, LsastError, fault_list
 from lsast_engines.files import file_sha256
-from lsast_train.base.base import Base, open_base_parts
-from lsast_train.base.kv_packing import pack
+from lsast_train.base.lazy_base import LazyBase, open_base
 
-from ..graphs.meta_base import baking_base
+from ..graphs.meta_base import base_on_meta
 from ..graphs.modules import geometry
 from ..graphs.small_decoder import WEIGHTS as SMALL_WEIGHTS
-from ..graphs.small_decoder import measure_small_parity, read_small_decoder
-from ..parity.parity import ParityPlan, measure_parity, plan_for
-from ..parity.unet_parts import measure_parts_parity
-from ..progress import Progress, silent
-from ..styles.bake import bake_null_style, manifest_layers
-from .export import WEIGHTS, require_backend
+from ..graphs.small_decoder import read_small_decoder
+from ..parity.parity import ParityPlan, measure_parity, measure_small_parity, plan_for
+from ..progress import Progress, no_progress
+from ..styles.bake import KVProjector, bake_null_style
+from .export import WEIGHTS
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What a check found in a bundle whose files are sound."""
+    """The result of checking a bundle whose files are sound."""
 
     bundle: Path
     backend: str
     figures: dict[str, float]
-    """Largest relative error by graph, measured here."""
+    """Largest relative error by graph, measured by this check."""
     recorded: dict[str, float]
-    """The same, as measured at export."""
+    """The same, measured at export."""
     tolerance: float
     styles: tuple[str, ...]
-    """Styles that were read and fit."""
+    """Names of its styles, all of which fit."""
 
     @property
     def passed(self) -> bool:
@@ -53,16 +51,16 @@ def check_bundle(
     backend: str = "auto",
     device: str = "auto",
     plan: ParityPlan | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> CheckReport:
     """Verify the bundle at `path`: hashes, graphs, weights, every style, then parity on `backend`.
 
-    A quantised bundle has no weights for torch: its graphs are opened on `backend`, and how near its paintings come is
-    what was recorded when it was made.
+    A quantized bundle has no weights for torch: its graphs are opened on `backend`, and the figures are those that were
+    recorded when it was made.
 
     Raises:
-        BundleError: a file, graph or style that is not what it should be; all faults of a phase at once.
-        MissingExtraError, BackendError: the backend is not there or cannot run the graphs.
+        BundleError: a file, graph or style that is damaged; all faults of a phase at once.
+        MissingExtraError, BackendError: the backend is not installed or cannot run the graphs.
         ParityError: an output holds NaN or infinite values.
     """
     require_backend(backend)
@@ -72,17 +70,15 @@ def check_bundle(
     progress("verifying graphs, weights and styles")
     if bundle.manifest.storage_dtype in QUANTISED:
         if faults := _graph_faults(graphs) + _style_faults(bundle):
-            raise BundleError(fault_list(f"{path} is damaged; quantise it again:", faults))
+            raise BundleError(fault_list(f"{path} is damaged; quantize it again:", faults))
         for name, graph in graphs.items():
             open_engine(graph, bundle.manifest.graphs[name], backend, device).close()
         return CheckReport(path, backend, {}, bundle.manifest.parity, 0.0, tuple(bundle.styles()))
-    parts = open_base_parts(path)
-    if faults := _graph_faults(graphs) + _base_faults(bundle, baking_base(parts)) + _style_faults(bundle):
+    base = open_base(path)
+    if faults := _graph_faults(graphs) + _base_faults(bundle, base) + _style_faults(bundle):
         raise BundleError(fault_list(f"{path} is damaged; export it again:", faults))
-    plan = plan or plan_for(parts)
-    figures = measure_parity(parts, graphs, bundle.manifest.graphs, plan, backend, device, progress)
-    if graphs.keys() >= set(UNET_SPLIT_GRAPHS):
-        figures |= measure_parts_parity(parts, graphs, bundle.manifest.graphs, plan, backend, device, progress)
+    plan = plan or plan_for(base)
+    figures = measure_parity(base, graphs, bundle.manifest.graphs, plan, backend, device, progress)
     if VAE_DECODER_TINY in graphs:
         small = read_small_decoder(path / SMALL_WEIGHTS, bundle.manifest)
         figures |= measure_small_parity(small, graphs[VAE_DECODER_TINY], bundle.manifest, backend, device, progress)
@@ -100,18 +96,20 @@ def _graph_faults(graphs: dict[str, Path]) -> list[str]:
     return faults
 
 
-def _base_faults(bundle: Bundle, base: Base) -> list[str]:
-    """Whether the weights are those that the fingerprint, the manifest and the null style stand for."""
+def _base_faults(bundle: Bundle, base: LazyBase) -> list[str]:
+    """Differences between the weights and the fingerprint, the manifest and the null style."""
     manifest = bundle.manifest
+    networks = base_on_meta(base)
+    projector = KVProjector.of_base(networks, base)
     faults = []
     if (found := file_sha256(bundle.path / WEIGHTS)) != manifest.fingerprint:
         faults.append(f"{WEIGHTS}: found SHA-256 {found[:12]}…; expected the fingerprint {manifest.fingerprint[:12]}…")
     if base.fingerprint != manifest.fingerprint:
         faults.append(f"base.json: found fingerprint {base.fingerprint[:12]}…; expected {manifest.fingerprint[:12]}…")
-    if geometry(base) != manifest.geometry or manifest_layers(pack(base)) != manifest.attention_layers:
+    if geometry(networks) != manifest.geometry or projector.layers != manifest.attention_layers:
         faults.append("manifest.json: geometry or attention_layers are not those of base.json's networks")
         return faults
-    null_style = bake_null_style(base)
+    null_style = bake_null_style(projector)
     for name in ("kv_unet", "kv_control"):
         expected = getattr(null_style, name)
         # Styles are stored in half precision, 2^-11 of each value; sums that cancel differ between machines.

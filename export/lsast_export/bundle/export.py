@@ -1,7 +1,9 @@
-"""Export of a whole bundle: round, bake, trace, prove, write. What fails leaves nothing behind.
+"""Export of a whole bundle: round weights, bake styles, trace graphs, compare with torch, write. A failed export leaves
+nothing behind.
 
-No more than one network, or the session of one graph, is in memory at any time: weights go from file to file a tensor
-at a time, tracing needs none, baking a few (`skeleton`), and torch has left when the graphs are opened (`parity`).
+At most one network, or the session of one graph, is in memory at any time: weights are copied from file to file tensor
+by tensor, tracing needs none, baking reads one matrix at a time, and torch has freed its networks when the graphs are
+opened (`parity`).
 """
 
 from __future__ import annotations
@@ -11,59 +13,60 @@ import dataclasses
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lsast_engines.backends.base import EXTRAS, available_backends
+from lsast_engines.backends.registry import require_backend
 from lsast_engines.bundle.bundle import NULL_STYLE, STYLES, Bundle
-from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS, GraphSpec, graph_specs
-from lsast_engines.bundle.manifest import Manifest, StorageDtype
+from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS, VAE_DECODER_TINY, GraphSpec, graph_specs
+from lsast_engines.bundle.manifest import MANIFEST, Manifest, StorageDtype
 from lsast_engines.environment import package_version
-from lsast_engines.errors import ExportError, MissingExtraError, fault_list
-from lsast_train.base.base import Base, BaseParts, open_base_parts, save_base
-from lsast_train.base.kv_packing import pack
+from lsast_engines.errors import ExportError, fault_list
+from lsast_train.base.base import Base
+from lsast_train.base.lazy_base import LazyBase, open_base, save_base
 from lsast_train.prompts.prompt_file import Prompts
 from lsast_train.prompts.prompt_space import STAGES
 
 from ..graphs.external_weights import save_graph
-from ..graphs.meta_base import baking_base, skeleton
+from ..graphs.meta_base import base_on_meta
 from ..graphs.modules import GRAPHS, geometry, graph_module
+from ..graphs.small_decoder import WEIGHTS as SMALL_WEIGHTS
+from ..graphs.small_decoder import SmallDecoder, read_small_decoder
 from ..graphs.trace import OPSET, TracedGraph, trace
 from ..graphs.unet_parts import trace_parts
 from ..parity.parity import ParityPlan, measure_parity, plan_for, require_parity
-from ..parity.unet_parts import measure_parts_parity
-from ..progress import Progress, silent
-from ..styles.bake import bake_null_style, manifest_layers
-from ..styles.install import EXPORTED_FROM, bake_prompts, check_prompts
+from ..progress import Progress, no_progress
+from ..styles.bake import KVProjector, bake_null_style, bake_prompts
+from ..styles.prompts import EXPORTED_FROM, check_prompts
 
 WEIGHTS = "base.safetensors"
-"""The file of all weights, shared by the graphs and by training."""
+"""The file of all weights, which the graphs and training share."""
 
 DTYPES: dict[StorageDtype, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""Element type of the stored weights by precision."""
+"""torch's element type of the stored weights."""
 
 _log = logging.getLogger("lsast.export")
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How a bundle is exported."""
+    """Options of an export."""
 
     storage_dtype: StorageDtype = "fp16"
-    """Storage of the weights; arithmetic is float32 in either case (see `weights`)."""
+    """Number type that weights are stored in; graphs compute in float32 (see `external_weights`)."""
     backend: str = "onnxruntime"
     """Backend that the graphs are compared with torch on."""
     plan: ParityPlan | None = None
     """What is compared, and the tolerance; None leaves it to `plan_for`."""
     parts: bool = False
-    """Whether the bundle gets the denoiser's parts (`parts`), too; they need no weights of their own."""
+    """Whether the denoiser's parts are written, too; they have no weights of their own."""
 
 
-def default_options(base: Base | BaseParts, styles: Sequence[str]) -> dict[str, Any]:
-    """The manifest's `defaults` for a base that says nothing of its own.
+def default_options(base: Base | LazyBase, styles: Sequence[str]) -> dict[str, Any]:
+    """The manifest's `defaults` for a base that has none.
 
     A bundle without a style names ``none``: running it without `--style` then lists the styles there are.
     """
@@ -72,14 +75,14 @@ def default_options(base: Base | BaseParts, styles: Sequence[str]) -> dict[str, 
         "steps": 20,
         "strength": 0.7,
         "guidance": 3.0,
-        "control": 1.0,
+        "control_scale": 1.0,
         "solver": "dpmpp2m",
-        "size": base.facts.size,
+        "size": base.config.size,
     }
 
 
-def trace_graphs(base: Base, progress: Progress = silent) -> dict[str, TracedGraph]:
-    """Trace every graph of `base`, which may be a `skeleton`; the result has no weights and serves every precision.
+def trace_graphs(base: Base, progress: Progress = no_progress) -> dict[str, TracedGraph]:
+    """Trace every graph of `base`, which may be a `base_on_meta`; the result has no weights and serves every precision.
 
     Raises:
         ExportError: a graph that torch cannot export, or one of other inputs and outputs than specified.
@@ -90,54 +93,53 @@ def trace_graphs(base: Base, progress: Progress = silent) -> dict[str, TracedGra
     for name in GRAPHS:
         progress(f"tracing {name}")
         with graph_module(base, name) as module:
-            traced[name] = trace(module, specs[name], base.facts.multiple, widths.factor)
+            traced[name] = trace(module, specs[name], base.config.multiple, widths.factor)
     return traced
 
 
 def export_bundle(
-    base: Base | BaseParts,
+    base: Base | LazyBase,
     out: Path,
     styles: Sequence[Prompts] = (),
     options: ExportOptions | None = None,
     defaults: Mapping[str, Any] | None = None,
     traced: Mapping[str, TracedGraph] | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Bundle:
     """Write the bundle of `base` and `styles` to the folder `out`.
 
     Args:
-        base: the base; it is left as it is, also where the bundle's weights are rounded. `BaseParts` need less memory.
+        base: the base, which is not changed; a `LazyBase` needs less memory.
         out: the folder. A bundle there is replaced, its other styles are kept.
         styles: prompts that were learned on `base`.
-        options: how; the defaults if None.
-        defaults: what to put into the manifest's `defaults` over those of `default_options`.
-        traced: graphs of this very base that `trace_graphs` gave before, to write several precisions from one trace.
-        progress: told each phase.
+        options: the defaults if None.
+        defaults: replace those of `default_options` in the manifest.
+        traced: graphs of this base from `trace_graphs`, to write several storage types from one trace.
+        progress: is called at each phase.
 
     Raises:
-        ExportError: a graph cannot be exported, styles of different stages.
+        ExportError: a graph cannot be exported; styles have different numbers of stages.
         ParityError: a graph computes something else than torch.
         StyleError: prompts that do not fit the base.
-        BundleError: `out` is taken by something else.
-        MissingExtraError, BackendError: the backend is not there or cannot run the graphs.
+        BundleError: `out` is no bundle and not empty.
+        MissingExtraError, BackendError: the backend is not installed or cannot run the graphs.
     """
     options = options or ExportOptions()
     require_backend(options.backend)
     for prompts in styles:
-        check_prompts(prompts, base)
+        check_prompts(prompts, base.config.name, base.fingerprint, base.config.training.get(EXPORTED_FROM, ""))
     stages = _common_stages(styles)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.export.") as scratch:
         folder = Path(scratch)
         progress("storing weights")
         save_base(_with_origin(base), folder, DTYPES[options.storage_dtype])
-        stored = open_base_parts(folder)
+        stored = open_base(folder)
         progress("baking styles")
-        projections = baking_base(stored)
-        baked = [bake_prompts(projections, prompts) for prompts in styles]
-        null_style = bake_null_style(projections)
-        del projections
-        empty = skeleton(stored)
+        empty = base_on_meta(stored)
+        projector = KVProjector.of_base(empty, stored)
+        baked = [bake_prompts(projector, prompts) for prompts in styles]
+        null_style = bake_null_style(projector)
         traced = traced or trace_graphs(empty, progress)
         if options.parts and not traced.keys() >= set(UNET_SPLIT_GRAPHS):
             traced = {**traced, **trace_parts(empty, progress)}
@@ -148,16 +150,12 @@ def export_bundle(
         plan = options.plan or plan_for(stored)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.unpacked.") as cache:
             figures = measure_parity(stored, paths, specs, plan, options.backend, progress=progress, cache=Path(cache))
-            if traced.keys() >= set(UNET_SPLIT_GRAPHS):
-                figures |= measure_parts_parity(
-                    stored, paths, specs, plan, options.backend, progress=progress, cache=Path(cache)
-                )
         _log.info("parity: %s", figures)
         require_parity(figures, plan.tolerance)
         names = [style.name for style in baked]
-        manifest = _manifest(
-            empty, options, plan, stages, {**default_options(stored, names), **(defaults or {})}, figures, specs
-        )
+        written = {**default_options(stored, names), **(defaults or {})}
+        manifest = _manifest(empty, projector, options, plan, stages, written, figures, specs)
+        del projector
         progress("writing the bundle")
         null_style.save(folder / NULL_STYLE)
         for style in baked:
@@ -166,23 +164,36 @@ def export_bundle(
         return Bundle.write(out, manifest, sources, replace=True, consume=True)
 
 
-def require_backend(backend: str) -> None:
-    """Make sure, before minutes are spent, that the backend for the comparison is installed.
+@dataclass(frozen=True)
+class Inherited:
+    """What an export from a bundle takes over from it."""
+
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Of its manifest."""
+    parts: bool = False
+    """Whether it has the denoiser's parts."""
+    small_decoder: SmallDecoder | None = None
+
+
+def inherited_from(folder: Path | None) -> Inherited:
+    """What an export from `folder` takes over: nothing, unless a bundle is there.
 
     Raises:
-        MissingExtraError: it is not, or with ``auto`` none is.
+        BundleError, ExportError, TrainingError: a manifest or a small decoder that cannot be read.
     """
-    there = available_backends()
-    if not there or (backend in EXTRAS and backend not in there):
-        library = backend if backend in EXTRAS else "onnxruntime"
-        raise MissingExtraError(library, EXTRAS[library])
+    if folder is None or not (folder / MANIFEST).is_file():
+        return Inherited()
+    manifest = Manifest.from_json((folder / MANIFEST).read_text(encoding="utf-8"), str(folder / MANIFEST))
+    has_small = VAE_DECODER_TINY in manifest.graphs
+    small = read_small_decoder(folder / SMALL_WEIGHTS, manifest) if has_small else None
+    return Inherited(manifest.defaults, manifest.graphs.keys() >= set(UNET_SPLIT_GRAPHS), small)
 
 
-def _with_origin(base: Base | BaseParts) -> Base | BaseParts:
-    """`base` with its fingerprint among its facts: rounding makes another one, but prompts learned on it still fit."""
-    origins = " ".join(dict.fromkeys([*base.facts.training.get(EXPORTED_FROM, "").split(), base.fingerprint]))
+def _with_origin(base: Base | LazyBase) -> Base | LazyBase:
+    """`base` with its fingerprint in its config: prompts that were learned on it fit the rounded base, too."""
+    origins = " ".join(dict.fromkeys([*base.config.training.get(EXPORTED_FROM, "").split(), base.fingerprint]))
     noted = copy.copy(base)  # shares the networks
-    noted.facts = dataclasses.replace(base.facts, training={**base.facts.training, EXPORTED_FROM: origins})
+    noted.config = dataclasses.replace(base.config, training={**base.config.training, EXPORTED_FROM: origins})
     return noted
 
 
@@ -197,6 +208,7 @@ def _common_stages(styles: Sequence[Prompts]) -> int:
 
 def _manifest(
     base: Base,
+    projector: KVProjector,
     options: ExportOptions,
     plan: ParityPlan,
     stages: int,
@@ -204,31 +216,30 @@ def _manifest(
     figures: dict[str, float],
     specs: dict[str, GraphSpec],
 ) -> Manifest:
-    facts = base.facts
-    widths = geometry(base)
+    config = base.config
     return Manifest(
-        name=facts.name,
-        family=facts.family,
+        name=config.name,
+        family=config.family,
         fingerprint=base.fingerprint,
-        height=facts.size,
-        width=facts.size,
-        latent_scale=facts.latent_scale,
+        height=config.size,
+        width=config.size,
+        latent_scale=config.latent_scale,
         storage_dtype=options.storage_dtype,
-        noise=facts.noise,
+        noise=config.noise,
         stages=stages,
-        tokens=facts.tokens,
-        geometry=widths,
-        attention_layers=manifest_layers(pack(base)),
+        tokens=config.tokens,
+        geometry=geometry(base),
+        attention_layers=projector.layers,
         graphs=specs,
         defaults=defaults,
         lsast_version=package_version("lsast"),
         parity=figures,
         source={
-            **facts.training,
+            **config.training,
             "opset": str(OPSET),
             "parity_backend": options.backend,
             "parity_tolerance": f"{plan.tolerance:g}",
             **{library: package_version(library) for library in ("torch", "diffusers", "onnx", "onnxscript")},
         },
-        multiple=facts.multiple,
+        multiple=config.multiple,
     )

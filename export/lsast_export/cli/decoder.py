@@ -1,18 +1,19 @@
-"""`lsast-export decoder`: a smaller decoder, added to a bundle that is there."""
+"""`lsast-export decoder`: add a smaller decoder to a bundle."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from lsast_engines.bundle.graph_spec import VAE_DECODER_TINY
+from lsast_engines.cli import Command, debug_option, json_option, print_result
+from lsast_engines.environment import require_extra
 
-from .console import Phases, common, require_extra
+from .phase_timer import PhaseTimer
 
 
-@click.command("decoder")
+@click.command("decoder", cls=Command)
 @click.argument("bundle", metavar="BUNDLE")
 @click.option(
     "--small",
@@ -21,21 +22,24 @@ from .console import Phases, common, require_extra
     type=click.Path(path_type=Path),
     help="Folder of a diffusers AutoencoderTiny, such as TAESD's, or its .safetensors alone.",
 )
-@click.option("--backend", default="onnxruntime", show_default=True, metavar="NAME", help="Compare with torch on this.")
-@common
-@click.pass_context
-def decoder_command(ctx: click.Context, bundle: str, small: Path, backend: str, as_json: bool) -> None:
+@click.option(
+    "--backend", default="onnxruntime", show_default=True, metavar="NAME", help="Backend to compare with torch on."
+)
+@json_option
+@debug_option
+def decoder_command(bundle: str, small: Path, backend: str) -> None:
     """Add the decoder of a tiny autoencoder to BUNDLE (a folder or a name), for `lsast-run --decoder small`.
 
     It must have been made for the latents of that base: TAESD's is for those of Stable Diffusion 1.x. It is proven
     against torch; weights, the other graphs and styles of the bundle stay as they are.
     """
-    require_extra("torch", "diffusers", "onnx", "onnxscript")
+    require_extra("export", "torch", "diffusers", "onnx", "onnxscript")
     from lsast_engines.bundle.bundle import Bundle, find_bundle
 
-    from ..graphs.small_decoder import WEIGHTS, add_small_decoder, read_small_decoder
+    from ..bundle.add_graphs import add_small_decoder
+    from ..graphs.small_decoder import WEIGHTS, read_small_decoder
 
-    phases = Phases()
+    phases = PhaseTimer()
     folder = find_bundle(bundle)
     phases("reading the decoder")
     decoder = read_small_decoder(small, Bundle.open(folder, verify_hashes=False).manifest)
@@ -47,4 +51,4 @@ def decoder_command(ctx: click.Context, bundle: str, small: Path, backend: str, 
         "parity": {VAE_DECODER_TINY: manifest.parity[VAE_DECODER_TINY]},
         "seconds": phases.seconds(),
     }
-    click.echo(json.dumps(facts) if as_json or ctx.meta.get("lsast.json") else written.path)
+    print_result(facts, written.path)

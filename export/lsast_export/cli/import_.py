@@ -1,21 +1,18 @@
-"""`lsast-export import`: prompts that the released code learned, as a prompt file of ours."""
+"""`lsast-export import`: read prompts that the released code learned into a prompt file."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from lsast_engines.cli import log_to_stderr
-from lsast_engines.errors import MissingExtraError, UsageError, fault_list
+from lsast_engines.cli import Command, debug_option, json_option, log_to_stderr, print_result
+from lsast_engines.environment import require_extra
+from lsast_engines.errors import UsageError, fault_list
 
-from .console import common
 
-
-@click.command("import")
+@click.command("import", cls=Command)
 @click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
 @click.option("--base", metavar="PATH", help="Base whose text encoder resolves them. [default: none, later]")
 @click.option("--controlnet", metavar="PATH", help="ControlNet of a base to import: a folder, a file, or OWNER/NAME.")
@@ -28,42 +25,31 @@ from .console import common
 @click.option("--revision", metavar="REV", help="Commit hash or tag of a base from the hub.")
 @click.option("--name", metavar="NAME", help="Name of the style. [default: that of the file]")
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write to. [default: runs/NAME]")
-@common
-@click.pass_context
-def import_command(
-    ctx: click.Context,
-    /,
-    file: Path,
-    base: str | None,
-    name: str | None,
-    out: Path | None,
-    as_json: bool,
-    **source: Any,
-) -> None:
+@json_option
+@debug_option
+def import_command(file: Path, base: str | None, name: str | None, out: Path | None, **source: Any) -> None:
     """Read FILE, a checkpoint of LSAST's released code (embeddings_gs-99999.pt), without running what is pickled in it.
 
     With --base its prompts are resolved by the text encoder of that base, and bound to the base. Without, they are
-    kept as they are, for any base: lsast-export --style NAME --base BASE --out DIR resolves them later, and so does
-    this command on the file that it wrote.
+    kept as they are, for any base: lsast-export bundle --style NAME --base BASE --out DIR resolves them later, and so
+    does this command on the file that it wrote.
     """
     from lsast_train.options import style_name_faults
 
     if name is not None and (faults := style_name_faults(name)):
-        raise UsageError(fault_list("this style cannot be meant:", faults))
+        raise UsageError(fault_list("invalid style name:", faults))
     given = sorted(f"--{key.replace('_', '-')}" for key, value in source.items() if value not in (None, "auto"))
     if base is None and given:
         raise UsageError(f"found {', '.join(given)} without --base; expected the base it belongs to")
-    for library in ("torch", "diffusers"):
-        if importlib.util.find_spec(library) is None:
-            raise MissingExtraError(library, "export")
-    from lsast_train.base.base import open_base_parts
+    require_extra("export", "torch", "diffusers")
+    from lsast_train.base.lazy_base import open_base
     from lsast_train.checkpoints.source import BaseSource
     from lsast_train.prompts.prompt_file import Prompts, save_prompts
 
     from ..styles.released_checkpoint import import_prompts
 
     with log_to_stderr():
-        opened = None if base is None else open_base_parts(BaseSource(base, **source))
+        opened = None if base is None else open_base(BaseSource(base, **source))
         prompts = import_prompts(file, name, opened)
     path = (out or Path("runs") / prompts.name) / f"{prompts.name}.prompts.safetensors"
     save_prompts(prompts, path)
@@ -76,4 +62,4 @@ def import_command(
         "base": bound,
         "embeddings": list(prompts.tensors()["embeddings"].shape),
     }
-    click.echo(json.dumps(facts) if as_json or ctx.meta.get("lsast.json") else path)
+    print_result(facts, path)

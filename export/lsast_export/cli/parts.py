@@ -1,33 +1,35 @@
-"""`lsast-export parts`: the denoiser's parts, added to a bundle that is there."""
+"""`lsast-export parts`: add the denoiser's parts to a bundle."""
 
 from __future__ import annotations
-
-import json
 
 import click
 
 from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS
+from lsast_engines.cli import Command, debug_option, json_option, print_result
+from lsast_engines.environment import require_extra
 
-from .console import Phases, common, require_extra
+from .phase_timer import PhaseTimer
 
 
-@click.command("parts")
+@click.command("parts", cls=Command)
 @click.argument("bundle", metavar="BUNDLE")
-@click.option("--backend", default="onnxruntime", show_default=True, metavar="NAME", help="Compare with torch on this.")
-@common
-@click.pass_context
-def parts_command(ctx: click.Context, bundle: str, backend: str, as_json: bool) -> None:
-    """Add the denoiser's parts to BUNDLE (a folder or a name), for runs that leave some of them out at some steps.
+@click.option(
+    "--backend", default="onnxruntime", show_default=True, metavar="NAME", help="Backend to compare with torch on."
+)
+@json_option
+@debug_option
+def parts_command(bundle: str, backend: str) -> None:
+    """Add the denoiser's parts to BUNDLE (a folder or a name), for runs that skip some of them at some steps.
 
     The parts (ControlNet, whole U-Net, its outermost level) refer into the bundle's weights and are proven against
     torch. Weights, the other graphs and styles stay as they are.
     """
-    require_extra()
+    require_extra("export", "torch", "diffusers", "onnx", "onnxscript")
     from lsast_engines.bundle.bundle import find_bundle
 
     from ..bundle.add_graphs import add_parts
 
-    phases = Phases()
+    phases = PhaseTimer()
     written = add_parts(find_bundle(bundle), backend, progress=phases)
     manifest = written.manifest
     facts = {
@@ -36,4 +38,4 @@ def parts_command(ctx: click.Context, bundle: str, backend: str, as_json: bool) 
         "parity": {name: manifest.parity[name] for name in UNET_SPLIT_GRAPHS},
         "seconds": phases.seconds(),
     }
-    click.echo(json.dumps(facts) if as_json or ctx.meta.get("lsast.json") else written.path)
+    print_result(facts, written.path)

@@ -1,22 +1,29 @@
-"""`lsast-export quantise`: a bundle in 8 bits from an exported one."""
+"""`lsast-export quantize`: make a bundle in int8 from an exported one."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from lsast_engines.errors import MissingExtraError
+from lsast_engines.cli import Command, debug_option, json_option, print_result
+from lsast_engines.environment import require_extra
 
-from .console import Phases, common
+from .phase_timer import PhaseTimer
+
+_OPTIONAL = {
+    "vae_encoder": "vae_encoder",
+    "vae_decoder": "vae_decoder",
+    "encoder": "vae_encoder",
+    "decoder": "vae_decoder",
+}
+"""Graphs that `--also` takes, with their old names."""
 
 
 def _refuse(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    """Say what to do instead of a precision that was removed."""
+    """Say what to do instead of a storage type that was removed."""
     if value not in (None, "int8"):
         raise click.UsageError(
             f"found --precision {value}; expected int8, the only one since int8-weights was removed: for less memory "
@@ -24,7 +31,7 @@ def _refuse(ctx: click.Context, param: click.Parameter, value: str | None) -> No
         )
 
 
-@click.command("quantise")
+@click.command("quantize", cls=Command)
 @click.argument("bundle", metavar="BUNDLE", required=False)
 @click.option(
     "--out", metavar="DIR", type=click.Path(path_type=Path), required=True, help="Folder of the bundle to write."
@@ -34,64 +41,60 @@ def _refuse(ctx: click.Context, param: click.Parameter, value: str | None) -> No
     "--images",
     metavar="DIR",
     type=click.Path(path_type=Path),
-    help="Pictures to calibrate on and to judge by, such as will be painted. [default: some are drawn]",
+    help="Pictures to calibrate and to evaluate on, like those that will be repainted. [default: some are drawn]",
 )
-@click.option("--pictures", type=int, metavar="N", help="Calibrate on N of them, judge by N others. [default: 4]")
-@click.option("--size", type=int, metavar="PIXELS", help="Side that they are painted at. [default: 256]")
+@click.option("--pictures", type=int, metavar="N", help="Calibrate on N of them, evaluate on N others. [default: 4]")
+@click.option("--size", type=int, metavar="PIXELS", help="Side of these pictures. [default: 256]")
 @click.option(
     "--target",
     type=float,
     metavar="DB",
-    help="Least mean PSNR to paintings by the float graphs; below it nothing is written. [default: 30]",
+    help="Least mean PSNR to the pictures of the float graphs; below it nothing is written. [default: 30]",
 )
-@click.option("--backend", metavar="NAME", help="Judge on onnxruntime or openvino. [default: onnxruntime]")
+@click.option(
+    "--backend", metavar="NAME", help="Backend to evaluate on: onnxruntime or openvino. [default: onnxruntime]"
+)
 @click.option(
     "--smooth",
     type=float,
     metavar="ALPHA",
-    help="How much of what is hard to round moves into weights, 0 to 1 (SmoothQuant). [default: 0.7]",
+    help="SmoothQuant's migration strength, 0 to 1. [default: 0.7]",
 )
 @click.option(
     "--also",
     multiple=True,
-    type=click.Choice(["encoder", "decoder"]),
-    help="Quantise this, too. It runs once a picture, and what it rounds shows at once.",
+    type=click.Choice(list(_OPTIONAL)),
+    metavar="GRAPH",
+    help="Quantize this graph, too: vae_encoder or vae_decoder. It runs once a picture, and its errors are visible.",
 )
-@click.option("--no-smooth", is_flag=True, help="Move nothing.")
-@common
-@click.pass_context
-def quantise_command(
-    ctx: click.Context,
-    /,
-    bundle: str | None,
-    out: Path,
-    as_json: bool,
-    no_smooth: bool,
-    also: tuple[str, ...],
-    **chosen: Any,
+@click.option("--no-smooth", is_flag=True, help="Do without SmoothQuant.")
+@json_option
+@debug_option
+def quantize_command(
+    bundle: str | None, out: Path, no_smooth: bool, also: tuple[str, ...], smooth: float | None, **chosen: Any
 ) -> None:
-    """Write BUNDLE (a folder or a name; the embedded one) in 8 bits, for processors, with its styles.
+    """Write BUNDLE (a folder or a name; the embedded one) in int8, for CPUs, with its styles.
 
-    Paintings under its styles give the ranges that activations take; paintings of other pictures are the proof.
+    The ranges of activations are taken from runs on calibration pictures; pictures that were not calibrated on are
+    repainted in int8 and in float, and compared.
     """
-    if chosen["smooth"] is not None and no_smooth:
+    if smooth is not None and no_smooth:
         raise click.UsageError("found --smooth and --no-smooth; expected one of them")
-    for library in ("onnx", "onnxruntime"):
-        if importlib.util.find_spec(library) is None:
-            raise MissingExtraError(library, {"onnx": "export", "onnxruntime": "cpu"}[library])
+    require_extra("export", "onnx")
+    require_extra("cpu", "onnxruntime")
     from lsast_engines.bundle.bundle import Bundle, find_bundle
     from lsast_engines.environment import peak_memory
 
-    from ..quantize.quantize import QuantiseOptions, quantise_bundle
+    from ..quantize.quantize import QuantizeOptions, quantize_bundle
 
-    phases = Phases()
+    phases = PhaseTimer()
     phases("reading")
     source = Bundle.open(find_bundle(bundle))
     given = {name: value for name, value in chosen.items() if value is not None}
-    if no_smooth:
-        given["smooth"] = None
-    given["also"] = frozenset(also)
-    written = quantise_bundle(source, out, dataclasses.replace(QuantiseOptions(), **given), phases)
+    if smooth is not None or no_smooth:
+        given["smooth"] = smooth
+    options = dataclasses.replace(QuantizeOptions(also=frozenset(_OPTIONAL[name] for name in also)), **given)
+    written = quantize_bundle(source, out, options, phases)
     manifest = written.manifest
     for name, figure in manifest.parity.items():
         click.echo(f"           {name}: {figure:.1f}", err=True)
@@ -104,4 +107,4 @@ def quantise_command(
         "seconds": phases.seconds(),
         "peak_rss_bytes": peak_memory(),
     }
-    click.echo(json.dumps(facts) if as_json or ctx.meta.get("lsast.json") else written.path)
+    print_result(facts, written.path)

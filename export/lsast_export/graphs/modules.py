@@ -17,8 +17,9 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from lsast_engines.bundle.graph_spec import CONTROLNET_COND, DENOISER, VAE_DECODER, VAE_ENCODER, Geometry
+from lsast_train.base.attention import packed_kv
 from lsast_train.base.base import Base
-from lsast_train.base.kv_packing import KeyValueBox, baked_attention, hint_bypassed, pack
+from lsast_train.base.kv_packing import kv_layouts, skip_cond_embedding
 
 SCORES_LIMIT = 128 << 20
 """Most bytes that the scores of a self-attention take at the base's native size, one picture and two guidance rows."""
@@ -37,8 +38,10 @@ class SplitProcessor:
     def __init__(self, groups: int) -> None:
         self.groups = groups
 
-    def __call__(self, attn: Any, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """Run `attn` on `hidden_states` [B, N, C]."""
+    def __call__(
+        self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: Any = None, kv: Any = None, **_: Any
+    ) -> torch.Tensor:
+        """Run `attn` on `hidden_states` [B, N, C]; `kv` is for the cross-attentions."""
         batch, _count, width = hidden_states.shape
         shape = (batch, -1, attn.heads, width // attn.heads)
         rows = (to(hidden_states).view(shape).transpose(1, 2) for to in (attn.to_q, attn.to_k, attn.to_v))
@@ -48,7 +51,7 @@ class SplitProcessor:
         return out
 
 
-class EncoderGraph(nn.Module):
+class VaeEncoderGraph(nn.Module):
     """Graph `vae_encoder`."""
 
     def __init__(self, base: Base) -> None:
@@ -61,7 +64,7 @@ class EncoderGraph(nn.Module):
         return self._base.encode(image)
 
 
-class HintGraph(nn.Module):
+class ControlNetCondGraph(nn.Module):
     """Graph `controlnet_cond`: what the ControlNet makes of the edges before it meets the latent, once a run."""
 
     def __init__(self, base: Base) -> None:
@@ -77,13 +80,11 @@ class HintGraph(nn.Module):
 class DenoiserGraph(nn.Module):
     """Graph `denoiser`: ControlNet and U-Net of one step. Made by `denoiser_graph`, which patches the networks."""
 
-    def __init__(self, base: Base, unet_box: KeyValueBox, control_box: KeyValueBox) -> None:
+    def __init__(self, base: Base) -> None:
         super().__init__()
         self.unet = base.unet
         self.controlnet = base.controlnet
         self._base = base
-        self._unet_box = unet_box
-        self._control_box = control_box
 
     def forward(
         self,
@@ -100,14 +101,18 @@ class DenoiserGraph(nn.Module):
         def repeat(rows: torch.Tensor) -> torch.Tensor:  # [B, …] → [G·B, …]
             return rows.unsqueeze(0).expand(guidance, *rows.shape).flatten(0, 1)
 
-        self._control_box.packed = kv_control
-        down, mid = self.controlnet(latent, timestep, None, hint, conditioning_scale=control_scale, return_dict=False)
-        self._unet_box.packed = kv_unet.flatten(0, 1)
+        down, mid = self.controlnet(
+            *(latent, timestep, None, hint),
+            conditioning_scale=control_scale,
+            cross_attention_kwargs=packed_kv(kv_control),
+            return_dict=False,
+        )
         latents, timesteps = repeat(latent), repeat(timestep)
         output = self.unet(
             latents,
             timesteps,
             None,
+            cross_attention_kwargs=packed_kv(kv_unet.flatten(0, 1)),
             down_block_additional_residuals=[repeat(residual) for residual in down],
             mid_block_additional_residual=repeat(mid),
             return_dict=False,
@@ -116,7 +121,7 @@ class DenoiserGraph(nn.Module):
         return eps
 
 
-class DecoderGraph(nn.Module):
+class VaeDecoderGraph(nn.Module):
     """Graph `vae_decoder`."""
 
     def __init__(self, base: Base) -> None:
@@ -167,16 +172,12 @@ def split_attention(network: Any, side: int) -> Iterator[None]:
 @contextlib.contextmanager
 def denoiser_graph(base: Base) -> Iterator[DenoiserGraph]:
     """The denoiser of `base`, whose networks are patched as long as the block runs."""
-    unet, control = pack(base)
-    unet_box, control_box = KeyValueBox(), KeyValueBox()
-    side = base.facts.size // geometry(base).factor
+    side = base.config.size // geometry(base).factor
     with contextlib.ExitStack() as stack:
-        for layout, box in ((unet, unet_box), (control, control_box)):
-            stack.enter_context(baked_attention(layout, box))
         for network in (base.unet, base.controlnet):
             stack.enter_context(split_attention(network, side))
-        stack.enter_context(hint_bypassed(base.controlnet))
-        yield DenoiserGraph(base, unet_box, control_box).eval()
+        stack.enter_context(skip_cond_embedding(base.controlnet))
+        yield DenoiserGraph(base).eval()
 
 
 @contextlib.contextmanager
@@ -186,19 +187,21 @@ def graph_module(base: Base, name: str) -> Iterator[nn.Module]:
         with denoiser_graph(base) as module:
             yield module
     else:
-        yield {VAE_ENCODER: EncoderGraph, CONTROLNET_COND: HintGraph, VAE_DECODER: DecoderGraph}[name](base).eval()
+        yield {VAE_ENCODER: VaeEncoderGraph, CONTROLNET_COND: ControlNetCondGraph, VAE_DECODER: VaeDecoderGraph}[name](
+            base
+        ).eval()
 
 
 def geometry(base: Base) -> Geometry:
-    """The widths of `base`, read off its networks; they may be without weights (`skeleton`)."""
-    unet, control = pack(base)
-    side = base.facts.multiple
+    """The widths of `base`, read off its networks; they may be without weights (`base_on_meta`)."""
+    unet, control = kv_layouts(base)
+    side = base.config.multiple
     encoder = base.controlnet.controlnet_cond_embedding
     with torch.no_grad():
         hint = encoder(next(encoder.parameters()).new_zeros(1, 3, side, side))
     return Geometry(
         hint_channels=hint.shape[1],
-        tokens=base.facts.tokens,
+        tokens=base.config.tokens,
         unet_width=unet.width,
         control_width=control.width,
         latent_channels=int(base.unet.config.in_channels),

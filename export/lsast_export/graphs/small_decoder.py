@@ -11,34 +11,24 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import tempfile
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from lsast_engines.backends.base import open_engine
-from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.graph_spec import VAE_DECODER_TINY, small_decoder_spec
+from lsast_engines.bundle.graph_spec import VAE_DECODER_TINY, tiny_decoder_spec
 from lsast_engines.bundle.manifest import Manifest
 from lsast_engines.errors import ExportError, TrainingError, fault_list
 from lsast_engines.files import replace_file
-from lsast_train.checkpoints.weights import Weights, read_tensors, shortened
+from lsast_train.checkpoints.weights import Weights, read_tensors, truncate
 
-from ..bundle.add_graphs import put_graphs, writing_to
-from ..bundle.export import require_backend
-from ..parity.parity import ParityPlan, relative_error, require_parity, run_copied
-from ..progress import Progress, silent
-from .external_weights import save_graph
-from .trace import trace
+from .trace import TracedGraph, trace
 
 WEIGHTS = f"{VAE_DECODER_TINY}.safetensors"
 """The file of its weights in a bundle."""
@@ -48,9 +38,6 @@ _CONFIG = "config"
 
 _IN_FOLDER = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 """What diffusers calls the weights in a folder."""
-
-_SIDES = ((1, 2, 2), (2, 1, 3))
-"""Batch, height and width of the latents that are compared, the sides in units of the smallest legal one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,74 +109,28 @@ def read_small_decoder(path: Path, manifest: Manifest) -> SmallDecoder:
     except (TypeError, ValueError, KeyError, IndexError, RuntimeError) as error:
         faults.append(f"diffusers makes no AutoencoderTiny of its configuration ({error})")
     if faults:
-        raise ExportError(fault_list(f"{path} is no small decoder for {manifest.name}:", shortened(faults)))
+        raise ExportError(fault_list(f"{path} is no small decoder for {manifest.name}:", truncate(faults)))
     with torch.device("meta"):
         autoencoder = _made(config)
     autoencoder.decoder = weights.build().decoder
     return SmallDecoder(autoencoder.eval().requires_grad_(False), config)
 
 
-def add_small_decoder(
-    path: Path, small: SmallDecoder, backend: str = "onnxruntime", progress: Progress = silent
-) -> Bundle:
-    """Write the graph of `small` and its weights into the bundle at `path`, proven against torch.
-
-    They are written aside, compared, and moved in; the manifest follows last, see `adding.put_graphs`. One that was
-    there is replaced. A quantised bundle takes it, too: it stays in float32 and needs nothing of the bundle's weights.
+def trace_small_decoder(small: SmallDecoder, manifest: Manifest) -> TracedGraph:
+    """Trace the graph `vae_decoder_tiny` of a bundle.
 
     Raises:
-        BundleError: no sound bundle, or one that cannot be written to.
         ExportError: torch cannot export it.
-        ParityError: it computes something else than torch.
-        MissingExtraError, BackendError: the backend is not there or cannot run the graph.
     """
-    require_backend(backend)
-    progress("reading")
-    manifest = Bundle.open(path).manifest
-    spec = small_decoder_spec(manifest.geometry)
-    progress(f"tracing {VAE_DECODER_TINY}")
     module = SmallDecoderGraph(small, manifest.latent_scale).eval()
-    traced = trace(module, spec, manifest.multiple, manifest.geometry.factor)
-    with writing_to(path), tempfile.TemporaryDirectory(dir=path, prefix=f".{VAE_DECODER_TINY}.") as scratch:
-        weights, graph = Path(scratch) / WEIGHTS, Path(scratch) / f"{VAE_DECODER_TINY}.onnx"
-        state = {name: value.contiguous() for name, value in module.state_dict().items()}
-        with replace_file(weights) as handle:
-            handle.write(save(state, {_CONFIG: json.dumps(dict(small.config), sort_keys=True)}))
-        save_graph(traced, weights, graph)
-        figures = measure_small_parity(small, graph, manifest, backend, progress=progress)
-        require_parity(figures, ParityPlan.tolerance)
-        progress("writing the bundle")
-        return put_graphs(path, manifest, {WEIGHTS: weights, graph.name: graph}, {VAE_DECODER_TINY: spec}, figures)
+    return trace(module, tiny_decoder_spec(manifest.geometry), manifest.multiple, manifest.geometry.factor)
 
 
-def measure_small_parity(
-    small: SmallDecoder,
-    graph: Path,
-    manifest: Manifest,
-    backend: str = "onnxruntime",
-    device: str = "auto",
-    progress: Progress = silent,
-) -> dict[str, float]:
-    """The largest relative error of the graph, as `parity` has it, against diffusers' own `decode`.
-
-    Raises:
-        BackendError: the graph cannot be loaded or run.
-        ParityError: an output holds NaN or infinite values.
-    """
-    progress(f"comparing {VAE_DECODER_TINY} on {backend}")
-    generator = np.random.default_rng(0)
-    cell = manifest.multiple // manifest.geometry.factor
-    figure = 0.0
-    with closing(open_engine(graph, small_decoder_spec(manifest.geometry), backend, device)) as engine:
-        for batch, height, width in _SIDES:
-            shape = (batch, manifest.geometry.latent_channels, height * cell, width * cell)
-            # Twice as far as the U-Net's latents go, into where this decoder clamps them.
-            scaled = 2 * generator.standard_normal(shape, dtype=np.float32)
-            with torch.no_grad():
-                expected = small.autoencoder.decode(torch.from_numpy(scaled) / small.scale).sample.numpy()
-            found = run_copied(engine, latent=scaled / np.float32(manifest.latent_scale))["image"]
-            figure = max(figure, relative_error(found, expected, VAE_DECODER_TINY))
-    return {VAE_DECODER_TINY: figure}
+def save_small_decoder(small: SmallDecoder, path: Path) -> None:
+    """Write the decoder's weights to `path`, whole, with the configuration in the metadata."""
+    state = {f"decoder.{name}": value.contiguous() for name, value in small.autoencoder.decoder.state_dict().items()}
+    with replace_file(path) as handle:
+        handle.write(save(state, {_CONFIG: json.dumps(dict(small.config), sort_keys=True)}))
 
 
 def _found(path: Path) -> tuple[dict[str, Any], Path]:

@@ -6,7 +6,7 @@ left is optimized, and `weights.py` puts them back as references into ``base.saf
 
 So no value of a weight is ever looked at, and while a module is traced fake tensors, which have a shape and no memory,
 stand for its weights: the denoiser of Stable Diffusion 1.5 is traced in 0.7 GB, torch itself included, and `module` may
-be one without weights (`skeleton`).
+be one without weights (`base_on_meta`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lsast_engines.bundle.graph_spec import GraphSpec, halvings
+from lsast_engines.bundle.graph_spec import GraphSpec, downsampling_level
 from lsast_engines.errors import ExportError, fault_list
 
 OPSET = 18
@@ -110,7 +110,11 @@ def _examples(spec: GraphSpec, multiple: int, factor: int) -> tuple[torch.Tensor
     examples = []
     for tensor in spec.inputs:
         shape = [
-            lengths[axis] if axis in lengths else axis if isinstance(axis, int) else lengths[axis[0]] >> halvings(axis)
+            lengths[axis]
+            if axis in lengths
+            else axis
+            if isinstance(axis, int)
+            else lengths[axis[0]] >> downsampling_level(axis)
             for axis in tensor.shape
         ]
         examples.append(torch.rand(shape) if tensor.dtype == "float32" else torch.arange(1, shape[0] + 1))

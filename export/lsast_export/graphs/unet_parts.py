@@ -1,5 +1,5 @@
 """The denoiser in parts: the three modules that are traced beside the whole
-(`lsast_engines.bundle.graph_spec.part_specs`).
+(`lsast_engines.bundle.graph_spec.split_specs`).
 
 A run may leave parts out: the ControlNet at some steps, and all of the U-Net but its outermost level. Parameters carry
 the names of ``base.safetensors``, as in `graphs`, so that the parts add no weights to a bundle.
@@ -17,22 +17,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from lsast_engines.bundle.graph_spec import CONTROLNET, UNET_FULL, UNET_SPLIT_GRAPHS, Cut, part_specs
+from lsast_engines.bundle.graph_spec import CONTROLNET, UNET_FULL, UNET_SPLIT_GRAPHS, UnetSplit, split_specs
+from lsast_train.base.attention import packed_kv
 from lsast_train.base.base import Base
-from lsast_train.base.kv_packing import KeyValueBox, baked_attention, hint_bypassed, pack
+from lsast_train.base.kv_packing import skip_cond_embedding
 
-from ..progress import Progress, silent
+from ..progress import Progress, no_progress
 from .modules import geometry, split_attention
 from .trace import TracedGraph, trace
 
 
-class ControlGraph(nn.Module):
+class ControlNetGraph(nn.Module):
     """Graph `controlnet`."""
 
-    def __init__(self, base: Base, box: KeyValueBox) -> None:
+    def __init__(self, base: Base) -> None:
         super().__init__()
         self.controlnet = base.controlnet
-        self._box = box
 
     def forward(
         self,
@@ -43,19 +43,22 @@ class ControlGraph(nn.Module):
         control_scale: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         """The residuals of one step, the middle block's last."""
-        self._box.packed = kv_control
-        down, mid = self.controlnet(latent, timestep, None, hint, conditioning_scale=control_scale, return_dict=False)
+        down, mid = self.controlnet(
+            *(latent, timestep, None, hint),
+            conditioning_scale=control_scale,
+            cross_attention_kwargs=packed_kv(kv_control),
+            return_dict=False,
+        )
         return (*down, mid)
 
 
 class _UnetPart(nn.Module):
     """What `unet_full` and `unet_outer` share: guidance rows, the embedding of the step, the outermost level."""
 
-    def __init__(self, base: Base, box: KeyValueBox) -> None:
+    def __init__(self, base: Base) -> None:
         super().__init__()
         self.unet = base.unet
         self._base = base
-        self._box = box
 
     def _rows(self, rows: torch.Tensor, guidance: int) -> torch.Tensor:
         """[B, …] → [G·B, …]."""
@@ -72,14 +75,15 @@ class _UnetPart(nn.Module):
         embedded: torch.Tensor,
         latents: torch.Tensor,
         timesteps: torch.Tensor,
+        attention: dict[str, Any],
     ) -> torch.Tensor:
         """The last up block and the way out: `feature` and the outermost skips → eps [G·B, 4, h, w]."""
-        sample = _up(self.unet.up_blocks[-1], feature, embedded, tuple(skips))
+        sample = _up(self.unet.up_blocks[-1], feature, embedded, tuple(skips), attention)
         output = self.unet.conv_out(self.unet.conv_act(self.unet.conv_norm_out(sample)))
         return self._base.eps_from_output(output, latents, timesteps)
 
 
-class DeepGraph(_UnetPart):
+class UnetFullGraph(_UnetPart):
     """Graph `unet_full`."""
 
     def forward(
@@ -87,26 +91,26 @@ class DeepGraph(_UnetPart):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One pass: eps [G, B, 4, h, w] and what the last up block took from below, [G, B, C, h, w]."""
         guidance, batch = kv_unet.shape[:2]
-        self._box.packed = kv_unet.flatten(0, 1)
+        attention = packed_kv(kv_unet.flatten(0, 1))
         latents, timesteps = self._rows(latent, guidance), self._rows(timestep, guidance)
         embedded = self._embedded(latents, timesteps)
         sample = self.unet.conv_in(latents)
         skips = [sample]
         for block in self.unet.down_blocks:
-            sample, more = _down(block, sample, embedded)
+            sample, more = _down(block, sample, embedded, attention)
             skips += more
         *down, mid = (self._rows(residual, guidance) for residual in residuals)
         skips = [skip + residual for skip, residual in zip(skips, down, strict=True)]
-        sample = self.unet.mid_block(sample, embedded, encoder_hidden_states=None) + mid
+        sample = self.unet.mid_block(sample, embedded, cross_attention_kwargs=attention) + mid
         for block in self.unet.up_blocks[:-1]:
             count = len(block.resnets)
-            sample = _up(block, sample, embedded, tuple(skips[-count:]))
+            sample = _up(block, sample, embedded, tuple(skips[-count:]), attention)
             skips = skips[:-count]
-        eps = self._noise(sample, skips, embedded, latents, timesteps)
+        eps = self._noise(sample, skips, embedded, latents, timesteps, attention)
         return eps.unflatten(0, (guidance, batch)), sample.unflatten(0, (guidance, batch))
 
 
-class ShallowGraph(_UnetPart):
+class UnetOuterGraph(_UnetPart):
     """Graph `unet_outer`."""
 
     def forward(
@@ -119,7 +123,7 @@ class ShallowGraph(_UnetPart):
         """The outermost level alone, on a feature [G, B, C, h, w] that was kept: eps [G, B, 4, h, w]."""
         *residuals, feature = residuals_and_feature
         guidance, batch = kv_unet.shape[:2]
-        self._box.packed = kv_unet.flatten(0, 1)
+        attention = packed_kv(kv_unet.flatten(0, 1))
         latents, timesteps = self._rows(latent, guidance), self._rows(timestep, guidance)
         embedded = self._embedded(latents, timesteps)
         sample = self.unet.conv_in(latents)
@@ -128,10 +132,10 @@ class ShallowGraph(_UnetPart):
         for place, resnet in enumerate(block.resnets):
             sample = resnet(sample, embedded)
             if _attends(block):
-                sample = block.attentions[place](sample, encoder_hidden_states=None, return_dict=False)[0]
+                sample = block.attentions[place](sample, cross_attention_kwargs=attention, return_dict=False)[0]
             skips.append(sample)
         skips = [skip + self._rows(residual, guidance) for skip, residual in zip(skips, residuals, strict=True)]
-        eps = self._noise(feature.flatten(0, 1), skips, embedded, latents, timesteps)
+        eps = self._noise(feature.flatten(0, 1), skips, embedded, latents, timesteps, attention)
         rows: torch.Tensor = eps.unflatten(0, (guidance, batch))
         return rows
 
@@ -140,20 +144,28 @@ def _attends(block: Any) -> bool:
     return bool(getattr(block, "has_cross_attention", False))
 
 
-def _down(block: Any, sample: torch.Tensor, embedded: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    context = {"encoder_hidden_states": None} if _attends(block) else {}
-    result: tuple[torch.Tensor, tuple[torch.Tensor, ...]] = block(hidden_states=sample, temb=embedded, **context)
+def _down(
+    block: Any, sample: torch.Tensor, embedded: torch.Tensor, attention: dict[str, Any]
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    kwargs = {"cross_attention_kwargs": attention} if _attends(block) else {}
+    result: tuple[torch.Tensor, tuple[torch.Tensor, ...]] = block(hidden_states=sample, temb=embedded, **kwargs)
     return result
 
 
-def _up(block: Any, sample: torch.Tensor, embedded: torch.Tensor, skips: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    context = {"encoder_hidden_states": None} if _attends(block) else {}
-    result: torch.Tensor = block(hidden_states=sample, temb=embedded, res_hidden_states_tuple=skips, **context)
+def _up(
+    block: Any,
+    sample: torch.Tensor,
+    embedded: torch.Tensor,
+    skips: tuple[torch.Tensor, ...],
+    attention: dict[str, Any],
+) -> torch.Tensor:
+    kwargs = {"cross_attention_kwargs": attention} if _attends(block) else {}
+    result: torch.Tensor = block(hidden_states=sample, temb=embedded, res_hidden_states_tuple=skips, **kwargs)
     return result
 
 
-def cut_of(base: Base) -> Cut:
-    """Where the denoiser of `base` is cut; its networks may be without weights (`skeleton`)."""
+def unet_split(base: Base) -> UnetSplit:
+    """Where the denoiser of `base` is cut; its networks may be without weights (`base_on_meta`)."""
     widths = base.unet.config.block_out_channels
     residuals = [(widths[0], 0)]
     for level, (width, block) in enumerate(zip(widths, base.unet.down_blocks, strict=True)):
@@ -161,7 +173,7 @@ def cut_of(base: Base) -> Cut:
         residuals += [(width, level + 1)] * (block.downsamplers is not None)
     deepest = len(widths) - 1
     last = base.unet.up_blocks[-1].resnets[0]
-    return Cut(
+    return UnetSplit(
         residuals=(*residuals, (widths[-1], deepest)),
         outer=len(base.unet.up_blocks[-1].resnets),
         feature=last.in_channels - widths[0],
@@ -171,30 +183,27 @@ def cut_of(base: Base) -> Cut:
 @contextlib.contextmanager
 def part_module(base: Base, name: str) -> Iterator[nn.Module]:
     """The module of the part `name`, one of `UNET_SPLIT_GRAPHS`, whose network is patched as long as the block runs."""
-    unet, control = pack(base)
-    box = KeyValueBox()
-    network, layout = (base.controlnet, control) if name == CONTROLNET else (base.unet, unet)
+    network = base.controlnet if name == CONTROLNET else base.unet
     with contextlib.ExitStack() as stack:
-        stack.enter_context(baked_attention(layout, box))
-        stack.enter_context(split_attention(network, base.facts.size // geometry(base).factor))
+        stack.enter_context(split_attention(network, base.config.size // geometry(base).factor))
         if name == CONTROLNET:
-            stack.enter_context(hint_bypassed(base.controlnet))
-            yield ControlGraph(base, box).eval()
+            stack.enter_context(skip_cond_embedding(base.controlnet))
+            yield ControlNetGraph(base).eval()
         else:
-            yield (DeepGraph if name == UNET_FULL else ShallowGraph)(base, box).eval()
+            yield (UnetFullGraph if name == UNET_FULL else UnetOuterGraph)(base).eval()
 
 
-def trace_parts(base: Base, progress: Progress = silent) -> dict[str, TracedGraph]:
-    """Trace the parts of the denoiser of `base`, which may be a `skeleton`; see `exporter.trace_graphs`.
+def trace_parts(base: Base, progress: Progress = no_progress) -> dict[str, TracedGraph]:
+    """Trace the parts of the denoiser of `base`, which may be a `base_on_meta`; see `exporter.trace_graphs`.
 
     Raises:
         ExportError: a part that torch cannot export, or one of other inputs and outputs than specified.
     """
     widths = geometry(base)
-    specs = part_specs(widths, cut_of(base))
+    specs = split_specs(widths, unet_split(base))
     traced = {}
     for name in UNET_SPLIT_GRAPHS:
         progress(f"tracing {name}")
         with part_module(base, name) as module:
-            traced[name] = trace(module, specs[name], base.facts.multiple, widths.factor)
+            traced[name] = trace(module, specs[name], base.config.multiple, widths.factor)
     return traced

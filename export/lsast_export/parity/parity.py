@@ -1,44 +1,69 @@
 """Proof that the exported graphs compute what torch computes.
 
-The reference is the base as it is trained and sampled in torch (`reference`): stock convolutions, contexts projected
-inside each attention, one pass for each guidance half. The exported side is baked keys and values through the graphs
-on a backend. Inputs are random and not degenerate: constant ones would hide a wrong softmax scale or a swapped axis.
+The reference is the base as it is trained and sampled in torch (`torch_reference`): stock convolutions, contexts
+projected inside each attention, one pass for each guidance half. The exported side is baked keys and values through the
+graphs on a backend. Inputs are random and not degenerate: constant ones would hide a wrong softmax scale or a swapped
+axis.
 
-A figure is the largest difference of an output, relative to the largest magnitude of the reference. Weights are
-rounded before either side sees them and both compute in float32, so figures are about 1e-6; `ParityPlan.tolerance`
-leaves room for other machines' order of summation, and is far below what any wrong operation gives.
+A figure is the largest difference of an output, relative to the largest magnitude of the reference. Weights are rounded
+before either side reads them and both compute in float32, so that only the order of summation differs;
+`ParityPlan.tolerance` leaves room for that on other machines, and is far below the effect of a wrong operation.
 
-A network is in memory once: torch goes first, its answers are kept and its networks freed, then the graphs are opened
+A network is in memory once: torch goes first, its outputs are kept and its networks freed, then the graphs are opened
 one after another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from lsast_engines.backends.base import Engine, open_engine
-from lsast_engines.bundle.graph_spec import CONTROLNET_COND, DENOISER, VAE_DECODER, VAE_ENCODER, GraphSpec
+from lsast_engines.backends.base import Engine
+from lsast_engines.backends.registry import open_engine
+from lsast_engines.bundle.graph_spec import (
+    CONTROLNET,
+    CONTROLNET_COND,
+    DENOISER,
+    UNET_FULL,
+    UNET_OUTER,
+    UNET_SPLIT_GRAPHS,
+    VAE_DECODER,
+    VAE_DECODER_TINY,
+    VAE_ENCODER,
+    GraphSpec,
+    tiny_decoder_spec,
+)
+from lsast_engines.bundle.manifest import Manifest
 from lsast_engines.errors import ParityError, fault_list
-from lsast_train.base.base import Base, BaseFacts, BaseParts
-from lsast_train.base.kv_packing import pack
+from lsast_train.base.base import BaseConfig
+from lsast_train.base.lazy_base import LazyBase
 
-from ..graphs.meta_base import baking_base
+from ..graphs.meta_base import base_on_meta
 from ..graphs.modules import geometry
-from ..progress import Countdown, Progress, silent
-from .torch_reference import Array, Case, Expected, Inputs, Loop, draw_inputs, run_torch, start_of
+from ..graphs.small_decoder import SmallDecoder
+from ..progress import Eta, Progress, no_progress
+from ..styles.bake import KVProjector
+from .torch_reference import Array, Case, Inputs, Loop, draw_inputs, initial_run, run_torch
 
 LOOP = "loop"
 """Key of the figure of a whole denoising loop."""
 
 LARGE = 500_000_000
-"""Weights from which a base is large: it is compared at its native size, in fewer cases."""
+"""Number of weights from which a base is compared at its native size, in fewer cases."""
+
+_TINY_SIDES = ((1, 2, 2), (2, 1, 3))
+"""Batch, height and width of the latents for a small decoder, the sides in units of the smallest legal one."""
+
+OpenGraph = Callable[[str], Any]
+"""Opens a graph by name, as a context manager of the `Engine`."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +84,17 @@ class ParityPlan:
     """Largest figure that passes."""
 
 
-def plan_for(parts: BaseParts) -> ParityPlan:
-    """The plan that suits a base: the default one, or `large_plan` from `LARGE` weights on."""
-    count = sum(tensor.numel() for name in parts.names for tensor in parts.networks[name]().tensors.values())
-    return large_plan(parts.facts) if count >= LARGE else ParityPlan()
+def plan_for(base: LazyBase) -> ParityPlan:
+    """The plan for a base: the default one, or `large_plan` from `LARGE` weights on."""
+    count = sum(tensor.numel() for name in base.names for tensor in base.networks[name]().tensors.values())
+    return large_plan(base.config) if count >= LARGE else ParityPlan()
 
 
-def large_plan(facts: BaseFacts) -> ParityPlan:
+def large_plan(config: BaseConfig) -> ParityPlan:
     """Batch 2 with one and two guidance rows at small sizes, and loops of three steps at the native size and at 7/8
     of its height by 9/8 of its width: 512 x 512 and 448 x 576 pixels.
     """
-    native = facts.size // facts.multiple
+    native = config.size // config.multiple
     return ParityPlan(
         (
             Case(batch=2, rows=1, height=1, width=2),
@@ -82,37 +107,37 @@ def large_plan(facts: BaseFacts) -> ParityPlan:
 
 
 def measure_parity(
-    parts: BaseParts,
+    base: LazyBase,
     graphs: Mapping[str, Path],
     specs: Mapping[str, GraphSpec],
     plan: ParityPlan,
     backend: str = "onnxruntime",
     device: str = "auto",
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     cache: Path | None = None,
 ) -> dict[str, float]:
-    """The largest relative error of each graph and of the denoising loop, over all cases of `plan`.
+    """The largest relative error of each graph, and of the denoising loop, over all cases of `plan`.
+
+    The denoiser's parts are compared if they are among `graphs`, at the first step of each case; alone, without the
+    other graphs, they need no loop.
 
     Args:
-        parts: the reference, with the weights as the bundle stores them.
-        graphs: the ONNX files by name.
+        base: the reference, with the weights as the bundle stores them.
+        graphs: the ONNX files by name; a small decoder is not compared here (`measure_small_parity`).
         specs: their specs by name.
         plan: what is compared.
-        backend: see `lsast_engines.backends.base.open_engine`.
+        backend: see `lsast_engines.backends.registry.open_engine`.
         device: likewise.
-        progress: told each phase, and how long the loops will take.
-        cache: see `lsast_engines.backends.base.open_engine`.
+        progress: is called at each phase, and with the time that the loops will take.
+        cache: see `lsast_engines.backends.registry.open_engine`.
 
     Raises:
         BackendError: a graph cannot be loaded or run.
         ParityError: an output holds NaN or infinite values.
     """
-    base = baking_base(parts)
-    pairs = answered(parts, plan, progress)
-    figures = dict.fromkeys((VAE_ENCODER, CONTROLNET_COND, DENOISER, VAE_DECODER), 0.0)
-
-    def note(name: str, found: Array, expected: Array) -> None:
-        figures[name] = max(figures.get(name, 0.0), relative_error(found, expected, name))
+    if DENOISER not in graphs:
+        plan = dataclasses.replace(plan, cases=tuple(dataclasses.replace(case, loop=False) for case in plan.cases))
+    comparison = _Comparison(base, plan, progress)
 
     @contextmanager
     def opened(name: str) -> Iterator[Engine]:
@@ -120,90 +145,109 @@ def measure_parity(
         with closing(open_engine(graphs[name], specs[name], backend, device, cache=cache)) as engine:
             yield engine
 
-    with opened(VAE_ENCODER) as engine:
-        for drawn, expected in pairs:
-            outputs = run_copied(engine, image=drawn.image)
-            note(VAE_ENCODER, outputs["mean"], expected.mean)
-            note(VAE_ENCODER, outputs["std"], expected.std)
-    hints = []
-    with opened(CONTROLNET_COND) as engine:
-        for drawn, expected in pairs:
-            hints.append(run_copied(engine, edges=drawn.edges)["hint"])
-            note(CONTROLNET_COND, hints[-1], expected.hint)
-    with opened(DENOISER) as engine:
-        denoiser = _Denoiser(engine, base)
-        runs = sum(case.loop for case in plan.cases)
-        countdown = Countdown(
-            progress, f"comparing {DENOISER} on {backend}", runs * len(plan.loop.schedule(parts.facts.noise).steps)
-        )
-        for (drawn, expected), hint in zip(pairs, hints, strict=True):
-            if expected.loop_end is None:
-                eps = denoiser(drawn, hint, drawn.noise, drawn.timestep, drawn.stage)
-                note(DENOISER, eps, expected.eps)
-                continue
-            run = start_of(plan.loop, parts.facts, drawn, expected)
-            while (step := run.step) is not None:
-                eps = denoiser(drawn, hint, run.latent, step.t, step.stage)
-                if step.index == 0:
-                    note(DENOISER, eps, expected.eps)
-                run.advance(eps)
-                countdown.step()
-            note(LOOP, run.latent, expected.loop_end)
-    with opened(VAE_DECODER) as engine:
-        for drawn, expected in pairs:
-            note(VAE_DECODER, run_copied(engine, latent=drawn.noise)["image"], expected.image)
-    return figures
+    if DENOISER in graphs:
+        comparison.compare_required(opened, lambda total: Eta(progress, f"comparing {DENOISER} on {backend}", total))
+    if graphs.keys() >= set(UNET_SPLIT_GRAPHS):
+        comparison.compare_parts(opened, {tensor.name for tensor in specs[UNET_OUTER].inputs})
+    return comparison.figures
 
 
-def answered(parts: BaseParts, plan: ParityPlan, progress: Progress = silent) -> list[tuple[Inputs, Expected]]:
-    """The inputs of every case of `plan`, and what torch gives for them."""
-    base = baking_base(parts)
-    cell = parts.facts.multiple // geometry(base).factor
-    generator = np.random.default_rng(plan.seed)
-    inputs = [draw_inputs(case, plan.loop, parts.facts, base.context_dim, cell, generator) for case in plan.cases]
-    return list(zip(inputs, run_torch(parts, inputs, plan.loop, progress), strict=True))
+class _Comparison:
+    """Figures of exported graphs against what torch computed for the cases of a plan."""
 
+    def __init__(self, base: LazyBase, plan: ParityPlan, progress: Progress) -> None:
+        networks = base_on_meta(base)
+        cell = base.config.multiple // geometry(networks).factor
+        generator = np.random.default_rng(plan.seed)
+        inputs = [
+            draw_inputs(case, plan.loop, base.config, networks.context_dim, cell, generator) for case in plan.cases
+        ]
+        self._base, self._plan = base, plan
+        self._projector = KVProjector.of_base(networks, base)
+        self._pairs = list(zip(inputs, run_torch(base, inputs, plan.loop, progress), strict=True))
+        self.figures: dict[str, float] = {}
 
-def require_parity(figures: Mapping[str, float], tolerance: float) -> None:
-    """Raise unless every figure is at most `tolerance`.
+    def compare_required(self, opened: OpenGraph, make_eta: Callable[[int], Eta]) -> None:
+        """Compare the graphs of every bundle, and the denoising loop."""
+        self.figures |= dict.fromkeys((VAE_ENCODER, CONTROLNET_COND, DENOISER, VAE_DECODER), 0.0)
+        with opened(VAE_ENCODER) as engine:
+            for drawn, expected in self._pairs:
+                outputs = run_copied(engine, image=drawn.image)
+                self._note(VAE_ENCODER, outputs["mean"], expected.mean)
+                self._note(VAE_ENCODER, outputs["std"], expected.std)
+        hints = []
+        with opened(CONTROLNET_COND) as engine:
+            for drawn, expected in self._pairs:
+                hints.append(run_copied(engine, edges=drawn.edges)["hint"])
+                self._note(CONTROLNET_COND, hints[-1], expected.hint)
+        with opened(DENOISER) as engine:
+            config, loop = self._base.config, self._plan.loop
+            eta = make_eta(sum(case.loop for case in self._plan.cases) * len(loop.schedule(config.noise).steps))
+            for (drawn, expected), hint in zip(self._pairs, hints, strict=True):
+                if not drawn.case.loop:
+                    eps = self._denoise(engine, drawn, hint, drawn.noise, drawn.timestep, drawn.stage)
+                    self._note(DENOISER, eps, expected.eps)
+                    continue
+                run = initial_run(loop, config, drawn, expected.mean, expected.std)
+                while (step := run.step) is not None:
+                    eps = self._denoise(engine, drawn, hint, run.latent, step.t, step.stage)
+                    if step.index == 0:
+                        self._note(DENOISER, eps, expected.eps)
+                    run.advance(eps)
+                    eta.step()
+                assert expected.loop_end is not None, "torch ran the same loop"
+                self._note(LOOP, run.latent, expected.loop_end)
+        with opened(VAE_DECODER) as engine:
+            for drawn, expected in self._pairs:
+                self._note(VAE_DECODER, run_copied(engine, latent=drawn.noise)["image"], expected.image)
 
-    Raises:
-        ParityError: naming every figure that is not.
-    """
-    faults = [
-        f"{name}: found a relative error of {error:.2e}; expected at most {tolerance:.0e}"
-        for name, error in figures.items()
-        if not error <= tolerance
-    ]
-    if faults:
-        raise ParityError(fault_list("the exported graphs do not compute what torch computes:", faults))
+    def compare_parts(self, opened: OpenGraph, outer_inputs: set[str]) -> None:
+        """Compare the denoiser's parts: ControlNet with its residuals, the U-Net and its outermost level with eps.
 
+        The outermost level gets the feature that the graph of the whole U-Net gave at the same step.
+        """
+        common = [
+            {"latent": expected.latent, "timestep": np.full(len(expected.latent), expected.timestep, np.int64)}
+            for _, expected in self._pairs
+        ]
+        keys_values = [self._project(drawn, expected.stage) for drawn, expected in self._pairs]
+        residuals: list[dict[str, Array]] = []
+        with opened(CONTROLNET) as engine:
+            for feeds, (drawn, expected), (_, kv_control) in zip(common, self._pairs, keys_values, strict=True):
+                scale = {"kv_control": kv_control, "control_scale": drawn.control_scale}
+                residuals.append(run_copied(engine, **feeds, hint=expected.hint, **scale))
+                for name, wanted in zip(residuals[-1], expected.residuals, strict=True):
+                    self._note(CONTROLNET, residuals[-1][name], wanted)
+        features = []
+        with opened(UNET_FULL) as engine:
+            for feeds, (_, expected), (kv_unet, _), added in zip(
+                common, self._pairs, keys_values, residuals, strict=True
+            ):
+                outputs = run_copied(engine, **feeds, kv_unet=kv_unet, **added)
+                features.append(outputs["feature"])
+                self._note(UNET_FULL, outputs["eps"], expected.eps)
+        with opened(UNET_OUTER) as engine:
+            for feeds, (_, expected), (kv_unet, _), added, feature in zip(
+                common, self._pairs, keys_values, residuals, features, strict=True
+            ):
+                outer = {name: value for name, value in added.items() if name in outer_inputs}
+                outputs = run_copied(engine, **feeds, kv_unet=kv_unet, **outer, feature=feature)
+                self._note(UNET_OUTER, outputs["eps"], expected.eps)
 
-class Projections:
-    """Keys and values of random contexts, as `base` projects them."""
+    def _note(self, name: str, found: Array, expected: Array) -> None:
+        self.figures[name] = max(self.figures.get(name, 0.0), relative_error(found, expected, name))
 
-    def __init__(self, base: Base) -> None:
-        self._unet, self._control = pack(base)
-
-    def __call__(self, drawn: Inputs, stage: int) -> tuple[Array, Array]:
+    def _project(self, drawn: Inputs, stage: int) -> tuple[Array, Array]:
         """``kv_unet`` [G, B, T, Wu] and ``kv_control`` [B, T, Wc] of a stage."""
         contexts = drawn.contexts[stage]  # [G, B, 3, tokens, dim]
         with torch.no_grad():
-            kv_unet = self._unet.project(contexts.flatten(0, 1)).unflatten(0, contexts.shape[:2])
-            return kv_unet.numpy(), self._control.project(contexts[-1]).numpy()
+            unet, control = self._projector(contexts.flatten(0, 1))
+        return unet.unflatten(0, contexts.shape[:2]).numpy(), control[-contexts.shape[1] :].numpy()
 
-
-class _Denoiser:
-    """The exported denoiser, fed with keys and values that `base` projects."""
-
-    def __init__(self, engine: Engine, base: Base) -> None:
-        self._engine = engine
-        self._project = Projections(base)
-
-    def __call__(self, drawn: Inputs, hint: Array, latent: Array, timestep: int, stage: int) -> Array:
+    def _denoise(self, engine: Engine, drawn: Inputs, hint: Array, latent: Array, timestep: int, stage: int) -> Array:
         kv_unet, kv_control = self._project(drawn, stage)
         return run_copied(
-            self._engine,
+            engine,
             latent=latent,
             hint=hint,
             timestep=np.full(len(latent), timestep, np.int64),
@@ -213,16 +257,69 @@ class _Denoiser:
         )["eps"]
 
 
+def measure_small_parity(
+    small: SmallDecoder,
+    graph: Path,
+    manifest: Manifest,
+    backend: str = "onnxruntime",
+    device: str = "auto",
+    progress: Progress = no_progress,
+) -> dict[str, float]:
+    """The largest relative error of the graph of a small decoder against diffusers' own `decode`.
+
+    Raises:
+        BackendError: the graph cannot be loaded or run.
+        ParityError: an output holds NaN or infinite values.
+    """
+    progress(f"comparing {VAE_DECODER_TINY} on {backend}")
+    generator = np.random.default_rng(0)
+    cell = manifest.multiple // manifest.geometry.factor
+    figure = 0.0
+    with closing(open_engine(graph, tiny_decoder_spec(manifest.geometry), backend, device)) as engine:
+        for batch, height, width in _TINY_SIDES:
+            shape = (batch, manifest.geometry.latent_channels, height * cell, width * cell)
+            # Twice the deviation of the U-Net's latents, so that the decoder's clamp takes part.
+            scaled = 2 * generator.standard_normal(shape, dtype=np.float32)
+            with torch.no_grad():
+                expected = small.autoencoder.decode(torch.from_numpy(scaled) / small.scale).sample.numpy()
+            found = run_copied(engine, latent=scaled / np.float32(manifest.latent_scale))["image"]
+            figure = max(figure, relative_error(found, expected, VAE_DECODER_TINY))
+    return {VAE_DECODER_TINY: figure}
+
+
+def require_parity(figures: Mapping[str, float], tolerance: float) -> None:
+    """Raise unless every figure is at most `tolerance`.
+
+    Raises:
+        ParityError: naming every figure that is not.
+    """
+    if faults := past_tolerance(figures, tolerance):
+        raise ParityError(fault_list("the exported graphs do not compute what torch computes:", faults))
+
+
+def past_tolerance(figures: Mapping[str, float], tolerance: float) -> list[str]:
+    """A line for each figure that is not at most `tolerance`."""
+    return [
+        f"{name}: found a relative error of {error:.2e}; expected at most {tolerance:.0e}"
+        for name, error in figures.items()
+        if not error <= tolerance
+    ]
+
+
 def run_copied(engine: Engine, **feeds: Any) -> dict[str, Array]:
-    """Outputs that outlive the next call."""
+    """Outputs of a graph, copied: the next call may overwrite the engine's own."""
     return {name: value.copy() for name, value in engine({k: np.asarray(v) for k, v in feeds.items()}).items()}
 
 
-def relative_error(found: Array, expected: Array, name: str) -> float:
-    """Largest difference relative to the largest magnitude expected (absolute where that is 0)."""
-    for side, values in (("exported graph", found), ("torch", expected)):
+def relative_error(found: npt.NDArray[Any], expected: npt.NDArray[Any], name: str) -> float:
+    """Largest difference relative to the largest magnitude expected (absolute where that is 0).
+
+    Raises:
+        ParityError: other shapes, NaN or infinite values.
+    """
+    for side, values in (("output", found), ("reference", expected)):
         if not np.isfinite(values).all():
-            raise ParityError(f"{name}: the {side} gave NaN or infinite values on random inputs; expected finite ones")
+            raise ParityError(f"{name}: found NaN or infinite values in the {side}; expected finite ones")
     if found.shape != expected.shape:
         raise ParityError(f"{name}: found an output of shape {found.shape}; expected {expected.shape}")
     return float(np.abs(found - expected).max() / (np.abs(expected).max() or 1.0))

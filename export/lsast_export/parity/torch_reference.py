@@ -1,7 +1,9 @@
 """What torch computes for a base, with one of its networks in memory at a time.
 
-ControlNet's residuals do not depend on the U-Net of the same step. So all cases go in lockstep: ControlNet answers for
-every case, makes room, the U-Net answers for every case, and the next step of all loops begins.
+ControlNet's residuals do not depend on the U-Net of the same step. So all cases advance together: ControlNet runs for
+every case, is freed, the U-Net runs for every case, and the next step of all loops begins.
+
+This module is the reference of every export: it denoises in a loop of its own, with stock diffusers networks.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ import torch
 from lsast_engines.diffusion.noise_schedule import NoiseSchedule
 from lsast_engines.diffusion.solvers import make_solver
 from lsast_engines.diffusion.timesteps import Step, TimestepSchedule
-from lsast_train.base.attention import GROUPS
-from lsast_train.base.base import Base, BaseFacts, BaseParts
+from lsast_train.base.attention import GROUPS, layer_contexts
+from lsast_train.base.base import Base, BaseConfig
+from lsast_train.base.lazy_base import LazyBase
 
-from ..graphs.meta_base import skeleton
-from ..progress import Countdown, Progress
+from ..graphs.meta_base import base_on_meta
+from ..progress import Eta, Progress
 
 Array = npt.NDArray[np.float32]
 
@@ -43,7 +46,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Loop:
-    """A guided run."""
+    """A guided denoising run."""
 
     steps: int = 5
     """Points of the schedule."""
@@ -59,7 +62,7 @@ class Loop:
 
 
 class LoopRun:
-    """A run under way; who computes eps does not matter to it."""
+    """The state of a run; eps comes from torch or from an exported graph."""
 
     def __init__(self, loop: Loop, noise: NoiseSchedule, z0: Array, drawn: Array) -> None:
         self._guidance = loop.guidance
@@ -67,11 +70,11 @@ class LoopRun:
         self._solver = make_solver(loop.solver, noise, self._schedule)
         self._done = 0
         self.latent: Array = self._schedule.add_noise(z0, drawn, self._schedule.start_t)
-        """[B, 4, h, w]: where the run stands."""
+        """[B, 4, h, w]: the latent of the next step."""
 
     @property
     def step(self) -> Step | None:
-        """The step to take next; None at the end."""
+        """The next step; None at the end."""
         return self._schedule.steps[self._done] if self._done < len(self._schedule.steps) else None
 
     def advance(self, eps: Array) -> None:
@@ -105,7 +108,7 @@ class Inputs:
 
 @dataclass(eq=False)
 class Expected:
-    """What torch gives for one case."""
+    """What torch computes for one case."""
 
     mean: Array
     std: Array
@@ -115,7 +118,7 @@ class Expected:
     eps: Array
     """Of the single step, or of the first step of the loop: [G, B, 4, h, w]."""
     latent: Array
-    """Where that step was taken, [B, 4, h, w]."""
+    """The input of that step, [B, 4, h, w]."""
     timestep: int
     stage: int
     residuals: list[Array]
@@ -125,13 +128,13 @@ class Expected:
 
 
 def draw_inputs(
-    case: Case, loop: Loop, facts: BaseFacts, context_dim: int, cell: int, generator: np.random.Generator
+    case: Case, loop: Loop, config: BaseConfig, context_dim: int, cell: int, generator: np.random.Generator
 ) -> Inputs:
     """Inputs for `case`; `cell` is the number of latent cells along a side of the smallest legal picture."""
-    height, width = case.height * facts.multiple, case.width * facts.multiple
+    height, width = case.height * config.multiple, case.width * config.multiple
     latent = (case.batch, 4, case.height * cell, case.width * cell)
     edges = generator.random((case.batch, 1, height, width)) < 0.1
-    contexts = (loop.stages, case.rows, case.batch, len(GROUPS), facts.tokens, context_dim)
+    contexts = (loop.stages, case.rows, case.batch, len(GROUPS), config.tokens, context_dim)
     return Inputs(
         case,
         generator.uniform(-1, 1, (case.batch, 3, height, width)).astype(np.float32),
@@ -140,58 +143,73 @@ def draw_inputs(
         torch.from_numpy(generator.standard_normal(contexts, dtype=np.float32)),
         generator.standard_normal(latent, dtype=np.float32),
         generator.standard_normal(latent, dtype=np.float32),
-        int(generator.integers(facts.noise.train_steps)),
+        int(generator.integers(config.noise.train_steps)),
         int(generator.integers(loop.stages)),
     )
 
 
-def start_of(loop: Loop, facts: BaseFacts, drawn: Inputs, expected: Expected) -> LoopRun:
-    """The run of a case, from torch's posterior on either side."""
-    z0 = np.float32(facts.latent_scale) * (expected.mean + expected.std * drawn.posterior)
-    return LoopRun(loop, facts.noise, z0, drawn.noise)
+def initial_run(loop: Loop, config: BaseConfig, drawn: Inputs, mean: Array, std: Array) -> LoopRun:
+    """The run of a case that begins at a sample of torch's posterior."""
+    z0 = np.float32(config.latent_scale) * (mean + std * drawn.posterior)
+    return LoopRun(loop, config.noise, z0, drawn.noise)
 
 
-def run_torch(parts: BaseParts, inputs: Sequence[Inputs], loop: Loop, progress: Progress) -> list[Expected]:
-    """Torch's answers for all `inputs`, in float32."""
-    base = skeleton(parts)
+def run_torch(base: LazyBase, inputs: Sequence[Inputs], loop: Loop, progress: Progress) -> list[Expected]:
+    """What torch computes for all `inputs`, in float32."""
     phase = "computing in torch"
     progress(phase)
+    eta = Eta(progress, phase, len(loop.schedule(base.config.noise).steps))
+    networks = base_on_meta(base)
     with torch.no_grad():
-        with loaded(base, parts, "autoencoder"):
-            expected = [_autoencode(base, drawn) for drawn in inputs]
-        pairs = list(zip(inputs, expected, strict=True))
-        runs = [start_of(loop, parts.facts, drawn, e) if drawn.case.loop else None for drawn, e in pairs]
-        countdown = Countdown(progress, phase, len(loop.schedule(parts.facts.noise).steps))
-        first = True
-        while questions := _questions(inputs, runs, first):
-            with loaded(base, parts, "controlnet"):
-                if first:
-                    for drawn, answer in pairs:
-                        edges = torch.from_numpy(drawn.edges)
-                        answer.hint = base.controlnet.controlnet_cond_embedding(edges).numpy()
-                residuals = [_control(base, question) for question in questions]
-            if first:
-                for question, found in zip(questions, residuals, strict=True):
-                    _note_step(expected[question.index], question, found)
-            with loaded(base, parts, "unet"):
-                for question in questions:
-                    eps = _eps(base, question, residuals.pop(0))
-                    if first:
-                        expected[question.index].eps = eps
-                    if (run := runs[question.index]) is not None:
-                        run.advance(eps)
-            first = False
-            countdown.step()
-    for answer, run in zip(expected, runs, strict=True):
-        answer.loop_end = None if run is None else run.latent
-    return expected
+        with loaded(networks, base, "autoencoder"):
+            autoencoded = [_autoencode(networks, drawn) for drawn in inputs]
+        runs = [
+            initial_run(loop, base.config, drawn, mean, std) if drawn.case.loop else None
+            for drawn, (mean, std, _) in zip(inputs, autoencoded, strict=True)
+        ]
+        steps = [_next_step(drawn, run) for drawn, run in zip(inputs, runs, strict=True)]
+        outputs: list[tuple[Array, list[torch.Tensor], Array]] = []  # hint, residuals, eps of the first step
+        first = list(steps)
+        while any(steps):
+            with loaded(networks, base, "controlnet"):
+                residuals = [None if step is None else step.control(networks) for step in steps]
+                if not outputs:
+                    embed = networks.controlnet.controlnet_cond_embedding
+                    hints = [embed(torch.from_numpy(drawn.edges)).numpy() for drawn in inputs]
+            with loaded(networks, base, "unet"):
+                eps = [
+                    None if step is None or added is None else step.eps(networks, added)
+                    for step, added in zip(steps, residuals, strict=True)
+                ]
+            outputs = outputs or list(zip(hints, residuals, eps, strict=True))  # type: ignore[arg-type]
+            for run, found in zip(runs, eps, strict=True):
+                if run is not None and found is not None:
+                    run.advance(found)
+            steps = [None if run is None else _next_step(drawn, run) for drawn, run in zip(inputs, runs, strict=True)]
+            eta.step()
+    return [
+        Expected(
+            *posterior_and_image,
+            hint=hint,
+            eps=eps,
+            latent=step.latent.numpy(),
+            timestep=int(step.timestep[0]),
+            stage=step.stage,
+            residuals=[residual.numpy() for residual in residuals],
+            loop_end=None if run is None else run.latent,
+        )
+        for posterior_and_image, (hint, residuals, eps), step, run in zip(
+            autoencoded, outputs, first, runs, strict=True
+        )
+        if step is not None
+    ]
 
 
 @contextlib.contextmanager
-def loaded(base: Base, parts: BaseParts, name: str) -> Iterator[None]:
-    """Give the network `name` of a skeleton its weights, in float32, as long as the block runs."""
-    network = getattr(base, name)
-    tensors = parts.networks[name]().tensors
+def loaded(networks: Base, base: LazyBase, name: str) -> Iterator[None]:
+    """Give the network `name`, which is on the meta device, its weights in float32 while the block runs."""
+    network = getattr(networks, name)
+    tensors = base.networks[name]().tensors
     state = {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
     network.load_state_dict(state, assign=True)
     del state, tensors
@@ -202,86 +220,59 @@ def loaded(base: Base, parts: BaseParts, name: str) -> Iterator[None]:
         network.to("meta")
 
 
-@dataclass(frozen=True, eq=False)
-class _Question:
-    """One evaluation of ControlNet and U-Net."""
+def _autoencode(networks: Base, drawn: Inputs) -> tuple[Array, Array, Array]:
+    """Mean and standard deviation of the image's posterior, and the decoded noise."""
+    mean, std = networks.encode(torch.from_numpy(drawn.image))
+    return mean.numpy(), std.numpy(), networks.decode(torch.from_numpy(drawn.noise)).numpy()
 
-    index: int
-    """Whose it is, among all inputs."""
+
+@dataclass(frozen=True, eq=False)
+class _StepInputs:
+    """Inputs of ControlNet and U-Net in one step of a case."""
+
     drawn: Inputs
     latent: torch.Tensor
     timestep: torch.Tensor
     stage: int
-    contexts: torch.Tensor
-    """[G, B, 3, tokens, dim]"""
 
-
-def _questions(inputs: Sequence[Inputs], runs: Sequence[LoopRun | None], first: bool) -> list[_Question]:
-    """The next step of every run that has one; at first the single steps of the others too."""
-    questions = []
-    for index, (drawn, run) in enumerate(zip(inputs, runs, strict=True)):
-        if run is not None and run.step is not None:
-            latent, t, stage = run.latent, run.step.t, run.step.stage
-        elif run is None and first:
-            latent, t, stage = drawn.noise, drawn.timestep, drawn.stage
-        else:
-            continue
-        timestep = torch.full((drawn.case.batch,), t)
-        questions.append(_Question(index, drawn, torch.from_numpy(latent), timestep, stage, drawn.contexts[stage]))
-    return questions
-
-
-def _autoencode(base: Base, drawn: Inputs) -> Expected:
-    mean, std = (tensor.numpy() for tensor in base.encode(torch.from_numpy(drawn.image)))
-    nothing = np.zeros(0, np.float32)
-    return Expected(
-        mean,
-        std,
-        image=base.decode(torch.from_numpy(drawn.noise)).numpy(),
-        hint=nothing,
-        eps=nothing,
-        latent=nothing,
-        timestep=0,
-        stage=0,
-        residuals=[],
-    )
-
-
-def _note_step(expected: Expected, question: _Question, residuals: Sequence[torch.Tensor]) -> None:
-    """Keep what the single or first step began with, and what the ControlNet gave."""
-    expected.latent = question.latent.numpy().copy()
-    expected.timestep, expected.stage = int(question.timestep[0]), question.stage
-    expected.residuals = [residual.numpy() for residual in residuals]
-
-
-def _control(base: Base, question: _Question) -> list[torch.Tensor]:
-    """ControlNet's residuals: always on the style, never on the null context; scaled."""
-    base.control_box.fill(question.contexts[-1])
-    down, mid = base.controlnet(
-        question.latent,
-        question.timestep,
-        base.control_box.down,
-        torch.from_numpy(question.drawn.edges),
-        return_dict=False,
-    )
-    scale = float(question.drawn.control_scale)
-    return [scale * residual for residual in (*down, mid)]
-
-
-def _eps(base: Base, question: _Question, residuals: Sequence[torch.Tensor]) -> Array:
-    """[G, B, 4, h, w]: one pass for each guidance row."""
-    *down, mid = residuals
-    rows: list[Any] = []
-    for contexts in question.contexts:
-        base.unet_box.fill(contexts)
-        output = base.unet(
-            question.latent,
-            question.timestep,
-            base.unet_box.down,
-            down_block_additional_residuals=list(down),
-            mid_block_additional_residual=mid,
+    def control(self, networks: Base) -> list[torch.Tensor]:
+        """ControlNet's scaled residuals, on the style's contexts: it never reads the null context."""
+        down, mid = networks.controlnet(
+            self.latent,
+            self.timestep,
+            None,
+            torch.from_numpy(self.drawn.edges),
+            cross_attention_kwargs=layer_contexts(self.drawn.contexts[self.stage, -1]),
             return_dict=False,
-        )[0]
-        rows.append(base.eps_from_output(output, question.latent, question.timestep))
-    stacked: Array = torch.stack(rows).numpy()
-    return stacked
+        )
+        return [float(self.drawn.control_scale) * residual for residual in (*down, mid)]
+
+    def eps(self, networks: Base, residuals: Sequence[torch.Tensor]) -> Array:
+        """[G, B, 4, h, w]: one pass for each guidance row."""
+        *down, mid = residuals
+        rows: list[Any] = []
+        for contexts in self.drawn.contexts[self.stage]:
+            output = networks.unet(
+                self.latent,
+                self.timestep,
+                None,
+                cross_attention_kwargs=layer_contexts(contexts),
+                down_block_additional_residuals=list(down),
+                mid_block_additional_residual=mid,
+                return_dict=False,
+            )[0]
+            rows.append(networks.eps_from_output(output, self.latent, self.timestep))
+        stacked: Array = torch.stack(rows).numpy()
+        return stacked
+
+
+def _next_step(drawn: Inputs, run: LoopRun | None) -> _StepInputs | None:
+    """The next step of a run, None at its end; without a run, the single step of the case."""
+    if run is None:
+        latent, t, stage = drawn.noise, drawn.timestep, drawn.stage
+    elif run.step is None:
+        return None
+    else:
+        latent, t, stage = run.latent, run.step.t, run.step.stage
+    # A copy: the run may write to its latent.
+    return _StepInputs(drawn, torch.from_numpy(latent.copy()), torch.full((drawn.case.batch,), t), stage)

@@ -14,25 +14,25 @@ import numpy.typing as npt
 import onnx
 
 from .calibration_runs import Feeds
-from .fold_weights import Model, Node, Weights, plain_graph
-from .min_max_observer import Observer, Reach
+from .fold_weights import Model, Node, Weights, fold_weights
+from .min_max_observer import MinMax, MinMaxObserver
 from .qdq import LayerRange, Ranges, Span, int8_graph, layers_of
-from .smoothquant import Factors, find_factors, find_groups, smooth
+from .smoothquant import Factors, find_groups, smooth, smoothing_factors
 from .weight_file import WeightFile
 
 _ENDS = ("conv_in.", "conv_out.")
 """Weights of a network's first and last convolution, which stay float: all that it sees and says goes through them."""
 
 
-def ends(path: Path) -> frozenset[str]:
+def float_layers(path: Path) -> frozenset[str]:
     """Names of the nodes in the graph of `path` that are a network's first or last convolution, or of its time path."""
     model = onnx.load(str(path), load_external_data=False)
-    makers = {output: node for node in model.graph.node for output in node.output}
+    producers = {output: node for node in model.graph.node for output in node.output}
 
     def weight(node: Any) -> str:
         name = node.input[1]
-        while name in makers and makers[name].op_type in ("Cast", "Transpose"):
-            name = makers[name].input[0]
+        while name in producers and producers[name].op_type in ("Cast", "Transpose"):
+            name = producers[name].input[0]
         return str(name)
 
     return frozenset(
@@ -52,9 +52,9 @@ class Calibration:
         """Write the plain graph of `path` to `folder`, an empty one that must stay as long as the graph is used."""
         self._folder = folder
         with WeightFile(folder) as weights:
-            self._model = plain_graph(path, weights.tensor)
-        self._observer: Observer | None = None
-        self._reach: dict[str, Reach] = {}
+            self._model = fold_weights(path, weights.tensor)
+        self._observer: MinMaxObserver | None = None
+        self._reach: dict[str, MinMax] = {}
         self._ranges: Ranges | None = None
         self._smoothed = 0
 
@@ -82,7 +82,7 @@ class Calibration:
     def __call__(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Feeds:
         """The graph's outputs, by name; what its activations reach is noted."""
         if self._observer is None:
-            self._observer = Observer(self._model, self._folder, self._watched())
+            self._observer = MinMaxObserver(self._model, self._folder, self._watched())
         return self._observer(feeds)
 
     def close(self) -> None:
@@ -92,7 +92,7 @@ class Calibration:
 
     def smooth(self, alpha: float) -> Factors:
         """Smooth the graph by what was noted (`smoothing`), and its ranges: → the factors. Once more is anew."""
-        factors = find_factors(self._model, self._reach, alpha, self._folder)
+        factors = smoothing_factors(self._model, self._reach, alpha, self._folder)
         for group in find_groups(self._model):
             low, high = self._reach[group.activation]
             factor = factors[group.weights[0]]

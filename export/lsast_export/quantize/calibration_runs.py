@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lsast_engines.backends.base import Engine, open_engine
+from lsast_engines.backends.base import Engine
+from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import CONTROLNET_COND, VAE_DECODER, VAE_ENCODER
 from lsast_engines.diffusion.guidance import guide
@@ -32,11 +33,11 @@ Record = Callable[[Feeds], None]
 Denoiser = Callable[[Feeds], Mapping[str, npt.NDArray[Any]]]
 
 DRAWN = "drawn"
-"""What `find_contents` says of pictures that no folder gave."""
+"""What `load_calibration_images` says of pictures that no folder gave."""
 
 
 @dataclass(frozen=True, eq=False)
-class Trial:
+class SampleRun:
     """A painting that is about to be denoised."""
 
     schedule: TimestepSchedule
@@ -49,7 +50,7 @@ class Trial:
     control: np.float32
 
 
-def find_contents(folder: Path | None, count: int, side: int) -> tuple[list[Pixels], str]:
+def load_calibration_images(folder: Path | None, count: int, side: int) -> tuple[list[Pixels], str]:
     """Square pictures to paint, and where they came from.
 
     Args:
@@ -71,7 +72,7 @@ def find_contents(folder: Path | None, count: int, side: int) -> tuple[list[Pixe
     return [_square(read_picture(path).rgb, side) for path in chosen], folder.name
 
 
-def make_trials(
+def prepare_runs(
     bundle: Bundle,
     contents: Sequence[Pixels],
     styles: Sequence[str],
@@ -79,7 +80,7 @@ def make_trials(
     backend: str,
     seed: int = 0,
     folder: Path | None = None,
-) -> list[Trial]:
+) -> list[SampleRun]:
     """A trial for each content, under the styles and the strengths in turn; styles' own defaults are theirs.
 
     Args:
@@ -116,7 +117,7 @@ def make_trials(
             z0 = np.float32(manifest.latent_scale) * (posterior["mean"] + posterior["std"] * noise)
             noise = generator.standard_normal(z0.shape, dtype=np.float32)
             noisy = schedule.add_noise(z0, noise, schedule.start_t).astype(np.float32)
-            trials.append(Trial(schedule, style, guidance, hint, noisy, np.float32(options["control"])))
+            trials.append(SampleRun(schedule, style, guidance, hint, noisy, np.float32(options["control_scale"])))
     return trials
 
 
@@ -131,7 +132,7 @@ def decoder_feeds(bundle: Bundle, latent: Floats) -> Feeds:
     return {"latent": latent / np.float32(bundle.manifest.latent_scale)}
 
 
-def feeds_at(bundle: Bundle, trial: Trial, step: Step, latent: Floats) -> Feeds:
+def feeds_at(bundle: Bundle, trial: SampleRun, step: Step, latent: Floats) -> Feeds:
     """What the denoiser is fed at `step` of `trial` with `latent` [1, 4, h, w]."""
     null = bundle.null_style
     row = bundle.open_style(trial.style).stage(step.stage)
@@ -146,7 +147,7 @@ def feeds_at(bundle: Bundle, trial: Trial, step: Step, latent: Floats) -> Feeds:
     }
 
 
-def run_trial(bundle: Bundle, trial: Trial, denoiser: Denoiser, record: Record | None = None) -> Floats:
+def denoise_run(bundle: Bundle, trial: SampleRun, denoiser: Denoiser, record: Record | None = None) -> Floats:
     """Denoise: → the latent [1, 4, h, w] that the run ends with.
 
     Args:

@@ -26,7 +26,7 @@ Node = Any
 
 Arrays = dict[str, Callable[[], npt.NDArray[Any]]]
 """Weights by name, each made when it is called."""
-Store = Callable[[npt.NDArray[Any], str], Any]
+InitializerFactory = Callable[[npt.NDArray[Any], str], Any]
 """Makes the initializer (onnx.TensorProto) of an array and a name."""
 
 _HALVES = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
@@ -61,7 +61,7 @@ class Weights:
         return self._tensors[name].data_type in _HALVES
 
 
-def plain_graph(path: Path, store: Store | None = None) -> Model:
+def fold_weights(path: Path, store: InitializerFactory | None = None) -> Model:
     """The graph of `path` with float32 weights, transposes of weights folded, gates of their own.
 
     A weight is named after the one that it was made from, so that a layer's weight has one name in all graphs of a
@@ -90,7 +90,7 @@ def plain_graph(path: Path, store: Store | None = None) -> Model:
             renamed[node.output[0]] = own
         else:
             kept.append(node)
-    kept = _gates_apart(kept, arrays, [value.name for value in model.graph.output])
+    kept = _split_geglu(kept, arrays, [value.name for value in model.graph.output])
     used = {name for node in kept for name in node.input}
     make = store or numpy_helper.from_array
     tensors = [make(array(), name) for name, array in arrays.items() if name in used]
@@ -126,17 +126,17 @@ def _half(array: Callable[[], npt.NDArray[Any]], index: int) -> Callable[[], npt
     return lambda: np.ascontiguousarray(np.split(array(), 2, axis=-1)[index])
 
 
-def _gates_apart(nodes: list[Node], arrays: Arrays, outputs: list[str]) -> list[Node]:
+def _split_geglu(nodes: list[Node], arrays: Arrays, outputs: list[str]) -> list[Node]:
     """Split(x W + b) along the last axis as products with the halves of W, where nothing else reads x W + b."""
-    makers = {output: node for node in nodes for output in node.output}
+    producers = {output: node for node in nodes for output in node.output}
     users = Counter([*outputs, *(name for node in nodes for name in node.input)])
     replaced: dict[int, list[Node]] = {}
     for node in nodes:
-        add = makers.get(node.input[0]) if node.op_type == "Split" and len(node.output) == 2 else None
+        add = producers.get(node.input[0]) if node.op_type == "Split" and len(node.output) == 2 else None
         if add is None or add.op_type != "Add" or users[node.input[0]] != 1:
             continue
         biases = [name for name in add.input if name in arrays]
-        products = [makers[name] for name in add.input if name in makers and makers[name].op_type == "MatMul"]
+        products = [producers[name] for name in add.input if name in producers and producers[name].op_type == "MatMul"]
         if len(biases) != 1 or len(products) != 1 or products[0].input[1] not in arrays:
             continue
         product, bias = products[0], biases[0]

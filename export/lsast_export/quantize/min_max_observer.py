@@ -15,14 +15,14 @@ from onnx import TensorProto, helper, numpy_helper
 from .calibration_runs import Feeds
 from .fold_weights import Model
 
-Reach = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+MinMax = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 """Least and greatest values: numbers, or [C] each where channels are told apart."""
 
 _LOW, _HIGH = "/low", "/high"
 """Behind the name of an activation: its least and its greatest value."""
 
 
-class Observer:
+class MinMaxObserver:
     """A graph on ONNX Runtime that is called like an engine, and notes what activations reach over all calls."""
 
     def __init__(self, model: Model, folder: Path, channels: Mapping[str, int | None]) -> None:
@@ -48,17 +48,21 @@ class Observer:
 
     def __call__(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Feeds:
         """The graph's outputs, by name."""
-        ends = [name + end for name in self._names for end in (_LOW, _HIGH)]
+        float_layers = [name + end for name in self._names for end in (_LOW, _HIGH)]
         values = dict(
-            zip([*self._outputs, *ends], self._session.run([*self._outputs, *ends], dict(feeds)), strict=True)
+            zip(
+                [*self._outputs, *float_layers],
+                self._session.run([*self._outputs, *float_layers], dict(feeds)),
+                strict=True,
+            )
         )
-        for name in ends:
+        for name in float_layers:
             further, seen = np.minimum if name.endswith(_LOW) else np.maximum, self._found.get(name)
             self._found[name] = values[name] if seen is None else further(seen, values[name])
         return {name: values[name] for name in self._outputs}
 
     @property
-    def reach(self) -> dict[str, Reach]:
+    def reach(self) -> dict[str, MinMax]:
         """What was noted, by activation."""
         return {name: (self._found[name + _LOW], self._found[name + _HIGH]) for name in self._names}
 

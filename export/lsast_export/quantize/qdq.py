@@ -65,7 +65,7 @@ def int8_graph(plain: Model, folder: Path, ranges: Ranges, layers: Collection[st
     """A plain graph with `layers` in int8; the other weights refer to where they lay.
 
     Args:
-        plain: of `plain_graph`; it stays as it is, and only its small parts are copied if its weights lie in a file.
+        plain: of `fold_weights`; it stays as it is, and only its small parts are copied if its weights lie in a file.
         folder: of that file.
         ranges: of all `layers`.
         layers: names of nodes.
@@ -75,11 +75,11 @@ def int8_graph(plain: Model, folder: Path, ranges: Ranges, layers: Collection[st
     """
     model = onnx.ModelProto()
     model.CopyFrom(plain)
-    inserted = _Pairs(Weights(plain, folder), ranges)
+    inserted = _QdqInserter(Weights(plain, folder), ranges)
     nodes: list[Node] = []
     for node in model.graph.node:
         if node.name in layers:
-            nodes += inserted.around_convolution(node) if node.op_type == "Conv" else inserted.before_product(node)
+            nodes += inserted.quantize_conv(node) if node.op_type == "Conv" else inserted.quantize_matmul(node)
         else:
             nodes.append(node)
     used = {name for node in nodes for name in node.input}
@@ -89,7 +89,7 @@ def int8_graph(plain: Model, folder: Path, ranges: Ranges, layers: Collection[st
     return model
 
 
-class _Pairs:
+class _QdqInserter:
     """Makes the nodes and the initializers of the pairs."""
 
     def __init__(self, weights: Weights, ranges: Ranges) -> None:
@@ -98,7 +98,7 @@ class _Pairs:
         self._shared: dict[str, tuple[str, np.float32]] = {}
         self._readers: dict[str, int] = {}
 
-    def around_convolution(self, node: Node) -> Iterable[Node]:
+    def quantize_conv(self, node: Node) -> Iterable[Node]:
         """`node` between its pairs; its inputs and its output change their names."""
         span = self._span(node)
         source, weight, result = node.input[0], node.input[1], node.output[0]
@@ -121,7 +121,7 @@ class _Pairs:
         node.output[0] = f"{result}/float"
         return [*before, node, *self._pair(f"{result}/float", result, scale, zero)]
 
-    def before_product(self, node: Node) -> Iterable[Node]:
+    def quantize_matmul(self, node: Node) -> Iterable[Node]:
         """`node` behind a pair of its own."""
         source = node.input[0]
         scale = _signed(self._span(node).given)
@@ -142,14 +142,15 @@ class _Pairs:
         return found
 
     def _pair(self, source: str, result: str, scale: np.float32, zero: np.generic) -> list[Node]:
-        ends = [f"{result}/scale", f"{result}/zero"]
+        float_layers = [f"{result}/scale", f"{result}/zero"]
         self.tensors += [
-            numpy_helper.from_array(np.asarray(value), name) for value, name in zip((scale, zero), ends, strict=True)
+            numpy_helper.from_array(np.asarray(value), name)
+            for value, name in zip((scale, zero), float_layers, strict=True)
         ]
         make = onnx.helper.make_node
         return [
-            make("QuantizeLinear", [source, *ends], [f"{result}/int8"], f"{result}/quantise"),
-            make("DequantizeLinear", [f"{result}/int8", *ends], [result], f"{result}/dequantise"),
+            make("QuantizeLinear", [source, *float_layers], [f"{result}/int8"], f"{result}/quantise"),
+            make("DequantizeLinear", [f"{result}/int8", *float_layers], [result], f"{result}/dequantise"),
         ]
 
     def _constant(
@@ -160,8 +161,8 @@ class _Pairs:
         for array, part in ((numbers, "int8"), (scales, "scale"), (np.zeros(len(scales), numbers.dtype), "zero")):
             self.tensors.append(numpy_helper.from_array(array, f"{own}/{part}"))
         node.input[place] = own
-        ends = [f"{own}/{part}" for part in ("int8", "scale", "zero")]
-        return onnx.helper.make_node("DequantizeLinear", ends, [own], f"{own}/dequantise", axis=axis)
+        float_layers = [f"{own}/{part}" for part in ("int8", "scale", "zero")]
+        return onnx.helper.make_node("DequantizeLinear", float_layers, [own], f"{own}/dequantise", axis=axis)
 
 
 def to_int8(

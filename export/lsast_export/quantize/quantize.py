@@ -20,25 +20,25 @@ from typing import Any
 
 import onnx
 
-from lsast_engines.backends.base import open_engine
+from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import NULL_STYLE, STYLES, Bundle
 from lsast_engines.bundle.graph_spec import DENOISER, UNET_SPLIT_GRAPHS, VAE_DECODER, VAE_ENCODER
 from lsast_engines.bundle.manifest import QUANTISED
 from lsast_engines.errors import ParityError, UsageError, fault_list
 from lsast_engines.images import psnr
 
-from ..progress import Progress, silent
-from .calibration import Calibration, ends
+from ..progress import Progress, no_progress
+from .calibration import Calibration, float_layers
 from .calibration_runs import (
     Feeds,
     Floats,
     Pixels,
     decode_all,
     decoder_feeds,
+    denoise_run,
     encoder_feeds,
-    find_contents,
-    make_trials,
-    run_trial,
+    load_calibration_images,
+    prepare_runs,
 )
 from .smoothquant import ALPHA
 from .weight_file import WeightFile
@@ -48,14 +48,14 @@ PICTURE_PSNR = "picture_psnr_db"
 PICTURE_PSNR_LEAST = "picture_psnr_least_db"
 """Key of the least of them."""
 
-ALSO = (VAE_ENCODER, VAE_DECODER)
+OPTIONAL_GRAPHS = (VAE_ENCODER, VAE_DECODER)
 """Graphs that stay in float unless it is told."""
 
 _log = logging.getLogger("lsast.export")
 
 
 @dataclass(frozen=True)
-class QuantiseOptions:
+class QuantizeOptions:
     """How a bundle is quantised."""
 
     images: Path | None = None
@@ -72,11 +72,11 @@ class QuantiseOptions:
     """How much of what is hard to round moves from activations into weights, 0 to 1 (`smoothing`); None
     leaves the graph as it is."""
     also: frozenset[str] = frozenset()
-    """What else is quantised, of `ALSO`. They run once a picture: the fewer the steps, the more they weigh."""
+    """What else is quantised, of `OPTIONAL_GRAPHS`. They run once a picture: the fewer the steps, the more they weigh."""
 
 
-def quantise_bundle(
-    source: Bundle, out: Path, options: QuantiseOptions | None = None, progress: Progress = silent
+def quantize_bundle(
+    source: Bundle, out: Path, options: QuantizeOptions | None = None, progress: Progress = no_progress
 ) -> Bundle:
     """Write the quantised bundle of `source` to the folder `out`, with its styles; a bundle there is replaced.
 
@@ -86,14 +86,14 @@ def quantise_bundle(
         BundleError: `out` is taken by something else.
         MissingExtraError, BackendError: the backend is not there.
     """
-    options = options or QuantiseOptions()
+    options = options or QuantizeOptions()
     _require(source, options)
     manifest = source.manifest
     out.parent.mkdir(parents=True, exist_ok=True)
     progress("painting to calibrate")
-    contents, origin = find_contents(options.images, 2 * options.pictures, options.size)
+    contents, origin = load_calibration_images(options.images, 2 * options.pictures, options.size)
     styles = [name for name, path in source.styles().items() if path.parent == source.path / STYLES]
-    judges = _Judges(source, contents[1::2], styles, options.backend)
+    judges = _Judge(source, contents[1::2], styles, options.backend)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.quantise.") as scratch:
         folder = Path(scratch, "bundle")
         folder.mkdir()
@@ -117,7 +117,7 @@ def quantise_bundle(
             source={
                 **manifest.source,
                 **facts,
-                "quantised_from": f"{manifest.name} ({manifest.storage_dtype})",
+                "quantized_from": f"{manifest.name} ({manifest.storage_dtype})",
                 "calibrated_on": f"{options.pictures} pictures ({origin}) at {options.size} pixels, "
                 f"{latents} latents, styles {', '.join(styles)}",
                 "judged_on": f"{options.pictures} other pictures, {options.backend}",
@@ -130,7 +130,7 @@ def quantise_bundle(
         return Bundle.write(out, written, sources, replace=True)
 
 
-def _require(source: Bundle, options: QuantiseOptions) -> None:
+def _require(source: Bundle, options: QuantizeOptions) -> None:
     manifest = source.manifest
     faults = []
     if manifest.storage_dtype in QUANTISED:
@@ -143,8 +143,8 @@ def _require(source: Bundle, options: QuantiseOptions) -> None:
         faults.append(f"found a size of {options.size}; expected a multiple of {manifest.multiple}")
     if options.smooth is not None and not 0 <= options.smooth <= 1:
         faults.append(f"found a smooth of {options.smooth:g}; expected 0 to 1, or none")
-    if unknown := sorted(options.also - set(ALSO)):
-        faults.append(f"found also {', '.join(unknown)}; expected of {', '.join(ALSO)}")
+    if unknown := sorted(options.also - set(OPTIONAL_GRAPHS)):
+        faults.append(f"found also {', '.join(unknown)}; expected of {', '.join(OPTIONAL_GRAPHS)}")
     if faults:
         raise UsageError(fault_list(f"{source.path} cannot be quantised so:", faults))
 
@@ -153,7 +153,7 @@ class _Writer:
     """Writes the graphs of the new bundle; each method tells facts for the manifest's `source`."""
 
     def __init__(
-        self, source: Bundle, weights: WeightFile, options: QuantiseOptions, scratch: Path, progress: Progress
+        self, source: Bundle, weights: WeightFile, options: QuantizeOptions, scratch: Path, progress: Progress
     ) -> None:
         self._source, self._weights, self._options = source, weights, options
         self._scratch, self._progress = scratch, progress
@@ -186,7 +186,7 @@ class _Writer:
         self, calibration: Calibration, contents: Sequence[Pixels], styles: Sequence[str]
     ) -> tuple[int, list[Floats]]:
         """Paint from pure noise, so that every stage is seen: → how often the denoiser ran, latents [1, 4, h, w]."""
-        trials = make_trials(self._source, contents, styles, [1.0], self._options.backend)
+        trials = prepare_runs(self._source, contents, styles, [1.0], self._options.backend)
         total = sum(len(trial.schedule.steps) for trial in trials)
         done = 0
 
@@ -195,12 +195,12 @@ class _Writer:
             done += 1
             self._progress("painting to calibrate", f"step {done} of {total}")
 
-        latents = [run_trial(self._source, trial, calibration, record) for trial in trials]
+        latents = [denoise_run(self._source, trial, calibration, record) for trial in trials]
         calibration.close()
         return total, latents
 
     def _alone(self, name: str, contents: Sequence[Pixels], latents: Sequence[Floats]) -> dict[str, str]:
-        """Quantise a graph of `ALSO`, calibrated on the pictures, or on the paintings of them."""
+        """Quantise a graph of `OPTIONAL_GRAPHS`, calibrated on the pictures, or on the paintings of them."""
         self._progress(f"quantising {name}")
         if name == VAE_ENCODER:
             seen = [encoder_feeds(rgb) for rgb in contents]
@@ -218,7 +218,7 @@ class _Writer:
             yield Calibration(self._source.graph_path(name), Path(folder))
 
     def _save(self, name: str, calibration: Calibration) -> dict[str, str]:
-        layers, kept = set(calibration.layers), ends(self._source.graph_path(name))
+        layers, kept = set(calibration.layers), float_layers(self._source.graph_path(name))
         self._weights.save(calibration.quantised(kept), calibration.folder, f"{name}.onnx")
         return {f"{name}_in_float": f"{len(layers.intersection(kept))} of {len(layers)} layers"}
 
@@ -227,14 +227,14 @@ class _Writer:
         self._weights.save(model, self._source.path, f"{name}.onnx")
 
 
-class _Judges:
+class _Judge:
     """Held-out paintings: made by the float graphs once, then by others for comparison."""
 
     def __init__(self, source: Bundle, contents: Sequence[Pixels], styles: Sequence[str], backend: str) -> None:
         self._source, self._backend = source, backend
         # Other styles come to other pictures than in calibration where there are several.
         turned = [*styles[1:], *styles[:1]]
-        self._laid = functools.partial(make_trials, source, contents, turned, [None], backend, seed=1000)
+        self._laid = functools.partial(prepare_runs, source, contents, turned, [None], backend, seed=1000)
         self._expected = self._paint(source.path)
 
     def figures(self, folder: Path) -> dict[str, float]:
@@ -246,5 +246,5 @@ class _Judges:
         trials = self._laid(folder=folder)
         spec = self._source.manifest.graphs[DENOISER]
         with closing(open_engine(folder / f"{DENOISER}.onnx", spec, self._backend, "cpu")) as denoiser:
-            latents: list[Floats] = [run_trial(self._source, trial, denoiser) for trial in trials]
+            latents: list[Floats] = [denoise_run(self._source, trial, denoiser) for trial in trials]
         return decode_all(self._source, folder, latents, self._backend)

@@ -25,8 +25,8 @@ import numpy as np
 import numpy.typing as npt
 from onnx import numpy_helper
 
-from .fold_weights import Model, Node, Store, Weights, replace_contents
-from .min_max_observer import Reach
+from .fold_weights import InitializerFactory, Model, Node, Weights, replace_contents
+from .min_max_observer import MinMax
 
 ALPHA = 0.7
 """How much of the difficulty moves: 0 evens out weights, 1 activations. Of 0.3, 0.5, 0.7 and 0.85 it is the one with
@@ -46,14 +46,14 @@ class Group:
     activation: str
     weights: tuple[str, ...]
     """[C, N] each."""
-    makers: tuple[str, ...]
+    producers: tuple[str, ...]
     """What takes the division on: gamma and beta [C], or U [M, C] and b [C]."""
 
 
 def find_groups(model: Model) -> list[Group]:
     """The groups of a plain graph, in its order."""
     constants = {tensor.name for tensor in model.graph.initializer}
-    makers = {output: node for node in model.graph.node for output in node.output}
+    producers = {output: node for node in model.graph.node for output in node.output}
     users = Counter(name for node in model.graph.node for name in node.input)
     users.update(value.name for value in model.graph.output)
     readers: dict[str, list[Node]] = {}
@@ -62,7 +62,7 @@ def find_groups(model: Model) -> list[Group]:
             readers.setdefault(node.input[0], []).append(node)
     groups = []
     for name, nodes in readers.items():
-        taken = _takes_scale(makers.get(name), makers, constants, users)
+        taken = _takes_scale(producers.get(name), producers, constants, users)
         weights = tuple(node.input[1] for node in nodes)
         # Each of them is changed in place, so that nothing else may read it.
         if taken and users[name] == len(nodes) and all(users[tensor] == 1 for tensor in (*taken, *weights)):
@@ -70,8 +70,8 @@ def find_groups(model: Model) -> list[Group]:
     return groups
 
 
-def find_factors(
-    model: Model, reach: Mapping[str, Reach], alpha: float = ALPHA, folder: Path | None = None
+def smoothing_factors(
+    model: Model, reach: Mapping[str, MinMax], alpha: float = ALPHA, folder: Path | None = None
 ) -> dict[str, npt.NDArray[np.float32]]:
     """What to divide by, for all groups.
 
@@ -94,12 +94,12 @@ def find_factors(
     return factors
 
 
-def smooth(model: Model, factors: Factors, folder: Path | None = None, store: Store | None = None) -> int:
+def smooth(model: Model, factors: Factors, folder: Path | None = None, store: InitializerFactory | None = None) -> int:
     """Divide activations by `factors` and multiply weights with them, in place: → how many groups were.
 
     Args:
         model: a plain graph; of its groups those that `factors` speaks of are smoothed.
-        factors: of `find_factors`, for this graph or for one with the same layers.
+        factors: of `smoothing_factors`, for this graph or for one with the same layers.
         folder: of the file with its weights, where they lie in one.
         store: makes the initializers of changed weights; by default they lie in the model.
     """
@@ -112,7 +112,7 @@ def smooth(model: Model, factors: Factors, folder: Path | None = None, store: St
         factor = factors[group.weights[0]]
         for name in group.weights:
             changes.setdefault(name, []).append(factor[:, None])
-        for name in group.makers:
+        for name in group.producers:
             changes.setdefault(name, []).append(np.float32(1) / factor)
     changed = {name: make(math.prod(by, start=weights[name]), name) for name, by in changes.items()}
     tensors = [changed.get(tensor.name, tensor) for tensor in model.graph.initializer]
@@ -121,7 +121,7 @@ def smooth(model: Model, factors: Factors, folder: Path | None = None, store: St
 
 
 def _takes_scale(
-    node: Node | None, makers: Mapping[str, Node], constants: set[str], users: Mapping[str, int]
+    node: Node | None, producers: Mapping[str, Node], constants: set[str], users: Mapping[str, int]
 ) -> tuple[str, ...]:
     """The weights that take on what the output of `node` is divided by; none where there are none."""
     if node is None:
@@ -133,11 +133,11 @@ def _takes_scale(
     if node.op_type != "Mul":
         return ()
     for name in node.input:
-        add = makers.get(name)
+        add = producers.get(name)
         if add is None or add.op_type != "Add" or users[name] != 1:
             continue
         biases = [each for each in add.input if each in constants]
-        products = [makers[each] for each in add.input if each in makers and makers[each].op_type == "MatMul"]
+        products = [producers[each] for each in add.input if each in producers and producers[each].op_type == "MatMul"]
         if (
             len(biases) == len(products) == 1
             and products[0].input[1] in constants

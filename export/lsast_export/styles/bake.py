@@ -1,59 +1,162 @@
-"""Baking: prompts projected through every cross-attention, once, so that no context exists at run time.
+"""Baking: prompts become keys and values, which are all that the runtime reads of them.
 
-A cross-attention sees its context c only as K = W_k c and V = W_v c. Both depend on the style and the stage, not on
+A cross-attention uses its context c only as K = W_k c and V = W_v c. Both depend on the style and the stage, not on
 the picture or the step, so a style *is* its keys and values. Those of all layers of a network are packed along the
-last axis, ``K_0 | V_0 | K_1 | V_1 | …``, in the order of `cross_attention_layers`.
+last axis, ``K_0 | V_0 | K_1 | V_1 | …``, in the order of the manifest's `attention_layers`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 
+from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.manifest import AttentionLayer
-from lsast_engines.bundle.style import Style
-from lsast_engines.errors import StyleError, fault_list
+from lsast_engines.bundle.style import Style, StyleFile
+from lsast_engines.errors import StyleError, UsageError, fault_list
 from lsast_train.base.attention import GROUPS
 from lsast_train.base.base import Base
-from lsast_train.base.kv_packing import PackedLayers, pack
+from lsast_train.base.kv_packing import kv_layouts
+from lsast_train.base.lazy_base import LazyBase
+from lsast_train.prompts.prompt_file import Prompts
+
+from .prompts import EXPORTED_FROM, check_prompts
 
 NULL_STYLE = "null"
-"""Name of the unconditional style, the row 0 of classifier-free guidance."""
+"""Name of the unconditional style, row 0 of classifier-free guidance."""
+
+_NETWORKS = {"unet": "unet", "control": "controlnet"}
+"""The prefix of a network's weights in ``base.safetensors``, by its name in the manifest."""
 
 
-def bake_style(base: Base, prompts: torch.Tensor, name: str, meta: Mapping[str, str] | None = None) -> Style:
-    """Project `prompts` [stages, 3, tokens, dim] (groups in the order of `GROUPS`) through `base`.
+@dataclass(frozen=True, eq=False)
+class KVProjector:
+    """The matrices W_k and W_v of every cross-attention of a base. They are read one at a time."""
+
+    fingerprint: str
+    """Of the base; styles are bound to it."""
+    layers: tuple[AttentionLayer, ...]
+    null_context: torch.Tensor
+    """[tokens, dim] float32: the unconditional context."""
+    weight: Callable[[str], torch.Tensor]
+    """A weight by its name in ``base.safetensors``."""
+
+    @classmethod
+    def of_bundle(cls, bundle: Bundle) -> KVProjector:
+        """Read from the files of a bundle; no network is built.
+
+        Raises:
+            UsageError: a quantized bundle, which does not hold them.
+        """
+        try:
+            file = safe_open(str(bundle.path / "base.safetensors"), "pt")
+            null_context = file.get_tensor("null_context").float()
+        except (OSError, SafetensorError) as error:
+            made_from = bundle.manifest.source.get("quantized_from", "the bundle that it was made from")
+            raise UsageError(
+                f"{bundle.path} holds no weights to bake with ({error}); expected {made_from}: its styles fit both"
+            ) from error
+        return cls(bundle.manifest.fingerprint, bundle.manifest.attention_layers, null_context, file.get_tensor)
+
+    @classmethod
+    def of_base(cls, base: Base, parts: LazyBase | None = None) -> KVProjector:
+        """Take them from the networks of `base`, or from `parts`, whose networks `base` has on the meta device."""
+        layers = tuple(entry for layout in kv_layouts(base) for entry in layout.entries)
+        networks: dict[str, Mapping[str, torch.Tensor]] = {
+            prefix: base.networks()[prefix].state_dict() if parts is None else parts.networks[prefix]().tensors
+            for prefix in _NETWORKS.values()
+        }
+
+        def weight(name: str) -> torch.Tensor:
+            prefix, _, key = name.partition(".")
+            return networks[prefix][key]
+
+        return cls(base.fingerprint, layers, base.null_context.float(), weight)
+
+    def __call__(self, contexts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Packed keys and values, float32, of the U-Net [N, T, Wu] and of the ControlNet [N, T, Wc].
+
+        Args:
+            contexts: [N, 3, T, dim], one for each layer group in the order of `GROUPS`.
+        """
+        packed: dict[str, list[torch.Tensor]] = {network: [] for network in _NETWORKS}
+        for layer in self.layers:
+            context = contexts[:, GROUPS.index(layer.group)].float()
+            for matrix in ("to_k", "to_v"):
+                weight = self.weight(f"{_NETWORKS[layer.network]}.{layer.name}.{matrix}.weight")
+                packed[layer.network].append(F.linear(context, weight.float()))
+        unet, control = (torch.cat(columns, dim=-1) for columns in packed.values())
+        return unet, control
+
+
+def bake_style(
+    projector: KVProjector, contexts: torch.Tensor, name: str, meta: Mapping[str, str] | None = None
+) -> Style:
+    """The style of the contexts of every stage and layer group.
 
     Args:
-        base: the base with the weights that the bundle holds; the style is bound to its fingerprint.
-        prompts: one context for every stage and layer group.
-        name: name of the style.
-        meta: licence, training facts and the like.
+        projector: of the base; the style is bound to its fingerprint.
+        contexts: [stages, 3, tokens, dim], groups in the order of `GROUPS`.
+        name: of the style.
+        meta: licence, training facts, default options.
 
     Raises:
-        StyleError: prompts of another shape than the base's contexts, or not finite; all faults at once.
+        StyleError: contexts of another shape, or not finite; all faults at once.
     """
-    expected = (len(GROUPS), base.facts.tokens, base.context_dim)
+    tokens, dim = projector.null_context.shape
     faults = []
-    if prompts.ndim != 4 or tuple(prompts.shape[1:]) != expected or not len(prompts):
-        shape = ", ".join(map(str, expected))
-        faults.append(f"prompts: found shape {list(prompts.shape)}; expected [stages, {shape}]")
-    if not torch.isfinite(prompts).all():
+    if contexts.ndim != 4 or tuple(contexts.shape[1:]) != (len(GROUPS), tokens, dim) or not len(contexts):
+        faults.append(f"prompts: found shape {list(contexts.shape)}; expected [stages, {len(GROUPS)}, {tokens}, {dim}]")
+    if not torch.isfinite(contexts).all():
         faults.append("prompts: found NaN or infinite values; train the style again")
     if faults:
         raise StyleError(fault_list(f"style {name!r} cannot be baked:", faults))
     with torch.no_grad():
-        unet, control = (layout.project(prompts.to(base.null_context)).cpu().numpy() for layout in pack(base))
-    return Style(name, base.fingerprint, len(prompts), base.facts.tokens, unet, control, dict(meta or {}))
+        unet, control = (packed.numpy() for packed in projector(contexts))
+    return Style(name, projector.fingerprint, len(contexts), tokens, unet, control, dict(meta or {}))
 
 
-def bake_null_style(base: Base) -> Style:
-    """The style of the base's null context: one stage, the same for every layer group."""
-    prompts = base.null_context.expand(1, len(GROUPS), *base.null_context.shape)
-    return bake_style(base, prompts, NULL_STYLE)
+def bake_null_style(projector: KVProjector) -> Style:
+    """The style of the null context: one stage, the same context for every layer group."""
+    contexts = projector.null_context.expand(1, len(GROUPS), *projector.null_context.shape)
+    return bake_style(projector, contexts, NULL_STYLE)
 
 
-def manifest_layers(layouts: Sequence[PackedLayers]) -> tuple[AttentionLayer, ...]:
-    """The layers of all `layouts` as the manifest lists them."""
-    return tuple(entry for layout in layouts for entry in layout.entries)
+def bake_prompts(projector: KVProjector, prompts: Prompts) -> Style:
+    """The style of `prompts`; its `meta` says how they were learned."""
+    kind = {name: str(getattr(prompts, name)) for name in ("variant", "generator", "prompt", "layout", "gradient")}
+    return bake_style(projector, prompts.prompts, prompts.name, {**kind, **prompts.meta})
+
+
+def bake_for_bundle(bundle: Bundle, styles: Sequence[Prompts], distilled: Sequence[Path] = ()) -> dict[str, Path]:
+    """Bake styles for a bundle, into the user's style folder, where the runtime finds them.
+
+    Args:
+        bundle: the bundle.
+        styles: prompts that were learned on its base.
+        distilled: style files of `lsast-train distill`, which are only checked and copied.
+
+    Returns:
+        The style files by name; those of the same names are replaced.
+
+    Raises:
+        StyleError: a style that does not fit the bundle, or a damaged file. Then none is written.
+        UsageError: a quantized bundle.
+    """
+    manifest = bundle.manifest
+    for prompts in styles:
+        check_prompts(prompts, manifest.name, manifest.fingerprint, manifest.source.get(EXPORTED_FROM, ""))
+    projector = KVProjector.of_bundle(bundle) if styles else None
+    made = [bake_prompts(projector, prompts) for prompts in styles if projector is not None]
+    made += [StyleFile(path).load() for path in distilled]
+    for style in made:
+        bundle.check_style(style)
+    paths = {style.name: bundle.user_style_folder / f"{style.name}.safetensors" for style in made}
+    for style in made:
+        style.save(paths[style.name])
+    return paths

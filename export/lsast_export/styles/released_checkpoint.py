@@ -16,12 +16,13 @@ import torch
 from lsast_engines.errors import StyleError, fault_list
 from lsast_engines.files import file_sha256
 from lsast_train.base.attention import GROUPS
-from lsast_train.base.base import Base, BaseParts
+from lsast_train.base.base import Base
+from lsast_train.base.lazy_base import LazyBase
 from lsast_train.checkpoints.safe_unpickle import load_module_tensors
 from lsast_train.prompts.prompt_file import Prompts, UnboundPrompts, load_any_prompts
 from lsast_train.prompts.released_generator import HEADS, GegluGenerator
 
-from .install import bind_prompts, text_path
+from .prompts import bind_prompts, text_encoder_of
 
 _CONSTANT = "initial_embeddings"
 _MODULE = "attention."
@@ -60,7 +61,7 @@ def read_released(path: Path) -> Released:
 
 
 def import_prompts(
-    path: Path, name: str | None = None, base: Base | BaseParts | None = None
+    path: Path, name: str | None = None, base: Base | LazyBase | None = None
 ) -> Prompts | UnboundPrompts:
     """The prompts in `path`: a released checkpoint, or one of our own files that is bound to no base yet.
 
@@ -94,12 +95,12 @@ def import_prompts(
     if base is None:
         return unbound
     bound = bind_prompts(unbound, base)
-    text = text_path(base)
-    if text is not None and not torch.allclose(text.word().cpu(), released.constant, rtol=1e-2, atol=1e-4):
+    text = text_encoder_of(base)
+    if text is not None and not torch.allclose(text.token_embedding().cpu(), released.constant, rtol=1e-2, atol=1e-4):
         _log.warning(
             "%s started from another word embedding than that of base %r: it was trained with another text encoder",
             path,
-            base.facts.name,
+            base.config.name,
         )
     return bound
 

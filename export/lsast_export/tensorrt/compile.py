@@ -25,13 +25,13 @@ from lsast_engines.backends.tensorrt.engine_record import (
     SUFFIX,
     EngineKey,
     EngineRecord,
-    Library,
+    TrtFlavor,
     engine_folder,
     graph_digest,
     verified_record,
 )
 from lsast_engines.backends.tensorrt.library import load_library, make_logger
-from lsast_engines.backends.tensorrt.shape_profile import Profile, Ranges
+from lsast_engines.backends.tensorrt.shape_profile import Profile, ShapeRanges
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, GraphSpec
 from lsast_engines.bundle.manifest import QUANTISED, Manifest
 from lsast_engines.environment import package_version
@@ -39,8 +39,8 @@ from lsast_engines.errors import BackendError, ExportError, UsageError, fault_li
 from lsast_engines.files import replace_file
 from lsast_engines.removed import removal
 
-from ..progress import Progress, silent
-from .fp16 import held_types, write_half_graph
+from ..progress import Progress, no_progress
+from .fp16 import dtypes_in, write_half_graph
 
 NEEDS = {"BFLOAT16": (8, 0)}
 """Compute capability from which a GPU has a type of ONNX (docs.nvidia.com/deeplearning/tensorrt, support matrix)."""
@@ -54,10 +54,10 @@ class CompileOptions:
         UsageError: targets that the library does not take.
     """
 
-    library: Library
+    library: TrtFlavor
     targets: tuple[str, ...] = ()
     """Compute capabilities, e.g. ``8.9``; TensorRT-RTX alone has a choice, none of them means portable."""
-    ranges: Ranges = dataclasses.field(default_factory=Ranges)
+    ranges: ShapeRanges = dataclasses.field(default_factory=ShapeRanges)
     compute_dtype: ComputeDtype = "fp16"
     """What to compute in; weights stored in halves are computed with as float32 in ``fp32``."""
 
@@ -77,7 +77,7 @@ class CompileOptions:
 
 
 def compile_graph(
-    path: Path, spec: GraphSpec, engine: Path, options: CompileOptions, progress: Progress = silent
+    path: Path, spec: GraphSpec, engine: Path, options: CompileOptions, progress: Progress = no_progress
 ) -> EngineRecord:
     """Compile the graph file `path` into `engine`, with its record beside it.
 
@@ -106,7 +106,7 @@ def compile_graph(
         progress(f"compiling {spec.name}")
         progress(f"compiling {spec.name}", "is there already")
         return found
-    require_types(held_types(path), targets, path.name)
+    require_types(dtypes_in(path), targets, path.name)
     progress(f"compiling {spec.name}")
     if found is not None:
         progress(f"compiling {spec.name}", f"took {found.seconds:.0f} s last time")
@@ -128,7 +128,7 @@ def compile_bundle(
     bundle: Path,
     options: CompileOptions,
     out: Path | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     graphs: Collection[str] = (),
 ) -> dict[str, EngineRecord]:
     """Compile the graphs of the folder `bundle` into `out`, or where `lsast-run` finds them; see `compile_graph`.
@@ -164,7 +164,7 @@ def require_float(manifest: Manifest, bundle: Path) -> None:
         UsageError: it is one.
     """
     if manifest.storage_dtype in QUANTISED:
-        made_from = manifest.source.get("quantised_from", "another one")
+        made_from = manifest.source.get("quantized_from", "another one")
         raise UsageError(
             f"found {bundle} in {manifest.storage_dtype}, quantised for processors; GPUs compute in halves: compile "
             f"the bundle that it was made from, {made_from}"

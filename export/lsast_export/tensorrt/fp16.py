@@ -29,7 +29,7 @@ _FLOAT_INPUTS = {"Resize": (1, 2)}
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
-def held_types(path: Path) -> set[str]:
+def dtypes_in(path: Path) -> set[str]:
     """ONNX's names of the number types in the graph file `path`: weights, and what casts give."""
     model = ir.load(path)
     found = {str(value.dtype.name) for value in model.graph.initializers.values() if value.dtype is not None}
@@ -63,7 +63,7 @@ class _Rewriter:
     def run(self) -> None:
         """Rewrite the graph in place."""
         outputs = {output: output.dtype for output in self._graph.outputs}
-        stays = self._leads_to_sine()
+        stays = self._timestep_path()
         for node in list(self._graph):
             if any(isinstance(attribute.value, ir.Graph) for attribute in node.attributes.values()):
                 raise ExportError(f"found operator {node.op_type} with a graph of its own; it cannot be typed anew")
@@ -135,7 +135,7 @@ class _Rewriter:
         self._graph.append(node)
         self._graph.outputs[index] = cast
 
-    def _leads_to_sine(self) -> set[ir.Node]:
+    def _timestep_path(self) -> set[ir.Node]:
         """The nodes whose values end in a sine or cosine."""
         found: set[ir.Node] = set()
         todo = [node for node in self._graph if node.op_type in ("Sin", "Cos")]

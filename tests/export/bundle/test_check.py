@@ -108,7 +108,7 @@ def test_graph_that_onnx_refuses_is_named(copy: Path) -> None:
     model.graph.node[-1].op_type = "Convolution"
     onnx.save(model, copy / "controlnet_cond.onnx")
     rehash(copy)
-    with pytest.raises(BundleError, match=r"hint\.onnx: .*Convolution"):
+    with pytest.raises(BundleError, match=r"controlnet_cond\.onnx: .*Convolution"):
         check_bundle(copy)
 
 
@@ -122,8 +122,8 @@ def test_plan_meets_every_batch_and_guidance_at_both_shapes() -> None:
 
 
 def test_plan_of_a_large_base_loops_at_its_native_size_and_beside_it(base: Base) -> None:
-    plan = large_plan(dataclasses.replace(base.facts, size=512, multiple=64))
+    plan = large_plan(dataclasses.replace(base.config, size=512, multiple=64))
     loops = [(case.height * 64, case.width * 64) for case in plan.cases if case.loop]
     assert loops == [(512, 512), (448, 576)]
-    assert len(plan.loop.schedule(base.facts.noise).steps) == 3
+    assert len(plan.loop.schedule(base.config.noise).steps) == 3
     assert {(case.batch, case.rows) for case in plan.cases} >= {(2, 1), (2, 2), (1, 2)}

@@ -20,8 +20,9 @@ from lsast_export.bundle.export import ExportOptions, export_bundle
 from lsast_export.graphs.external_weights import save_graph
 from lsast_export.graphs.modules import GRAPHS, geometry
 from lsast_export.graphs.trace import TracedGraph, trace
-from lsast_export.styles.bake import bake_style
-from lsast_train.base.base import Base, load_base
+from lsast_export.styles.bake import KVProjector, bake_style
+from lsast_train.base.base import Base
+from lsast_train.base.lazy_base import load_base
 from lsast_train.prompts.prompt_file import Prompts
 
 
@@ -70,7 +71,7 @@ def test_style_in_the_bundle_is_baked_with_the_rounded_weights(bundles: dict[str
     bundle = bundles["fp16"]
     style = bundle.style("hand")
     assert style.meta["variant"] == "step+layer"
-    rounded = bake_style(load_base(bundle.path), prompts.prompts, "hand")
+    rounded = bake_style(KVProjector.of_base(load_base(bundle.path)), prompts.prompts, "hand")
     np.testing.assert_allclose(style.kv_unet, rounded.kv_unet, rtol=2**-10, atol=1e-4)
     assert bundle.manifest.defaults["style"] == "hand"
 
@@ -79,7 +80,7 @@ def test_base_is_not_changed_by_an_export(base: Base, bundles: dict[str, Bundle]
     halves = [tensor for tensor in base.unet.state_dict().values() if torch.equal(tensor, tensor.half().float())]
     assert len(halves) < len(base.unet.state_dict()) / 2  # zeros and ones are halves too
     assert base.fingerprint == "0" * 64
-    assert "exported_from" not in base.facts.training
+    assert "exported_from" not in base.config.training
 
 
 def constant(value: ir.Value) -> np.ndarray:
@@ -134,7 +135,7 @@ def test_prompts_of_another_base_or_other_stages_are_refused_before_anything_is_
 def test_missing_backend_is_told_before_anything_is_traced(
     base: Base, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(exporter, "available_backends", lambda: {"openvino": ["cpu"]})
+    monkeypatch.setattr("lsast_engines.backends.registry.available_backends", lambda: {"openvino": ["cpu"]})
     monkeypatch.setattr(exporter, "trace_graphs", lambda *_: pytest.fail("traced"))
     with pytest.raises(MissingExtraError, match=r"lsast\[cpu\]"):
         export_bundle(base, tmp_path / "new", options=ExportOptions(backend="onnxruntime"))

@@ -19,13 +19,13 @@ from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.environment import peak_memory
 from lsast_export.bundle import export as exporter
 from lsast_export.bundle.export import WEIGHTS, ExportOptions, export_bundle
-from lsast_export.graphs.meta_base import NETWORKS, baking_base, base_on_meta
+from lsast_export.graphs.meta_base import NETWORKS, base_on_meta
 from lsast_export.graphs.trace import TracedGraph
 from lsast_export.parity import torch_reference as reference
 from lsast_export.parity.parity import ParityPlan
 from lsast_export.parity.torch_reference import draw_inputs, run_torch
 from lsast_export.progress import Eta
-from lsast_export.styles.bake import bake_null_style, bake_style
+from lsast_export.styles.bake import KVProjector, bake_null_style, bake_style
 from lsast_train.base.attention import layer_contexts
 from lsast_train.base.base import Base
 from lsast_train.base.lazy_base import load_base, open_base
@@ -40,22 +40,23 @@ def in_memory(base: Base) -> set[str]:
     }
 
 
-def test_a_skeleton_has_no_weights_and_bakes_what_the_whole_base_bakes(
+def test_bake_style_reads_from_files_what_the_loaded_base_projects(
     bundles: dict[str, Bundle], prompts: Prompts
 ) -> None:
-    path = bundles["fp16"].path
-    parts = open_base(path)
-    assert in_memory(base_on_meta(parts)) == set()
-    whole, empty = load_base(path), baking_base(parts)
-    for baked, expected in (
-        (bake_null_style(empty), bake_null_style(whole)),
-        (bake_style(empty, prompts.prompts, "hand"), bake_style(whole, prompts.prompts, "hand")),
-    ):
-        np.testing.assert_array_equal(baked.kv_unet, expected.kv_unet)
-        np.testing.assert_array_equal(baked.kv_control, expected.kv_control)
-        assert baked.base == expected.base
-    held = sum(weight.nbytes for weight in empty.unet.parameters() if weight.device.type != "meta")
-    assert 0 < held < 0.2 * sum(weight.nbytes for weight in whole.unet.parameters())
+    bundle = bundles["fp16"]
+    stored = open_base(bundle.path)
+    networks = base_on_meta(stored)
+    assert in_memory(networks) == set()
+    whole = KVProjector.of_base(load_base(bundle.path))
+    for projector in (KVProjector.of_base(networks, stored), KVProjector.of_bundle(bundle)):
+        for baked, expected in (
+            (bake_null_style(projector), bake_null_style(whole)),
+            (bake_style(projector, prompts.prompts, "hand"), bake_style(whole, prompts.prompts, "hand")),
+        ):
+            np.testing.assert_array_equal(baked.kv_unet, expected.kv_unet)
+            np.testing.assert_array_equal(baked.kv_control, expected.kv_control)
+            assert baked.base == expected.base
+    assert in_memory(networks) == set()
 
 
 def test_torch_computes_with_one_network_at_a_time(bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:

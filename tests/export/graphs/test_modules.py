@@ -17,8 +17,9 @@ from lsast_engines.bundle.bundle import Bundle
 from lsast_export.graphs import modules as graphs
 from lsast_export.graphs.modules import SplitProcessor, geometry, graph_module, head_groups, split_attention
 from lsast_export.graphs.trace import TracedGraph, trace
-from lsast_train.base.base import Base, load_base
-from lsast_train.base.kv_packing import pack
+from lsast_train.base.base import Base, build_base
+from lsast_train.base.kv_packing import kv_layouts
+from lsast_train.base.lazy_base import load_base
 
 Run = Callable[..., dict[str, np.ndarray]]
 Feeds = Callable[..., dict[str, np.ndarray]]
@@ -69,7 +70,7 @@ def test_denoiser_is_an_unmodified_diffusers_unet_with_controlnet(
         ]
         # v = sqrt(abar) eps - sqrt(1 - abar) x0 (Salimans & Ho 2022)
         expected = torch.stack([abar.sqrt() * v + (1 - abar).sqrt() * latent for v in halves]).numpy()
-        layouts = pack(load_base(bundle.path))
+        layouts = kv_layouts(load_base(bundle.path))
         grouped = context[:, :, None].expand(-1, -1, 3, -1, -1)  # the same context for all layer groups
         kv_unet = torch.stack([layouts[0].project(rows) for rows in grouped]).numpy()
         kv_control = layouts[1].project(grouped[1]).numpy()
@@ -145,7 +146,7 @@ def test_without_control_the_edges_do_not_matter(bundles: dict[str, Bundle], run
     inputs = feeds(bundle, 2, 1, 8, 16)
     contexts = torch.randn(2, 3, bundle.manifest.tokens, source.context_dim, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        inputs["kv_unet"] = pack(source)[0].project(contexts)[None].numpy()
+        inputs["kv_unet"] = kv_layouts(source)[0].project(contexts)[None].numpy()
         latent, timestep = torch.from_numpy(inputs["latent"]), torch.from_numpy(inputs["timestep"])
         expected = source.eps(latent, timestep, contexts).numpy()
     found = run(bundle, "denoiser", **{**inputs, "control_scale": np.asarray(0.0, np.float32)})["eps"]
@@ -208,7 +209,7 @@ def test_network_with_split_heads_computes_the_same_and_gets_its_processors_back
 def test_tracing_looks_at_no_weight_and_leaves_them_alone(base: Base, traced: dict[str, TracedGraph]) -> None:
     assert all(weight.device.type == "cpu" and not is_fake(weight) for weight in base.controlnet.parameters())
     with graph_module(skeleton_of(base), "controlnet_cond") as module:
-        empty = trace(module, traced["controlnet_cond"].spec, base.facts.multiple, geometry(base).factor)
+        empty = trace(module, traced["controlnet_cond"].spec, base.config.multiple, geometry(base).factor)
         assert all(weight.device.type == "meta" and not is_fake(weight) for weight in module.parameters())
     models = (empty.model, traced["controlnet_cond"].model)
     nodes = [
@@ -221,4 +222,4 @@ def test_tracing_looks_at_no_weight_and_leaves_them_alone(base: Base, traced: di
 def skeleton_of(base: Base) -> Base:
     with torch.device("meta"):
         networks = {name: type(net).from_config(net.config) for name, net in base.networks().items()}  # type: ignore[attr-defined]
-    return Base(base.facts, base.fingerprint, null_context=base.null_context, **networks)
+    return build_base(base.config, base.fingerprint, null_context=base.null_context, **networks)

@@ -18,18 +18,19 @@ from click.testing import CliRunner
 from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
-from lsast_engines.backends.base import open_engine
+from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import EMBEDDED, Bundle
 from lsast_engines.bundle.graph_spec import VAE_DECODER_TINY
 from lsast_engines.bundle.manifest import Manifest
 from lsast_engines.errors import BundleError, ExportError, ParityError, TrainingError
 from lsast_engines.images import read_picture
-from lsast_export.__main__ import main
+from lsast_export.bundle.add_graphs import add_small_decoder
 from lsast_export.bundle.check import check_bundle
+from lsast_export.cli.main import main
 from lsast_export.graphs import small_decoder
-from lsast_export.graphs.small_decoder import WEIGHTS, add_small_decoder, read_small_decoder
+from lsast_export.graphs.small_decoder import WEIGHTS, read_small_decoder
 from lsast_export.graphs.trace import TracedGraph, trace
-from lsast_export.progress import silent
+from lsast_export.progress import no_progress
 from lsast_export.quantize import quantize as quantise
 from lsast_export.quantize.weight_file import WeightFile
 
@@ -77,7 +78,7 @@ def traced_small(bundles: dict[str, Bundle], folder: Path) -> TracedGraph:
     """Its graph, traced once; `test_another_takes_its_place` traces its own."""
     facts = bundles["fp16"].manifest
     module = small_decoder.SmallDecoderGraph(read_small_decoder(folder, facts), facts.latent_scale).eval()
-    return trace(module, small_decoder.small_decoder_spec(facts.geometry), facts.multiple, facts.geometry.factor)
+    return trace(module, small_decoder.tiny_decoder_spec(facts.geometry), facts.multiple, facts.geometry.factor)
 
 
 @pytest.fixture(scope="session")
@@ -167,7 +168,7 @@ def test_a_wrong_one_leaves_the_bundle_as_it_was(
     monkeypatch.setattr(small_decoder, "trace", traced_once)
     for place, bundle in enumerate((bundles["fp16"], added)):
         path = shutil.copytree(bundle.path, tmp_path / str(place))
-        with pytest.raises(ParityError, match="decoder_small: found a relative error"):
+        with pytest.raises(ParityError, match="vae_decoder_tiny: found a relative error"):
             add_small_decoder(path, read_small_decoder(folder, bundle.manifest))
         assert Bundle.open(path).manifest == bundle.manifest
         assert {p.name for p in path.iterdir()} == {p.name for p in bundle.path.iterdir()}
@@ -241,7 +242,7 @@ def test_a_quantised_bundle_takes_it_and_one_that_is_quantised_keeps_it_as_it_is
     bundles: dict[str, Bundle], added: Bundle, folder: Path, tmp_path: Path, run: Run
 ) -> None:
     path = shutil.copytree(bundles["fp16"].path, tmp_path / "bundle")
-    quantised = dataclasses.replace(bundles["fp16"].manifest, storage_dtype="int8", source={"quantised_from": "tiny"})
+    quantised = dataclasses.replace(bundles["fp16"].manifest, storage_dtype="int8", source={"quantized_from": "tiny"})
     (path / "manifest.json").write_text(quantised.to_json())
     taken = add_small_decoder(path, read_small_decoder(folder, quantised))
     assert taken.manifest.storage_dtype == "int8"
@@ -253,7 +254,7 @@ def test_a_quantised_bundle_takes_it_and_one_that_is_quantised_keeps_it_as_it_is
     scratch = tmp_path / "quantised"
     scratch.mkdir()
     with WeightFile(scratch) as weights:
-        quantise._Writer(added, weights, quantise.QuantiseOptions(), tmp_path, silent)._as_it_is(VAE_DECODER_TINY)
+        quantise._Writer(added, weights, quantise.QuantizeOptions(), tmp_path, no_progress)._as_it_is(VAE_DECODER_TINY)
     latent = np.random.default_rng(3).standard_normal((1, 4, 8, 8), dtype=np.float32)
     with closing(open_engine(scratch / GRAPH, added.manifest.graphs[VAE_DECODER_TINY], "onnxruntime", "cpu")) as engine:
         found = engine({"latent": latent})["image"]

@@ -15,19 +15,21 @@ import torch
 from click.testing import CliRunner
 
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS, halvings, part_specs
+from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS, downsampling_level, split_specs
 from lsast_engines.errors import BundleError, ParityError
-from lsast_export.__main__ import main
 from lsast_export.bundle import add_graphs as adding
 from lsast_export.bundle.add_graphs import add_parts
 from lsast_export.bundle.check import check_bundle
 from lsast_export.bundle.export import ExportOptions, export_bundle
-from lsast_export.graphs.meta_base import skeleton
+from lsast_export.cli.main import main
+from lsast_export.graphs.meta_base import base_on_meta
 from lsast_export.graphs.trace import TracedGraph
-from lsast_export.graphs.unet_parts import cut_of
-from lsast_export.quantize.quantize import QuantiseOptions, quantise_bundle
-from lsast_train.base.base import Base, load_base, open_base_parts
-from lsast_train.base.kv_packing import pack
+from lsast_export.graphs.unet_parts import unet_split
+from lsast_export.quantize.quantize import QuantizeOptions, quantize_bundle
+from lsast_train.base.attention import layer_contexts
+from lsast_train.base.base import Base
+from lsast_train.base.kv_packing import kv_layouts
+from lsast_train.base.lazy_base import load_base, open_base
 
 Run = Callable[..., dict[str, np.ndarray]]
 Feeds = Callable[..., dict[str, np.ndarray]]
@@ -68,8 +70,8 @@ def test_control_and_deep_are_the_denoiser_and_shallow_on_a_fresh_feature_is_dee
 def test_parts_in_int8_round_what_the_denoiser_rounds(
     parted: Bundle, run: Run, feeds: Feeds, tmp_path: Path, smooth: float | None
 ) -> None:
-    options = QuantiseOptions(pictures=1, size=64, target=0, smooth=smooth)
-    quantised = quantise_bundle(parted, tmp_path / "int8", options)
+    options = QuantizeOptions(pictures=1, size=64, target=0, smooth=smooth)
+    quantised = quantize_bundle(parted, tmp_path / "int8", options)
     inputs = feeds(parted, 2, 1, 8, 8)
     expected, whole = (run(bundle, "denoiser", **inputs)["eps"] for bundle in (parted, quantised))
     found = split(inputs, run, quantised)
@@ -93,7 +95,7 @@ def test_shallow_on_a_kept_feature_is_torchs_unet_with_everything_deeper_frozen(
     contexts = torch.randn(2, 3, parted.manifest.tokens, source.context_dim, generator=torch.Generator().manual_seed(3))
     for inputs in (before, now):
         with torch.no_grad():
-            inputs["kv_unet"] = pack(source)[0].project(contexts)[None].numpy()
+            inputs["kv_unet"] = kv_layouts(source)[0].project(contexts)[None].numpy()
     found = split(before, run, parted)
     own = {name: now[name] for name in ("latent", "timestep", "kv_unet")}
     eps = run(parted, "unet_outer", **own, **outer(parted, found))["eps"][0]
@@ -109,14 +111,14 @@ def test_shallow_on_a_kept_feature_is_torchs_unet_with_everything_deeper_frozen(
         return args, kwargs
 
     hook = source.unet.up_blocks[-1].register_forward_pre_hook(feature, with_kwargs=True)
-    source.unet_box.fill(contexts)
     with torch.no_grad():
         for inputs in (before, now):
             latent, timestep = torch.from_numpy(inputs["latent"]), torch.from_numpy(inputs["timestep"])
             output = source.unet(
                 latent,
                 timestep,
-                source.unet_box.down,
+                None,
+                cross_attention_kwargs=layer_contexts(contexts),
                 down_block_additional_residuals=residuals[:-1],
                 mid_block_additional_residual=residuals[-1],
                 return_dict=False,
@@ -132,16 +134,17 @@ def test_shallow_on_a_kept_feature_is_torchs_unet_with_everything_deeper_frozen(
 
 def test_the_cut_is_what_diffusers_networks_give(base: Base) -> None:
     latent, timestep = torch.randn(1, 4, 8, 16), torch.tensor([500])
-    contexts = torch.randn(1, 3, base.facts.tokens, base.context_dim)
-    base.control_box.fill(contexts)
+    contexts = torch.randn(1, 3, base.config.tokens, base.context_dim)
     with torch.no_grad():
         down, mid = base.controlnet(
-            latent, timestep, base.control_box.down, torch.zeros(1, 3, 64, 128), return_dict=False
+            *(latent, timestep, None, torch.zeros(1, 3, 64, 128)),
+            cross_attention_kwargs=layer_contexts(contexts),
+            return_dict=False,
         )
-    cut = cut_of(base)
+    cut = unet_split(base)
     assert [(8 >> level, 16 >> level) for _, level in cut.residuals] == [tuple(r.shape[2:]) for r in (*down, mid)]
     assert [channels for channels, _ in cut.residuals] == [residual.shape[1] for residual in (*down, mid)]
-    assert [halvings(axis) for axis in ("h", "w2", "h16")] == [0, 1, 4]
+    assert [downsampling_level(axis) for axis in ("h", "w2", "h16")] == [0, 1, 4]
 
 
 def test_parts_add_graphs_and_figures_and_leave_all_else_to_the_byte(
@@ -269,11 +272,11 @@ def test_a_bundle_that_is_exported_again_keeps_its_parts_and_one_without_gets_th
         assert set(UNET_SPLIT_GRAPHS) < Bundle.open(tmp_path / name).manifest.parity.keys()
     refused = CliRunner().invoke(main, ["--style", "x", "--parts"])
     assert refused.exit_code == 2
-    assert "expected --out DIR with them" in refused.stderr
+    assert "found --parts, which belongs to a whole bundle" in refused.stderr
 
 
 def test_specs_are_those_of_the_base(parted: Bundle) -> None:
-    cut = cut_of(skeleton(open_base_parts(parted.path)))
-    specs = part_specs(parted.manifest.geometry, cut)
+    cut = unet_split(base_on_meta(open_base(parted.path)))
+    specs = split_specs(parted.manifest.geometry, cut)
     assert {name: parted.manifest.graphs[name] for name in UNET_SPLIT_GRAPHS} == specs
     assert len(specs["controlnet"].outputs) == len(specs["unet_full"].inputs) - 3

@@ -16,28 +16,28 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
 import lsast
-from lsast_engines.backends.base import open_engine
+from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import GraphSpec, TensorSpec
 from lsast_engines.errors import ParityError, TrainingError, UsageError
 from lsast_engines.images import psnr
-from lsast_export.__main__ import main
 from lsast_export.bundle.check import check_bundle
+from lsast_export.cli.main import main
 from lsast_export.quantize.calibration import Calibration
-from lsast_export.quantize.calibration_runs import find_contents
-from lsast_export.quantize.fold_weights import plain_graph
+from lsast_export.quantize.calibration_runs import load_calibration_images
+from lsast_export.quantize.fold_weights import fold_weights
 from lsast_export.quantize.qdq import to_int8
-from lsast_export.quantize.quantize import PICTURE_PSNR, QuantiseOptions, quantise_bundle
+from lsast_export.quantize.quantize import PICTURE_PSNR, QuantizeOptions, quantize_bundle
 from lsast_export.quantize.weight_file import WeightFile
 from lsast_export.tensorrt.compile import CompileOptions, compile_bundle
-from lsast_train.base.base import load_base
+from lsast_train.base.lazy_base import load_base
 
 SMALL = {"pictures": 1, "size": 64, "target": 5.0}
 
 
 @pytest.fixture(scope="module")
 def quantised(bundles: dict[str, Bundle], tmp_path_factory: Any) -> Bundle:
-    return quantise_bundle(bundles["fp16"], tmp_path_factory.mktemp("quantised") / "int8", QuantiseOptions(**SMALL))
+    return quantize_bundle(bundles["fp16"], tmp_path_factory.mktemp("quantised") / "int8", QuantizeOptions(**SMALL))
 
 
 SPEC = GraphSpec(
@@ -70,8 +70,8 @@ def toy(folder: Path) -> Path:
         weight("first", 32, 16, 3, 3), weight("first_bias", 32), weight("second", 32, 32, 3, 3),
         weight("second_bias", 32), weight("linear", 64, 32), weight("linear_bias", 64),
     ]  # fmt: skip
-    ends = [("x", ["B", 16, "h", "w"]), ("y", ["B", "h", "w", 32])]
-    inputs, outputs = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)] for name, shape in ends)
+    float_layers = [("x", ["B", 16, "h", "w"]), ("y", ["B", "h", "w", 32])]
+    inputs, outputs = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)] for name, shape in float_layers)
     graph = helper.make_graph(nodes, "toy", inputs, outputs, tensors)
     path = folder / "toy.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
@@ -128,7 +128,7 @@ def test_eight_bits_of_a_channel_reach_its_largest_weight(axis: int) -> None:
 
 def test_a_plain_graph_computes_the_same_with_weights_as_they_are_multiplied(tmp_path: Path) -> None:
     path = toy(tmp_path)
-    plain = plain_graph(path)
+    plain = fold_weights(path)
     assert kinds(plain) == {"Conv": 2, "Sigmoid": 2, "Mul": 2, "Transpose": 1, "Tanh": 1, "MatMul": 2, "Add": 2}
     (feeds,) = draw(1)
     np.testing.assert_allclose(run_model(plain, feeds)[0], run_model(onnx.load(path), feeds)[0], atol=1e-5)
@@ -138,7 +138,7 @@ def test_a_split_that_another_reads_too_is_left_alone(tmp_path: Path) -> None:
     model = onnx.load(toy(tmp_path))
     model.graph.output.append(helper.make_tensor_value_info("both", TensorProto.FLOAT, ["B", "h", "w", 64]))
     onnx.save(model, tmp_path / "read.onnx")
-    plain = plain_graph(tmp_path / "read.onnx")
+    plain = fold_weights(tmp_path / "read.onnx")
     (feeds,) = draw(1)
     for found, expected in zip(run_model(plain, feeds), run_model(model, feeds), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -147,7 +147,7 @@ def test_a_split_that_another_reads_too_is_left_alone(tmp_path: Path) -> None:
 def test_the_plain_denoiser_computes_the_same(bundles: dict[str, Bundle], feeds: Callable[..., Any], run: Any) -> None:
     bundle = bundles["bf16"]
     given = feeds(bundle, 1, 2, 8, 8)
-    plain = plain_graph(bundle.graph_path("denoiser"))
+    plain = fold_weights(bundle.graph_path("denoiser"))
     assert "Split" not in kinds(plain)
     assert all(tensor.data_type != TensorProto.BFLOAT16 for tensor in plain.graph.initializer)
     np.testing.assert_allclose(run_model(plain, given)[0], run(bundle, "denoiser", **given)["eps"], atol=1e-4)
@@ -212,7 +212,7 @@ def test_the_numbers_are_those_of_onnx_runtimes_quantiser(tmp_path: Path) -> Non
             return next(self.feeds, None)
 
     path = toy(tmp_path)
-    plain = onnx.shape_inference.infer_shapes(plain_graph(path))
+    plain = onnx.shape_inference.infer_shapes(fold_weights(path))
     onnx.save(plain, tmp_path / "plain.onnx")
     calibrator = create_calibrator(tmp_path / "plain.onnx", ["Conv", "MatMul"], str(tmp_path / "augmented.onnx"),
                                    CalibrationMethod.MinMax)  # fmt: skip
@@ -279,7 +279,7 @@ def test_a_quantised_bundle_has_the_styles_and_the_fingerprint_of_its_base(
     source = bundles["fp16"]
     manifest = quantised.manifest
     assert manifest.fingerprint == source.manifest.fingerprint
-    assert manifest.source["quantised_from"] == f"{source.manifest.name} (fp16)"
+    assert manifest.source["quantized_from"] == f"{source.manifest.name} (fp16)"
     assert "1 pictures (drawn) at 64 pixels" in manifest.source["calibrated_on"]
     assert list(quantised.styles()) == ["hand"]
     quantised.style("hand")
@@ -300,7 +300,7 @@ def test_a_quantised_denoiser_is_near_on_either_backend(
 
 def test_what_cannot_be_done_with_a_quantised_bundle_is_refused(quantised: Bundle, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="expected the one that it was made from"):
-        quantise_bundle(quantised, tmp_path / "again", QuantiseOptions(**SMALL))
+        quantize_bundle(quantised, tmp_path / "again", QuantizeOptions(**SMALL))
     with pytest.raises(TrainingError, match="name the bundle that it was made from"):
         load_base(quantised.path)
     with pytest.raises(UsageError, match=r"quantised for processors.*mini \(fp16\)"):
@@ -316,16 +316,16 @@ def test_a_check_opens_the_graphs_and_finds_damage(quantised: Bundle, tmp_path: 
 
 
 def test_paintings_that_stray_too_far_leave_nothing(bundles: dict[str, Bundle], tmp_path: Path) -> None:
-    options = QuantiseOptions(pictures=1, size=64, target=500)
+    options = QuantizeOptions(pictures=1, size=64, target=500)
     with pytest.raises(ParityError, match="expected 500"):
-        quantise_bundle(bundles["fp32"], tmp_path / "out", options)
+        quantize_bundle(bundles["fp32"], tmp_path / "out", options)
     assert not list(tmp_path.glob("*out*"))
 
 
 def test_encoder_and_decoder_in_int8_where_that_is_asked_for(bundles: dict[str, Bundle], tmp_path: Path) -> None:
     source = bundles["fp16"]
-    options = QuantiseOptions(**SMALL, also=frozenset({"vae_encoder", "vae_decoder"}))
-    also = quantise_bundle(source, tmp_path / "also", options)
+    options = QuantizeOptions(**SMALL, also=frozenset({"vae_encoder", "vae_decoder"}))
+    also = quantize_bundle(source, tmp_path / "also", options)
     rng = np.random.default_rng(6)
     fed = {
         "vae_encoder": {"image": rng.uniform(-1, 1, (1, 3, 64, 64)).astype(np.float32)},
@@ -343,9 +343,9 @@ def test_encoder_and_decoder_in_int8_where_that_is_asked_for(bundles: dict[str, 
 
 
 def test_all_faults_of_options_at_once(bundles: dict[str, Bundle], tmp_path: Path) -> None:
-    wrong = QuantiseOptions(pictures=0, size=65, smooth=1.5, also=frozenset({"controlnet_cond"}))
+    wrong = QuantizeOptions(pictures=0, size=65, smooth=1.5, also=frozenset({"controlnet_cond"}))
     with pytest.raises(UsageError, match=r"(?s)0 pictures.*size of 65.*smooth of 1.5.*also hint"):
-        quantise_bundle(bundles["fp32"], tmp_path / "out", wrong)
+        quantize_bundle(bundles["fp32"], tmp_path / "out", wrong)
 
 
 def test_the_command_line_quantises_on_pictures_of_a_folder(bundles: dict[str, Bundle], tmp_path: Path) -> None:
@@ -370,8 +370,8 @@ def test_the_command_line_quantises_on_pictures_of_a_folder(bundles: dict[str, B
 
 
 def test_drawn_pictures_differ_and_come_again() -> None:
-    first, origin = find_contents(None, 3, 64)
-    again, _ = find_contents(None, 3, 64)
+    first, origin = load_calibration_images(None, 3, 64)
+    again, _ = load_calibration_images(None, 3, 64)
     assert origin == "drawn"
     for one, other in zip(first, again, strict=True):
         np.testing.assert_array_equal(one, other)
@@ -389,7 +389,7 @@ def test_int8_in_lower_arithmetic_is_refused(quantised: Bundle) -> None:
     with pytest.raises(UsageError, match=r"found compute_dtype bf16.*expected fp32"):
         lsast.load(quantised.path, compute_dtype="bf16")
     with lsast.load(quantised.path, backend="onnxruntime") as stylizer:
-        picture = find_contents(None, 1, 64)[0][0]
+        picture = load_calibration_images(None, 1, 64)[0][0]
         image = stylizer.stylize(picture, size=64, steps=2).image
     assert image.size == (64, 64)
 
@@ -402,7 +402,7 @@ def test_the_embedded_bundle_in_int8_paints_what_it_paints_in_float(backend: str
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
     assert facts["parity"][PICTURE_PSNR] >= 30
-    picture = find_contents(None, 9, 256)[0][8]
+    picture = load_calibration_images(None, 9, 256)[0][8]
     for style in ("vangogh", "koson"):
         pictures = []
         for bundle in (tmp_path / "mini", None):

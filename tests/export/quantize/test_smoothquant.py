@@ -12,9 +12,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from lsast_engines.bundle.bundle import Bundle
 from lsast_export.quantize.calibration import Calibration
-from lsast_export.quantize.fold_weights import Weights, plain_graph
-from lsast_export.quantize.min_max_observer import Observer, Reach
-from lsast_export.quantize.smoothquant import find_factors, find_groups, smooth
+from lsast_export.quantize.fold_weights import Weights, fold_weights
+from lsast_export.quantize.min_max_observer import MinMax, MinMaxObserver
+from lsast_export.quantize.smoothquant import find_groups, smooth, smoothing_factors
 
 WIDTH = 16
 
@@ -43,8 +43,8 @@ def block(folder: Path, loud: float = 60.0) -> Path:
         numpy_helper.from_array(gamma, "gamma"), weight("beta", WIDTH), weight("value", WIDTH, WIDTH),
         numpy_helper.from_array(bias, "value_bias"), weight("gate", WIDTH, WIDTH), weight("last", WIDTH, 4),
     ]  # fmt: skip
-    ends = [("x", ["B", "n", WIDTH]), ("y", ["B", "n", 4])]
-    inputs, outputs = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)] for name, shape in ends)
+    float_layers = [("x", ["B", "n", WIDTH]), ("y", ["B", "n", 4])]
+    inputs, outputs = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)] for name, shape in float_layers)
     graph = helper.make_graph(nodes, "block", inputs, outputs, tensors)
     path = folder / "block.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
@@ -71,12 +71,14 @@ def unevenness(reach: tuple[np.ndarray, np.ndarray]) -> float:
     return float(largest.max() / np.median(largest))
 
 
-def channel_reach(path: Path, feeds: Iterable[dict[str, np.ndarray]]) -> dict[str, Reach]:
+def channel_minmax(path: Path, feeds: Iterable[dict[str, np.ndarray]]) -> dict[str, MinMax]:
     """Run the plain graph of the file `path` on `feeds`: least and greatest value by channel of what groups share."""
     model = onnx.load(str(path), load_external_data=False)
     weights = Weights(model, path.parent)
     groups = find_groups(model)
-    observer = Observer(model, path.parent, {group.activation: weights.shape(group.weights[0])[0] for group in groups})
+    observer = MinMaxObserver(
+        model, path.parent, {group.activation: weights.shape(group.weights[0])[0] for group in groups}
+    )
     for given in feeds:
         observer(given)
     return observer.reach
@@ -84,8 +86,8 @@ def channel_reach(path: Path, feeds: Iterable[dict[str, np.ndarray]]) -> dict[st
 
 def test_groups_are_what_shares_a_norm_and_what_ends_a_gate(tmp_path: Path) -> None:
     norm, gate = find_groups(onnx.load(block(tmp_path)))
-    assert (norm.activation, norm.weights, norm.makers) == ("normed", ("value", "gate"), ("gamma", "beta"))
-    assert (gate.activation, gate.weights, gate.makers) == ("gated", ("last",), ("value", "value_bias"))
+    assert (norm.activation, norm.weights, norm.producers) == ("normed", ("value", "gate"), ("gamma", "beta"))
+    assert (gate.activation, gate.weights, gate.producers) == ("gated", ("last",), ("value", "value_bias"))
 
 
 def test_what_another_reads_too_is_left_alone(tmp_path: Path) -> None:
@@ -98,7 +100,7 @@ def test_what_another_reads_too_is_left_alone(tmp_path: Path) -> None:
 
 def test_factors_are_those_of_the_paper(tmp_path: Path) -> None:
     model = onnx.load(path := block(tmp_path))
-    factors = find_factors(model, channel_reach(path, draw(4)), alpha=0.25)
+    factors = smoothing_factors(model, channel_minmax(path, draw(4)), alpha=0.25)
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     gamma, beta = tensors["gamma"], tensors["beta"]
     x = np.concatenate([feeds["x"] for feeds in draw(4)]).astype(np.float64)
@@ -114,7 +116,7 @@ def test_a_smoothed_graph_computes_the_same(tmp_path: Path, alpha: float) -> Non
     model = onnx.load(path := block(tmp_path))
     (feeds,) = draw(1, seed=2)
     expected = run(model, feeds)
-    assert smooth(model, find_factors(model, channel_reach(path, draw(4)), alpha)) == 2
+    assert smooth(model, smoothing_factors(model, channel_minmax(path, draw(4)), alpha)) == 2
     np.testing.assert_allclose(run(model, feeds), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
@@ -133,11 +135,11 @@ def test_outliers_shrink_and_eight_bits_lose_less(tmp_path: Path) -> None:
             calibration.smooth(alpha)
         errors[alpha] = error(run(calibration.quantised([]), feeds), expected)
     assert errors[0.5] < errors[None] / 2, errors
-    before = channel_reach(path, draw(8))
+    before = channel_minmax(path, draw(8))
     model = onnx.load(path)
-    smooth(model, find_factors(model, before))
+    smooth(model, smoothing_factors(model, before))
     onnx.save(model, tmp_path / "smooth.onnx")
-    after = channel_reach(tmp_path / "smooth.onnx", draw(8))
+    after = channel_minmax(tmp_path / "smooth.onnx", draw(8))
     assert unevenness(after["normed"]) < unevenness(before["normed"]) / 3
     assert unevenness(after["gated"]) < unevenness(before["gated"])
 
@@ -167,7 +169,7 @@ def test_a_channel_that_is_always_zero_is_left_as_it_is(tmp_path: Path) -> None:
             array[2] = 0
             tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
     onnx.save(model, path)
-    factors = find_factors(model, channel_reach(path, draw(4)))
+    factors = smoothing_factors(model, channel_minmax(path, draw(4)))
     assert factors["value"][2] == 1
     assert np.isfinite(factors["value"]).all()
 
@@ -177,8 +179,8 @@ def test_the_smoothed_denoiser_computes_the_same(
 ) -> None:
     bundle = bundles["fp32"]
     given = feeds(bundle, 1, 2, 8, 8)
-    onnx.save(plain_graph(bundle.graph_path("denoiser")), path := tmp_path / "plain.onnx")
+    onnx.save(fold_weights(bundle.graph_path("denoiser")), path := tmp_path / "plain.onnx")
     model = onnx.load(path)
     expected = run(model, given)
-    assert smooth(model, find_factors(model, channel_reach(path, [given]))) >= 4
+    assert smooth(model, smoothing_factors(model, channel_minmax(path, [given]))) >= 4
     np.testing.assert_allclose(run(model, given), expected, atol=1e-4 * np.abs(expected).max())

@@ -10,26 +10,26 @@ import torch
 
 from lsast_engines.errors import StyleError
 from lsast_export.graphs.modules import denoiser_graph
-from lsast_export.styles.bake import bake_null_style, bake_style, manifest_layers
-from lsast_train.base.attention import GROUPS
+from lsast_export.styles.bake import KVProjector, bake_null_style, bake_style
+from lsast_train.base.attention import GROUPS, packed_kv
 from lsast_train.base.base import Base
-from lsast_train.base.kv_packing import KeyValueBox, baked_attention, pack
+from lsast_train.base.kv_packing import kv_layouts
 from lsast_train.prompts.prompt_file import Prompts
 
 
 def random_contexts(base: Base, *leading: int) -> torch.Tensor:
-    shape = (*leading, len(GROUPS), base.facts.tokens, base.context_dim)
+    shape = (*leading, len(GROUPS), base.config.tokens, base.context_dim)
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("network", ["unet", "controlnet"])
 def test_attention_on_baked_keys_and_values_is_attention_on_the_context(base: Base, network: str) -> None:
-    layout = copy.deepcopy(pack(base)[network == "controlnet"])
+    layout = copy.deepcopy(kv_layouts(base)[network == "controlnet"])
     contexts = random_contexts(base, 2).double()
     for layer in layout.layers:
         layer.module.double()
     packed = layout.project(contexts)
-    assert packed.shape == (2, base.facts.tokens, layout.width)
+    assert packed.shape == (2, base.config.tokens, layout.width)
     for layer in layout.layers:
         hidden = torch.randn(2, 15, layer.module.to_q.in_features, dtype=torch.float64)
         context = contexts[:, GROUPS.index(layer.group)]
@@ -40,17 +40,16 @@ def test_attention_on_baked_keys_and_values_is_attention_on_the_context(base: Ba
         )
         mixed = torch.bmm(attn.get_attention_scores(query, key), value)
         expected = attn.to_out[0](attn.batch_to_head_dim(mixed))
-        box = KeyValueBox(packed)
-        with baked_attention(layout, box):
-            found = attn.processor(attn, hidden)
+        found = attn.processor(attn, hidden, **packed_kv(packed))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_manifest_says_where_each_layer_finds_its_columns(base: Base) -> None:
-    style = bake_style(base, random_contexts(base, 4), "x")
+    projector = KVProjector.of_base(base)
+    style = bake_style(projector, random_contexts(base, 4), "x")
     contexts = random_contexts(base, 4).numpy()
     networks = {"unet": (base.unet, style.kv_unet), "control": (base.controlnet, style.kv_control)}
-    entries = manifest_layers(pack(base))
+    entries = projector.layers
     assert {entry.group for entry in entries} == set(GROUPS)
     for entry in entries:
         network, packed = networks[entry.network]
@@ -67,7 +66,7 @@ def test_denoiser_module_is_the_base_on_contexts(base: Base) -> None:
     contexts, control_contexts = random_contexts(base, 2), random_contexts(base, 2).flip(0)
     latent, timestep = torch.randn(2, 4, 8, 16), torch.tensor([7, 903])
     edges = (torch.rand(2, 3, 64, 128) < 0.1).float()
-    unet, control = pack(base)
+    unet, control = kv_layouts(base)
     with torch.no_grad():
         expected = base.eps(latent, timestep, contexts, edges, control_contexts)
         hint = base.controlnet.controlnet_cond_embedding(edges)
@@ -84,7 +83,6 @@ def test_base_is_left_as_it_was_even_after_a_failure(base: Base) -> None:
     def fail_halfway() -> None:
         with denoiser_graph(base):
             assert base.controlnet.controlnet_cond_embedding is not hint_encoder
-            assert base.unet.attn_processors != before[0]
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -94,10 +92,10 @@ def test_base_is_left_as_it_was_even_after_a_failure(base: Base) -> None:
 
 
 def test_null_style_is_the_null_context_in_every_group(base: Base) -> None:
-    style = bake_null_style(base)
+    style = bake_null_style(KVProjector.of_base(base))
     assert (style.stages, style.base) == (1, base.fingerprint)
-    attn = base.unet.get_submodule(pack(base)[0].entries[-1].name)
-    entry = pack(base)[0].entries[-1]
+    attn = base.unet.get_submodule(kv_layouts(base)[0].entries[-1].name)
+    entry = kv_layouts(base)[0].entries[-1]
     expected = (base.null_context @ attn.to_v.weight.T).numpy()
     np.testing.assert_allclose(style.kv_unet[0, :, entry.offset + entry.width :], expected, rtol=0, atol=1e-5)
 
@@ -106,7 +104,7 @@ def test_prompts_that_do_not_fit_are_refused_with_every_fault(base: Base, prompt
     wrong = prompts.prompts[:, :2].clone()
     wrong[0, 0, 0, 0] = torch.nan
     with pytest.raises(StyleError) as caught:
-        bake_style(base, wrong, "hand")
+        bake_style(KVProjector.of_base(base), wrong, "hand")
     assert "[10, 2, 4, 24]" in str(caught.value)
     assert "[stages, 3, 4, 24]" in str(caught.value)
     assert "NaN" in str(caught.value)

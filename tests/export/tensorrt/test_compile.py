@@ -17,7 +17,7 @@ from lsast_engines.backends.tensorrt.shape_profile import Range, ShapeRanges
 from lsast_engines.bundle.bundle import EMBEDDED, Bundle
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, GraphSpec, TensorSpec
 from lsast_engines.errors import BackendError, ExportError, MissingExtraError, UsageError
-from lsast_export.__main__ import main
+from lsast_export.cli.main import main
 from lsast_export.tensorrt.compile import CompileOptions, compile_bundle, compile_graph
 
 TARGETS = ("8.6", "8.9", "12.0")

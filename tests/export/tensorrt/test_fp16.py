@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from lsast_engines.bundle.bundle import Bundle
-from lsast_export.tensorrt.fp16 import FULL, held_types, write_half_graph
+from lsast_export.tensorrt.fp16 import FULL, dtypes_in, write_half_graph
 
 GRAPHS = ("vae_encoder", "controlnet_cond", "denoiser", "vae_decoder")
 
@@ -80,6 +80,6 @@ def test_the_denoiser_in_halves_computes_nearly_the_same(
 
 
 def test_held_types_are_those_of_weights_and_casts(bundles: dict[str, Bundle]) -> None:
-    assert {"FLOAT16", "FLOAT"} <= held_types(bundles["fp16"].graph_path("controlnet_cond"))
-    assert "BFLOAT16" in held_types(bundles["bf16"].graph_path("controlnet_cond"))
-    assert "FLOAT16" not in held_types(bundles["fp32"].graph_path("controlnet_cond"))
+    assert {"FLOAT16", "FLOAT"} <= dtypes_in(bundles["fp16"].graph_path("controlnet_cond"))
+    assert "BFLOAT16" in dtypes_in(bundles["bf16"].graph_path("controlnet_cond"))
+    assert "FLOAT16" not in dtypes_in(bundles["fp32"].graph_path("controlnet_cond"))

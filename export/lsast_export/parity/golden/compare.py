@@ -1,20 +1,19 @@
-"""Proof against the released code: a golden set run again here, in torch or as exported graphs on a backend.
+"""Proof against the released code: repeats a golden set in torch, or with the exported graphs on a backend.
 
-Both sides share what the runtime runs: `TimestepSchedule` and the solver ``released``. In torch the denoiser is the
-base as it is trained, contexts projected inside each attention; on a backend it is the exported ``controlnet_cond`` and
-``denoiser`` graphs fed with baked keys and values, as `lsast.sampling.sampler.denoise` feeds them. Keys and values stay
-float32 here, style files hold halves. The residuals, which the denoiser keeps to itself, are
-read off a copy of its graph that has them as further outputs and is otherwise the same.
+Both run what the runtime runs: `TimestepSchedule` and the solver ``ddim_lsast``. In torch the denoiser is the base as
+it is trained, contexts projected inside each attention; on a backend it is the exported ``controlnet_cond`` and
+``denoiser`` graphs with baked keys and values, fed as `lsast.sampling.sampler.denoise` feeds them. Keys and values stay
+float32 here; style files hold float16. The residuals, which are no output of the denoiser, are read from a copy of its
+graph that has them as further outputs and is otherwise the same.
 
 Every step is computed twice: from the recorded latent, and (``free_…``) from the latent that our own run has reached.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,21 +24,19 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from lsast_engines.backends.registry import require_backend
 from lsast_engines.diffusion.guidance import guide
 from lsast_engines.diffusion.solvers import make_solver
-from lsast_engines.errors import ExportError, ParityError, fault_list
-from lsast_train.base.base import Base, BaseFacts
+from lsast_engines.errors import ExportError, fault_list
+from lsast_train.base.base import Base, BaseConfig, build_base
 from lsast_train.checkpoints.compvis import HEADS, UNET, controlnet_from_compvis, section, unet_from_compvis
 from lsast_train.evaluation import noise_error
 from lsast_train.prompts.prompt_space import PromptSpace
 
-from ...bundle.export import require_backend
-from .denoisers import Denoiser, EngineDenoiser, TorchDenoiser, export_graphs
+from ...progress import Progress, no_progress
+from ..parity import relative_error
+from .denoisers import Array, Denoiser, EngineDenoiser, TorchDenoiser, export_graphs
 from .golden_set import RESIDUAL, STAGES, GoldenSet
-
-Array = npt.NDArray[np.float32]
-Progress = Callable[[str], None]
-"""Told the name of each phase as it begins."""
 
 TORCH = "torch"
 """The backend that is the base itself, in float32."""
@@ -56,9 +53,9 @@ class GoldenReport:
     """By quantity the largest difference relative to the largest magnitude recorded; of eps and latents at the worst
     step, each step relative to itself."""
     architecture: dict[str, object]
-    """The networks: what the weights say, and the heads."""
+    """The networks: the widths of their weights, and their heads."""
     notes: tuple[str, ...]
-    """What was concluded where the set says nothing, and what was not compared."""
+    """Conclusions about what the set does not say, and what was not compared."""
     seconds: float
 
     @property
@@ -68,20 +65,20 @@ class GoldenReport:
 
 
 def check_golden(
-    golden: GoldenSet, backend: str = TORCH, tolerance: float = 1e-4, progress: Progress = lambda phase: None
+    golden: GoldenSet, backend: str = TORCH, tolerance: float = 1e-4, progress: Progress = no_progress
 ) -> GoldenReport:
     """Run `golden` on `backend` and compare.
 
     Args:
         golden: the set.
-        backend: `TORCH`, or one of `lsast_engines.backends.base.EXTRAS`.
+        backend: `TORCH`, or one of `lsast_engines.backends.registry.EXTRAS`.
         tolerance: largest error that passes.
-        progress: told each phase.
+        progress: is called at each phase.
 
     Raises:
         TrainingError: networks whose architecture cannot be read from their weights.
-        ExportError: networks that do not fit the inputs or the metadata; a graph that cannot be exported.
-        BackendError, MissingExtraError: the backend is not there or cannot run the graphs.
+        ExportError: networks that do not fit the inputs; a graph that cannot be exported.
+        BackendError, MissingExtraError: the backend is not installed or cannot run the graphs.
         ParityError: results that are not finite.
     """
     begin = time.perf_counter()
@@ -89,9 +86,6 @@ def check_golden(
         require_backend(backend)
     progress("building the networks")
     base, architecture, notes = golden_base(golden)
-    if golden.guidance == 1:
-        golden, note = _settle_contexts(base, golden)
-        notes = (*notes, note)
     errors: dict[str, float] = {}
     with torch.no_grad(), ExitStack() as stack:
         if backend == TORCH:
@@ -112,13 +106,13 @@ def check_golden(
 
 
 def golden_base(golden: GoldenSet) -> tuple[Base, dict[str, object], tuple[str, ...]]:
-    """The base of a golden set (without an autoencoder), what it is, and the set's notes with our own.
+    """The base of a golden set (without an autoencoder), its architecture, and the set's notes with further ones.
 
     Raises:
         TrainingError: weights that are no U-Net or ControlNet.
-        ExportError: networks that do not fit one another, the inputs or the metadata; all faults at once.
+        ExportError: networks that do not fit one another or the inputs; all faults at once.
     """
-    # Built with one head, which divides everything; the heads are set below, where they may have to be found out.
+    # Built with one head, which divides every width; `_find_heads` sets the real number.
     unet = unet_from_compvis(golden.unet, heads=golden.heads or 1)
     controlnet = controlnet_from_compvis(golden.control, heads=golden.heads or 1)
     widths = [int(width) for width in unet.config.block_out_channels]
@@ -131,13 +125,10 @@ def golden_base(golden: GoldenSet) -> tuple[Base, dict[str, object], tuple[str, 
     }
     cells = 2 ** (len(widths) - 1)
     faults = [
-        f"metadata {name}: found {golden.architecture[name]}; expected {found}, as in the weights"
-        for name, found in architecture.items()
-        if name in golden.architecture and golden.architecture[name] != found
+        f"ControlNet: found {name} {controlnet.config[name]}; expected {unet.config[name]}"
+        for name in ("block_out_channels", "layers_per_block", "cross_attention_dim", "in_channels")
+        if unet.config[name] != controlnet.config[name]
     ]
-    for name in ("block_out_channels", "layers_per_block", "cross_attention_dim", "in_channels"):
-        if unet.config[name] != controlnet.config[name]:
-            faults.append(f"ControlNet: found {name} {controlnet.config[name]}; expected {unet.config[name]}")
     if golden.contexts.shape[3] != unet.config.cross_attention_dim:
         faults.append(f"contexts: found {golden.contexts.shape[3]} channels; expected {architecture['context_dim']}")
     if golden.z0.shape[1] != unet.config.in_channels:
@@ -149,7 +140,7 @@ def golden_base(golden: GoldenSet) -> tuple[Base, dict[str, object], tuple[str, 
         faults.append(f"{RESIDUAL}…: found {len(golden.residuals)}; expected {expected}")
     if faults:
         raise ExportError(fault_list(f"the networks of {golden.prefix} do not fit its record:", faults))
-    facts = BaseFacts(
+    config = BaseConfig(
         name=golden.prefix.name,
         family="sd15",
         prediction="epsilon",
@@ -159,55 +150,35 @@ def golden_base(golden: GoldenSet) -> tuple[Base, dict[str, object], tuple[str, 
         noise=golden.schedule.noise,
         multiple=8 * cells,
     )
-    base = Base(facts, "0" * 64, unet, controlnet, nn.Identity(), golden.unconditional)
-    heads, note = _settle_heads(base, golden)
-    return base, {**architecture, **heads}, (*golden.notes, *note)
+    base = build_base(config, "0" * 64, unet, controlnet, nn.Identity(), golden.unconditional)
+    heads, notes = golden.heads, golden.notes
+    if heads is None:
+        heads = _find_heads(base, golden, widths)
+        notes = (*notes, f"num_heads: not in the metadata; {heads} fits the recorded residuals best")
+    return base, {**architecture, "num_heads": heads}, notes
 
 
-def _settle_heads(base: Base, golden: GoldenSet) -> tuple[dict[str, object], tuple[str, ...]]:
-    """Give every attention its heads. Weights cannot tell; a set that does not either shows it in its residuals."""
-    networks = (base.unet, base.controlnet)
-    widths = [int(width) for width in base.unet.config.block_out_channels]
-    if golden.heads is not None:
-        return {"num_heads": golden.heads}, ()
-    if (each := golden.head_channels) is not None:
-        _set_heads(networks, {width: max(1, width // each) for width in widths})
-        return {"num_head_channels": each}, ()
+def _find_heads(base: Base, golden: GoldenSet, widths: list[int]) -> int:
+    """The number of attention heads, which weights do not tell, that repeats the recorded residuals best; it is set."""
+
+    def set_heads(heads: int) -> None:
+        for network in (base.unet, base.controlnet):
+            for module in network.modules():
+                if isinstance(module, Attention):
+                    module.heads = heads
+                    module.scale = (int(module.to_q.out_features) // heads) ** -0.5
+
     denoiser = TorchDenoiser(base, golden)
     first = golden.schedule.steps[0]
     errors: dict[int, float] = {}
     with torch.no_grad():
         for heads in (count for count in range(1, min(widths) + 1) if not any(width % count for width in widths)):
-            _set_heads(networks, dict.fromkeys(widths, heads))
+            set_heads(heads)
             found = denoiser.residuals(golden.latents_in[0].numpy(), first.t, first.stage)
-            errors[heads] = max(_pair_errors(found, golden.residuals))
+            errors[heads] = max(error for _, error in _residual_errors(found, golden))
     chosen = min(errors, key=lambda heads: (errors[heads], heads != HEADS))
-    _set_heads(networks, dict.fromkeys(widths, chosen))
-    return {"num_heads": chosen}, (f"num_heads: not in the metadata; {chosen} fits the recorded residuals best",)
-
-
-def _settle_contexts(base: Base, golden: GoldenSet) -> tuple[GoldenSet, str]:
-    """Whether an unguided run's U-Net saw each stage's contexts: not in the released code, see `GoldenSet.sliced`."""
-    first = golden.schedule.steps[0]
-    errors = {}
-    for sliced in (False, True):
-        denoiser = TorchDenoiser(base, dataclasses.replace(golden, sliced=sliced))
-        with torch.no_grad():
-            found = denoiser.eps(golden.latents_in[0].numpy(), first.t, first.stage)[-1]
-        errors[sliced] = _error("eps_cond", found, golden.eps_cond[0])
-    sliced = errors[True] < errors[False]
-    kind = "those of each stage, unlike in the released code" if sliced else "0, 1 and 2 at every step, as released"
-    return dataclasses.replace(golden, sliced=sliced), f"the U-Net's contexts with guidance 1: {kind}"
-
-
-def _set_heads(networks: tuple[nn.Module, ...], heads: Mapping[int, int]) -> None:
-    """Divide every attention of `networks` into as many heads as `heads` says for its width."""
-    for network in networks:
-        for module in network.modules():
-            if isinstance(module, Attention):
-                width = int(module.to_q.out_features)
-                module.heads = heads[width]
-                module.scale = (width // module.heads) ** -0.5
+    set_heads(chosen)
+    return chosen
 
 
 def _sampling_errors(golden: GoldenSet, denoiser: Denoiser) -> Iterator[tuple[str, float]]:
@@ -216,13 +187,11 @@ def _sampling_errors(golden: GoldenSet, denoiser: Denoiser) -> Iterator[tuple[st
     solver = make_solver(schedule.solver, schedule.noise, schedule)
     if golden.timesteps is not None:
         found = np.array([step.t for step in schedule.steps])
-        yield "timesteps", _error("timesteps", found, np.array(golden.timesteps).reshape(-1))
+        yield "timesteps", _error("timesteps", found, np.array(golden.timesteps))
     x = schedule.add_noise(golden.z0.numpy(), golden.noise.numpy(), schedule.start_t)
     yield "start_latent", _error("start_latent", x, golden.start_latent)
     first = schedule.steps[0]
-    residuals = denoiser.residuals(golden.latents_in[0].numpy(), first.t, first.stage)
-    for index, error in enumerate(_pair_errors(residuals, golden.residuals)):
-        yield f"{RESIDUAL}{index:02}", error
+    yield from _residual_errors(denoiser.residuals(golden.latents_in[0].numpy(), first.t, first.stage), golden)
     for step in schedule.steps:
         recorded = golden.latents_in[step.index]
         rows = {"eps_cond": golden.eps_cond[step.index]}
@@ -233,8 +202,7 @@ def _sampling_errors(golden: GoldenSet, denoiser: Denoiser) -> Iterator[tuple[st
         yield "free_latents", _error("free_latents", x, recorded)
         free = denoiser.eps(x, step.t, step.stage)
         yield from ((f"free_{name}", _error(f"free_{name}", free[row], rows[name])) for row, name in enumerate(rows))
-        eps = guide(free, golden.guidance)
-        x = solver.step(eps, step.index, x)
+        x = solver.step(guide(free, golden.guidance), step.index, x)
     yield "final_latent", _error("final_latent", x, golden.final_latent)
 
 
@@ -265,29 +233,13 @@ def _training_errors(base: Base, golden: GoldenSet) -> dict[str, float]:
     return errors
 
 
-def _pair_errors(found: list[Array], expected: tuple[torch.Tensor, ...]) -> list[float]:
-    return [
-        _error(f"{RESIDUAL}{index:02}", ours, theirs)
-        for index, (ours, theirs) in enumerate(zip(found, expected, strict=True))
-    ]
+def _residual_errors(found: list[Array], golden: GoldenSet) -> Iterator[tuple[str, float]]:
+    for index, (ours, theirs) in enumerate(zip(found, golden.residuals, strict=True)):
+        name = f"{RESIDUAL}{index:02}"
+        yield name, _error(name, ours, theirs)
 
 
 def _error(name: str, found: npt.ArrayLike, expected: npt.ArrayLike) -> float:
-    """max|found - expected| / max|expected| (absolute where that is 0)."""
+    """`relative_error` in float64, of arrays that may differ in axes of length 1."""
     ours, theirs = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    if ours.shape != theirs.shape and ours.size == theirs.size:
-        theirs = theirs.reshape(ours.shape)
-    if ours.shape != theirs.shape:
-        raise ParityError(f"{name}: found shape {list(ours.shape)}; expected {list(theirs.shape)}, as recorded")
-    if not np.isfinite(ours).all():
-        raise ParityError(f"{name}: found NaN or infinite values; expected finite ones")
-    return float(np.abs(ours - theirs).max() / (np.abs(theirs).max() or 1.0))
-
-
-def failures(errors: Mapping[str, float], tolerance: float) -> list[str]:
-    """What is past the tolerance, a line each."""
-    return [
-        f"{name}: found a relative error of {error:.2e}; expected at most {tolerance:.0e}"
-        for name, error in errors.items()
-        if not error <= tolerance
-    ]
+    return relative_error(ours, theirs.reshape(ours.shape) if ours.size == theirs.size else theirs, name)

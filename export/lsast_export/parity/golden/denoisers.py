@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Protocol
@@ -14,15 +13,18 @@ import onnx_ir as ir
 import torch
 from safetensors.torch import save_file
 
-from lsast_engines.backends.base import Engine, open_engine
+from lsast_engines.backends.base import Engine
+from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.graph_spec import CONTROLNET_COND, DENOISER, GraphSpec, TensorSpec, graph_specs
 from lsast_engines.errors import ExportError, fault_list
+from lsast_train.base.attention import layer_contexts
 from lsast_train.base.base import Base
 
 from ...graphs.external_weights import save_graph
 from ...graphs.modules import geometry, graph_module
 from ...graphs.trace import trace
-from ...styles.bake import bake_style
+from ...progress import Progress
+from ...styles.bake import KVProjector
 from .golden_set import RESIDUAL, GoldenSet
 
 Array = npt.NDArray[np.float32]
@@ -31,7 +33,7 @@ _WEIGHTS = "base.safetensors"
 
 
 class Denoiser(Protocol):
-    """What computes one step of a golden set. Rows of eps: [unconditional, conditional], or one where unguided."""
+    """Computes one step of a golden set. Rows of eps: [unconditional, conditional], or one without guidance."""
 
     def residuals(self, latent: Array, timestep: int, stage: int) -> list[Array]:
         """ControlNet's residuals at `latent` [B, 4, h, w], in the order of the set."""
@@ -56,11 +58,11 @@ class TorchDenoiser:
         contexts = self._golden.unet_contexts(stage)
         rows = len(contexts)
         *down, middle = (residual.repeat(rows, 1, 1, 1) for residual in self._control(x, timestep, stage))
-        self._base.unet_box.fill(torch.cat(contexts))
         output = self._base.unet(
             x.repeat(rows, 1, 1, 1),
             timestep,
-            self._base.unet_box.down,
+            None,
+            cross_attention_kwargs=layer_contexts(torch.cat(contexts)),
             down_block_additional_residuals=down,
             mid_block_additional_residual=middle,
             return_dict=False,
@@ -69,13 +71,14 @@ class TorchDenoiser:
         return eps
 
     def _control(self, latent: torch.Tensor, timestep: int, stage: int) -> list[torch.Tensor]:
-        box = self._base.control_box
-        box.fill(self._golden.style_contexts(stage))
-        down, middle = self._base.controlnet(latent, timestep, box.down, self._golden.hint, return_dict=False)
+        kwargs = layer_contexts(self._golden.style_contexts(stage))
+        down, middle = self._base.controlnet(
+            latent, timestep, None, self._golden.hint, cross_attention_kwargs=kwargs, return_dict=False
+        )
         return [*down, middle]
 
 
-def export_graphs(base: Base, folder: Path, progress: Callable[[str], None]) -> None:
+def export_graphs(base: Base, folder: Path, progress: Progress) -> None:
     """Write the graphs ``controlnet_cond`` and ``denoiser`` of `base`, in float32, with their weights, to `folder`.
 
     Raises:
@@ -92,7 +95,7 @@ def export_graphs(base: Base, folder: Path, progress: Callable[[str], None]) -> 
     for name in (CONTROLNET_COND, DENOISER):
         progress(f"tracing {name}")
         with graph_module(base, name) as module:
-            traced = trace(module, graph_specs(widths)[name], base.facts.multiple, widths.factor)
+            traced = trace(module, graph_specs(widths)[name], base.config.multiple, widths.factor)
         save_graph(traced, folder / _WEIGHTS, folder / f"{name}.onnx")
 
 
@@ -103,10 +106,10 @@ class EngineDenoiser:
         base: what was exported.
         golden: hint and contexts.
         folder: where `export_graphs` wrote to.
-        backend: see `lsast_engines.backends.base.open_engine`.
+        backend: see `lsast_engines.backends.registry.open_engine`.
 
     Raises:
-        BackendError, MissingExtraError: the backend is not there or cannot load a graph.
+        BackendError, MissingExtraError: the backend is not installed or cannot load a graph.
     """
 
     def __init__(self, base: Base, golden: GoldenSet, folder: Path, backend: str) -> None:
@@ -150,17 +153,12 @@ class EngineDenoiser:
 
 
 def _bake(base: Base, golden: GoldenSet) -> dict[int, tuple[Array, Array]]:
-    """kv_unet [G, B, T, Wu] and kv_control [B, T, Wc] of every stage that the set visits, by `bake_style`."""
-    stages = sorted({step.stage for step in golden.schedule.steps} | {0})
-
-    def baked(contexts: torch.Tensor) -> tuple[Array, Array]:  # [B, 3, T, dim] → [B, T, Wu], [B, T, Wc]
-        style = bake_style(base, contexts, "golden")  # rows are stages to it, whatever they are
-        return style.kv_unet, style.kv_control
-
+    """kv_unet [G, B, T, Wu] and kv_control [B, T, Wc] of every stage that the set visits."""
+    project = KVProjector.of_base(base)
     found = {}
-    for stage in stages:
-        halves = [baked(contexts)[0] for contexts in golden.unet_contexts(stage)]
-        found[stage] = np.stack(halves), baked(golden.style_contexts(stage))[1]
+    for stage in sorted({step.stage for step in golden.schedule.steps} | {0}):
+        halves = [project(contexts)[0].numpy() for contexts in golden.unet_contexts(stage)]
+        found[stage] = np.stack(halves), project(golden.style_contexts(stage))[1].numpy()
     return found
 
 

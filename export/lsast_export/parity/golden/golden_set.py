@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -41,9 +40,7 @@ class GoldenSet:
     unet: dict[str, torch.Tensor]
     control: dict[str, torch.Tensor]
     heads: int | None
-    """Attention heads of every layer; None where the set does not say."""
-    head_channels: int | None
-    """Channels of every head, for sets that fix those instead."""
+    """Attention heads of every layer; None if the metadata does not say."""
     guidance: float
     schedule: TimestepSchedule
     z0: torch.Tensor
@@ -59,10 +56,7 @@ class GoldenSet:
     """[n, B, 4, h, w], as both eps."""
     eps_cond: torch.Tensor
     eps_uncond: torch.Tensor | None
-    """None where the unconditional half was not computed: guidance 1."""
-    sliced: bool
-    """Whether the U-Net saw the contexts of each stage. With guidance 1 the released code hands all of them over
-    unsliced, so that 0, 1 and 2 serve every stage, but for ControlNet (docs/method.md §8.6)."""
+    """None at guidance 1, where the unconditional half was not computed."""
     start_latent: torch.Tensor
     """[B, 4, h, w], as `final_latent`."""
     final_latent: torch.Tensor
@@ -70,16 +64,18 @@ class GoldenSet:
     timesteps: tuple[int, ...] | None
     """As recorded."""
     training: tuple[TrainingCase, ...]
-    architecture: dict[str, Any]
-    """What the metadata says of the networks beside the heads, by the name of the released code's option."""
     notes: tuple[str, ...]
-    """What was concluded where the metadata says nothing."""
+    """Conclusions about what the metadata does not say."""
 
     def style_contexts(self, stage: int) -> torch.Tensor:
         """The style's contexts of one stage, [B, 3, T, dim]: number s + l for layer group l (docs/method.md §1.4)."""
         return self.contexts[stage : stage + len(GROUPS)].transpose(0, 1)
 
     def unet_contexts(self, stage: int) -> list[torch.Tensor]:
-        """The U-Net's contexts [B, 3, T, dim] of one stage, for each guidance half: [unconditional,] conditional."""
-        style = self.style_contexts(stage if self.sliced else 0)
+        """The U-Net's contexts [B, 3, T, dim] of one stage, for each guidance half: [unconditional,] conditional.
+
+        At guidance 1 the released code passes all contexts unsliced, so that 0, 1 and 2 serve every stage of the
+        U-Net, but not of ControlNet (docs/method.md §8.6).
+        """
+        style = self.style_contexts(0 if self.guidance == 1 else stage)
         return [style] if self.eps_uncond is None else [self.unconditional.expand_as(style), style]

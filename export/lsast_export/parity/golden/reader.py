@@ -1,4 +1,4 @@
-"""Golden sets on disk: what LSAST's released code computed, as files ``PREFIX_….safetensors``.
+"""Reads golden sets: what LSAST's released code computed, as files ``PREFIX_….safetensors``.
 
 ====================== ==========================================================================================
 ``PREFIX_unet``        the U-Net in CompVis naming (``model.diffusion_model.*``)
@@ -9,17 +9,14 @@
 ``PREFIX_train``       optional; for case i: i_z, i_noise, i_t, i_contexts, then i_loss, i_grad_index, i_grad
 ====================== ==========================================================================================
 
-What the metadata says (steps, strength, guidance, num_heads …) may be missing in part; the weights, or the recorded
-run, then say it. What was concluded in this way is noted.
+Metadata (steps, strength, guidance, num_heads) may be missing; the recorded run then shows them, and a note says so.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,7 +29,7 @@ from lsast_train.base.attention import GROUPS
 from .golden_set import RESIDUAL, STAGES, GoldenSet, TrainingCase
 
 _STEPS, _GUIDANCE = 50, 10.0
-"""What the released code is called with (docs/method.md §4), for sets that say nothing."""
+"""The released code's defaults (docs/method.md §4)."""
 
 
 def read_golden(prefix: Path) -> GoldenSet:
@@ -46,9 +43,7 @@ def read_golden(prefix: Path) -> GoldenSet:
     unet, unet_says = _load(prefix, "unet", faults)
     control, control_says = _load(prefix, "control", faults)
     tensors, says = _load(prefix, "io", faults)
-    training: dict[str, torch.Tensor] = {}
-    if _path(prefix, "train").is_file():
-        training, _ = _load(prefix, "train", faults)
+    training = _load(prefix, "train", faults)[0] if _path(prefix, "train").is_file() else {}
     if faults:
         raise ExportError(fault_list(f"found no golden set {prefix}_…:", faults))
     reader = _Reader(tensors, {**unet_says, **control_says, **says}, faults)
@@ -59,7 +54,7 @@ def read_golden(prefix: Path) -> GoldenSet:
 
 
 class _Reader:
-    """Tensors and metadata of ``PREFIX_io``; gathers faults and notes."""
+    """Tensors and metadata of ``PREFIX_io``; collects faults and notes."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], says: Mapping[str, str], faults: list[str]) -> None:
         self.tensors, self.says, self.faults = tensors, says, faults
@@ -72,29 +67,28 @@ class _Reader:
         control: dict[str, torch.Tensor],
         training: tuple[TrainingCase, ...],
     ) -> GoldenSet | None:
-        guidance = self._number("guidance", float)
-        guided = self._has_null_half(guidance)
-        needed = ["z0", "noise", "hint", "contexts", "start_latent", "latents_in", "eps_cond", "final_latent"]
-        needed += ["unconditional", "eps_uncond"] if guided else []
+        guidance = self._number("guidance")
+        guided = self._is_guided(guidance)
+        stacks = ["latents_in", "eps_cond", *(["eps_uncond"] if guided else [])]
+        needed = ["z0", "noise", "hint", "contexts", "start_latent", "final_latent", *stacks]
+        needed += ["unconditional"] if guided else []
         residuals = sorted(name for name in self.tensors if name.startswith(RESIDUAL))
         self.faults += [f"{name}: missing" for name in needed if name not in self.tensors]
         self.faults += [] if residuals else [f"{RESIDUAL}00 …: missing"]
         if self.faults:
             return None
-        z0 = self._batched("z0", 4)
+        z0 = self._batched("z0")
         size = tuple(z0.shape)
         contexts = self._contexts(size[0])
-        stacked = {name: self._stacked(name, size) for name in ("latents_in", "eps_cond")}
-        steps = stacked["latents_in"].shape[0]
-        if guided:
-            stacked["eps_uncond"] = self._stacked("eps_uncond", size)
+        stacked = {name: self._stacked(name, size) for name in stacks}
+        steps = len(stacked["latents_in"])
         self.faults += [
             f"{name}: found {len(tensor)} steps; expected {steps}, as in latents_in"
             for name, tensor in stacked.items()
             if len(tensor) != steps
         ]
-        single = {name: self._batched(name, 4, size) for name in ("noise", "start_latent", "final_latent")}
-        hint = self._batched("hint", 4, (size[0], 3, 8 * size[2], 8 * size[3]))
+        single = {name: self._batched(name, size) for name in ("noise", "start_latent", "final_latent")}
+        hint = self._batched("hint", (size[0], 3, 8 * size[2], 8 * size[3]))
         if guidance is None:
             guidance = _GUIDANCE if guided else 1.0
             self.notes.append(f"guidance: not in the metadata; {guidance:g} is taken")
@@ -104,60 +98,55 @@ class _Reader:
         timesteps = None if recorded is None else tuple(int(t) for t in recorded.flatten())
         schedule = self._schedule(steps, timesteps)
         unconditional = self._unconditional(contexts) if guided else torch.zeros_like(contexts[0, 0])
-        heads, head_channels = self._number("num_heads", int), self._number("num_head_channels", int)
+        heads = self._whole_number("num_heads")
         if self.faults or schedule is None:
             return None
-        needed_contexts = max(step.stage for step in schedule.steps) + len(GROUPS)
-        if len(contexts) < needed_contexts:
-            self.faults.append(f"contexts: found {len(contexts)}; expected at least {needed_contexts} for these steps")
+        read = max(step.stage for step in schedule.steps) + len(GROUPS)
+        if len(contexts) < read:
+            self.faults.append(f"contexts: found {len(contexts)}; expected at least {read} for these steps")
             return None
         return GoldenSet(
             prefix=prefix,
             unet=unet,
             control=control,
             heads=heads if heads and heads > 0 else None,
-            head_channels=head_channels if head_channels and head_channels > 0 else None,
             guidance=guidance,
             schedule=schedule,
             z0=z0,
-            noise=single["noise"],
             hint=hint,
             contexts=contexts,
             unconditional=unconditional,
             latents_in=stacked["latents_in"],
             eps_cond=stacked["eps_cond"],
             eps_uncond=stacked.get("eps_uncond"),
-            sliced=guidance != 1,
-            start_latent=single["start_latent"],
-            final_latent=single["final_latent"],
+            **single,
             residuals=tuple(self.tensors[name] for name in residuals),
             timesteps=timesteps,
             training=training,
-            architecture=self._architecture(),
             notes=tuple(self.notes),
         )
 
-    def _has_null_half(self, guidance: float | None) -> bool:
-        """Whether the set holds an unconditional half of its own; with guidance 1 a copy of the other is none."""
+    def _is_guided(self, guidance: float | None) -> bool:
+        """Whether the set has an unconditional half; at guidance 1 a copy of the other half does not count."""
         null = self.tensors.get("eps_uncond")
         if null is None or null.numel() == 0:
             return False
         return guidance != 1 or "eps_cond" not in self.tensors or not torch.equal(null, self.tensors["eps_cond"])
 
-    def _batched(self, name: str, axes: int, size: tuple[int, ...] | None = None) -> torch.Tensor:
-        """A tensor with a batch axis, of `size`; one row serves a whole batch."""
+    def _batched(self, name: str, size: tuple[int, ...] | None = None) -> torch.Tensor:
+        """A tensor [B, C, h, w], of `size`; the batch axis may be missing or of length 1."""
         tensor = self.tensors[name]
-        tensor = tensor[None] if tensor.ndim == axes - 1 else tensor
-        if size is not None and tensor.ndim == axes and len(tensor) == 1:
+        tensor = tensor[None] if tensor.ndim == 3 else tensor
+        if size is not None and tensor.ndim == 4 and len(tensor) == 1:
             tensor = tensor.expand(size[0], *tensor.shape[1:])
-        if tensor.ndim != axes or (size is not None and tensor.shape != size):
+        if tensor.ndim != 4 or (size is not None and tensor.shape != size):
             expected = "[B, 4, h, w]" if size is None else list(size)
             self.faults.append(f"{name}: found shape {list(self.tensors[name].shape)}; expected {expected}")
-            return torch.zeros(size or (1,) * axes)
+            return torch.zeros(size or (1, 1, 1, 1))
         return tensor
 
     def _stacked(self, name: str, size: tuple[int, ...]) -> torch.Tensor:
-        """[n, B, 4, h, w] of a tensor that may lack the batch axis, or have both in one."""
+        """A tensor [n, B, 4, h, w]; the batch axis may be missing, or one with the steps."""
         tensor = self.tensors[name]
         if tensor.ndim < 4 or tuple(tensor.shape[-3:]) != size[1:] or tensor.numel() % math.prod(size):
             self.faults.append(f"{name}: found shape {list(tensor.shape)}; expected [n, {', '.join(map(str, size))}]")
@@ -165,7 +154,7 @@ class _Reader:
         return tensor.reshape(-1, *size)
 
     def _contexts(self, batch: int) -> torch.Tensor:
-        """[K, B, T, dim]; one context serves a whole batch."""
+        """[K, B, T, dim]; the batch axis may be missing or of length 1."""
         tensor = self.tensors["contexts"]
         tensor = tensor[:, None] if tensor.ndim == 3 else tensor
         if tensor.ndim != 4 or tensor.shape[1] not in (1, batch):
@@ -185,8 +174,8 @@ class _Reader:
             self.faults.append(f"unconditional: found {len(rows)} that differ; expected one")
         return rows[0]
 
-    def _number(self, name: str, kind: type[int] | type[float]) -> Any:
-        """A number of the metadata, None where it says nothing."""
+    def _number(self, name: str, kind: str = "a number") -> float | None:
+        """A number of the metadata, None if it is not there."""
         text = self.says.get(name)
         if text is None or text.strip().lower() in ("", "none", "null"):
             return None
@@ -194,14 +183,18 @@ class _Reader:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not math.isfinite(value) or (kind is int and value != int(value)):
-            self.faults.append(f"metadata {name}: found {text!r}; expected a {'whole ' * (kind is int)}number")
+        if not math.isfinite(value) or ("whole" in kind and value != int(value)):
+            self.faults.append(f"metadata {name}: found {text!r}; expected {kind}")
             return None
-        return kind(value)
+        return value
+
+    def _whole_number(self, name: str) -> int | None:
+        value = self._number(name, "a whole number")
+        return None if value is None else int(value)
 
     def _schedule(self, count: int, timesteps: tuple[int, ...] | None) -> TimestepSchedule | None:
         """The run's schedule, which must have the recorded number of steps, `count`."""
-        steps, strength = self._number("steps", int), self._number("strength", float)
+        steps, strength = self._whole_number("steps"), self._number("strength")
         if steps is None:
             steps = _steps_of(timesteps, count)
             self.notes.append(f"steps: not in the metadata; {steps} fits the record")
@@ -210,7 +203,7 @@ class _Reader:
             strength = min((count + 0.5) / steps, 1.0)
             self.notes.append(f"strength: not in the metadata; {strength:g} fits the record")
         try:
-            schedule = TimestepSchedule.build(NoiseSchedule(), steps, strength, STAGES, "released")
+            schedule = TimestepSchedule.build(NoiseSchedule(), steps, strength, STAGES, "ddim_lsast")
         except UsageError as error:
             self.faults.append(f"metadata: {error}")
             return None
@@ -222,25 +215,14 @@ class _Reader:
             return None
         return schedule
 
-    def _architecture(self) -> dict[str, Any]:
-        """What the metadata says of the networks, as far as it can be read."""
-        found: dict[str, Any] = {}
-        for name in ("model_channels", "num_res_blocks", "context_dim", "channel_mult"):
-            try:
-                found[name] = json.loads(self.says[name].replace("(", "[").replace(")", "]"))
-            except (KeyError, ValueError):
-                continue
-        return found
-
 
 def _steps_of(timesteps: tuple[int, ...] | None, count: int) -> int:
-    """A number of steps whose grid holds the recorded `timesteps`; the released code's where they do not tell."""
+    """A number of steps whose grid holds the recorded `timesteps`; the released code's if they do not tell."""
     if timesteps is None or len(timesteps) < 2 or timesteps[0] <= timesteps[1]:
         return _STEPS
     stride = timesteps[0] - timesteps[1]
     train_steps = NoiseSchedule().train_steps
-    fitting = [steps for steps in range(count, train_steps + 1) if train_steps // steps == stride]
-    return fitting[0] if fitting else _STEPS
+    return next((steps for steps in range(count, train_steps + 1) if train_steps // steps == stride), _STEPS)
 
 
 def _training(tensors: Mapping[str, torch.Tensor], faults: list[str]) -> tuple[TrainingCase, ...]:
@@ -273,22 +255,20 @@ def _path(prefix: Path, part: str) -> Path:
 def _load(prefix: Path, part: str, faults: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors, floating ones in float32, and metadata of one file."""
     path = _path(prefix, part)
-    tensors: dict[str, torch.Tensor] = {}
     try:
         with safe_open(path, framework="pt") as file:
             says = dict(file.metadata() or {})
-            for name in file.keys():  # noqa: SIM118 - it is no dict
-                tensor = file.get_tensor(name)
-                tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
+            raw = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
     except FileNotFoundError:
         faults.append(f"{path}: missing")
         return {}, {}
     except (OSError, SafetensorError) as error:
         faults.append(f"{path}: cannot be read ({error}); copy it again")
         return {}, {}
+    tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in raw.items()}
     faults += [
         f"{path.name}: {name} holds NaN or infinite values"
         for name, tensor in tensors.items()
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+        if not torch.isfinite(tensor).all()
     ]
     return tensors, says

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 import released_lsast
 from golden_sets import GoldenFiles, both_sets
-from lsast_engines.errors import ExportError, LsastError, ParityError
+from lsast_engines.errors import ExportError, LsastError
 from lsast_export.cli.golden import golden_command
 from lsast_export.parity.golden.compare import GoldenReport, check_golden
 from lsast_export.parity.golden.reader import read_golden
@@ -67,9 +67,7 @@ def test_torch_repeats_what_was_recorded(record: Any, recipe: dict[str, Any]) ->
     expected = ["timesteps", "start_latent", *residuals, *eps, "free_latents", "final_latent"]
     assert sorted(report.errors) == sorted(expected)
     assert report.architecture["num_heads"] == recipe.get("num_heads", 4)
-    assert report.notes == (
-        () if guided else ("the U-Net's contexts with guidance 1: 0, 1 and 2 at every step, as released",)
-    )
+    assert report.notes == ()
 
 
 @both_sets
@@ -172,20 +170,12 @@ def test_metadata_may_be_missing(record: Any, guidance: float) -> None:
     assert [note.split(":")[0] for note in report.notes][:3] == ["steps", "strength", "num_heads"]
 
 
-def test_channels_of_a_head_may_be_said_instead_of_heads(record: Any) -> None:
-    report = check(record(drop=("num_heads",), says={"num_head_channels": "16"}, num_heads=2, channel_mult=(1, 1)))
-    assert report.passed, report.errors
-    assert (report.architecture["num_head_channels"], report.notes) == (16, ())
-
-
 def test_metadata_that_cannot_be_meant_are_refused(record: Any) -> None:
     with pytest.raises(
         ExportError, match=r"metadata steps: found 'many'.*\n.*metadata num_heads: found '2.5'; .* whole"
     ):
         check(record(says={"steps": "many", "num_heads": "2.5"}))
-    with pytest.raises(ExportError, match=r"metadata model_channels: found 64; expected 32, as in the weights"):
-        check(record(says={"model_channels": "64"}))
-    with pytest.raises(ExportError, match=r"found 333; expected another number with released"):
+    with pytest.raises(ExportError, match=r"found 333; expected another number with ddim_lsast"):
         check(record(says={"steps": "333"}))
 
 
@@ -273,8 +263,7 @@ def test_the_command_prints_a_line_each_and_fails_past_the_tolerance(record: Any
 
     failed = lsast_golden(prefix, "--tolerance", "1e-9")
     assert failed.exit_code == 1
-    assert isinstance(failed.exception, ParityError)
-    assert "final_latent: found a relative error of" in str(failed.exception)
+    assert "final_latent: found a relative error of" in failed.stderr
     assert "past the tolerance" in failed.stdout
 
 

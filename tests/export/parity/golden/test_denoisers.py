@@ -82,7 +82,7 @@ def test_what_differs_is_seen_on_a_backend_too(
 def test_a_backend_that_is_not_there_is_told_before_minutes_are_spent(
     record: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lsast_export.bundle.export.available_backends", lambda: {"onnxruntime": ["cpu"]})
+    monkeypatch.setattr("lsast_engines.backends.registry.available_backends", lambda: {"onnxruntime": ["cpu"]})
     monkeypatch.setattr(golden, "golden_base", lambda _: pytest.fail("work was begun"))
     with pytest.raises(MissingExtraError, match=r"lsast\[openvino\]"):
         golden.check_golden(read_golden(record(**SHALLOW)), "openvino")

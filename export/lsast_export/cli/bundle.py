@@ -1,0 +1,197 @@
+"""`lsast-export bundle`: export a base, with or without styles."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from lsast_engines.bundle.style import STYLE_DEFAULTS
+from lsast_engines.cli import Command, debug_option, json_option, print_result
+from lsast_engines.environment import require_extra
+from lsast_engines.errors import UsageError, fault_list
+from lsast_engines.removed import RENAMED_OPTIONS, RENAMED_VALUES
+
+from .phase_timer import PhaseTimer
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_DEFAULT_TYPES: dict[str, Callable[[str], Any]] = {"style": str, **STYLE_DEFAULTS, "size": int}
+"""Reads the value of each of the manifest's defaults."""
+
+
+def style_options(command: Function) -> Function:
+    """Adds the options that say which styles to bake, and on which base."""
+    for option in (
+        click.option(
+            "--default",
+            "defaults",
+            multiple=True,
+            metavar="[STYLE.]KEY=VALUE",
+            help="A default option of one style; without STYLE, of the bundle that is exported. May be repeated. "
+            f"KEY: {', '.join(_DEFAULT_TYPES)}.",
+        ),
+        click.option(
+            "--base",
+            metavar="PATH",
+            help="Folder or name of the base or bundle. `bundle` also imports one: a folder in diffusers' format, a "
+            "file in CompVis naming, or OWNER/NAME of the hub. [default: embedded]",
+        ),
+        click.option(
+            "--style",
+            "styles",
+            multiple=True,
+            metavar="NAME|FILE",
+            help="A learned style to bake: runs/NAME/NAME.prompts.safetensors, or the file. May be repeated.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def bundle_options(hidden: bool = False) -> Callable[[Function], Function]:
+    """Adds the options of an export; hidden ones are the old spelling of the command, `lsast-export … --out DIR`."""
+
+    def add(command: Function) -> Function:
+        for option in (
+            click.option(
+                "--backend",
+                metavar="NAME",
+                hidden=hidden,
+                help="Backend to compare with torch on. [default: onnxruntime]",
+            ),
+            click.option(
+                "--storage-dtype",
+                type=click.Choice(["fp32", "fp16", "bf16"]),
+                hidden=hidden,
+                help="Number type that weights are stored in. [default: fp16]",
+            ),
+            click.option(
+                "--parts",
+                is_flag=True,
+                hidden=hidden,
+                help="Write the denoiser's parts too, see lsast-export parts; a bundle that has them keeps them.",
+            ),
+            click.option("--revision", metavar="REV", hidden=hidden, help="Commit hash or tag of a base from the hub."),
+            click.option(
+                "--unet-weights",
+                type=click.Choice(["auto", "ema", "non-ema"]),
+                hidden=hidden,
+                help="Weights of a base that holds two sets. [default: auto, the averaged ones (EMA) if there]",
+            ),
+            click.option(
+                "--controlnet",
+                metavar="PATH",
+                hidden=hidden,
+                help="ControlNet of a base to import: a folder, a file, or OWNER/NAME.",
+            ),
+            click.option(
+                "--out",
+                metavar="DIR",
+                type=click.Path(path_type=Path),
+                required=not hidden,
+                hidden=hidden,
+                help="Folder of the bundle to write. A bundle there is replaced, its other styles are kept.",
+            ),
+        ):
+            command = option(command)
+        return command
+
+    return add
+
+
+@click.command("bundle", cls=Command)
+@style_options
+@bundle_options()
+@json_option
+@debug_option
+def bundle_command(**options: Any) -> None:
+    """Export a base into a bundle, with or without styles: graphs, proven against torch, and weights."""
+    export(**options)
+
+
+def export(
+    styles: tuple[str, ...],
+    base: str | None,
+    defaults: tuple[str, ...],
+    out: Path,
+    storage_dtype: str | None,
+    backend: str | None,
+    parts: bool,
+    **imports: str | None,
+) -> None:
+    """Export `base` with `styles` to `out` and print where; `imports` are the other fields of `BaseSource`."""
+    wanted, for_styles = read_defaults(defaults)
+    if backend is not None and backend.startswith("tensorrt"):
+        raise UsageError(
+            f"found --backend {backend}; expected onnxruntime or openvino, to compare with torch on: engines are "
+            f"compiled by lsast-export compile {out} --backend {backend}"
+        )
+    require_extra("export", "torch", "diffusers", "onnx", "onnxscript")
+    from lsast_engines.environment import peak_memory
+    from lsast_train.base.lazy_base import open_base, resolve_local_base
+    from lsast_train.checkpoints.source import BaseSource
+
+    from ..bundle.add_graphs import add_small_decoder
+    from ..bundle.export import ExportOptions, export_bundle, inherited_from
+    from ..styles.prompts import read_prompts, with_defaults
+
+    phases = PhaseTimer()
+    phases("reading")
+    fields: dict[str, Any] = {name: value for name, value in imports.items() if value is not None}
+    source = BaseSource(base, **fields)
+    networks = open_base(source)
+    prompts = with_defaults(read_prompts(styles, networks), for_styles)
+    before = inherited_from(resolve_local_base(source))
+    kept = {key: value for key, value in before.defaults.items() if key != "style" or not prompts}
+    chosen: dict[str, Any] = {"storage_dtype": storage_dtype, "backend": backend}
+    options = dataclasses.replace(
+        ExportOptions(parts=parts or before.parts),
+        **{key: value for key, value in chosen.items() if value is not None},
+    )
+    written = export_bundle(networks, out, prompts, options, {**kept, **wanted}, progress=phases)
+    if before.small_decoder is not None:
+        written = add_small_decoder(out, before.small_decoder, options.backend, phases)
+    manifest, peak = written.manifest, peak_memory()
+    facts = {
+        "bundle": str(written.path),
+        "fingerprint": manifest.fingerprint,
+        "storage_dtype": manifest.storage_dtype,
+        "bytes": sum(entry.bytes for entry in manifest.files.values()),
+        "parity": manifest.parity,
+        "styles": {name: str(path) for name, path in written.styles().items()},
+        "seconds": phases.seconds(),
+        "peak_rss_bytes": peak,
+    }
+    if peak is not None:
+        click.echo(f"           peak memory {peak / 1e9:.2f} GB", err=True)
+    print_result(facts, written.path)
+
+
+def read_defaults(pairs: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The values of ``KEY=VALUE`` pairs, and by style those of ``STYLE.KEY=VALUE`` pairs.
+
+    Raises:
+        UsageError: unknown keys or values of a wrong type; all faults at once.
+    """
+    values: dict[str, Any] = {}
+    for_styles: dict[str, dict[str, Any]] = {}
+    faults = []
+    for pair in pairs:
+        name, separator, text = pair.partition("=")
+        style, _, key = name.rpartition(".")
+        key, text = RENAMED_OPTIONS.get(key, key), RENAMED_VALUES.get(f"{key}={text}", text)
+        try:
+            (for_styles.setdefault(style, {}) if style else values)[key] = _DEFAULT_TYPES[key](text)
+        except KeyError:
+            faults.append(f"{pair}: found key {key!r}; expected one of {', '.join(_DEFAULT_TYPES)}")
+        except ValueError:
+            faults.append(f"{pair}: found {text!r}; expected a {'whole ' * (_DEFAULT_TYPES[key] is int)}number")
+        if not separator:
+            faults.append(f"{pair}: expected KEY=VALUE")
+    if faults:
+        raise UsageError(fault_list("invalid defaults:", faults))
+    return values, for_styles

@@ -1,0 +1,106 @@
+"""`lsast-export`: bake styles; its commands export, check and change bundles.
+
+The result's path, or with `--json` one JSON object, goes to stdout; phases and errors go to stderr. Exit status: 0
+done, 1 failed, 2 wrong usage, 130 interrupted. torch and onnx are imported only when there is something to do.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lsast_engines.cli import Group, debug_option, json_option, print_result
+from lsast_engines.environment import require_extra
+from lsast_engines.errors import UsageError
+
+from .bundle import bundle_command, bundle_options, export, read_defaults, style_options
+from .check import check_command
+from .compile import compile_command
+from .decoder import decoder_command
+from .golden import golden_command
+from .import_ import import_command
+from .parts import parts_command
+from .quantize import quantize_command
+
+
+@click.group(
+    "lsast-export",
+    cls=Group,
+    invoke_without_command=True,
+    context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
+)
+@style_options
+@bundle_options(hidden=True)
+@json_option
+@debug_option
+@click.pass_context
+def main(
+    ctx: click.Context, /, styles: tuple[str, ...], base: str | None, defaults: tuple[str, ...], **options: Any
+) -> None:
+    """Bake the styles that lsast-train learned, for lsast-run to paint with.
+
+    A style is baked for the bundle of its base and put into your style folder; a base that is no bundle yet is
+    exported by the command `bundle`.
+    """
+    given = [name for name, value in options.items() if value]
+    if ctx.invoked_subcommand is not None:
+        if given or styles or base or defaults:
+            raise UsageError(f"found options before {ctx.invoked_subcommand!r}; expected them behind it")
+    elif options["out"] is not None:  # what the command `bundle` does was spelled so before
+        export(styles, base, defaults, **options)
+    elif not styles:
+        raise UsageError(
+            f"found nothing to do; expected --style NAME, or one of the commands {', '.join(sorted(main.commands))} "
+            "(--help)"
+        )
+    elif given:
+        raise UsageError(
+            f"found {', '.join('--' + name.replace('_', '-') for name in given)}, which belongs to a whole bundle; "
+            "expected it with the command: lsast-export bundle"
+        )
+    else:
+        bake(styles, base, defaults)
+
+
+def bake(styles: tuple[str, ...], base: str | None, defaults: tuple[str, ...]) -> None:
+    """Bake `styles` for the bundle `base`, with defaults of their own, into the user's style folder."""
+    for_bundle, for_styles = read_defaults(defaults)
+    if for_bundle:
+        raise UsageError(
+            f"found --default {', '.join(for_bundle)}, which belongs to a whole bundle; expected STYLE.KEY=VALUE"
+        )
+    require_extra("export", "torch", "diffusers", "onnx", "onnxscript")
+    from lsast_engines.bundle.bundle import Bundle, find_bundle
+    from lsast_engines.bundle.manifest import MANIFEST
+
+    from ..styles.bake import bake_for_bundle
+    from ..styles.prompts import find_distilled, read_prompts, with_defaults
+
+    distilled = {name: path for name in styles if (path := find_distilled(name)) is not None}
+    prompts = with_defaults(read_prompts([name for name in styles if name not in distilled]), for_styles)
+    folder = Path(base or "").expanduser()
+    if base is not None and (folder / "base.json").is_file() and not (folder / MANIFEST).is_file():
+        raise UsageError(
+            f"{folder} is a base that was not exported yet; expected a bundle: "
+            f"lsast-export bundle --base {base} --out DIR"
+        )
+    bundle = Bundle.open(find_bundle(base))
+    baked = bake_for_bundle(bundle, prompts, list(distilled.values()))
+    paths = {name: str(path) for name, path in baked.items()}
+    facts = {"bundle": str(bundle.path), "fingerprint": bundle.manifest.fingerprint, "styles": paths}
+    print_result(facts, "\n".join(paths.values()))
+
+
+for _command in (
+    bundle_command,
+    check_command,
+    compile_command,
+    decoder_command,
+    golden_command,
+    import_command,
+    parts_command,
+    quantize_command,
+):
+    main.add_command(_command)
