@@ -1,4 +1,4 @@
-"""The engine protocol: a graph that is ready to run, and the checks that the engines of all backends share."""
+"""The engine: a graph that is ready to run on a backend, and the checks that all backends share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,15 +23,23 @@ ComputeDtype = Literal["fp32", "bf16", "fp16"]
 of about 1e-2 and 1e-3; fp16 may overflow."""
 
 
-class Engine(Protocol):
-    """A graph that is ready to run. It keeps state between calls, so it serves one thread at a time."""
+class Engine(abc.ABC):
+    """A graph that is ready to run. It keeps state between calls, so it serves one thread at a time.
 
-    spec: GraphSpec
+    Inputs are checked here; a backend implements the methods below `close`.
+    """
+
     backend: str
     """Name of the backend, a key of `registry.EXTRAS`."""
-    device: str
-    """Device that it runs on, e.g. ``cpu``."""
-    compute_dtype: ComputeDtype
+
+    def __init__(self, spec: GraphSpec, device: str, compute_dtype: ComputeDtype) -> None:
+        self.spec = spec
+        self.device = device
+        """Device that it runs on, e.g. ``cpu``."""
+        self.compute_dtype = compute_dtype
+        self._bound: dict[str, Array] = {}
+        self._closed = False
+        self._busy = threading.Lock()
 
     def bind_inputs(self, feeds: Feeds) -> None:
         """Set inputs for all following calls; they are checked and copied to the device once, and may be set again.
@@ -39,6 +47,12 @@ class Engine(Protocol):
         Raises:
             BackendError: unknown names, wrong types or shapes; all at once.
         """
+        with self._exclusive():
+            self._check(feeds, complete=False)
+            # A copy, so that a caller who changes the array does not change the bound input.
+            copies = {name: np.array(value, order="C") for name, value in feeds.items()}
+            self._bind(copies)
+            self._bound |= copies
 
     def __call__(self, feeds: Feeds) -> dict[str, Array]:
         """Run once on `feeds` and the bound inputs.
@@ -50,52 +64,20 @@ class Engine(Protocol):
             BackendError: missing, unknown or already bound names, wrong types or shapes (all at once); a failure while
                 running; or a call from a second thread during a call.
         """
+        with self._exclusive():
+            self._check(feeds, complete=True)
+            return self._run({name: np.asarray(value, order="C") for name, value in feeds.items()})
 
     def release_memory(self) -> None:
         """Free working memory until the next call, where the backend can; weights and bound inputs stay.
 
         The outputs of the last call may be freed with it.
         """
-
-    def close(self) -> None:
-        """Free all memory; the engine cannot be used any more. Closing twice is harmless."""
-
-
-class CheckedEngine(abc.ABC):
-    """The common part of all engines: checks inputs, remembers bound ones, refuses a second thread."""
-
-    backend: str
-
-    def __init__(self, spec: GraphSpec, device: str, compute_dtype: ComputeDtype) -> None:
-        self.spec = spec
-        self.device = device
-        self.compute_dtype = compute_dtype
-        self._bound: dict[str, Array] = {}
-        self._closed = False
-        self._busy = threading.Lock()
-
-    def bind_inputs(self, feeds: Feeds) -> None:
-        """See `Engine.bind_inputs`."""
-        with self._exclusive():
-            self._check(feeds, complete=False)
-            # A copy, so that a caller who changes the array does not change the bound input.
-            copies = {name: np.array(value, order="C") for name, value in feeds.items()}
-            self._bind(copies)
-            self._bound |= copies
-
-    def __call__(self, feeds: Feeds) -> dict[str, Array]:
-        """See `Engine.__call__`."""
-        with self._exclusive():
-            self._check(feeds, complete=True)
-            return self._run({name: np.asarray(value, order="C") for name, value in feeds.items()})
-
-    def release_memory(self) -> None:
-        """See `Engine.release_memory`."""
         with self._exclusive():
             self._release_memory()
 
     def close(self) -> None:
-        """See `Engine.close`."""
+        """Free all memory; the engine cannot be used any more. Closing twice is harmless."""
         self._closed = True
         self._bound = {}
         self._close()

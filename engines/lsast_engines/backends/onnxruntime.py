@@ -10,7 +10,7 @@ from typing import Any
 from ..bundle.graph_spec import DENOISER, UNET_SPLIT_GRAPHS, GraphSpec
 from ..bundle.safetensors_header import read_slots
 from ..errors import BackendError
-from .base import Array, CheckedEngine, ComputeDtype, check_interface
+from .base import Array, ComputeDtype, Engine, check_interface
 from .graph_cache import open_cached
 
 MAX_FOLDED_BYTES = 1_000_000_000
@@ -43,8 +43,8 @@ def devices() -> list[str]:
     return [device for device, provider in PROVIDERS.items() if provider in providers]
 
 
-class OnnxRuntimeEngine(CheckedEngine):
-    """A graph in an ONNX Runtime session. See `lsast_engines.backends.base.Engine`."""
+class OnnxRuntimeEngine(Engine):
+    """A graph in an ONNX Runtime session."""
 
     backend = "onnxruntime"
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..bundle.graph_spec import GraphSpec
 from ..errors import BackendError
-from .base import Array, CheckedEngine, ComputeDtype, check_interface
+from .base import Array, ComputeDtype, Engine, check_interface
 from .graph_cache import open_cached
 
 BLOB = "graph.blob"
@@ -34,8 +34,8 @@ def devices() -> list[str]:
     return [str(device).lower() for device in shared_core(openvino).available_devices]
 
 
-class OpenVinoEngine(CheckedEngine):
-    """A graph compiled by OpenVINO. See `lsast_engines.backends.base.Engine`."""
+class OpenVinoEngine(Engine):
+    """A graph compiled by OpenVINO."""
 
     backend = "openvino"
 

@@ -14,13 +14,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import BundleError, StyleError, UsageError, fault_list
@@ -162,8 +161,10 @@ class Bundle:
         """
         _check_free(path, replace)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _scratch_folder(path) as scratch:
-            fresh = scratch / "new"
+        with tempfile.TemporaryDirectory(
+            dir=path.parent, prefix=f".{path.name}.", ignore_cleanup_errors=True
+        ) as scratch:
+            fresh = Path(scratch) / "new"
             (fresh / STYLES).mkdir(parents=True)
             files = {}
             for name, source in sources.items():
@@ -180,10 +181,11 @@ class Bundle:
                     files[name] = FileEntry(file_sha256(target), target.stat().st_size)
             manifest = dataclasses.replace(manifest, files=files)
             (fresh / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-            for name, file in _styles_to_keep(path, fresh).items():
-                shutil.copyfile(file, fresh / STYLES / name)
+            for file in (path / STYLES).glob("*"):
+                if not (fresh / STYLES / file.name).exists():
+                    shutil.copyfile(file, fresh / STYLES / file.name)
             cls.open(fresh, verify_hashes=False)
-            _exchange(fresh, path, scratch / "old")
+            _exchange(fresh, path, Path(scratch) / "old")
         return cls.open(path, verify_hashes=False)
 
 
@@ -279,20 +281,6 @@ def _check_free(path: Path, replace: bool) -> None:
         raise BundleError(f"{path} exists and is not a bundle; name another folder, or remove it")
     if not replace:
         raise BundleError(f"found a bundle at {path}; name another folder, or allow to replace it")
-
-
-def _styles_to_keep(path: Path, fresh: Path) -> dict[str, Path]:
-    """Style files of the bundle at `path` whose names `fresh` does not have."""
-    return {file.name: file for file in (path / STYLES).glob("*") if not (fresh / STYLES / file.name).exists()}
-
-
-@contextlib.contextmanager
-def _scratch_folder(path: Path) -> Iterator[Path]:
-    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _exchange(fresh: Path, path: Path, old: Path) -> None:

@@ -131,6 +131,7 @@ class Manifest:
 
 def _read(fields: JsonReader, faults: list[str]) -> Manifest:
     """The manifest in `fields`; valid only if no fault was added."""
+    geometry = fields.object("geometry", _names(Geometry))
     manifest = Manifest(
         name=fields.string("name"),
         family=fields.string("family"),
@@ -142,7 +143,7 @@ def _read(fields: JsonReader, faults: list[str]) -> Manifest:
         noise=_noise(fields.object("noise", _names(NoiseSchedule)), faults),
         stages=fields.integer("stages"),
         tokens=fields.integer("tokens"),
-        geometry=_geometry(fields.object("geometry", _names(Geometry))),
+        geometry=Geometry(**{name: geometry.integer(name) for name in _names(Geometry)}),
         attention_layers=tuple(_layer(layer) for layer in fields.list_of("attention_layers", _names(AttentionLayer))),
         graphs={name: _graph(name, graph) for name, graph in fields.dict_of("graphs", _names(GraphSpec)).items()},
         defaults=_defaults(fields.object("defaults", DEFAULTS)),
@@ -178,17 +179,6 @@ def _noise(fields: JsonReader, faults: list[str]) -> NoiseSchedule:
         except UsageError as error:
             faults.append(f"noise: {error}")
     return NoiseSchedule()
-
-
-def _geometry(fields: JsonReader) -> Geometry:
-    return Geometry(
-        hint_channels=fields.integer("hint_channels"),
-        tokens=fields.integer("tokens"),
-        unet_width=fields.integer("unet_width"),
-        control_width=fields.integer("control_width"),
-        latent_channels=fields.integer("latent_channels"),
-        factor=fields.integer("factor"),
-    )
 
 
 def _layer(fields: JsonReader) -> AttentionLayer:

@@ -83,27 +83,24 @@ class Stream:
 
     def __init__(self, runtime: Any) -> None:
         self._runtime = runtime
-        self._open: list[Buffer | Graph] = []
+        self._buffers: list[Buffer] = []
+        self._graphs: list[Graph] = []
         self.handle = self._call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking)
 
     def allocate(self, count: int) -> Buffer:
-        """Device memory of `count` bytes; freed with the stream, if not before."""
-        buffer = Buffer(self, self._call("cudaMalloc", max(count, 1)), count)
-        self._open.append(buffer)
+        """Device memory of `count` bytes, which is freed with the stream."""
+        buffer = Buffer(int(self._call("cudaMalloc", max(count, 1))), count)
+        self._buffers.append(buffer)
         return buffer
 
     def write(self, buffer: Buffer, array: Array) -> None:
         """Copy `array` to `buffer`; the array may be changed after the return."""
         array = np.ascontiguousarray(array)
-        kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._copy(buffer.holding(array.nbytes), array.ctypes.data, array.nbytes, kind)
-        self.wait()
+        self._copy(buffer.address, array.ctypes.data, array.nbytes, buffer, "cudaMemcpyHostToDevice")
 
     def read(self, buffer: Buffer, array: Array) -> None:
         """Fill the contiguous `array` from `buffer`, after all earlier work."""
-        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._copy(array.ctypes.data, buffer.holding(array.nbytes), array.nbytes, kind)
-        self.wait()
+        self._copy(array.ctypes.data, buffer.address, array.nbytes, buffer, "cudaMemcpyDeviceToHost")
 
     def wait(self) -> None:
         """Wait for all work on the stream."""
@@ -122,72 +119,56 @@ class Stream:
             raise
         recorded = self._call("cudaStreamEndCapture", self.handle)
         try:
-            graph = Graph(self, self._call("cudaGraphInstantiate", recorded, 0))
+            graph = Graph(self._call("cudaGraphInstantiate", recorded, 0))
         finally:
             self._call("cudaGraphDestroy", recorded)
-        self._open.append(graph)
+        self._graphs.append(graph)
         return graph
+
+    def launch(self, graph: Graph) -> None:
+        """Put the captured work on the stream; returns at once."""
+        self._call("cudaGraphLaunch", graph.executable, self.handle)
+
+    def free(self, graph: Graph) -> None:
+        """Free a graph, after all earlier work."""
+        self.wait()
+        self._graphs.remove(graph)
+        self._call("cudaGraphExecDestroy", graph.executable)
 
     def close(self) -> None:
         """Wait, then free graphs, memory and the stream. Closing twice is harmless."""
         if self.handle is None:
             return
-        with contextlib.suppress(BackendError):  # after a failed kernel every call fails, but memory is freed
-            self.wait()
-        for resource in sorted(self._open, key=lambda resource: isinstance(resource, Buffer)):
-            with contextlib.suppress(BackendError):
-                resource.free()
-        handle, self.handle = self.handle, None
-        with contextlib.suppress(BackendError):
-            self._call("cudaStreamDestroy", handle)
+        frees = [("cudaStreamSynchronize", self.handle)]
+        frees += [("cudaGraphExecDestroy", graph.executable) for graph in self._graphs]
+        frees += [("cudaFree", buffer.address) for buffer in self._buffers]
+        for call, handle in [*frees, ("cudaStreamDestroy", self.handle)]:
+            with contextlib.suppress(BackendError):  # after a failed kernel every call fails, but memory is freed
+                self._call(call, handle)
+        self.handle, self._graphs, self._buffers = None, [], []
 
-    def _copy(self, target: int, source: int, count: int, kind: Any) -> None:
+    def _copy(self, target: int, source: int, count: int, buffer: Buffer, kind: str) -> None:
+        if count > buffer.bytes or buffer not in self._buffers:
+            raise ValueError(f"found {count} bytes; expected at most {buffer.bytes}, of memory that is not freed")
         if count:
-            self._call("cudaMemcpyAsync", target, source, count, kind, self.handle)
+            direction = getattr(self._runtime.cudaMemcpyKind, kind)
+            self._call("cudaMemcpyAsync", target, source, count, direction, self.handle)
+        self.wait()
 
     def _call(self, name: str, *arguments: Any) -> Any:
         return checked(self._runtime, getattr(self._runtime, name)(*arguments), name)
 
-    def _forget(self, resource: Buffer | Graph) -> None:
-        self._open = [other for other in self._open if other is not resource]
 
-
+@dataclass(frozen=True, eq=False)
 class Buffer:
     """Device memory of a stream."""
 
-    def __init__(self, stream: Stream, address: Any, bytes_: int) -> None:
-        self._stream = stream
-        self.address = int(address)
-        self.bytes = bytes_
-
-    def holding(self, count: int) -> int:
-        """The address, after a check that `count` bytes fit there."""
-        if count > self.bytes or not self.address:
-            raise ValueError(f"found {count} bytes; expected at most {self.bytes}, of memory that is not freed")
-        return self.address
-
-    def free(self) -> None:
-        """Free the memory. Freeing twice is harmless."""
-        if self.address:
-            address, self.address = self.address, 0
-            self._stream._forget(self)
-            self._stream._call("cudaFree", address)
+    address: int
+    bytes: int
 
 
+@dataclass(frozen=True, eq=False)
 class Graph:
-    """Captured work of a stream, which runs again on the same addresses."""
+    """Captured work of a stream, which can run again on the same addresses."""
 
-    def __init__(self, stream: Stream, executable: Any) -> None:
-        self._stream = stream
-        self._executable = executable
-
-    def launch(self) -> None:
-        """Put the work on the stream; returns at once."""
-        self._stream._call("cudaGraphLaunch", self._executable, self._stream.handle)
-
-    def free(self) -> None:
-        """Free the graph. Freeing twice is harmless."""
-        if self._executable is not None:
-            executable, self._executable = self._executable, None
-            self._stream._forget(self)
-            self._stream._call("cudaGraphExecDestroy", executable)
+    executable: Any

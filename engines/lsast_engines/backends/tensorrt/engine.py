@@ -20,7 +20,7 @@ import numpy as np
 
 from ...bundle.graph_spec import GraphSpec
 from ...errors import BackendError, fault_list
-from ..base import Array, CheckedEngine, ComputeDtype
+from ..base import Array, ComputeDtype, Engine
 from .cuda import Buffer, Gpu, Graph, Stream, gpus, load_cuda
 from .engine_record import SUFFIX, EngineRecord, TrtFlavor, engine_folder, graph_digest, verified_record
 from .library import MODULES, RuntimeKernelCache, check_engine, load_library, make_logger
@@ -83,8 +83,8 @@ def compile_command(bundle: Path, flavor: TrtFlavor, compute_dtype: str, gpu: Gp
     return f"{command}, or let lsast-run do so: --build"
 
 
-class TensorRtEngine(CheckedEngine):
-    """A compiled engine on the first GPU. See `lsast_engines.backends.base.Engine`."""
+class TensorRtEngine(Engine):
+    """A compiled engine on the first GPU."""
 
     def __init__(
         self,
@@ -184,8 +184,7 @@ class TensorRtEngine(CheckedEngine):
         if shapes == self._shapes:
             return
         if self._graph is not None:
-            self._stream.wait()
-            self._graph.free()
+            self._stream.free(self._graph)
             self._graph = None
         self._runs = 0
         self._shapes = {}
@@ -207,7 +206,7 @@ class TensorRtEngine(CheckedEngine):
         if self._kernels is None and self._runs == 2:
             self._graph = self._stream.capture(self._execute)
         if self._graph is not None:
-            self._graph.launch()
+            self._stream.launch(self._graph)
         else:
             self._execute()
 
