@@ -34,9 +34,11 @@ class Command(click.Command):
         known = {name for parameter in self.params for name in parameter.opts}
         for index, text in enumerate(args):
             name, equals, value = text.partition("=")
-            if name not in known and RENAMED.get(name) in known:
-                args[index] = RENAMED[name] + equals + value
-            elif name not in known and name.startswith("--") and (gone := removal(name)):
+            if name in known:
+                continue
+            if new := next((new for new in RENAMED.get(name, ()) if new in known), None):
+                args[index] = new + equals + value
+            elif name.startswith("--") and (gone := removal(name)):
                 raise click.UsageError(gone)
         return super().parse_args(ctx, args)
 
@@ -74,8 +76,8 @@ class Group(Command, click.Group):
         """Find the command of `args`; one that was removed is refused with what to do instead."""
         if gone := removal(f"{self.name} {args[0]}"):
             raise UsageError(gone)
-        if args[0] not in self.commands and RENAMED.get(args[0]) in self.commands:
-            args = [RENAMED[args[0]], *args[1:]]
+        if args[0] not in self.commands:
+            args = [next((new for new in RENAMED.get(args[0], ()) if new in self.commands), args[0]), *args[1:]]
         return super().resolve_command(ctx, args)
 
 

@@ -33,11 +33,11 @@ def removal(name: str) -> str | None:
 
 
 RENAMED = {
-    "--precision": "--storage-dtype",
-    "--arithmetic": "--compute-dtype",
-    "--control": "--control-scale",
-    "quantise": "quantize",
-    "distil": "distill",
+    "--precision": ("--storage-dtype", "--mixed-precision"),
+    "--arithmetic": ("--compute-dtype",),
+    "--control": ("--control-scale",),
+    "quantise": ("quantize",),
+    "distil": ("distill",),
 }
 """Old names of options and commands, which still work where the new one exists; this goes with version 0.2."""
 
