@@ -47,7 +47,9 @@ def main(
     rows = []
     with lsast.load(backend=backend) as stylizer:
         # Styles may have defaults of their own, and only equal steps and control share a batch.
-        common = {key: stylizer.bundle.manifest.defaults[key] for key in ("steps", "strength", "guidance", "control")}
+        common = {
+            key: stylizer.bundle.manifest.defaults[key] for key in ("steps", "strength", "guidance", "control_scale")
+        }
         jobs = [{"style": stylizer.styles[i % 2], "seed": i, "size": size, **common} for i in range(pictures)]
         stylizer.stylize(picture, size=size)
 

@@ -168,7 +168,7 @@ def planned(stylizer: lsast.Stylizer, name: str, beside: Sequence[str]) -> dict[
     style, manifest = stylizer.bundle.open_style(name), stylizer.bundle.manifest
     if style.distilled_guidance is None:
         raise UsageError(f"found {name!r}, which has no guidance baked in; expected a style of lsast-train distil")
-    made = json.loads(style.meta["distil_options"])
+    made = json.loads(style.meta["distill_options"])
     few: dict[str, Any] | None = None
     fine: dict[str, Any] = {}
     if made["student_steps"]:
@@ -243,7 +243,7 @@ def main(
                     sheet(content, painted).save(out / name / f"{path.stem}.sheet.png")
             told: dict[str, Any] = {
                 "guidance": style.distilled_guidance,
-                "relative_error": style.meta.get("distil_relative_error"),
+                "relative_error": style.meta.get("distill_relative_error"),
                 "ways": [asdict(way) for way in table.values()],
             }
             click.echo(f"\n{name}: guidance {style.distilled_guidance:g}, PSNR to the teacher, mean (lowest), dB\n")

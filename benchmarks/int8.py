@@ -123,7 +123,7 @@ def child(job: dict[str, Any]) -> dict[str, float]:
     import lsast
 
     painted, seconds, steps, cpu = [], [], [], []
-    options = {"size": job["size"], "fit": "squash", "seed": 1}
+    options = {"size": job["size"], "fit": "stretch", "seed": 1}
     with lsast.load(
         job["bundle"], backend=job["backend"], compute_dtype=job["compute_dtype"], threads=job["threads"]
     ) as stylizer:

@@ -2,7 +2,7 @@
 
     pip install '.[cpu,eval]'
     python benchmarks/options_grid.py --contents DIR --paintings DIR --photos DIR --out DIR --artist vincent-van-gogh \
-        --style vangogh --strength 0.6 --strength 0.8 --guidance 2 --guidance 4 --control 1 --show lighthouse.jpg
+        --style vangogh --strength 0.6 --strength 0.8 --guidance 2 --guidance 4 --control-scale 1 --show lighthouse.jpg
 
 Prints deception, edge F1 and the perceptual distance to the content of every combination, as `lsast-eval` has them, and
 writes `OUT/STYLE.jpg`: one picture in all combinations, strength down, guidance across, a block for each control.
@@ -38,7 +38,7 @@ CELL = 240
 @click.option("--bundle")
 @click.option("--strength", "strengths", multiple=True, type=float, required=True)
 @click.option("--guidance", "guidances", multiple=True, type=float, required=True)
-@click.option("--control", "controls", multiple=True, type=float, required=True)
+@click.option("--control-scale", "controls", multiple=True, type=float, required=True)
 @click.option("--show", type=click.Path(exists=True, path_type=Path), help="Picture of the sheet.")
 @click.option("--threads", type=int)
 def main(
@@ -71,7 +71,7 @@ def main(
     with lsast.load(bundle, threads=threads) as stylizer:
         for point in tqdm(grid, desc="grid", unit="point"):
             control, strength, guidance = point
-            knobs = {"control": control, "strength": strength, "guidance": guidance}
+            knobs = {"control_scale": control, "strength": strength, "guidance": guidance}
             folder = folders[names[point]]
             folder.mkdir(parents=True, exist_ok=True)
             for path in chosen:

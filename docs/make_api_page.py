@@ -65,6 +65,8 @@ def _fields(value: type) -> str:
     for field in dataclasses.fields(value):
         default = "" if field.default is dataclasses.MISSING else f" = {field.default!r}"
         text = _join(documents.get(field.name, "")).replace("``", "`")
+        if rule := field.metadata.get("rule"):  # an option
+            text = f"{rule.help} Expected: {rule.expected}."
         lines.append(f"- `{field.name}: {field.type}{default}`" + (f" — {text}" if text else ""))
     return "\n".join(lines)
 

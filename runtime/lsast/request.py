@@ -95,7 +95,7 @@ class Request:
     def batch_key(self) -> Hashable:
         """Requests with equal keys can share a batch."""
         options, steps = self.options, len(self._schedule.steps)
-        shared = (options.tile, options.cache_interval, options.control, options.decoder)
+        shared = (options.tile, options.cache_interval, options.control_scale, options.decoder)
         return self.canvas_size, steps, options.guidance != 1, shared
 
     @property

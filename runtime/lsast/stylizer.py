@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -21,10 +22,10 @@ from lsast_engines.bundle.graph_spec import (
     VAE_DECODER,
     VAE_ENCODER,
 )
+from lsast_engines.errors import UsageError
 
 from .images.provenance import Provenance, bundle_sha256, pixels_sha256, versions
-from .options.defaults import Defaults
-from .options.presets import preset_options
+from .options.options import Options, PresetName, SolverName, current_options, preset_options, rules
 from .options.style_mix import Mix
 from .request import Request, graphs_of
 from .result import Result
@@ -50,6 +51,8 @@ from .sessions.engine_pool import STYLE_MEMORY, EngineFactory, EnginePool
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from lsast_engines.bundle.style import StyleFile
 
     from .images.preview import Previewer
     from .request import Picture
@@ -137,7 +140,6 @@ class Stylizer:
         self.bundle = factory.bundle
         self._style_memory = style_memory
         self._preset = preset
-        self._defaults = Defaults(factory.bundle, preset)
         self._pool = EnginePool(factory, graphs, style_memory)
         self._backend = next(iter(self._pool.engines.values())).backend
         self._bundle_sha256 = bundle_sha256(factory.bundle)
@@ -153,6 +155,14 @@ class Stylizer:
         """Name of the backend that the denoiser runs on."""
         return self._backend
 
+    def resolve(self, **options: Any) -> Options:
+        """Complete options: what `stylize` would paint with.
+
+        Raises:
+            UsageError, StyleError: see `stylize`.
+        """
+        return self._resolve(options)[0]
+
     def stylize(
         self,
         picture: Picture,
@@ -161,22 +171,22 @@ class Stylizer:
         steps: int | None = None,
         strength: float | None = None,
         guidance: float | None = None,
-        control: float | None = None,
+        control_scale: float | None = None,
         size: int | None = None,
-        solver: str | None = None,
+        solver: SolverName | None = None,
         seed: int | None = None,
         alpha: Literal["keep", "composite"] | None = None,
-        fit: Literal["aspect", "squash"] | None = None,
+        fit: Literal["aspect", "stretch"] | None = None,
         keep_colour: bool | None = None,
         feather: int | None = None,
         tile: int | None = None,
         cache_interval: int | None = None,
         decoder: Literal["full", "small"] | None = None,
-        preset: str | None = None,
+        preset: PresetName | None = None,
         mask: Picture | None = None,
         on_step: OnStep | None = None,
         cancel: CancelToken | None = None,
-        **removed: NoReturn,
+        **earlier: Any,
     ) -> Result:
         """Repaint a picture; `lsast.Options` says what each option means.
 
@@ -190,7 +200,7 @@ class Stylizer:
                 thread; `preview()` gives a small PIL image of what the painting is about to be. An exception that it
                 raises ends the painting and comes out here.
             cancel: ends the painting within one step once another thread turns it.
-            removed: options of earlier versions, which are refused by name.
+            earlier: options of earlier versions: renamed ones work, removed ones are refused with what to use instead.
 
         Returns:
             The painting, in the picture's colour profile and, but with `fit` "squash", of its own size.
@@ -204,10 +214,7 @@ class Stylizer:
             BackendError: a graph fails, or gives values that are not finite.
             CancelledError: `cancel` was turned.
         """
-        given = {"style": style, "preset": preset, "steps": steps, "strength": strength, "guidance": guidance,
-                 "control": control, "size": size, "solver": solver, "seed": seed, "alpha": alpha, "fit": fit,
-                 "keep_colour": keep_colour, "feather": feather, "tile": tile, "cache_interval": cache_interval,
-                 "decoder": decoder, **removed}  # fmt: skip
+        given = {name: value for name, value in locals().items() if name in rules()} | earlier
         return self._paint([self._request(picture, given, mask)], on_step, cancel)[0]
 
     async def stylize_async(self, picture: Picture, style: str | None = None, **options: Any) -> Result:
@@ -326,11 +333,19 @@ class Stylizer:
         self, picture: Picture, given: Mapping[str, Any], mask: Picture | None, temporal: TemporalState | None = None
     ) -> Request:
         """Resolve the options of a picture, open its styles and read it."""
-        options = self._defaults.resolve(given)
-        mix = Mix.parse(options.style)
-        mix.check(list(self.bundle.styles()), self.bundle.manifest.stages)
-        styles = {name: self._pool.styles.get(name) for name in mix.styles}
+        options, styles = self._resolve(given)
         return Request(self.bundle, picture, options, styles, mask, temporal)
+
+    def _resolve(self, given: Mapping[str, Any]) -> tuple[Options, dict[str, StyleFile]]:
+        """Complete the options of a call; and the open styles that they name."""
+        given, manifest, available = current_options(given), self.bundle.manifest, self.bundle.styles()
+        styles: dict[str, StyleFile] = {}
+        if isinstance(style := given.get("style") or manifest.defaults["style"], str):
+            with contextlib.suppress(UsageError):  # `Options` reports a syntax error, together with all other faults
+                styles = {name: self._pool.styles.get(name) for name in Mix.parse(style).styles if name in available}
+        options = Options.resolve(given, manifest.defaults, styles, self._preset)
+        Mix.parse(options.style).check(list(available), manifest.stages)
+        return options, styles
 
     def _paint(self, requests: Sequence[Request], on_step: OnStep | None, cancel: CancelToken | None) -> list[Result]:
         """Paint a batch, as every picture is painted; all requests have one `batch_key`."""
@@ -348,7 +363,8 @@ class Stylizer:
         with self._pool.exclusive(cancel):
             times.append(time.perf_counter())
             networks = self._networks(first, cancel)
-            batch = Batch([request.prepare() for request in requests], self.bundle.null_style, first.options.control)
+            samples = [request.prepare() for request in requests]
+            batch = Batch(samples, self.bundle.null_style, first.options.control_scale)
             latents, pictures = sample(networks, batch, callback)
             painted = [
                 request.blend_with_previous(latent, picture)

@@ -258,7 +258,7 @@ def manifest() -> Manifest:
             "steps": 10,
             "strength": 0.7,
             "guidance": 2.0,
-            "control": 1.0,
+            "control_scale": 1.0,
             "solver": "ddim",
             "size": 128,
         },

@@ -9,7 +9,7 @@ from PIL import Image
 
 from lsast import Options, PictureError, Result, UsageError
 
-OPTIONS = Options(style="monet", steps=1, strength=1.0, guidance=1.0, control=1.0, size=0, solver="ddim")
+OPTIONS = Options(style="monet", steps=1, strength=1.0, guidance=1.0, control_scale=1.0, size=0, solver="ddim")
 
 
 def _result(channels: int, shape: tuple[int, int] = (40, 60)) -> Result:

@@ -14,15 +14,10 @@ from pathlib import Path
 
 from lsast_engines.errors import UsageError, fault_list
 
+from ..images.formats import VIDEOS, WRITTEN_PICTURES, WRITTEN_VIDEOS
+
 STDIO = "-"
 """The name of standard input as IN, and of standard output as OUT."""
-
-WRITTEN_PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
-"""Suffixes of pictures that are also written; a source of another kind becomes a PNG."""
-VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"})
-"""Suffixes that are taken for videos."""
-WRITTEN_VIDEOS = frozenset({".m4v", ".mkv", ".mov", ".mp4"})
-"""Suffixes of videos that are also written; a source of another kind becomes an MP4."""
 
 
 @dataclass(frozen=True)

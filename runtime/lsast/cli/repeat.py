@@ -1,79 +1,130 @@
-"""Painting a picture again from what its file says of it, and proving that it is the same."""
+"""Repeating a painting from what its file says, and proving that it is the same: ``lsast-run --from``."""
 
 from __future__ import annotations
 
+import contextlib
 import io
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
-from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.bundle import Bundle, find_bundle
 from lsast_engines.errors import LsastError, UsageError, fault_list
 from lsast_engines.images import read_picture
 
 from ..images.mask import read_mask
-from ..images.metadata import Record
+from ..images.metadata import Record, read_record
 from ..images.provenance import bundle_sha256, pixels_sha256
+from ..options.options import current_options, preset_options
 from ..options.style_mix import Mix
+from ..result import Result, validate_output_path
+from ..stylizer import load
+from .run import ProgressBars
 
-if TYPE_CHECKING:
-    from ..result import Result
+
+def repeat(
+    origin: Path, paths: list[Path], where: dict[str, Any], options: dict[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """Verify what a painting was made of, and repeat it.
+
+    Args:
+        origin: the painting.
+        paths: empty to verify the bundle and the styles alone; IN to verify the picture too, paint it again and
+            compare; IN and OUT to write the painting instead of comparing.
+        where: arguments of `load` that replace those of the painting.
+        options: options that replace those of the painting; then nothing is verified.
+
+    Returns:
+        The report for ``--json``, and the line that is printed without it.
+
+    Raises:
+        LsastError: the painting was made of something else, or another picture came out.
+        UsageError: too many paths, or `options` without OUT.
+    """
+    if len(paths) > 2 or (options.keys() - {"mask"} and len(paths) < 2):
+        raise UsageError(
+            "found --from with more than IN and OUT, or with options and no OUT; expected --from PAINTING [IN [OUT]]"
+        )
+    record = read_record(origin)
+    made = record.provenance
+    report = {"from": str(origin), **asdict(made), "options": asdict(record.options)}
+    options = current_options(options)
+    mask = options.pop("mask", None)
+    source, out = (*paths, None, None)[:2]
+    if out is not None:
+        validate_output_path(out)
+    if not options:
+        verify_inputs(record, origin, Bundle.open(find_bundle(where.get("bundle"))), source, mask)
+    if source is None:
+        return report, f"{origin}: the bundle and the styles that it was painted with are here"
+    same = {"backend": made.backend, "device": made.device, "compute_dtype": made.compute_dtype}
+    with contextlib.closing(ProgressBars(1)) as bars, load(**{**same, **where}) as stylizer:
+        changed = {**asdict(record.options), **preset_options(options.get("preset")), **options}
+        result = stylizer.stylize(source, **changed, mask=mask, on_step=bars.on_step)
+    if out is None:
+        compare_pixels(result, origin, record)
+        return {**report, "same": True}, f"{origin}: {source} paints the same again, to the last bit"
+    result.save(out)
+    return {**report, "options": asdict(result.options), "out": str(out)}, str(out)
 
 
-def verify(record: Record, where: Path, bundle: Bundle, picture: Path | None = None, mask: Path | None = None) -> None:
-    """Make sure that what a painting was made of is what is here.
+def verify_inputs(
+    record: Record, origin: Path, bundle: Bundle, picture: Path | None = None, mask: Path | None = None
+) -> None:
+    """Check that a painting was made of what is here.
 
     Args:
         record: what its file says.
-        where: the file, for messages.
-        bundle: what would be painted with.
-        picture: what would be painted; None leaves it and the mask unchecked.
-        mask: where it would be painted.
+        origin: the file, for messages.
+        bundle: the bundle that would paint.
+        picture: the picture that would be painted; None leaves picture and mask unchecked.
+        mask: the mask.
 
     Raises:
-        LsastError: something is not; all of it at once, by its checksum.
-        UsageError: a style that is not here; or the painting was made through a mask, and none is given.
+        LsastError: some checksums differ; all of them at once.
+        UsageError: a style that is not here; or a painting that was made with a mask, and none is given.
         PictureError: the picture or the mask cannot be read.
     """
-    told = record.provenance
-    faults = _difference(f"bundle {told.bundle}", bundle_sha256(bundle), told.bundle_sha256)
-    if faults:  # its styles are of another base, too
-        raise LsastError(fault_list(f"{where} was painted with another bundle; name it with --bundle:", faults))
+    made = record.provenance
+    faults = _difference(f"bundle {made.bundle}", bundle_sha256(bundle), made.bundle_sha256)
+    if faults:  # its styles are of another base as well
+        raise LsastError(fault_list(f"{origin} was painted with another bundle; name it with --bundle:", faults))
     mix = Mix.parse(record.options.style)
     mix.check(list(bundle.styles()), bundle.manifest.stages)
     for name in mix.styles:
-        faults += _difference(f"style {name}", bundle.open_style(name).fingerprint, told.styles.get(name))
+        faults += _difference(f"style {name}", bundle.open_style(name).fingerprint, made.styles.get(name))
     if picture is not None:
-        if told.mask_sha256 and mask is None:
-            raise UsageError(f"{where} was painted through a mask; give it with --mask")
+        if made.mask_sha256 and mask is None:
+            raise UsageError(f"{origin} was painted with a mask; give it with --mask")
         source = read_picture(picture)
-        faults += _difference(f"picture {picture}", pixels_sha256(source.rgb, source.alpha), told.picture_sha256)
+        faults += _difference(f"picture {picture}", pixels_sha256(source.rgb, source.alpha), made.picture_sha256)
         if mask is not None:
             found = pixels_sha256(read_mask(mask, source.size, record.options.feather))
-            faults += _difference(f"mask {mask}", found, told.mask_sha256)
+            faults += _difference(f"mask {mask}", found, made.mask_sha256)
     if faults:
-        raise LsastError(fault_list(f"{where} was painted from something else than is here:", faults))
+        raise LsastError(fault_list(f"{origin} was painted from something else than is here:", faults))
 
 
-def compare(again: Result, first: Path, record: Record) -> None:
-    """Make sure that a repeated painting is the one in a file, as that file's format holds it.
+def compare_pixels(again: Result, origin: Path, record: Record) -> None:
+    """Check that a repeated painting equals the one in a file, after it is encoded in that file's format.
 
     Raises:
-        LsastError: it is not; by how much, and what has changed since.
+        LsastError: it differs; the message says by how much, and what has changed since.
         PictureError: the file cannot be read.
     """
-    held = io.BytesIO()
-    again.write(held, first.suffix)
-    one, other = read_picture(first), read_picture(held.getvalue())
-    if one.size != other.size:
-        raise LsastError(f"{first} is of {one.size} pixels (height, width), the repeated painting of {other.size}")
-    difference = np.abs(one.rgb.astype(np.int16) - other.rgb)
+    encoded = io.BytesIO()
+    again.write(encoded, origin.suffix)
+    old, new = read_picture(origin), read_picture(encoded.getvalue())
+    if old.size != new.size:
+        raise LsastError(f"{origin} is of {old.size} pixels (height, width), the repeated painting of {new.size}")
+    difference = np.abs(old.rgb.astype(np.int16) - new.rgb)
     if difference.any():
         changes = record.provenance.changes(again.provenance) if again.provenance else []
         since = f"; since then: {'; '.join(changes)}" if changes else ""
         raise LsastError(
-            f"{first} is not what the same call paints here: {np.count_nonzero(difference) / difference.size:.2%} of "
+            f"{origin} is not what the same call paints here: {np.count_nonzero(difference) / difference.size:.2%} of "
             f"the values differ, by up to {difference.max()} of 255{since}"
         )
 

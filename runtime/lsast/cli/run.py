@@ -37,7 +37,7 @@ class RunSummary:
     failures: dict[str, str] = field(default_factory=dict)
     """Why each file failed that did, by its name."""
 
-    def summary(self) -> str:
+    def text(self) -> str:
         """One line of counts, then one for each failure."""
         counts = f"painted {self.painted}, failed {len(self.failures)}"
         if self.skipped:
@@ -108,7 +108,7 @@ def paint_all(
     overwrite: bool,
     bars: ProgressBars,
     report: Callable[[Report], None],
-    tally: RunSummary,
+    summary: RunSummary,
 ) -> None:
     """Paint one job after another.
 
@@ -120,7 +120,7 @@ def paint_all(
         bars: told of every step and file.
         report: called with each file's `status` (painted, skipped, failed), `source`, `out`, and what `to_report` or
             `error` tells.
-        tally: counts.
+        summary: counts what became of each job.
 
     Raises:
         UsageError, StyleError, BundleError, MissingExtraError: what no other file could pass either.
@@ -128,7 +128,7 @@ def paint_all(
     for job in jobs:
         names = {"source": str(job.source), "out": str(job.out)}  # of several, none is a stream
         if job.out is not None and job.out.exists() and not overwrite:
-            tally.skipped += 1
+            summary.skipped += 1
             report({"status": "skipped", **names})
         else:
             try:
@@ -138,11 +138,11 @@ def paint_all(
             # Whatever one file brings about, the others are still to be painted.
             except Exception as error:
                 reason = " ".join(str(error).split()) or type(error).__name__
-                tally.failures[names["source"]] = reason
+                summary.failures[names["source"]] = reason
                 report({"status": "failed", **names, "error": reason})
             else:
-                tally.painted += 1
-                tally.failures.pop(names["source"], None)  # a watched file that was mended
+                summary.painted += 1
+                summary.failures.pop(names["source"], None)  # a watched file that was mended
                 report({"status": "painted", **names, **facts})
         bars.file_done()
 

@@ -124,10 +124,10 @@ class StretchCanvas:
 
 
 def canvas_for(
-    own: tuple[int, int], size: int, multiple: int, fit: Literal["aspect", "squash"]
+    own: tuple[int, int], size: int, multiple: int, fit: Literal["aspect", "stretch"]
 ) -> Canvas | StretchCanvas:
     """The canvas for a picture of `own` height and width; see `Options.size` and `Options.fit`."""
-    return StretchCanvas.fit(size, multiple) if fit == "squash" else Canvas.fit(own, size, multiple)
+    return StretchCanvas.fit(size, multiple) if fit == "stretch" else Canvas.fit(own, size, multiple)
 
 
 def _resize(rgb: Pixels, size: tuple[int, int]) -> Pixels:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lsast_engines.errors import UsageError
+from lsast_engines.removed import REMOVED_OPTIONS, RENAMED_OPTIONS
 
-from ..options.options import Options
-from ..options.removed import REMOVED
+from ..options.options import rules
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
@@ -42,15 +42,16 @@ def parse_axes(texts: Sequence[str]) -> dict[str, list[Any]]:
     Raises:
         UsageError: no such text, a name that is no option or comes twice, or an axis without a value.
     """
-    names = [field.name for field in fields(Options)]
+    names = rules()
     axes: dict[str, list[Any]] = {}
     for text in texts:
         name, equals, values = text.partition("=")
         name = name.strip().replace("-", "_")
+        name = RENAMED_OPTIONS.get(name, name)
         if not equals or not all(value.strip() for value in values.split(",")):
             raise UsageError(f"found the axis {text!r}; expected an option and its values, such as strength=0.4,0.6")
-        if name in REMOVED:
-            raise UsageError(f"found the axis {name}, which was removed: {REMOVED[name][1]}")
+        if name in REMOVED_OPTIONS:
+            raise UsageError(f"found the axis {name}, which was removed: {REMOVED_OPTIONS[name][1]}")
         if name not in names or name in axes:
             which = "twice" if name in axes else "no option"
             raise UsageError(f"found the axis {name}, {which}; expected one of {', '.join(names)}, each once")

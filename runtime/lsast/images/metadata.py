@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from lsast_engines.errors import PictureError
 
-from ..options.options import Options
-from ..options.removed import without_removed
+from ..options.options import Options, current_options
 from .provenance import Provenance
 
 if TYPE_CHECKING:
@@ -68,9 +67,10 @@ class Record:
                     f"{where} was written in format {found}; this version reads format {FORMAT}: update lsast"
                 )
             height, width = held["painted"]
+            held.setdefault("compute_dtype", held.get("arithmetic"))  # its name in earlier versions
             facts = {field.name: held[field.name] for field in dataclasses.fields(Provenance)}
             provenance = Provenance(**{**facts, "painted": (height, width)})
-            return cls(provenance, Options(**without_removed(held["options"])), held["seconds"])
+            return cls(provenance, Options(**current_options(held["options"])), held["seconds"])
         except (ValueError, KeyError, TypeError) as error:
             raise PictureError(
                 f"what lsast wrote into {where} cannot be read ({error!r}); expected it whole, of this version or older"
@@ -89,7 +89,7 @@ class Record:
             "Model hash": provenance.bundle_sha256[:10],
             "Model": provenance.bundle,
             "Denoising strength": options.strength,
-            "Control weight": options.control,
+            "Control weight": options.control_scale,
             "Version": f"lsast {provenance.versions['lsast']}",
         }
         # A value that holds a comma is quoted there, as JSON does it.

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.environment import installed_versions
 
-from .. import __version__
+from .._version import __version__
 
 _LIBRARIES = {"numpy": "numpy", "opencv": "opencv-python-headless", "pillow": "pillow"}
 """What pixels go through besides the backend, and the wheel that it comes in."""

@@ -1,133 +1,323 @@
-"""Everything one repainting may set, in one frozen dataclass that the API, the command line and JSON share."""
+"""The options of one repainting, declared once: for the API, the command line, JSON, files and the documentation.
+
+`Options` holds each option's type, default, range and help. Precedence of what is not given: the preset, the style's
+defaults, the bundle's defaults, the default declared here. Nothing here imports numpy, so that ``--help`` is quick.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from lsast_engines.diffusion.solvers import SOLVERS
 from lsast_engines.errors import UsageError, fault_list
+from lsast_engines.removed import REMOVED_OPTIONS, RENAMED_OPTIONS, RENAMED_VALUES
 
-from .presets import PRESETS
-from .removed import STRENGTH_BY_STAGE, without_removed
 from .style_mix import Mix
+
+if TYPE_CHECKING:
+    from lsast_engines.bundle.style import StyleFile
+
+SolverName = Literal["ddim", "dpmpp2m", "unipc", "ddim_lsast"]
+"""The keys of `lsast_engines.diffusion.solvers.SOLVERS`."""
+
+PresetName = Literal["exact", "balanced", "fast", "released"]
+
+PRESETS: dict[PresetName, dict[str, Any]] = {
+    "exact": {},
+    "balanced": {"steps": 12, "solver": "dpmpp2m", "cache_interval": 2},
+    "fast": {"steps": 8, "solver": "unipc", "cache_interval": 2},
+    "released": {
+        "steps": 50,
+        "strength": 0.7,
+        "guidance": 10.0,
+        "control_scale": 1.0,
+        "size": 512,
+        "solver": "ddim_lsast",
+        "fit": "stretch",
+    },
+}
+"""Options that belong together. `exact` computes everything at every step; `balanced` and `fast` trade quality for time
+and need the bundle's split graphs; `released` is the shipped call of LSAST's code (docs/method.md §4)."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What an option may be, and what it does."""
+
+    kind: type
+    values: str
+    """The allowed values, for messages and help."""
+    accepts: Callable[[Any], bool]
+    help: str
+    metavar: str | None = None
+
+    @property
+    def expected(self) -> str:
+        """The allowed values with their type, for messages."""
+        return {int: "a whole number, ", float: "a number, "}.get(self.kind, "") + self.values
+
+
+def _rule(*facts: Any, **more: Any) -> dict[str, Rule]:
+    """A `Rule` as the metadata of a field."""
+    return {"rule": Rule(*facts, **more)}
+
+
+def _integer(low: int, high: float, text: str, *, or_zero: bool = False, metavar: str = "N") -> dict[str, Rule]:
+    """A whole number from `low` to `high`, or 0 as well."""
+    values = f"{low} to {high}" if high < math.inf else f"{low} or more"
+
+    def accepts(value: Any) -> bool:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return whole and (low <= value <= high or (or_zero and value == 0))
+
+    return _rule(int, f"0, or {values}" if or_zero else values, accepts, text, metavar)
+
+
+def _number(low: float, high: float, text: str, *, above: bool = False) -> dict[str, Rule]:
+    """A number from `low` to `high`; `above` excludes `low`."""
+    values = f"above {low:g}, up to {high:g}" if above else f"{low:g} to {high:g}"
+
+    def accepts(value: Any) -> bool:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return number and low <= value <= high and not (above and value == low)
+
+    return _rule(float, values, accepts, text, "NUMBER")
+
+
+def _choice(values: tuple[str, ...], text: str, *, optional: bool = False) -> dict[str, Rule]:
+    """One of `values`, or None as well."""
+    listed = f"{', '.join(values[:-1])} or {values[-1]}"
+    return _rule(str, listed, lambda value: value in values or (optional and value is None), text, "NAME")
+
+
+def _style(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The knobs of one repainting; a picture, these and a bundle determine every byte of the result.
+    """All options of one repainting. A picture, these and a bundle determine every byte of the result.
 
     Raises:
-        UsageError: one or more values cannot be meant; all of them are named at once.
+        UsageError: one or more values are invalid; all of them are named at once.
     """
 
-    style: str
-    """Name of a style of the bundle, or a mix of several, such as ``vangogh:0.6+monet:0.4``
-    (`lsast.options.style_mix`)."""
-    steps: int
-    """Length of the full schedule, of which the last ``int(steps * strength)`` run (at least one): 1 to 1000, or the
-    little less that the solver allows."""
-    strength: float
-    """How far the picture is pushed towards noise before it is painted back: above 0, up to 1 (all the way)."""
-    guidance: float
-    """Classifier-free guidance, 0 to 100: 1 paints with the style alone, one pass a step; more exaggerates it."""
-    control: float
-    """How firmly the picture's edges hold the painting: 0 (not at all) to 2."""
-    size: int
-    """The picture is painted at about size x size pixels, its aspect kept: 64 to 8192, or 0 for its own size."""
-    solver: str
-    """One of `lsast_engines.diffusion.solvers.SOLVERS`."""
-    seed: int = 0
-    """Seed of all noise, 0 or more: same seed, same machine, same bytes."""
-    alpha: Literal["keep", "composite"] = "keep"
-    """What becomes of transparency: `keep` gives it back, `composite` lays the picture on white before painting."""
-    fit: Literal["aspect", "squash"] = "aspect"
-    """How the picture is brought to `size`: `aspect` keeps its aspect and gives its own size back; `squash` paints and
-    gives size x size pixels, as the released code does (docs/method.md §4.1-2); it needs a `size` other than 0."""
-    keep_colour: bool = False
-    """Keep the picture's colours: only luma is painted."""
-    feather: int = 16
-    """Pixels of the picture over which a mask's painting fades in from its border, 0 to 4096; of no use without a
-    mask."""
-    tile: int = 1024
-    """A canvas of more than one and a half tiles is painted in overlapping tiles of about tile x tile pixels, in
-    bounded memory: 64 to 8192, or 0 to paint whatever comes whole."""
-    cache_interval: int = 1
-    """The whole U-Net and the ControlNet run at every n-th step, 1 to 1000, and between them only the U-Net's outermost
-    level (DeepCache, arXiv 2312.00858)."""
-    decoder: Literal["full", "small"] = "full"
-    """What makes a picture of the painted latent: the base's own decoder, or the smaller, quicker one that
-    ``lsast-export decoder`` adds to a bundle."""
-    preset: str | None = None
-    """Name of the preset (`lsast.options.presets`) that options were left to; here they are all resolved."""
+    style: str = field(
+        metadata=_rule(
+            str,
+            "the name of a style, or a mix of styles",
+            _style,
+            "Style to paint in. A mix joins styles with +, weights them with :, and limits them with @ to a layer "
+            "group (down, mid, up) or to stages (0-9): vangogh:0.6+monet:0.4, vangogh@up+monet@0-4.",
+            "MIX",
+        )
+    )
+    steps: int = field(
+        metadata=_integer(
+            1,
+            1000,
+            "Steps from pure noise to the painting; the last int(steps * strength) of them are run, at least one.",
+        )
+    )
+    strength: float = field(
+        metadata=_number(
+            0, 1, "How far the painting may depart from the picture; 1 starts from pure noise.", above=True
+        )
+    )
+    guidance: float = field(
+        metadata=_number(
+            0,
+            100,
+            "How much the style is exaggerated (scale of classifier-free guidance); 1 is plain and twice as fast.",
+        )
+    )
+    control_scale: float = field(
+        metadata=_number(
+            0, 2, "How closely the picture's edges are followed (scale of the ControlNet); 0 ignores them."
+        )
+    )
+    size: int = field(
+        metadata=_integer(
+            64,
+            8192,
+            "Paint at about SIZE x SIZE pixels; 0 is the picture's own size. The result has the picture's size again.",
+            or_zero=True,
+            metavar="SIZE",
+        )
+    )
+    solver: SolverName = field(
+        metadata=_choice(
+            get_args(SolverName),
+            "Method of the denoising steps; ddim_lsast is DDIM on the timesteps of LSAST's released code.",
+        )
+    )
+    seed: int = field(
+        default=0, metadata=_integer(0, math.inf, "Seed of all noise: the same seed gives the same bytes.")
+    )
+    alpha: Literal["keep", "composite"] = field(
+        default="keep",
+        metadata=_choice(
+            ("keep", "composite"), "Transparency: keep it, or composite the picture on white before painting."
+        ),
+    )
+    fit: Literal["aspect", "stretch"] = field(
+        default="aspect",
+        metadata=_choice(
+            ("aspect", "stretch"),
+            "aspect keeps the picture's aspect and size; stretch paints and gives SIZE x SIZE pixels, as LSAST's "
+            "released code does.",
+        ),
+    )
+    keep_colour: bool = field(
+        default=False,
+        metadata=_rule(
+            bool,
+            "true or false",
+            lambda value: isinstance(value, bool),
+            "Keep the picture's colours: only brightness is painted.",
+        ),
+    )
+    feather: int = field(
+        default=16,
+        metadata=_integer(0, 4096, "Pixels inside the edge of a mask over which the painting fades in."),
+    )
+    tile: int = field(
+        default=1024,
+        metadata=_integer(
+            64,
+            8192,
+            "Paint canvases of more than one and a half tiles in overlapping tiles of about TILE x TILE pixels, so "
+            "that memory stays bounded; 0 paints everything whole.",
+            or_zero=True,
+            metavar="TILE",
+        ),
+    )
+    cache_interval: int = field(
+        default=1,
+        metadata=_integer(
+            1,
+            1000,
+            "Run the ControlNet and the whole U-Net at every N-th step only, and the U-Net's outermost level between "
+            "them (DeepCache): faster, a little less exact.",
+        ),
+    )
+    decoder: Literal["full", "small"] = field(
+        default="full",
+        metadata=_choice(
+            ("full", "small"), "Decoder of the painted latent: the base's own, or a smaller and faster one."
+        ),
+    )
+    preset: PresetName | None = field(
+        default=None,
+        metadata=_choice(
+            get_args(PresetName),
+            "Options that belong together: exact skips nothing, balanced and fast are faster, released paints as "
+            "LSAST's released code does. Options that are given besides win.",
+            optional=True,
+        ),
+    )
 
     def __post_init__(self) -> None:
-        faults = [fault for name in _RULES if (fault := _fault(name, getattr(self, name)))]
-        if self.fit == "squash" and self.size == 0:
-            faults.append("size: found 0 with fit squash; expected the side to squash to, such as 512")
+        faults = []
+        for name, rule in rules().items():
+            value = getattr(self, name)
+            if not rule.accepts(value):
+                faults.append(f"{name}: found {value!r}; expected {rule.expected}")
+        try:
+            if _style(self.style):
+                Mix.parse(self.style)
+        except UsageError as error:
+            faults.insert(0, f"style: {error}")
+        if self.fit == "stretch" and self.size == 0:
+            faults.append("size: found 0 with fit stretch; expected the side to stretch to, such as 512")
         if faults:
-            raise UsageError(fault_list("these options cannot be meant:", faults))
+            raise UsageError(fault_list("invalid options:", faults))
 
     @classmethod
-    def resolve(cls, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Options:
-        """Options from what the caller gave; None means the default.
+    def resolve(
+        cls,
+        given: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        styles: Mapping[str, StyleFile] | None = None,
+        preset: str | None = None,
+    ) -> Options:
+        """Complete the options of a call. Precedence: the call, its preset, the style, the bundle.
+
+        Of a mix, the styles' defaults count where all of them agree. A style with distilled guidance is painted with
+        guidance 1.
 
         Args:
-            given: values by field name, None where the caller leaves the choice.
-            defaults: the manifest's `defaults`, those of the style over them, a preset over both
-            (`lsast.options.defaults`).
+            given: values by name, under current names; None leaves an option to the defaults.
+            defaults: the manifest's `defaults`.
+            styles: the open styles that are painted with, by name.
+            preset: taken if the call gives none.
 
         Raises:
-            UsageError: one or more values cannot be meant; all of them are named at once. Or an option that was removed
-                (`lsast.options.removed`).
+            UsageError: invalid values, all at once; guidance for a style with distilled guidance; or a mix of styles
+                that differ in it.
         """
-        given = without_removed(given)
-        return cls(**{**defaults, **{name: value for name, value in given.items() if value is not None}})
+        given = {name: value for name, value in given.items() if value is not None}
+        preset = given.get("preset", preset)
+        files = styles or {}
+        first, *others = [file.defaults for file in files.values()] or [{}]
+        common = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+        distilled = _distilled_overrides(files, given)
+        return cls(**{**defaults, **common, **preset_options(preset), **distilled, **given, "preset": preset})
 
 
-def _fault(name: str, value: Any) -> str | None:
-    """What is wrong with the value of a field, or None."""
-    expected, holds = _RULES[name]
-    if not holds(value):
-        since = f"; {STRENGTH_BY_STAGE}" if name == "strength" and "@" in str(value) else ""
-        return f"{name}: found {value!r}; expected {expected}{since}"
-    if name == "style":
-        try:
-            Mix.parse(value)
-        except UsageError as error:
-            return f"{name}: {error}"
-    return None
+def rules() -> dict[str, Rule]:
+    """The rule of every option, by name, in the order of the declaration."""
+    return {option.name: option.metadata["rule"] for option in fields(Options)}
 
 
-def _whole(low: int, high: float = math.inf) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+def preset_options(name: str | None) -> dict[str, Any]:
+    """The options of a preset; none for None.
+
+    Raises:
+        UsageError: there is no such preset.
+    """
+    if name is None:
+        return {}
+    if name not in get_args(PresetName):
+        raise UsageError(f"found preset {name!r}; expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]  # type: ignore[index]
 
 
-def _number(low: float, high: float) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+def current_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` under current names and values: what earlier versions called otherwise is renamed.
+
+    Raises:
+        UsageError: an option that was removed, unless its value never had an effect; all of them at once.
+    """
+    faults, current = [], {}
+    for name, value in given.items():
+        if name in REMOVED_OPTIONS:
+            no_effect, instead = REMOVED_OPTIONS[name]
+            if value not in (None, no_effect):
+                faults.append(f"{name} was removed: {instead}")
+        else:
+            current[RENAMED_OPTIONS.get(name, name)] = RENAMED_VALUES.get(f"{name}={value}", value)
+    if faults:
+        raise UsageError(fault_list("found options of an earlier version:", faults))
+    return current
 
 
-_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "style": ("the name of a style", lambda value: isinstance(value, str) and value != ""),
-    "steps": ("a whole number from 1 to 1000", _whole(1, 1000)),
-    "strength": ("a number above 0, up to 1", lambda value: _number(0, 1)(value) and value > 0),
-    "guidance": ("a number from 0 to 100", _number(0, 100)),
-    "control": ("a number from 0 to 2", _number(0, 2)),
-    "size": (
-        "0 (the picture's own) or a whole number from 64 to 8192",
-        lambda v: _whole(0, 0)(v) or _whole(64, 8192)(v),
-    ),
-    "solver": (f"one of {', '.join(SOLVERS)}", lambda value: value in tuple(SOLVERS)),
-    "seed": ("a whole number, 0 or more", _whole(0)),
-    "alpha": ("keep or composite", lambda value: value in ("keep", "composite")),
-    "fit": ("aspect or squash", lambda value: value in ("aspect", "squash")),
-    "keep_colour": ("true or false", lambda value: isinstance(value, bool)),
-    "feather": ("a whole number from 0 to 4096", _whole(0, 4096)),
-    "tile": ("0 (never) or a whole number from 64 to 8192", lambda v: _whole(0, 0)(v) or _whole(64, 8192)(v)),
-    "cache_interval": ("a whole number from 1 to 1000", _whole(1, 1000)),
-    "decoder": ("full or small", lambda value: value in ("full", "small")),
-    "preset": (f"one of {', '.join(PRESETS)}", lambda value: value is None or value in tuple(PRESETS)),
-}
-"""For every field: what is expected, and whether a value is that."""
+def _distilled_overrides(files: Mapping[str, StyleFile], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Guidance 1 for styles with distilled guidance: it is already in their keys and values."""
+    scales = {name: file.distilled_guidance for name, file in files.items()}
+    if not any(scales.values()):
+        return {}
+    listed = ", ".join(f"{name} {'without' if scale is None else f'{scale:g}'}" for name, scale in scales.items())
+    if len(set(scales.values())) > 1:
+        raise UsageError(
+            f"found a mix of styles with unequal distilled guidance ({listed}); expected the same in all, or none: "
+            "distill it with lsast-train distill --style NAME --guidance G, or mix the styles that these were made from"
+        )
+    if given.get("guidance", 1) != 1:
+        raise UsageError(
+            f"found guidance {given['guidance']} for a style with distilled guidance ({listed}); expected 1, or none: "
+            "a pass without guidance already has it; for another scale take the style that it was made from"
+        )
+    return {"guidance": 1.0}

@@ -23,8 +23,8 @@ import numpy as np
 from lsast_engines.errors import MissingExtraError, PictureError, UsageError
 from lsast_engines.files import replace_file
 
-from ..cli.inputs import WRITTEN_VIDEOS
 from ..images.canvas import Pixels
+from ..images.formats import WRITTEN_VIDEOS
 from .optical_flow import TemporalState
 
 if TYPE_CHECKING:

@@ -56,7 +56,7 @@ def _pairs(*sources: str, out: str) -> dict[str, str]:
 
 def test_one_file_is_one_job(folder: Path) -> None:
     plan = plan_jobs(["in/a.png"], "out.png")
-    assert (plan.jobs, plan.one) == ((Job(Path("in/a.png"), Path("out.png")),), True)
+    assert (plan.jobs, plan.single) == ((Job(Path("in/a.png"), Path("out.png")),), True)
 
 
 def test_a_folder_is_mirrored_whatever_it_holds_besides(folder: Path) -> None:

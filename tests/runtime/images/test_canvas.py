@@ -79,7 +79,7 @@ def test_on_white_is_pillows_composite() -> None:
 def test_squashing_resamples_as_the_released_code(own: tuple[int, int]) -> None:
     # docs/method.md §4.1-2: Pillow's Lanczos for the encoder, OpenCV's bilinear on BGR for the edges.
     rgb = np.random.default_rng(4).integers(0, 256, (*own, 3), dtype=np.uint8)
-    canvas = canvas_for(own, 128, 64, "squash")
+    canvas = canvas_for(own, 128, 64, "stretch")
     content, outlined = canvas.encoder_and_edge_inputs(rgb)
     np.testing.assert_array_equal(content, Image.fromarray(rgb).resize((128, 128), Image.Resampling.LANCZOS))
     bgr = np.dstack([rgb[..., 2], rgb[..., 1], rgb[..., 0]])

@@ -18,7 +18,11 @@ from lsast import Stylizer, UsageError
 from lsast.cli.main import main
 from lsast.images.contact_sheet import CELL, contact_sheet, parse_axes
 
-AXES: dict[str, list[Any]] = {"strength": [0.3, 0.7, 1.0], "control": [0.0, 2.0], "style": ["vangogh", "monet@up"]}
+AXES: dict[str, list[Any]] = {
+    "strength": [0.3, 0.7, 1.0],
+    "control_scale": [0.0, 2.0],
+    "style": ["vangogh", "monet@up"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +36,7 @@ def test_every_cell_is_the_painting_of_its_options(stylizer: Stylizer, photo: np
     sheet = contact_sheet(stylizer, photo, AXES, on_cell=lambda *progress: told.append(progress), guidance=3.0)
     assert list(sheet.cells) == [(s, c, style) for style in AXES["style"] for c in (0.0, 2.0) for s in (0.3, 0.7, 1.0)]
     for (strength, control, style), box in sheet.cells.items():
-        alone = stylizer.stylize(photo, style, strength=strength, control=control, guidance=3.0).image
+        alone = stylizer.stylize(photo, style, strength=strength, control_scale=control, guidance=3.0).image
         difference = np.asarray(sheet.image.crop(box)).astype(int) - np.asarray(alone)
         assert np.abs(difference).max() <= 1
     assert told == [(done, 12) for done in range(13)]
@@ -44,7 +48,7 @@ def test_cells_are_in_rows_and_columns_and_do_not_touch(stylizer: Stylizer, phot
     assert all(len(left) == 1 for left in lefts.values())
     assert sorted(lefts, key=lambda strength: min(lefts[strength])) == AXES["strength"]
     tops = {key: {box[1] for (_, *rest), box in cells.items() if tuple(rest) == key} for key in
-            itertools.product(AXES["control"], AXES["style"])}  # fmt: skip
+            itertools.product(AXES["control_scale"], AXES["style"])}  # fmt: skip
     assert all(len(top) == 1 for top in tops.values())
     assert len(set.union(*tops.values())) == 4
     for one, other in itertools.combinations(cells.values(), 2):
@@ -54,7 +58,7 @@ def test_cells_are_in_rows_and_columns_and_do_not_touch(stylizer: Stylizer, phot
 
 def test_labels_are_beside_what_they_name(stylizer: Stylizer, photo: np.ndarray) -> None:
     def sheet(values: list[float]) -> tuple[np.ndarray, list[tuple[int, int, int, int]]]:
-        made = contact_sheet(stylizer, photo, {"control": [1.0], "guidance": values}, steps=1)
+        made = contact_sheet(stylizer, photo, {"control_scale": [1.0], "guidance": values}, steps=1)
         return np.asarray(made.image), list(made.cells.values())
 
     image, boxes = sheet([1.0, 3.0])

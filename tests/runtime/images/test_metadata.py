@@ -44,7 +44,7 @@ def _held(path: Path) -> tuple[dict[str, Any], str]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_file_says_what_it_was_made_of(
+def test_record_in_a_file_says_what_it_was_made_of(
     painted: lsast.Result, bundle_path: Path, photo: np.ndarray, tmp_path: Path, form: str
 ) -> None:
     painted.save(tmp_path / f"a.{form}")
@@ -65,7 +65,7 @@ def test_a_file_says_what_it_was_made_of(
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_galleries_read_the_settings(painted: lsast.Result, tmp_path: Path, form: str) -> None:
+def test_record_holds_settings_that_galleries_read(painted: lsast.Result, tmp_path: Path, form: str) -> None:
     painted.save(tmp_path / f"a.{form}")
     _, settings = _held(tmp_path / f"a.{form}")
     # The reader of AUTOMATIC1111's web UI: pairs by this pattern on the last line, a prompt before it.
@@ -79,7 +79,7 @@ def test_galleries_read_the_settings(painted: lsast.Result, tmp_path: Path, form
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_what_is_written_is_read(painted: lsast.Result, tmp_path: Path, form: str) -> None:
+def test_read_record_reads_what_save_wrote(painted: lsast.Result, tmp_path: Path, form: str) -> None:
     painted.save(tmp_path / f"a.{form}")
     record = read_record(tmp_path / f"a.{form}")
     assert record.options == painted.options
@@ -88,7 +88,7 @@ def test_what_is_written_is_read(painted: lsast.Result, tmp_path: Path, form: st
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("given", ["jpg", "png"])
-def test_nothing_private_of_the_picture_goes_along(
+def test_save_writes_nothing_private_of_the_picture(
     bundle_path: Path, photo: np.ndarray, tmp_path: Path, form: str, given: str
 ) -> None:
     exif = Image.Exif()
@@ -112,7 +112,7 @@ def test_nothing_private_of_the_picture_goes_along(
     assert not any(str(tmp_path) in text for text in texts)
 
 
-def test_a_style_is_known_by_its_values_not_by_its_file(bundle_path: Path, tmp_path: Path) -> None:
+def test_style_fingerprint_depends_on_its_values_alone(bundle_path: Path, tmp_path: Path) -> None:
     bundle = Bundle.open(bundle_path)
     style = bundle.style("monet")
     prints = []
@@ -126,7 +126,7 @@ def test_a_style_is_known_by_its_values_not_by_its_file(bundle_path: Path, tmp_p
     assert prints[0] == prints[1] != prints[2]
 
 
-def test_files_that_say_nothing_or_nonsense_are_refused(painted: lsast.Result, tmp_path: Path) -> None:
+def test_read_record_of_a_file_without_a_record_raises(painted: lsast.Result, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     with pytest.raises(PictureError, match="does not say how it was painted"):
         read_record(tmp_path / "plain.png")
@@ -164,7 +164,7 @@ def run(tmp_path: Path, photo: np.ndarray, bundle_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_painting_is_repeated_to_the_bit(run: Run, form: str) -> None:
+def test_from_repeats_a_painting_to_the_bit(run: Run, form: str) -> None:
     made = run("in.png", f"out.{form}", "--style", MIX, "--seed", "3", "--mask", "mask.png", "--keep-colour")
     assert made.exit_code == 0, made.stderr
     alone = run("--from", f"out.{form}")
@@ -180,7 +180,7 @@ def test_a_painting_is_repeated_to_the_bit(run: Run, form: str) -> None:
     assert (first.provenance, first.options) == (second.provenance, second.options)
 
 
-def test_what_is_not_the_same_is_named_before_anything_is_painted(
+def test_from_with_other_inputs_names_them_before_painting(
     run: Run, photo: np.ndarray, bundle_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run("in.png", "out.png", "--style", MIX, "--mask", "mask.png").exit_code == 0
@@ -210,9 +210,7 @@ def test_what_is_not_the_same_is_named_before_anything_is_painted(
     assert (elsewhere.exit_code, "another bundle; name it with --bundle" in elsewhere.stderr) == (1, True)
 
 
-def test_another_picture_than_before_says_by_how_much_and_what_changed(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_from_with_another_result_says_by_how_much_and_what_changed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("in.png", "out.png").exit_code == 0
     with Image.open("out.png") as image:
         text, pixels = image.text, np.array(image)  # type: ignore[attr-defined]
@@ -226,7 +224,7 @@ def test_another_picture_than_before_says_by_how_much_and_what_changed(
     assert f"numpy 1.0, now {np.__version__}" in result.stderr
 
 
-def test_options_besides_change_the_picture_and_need_a_place(run: Run, photo: np.ndarray) -> None:
+def test_from_with_options_changes_the_picture_and_needs_out(run: Run, photo: np.ndarray) -> None:
     assert run("in.png", "out.png", "--style", "monet", "--guidance", "3").exit_code == 0
     refused = run("--from", "out.png", "in.png", "--seed", "5")
     assert (refused.exit_code, "options and no OUT" in refused.stderr) == (2, True)
@@ -239,7 +237,7 @@ def test_options_besides_change_the_picture_and_need_a_place(run: Run, photo: np
         assert image.size == (160, 50)
 
 
-def test_a_transparent_picture_laid_on_white_is_known_again(run: Run, photo: np.ndarray) -> None:
+def test_from_recognises_a_transparent_picture_on_white(run: Run, photo: np.ndarray) -> None:
     alpha = np.full(photo.shape[:2], 90, np.uint8)
     Image.fromarray(np.dstack([photo, alpha])).save("clear.png")
     assert run("clear.png", "out.png", "--alpha", "composite").exit_code == 0
@@ -249,15 +247,22 @@ def test_a_transparent_picture_laid_on_white_is_known_again(run: Run, photo: np.
     assert (opaque.exit_code, "picture in.png: found" in opaque.stderr) == (1, True)
 
 
-def test_an_old_painting_with_removed_options_at_their_defaults_is_read(painted: lsast.Result, tmp_path: Path) -> None:
+def test_record_with_removed_options_without_effect_is_read(painted: lsast.Result, tmp_path: Path) -> None:
     painted.save(tmp_path / "a.png")
     held, _ = _held(tmp_path / "a.png")
     idle = {"control_low": 0, "control_interval": 1, "guidance_low": 0, "guidance_high": 1000}
     held["options"] |= idle
     assert Record.from_json(json.dumps(held), "a.png").options == painted.options
     held["options"] |= {"control_low": 200}
-    with pytest.raises(lsast.UsageError, match="control_low was removed: use a smaller control"):
+    with pytest.raises(lsast.UsageError, match="control_low was removed: use a smaller control_scale"):
         Record.from_json(json.dumps(held), "a.png")
-    held["options"] |= {"control_low": 0, "strength": "0.7,0.4@0-2"}
-    with pytest.raises(lsast.UsageError, match="strength by stage was removed"):
-        Record.from_json(json.dumps(held), "a.png")
+
+
+def test_record_with_names_of_earlier_versions_is_read(painted: lsast.Result, tmp_path: Path) -> None:
+    painted.save(tmp_path / "a.png")
+    held, _ = _held(tmp_path / "a.png")
+    held["arithmetic"] = held.pop("compute_dtype")
+    held["options"] |= {"control": held["options"].pop("control_scale"), "solver": "released", "fit": "squash"}
+    record = Record.from_json(json.dumps(held), "a.png")
+    assert record.options == dataclasses.replace(painted.options, solver="ddim_lsast", fit="stretch")
+    assert record.provenance == painted.provenance

@@ -1,10 +1,11 @@
-"""Which default stands: what is asked for, then what the style says, then what the bundle says."""
+"""Precedence of defaults: the call, then its preset, then the style, then the bundle."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import pytest
 from click.testing import CliRunner
 
 import lsast
+from lsast import Stylizer
 from lsast.cli.main import main
-from lsast.options.defaults import Defaults
-from lsast.options.presets import PRESETS
+from lsast.options.options import PRESETS, preset_options
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.style import Style, StyleFile
 
@@ -37,30 +38,35 @@ def path(tmp_path_factory: pytest.TempPathFactory, bundle_path: Path) -> Path:
     return folder
 
 
-def test_the_style_comes_before_the_bundle(path: Path) -> None:
-    bundle = Bundle.open(path)
-    found = Defaults(bundle).resolve({"style": "monet"})
-    assert (found.guidance, found.strength, found.steps) == (5.0, 1.0, bundle.manifest.defaults["steps"])
-    assert Defaults(bundle).resolve({}).steps == 4  # the bundle's own style is no exception
+@pytest.fixture(scope="module")
+def own(path: Path) -> Iterator[Stylizer]:
+    with lsast.load(path) as opened:
+        yield opened
 
 
-def test_what_is_asked_for_comes_before_the_style(path: Path) -> None:
-    assert Defaults(Bundle.open(path)).resolve({"style": "monet", "guidance": 1.0, "strength": None}).guidance == 1.0
+def test_resolve_prefers_the_style_to_the_bundle(own: Stylizer) -> None:
+    found = own.resolve(style="monet")
+    assert (found.guidance, found.strength, found.steps) == (5.0, 1.0, own.bundle.manifest.defaults["steps"])
+    assert own.resolve().steps == 4  # the bundle's own style is no exception
 
 
-def test_a_mix_takes_what_its_styles_agree_on(path: Path) -> None:
-    bundle = Bundle.open(path)
-    found = Defaults(bundle).resolve({"style": "vangogh:0.3+monet"})
-    defaults = bundle.manifest.defaults
+def test_resolve_prefers_the_call_to_the_style(own: Stylizer) -> None:
+    assert own.resolve(style="monet", guidance=1.0, strength=None).guidance == 1.0
+
+
+def test_resolve_of_a_mix_takes_what_its_styles_agree_on(own: Stylizer) -> None:
+    found, defaults = own.resolve(style="vangogh:0.3+monet"), own.bundle.manifest.defaults
     assert (found.guidance, found.steps, found.strength) == (5.0, defaults["steps"], defaults["strength"])
 
 
-def test_an_unknown_style_is_told_by_the_bundle(path: Path, photo: np.ndarray) -> None:
+def test_stylize_with_an_unknown_style_names_it(path: Path, photo: np.ndarray) -> None:
     with lsast.load(path) as stylizer, pytest.raises(lsast.UsageError, match="found no style 'nobody'"):
         stylizer.stylize(photo, style="nobody")
 
 
-def test_a_painting_is_that_of_the_same_options_given(path: Path, bundle_path: Path, photo: np.ndarray) -> None:
+def test_stylize_with_a_styles_defaults_equals_the_same_options_given(
+    path: Path, bundle_path: Path, photo: np.ndarray
+) -> None:
     with lsast.load(path) as own, lsast.load(bundle_path) as plain:
         left = own.stylize(photo, style="monet")
         right = plain.stylize(photo, style="monet", **OWN["monet"])
@@ -82,35 +88,44 @@ def baked(tmp_path_factory: pytest.TempPathFactory, bundle_path: Path) -> Path:
     return folder
 
 
-def test_a_style_with_guidance_baked_in_is_painted_in_one_pass(baked: Path, photo: np.ndarray) -> None:
-    bundle = Bundle.open(baked)
-    assert bundle.open_style("five").distilled_guidance == 5.0
-    assert bundle.open_style("plain").distilled_guidance is None
-    found = Defaults(bundle).resolve({"style": "five"})
+@pytest.fixture(scope="module")
+def distilled(baked: Path) -> Iterator[Stylizer]:
+    with lsast.load(baked) as opened:
+        yield opened
+
+
+def test_resolve_with_distilled_guidance_sets_guidance_1(distilled: Stylizer, photo: np.ndarray) -> None:
+    assert distilled.bundle.open_style("five").distilled_guidance == 5.0
+    assert distilled.bundle.open_style("plain").distilled_guidance is None
+    found = distilled.resolve(style="five")
     assert (found.guidance, found.steps) == (1.0, 4)
-    assert Defaults(bundle).resolve({"style": "five", "guidance": 1}).guidance == 1
-    assert Defaults(bundle).resolve({"style": "vangogh:0.3+monet@0-4"}).guidance == 1.0
-    assert Defaults(bundle).resolve({"style": "plain"}).guidance == 6.0
-    # The released preset asks for 10; it is no more asked for than the bundle's own default is.
-    assert Defaults(bundle).resolve({"style": "five", "preset": "released"}).guidance == 1.0
-    with lsast.load(baked) as stylizer:
-        assert stylizer.stylize(photo, style="five").options.guidance == 1.0
+    assert distilled.resolve(style="five", guidance=1).guidance == 1
+    assert distilled.resolve(style="vangogh:0.3+monet@0-4").guidance == 1.0
+    assert distilled.resolve(style="plain").guidance == 6.0
+    # The preset `released` has guidance 10, which counts no more than the bundle's default does.
+    assert distilled.resolve(style="five", preset="released").guidance == 1.0
+    assert distilled.stylize(photo, style="five").options.guidance == 1.0
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"style": "five", "guidance": 3.0}, r"found guidance 3.0 .*baked in \(five 5\); expected 1, or none"),
-        ({"style": "five+plain"}, r"unequal guidance baked in \(five 5, plain without\); .* distil"),
-        ({"style": "vangogh@0-4+five@5-9"}, r"unequal guidance baked in \(vangogh 7, five 5\)"),
+        (
+            {"style": "five", "guidance": 3.0},
+            r"found guidance 3.0 .*distilled guidance \(five 5\); expected 1, or none",
+        ),
+        ({"style": "five+plain"}, r"unequal distilled guidance \(five 5, plain without\); .* distill"),
+        ({"style": "vangogh@0-4+five@5-9"}, r"unequal distilled guidance \(vangogh 7, five 5\)"),
     ],
 )
-def test_guidance_is_not_applied_twice(baked: Path, given: dict[str, Any], message: str) -> None:
+def test_resolve_with_distilled_guidance_refuses_guidance(
+    distilled: Stylizer, given: dict[str, Any], message: str
+) -> None:
     with pytest.raises(lsast.UsageError, match=message):
-        Defaults(Bundle.open(baked)).resolve(given)
+        distilled.resolve(**given)
 
 
-def test_a_baked_scale_that_is_none_is_damage(baked: Path, tmp_path: Path) -> None:
+def test_style_file_with_invalid_distilled_guidance_is_damaged(baked: Path, tmp_path: Path) -> None:
     style = Bundle.open(baked).style("plain")
     broken = Style("x", style.base, 10, style.tokens, style.kv_unet, style.kv_control, {"guidance_baked": "much"})
     broken.save(tmp_path / "x.safetensors")
@@ -118,37 +133,34 @@ def test_a_baked_scale_that_is_none_is_damage(baked: Path, tmp_path: Path) -> No
         StyleFile(tmp_path / "x.safetensors")
 
 
-def test_list_styles_tells_what_is_baked(baked: Path) -> None:
+def test_list_styles_reports_distilled_guidance(baked: Path) -> None:
     told = json.loads(CliRunner().invoke(main, ["--bundle", str(baked), "--list-styles", "--json"]).stdout)
     assert told["guidance_baked"] == {"vangogh": 7.0, "monet": 7.0, "five": 5.0}
 
 
-def test_a_preset_comes_before_the_style_and_behind_what_is_asked_for(path: Path) -> None:
-    bundle = Bundle.open(path)
-    defaults = bundle.manifest.defaults
-    found = Defaults(bundle).resolve({"style": "vangogh", "preset": "fast", "solver": "ddim"})
-    # steps of the preset, solver as asked for, guidance of the style, strength of the bundle
-    assert (found.steps, found.solver, found.guidance, found.strength) == (8, "ddim", 5.0, defaults["strength"])
+def test_resolve_prefers_the_call_to_the_preset_and_the_preset_to_the_style(own: Stylizer) -> None:
+    found = own.resolve(style="vangogh", preset="fast", solver="ddim")
+    # steps of the preset, solver of the call, guidance of the style, strength of the bundle
+    strength = own.bundle.manifest.defaults["strength"]
+    assert (found.steps, found.solver, found.guidance, found.strength) == (8, "ddim", 5.0, strength)
     assert (found.preset, found.cache_interval) == ("fast", 2)
 
 
-def test_exact_is_what_runs_where_nothing_is_said(path: Path) -> None:
-    bundle = Bundle.open(path)
-    said, unsaid = (Defaults(bundle).resolve({"style": "monet", "preset": preset}) for preset in ("exact", None))
-    assert dataclasses.replace(said, preset=None) == unsaid
-    assert (said.preset, unsaid.preset) == ("exact", None)
+def test_resolve_with_preset_exact_equals_no_preset(own: Stylizer) -> None:
+    exact, none = (own.resolve(style="monet", preset=preset) for preset in ("exact", None))
+    assert dataclasses.replace(exact, preset=None) == none
+    assert (exact.preset, none.preset) == ("exact", None)
 
 
-def test_a_stylizer_may_have_a_preset_that_a_call_overrules(path: Path) -> None:
-    bundle = Bundle.open(path)
-    defaults = Defaults(bundle, "balanced")
-    assert defaults.resolve({}).preset == "balanced"
-    assert defaults.resolve({"preset": "exact"}).cache_interval == 1
+def test_resolve_prefers_the_calls_preset_to_the_stylizers(path: Path) -> None:
+    with lsast.load(path, preset="balanced") as stylizer:
+        assert stylizer.resolve().preset == "balanced"
+        assert stylizer.resolve(preset="exact").cache_interval == 1
     with pytest.raises(lsast.UsageError, match="found preset 'quick'; expected one of exact, balanced, fast, released"):
-        Defaults(bundle, "quick")
+        lsast.load(path, preset="quick")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_can_be_meant(path: Path, preset: str) -> None:
-    options = Defaults(Bundle.open(path)).resolve({"preset": preset})
-    assert {name: getattr(options, name) for name in PRESETS[preset]} == PRESETS[preset]
+def test_preset_options_are_valid(own: Stylizer, preset: str) -> None:
+    options = own.resolve(preset=preset)
+    assert {name: getattr(options, name) for name in preset_options(preset)} == preset_options(preset)

@@ -1,19 +1,25 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import inspect
+import typing
+from typing import Any, get_args
 
+import click
 import pytest
 
-from lsast import Options, UsageError
-from lsast.options.presets import preset_options
+import lsast.stylizer
+from lsast import Options, Stylizer, UsageError
+from lsast.cli.main import main
+from lsast.options.options import PRESETS, PresetName, SolverName, current_options, preset_options, rules
+from lsast_engines.diffusion.solvers import SOLVERS
 
 GOOD: dict[str, Any] = {
     "style": "monet",
     "steps": 20,
     "strength": 0.7,
     "guidance": 3.0,
-    "control": 1.0,
+    "control_scale": 1.0,
     "size": 512,
     "solver": "ddim",
     "seed": 0,
@@ -34,17 +40,17 @@ LIMITS = [
     {"strength": 1e-6},
     {"guidance": 0},
     {"guidance": 100.0},
-    {"control": 0},
-    {"control": 2},
+    {"control_scale": 0},
+    {"control_scale": 2},
     {"size": 0},
     {"size": 64},
     {"size": 8192},
     {"seed": 2**80},
     {"solver": "unipc"},
     {"solver": "dpmpp2m"},
-    {"solver": "released"},
+    {"solver": "ddim_lsast"},
     {"alpha": "composite"},
-    {"fit": "squash"},
+    {"fit": "stretch"},
     {"keep_colour": True},
     {"feather": 0},
     {"feather": 4096},
@@ -70,8 +76,8 @@ FAULTS = [
     ("guidance", -0.1),
     ("guidance", float("inf")),
     ("guidance", "2"),
-    ("control", -1),
-    ("control", 2.5),
+    ("control_scale", -1),
+    ("control_scale", 2.5),
     ("size", 63),
     ("size", -64),
     ("size", 9000),
@@ -99,20 +105,20 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("change", LIMITS, ids=str)
-def test_limits_are_legal(change: dict[str, Any]) -> None:
+def test_options_at_their_limits_are_valid(change: dict[str, Any]) -> None:
     options = Options(**{**GOOD, **change})
     assert dataclasses.asdict(options) == {**GOOD, **change}
 
 
 @pytest.mark.parametrize(("name", "value"), FAULTS)
-def test_a_fault_is_named_with_what_was_found(name: str, value: object) -> None:
+def test_options_with_an_invalid_value_name_it(name: str, value: object) -> None:
     with pytest.raises(UsageError) as caught:
         Options(**{**GOOD, name: value})
     _, line = str(caught.value).split("\n")
     assert line.startswith(f"  - {name}: found {value!r}; expected ")
 
 
-def test_all_faults_are_named_at_once() -> None:
+def test_options_with_many_invalid_values_name_them_all() -> None:
     wrong = dict(FAULTS)
     assert wrong.keys() == GOOD.keys()
     with pytest.raises(UsageError) as caught:
@@ -120,35 +126,35 @@ def test_all_faults_are_named_at_once() -> None:
     assert [line.split(":")[0] for line in str(caught.value).split("\n")[1:]] == [f"  - {name}" for name in GOOD]
 
 
-def test_what_is_not_given_is_the_bundles_default() -> None:
+def test_resolve_takes_what_is_not_given_from_the_bundle() -> None:
     own = ("seed", "alpha", "fit", "keep_colour", "feather", "tile")
     defaults = {name: value for name, value in GOOD.items() if name not in own}
     options = Options.resolve({"style": "vangogh", "strength": None, "guidance": 0.0, "seed": None}, defaults)
     assert dataclasses.asdict(options) == {**GOOD, "style": "vangogh", "guidance": 0.0}
 
 
-def test_options_do_not_change() -> None:
+def test_options_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Options(**GOOD).seed = 1  # type: ignore[misc]
 
 
-def test_squashing_needs_a_side_to_squash_to() -> None:
-    with pytest.raises(UsageError, match=r"size: found 0 with fit squash; expected .* such as 512"):
-        Options(**{**GOOD, "size": 0, "fit": "squash"})
+def test_options_with_fit_stretch_and_size_0_are_invalid() -> None:
+    with pytest.raises(UsageError, match=r"size: found 0 with fit stretch; expected .* such as 512"):
+        Options(**{**GOOD, "size": 0, "fit": "stretch"})
     Options(**{**GOOD, "size": 0, "fit": "aspect"})
 
 
-def test_the_released_preset_is_the_shipped_call() -> None:
-    # docs/method.md §4: 50 DDIM steps, strength 0.7, scale 10, all ControlNet scales 1, squashed to 512 x 512.
+def test_preset_released_is_the_shipped_call() -> None:
+    # docs/method.md §4: 50 DDIM steps, strength 0.7, scale 10, all ControlNet scales 1, stretched to 512 x 512.
     options = Options(style="monet", **preset_options("released"))
-    shipped = {"steps": 50, "strength": 0.7, "guidance": 10.0, "control": 1.0, "size": 512, "fit": "squash"}
-    assert dataclasses.asdict(options) == {**GOOD, **shipped, "solver": "released"}
+    shipped = {"steps": 50, "strength": 0.7, "guidance": 10.0, "control_scale": 1.0, "size": 512, "fit": "stretch"}
+    assert dataclasses.asdict(options) == {**GOOD, **shipped, "solver": "ddim_lsast"}
     assert preset_options(None) == {}
     with pytest.raises(UsageError, match="found preset 'sdxl'; expected one of exact, balanced, fast, released"):
         preset_options("sdxl")
 
 
-def test_a_fault_in_a_mix_is_pointed_at() -> None:
+def test_options_with_a_syntax_error_in_a_mix_point_at_it() -> None:
     with pytest.raises(UsageError) as caught:
         Options(**{**GOOD, "style": "vangogh:x+monet", "steps": 0})
     lines = str(caught.value).split("\n")
@@ -157,22 +163,46 @@ def test_a_fault_in_a_mix_is_pointed_at() -> None:
     assert sum(line.startswith("  - ") for line in lines) == 2
 
 
-def test_options_refuse_strength_by_stage_and_say_what_to_do_instead() -> None:
-    with pytest.raises(
-        UsageError, match=r"expected a number .*strength by stage was removed, use a mask or one number"
-    ):
-        Options(**{**GOOD, "strength": "0.7,0.4@0-2"})
-
-
-def test_resolve_refuses_removed_options_by_name_all_at_once() -> None:
+def test_current_options_refuses_removed_options_all_at_once() -> None:
     given = {"control_low": 300, "control_interval": 2, "guidance_low": 1, "guidance_high": 700}
     with pytest.raises(UsageError) as caught:
-        Options.resolve(given, GOOD)
+        current_options(given)
     assert [line.split(":")[0] for line in str(caught.value).split("\n")[1:]] == [
         f"  - {name} was removed" for name in given
     ]
 
 
-def test_resolve_reads_removed_options_at_the_values_that_changed_nothing() -> None:
+def test_current_options_drops_removed_options_at_values_without_effect() -> None:
     given = {"control_low": 0, "control_interval": 1, "guidance_low": None, "guidance_high": 1000, "steps": 7}
-    assert Options.resolve(given, GOOD) == Options(**{**GOOD, "steps": 7})
+    assert current_options(given) == {"steps": 7}
+
+
+def test_current_options_renames_old_names_and_values() -> None:
+    old = {"control": 0.5, "fit": "squash", "solver": "released", "style": "monet"}
+    assert current_options(old) == {
+        "control_scale": 0.5, "fit": "stretch", "solver": "ddim_lsast", "style": "monet",
+    }  # fmt: skip
+
+
+def test_names_of_solvers_and_presets_are_those_that_exist() -> None:
+    assert get_args(SolverName) == tuple(SOLVERS)
+    assert get_args(PresetName) == tuple(PRESETS)
+
+
+def test_stylize_has_the_signature_that_options_declare() -> None:
+    """Every field of `Options` is a keyword of `stylize`, of the same type or None for the default."""
+    scope = vars(lsast.stylizer) | dict.fromkeys(("Picture", "OnStep", "TemporalState", "StyleFile"), Any)
+    hints = typing.get_type_hints(Stylizer.stylize, scope)
+    parameters = inspect.signature(Stylizer.stylize).parameters
+    declared = {name: hint | None for name, hint in typing.get_type_hints(Options).items()}
+    assert {name: hints[name] for name in declared} == declared
+    assert [*parameters] == ["self", "picture", *declared, "mask", "on_step", "cancel", "earlier"]
+    assert all(parameters[name].default is None for name in declared)
+
+
+def test_lsast_run_has_an_option_for_every_field_with_its_help() -> None:
+    options = {parameter.name: parameter for parameter in main.params if isinstance(parameter, click.Option)}
+    assert {main.make_context("lsast-run", []).params[name] for name in rules()} == {None}
+    for name, rule in rules().items():
+        assert options[name].opts == [f"--{name.replace('_', '-')}"]
+        assert (options[name].help or "").startswith(rule.help)

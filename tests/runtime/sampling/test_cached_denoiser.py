@@ -13,7 +13,7 @@ import pytest
 import lsast
 from lsast import BundleError, Stylizer, UsageError
 from lsast.images.metadata import read_record
-from lsast.options.presets import PRESETS
+from lsast.options.options import PRESETS
 from lsast_engines.backends.registry import available_backends
 from lsast_engines.diffusion.noise_schedule import NoiseSchedule
 from lsast_engines.diffusion.solvers import make_solver
@@ -68,7 +68,7 @@ def _by_hand(stylizer: Stylizer, weights: Any, run: Any, options: dict[str, Any]
         deep = index % options["cache_interval"] == 0
         if deep:
             gate = style.kv_control[step.stage].astype(float).mean(axis=0) @ weights.control
-            told.append((step.t, [options["control"] * edges * gate[:, None, None]]))
+            told.append((step.t, [options["control_scale"] * edges * gate[:, None, None]]))
         (held,) = forecast(told, step.t)
         if deep:
             time = step.t / 1000 * weights.time[0][:, None, None]

@@ -63,7 +63,7 @@ def _paint_by_hand(weights: Any, bundle: Bundle, rgb: np.ndarray, edges: np.ndar
     features = pooled(np.repeat(edges[:, :, None], 3, axis=2).astype(float)) @ weights.hint.T
     held = (features @ weights.edges.T).transpose(2, 0, 1)  # [4, h, w]
 
-    scheduler = _scheduler("ddim" if options["solver"] == "released" else options["solver"])
+    scheduler = _scheduler("ddim" if options["solver"] == "ddim_lsast" else options["solver"])
     scheduler.set_timesteps(options["steps"])
     run = max(1, int(options["steps"] * options["strength"]))
     skipped = options["steps"] - run
@@ -71,13 +71,13 @@ def _paint_by_hand(weights: Any, bundle: Bundle, rgb: np.ndarray, edges: np.ndar
         scheduler.set_begin_index(skipped)
     timesteps = scheduler.timesteps[skipped:]
     # The released code noises one grid point further up than it begins.
-    noised_to = scheduler.timesteps[skipped - 1 :][:1] if options["solver"] == "released" else timesteps[:1]
+    noised_to = scheduler.timesteps[skipped - 1 :][:1] if options["solver"] == "ddim_lsast" else timesteps[:1]
     z = scheduler.add_noise(z0, torch.from_numpy(start.astype(float)), noised_to)
     for t in timesteps:
         stage = int(t) // 100
         shared = z.numpy()[0] / 2 + float(t) / 1000 * weights.time[0][:, None, None]
         gate = style.kv_control[stage].astype(float).mean(axis=0) @ weights.control
-        shared = shared + options["control"] * held * gate[:, None, None]
+        shared = shared + options["control_scale"] * held * gate[:, None, None]
         eps_c, eps_u = (
             shared + (kv.astype(float).mean(axis=0) @ weights.unet)[:, None, None]
             for kv in (style.kv_unet[stage], null.kv_unet[0])
@@ -92,10 +92,10 @@ CASES: list[dict[str, Any]] = [
     {},
     {"solver": "dpmpp2m", "steps": 12, "seed": 3},
     {"solver": "unipc", "steps": 9, "strength": 1.0, "style": "monet"},
-    {"guidance": 1.0, "control": 0.0},
-    {"guidance": 0.0, "control": 2.0, "strength": 0.05},
-    {"steps": 50, "strength": 0.7, "guidance": 5.0, "control": 0.4},
-    {"steps": 50, "strength": 0.7, "solver": "released"},
+    {"guidance": 1.0, "control_scale": 0.0},
+    {"guidance": 0.0, "control_scale": 2.0, "strength": 0.05},
+    {"steps": 50, "strength": 0.7, "guidance": 5.0, "control_scale": 0.4},
+    {"steps": 50, "strength": 0.7, "solver": "ddim_lsast"},
 ]
 
 

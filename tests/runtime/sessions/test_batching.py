@@ -70,7 +70,7 @@ def test_stylize_many_groups_sizes_and_keeps_the_order(stylizer: Stylizer, runs:
 def test_stylize_many_shares_no_batch_between_unlike_options(
     stylizer: Stylizer, photo: np.ndarray, runs: list[Any]
 ) -> None:
-    rows = [{"control": 0.5}, {"guidance": 1.0}, {"steps": 20}, {"control": 0.5}, {}]
+    rows = [{"control_scale": 0.5}, {"guidance": 1.0}, {"steps": 20}, {"control_scale": 0.5}, {}]
     many = list(stylizer.stylize_many([photo] * 5, rows=rows, batch=5))
     assert [len(run.latents) for run in runs] == [2, 1, 1, 1]
     for row, result in zip(rows, many, strict=True):

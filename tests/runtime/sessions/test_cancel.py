@@ -153,7 +153,7 @@ def test_closed_is_closed_for_asyncio(bundle_path: Path, photo: np.ndarray) -> N
         ((96, 160), 0, "aspect", (12, 20)),  # a canvas of 128 x 192: 16 pixels of margin above and below, 16 aside
         ((64, 64), 0, "aspect", (8, 8)),
         ((50, 70), 0, "aspect", (8, 10)),  # rows 7 … 56 of 64 lie in cells 0 … 7, columns 29 … 98 of 128 in 3 … 12
-        ((96, 160), 128, "squash", (16, 16)),
+        ((96, 160), 128, "stretch", (16, 16)),
     ],
 )
 def test_a_preview_shows_the_picture_without_the_margin(

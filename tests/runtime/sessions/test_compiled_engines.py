@@ -89,7 +89,7 @@ def alike(found: lsast.Result, expected: lsast.Result) -> None:
 CASES: list[dict[str, Any]] = [
     {},
     {"solver": "unipc", "steps": 9, "strength": 1.0, "style": "monet"},
-    {"guidance": 1.0, "control": 0.0},
+    {"guidance": 1.0, "control_scale": 0.0},
     {"style": "monet@up+vangogh@0-4", "solver": "ddim"},
 ]
 
