@@ -36,7 +36,7 @@ def smooth(height: int = 32, width: int = 48) -> U8:
     return np.stack([rows * 255 // height, columns * 255 // width, (rows + columns) * 2], axis=2).astype(np.uint8)
 
 
-def test_rgb_from_path_bytes_image_and_array(tmp_path: Path) -> None:
+def test_read_picture_of_any_source_gives_rgb(tmp_path: Path) -> None:
     pixels = noise()
     (tmp_path / "a.png").write_bytes(encoded(Image.fromarray(pixels)))
     sources: list[Any] = [
@@ -53,13 +53,13 @@ def test_rgb_from_path_bytes_image_and_array(tmp_path: Path) -> None:
         assert picture.rgb.flags.c_contiguous
 
 
-def test_one_pixel() -> None:
+def test_read_picture_of_one_pixel_gives_rgb() -> None:
     picture = read_picture(encoded(Image.new("RGB", (1, 1), (1, 2, 3))))
     assert picture.rgb.tolist() == [[[1, 2, 3]]]
     assert canny_edges(picture.rgb).tolist() == [[0]]
 
 
-def test_grey_and_grey_with_alpha() -> None:
+def test_read_picture_of_grey_gives_rgb_and_alpha() -> None:
     grey = noise(channels=2)
     picture = read_picture(encoded(Image.fromarray(grey[..., 0])))
     np.testing.assert_array_equal(picture.rgb, np.repeat(grey[..., :1], 3, axis=2))
@@ -74,7 +74,7 @@ def _bands(pixels: U8) -> list[Image.Image]:
     return [Image.fromarray(np.ascontiguousarray(pixels[..., band])) for band in range(pixels.shape[2])]
 
 
-def test_alpha() -> None:
+def test_read_picture_keeps_alpha_unless_opaque() -> None:
     pixels = noise(channels=4)
     picture = read_picture(encoded(Image.fromarray(pixels)))
     np.testing.assert_array_equal(picture.rgb, pixels[..., :3])
@@ -85,7 +85,7 @@ def test_alpha() -> None:
     assert read_picture(encoded(Image.fromarray(opaque))).alpha is None
 
 
-def test_palette_with_transparency() -> None:
+def test_read_picture_of_a_palette_gives_rgb_and_alpha() -> None:
     image = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8)).convert("P")
     image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     for kind, transparency, alpha in (
@@ -102,7 +102,7 @@ def test_palette_with_transparency() -> None:
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tiff"])
-def test_sixteen_bits_are_scaled_by_their_full_range(suffix: str) -> None:
+def test_read_picture_of_16_bits_scales_by_the_full_range(suffix: str) -> None:
     grey = noise(channels=1, high=65536)[..., 0]
     for values in (grey, grey % 200):  # a dark picture stays dark
         picture = read_picture(cv2.imencode(suffix, values)[1].tobytes())
@@ -113,7 +113,7 @@ def test_sixteen_bits_are_scaled_by_their_full_range(suffix: str) -> None:
     assert np.abs(picture.rgb - colour[..., ::-1] / 257).max() < 1
 
 
-def test_sixteen_bit_png_with_alpha() -> None:
+def test_read_picture_of_a_16_bit_png_keeps_alpha() -> None:
     grey = noise(3, 4, 2, high=65536)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in grey)
 
@@ -128,7 +128,7 @@ def test_sixteen_bit_png_with_alpha() -> None:
     assert np.abs(picture.alpha - grey[..., 1] / 257).max() < 1
 
 
-def test_float_tiff() -> None:
+def test_read_picture_of_a_float_tiff_scales_to_8_bits() -> None:
     values = np.array([[0, 0.25], [0.5, 1]], np.float32)
     assert read_picture(encoded(Image.fromarray(values), "TIFF")).rgb[..., 0].tolist() == [[0, 64], [128, 255]]
     assert read_picture(encoded(Image.fromarray(values * 255), "TIFF")).rgb[..., 0].tolist() == [[0, 64], [128, 255]]
@@ -137,13 +137,13 @@ def test_float_tiff() -> None:
         read_picture(encoded(Image.fromarray(values), "TIFF"))
 
 
-def test_cmyk_jpeg() -> None:
+def test_read_picture_of_cmyk_gives_rgb() -> None:
     pixels = smooth()
     picture = read_picture(encoded(Image.fromarray(pixels).convert("CMYK"), "JPEG", quality=100))
     assert np.abs(picture.rgb.astype(int) - pixels).max() <= 4
 
 
-def test_lab_goes_through_its_profile() -> None:
+def test_read_picture_of_lab_uses_its_profile() -> None:
     pixels = smooth()
     srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
     image = ImageCms.profileToProfile(Image.fromarray(pixels), srgb, lab, outputMode="LAB")
@@ -153,14 +153,14 @@ def test_lab_goes_through_its_profile() -> None:
     assert picture.icc is None
 
 
-def test_profile_of_rgb_is_kept_and_of_grey_is_not() -> None:
+def test_read_picture_keeps_an_rgb_profile_only() -> None:
     icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     assert read_picture(encoded(Image.fromarray(noise()), icc_profile=icc)).icc == icc
     assert read_picture(encoded(Image.fromarray(noise()[..., 0]), icc_profile=icc)).icc is None
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(orientation: int) -> None:
+def test_read_picture_applies_the_exif_orientation(orientation: int) -> None:
     pixels = smooth()
     # Lay the picture down so that a viewer who obeys `orientation` sees it upright; from the EXIF table.
     stored = {
@@ -184,7 +184,7 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
         assert picture.icc == icc
 
 
-def test_alpha_turns_with_the_picture() -> None:
+def test_read_picture_turns_alpha_too() -> None:
     pixels = noise(channels=4)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -192,7 +192,7 @@ def test_alpha_turns_with_the_picture() -> None:
     np.testing.assert_array_equal(picture.alpha, np.rot90(pixels[..., 3], -1))
 
 
-def test_damaged_exif_does_not_cost_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_picture_ignores_damaged_exif(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(image: Image.Image) -> Image.Image:
         raise struct.error("required argument is not an integer")
 
@@ -201,7 +201,7 @@ def test_damaged_exif_does_not_cost_the_picture(monkeypatch: pytest.MonkeyPatch)
     np.testing.assert_array_equal(read_picture(encoded(Image.fromarray(pixels))).rgb, pixels)
 
 
-def test_unreadable_pictures(tmp_path: Path) -> None:
+def test_read_picture_of_unreadable_sources_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PictureError, match=r"found no file .*absent.png; expected a picture"):
         read_picture(tmp_path / "absent.png")
     with pytest.raises(PictureError, match="cannot be decoded"):
@@ -218,7 +218,7 @@ def test_unreadable_pictures(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM"])
-def test_damage_never_raises_anything_else(kind: str) -> None:
+def test_read_picture_of_damaged_files_raises_picture_error_only(kind: str) -> None:
     chance = random.Random(kind)
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "a description"
@@ -246,12 +246,12 @@ def test_damage_never_raises_anything_else(kind: str) -> None:
         (np.full((4, 5, 3), np.nan), r"values outside \[0, 1\]"),
     ],
 )
-def test_arrays_that_are_no_picture(array: npt.NDArray[Any], message: str) -> None:
+def test_read_picture_of_invalid_arrays_is_refused(array: npt.NDArray[Any], message: str) -> None:
     with pytest.raises(PictureError, match=message):
         read_picture(array)
 
 
-def test_find_pictures(tmp_path: Path) -> None:
+def test_find_pictures_lists_images_sorted(tmp_path: Path) -> None:
     for name in ("b.JPG", "a/c.png", "a/.hidden.png", ".thumbs/d.png", "notes.txt", "e.tiff"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
@@ -263,7 +263,7 @@ def test_find_pictures(tmp_path: Path) -> None:
         find_pictures(tmp_path / "folder.png")
 
 
-def test_edges_of_a_square() -> None:
+def test_canny_edges_of_a_square_are_its_border() -> None:
     pixels = np.zeros((32, 32, 3), np.uint8)
     pixels[8:24, 8:24] = 255
     edges = canny_edges(pixels)

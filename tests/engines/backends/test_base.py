@@ -35,21 +35,21 @@ def close_to(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> b
     return all(np.allclose(found[name], expected[name], rtol=1e-5, atol=1e-5) for name in found)
 
 
-def test_engine_computes_the_graph_at_any_size(engine: Engine, toy: Any) -> None:
+def test_engine_call_at_any_size_computes_the_graph(engine: Engine, toy: Any) -> None:
     assert (engine.backend in BACKENDS, engine.device, engine.spec) == (True, "cpu", toy.spec)
     for batch, length in ((2, 5), (1, 1), (3, 17), (2, 5)):
         feeds = toy.feeds(batch, length, seed=length)
         assert close_to(engine(feeds), toy.expected(feeds))
 
 
-def test_strided_and_scalar_inputs(engine: Engine, toy: Any) -> None:
+def test_engine_call_with_strided_and_scalar_inputs_computes_the_graph(engine: Engine, toy: Any) -> None:
     feeds = toy.feeds(4, 6)
     feeds |= {"x": feeds["x"][::2, :, ::-1], "timestep": feeds["timestep"][::2], "scale": np.float32(1.5)}
     assert not feeds["x"].flags.c_contiguous
     assert close_to(engine(feeds), toy.expected(feeds))
 
 
-def test_bound_inputs_stay_between_calls(engine: Engine, toy: Any) -> None:
+def test_bind_inputs_keeps_inputs_between_calls(engine: Engine, toy: Any) -> None:
     bound, other = toy.feeds(seed=1), toy.feeds(seed=2)
     engine.bind_inputs({"scale": bound["scale"]})
     engine.bind_inputs({"timestep": bound["timestep"]})
@@ -60,7 +60,7 @@ def test_bound_inputs_stay_between_calls(engine: Engine, toy: Any) -> None:
     assert close_to(engine({"x": x}), toy.expected({**bound, "timestep": other["timestep"], "x": x}))
 
 
-def test_binding_copies(engine: Engine, toy: Any) -> None:
+def test_bind_inputs_copies_arrays(engine: Engine, toy: Any) -> None:
     feeds = toy.feeds()
     mutable = feeds["x"].copy()
     engine.bind_inputs({"x": mutable})
@@ -68,14 +68,14 @@ def test_binding_copies(engine: Engine, toy: Any) -> None:
     assert close_to(engine({name: feeds[name] for name in ("timestep", "scale")}), toy.expected(feeds))
 
 
-def test_everything_may_be_bound_and_sizes_changed(engine: Engine, toy: Any) -> None:
+def test_bind_inputs_of_all_inputs_computes_the_graph(engine: Engine, toy: Any) -> None:
     for batch, length in ((1, 4), (3, 2)):
         feeds = toy.feeds(batch, length)
         engine.bind_inputs(feeds)
         assert close_to(engine({}), toy.expected(feeds))
 
 
-def test_resting_changes_nothing(engine: Engine, toy: Any) -> None:
+def test_release_memory_changes_no_output(engine: Engine, toy: Any) -> None:
     feeds = toy.feeds(seed=1)
     engine.bind_inputs({"scale": feeds.pop("scale")})
     expected = {name: value.copy() for name, value in engine(feeds).items()}
@@ -88,7 +88,7 @@ def test_resting_changes_nothing(engine: Engine, toy: Any) -> None:
         engine.release_memory()
 
 
-def test_wrong_inputs_are_listed_at_once(engine: Engine, toy: Any) -> None:
+def test_engine_call_with_wrong_inputs_lists_all_faults(engine: Engine, toy: Any) -> None:
     feeds = toy.feeds(2, 5)
     wrong = {"x": feeds["x"].astype(np.float64), "timestep": feeds["timestep"][:1], "scales": feeds["scale"]}
     with pytest.raises(BackendError) as error:
@@ -114,21 +114,21 @@ def test_wrong_inputs_are_listed_at_once(engine: Engine, toy: Any) -> None:
         engine(feeds)
 
 
-def test_closed_engine(engine: Engine, toy: Any) -> None:
+def test_engine_call_after_close_is_refused(engine: Engine, toy: Any) -> None:
     engine.close()
     engine.close()
     with pytest.raises(BackendError, match="graph toy is closed"):
         engine(toy.feeds())
 
 
-def test_outputs_outlive_the_engine(engine: Engine, toy: Any) -> None:
+def test_engine_close_keeps_outputs(engine: Engine, toy: Any) -> None:
     feeds = toy.feeds()
     outputs = engine(feeds)
     engine.close()
     assert close_to(outputs, toy.expected(feeds))
 
 
-def test_second_thread_is_refused(engine: Engine, toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_call_from_a_second_thread_is_refused(engine: Engine, toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     inside, go_on = threading.Event(), threading.Event()
     run = type(engine)._run  # type: ignore[attr-defined]
 
@@ -150,7 +150,7 @@ def test_second_thread_is_refused(engine: Engine, toy: Any, monkeypatch: pytest.
     assert close_to(results[0], toy.expected(feeds))
 
 
-def test_failure_while_running_names_the_graph(engine: Engine, toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_call_that_fails_names_the_graph(engine: Engine, toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: Any, feeds: Any) -> Any:
         raise RuntimeError("out of registers")
 
@@ -177,7 +177,7 @@ def product(folder: Path) -> tuple[Path, GraphSpec]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_float32_is_not_lowered(tmp_path: Path, backend: str) -> None:
+def test_engine_in_fp32_computes_in_float32(tmp_path: Path, backend: str) -> None:
     # OpenVINO would take bf16 for a product of this width where the CPU has it, 1e-1 off.
     pytest.importorskip(backend)
     x, weight = product_values()
@@ -186,7 +186,7 @@ def test_float32_is_not_lowered(tmp_path: Path, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_graph_files_that_are_not_what_the_spec_says(toy: Any, backend: str) -> None:
+def test_check_interface_lists_all_differences(toy: Any, backend: str) -> None:
     pytest.importorskip(backend)
     other = GraphSpec(
         "other",
@@ -209,7 +209,7 @@ def test_graph_files_that_are_not_what_the_spec_says(toy: Any, backend: str) -> 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_axis_that_the_export_froze_is_refused(toy: Any, backend: str) -> None:
+def test_check_interface_refuses_a_fixed_axis(toy: Any, backend: str) -> None:
     pytest.importorskip(backend)
     model = onnx.load(toy.path)
     model.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 8
@@ -223,7 +223,7 @@ def test_axis_that_the_export_froze_is_refused(toy: Any, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_files_that_cannot_be_loaded(toy: Any, backend: str) -> None:
+def test_open_engine_of_a_damaged_file_is_refused(toy: Any, backend: str) -> None:
     pytest.importorskip(backend)
     (toy.path.parent / "toy.data").unlink()
     with pytest.raises(BackendError, match=rf"{backend} cannot load .*toy.onnx on cpu"):
@@ -236,7 +236,7 @@ def test_files_that_cannot_be_loaded(toy: Any, backend: str) -> None:
         open_engine(toy.path, toy.spec, backend)
 
 
-def test_onnxruntime_never_falls_back_silently(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnxruntime_without_a_cuda_driver_is_refused(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession
 
@@ -255,7 +255,7 @@ def test_onnxruntime_never_falls_back_silently(toy: Any, monkeypatch: pytest.Mon
         OnnxRuntimeEngine(toy.path, toy.spec, "cuda", None)
 
 
-def test_openvino_computes_in_what_it_is_asked_for_where_the_device_has_it(tmp_path: Path) -> None:
+def test_openvino_computes_in_the_requested_dtype(tmp_path: Path) -> None:
     openvino = pytest.importorskip("openvino")
     there = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     path, spec = product(tmp_path)

@@ -104,14 +104,14 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., FakeR
     return install
 
 
-def test_a_device_is_a_provider_that_the_wheel_has(fake: Callable[..., FakeRuntime]) -> None:
+def test_devices_are_the_providers_of_the_wheel(fake: Callable[..., FakeRuntime]) -> None:
     fake()
     assert devices() == ["cpu", "cuda"]
     fake(built_for=("cpu",))
     assert devices() == ["cpu"]
 
 
-def test_what_is_bound_lies_on_the_device(fake: Callable[..., FakeRuntime], toy: Any) -> None:
+def test_bind_inputs_on_cuda_uploads_once(fake: Callable[..., FakeRuntime], toy: Any) -> None:
     runtime = fake()
     engine = OnnxRuntimeEngine(toy.path, toy.spec, "cuda", None)
     feeds = toy.feeds()
@@ -124,20 +124,20 @@ def test_what_is_bound_lies_on_the_device(fake: Callable[..., FakeRuntime], toy:
     assert runtime.told == [("CUDAExecutionProvider", {"use_tf32": "0"})]
 
 
-def test_a_provider_that_does_not_start_is_an_error(fake: Callable[..., FakeRuntime], toy: Any) -> None:
+def test_cuda_provider_that_does_not_start_is_refused(fake: Callable[..., FakeRuntime], toy: Any) -> None:
     fake(starts=False)
     with pytest.raises(BackendError, match="found CPUExecutionProvider for device 'cuda'"):
         OnnxRuntimeEngine(toy.path, toy.spec, "cuda", None)
 
 
 @pytest.mark.parametrize("device", ["tensorrt", "tensorrt-rtx"])
-def test_the_devices_of_other_providers_were_removed(toy: Any, device: str) -> None:
+def test_open_engine_with_a_removed_device_is_refused(toy: Any, device: str) -> None:
     with pytest.raises(UsageError, match=f"--device {device} was removed: use --backend {device}$"):
         open_engine(toy.path, toy.spec, "onnxruntime", device)
 
 
 @pytest.mark.gpu
-def test_the_gpu_computes_what_the_cpu_computes(toy: Any) -> None:
+def test_cuda_computes_the_graph(toy: Any) -> None:
     runtime = pytest.importorskip("onnxruntime")
     from lsast_engines.backends.tensorrt.cuda import gpus
 

@@ -40,7 +40,7 @@ def read(mapped: mmap.mmap) -> int:
     return int(np.frombuffer(mapped, np.int32).sum(dtype=np.int64))
 
 
-def test_pages_are_given_back_and_come_again_with_the_same_values(weights: Path) -> None:
+def test_advise_dontneed_drops_pages_and_keeps_values(weights: Path) -> None:
     total = SIZE // 4 * (SIZE // 4 - 1) // 2
     files = MmapPages(weights.parent)
     with weights.open("rb") as handle, files.record():
@@ -58,7 +58,7 @@ def test_pages_are_given_back_and_come_again_with_the_same_values(weights: Path)
     assert read(mapped) == total
 
 
-def test_other_files_and_earlier_mappings_stay(weights: Path, tmp_path: Path) -> None:
+def test_advise_dontneed_keeps_other_files_and_earlier_mappings(weights: Path, tmp_path: Path) -> None:
     other = tmp_path / "elsewhere" / "other.bin"
     other.parent.mkdir()
     other.write_bytes(weights.read_bytes())

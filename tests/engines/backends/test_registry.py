@@ -18,7 +18,7 @@ def hide(monkeypatch: pytest.MonkeyPatch, *libraries: str) -> None:
         monkeypatch.setitem(sys.modules, library, None)
 
 
-def test_auto_takes_what_is_installed(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_engine_auto_takes_the_first_installed_backend(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for library in BACKENDS:
         pytest.importorskip(library)
     assert list(available_backends()) == ["onnxruntime", "openvino"]
@@ -30,7 +30,7 @@ def test_auto_takes_what_is_installed(toy: Any, monkeypatch: pytest.MonkeyPatch)
     assert open_engine(toy.path, toy.spec).backend == "openvino"
 
 
-def test_auto_passes_over_what_computes_in_fp32_only(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_engine_auto_in_bf16_skips_onnxruntime(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     opened = []
     monkeypatch.setattr("lsast_engines.backends.openvino.devices", lambda: ["cpu"])
@@ -44,7 +44,7 @@ def test_auto_passes_over_what_computes_in_fp32_only(toy: Any, monkeypatch: pyte
         open_engine(toy.path, toy.spec, compute_dtype="bf16")
 
 
-def test_no_backend_is_one_line_that_mends_it(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_engine_without_any_backend_names_the_extra(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     hide(monkeypatch, "openvino", "onnxruntime")
     assert available_backends() == {}
     with pytest.raises(MissingExtraError, match=r"pip install 'lsast\[cpu\]'"):
@@ -53,7 +53,7 @@ def test_no_backend_is_one_line_that_mends_it(toy: Any, monkeypatch: pytest.Monk
         open_engine(toy.path, toy.spec, "openvino")
 
 
-def test_explicit_wishes_are_met_or_refused(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_engine_with_an_unavailable_choice_is_refused(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     with pytest.raises(BackendError, match=r"found no backend 'tensorflow' .*available: .*onnxruntime on cpu"):
         open_engine(toy.path, toy.spec, "tensorflow")
@@ -73,7 +73,7 @@ def test_explicit_wishes_are_met_or_refused(toy: Any, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_a_compiled_backend_means_the_gpu(toy: Any, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+def test_open_engine_with_tensorrt_runs_on_cuda(toy: Any, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     opened = []
     monkeypatch.setattr("lsast_engines.backends.tensorrt.engine.devices", lambda flavor: ["cuda"])
     monkeypatch.setattr(
@@ -83,7 +83,7 @@ def test_a_compiled_backend_means_the_gpu(toy: Any, monkeypatch: pytest.MonkeyPa
     assert opened == [((toy.path, toy.spec, "cuda", None, "fp16"), "tensorrt-rtx")]
 
 
-def test_auto_does_not_leave_the_cpu_for_a_gpu(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_engine_auto_stays_on_the_cpu(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr("lsast_engines.backends.tensorrt.engine.devices", lambda flavor: ["cuda"])
     assert open_engine(toy.path, toy.spec).device == "cpu"

@@ -24,7 +24,9 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_written_bundle_opens(bundle: Bundle, manifest: Manifest, make_style: MakeStyle, tmp_path: Path) -> None:
+def test_bundle_write_gives_a_bundle_that_opens(
+    bundle: Bundle, manifest: Manifest, make_style: MakeStyle, tmp_path: Path
+) -> None:
     opened = Bundle.open(bundle.path)
     assert set(opened.manifest.files) == {
         "vae_encoder.onnx",
@@ -48,7 +50,7 @@ def test_written_bundle_opens(bundle: Bundle, manifest: Manifest, make_style: Ma
         opened.graph_path("time")
 
 
-def test_all_faults_are_listed_at_once(bundle: Bundle, make_style: MakeStyle) -> None:
+def test_bundle_open_lists_all_faults(bundle: Bundle, make_style: MakeStyle) -> None:
     path = bundle.path
     (path / "controlnet_cond.onnx").unlink()
     (path / "vae_decoder.onnx").write_bytes(b"longer than it was")
@@ -72,7 +74,7 @@ def test_all_faults_are_listed_at_once(bundle: Bundle, make_style: MakeStyle) ->
     assert len(faults) == len(starts) + 1
 
 
-def test_verify_hashes_off_still_sees_sizes(bundle: Bundle) -> None:
+def test_bundle_open_without_hashes_checks_sizes(bundle: Bundle) -> None:
     (bundle.path / "vae_encoder.onnx").write_bytes(b"graph vae_EncodeR")
     Bundle.open(bundle.path, verify_hashes=False)
     with pytest.raises(BundleError, match=r"vae_encoder.onnx: found SHA-256 .*expected"):
@@ -82,7 +84,7 @@ def test_verify_hashes_off_still_sees_sizes(bundle: Bundle) -> None:
         Bundle.open(bundle.path, verify_hashes=False)
 
 
-def test_graphs_must_be_those_of_the_geometry(tmp_path: Path, manifest: Manifest, sources: Sources) -> None:
+def test_bundle_write_refuses_graphs_of_another_geometry(tmp_path: Path, manifest: Manifest, sources: Sources) -> None:
     graphs = {**manifest.graphs, "time": GraphSpec("time", (), ())}
     del graphs["controlnet_cond"]
     graphs["vae_decoder"] = dataclasses.replace(
@@ -98,7 +100,7 @@ def test_graphs_must_be_those_of_the_geometry(tmp_path: Path, manifest: Manifest
     assert not (tmp_path / "toy").exists()
 
 
-def test_files_outside_the_bundle_are_refused(bundle: Bundle, manifest: Manifest, sources: Sources) -> None:
+def test_bundle_refuses_files_outside_its_folder(bundle: Bundle, manifest: Manifest, sources: Sources) -> None:
     text = (bundle.path / "manifest.json").read_text()
     (bundle.path / "manifest.json").write_text(text.replace('"base.safetensors"', '"../sources/weights"'))
     with pytest.raises(BundleError, match=r"\.\./sources/weights: found a path; expected the plain name"):
@@ -108,7 +110,7 @@ def test_files_outside_the_bundle_are_refused(bundle: Bundle, manifest: Manifest
     assert not list(bundle.path.parent.glob("**/evil"))
 
 
-def test_no_bundle(tmp_path: Path) -> None:
+def test_bundle_open_of_another_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"found no manifest.json in .*; expected a bundle, written by: lsast-export"):
         Bundle.open(tmp_path)
     (tmp_path / "manifest.json").write_bytes(b"\xff\xfe\x00")
@@ -116,7 +118,7 @@ def test_no_bundle(tmp_path: Path) -> None:
         Bundle.open(tmp_path)
 
 
-def test_styles_of_a_bundle(bundle: Bundle, make_style: MakeStyle) -> None:
+def test_bundle_styles_lists_and_checks_its_own(bundle: Bundle, make_style: MakeStyle) -> None:
     make_style("b").save(bundle.path / "styles" / "b.safetensors")
     (bundle.path / "styles" / ".b.safetensors.tmp").write_bytes(b"")
     (bundle.path / "styles" / ".half.safetensors").write_bytes(b"")
@@ -134,7 +136,9 @@ def test_styles_of_a_bundle(bundle: Bundle, make_style: MakeStyle) -> None:
         assert part in str(error.value)
 
 
-def test_styles_of_the_user(bundle: Bundle, make_style: MakeStyle, tmp_path: Path, monkeypatch: Any) -> None:
+def test_bundle_styles_of_the_user_replace_its_own(
+    bundle: Bundle, make_style: MakeStyle, tmp_path: Path, monkeypatch: Any
+) -> None:
     assert bundle.user_style_folder == tmp_path / "home" / "styles" / bundle.manifest.fingerprint[:16]
     mine = make_style("longer name")
     for name in ("a", "b"):
@@ -147,7 +151,7 @@ def test_styles_of_the_user(bundle: Bundle, make_style: MakeStyle, tmp_path: Pat
     assert bundle.user_style_folder.is_relative_to(tmp_path / "data" / "lsast" / "styles")
 
 
-def test_write_leaves_nothing_behind_when_it_fails(tmp_path: Path, manifest: Manifest, sources: Sources) -> None:
+def test_bundle_write_that_fails_leaves_nothing(tmp_path: Path, manifest: Manifest, sources: Sources) -> None:
     before = tree(tmp_path)
     with pytest.raises(FileNotFoundError):
         Bundle.write(tmp_path / "toy", manifest, {**sources, "zz.data": tmp_path / "absent"})
@@ -157,7 +161,7 @@ def test_write_leaves_nothing_behind_when_it_fails(tmp_path: Path, manifest: Man
     assert {path.name for path in tmp_path.iterdir()} == {"sources"}
 
 
-def test_write_can_move_files_instead_of_copying_them(tmp_path: Path, manifest: Manifest, sources: Sources) -> None:
+def test_bundle_write_with_consume_moves_files(tmp_path: Path, manifest: Manifest, sources: Sources) -> None:
     weights = tmp_path / "sources" / "weights"
     inode, content = weights.stat().st_ino, weights.read_bytes()
     bundle = Bundle.write(tmp_path / "toy", manifest, sources, consume=True)
@@ -167,7 +171,7 @@ def test_write_can_move_files_instead_of_copying_them(tmp_path: Path, manifest: 
     Bundle.open(bundle.path)
 
 
-def test_write_replaces_only_bundles_and_only_when_allowed(
+def test_bundle_write_replaces_only_a_bundle_and_only_if_allowed(
     bundle: Bundle, manifest: Manifest, sources: Sources, make_style: MakeStyle
 ) -> None:
     with pytest.raises(BundleError, match=r"found a bundle at .*; name another folder, or allow to replace it"):
@@ -187,7 +191,7 @@ def test_write_replaces_only_bundles_and_only_when_allowed(
     assert tree(other) == {"chapter.tex": b"years of work"}
 
 
-def test_failed_replacement_restores_the_old_bundle(
+def test_bundle_write_that_fails_to_replace_restores_the_old_one(
     bundle: Bundle, manifest: Manifest, sources: Sources, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = tree(bundle.path.parent)
@@ -205,7 +209,7 @@ def test_failed_replacement_restores_the_old_bundle(
     Bundle.open(bundle.path)
 
 
-def test_find_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_bundle_searches_folders_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home, cwd, cache = tmp_path / "home", tmp_path / "cwd", tmp_path / "cache"
     for folder in (
         home / "engines/a",
@@ -235,7 +239,7 @@ def test_find_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_bundle("d") == cache / "lsast" / "engines" / "d"
 
 
-def test_default_bundle_is_the_embedded_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_bundle_without_a_name_is_the_embedded_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LSAST_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lsast_engines.bundle.bundle.EMBEDDED", tmp_path / "package" / "mini")

@@ -12,7 +12,7 @@ from lsast_engines.bundle.manifest import Manifest
 from lsast_engines.errors import BundleError
 
 
-def test_round_trip(manifest: Manifest) -> None:
+def test_manifest_round_trip_keeps_all_fields(manifest: Manifest) -> None:
     text = manifest.to_json()
     assert Manifest.from_json(text) == manifest
     assert Manifest.from_json(text).to_json() == text
@@ -44,7 +44,7 @@ def faults_of(data: Any) -> list[str]:
     return faults
 
 
-def test_all_faults_are_listed_at_once(manifest: Manifest) -> None:
+def test_manifest_from_json_lists_all_faults(manifest: Manifest) -> None:
     data = json.loads(manifest.to_json())
     del data["name"]
     data["fingerprint"] = "abc"
@@ -83,7 +83,7 @@ def test_all_faults_are_listed_at_once(manifest: Manifest) -> None:
     )
 
 
-def test_missing_objects_are_one_fault_each(manifest: Manifest) -> None:
+def test_manifest_without_objects_has_one_fault_for_each(manifest: Manifest) -> None:
     data = json.loads(manifest.to_json())
     for key in ("noise", "attention_layers", "graphs", "defaults"):
         del data[key]
@@ -91,7 +91,7 @@ def test_missing_objects_are_one_fault_each(manifest: Manifest) -> None:
     assert [fault.split(":")[0] for fault in faults] == ["noise", "attention_layers", "graphs", "defaults"]
 
 
-def test_contradictions(manifest: Manifest) -> None:
+def test_manifest_of_contradicting_fields_is_refused(manifest: Manifest) -> None:
     data = json.loads(manifest.to_json())
     data["tokens"] = 4
     data["height"] = 200
@@ -118,12 +118,12 @@ def test_contradictions(manifest: Manifest) -> None:
         ('{"format": 1}', r"has format 1; this version reads format 2: .*export the bundle again"),
     ],
 )
-def test_what_is_no_manifest_of_this_format(text: str, message: str) -> None:
+def test_manifest_of_another_format_is_refused(text: str, message: str) -> None:
     with pytest.raises(BundleError, match=message):
         Manifest.from_json(text)
 
 
-def test_fields_of_no_object_give_one_fault() -> None:
+def test_json_reader_of_no_object_has_one_fault() -> None:
     faults: list[str] = []
     fields = JsonReader(7, "a.b", faults, ("x", "y"))
     assert (fields.string("x"), fields.integer("y"), fields.object("x", ("z",)).number("z")) == ("", 1, 1.0)

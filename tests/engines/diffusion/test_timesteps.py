@@ -18,7 +18,7 @@ SCHEDULERS = {"ddim": DDIMScheduler, "dpmpp2m": DPMSolverMultistepScheduler, "un
 @pytest.mark.parametrize(
     "spec", [NoiseSchedule(), NoiseSchedule(beta_schedule="linear"), NoiseSchedule(400, 1e-4, 0.02, "linear")], ids=str
 )
-def test_alphas_cumprod_is_diffusers(spec: NoiseSchedule) -> None:
+def test_alphas_cumprod_matches_diffusers(spec: NoiseSchedule) -> None:
     scheduler = DDIMScheduler(spec.train_steps, spec.beta_start, spec.beta_end, beta_schedule=spec.beta_schedule)
     abars = spec.alphas_cumprod()
     assert abars.dtype == np.float64
@@ -26,7 +26,7 @@ def test_alphas_cumprod_is_diffusers(spec: NoiseSchedule) -> None:
     np.testing.assert_allclose(abars, scheduler.alphas_cumprod.numpy(), rtol=2e-5)
 
 
-def test_noise_faults_are_listed_at_once() -> None:
+def test_noise_schedule_lists_all_faults() -> None:
     with pytest.raises(UsageError) as error:
         NoiseSchedule(0, 0.5, 0.1, "cosine")  # type: ignore[arg-type]
     assert all(part in str(error.value) for part in ("train_steps", "0.5 to 0.1", "'cosine'", "scaled_linear, linear"))
@@ -43,7 +43,7 @@ def img2img_timesteps(solver: str, steps: int, strength: float) -> list[int]:
 
 @pytest.mark.parametrize("solver", SCHEDULERS)
 @pytest.mark.parametrize("strength", [0.3, 0.5, 0.7, 0.99, 1.0])
-def test_timesteps_are_those_of_diffusers_img2img(solver: str, strength: float) -> None:
+def test_timesteps_match_diffusers_img2img(solver: str, strength: float) -> None:
     for steps in (4, 7, 12, 30, 50, 100, 334, 499):
         schedule = TimestepSchedule.build(NoiseSchedule(), steps, strength, 10, solver)
         expected = img2img_timesteps(solver, steps, strength)
@@ -53,7 +53,7 @@ def test_timesteps_are_those_of_diffusers_img2img(solver: str, strength: float) 
         assert schedule.start_t == expected[0]
 
 
-def test_release_schedule() -> None:
+def test_ddim_schedule_matches_the_method_page() -> None:
     # docs/method.md §4: 50 steps, strength 0.7 → 35 steps t = 681, 661, …, 1.
     full = TimestepSchedule.build(NoiseSchedule(), 50, 1.0, 10)
     assert [step.t for step in full.steps] == list(range(981, 0, -20))
@@ -62,18 +62,18 @@ def test_release_schedule() -> None:
     assert [step.stage for step in cut.steps] == [stage for stage in (6, 5, 4, 3, 2, 1, 0) for _ in range(5)]
 
 
-def test_stage_table() -> None:
+def test_stages_match_the_method_page() -> None:
     # docs/method.md §9, unit test iii; the grid of 999 steps visits every t from 999 to 1.
     stages = {step.t: step.stage for step in TimestepSchedule.build(NoiseSchedule(), 999, 1.0, 10).steps}
     assert [stages[t] for t in (1, 99, 100, 681, 701, 999)] == [0, 0, 1, 6, 7, 9]
 
 
-def test_one_step_is_run_at_least() -> None:
+def test_schedule_of_little_strength_has_one_step() -> None:
     assert [step.t for step in TimestepSchedule.build(NoiseSchedule(), 4, 0.1, 10).steps] == [1]
 
 
 @pytest.mark.parametrize("solver", SCHEDULERS)
-def test_largest_number_of_steps_has_distinct_timesteps_in_range(solver: str) -> None:
+def test_schedule_of_most_steps_has_distinct_timesteps(solver: str) -> None:
     largest = 999 if FINAL_SIGMA_NONZERO[solver] else 998
     timesteps = [step.t for step in TimestepSchedule.build(NoiseSchedule(), largest, 1.0, 10, solver).steps]
     assert len(set(timesteps)) == largest
@@ -82,7 +82,7 @@ def test_largest_number_of_steps_has_distinct_timesteps_in_range(solver: str) ->
         TimestepSchedule.build(NoiseSchedule(), largest + 1, 1.0, 10, solver)
 
 
-def test_schedule_faults_are_listed_at_once() -> None:
+def test_schedule_lists_all_faults() -> None:
     with pytest.raises(UsageError) as error:
         TimestepSchedule.build(NoiseSchedule(), 0, float("nan"), 0, "euler")
     assert all(
@@ -92,7 +92,7 @@ def test_schedule_faults_are_listed_at_once() -> None:
 
 
 @pytest.mark.parametrize("solver", SCHEDULERS)
-def test_add_noise_is_diffusers(solver: str) -> None:
+def test_add_noise_matches_diffusers(solver: str) -> None:
     rng = np.random.default_rng(0)
     z0, noise = rng.standard_normal((2, 2, 4, 3, 5)).astype(np.float32)
     schedule = TimestepSchedule.build(NoiseSchedule(), 12, 0.7, 10, solver)
@@ -130,14 +130,14 @@ RELEASED = {
 
 
 @pytest.mark.parametrize(("wish", "expected"), RELEASED.items(), ids=str)
-def test_released_grid_by_hand(wish: tuple[int, float], expected: tuple[int, int, int]) -> None:
+def test_ddim_lsast_grid_matches_values_by_hand(wish: tuple[int, float], expected: tuple[int, int, int]) -> None:
     schedule = TimestepSchedule.build(NoiseSchedule(), *wish, 10, "ddim_lsast")
     assert (schedule.start_t, schedule.steps[0].t, len(schedule.steps)) == expected
     assert (schedule.steps[-1].t, schedule.steps[-1].t_prev) == (1, -1)
     assert all(step.stage == step.t // 100 for step in schedule.steps)
 
 
-def test_released_grid_is_that_code_wherever_it_runs() -> None:
+def test_ddim_lsast_grid_matches_the_released_code() -> None:
     ran = failed = 0
     for steps in range(1, 1001):
         for strength in (0.001, 0.3, 0.7, 1.0):
@@ -169,13 +169,13 @@ def test_released_grid_is_that_code_wherever_it_runs() -> None:
         (1, 1.0, "noise to point 1 of a grid whose last is 0"),
     ],
 )
-def test_what_the_released_code_cannot_do_says_why(steps: int, strength: float, words: str) -> None:
+def test_ddim_lsast_schedule_that_the_release_cannot_run_is_refused(steps: int, strength: float, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         TimestepSchedule.build(NoiseSchedule(), steps, strength, 10, "ddim_lsast")
 
 
 @both_sets
-def test_released_grid_is_the_one_that_was_recorded(golden: GoldenFiles) -> None:
+def test_ddim_lsast_grid_matches_the_recording(golden: GoldenFiles) -> None:
     recorded = load_file(f"{golden.prefix}_io.safetensors")
     schedule = TimestepSchedule.build(NoiseSchedule(), 50, 0.7, 10, "ddim_lsast")
     assert [step.t for step in schedule.steps] == recorded["timesteps"].tolist()

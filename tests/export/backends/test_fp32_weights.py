@@ -33,7 +33,7 @@ def _all_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_all_are_large")
 @pytest.mark.parametrize("storage_dtype", ["fp16", "bf16"])
-def test_graphs_and_weights_are_those_of_a_float32_bundle(
+def test_with_fp32_weights_matches_a_float32_bundle(
     bundles: dict[str, Bundle], tmp_path: Path, storage_dtype: str
 ) -> None:
     bundle = bundles[storage_dtype]
@@ -60,7 +60,7 @@ def test_graphs_and_weights_are_those_of_a_float32_bundle(
 
 @pytest.mark.usefixtures("_all_are_large")
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_engines_compute_the_same(
+def test_with_fp32_weights_computes_the_same(
     bundles: dict[str, Bundle], run: Run, feeds: Feeds, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, backend: str
 ) -> None:
     pytest.importorskip(backend)
@@ -74,7 +74,7 @@ def test_engines_compute_the_same(
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_small_and_float32_weights_are_left_alone(
+def test_with_fp32_weights_leaves_small_and_float32_weights_alone(
     bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path = bundles["fp16"].graph_path("controlnet_cond")
@@ -86,7 +86,7 @@ def test_small_and_float32_weights_are_left_alone(
 
 
 @pytest.mark.usefixtures("_all_are_large")
-def test_weights_are_unpacked_once_and_anew_when_they_change(
+def test_with_fp32_weights_converts_once_and_again_after_a_change(
     bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(bundles["bf16"].path, tmp_path / "copy"))
@@ -101,7 +101,7 @@ def test_weights_are_unpacked_once_and_anew_when_they_change(
 
 
 @pytest.mark.usefixtures("_all_are_large")
-def test_no_room_is_said_before_anything_is_written(
+def test_with_fp32_weights_without_room_writes_nothing(
     bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     usage: Any = namedtuple("usage", "free")

@@ -17,7 +17,7 @@ Compiled = Callable[..., Path]
 Open = Callable[..., TensorRtEngine]
 
 
-def test_runs_give_what_the_kernel_computes(compiled: Compiled, open_it: Open) -> None:
+def test_engine_call_gives_what_the_kernel_computes(compiled: Compiled, open_it: Open) -> None:
     compiled()
     engine = open_it()
     for seed, shape in enumerate([(2, 2, 8, 12), (2, 2, 8, 12), (2, 2, 8, 12), (1, 1, 16, 16), (3, 2, 8, 8)]):
@@ -25,7 +25,9 @@ def test_runs_give_what_the_kernel_computes(compiled: Compiled, open_it: Open) -
         np.testing.assert_array_equal(engine(feeds)["eps"], step(feeds))
 
 
-def test_the_graph_gives_the_same_bytes_as_the_plain_run(compiled: Compiled, open_it: Open, cuda: FakeCuda) -> None:
+def test_engine_second_run_captures_a_graph_with_the_same_bytes(
+    compiled: Compiled, open_it: Open, cuda: FakeCuda
+) -> None:
     compiled()
     engine = open_it()
     plain = engine(inputs())["eps"].copy()
@@ -36,7 +38,7 @@ def test_the_graph_gives_the_same_bytes_as_the_plain_run(compiled: Compiled, ope
     assert cuda.calls.count("launch") == 3
 
 
-def test_nothing_is_allocated_or_addressed_after_opening(compiled: Compiled, open_it: Open, cuda: FakeCuda) -> None:
+def test_engine_allocates_only_when_opened(compiled: Compiled, open_it: Open, cuda: FakeCuda) -> None:
     compiled()
     engine = open_it()
     assert cuda.calls.count("malloc") == cuda.calls.count("address") == len(SPEC.inputs) + len(SPEC.outputs)
@@ -50,7 +52,7 @@ def test_nothing_is_allocated_or_addressed_after_opening(compiled: Compiled, ope
     assert not {"malloc", "address", "free"} & set(cuda.calls[opened:])
 
 
-def test_new_shapes_drop_the_graph_and_capture_another(compiled: Compiled, open_it: Open, cuda: FakeCuda) -> None:
+def test_engine_of_new_shapes_captures_another_graph(compiled: Compiled, open_it: Open, cuda: FakeCuda) -> None:
     compiled()
     engine = open_it()
     for _ in range(2):
@@ -63,7 +65,7 @@ def test_new_shapes_drop_the_graph_and_capture_another(compiled: Compiled, open_
     assert len(cuda.executables) == 1
 
 
-def test_what_is_bound_is_uploaded_once(compiled: Compiled, open_it: Open, cuda: FakeCuda) -> None:
+def test_bind_inputs_uploads_once(compiled: Compiled, open_it: Open, cuda: FakeCuda) -> None:
     compiled()
     engine = open_it()
     feeds = inputs()
@@ -78,7 +80,7 @@ def test_what_is_bound_is_uploaded_once(compiled: Compiled, open_it: Open, cuda:
     assert cuda.calls.count("download") == 3
 
 
-def test_rtx_captures_by_itself_and_keeps_its_kernels(
+def test_rtx_engine_captures_itself_and_caches_kernels(
     compiled: Compiled, open_it: Open, cuda: FakeCuda, trt: FakeTrt, tmp_path: Path
 ) -> None:
     compiled("tensorrt-rtx")
@@ -95,7 +97,7 @@ def test_rtx_captures_by_itself_and_keeps_its_kernels(
 
 
 @pytest.mark.parametrize("runs", [0, 1])
-def test_a_run_that_fails_says_why_and_the_stream_serves_on(
+def test_engine_run_that_fails_names_the_reason_and_runs_again(
     compiled: Compiled, open_it: Open, cuda: FakeCuda, trt: FakeTrt, runs: int
 ) -> None:
     compiled()
@@ -110,7 +112,7 @@ def test_a_run_that_fails_says_why_and_the_stream_serves_on(
     np.testing.assert_array_equal(engine(inputs())["eps"], step(inputs()))
 
 
-def test_shapes_beyond_the_profile_are_refused(compiled: Compiled, open_it: Open, cuda: FakeCuda) -> None:
+def test_engine_call_beyond_the_profile_is_refused(compiled: Compiled, open_it: Open, cuda: FakeCuda) -> None:
     compiled()
     engine = open_it()
     with pytest.raises(BackendError, match=r"latent: found \[4, 4, 8, 12\]; expected \[1, 4, 8, 8\] to"):
@@ -118,7 +120,7 @@ def test_shapes_beyond_the_profile_are_refused(compiled: Compiled, open_it: Open
     assert "execute" not in cuda.calls
 
 
-def test_a_closed_engine_is_closed(compiled: Compiled, open_it: Open, cuda: FakeCuda) -> None:
+def test_engine_close_twice_frees_once(compiled: Compiled, open_it: Open, cuda: FakeCuda) -> None:
     compiled()
     engine = open_it()
     engine(inputs())

@@ -1,4 +1,4 @@
-"""Engines on disk: what is not what was compiled, or was compiled from something else, is named and refused."""
+"""Records of compiled engines: what was changed, or compiled from something else, is named and refused."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lsast_engines.backends.tensorrt.engine_record import (
     record_path,
     verified_record,
 )
-from lsast_engines.backends.tensorrt.shape_profile import InputShapes, Range, ShapeRanges, check_profile, output_shapes
+from lsast_engines.backends.tensorrt.shape_profile import InputShapes, ShapeRanges
 from lsast_engines.bundle.bundle import EMBEDDED, Bundle
-from lsast_engines.bundle.graph_spec import Geometry, UnetSplit, graph_specs, split_specs
-from lsast_engines.errors import BackendError, UsageError
+from lsast_engines.bundle.graph_spec import Geometry, graph_specs
+from lsast_engines.errors import BackendError
 
 GEOMETRY = Geometry(hint_channels=6, tokens=8, unet_width=40, control_width=16)
 SPECS = graph_specs(GEOMETRY)
@@ -50,64 +50,6 @@ def an_engine(folder: Path, name: str = "denoiser", content: bytes = b"compiled"
     return engine
 
 
-def test_deeper_levels_of_a_part_have_sides_that_are_halved() -> None:
-    cut = UnetSplit(residuals=((6, 0), (6, 1), (9, 3)), outer=1, feature=7)
-    specs = split_specs(GEOMETRY, cut)
-    profile = ShapeRanges().profile(specs["unet_full"])
-    assert profile["residual_1"] == ((1, 6, 24, 24), (1, 6, 32, 32), (4, 6, 64, 64))
-    assert profile["residual_2"] == ((1, 9, 6, 6), (1, 9, 8, 8), (4, 9, 16, 16))
-    shapes = {"latent": (2, 4, 48, 64), "hint": (2, 6, 48, 64), "timestep": (2,), "kv_control": (2, 8, 16)}
-    found = output_shapes(specs["controlnet"], {**shapes, "control_scale": ()})
-    assert found == {"residual_0": (2, 6, 48, 64), "residual_1": (2, 6, 24, 32), "residual_2": (2, 9, 6, 8)}
-
-
-def test_a_profile_spans_what_the_ranges_say() -> None:
-    profile = ShapeRanges().profile(SPECS["denoiser"])
-    # By hand: 384, 512 and 1024 pixels are 48, 64 and 128 cells.
-    assert profile["latent"] == ((1, 4, 48, 48), (1, 4, 64, 64), (4, 4, 128, 128))
-    assert profile["kv_unet"] == ((1, 1, 8, 40), (2, 1, 8, 40), (2, 4, 8, 40))
-    assert profile["control_scale"] == ((), (), ())
-    assert profile["timestep"] == ((1,), (1,), (4,))
-    assert ShapeRanges().profile(SPECS["vae_encoder"])["image"].max == (4, 3, 1024, 1024)
-
-
-@pytest.mark.parametrize(
-    ("ranges", "message"),
-    [
-        ({"side": Range(512, 384, 1024)}, "side: found 512, 384, 1024; expected minimum, optimum and maximum"),
-        ({"side": Range(380, 512, 1024)}, "expected multiples of 8"),
-        ({"batch": Range(0, 1, 4)}, "batch: found 0, 1, 4"),
-        ({"guidance": Range(1, 2, 3)}, "guidance: found 3 passes"),
-    ],
-)
-def test_ranges_that_cannot_be_meant_are_refused(ranges: dict[str, Range], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        ShapeRanges(**ranges)
-
-
-def test_shapes_outside_the_profile_are_refused_all_at_once() -> None:
-    profile = ShapeRanges().profile(SPECS["denoiser"])
-    check_profile(profile, {"latent": (4, 4, 48, 128)}, "denoiser")
-    with pytest.raises(BackendError) as caught:
-        check_profile(profile, {"latent": (5, 4, 64, 64), "hint": (1, 6, 40, 64)}, "denoiser")
-    assert "latent: found [5, 4, 64, 64]; expected [1, 4, 48, 48] to [4, 4, 128, 128]" in str(caught.value)
-    assert "hint: found [1, 6, 40, 64]" in str(caught.value)
-
-
-def test_output_shapes_follow_from_the_inputs() -> None:
-    assert output_shapes(SPECS["vae_encoder"], {"image": (2, 3, 384, 512)})["std"] == (2, 4, 48, 64)
-    assert output_shapes(SPECS["vae_decoder"], {"latent": (2, 4, 48, 64)}) == {"image": (2, 3, 384, 512)}
-    shapes = {
-        "latent": (3, 4, 48, 64),
-        "hint": (3, 6, 48, 64),
-        "timestep": (3,),
-        "kv_unet": (2, 3, 8, 40),
-        "kv_control": (3, 8, 16),
-        "control_scale": (),
-    }
-    assert output_shapes(SPECS["denoiser"], shapes) == {"eps": (2, 3, 4, 48, 64)}
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -121,18 +63,18 @@ def test_output_shapes_follow_from_the_inputs() -> None:
         ("gpu", "NVIDIA GeForce RTX 4090"),
     ],
 )
-def test_a_difference_names_its_field_and_no_other(field: str, value: Any) -> None:
+def test_key_differences_name_the_field(field: str, value: Any) -> None:
     (fault,) = a_key().differences(a_key(**{field: value}))
     assert fault.startswith(f"{field}: found ")
 
 
-def test_every_field_of_a_key_counts() -> None:
-    tried = test_a_difference_names_its_field_and_no_other.pytestmark[0].args[1]  # type: ignore[attr-defined]
+def test_key_differences_cover_every_field() -> None:
+    tried = test_key_differences_name_the_field.pytestmark[0].args[1]  # type: ignore[attr-defined]
     assert {field for field, _ in tried} == {field.name for field in dataclasses.fields(EngineKey)}
     assert a_key().differences(a_key()) == []
 
 
-def test_an_engine_serves_its_targets_and_its_gpu() -> None:
+def test_unsupported_reasons_name_target_and_gpu() -> None:
     assert a_key().unsupported_reasons("12.0", "anything") == []
     assert a_key().unsupported_reasons("8.6", "anything") == ["targets: found 8.9, 12.0; expected 8.6, the GPU's"]
     portable = a_key(targets=("portable",))
@@ -142,14 +84,14 @@ def test_an_engine_serves_its_targets_and_its_gpu() -> None:
     assert timed.unsupported_reasons("8.9", "NVIDIA L40S") == ["gpu: found NVIDIA L4; expected NVIDIA L40S"]
 
 
-def test_a_record_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+def test_record_round_trip_keeps_all_fields(tmp_path: Path) -> None:
     engine = an_engine(tmp_path)
     record = verified_record(engine)
     assert record.key == a_key()
     assert (record.bytes, record.seconds) == (72, 41.5)
 
 
-def test_truncated_changed_and_swapped_engines_are_refused(tmp_path: Path) -> None:
+def test_verified_record_of_a_changed_engine_is_refused(tmp_path: Path) -> None:
     engine, other = an_engine(tmp_path), an_engine(tmp_path, "vae_decoder", b"another!" * 9)
     whole = engine.read_bytes()
     engine.write_bytes(whole[:-1])
@@ -177,7 +119,7 @@ def test_truncated_changed_and_swapped_engines_are_refused(tmp_path: Path) -> No
         (lambda data: data | {"bytes": "72"}, "wrong types"),
     ],
 )
-def test_damaged_records_are_refused(tmp_path: Path, edit: Any, message: str) -> None:
+def test_record_load_refuses_damaged_files(tmp_path: Path, edit: Any, message: str) -> None:
     engine = an_engine(tmp_path)
     path = record_path(engine)
     path.write_text(json.dumps(edit(json.loads(path.read_text()))))
@@ -188,7 +130,7 @@ def test_damaged_records_are_refused(tmp_path: Path, edit: Any, message: str) ->
         verified_record(engine)
 
 
-def test_the_digest_covers_graph_and_weights(tmp_path: Path) -> None:
+def test_graph_digest_covers_graph_and_weights(tmp_path: Path) -> None:
     graph, weights = tmp_path / "toy.onnx", tmp_path / "toy.data"
     graph.write_bytes(b"graph")
     weights.write_bytes(b"weights")
@@ -201,7 +143,7 @@ def test_the_digest_covers_graph_and_weights(tmp_path: Path) -> None:
     assert len({before, changed, graph_digest(graph)}) == 3
 
 
-def test_engines_lie_with_their_base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_engine_folder_is_named_by_the_base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LSAST_HOME", str(tmp_path))
     fingerprint = Bundle.open(EMBEDDED, verify_hashes=False).manifest.fingerprint
     folder = tmp_path / "compiled" / f"mini-{fingerprint[:16]}" / "tensorrt" / "fp16"

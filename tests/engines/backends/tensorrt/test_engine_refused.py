@@ -30,7 +30,7 @@ Open = Callable[..., TensorRtEngine]
         ({"gpu": "Other GPU"}, "gpu: found Other GPU; expected Fake GPU"),
     ],
 )
-def test_an_engine_of_something_else_is_refused_by_the_field(
+def test_engine_compiled_from_something_else_names_the_field(
     compiled: Compiled, open_it: Open, cuda: FakeCuda, changes: dict[str, Any], message: str
 ) -> None:
     compiled(**changes)
@@ -40,14 +40,14 @@ def test_an_engine_of_something_else_is_refused_by_the_field(
     assert cuda.calls == []
 
 
-def test_a_stale_engine_is_refused(compiled: Compiled, open_it: Open, denoiser_graph: Path) -> None:
+def test_engine_of_a_changed_graph_is_refused(compiled: Compiled, open_it: Open, denoiser_graph: Path) -> None:
     compiled()
     denoiser_graph.write_bytes(b"a graph, exported again")
     with pytest.raises(BackendError, match=r"onnx: found [0-9a-f]{12}…; expected [0-9a-f]{12}…"):
         open_it()
 
 
-def test_a_missing_or_truncated_engine_names_the_command(compiled: Compiled, open_it: Open) -> None:
+def test_missing_or_truncated_engine_names_the_command(compiled: Compiled, open_it: Open) -> None:
     with pytest.raises(
         BackendError, match=r"found no engine .*\ncompile with: lsast-export compile .* --backend tensorrt"
     ):
@@ -58,27 +58,27 @@ def test_a_missing_or_truncated_engine_names_the_command(compiled: Compiled, ope
         open_it()
 
 
-def test_what_the_library_refuses_comes_with_its_words(compiled: Compiled, open_it: Open) -> None:
+def test_engine_that_the_library_refuses_gives_its_log(compiled: Compiled, open_it: Open) -> None:
     compiled(content=b"no engine, but recorded as one")
     with pytest.raises(BackendError, match=r"refuses .*\n.*magicTag"):
         open_it()
 
 
-def test_an_engine_of_another_profile_than_recorded_is_refused(compiled: Compiled, open_it: Open) -> None:
+def test_engine_of_another_profile_is_refused(compiled: Compiled, open_it: Open) -> None:
     other = json.dumps({"graph": "denoiser", "profile": ShapeRanges(Range(64, 64, 256)).profile(SPEC)}).encode()
     compiled(content=other)
     with pytest.raises(BackendError, match=r"latent: found profile .*; expected"):
         open_it()
 
 
-def test_no_gpu_is_one_line(compiled: Compiled, open_it: Open, cuda: FakeCuda) -> None:
+def test_engine_without_a_gpu_is_refused(compiled: Compiled, open_it: Open, cuda: FakeCuda) -> None:
     compiled()
     cuda.count = 0
     with pytest.raises(BackendError, match="found no NVIDIA GPU for tensorrt"):
         open_it()
 
 
-def test_too_little_memory_leaves_nothing_behind(compiled: Compiled, open_it: Open, cuda: FakeCuda) -> None:
+def test_engine_without_enough_memory_leaves_nothing(compiled: Compiled, open_it: Open, cuda: FakeCuda) -> None:
     compiled()
     cuda.room = 20_000
     with pytest.raises(BackendError, match="cudaMalloc failed: cudaErrorMemoryAllocation"):
