@@ -6,6 +6,7 @@ full range.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import warnings
@@ -201,3 +202,13 @@ def psnr(found: npt.NDArray[Any], expected: npt.NDArray[Any], peak: float = 255)
     """PSNR, 10 log10(peak² / mean squared error), in dB; infinite for equal arrays."""
     error = float(np.mean((found.astype(np.float64) - expected) ** 2))
     return math.inf if error == 0 else 10 * math.log10(peak**2 / error)
+
+
+def pixels_sha256(*planes: npt.NDArray[np.uint8] | None) -> str:
+    """SHA-256 (hex) over shapes and values of arrays; None adds nothing."""
+    digest = hashlib.sha256()
+    for plane in planes:
+        if plane is not None:
+            digest.update(f"{plane.shape}".encode())
+            digest.update(np.ascontiguousarray(plane).data)
+    return digest.hexdigest()

@@ -23,8 +23,9 @@ from lsast_engines.bundle.graph_spec import (
     VAE_ENCODER,
 )
 from lsast_engines.errors import UsageError
+from lsast_engines.images import pixels_sha256
 
-from .images.provenance import Provenance, bundle_sha256, pixels_sha256, versions
+from .images.provenance import Provenance, bundle_sha256, versions
 from .options.options import Options, PresetName, SolverName, current_options, preset_options, rules
 from .options.style_mix import Mix
 from .request import Request, graphs_of

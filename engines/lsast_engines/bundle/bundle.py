@@ -45,6 +45,8 @@ class Bundle:
         self.manifest = manifest
         self.null_style = null_style
         """The unconditional keys and values: one stage for all, or as many as the styles have."""
+        self.user_style_folder = user_style_folder(manifest.fingerprint)
+        """The folder into which `lsast-export` writes styles for a bundle that is not the user's own."""
 
     @classmethod
     def open(cls, path: Path, verify_hashes: bool = True) -> Bundle:
@@ -88,15 +90,12 @@ class Bundle:
 
         The user's style replaces one of the bundle with the same name.
         """
-        own, users = (_style_files(folder) for folder in (self.path / STYLES, self.user_style_folder))
+        own, users = (
+            _style_files(folder) for folder in (self.path / STYLES, user_style_folder(self.manifest.fingerprint))
+        )
         for name in own.keys() & users.keys():
             _log.info("style %s: %s replaces the bundle's own", name, users[name])
         return {**own, **users}
-
-    @property
-    def user_style_folder(self) -> Path:
-        """The folder into which `lsast-export` writes styles for a bundle that is not the user's own."""
-        return user_style_folder(self.manifest.fingerprint)
 
     def style(self, name: str) -> Style:
         """Load all stages of the style `name`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -40,10 +41,13 @@ class NoiseSchedule:
         if faults:
             raise UsageError(fault_list("invalid noise schedule:", faults))
 
+    @functools.cached_property
     def alphas_cumprod(self) -> npt.NDArray[np.float64]:
         """abar_t = prod_{s<=t} (1 - beta_s), float64 [train_steps]: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise."""
         if self.beta_schedule == "linear":
             betas = np.linspace(self.beta_start, self.beta_end, self.train_steps, dtype=np.float64)
         else:
             betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.train_steps, dtype=np.float64) ** 2
-        return np.cumprod(1.0 - betas, dtype=np.float64)
+        abars: npt.NDArray[np.float64] = np.cumprod(1.0 - betas, dtype=np.float64)
+        abars.setflags(write=False)  # it is shared by all callers
+        return abars

@@ -103,14 +103,14 @@ class TimestepSchedule:
 
     def abars(self) -> list[float]:
         """abar at the timestep of every step, then at the end of the run: [len(steps) + 1]."""
-        abars = self.noise.alphas_cumprod()
+        abars = self.noise.alphas_cumprod
         return [float(abars[step.t]) for step in self.steps] + [
             float(abars[0]) if FINAL_SIGMA_NONZERO[self.solver] else 1.0
         ]
 
     def add_noise(self, z0: Floats, noise: Floats, t: int) -> Floats:
         """z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise, any shape, in the type of `z0`."""
-        abar = float(self.noise.alphas_cumprod()[t])
+        abar = float(self.noise.alphas_cumprod[t])
         noisy: Floats = abar**0.5 * z0 + (1 - abar) ** 0.5 * noise
         return noisy
 

@@ -12,11 +12,11 @@ import numpy as np
 
 from lsast_engines.bundle.bundle import Bundle, find_bundle
 from lsast_engines.errors import LsastError, UsageError, fault_list
-from lsast_engines.images import read_picture
+from lsast_engines.images import pixels_sha256, read_picture
 
 from ..images.mask import read_mask
 from ..images.metadata import Record, read_record
-from ..images.provenance import bundle_sha256, pixels_sha256
+from ..images.provenance import bundle_sha256
 from ..options.options import current_options, preset_options
 from ..options.style_mix import Mix
 from ..result import Result, validate_output_path

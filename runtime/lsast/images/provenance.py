@@ -5,9 +5,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.environment import installed_versions
 
@@ -52,16 +49,6 @@ class Provenance:
 def bundle_sha256(bundle: Bundle) -> str:
     """SHA-256 (hex) of a bundle's manifest."""
     return hashlib.sha256(bundle.manifest.to_json().encode()).hexdigest()
-
-
-def pixels_sha256(*planes: npt.NDArray[np.uint8] | None) -> str:
-    """SHA-256 (hex) over shapes and values of arrays; None adds nothing."""
-    digest = hashlib.sha256()
-    for plane in planes:
-        if plane is not None:
-            digest.update(f"{plane.shape}".encode())
-            digest.update(np.ascontiguousarray(plane).data)
-    return digest.hexdigest()
 
 
 def versions(backend: str) -> dict[str, str]:

@@ -60,7 +60,7 @@ class CachedDenoiser:
         """
         self._graphs = graphs
         self._interval = interval
-        self._sigmas: Sigmas = np.sqrt(1 - noise.alphas_cumprod())
+        self._sigmas: Sigmas = np.sqrt(1 - noise.alphas_cumprod)
         self._step = 0
         self._residuals = Extrapolator()
         self._feature = Extrapolator()

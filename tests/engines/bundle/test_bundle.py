@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lsast_engines.bundle.bundle import Bundle, find_bundle
+from lsast_engines.bundle.bundle import Bundle, find_bundle, user_style_folder
 from lsast_engines.bundle.graph_spec import GraphSpec, TensorSpec
 from lsast_engines.bundle.manifest import Manifest
 from lsast_engines.bundle.style import Style
@@ -139,16 +139,18 @@ def test_bundle_styles_lists_and_checks_its_own(bundle: Bundle, make_style: Make
 def test_bundle_styles_of_the_user_replace_its_own(
     bundle: Bundle, make_style: MakeStyle, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    assert bundle.user_style_folder == tmp_path / "home" / "styles" / bundle.manifest.fingerprint[:16]
+    fingerprint = bundle.manifest.fingerprint
+    assert user_style_folder(fingerprint) == tmp_path / "home" / "styles" / fingerprint[:16]
     mine = make_style("longer name")
     for name in ("a", "b"):
-        mine.save(bundle.user_style_folder / f"{name}.safetensors")
+        mine.save(user_style_folder(fingerprint) / f"{name}.safetensors")
     assert list(bundle.styles()) == ["a", "b"]
     np.testing.assert_array_equal(bundle.style("a").kv_unet, mine.kv_unet.astype(np.float16))
     monkeypatch.delenv("LSAST_HOME")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    bundle = Bundle.open(bundle.path)
     assert list(bundle.styles()) == ["a"]
-    assert bundle.user_style_folder.is_relative_to(tmp_path / "data" / "lsast" / "styles")
+    assert user_style_folder(fingerprint).is_relative_to(tmp_path / "data" / "lsast" / "styles")
 
 
 def test_bundle_write_that_fails_leaves_nothing(tmp_path: Path, manifest: Manifest, sources: Sources) -> None:

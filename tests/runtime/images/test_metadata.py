@@ -19,7 +19,7 @@ import lsast
 from lsast import LsastError, PictureError
 from lsast.cli.main import main
 from lsast.images.metadata import Record, read_record
-from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.bundle import Bundle, user_style_folder
 from lsast_engines.bundle.style import Style
 
 FORMS = ["png", "jpg", "webp"]
@@ -197,7 +197,7 @@ def test_from_with_other_inputs_names_them_before_painting(
     unmasked = run("--from", "out.png", "in.png")
     assert (unmasked.exit_code, "give it with --mask" in unmasked.stderr) == (2, True)
 
-    users = Bundle.open(bundle_path).user_style_folder
+    users = user_style_folder(Bundle.open(bundle_path).manifest.fingerprint)
     style = Bundle.open(bundle_path).style("monet")
     monkeypatch.setenv("LSAST_HOME", "home")
     Style("monet", style.base, 10, 3, style.kv_unet / 2, style.kv_control).save(

@@ -66,7 +66,7 @@ def test_sample_with_x0_blend_blends_the_predicted_x0_with_the_picture() -> None
     share[0], share[1] = 0, 1
     guesses: list[np.ndarray] = []
     found, (schedule, z0, n) = _run("ddim", share, watch=lambda step, total, x0: guesses.append(x0()[0]))
-    abar = NoiseSchedule().alphas_cumprod()
+    abar = NoiseSchedule().alphas_cumprod
     t = schedule.start_t
     z = np.sqrt(abar[t]) * z0.astype(float) + np.sqrt(1 - abar[t]) * n
     for step in schedule.steps:
@@ -87,7 +87,7 @@ def test_sample_where_the_blend_is_1_keeps_the_picture_with_every_solver(solver:
     share[:, :4] = 0
     found, (_, z0, n) = _run(solver, share)
     free, _ = _run(solver, None)
-    abar = NoiseSchedule().alphas_cumprod()[0] if rest else 1.0
+    abar = NoiseSchedule().alphas_cumprod[0] if rest else 1.0
     expected = np.sqrt(abar) * z0 + np.sqrt(1 - abar) * n
     np.testing.assert_allclose(found[:, :, :4], expected[:, :, :4], atol=1e-3)
     np.testing.assert_allclose(found[:, :, 4:], free[:, :, 4:], atol=1e-3)
@@ -101,6 +101,6 @@ def test_x0_blend_around_another_blends_one_after_the_other() -> None:
     inner = X0Blend(make_solver("ddim", noise, schedule), schedule, before, np.full((6, 8), 0.85, np.float32))
     outer = X0Blend(inner, schedule, picture, np.full((6, 8), 0.4, np.float32))
     outer.step(eps, 3, x)
-    abar = noise.alphas_cumprod()[schedule.steps[3].t]
+    abar = noise.alphas_cumprod[schedule.steps[3].t]
     x0 = (x - np.sqrt(1 - abar) * eps) / np.sqrt(abar)
     np.testing.assert_allclose(outer.x0, 0.85 * before + 0.15 * (0.4 * picture + 0.6 * x0), atol=1e-5)

@@ -76,6 +76,31 @@ class Base:
         found = {"unet": self.unet, "controlnet": self.controlnet, "autoencoder": self.autoencoder}
         return found if self.style_encoder is None else {**found, "style_encoder": self.style_encoder}
 
+    def to(self, device: torch.device, gradient_checkpointing: bool = False) -> None:
+        """Move the base to `device`, the U-Net channels-last, in which convolutions are faster.
+
+        Args:
+            device: of all networks.
+            gradient_checkpointing: the U-Net computes its activations again in the backward pass.
+        """
+        for network in (*self.networks().values(), self.text_encoder):
+            if network is not None:
+                network.to(device)
+        unet = self.unet.to(memory_format=torch.channels_last)
+        (unet.enable_gradient_checkpointing if gradient_checkpointing else unet.disable_gradient_checkpointing)()
+        self.null_context = self.null_context.to(device)
+        self.alphas_cumprod = self.alphas_cumprod.to(device)
+
+    def round_unet(self) -> None:
+        """Store the weights of the U-Net's convolutions and linear layers in bf16: half the memory.
+
+        With mixed precision they are rounded at every call otherwise, so the results are the same; the norms keep
+        float32. The base serves no other precision any more.
+        """
+        for module in self.unet.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                module.to(torch.bfloat16)
+
     def eps(
         self,
         latent: torch.Tensor,
@@ -148,5 +173,5 @@ def build_base(
     for network in (unet, controlnet, autoencoder, style_encoder, text_encoder):
         if network is not None:
             network.eval().requires_grad_(False)
-    alphas = torch.from_numpy(config.noise.alphas_cumprod()).float().to(null_context.device)
+    alphas = torch.from_numpy(config.noise.alphas_cumprod).float().to(null_context.device)
     return Base(config, fingerprint, unet, controlnet, autoencoder, null_context, alphas, style_encoder, text_encoder)

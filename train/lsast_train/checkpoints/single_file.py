@@ -46,7 +46,7 @@ def read_single_file(path: Path, wanted: UnetWeights, with_controlnet: bool, fou
     if with_controlnet and compvis.has(state, compvis.CONTROL):
         found.add("controlnet", lambda: compvis.controlnet_weights(within(compvis.CONTROL), found.heads))
     if (schedule := state.get("alphas_cumprod")) is not None:
-        expected = found.noise.alphas_cumprod()
+        expected = found.noise.alphas_cumprod
         if schedule.shape != expected.shape or np.abs(schedule.double().numpy() - expected).max() > 1e-3:
             found.fail("alphas_cumprod", "found another noise schedule; expected Stable Diffusion 1.5's")
 
