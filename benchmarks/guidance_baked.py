@@ -2,7 +2,7 @@
 
     pip install -c constraints.txt '.[cpu,train,export,eval]'
     for g in 3 5 7.5 10; do
-        lsast-train distil --style vangogh --guidance $g --images PHOTOS && lsast-export --style vangogh-g$g
+        lsast-train distill --style vangogh --guidance $g --images PHOTOS && lsast-export --style vangogh-g$g
     done
     python benchmarks/guidance_baked.py --contents DIR --out DIR \
         --student vangogh-g3 --student vangogh-g5 --student vangogh-g7.5 --student vangogh-g10 \
@@ -167,7 +167,7 @@ def planned(stylizer: lsast.Stylizer, name: str, beside: Sequence[str]) -> dict[
     """
     style, manifest = stylizer.bundle.open_style(name), stylizer.bundle.manifest
     if style.distilled_guidance is None:
-        raise UsageError(f"found {name!r}, which has no guidance baked in; expected a style of lsast-train distil")
+        raise UsageError(f"found {name!r}, which has no guidance baked in; expected a style of lsast-train distill")
     made = json.loads(style.meta["distill_options"])
     few: dict[str, Any] | None = None
     fine: dict[str, Any] = {}

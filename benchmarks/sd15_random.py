@@ -136,11 +136,11 @@ def write_prompts(folder: Path) -> None:
 
     from lsast_train.base.lazy_base import open_base
     from lsast_train.prompts.prompt_file import Prompts, save_prompts
-    from lsast_train.prompts.prompt_space import matrix_table
+    from lsast_train.prompts.prompt_space import matrix_index
 
     parts = open_base(source(folder))
     matrices = torch.randn(30, parts.config.tokens, TEXT["hidden_size"])
-    prompts = matrices[matrix_table("step+layer")]
+    prompts = matrices[matrix_index("step+layer")]
     learned = Prompts(STYLE, parts.fingerprint, "step+layer", "direct", "strided", "all", prompts, matrices)
     save_prompts(learned, folder / f"{STYLE}.prompts.safetensors")
 
@@ -247,10 +247,10 @@ def compile_(
 def train(folder: Path, size: int, as_json: bool) -> None:
     """Take two training steps in fp32 and bf16, with gradient checkpointing and without."""
     rows = []
-    for precision in ("fp32", "bf16"):
+    for precision in ("no", "bf16"):
         for checkpointing in (True, False):
             flag = "--checkpointing" if checkpointing else "--no-checkpointing"
-            command = (__file__, "step", folder, "--precision", precision, flag, "--size", size)
+            command = (__file__, "step", folder, "--mixed-precision", precision, flag, "--size", size)
             report, peak = measured(*command, module=False)
             rows.append({"precision": precision, "checkpointing": checkpointing, "peak_rss_gb": peak / GIGA, **report})
     show(rows, as_json, ("torch", "diffusers", "transformers"))
@@ -258,7 +258,7 @@ def train(folder: Path, size: int, as_json: bool) -> None:
 
 @main.command(hidden=True)
 @click.argument("folder", type=click.Path(path_type=Path, exists=True))
-@click.option("--precision", required=True)
+@click.option("--mixed-precision", "precision", required=True)
 @click.option("--checkpointing/--no-checkpointing", required=True)
 @click.option("--size", type=int, required=True)
 def step(folder: Path, precision: Any, checkpointing: bool, size: int) -> None:
@@ -266,15 +266,14 @@ def step(folder: Path, precision: Any, checkpointing: bool, size: int) -> None:
     import dataclasses
 
     from lsast_train.base.lazy_base import load_base
-    from lsast_train.evaluation import round_unet
     from lsast_train.options import PRESETS
     from train_step import training_step_cost
 
     base = load_base(source(folder))
     if precision == "bf16":
-        round_unet(base)
+        base.round_unet()
     options = dataclasses.replace(
-        PRESETS["released"], precision=precision, gradient_checkpointing=checkpointing, size=size
+        PRESETS["released"], mixed_precision=precision, gradient_checkpointing=checkpointing, size=size
     )
     cost = training_step_cost(base, options)
     print(json.dumps({"step_s": cost.seconds, "loss": cost.loss}))

@@ -9,10 +9,11 @@ import torch
 
 from lsast_engines.environment import peak_memory
 from lsast_train.base.base import Base
-from lsast_train.evaluation import Purpose, noise_error, seeded
-from lsast_train.inversion import make_optimizer, place
+from lsast_train.evaluation import noise_error
+from lsast_train.inversion import make_optimizer
 from lsast_train.options import TrainOptions
 from lsast_train.prompts.prompt_space import build_space
+from lsast_train.training.rng import RngStream, rng_for
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,16 @@ def training_step_cost(base: Base, options: TrainOptions, steps: int = 2) -> Ste
     """Take `steps` training steps on random latents and measure them.
 
     Args:
-        base: moved to the CPU; with ``precision="bf16"`` its U-Net may be stored so (`evaluation.round_unet`).
+        base: moved to the CPU; with ``mixed_precision="bf16"`` its U-Net may be stored so (`Base.round_unet`).
         options: size, batch, generator, precision, gradient checkpointing and all else of a step.
         steps: how many; the first one also prepares what later ones reuse.
 
     Raises:
         UsageError: options that do not fit the base.
     """
-    place(base, torch.device("cpu"), options.gradient_checkpointing)
+    base.to(torch.device("cpu"), options.gradient_checkpointing)
     side = options.size // 8
-    generator = seeded(options.seed, Purpose.STEP)
+    generator = rng_for(options.seed, RngStream.STEP)
     latents = torch.randn(options.batch, 4, side, side, generator=generator)
     space = build_space(base, options, lambda: latents)
     optimizer = make_optimizer(space, options)
@@ -49,7 +50,7 @@ def training_step_cost(base: Base, options: TrainOptions, steps: int = 2) -> Ste
         noise = torch.randn(latents.shape, generator=generator)
         timestep = torch.randint(base.config.noise.train_steps, (options.batch,), generator=generator)
         began = time.perf_counter()
-        loss = noise_error(base, space, latents, noise, timestep, options.precision, generator).mean()
+        loss = noise_error(base, space, latents, noise, timestep, options.mixed_precision, generator).mean()
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         optimizer.step()

@@ -29,7 +29,7 @@ from lsast_engines.files import replace_file
 from lsast_train.base.lazy_base import load_base
 from lsast_train.inversion import Inversion
 from lsast_train.options import PRESETS
-from lsast_train.paintings import Collection
+from lsast_train.paintings import PaintingDataset
 
 VARIANTS = {"step+layer": 30, "step": 10, "layer": 3, "global": 1}
 """Variant → its number of matrices."""
@@ -70,13 +70,13 @@ def main(
             if (found := json.loads(target.read_text())["setting"]) != setting:
                 raise click.ClickException(f"{target} is a run of {found}; expected {setting}: choose another --out")
             continue
-        collection = collection or Collection.load(paintings, quick.size, quick.crop, loaded.config.size)
+        collection = collection or PaintingDataset.load(paintings, quick.size, quick.crop, loaded.config.size)
         options = replace(quick, variant=variant, generator=generator, seed=seed)
         with tempfile.TemporaryDirectory() as folder:
             outcome = Inversion(loaded, collection, options, "variant", Path(folder)).run()
         record = {
             "setting": setting,
-            "relative": outcome.relative,
+            "relative": outcome.relative_loss,
             "best": outcome.best_step,
             "seconds": outcome.seconds,
             "machine": describe(("torch", "diffusers")),

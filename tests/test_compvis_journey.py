@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 import lsast
 from lsast_engines.bundle.manifest import Manifest
-from lsast_export.__main__ import main as lsast_export
+from lsast_export.cli.main import main as lsast_export
 from lsast_train.__main__ import main as lsast_train
-from lsast_train.base.base import load_base
+from lsast_train.base.lazy_base import load_base
 from lsast_train.checkpoints.source import BaseSource
 from lsast_train.prompts.prompt_file import load_prompts
 
@@ -53,7 +53,7 @@ def test_from_a_published_file_to_a_painted_picture(
     base = ["--base", "tiny-v1-5.ckpt", "--controlnet", "tiny-canny.pth"]
     pictures = _pictures(tmp_path / "paintings")
 
-    knobs = ["--steps", "3", "--batch", "2", "--size", "64", "--precision", "fp32", "--prompt", "text"]
+    knobs = ["--steps", "3", "--batch", "2", "--size", "64", "--mixed-precision", "no", "--prompt", "text"]
     file = _train(capsys, "--style", "red", "--images", pictures, *base, *knobs)
     prompts = load_prompts(Path(file))
     imported = load_base(BaseSource(compvis_base.file, compvis_base.controlnet_file))
@@ -63,7 +63,7 @@ def test_from_a_published_file_to_a_painted_picture(
     begin = prompts.prompts[:, :, 0]
     torch.testing.assert_close(begin, imported.null_context[0].expand_as(begin))
 
-    arguments = ["bundle", "--style", file, *base, "--out", "bundle", "--precision", "fp32", "--json"]
+    arguments = ["bundle", "--style", file, *base, "--out", "bundle", "--mixed-precision", "no", "--json"]
     refused = CliRunner().invoke(lsast_export, [str(part) for part in (*arguments, "--unet-weights", "non-ema")])
     assert refused.exit_code == 1
     assert f"was learned on base {prompts.base[:12]}" in refused.stderr

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from lsast_train.base.base import Base
 from lsast_train.mini.architecture import MiniConfig, build_mini
 from lsast_train.options import TrainOptions
-from lsast_train.paintings import Collection
+from lsast_train.paintings import PaintingDataset
 
 SIZE = 64
 
@@ -61,8 +64,8 @@ def paintings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def collection(paintings: Path) -> Collection:
-    return Collection.load(paintings, SIZE, progress=False)
+def collection(paintings: Path) -> PaintingDataset:
+    return PaintingDataset.load(paintings, SIZE, progress=False)
 
 
 @pytest.fixture
@@ -80,3 +83,17 @@ def brief() -> TrainOptions:
         evaluate_every=10,
         evaluate_latents=4,
     )
+
+
+@pytest.fixture
+def interrupt_at() -> Callable[[int], Callable[[int, float], None]]:
+    """Makes an ``on_step`` that sends SIGINT to this process after a step."""
+
+    def make(step: int) -> Callable[[int, float], None]:
+        def on_step(now: int, _: float) -> None:
+            if now == step:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return on_step
+
+    return make

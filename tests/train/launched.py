@@ -16,7 +16,10 @@ finish = inversion.Inversion._finish
 
 
 def finish_and_tell(run: inversion.Inversion) -> Any:
-    tensors = {"matrices": run.space.matrices.detach(), **{k: v.detach() for k, v in run.space.maps().items()}}
+    tensors = {
+        "matrices": run.space.matrices.detach(),
+        **{k: v.detach() for k, v in run.space.attention_weights().items()},
+    }
     save_file(tensors, folder / f"process{run.accelerator.process_index}.safetensors")
     return finish(run)
 

@@ -22,7 +22,12 @@ def test_the_released_preset_is_the_released_codes() -> None:
     released = PRESETS["released"]
     assert (released.steps, released.batch, released.size, released.weight_decay) == (100_000, 1, 512, 0.01)
     assert (released.variant, released.generator, released.layout) == ("step+layer", "geglu", "overlap")
-    assert (released.gradient, released.crop, released.views, released.precision) == ("decoder", "squash", 0, "fp32")
+    assert (released.gradient, released.crop, released.views, released.mixed_precision) == (
+        "decoder",
+        "squash",
+        0,
+        "no",
+    )
     assert (released.prompt, released.placeholder_tokens, released.weighting) == ("auto", 1, "eps")
     assert {released.learning_rate(step) for step in (0, 20_000, 99_999)} == {1e-6}
 
@@ -47,7 +52,8 @@ def test_all_faults_are_named_at_once() -> None:
     wrong: dict[str, Any] = {
         "variant": "layers", "generator": "mlp", "layout": "diagonal", "gradient": "none", "schedule": "linear",
         "prompt": "caption", "placeholder_tokens": 0,
-        "crop": "centre", "weighting": "x0", "precision": "fp8", "steps": 0, "batch": 1.5, "size": 32, "views": -1,
+        "crop": "centre", "weighting": "x0", "mixed_precision": "fp8",
+        "steps": 0, "batch": 1.5, "size": 32, "views": -1,
         "seed": -1, "evaluate_every": 0, "evaluate_latents": 0, "lr": 0.0, "map_lr": -1.0,
         "weight_decay": float("nan"), "decay_after": -1, "checkpoint_minutes": 0.0,
     }  # fmt: skip

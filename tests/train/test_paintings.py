@@ -13,7 +13,7 @@ from PIL import Image
 
 from lsast_engines.errors import PictureError, TrainingError
 from lsast_train.base.base import Base
-from lsast_train.paintings import Collection, EncodedViews, FreshViews, Painting, held_out_names, view
+from lsast_train.paintings import CachedLatents, OnlineLatents, Painting, PaintingDataset, held_out_names, random_crop
 
 GREY16 = 0x8081
 
@@ -22,7 +22,7 @@ def _generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _by_name(collection: Collection) -> dict[str, Painting]:
+def _by_name(collection: PaintingDataset) -> dict[str, Painting]:
     return {painting.name: painting for painting in collection.training + collection.held_out}
 
 
@@ -60,7 +60,7 @@ def odd_folder(tmp_path: Path) -> Path:
 
 def test_odd_pictures_are_used_rightly_or_named_in_one_line(odd_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "lsast"):
-        found = _by_name(Collection.load(odd_folder, 64, progress=False))
+        found = _by_name(PaintingDataset.load(odd_folder, 64, progress=False))
     assert set(found) == {
         "cmyk.jpg", "deep/er/palette.gif", "deep/twin.png", "deep/wide.png", "glass.png", "grey.webp", "turned.png",
     }  # fmt: skip
@@ -101,7 +101,7 @@ def test_paintings_are_held_at_the_size_training_needs(
 ) -> None:
     for index in range(2):
         Image.fromarray(_gradient(height, width) + np.uint8(index)).save(tmp_path / f"{index}.png")
-    for painting in _by_name(Collection.load(tmp_path, 64, crop, progress=False)).values():
+    for painting in _by_name(PaintingDataset.load(tmp_path, 64, crop, progress=False)).values():
         assert painting.pixels.shape == (*expected, 3)
         assert painting.pixels.dtype == np.uint8
 
@@ -109,28 +109,28 @@ def test_paintings_are_held_at_the_size_training_needs(
 def test_small_paintings_are_enlarged_to_the_training_size(tmp_path: Path) -> None:
     for index in range(2):
         Image.fromarray(_gradient(64, 70) + np.uint8(index)).save(tmp_path / f"{index}.png")
-    for painting in _by_name(Collection.load(tmp_path, 128, progress=False)).values():
+    for painting in _by_name(PaintingDataset.load(tmp_path, 128, progress=False)).values():
         assert painting.pixels.shape == (128, 140, 3)
 
 
 def test_small_training_pictures_are_cut_from_paintings_at_the_scale_that_the_base_paints_at(tmp_path: Path) -> None:
     for index in range(2):
         Image.fromarray(_gradient(96, 120) + np.uint8(index)).save(tmp_path / f"{index}.png")
-    for painting in Collection.load(tmp_path, 64, painted=128, progress=False).training:
+    for painting in PaintingDataset.load(tmp_path, 64, painted=128, progress=False).training:
         assert painting.pixels.shape == (128, 160, 3)
-        assert view(painting, 64, torch.Generator().manual_seed(0)).shape == (64, 64, 3)
-    for painting in Collection.load(tmp_path, 64, "squash", painted=128, progress=False).training:
+        assert random_crop(painting, 64, torch.Generator().manual_seed(0)).shape == (64, 64, 3)
+    for painting in PaintingDataset.load(tmp_path, 64, "squash", painted=128, progress=False).training:
         assert painting.pixels.shape == (64, 64, 3)
 
 
 def test_too_few_pictures_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PictureError, match="found no folder"):
-        Collection.load(tmp_path / "nowhere", 64, progress=False)
+        PaintingDataset.load(tmp_path / "nowhere", 64, progress=False)
     with pytest.raises(PictureError, match="found no picture"):
-        Collection.load(tmp_path, 64, progress=False)
+        PaintingDataset.load(tmp_path, 64, progress=False)
     Image.new("RGB", (80, 80)).save(tmp_path / "one.png")
     with pytest.raises(TrainingError, match=r"found 1 usable pictures .* expected at least 2"):
-        Collection.load(tmp_path, 64, progress=False)
+        PaintingDataset.load(tmp_path, 64, progress=False)
 
 
 def test_the_split_holds_out_an_eighth_and_no_picture_ever_moves() -> None:
@@ -150,7 +150,7 @@ def test_small_collections_have_both_sides(count: int) -> None:
 
 def test_the_digest_tells_other_pixels_and_other_names(paintings: Path, tmp_path: Path) -> None:
     def digest(folder: Path) -> str:
-        return Collection.load(folder, 64, progress=False).digest
+        return PaintingDataset.load(folder, 64, progress=False).digest
 
     copy = tmp_path / "copy"
     shutil.copytree(paintings, copy)
@@ -166,7 +166,7 @@ def test_views_are_windows_anywhere_in_the_painting() -> None:
     pixels = _gradient(70, 66)
     corners = set()
     for seed in range(200):
-        window = view(Painting("x", pixels), 64, _generator(seed))
+        window = random_crop(Painting("x", pixels), 64, _generator(seed))
         top, left = int(window[0, 0, 0]), int(window[0, 0, 1])
         np.testing.assert_array_equal(window, pixels[top : top + 64, left : left + 64])
         corners.add((top, left))
@@ -176,26 +176,26 @@ def test_views_are_windows_anywhere_in_the_painting() -> None:
 
 def test_encoded_views_are_the_encoded_pictures_and_their_mirror_images(base: Base) -> None:
     squares = [Painting(str(index), np.roll(_gradient(64, 64), 20 * index, axis=0)) for index in range(2)]
-    views = EncodedViews.of(base, squares, 64, 2, _generator())
+    views = CachedLatents.encode(base, squares, 64, 2, _generator())
     expected = []
     for square in squares:
         for pixels in (square.pixels, square.pixels[:, ::-1]):
             image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
             expected.append(base.encode(image)[0])
     torch.testing.assert_close(views.take(torch.arange(4), _generator()), torch.cat(expected))
-    assert len(EncodedViews.of(base, squares, 64, 2, _generator(), mirrored=False)) == 2
+    assert len(CachedLatents.encode(base, squares, 64, 2, _generator(), mirrored=False)) == 2
 
 
 def test_fresh_views_draw_every_painting_either_way_round(base: Base) -> None:
     squares = [Painting(str(index), np.roll(_gradient(64, 64), 20 * index, axis=0)) for index in range(2)]
-    known = EncodedViews.of(base, squares, 64, 2, _generator()).take(torch.arange(4), _generator())
-    drawn = FreshViews(base, squares, 64).draw(40, _generator())
+    known = CachedLatents.encode(base, squares, 64, 2, _generator()).take(torch.arange(4), _generator())
+    drawn = OnlineLatents(base, squares, 64).sample(40, _generator())
     distance = torch.cdist(drawn.flatten(1), known.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
     assert distance.min(1).values.max() < 1e-4
     assert set(distance.argmin(1).tolist()) == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("kind", [EncodedViews, FreshViews])
+@pytest.mark.parametrize("kind", [CachedLatents, OnlineLatents])
 def test_latents_are_samples_of_the_posterior_in_the_units_of_the_unet(kind: Any) -> None:
     def encode(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         shape = (len(image), 4, 8, 8)
@@ -203,8 +203,8 @@ def test_latents_are_samples_of_the_posterior_in_the_units_of_the_unet(kind: Any
 
     stub: Any = SimpleNamespace(encode=encode, device=torch.device("cpu"), config=SimpleNamespace(latent_scale=0.5))
     pictures = [Painting("x", _gradient(64, 64))]
-    source = kind(stub, pictures, 64) if kind is FreshViews else kind.of(stub, pictures, 64, 1, _generator())
-    drawn = source.draw(200, _generator())
+    source = kind(stub, pictures, 64) if kind is OnlineLatents else kind.encode(stub, pictures, 64, 1, _generator())
+    drawn = source.sample(200, _generator())
     assert drawn.mean().item() == pytest.approx(1.0, abs=0.03)
     assert drawn.std().item() == pytest.approx(1.5, abs=0.03)
     assert not torch.equal(drawn[0], drawn[1])

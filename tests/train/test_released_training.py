@@ -18,7 +18,7 @@ from lsast_train.checkpoints.compvis import controlnet_from_compvis, unet_from_c
 from lsast_train.evaluation import noise_error
 from lsast_train.inversion import Inversion
 from lsast_train.options import PRESETS
-from lsast_train.paintings import Collection
+from lsast_train.paintings import PaintingDataset
 from lsast_train.prompts.prompt_space import PromptSpace
 
 
@@ -68,7 +68,7 @@ def test_loss_and_gradient_are_those_of_a_unet_whose_encoder_runs_without_gradie
     torch.manual_seed(time)
     contexts, latents, noise = torch.randn(12, 4, 24), torch.randn(1, 4, 16, 16), torch.randn(1, 4, 16, 16)
     space, t = _space(contexts), torch.tensor([time])
-    loss = noise_error(base, space, latents, noise, t, "fp32").mean()
+    loss = noise_error(base, space, latents, noise, t, "no").mean()
     torch.autograd.backward(loss)
 
     schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -91,7 +91,7 @@ def test_nothing_before_the_decoder_is_kept_for_the_way_back(base: Base) -> None
     for name in ("conv_in", "mid_block", "up_blocks.0", "conv_out"):
         module = base.unet.get_submodule(name)
         module.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out.requires_grad}))
-    noise_error(base, space, torch.randn(1, 4, 16, 16), torch.randn(1, 4, 16, 16), torch.tensor([5]), "fp32")
+    noise_error(base, space, torch.randn(1, 4, 16, 16), torch.randn(1, 4, 16, 16), torch.tensor([5]), "no")
     assert seen == {"conv_in": False, "mid_block": False, "up_blocks.0": False, "conv_out": True}
 
 
@@ -108,7 +108,7 @@ def test_noise_error_of_a_released_training_step_is_the_recorded_one(golden: Gol
     )
     for given in golden.training_cases():
         space = _space(given["contexts"][:12])
-        loss = noise_error(base, space, given["z"], given["noise"], given["t"], "fp32").mean()
+        loss = noise_error(base, space, given["z"], given["noise"], given["t"], "no").mean()
         torch.autograd.backward(loss)
         assert loss.item() == pytest.approx(given["loss"].item(), rel=1e-5)
         assert _touched(space) == given["grad_index"].tolist()
@@ -123,7 +123,7 @@ def test_the_released_preset_trains_the_generators_last_rows_of_decoder_prompts_
     """Its first step: AdamW moves what has a gradient by the learning rate and lets the rest decay (docs/method.md
     §3)."""
     options = replace(PRESETS["released"], steps=1, size=64, evaluate_every=1, evaluate_latents=2)
-    collection = Collection.load(paintings, 64, options.crop, progress=False)
+    collection = PaintingDataset.load(paintings, 64, options.crop, progress=False)
     run = Inversion(text_base, collection, options, "red", tmp_path)
     before = run.space.geglu.ff.net["2"].bias.detach().clone().view(30, 24)
     run.run()

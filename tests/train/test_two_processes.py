@@ -16,7 +16,7 @@ from lsast_train.base.base import Base
 from lsast_train.base.lazy_base import save_base
 from lsast_train.inversion import Inversion
 from lsast_train.options import PRESETS
-from lsast_train.paintings import Collection
+from lsast_train.paintings import PaintingDataset
 from lsast_train.prompts.prompt_file import load_prompts
 
 HERE = Path(__file__).parent
@@ -29,7 +29,7 @@ def test_two_processes_average_their_gradients_and_write_once(base: Base, painti
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command = ["--style", "red", "--images", str(paintings), "--base", str(tmp_path / "base"), "--preset", "quick"]
-    command += ["--steps", str(STEPS), "--batch", "2", "--size", "64", "--precision", "fp32"]
+    command += ["--steps", str(STEPS), "--batch", "2", "--size", "64", "--mixed-precision", "no"]
     completed = subprocess.run(
         [sys.executable, *launch, str(HERE / "launched.py"), str(tmp_path), *command],
         env={**os.environ, "PYTHONPATH": ROOMS, "OMP_NUM_THREADS": "1"},
@@ -51,8 +51,8 @@ def test_two_processes_average_their_gradients_and_write_once(base: Base, painti
     assert load_prompts(tmp_path / "runs/red/red.prompts.safetensors").meta["processes"] == "2"
 
     # The same in one process, by hand: the mean of the losses that both processes drew.
-    options = replace(PRESETS["quick"], steps=STEPS, batch=2, size=64, precision="fp32")
-    collection = Collection.load(paintings, 64, painted=base.config.size, progress=False)
+    options = replace(PRESETS["quick"], steps=STEPS, batch=2, size=64, mixed_precision="no")
+    collection = PaintingDataset.load(paintings, 64, painted=base.config.size, progress=False)
     alone = Inversion(base, collection, options, "red", tmp_path / "alone")
     loss_sum = 0.0
     for step in range(STEPS):
@@ -63,7 +63,7 @@ def test_two_processes_average_their_gradients_and_write_once(base: Base, painti
         torch.autograd.backward(loss)
         alone.optimizer.step()
         loss_sum += loss.item()
-    expected = {"matrices": alone.space.matrices, **alone.space.maps()}
+    expected = {"matrices": alone.space.matrices, **alone.space.attention_weights()}
     for name, tensor in expected.items():
         # Adam makes a step of lr out of rounding where a gradient is nearly zero; hence the median.
         error = (found[0][name] - tensor).abs()
@@ -71,5 +71,5 @@ def test_two_processes_average_their_gradients_and_write_once(base: Base, painti
         assert error.quantile(0.99) < 1e-4, name
     last = json.loads((tmp_path / "runs/red/red.curve.json").read_text())["evaluations"][-1]
     torch.testing.assert_close(last["loss"], loss_sum / STEPS, rtol=1e-4, atol=1e-6)
-    by_hand = alone._probes[0].losses(alone.space, range(10))
+    by_hand = alone.held_out.losses(alone.space, range(10))
     torch.testing.assert_close(torch.tensor(last["held_out"], dtype=torch.float64), by_hand, rtol=1e-3, atol=1e-6)

@@ -9,12 +9,12 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from lsast_engines.errors import UsageError, fault_list
 
 Variant = Literal["step+layer", "step", "layer", "global"]
-"""What the prompts know: stage and layer group (LSAST), stage only (ProSpect), layer group only, nothing (ArtBank)."""
+"""What prompts depend on: stage and layer group (LSAST), stage (ProSpect), layer group, or nothing (ArtBank)."""
 
 Generator = Literal["attention", "direct", "geglu"]
 """Where a matrix comes from: self-attention over the tokens of a learned one, a learned one as it is, or the released
@@ -39,8 +39,8 @@ Crop = Literal["random", "squash"]
 Weighting = Literal["eps", "v"]
 """Loss weight of timestep t: 1 (error of the noise), or 1/ᾱ up to 20 (error of v, Salimans & Ho 2022, appendix D)."""
 
-Precision = Literal["fp32", "bf16"]
-"""Arithmetic of the U-Net; prompts, loss and optimiser are always float32."""
+MixedPrecision = Literal["no", "bf16"]
+"""Autocast of the U-Net, in accelerate's words; prompts, loss and optimiser are always float32."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "variant": get_args(Variant),
@@ -51,13 +51,46 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": get_args(Schedule),
     "crop": get_args(Crop),
     "weighting": get_args(Weighting),
-    "precision": get_args(Precision),
+    "mixed_precision": get_args(MixedPrecision),
 }
 """The named values of each option that has some."""
 
 
+@dataclass(frozen=True)
+class Range:
+    """The valid values of a number."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+    """Whether `low` itself is invalid."""
+    whole: bool = False
+    """Whether only whole numbers are valid."""
+
+    def faults(self, name: str, value: Any) -> list[str]:
+        """A line if `value`, of the option `name`, is invalid."""
+        kind = int if self.whole else (int, float)
+        sound = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+        if sound and self.low <= value <= self.high and not (self.above and value == self.low):
+            return []
+        expected = f"a {'whole ' * self.whole}number {'above' if self.above else 'of at least'} {self.low:g}"
+        limit = f", up to {self.high:g}" if self.high < math.inf else ""
+        return [f"{name}: found {value!r}; expected {expected}{limit}"]
+
+
+_RANGES = {
+    **dict.fromkeys(
+        ("steps", "batch", "placeholder_tokens", "evaluate_every", "evaluate_latents"), Range(1, whole=True)
+    ),
+    **dict.fromkeys(("decay_after", "views", "seed"), Range(0, whole=True)),
+    **dict.fromkeys(("lr", "checkpoint_minutes"), Range(0, above=True)),
+    **dict.fromkeys(("map_lr", "weight_decay"), Range(0)),
+    "size": Range(64, whole=True),
+}
+
+
 def choice_faults(found: Mapping[str, str]) -> list[str]:
-    """What is wrong with named values, and with layout and variant together; a line each."""
+    """Faults of named values, and of layout and variant together; a line each."""
     faults = [
         f"{name}: found {value!r}; expected one of {', '.join(CHOICES[name])}"
         for name, value in found.items()
@@ -76,7 +109,7 @@ class TrainOptions:
     """How prompts are learned. The defaults are the paper's.
 
     Raises:
-        UsageError: values that cannot be meant, all of them at once.
+        UsageError: invalid values, all of them at once.
     """
 
     variant: Variant = "step+layer"
@@ -92,8 +125,8 @@ class TrainOptions:
     lr: float = 5e-6
     """Learning rate of the matrices, or of the network that generates them, at step 0."""
     map_lr: float = 1.0
-    """Learning rate of the attention's maps, as a multiple of `lr`. About 1/dim makes a step of the maps move a prompt
-    as far as a step of the matrices does (Yang et al. 2022, Tensor Programs V, for Adam)."""
+    """Learning rate of W_Q, W_K and W_V, as a multiple of `lr`. With about 1/dim a step of theirs moves a prompt as far
+    as a step of the matrices does (Yang et al. 2022, Tensor Programs V, for Adam)."""
     schedule: Schedule = "step"
     decay_after: int = 20_000
     """Steps before the learning rate is divided by 10 (schedule ``step`` only)."""
@@ -105,45 +138,28 @@ class TrainOptions:
     views: int = 0
     """Crops of each painting that are encoded once and kept, each also mirrored; 0 encodes a fresh crop every time."""
     weighting: Weighting = "eps"
-    precision: Precision = "fp32"
+    mixed_precision: MixedPrecision = "no"
     gradient_checkpointing: bool = field(default=False, compare=False)
-    """Compute the U-Net's activations again on the way back instead of keeping them: less memory, more time."""
+    """Compute the U-Net's activations again in the backward pass instead of keeping them: less memory, more time."""
     seed: int = 0
     evaluate_every: int = 1000
     """Steps between two evaluations of the held-out loss."""
     evaluate_latents: int = 16
-    """Held-out (and as many training) crops that an evaluation looks at, in every stage."""
+    """Held-out crops, and as many training crops, that an evaluation measures in every stage."""
     checkpoint_minutes: float = field(default=10.0, compare=False)
     """Minutes between two checkpoints."""
 
     def __post_init__(self) -> None:
         faults = choice_faults({name: getattr(self, name) for name in CHOICES})
-        least = {
-            "steps": 1,
-            "batch": 1,
-            "placeholder_tokens": 1,
-            "decay_after": 0,
-            "size": 64,
-            "views": 0,
-            "seed": 0,
-            "evaluate_every": 1,
-            "evaluate_latents": 1,
-        }
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-                faults.append(f"{name}: found {value!r}; expected a whole number of at least {minimum}")
-        for name, positive in {"lr": True, "map_lr": False, "weight_decay": False, "checkpoint_minutes": True}.items():
-            value = getattr(self, name)
-            if not math.isfinite(value) or value < 0 or (positive and value == 0):
-                faults.append(f"{name}: found {value}; expected a number {'above' if positive else 'of at least'} 0")
+        for name, valid in _RANGES.items():
+            faults += valid.faults(name, getattr(self, name))
         if self.prompt == "context" and self.placeholder_tokens != 1:
             faults.append(
                 f"placeholder_tokens: found {self.placeholder_tokens} with prompt context; expected 1, "
                 "a context has no placeholder"
             )
         if faults:
-            raise UsageError(fault_list("these training options cannot be meant:", faults))
+            raise UsageError(fault_list("invalid training options:", faults))
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of the step with this number, counted from 0."""
@@ -165,7 +181,7 @@ PRESETS: dict[str, TrainOptions] = {
         size=256,
         views=4,
         weighting="v",
-        precision="bf16",
+        mixed_precision="bf16",
         evaluate_every=60,
         evaluate_latents=12,
         checkpoint_minutes=2.0,
@@ -185,7 +201,7 @@ PRESETS: dict[str, TrainOptions] = {
 
 
 def style_name_faults(name: str) -> list[str]:
-    """What keeps `name` from being a style's name, and with it a file's name everywhere; at most one line."""
+    """The fault of a style's name that is no file name on every system; at most one line."""
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         return []
     return [f"name: found {name!r}; expected up to 100 letters, digits, '.', '_' or '-', a letter or digit first"]

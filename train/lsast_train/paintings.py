@@ -1,13 +1,14 @@
 """An artist's pictures: a folder tree becomes training and held-out paintings, and those become latents.
 
-Any folder will do. What cannot be used is named in one line and left out; what is used is held in memory at the size
-training needs: 0.6 MB a painting at 256 pixels, 2.4 MB at 512 (random crops, 4:3).
+Pictures that cannot be used are listed in one log line and left out; the others are held in memory at the size that
+training needs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,17 +28,17 @@ from .options import Crop
 
 log = logging.getLogger("lsast.train")
 
-SMALLEST = 64
+MIN_SIDE = 64
 """Pictures with a shorter side below this many pixels are left out: enlarged, they would only teach blur."""
 
-LARGEST_SCALE = 1.5
-"""Larger paintings are reduced until their shorter side is this many times the size the base paints at, so that a touch
-of the brush is as large in training as it will be in a painting."""
+MAX_SCALE = 1.5
+"""Larger paintings are reduced until their shorter side is this many times the size the base paints at, so that a brush
+stroke is as large in training as it will be in a painting."""
 
 HELD_OUT_SHARE = 0.125
 """Part of the paintings that training never sees."""
 
-_NAMED = 20
+_MAX_LISTED = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,26 +52,26 @@ class Painting:
 
 
 @dataclass(frozen=True, eq=False)
-class Collection:
-    """An artist's paintings, split."""
+class PaintingDataset:
+    """An artist's paintings, split into training and held-out ones."""
 
     training: tuple[Painting, ...]
     held_out: tuple[Painting, ...]
     digest: str
-    """SHA-256 of the split and of all pixels; tells whether a resumed run sees the same paintings."""
+    """SHA-256 of the split and of all pixels, by which a resumed run knows that the paintings are the same."""
 
     @classmethod
     def load(
         cls, folder: Path, size: int, crop: Crop = "random", painted: int = 0, progress: bool = True
-    ) -> Collection:
+    ) -> PaintingDataset:
         """Read every picture under `folder`.
 
         Args:
             folder: searched at any depth.
             size: side of a training picture in pixels.
-            crop: what `view` will do; decides the size at which paintings are held.
-            painted: side in pixels that the base paints at; paintings are held at that scale, so that a smaller
-                training picture is a part of one and no miniature of it. At least `size`.
+            crop: how a training picture is cut from a painting.
+            painted: native side of the base in pixels; paintings are held at that scale, so that a smaller training
+                picture is a part of one and no miniature of it.
             progress: show a bar on stderr.
 
         Raises:
@@ -90,29 +91,29 @@ class Collection:
                 left_out.append(f"{name} (unreadable)")
                 continue
             height, width = pixels.shape[:2]
-            if min(height, width) < SMALLEST:
-                left_out.append(f"{name} ({width} by {height} pixels, shorter side below {SMALLEST})")
+            if min(height, width) < MIN_SIDE:
+                left_out.append(f"{name} ({width} by {height} pixels, shorter side below {MIN_SIDE})")
                 continue
-            # A painting saved twice could be on both sides of the split.
+            # The same painting in two files could be on both sides of the split.
             twin = seen.setdefault(hashlib.sha256(f"{height} {width} ".encode() + pixels.tobytes()).digest(), name)
             if twin != name:
                 left_out.append(f"{name} (same as {twin})")
                 continue
             paintings.append(Painting(name, _fit(pixels, size if crop == "squash" else max(size, painted), crop)))
         if left_out:
-            more = f" and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
+            more = f" and {len(left_out) - _MAX_LISTED} more" if len(left_out) > _MAX_LISTED else ""
             log.warning(
-                "left out %d of %d pictures: %s%s", len(left_out), len(paths), ", ".join(left_out[:_NAMED]), more
+                "left out %d of %d pictures: %s%s", len(left_out), len(paths), ", ".join(left_out[:_MAX_LISTED]), more
             )
         if len(paintings) < 2:
             raise TrainingError(
                 f"found {len(paintings)} usable pictures under {folder}; expected at least 2, one to learn from and "
-                f"one held out (better 20 and more), each with a shorter side of at least {SMALLEST} pixels"
+                f"one held out (better 20 and more), each with a shorter side of at least {MIN_SIDE} pixels"
             )
         held = held_out_names([painting.name for painting in paintings])
         digest = hashlib.sha256()
         for painting in paintings:
-            digest.update(f"{painting.name}\0{painting.name in held}\0{painting.pixels.shape}".encode())
+            digest.update(os.fsencode(f"{painting.name}\0{painting.name in held}\0{painting.pixels.shape}"))
             digest.update(painting.pixels.tobytes())
         return cls(
             tuple(painting for painting in paintings if painting.name not in held),
@@ -126,28 +127,28 @@ def held_out_names(names: Sequence[str]) -> frozenset[str]:
 
     A picture is chosen by the hash of its name alone, so it stays on its side while the collection grows.
     """
-    rank = {name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64 for name in names}
+    rank = {name: int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") / 2**64 for name in names}
     ordered = sorted(rank, key=lambda name: rank[name])
     held = {name for name in ordered if rank[name] < HELD_OUT_SHARE} or {ordered[0]}
     return frozenset(held if len(held) < len(ordered) else held - {ordered[-1]})
 
 
-def view(painting: Painting, size: int, generator: torch.Generator) -> npt.NDArray[np.uint8]:
-    """A random window [size, size, 3] of a painting (the whole, where it was squashed)."""
+def random_crop(painting: Painting, size: int, generator: torch.Generator) -> npt.NDArray[np.uint8]:
+    """A random crop [size, size, 3] of a painting; a squashed one is returned whole."""
     height, width = painting.pixels.shape[:2]
-    top, left = (int(torch.randint(room + 1, (), generator=generator)) for room in (height - size, width - size))
+    top, left = (int(torch.randint(side - size + 1, (), generator=generator)) for side in (height, width))
     return painting.pixels[top : top + size, left : left + size]
 
 
-class LatentSource(Protocol):
-    """Where training takes latents from."""
+class LatentSampler(Protocol):
+    """Random latents of an artist."""
 
-    def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
+    def sample(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """Random latents [count, 4, h, w] in the units of the U-Net, on the base's device."""
 
 
-class EncodedViews:
-    """Views that were encoded once: [N, 4, h, w] of mean and deviation, 32 kB a view at 256 pixels, 128 kB at 512."""
+class CachedLatents:
+    """Latents of crops that were encoded once: mean and standard deviation [N, 4, h, w] of each."""
 
     def __init__(self, base: Base, mean: torch.Tensor, std: torch.Tensor) -> None:
         self._base, self._mean, self._std = base, mean, std
@@ -156,7 +157,7 @@ class EncodedViews:
         return len(self._mean)
 
     @classmethod
-    def of(
+    def encode(
         cls,
         base: Base,
         paintings: Sequence[Painting],
@@ -165,38 +166,38 @@ class EncodedViews:
         generator: torch.Generator,
         mirrored: bool = True,
         progress: bool = False,
-    ) -> EncodedViews:
-        """Encode `count` views in all, the paintings taking turns, and with `mirrored` their mirror images too."""
+    ) -> CachedLatents:
+        """Encode `count` crops, of one painting after the other, and with `mirrored` their mirror images too."""
         means, stds = [], []
-        for index in tqdm(range(count), desc="encode", unit="view", disable=not progress):
-            pixels = view(paintings[index % len(paintings)], size, generator)
+        for index in tqdm(range(count), desc="encode", unit="crop", disable=not progress):
+            pixels = random_crop(paintings[index % len(paintings)], size, generator)
             mean, std = _encode(base, [pixels, pixels[:, ::-1]] if mirrored else [pixels])
             means.append(mean)
             stds.append(std)
         return cls(base, torch.cat(means), torch.cat(stds))
 
-    def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        """Random latents [count, 4, h, w]: a view, and a sample of its posterior."""
+    def sample(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Random latents [count, 4, h, w]: of a random crop, a sample of its posterior."""
         return self.take(torch.randint(len(self), (count,), generator=generator), generator)
 
     def take(self, indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Latents of the views `indices` [B], each a sample of its posterior, [B, 4, h, w]."""
+        """Latents of the crops `indices` [B], each a sample of its posterior, [B, 4, h, w]."""
         return _sample(self._base, self._mean[indices], self._std[indices], generator)
 
 
-class FreshViews:
-    """A new view of a random painting for every latent, mirrored half of the time and encoded at once."""
+class OnlineLatents:
+    """A new crop of a random painting for every latent, mirrored half of the time."""
 
     def __init__(self, base: Base, paintings: Sequence[Painting], size: int) -> None:
         self._base, self._paintings, self._size = base, paintings, size
 
-    def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
+    def sample(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """Random latents [count, 4, h, w]."""
         pictures = []
         for index in torch.randint(len(self._paintings), (count,), generator=generator).tolist():
-            pixels = view(self._paintings[index], self._size, generator)
-            mirror = bool(torch.randint(2, (), generator=generator))
-            pictures.append(pixels[:, ::-1] if mirror else pixels)
+            pixels = random_crop(self._paintings[index], self._size, generator)
+            mirrored = bool(torch.randint(2, (), generator=generator))
+            pictures.append(pixels[:, ::-1] if mirrored else pixels)
         mean, std = _encode(self._base, pictures)
         return _sample(self._base, mean, std, generator)
 
@@ -207,7 +208,7 @@ def _fit(pixels: npt.NDArray[np.uint8], size: int, crop: Crop) -> npt.NDArray[np
         # Bicubic, as in the released code (docs/method.md §3).
         return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC))
     short = min(height, width)
-    scale = min(max(short, size), round(LARGEST_SCALE * size)) / short
+    scale = min(max(short, size), round(MAX_SCALE * size)) / short
     if scale == 1:
         return pixels
     target = (max(round(width * scale), size), max(round(height * scale), size))

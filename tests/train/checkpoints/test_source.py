@@ -20,7 +20,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from lsast_engines.errors import BundleError, LsastError, TrainingError, UsageError
-from lsast_export.__main__ import main as lsast_export
+from lsast_export.cli.main import main as lsast_export
 from lsast_train.__main__ import main as lsast_train
 from lsast_train.base.lazy_base import load_base, open_base
 from lsast_train.checkpoints.source import BaseSource
@@ -223,7 +223,7 @@ def test_the_schedule_of_a_folder_is_read(compvis_base: Any, folder: Path, tmp_p
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps({**schedule, "prediction_type": "v_prediction"}))
     facts = open_base(BaseSource(folder, tmp_path / "canny")).config
-    assert (facts.noise.curve, facts.noise.beta_end, facts.prediction) == ("linear", 0.02, "v_prediction")
+    assert (facts.noise.beta_schedule, facts.noise.beta_end, facts.prediction) == ("linear", 0.02, "v_prediction")
     file.write_text(json.dumps({**schedule, "prediction_type": "sample"}))
     with pytest.raises(TrainingError, match="scheduler: found prediction 'sample'"):
         open_base(BaseSource(folder, tmp_path / "canny"))

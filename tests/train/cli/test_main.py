@@ -18,7 +18,7 @@ from lsast_train.base.lazy_base import load_base, save_base
 from lsast_train.prompts.prompt_file import load_prompts
 
 ROOMS = os.pathsep.join(str(Path(__file__).parents[3] / room) for room in ("engines", "train"))
-BRIEF = ["--steps", "2", "--batch", "2", "--size", "64", "--precision", "fp32"]
+BRIEF = ["--steps", "2", "--batch", "2", "--size", "64", "--mixed-precision", "no"]
 
 
 @pytest.fixture
@@ -77,9 +77,9 @@ def test_json_gives_the_whole_outcome(
     code, out, _ = _run(capsys, "--style", "red", *arguments, "--variant", "layer", "--preset", "paper")
     assert code == 0
     result = json.loads(out)
-    assert set(result) == {"prompts", "curve", "steps", "best_step", "relative", "seconds"}
+    assert set(result) == {"file", "curve", "steps", "best_step", "relative_loss", "seconds"}
     assert result["steps"] == 2
-    assert load_prompts(Path(result["prompts"])).variant == "layer"
+    assert load_prompts(Path(result["file"])).variant == "layer"
     assert Path(result["curve"]).parent == tmp_path / "there"
 
 
@@ -89,7 +89,7 @@ def test_a_published_base_learns_prompts_through_its_text_encoder(
     code, out, err = _run(
         capsys, "--style", "red", "--images", paintings, "--base", compvis_base.file,
         "--controlnet", compvis_base.controlnet_file, "--preset", "released", "--placeholder-tokens", "2",
-        "--prompt", "text", "--gradient-checkpointing", "--precision", "bf16", "--steps", "1", "--size", "64",
+        "--prompt", "text", "--gradient-checkpointing", "--mixed-precision", "bf16", "--steps", "1", "--size", "64",
     )  # fmt: skip
     assert code == 0, err
     prompts = load_prompts(tmp_path / out.strip())
@@ -98,7 +98,7 @@ def test_a_published_base_learns_prompts_through_its_text_encoder(
     assert prompts.embeddings.shape == (30, 2, 64)
     assert prompts.prompts.shape == (10, 3, 77, 64)
     knobs = json.loads(prompts.meta["options"])
-    assert (knobs["gradient_checkpointing"], knobs["precision"], knobs["lr"]) == (True, "bf16", 1e-6)
+    assert (knobs["gradient_checkpointing"], knobs["mixed_precision"], knobs["lr"]) == (True, "bf16", 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_the_unexpected_is_one_line_too_and_a_traceback_with_debug(
     def broken(*_: object, **__: object) -> None:
         raise KeyError("surprise")
 
-    monkeypatch.setattr("lsast_train.paintings.Collection.load", broken)
+    monkeypatch.setattr("lsast_train.paintings.PaintingDataset.load", broken)
     arguments = ["--style", "red", "--images", str(tmp_path), "--base", str(base_folder)]
     code, _, err = _run(capsys, *arguments)
     assert code == 1
@@ -156,7 +156,7 @@ def test_ctrl_c_while_the_paintings_are_read_is_one_line_and_code_130(
     def pressed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lsast_train.paintings.Collection.load", pressed)
+    monkeypatch.setattr("lsast_train.paintings.PaintingDataset.load", pressed)
     code, _, err = _run(capsys, "--style", "red", "--images", tmp_path, "--base", base_folder)
     assert (code, _errors(err)) == (130, ["Error: interrupted"])
 

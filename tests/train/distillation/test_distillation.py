@@ -23,16 +23,16 @@ from lsast_train.base.base import Base
 from lsast_train.base.kv_packing import kv_layouts
 from lsast_train.base.lazy_base import save_base
 from lsast_train.distillation.distillation import Distillation
-from lsast_train.distillation.options import DistilOptions
+from lsast_train.distillation.options import DistillOptions
 from lsast_train.distillation.result import distilled_meta
 from lsast_train.distillation.source_style import SourceStyle, find_style, null_rows, read_source, recover_prompts
-from lsast_train.distillation.teacher import landing_eps, refined, shifted
+from lsast_train.distillation.teacher import jitter_timesteps, solve_eps, subdivide
 from lsast_train.mini.architecture import MiniConfig, build_mini
-from lsast_train.paintings import Collection
+from lsast_train.paintings import PaintingDataset
 from lsast_train.prompts.prompt_file import Prompts, load_prompts, save_prompts
 from lsast_train.training.signals import InterruptionError
 
-BRIEF = DistilOptions(guidance=4.0, pictures=4, noised=2, teacher_steps=4, steps=80, batch=4, lr=0.1, size=64,
+BRIEF = DistillOptions(guidance=4.0, pictures=4, noised=2, teacher_steps=4, steps=80, batch=4, lr=0.1, size=64,
                       evaluate_every=40)  # fmt: skip
 
 
@@ -67,29 +67,29 @@ def _guided(base: Base, prompts: torch.Tensor, latent: torch.Tensor, t: int, edg
 
 
 @pytest.mark.parametrize("kind", ["kv", "prompts"])
-def test_one_pass_comes_nearer_to_two(base: Base, collection: Collection, tmp_path: Path, kind: Any) -> None:
+def test_one_pass_comes_nearer_to_two(base: Base, collection: PaintingDataset, tmp_path: Path, kind: Any) -> None:
     before = {key: value.clone() for key, value in base.unet.state_dict().items()}
     source = _source(base, kind, {"licence": "CC0", "defaults": json.dumps({"guidance": 4.0, "control": 0.8})})
     run = Distillation(base, source, collection, replace(BRIEF, kind=kind), "hand-g4", tmp_path)
     outcome = run.run()
     unguided, start, _, _ = (run.curve.relative(evaluation) for evaluation in run.curve.evaluations)
     assert (unguided, outcome.best_step) == (1.0, 80)
-    assert outcome.relative < min(0.79, 0.97 * start)
+    assert outcome.relative_loss < min(0.79, 0.97 * start)
     assert all(torch.equal(value, before[key]) for key, value in base.unet.state_dict().items())
     # The networks serve contexts again, and the errors that are told are those of whole passes.
     if kind == "kv":
-        file = StyleFile(outcome.style)
+        file = StyleFile(outcome.file)
         assert file.distilled_guidance == 4.0
-        assert file.defaults == {"control": 0.8}
+        assert file.defaults == {"control_scale": 0.8}
         assert file.meta["licence"] == "CC0"
         kv = torch.from_numpy(file.load().kv_unet)
         np.testing.assert_allclose(file.load().kv_control, source.kv_control.numpy(), atol=2e-3)
     else:
-        prompts = load_prompts(outcome.style, base)
+        prompts = load_prompts(outcome.file, base)
         assert prompts.meta["guidance_baked"] == "4"
         with torch.no_grad():
             kv = kv_layouts(base)[0].project(prompts.prompts)
-    content, states = run.exam
+    content, states = run.val_set
     squares = np.zeros((2, 10))
     baked, control_layout = BakedBase(base), kv_layouts(base)[1]
     for index in range(len(states.stage)):
@@ -100,16 +100,16 @@ def test_one_pass_comes_nearer_to_two(base: Base, collection: Collection, tmp_pa
             found = baked.predict(latent, time, (kv[stage], control), hint, 1.0)
         for side, eps in enumerate((found, states.unguided[row])):
             squares[side, stage] += (eps - states.target[row]).square().sum().item()
-    assert np.sqrt(squares[0] / squares[1]).mean() == pytest.approx(outcome.relative, abs=0.01)
+    assert np.sqrt(squares[0] / squares[1]).mean() == pytest.approx(outcome.relative_loss, abs=0.01)
     evaluations = json.loads(outcome.curve.read_text())["evaluations"]
     assert evaluations[0]["relative_held_out"] == 1.0
     assert outcome.curve.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_targets_are_the_guided_noise_of_whole_passes(base: Base, collection: Collection, tmp_path: Path) -> None:
+def test_targets_are_the_guided_noise_of_whole_passes(base: Base, collection: PaintingDataset, tmp_path: Path) -> None:
     run = Distillation(base, _source(base), collection, BRIEF, "hand-g4", tmp_path)
-    run._prepare(BakedBase(base))
-    content, states = run.lessons
+    run.prepare()
+    content, states = run.train_set
     assert sorted(set(states.stage.tolist())) == list(range(10))
     assert torch.equal(states.stage, states.timestep // 100)
     # Edges are not kept; flat pictures have none, and the hint features of none are the same everywhere.
@@ -125,7 +125,7 @@ def test_targets_are_the_guided_noise_of_whole_passes(base: Base, collection: Co
 
 
 def test_of_a_linear_base_guidance_is_found_exactly(
-    base: Base, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Base, collection: PaintingDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ε linear in keys and values: null + g (style - null) is the answer, and g = 4 is among the starts."""
     width = kv_layouts(base)[0].width
@@ -137,24 +137,24 @@ def test_of_a_linear_base_guidance_is_found_exactly(
     monkeypatch.setattr("lsast_train.base.baked.BakedBase.eps", eps)
     source = _source(base)
     outcome = Distillation(base, source, collection, replace(BRIEF, steps=1), "hand-g4", tmp_path).run()
-    assert (outcome.best_step, outcome.relative < 1e-4) == (0, True)
+    assert (outcome.best_step, outcome.relative_loss < 1e-4) == (0, True)
     null = null_rows(base)
     expected = null + 4 * (source.kv_unet - null)
-    np.testing.assert_allclose(StyleFile(outcome.style).load().kv_unet, expected, rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(StyleFile(outcome.file).load().kv_unet, expected, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp2m", "unipc"])
 def test_the_students_solver_lands_where_the_teacher_went(solver: str) -> None:
     noise = NoiseSchedule()
     coarse = TimestepSchedule.build(noise, 6, 0.9, 10, solver)
-    fine, marks = refined(coarse, 5, 10)
+    fine, marks = subdivide(coarse, 5, 10)
     assert [fine.steps[mark].t for mark in marks] == [step.t for step in coarse.steps]
     assert np.diff(marks).tolist() == [5] * (len(marks) - 1)
     assert all(step.t > step.t_prev for step in fine.steps)
     rng = np.random.default_rng(0)
     way = [rng.standard_normal((2, 4, 3, 3)) for _ in range(len(coarse.steps) + 1)]
     student = make_solver(solver, noise, coarse)
-    found = [landing_eps(student, i, way[i], way[i + 1]) for i in range(len(coarse.steps))]
+    found = [solve_eps(student, i, way[i], way[i + 1]) for i in range(len(coarse.steps))]
     replay, x = make_solver(solver, noise, coarse), way[0]
     for index, eps in enumerate(found):
         x = replay.step(eps, index, x)
@@ -162,18 +162,18 @@ def test_the_students_solver_lands_where_the_teacher_went(solver: str) -> None:
 
 
 def test_few_steps_learn_from_many(
-    base: Base, collection: Collection, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    base: Base, collection: PaintingDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     options = replace(BRIEF, student_steps=4, teacher_steps=12, strength=0.9)
     source = _source(base, meta={"defaults": json.dumps({"guidance": 4.0, "steps": 11, "control": 0.5})})
     run = Distillation(base, source, collection, options, "hand-g4-s4", tmp_path)
     outcome = run.run()
     times = [step.t for step in TimestepSchedule.build(NoiseSchedule(), 4, 0.9, 10, "dpmpp2m").steps]
-    assert sorted(set(run.lessons[1].timestep.tolist())) == sorted(times)
+    assert sorted(set(run.train_set[1].timestep.tolist())) == sorted(times)
     assert run.stages == sorted({t // 100 for t in times})
-    assert outcome.relative < 0.9
-    file = StyleFile(outcome.style)
-    assert file.defaults == {"steps": 4, "strength": 0.9, "solver": "dpmpp2m", "control": 0.5}
+    assert outcome.relative_loss < 0.9
+    file = StyleFile(outcome.file)
+    assert file.defaults == {"steps": 4, "strength": 0.9, "solver": "dpmpp2m", "control_scale": 0.5}
     found, left = file.load().kv_unet, sorted(set(range(10)) - set(run.stages))
     assert f"stages {', '.join(map(str, left))} were not painted and stay unguided" in caplog.text
     np.testing.assert_allclose(found[left], source.kv_unet.numpy()[left], atol=2e-3)
@@ -181,7 +181,7 @@ def test_few_steps_learn_from_many(
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(
-    collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    collection: PaintingDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = replace(BRIEF, steps=8, evaluate_every=4, pictures=2, noised=1, teacher_steps=2)
 
@@ -195,16 +195,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert caught.value.exit_code == 130
     with pytest.raises(TrainingError, match="unfinished run"):
         make("parts")
-    assert {path.suffixes[-2] for path in (tmp_path / "parts").glob("*.safetensors")} == {".checkpoint", ".lessons"}
+    assert {path.suffixes[-2] for path in (tmp_path / "parts").glob("*.safetensors")} == {".checkpoint", ".teacher"}
     other = build_mini(MiniConfig.tiny())
     changed = replace(options, guidance=5.0)
     with pytest.raises(TrainingError, match=r"another run(.|\n)*guidance: found 4.0 in the checkpoint, 5.0 now"):
         Distillation(other, _source(other), collection, changed, "hand-g4", tmp_path / "parts", True).run()
     # What the teacher painted is not painted again.
     with monkeypatch.context() as patch:
-        patch.setattr("lsast_train.distillation.teacher.Teacher.states", None)
+        patch.setattr("lsast_train.distillation.teacher.Teacher.samples", None)
         resumed = make("parts", resume=True).run()
-    assert resumed.style.read_bytes() == straight.style.read_bytes()
+    assert resumed.file.read_bytes() == straight.file.read_bytes()
     assert resumed.curve.read_text() == straight.curve.read_text()
     assert [path.name for path in (tmp_path / "parts").glob("*.safetensors")] == ["hand-g4.safetensors"]
 
@@ -247,13 +247,13 @@ def test_a_style_is_found_by_file_bundle_and_run_and_read_as_either(base: Base, 
         read_source(file, base, "kv")
 
 
-def test_what_cannot_be_meant_is_told_at_once(base: Base, collection: Collection, tmp_path: Path) -> None:
+def test_what_cannot_be_meant_is_told_at_once(base: Base, collection: PaintingDataset, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
-        DistilOptions(guidance=1.0, lr=0.0, batch=0, solver="euler", kind="lora")  # type: ignore[arg-type]
+        DistillOptions(guidance=1.0, lr=0.0, batch=0, solver="euler", kind="lora")  # type: ignore[arg-type]
     told = {line.split(":")[0].strip(" -") for line in str(caught.value).splitlines()[1:]}
     assert told == {"kind", "solver", "batch", "lr", "guidance"}
     with pytest.raises(UsageError, match="at least as many"):
-        DistilOptions(guidance=7.0, student_steps=20)
+        DistillOptions(guidance=7.0, student_steps=20)
     with pytest.raises(UsageError, match=r"(?s)name: .*size: found 80"):
         Distillation(base, _source(base), collection, replace(BRIEF, size=80), "a/b", tmp_path)
     with pytest.raises(UsageError, match="read it for prompts"):
@@ -264,12 +264,12 @@ def test_what_cannot_be_meant_is_told_at_once(base: Base, collection: Collection
 
 def test_shifted_runs_meet_other_timesteps() -> None:
     schedule = TimestepSchedule.build(NoiseSchedule(), 12, 1.0, 10, "dpmpp2m")
-    assert shifted(schedule, 0.0, 10).steps == schedule.steps
-    moved = shifted(schedule, 0.5, 10)
+    assert jitter_timesteps(schedule, 0.0, 10).steps == schedule.steps
+    moved = jitter_timesteps(schedule, 0.5, 10)
     assert [a.t - b.t for a, b in zip(schedule.steps, moved.steps, strict=True)] == [38] * 12
     assert moved.start_t == schedule.start_t - 38
     assert all(step.stage == step.t // 100 for step in moved.steps)
-    assert shifted(schedule, 0.999, 10).steps[-1].t > 0
+    assert jitter_timesteps(schedule, 0.999, 10).steps[-1].t > 0
 
 
 def test_facts_of_the_original_are_kept_but_its_guidance() -> None:
@@ -296,8 +296,8 @@ def test_the_command_distils_and_says_where(
     out, err = capsys.readouterr()
     assert caught.value.code == 0, err
     told = json.loads(out)
-    assert Path(told["style"]) == Path("runs/hand-g3/hand-g3.safetensors")
-    assert StyleFile(Path(told["style"])).distilled_guidance == 3.0
+    assert Path(told["file"]) == Path("runs/hand-g3/hand-g3.safetensors")
+    assert StyleFile(Path(told["file"])).distilled_guidance == 3.0
     assert "is left" in err
     with pytest.raises(SystemExit) as caught:
         main([*[str(argument) for argument in arguments[:-1]], "--guidance", "1"])

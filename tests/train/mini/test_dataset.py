@@ -64,12 +64,14 @@ def test_a_window_is_a_crop_of_the_encoded_picture_with_its_own_edges(cache: Pat
 
 def test_shares_weigh_labels_and_small_pictures_are_left_out_of_large_windows(cache: Path) -> None:
     data = LatentDataset(cache)
-    only_red = next(data.batches(64, 16, np.random.default_rng(0), {"blue": 0.0}))
-    assert set(only_red.labels.tolist()) == {1}
+    weights = data.sampling_weights(16, {"blue": 0.0})
+    assert set(data.labels[data.train[weights > 0]].tolist()) == {1}
     large = [i for i in data.train if min(data._latents[i].shape[1:]) >= 64]
     assert 0 < len(large) < len(data.train)
-    windows = data.batches(32, 64, np.random.default_rng(0), {})
-    assert next(windows).latents.shape == (32, 4, 64, 64)
+    weights = data.sampling_weights(64, {})
+    assert data.train[weights > 0].tolist() == large
+    assert weights.sum() == pytest.approx(1)
+    assert data.window(data.train[:3], 16, np.random.default_rng(0)).latents.shape == (3, 4, 16, 16)
 
 
 @pytest.mark.parametrize(("shape", "fitted"), [

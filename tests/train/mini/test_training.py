@@ -21,7 +21,7 @@ from lsast_train.cli.mini import mini
 from lsast_train.mini.architecture import MiniConfig, build_mini
 from lsast_train.mini.dataset import LatentDataset, build_cache
 from lsast_train.mini.train_autoencoder import AutoencoderOptions, Crops, evaluate, load_teacher, train_autoencoder
-from lsast_train.mini.train_unet import BaseTrainingOptions, Learner, learning_rate_factor, train_base
+from lsast_train.mini.train_unet import BaseTrainingOptions, JointModel, learning_rate_factor, train_base
 
 TINY = BaseTrainingOptions(steps=6, batch=6, side=16, warmup=2, evaluate_every=100)
 
@@ -36,7 +36,7 @@ def data(picture_folders: list[Path], tmp_path_factory: pytest.TempPathFactory) 
 
 def test_the_target_is_diffusers_velocity(data: LatentDataset) -> None:
     base = build_mini(MiniConfig.tiny())
-    learner = Learner(base, 2)
+    learner = JointModel(base, 2)
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     generator = torch.Generator().manual_seed(0)
     latents, noise = (torch.randn(3, 4, 16, 16, generator=generator) for _ in range(2))
@@ -55,7 +55,7 @@ def test_the_target_is_diffusers_velocity(data: LatentDataset) -> None:
 
 
 def test_rows_without_edges_are_untouched_by_controlnet(data: LatentDataset) -> None:
-    learner = Learner(build_mini(MiniConfig.tiny()), 2)
+    learner = JointModel(build_mini(MiniConfig.tiny()), 2)
     window = data.window(data.train[:4], 16, np.random.default_rng(0))
     noise, t = torch.randn_like(window.latents), torch.tensor([10, 300, 600, 900])
     context = learner.null_context.expand(4, -1, -1)

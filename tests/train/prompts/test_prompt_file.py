@@ -16,7 +16,7 @@ from lsast_engines.errors import StyleError
 from lsast_train.base.base import Base
 from lsast_train.prompts.prompt_file import Prompts, UnboundPrompts, load_any_prompts, load_prompts, save_prompts
 from lsast_train.prompts.prompt_space import PromptSpace
-from lsast_train.prompts.text_encoder import TextPath
+from lsast_train.prompts.text_encoder import PlaceholderEncoder
 
 FINGERPRINT = "ab" * 32
 
@@ -72,7 +72,7 @@ def test_stored_prompts_are_those_of_the_stored_matrices_and_maps(tmp_path: Path
     save_prompts(_prompts(), tmp_path / "a")
     found = load_prompts(tmp_path / "a")
     again = PromptSpace(torch.zeros(4, 8))
-    again.load_state_dict({"matrices": found.matrices, **found.maps})
+    again.load_state_dict({"matrices": found.matrices, **found.attention_weights})
     assert torch.equal(again.prompts(), found.prompts)
 
 
@@ -91,8 +91,8 @@ def test_save_prompts_contexts_have_these_tensors_and_this_header(file: Path) ->
 def test_prompts_through_a_text_encoder_are_kept_with_what_went_in(
     text_base: Base, tmp_path: Path, generator: Any, layout: Any, tokens: int
 ) -> None:
-    text = TextPath(text_base.text_encoder)
-    space = PromptSpace(text.word().expand(tokens, -1), generator=generator, layout=layout, text=text)
+    text = PlaceholderEncoder(text_base.text_encoder)
+    space = PromptSpace(text.token_embedding().expand(tokens, -1), generator=generator, layout=layout, text=text)
     save_prompts(Prompts.of(space, "red", FINGERPRINT, {}), tmp_path / "a")
     found = load_prompts(tmp_path / "a")
     assert found.prompt == "text"
@@ -121,7 +121,7 @@ def test_embeddings_without_a_base_are_bound_later(text_base: Base, tmp_path: Pa
     assert isinstance(unbound, UnboundPrompts)
     assert torch.equal(unbound.embeddings, _unbound().embeddings)
     assert (unbound.stages, unbound.meta, unbound.layout) == (10, {"works": "7"}, "overlap")
-    text = TextPath(text_base.text_encoder)
+    text = PlaceholderEncoder(text_base.text_encoder)
     bound = unbound.bind(text, text_base.fingerprint)
     assert (bound.base, bound.name, bound.meta, bound.generator) == ("0" * 64, "red", {"works": "7"}, "geglu")
     each = text.contexts(unbound.embeddings)
@@ -148,7 +148,7 @@ def test_embeddings_that_do_not_fit_are_refused(change: dict[str, Any], expected
 def test_embeddings_of_another_text_encoder_are_refused(text_base: Base) -> None:
     unbound = _unbound(embeddings=torch.zeros(30, 1, 23))
     with pytest.raises(StyleError, match=r"23 channels; expected .* 24 channels"):
-        unbound.bind(TextPath(text_base.text_encoder), "0" * 64)
+        unbound.bind(PlaceholderEncoder(text_base.text_encoder), "0" * 64)
 
 
 def test_the_header_of_unbound_embeddings_is_checked(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_a_variant_that_does_not_fit_the_matrices_is_refused(file: Path) -> None
         ({"prompts": torch.tensor(1.0)}, r"expected \[stages, 3, tokens, dim\]"),
         ({"prompts": torch.full((10, 3, 4, 8), float("nan"))}, "NaN"),
         ({"matrices": torch.zeros(30, 4, 8, dtype=torch.float16)}, r"expected torch\.float32"),
-        ({"maps": {}}, "query: missing"),
+        ({"attention_weights": {}}, "query: missing"),
         ({"embeddings": torch.zeros(29, 4, 8)}, r"embeddings: found shape \[29, 4, 8\]; expected \[30, 4, 8\]"),
         ({"embeddings": torch.full((30, 4, 8), float("nan"))}, "embeddings: found NaN"),
     ],

@@ -13,8 +13,8 @@ from lsast_engines.errors import UsageError
 from lsast_train.base.base import Base
 from lsast_train.mini.architecture import MiniConfig, build_mini
 from lsast_train.options import TrainOptions, Variant
-from lsast_train.prompts.prompt_space import PromptSpace, build_space, initial_context, matrix_table
-from lsast_train.prompts.text_encoder import TextPath
+from lsast_train.prompts.prompt_space import PromptSpace, build_space, initial_context, matrix_index
+from lsast_train.prompts.text_encoder import PlaceholderEncoder
 
 VARIANTS = get_args(Variant)
 KINDS = [(variant, "strided") for variant in VARIANTS] + [("step+layer", "overlap")]
@@ -50,7 +50,7 @@ def _expected_matrix(variant: str, layout: str, stage: int, group: int) -> int:
     ],
 )
 def test_every_stage_and_group_reads_its_matrix_and_no_matrix_is_dead(variant: Any, layout: Any, matrices: int) -> None:
-    table = matrix_table(variant, layout)
+    table = matrix_index(variant, layout)
     expected = [[_expected_matrix(variant, layout, s, group) for group in range(3)] for s in range(10)]
     assert table.tolist() == expected
     assert sorted(set(table.flatten().tolist())) == list(range(matrices))
@@ -114,7 +114,7 @@ def test_attention_is_torchs_and_the_written_formula() -> None:
 def test_direct_prompts_are_the_matrices() -> None:
     space = _space(generator="direct", layout="overlap")
     assert torch.equal(space.prompts()[4], space.matrices[4:7])
-    assert space.maps() == {}
+    assert space.attention_weights() == {}
 
 
 @pytest.mark.parametrize("generator", ["attention", "direct"])
@@ -212,7 +212,7 @@ def test_layers_of_one_step_share_one_dropout(gradient: Any) -> None:
 def test_prompts_are_what_the_text_encoder_makes_of_the_embeddings(
     text_base: Base, generator: Any, tokens: int
 ) -> None:
-    text = TextPath(text_base.text_encoder)
+    text = PlaceholderEncoder(text_base.text_encoder)
     space = PromptSpace(torch.randn(tokens, 24), generator=generator, text=text)
     expected = text.contexts(space.embeddings())
     assert expected.shape == (30, 77, 24)
@@ -224,7 +224,7 @@ def test_prompts_are_what_the_text_encoder_makes_of_the_embeddings(
 def test_gradients_flow_through_the_text_encoder_to_the_matrices_of_the_stage(
     text_base: Base, gradient: Any, groups: tuple[int, ...]
 ) -> None:
-    text = TextPath(text_base.text_encoder)
+    text = PlaceholderEncoder(text_base.text_encoder)
     space = PromptSpace(torch.randn(1, 24), generator="direct", gradient=gradient, text=text)
     weights = torch.randn(1, 3, 77, 24)
     torch.autograd.backward((space.contexts(torch.tensor([340])) * weights).sum())
@@ -241,7 +241,7 @@ def test_gradients_flow_through_the_text_encoder_to_the_matrices_of_the_stage(
 
 
 def test_the_text_encoder_is_neither_learned_nor_saved_nor_copied(text_base: Base) -> None:
-    space = PromptSpace(torch.randn(1, 24), text=TextPath(text_base.text_encoder))
+    space = PromptSpace(torch.randn(1, 24), text=PlaceholderEncoder(text_base.text_encoder))
     assert set(dict(space.named_parameters())) == {"matrices", "query", "key", "value"} == set(space.state_dict())
     assert copy.deepcopy(space).text is space.text
 

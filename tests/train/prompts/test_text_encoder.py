@@ -10,7 +10,7 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lsast_engines.errors import UsageError
-from lsast_train.prompts.text_encoder import TextPath
+from lsast_train.prompts.text_encoder import PlaceholderEncoder
 
 BOS, EOS, STAR = 998, 999, 265
 
@@ -44,7 +44,7 @@ def _by_transformers(encoder: CLIPTextModel, embedding: torch.Tensor) -> tuple[t
 def test_contexts_and_gradients_are_those_of_a_caption_with_a_word_of_its_own(tokens: int) -> None:
     encoder = _encoder()
     embeddings = torch.randn(2, tokens, 24, requires_grad=True)
-    contexts = TextPath(encoder).contexts(embeddings)
+    contexts = PlaceholderEncoder(encoder).contexts(embeddings)
     assert contexts.shape == (2, 77, 24)
     weights = torch.randn(contexts.shape)
     torch.autograd.backward((contexts * weights).sum())
@@ -61,7 +61,7 @@ def test_contexts_and_gradients_are_those_of_a_caption_with_a_word_of_its_own(to
 def test_the_first_token_of_every_context_is_that_of_the_empty_caption() -> None:
     """docs/method.md §2: causal layers; all later tokens see the placeholder."""
     encoder = _encoder()
-    contexts = TextPath(encoder).contexts(torch.randn(3, 1, 24))
+    contexts = PlaceholderEncoder(encoder).contexts(torch.randn(3, 1, 24))
     empty = encoder(torch.tensor([[BOS] + [EOS] * 76])).last_hidden_state[0]
     torch.testing.assert_close(contexts[:, 0], empty[0].expand(3, -1))
     assert (contexts[:, 1:] - empty[1:]).abs().amax(-1).min() > 0
@@ -71,7 +71,7 @@ def test_the_encoder_is_left_as_it_was() -> None:
     encoder = _encoder()
     ids = torch.randint(0, 998, (1, 77))
     before = encoder(ids).last_hidden_state
-    path = TextPath(encoder)
+    path = PlaceholderEncoder(encoder)
     path.contexts(torch.randn(1, 1, 24))
     assert torch.equal(encoder(ids).last_hidden_state, before)
     encoder.final_layer_norm.register_forward_hook(lambda *_: 1 / 0)
@@ -83,17 +83,17 @@ def test_the_encoder_is_left_as_it_was() -> None:
 
 def test_words_are_rows_of_the_token_embedding() -> None:
     encoder = _encoder()
-    path = TextPath(encoder)
-    assert torch.equal(path.word(), encoder.get_input_embeddings().weight[320])
-    assert torch.equal(path.word(7), encoder.get_input_embeddings().weight[7])
+    path = PlaceholderEncoder(encoder)
+    assert torch.equal(path.token_embedding(), encoder.get_input_embeddings().weight[320])
+    assert torch.equal(path.token_embedding(7), encoder.get_input_embeddings().weight[7])
     assert (path.tokens, path.dim, path.bos, path.eos) == (77, 24, BOS, EOS)
 
 
 def test_a_half_precision_encoder_gives_full_precision_contexts() -> None:
     encoder = _encoder()
     embeddings = torch.randn(2, 1, 24)
-    exact = TextPath(encoder).contexts(embeddings)
-    rough = TextPath(copy.deepcopy(encoder).bfloat16()).contexts(embeddings)
+    exact = PlaceholderEncoder(encoder).contexts(embeddings)
+    rough = PlaceholderEncoder(copy.deepcopy(encoder).bfloat16()).contexts(embeddings)
     assert rough.dtype == torch.float32
     torch.testing.assert_close(rough, exact, rtol=0.1, atol=0.2)
 
@@ -101,9 +101,9 @@ def test_a_half_precision_encoder_gives_full_precision_contexts() -> None:
 @pytest.mark.parametrize("shape", [(1, 1, 23), (1, 76, 24), (1, 0, 24)])
 def test_embeddings_that_fit_no_caption_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(UsageError, match=r"expected 1 to 75 tokens of 24 channels"):
-        TextPath(_encoder()).contexts(torch.zeros(shape))
+        PlaceholderEncoder(_encoder()).contexts(torch.zeros(shape))
 
 
 def test_a_vocabulary_without_the_word_is_refused() -> None:
     with pytest.raises(UsageError, match="found a text encoder of 1000 tokens"):
-        TextPath(_encoder()).word(998)
+        PlaceholderEncoder(_encoder()).token_embedding(998)

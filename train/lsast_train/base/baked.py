@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..options import Precision
+from ..options import MixedPrecision
 from .attention import packed_kv
 from .base import Base
 from .kv_packing import skip_cond_embedding
@@ -79,7 +79,7 @@ class BakedBase:
         rows: tuple[torch.Tensor, torch.Tensor],
         hint: torch.Tensor,
         control: float,
-        precision: Precision = "fp32",
+        mixed_precision: MixedPrecision = "no",
     ) -> torch.Tensor:
         """One pass of ControlNet and U-Net, [B, 4, h, w] float32.
 
@@ -91,5 +91,5 @@ class BakedBase:
             control: factor of the residuals.
             precision: of the networks.
         """
-        with torch.autocast(latent.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(latent.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
             return self.eps(latent, timestep, rows[0], self.residuals(latent, timestep, rows[1], hint, control))

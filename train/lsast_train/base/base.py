@@ -173,5 +173,5 @@ def build_base(
     for network in (unet, controlnet, autoencoder, style_encoder, text_encoder):
         if network is not None:
             network.eval().requires_grad_(False)
-    alphas = torch.from_numpy(config.noise.alphas_cumprod).float().to(null_context.device)
+    alphas = torch.tensor(config.noise.alphas_cumprod, dtype=torch.float32, device=null_context.device)
     return Base(config, fingerprint, unet, controlnet, autoencoder, null_context, alphas, style_encoder, text_encoder)

@@ -212,7 +212,8 @@ def _open_stored(folder: Path) -> LazyBase:
         if raw["format"] != FORMAT:
             raise TrainingError(f"{description} has format {raw['format']}; this version reads format {FORMAT}")
         known = {field.name: raw[field.name] for field in fields(BaseConfig)}
-        config = BaseConfig(**{**known, "noise": NoiseSchedule(**raw["noise"])})
+        noise = {"beta_schedule" if key == "curve" else key: value for key, value in raw["noise"].items()}  # before 0.1
+        config = BaseConfig(**{**known, "noise": NoiseSchedule(**noise)})
         networks = {
             prefix: lambda prefix=prefix, settings=settings: _stored_weights(file, prefix, settings)
             for prefix, settings in raw["networks"].items()

@@ -184,7 +184,7 @@ def _read_schedule(repository: Repository, found: BaseInspection) -> None:
             config.get("num_train_timesteps", default.train_steps),
             config.get("beta_start", default.beta_start),
             config.get("beta_end", default.beta_end),
-            config.get("beta_schedule", default.curve),
+            config.get("beta_schedule", default.beta_schedule),
         )
     except (OSError, ValueError, TypeError, AttributeError, UsageError) as error:
         found.fail("scheduler", str(error))

@@ -1,60 +1,59 @@
-"""``lsast-train distil``: options, progress and results on a terminal. Imports torch only when there is work to do."""
+"""``lsast-train distill``: options, progress and results on a terminal. Imports torch only when there is work to do."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
-from lsast_engines.cli import Command, debug_option, log_to_stderr
-from lsast_engines.diffusion.timesteps import ENDS_INSIDE
+from lsast_engines.cli import Command, debug_option, json_option, log_to_stderr, print_result
+from lsast_engines.diffusion.timesteps import FINAL_SIGMA_NONZERO
 
-from ..distillation.options import DistilOptions, Kind
-from ..options import CHOICES
+from ..distillation.options import DistillOptions, Kind
+from .shared import MIXED_PRECISION, require_train_extra, result_facts, threads_option
 
-_DEFAULTS = {field.name: field.default for field in fields(DistilOptions)}
+_DEFAULTS = {field.name: field.default for field in fields(DistillOptions)}
 
 
 def _knob(name: str, help_text: str, kind: Any = None) -> Any:
-    """An option of `DistilOptions`, with its default."""
+    """An option of `DistillOptions`, with its default."""
     shown = _DEFAULTS[name]
     return click.option(
         f"--{name.replace('_', '-')}", name, type=kind or type(shown), default=shown, show_default=True, help=help_text
     )
 
 
-@click.command("distil", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("distill", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--style", required=True, metavar="NAME", help="Style of the base's bundle or of a run, or its file.")
 @click.option(
     "--images", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder tree of any pictures."
 )
-@click.option("--guidance", required=True, type=float, help="Guidance that one pass is to give.")
+@click.option("--guidance", required=True, type=float, help="Guidance that one pass shall give.")
 @click.option("--name", help="Name of the new style. [default: STYLE-gGUIDANCE, with --student-steps also -sN]")
 @click.option("--base", metavar="NAME", help="Bundle or base that the style belongs to. [default: the embedded one]")
-@_knob("kind", "Move keys and values themselves, or the prompts behind them.", click.Choice(get_args(Kind)))
-@_knob("student_steps", "Also let so few steps land where the teacher's land; 0 leaves the schedule free.")
+@_knob("kind", "Train keys and values, or the prompts behind them.", click.Choice(get_args(Kind)))
+@_knob("student_steps", "Steps of the one schedule that the style is for; 0 leaves the schedule free.")
 @_knob("teacher_steps", "Points of the teacher's schedule.")
 @_knob("strength", "Share of the schedule that the teacher runs.")
-@_knob("solver", "Of the teacher's runs.", click.Choice(tuple(ENDS_INSIDE)))
-@_knob("control", "Scale of ControlNet's residuals.")
-@_knob("pictures", "Pictures that the teacher paints to learn from.")
-@_knob("noised", "States of each stage that are pictures noised.")
-@_knob("steps", "Steps of the optimiser; the stages take turns.")
-@_knob("batch", "States of a step.")
-@_knob("lr", "Learning rate at the start, relative to what is moved.")
+@_knob("solver", "Of the teacher's runs.", click.Choice(tuple(FINAL_SIGMA_NONZERO)))
+@_knob("control_scale", "Factor of ControlNet's residuals.")
+@_knob("pictures", "Pictures that the teacher paints for training.")
+@_knob("noised", "Samples of each stage that are noised pictures.")
+@_knob("steps", "Optimiser steps; the stages take turns.")
+@_knob("batch", "Samples of a step.")
+@_knob("lr", "Learning rate at the start, relative to what is trained.")
 @_knob("size", "Side of a picture in pixels.")
-@_knob("precision", "Arithmetic of the student's pass.", click.Choice(CHOICES["precision"]))
+@_knob("mixed_precision", "Autocast of the student's pass.", MIXED_PRECISION)
 @_knob("seed", "Seed of all random numbers.")
 @_knob("evaluate_every", "Steps between two evaluations.")
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write to. [default: runs/NAME]")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint of a stopped run.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@threads_option
+@json_option
 @debug_option
-def distil(
+def distill(
     style: str,
     images: Path,
     name: str | None,
@@ -62,25 +61,25 @@ def distil(
     out: Path | None,
     resume: bool,
     threads: int | None,
-    as_json: bool,
     **knobs: Any,
 ) -> None:
     """Bake guidance into a style: one pass a step gives what two give.
 
     \b
-    lsast-train distil --style vangogh --guidance 7 --images photos
+    lsast-train distill --style vangogh --guidance 7 --images photos
     lsast-export --style vangogh-g7        # puts it where lsast-run finds it
 
     Prints the style file (with --kind prompts the prompt file); the held-out error is drawn beside it.
     """
-    options = DistilOptions(**knobs)
+    options = DistillOptions(**knobs)
+    require_train_extra()
     import torch
 
     from ..base.lazy_base import load_base, resolve_local_base
     from ..checkpoints.source import BaseSource
     from ..distillation.distillation import Distillation
     from ..distillation.source_style import find_style, read_source
-    from ..paintings import Collection
+    from ..paintings import PaintingDataset
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -91,7 +90,6 @@ def distil(
         found = read_source(path, loaded, options.kind)
         few = f"-s{options.student_steps}" if options.student_steps else ""
         name = name or f"{found.name}-g{options.guidance:g}{few}"
-        pictures = Collection.load(images, options.size, "random", loaded.config.size)
-        outcome = Distillation(loaded, found, pictures, options, name, out or Path("runs") / name, resume).run()
-    result = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(outcome).items()}
-    click.echo(json.dumps(result) if as_json else str(outcome.style))
+        pictures = PaintingDataset.load(images, options.size, "random", loaded.config.size)
+        result = Distillation(loaded, found, pictures, options, name, out or Path("runs") / name, resume).run()
+    print_result(result_facts(result), result.file)

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import json
 import logging
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from lsast_engines.cli import Group, debug_option, log_to_stderr
-from lsast_engines.errors import MissingExtraError, UsageError
+from lsast_engines.cli import Group, debug_option, json_option, log_to_stderr, print_result
+from lsast_engines.errors import UsageError
 
 from ..options import CHOICES, PRESETS
-
-_LIBRARIES = ("torch", "diffusers", "accelerate", "matplotlib")
-"""What the extra [train] installs."""
+from .distill import distill
+from .shared import MIXED_PRECISION, require_train_extra, result_facts, threads_option
 
 
 def _choice(name: str) -> click.Choice[str]:
@@ -45,7 +42,7 @@ def _choice(name: str) -> click.Choice[str]:
 )
 @click.option("--revision", metavar="REV", help="Commit hash or tag of a base from the hub.")
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="quick", show_default=True, help="Sets all below.")
-@click.option("--variant", type=_choice("variant"), help="What the prompts know of the moment they are used in.")
+@click.option("--variant", type=_choice("variant"), help="What prompts depend on: stage, layer group, both, nothing.")
 @click.option("--generator", type=_choice("generator"), help="Where a matrix comes from.")
 @click.option("--prompt", type=_choice("prompt"), help="A matrix is a context, or goes through the text encoder.")
 @click.option("--placeholder-tokens", type=int, metavar="N", help="Tokens of a matrix that goes through the encoder.")
@@ -57,7 +54,7 @@ def _choice(name: str) -> click.Choice[str]:
 @click.option("--size", type=int, help="Side of a training picture in pixels.")
 @click.option("--crop", type=_choice("crop"), help="How a picture becomes square.")
 @click.option("--weighting", type=_choice("weighting"), help="Which error the loss counts.")
-@click.option("--precision", type=_choice("precision"), help="Arithmetic of the U-Net.")
+@click.option("--mixed-precision", type=MIXED_PRECISION, help="Autocast of the U-Net.")
 @click.option(
     "--gradient-checkpointing/--no-gradient-checkpointing",
     default=None,
@@ -67,8 +64,8 @@ def _choice(name: str) -> click.Choice[str]:
 @click.option("--licence", metavar="TEXT", default="", help="Licence of the pictures, kept in the prompt file.")
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write to. [default: runs/NAME]")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint of a stopped run.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@threads_option
+@json_option
 @debug_option
 @click.pass_context
 def command(
@@ -85,7 +82,6 @@ def command(
     out: Path | None,
     resume: bool,
     threads: int | None,
-    as_json: bool,
     **knobs: Any,
 ) -> None:
     """Learn an artist's prompts from a folder of pictures.
@@ -104,7 +100,10 @@ def command(
     options = replace(PRESETS[preset], **{name: value for name, value in knobs.items() if value is not None})
     require_train_extra()
     source = {"base": base, "controlnet": controlnet, "unet_weights": unet_weights, "revision": revision}
-    _learn(style, images, source, options, licence, out or Path("runs") / style, resume, threads, as_json)
+    _learn(style, images, source, options, licence, out or Path("runs") / style, resume, threads)
+
+
+command.add_command(distill)
 
 
 @command.command("mini", add_help_option=False, context_settings={"ignore_unknown_options": True})
@@ -112,31 +111,10 @@ def command(
 def mini(arguments: tuple[str, ...]) -> None:
     """Train the small base `mini` itself."""
     require_train_extra()
-    group: click.Group = importlib.import_module("lsast_train.cli.mini").mini
-    _run(group, arguments)
-
-
-@command.command("distil", add_help_option=False, context_settings={"ignore_unknown_options": True})
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def distil(arguments: tuple[str, ...]) -> None:
-    """Bake guidance into a style: one pass a step gives what two give."""
-    require_train_extra()
-    from .distill import distil as distil_command
-
-    _run(distil_command, arguments)
-
-
-def _run(inner: click.Command, arguments: tuple[str, ...]) -> None:
-    """Run a command that is imported late; not in standalone mode, click returns its exit status."""
-    status = inner.main(args=list(arguments), prog_name=f"lsast-train {inner.name}", standalone_mode=False)
+    group: click.Command = importlib.import_module("lsast_train.cli.mini").mini
+    # Not in standalone mode, click returns the exit status.
+    status = group.main(args=list(arguments), prog_name="lsast-train mini", standalone_mode=False)
     raise click.exceptions.Exit(status or 0)
-
-
-def require_train_extra() -> None:
-    """Raise `MissingExtraError` for the first library of the extra [train] that is not installed."""
-    for library in _LIBRARIES:
-        if importlib.util.find_spec(library) is None:
-            raise MissingExtraError(library, "train")
 
 
 def _learn(
@@ -148,27 +126,23 @@ def _learn(
     folder: Path,
     resume: bool,
     threads: int | None,
-    as_json: bool,
 ) -> None:
     import torch
     from accelerate import Accelerator
 
     from ..base.lazy_base import load_base
     from ..checkpoints.source import BaseSource
-    from ..evaluation import round_unet
     from ..inversion import Inversion
-    from ..paintings import Collection
+    from ..paintings import PaintingDataset
 
     if threads is not None:
         torch.set_num_threads(threads)
     main = Accelerator().is_main_process
     with log_to_stderr(logging.INFO if main else logging.ERROR):
         base = load_base(BaseSource(**source))
-        if options.precision == "bf16":
-            round_unet(base)
-        collection = Collection.load(images, options.size, options.crop, base.config.size, progress=main)
-        outcome = Inversion(base, collection, options, style, folder, licence, resume).run()
-    if not main:
-        return
-    result = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(outcome).items()}
-    click.echo(json.dumps(result) if as_json else str(outcome.prompts))
+        if options.mixed_precision == "bf16":
+            base.round_unet()
+        paintings = PaintingDataset.load(images, options.size, options.crop, base.config.size, progress=main)
+        result = Inversion(base, paintings, options, style, folder, licence, resume).run()
+    if main:
+        print_result(result_facts(result), result.file)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 import click
 import torch
 
-from lsast_engines.cli import Command, debug_option
+from lsast_engines.cli import Command, debug_option, json_option, print_result
 from lsast_engines.errors import PictureError
 from lsast_engines.images import find_pictures
 
@@ -22,6 +20,8 @@ from ..mini.dataset import LatentDataset, build_cache
 from ..mini.finetune_gan import SharpeningOptions, sharpen_autoencoder
 from ..mini.train_autoencoder import AutoencoderOptions, Crops, load_teacher, train_autoencoder
 from ..mini.train_unet import BaseTrainingOptions, train_base
+from ..training.run import versions
+from .shared import threads_option
 
 log = logging.getLogger("lsast.train.mini")
 
@@ -85,9 +85,9 @@ def parse_shares(values: tuple[str, ...]) -> dict[str, float]:
 )
 @click.option("--share", multiple=True, metavar="LABEL=X", help="Sampling weight of a label's pictures. Repeatable.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
+@threads_option
 @click.option("--resume", is_flag=True, help="Go on from the checkpoints in --out.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@json_option
 @debug_option
 def mini(
     roots: tuple[Path, ...],
@@ -101,11 +101,10 @@ def mini(
     seed: int,
     threads: int | None,
     resume: bool,
-    as_json: bool,
 ) -> None:
-    """Train the small base: autoencoder by a teacher, then against a critic; U-Net, ControlNet, style encoder jointly.
+    """Train the small base: autoencoder by a teacher, then as a GAN; U-Net, ControlNet and style encoder jointly.
 
-    Checkpoints every five minutes; --resume goes on with whatever phase was cut short. Prints the base folder, which
+    Checkpoints every five minutes; --resume goes on in the phase that was stopped. Prints the base folder, which
     `lsast-export --base DIR` turns into a bundle.
     """
     folders = label_folders(list(roots))
@@ -135,11 +134,10 @@ def mini(
             "steps": str(steps),
             "autoencoder_steps": str(autoencoder_steps),
             "sharpening_steps": str(sharpening_steps),
-            "torch": version("torch"),
-            "diffusers": version("diffusers"),
+            **versions(),
         },
     )
     save_base(base, out)
     loaded = load_base(out)
     result = {"base": str(out), "fingerprint": loaded.fingerprint, "pictures": len(data.train)}
-    click.echo(json.dumps(result) if as_json else str(out))
+    print_result(result, out)

@@ -1,4 +1,4 @@
-"""Every knob of a distillation. Never imports torch, so that ``lsast-train distil --help`` is quick."""
+"""Every knob of a distillation. Never imports torch, so that ``lsast-train distill --help`` is quick."""
 
 from __future__ import annotations
 
@@ -6,57 +6,70 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from lsast_engines.diffusion.timesteps import ENDS_INSIDE
+from lsast_engines.diffusion.timesteps import FINAL_SIGMA_NONZERO
 from lsast_engines.errors import UsageError, fault_list
 
-from ..options import Precision
+from ..options import MixedPrecision, Range
 
 Kind = Literal["kv", "prompts"]
-"""What is moved: the U-Net's keys and values themselves, or the 30 prompts that keys and values are projected from."""
+"""What is trained: the U-Net's keys and values, or the 30 prompts that keys and values are projected from."""
 
-LARGEST_GUIDANCE = 100.0
-"""As large as the runtime takes."""
+MAX_GUIDANCE = 100.0
+"""The runtime's limit."""
+
+_RANGES = {
+    **dict.fromkeys(("teacher_steps", "steps", "batch", "evaluate_every"), Range(1, whole=True)),
+    **dict.fromkeys(("student_steps", "noised", "seed"), Range(0, whole=True)),
+    "pictures": Range(2, whole=True),
+    "size": Range(64, whole=True),
+    "guidance": Range(0, MAX_GUIDANCE, above=True),
+    "strength": Range(0, 1, above=True),
+    "control_scale": Range(0, 2),
+    "lr": Range(0, 10, above=True),
+    "weight_decay": Range(0, 1),
+    "checkpoint_minutes": Range(0, above=True),
+}
 
 
 @dataclass(frozen=True)
-class DistilOptions:
+class DistillOptions:
     """How guidance is baked into a style.
 
     Raises:
-        UsageError: values that cannot be meant, all of them at once.
+        UsageError: invalid values, all of them at once.
     """
 
     guidance: float
     """g of the teacher ε_null + g (ε_style - ε_null); other than 1, which needs no teacher, unless `student_steps`."""
     kind: Kind = "kv"
     student_steps: int = 0
-    """Points of the schedule that the style is for, whose few steps are to land where the teacher's many do; 0: one
-    pass is to give what the teacher's two give, at any step of any schedule."""
+    """Points of the one schedule that the style is for, whose few steps shall end where the teacher's many end. 0: one
+    pass shall give what the teacher's two passes give, at any step of any schedule."""
     teacher_steps: int = 12
-    """Points of the teacher's schedule; with `student_steps` at least so many, a multiple is taken."""
+    """Points of the teacher's schedule; with `student_steps` the next multiple of them."""
     strength: float = 1.0
     """Share of the schedule that the teacher runs, from the noisy end to the picture."""
     solver: str = "dpmpp2m"
     """Of the teacher's runs; with `student_steps` of the style's too."""
-    control: float = 1.0
-    """What ControlNet's residuals are multiplied with."""
+    control_scale: float = 1.0
+    """Factor of ControlNet's residuals."""
     pictures: int = 48
     """Pictures that the teacher paints for training; an eighth as many, at least 2, are painted for evaluation."""
     noised: int = 16
-    """Training states of each stage that are pictures noised, beside those on the teacher's way; none with
+    """Training samples of each stage that are noised pictures, beside those of the teacher's trajectories; none with
     `student_steps`."""
     steps: int = 1000
     """Steps of the optimiser, each for one stage; the stages take turns."""
     batch: int = 4
-    """States of a step, all of one stage."""
+    """Samples of a step, all of one stage."""
     lr: float = 0.3
-    """Learning rate at step 0, in units of the root mean square of what is moved; a half cosine brings it to zero."""
+    """Learning rate at step 0, relative to the root mean square of what is trained; a half cosine falls to zero."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay, towards the start."""
     size: int = 256
     """Side of a picture in pixels."""
-    precision: Precision = "fp32"
-    """Arithmetic of the student's pass in training; teacher and evaluation are float32."""
+    mixed_precision: MixedPrecision = "no"
+    """Autocast of the student's pass in training; teacher and evaluation are float32."""
     seed: int = 0
     evaluate_every: int = 100
     """Steps between two evaluations."""
@@ -65,24 +78,16 @@ class DistilOptions:
 
     def __post_init__(self) -> None:
         faults = []
-        choices = {"kind": get_args(Kind), "solver": tuple(ENDS_INSIDE), "precision": get_args(Precision)}
+        choices = {
+            "kind": get_args(Kind),
+            "solver": tuple(FINAL_SIGMA_NONZERO),
+            "mixed_precision": get_args(MixedPrecision),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 faults.append(f"{name}: found {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
-        least = {"student_steps": 0, "teacher_steps": 1, "pictures": 2, "noised": 0, "steps": 1, "batch": 1, "size": 64,
-                 "seed": 0, "evaluate_every": 1}  # fmt: skip
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-                faults.append(f"{name}: found {value!r}; expected a whole number of at least {minimum}")
-        ranges = {"guidance": (0.0, LARGEST_GUIDANCE), "strength": (0.0, 1.0), "control": (0.0, 2.0),
-                  "lr": (0.0, 10.0), "weight_decay": (0.0, 1.0), "checkpoint_minutes": (0.0, 1e6)}  # fmt: skip
-        zero = ("control", "weight_decay")
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
-            if not math.isfinite(value) or not (low <= value <= high) or (value == low and name not in zero):
-                above = "a number of" if name in zero else "a number above"
-                faults.append(f"{name}: found {value}; expected {above} {low:g}, up to {high:g}")
+        for name, valid in _RANGES.items():
+            faults += valid.faults(name, getattr(self, name))
         if self.guidance == 1 and not self.student_steps:
             faults.append("guidance: found 1, which takes one pass already; expected another, or student_steps")
         if self.student_steps > self.teacher_steps:
@@ -91,7 +96,7 @@ class DistilOptions:
                 "as many, such as 32"
             )
         if faults:
-            raise UsageError(fault_list("this distillation cannot be meant:", faults))
+            raise UsageError(fault_list("invalid distillation options:", faults))
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of the step with this number, counted from 0."""

@@ -1,4 +1,4 @@
-"""The style that a distillation starts from: prompts, or keys and values; either gives the other."""
+"""The style that is distilled, read from prompts or from keys and values; each gives the other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.manifest import MANIFEST
-from lsast_engines.bundle.style import Style, StyleFile
+from lsast_engines.bundle.style import StyleFile
 from lsast_engines.errors import StyleError
 
 from ..base.attention import GROUPS
@@ -20,14 +20,13 @@ from ..base.lazy_base import check_fingerprint
 from ..prompts.prompt_file import load_prompts
 from .options import Kind
 
-LARGEST_RESIDUAL = 0.01
-"""Part of the keys and values, by norm, that prompts recovered from them may leave unexplained; half precision leaves
-2e-4 on mini."""
+MAX_RESIDUAL = 0.01
+"""Part of the keys and values, by norm, that prompts recovered from them may leave unexplained."""
 
 
 @dataclass(frozen=True, eq=False)
 class SourceStyle:
-    """A style in all its forms; tensors are float32 on the CPU."""
+    """A style as keys and values and, if asked for, as prompts; tensors are float32 on the CPU."""
 
     name: str
     kv_unet: torch.Tensor
@@ -53,7 +52,7 @@ def find_style(name_or_path: str, folder: Path | None, kind: Kind) -> Path:
         kind: ``prompts`` prefers the run, ``kv`` the bundle's style.
 
     Raises:
-        StyleError: it is at neither place.
+        StyleError: there is no such style.
     """
     given = Path(name_or_path).expanduser()
     if given.is_file():
@@ -113,32 +112,23 @@ def recover_prompts(
     """
     prompts = []
     for group in GROUPS:
-        maps, rows = [], []
+        weights, rows = [], []
         for layout, packed in zip(layouts, (kv_unet, kv_control), strict=True):
             for layer, entry in zip(layout.layers, layout.entries, strict=True):
                 if layer.group == group:
-                    maps += [layer.module.to_k.weight, layer.module.to_v.weight]
+                    weights += [layer.module.to_k.weight, layer.module.to_v.weight]
                     rows.append(packed[:, :, entry.offset : entry.offset + 2 * entry.width])
-        matrix = torch.cat(maps).double().cpu()  # [rows, dim]
+        matrix = torch.cat(weights).double().cpu()  # [rows, dim]
         known = torch.cat(rows, dim=2).double().flatten(0, 1).T  # [rows, stages · T]
         solved = torch.linalg.lstsq(matrix, known).solution
         left = ((matrix @ solved - known).norm() / known.norm()).item()
-        if not left <= LARGEST_RESIDUAL:
+        if not left <= MAX_RESIDUAL:
             raise StyleError(
                 f"{what}: no prompts give its keys and values ({left:.1%} of group {group} is left over); expected a "
                 "style that was baked from prompts: take kind kv, or the prompt file"
             )
         prompts.append(solved.T.unflatten(0, kv_unet.shape[:2]))
     return torch.stack(prompts, dim=1).float()
-
-
-def style_of(source: SourceStyle, base: Base, name: str, kv_unet: torch.Tensor, meta: Mapping[str, str]) -> Style:
-    """`source` with other keys and values of the U-Net, as a style."""
-    return Style(
-        *(name, base.fingerprint, source.stages, int(kv_unet.shape[1])),
-        *(kv_unet.cpu().numpy(), source.kv_control.numpy()),
-        dict(meta),
-    )
 
 
 @torch.no_grad()
@@ -149,7 +139,4 @@ def _project(layout: KVLayout, prompts: torch.Tensor) -> torch.Tensor:
 
 def _refuse_baked(meta: Mapping[str, str], path: Path) -> None:
     if (scale := meta.get("guidance_baked")) is not None:
-        raise StyleError(
-            f"{path} has guidance {scale} baked in already; expected the style that it was made from: "
-            "of two passes there is one left to bake"
-        )
+        raise StyleError(f"{path} has guidance {scale} baked in already; expected the style that it was distilled from")

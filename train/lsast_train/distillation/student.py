@@ -1,7 +1,7 @@
-"""What a distillation moves: a style's keys and values, or the prompts behind them, each stage for itself.
+"""What a distillation trains: a style's keys and values, or the prompts behind them, each stage for itself.
 
-Parameters are departures from a start, in units of the root mean square of what they are added to (of each layer's keys
-and values; of the prompts), so that one learning rate suits all layers and weight decay leads back to the start.
+Parameters are deltas from an initial value, in units of its root mean square (of each layer's keys and values; of the
+prompts), so that one learning rate suits all layers and weight decay leads back to the start.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Rows = tuple[torch.Tensor, torch.Tensor]
 
 
 class KeyValueStudent(nn.Module):
-    """Moves the U-Net's keys and values; ControlNet's stay, for no guidance is applied to them.
+    """Trains the U-Net's keys and values; ControlNet's stay, for no guidance is applied to them.
 
     Args:
         kv_unet: [stages, T, Wu]: the style's.
@@ -25,62 +25,63 @@ class KeyValueStudent(nn.Module):
         layout: of `kv_unet`.
     """
 
-    start: torch.Tensor
+    init: torch.Tensor
     control: torch.Tensor
-    unit: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(self, kv_unet: torch.Tensor, kv_control: torch.Tensor, layout: KVLayout) -> None:
         super().__init__()
-        self.register_buffer("start", kv_unet.clone())
+        self.register_buffer("init", kv_unet.clone())
         self.register_buffer("control", kv_control, persistent=False)
-        unit = torch.ones(layout.width)
+        scale = torch.ones(layout.width)
         for entry in layout.entries:
             for offset in (entry.offset, entry.offset + entry.width):
                 columns = slice(offset, offset + entry.width)
-                unit[columns] = kv_unet[:, :, columns].square().mean().sqrt()
-        self.register_buffer("unit", unit, persistent=False)
-        self.moves = nn.ParameterList(torch.zeros_like(rows) for rows in kv_unet)
+                scale[columns] = kv_unet[:, :, columns].square().mean().sqrt()
+        self.register_buffer("scale", scale, persistent=False)
+        self.delta = nn.ParameterList(torch.zeros_like(rows) for rows in kv_unet)
 
     def rows(self, stage: int) -> Rows:
-        """What the networks read in this stage."""
-        return self.start[stage] + self.unit * self.moves[stage], self.control[stage]
+        """Keys and values of both networks in this stage."""
+        return self.init[stage] + self.scale * self.delta[stage], self.control[stage]
 
+    @torch.no_grad()
     def kv_unet(self) -> torch.Tensor:
         """[stages, T, Wu], without gradient."""
-        with torch.no_grad():
-            return torch.stack([self.rows(stage)[0] for stage in range(len(self.moves))])
+        return torch.stack([self.rows(stage)[0] for stage in range(len(self.delta))])
 
 
 class PromptStudent(nn.Module):
-    """Moves the prompts of every stage and layer group, from which keys and values of both networks follow.
+    """Trains the prompts of every stage and layer group, from which keys and values of both networks follow.
 
     Args:
         prompts: [stages, 3, T, dim]: the style's.
-        unet, control: how the networks project and pack them.
+        unet, control: layouts of the networks, which project the prompts.
     """
 
-    start: torch.Tensor
-    unit: torch.Tensor
+    init: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(self, prompts: torch.Tensor, unet: KVLayout, control: KVLayout) -> None:
         super().__init__()
         self._layouts = unet, control
-        self.register_buffer("start", prompts.clone())
-        self.register_buffer("unit", prompts.square().mean((0, 2, 3)).sqrt().view(len(GROUPS), 1, 1), persistent=False)
-        self.moves = nn.ParameterList(torch.zeros_like(contexts) for contexts in prompts)
+        self.register_buffer("init", prompts.clone())
+        scale = prompts.square().mean((0, 2, 3)).sqrt().view(len(GROUPS), 1, 1)
+        self.register_buffer("scale", scale, persistent=False)
+        self.delta = nn.ParameterList(torch.zeros_like(contexts) for contexts in prompts)
 
     def contexts(self, stage: int) -> torch.Tensor:
         """[3, T, dim]."""
-        moved: torch.Tensor = self.start[stage] + self.unit * self.moves[stage]
-        return moved
+        contexts: torch.Tensor = self.init[stage] + self.scale * self.delta[stage]
+        return contexts
 
     def rows(self, stage: int) -> Rows:
-        """What the networks read in this stage."""
+        """Keys and values of both networks in this stage."""
         contexts = self.contexts(stage)[None]
         unet, control = (layout.project(contexts)[0] for layout in self._layouts)
         return unet, control
 
+    @torch.no_grad()
     def prompts(self) -> torch.Tensor:
         """[stages, 3, T, dim], without gradient."""
-        with torch.no_grad():
-            return torch.stack([self.contexts(stage) for stage in range(len(self.moves))])
+        return torch.stack([self.contexts(stage) for stage in range(len(self.delta))])

@@ -1,12 +1,12 @@
-"""What the teacher of a distillation shows: latents on its way, and the noise that the student is to see there.
+"""The teacher of a distillation: latents on its trajectories, and the noise that the student shall predict there.
 
-The teacher paints with guidance, ε = ε_null + g (ε_style - ε_null), two passes a step, and the states it passes are
-kept with their ε: the student will be asked at latents of guided paintings, and those differ from noised pictures
-(adapter guidance distillation, AGD, trains on guided trajectories for that reason). Every run is shifted by a random
-part of its stride, so that runs meet all timesteps. Some pictures noised are mixed in.
+The teacher paints with guidance, ε = ε_null + g (ε_style - ε_null), two passes a step, and the latents of its steps are
+kept with their ε: the student will be used at latents of guided paintings, which differ from noised pictures (adapter
+guidance distillation, AGD, trains on guided trajectories for that reason). The timesteps of every run are shifted by a
+random part of its stride, so that all runs together have all timesteps. Some noised pictures are mixed in.
 
-For a student of few steps the teacher takes many between two of the student's, and ε is what makes the student's solver
-land where the teacher went.
+For a student of few steps the teacher takes many between two of the student's, and the target is the ε with which the
+student's solver ends where the teacher ended.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from lsast_engines.diffusion.timesteps import Step, TimestepSchedule
 from lsast_engines.images import canny_edges
 
 from ..base.baked import BakedBase
-from ..evaluation import Purpose, seeded
-from ..paintings import Painting, view
-from .options import DistilOptions
+from ..paintings import Painting, random_crop
+from ..training.rng import RngStream, rng_for
+from .options import DistillOptions
 from .source_style import SourceStyle
 
 BATCH = 8
@@ -38,11 +38,11 @@ BATCH = 8
 
 
 @dataclass(frozen=True, eq=False)
-class States:
-    """Latents, and what is to be seen in them; on the CPU, float32."""
+class TeacherSamples:
+    """Latents, and the noise that the student shall predict in them; on the CPU, float32."""
 
     picture: torch.Tensor
-    """[N] int64: row of `Content` that each belongs to."""
+    """[N] int64: its row in the `ContentBatch`."""
     timestep: torch.Tensor
     """[N] int64."""
     stage: torch.Tensor
@@ -50,24 +50,24 @@ class States:
     latent: torch.Tensor
     """[N, 4, h, w]"""
     target: torch.Tensor
-    """[N, 4, h, w]: ε that the student is to give."""
+    """[N, 4, h, w]: ε that the student shall predict."""
     unguided: torch.Tensor
-    """[N, 4, h, w]: ε that one pass of the original style gives, the yardstick."""
+    """[N, 4, h, w]: ε of one pass of the original style, to which errors are relative."""
 
     @classmethod
-    def join(cls, parts: list[States]) -> States:
-        """All states of several."""
+    def join(cls, parts: list[TeacherSamples]) -> TeacherSamples:
+        """The samples of all `parts`."""
         names = cls.__dataclass_fields__
         return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
-    def like(self, other: States) -> States:
-        """As many states of each stage as `other` has, if there are, the first ones."""
+    def like(self, other: TeacherSamples) -> TeacherSamples:
+        """The first samples of each stage, as many as `other` has."""
         counts = torch.bincount(other.stage)
         rows = torch.cat([self.rows(stage)[:count] for stage, count in enumerate(counts.tolist())])
-        return States(**{name: getattr(self, name)[rows] for name in self.__dataclass_fields__})
+        return TeacherSamples(**{name: getattr(self, name)[rows] for name in self.__dataclass_fields__})
 
     def rows(self, stage: int) -> torch.Tensor:
-        """Numbers of the states of a stage."""
+        """Indices of the samples of a stage."""
         return (self.stage == stage).nonzero().flatten()
 
     def distance(self, stages: list[int]) -> tuple[float, ...]:
@@ -79,30 +79,30 @@ class States:
 
 
 @dataclass(frozen=True, eq=False)
-class Content:
-    """Pictures, as the networks know them; on the CPU."""
+class ContentBatch:
+    """Pictures as latents and hint features; on the CPU."""
 
     latents: torch.Tensor
     """[P, 4, h, w]"""
     hints: torch.Tensor
-    """[P, C, h, w]: what ControlNet's hint encoder makes of the edges."""
+    """[P, C, h, w]: hint features of the edges."""
 
 
 def read_content(
-    baked: BakedBase, paintings: Sequence[Painting], count: int, size: int, seed: int, side: int
-) -> Content:
-    """Random windows of `paintings`, which take turns: latents and hint features of `count` of them."""
+    baked: BakedBase, paintings: Sequence[Painting], count: int, size: int, seed: int, split: int
+) -> ContentBatch:
+    """Latents and hint features of `count` random crops, of one painting after the other."""
     base, latents, hints = baked.base, [], []
     for index in range(count):
-        generator = seeded(seed, Purpose.CONTENT, side, index)
-        pixels = view(paintings[index % len(paintings)], size, generator).copy()
+        generator = rng_for(seed, RngStream.CONTENT, split, index)
+        pixels = random_crop(paintings[index % len(paintings)], size, generator).copy()
         edges = torch.from_numpy(canny_edges(pixels)).float().expand(1, 3, -1, -1).to(baked.base.device)
         with torch.no_grad():
             image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(baked.base.device).float() / 127.5 - 1
             mean, std = (part.cpu() for part in base.encode(image))
             hints.append(baked.hints(edges).cpu())
         latents.append(base.config.latent_scale * (mean + std * torch.randn(mean.shape, generator=generator)))
-    return Content(torch.cat(latents), torch.cat(hints))
+    return ContentBatch(torch.cat(latents), torch.cat(hints))
 
 
 class Teacher:
@@ -115,7 +115,7 @@ class Teacher:
         options: guidance, control, schedule.
     """
 
-    def __init__(self, baked: BakedBase, style: SourceStyle, null: torch.Tensor, options: DistilOptions) -> None:
+    def __init__(self, baked: BakedBase, style: SourceStyle, null: torch.Tensor, options: DistillOptions) -> None:
         self.baked, self.options = baked, options
         self.stages = style.stages
         device = baked.base.device
@@ -124,7 +124,7 @@ class Teacher:
 
     @property
     def noise(self) -> NoiseSchedule:
-        """The base's noise."""
+        """The base's noise schedule."""
         return self.baked.base.config.noise
 
     @torch.no_grad()
@@ -133,36 +133,38 @@ class Teacher:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Guided and unguided noise, [B, 4, h, w] each, of latents whose timesteps [B] are all of one stage.
 
-        ControlNet is asked once, with the style, and answers for both halves, as in the runtime (docs/method.md §4.5).
+        ControlNet runs once, with the style, and its residuals serve both passes, as in the runtime.
         """
         device = self.baked.base.device
         latent, timestep, hint = latent.to(device), timestep.to(device), hint.to(device)
         stage = stage_of(int(timestep[0]), self.noise, self.stages)
         unet, control = (rows[stage] for rows in self._rows)
-        residuals = self.baked.residuals(latent, timestep, control, hint, self.options.control)
+        residuals = self.baked.residuals(latent, timestep, control, hint, self.options.control_scale)
         plain = self.baked.eps(latent, timestep, unet, residuals)
         null = self.baked.eps(latent, timestep, self._null, residuals)
         return guide((null, plain), self.options.guidance).cpu(), plain.cpu()
 
-    def on_the_way(self, content: Content, seed: tuple[int, ...]) -> Iterator[States]:
-        """Paint every picture with guidance; the states of each step, batch by batch."""
-        facts, options = self.noise, self.options
+    def trajectory_samples(self, content: ContentBatch, seed: tuple[int, ...]) -> Iterator[TeacherSamples]:
+        """Paint every picture with guidance; the samples of each step, batch by batch."""
+        options = self.options
         for number, picture in _batches(content):
-            generator = seeded(options.seed, Purpose.TEACHER, *seed, number)
-            layout = TimestepSchedule.build(facts, options.teacher_steps, options.strength, self.stages, options.solver)
-            schedule = shifted(layout, float(torch.rand((), generator=generator)), self.stages)
-            solver = make_solver(options.solver, facts, schedule)
+            generator = rng_for(options.seed, RngStream.TEACHER, *seed, number)
+            layout = TimestepSchedule.build(
+                self.noise, options.teacher_steps, options.strength, self.stages, options.solver
+            )
+            schedule = jitter_timesteps(layout, float(torch.rand((), generator=generator)), self.stages)
+            solver = make_solver(options.solver, self.noise, schedule)
             latent = self._start(content, picture, schedule, generator)
             for step in schedule.steps:
                 state, guided = self._state(content, picture, latent, step.t)
                 yield state
                 latent = _advance(solver, guided, step.index, latent)
 
-    def noised(self, content: Content, count: int, seed: tuple[int, ...]) -> Iterator[States]:
-        """Pictures noised: `count` states in every stage, at random timesteps of it."""
+    def noised(self, content: ContentBatch, count: int, seed: tuple[int, ...]) -> Iterator[TeacherSamples]:
+        """Noised pictures: `count` samples in every stage, at random timesteps of it."""
         length = self.noise.train_steps / self.stages
         for stage in range(self.stages):
-            generator = seeded(self.options.seed, Purpose.TEACHER_NOISED, *seed, stage)
+            generator = rng_for(self.options.seed, RngStream.TEACHER_NOISED, *seed, stage)
             low, high = math.ceil(stage * length), math.ceil((stage + 1) * length)
             for picture in torch.randint(len(content.latents), (count,), generator=generator).split(_at_once(content)):
                 timestep = torch.randint(low, high, picture.shape, generator=generator)
@@ -170,17 +172,17 @@ class Teacher:
                 abar = self.baked.base.alphas_cumprod.cpu()[timestep].view(-1, 1, 1, 1)
                 latent = abar.sqrt() * content.latents[picture] + (1 - abar).sqrt() * drawn
                 guided, plain = self(latent, timestep, content.hints[picture])
-                yield States(picture, timestep, torch.full_like(timestep, stage), latent, guided, plain)
+                yield TeacherSamples(picture, timestep, torch.full_like(timestep, stage), latent, guided, plain)
 
-    def landings(self, content: Content, seed: tuple[int, ...]) -> Iterator[States]:
-        """Paint every picture in many steps; the states at the student's steps, with the ε that leads from one to the
-        next by the student's solver.
+    def step_targets(self, content: ContentBatch, seed: tuple[int, ...]) -> Iterator[TeacherSamples]:
+        """Paint every picture in many steps; the samples are those at the student's steps, with the ε by which the
+        student's solver gets from one to the next.
         """
         options = self.options
         coarse = student_schedule(options, self.noise, self.stages)
-        fine, marks = refined(coarse, math.ceil(options.teacher_steps / options.student_steps), self.stages)
+        fine, marks = subdivide(coarse, math.ceil(options.teacher_steps / options.student_steps), self.stages)
         for number, picture in _batches(content):
-            generator = seeded(options.seed, Purpose.TEACHER, *seed, number)
+            generator = rng_for(options.seed, RngStream.TEACHER, *seed, number)
             teacher = make_solver(options.solver, self.noise, fine)
             student = make_solver(options.solver, self.noise, coarse)
             latent = self._start(content, picture, coarse, generator)
@@ -192,36 +194,36 @@ class Teacher:
                 latent = _advance(teacher, guided, step.index, latent)
             ends = [state.latent for state in passed[1:]] + [latent]
             for index, (state, end) in enumerate(zip(passed, ends, strict=True)):
-                target = landing_eps(student, index, state.latent.double().numpy(), end.double().numpy())
-                yield States(
+                target = solve_eps(student, index, state.latent.double().numpy(), end.double().numpy())
+                yield TeacherSamples(
                     *(state.picture, state.timestep, state.stage, state.latent),
                     torch.from_numpy(target).float(),
                     state.unguided,
                 )
 
-    def states(self, content: Content, *seed: int, noised: int) -> Iterator[States]:
-        """All states that the options ask for, of `content`; `seed` tells training from evaluation."""
+    def samples(self, content: ContentBatch, *seed: int, noised: int) -> Iterator[TeacherSamples]:
+        """All samples for the options, of `content`; `seed` is another one for training and evaluation."""
         if self.options.student_steps:
-            yield from self.landings(content, seed)
+            yield from self.step_targets(content, seed)
         else:
-            yield from self.on_the_way(content, seed)
+            yield from self.trajectory_samples(content, seed)
             if noised:
                 yield from self.noised(content, noised, seed)
 
     def _start(
-        self, content: Content, picture: torch.Tensor, schedule: TimestepSchedule, generator: torch.Generator
+        self, content: ContentBatch, picture: torch.Tensor, schedule: TimestepSchedule, generator: torch.Generator
     ) -> torch.Tensor:
         latents = content.latents[picture]
         drawn = torch.randn(latents.shape, generator=generator)
         return torch.from_numpy(schedule.add_noise(latents.numpy(), drawn.numpy(), schedule.start_t))
 
     def _state(
-        self, content: Content, picture: torch.Tensor, latent: torch.Tensor, t: int
-    ) -> tuple[States, torch.Tensor]:
+        self, content: ContentBatch, picture: torch.Tensor, latent: torch.Tensor, t: int
+    ) -> tuple[TeacherSamples, torch.Tensor]:
         timestep = torch.full((len(latent),), t)
         guided, plain = self(latent, timestep, content.hints[picture])
         stage = torch.full_like(timestep, stage_of(t, self.noise, self.stages))
-        return States(picture, timestep, stage, latent, guided, plain), guided
+        return TeacherSamples(picture, timestep, stage, latent, guided, plain), guided
 
 
 def stage_of(t: int, noise: NoiseSchedule, stages: int) -> int:
@@ -229,25 +231,29 @@ def stage_of(t: int, noise: NoiseSchedule, stages: int) -> int:
     return t * stages // noise.train_steps
 
 
-def student_schedule(options: DistilOptions, noise: NoiseSchedule, stages: int) -> TimestepSchedule:
+def student_schedule(options: DistillOptions, noise: NoiseSchedule, stages: int) -> TimestepSchedule:
     """The few steps of a student.
 
     Raises:
         UsageError: steps or a strength that give no schedule.
     """
-    return TimestepSchedule.build(noise, options.student_steps, options.strength, stages, options.solver)
+    return _build(options, options.student_steps, noise, stages)
 
 
-def shifted(schedule: TimestepSchedule, part: float, stages: int) -> TimestepSchedule:
-    """`schedule` with every timestep lowered by `part` (0 to 1) of what lies below its last one, or of its stride."""
+def _build(options: DistillOptions, steps: int, noise: NoiseSchedule, stages: int) -> TimestepSchedule:
+    return TimestepSchedule.build(noise, steps, options.strength, stages, options.solver)
+
+
+def jitter_timesteps(schedule: TimestepSchedule, part: float, stages: int) -> TimestepSchedule:
+    """`schedule` with all timesteps lowered by `part` (0 to 1) of its stride, or of the last one if that is less."""
     steps = schedule.steps
     stride = steps[-2].t - steps[-1].t if len(steps) > 1 else steps[-1].t
     down = int(part * min(stride, steps[-1].t))
     return _schedule(schedule, [step.t - down for step in steps], stages, schedule.start_t - down)
 
 
-def refined(schedule: TimestepSchedule, parts: int, stages: int) -> tuple[TimestepSchedule, list[int]]:
-    """`schedule` with every step divided into at most `parts`, at whole timesteps, and where its own steps are then."""
+def subdivide(schedule: TimestepSchedule, parts: int, stages: int) -> tuple[TimestepSchedule, list[int]]:
+    """`schedule` with every step divided into at most `parts`, at whole timesteps; and the indices of its own steps."""
     times = [step.t for step in schedule.steps]
     fine: list[int] = []
     marks = []
@@ -257,12 +263,12 @@ def refined(schedule: TimestepSchedule, parts: int, stages: int) -> tuple[Timest
     return _schedule(schedule, fine, stages, schedule.start_t), marks
 
 
-def landing_eps(
+def solve_eps(
     solver: Solver, index: int, x: npt.NDArray[np.float64], end: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """The ε with which `solver` goes from `x` at step `index` to `end`; it takes that step.
+    """The ε with which `solver` gets from `x` at step `index` to `end`; it takes that step.
 
-    A step is affine in ε, and its factor is the same in all places, so two trials on copies of the solver tell it.
+    A step is affine in ε with the same factor everywhere, so two steps of copies of the solver give that factor.
     """
     zero = copy.deepcopy(solver).step(np.zeros_like(x), index, x)
     one = copy.deepcopy(solver).step(np.ones_like(x), index, x)
@@ -284,9 +290,9 @@ def _advance(solver: Solver, eps: torch.Tensor, index: int, latent: torch.Tensor
     return torch.from_numpy(moved.astype(np.float32))
 
 
-def _at_once(content: Content) -> int:
+def _at_once(content: ContentBatch) -> int:
     return max(1, BATCH * 1024 // content.latents[0, 0].numel())
 
 
-def _batches(content: Content) -> Iterator[tuple[int, torch.Tensor]]:
+def _batches(content: ContentBatch) -> Iterator[tuple[int, torch.Tensor]]:
     yield from enumerate(torch.arange(len(content.latents)).split(_at_once(content)))

@@ -1,11 +1,12 @@
-"""The teacher's states on disk, so that a stopped distillation goes on without having them painted again."""
+"""The teacher's samples on disk, so that a stopped distillation goes on without running the teacher again."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,28 +14,26 @@ from safetensors.torch import save
 
 from lsast_engines.files import replace_file
 
-from .teacher import Content, States
+from .teacher import ContentBatch, TeacherSamples
 
-Side = tuple[Content, States]
-"""Pictures, and the states of their paintings."""
-
-_PARTS = {**dict.fromkeys(Content.__dataclass_fields__, Content), **dict.fromkeys(States.__dataclass_fields__, States)}
+Samples: TypeAlias = tuple[ContentBatch, TeacherSamples]
+"""Pictures, and the teacher's samples on the way to their paintings."""
 
 
-def save_lessons(path: Path, sides: Mapping[str, Side], identity: Mapping[str, Any]) -> None:
-    """Write `sides` whole; `identity` (JSON values) says what they were made of."""
+def save_samples(path: Path, sets: Mapping[str, Samples], identity: Mapping[str, Any]) -> None:
+    """Write `sets` whole; `identity` (JSON values) is what they were computed from."""
     tensors = {
-        f"{side}.{name}": getattr(part, name).contiguous()
-        for side, parts in sides.items()
+        f"{name}.{field.name}": getattr(part, field.name).contiguous()
+        for name, parts in sets.items()
         for part in parts
-        for name in type(part).__dataclass_fields__
+        for field in fields(part)
     }
     with replace_file(path) as handle:
         handle.write(save(tensors, {"identity": json.dumps(identity, sort_keys=True)}))
 
 
-def load_lessons(path: Path, identity: Mapping[str, Any]) -> dict[str, Side] | None:
-    """What `save_lessons` wrote; None if it is not there, damaged, or made of something else than `identity`."""
+def load_samples(path: Path, identity: Mapping[str, Any]) -> dict[str, Samples] | None:
+    """What `save_samples` wrote; None if there is no such file, or a damaged one, or one of another `identity`."""
     try:
         with safe_open(str(path), "pt") as file:
             if (file.metadata() or {}).get("identity") != json.dumps(identity, sort_keys=True):
@@ -42,11 +41,9 @@ def load_lessons(path: Path, identity: Mapping[str, Any]) -> dict[str, Side] | N
             tensors: dict[str, torch.Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
         return None
-    sides = sorted({key.partition(".")[0] for key in tensors})
-    return {
-        side: (
-            Content(**{name: tensors[f"{side}.{name}"] for name, kind in _PARTS.items() if kind is Content}),
-            States(**{name: tensors[f"{side}.{name}"] for name, kind in _PARTS.items() if kind is States}),
-        )
-        for side in sides
-    }
+
+    def part(kind: Any, name: str) -> Any:
+        return kind(**{field.name: tensors[f"{name}.{field.name}"] for field in fields(kind)})
+
+    names = sorted({key.partition(".")[0] for key in tensors})
+    return {name: (part(ContentBatch, name), part(TeacherSamples, name)) for name in names}

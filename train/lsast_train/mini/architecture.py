@@ -69,7 +69,7 @@ def build_mini(config: MiniConfig, seed: int = 0) -> Base:
             **shared,
         )
         controlnet = ControlNetModel(conditioning_embedding_out_channels=config.hint_widths, **shared)
-        _wake_zero_convolutions(controlnet)
+        init_zero_convs(controlnet)
         base = build_base(
             BaseConfig("mini", "mini", "v_prediction", config.tokens, 512, 1.0),
             fingerprint="0" * 64,
@@ -82,7 +82,7 @@ def build_mini(config: MiniConfig, seed: int = 0) -> Base:
     return base
 
 
-def _wake_zero_convolutions(controlnet: ControlNetModel) -> None:
+def init_zero_convs(controlnet: ControlNetModel) -> None:
     """Small random weights in ControlNet's zero convolutions.
 
     Zeros protect a *frozen* U-Net; trained jointly from nothing they keep the edges out for hundreds of steps

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +31,8 @@ log = logging.getLogger("lsast.train.mini")
 
 PAINTED_SIDE = 512
 """Pictures are cached with about this number of pixels squared, the size that mini paints at. A work of 300 pixels is
-enlarged: at its own size its touch is finer than the autoencoder can carry, and a base that was trained there paints
-pictures of 512² without any."""
+enlarged: at its own size its brush strokes are finer than the autoencoder can carry, and a base that was trained there
+paints pictures of 512² without any."""
 
 SMALLEST = 96
 """Pictures with a shorter side below this many pixels are left out: enlarged, they would only teach blur."""
@@ -53,8 +53,8 @@ class Window:
 
 
 def is_held_out(name: str, share: float = 0.04) -> bool:
-    """Whether the picture of this name belongs to the validation part: a hash, so it never moves between runs."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") < share * 2**32
+    """Whether the picture of this name is held out: by the hash of its name, so it never moves between runs."""
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:4], "big") < share * 2**32
 
 
 def fit_picture(rgb: npt.NDArray[np.uint8], side: float = PAINTED_SIDE) -> npt.NDArray[np.uint8]:
@@ -123,7 +123,7 @@ class LatentDataset:
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
-            raise TrainingError(f"found no latent cache {path}; make it with: lsast-train mini cache")
+            raise TrainingError(f"found no latent cache {path}; train it with: lsast-train mini")
         with safe_open(str(path), "numpy") as file:
             self.label_names: list[str] = json.loads(file.metadata()["labels"])
             sizes = file.get_tensor("sizes")
@@ -169,10 +169,11 @@ class LatentDataset:
             torch.from_numpy(self.labels[indices].astype(np.int64)),
         )
 
-    def batches(self, batch: int, side: int, rng: np.random.Generator, share: dict[str, float]) -> Iterator[Window]:
-        """Endless training batches of pictures that are large enough; a label's pictures weigh `share` (default 1)."""
-        weight = np.array([share.get(self.label_names[label], 1.0) for label in self.labels[self.train]])
-        weight *= [min(self._latents[index].shape[1:]) >= side for index in self.train]
-        weight /= weight.sum()
-        while True:
-            yield self.window(rng.choice(self.train, batch, p=weight), side, rng)
+    def sampling_weights(self, side: int, share: dict[str, float]) -> npt.NDArray[np.float64]:
+        """Probability of each picture of `train`: a label's pictures weigh `share` (default 1), too small ones 0."""
+        weights: npt.NDArray[np.float64] = np.array(
+            [share.get(self.label_names[label], 1.0) for label in self.labels[self.train]]
+        )
+        weights *= [min(self._latents[index].shape[1:]) >= side for index in self.train]
+        weights /= weights.sum()
+        return weights

@@ -6,9 +6,7 @@ function of the latent, so a plain absolute error can learn it, where the photog
 
 from __future__ import annotations
 
-import json
 import logging
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,15 +16,14 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 from torch import nn
-from tqdm import tqdm
 
 from lsast_engines.errors import PictureError, TrainingError
-from lsast_engines.files import replace_file
 from lsast_engines.images import find_pictures, read_picture
 from lsast_engines.images import psnr as picture_psnr
 
 from ..base.mini_autoencoder import MiniAutoencoder
-from ..training.checkpoint import load_checkpoint, save_checkpoint
+from ..training.loop import TrainingLoop, require_finite, set_learning_rate
+from ..training.rng import RngStream, rng_for
 from .dataset import PAINTED_SIDE, fit_picture, is_held_out
 
 log = logging.getLogger("lsast.train.mini")
@@ -46,7 +43,8 @@ class AutoencoderOptions:
     jitter: float = 0.05
     """Standard deviation of noise added to the latents before decoding: sampled latents are never exact."""
     seed: int = 0
-    checkpoint_seconds: float = 300.0
+    evaluate_every: int = 500
+    checkpoint_minutes: float = 5.0
 
 
 def load_teacher(folder: Path) -> AutoencoderTiny:
@@ -72,7 +70,7 @@ class Crops:
         self.side = side
 
     def batch(self, paths: list[Path], count: int, rng: np.random.Generator) -> torch.Tensor:
-        """`count` crops [B, 3, side, side] in [-1, 1]; unreadable pictures are drawn again."""
+        """`count` crops [B, 3, side, side] in [-1, 1] of random `paths`; unreadable pictures are passed over."""
         crops: list[npt.NDArray[np.uint8]] = []
         while len(crops) < count:
             try:
@@ -118,26 +116,31 @@ def train_autoencoder(
     folder: Path,
     resume: bool,
 ) -> None:
-    """Train `student` in place; checkpoint and log go to `folder`."""
+    """Train `student` in place; checkpoint and log go to `folder`.
+
+    Raises:
+        TrainingError: a loss that is not finite, or a checkpoint of other options.
+        InterruptionError: SIGINT or SIGTERM; a checkpoint was written.
+    """
     student.requires_grad_(True).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(student.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    checkpoint = folder / "autoencoder.checkpoint.safetensors"
-    step, history = 0, []
-    if resume and checkpoint.exists():
-        facts = load_checkpoint(checkpoint, {"student": student}, optimizer)
-        step, history = facts["step"], facts["history"]
-    rng = np.random.default_rng([options.seed, step])
-    generator = torch.Generator().manual_seed(options.seed + step)
-    saved, running = time.monotonic(), 0.0
-    progress = tqdm(total=options.steps, initial=step, desc="mini autoencoder", unit="step")
-    while step < options.steps:
-        for group in optimizer.param_groups:
-            cosine = 0.5 * (1 + np.cos(np.pi * step / options.steps))
-            group["lr"] = options.lr * min(1.0, (step + 1) / options.warmup) * max(0.01, cosine)
-        images = crops.batch(crops.train, options.batch, rng)
+    loop = TrainingLoop(
+        *("mini autoencoder", options.steps, folder / "autoencoder.checkpoint.safetensors"),
+        *({"student": student}, optimizer),
+        evaluate_every=options.evaluate_every,
+        checkpoint_minutes=options.checkpoint_minutes,
+    )
+    if resume and loop.checkpoint.exists():
+        loop.restore()
+
+    def train_step(step: int) -> float:
+        cosine = 0.5 * (1 + np.cos(np.pi * step / options.steps))
+        set_learning_rate(optimizer, options.lr * min(1.0, (step + 1) / options.warmup) * max(0.01, cosine))
+        images = crops.batch(crops.train, options.batch, np.random.default_rng([options.seed, step]))
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 latents = teacher.encoder(images).float()
+                generator = rng_for(options.seed, RngStream.STEP, step)
                 noisy = latents + options.jitter * torch.randn(latents.shape, generator=generator)
                 reference = teacher.decoder(noisy).float().clamp(-1, 1)
             decoded = student.decode(noisy).float()
@@ -147,20 +150,18 @@ def train_autoencoder(
         loss = (
             error.abs().mean() + 0.5 * texture + 0.5 * F.mse_loss(encoded, latents) + 0.5 * F.l1_loss(encoded, latents)
         )
+        value: float = loss.item()
+        require_finite(value, step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
-        step += 1
-        running = loss.item() if running == 0 else 0.98 * running + 0.02 * loss.item()
-        progress.set_postfix(loss=f"{running:.4f}", refresh=False)
-        progress.update()
-        last = step == options.steps
-        if last or time.monotonic() - saved > options.checkpoint_seconds:
-            history.append({"step": step, "loss": running, **evaluate(student, teacher, crops)})
-            save_checkpoint(checkpoint, {"student": student}, optimizer, {"step": step, "history": history})
-            with replace_file(folder / "autoencoder.log.json") as handle:
-                handle.write(json.dumps({"options": asdict(options), "history": history}, indent=1).encode())
-            saved = time.monotonic()
-    progress.close()
+        return value
+
+    def measure(mean_loss: float) -> None:
+        loop.history.append({"step": loop.step, "loss": mean_loss, **evaluate(student, teacher, crops)})
+        loop.write_log(folder / "autoencoder.log.json", asdict(options))
+
+    loop.run(train_step, measure)
+    loop.save()
     student.eval().requires_grad_(False)

@@ -1,15 +1,13 @@
 """Training of mini's U-Net, ControlNet and style encoder, jointly and from nothing.
 
 v-prediction instead of noise prediction: palette and stroke are decided at high noise, where a noise-weighted loss
-hardly counts an error of the picture; there the tokens must be worth reading (docs/mini.md). The exported graph
-still gives noise.
+hardly counts an error of the picture; there the tokens must lower the loss (docs/mini.md). The exported graph still
+gives noise.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,19 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
-
-from lsast_engines.files import replace_file
 
 from ..base.attention import layer_contexts
 from ..base.base import Base
-from ..training.checkpoint import load_checkpoint, save_checkpoint
+from ..training.loop import TrainingLoop, require_finite, set_learning_rate
+from ..training.rng import RngStream, rng_for
 from .dataset import LatentDataset, Window
 
 log = logging.getLogger("lsast.train.mini")
 
 MIXED_LABELS = frozenset({"various-masters", "various-styles"})
-"""Folders of many hands: they teach the style encoder, but have no token set of their own."""
+"""Folders of several artists: they train the style encoder, but have no learned tokens of their own."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ class BaseTrainingOptions:
     """Side of a training window in latents."""
     lr: float = 4e-4
     style_lr: float = 1.2e-3
-    """Learning rate of tokens, style encoder and K/V projections, which otherwise wake late."""
+    """Learning rate of tokens, style encoder and K/V projections, which otherwise start to learn late."""
     warmup: int = 100
     ema: float = 0.999
     null_share: float = 0.12
@@ -56,11 +52,11 @@ class BaseTrainingOptions:
     """Sampling weight of a folder's pictures, default 1."""
     seed: int = 0
     evaluate_every: int = 600
-    checkpoint_seconds: float = 300.0
+    checkpoint_minutes: float = 5.0
 
 
 class LabelTokens(nn.Module):
-    """Learned tokens of each labelled folder, class conditioning that lets cross-attention wake early."""
+    """Learned tokens of each labelled folder: class conditioning, with which cross-attention learns early."""
 
     def __init__(self, labels: int, tokens: int, dim: int) -> None:
         super().__init__()
@@ -73,8 +69,8 @@ class LabelTokens(nn.Module):
         return out
 
 
-class Learner(nn.Module):
-    """All that is learned, with one forward pass: the loss of a batch."""
+class JointModel(nn.Module):
+    """All networks and tokens that are trained, and the loss of a batch."""
 
     def __init__(self, base: Base, labels: int) -> None:
         super().__init__()
@@ -86,14 +82,14 @@ class Learner(nn.Module):
         self.labels = LabelTokens(labels, *base.null_context.shape)
 
     def style_parameters(self) -> list[nn.Parameter]:
-        """The parameters that carry style: tokens and how they are read."""
-        reading = [
+        """The parameters of the style: tokens, style encoder, and the projections to keys and values."""
+        projections = [
             p
             for net in (self.unet, self.controlnet)
             for n, p in net.named_parameters()
             if ".to_k." in n or ".to_v." in n
         ]
-        return [self.null_context, *self.style_encoder.parameters(), *self.labels.parameters(), *reading]
+        return [self.null_context, *self.style_encoder.parameters(), *self.labels.parameters(), *projections]
 
     def v_error(
         self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, context: torch.Tensor, edges: torch.Tensor
@@ -121,7 +117,7 @@ class Learner(nn.Module):
     def draw_context(
         self, window: Window, options: BaseTrainingOptions, mixed: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
-        """Tokens [B, tokens, dim] for a batch: null, learned for the folder, or read from another crop."""
+        """Tokens [B, tokens, dim] for a batch: null, learned for the folder, or encoded from another crop."""
         draw = torch.rand(len(window.labels), generator=generator)
         use_null = draw < options.null_share
         use_label = (draw >= 1 - options.label_share) & ~mixed[window.labels]
@@ -141,7 +137,8 @@ class Ema:
     def update(self, step: int) -> None:
         """Move the average towards the live parameters; faster in the first steps."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.shadow), [p.detach() for p in self.live], 1 - decay)
+        for shadow, live in zip(self.shadow, self.live, strict=True):
+            shadow.lerp_(live.detach(), 1 - decay)
 
     def swap(self) -> None:
         """Exchange live parameters and their average."""
@@ -157,20 +154,20 @@ def learning_rate_factor(step: int, options: BaseTrainingOptions) -> float:
 
 
 @torch.no_grad()
-def token_gain(learner: Learner, data: LatentDataset, side: int, count: int = 32) -> list[dict[str, float]]:
-    """What the tokens are worth on held-out pictures, per stage: v-errors with null, own, another's and label tokens.
+def token_gain(model: JointModel, data: LatentDataset, side: int, count: int = 32) -> list[dict[str, float]]:
+    """v-errors of held-out pictures with null, own, another's and label tokens, in every second stage.
 
-    The *token gain* is null minus own (docs/mini.md); without it the prompt space has nothing to hold on to.
+    The *token gain* is null minus own (docs/mini.md); without it there is nothing for a prompt space to learn.
     """
     rng = np.random.default_rng(1234)
     window = data.window(rng.choice(data.held_out, count, replace=len(data.held_out) < count), side, rng)
     noise = torch.from_numpy(rng.standard_normal(window.latents.shape).astype(np.float32))
-    own = learner.style_encoder(window.other)
+    own = model.style_encoder(window.other)
     contexts = {
-        "null": learner.null_context.expand(count, -1, -1),
+        "null": model.null_context.expand(count, -1, -1),
         "own": own,
         "other": own.roll(count // 2, 0),
-        "label": learner.labels(window.labels),
+        "label": model.labels(window.labels),
     }
     rows = []
     for stage in range(1, 10, 2):
@@ -178,72 +175,73 @@ def token_gain(learner: Learner, data: LatentDataset, side: int, count: int = 32
         row: dict[str, float] = {"t": float(t[0])}
         for name, context in contexts.items():
             with torch.autocast("cpu", torch.bfloat16):
-                row[name] = learner.v_error(window.latents, noise, t, context, window.edges[:0]).mean().item()
+                row[name] = model.v_error(window.latents, noise, t, context, window.edges[:0]).mean().item()
         with torch.autocast("cpu", torch.bfloat16):
-            row["own+edges"] = learner.v_error(window.latents, noise, t, own, window.edges).mean().item()
+            row["own+edges"] = model.v_error(window.latents, noise, t, own, window.edges).mean().item()
         rows.append(row)
     return rows
 
 
-def train_base(base: Base, data: LatentDataset, options: BaseTrainingOptions, folder: Path, resume: bool) -> Learner:
-    """Train `base` in place; checkpoints and the log go to `folder`. The result carries the averaged weights."""
-    learner = Learner(base, len(data.label_names)).requires_grad_(True)
-    learner.base.autoencoder.requires_grad_(False)
-    learner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    style = set(learner.style_parameters())
+def train_base(base: Base, data: LatentDataset, options: BaseTrainingOptions, folder: Path, resume: bool) -> JointModel:
+    """Train `base` in place; checkpoint and log go to `folder`. The result carries the averaged weights.
+
+    Raises:
+        TrainingError: a loss that is not finite, or a checkpoint of another architecture.
+        InterruptionError: SIGINT or SIGTERM; a checkpoint was written.
+    """
+    model = JointModel(base, len(data.label_names)).requires_grad_(True)
+    base.autoencoder.requires_grad_(False)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    style = set(model.style_parameters())
     groups = [
-        {"params": [p for p in learner.parameters() if p.requires_grad and p not in style], "base": options.lr},
-        {"params": [p for p in learner.parameters() if p in style], "base": options.style_lr},
+        {"params": [p for p in model.parameters() if p.requires_grad and p not in style], "relative": 1.0},
+        {"params": [p for p in model.parameters() if p in style], "relative": options.style_lr / options.lr},
     ]
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    ema = Ema(learner, options.ema)
-    checkpoint = folder / "base.checkpoint.safetensors"
-    modules = {"learner": learner, "ema": ema.shadow}
-    history: list[dict[str, Any]] = []
-    step = 0
-    if resume and checkpoint.exists():
-        facts = load_checkpoint(checkpoint, modules, optimizer)
-        step, history = facts["step"], facts["history"]
-        log.info("resumed at step %d", step)
+    ema = Ema(model, options.ema)
+    loop = TrainingLoop(
+        *("mini base", options.steps, folder / "base.checkpoint.safetensors"),
+        *({"model": model, "ema": ema.shadow}, optimizer),
+        evaluate_every=options.evaluate_every,
+        checkpoint_minutes=options.checkpoint_minutes,
+    )
+    if resume and loop.checkpoint.exists():
+        loop.restore()
     mixed = torch.tensor([name in MIXED_LABELS for name in data.label_names])
-    generator = torch.Generator().manual_seed(options.seed + step)
-    batches = data.batches(options.batch, options.side, np.random.default_rng([options.seed, step]), options.share)
-    seen = round(options.edge_share * options.batch)
-    saved, running = time.monotonic(), 0.0
-    progress = tqdm(total=options.steps, initial=step, desc="mini base", unit="step")
-    while step < options.steps:
-        for group in optimizer.param_groups:
-            group["lr"] = group["base"] * learning_rate_factor(step, options)
-        window = next(batches)
+    weights = data.sampling_weights(options.side, options.share)
+    with_edges = round(options.edge_share * options.batch)
+
+    def train_step(step: int) -> float:
+        set_learning_rate(optimizer, options.lr * learning_rate_factor(step, options))
+        rng, generator = np.random.default_rng([options.seed, step]), rng_for(options.seed, RngStream.STEP, step)
+        window = data.window(rng.choice(data.train, options.batch, p=weights), options.side, rng)
         latents = window.latents.contiguous(memory_format=torch.channels_last)
         noise = torch.randn(latents.shape, generator=generator)
-        t = torch.randint(0, base.config.noise.train_steps, (options.batch,), generator=generator)
+        t = torch.randint(base.config.noise.train_steps, (options.batch,), generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
-            context = learner.draw_context(window, options, mixed, generator)
-            loss = learner.v_error(latents, noise, t, context, window.edges[:seen]).mean()
+            context = model.draw_context(window, options, mixed, generator)
+            loss = model.v_error(latents, noise, t, context, window.edges[:with_edges]).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+        require_finite(loss.item(), step)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        step += 1
-        ema.update(step)
-        running = loss.item() if running == 0 else 0.98 * running + 0.02 * loss.item()
-        progress.set_postfix(loss=f"{running:.4f}", refresh=False)
-        progress.update()
-        last = step == options.steps
-        if step % options.evaluate_every == 0 or last:
-            ema.swap()
-            learner.eval()
-            history.append({"step": step, "pictures": step * options.batch, "loss": running,
-                            "gain": token_gain(learner, data, options.side)})  # fmt: skip
-            learner.train()
-            ema.swap()
-            with replace_file(folder / "base.log.json") as handle:
-                handle.write(json.dumps({"options": asdict(options), "history": history}, indent=1).encode())
-        if last or time.monotonic() - saved > options.checkpoint_seconds:
-            save_checkpoint(checkpoint, modules, optimizer, {"step": step, "history": history})
-            saved = time.monotonic()
-    progress.close()
+        with torch.no_grad():
+            ema.update(step + 1)
+        return loss.item()
+
+    def evaluate(mean_loss: float) -> None:
+        ema.swap()
+        model.eval()
+        gain = token_gain(model, data, options.side)
+        model.train()
+        ema.swap()
+        pictures = loop.step * options.batch
+        loop.history.append({"step": loop.step, "pictures": pictures, "loss": mean_loss, "gain": gain})
+        loop.write_log(folder / "base.log.json", asdict(options))
+
+    loop.run(train_step, evaluate)
+    loop.save()
     ema.swap()
-    base.null_context = learner.null_context.detach().clone()
-    return learner
+    base.null_context = model.null_context.detach().clone()
+    return model

@@ -1,12 +1,12 @@
-"""The artefact of an inversion: ``NAME.prompts.safetensors``, what `lsast-export` bakes into a style.
+"""The result of an inversion: ``NAME.prompts.safetensors``, which `lsast-export` bakes into a style.
 
-Tensors, all float32: ``prompts`` [stages, 3, T, dim], which matrix serves what already resolved; ``matrices``
-[K, tokens, dim]; for the attention generator its maps ``query``, ``key``, ``value`` [dim, dim]. Where prompts pass a
-text encoder there are also ``embeddings`` [K, tokens, dim], what goes in; ``prompts`` is what comes out, so nobody
-needs the encoder again. A file may also hold ``embeddings`` alone, bound to no base yet (`UnboundPrompts`).
+Tensors, all float32: ``prompts`` [stages, 3, T, dim], the context of every stage and layer group; ``matrices``
+[K, tokens, dim]; for the attention generator its weights ``query``, ``key``, ``value`` [dim, dim]. Where prompts pass a
+text encoder there are also ``embeddings`` [K, tokens, dim], its input; ``prompts`` is its output, so the encoder is not
+needed again. A file may also hold ``embeddings`` alone, bound to no base yet (`UnboundPrompts`).
 
 The metadata is one JSON object under the key ``lsast``: several keys would be written in random order, and equal
-prompts would differ.
+prompts would give unequal files.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from ..base.attention import GROUPS
 from ..base.base import Base
 from ..base.lazy_base import check_fingerprint
 from ..options import Generator, Gradient, Layout, Variant, choice_faults, style_name_faults
-from .prompt_space import STAGES, PromptSpace, matrix_count, matrix_table
-from .text_encoder import TextPath
+from .prompt_space import STAGES, PromptSpace, matrix_count, matrix_index
+from .text_encoder import PlaceholderEncoder
 
 FORMAT = 2
 """Format number of prompt files."""
 
 _KEY = "lsast"
-_MAPS = ("query", "key", "value")
+_ATTENTION = ("query", "key", "value")
 _KIND = ("variant", "generator", "layout", "gradient")
 
 
@@ -59,10 +59,10 @@ class Prompts:
     """[stages, 3, T, dim], groups in the order of `GROUPS`."""
     matrices: torch.Tensor
     """[K, tokens, dim]: the learned matrices; for ``geglu`` what the generator makes, its weights are not kept."""
-    maps: dict[str, torch.Tensor] = field(default_factory=dict)
+    attention_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     """``query``, ``key``, ``value`` [dim, dim] of the attention generator; empty for the others."""
     meta: dict[str, str] = field(default_factory=dict)
-    """Licence and training facts; kept, not interpreted."""
+    """Licence and how it was trained; kept, not interpreted."""
     embeddings: torch.Tensor | None = None
     """[K, tokens, dim]: the embeddings of the placeholder, where prompts pass a text encoder."""
 
@@ -72,14 +72,14 @@ class Prompts:
 
     @classmethod
     def of(cls, space: PromptSpace, name: str, base: str, meta: Mapping[str, str]) -> Prompts:
-        """The prompts that `space` gives now, without dropout, copied to the CPU."""
+        """The current prompts of `space`, without dropout, copied to the CPU."""
         with torch.no_grad():
             prompts = space.prompts().cpu().clone()
             made = space.embeddings().cpu().clone()
-        maps = {key: value.detach().cpu().clone() for key, value in space.maps().items()}
+        weights = {key: value.detach().cpu().clone() for key, value in space.attention_weights().items()}
         matrices = made if space.generator == "geglu" else space.matrices.detach().cpu().clone()
         kind = (space.variant, space.generator, space.layout, space.gradient)
-        return cls(name, base, *kind, prompts, matrices, maps, dict(meta), None if space.text is None else made)
+        return cls(name, base, *kind, prompts, matrices, weights, dict(meta), None if space.text is None else made)
 
     @property
     def prompt(self) -> Literal["context", "text"]:
@@ -87,9 +87,9 @@ class Prompts:
         return "context" if self.embeddings is None else "text"
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything that is stored, by name."""
+        """The tensors of the file, by name."""
         through = {} if self.embeddings is None else {"embeddings": self.embeddings}
-        return {"prompts": self.prompts, "matrices": self.matrices, **self.maps, **through}
+        return {"prompts": self.prompts, "matrices": self.matrices, **self.attention_weights, **through}
 
     def _faults(self) -> list[str]:
         faults = _shared_faults(self)
@@ -103,7 +103,7 @@ class Prompts:
             matrices = (matrix_count(self.variant, self.generator, self.layout, stages), tokens, dim)
             expected: dict[str, tuple[int, ...]] = {"prompts": shape, "matrices": matrices}
             if self.generator == "attention":
-                expected |= dict.fromkeys(_MAPS, (dim, dim))
+                expected |= dict.fromkeys(_ATTENTION, (dim, dim))
             if self.embeddings is not None:
                 expected["embeddings"] = matrices
             found = self.tensors()
@@ -119,7 +119,7 @@ class Prompts:
 
 @dataclass(frozen=True, eq=False)
 class UnboundPrompts:
-    """Embeddings of the placeholder that no text encoder has seen: the prompts of any base with one that fits.
+    """Embeddings of the placeholder without a base: a base with a fitting text encoder makes prompts of them (`bind`).
 
     Raises:
         StyleError: parts that do not fit together, or values that are not finite; all faults at once.
@@ -135,7 +135,7 @@ class UnboundPrompts:
     stages: int = STAGES
     """Equal parts of the noise schedule."""
     meta: dict[str, str] = field(default_factory=dict)
-    """Licence and training facts; kept, not interpreted."""
+    """Licence and how it was trained; kept, not interpreted."""
 
     def __post_init__(self) -> None:
         faults = _shared_faults(self)
@@ -148,16 +148,16 @@ class UnboundPrompts:
             raise StyleError(fault_list(f"the embeddings of {self.name!r} are not usable:", faults))
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything that is stored, by name."""
+        """The tensors of the file, by name."""
         return {"embeddings": self.embeddings}
 
-    def bind(self, text: TextPath, base: str) -> Prompts:
-        """The prompts that the text encoder of the base with the fingerprint `base` makes of the embeddings.
+    def bind(self, text: PlaceholderEncoder, base: str) -> Prompts:
+        """The prompts of the embeddings on the base with the fingerprint `base` and the text encoder `text`.
 
         Raises:
             StyleError: the encoder takes embeddings of another size.
         """
-        table = matrix_table(self.variant, self.layout, self.stages)
+        table = matrix_index(self.variant, self.layout, self.stages)
         used, where = table.unique(return_inverse=True)
         try:
             with torch.no_grad():
@@ -241,8 +241,10 @@ def load_any_prompts(path: Path) -> Prompts | UnboundPrompts:
     name, meta, embeddings = header["name"], header["meta"], tensors.get("embeddings")
     try:
         if bound:
-            maps = {key: value for key, value in tensors.items() if key not in ("prompts", "matrices", "embeddings")}
-            return Prompts(name, header["base"], *kind, tensors["prompts"], tensors["matrices"], maps, meta, embeddings)
+            weights = {key: value for key, value in tensors.items() if key not in ("prompts", "matrices", "embeddings")}
+            return Prompts(
+                name, header["base"], *kind, tensors["prompts"], tensors["matrices"], weights, meta, embeddings
+            )
         return UnboundPrompts(name, *kind, tensors["embeddings"], header["stages"], meta)
     except StyleError as error:
         raise StyleError(f"prompt file {path} is damaged: {error}") from error

@@ -1,13 +1,13 @@
 """The step-aware and layer-aware prompt space: learnable matrices that become the contexts of cross-attention.
 
 A prompt is a context [T, dim] for one stage (a tenth of the noise schedule) and one layer group (`GROUPS`). It comes
-from a matrix P_k [tokens, dim]; `matrix_table` says which k serves which stage and group. With a `TextPath` the matrix
+from a matrix P_k [tokens, dim]; `matrix_index` gives the k of a stage and group. With a `PlaceholderEncoder` the matrix
 replaces the caption's placeholder, and the frozen text encoder gives the context; without one the matrix is the
 context, and both have equally many tokens.
 
-P_k itself is a parameter (``direct``), self-attention over the tokens of a parameter, with maps that all matrices
-share (``attention``: Q, K, V = M W_Q, M W_K, M W_V; A = softmax(Q Kᵀ / √d); P = A V, no residual), or the output of
-the released code's generator (``geglu``).
+P_k is a parameter (``direct``), or self-attention over the tokens of a parameter M_k with weights that all matrices
+share (``attention``: Q, K, V = M W_Q, M W_K, M W_V; A = softmax(Q Kᵀ / √d); P = A V, no residual), or an output of the
+released code's generator (``geglu``).
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from ..base.attention import GROUPS
 from ..base.base import Base
 from ..options import Generator, Gradient, Layout, TrainOptions, Variant, choice_faults
 from .released_generator import FACTOR, GegluGenerator
-from .text_encoder import TextPath
+from .text_encoder import PlaceholderEncoder
 
 STAGES = 10
 """Equal parts of the noise schedule; stage 0 is the clean end (docs/method.md §1.4)."""
 
-NOISE = 0.01
-"""Spread of the matrices around their start, relative to its root mean square: no two start alike."""
+INIT_STD = 0.01
+"""Standard deviation of the matrices around their start, relative to its root mean square."""
 
 GEGLU_LIMIT = 1_000_000_000
-"""Weights of the last layer of ``geglu`` that are still accepted; the release has 71 million."""
+"""Most weights of the last layer of ``geglu``; the release has 71 million."""
 
-_UNRESOLVED = 0.01
-"""Differences between initial tokens below this part of the largest singular value are not told apart at the start."""
+_MIN_SINGULAR = 0.01
+"""Directions of the initial tokens below this part of the largest singular value are damped at the start."""
 
-_OWN_SHARE = 0.99
+_SELF_ATTENTION = 0.99
 """Attention of a token to itself at the start."""
 
 
-def matrix_table(variant: Variant, layout: Layout = "strided", stages: int = STAGES) -> torch.Tensor:
+def matrix_index(variant: Variant, layout: Layout = "strided", stages: int = STAGES) -> torch.Tensor:
     """Index k of the matrix that serves each stage and layer group, int64 [stages, 3].
 
     ``step+layer`` gives 3s + l (30 matrices) or, overlapping, s + l: 12 matrices, each serving three stages in turn
@@ -59,14 +59,14 @@ def matrix_table(variant: Variant, layout: Layout = "strided", stages: int = STA
 
 
 def matrix_count(variant: Variant, generator: Generator, layout: Layout, stages: int = STAGES) -> int:
-    """Matrices there are: those that are read and, with ``geglu``, those that the released generator makes besides."""
+    """Number of matrices: those that are read; with ``geglu`` also those that only the released generator makes."""
     if generator == "geglu" and variant == "step+layer":
         return len(GROUPS) * stages
-    return int(matrix_table(variant, layout, stages).max()) + 1
+    return int(matrix_index(variant, layout, stages).max()) + 1
 
 
 class PromptSpace(nn.Module):
-    """The learnable matrices, or what generates them, and the way to the prompts.
+    """The learnable matrices, or the network that generates them, and their prompts.
 
     Args:
         initial: matrix [tokens, dim] that every matrix starts near; for ``geglu`` the mean of its rows is the constant
@@ -75,10 +75,10 @@ class PromptSpace(nn.Module):
         stages: equal parts of the noise schedule.
         train_steps: timesteps of the noise schedule.
         seed: of the small differences between the matrices at the start, or of the generator's weights.
-        text: the text path; None if the matrices are the contexts.
+        text: the text encoder; None if the matrices are the contexts.
 
     Raises:
-        UsageError: values that cannot be meant, all of them at once.
+        UsageError: invalid values, all of them at once.
     """
 
     table: torch.Tensor
@@ -94,25 +94,25 @@ class PromptSpace(nn.Module):
         stages: int = STAGES,
         train_steps: int = 1000,
         seed: int = 0,
-        text: TextPath | None = None,
+        text: PlaceholderEncoder | None = None,
     ) -> None:
         super().__init__()
         named = {"variant": variant, "generator": generator, "layout": layout, "gradient": gradient}
         if faults := choice_faults(named):
-            raise UsageError(fault_list("these prompt space options cannot be meant:", faults))
+            raise UsageError(fault_list("invalid prompt space options:", faults))
         self.variant, self.generator, self.layout, self.gradient = variant, generator, layout, gradient
         self.train_steps, self.text = train_steps, text
-        self.register_buffer("table", matrix_table(variant, layout, stages), persistent=False)
+        self.register_buffer("table", matrix_index(variant, layout, stages), persistent=False)
         initial = initial.detach().float().cpu()
         count = matrix_count(variant, generator, layout, stages)
         if generator == "geglu":
             self.geglu = _generator(initial, count, seed)
             return
-        spread = NOISE * (initial.square().mean().sqrt().item() or 1.0)
+        spread = INIT_STD * (initial.square().mean().sqrt().item() or 1.0)
         noise = torch.randn(count, *initial.shape, generator=torch.Generator().manual_seed(seed))
         self.matrices = nn.Parameter(initial + spread * noise)  # [K, tokens, dim]
         if generator == "attention":
-            near_identity = _own_token_map(initial)
+            near_identity = identity_attention_init(initial)
             self.query = nn.Parameter(near_identity.clone())
             self.key = nn.Parameter(near_identity)
             self.value = nn.Parameter(torch.eye(initial.shape[1]))
@@ -122,16 +122,16 @@ class PromptSpace(nn.Module):
         """Equal parts of the noise schedule."""
         return len(self.table)
 
-    def maps(self) -> dict[str, nn.Parameter]:
-        """The attention's maps ``query``, ``key`` and ``value``, each [dim, dim]; empty for other generators."""
+    def attention_weights(self) -> dict[str, nn.Parameter]:
+        """W_Q, W_K, W_V [dim, dim] as ``query``, ``key`` and ``value``; empty for other generators."""
         return {name: getattr(self, name) for name in ("query", "key", "value") if self.generator == "attention"}
 
-    def learned(self) -> list[nn.Parameter]:
-        """All that is learned beside `maps`: the matrices, or the weights that generate them."""
+    def prompt_parameters(self) -> list[nn.Parameter]:
+        """Everything learned beside `attention_weights`: the matrices, or the weights of their generator."""
         return list(self.geglu.parameters()) if self.generator == "geglu" else [self.matrices]
 
     def generate(self, matrices: torch.Tensor) -> torch.Tensor:
-        """What ``direct`` or ``attention`` makes of matrices [N, tokens, dim]; the same shape."""
+        """P of the matrices M [N, tokens, dim] (``direct`` or ``attention``), of the same shape."""
         if self.generator == "direct":
             return matrices
         query, key, value = matrices @ self.query, matrices @ self.key, matrices @ self.value
@@ -143,7 +143,7 @@ class PromptSpace(nn.Module):
 
         Args:
             index: numbers of matrices.
-            dropout: what ``geglu`` draws its dropout from while it is trained; None leaves it out.
+            dropout: random numbers for the dropout of ``geglu`` in training; None leaves dropout out.
         """
         if self.generator == "geglu":
             made: torch.Tensor = self.geglu(dropout)
@@ -156,17 +156,17 @@ class PromptSpace(nn.Module):
         return self._contexts(self.embeddings(used))[where]
 
     def contexts(self, timestep: torch.Tensor, dropout: torch.Generator | None = None) -> torch.Tensor:
-        """Contexts [B, 3, T, dim] of the stages of `timestep` [B]; arguments are those of `grouped`."""
-        return torch.stack(self.grouped(timestep, dropout), dim=1)
+        """Contexts [B, 3, T, dim] of the stages of `timestep` [B]; arguments are those of `contexts_by_group`."""
+        return torch.stack(self.contexts_by_group(timestep, dropout), dim=1)
 
-    def grouped(
+    def contexts_by_group(
         self, timestep: torch.Tensor, dropout: torch.Generator | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Contexts of each layer group, [B, T, dim], in the stages of `timestep` [B]; stages may be mixed.
 
-        Only the matrices of these stages are read, so only they get a gradient. With ``gradient="decoder"`` the
-        contexts of `down` and `mid` are constants, so nothing before the decoder is kept for the way back; the released
-        code runs that part without gradient, to the same effect (docs/method.md §3).
+        Only the matrices of these stages get a gradient. With ``gradient="decoder"`` the contexts of `down` and `mid`
+        are constants, so nothing before the decoder is kept for the backward pass; the released code runs that part
+        without gradient, to the same effect (docs/method.md §3).
 
         Args:
             timestep: in 0..train_steps-1.
@@ -179,10 +179,10 @@ class PromptSpace(nn.Module):
             down, mid, up = self._contexts(embeddings)[where].unbind(1)
             return down, mid, up
         with torch.no_grad():
-            held, at = where[:, :2].unique(return_inverse=True)
-            down, mid = self._contexts(embeddings[held])[at].unbind(1)
-        moved, at = where[:, 2].unique(return_inverse=True)
-        return down, mid, self._contexts(embeddings[moved])[at]
+            constant, at = where[:, :2].unique(return_inverse=True)
+            down, mid = self._contexts(embeddings[constant])[at].unbind(1)
+        trained, at = where[:, 2].unique(return_inverse=True)
+        return down, mid, self._contexts(embeddings[trained])[at]
 
     def _contexts(self, embeddings: torch.Tensor) -> torch.Tensor:
         """[N, tokens, dim] to [N, T, dim]."""
@@ -190,14 +190,14 @@ class PromptSpace(nn.Module):
 
 
 def build_space(base: Base, options: TrainOptions, draw: Callable[[], torch.Tensor]) -> PromptSpace:
-    """The untrained prompt space that `options` ask for on `base`, on its device.
+    """The untrained prompt space of `options` on `base`, on its device.
 
     Through a text encoder the matrices start near CLIP's word ``a``, as the released generator does; else near
     `initial_context`.
 
     Args:
         base: the base.
-        options: what the prompts are.
+        options: kind of prompts.
         draw: gives latents of the artist [N, 4, h, w]; called only if the start depends on them.
 
     Raises:
@@ -205,7 +205,7 @@ def build_space(base: Base, options: TrainOptions, draw: Callable[[], torch.Tens
             them than a caption has room for, or a generator that would be too large; all faults at once.
     """
     mode = prompt_mode(base, options)
-    text = TextPath(base.text_encoder) if mode == "text" and base.text_encoder is not None else None
+    text = PlaceholderEncoder(base.text_encoder) if mode == "text" and base.text_encoder is not None else None
     faults = []
     if mode == "text" and text is None:
         faults.append(
@@ -219,12 +219,14 @@ def build_space(base: Base, options: TrainOptions, draw: Callable[[], torch.Tens
         )
     if text is not None and options.placeholder_tokens > text.tokens - 2:
         faults.append(
-            f"placeholder_tokens: found {options.placeholder_tokens}; expected at most {text.tokens - 2}, "
-            "what the text encoder takes between the caption's first and last token"
+            f"placeholder_tokens: found {options.placeholder_tokens}; expected at most {text.tokens - 2}: "
+            "the text encoder's context has room for these between begin and end"
         )
     if faults:
-        raise UsageError(fault_list("these options do not fit the base:", faults))
-    initial = initial_context(base, draw) if text is None else text.word().expand(options.placeholder_tokens, -1)
+        raise UsageError(fault_list("options that do not fit the base:", faults))
+    initial = (
+        initial_context(base, draw) if text is None else text.token_embedding().expand(options.placeholder_tokens, -1)
+    )
     space = PromptSpace(
         initial,
         options.variant,
@@ -239,7 +241,7 @@ def build_space(base: Base, options: TrainOptions, draw: Callable[[], torch.Tens
 
 
 def prompt_mode(base: Base, options: TrainOptions) -> Literal["context", "text"]:
-    """Whether prompts pass a text encoder: ``auto`` means that they do where the base has one."""
+    """Whether prompts pass a text encoder: with ``auto`` they do if the base has one."""
     if options.prompt == "auto":
         return "context" if base.text_encoder is None else "text"
     return options.prompt
@@ -257,10 +259,10 @@ def _generator(initial: torch.Tensor, count: int, seed: int) -> GegluGenerator:
 
 
 def initial_context(base: Base, draw: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """Where the prompts of an artist start, [tokens, dim].
+    """The start of the prompts of an artist, [tokens, dim].
 
-    The mean of the style tokens that the base's style encoder reads from latents [N, 4, h, w] of the artist, which
-    `draw` gives; for a base without one, its null context.
+    The mean of the style tokens that the base's style encoder computes from latents [N, 4, h, w] of the artist, given
+    by `draw`; for a base without a style encoder, its null context.
     """
     if base.style_encoder is None:
         return base.null_context.detach().clone()
@@ -269,18 +271,18 @@ def initial_context(base: Base, draw: Callable[[], torch.Tensor]) -> torch.Tenso
     return tokens
 
 
-def _own_token_map(initial: torch.Tensor) -> torch.Tensor:
+def identity_attention_init(initial: torch.Tensor) -> torch.Tensor:
     """W [dim, dim] that, as W_Q and W_K, makes every token of `initial` [tokens, dim] attend to itself.
 
-    With P = U S Vᵀ and W = V (c / S) Vᵀ the scores P W Wᵀ Pᵀ are c² I. A plain scaled identity would not do: the
-    tokens of a text encoder share a large common part and differ tenfold in length, so all would attend to the
-    longest. Directions in which the tokens hardly differ are damped; tokens that alike may be mixed without harm.
+    With P = U S Vᵀ and W = V (c / S) Vᵀ the scores P W Wᵀ Pᵀ are c² I. A scaled identity would not do: the tokens of a
+    text encoder share a large common part and differ tenfold in length, so all would attend to the longest. Directions
+    in which the tokens hardly differ are damped; such tokens may be mixed without harm.
     """
     tokens, dim = initial.shape
     _, singular, directions = torch.linalg.svd(initial.double(), full_matrices=False)  # directions: Vᵀ [r, dim]
     if singular[0] == 0:
         return torch.eye(dim)
-    score = math.log(_OWN_SHARE / (1 - _OWN_SHARE) * max(tokens - 1, 1)) * math.sqrt(dim)
-    stretch = torch.sqrt(score / (singular.square() + (_UNRESOLVED * singular[0]).square()))
-    own: torch.Tensor = (directions.T @ (stretch[:, None] * directions)).float()
-    return own
+    score = math.log(_SELF_ATTENTION / (1 - _SELF_ATTENTION) * max(tokens - 1, 1)) * math.sqrt(dim)
+    stretch = torch.sqrt(score / (singular.square() + (_MIN_SINGULAR * singular[0]).square()))
+    weight: torch.Tensor = (directions.T @ (stretch[:, None] * directions)).float()
+    return weight

@@ -1,9 +1,8 @@
 """The generator of the released code: every matrix from one constant vector, through one block of a transformer.
 
-docs/method.md §1.3 with x = context = e, one token: x₁ = e + A₁(LN₁ e), x₂ = x₁ + A₂(LN₂ x₁; e), P = W_f (u ·
-GELU(g)) + b
-with [u; g] = W_p LN₃(x₂) + b; no residual around the last part. Attention over a single token is linear in its value:
-queries, keys and LN₂ never get a gradient. They are kept so that released weights fit, key by key.
+docs/method.md §1.3 with x = context = e, one token: x₁ = e + A₁(LN₁ e), x₂ = x₁ + A₂(LN₂ x₁; e),
+P = W_f (u · GELU(g)) + b with [u; g] = W_p LN₃(x₂) + b; no residual around the last part. Attention over a single token
+is linear in its value: queries, keys and LN₂ never get a gradient. They are kept so that released weights fit.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ class GegluGenerator(nn.Module):
     beside them the state holds ``constant``.
 
     Args:
-        constant: e, [dim]: in the release CLIP's embedding of the token ``a`` (docs/method.md §1.2). It is never
-        trained.
+        constant: e, [dim], never trained: in the release CLIP's embedding of the token ``a`` (docs/method.md §1.2).
         count: matrices.
         tokens: rows of a matrix; 1 in the release.
         inner: channels of queries, keys and values, a multiple of `HEADS`.
@@ -68,7 +66,7 @@ class GegluGenerator(nn.Module):
         """The matrices [count, tokens, dim].
 
         Args:
-            dropout: a CPU generator that dropout draws from, in training; None leaves dropout out.
+            dropout: random numbers of the dropout in training; None leaves dropout out.
         """
         e = self.constant[None]  # [1, dim]
         normed = self.norm1(e)
@@ -112,7 +110,7 @@ class _FeedForward(nn.Module):
 
 
 def _drop(values: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """Inverted dropout whose mask comes from `generator`, so that a resumed run repeats it on any device."""
+    """Inverted dropout with a mask from `generator`, so that a resumed run repeats it on any device."""
     if generator is None:
         return values
     kept = torch.rand(values.shape, generator=generator) >= DROPOUT

@@ -19,12 +19,12 @@ A_TOKEN = 320
 """CLIP's id of the word ``a``, the constant that the released generator starts from (docs/method.md §1.2)."""
 
 
-class TextPath:
+class PlaceholderEncoder:
     """A frozen text encoder that takes the embedding of the placeholder.
 
     Args:
-        text_encoder: transformers' CLIPTextModel with a vocabulary that ends with BOS and EOS, as CLIP's does. Its
-            configuration is not asked for them: that of Stable Diffusion 1.5 names other ids.
+        text_encoder: transformers' CLIPTextModel. Its vocabulary ends with BOS and EOS, as CLIP's does; the
+            configuration of Stable Diffusion 1.5 names other ids, so it is not used.
     """
 
     def __init__(self, text_encoder: Any) -> None:
@@ -35,8 +35,8 @@ class TextPath:
         self.tokens = int(text_encoder.config.max_position_embeddings)
         """Tokens of a context, 77 for CLIP."""
 
-    def __deepcopy__(self, _: dict[int, Any]) -> TextPath:
-        """Itself: whoever is copied shares the frozen encoder."""
+    def __deepcopy__(self, _: dict[int, Any]) -> PlaceholderEncoder:
+        """Itself: copies of a prompt space share the frozen encoder."""
         return self
 
     @property
@@ -44,7 +44,7 @@ class TextPath:
         """Channels of an embedding, and of a context."""
         return int(self._table.weight.shape[1])
 
-    def word(self, token: int = A_TOKEN) -> torch.Tensor:
+    def token_embedding(self, token: int = A_TOKEN) -> torch.Tensor:
         """The encoder's own embedding of a token, [dim] float32.
 
         Raises:
@@ -61,7 +61,7 @@ class TextPath:
         """Embeddings [N, n, dim] of the placeholder to contexts [N, tokens, dim] float32; gradients flow through.
 
         Raises:
-            UsageError: embeddings of other channels, or more tokens than fit between BOS and EOS.
+            UsageError: embeddings of another width, or more tokens than fit between BOS and EOS.
         """
         count, placeholders, dim = embeddings.shape
         if dim != self.dim or not 1 <= placeholders <= self.tokens - 2:
@@ -77,7 +77,7 @@ class TextPath:
 
     @contextmanager
     def _placeholder(self, embeddings: torch.Tensor) -> Iterator[None]:
-        """Inside, positions 1 to n of the token embedding's output are `embeddings`."""
+        """While the block runs, positions 1 to n of the token embedding's output are `embeddings`."""
 
         def replace(_: Any, __: Any, words: torch.Tensor) -> torch.Tensor:
             own = embeddings.to(words)

@@ -1,4 +1,4 @@
-"""Stopping between two steps: signals are noted, and obeyed when everything is consistent."""
+"""Stopping between two steps: a signal is noted and handled when everything is consistent."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from lsast_engines.errors import TrainingError
 
 
 class InterruptionError(TrainingError):
-    """A signal stopped the run after a whole step; a checkpoint was written. Exit code 128 + signal."""
+    """A signal stopped the run after a whole step, and a checkpoint was written; the exit status is 128 + signal."""
 
     def __init__(self, number: int, step: int, checkpoint: Path) -> None:
         super().__init__(f"stopped after step {step}; {checkpoint} is whole: go on with --resume")
         self.exit_code = 128 + number
 
 
-class NotedSignals:
-    """While entered, notes SIGINT and SIGTERM instead of letting them cut a step; a second one is obeyed at once.
+class DeferredSignals:
+    """While entered, notes SIGINT and SIGTERM; a second signal is handled at once, as it was before.
 
     Does nothing outside the main thread, where Python handles no signals.
     """
@@ -30,7 +30,7 @@ class NotedSignals:
         """The signal that came in, or 0."""
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> NotedSignals:
+    def __enter__(self) -> DeferredSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note)

@@ -1,0 +1,99 @@
+"""The held-out loss: its formula, its rows and its noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from lsast_train.base.base import Base
+from lsast_train.evaluation import ValidationSet, noise_error
+from lsast_train.inversion import Inversion
+from lsast_train.options import TrainOptions
+from lsast_train.paintings import PaintingDataset
+from lsast_train.prompts.prompt_space import PromptSpace
+
+
+def _schedule() -> Any:
+    return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+def _alphas() -> torch.Tensor:
+    alphas: torch.Tensor = _schedule().alphas_cumprod
+    return alphas
+
+
+def _stub_base(eps: Callable[..., torch.Tensor]) -> Any:
+    config = SimpleNamespace(noise=SimpleNamespace(train_steps=1000))
+    return SimpleNamespace(eps=eps, add_noise=_schedule().add_noise, config=config)
+
+
+def test_validation_loss_of_a_perfect_base_is_zero_and_of_zeros_is_one() -> None:
+    alphas = _alphas()
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).expand(5, -1, -1, -1)
+
+    def perfect(noisy: torch.Tensor, time: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        abar = alphas[time].view(-1, 1, 1, 1)
+        return (noisy - abar.sqrt() * latents[:1]) / (1 - abar).sqrt()
+
+    space = PromptSpace(torch.randn(4, 8))
+    found = ValidationSet(_stub_base(perfect), latents, 0, "no").losses(space, range(10))
+    assert found.max() < 1e-6
+    blind = ValidationSet(_stub_base(lambda noisy, *_: torch.zeros_like(noisy)), latents, 0, "no")
+    found = blind.losses(space, [2, 7])
+    assert found.nonzero().flatten().tolist() == [2, 7]
+    assert found[[2, 7]].numpy() == pytest.approx(1.0, abs=0.05)
+    assert torch.equal(blind.losses(space, []), torch.zeros(10, dtype=torch.float64))
+
+
+def test_validation_loss_of_a_stage_is_the_mean_of_its_rows() -> None:
+    """A base that is off by its timestep / 100 everywhere."""
+    alphas = _alphas()
+    latents = torch.zeros(3, 4, 8, 8)
+
+    def off(noisy: torch.Tensor, time: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return noisy / (1 - alphas[time]).sqrt().view(-1, 1, 1, 1) + time.view(-1, 1, 1, 1) / 100
+
+    found = ValidationSet(_stub_base(off), latents, 0, "no").losses(PromptSpace(torch.randn(4, 8)), range(10))
+    # Three latents, so the middles of the thirds of each stage: 16, 50, 83, then 116, 150 …
+    expected = [sum((stage + part) ** 2 for part in (0.16, 0.5, 0.83)) / 3 for stage in range(10)]
+    assert found.numpy() == pytest.approx(expected, rel=1e-4)
+
+
+def test_validation_noise_is_the_same_every_time_and_another_for_every_row() -> None:
+    seen: list[torch.Tensor] = []
+
+    def eps(noisy: torch.Tensor, time: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        seen.append(noisy / (1 - _alphas()[time]).sqrt().view(-1, 1, 1, 1))
+        return torch.zeros_like(noisy)
+
+    probe = ValidationSet(_stub_base(eps), torch.zeros(2, 4, 8, 8), 0, "no")
+    space = PromptSpace(torch.randn(4, 8))
+    first = probe.losses(space, range(10))
+    torch.testing.assert_close(probe.losses(space, reversed(range(10))), first)
+    noise = torch.cat(seen)[:20]
+    assert torch.cdist(noise.flatten(1), noise.flatten(1)).add(100 * torch.eye(20)).min() > 10
+
+
+def test_noise_error_in_bf16_computes_contexts_in_fp32(
+    text_base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Inversion(text_base, collection, replace(brief, mixed_precision="bf16"), "red", tmp_path)
+    seen: list[Any] = []
+
+    def eps(noisy: torch.Tensor, time: torch.Tensor, contexts: Any) -> torch.Tensor:
+        seen.append(contexts)
+        assert torch.is_autocast_enabled("cpu")
+        return noisy
+
+    expected = run.space.contexts(torch.tensor([340]))
+    monkeypatch.setattr(text_base, "eps", eps)
+    latents = torch.zeros(1, 4, 8, 8)
+    noise_error(text_base, run.space, latents, latents, torch.tensor([340]), "bf16")
+    assert torch.equal(torch.stack(list(seen[0]), dim=1), expected)

@@ -1,0 +1,79 @@
+"""What saves memory and time in a step, and changes its result little or not at all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lsast_train.base.base import Base
+from lsast_train.inversion import Inversion
+from lsast_train.options import TrainOptions
+from lsast_train.paintings import PaintingDataset
+
+
+def _kept(run: Inversion) -> tuple[int, torch.Tensor]:
+    """Bytes that one step keeps for the way back, and its gradient."""
+    storages: dict[int, int] = {}
+    frozen = {p.untyped_storage().data_ptr() for p in run.base.unet.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in frozen:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = run.loss(0, 0)
+    run.space.zero_grad()
+    torch.autograd.backward(loss)
+    assert run.space.matrices.grad is not None
+    return sum(storages.values()), run.space.matrices.grad.clone()
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradient(
+    text_base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path, precision: Any
+) -> None:
+    options = replace(brief, generator="direct", mixed_precision=precision)
+    much, expected = _kept(Inversion(text_base, collection, options, "red", tmp_path))
+    thrifty = Inversion(text_base, collection, replace(options, gradient_checkpointing=True), "red", tmp_path)
+    little, found = _kept(thrifty)
+    assert little < 0.6 * much
+    assert torch.equal(found, expected)
+    assert found.abs().max() > 0
+    Inversion(text_base, collection, options, "red", tmp_path)
+    assert not text_base.unet.is_gradient_checkpointing
+
+
+def test_round_unet_gives_the_loss_and_gradient_of_autocast(
+    text_base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path
+) -> None:
+    for module in text_base.unet.modules():
+        if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+            torch.nn.init.normal_(module.weight)
+    run = Inversion(text_base, collection, replace(brief, mixed_precision="bf16"), "red", tmp_path)
+    expected, size = run.loss(0, 0), sum(p.nbytes for p in text_base.unet.parameters())
+    (gradient,) = torch.autograd.grad(expected, run.space.matrices)
+    text_base.round_unet()
+    found = run.loss(0, 0)
+    assert torch.equal(found, expected)
+    assert torch.equal(torch.autograd.grad(found, run.space.matrices)[0], gradient)
+    assert sum(p.nbytes for p in text_base.unet.parameters()) < 0.52 * size
+
+
+def test_bf16_loss_is_near_fp32_with_gradients_in_fp32(
+    base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path
+) -> None:
+    exact = Inversion(base, collection, brief, "red", tmp_path)
+    rough = Inversion(base, collection, replace(brief, mixed_precision="bf16"), "red", tmp_path)
+    losses = [run.loss(0, 0) for run in (exact, rough)]
+    assert losses[0].item() != losses[1].item()
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.03)
+    for run, loss in zip((exact, rough), losses, strict=True):
+        torch.autograd.backward(loss)
+        assert run.space.matrices.grad is not None
+        assert run.space.matrices.grad.dtype == torch.float32

@@ -1,0 +1,104 @@
+"""Runs that are stopped and go on, and checkpoints that do not fit."""
+
+from __future__ import annotations
+
+import copy
+import json
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lsast_engines.errors import TrainingError
+from lsast_train.base.base import Base
+from lsast_train.inversion import Inversion
+from lsast_train.mini.architecture import MiniConfig, build_mini
+from lsast_train.options import TrainOptions
+from lsast_train.paintings import PaintingDataset
+from lsast_train.prompts.prompt_file import load_prompts
+from lsast_train.training.signals import InterruptionError
+
+InterruptAt = Callable[[int], Callable[[int, float], None]]
+
+
+@pytest.mark.parametrize("views", [0, 1], ids=["fresh", "encoded"])
+def test_resumed_inversion_equals_the_uninterrupted_one_bit_for_bit(
+    collection: PaintingDataset, brief: TrainOptions, tmp_path: Path, interrupt_at: InterruptAt, views: int
+) -> None:
+    options = replace(brief, views=views, evaluate_every=8)
+
+    def make(folder: str, **how: Any) -> Inversion:
+        return Inversion(build_mini(MiniConfig.tiny()), collection, options, "red", tmp_path / folder, **how)
+
+    straight = make("straight").run()
+    # Part of the mean loss since the last evaluation is carried over.
+    with pytest.raises(InterruptionError, match=r"after step 6; .* --resume") as caught:
+        make("parts", on_step=interrupt_at(6)).run()
+    assert caught.value.exit_code == 130
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == ["red.checkpoint.safetensors"]
+    resumed = make("parts", resume=True).run()
+    assert resumed.file.read_bytes() == straight.file.read_bytes()
+    assert resumed.curve.read_text() == straight.curve.read_text()
+    assert (resumed.steps, resumed.best_step) == (10, straight.best_step)
+    assert not (tmp_path / "parts" / "red.checkpoint.safetensors").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"generator": "geglu", "layout": "overlap", "gradient": "decoder"},
+        {"generator": "attention", "placeholder_tokens": 2},
+        {"generator": "direct", "prompt": "context"},
+    ],
+    ids=lambda kind: " ".join(map(str, kind.values())),
+)
+def test_resumed_inversion_through_a_text_encoder_equals_the_uninterrupted_one(
+    text_base: Base,
+    collection: PaintingDataset,
+    brief: TrainOptions,
+    tmp_path: Path,
+    interrupt_at: InterruptAt,
+    kind: dict[str, Any],
+) -> None:
+    """Bit for bit, with the generator's dropout."""
+    lr = 0.01 if kind["generator"] == "geglu" else 1.0
+    options = replace(brief, **kind, lr=lr, map_lr=0.0, batch=6, evaluate_latents=2)
+    before = copy.deepcopy(text_base.text_encoder.state_dict())
+    straight = Inversion(text_base, collection, options, "red", tmp_path / "straight").run()
+    assert (straight.best_step, straight.relative_loss < 0.9999) == (10, True)
+    with pytest.raises(InterruptionError):
+        Inversion(text_base, collection, options, "red", tmp_path / "parts", on_step=interrupt_at(4)).run()
+    resumed = Inversion(text_base, collection, options, "red", tmp_path / "parts", resume=True).run()
+    assert resumed.file.read_bytes() == straight.file.read_bytes()
+    assert all(torch.equal(v, before[k]) for k, v in text_base.text_encoder.state_dict().items())
+    prompts = load_prompts(straight.file, text_base)
+    assert prompts.prompts.shape == (10, 3, 77, 24)
+    assert prompts.prompt == kind.get("prompt", "text")
+    assert json.loads(prompts.meta["options"])["generator"] == kind["generator"]
+
+
+def test_checkpoint_that_does_not_fit_the_run_is_refused(
+    base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path, interrupt_at: InterruptAt
+) -> None:
+    with pytest.raises(TrainingError, match=r"found no checkpoint .* start without --resume"):
+        Inversion(base, collection, brief, "red", tmp_path, resume=True)
+    with pytest.raises(InterruptionError):
+        Inversion(base, collection, brief, "red", tmp_path, on_step=interrupt_at(1)).run()
+    with pytest.raises(TrainingError, match="unfinished run"):
+        Inversion(base, collection, brief, "red", tmp_path)
+    others = PaintingDataset(collection.training[1:], collection.held_out, "other paintings")
+    with pytest.raises(TrainingError) as caught:
+        Inversion(base, others, replace(brief, lr=0.2, seed=7), "red", tmp_path, resume=True)
+    found = {line.split(":")[0].strip(" -") for line in str(caught.value).splitlines()[1:]}
+    assert found == {"lr", "seed", "paintings"}
+    with pytest.raises(TrainingError, match="other options"):
+        Inversion(base, collection, replace(brief, variant="global"), "red", tmp_path, resume=True)
+    checkpoint = tmp_path / "red.checkpoint.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+    with pytest.raises(TrainingError, match="not a checkpoint"):
+        Inversion(base, collection, brief, "red", tmp_path, resume=True)

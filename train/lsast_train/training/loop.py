@@ -1,0 +1,159 @@
+"""The one training loop: steps with a progress bar, evaluations, checkpoints, and stops between two steps."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from lsast_engines.errors import TrainingError, fault_list
+from lsast_engines.files import replace_file
+
+from .checkpoint import load_checkpoint, save_checkpoint
+from .signals import DeferredSignals, InterruptionError
+
+log = logging.getLogger("lsast.train")
+
+
+class TrainingLoop:
+    """Runs a training step again and again.
+
+    Args:
+        name: shown beside the progress bar.
+        steps: of the whole run.
+        checkpoint: file of the checkpoint.
+        modules, optimizer: their states are in the checkpoint.
+        identity: what a resumed run must have in common with its checkpoint, as JSON values.
+        evaluate_every: steps between two evaluations; the last step is followed by one, too.
+        checkpoint_minutes: minutes between two checkpoints.
+        writes: whether this process shows the bar and writes checkpoints: the first one of several.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        steps: int,
+        checkpoint: Path,
+        modules: Mapping[str, nn.Module],
+        optimizer: torch.optim.Optimizer,
+        *,
+        identity: Mapping[str, Any] | None = None,
+        evaluate_every: int,
+        checkpoint_minutes: float,
+        writes: bool = True,
+    ) -> None:
+        self.name, self.steps, self.checkpoint = name, steps, checkpoint
+        self.modules, self.optimizer, self.identity = modules, optimizer, dict(identity or {})
+        self.evaluate_every, self.checkpoint_minutes, self.writes = evaluate_every, checkpoint_minutes, writes
+        self.step = 0
+        """Steps done."""
+        self.seconds = 0.0
+        """Wall time of `run`, including that of the parts before a resume."""
+        self.history: list[dict[str, Any]] = []
+        """A record of each evaluation, as JSON values."""
+        self._losses = [0.0, 0]
+
+    def restore(self) -> None:
+        """Go on from the checkpoint.
+
+        Raises:
+            TrainingError: it is damaged or of another run.
+        """
+        state = load_checkpoint(self.checkpoint, self.modules, self.optimizer)
+        known = state.get("identity", {})
+        if faults := [
+            f"{key}: found {known.get(key)!r} in the checkpoint, {value!r} now"
+            for key, value in self.identity.items()
+            if known.get(key) != value
+        ]:
+            raise TrainingError(fault_list(f"{self.checkpoint} belongs to another run; give the same options:", faults))
+        self.step, self.seconds, self.history, self._losses = (
+            state[key] for key in ("step", "seconds", "history", "losses")
+        )
+        log.info("goes on after step %d of %d", self.step, self.steps)
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        state = {
+            "identity": self.identity,
+            "step": self.step,
+            "seconds": self.seconds,
+            "history": self.history,
+            "losses": self._losses,
+        }
+        save_checkpoint(self.checkpoint, self.modules, self.optimizer, state)
+
+    def write_log(self, path: Path, options: Mapping[str, Any]) -> None:
+        """Write the options of the run and `history` as JSON."""
+        with replace_file(path) as handle:
+            handle.write(json.dumps({"options": options, "history": self.history}, indent=1).encode())
+
+    def run(
+        self,
+        train_step: Callable[[int], float],
+        evaluate: Callable[[float], None],
+        on_step: Callable[[int, float], None] | None = None,
+        agree: Callable[[int], int] = int,
+    ) -> None:
+        """Train to the last step.
+
+        Args:
+            train_step: takes the step of this number, counted from 0; returns its loss.
+            evaluate: gets the mean loss since the evaluation before; appends to `history`.
+            on_step: called with the number of steps done and the loss after each step.
+            agree: makes the signal of one process, or 0, that of all processes.
+
+        Raises:
+            InterruptionError: SIGINT or SIGTERM; a checkpoint was written.
+        """
+        began = saved = time.monotonic()
+        before = self.seconds
+        bar = tqdm(total=self.steps, initial=self.step, desc=self.name, unit="step", disable=not self.writes)
+        with bar, DeferredSignals() as signals:
+            while self.step < self.steps:
+                loss = train_step(self.step)
+                self.step += 1
+                self._losses = [self._losses[0] + loss, self._losses[1] + 1]
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                bar.update()
+                if on_step is not None:
+                    on_step(self.step, loss)
+                if self.step % self.evaluate_every == 0 or self.step == self.steps:
+                    evaluate(self._losses[0] / self._losses[1])
+                    self._losses = [0.0, 0]
+                now = time.monotonic()
+                self.seconds = before + now - began
+                stop = agree(signals.number)
+                if self.writes and (stop or now - saved > 60 * self.checkpoint_minutes):
+                    self.save()
+                    saved = now
+                if stop and self.step < self.steps:
+                    raise InterruptionError(stop, self.step, self.checkpoint)
+
+
+def require_checkpoint(path: Path, resume: bool) -> None:
+    """Raise `TrainingError` for a checkpoint that is missing where a run is resumed, or there where one begins."""
+    if resume and not path.exists():
+        raise TrainingError(f"found no checkpoint {path}; start without --resume")
+    if path.exists() and not resume:
+        raise TrainingError(f"found the checkpoint of an unfinished run, {path}; go on with --resume, or delete it")
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every parameter group to `lr` times the group's ``relative`` (default 1)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("relative", 1.0)
+
+
+def require_finite(loss: float, step: int) -> None:
+    """Raise `TrainingError` if the loss of a step is no number."""
+    if not math.isfinite(loss):
+        raise TrainingError(f"the loss of step {step} is {loss}; lower --lr, or use --mixed-precision no")

@@ -1,0 +1,59 @@
+"""The files of a run, and the result of a finished one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lsast_engines.environment import package_version
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Where a run writes: one folder, under the style's name."""
+
+    folder: Path
+    name: str
+    prompts: bool = True
+    """Whether the result is a prompt file, or else a style file."""
+
+    @property
+    def result(self) -> Path:
+        """The prompt file or style file."""
+        return self.folder / f"{self.name}{'.prompts' * self.prompts}.safetensors"
+
+    @property
+    def checkpoint(self) -> Path:
+        """There only while a run is unfinished."""
+        return self.folder / f"{self.name}.checkpoint.safetensors"
+
+    @property
+    def teacher(self) -> Path:
+        """Samples of the teacher of a distillation, there only while it is unfinished."""
+        return self.folder / f"{self.name}.teacher.safetensors"
+
+    @property
+    def curve(self) -> Path:
+        """The losses as JSON; the picture has the suffix ``.png``."""
+        return self.folder / f"{self.name}.curve.json"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The result of a finished run."""
+
+    file: Path
+    """The prompt file or style file."""
+    curve: Path
+    steps: int
+    best_step: int
+    """Step of the evaluation with the lowest held-out loss, whose values were kept."""
+    relative_loss: float
+    """Its held-out loss relative to the start: to the untrained prompts, or to the style without guidance."""
+    seconds: float
+    """Wall time of the steps, including those before a resume."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that compute."""
+    return {name: package_version(name) for name in ("lsast", "torch", "diffusers")}
