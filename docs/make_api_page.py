@@ -13,6 +13,7 @@ import inspect
 import re
 import sys
 import textwrap
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +61,21 @@ def _class(name: str, value: type) -> list[str]:
 
 def _fields(value: type) -> str:
     """A list of a dataclass's fields, each with the docstring under it."""
+    from lsast.options.options import rules
+
     documents = _field_documents(value)
     lines = []
     for field in dataclasses.fields(value):
         default = "" if field.default is dataclasses.MISSING else f" = {field.default!r}"
         text = _join(documents.get(field.name, "")).replace("``", "`")
-        if rule := field.metadata.get("rule"):  # an option
-            text = f"{rule.help} Expected: {rule.expected}."
-        lines.append(f"- `{field.name}: {field.type}{default}`" + (f" — {text}" if text else ""))
+        kind = str(field.type)
+        if kind.startswith("Annotated"):  # an option
+            rule = rules()[field.name]
+            kind, text = (
+                inspect.formatannotation(typing.get_type_hints(value)[field.name]),
+                f"{rule.help} Expected: {rule.expected}.",
+            )
+        lines.append(f"- `{field.name}: {kind}{default}`" + (f" — {text}" if text else ""))
     return "\n".join(lines)
 
 

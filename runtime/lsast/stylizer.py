@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,7 +34,6 @@ from .result import Result
 from .sampling.cached_denoiser import CachedDenoiser
 from .sampling.sampler import (
     Batch,
-    ControlNetCond,
     Denoiser,
     Floats,
     Graph,
@@ -41,11 +41,13 @@ from .sampling.sampler import (
     Networks,
     NotFiniteError,
     Pixels,
-    VaeDecoder,
-    VaeEncoder,
+    decode,
+    decode_levels,
+    embed_edges,
+    encode,
     sample,
 )
-from .sampling.tiling import TiledControlNetCond, TiledDenoiser, TiledVaeDecoder, TiledVaeEncoder
+from .sampling.tiling import TiledDenoiser, tiled_cond, tiled_decoder, tiled_encoder
 from .sessions import batching
 from .sessions.cancel import CancelToken
 from .sessions.engine_pool import STYLE_MEMORY, EngineFactory, EnginePool
@@ -392,32 +394,32 @@ class Stylizer:
             return Graph(self._pool.engine(name), cancel.check if cancel else None)
 
         graphs = {name: graph(name) for name in denoisers}
-        encoder, cond = VaeEncoder(graph(VAE_ENCODER)), ControlNetCond(graph(CONTROLNET_COND))
         whole = GraphDenoiser(graphs[DENOISER]) if interval == 1 else None
 
         def denoiser() -> Denoiser:
             return whole or CachedDenoiser(graphs, interval, manifest.noise)
 
-        def decode(latents: Floats) -> Pixels:
-            network = VaeDecoder(graph(decoder))
-            return TiledVaeDecoder(network, grid)(latents) if grid else network(latents)
+        def decode_once(latents: Floats) -> Pixels:
+            network = graph(decoder)
+            return tiled_decoder(partial(decode_levels, network), grid)(latents) if grid else decode(network, latents)
 
-        def decode_or_fall_back(latents: Floats) -> Pixels:
-            """Decode; if the values overflow below fp32, decode again in fp32, and stay there."""
+        def decode_finite(latents: Floats) -> Pixels:
+            """Decode; if values overflow below fp32, decode again in fp32, and stay there."""
             try:
-                return decode(latents)
+                return decode_once(latents)
             except NotFiniteError as error:
                 if self._pool.engine(decoder).compute_dtype == "fp32":
                     raise
                 _log.warning("%s; decoding again in fp32", error)
             self._pool.reopen(decoder, "fp32")
-            return decode(latents)
+            return decode_once(latents)
 
+        encoder, cond = partial(encode, graph(VAE_ENCODER)), partial(embed_edges, graph(CONTROLNET_COND))
         return Networks(
-            vae_encoder=TiledVaeEncoder(encoder, grid) if grid else encoder,
-            controlnet_cond=TiledControlNetCond(cond, grid) if grid else cond,
+            vae_encoder=tiled_encoder(encoder, grid) if grid else encoder,
+            controlnet_cond=tiled_cond(cond, grid) if grid else cond,
             denoiser=TiledDenoiser(denoiser, grid) if grid else denoiser(),
-            vae_decoder=decode_or_fall_back,
+            vae_decoder=decode_finite,
             latent_scale=np.float32(manifest.latent_scale),
         )
 

@@ -53,15 +53,16 @@ class RunCommand(Command):
 
 def painting_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds an option for each field of `Options`; what is not given is None."""
+    metavars = {"style": "MIX", "size": "SIZE", "tile": "TILE"}
     for option in reversed(fields(Options)):
-        rule = rules()[option.name]
+        rule, name = rules()[option.name], f"--{option.name.replace('_', '-')}"
         default = "" if option.default is MISSING or option.default is None else f"; default: {option.default}"
-        limits = "" if rule.kind is bool or option.name == "style" else f" [{rule.values}{default}]"
-        name, text = f"--{option.name.replace('_', '-')}", f"{rule.help}{limits}"
-        if rule.kind is bool:
-            add = click.option(name, is_flag=True, default=None, help=text)
+        if rule.type is bool:
+            add = click.option(name, is_flag=True, default=None, help=rule.help)
         else:
-            add = click.option(name, type=rule.kind, metavar=rule.metavar, help=text)
+            text = f"{rule.help} [{rule.values}{default}]" if rule.range or rule.choices else rule.help
+            usual = {int: "N", float: "NUMBER", str: "NAME"}[rule.type]
+            add = click.option(name, type=rule.type, metavar=metavars.get(option.name, usual), help=text)
         command = add(command)
     return command
 

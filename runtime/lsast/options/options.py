@@ -1,15 +1,16 @@
 """The options of one repainting, declared once: for the API, the command line, JSON, files and the documentation.
 
-`Options` holds each option's type, default, range and help. Precedence of what is not given: the preset, the style's
+`Options` declares each option's type, help, range and default. Precedence of what is not given: the preset, the style's
 defaults, the bundle's defaults, the default declared here. Nothing here imports numpy, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 from lsast_engines.errors import UsageError, fault_list
 from lsast_engines.removed import REMOVED_OPTIONS, RENAMED_OPTIONS, RENAMED_VALUES
@@ -43,57 +44,25 @@ and need the bundle's split graphs; `released` is the shipped call of LSAST's co
 
 
 @dataclass(frozen=True)
-class Rule:
-    """What an option may be, and what it does."""
+class Range:
+    """The numbers that an option may be: from `low` to `high`, and 0 as well with `or_zero`."""
 
-    kind: type
-    values: str
-    """The allowed values, for messages and help."""
-    accepts: Callable[[Any], bool]
-    help: str
-    metavar: str | None = None
+    low: float
+    high: float = math.inf
+    or_zero: bool = False
+    above: bool = False
+    """Whether `low` itself is excluded."""
 
-    @property
-    def expected(self) -> str:
-        """The allowed values with their type, for messages."""
-        return {int: "a whole number, ", float: "a number, "}.get(self.kind, "") + self.values
+    def __contains__(self, value: float) -> bool:
+        return (self.low <= value <= self.high and not (self.above and value == self.low)) or (
+            self.or_zero and value == 0
+        )
 
-
-def _rule(*facts: Any, **more: Any) -> dict[str, Rule]:
-    """A `Rule` as the metadata of a field."""
-    return {"rule": Rule(*facts, **more)}
-
-
-def _integer(low: int, high: float, text: str, *, or_zero: bool = False, metavar: str = "N") -> dict[str, Rule]:
-    """A whole number from `low` to `high`, or 0 as well."""
-    values = f"{low} to {high}" if high < math.inf else f"{low} or more"
-
-    def accepts(value: Any) -> bool:
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        return whole and (low <= value <= high or (or_zero and value == 0))
-
-    return _rule(int, f"0, or {values}" if or_zero else values, accepts, text, metavar)
-
-
-def _number(low: float, high: float, text: str, *, above: bool = False) -> dict[str, Rule]:
-    """A number from `low` to `high`; `above` excludes `low`."""
-    values = f"above {low:g}, up to {high:g}" if above else f"{low:g} to {high:g}"
-
-    def accepts(value: Any) -> bool:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return number and low <= value <= high and not (above and value == low)
-
-    return _rule(float, values, accepts, text, "NUMBER")
-
-
-def _choice(values: tuple[str, ...], text: str, *, optional: bool = False) -> dict[str, Rule]:
-    """One of `values`, or None as well."""
-    listed = f"{', '.join(values[:-1])} or {values[-1]}"
-    return _rule(str, listed, lambda value: value in values or (optional and value is None), text, "NAME")
-
-
-def _style(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"{self.low:g} or more"
+        span = f"above {self.low:g}, up to {self.high:g}" if self.above else f"{self.low:g} to {self.high:g}"
+        return f"0, or {span}" if self.or_zero else span
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,129 +73,80 @@ class Options:
         UsageError: one or more values are invalid; all of them are named at once.
     """
 
-    style: str = field(
-        metadata=_rule(
-            str,
-            "the name of a style, or a mix of styles",
-            _style,
-            "Style to paint in. A mix joins styles with +, weights them with :, and limits them with @ to a layer "
-            "group (down, mid, up) or to stages (0-9): vangogh:0.6+monet:0.4, vangogh@up+monet@0-4.",
-            "MIX",
-        )
-    )
-    steps: int = field(
-        metadata=_integer(
-            1,
-            1000,
-            "Steps from pure noise to the painting; the last int(steps * strength) of them are run, at least one.",
-        )
-    )
-    strength: float = field(
-        metadata=_number(
-            0, 1, "How far the painting may depart from the picture; 1 starts from pure noise.", above=True
-        )
-    )
-    guidance: float = field(
-        metadata=_number(
-            0,
-            100,
-            "How much the style is exaggerated (scale of classifier-free guidance); 1 is plain and twice as fast.",
-        )
-    )
-    control_scale: float = field(
-        metadata=_number(
-            0, 2, "How closely the picture's edges are followed (scale of the ControlNet); 0 ignores them."
-        )
-    )
-    size: int = field(
-        metadata=_integer(
-            64,
-            8192,
-            "Paint at about SIZE x SIZE pixels; 0 is the picture's own size. The result has the picture's size again.",
-            or_zero=True,
-            metavar="SIZE",
-        )
-    )
-    solver: SolverName = field(
-        metadata=_choice(
-            get_args(SolverName),
-            "Method of the denoising steps; ddim_lsast is DDIM on the timesteps of LSAST's released code.",
-        )
-    )
-    seed: int = field(
-        default=0, metadata=_integer(0, math.inf, "Seed of all noise: the same seed gives the same bytes.")
-    )
-    alpha: Literal["keep", "composite"] = field(
-        default="keep",
-        metadata=_choice(
-            ("keep", "composite"), "Transparency: keep it, or composite the picture on white before painting."
-        ),
-    )
-    fit: Literal["aspect", "stretch"] = field(
-        default="aspect",
-        metadata=_choice(
-            ("aspect", "stretch"),
-            "aspect keeps the picture's aspect and size; stretch paints and gives SIZE x SIZE pixels, as LSAST's "
-            "released code does.",
-        ),
-    )
-    keep_colour: bool = field(
-        default=False,
-        metadata=_rule(
-            bool,
-            "true or false",
-            lambda value: isinstance(value, bool),
-            "Keep the picture's colours: only brightness is painted.",
-        ),
-    )
-    feather: int = field(
-        default=16,
-        metadata=_integer(0, 4096, "Pixels inside the edge of a mask over which the painting fades in."),
-    )
-    tile: int = field(
-        default=1024,
-        metadata=_integer(
-            64,
-            8192,
-            "Paint canvases of more than one and a half tiles in overlapping tiles of about TILE x TILE pixels, so "
-            "that memory stays bounded; 0 paints everything whole.",
-            or_zero=True,
-            metavar="TILE",
-        ),
-    )
-    cache_interval: int = field(
-        default=1,
-        metadata=_integer(
-            1,
-            1000,
-            "Run the ControlNet and the whole U-Net at every N-th step only, and the U-Net's outermost level between "
-            "them (DeepCache): faster, a little less exact.",
-        ),
-    )
-    decoder: Literal["full", "small"] = field(
-        default="full",
-        metadata=_choice(
-            ("full", "small"), "Decoder of the painted latent: the base's own, or a smaller and faster one."
-        ),
-    )
-    preset: PresetName | None = field(
-        default=None,
-        metadata=_choice(
-            get_args(PresetName),
-            "Options that belong together: exact skips nothing, balanced and fast are faster, released paints as "
-            "LSAST's released code does. Options that are given besides win.",
-            optional=True,
-        ),
-    )
+    style: Annotated[
+        str,
+        "Style to paint in. A mix joins styles with +, weights them with :, and limits them with @ to a layer group "
+        "(down, mid, up) or to stages (0-9): vangogh:0.6+monet:0.4, vangogh@up+monet@0-4.",
+    ]
+    steps: Annotated[
+        int,
+        "Steps from pure noise to the painting; the last int(steps * strength) of them are run, at least one.",
+        Range(1, 1000),
+    ]
+    strength: Annotated[
+        float,
+        "How far the painting may depart from the picture; 1 starts from pure noise.",
+        Range(0, 1, above=True),
+    ]
+    guidance: Annotated[
+        float,
+        "How much the style is exaggerated (scale of classifier-free guidance); 1 is plain and twice as fast.",
+        Range(0, 100),
+    ]
+    control_scale: Annotated[
+        float,
+        "How closely the picture's edges are followed (scale of the ControlNet); 0 ignores them.",
+        Range(0, 2),
+    ]
+    size: Annotated[
+        int,
+        "Paint at about SIZE x SIZE pixels; 0 is the picture's own size. The result has the picture's size again.",
+        Range(64, 8192, or_zero=True),
+    ]
+    solver: Annotated[
+        SolverName, "Method of the denoising steps; ddim_lsast is DDIM on the timesteps of LSAST's released code."
+    ]
+    seed: Annotated[int, "Seed of all noise: the same seed gives the same bytes.", Range(0)] = 0
+    alpha: Annotated[
+        Literal["keep", "composite"],
+        "Transparency: keep it, or composite the picture on white before painting.",
+    ] = "keep"
+    fit: Annotated[
+        Literal["aspect", "stretch"],
+        "aspect keeps the picture's aspect and size; stretch paints and gives SIZE x SIZE pixels, as LSAST's released "
+        "code does.",
+    ] = "aspect"
+    keep_colour: Annotated[bool, "Keep the picture's colours: only brightness is painted."] = False
+    feather: Annotated[int, "Pixels inside the edge of a mask over which the painting fades in.", Range(0, 4096)] = 16
+    tile: Annotated[
+        int,
+        "Paint canvases of more than one and a half tiles in overlapping tiles of about TILE x TILE pixels, so that "
+        "memory stays bounded; 0 paints everything whole.",
+        Range(64, 8192, or_zero=True),
+    ] = 1024
+    cache_interval: Annotated[
+        int,
+        "Run the ControlNet and the whole U-Net at every N-th step only, and the U-Net's outermost level between them "
+        "(DeepCache): faster, a little less exact.",
+        Range(1, 1000),
+    ] = 1
+    decoder: Annotated[
+        Literal["full", "small"], "Decoder of the painted latent: the base's own, or a smaller and faster one."
+    ] = "full"
+    preset: Annotated[
+        PresetName | None,
+        "Options that belong together: exact skips nothing, balanced and fast are faster, released paints as LSAST's "
+        "released code does. Options that are given besides win.",
+    ] = None
 
     def __post_init__(self) -> None:
-        faults = []
-        for name, rule in rules().items():
-            value = getattr(self, name)
-            if not rule.accepts(value):
-                faults.append(f"{name}: found {value!r}; expected {rule.expected}")
+        faults = [
+            f"{name}: found {getattr(self, name)!r}; expected {rule.expected}"
+            for name, rule in rules().items()
+            if not rule.accepts(getattr(self, name))
+        ]
         try:
-            if _style(self.style):
+            if isinstance(self.style, str) and self.style:
                 Mix.parse(self.style)
         except UsageError as error:
             faults.insert(0, f"style: {error}")
@@ -267,9 +187,51 @@ class Options:
         return cls(**{**defaults, **common, **preset_options(preset), **distilled, **given, "preset": preset})
 
 
+@dataclass(frozen=True)
+class Rule:
+    """What an option may be and what it does, read off its declaration in `Options`."""
+
+    type: Any
+    """``str``, ``int``, ``float`` or ``bool``."""
+    help: str
+    choices: tuple[Any, ...] = ()
+    """The allowed values, of a text that is a choice."""
+    range: Range | None = None
+    """The allowed numbers."""
+
+    @property
+    def values(self) -> str:
+        """The allowed values, for messages and help."""
+        names = [name for name in self.choices if name is not None]
+        if names:
+            return f"{', '.join(names[:-1])} or {names[-1]}"
+        return str(self.range or {bool: "true or false"}.get(self.type, "the name of a style, or a mix of styles"))
+
+    @property
+    def expected(self) -> str:
+        """The allowed values with their type, for messages."""
+        return {int: "a whole number, ", float: "a number, "}.get(self.type, "") + self.values
+
+    def accepts(self, value: Any) -> bool:
+        """Whether the option may be `value`."""
+        if self.choices:
+            return value in self.choices
+        kinds = (int, float) if self.type is float else self.type
+        if not isinstance(value, kinds) or (isinstance(value, bool) and self.type is not bool):
+            return False
+        return value in self.range if self.range else value != ""
+
+
+@functools.cache
 def rules() -> dict[str, Rule]:
     """The rule of every option, by name, in the order of the declaration."""
-    return {option.name: option.metadata["rule"] for option in fields(Options)}
+    found = {}
+    for name, hint in get_type_hints(Options, include_extras=True).items():
+        declared, text, *ranges = get_args(hint)
+        choices = [value for kind in get_args(declared) or () for value in get_args(kind) or (kind,)]
+        choices = [None if value is type(None) else value for value in choices]
+        found[name] = Rule(str if choices else declared, text, tuple(choices), *ranges)
+    return found
 
 
 def preset_options(name: str | None) -> dict[str, Any]:

@@ -200,6 +200,7 @@ class BatchSolver:
 
     def step(self, eps: Floats, index: int, z: Floats) -> Floats:
         """See `Solver.step`; arrays are [B, 4, h, w]."""
+        eps = eps.copy()  # `x0` may be computed after the next run has overwritten the graph's output
         after = np.stack([solver.step(eps[b], index, z[b]) for b, solver in enumerate(self._solvers)])
         blended = [solver.x0 if isinstance(solver, X0Blend) else None for solver in self._solvers]
         self.x0 = lambda: np.stack([
@@ -260,34 +261,6 @@ class Graph:
         self.engine.release_memory()
 
 
-class VaeEncoder:
-    """The graph `vae_encoder`, see `Networks.vae_encoder`."""
-
-    def __init__(self, graph: Graph) -> None:
-        self._graph = graph
-
-    def __call__(self, pictures: Pixels) -> tuple[Floats, Floats]:
-        """See `Networks.vae_encoder`."""
-        images = pictures.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - np.float32(1)
-        moments = [
-            np.concatenate([outputs["mean"], outputs["std"]]) for outputs in self._graph.one_by_one("image", images)
-        ]
-        mean, std = np.stack(moments, axis=1)
-        return mean, std
-
-
-class ControlNetCond:
-    """The graph `controlnet_cond`, see `Networks.controlnet_cond`."""
-
-    def __init__(self, graph: Graph) -> None:
-        self._graph = graph
-
-    def __call__(self, edges: Pixels) -> Floats:
-        """See `Networks.controlnet_cond`."""
-        planes = np.repeat(edges[:, None], 3, axis=1).astype(np.float32)
-        return np.concatenate([outputs["hint"].copy() for outputs in self._graph.one_by_one("edges", planes)])
-
-
 class GraphDenoiser:
     """The graph `denoiser`: U-Net and ControlNet in one. Inputs that stay the same object are bound once."""
 
@@ -310,20 +283,29 @@ class GraphDenoiser:
         self._graph.engine.release_memory()
 
 
-class VaeDecoder:
-    """The graph `vae_decoder` or `vae_decoder_tiny`, see `Networks.vae_decoder`."""
+def encode(graph: Graph, pictures: Pixels) -> tuple[Floats, Floats]:
+    """Run the graph `vae_encoder`, see `Networks.vae_encoder`."""
+    images = pictures.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - np.float32(1)
+    moments = [np.concatenate([outputs["mean"], outputs["std"]]) for outputs in graph.one_by_one("image", images)]
+    mean, std = np.stack(moments, axis=1)
+    return mean, std
 
-    def __init__(self, graph: Graph) -> None:
-        self._graph = graph
 
-    def __call__(self, latents: Floats) -> Pixels:
-        """See `Networks.vae_decoder`."""
-        return np.stack([to_pixels(levels) for levels in self.levels(latents)])
+def embed_edges(graph: Graph, edges: Pixels) -> Floats:
+    """Run the graph `controlnet_cond`, see `Networks.controlnet_cond`."""
+    planes = np.repeat(edges[:, None], 3, axis=1).astype(np.float32)
+    return np.concatenate([outputs["hint"].copy() for outputs in graph.one_by_one("edges", planes)])
 
-    def levels(self, latents: Floats) -> Iterator[Floats]:
-        """Each picture before it is rounded: [B, 4, h, w] → B times [H, W, 3], about 0 … 255."""
-        for outputs in self._graph.one_by_one("latent", latents):
-            yield (outputs["image"][0].transpose(1, 2, 0) + 1) * 127.5
+
+def decode(graph: Graph, latents: Floats) -> Pixels:
+    """Run the graph `vae_decoder` or `vae_decoder_tiny`, see `Networks.vae_decoder`."""
+    return np.stack([to_pixels(levels) for levels in decode_levels(graph, latents)])
+
+
+def decode_levels(graph: Graph, latents: Floats) -> Iterator[Floats]:
+    """Decode each latent of [B, 4, h, w] to grey levels [H, W, 3] of about 0 … 255, not rounded."""
+    for outputs in graph.one_by_one("latent", latents):
+        yield (outputs["image"][0].transpose(1, 2, 0) + 1) * 127.5
 
 
 def to_pixels(levels: Floats) -> Pixels:

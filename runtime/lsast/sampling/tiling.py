@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from lsast_engines.bundle.style import StageKV
 
-from .sampler import Denoiser, Floats, Pixels, VaeDecoder, to_pixels
+from .sampler import Denoiser, Floats, Pixels, to_pixels
 
 WHOLE_UP_TO = 1.5
 """A canvas of up to this many tiles' pixels is painted whole."""
@@ -107,36 +107,6 @@ def upsample_weights(weight: Floats, factor: int) -> Floats:
     return np.interp(pixels, np.arange(len(weight)), weight).astype(np.float32)
 
 
-class TiledVaeEncoder:
-    """A `Networks.vae_encoder` for canvases of any size; mean and standard deviation are blended."""
-
-    def __init__(self, encoder: Callable[[Pixels], tuple[Floats, Floats]], grid: TileGrid) -> None:
-        self._encoder = encoder
-        self._grid = grid
-
-    def __call__(self, pictures: Pixels) -> tuple[Floats, Floats]:
-        """See `Networks.vae_encoder`."""
-        tiles = (np.stack(self._encoder(pictures[:, rows, columns])) for rows, columns in self._grid.pixel_slices())
-        mean, std = self._grid.blend(tiles)
-        return mean, std
-
-
-class TiledControlNetCond:
-    """A `Networks.controlnet_cond` for canvases of any size.
-
-    The graph is a few convolutions that look 23 pixels far, less than what of a tile has weight 0: the values are
-    those of the whole picture.
-    """
-
-    def __init__(self, cond: Callable[[Pixels], Floats], grid: TileGrid) -> None:
-        self._cond = cond
-        self._grid = grid
-
-    def __call__(self, edges: Pixels) -> Floats:
-        """See `Networks.controlnet_cond`."""
-        return self._grid.blend(self._cond(edges[:, rows, columns]) for rows, columns in self._grid.pixel_slices())
-
-
 class TiledDenoiser:
     """A denoiser for canvases of any size: every call runs one denoiser a tile and blends their noise."""
 
@@ -166,33 +136,49 @@ class TiledDenoiser:
             denoiser.release_memory()
 
 
-class TiledVaeDecoder:
-    """A `Networks.vae_decoder` for canvases of any size, which holds one row of tiles in memory."""
+def tiled_encoder(
+    encoder: Callable[[Pixels], tuple[Floats, Floats]], grid: TileGrid
+) -> Callable[[Pixels], tuple[Floats, Floats]]:
+    """A `Networks.vae_encoder` for canvases of any size; mean and standard deviation are blended."""
 
-    def __init__(self, decoder: VaeDecoder, grid: TileGrid) -> None:
-        self._decoder = decoder
-        self._grid = grid
+    def encode(pictures: Pixels) -> tuple[Floats, Floats]:
+        mean, std = grid.blend(np.stack(encoder(pictures[:, rows, columns])) for rows, columns in grid.pixel_slices())
+        return mean, std
 
-    def __call__(self, latents: Floats) -> Pixels:
-        """See `Networks.vae_decoder`."""
-        return np.stack([self._decode(latent) for latent in latents])
+    return encode
 
-    def _decode(self, latent: Floats) -> Pixels:
+
+def tiled_cond(cond: Callable[[Pixels], Floats], grid: TileGrid) -> Callable[[Pixels], Floats]:
+    """A `Networks.controlnet_cond` for canvases of any size.
+
+    The graph is a few convolutions that look 23 pixels far, less than what of a tile has weight 0: the values are
+    those of the whole picture.
+    """
+    return lambda edges: grid.blend(cond(edges[:, rows, columns]) for rows, columns in grid.pixel_slices())
+
+
+def tiled_decoder(decode_levels: Callable[[Floats], Iterable[Floats]], grid: TileGrid) -> Callable[[Floats], Pixels]:
+    """A `Networks.vae_decoder` for canvases of any size, around `sampler.decode_levels`.
+
+    It holds the grey levels of one row of tiles in memory.
+    """
+
+    def decode(latent: Floats) -> Pixels:
         """One picture: [4, h, w] → [H, W, 3]."""
-        grid = self._grid
         height, width = (cells * grid.factor for cells in grid.cells)
         rgb = np.empty((height, width, 3), np.uint8)
         band = np.zeros((0, width, 3), np.float32)  # what earlier rows of tiles gave of the next one's pixels
-        for index, row in enumerate(grid.rows):
+        for row, next_row in zip(grid.rows, [*grid.rows[1:], None], strict=True):
             rows, row_weight = row.pixels(grid.factor)
             missing = rows.stop - rows.start - len(band)
             band = np.concatenate([band, np.zeros((missing, width, 3), np.float32)])
             for column in grid.columns:
                 columns, column_weight = column.pixels(grid.factor)
-                [tile] = self._decoder.levels(latent[None, :, row.cells, column.cells])
+                [tile] = decode_levels(latent[None, :, row.cells, column.cells])
                 band[:, columns] += tile * row_weight[:, None, None] * column_weight[:, None]
-            last = index + 1 == len(grid.rows)
-            done = len(band) if last else grid.rows[index + 1].cells.start * grid.factor - rows.start
+            done = next_row.cells.start * grid.factor - rows.start if next_row else len(band)
             rgb[rows.start : rows.start + done] = to_pixels(band[:done])
             band = band[done:]
         return rgb
+
+    return lambda latents: np.stack([decode(latent) for latent in latents])

@@ -10,7 +10,7 @@ import pytest
 
 import lsast
 from lsast import BackendError, Stylizer
-from lsast.sampling.sampler import Batch, Graph, GraphDenoiser, Networks, Sample, VaeDecoder, sample
+from lsast.sampling.sampler import Batch, Graph, GraphDenoiser, Networks, Sample, decode, sample
 from lsast_engines.backends.registry import available_backends, open_engine
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.style import Style
@@ -207,4 +207,4 @@ def test_graph_with_values_that_are_not_finite_is_named(value: float) -> None:
     image[0, 1, 2, 3] = value
     graph = Graph(_Broken("vae_decoder", {"image": image}))  # type: ignore[arg-type]
     with pytest.raises(BackendError, match=r"the graph vae_decoder gave 1 values of image .* on broken"):
-        VaeDecoder(graph)(np.zeros((1, 4, 1, 1), np.float32))
+        decode(graph, np.zeros((1, 4, 1, 1), np.float32))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ import lsast
 from large import borders
 from lsast import Stylizer
 from lsast.request import Request
-from lsast.sampling.sampler import ControlNetCond, Floats, Graph, VaeDecoder, VaeEncoder
+from lsast.sampling.sampler import Floats, Graph, decode, decode_levels, embed_edges, encode
 from lsast.sampling.tiling import (
-    TiledControlNetCond,
     TiledDenoiser,
-    TiledVaeDecoder,
-    TiledVaeEncoder,
     TileGrid,
+    tiled_cond,
+    tiled_decoder,
+    tiled_encoder,
     upsample_weights,
 )
 from lsast_engines.bundle.bundle import EMBEDDED
@@ -183,14 +184,15 @@ def test_tiled_networks_of_the_embedded_bundle_give_what_they_give_whole(mini: S
     assert len(grid.columns) > 1 < len(grid.rows)
     graphs = {name: Graph(engine) for name, engine in mini._pool.engines.items()}
     edges = (rgb[None, ..., 0] > 127).astype(np.uint8)
-    cond = ControlNetCond(graphs[CONTROLNET_COND])
-    np.testing.assert_allclose(TiledControlNetCond(cond, grid)(edges), cond(edges), atol=1e-4)
-    encoder = VaeEncoder(graphs[VAE_ENCODER])
-    (mean, std), tiled = encoder(rgb[None]), TiledVaeEncoder(encoder, grid)(rgb[None])
+    cond = partial(embed_edges, graphs[CONTROLNET_COND])
+    np.testing.assert_allclose(tiled_cond(cond, grid)(edges), cond(edges), atol=1e-4)
+    encoder = partial(encode, graphs[VAE_ENCODER])
+    (mean, std), tiled = encoder(rgb[None]), tiled_encoder(encoder, grid)(rgb[None])
     # The encoder looks 84 pixels far, beyond the 20 to 40 that count for nothing, though with little weight.
     assert max(np.abs(found - whole).max() for found, whole in zip(tiled, (mean, std), strict=True)) < 0.02 * mean.std()
-    decoder = VaeDecoder(graphs[VAE_DECODER])
-    assert np.abs(TiledVaeDecoder(decoder, grid)(mean).astype(int) - decoder(mean)).max() <= 3
+    decoder = graphs[VAE_DECODER]
+    found = tiled_decoder(partial(decode_levels, decoder), grid)(mean).astype(int)
+    assert np.abs(found - decode(decoder, mean)).max() <= 3
 
 
 def _clouds(side: int) -> np.ndarray:
