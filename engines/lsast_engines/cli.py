@@ -1,4 +1,4 @@
-"""What all command lines share: failures in a line each on stderr, exit statuses, and log records on stderr.
+"""The common part of all command lines: errors and log records on stderr, exit statuses, options.
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted (`LsastError.exit_code`).
 """

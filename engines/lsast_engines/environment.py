@@ -1,4 +1,4 @@
-"""What this process runs on and takes: versions of packages, peak memory."""
+"""Facts of this process: installed packages and peak memory."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def installed_versions(*packages: str) -> dict[str, str]:
 
 
 def package_version(package: str) -> str:
-    """The version of an installed package; ``unknown`` for one that was not installed, such as a bare checkout."""
+    """The version of an installed package; ``unknown`` for one that is not installed, e.g. a checkout."""
     return installed_versions(package).get(package, "unknown")
 
 
 def peak_memory() -> int | None:
-    """Largest resident memory of this process so far, in bytes; None where the system does not tell."""
+    """Largest resident memory of this process so far, in bytes; None if the system does not report it."""
     status = Path("/proc/self/status")
     if status.is_file():  # getrusage would count what the parent had when it forked, too
         for line in status.read_text().splitlines():
@@ -41,10 +41,10 @@ def peak_memory() -> int | None:
 
 
 def require_extra(extra: str, *libraries: str) -> None:
-    """Check, before anything heavy is imported, that the `libraries` that the extra `extra` installs are there.
+    """Check that the `libraries` of the extra `extra` are installed, without importing them.
 
     Raises:
-        MissingExtraError: for the first one that is not.
+        MissingExtraError: for the first one that is missing.
     """
     for library in libraries:
         if importlib.util.find_spec(library) is None:

@@ -24,7 +24,7 @@ of about 1e-2 and 1e-3; fp16 may overflow."""
 
 
 class Engine(abc.ABC):
-    """A graph that is ready to run. It keeps state between calls, so it serves one thread at a time.
+    """A graph that is ready to run. It keeps state between calls, so one thread at a time may use it.
 
     Inputs are checked here; a backend implements the methods below `close`.
     """

@@ -132,7 +132,7 @@ def _rewritten_graph(graph: bytes, moved: dict[int, Slot]) -> bytes:
 
 
 def _rewritten_initializer(tensor: bytes, moved: dict[int, Slot], names: dict[bytes, bytes]) -> bytes:
-    """A TensorProto; one whose data lies in the weight file refers to its new place."""
+    """A TensorProto; if its data is in the weight file, with the new offset and length."""
     entries = [_first_values(value) for number, value, _ in _fields(tensor) if number == 13]
     place = {bytes(entry[1]): bytes(entry[2]) for entry in entries}
     if place.get(b"location") != WEIGHTS.encode():

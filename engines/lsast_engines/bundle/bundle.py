@@ -101,7 +101,7 @@ class Bundle:
         """Load all stages of the style `name`.
 
         Raises:
-            UsageError: no style of that name; the message lists those there are.
+            UsageError: no style of that name; the message lists the available ones.
             StyleError: the file is damaged, or was baked for another base.
         """
         return self.open_style(name).load()
@@ -110,7 +110,7 @@ class Bundle:
         """Open the style `name`; its stages are read when they are asked for.
 
         Raises:
-            UsageError: no style of that name; the message lists those there are.
+            UsageError: no style of that name; the message lists the available ones.
             StyleError: the file is damaged, or was baked for another base.
         """
         styles = self.styles()

@@ -179,9 +179,8 @@ def optional_specs(geometry: Geometry, graphs: Mapping[str, GraphSpec]) -> dict[
         return small
     residuals = graphs[CONTROLNET].outputs if CONTROLNET in graphs else ()
     features = [tensor.shape[2] for tensor in graphs[UNET_FULL].outputs[1:]] if UNET_FULL in graphs else []
-    outer = (
-        len(graphs[UNET_OUTER].inputs) - 4 if UNET_OUTER in graphs else 0
-    )  # beside latent, timestep, kv_unet, feature
+    # All inputs but latent, timestep, kv_unet and feature are residuals.
+    outer = len(graphs[UNET_OUTER].inputs) - 4 if UNET_OUTER in graphs else 0
     cut = UnetSplit(
         residuals=tuple((_length(tensor, 1), _level(tensor)) for tensor in residuals),
         outer=max(0, outer),

@@ -1,4 +1,4 @@
-"""The header of safetensors files: where tensors lie, read and written without touching them.
+"""The header of safetensors files, read and written without the tensors.
 
 Such a file is 8 bytes of header length (little-endian), a JSON header, then raw tensors
 (github.com/huggingface/safetensors, "Format").
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 
 class Slot(NamedTuple):
-    """Where a tensor lies in a safetensors file."""
+    """Type, shape and position of a tensor in a safetensors file."""
 
     dtype: str
     """safetensors' name of the element type, e.g. ``F16``."""
@@ -25,7 +25,7 @@ class Slot(NamedTuple):
 
 
 def read_slots(path: Path) -> dict[str, Slot]:
-    """The tensors of a safetensors file by name, in the order in which they lie there."""
+    """The tensors of a safetensors file by name, in the order of the file."""
     with path.open("rb") as handle:
         size = int.from_bytes(handle.read(8), "little")
         header = json.loads(handle.read(size))

@@ -163,7 +163,7 @@ class StyleFile:
         faults += wrong
         self.distilled_guidance: float | None
         """The guidance scale that the style was distilled with (`lsast-train distill`), None for other styles. One pass
-        with this style gives what two passes gave with that guidance, so it runs with guidance 1."""
+        with this style replaces two passes with that guidance, so it runs with guidance 1."""
         self.distilled_guidance, wrong = _distilled_guidance(self.meta)
         faults += wrong
         self._digests: Any = header.get("sha256")

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def guide(eps: Any, guidance: Any) -> Any:
-    """The guided noise: eps_null + guidance * (eps_style - eps_null), docs/method.md §4.5.
+    """The guided noise: eps_null + guidance * (eps_style - eps_null), docs/method.md §4, step 5.
 
     Args:
         eps: predicted noise [G, ...], an array or a tuple of G arrays: (eps_null, eps_style), or (eps_style,) alone.

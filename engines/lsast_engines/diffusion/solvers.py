@@ -27,7 +27,7 @@ Array = npt.NDArray[np.floating[Any]]
 
 
 class Solver(Protocol):
-    """A solver for one schedule. It may keep predictions of earlier steps, so it serves one run at a time."""
+    """A solver for one schedule. It may keep predictions of earlier steps, so use it for one run at a time."""
 
     def step(self, eps: Array, index: int, x: Array) -> Array:
         """Take one step.

@@ -42,9 +42,9 @@ class TimestepSchedule:
     the multistep solvers it has the `steps` points above t = 1 of a grid of steps + 1, because their last step ends at
     the clean latent.
 
-    The solver `ddim_lsast` is DDIM on the grid of LSAST's released code (docs/method.md §4.3-4): T = 1, 1 + c, 1 + 2c …
-    up to train_steps, with c = train_steps // steps; these may be more than `steps` points. With n = int(steps *
-    strength) the latent is noised to T[n], but the first step is at T[n-1].
+    The solver `ddim_lsast` is DDIM on the grid of LSAST's released code (docs/method.md §4, 3 and 4): T = 1, 1 + c,
+    1 + 2c … up to train_steps, with c = train_steps // steps; these may be more than `steps` points. With
+    n = int(steps * strength) the latent is noised to T[n], but the first step is at T[n-1].
     """
 
     noise: NoiseSchedule

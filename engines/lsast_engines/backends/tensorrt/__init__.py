@@ -1,1 +1,1 @@
-"""Native TensorRT and TensorRT-RTX engines. Experimental: no machine here had a GPU."""
+"""Native TensorRT and TensorRT-RTX engines. Experimental: they have never run on a GPU."""

@@ -22,7 +22,7 @@ MODULES: dict[TrtFlavor, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensor
 """Python module of each library; the extra that installs it has the library's name."""
 
 IGNORED_LOGS = ("catchCudaError", "CUDA initialization failure")
-"""Parts of messages that the libraries log beside any error where there is no driver."""
+"""Parts of messages that the libraries log with every error on a machine without a driver."""
 
 
 def load_library(flavor: TrtFlavor) -> Any:
@@ -45,7 +45,7 @@ class LogCollector:
     warnings: list[str] = field(default_factory=list)
 
     def take(self) -> list[str]:
-        """Return and clear the errors so far; `IGNORED_LOGS` only where there is nothing else."""
+        """Return and clear the errors so far; `IGNORED_LOGS` only if there are no others."""
         important = [line for line in self.errors if not any(ignored in line for ignored in IGNORED_LOGS)]
         errors, self.errors = important or self.errors, []
         return list(dict.fromkeys(errors))
