@@ -1,7 +1,7 @@
-"""Painting a plan: one job after another on one `Stylizer`, with bars, reports and a summary.
+"""Painting jobs one after another on one `Stylizer`, with progress bars, reports and a summary.
 
-A file that cannot be painted does not keep the others from being painted. What is there is not painted again, and files
-appear whole or not at all, so that the same call goes on with one that was killed.
+A file that fails does not stop the others. Existing paintings are skipped and files are written whole, so that the same
+call continues one that was killed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lsast_engines.errors import BundleError, MissingExtraError, StyleError, UsageError
@@ -24,46 +23,41 @@ if TYPE_CHECKING:
     from ..stylizer import Stylizer
 
 Report = dict[str, Any]
-_CALL_IS_WRONG = (UsageError, StyleError, BundleError, MissingExtraError)
-"""Errors that every other file would meet, too: they end the run."""
+_SAME_FOR_ALL = (UsageError, StyleError, BundleError, MissingExtraError)
+"""Errors that every other file would meet as well: they end the run."""
 
 
 @dataclass
 class RunSummary:
-    """What became of a run's files."""
+    """What became of the files of a run."""
 
     painted: int = 0
     skipped: int = 0
     failures: dict[str, str] = field(default_factory=dict)
-    """Why each file failed that did, by its name."""
+    """The reason of each failure, by file name."""
 
     def text(self) -> str:
-        """One line of counts, then one for each failure."""
+        """One line of counts, then one line for each failure."""
         counts = f"painted {self.painted}, failed {len(self.failures)}"
         if self.skipped:
-            counts += f", skipped {self.skipped} that were there (--overwrite paints them again)"
-        return "\n".join([counts, *(f"  - {_named(name, reason)}" for name, reason in self.failures.items())])
-
-
-def _named(name: str, reason: str) -> str:
-    """A reason that names its file."""
-    return reason if name in reason else f"{name}: {reason}"
+            counts += f", skipped {self.skipped} that exist (--overwrite paints them again)"
+        reasons = (reason if name in reason else f"{name}: {reason}" for name, reason in self.failures.items())
+        return "\n".join([counts, *(f"  - {reason}" for reason in reasons)])
 
 
 class ProgressBars:
-    """Progress bars on stderr, where that is a terminal: files, steps of the one being painted, a video's frames."""
+    """Progress bars on stderr if that is a terminal: files, steps of the current one, frames of a video."""
 
     def __init__(self, files: int | None) -> None:
+        """Show the bars of `files` files; None is an unknown number, 1 shows no bar for files."""
         from tqdm import tqdm
 
-        # A bar that shows 1 of 1 says nothing.
-        self._files = tqdm(total=files, desc="files", unit="file", position=0, disable=None if files != 1 else True)
-        # None is not known: watched folders.
-        row = int(files != 1)
-        self._steps = tqdm(desc="opening", unit="step", position=row, leave=False, disable=None)
+        several = files != 1
+        self._files = tqdm(total=files, desc="files", unit="file", position=0, disable=None if several else True)
+        self._steps = tqdm(desc="opening", unit="step", position=int(several), leave=False, disable=None)
         self._frames: Any = None
         self._new_frames = functools.partial(
-            tqdm, desc="frames", unit="frame", position=row + 1, leave=False, disable=None
+            tqdm, desc="frames", unit="frame", position=int(several) + 1, leave=False, disable=None
         )
 
     def on_step(self, step: int, total: int, preview: object) -> None:
@@ -74,7 +68,7 @@ class ProgressBars:
         self._steps.update(step - self._steps.n)
 
     def on_frame(self, done: int, total: int | None) -> None:
-        """See `video.paint_video`."""
+        """See `transcode.paint_video`."""
         if self._frames is None:
             self._frames = self._new_frames(total=total, initial=done)
         self._frames.update(done - self._frames.n)
@@ -88,12 +82,12 @@ class ProgressBars:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Take the bars off the terminal while something else is written to it."""
+        """Take the bars off the terminal while the block writes to it."""
         with self._files.external_write_mode():
             yield
 
     def close(self) -> None:
-        """Remove the bars of the file being painted and leave the files'."""
+        """Remove the bars of the current file and leave the bar of the files."""
         if self._frames is not None:
             self._frames.close()
         self._steps.close()
@@ -113,30 +107,29 @@ def paint_all(
     """Paint one job after another.
 
     Args:
-        jobs: what to paint; may be endless.
-        stylizer: gives the open stylizer, asked for before the first file that is to be painted.
+        jobs: the jobs, which may be endless.
+        stylizer: gives the open stylizer; called before the first file that is painted.
         options: keywords of `Stylizer.stylize`.
-        overwrite: paint what is there again.
-        bars: told of every step and file.
-        report: called with each file's `status` (painted, skipped, failed), `source`, `out`, and what `to_report` or
-            `error` tells.
-        summary: counts what became of each job.
+        overwrite: paint those again whose painting exists.
+        bars: show the progress.
+        report: called for each file with its `status` (painted, skipped, failed), `source` and `out`, and with the
+            facts of `to_report` or the `error`.
+        summary: counts what became of each file.
 
     Raises:
-        UsageError, StyleError, BundleError, MissingExtraError: what no other file could pass either.
+        UsageError, StyleError, BundleError, MissingExtraError: every other file would fail with it, too.
     """
     for job in jobs:
-        names = {"source": str(job.source), "out": str(job.out)}  # of several, none is a stream
+        names = {"source": str(job.source), "out": str(job.out)}  # of several jobs, none is a stream
         if job.out is not None and job.out.exists() and not overwrite:
             summary.skipped += 1
             report({"status": "skipped", **names})
         else:
             try:
                 facts = paint(job, stylizer(), options, bars)
-            except _CALL_IS_WRONG:
+            except _SAME_FOR_ALL:
                 raise
-            # Whatever one file brings about, the others are still to be painted.
-            except Exception as error:
+            except Exception as error:  # whatever it is, the other files are still painted
                 reason = " ".join(str(error).split()) or type(error).__name__
                 summary.failures[names["source"]] = reason
                 report({"status": "failed", **names, "error": reason})
@@ -152,7 +145,7 @@ def check(job: Job) -> None:
 
     Raises:
         UsageError: a suffix that is not written, or a folder.
-        LsastError: for a video, see `video.check_video`.
+        LsastError: for a video, see `transcode.check_video`.
     """
     if job.source is not None and job.out is not None and job.is_video:
         from ..video.transcode import check_video
@@ -165,7 +158,7 @@ def check(job: Job) -> None:
 
 
 def paint(job: Job, stylizer: Stylizer, options: dict[str, Any], bars: ProgressBars) -> Report:
-    """Paint one picture or video and write it; the facts of it for a report."""
+    """Paint one picture or video and write it; returns the facts for a report."""
     begin = time.perf_counter()
     if job.source is not None and job.out is not None and job.is_video:
         from ..video.transcode import paint_video
@@ -177,20 +170,15 @@ def paint(job: Job, stylizer: Stylizer, options: dict[str, Any], bars: ProgressB
     source = sys.stdin.buffer.read() if job.source is None else job.source
     result = stylizer.stylize(source, **options, on_step=bars.on_step)
     begin = time.perf_counter()
-    write(result, job.out)
+    if job.out is None:
+        result.write(sys.stdout.buffer)
+    else:
+        result.save(job.out)
     return to_report(result, stylizer, {"save": time.perf_counter() - begin})
 
 
-def write(result: Result, out: Path | None) -> None:
-    """Write a painting to a file, or as a PNG to standard output."""
-    if out is None:
-        result.write(sys.stdout.buffer)
-    else:
-        result.save(out)
-
-
 def to_report(result: Result, stylizer: Stylizer, seconds: dict[str, float]) -> Report:
-    """How a painting came about, ready for JSON; `seconds` are added to its own."""
+    """How a painting was made, ready for JSON; `seconds` are added to its own."""
     return {
         "bundle": stylizer.bundle.manifest.name,
         "style": result.options.style,

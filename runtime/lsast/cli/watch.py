@@ -1,4 +1,4 @@
-"""Folders that are watched: every picture that arrives or changes is painted."""
+"""Watched folders: every picture that is added or changes is painted."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from lsast_engines.errors import MissingExtraError, PictureError, UsageError
 from .inputs import STDIO, Job, plan_jobs
 
 SETTLED = 0.5
-"""Seconds for which a file must not have been written to: it may still be on its way."""
+"""Seconds for which a file must not have changed before it is painted: it may still be copied."""
 
 
 class Stop(Protocol):
-    """What ends the watching, such as a `threading.Event`."""
+    """Ends the watching, such as a `threading.Event`."""
 
     def is_set(self) -> bool:
         """Whether to end."""
 
 
 def check_watch(sources: Sequence[str], out: str) -> None:
-    """Check what is to be watched.
+    """Check that the arguments can be watched.
 
     Raises:
-        UsageError: a source that is no folder, or an OUT that cannot be one.
+        UsageError: an IN that is not a folder, or an OUT that cannot be one.
         MissingExtraError: watchfiles is not installed.
     """
     wrong = [source for source in sources if source == STDIO or not Path(source).is_dir()]
@@ -38,58 +38,52 @@ def check_watch(sources: Sequence[str], out: str) -> None:
 
 
 def watch(sources: Sequence[str], out: str, *, overwrite: bool = False, stop: Stop | None = None) -> Iterator[Job]:
-    """Name every picture whose painting is missing or older than it, now and whenever something changes; never ends.
+    """Yield a job for every picture whose painting is missing or older, now and after every change; never ends.
 
-    A job counts as done once the next one is asked for: whatever became of it, it is named again only after its source
-    has changed. `feeding.plan_jobs` says what is found and how outputs are called.
+    A job counts as done when the next one is asked for, even if it failed: it comes again only after its source has
+    changed. `plan_jobs` finds the pictures and names the outputs.
 
     Args:
-        sources: folders.
-        out: the folder for paintings.
-        overwrite: name also, once, what has a painting that is newer.
-        stop: ends the watching; asked about twice a second.
+        sources: the folders.
+        out: the folder of the paintings.
+        overwrite: also yield, once, every picture that has a newer painting.
+        stop: ends the watching; asked twice a second.
     """
-    tried: dict[Path | None, tuple[int, int]] = {}
-    # Waiting is by time as well: a file that has not settled yet gives no further sign.
-    signs = _watchfiles().watch(
+    seen: dict[Path | None, tuple[int, int]] = {}
+    # A file that has not settled yet gives no further signal, so that waiting ends after some time as well.
+    signals = _watchfiles().watch(
         *sources, stop_event=stop, step=50, debounce=200, rust_timeout=int(1000 * SETTLED), yield_on_timeout=True
     )
-    pending = True
-    for changes in signs:
-        if not changes and not pending:
+    again = True
+    for changes in signals:
+        if not changes and not again:
             continue
-        pending = False
+        again = False
         for job in _jobs(sources, out):
             try:
-                facts = job.source.stat() if job.source else None
-            except FileNotFoundError:  # gone since it was found
+                state = job.source.stat() if job.source else None
+            except FileNotFoundError:  # removed since it was found
                 continue
-            if facts is None or tried.get(job.source) == (facts.st_mtime_ns, facts.st_size):
+            if state is None or seen.get(job.source) == (state.st_mtime_ns, state.st_size):
                 continue
-            if abs(time.time() - facts.st_mtime) < SETTLED:
-                pending = True
+            again = True  # it has not settled, or is painted now, during which others may be added
+            if abs(time.time() - state.st_mtime) < SETTLED:
                 continue
-            again = job.source in tried or overwrite
-            tried[job.source] = (facts.st_mtime_ns, facts.st_size)
-            if again or not _newer(job.out, facts.st_mtime_ns):
-                pending = True  # painting takes its time, and this round knows nothing of what came meanwhile
+            is_new = job.source not in seen and not overwrite
+            seen[job.source] = (state.st_mtime_ns, state.st_size)
+            done = job.out is not None and job.out.exists() and job.out.stat().st_mtime_ns >= state.st_mtime_ns
+            if not (is_new and done):
                 yield job
 
 
-def _jobs(sources: Sequence[str], out: str) -> tuple[Job, ...]:
-    jobs: list[Job] = []
+def _jobs(sources: Sequence[str], out: str) -> Iterator[Job]:
+    """The jobs of every folder by itself, because a folder without pictures is no fault here."""
     for source in sources:
+        below = out if len(sources) == 1 else str(Path(out) / Path(source).resolve().name)
         try:
-            # One by one, for a folder without pictures is no error here; named as all of them together would be.
-            below = out if len(sources) == 1 else str(Path(out) / Path(source).resolve().name)
-            jobs += plan_jobs([source], below + "/").jobs
+            yield from plan_jobs([source], below + "/").jobs
         except PictureError:  # no picture yet
             continue
-    return tuple(jobs)
-
-
-def _newer(painting: Path | None, changed: int) -> bool:
-    return painting is not None and painting.exists() and painting.stat().st_mtime_ns >= changed
 
 
 def _watchfiles() -> Any:

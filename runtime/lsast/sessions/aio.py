@@ -1,4 +1,4 @@
-"""Painting from asyncio without holding up the event loop."""
+"""Painting from asyncio without blocking the event loop."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from .cancel import CancelToken
 T = TypeVar("T")
 
 
-async def run_in_executor(queue: Executor, work: Callable[[CancelToken], T]) -> T:
-    """Run `work` in a thread of `queue` and wait for it without blocking the loop.
+async def run_in_executor(executor: Executor, work: Callable[[CancelToken], T]) -> T:
+    """Run `work` in a thread of `executor` and wait for it without blocking the loop.
 
-    If the task that waits is cancelled, work that is queued is dropped, and work that has begun is told by its token
-    and waited for, so that nothing of it goes on unseen.
+    When the waiting task is cancelled, work that is queued is dropped, and work that has begun is cancelled by its
+    token and waited for, so that nothing goes on in the background.
 
     Raises:
         BaseException: what `work` raises.
     """
     token = CancelToken()
-    future = queue.submit(work, token)
+    future = executor.submit(work, token)
     waiting = asyncio.wrap_future(future)
     try:
         return await asyncio.shield(waiting)
@@ -30,5 +30,5 @@ async def run_in_executor(queue: Executor, work: Callable[[CancelToken], T]) -> 
         token.cancel()
         if not future.cancel():
             await asyncio.wait([waiting])
-            waiting.exception()  # it was told to stop: how it did is nobody's business, and asyncio would warn
+            waiting.exception()  # fetched, or asyncio would warn that nobody did
         raise

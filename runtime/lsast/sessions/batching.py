@@ -1,4 +1,4 @@
-"""Many pictures, grouped into batches and given back in their own order."""
+"""Many pictures, grouped into batches, and their results in the order of the pictures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..result import Result
 
 AHEAD = 4
-"""Batches that are read ahead, so that pictures of one size are found among others."""
+"""Batches that are read ahead, to find pictures of one size among others."""
 
 _MISSING = object()
 
@@ -24,8 +24,8 @@ Job = tuple["Picture", Mapping[str, Any]]
 
 
 @dataclass
-class _Place:
-    """One picture's place in the stream: what is to be painted, then what came of it."""
+class _Slot:
+    """One picture of the stream: its request until it is painted, then the outcome."""
 
     request: Request | None = None
     outcome: Result | LsastError | None = None
@@ -39,19 +39,21 @@ def jobs(
     """Every picture with its own options; see `Stylizer.stylize_many`.
 
     Raises:
-        UsageError: fewer or more styles or rows than pictures, at the place where that shows.
+        UsageError: fewer or more styles or rows than pictures; raised where the shorter ends.
     """
-    every: Iterable[str | None] = itertools.repeat(styles) if styles is None or isinstance(styles, str) else styles
-    own: Iterable[Mapping[str, Any]] = itertools.repeat({}) if rows is None else rows
-    for place, (picture, style, row) in enumerate(itertools.zip_longest(pictures, every, own, fillvalue=_MISSING)):
-        ended = [name for name, value in (("styles", style), ("rows", row)) if value is _MISSING]
-        if picture is _MISSING:
-            if (styles is None or isinstance(styles, str) or style is _MISSING) and (rows is None or row is _MISSING):
-                return
-            raise UsageError(f"found {place} pictures and more styles or rows; expected as many of each")
+    columns: dict[str, Iterable[Any]] = {"pictures": pictures}
+    if styles is not None and not isinstance(styles, str):
+        columns["styles"] = styles
+    if rows is not None:
+        columns["rows"] = rows
+    for count, values in enumerate(itertools.zip_longest(*columns.values(), fillvalue=_MISSING)):
+        found = dict(zip(columns, values, strict=True))
+        ended = [name for name, value in found.items() if value is _MISSING]
         if ended:
-            raise UsageError(f"found {place} {' and '.join(ended)} and more pictures; expected as many of each")
-        yield picture, {**({} if style is None else {"style": style}), **row}  # type: ignore[dict-item, misc]
+            more = "more styles or rows" if "pictures" in ended else "more pictures"
+            raise UsageError(f"found {count} {' and '.join(ended)} and {more}; expected as many of each")
+        style = found.get("styles", styles)
+        yield found["pictures"], {**({} if style is None else {"style": style}), **found.get("rows", {})}
 
 
 def stream(
@@ -60,17 +62,17 @@ def stream(
     paint: Callable[[Sequence[Request]], list[Result]],
     batch: int,
 ) -> Iterator[Result]:
-    """Paint what `source` gives, most `batch` at once, and give the results in its order.
+    """Paint the jobs of `source`, at most `batch` at once, and yield the results in their order.
 
     Args:
-        source: pictures and their options; never read further ahead than `AHEAD` batches.
+        source: pictures and their options; read at most `AHEAD` batches ahead.
         read: reads one.
-        paint: paints some that have one `batch_key`.
+        paint: paints requests that have one `batch_key`.
         batch: at least 1.
 
     Raises:
         UsageError: a batch below 1.
-        LsastError: what `read`, `paint` or `source` raised, at the place of its picture.
+        LsastError: an error of `source`, `read` or `paint`, at the place of its picture.
     """
     if batch < 1:
         raise UsageError(f"found a batch of {batch}; expected at least 1")
@@ -83,25 +85,23 @@ def _stream(
     paint: Callable[[Sequence[Request]], list[Result]],
     batch: int,
 ) -> Iterator[Result]:
-    window: deque[_Place] = deque()
+    window: deque[_Slot] = deque()
     more = True
-    while True:
-        while more and not _enough(window, batch):
+    while more or window:
+        while more and len(window) < AHEAD * batch and len(_first_batch(window, batch)) < batch:
             try:
-                picture, options = next(source)
+                job = next(source)
             except StopIteration:
                 more = False
-                break
             except LsastError as error:
-                window.append(_Place(outcome=error))
+                window.append(_Slot(outcome=error))
                 more = False
-                break
-            window.append(_read(picture, options, read))
-        if not window:
-            return
-        if window[0].outcome is None:
-            together = _first_batch(window, batch)
-            _paint(together, paint)
+            else:
+                window.append(_read(job, read))
+        if window and window[0].request:
+            slots = _first_batch(window, batch)
+            for slot, result in zip(slots, paint([slot.request for slot in slots if slot.request]), strict=True):
+                slot.request, slot.outcome = None, result
         while window and window[0].outcome is not None:
             outcome = window.popleft().outcome
             if isinstance(outcome, LsastError):
@@ -110,29 +110,14 @@ def _stream(
             yield outcome
 
 
-def _read(
-    picture: Picture, options: Mapping[str, Any], read: Callable[[Picture, Mapping[str, Any]], Request]
-) -> _Place:
+def _read(job: Job, read: Callable[[Picture, Mapping[str, Any]], Request]) -> _Slot:
     try:
-        return _Place(read(picture, options))
+        return _Slot(read(*job))
     except LsastError as error:
-        return _Place(outcome=error)
+        return _Slot(outcome=error)
 
 
-def _paint(places: Sequence[_Place], paint: Callable[[Sequence[Request]], list[Result]]) -> None:
-    results = paint([place.request for place in places if place.request])
-    for place, result in zip(places, results, strict=True):
-        place.request, place.outcome = None, result
-
-
-def _first_batch(window: Iterable[_Place], batch: int) -> list[_Place]:
-    """The places that are painted with the first of those that wait."""
-    waiting = [place for place in window if place.request]
-    key = waiting[0].request.batch_key if waiting and waiting[0].request else None
-    return [place for place in waiting if place.request and place.request.batch_key == key][:batch]
-
-
-def _enough(window: deque[_Place], batch: int) -> bool:
-    """Whether the first batch is full, or as much was read ahead as may be."""
-    waiting = any(place.request for place in window)
-    return len(window) >= AHEAD * batch or (waiting and len(_first_batch(window, batch)) >= batch)
+def _first_batch(window: Iterable[_Slot], batch: int) -> list[_Slot]:
+    """The slots that are painted together with the first one that waits."""
+    waiting = [(slot, slot.request.batch_key) for slot in window if slot.request]
+    return [slot for slot, key in waiting if key == waiting[0][1]][:batch]

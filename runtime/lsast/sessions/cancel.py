@@ -8,17 +8,17 @@ from lsast_engines.errors import CancelledError
 
 
 class CancelToken:
-    """A switch that ends the paintings it was given to; it goes one way, and any thread may turn it.
+    """Cancels the paintings that it was given to, for good; any thread may do so.
 
-    A painting looks at it before every graph and every step, so that it ends within one step, with `CancelledError`.
-    One that waits for its turn ends at once.
+    A painting checks its token before every run of a graph, so that it ends within one step, with `CancelledError`. A
+    painting that waits for the engines ends at once.
     """
 
     def __init__(self) -> None:
         self._cancelled = threading.Event()
 
     def cancel(self) -> None:
-        """End what was given this token. Any number of times."""
+        """Cancel the paintings that were given this token; calling it again has no effect."""
         self._cancelled.set()
 
     @property
@@ -27,7 +27,7 @@ class CancelToken:
         return self._cancelled.is_set()
 
     def check(self) -> None:
-        """Go on, or not.
+        """Return if the token is not cancelled.
 
         Raises:
             CancelledError: `cancel` was called.
