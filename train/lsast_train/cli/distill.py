@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 
 from lsast_engines.cli import Command, debug_option, json_option, log_to_stderr, print_result
 from lsast_engines.diffusion.timesteps import FINAL_SIGMA_NONZERO
 
-from ..distillation.options import DistillOptions, Kind
+from ..distillation.options import DistillOptions
 from .shared import MIXED_PRECISION, require_train_extra, result_facts, threads_option
 
 _DEFAULTS = {field.name: field.default for field in fields(DistillOptions)}
@@ -31,10 +31,8 @@ def _knob(name: str, help_text: str, kind: Any = None) -> Any:
     "--images", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder tree of any pictures."
 )
 @click.option("--guidance", required=True, type=float, help="Guidance that one pass shall give.")
-@click.option("--name", help="Name of the new style. [default: STYLE-gGUIDANCE, with --student-steps also -sN]")
+@click.option("--name", help="Name of the new style. [default: STYLE-gGUIDANCE]")
 @click.option("--base", metavar="NAME", help="Bundle or base that the style belongs to. [default: the embedded one]")
-@_knob("kind", "Train keys and values, or the prompts behind them.", click.Choice(get_args(Kind)))
-@_knob("student_steps", "Steps of the one schedule that the style is for; 0 leaves the schedule free.")
 @_knob("teacher_steps", "Points of the teacher's schedule.")
 @_knob("strength", "Share of the schedule that the teacher runs.")
 @_knob("solver", "Of the teacher's runs.", click.Choice(tuple(FINAL_SIGMA_NONZERO)))
@@ -69,7 +67,7 @@ def distill(
     lsast-train distill --style vangogh --guidance 7 --images photos
     lsast-export --style vangogh-g7        # puts it where lsast-run finds it
 
-    Prints the style file (with --kind prompts the prompt file); the held-out error is drawn beside it.
+    Prints the style file; the held-out error is drawn beside it.
     """
     options = DistillOptions(**knobs)
     require_train_extra()
@@ -85,11 +83,10 @@ def distill(
         torch.set_num_threads(threads)
     with log_to_stderr():
         source = BaseSource(base)
-        path = find_style(style, resolve_local_base(source), options.kind)
+        path = find_style(style, resolve_local_base(source))
         loaded = load_base(source)
-        found = read_source(path, loaded, options.kind)
-        few = f"-s{options.student_steps}" if options.student_steps else ""
-        name = name or f"{found.name}-g{options.guidance:g}{few}"
+        found = read_source(path, loaded)
+        name = name or f"{found.name}-g{options.guidance:g}"
         pictures = PaintingDataset.load(images, options.size, "random", loaded.config.size)
         result = Distillation(loaded, found, pictures, options, name, out or Path("runs") / name, resume).run()
     print_result(result_facts(result), result.file)

@@ -32,10 +32,10 @@ from ..training.loss_curve import Curve, Evaluation, save_curve
 from ..training.rng import RngStream, rng_for
 from ..training.run import RunFiles, RunResult
 from .options import DistillOptions
-from .result import distilled_meta, write_distilled
+from .result import distilled_meta, distilled_style
 from .source_style import SourceStyle, null_rows
-from .student import KeyValueStudent, PromptStudent
-from .teacher import Teacher, TeacherSamples, read_content, student_schedule
+from .student import Student
+from .teacher import Teacher, TeacherSamples, read_content
 from .teacher_cache import Samples, load_samples, save_samples
 
 log = logging.getLogger("lsast.train")
@@ -65,7 +65,7 @@ class Distillation:
         on_step: called with the number of steps done and the loss after each step.
 
     Raises:
-        UsageError: a name that is no file name, a size that the base cannot take, invalid steps of a schedule.
+        UsageError: a name that is no file name, or a size that the base cannot take.
         TrainingError: a checkpoint that is missing, in the way, damaged, or of another run.
     """
 
@@ -83,20 +83,16 @@ class Distillation:
         faults = style_name_faults(name)
         if options.size % base.config.multiple:
             faults.append(f"size: found {options.size}; expected a multiple of {base.config.multiple} for this base")
-        if options.kind == "prompts" and style.prompts is None:
-            faults.append("kind: found prompts for a style that was read for kv; read it for prompts")
         if faults:
             raise UsageError(fault_list("invalid options:", faults))
-        if options.student_steps:
-            student_schedule(options, base.config.noise, style.stages)
-        self.files = RunFiles(folder, name, prompts=options.kind == "prompts")
+        self.files = RunFiles(folder, name, prompts=False)
         require_checkpoint(self.files.checkpoint, resume)
         self.base, self.style, self.pictures, self.options, self.on_step = base, style, pictures, options, on_step
         base.to(Accelerator().device)
         self.baked = BakedBase(base)
-        self.student = self._make_student()
+        self.student = Student(style.kv_unet, style.kv_control, kv_layouts(base)[0]).to(base.device)
         self.optimizer = torch.optim.AdamW(
-            self.student.parameters(), lr=options.lr, betas=(0.9, 0.999), weight_decay=options.weight_decay
+            self.student.parameters(), lr=options.lr, betas=(0.9, 0.999), weight_decay=0.0
         )
         self.best = copy.deepcopy(self.student.delta)
         self.curve = Curve()
@@ -162,18 +158,10 @@ class Distillation:
         samples = teacher.samples(content, split, noised=noised)
         return content, TeacherSamples.join(list(tqdm(samples, desc=("teacher", "held out")[split], unit="batch")))
 
-    def _make_student(self) -> KeyValueStudent | PromptStudent:
-        style, layouts = self.style, kv_layouts(self.base)
-        if self.options.kind == "prompts":
-            assert style.prompts is not None, "checked by __init__"
-            return PromptStudent(style.prompts, *layouts).to(self.base.device)
-        return KeyValueStudent(style.kv_unet, style.kv_control, layouts[0]).to(self.base.device)
-
     def _initialise(self) -> None:
         """Put every stage at the best point of `INIT_GUIDANCE_GRID` on the line from the null context to the style."""
         init = self.student.init
-        null = self.base.null_context if self.options.kind == "prompts" else null_rows(self.base)
-        null, style = null.to(init), init.clone()
+        null, style = null_rows(self.base).to(init), init.clone()
         chosen = []
         with torch.no_grad():
             for stage in tqdm(self.stages, desc="initialise", unit="stage"):
@@ -248,7 +236,7 @@ class Distillation:
 
     def _teacher_identity(self) -> dict[str, Any]:
         """What the teacher's samples depend on."""
-        student = ("kind", "steps", "batch", "lr", "weight_decay", "mixed_precision", "evaluate_every")
+        student = ("steps", "batch", "lr", "mixed_precision", "evaluate_every")
         return {name: value for name, value in self._identity().items() if name not in student}
 
     def _finish(self) -> RunResult:
@@ -261,7 +249,7 @@ class Distillation:
             )
         self.student.delta.load_state_dict(self.best.state_dict())
         meta = distilled_meta(self.style, self.options, relative, best.step, self.pictures.digest)
-        write_distilled(self.student, self.style, self.base, self.files, meta)
+        distilled_style(self.student, self.style, self.files.name, self.base.fingerprint, meta).save(self.files.result)
         for file in (self.files.checkpoint, self.files.teacher):
             file.unlink(missing_ok=True)
         log.info("kept step %d: %.4f of the way from unguided to guided is left", best.step, relative)

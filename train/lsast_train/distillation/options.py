@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
 from lsast_engines.diffusion.timesteps import FINAL_SIGMA_NONZERO
 from lsast_engines.errors import UsageError, fault_list
 
 from ..options import MixedPrecision, Range
 
-Kind = Literal["kv", "prompts"]
-"""What is trained: the U-Net's keys and values, or the 30 prompts that keys and values are projected from."""
-
 MAX_GUIDANCE = 100.0
 """The runtime's limit."""
 
 _RANGES = {
     **dict.fromkeys(("teacher_steps", "steps", "batch", "evaluate_every"), Range(1, whole=True)),
-    **dict.fromkeys(("student_steps", "noised", "seed"), Range(0, whole=True)),
+    **dict.fromkeys(("noised", "seed"), Range(0, whole=True)),
     "pictures": Range(2, whole=True),
     "size": Range(64, whole=True),
     "guidance": Range(0, MAX_GUIDANCE, above=True),
     "strength": Range(0, 1, above=True),
     "control_scale": Range(0, 2),
     "lr": Range(0, 10, above=True),
-    "weight_decay": Range(0, 1),
     "checkpoint_minutes": Range(0, above=True),
 }
 
@@ -40,32 +36,25 @@ class DistillOptions:
     """
 
     guidance: float
-    """g of the teacher ε_null + g (ε_style - ε_null); other than 1, which needs no teacher, unless `student_steps`."""
-    kind: Kind = "kv"
-    student_steps: int = 0
-    """Points of the one schedule that the style is for, whose few steps shall end where the teacher's many end. 0: one
-    pass shall give what the teacher's two passes give, at any step of any schedule."""
+    """g of the teacher ε_null + g (ε_style - ε_null), other than 1."""
     teacher_steps: int = 12
-    """Points of the teacher's schedule; with `student_steps` the next multiple of them."""
+    """Points of the teacher's schedule."""
     strength: float = 1.0
     """Share of the schedule that the teacher runs, from the noisy end to the picture."""
     solver: str = "dpmpp2m"
-    """Of the teacher's runs; with `student_steps` of the style's too."""
+    """Of the teacher's runs."""
     control_scale: float = 1.0
     """Factor of ControlNet's residuals."""
     pictures: int = 48
     """Pictures that the teacher paints for training; an eighth as many, at least 2, are painted for evaluation."""
     noised: int = 16
-    """Training samples of each stage that are noised pictures, beside those of the teacher's trajectories; none with
-    `student_steps`."""
+    """Training samples of each stage that are noised pictures, beside those of the teacher's trajectories."""
     steps: int = 1000
     """Steps of the optimiser, each for one stage; the stages take turns."""
     batch: int = 4
     """Samples of a step, all of one stage."""
     lr: float = 0.3
     """Learning rate at step 0, relative to the root mean square of what is trained; a half cosine falls to zero."""
-    weight_decay: float = 0.0
-    """AdamW's decoupled weight decay, towards the start."""
     size: int = 256
     """Side of a picture in pixels."""
     mixed_precision: MixedPrecision = "no"
@@ -77,24 +66,16 @@ class DistillOptions:
     """Minutes between two checkpoints."""
 
     def __post_init__(self) -> None:
-        faults = []
-        choices = {
-            "kind": get_args(Kind),
-            "solver": tuple(FINAL_SIGMA_NONZERO),
-            "mixed_precision": get_args(MixedPrecision),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                faults.append(f"{name}: found {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+        choices = {"solver": tuple(FINAL_SIGMA_NONZERO), "mixed_precision": get_args(MixedPrecision)}
+        faults = [
+            f"{name}: found {getattr(self, name)!r}; expected one of {', '.join(allowed)}"
+            for name, allowed in choices.items()
+            if getattr(self, name) not in allowed
+        ]
         for name, valid in _RANGES.items():
             faults += valid.faults(name, getattr(self, name))
-        if self.guidance == 1 and not self.student_steps:
-            faults.append("guidance: found 1, which takes one pass already; expected another, or student_steps")
-        if self.student_steps > self.teacher_steps:
-            faults.append(
-                f"teacher_steps: found {self.teacher_steps} for {self.student_steps} of the student; expected at least "
-                "as many, such as 32"
-            )
+        if self.guidance == 1:
+            faults.append("guidance: found 1, which takes one pass already; expected another")
         if faults:
             raise UsageError(fault_list("invalid distillation options:", faults))
 

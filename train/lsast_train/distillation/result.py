@@ -1,26 +1,17 @@
-"""The result of a distillation: an ordinary style, or prompts, with the guidance in its metadata."""
+"""The result of a distillation: an ordinary style with the guidance in its metadata."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
-
-import torch
 
 from lsast_engines.bundle.style import DISTILLED_GUIDANCE_KEY, Style, decode_defaults, encode_defaults
 from lsast_engines.errors import UsageError, fault_list
 
-from ..base.base import Base
-from ..prompts.prompt_file import Prompts, save_prompts
-from ..prompts.prompt_space import matrix_index
-from ..training.run import RunFiles, versions
+from ..training.run import versions
 from .options import DistillOptions
 from .source_style import SourceStyle
-from .student import KeyValueStudent, PromptStudent
-
-KIND = ("variant", "generator", "layout", "gradient", "prompt")
-"""Metadata of a style that its prompt file has in the header."""
+from .student import Student
 
 
 def distilled_meta(
@@ -35,11 +26,8 @@ def distilled_meta(
     if faults:
         raise UsageError(fault_list(f"style {style.name!r} has invalid defaults:", faults))
     defaults.pop("guidance", None)
-    if options.student_steps:
-        defaults |= {"steps": options.student_steps, "strength": options.strength, "solver": options.solver}
-    kept = {key: value for key, value in style.meta.items() if key != "defaults"}
     return {
-        **kept,
+        **{key: value for key, value in style.meta.items() if key != "defaults"},
         **encode_defaults(defaults),
         DISTILLED_GUIDANCE_KEY: f"{options.guidance:g}",
         "distilled_from": style.name,
@@ -51,29 +39,7 @@ def distilled_meta(
     }
 
 
-def write_distilled(
-    student: KeyValueStudent | PromptStudent,
-    style: SourceStyle,
-    base: Base,
-    files: RunFiles,
-    meta: Mapping[str, str],
-) -> None:
-    """Write the style file, or the prompt file, of `student`, which was trained from `style`."""
-    if isinstance(student, KeyValueStudent):
-        _style(style, base, files.name, student.kv_unet(), meta).save(files.result)
-        return
-    prompts = student.prompts().cpu()
-    matrices = prompts.flatten(0, 1).clone()
-    assert torch.equal(matrices[matrix_index("step+layer", stages=len(prompts))], prompts), "3s + l"
-    kept = {key: value for key, value in meta.items() if key not in KIND}
-    made = Prompts(files.name, base.fingerprint, "step+layer", "direct", "strided", "all", prompts, matrices, meta=kept)
-    save_prompts(made, files.result)
-
-
-def _style(source: SourceStyle, base: Base, name: str, kv_unet: torch.Tensor, meta: Mapping[str, str]) -> Style:
-    """`source` with other keys and values of the U-Net."""
-    return Style(
-        *(name, base.fingerprint, source.stages, int(kv_unet.shape[1])),
-        *(kv_unet.cpu().numpy(), source.kv_control.numpy()),
-        dict(meta),
-    )
+def distilled_style(student: Student, source: SourceStyle, name: str, base: str, meta: dict[str, str]) -> Style:
+    """The style `name` of the base with the fingerprint `base` that `student`, trained from `source`, has become."""
+    kv_unet = student.kv_unet().cpu().numpy()
+    return Style(name, base, len(kv_unet), kv_unet.shape[1], kv_unet, source.kv_control.numpy(), meta)

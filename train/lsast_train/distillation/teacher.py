@@ -4,26 +4,21 @@ The teacher paints with guidance, ε = ε_null + g (ε_style - ε_null), two pas
 kept with their ε: the student will be used at latents of guided paintings, which differ from noised pictures (adapter
 guidance distillation, AGD, trains on guided trajectories for that reason). The timesteps of every run are shifted by a
 random part of its stride, so that all runs together have all timesteps. Some noised pictures are mixed in.
-
-For a student of few steps the teacher takes many between two of the student's, and the target is the ε with which the
-student's solver ends where the teacher ended.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from lsast_engines.diffusion.guidance import guide
 from lsast_engines.diffusion.noise_schedule import NoiseSchedule
-from lsast_engines.diffusion.solvers import Solver, make_solver
+from lsast_engines.diffusion.solvers import make_solver
 from lsast_engines.diffusion.timesteps import Step, TimestepSchedule
 from lsast_engines.images import canny_edges
 
@@ -154,11 +149,16 @@ class Teacher:
             )
             schedule = jitter_timesteps(layout, float(torch.rand((), generator=generator)), self.stages)
             solver = make_solver(options.solver, self.noise, schedule)
-            latent = self._start(content, picture, schedule, generator)
+            z0 = content.latents[picture]
+            drawn = torch.randn(z0.shape, generator=generator)
+            latent = torch.from_numpy(schedule.add_noise(z0.numpy(), drawn.numpy(), schedule.start_t))
             for step in schedule.steps:
-                state, guided = self._state(content, picture, latent, step.t)
-                yield state
-                latent = _advance(solver, guided, step.index, latent)
+                timestep = torch.full((len(latent),), step.t)
+                guided, plain = self(latent, timestep, content.hints[picture])
+                stage = torch.full_like(timestep, step.stage)
+                yield TeacherSamples(picture, timestep, stage, latent, guided, plain)
+                moved: Any = solver.step(guided.numpy(), step.index, latent.numpy())
+                latent = torch.from_numpy(moved.astype(np.float32))
 
     def noised(self, content: ContentBatch, count: int, seed: tuple[int, ...]) -> Iterator[TeacherSamples]:
         """Noised pictures: `count` samples in every stage, at random timesteps of it."""
@@ -174,56 +174,11 @@ class Teacher:
                 guided, plain = self(latent, timestep, content.hints[picture])
                 yield TeacherSamples(picture, timestep, torch.full_like(timestep, stage), latent, guided, plain)
 
-    def step_targets(self, content: ContentBatch, seed: tuple[int, ...]) -> Iterator[TeacherSamples]:
-        """Paint every picture in many steps; the samples are those at the student's steps, with the ε by which the
-        student's solver gets from one to the next.
-        """
-        options = self.options
-        coarse = student_schedule(options, self.noise, self.stages)
-        fine, marks = subdivide(coarse, math.ceil(options.teacher_steps / options.student_steps), self.stages)
-        for number, picture in _batches(content):
-            generator = rng_for(options.seed, RngStream.TEACHER, *seed, number)
-            teacher = make_solver(options.solver, self.noise, fine)
-            student = make_solver(options.solver, self.noise, coarse)
-            latent = self._start(content, picture, coarse, generator)
-            passed = []
-            for step in fine.steps:
-                state, guided = self._state(content, picture, latent, step.t)
-                if step.index in marks:
-                    passed.append(state)
-                latent = _advance(teacher, guided, step.index, latent)
-            ends = [state.latent for state in passed[1:]] + [latent]
-            for index, (state, end) in enumerate(zip(passed, ends, strict=True)):
-                target = solve_eps(student, index, state.latent.double().numpy(), end.double().numpy())
-                yield TeacherSamples(
-                    *(state.picture, state.timestep, state.stage, state.latent),
-                    torch.from_numpy(target).float(),
-                    state.unguided,
-                )
-
     def samples(self, content: ContentBatch, *seed: int, noised: int) -> Iterator[TeacherSamples]:
         """All samples for the options, of `content`; `seed` is another one for training and evaluation."""
-        if self.options.student_steps:
-            yield from self.step_targets(content, seed)
-        else:
-            yield from self.trajectory_samples(content, seed)
-            if noised:
-                yield from self.noised(content, noised, seed)
-
-    def _start(
-        self, content: ContentBatch, picture: torch.Tensor, schedule: TimestepSchedule, generator: torch.Generator
-    ) -> torch.Tensor:
-        latents = content.latents[picture]
-        drawn = torch.randn(latents.shape, generator=generator)
-        return torch.from_numpy(schedule.add_noise(latents.numpy(), drawn.numpy(), schedule.start_t))
-
-    def _state(
-        self, content: ContentBatch, picture: torch.Tensor, latent: torch.Tensor, t: int
-    ) -> tuple[TeacherSamples, torch.Tensor]:
-        timestep = torch.full((len(latent),), t)
-        guided, plain = self(latent, timestep, content.hints[picture])
-        stage = torch.full_like(timestep, stage_of(t, self.noise, self.stages))
-        return TeacherSamples(picture, timestep, stage, latent, guided, plain), guided
+        yield from self.trajectory_samples(content, seed)
+        if noised:
+            yield from self.noised(content, noised, seed)
 
 
 def stage_of(t: int, noise: NoiseSchedule, stages: int) -> int:
@@ -231,63 +186,17 @@ def stage_of(t: int, noise: NoiseSchedule, stages: int) -> int:
     return t * stages // noise.train_steps
 
 
-def student_schedule(options: DistillOptions, noise: NoiseSchedule, stages: int) -> TimestepSchedule:
-    """The few steps of a student.
-
-    Raises:
-        UsageError: steps or a strength that give no schedule.
-    """
-    return _build(options, options.student_steps, noise, stages)
-
-
-def _build(options: DistillOptions, steps: int, noise: NoiseSchedule, stages: int) -> TimestepSchedule:
-    return TimestepSchedule.build(noise, steps, options.strength, stages, options.solver)
-
-
 def jitter_timesteps(schedule: TimestepSchedule, part: float, stages: int) -> TimestepSchedule:
     """`schedule` with all timesteps lowered by `part` (0 to 1) of its stride, or of the last one if that is less."""
     steps = schedule.steps
     stride = steps[-2].t - steps[-1].t if len(steps) > 1 else steps[-1].t
     down = int(part * min(stride, steps[-1].t))
-    return _schedule(schedule, [step.t - down for step in steps], stages, schedule.start_t - down)
-
-
-def subdivide(schedule: TimestepSchedule, parts: int, stages: int) -> tuple[TimestepSchedule, list[int]]:
-    """`schedule` with every step divided into at most `parts`, at whole timesteps; and the indices of its own steps."""
-    times = [step.t for step in schedule.steps]
-    fine: list[int] = []
-    marks = []
-    for t, after in zip(times, [*times[1:], 0], strict=True):
-        marks.append(len(fine))
-        fine += sorted({t - (t - after) * part // parts for part in range(parts)} - {after}, reverse=True)
-    return _schedule(schedule, fine, stages, schedule.start_t), marks
-
-
-def solve_eps(
-    solver: Solver, index: int, x: npt.NDArray[np.float64], end: npt.NDArray[np.float64]
-) -> npt.NDArray[np.float64]:
-    """The ε with which `solver` gets from `x` at step `index` to `end`; it takes that step.
-
-    A step is affine in ε with the same factor everywhere, so two steps of copies of the solver give that factor.
-    """
-    zero = copy.deepcopy(solver).step(np.zeros_like(x), index, x)
-    one = copy.deepcopy(solver).step(np.ones_like(x), index, x)
-    eps: npt.NDArray[np.float64] = (end - zero) / (one - zero)
-    solver.step(eps, index, x)
-    return eps
-
-
-def _schedule(like: TimestepSchedule, times: list[int], stages: int, start_t: int) -> TimestepSchedule:
-    steps = [
-        Step(index, t, t_prev, stage_of(t, like.noise, stages))
+    times = [step.t - down for step in steps]
+    moved = tuple(
+        Step(index, t, t_prev, stage_of(t, schedule.noise, stages))
         for index, (t, t_prev) in enumerate(zip(times, [*times[1:], -1], strict=True))
-    ]
-    return TimestepSchedule(like.noise, like.solver, tuple(steps), start_t)
-
-
-def _advance(solver: Solver, eps: torch.Tensor, index: int, latent: torch.Tensor) -> torch.Tensor:
-    moved: Any = solver.step(eps.numpy(), index, latent.numpy())
-    return torch.from_numpy(moved.astype(np.float32))
+    )
+    return TimestepSchedule(schedule.noise, schedule.solver, moved, schedule.start_t - down)
 
 
 def _at_once(content: ContentBatch) -> int:

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lsast_engines.diffusion.noise_schedule import NoiseSchedule
+from lsast_engines.diffusion.timesteps import TimestepSchedule
+from lsast_train.base.baked import BakedBase
+from lsast_train.base.base import Base
+from lsast_train.distillation.options import DistillOptions
+from lsast_train.distillation.source_style import SourceStyle, null_rows
+from lsast_train.distillation.teacher import Teacher, TeacherSamples, jitter_timesteps, read_content
+from lsast_train.paintings import PaintingDataset
+
+
+def _guided(base: Base, prompts: torch.Tensor, latent: torch.Tensor, t: int, edges: torch.Tensor, g: float) -> Any:
+    """ε of two whole passes with contexts, the residuals those of the style; and that of the style alone."""
+    contexts = prompts[t // 100].expand(len(latent), -1, -1, -1)
+    null = base.null_context.expand_as(contexts)
+    time = torch.full((len(latent),), t)
+    with torch.no_grad():
+        plain = base.eps(latent, time, contexts, edges)
+        return base.eps(latent, time, null, edges, control_contexts=contexts) * (1 - g) + g * plain, plain
+
+
+def test_teacher_targets_are_the_guided_noise_of_two_passes(
+    base: Base, source: SourceStyle, prompts: torch.Tensor, collection: PaintingDataset, tmp_path: Path
+) -> None:
+    options = DistillOptions(guidance=4.0, teacher_steps=4, size=64)
+    baked = BakedBase(base)
+    content = read_content(baked, collection.training, 4, 64, 0, 0)
+    samples = TeacherSamples.join(list(Teacher(baked, source, null_rows(base), options).samples(content, 0, noised=2)))
+    assert sorted(set(samples.stage.tolist())) == list(range(10))
+    assert torch.equal(samples.stage, samples.timestep // 100)
+    # Edges are not kept; flat pictures have none, and the hint features of none are the same everywhere.
+    edges = torch.zeros(1, 3, 64, 64)
+    hints = baked.hints(edges)
+    flat = [i for i in range(len(samples.stage)) if torch.equal(content.hints[samples.picture[i]], hints[0])]
+    assert flat
+    for index in flat[::5]:
+        row = slice(index, index + 1)
+        guided, plain = _guided(base, prompts, samples.latent[row], int(samples.timestep[index]), edges, 4.0)
+        torch.testing.assert_close(samples.target[row], guided, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(samples.unguided[row], plain, rtol=1e-3, atol=1e-4)
+
+
+def test_jitter_timesteps_lowers_all_timesteps_by_less_than_a_stride() -> None:
+    schedule = TimestepSchedule.build(NoiseSchedule(), 12, 1.0, 10, "dpmpp2m")
+    assert jitter_timesteps(schedule, 0.0, 10).steps == schedule.steps
+    moved = jitter_timesteps(schedule, 0.5, 10)
+    assert [a.t - b.t for a, b in zip(schedule.steps, moved.steps, strict=True)] == [38] * 12
+    assert moved.start_t == schedule.start_t - 38
+    assert all(step.stage == step.t // 100 for step in moved.steps)
+    assert jitter_timesteps(schedule, 0.999, 10).steps[-1].t > 0
