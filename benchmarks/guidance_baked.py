@@ -9,9 +9,8 @@
         --paintings DIR --photos DIR --artist vincent-van-gogh
 
 Every content is painted with the same seed by the original style with guidance (the teacher), by the student, and by
-the original in one pass (the yardstick: what is had for the same time without distilling). A student of few steps is
-held against a teacher that goes the same way in fine steps, and beside it stand the original in as few, with guidance
-and without, and every style of `--beside`.
+the original in one pass (the yardstick: what is had for the same time without distilling), and by every style of
+`--beside`.
 
 Prints the PSNR of each to the teacher, of pictures (peak 255) and of the latents that the decoder is handed (peak: the
 range of the teacher's), mean and lowest over the contents, and median seconds of denoising; with `--paintings` and
@@ -23,9 +22,8 @@ folder for other options. The contents must be none that the student was distill
 from __future__ import annotations
 
 import json
-import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,8 +36,6 @@ from tqdm import tqdm
 import lsast
 from bench.machine import describe
 from lsast.video.optical_flow import TemporalState
-from lsast_engines.diffusion.noise_schedule import NoiseSchedule
-from lsast_engines.diffusion.timesteps import TimestepSchedule
 from lsast_engines.errors import UsageError
 from lsast_engines.files import replace_file
 from lsast_engines.images import find_pictures, psnr
@@ -97,42 +93,6 @@ def kept(
         return opened.convert("RGB"), arrays["latent"], float(arrays["seconds"])
 
 
-def fine_run(noise: NoiseSchedule, few: dict[str, Any], parts: int, stages: int) -> dict[str, Any]:
-    """Options of a run from where the run `few` starts, in at least `parts` times as many steps.
-
-    Raises:
-        UsageError: no run of up to twice as many starts there.
-    """
-    coarse = TimestepSchedule.build(noise, few["steps"], few["strength"], stages, few["solver"])
-    count = parts * len(coarse.steps)
-    for taken in range(count, 2 * count):
-        for steps in range(taken, noise.train_steps // 2):
-            strength = min(1.0, (taken + 0.5) / steps)
-            found = TimestepSchedule.build(noise, steps, strength, stages, few["solver"])
-            if found.start_t == coarse.start_t:
-                return {**few, "steps": steps, "strength": strength}
-    raise UsageError(f"found no run of {count} to {2 * count - 1} steps that starts at t = {coarse.start_t}")
-
-
-def ways(
-    student: str,
-    original: str,
-    scale: float,
-    few: dict[str, Any] | None,
-    fine: dict[str, Any],
-    beside: Sequence[str],
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and options of every way, the teacher first."""
-    short, about = few or {}, ", few steps" if few else ""
-    yield "teacher", {"style": original, "guidance": scale, **fine}
-    yield "student", {"style": student}
-    yield f"one pass{about}", {"style": original, "guidance": 1.0, **short}
-    if few:
-        yield f"guidance{about}", {"style": original, "guidance": scale, **few}
-    for name in beside:
-        yield f"{name}{about}", {"style": name, **short}
-
-
 def sheet(content: Image.Image, painted: dict[str, Image.Image]) -> Image.Image:
     """Content and paintings side by side, each under its name."""
     cells = {"content": content, **painted}
@@ -165,17 +125,16 @@ def planned(stylizer: lsast.Stylizer, name: str, beside: Sequence[str]) -> dict[
     Raises:
         UsageError: it has no guidance baked in.
     """
-    style, manifest = stylizer.bundle.open_style(name), stylizer.bundle.manifest
+    style = stylizer.bundle.open_style(name)
     if style.distilled_guidance is None:
         raise UsageError(f"found {name!r}, which has no guidance baked in; expected a style of lsast-train distill")
-    made = json.loads(style.meta["distill_options"])
-    few: dict[str, Any] | None = None
-    fine: dict[str, Any] = {}
-    if made["student_steps"]:
-        few = {"steps": made["student_steps"], "strength": made["strength"], "solver": made["solver"]}
-        parts = math.ceil(made["teacher_steps"] / made["student_steps"])
-        fine = fine_run(manifest.noise, few, parts, manifest.stages)
-    return dict(ways(name, style.meta["distilled_from"], style.distilled_guidance, few, fine, beside))
+    original = style.meta["distilled_from"]
+    return {
+        "teacher": {"style": original, "guidance": style.distilled_guidance},
+        "student": {"style": name},
+        "one pass": {"style": original, "guidance": 1.0},
+        **{other: {"style": other} for other in beside},
+    }
 
 
 @click.command()
