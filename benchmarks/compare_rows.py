@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bench.configurations import Configuration, parse_backend
 from lsast.images.contact_sheet import parse_axes
-from lsast.options.presets import PRESETS
+from lsast.options.options import PRESETS
 from lsast_engines.bundle.bundle import find_bundle
 from lsast_engines.errors import UsageError
 

@@ -21,7 +21,7 @@ import numpy as np
 
 import lsast
 from bench.machine import describe
-from lsast.options.presets import PRESETS
+from lsast.options.options import PRESETS
 from lsast_engines.images import psnr
 
 LEVERS: dict[str, dict[str, Any]] = {

@@ -58,7 +58,7 @@ def main(
     a process of its own, so that its memory is its own. Run nothing else meanwhile.
     """
     from lsast.images.contact_sheet import parse_axes
-    from lsast.options.presets import preset_options
+    from lsast.options.options import preset_options
 
     from .configurations import parse_counts, plan
     from .report import markdown
