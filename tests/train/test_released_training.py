@@ -14,7 +14,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from golden_sets import GoldenFiles, both_sets
 from lsast_train.base.base import Base, BaseConfig, build_base
 from lsast_train.base.mini_autoencoder import MiniAutoencoder
-from lsast_train.checkpoints.compvis import controlnet_from_compvis, unet_from_compvis
+from lsast_train.checkpoints.compvis import controlnet_weights, unet_weights
 from lsast_train.evaluation import noise_error
 from lsast_train.inversion import Inversion
 from lsast_train.options import PRESETS
@@ -101,8 +101,8 @@ def test_noise_error_of_a_released_training_step_is_the_recorded_one(golden: Gol
     base = build_base(
         BaseConfig("golden", "sd15", "epsilon", tokens, 128, 0.18215),
         "0" * 64,
-        unet_from_compvis(golden.tensors("unet"), heads=golden.heads),
-        controlnet_from_compvis(golden.tensors("control"), heads=golden.heads),
+        unet_weights(golden.tensors("unet"), golden.heads).build(),
+        controlnet_weights(golden.tensors("control"), golden.heads).build(),
         MiniAutoencoder((4, 4, 4), (4, 4, 4)),
         torch.zeros(tokens, dim),
     )

@@ -10,12 +10,9 @@ import torch
 from golden_sets import GoldenFiles, both_sets
 from lsast_engines.errors import TrainingError
 from lsast_train.checkpoints.compvis import (
-    TEXT,
-    VAE,
-    controlnet_from_compvis,
-    section,
+    controlnet_weights,
     text_encoder_weights,
-    unet_from_compvis,
+    unet_weights,
     vae_weights,
 )
 
@@ -51,10 +48,8 @@ def test_unet_and_controlnet_predict_what_they_did(compvis: Any, shape: dict[str
     heads = shape["attention_head_dim"]
     names = ("model.diffusion_model.", "control_model.") if prefixed else ("", "")
     unet, controlnet = (
-        build({name + key: value for key, value in compvis.compvis_network(networks[network]).items()}, heads)
-        for build, name, network in zip(
-            (unet_from_compvis, controlnet_from_compvis), names, ("unet", "controlnet"), strict=True
-        )
+        build({name + key: value for key, value in compvis.compvis_network(networks[network]).items()}, heads).build()
+        for build, name, network in zip((unet_weights, controlnet_weights), names, ("unet", "controlnet"), strict=True)
     )
     _same(unet, networks["unet"])
     _same(controlnet, networks["controlnet"])
@@ -72,14 +67,14 @@ def test_unet_and_controlnet_predict_what_they_did(compvis: Any, shape: dict[str
 
 def test_autoencoder_and_text_encoder_compute_what_they_did(compvis: Any, compvis_base: Any) -> None:
     tensors = {**compvis_base.tensors, "first_stage_model.loss.logvar": torch.zeros(())}
-    vae = vae_weights(section(tensors, VAE)).build()
+    vae = vae_weights(tensors).build()
     expected = compvis_base.networks["autoencoder"]
     _same(vae, expected)
     picture = torch.rand(1, 3, 64, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert torch.equal(vae.encode(picture).latent_dist.parameters, expected.encode(picture).latent_dist.parameters)
     latent = torch.randn(1, 4, 8, 4, generator=torch.Generator().manual_seed(0))
     assert torch.equal(vae.decode(latent).sample, expected.decode(latent).sample)
-    text = text_encoder_weights(section(compvis_base.tensors, TEXT)).build()
+    text = text_encoder_weights(compvis_base.tensors).build()
     ids = torch.tensor([[398, 17, 301, *[399] * 74]])
     torch.testing.assert_close(
         text(input_ids=ids).last_hidden_state,
@@ -88,11 +83,11 @@ def test_autoencoder_and_text_encoder_compute_what_they_did(compvis: Any, compvi
 
 
 def test_weights_are_shared_unless_they_are_converted(compvis: Any, compvis_base: Any) -> None:
-    unet = unet_from_compvis(compvis_base.tensors)
+    unet = unet_weights(compvis_base.tensors).build()
     stored = compvis_base.tensors["model.diffusion_model.out.2.weight"]
     assert unet.conv_out.weight.data_ptr() == stored.data_ptr()
     assert not unet.conv_out.weight.requires_grad
-    half = unet_from_compvis(compvis_base.tensors, dtype=torch.float16)
+    half = unet_weights(compvis_base.tensors).build(torch.float16)
     assert torch.equal(half.conv_out.weight, stored.half())
 
 
@@ -103,22 +98,22 @@ def test_what_is_missing_left_over_or_of_another_shape_is_named(compvis_base: An
     del missing[f"{prefix}output_blocks.1.0.in_layers.2.bias"]
     missing[f"{prefix}input_blocks.1.0.in_layers.2.bias"] = torch.zeros(5)
     with pytest.raises(TrainingError) as caught:
-        unet_from_compvis(missing)
+        unet_weights(missing).build()
     assert "up_blocks.0.resnets.1.conv1.bias: missing" in str(caught.value)
     assert "down_blocks.0.resnets.0.conv1.bias: found shape [5]; expected [32]" in str(caught.value)
     with pytest.raises(TrainingError, match=r"label_emb\.0\.0\.weight: not expected"):
-        unet_from_compvis({**tensors, f"{prefix}label_emb.0.0.weight": torch.zeros(3)})
+        unet_weights({**tensors, f"{prefix}label_emb.0.0.weight": torch.zeros(3)})
     with pytest.raises(TrainingError, match=r"32.*multiples of 5"):
-        unet_from_compvis(tensors, heads=5)
+        unet_weights(tensors, heads=5)
     with pytest.raises(TrainingError, match=r"missing:\n  - input_blocks\.0\.0\.weight"):
-        unet_from_compvis({"something": torch.zeros(1)})
+        unet_weights({"something": torch.zeros(1)})
 
 
 @both_sets
 def test_networks_of_a_released_run_give_the_recorded_noise_and_residuals(golden: GoldenFiles) -> None:
     io = golden.tensors("io")
-    unet = unet_from_compvis(golden.tensors("unet"), heads=golden.heads)
-    controlnet = controlnet_from_compvis(golden.tensors("control"), heads=golden.heads)
+    unet = unet_weights(golden.tensors("unet"), golden.heads).build()
+    controlnet = controlnet_weights(golden.tensors("control"), golden.heads).build()
     # Unconditional half: one context for every block, so that stock diffusers can run it.
     latent, time = io["latents_in"][:1], io["timesteps"][:1]
     stage = int(time) // 100

@@ -393,8 +393,8 @@ def test_names_that_are_nothing_say_what_may_be_named() -> None:
 def test_options_of_an_import_do_not_go_with_a_base_of_ours() -> None:
     with pytest.raises(UsageError, match="--controlnet, --revision, --unet-weights"):
         open_base(BaseSource(None, "x", "ema", "1234"))
-    with pytest.raises(UsageError, match=r"unet_weights: found 'both'.*\n.*heads: found 0"):
-        BaseSource(unet_weights="both", heads=0)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="unet_weights: found 'both'"):
+        BaseSource(unet_weights="both")  # type: ignore[arg-type]
 
 
 def test_the_command_lines_hand_the_options_on(

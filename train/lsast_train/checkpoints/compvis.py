@@ -44,30 +44,17 @@ _HINT_CONVOLUTIONS = tuple(range(0, 16, 2))
 """Places of ControlNet's eight hint convolutions; between them are activations (ControlNet, cldm/cldm.py)."""
 
 
-def unet_from_compvis(state: Tensors, heads: int = HEADS, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
-    """The U-Net among `state`, in evaluation mode.
+def unet_weights(state: Tensors, heads: int = HEADS) -> Weights:
+    """The U-Net of `state`, not built yet.
 
     Args:
-        state: tensors by name, with or without the prefix ``model.diffusion_model.``; other networks are passed over.
+        state: tensors by name. Those under the network's prefix are used; all, if nothing has it.
         heads: attention heads of every level.
-        dtype: element type of the result. Tensors that have it already are shared with `state`, not copied.
 
     Raises:
-        TrainingError: no U-Net, one of another architecture, tensors missing or left over; all faults at once.
+        TrainingError: no U-Net, or one of another architecture, or tensors left over; all faults at once.
     """
-    return unet_weights(section(state, UNET), heads).build(dtype)
-
-
-def controlnet_from_compvis(state: Tensors, heads: int = HEADS, dtype: torch.dtype = torch.float32) -> ControlNetModel:
-    """The ControlNet among `state`, in evaluation mode; the prefix ``control_model.`` may be there or not.
-
-    Arguments and errors are those of `unet_from_compvis`.
-    """
-    return controlnet_weights(section(state, CONTROL), heads).build(dtype)
-
-
-def unet_weights(state: Tensors, heads: int = HEADS) -> Weights:
-    """The U-Net whose tensors `state` holds (CompVis names, no prefix), not built yet."""
+    state = section(state, UNET)
     config = unet_config(state, heads)
     prefixed = {UNET + key: value for key, value in state.items()}
     tensors = _translate(prefixed, lambda tensors: convert_ldm_unet_checkpoint(tensors, config), "the U-Net")
@@ -75,15 +62,16 @@ def unet_weights(state: Tensors, heads: int = HEADS) -> Weights:
 
 
 def controlnet_weights(state: Tensors, heads: int = HEADS) -> Weights:
-    """The ControlNet whose tensors `state` holds (CompVis names, no prefix), not built yet."""
+    """The ControlNet of `state`, not built yet; see `unet_weights`."""
+    state = section(state, CONTROL)
     config = controlnet_config(state, heads)
     tensors = _translate(state, lambda tensors: convert_controlnet_checkpoint(tensors, config), "ControlNet")
     return Weights("ControlNet", config, lambda: ControlNetModel(**config), tensors)
 
 
 def vae_weights(state: Tensors) -> Weights:
-    """The autoencoder whose tensors `state` holds (CompVis names, no prefix), not built yet."""
-    found = {key: value for key, value in state.items() if not key.startswith("loss.")}
+    """The autoencoder of `state`, not built yet; see `unet_weights`."""
+    found = {key: value for key, value in section(state, VAE).items() if not key.startswith("loss.")}
     config = vae_config(found)
     # 1x1 convolutions there are linear layers in diffusers.
     flat = {k: v.flatten(1) if ".attn_1." in k and v.ndim > 2 else v for k, v in found.items()}
@@ -91,18 +79,17 @@ def vae_weights(state: Tensors) -> Weights:
     return Weights("the autoencoder", config, lambda: AutoencoderKL(**config), tensors)
 
 
-def text_encoder_weights(state: Tensors, heads: int | None = None) -> Weights:
-    """The CLIP text encoder whose tensors `state` holds (no prefix), not built yet."""
-    prefixed = {TEXT + key: value for key, value in state.items()}
-    tensors = convert_ldm_clip_checkpoint(prefixed)
-    return clip_weights(tensors, text_encoder_config(tensors, heads))
+def text_encoder_weights(state: Tensors) -> Weights:
+    """The CLIP text encoder of `state`, not built yet; see `unet_weights`."""
+    tensors = convert_ldm_clip_checkpoint({TEXT + key: value for key, value in section(state, TEXT).items()})
+    return clip_weights(tensors, text_encoder_config(tensors))
 
 
 def clip_weights(state: Tensors, config: Mapping[str, Any]) -> Weights:
     """A CLIPTextModel of transformers' configuration `config` with the tensors `state`, not built yet.
 
-    Begin and end of a text are the last two tokens of the vocabulary, whatever `config` says: that of Stable Diffusion
-    1.5 names others.
+    Begin and end of a text are the last two tokens of the vocabulary; the configuration of Stable Diffusion 1.5 names
+    others.
 
     Raises:
         MissingExtraError: transformers is not installed.
@@ -112,7 +99,7 @@ def clip_weights(state: Tensors, config: Mapping[str, Any]) -> Weights:
     except ImportError as error:
         raise MissingExtraError("transformers", "train") from error
 
-    plain = {text_key(key): value for key, value in state.items() if not key.endswith("position_ids")}
+    plain = {_text_key(key): value for key, value in state.items() if not key.endswith("position_ids")}
     _require(plain, (_TOKENS,), "the text encoder")
     vocabulary = plain[_TOKENS].shape[0]
     names = {"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1, "pad_token_id": vocabulary - 1}
@@ -132,7 +119,7 @@ def clip_weights(state: Tensors, config: Mapping[str, Any]) -> Weights:
     return Weights("the text encoder", {**config, **names}, make, tensors)
 
 
-def text_key(key: str) -> str:
+def _text_key(key: str) -> str:
     """A key of a CLIP text encoder without ``text_model.``, which depends on the version of transformers."""
     return key.removeprefix("text_model.")
 
@@ -187,21 +174,18 @@ def vae_config(state: Tensors) -> dict[str, Any]:
     }
 
 
-def text_encoder_config(state: Tensors, heads: int | None = None) -> dict[str, Any]:
+def text_encoder_config(state: Tensors) -> dict[str, Any]:
     """transformers' configuration of the CLIP text encoder whose tensors `state` holds (no prefix)."""
-    plain = {text_key(key): value for key, value in state.items()}
+    plain = {_text_key(key): value for key, value in state.items()}
     places, wide = "embeddings.position_embedding.weight", "encoder.layers.0.mlp.fc1.weight"
     _require(plain, (_TOKENS, places, wide), "the text encoder")
     dim = plain[_TOKENS].shape[1]
-    heads = heads or max(1, dim // _CLIP_HEAD_WIDTH)
-    if dim % heads:
-        raise TrainingError(f"the text encoder has {dim} channels, found {heads} heads; expected a divisor of it")
     return {
         "vocab_size": plain[_TOKENS].shape[0],
         "hidden_size": dim,
         "intermediate_size": plain[wide].shape[0],
         "num_hidden_layers": count(plain, "encoder.layers."),
-        "num_attention_heads": heads,
+        "num_attention_heads": max(1, dim // _CLIP_HEAD_WIDTH),
         "max_position_embeddings": plain[places].shape[0],
         "hidden_act": "quick_gelu",
     }

@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any, BinaryIO
 
 import torch
@@ -31,9 +32,6 @@ MAX_PICKLE = 64 << 20
 MAX_ITEMS = 10_000
 """Most items of a tuple, those of the tuples in it counted each time: a shared tuple can stand for 2**60 items."""
 
-MAX_DEPTH = 50
-"""Deepest nesting of modules and dictionaries."""
-
 _DTYPES = {
     "torch.FloatStorage": torch.float32,
     "torch.HalfStorage": torch.float16,
@@ -44,6 +42,13 @@ _DTYPES = {
 }
 _OLD_PICKLES = 5
 """Pickles at the head of a file from before PyTorch 1.6: magic number, version, system, content, names of storages."""
+
+_LITERALS = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING")
+_NEW: dict[str, Callable[[], Any]] = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
+                                      "EMPTY_DICT": dict, "EMPTY_LIST": list}  # fmt: skip
+_TAKEN = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": None,
+          "APPEND": 1, "APPENDS": None, "SETITEM": 2, "SETITEMS": None}  # fmt: skip
+"""Items that an instruction takes from the stack; None for all above the mark."""
 
 _log = logging.getLogger("lsast.train")
 
@@ -90,61 +95,46 @@ def parse_pickle(stream: BinaryIO) -> Any:
     memo: dict[Any, Any] = {}
     argument: Any
     for opcode, argument, _ in pickletools.genops(stream):
-        match opcode.name:
-            case "PROTO":
-                pass
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE" | "SHORT_BINSTRING":
-                stack.append(argument)
-            case "NONE" | "NEWTRUE" | "NEWFALSE" as name:
-                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
-            case "GLOBAL":
-                stack.append(Global(argument.replace(" ", ".")))
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_TUPLE":
-                stack.append(_tuple([]))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3" as name:
-                items = [stack.pop() for _ in range(int(name[-1]))]
-                stack.append(_tuple(items[::-1]))
-            case "MARK":
-                outer.append(stack)
-                stack = []
-            case "TUPLE":
+        name = opcode.name
+        if name in _LITERALS:
+            stack.append(argument)
+        elif name in _NEW:
+            stack.append(_NEW[name]())
+        elif name == "MARK":
+            outer.append(stack)
+            stack = []
+        elif name in _TAKEN:
+            if (count := _TAKEN[name]) is None:
                 items, stack = stack, outer.pop()
+            else:
+                items = [stack.pop() for _ in range(count)][::-1]
+            if "TUPLE" in name:
                 stack.append(_tuple(items))
-            case "APPEND":
-                _extend(stack, [stack.pop()])
-            case "APPENDS":
-                items, stack = stack, outer.pop()
-                _extend(stack, items)
-            case "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                _set_items(stack, [key, value])
-            case "SETITEMS":
-                items, stack = stack, outer.pop()
-                _set_items(stack, items)
-            case "BINPERSID":
-                stack.append(_storage(stack.pop()))
-            case "REDUCE" | "NEWOBJ":
-                arguments, function = stack.pop(), stack.pop()
-                if not isinstance(function, Global) or not isinstance(arguments, tuple):
-                    raise UnsafePickleError(f"a call of a {type(function).__name__}")
-                stack.append(Call(function.name, arguments))
-            case "BUILD":
-                state = stack.pop()
-                if not isinstance(stack[-1], Call):
-                    raise UnsafePickleError(f"a state for a {type(stack[-1]).__name__}")
-                stack[-1].state = state
-            case "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
-            case "STOP":
-                return stack.pop()
-            case name:
-                raise UnsafePickleError(f"the instruction {name}")
+            else:
+                (_extend if "APPEND" in name else _set_items)(stack[-1], items)
+        elif name == "GLOBAL":
+            stack.append(Global(argument.replace(" ", ".")))
+        elif name in ("REDUCE", "NEWOBJ"):
+            arguments, function = stack.pop(), stack.pop()
+            _require(isinstance(function, Global) and isinstance(arguments, tuple), "a call of", function)
+            stack.append(Call(function.name, arguments))
+        elif name == "BUILD":
+            state = stack.pop()
+            _require(isinstance(stack[-1], Call), "a state for", stack[-1])
+            stack[-1].state = state
+        elif name == "BINPERSID":
+            reference = stack.pop()
+            plain = isinstance(reference, tuple) and all(isinstance(i, (str, int, Global, NoneType)) for i in reference)
+            _require(plain, "a reference to", reference)
+            stack.append(Call("storage", reference))
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name == "STOP":
+            return stack.pop()
+        elif name != "PROTO":
+            raise UnsafePickleError(f"the instruction {name}")
 
 
 def check_pickle(path: Path) -> None:
@@ -186,7 +176,7 @@ def load_module_tensors(path: Path) -> dict[str, torch.Tensor]:
                 return storages[key]
 
             content = parse_pickle(io.BytesIO(archive.read(entry)))
-            tensors = dict(_flatten(content, "", read, set(), 0))
+            tensors = dict(_flatten(content, "", read, set()))
     except FileNotFoundError:
         raise TrainingError(f"found no file {path}") from None
     except UnsafePickleError as error:
@@ -201,6 +191,11 @@ def load_module_tensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def _require(condition: bool, what: str, found: Any) -> None:
+    if not condition:
+        raise UnsafePickleError(f"{what} a {type(found).__name__}")
+
+
 def _tuple(items: list[Any]) -> _Tuple:
     made = _Tuple(items)
     made.weight = 1 + sum(item.weight if isinstance(item, _Tuple) else 1 for item in items)
@@ -209,27 +204,17 @@ def _tuple(items: list[Any]) -> _Tuple:
     return made
 
 
-def _extend(stack: list[Any], items: list[Any]) -> None:
-    if not isinstance(stack[-1], list):
-        raise UnsafePickleError(f"items for a {type(stack[-1]).__name__}")
-    stack[-1].extend(items)
+def _extend(target: Any, items: list[Any]) -> None:
+    _require(isinstance(target, list), "items for", target)
+    target.extend(items)
 
 
-def _set_items(stack: list[Any], items: list[Any]) -> None:
-    target = stack[-1].items if isinstance(stack[-1], Call) else stack[-1]
-    if not isinstance(target, dict):
-        raise UnsafePickleError(f"items for a {type(target).__name__}")
+def _set_items(target: Any, items: list[Any]) -> None:
+    target = target.items if isinstance(target, Call) else target
+    _require(isinstance(target, dict), "items for", target)
     for key, value in zip(items[::2], items[1::2], strict=True):
-        if not isinstance(key, (str, int, float, Global, type(None))):
-            raise UnsafePickleError(f"a {type(key).__name__} as a dictionary's key")
+        _require(isinstance(key, (str, int, float, Global, NoneType)), "a key that is", key)
         target[key] = value
-
-
-def _storage(reference: Any) -> Call:
-    plain = (str, int, Global, type(None))
-    if not isinstance(reference, tuple) or not all(isinstance(item, plain) for item in reference):
-        raise UnsafePickleError("a reference that is no storage")
-    return Call("storage", reference)
 
 
 def _stored(entry: zipfile.ZipInfo) -> zipfile.ZipInfo:
@@ -246,26 +231,22 @@ def _pickle_entry(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
 
 
 def _flatten(
-    value: Any, name: str, read: Callable[[str], bytearray], seen: set[int], depth: int
+    value: Any, name: str, read: Callable[[str], bytearray], seen: set[int]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors under `value`, named as in a state dict; every container is visited once."""
-    if depth > MAX_DEPTH:
-        raise UnsafePickleError(f"modules nested more than {MAX_DEPTH} deep")
-    if not isinstance(value, (dict, Call)):
-        return
     children: dict[Any, Any] = {}
     if isinstance(value, dict):
         children = value
+    elif not isinstance(value, Call):
+        return
     elif value.name == "collections.OrderedDict":
         children = value.items
     elif value.name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
         yield name, _tensor(read, *value.arguments[:4])
-        return
     elif value.name == "torch._utils._rebuild_parameter":
-        yield from _flatten(value.arguments[0], name, read, seen, depth + 1)
-        return
+        yield from _flatten(value.arguments[0], name, read, seen)
     elif isinstance(value.state, dict) and "_parameters" in value.state:
-        if value.state.get("training") is True and depth <= 1:
+        if value.state.get("training") is True and "." not in name:
             _log.info("%r was stored in training mode; it is used without dropout", name)
         for kind in ("_parameters", "_buffers", "_modules"):
             part = value.state.get(kind, {})
@@ -276,7 +257,7 @@ def _flatten(
         raise UnsafePickleError(f"the same container twice, at {name!r}")
     seen.add(id(value))
     for key, child in children.items():
-        yield from _flatten(child, f"{name}.{key}" if name else str(key), read, seen, depth + 1)
+        yield from _flatten(child, f"{name}.{key}" if name else str(key), read, seen)
 
 
 def _tensor(read: Callable[[str], bytearray], storage: Call, offset: int, size: Any, stride: Any) -> torch.Tensor:
@@ -284,8 +265,8 @@ def _tensor(read: Callable[[str], bytearray], storage: Call, offset: int, size: 
     _, kind, key, *_ = storage.arguments
     if kind.name not in _DTYPES or not all(type(number) is int for number in (offset, *size, *stride)):
         raise UnsafePickleError(f"a tensor of {kind.name}, or of sizes that are no numbers")
-    data = read(key)
-    values = torch.frombuffer(data, dtype=_DTYPES[kind.name]) if data else torch.empty(0, dtype=_DTYPES[kind.name])
+    data, dtype = read(key), _DTYPES[kind.name]
+    values = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
     if math.prod(size) > len(values):
         raise UnsafePickleError("a tensor larger than its storage")
     return values.as_strided(size, stride, offset)

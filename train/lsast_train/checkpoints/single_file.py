@@ -36,15 +36,12 @@ def read_single_file(path: Path, wanted: UnetWeights, with_controlnet: bool, fou
         except TrainingError as error:
             found.fail("unet", str(error))
 
-    def within(prefix: str) -> dict[str, torch.Tensor]:
-        return compvis.section(read_tensors(path), prefix)
-
     if compvis.has(state, compvis.VAE):
-        found.add("autoencoder", lambda: compvis.vae_weights(within(compvis.VAE)))
+        found.add("autoencoder", lambda: compvis.vae_weights(read_tensors(path)))
     if compvis.has(state, compvis.TEXT):
-        found.add("text_encoder", lambda: compvis.text_encoder_weights(within(compvis.TEXT)))
+        found.add("text_encoder", lambda: compvis.text_encoder_weights(read_tensors(path)))
     if with_controlnet and compvis.has(state, compvis.CONTROL):
-        found.add("controlnet", lambda: compvis.controlnet_weights(within(compvis.CONTROL), found.heads))
+        found.add("controlnet", lambda: compvis.controlnet_weights(read_tensors(path), found.heads))
     if (schedule := state.get("alphas_cumprod")) is not None:
         expected = found.noise.alphas_cumprod
         if schedule.shape != expected.shape or np.abs(schedule.double().numpy() - expected).max() > 1e-3:

@@ -38,7 +38,7 @@ class BaseSource:
     """Which base to load.
 
     Raises:
-        UsageError: an unknown choice of weights, or heads below 1.
+        UsageError: an unknown choice of weights.
     """
 
     base: str | Path | None = None
@@ -49,17 +49,10 @@ class BaseSource:
     unet_weights: UnetWeights = "auto"
     revision: str | None = None
     """Commit hash or tag of what comes from the hub and names none itself (OWNER/NAME@REVISION)."""
-    heads: int = compvis.HEADS
-    """Attention heads of U-Net and ControlNet, which a single file does not tell."""
 
     def __post_init__(self) -> None:
-        faults = []
         if self.unet_weights not in ("auto", "ema", "non-ema"):
-            faults.append(f"unet_weights: found {self.unet_weights!r}; expected auto, ema or non-ema")
-        if self.heads < 1:
-            faults.append(f"heads: found {self.heads}; expected at least 1")
-        if faults:
-            raise UsageError(fault_list("not a valid base:", faults))
+            raise UsageError(f"unet_weights: found {self.unet_weights!r}; expected auto, ema or non-ema")
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +88,7 @@ def import_base(source: BaseSource) -> ImportedBase:
         MissingExtraError: transformers is not installed.
     """
     assert source.base is not None
-    found = BaseInspection(source.heads)
+    found = BaseInspection()
     path = Path(source.base).expanduser()
     if _is_file(path):
         name = path.stem

@@ -29,7 +29,7 @@ from lsast_engines.diffusion.guidance import guide
 from lsast_engines.diffusion.solvers import make_solver
 from lsast_engines.errors import ExportError, fault_list
 from lsast_train.base.base import Base, BaseConfig, build_base
-from lsast_train.checkpoints.compvis import HEADS, UNET, controlnet_from_compvis, section, unet_from_compvis
+from lsast_train.checkpoints.compvis import HEADS, UNET, controlnet_weights, section, unet_weights
 from lsast_train.evaluation import noise_error
 from lsast_train.prompts.prompt_space import PromptSpace
 
@@ -113,8 +113,8 @@ def golden_base(golden: GoldenSet) -> tuple[Base, dict[str, object], tuple[str, 
         ExportError: networks that do not fit one another or the inputs; all faults at once.
     """
     # Built with one head, which divides every width; `_find_heads` sets the real number.
-    unet = unet_from_compvis(golden.unet, heads=golden.heads or 1)
-    controlnet = controlnet_from_compvis(golden.control, heads=golden.heads or 1)
+    unet = unet_weights(golden.unet, golden.heads or 1).build()
+    controlnet = controlnet_weights(golden.control, golden.heads or 1).build()
     widths = [int(width) for width in unet.config.block_out_channels]
     channels = int(section(golden.unet, UNET)["input_blocks.0.0.weight"].shape[0])
     architecture: dict[str, object] = {
@@ -218,7 +218,7 @@ def _training_errors(base: Base, golden: GoldenSet) -> dict[str, float]:
             )
         space.matrices.data = case.contexts[:count].clone()
         timestep = torch.tensor([case.timestep] * len(case.latents))
-        loss = noise_error(base, space, case.latents, case.noise, timestep, "fp32").mean()
+        loss = noise_error(base, space, case.latents, case.noise, timestep, "no").mean()
         (gradient,) = torch.autograd.grad(loss, space.matrices)
         elsewhere = case.gradient.flatten(1).abs().amax(1) == 0
         found = torch.zeros_like(case.gradient)
