@@ -23,8 +23,8 @@ from lsast_engines.diffusion.noise_schedule import NoiseSchedule
 from lsast_engines.errors import BundleError, StyleError, TrainingError, UsageError, fault_list
 from lsast_engines.files import file_sha256, replace_file
 
-from ..checkpoints.found_parts import OpenWeights
-from ..checkpoints.source import BaseSource, ImportedBase, import_base, is_importable
+from ..checkpoints.found_parts import BaseInspection, OpenWeights
+from ..checkpoints.source import BaseSource, import_base, is_importable
 from ..checkpoints.weights import OpenTensors, Weights, read_tensors, tensors_sha256, write_tensors
 from .base import Base, BaseConfig, build_base
 from .mini_autoencoder import MiniAutoencoder
@@ -189,7 +189,7 @@ def _description(network: Any) -> dict[str, Any]:
     return {"class": type(network).__name__, **config}
 
 
-def _open_imported(found: ImportedBase) -> LazyBase:
+def _open_imported(found: BaseInspection) -> LazyBase:
     tokens = found.networks["text_encoder"]().config["max_position_embeddings"]
     config = BaseConfig(
         *(found.name, "sd15", found.prediction, tokens, 512, found.latent_scale),

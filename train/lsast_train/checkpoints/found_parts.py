@@ -33,6 +33,10 @@ OpenWeights = Callable[[], Weights]
 class BaseInspection:
     """Parts and faults of a published base; filled in as its files are read."""
 
+    name: str = ""
+    """Of the base: its file or folder."""
+    multiple: int = 1
+    """Legal heights and widths are multiples of this many pixels: all halvings of autoencoder and U-Net."""
     heads: int = HEADS
     """Attention heads of U-Net and ControlNet where no configuration names them."""
     networks: dict[Part, OpenWeights] = field(default_factory=dict)

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lsast_engines.diffusion.noise_schedule import NoiseSchedule
 from lsast_engines.errors import TrainingError, UsageError, fault_list
 
 from . import compvis
 from .diffusers_folder import FILES, add_from, controlnet_config, diffusers_weights, read_folder
-from .found_parts import BaseInspection, OpenWeights, Part, Prediction, UnetWeights
+from .found_parts import BaseInspection, Part, UnetWeights
 from .hub import Folder, Repository, is_hub_id, open_hub, weight_files
 from .single_file import describe_unsupported, read_single_file
 from .weights import PICKLED, Weights, read_tensors
@@ -55,22 +54,6 @@ class BaseSource:
             raise UsageError(f"unet_weights: found {self.unet_weights!r}; expected auto, ema or non-ema")
 
 
-@dataclass(frozen=True, eq=False)
-class ImportedBase:
-    """A published base whose parts fit together; nothing of it is in memory yet."""
-
-    name: str
-    networks: Mapping[Part, OpenWeights]
-    """All four parts."""
-    latent_scale: float
-    prediction: Prediction
-    noise: NoiseSchedule
-    multiple: int
-    """Legal heights and widths are multiples of this many pixels: all halvings of autoencoder and U-Net."""
-    origin: dict[str, str]
-    """See `BaseInspection.origin`."""
-
-
 def is_importable(name: str | Path) -> bool:
     """Whether `name` is a folder or file that `import_base` reads, or has the form of a name on the hub."""
     path = Path(name).expanduser()
@@ -79,8 +62,10 @@ def is_importable(name: str | Path) -> bool:
     return path.suffix in _SINGLE_FILES or is_hub_id(str(name))
 
 
-def import_base(source: BaseSource) -> ImportedBase:
+def import_base(source: BaseSource) -> BaseInspection:
     """Find the parts of `source` and check that they are those of a Stable Diffusion 1.5 and fit together.
+
+    Nothing of them is in memory yet.
 
     Raises:
         TrainingError: parts that are missing, damaged, of another kind of model, or do not fit together; all at once.
@@ -91,11 +76,11 @@ def import_base(source: BaseSource) -> ImportedBase:
     found = BaseInspection()
     path = Path(source.base).expanduser()
     if _is_file(path):
-        name = path.stem
+        found.name = path.stem
         read_single_file(path, source.unet_weights, source.controlnet is None, found)
     else:
         repository = _repository(source.base, source, "revision", found)
-        name = repository.name.rpartition("/")[2]
+        found.name = repository.name.rpartition("/")[2]
         read_folder(repository, source.unet_weights, source.controlnet is None, found)
     if source.controlnet is not None:
         _read_controlnet(source.controlnet, source, found)
@@ -108,11 +93,9 @@ def import_base(source: BaseSource) -> ImportedBase:
         heading = f"{source.base} cannot be used; expected the parts of one Stable Diffusion 1.5:"
         raise TrainingError(fault_list(heading, faults))
     for key, value in found.origin.items():
-        _log.info("%s: %s: %s", name, key.replace("_", " "), value)
-    halvings = sum(len(configs[part]["block_out_channels"]) - 1 for part in ("unet", "autoencoder"))
-    return ImportedBase(
-        *(name, found.networks, found.latent_scale, found.prediction, found.noise), 2**halvings, found.origin
-    )
+        _log.info("%s: %s: %s", found.name, key.replace("_", " "), value)
+    found.multiple = 2 ** sum(len(configs[part]["block_out_channels"]) - 1 for part in ("unet", "autoencoder"))
+    return found
 
 
 def _is_file(path: Path) -> bool:
