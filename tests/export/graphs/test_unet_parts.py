@@ -197,9 +197,9 @@ def test_a_wrong_part_leaves_the_bundle_as_it_was(
         folder = tmp_path / str(place)
         shutil.copytree(bundle.path, folder)
         monkeypatch.setattr(adding, "trace_parts", lambda *_: wrong(traced_parts))
-        with pytest.raises(ParityError, match="control: found a relative error") as caught:
+        with pytest.raises(ParityError, match="controlnet: found a relative error") as caught:
             add_parts(folder)
-        assert "shallow:" not in str(caught.value) or "deep:" in str(caught.value)
+        assert "unet_outer:" not in str(caught.value) or "unet_full:" in str(caught.value)
         assert Bundle.open(folder).manifest == bundle.manifest
         assert {path.name for path in folder.iterdir()} == {path.name for path in bundle.path.iterdir()}
         monkeypatch.setattr(adding, "trace_parts", lambda *_: traced_parts)
