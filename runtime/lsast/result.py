@@ -1,4 +1,4 @@
-"""What a repainting gives back, and how it is written to a file."""
+"""The result of a repainting, and how it is written to a file."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 _log = logging.getLogger("lsast.result")
 
 _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".png": ("PNG", {"compress_level": 4}),  # of 6, the usual one: 1.07 times the bytes in 0.4 times the time
+    ".png": ("PNG", {"compress_level": 4}),  # much quicker than the default of 6, and hardly larger
     ".jpg": ("JPEG", {"quality": 95, "subsampling": "4:4:4"}),
     ".jpeg": ("JPEG", {"quality": 95, "subsampling": "4:4:4"}),
     ".webp": ("WEBP", {"quality": 95}),
 }
-"""By suffix: Pillow's name of the format, and how to write it."""
+"""Pillow's name of the format and arguments of `save`, by suffix."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,22 @@ class Result:
     """A repainted picture."""
 
     image: Image.Image
-    """RGB, or RGBA where the picture's transparency was kept; of the picture's own size, upright, in its profile."""
+    """RGB, or RGBA if the picture's transparency was kept; upright, in the picture's colour profile, and, except with
+    `fit` "stretch", of its size."""
     seconds: dict[str, float]
-    """Wall time of every phase, in the order they ran: read, edges, encode, denoise, decode, finish."""
+    """Wall time of each phase, in their order: read, edges, encode, denoise, decode, finish."""
     options: Options
-    """All options, with the defaults of style and bundle filled in."""
+    """All options, with the defaults filled in."""
     provenance: Provenance | None = None
-    """What the painting was made of; files carry it, so that it can be painted again (`lsast.images.metadata`)."""
+    """What the painting was made of; files hold it, so that the painting can be repeated (`lsast.images.metadata`)."""
 
     def save(self, path: str | Path) -> None:
-        """Write PNG, JPEG or WebP, by the suffix: whole or not at all, over whatever file was there.
+        """Write PNG, JPEG or WebP, by the suffix: whole or not at all, replacing an existing file.
 
-        JPEG knows no transparency: a transparent painting is laid on white for it, and a warning says so.
+        JPEG has no transparency: a transparent painting is composited on white, with a warning.
 
         Raises:
-            UsageError: the suffix names none of the formats, or `path` is a folder.
+            UsageError: another suffix, or `path` is a folder.
             PictureError: the file cannot be written, or the format cannot hold so large a picture.
         """
         path = Path(path)
@@ -65,16 +66,17 @@ class Result:
             ) from error
 
     def write(self, handle: BinaryIO, suffix: str = ".png") -> None:
-        """Write the bytes of a PNG, JPEG or WebP file to a stream that need not be seekable.
+        """Write the bytes of a PNG, JPEG or WebP file to a stream, which need not be seekable.
 
         Raises:
-            UsageError: the suffix names none of the formats.
-            PictureError: the format cannot hold so large a picture, or the stream takes no more.
+            UsageError: another suffix.
+            PictureError: the format cannot hold so large a picture, or the stream cannot be written.
         """
-        validate_output_path(Path("painting" + suffix))
+        path = Path("painting" + suffix)
+        validate_output_path(path)
         buffer = io.BytesIO()
         try:
-            self._write(buffer, Path("painting" + suffix))
+            self._write(buffer, path)
             handle.write(buffer.getbuffer())
             handle.flush()
         except (OSError, ValueError) as error:
@@ -83,24 +85,27 @@ class Result:
     def _write(self, handle: BinaryIO, path: Path) -> None:
         from PIL import Image
 
-        name, settings = _FORMATS[path.suffix.lower()]
+        name, arguments = _FORMATS[path.suffix.lower()]
         image = self.image
         if name == "JPEG" and image.mode == "RGBA":
-            _log.warning("%s: JPEG holds no transparency; the painting is laid on white (PNG and WebP keep it)", path)
+            _log.warning(
+                "%s: JPEG has no transparency; the painting is composited on white (PNG and WebP keep it)", path
+            )
             pixels = np.asarray(image)
             image = Image.fromarray(on_white(pixels[:, :, :3], pixels[:, :, 3]))
         if self.provenance:
             from .images.metadata import Record
 
-            settings = {**settings, **Record(self.provenance, self.options, self.seconds).settings(name)}
-        image.save(handle, format=name, icc_profile=self.image.info.get("icc_profile"), **settings)
+            record = Record(self.provenance, self.options, self.seconds)
+            arguments = {**arguments, **record.pillow_save_args(name)}
+        image.save(handle, format=name, icc_profile=self.image.info.get("icc_profile"), **arguments)
 
 
 def validate_output_path(path: Path) -> None:
     """Check, before anything is painted, that `path` can name an output.
 
     Raises:
-        UsageError: the suffix names none of the formats, or `path` is a folder.
+        UsageError: the suffix names no format that is written, or `path` is a folder.
     """
     if path.suffix.lower() not in _FORMATS:
         raise UsageError(f"found the output {path}; expected a name that ends in {', '.join(_FORMATS)}")

@@ -1,4 +1,4 @@
-"""A bundle with its engines open, ready to repaint one picture after another."""
+"""A bundle with its engines open, which repaints one picture after another."""
 
 from __future__ import annotations
 
@@ -15,14 +15,7 @@ import numpy as np
 
 from lsast_engines.backends.base import ComputeDtype
 from lsast_engines.bundle.bundle import Bundle, find_bundle
-from lsast_engines.bundle.graph_spec import (
-    CONTROLNET_COND,
-    DENOISER,
-    REQUIRED_GRAPHS,
-    UNET_SPLIT_GRAPHS,
-    VAE_DECODER,
-    VAE_ENCODER,
-)
+from lsast_engines.bundle.graph_spec import CONTROLNET_COND, DENOISER, REQUIRED_GRAPHS, VAE_ENCODER
 from lsast_engines.errors import UsageError
 from lsast_engines.images import pixels_sha256
 
@@ -31,23 +24,9 @@ from .options.options import Options, PresetName, SolverName, current_options, p
 from .options.style_mix import Mix
 from .request import Request, graphs_of
 from .result import Result
+from .sampling import sampler, tiling
 from .sampling.cached_denoiser import CachedDenoiser
-from .sampling.sampler import (
-    Batch,
-    Denoiser,
-    Floats,
-    Graph,
-    GraphDenoiser,
-    Networks,
-    NotFiniteError,
-    Pixels,
-    decode,
-    decode_levels,
-    embed_edges,
-    encode,
-    sample,
-)
-from .sampling.tiling import TiledDenoiser, tiled_cond, tiled_decoder, tiled_encoder
+from .sampling.sampler import Floats, Graph, Pixels
 from .sessions import batching
 from .sessions.cancel import CancelToken
 from .sessions.engine_pool import STYLE_MEMORY, EngineFactory, EnginePool
@@ -64,11 +43,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger("lsast.runtime")
 
 Preview = Callable[[], "Image.Image"]
-"""What `OnStep` is given to look at the painting: nothing is computed until it is called."""
+"""Makes a small preview of the painting, one pixel for a latent cell of 8 x 8; computes nothing until it is called."""
 
 OnStep = Callable[[int, int, Preview], None]
-"""Called with the number of steps done, the number there are, and a function that gives a small preview of the
-painting, one pixel for a latent cell of 8 x 8."""
+"""Called with the number of steps done, the number there are, and a preview."""
 
 
 def load(
@@ -81,27 +59,26 @@ def load(
     build: bool = False,
     preset: str | None = None,
 ) -> Stylizer:
-    """Open a bundle and compile its graphs, once for any number of pictures.
+    """Open a bundle and load its graphs, once for any number of pictures.
 
     Args:
-        bundle: a bundle's folder or name; None is the one of the environment's LSAST_BUNDLE, else the embedded `mini`.
-        backend: `onnxruntime`, `openvino`, or `auto` for the first that is installed and has the arithmetic.
+        bundle: a bundle's folder or name; None takes the one in the environment variable LSAST_BUNDLE, else the
+            embedded `mini`.
+        backend: `onnxruntime`, `openvino`, `tensorrt-rtx`, `tensorrt`, or `auto` for the first that is installed and
+            has the device and the dtype.
         device: `cpu`, `cuda` …, or `auto` for the CPU.
-        threads: threads to compute with; None leaves it to the backend.
-        compute_dtype: `fp32`, or with `openvino` where the processor has it `bf16` or `fp16`: about twice as fast, and
-            off by a grey level or two. If the decoder overflows in it, it is opened in `fp32` and asked again.
-        style_memory: bytes of styles to keep in memory between paintings; those used longest ago go first.
-        build: with `tensorrt-rtx` or `tensorrt`, compile first what is missing, which takes minutes and the extra
-            `export`; without, a missing engine is an error.
-        preset: what comes before the defaults of style and bundle at every painting, see `lsast.options.presets`.
-        Only what it
-            runs is opened here; the rest is opened by the first painting that needs it.
+        threads: CPU threads; None leaves it to the backend.
+        compute_dtype: `fp32`, or with `openvino` also `bf16` or `fp16` if the processor has it: faster, and off by a
+            grey level or two. If the decoder overflows, it is opened in `fp32` and decodes again.
+        style_memory: bytes of styles to keep in memory between paintings; the least recently used are dropped first.
+        build: with `tensorrt-rtx` or `tensorrt`, first compile the engines that are missing, which takes minutes and
+            needs the extra `export`; otherwise a missing engine is an error.
+        preset: the preset of all paintings that do not give their own, see `lsast.Options`.
 
     Raises:
-        UsageError: fewer threads than 1, an unknown arithmetic or preset, or `build` with a backend that compiles
-            nothing.
+        UsageError: fewer threads than 1, an unknown dtype or preset, or `build` with a backend that needs none.
         BundleError: there is no such bundle, or it is damaged.
-        BackendError: the backend, the device or the arithmetic cannot be had here; the message lists what can.
+        BackendError: the backend, the device or the dtype is not available here; the message lists what is.
         MissingExtraError: no backend is installed.
     """
     factory = EngineFactory(Bundle.open(find_bundle(bundle)), backend, device, threads, compute_dtype)
@@ -113,13 +90,13 @@ def load(
 
 
 class Stylizer:
-    """A bundle's engines and styles, kept open; a context manager. Made by `load`.
+    """A bundle with its engines and styles open; a context manager, made by `load`.
 
-    What `stylize` gives depends on the picture, the options and the bundle alone, never on what was painted before.
+    What `stylize` gives depends on the picture, the options and the bundle alone, never on earlier paintings.
 
-    Any number of threads may share one: their calls read and finish pictures side by side and take turns at the
-    engines, which are there once. A forked process opens engines of its own at its first call, and a pickled
-    stylizer opens its bundle again where it is unpickled, so that one can be handed to a pool of processes.
+    Any number of threads may share a stylizer: they read and finish pictures side by side and take turns at the
+    engines. A forked process opens engines of its own at its first call. A pickled stylizer opens its bundle again
+    where it is unpickled, so that a pool of processes can be given one.
     """
 
     def __init__(
@@ -150,16 +127,16 @@ class Stylizer:
 
     @property
     def styles(self) -> list[str]:
-        """Names of the styles there are, sorted."""
+        """Names of the available styles: the bundle's own, sorted, then the user's."""
         return list(self.bundle.styles())
 
     @property
     def backend(self) -> str:
-        """Name of the backend that the denoiser runs on."""
+        """Name of the backend that runs the graphs."""
         return self._backend
 
     def resolve(self, **options: Any) -> Options:
-        """Complete options: what `stylize` would paint with.
+        """Complete the options of a call, as `stylize` does.
 
         Raises:
             UsageError, StyleError: see `stylize`.
@@ -191,52 +168,51 @@ class Stylizer:
         cancel: CancelToken | None = None,
         **earlier: Any,
     ) -> Result:
-        """Repaint a picture; `lsast.Options` says what each option means.
+        """Repaint a picture.
 
-        What is None is left to the preset, then to the style, then to the bundle.
+        The options are those of `lsast.Options`; one that is None is taken from the preset, else from the style, else
+        from the bundle.
 
         Args:
             picture: a path, the bytes of an image file, a PIL image, or an array [H, W], [H, W, 3] or [H, W, 4]
                 (uint8, uint16, or float in [0, 1]). EXIF orientation is applied.
-            mask: where to paint, a picture of the same size: white is painted, black is left as it is to the bit.
+            mask: where to paint, a picture of the same size: white is painted, black keeps its pixels exactly.
             on_step: called with (steps done, steps in all, preview) before the first step and after each, in this
-                thread; `preview()` gives a small PIL image of what the painting is about to be. An exception that it
-                raises ends the painting and comes out here.
-            cancel: ends the painting within one step once another thread turns it.
-            earlier: options of earlier versions: renamed ones work, removed ones are refused with what to use instead.
+                thread; `preview()` makes a small PIL image. An exception that it raises ends the painting.
+            cancel: ends the painting within one step when another thread cancels it.
+            earlier: options by their names in earlier versions; removed ones are refused with what to use instead.
 
         Returns:
-            The painting, in the picture's colour profile and, but with `fit` "squash", of its own size.
+            The painting, in the picture's colour profile and, except with `fit` "stretch", of its size.
 
         Raises:
-            UsageError: options that cannot be meant, all named at once; a style that the bundle has not, with a list
-                of those it has; the stylizer is closed; or a call from inside `on_step`.
+            UsageError: invalid options, all at once; an unknown style, with the available ones; the stylizer is closed;
+                or a call from inside `on_step`.
             StyleError: the style's file is damaged, or was made for another base.
-            BundleError: options that need parts of the denoiser, or a small decoder, of which the bundle has none.
+            BundleError: options that need graphs which the bundle lacks.
             PictureError: the picture or the mask cannot be read, or they differ in size.
             BackendError: a graph fails, or gives values that are not finite.
-            CancelledError: `cancel` was turned.
+            CancelledError: `cancel` was cancelled.
         """
         given = {name: value for name, value in locals().items() if name in rules()} | earlier
         return self._paint([self._request(picture, given, mask)], on_step, cancel)[0]
 
     async def stylize_async(self, picture: Picture, style: str | None = None, **options: Any) -> Result:
-        """`stylize` for asyncio: the event loop goes on meanwhile, and a task that is cancelled stops painting.
+        """`stylize` for asyncio: it does not block the event loop, and cancelling the task cancels the painting.
 
         Args:
             picture: see `stylize`.
             style: see `stylize`.
-            options: what else `stylize` takes, but for `cancel`; `on_step` is called in the painting thread, from
-                where `loop.call_soon_threadsafe` leads back.
+            options: the other arguments of `stylize`, except `cancel`; `on_step` is called in another thread, from
+                which `loop.call_soon_threadsafe` leads back.
 
         Raises:
             LsastError: see `stylize`.
         """
         from .sessions.aio import run_in_executor
 
-        return await run_in_executor(
-            self._pool.executor(), lambda cancel: self.stylize(picture, style, **options, cancel=cancel)
-        )
+        paint = partial(self.stylize, picture, style, **options)
+        return await run_in_executor(self._pool.executor(), lambda cancel: paint(cancel=cancel))
 
     def stylize_many(
         self,
@@ -248,28 +224,26 @@ class Stylizer:
         cancel: CancelToken | None = None,
         **options: Any,
     ) -> Iterator[Result]:
-        """Repaint many pictures; those of equal size go through the denoiser together.
+        """Repaint many pictures in batches.
 
-        Pictures share a batch if they are painted at the same size, with as many steps, the same `control` and
-        `cache_interval`, and all with a `guidance` of 1 or none; style, seed, mask and the rest may differ. A painting
-        is what `stylize` gives to within the rounding of the backend, which may add up in another order for another
-        batch.
+        Pictures share a batch if they have the same painted size, number of steps, `control_scale`, `tile`,
+        `cache_interval` and `decoder`, and all a `guidance` of 1 or none; other options may differ. A painting equals
+        that of `stylize` up to rounding: a backend may add up in another order for another batch size.
 
         Args:
-            pictures: as `stylize` takes them, of any size; they are read a few batches ahead.
+            pictures: see `stylize`; of any size, read a few batches ahead.
             styles: one for all, or one for each picture.
-            rows: for each picture, options of its own, a mapping of what `stylize` takes (`mask` too); they go
-                before `styles` and `options`.
-            batch: most pictures that are painted at once, at least 1; memory grows with it.
+            rows: options of each picture, arguments of `stylize` (also `mask`); they win over `styles` and `options`.
+            batch: most pictures in a batch, at least 1; memory grows with it.
             cancel: see `stylize`.
             options: options of all pictures.
 
         Yields:
-            The paintings in the order of the pictures, each as soon as it and those before it are done. `seconds` of
-            a shared denoising are divided by the pictures that shared it.
+            The paintings in the order of the pictures, each as soon as it and those before it are done. The `seconds`
+            of a batch are divided by its pictures.
 
         Raises:
-            LsastError: see `stylize`; it comes out when its picture's turn is there, and ends the stream.
+            LsastError: see `stylize`; raised in the place of its picture, and ends the stream.
             UsageError: a batch below 1, or fewer or more styles or rows than pictures.
         """
 
@@ -291,21 +265,21 @@ class Stylizer:
         cancel: CancelToken | None = None,
         **options: Any,
     ) -> Iterator[Result]:
-        """Repaint the frames of a video, each so that it follows the painting before it.
+        """Repaint the frames of a video, each so that it follows the painting of the frame before.
 
         Args:
-            frames: in their order, as `stylize` takes pictures; those of another size than the one before start anew.
+            frames: see `stylize`, in their order; a frame of another size than the one before starts anew.
             style: see `stylize`.
-            temporal: the frame before and its painting; a new state if None. One serves one video.
+            temporal: the frame before and its painting; None starts a video. One state serves one video.
             on_step: see `stylize`; called for every frame.
             cancel: see `stylize`.
-            options: what else `stylize` takes.
+            options: the other arguments of `stylize`.
 
         Yields:
-            The paintings, each before the next frame is taken.
+            The paintings, each before the next frame is read.
 
         Raises:
-            LsastError: see `stylize`; it ends the stream.
+            LsastError: see `stylize`; ends the stream.
         """
         from .video.optical_flow import TemporalState
 
@@ -316,7 +290,7 @@ class Stylizer:
             yield self._paint([self._request(frame, given, mask, temporal)], on_step, cancel)[0]
 
     def close(self) -> None:
-        """Give the engines' memory and devices back; `stylize` cannot be called any more. Closing twice is fine."""
+        """Free the memory of the engines; the stylizer cannot paint any more. Closing twice is harmless."""
         self._pool.close()
 
     def __enter__(self) -> Stylizer:
@@ -340,7 +314,7 @@ class Stylizer:
         return Request(self.bundle, picture, options, styles, mask, temporal)
 
     def _resolve(self, given: Mapping[str, Any]) -> tuple[Options, dict[str, StyleFile]]:
-        """Complete the options of a call; and the open styles that they name."""
+        """The complete options of a call, and the open styles that they name."""
         given, manifest, available = current_options(given), self.bundle.manifest, self.bundle.styles()
         styles: dict[str, StyleFile] = {}
         if isinstance(style := given.get("style") or manifest.defaults["style"], str):
@@ -351,7 +325,7 @@ class Stylizer:
         return options, styles
 
     def _paint(self, requests: Sequence[Request], on_step: OnStep | None, cancel: CancelToken | None) -> list[Result]:
-        """Paint a batch, as every picture is painted; all requests have one `batch_key`."""
+        """Paint a batch, the way of every picture; all requests have one `batch_key`."""
         first = requests[0]
         times: list[float] = []
         previewer: Previewer | None = None
@@ -360,15 +334,14 @@ class Stylizer:
             nonlocal previewer
             times.append(time.perf_counter())
             if on_step:
-                looks = previewer = previewer or first.previewer(x0()[0])
-                on_step(step, steps, lambda: looks(x0()[0]))
+                preview = previewer = previewer or first.previewer(x0()[0])  # at step 0, x0 is the picture's own latent
+                on_step(step, steps, lambda: preview(x0()[0]))
 
         with self._pool.exclusive(cancel):
             times.append(time.perf_counter())
-            networks = self._networks(first, cancel)
             samples = [request.prepare() for request in requests]
-            batch = Batch(samples, self.bundle.null_style, first.options.control_scale)
-            latents, pictures = sample(networks, batch, callback)
+            batch = sampler.Batch(samples, self.bundle.null_style, first.options.control_scale)
+            latents, pictures = sampler.sample(self._networks(first, cancel), batch, callback)
             painted = [
                 request.blend_with_previous(latent, picture)
                 for request, latent, picture in zip(requests, latents, pictures, strict=True)
@@ -385,7 +358,7 @@ class Stylizer:
             results.append(Result(request.compose(canvas), request.timer.seconds, request.options, provenance))
         return results
 
-    def _networks(self, request: Request, cancel: CancelToken | None) -> Networks:
+    def _networks(self, request: Request, cancel: CancelToken | None) -> sampler.Networks:
         """The networks that paint a request: tiled if its canvas is large, cached if its options say so."""
         manifest, grid, interval = self.bundle.manifest, request.grid, request.options.cache_interval
         denoisers, decoder = graphs_of(request.options)
@@ -393,33 +366,32 @@ class Stylizer:
         def graph(name: str) -> Graph:
             return Graph(self._pool.engine(name), cancel.check if cancel else None)
 
-        graphs = {name: graph(name) for name in denoisers}
-        whole = GraphDenoiser(graphs[DENOISER]) if interval == 1 else None
-
-        def denoiser() -> Denoiser:
+        def denoiser() -> sampler.Denoiser:
             return whole or CachedDenoiser(graphs, interval, manifest.noise)
 
         def decode_once(latents: Floats) -> Pixels:
-            network = graph(decoder)
-            return tiled_decoder(partial(decode_levels, network), grid)(latents) if grid else decode(network, latents)
+            levels = partial(sampler.decode_levels, graph(decoder))
+            return tiling.tiled_decoder(levels, grid)(latents) if grid else sampler.decode(graph(decoder), latents)
 
-        def decode_finite(latents: Floats) -> Pixels:
+        def decode(latents: Floats) -> Pixels:
             """Decode; if values overflow below fp32, decode again in fp32, and stay there."""
             try:
                 return decode_once(latents)
-            except NotFiniteError as error:
+            except sampler.NotFiniteError as error:
                 if self._pool.engine(decoder).compute_dtype == "fp32":
                     raise
                 _log.warning("%s; decoding again in fp32", error)
             self._pool.reopen(decoder, "fp32")
             return decode_once(latents)
 
-        encoder, cond = partial(encode, graph(VAE_ENCODER)), partial(embed_edges, graph(CONTROLNET_COND))
-        return Networks(
-            vae_encoder=tiled_encoder(encoder, grid) if grid else encoder,
-            controlnet_cond=tiled_cond(cond, grid) if grid else cond,
-            denoiser=TiledDenoiser(denoiser, grid) if grid else denoiser(),
-            vae_decoder=decode_finite,
+        graphs = {name: graph(name) for name in denoisers}
+        whole = sampler.GraphDenoiser(graphs[DENOISER]) if interval == 1 else None
+        encode, cond = partial(sampler.encode, graph(VAE_ENCODER)), partial(sampler.embed_edges, graph(CONTROLNET_COND))
+        return sampler.Networks(
+            vae_encoder=tiling.tiled_encoder(encode, grid) if grid else encode,
+            controlnet_cond=tiling.tiled_cond(cond, grid) if grid else cond,
+            denoiser=tiling.TiledDenoiser(denoiser, grid) if grid else denoiser(),
+            vae_decoder=decode,
             latent_scale=np.float32(manifest.latent_scale),
         )
 
@@ -441,12 +413,11 @@ class Stylizer:
 
 
 def first_graphs(bundle: Bundle, options: Mapping[str, Any]) -> list[str]:
-    """The graphs to open before the first picture, given the options that all pictures share.
+    """The graphs to open before the first picture, given options of all pictures; without those the bundle lacks.
 
     Raises:
         UsageError: there is no such preset.
     """
     denoisers, decoder = graphs_of({**preset_options(options.get("preset")), **options})
-    names = [VAE_ENCODER, CONTROLNET_COND, *denoisers, decoder]
-    usual = {**dict.fromkeys(UNET_SPLIT_GRAPHS, DENOISER), decoder: VAE_DECODER}
-    return list(dict.fromkeys(name if name in bundle.manifest.graphs else usual[name] for name in names))
+    names = (VAE_ENCODER, CONTROLNET_COND, *denoisers, decoder)
+    return list(names if bundle.manifest.graphs.keys() >= {*names} else REQUIRED_GRAPHS)

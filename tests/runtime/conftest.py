@@ -324,5 +324,5 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
         calls.append(Run(networks, batch, latents))
         return latents, pictures
 
-    monkeypatch.setattr("lsast.stylizer.sample", recorded)
+    monkeypatch.setattr("lsast.sampling.sampler.sample", recorded)
     return calls

@@ -1,4 +1,4 @@
-"""Where a picture lies on the canvas that the graphs paint: scaled and padded, or squashed, and cut out again."""
+"""Where a picture lies on the canvas that the graphs paint: scaled and padded, or stretched, and cropped again."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Canvas:
-    """A picture of `own` size, painted at `inner` size in the middle of a canvas of `outer` size."""
+    """A picture of size `own`, painted at size `inner` in the middle of a canvas of size `outer`."""
 
     own: tuple[int, int]
     """Height and width of the picture, in pixels."""
     inner: tuple[int, int]
-    """Height and width it is painted at; the same aspect to within half a pixel."""
+    """Height and width that it is painted at; the same aspect to within half a pixel."""
     outer: tuple[int, int]
     """Height and width of the canvas: `inner` rounded up to legal multiples."""
 
@@ -27,45 +27,44 @@ class Canvas:
     def fit(cls, own: tuple[int, int], size: int, multiple: int) -> Canvas:
         """The canvas for a picture.
 
+        Very long pictures are scaled further down, so that the canvas stays near size * size pixels although its
+        short side cannot be less than `multiple`.
+
         Args:
             own: height and width of the picture, in pixels.
             size: paint at about size * size pixels; 0 paints at the picture's own size.
             multiple: legal heights and widths are multiples of this many pixels.
-
-        Very long pictures are scaled further down, so that the canvas stays near size * size pixels although its
-        short side cannot be less than `multiple`.
         """
         scale = 1.0
         if size:
             scale = min(size / math.sqrt(own[0] * own[1]), size * size / multiple / max(own))
         inner = (max(1, round(own[0] * scale)), max(1, round(own[1] * scale)))
-        outer = (-(-inner[0] // multiple) * multiple, -(-inner[1] // multiple) * multiple)
-        return cls(own, inner, outer)
+        return cls(own, inner, (_round_up(inner[0], multiple), _round_up(inner[1], multiple)))
 
     def pad(self, rgb: Pixels) -> Pixels:
-        """Scale a picture [*own, 3] and mirror it over its borders: [*outer, 3].
+        """Scale a picture [*own, 3] to `inner` and mirror it over its borders: [*outer, 3].
 
-        Mirrored rather than flat borders, so that the edges and textures that the denoiser sees run on.
+        Mirrored rather than flat borders, so that the edges and textures that the denoiser sees continue.
         """
         spare = [(outer - inner) for outer, inner in zip(self.outer, self.inner, strict=True)]
         margins = [(pixels // 2, pixels - pixels // 2) for pixels in spare]
         return np.pad(_resize(rgb, self.inner), [*margins, (0, 0)], mode="symmetric")
 
     def encoder_and_edge_inputs(self, rgb: Pixels) -> tuple[Pixels, Pixels]:
-        """What is encoded and what edges are looked for in, [*outer, 3] each: the same picture."""
-        placed = self.pad(rgb)
-        return placed, placed
+        """The input of the encoder and that of the edge detector, [*outer, 3] each: the same."""
+        padded = self.pad(rgb)
+        return padded, padded
 
     def output_alpha(self, alpha: Pixels | None) -> Pixels | None:
-        """The opacity [*own] of what `crop` gives: that of the picture; None is opaque."""
+        """The opacity [*own] of the output, given the picture's; None is opaque."""
         return alpha
 
     def output_reference(self, rgb: Pixels) -> Pixels:
-        """The picture, pixel for pixel under what `crop` gives: itself."""
+        """The picture in the size of the output: itself."""
         return rgb
 
     def valid_cells(self, cells: tuple[int, ...]) -> tuple[slice, slice]:
-        """Rows and columns of the picture on the canvas shrunk to `cells`, with those that it fills in part."""
+        """Rows and columns of the picture, with partly filled ones, on the canvas scaled down to `cells`."""
         spans = []
         for inner, outer, count in zip(self.inner, self.outer, cells, strict=True):
             first, size = (outer - inner) // 2, outer // count
@@ -73,7 +72,7 @@ class Canvas:
         return spans[0], spans[1]
 
     def crop(self, painted: Pixels) -> Pixels:
-        """Cut the picture out of a painted canvas [*outer, 3] and give it its own size back: [*own, 3]."""
+        """The output: the picture cut out of a painted canvas [*outer, 3] and scaled to its own size, [*own, 3]."""
         (height, width), (outer_height, outer_width) = self.inner, self.outer
         top, left = (outer_height - height) // 2, (outer_width - width) // 2
         return _resize(painted[top : top + height, left : left + width], self.own)
@@ -81,10 +80,10 @@ class Canvas:
 
 @dataclass(frozen=True)
 class StretchCanvas:
-    """A picture squashed to a square, whatever its aspect; what is painted is given as it is.
+    """A picture stretched to a square, whatever its aspect; the output is the painted square.
 
-    As the released code has it (docs/method.md §4.1-2), which resamples the picture once for the encoder and once, in
-    another way, for the edges.
+    So does the released code (docs/method.md §4, steps 1 and 2), which resamples the picture in one way for the encoder
+    and in another for the edges.
     """
 
     side: int
@@ -93,33 +92,33 @@ class StretchCanvas:
     @classmethod
     def fit(cls, size: int, multiple: int) -> StretchCanvas:
         """The canvas of size * size pixels, `size` rounded up to a multiple of `multiple`."""
-        return cls(-(-size // multiple) * multiple)
+        return cls(_round_up(size, multiple))
 
     def encoder_and_edge_inputs(self, rgb: Pixels) -> tuple[Pixels, Pixels]:
-        """What is encoded, in RGB by Lanczos, and what edges are looked for in: [side, side, 3] each.
+        """The input of the encoder, RGB by Lanczos, and that of the edge detector, BGR: [side, side, 3] each.
 
-        The second is in BGR, by OpenCV's bilinear: the released code reads it with cv2.imread, and where two channels
-        are equally steep Canny goes by the first.
+        The second is resampled by OpenCV's bilinear. Its channels are in the order of cv2.imread, as in the released
+        code: where two channels are equally steep, Canny takes the first.
         """
         import cv2
 
         bgr = cv2.resize(np.ascontiguousarray(rgb[..., ::-1]), (self.side, self.side))
-        return _resize(rgb, (self.side, self.side)), np.asarray(bgr, dtype=np.uint8)
+        return self.output_reference(rgb), np.asarray(bgr, dtype=np.uint8)
 
     def output_alpha(self, alpha: Pixels | None) -> Pixels | None:
-        """The opacity [side, side] of what `crop` gives: the picture's, squashed; None is opaque."""
+        """The opacity [side, side] of the output, given the picture's; None is opaque."""
         return None if alpha is None else _resize(alpha, (self.side, self.side))
 
     def output_reference(self, rgb: Pixels) -> Pixels:
-        """The picture, pixel for pixel under what `crop` gives: squashed, [side, side, 3]."""
+        """The picture in the size of the output: stretched, [side, side, 3]."""
         return _resize(rgb, (self.side, self.side))
 
     def valid_cells(self, cells: tuple[int, ...]) -> tuple[slice, slice]:
-        """Rows and columns of the picture on the canvas shrunk to `cells`: all."""
+        """Rows and columns of the picture on the canvas scaled down to `cells`: all."""
         return slice(0, cells[0]), slice(0, cells[1])
 
     def crop(self, painted: Pixels) -> Pixels:
-        """The whole canvas: [side, side, 3]."""
+        """The output: the painted canvas, [side, side, 3]."""
         return painted
 
 
@@ -130,8 +129,12 @@ def canvas_for(
     return StretchCanvas.fit(size, multiple) if fit == "stretch" else Canvas.fit(own, size, multiple)
 
 
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
 def _resize(rgb: Pixels, size: tuple[int, int]) -> Pixels:
-    """[H, W] or [H, W, 3] by Pillow's Lanczos: OpenCV's does not widen its kernel when it shrinks, which aliases."""
+    """[H, W] or [H, W, 3] by Pillow's Lanczos: OpenCV's does not widen its kernel for smaller sizes, which aliases."""
     if rgb.shape[:2] == size:
         return rgb
     from PIL import Image

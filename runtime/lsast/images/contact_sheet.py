@@ -13,17 +13,16 @@ from lsast_engines.removed import REMOVED_OPTIONS, RENAMED_OPTIONS
 from ..options.options import rules
 
 if TYPE_CHECKING:
-    from PIL import Image, ImageDraw
+    from PIL import Image
 
     from ..request import Picture
     from ..stylizer import Stylizer
 
 CELL = 320
-"""Width and height that a painting may take on a sheet, in pixels."""
+"""Largest width and height of a painting on a sheet, in pixels."""
 
-_GAP = 8
-_TEXT = 16
-_LINE = 22
+_GAP, _TEXT, _LINE = 8, 16, 22
+"""Pixels between paintings, of the letters, and of a line."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +32,15 @@ class Sheet:
     image: Image.Image
     """RGB."""
     cells: dict[tuple[Any, ...], tuple[int, int, int, int]]
-    """By the values of its axes, in their order: where a painting is, as left, top, right and bottom pixel."""
+    """Left, top, right and bottom pixel of each painting, by the values of the axes in their order."""
 
 
 def parse_axes(texts: Sequence[str]) -> dict[str, list[Any]]:
-    """Axes from texts such as ``strength=0.4,0.6`` and ``style=vangogh,monet``.
+    """Parse axes such as ``strength=0.4,0.6`` and ``style=vangogh,monet``.
 
     Raises:
-        UsageError: no such text, a name that is no option or comes twice, or an axis without a value.
+        UsageError: a syntax error, a name that is no option or comes twice, or an axis without a value.
     """
-    names = rules()
     axes: dict[str, list[Any]] = {}
     for text in texts:
         name, equals, values = text.partition("=")
@@ -52,9 +50,9 @@ def parse_axes(texts: Sequence[str]) -> dict[str, list[Any]]:
             raise UsageError(f"found the axis {text!r}; expected an option and its values, such as strength=0.4,0.6")
         if name in REMOVED_OPTIONS:
             raise UsageError(f"found the axis {name}, which was removed: {REMOVED_OPTIONS[name][1]}")
-        if name not in names or name in axes:
+        if name not in rules() or name in axes:
             which = "twice" if name in axes else "no option"
-            raise UsageError(f"found the axis {name}, {which}; expected one of {', '.join(names)}, each once")
+            raise UsageError(f"found the axis {name}, {which}; expected one of {', '.join(rules())}, each once")
         axes[name] = [_value(value.strip()) for value in values.split(",")]
     return axes
 
@@ -71,56 +69,62 @@ def contact_sheet(
 
     Args:
         stylizer: paints.
-        picture: as `Stylizer.stylize` takes it.
-        axes: by the name of an option, its values. The first runs along the columns, the second down the rows, every
-            further one over blocks of rows.
-        on_cell: called with the paintings done and those there are, before the first and after each.
-        options: options of all paintings, as `Stylizer.stylize_many` takes them.
+        picture: see `Stylizer.stylize`.
+        axes: the values of an option, by its name. The first axis runs along the columns, the second down the rows,
+            every further one over blocks of rows.
+        on_cell: called with the number of paintings done and the number there are, before the first and after each.
+        options: options of all paintings, see `Stylizer.stylize_many`.
 
     Raises:
         LsastError: see `Stylizer.stylize`.
         UsageError: no axis, or one without a value.
     """
-    from PIL import Image, ImageDraw, ImageFont
-
     if not axes or not all(axes.values()):
         raise UsageError("found no axis, or one without a value; expected such as {'strength': [0.4, 0.6]}")
     across, *down = axes
-    columns = list(axes[across])
-    rows = list(itertools.product(*(axes[name] for name in reversed(down))))  # the last axis changes most slowly
-    total = len(columns) * len(rows)
-    combinations = [
-        {across: column, **dict(zip(reversed(down), row, strict=True))} for row in rows for column in columns
-    ]
+    down.reverse()  # the last axis changes most slowly
+    columns, rows = list(axes[across]), list(itertools.product(*(axes[name] for name in down)))
+    combinations = [{across: column, **dict(zip(down, row, strict=True))} for row in rows for column in columns]
+    total = len(combinations)
     if on_cell:
         on_cell(0, total)
-    pictures = itertools.repeat(picture, total)
     thumbnails = []
+    pictures = itertools.repeat(picture, total)
     for done, result in enumerate(stylizer.stylize_many(pictures, rows=combinations, **options), start=1):
         thumbnails.append(_thumbnail(result.image))
         if on_cell:
             on_cell(done, total)
+    row_labels = ["\n".join(f"{name} {value}" for name, value in zip(down, row, strict=True)) for row in rows]
+    image, boxes = _draw(thumbnails, [f"{across} {value}" for value in columns], row_labels)
+    names = [tuple(combination[name] for name in axes) for combination in combinations]
+    return Sheet(image, dict(zip(names, boxes, strict=True)))
+
+
+def _draw(
+    thumbnails: Sequence[Image.Image], column_labels: Sequence[str], row_labels: Sequence[str]
+) -> tuple[Image.Image, list[tuple[int, int, int, int]]]:
+    """The sheet of thumbnails of one size, row by row, and the box of each."""
+    from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(_TEXT)
-    labels = ["\n".join(f"{name} {value}" for name, value in zip(reversed(down), row, strict=True)) for row in rows]
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    margin = max((_width(pen, label, font) for label in labels), default=0) + _GAP
+    label_width = max(int(pen.multiline_textbbox((0, 0), label, font)[2]) + 1 for label in row_labels)
+    margin, head = label_width + _GAP, _LINE + _GAP
     width, height = thumbnails[0].size
-    head = _LINE + _GAP
-    size = (margin + len(columns) * (width + _GAP), head + len(rows) * (height + _GAP))
+    size = (margin + len(column_labels) * (width + _GAP), head + len(row_labels) * (height + _GAP))
     image = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(image)
-    for index, value in enumerate(columns):
-        pen.text((margin + index * (width + _GAP), _GAP // 2), f"{across} {value}", "black", font)
-    cells = {}
-    for index, (combination, thumbnail) in enumerate(zip(combinations, thumbnails, strict=True)):
-        row, column = divmod(index, len(columns))
+    for column, label in enumerate(column_labels):
+        pen.text((margin + column * (width + _GAP), _GAP // 2), label, "black", font)
+    for row, label in enumerate(row_labels):
+        pen.multiline_text((_GAP // 2, head + row * (height + _GAP)), label, "black", font)
+    boxes = []
+    for index, thumbnail in enumerate(thumbnails):
+        row, column = divmod(index, len(column_labels))
         left, top = margin + column * (width + _GAP), head + row * (height + _GAP)
         image.paste(thumbnail, (left, top))
-        cells[tuple(combination[name] for name in axes)] = (left, top, left + width, top + height)
-        if column == 0:
-            pen.multiline_text((_GAP // 2, top), labels[row], "black", font)
-    return Sheet(image, cells)
+        boxes.append((left, top, left + width, top + height))
+    return image, boxes
 
 
 def _thumbnail(painting: Image.Image) -> Image.Image:
@@ -131,11 +135,6 @@ def _thumbnail(painting: Image.Image) -> Image.Image:
     if small.mode == "RGBA":
         small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small)
     return small.convert("RGB")
-
-
-def _width(pen: ImageDraw.ImageDraw, label: str, font: Any) -> int:
-    """Pixels that a label of one or more lines takes."""
-    return int(pen.multiline_textbbox((0, 0), label, font)[2]) + 1
 
 
 def _value(text: str) -> int | float | str:

@@ -1,4 +1,4 @@
-"""Where a picture is painted, and which of its colours it keeps."""
+"""Masks, which say where a picture is painted; and painting in the picture's own colours."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ from .canvas import Pixels
 if TYPE_CHECKING:
     from PIL import Image
 
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+"""Luma of an RGB value, ITU-R BT.601."""
+
 
 def read_mask(
     source: str | Path | bytes | Image.Image | npt.NDArray[Any], size: tuple[int, int], feather: int
 ) -> Pixels:
-    """How much is painted of every pixel, 0 (nothing) to 255 (all): [H, W].
+    """The weight of the painting at every pixel, 0 to 255: [H, W].
 
     Args:
-        source: the mask as any kind of picture: white is painted, black is not, grey in part (its luma, ITU-R BT.601);
-            what is transparent is not painted.
-        size: height and width of the picture that it is for.
-        feather: pixels over which the painting fades in from the border of the unpainted; 0 leaves the mask as it is.
+        source: any kind of picture: white is painted, black is not, grey is painted in part, by its luma; transparent
+            pixels are not painted.
+        size: height and width of the picture that is painted.
+        feather: pixels over which the painting fades in from the edge of the mask; 0 leaves the mask as it is.
 
     Raises:
         PictureError: the mask cannot be read, or is not of the picture's size.
@@ -39,14 +42,14 @@ def read_mask(
         raise PictureError(
             f"found a mask of {columns} x {rows} pixels; expected {width} x {height}, the size of the picture: scale it"
         )
-    share = mask.rgb.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    weight = mask.rgb.astype(np.float32) @ _LUMA
     if mask.alpha is not None:
-        share *= mask.alpha.astype(np.float32) / 255
-    if feather and (share < 0.5).any():
-        # Distance to the nearest pixel that is not painted at all, so that what fades lies inside and none outside.
-        inside = cv2.distanceTransform((share >= 0.5).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-        share *= np.minimum(np.asarray(inside, np.float32) / (feather + 1), 1)
-    return np.round(share).astype(np.uint8)
+        weight *= mask.alpha.astype(np.float32) / 255
+    if feather and (weight < 0.5).any():
+        # Distance to the nearest pixel that is not painted at all: the fade lies inside the mask.
+        distance = cv2.distanceTransform((weight >= 0.5).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+        weight *= np.minimum(np.asarray(distance, np.float32) / (feather + 1), 1)
+    return np.round(weight).astype(np.uint8)
 
 
 def to_latent_mask(mask: Pixels, factor: int) -> npt.NDArray[np.float32]:
@@ -58,17 +61,16 @@ def to_latent_mask(mask: Pixels, factor: int) -> npt.NDArray[np.float32]:
 
 
 def composite(painted: Pixels, picture: Pixels, mask: Pixels) -> Pixels:
-    """The painting where the mask is 255, the picture to the bit where it is 0: [H, W, 3]."""
-    share = mask[:, :, None].astype(np.float32) / 255
-    return np.round(picture + share * (painted.astype(np.float32) - picture)).astype(np.uint8)
+    """The painting where the mask is 255, exactly the picture where it is 0: [H, W, 3]."""
+    weight = mask[:, :, None].astype(np.float32) / 255
+    return np.round(picture + weight * (painted.astype(np.float32) - picture)).astype(np.uint8)
 
 
 def keep_colour(painted: Pixels, picture: Pixels) -> Pixels:
     """The painting's luma with the picture's chroma: [H, W, 3].
 
-    In the Y'CbCr of ITU-R BT.601 an RGB value is its luma plus what the chroma gives, so that the difference of lumas
-    is added to all three channels; what leaves 0 … 255 is cut off.
+    In Y'CbCr an RGB value is its luma plus a term of its chroma, so that the difference of the lumas is added to all
+    three channels; the result is clipped to 0 … 255.
     """
-    luma = np.array([0.299, 0.587, 0.114], np.float32)
-    lift = painted.astype(np.float32) @ luma - picture.astype(np.float32) @ luma
-    return np.round(np.clip(picture + lift[:, :, None], 0, 255)).astype(np.uint8)
+    shift = painted.astype(np.float32) @ _LUMA - picture.astype(np.float32) @ _LUMA
+    return np.round(np.clip(picture + shift[:, :, None], 0, 255)).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""What a painting's file says of it: one JSON text of our own, and the settings that galleries read.
+"""The metadata of a painting's file: a JSON text of our own, and the settings that galleries read.
 
 ============ ==================================== =====================================================
 format       JSON of `lsast`                      settings, in the form of AUTOMATIC1111's web UI
@@ -7,8 +7,8 @@ PNG          text chunk ``lsast``                 text chunk ``parameters``
 JPEG, WebP   EXIF MakerNote, after ``lsast\\0``    EXIF UserComment, UTF-16 as the standard has it
 ============ ==================================== =====================================================
 
-Nothing else is written, and nothing of the painted picture's own metadata but its colour profile: no camera, no place,
-no name, no comment.
+Nothing else is written. Of the picture's own metadata only the colour profile is kept: no camera, no place, no name, no
+comment.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FORMAT = 1
-"""Format number of the JSON that this version writes and reads."""
+"""Format number of the JSON."""
 
 _EXIF, _SOFTWARE, _MAKER_NOTE, _USER_COMMENT = 0x8769, 0x0131, 0x927C, 0x9286
 _MARK, _UNICODE = b"lsast\0", b"UNICODE\0"
@@ -35,7 +35,7 @@ _MARK, _UNICODE = b"lsast\0", b"UNICODE\0"
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a file tells of its painting."""
+    """What a file says of its painting."""
 
     provenance: Provenance
     options: Options
@@ -43,41 +43,41 @@ class Record:
     """Wall time of every phase."""
 
     def to_json(self) -> str:
-        """The text that a file carries."""
-        held = {
+        """The JSON text of a file."""
+        content = {
             "format": FORMAT,
             **dataclasses.asdict(self.provenance),
             "options": dataclasses.asdict(self.options),
             "seconds": {phase: round(value, 4) for phase, value in self.seconds.items()},
         }
-        return json.dumps(held)
+        return json.dumps(content)
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Record:
-        """Read what `to_json` wrote; `where` names the file in messages.
+        """Read the text of `to_json`; `where` names the file in messages.
 
         Raises:
-            PictureError: no such JSON, or of another format.
-            UsageError: options that cannot be meant.
+            PictureError: not such a text, or one of another format.
+            UsageError: invalid options.
         """
         try:
-            held: dict[str, Any] = json.loads(text)
-            if (found := held["format"]) != FORMAT:
+            content: dict[str, Any] = json.loads(text)
+            if (found := content["format"]) != FORMAT:
                 raise PictureError(
                     f"{where} was written in format {found}; this version reads format {FORMAT}: update lsast"
                 )
-            height, width = held["painted"]
-            held.setdefault("compute_dtype", held.get("arithmetic"))  # its name in earlier versions
-            facts = {field.name: held[field.name] for field in dataclasses.fields(Provenance)}
+            content.setdefault("compute_dtype", content.get("arithmetic"))  # its name in earlier versions
+            facts = {field.name: content[field.name] for field in dataclasses.fields(Provenance)}
+            height, width = content["painted"]
             provenance = Provenance(**{**facts, "painted": (height, width)})
-            return cls(provenance, Options(**current_options(held["options"])), held["seconds"])
+            return cls(provenance, Options(**current_options(content["options"])), content["seconds"])
         except (ValueError, KeyError, TypeError) as error:
             raise PictureError(
-                f"what lsast wrote into {where} cannot be read ({error!r}); expected it whole, of this version or older"
+                f"the record of lsast in {where} cannot be read ({error!r}); expected a whole one"
             ) from error
 
-    def parameters(self) -> str:
-        """The settings that galleries read: the style for a prompt, then ``Name: value`` pairs."""
+    def a1111_parameters(self) -> str:
+        """The settings that galleries read: the style in the place of a prompt, then ``Name: value`` pairs."""
         options, provenance = self.options, self.provenance
         height, width = provenance.painted
         pairs = {
@@ -92,35 +92,33 @@ class Record:
             "Control weight": options.control_scale,
             "Version": f"lsast {provenance.versions['lsast']}",
         }
-        # A value that holds a comma is quoted there, as JSON does it.
+        # A value with a comma is quoted, as in JSON.
         texts = {name: json.dumps(str(value)) if "," in str(value) else str(value) for name, value in pairs.items()}
         return f"{options.style}\n" + ", ".join(f"{name}: {text}" for name, text in texts.items())
 
-    def settings(self, form: str) -> dict[str, Any]:
-        """What Pillow's `save` takes to write it into a file of the format `form`: PNG, JPEG or WEBP."""
-        if form == "PNG":
-            from PIL import PngImagePlugin
+    def pillow_save_args(self, form: str) -> dict[str, Any]:
+        """Arguments of Pillow's `save` that write this into a file of the format `form`: PNG, JPEG or WEBP."""
+        from PIL import Image, PngImagePlugin
 
+        if form == "PNG":
             chunks = PngImagePlugin.PngInfo()
-            chunks.add_text("parameters", self.parameters())
+            chunks.add_text("parameters", self.a1111_parameters())
             chunks.add_text("lsast", self.to_json())
             return {"pnginfo": chunks}
-        from PIL import Image
-
         exif = Image.Exif()
         exif[_SOFTWARE] = f"lsast {self.provenance.versions['lsast']}"
         inner = exif.get_ifd(_EXIF)
         inner[_MAKER_NOTE] = _MARK + self.to_json().encode()
-        inner[_USER_COMMENT] = _UNICODE + self.parameters().encode("utf-16-be")
+        inner[_USER_COMMENT] = _UNICODE + self.a1111_parameters().encode("utf-16-be")
         return {"exif": exif}
 
 
 def read_record(path: str | Path) -> Record:
-    """What a painting's file tells of it.
+    """Read what a painting's file says of it.
 
     Raises:
-        PictureError: no picture, or none that says how it was painted.
-        UsageError: options that cannot be meant.
+        PictureError: not a picture, or one without a record.
+        UsageError: invalid options.
     """
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""A cheap look at a painting that is not done: latents to colours without the decoder."""
+"""Previews of a painting that is not finished: latents to colours without the decoder."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Floats = npt.NDArray[np.float32]
 
 
 class Previewer:
-    """Turns a picture's latents into small pictures, one pixel a latent cell.
+    """Makes small pictures of a picture's latents, one pixel for each latent cell.
 
-    Colours are an affine map of the latent's channels, fitted by least squares to what is known: the picture's own
-    latent, and the picture shrunk to its size. That needs no constants of the base and costs milliseconds, once, when
-    the first preview is asked for.
+    Colours are an affine map of the latent's channels, fitted by least squares to the picture's own latent and the
+    picture scaled down to its size. So no constants of the base are needed; the fit costs milliseconds, once, when the
+    first preview is asked for.
     """
 
     def __init__(self, content: Pixels, z0: Floats, canvas: Canvas | StretchCanvas) -> None:
-        """Remember what to fit; nothing is computed yet.
+        """Store what the fit needs.
 
         Args:
             content: the canvas as it was encoded, [H, W, 3].
@@ -37,7 +37,7 @@ class Previewer:
         self._canvas = canvas
 
     def __call__(self, latent: Floats) -> Image.Image:
-        """A latent [4, h, w] as a picture of about w x h pixels, without the canvas's margin."""
+        """The preview of a latent [4, h, w]: about w x h pixels, without the margin of the canvas."""
         from PIL import Image
 
         colours = np.clip(_with_one(latent) @ self._map, 0, 255).reshape(*latent.shape[1:], 3)
@@ -46,7 +46,7 @@ class Previewer:
 
     @functools.cached_property
     def _map(self) -> npt.NDArray[np.float64]:
-        """[5, 3]: for every channel and the constant, what it adds to red, green and blue."""
+        """[5, 3]: what each channel and the constant add to red, green and blue."""
         import cv2
 
         height, width = self._z0.shape[1:]

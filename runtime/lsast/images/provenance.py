@@ -1,4 +1,4 @@
-"""Where a painting comes from: what must be known so that the very picture can be painted again."""
+"""The provenance of a painting: what must be known to paint the same picture again."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from lsast_engines.environment import installed_versions
 from .._version import __version__
 
 _LIBRARIES = {"numpy": "numpy", "opencv": "opencv-python-headless", "pillow": "pillow"}
-"""What pixels go through besides the backend, and the wheel that it comes in."""
+"""The libraries that pixels pass besides the backend, and the wheel of each."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a painting was made of. No path, no time, and nothing of the picture but a checksum."""
+    """What a painting was made of. It holds no path, no time, and of the picture nothing but a checksum."""
 
     bundle: str
     """Name of the bundle."""
     bundle_sha256: str
     """SHA-256 (hex) of its manifest, which holds that of every graph."""
     styles: dict[str, str]
-    """By name, the fingerprint of every style that was used (`StyleFile.fingerprint`)."""
+    """The fingerprint of every style that was used (`StyleFile.fingerprint`), by name."""
     picture_sha256: str
     """SHA-256 (hex) of the picture's pixels, upright, 8-bit, with opacity: the same for any lossless file of it."""
     mask_sha256: str | None
-    """SHA-256 (hex) of what the mask left to paint; None without a mask."""
+    """SHA-256 (hex) of the mask as `read_mask` gives it; None without a mask."""
     painted: tuple[int, int]
     """Height and width that were painted, in pixels."""
     backend: str
     device: str
     compute_dtype: str
     versions: dict[str, str]
-    """Of lsast, the backend and the libraries that pixels go through."""
+    """Versions of lsast, the backend and the libraries that pixels pass."""
 
     def changes(self, later: Provenance) -> list[str]:
-        """What may make the same picture come out otherwise, ``name old, now new`` each: backend and versions."""
+        """Backend, device and versions that differ in `later`, as ``name old, now new`` each."""
         before, now = ({"backend": p.backend, "device": p.device, **p.versions} for p in (self, later))
         return [
             f"{name} {before.get(name, 'none')}, now {now.get(name, 'none')}"
@@ -52,7 +52,7 @@ def bundle_sha256(bundle: Bundle) -> str:
 
 
 def versions(backend: str) -> dict[str, str]:
-    """Versions of lsast, `backend` and the libraries that pixels go through."""
+    """Versions of lsast, `backend` and the libraries that pixels pass."""
     wheels = {**_LIBRARIES, backend: backend}
     # Another wheel of the same library, such as onnxruntime-gpu or opencv-python, is left out.
     found = installed_versions(*wheels.values())

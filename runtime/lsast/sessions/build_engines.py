@@ -1,7 +1,7 @@
-"""Compiling what a GPU backend misses, when the caller allowed it: minutes that nobody should be surprised by.
+"""Compiling the engines that a GPU backend lacks, if the caller allows it, because it takes minutes.
 
-The exporter compiles, in a process of its own, as the command does that a missing engine names: the runtime neither
-imports it nor what it needs.
+The exporter compiles in a process of its own, by the command that the error for a missing engine names: the runtime
+imports neither the exporter nor what that needs.
 """
 
 from __future__ import annotations
@@ -22,44 +22,43 @@ from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS
 from lsast_engines.errors import BackendError, MissingExtraError, UsageError
 
 Run = Callable[[list[str]], int]
-"""Runs a command, which says on stderr how far it is, and gives its exit status."""
+"""Runs a command, which reports its progress on stderr, and returns its exit status."""
 
 
 def build_engines(
     bundle: Bundle, backend: str, compute_dtype: ComputeDtype, run: Run | None = None, runtime: Any = None
 ) -> list[str]:
-    """Compile the engines of a bundle that are missing or do not fit this machine; what fits is left as it is.
+    """Compile the engines of a bundle that are missing or do not fit this machine, and leave the others.
 
     Args:
-        bundle: whose graphs.
+        bundle: the bundle.
         backend: ``tensorrt-rtx`` or ``tensorrt``.
         compute_dtype: what the engines compute in.
-        run: runs the compiler, to compile otherwise.
-        runtime: the module `cuda.bindings.runtime`, to ask another.
+        run: runs the compiler; for tests.
+        runtime: the module `cuda.bindings.runtime`; for tests.
 
     Returns:
         The graphs that were compiled.
 
     Raises:
-        UsageError: a backend that compiles nothing.
-        MissingExtraError: the library, cuda-python or what the exporter needs is not installed.
-        BackendError: no GPU, or compiling failed, and why stands on stderr.
+        UsageError: a backend without compiled engines.
+        MissingExtraError: the library, cuda-python or a library of the exporter is not installed.
+        BackendError: no GPU, or compiling failed; stderr says why.
     """
     if backend not in get_args(TrtFlavor):
         expected = " or ".join(get_args(TrtFlavor))
         raise UsageError(f"found a backend {backend!r} to build engines for; expected {expected}")
     library: TrtFlavor = "tensorrt" if backend == "tensorrt" else "tensorrt-rtx"
     version = str(load_library(library).__version__)
-    there = gpus(runtime or load_cuda())
-    if not there:
+    found = gpus(runtime or load_cuda())
+    if not found:
         raise BackendError(f"found no NVIDIA GPU to build engines for; see lsast-run --doctor ({library})")
     missing = []
-    for (
-        name
-    ) in REQUIRED_GRAPHS:  # the denoiser's parts are compiled by name only: lsast-export compile --graph unet_full …
+    # The split graphs are compiled by name only: lsast-export compile --graph unet_full …
+    for name in REQUIRED_GRAPHS:
         path, spec = bundle.graph_path(name), bundle.manifest.graphs[name]
         try:
-            find_engine(path, spec, library, version, compute_dtype, there[0])
+            find_engine(path, spec, library, version, compute_dtype, found[0])
         except BackendError:
             missing.append(name)
     if not missing:
@@ -69,12 +68,12 @@ def build_engines(
     command = [sys.executable, "-m", "lsast_export", "compile", str(bundle.path), "--backend", library]
     command += ["--compute-dtype", compute_dtype]
     if library == "tensorrt-rtx":
-        command += ["--sm", there[0].capability]
+        command += ["--sm", found[0].capability]
     for name in missing:
         command += ["--graph", name]
     if status := (run or _run)(command):
         raise BackendError(
-            f"compiling {', '.join(missing)} failed with exit status {status}; try it by itself: "
+            f"compiling {', '.join(missing)} failed with exit status {status}; run it by itself: "
             f"lsast-export {' '.join(command[3:])}"
         )
     return missing

@@ -1,8 +1,8 @@
-"""Videos, frame by frame through PyAV: audio is copied, timestamps are kept, memory does not grow with the length.
+"""Videos, frame by frame through PyAV: sound is copied, timestamps are kept, memory does not grow with the length.
 
-Frames are painted in the order of the clip and encoded in segments of `SEGMENT` frames, which lie with what the next
-frame needs in a hidden folder beside OUT until all are there. The same call goes on after the last whole segment of one
-that was stopped, and paints what it would have painted.
+Frames are painted in order and encoded in segments of `SEGMENT` frames. The segments, and what the next frame needs,
+are stored in a hidden folder beside OUT until the video is finished. So the same call continues one that was stopped,
+after its last whole segment, and gives the same video.
 """
 
 from __future__ import annotations
@@ -37,21 +37,19 @@ if TYPE_CHECKING:
     from ..stylizer import OnStep, Stylizer
 
 SEGMENT = 24
-"""Frames that are encoded together, and at most lost when a run is killed."""
+"""Frames that are encoded together; so many are lost at most when a run is killed."""
 
 _FORMATS = {".m4v": "mp4", ".mkv": "matroska", ".mov": "mov", ".mp4": "mp4"}
-_BT709 = 1
-_LIMITED_RANGE = 1
-_UNSPECIFIED = 2
+_BT709, _LIMITED_RANGE, _UNSPECIFIED = 1, 1, 2
 
 
 def check_video(source: Path, out: Path) -> None:
     """Check, before anything is painted, that `source` is a video and that `out` can hold its sound.
 
     Raises:
-        UsageError: the suffix of `out` names none of the formats, or `out` is a folder or the source itself.
+        UsageError: the suffix of `out` is not written, or `out` is a folder or the source itself.
         MissingExtraError: PyAV is not installed.
-        PictureError: the source cannot be read, holds no picture, or sound that OUT cannot hold.
+        PictureError: the source cannot be read or has no pictures, or OUT cannot hold its sound.
     """
     if out.suffix.lower() not in WRITTEN_VIDEOS:
         raise UsageError(f"found the output {out}; expected a name that ends in {', '.join(sorted(WRITTEN_VIDEOS))}")
@@ -62,10 +60,10 @@ def check_video(source: Path, out: Path) -> None:
     with _opened(source) as container:
         if not container.streams.video:
             raise PictureError(f"found no picture in {source}; expected a video")
-        spare = out.with_name(f".{out.name}.check")
+        trial_file = out.with_name(f".{out.name}.check")
         try:
-            spare.parent.mkdir(parents=True, exist_ok=True)
-            with _av().open(str(spare), "w", format=_FORMATS[out.suffix.lower()]) as trial:
+            trial_file.parent.mkdir(parents=True, exist_ok=True)
+            with _av().open(str(trial_file), "w", format=_FORMATS[out.suffix.lower()]) as trial:
                 for stream in container.streams.audio:
                     trial.add_stream_from_template(stream)
                 if container.streams.audio:
@@ -77,7 +75,7 @@ def check_video(source: Path, out: Path) -> None:
                 "folder, or try a name that ends in .mkv, which holds any sound"
             ) from error
         finally:
-            spare.unlink(missing_ok=True)
+            trial_file.unlink(missing_ok=True)
 
 
 def paint_video(
@@ -88,18 +86,19 @@ def paint_video(
     on_step: OnStep | None = None,
     on_frame: Callable[[int, int | None], None] | None = None,
 ) -> dict[str, Any]:
-    """Paint a video's first picture stream; its sound is copied as it is.
+    """Paint the first picture stream of a video; its sound is copied.
 
     Args:
         source: the video.
-        out: the video to write, H.264 in the format of its suffix: whole or not at all, over whatever was there.
-        stylizer: what paints.
-        options: what `Stylizer.stylize` takes.
+        out: the video to write, H.264 in the format of its suffix: whole or not at all, replacing an existing file.
+        stylizer: paints.
+        options: options of `Stylizer.stylize`.
         on_step: see `Stylizer.stylize`; called for every frame.
-        on_frame: told how many frames are done, of how many if that is known, before the first and after each.
+        on_frame: called with the number of frames done and the number there are, if known, before the first frame and
+            after each.
 
     Returns:
-        `frames` of the video, `resumed` of them painted by an earlier run, and the last frame's `result`.
+        `frames` of the video, `resumed` of them painted by an earlier run, and the `result` of the last frame.
 
     Raises:
         UsageError, MissingExtraError, PictureError: see `check_video`.
@@ -108,26 +107,25 @@ def paint_video(
     check_video(source, out)
     work = _Work(out, _key(source, stylizer, options))
     temporal = TemporalState()
-    temporal.restore(work.memory)
-    resumed = done = work.frames
+    temporal.restore(work.temporal)
+    done = resumed = work.frames
     result: Result | None = None
     with _opened(source) as container:
-        pictures = container.streams.video[0]
-        total = pictures.frames or None
+        stream = container.streams.video[0]
+        total = stream.frames or None
         if on_frame:
             on_frame(done, total)
-        # Decoding what is done already is cheap beside painting, and lands on the very frame, which seeking may not.
-        frames = islice(container.decode(pictures), done, None)
+        # Decoding the frames again is cheap beside painting, and exact, which seeking may not be.
+        frames = islice(container.decode(stream), done, None)
         while (first := next(frames, None)) is not None:
-            with work.segment() as handle, contextlib.closing(_Encoder(handle, pictures)) as encoder:
+            with work.new_segment() as handle, contextlib.closing(_Encoder(handle, stream)) as encoder:
                 for frame in chain([first], islice(frames, SEGMENT - 1)):
-                    painting = stylizer.stylize_frames([_rgb(frame)], temporal=temporal, on_step=on_step, **options)
-                    result = next(painting)
+                    [result] = stylizer.stylize_frames([_rgb(frame)], temporal=temporal, on_step=on_step, **options)
                     encoder.add(np.asarray(result.image.convert("RGB")), frame)
                     done += 1
                     if on_frame:
                         on_frame(done, total)
-            work.keep(done, temporal.state())
+            work.save(done, temporal.state())
     if done == 0:
         raise PictureError(f"found no frame in {source}; expected a video")
     with replace_file(out) as handle:
@@ -137,67 +135,59 @@ def paint_video(
 
 
 class _Work:
-    """The segments of a video that is being painted, and what is remembered after the last."""
+    """The segments of a video that is being painted, and the temporal state after the last."""
 
     def __init__(self, out: Path, key: str) -> None:
         self._folder = out.with_name(f".{out.name}.parts")
         self._key = key
-        self.frames = 0
-        self.memory: dict[str, np.ndarray[Any, Any]] = {}
         self._count = 0
-        state = self._folder / "state.npz"
-        if state.is_file():
+        self.frames = 0
+        self.temporal: dict[str, np.ndarray[Any, Any]] = {}
+        if (state := self._folder / "state.npz").is_file():
             with np.load(state) as found:
                 if str(found["key"]) == key:
                     self.frames, self._count = int(found["frames"]), int(found["segments"])
-                    self.memory = {name: found[name] for name in ("content", "latent", "painted") if name in found}
+                    self.temporal = {name: found[name] for name in ("content", "latent", "painted") if name in found}
         if self._count == 0:
-            self.clear()  # nothing, or another clip, or other options
+            self.clear()  # nothing, or another video, or other options
 
     @contextlib.contextmanager
-    def segment(self) -> Iterator[Any]:
+    def new_segment(self) -> Iterator[Any]:
         """A file for the next segment."""
-        with replace_file(self._name(self._count)) as handle:
+        with replace_file(self._folder / f"{self._count:06}.nut") as handle:
             yield handle
         self._count += 1
 
-    def keep(self, frames: int, memory: Mapping[str, np.ndarray[Any, Any]]) -> None:
-        """Count the segment that was written last."""
+    def save(self, frames: int, temporal: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Store the number of frames and the temporal state after the last segment."""
         with replace_file(self._folder / "state.npz") as handle:
-            arrays: dict[str, Any] = {"key": self._key, "frames": frames, "segments": self._count, **memory}
+            arrays: dict[str, Any] = {"key": self._key, "frames": frames, "segments": self._count, **temporal}
             np.savez(handle, **arrays)
 
     def segments(self) -> list[Path]:
         """All segments, in order."""
-        return [self._name(index) for index in range(self._count)]
+        return [self._folder / f"{index:06}.nut" for index in range(self._count)]
 
     def clear(self) -> None:
         """Remove everything."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _name(self, index: int) -> Path:
-        return self._folder / f"{index:06}.nut"
-
 
 class _Encoder:
-    """Encodes painted frames into a segment, each at its source's time."""
+    """Encodes painted frames into a segment, each with the time of its source."""
 
     def __init__(self, handle: Any, like: VideoStream) -> None:
-        # NUT keeps any time base as it is.
-        self._container: OutputContainer = _av().open(handle, "w", format="nut")
+        self._container: OutputContainer = _av().open(handle, "w", format="nut")  # NUT keeps any time base
         self._rate = like.average_rate or Fraction(25)
         self._time_base = like.time_base or 1 / self._rate
         self._stream: Any = None
 
     def add(self, rgb: Pixels, source: VideoFrame) -> None:
-        """Encode a painting [H, W, 3] for a frame."""
+        """Encode the painting [H, W, 3] of a frame."""
         if self._stream is None:
-            self._open(rgb.shape[1], rgb.shape[0])
-        frame = (
-            _av()
-            .VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
-            .reformat(format=self._stream.pix_fmt, dst_colorspace="itu709", dst_color_range="MPEG")
-        )
+            self._stream = self._new_stream(rgb.shape[1], rgb.shape[0])
+        frame = _av().VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
+        frame = frame.reformat(format=self._stream.pix_fmt, dst_colorspace="itu709", dst_color_range="MPEG")
         frame.pts, frame.time_base = source.pts, source.time_base
         self._container.mux(self._stream.encode(frame))
 
@@ -207,18 +197,16 @@ class _Encoder:
             if self._stream is not None:
                 self._container.mux(self._stream.encode(None))
 
-    def _open(self, width: int, height: int) -> None:
+    def _new_stream(self, width: int, height: int) -> Any:
         stream: Any = self._container.add_stream("libx264", rate=self._rate, options={"crf": "17"})
         stream.width, stream.height = width, height
-        # 4:2:0 needs even sides.
-        stream.pix_fmt = "yuv444p" if width % 2 or height % 2 else "yuv420p"
+        stream.pix_fmt = "yuv444p" if width % 2 or height % 2 else "yuv420p"  # 4:2:0 needs even sides
         context = stream.codec_context
         context.time_base = self._time_base
-        # Without B-frames packets come in the order in which they are shown, and segments join as they are.
-        context.max_b_frames = 0
+        context.max_b_frames = 0  # so packets come in the order of display, and segments join as they are
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = _LIMITED_RANGE
-        self._stream = stream
+        return stream
 
 
 def _join(segments: list[Path], source: Path, handle: Any, name: str) -> None:
@@ -228,7 +216,7 @@ def _join(segments: list[Path], source: Path, handle: Any, name: str) -> None:
         pictures = joined.add_stream_from_template(first.streams.video[0])
         sounds = {stream.index: joined.add_stream_from_template(stream) for stream in heard.streams.audio}
 
-        def seen() -> Iterator[Packet[Any]]:
+        def picture_packets() -> Iterator[Packet[Any]]:
             for segment in segments:
                 with av.open(str(segment)) as container:
                     for packet in container.demux(video=0):
@@ -236,26 +224,29 @@ def _join(segments: list[Path], source: Path, handle: Any, name: str) -> None:
                             packet.stream = pictures
                             yield packet
 
-        def sound() -> Iterator[Packet[Any]]:
+        def sound_packets() -> Iterator[Packet[Any]]:
             for packet in heard.demux(*heard.streams.audio) if sounds else ():
                 if packet.dts is not None:
                     packet.stream = sounds[packet.stream.index]
                     yield packet
 
-        for packet in heapq.merge(seen(), sound(), key=lambda packet: (packet.dts or 0) * packet.time_base):
+        by_time = heapq.merge(
+            picture_packets(), sound_packets(), key=lambda packet: (packet.dts or 0) * packet.time_base
+        )
+        for packet in by_time:
             joined.mux(packet)
 
 
 def _rgb(frame: VideoFrame) -> Pixels:
-    """The frame as it is to be seen, [H, W, 3]."""
-    # Untagged high definition is BT.709 by every player's convention; the converter's is BT.601.
+    """The frame as it is displayed, [H, W, 3]."""
+    # By convention of all players untagged high definition is BT.709; the converter takes it for BT.601.
     untagged = frame.colorspace == _UNSPECIFIED and frame.height >= 720
     rgb = frame.to_ndarray(format="rgb24", src_colorspace="itu709" if untagged else None)
     return np.ascontiguousarray(np.rot90(rgb, round(frame.rotation / 90)), dtype=np.uint8)
 
 
 def _key(source: Path, stylizer: Stylizer, options: Mapping[str, Any]) -> str:
-    """What a painted segment depends on."""
+    """A hash of everything that a painted segment depends on."""
     facts = source.stat()
     known = [str(source.resolve()), facts.st_size, facts.st_mtime_ns, stylizer.bundle.manifest.fingerprint,
              sorted((name, repr(value)) for name, value in options.items())]  # fmt: skip

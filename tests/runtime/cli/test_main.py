@@ -167,7 +167,7 @@ def test_debug_shows_the_traceback_before_the_same_line(folder: Path) -> None:
 
 
 def test_lsast_run_with_a_bug_prints_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lsast.stylizer.sample", lambda *_: 1 / 0)
+    monkeypatch.setattr("lsast.sampling.sampler.sample", lambda *_: 1 / 0)
     result = _run("in.png", "out.png")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == "Error: unexpected ZeroDivisionError: division by zero (--debug shows where)\n"

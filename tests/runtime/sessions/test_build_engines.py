@@ -87,7 +87,7 @@ def test_what_is_there_is_not_compiled(bundle: Bundle, library: None, monkeypatc
 
 
 def test_a_compiler_that_fails_names_the_command(bundle: Bundle, library: None) -> None:
-    with pytest.raises(BackendError, match=r"failed with exit status 3; try it by itself: lsast-export compile"):
+    with pytest.raises(BackendError, match=r"failed with exit status 3; run it by itself: lsast-export compile"):
         build_engines(bundle, "tensorrt-rtx", "fp16", Runner(3), CUDA)
 
 
