@@ -19,6 +19,8 @@ Messages say what was found, what was expected, and how to mend it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 
 class LsastError(Exception):
     """Base class of all expected errors; `exit_code` is the exit status of a command line."""
@@ -78,3 +80,15 @@ class ParityError(ExportError):
 def fault_list(heading: str, faults: list[str]) -> str:
     """An error message of several faults: the heading, then a line for each."""
     return heading + "".join(f"\n  - {fault}" for fault in faults)
+
+
+def shape_faults(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> list[str]:
+    """Tensors by name that are missing, not expected, or of another shape; a line each."""
+    faults = [f"{name}: missing; expected shape {list(expected[name])}" for name in expected.keys() - found.keys()]
+    faults += [f"{name}: not expected" for name in found.keys() - expected.keys()]
+    faults += [
+        f"{name}: found shape {list(found[name])}; expected {list(expected[name])}"
+        for name in found.keys() & expected.keys()
+        if list(found[name]) != list(expected[name])
+    ]
+    return sorted(faults)

@@ -91,7 +91,7 @@ def test_resuming_restores_weights_average_and_optimiser(data: LatentDataset, tm
     for a, b in zip(first.unet.state_dict().values(), again.unet.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     wider = build_mini(replace(MiniConfig.tiny(), dim=32))
-    with pytest.raises(TrainingError, match=r"found \(4, 24\), expected \(4, 32\)"):
+    with pytest.raises(TrainingError, match=r"found shape \[4, 24\]; expected \[4, 32\]"):
         train_base(wider, data, TINY, tmp_path, resume=True)
 
 

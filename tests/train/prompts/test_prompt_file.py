@@ -239,7 +239,7 @@ def test_a_variant_that_does_not_fit_the_matrices_is_refused(file: Path) -> None
         load_prompts(file)
     message = str(caught.value)
     assert "matrices: found shape [30, 4, 8]; expected [10, 4, 8]" in message
-    assert all(f"{name}: found, but not expected" in message for name in ("query", "key", "value"))
+    assert all(f"{name}: not expected" in message for name in ("query", "key", "value"))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lsast_engines.bundle.safetensors_header import encode_header
-from lsast_engines.errors import TrainingError, fault_list
+from lsast_engines.errors import TrainingError, fault_list, shape_faults
 from lsast_engines.files import replace_file
 
 from .safe_unpickle import UnsafePickleError, check_pickle
@@ -69,16 +69,8 @@ class Weights:
 
     def faults(self) -> list[str]:
         """Tensors that are missing, of another shape, or not expected in this network; a line each."""
-        expected = {key: tuple(value.shape) for key, value in self.on_meta().state_dict().items()}
-        found = {key: tuple(value.shape) for key, value in self.tensors.items()}
-        faults = [f"{key}: missing" for key in expected if key not in found]
-        faults += [f"{key}: not expected" for key in found if key not in expected]
-        faults += [
-            f"{key}: found shape {list(shape)}; expected {list(expected[key])}"
-            for key, shape in found.items()
-            if key in expected and shape != expected[key]
-        ]
-        return faults
+        expected = {key: value.shape for key, value in self.on_meta().state_dict().items()}
+        return shape_faults({key: value.shape for key, value in self.tensors.items()}, expected)
 
     def build(self, dtype: torch.dtype = torch.float32) -> Any:
         """The network with its weights in `dtype`, in evaluation mode and without gradients.

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from lsast_engines.errors import StyleError, UsageError, fault_list
+from lsast_engines.errors import StyleError, UsageError, fault_list, shape_faults
 from lsast_engines.files import replace_file
 
 from ..base.attention import GROUPS
@@ -106,14 +106,7 @@ class Prompts:
                 expected |= dict.fromkeys(_ATTENTION, (dim, dim))
             if self.embeddings is not None:
                 expected["embeddings"] = matrices
-            found = self.tensors()
-            faults += [f"{name}: missing; expected {list(expected[name])}" for name in expected.keys() - found.keys()]
-            faults += [f"{name}: found, but not expected" for name in found.keys() - expected.keys()]
-            faults += [
-                f"{name}: found shape {list(found[name].shape)}; expected {list(expected[name])}"
-                for name in found.keys() & expected.keys()
-                if tuple(found[name].shape) != expected[name]
-            ]
+            faults += shape_faults({name: tensor.shape for name, tensor in self.tensors().items()}, expected)
         return sorted(faults + _infinite(self.tensors()))
 
 
@@ -191,12 +184,7 @@ def save_prompts(prompts: Prompts | UnboundPrompts, path: Path) -> None:
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in prompts.tensors().items()}
     header = {
         "format": FORMAT,
-        "name": prompts.name,
-        "variant": prompts.variant,
-        "generator": prompts.generator,
-        "layout": prompts.layout,
-        "gradient": prompts.gradient,
-        "meta": prompts.meta,
+        **{key: getattr(prompts, key) for key in ("name", *_KIND, "meta")},
         "sha256": _digest(tensors),
     }
     header |= {"base": prompts.base} if isinstance(prompts, Prompts) else {"stages": prompts.stages}

@@ -12,14 +12,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from lsast_engines.errors import TrainingError, fault_list
+from lsast_engines.errors import TrainingError, fault_list, shape_faults
 from lsast_engines.files import replace_file
 
 
 def save_checkpoint(
     path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]
 ) -> None:
-    """Write the state of `modules` and of `optimizer`, and the JSON-able `facts`, whole or not at all."""
+    """Write the states of `modules` and `optimizer`, and `facts` (JSON values), whole or not at all."""
     tensors = {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
     state = optimizer.state_dict()["state"]
     for index, entry in state.items():
@@ -43,21 +43,22 @@ def load_checkpoint(path: Path, modules: Mapping[str, nn.Module], optimizer: tor
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise TrainingError(f"{path} is not a checkpoint of lsast-train ({error}); start without --resume") from error
-    faults: list[str] = []
-    for name, module in modules.items():
-        state = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
-        own = module.state_dict()
-        faults += [f"{name}.{key}: missing" for key in own.keys() - state.keys()]
-        faults += [f"{name}.{key}: not expected" for key in state.keys() - own.keys()]
-        faults += [
-            f"{name}.{key}: found {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
-            for key in own.keys() & state.keys()
-            if own[key].shape != state[key].shape
-        ]
-        if not faults:
-            module.load_state_dict(state)
+    states = {
+        name: {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        for name in modules
+    }
+    faults = [
+        f"{name}.{fault}"
+        for name, module in modules.items()
+        for fault in shape_faults(
+            {key: value.shape for key, value in states[name].items()},
+            {key: value.shape for key, value in module.state_dict().items()},
+        )
+    ]
     if faults:
-        raise TrainingError(fault_list(f"{path} was written with other options:", sorted(faults)))
+        raise TrainingError(fault_list(f"{path} was written with other options:", faults))
+    for name, module in modules.items():
+        module.load_state_dict(states[name])
     entries: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
