@@ -188,18 +188,14 @@ def require_graphs(bundle: Bundle, options: Options) -> None:
 
 
 class Timer:
-    """Wall time of named phases; a phase that is entered again goes on."""
+    """Wall time of named phases."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Add the block's time to `phase`."""
+        """Measure the block as `phase`."""
         begin = time.perf_counter()
         yield
-        self.add(phase, time.perf_counter() - begin)
-
-    def add(self, phase: str, seconds: float) -> None:
-        """Add `seconds` to `phase`."""
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+        self.seconds[phase] = time.perf_counter() - begin

@@ -353,8 +353,7 @@ class Stylizer:
         phases = {"encode": times[1] - times[0], "denoise": times[-2] - times[1], "decode": times[-1] - times[-2]}
         results = []
         for request, canvas, provenance in zip(requests, painted, provenances, strict=True):
-            for phase, seconds in phases.items():
-                request.timer.add(phase, seconds / len(requests))
+            request.timer.seconds |= {phase: seconds / len(requests) for phase, seconds in phases.items()}
             results.append(Result(request.compose(canvas), request.timer.seconds, request.options, provenance))
         return results
 

@@ -18,6 +18,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from lsast_engines.errors import UsageError
 
@@ -62,12 +63,8 @@ class Mix:
         Raises:
             UsageError: a syntax error; the message shows the text with a caret under the character.
         """
-        terms = []
-        start = 0
-        for piece in text.split("+"):
-            terms.append(_term(text, start, piece))
-            start += len(piece) + 1
-        return Mix(text, tuple(terms))
+        starts = [0, *(match.end() for match in re.finditer(r"\+", text)), len(text) + 1]
+        return Mix(text, tuple(_term(text, start, end - 1) for start, end in pairwise(starts)))
 
     @property
     def styles(self) -> list[str]:
@@ -108,62 +105,52 @@ def syntax_error(fault: str, text: str, column: int) -> UsageError:
     return UsageError(f"{fault}\n    {text}\n    {' ' * column}^")
 
 
-def read_stages(text: str, whole: str, column: int) -> tuple[int, int]:
-    """Read a stage or a range of stages, ``4`` or ``0-4``.
-
-    Args:
-        text: the piece to read.
-        whole: the text that contains the piece, for the message.
-        column: where the piece begins in it.
-
-    Raises:
-        UsageError: no range, or one that runs backwards.
-    """
-    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
-    if found is None:
-        raise syntax_error(f"found {text.strip()!r}; expected a stage or a range such as 4 or 0-4", whole, column)
-    first, last = int(found[1]), int(found[2] or found[1])
-    if last < first:
-        raise syntax_error(f"found the range {first}-{last}; expected {last}-{first}", whole, column)
-    return first, last
-
-
-def _term(text: str, start: int, piece: str) -> Term:
-    """The term that `piece` is, which begins at column `start` of `text`."""
-    head, *places = piece.split("@")
-    name, colon, number = head.partition(":")
-    if not name.strip():
-        raise syntax_error("found no name; expected that of a style", text, start + len(name) - len(name.lstrip()))
-    column = start + len(name) - len(name.lstrip())
-    if inner := re.search(r"\s", name.strip()):
+def _term(text: str, start: int, end: int) -> Term:
+    """Read the term in columns `start` to `end` of `text`."""
+    # The name and then, each with its sign, the weight and the places; and the column where each begins.
+    (_, column, name), *parts = [
+        (match[1], match.start(2), match[2].rstrip()) for match in re.finditer(r"(^|[:@])\s*([^:@]*)", text[start:end])
+    ]
+    column += start
+    if not name:
+        raise syntax_error("found no name; expected that of a style", text, column)
+    if inner := re.search(r"\s", name):
         raise syntax_error("found a space in a name; expected +, or no space", text, column + inner.start())
-    weight = 1.0
-    if colon:
-        weight = _weight(text, start + len(name) + 1, number)
-    group: str | None = None
-    stages: tuple[int, int] | None = None
-    stages_column = 0
-    at = start + len(head) + 1
-    for place in places:
-        where, word = at + len(place) - len(place.lstrip()), place.strip()
-        if word in GROUPS and group is None:
+    weight, group, stages, stages_column = 1.0, None, None, 0
+    for index, (sign, where, word) in enumerate(parts):
+        where += start
+        if sign == ":" and index > 0:
+            raise syntax_error("found a weight; expected one a style, after its name: vangogh:0.6@up", text, where)
+        if sign == ":":
+            weight = _weight(word, text, where)
+        elif word in GROUPS and group is None:
             group = word
         elif word[:1].isdigit() and stages is None:
-            stages, stages_column = read_stages(word, text, where), where
+            stages, stages_column = _stages(word, text, where), where
         elif word in GROUPS or word[:1].isdigit():
             kind = "layer group" if word in GROUPS else "range of stages"
             raise syntax_error(f"found a second {kind}; expected one a style: name the style again", text, where)
         else:
             raise syntax_error(f"found {word!r}; expected {', '.join(GROUPS)}, or stages such as 0-4", text, where)
-        at += len(place) + 1
-    return Term(name.strip(), weight, group, stages, column, stages_column)
+    return Term(name, weight, group, stages, column, stages_column)
 
 
-def _weight(text: str, column: int, number: str) -> float:
+def _weight(word: str, text: str, column: int) -> float:
     try:
-        weight = float(number)
+        weight = float(word)
     except ValueError:
         weight = math.nan
     if not (math.isfinite(weight) and weight > 0):
-        raise syntax_error(f"found {number.strip()!r}; expected a weight above 0, such as 0.6", text, column)
+        raise syntax_error(f"found {word!r}; expected a weight above 0, such as 0.6", text, column)
     return weight
+
+
+def _stages(word: str, text: str, column: int) -> tuple[int, int]:
+    """Read a stage or a range of stages, ``4`` or ``0-4``."""
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
+    if found is None:
+        raise syntax_error(f"found {word!r}; expected a stage or a range such as 4 or 0-4", text, column)
+    first, last = int(found[1]), int(found[2] or found[1])
+    if last < first:
+        raise syntax_error(f"found the range {first}-{last}; expected {last}-{first}", text, column)
+    return first, last

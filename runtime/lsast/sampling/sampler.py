@@ -51,12 +51,12 @@ def sample(networks: Networks, batch: Batch, callback: StepCallback | None = Non
     solver = batch.solver(z0)
     if callback:
         callback(0, batch.steps, lambda: z0)
-    for step in batch:
-        kv = batch.style(step.stages)  # keys and values of the prompt of stage s(t) = floor(t * stages / 1000)
-        eps = guide(networks.denoiser(z, step.t, hint, kv, batch.control_scale), batch.guidance)
-        z = solver.step(eps, step.index, z)
+    for step, (t, stages) in enumerate(batch):
+        kv = batch.style(stages)  # keys and values of the prompt of stage s(t) = floor(t * stages / 1000)
+        eps = guide(networks.denoiser(z, t, hint, kv, batch.control_scale), batch.guidance)
+        z = solver.step(eps, step, z)
         if callback:
-            callback(step.index + 1, batch.steps, solver.x0)
+            callback(step + 1, batch.steps, solver.x0)
     networks.denoiser.release_memory()
     return z, networks.vae_decoder(z / networks.latent_scale)
 
@@ -125,17 +125,6 @@ class Sample:
     """Seed of all noise of this picture."""
 
 
-@dataclass(frozen=True)
-class Step:
-    """One step of a batch."""
-
-    index: int
-    t: npt.NDArray[np.int64]
-    """Timestep of each picture, [B]."""
-    stages: tuple[int, ...]
-    """Stage of each picture, B of them."""
-
-
 class Batch:
     """Pictures that are painted together: of equal size, equally many steps, and with guidance or without."""
 
@@ -158,9 +147,10 @@ class Batch:
         self._stages: tuple[int, ...] | None = None
         self._style: StageKV
 
-    def __iter__(self) -> Iterator[Step]:
-        for index, steps in enumerate(zip(*(sample.schedule.steps for sample in self._samples), strict=True)):
-            yield Step(index, np.array([step.t for step in steps], np.int64), tuple(step.stage for step in steps))
+    def __iter__(self) -> Iterator[tuple[npt.NDArray[np.int64], tuple[int, ...]]]:
+        """Timestep [B] and stage of each picture, step by step."""
+        for steps in zip(*(sample.schedule.steps for sample in self._samples), strict=True):
+            yield np.array([step.t for step in steps], np.int64), tuple(step.stage for step in steps)
 
     def noise(self, shape: tuple[int, ...]) -> Floats:
         """Standard normal noise [B, …], each picture's of its own seed."""
