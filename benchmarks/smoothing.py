@@ -16,12 +16,19 @@ from pathlib import Path
 
 import click
 
-from lsast_engines.backends.base import open_engine
+from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import Bundle, find_bundle
 from lsast_engines.bundle.graph_spec import DENOISER
 from lsast_engines.images import psnr
-from lsast_export.quantize.calibration import Calibration, ends
-from lsast_export.quantize.calibration_runs import Pixels, Trial, decode_all, find_contents, make_trials, run_trial
+from lsast_export.quantize.calibration import Calibration, float_layers
+from lsast_export.quantize.calibration_runs import (
+    Pixels,
+    SampleRun,
+    decode_all,
+    denoise_run,
+    load_calibration_images,
+    prepare_runs,
+)
 from lsast_export.quantize.weight_file import WeightFile
 
 BACKEND = "onnxruntime"
@@ -36,15 +43,15 @@ BACKEND = "onnxruntime"
 def main(images: Path, bundle: str | None, pictures: int, size: int, alphas: tuple[float, ...]) -> None:
     """Measure on the pictures in the folder IMAGES."""
     source = Bundle.open(find_bundle(bundle))
-    contents, _ = find_contents(images, 2 * pictures, size)
+    contents, _ = load_calibration_images(images, 2 * pictures, size)
     styles = list(source.styles())
     path = source.graph_path(DENOISER)
-    trials = make_trials(source, contents[1::2], [*styles[1:], *styles[:1]], [None], BACKEND, seed=1000)
+    trials = prepare_runs(source, contents[1::2], [*styles[1:], *styles[:1]], [None], BACKEND, seed=1000)
     expected = _painted(source, path.parent, trials)
     with tempfile.TemporaryDirectory() as scratch:
         calibration = Calibration(path, Path(scratch))
-        for trial in make_trials(source, contents[::2], styles, [1.0], BACKEND):
-            run_trial(source, trial, calibration)
+        for trial in prepare_runs(source, contents[::2], styles, [1.0], BACKEND):
+            denoise_run(source, trial, calibration)
         calibration.close()
         found: dict[float | None, list[float]] = {}
         for alpha in (None, *alphas):
@@ -52,7 +59,7 @@ def main(images: Path, bundle: str | None, pictures: int, size: int, alphas: tup
                 calibration.smooth(alpha)
             with tempfile.TemporaryDirectory(dir=scratch) as folder:
                 with WeightFile(Path(folder)) as weights:
-                    weights.save(calibration.quantised(ends(path)), calibration.folder, f"{DENOISER}.onnx")
+                    weights.save(calibration.quantized(float_layers(path)), calibration.folder, f"{DENOISER}.onnx")
                 painted = _painted(source, Path(folder), trials)
             found[alpha] = [psnr(*pair) for pair in zip(painted, expected, strict=True)]
             click.echo(f"alpha {alpha}: {statistics.mean(found[alpha]):.2f} dB", err=True)
@@ -66,11 +73,11 @@ def main(images: Path, bundle: str | None, pictures: int, size: int, alphas: tup
         print(f"| {alpha or 'none'} | {statistics.mean(values):.2f} | {min(values):.2f} | {gain} |")
 
 
-def _painted(source: Bundle, folder: Path, trials: list[Trial]) -> list[Pixels]:
+def _painted(source: Bundle, folder: Path, trials: list[SampleRun]) -> list[Pixels]:
     """The pictures of `trials` by the denoiser in `folder`, decoded by the float decoder."""
     spec = source.manifest.graphs[DENOISER]
     with closing(open_engine(folder / f"{DENOISER}.onnx", spec, BACKEND, "cpu")) as denoiser:
-        latents = [run_trial(source, trial, denoiser) for trial in trials]
+        latents = [denoise_run(source, trial, denoiser) for trial in trials]
     return decode_all(source, source.path, latents, BACKEND)
 
 

@@ -26,7 +26,7 @@ def _refuse(ctx: click.Context, param: click.Parameter, value: str | None) -> No
     """Say what to do instead of a storage type that was removed."""
     if value not in (None, "int8"):
         raise click.UsageError(
-            f"found --precision {value}; expected int8, the only one since int8-weights was removed: for less memory "
+            f"found --storage-dtype {value}; expected int8, the only one since int8-weights was removed: for less memory "
             "export in fp16"
         )
 
@@ -36,7 +36,7 @@ def _refuse(ctx: click.Context, param: click.Parameter, value: str | None) -> No
 @click.option(
     "--out", metavar="DIR", type=click.Path(path_type=Path), required=True, help="Folder of the bundle to write."
 )
-@click.option("--precision", hidden=True, expose_value=False, callback=_refuse)
+@click.option("--storage-dtype", hidden=True, expose_value=False, callback=_refuse)
 @click.option(
     "--images",
     metavar="DIR",

@@ -1,10 +1,9 @@
 """Weights stored once: ONNX initializers that are byte ranges of ``base.safetensors``.
 
-A safetensors file is 8 bytes of header length, a JSON header, then raw tensors, and ONNX external data is "so many
-bytes from there in that file": the graphs of a bundle share the very file that training reads. In precision `fp16` or
-`bf16` the file holds 16-bit numbers; the graph then casts each weight to float32 (runtimes fold the cast when they
-load), so *storage* is half precision and *arithmetic* is float32: a CPU computes exactly what torch computes with the
-same rounded weights.
+A safetensors file is 8 bytes of header length, a JSON header, then raw tensors; ONNX external data is an offset and a
+length in a file. So the graphs of a bundle refer into the file that training reads. With the storage dtype `fp16` or
+`bf16` the file holds 16-bit numbers, and the graph casts each weight to float32, which runtimes fold when they load: a
+CPU computes in float32 exactly what torch computes with the same rounded weights.
 """
 
 from __future__ import annotations

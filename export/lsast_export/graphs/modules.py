@@ -1,8 +1,8 @@
 """The four modules that are traced, one for each graph of `lsast_engines.bundle.graph_spec`.
 
-Their parameters carry the names that the weights have in ``base.safetensors`` (``unet.…``, ``controlnet.…``,
-``autoencoder.…``), so that an exported initializer can be traced back to the file. What a graph needs changed in a
-network (processors, the hint encoder) is changed by context managers that put it back: a `Base` leaves as it came.
+Their parameters have the names of the weights in ``base.safetensors`` (``unet.…``, ``controlnet.…``,
+``autoencoder.…``), so that an exported initializer can be found in the file. Where a graph needs a network changed (its
+processors, the embedding of the edges), a context manager changes it and restores it at the end.
 """
 
 from __future__ import annotations
@@ -22,17 +22,16 @@ from lsast_train.base.base import Base
 from lsast_train.base.kv_packing import kv_layouts, skip_cond_embedding
 
 SCORES_LIMIT = 128 << 20
-"""Most bytes that the scores of a self-attention take at the base's native size, one picture and two guidance rows."""
+"""Largest size in bytes of a self-attention's scores, for one picture of native size and two guidance rows."""
 
 GRAPHS = (VAE_ENCODER, CONTROLNET_COND, DENOISER, VAE_DECODER)
 """The graphs of a bundle, in the order of use."""
 
 
 class SplitProcessor:
-    """Attention processor of a self-attention that takes a few heads at a time, to the same result.
+    """Attention processor of a self-attention that computes a few heads at a time, with the same result.
 
-    Runtimes compute softmax(Q Kᵀ) of all heads before they go on: at 512 x 512 pixels with guidance the top level of
-    Stable Diffusion 1.5 takes 1.1 GB for that, twice.
+    Runtimes hold softmax(Q Kᵀ) of all heads in memory, which is gigabytes at the top level of Stable Diffusion 1.5.
     """
 
     def __init__(self, groups: int) -> None:
@@ -65,7 +64,7 @@ class VaeEncoderGraph(nn.Module):
 
 
 class ControlNetCondGraph(nn.Module):
-    """Graph `controlnet_cond`: what the ControlNet makes of the edges before it meets the latent, once a run."""
+    """Graph `controlnet_cond`: the ControlNet's embedding of the edges, which is computed once a run."""
 
     def __init__(self, base: Base) -> None:
         super().__init__()
@@ -78,7 +77,7 @@ class ControlNetCondGraph(nn.Module):
 
 
 class DenoiserGraph(nn.Module):
-    """Graph `denoiser`: ControlNet and U-Net of one step. Made by `denoiser_graph`, which patches the networks."""
+    """Graph `denoiser`: ControlNet and U-Net of one step. `denoiser_graph` makes it and prepares the networks."""
 
     def __init__(self, base: Base) -> None:
         super().__init__()
@@ -135,10 +134,10 @@ class VaeDecoderGraph(nn.Module):
 
 
 def head_groups(name: str, heads: int, levels: int, side: int) -> int:
-    """Groups of heads in which the self-attention `name` runs, so that its scores fit into `SCORES_LIMIT`.
+    """The number of groups of heads of a self-attention with which its scores fit into `SCORES_LIMIT`.
 
     Args:
-        name: its module path, e.g. ``up_blocks.3.attentions.0.transformer_blocks.0.attn1``.
+        name: module path, e.g. ``up_blocks.3.attentions.0.transformer_blocks.0.attn1``.
         heads: its heads.
         levels: levels of the network; each halves the side.
         side: of the native latent, in cells.
@@ -153,7 +152,7 @@ def head_groups(name: str, heads: int, levels: int, side: int) -> int:
 
 @contextlib.contextmanager
 def split_attention(network: Any, side: int) -> Iterator[None]:
-    """Let the self-attentions of `network` that need it take a few heads at a time; put back at the end."""
+    """Let self-attentions of `network` that need it compute a few heads at a time, while the block runs."""
     levels = len(network.config.block_out_channels)
     before = []
     try:
@@ -171,7 +170,7 @@ def split_attention(network: Any, side: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def denoiser_graph(base: Base) -> Iterator[DenoiserGraph]:
-    """The denoiser of `base`, whose networks are patched as long as the block runs."""
+    """The denoiser of `base`, whose networks are changed while the block runs."""
     side = base.config.size // geometry(base).factor
     with contextlib.ExitStack() as stack:
         for network in (base.unet, base.controlnet):
@@ -193,7 +192,7 @@ def graph_module(base: Base, name: str) -> Iterator[nn.Module]:
 
 
 def geometry(base: Base) -> Geometry:
-    """The widths of `base`, read off its networks; they may be without weights (`base_on_meta`)."""
+    """The widths of `base`, from its networks, which may be on the meta device (`base_on_meta`)."""
     unet, control = kv_layouts(base)
     side = base.config.multiple
     encoder = base.controlnet.controlnet_cond_embedding

@@ -1,9 +1,9 @@
-"""A smaller decoder for a bundle: that of a tiny autoencoder, which paints in the place of the base's own.
+"""A smaller decoder for a bundle: that of a tiny autoencoder (TAESD, github.com/madebyollin/taesd; diffusers'
+`AutoencoderTiny`).
 
-Such an autoencoder (TAESD, github.com/madebyollin/taesd; diffusers' `AutoencoderTiny`) is distilled from a large one
-and shares its latents as the U-Net has them, scaled. Graphs take latents before that, so the factor goes into the
-graph: it is the `vae_decoder` to all who call it. Its weights are a file of their own beside the base's, in float32,
-with the configuration in the file's metadata, so that `check` can compare with torch again.
+Such an autoencoder is distilled from a large one and takes the scaled latents of the U-Net. Graphs of a bundle take
+unscaled latents, so the graph contains the factor and has the interface of `vae_decoder`. The weights are a file of
+their own, in float32, with the configuration in its metadata, so that `check` can compare with torch again.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from lsast_train.checkpoints.weights import Weights, read_tensors, truncate
 from .trace import TracedGraph, trace
 
 WEIGHTS = f"{VAE_DECODER_TINY}.safetensors"
-"""The file of its weights in a bundle."""
+"""Name of the weight file in a bundle."""
 
 _CONFIG = "config"
 """Key of the configuration, as JSON, in the metadata of that file."""
 
 _IN_FOLDER = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-"""What diffusers calls the weights in a folder."""
+"""Names that diffusers gives to weight files in a folder."""
 
 
 @dataclass(frozen=True, eq=False)
 class SmallDecoder:
-    """A tiny autoencoder of which the decoder is in memory, in float32."""
+    """A tiny autoencoder whose decoder is in memory, in float32."""
 
     autoencoder: Any
-    """diffusers' `AutoencoderTiny`; its encoder is without weights."""
+    """diffusers' `AutoencoderTiny`; its encoder has no weights."""
     config: Mapping[str, Any]
-    """What it is made of: arguments of `AutoencoderTiny`, and its class."""
+    """Arguments of `AutoencoderTiny`, and the name of the class."""
 
     @property
     def scale(self) -> float:
-        """Its latents are the autoencoder's times this: 1 for TAESD, whose latents are the U-Net's."""
+        """The autoencoder's scaling factor: 1 for TAESD, whose latents are those of the U-Net."""
         return float(self.autoencoder.config.scaling_factor)
 
 
@@ -70,7 +70,7 @@ class SmallDecoderGraph(nn.Module):
 
 
 class _DecoderAlone(nn.Module):
-    """The decoder under the name that it has in the autoencoder, and so in its file."""
+    """A module with the decoder under the name that it has in the autoencoder and its file."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -86,18 +86,18 @@ def read_small_decoder(path: Path, manifest: Manifest) -> SmallDecoder:
 
     Args:
         path: a folder of diffusers (``config.json`` and weights), or a file of weights in diffusers' naming, which is
-            taken for one of TAESD's architecture unless it came out of a bundle. Pickled weights go through the
+            assumed to be of TAESD's architecture unless it comes from a bundle. Pickled weights go through the
             restricted loader.
         manifest: the bundle's.
 
     Raises:
-        ExportError: no such thing, or one that does not belong to the bundle; all faults at once.
+        ExportError: no such file, or a decoder that does not fit the bundle; all faults at once.
         TrainingError: a file that cannot be read, or is refused.
     """
     config, file = _found(path)
     if (kind := config.get("_class_name")) != "AutoencoderTiny":
-        raise ExportError(f"{path} is no small decoder: found {kind or 'no class'}; expected AutoencoderTiny")
-    # What diffusers notes down beside the arguments, such as its version, says nothing here.
+        raise ExportError(f"{path} is not a small decoder: found {kind or 'no class'}; expected AutoencoderTiny")
+    # diffusers writes more than the arguments, such as its version.
     known = inspect.signature(AutoencoderTiny.__init__).parameters
     config = {name: value for name, value in config.items() if name == "_class_name" or name in known}
     tensors = {name: value for name, value in read_tensors(file).items() if name.startswith("decoder.")}
@@ -107,9 +107,9 @@ def read_small_decoder(path: Path, manifest: Manifest) -> SmallDecoder:
     try:
         faults += weights.faults()
     except (TypeError, ValueError, KeyError, IndexError, RuntimeError) as error:
-        faults.append(f"diffusers makes no AutoencoderTiny of its configuration ({error})")
+        faults.append(f"diffusers cannot build an AutoencoderTiny from its configuration ({error})")
     if faults:
-        raise ExportError(fault_list(f"{path} is no small decoder for {manifest.name}:", truncate(faults)))
+        raise ExportError(fault_list(f"{path} is not a small decoder for {manifest.name}:", truncate(faults)))
     with torch.device("meta"):
         autoencoder = _made(config)
     autoencoder.decoder = weights.build().decoder
@@ -146,7 +146,7 @@ def _found(path: Path) -> tuple[dict[str, Any], Path]:
         except (OSError, ValueError) as error:
             faults.append(f"config.json cannot be read ({error})")
         if file is None or faults:
-            raise ExportError(fault_list(f"{path} is no autoencoder of diffusers:", faults))
+            raise ExportError(fault_list(f"{path} is not an autoencoder of diffusers:", faults))
         return config if isinstance(config, dict) else {}, file
     if not path.is_file():
         raise ExportError(
@@ -156,7 +156,7 @@ def _found(path: Path) -> tuple[dict[str, Any], Path]:
 
 
 def _own_config(path: Path) -> dict[str, Any]:
-    """The configuration in the metadata of a bundle's file; of any other file, TAESD's, which is diffusers' default."""
+    """The configuration in the metadata of a bundle's file; for other files that of TAESD, the default of diffusers."""
     try:
         with safe_open(str(path), "pt") as file:
             config = json.loads((file.metadata() or {}).get(_CONFIG, "{}"))
@@ -166,8 +166,8 @@ def _own_config(path: Path) -> dict[str, Any]:
 
 
 def _config_faults(config: Mapping[str, Any], manifest: Manifest) -> list[str]:
-    """What keeps an autoencoder from decoding the latents of a bundle."""
-    # What a configuration does not say is what diffusers takes for it.
+    """Reasons why an autoencoder cannot decode the latents of a bundle."""
+    # A missing entry means the default of diffusers.
     levels, step = config.get("num_decoder_blocks", (3, 3, 3, 1)), config.get("upsampling_scaling_factor", 2)
     factor = step ** (len(levels) - 1) if isinstance(levels, (list, tuple)) and isinstance(step, int) else None
     geometry = manifest.geometry

@@ -1,12 +1,11 @@
-"""From a torch module to an ONNX graph whose weights are names only.
+"""Traces a torch module into an ONNX graph whose weights are names only.
 
-`torch.onnx.export` is run without its optimizer: that one folds small weights into new constants, which would then
-be stored twice and, in fp16, unrounded. Instead the weights are taken out of the graph (they become inputs), what is
-left is optimized, and `weights.py` puts them back as references into ``base.safetensors``.
+`torch.onnx.export` runs without its optimizer, which would fold small weights into new constants: these would be stored
+twice and, in fp16, unrounded. Instead the weights become inputs of the graph, the rest is optimized, and
+`external_weights` turns them into references into ``base.safetensors``.
 
-So no value of a weight is ever looked at, and while a module is traced fake tensors, which have a shape and no memory,
-stand for its weights: the denoiser of Stable Diffusion 1.5 is traced in 0.7 GB, torch itself included, and `module` may
-be one without weights (`base_on_meta`).
+So no value of a weight is needed. While a module is traced, fake tensors, which have a shape and no memory, replace its
+weights, and `module` may be on the meta device (`base_on_meta`).
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ OPSET = 18
 """ONNX operator set. Newer ones have a native Attention, which TensorRT refuses for head widths under 16."""
 
 INLINE_LIMIT = 1 << 16
-"""A constant that is no weight and still has more bytes than this points to a weight that was folded: refused."""
+"""Largest constant in bytes: a larger one that is not a weight must be a folded weight, and is refused."""
 
 _EXAMPLE_SIZES = {"B": 2, "G": 3, "h": 2, "w": 3}
 """Lengths of the dynamic axes while tracing, h and w in units of the smallest legal size. All differ, and none is 1:
@@ -59,9 +58,9 @@ def trace(module: nn.Module, spec: GraphSpec, multiple: int, factor: int) -> Tra
         factor: pixels along a side of one latent cell.
 
     Raises:
-        ExportError: torch cannot export it, or the graph's inputs and outputs are not those of `spec`.
+        ExportError: torch cannot export it, or the graph's inputs and outputs differ from `spec`.
     """
-    # AUTO: the axis is dynamic, and torch finds out by itself which axes must be equal or even.
+    # AUTO: the axis is dynamic, and torch infers which axes must be equal or even.
     dynamic: tuple[Any, ...] = tuple(
         {axis: torch.export.Dim.AUTO for axis, length in enumerate(tensor.shape) if isinstance(length, str)} or None
         for tensor in spec.inputs
@@ -123,7 +122,7 @@ def _examples(spec: GraphSpec, multiple: int, factor: int) -> tuple[torch.Tensor
 
 @contextlib.contextmanager
 def _without_weights(module: nn.Module) -> Iterator[None]:
-    """Let fake tensors stand for the weights and buffers of `module`, and for all tensors made meanwhile."""
+    """Replace weights and buffers of `module`, and all tensors that are made in the block, by fake tensors."""
     found: list[dict[str, Any]] = [store for part in module.modules() for store in (part._parameters, part._buffers)]
     stores = [(store, dict(store)) for store in found]
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -142,7 +141,7 @@ def _without_weights(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's notes (no torchvision here, deprecations inside torch) out of our progress."""
+    """Suppress the exporter's notes (missing torchvision, deprecations inside torch)."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -177,11 +176,13 @@ def _check_interface(model: ir.Model, spec: GraphSpec) -> None:
             if not fits or dtype != tensor.dtype:
                 faults.append(f"{side} {tensor.name}: found {dtype} {[str(axis) for axis in shape]}; expected {tensor}")
     if faults:
-        raise ExportError(fault_list(f"the exported graph {spec.name!r} is not what it should be:", faults))
+        raise ExportError(
+            fault_list(f"the exported graph {spec.name!r} has another interface:", faults)
+        )
 
 
 def _detach_weights(model: ir.Model, names: set[str]) -> tuple[str, ...]:
-    """Turn every initializer in `names` into an input behind the others; returns those that the graph uses."""
+    """Turn every initializer in `names` into a further input; returns the names that the graph uses."""
     graph = model.graph
     used = tuple(sorted(name for name in graph.initializers if name in names))
     for name in used:
@@ -192,7 +193,7 @@ def _detach_weights(model: ir.Model, names: set[str]) -> tuple[str, ...]:
 
 
 def _optimize(model: ir.Model) -> None:
-    """Fold constants, drop what is unused and all notes of where in the Python sources a node came from."""
+    """Fold constants; drop unused values, and metadata about the Python source of nodes."""
     from onnxscript import optimizer
 
     with _quiet():
@@ -207,7 +208,7 @@ def _optimize(model: ir.Model) -> None:
         for value in node.outputs:
             value.metadata_props.clear()
             if id(value) not in ends:
-                # Written with torch's own symbols, which would contradict the axis names given below.
+                # It uses torch's own symbols, which would contradict the axis names given below.
                 value.shape = None
                 value.type = None
     for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
@@ -228,7 +229,7 @@ def _check_constants(model: ir.Model, spec: GraphSpec) -> None:
 
 
 def _name_axes(model: ir.Model, spec: GraphSpec) -> None:
-    """Give the dynamic axes of inputs and outputs the names that `spec` has for them."""
+    """Name the dynamic axes of inputs and outputs as in `spec`."""
     tensors: dict[str, Any] = {tensor.name: tensor.shape for tensor in (*spec.inputs, *spec.outputs)}
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.name in tensors:

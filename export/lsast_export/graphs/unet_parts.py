@@ -1,11 +1,11 @@
-"""The denoiser in parts: the three modules that are traced beside the whole
-(`lsast_engines.bundle.graph_spec.split_specs`).
+"""The denoiser in parts: three modules, traced beside the whole one (`lsast_engines.bundle.graph_spec.split_specs`).
 
-A run may leave parts out: the ControlNet at some steps, and all of the U-Net but its outermost level. Parameters carry
-the names of ``base.safetensors``, as in `graphs`, so that the parts add no weights to a bundle.
+A run may skip the ControlNet at some steps, or all of the U-Net but its outermost level (DeepCache, Ma et al. 2023,
+arXiv 2312.00858). Parameters have the names of ``base.safetensors``, as in `modules`, so that the parts add no weights
+to a bundle.
 
-The U-Net is walked block by block here, as diffusers' `UNet2DConditionModel.forward` does for networks without class,
-image or adapter conditions; `parity` compares with that very function.
+The U-Net runs block by block here, as in diffusers' `UNet2DConditionModel.forward` for networks without class, image or
+adapter conditions; `parity` compares with that function.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ControlNetGraph(nn.Module):
         kv_control: torch.Tensor,
         control_scale: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        """The residuals of one step, the middle block's last."""
+        """The scaled residuals of one step, the middle block's last."""
         down, mid = self.controlnet(
             *(latent, timestep, None, hint),
             conditioning_scale=control_scale,
@@ -77,7 +77,7 @@ class _UnetPart(nn.Module):
         timesteps: torch.Tensor,
         attention: dict[str, Any],
     ) -> torch.Tensor:
-        """The last up block and the way out: `feature` and the outermost skips → eps [G·B, 4, h, w]."""
+        """The last up block and the output convolution: `feature` and the outermost skips → eps [G·B, 4, h, w]."""
         sample = _up(self.unet.up_blocks[-1], feature, embedded, tuple(skips), attention)
         output = self.unet.conv_out(self.unet.conv_act(self.unet.conv_norm_out(sample)))
         return self._base.eps_from_output(output, latents, timesteps)
@@ -89,7 +89,7 @@ class UnetFullGraph(_UnetPart):
     def forward(
         self, latent: torch.Tensor, timestep: torch.Tensor, kv_unet: torch.Tensor, *residuals: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One pass: eps [G, B, 4, h, w] and what the last up block took from below, [G, B, C, h, w]."""
+        """The whole U-Net: eps [G, B, 4, h, w], and the input of the last up block, [G, B, C, h, w]."""
         guidance, batch = kv_unet.shape[:2]
         attention = packed_kv(kv_unet.flatten(0, 1))
         latents, timesteps = self._rows(latent, guidance), self._rows(timestep, guidance)
@@ -120,7 +120,7 @@ class UnetOuterGraph(_UnetPart):
         kv_unet: torch.Tensor,
         *residuals_and_feature: torch.Tensor,
     ) -> torch.Tensor:
-        """The outermost level alone, on a feature [G, B, C, h, w] that was kept: eps [G, B, 4, h, w]."""
+        """The outermost level, on a cached feature [G, B, C, h, w]: eps [G, B, 4, h, w]."""
         *residuals, feature = residuals_and_feature
         guidance, batch = kv_unet.shape[:2]
         attention = packed_kv(kv_unet.flatten(0, 1))

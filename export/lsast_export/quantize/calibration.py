@@ -1,7 +1,7 @@
-"""What a graph's activations reach, noted while it paints; and the graph in 8 bits that this makes.
+"""Calibration: the ranges of a graph's activations while it runs, and the int8 graph that follows from them.
 
-A graph of Stable Diffusion's size has 4.9 GB of weights in float32: they lie in a file, from which ONNX Runtime maps
-them, and no activation leaves the graph but its least and greatest value.
+The float32 weights of a graph lie in a file, from which ONNX Runtime maps them, and of an activation only its minimum
+and maximum leave the graph: so a graph of Stable Diffusion's size fits into memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .smoothquant import Factors, find_groups, smooth, smoothing_factors
 from .weight_file import WeightFile
 
 _ENDS = ("conv_in.", "conv_out.")
-"""Weights of a network's first and last convolution, which stay float: all that it sees and says goes through them."""
+"""Weights of a network's first and last convolution, which stay float: their errors would affect everything."""
 
 
 def float_layers(path: Path) -> frozenset[str]:
@@ -43,34 +43,39 @@ def float_layers(path: Path) -> frozenset[str]:
 
 
 class Calibration:
-    """A plain graph in float32 that notes ranges as it runs, and is quantised in as many ways as are tried.
+    """A graph in float32 that records the ranges of its activations while it runs.
 
-    Call it like an engine, `close` it when all has been seen.
+    Call it like an engine, then `close` it; after that it can be smoothed and quantized.
     """
 
     def __init__(self, path: Path, folder: Path) -> None:
-        """Write the plain graph of `path` to `folder`, an empty one that must stay as long as the graph is used."""
+        """Prepare the graph of `path` (`fold_weights`).
+
+        Args:
+            path: a graph file.
+            folder: an empty folder for its weights, which must exist as long as this object is used.
+        """
         self._folder = folder
         with WeightFile(folder) as weights:
             self._model = fold_weights(path, weights.tensor)
         self._observer: MinMaxObserver | None = None
-        self._reach: dict[str, MinMax] = {}
+        self._min_max: dict[str, MinMax] = {}
         self._ranges: Ranges | None = None
         self._smoothed = 0
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Names of the nodes that can be quantised, in the order of the graph."""
+        """Names of the nodes that can be quantized, in the order of the graph."""
         return layers_of(self._model)
 
     @property
     def folder(self) -> Path:
-        """Where the weights of the graphs lie that this makes."""
+        """The folder of the weights."""
         return self._folder
 
     @property
     def ranges(self) -> Ranges:
-        """Of all layers, by their weights: those that were noted, or set."""
+        """The ranges of all layers, by the names of their weights: recorded, or set by the caller."""
         if self._ranges is None:
             self._ranges = {weight: LayerRange(*spans) for weight, spans in self._spans().items()}
         return self._ranges
@@ -80,38 +85,38 @@ class Calibration:
         self._ranges = found
 
     def __call__(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Feeds:
-        """The graph's outputs, by name; what its activations reach is noted."""
+        """The graph's outputs, by name; the ranges of its activations are recorded."""
         if self._observer is None:
             self._observer = MinMaxObserver(self._model, self._folder, self._watched())
         return self._observer(feeds)
 
     def close(self) -> None:
-        """Give the memory back that running takes; what was noted stays."""
+        """Free the memory that running takes; the recorded ranges stay."""
         if self._observer is not None:
-            self._reach, self._observer, self._ranges = self._observer.reach, None, None
+            self._min_max, self._observer, self._ranges = self._observer.min_max, None, None
 
     def smooth(self, alpha: float) -> Factors:
-        """Smooth the graph by what was noted (`smoothing`), and its ranges: → the factors. Once more is anew."""
-        factors = smoothing_factors(self._model, self._reach, alpha, self._folder)
+        """Smooth the graph and its ranges (`smoothquant`) by what was recorded: → the factors."""
+        factors = smoothing_factors(self._model, self._min_max, alpha, self._folder)
         for group in find_groups(self._model):
-            low, high = self._reach[group.activation]
+            low, high = self._min_max[group.activation]
             factor = factors[group.weights[0]]
-            self._reach[group.activation] = (low / factor, high / factor)
+            self._min_max[group.activation] = (low / factor, high / factor)
         self._ranges = None
         self.smooth_by(factors)
         return factors
 
     def smooth_by(self, factors: Factors) -> None:
-        """Smooth the graph by `factors` of one with the same layers; ranges must be that one's."""
+        """Smooth the graph by the factors of another one with the same layers, whose ranges are to be used, too."""
         if not factors:
             return
-        # What was smoothed before is read while this is written.
+        # A new file each time: the weights of an earlier smoothing are read while these are written.
         self._smoothed += 1
         with WeightFile(self._folder, f"smoothed{self._smoothed}.data") as weights:
             smooth(self._model, factors, self._folder, weights.tensor)
 
-    def quantised(self, kept: Iterable[str]) -> Model:
-        """The graph with every layer in int8 but those that are `kept`; weights that stay lie in `folder`."""
+    def quantized(self, kept: Iterable[str]) -> Model:
+        """The graph with every layer in int8 but those of `kept`, whose weights lie in `folder`."""
         return int8_graph(self._model, self._folder, self.ranges, set(self.layers) - set(kept))
 
     def _layer_nodes(self) -> list[Node]:
@@ -119,7 +124,7 @@ class Calibration:
         return [node for node in self._model.graph.node if node.name in layers]
 
     def _watched(self) -> dict[str, int | None]:
-        """Activations whose reach is noted, those that linear layers take by channel (`observing`)."""
+        """Activations to observe; inputs of linear layers with their number of channels (`MinMaxObserver`)."""
         constants = Weights(self._model, self._folder)
         watched: dict[str, int | None] = {}
         for node in self._layer_nodes():
@@ -132,7 +137,7 @@ class Calibration:
 
     def _spans(self) -> dict[str, tuple[Span, Span]]:
         def span(name: str) -> Span:
-            low, high = self._reach[name]
+            low, high = self._min_max[name]
             return float(low.min()), float(high.max())
 
         return {

@@ -1,8 +1,8 @@
-"""Paintings to try graphs on: what a denoiser is fed on its way through them, and how far another one strays.
+"""Denoising runs for calibration and for evaluation.
 
-A quantised graph is calibrated on what it will really see: latents of every stage, under the styles, the guidance and
-the ControlNet's scale that the bundle paints with. And it is judged by what it paints: decoded pictures against those
-that the float graphs paint from the same noise.
+A graph is calibrated on inputs as they really occur: latents of every stage, with the styles, guidance and ControlNet
+scale of the bundle. A quantized graph is evaluated by its pictures, compared with those of the float graphs from the
+same noise.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ Record = Callable[[Feeds], None]
 Denoiser = Callable[[Feeds], Mapping[str, npt.NDArray[Any]]]
 
 DRAWN = "drawn"
-"""What `load_calibration_images` says of pictures that no folder gave."""
+"""The origin that `load_calibration_images` returns for generated pictures."""
 
 
 @dataclass(frozen=True, eq=False)
 class SampleRun:
-    """A painting that is about to be denoised."""
+    """A denoising run that is ready to start."""
 
     schedule: TimestepSchedule
     style: str
@@ -46,51 +46,51 @@ class SampleRun:
     hint: Floats
     """[1, C, h, w]"""
     noisy: Floats
-    """[1, 4, h, w]: where the run starts."""
-    control: np.float32
+    """[1, 4, h, w]: the latent that the run starts from."""
+    control_scale: np.float32
 
 
 def load_calibration_images(folder: Path | None, count: int, side: int) -> tuple[list[Pixels], str]:
-    """Square pictures to paint, and where they came from.
+    """Square pictures, and their origin.
 
     Args:
-        folder: pictures of any size, the first `count` of which are cut square; None draws some.
+        folder: pictures of any size, of which `count` are cropped to squares; None generates some.
         count: how many.
         side: pixels.
 
     Raises:
         UsageError: the folder holds fewer.
-        PictureError: no folder, or a file that is no picture.
+        PictureError: no such folder, or a file that is no picture.
     """
     if folder is None:
         return [_drawn(seed, side) for seed in range(count)], DRAWN
     paths = find_pictures(folder)
     if len(paths) < count:
         raise UsageError(f"found {len(paths)} pictures in {folder}; expected at least {count}")
-    # Spread over the folder: its first files may be of one kind.
+    # Spread over the folder, whose first files may be similar.
     chosen = [paths[index * len(paths) // count] for index in range(count)]
     return [_square(read_picture(path).rgb, side) for path in chosen], folder.name
 
 
 def prepare_runs(
     bundle: Bundle,
-    contents: Sequence[Pixels],
+    pictures: Sequence[Pixels],
     styles: Sequence[str],
     strengths: Sequence[float | None],
     backend: str,
     seed: int = 0,
     folder: Path | None = None,
 ) -> list[SampleRun]:
-    """A trial for each content, under the styles and the strengths in turn; styles' own defaults are theirs.
+    """A run for each picture, with the styles and strengths in turn; a style's own defaults apply.
 
     Args:
-        bundle: encodes the pictures.
-        contents: [side, side, 3] each, of a legal size.
+        bundle: its graphs encode the pictures.
+        pictures: [side, side, 3] each, of a legal size.
         styles: names of its styles.
-        strengths: how far towards noise; None is the default of style and bundle.
-        backend: what its graphs run on.
-        seed: of the first trial's noise; each has its own.
-        folder: where the encoder and the hint's graph lie; by default those of the bundle.
+        strengths: strengths to use in turn; None is the default of style and bundle.
+        backend: runs the graphs.
+        seed: of the first run's noise; each run has its own.
+        folder: of the graphs `vae_encoder` and `controlnet_cond`; by default that of the bundle.
     """
     manifest = bundle.manifest
 
@@ -98,9 +98,9 @@ def prepare_runs(
         path = bundle.graph_path(name) if folder is None else folder / f"{name}.onnx"
         return open_engine(path, manifest.graphs[name], backend, "cpu")
 
-    trials = []
-    with closing(opened(VAE_ENCODER)) as encoder, closing(opened(CONTROLNET_COND)) as hinter:
-        for index, rgb in enumerate(contents):
+    runs = []
+    with closing(opened(VAE_ENCODER)) as encoder, closing(opened(CONTROLNET_COND)) as embedder:
+        for index, rgb in enumerate(pictures):
             style = styles[index % len(styles)]
             file = bundle.open_style(style)
             options = {**manifest.defaults, **file.defaults}
@@ -111,65 +111,65 @@ def prepare_runs(
             guidance = options["guidance"] if file.distilled_guidance is None else 1.0
             generator = np.random.default_rng(seed + index)
             planes = np.broadcast_to(canny_edges(rgb).astype(np.float32), (1, 3, *rgb.shape[:2]))
-            hint = hinter({"edges": np.ascontiguousarray(planes)})["hint"].copy()
+            hint = embedder({"edges": np.ascontiguousarray(planes)})["hint"].copy()
             posterior = {name: value.copy() for name, value in encoder(encoder_feeds(rgb)).items()}
             noise = generator.standard_normal(posterior["mean"].shape, dtype=np.float32)
             z0 = np.float32(manifest.latent_scale) * (posterior["mean"] + posterior["std"] * noise)
             noise = generator.standard_normal(z0.shape, dtype=np.float32)
             noisy = schedule.add_noise(z0, noise, schedule.start_t).astype(np.float32)
-            trials.append(SampleRun(schedule, style, guidance, hint, noisy, np.float32(options["control_scale"])))
-    return trials
+            runs.append(SampleRun(schedule, style, guidance, hint, noisy, np.float32(options["control_scale"])))
+    return runs
 
 
 def encoder_feeds(rgb: Pixels) -> Feeds:
-    """What the encoder is fed for a picture [H, W, 3]."""
+    """Inputs of the encoder for a picture [H, W, 3]."""
     planes = np.ascontiguousarray(rgb.transpose(2, 0, 1)[None], np.float32)
     return {"image": planes / np.float32(127.5) - np.float32(1)}
 
 
 def decoder_feeds(bundle: Bundle, latent: Floats) -> Feeds:
-    """What the decoder is fed for the latent z₀ [1, 4, h, w]."""
+    """Inputs of the decoder for the latent z₀ [1, 4, h, w]."""
     return {"latent": latent / np.float32(bundle.manifest.latent_scale)}
 
 
-def feeds_at(bundle: Bundle, trial: SampleRun, step: Step, latent: Floats) -> Feeds:
-    """What the denoiser is fed at `step` of `trial` with `latent` [1, 4, h, w]."""
+def feeds_at(bundle: Bundle, run: SampleRun, step: Step, latent: Floats) -> Feeds:
+    """Inputs of the denoiser at `step` of `run` with `latent` [1, 4, h, w]."""
     null = bundle.null_style
-    row = bundle.open_style(trial.style).stage(step.stage)
+    row = bundle.open_style(run.style).stage(step.stage)
     halves = [null.stage(step.stage if null.stages > 1 else 0).kv_unet, row.kv_unet]
     return {
         "latent": latent,
-        "hint": trial.hint,
+        "hint": run.hint,
         "timestep": np.array([step.t], np.int64),
-        "kv_unet": np.stack(halves[1 if trial.guidance == 1 else 0 :])[:, None],
+        "kv_unet": np.stack(halves[1 if run.guidance == 1 else 0 :])[:, None],
         "kv_control": row.kv_control[None],
-        "control_scale": np.asarray(trial.control),
+        "control_scale": np.asarray(run.control_scale),
     }
 
 
-def denoise_run(bundle: Bundle, trial: SampleRun, denoiser: Denoiser, record: Record | None = None) -> Floats:
-    """Denoise: → the latent [1, 4, h, w] that the run ends with.
+def denoise_run(bundle: Bundle, run: SampleRun, denoiser: Denoiser, record: Record | None = None) -> Floats:
+    """Denoise: → the last latent [1, 4, h, w].
 
     Args:
         bundle: has the styles.
-        trial: where to begin.
-        denoiser: the graph on trial; an engine, or what is called like one.
-        record: told what the denoiser is fed at each step.
+        run: the run.
+        denoiser: an engine, or an object that is called like one.
+        record: is called with the inputs of the denoiser at each step.
     """
-    solver = make_solver(trial.schedule.solver, bundle.manifest.noise, trial.schedule)
-    latent = trial.noisy
-    for step in trial.schedule.steps:
-        feeds = feeds_at(bundle, trial, step, latent)
+    solver = make_solver(run.schedule.solver, bundle.manifest.noise, run.schedule)
+    latent = run.noisy
+    for step in run.schedule.steps:
+        feeds = feeds_at(bundle, run, step, latent)
         if record is not None:
             record(feeds)
         eps = denoiser(feeds)["eps"].copy()
-        guided = guide(eps, trial.guidance)
+        guided = guide(eps, run.guidance)
         latent = np.asarray(solver.step(guided, step.index, latent), np.float32)
     return latent
 
 
 def decode_all(bundle: Bundle, folder: Path, latents: Sequence[Floats], backend: str) -> list[Pixels]:
-    """The pictures [H, W, 3] of `latents`, by the decoder that lies in `folder`."""
+    """The pictures [H, W, 3] of `latents`, by the decoder in `folder`."""
     spec = bundle.manifest.graphs[VAE_DECODER]
     with closing(open_engine(folder / f"{VAE_DECODER}.onnx", spec, backend, "cpu")) as decoder:
         images = [decoder(decoder_feeds(bundle, latent))["image"][0].transpose(1, 2, 0).copy() for latent in latents]
@@ -188,7 +188,7 @@ def _square(rgb: Pixels, side: int) -> Pixels:
 
 
 def _drawn(seed: int, side: int) -> Pixels:
-    """Clouds of colour whose power falls with frequency squared, as a photograph's does, behind shapes with edges."""
+    """Coloured noise with a power spectrum of 1/f², as photographs have, behind polygons with sharp edges."""
     import cv2
 
     generator = np.random.default_rng(1000 + seed)

@@ -1,9 +1,8 @@
-"""A graph as quantisers want it: float32 weights, each the direct input of what multiplies with it.
+"""Prepares a graph for quantization: float32 weights, each the direct input of the operator that uses it.
 
-An exported graph casts halves and transposes the matrix of every linear layer, which backends fold when they load; a
-quantiser would take such a matrix for an activation. And the gate of a feed-forward is computed with its values, by
-one product that is then split: next to products in int8 the split is what costs (a tenth of mini's step), so there
-are two products here.
+An exported graph casts 16-bit weights and transposes the matrix of every linear layer; backends fold that when they
+load, but a quantizer would take such a matrix for an activation. And GEGLU computes value and gate by one product that
+is then split: beside products in int8 the split costs much, so there are two products here.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ Node = Any
 """An onnx.NodeProto."""
 
 Arrays = dict[str, Callable[[], npt.NDArray[Any]]]
-"""Weights by name, each made when it is called."""
+"""Weights by name, computed when they are called."""
 InitializerFactory = Callable[[npt.NDArray[Any], str], Any]
-"""Makes the initializer (onnx.TensorProto) of an array and a name."""
+"""Makes the initializer (onnx.TensorProto) of an array, with a name."""
 
 _HALVES = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 
 
 class Weights:
-    """The initializers of a graph by name; those in another file are read when they are asked for, and not kept."""
+    """The initializers of a graph by name; those in a file are read on each access."""
 
     def __init__(self, model: Model, folder: Path) -> None:
         self._tensors = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -53,24 +52,24 @@ class Weights:
         return array
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Its lengths, without reading it."""
+        """The shape of an initializer, without reading it."""
         return tuple(self._tensors[name].dims)
 
     def is_half(self, name: str) -> bool:
-        """Whether it has 16 bits."""
+        """Whether an initializer has 16 bits."""
         return self._tensors[name].data_type in _HALVES
 
 
 def fold_weights(path: Path, store: InitializerFactory | None = None) -> Model:
-    """The graph of `path` with float32 weights, transposes of weights folded, gates of their own.
+    """The graph of `path` with float32 weights, transposes of weights folded, GEGLU gates split off.
 
     A weight is named after the one that it was made from, so that a layer's weight has one name in all graphs of a
     bundle.
 
     Args:
         path: a graph file.
-        store: makes an initializer of a weight; a weight is in memory at a time. Without it all lie in the model,
-            which has as many bytes then: beyond 2 GB it can be saved as external data only.
+        store: makes the initializers, one weight in memory at a time. By default they lie in the model; beyond 2 GB it
+            can then be saved as external data only.
     """
     model = onnx.load(str(path), load_external_data=False)
     weights = Weights(model, path.parent)
@@ -95,13 +94,13 @@ def fold_weights(path: Path, store: InitializerFactory | None = None) -> Model:
     make = store or numpy_helper.from_array
     tensors = [make(array(), name) for name, array in arrays.items() if name in used]
     replace_contents(model, kept, tensors)
-    # Types and shapes are inferred anew: those written down are of the weights as they were.
+    # The types and shapes in it are those of the weights before folding.
     del model.graph.value_info[:]
     return model
 
 
 def replace_contents(model: Model, nodes: Iterable[Node], tensors: Iterable[Any]) -> None:
-    """Give `model` other nodes and initializers."""
+    """Replace the nodes and initializers of `model`."""
     nodes, tensors = list(nodes), list(tensors)
     del model.graph.node[:]
     del model.graph.initializer[:]
@@ -127,7 +126,7 @@ def _half(array: Callable[[], npt.NDArray[Any]], index: int) -> Callable[[], npt
 
 
 def _split_geglu(nodes: list[Node], arrays: Arrays, outputs: list[str]) -> list[Node]:
-    """Split(x W + b) along the last axis as products with the halves of W, where nothing else reads x W + b."""
+    """Turn Split(x W + b) along the last axis into products with the halves of W, if nothing else reads x W + b."""
     producers = {output: node for node in nodes for output in node.output}
     users = Counter([*outputs, *(name for node in nodes for name in node.input)])
     replaced: dict[int, list[Node]] = {}

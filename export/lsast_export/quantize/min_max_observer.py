@@ -1,4 +1,4 @@
-"""What the activations of a graph reach while it runs: their least and greatest values, and nothing more leaves it."""
+"""The minimum and maximum of a graph's activations while it runs."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from .calibration_runs import Feeds
 from .fold_weights import Model
 
 MinMax = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
-"""Least and greatest values: numbers, or [C] each where channels are told apart."""
+"""Minimum and maximum: numbers, or [C] each for activations that are observed by channel."""
 
 _LOW, _HIGH = "/low", "/high"
-"""Behind the name of an activation: its least and its greatest value."""
+"""Suffixes of the outputs that hold the minimum and the maximum of an activation."""
 
 
 class MinMaxObserver:
-    """A graph on ONNX Runtime that is called like an engine, and notes what activations reach over all calls."""
+    """A graph on ONNX Runtime, called like an engine, that records the range of activations over all calls."""
 
     def __init__(self, model: Model, folder: Path, channels: Mapping[str, int | None]) -> None:
         """Open `model`.
 
         Args:
-            model: opset 18 or later; it stays as it is.
-            folder: of its weights, where they lie in a file; the graph with its further outputs is written there and
+            model: opset 18 or later; it is not changed.
+            folder: of its weights, if they lie in a file; the graph with the further outputs is written there and
                 removed again.
-            channels: activations by name, with the length of their last axis where its places are told apart.
+            channels: names of activations; with the length of the last axis for those that are observed by channel.
         """
         import onnxruntime
 
@@ -62,13 +62,13 @@ class MinMaxObserver:
         return {name: values[name] for name in self._outputs}
 
     @property
-    def reach(self) -> dict[str, MinMax]:
-        """What was noted, by activation."""
+    def min_max(self) -> dict[str, MinMax]:
+        """Minimum and maximum of each activation, by name."""
         return {name: (self._found[name + _LOW], self._found[name + _HIGH]) for name in self._names}
 
 
 def _observed(model: Model, channels: Mapping[str, int | None]) -> Model:
-    """`model` with the ends of activations as further outputs."""
+    """`model` with minimum and maximum of activations as further outputs."""
     observed = onnx.ModelProto()
     observed.CopyFrom(model)
     graph = observed.graph

@@ -1,20 +1,20 @@
-"""Weights and activations in 8 bits: pairs of QuantizeLinear and DequantizeLinear where both backends use them.
+"""int8 graphs: pairs of QuantizeLinear and DequantizeLinear (Q/DQ) where both CPU backends use them.
 
-Where the pairs stand decides whether a backend computes in int8 at all (found with the profilers of ONNX Runtime 1.32
+The places of the pairs decide whether a backend computes in int8 at all (found with the profilers of ONNX Runtime 1.32
 and OpenVINO 2026.4 on mini's denoiser):
 
-- convolutions: input in uint8 with a zero point, which suits what a SiLU gives, weights in int8 for each channel, bias
-  in int32, and **output** quantised too: without it ONNX Runtime computes them in float32. OpenVINO does not need it
-  and fuses it;
+- convolutions: input in uint8 with a zero point, which suits the output of a SiLU, weights in int8 for each channel,
+  bias in int32, and **output** quantized too: without it ONNX Runtime computes them in float32. OpenVINO does not need
+  it and fuses it;
 - linear layers: input in int8 **without** a zero point: with one OpenVINO subtracts it and multiplies in float32.
   Their output stays float: both backends multiply int8 into float32;
-- a pair for each linear layer where several share an input. On x86 ONNX Runtime multiplies int8 by turning it into
-  uint8, which it does for a pair that one layer reads; what several read it computes in float32. Equal pairs it would
-  make one again, so that their scales differ in the last bit;
+- a pair for each linear layer, even if several share an input. On x86 ONNX Runtime converts int8 to uint8 to multiply
+  it, but only for a pair that one layer reads; a shared pair is computed in float32. It would merge equal pairs, so
+  their scales differ in the last bit;
 - products of two activations, softmax, norms and everything else stay float.
 
-ONNX Runtime's own quantiser gives the same numbers (the oracle of the tests), with all of a graph's float32 weights in
-memory twice; here a weight is there at a time.
+ONNX Runtime's own quantizer gives the same numbers (the tests compare), but holds all float32 weights of a graph in
+memory twice; here one weight is in memory at a time.
 """
 
 from __future__ import annotations
@@ -34,38 +34,38 @@ from lsast_engines.errors import ExportError
 from .fold_weights import Model, Node, Weights, replace_contents
 
 OPERATORS = ("Conv", "MatMul")
-"""What is quantised; `Gemm` is the path of the timestep, whose 10^-3 of the arithmetic gains nothing."""
+"""Operators to quantize; `Gemm` is the path of the timestep, a negligible part of the arithmetic."""
 
 _BIAS_ROOM = np.float32(2.0**30)
-"""Greatest magnitude of a bias in int32: half of what fits."""
+"""Largest magnitude of a bias in int32: half of what fits."""
 
 Span = tuple[float, float]
-"""Least and greatest value."""
+"""Minimum and maximum."""
 
 
 @dataclass(frozen=True)
 class LayerRange:
-    """What goes into a layer and comes out of it."""
+    """Ranges of a layer's input and output."""
 
-    given: Span
-    made: Span
+    input: Span
+    output: Span
 
 
 Ranges = Mapping[str, LayerRange]
-"""By the name of the layer's weight, which is the same in all graphs of a bundle."""
+"""Ranges by the name of the layer's weight, which is the same in all graphs of a bundle."""
 
 
 def layers_of(model: Model) -> tuple[str, ...]:
-    """Names of the nodes of a plain graph that can be quantised, in the order of the graph."""
+    """Names of the nodes of a folded graph that can be quantized, in the order of the graph."""
     constants = {tensor.name for tensor in model.graph.initializer}
     return tuple(node.name for node in model.graph.node if node.op_type in OPERATORS and node.input[1] in constants)
 
 
 def int8_graph(plain: Model, folder: Path, ranges: Ranges, layers: Collection[str]) -> Model:
-    """A plain graph with `layers` in int8; the other weights refer to where they lay.
+    """A folded graph with `layers` in int8; references to the other weights stay.
 
     Args:
-        plain: of `fold_weights`; it stays as it is, and only its small parts are copied if its weights lie in a file.
+        plain: of `fold_weights`; it is not changed, and weights in a file are not copied.
         folder: of that file.
         ranges: of all `layers`.
         layers: names of nodes.
@@ -90,7 +90,7 @@ def int8_graph(plain: Model, folder: Path, ranges: Ranges, layers: Collection[st
 
 
 class _QdqInserter:
-    """Makes the nodes and the initializers of the pairs."""
+    """Makes the nodes and initializers of the pairs."""
 
     def __init__(self, weights: Weights, ranges: Ranges) -> None:
         self._weights, self._ranges = weights, ranges
@@ -99,37 +99,37 @@ class _QdqInserter:
         self._readers: dict[str, int] = {}
 
     def quantize_conv(self, node: Node) -> Iterable[Node]:
-        """`node` between its pairs; its inputs and its output change their names."""
+        """A convolution between its pairs; its inputs and its output get new names."""
         span = self._span(node)
         source, weight, result = node.input[0], node.input[1], node.output[0]
         before: list[Node] = []
         if source not in self._shared:
-            scale, zero = _unsigned(span.given)
-            self._shared[source] = (f"{source}/eight", scale)
-            before = self._pair(source, f"{source}/eight", scale, zero)
+            scale, zero = _unsigned(span.input)
+            self._shared[source] = (f"{source}/q", scale)
+            before = self._pair(source, f"{source}/q", scale, zero)
         node.input[0], step = self._shared[source]
         array = self._weights[weight]
         bias = self._weights[node.input[2]] if len(node.input) > 2 else None
-        # A weight may be too small beside its bias for 32 bits of their common scale.
+        # The bias has the scale of the product: beside tiny weights it could exceed 32 bits.
         least = np.abs(bias) / (step * _BIAS_ROOM) if bias is not None else None
         numbers, scales = to_int8(array, 0, least)
         before.append(self._constant(node, 1, numbers, scales, axis=0))
         if bias is not None:
             scales = scales * step
             before.append(self._constant(node, 2, np.round(bias / scales).astype(np.int32), scales, axis=0))
-        scale, zero = _unsigned(span.made)
+        scale, zero = _unsigned(span.output)
         node.output[0] = f"{result}/float"
         return [*before, node, *self._pair(f"{result}/float", result, scale, zero)]
 
     def quantize_matmul(self, node: Node) -> Iterable[Node]:
-        """`node` behind a pair of its own."""
+        """A matrix product behind a pair of its own."""
         source = node.input[0]
-        scale = _signed(self._span(node).given)
+        scale = _signed(self._span(node).input)
         count = self._readers.get(source, 0)
         self._readers[source] = count + 1
         for _ in range(count):
             scale = np.nextafter(scale, np.float32(np.inf), dtype=np.float32)
-        own = f"{source}/eight{count}"
+        own = f"{source}/q{count}"
         before = self._pair(source, own, scale, np.int8(0))
         numbers, scales = to_int8(self._weights[node.input[1]], 1)
         before.append(self._constant(node, 1, numbers, scales, axis=1))
@@ -138,7 +138,9 @@ class _QdqInserter:
 
     def _span(self, node: Node) -> LayerRange:
         if (found := self._ranges.get(node.input[1])) is None:
-            raise ExportError(f"found no range of layer {node.name} ({node.input[1]}); expected it of the denoiser")
+            raise ExportError(
+                f"found no range of layer {node.name} ({node.input[1]}); expected one recorded by the denoiser"
+            )
         return found
 
     def _pair(self, source: str, result: str, scale: np.float32, zero: np.generic) -> list[Node]:
@@ -149,20 +151,20 @@ class _QdqInserter:
         ]
         make = onnx.helper.make_node
         return [
-            make("QuantizeLinear", [source, *float_layers], [f"{result}/int8"], f"{result}/quantise"),
-            make("DequantizeLinear", [f"{result}/int8", *float_layers], [result], f"{result}/dequantise"),
+            make("QuantizeLinear", [source, *float_layers], [f"{result}/int8"], f"{result}/quantize"),
+            make("DequantizeLinear", [f"{result}/int8", *float_layers], [result], f"{result}/dequantize"),
         ]
 
     def _constant(
         self, node: Node, place: int, numbers: npt.NDArray[Any], scales: npt.NDArray[np.float32], axis: int
     ) -> Node:
-        """Give `node` the weight that is `numbers` times `scales` along `axis`."""
+        """Make input `place` of `node` the constant `numbers` times `scales` along `axis`."""
         own = f"{node.name}/{'weight' if place == 1 else 'bias'}"
         for array, part in ((numbers, "int8"), (scales, "scale"), (np.zeros(len(scales), numbers.dtype), "zero")):
             self.tensors.append(numpy_helper.from_array(array, f"{own}/{part}"))
         node.input[place] = own
         float_layers = [f"{own}/{part}" for part in ("int8", "scale", "zero")]
-        return onnx.helper.make_node("DequantizeLinear", float_layers, [own], f"{own}/dequantise", axis=axis)
+        return onnx.helper.make_node("DequantizeLinear", float_layers, [own], f"{own}/dequantize", axis=axis)
 
 
 def to_int8(
@@ -180,7 +182,7 @@ def to_int8(
 
 
 def _unsigned(span: Span) -> tuple[np.float32, np.uint8]:
-    """Scale and zero point of uint8 that reaches over `span` and zero."""
+    """Scale and zero point of uint8 that cover `span` and zero."""
     low, high = min(span[0], 0.0), max(span[1], 0.0)
     scale = (high - low) / 255
     if scale < np.finfo(np.float32).tiny:
@@ -189,6 +191,6 @@ def _unsigned(span: Span) -> tuple[np.float32, np.uint8]:
 
 
 def _signed(span: Span) -> np.float32:
-    """Scale of int8 without a zero point that reaches over `span`."""
+    """Scale of int8 without a zero point that covers `span`."""
     scale = max(-span[0], span[1], 0.0) / 127
     return np.float32(1 if scale < np.finfo(np.float32).tiny else scale)

@@ -1,7 +1,7 @@
-"""A bundle in 8 bits, made from an exported one: for processors, and proven by what it paints.
+"""Makes a bundle in int8 from an exported one, for CPUs, and evaluates it by its pictures.
 
 The new bundle has graphs and weights of its own (`weight_file`) and the fingerprint of the base, so that every style
-of the base fits it. It is no base: styles are learned and baked on the bundle that it was made from.
+of the base fits it. It is no base itself: styles are learned and baked with the bundle that it was made from.
 """
 
 from __future__ import annotations
@@ -44,69 +44,68 @@ from .smoothquant import ALPHA
 from .weight_file import WeightFile
 
 PICTURE_PSNR = "picture_psnr_db"
-"""Key of the mean PSNR of held-out paintings in the manifest's `parity`."""
+"""Key of the mean PSNR of held-out pictures in the manifest's `parity`."""
 PICTURE_PSNR_LEAST = "picture_psnr_least_db"
-"""Key of the least of them."""
+"""Key of the lowest of them."""
 
 OPTIONAL_GRAPHS = (VAE_ENCODER, VAE_DECODER)
-"""Graphs that stay in float unless it is told."""
+"""Graphs that stay in float unless `QuantizeOptions.also` names them."""
 
 _log = logging.getLogger("lsast.export")
 
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """How a bundle is quantised."""
+    """Options of quantization."""
 
     images: Path | None = None
-    """Folder of pictures to calibrate on and to judge by; None draws some."""
+    """Folder of pictures to calibrate and to evaluate on; None generates some."""
     pictures: int = 4
-    """Pictures to calibrate on, and as many others to judge by."""
+    """Number of pictures to calibrate on; as many others are held out to evaluate on."""
     size: int = 256
     """Their side in pixels, a multiple of the bundle's."""
     target: float = 30.0
-    """Least mean PSNR in dB between held-out paintings by the quantised graphs and by the float ones."""
+    """Least mean PSNR in dB between the held-out pictures of the quantized graphs and those of the float graphs."""
     backend: str = "onnxruntime"
-    """Backend to judge on."""
+    """Backend to evaluate on."""
     smooth: float | None = ALPHA
-    """How much of what is hard to round moves from activations into weights, 0 to 1 (`smoothing`); None
-    leaves the graph as it is."""
+    """SmoothQuant's migration strength, 0 to 1 (`smoothquant`); None does without."""
     also: frozenset[str] = frozenset()
-    """What else is quantised, of `OPTIONAL_GRAPHS`. They run once a picture: the fewer the steps, the more they weigh."""
+    """Further graphs to quantize, of `OPTIONAL_GRAPHS`. They run once a picture, so they matter in short runs."""
 
 
 def quantize_bundle(
     source: Bundle, out: Path, options: QuantizeOptions | None = None, progress: Progress = no_progress
 ) -> Bundle:
-    """Write the quantised bundle of `source` to the folder `out`, with its styles; a bundle there is replaced.
+    """Write the quantized bundle of `source` to the folder `out`, with its styles; a bundle there is replaced.
 
     Raises:
-        UsageError: it is quantised already, has no style, or options that do not fit it; all at once.
-        ParityError: its paintings fall short of the target.
-        BundleError: `out` is taken by something else.
-        MissingExtraError, BackendError: the backend is not there.
+        UsageError: `source` is quantized already or has no style, or invalid options; all faults at once.
+        ParityError: the pictures miss the target.
+        BundleError: `out` is no bundle and not empty.
+        MissingExtraError, BackendError: the backend is not installed.
     """
     options = options or QuantizeOptions()
     _require(source, options)
     manifest = source.manifest
     out.parent.mkdir(parents=True, exist_ok=True)
-    progress("painting to calibrate")
+    progress("calibrating")
     contents, origin = load_calibration_images(options.images, 2 * options.pictures, options.size)
     styles = [name for name, path in source.styles().items() if path.parent == source.path / STYLES]
-    judges = _Judge(source, contents[1::2], styles, options.backend)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.quantise.") as scratch:
+    held_out = _HeldOut(source, contents[1::2], styles, options.backend)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.quantize.") as scratch:
         folder = Path(scratch, "bundle")
         folder.mkdir()
         with WeightFile(folder) as weights:
             writer = _Writer(source, weights, options, Path(scratch), progress)
             facts = writer.write(contents[::2], styles)
-        progress("judging by paintings")
-        figures = judges.figures(folder)
-        _log.info("paintings: %s", figures)
+        progress("evaluating")
+        figures = held_out.figures(folder)
+        _log.info("held-out pictures: %s", figures)
         if figures[PICTURE_PSNR] < options.target:
             raise ParityError(
-                f"found {figures[PICTURE_PSNR]:.1f} dB between paintings in int8 and in float; expected "
-                f"{options.target:g}: lower --target, or give --images like those to be painted"
+                f"found {figures[PICTURE_PSNR]:.1f} dB between pictures in int8 and in float; expected "
+                f"{options.target:g}: lower --target, or calibrate on --images like those that will be repainted"
             )
         progress("writing the bundle")
         latents = facts.pop("latents")
@@ -120,7 +119,7 @@ def quantize_bundle(
                 "quantized_from": f"{manifest.name} ({manifest.storage_dtype})",
                 "calibrated_on": f"{options.pictures} pictures ({origin}) at {options.size} pixels, "
                 f"{latents} latents, styles {', '.join(styles)}",
-                "judged_on": f"{options.pictures} other pictures, {options.backend}",
+                "evaluated_on": f"{options.pictures} other pictures, {options.backend}",
                 "onnxruntime": importlib.metadata.version("onnxruntime"),
             },
         )
@@ -136,7 +135,7 @@ def _require(source: Bundle, options: QuantizeOptions) -> None:
     if manifest.storage_dtype in QUANTISED:
         faults.append(f"found a bundle in {manifest.storage_dtype}; expected the one that it was made from")
     if not any((source.path / STYLES).glob("*.safetensors")):
-        faults.append("found no style in it; expected at least one to calibrate with: lsast-export --style NAME --out")
+        faults.append("found no style in it; expected at least one to calibrate with: lsast-export bundle --style NAME")
     if options.pictures < 1:
         faults.append(f"found {options.pictures} pictures; expected at least 1")
     if options.size < 1 or options.size % manifest.multiple:
@@ -146,11 +145,11 @@ def _require(source: Bundle, options: QuantizeOptions) -> None:
     if unknown := sorted(options.also - set(OPTIONAL_GRAPHS)):
         faults.append(f"found also {', '.join(unknown)}; expected of {', '.join(OPTIONAL_GRAPHS)}")
     if faults:
-        raise UsageError(fault_list(f"{source.path} cannot be quantised so:", faults))
+        raise UsageError(fault_list(f"{source.path} cannot be quantized:", faults))
 
 
 class _Writer:
-    """Writes the graphs of the new bundle; each method tells facts for the manifest's `source`."""
+    """Writes the graphs of the new bundle; methods return entries for the manifest's `source`."""
 
     def __init__(
         self, source: Bundle, weights: WeightFile, options: QuantizeOptions, scratch: Path, progress: Progress
@@ -159,23 +158,23 @@ class _Writer:
         self._scratch, self._progress = scratch, progress
 
     def write(self, contents: Sequence[Pixels], styles: Sequence[str]) -> dict[str, Any]:
-        """The denoiser and its parts in 8 bits, calibrated on paintings of `contents`, and what `also` names."""
+        """Write the denoiser, its parts and the graphs of `also` in int8, calibrated on `contents`; copy the rest."""
         options = self._options
         with self._calibration(DENOISER) as calibration:
             count, latents = self._observed(calibration, contents, styles)
             factors = calibration.smooth(options.smooth) if options.smooth is not None else {}
-            self._progress("quantising")
+            self._progress("quantizing")
             ranges = calibration.ranges
             facts: dict[str, Any] = {"latents": count, **self._save(DENOISER, calibration)}
         facts["smoothed"] = "no" if options.smooth is None else f"alpha {options.smooth:g}"
         for name in sorted(self._source.manifest.graphs.keys() - {DENOISER}):
             if name in options.also:
-                facts |= self._alone(name, contents, latents)
+                facts |= self._quantize_optional(name, contents, latents)
                 continue
             if name not in UNET_SPLIT_GRAPHS:
-                self._as_it_is(name)
+                self._copy(name)
                 continue
-            # The same layers, fed the same: what the whole denoiser's reach is what a part's reach.
+            # A part has the layers of the whole denoiser, with the same inputs, and so the same ranges.
             with self._calibration(name) as calibration:
                 calibration.smooth_by(factors)
                 calibration.ranges = ranges
@@ -185,23 +184,23 @@ class _Writer:
     def _observed(
         self, calibration: Calibration, contents: Sequence[Pixels], styles: Sequence[str]
     ) -> tuple[int, list[Floats]]:
-        """Paint from pure noise, so that every stage is seen: → how often the denoiser ran, latents [1, 4, h, w]."""
-        trials = prepare_runs(self._source, contents, styles, [1.0], self._options.backend)
-        total = sum(len(trial.schedule.steps) for trial in trials)
+        """Denoise from pure noise, which visits every stage: → number of steps, final latents [1, 4, h, w]."""
+        runs = prepare_runs(self._source, contents, styles, [1.0], self._options.backend)
+        total = sum(len(run.schedule.steps) for run in runs)
         done = 0
 
         def record(given: Feeds) -> None:
             nonlocal done
             done += 1
-            self._progress("painting to calibrate", f"step {done} of {total}")
+            self._progress("calibrating", f"step {done} of {total}")
 
-        latents = [denoise_run(self._source, trial, calibration, record) for trial in trials]
+        latents = [denoise_run(self._source, run, calibration, record) for run in runs]
         calibration.close()
         return total, latents
 
-    def _alone(self, name: str, contents: Sequence[Pixels], latents: Sequence[Floats]) -> dict[str, str]:
-        """Quantise a graph of `OPTIONAL_GRAPHS`, calibrated on the pictures, or on the paintings of them."""
-        self._progress(f"quantising {name}")
+    def _quantize_optional(self, name: str, contents: Sequence[Pixels], latents: Sequence[Floats]) -> dict[str, str]:
+        """Quantize a graph of `OPTIONAL_GRAPHS`, calibrated on the pictures or on the final latents."""
+        self._progress(f"quantizing {name}")
         if name == VAE_ENCODER:
             seen = [encoder_feeds(rgb) for rgb in contents]
         else:
@@ -219,32 +218,32 @@ class _Writer:
 
     def _save(self, name: str, calibration: Calibration) -> dict[str, str]:
         layers, kept = set(calibration.layers), float_layers(self._source.graph_path(name))
-        self._weights.save(calibration.quantised(kept), calibration.folder, f"{name}.onnx")
+        self._weights.save(calibration.quantized(kept), calibration.folder, f"{name}.onnx")
         return {f"{name}_in_float": f"{len(layers.intersection(kept))} of {len(layers)} layers"}
 
-    def _as_it_is(self, name: str) -> None:
+    def _copy(self, name: str) -> None:
         model = onnx.load(str(self._source.graph_path(name)), load_external_data=False)
         self._weights.save(model, self._source.path, f"{name}.onnx")
 
 
-class _Judge:
-    """Held-out paintings: made by the float graphs once, then by others for comparison."""
+class _HeldOut:
+    """Held-out pictures: repainted by the float graphs once, then by the quantized graphs for comparison."""
 
     def __init__(self, source: Bundle, contents: Sequence[Pixels], styles: Sequence[str], backend: str) -> None:
         self._source, self._backend = source, backend
-        # Other styles come to other pictures than in calibration where there are several.
+        # With several styles, each is evaluated on other pictures than it was calibrated on.
         turned = [*styles[1:], *styles[:1]]
-        self._laid = functools.partial(prepare_runs, source, contents, turned, [None], backend, seed=1000)
-        self._expected = self._paint(source.path)
+        self._prepare = functools.partial(prepare_runs, source, contents, turned, [None], backend, seed=1000)
+        self._expected = self._repaint(source.path)
 
     def figures(self, folder: Path) -> dict[str, float]:
-        """How near the paintings by all graphs of `folder` come."""
-        found = [psnr(*pair) for pair in zip(self._paint(folder), self._expected, strict=True)]
+        """PSNR of the pictures by the graphs of `folder`."""
+        found = [psnr(*pair) for pair in zip(self._repaint(folder), self._expected, strict=True)]
         return {PICTURE_PSNR: round(sum(found) / len(found), 2), PICTURE_PSNR_LEAST: round(min(found), 2)}
 
-    def _paint(self, folder: Path) -> list[Pixels]:
-        trials = self._laid(folder=folder)
+    def _repaint(self, folder: Path) -> list[Pixels]:
+        runs = self._prepare(folder=folder)
         spec = self._source.manifest.graphs[DENOISER]
         with closing(open_engine(folder / f"{DENOISER}.onnx", spec, self._backend, "cpu")) as denoiser:
-            latents: list[Floats] = [denoise_run(self._source, trial, denoiser) for trial in trials]
+            latents: list[Floats] = [denoise_run(self._source, run, denoiser) for run in runs]
         return decode_all(self._source, folder, latents, self._backend)

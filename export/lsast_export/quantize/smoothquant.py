@@ -1,16 +1,16 @@
-"""SmoothQuant (Xiao et al. 2023, arXiv 2211.10438): what is hard to round moves from activations into weights.
+"""SmoothQuant (Xiao et al. 2023, arXiv 2211.10438): scales move from activations, where outliers are, into weights.
 
 A linear layer Y = X W is also (X / s) (s W) with a factor for each channel j of X,
 
     s_j = max |X_j|^α / max |W_j|^(1 - α),
 
-and one scale for all of X / s loses less than one for X, where few channels are far larger than the rest. Dividing
-costs nothing where whatever makes X takes it on:
+and one quantization scale for X / s loses less than one for X, in which a few channels are far larger than the rest.
+The division costs nothing if the producer of X absorbs it:
 
 - a LayerNorm: its gamma and beta;
 - a gated product X = (V U + b) * g, the end of a feed-forward's first half: the columns of U and b.
 
-Layers that share X share s, the maximum of W going over all of them. The graph computes what it computed, to rounding.
+Layers that share X share s, with the maximum over all their W. The graph computes the same as before, but for rounding.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ from .fold_weights import InitializerFactory, Model, Node, Weights, replace_cont
 from .min_max_observer import MinMax
 
 ALPHA = 0.7
-"""How much of the difficulty moves: 0 evens out weights, 1 activations. Of 0.3, 0.5, 0.7 and 0.85 it is the one with
-which mini's paintings came nearest (docs/precision.md)."""
+"""Migration strength: 0 evens out weights, 1 activations. The value with the best pictures of mini
+(docs/guides/quantization.md)."""
 
 Factors = Mapping[str, npt.NDArray[np.float32]]
 """s [C] by the name of a layer's weight, which is the same in all graphs of a bundle."""
 
 _LEAST = 1e-5
-"""Of a factor, as in the authors' code."""
+"""Minimum of a factor, as in the authors' code."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Linear layers that share an input whose scale can be moved."""
+    """Linear layers that share an input whose producer can absorb a scale."""
 
     activation: str
     weights: tuple[str, ...]
     """[C, N] each."""
     producers: tuple[str, ...]
-    """What takes the division on: gamma and beta [C], or U [M, C] and b [C]."""
+    """The weights that absorb 1/s: gamma and beta [C], or U [M, C] and b [C]."""
 
 
 def find_groups(model: Model) -> list[Group]:
-    """The groups of a plain graph, in its order."""
+    """The groups of a folded graph, in its order."""
     constants = {tensor.name for tensor in model.graph.initializer}
     producers = {output: node for node in model.graph.node for output in node.output}
     users = Counter(name for node in model.graph.node for name in node.input)
@@ -62,29 +62,29 @@ def find_groups(model: Model) -> list[Group]:
             readers.setdefault(node.input[0], []).append(node)
     groups = []
     for name, nodes in readers.items():
-        taken = _takes_scale(producers.get(name), producers, constants, users)
+        taken = _absorbing_weights(producers.get(name), producers, constants, users)
         weights = tuple(node.input[1] for node in nodes)
-        # Each of them is changed in place, so that nothing else may read it.
+        # They are changed in place, so nothing else may read them.
         if taken and users[name] == len(nodes) and all(users[tensor] == 1 for tensor in (*taken, *weights)):
             groups.append(Group(name, weights, taken))
     return groups
 
 
 def smoothing_factors(
-    model: Model, reach: Mapping[str, MinMax], alpha: float = ALPHA, folder: Path | None = None
+    model: Model, min_max: Mapping[str, MinMax], alpha: float = ALPHA, folder: Path | None = None
 ) -> dict[str, npt.NDArray[np.float32]]:
-    """What to divide by, for all groups.
+    """The factors s of all groups.
 
     Args:
-        model: a plain graph.
-        reach: of each group's activation, by channel.
+        model: a folded graph.
+        min_max: of each group's activation, by channel.
         alpha: from 0 to 1.
-        folder: of the file with its weights, where they lie in one.
+        folder: of the file with its weights, if they lie in one.
     """
     weights = Weights(model, folder or Path())
     factors: dict[str, npt.NDArray[np.float32]] = {}
     for group in find_groups(model):
-        low, high = reach[group.activation]
+        low, high = min_max[group.activation]
         activation = np.maximum(np.abs(low), np.abs(high)).astype(np.float64)
         weight = np.max([np.abs(weights[name]).max(axis=1) for name in group.weights], axis=0).astype(np.float64)
         known = (activation > 0) & (weight > 0)
@@ -95,17 +95,17 @@ def smoothing_factors(
 
 
 def smooth(model: Model, factors: Factors, folder: Path | None = None, store: InitializerFactory | None = None) -> int:
-    """Divide activations by `factors` and multiply weights with them, in place: → how many groups were.
+    """Divide activations by `factors` and multiply weights with them, in place: → the number of groups.
 
     Args:
-        model: a plain graph; of its groups those that `factors` speaks of are smoothed.
-        factors: of `smoothing_factors`, for this graph or for one with the same layers.
-        folder: of the file with its weights, where they lie in one.
+        model: a folded graph; its groups that are in `factors` are smoothed.
+        factors: of `smoothing_factors`, for this graph or another one with the same layers.
+        folder: of the file with its weights, if they lie in one.
         store: makes the initializers of changed weights; by default they lie in the model.
     """
     weights = Weights(model, folder or Path())
     make = store or numpy_helper.from_array
-    # A weight may be changed twice: as what one group reads, and as what makes the next.
+    # A weight may be changed twice: as a layer of one group, and as the producer of the next.
     changes: dict[str, list[npt.NDArray[np.float32]]] = {}
     groups = [group for group in find_groups(model) if group.weights[0] in factors]
     for group in groups:
@@ -120,10 +120,10 @@ def smooth(model: Model, factors: Factors, folder: Path | None = None, store: In
     return len(groups)
 
 
-def _takes_scale(
+def _absorbing_weights(
     node: Node | None, producers: Mapping[str, Node], constants: set[str], users: Mapping[str, int]
 ) -> tuple[str, ...]:
-    """The weights that take on what the output of `node` is divided by; none where there are none."""
+    """The weights that absorb a division of the output of `node`; empty if there are none."""
     if node is None:
         return ()
     if node.op_type == "LayerNormalization":

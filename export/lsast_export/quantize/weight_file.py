@@ -1,4 +1,4 @@
-"""The weights of a bundle that is no longer a base: one file that its graphs refer into, each tensor there once."""
+"""The weights of a quantized bundle: one file that its graphs refer into, in which each tensor is stored once."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from onnx import numpy_helper
 from .fold_weights import Model, Weights
 
 NAME = "weights.data"
-"""Of the file in a bundle."""
+"""Name of the file in a bundle."""
 
 _INLINE = 1024
-"""Bytes below which a tensor stays in the graph: scales, axes, biases of a few channels."""
+"""Size in bytes below which a tensor stays in the graph: scales, axes, small biases."""
 _PAGE = 4096
-"""Tensors begin at multiples of this, so that they can be mapped."""
+"""Alignment of tensors, so that they can be memory-mapped."""
 
 
 class WeightFile:
-    """Writes a file into a folder, and graphs beside it. A context manager."""
+    """Writes the weight file of a folder, and graphs beside it. A context manager."""
 
     def __init__(self, folder: Path, name: str = NAME) -> None:
         self._folder, self._name = folder, name
@@ -40,11 +40,11 @@ class WeightFile:
         self._file.close()
 
     def save(self, model: Model, source: Path, name: str) -> None:
-        """Write `model` to the graph file `name`, its weights to the file of all; a tensor is in memory at a time.
+        """Write `model` to the graph file `name`, and its weights to the weight file, one tensor in memory at a time.
 
         Args:
-            model: its initializers lie in it, or in files of the folder `source`; it is changed.
-            source: see there.
+            model: is changed; its initializers refer to the weight file afterwards.
+            source: folder of the files that its initializers refer to.
             name: plain file name.
         """
         weights = Weights(model, source)
@@ -53,7 +53,7 @@ class WeightFile:
         onnx.save_model(model, str(self._folder / name))
 
     def tensor(self, array: npt.NDArray[Any], name: str) -> Any:
-        """An initializer (onnx.TensorProto) of `name` that refers to `array` in the file; small ones hold it."""
+        """An initializer (onnx.TensorProto) that refers to `array` in the file; small arrays lie in it."""
         if array.nbytes < _INLINE:
             return numpy_helper.from_array(array, name)
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.bundle import Bundle, user_style_folder
 from lsast_engines.bundle.manifest import AttentionLayer
 from lsast_engines.bundle.style import Style, StyleFile
 from lsast_engines.errors import StyleError, UsageError, fault_list
@@ -156,7 +156,8 @@ def bake_for_bundle(bundle: Bundle, styles: Sequence[Prompts], distilled: Sequen
     made += [StyleFile(path).load() for path in distilled]
     for style in made:
         bundle.check_style(style)
-    paths = {style.name: bundle.user_style_folder / f"{style.name}.safetensors" for style in made}
+    folder = user_style_folder(manifest.fingerprint)
+    paths = {style.name: folder / f"{style.name}.safetensors" for style in made}
     for style in made:
         style.save(paths[style.name])
     return paths

@@ -1,1 +1,1 @@
-"""Compiling a bundle's graphs into TensorRT engines."""
+"""Compiles a bundle's graphs into TensorRT engines."""

@@ -1,9 +1,8 @@
-"""Compiling graphs into engines with TensorRT or TensorRT-RTX: one builder for both.
+"""Compiles graphs into engines with TensorRT or TensorRT-RTX.
 
-Networks are strongly typed in both libraries: an engine computes in the types that the ONNX file has, and precision is
-settled before (`half_graph`). The libraries differ in what they compile for: TensorRT times its kernels on the GPU at
-hand and serves that one alone; TensorRT-RTX compiles ahead of time, also where there is no GPU, for compute
-capabilities that are named, or portably.
+Networks are strongly typed in both libraries: an engine computes in the types of the ONNX file, so the compute dtype is
+set by rewriting the file (`fp16`). TensorRT times its kernels on the GPU of this machine, and its engines run on that
+GPU only; TensorRT-RTX compiles ahead of time, also without a GPU, for named compute capabilities, or portably.
 """
 
 from __future__ import annotations
@@ -43,23 +42,23 @@ from ..progress import Progress, no_progress
 from .fp16 import dtypes_in, write_half_graph
 
 NEEDS = {"BFLOAT16": (8, 0)}
-"""Compute capability from which a GPU has a type of ONNX (docs.nvidia.com/deeplearning/tensorrt, support matrix)."""
+"""The first compute capability that has a number type (docs.nvidia.com/deeplearning/tensorrt, support matrix)."""
 
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """How graphs are compiled.
+    """Options of a compilation.
 
     Raises:
-        UsageError: targets that the library does not take.
+        UsageError: an unknown compute dtype, or invalid targets.
     """
 
     library: TrtFlavor
     targets: tuple[str, ...] = ()
-    """Compute capabilities, e.g. ``8.9``; TensorRT-RTX alone has a choice, none of them means portable."""
+    """Compute capabilities for TensorRT-RTX, e.g. ``8.9``; empty means portable."""
     ranges: ShapeRanges = dataclasses.field(default_factory=ShapeRanges)
     compute_dtype: ComputeDtype = "fp16"
-    """What to compute in; weights stored in halves are computed with as float32 in ``fp32``."""
+    """Number type to compute in, whatever the weights are stored in."""
 
     def __post_init__(self) -> None:
         if gone := removal(f"--compute-dtype {self.compute_dtype}"):
@@ -81,13 +80,13 @@ def compile_graph(
 ) -> EngineRecord:
     """Compile the graph file `path` into `engine`, with its record beside it.
 
-    An engine that is there and was compiled from the same, for the same, is left as it is.
+    An engine that was compiled from the same graph with the same options is kept.
 
     Raises:
         MissingExtraError: the library is not installed.
         BackendError: TensorRT without a GPU.
         UsageError: a compute capability that the library does not know.
-        ExportError: the graph cannot be compiled; everything that the library had to say.
+        ExportError: the graph cannot be compiled; with all messages of the library.
     """
     trt = load_library(options.library)
     targets, gpu = _targets(options, trt)
@@ -101,10 +100,10 @@ def compile_graph(
         targets=targets,
         gpu=gpu,
     )
-    found = _there(engine)
+    found = _existing(engine)
     if found is not None and not key.differences(found.key):
         progress(f"compiling {spec.name}")
-        progress(f"compiling {spec.name}", "is there already")
+        progress(f"compiling {spec.name}", "up to date")
         return found
     require_types(dtypes_in(path), targets, path.name)
     progress(f"compiling {spec.name}")
@@ -131,17 +130,17 @@ def compile_bundle(
     progress: Progress = no_progress,
     graphs: Collection[str] = (),
 ) -> dict[str, EngineRecord]:
-    """Compile the graphs of the folder `bundle` into `out`, or where `lsast-run` finds them; see `compile_graph`.
+    """Compile the graphs of a bundle; see `compile_graph`.
 
     Args:
         bundle: the bundle's folder.
         options: how.
-        out: where to.
-        progress: told of phases.
-        graphs: names of those to compile; none is those that every bundle has, without the denoiser's parts.
+        out: folder of the engines; by default the one where `lsast-run` looks for them.
+        progress: is called at each phase.
+        graphs: names of graphs to compile; by default those that every bundle has.
 
     Raises:
-        UsageError: there is no such graph, or the bundle is quantised for processors.
+        UsageError: there is no such graph, or the bundle is quantized.
     """
     path = bundle / "manifest.json"
     manifest = Manifest.from_json(path.read_text(encoding="utf-8"), str(path))
@@ -158,21 +157,21 @@ def compile_bundle(
 
 
 def require_float(manifest: Manifest, bundle: Path) -> None:
-    """Refuse a bundle that `lsast-export quantise` made: where it rounds was chosen for processors, and by them.
+    """Refuse a bundle of `lsast-export quantize`: its Q/DQ pairs are placed for CPUs.
 
     Raises:
-        UsageError: it is one.
+        UsageError: it is quantized.
     """
     if manifest.storage_dtype in QUANTISED:
-        made_from = manifest.source.get("quantized_from", "another one")
+        made_from = manifest.source.get("quantized_from", "see its manifest")
         raise UsageError(
-            f"found {bundle} in {manifest.storage_dtype}, quantised for processors; GPUs compute in halves: compile "
-            f"the bundle that it was made from, {made_from}"
+            f"found {bundle} in {manifest.storage_dtype}, quantized for CPUs; expected the bundle that it was made "
+            f"from, {made_from}: GPUs compute in fp16"
         )
 
 
 class _Build:
-    """One run of a library's builder. Every object of it is kept alive to the end: the library does not."""
+    """One run of a library's builder. It keeps every object alive to the end, which the library does not."""
 
     def __init__(self, trt: Any, options: CompileOptions, key: EngineKey, progress: Progress) -> None:
         self._trt, self._options, self._key, self._progress = trt, options, key, progress
@@ -197,7 +196,7 @@ class _Build:
         self._require(index == 0, "does not take these sizes")
         monitor = _monitor(trt, f"compiling {spec.name}", self._progress)
         config.progress_monitor = monitor
-        # It would round what is declared float32 to the 10 bits of TF32.
+        # It would round float32 to the 10 bits of TF32.
         config.clear_flag(trt.BuilderFlag.TF32)
         if self._options.library == "tensorrt-rtx":
             self._aim(config)
@@ -210,7 +209,7 @@ class _Build:
         return serialized
 
     def _aim(self, config: Any) -> None:
-        """Name the compute capabilities to TensorRT-RTX; portable is what it does when it is told none."""
+        """Pass the compute capabilities to TensorRT-RTX; without any it compiles portably."""
         if not self._options.targets:
             return
         config.num_compute_capabilities = len(self._options.targets)
@@ -219,28 +218,28 @@ class _Build:
             self._require(done, f"cannot be compiled for {target}")
 
     def _require(self, passed: Any, what: str, faults: list[str] | None = None) -> None:
-        """Fail unless `passed` and nothing was logged as an error."""
+        """Raise unless `passed` and no error was logged."""
         found = list(dict.fromkeys([*(faults or []), *self._complaints.take()]))
         if not passed or found:
             name, library = self._key.graph, self._options.library
-            found = found or ["(it does not say why)"]
+            found = found or ["(no reason given)"]
             raise ExportError(fault_list(f"{library} {self._key.library_version}: graph {name} {what}:", found))
 
 
 def _source(path: Path, compute_dtype: str, scratch: Path) -> Path:
-    """The file to compile: `path`, or in the folder `scratch` the same in fp16."""
+    """The file to compile: `path`, or its fp16 version in the folder `scratch`."""
     if compute_dtype == "fp32":
         return path
     for file in path.parent.iterdir():
         if file.suffix in (".data", ".safetensors"):
-            # Links: gigabytes need not be copied. onnx's own checks refuse them, the libraries' parser does not.
+            # Links avoid copying gigabytes. onnx's own checks refuse them, the libraries' parser does not.
             (scratch / file.name).symlink_to(file.resolve())
     write_half_graph(path, scratch / path.name)
     return scratch / path.name
 
 
 def _check_network(trt: Any, network: Any, spec: GraphSpec, profile: Profile) -> None:
-    """Make sure that the parsed network has the inputs and outputs of `spec`: a profile ignores names it has not."""
+    """Make sure that the parsed network has the inputs and outputs of `spec`: a profile ignores unknown names."""
     faults = []
     types = {"float32": trt.float32, "int64": trt.int64}
     for side, wanted, count, tensor_at in (
@@ -264,7 +263,7 @@ def _check_network(trt: Any, network: Any, spec: GraphSpec, profile: Profile) ->
 
 
 def _targets(options: CompileOptions, trt: Any) -> tuple[tuple[str, ...], str]:
-    """What the engine will run on: compute capabilities, and the GPU's name if it is bound to it."""
+    """The compute capabilities of the engine, and the name of the GPU if it is bound to one."""
     if options.library == "tensorrt-rtx":
         for target in options.targets:
             _capability(trt, target)
@@ -285,21 +284,21 @@ def _capability(trt: Any, target: str) -> Any:
         known = [
             match for member in trt.ComputeCapability.__members__ if (match := re.fullmatch(r"SM(\d+)(\d)", member))
         ]
-        there = ", ".join(f"{major}.{minor}" for major, minor in (match.groups() for match in known))
-        raise UsageError(f"found compute capability {target}; tensorrt-rtx {trt.__version__} compiles for {there}")
+        known_text = ", ".join(f"{major}.{minor}" for major, minor in (match.groups() for match in known))
+        raise UsageError(f"found compute capability {target}; tensorrt-rtx {trt.__version__} compiles for {known_text}")
     return trt.ComputeCapability.__members__[name]
 
 
 def require_types(kinds: Collection[str], targets: tuple[str, ...], holder: str) -> None:
-    """Refuse number types that a target's GPUs do not have, before minutes are spent.
+    """Refuse number types that the GPUs of a target lack, before minutes are spent.
 
     Args:
         kinds: ONNX's names of the types.
         targets: compute capabilities, or `PORTABLE`.
-        holder: what holds them, for the message.
+        holder: name of the file that has them, for the message.
 
     Raises:
-        ExportError: all of them at once.
+        ExportError: naming all of them.
     """
     faults = []
     for kind in sorted(set(kinds) & NEEDS.keys()):
@@ -313,7 +312,7 @@ def require_types(kinds: Collection[str], targets: tuple[str, ...], holder: str)
 
 
 def _monitor(trt: Any, phase: str, progress: Progress) -> Any:
-    """Tells `progress` of the outer phases of a build."""
+    """A progress monitor that reports the outer phases of a build."""
     began = time.perf_counter()
 
     class Monitor(trt.IProgressMonitor):
@@ -335,20 +334,20 @@ def _monitor(trt: Any, phase: str, progress: Progress) -> Any:
 
 def _load_timing(config: Any, timing: Path) -> Any:
     cache = config.create_timing_cache(timing.read_bytes() if timing.is_file() else b"")
-    # A cache of another GPU or version is refused and begun anew by the library, which logs it as a warning.
+    # The library replaces a cache of another GPU or version, and logs that as a warning.
     config.set_timing_cache(cache, ignore_mismatch=False)
     return cache
 
 
 def _timing_cache(engine: Path, key: EngineKey) -> Path | None:
-    """TensorRT's measurements for one GPU and version; TensorRT-RTX measures nothing ahead of time."""
+    """The file of TensorRT's timings for one GPU and version; None for TensorRT-RTX, which has none."""
     if key.library == "tensorrt-rtx":
         return None
     name = hashlib.sha256(f"{key.library_version} {key.gpu} {key.targets}".encode()).hexdigest()[:12]
     return engine.with_name(f"timing-{name}.cache")
 
 
-def _there(engine: Path) -> EngineRecord | None:
+def _existing(engine: Path) -> EngineRecord | None:
     try:
         return verified_record(engine)
     except BackendError:

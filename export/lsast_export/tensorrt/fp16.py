@@ -1,9 +1,9 @@
-"""A graph in the number types that it is to compute in: the ONNX file is where an engine's precision is settled.
+"""Rewrites a graph to compute in fp16.
 
-Bundles store halves and compute in float32 (`weights`). A library with strong typing takes that literally, so that
-tensor cores would stay idle. Here a graph is rewritten to compute in fp16 where that is safe, by the rule of torch's
-autocast: products, convolutions and what is elementwise in fp16; norms, softmax, sums and whatever leads to a sine of
-the timestep (999 has an error of 0.25 in fp16) in float32. Inputs and outputs stay float32.
+Graphs store 16-bit weights and compute in float32 (`external_weights`). A strongly typed library does exactly that, and
+tensor cores would stay idle. So a graph is rewritten to compute in fp16 where that is safe, by the rule of torch's
+autocast: products, convolutions and elementwise operators in fp16; norms, softmax, sums and the path to the sine of the
+timestep (fp16 has an error of 0.25 at 999) in float32. Inputs and outputs stay float32.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ FULL = frozenset(
         *("GroupNormalization", "InstanceNormalization", "LayerNormalization"),
     )
 )
-"""Operators that stay in float32 (torch.amp's list: docs.pytorch.org/docs/stable/amp.html)."""
+"""Operators that stay in float32 (the list of torch.amp, docs.pytorch.org/docs/stable/amp.html)."""
 
 _FLOAT_INPUTS = {"Resize": (1, 2)}
-"""Inputs that are float32 by definition, whatever the operator computes in (onnx.ai/onnx/operators)."""
+"""Inputs that are float32 by definition of the operator (onnx.ai/onnx/operators)."""
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def dtypes_in(path: Path) -> set[str]:
-    """ONNX's names of the number types in the graph file `path`: weights, and what casts give."""
+    """ONNX's names of the number types in a graph file: those of weights, and results of casts."""
     model = ir.load(path)
     found = {str(value.dtype.name) for value in model.graph.initializers.values() if value.dtype is not None}
     for node in model.graph.all_nodes():
@@ -40,7 +40,7 @@ def dtypes_in(path: Path) -> set[str]:
 
 
 def write_half_graph(path: Path, target: Path) -> None:
-    """Write the graph of `path` in fp16 to `target`; its weights are expected beside it, as they lie beside `path`.
+    """Write the graph of `path` in fp16 to `target`, which needs the weight files of `path` beside it.
 
     There is no bf16: up to opset 21 ONNX has no convolution in it (onnx.ai/onnx/operators/onnx__Conv.html).
 
@@ -54,7 +54,7 @@ def write_half_graph(path: Path, target: Path) -> None:
 
 
 class _Rewriter:
-    """Gives every node of a graph float32 or the half type, and casts values where the two meet."""
+    """Gives every node of a graph float32 or fp16, and casts values between the two."""
 
     def __init__(self, model: ir.Model, half: ir.DataType) -> None:
         self._graph, self._half = model.graph, half
@@ -66,7 +66,7 @@ class _Rewriter:
         stays = self._timestep_path()
         for node in list(self._graph):
             if any(isinstance(attribute.value, ir.Graph) for attribute in node.attributes.values()):
-                raise ExportError(f"found operator {node.op_type} with a graph of its own; it cannot be typed anew")
+                raise ExportError(f"found operator {node.op_type} with a graph of its own; its types cannot be changed")
             self._retype(node, node in stays or node.op_type in FULL)
         for output, dtype in outputs.items():
             if output.dtype != dtype:
@@ -78,7 +78,7 @@ class _Rewriter:
             self._retype_cast(node, full)
             return
         if node.op_type == "Constant" and not full:
-            return  # cast where it is used; libraries fold it
+            return  # it is cast where it is used; libraries fold that
         for index, value in enumerate(node.inputs):
             exempt = index in _FLOAT_INPUTS.get(node.op_type, ())
             if value is not None and value.dtype in (ir.DataType.FLOAT, self._half):
@@ -95,10 +95,10 @@ class _Rewriter:
                 output.dtype = wanted
 
     def _retype_cast(self, node: ir.Node, full: bool) -> None:
-        """A cast of a weight to float32 gives halves at once, or goes where it held halves anyway."""
+        """Let the cast of a weight to float32 give fp16 instead; drop it if the weight is in fp16."""
         (source,), (output,) = node.inputs, node.outputs
         assert source is not None, "a cast has an input"
-        # A timestep or a length does not fit 11 bits; it is rounded only where it meets halves.
+        # A timestep or a length does not fit 11 bits; it is cast only where it is combined with fp16 values.
         if full or node.attributes["to"].as_int() != ir.DataType.FLOAT or source.dtype not in _FLOATS:
             return
         if source.dtype == self._half and not output.is_graph_output():
@@ -109,7 +109,7 @@ class _Rewriter:
         output.dtype = self._half
 
     def _as(self, value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:
-        """`value` in `dtype`, cast once for all its users."""
+        """`value` in `dtype`, with one cast for all its users."""
         if value.dtype == dtype:
             return value
         if (value, dtype) not in self._casts:
@@ -125,7 +125,7 @@ class _Rewriter:
         return self._casts[value, dtype]
 
     def _cast_output(self, output: ir.Value, dtype: ir.DataType | None) -> None:
-        """Put a cast behind what computes a graph output; the output keeps its name."""
+        """Add a cast after the producer of a graph output, which keeps its name."""
         assert dtype is not None
         index = list(self._graph.outputs).index(output)
         name, output.name = output.name, f"{output.name}/half"
@@ -136,7 +136,7 @@ class _Rewriter:
         self._graph.outputs[index] = cast
 
     def _timestep_path(self) -> set[ir.Node]:
-        """The nodes whose values end in a sine or cosine."""
+        """All nodes that a sine or cosine depends on."""
         found: set[ir.Node] = set()
         todo = [node for node in self._graph if node.op_type in ("Sin", "Cos")]
         while todo:

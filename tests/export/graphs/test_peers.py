@@ -48,8 +48,9 @@ def test_passes_of_a_step(peers: ModuleType, name: str, control: int) -> None:
     assert unet[3:] == [2, 2, 2]
     # A step is more than two passes of the U-Net alone, and what runs once a picture comes on top.
     with torch.inference_mode(), peers.FlopCounterMode(display=False) as counter:
+        fresh = build_mini(MiniConfig.tiny())
         contexts = torch.zeros(2, 3, base.config.tokens, base.context_dim)
-        base.eps(torch.zeros(2, 4, 8, 8), torch.tensor([1, 1]), contexts)
+        fresh.eps(torch.zeros(2, 4, 8, 8), torch.tensor([1, 1]), contexts)
     assert counter.get_total_flops() // 2 < two - one < one
 
 

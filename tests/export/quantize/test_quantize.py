@@ -100,7 +100,7 @@ def run_kept(calibration: Calibration, kept: Iterable[str], feeds: dict[str, np.
     """What the graph gives with the `kept` layers in float."""
     (folder := calibration.folder / "quantised").mkdir(exist_ok=True)
     with WeightFile(folder) as weights:
-        weights.save(calibration.quantised(kept), calibration.folder, "quantised.onnx")
+        weights.save(calibration.quantized(kept), calibration.folder, "quantised.onnx")
     session = onnxruntime.InferenceSession(folder / "quantised.onnx", providers=["CPUExecutionProvider"])
     return np.asarray(session.run(None, feeds)[0])
 
@@ -158,7 +158,7 @@ def test_onnx_runtime_computes_convolutions_and_products_in_int8(
 ) -> None:
     calibration = calibrated(toy(tmp_path), draw(4))
     assert calibration.layers == ("conv1", "conv2", "linear/half0", "linear/half1")
-    onnx.save(calibration.quantised([]), tmp_path / "quantised.onnx")
+    onnx.save(calibration.quantized([]), tmp_path / "quantised.onnx")
 
     class Options(onnxruntime.SessionOptions):
         def __init__(self) -> None:
@@ -174,7 +174,7 @@ def test_onnx_runtime_computes_convolutions_and_products_in_int8(
 
 
 def test_openvino_computes_convolutions_and_products_in_int8(tmp_path: Path) -> None:
-    model = calibrated(toy(tmp_path), draw(4)).quantised([])
+    model = calibrated(toy(tmp_path), draw(4)).quantized([])
     onnx.save(model, tmp_path / "quantised.onnx")
     compiled = openvino.Core().compile_model(tmp_path / "quantised.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     found = collections.defaultdict(set)
@@ -196,8 +196,8 @@ def test_eight_bits_stay_near_and_a_layer_that_is_kept_is_computed_as_before(tmp
     errors = [error(run_kept(calibration, kept, feeds), expected) for kept in ([], calibration.layers)]
     assert 1e-4 < errors[0] < 0.05
     assert errors[1] < 1e-5
-    half = kinds(calibration.quantised(["conv1", "linear/half0"]))
-    assert half["DequantizeLinear"] < kinds(calibration.quantised([]))["DequantizeLinear"]
+    half = kinds(calibration.quantized(["conv1", "linear/half0"]))
+    assert half["DequantizeLinear"] < kinds(calibration.quantized([]))["DequantizeLinear"]
 
 
 def test_the_numbers_are_those_of_onnx_runtimes_quantiser(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_the_numbers_are_those_of_onnx_runtimes_quantiser(tmp_path: Path) -> Non
     )  # fmt: skip
     quantizer.quantize_model()
     theirs = quantizer.model.model
-    ours = calibrated(path, draw(4)).quantised([])
+    ours = calibrated(path, draw(4)).quantized([])
 
     def numbers(model: Any) -> list[bytes]:
         tensors = [numpy_helper.to_array(tensor) for tensor in model.graph.initializer]
@@ -248,7 +248,7 @@ def test_a_bias_that_outweighs_its_weights_is_kept(tmp_path: Path) -> None:
             array[:4], array[4:8] = 0, array[4:8] * 1e-12
             tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
     onnx.save(model, path := tmp_path / "light.onnx")
-    quantised = calibrated(path, draw(4)).quantised([])
+    quantised = calibrated(path, draw(4)).quantized([])
     tensors = {
         tensor.name: numpy_helper.to_array(tensor)
         for tensor in (*quantised.graph.initializer, *model.graph.initializer)
@@ -303,7 +303,7 @@ def test_what_cannot_be_done_with_a_quantised_bundle_is_refused(quantised: Bundl
         quantize_bundle(quantised, tmp_path / "again", QuantizeOptions(**SMALL))
     with pytest.raises(TrainingError, match="name the bundle that it was made from"):
         load_base(quantised.path)
-    with pytest.raises(UsageError, match=r"quantised for processors.*mini \(fp16\)"):
+    with pytest.raises(UsageError, match=r"quantized for CPUs.*mini \(fp16\)"):
         compile_bundle(quantised.path, CompileOptions("tensorrt-rtx"), tmp_path / "engines")
     assert not (tmp_path / "engines").exists()
 
@@ -344,7 +344,7 @@ def test_encoder_and_decoder_in_int8_where_that_is_asked_for(bundles: dict[str, 
 
 def test_all_faults_of_options_at_once(bundles: dict[str, Bundle], tmp_path: Path) -> None:
     wrong = QuantizeOptions(pictures=0, size=65, smooth=1.5, also=frozenset({"controlnet_cond"}))
-    with pytest.raises(UsageError, match=r"(?s)0 pictures.*size of 65.*smooth of 1.5.*also hint"):
+    with pytest.raises(UsageError, match=r"(?s)0 pictures.*size of 65.*smooth of 1.5.*also controlnet_cond"):
         quantize_bundle(bundles["fp32"], tmp_path / "out", wrong)
 
 

@@ -81,7 +81,7 @@ def channel_minmax(path: Path, feeds: Iterable[dict[str, np.ndarray]]) -> dict[s
     )
     for given in feeds:
         observer(given)
-    return observer.reach
+    return observer.min_max
 
 
 def test_groups_are_what_shares_a_norm_and_what_ends_a_gate(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_outliers_shrink_and_eight_bits_lose_less(tmp_path: Path) -> None:
         calibration.close()
         if alpha is not None:
             calibration.smooth(alpha)
-        errors[alpha] = error(run(calibration.quantised([]), feeds), expected)
+        errors[alpha] = error(run(calibration.quantized([]), feeds), expected)
     assert errors[0.5] < errors[None] / 2, errors
     before = channel_minmax(path, draw(8))
     model = onnx.load(path)
@@ -157,7 +157,7 @@ def test_ranges_of_a_smoothed_calibration_are_those_of_the_smoothed_graph(tmp_pa
         calibration(given)
     calibration.close()
     for name, found in calibration.ranges.items():
-        np.testing.assert_allclose(predicted[name].given, found.given, rtol=1e-4)
+        np.testing.assert_allclose(predicted[name].input, found.input, rtol=1e-4)
 
 
 def test_a_channel_that_is_always_zero_is_left_as_it_is(tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_the_command_compiles_where_the_runtime_looks(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["compile", "--backend", "tensorrt-rtx", "--sides", "1,2"], "expected three whole numbers"),
-        (["--style", "x", "--sm", "8.9"], "expected --backend tensorrt-rtx with it"),
+        (["--style", "x", "--backend", "tensorrt-rtx"], "found --backend, which belongs to a whole bundle"),
         (["compile", "--backend", "tensorrt-rtx", "--compute-dtype", "bf16"], "compiled in fp32 or fp16"),
         (["compile", "--backend", "tensorrt-rtx", "--compute-dtype", "fp8"], "--compute-dtype fp8 was removed"),
         (["compile", "--backend", "tensorrt", "--quantised", "x"], "lsast-export compile --quantised was removed"),
