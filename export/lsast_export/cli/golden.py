@@ -46,7 +46,7 @@ def golden_command(prefix: Path, backend: str, tolerance: float) -> None:
     """
     require_extra("export", "torch", "diffusers", "onnx", "onnxscript")
     from ..parity.golden.compare import check_golden
-    from ..parity.golden.reader import read_golden
+    from ..parity.golden.golden_set import read_golden
     from ..parity.parity import past_tolerance
     from .phase_timer import PhaseTimer
 

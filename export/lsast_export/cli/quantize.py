@@ -26,8 +26,8 @@ def _refuse(ctx: click.Context, param: click.Parameter, value: str | None) -> No
     """Say what to do instead of a storage type that was removed."""
     if value not in (None, "int8"):
         raise click.UsageError(
-            f"found --storage-dtype {value}; expected int8, the only one since int8-weights was removed: for less memory "
-            "export in fp16"
+            f"found --storage-dtype {value}; expected int8, the only one since int8-weights was removed: for less "
+            "memory export in fp16"
         )
 
 

@@ -176,9 +176,7 @@ def _check_interface(model: ir.Model, spec: GraphSpec) -> None:
             if not fits or dtype != tensor.dtype:
                 faults.append(f"{side} {tensor.name}: found {dtype} {[str(axis) for axis in shape]}; expected {tensor}")
     if faults:
-        raise ExportError(
-            fault_list(f"the exported graph {spec.name!r} has another interface:", faults)
-        )
+        raise ExportError(fault_list(f"the exported graph {spec.name!r} has another interface:", faults))
 
 
 def _detach_weights(model: ir.Model, names: set[str]) -> tuple[str, ...]:

@@ -3,8 +3,7 @@
 Both run what the runtime runs: `TimestepSchedule` and the solver ``ddim_lsast``. In torch the denoiser is the base as
 it is trained, contexts projected inside each attention; on a backend it is the exported ``controlnet_cond`` and
 ``denoiser`` graphs with baked keys and values, fed as `lsast.sampling.sampler.denoise` feeds them. Keys and values stay
-float32 here; style files hold float16. The residuals, which are no output of the denoiser, are read from a copy of its
-graph that has them as further outputs and is otherwise the same.
+float32 here; style files hold float16. The exported denoiser has the residuals as further outputs.
 
 Every step is computed twice: from the recorded latent, and (``free_…``) from the latent that our own run has reached.
 """
@@ -21,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from lsast_engines.backends.registry import require_backend
@@ -29,7 +27,7 @@ from lsast_engines.diffusion.guidance import guide
 from lsast_engines.diffusion.solvers import make_solver
 from lsast_engines.errors import ExportError, fault_list
 from lsast_train.base.base import Base, BaseConfig, build_base
-from lsast_train.checkpoints.compvis import HEADS, UNET, controlnet_weights, section, unet_weights
+from lsast_train.checkpoints.compvis import UNET, controlnet_weights, section, unet_weights
 from lsast_train.evaluation import noise_error
 from lsast_train.prompts.prompt_space import PromptSpace
 
@@ -55,7 +53,7 @@ class GoldenReport:
     architecture: dict[str, object]
     """The networks: the widths of their weights, and their heads."""
     notes: tuple[str, ...]
-    """Conclusions about what the set does not say, and what was not compared."""
+    """What was not compared."""
     seconds: float
 
     @property
@@ -85,7 +83,8 @@ def check_golden(
     if backend != TORCH:
         require_backend(backend)
     progress("building the networks")
-    base, architecture, notes = golden_base(golden)
+    base, architecture = golden_base(golden)
+    notes: tuple[str, ...] = ()
     errors: dict[str, float] = {}
     with torch.no_grad(), ExitStack() as stack:
         if backend == TORCH:
@@ -101,20 +100,19 @@ def check_golden(
         progress("training steps")
         errors |= _training_errors(base, golden)
     elif golden.training:
-        notes = (*notes, f"training: not compared on {backend}; nothing is trained there")
+        notes = (f"training: not compared on {backend}; nothing is trained there",)
     return GoldenReport(golden.prefix, backend, tolerance, errors, architecture, notes, time.perf_counter() - begin)
 
 
-def golden_base(golden: GoldenSet) -> tuple[Base, dict[str, object], tuple[str, ...]]:
-    """The base of a golden set (without an autoencoder), its architecture, and the set's notes with further ones.
+def golden_base(golden: GoldenSet) -> tuple[Base, dict[str, object]]:
+    """The base of a golden set (without an autoencoder), and its architecture.
 
     Raises:
         TrainingError: weights that are no U-Net or ControlNet.
         ExportError: networks that do not fit one another or the inputs; all faults at once.
     """
-    # Built with one head, which divides every width; `_find_heads` sets the real number.
-    unet = unet_weights(golden.unet, golden.heads or 1).build()
-    controlnet = controlnet_weights(golden.control, golden.heads or 1).build()
+    unet = unet_weights(golden.unet, heads=golden.heads).build()
+    controlnet = controlnet_weights(golden.control, heads=golden.heads).build()
     widths = [int(width) for width in unet.config.block_out_channels]
     channels = int(section(golden.unet, UNET)["input_blocks.0.0.weight"].shape[0])
     architecture: dict[str, object] = {
@@ -122,6 +120,7 @@ def golden_base(golden: GoldenSet) -> tuple[Base, dict[str, object], tuple[str, 
         "channel_mult": [width // channels for width in widths],
         "num_res_blocks": int(unet.config.layers_per_block),
         "context_dim": int(unet.config.cross_attention_dim),
+        "num_heads": golden.heads,
     }
     cells = 2 ** (len(widths) - 1)
     faults = [
@@ -129,8 +128,8 @@ def golden_base(golden: GoldenSet) -> tuple[Base, dict[str, object], tuple[str, 
         for name in ("block_out_channels", "layers_per_block", "cross_attention_dim", "in_channels")
         if unet.config[name] != controlnet.config[name]
     ]
-    if golden.contexts.shape[3] != unet.config.cross_attention_dim:
-        faults.append(f"contexts: found {golden.contexts.shape[3]} channels; expected {architecture['context_dim']}")
+    if golden.contexts.shape[2] != unet.config.cross_attention_dim:
+        faults.append(f"contexts: found {golden.contexts.shape[2]} channels; expected {architecture['context_dim']}")
     if golden.z0.shape[1] != unet.config.in_channels:
         faults.append(f"z0: found {golden.z0.shape[1]} channels; expected {unet.config.in_channels}")
     if any(side % cells for side in golden.z0.shape[2:]):
@@ -144,50 +143,21 @@ def golden_base(golden: GoldenSet) -> tuple[Base, dict[str, object], tuple[str, 
         name=golden.prefix.name,
         family="sd15",
         prediction="epsilon",
-        tokens=int(golden.contexts.shape[2]),
+        tokens=int(golden.contexts.shape[1]),
         size=64,
         latent_scale=0.18215,
         noise=golden.schedule.noise,
         multiple=8 * cells,
     )
     base = build_base(config, "0" * 64, unet, controlnet, nn.Identity(), golden.unconditional)
-    heads, notes = golden.heads, golden.notes
-    if heads is None:
-        heads = _find_heads(base, golden, widths)
-        notes = (*notes, f"num_heads: not in the metadata; {heads} fits the recorded residuals best")
-    return base, {**architecture, "num_heads": heads}, notes
-
-
-def _find_heads(base: Base, golden: GoldenSet, widths: list[int]) -> int:
-    """The number of attention heads, which weights do not tell, that repeats the recorded residuals best; it is set."""
-
-    def set_heads(heads: int) -> None:
-        for network in (base.unet, base.controlnet):
-            for module in network.modules():
-                if isinstance(module, Attention):
-                    module.heads = heads
-                    module.scale = (int(module.to_q.out_features) // heads) ** -0.5
-
-    denoiser = TorchDenoiser(base, golden)
-    first = golden.schedule.steps[0]
-    errors: dict[int, float] = {}
-    with torch.no_grad():
-        for heads in (count for count in range(1, min(widths) + 1) if not any(width % count for width in widths)):
-            set_heads(heads)
-            found = denoiser.residuals(golden.latents_in[0].numpy(), first.t, first.stage)
-            errors[heads] = max(error for _, error in _residual_errors(found, golden))
-    chosen = min(errors, key=lambda heads: (errors[heads], heads != HEADS))
-    set_heads(chosen)
-    return chosen
+    return base, architecture
 
 
 def _sampling_errors(golden: GoldenSet, denoiser: Denoiser) -> Iterator[tuple[str, float]]:
     """Name and error of every comparison, steps one after another."""
     schedule = golden.schedule
     solver = make_solver(schedule.solver, schedule.noise, schedule)
-    if golden.timesteps is not None:
-        found = np.array([step.t for step in schedule.steps])
-        yield "timesteps", _error("timesteps", found, np.array(golden.timesteps))
+    yield "timesteps", _error("timesteps", [step.t for step in schedule.steps], golden.timesteps)
     x = schedule.add_noise(golden.z0.numpy(), golden.noise.numpy(), schedule.start_t)
     yield "start_latent", _error("start_latent", x, golden.start_latent)
     first = schedule.steps[0]
@@ -240,6 +210,4 @@ def _residual_errors(found: list[Array], golden: GoldenSet) -> Iterator[tuple[st
 
 
 def _error(name: str, found: npt.ArrayLike, expected: npt.ArrayLike) -> float:
-    """`relative_error` in float64, of arrays that may differ in axes of length 1."""
-    ours, theirs = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    return relative_error(ours, theirs.reshape(ours.shape) if ours.size == theirs.size else theirs, name)
+    return relative_error(np.asarray(found, np.float64), np.asarray(expected, np.float64), name)

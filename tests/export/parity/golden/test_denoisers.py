@@ -16,7 +16,7 @@ from lsast_engines.errors import MissingExtraError
 from lsast_export.cli.golden import golden_command
 from lsast_export.parity.golden import compare as golden
 from lsast_export.parity.golden import denoisers as golden_denoisers
-from lsast_export.parity.golden.reader import read_golden
+from lsast_export.parity.golden.golden_set import read_golden
 
 BACKENDS = sorted(available_backends())
 
