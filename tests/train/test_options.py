@@ -9,7 +9,7 @@ from lsast_engines.errors import UsageError
 from lsast_train.options import PRESETS, TrainOptions, style_name_faults
 
 
-def test_the_paper_preset_is_the_papers() -> None:
+def test_paper_preset_has_the_papers_values() -> None:
     paper = PRESETS["paper"]
     assert (paper.steps, paper.batch, paper.size, paper.lr, paper.weight_decay) == (100_000, 1, 512, 5e-6, 0.01)
     assert (paper.variant, paper.generator, paper.weighting) == ("step+layer", "attention", "eps")
@@ -17,7 +17,7 @@ def test_the_paper_preset_is_the_papers() -> None:
     assert rates == pytest.approx([5e-6, 5e-6, 5e-7, 5e-7])
 
 
-def test_the_released_preset_is_the_released_codes() -> None:
+def test_released_preset_has_the_released_values() -> None:
     """docs/method.md §3."""
     released = PRESETS["released"]
     assert (released.steps, released.batch, released.size, released.weight_decay) == (100_000, 1, 512, 0.01)
@@ -33,7 +33,7 @@ def test_the_released_preset_is_the_released_codes() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["step", "cosine", "constant"])
-def test_learning_rates_are_those_of_torchs_schedulers(schedule: Any) -> None:
+def test_learning_rate_equals_torchs_schedulers(schedule: Any) -> None:
     options = TrainOptions(steps=40, lr=0.2, schedule=schedule, decay_after=15)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.2)
     scheduler: Any = {
@@ -48,7 +48,7 @@ def test_learning_rates_are_those_of_torchs_schedulers(schedule: Any) -> None:
         scheduler.step()
 
 
-def test_all_faults_are_named_at_once() -> None:
+def test_train_options_with_invalid_values_report_all() -> None:
     wrong: dict[str, Any] = {
         "variant": "layers", "generator": "mlp", "layout": "diagonal", "gradient": "none", "schedule": "linear",
         "prompt": "caption", "placeholder_tokens": 0,
@@ -63,21 +63,21 @@ def test_all_faults_are_named_at_once() -> None:
     assert sorted(line.split(":")[0].removeprefix("  - ") for line in lines) == sorted(wrong)
 
 
-def test_a_context_has_no_placeholder() -> None:
+def test_placeholder_tokens_with_prompt_context_raise() -> None:
     with pytest.raises(UsageError, match="placeholder_tokens: found 2 with prompt context"):
         TrainOptions(prompt="context", placeholder_tokens=2)
 
 
-def test_overlap_with_another_variant_is_refused() -> None:
+def test_layout_overlap_with_another_variant_raises() -> None:
     with pytest.raises(UsageError, match="overlap with variant 'step'"):
         TrainOptions(variant="step", layout="overlap")
 
 
 @pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "-x", "a b", "x" * 101, "naïve", "a\n"])
-def test_names_that_are_no_file_names_are_refused(name: str) -> None:
+def test_style_name_that_is_no_file_name_has_a_fault(name: str) -> None:
     assert len(style_name_faults(name)) == 1
 
 
 @pytest.mark.parametrize("name", ["vangogh", "Claude-Monet_2.1", "0"])
-def test_plain_names_are_fine(name: str) -> None:
+def test_style_name_of_letters_and_digits_is_valid(name: str) -> None:
     assert style_name_faults(name) == []

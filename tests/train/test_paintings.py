@@ -58,7 +58,9 @@ def odd_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_odd_pictures_are_used_rightly_or_named_in_one_line(odd_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_dataset_of_odd_pictures_uses_them_or_lists_them_in_one_line(
+    odd_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING, "lsast"):
         found = _by_name(PaintingDataset.load(odd_folder, 64, progress=False))
     assert set(found) == {
@@ -96,7 +98,7 @@ def test_odd_pictures_are_used_rightly_or_named_in_one_line(odd_folder: Path, ca
         (300, 97, "squash", (64, 64)),
     ],
 )
-def test_paintings_are_held_at_the_size_training_needs(
+def test_dataset_holds_paintings_at_the_size_of_training(
     tmp_path: Path, height: int, width: int, crop: Any, expected: tuple[int, int]
 ) -> None:
     for index in range(2):
@@ -106,14 +108,14 @@ def test_paintings_are_held_at_the_size_training_needs(
         assert painting.pixels.dtype == np.uint8
 
 
-def test_small_paintings_are_enlarged_to_the_training_size(tmp_path: Path) -> None:
+def test_dataset_enlarges_small_paintings_to_the_training_size(tmp_path: Path) -> None:
     for index in range(2):
         Image.fromarray(_gradient(64, 70) + np.uint8(index)).save(tmp_path / f"{index}.png")
     for painting in _by_name(PaintingDataset.load(tmp_path, 128, progress=False)).values():
         assert painting.pixels.shape == (128, 140, 3)
 
 
-def test_small_training_pictures_are_cut_from_paintings_at_the_scale_that_the_base_paints_at(tmp_path: Path) -> None:
+def test_dataset_with_a_larger_base_holds_paintings_at_the_scale_of_the_base(tmp_path: Path) -> None:
     for index in range(2):
         Image.fromarray(_gradient(96, 120) + np.uint8(index)).save(tmp_path / f"{index}.png")
     for painting in PaintingDataset.load(tmp_path, 64, painted=128, progress=False).training:
@@ -123,7 +125,7 @@ def test_small_training_pictures_are_cut_from_paintings_at_the_scale_that_the_ba
         assert painting.pixels.shape == (64, 64, 3)
 
 
-def test_too_few_pictures_are_refused(tmp_path: Path) -> None:
+def test_dataset_of_too_few_pictures_raises(tmp_path: Path) -> None:
     with pytest.raises(PictureError, match="found no folder"):
         PaintingDataset.load(tmp_path / "nowhere", 64, progress=False)
     with pytest.raises(PictureError, match="found no picture"):
@@ -133,7 +135,7 @@ def test_too_few_pictures_are_refused(tmp_path: Path) -> None:
         PaintingDataset.load(tmp_path, 64, progress=False)
 
 
-def test_the_split_holds_out_an_eighth_and_no_picture_ever_moves() -> None:
+def test_held_out_names_are_an_eighth_and_never_move() -> None:
     names = [f"{index}.jpg" for index in range(1000)]
     held = held_out_names(names)
     assert 90 < len(held) < 160
@@ -142,13 +144,13 @@ def test_the_split_holds_out_an_eighth_and_no_picture_ever_moves() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3, 7])
-def test_small_collections_have_both_sides(count: int) -> None:
+def test_held_out_names_of_few_pictures_are_some_but_not_all(count: int) -> None:
     for start in range(60):
         names = [f"{index}.jpg" for index in range(start, start + count)]
         assert 1 <= len(held_out_names(names)) < count
 
 
-def test_the_digest_tells_other_pixels_and_other_names(paintings: Path, tmp_path: Path) -> None:
+def test_dataset_digest_changes_with_pixels_and_names(paintings: Path, tmp_path: Path) -> None:
     def digest(folder: Path) -> str:
         return PaintingDataset.load(folder, 64, progress=False).digest
 
@@ -162,7 +164,7 @@ def test_the_digest_tells_other_pixels_and_other_names(paintings: Path, tmp_path
     assert len({original, renamed, digest(copy)}) == 3
 
 
-def test_views_are_windows_anywhere_in_the_painting() -> None:
+def test_random_crop_is_a_part_of_the_painting_anywhere() -> None:
     pixels = _gradient(70, 66)
     corners = set()
     for seed in range(200):
@@ -174,7 +176,7 @@ def test_views_are_windows_anywhere_in_the_painting() -> None:
     assert {left for _, left in corners} == set(range(3))
 
 
-def test_encoded_views_are_the_encoded_pictures_and_their_mirror_images(base: Base) -> None:
+def test_cached_latents_are_those_of_the_crops_and_their_mirror_images(base: Base) -> None:
     squares = [Painting(str(index), np.roll(_gradient(64, 64), 20 * index, axis=0)) for index in range(2)]
     views = CachedLatents.encode(base, squares, 64, 2, _generator())
     expected = []
@@ -186,7 +188,7 @@ def test_encoded_views_are_the_encoded_pictures_and_their_mirror_images(base: Ba
     assert len(CachedLatents.encode(base, squares, 64, 2, _generator(), mirrored=False)) == 2
 
 
-def test_fresh_views_draw_every_painting_either_way_round(base: Base) -> None:
+def test_online_latents_are_of_every_painting_mirrored_or_not(base: Base) -> None:
     squares = [Painting(str(index), np.roll(_gradient(64, 64), 20 * index, axis=0)) for index in range(2)]
     known = CachedLatents.encode(base, squares, 64, 2, _generator()).take(torch.arange(4), _generator())
     drawn = OnlineLatents(base, squares, 64).sample(40, _generator())
@@ -196,7 +198,7 @@ def test_fresh_views_draw_every_painting_either_way_round(base: Base) -> None:
 
 
 @pytest.mark.parametrize("kind", [CachedLatents, OnlineLatents])
-def test_latents_are_samples_of_the_posterior_in_the_units_of_the_unet(kind: Any) -> None:
+def test_latents_are_scaled_samples_of_the_posterior(kind: Any) -> None:
     def encode(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         shape = (len(image), 4, 8, 8)
         return torch.full(shape, 2.0), torch.full(shape, 3.0)

@@ -63,7 +63,7 @@ def _released_unet(unet: UNet2DConditionModel, noisy: Any, t: torch.Tensor, cont
 
 
 @pytest.mark.parametrize("time", [0, 99, 340, 999])
-def test_loss_and_gradient_are_those_of_a_unet_whose_encoder_runs_without_gradient(base: Base, time: int) -> None:
+def test_gradient_decoder_equals_a_unet_whose_encoder_runs_without_gradient(base: Base, time: int) -> None:
     base.config = replace(base.config, prediction="epsilon")
     torch.manual_seed(time)
     contexts, latents, noise = torch.randn(12, 4, 24), torch.randn(1, 4, 16, 16), torch.randn(1, 4, 16, 16)
@@ -85,7 +85,7 @@ def test_loss_and_gradient_are_those_of_a_unet_whose_encoder_runs_without_gradie
     torch.testing.assert_close(space.matrices.grad[stage + 2], window[2].grad[0], rtol=1e-4, atol=1e-7)
 
 
-def test_nothing_before_the_decoder_is_kept_for_the_way_back(base: Base) -> None:
+def test_gradient_decoder_keeps_nothing_before_the_decoder(base: Base) -> None:
     space = _space(torch.randn(12, 4, 24))
     seen: dict[str, bool] = {}
     for name in ("conv_in", "mid_block", "up_blocks.0", "conv_out"):
@@ -117,7 +117,7 @@ def test_noise_error_of_a_released_training_step_is_the_recorded_one(golden: Gol
         assert error < 1e-4
 
 
-def test_the_released_preset_trains_the_generators_last_rows_of_decoder_prompts_only(
+def test_released_preset_trains_only_the_last_rows_of_decoder_prompts(
     text_base: Base, paintings: Path, tmp_path: Path
 ) -> None:
     """Its first step: AdamW moves what has a gradient by the learning rate and lets the rest decay (docs/method.md
@@ -134,7 +134,7 @@ def test_the_released_preset_trains_the_generators_last_rows_of_decoder_prompts_
     assert moved[[k for k in range(30) if k != index]].max() < 5e-8  # float32's rounding
 
 
-def test_the_written_out_unet_is_diffusers_own_where_all_contexts_are_one(base: Base) -> None:
+def test_reference_unet_with_equal_contexts_is_diffusers_own(base: Base) -> None:
     """The oracle above is sound."""
     noisy, t, context = torch.randn(1, 4, 16, 16), torch.tensor([7]), torch.randn(1, 4, 24)
     expected = _stock(base.unet)(noisy, t, context, return_dict=False)[0]

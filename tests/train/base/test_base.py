@@ -28,7 +28,7 @@ def _inputs(base: Base) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch
 
 
 @pytest.mark.parametrize("controlled", [False, True])
-def test_three_equal_contexts_are_diffusers_one_context(base: Base, controlled: bool) -> None:
+def test_eps_with_equal_contexts_equals_stock_diffusers(base: Base, controlled: bool) -> None:
     latent, times, context, edges = _inputs(base)
     residuals = {}
     if controlled:
@@ -46,7 +46,7 @@ def test_three_equal_contexts_are_diffusers_one_context(base: Base, controlled: 
 
 
 @pytest.mark.parametrize("group", [0, 1, 2], ids=["down", "mid", "up"])
-def test_every_group_reads_its_own_context(base: Base, group: int) -> None:
+def test_eps_changes_with_the_context_of_every_group(base: Base, group: int) -> None:
     latent, times, context, _ = _inputs(base)
     contexts = context[:, None].repeat(1, 3, 1, 1)
     before = base.eps(latent, times, contexts)

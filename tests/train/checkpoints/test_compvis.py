@@ -43,7 +43,7 @@ def _same(built: Any, original: Any) -> None:
 
 
 @pytest.mark.parametrize(("shape", "prefixed"), [(SD15_LIKE, True), (OTHER, False)], ids=["sd15", "other"])
-def test_unet_and_controlnet_predict_what_they_did(compvis: Any, shape: dict[str, Any], prefixed: bool) -> None:
+def test_compvis_unet_and_controlnet_predict_as_before(compvis: Any, shape: dict[str, Any], prefixed: bool) -> None:
     networks = compvis.random_networks(shape)
     heads = shape["attention_head_dim"]
     names = ("model.diffusion_model.", "control_model.") if prefixed else ("", "")
@@ -65,7 +65,7 @@ def test_unet_and_controlnet_predict_what_they_did(compvis: Any, shape: dict[str
     assert torch.equal(*outputs)
 
 
-def test_autoencoder_and_text_encoder_compute_what_they_did(compvis: Any, compvis_base: Any) -> None:
+def test_compvis_autoencoder_and_text_encoder_compute_as_before(compvis: Any, compvis_base: Any) -> None:
     tensors = {**compvis_base.tensors, "first_stage_model.loss.logvar": torch.zeros(())}
     vae = vae_weights(tensors).build()
     expected = compvis_base.networks["autoencoder"]
@@ -82,7 +82,7 @@ def test_autoencoder_and_text_encoder_compute_what_they_did(compvis: Any, compvi
     )
 
 
-def test_weights_are_shared_unless_they_are_converted(compvis: Any, compvis_base: Any) -> None:
+def test_built_network_shares_weights_of_the_same_dtype(compvis: Any, compvis_base: Any) -> None:
     unet = unet_weights(compvis_base.tensors).build()
     stored = compvis_base.tensors["model.diffusion_model.out.2.weight"]
     assert unet.conv_out.weight.data_ptr() == stored.data_ptr()
@@ -91,7 +91,7 @@ def test_weights_are_shared_unless_they_are_converted(compvis: Any, compvis_base
     assert torch.equal(half.conv_out.weight, stored.half())
 
 
-def test_what_is_missing_left_over_or_of_another_shape_is_named(compvis_base: Any) -> None:
+def test_compvis_weights_that_do_not_fit_are_named(compvis_base: Any) -> None:
     tensors = {key: value for key, value in compvis_base.tensors.items() if key.startswith("model.diffusion_model.")}
     prefix = "model.diffusion_model."
     missing = dict(tensors)

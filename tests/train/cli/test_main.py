@@ -48,7 +48,7 @@ def _python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
 
 
-def test_it_trains_and_prints_the_prompt_file(
+def test_train_command_prints_the_prompt_file(
     capsys: pytest.CaptureFixture[str], base_folder: Path, paintings: Path, tmp_path: Path
 ) -> None:
     code, out, err = _run(
@@ -70,7 +70,7 @@ def test_it_trains_and_prints_the_prompt_file(
     ]
 
 
-def test_json_gives_the_whole_outcome(
+def test_train_command_with_json_prints_the_result(
     capsys: pytest.CaptureFixture[str], base_folder: Path, paintings: Path, tmp_path: Path
 ) -> None:
     arguments = ["--images", paintings, "--base", base_folder, "--out", tmp_path / "there", "--json", *BRIEF]
@@ -83,7 +83,7 @@ def test_json_gives_the_whole_outcome(
     assert Path(result["curve"]).parent == tmp_path / "there"
 
 
-def test_a_published_base_learns_prompts_through_its_text_encoder(
+def test_train_command_on_a_published_base_uses_its_text_encoder(
     capsys: pytest.CaptureFixture[str], compvis_base: Any, paintings: Path, tmp_path: Path
 ) -> None:
     code, out, err = _run(
@@ -118,7 +118,9 @@ def test_a_published_base_learns_prompts_through_its_text_encoder(
         (["monet"], "No such command"),
     ],
 )
-def test_wrong_usage_is_code_2(capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str) -> None:
+def test_train_command_with_wrong_usage_exits_with_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
+) -> None:
     code, out, err = _run(capsys, *arguments)
     assert (code, out) == (2, "")
     assert err.startswith("Error: ")
@@ -126,7 +128,7 @@ def test_wrong_usage_is_code_2(capsys: pytest.CaptureFixture[str], arguments: li
     assert "Traceback" not in err
 
 
-def test_a_failure_is_one_line_and_code_1(
+def test_train_command_that_fails_prints_one_line_and_exits_with_1(
     capsys: pytest.CaptureFixture[str], base_folder: Path, tmp_path: Path
 ) -> None:
     code, _, err = _run(capsys, "--style", "red", "--images", tmp_path / "nowhere", "--base", base_folder)
@@ -134,7 +136,7 @@ def test_a_failure_is_one_line_and_code_1(
     assert _errors(err) == [f"Error: found no folder {tmp_path / 'nowhere'}; expected a folder of pictures"]
 
 
-def test_the_unexpected_is_one_line_too_and_a_traceback_with_debug(
+def test_train_command_with_debug_prints_a_traceback(
     capsys: pytest.CaptureFixture[str], base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object, **__: object) -> None:
@@ -150,7 +152,7 @@ def test_the_unexpected_is_one_line_too_and_a_traceback_with_debug(
     assert "Traceback" in err
 
 
-def test_ctrl_c_while_the_paintings_are_read_is_one_line_and_code_130(
+def test_interrupt_while_reading_prints_one_line_and_exits_with_130(
     capsys: pytest.CaptureFixture[str], base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def pressed(*_: object, **__: object) -> None:
@@ -161,7 +163,7 @@ def test_ctrl_c_while_the_paintings_are_read_is_one_line_and_code_130(
     assert (code, _errors(err)) == (130, ["Error: interrupted"])
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_resume_goes_on(
+def test_interrupt_in_training_leaves_a_checkpoint_to_resume(
     capsys: pytest.CaptureFixture[str], base_folder: Path, paintings: Path, tmp_path: Path
 ) -> None:
     """The process gets a real SIGINT as soon as the run listens for it."""
@@ -189,7 +191,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_goes_on(
     assert "goes on after step" in err
 
 
-def test_help_needs_no_torch_and_a_missing_extra_is_one_line() -> None:
+def test_help_works_without_torch_and_training_names_the_extra() -> None:
     blocked = "import sys\nfor name in ('torch', 'diffusers', 'accelerate'): sys.modules[name] = None\n"
     run = "from lsast_train.__main__ import main\nmain(%r)"
     shown = _python(blocked + run % ["--help"])
@@ -202,7 +204,7 @@ def test_help_needs_no_torch_and_a_missing_extra_is_one_line() -> None:
         assert refused.stderr == "Error: torch is not installed; install it with: pip install 'lsast[train]'\n"
 
 
-def test_mini_is_a_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
+def test_mini_command_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = _run(capsys, "mini", "--help")
     assert code == 0
     assert "Usage: lsast-train mini" in out

@@ -9,7 +9,7 @@ from lsast_train.base.style_encoder import PATCH, StyleEncoder
 from lsast_train.mini.architecture import MiniConfig, build_mini
 
 
-def test_style_tokens_do_not_depend_on_where_a_patch_stands() -> None:
+def test_style_tokens_do_not_depend_on_the_order_of_patches() -> None:
     torch.manual_seed(0)
     encoder = StyleEncoder(4, 24).eval()
     latents = torch.randn(2, 4, 16, 16)
@@ -27,7 +27,7 @@ def test_style_tokens_are_normalised() -> None:
     torch.testing.assert_close(tokens.std(-1, correction=0), torch.ones(3, 4), atol=1e-3, rtol=0)
 
 
-def test_decoding_is_local_so_that_pictures_can_be_of_any_size() -> None:
+def test_mini_decoder_is_local() -> None:
     torch.manual_seed(0)
     autoencoder = MiniAutoencoder((8, 8, 12), (16, 8, 8)).eval()
     latents = torch.randn(1, 4, 40, 8)
@@ -40,7 +40,7 @@ def test_decoding_is_local_so_that_pictures_can_be_of_any_size() -> None:
 
 
 @pytest.mark.parametrize("config", [MiniConfig(), MiniConfig.tiny()], ids=["embedded", "tiny"])
-def test_heads_are_wide_enough_and_every_group_reads_the_context(config: MiniConfig) -> None:
+def test_mini_has_wide_heads_and_cross_attention_in_every_group(config: MiniConfig) -> None:
     with torch.device("meta"):
         base = build_mini(config)
     layers = cross_attention_layers(base.unet)
@@ -50,7 +50,7 @@ def test_heads_are_wide_enough_and_every_group_reads_the_context(config: MiniCon
     assert min(layer.width // layer.module.heads for layer in layers) >= 16
 
 
-def test_the_same_seed_builds_the_same_base_and_leaves_the_global_generator_alone() -> None:
+def test_build_mini_of_the_same_seed_is_the_same() -> None:
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)

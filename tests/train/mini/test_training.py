@@ -11,11 +11,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 from diffusers import DDPMScheduler
-from safetensors.torch import load_file, save_file
 
 from lsast_engines.errors import TrainingError
 from lsast_train.base.attention import layer_contexts
-from lsast_train.base.lazy_base import load_base, save_base
 from lsast_train.base.mini_autoencoder import MiniAutoencoder
 from lsast_train.cli.mini import mini
 from lsast_train.mini.architecture import MiniConfig, build_mini
@@ -34,7 +32,7 @@ def data(picture_folders: list[Path], tmp_path_factory: pytest.TempPathFactory) 
     return LatentDataset(path)
 
 
-def test_the_target_is_diffusers_velocity(data: LatentDataset) -> None:
+def test_v_error_is_relative_to_diffusers_velocity(data: LatentDataset) -> None:
     base = build_mini(MiniConfig.tiny())
     learner = JointModel(base, 2)
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
@@ -54,7 +52,7 @@ def test_the_target_is_diffusers_velocity(data: LatentDataset) -> None:
         torch.testing.assert_close(base.eps_from_output(velocity, noisy, t), noise, atol=1e-5, rtol=1e-5)
 
 
-def test_rows_without_edges_are_untouched_by_controlnet(data: LatentDataset) -> None:
+def test_v_error_of_rows_without_edges_has_no_controlnet(data: LatentDataset) -> None:
     learner = JointModel(build_mini(MiniConfig.tiny()), 2)
     window = data.window(data.train[:4], 16, np.random.default_rng(0))
     noise, t = torch.randn_like(window.latents), torch.tensor([10, 300, 600, 900])
@@ -66,24 +64,24 @@ def test_rows_without_edges_are_untouched_by_controlnet(data: LatentDataset) -> 
     assert (half[:2] - none[:2]).abs().min() > 1e-6
 
 
-def test_learning_rate_warms_up_holds_and_decays() -> None:
+def test_learning_rate_factor_warms_up_holds_and_decays() -> None:
     options = BaseTrainingOptions(steps=1000, warmup=10)
     assert [learning_rate_factor(s, options) for s in (0, 9, 500, 799, 900, 1000)] == [0.1, 1, 1, 1, 0.5, 0]
 
 
-def test_training_learns_and_tokens_become_worth_reading(data: LatentDataset, tmp_path: Path) -> None:
+def test_train_base_lowers_the_loss_and_tokens_gain(data: LatentDataset, tmp_path: Path) -> None:
     base = build_mini(MiniConfig.tiny())
-    options = replace(TINY, steps=60, batch=12, lr=4e-3, style_lr=4e-3, evaluate_every=20)
+    options = replace(TINY, steps=40, batch=8, lr=4e-3, style_lr=4e-3, evaluate_every=20)
     train_base(base, data, options, tmp_path, resume=False)
     history = json.loads((tmp_path / "base.log.json").read_text())["history"]
-    assert [entry["step"] for entry in history] == [20, 40, 60]
-    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
+    assert [entry["step"] for entry in history] == [20, 40]
+    assert history[-1]["loss"] < 0.9 * history[0]["loss"]
     last = history[-1]["gain"][-1]
     assert last["t"] == 950
     assert last["own"] < last["other"]
 
 
-def test_resuming_restores_weights_average_and_optimiser(data: LatentDataset, tmp_path: Path) -> None:
+def test_resumed_train_base_restores_weights_and_refuses_another_size(data: LatentDataset, tmp_path: Path) -> None:
     first = build_mini(MiniConfig.tiny())
     train_base(first, data, replace(TINY, steps=3), tmp_path, resume=False)
     again = build_mini(MiniConfig.tiny(), seed=9)
@@ -95,7 +93,7 @@ def test_resuming_restores_weights_average_and_optimiser(data: LatentDataset, tm
         train_base(wider, data, TINY, tmp_path, resume=True)
 
 
-def test_the_autoencoder_nears_its_teacher(picture_folders: list[Path], teacher_folder: Path, tmp_path: Path) -> None:
+def test_train_autoencoder_nears_its_teacher(picture_folders: list[Path], teacher_folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     student = MiniAutoencoder((8, 8, 12), (16, 8, 8), (1, 1, 1), (1, 1, 1))
     teacher, crops = load_teacher(teacher_folder), Crops(picture_folders, 64)
@@ -107,31 +105,7 @@ def test_the_autoencoder_nears_its_teacher(picture_folders: list[Path], teacher_
     assert after["decoder_psnr_to_teacher"] > before["decoder_psnr_to_teacher"] + 3
 
 
-def test_a_saved_base_loads_to_the_same_predictions(tmp_path: Path) -> None:
-    base = build_mini(MiniConfig.tiny(), 4)
-    base.config = replace(base.config, training={"steps": "0"})
-    fingerprint = save_base(base, tmp_path)
-    loaded = load_base(tmp_path)
-    assert (loaded.fingerprint, loaded.config) == (fingerprint, base.config)
-    x, t = torch.randn(1, 4, 8, 8), torch.tensor([500])
-    contexts, edges = loaded.null_context.expand(1, 3, -1, -1), (torch.rand(1, 3, 64, 64) > 0.9).float()
-    with torch.no_grad():
-        assert torch.equal(loaded.eps(x, t, contexts, edges), base.eps(x, t, contexts, edges))
-
-
-def test_weights_that_do_not_fit_are_all_named(tmp_path: Path) -> None:
-    save_base(build_mini(MiniConfig.tiny()), tmp_path)
-    tensors = load_file(tmp_path / "base.safetensors")
-    tensors["unet.extra"] = tensors.pop("unet.conv_in.bias")
-    del tensors["controlnet.conv_in.weight"]
-    save_file(tensors, tmp_path / "base.safetensors")
-    with pytest.raises(TrainingError) as caught:
-        load_base(tmp_path)
-    for part in ("unet.conv_in.bias: missing", "unet.extra: not expected", "controlnet.conv_in.weight: missing"):
-        assert part in str(caught.value)
-
-
-def test_the_command_line_refuses_what_is_not_a_teacher(picture_folders: list[Path], tmp_path: Path) -> None:
+def test_mini_command_with_invalid_teacher_or_share_fails(picture_folders: list[Path], tmp_path: Path) -> None:
     root = str(picture_folders[0].parent)
     result = CliRunner().invoke(mini, ["--images", root, "--teacher", str(tmp_path), "--out", str(tmp_path / "o")])
     assert result.exit_code == 1

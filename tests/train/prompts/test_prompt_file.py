@@ -55,7 +55,7 @@ def file(tmp_path: Path) -> Path:
     ],
     ids=["default", "overlap", "global", "released"],
 )
-def test_a_file_gives_back_what_was_learned(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_load_prompts_gives_what_save_prompts_wrote(tmp_path: Path, options: dict[str, Any]) -> None:
     saved = _prompts(**options)
     save_prompts(saved, tmp_path / "a")
     found = load_prompts(tmp_path / "a")
@@ -68,7 +68,7 @@ def test_a_file_gives_back_what_was_learned(tmp_path: Path, options: dict[str, A
     assert all(torch.equal(found.tensors()[name], tensor) for name, tensor in saved.tensors().items())
 
 
-def test_stored_prompts_are_those_of_the_stored_matrices_and_maps(tmp_path: Path) -> None:
+def test_stored_prompts_are_those_of_the_stored_matrices_and_weights(tmp_path: Path) -> None:
     save_prompts(_prompts(), tmp_path / "a")
     found = load_prompts(tmp_path / "a")
     again = PromptSpace(torch.zeros(4, 8))
@@ -76,7 +76,7 @@ def test_stored_prompts_are_those_of_the_stored_matrices_and_maps(tmp_path: Path
     assert torch.equal(again.prompts(), found.prompts)
 
 
-def test_save_prompts_contexts_have_these_tensors_and_this_header(file: Path) -> None:
+def test_save_prompts_of_contexts_writes_these_tensors_and_this_header(file: Path) -> None:
     with safe_open(str(file), "pt") as opened:
         header = json.loads(opened.metadata()["lsast"])
         assert set(opened.keys()) == {"prompts", "matrices", "query", "key", "value"}
@@ -88,7 +88,7 @@ def test_save_prompts_contexts_have_these_tensors_and_this_header(file: Path) ->
 
 @pytest.mark.parametrize(("generator", "layout"), [("geglu", "overlap"), ("attention", "strided")])
 @pytest.mark.parametrize("tokens", [1, 2])
-def test_prompts_through_a_text_encoder_are_kept_with_what_went_in(
+def test_save_prompts_through_a_text_encoder_keeps_its_input(
     text_base: Base, tmp_path: Path, generator: Any, layout: Any, tokens: int
 ) -> None:
     text = PlaceholderEncoder(text_base.text_encoder)
@@ -112,7 +112,7 @@ def _unbound(**changes: Any) -> UnboundPrompts:
     )
 
 
-def test_embeddings_without_a_base_are_bound_later(text_base: Base, tmp_path: Path) -> None:
+def test_unbound_prompts_are_bound_to_a_base_later(text_base: Base, tmp_path: Path) -> None:
     path = tmp_path / "red.prompts.safetensors"
     save_prompts(_unbound(), path)
     with pytest.raises(StyleError, match=r"bound to no base; bind them with: lsast-export import .* --base"):
@@ -140,18 +140,18 @@ def test_embeddings_without_a_base_are_bound_later(text_base: Base, tmp_path: Pa
         ({"name": "../up"}, "letters, digits"),
     ],
 )
-def test_embeddings_that_do_not_fit_are_refused(change: dict[str, Any], expected: str) -> None:
+def test_unbound_prompts_that_do_not_fit_raise(change: dict[str, Any], expected: str) -> None:
     with pytest.raises(StyleError, match=expected):
         _unbound(**change)
 
 
-def test_embeddings_of_another_text_encoder_are_refused(text_base: Base) -> None:
+def test_unbound_prompts_of_another_text_encoder_raise(text_base: Base) -> None:
     unbound = _unbound(embeddings=torch.zeros(30, 1, 23))
     with pytest.raises(StyleError, match=r"23 channels; expected .* 24 channels"):
         unbound.bind(PlaceholderEncoder(text_base.text_encoder), "0" * 64)
 
 
-def test_the_header_of_unbound_embeddings_is_checked(tmp_path: Path) -> None:
+def test_load_unbound_prompts_with_an_invalid_header_raises(tmp_path: Path) -> None:
     path = tmp_path / "red.prompts.safetensors"
     save_prompts(_unbound(), path)
     _rewrite(path, lambda header: header.update(stages=True))
@@ -162,20 +162,20 @@ def test_the_header_of_unbound_embeddings_is_checked(tmp_path: Path) -> None:
         load_any_prompts(path)
 
 
-def test_equal_prompts_give_equal_bytes(tmp_path: Path) -> None:
+def test_save_prompts_of_equal_prompts_writes_equal_bytes(tmp_path: Path) -> None:
     for name in "ab":
         save_prompts(_prompts(), tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_prompts_of_another_base_are_refused(file: Path, base: Base) -> None:
+def test_load_prompts_of_another_base_raises(file: Path, base: Base) -> None:
     with pytest.raises(StyleError, match=r"learned on base abababababab.*; the base 'mini' is 000000000000"):
         load_prompts(file, base)
     base.fingerprint = FINGERPRINT
     assert load_prompts(file, base).name == "red"
 
 
-def test_a_pickle_is_refused_and_never_run(tmp_path: Path) -> None:
+def test_load_prompts_of_a_pickle_raises_and_runs_nothing(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
 
     class Bomb:
@@ -189,7 +189,7 @@ def test_a_pickle_is_refused_and_never_run(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-def test_files_that_are_something_else_are_refused(file: Path, tmp_path: Path) -> None:
+def test_load_prompts_of_another_file_raises(file: Path, tmp_path: Path) -> None:
     with pytest.raises(StyleError, match="learn one with: lsast-train"):
         load_prompts(tmp_path / "nowhere")
     save_file({"prompts": torch.zeros(1)}, tmp_path / "other")
@@ -203,7 +203,7 @@ def test_files_that_are_something_else_are_refused(file: Path, tmp_path: Path) -
         load_prompts(tmp_path / "nested")
 
 
-def test_a_changed_value_is_noticed(file: Path) -> None:
+def test_load_prompts_with_a_changed_value_raises(file: Path) -> None:
     raw = bytearray(file.read_bytes())
     raw[-3] ^= 1
     file.write_bytes(raw)
@@ -211,13 +211,13 @@ def test_a_changed_value_is_noticed(file: Path) -> None:
         load_prompts(file)
 
 
-def test_another_format_says_which_is_read(file: Path) -> None:
+def test_load_prompts_of_another_format_names_both(file: Path) -> None:
     _rewrite(file, lambda header: header.update(format=1))
     with pytest.raises(StyleError, match="has format 1; this version reads format 2"):
         load_prompts(file)
 
 
-def test_all_faults_of_a_header_are_named(file: Path) -> None:
+def test_load_prompts_with_an_invalid_header_reports_all_faults(file: Path) -> None:
     _rewrite(file, lambda header: header.update(name=3, base=None, generator=[], meta={"works": 7}, sha256="0"))
     with pytest.raises(StyleError) as caught:
         load_prompts(file)
@@ -227,13 +227,13 @@ def test_all_faults_of_a_header_are_named(file: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../../evil", "/etc/passwd", ""])
-def test_a_name_cannot_lead_out_of_the_style_folder(file: Path, name: str) -> None:
+def test_load_prompts_with_a_path_as_name_raises(file: Path, name: str) -> None:
     _rewrite(file, lambda header: header.update(name=name))
     with pytest.raises(StyleError, match="letters, digits"):
         load_prompts(file)
 
 
-def test_a_variant_that_does_not_fit_the_matrices_is_refused(file: Path) -> None:
+def test_load_prompts_with_matrices_of_another_variant_raises(file: Path) -> None:
     _rewrite(file, lambda header: header.update(variant="step", generator="direct"))
     with pytest.raises(StyleError) as caught:
         load_prompts(file)
@@ -255,6 +255,6 @@ def test_a_variant_that_does_not_fit_the_matrices_is_refused(file: Path) -> None
         ({"embeddings": torch.full((30, 4, 8), float("nan"))}, "embeddings: found NaN"),
     ],
 )
-def test_tensors_that_do_not_fit_are_refused(change: dict[str, Any], expected: str) -> None:
+def test_prompts_with_tensors_that_do_not_fit_raise(change: dict[str, Any], expected: str) -> None:
     with pytest.raises(StyleError, match=expected):
         replace(_prompts(), **change)

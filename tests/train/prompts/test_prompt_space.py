@@ -49,7 +49,7 @@ def _expected_matrix(variant: str, layout: str, stage: int, group: int) -> int:
         ("global", "strided", 1),
     ],
 )
-def test_every_stage_and_group_reads_its_matrix_and_no_matrix_is_dead(variant: Any, layout: Any, matrices: int) -> None:
+def test_matrix_index_gives_every_stage_and_group_its_matrix(variant: Any, layout: Any, matrices: int) -> None:
     table = matrix_index(variant, layout)
     expected = [[_expected_matrix(variant, layout, s, group) for group in range(3)] for s in range(10)]
     assert table.tolist() == expected
@@ -58,7 +58,7 @@ def test_every_stage_and_group_reads_its_matrix_and_no_matrix_is_dead(variant: A
 
 
 @pytest.mark.parametrize(("time", "stage"), [(0, 0), (1, 0), (99, 0), (100, 1), (681, 6), (701, 7), (999, 9)])
-def test_contexts_are_those_of_the_timesteps_stage(time: int, stage: int) -> None:
+def test_contexts_are_those_of_the_stage_of_the_timestep(time: int, stage: int) -> None:
     space = _space(generator="direct")
     context = space.contexts(torch.tensor([time]))
     assert torch.equal(context[0], space.matrices[[3 * stage, 3 * stage + 1, 3 * stage + 2]])
@@ -66,7 +66,7 @@ def test_contexts_are_those_of_the_timesteps_stage(time: int, stage: int) -> Non
 
 @pytest.mark.parametrize("gradient", ["all", "decoder"])
 @pytest.mark.parametrize("generator", ["attention", "direct", "geglu"])
-def test_a_batch_of_mixed_stages_is_its_rows_one_by_one(generator: Any, gradient: Any) -> None:
+def test_contexts_of_mixed_stages_equal_those_of_each_row(generator: Any, gradient: Any) -> None:
     space = _space(generator=generator, gradient=gradient)
     times = torch.tensor([990, 5, 450, 5])
     together = space.contexts(times)
@@ -78,7 +78,7 @@ def test_a_batch_of_mixed_stages_is_its_rows_one_by_one(generator: Any, gradient
 @pytest.mark.parametrize(
     ("kind", "generator", "gradient"), list(itertools.product(KINDS, ["attention", "direct"], ["all", "decoder"]))
 )
-def test_only_the_matrices_of_the_batchs_stages_get_a_gradient(kind: Any, generator: Any, gradient: Any) -> None:
+def test_gradient_reaches_only_the_matrices_of_the_stages(kind: Any, generator: Any, gradient: Any) -> None:
     variant, layout = kind
     space = _space(variant=variant, layout=layout, generator=generator, gradient=gradient)
     contexts = space.contexts(torch.tensor([340, 999]))
@@ -90,7 +90,7 @@ def test_only_the_matrices_of_the_batchs_stages_get_a_gradient(kind: Any, genera
     assert touched == {_expected_matrix(variant, layout, stage, group) for stage in (3, 9) for group in groups}
 
 
-def test_attention_is_torchs_and_the_written_formula() -> None:
+def test_attention_generator_is_the_formula_and_torchs() -> None:
     torch.manual_seed(0)
     space = _space().double()
     for parameter in space.parameters():
@@ -111,7 +111,7 @@ def test_attention_is_torchs_and_the_written_formula() -> None:
         np.testing.assert_allclose(found[stage, group].detach().numpy(), by_hand, rtol=1e-10)
 
 
-def test_direct_prompts_are_the_matrices() -> None:
+def test_direct_generator_gives_the_matrices() -> None:
     space = _space(generator="direct", layout="overlap")
     assert torch.equal(space.prompts()[4], space.matrices[4:7])
     assert space.attention_weights() == {}
@@ -128,7 +128,7 @@ def test_direct_prompts_are_the_matrices() -> None:
     ],
     ids=["few", "many", "one", "alike"],
 )
-def test_untrained_prompts_are_near_the_initial_context_but_differ(generator: Any, initial: torch.Tensor) -> None:
+def test_untrained_prompts_are_near_the_initial_context_and_differ(generator: Any, initial: torch.Tensor) -> None:
     prompts = PromptSpace(initial, generator=generator).prompts()
     error = (prompts - initial).norm() / initial.expand_as(prompts).norm()
     # With more tokens than channels they cannot all be orthogonal for the attention.
@@ -137,7 +137,7 @@ def test_untrained_prompts_are_near_the_initial_context_but_differ(generator: An
     assert torch.cdist(flat, flat).add(torch.eye(30)).min() > 0
 
 
-def test_a_null_context_of_zeros_can_be_learned_from() -> None:
+def test_initial_context_of_zeros_has_a_finite_gradient() -> None:
     space = PromptSpace(torch.zeros(4, 8))
     torch.autograd.backward(space.contexts(torch.tensor([0])).square().sum())
     assert space.matrices.grad is not None
@@ -145,12 +145,12 @@ def test_a_null_context_of_zeros_can_be_learned_from() -> None:
     assert space.matrices.grad[0].abs().max() > 0
 
 
-def test_the_seed_decides_the_start() -> None:
+def test_prompt_space_of_another_seed_differs() -> None:
     assert torch.equal(_space(seed=3).prompts(), _space(seed=3).prompts())
     assert not torch.equal(_space(seed=3).prompts(), _space(seed=4).prompts())
 
 
-def test_all_that_cannot_be_meant_is_named_at_once() -> None:
+def test_prompt_space_with_invalid_values_reports_all() -> None:
     with pytest.raises(UsageError) as caught:
         _space(variant="layers", generator="mlp", layout="overlap", gradient="none")
     message = str(caught.value)
@@ -158,12 +158,12 @@ def test_all_that_cannot_be_meant_is_named_at_once() -> None:
 
 
 @pytest.mark.parametrize("variant", ["step", "layer", "global"])
-def test_overlap_is_for_step_and_layer_only(variant: Any) -> None:
+def test_overlap_with_another_variant_raises(variant: Any) -> None:
     with pytest.raises(UsageError, match="leave the layout strided"):
         _space(variant=variant, layout="overlap")
 
 
-def test_prompts_start_at_the_mean_of_the_artists_style_tokens_or_at_the_null_context() -> None:
+def test_initial_context_is_the_mean_of_style_tokens_or_the_null_context() -> None:
     base = build_mini(MiniConfig.tiny())
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     assert base.style_encoder is not None
@@ -175,7 +175,7 @@ def test_prompts_start_at_the_mean_of_the_artists_style_tokens_or_at_the_null_co
 
 @pytest.mark.parametrize("layout", ["strided", "overlap"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_released_generator_makes_thirty_matrices_and_every_stage_reads_its_own(variant: Any, layout: Any) -> None:
+def test_geglu_generator_makes_thirty_matrices(variant: Any, layout: Any) -> None:
     if layout == "overlap" and variant != "step+layer":
         return
     space = _space(variant=variant, layout=layout, generator="geglu")
@@ -187,7 +187,7 @@ def test_the_released_generator_makes_thirty_matrices_and_every_stage_reads_its_
     assert torch.equal(space.geglu.constant, _context().mean(0))
 
 
-def test_dropout_is_drawn_from_what_is_given_and_never_otherwise() -> None:
+def test_dropout_without_a_generator_is_left_out() -> None:
     space = _space(generator="geglu").train()
     time = torch.tensor([340])
     assert torch.equal(space.contexts(time), space.contexts(time))
@@ -199,7 +199,7 @@ def test_dropout_is_drawn_from_what_is_given_and_never_otherwise() -> None:
 
 
 @pytest.mark.parametrize("gradient", ["all", "decoder"])
-def test_layers_of_one_step_share_one_dropout(gradient: Any) -> None:
+def test_layer_groups_of_a_step_share_one_dropout(gradient: Any) -> None:
     """Overlapping, stage 3's middle is stage 4's encoder: the same matrix, made once for the whole step."""
     space = _space(generator="geglu", layout="overlap", gradient=gradient)
     contexts = space.contexts(torch.tensor([340, 440]), torch.Generator().manual_seed(1))
@@ -209,9 +209,7 @@ def test_layers_of_one_step_share_one_dropout(gradient: Any) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("generator", ["attention", "direct", "geglu"])
-def test_prompts_are_what_the_text_encoder_makes_of_the_embeddings(
-    text_base: Base, generator: Any, tokens: int
-) -> None:
+def test_prompts_are_the_text_encoders_contexts_of_the_embeddings(text_base: Base, generator: Any, tokens: int) -> None:
     text = PlaceholderEncoder(text_base.text_encoder)
     space = PromptSpace(torch.randn(tokens, 24), generator=generator, text=text)
     expected = text.contexts(space.embeddings())
@@ -221,7 +219,7 @@ def test_prompts_are_what_the_text_encoder_makes_of_the_embeddings(
 
 
 @pytest.mark.parametrize(("gradient", "groups"), [("all", (0, 1, 2)), ("decoder", (2,))])
-def test_gradients_flow_through_the_text_encoder_to_the_matrices_of_the_stage(
+def test_gradient_through_the_text_encoder_reaches_the_matrices_of_the_stage(
     text_base: Base, gradient: Any, groups: tuple[int, ...]
 ) -> None:
     text = PlaceholderEncoder(text_base.text_encoder)
@@ -240,7 +238,7 @@ def test_gradients_flow_through_the_text_encoder_to_the_matrices_of_the_stage(
     assert all(parameter.grad is None for parameter in text_base.text_encoder.parameters())
 
 
-def test_the_text_encoder_is_neither_learned_nor_saved_nor_copied(text_base: Base) -> None:
+def test_text_encoder_is_not_trained_saved_or_copied(text_base: Base) -> None:
     space = PromptSpace(torch.randn(1, 24), text=PlaceholderEncoder(text_base.text_encoder))
     assert set(dict(space.named_parameters())) == {"matrices", "query", "key", "value"} == set(space.state_dict())
     assert copy.deepcopy(space).text is space.text
@@ -254,7 +252,7 @@ def _never() -> torch.Tensor:
     raise AssertionError("hundreds of megabytes of latents for nothing")
 
 
-def test_text_prompts_start_near_clips_word_a(text_base: Base) -> None:
+def test_text_prompts_start_near_the_token_a(text_base: Base) -> None:
     """docs/method.md §1.2: token 320."""
     word = text_base.text_encoder.get_input_embeddings().weight[320]
     space = build_space(text_base, _options(placeholder_tokens=2), _never)
@@ -265,7 +263,7 @@ def test_text_prompts_start_near_clips_word_a(text_base: Base) -> None:
     assert released.embeddings().shape == (30, 1, 24)
 
 
-def test_auto_takes_the_text_encoder_where_there_is_one(text_base: Base, base: Base) -> None:
+def test_prompt_auto_takes_the_text_encoder_if_there_is_one(text_base: Base, base: Base) -> None:
     assert build_space(text_base, _options(), _never).text is not None
     assert build_space(base, _options(), lambda: torch.randn(3, 4, 8, 8)).text is None
     direct = build_space(text_base, _options(prompt="context"), _never)
@@ -274,7 +272,7 @@ def test_auto_takes_the_text_encoder_where_there_is_one(text_base: Base, base: B
     torch.testing.assert_close(direct.matrices.mean(0), text_base.null_context, rtol=0, atol=0.05)
 
 
-def test_options_that_the_base_cannot_follow_are_refused(text_base: Base, base: Base) -> None:
+def test_build_space_with_options_that_do_not_fit_the_base_raises(text_base: Base, base: Base) -> None:
     with pytest.raises(UsageError, match=r"prompt: found text on base 'mini', which has no text encoder"):
         build_space(base, _options(prompt="text"), _never)
     with pytest.raises(UsageError, match=r"placeholder_tokens: found 2 without a text encoder"):
@@ -283,7 +281,7 @@ def test_options_that_the_base_cannot_follow_are_refused(text_base: Base, base: 
         build_space(text_base, _options(placeholder_tokens=76), _never)
 
 
-def test_a_generator_of_whole_contexts_would_be_too_large(text_base: Base) -> None:
+def test_geglu_generator_of_whole_contexts_is_too_large(text_base: Base) -> None:
     """77 tokens of 768 channels, thirty times, from 3072: 5.4 billion weights."""
     with pytest.raises(UsageError, match=r"5\.4 billion weights; .* choose prompt text"):
         PromptSpace(torch.zeros(77, 768), generator="geglu")

@@ -45,14 +45,16 @@ def _by_diffusers(generator: GegluGenerator, inner: int, hidden: int, out: int) 
     ("sizes", "inner", "hidden"), [({}, 512, 4 * DIM), ({"inner": 16, "hidden": 10}, 16, 10)], ids=["release", "other"]
 )
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_it_is_the_block_that_diffusers_builds(sizes: dict[str, int], inner: int, hidden: int, tokens: int) -> None:
+def test_geglu_generator_equals_the_block_of_diffusers(
+    sizes: dict[str, int], inner: int, hidden: int, tokens: int
+) -> None:
     generator = _generator(tokens=tokens, **sizes)
     found = generator()
     assert found.shape == (5, tokens, DIM)
     torch.testing.assert_close(found.flatten(), _by_diffusers(generator, inner, hidden, 5 * tokens * DIM))
 
 
-def test_it_has_as_many_weights_as_the_released_one() -> None:
+def test_geglu_generator_has_as_many_weights_as_the_released_one() -> None:
     constant = torch.zeros(768)
     with torch.device("meta"):
         generator = GegluGenerator(constant, 30)
@@ -60,7 +62,7 @@ def test_it_has_as_many_weights_as_the_released_one() -> None:
     assert generator.ff.net["2"].weight.shape == (30 * 768, 3072)
 
 
-def test_untrained_matrices_are_those_of_torchs_default_weights() -> None:
+def test_geglu_generator_starts_with_torchs_default_weights() -> None:
     """The seed decides them; nobody else's random numbers are touched."""
     before = torch.get_rng_state()
     one, same, other = (GegluGenerator(torch.ones(DIM), 2, seed=seed) for seed in (1, 1, 2))
@@ -72,7 +74,7 @@ def test_untrained_matrices_are_those_of_torchs_default_weights() -> None:
     assert weight.std().item() == pytest.approx((4 * DIM) ** -0.5 / 3**0.5, rel=0.1)
 
 
-def test_queries_keys_and_the_second_norm_are_dead_and_all_else_lives() -> None:
+def test_gradient_of_queries_keys_and_second_norm_is_zero() -> None:
     generator = _generator()
     torch.autograd.backward(generator().square().sum())
     moved = {name: bool(p.grad is not None and p.grad.abs().max() > 0) for name, p in generator.named_parameters()}
@@ -81,7 +83,7 @@ def test_queries_keys_and_the_second_norm_are_dead_and_all_else_lives() -> None:
     assert not generator.constant.requires_grad
 
 
-def test_dropout_before_the_last_layer_keeps_the_mean_and_has_the_binomial_spread() -> None:
+def test_dropout_before_the_last_layer_is_inverted_and_binomial() -> None:
     generator = _generator()
     for attention in (generator.attn1, generator.attn2):
         nn.init.zeros_(attention.to_out[0].weight)
@@ -100,7 +102,7 @@ def test_dropout_before_the_last_layer_keeps_the_mean_and_has_the_binomial_sprea
 
 
 @pytest.mark.parametrize("which", ["attn1", "attn2"])
-def test_dropout_after_each_attention(which: str) -> None:
+def test_dropout_follows_each_attention(which: str) -> None:
     generator = _generator()
     other = {"attn1": generator.attn2, "attn2": generator.attn1}[which]
     nn.init.zeros_(other.to_out[0].weight)

@@ -41,7 +41,7 @@ def _by_transformers(encoder: CLIPTextModel, embedding: torch.Tensor) -> tuple[t
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 75])
-def test_contexts_and_gradients_are_those_of_a_caption_with_a_word_of_its_own(tokens: int) -> None:
+def test_placeholder_contexts_and_gradients_equal_those_of_a_new_token(tokens: int) -> None:
     encoder = _encoder()
     embeddings = torch.randn(2, tokens, 24, requires_grad=True)
     contexts = PlaceholderEncoder(encoder).contexts(embeddings)
@@ -58,7 +58,7 @@ def test_contexts_and_gradients_are_those_of_a_caption_with_a_word_of_its_own(to
     assert all(parameter.grad is None for parameter in encoder.parameters())
 
 
-def test_the_first_token_of_every_context_is_that_of_the_empty_caption() -> None:
+def test_first_token_of_a_context_is_that_of_the_empty_caption() -> None:
     """docs/method.md §2: causal layers; all later tokens see the placeholder."""
     encoder = _encoder()
     contexts = PlaceholderEncoder(encoder).contexts(torch.randn(3, 1, 24))
@@ -67,7 +67,7 @@ def test_the_first_token_of_every_context_is_that_of_the_empty_caption() -> None
     assert (contexts[:, 1:] - empty[1:]).abs().amax(-1).min() > 0
 
 
-def test_the_encoder_is_left_as_it_was() -> None:
+def test_placeholder_encoder_leaves_the_encoder_unchanged() -> None:
     encoder = _encoder()
     ids = torch.randint(0, 998, (1, 77))
     before = encoder(ids).last_hidden_state
@@ -81,7 +81,7 @@ def test_the_encoder_is_left_as_it_was() -> None:
     assert copy.deepcopy([path])[0] is path
 
 
-def test_words_are_rows_of_the_token_embedding() -> None:
+def test_token_embedding_is_a_row_of_the_table() -> None:
     encoder = _encoder()
     path = PlaceholderEncoder(encoder)
     assert torch.equal(path.token_embedding(), encoder.get_input_embeddings().weight[320])
@@ -89,7 +89,7 @@ def test_words_are_rows_of_the_token_embedding() -> None:
     assert (path.tokens, path.dim, path.bos, path.eos) == (77, 24, BOS, EOS)
 
 
-def test_a_half_precision_encoder_gives_full_precision_contexts() -> None:
+def test_half_precision_encoder_gives_float32_contexts() -> None:
     encoder = _encoder()
     embeddings = torch.randn(2, 1, 24)
     exact = PlaceholderEncoder(encoder).contexts(embeddings)
@@ -99,11 +99,11 @@ def test_a_half_precision_encoder_gives_full_precision_contexts() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 23), (1, 76, 24), (1, 0, 24)])
-def test_embeddings_that_fit_no_caption_are_refused(shape: tuple[int, ...]) -> None:
+def test_embeddings_that_fit_no_caption_raise(shape: tuple[int, ...]) -> None:
     with pytest.raises(UsageError, match=r"expected 1 to 75 tokens of 24 channels"):
         PlaceholderEncoder(_encoder()).contexts(torch.zeros(shape))
 
 
-def test_a_vocabulary_without_the_word_is_refused() -> None:
+def test_token_embedding_outside_the_vocabulary_raises() -> None:
     with pytest.raises(UsageError, match="found a text encoder of 1000 tokens"):
         PlaceholderEncoder(_encoder()).token_embedding(998)

@@ -21,7 +21,7 @@ def _curve() -> Curve:
     )
 
 
-def test_losses_are_compared_with_the_untrained_stage_by_stage() -> None:
+def test_curve_relative_is_the_mean_over_stages() -> None:
     curve = _curve()
     untrained, middle, last = curve.evaluations
     assert curve.relative(untrained) == 1
@@ -32,11 +32,11 @@ def test_losses_are_compared_with_the_untrained_stage_by_stage() -> None:
     assert curve.best() is middle
 
 
-def test_a_curve_survives_json() -> None:
+def test_curve_from_json_equals_the_curve() -> None:
     assert Curve.from_json(json.loads(json.dumps(_curve().to_json()))) == _curve()
 
 
-def test_the_files_say_and_show_what_was_measured(tmp_path: Path) -> None:
+def test_save_curve_writes_json_and_picture(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "red.curve.json"
     save_curve(_curve(), path, {"name": "red"})
     document = json.loads(path.read_text())
@@ -51,6 +51,6 @@ def test_the_files_say_and_show_what_was_measured(tmp_path: Path) -> None:
     assert {(31, 119, 180), (255, 127, 14)} <= colours  # matplotlib's first two colours: both curves are there
 
 
-def test_a_curve_of_one_point_can_be_drawn(tmp_path: Path) -> None:
+def test_save_curve_of_one_point_writes_a_picture(tmp_path: Path) -> None:
     save_curve(Curve(_curve().evaluations[:1]), tmp_path / "red.curve.json", {"name": "red"})
     assert (tmp_path / "red.curve.png").stat().st_size > 1000

@@ -52,7 +52,7 @@ print(cost.seconds, cost.peak_rss, cost.loss)
 """
 
 
-def test_seconds_memory_and_loss_of_a_step(text_base: Base) -> None:
+def test_training_step_cost_measures_seconds_memory_and_loss(text_base: Base) -> None:
     options = replace(PRESETS["released"], size=64)
     cost = training_step_cost(text_base, options)
     assert 0 < cost.seconds < 60
@@ -66,7 +66,7 @@ def test_seconds_memory_and_loss_of_a_step(text_base: Base) -> None:
     assert again.loss == cost.loss
 
 
-def test_a_step_moves_the_prompts(text_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_step_cost_trains_the_prompts(text_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second step's loss differs from that of a step that learned nothing."""
     options = TrainOptions(generator="direct", size=64, lr=1.0)
     learned = training_step_cost(text_base, options).loss
@@ -86,7 +86,7 @@ def test_a_step_moves_the_prompts(text_base: Base, monkeypatch: pytest.MonkeyPat
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_a_step_of_full_size_fits(setting: tuple[str, ...], gigabytes: float) -> None:
+def test_training_step_of_full_size_fits_into_memory(setting: tuple[str, ...], gigabytes: float) -> None:
     ran: Any = subprocess.run(
         [sys.executable, "-c", FULL_SIZE, *setting],
         env={**os.environ, "PYTHONPATH": ROOMS},

@@ -1,0 +1,128 @@
+"""A base in diffusers' format, in each of its forms."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lsast_engines.errors import TrainingError
+from lsast_train.base.lazy_base import load_base, open_base
+from lsast_train.checkpoints.source import BaseSource
+
+NETWORKS = ("unet", "controlnet", "autoencoder", "text_encoder")
+
+
+def _half(folder: Path) -> None:
+    for file in [*folder.glob("*/*.safetensors")]:
+        save_file({k: v.half() for k, v in load_file(file).items()}, file.with_suffix(".fp16.safetensors"))
+        file.unlink()
+
+
+def _shards(folder: Path) -> None:
+    tensors = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    names = [f"diffusion_pytorch_model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    places = {key: names[number % 2] for number, key in enumerate(tensors)}
+    for name in names:
+        save_file({key: value for key, value in tensors.items() if places[key] == name}, folder / "unet" / name)
+    index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+
+
+def _bin(folder: Path) -> None:
+    for file in [*folder.glob("*/*.safetensors")]:
+        name = "pytorch_model.bin" if file.stem == "model" else f"{file.stem}.bin"
+        torch.save(load_file(file), file.with_name(name))
+        file.unlink()
+
+
+def _old(folder: Path) -> None:
+    """Names and configurations as they were when Stable Diffusion 1.5 was published."""
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", r"to_out\.0": "proj_attn"}
+    tensors = load_file(file)
+    for today, then in old.items():
+        tensors = {re.sub(rf"(attentions\.0)\.{today}\.", rf"\1.{then}.", key): v for key, v in tensors.items()}
+    save_file(tensors, file)
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    config = {k: v for k, v in config.items() if k not in ("scaling_factor", "shift_factor", "use_quant_conv")}
+    (folder / "vae" / "config.json").write_text(json.dumps(config))
+    text = folder / "text_encoder" / "model.safetensors"
+    wrapped = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in load_file(text).items()}
+    save_file({**wrapped, "text_model.embeddings.position_ids": torch.arange(77)[None]}, text)
+    config = json.loads((folder / "text_encoder" / "config.json").read_text())
+    (folder / "text_encoder" / "config.json").write_text(json.dumps({**config, "bos_token_id": 0, "eos_token_id": 2}))
+
+
+@pytest.mark.parametrize("change", [None, _half, _shards, _bin, _old])
+def test_diffusers_folder_in_each_form_gives_the_networks(
+    published: Any, folder: Path, tmp_path: Path, change: Callable[[Path], None] | None
+) -> None:
+    if change is not None:
+        change(folder)
+    shutil.copytree(tmp_path / "canny", folder / "controlnet")  # the base's own
+    base = load_base(folder)
+    rounded = (lambda value: value.half().float()) if change is _half else lambda value: value
+    for name in NETWORKS:
+        found = base.text_encoder if name == "text_encoder" else base.networks()[name]
+        expected = published.tensors(published.networks["ema" if name == "unet" else name])
+        exact = name == "controlnet"
+        for key, value in published.tensors(found).items():
+            assert torch.equal(value, expected[key] if exact else rounded(expected[key])), (name, key)
+    assert base.config.latent_scale == 0.18215
+    assert (base.text_encoder.config.bos_token_id, base.text_encoder.config.eos_token_id) == (398, 399)
+
+
+def test_diffusers_folder_gives_ema_and_non_ema_weights(published: Any, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"no diffusion_pytorch_model\.non_ema\.safetensors"):
+        open_base(BaseSource(folder, tmp_path / "canny", "ema"))
+    published.networks["unet"].save_pretrained(folder / "unet", variant="non_ema")
+    for wanted, network in (("non-ema", "unet"), ("ema", "ema"), ("auto", "ema")):
+        parts = open_base(BaseSource(folder, tmp_path / "canny", wanted))  # type: ignore[arg-type]
+        assert published.same(parts.load("unet"), published.networks[network])
+
+
+def test_diffusers_folder_schedule_is_read_and_others_are_refused(published: Any, folder: Path, tmp_path: Path) -> None:
+    schedule = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+    (folder / "scheduler").mkdir()
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**schedule, "prediction_type": "v_prediction"}))
+    facts = open_base(BaseSource(folder, tmp_path / "canny")).config
+    assert (facts.noise.beta_schedule, facts.noise.beta_end, facts.prediction) == ("linear", 0.02, "v_prediction")
+    file.write_text(json.dumps({**schedule, "prediction_type": "sample"}))
+    with pytest.raises(TrainingError, match="scheduler: found prediction 'sample'"):
+        open_base(BaseSource(folder, tmp_path / "canny"))
+    file.write_text(json.dumps({**schedule, "rescale_betas_zero_snr": True}))
+    with pytest.raises(TrainingError, match="rescale_betas_zero_snr; expected betas of a named schedule"):
+        open_base(BaseSource(folder, tmp_path / "canny"))
+
+
+def test_diffusers_folder_with_missing_parts_reports_all(published: Any, folder: Path, tmp_path: Path) -> None:
+    (folder / "vae" / "config.json").unlink()
+    (folder / "text_encoder" / "model.safetensors").unlink()
+    shutil.rmtree(folder / "unet")
+    (folder / "model_index.json").write_text("{}")
+    with pytest.raises(TrainingError) as caught:
+        open_base(BaseSource(folder, tmp_path / "canny"))
+    for message in (
+        "unet: found none in tiny-v1-5",
+        "autoencoder: found no vae/config.json",
+        "text_encoder: found no text_encoder/weights (model.safetensors or the like)",
+    ):
+        assert message in str(caught.value), caught.value
+
+
+def test_shard_index_with_a_path_is_refused(folder: Path, tmp_path: Path) -> None:
+    _shards(folder)
+    index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"conv_in.weight": "../../../secret.safetensors"}}))
+    with pytest.raises(TrainingError, match=r"lists '\.\./\.\./\.\./secret.safetensors'"):
+        open_base(BaseSource(folder, tmp_path / "canny"))

@@ -1,0 +1,117 @@
+"""A base in one file of CompVis naming, and its ControlNet: the networks come out that were written."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lsast_engines.errors import TrainingError
+from lsast_train.base.lazy_base import load_base, open_base
+from lsast_train.checkpoints.source import BaseSource
+
+NETWORKS = ("unet", "controlnet", "autoencoder", "text_encoder")
+
+
+def test_single_file_gives_the_networks_it_was_written_from(published: Any) -> None:
+    base = load_base(published.source())
+    loaded = {**base.networks(), "text_encoder": base.text_encoder}
+    assert loaded.keys() == set(NETWORKS)
+    for name in NETWORKS:
+        assert published.same(loaded[name], published.networks["ema" if name == "unet" else name]), name
+    facts = base.config
+    assert (facts.name, facts.family, facts.prediction, facts.tokens) == ("tiny-v1-5", "sd15", "epsilon", 77)
+    assert (facts.latent_scale, facts.size, facts.multiple) == (0.18215, 512, 16)  # 8 x one halving of the U-Net
+    assert facts.training == {
+        "source": "tiny-v1-5.safetensors",
+        "controlnet": "tiny-canny.safetensors",
+        "unet_weights": "ema",
+    }
+    assert "text_encoder" not in base.networks()
+    ids = torch.tensor([[398, *[399] * 76]])
+    expected = published.networks["text_encoder"](input_ids=ids).last_hidden_state[0]
+    torch.testing.assert_close(base.null_context, expected)
+    assert not any(p.requires_grad for network in loaded.values() for p in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("wanted", "stored", "taken", "fact"),
+    [
+        ("auto", "both", "ema", "ema"),
+        ("ema", "both", "ema", "ema"),
+        ("non-ema", "both", "unet", "non-ema"),
+        ("auto", "one", "unet", "the only ones there"),
+    ],
+)
+def test_unet_weights_choose_between_two_sets(
+    published: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    wanted: Any,
+    stored: str,
+    taken: str,
+    fact: str,
+) -> None:
+    file = published.file
+    if stored == "one":
+        file = tmp_path / "one.safetensors"
+        save_file(published.one_set, file)
+    with caplog.at_level(logging.INFO, "lsast"):
+        parts = open_base(published.source(base=file, unet_weights=wanted))
+    assert published.same(parts.load("unet"), published.networks[taken])
+    assert parts.config.training["unet_weights"] == fact
+    assert f"unet weights: {fact}" in caplog.text
+
+
+def test_unet_weights_of_one_set_or_with_missing_ema_tensors_are_refused(published: Any, tmp_path: Path) -> None:
+    save_file(published.one_set, tmp_path / "one.safetensors")
+    for wanted in ("ema", "non-ema"):
+        with pytest.raises(TrainingError, match=f"found one set of weights .* two sets for --unet-weights {wanted}"):
+            open_base(published.source(base=tmp_path / "one.safetensors", unet_weights=wanted))
+    broken = {k: v for k, v in published.all_tensors.items() if k != "model_ema.diffusion_modelout2bias"}
+    save_file(broken, tmp_path / "broken.safetensors")
+    with pytest.raises(TrainingError, match=r"without 1 of \d+ tensors.*\n.*modelout2bias"):
+        open_base(published.source(base=tmp_path / "broken.safetensors"))
+
+
+@pytest.mark.parametrize("ending", ["ckpt", "pth"])
+def test_pickled_base_and_controlnet_give_the_same_networks(published: Any, tmp_path: Path, ending: str) -> None:
+    base, control = tmp_path / f"tiny.{ending}", tmp_path / f"control.{ending}"
+    torch.save({"epoch": 3, "state_dict": {k: v.half() for k, v in published.all_tensors.items()}}, base)
+    torch.save(load_file(published.controlnet_file), control)
+    parts = open_base(BaseSource(base, control))
+    assert published.same(parts.load("controlnet"), published.networks["controlnet"])
+    halved = parts.load("unet").state_dict()
+    assert all(torch.equal(halved[k], v.half().float()) for k, v in published.networks["ema"].state_dict().items())
+
+
+def test_controlnet_file_in_diffusers_naming_is_read(published: Any, tmp_path: Path) -> None:
+    file = tmp_path / "canny.safetensors"
+    save_file(published.networks["controlnet"].state_dict(), file)
+    parts = open_base(published.source(controlnet=file))
+    assert published.same(parts.load("controlnet"), published.networks["controlnet"])
+
+
+def test_controlnet_of_differences_is_refused(published: Any, tmp_path: Path) -> None:
+    file = tmp_path / "diff.safetensors"
+    save_file({**load_file(published.controlnet_file), "difference": torch.ones(())}, file)
+    with pytest.raises(TrainingError, match="controlnet: found differences to a U-Net"):
+        open_base(published.source(controlnet=file))
+
+
+def test_single_file_with_its_own_controlnet_needs_no_other(published: Any, tmp_path: Path) -> None:
+    file = tmp_path / "whole.safetensors"
+    save_file({**published.all_tensors, **load_file(published.controlnet_file)}, file)
+    assert published.same(open_base(file).load("controlnet"), published.networks["controlnet"])
+
+
+def test_load_base_in_bf16_converts_as_torch_does(published: Any) -> None:
+    base = load_base(published.source(), torch.bfloat16)
+    assert {p.dtype for n in base.networks().values() for p in n.parameters()} == {torch.bfloat16}
+    assert base.null_context.dtype == torch.bfloat16
+    expected = published.networks["ema"].conv_in.weight.bfloat16()
+    assert torch.equal(base.unet.conv_in.weight, expected)
