@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lsast_engines.backends.imports import import_library
 from lsast_engines.backends.openvino import shared_core
 from lsast_engines.errors import MissingExtraError
 
@@ -26,7 +27,7 @@ def count_macs(path: Path, shapes: Sequence[Shapes]) -> list[int]:
         MissingExtraError: OpenVINO is not installed.
     """
     try:
-        import openvino
+        openvino = import_library("openvino")
     except ImportError as error:
         raise MissingExtraError("openvino", "openvino") from error
     model = shared_core(openvino).read_model(path)

@@ -12,6 +12,7 @@ from ..bundle.safetensors_header import read_slots
 from ..errors import BackendError
 from .base import Array, ComputeDtype, Engine, check_interface
 from .graph_cache import open_cached
+from .imports import import_library
 
 MAX_FOLDED_BYTES = 1_000_000_000
 """Bytes of bf16 weights up to which they are expanded to float32 once, when the graph is opened.
@@ -37,9 +38,7 @@ def devices() -> list[str]:
     Raises:
         ImportError: it is not installed.
     """
-    import onnxruntime
-
-    providers = onnxruntime.get_available_providers()
+    providers = import_library("onnxruntime").get_available_providers()
     return [device for device, provider in PROVIDERS.items() if provider in providers]
 
 
@@ -51,8 +50,7 @@ class OnnxRuntimeEngine(Engine):
     def __init__(
         self, path: Path, spec: GraphSpec, device: str, threads: int | None, compute_dtype: ComputeDtype = "fp32"
     ) -> None:
-        import onnxruntime
-
+        onnxruntime = import_library("onnxruntime")
         super().__init__(spec, device, compute_dtype)
         if compute_dtype != "fp32":
             raise BackendError(f"onnxruntime computes in fp32, found {compute_dtype}; use openvino for it")
@@ -103,9 +101,9 @@ class OnnxRuntimeEngine(Engine):
         self._bound_values = {}
 
     def _value(self, array: Array) -> Any:
-        import onnxruntime
-
-        return onnxruntime.OrtValue.ortvalue_from_numpy(array, "cpu" if self.device == "cpu" else "cuda")
+        return import_library("onnxruntime").OrtValue.ortvalue_from_numpy(
+            array, "cpu" if self.device == "cpu" else "cuda"
+        )
 
 
 def _open_session(library: Any, path: Path, spec: GraphSpec, device: str, threads: int | None) -> Any:

@@ -16,6 +16,7 @@ from ..bundle.graph_spec import GraphSpec
 from ..errors import BackendError
 from .base import Array, ComputeDtype, Engine, check_interface
 from .graph_cache import open_cached
+from .imports import import_library
 
 BLOB = "graph.blob"
 """File of an entry in the graph cache."""
@@ -29,9 +30,7 @@ def devices() -> list[str]:
     Raises:
         ImportError: it is not installed.
     """
-    import openvino
-
-    return [str(device).lower() for device in shared_core(openvino).available_devices]
+    return [str(device).lower() for device in shared_core(import_library("openvino")).available_devices]
 
 
 class OpenVinoEngine(Engine):
@@ -42,8 +41,7 @@ class OpenVinoEngine(Engine):
     def __init__(
         self, path: Path, spec: GraphSpec, device: str, threads: int | None, compute_dtype: ComputeDtype = "fp32"
     ) -> None:
-        import openvino
-
+        openvino = import_library("openvino")
         super().__init__(spec, device, compute_dtype)
         core = shared_core(openvino)
         _check_compute_dtype(core, device, compute_dtype)
@@ -90,8 +88,7 @@ class OpenVinoEngine(Engine):
         self._outputs = [tensor.name for tensor in spec.outputs]
 
     def _bind(self, feeds: dict[str, Array]) -> None:
-        import openvino
-
+        openvino = import_library("openvino")
         for name, value in feeds.items():
             # Shares the array's memory and keeps it alive.
             self._request.set_tensor(name, openvino.Tensor(value, shared_memory=True))

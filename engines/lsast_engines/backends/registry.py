@@ -32,7 +32,7 @@ def available_backends() -> dict[str, list[str]]:
     for backend in EXTRAS:
         try:
             devices = backend_devices(backend)
-        except ImportError:
+        except (ImportError, BackendError):
             continue
         if devices:
             available[backend] = devices
@@ -43,7 +43,8 @@ def backend_devices(backend: str) -> list[str]:
     """The devices that `backend`, a key of `EXTRAS`, finds; a GPU backend may find none.
 
     Raises:
-        ImportError: it is not installed. A broken installation may raise anything.
+        ImportError: it is not installed.
+        BackendError: it is installed but cannot be imported.
     """
     devices, _ = _backend(backend)
     return devices()
@@ -142,6 +143,8 @@ def _absence(backend: str) -> str:
     """Why `backend` has no device, and what helps."""
     try:
         backend_devices(backend)
+    except BackendError as error:
+        return str(error)
     except ImportError:
         return f"install it with: pip install 'lsast[{EXTRAS[backend]}]'"
     return f"{backend} is installed but finds no GPU with a driver; lsast-run --doctor reports what is missing"

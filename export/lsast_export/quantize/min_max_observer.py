@@ -12,6 +12,8 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from lsast_engines.backends.imports import import_library
+
 from .calibration_runs import Feeds
 from .fold_weights import Model
 
@@ -34,8 +36,7 @@ class MinMaxObserver:
                 removed again.
             channels: names of activations; with the length of the last axis for those that are observed by channel.
         """
-        import onnxruntime
-
+        onnxruntime = import_library("onnxruntime")
         self._outputs = [value.name for value in model.graph.output]
         self._found: dict[str, npt.NDArray[np.float32]] = {}
         self._names = list(channels)
@@ -48,15 +49,15 @@ class MinMaxObserver:
 
     def __call__(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Feeds:
         """The graph's outputs, by name."""
-        float_layers = [name + end for name in self._names for end in (_LOW, _HIGH)]
+        ends = [name + end for name in self._names for end in (_LOW, _HIGH)]
         values = dict(
             zip(
-                [*self._outputs, *float_layers],
-                self._session.run([*self._outputs, *float_layers], dict(feeds)),
+                [*self._outputs, *ends],
+                self._session.run([*self._outputs, *ends], dict(feeds)),
                 strict=True,
             )
         )
-        for name in float_layers:
+        for name in ends:
             further, seen = np.minimum if name.endswith(_LOW) else np.maximum, self._found.get(name)
             self._found[name] = values[name] if seen is None else further(seen, values[name])
         return {name: values[name] for name in self._outputs}

@@ -6,12 +6,12 @@ if its library is installed and finds the device; no graph is run.
 
 from __future__ import annotations
 
-import importlib
 import platform
 import shutil
 import subprocess
 from dataclasses import dataclass
 
+from lsast_engines.backends.imports import import_library
 from lsast_engines.environment import installed_versions
 
 LIBRARIES = (
@@ -102,7 +102,7 @@ def _faults(libraries: dict[str, str | None]) -> list[str]:
 def _loads(module: str) -> bool:
     """Whether `module` imports and is more than the empty folder that an uninstalled half leaves."""
     try:
-        return hasattr(importlib.import_module(module), "__version__")
+        return hasattr(import_library(module), "__version__")
     except Exception:  # a broken library may raise anything
         return False
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from ...bundle.graph_spec import GraphSpec, TensorSpec
 from ...errors import BackendError, MissingExtraError, fault_list
 from ...files import replace_file
+from ..imports import import_library
 from .engine_record import TrtFlavor
 from .shape_profile import Profile
 
@@ -29,11 +29,12 @@ def load_library(flavor: TrtFlavor) -> Any:
     """The Python module of a library.
 
     Raises:
-        MissingExtraError: it is not installed, or libraries that it needs are not.
+        MissingExtraError: it is not installed.
+        BackendError: it is installed but cannot be imported, e.g. without libraries that it needs.
     """
     try:
-        return importlib.import_module(MODULES[flavor])
-    except (ImportError, OSError) as error:
+        return import_library(MODULES[flavor])
+    except ImportError as error:
         raise MissingExtraError(flavor, flavor) from error
 
 
