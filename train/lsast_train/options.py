@@ -188,12 +188,7 @@ PRESETS: dict[str, TrainOptions] = {
     ),
     "paper": TrainOptions(),
     "released": TrainOptions(
-        generator="geglu",
-        layout="overlap",
-        gradient="decoder",
-        lr=1e-6,
-        schedule="constant",
-        crop="squash",
+        generator="geglu", layout="overlap", gradient="decoder", lr=1e-6, schedule="constant", crop="squash"
     ),
 }
 """``quick``: minutes on two CPU cores with the embedded base. ``paper``: the published recipe, hours on a GPU.

@@ -9,12 +9,7 @@ import torch
 
 from golden_sets import GoldenFiles, both_sets
 from lsast_engines.errors import TrainingError
-from lsast_train.checkpoints.compvis import (
-    controlnet_weights,
-    text_encoder_weights,
-    unet_weights,
-    vae_weights,
-)
+from lsast_train.checkpoints.compvis import controlnet_weights, text_encoder_weights, unet_weights, vae_weights
 
 SD15_LIKE = {
     "block_out_channels": (32, 32, 64, 64),
@@ -77,8 +72,7 @@ def test_compvis_autoencoder_and_text_encoder_compute_as_before(compvis: Any, co
     text = text_encoder_weights(compvis_base.tensors).build()
     ids = torch.tensor([[398, 17, 301, *[399] * 74]])
     torch.testing.assert_close(
-        text(input_ids=ids).last_hidden_state,
-        compvis_base.networks["text_encoder"](input_ids=ids).last_hidden_state,
+        text(input_ids=ids).last_hidden_state, compvis_base.networks["text_encoder"](input_ids=ids).last_hidden_state
     )
 
 

@@ -48,13 +48,7 @@ def test_single_file_gives_the_networks_it_was_written_from(published: Any) -> N
     ],
 )
 def test_unet_weights_choose_between_two_sets(
-    published: Any,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    wanted: Any,
-    stored: str,
-    taken: str,
-    fact: str,
+    published: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, wanted: Any, stored: str, taken: str, fact: str
 ) -> None:
     file = published.file
     if stored == "one":
