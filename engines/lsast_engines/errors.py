@@ -84,11 +84,10 @@ def fault_list(heading: str, faults: list[str]) -> str:
 
 def shape_faults(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> list[str]:
     """Tensors by name that are missing, not expected, or of another shape; a line each."""
-    faults = [f"{name}: missing; expected shape {list(expected[name])}" for name in expected.keys() - found.keys()]
-    faults += [f"{name}: not expected" for name in found.keys() - expected.keys()]
-    faults += [
-        f"{name}: found shape {list(found[name])}; expected {list(expected[name])}"
-        for name in found.keys() & expected.keys()
-        if list(found[name]) != list(expected[name])
+    faults = [f"{name}: missing; expected shape {list(shape)}" for name, shape in expected.items() if name not in found]
+    faults += [f"{name}: not expected" for name in found if name not in expected]
+    return faults + [
+        f"{name}: found shape {list(shape)}; expected {list(expected[name])}"
+        for name, shape in found.items()
+        if name in expected and list(shape) != list(expected[name])
     ]
-    return sorted(faults)
