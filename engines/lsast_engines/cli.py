@@ -9,12 +9,13 @@ import contextlib
 import json
 import logging
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import click
 
-from .errors import LsastError, UsageError
+from .errors import LsastError, UsageError, shown
 from .removed import RENAMED, removal
 
 USAGE = UsageError.exit_code
@@ -41,6 +42,12 @@ class Command(click.Command):
             elif name.startswith("--") and (gone := removal(name)):
                 raise click.UsageError(gone)
         return super().parse_args(ctx, args)
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """See `click.Command`."""
+        # The process is ours here: Pillow warns of oddities in pictures that can be read.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        return super().main(*args, **kwargs)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """See `click.Command`."""
@@ -82,8 +89,8 @@ class Group(Command, click.Group):
 
 
 def fail(message: str, status: int) -> NoReturn:
-    """Print one line on stderr and end with an exit status."""
-    click.echo(f"Error: {message}", err=True)
+    """Print a message on stderr, what does not print escaped (`errors.shown`), and end with an exit status."""
+    click.echo("\n".join(map(shown, f"Error: {message}".split("\n"))), err=True)
     raise click.exceptions.Exit(status)
 
 
@@ -119,13 +126,20 @@ def debugging() -> bool:
     return bool(click.get_current_context().meta.get(_DEBUG))
 
 
+class _Formatter(logging.Formatter):
+    """Escapes what does not print in the messages."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        return "\n".join(map(shown, super().formatMessage(record).split("\n")))
+
+
 @contextlib.contextmanager
 def log_to_stderr(level: int = logging.INFO) -> Iterator[None]:
     """Show what ``lsast`` logs from `level` on (all, with `--debug`) above the progress bars, while the block runs."""
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     logger, handler = logging.getLogger("lsast"), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Formatter("%(message)s"))
     before = logger.level
     logger.setLevel(logging.DEBUG if debugging() else level)
     logger.addHandler(handler)

@@ -77,6 +77,17 @@ class ParityError(ExportError):
     """An exported graph whose outputs differ from torch by more than the tolerance."""
 
 
+def shown(text: object) -> str:
+    """A name or text out of a file for one line of a terminal.
+
+    What does not print is escaped: control characters, line breaks, marks that turn the direction, lone surrogates.
+    """
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in str(text)
+    )
+
+
 def fault_list(heading: str, faults: list[str]) -> str:
     """An error message of several faults: the heading, then a line for each."""
     return heading + "".join(f"\n  - {fault}" for fault in faults)

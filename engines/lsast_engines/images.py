@@ -1,29 +1,64 @@
 """Image files as 8-bit RGB arrays, and their edges: the same for training and for sampling.
 
-Every mode that Pillow opens is converted: greyscale, palette, CMYK and Lab through their ICC profile, 16-bit by its
-full range.
+Every mode that Pillow opens is converted: grey, CMYK and Lab through their ICC profile, palettes, 16-bit by its full
+range. Pillow's own `Image.open` is not used: it hands PostScript to Ghostscript, whatever a file is called, and warns
+of sizes, or refuses them, by a setting of the whole process.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import math
-import warnings
+import os
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import PictureError
+from .errors import PictureError, shown
 
 if TYPE_CHECKING:
     from PIL import Image
 
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".jfif", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-"""File suffixes (lower case) of the files that `find_pictures` returns."""
+# fmt: off
+FORMATS = frozenset({
+    "AVIF", "BLP", "BMP", "CUR", "DCX", "DDS", "DIB", "FITS", "FLI", "FTEX", "GBR", "GIF", "HEIF", "ICNS", "ICO",
+    "IM", "IMT", "JPEG", "JPEG2000", "MCIDAS", "MPO", "MSP", "PCD", "PCX", "PIXAR", "PNG", "PPM", "PSD", "QOI",
+    "SGI", "SPIDER", "SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM", "XVTHUMB",
+})
+# fmt: on
+"""Pillow's names of the formats that are read; none of them starts another program or opens another file."""
+
+# fmt: off
+SUFFIXES = frozenset({
+    ".apng", ".avif", ".avifs", ".blp", ".bmp", ".bw", ".cur", ".dcx", ".dds", ".dib", ".fit", ".fits", ".flc",
+    ".fli", ".ftc", ".ftu", ".gbr", ".gif", ".heic", ".heif", ".hif", ".icb", ".icns", ".ico", ".im", ".j2c",
+    ".j2k", ".jfif", ".jp2", ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".msp", ".pbm", ".pcd",
+    ".pcx", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".pxr", ".qoi", ".ras", ".rgb", ".rgba", ".sgi", ".tga",
+    ".tif", ".tiff", ".vda", ".vst", ".webp", ".xbm", ".xpm",
+})
+# fmt: on
+"""File suffixes (lower case) of the files that `find_pictures` returns: those of `FORMATS`."""
+
+MAX_BYTES = 850_000_000
+"""Bytes that a picture may take when it is decoded, Pillow's pixels and ours: 121 megapixels of RGB, 212 of grey.
+
+With what painting takes, that stays below 4 GB of memory."""
+
+_BOX = 1 << 20
+"""Pixels that are converted at once."""
+
+_ORIENTATION = 0x0112
+"""EXIF tag; 1 to 8."""
+
+_log = logging.getLogger("lsast.images")
 
 
 @dataclass(frozen=True)
@@ -46,65 +81,141 @@ class Image8:
 def find_pictures(folder: Path) -> list[Path]:
     """All image files under `folder`, at any depth, sorted; hidden files and folders are skipped.
 
+    A linked folder is searched too, unless it lies inside `folder`. Folders that cannot be read, and links to nothing,
+    are logged.
+
     Raises:
         PictureError: the folder does not exist or has no image.
     """
     if not folder.is_dir():
         raise PictureError(f"found no folder {folder}; expected a folder of pictures")
-    paths = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    paths = sorted(_search(folder, folder.resolve(), set()))
     if not paths:
-        raise PictureError(f"found no picture under {folder}; expected files ending in {', '.join(sorted(SUFFIXES))}")
+        raise PictureError(f"found no picture under {folder}; expected files like .jpg, .png, .tif or .webp")
     return paths
 
 
-def read_picture(source: str | Path | bytes | Image.Image | npt.NDArray[Any]) -> Image8:
+def _search(folder: Path, root: Path, linked: set[Path]) -> Iterator[Path]:
+    """The image files under `folder`; `linked` collects the linked folders that were searched."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        _log.warning("the folder %s is left out: %s", shown(folder), error.strerror)
+        return
+    for entry in entries:
+        path = folder / entry.name
+        if entry.name.startswith("."):
+            continue
+        if path.is_dir():
+            if entry.is_symlink():
+                target = path.resolve()
+                if target in linked or target == root or root in target.parents:
+                    continue
+                linked.add(target)
+            yield from _search(path, root, linked)
+        elif path.suffix.lower() in SUFFIXES:
+            if path.is_file():
+                yield path
+            elif entry.is_symlink():
+                _log.warning("%s is left out: it is a link to a file that is not there", shown(path))
+
+
+Source = Any
+"""A path, the bytes of an image file, a file object, a PIL image, or an array."""
+
+
+def read_picture(source: Source, max_bytes: int = MAX_BYTES) -> Image8:
     """Decode an image to upright 8-bit RGB.
 
     Args:
-        source: a path, the bytes of an image file, a PIL image, or an array [H, W], [H, W, 1], [H, W, 3] or
-            [H, W, 4]: uint8, uint16 (full range) or float in [0, 1].
+        source: a path, the bytes of an image file, a binary file object, a PIL image, or an array (anything that NumPy
+            takes, e.g. a tensor) [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] in the order RGB: bool, uint8, uint16 (full
+            range) or float in [0, 1].
+        max_bytes: limit of `MAX_BYTES`, for files; checked before they are decoded.
 
     Raises:
-        PictureError: not found, not a picture, truncated, or an array of another shape or range.
+        PictureError: not found, not a picture, truncated, too large, or an array of another shape or range.
     """
-    if isinstance(source, np.ndarray):
-        return _from_array(source)
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageFile
 
-    name = str(source) if isinstance(source, (str, Path)) else "the picture"
+    if not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)):
+        if not hasattr(source, "read"):
+            return _from_array(_as_array(source))
+        source = source.read()
+        if not isinstance(source, bytes):
+            raise PictureError(f"found a file object that reads {type(source).__name__}; expected one opened as binary")
+    name = shown(source) if isinstance(source, (str, os.PathLike)) else "the picture"
     try:
-        if isinstance(source, (str, Path)):
-            source = Path(source).read_bytes()
-        with warnings.catch_warnings():
-            # Pillow warns about odd EXIF and about images over 89 megapixels; both can be read.
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
+        with ExitStack() as stack:
+            if isinstance(source, Image.Image):
+                image = source
+                if isinstance(image, ImageFile.ImageFile) and image.format not in {None, *FORMATS}:
+                    raise PictureError(f"found a picture of format {image.format}; load it first, or convert it to PNG")
+            elif isinstance(source, (str, os.PathLike)):
+                image = _open(stack.enter_context(Path(source).open("rb")), name)
+            else:
+                image = _open(io.BytesIO(source), name)
+            if isinstance(image, ImageFile.ImageFile):
+                _check_size(image, name, max_bytes)
             image.load()
-            return _from_image(_upright(image))
+            return _from_image(image)
     except FileNotFoundError:
         raise PictureError(f"found no file {name}; expected a picture") from None
-    except UnidentifiedImageError:
-        raise PictureError(f"{name} is not a picture that Pillow can read; expected PNG, JPEG, WebP, TIFF …") from None
-    except PictureError:
+    except (PictureError, MemoryError):
         raise
     # Pillow's decoders raise many types for damaged files: struct.error, EOFError, KeyError …
     except Exception as error:
         raise PictureError(f"{name} cannot be decoded ({error}); expected a whole picture file") from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    from PIL import ImageOps
+def _open(handle: BinaryIO, name: str) -> Image.Image:
+    """The picture in a file, not yet decoded; as `PIL.Image.open`, but of `FORMATS` only and without its warnings."""
+    from PIL import Image
 
+    start = handle.read(16)
+    for initialise in (Image.preinit, Image.init):  # a few common formats, then all
+        initialise()
+        for kind in Image.ID:
+            if kind not in FORMATS:
+                continue
+            factory, accept = Image.OPEN[kind]
+            try:
+                accepted = accept is None or accept(start)
+                if accepted and not isinstance(accepted, str):  # a text says what the format needs
+                    handle.seek(0)
+                    return factory(handle, "")
+            except (SyntaxError, IndexError, TypeError, struct.error):
+                continue
+    if start[4:8] == b"ftyp" and start[8:11] in (b"hei", b"hev", b"mif", b"msf"):
+        try:
+            from pillow_heif import HeifImageFile  # type: ignore[import-not-found]  # optional
+        except ImportError:
+            raise PictureError(f"{name} is a HEIF picture; to read it: pip install pillow-heif") from None
+        handle.seek(0)
+        opened: Image.Image = HeifImageFile(handle, "")
+        return opened
+    raise PictureError(f"{name} is not a picture that Pillow can read; expected PNG, JPEG, WebP, TIFF …")
+
+
+def _check_size(image: Image.Image, name: str, max_bytes: int) -> None:
+    stored = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
+    pixel = stored + 3 + _has_alpha(image)
+    if (count := image.width * image.height) * pixel > max_bytes:
+        raise PictureError(
+            f"{name} has {image.width} x {image.height} pixels, {count / 1e6:.0f} megapixels of mode {image.mode}; "
+            f"expected at most {max_bytes / pixel / 1e6:.0f}: scale it down"
+        )
+
+
+def _as_array(source: object) -> npt.NDArray[Any]:
+    if isinstance(source, np.ndarray):
+        return source
+    if not hasattr(source, "__array__") and not hasattr(source, "__array_interface__"):
+        raise PictureError(f"found {type(source).__name__}; expected a path, bytes, a file, a PIL image or an array")
     try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF, e.g. struct.error; the pixels can be read, the orientation is unknown
-        return image
+        return np.asarray(source)
+    except Exception as error:  # e.g. torch's TypeError for a tensor on a GPU
+        raise PictureError(f"found {type(source).__name__} that is no array for NumPy ({error})") from error
 
 
 def _from_array(array: npt.NDArray[Any]) -> Image8:
@@ -112,64 +223,133 @@ def _from_array(array: npt.NDArray[Any]) -> Image8:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
         raise PictureError(f"found an array of shape {array.shape}; expected [H, W, 3] (or [H, W], [H, W, 1 or 4])")
-    if array.dtype == np.uint16:
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * np.uint8(255)
+    elif array.dtype == np.uint16:
         array = (array.astype(np.uint32) + 128) // 257
     elif np.issubdtype(array.dtype, np.floating):
         if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
             raise PictureError("found a float array with values outside [0, 1]; expected [0, 1] or uint8")
         array = np.round(array * 255)
     elif array.dtype != np.uint8:
-        raise PictureError(f"found an array of {array.dtype}; expected uint8, uint16 or float in [0, 1]")
+        raise PictureError(f"found an array of {array.dtype}; expected bool, uint8, uint16 or float in [0, 1]")
     pixels: npt.NDArray[np.uint8] = np.ascontiguousarray(array.astype(np.uint8))
     if pixels.shape[2] == 1:
         return Image8(np.repeat(pixels, 3, axis=2))
     return Image8(np.ascontiguousarray(pixels[:, :, :3]), pixels[:, :, 3] if pixels.shape[2] == 4 else None)
 
 
+def _has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "La", "PA", "RGBa") or "transparency" in image.info
+
+
 def _from_image(image: Image.Image) -> Image8:
+    """A loaded image, converted box by box, so that there is no second copy of it in another mode."""
     icc: bytes | None = image.info.get("icc_profile") or None
-    alpha: npt.NDArray[np.uint8] | None = None
     if image.mode == "La":
         image = image.convert("LA")  # the only mode to which Pillow converts premultiplied grey
-    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
-        alpha = np.asarray(image.convert("RGBA").getchannel("A"), dtype=np.uint8)
-        if (alpha == 255).all():
-            alpha = None
-    if image.mode.startswith(("I;16", "I", "F")):
-        return Image8(np.repeat(_wide_grey(image)[:, :, None], 3, axis=2), alpha)
-    if image.mode in ("CMYK", "LAB") and icc is not None:
-        converted = _to_srgb(image, icc)
-        return Image8(np.array(converted, dtype=np.uint8), alpha)
+    orientation = _orientation(image)
+    shape = (image.height, image.width) if orientation < 5 else (image.width, image.height)
+    rgb = np.empty((*shape, 3), np.uint8)
+    alpha = np.empty(shape, np.uint8) if _has_alpha(image) else None
+    stored_rgb = _stored(rgb, orientation)
+    stored_alpha = None if alpha is None else _stored(alpha, orientation)
+    convert = _converter(image, icc)
+    for box in _boxes(image.size):
+        part = image.crop(box)
+        place = (slice(box[1], box[3]), slice(box[0], box[2]))
+        if stored_alpha is not None:
+            rgba = part.convert("RGBA")
+            stored_alpha[place] = np.asarray(rgba.getchannel("A"))
+            part = rgba if "transparency" in image.info and not _is_wide(image) else part
+        stored_rgb[place] = convert(part)
+    if alpha is not None and alpha.min() == 255:
+        alpha = None
     # A grey profile does not describe RGB pixels; an RGB profile does, also for a palette of RGB colours.
     keep = icc if image.mode in ("RGB", "RGBA", "RGBX", "P", "PA") else None
-    if "transparency" in image.info:
-        image = image.convert("RGBA")
-    return Image8(np.array(image.convert("RGB"), dtype=np.uint8), alpha, keep)
+    return Image8(rgb, alpha, keep)
 
 
-def _wide_grey(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """16- and 32-bit grey to 8 bits: 16-bit by its full range, others by the range of their values."""
-    values = np.asarray(image).astype(np.float64)
-    low, high = float(values.min()), float(values.max())
-    if not np.isfinite([low, high]).all():
+def _boxes(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
+    """Left, top, right and bottom of boxes of at most `_BOX` pixels that cover a size (width, height)."""
+    width, height = size
+    columns = min(width, _BOX)
+    rows = max(1, _BOX // columns)
+    for top in range(0, height, rows):
+        for left in range(0, width, columns):
+            yield left, top, min(left + columns, width), min(top + rows, height)
+
+
+def _orientation(image: Image.Image) -> int:
+    """How the image was stored, 1 to 8, from its EXIF; 1 where it does not say."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged EXIF, e.g. struct.error; the pixels can be read
+        return 1
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+
+
+def _stored(upright: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
+    """A view of `upright` in the order in which an image of this EXIF orientation is stored."""
+    turned = upright.swapaxes(0, 1) if orientation >= 5 else upright
+    rows = -1 if orientation in (3, 4, 6, 7) else 1
+    columns = -1 if orientation in (2, 3, 7, 8) else 1
+    return turned[::rows, ::columns]
+
+
+def _is_wide(image: Image.Image) -> bool:
+    return image.mode.startswith(("I;16", "I", "F"))
+
+
+def _converter(image: Image.Image, icc: bytes | None) -> Callable[[Image.Image], npt.NDArray[np.uint8]]:
+    """A function that converts parts of `image` to RGB [h, w, 3], or to grey [h, w, 1] where that is the same."""
+    from PIL import Image
+
+    if _is_wide(image):
+        low, high = _grey_range(image)
+        to_srgb = _srgb_transform(icc, "L", "GRAY")
+
+        def convert_wide(part: Image.Image) -> npt.NDArray[np.uint8]:
+            values = np.asarray(part).astype(np.float64)
+            grey = np.round((values - low) / max(high - low, 1e-12) * 255).astype(np.uint8)
+            return grey[:, :, None] if to_srgb is None else np.asarray(to_srgb(Image.fromarray(grey)))
+
+        return convert_wide
+    mode, space = {"CMYK": ("CMYK", "CMYK"), "LAB": ("LAB", "Lab")}.get(image.mode, ("L", "GRAY"))
+    if image.mode in ("CMYK", "LAB", "1", "L", "LA") and (transform := _srgb_transform(icc, mode, space)) is not None:
+        return lambda part: np.asarray(transform(part.convert(mode)))
+    return lambda part: np.asarray(part.convert("RGB"))
+
+
+def _grey_range(image: Image.Image) -> tuple[float, float]:
+    """The values that become 0 and 255: of 16 bits the full range, of others the range of their values."""
+    if image.mode.startswith("I;16"):
+        return 0.0, 65535.0
+    parts = [np.asarray(image.crop(box)) for box in _boxes(image.size)]
+    low, high = float(min(part.min() for part in parts)), float(max(part.max() for part in parts))
+    if not all(np.isfinite(part).all() for part in parts):
         raise PictureError("found a picture with NaN or infinite values; expected finite ones")
-    if image.mode.startswith("I;16") or (low >= 0 and 255 < high <= 65535):
-        low, high = 0.0, 65535.0
-    elif low >= 0 and high <= 255:
-        low, high = 0.0, 1.0 if image.mode == "F" and high <= 1 else 255.0
-    scaled: npt.NDArray[np.uint8] = np.round((values - low) / max(high - low, 1e-12) * 255).astype(np.uint8)
-    return scaled
+    if low >= 0 and 255 < high <= 65535:
+        return 0.0, 65535.0
+    if low >= 0 and high <= 255:
+        return 0.0, 1.0 if image.mode == "F" and high <= 1 else 255.0
+    return low, high
 
 
-def _to_srgb(image: Image.Image, icc: bytes) -> Image.Image:
+def _srgb_transform(icc: bytes | None, mode: str, space: str) -> Callable[[Image.Image], Image.Image] | None:
+    """The conversion of images of `mode` from the profile `icc` to sRGB; None without one of this colour space."""
+    if icc is None:
+        return None
     from PIL import ImageCms
 
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
-        converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        if profile.profile.xcolor_space.strip() != space:
+            return None
+        transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
     except (ImageCms.PyCMSError, OSError):
-        converted = None  # a damaged profile: convert without it
-    return image.convert("RGB") if converted is None else converted
+        return None  # a damaged profile: convert without it
+    return lambda part: transform.apply(part)
 
 
 def canny_edges(rgb: npt.NDArray[np.uint8], low: float = 100.0, high: float = 200.0) -> npt.NDArray[np.uint8]:
@@ -184,8 +364,12 @@ def on_white(rgb: npt.NDArray[np.uint8], alpha: npt.NDArray[np.uint8] | None) ->
     """An image [H, W, 3] with opacity [H, W] composited on white; None is opaque."""
     if alpha is None:
         return rgb
-    cover = alpha[:, :, None] / 255
-    return np.round(rgb * cover + 255 * (1 - cover)).astype(np.uint8)
+    result = np.empty_like(rgb)
+    for top in range(0, len(rgb), rows := max(1, _BOX // rgb.shape[1])):
+        part = slice(top, top + rows)
+        cover = alpha[part, :, None] / 255
+        result[part] = np.round(rgb[part] * cover + 255 * (1 - cover))
+    return result
 
 
 def read_on_white(path: Path) -> npt.NDArray[np.uint8]:

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import importlib.util
 import io
+import logging
+import os
 import random
 import struct
+import subprocess
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -11,8 +16,9 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import pytest
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms
 
+from lsast_engines import images
 from lsast_engines.errors import PictureError
 from lsast_engines.images import canny_edges, find_pictures, read_picture
 
@@ -193,10 +199,10 @@ def test_read_picture_turns_alpha_too() -> None:
 
 
 def test_read_picture_ignores_damaged_exif(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(image: Image.Image) -> Image.Image:
+    def fail(image: Image.Image) -> Image.Exif:
         raise struct.error("required argument is not an integer")
 
-    monkeypatch.setattr(ImageOps, "exif_transpose", fail)
+    monkeypatch.setattr(Image.Image, "getexif", fail)
     pixels = noise()
     np.testing.assert_array_equal(read_picture(encoded(Image.fromarray(pixels))).rgb, pixels)
 
@@ -241,7 +247,7 @@ def test_read_picture_of_damaged_files_raises_picture_error_only(kind: str) -> N
         (np.zeros((4, 5, 2), np.uint8), r"found an array of shape \(4, 5, 2\); expected \[H, W, 3\]"),
         (np.zeros((0, 5, 3), np.uint8), r"shape \(0, 5, 3\)"),
         (np.zeros(4, np.uint8), r"shape \(4,\)"),
-        (np.zeros((4, 5, 3), np.int64), "found an array of int64; expected uint8, uint16 or float"),
+        (np.zeros((4, 5, 3), np.int64), "found an array of int64; expected bool, uint8, uint16 or float"),
         (np.full((4, 5, 3), 2.0), r"values outside \[0, 1\]"),
         (np.full((4, 5, 3), np.nan), r"values outside \[0, 1\]"),
     ],
@@ -259,7 +265,7 @@ def test_find_pictures_lists_images_sorted(tmp_path: Path) -> None:
     assert find_pictures(tmp_path) == [tmp_path / name for name in ("a/c.png", "b.JPG", "e.tiff")]
     with pytest.raises(PictureError, match="found no folder"):
         find_pictures(tmp_path / "b.JPG")
-    with pytest.raises(PictureError, match=r"found no picture under .*; expected files ending in \.bmp, "):
+    with pytest.raises(PictureError, match=r"found no picture under .*; expected files like \.jpg"):
         find_pictures(tmp_path / "folder.png")
 
 
@@ -274,3 +280,176 @@ def test_canny_edges_of_a_square_are_its_border() -> None:
     assert all(a or b for a, b in zip(on_border[::2], on_border[1::2], strict=True))
     assert 40 < edges.sum() < 80
     assert canny_edges(np.ascontiguousarray(pixels) // 16).sum() == 0
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+METAFILE = b"\xd7\xcd\xc6\x9a\0\0" + bytes(100)
+
+
+@pytest.mark.parametrize("data", [POSTSCRIPT, METAFILE])
+def test_read_picture_of_a_program_starts_no_other_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError(f"started {args}")
+
+    for name in ("Popen", "run", "call", "check_call", "check_output"):
+        monkeypatch.setattr(subprocess, name, refuse)
+    (tmp_path / "photo.jpg").write_bytes(data)
+    for source in (tmp_path / "photo.jpg", data, io.BytesIO(data)):
+        with pytest.raises(PictureError, match="not a picture that Pillow can read"):
+            read_picture(source)
+    if data is POSTSCRIPT:
+        with pytest.raises(PictureError, match="found a picture of format EPS"):
+            read_picture(Image.open(io.BytesIO(data)))
+
+
+def test_read_picture_leaves_the_warnings_of_the_process_alone() -> None:
+    large = encoded(Image.new("1", (12000, 8000)))  # Pillow warns from 89 megapixels on
+    before = list(warnings.filters)
+    assert read_picture(large).size == (8000, 12000)
+    assert warnings.filters == before
+
+
+def header_only(width: int, height: int, kind: int) -> bytes:
+    """A PNG of this size with no pixels: it can only be refused before it is decoded."""
+    whole = bytearray(encoded(Image.new({2: "RGB", 0: "L", 6: "RGBA"}[kind], (1, 1))))
+    whole[16:24] = struct.pack(">II", width, height)
+    whole[29:33] = struct.pack(">I", zlib.crc32(whole[12:29]))
+    return bytes(whole)
+
+
+@pytest.mark.parametrize(("kind", "megapixels"), [(2, 121), (0, 212), (6, 106)])
+def test_read_picture_bounds_the_pixels_before_decoding(kind: int, megapixels: int) -> None:
+    with pytest.raises(PictureError, match=rf"20000 x 20000 pixels, 400 megapixels .*expected at most {megapixels}:"):
+        read_picture(header_only(20000, 20000, kind))
+    with pytest.raises(PictureError, match="cannot be decoded"):  # within the limit: decoded, and found empty
+        read_picture(header_only(10000, 10000, kind))
+    with pytest.raises(PictureError, match="expected at most"):
+        read_picture(encoded(Image.fromarray(noise())), max_bytes=100)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "I;16"])
+def test_read_picture_of_grey_uses_its_profile(mode: str) -> None:
+    icc = gamma_profile()
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    source = Image.fromarray(grey)
+    image = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else source.convert(mode)
+    if mode == "LA":
+        image.putalpha(Image.fromarray(grey.T.copy()))
+    assert image.mode == mode
+    image.info["icc_profile"] = icc
+    picture = read_picture(image)
+    levels = np.asarray(image.convert("L")).astype(float) if mode in ("1", "LA") else grey.astype(float)
+    linear = (levels[..., None] / 255) ** 1.5
+    srgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055) * 255
+    assert np.abs(picture.rgb - srgb).max() <= 2
+    assert picture.icc is None
+    assert (picture.alpha is not None) == (mode == "LA")
+
+
+def gamma_profile() -> bytes:
+    """A grey ICC profile of gamma 1.5 (ICC.1:2010, 7.2 to 7.3 and 10.5)."""
+
+    def number(value: float) -> bytes:
+        return struct.pack(">i", round(value * 65536))
+
+    white = b"XYZ " + bytes(4) + number(0.9642) + number(1) + number(0.8249)
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, 0x180)
+    text = b"desc" + bytes(4) + struct.pack(">I", 2) + b"g\0" + bytes(78)
+    tags, body, offset = b"", b"", 128 + 4 + 4 * 12
+    for name, data in ((b"desc", text), (b"wtpt", white), (b"kTRC", curve), (b"cprt", b"text" + bytes(4) + b"none\0")):
+        tags += name + struct.pack(">II", offset + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    size = offset + len(body)
+    header = struct.pack(">I4sI4s4s4s", size, b"lcms", 0x02400000, b"mntr", b"GRAY", b"XYZ ") + bytes(12) + b"acsp"
+    header += bytes(28) + white[8:] + bytes(48)
+    return header + struct.pack(">I", 4) + tags + body
+
+
+class Tensor:
+    """As torch's: an array only by its protocol."""
+
+    def __init__(self, pixels: npt.NDArray[Any]) -> None:
+        self.pixels = pixels
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> npt.NDArray[Any]:
+        return self.pixels
+
+
+class Interface:
+    def __init__(self, pixels: npt.NDArray[Any]) -> None:
+        self.__array_interface__ = pixels.__array_interface__
+        self.kept = pixels
+
+
+def test_read_picture_of_anything_like_a_file_or_an_array_gives_rgb(tmp_path: Path) -> None:
+    pixels = noise()
+    file = encoded(Image.fromarray(pixels))
+    (tmp_path / "a.png").write_bytes(file)
+    with (tmp_path / "a.png").open("rb") as handle:
+        sources = (handle, io.BytesIO(file), bytearray(file), memoryview(file), Tensor(pixels), Interface(pixels))
+        for source in sources:
+            np.testing.assert_array_equal(read_picture(source).rgb, pixels)
+    mask = pixels[..., 0] > 99
+    np.testing.assert_array_equal(read_picture(mask).rgb, np.repeat(mask[..., None] * np.uint8(255), 3, axis=2))
+    with pytest.raises(PictureError, match="expected one opened as binary"):
+        read_picture(io.StringIO("text"))
+    with pytest.raises(PictureError, match="found int; expected a path"):
+        read_picture(5)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "LA", "I;16", "CMYK"])
+def test_read_picture_of_many_boxes_converts_like_one(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    image = Image.fromarray(smooth()).convert("I" if mode == "I;16" else mode)
+    whole = read_picture(image)
+    monkeypatch.setattr(images, "_BOX", 50)  # wider than a row, and one that cuts rows
+    parts = read_picture(image)
+    monkeypatch.setattr(images, "_BOX", 7)
+    for found in (parts, read_picture(image)):
+        np.testing.assert_array_equal(found.rgb, whole.rgb)
+
+
+def test_find_pictures_lists_every_kind_that_is_read(tmp_path: Path) -> None:
+    kinds = {"avif": "AVIF", "jpe": "JPEG", "jp2": "JPEG2000", "mpo": "MPO", "apng": "PNG", "tga": "TGA", "qoi": "QOI"}
+    for suffix, kind in kinds.items():
+        Image.fromarray(smooth()).save(tmp_path / f"a.{suffix}", kind)
+    found = find_pictures(tmp_path)
+    assert sorted(path.suffix[1:] for path in found) == sorted(kinds)
+    assert {read_picture(path).size for path in found} == {(32, 48)}
+    Image.init()
+    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in images.FORMATS}
+    assert readable <= images.SUFFIXES
+
+
+def test_find_pictures_follows_links_and_names_what_it_leaves_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    for folder in (inside / "sub", inside / "closed", outside):
+        folder.mkdir(parents=True)
+        (folder / "a.png").touch()
+    (inside / "album").symlink_to(outside)
+    (inside / "again").symlink_to(inside / "sub")
+    (inside / "loop").symlink_to(inside)
+    (outside / "back").symlink_to(outside)
+    (inside / "gone.jpg").symlink_to(tmp_path / "nothing")
+    scandir = os.scandir
+
+    def refuse(folder: Path) -> Any:
+        if folder == inside / "closed":
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with caplog.at_level(logging.WARNING, "lsast.images"):
+        assert find_pictures(inside) == [inside / "album/a.png", inside / "sub/a.png"]
+    assert ["closed is left out: Permission denied" in caplog.text, "gone.jpg is left out" in caplog.text] == [True] * 2
+
+
+def test_read_picture_of_heif_names_the_library_it_needs() -> None:
+    pytest.importorskip("PIL")
+    if importlib.util.find_spec("pillow_heif"):
+        pytest.skip("pillow-heif is installed")
+    with pytest.raises(PictureError, match="pip install pillow-heif"):
+        read_picture(b"\0\0\0\x18ftypheic" + bytes(20))
