@@ -51,14 +51,14 @@ class Case:
 def torch_step(case: Case, compiled: bool) -> Iterator[Step]:
     import torch
 
-    from lsast_export.graphs.modules import denoiser_graph
+    from lsast_export.graphs.trace_graphs import graph_module
     from lsast_train.base.lazy_base import load_base
 
     if case.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("torch finds no GPU")
     kind = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[case.compute_dtype]
     feeds = {name: torch.from_numpy(value).to(case.device) for name, value in case.feeds.items()}
-    with denoiser_graph(load_base(case.bundle.path)) as module, torch.inference_mode():
+    with graph_module(load_base(case.bundle.path), DENOISER) as module, torch.inference_mode():
         module = module.to(case.device).eval()
         run: Any = torch.compile(module) if compiled else module
 

@@ -20,7 +20,7 @@ from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import Bundle, find_bundle
 from lsast_engines.bundle.graph_spec import DENOISER
 from lsast_engines.images import psnr
-from lsast_export.quantize.calibration import Calibration, float_layers
+from lsast_export.quantize.calibration import Calibration
 from lsast_export.quantize.calibration_runs import (
     Pixels,
     SampleRun,
@@ -59,7 +59,9 @@ def main(images: Path, bundle: str | None, pictures: int, size: int, alphas: tup
                 calibration.smooth(alpha)
             with tempfile.TemporaryDirectory(dir=scratch) as folder:
                 with WeightFile(Path(folder)) as weights:
-                    weights.save(calibration.quantized(float_layers(path)), calibration.folder, f"{DENOISER}.onnx")
+                    weights.save(
+                        calibration.quantized(calibration.float_layers), calibration.folder, f"{DENOISER}.onnx"
+                    )
                 painted = _painted(source, Path(folder), trials)
             found[alpha] = [psnr(*pair) for pair in zip(painted, expected, strict=True)]
             click.echo(f"alpha {alpha}: {statistics.mean(found[alpha]):.2f} dB", err=True)

@@ -12,11 +12,12 @@ import torch
 
 from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS
 from lsast_export.bundle import add_graphs as adding
 from lsast_export.bundle.add_graphs import add_parts
-from lsast_export.bundle.export import ExportOptions, export_bundle, trace_graphs
+from lsast_export.bundle.export import ExportOptions, export_bundle
 from lsast_export.graphs.trace import TracedGraph
-from lsast_export.graphs.unet_parts import trace_parts
+from lsast_export.graphs.trace_graphs import trace_graphs
 from lsast_train.base.base import Base
 from lsast_train.mini.architecture import MiniConfig, build_mini
 from lsast_train.prompts.prompt_file import Prompts
@@ -109,7 +110,7 @@ def feeds(base: Base) -> Callable[..., dict[str, np.ndarray]]:
 @pytest.fixture(scope="session")
 def traced_parts(base: Base) -> dict[str, TracedGraph]:
     """The parts of its denoiser, traced once."""
-    return trace_parts(base)
+    return trace_graphs(base, UNET_SPLIT_GRAPHS)
 
 
 @pytest.fixture(scope="session")
@@ -123,5 +124,5 @@ def parted(
     folder = tmp_path_factory.mktemp("parted") / "bundle"
     shutil.copytree(bundles["fp16"].path, folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adding, "trace_parts", lambda *_: traced_parts)
+        patch.setattr(adding, "trace_graphs", lambda *_: traced_parts)
         return add_parts(folder)

@@ -22,7 +22,7 @@ from ..graphs.external_weights import save_graph
 from ..graphs.meta_base import base_on_meta
 from ..graphs.small_decoder import WEIGHTS as SMALL_WEIGHTS
 from ..graphs.small_decoder import SmallDecoder, save_small_decoder, trace_small_decoder
-from ..graphs.unet_parts import trace_parts
+from ..graphs.trace_graphs import trace_graphs
 from ..parity.parity import ParityPlan, measure_parity, measure_small_parity, plan_for, require_parity
 from ..progress import Progress, no_progress
 from .export import WEIGHTS
@@ -54,7 +54,7 @@ def add_parts(
     progress("reading")
     manifest = Bundle.open(path).manifest
     base = open_base(path)
-    traced = trace_parts(base_on_meta(base), progress)
+    traced = trace_graphs(base_on_meta(base), UNET_SPLIT_GRAPHS, progress)
     specs = {name: graph.spec for name, graph in traced.items()}
     plan = plan or plan_for(base)
     with (

@@ -21,7 +21,7 @@ import torch
 
 from lsast_engines.backends.registry import require_backend
 from lsast_engines.bundle.bundle import NULL_STYLE, STYLES, Bundle
-from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS, VAE_DECODER_TINY, GraphSpec, graph_specs
+from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, UNET_SPLIT_GRAPHS, VAE_DECODER_TINY, GraphSpec
 from lsast_engines.bundle.manifest import MANIFEST, Manifest, StorageDtype
 from lsast_engines.environment import package_version
 from lsast_engines.errors import ExportError, fault_list
@@ -32,11 +32,11 @@ from lsast_train.prompts.prompt_space import STAGES
 
 from ..graphs.external_weights import save_graph
 from ..graphs.meta_base import base_on_meta
-from ..graphs.modules import GRAPHS, geometry, graph_module
+from ..graphs.modules import geometry
 from ..graphs.small_decoder import WEIGHTS as SMALL_WEIGHTS
 from ..graphs.small_decoder import SmallDecoder, read_small_decoder
-from ..graphs.trace import OPSET, TracedGraph, trace
-from ..graphs.unet_parts import trace_parts
+from ..graphs.trace import OPSET, TracedGraph
+from ..graphs.trace_graphs import trace_graphs
 from ..parity.parity import ParityPlan, measure_parity, plan_for, require_parity
 from ..progress import Progress, no_progress
 from ..styles.bake import KVProjector, bake_null_style, bake_prompts
@@ -79,22 +79,6 @@ def default_options(base: Base | LazyBase, styles: Sequence[str]) -> dict[str, A
         "solver": "dpmpp2m",
         "size": base.config.size,
     }
-
-
-def trace_graphs(base: Base, progress: Progress = no_progress) -> dict[str, TracedGraph]:
-    """Trace every graph of `base`, which may be a `base_on_meta`; the result has no weights and serves every precision.
-
-    Raises:
-        ExportError: a graph that torch cannot export, or one of other inputs and outputs than specified.
-    """
-    widths = geometry(base)
-    specs = graph_specs(widths)
-    traced = {}
-    for name in GRAPHS:
-        progress(f"tracing {name}")
-        with graph_module(base, name) as module:
-            traced[name] = trace(module, specs[name], base.config.multiple, widths.factor)
-    return traced
 
 
 def export_bundle(
@@ -140,20 +124,19 @@ def export_bundle(
         projector = KVProjector.of_base(empty, stored)
         baked = [bake_prompts(projector, prompts) for prompts in styles]
         null_style = bake_null_style(projector)
-        traced = traced or trace_graphs(empty, progress)
-        if options.parts and not traced.keys() >= set(UNET_SPLIT_GRAPHS):
-            traced = {**traced, **trace_parts(empty, progress)}
-        for name, graph in traced.items():
+        names = [*REQUIRED_GRAPHS, *(UNET_SPLIT_GRAPHS if options.parts else ())]
+        graphs = dict(traced or {})
+        graphs |= trace_graphs(empty, [name for name in names if name not in graphs], progress)
+        for name, graph in graphs.items():
             save_graph(graph, folder / WEIGHTS, folder / f"{name}.onnx")
-        specs = {name: graph.spec for name, graph in traced.items()}
-        paths = {name: folder / f"{name}.onnx" for name in traced}
+        specs = {name: graph.spec for name, graph in graphs.items()}
+        paths = {name: folder / f"{name}.onnx" for name in graphs}
         plan = options.plan or plan_for(stored)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.unpacked.") as cache:
             figures = measure_parity(stored, paths, specs, plan, options.backend, progress=progress, cache=Path(cache))
         _log.info("parity: %s", figures)
         require_parity(figures, plan.tolerance)
-        names = [style.name for style in baked]
-        written = {**default_options(stored, names), **(defaults or {})}
+        written = {**default_options(stored, [style.name for style in baked]), **(defaults or {})}
         manifest = _manifest(empty, projector, options, plan, stages, written, figures, specs)
         del projector
         progress("writing the bundle")

@@ -16,16 +16,13 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from lsast_engines.bundle.graph_spec import CONTROLNET_COND, DENOISER, VAE_DECODER, VAE_ENCODER, Geometry
+from lsast_engines.bundle.graph_spec import Geometry
 from lsast_train.base.attention import packed_kv
 from lsast_train.base.base import Base
-from lsast_train.base.kv_packing import kv_layouts, skip_cond_embedding
+from lsast_train.base.kv_packing import kv_layouts
 
 SCORES_LIMIT = 128 << 20
 """Largest size in bytes of a self-attention's scores, for one picture of native size and two guidance rows."""
-
-GRAPHS = (VAE_ENCODER, CONTROLNET_COND, DENOISER, VAE_DECODER)
-"""The graphs of a bundle, in the order of use."""
 
 
 class SplitProcessor:
@@ -77,7 +74,7 @@ class ControlNetCondGraph(nn.Module):
 
 
 class DenoiserGraph(nn.Module):
-    """Graph `denoiser`: ControlNet and U-Net of one step. `denoiser_graph` makes it and prepares the networks."""
+    """Graph `denoiser`: ControlNet and U-Net of one step."""
 
     def __init__(self, base: Base) -> None:
         super().__init__()
@@ -166,29 +163,6 @@ def split_attention(network: Any, side: int) -> Iterator[None]:
     finally:
         for module, processor in before:
             module.set_processor(processor)
-
-
-@contextlib.contextmanager
-def denoiser_graph(base: Base) -> Iterator[DenoiserGraph]:
-    """The denoiser of `base`, whose networks are changed while the block runs."""
-    side = base.config.size // geometry(base).factor
-    with contextlib.ExitStack() as stack:
-        for network in (base.unet, base.controlnet):
-            stack.enter_context(split_attention(network, side))
-        stack.enter_context(skip_cond_embedding(base.controlnet))
-        yield DenoiserGraph(base).eval()
-
-
-@contextlib.contextmanager
-def graph_module(base: Base, name: str) -> Iterator[nn.Module]:
-    """The module of the graph `name`, one of `GRAPHS`."""
-    if name == DENOISER:
-        with denoiser_graph(base) as module:
-            yield module
-    else:
-        yield {VAE_ENCODER: VaeEncoderGraph, CONTROLNET_COND: ControlNetCondGraph, VAE_DECODER: VaeDecoderGraph}[name](
-            base
-        ).eval()
 
 
 def geometry(base: Base) -> Geometry:

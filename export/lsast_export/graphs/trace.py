@@ -32,9 +32,10 @@ OPSET = 18
 INLINE_LIMIT = 1 << 16
 """Largest constant in bytes: a larger one that is not a weight must be a folded weight, and is refused."""
 
-_EXAMPLE_SIZES = {"B": 2, "G": 3, "h": 2, "w": 3}
-"""Lengths of the dynamic axes while tracing, h and w in units of the smallest legal size. All differ, and none is 1:
-torch takes equal lengths for the same axis and specialises on 1."""
+_EXAMPLE_ROWS = {"B": 2, "G": 3}
+_EXAMPLE_SIDES = (2, 3)
+"""Lengths of the dynamic axes while tracing; height and width in units of the smallest legal size. All differ, and none
+is 1: torch takes equal lengths for the same axis and specialises on 1."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,23 +98,12 @@ def trace(module: nn.Module, spec: GraphSpec, multiple: int, factor: int) -> Tra
 
 def _examples(spec: GraphSpec, multiple: int, factor: int) -> tuple[torch.Tensor, ...]:
     """Random inputs of distinct lengths along every dynamic axis."""
-    cell = multiple // factor
-    lengths = {
-        "B": _EXAMPLE_SIZES["B"],
-        "G": _EXAMPLE_SIZES["G"],
-        "h": _EXAMPLE_SIZES["h"] * cell,
-        "w": _EXAMPLE_SIZES["w"] * cell,
-        "H": _EXAMPLE_SIZES["h"] * multiple,
-        "W": _EXAMPLE_SIZES["w"] * multiple,
-    }
+    (height, width), cell = _EXAMPLE_SIDES, multiple // factor
+    lengths = {"h": height * cell, "w": width * cell, "H": height * multiple, "W": width * multiple, **_EXAMPLE_ROWS}
     examples = []
     for tensor in spec.inputs:
         shape = [
-            lengths[axis]
-            if axis in lengths
-            else axis
-            if isinstance(axis, int)
-            else lengths[axis[0]] >> downsampling_level(axis)
+            axis if isinstance(axis, int) else lengths.get(axis) or lengths[axis[0]] >> downsampling_level(axis)
             for axis in tensor.shape
         ]
         examples.append(torch.rand(shape) if tensor.dtype == "float32" else torch.arange(1, shape[0] + 1))

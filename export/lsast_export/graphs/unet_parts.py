@@ -10,21 +10,15 @@ adapter conditions; `parity` compares with that function.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from lsast_engines.bundle.graph_spec import CONTROLNET, UNET_FULL, UNET_SPLIT_GRAPHS, UnetSplit, split_specs
+from lsast_engines.bundle.graph_spec import UnetSplit
 from lsast_train.base.attention import packed_kv
 from lsast_train.base.base import Base
-from lsast_train.base.kv_packing import skip_cond_embedding
-
-from ..progress import Progress, no_progress
-from .modules import geometry, split_attention
-from .trace import TracedGraph, trace
 
 
 class ControlNetGraph(nn.Module):
@@ -75,10 +69,10 @@ class _UnetPart(nn.Module):
         embedded: torch.Tensor,
         latents: torch.Tensor,
         timesteps: torch.Tensor,
-        attention: dict[str, Any],
+        kv: dict[str, Any],
     ) -> torch.Tensor:
         """The last up block and the output convolution: `feature` and the outermost skips → eps [G·B, 4, h, w]."""
-        sample = _up(self.unet.up_blocks[-1], feature, embedded, tuple(skips), attention)
+        sample = _run(self.unet.up_blocks[-1], feature, embedded, kv, res_hidden_states_tuple=tuple(skips))
         output = self.unet.conv_out(self.unet.conv_act(self.unet.conv_norm_out(sample)))
         return self._base.eps_from_output(output, latents, timesteps)
 
@@ -91,22 +85,22 @@ class UnetFullGraph(_UnetPart):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The whole U-Net: eps [G, B, 4, h, w], and the input of the last up block, [G, B, C, h, w]."""
         guidance, batch = kv_unet.shape[:2]
-        attention = packed_kv(kv_unet.flatten(0, 1))
+        kv = packed_kv(kv_unet.flatten(0, 1))
         latents, timesteps = self._rows(latent, guidance), self._rows(timestep, guidance)
         embedded = self._embedded(latents, timesteps)
         sample = self.unet.conv_in(latents)
         skips = [sample]
         for block in self.unet.down_blocks:
-            sample, more = _down(block, sample, embedded, attention)
+            sample, more = _run(block, sample, embedded, kv)
             skips += more
         *down, mid = (self._rows(residual, guidance) for residual in residuals)
         skips = [skip + residual for skip, residual in zip(skips, down, strict=True)]
-        sample = self.unet.mid_block(sample, embedded, cross_attention_kwargs=attention) + mid
+        sample = self.unet.mid_block(sample, embedded, cross_attention_kwargs=kv) + mid
         for block in self.unet.up_blocks[:-1]:
             count = len(block.resnets)
-            sample = _up(block, sample, embedded, tuple(skips[-count:]), attention)
+            sample = _run(block, sample, embedded, kv, res_hidden_states_tuple=tuple(skips[-count:]))
             skips = skips[:-count]
-        eps = self._noise(sample, skips, embedded, latents, timesteps, attention)
+        eps = self._noise(sample, skips, embedded, latents, timesteps, kv)
         return eps.unflatten(0, (guidance, batch)), sample.unflatten(0, (guidance, batch))
 
 
@@ -123,7 +117,7 @@ class UnetOuterGraph(_UnetPart):
         """The outermost level, on a cached feature [G, B, C, h, w]: eps [G, B, 4, h, w]."""
         *residuals, feature = residuals_and_feature
         guidance, batch = kv_unet.shape[:2]
-        attention = packed_kv(kv_unet.flatten(0, 1))
+        kv = packed_kv(kv_unet.flatten(0, 1))
         latents, timesteps = self._rows(latent, guidance), self._rows(timestep, guidance)
         embedded = self._embedded(latents, timesteps)
         sample = self.unet.conv_in(latents)
@@ -131,37 +125,19 @@ class UnetOuterGraph(_UnetPart):
         block = self.unet.down_blocks[0]
         for place, resnet in enumerate(block.resnets):
             sample = resnet(sample, embedded)
-            if _attends(block):
-                sample = block.attentions[place](sample, cross_attention_kwargs=attention, return_dict=False)[0]
+            if getattr(block, "has_cross_attention", False):
+                sample = block.attentions[place](sample, cross_attention_kwargs=kv, return_dict=False)[0]
             skips.append(sample)
         skips = [skip + self._rows(residual, guidance) for skip, residual in zip(skips, residuals, strict=True)]
-        eps = self._noise(feature.flatten(0, 1), skips, embedded, latents, timesteps, attention)
+        eps = self._noise(feature.flatten(0, 1), skips, embedded, latents, timesteps, kv)
         rows: torch.Tensor = eps.unflatten(0, (guidance, batch))
         return rows
 
 
-def _attends(block: Any) -> bool:
-    return bool(getattr(block, "has_cross_attention", False))
-
-
-def _down(
-    block: Any, sample: torch.Tensor, embedded: torch.Tensor, attention: dict[str, Any]
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    kwargs = {"cross_attention_kwargs": attention} if _attends(block) else {}
-    result: tuple[torch.Tensor, tuple[torch.Tensor, ...]] = block(hidden_states=sample, temb=embedded, **kwargs)
-    return result
-
-
-def _up(
-    block: Any,
-    sample: torch.Tensor,
-    embedded: torch.Tensor,
-    skips: tuple[torch.Tensor, ...],
-    attention: dict[str, Any],
-) -> torch.Tensor:
-    kwargs = {"cross_attention_kwargs": attention} if _attends(block) else {}
-    result: torch.Tensor = block(hidden_states=sample, temb=embedded, res_hidden_states_tuple=skips, **kwargs)
-    return result
+def _run(block: Any, sample: torch.Tensor, embedded: torch.Tensor, kv: dict[str, Any], **skips: Any) -> Any:
+    """The output of a down or up block, which takes keys and values only if it has cross-attention."""
+    kwargs = {"cross_attention_kwargs": kv} if getattr(block, "has_cross_attention", False) else {}
+    return block(hidden_states=sample, temb=embedded, **kwargs, **skips)
 
 
 def unet_split(base: Base) -> UnetSplit:
@@ -178,32 +154,3 @@ def unet_split(base: Base) -> UnetSplit:
         outer=len(base.unet.up_blocks[-1].resnets),
         feature=last.in_channels - widths[0],
     )
-
-
-@contextlib.contextmanager
-def part_module(base: Base, name: str) -> Iterator[nn.Module]:
-    """The module of the part `name`, one of `UNET_SPLIT_GRAPHS`, whose network is patched as long as the block runs."""
-    network = base.controlnet if name == CONTROLNET else base.unet
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(split_attention(network, base.config.size // geometry(base).factor))
-        if name == CONTROLNET:
-            stack.enter_context(skip_cond_embedding(base.controlnet))
-            yield ControlNetGraph(base).eval()
-        else:
-            yield (UnetFullGraph if name == UNET_FULL else UnetOuterGraph)(base).eval()
-
-
-def trace_parts(base: Base, progress: Progress = no_progress) -> dict[str, TracedGraph]:
-    """Trace the parts of the denoiser of `base`, which may be a `base_on_meta`; see `exporter.trace_graphs`.
-
-    Raises:
-        ExportError: a part that torch cannot export, or one of other inputs and outputs than specified.
-    """
-    widths = geometry(base)
-    specs = split_specs(widths, unet_split(base))
-    traced = {}
-    for name in UNET_SPLIT_GRAPHS:
-        progress(f"tracing {name}")
-        with part_module(base, name) as module:
-            traced[name] = trace(module, specs[name], base.config.multiple, widths.factor)
-    return traced

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
-import onnx
 
 from .calibration_runs import Feeds
 from .fold_weights import Model, Node, Weights, fold_weights
@@ -22,24 +21,6 @@ from .weight_file import WeightFile
 
 _ENDS = ("conv_in.", "conv_out.")
 """Weights of a network's first and last convolution, which stay float: their errors would affect everything."""
-
-
-def float_layers(path: Path) -> frozenset[str]:
-    """Names of the nodes in the graph of `path` that are a network's first or last convolution, or of its time path."""
-    model = onnx.load(str(path), load_external_data=False)
-    producers = {output: node for node in model.graph.node for output in node.output}
-
-    def weight(node: Any) -> str:
-        name = node.input[1]
-        while name in producers and producers[name].op_type in ("Cast", "Transpose"):
-            name = producers[name].input[0]
-        return str(name)
-
-    return frozenset(
-        node.name
-        for node in model.graph.node
-        if node.op_type == "Gemm" or (node.op_type == "Conv" and any(end in weight(node) for end in _ENDS))
-    )
 
 
 class Calibration:
@@ -114,6 +95,12 @@ class Calibration:
         self._smoothed += 1
         with WeightFile(self._folder, f"smoothed{self._smoothed}.data") as weights:
             smooth(self._model, factors, self._folder, weights.tensor)
+
+    @property
+    def float_layers(self) -> frozenset[str]:
+        """Names of the layers that should stay float: a network's first and last convolution."""
+        nodes = (node for node in self._layer_nodes() if node.op_type == "Conv")
+        return frozenset(node.name for node in nodes if any(end in node.input[1] for end in _ENDS))
 
     def quantized(self, kept: Iterable[str]) -> Model:
         """The graph with every layer in int8 but those of `kept`, whose weights lie in `folder`."""

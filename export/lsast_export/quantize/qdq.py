@@ -144,15 +144,14 @@ class _QdqInserter:
         return found
 
     def _pair(self, source: str, result: str, scale: np.float32, zero: np.generic) -> list[Node]:
-        float_layers = [f"{result}/scale", f"{result}/zero"]
+        ends = [f"{result}/scale", f"{result}/zero"]
         self.tensors += [
-            numpy_helper.from_array(np.asarray(value), name)
-            for value, name in zip((scale, zero), float_layers, strict=True)
+            numpy_helper.from_array(np.asarray(value), name) for value, name in zip((scale, zero), ends, strict=True)
         ]
         make = onnx.helper.make_node
         return [
-            make("QuantizeLinear", [source, *float_layers], [f"{result}/int8"], f"{result}/quantize"),
-            make("DequantizeLinear", [f"{result}/int8", *float_layers], [result], f"{result}/dequantize"),
+            make("QuantizeLinear", [source, *ends], [f"{result}/int8"], f"{result}/quantize"),
+            make("DequantizeLinear", [f"{result}/int8", *ends], [result], f"{result}/dequantize"),
         ]
 
     def _constant(
@@ -163,8 +162,8 @@ class _QdqInserter:
         for array, part in ((numbers, "int8"), (scales, "scale"), (np.zeros(len(scales), numbers.dtype), "zero")):
             self.tensors.append(numpy_helper.from_array(array, f"{own}/{part}"))
         node.input[place] = own
-        float_layers = [f"{own}/{part}" for part in ("int8", "scale", "zero")]
-        return onnx.helper.make_node("DequantizeLinear", float_layers, [own], f"{own}/dequantize", axis=axis)
+        ends = [f"{own}/{part}" for part in ("int8", "scale", "zero")]
+        return onnx.helper.make_node("DequantizeLinear", ends, [own], f"{own}/dequantize", axis=axis)
 
 
 def to_int8(

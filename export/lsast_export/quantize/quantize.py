@@ -28,7 +28,7 @@ from lsast_engines.errors import ParityError, UsageError, fault_list
 from lsast_engines.images import psnr
 
 from ..progress import Progress, no_progress
-from .calibration import Calibration, float_layers
+from .calibration import Calibration
 from .calibration_runs import (
     Feeds,
     Floats,
@@ -217,9 +217,9 @@ class _Writer:
             yield Calibration(self._source.graph_path(name), Path(folder))
 
     def _save(self, name: str, calibration: Calibration) -> dict[str, str]:
-        layers, kept = set(calibration.layers), float_layers(self._source.graph_path(name))
+        kept = calibration.float_layers
         self._weights.save(calibration.quantized(kept), calibration.folder, f"{name}.onnx")
-        return {f"{name}_in_float": f"{len(layers.intersection(kept))} of {len(layers)} layers"}
+        return {f"{name}_in_float": f"{len(kept)} of {len(calibration.layers)} layers"}
 
     def _copy(self, name: str) -> None:
         model = onnx.load(str(self._source.graph_path(name)), load_external_data=False)

@@ -1,6 +1,6 @@
-"""Checkpoints of the released code: ``embeddings_gs-99999.pt``, a pickled generator and the constant it starts from.
+"""Checkpoints of the released code: ``embeddings_gs-99999.pt``, a pickled generator and its constant input.
 
-The pickle is never run: its tensors are read by name (`lsast_train.checkpoints.safe_unpickle`). Only the generator's
+The pickle is not executed: its tensors are read by name (`lsast_train.checkpoints.safe_unpickle`). Only the generator's
 output is kept,
 without dropout: the released script leaves it on by mistake (docs/method.md §8.5).
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lsast_engines.errors import StyleError, fault_list
+from lsast_engines.errors import StyleError, fault_list, shape_faults
 from lsast_engines.files import file_sha256
 from lsast_train.base.attention import GROUPS
 from lsast_train.base.base import Base
@@ -31,7 +31,7 @@ _log = logging.getLogger("lsast.export")
 
 @dataclass(frozen=True, eq=False)
 class Released:
-    """What a released checkpoint holds."""
+    """The contents of a released checkpoint."""
 
     embeddings: torch.Tensor
     """[K, 1, dim] float32: the generator's output without dropout; the first stages + 2 of them are ever read."""
@@ -134,15 +134,9 @@ def _generator(tensors: dict[str, torch.Tensor], path: Path) -> GegluGenerator:
     if faults:
         raise StyleError(_not_released(path, faults))
     generator = GegluGenerator(constant[0], count, inner=inner, hidden=hidden)
-    own = generator.state_dict()
     state["constant"] = constant[0]
-    faults += [f"{_MODULE}{key}: missing" for key in own.keys() - state.keys()]
-    faults += [f"{_MODULE}{key}: not expected" for key in state.keys() - own.keys()]
-    faults += [
-        f"{_MODULE}{key}: found {_shape(state[key])}; expected {_shape(own[key])}"
-        for key in own.keys() & state.keys()
-        if own[key].shape != state[key].shape
-    ]
+    shapes = ({key: value.shape for key, value in tensors.items()} for tensors in (state, generator.state_dict()))
+    faults += [f"{_MODULE}{fault}" for fault in shape_faults(*shapes)]
     if faults:
         raise StyleError(_not_released(path, sorted(faults)))
     generator.load_state_dict({key: value.float() for key, value in state.items()})
@@ -154,4 +148,4 @@ def _shape(tensor: torch.Tensor | None) -> str:
 
 
 def _not_released(path: Path, faults: list[str]) -> str:
-    return fault_list(f"{path} is no checkpoint of the released LSAST:", faults)
+    return fault_list(f"{path} is not a checkpoint of the released LSAST:", faults)

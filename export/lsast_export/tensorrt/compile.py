@@ -41,8 +41,8 @@ from lsast_engines.removed import removal
 from ..progress import Progress, no_progress
 from .fp16 import dtypes_in, write_half_graph
 
-NEEDS = {"BFLOAT16": (8, 0)}
-"""The first compute capability that has a number type (docs.nvidia.com/deeplearning/tensorrt, support matrix)."""
+BF16_CAPABILITY = 8.0
+"""The first compute capability with bf16 (docs.nvidia.com/deeplearning/tensorrt, support matrix)."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,8 @@ def compile_graph(
         progress(f"compiling {spec.name}")
         progress(f"compiling {spec.name}", "up to date")
         return found
-    require_types(dtypes_in(path), targets, path.name)
+    if "BFLOAT16" in dtypes_in(path):
+        require_bf16(targets, path.name)
     progress(f"compiling {spec.name}")
     if found is not None:
         progress(f"compiling {spec.name}", f"took {found.seconds:.0f} s last time")
@@ -200,10 +201,13 @@ class _Build:
         config.clear_flag(trt.BuilderFlag.TF32)
         if self._options.library == "tensorrt-rtx":
             self._aim(config)
-        cache = _load_timing(config, timing) if timing is not None else None
+        if timing is not None:
+            # The library replaces a cache of another GPU or version, and logs that as a warning.
+            cache = config.create_timing_cache(timing.read_bytes() if timing.is_file() else b"")
+            config.set_timing_cache(cache, ignore_mismatch=False)
         serialized = builder.build_serialized_network(network, config)
         self._require(serialized is not None, "cannot be compiled")
-        if timing is not None and cache is not None:
+        if timing is not None:
             with replace_file(timing) as handle:
                 handle.write(config.get_timing_cache().serialize())
         return serialized
@@ -289,26 +293,21 @@ def _capability(trt: Any, target: str) -> Any:
     return trt.ComputeCapability.__members__[name]
 
 
-def require_types(kinds: Collection[str], targets: tuple[str, ...], holder: str) -> None:
-    """Refuse number types that the GPUs of a target lack, before minutes are spent.
+def require_bf16(targets: tuple[str, ...], holder: str) -> None:
+    """Refuse targets whose GPUs lack bf16, before minutes are spent.
 
     Args:
-        kinds: ONNX's names of the types.
         targets: compute capabilities, or `PORTABLE`.
-        holder: name of the file that has them, for the message.
+        holder: name of the file that has bf16 weights, for the message.
 
     Raises:
         ExportError: naming all of them.
     """
-    faults = []
-    for kind in sorted(set(kinds) & NEEDS.keys()):
-        least = NEEDS[kind]
-        for target in targets:
-            capability = (8, 0) if target == PORTABLE else tuple(map(int, target.split(".")))
-            if capability < least:
-                faults.append(f"{target}: found {kind} in {holder}; expected compute capability {least[0]}.{least[1]}")
-    if faults:
-        raise ExportError(fault_list("GPUs of these compute capabilities lack number types of the graph:", faults))
+    if lacking := [target for target in targets if target != PORTABLE and float(target) < BF16_CAPABILITY]:
+        raise ExportError(
+            f"found bf16 weights in {holder} for the compute capabilities {', '.join(lacking)}; expected at least "
+            f"{BF16_CAPABILITY}: leave them out, or export with --storage-dtype fp16"
+        )
 
 
 def _monitor(trt: Any, phase: str, progress: Progress) -> Any:
@@ -330,13 +329,6 @@ def _monitor(trt: Any, phase: str, progress: Progress) -> Any:
             pass
 
     return Monitor()
-
-
-def _load_timing(config: Any, timing: Path) -> Any:
-    cache = config.create_timing_cache(timing.read_bytes() if timing.is_file() else b"")
-    # The library replaces a cache of another GPU or version, and logs that as a warning.
-    config.set_timing_cache(cache, ignore_mismatch=False)
-    return cache
 
 
 def _timing_cache(engine: Path, key: EngineKey) -> Path | None:

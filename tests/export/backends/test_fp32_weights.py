@@ -19,8 +19,8 @@ from lsast_engines.backends import fp32_weights
 from lsast_engines.backends.fp32_weights import with_fp32_weights
 from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS
 from lsast_engines.errors import BackendError
-from lsast_export.graphs.modules import GRAPHS
 
 Run = Callable[..., dict[str, np.ndarray]]
 Feeds = Callable[..., dict[str, np.ndarray]]
@@ -38,7 +38,7 @@ def test_with_fp32_weights_matches_a_float32_bundle(
 ) -> None:
     bundle = bundles[storage_dtype]
     stored = load_file(bundle.path / "base.safetensors")
-    for name in GRAPHS:
+    for name in REQUIRED_GRAPHS:
         path = with_fp32_weights(bundle.graph_path(name), tmp_path)
         assert path.is_relative_to(tmp_path)
         onnx.checker.check_model(str(path), full_check=True)

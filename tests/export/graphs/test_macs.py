@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.macs import count_macs
 from lsast_engines.bundle.bundle import Bundle
-from lsast_export.graphs.modules import GRAPHS, graph_module
+from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS
+from lsast_export.graphs.trace_graphs import graph_module
 from lsast_train.base.base import Base
 
 LENGTHS = [
@@ -22,7 +23,7 @@ LENGTHS = [
 
 
 @pytest.mark.parametrize("storage_dtype", ["fp32", "fp16"])
-@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("graph", REQUIRED_GRAPHS)
 def test_as_many_as_torch_counts(base: Base, bundles: dict[str, Bundle], graph: str, storage_dtype: str) -> None:
     pytest.importorskip("openvino")
     bundle = bundles[storage_dtype]

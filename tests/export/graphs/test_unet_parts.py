@@ -196,13 +196,13 @@ def test_a_wrong_part_leaves_the_bundle_as_it_was(
     for place, bundle in enumerate((bundles["fp16"], parted)):
         folder = tmp_path / str(place)
         shutil.copytree(bundle.path, folder)
-        monkeypatch.setattr(adding, "trace_parts", lambda *_: wrong(traced_parts))
+        monkeypatch.setattr(adding, "trace_graphs", lambda *_: wrong(traced_parts))
         with pytest.raises(ParityError, match="controlnet: found a relative error") as caught:
             add_parts(folder)
         assert "unet_outer:" not in str(caught.value) or "unet_full:" in str(caught.value)
         assert Bundle.open(folder).manifest == bundle.manifest
         assert {path.name for path in folder.iterdir()} == {path.name for path in bundle.path.iterdir()}
-        monkeypatch.setattr(adding, "trace_parts", lambda *_: traced_parts)
+        monkeypatch.setattr(adding, "trace_graphs", lambda *_: traced_parts)
         assert Bundle.open(add_parts(folder).path).manifest.graphs == parted.manifest.graphs
 
 
@@ -214,7 +214,7 @@ def test_parts_come_with_an_export_and_are_checked(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lsast_export.bundle.export.trace_parts", lambda *_: traced_parts)
+    monkeypatch.setattr("lsast_export.bundle.export.trace_graphs", lambda *_: traced_parts)
     written = export_bundle(base, tmp_path / "new", (), ExportOptions(parts=True), traced=traced)
     assert written.manifest.graphs == parted.manifest.graphs
     assert (written.path / "unet_full.onnx").read_bytes() == (parted.path / "unet_full.onnx").read_bytes()
@@ -242,7 +242,7 @@ def test_the_command_says_where_and_how_well(
     bundles: dict[str, Bundle], traced_parts: dict[str, TracedGraph], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shutil.copytree(bundles["fp16"].path, tmp_path / "bundle")
-    monkeypatch.setattr(adding, "trace_parts", lambda *_: traced_parts)
+    monkeypatch.setattr(adding, "trace_graphs", lambda *_: traced_parts)
     result = CliRunner().invoke(main, ["parts", str(folder), "--json"])
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
@@ -263,8 +263,8 @@ def test_a_bundle_that_is_exported_again_keeps_its_parts_and_one_without_gets_th
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lsast_export.bundle.export.trace_graphs", lambda *_: traced)
-    monkeypatch.setattr("lsast_export.bundle.export.trace_parts", lambda *_: traced_parts)
+    both = {**traced, **traced_parts}
+    monkeypatch.setattr("lsast_export.bundle.export.trace_graphs", lambda _, names, *__: {n: both[n] for n in names})
     for name, source, options in (("kept", parted, []), ("new", bundles["fp16"], ["--parts"])):
         arguments = ["bundle", "--base", str(source.path), "--out", str(tmp_path / name), *options]
         result = CliRunner().invoke(main, arguments)

@@ -70,8 +70,8 @@ def toy(folder: Path) -> Path:
         weight("first", 32, 16, 3, 3), weight("first_bias", 32), weight("second", 32, 32, 3, 3),
         weight("second_bias", 32), weight("linear", 64, 32), weight("linear_bias", 64),
     ]  # fmt: skip
-    float_layers = [("x", ["B", 16, "h", "w"]), ("y", ["B", "h", "w", 32])]
-    inputs, outputs = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)] for name, shape in float_layers)
+    ends = [("x", ["B", 16, "h", "w"]), ("y", ["B", "h", "w", 32])]
+    inputs, outputs = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)] for name, shape in ends)
     graph = helper.make_graph(nodes, "toy", inputs, outputs, tensors)
     path = folder / "toy.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)

@@ -43,8 +43,8 @@ def block(folder: Path, loud: float = 60.0) -> Path:
         numpy_helper.from_array(gamma, "gamma"), weight("beta", WIDTH), weight("value", WIDTH, WIDTH),
         numpy_helper.from_array(bias, "value_bias"), weight("gate", WIDTH, WIDTH), weight("last", WIDTH, 4),
     ]  # fmt: skip
-    float_layers = [("x", ["B", "n", WIDTH]), ("y", ["B", "n", 4])]
-    inputs, outputs = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)] for name, shape in float_layers)
+    ends = [("x", ["B", "n", WIDTH]), ("y", ["B", "n", 4])]
+    inputs, outputs = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)] for name, shape in ends)
     graph = helper.make_graph(nodes, "block", inputs, outputs, tensors)
     path = folder / "block.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)

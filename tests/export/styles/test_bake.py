@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from lsast_engines.bundle.graph_spec import DENOISER
 from lsast_engines.errors import StyleError
-from lsast_export.graphs.modules import denoiser_graph
+from lsast_export.graphs.trace_graphs import graph_module
 from lsast_export.styles.bake import KVProjector, bake_null_style, bake_style
 from lsast_train.base.attention import GROUPS, packed_kv
 from lsast_train.base.base import Base
@@ -71,7 +72,7 @@ def test_denoiser_module_is_the_base_on_contexts(base: Base) -> None:
         expected = base.eps(latent, timestep, contexts, edges, control_contexts)
         hint = base.controlnet.controlnet_cond_embedding(edges)
         kv = unet.project(contexts)[None], control.project(control_contexts)
-        with denoiser_graph(base) as denoiser:
+        with graph_module(base, DENOISER) as denoiser:
             found = denoiser(latent, hint, timestep, *kv, torch.tensor(1.0))
     torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-5)
 
@@ -81,7 +82,7 @@ def test_base_is_left_as_it_was_even_after_a_failure(base: Base) -> None:
     hint_encoder = base.controlnet.controlnet_cond_embedding
 
     def fail_halfway() -> None:
-        with denoiser_graph(base):
+        with graph_module(base, DENOISER):
             assert base.controlnet.controlnet_cond_embedding is not hint_encoder
             raise KeyError
 

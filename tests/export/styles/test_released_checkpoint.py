@@ -172,10 +172,10 @@ def test_all_that_is_no_released_checkpoint_is_named(save: Save, content: dict[s
     lines = [line.strip(" -") for line in str(caught.value).splitlines()[1:]]
     assert lines == [
         "attention.more.weight: not expected",
-        "attention.norm1.bias: found [65]; expected [64]",
-        "attention.norm1.weight: found [65]; expected [64]",
-        "attention.norm2.bias: missing",
-        "attention.norm2.weight: missing",
+        "attention.norm1.bias: found shape [65]; expected [64]",
+        "attention.norm1.weight: found shape [65]; expected [64]",
+        "attention.norm2.bias: missing; expected shape [64]",
+        "attention.norm2.weight: missing; expected shape [64]",
     ]
     with pytest.raises(StyleError, match=r"initial_embeddings: found nothing; expected \[1, dim\]"):
         read_released(save({"attention": block}))

@@ -19,8 +19,9 @@ from lsast_train.base.attention import layer_contexts
 from lsast_train.base.base import Base
 
 from ...graphs.external_weights import save_graph
-from ...graphs.modules import geometry, graph_module
+from ...graphs.modules import geometry
 from ...graphs.trace import trace
+from ...graphs.trace_graphs import graph_module
 from ...progress import Progress
 from ...styles.bake import KVProjector
 from .golden_set import RESIDUAL, GoldenSet
