@@ -1,32 +1,147 @@
-"""Files that are written whole or not at all, and the user's folders for caches and data."""
+"""Files that are written whole or not at all, and the user's folders for caches and data.
+
+What is not finished has a hidden name that does not depend on the final one, and is locked by the process that writes
+it. What a killed process left is not locked; the next one that writes in the same folder removes it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
-import tempfile
+import re
+import secrets
+import shutil
+import stat
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from .errors import UsageError
+
+_UNFINISHED = re.compile(r"\.lsast-[0-9a-f]{16}\.tmp")
+
+NOWHERE = Path(os.devnull) / "lsast"
+"""The user's folder where there is no home: nothing is found in it, and it cannot be made."""
+
+_swept: set[Path] = set()
+_sweeping = threading.Lock()
+
 
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path` for writing; it is renamed to `path` at the end, or deleted on an error."""
+    """Open a temporary file beside `path` for writing; it is renamed to `path` at the end, or deleted on an error.
+
+    A file that is replaced keeps its mode; of a link, the file that it points to is replaced.
+    """
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
+    _sweep(path.parent)
+    temporary, descriptor = _create_locked(path.parent, folder=False)
     try:
         with os.fdopen(descriptor, "wb") as handle:
+            with contextlib.suppress(OSError):
+                os.chmod(temporary, stat.S_IMODE(path.stat().st_mode) & 0o777)
             yield handle
-        # mkstemp makes private files; the result gets the mode that open() would give it.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
+            if not handle.closed:
+                handle.flush()
+            if sys.platform != "win32":  # a file that is open cannot be renamed there
+                temporary.replace(path)
+        if sys.platform == "win32":
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """A hidden folder in `parent`, for what is renamed into `parent` when it is finished; deleted at the end."""
+    parent.mkdir(parents=True, exist_ok=True)
+    _sweep(parent)
+    folder, descriptor = _create_locked(parent, folder=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _create_locked(parent: Path, *, folder: bool) -> tuple[Path, int]:
+    """A new hidden file or folder with a random name, and its locked descriptor; -1 for a folder on Windows."""
+    while True:
+        path = parent / f".lsast-{secrets.token_hex(8)}.tmp"
+        if folder:
+            path.mkdir()
+            descriptor = -1 if sys.platform == "win32" else os.open(path, os.O_RDONLY)
+        else:
+            # The system subtracts the umask; reading it would change it for other threads.
+            flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0)
+            descriptor = os.open(path, flags, 0o666)
+        # Another process may have removed it before it was locked.
+        if _lock(descriptor) and path.exists():
+            return path, descriptor
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock an open file until it is closed; whether no other process holds it."""
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # others: a file system without locks
+    return True
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes left in `folder`; once in this process."""
+    with _sweeping:
+        if folder in _swept or sys.platform == "win32":
+            return
+        _swept.add(folder)
+    with contextlib.suppress(OSError):
+        for name in filter(_UNFINISHED.fullmatch, os.listdir(folder)):
+            with contextlib.suppress(OSError):
+                _remove_unlocked(folder / name)
+
+
+def _remove_unlocked(path: Path) -> None:
+    import fcntl
+
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        found = os.fstat(descriptor)
+        if found.st_uid != os.geteuid():
+            return
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises OSError while its writer lives
+        if stat.S_ISDIR(found.st_mode):
+            shutil.rmtree(path, ignore_errors=True)
+        elif stat.S_ISREG(found.st_mode):
+            path.unlink()
+    finally:
+        os.close(descriptor)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Swap the names of two folders in one step; False where the system or the file system cannot."""
+    import ctypes
+
+    if sys.platform == "win32":
+        return False
+    old, new, library = os.fsencode(first), os.fsencode(second), ctypes.CDLL(None)
+    if hasattr(library, "renameat2"):
+        here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of linux/fs.h
+        return bool(library.renameat2(here, old, here, new, swap) == 0)
+    if hasattr(library, "renamex_np"):
+        return bool(library.renamex_np(old, new, 2) == 0)  # RENAME_SWAP of macOS's sys/stdio.h
+    return False
 
 
 def file_sha256(path: Path) -> str:
@@ -39,16 +154,30 @@ def file_sha256(path: Path) -> str:
 
 
 def cache_home() -> Path:
-    """``$LSAST_HOME``, else ``lsast`` in the XDG cache folder. It may not exist, and may be deleted at any time."""
+    """``$LSAST_HOME``, else ``lsast`` in the XDG cache folder. It may not exist, and may be deleted at any time.
+
+    `NOWHERE` for a user without a home.
+
+    Raises:
+        UsageError: ``LSAST_HOME`` is in the home of an unknown user.
+    """
     return _home("XDG_CACHE_HOME", ".cache")
 
 
 def data_home() -> Path:
-    """``$LSAST_HOME``, else ``lsast`` in the XDG data folder, for what took hours to make. It may not exist."""
+    """``$LSAST_HOME``, else ``lsast`` in the XDG data folder, for what took hours to make. Else as `cache_home`."""
     return _home("XDG_DATA_HOME", ".local/share")
 
 
 def _home(variable: str, default: str) -> Path:
     if home := os.environ.get("LSAST_HOME"):
-        return Path(home).expanduser()
-    return Path(os.environ.get(variable) or Path.home() / default) / "lsast"
+        try:
+            return Path(home).expanduser()
+        except RuntimeError as error:
+            raise UsageError(f"found LSAST_HOME={home} ({error}); expected a folder") from error
+    if base := os.environ.get(variable):
+        return Path(base) / "lsast"
+    try:
+        return Path.home() / default / "lsast"
+    except RuntimeError:  # neither HOME nor an entry in the list of users
+        return NOWHERE

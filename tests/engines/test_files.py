@@ -2,11 +2,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
+import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from lsast_engines.files import cache_home, data_home, file_sha256, replace_file
+from lsast_engines.errors import UsageError
+from lsast_engines.files import cache_home, data_home, exchange, file_sha256, replace_file, scratch_folder
 
 
 def break_off(target: Path, error: type[BaseException]) -> None:
@@ -51,3 +56,111 @@ def test_homes_follow_the_environment(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.delenv("XDG_DATA_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert (cache_home(), data_home()) == (tmp_path / ".cache/lsast", tmp_path / ".local/share/lsast")
+
+
+def test_replace_file_never_touches_the_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.umask(0o027)
+    try:
+        monkeypatch.delattr(os, "umask")
+        with replace_file(tmp_path / "new") as handle:
+            handle.write(b"x")
+    finally:
+        monkeypatch.undo()
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o640
+
+
+def test_replace_file_keeps_the_mode_and_the_link_of_what_it_replaces(tmp_path: Path) -> None:
+    real, link = tmp_path / "deep" / "real", tmp_path / "link"
+    real.parent.mkdir()
+    real.write_bytes(b"old")
+    real.chmod(0o604)
+    link.symlink_to(Path("deep/real"))
+    with replace_file(link) as handle:
+        handle.write(b"new")
+    assert link.is_symlink()
+    assert real.read_bytes() == b"new"
+    assert stat.S_IMODE(real.stat().st_mode) == 0o604
+    assert os.listdir(real.parent) == ["real"]
+
+
+def test_replace_file_takes_names_up_to_the_file_systems_limit(tmp_path: Path) -> None:
+    for name in ("a" * 255, "é" * 127, "b" * 251 + ".png"):
+        with replace_file(tmp_path / name) as handle:
+            handle.write(b"x")
+        assert (tmp_path / name).read_bytes() == b"x"
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from lsast_engines.files import replace_file, scratch_folder
+with replace_file(Path(sys.argv[1]) / "out") as handle, scratch_folder(Path(sys.argv[1])) as folder:
+    (folder / "part").write_bytes(b"x")
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+NEXT = """
+import sys
+from pathlib import Path
+from lsast_engines.files import replace_file
+with replace_file(Path(sys.argv[1]) / "next"):
+    pass
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files are not locked there")
+def test_replace_file_removes_what_a_killed_process_left_and_nothing_else(tmp_path: Path) -> None:
+    other = tmp_path / ".lsast-mine.tmp"
+    other.touch()
+    (tmp_path / ".lsast-0123456789abcdef.tmp").symlink_to(other)
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE)
+    try:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        subprocess.run([sys.executable, "-c", NEXT, str(tmp_path)], check=True)
+        assert len(list(tmp_path.glob(".lsast-" + "[0-9a-f]" * 16 + ".tmp"))) == 3  # two of a process that lives
+    finally:
+        writer.send_signal(signal.SIGKILL)
+        writer.communicate()
+    subprocess.run([sys.executable, "-c", NEXT, str(tmp_path)], check=True)
+    assert sorted(os.listdir(tmp_path)) == [".lsast-0123456789abcdef.tmp", ".lsast-mine.tmp", "next"]
+
+
+def test_scratch_folder_is_deleted_with_what_is_left_in_it(tmp_path: Path) -> None:
+    with scratch_folder(tmp_path / "deep") as folder:
+        (folder / "kept").mkdir()
+        (folder / "left").mkdir()
+        (folder / "kept").rename(tmp_path / "deep" / "kept")
+    assert os.listdir(tmp_path / "deep") == ["kept"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="renameat2 is Linux's")
+def test_exchange_swaps_two_folders(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"was-{name}").touch()
+    assert exchange(tmp_path / "a", tmp_path / "b")
+    assert (os.listdir(tmp_path / "a"), os.listdir(tmp_path / "b")) == (["was-b"], ["was-a"])
+    assert not exchange(tmp_path / "a", tmp_path / "c")
+
+
+def test_homes_without_a_home_are_found_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LSAST_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def fail() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", fail)
+    for home in (cache_home(), data_home()):
+        assert not home.is_dir()
+        assert not list(home.glob("*"))
+        with pytest.raises(OSError, match=os.devnull):
+            home.mkdir(parents=True)
+
+
+def test_homes_of_an_unknown_user_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LSAST_HOME", "~no-such-user-of-ours/x")
+    with pytest.raises(UsageError, match=r"found LSAST_HOME=~no-such-user-of-ours/x"):
+        cache_home()

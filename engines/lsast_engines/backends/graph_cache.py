@@ -11,13 +11,12 @@ import hashlib
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from ..bundle.manifest import MANIFEST
-from ..files import cache_home, file_sha256
+from ..files import cache_home, file_sha256, scratch_folder
 
 MAX_WEIGHT_BYTES = 1 << 30
 """Bytes of a bundle's weights from which its graphs are not cached: every entry holds a copy of the weights."""
@@ -60,9 +59,8 @@ def open_cached(
             _log.warning("cannot read %s (%s); the graph is built again", entry, error)
             shutil.rmtree(entry, ignore_errors=True)
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=entry.parent, prefix=".", ignore_cleanup_errors=True) as scratch:
-            fresh = Path(scratch) / "new"
+        with scratch_folder(entry.parent) as scratch:
+            fresh = scratch / "new"
             fresh.mkdir()
             session = build(fresh)
             digests = {file.name: file_sha256(file) for file in sorted(fresh.iterdir())}

@@ -15,20 +15,23 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..errors import BundleError, StyleError, UsageError, fault_list
-from ..files import cache_home, data_home, file_sha256
+from ..errors import BundleError, StyleError, UsageError, fault_list, shown
+from ..files import cache_home, data_home, exchange, file_sha256, scratch_folder
 from .graph_spec import GraphSpec, TensorSpec, graph_specs, optional_specs
 from .manifest import MANIFEST, FileEntry, Manifest
 from .style import Style, StyleFile
 
 NULL_STYLE = "null.safetensors"
+WEIGHT_SUFFIXES = (".safetensors", ".data", ".bin")
+"""Suffixes of the files that hold weights of graphs."""
+
 STYLES = "styles"
 
 EMBEDDED = Path(__file__).parent.parent / "mini"
@@ -59,7 +62,8 @@ class Bundle:
         Raises:
             BundleError: not a bundle, of another format, incomplete or damaged; all faults at once.
         """
-        if not (path / MANIFEST).is_file():
+        path = path.absolute()  # so that it is still found when the process changes its folder
+        if not _is_file(path / MANIFEST):
             raise BundleError(f"found no {MANIFEST} in {path}; expected a bundle, written by: lsast-export")
         try:
             text = (path / MANIFEST).read_text(encoding="utf-8")
@@ -158,12 +162,11 @@ class Bundle:
         Raises:
             BundleError: `path` exists, or the result is not a valid bundle; then `path` is unchanged.
         """
+        path = Path(os.path.realpath(path))
+        _restore(path)
         _check_free(path, replace)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            dir=path.parent, prefix=f".{path.name}.", ignore_cleanup_errors=True
-        ) as scratch:
-            fresh = Path(scratch) / "new"
+        with scratch_folder(path.parent) as scratch:
+            fresh = scratch / "new"
             (fresh / STYLES).mkdir(parents=True)
             files = {}
             for name, source in sources.items():
@@ -184,7 +187,7 @@ class Bundle:
                 if not (fresh / STYLES / file.name).exists():
                     shutil.copyfile(file, fresh / STYLES / file.name)
             cls.open(fresh, verify_hashes=False)
-            _exchange(fresh, path, Path(scratch) / "old")
+            _replace(path, fresh)
         return cls.open(path, verify_hashes=False)
 
 
@@ -199,14 +202,14 @@ def find_bundle(name_or_path: str | Path | None = None) -> Path:
         BundleError: no bundle found; the message lists the folders that were searched.
     """
     wanted = name_or_path or os.environ.get("LSAST_BUNDLE") or EMBEDDED
-    folder = Path(wanted).expanduser()
-    if (folder / MANIFEST).is_file():
+    folder = Path(os.path.expanduser(wanted))  # that of pathlib raises an error for an unknown user
+    if _is_file(folder / MANIFEST):
         return folder
     candidates = [folder]
     if folder.name == str(wanted):
         candidates += [home / folder.name for home in (cache_home() / "engines", Path("engines"), EMBEDDED.parent)]
     for candidate in candidates:
-        if (candidate / MANIFEST).is_file():
+        if _is_file(candidate / MANIFEST):
             return candidate
     raise BundleError(
         fault_list(
@@ -221,18 +224,33 @@ def user_style_folder(fingerprint: str) -> Path:
     return data_home() / STYLES / fingerprint[:16]
 
 
+def _is_file(path: Path) -> bool:
+    """Whether `path` is a file; False also for a name that the system does not take."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long, not allowed to look, or with a null character
+        return False
+
+
 def _style_files(folder: Path) -> dict[str, Path]:
-    return {file.stem: file for file in sorted(folder.glob("[!.]*.safetensors"))}
+    return {file.stem: file for file in sorted(folder.glob("[!.]*.safetensors")) if _is_file(file)}
 
 
 def _file_faults(path: Path, manifest: Manifest, verify_hashes: bool) -> list[str]:
     required = [f"{name}.onnx" for name in manifest.graphs] + [NULL_STYLE]
-    faults = [f"{name}: not declared in files; expected an entry" for name in required if name not in manifest.files]
+    # A graph finds its weights by their name beside it.
+    required += [file.name for file in sorted(path.iterdir()) if file.suffix in WEIGHT_SUFFIXES]
+    faults = [
+        f"{shown(name)}: not declared in files; expected an entry"
+        for name in dict.fromkeys(required)
+        if name not in manifest.files
+    ]
     for name, entry in manifest.files.items():
         file = path / name
-        if Path(name).name != name:
+        name = shown(name)
+        if Path(file.name) != Path(name) or name in ("", ".", ".."):
             faults.append(f"{name}: found a path; expected the plain name of a file in the bundle")
-        elif not file.is_file():
+        elif not _is_file(file):
             faults.append(f"{name}: found no such file; expected {entry.bytes} bytes")
         elif file.stat().st_size != entry.bytes:
             faults.append(f"{name}: found {file.stat().st_size} bytes; expected {entry.bytes}")
@@ -282,13 +300,27 @@ def _check_free(path: Path, replace: bool) -> None:
         raise BundleError(f"found a bundle at {path}; name another folder, or allow to replace it")
 
 
-def _exchange(fresh: Path, path: Path, old: Path) -> None:
-    """Move `path` to `old` and `fresh` to `path`; on failure `path` is restored."""
-    if path.exists():
-        path.rename(old)
-    try:
+def _replace(path: Path, fresh: Path) -> None:
+    """Move `fresh` to `path`, and what is there to `fresh`: in one step where the system can, so that there is always
+    a bundle at `path`."""
+    if not path.exists() or not any(path.iterdir()):
         fresh.rename(path)
-    except OSError:
-        if old.exists():
-            old.rename(path)
-        raise
+    elif not exchange(fresh, path):
+        path.rename(_kept(path))
+        try:
+            fresh.rename(path)
+        finally:
+            _restore(path)
+
+
+def _restore(path: Path) -> None:
+    """Bring back the bundle that a process put aside that ended before it moved the new one in."""
+    if _kept(path).is_dir():
+        if path.exists():
+            shutil.rmtree(_kept(path), ignore_errors=True)
+        else:
+            _kept(path).rename(path)
+
+
+def _kept(path: Path) -> Path:
+    return path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.lsast-old")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from lsast_engines.bundle.graph_spec import GraphSpec, TensorSpec
 from lsast_engines.bundle.manifest import Manifest
 from lsast_engines.bundle.style import Style
 from lsast_engines.errors import BundleError, StyleError, UsageError
-from lsast_engines.files import file_sha256
+from lsast_engines.files import exchange, file_sha256
 
 MakeStyle = Callable[..., Style]
 Sources = dict[str, "Path | bytes"]
@@ -205,10 +206,80 @@ def test_bundle_write_that_fails_to_replace_restores_the_old_one(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail_on_new)
+    monkeypatch.setattr("lsast_engines.bundle.bundle.exchange", lambda *paths: False)
     with pytest.raises(OSError, match="disk on fire"):
         Bundle.write(bundle.path, manifest, {**sources, "controlnet_cond.onnx": b"new hint"}, replace=True)
     assert tree(bundle.path.parent) == before
     Bundle.open(bundle.path)
+
+
+def test_bundle_write_replaces_in_one_step(
+    bundle: Bundle, manifest: Manifest, sources: Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[Path] = []
+    rename = Path.rename
+
+    def watch(self: Path, target: Path) -> Path:
+        moved.append(self)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", watch)
+    if not exchange(bundle.path, bundle.path):
+        pytest.skip("this file system cannot swap names")
+    Bundle.write(bundle.path, manifest, sources, replace=True)
+    assert bundle.path not in moved
+
+
+def test_bundle_write_after_a_kill_between_two_renames_keeps_the_old_styles(
+    bundle: Bundle, manifest: Manifest, sources: Sources, make_style: MakeStyle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_style("mine").save(bundle.path / "styles" / "mine.safetensors")
+    monkeypatch.setattr("lsast_engines.bundle.bundle.exchange", lambda *paths: False)
+    with monkeypatch.context() as patch:  # nothing is cleaned after SIGKILL
+        patch.setattr("lsast_engines.bundle.bundle._restore", lambda path: None)
+        rename = Path.rename
+        patch.setattr(Path, "rename", lambda self, to: _killed() if self.name == "new" else rename(self, to))
+        with pytest.raises(KeyboardInterrupt):
+            Bundle.write(bundle.path, manifest, sources, replace=True)
+    assert not bundle.path.exists()
+    written = Bundle.write(bundle.path, manifest, sources, replace=True)
+    assert "mine" in written.styles()
+    assert [path.name for path in bundle.path.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def _killed() -> Path:
+    raise KeyboardInterrupt
+
+
+def test_bundle_of_a_relative_path_survives_chdir(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bundle.path.parent)
+    opened = Bundle.open(Path(bundle.path.name))
+    monkeypatch.chdir(tmp_path)
+    assert opened.graph_path("denoiser").is_file()
+    assert opened.path == bundle.path
+
+
+def test_bundle_open_with_weights_that_are_not_declared_is_refused(bundle: Bundle) -> None:
+    (bundle.path / "more.data").write_bytes(b"weights that no hash covers")
+    with pytest.raises(BundleError, match=r"more\.data: not declared in files"):
+        Bundle.open(bundle.path)
+
+
+def test_bundle_styles_are_files(bundle: Bundle, make_style: MakeStyle) -> None:
+    make_style("whole").save(bundle.path / "styles" / "whole.safetensors")
+    os.mkfifo(bundle.path / "styles" / "pipe.safetensors")
+    (bundle.path / "styles" / "folder.safetensors").mkdir()
+    (bundle.path / "styles" / "gone.safetensors").symlink_to("nothing")
+    assert "whole" in bundle.styles()
+    assert not {"pipe", "folder", "gone"} & bundle.styles().keys()
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~no-such-user-of-ours/x", "a\0b"])
+def test_find_bundle_of_an_impossible_name_is_refused(name: str) -> None:
+    with pytest.raises(BundleError, match="found no bundle"):
+        find_bundle(name)
 
 
 def test_find_bundle_searches_folders_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
