@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -11,7 +10,7 @@ from typing import Any
 
 import click
 
-from lsast_engines.cli import Group, debug_option, log_to_stderr
+from lsast_engines.cli import Group, debug_option, json_option, log_to_stderr, print_result
 from lsast_engines.errors import UsageError
 
 from .options import EvalOptions
@@ -71,10 +70,10 @@ def _matched(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--sheet", metavar="PNG", type=_FOLDER, help="Write a contact sheet.")
 @click.option("--sheet-rows", type=click.IntRange(1), default=12, show_default=True, help="Contents on the sheet.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, with the figures of every picture.")
+@json_option
 @debug_option
 @click.pass_context
-def command(
+def main(
     context: click.Context,
     /,
     contents: Path | None,
@@ -87,7 +86,6 @@ def command(
     sheet: Path | None,
     sheet_rows: int,
     threads: int | None,
-    as_json: bool,
     **knobs: Any,
 ) -> None:
     """Score folders of stylised pictures against their contents and an artist's works.
@@ -115,10 +113,10 @@ def command(
         report = evaluate(contents, works, artists, methods, artist, options, photos=photos, leave_out=leave_out)
     if sheet is not None:
         report.sheet(sheet, sheet_rows)
-    click.echo(json.dumps(report.to_json(), ensure_ascii=False) if as_json else report.table())
+    print_result(report.to_json(), report.table())
 
 
-@command.command("vote")
+@main.command("vote")
 @_matched
 @click.option("--out", metavar="FILE", type=_FOLDER, required=True, help="Votes, a JSON line each; added to.")
 @click.option("--voter", default="anonymous", show_default=True, help="Tells people apart in one file.")
@@ -165,14 +163,14 @@ def vote(
         server.server_close()
 
 
-@command.command("votes")
+@main.command("votes")
 @click.argument("files", metavar="FILE…", nargs=-1, required=True, type=_FOLDER)
 @click.option(
     "--confidence", type=click.FloatRange(0.5, 1, min_open=True, max_open=True), default=0.95, show_default=True
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @debug_option
-def votes(files: tuple[Path, ...], confidence: float, as_json: bool) -> None:
+def votes(files: tuple[Path, ...], confidence: float) -> None:
     """Win rates of votes, by artist, with Wilson's intervals; a tie is half a win for either side."""
     from .voting.votes import left_bias, read_votes, win_rates
 
@@ -180,28 +178,28 @@ def votes(files: tuple[Path, ...], confidence: float, as_json: bool) -> None:
     artists = sorted({vote.artist for vote in cast})
     rates = {name: win_rates([vote for vote in cast if vote.artist == name], confidence) for name in artists}
     left = left_bias(cast, confidence)
-    if as_json:
-        report = {
-            "votes": len(cast),
-            "voters": len({vote.voter for vote in cast}),
-            "left": None if left is None else dict(zip(("rate", "low", "high"), left, strict=True)),
-            "artists": {name: [asdict(rate) for rate in found] for name, found in rates.items()},
-        }
-        click.echo(json.dumps(report, ensure_ascii=False))
-        return
+    voters = len({vote.voter for vote in cast})
+    facts = {
+        "votes": len(cast),
+        "voters": voters,
+        "left": None if left is None else dict(zip(("rate", "low", "high"), left, strict=True)),
+        "artists": {name: [asdict(rate) for rate in found] for name, found in rates.items()},
+    }
+    lines = []
     for name, found in rates.items():
-        click.echo(f"{name}\n")
         width = max(len(_pair(rate.method, rate.other)) for rate in found)
+        lines += [name, ""]
         for rate in found:
             counts = f"{rate.wins} won, {rate.ties} tied, {rate.losses} lost"
             interval = f"[{rate.low:.1%}, {rate.high:.1%}]"
-            click.echo(f"{_pair(rate.method, rate.other):{width}}  {rate.rate:6.1%} {interval}  {counts}")
-        click.echo("")
+            lines.append(f"{_pair(rate.method, rate.other):{width}}  {rate.rate:6.1%} {interval}  {counts}")
+        lines.append("")
     side = "no decided vote" if left is None else f"the left one was taken {left[0]:.1%} [{left[1]:.1%}, {left[2]:.1%}]"
-    click.echo(f"* {len(cast)} votes of {len({vote.voter for vote in cast})} voters; {side}")
-    click.echo(
-        f"* intervals of {confidence:.0%} are Wilson's: they take every vote for a person and a picture of its own"
-    )
+    lines += [
+        f"* {len(cast)} votes of {voters} voters; {side}",
+        f"* intervals of {confidence:.0%} are Wilson's, as if every vote had a person and a picture of its own",
+    ]
+    print_result(facts, "\n".join(lines))
 
 
 def _pair(method: str, other: str | None) -> str:

@@ -17,7 +17,7 @@ from lsast_engines.images import find_pictures, read_on_white
 
 from .contact_sheet import SheetRow
 from .matching import match_by_stem
-from .metrics.artist_classifier import PHOTOS, ArtistClassifier, find_classes
+from .metrics.artist_classifier import FOLDS, PHOTOS, ArtistClassifier, find_classes
 from .metrics.content import edge_f1, resized, shrunk, ssim
 from .metrics.feature_cache import FeatureCache
 from .metrics.fid_kid import Score, bootstrap_indices, fid, kid, score_of, wilson
@@ -77,13 +77,13 @@ def evaluate(
     from .metrics.efficientnet import EffNetLite
 
     network = EffNetLite()
-    cache = FeatureCache(network, options.cache_folder(), options.batch, progress)
+    cache = FeatureCache(network, options.cache_folder(), progress=progress)
     paths = {**matches.results, CONTENTS: matches.contents}
 
     classifier = None
     if classes is not None:
         scored = {cache.digest(path) for group in paths.values() for path in group}
-        classifier = ArtistClassifier.train(classes, artist, scored, cache, options)
+        classifier = ArtistClassifier.train(classes, artist, scored, cache)
     draws = bootstrap_indices(len(matches.stems), options.bootstrap, options.seed)
     scorer = _Scorer(cache, network.pooled, work_paths, classifier, draws, options)
     content_figures = _content_figures(paths, network, options, progress)
@@ -97,10 +97,7 @@ def evaluate(
         figures = content_figures[name]
         scores = {
             **scorer.style_scores(group, figures["lpips"], taken),
-            **{
-                metric: score_of(values.mean(), values[draws].mean(1), options.confidence)
-                for metric, values in figures.items()
-            },
+            **{metric: score_of(values.mean(), values[draws].mean(1)) for metric, values in figures.items()},
         }
         pictures: dict[str, dict[str, float | str]] = {}
         for index, stem in enumerate(matches.stems):
@@ -156,25 +153,23 @@ class _Scorer:
         self, paths: Sequence[Path], lpips: npt.NDArray[np.float64], taken: Sequence[str] | None
     ) -> dict[str, Score]:
         """FID, KID, ArtFID and the deception score of one method."""
-        level = self.options.confidence
         vectors, works = self._pooled(paths), self._pooled(self.works)
-        distance = score_of(*fid(vectors, works, self.draws), level)
+        distance = score_of(*fid(vectors, works, self.draws))
         replicates = (1 + lpips[self.draws].mean(1)) * (1 + distance.replicates)
         scores = {
             "fid": distance,
-            "kid": score_of(*kid(vectors, works, self.draws), level),
+            "kid": score_of(*kid(vectors, works, self.draws)),
             # Wright and Ommer 2022, eq. 9.
-            "artfid": score_of((1 + lpips.mean()) * (1 + distance.value), replicates, level),
+            "artfid": score_of((1 + lpips.mean()) * (1 + distance.value), replicates),
         }
         if taken is not None and self.classifier is not None:
             hits = np.array([name == self.classifier.artist for name in taken], dtype=np.float64)
-            low, high = wilson(float(hits.sum()), len(hits), level)
+            low, high = wilson(float(hits.sum()), len(hits))
             scores["deception"] = Score(float(hits.mean()), low, high, hits[self.draws].mean(1))
         return scores
 
     def works_reference(self) -> Row | None:
         """As many works as there are contents (at most half of them) against the other works: what is within reach."""
-        level = self.options.confidence
         count = min(self.draws.shape[1], len(self.works) // 2)
         if count < 2 or len(self.works) - count < 2:
             return None
@@ -183,13 +178,13 @@ class _Scorer:
         one, others = vectors[order[:count]], vectors[order[count:]]
         draws = bootstrap_indices(count, self.options.bootstrap, self.options.seed)
         scores = {
-            "fid": score_of(*fid(one, others, draws), level),
-            "kid": score_of(*kid(one, others, draws), level),
+            "fid": score_of(*fid(one, others, draws)),
+            "kid": score_of(*kid(one, others, draws)),
         }
         if self.classifier is not None:
             quality = self.classifier.quality
             total = quality.classes[self.classifier.artist]
-            low, high = wilson(quality.recall * total, total, level)
+            low, high = wilson(quality.recall * total, total)
             scores["deception"] = Score(quality.recall, low, high, np.full(len(draws), quality.recall))
         return Row(WORKS, count, scores)
 
@@ -216,7 +211,7 @@ def _content_figures(
                     found = network.feature_maps(result)
                 row = figures[name]
                 row["ssim"][index] = ssim(content, result)
-                row["edge_f1"][index] = edge_f1(content, result, options.edge_tolerance)
+                row["edge_f1"][index] = edge_f1(content, result)
                 row["lpips"][index] = perceptual_distance(maps, found)
                 row["cfsd"][index] = structure_distance(maps, found)
             bar.update()
@@ -244,7 +239,7 @@ def _notes(count: int, works: int, artist: str, classifier: ArtistClassifier | N
     else:
         quality = classifier.quality
         alarms = sorted(quality.false_alarms.items(), key=lambda item: -item[1])[:3]
-        size = f"{len(quality.classes)} classes, {sum(quality.classes.values())} pictures, {quality.folds} folds"
+        size = f"{len(quality.classes)} classes, {sum(quality.classes.values())} pictures, {FOLDS} folds"
         confused = ", ".join(f"{name} ({share:.3f})" for name, share in alarms)
         notes.append(
             f"classifier: linear probe on {NETWORK}, {size}: held-out accuracy {quality.accuracy:.3f}, mean over "

@@ -24,18 +24,8 @@ class EvalOptions:
     """
     bootstrap: int = 300
     """Resamplings behind an interval, at least 20."""
-    confidence: float = 0.95
-    """Confidence level of the intervals, above 0.5 and below 1."""
     seed: int = 0
     """Seed of the resampling, and of the draw of works in the reference row."""
-    edge_tolerance: float = 2.0
-    """How far an edge may have moved, in pixels at `size`, and still be the same edge; 0 or more."""
-    folds: int = 5
-    """Folds of the classifier's cross-validation, 2 to 20."""
-    l2: float = 0.01
-    """Weight decay of the classifier; above 0."""
-    batch: int = 16
-    """Pictures that go through a network at once."""
     cache: Path | None = None
     """Folder for features by file hash. [default: ``eval`` in ``$LSAST_HOME``, else in lsast's XDG cache folder]"""
 
@@ -43,12 +33,7 @@ class EvalOptions:
         rules = {
             f"size {self.size}; expected at least 64": self.size >= 64,
             f"bootstrap {self.bootstrap}; expected at least 20": self.bootstrap >= 20,
-            f"confidence {self.confidence}; expected above 0.5 and below 1": 0.5 < self.confidence < 1,
             f"seed {self.seed}; expected 0 or more": self.seed >= 0,
-            f"edge_tolerance {self.edge_tolerance}; expected 0 to 64": 0 <= self.edge_tolerance <= 64,
-            f"folds {self.folds}; expected 2 to 20": 2 <= self.folds <= 20,
-            f"l2 {self.l2}; expected above 0": self.l2 > 0,
-            f"batch {self.batch}; expected at least 1": self.batch >= 1,
         }
         if faults := [text for text, holds in rules.items() if not holds]:
             raise UsageError(fault_list("invalid options:", faults))

@@ -14,7 +14,7 @@ from lsast_engines.errors import UsageError
 
 from .contact_sheet import SheetRow, write_sheet
 from .metrics.artist_classifier import ClassifierQuality
-from .metrics.fid_kid import Score, score_of
+from .metrics.fid_kid import CONFIDENCE, Score, score_of
 from .options import EvalOptions
 
 FORMAT = 2
@@ -88,7 +88,7 @@ class Report:
             known = ", ".join(entry.name for entry in self.metrics)
             raise UsageError(f"found no {metric!r} of both {one!r} and {other!r}; the metrics are {known}")
         a, b = scores[0], scores[1]
-        return score_of(a.value - b.value, a.replicates - b.replicates, self.options.confidence)
+        return score_of(a.value - b.value, a.replicates - b.replicates)
 
     def table(self) -> str:
         """Metrics as lines, methods side by side, each figure with its interval; notes below."""
@@ -100,7 +100,7 @@ class Report:
         text = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
         ]
-        heading = f"{self.artist}: against {self.works} works; intervals of {self.options.confidence:.0%}"
+        heading = f"{self.artist}: against {self.works} works; intervals of {CONFIDENCE:.0%}"
         return "\n".join([heading, "", *text, "", *(f"* {note}" for note in self.notes)])
 
     def to_json(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class Report:
             "references": {row.name: _row_json(row) for row in self.rows if row.name not in methods},
             "classifier": None if self.classifier is None else asdict(self.classifier),
             "notes": list(self.notes),
-            "options": {name: value for name, value in asdict(self.options).items() if name not in ("cache", "batch")},
+            "options": {name: value for name, value in asdict(self.options).items() if name != "cache"},
             "versions": {name: package_version(name) for name in ("lsast", "numpy", "torch")},
         }
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from lsast_engines.errors import UsageError
 from lsast_eval import EvalOptions
-from lsast_eval.__main__ import main
+from lsast_eval.cli import main
 from lsast_eval.voting.votes import Vote, append_vote
 
 from .conftest import save, scene
@@ -105,14 +105,14 @@ def test_a_missing_extra_is_said_in_one_line(
 
 def test_options_list_all_faults() -> None:
     with pytest.raises(UsageError) as caught:
-        EvalOptions(size=8, bootstrap=1, confidence=1.0, folds=1)
-    for part in ("size 8", "bootstrap 1;", "confidence 1.0", "folds 1;"):
+        EvalOptions(size=8, bootstrap=1, seed=-1)
+    for part in ("size 8", "bootstrap 1;", "seed -1"):
         assert part in str(caught.value)
 
 
 LIGHT = {
     "import": "import lsast_eval, lsast_eval.voting.page",
-    "--help": "from lsast_eval.cli import command; command.main(['--help'], standalone_mode=False)",
+    "--help": "from lsast_eval.cli import main; main.main(['--help'], standalone_mode=False)",
 }
 
 

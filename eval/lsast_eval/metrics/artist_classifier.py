@@ -13,7 +13,6 @@ import numpy.typing as npt
 from lsast_engines.errors import PictureError, UsageError
 from lsast_engines.images import find_pictures
 
-from ..options import EvalOptions
 from .feature_cache import FeatureCache
 
 Vectors = npt.NDArray[np.float32]
@@ -22,6 +21,11 @@ Labels = npt.NDArray[np.int64]
 PHOTOS = "photos"
 """Class of the photographs."""
 
+FOLDS = 5
+"""Folds of the cross-validation."""
+
+_L2 = 0.01
+"""Weight decay."""
 _ITERATIONS = 60
 _SCALE = 10.0
 """Norm of a typical standardised vector; it only sets the unit of `l2`."""
@@ -41,7 +45,6 @@ class ClassifierQuality:
     """Share of the artist's works that are recognised: what a perfect method would score."""
     false_alarms: Mapping[str, float]
     """Class → share of its pictures that are assigned to the artist."""
-    folds: int
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,6 @@ class ArtistClassifier:
         artist: str,
         scored: Collection[str],
         cache: FeatureCache,
-        options: EvalOptions,
     ) -> ArtistClassifier:
         """Cross-validate, then train on all pictures but those that will be scored.
 
@@ -71,7 +73,6 @@ class ArtistClassifier:
             artist: one of the classes.
             scored: SHA-256 of files that may not be trained on, in whatever class they lie.
             cache: gives the vectors.
-            options: folds and weight decay.
 
         Raises:
             UsageError: a class has fewer pictures than there are folds.
@@ -85,16 +86,16 @@ class ArtistClassifier:
                     kept[digest] = name
                     paths.append(path)
         counts = {name: list(kept.values()).count(name) for name in classes}
-        if few := [f"{name} ({count})" for name, count in counts.items() if count < options.folds]:
+        if few := [f"{name} ({count})" for name, count in counts.items() if count < FOLDS]:
             raise UsageError(
-                f"found too few pictures to cross-validate with {options.folds} folds: {', '.join(few)}; expected at "
-                f"least {options.folds} in each class, not counting copies and pictures that are scored"
+                f"found too few pictures to cross-validate with {FOLDS} folds: {', '.join(few)}; expected at "
+                f"least {FOLDS} in each class, not counting copies and pictures that are scored"
             )
         names = tuple(classes)
         vectors = cache.vectors(paths)
         labels = np.array([names.index(name) for name in kept.values()], dtype=np.int64)
-        folds = assign_folds(list(kept), labels, options.folds)
-        held_out = held_out_predictions(vectors, labels, len(names), folds, options.l2)
+        folds = assign_folds(list(kept), labels, FOLDS)
+        held_out = held_out_predictions(vectors, labels, len(names), folds, _L2)
         target = names.index(artist)
         right = held_out == labels
         recalls = [float(right[labels == index].mean()) for index in range(len(names))]
@@ -103,10 +104,8 @@ class ArtistClassifier:
             for index, name in enumerate(names)
             if index != target
         }
-        quality = ClassifierQuality(
-            counts, float(right.mean()), float(np.mean(recalls)), recalls[target], alarms, options.folds
-        )
-        return cls(artist, names, LinearProbe.fit(vectors, labels, len(names), options.l2), quality)
+        quality = ClassifierQuality(counts, float(right.mean()), float(np.mean(recalls)), recalls[target], alarms)
+        return cls(artist, names, LinearProbe.fit(vectors, labels, len(names), _L2), quality)
 
     def classes_of(self, vectors: Vectors) -> list[str]:
         """The predicted class of each vector [N, D]."""

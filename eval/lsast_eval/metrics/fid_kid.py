@@ -12,6 +12,9 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
+CONFIDENCE = 0.95
+"""Confidence level of all intervals."""
+
 
 @dataclass(frozen=True)
 class Score:
@@ -29,7 +32,7 @@ class Score:
     """
 
 
-def score_of(value: float, replicates: Floats, confidence: float) -> Score:
+def score_of(value: float, replicates: Floats, confidence: float = CONFIDENCE) -> Score:
     """A score with the percentile interval of its replicates, which are centred on the value first.
 
     A resampling holds pictures twice. That pushes distances between sets up (as a smaller sample would), a bias that
@@ -45,7 +48,7 @@ def bootstrap_indices(count: int, times: int, seed: int) -> npt.NDArray[np.int64
     return np.random.default_rng(seed).integers(0, count, (times, count))
 
 
-def wilson(successes: float, count: int, confidence: float) -> tuple[float, float]:
+def wilson(successes: float, count: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Interval of a share, by Wilson (1927): sensible also for 0 and for all of a few.
 
     Args:
