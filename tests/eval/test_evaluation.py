@@ -64,7 +64,7 @@ def _better(report: Report, metric: str, one: str, other: str) -> bool:
     return sign * report.row(one).scores[metric].value > sign * report.row(other).scores[metric].value
 
 
-def test_the_photo_itself_keeps_all_content_and_deceives_nobody(report: Report) -> None:
+def test_report_of_unchanged_photos_is_perfect_content_and_no_style(report: Report) -> None:
     for name in ("photo", "(contents)"):
         scores = report.row(name).scores
         assert scores["ssim"].value == scores["edge_f1"].value == 1
@@ -74,7 +74,7 @@ def test_the_photo_itself_keeps_all_content_and_deceives_nobody(report: Report) 
         assert scores[ARTFID].value == pytest.approx(1 + scores[FID].value, rel=1e-5)
 
 
-def test_works_of_the_artist_deceive_and_those_of_another_do_not(report: Report) -> None:
+def test_deception_score_separates_artists(report: Report) -> None:
     assert report.row("real").scores[DECEPTION].value == 1
     assert report.row("other").scores[DECEPTION].value == 0
     assert {values["taken_for"] for values in report.row("other").pictures.values()} == {"blots"}
@@ -82,7 +82,7 @@ def test_works_of_the_artist_deceive_and_those_of_another_do_not(report: Report)
 
 
 @pytest.mark.parametrize("metric", [FID, KID])
-def test_style_distances_order_by_style(report: Report, metric: str) -> None:
+def test_style_metrics_order_by_style(report: Report, metric: str) -> None:
     value = {row.name: row.scores[metric].value for row in report.rows}
     assert value["(works)"] < value["mix"] < value["photo"]
     assert value["real"] < value["mix"]
@@ -98,20 +98,20 @@ def test_content_metrics_order_by_content(report: Report, metric: str) -> None:
     assert _better(report, metric, "mix", "shuffled")
 
 
-def test_artfid_is_the_product(report: Report) -> None:
+def test_artfid_is_the_product_of_lpips_and_fid(report: Report) -> None:
     for row in report.rows[:-1]:
         scores = row.scores
         assert scores[ARTFID].value == pytest.approx((1 + scores[LPIPS].value) * (1 + scores[FID].value))
 
 
-def test_every_figure_lies_in_its_interval(report: Report) -> None:
+def test_scores_lie_in_their_intervals(report: Report) -> None:
     for row in report.rows:
         for name, score in row.scores.items():
             assert score.low <= score.value + 1e-12 and score.value <= score.high + 1e-12, (row.name, name)  # noqa: PT018
     assert report.row("real").scores[DECEPTION].low > 0.5  # Wilson's: 8 of 8 is not certainty
 
 
-def test_differences_are_surer_than_two_intervals(report: Report) -> None:
+def test_difference_has_a_narrower_interval(report: Report) -> None:
     score = report.difference("ssim", "mix", "real")
     one, other = (report.row(name).scores["ssim"] for name in ("mix", "real"))
     assert score.value == pytest.approx(one.value - other.value)
@@ -123,7 +123,7 @@ def test_differences_are_surer_than_two_intervals(report: Report) -> None:
         report.difference("vgg", "mix", "real")
 
 
-def test_the_classifier_is_described(report: Report) -> None:
+def test_report_describes_the_classifier(report: Report) -> None:
     facts = report.classifier
     assert facts is not None
     # The contents differ from the photos, and none of the methods' files is among the works.
@@ -133,7 +133,7 @@ def test_the_classifier_is_described(report: Report) -> None:
     assert set(facts.false_alarms) == {"blots", "photos"}
 
 
-def test_the_nearest_work_is_the_work_itself_where_it_is_a_result(studio: Path, cache: Path, tmp_path: Path) -> None:
+def test_nearest_work_of_a_copied_work_is_itself(studio: Path, cache: Path, tmp_path: Path) -> None:
     for seed in range(COUNT):
         save(tmp_path / "copies", f"scene{seed}", hand("stripes", seed))
     options = EvalOptions(cache=cache, bootstrap=20)
@@ -152,7 +152,7 @@ def test_the_nearest_work_is_the_work_itself_where_it_is_a_result(studio: Path, 
     assert any(note.startswith("no photos among the classes") for note in report.notes)
 
 
-def test_table_and_json_say_the_same(report: Report) -> None:
+def test_table_and_json_agree(report: Report) -> None:
     table = report.table()
     document = json.loads(json.dumps(report.to_json()))
     lines = table.splitlines()
@@ -171,7 +171,7 @@ def test_table_and_json_say_the_same(report: Report) -> None:
     assert any("EfficientNet-Lite0" in note for note in document["notes"])
 
 
-def test_the_sheet_shows_content_results_and_nearest_work(report: Report, tmp_path: Path) -> None:
+def test_sheet_shows_content_results_and_nearest_work(report: Report, tmp_path: Path) -> None:
     report.sheet(tmp_path / "sheet.png", rows=3)
     sheet = read_on_white(tmp_path / "sheet.png")
     assert sheet.shape[1] == 8 * 264 + 8
@@ -187,7 +187,7 @@ def test_the_sheet_shows_content_results_and_nearest_work(report: Report, tmp_pa
         report.sheet(tmp_path / "sheet.png", rows=0)
 
 
-def test_without_artists_there_is_no_deception_score(studio: Path, cache: Path, methods: dict[str, Path]) -> None:
+def test_evaluate_without_artists_has_no_deception_score(studio: Path, cache: Path, methods: dict[str, Path]) -> None:
     works = studio / "artists" / "blots"
     options = EvalOptions(cache=cache, bootstrap=20)
     report = evaluate(studio / "contents", works, None, {"photo": methods["photo"]}, "Blots", options, progress=False)
@@ -197,7 +197,7 @@ def test_without_artists_there_is_no_deception_score(studio: Path, cache: Path, 
     assert DECEPTION not in report.row("photo").scores
 
 
-def test_an_unknown_artist_and_too_few_pictures_are_refused(
+def test_evaluate_refuses_unknown_artists_and_small_classes(
     studio: Path, cache: Path, methods: dict[str, Path], tmp_path: Path
 ) -> None:
     artists = studio / "artists"
@@ -233,7 +233,7 @@ def counted(cache: Path) -> tuple[FeatureCache, list[int]]:
     return FeatureCache(network, cache / "own", batch=2, progress=False), calls
 
 
-def test_features_are_computed_once_for_each_file(
+def test_feature_cache_computes_each_file_once(
     counted: tuple[FeatureCache, list[int]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store, calls = counted

@@ -14,7 +14,7 @@ def _clouds(counts: tuple[int, ...], dim: int = 12, apart: float = 3.0) -> tuple
     return (centres[labels] + rng.normal(size=(len(labels), dim))).astype(np.float32), labels
 
 
-def test_it_tells_clouds_apart_and_noise_from_nothing() -> None:
+def test_held_out_predictions_separate_clouds_and_not_noise() -> None:
     vectors, labels = _clouds((60, 30, 15))
     folds = assign_folds([str(index) for index in range(105)], labels, 5)
     assert (held_out_predictions(vectors, labels, 3, folds, 0.01) == labels).mean() > 0.97
@@ -22,7 +22,7 @@ def test_it_tells_clouds_apart_and_noise_from_nothing() -> None:
     assert (held_out_predictions(noise, labels, 3, folds, 0.01) == labels).mean() < 0.6
 
 
-def test_the_fit_is_a_stationary_point_of_the_balanced_loss() -> None:
+def test_linear_probe_fit_is_a_stationary_point() -> None:
     vectors, labels = _clouds((40, 10), apart=0.5)
     probe = LinearProbe.fit(vectors, labels, 2, 0.05)
     weight, bias = (torch.tensor(array, requires_grad=True) for array in (probe.weight, probe.bias))
@@ -36,7 +36,7 @@ def test_the_fit_is_a_stationary_point_of_the_balanced_loss() -> None:
     assert float(bias.grad.abs().max()) < 1e-3
 
 
-def test_a_rare_class_is_not_drowned() -> None:
+def test_linear_probe_recognises_a_rare_class() -> None:
     """Overlapping clouds, 20 to 1: without balance nearly everything would be the common class."""
     rng = np.random.default_rng(2)
     vectors = np.concatenate([rng.normal(0, 1, (600, 4)), rng.normal(1, 1, (30, 4))]).astype(np.float32)
@@ -45,7 +45,7 @@ def test_a_rare_class_is_not_drowned() -> None:
     assert predicted[600:].mean() > 0.7
 
 
-def test_folds_are_even_in_every_class_and_depend_on_the_file_alone() -> None:
+def test_assign_folds_is_even_and_depends_on_the_file() -> None:
     labels = np.repeat([0, 1], [23, 11])
     digests = [f"{index:x}" for index in range(34)]
     folds = assign_folds(digests, labels, 5)
@@ -56,7 +56,7 @@ def test_folds_are_even_in_every_class_and_depend_on_the_file_alone() -> None:
     np.testing.assert_array_equal(assign_folds([digests[i] for i in order], labels[order], 5), folds[order])
 
 
-def test_held_out_means_held_out() -> None:
+def test_held_out_predictions_do_not_see_their_fold() -> None:
     """Every vector is its own direction: what training saw is remembered, what it did not see is a guess."""
     vectors, labels = np.eye(40, dtype=np.float32), np.tile([0, 1], 20)
     assert (LinearProbe.fit(vectors, labels, 2, 1e-4).predict(vectors) == labels).all()

@@ -73,7 +73,7 @@ def test_pair_distances_grow_as_another_picture_is_mixed_in(network: EffNetLite,
     assert found == sorted(found)
 
 
-def test_structure_forgives_a_change_of_colour_that_a_shuffle_of_places_does_not_get(network: EffNetLite) -> None:
+def test_structure_distance_prefers_a_tint_to_a_shuffle(network: EffNetLite) -> None:
     content = scene(7, 192)
     maps = network.feature_maps(content)
     tinted = (content * np.array([1.0, 0.8, 0.6])).astype(np.uint8)
@@ -83,13 +83,13 @@ def test_structure_forgives_a_change_of_colour_that_a_shuffle_of_places_does_not
     )
 
 
-def test_perceptual_distance_is_one_minus_cosine_at_every_place() -> None:
+def test_perceptual_distance_is_one_minus_cosine() -> None:
     a, b = torch.randn(7, 4, 5), torch.randn(7, 4, 5)
     places = [1 - torch.cosine_similarity(a[:, i, j], b[:, i, j], dim=0) for i in range(4) for j in range(5)]
     assert perceptual_distance([a, a], [b, a]) == pytest.approx(float(torch.stack(places).mean()) / 2, abs=1e-6)
 
 
-def test_divergence_of_self_similarities_is_a_kullback_leibler_sum() -> None:
+def test_self_similarity_divergence_is_a_kl_sum() -> None:
     c, r = torch.randn(9, 4), torch.randn(9, 4)
     p, q = (torch.softmax(v @ v.T, 1).double() for v in (c, r))
     expected = float((p * (p / q).log()).sum())
@@ -97,7 +97,7 @@ def test_divergence_of_self_similarities_is_a_kullback_leibler_sum() -> None:
     assert self_similarity_divergence(c, r, rows=100) == pytest.approx(expected, rel=1e-5)
 
 
-def test_structure_is_blind_to_what_is_added_everywhere() -> None:
+def test_structure_distance_ignores_an_offset() -> None:
     maps = [torch.randn(6, 8, 8) for _ in range(5)]
     shifted = [tap + torch.randn(6, 1, 1) for tap in maps]
     assert structure_distance(maps, shifted) == pytest.approx(0, abs=1e-5)

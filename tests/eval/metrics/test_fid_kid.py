@@ -22,12 +22,12 @@ def _by_eigenvalues(x: np.ndarray, y: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize(("n", "m", "d"), [(40, 60, 5), (6, 9, 4), (7, 30, 12), (5, 4, 16)])
-def test_frechet_is_the_papers_formula(n: int, m: int, d: int) -> None:
+def test_fid_matches_the_papers_formula(n: int, m: int, d: int) -> None:
     x, y = _sample(n, d), 1.4 * _sample(m, d, seed=2, shift=0.3)
     assert fid(x, y)[0] == pytest.approx(_by_eigenvalues(x, y), rel=1e-5)
 
 
-def test_frechet_of_known_gaussians() -> None:
+def test_fid_of_known_gaussians() -> None:
     """Independent features: |Δmean|² + Σ (σ₁ − σ₂)², here from samples whose moments are made exact."""
     raw = RNG.normal(size=(200, 3))
     white = (raw - raw.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(raw, rowvar=False))).T
@@ -36,14 +36,14 @@ def test_frechet_of_known_gaussians() -> None:
     assert fid(x, y)[0] == pytest.approx(25 + 1 + 0 + 6.25, rel=1e-9)
 
 
-def test_frechet_of_a_set_with_itself_is_zero_and_grows_with_distance() -> None:
+def test_fid_of_a_set_with_itself_is_zero() -> None:
     x = _sample(12, 40)
     assert fid(x, x[::-1])[0] == pytest.approx(0, abs=1e-9)
     apart = [fid(x, x + shift)[0] for shift in (0.1, 0.5, 2.0)]
     assert apart == pytest.approx([40 * shift**2 for shift in (0.1, 0.5, 2.0)], rel=1e-6)
 
 
-def test_kernel_is_the_unbiased_discrepancy() -> None:
+def test_kid_is_the_unbiased_discrepancy() -> None:
     x, y = _sample(9, 6), _sample(7, 6, seed=3, shift=0.4)
 
     def k(a: np.ndarray, b: np.ndarray) -> float:
@@ -55,7 +55,7 @@ def test_kernel_is_the_unbiased_discrepancy() -> None:
     assert kid(x, y)[0] == pytest.approx(within_x + within_y - 2 * between, rel=1e-10)
 
 
-def test_kernel_has_no_bias_from_small_sets_where_frechet_has() -> None:
+def test_kid_of_small_sets_is_unbiased_and_fid_is_not() -> None:
     """Halves of one set, many times: KID is 0 on average, FID far above."""
     found = []
     for seed in range(200):
@@ -68,7 +68,7 @@ def test_kernel_has_no_bias_from_small_sets_where_frechet_has() -> None:
 
 @pytest.mark.parametrize("distance", [fid, kid])
 @pytest.mark.parametrize("m", [5, 30])
-def test_a_resampling_equals_the_distance_of_the_resampled_set(distance, m: int) -> None:  # type: ignore[no-untyped-def]
+def test_replicates_are_distances_of_resampled_sets(distance, m: int) -> None:  # type: ignore[no-untyped-def]
     x, y = _sample(8, 6), _sample(m, 6, seed=4)
     draws = bootstrap_indices(8, 5, seed=0)
     value, replicates = distance(x, y, draws)
@@ -77,7 +77,7 @@ def test_a_resampling_equals_the_distance_of_the_resampled_set(distance, m: int)
     assert len(set(replicates.round(9))) == 5
 
 
-def test_the_interval_of_a_mean_covers_the_truth_as_often_as_it_says() -> None:
+def test_score_of_covers_the_truth_at_its_level() -> None:
     hits = 0
     for seed in range(300):
         values = np.random.default_rng(seed).normal(5, 2, 40)
@@ -87,7 +87,7 @@ def test_the_interval_of_a_mean_covers_the_truth_as_often_as_it_says() -> None:
     assert 0.82 < hits / 300 < 0.95
 
 
-def test_replicates_are_centred_on_the_value() -> None:
+def test_score_of_centres_the_replicates() -> None:
     """The bootstrap of FID lies above the FID; uncentred, the interval would not even hold the figure."""
     x, y = _sample(10, 20), _sample(30, 20, seed=5)
     value, replicates = fid(x, y, bootstrap_indices(10, 100, 0))
@@ -97,7 +97,7 @@ def test_replicates_are_centred_on_the_value() -> None:
     assert score.replicates.mean() == pytest.approx(value)
 
 
-def test_wilsons_interval() -> None:
+def test_wilson_matches_published_intervals() -> None:
     # Newcombe 1998, table I, method 3: 81 of 263 and 0 of 20 at 95 %.
     assert wilson(81, 263, 0.95) == pytest.approx((0.2553, 0.3662), abs=5e-5)
     assert wilson(0, 20, 0.95) == pytest.approx((0.0, 0.1611), abs=5e-5)

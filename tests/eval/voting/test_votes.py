@@ -54,14 +54,14 @@ def test_win_rates_of_known_votes() -> None:
         win_rates([])
 
 
-def test_votes_are_read_as_they_were_written(tmp_path: Path) -> None:
+def test_read_votes_gives_what_was_appended(tmp_path: Path) -> None:
     votes = [_vote("ours", "magenta", "tie", "Æ\n"), _vote("magenta", "ours", "left")]
     for vote in votes:
         append_vote(tmp_path / "deep" / "votes.jsonl", vote)
     assert read_votes([tmp_path / "deep" / "votes.jsonl"]) == votes
 
 
-def test_lines_that_are_no_votes_are_all_named(tmp_path: Path) -> None:
+def test_read_votes_lists_all_wrong_lines(tmp_path: Path) -> None:
     good = {**vars(_vote("a", "b", "left")), "format": 1}
     bad = [
         '{"format": 1',
@@ -90,7 +90,7 @@ def folders(tmp_path: Path) -> dict[str, Path]:
     return {path.name: path for path in tmp_path.iterdir()}
 
 
-def test_pairs_are_all_there_once_in_random_order_and_on_random_sides(folders: dict[str, Path]) -> None:
+def test_draw_pairs_covers_all_pairs_in_random_order(folders: dict[str, Path]) -> None:
     methods = {name: folders[name] for name in METHODS}
     pairs = draw_pairs(folders["contents"], methods, folders["works"], seed=1)
     questions = Counter((pair.content, frozenset((pair.left, pair.right))) for pair in pairs)
@@ -157,7 +157,7 @@ def _shade(page: _Page, name: str) -> int:
     return int(np.asarray(picture)[0, 0, 0])
 
 
-def test_a_whole_vote_goes_to_the_method_that_was_seen(page: _Page, session: VoteSession, tmp_path: Path) -> None:
+def test_page_writes_votes_for_the_shown_method(page: _Page, session: VoteSession, tmp_path: Path) -> None:
     """The voter likes dark pictures, knows only what the page shows, and must elect the darkest method."""
     status, html = page.get("")
     assert status == 200
@@ -179,7 +179,7 @@ def test_a_whole_vote_goes_to_the_method_that_was_seen(page: _Page, session: Vot
     assert rates == {"ours": 1, "magenta": 0.5, "reinhard": 0}
 
 
-def test_only_this_machines_own_page_is_answered(page: _Page, session: VoteSession, tmp_path: Path) -> None:
+def test_page_answers_this_machine_only(page: _Page, session: VoteSession, tmp_path: Path) -> None:
     number = json.loads(page.get("next")[1])["pair"]
     vote = json.dumps({"pair": number, "choice": "tie", "seconds": 1}).encode()
     assert page.get("next", Host="evil.example")[0] == 403
@@ -196,9 +196,7 @@ def test_only_this_machines_own_page_is_answered(page: _Page, session: VoteSessi
     assert session.remaining == 11
 
 
-def test_a_voter_is_not_asked_twice_but_another_is(
-    folders: dict[str, Path], session: VoteSession, tmp_path: Path
-) -> None:
+def test_vote_session_asks_each_voter_once(folders: dict[str, Path], session: VoteSession, tmp_path: Path) -> None:
     out = tmp_path / "votes.jsonl"
     session.answer({"pair": session.next()["pair"], "choice": "left", "seconds": 2})
     (written,) = read_votes([out])
@@ -211,7 +209,7 @@ def test_a_voter_is_not_asked_twice_but_another_is(
     assert VoteSession(draw_pairs(folders["contents"], methods, None, 8), "hokusai", out, "me").remaining == 12
 
 
-def test_a_taken_port_is_refused(page: _Page, session: VoteSession) -> None:
+def test_open_server_on_a_taken_port_fails(page: _Page, session: VoteSession) -> None:
     port = int(page.address.rstrip("/").rpartition(":")[2])
     with pytest.raises(UsageError, match=f"cannot listen on port {port}"):
         open_server(session, port)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS
 from lsast_engines.errors import BackendError
+from lsast_engines.files import file_sha256
 
 Run = Callable[..., dict[str, np.ndarray]]
 Feeds = Callable[..., dict[str, np.ndarray]]
@@ -98,6 +100,33 @@ def test_with_fp32_weights_converts_once_and_again_after_a_change(
     assert (second.parent, (second.parent / "base.safetensors").stat().st_ino) == (first.parent, inode)
     shutil.copytree(bundles["fp16"].path, copy, dirs_exist_ok=True)  # the bundle is replaced
     assert with_fp32_weights(copy / "controlnet_cond.onnx").parent != first.parent
+
+
+@pytest.mark.usefixtures("_all_are_large")
+def test_with_fp32_weights_that_were_damaged_converts_again(
+    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = bundles["bf16"].graph_path("controlnet_cond")
+    weights = with_fp32_weights(path, tmp_path).parent / "base.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with_fp32_weights(path, tmp_path)
+    assert weights.read_bytes() == whole
+
+
+@pytest.mark.usefixtures("_all_are_large")
+def test_with_fp32_weights_of_other_weights_of_the_same_size_and_time_are_not_used(
+    bundles: dict[str, Bundle], tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(bundles["bf16"].path, tmp_path / "copy"))
+    weights, manifest = copy / "base.safetensors", copy / "manifest.json"
+    stat = weights.stat()
+    first = with_fp32_weights(copy / "controlnet_cond.onnx", tmp_path)
+    old = file_sha256(weights)
+    weights.write_bytes(weights.read_bytes()[:-2] + bytes(2))
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    manifest.write_text(manifest.read_text().replace(old, file_sha256(weights)))
+    assert with_fp32_weights(copy / "controlnet_cond.onnx", tmp_path).parent != first.parent
 
 
 @pytest.mark.usefixtures("_all_are_large")

@@ -55,7 +55,7 @@ def swap_weights(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_sound_bundle_passes_on_every_backend(bundles: dict[str, Bundle], backend: str) -> None:
+def test_check_bundle_of_a_sound_bundle_passes(bundles: dict[str, Bundle], backend: str) -> None:
     pytest.importorskip(backend)
     report = check_bundle(bundles["fp16"].path, backend)
     assert report.passed
@@ -64,20 +64,20 @@ def test_sound_bundle_passes_on_every_backend(bundles: dict[str, Bundle], backen
     assert report.styles == ("hand",)
 
 
-def test_one_changed_bit_of_a_weight_is_found(copy: Path) -> None:
+def test_check_bundle_finds_one_changed_bit(copy: Path) -> None:
     flip_byte(copy / "base.safetensors", -9)
     with pytest.raises(BundleError, match=r"base\.safetensors: found SHA-256"):
         check_bundle(copy)
 
 
-def test_changed_weight_with_a_matching_hash_is_still_not_the_base_of_the_fingerprint(copy: Path) -> None:
+def test_check_bundle_finds_a_changed_weight_with_a_matching_hash(copy: Path) -> None:
     flip_byte(copy / "base.safetensors", -9)
     rehash(copy)
     with pytest.raises(BundleError, match=r"base\.safetensors: .* expected the fingerprint"):
         check_bundle(copy)
 
 
-def test_swapped_weights_with_matching_hashes_fail_the_comparison(copy: Path) -> None:
+def test_check_bundle_finds_swapped_weights_by_parity(copy: Path) -> None:
     swap_weights(copy)
     rehash(copy)
     report = check_bundle(copy, "onnxruntime")
@@ -87,7 +87,7 @@ def test_swapped_weights_with_matching_hashes_fail_the_comparison(copy: Path) ->
     assert report.figures["vae_encoder"] < 1e-5
 
 
-def test_null_style_of_another_context_and_a_foreign_style_are_named_together(copy: Path) -> None:
+def test_check_bundle_lists_faults_of_all_styles(copy: Path) -> None:
     null_style = Style.load(copy / "null.safetensors")
     changed = Style("null", null_style.base, 1, null_style.tokens, null_style.kv_unet * 1.01, null_style.kv_control)
     changed.save(copy / "null.safetensors")
@@ -103,7 +103,7 @@ def test_null_style_of_another_context_and_a_foreign_style_are_named_together(co
     assert "222222222222" in str(caught.value)
 
 
-def test_graph_that_onnx_refuses_is_named(copy: Path) -> None:
+def test_check_bundle_names_a_graph_that_onnx_refuses(copy: Path) -> None:
     model = onnx.load(copy / "controlnet_cond.onnx", load_external_data=False)
     model.graph.node[-1].op_type = "Convolution"
     onnx.save(model, copy / "controlnet_cond.onnx")
@@ -112,7 +112,7 @@ def test_graph_that_onnx_refuses_is_named(copy: Path) -> None:
         check_bundle(copy)
 
 
-def test_plan_meets_every_batch_and_guidance_at_both_shapes() -> None:
+def test_parity_plan_covers_batches_guidance_and_shapes() -> None:
     cases = ParityPlan().cases
     assert {(case.batch, case.rows) for case in cases} == {(1, 1), (1, 2), (2, 1), (2, 2)}
     for length in (1, 2):
@@ -121,7 +121,7 @@ def test_plan_meets_every_batch_and_guidance_at_both_shapes() -> None:
     assert sum(case.loop for case in cases) == 2
 
 
-def test_plan_of_a_large_base_loops_at_its_native_size_and_beside_it(base: Base) -> None:
+def test_large_plan_loops_at_the_native_size(base: Base) -> None:
     plan = large_plan(dataclasses.replace(base.config, size=512, multiple=64))
     loops = [(case.height * 64, case.width * 64) for case in plan.cases if case.loop]
     assert loops == [(512, 512), (448, 576)]

@@ -1,8 +1,8 @@
-"""`benchmarks/compare.py`: its rows, its tables and its names for stable-diffusion.cpp; nothing is measured."""
+"""`benchmarks/speed/compare.py`: its rows, its tables and its names for stable-diffusion.cpp; nothing is measured."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 from pathlib import Path
 from types import ModuleType
@@ -13,25 +13,14 @@ from click.testing import CliRunner
 from diffusers import ControlNetModel
 from PIL import Image
 
-from bench.configurations import Configuration
+from benchmarks.bench.configurations import Configuration
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.errors import BundleError, UsageError
-
-BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
-
-
-def _module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def compare() -> ModuleType:
-    return _module("compare")
+    return importlib.importimportlib.import_module("benchmarks.speed.benchmarks.speed.compare")
 
 
 def test_a_row_has_a_bundle_a_backend_a_preset_and_options(compare: ModuleType, bundles: dict[str, Bundle]) -> None:
@@ -105,7 +94,7 @@ def test_stable_diffusion_cpp_needs_its_weights(compare: ModuleType) -> None:
 
 
 def test_names_of_a_controlnet_for_stable_diffusion_cpp(compvis: Any) -> None:
-    names = _module("peer_sdcpp")
+    names = importlib.import_module("benchmarks.speed.peer_sdcpp")
     controlnet = ControlNetModel(
         block_out_channels=(8, 8, 8, 8),
         norm_num_groups=4,

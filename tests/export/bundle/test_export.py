@@ -27,7 +27,7 @@ from lsast_train.prompts.prompt_file import Prompts
 
 
 @pytest.mark.parametrize("storage_dtype", ["fp32", "fp16"])
-def test_bundle_holds_each_weight_once(bundles: dict[str, Bundle], storage_dtype: str) -> None:
+def test_export_bundle_stores_each_weight_once(bundles: dict[str, Bundle], storage_dtype: str) -> None:
     bundle = bundles[storage_dtype]
     weights = load_file(bundle.path / "base.safetensors")
     kind = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16}[storage_dtype]
@@ -50,7 +50,7 @@ def test_bundle_holds_each_weight_once(bundles: dict[str, Bundle], storage_dtype
     assert unused <= projections
 
 
-def test_halves_take_half_the_room(bundles: dict[str, Bundle]) -> None:
+def test_export_bundle_in_fp16_halves_the_weight_file(bundles: dict[str, Bundle]) -> None:
     sizes = {name: (bundle.path / "base.safetensors").stat().st_size for name, bundle in bundles.items()}
     assert sizes["fp16"] < 0.52 * sizes["fp32"]
     assert bundles["fp16"].manifest.storage_dtype == "fp16"
@@ -58,7 +58,7 @@ def test_halves_take_half_the_room(bundles: dict[str, Bundle]) -> None:
 
 
 @pytest.mark.parametrize("storage_dtype", ["fp32", "fp16"])
-def test_manifest_keeps_the_figures_of_the_comparison(bundles: dict[str, Bundle], storage_dtype: str) -> None:
+def test_export_bundle_records_parity_in_the_manifest(bundles: dict[str, Bundle], storage_dtype: str) -> None:
     manifest = Bundle.open(bundles[storage_dtype].path).manifest
     assert set(manifest.parity) == {*REQUIRED_GRAPHS, "loop"}
     assert all(0 < error < 1e-5 for error in manifest.parity.values())
@@ -68,7 +68,7 @@ def test_manifest_keeps_the_figures_of_the_comparison(bundles: dict[str, Bundle]
     assert set(manifest.files) == others | {f"{name}.onnx" for name in REQUIRED_GRAPHS}
 
 
-def test_style_in_the_bundle_is_baked_with_the_rounded_weights(bundles: dict[str, Bundle], prompts: Prompts) -> None:
+def test_export_bundle_bakes_styles_with_rounded_weights(bundles: dict[str, Bundle], prompts: Prompts) -> None:
     bundle = bundles["fp16"]
     style = bundle.style("hand")
     assert style.meta["variant"] == "step+layer"
@@ -77,7 +77,7 @@ def test_style_in_the_bundle_is_baked_with_the_rounded_weights(bundles: dict[str
     assert bundle.manifest.defaults["style"] == "hand"
 
 
-def test_base_is_not_changed_by_an_export(base: Base, bundles: dict[str, Bundle]) -> None:
+def test_export_bundle_does_not_change_the_base(base: Base, bundles: dict[str, Bundle]) -> None:
     halves = [tensor for tensor in base.unet.state_dict().values() if torch.equal(tensor, tensor.half().float())]
     assert len(halves) < len(base.unet.state_dict()) / 2  # zeros and ones are halves too
     assert base.fingerprint == "0" * 64
@@ -98,7 +98,7 @@ def wrong_graphs(traced: dict[str, TracedGraph]) -> dict[str, TracedGraph]:
     return {**traced, "denoiser": dataclasses.replace(denoiser, model=model)}
 
 
-def test_graph_that_computes_something_else_leaves_no_bundle(
+def test_export_bundle_with_a_wrong_graph_writes_nothing(
     base: Base, traced: dict[str, TracedGraph], tmp_path: Path
 ) -> None:
     folder = tmp_path / "bundles"
@@ -109,7 +109,7 @@ def test_graph_that_computes_something_else_leaves_no_bundle(
     assert list(folder.iterdir()) == []
 
 
-def test_failed_export_leaves_the_bundle_before_it(
+def test_export_bundle_that_fails_keeps_the_bundle_before_it(
     base: Base, traced: dict[str, TracedGraph], prompts: Prompts, tmp_path: Path
 ) -> None:
     out = tmp_path / "bundle"
@@ -121,7 +121,7 @@ def test_failed_export_leaves_the_bundle_before_it(
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
-def test_prompts_of_another_base_or_other_stages_are_refused_before_anything_is_traced(
+def test_export_bundle_refuses_unfit_prompts_before_tracing(
     base: Base, prompts: Prompts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(exporter, "trace_graphs", lambda *_: pytest.fail("traced"))
@@ -133,7 +133,7 @@ def test_prompts_of_another_base_or_other_stages_are_refused_before_anything_is_
         export_bundle(base, tmp_path / "new", [prompts, short])
 
 
-def test_missing_backend_is_told_before_anything_is_traced(
+def test_export_bundle_without_the_backend_fails_before_tracing(
     base: Base, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("lsast_engines.backends.registry.available_backends", lambda: {"openvino": ["cpu"]})
@@ -142,7 +142,7 @@ def test_missing_backend_is_told_before_anything_is_traced(
         export_bundle(base, tmp_path / "new", options=ExportOptions(backend="onnxruntime"))
 
 
-def test_graph_of_another_interface_is_refused(base: Base) -> None:
+def test_trace_refuses_another_interface(base: Base) -> None:
     class Squeezed(torch.nn.Module):
         def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return image[:, :1, ::8, ::8], image.mean(dim=(2, 3))
@@ -155,7 +155,7 @@ def test_graph_of_another_interface_is_refused(base: Base) -> None:
     assert "expected std float32 [B, 4, h, w]" in str(caught.value)
 
 
-def test_weight_that_is_not_stored_is_named(
+def test_save_graph_names_a_weight_that_is_not_stored(
     traced: dict[str, TracedGraph], bundles: dict[str, Bundle], tmp_path: Path
 ) -> None:
     tensors = load_file(bundles["fp32"].path / "base.safetensors")

@@ -13,7 +13,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = Path(__file__).parents[3] / "benchmarks" / "sd15_random.py"
+ROOT = Path(__file__).parents[3]
 DENOISER = 4 * (859_520_964 + 361_279_120)
 """Bytes of the largest graph in fp32."""
 WEIGHTS = DENOISER + 4 * 83_653_863
@@ -21,7 +21,12 @@ WEIGHTS = DENOISER + 4 * 83_653_863
 
 
 def script(*arguments: Any) -> Any:
-    done = subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], check=True, stdout=subprocess.PIPE)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.sd15_random", *map(str, arguments)],
+        check=True,
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+    )
     return json.loads(done.stdout) if done.stdout else None
 
 
@@ -93,7 +98,7 @@ def test_the_denoiser_compiles_ahead_of_time(exported: dict[str, Any], folder: P
 
 def test_multiplications_are_those_that_are_known(exported: dict[str, Any], folder: Path) -> None:
     pytest.importorskip("openvino")
-    from bench.macs import count_macs
+    from benchmarks.bench.macs import count_macs
 
     def denoiser(rows: int) -> dict[str, list[int]]:
         return {

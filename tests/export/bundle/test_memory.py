@@ -59,7 +59,7 @@ def test_bake_style_reads_from_files_what_the_loaded_base_projects(
     assert in_memory(networks) == set()
 
 
-def test_torch_computes_with_one_network_at_a_time(bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_torch_holds_one_network_at_a_time(bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
     parts = open_base(bundles["fp32"].path)
     plan = ParityPlan()
     order = []
@@ -107,7 +107,7 @@ def test_torch_computes_with_one_network_at_a_time(bundles: dict[str, Bundle], m
     np.testing.assert_allclose(answers[0].eps[0], base.eps_from_output(v, latent, timestep), atol=1e-5)
 
 
-def test_weights_are_moved_into_the_bundle(
+def test_export_bundle_moves_the_weight_file(
     base: Base, traced: dict[str, TracedGraph], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     written: list[int] = []
@@ -123,7 +123,7 @@ def test_weights_are_moved_into_the_bundle(
     assert bundle.manifest.storage_dtype == "bf16"
 
 
-def test_countdown_says_what_is_left() -> None:
+def test_eta_reports_the_remaining_time() -> None:
     told: list[tuple[str, str]] = []
     countdown = Eta(lambda phase, detail="": told.append((phase, detail)), "denoising", 2)
     countdown.step()
@@ -133,7 +133,7 @@ def test_countdown_says_what_is_left() -> None:
     assert told[1][1] == "step 2 of 2, about 0 s left"
 
 
-def test_peak_memory_is_the_high_water_mark_of_the_kernel() -> None:
+def test_peak_memory_is_the_kernels_high_water_mark() -> None:
     status = Path("/proc/self/status")
     if not status.is_file():
         pytest.skip("no /proc here")
@@ -143,7 +143,7 @@ def test_peak_memory_is_the_high_water_mark_of_the_kernel() -> None:
     assert abs(peak - int(kilobytes) * 1024) < 32 << 20
 
 
-def test_large_half_weights_stay_in_their_file(bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_16_bit_weights_stay_in_their_file(bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     bundle = bundles["bf16"]
     halves = sum(t.nbytes for t in load_file(bundle.path / WEIGHTS).values() if t.dtype == torch.bfloat16)

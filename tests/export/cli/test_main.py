@@ -37,7 +37,7 @@ def learned(prompts: Prompts) -> Path:
     return path
 
 
-def test_help_and_import_do_without_torch_and_onnx() -> None:
+def test_help_loads_no_torch_and_no_onnx() -> None:
     code = (
         "import sys; from click.testing import CliRunner; from lsast_export.cli.main import main;"
         "assert CliRunner().invoke(main, ['--help']).exit_code == 0;"
@@ -50,7 +50,7 @@ def test_help_and_import_do_without_torch_and_onnx() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--style", "x"], ["check", "x"], ["bundle", "--out", "x"]])
-def test_missing_library_is_one_line_that_mends_it(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+def test_missing_library_error_names_the_extra(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "onnx" else find(name, *rest))
     result = lsast_export(*arguments)
@@ -78,7 +78,7 @@ def test_wrong_usage_is_one_line_and_status_2(arguments: list[str], message: str
     assert result.stdout == ""
 
 
-def test_every_wrong_default_is_named() -> None:
+def test_bundle_command_lists_every_wrong_default() -> None:
     result = lsast_export("bundle", "--out", "x", "--default", "steps=many", "--default", "hue=1", "--default", "style")
     assert result.exit_code == 2
     assert "steps=many: found 'many'; expected a whole number" in result.stderr
@@ -87,7 +87,7 @@ def test_every_wrong_default_is_named() -> None:
 
 
 @pytest.mark.usefixtures("learned")
-def test_style_is_baked_for_a_bundle_and_found_by_it(bundles: dict[str, Bundle]) -> None:
+def test_style_option_bakes_a_style_that_the_bundle_finds(bundles: dict[str, Bundle]) -> None:
     bundle = bundles["fp16"]
     shutil.copytree(bundle.path, "mine", ignore=shutil.ignore_patterns("styles"))
     result = lsast_export("--style", "hand", "--base", "mine")
@@ -100,7 +100,7 @@ def test_style_is_baked_for_a_bundle_and_found_by_it(bundles: dict[str, Bundle])
     assert path.read_bytes() == (bundle.path / "styles" / "hand.safetensors").read_bytes()
 
 
-def test_users_style_goes_before_the_bundles_own(bundles: dict[str, Bundle], learned: Path) -> None:
+def test_style_option_takes_precedence_over_the_bundles_style(bundles: dict[str, Bundle], learned: Path) -> None:
     result = lsast_export("--style", str(learned), "--base", bundles["fp32"].path, "--json")
     report = json.loads(result.stdout)
     assert report["fingerprint"] == bundles["fp32"].manifest.fingerprint
@@ -109,7 +109,7 @@ def test_users_style_goes_before_the_bundles_own(bundles: dict[str, Bundle], lea
     assert isinstance(opened.style("hand"), Style)
 
 
-def test_style_that_is_nowhere_and_one_of_another_base(bundles: dict[str, Bundle], learned: Path) -> None:
+def test_style_option_with_missing_or_repeated_prompts_fails(bundles: dict[str, Bundle], learned: Path) -> None:
     result = lsast_export("--style", "hnad", "--base", bundles["fp16"].path)
     assert result.exit_code == 1
     assert "found no prompts at hnad or runs/hnad/hnad.prompts.safetensors" in result.stderr
@@ -118,7 +118,7 @@ def test_style_that_is_nowhere_and_one_of_another_base(bundles: dict[str, Bundle
 
 
 @pytest.mark.usefixtures("learned")
-def test_a_style_keeps_defaults_of_its_own(bundles: dict[str, Bundle]) -> None:
+def test_default_option_is_stored_in_the_style(bundles: dict[str, Bundle]) -> None:
     base = bundles["fp16"].path
     asked = ("--default", "hand.guidance=8", "--default", "hand.steps=11")
     result = lsast_export("--style", "hand", "--base", base, *asked)
@@ -134,9 +134,7 @@ def test_a_style_keeps_defaults_of_its_own(bundles: dict[str, Bundle]) -> None:
         assert told in refused.stderr
 
 
-def test_a_distilled_style_is_installed_or_baked_and_keeps_its_guidance(
-    bundles: dict[str, Bundle], prompts: Prompts
-) -> None:
+def test_style_option_with_a_distilled_style_keeps_its_guidance(bundles: dict[str, Bundle], prompts: Prompts) -> None:
     bundle = bundles["fp16"]
     folder = Path("runs", "hand-g7")
     style = bundle.style("hand")
@@ -160,7 +158,7 @@ def test_a_distilled_style_is_installed_or_baked_and_keeps_its_guidance(
     assert "does not fit" in lsast_export("--style", folder / "x.safetensors", "--base", bundle.path).stderr
 
 
-def test_trained_base_needs_a_bundle_first_and_gets_one(
+def test_bundle_command_exports_a_trained_base(
     base: Base, traced: dict[str, TracedGraph], learned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exporter, "trace_graphs", lambda *_: traced)
@@ -208,7 +206,7 @@ def load(path: Path) -> Prompts:
     return load_prompts(path)
 
 
-def test_check_reports_figures_and_fails_past_the_tolerance(bundles: dict[str, Bundle]) -> None:
+def test_check_command_reports_figures(bundles: dict[str, Bundle]) -> None:
     sound = lsast_export("--json", "check", bundles["fp32"].path)
     report = json.loads(sound.stdout)
     assert sound.exit_code == 0
@@ -223,7 +221,7 @@ def test_check_reports_figures_and_fails_past_the_tolerance(bundles: dict[str, B
     assert "vae_decoder.onnx: found no such file" in missing.stderr
 
 
-def test_check_of_a_wrong_graph_exits_1_with_the_figures(bundles: dict[str, Bundle]) -> None:
+def test_check_command_of_a_wrong_graph_exits_1(bundles: dict[str, Bundle]) -> None:
     import onnx
 
     from lsast_engines.files import file_sha256
@@ -249,6 +247,6 @@ def test_check_of_a_wrong_graph_exits_1_with_the_figures(bundles: dict[str, Bund
     assert "Traceback" not in result.stderr
 
 
-def test_debug_shows_where(bundles: dict[str, Bundle]) -> None:
+def test_debug_option_shows_the_traceback(bundles: dict[str, Bundle]) -> None:
     assert "Traceback" in lsast_export("check", "nowhere", "--debug").stderr
     assert "Traceback" not in lsast_export("check", "nowhere").stderr

@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.macs import count_macs
+from benchmarks.bench.macs import count_macs
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS
 from lsast_export.graphs.trace_graphs import graph_module
@@ -24,7 +24,9 @@ LENGTHS = [
 
 @pytest.mark.parametrize("storage_dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("graph", REQUIRED_GRAPHS)
-def test_as_many_as_torch_counts(base: Base, bundles: dict[str, Bundle], graph: str, storage_dtype: str) -> None:
+def test_count_macs_matches_torchs_flop_counter(
+    base: Base, bundles: dict[str, Bundle], graph: str, storage_dtype: str
+) -> None:
     pytest.importorskip("openvino")
     bundle = bundles[storage_dtype]
     inputs = bundle.manifest.graphs[graph].inputs

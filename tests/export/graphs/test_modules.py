@@ -45,7 +45,7 @@ def stock_networks(bundle: Bundle) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("storage_dtype", ["fp32", "fp16", "bf16"])
-def test_denoiser_is_an_unmodified_diffusers_unet_with_controlnet(
+def test_denoiser_graph_matches_stock_diffusers_networks(
     bundles: dict[str, Bundle], run: Run, storage_dtype: str
 ) -> None:
     bundle = bundles[storage_dtype]
@@ -90,7 +90,7 @@ def test_denoiser_is_an_unmodified_diffusers_unet_with_controlnet(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_openvino_computes_what_onnx_runtime_computes(
+def test_denoiser_graph_agrees_on_both_backends(
     bundles: dict[str, Bundle], run: Run, feeds: Feeds, shape: tuple[int, int, int, int]
 ) -> None:
     pytest.importorskip("openvino")
@@ -104,7 +104,7 @@ def test_openvino_computes_what_onnx_runtime_computes(
 
 @pytest.mark.parametrize("graph", ["vae_encoder", "vae_decoder"])
 @pytest.mark.parametrize(("batch", "height", "width"), [(3, 1, 1), (1, 3, 1)])
-def test_autoencoder_at_shapes_that_were_not_traced(
+def test_vae_graphs_match_torch_at_other_shapes(
     bundles: dict[str, Bundle], run: Run, graph: str, batch: int, height: int, width: int
 ) -> None:
     bundle = bundles["fp32"]
@@ -123,7 +123,7 @@ def test_autoencoder_at_shapes_that_were_not_traced(
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-def test_second_guidance_row_is_what_one_row_alone_gives(bundles: dict[str, Bundle], run: Run, feeds: Feeds) -> None:
+def test_denoiser_graph_guidance_rows_are_independent(bundles: dict[str, Bundle], run: Run, feeds: Feeds) -> None:
     both = feeds(bundles["fp32"], 2, 2, 8, 16)
     pair = run(bundles["fp32"], "denoiser", **both)["eps"]
     alone = run(bundles["fp32"], "denoiser", **{**both, "kv_unet": both["kv_unet"][1:]})["eps"]
@@ -131,7 +131,7 @@ def test_second_guidance_row_is_what_one_row_alone_gives(bundles: dict[str, Bund
     np.testing.assert_allclose(pair[1], alone[0], rtol=0, atol=1e-5)
 
 
-def test_rows_of_a_batch_do_not_meet(bundles: dict[str, Bundle], run: Run, feeds: Feeds) -> None:
+def test_denoiser_graph_batch_rows_are_independent(bundles: dict[str, Bundle], run: Run, feeds: Feeds) -> None:
     inputs = feeds(bundles["fp32"], 2, 1, 8, 8)
     both = run(bundles["fp32"], "denoiser", **inputs)["eps"]
     for row in (0, 1):
@@ -141,7 +141,9 @@ def test_rows_of_a_batch_do_not_meet(bundles: dict[str, Bundle], run: Run, feeds
         np.testing.assert_allclose(both[:, row : row + 1], alone, rtol=0, atol=1e-5)
 
 
-def test_without_control_the_edges_do_not_matter(bundles: dict[str, Bundle], run: Run, feeds: Feeds) -> None:
+def test_denoiser_graph_with_control_scale_zero_ignores_the_edges(
+    bundles: dict[str, Bundle], run: Run, feeds: Feeds
+) -> None:
     bundle = bundles["fp32"]
     source = load_base(bundle.path)
     inputs = feeds(bundle, 2, 1, 8, 16)
@@ -156,7 +158,7 @@ def test_without_control_the_edges_do_not_matter(bundles: dict[str, Bundle], run
     assert np.abs(controlled[0] - expected).max() > 1e-3
 
 
-def test_attention_in_groups_of_heads_is_attention() -> None:
+def test_split_processor_matches_diffusers_attention() -> None:
     attention = Attention(query_dim=24, heads=6, dim_head=4).eval()
     hidden = torch.randn(2, 35, 24, generator=torch.Generator().manual_seed(0))
     expected = attention(hidden)  # diffusers' own processor
@@ -175,12 +177,12 @@ def test_attention_in_groups_of_heads_is_attention() -> None:
         ("mid_block.attentions.0.transformer_blocks.0.attn1", 1),
     ],
 )
-def test_heads_of_stable_diffusion_are_split_where_their_scores_are_large(name: str, groups: int) -> None:
+def test_head_groups_of_stable_diffusion_limit_the_scores(name: str, groups: int) -> None:
     assert head_groups(name, heads=8, levels=4, side=64) == groups
     assert head_groups(name, heads=8, levels=4, side=16) == 1
 
 
-def test_network_with_split_heads_computes_the_same_and_gets_its_processors_back(
+def test_split_attention_computes_the_same_and_restores_processors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     unet = UNet2DConditionModel(
@@ -207,7 +209,7 @@ def test_network_with_split_heads_computes_the_same_and_gets_its_processors_back
     assert unet.attn_processors == before
 
 
-def test_tracing_looks_at_no_weight_and_leaves_them_alone(base: Base, traced: dict[str, TracedGraph]) -> None:
+def test_trace_reads_and_changes_no_weight(base: Base, traced: dict[str, TracedGraph]) -> None:
     assert all(weight.device.type == "cpu" and not is_fake(weight) for weight in base.controlnet.parameters())
     with graph_module(skeleton_of(base), "controlnet_cond") as module:
         empty = trace(module, traced["controlnet_cond"].spec, base.config.multiple, geometry(base).factor)

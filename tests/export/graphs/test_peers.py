@@ -1,10 +1,9 @@
-"""The peers of `benchmarks/compare.py` do the work that they claim to: so many passes of each network a step."""
+"""The peers of `benchmarks/speed/compare.py` do the work that they claim to: so many passes of each network a step."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,12 +16,7 @@ from lsast_train.mini.architecture import MiniConfig, build_mini
 
 @pytest.fixture(scope="module")
 def peers() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("peers", Path(__file__).parents[3] / "benchmarks" / "peers.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("benchmarks.speed.peers")
 
 
 def _batches(network: Any) -> list[int]:
@@ -35,7 +29,7 @@ def _batches(network: Any) -> list[int]:
 
 
 @pytest.mark.parametrize(("name", "control"), [("reference", 1), ("diffusers", 2)])
-def test_passes_of_a_step(peers: ModuleType, name: str, control: int) -> None:
+def test_peers_run_the_expected_passes(peers: ModuleType, name: str, control: int) -> None:
     base: Base = build_mini(MiniConfig.tiny())  # the pipeline changes its processors
     paint: Callable[[int], list[float]] = peers.PEERS[name](base, 64, torch.float32)
     unet, controlnet = _batches(base.unet), _batches(base.controlnet)
@@ -55,5 +49,5 @@ def test_passes_of_a_step(peers: ModuleType, name: str, control: int) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 29, 35])
-def test_strength_that_gives_so_many_steps(peers: ModuleType, steps: int) -> None:
+def test_strength_gives_the_wanted_steps(peers: ModuleType, steps: int) -> None:
     assert int(peers.STEPS * peers._strength(steps)) == steps

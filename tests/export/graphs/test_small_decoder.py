@@ -75,7 +75,7 @@ def manifest(bundles: dict[str, Bundle]) -> Manifest:
 
 @pytest.fixture(scope="session")
 def traced_small(bundles: dict[str, Bundle], folder: Path) -> TracedGraph:
-    """Its graph, traced once; `test_another_takes_its_place` traces its own."""
+    """Its graph, traced once; `test_add_small_decoder_replaces_an_earlier_one` traces its own."""
     facts = bundles["fp16"].manifest
     module = small_decoder.SmallDecoderGraph(read_small_decoder(folder, facts), facts.latent_scale).eval()
     return trace(module, small_decoder.tiny_decoder_spec(facts.geometry), facts.multiple, facts.geometry.factor)
@@ -94,7 +94,7 @@ def added(
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("shape", [(3, 4, 8, 8), (1, 4, 24, 8)])
-def test_it_gives_what_diffusers_gives_for_the_latents_as_the_decoder_takes_them(
+def test_small_decoder_graph_matches_diffusers(
     added: Bundle, run: Run, tiny: AutoencoderTiny, shape: tuple[int, ...], backend: str
 ) -> None:
     pytest.importorskip(backend)
@@ -110,7 +110,7 @@ def test_it_gives_what_diffusers_gives_for_the_latents_as_the_decoder_takes_them
     assert added.manifest.graphs[VAE_DECODER_TINY].outputs == added.manifest.graphs["vae_decoder"].outputs
 
 
-def test_it_adds_two_files_and_leaves_all_else_to_the_byte(added: Bundle, bundles: dict[str, Bundle]) -> None:
+def test_add_small_decoder_changes_no_other_file(added: Bundle, bundles: dict[str, Bundle]) -> None:
     before = bundles["fp16"]
     manifest = Bundle.open(added.path).manifest
     assert {path.name for path in added.path.iterdir()} == {p.name for p in before.path.iterdir()} | {GRAPH, WEIGHTS}
@@ -129,7 +129,7 @@ def test_it_adds_two_files_and_leaves_all_else_to_the_byte(added: Bundle, bundle
     assert len(modes) == 1, "whoever may read the manifest may read the rest"
 
 
-def test_the_weights_are_the_decoders_alone_in_float32(
+def test_small_decoder_file_holds_the_decoder_in_float32(
     added: Bundle, tiny: AutoencoderTiny, manifest: Manifest
 ) -> None:
     stored = load_file(added.path / WEIGHTS)
@@ -141,7 +141,7 @@ def test_the_weights_are_the_decoders_alone_in_float32(
     assert (added.path / GRAPH).stat().st_size < 50_000
 
 
-def test_another_takes_its_place(added: Bundle, run: Run, tmp_path: Path) -> None:
+def test_add_small_decoder_replaces_an_earlier_one(added: Bundle, run: Run, tmp_path: Path) -> None:
     path = shutil.copytree(added.path, tmp_path / "bundle")
     other = _random(num_decoder_blocks=(1, 1, 1, 1), scaling_factor=2.0)
     other.save_pretrained(tmp_path / "other")
@@ -151,7 +151,7 @@ def test_another_takes_its_place(added: Bundle, run: Run, tmp_path: Path) -> Non
     np.testing.assert_allclose(run(written, VAE_DECODER_TINY, latent=latent)["image"], expected, rtol=0, atol=1e-5)
 
 
-def test_a_wrong_one_leaves_the_bundle_as_it_was(
+def test_add_small_decoder_with_a_wrong_graph_changes_nothing(
     added: Bundle, bundles: dict[str, Bundle], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Wrong(small_decoder.SmallDecoderGraph):
@@ -174,7 +174,7 @@ def test_a_wrong_one_leaves_the_bundle_as_it_was(
         assert {p.name for p in path.iterdir()} == {p.name for p in bundle.path.iterdir()}
 
 
-def test_what_does_not_belong_is_refused_with_every_fault(tmp_path: Path, manifest: Manifest) -> None:
+def test_read_small_decoder_lists_every_fault(tmp_path: Path, manifest: Manifest) -> None:
     stranger = _random(latent_channels=16, num_decoder_blocks=(1, 1, 1), decoder_block_out_channels=(8, 8, 8))
     stranger.register_to_config(shift_factor=0.1, scaling_factor=0)
     stranger.save_pretrained(tmp_path)
@@ -198,7 +198,7 @@ def test_what_does_not_belong_is_refused_with_every_fault(tmp_path: Path, manife
         assert f"  - {fault}" in str(caught.value)
 
 
-def test_what_is_no_tiny_autoencoder_is_refused(tmp_path: Path, manifest: Manifest, folder: Path) -> None:
+def test_read_small_decoder_of_another_autoencoder_is_refused(tmp_path: Path, manifest: Manifest, folder: Path) -> None:
     AutoencoderKL(block_out_channels=(32,)).save_pretrained(tmp_path / "kl")
     with pytest.raises(ExportError, match="found AutoencoderKL; expected AutoencoderTiny"):
         read_small_decoder(tmp_path / "kl", manifest)
@@ -214,7 +214,7 @@ def test_what_is_no_tiny_autoencoder_is_refused(tmp_path: Path, manifest: Manife
         read_small_decoder(odd, manifest)
 
 
-def test_pickled_weights_go_through_the_restricted_loader(
+def test_read_small_decoder_runs_no_pickle(
     folder: Path, tiny: AutoencoderTiny, manifest: Manifest, tmp_path: Path
 ) -> None:
     shutil.copy(folder / "config.json", tmp_path)
@@ -227,7 +227,7 @@ def test_pickled_weights_go_through_the_restricted_loader(
         read_small_decoder(tmp_path, manifest)
 
 
-def test_a_file_alone_is_of_taesds_architecture(tmp_path: Path, manifest: Manifest, folder: Path) -> None:
+def test_read_small_decoder_of_a_bare_file_assumes_taesd(tmp_path: Path, manifest: Manifest, folder: Path) -> None:
     whole = AutoencoderTiny()
     save_file(whole.state_dict(), tmp_path / "taesd.safetensors")
     found = read_small_decoder(tmp_path / "taesd.safetensors", manifest)
@@ -238,7 +238,7 @@ def test_a_file_alone_is_of_taesds_architecture(tmp_path: Path, manifest: Manife
         read_small_decoder(folder / "diffusion_pytorch_model.safetensors", manifest)
 
 
-def test_a_quantised_bundle_takes_it_and_one_that_is_quantised_keeps_it_as_it_is(
+def test_small_decoder_of_a_quantized_bundle_stays_in_float32(
     bundles: dict[str, Bundle], added: Bundle, folder: Path, tmp_path: Path, run: Run
 ) -> None:
     path = shutil.copytree(bundles["fp16"].path, tmp_path / "bundle")
@@ -261,7 +261,7 @@ def test_a_quantised_bundle_takes_it_and_one_that_is_quantised_keeps_it_as_it_is
     np.testing.assert_array_equal(found, run(added, VAE_DECODER_TINY, latent=latent)["image"])
 
 
-def test_check_measures_it_again(added: Bundle, tmp_path: Path) -> None:
+def test_check_bundle_measures_the_small_decoder(added: Bundle, tmp_path: Path) -> None:
     report = check_bundle(added.path)
     assert report.passed
     assert report.figures[VAE_DECODER_TINY] == pytest.approx(added.manifest.parity[VAE_DECODER_TINY], rel=10)
@@ -271,7 +271,7 @@ def test_check_measures_it_again(added: Bundle, tmp_path: Path) -> None:
         check_bundle(path)
 
 
-def test_the_command_says_where_and_how_well_and_another_export_keeps_it(
+def test_decoder_command_reports_parity_and_a_new_export_keeps_it(
     bundles: dict[str, Bundle],
     folder: Path,
     traced: dict[str, TracedGraph],
@@ -301,9 +301,7 @@ def test_the_command_says_where_and_how_well_and_another_export_keeps_it(
 
 
 @pytest.mark.skipif(not TAESD.is_dir(), reason="needs ../shared/weights/taesd")
-def test_taesds_decoder_gives_of_minis_latents_what_diffusers_gives_and_a_picture_like_minis(
-    run: Run, tmp_path: Path
-) -> None:
+def test_small_decoder_of_taesd_decodes_minis_latents(run: Run, tmp_path: Path) -> None:
     path = shutil.copytree(EMBEDDED, tmp_path / "mini")
     written = add_small_decoder(path, read_small_decoder(TAESD, Bundle.open(path).manifest))
     assert written.manifest.parity[VAE_DECODER_TINY] < 1e-4

@@ -53,7 +53,7 @@ def outer(bundle: Bundle, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("shape", [(3, 2, 8, 8), (1, 1, 24, 8)])
-def test_control_and_deep_are_the_denoiser_and_shallow_on_a_fresh_feature_is_deep(
+def test_parts_in_sequence_match_the_denoiser(
     parted: Bundle, run: Run, feeds: Feeds, shape: tuple[int, int, int, int], backend: str
 ) -> None:
     pytest.importorskip(backend)
@@ -67,7 +67,7 @@ def test_control_and_deep_are_the_denoiser_and_shallow_on_a_fresh_feature_is_dee
 
 
 @pytest.mark.parametrize("smooth", [None, 0.5])
-def test_parts_in_int8_round_what_the_denoiser_rounds(
+def test_quantized_parts_match_the_quantized_denoiser(
     parted: Bundle, run: Run, feeds: Feeds, tmp_path: Path, smooth: float | None
 ) -> None:
     options = QuantizeOptions(pictures=1, size=64, target=0, smooth=smooth)
@@ -86,9 +86,7 @@ def test_parts_in_int8_round_what_the_denoiser_rounds(
     assert distance(again, found["eps"]) < distance(whole, expected) / 3
 
 
-def test_shallow_on_a_kept_feature_is_torchs_unet_with_everything_deeper_frozen(
-    parted: Bundle, run: Run, feeds: Feeds
-) -> None:
+def test_unet_outer_on_a_cached_feature_matches_torch(parted: Bundle, run: Run, feeds: Feeds) -> None:
     """diffusers' own U-Net at the next step, but that its last up block takes from below what it took before."""
     before, now = (feeds(parted, 2, 1, 8, 16, seed) for seed in (1, 2))
     source = load_base(parted.path)
@@ -132,7 +130,7 @@ def test_shallow_on_a_kept_feature_is_torchs_unet_with_everything_deeper_frozen(
     assert np.abs(fresh - expected).max() > 1e-3, "a feature that does not matter proves nothing"
 
 
-def test_the_cut_is_what_diffusers_networks_give(base: Base) -> None:
+def test_unet_split_matches_diffusers_residuals(base: Base) -> None:
     latent, timestep = torch.randn(1, 4, 8, 16), torch.tensor([500])
     contexts = torch.randn(1, 3, base.config.tokens, base.context_dim)
     with torch.no_grad():
@@ -147,9 +145,7 @@ def test_the_cut_is_what_diffusers_networks_give(base: Base) -> None:
     assert [downsampling_level(axis) for axis in ("h", "w2", "h16")] == [0, 1, 4]
 
 
-def test_parts_add_graphs_and_figures_and_leave_all_else_to_the_byte(
-    parted: Bundle, bundles: dict[str, Bundle]
-) -> None:
+def test_add_parts_changes_no_other_file(parted: Bundle, bundles: dict[str, Bundle]) -> None:
     before = bundles["fp16"]
     manifest = Bundle.open(parted.path).manifest
     assert list(manifest.graphs) == [*before.manifest.graphs, *UNET_SPLIT_GRAPHS]
@@ -186,7 +182,7 @@ def wrong(traced_parts: dict[str, TracedGraph]) -> dict[str, TracedGraph]:
     return {**traced_parts, "controlnet": dataclasses.replace(control, model=model)}
 
 
-def test_a_wrong_part_leaves_the_bundle_as_it_was(
+def test_add_parts_with_a_wrong_graph_changes_nothing(
     parted: Bundle,
     bundles: dict[str, Bundle],
     traced_parts: dict[str, TracedGraph],
@@ -206,7 +202,7 @@ def test_a_wrong_part_leaves_the_bundle_as_it_was(
         assert Bundle.open(add_parts(folder).path).manifest.graphs == parted.manifest.graphs
 
 
-def test_parts_come_with_an_export_and_are_checked(
+def test_export_bundle_with_parts_is_checked(
     base: Base,
     traced: dict[str, TracedGraph],
     traced_parts: dict[str, TracedGraph],
@@ -223,7 +219,7 @@ def test_parts_come_with_an_export_and_are_checked(
     assert report.passed
 
 
-def test_parts_that_do_not_belong_together_are_refused(parted: Bundle, tmp_path: Path) -> None:
+def test_bundle_with_parts_of_another_base_is_refused(parted: Bundle, tmp_path: Path) -> None:
     folder = shutil.copytree(parted.path, tmp_path / "bundle")
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["graphs"]["unet_outer"]
@@ -238,7 +234,7 @@ def test_parts_that_do_not_belong_together_are_refused(parted: Bundle, tmp_path:
     assert "graph unet_full: found inputs" in str(caught.value)
 
 
-def test_the_command_says_where_and_how_well(
+def test_parts_command_reports_parity(
     bundles: dict[str, Bundle], traced_parts: dict[str, TracedGraph], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shutil.copytree(bundles["fp16"].path, tmp_path / "bundle")
@@ -255,7 +251,7 @@ def test_the_command_says_where_and_how_well(
     assert "found no bundle 'nowhere'" in missing.stderr
 
 
-def test_a_bundle_that_is_exported_again_keeps_its_parts_and_one_without_gets_them_by_option(
+def test_bundle_command_keeps_parts_and_adds_them_on_request(
     parted: Bundle,
     bundles: dict[str, Bundle],
     traced: dict[str, TracedGraph],
@@ -275,7 +271,7 @@ def test_a_bundle_that_is_exported_again_keeps_its_parts_and_one_without_gets_th
     assert "found --parts, which belongs to a whole bundle" in refused.stderr
 
 
-def test_specs_are_those_of_the_base(parted: Bundle) -> None:
+def test_split_specs_match_the_traced_parts(parted: Bundle) -> None:
     cut = unet_split(base_on_meta(open_base(parted.path)))
     specs = split_specs(parted.manifest.geometry, cut)
     assert {name: parted.manifest.graphs[name] for name in UNET_SPLIT_GRAPHS} == specs

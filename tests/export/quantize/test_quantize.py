@@ -114,7 +114,7 @@ def error(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_eight_bits_of_a_channel_reach_its_largest_weight(axis: int) -> None:
+def test_to_int8_scales_each_channel_by_its_largest_weight(axis: int) -> None:
     weight = np.random.default_rng(0).standard_normal((5, 7)).astype(np.float32)
     weight[2] = weight[:, 2] = 0
     numbers, scales = to_int8(weight, axis)
@@ -126,7 +126,7 @@ def test_eight_bits_of_a_channel_reach_its_largest_weight(axis: int) -> None:
     assert numbers.min() >= -127, "symmetric"
 
 
-def test_a_plain_graph_computes_the_same_with_weights_as_they_are_multiplied(tmp_path: Path) -> None:
+def test_fold_weights_computes_the_same(tmp_path: Path) -> None:
     path = toy(tmp_path)
     plain = fold_weights(path)
     assert kinds(plain) == {"Conv": 2, "Sigmoid": 2, "Mul": 2, "Transpose": 1, "Tanh": 1, "MatMul": 2, "Add": 2}
@@ -134,7 +134,7 @@ def test_a_plain_graph_computes_the_same_with_weights_as_they_are_multiplied(tmp
     np.testing.assert_allclose(run_model(plain, feeds)[0], run_model(onnx.load(path), feeds)[0], atol=1e-5)
 
 
-def test_a_split_that_another_reads_too_is_left_alone(tmp_path: Path) -> None:
+def test_fold_weights_keeps_a_split_with_another_reader(tmp_path: Path) -> None:
     model = onnx.load(toy(tmp_path))
     model.graph.output.append(helper.make_tensor_value_info("both", TensorProto.FLOAT, ["B", "h", "w", 64]))
     onnx.save(model, tmp_path / "read.onnx")
@@ -144,7 +144,9 @@ def test_a_split_that_another_reads_too_is_left_alone(tmp_path: Path) -> None:
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_the_plain_denoiser_computes_the_same(bundles: dict[str, Bundle], feeds: Callable[..., Any], run: Any) -> None:
+def test_fold_weights_of_the_denoiser_computes_the_same(
+    bundles: dict[str, Bundle], feeds: Callable[..., Any], run: Any
+) -> None:
     bundle = bundles["bf16"]
     given = feeds(bundle, 1, 2, 8, 8)
     plain = fold_weights(bundle.graph_path("denoiser"))
@@ -153,9 +155,7 @@ def test_the_plain_denoiser_computes_the_same(bundles: dict[str, Bundle], feeds:
     np.testing.assert_allclose(run_model(plain, given)[0], run(bundle, "denoiser", **given)["eps"], atol=1e-4)
 
 
-def test_onnx_runtime_computes_convolutions_and_products_in_int8(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_int8_graph_runs_in_int8_on_onnx_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calibration = calibrated(toy(tmp_path), draw(4))
     assert calibration.layers == ("conv1", "conv2", "linear/half0", "linear/half1")
     onnx.save(calibration.quantized([]), tmp_path / "quantised.onnx")
@@ -173,7 +173,7 @@ def test_onnx_runtime_computes_convolutions_and_products_in_int8(
     assert not found["Conv"] + found["MatMul"] + found["FusedConv"]
 
 
-def test_openvino_computes_convolutions_and_products_in_int8(tmp_path: Path) -> None:
+def test_int8_graph_runs_in_int8_on_openvino(tmp_path: Path) -> None:
     model = calibrated(toy(tmp_path), draw(4)).quantized([])
     onnx.save(model, tmp_path / "quantised.onnx")
     compiled = openvino.Core().compile_model(tmp_path / "quantised.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -188,7 +188,7 @@ def test_openvino_computes_convolutions_and_products_in_int8(tmp_path: Path) -> 
     assert products
 
 
-def test_eight_bits_stay_near_and_a_layer_that_is_kept_is_computed_as_before(tmp_path: Path) -> None:
+def test_quantized_graph_is_near_and_kept_layers_are_exact(tmp_path: Path) -> None:
     path = toy(tmp_path)
     calibration = calibrated(path, draw(8))
     (feeds,) = draw(1)
@@ -200,7 +200,7 @@ def test_eight_bits_stay_near_and_a_layer_that_is_kept_is_computed_as_before(tmp
     assert half["DequantizeLinear"] < kinds(calibration.quantized([]))["DequantizeLinear"]
 
 
-def test_the_numbers_are_those_of_onnx_runtimes_quantiser(tmp_path: Path) -> None:
+def test_int8_graph_has_the_numbers_of_onnx_runtimes_quantizer(tmp_path: Path) -> None:
     from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType
     from onnxruntime.quantization.calibrate import CalibrationDataReader, create_calibrator
 
@@ -240,7 +240,7 @@ def test_the_numbers_are_those_of_onnx_runtimes_quantiser(tmp_path: Path) -> Non
     np.testing.assert_allclose(run_model(ours, feeds)[0], run_model(theirs, feeds)[0], atol=1e-5)
 
 
-def test_a_bias_that_outweighs_its_weights_is_kept(tmp_path: Path) -> None:
+def test_int8_graph_keeps_a_bias_larger_than_its_weights(tmp_path: Path) -> None:
     model = onnx.load(toy(tmp_path))
     for tensor in model.graph.initializer:
         if tensor.name == "second":
@@ -258,7 +258,7 @@ def test_a_bias_that_outweighs_its_weights_is_kept(tmp_path: Path) -> None:
     np.testing.assert_allclose(kept[:8], tensors["second_bias"][:8], rtol=1e-6)
 
 
-def test_equal_weights_of_two_graphs_are_stored_once(tmp_path: Path) -> None:
+def test_weight_file_stores_equal_weights_of_two_graphs_once(tmp_path: Path) -> None:
     path = toy(tmp_path)
     sizes = []
     for names in (["one.onnx"], ["one.onnx", "two.onnx"]):
@@ -273,9 +273,7 @@ def test_equal_weights_of_two_graphs_are_stored_once(tmp_path: Path) -> None:
     assert sizes[0] == sizes[1] > 32 * 32 * 9 * 4
 
 
-def test_a_quantised_bundle_has_the_styles_and_the_fingerprint_of_its_base(
-    quantised: Bundle, bundles: dict[str, Bundle]
-) -> None:
+def test_quantize_bundle_keeps_styles_and_fingerprint(quantised: Bundle, bundles: dict[str, Bundle]) -> None:
     source = bundles["fp16"]
     manifest = quantised.manifest
     assert manifest.fingerprint == source.manifest.fingerprint
@@ -290,7 +288,7 @@ def test_a_quantised_bundle_has_the_styles_and_the_fingerprint_of_its_base(
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_a_quantised_denoiser_is_near_on_either_backend(
+def test_quantized_denoiser_is_near_the_float_one(
     backend: str, quantised: Bundle, bundles: dict[str, Bundle], feeds: Callable[..., Any], run: Any
 ) -> None:
     given = feeds(quantised, 1, 2, 8, 8)
@@ -298,7 +296,7 @@ def test_a_quantised_denoiser_is_near_on_either_backend(
     assert 1e-4 < error(found, expected) < 0.3
 
 
-def test_what_cannot_be_done_with_a_quantised_bundle_is_refused(quantised: Bundle, tmp_path: Path) -> None:
+def test_quantized_bundle_cannot_be_quantized_loaded_or_compiled(quantised: Bundle, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="expected the one that it was made from"):
         quantize_bundle(quantised, tmp_path / "again", QuantizeOptions(**SMALL))
     with pytest.raises(TrainingError, match="name the bundle that it was made from"):
@@ -308,21 +306,21 @@ def test_what_cannot_be_done_with_a_quantised_bundle_is_refused(quantised: Bundl
     assert not (tmp_path / "engines").exists()
 
 
-def test_a_check_opens_the_graphs_and_finds_damage(quantised: Bundle, tmp_path: Path) -> None:
+def test_check_bundle_of_a_quantized_bundle_finds_damage(quantised: Bundle, tmp_path: Path) -> None:
     report = check_bundle(quantised.path, "onnxruntime")
     assert report.passed
     assert report.styles == ("hand",)
     assert report.recorded == quantised.manifest.parity
 
 
-def test_paintings_that_stray_too_far_leave_nothing(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+def test_quantize_bundle_below_the_target_writes_nothing(bundles: dict[str, Bundle], tmp_path: Path) -> None:
     options = QuantizeOptions(pictures=1, size=64, target=500)
     with pytest.raises(ParityError, match="expected 500"):
         quantize_bundle(bundles["fp32"], tmp_path / "out", options)
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_encoder_and_decoder_in_int8_where_that_is_asked_for(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+def test_quantize_bundle_with_also_quantizes_the_autoencoder(bundles: dict[str, Bundle], tmp_path: Path) -> None:
     source = bundles["fp16"]
     options = QuantizeOptions(**SMALL, also=frozenset({"vae_encoder", "vae_decoder"}))
     also = quantize_bundle(source, tmp_path / "also", options)
@@ -342,13 +340,13 @@ def test_encoder_and_decoder_in_int8_where_that_is_asked_for(bundles: dict[str, 
     assert also.manifest.parity[PICTURE_PSNR] >= SMALL["target"]
 
 
-def test_all_faults_of_options_at_once(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+def test_quantize_bundle_lists_all_faults_of_options(bundles: dict[str, Bundle], tmp_path: Path) -> None:
     wrong = QuantizeOptions(pictures=0, size=65, smooth=1.5, also=frozenset({"controlnet_cond"}))
     with pytest.raises(UsageError, match=r"(?s)0 pictures.*size of 65.*smooth of 1.5.*also controlnet_cond"):
         quantize_bundle(bundles["fp32"], tmp_path / "out", wrong)
 
 
-def test_the_command_line_quantises_on_pictures_of_a_folder(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+def test_quantize_command_calibrates_on_a_folder(bundles: dict[str, Bundle], tmp_path: Path) -> None:
     (photos := tmp_path / "photos").mkdir()
     for index in range(2):
         picture = np.random.default_rng(index).integers(0, 256, (40, 90 + index, 3)).astype(np.uint8)
@@ -369,7 +367,7 @@ def test_the_command_line_quantises_on_pictures_of_a_folder(bundles: dict[str, B
     assert "int8-weights was removed: for less memory export in fp16" in result.output
 
 
-def test_drawn_pictures_differ_and_come_again() -> None:
+def test_load_calibration_images_without_a_folder_is_reproducible() -> None:
     first, origin = load_calibration_images(None, 3, 64)
     again, _ = load_calibration_images(None, 3, 64)
     assert origin == "drawn"
@@ -385,7 +383,7 @@ def test_psnr_is_opencvs() -> None:
     assert psnr(one, one) == float("inf")
 
 
-def test_int8_in_lower_arithmetic_is_refused(quantised: Bundle) -> None:
+def test_load_of_a_quantized_bundle_in_bf16_is_refused(quantised: Bundle) -> None:
     with pytest.raises(UsageError, match=r"found compute_dtype bf16.*expected fp32"):
         lsast.load(quantised.path, compute_dtype="bf16")
     with lsast.load(quantised.path, backend="onnxruntime") as stylizer:
@@ -396,7 +394,7 @@ def test_int8_in_lower_arithmetic_is_refused(quantised: Bundle) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_the_embedded_bundle_in_int8_paints_what_it_paints_in_float(backend: str, tmp_path: Path) -> None:
+def test_quantize_command_on_the_embedded_bundle_meets_the_target(backend: str, tmp_path: Path) -> None:
     arguments = ["quantise", "--out", str(tmp_path / "mini"), "--backend", backend, "--json"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output

@@ -84,13 +84,13 @@ def channel_minmax(path: Path, feeds: Iterable[dict[str, np.ndarray]]) -> dict[s
     return observer.min_max
 
 
-def test_groups_are_what_shares_a_norm_and_what_ends_a_gate(tmp_path: Path) -> None:
+def test_find_groups_finds_norms_and_gated_products(tmp_path: Path) -> None:
     norm, gate = find_groups(onnx.load(block(tmp_path)))
     assert (norm.activation, norm.weights, norm.producers) == ("normed", ("value", "gate"), ("gamma", "beta"))
     assert (gate.activation, gate.weights, gate.producers) == ("gated", ("last",), ("value", "value_bias"))
 
 
-def test_what_another_reads_too_is_left_alone(tmp_path: Path) -> None:
+def test_find_groups_skips_weights_with_another_reader(tmp_path: Path) -> None:
     model = onnx.load(block(tmp_path))
     model.graph.output.append(helper.make_tensor_value_info("normed", TensorProto.FLOAT, ["B", "n", WIDTH]))
     model.graph.node.append(helper.make_node("Neg", ["value_bias"], ["other"], "other"))
@@ -98,7 +98,7 @@ def test_what_another_reads_too_is_left_alone(tmp_path: Path) -> None:
     assert not find_groups(model)
 
 
-def test_factors_are_those_of_the_paper(tmp_path: Path) -> None:
+def test_smoothing_factors_match_the_papers_formula(tmp_path: Path) -> None:
     model = onnx.load(path := block(tmp_path))
     factors = smoothing_factors(model, channel_minmax(path, draw(4)), alpha=0.25)
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
@@ -112,7 +112,7 @@ def test_factors_are_those_of_the_paper(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.9])
-def test_a_smoothed_graph_computes_the_same(tmp_path: Path, alpha: float) -> None:
+def test_smooth_computes_the_same(tmp_path: Path, alpha: float) -> None:
     model = onnx.load(path := block(tmp_path))
     (feeds,) = draw(1, seed=2)
     expected = run(model, feeds)
@@ -120,7 +120,7 @@ def test_a_smoothed_graph_computes_the_same(tmp_path: Path, alpha: float) -> Non
     np.testing.assert_allclose(run(model, feeds), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-def test_outliers_shrink_and_eight_bits_lose_less(tmp_path: Path) -> None:
+def test_smooth_halves_the_error_of_int8_with_outliers(tmp_path: Path) -> None:
     path = block(tmp_path)
     (feeds,) = draw(1, seed=2)
     expected = run(onnx.load(path), feeds)
@@ -144,7 +144,7 @@ def test_outliers_shrink_and_eight_bits_lose_less(tmp_path: Path) -> None:
     assert unevenness(after["gated"]) < unevenness(before["gated"])
 
 
-def test_ranges_of_a_smoothed_calibration_are_those_of_the_smoothed_graph(tmp_path: Path) -> None:
+def test_calibration_smooth_predicts_the_new_ranges(tmp_path: Path) -> None:
     path = block(tmp_path)
     (folder := tmp_path / "calibration").mkdir()
     calibration = Calibration(path, folder)
@@ -160,7 +160,7 @@ def test_ranges_of_a_smoothed_calibration_are_those_of_the_smoothed_graph(tmp_pa
         np.testing.assert_allclose(predicted[name].input, found.input, rtol=1e-4)
 
 
-def test_a_channel_that_is_always_zero_is_left_as_it_is(tmp_path: Path) -> None:
+def test_smoothing_factors_of_a_zero_channel_are_one(tmp_path: Path) -> None:
     model = onnx.load(path := block(tmp_path))
     weights = Weights(model, tmp_path)
     for tensor in model.graph.initializer:
@@ -174,7 +174,7 @@ def test_a_channel_that_is_always_zero_is_left_as_it_is(tmp_path: Path) -> None:
     assert np.isfinite(factors["value"]).all()
 
 
-def test_the_smoothed_denoiser_computes_the_same(
+def test_smooth_of_the_denoiser_computes_the_same(
     bundles: dict[str, Bundle], feeds: Callable[..., Any], tmp_path: Path
 ) -> None:
     bundle = bundles["fp32"]

@@ -24,7 +24,7 @@ def random_contexts(base: Base, *leading: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("network", ["unet", "controlnet"])
-def test_attention_on_baked_keys_and_values_is_attention_on_the_context(base: Base, network: str) -> None:
+def test_attention_on_packed_kv_matches_attention_on_the_context(base: Base, network: str) -> None:
     layout = copy.deepcopy(kv_layouts(base)[network == "controlnet"])
     contexts = random_contexts(base, 2).double()
     for layer in layout.layers:
@@ -45,7 +45,7 @@ def test_attention_on_baked_keys_and_values_is_attention_on_the_context(base: Ba
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
-def test_manifest_says_where_each_layer_finds_its_columns(base: Base) -> None:
+def test_attention_layers_locate_the_columns_of_each_layer(base: Base) -> None:
     projector = KVProjector.of_base(base)
     style = bake_style(projector, random_contexts(base, 4), "x")
     contexts = random_contexts(base, 4).numpy()
@@ -63,7 +63,7 @@ def test_manifest_says_where_each_layer_finds_its_columns(base: Base) -> None:
         np.testing.assert_allclose(packed[..., middle:end], context @ attn.to_v.weight.numpy().T, rtol=0, atol=1e-5)
 
 
-def test_denoiser_module_is_the_base_on_contexts(base: Base) -> None:
+def test_denoiser_module_on_packed_kv_matches_the_base_on_contexts(base: Base) -> None:
     contexts, control_contexts = random_contexts(base, 2), random_contexts(base, 2).flip(0)
     latent, timestep = torch.randn(2, 4, 8, 16), torch.tensor([7, 903])
     edges = (torch.rand(2, 3, 64, 128) < 0.1).float()
@@ -77,7 +77,7 @@ def test_denoiser_module_is_the_base_on_contexts(base: Base) -> None:
     torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_base_is_left_as_it_was_even_after_a_failure(base: Base) -> None:
+def test_graph_module_restores_the_base_after_a_failure(base: Base) -> None:
     before = dict(base.unet.attn_processors), dict(base.controlnet.attn_processors)
     hint_encoder = base.controlnet.controlnet_cond_embedding
 
@@ -92,7 +92,7 @@ def test_base_is_left_as_it_was_even_after_a_failure(base: Base) -> None:
     assert base.controlnet.controlnet_cond_embedding is hint_encoder
 
 
-def test_null_style_is_the_null_context_in_every_group(base: Base) -> None:
+def test_bake_null_style_projects_the_null_context(base: Base) -> None:
     style = bake_null_style(KVProjector.of_base(base))
     assert (style.stages, style.base) == (1, base.fingerprint)
     attn = base.unet.get_submodule(kv_layouts(base)[0].entries[-1].name)
@@ -101,7 +101,7 @@ def test_null_style_is_the_null_context_in_every_group(base: Base) -> None:
     np.testing.assert_allclose(style.kv_unet[0, :, entry.offset + entry.width :], expected, rtol=0, atol=1e-5)
 
 
-def test_prompts_that_do_not_fit_are_refused_with_every_fault(base: Base, prompts: Prompts) -> None:
+def test_bake_style_lists_every_fault_of_the_prompts(base: Base, prompts: Prompts) -> None:
     wrong = prompts.prompts[:, :2].clone()
     wrong[0, 0, 0, 0] = torch.nan
     with pytest.raises(StyleError) as caught:

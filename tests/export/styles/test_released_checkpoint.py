@@ -90,7 +90,7 @@ def _by_transformers(compvis_base: Any, embeddings: torch.Tensor) -> torch.Tenso
     return torch.stack(contexts)
 
 
-def test_a_checkpoint_gives_what_its_module_gives_without_dropout(
+def test_read_released_gives_the_generators_output_without_dropout(
     save: Save, block: TransformerBlock, content: dict[str, Any]
 ) -> None:
     released = read_released(save(content))
@@ -111,7 +111,7 @@ def test_read_released_gives_the_recorded_embeddings(golden: GoldenFiles) -> Non
     assert error < 1e-5
 
 
-def test_without_a_base_only_the_embeddings_are_kept(save: Save, content: dict[str, Any]) -> None:
+def test_import_prompts_without_a_base_keeps_the_embeddings(save: Save, content: dict[str, Any]) -> None:
     path = save(content)
     unbound = import_prompts(path)
     assert isinstance(unbound, UnboundPrompts)
@@ -122,7 +122,7 @@ def test_without_a_base_only_the_embeddings_are_kept(save: Save, content: dict[s
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["base", "parts"])
-def test_a_base_resolves_them_in_the_released_layout(
+def test_import_prompts_with_a_base_resolves_them_in_the_released_layout(
     save: Save, content: dict[str, Any], compvis_base: Any, parts: LazyBase, published: Base, caplog: Any, whole: bool
 ) -> None:
     path = save(content)
@@ -138,7 +138,7 @@ def test_a_base_resolves_them_in_the_released_layout(
     check_prompts(prompts, base.config.name, base.fingerprint, "")
 
 
-def test_prompts_of_a_text_encoder_are_baked_without_it(save: Save, content: dict[str, Any], published: Base) -> None:
+def test_bake_prompts_needs_no_text_encoder(save: Save, content: dict[str, Any], published: Base) -> None:
     prompts = import_prompts(save(content), "hand", published)
     assert isinstance(prompts, Prompts)
     base = copy.copy(published)
@@ -153,7 +153,7 @@ def test_prompts_of_a_text_encoder_are_baked_without_it(save: Save, content: dic
     assert abs(found - expected).max() < 1e-4
 
 
-def test_embeddings_of_another_text_encoder_are_noted(
+def test_import_prompts_of_another_text_encoder_warns(
     save: Save, content: dict[str, Any], parts: LazyBase, caplog: pytest.LogCaptureFixture
 ) -> None:
     content["initial_embeddings"] = nn.Parameter(content["initial_embeddings"] + 0.1)
@@ -162,7 +162,7 @@ def test_embeddings_of_another_text_encoder_are_noted(
     assert "trained with another text encoder" in caplog.text
 
 
-def test_all_that_is_no_released_checkpoint_is_named(save: Save, content: dict[str, Any], tmp_path: Path) -> None:
+def test_read_released_lists_every_fault(save: Save, content: dict[str, Any], tmp_path: Path) -> None:
     block = content["attention"]
     del block.norm2
     block.norm1 = nn.LayerNorm(DIM + 1)
@@ -185,7 +185,7 @@ def test_all_that_is_no_released_checkpoint_is_named(save: Save, content: dict[s
         read_released(tmp_path / "nowhere.pt")
 
 
-def test_weights_that_give_no_numbers_are_refused(save: Save, content: dict[str, Any]) -> None:
+def test_read_released_refuses_nan(save: Save, content: dict[str, Any]) -> None:
     nn.init.constant_(content["attention"].ff.net[2].bias, float("nan"))
     with pytest.raises(StyleError, match="NaN or infinite"):
         read_released(save(content))
@@ -195,7 +195,7 @@ def _run(*arguments: object) -> Result:
     return CliRunner().invoke(import_command, [str(argument) for argument in arguments])
 
 
-def test_the_command_writes_a_prompt_file_where_the_exporter_looks(save: Save, content: dict[str, Any]) -> None:
+def test_import_command_writes_to_runs(save: Save, content: dict[str, Any]) -> None:
     ran = _run(save(content), "--name", "hand")
     assert (ran.exit_code, ran.stdout) == (0, f"{Path('runs', 'hand', 'hand.prompts.safetensors')}\n"), ran.output
     assert "bound to no base yet" in ran.stderr
@@ -204,7 +204,7 @@ def test_the_command_writes_a_prompt_file_where_the_exporter_looks(save: Save, c
         read_prompts(("hand",))
 
 
-def test_what_is_bound_later_is_what_is_bound_at_once(
+def test_import_command_binds_now_or_later_alike(
     save: Save, content: dict[str, Any], compvis_base: Any, published: Base, tmp_path: Path
 ) -> None:
     base = ["--base", compvis_base.file, "--controlnet", compvis_base.controlnet_file]
@@ -226,12 +226,14 @@ def test_what_is_bound_later_is_what_is_bound_at_once(
     assert load_any_prompts(Path(renamed)).name == "other"
 
 
-def test_a_base_without_a_text_encoder_is_refused(save: Save, content: dict[str, Any], base: Any) -> None:
+def test_import_prompts_for_a_base_without_text_encoder_is_refused(
+    save: Save, content: dict[str, Any], base: Any
+) -> None:
     with pytest.raises(StyleError, match=r"found base 'mini' without one"):
         import_prompts(save(content), "hand", base)
 
 
-def test_a_hostile_pickle_runs_nothing(tmp_path: Path) -> None:
+def test_import_command_runs_no_pickle(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
 
     class Bomb:
@@ -245,7 +247,7 @@ def test_a_hostile_pickle_runs_nothing(tmp_path: Path) -> None:
     assert not Path("runs").exists()
 
 
-def test_wrong_usage_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+def test_import_command_refuses_wrong_usage(tmp_path: Path) -> None:
     for arguments, expected in (
         (["x.pt", "--name", "../up"], "letters, digits"),
         (["x.pt", "--unet-weights", "ema", "--revision", "main"], "found --revision, --unet-weights without --base"),

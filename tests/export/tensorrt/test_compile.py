@@ -68,7 +68,7 @@ def bf16_weight(folder: Path) -> tuple[Path, GraphSpec]:
     return path, spec
 
 
-def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_compile_graph_without_the_library_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(__import__("sys").modules, "tensorrt_rtx", None)
     path, spec = product(tmp_path)
     with pytest.raises(MissingExtraError, match=r"tensorrt-rtx is not installed.*lsast\[tensorrt-rtx\]"):
@@ -82,13 +82,13 @@ def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
         ("tensorrt-rtx", ("sm89",), "found compute capability sm89; expected one such as 8.9"),
     ],
 )
-def test_targets_that_cannot_be_meant_are_refused(library: str, targets: tuple[str, ...], message: str) -> None:
+def test_compile_options_refuse_wrong_targets(library: str, targets: tuple[str, ...], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         CompileOptions(library, targets)  # type: ignore[arg-type]
 
 
 @needs_rtx
-def test_what_is_there_is_compiled_again_only_if_it_differs(tmp_path: Path) -> None:
+def test_compile_graph_recompiles_only_after_a_change(tmp_path: Path) -> None:
     path, spec = product(tmp_path)
     engine = tmp_path / "product.engine"
     said: list[str] = []
@@ -115,7 +115,7 @@ def test_what_is_there_is_compiled_again_only_if_it_differs(tmp_path: Path) -> N
 
 
 @needs_rtx
-def test_what_the_library_logs_is_an_error_with_its_words(tmp_path: Path) -> None:
+def test_compile_graph_reports_the_librarys_messages(tmp_path: Path) -> None:
     path, spec = product(tmp_path, operator="Bernoulli")
     engine = tmp_path / "product.engine"
     with pytest.raises(ExportError, match=r"(?s)graph product cannot be read:.*Bernoulli"):
@@ -125,7 +125,7 @@ def test_what_the_library_logs_is_an_error_with_its_words(tmp_path: Path) -> Non
 
 
 @needs_rtx
-def test_a_file_that_is_another_graph_is_refused(tmp_path: Path) -> None:
+def test_compile_graph_refuses_another_graph(tmp_path: Path) -> None:
     path, spec = product(tmp_path)
     wanted = GraphSpec("product", (TensorSpec("z", "float32", ("B", 16, 8)),), spec.outputs)
     with pytest.raises(ExportError) as caught:
@@ -135,14 +135,14 @@ def test_a_file_that_is_another_graph_is_refused(tmp_path: Path) -> None:
 
 
 @needs_rtx
-def test_unknown_targets_list_those_there_are(tmp_path: Path) -> None:
+def test_compile_graph_lists_known_targets(tmp_path: Path) -> None:
     path, spec = product(tmp_path)
     with pytest.raises(UsageError, match=r"found compute capability 9\.0; .*compiles for 7\.5, 8\.0, 8\.6, 8\.9"):
         compile_graph(path, spec, tmp_path / "product.engine", rtx_options(targets=("9.0",)))
 
 
 @needs_rtx
-def test_bf16_is_refused_for_gpus_that_have_none(tmp_path: Path) -> None:
+def test_compile_graph_refuses_bf16_for_old_gpus(tmp_path: Path) -> None:
     path, spec = bf16_weight(tmp_path)
     engine = tmp_path / "product.engine"
     with pytest.raises(ExportError, match=r"found bf16 .* 7\.5; expected at least 8\.0") as caught:
@@ -152,12 +152,12 @@ def test_bf16_is_refused_for_gpus_that_have_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compute_dtype", ["int8", "fp8"])
-def test_eight_bits_were_removed(compute_dtype: ComputeDtype) -> None:
+def test_compile_options_in_8_bits_were_removed(compute_dtype: ComputeDtype) -> None:
     with pytest.raises(UsageError, match=f"--compute-dtype {compute_dtype} was removed: .*use fp16"):
         rtx_options(compute_dtype=compute_dtype)
 
 
-def test_tensorrt_itself_needs_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_graph_with_tensorrt_needs_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lsast_export.tensorrt.compile.load_library", lambda _: None)
     monkeypatch.setattr("lsast_engines.backends.tensorrt.cuda.gpus", list)
     path, spec = product(tmp_path)
@@ -166,7 +166,7 @@ def test_tensorrt_itself_needs_the_gpu(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @needs_rtx
-def test_the_command_compiles_where_the_runtime_looks(tmp_path: Path) -> None:
+def test_compile_command_writes_where_the_runtime_looks(tmp_path: Path) -> None:
     arguments = [
         "compile",
         "--backend",
@@ -202,7 +202,7 @@ def test_the_command_compiles_where_the_runtime_looks(tmp_path: Path) -> None:
         (["triton", "models"], "lsast-export triton was removed: no server was ever run; serve on many machines"),
     ],
 )
-def test_options_that_cannot_be_meant_are_refused(arguments: list[str], message: str) -> None:
+def test_compile_command_refuses_wrong_options(arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2
     assert message in result.stderr
@@ -210,7 +210,7 @@ def test_options_that_cannot_be_meant_are_refused(arguments: list[str], message:
 
 @needs_rtx
 @pytest.mark.parametrize("graph", ["vae_encoder", "controlnet_cond", "denoiser", "vae_decoder"])
-def test_the_embedded_graphs_are_sound_and_read_as_declared(graph: str) -> None:
+def test_embedded_graphs_are_read_as_declared(graph: str) -> None:
     """By onnx's own checks and by the library's parser, without a line of ours in between."""
     import tensorrt_rtx as trt
 
@@ -237,7 +237,7 @@ def test_the_embedded_graphs_are_sound_and_read_as_declared(graph: str) -> None:
             assert all(a in (-1, b) for a, b in zip(shape, tensor.shape, strict=True) if isinstance(b, int))
 
 
-def test_an_unknown_graph_lists_those_there_are(tmp_path: Path) -> None:
+def test_compile_bundle_lists_known_graphs(tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match=r"found graphs decoding; expected of vae_encoder, controlnet_cond, denoiser, vae_decoder"
     ):
@@ -246,7 +246,7 @@ def test_an_unknown_graph_lists_those_there_are(tmp_path: Path) -> None:
 
 @needs_rtx
 @pytest.mark.parametrize("compute_dtype", ["fp16", "fp32"])
-def test_the_embedded_bundle_compiles_for_every_target(tmp_path: Path, compute_dtype: ComputeDtype) -> None:
+def test_embedded_bundle_compiles_for_every_target(tmp_path: Path, compute_dtype: ComputeDtype) -> None:
     """At the sizes that are the default."""
     options = CompileOptions("tensorrt-rtx", TARGETS, compute_dtype=compute_dtype)
     records = compile_bundle(EMBEDDED, options, tmp_path)

@@ -30,7 +30,7 @@ def halved(bundles: dict[str, Bundle], tmp_path: Path) -> Callable[[str, str], P
 
 @pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize("storage_dtype", ["fp32", "fp16"])
-def test_products_are_of_halves_and_sums_are_not(
+def test_write_half_graph_has_products_in_fp16_and_norms_in_fp32(
     halved: Callable[[str, str], Path], storage_dtype: str, graph: str
 ) -> None:
     path = halved(storage_dtype, graph)
@@ -54,12 +54,12 @@ def test_products_are_of_halves_and_sums_are_not(
     assert {value.type.tensor_type.elem_type for value in borders} <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}
 
 
-def test_weights_in_halves_need_no_cast(halved: Callable[[str, str], Path]) -> None:
+def test_write_half_graph_casts_no_fp16_weight(halved: Callable[[str, str], Path]) -> None:
     nodes = onnx.load(halved("fp16", "controlnet_cond"), load_external_data=False).graph.node
     assert Counter(node.op_type for node in nodes)["Cast"] == 2  # into the graph and out of it
 
 
-def test_the_denoiser_in_halves_computes_nearly_the_same(
+def test_write_half_graph_of_the_denoiser_is_near(
     halved: Callable[[str, str], Path],
     bundles: dict[str, Bundle],
     run: Callable[..., dict[str, np.ndarray]],
@@ -79,7 +79,7 @@ def test_the_denoiser_in_halves_computes_nearly_the_same(
     assert 0 < error < 5e-3  # eleven bits; not 0, or nothing was computed in halves
 
 
-def test_held_types_are_those_of_weights_and_casts(bundles: dict[str, Bundle]) -> None:
+def test_dtypes_in_are_those_of_weights_and_casts(bundles: dict[str, Bundle]) -> None:
     assert {"FLOAT16", "FLOAT"} <= dtypes_in(bundles["fp16"].graph_path("controlnet_cond"))
     assert "BFLOAT16" in dtypes_in(bundles["bf16"].graph_path("controlnet_cond"))
     assert "FLOAT16" not in dtypes_in(bundles["fp32"].graph_path("controlnet_cond"))

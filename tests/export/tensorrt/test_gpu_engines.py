@@ -53,7 +53,7 @@ def denoiser(
 Feeds = Callable[..., dict[str, np.ndarray]]
 
 
-def test_parity_with_onnxruntime(
+def test_engine_matches_onnx_runtime(
     denoiser: TensorRtEngine, bundles: dict[str, Bundle], feeds: Feeds, run: Callable[..., dict[str, np.ndarray]]
 ) -> None:
     for shape in ((1, 2, 8, 8), (2, 1, 8, 16), (1, 2, 8, 8)):
@@ -63,14 +63,16 @@ def test_parity_with_onnxruntime(
         assert error < TOLERANCE[denoiser.compute_dtype]
 
 
-def test_graph_and_plain_run_are_bit_equal(denoiser: TensorRtEngine, bundles: dict[str, Bundle], feeds: Feeds) -> None:
+def test_engine_with_a_cuda_graph_gives_the_same_bits(
+    denoiser: TensorRtEngine, bundles: dict[str, Bundle], feeds: Feeds
+) -> None:
     inputs = feeds(bundles["fp16"], 1, 2, 8, 8)
     plain = denoiser(inputs)["eps"].copy()
     for _ in range(3):
         np.testing.assert_array_equal(denoiser(inputs)["eps"], plain)
 
 
-def test_nothing_is_allocated_after_warming_up(
+def test_engine_allocates_nothing_after_warm_up(
     denoiser: TensorRtEngine, bundles: dict[str, Bundle], feeds: Feeds
 ) -> None:
     from cuda.bindings import runtime
@@ -84,7 +86,7 @@ def test_nothing_is_allocated_after_warming_up(
     assert runtime.cudaMemGetInfo()[1] == free
 
 
-def test_styles_are_inputs_of_one_engine(
+def test_engine_takes_styles_as_inputs(
     denoiser: TensorRtEngine, bundles: dict[str, Bundle], feeds: Feeds, run: Callable[..., dict[str, np.ndarray]]
 ) -> None:
     bundle = bundles["fp16"]

@@ -56,7 +56,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_torch_repeats_what_was_recorded(record: Any, recipe: dict[str, Any]) -> None:
+def test_check_golden_in_torch_repeats_the_recording(record: Any, recipe: dict[str, Any]) -> None:
     report = check(record(**recipe))
     assert report.passed, report.errors
     assert max(report.errors.values()) < 3e-5
@@ -142,11 +142,11 @@ CHANGES: dict[str, tuple[Callable[[Tensors], None], set[str]]] = {
 
 
 @pytest.mark.parametrize(("change", "expected"), CHANGES.values(), ids=CHANGES)
-def test_what_differs_is_named(record: Any, change: Any, expected: set[str]) -> None:
+def test_check_golden_names_what_differs(record: Any, change: Any, expected: set[str]) -> None:
     assert past(record(change=change)) == expected
 
 
-def test_noise_of_the_first_step_instead_of_one_point_more_is_seen(record: Any) -> None:
+def test_check_golden_finds_diffusers_start_noise(record: Any) -> None:
     # What diffusers' image-to-image does, and the released code does not (docs/method.md §4.4).
     from diffusers import DDIMScheduler
 
@@ -158,7 +158,7 @@ def test_noise_of_the_first_step_instead_of_one_point_more_is_seen(record: Any) 
     assert past(record(change=change)) == {"start_latent"}
 
 
-def test_metadata_that_cannot_be_meant_are_refused(record: Any) -> None:
+def test_read_golden_refuses_wrong_metadata(record: Any) -> None:
     with pytest.raises(
         ExportError,
         match=r"metadata steps: found 'many'.*\n.*guidance: found None.*\n.*num_heads: found '2.5'; .* whole",
@@ -188,14 +188,14 @@ FAULTS: dict[str, tuple[Callable[[Tensors], Any], list[str]]] = {
 
 
 @pytest.mark.parametrize(("change", "messages"), FAULTS.values(), ids=FAULTS)
-def test_faults_are_listed_at_once(record: Any, change: Any, messages: list[str]) -> None:
+def test_read_golden_lists_all_faults(record: Any, change: Any, messages: list[str]) -> None:
     with pytest.raises(ExportError) as caught:
         check(record(change=change))
     assert [message for message in messages if message not in str(caught.value)] == []
     assert len(str(caught.value).splitlines()) == 1 + len(messages)
 
 
-def test_missing_and_damaged_files_are_listed_at_once(record: Any, tmp_path: Path) -> None:
+def test_read_golden_lists_missing_and_damaged_files(record: Any, tmp_path: Path) -> None:
     prefix = record()
     Path(f"{prefix}_unet.safetensors").unlink()
     Path(f"{prefix}_io.safetensors").write_bytes(b"no tensors")
@@ -203,7 +203,7 @@ def test_missing_and_damaged_files_are_listed_at_once(record: Any, tmp_path: Pat
         read_golden(prefix)
 
 
-def test_networks_that_do_not_belong_together_are_refused(record: Any, tmp_path: Path) -> None:
+def test_check_golden_refuses_networks_of_two_bases(record: Any, tmp_path: Path) -> None:
     prefix = record(context_dim=16)
     control = Path(f"{prefix}_control.safetensors").read_bytes()
     record()
@@ -212,7 +212,7 @@ def test_networks_that_do_not_belong_together_are_refused(record: Any, tmp_path:
         check(prefix)
 
 
-def test_the_command_prints_a_line_each_and_fails_past_the_tolerance(record: Any) -> None:
+def test_golden_command_prints_errors_and_fails_past_the_tolerance(record: Any) -> None:
     prefix = record()
     passed = lsast_golden(prefix)
     assert passed.exit_code == 0, passed.output
@@ -227,7 +227,7 @@ def test_the_command_prints_a_line_each_and_fails_past_the_tolerance(record: Any
     assert "past the tolerance" in failed.stdout
 
 
-def test_json_is_one_object(record: Any) -> None:
+def test_golden_command_prints_one_json_object(record: Any) -> None:
     result = lsast_golden(record(change=_nudge("final_latent", (0, 0, 0, 0))), "--json")
     report = json.loads(result.stdout)
     assert (report["passed"], report["backend"], report["tolerance"], result.exit_code) == (False, "torch", 1e-4, 1)
@@ -236,5 +236,5 @@ def test_json_is_one_object(record: Any) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--backend", "tensorflow"], ["--tolerance", "nan"], ["--tolerance", "0"]])
-def test_wrong_usage_is_status_2(tmp_path: Path, arguments: list[str]) -> None:
+def test_golden_command_with_wrong_usage_exits_2(tmp_path: Path, arguments: list[str]) -> None:
     assert lsast_golden(tmp_path / "none", *arguments).exit_code == 2

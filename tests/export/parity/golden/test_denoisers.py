@@ -47,7 +47,7 @@ def exported_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Non
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
-def test_the_exported_graphs_repeat_what_was_recorded(
+def test_check_golden_on_a_backend_repeats_the_recording(
     record: Any, run: dict[str, Any], backend: str, exported_once: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(golden, "export_graphs", exported_once)
@@ -64,7 +64,7 @@ def test_the_exported_graphs_repeat_what_was_recorded(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_differs_is_seen_on_a_backend_too(
+def test_check_golden_on_a_backend_names_what_differs(
     record: Any, backend: str, exported_once: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(golden, "export_graphs", exported_once)
@@ -79,9 +79,7 @@ def test_what_differs_is_seen_on_a_backend_too(
     assert not past & {"timesteps", "start_latent", "control_residual_00"}
 
 
-def test_a_backend_that_is_not_there_is_told_before_minutes_are_spent(
-    record: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_check_golden_without_the_backend_fails_at_once(record: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lsast_engines.backends.registry.available_backends", lambda: {"onnxruntime": ["cpu"]})
     monkeypatch.setattr(golden, "golden_base", lambda _: pytest.fail("work was begun"))
     with pytest.raises(MissingExtraError, match=r"lsast\[openvino\]"):
@@ -100,7 +98,7 @@ DEEP: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("recipe", DEEP.values(), ids=DEEP)
-def test_deep_networks_repeat_what_was_recorded(record: Any, recipe: dict[str, Any], backend: str) -> None:
+def test_golden_command_of_deep_networks_passes(record: Any, recipe: dict[str, Any], backend: str) -> None:
     result = CliRunner().invoke(golden_command, [str(record(**recipe)), "--backend", backend])
     assert result.exit_code == 0, result.output
 
