@@ -20,15 +20,22 @@ from typing import Any
 
 import numpy as np
 
+from ..bundle.manifest import declared_hashes
 from ..bundle.safetensors_header import Slot, encode_header, read_slots
 from ..errors import BackendError
-from ..files import cache_home, replace_file
+from ..files import cache_home, file_sha256, replace_file
 
 MIN_BYTES = 1 << 30
 """Minimum size of a weight file to convert; smaller ones are left to the backend."""
 
 WEIGHTS = "base.safetensors"
 """The weight file of a bundle."""
+
+DIGEST_SUFFIX = ".sha256"
+"""Suffix of the file beside converted weights that holds their SHA-256."""
+
+_checked: set[tuple[Path, int, int, int]] = set()
+"""Converted weights that were found whole: path, inode, size and time of change."""
 
 _FLOAT = 1
 _HALVES = {"F16": 10, "BF16": 16}
@@ -56,7 +63,7 @@ def with_fp32_weights(path: Path, cache: Path | None = None, dtypes: tuple[str, 
         return path
     folder = (cache or cache_home() / "fp32") / _key(weights)
     target = folder / WEIGHTS
-    if not target.is_file():
+    if not _is_whole(target):
         _convert(weights, slots, target)
     moved = {old.offset: new for old, new in zip(slots.values(), read_slots(target).values(), strict=True)}
     with replace_file(folder / path.name) as handle:
@@ -65,9 +72,24 @@ def with_fp32_weights(path: Path, cache: Path | None = None, dtypes: tuple[str, 
 
 
 def _key(weights: Path) -> str:
-    """A name for the content of `weights`, from size and time of change; the file is not read."""
-    stat = weights.stat()
-    return hashlib.sha256(f"{weights.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    """A name for the content of `weights`: from the SHA-256 that the manifest declares, size and time of change."""
+    stat, declared = weights.stat(), declared_hashes(weights.parent).get(weights.name, weights.resolve())
+    return hashlib.sha256(f"{declared} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+
+
+def _is_whole(target: Path) -> bool:
+    """Whether the file is there and as it was written; it is read once in this process."""
+    try:
+        stat = target.stat()
+        state = (target, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if state not in _checked:
+            if target.with_suffix(DIGEST_SUFFIX).read_text() != file_sha256(target):
+                _log.warning("%s is damaged; it is converted again", target)
+                return False
+            _checked.add(state)
+    except OSError:
+        return False
+    return True
 
 
 def _convert(weights: Path, slots: dict[str, Slot], target: Path) -> None:
@@ -78,7 +100,13 @@ def _convert(weights: Path, slots: dict[str, Slot], target: Path) -> None:
     ]
     header = encode_header(tensors)
     size = len(header) + sum(length for *_, length in tensors)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BackendError(
+            f"{target.parent} cannot be made ({error.strerror}) to convert {weights}: set LSAST_HOME to a folder with "
+            "room, or export the bundle in fp32"
+        ) from error
     if (free := shutil.disk_usage(target.parent).free) < size:
         raise BackendError(
             f"found {free / 1e9:.1f} GB free at {target.parent}; expected {size / 1e9:.1f} GB to convert {weights}: "
@@ -92,6 +120,8 @@ def _convert(weights: Path, slots: dict[str, Slot], target: Path) -> None:
         for slot in slots.values():
             source.seek(slot.offset)
             handle.write(to_float32(source.read(slot.length), slot.dtype))
+    with replace_file(target.with_suffix(DIGEST_SUFFIX)) as handle:
+        handle.write(file_sha256(target).encode())
 
 
 def to_float32(data: bytes, dtype: str) -> bytes:

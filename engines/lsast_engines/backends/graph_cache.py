@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from ..bundle.manifest import MANIFEST
+from ..bundle.manifest import MANIFEST, declared_hashes
 from ..files import cache_home, file_sha256, scratch_folder
 
 MAX_WEIGHT_BYTES = 1 << 30
@@ -53,11 +53,18 @@ def open_cached(
     if entry.is_dir():
         try:
             _verify(entry)
-            return load(entry)
-        # The backends raise exceptions of no common base, and the graph file itself is there.
-        except Exception as error:
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             _log.warning("cannot read %s (%s); the graph is built again", entry, error)
             shutil.rmtree(entry, ignore_errors=True)
+        else:
+            try:
+                return load(entry)
+            except MemoryError:
+                raise
+            # The backends raise exceptions of no common base. The entry is whole, so it is not to blame.
+            except Exception as error:
+                _log.info("graph %s is not opened from %s (%s)", path, entry, error)
+                return build(None)
     try:
         with scratch_folder(entry.parent) as scratch:
             fresh = scratch / "new"
@@ -77,13 +84,19 @@ def open_cached(
 def cache_path(backend: str, path: Path, compute_dtype: str, environment: str) -> Path | None:
     """The folder of the entry for these arguments of `open_cached`, None for a graph that is not cached.
 
-    Weight files are identified by size and time of change; they are not read.
+    The graph and its weights are identified by the SHA-256 that the manifest declares, and by size and time of change;
+    a file that the manifest does not declare is read.
     """
     weights = [file for file in sorted(path.parent.iterdir()) if file.suffix in _WEIGHT_SUFFIXES]
     size = sum(file.stat().st_size for file in weights)
     if not (path.parent / MANIFEST).is_file() or size >= MAX_WEIGHT_BYTES:
         return None
-    files = [(file.name, stat.st_size, stat.st_mtime_ns) for file in (path, *weights) for stat in [file.stat()]]
+    declared = declared_hashes(path.parent)
+    files = [
+        (file.name, declared.get(file.name) or file_sha256(file), stat.st_size, stat.st_mtime_ns)
+        for file in (path, *weights)
+        for stat in [file.stat()]
+    ]
     folder = cache_home() / "compiled" / backend / _short_hash(str(path.resolve()))
     return folder / f"{path.stem}-{compute_dtype}-{_short_hash(f'{environment} {files}')}"
 

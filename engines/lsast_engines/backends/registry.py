@@ -19,6 +19,9 @@ from .fp32_weights import with_fp32_weights
 EXTRAS = {"onnxruntime": "cpu", "openvino": "openvino", "tensorrt-rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
 """The backends in the order in which ``auto`` tries them, and the extra that installs each."""
 
+MAX_THREADS = 4096
+"""Number of threads that every backend takes."""
+
 _FP32_ONLY = frozenset({"onnxruntime"})
 _GPU_ONLY = frozenset({"tensorrt-rtx", "tensorrt"})
 
@@ -86,13 +89,13 @@ def open_engine(
         cache: folder for weights converted to float32; None is the user's cache folder (`fp32_weights`).
 
     Raises:
-        UsageError: fewer threads than 1, an unknown compute dtype, or a removed option.
+        UsageError: fewer threads than 1 or more than `MAX_THREADS`, an unknown compute dtype, or a removed option.
         MissingExtraError: no backend is installed.
         BackendError: the backend, device or compute dtype is not available (the message lists what is), or the file
             cannot be loaded or has other inputs and outputs.
     """
-    if threads is not None and threads < 1:
-        raise UsageError(f"found {threads} threads; expected at least 1")
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise UsageError(f"found {threads} threads; expected 1 to {MAX_THREADS}")
     for option, value in (("--compute-dtype", compute_dtype), ("--device", device.lower())):
         if gone := removal(f"{option} {value}"):
             raise UsageError(gone)

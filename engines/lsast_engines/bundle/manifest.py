@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..diffusion.noise_schedule import BetaSchedule, NoiseSchedule
@@ -127,6 +128,18 @@ class Manifest:
         if faults:
             raise BundleError(fault_list(f"{where} is not a valid manifest:", faults))
         return manifest
+
+
+def declared_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 (hex) of the files of a bundle by name, as its manifest says; empty for a folder without a manifest.
+
+    `Bundle.open` has compared them with the files.
+    """
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return {name: entry["sha256"] for name, entry in files.items() if isinstance(entry["sha256"], str)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def _read(fields: JsonReader, faults: list[str]) -> Manifest:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import os
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -97,6 +100,43 @@ def test_cache_replaces_the_entry_of_other_weights(case: Case) -> None:
     np.testing.assert_allclose(case.run(), before / 2, rtol=1e-3, atol=1e-3)
     (new,) = case.entries()
     assert new != old
+
+
+def test_cache_of_other_weights_of_the_same_size_and_time_is_not_used(case: Case) -> None:
+    weights = case.folder / "product.data"
+    declare(case.folder)
+    os.utime(weights, (10**9, 10**9))
+    before = case.run()
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 128  # the sign of a weight
+    weights.write_bytes(content)
+    os.utime(weights, (10**9, 10**9))
+    declare(case.folder)
+    assert (case.run() != before).any()
+
+
+def declare(folder: Path) -> None:
+    names = ("product.onnx", "product.data")
+    files = {name: {"sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest()} for name in names}
+    (folder / "manifest.json").write_text(json.dumps({"files": files}))
+
+
+def test_cache_entry_that_a_backend_does_not_open_is_kept(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = case.run()
+    entries = case.entries()
+
+    def fail(entry: Path) -> Any:
+        raise RuntimeError("no threads left")
+
+    module: Any = {"onnxruntime": onnxruntime, "openvino": openvino}[case.backend]
+    open_cached = module.open_cached
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "open_cached", lambda *arguments: open_cached(*arguments[:4], fail, arguments[5]))
+        np.testing.assert_array_equal(case.run(), expected)
+    assert case.entries() == entries
+    assert case.builds == 2
+    case.run()
+    assert case.builds == 2
 
 
 def test_cache_keeps_an_entry_for_each_compute_dtype(case: Case) -> None:
