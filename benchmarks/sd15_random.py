@@ -1,10 +1,10 @@
 """Stable Diffusion 1.5 at full size on random weights: export, run, and a training step, measured.
 
-    python benchmarks/sd15_random.py build sd15
-    python benchmarks/sd15_random.py export sd15 --storage-dtype fp32 --storage-dtype fp16 --storage-dtype bf16
-    python benchmarks/sd15_random.py run sd15
-    python benchmarks/sd15_random.py train sd15
-    python benchmarks/sd15_random.py compile sd15 --sm 8.9      # TensorRT-RTX, no GPU needed
+    python -m benchmarks.sd15_random build sd15
+    python -m benchmarks.sd15_random export sd15 --storage-dtype fp32 --storage-dtype fp16 --storage-dtype bf16
+    python -m benchmarks.sd15_random run sd15
+    python -m benchmarks.sd15_random train sd15
+    python -m benchmarks.sd15_random compile sd15 --sm 8.9      # TensorRT-RTX, no GPU needed
 
 The base is built from the published configurations (U-Net 860 M weights, ControlNet 361 M, autoencoder 84 M, text
 encoder 123 M), nothing is downloaded. What comes out looks like noise; seconds, memory, sizes and parity are those of
@@ -30,7 +30,7 @@ from typing import Any
 
 import click
 
-from bench.machine import describe
+from benchmarks.bench.machine import describe
 
 # runwayml/stable-diffusion-v1-5, unet/config.json
 UNET: dict[str, Any] = {
@@ -250,8 +250,8 @@ def train(folder: Path, size: int, as_json: bool) -> None:
     for precision in ("no", "bf16"):
         for checkpointing in (True, False):
             flag = "--checkpointing" if checkpointing else "--no-checkpointing"
-            command = (__file__, "step", folder, "--mixed-precision", precision, flag, "--size", size)
-            report, peak = measured(*command, module=False)
+            command = ("benchmarks.sd15_random", "step", folder, "--mixed-precision", precision, flag, "--size", size)
+            report, peak = measured(*command)
             rows.append({"precision": precision, "checkpointing": checkpointing, "peak_rss_gb": peak / GIGA, **report})
     show(rows, as_json, ("torch", "diffusers", "transformers"))
 
@@ -265,9 +265,9 @@ def step(folder: Path, precision: Any, checkpointing: bool, size: int) -> None:
     """One measurement of `train`."""
     import dataclasses
 
+    from benchmarks.train_step import training_step_cost
     from lsast_train.base.lazy_base import load_base
     from lsast_train.options import PRESETS
-    from train_step import training_step_cost
 
     base = load_base(source(folder))
     if precision == "bf16":
@@ -279,9 +279,9 @@ def step(folder: Path, precision: Any, checkpointing: bool, size: int) -> None:
     print(json.dumps({"step_s": cost.seconds, "loss": cost.loss}))
 
 
-def measured(*command: Any, module: bool = True) -> tuple[dict[str, Any], int]:
+def measured(*command: Any) -> tuple[dict[str, Any], int]:
     """The JSON that a command prints last, and its peak of resident memory in bytes; stderr goes through."""
-    arguments = [sys.executable, *(["-m"] if module else []), *map(str, command)]
+    arguments = [sys.executable, "-m", *map(str, command)]
     print("$", *arguments[1:], file=sys.stderr, flush=True)
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(arguments, stdout=output)

@@ -83,7 +83,7 @@ def test_every_room_is_packaged_and_typed(project: dict[str, Any]) -> None:
     assert project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == folders
     assert project["tool"]["pytest"]["ini_options"]["pythonpath"] == [
         *ROOMS,
-        "benchmarks",
+        ".",
         "tests/fakes",
         "tests/oracles",
     ]

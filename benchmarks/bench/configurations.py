@@ -57,10 +57,10 @@ class Summary:
 
 
 def parse_backend(text: str) -> tuple[str, str]:
-    """Backend and arithmetic of a text such as ``openvino`` or ``openvino:bf16``.
+    """Backend and compute dtype of a text such as ``openvino`` or ``openvino:bf16``.
 
     Raises:
-        UsageError: an arithmetic that there is not.
+        UsageError: an unknown compute dtype.
     """
     from lsast_engines.backends.base import ComputeDtype
 

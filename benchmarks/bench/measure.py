@@ -28,11 +28,11 @@ def run_worker(name: str, task: Mapping[str, Any], threads: int | None = None) -
     Raises:
         BackendError: the process ended without a report, or with an error; the message says which.
     """
-    folders = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    folders = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
     if threads is not None:
         environment |= dict.fromkeys(THREAD_VARIABLES, str(threads))
-    command = [sys.executable, "-m", "bench.worker", name]
+    command = [sys.executable, "-m", "benchmarks.bench.worker", name]
     done = subprocess.run(command, input=json.dumps(task), stdout=subprocess.PIPE, env=environment, text=True)
     if done.returncode:
         raise BackendError(f"the process that measures {name} ended with status {done.returncode}; see above")
@@ -197,7 +197,7 @@ def add_macs(rows: Iterable[Row], rates: Mapping[str, Mapping[str, float]], thre
 
 
 def best_rate(rates: Mapping[str, Mapping[str, float]], compute_dtype: str) -> float | None:
-    """The best of `rates` in an arithmetic, in 10⁹ multiply-accumulates a second; None if nothing computes in it."""
+    """The best of `rates` in a compute dtype, in 10⁹ multiply-accumulates a second; None if nothing computes in it."""
     return max(rates.get(compute_dtype, {}).values(), default=None)
 
 

@@ -1,7 +1,7 @@
 """How fast this machine multiplies matrices: what every other figure of the bench is a fraction of.
 
-One large product, by NumPy's BLAS and as a graph of one MatMul through every installed backend, in every arithmetic
-that it has; of each arithmetic the best counts. A convolution that a backend computes by Winograd's method needs fewer
+One large product, by NumPy's BLAS and as a graph of one MatMul through every installed backend, in every compute dtype
+that it has; the best of each counts. A convolution that a backend computes by Winograd's method needs fewer
 multiplications than are counted, so that a fraction may come out above what this allows.
 """
 
@@ -29,7 +29,7 @@ REPEATS = 8
 """Times that a product is taken; the quickest counts, for nothing can be quicker than the machine."""
 
 INT8 = "int8"
-"""The arithmetic of a graph whose product is quantised, besides those of `ComputeDtype`."""
+"""The compute dtype of a graph whose product is quantized, besides those of `ComputeDtype`."""
 
 
 def peak_flops(
@@ -44,23 +44,23 @@ def peak_flops(
         repeats: times that each product is taken.
 
     Returns:
-        By arithmetic (`fp32`, …, ``int8``) and by who computed it (``numpy`` or a backend), multiply-accumulates a
-        second in units of 10⁹; an arithmetic that a backend has not is left out.
+        By compute dtype (`fp32`, …, ``int8``) and by who computed it (``numpy`` or a backend), multiply-accumulates a
+        second in units of 10⁹; a compute dtype that a backend lacks is left out.
     """
     rng = np.random.default_rng(0)
     left, right = (rng.standard_normal((side, side), dtype=np.float32) for _ in range(2))
     found: dict[str, dict[str, float]] = {"fp32": {"numpy": _rate(lambda: np.matmul(left, right), side, repeats)}}
     with tempfile.TemporaryDirectory(prefix="lsast-bench-") as folder:
-        plain, quantised = Path(folder) / "matmul.onnx", Path(folder) / "matmul8.onnx"
+        plain, quantized = Path(folder) / "matmul.onnx", Path(folder) / "matmul8.onnx"
         plain.write_bytes(matmul_graph(right))
-        quantised.write_bytes(quantised_matmul_graph(right))
+        quantized.write_bytes(quantized_matmul_graph(right))
         for backend in backends:
             for compute_dtype in get_args(ComputeDtype):
                 with contextlib.suppress(BackendError):
                     rate = _engine_rate(plain, backend, compute_dtype, threads, left, repeats)
                     found.setdefault(compute_dtype, {})[backend] = rate
             with contextlib.suppress(BackendError):
-                rate = _engine_rate(quantised, backend, "fp32", threads, left, repeats)
+                rate = _engine_rate(quantized, backend, "fp32", threads, left, repeats)
                 found.setdefault(INT8, {})[backend] = rate
     return found
 
@@ -75,7 +75,7 @@ def matmul_graph(right: npt.NDArray[np.float32]) -> bytes:
     return _model([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": right}, len(right))
 
 
-def quantised_matmul_graph(right: npt.NDArray[np.float32]) -> bytes:
+def quantized_matmul_graph(right: npt.NDArray[np.float32]) -> bytes:
     """The same with both factors in 8 bits (x unsigned in steps of 1/16 about 128, `right` signed to its extremes)."""
     step = np.float32(np.abs(right).max() / 127)
     nodes = [

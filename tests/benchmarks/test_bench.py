@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from bench import measure as bench_measure
-from bench.__main__ import main
-from bench.configurations import Configuration, Summary, parse_counts, plan
-from bench.measure import add_macs, cold_figures, covered, warm_figures
-from bench.peak_flops import matmul_graph, peak_flops, quantised_matmul_graph, spec
-from bench.report import markdown
-from compare import whole
+from benchmarks.bench import measure as bench_measure
+from benchmarks.bench.__main__ import main
+from benchmarks.bench.configurations import Configuration, Summary, parse_counts, plan
+from benchmarks.bench.measure import add_macs, cold_figures, covered, warm_figures
+from benchmarks.bench.peak_flops import matmul_graph, peak_flops, quantized_matmul_graph, spec
+from benchmarks.bench.report import markdown
+from benchmarks.speed.compare import whole
 from lsast_engines.backends.registry import open_engine
 from lsast_engines.errors import UsageError
 
@@ -189,7 +189,7 @@ def test_matmul_graphs_compute_the_product(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     left, right = (rng.standard_normal((48, 48), dtype=np.float32) for _ in range(2))
     product = left @ right
-    for name, content in (("plain", matmul_graph(right)), ("quantised", quantised_matmul_graph(right))):
+    for name, content in (("plain", matmul_graph(right)), ("quantised", quantized_matmul_graph(right))):
         onnx.checker.check_model(onnx.load_from_string(content), full_check=True)
         path = tmp_path / f"{name}.onnx"
         path.write_bytes(content)

@@ -20,7 +20,7 @@ from lsast_engines.errors import BundleError, UsageError
 
 @pytest.fixture(scope="module")
 def compare() -> ModuleType:
-    return importlib.importimportlib.import_module("benchmarks.speed.benchmarks.speed.compare")
+    return importlib.import_module("benchmarks.speed.compare")
 
 
 def test_a_row_has_a_bundle_a_backend_a_preset_and_options(compare: ModuleType, bundles: dict[str, Bundle]) -> None:

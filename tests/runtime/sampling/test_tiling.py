@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import lsast
-from large import borders
+from benchmarks.speed.large import borders
 from lsast import Stylizer
 from lsast.request import Request
 from lsast.sampling.sampler import Floats, Graph, decode, decode_levels, embed_edges, encode

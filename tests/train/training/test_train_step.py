@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.train_step import training_step_cost
 from lsast_train.base.base import Base
 from lsast_train.options import PRESETS, TrainOptions
-from train_step import training_step_cost
 
-ROOMS = os.pathsep.join(str(Path(__file__).parents[3] / room) for room in ("engines", "train", "benchmarks"))
+ROOMS = os.pathsep.join(str(Path(__file__).parents[3] / room) for room in ("engines", "train", ""))
 
 FULL_SIZE = """
 import sys
@@ -28,7 +28,7 @@ from dataclasses import replace
 from lsast_train.base.base import BaseConfig, build_base
 from lsast_train.base.mini_autoencoder import MiniAutoencoder
 from lsast_train.options import PRESETS
-from train_step import training_step_cost
+from benchmarks.train_step import training_step_cost
 
 preset, precision, checkpointing = sys.argv[1:]
 unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)

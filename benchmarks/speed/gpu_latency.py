@@ -1,6 +1,6 @@
 """Milliseconds of a denoising step on one device, one way beside the other in one run.
 
-    python benchmarks/gpu_latency.py [--bundle mini] [--size 512] [--batch 1] [--repeats 50]
+    python -m benchmarks.speed.gpu_latency [--bundle mini] [--size 512] [--batch 1] [--repeats 50]
 
 Ways: torch eager and `torch.compile` in the arithmetic asked for, ONNX Runtime on the device, and the compiled engines
 of TensorRT and TensorRT-RTX. A way that this machine has not says why. Each step runs the ControlNet and, with
@@ -22,7 +22,7 @@ from typing import Any
 import click
 import numpy as np
 
-from bench.machine import describe
+from benchmarks.bench.machine import describe
 from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import Bundle, find_bundle
 from lsast_engines.bundle.graph_spec import DENOISER

@@ -1,7 +1,7 @@
 """What 8 bits gain and cost: a denoiser step, a painting, memory and nearness of fp32, bf16 and int8.
 
     lsast-export quantise --out engines/mini-int8
-    python benchmarks/int8.py PICTURE… --int8 engines/mini-int8
+    python -m benchmarks.quality.int8 PICTURE… --int8 engines/mini-int8
 
 Every row is a process of its own, so that its peak memory is its own; rounds go through all rows again and again, so
 that what else the machine does meets all of them. PSNR is that of the painting to ONNX Runtime's in fp32, of the same
@@ -21,7 +21,7 @@ from typing import Any
 
 import click
 
-from bench.machine import describe
+from benchmarks.bench.machine import describe
 
 ROWS = (
     ("onnxruntime", "fp32", "float"),
@@ -68,7 +68,7 @@ def main(
                     "out": f"{scratch}/{place}.npy",
                 }
                 child = subprocess.run(
-                    [sys.executable, __file__, "--child", json.dumps(job)],
+                    [sys.executable, "-m", "benchmarks.quality.int8", "--child", json.dumps(job)],
                     stdout=subprocess.PIPE,
                     check=False,
                     text=True,

@@ -1,7 +1,7 @@
 """What a preset costs in quality: paintings of every preset beside those of the first, scored in one run.
 
     pip install '.[cpu,eval]'
-    python benchmarks/presets_quality.py --contents DIR --paintings DIR --photos DIR --out DIR \
+    python -m benchmarks.quality.presets --contents DIR --paintings DIR --photos DIR --out DIR \
         --style vangogh=vincent-van-gogh --preset exact --preset balanced --preset fast
 
 Prints deception (the share that a classifier of the artists takes for the artist), the distance to the content and edge
@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image
 
 import lsast
-from bench.machine import describe
-from compare_peers import paint_all, score
+from benchmarks.bench.machine import describe
+from benchmarks.quality.compare_peers import paint_all, score
 from lsast_engines.images import find_pictures, psnr
 
 

@@ -1,6 +1,6 @@
 """What smoothing (SmoothQuant) does to paintings in int8: PSNR to float of held-out pictures, for several alphas.
 
-    python benchmarks/smoothing.py PICTURES --pictures 12 --alpha 0.3 --alpha 0.5 --alpha 0.7
+    python -m benchmarks.quality.smoothquant PICTURES --pictures 12 --alpha 0.3 --alpha 0.5 --alpha 0.7
 
 The graph is calibrated once, on every second picture; the others are painted from the same noise by the float graph, by
 the int8 graph, and by the int8 graph smoothed with each alpha. Prints a Markdown table; the gain is the mean difference

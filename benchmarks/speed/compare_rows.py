@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.configurations import Configuration, parse_backend
+from benchmarks.bench.configurations import Configuration, parse_backend
 from lsast.images.contact_sheet import parse_axes
 from lsast.options.options import PRESETS
 from lsast_engines.bundle.bundle import find_bundle

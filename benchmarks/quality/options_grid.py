@@ -1,8 +1,9 @@
 """A grid of strength, guidance and control: what a combination costs in content and gives in style, and how it looks.
 
     pip install '.[cpu,eval]'
-    python benchmarks/options_grid.py --contents DIR --paintings DIR --photos DIR --out DIR --artist vincent-van-gogh \
-        --style vangogh --strength 0.6 --strength 0.8 --guidance 2 --guidance 4 --control-scale 1 --show lighthouse.jpg
+    python -m benchmarks.quality.options_grid --contents DIR --paintings DIR --photos DIR --out DIR \
+        --artist vincent-van-gogh --style vangogh --strength 0.6 --strength 0.8 --guidance 2 --guidance 4 \
+        --control-scale 1 --show lighthouse.jpg
 
 Prints deception, edge F1 and the perceptual distance to the content of every combination, as `lsast-eval` has them, and
 writes `OUT/STYLE.jpg`: one picture in all combinations, strength down, guidance across, a block for each control.
@@ -19,7 +20,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import lsast
-from bench.machine import describe
+from benchmarks.bench.machine import describe
 from lsast_engines.images import find_pictures
 from lsast_eval import EvalOptions, evaluate
 

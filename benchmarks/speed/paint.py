@@ -1,6 +1,6 @@
 """Seconds and memory of painting one picture: cold (a new process, `lsast-run`) and warm (an open Stylizer).
 
-    python benchmarks/paint.py PICTURE [--backend onnxruntime --backend openvino] [--size 512] [--repeats 5]
+    python -m benchmarks.speed.paint PICTURE [--backend onnxruntime --backend openvino] [--size 512] [--repeats 5]
 
 Prints a Markdown table; run nothing else meanwhile.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 import click
 
 import lsast
-from bench.machine import describe
+from benchmarks.bench.machine import describe
 
 
 def cold(picture: Path, backend: str, size: int) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """Pictures a minute: one by one, in batches, and from eight threads on one stylizer.
 
-    python benchmarks/batches.py PICTURE [--pictures 8] [--size 512] [--batch 2 --batch 4 --batch 8] [--repeats 3]
+    python -m benchmarks.speed.batches PICTURE [--pictures 8] [--size 512] [--batch 2 --batch 4 --batch 8] [--repeats 3]
 
 Every row paints the same pictures in alternating styles. Prints a Markdown table; run nothing else meanwhile.
 """
@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 import lsast
-from bench.machine import describe
+from benchmarks.bench.machine import describe
 
 
 def measured(paint: Callable[[], Any], pictures: int, repeats: int) -> dict[str, float]:

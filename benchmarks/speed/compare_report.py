@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.report import MUTED, PLAIN, draw_bars, table
+from benchmarks.bench.report import MUTED, PLAIN, draw_bars, table
 
 Row = dict[str, Any]
 

@@ -1,6 +1,6 @@
 """Do strokes stay on what they are painted on? The warp error of painted clips.
 
-    python benchmarks/video.py [PICTURE …] [--frames 12] [--side 256] [--clip carphone_pristine.mp4]
+    python -m benchmarks.quality.video [PICTURE …] [--frames 12] [--side 256] [--clip carphone_pristine.mp4]
 
 The warp error of two consecutive frames is the mean absolute difference, in grey levels, between the second painting
 and the first one moved along the motion of the source, over the pixels that are visible in both (Lai et al. 2018,
@@ -24,11 +24,11 @@ import numpy as np
 from PIL import Image
 
 import lsast
-from bench.machine import describe
+from benchmarks.bench.machine import describe
 from lsast.video.optical_flow import Motion, warped
 
 Clip = list[np.ndarray]
-LIGHTHOUSE = Path(__file__).parents[1] / "docs" / "images" / "lighthouse.jpg"
+LIGHTHOUSE = Path(__file__).parents[2] / "docs" / "images" / "lighthouse.jpg"
 
 
 def moved(picture: Path, side: int, frames: int, move: Callable[[int], np.ndarray]) -> tuple[Clip, list[Motion]]:

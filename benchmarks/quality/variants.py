@@ -1,7 +1,7 @@
 """What the prompt space is worth: four variants and two generators on the same paintings, over seeds.
 
     pip install '.[cpu,train]'
-    python benchmarks/variants.py --paintings DIR/vincent-van-gogh --out variants --steps 120 --seeds 3
+    python -m benchmarks.quality.variants --paintings DIR/vincent-van-gogh --out variants --steps 120 --seeds 3
 
 Every run is `lsast-train`'s quick preset with another variant (30, 10, 3 or 1 matrices), generator and seed; its figure
 is the held-out loss as a part of the untrained prompts', 1 being no gain. Seeds change initial tokens, noise and order;
@@ -24,7 +24,7 @@ from typing import Any
 import click
 import torch
 
-from bench.machine import describe
+from benchmarks.bench.machine import describe
 from lsast_engines.files import replace_file
 from lsast_train.base.lazy_base import load_base
 from lsast_train.inversion import Inversion

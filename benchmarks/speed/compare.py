@@ -1,9 +1,9 @@
 """One picture by lsast and by its peers, on one machine in one run: seconds, memory, and the fraction of the limit.
 
-    python benchmarks/compare.py --bundle mini --size 512 --repeats 5 --json compare.json --chart compare.png
-    python benchmarks/compare.py --bundle sd15/fp32 --size 512 --repeats 1 --steps-measured 3 \
+    python -m benchmarks.speed.compare --bundle mini --size 512 --repeats 5 --json compare.json --chart compare.png
+    python -m benchmarks.speed.compare --bundle sd15/fp32 --size 512 --repeats 1 --steps-measured 3 \
         --row "fast, int8: bundle=sd15/int8, preset=fast, guidance=1, decoder=small"
-    python benchmarks/compare.py --from-json compare.json --chart compare.png --bar reference --bar onnxruntime
+    python -m benchmarks.speed.compare --from-json compare.json --chart compare.png --bar reference --bar onnxruntime
 
 Ours are the presets on the bundle, and every `--row`: a bundle, a backend, a preset and options of its own. Peers are
 what `peers.py` has, and `stable-diffusion.cpp` (`peer_sdcpp.py`); those that have no such pipeline are named with the
@@ -27,17 +27,23 @@ from typing import Any
 
 import click
 
+from benchmarks.bench.configurations import Summary
+from benchmarks.bench.machine import PACKAGES, describe, load
+from benchmarks.bench.measure import (
+    THREAD_VARIABLES,
+    add_macs,
+    best_rate,
+    measure,
+    megabytes,
+    run_worker,
+    write_test_picture,
+)
+from benchmarks.speed.compare_report import REFERENCE, chart, markdown
+from benchmarks.speed.compare_rows import OURS, Own, rows_of_ours
 from lsast_engines.backends.registry import available_backends
 from lsast_engines.bundle.bundle import find_bundle
 from lsast_engines.errors import LsastError
 from lsast_engines.files import replace_file
-
-sys.path.insert(0, str(Path(__file__).parent))
-from bench.configurations import Summary
-from bench.machine import PACKAGES, describe, load
-from bench.measure import THREAD_VARIABLES, add_macs, best_rate, measure, megabytes, run_worker, write_test_picture
-from compare_report import REFERENCE, chart, markdown
-from compare_rows import OURS, Own, rows_of_ours
 
 Row = dict[str, Any]
 Rates = dict[str, dict[str, float]]
@@ -147,9 +153,9 @@ def peer_row(name: str, compute_dtype: str, task: Row, rates: Rates) -> Row:
     if name == SDCPP and importlib.util.find_spec("stable_diffusion_cpp") is None:
         return {**row, "error": "stable-diffusion-cpp-python is not installed"}
     environment = {} if task["threads"] is None else dict.fromkeys(THREAD_VARIABLES, str(task["threads"]))
-    script = Path(__file__).with_name("peer_sdcpp.py" if name == SDCPP else "peers.py")
+    module = "benchmarks.speed." + ("peer_sdcpp" if name == SDCPP else "peers")
     done = subprocess.run(
-        [sys.executable, str(script), name],
+        [sys.executable, "-m", module, name],
         input=json.dumps({**task, "compute_dtype": compute_dtype}),
         stdout=subprocess.PIPE,
         env={**os.environ, **environment},

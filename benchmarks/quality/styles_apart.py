@@ -1,6 +1,6 @@
 """How far apart are the photograph and its repaintings? Distances between styles beside distances between seeds.
 
-    python benchmarks/styles_apart.py PICTURE … [--style vangogh --style monet]
+    python -m benchmarks.quality.styles_apart PICTURE … [--style vangogh --style monet]
 
 A style that only reshuffled the noise would differ from another style as much as from itself under another seed. Two
 distances, both means over the pictures: *palette*, the Euclidean distance of the pictures' means and spreads of
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 import lsast
-from bench.machine import describe
+from benchmarks.bench.machine import describe
 from lsast_engines.images import read_picture
 
 

@@ -1,7 +1,7 @@
 """Large pictures: does a tile's border show, and how much memory do they take?
 
-    python benchmarks/large.py seams [PICTURE] [--side 2048] [--tile 1024]
-    python benchmarks/large.py memory PICTURE [--side 1024 --side 4096] [--steps 4]
+    python -m benchmarks.speed.large seams [PICTURE] [--side 2048] [--tile 1024]
+    python -m benchmarks.speed.large memory PICTURE [--side 1024 --side 4096] [--steps 4]
 
 `seams` paints in tiles and whole and compares the gradient energy (mean squared difference of neighbouring pixels, all
 channels) across the lines where one tile hands over to the next with that of the rest of the picture. Pictures are not
@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 import lsast
-from bench.machine import describe
+from benchmarks.bench.machine import describe
 from lsast.sampling.tiling import TileGrid
 
 

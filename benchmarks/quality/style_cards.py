@@ -1,9 +1,9 @@
 """Write a card for each embedded style from what its training and its judgement left behind.
 
-    python benchmarks/style_cards.py --runs runs --compare compare/compare.json --out docs/styles
+    python -m benchmarks.quality.style_cards --runs runs --compare compare/compare.json --out docs/styles
 
 `--runs` holds what `lsast-train` wrote (prompts and curve, a folder for each style), `--compare` is the JSON of
-`benchmarks/compare_peers.py`. Text that no file knows (provenance, limits) stands in `NOTES`.
+`benchmarks/quality/compare_peers.py`. Text that no file knows (provenance, limits) stands in `NOTES`.
 """
 
 from __future__ import annotations
@@ -113,7 +113,11 @@ def card(name: str, facts: dict[str, Any], curve: dict[str, Any], scores: dict[s
         first_row = next(iter(methods.values()))
         names = [metric for metric in first_row["scores"] if metric.partition("[")[0] in METRICS]
         count = first_row["n"]
-        lines += ["", f"Scores on {count} pictures (`benchmarks/compare_peers.py`; 95 % intervals over pictures):", ""]
+        lines += [
+            "",
+            f"Scores on {count} pictures (`benchmarks/quality/compare_peers.py`; 95 % intervals over pictures):",
+            "",
+        ]
         lines += ["| | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
         for method, row in methods.items():
             lines.append(f"| {method} | " + " | ".join(_cell(row["scores"][metric]) for metric in names) + " |")

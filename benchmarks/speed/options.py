@@ -1,6 +1,6 @@
 """What each lever gains and costs: seconds a picture, and how far the picture is from the exact one of the same seed.
 
-    python benchmarks/levers.py PICTURE... [--style vangogh --style monet] [--size 512] [--repeats 3] [--json]
+    python -m benchmarks.speed.options PICTURE... [--style vangogh --style monet] [--size 512] [--repeats 3] [--json]
 
 Every lever of docs/speed.md alone, then the presets, in one process, warm: each picture in each style is painted once
 unmeasured, then `--repeats` times, the levers by turns. Seconds are the median over pictures and styles of their
@@ -20,7 +20,7 @@ import click
 import numpy as np
 
 import lsast
-from bench.machine import describe
+from benchmarks.bench.machine import describe
 from lsast.options.options import PRESETS
 from lsast_engines.images import psnr
 

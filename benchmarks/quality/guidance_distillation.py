@@ -4,7 +4,7 @@
     for g in 3 5 7.5 10; do
         lsast-train distill --style vangogh --guidance $g --images PHOTOS && lsast-export --style vangogh-g$g
     done
-    python benchmarks/guidance_baked.py --contents DIR --out DIR \
+    python -m benchmarks.quality.guidance_distillation --contents DIR --out DIR \
         --student vangogh-g3 --student vangogh-g5 --student vangogh-g7.5 --student vangogh-g10 \
         --paintings DIR --photos DIR --artist vincent-van-gogh
 
@@ -34,7 +34,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import lsast
-from bench.machine import describe
+from benchmarks.bench.machine import describe
 from lsast.video.optical_flow import TemporalState
 from lsast_engines.errors import UsageError
 from lsast_engines.files import replace_file

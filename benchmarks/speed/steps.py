@@ -1,6 +1,6 @@
 """How few steps do: each solver with few steps against a run of many, of the same seed.
 
-    python benchmarks/steps.py PICTURE... [--style vangogh] [--size 512] [--steps 4 --steps 6 …] [--json]
+    python -m benchmarks.speed.steps PICTURE... [--style vangogh] [--size 512] [--steps 4 --steps 6 …] [--json]
 
 Prints a Markdown table of the latent's distance to that of the reference (root of the mean squared difference, as a
 share of the reference's own deviation) and of the picture's PSNR to it; means over pictures and styles. The reference
@@ -18,8 +18,8 @@ import click
 import numpy as np
 
 import lsast
-from bench.machine import describe
-from levers import pixels
+from benchmarks.bench.machine import describe
+from benchmarks.speed.options import pixels
 from lsast.video.optical_flow import TemporalState
 from lsast_engines.images import psnr
 

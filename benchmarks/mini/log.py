@@ -1,6 +1,6 @@
 """Print the training log of a base as Markdown: held-out errors and token gain over the steps.
 
-    python benchmarks/mini_log.py benchmarks/mini
+    python -m benchmarks.mini.log benchmarks/mini
 
 The folder holds ``base.log.json``, ``autoencoder.log.json`` and ``sharpening.log.json``, as `lsast-train mini` writes
 them.
