@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lsast_engines.errors import TrainingError
+from lsast_train.training.loop import TrainingLoop, require_checkpoint, require_finite, set_learning_rate
+from lsast_train.training.signals import InterruptionError
+
+
+class _Counter:
+    """A run that adds the step's number to a weight."""
+
+    def __init__(self, folder: Path, steps: int = 6, **changes: Any) -> None:
+        self.module = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(self.module.weight)
+        optimizer = torch.optim.SGD(self.module.parameters())
+        self.means: list[float] = []
+        settings: dict[str, Any] = {"identity": {"seed": 0}, "evaluate_every": 4, "checkpoint_minutes": 1e6, **changes}
+        self.loop = TrainingLoop("count", steps, folder / "c", {"module": self.module}, optimizer, **settings)
+
+    def step(self, step: int) -> float:
+        with torch.no_grad():
+            self.module.weight += step
+        return float(step)
+
+    def evaluate(self, mean: float) -> None:
+        self.means.append(mean)
+        self.loop.history.append({"step": self.loop.step, "mean": mean})
+
+    def run(self, **how: Any) -> None:
+        self.loop.run(self.step, self.evaluate, **how)
+
+
+def test_loop_evaluates_at_the_interval_and_at_the_end(tmp_path: Path) -> None:
+    counter = _Counter(tmp_path)
+    counter.run()
+    assert (counter.loop.step, counter.means) == (6, [(0 + 1 + 2 + 3) / 4, (4 + 5) / 2])
+    assert not counter.loop.checkpoint.exists()
+
+
+def test_interrupted_loop_saves_a_checkpoint_and_resumes_from_it(
+    tmp_path: Path, interrupt_at: Callable[[int], Callable[[int, float], None]]
+) -> None:
+    with pytest.raises(InterruptionError, match="stopped after step 3") as caught:
+        _Counter(tmp_path).run(on_step=interrupt_at(3))
+    assert caught.value.exit_code == 130
+    resumed = _Counter(tmp_path)
+    resumed.loop.restore()
+    resumed.run()
+    assert resumed.module.weight.item() == sum(range(6))
+    assert resumed.loop.history == [{"step": 4, "mean": 1.5}, {"step": 6, "mean": 4.5}]
+
+
+def test_loop_saves_checkpoints_at_the_interval_of_the_writing_process(tmp_path: Path) -> None:
+    _Counter(tmp_path, checkpoint_minutes=0.0, writes=False).run()
+    assert not (tmp_path / "c").exists()
+    _Counter(tmp_path, checkpoint_minutes=0.0).run()
+    assert (tmp_path / "c").exists()
+
+
+def test_restore_of_another_run_reports_every_difference(tmp_path: Path) -> None:
+    _Counter(tmp_path, identity={"seed": 0, "lr": 1.0}).loop.save()
+    with pytest.raises(TrainingError, match=r"another run(.|\n)*seed: found 0 in the checkpoint, 1 now(.|\n)*lr: "):
+        _Counter(tmp_path, identity={"seed": 1, "lr": 2.0}).loop.restore()
+
+
+def test_helpers_of_a_step_refuse_what_cannot_go_on(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="start without --resume"):
+        require_checkpoint(tmp_path / "c", resume=True)
+    (tmp_path / "c").touch()
+    with pytest.raises(TrainingError, match="unfinished run"):
+        require_checkpoint(tmp_path / "c", resume=False)
+    with pytest.raises(TrainingError, match="loss of step 7 is nan"):
+        require_finite(float("nan"), 7)
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "relative": 0.5}]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    set_learning_rate(optimizer, 0.2)
+    assert optimizer.param_groups[0]["lr"] == 0.1
