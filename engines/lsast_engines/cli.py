@@ -71,6 +71,12 @@ class Command(click.Command):
                 fail(str(error), error.exit_code)
             if isinstance(error, KeyboardInterrupt):
                 fail("interrupted", 130)
+            if isinstance(error, OSError) and error.strerror:  # a full disk, a name that is too long, no permission …
+                fail(": ".join([*(str(name) for name in [error.filename] if name is not None), error.strerror]), 1)
+            if isinstance(error, MemoryError):
+                fail(
+                    f"not enough memory{f' ({error})' if str(error) else ''}; close other programs, or ask for less", 1
+                )
             fail(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1)
 
 

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from lsast_engines.bundle.style import style_name_faults
 from lsast_engines.errors import UsageError
-from lsast_train.options import PRESETS, TrainOptions, style_name_faults
+from lsast_train.options import PRESETS, TrainOptions
 
 
 def test_paper_preset_has_the_papers_values() -> None:

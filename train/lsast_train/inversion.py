@@ -27,11 +27,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 
+from lsast_engines.bundle.style import style_name_faults
 from lsast_engines.errors import UsageError, fault_list
 
 from .base.base import Base
 from .evaluation import ValidationSet, noise_error
-from .options import TrainOptions, style_name_faults
+from .options import TrainOptions
 from .paintings import CachedLatents, LatentSampler, OnlineLatents, PaintingDataset
 from .prompts.prompt_file import Prompts, save_prompts
 from .prompts.prompt_space import PromptSpace, build_space

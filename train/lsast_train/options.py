@@ -6,7 +6,6 @@ Never imports torch, so that ``lsast-train --help`` is quick and works without i
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -193,10 +192,3 @@ PRESETS: dict[str, TrainOptions] = {
 }
 """``quick``: minutes on two CPU cores with the embedded base. ``paper``: the published recipe, hours on a GPU.
 ``released``: what the published code does instead (docs/method.md §3)."""
-
-
-def style_name_faults(name: str) -> list[str]:
-    """The fault of a style's name that is no file name on every system; at most one line."""
-    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        return []
-    return [f"name: found {name!r}; expected up to 100 letters, digits, '.', '_' or '-', a letter or digit first"]

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from ..bundle.json_fields import parse_json
 from ..bundle.manifest import MANIFEST, declared_hashes
 from ..files import cache_home, file_sha256, scratch_folder
 
@@ -53,7 +54,7 @@ def open_cached(
     if entry.is_dir():
         try:
             _verify(entry)
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, AttributeError) as error:
             _log.warning("cannot read %s (%s); the graph is built again", entry, error)
             shutil.rmtree(entry, ignore_errors=True)
         else:
@@ -111,7 +112,7 @@ def evict_stale(entry: Path) -> None:
 
 def _verify(entry: Path) -> None:
     """Raises ValueError if the files of `entry` are not those that were written."""
-    digests = json.loads((entry / DIGESTS).read_text())
+    digests = parse_json((entry / DIGESTS).read_bytes())
     if not digests or any(file_sha256(entry / name) != digest for name, digest in digests.items()):
         raise ValueError("damaged")
 

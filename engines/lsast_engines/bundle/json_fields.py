@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from typing import Any
+
+MAX_INTEGER = 10_000_000
+"""Largest whole number of a field that declares no other: no width, offset or count of a base is near it."""
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is not JSON, not UTF-8, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 class JsonReader:
@@ -36,23 +52,23 @@ class JsonReader:
     def string(self, key: str, pattern: str = ".+") -> str:
         """A text that matches all of `pattern`."""
         value = self._data.get(key, _MISSING)
-        if isinstance(value, str) and re.fullmatch(pattern, value, re.DOTALL):
-            return value
+        if _is_text(value) and re.fullmatch(pattern, value, re.DOTALL):
+            return str(value)
         self.error(key, value, "text" if pattern == ".+" else f"text like {pattern}")
         return ""
 
-    def integer(self, key: str, at_least: int = 1) -> int:
-        """A whole number of at least `at_least`."""
+    def integer(self, key: str, at_least: int = 1, at_most: int = MAX_INTEGER) -> int:
+        """A whole number from `at_least` to `at_most`."""
         value = self._data.get(key, _MISSING)
-        if isinstance(value, int) and not isinstance(value, bool) and value >= at_least:
+        if isinstance(value, int) and not isinstance(value, bool) and at_least <= value <= at_most:
             return value
-        self.error(key, value, f"a whole number of at least {at_least}")
+        self.error(key, value, f"a whole number from {at_least} to {at_most}")
         return at_least
 
     def number(self, key: str, above: float | None = None) -> float:
         """A finite number, above `above` if given."""
         value = self._data.get(key, _MISSING)
-        if _is_number(value) and (above is None or value > above):
+        if is_number(value) and (above is None or value > above):
             return float(value)
         self.error(key, value, "a number" if above is None else f"a number above {above:g}")
         return 1.0
@@ -77,7 +93,7 @@ class JsonReader:
         """An object of texts."""
         values = self._dict(key)
         for name, value in values.items():
-            if not isinstance(value, str):
+            if not _is_text(value) or not _is_text(name):
                 self.error(f"{key}.{name}", value, "text")
         return values
 
@@ -85,7 +101,7 @@ class JsonReader:
         """An object of finite numbers."""
         values = self._dict(key)
         for name, value in values.items():
-            if not _is_number(value):
+            if not is_number(value):
                 self.error(f"{key}.{name}", value, "a number")
         return values
 
@@ -130,13 +146,27 @@ _MISSING = object()
 def _shown(value: object) -> str:
     if value is _MISSING:
         return "nothing"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # ValueError: a number of thousands of digits
+        return f"a {type(value).__name__} too large to show"
     return text if len(text) <= 60 else text[:57] + "…"
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: object) -> bool:
+    """Whether a value is a number that is finite as a float."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond the largest float
+        return False
+
+
+def _is_text(value: object) -> bool:
+    """Whether a value is a text that can be written: JSON can escape half a character (a lone surrogate)."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _is_length(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_INTEGER

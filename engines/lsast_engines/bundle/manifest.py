@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..diffusion.noise_schedule import BetaSchedule, NoiseSchedule
+from ..diffusion.noise_schedule import MAX_TRAIN_STEPS, BetaSchedule, NoiseSchedule
 from ..errors import BundleError, UsageError, fault_list
 from .graph_spec import Geometry, GraphSpec, TensorSpec
-from .json_fields import JsonReader
+from .json_fields import JsonReader, parse_json
 
 MANIFEST = "manifest.json"
 """Name of the manifest's file in a bundle."""
@@ -30,6 +30,9 @@ Group = Literal["down", "mid", "up"]
 
 DEFAULTS = ("style", "steps", "strength", "guidance", "control_scale", "solver", "size")
 """The options that a manifest has defaults for."""
+
+MAX_SIDE = 16384
+"""Largest height and width of a base, in pixels."""
 
 _SHA256 = "[0-9a-f]{64}"
 _DTYPES = ("float32", "int64")
@@ -113,14 +116,14 @@ class Manifest:
             BundleError: not a JSON object, another format, or invalid fields; all faults at once.
         """
         try:
-            data = json.loads(text)
+            data = parse_json(text)
         except ValueError as error:
             raise BundleError(f"{where} is not JSON ({error}); export the bundle again") from error
         if not isinstance(data, dict) or "format" not in data:
             raise BundleError(f"{where} has no format number; expected the manifest of a bundle")
         if data["format"] != FORMAT:
             raise BundleError(
-                f"{where} has format {data['format']!r}; this version reads format {FORMAT}: "
+                f"{where} has format {data['format']!r:.40}; this version reads format {FORMAT}: "
                 "export the bundle again, or update lsast"
             )
         faults: list[str] = []
@@ -136,9 +139,9 @@ def declared_hashes(folder: Path) -> dict[str, str]:
     `Bundle.open` has compared them with the files.
     """
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = parse_json((folder / MANIFEST).read_bytes())["files"]
         return {name: entry["sha256"] for name, entry in files.items() if isinstance(entry["sha256"], str)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
@@ -149,12 +152,12 @@ def _read(fields: JsonReader, faults: list[str]) -> Manifest:
         name=fields.string("name"),
         family=fields.string("family"),
         fingerprint=fields.string("fingerprint", _SHA256),
-        height=fields.integer("height"),
-        width=fields.integer("width"),
+        height=fields.integer("height", at_most=MAX_SIDE),
+        width=fields.integer("width", at_most=MAX_SIDE),
         latent_scale=fields.number("latent_scale", above=0),
         storage_dtype=fields.choice("storage_dtype", get_args(StorageDtype)),
         noise=_noise(fields.object("noise", _names(NoiseSchedule)), faults),
-        stages=fields.integer("stages"),
+        stages=fields.integer("stages", at_most=MAX_TRAIN_STEPS),
         tokens=fields.integer("tokens"),
         geometry=Geometry(**{name: geometry.integer(name) for name in _names(Geometry)}),
         attention_layers=tuple(_layer(layer) for layer in fields.list_of("attention_layers", _names(AttentionLayer))),
@@ -162,12 +165,12 @@ def _read(fields: JsonReader, faults: list[str]) -> Manifest:
         defaults=_defaults(fields.object("defaults", DEFAULTS)),
         lsast_version=fields.string("lsast_version"),
         files={
-            name: FileEntry(entry.string("sha256", _SHA256), entry.integer("bytes", at_least=0))
+            name: FileEntry(entry.string("sha256", _SHA256), entry.integer("bytes", at_least=0, at_most=1 << 50))
             for name, entry in fields.dict_of("files", _names(FileEntry)).items()
         },
         parity=fields.numbers("parity"),
         source=fields.string_dict("source"),
-        multiple=fields.integer("multiple"),
+        multiple=fields.integer("multiple", at_most=MAX_SIDE),
     )
     if not faults:
         faults += _contradictions(manifest)
@@ -181,7 +184,7 @@ def _names(kind: Any) -> tuple[str, ...]:
 def _noise(fields: JsonReader, faults: list[str]) -> NoiseSchedule:
     before = len(faults)
     values: dict[str, Any] = {
-        "train_steps": fields.integer("train_steps"),
+        "train_steps": fields.integer("train_steps", at_most=MAX_TRAIN_STEPS),
         "beta_start": fields.number("beta_start", above=0),
         "beta_end": fields.number("beta_end", above=0),
         "beta_schedule": fields.choice("beta_schedule", get_args(BetaSchedule)),
@@ -221,12 +224,12 @@ def _defaults(fields: JsonReader) -> dict[str, Any]:
     # Only their types; the runtime checks their ranges.
     return {
         "style": fields.string("style"),
-        "steps": fields.integer("steps"),
+        "steps": fields.integer("steps", at_most=MAX_TRAIN_STEPS),
         "strength": fields.number("strength"),
         "guidance": fields.number("guidance"),
         "control_scale": fields.number("control_scale"),
         "solver": fields.string("solver"),
-        "size": fields.integer("size", at_least=0),
+        "size": fields.integer("size", at_least=0, at_most=MAX_SIDE),
     }
 
 

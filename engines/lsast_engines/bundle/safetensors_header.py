@@ -11,6 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .json_fields import parse_json
+
+_MAX_HEADER = 100_000_000
+"""safetensors' own limit, in bytes."""
+
 
 class Slot(NamedTuple):
     """Type, shape and position of a tensor in a safetensors file."""
@@ -25,15 +30,24 @@ class Slot(NamedTuple):
 
 
 def read_slots(path: Path) -> dict[str, Slot]:
-    """The tensors of a safetensors file by name, in the order of the file."""
+    """The tensors of a safetensors file by name, in the order of the file.
+
+    Raises:
+        ValueError: the header is damaged.
+    """
     with path.open("rb") as handle:
         size = int.from_bytes(handle.read(8), "little")
-        header = json.loads(handle.read(size))
+        if size > _MAX_HEADER:
+            raise ValueError(f"found a header of {size} bytes; expected at most {_MAX_HEADER}")
+        header = parse_json(handle.read(size))
     slots = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            begin, end = entry["data_offsets"]
-            slots[name] = Slot(entry["dtype"], tuple(entry["shape"]), 8 + size + begin, end - begin)
+    try:
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                slots[name] = Slot(entry["dtype"], tuple(entry["shape"]), 8 + size + begin, end - begin)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"found a header that is none of safetensors ({error})") from error
     return dict(sorted(slots.items(), key=lambda item: item[1].offset))
 
 

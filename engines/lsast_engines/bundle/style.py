@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy.typing as npt
 from ..errors import StyleError, UsageError, fault_list
 from ..files import replace_file
 from ..removed import RENAMED_OPTIONS, RENAMED_VALUES
-from .json_fields import JsonReader
+from .json_fields import JsonReader, is_number, parse_json
 
 FORMAT = 2
 """Format number of style files."""
@@ -103,10 +104,12 @@ class Style:
         """Write the style file `path`, tensors in float16.
 
         Raises:
-            StyleError: values beyond float16's range of ±65504.
+            StyleError: values beyond float16's range of ±65504, or a name that is no file name (`style_name_faults`).
         """
         from safetensors.numpy import save
 
+        if faults := style_name_faults(self.name):
+            raise StyleError(fault_list(f"style {self.name!r} cannot be saved:", faults))
         with np.errstate(over="ignore"):
             tensors = {name: getattr(self, name).astype(np.float16) for name in TENSORS}
         if wide := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
@@ -151,6 +154,7 @@ class StyleFile:
         faults: list[str] = []
         reader = JsonReader(header, "", faults, _HEADER)
         self.name = reader.string("name")
+        faults += style_name_faults(self.name) if self.name else []
         self.base = reader.string("base")
         """Fingerprint of the base (`Manifest.fingerprint`) that projected the prompts; the style fits no other base."""
         self.stages = reader.integer("stages")
@@ -168,14 +172,18 @@ class StyleFile:
         faults += wrong
         self._digests: Any = header.get("sha256")
         self._read: dict[int, StageKV] = {}
-        self._shapes = {name: list(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
+        slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
+        self._shapes = {name: list(tensor.get_shape()) for name, tensor in slices.items()}
         for name in TENSORS:
-            if name in self._shapes:
+            if name in slices:
                 faults += _shape_faults(name, self._shapes[name], self.stages, self.tokens)
+                if (dtype := slices[name].get_dtype()) != "F16":
+                    faults.append(f"{name}: found type {dtype}; expected F16")
             else:
                 faults.append(f"{name}: found no such tensor; expected [{self.stages}, {self.tokens}, width]")
-        if not isinstance(self._digests, list) or len(self._digests) != self.stages:
-            faults.append(f"sha256: found {self._digests!r}; expected a text for each of {self.stages} stages")
+        digests = self._digests if isinstance(self._digests, list) else []
+        if len(digests) != self.stages or not all(isinstance(digest, str) for digest in digests):
+            faults.append(f"sha256: found {self._digests!r:.60}; expected a text for each of {self.stages} stages")
         if faults:
             raise StyleError(fault_list(f"style file {path} is damaged:", faults))
 
@@ -228,6 +236,13 @@ class StyleFile:
         return Style(self.name, self.base, self.stages, self.tokens, unet, control, self.meta)
 
 
+def style_name_faults(name: str) -> list[str]:
+    """The fault of a style's name that is no file name on every system, and could be a path; at most one line."""
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        return []
+    return [f"name: found {name!r}; expected up to 100 letters, digits, '.', '_' or '-', a letter or digit first"]
+
+
 def encode_defaults(values: Mapping[str, Any]) -> dict[str, str]:
     """The entry of a style's `meta` that holds default options; empty for no options.
 
@@ -245,7 +260,7 @@ def decode_defaults(meta: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]
     if text is None:
         return {}, []
     try:
-        values = json.loads(text)
+        values = parse_json(text)
     except ValueError:
         values = None
     if not isinstance(values, dict):
@@ -261,9 +276,9 @@ def _default_fault(name: str, value: Any) -> str | None:
     if name not in STYLE_DEFAULTS:
         return f"found {name!r}; expected one of {', '.join(STYLE_DEFAULTS)}"
     kind = STYLE_DEFAULTS[name]
-    valid = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+    valid = isinstance(value, str) if kind is str else is_number(value) and (kind is float or isinstance(value, int))
     expected = {int: "a whole number", float: "a number", str: "a text"}[kind]
-    return None if valid else f"{name}: found {value!r}; expected {expected}"
+    return None if valid else f"{name}: found {value!r:.40}; expected {expected}"
 
 
 def _distilled_guidance(meta: Mapping[str, str]) -> tuple[float | None, list[str]]:
@@ -300,8 +315,10 @@ def _open(path: Path) -> tuple[Any, dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        if not path.is_file():
+            raise FileNotFoundError(path)
         file: Any = safe_open(path, framework="numpy")
-        header = json.loads((file.metadata() or {}).get(_METADATA_KEY, "null"))
+        header = parse_json((file.metadata() or {}).get(_METADATA_KEY, "null"))
     except FileNotFoundError:
         raise StyleError(f"found no style file {path}") from None
     except (OSError, SafetensorError, ValueError) as error:
@@ -310,7 +327,7 @@ def _open(path: Path) -> tuple[Any, dict[str, Any]]:
         raise StyleError(f"{path} is a safetensors file but not a style; bake one with: lsast-export --style NAME")
     if header["format"] != FORMAT:
         raise StyleError(
-            f"style file {path} has format {header['format']}; this version reads format {FORMAT}: "
+            f"style file {path} has format {header['format']!r:.40}; this version reads format {FORMAT}: "
             "bake the style again, or update lsast"
         )
     return file, header

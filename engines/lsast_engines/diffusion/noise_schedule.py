@@ -15,6 +15,13 @@ BetaSchedule = Literal["scaled_linear", "linear"]
 """How beta grows with the timestep: linearly in its square root (Stable Diffusion), or linearly."""
 
 
+MAX_TRAIN_STEPS = 100_000
+"""Largest number of timesteps."""
+
+_MIN_ALPHA = 1e-12
+"""Below, the solvers' logarithms of the signal-to-noise ratio lose all digits."""
+
+
 @dataclass(frozen=True)
 class NoiseSchedule:
     """Variances beta_t of the forward process q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t) (Ho et al. 2020).
@@ -31,13 +38,18 @@ class NoiseSchedule:
 
     def __post_init__(self) -> None:
         faults = []
-        if self.train_steps < 1:
-            faults.append(f"train_steps: found {self.train_steps}; expected at least 1")
+        if not 1 <= self.train_steps <= MAX_TRAIN_STEPS:
+            faults.append(f"train_steps: found {self.train_steps}; expected 1 to {MAX_TRAIN_STEPS}")
         if not 0 < self.beta_start <= self.beta_end < 1:
             faults.append(f"betas: found {self.beta_start} to {self.beta_end}; expected 0 < beta_start <= beta_end < 1")
         if self.beta_schedule not in get_args(BetaSchedule):
             expected = ", ".join(get_args(BetaSchedule))
             faults.append(f"beta_schedule: found {self.beta_schedule!r}; expected one of {expected}")
+        if not faults and not self.alphas_cumprod[-1] > _MIN_ALPHA:
+            faults.append(
+                f"betas: {self.beta_start} to {self.beta_end} leave {self.alphas_cumprod[-1]:g} of the picture after "
+                f"{self.train_steps} timesteps; expected more than {_MIN_ALPHA:g}"
+            )
         if faults:
             raise UsageError(fault_list("invalid noise schedule:", faults))
 

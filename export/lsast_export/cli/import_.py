@@ -34,7 +34,7 @@ def import_command(file: Path, base: str | None, name: str | None, out: Path | N
     kept as they are, for any base: lsast-export bundle --style NAME --base BASE --out DIR resolves them later, and so
     does this command on the file that it wrote.
     """
-    from lsast_train.options import style_name_faults
+    from lsast_engines.bundle.style import style_name_faults
 
     if name is not None and (faults := style_name_faults(name)):
         raise UsageError(fault_list("invalid style name:", faults))

@@ -188,9 +188,18 @@ def _list_styles(bundle: str | None, as_json: bool) -> None:
     """Print the names of a bundle's styles; as JSON also the guidance of those with distilled guidance."""
     from lsast_engines.bundle.bundle import Bundle, find_bundle
     from lsast_engines.bundle.style import StyleFile
+    from lsast_engines.errors import StyleError, shown
 
     styles = Bundle.open(find_bundle(bundle)).styles()
-    scales = {name: scale for name, path in styles.items() if (scale := StyleFile(path).distilled_guidance)}
+    scales = {}
+    for name, path in list(styles.items()):
+        try:
+            scale = StyleFile(path).distilled_guidance
+        except StyleError as error:  # one damaged style does not hide the others
+            del styles[name]
+            click.echo("\n".join(map(shown, str(error).split("\n"))), err=True)
+        else:
+            scales |= {name: scale} if scale else {}
     facts = {"styles": list(styles), "guidance_baked": scales}
     click.echo(json.dumps(facts) if as_json else "\n".join(styles))
 

@@ -142,7 +142,7 @@ def test_bundle_styles_of_the_user_replace_its_own(
 ) -> None:
     fingerprint = bundle.manifest.fingerprint
     assert user_style_folder(fingerprint) == tmp_path / "home" / "styles" / fingerprint[:16]
-    mine = make_style("longer name")
+    mine = make_style("longer-name")
     for name in ("a", "b"):
         mine.save(user_style_folder(fingerprint) / f"{name}.safetensors")
     assert list(bundle.styles()) == ["a", "b"]

@@ -65,8 +65,8 @@ def test_manifest_from_json_lists_all_faults(manifest: Manifest) -> None:
         [
             "name: found nothing; expected text",
             "fingerprint: found 'abc'; expected text like [0-9a-f]{64}",
-            "height: found '256'; expected a whole number of at least 1",
-            "width: found True; expected a whole number of at least 1",
+            "height: found '256'; expected a whole number from 1 to 16384",
+            "width: found True; expected a whole number from 1 to 16384",
             "latent_scale: found 0; expected a number above 0",
             "storage_dtype: found 'int4'; expected one of fp32, fp16, bf16, int8",
             f"stray: found an unknown field; expected only {', '.join(f.name for f in dataclasses.fields(Manifest))}",
@@ -75,8 +75,8 @@ def test_manifest_from_json_lists_all_faults(manifest: Manifest) -> None:
             "latent_channels, factor",
             "attention_layers[0].network: found 'text'; expected one of unet, control",
             "graphs.controlnet_cond.inputs[0].shape: found ['B', 0]; expected lengths and names of axes",
-            "defaults.steps: found None; expected a whole number of at least 1",
-            "files.vae_encoder.onnx.bytes: found -1; expected a whole number of at least 0",
+            "defaults.steps: found None; expected a whole number from 1 to 100000",
+            "files.vae_encoder.onnx.bytes: found -1; expected a whole number from 0 to 1125899906842624",
             "parity.denoiser: found nan; expected a number",
             "source.torch: found 2; expected text",
         ]
@@ -128,3 +128,39 @@ def test_json_reader_of_no_object_has_one_fault() -> None:
     fields = JsonReader(7, "a.b", faults, ("x", "y"))
     assert (fields.string("x"), fields.integer("y"), fields.object("x", ("z",)).number("z")) == ("", 1, 1.0)
     assert faults == ["a.b: found 7; expected an object with x, y"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[" * 100_000, "nested too deeply"), ('{"format": ' + "9" * 5000 + "}", "is not JSON"), ("null", "no format")],
+)
+def test_manifest_from_json_of_hostile_text_is_refused(text: str, message: str) -> None:
+    with pytest.raises(BundleError, match=message):
+        Manifest.from_json(text)
+
+
+def test_manifest_from_json_bounds_all_numbers_and_texts(manifest: Manifest) -> None:
+    data = json.loads(manifest.to_json())
+    data["name"] = "\ud800"
+    data["latent_scale"] = 10**400
+    data["parity"]["x"] = 10**400
+    data["noise"]["train_steps"] = 2 * 10**9
+    data["height"] = data["multiple"] = 2**20
+    data["geometry"]["unet_width"] = 10**12
+    data["graphs"]["controlnet_cond"]["inputs"][0]["shape"] = ["B", 10**30]
+    found = [fault.partition(":")[0] for fault in faults_of(data)]
+    assert sorted(found) == sorted(
+        [
+            "name",
+            "latent_scale",
+            "parity.x",
+            "noise.train_steps",
+            "height",
+            "multiple",
+            "geometry.unet_width",
+            "graphs.controlnet_cond.inputs[0].shape",
+        ]
+    )
+    data = json.loads(manifest.to_json())
+    data["noise"] |= {"beta_start": 0.999, "beta_end": 0.999999999}
+    assert "of the picture after 1000 timesteps; expected more than 1e-12" in faults_of(data)[-1]

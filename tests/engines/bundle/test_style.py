@@ -93,6 +93,14 @@ def set_value(header: dict[str, Any], tensors: dict[str, Any]) -> None:
         ),
         (lambda header, tensors: header.update(meta=[1]), "meta: found .1.; expected an object"),
         (lambda header, tensors: header.update(format=1), "has format 1; this version reads format 2"),
+        (lambda header, tensors: header.update(sha256=[1] * 10), "sha256: found .*; expected a text for each of 10"),
+        (
+            lambda header, tensors: header.update(name="../../.bashrc"),
+            r"name: found '\.\./\.\./\.bashrc'; expected up to",
+        ),
+        (lambda header, tensors: header.update(name="a\x1b[2J"), "name: found .*; expected up to"),
+        (lambda header, tensors: header.update(meta={"defaults": '{"strength": 1' + "0" * 400 + "}"}), "defaults: str"),
+        (lambda header, tensors: header.update(meta={"defaults": "[" * 10**5}), "expected a JSON object"),
         (lambda header, tensors: header["sha256"].pop(), "sha256: found .*; expected a text for each of 10 stages"),
         (lambda header, tensors: header.pop("format"), "not a style; bake one with: lsast-export"),
     ],
@@ -195,3 +203,27 @@ def test_style_file_with_invalid_defaults_is_refused(tmp_path: Path, text: str) 
     with pytest.raises(StyleError, match="defaults"):
         StyleFile(saved(tmp_path, {"defaults": text}))
     assert decode_defaults({"defaults": text})[0] == {}
+
+
+def test_style_load_of_another_type_is_refused(tmp_path: Path, make_style: MakeStyle) -> None:
+    path = tmp_path / "a.safetensors"
+    make_style().save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'"dtype":"F16"', b'"dtype":"BF16"'.ljust(14)[:14]))
+    with pytest.raises(StyleError):
+        Style.load(path)
+    from safetensors import safe_open
+    from safetensors.numpy import save_file as save
+
+    path.write_bytes(whole)
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+    save({name: tensor.astype(np.float32) for name, tensor in load_file(path).items()}, path, metadata)
+    with pytest.raises(StyleError, match="kv_unet: found type F32; expected F16"):
+        Style.load(path)
+
+
+def test_style_save_under_a_path_is_refused(tmp_path: Path, make_style: MakeStyle) -> None:
+    with pytest.raises(StyleError, match="name: found '/tmp/x'; expected up to 100 letters"):
+        dataclasses.replace(make_style(), name="/tmp/x").save(tmp_path / "a")
+    assert not list(tmp_path.iterdir())

@@ -20,12 +20,12 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from lsast_engines.bundle.style import style_name_faults
 from lsast_engines.errors import TrainingError, UsageError, fault_list
 
 from ..base.baked import BakedBase
 from ..base.base import Base
 from ..base.kv_packing import kv_layouts
-from ..options import style_name_faults
 from ..paintings import PaintingDataset
 from ..training.loop import TrainingLoop, require_checkpoint, require_finite, set_learning_rate
 from ..training.loss_curve import Curve, Evaluation, save_curve

@@ -22,13 +22,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from lsast_engines.bundle.style import style_name_faults
 from lsast_engines.errors import StyleError, UsageError, fault_list, shape_faults
 from lsast_engines.files import replace_file
 
 from ..base.attention import GROUPS
 from ..base.base import Base
 from ..base.lazy_base import check_fingerprint
-from ..options import Generator, Gradient, Layout, Variant, choice_faults, style_name_faults
+from ..options import Generator, Gradient, Layout, Variant, choice_faults
 from .prompt_space import STAGES, PromptSpace, matrix_count, matrix_index
 from .text_encoder import PlaceholderEncoder
 
