@@ -32,18 +32,17 @@ class MiniConfig:
     encoder_widths: tuple[int, int, int] = (32, 64, 96)
     """Channels of the autoencoder's encoder at 1/2, 1/4 and 1/8."""
     decoder_widths: tuple[int, int, int] = (128, 96, 64)
-    """Channels of its decoder at 1/8, 1/4 and 1/2: the touch is made here, once a picture."""
+    """Channels of its decoder at 1/8, 1/4 and 1/2: brush strokes are made here, once a picture."""
 
     @staticmethod
     def tiny() -> MiniConfig:
-        """A base of 0.75 M weights, for tests."""
+        """A tiny base, for tests."""
         return MiniConfig((16, 32), 1, 8, 4, 24, (4, 8, 8, 16), (8, 8, 12), (16, 8, 8))
 
     @property
     def only_cross_attention(self) -> tuple[bool, ...]:
-        """Which levels attend to the context only. Self-attention at the two finest levels is quadratic in the
-        picture's area; a second cross-attention in its place took training from 7.8 to 11.0 pictures a second at widths
-        64/128/192/256 (two cores, bf16, 256², best of 4 steps) and gives style two ways in.
+        """Which levels attend to the context only: self-attention at the two finest levels is quadratic in the picture's
+        area; a second cross-attention in its place is quicker and gives style two ways in.
         """
         return tuple(level < 2 and level < len(self.widths) - 1 for level in range(len(self.widths)))
 
@@ -85,8 +84,7 @@ def build_mini(config: MiniConfig, seed: int = 0) -> Base:
 def init_zero_convs(controlnet: ControlNetModel) -> None:
     """Small random weights in ControlNet's zero convolutions.
 
-    Zeros protect a *frozen* U-Net; trained jointly from nothing they keep the edges out for hundreds of steps
-    (docs/mini.md: edges were followed within 300 steps only after this).
+    Zeros protect a *frozen* U-Net; trained jointly from nothing they keep the edges out for long (docs/mini.md).
     """
     zero = [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]
     for convolution in [*zero, controlnet.controlnet_cond_embedding.conv_out]:

@@ -1,4 +1,4 @@
-"""Training of mini's autoencoder by a teacher: TAESD's encoder and decoder, imitated at a seventh of the arithmetic.
+"""Training of mini's autoencoder by a teacher: TAESD's encoder and decoder, imitated with less arithmetic.
 
 The student decodes towards what the teacher decodes, not towards the photograph: the teacher's sharp texture is a
 function of the latent, so a plain absolute error can learn it, where the photograph's would be averaged to blur.
