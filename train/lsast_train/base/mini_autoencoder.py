@@ -1,8 +1,8 @@
 """mini's autoencoder: factor 8, 4 channels, near the latents of Stable Diffusion 1.x, most work at 1/8 and 1/4 size.
 
 Residual blocks without normalisation, as in TAESD (github.com/madebyollin/taesd), so the result at a pixel depends
-on its neighbourhood only and pictures can be of any size. TAESD keeps 64 channels up to full resolution; here the widths
-shrink as the resolution grows, and the last doubling is a pixel shuffle.
+on its neighbourhood only and pictures can be of any size. TAESD keeps 64 channels up to full resolution; here the
+widths shrink as the resolution grows, and the last doubling is a pixel shuffle.
 """
 
 from __future__ import annotations

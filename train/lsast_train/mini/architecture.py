@@ -41,7 +41,7 @@ class MiniConfig:
 
     @property
     def only_cross_attention(self) -> tuple[bool, ...]:
-        """Which levels attend to the context only: self-attention at the two finest levels is quadratic in the picture's
+        """Which levels attend to the context only: the two finest. Self-attention there is quadratic in the picture's
         area; a second cross-attention in its place is quicker and gives style two ways in.
         """
         return tuple(level < 2 and level < len(self.widths) - 1 for level in range(len(self.widths)))
