@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,13 @@ def _model(spec: GraphSpec, nodes: list[onnx.NodeProto], constants: dict[str, np
 
 def _convolution(matrix: np.ndarray) -> np.ndarray:
     return matrix[:, :, None, None]
+
+
+@pytest.fixture(autouse=True)
+def source_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that a test starts find this source."""
+    packages = [str(Path(__file__).parents[2] / name) for name in ("engines", "export", "runtime", "train")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*packages, os.environ.get("PYTHONPATH", "")]))
 
 
 @pytest.fixture(scope="session")

@@ -45,13 +45,13 @@ def stylizer(bundle_path: Path) -> Iterator[lsast.Stylizer]:
         yield opened
 
 
-def test_every_example_is_tested() -> None:
+def test_examples_all_have_a_test() -> None:
     text = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parents[1].glob("**/test_*.py"))
     for path in EXAMPLES.glob("*.py"):
         assert f'"{path.stem}"' in text or f"{path.stem}.py" in text, f"no test names {path.name}"
 
 
-def test_the_plain_script_paints_each_picture_in_each_style(
+def test_paint_example_paints_each_picture_in_each_style(
     photo: np.ndarray, stylizer: lsast.Stylizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, rgb in (("a", photo), ("b", photo[:, ::-1])):
@@ -89,7 +89,7 @@ class _Quick:
         return (lambda *args, **options: method(*args, **{**options, **QUICK})) if "stylize" in name else method
 
 
-def test_the_plain_script_says_what_is_wrong() -> None:
+def test_paint_example_reports_errors() -> None:
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / "paint.py"), "out", "nothing.png"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(ROOMS)},
@@ -109,7 +109,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return _example("serve")
 
 
-def test_the_endpoint_paints_and_says_what_is_wrong(
+def test_serve_example_paints_and_reports_errors(
     serve: ModuleType, photo: np.ndarray, stylizer: lsast.Stylizer
 ) -> None:
     from fastapi.testclient import TestClient
@@ -127,7 +127,7 @@ def test_the_endpoint_paints_and_says_what_is_wrong(
         assert client.post("/paint", content=b"no picture").status_code == 422
 
 
-def test_many_requests_at_once_get_their_own_pictures(
+def test_serve_example_gives_each_of_many_requests_its_picture(
     serve: ModuleType, photo: np.ndarray, stylizer: lsast.Stylizer
 ) -> None:
     from fastapi.testclient import TestClient
@@ -163,7 +163,7 @@ def window() -> ModuleType:
     return _example("window")
 
 
-def test_the_windows_painter_tells_previews_and_the_end(
+def test_window_example_painter_reports_previews_and_the_end(
     window: ModuleType, photo: np.ndarray, stylizer: lsast.Stylizer
 ) -> None:
     painter = window.Painter(stylizer)
@@ -177,7 +177,7 @@ def test_the_windows_painter_tells_previews_and_the_end(
     assert (kind, "picasso" in message) == ("failed", True)
 
 
-def test_the_windows_painter_stops_for_the_next(
+def test_window_example_painter_stops_for_the_next(
     window: ModuleType, photo: np.ndarray, stylizer: lsast.Stylizer
 ) -> None:
     painter = window.Painter(stylizer)
@@ -190,7 +190,7 @@ def test_the_windows_painter_stops_for_the_next(
     assert kinds[-1] == "done" or kinds[-2:] == ["done", "stopped"]
 
 
-def test_the_window_shows_what_is_painted(window: ModuleType, photo: np.ndarray, stylizer: lsast.Stylizer) -> None:
+def test_window_example_shows_the_painting(window: ModuleType, photo: np.ndarray, stylizer: lsast.Stylizer) -> None:
     import tkinter
 
     try:
@@ -216,7 +216,7 @@ def test_the_window_shows_what_is_painted(window: ModuleType, photo: np.ndarray,
         root.destroy()
 
 
-def test_frames_of_a_video_come_out_as_pictures(
+def test_frames_example_writes_pictures(
     photo: np.ndarray, stylizer: lsast.Stylizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import cv2

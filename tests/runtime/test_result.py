@@ -22,7 +22,7 @@ def _result(channels: int, shape: tuple[int, int] = (40, 60)) -> Result:
     ("name", "format_name", "tolerance"),
     [("a.png", "PNG", 0), ("a.jpg", "JPEG", 8), ("a.JPEG", "JPEG", 8), ("a.webp", "WEBP", 12)],
 )
-def test_the_suffix_chooses_the_format(tmp_path: Path, name: str, format_name: str, tolerance: int) -> None:
+def test_save_chooses_the_format_by_suffix(tmp_path: Path, name: str, format_name: str, tolerance: int) -> None:
     result = _result(3)
     result.save(str(tmp_path / "new" / "folder" / name))
     saved = Image.open(tmp_path / "new" / "folder" / name)
@@ -32,14 +32,14 @@ def test_the_suffix_chooses_the_format(tmp_path: Path, name: str, format_name: s
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.webp"])
-def test_png_and_webp_keep_transparency(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_save_as_png_or_webp_keeps_transparency(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
     result = _result(4)
     result.save(tmp_path / name)
     np.testing.assert_array_equal(Image.open(tmp_path / name).getchannel("A"), result.image.getchannel("A"))
     assert not caplog.records
 
 
-def test_jpeg_is_laid_on_white_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_save_as_jpeg_composites_on_white_and_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     result = _result(4)
     with caplog.at_level(logging.WARNING, "lsast"):
         result.save(tmp_path / "a.jpg")
@@ -50,7 +50,7 @@ def test_jpeg_is_laid_on_white_and_says_so(tmp_path: Path, caplog: pytest.LogCap
     assert np.abs(difference).max() <= 8
 
 
-def test_saving_twice_gives_equal_bytes(tmp_path: Path) -> None:
+def test_save_twice_gives_equal_bytes(tmp_path: Path) -> None:
     for suffix in ("png", "jpg", "webp"):
         for name in ("a", "b"):
             _result(3).save(tmp_path / f"{name}.{suffix}")
@@ -58,20 +58,20 @@ def test_saving_twice_gives_equal_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a", "png", ".png"])
-def test_an_unknown_suffix_lists_the_known(tmp_path: Path, name: str) -> None:
+def test_save_with_an_unknown_suffix_lists_the_known(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match=r"\.png, \.jpg, \.jpeg, \.webp"):
         _result(3).save(tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_is_no_output(tmp_path: Path) -> None:
+def test_save_to_a_folder_raises(tmp_path: Path) -> None:
     (tmp_path / "a.png").mkdir()
     with pytest.raises(UsageError, match="folder"):
         _result(3).save(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_a_failed_save_leaves_what_was_there(
+def test_save_that_fails_keeps_the_existing_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     (tmp_path / "a.png").write_bytes(b"before")
@@ -86,7 +86,7 @@ def test_a_failed_save_leaves_what_was_there(
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"before"]
 
 
-def test_a_picture_too_large_for_the_format_is_an_error_not_a_traceback(tmp_path: Path) -> None:
+def test_save_of_a_picture_too_large_for_the_format_raises(tmp_path: Path) -> None:
     with pytest.raises(PictureError, match="WEBP"):
         _result(3, (1, 16384)).save(tmp_path / "a.webp")
     assert not list(tmp_path.iterdir())

@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,12 @@ def _pixels(result: lsast.Result) -> np.ndarray:
 
 @pytest.mark.parametrize("own", [(160, 90), (90, 160), (50, 2000), (1, 1), (7, 5), (64, 64), (300, 301)])
 @pytest.mark.parametrize("size", [0, 96])
-def test_any_size_and_aspect_keeps_its_size(stylizer: Stylizer, own: tuple[int, int], size: int) -> None:
+def test_stylize_keeps_any_size_and_aspect(stylizer: Stylizer, own: tuple[int, int], size: int) -> None:
     rgb = np.random.default_rng(0).integers(0, 256, (*own, 3), dtype=np.uint8)
     assert _pixels(stylizer.stylize(rgb, size=size)).shape == (*own, 3)
 
 
-def test_padding_is_painted_but_not_shown(stylizer: Stylizer) -> None:
+def test_stylize_paints_the_padding_without_showing_it(stylizer: Stylizer) -> None:
     """A picture that fills its canvas by itself, and one that is mirrored onto the same canvas, agree inside."""
     rng = np.random.default_rng(2)
     small = np.repeat(np.repeat(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8), 8, axis=0), 8, axis=1)  # [48, 48, 3]
@@ -60,13 +59,15 @@ def test_padding_is_painted_but_not_shown(stylizer: Stylizer) -> None:
     ],
     ids=str,
 )
-def test_every_option_matters(stylizer: Stylizer, photo: np.ndarray, change: dict[str, Any]) -> None:
+def test_stylize_with_another_option_gives_another_painting(
+    stylizer: Stylizer, photo: np.ndarray, change: dict[str, Any]
+) -> None:
     plain, changed = stylizer.stylize(photo), stylizer.stylize(photo, **change)
     assert _pixels(plain).shape != _pixels(changed).shape or (_pixels(plain) != _pixels(changed)).any()
     assert dataclasses.replace(plain.options, **change) == changed.options
 
 
-def test_the_same_call_gives_the_same_bytes_whatever_came_before(
+def test_stylize_gives_the_same_bytes_whatever_came_before(
     stylizer: Stylizer, bundle_path: Path, photo: np.ndarray
 ) -> None:
     first = _pixels(stylizer.stylize(photo, seed=4))
@@ -76,16 +77,7 @@ def test_the_same_call_gives_the_same_bytes_whatever_came_before(
         np.testing.assert_array_equal(_pixels(other.stylize(photo, seed=4)), first)
 
 
-def test_threads_get_what_they_would_get_alone(stylizer: Stylizer, photo: np.ndarray) -> None:
-    jobs = [{"style": ("vangogh", "monet")[i % 2], "seed": i, "size": (64, 96, 128)[i % 3]} for i in range(8)]
-    alone = [_pixels(stylizer.stylize(photo, **job)) for job in jobs]
-    with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda job: _pixels(stylizer.stylize(photo, **job)), jobs))
-    for expected, found in zip(alone, together, strict=True):
-        np.testing.assert_array_equal(found, expected)
-
-
-def test_path_bytes_image_and_array_are_the_same_picture(stylizer: Stylizer, photo: np.ndarray, tmp_path: Path) -> None:
+def test_stylize_takes_path_bytes_image_and_array_alike(stylizer: Stylizer, photo: np.ndarray, tmp_path: Path) -> None:
     path = tmp_path / "photo.png"
     Image.fromarray(photo).save(path)
     expected = _pixels(stylizer.stylize(photo))
@@ -93,7 +85,7 @@ def test_path_bytes_image_and_array_are_the_same_picture(stylizer: Stylizer, pho
         np.testing.assert_array_equal(_pixels(stylizer.stylize(source)), expected)
 
 
-def test_exif_orientation_is_applied_once(stylizer: Stylizer, photo: np.ndarray, tmp_path: Path) -> None:
+def test_stylize_applies_exif_orientation_once(stylizer: Stylizer, photo: np.ndarray, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # stored on its side: a quarter turn clockwise sets it upright
     path = tmp_path / "turned.png"
@@ -105,7 +97,7 @@ def test_exif_orientation_is_applied_once(stylizer: Stylizer, photo: np.ndarray,
         assert saved.getexif().get(0x0112, 1) == 1
 
 
-def test_transparency_is_kept_or_laid_on_white(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_stylize_keeps_transparency_or_composites_on_white(stylizer: Stylizer, photo: np.ndarray) -> None:
     alpha = np.tile(np.linspace(0, 255, 160).astype(np.uint8), (96, 1))
     rgba = np.dstack([photo, alpha])
     kept = stylizer.stylize(rgba)
@@ -120,7 +112,7 @@ def test_transparency_is_kept_or_laid_on_white(stylizer: Stylizer, photo: np.nda
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
-def test_the_colour_profile_goes_along(stylizer: Stylizer, photo: np.ndarray, tmp_path: Path, suffix: str) -> None:
+def test_stylize_keeps_the_colour_profile(stylizer: Stylizer, photo: np.ndarray, tmp_path: Path, suffix: str) -> None:
     icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     held = io.BytesIO()
     Image.fromarray(photo).save(held, format="PNG", icc_profile=icc)
@@ -132,15 +124,17 @@ def test_the_colour_profile_goes_along(stylizer: Stylizer, photo: np.ndarray, tm
         assert "icc_profile" not in saved.info
 
 
-def test_progress_is_told_and_phases_are_timed(stylizer: Stylizer, photo: np.ndarray) -> None:
-    told: list[tuple[int, int]] = []
-    result = stylizer.stylize(photo, steps=10, strength=0.5, on_step=lambda step, total, _: told.append((step, total)))
-    assert told == [(step, 5) for step in range(6)]
+def test_stylize_reports_steps_and_times_of_phases(stylizer: Stylizer, photo: np.ndarray) -> None:
+    reported: list[tuple[int, int]] = []
+    result = stylizer.stylize(
+        photo, steps=10, strength=0.5, on_step=lambda step, total, _: reported.append((step, total))
+    )
+    assert reported == [(step, 5) for step in range(6)]
     assert list(result.seconds) == ["read", "edges", "encode", "denoise", "decode", "finish"]
     assert all(seconds > 0 for seconds in result.seconds.values())
 
 
-def test_an_interrupted_painting_leaves_the_stylizer_usable(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_stylize_after_an_interrupted_painting_works(stylizer: Stylizer, photo: np.ndarray) -> None:
     expected = _pixels(stylizer.stylize(photo))
 
     def interrupt(step: int, total: int, preview: object) -> None:
@@ -168,24 +162,24 @@ def test_stylize_takes_old_names_of_options(stylizer: Stylizer, photo: np.ndarra
     assert stylizer.stylize(photo, **old).options == stylizer.stylize(photo, **new).options
 
 
-def test_result_options_repeat_the_result(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_result_options_give_the_result_again(stylizer: Stylizer, photo: np.ndarray) -> None:
     result = stylizer.stylize(photo, style="monet", seed=9, guidance=1.5)
     again = stylizer.stylize(photo, **dataclasses.asdict(result.options))
     np.testing.assert_array_equal(_pixels(again), _pixels(result))
 
 
-def test_a_style_that_is_not_there_lists_those_that_are(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_stylize_with_an_unknown_style_lists_the_available_ones(stylizer: Stylizer, photo: np.ndarray) -> None:
     assert stylizer.styles == ["monet", "vangogh"]
     with pytest.raises(UsageError, match=r"'picasso'.*monet, vangogh"):
         stylizer.stylize(photo, style="picasso")
 
 
-def test_more_steps_than_the_schedule_has_say_how_many_it_has(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_stylize_with_more_steps_than_the_schedule_names_the_limit(stylizer: Stylizer, photo: np.ndarray) -> None:
     with pytest.raises(UsageError, match=r"steps: found 1000; expected 1 to 999 with ddim"):
         stylizer.stylize(photo, steps=1000)
 
 
-def test_closed_is_closed(bundle_path: Path, photo: np.ndarray) -> None:
+def test_stylize_of_a_closed_stylizer_raises(bundle_path: Path, photo: np.ndarray) -> None:
     with lsast.load(bundle_path) as opened:
         opened.stylize(photo)
     opened.close()
@@ -193,7 +187,7 @@ def test_closed_is_closed(bundle_path: Path, photo: np.ndarray) -> None:
         opened.stylize(photo)
 
 
-def test_load_looks_at_the_environment(
+def test_load_takes_the_bundle_of_the_environment(
     bundle_path: Path, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch, stylizer: Stylizer
 ) -> None:
     monkeypatch.setenv("LSAST_BUNDLE", str(bundle_path))
@@ -201,14 +195,14 @@ def test_load_looks_at_the_environment(
         assert opened.bundle.manifest.name == "tiny"
 
 
-def test_load_says_what_is_wrong(bundle_path: Path, tmp_path: Path) -> None:
+def test_load_with_invalid_arguments_raises(bundle_path: Path, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="found no bundle"):
         lsast.load(tmp_path / "nothing")
     with pytest.raises(BackendError, match=r"available: .*(onnxruntime|openvino) on"):
         lsast.load(bundle_path, backend="tpu")
 
 
-def test_squashed_pictures_come_out_squared(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_stylize_with_fit_stretch_gives_a_square(stylizer: Stylizer, photo: np.ndarray) -> None:
     rgba = np.dstack([photo, np.full(photo.shape[:2], 90, np.uint8)])
     result = stylizer.stylize(rgba, fit="stretch", size=128)
     assert (result.image.size, result.image.mode) == ((128, 128), "RGBA")
@@ -219,7 +213,7 @@ def test_squashed_pictures_come_out_squared(stylizer: Stylizer, photo: np.ndarra
     np.testing.assert_array_equal(_pixels(plain), _pixels(squashed))
 
 
-def test_stylize_with_fit_squash_finds_edges_in_the_bilinear_picture(
+def test_stylize_with_fit_stretch_finds_edges_in_the_bilinear_picture(
     stylizer: Stylizer, photo: np.ndarray, runs: list[Any]
 ) -> None:
     stylizer.stylize(photo, fit="stretch", size=128)

@@ -32,7 +32,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return versions
 
 
-def test_this_machine_gets_a_report() -> None:
+def test_examine_reports_on_this_machine() -> None:
     pytest.importorskip("onnxruntime")
     report = examine()
     assert report.libraries["numpy"] == importlib.metadata.version("numpy")
@@ -43,7 +43,7 @@ def test_this_machine_gets_a_report() -> None:
     assert "numpy" in report.text()
 
 
-def test_both_onnxruntime_wheels_are_a_fault_with_its_mend(installed: dict[str, str]) -> None:
+def test_examine_with_both_onnxruntime_wheels_reports_a_fault(installed: dict[str, str]) -> None:
     installed["onnxruntime-gpu"] = "1.31.1"
     report = examine()
     (fault,) = report.faults
@@ -53,7 +53,9 @@ def test_both_onnxruntime_wheels_are_a_fault_with_its_mend(installed: dict[str, 
     assert f"fault: {fault}" in report.text()
 
 
-def test_half_an_onnxruntime_is_a_fault(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examine_with_half_an_onnxruntime_reports_a_fault(
+    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     # What uninstalling one of two wheels leaves: a module without anything.
     monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace())
     report = examine()
@@ -65,7 +67,7 @@ def test_half_an_onnxruntime_is_a_fault(installed: dict[str, str], monkeypatch: 
         assert "cpu" in states["openvino"].devices
 
 
-def test_no_gpu_says_what_each_backend_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examine_without_a_gpu_says_what_each_backend_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lsast_engines.backends.tensorrt.cuda.gpus", list)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     monkeypatch.setattr("lsast_engines.backends.tensorrt.engine.importlib.util.find_spec", lambda name: None)
@@ -78,7 +80,7 @@ def test_no_gpu_says_what_each_backend_needs(monkeypatch: pytest.MonkeyPatch) ->
     assert "gpu       none" in report.text()
 
 
-def test_a_gpu_is_named_with_its_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examine_names_a_gpu_with_its_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     card = SimpleNamespace(name="NVIDIA L4", capability="8.9", memory=24_000_000_000)
     monkeypatch.setattr("lsast_engines.backends.tensorrt.cuda.gpus", lambda: [card])
     assert examine().gpus == ("NVIDIA L4, 8.9, 24 GB",)
@@ -88,7 +90,7 @@ def test_a_gpu_is_named_with_its_capability(monkeypatch: pytest.MonkeyPatch) -> 
     ("status", "expected"),
     [(0, "NVIDIA 580.65.06"), (9, "nvidia-smi fails (580.65.06\n580.65.06)")],
 )
-def test_the_driver_is_what_its_tool_says(
+def test_examine_reports_the_driver_that_its_tool_prints(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: int, expected: str
 ) -> None:
     tool = tmp_path / "nvidia-smi"
@@ -98,7 +100,7 @@ def test_the_driver_is_what_its_tool_says(
     assert examine().driver == expected
 
 
-def test_no_broken_library_keeps_the_report_from_coming(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examine_with_broken_libraries_still_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> Any:
         raise RuntimeError("libcuda.so.1: version mismatch")
 
@@ -111,7 +113,7 @@ def test_no_broken_library_keeps_the_report_from_coming(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(("broken", "status"), [(False, 0), (True, 1)])
-def test_the_command_prints_it_and_its_status_tells(installed: dict[str, str], broken: bool, status: int) -> None:
+def test_doctor_prints_the_report_and_exits_by_it(installed: dict[str, str], broken: bool, status: int) -> None:
     pytest.importorskip("onnxruntime")
     if broken:
         installed["onnxruntime-gpu"] = "1.31.1"

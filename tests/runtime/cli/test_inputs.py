@@ -54,12 +54,12 @@ def _pairs(*sources: str, out: str) -> dict[str, str]:
     return {str(job.source): str(job.out) for job in plan_jobs(sources, out).jobs}
 
 
-def test_one_file_is_one_job(folder: Path) -> None:
+def test_plan_jobs_of_one_file_is_single(folder: Path) -> None:
     plan = plan_jobs(["in/a.png"], "out.png")
     assert (plan.jobs, plan.single) == ((Job(Path("in/a.png"), Path("out.png")),), True)
 
 
-def test_a_folder_is_mirrored_whatever_it_holds_besides(folder: Path) -> None:
+def test_plan_jobs_of_a_folder_keeps_its_structure(folder: Path) -> None:
     assert _pairs("in", out="out") == {
         "in/a.png": "out/a.png",
         "in/b.jpg": "out/b.jpg",
@@ -68,7 +68,7 @@ def test_a_folder_is_mirrored_whatever_it_holds_besides(folder: Path) -> None:
     }
 
 
-def test_several_go_below_their_own_names(folder: Path) -> None:
+def test_plan_jobs_of_several_sources_keeps_folder_names(folder: Path) -> None:
     (folder / "more").mkdir()
     Image.new("RGB", (8, 8)).save(folder / "more" / "a.png")
     assert _pairs("in/deep", "more", "in/b.jpg", out="out") == {
@@ -79,23 +79,23 @@ def test_several_go_below_their_own_names(folder: Path) -> None:
     }
 
 
-def test_a_pattern_is_mirrored_from_its_plain_part(folder: Path) -> None:
+def test_plan_jobs_of_a_pattern_keeps_the_structure_below_its_plain_part(folder: Path) -> None:
     assert _pairs("in/**/*.png", out="out") == {"in/a.png": "out/a.png", "in/deep/a.png": "out/deep/a.png"}
     assert _pairs("in/d*/*.png", out="out") == {"in/deep/a.png": "out/deep/a.png"}
 
 
-def test_a_file_whose_name_looks_like_a_pattern_is_a_file(folder: Path) -> None:
+def test_plan_jobs_of_a_file_named_like_a_pattern_takes_the_file(folder: Path) -> None:
     (folder / "in" / "a.png").rename(folder / "a[1].png")
     assert _pairs("a[1].png", out="out.png") == {"a[1].png": "out.png"}
 
 
-def test_an_existing_folder_or_a_slash_makes_out_a_folder(folder: Path) -> None:
+def test_plan_jobs_with_a_folder_or_a_slash_as_out_paints_into_it(folder: Path) -> None:
     (folder / "there").mkdir()
     assert _pairs("in/a.png", out="there") == {"in/a.png": "there/a.png"}
     assert _pairs("in/a.png", out="new/") == {"in/a.png": "new/a.png"}
 
 
-def test_paintings_inside_the_searched_folder_are_not_painted_again(folder: Path) -> None:
+def test_plan_jobs_leaves_out_paintings_inside_the_searched_folder(folder: Path) -> None:
     before = _pairs("in", out="in/painted")
     (folder / "in" / "painted").mkdir()
     Image.new("RGB", (8, 8)).save(folder / "in" / "painted" / "a.png")
@@ -116,18 +116,18 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("sources", "out", "words"), WRONG.values(), ids=WRONG)
-def test_layouts_that_cannot_be_meant(folder: Path, sources: list[str], out: str, words: str) -> None:
+def test_plan_jobs_with_invalid_arguments_raises(folder: Path, sources: list[str], out: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         plan_jobs(sources, out)
 
 
-def test_a_folder_without_pictures_is_an_error(folder: Path) -> None:
+def test_plan_jobs_of_a_folder_without_pictures_raises(folder: Path) -> None:
     (folder / "empty").mkdir()
     with pytest.raises(PictureError, match="found no picture under empty"):
         plan_jobs(["empty"], "out")
 
 
-def test_a_folder_is_painted_file_by_file_as_alone(folder: Path) -> None:
+def test_lsast_run_of_a_folder_paints_each_file_as_alone(folder: Path) -> None:
     result = _run("in", "out")
     assert result.exit_code == 0
     assert result.stdout.splitlines() == ["out/a.png", "out/b.jpg", "out/deep/a.png", "out/deep/scan.tif.png"]
@@ -139,7 +139,7 @@ def test_a_folder_is_painted_file_by_file_as_alone(folder: Path) -> None:
             np.testing.assert_array_equal(Image.open(folder / "out" / name), alone)
 
 
-def test_what_is_there_is_skipped_or_painted_over(folder: Path) -> None:
+def test_lsast_run_skips_existing_paintings_unless_told_to_overwrite(folder: Path) -> None:
     (folder / "out").mkdir()
     (folder / "out" / "a.png").write_bytes(b"an earlier painting")
     result = _run("in/*.*g", "out")
@@ -150,14 +150,14 @@ def test_what_is_there_is_skipped_or_painted_over(folder: Path) -> None:
     assert _format("out/a.png") == "PNG"
 
 
-def test_nothing_is_opened_where_nothing_is_to_be_painted(folder: Path) -> None:
+def test_lsast_run_with_nothing_to_paint_opens_no_bundle(folder: Path) -> None:
     _run("in", "out")
     result = _run("in", "out", "--bundle", "no/where")
     assert (result.exit_code, result.stdout) == (0, "")
     assert "skipped 4" in result.stderr
 
 
-def test_a_bad_file_is_one_line_and_the_rest_is_done(folder: Path) -> None:
+def test_lsast_run_with_a_bad_file_paints_the_others(folder: Path) -> None:
     (folder / "in" / "b.jpg").write_bytes((folder / "in" / "b.jpg").read_bytes()[:500])
     result = _run("in", "missing.png", "out")
     assert (result.exit_code, len(result.stdout.splitlines())) == (1, 3)
@@ -170,14 +170,14 @@ def test_a_bad_file_is_one_line_and_the_rest_is_done(folder: Path) -> None:
     assert _files(folder / "out") == ["in/a.png", "in/deep/a.png", "in/deep/scan.tif.png"]
 
 
-def test_options_that_no_file_could_pass_end_the_run(folder: Path) -> None:
+def test_lsast_run_with_options_invalid_for_all_files_ends(folder: Path) -> None:
     result = _run("in", "out", "--steps", "0")
     assert (result.exit_code, result.stdout) == (2, "")
     assert len(re.findall("steps: found 0", result.stderr)) == 1
     assert not (folder / "out").exists()
 
 
-def test_json_is_one_line_a_file(folder: Path) -> None:
+def test_lsast_run_of_several_with_json_prints_one_line_a_file(folder: Path) -> None:
     (folder / "out").mkdir()
     (folder / "out" / "a.png").write_bytes(b"there")
     (folder / "in" / "b.jpg").write_bytes(b"no picture")
@@ -193,7 +193,7 @@ def test_json_is_one_line_a_file(folder: Path) -> None:
     assert lines[2]["options"]["size"] == 64
 
 
-def test_streams_carry_the_picture_and_nothing_else(folder: Path) -> None:
+def test_lsast_run_with_stdio_writes_the_picture_alone(folder: Path) -> None:
     _run("in/a.png", "expected.png")
     expected = Image.open("expected.png")
     for source, given in (("-", Path("in/a.png").read_bytes()), ("in/a.png", b"")):
@@ -209,13 +209,11 @@ def test_streams_carry_the_picture_and_nothing_else(folder: Path) -> None:
 
 
 def _process(*arguments: str, **settings: Any) -> subprocess.Popen[bytes]:
-    rooms = [str(Path(module.__file__).parents[1]) for module in (lsast, sys.modules["lsast_engines"])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(rooms)}
-    return subprocess.Popen([sys.executable, "-m", "lsast", *arguments], env=environment, **settings)
+    return subprocess.Popen([sys.executable, "-m", "lsast", *arguments], **settings)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that cannot be caught")
-def test_a_killed_run_goes_on_where_it_was(folder: Path, photo: np.ndarray) -> None:
+def test_lsast_run_after_a_kill_continues(folder: Path, photo: np.ndarray) -> None:
     for index in range(8):
         Image.fromarray(np.roll(photo, index, axis=0)).save(folder / "in" / f"{index}.png")
     arguments = ("in", "out", "--steps", "300", "--strength", "1", "--size", "64", "--guidance", "1")
@@ -236,7 +234,7 @@ def test_a_killed_run_goes_on_where_it_was(folder: Path, photo: np.ndarray) -> N
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
-def test_a_terminal_sees_two_bars(folder: Path) -> None:
+def test_lsast_run_of_several_on_a_terminal_shows_two_bars(folder: Path) -> None:
     import fcntl
     import struct
     import termios

@@ -33,9 +33,7 @@ def _run(*arguments: str) -> Result:
 
 
 def _process(*arguments: str, **settings: Any) -> subprocess.Popen[bytes]:
-    rooms = [str(Path(module.__file__).parents[1]) for module in (lsast, sys.modules["lsast_engines"])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(rooms)}
-    return subprocess.Popen([sys.executable, "-m", "lsast", *arguments], env=environment, **settings)
+    return subprocess.Popen([sys.executable, "-m", "lsast", *arguments], **settings)
 
 
 def test_lsast_run_writes_what_the_library_paints_and_prints_the_path(folder: Path) -> None:

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import lsast
 from lsast.cli.inputs import Job
 from lsast.cli.watch import SETTLED, check_watch, watch
 from lsast_engines.errors import UsageError
@@ -73,7 +72,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_what_is_missing_or_older_is_named_then_what_arrives_or_changes(folder: Path) -> None:
+def test_watch_yields_missing_and_older_paintings_then_changes(folder: Path) -> None:
     watched = Watched(["in"], "out")
     try:
         assert watched.wait(2) == [("in/new.png", "out/new.png"), ("in/stale.png", "out/stale.png")]
@@ -87,7 +86,7 @@ def test_what_is_missing_or_older_is_named_then_what_arrives_or_changes(folder: 
         watched.close()
 
 
-def test_a_file_that_is_still_written_to_is_left_alone(folder: Path) -> None:
+def test_watch_waits_for_a_file_that_is_still_written(folder: Path) -> None:
     watched = Watched(["in"], "out")
     try:
         watched.wait(2)
@@ -102,7 +101,7 @@ def test_a_file_that_is_still_written_to_is_left_alone(folder: Path) -> None:
         watched.close()
 
 
-def test_overwriting_names_everything_once(folder: Path) -> None:
+def test_watch_with_overwrite_yields_everything_once(folder: Path) -> None:
     (folder / "more").mkdir()
     watched = Watched(["in", "more"], "out", overwrite=True)
     try:
@@ -111,18 +110,17 @@ def test_overwriting_names_everything_once(folder: Path) -> None:
         watched.close()
 
 
-def test_only_folders_can_be_watched(folder: Path) -> None:
+def test_check_watch_accepts_folders_only(folder: Path) -> None:
     for sources, out in ((["in/done.png"], "out"), (["-"], "out"), (["in", "x*"], "out"), (["in"], "in/done.png")):
         with pytest.raises(UsageError, match="expected"):
             check_watch(sources, out)
     check_watch(["in"], "new")
 
 
-def test_the_command_paints_until_it_is_interrupted(folder: Path, photo: np.ndarray, bundle_path: Path) -> None:
+def test_lsast_run_with_watch_paints_until_interrupted(folder: Path, photo: np.ndarray, bundle_path: Path) -> None:
     for path in (folder / "in").iterdir():
         path.unlink()
-    rooms = [str(Path(module.__file__).parents[1]) for module in (lsast, sys.modules["lsast_engines"])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(rooms), "LSAST_BUNDLE": str(bundle_path)}
+    environment = {**os.environ, "LSAST_BUNDLE": str(bundle_path)}
     command = [sys.executable, "-m", "lsast", "in", "fresh", "--watch", "--size", "64", "--guidance", "1"]
     process = subprocess.Popen(command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
@@ -133,8 +131,8 @@ def test_the_command_paints_until_it_is_interrupted(folder: Path, photo: np.ndar
         Image.fromarray(photo).save(folder / "in" / "good.png")
         assert process.stdout.readline() == b"fresh/good.png\n"
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 1  # bad.png
-    assert told.startswith(b"painted 1, failed 1\n  - in/bad.png is not a picture")
+    assert stderr.startswith(b"painted 1, failed 1\n  - in/bad.png is not a picture")

@@ -13,7 +13,7 @@ SIZES = [(512, 512), (1200, 800), (800, 1200), (50, 2000), (2000, 50), (1, 1), (
 
 @pytest.mark.parametrize("own", SIZES)
 @pytest.mark.parametrize(("size", "multiple"), [(512, 64), (256, 64), (200, 8)])
-def test_canvas_is_legal_and_near_the_wished_size(own: tuple[int, int], size: int, multiple: int) -> None:
+def test_canvas_fit_is_legal_and_near_the_size(own: tuple[int, int], size: int, multiple: int) -> None:
     canvas = Canvas.fit(own, size, multiple)
     for side in (0, 1):
         assert canvas.outer[side] % multiple == 0
@@ -27,7 +27,7 @@ def test_canvas_is_legal_and_near_the_wished_size(own: tuple[int, int], size: in
 
 
 @pytest.mark.parametrize("own", SIZES)
-def test_own_size_is_not_resampled(own: tuple[int, int]) -> None:
+def test_canvas_of_the_own_size_does_not_resample(own: tuple[int, int]) -> None:
     rgb = np.random.default_rng(0).integers(0, 256, (*own, 3), dtype=np.uint8)
     canvas = Canvas.fit(own, 0, 64)
     assert canvas.inner == own
@@ -35,7 +35,7 @@ def test_own_size_is_not_resampled(own: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("own", [(100, 60), (60, 100), (64, 64), (1, 1), (65, 129)])
-def test_what_is_painted_on_the_margin_never_shows(own: tuple[int, int]) -> None:
+def test_canvas_crop_shows_nothing_of_the_margin(own: tuple[int, int]) -> None:
     rgb = np.full((*own, 3), 90, np.uint8)
     canvas = Canvas.fit(own, 256, 64)
     marked = np.full((*canvas.outer, 3), 255, np.uint8)
@@ -45,7 +45,7 @@ def test_what_is_painted_on_the_margin_never_shows(own: tuple[int, int]) -> None
     np.testing.assert_array_equal(canvas.crop(marked), rgb)
 
 
-def test_the_margin_mirrors_the_picture() -> None:
+def test_canvas_pad_mirrors_the_picture() -> None:
     rgb = np.arange(6 * 10 * 3, dtype=np.uint8).reshape(6, 10, 3)
     placed = Canvas.fit((6, 10), 0, 8).pad(rgb)
     assert placed.shape == (8, 16, 3)
@@ -55,7 +55,7 @@ def test_the_margin_mirrors_the_picture() -> None:
     np.testing.assert_array_equal(placed[1:7, 13:16], rgb[:, :-4:-1])
 
 
-def test_scaling_is_lanczos_and_keeps_proportions() -> None:
+def test_canvas_pad_scales_by_lanczos() -> None:
     rgb = np.zeros((90, 180, 3), np.uint8)
     rgb[30:60, 60:120] = 255
     canvas = Canvas.fit((90, 180), 64, 8)
@@ -66,7 +66,7 @@ def test_scaling_is_lanczos_and_keeps_proportions() -> None:
     np.testing.assert_array_equal(placed[top : top + 45, left : left + 91], expected)
 
 
-def test_on_white_is_pillows_composite() -> None:
+def test_on_white_equals_pillows_composite() -> None:
     rng = np.random.default_rng(3)
     rgba = rng.integers(0, 256, (16, 16, 4), dtype=np.uint8)
     white = Image.new("RGBA", (16, 16), "white")
@@ -76,7 +76,7 @@ def test_on_white_is_pillows_composite() -> None:
 
 
 @pytest.mark.parametrize("own", [(90, 180), (180, 90), (40, 40), (128, 128), (1, 300)])
-def test_squashing_resamples_as_the_released_code(own: tuple[int, int]) -> None:
+def test_stretch_canvas_resamples_as_the_released_code(own: tuple[int, int]) -> None:
     # docs/method.md §4.1-2: Pillow's Lanczos for the encoder, OpenCV's bilinear on BGR for the edges.
     rgb = np.random.default_rng(4).integers(0, 256, (*own, 3), dtype=np.uint8)
     canvas = canvas_for(own, 128, 64, "stretch")
@@ -87,7 +87,7 @@ def test_squashing_resamples_as_the_released_code(own: tuple[int, int]) -> None:
     assert canvas.crop(content) is content
 
 
-def test_squashing_takes_legal_sides_only_and_squashes_opacity() -> None:
+def test_stretch_canvas_has_a_legal_side_and_stretches_opacity() -> None:
     assert [StretchCanvas.fit(size, 64).side for size in (64, 65, 500, 512)] == [64, 128, 512, 512]
     canvas = StretchCanvas.fit(64, 64)
     assert canvas.output_alpha(None) is None
@@ -96,7 +96,7 @@ def test_squashing_takes_legal_sides_only_and_squashes_opacity() -> None:
     np.testing.assert_array_equal(canvas.output_alpha(alpha), squashed)
 
 
-def test_keeping_the_aspect_looks_for_edges_in_what_is_encoded() -> None:
+def test_canvas_finds_edges_in_what_is_encoded() -> None:
     rgb = np.random.default_rng(4).integers(0, 256, (50, 80, 3), dtype=np.uint8)
     content, outlined = canvas_for((50, 80), 64, 64, "aspect").encoder_and_edge_inputs(rgb)
     np.testing.assert_array_equal(content, Canvas.fit((50, 80), 64, 64).pad(rgb))

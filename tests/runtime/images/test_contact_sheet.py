@@ -31,18 +31,18 @@ def stylizer(bundle_path: Path) -> Iterator[Stylizer]:
         yield opened
 
 
-def test_every_cell_is_the_painting_of_its_options(stylizer: Stylizer, photo: np.ndarray) -> None:
-    told: list[tuple[int, int]] = []
-    sheet = contact_sheet(stylizer, photo, AXES, on_cell=lambda *progress: told.append(progress), guidance=3.0)
+def test_contact_sheet_cell_is_the_painting_of_its_options(stylizer: Stylizer, photo: np.ndarray) -> None:
+    reported: list[tuple[int, int]] = []
+    sheet = contact_sheet(stylizer, photo, AXES, on_cell=lambda *progress: reported.append(progress), guidance=3.0)
     assert list(sheet.cells) == [(s, c, style) for style in AXES["style"] for c in (0.0, 2.0) for s in (0.3, 0.7, 1.0)]
     for (strength, control, style), box in sheet.cells.items():
         alone = stylizer.stylize(photo, style, strength=strength, control_scale=control, guidance=3.0).image
         difference = np.asarray(sheet.image.crop(box)).astype(int) - np.asarray(alone)
         assert np.abs(difference).max() <= 1
-    assert told == [(done, 12) for done in range(13)]
+    assert reported == [(done, 12) for done in range(13)]
 
 
-def test_cells_are_in_rows_and_columns_and_do_not_touch(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_contact_sheet_cells_lie_in_rows_and_columns(stylizer: Stylizer, photo: np.ndarray) -> None:
     cells = contact_sheet(stylizer, photo, AXES, steps=2).cells
     lefts = {strength: {box[0] for (s, *_), box in cells.items() if s == strength} for strength in AXES["strength"]}
     assert all(len(left) == 1 for left in lefts.values())
@@ -56,7 +56,7 @@ def test_cells_are_in_rows_and_columns_and_do_not_touch(stylizer: Stylizer, phot
         assert apart
 
 
-def test_labels_are_beside_what_they_name(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_contact_sheet_labels_lie_beside_their_cells(stylizer: Stylizer, photo: np.ndarray) -> None:
     def sheet(values: list[float]) -> tuple[np.ndarray, list[tuple[int, int, int, int]]]:
         made = contact_sheet(stylizer, photo, {"control_scale": [1.0], "guidance": values}, steps=1)
         return np.asarray(made.image), list(made.cells.values())
@@ -71,7 +71,7 @@ def test_labels_are_beside_what_they_name(stylizer: Stylizer, photo: np.ndarray)
     assert (second != other[boxes[1][1] : boxes[1][3], : boxes[1][0]]).any()
 
 
-def test_large_paintings_are_made_small_and_transparent_ones_lie_on_white(stylizer: Stylizer) -> None:
+def test_contact_sheet_scales_large_paintings_and_puts_transparent_ones_on_white(stylizer: Stylizer) -> None:
     rgba = np.zeros((500, 1000, 4), np.uint8)
     sheet = contact_sheet(stylizer, rgba, {"seed": [0]}, size=64)
     ((left, top, right, bottom),) = sheet.cells.values()
@@ -79,7 +79,7 @@ def test_large_paintings_are_made_small_and_transparent_ones_lie_on_white(styliz
     assert (np.asarray(sheet.image.crop((left, top, right, bottom))) == 255).all()
 
 
-def test_axes_are_read() -> None:
+def test_parse_axes_reads_names_and_values() -> None:
     found = parse_axes(["strength=0.4, 0.6", "steps=10", "style=vangogh:0.5+monet,monet", "keep-colour=true"])
     assert found == {
         "strength": [0.4, 0.6], "steps": [10], "style": ["vangogh:0.5+monet", "monet"], "keep_colour": ["true"],
@@ -98,12 +98,12 @@ def test_axes_are_read() -> None:
         (["seed=1", "seed=2"], "the axis seed, twice"),
     ],
 )
-def test_wrong_axes_are_refused(texts: list[str], words: str) -> None:
+def test_parse_axes_with_invalid_axes_raises(texts: list[str], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         parse_axes(texts)
 
 
-def test_the_command_line_writes_a_sheet(bundle_path: Path, photo: np.ndarray, tmp_path: Path) -> None:
+def test_lsast_run_with_grid_writes_a_sheet(bundle_path: Path, photo: np.ndarray, tmp_path: Path) -> None:
     Image.fromarray(photo).save(tmp_path / "in.png")
     arguments = [str(tmp_path / "in.png"), str(tmp_path / "sheet.png"), "--bundle", str(bundle_path), "--json"]
     result = CliRunner().invoke(main, [*arguments, "--grid", "strength=0.3,0.7", "--grid", "style=monet,vangogh"])

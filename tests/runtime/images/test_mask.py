@@ -38,7 +38,7 @@ def _mask(height: int = 64, width: int = 128) -> np.ndarray:
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp2m", "unipc", "ddim_lsast"])
-def test_inside_is_the_painting_and_outside_the_picture_to_the_bit(
+def test_stylize_with_a_mask_paints_inside_and_keeps_the_outside_exactly(
     stylizer: Stylizer, picture: np.ndarray, solver: str
 ) -> None:
     options: dict[str, Any] = {"size": 0, "solver": solver, "guidance": 3.0}
@@ -64,7 +64,7 @@ def test_stylize_with_a_mask_keeps_the_latent_outside(stylizer: Stylizer, pictur
     np.testing.assert_allclose(solver.weight, 1 - mask[::8, ::8] / 255, atol=1e-6)
 
 
-def test_a_feathered_edge_fades_inside_and_leaves_the_outside_alone(stylizer: Stylizer, picture: np.ndarray) -> None:
+def test_read_mask_with_feather_fades_inside_the_mask(stylizer: Stylizer, picture: np.ndarray) -> None:
     inside = _mask() == 255
     masked = _pixels(stylizer.stylize(picture, mask=_mask(), feather=10, size=0))
     np.testing.assert_array_equal(masked[~inside], picture[~inside])
@@ -76,7 +76,7 @@ def test_a_feathered_edge_fades_inside_and_leaves_the_outside_alone(stylizer: St
     assert share[32, 24:40].tolist() == expected
 
 
-def test_the_edge_of_the_picture_is_no_edge_of_the_mask() -> None:
+def test_read_mask_does_not_fade_at_the_edge_of_the_picture() -> None:
     whole = read_mask(np.full((32, 48), 255, np.uint8), (32, 48), 16)
     assert (whole == 255).all()
     half = np.zeros((32, 48), np.uint8)
@@ -84,7 +84,7 @@ def test_the_edge_of_the_picture_is_no_edge_of_the_mask() -> None:
     assert read_mask(half, (32, 48), 4)[:, 0].tolist() == [255] * 32
 
 
-def test_grey_is_painted_in_part(stylizer: Stylizer, picture: np.ndarray) -> None:
+def test_stylize_with_a_grey_mask_paints_in_part(stylizer: Stylizer, picture: np.ndarray) -> None:
     half = np.full((64, 128), 128, np.uint8)
     whole = _pixels(stylizer.stylize(picture, mask=half, feather=0, size=0, strength=0.05)).astype(float)
     assert np.abs(whole - picture).max() > 0
@@ -96,7 +96,7 @@ def test_grey_is_painted_in_part(stylizer: Stylizer, picture: np.ndarray) -> Non
     )
 
 
-def test_a_mask_may_be_any_kind_of_picture(tmp_path: Path) -> None:
+def test_read_mask_takes_any_kind_of_picture(tmp_path: Path) -> None:
     grey = np.tile(np.arange(0, 240, 10, dtype=np.uint8), (8, 1))
     Image.fromarray(grey).save(tmp_path / "m.png")
     clear = Image.merge("LA", [Image.new("L", (24, 8), 255), Image.fromarray(grey)])
@@ -107,12 +107,12 @@ def test_a_mask_may_be_any_kind_of_picture(tmp_path: Path) -> None:
     assert np.abs(read_mask(coloured, (8, 24), 0) - luma).max() <= 1
 
 
-def test_a_mask_of_another_size_says_which_is_wanted(stylizer: Stylizer, picture: np.ndarray) -> None:
+def test_read_mask_of_another_size_names_the_expected_one(stylizer: Stylizer, picture: np.ndarray) -> None:
     with pytest.raises(PictureError, match=r"mask of 64 x 128 pixels; expected 128 x 64"):
         stylizer.stylize(picture, mask=_mask().T)
 
 
-def test_a_squashed_picture_has_its_mask_squashed_along(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_stylize_with_fit_stretch_stretches_the_mask(stylizer: Stylizer, photo: np.ndarray) -> None:
     mask = np.zeros(photo.shape[:2], np.uint8)
     mask[:48] = 255
     result = _pixels(stylizer.stylize(photo, mask=mask, feather=0, fit="stretch", size=128))
@@ -121,20 +121,20 @@ def test_a_squashed_picture_has_its_mask_squashed_along(stylizer: Stylizer, phot
     assert (result[:58] != squashed[:58]).mean() > 0.9
 
 
-def test_transparency_is_kept_under_a_mask(stylizer: Stylizer, picture: np.ndarray) -> None:
+def test_stylize_with_a_mask_keeps_transparency(stylizer: Stylizer, picture: np.ndarray) -> None:
     alpha = np.tile(np.arange(128, dtype=np.uint8) * 2, (64, 1))
     result = _pixels(stylizer.stylize(np.dstack([picture, alpha]), mask=_mask(), feather=0))
     np.testing.assert_array_equal(result[..., 3], alpha)
     np.testing.assert_array_equal(result[48:, :, :3], picture[48:])
 
 
-def test_cells_are_means() -> None:
+def test_to_latent_mask_gives_means_of_cells() -> None:
     mask = np.random.default_rng(0).integers(0, 256, (16, 24), dtype=np.uint8)
     expected = [[mask[8 * i : 8 * i + 8, 8 * j : 8 * j + 8].mean() / 255 for j in range(3)] for i in range(2)]
     np.testing.assert_allclose(to_latent_mask(mask, 8), expected, rtol=1e-6)
 
 
-def test_kept_colours_are_the_pictures_chroma_and_the_paintings_luma() -> None:
+def test_keep_colour_joins_the_pictures_chroma_and_the_paintings_luma() -> None:
     rng = np.random.default_rng(0)
     picture, painted = (rng.integers(90, 166, (40, 40, 3), dtype=np.uint8) for _ in range(2))
     kept = keep_colour(painted, picture)
@@ -143,7 +143,7 @@ def test_kept_colours_are_the_pictures_chroma_and_the_paintings_luma() -> None:
     assert np.abs(bands[0][..., 1:] - bands[2][..., 1:]).max() <= 1
 
 
-def test_keep_colour_is_done_to_the_finished_painting(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_stylize_with_keep_colour_changes_the_finished_painting_alone(stylizer: Stylizer, photo: np.ndarray) -> None:
     plain, kept = (_pixels(stylizer.stylize(photo, keep_colour=keep)) for keep in (False, True))
     np.testing.assert_array_equal(kept, keep_colour(plain, photo))
     assert (plain != kept).any()

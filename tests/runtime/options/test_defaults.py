@@ -134,8 +134,8 @@ def test_style_file_with_invalid_distilled_guidance_is_damaged(baked: Path, tmp_
 
 
 def test_list_styles_reports_distilled_guidance(baked: Path) -> None:
-    told = json.loads(CliRunner().invoke(main, ["--bundle", str(baked), "--list-styles", "--json"]).stdout)
-    assert told["guidance_baked"] == {"vangogh": 7.0, "monet": 7.0, "five": 5.0}
+    facts = json.loads(CliRunner().invoke(main, ["--bundle", str(baked), "--list-styles", "--json"]).stdout)
+    assert facts["guidance_baked"] == {"vangogh": 7.0, "monet": 7.0, "five": 5.0}
 
 
 def test_resolve_prefers_the_call_to_the_preset_and_the_preset_to_the_style(own: Stylizer) -> None:

@@ -53,11 +53,11 @@ def _by_hand(stylizer: Stylizer, weights: Any, run: Any, options: dict[str, Any]
     z = schedule.add_noise(run.networks.latent_scale * (mean + std * draws[0]), draws[1], schedule.start_t)
     edges = np.einsum("ce,ehw->chw", weights.edges, run.networks.controlnet_cond(run.batch.edges)[0].astype(float))
     abars = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
-    # What ran: t, and both halves' features or the ControlNet's residual.
+    # The full steps: t, and both halves' features, or the ControlNet's residual.
     known: list[tuple[int, list[np.ndarray]]] = []
-    told: list[tuple[int, list[np.ndarray]]] = []
+    residuals: list[tuple[int, list[np.ndarray]]] = []
 
-    def forecast(runs: list[tuple[int, list[np.ndarray]]], t: int) -> list[np.ndarray]:
+    def extrapolate(runs: list[tuple[int, list[np.ndarray]]], t: int) -> list[np.ndarray]:
         t_last, last = runs[-1]
         if len(runs) == 1:
             return last
@@ -65,19 +65,19 @@ def _by_hand(stylizer: Stylizer, weights: Any, run: Any, options: dict[str, Any]
         return [new + (now - then) / (then - earlier) * (new - old) for new, old in zip(last, runs[-2][1], strict=True)]
 
     for index, step in enumerate(schedule.steps):
-        deep = index % options["cache_interval"] == 0
-        if deep:
+        full = index % options["cache_interval"] == 0
+        if full:
             gate = style.kv_control[step.stage].astype(float).mean(axis=0) @ weights.control
-            told.append((step.t, [options["control_scale"] * edges * gate[:, None, None]]))
-        (held,) = forecast(told, step.t)
-        if deep:
+            residuals.append((step.t, [options["control_scale"] * edges * gate[:, None, None]]))
+        (held,) = extrapolate(residuals, step.t)
+        if full:
             time = step.t / 1000 * weights.time[0][:, None, None]
             computed = [
                 (kv.astype(float).mean(axis=0) @ weights.unet)[:, None, None] + time + _coarse(held)
                 for kv in (style.kv_unet[step.stage], null.kv_unet[0])
             ]
             known.append((step.t, computed))
-        features = forecast(known, step.t)
+        features = extrapolate(known, step.t)
         conditional, unconditional = (z / 2 + held - _coarse(held) + feature for feature in features)
         eps = unconditional + options["guidance"] * (conditional - unconditional)
         z = solver.step(eps, index, z)

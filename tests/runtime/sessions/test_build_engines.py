@@ -4,7 +4,6 @@ one."""
 from __future__ import annotations
 
 import importlib.util
-import os
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,7 +58,7 @@ class Runner:
         return self.status
 
 
-def test_the_command_names_what_is_missing_and_the_gpu(bundle: Bundle, library: None) -> None:
+def test_build_engines_runs_the_command_for_missing_engines_and_the_gpu(bundle: Bundle, library: None) -> None:
     run = Runner()
     assert build_engines(bundle, "tensorrt-rtx", "fp16", run, CUDA) == graphs(bundle)
     (command,) = run.commands
@@ -68,7 +67,7 @@ def test_the_command_names_what_is_missing_and_the_gpu(bundle: Bundle, library: 
     assert command[11:] == [part for name in graphs(bundle) for part in ("--graph", name)]
 
 
-def test_what_is_there_is_not_compiled(bundle: Bundle, library: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_engines_skips_engines_that_exist(bundle: Bundle, library: None, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Runner()
     there = set(graphs(bundle))
 
@@ -86,13 +85,13 @@ def test_what_is_there_is_not_compiled(bundle: Bundle, library: None, monkeypatc
     assert "--sm" not in run.commands[0]
 
 
-def test_a_compiler_that_fails_names_the_command(bundle: Bundle, library: None) -> None:
+def test_build_engines_with_a_failing_compiler_names_the_command(bundle: Bundle, library: None) -> None:
     with pytest.raises(BackendError, match=r"failed with exit status 3; run it by itself: lsast-export compile"):
         build_engines(bundle, "tensorrt-rtx", "fp16", Runner(3), CUDA)
 
 
 @pytest.mark.parametrize("absent", ["lsast_export", "onnx_ir"])
-def test_without_the_exporter_it_is_one_line(
+def test_build_engines_without_the_exporter_names_the_extra(
     bundle: Bundle, library: None, monkeypatch: pytest.MonkeyPatch, absent: str
 ) -> None:
     find = importlib.util.find_spec
@@ -101,7 +100,7 @@ def test_without_the_exporter_it_is_one_line(
         build_engines(bundle, "tensorrt-rtx", "fp16", Runner(), CUDA)
 
 
-def test_without_a_gpu_nothing_is_compiled(bundle: Bundle, library: None) -> None:
+def test_build_engines_without_a_gpu_compiles_nothing(bundle: Bundle, library: None) -> None:
     nothing = SimpleNamespace(cudaError_t=CUDA.cudaError_t, cudaGetDeviceCount=lambda: (35, None))
     run = Runner()
     with pytest.raises(BackendError, match="found no NVIDIA GPU to build engines for"):
@@ -110,7 +109,7 @@ def test_without_a_gpu_nothing_is_compiled(bundle: Bundle, library: None) -> Non
 
 
 @pytest.mark.parametrize("backend", ["auto", "onnxruntime"])
-def test_a_backend_that_compiles_nothing_is_refused(tmp_path: Path, bundle_path: Path, backend: str) -> None:
+def test_build_engines_for_a_backend_without_engines_raises(tmp_path: Path, bundle_path: Path, backend: str) -> None:
     with pytest.raises(UsageError, match=f"found a backend '{backend}' .*; expected tensorrt or tensorrt-rtx"):
         lsast.load(bundle_path, backend, build=True)
     Image.new("RGB", (64, 64)).save(tmp_path / "in.png")
@@ -120,7 +119,7 @@ def test_a_backend_that_compiles_nothing_is_refused(tmp_path: Path, bundle_path:
     assert "expected tensorrt or tensorrt-rtx" in result.stderr
 
 
-def test_only_build_builds(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_builds_engines_only_when_asked(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """A missing engine without it is an error that names the command, and no process is started."""
     started: list[Any] = []
     monkeypatch.setattr(subprocess, "run", lambda *command, **_: started.append(command))
@@ -131,18 +130,12 @@ def test_only_build_builds(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.needs("tensorrt_rtx", "onnx_ir")
-def test_the_compiler_leaves_engines_that_fit(
+def test_compile_leaves_engines_that_fit(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """With TensorRT-RTX itself, which compiles without a GPU."""
     import tensorrt_rtx as rtx
 
-    rooms = [
-        str(Path(str(importlib.util.find_spec(name).origin)).parents[1]) for name in ("lsast_export", "lsast_train")
-    ]  # type: ignore[union-attr]
-    rooms += [str(Path(str(importlib.util.find_spec(name).origin)).parents[1]) for name in ("lsast", "lsast_engines")]  # type: ignore[union-attr]
-    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*rooms, *known]))
     monkeypatch.setenv("LSAST_HOME", str(tmp_path / "home"))
     assert build_engines(bundle, "tensorrt-rtx", "fp32", runtime=CUDA) == graphs(bundle)
     for name, spec in bundle.manifest.graphs.items():

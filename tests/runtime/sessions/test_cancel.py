@@ -26,30 +26,30 @@ def stylizer(bundle_path: Path) -> Iterator[Stylizer]:
         yield opened
 
 
-def test_a_token_stops_before_the_next_step(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_cancel_token_stops_before_the_next_step(stylizer: Stylizer, photo: np.ndarray) -> None:
     token = CancelToken()
-    told: list[int] = []
+    reported: list[int] = []
 
     def on_step(step: int, total: int, preview: object) -> None:
-        told.append(step)
+        reported.append(step)
         if step == 2:
             token.cancel()
 
     with pytest.raises(CancelledError, match="cancelled"):
         stylizer.stylize(photo, on_step=on_step, cancel=token)
-    assert told == [0, 1, 2]
+    assert reported == [0, 1, 2]
     assert token.cancelled
     stylizer.stylize(photo, cancel=CancelToken())
 
 
-def test_a_token_that_is_turned_already_starts_nothing(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_cancel_token_cancelled_before_starts_nothing(stylizer: Stylizer, photo: np.ndarray) -> None:
     token = CancelToken()
     token.cancel()
     with pytest.raises(CancelledError):
         stylizer.stylize(photo, cancel=token, on_step=lambda *_: pytest.fail("it was begun"))
 
 
-def test_one_that_waits_for_its_turn_stops_while_the_other_paints_on(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_cancel_token_stops_a_waiting_painting_while_another_goes_on(stylizer: Stylizer, photo: np.ndarray) -> None:
     begun, go_on, token = threading.Event(), threading.Event(), CancelToken()
 
     def hold(*_: object) -> None:
@@ -68,7 +68,7 @@ def test_one_that_waits_for_its_turn_stops_while_the_other_paints_on(stylizer: S
         first.result(timeout=30)
 
 
-def test_a_stream_is_stopped_too(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_cancel_token_stops_a_stream(stylizer: Stylizer, photo: np.ndarray) -> None:
     token = CancelToken()
     stream = stylizer.stylize_many([photo] * 6, batch=2, cancel=token)
     next(stream)
@@ -78,7 +78,7 @@ def test_a_stream_is_stopped_too(stylizer: Stylizer, photo: np.ndarray) -> None:
         next(stream)
 
 
-def test_asyncio_paints_the_same_and_the_loop_goes_on(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_stylize_async_gives_the_same_without_blocking_the_loop(stylizer: Stylizer, photo: np.ndarray) -> None:
     ticks = 0
 
     async def tick() -> None:
@@ -103,7 +103,9 @@ def test_asyncio_paints_the_same_and_the_loop_goes_on(stylizer: Stylizer, photo:
 STYLES = ["vangogh", "monet", "vangogh+monet"]
 
 
-def test_a_cancelled_task_stops_its_painting_and_drops_what_waits(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_stylize_async_cancelled_stops_its_painting_and_drops_queued_ones(
+    stylizer: Stylizer, photo: np.ndarray
+) -> None:
     steps: list[tuple[str, int]] = []
 
     async def scene() -> None:
@@ -135,12 +137,12 @@ def test_a_cancelled_task_stops_its_painting_and_drops_what_waits(stylizer: Styl
     stylizer.stylize(photo)
 
 
-def test_errors_come_out_of_the_await(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_stylize_async_raises_errors(stylizer: Stylizer, photo: np.ndarray) -> None:
     with pytest.raises(UsageError, match="picasso"):
         asyncio.run(stylizer.stylize_async(photo, "picasso"))
 
 
-def test_closed_is_closed_for_asyncio(bundle_path: Path, photo: np.ndarray) -> None:
+def test_stylize_async_of_a_closed_stylizer_raises(bundle_path: Path, photo: np.ndarray) -> None:
     with lsast.load(bundle_path) as opened:
         asyncio.run(opened.stylize_async(photo))
     with pytest.raises(UsageError, match="closed"):
@@ -156,7 +158,7 @@ def test_closed_is_closed_for_asyncio(bundle_path: Path, photo: np.ndarray) -> N
         ((96, 160), 128, "stretch", (16, 16)),
     ],
 )
-def test_a_preview_shows_the_picture_without_the_margin(
+def test_preview_shows_the_picture_without_the_margin(
     stylizer: Stylizer, own: tuple[int, int], size: int, fit: Any, cells: tuple[int, int]
 ) -> None:
     rgb = np.random.default_rng(1).integers(0, 256, (*own, 3), dtype=np.uint8)
@@ -166,14 +168,14 @@ def test_a_preview_shows_the_picture_without_the_margin(
     assert shown[0].mode == "RGB"
 
 
-def test_nothing_is_computed_for_a_preview_that_nobody_wants(
+def test_preview_that_is_not_called_computes_nothing(
     stylizer: Stylizer, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("numpy.linalg.lstsq", lambda *_, **__: pytest.fail("it was"))
     stylizer.stylize(photo, on_step=lambda step, total, preview: None)
 
 
-def test_the_last_preview_is_the_painting_made_small() -> None:
+def test_preview_after_the_last_step_is_the_painting_scaled_down() -> None:
     """On the embedded base, whose decoder undoes its encoder: the yardstick is the decoded painting itself."""
     photo = Path(__file__).parents[3] / "docs" / "images" / "lighthouse.jpg"
     with Image.open(photo) as image:

@@ -112,7 +112,7 @@ def test_stylize_with_compiled_engines_takes_masks_and_tiles(
     alike(on_gpu.stylize(large, **LARGE, **change), on_cpu.stylize(large, **LARGE, **change))
 
 
-def test_a_batch_of_unlike_rows_runs_the_denoiser_once_a_step(
+def test_stylize_many_with_compiled_engines_runs_the_denoiser_once_a_step(
     on_gpu: Stylizer, on_cpu: Stylizer, cuda: FakeCuda, picture: np.ndarray
 ) -> None:
     rows = [
@@ -129,7 +129,7 @@ def test_a_batch_of_unlike_rows_runs_the_denoiser_once_a_step(
         alike(found, on_cpu.stylize(picture, **row, **LARGE))
 
 
-def test_values_that_are_not_finite_are_an_error(
+def test_stylize_with_compiled_engines_that_overflow_raises(
     trt: FakeTrt, bundle_path: Path, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernel = trt.graphs["denoiser"]
@@ -147,13 +147,13 @@ def test_values_that_are_not_finite_are_an_error(
         stylizer.stylize(picture, **LARGE)
 
 
-def test_load_without_an_engine_says_the_command(trt: FakeTrt, bundle_path: Path) -> None:
+def test_load_without_a_compiled_engine_names_the_command(trt: FakeTrt, bundle_path: Path) -> None:
     (engine_folder(bundle_path, "tensorrt", "fp32") / "controlnet_cond.engine").unlink()
     with pytest.raises(BackendError, match=r"(?s)found no engine .*controlnet_cond.*lsast-export compile .*--build"):
         lsast.load(bundle_path, "tensorrt")
 
 
 @pytest.mark.parametrize("compute_dtype", ["int8", "fp8"])
-def test_load_in_eight_bits_is_refused(trt: FakeTrt, bundle_path: Path, compute_dtype: Any) -> None:
+def test_load_in_eight_bits_raises(trt: FakeTrt, bundle_path: Path, compute_dtype: Any) -> None:
     with pytest.raises(UsageError, match=f"--compute-dtype {compute_dtype} was removed: .*use fp16"):
         lsast.load(bundle_path, "tensorrt-rtx", compute_dtype=compute_dtype)

@@ -39,7 +39,7 @@ def _moved(large: np.ndarray, frame: int) -> np.ndarray:
     return np.ascontiguousarray(large[y : y + 128, x : x + 160])
 
 
-def test_motion_is_that_of_a_moved_window() -> None:
+def test_motion_between_finds_the_shift_of_a_window() -> None:
     large = _texture(200, 240)
     motion = Motion.between(_moved(large, 0), _moved(large, 1))
     inner = motion.backward_flow[16:-16, 16:-16]
@@ -50,7 +50,7 @@ def test_motion_is_that_of_a_moved_window() -> None:
     assert (motion.valid[:2] == 0).all(), "was outside"
 
 
-def test_what_was_hidden_is_not_seen() -> None:
+def test_motion_between_marks_uncovered_pixels_invalid() -> None:
     large = _texture(200, 240)
     before, now = _moved(large, 0), _moved(large, 0)
     patch = _texture(260, 200)[200:240, 100:140]
@@ -62,7 +62,7 @@ def test_what_was_hidden_is_not_seen() -> None:
     assert motion.valid[100:].mean() > 0.95
 
 
-def test_a_shrunk_motion_counts_in_cells() -> None:
+def test_motion_downsampled_is_in_cells() -> None:
     backward_flow = np.tile(np.array([4.0, -8.0], np.float32), (64, 96, 1))
     valid = np.zeros((64, 96), np.float32)
     valid[:, :44] = 1
@@ -71,14 +71,14 @@ def test_a_shrunk_motion_counts_in_cells() -> None:
     np.testing.assert_allclose(cells.valid[0], [1, 1, 1, 1, 1, 0.5, 0, 0, 0, 0, 0, 0])
 
 
-def test_warping_fetches_from_where_it_was() -> None:
+def test_warped_fetches_from_the_flows_target() -> None:
     values = np.random.default_rng(0).standard_normal((20, 30, 4)).astype(np.float32)
     backward_flow = np.tile(np.array([3, 2], np.float32), (20, 30, 1))
     np.testing.assert_allclose(warped(values, backward_flow)[4:-6, 4:-8], values[6:-4, 7:-5], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpmpp2m", "unipc"])
-def test_a_solver_held_wholly_ends_at_the_latent_it_is_held_to_whatever_the_noise(name: str) -> None:
+def test_x0_blend_of_weight_1_ends_at_its_target_whatever_the_noise(name: str) -> None:
     noise = NoiseSchedule()
     schedule = TimestepSchedule.build(noise, 10, 1.0, 10, name)
     rng = np.random.default_rng(1)
@@ -97,7 +97,7 @@ def test_a_solver_held_wholly_ends_at_the_latent_it_is_held_to_whatever_the_nois
     np.testing.assert_allclose(x[..., 2:], latent[..., 2:], atol=5 * (1 - abar) ** 0.5 + 1e-3)
 
 
-def test_frames_follow_the_painting_before(stylizer: Stylizer) -> None:
+def test_stylize_frames_follows_the_painting_before(stylizer: Stylizer) -> None:
     """The difference of two paintings along a motion that is known is below half of that of frames painted alone."""
     large = _texture(200, 240)
     frames = [_moved(large, k) for k in range(4)]
@@ -121,7 +121,7 @@ def test_frames_follow_the_painting_before(stylizer: Stylizer) -> None:
     assert error(followed) < 0.5 * error(alone)
 
 
-def test_without_share_every_frame_is_alone_and_state_goes_on(stylizer: Stylizer) -> None:
+def test_temporal_state_with_weight_0_changes_nothing_and_restores(stylizer: Stylizer) -> None:
     large = _texture(200, 240)
     frames = [_moved(large, k) for k in range(4)]
     options = {"size": 64, "guidance": 1.0, "style": "monet"}
@@ -139,7 +139,7 @@ def test_without_share_every_frame_is_alone_and_state_goes_on(stylizer: Stylizer
     np.testing.assert_array_equal(np.stack(parts + paint(frames[2:], second)), np.stack(whole))
 
 
-def test_a_frame_of_another_size_starts_anew(stylizer: Stylizer) -> None:
+def test_stylize_frames_with_another_size_starts_anew(stylizer: Stylizer) -> None:
     large = _texture(200, 240)
     frames = [_moved(large, 0), large[:128, :128]]
     painted = list(stylizer.stylize_frames(frames, size=0, guidance=1.0))

@@ -78,7 +78,9 @@ def read(path: Path) -> tuple[list[np.ndarray], list[Fraction], list[bytes]]:
     return frames, times, sound
 
 
-def test_pictures_are_painted_times_and_sound_are_kept(stylizer: Stylizer, photo: np.ndarray, tmp_path: Path) -> None:
+def test_paint_video_paints_pictures_and_keeps_times_and_sound(
+    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path
+) -> None:
     source, out = tmp_path / "clip.mp4", tmp_path / "out.mp4"
     times = write_clip(source, photo, SEGMENT + 5)
     facts = paint_video(source, out, stylizer, QUICK)
@@ -94,7 +96,9 @@ def test_pictures_are_painted_times_and_sound_are_kept(stylizer: Stylizer, photo
 
 
 @pytest.mark.parametrize("name", ["out.mkv", "out.mov", "out.m4v"])
-def test_every_format_holds_the_same(stylizer: Stylizer, photo: np.ndarray, tmp_path: Path, name: str) -> None:
+def test_paint_video_gives_the_same_in_every_format(
+    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path, name: str
+) -> None:
     source = tmp_path / "clip.mp4"
     write_clip(source, photo, 3)
     paint_video(source, tmp_path / name, stylizer, QUICK)
@@ -105,7 +109,7 @@ def test_every_format_holds_the_same(stylizer: Stylizer, photo: np.ndarray, tmp_
     assert sound == read(source)[2]
 
 
-def test_silent_and_turned_clips(stylizer: Stylizer, photo: np.ndarray, tmp_path: Path) -> None:
+def test_paint_video_of_silent_and_rotated_clips(stylizer: Stylizer, photo: np.ndarray, tmp_path: Path) -> None:
     upright, turned = tmp_path / "upright.mp4", tmp_path / "turned.mov"
     write_clip(upright, photo, 2, sound=False)
     write_clip(turned, photo, 2, sound=False, turn=90)
@@ -125,7 +129,7 @@ def test_silent_and_turned_clips(stylizer: Stylizer, photo: np.ndarray, tmp_path
         assert np.abs(frames[0].astype(int) - painting).mean() < 4
 
 
-def test_a_stopped_video_goes_on_and_becomes_what_it_would_have_been(
+def test_paint_video_after_a_stop_continues_to_the_same_video(
     stylizer: Stylizer, photo: np.ndarray, tmp_path: Path
 ) -> None:
     source, out, whole = tmp_path / "clip.mp4", tmp_path / "out.mp4", tmp_path / "whole.mp4"
@@ -148,7 +152,9 @@ def test_a_stopped_video_goes_on_and_becomes_what_it_would_have_been(
     assert out.read_bytes() == whole.read_bytes()
 
 
-def test_memory_does_not_grow_with_the_length(stylizer: Stylizer, photo: np.ndarray, tmp_path: Path) -> None:
+def test_paint_video_memory_does_not_grow_with_the_length(
+    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path
+) -> None:
     def collect(done: int, total: int | None) -> None:
         gc.collect()
 
@@ -166,7 +172,7 @@ def test_memory_does_not_grow_with_the_length(stylizer: Stylizer, photo: np.ndar
     assert peaks[2] - peaks[1] < pixels / 10
 
 
-def test_what_cannot_be_done_is_said_before_anything_is_painted(photo: np.ndarray, tmp_path: Path) -> None:
+def test_check_video_with_invalid_arguments_raises_before_painting(photo: np.ndarray, tmp_path: Path) -> None:
     source = tmp_path / "clip.mkv"
     with av.open(str(source), "w") as container:
         tone = container.add_stream("pcm_u8", rate=8000)
@@ -189,7 +195,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_painted(photo: np.ndarra
     assert {path.name for path in tmp_path.iterdir()} == {"clip.mkv", "broken.mp4", "clip.mp4"}
 
 
-def test_sound_that_the_format_cannot_hold_is_refused_before_anything_is_painted(
+def test_check_video_with_sound_that_the_format_cannot_hold_raises(
     stylizer: Stylizer, photo: np.ndarray, tmp_path: Path
 ) -> None:
     source = tmp_path / "clip.mkv"
@@ -216,7 +222,7 @@ def _run(*arguments: str) -> Result:
     return CliRunner().invoke(main, [*arguments, *options])
 
 
-def test_the_command_line_paints_clips_beside_pictures(
+def test_lsast_run_paints_videos_beside_pictures(
     photo: np.ndarray, bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LSAST_BUNDLE", str(bundle_path))
@@ -235,11 +241,10 @@ def test_the_command_line_paints_clips_beside_pictures(
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that cannot be caught")
-def test_a_killed_command_goes_on(photo: np.ndarray, bundle_path: Path, tmp_path: Path) -> None:
+def test_lsast_run_of_a_video_after_a_kill_continues(photo: np.ndarray, bundle_path: Path, tmp_path: Path) -> None:
     segment = 24  # as shipped
     write_clip(tmp_path / "clip.mp4", photo, 2 * segment)
-    rooms = [str(Path(module.__file__).parents[1]) for module in (lsast, sys.modules["lsast_engines"])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(rooms), "LSAST_BUNDLE": str(bundle_path)}
+    environment = {**os.environ, "LSAST_BUNDLE": str(bundle_path)}
     command = [sys.executable, "-m", "lsast", "clip.mp4", "out.mp4", "--size", "64", "--steps", "20", "--json"]
     process = subprocess.Popen(command, env=environment, cwd=tmp_path)
     state = tmp_path / ".out.mp4.parts" / "state.npz"
