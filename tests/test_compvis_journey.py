@@ -63,7 +63,7 @@ def test_from_a_published_file_to_a_painted_picture(
     begin = prompts.prompts[:, :, 0]
     torch.testing.assert_close(begin, imported.null_context[0].expand_as(begin))
 
-    arguments = ["bundle", "--style", file, *base, "--out", "bundle", "--mixed-precision", "no", "--json"]
+    arguments = ["bundle", "--style", file, *base, "--out", "bundle", "--storage-dtype", "fp32", "--json"]
     refused = CliRunner().invoke(lsast_export, [str(part) for part in (*arguments, "--unet-weights", "non-ema")])
     assert refused.exit_code == 1
     assert f"was learned on base {prompts.base[:12]}" in refused.stderr

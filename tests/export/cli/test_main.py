@@ -193,7 +193,7 @@ def test_bundle_command_exports_a_trained_base(
     save_prompts(rewritten, learned)
     again = lsast_export("--style", "hand", "--base", out, "--out", out)
     assert again.exit_code == 0, again.stderr
-    assert again.stdout == f"{out}\n"
+    assert Path(again.stdout.strip()) == out.resolve()
     renewed = Bundle.open(out).manifest
     assert renewed.fingerprint == manifest.fingerprint
     assert renewed.defaults == {**manifest.defaults, "style": "hand"}

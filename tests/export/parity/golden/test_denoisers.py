@@ -45,8 +45,15 @@ def exported_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Non
     return export_graphs
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+# A second backend computes the same graphs: two of the runs are enough for it.
+@pytest.mark.parametrize(
+    ("run", "backend"),
+    [
+        pytest.param(run, backend, id=f"{name}-{backend}")
+        for name, run in RUNS.items()
+        for backend in (BACKENDS if name in ("not square", "a batch") else BACKENDS[:1])
+    ],
+)
 def test_check_golden_on_a_backend_repeats_the_recording(
     record: Any, run: dict[str, Any], backend: str, exported_once: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,9 +70,8 @@ def test_check_golden_on_a_backend_repeats_the_recording(
     assert [report.errors[name] for name in residuals] != [in_torch.errors[name] for name in residuals]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_check_golden_on_a_backend_names_what_differs(
-    record: Any, backend: str, exported_once: Any, monkeypatch: pytest.MonkeyPatch
+    record: Any, exported_once: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(golden, "export_graphs", exported_once)
 
@@ -73,7 +79,7 @@ def test_check_golden_on_a_backend_names_what_differs(
         tensors["contexts"][1] *= 1.5  # at the last steps, stage 0, that of the middle
         tensors["control_residual_01"][0, 3, 1, 1] += 0.01
 
-    errors = golden.check_golden(read_golden(record(**SHALLOW, change=change)), backend).errors
+    errors = golden.check_golden(read_golden(record(**SHALLOW, change=change)), BACKENDS[0]).errors
     past = {name for name, error in errors.items() if error > 1e-4}
     assert past >= {"control_residual_01", "eps_cond", "eps_uncond", "final_latent"}
     assert not past & {"timesteps", "start_latent", "control_residual_00"}
