@@ -1,1 +1,1 @@
-"""From a trained base and prompts to a bundle and styles: what needs torch once, so that painting never does."""
+"""Exports a trained base and prompts to a bundle and styles, the only steps that need torch."""
