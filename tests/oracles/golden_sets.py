@@ -1,4 +1,4 @@
-"""Golden sets: recordings of the released algorithm, in the layout of `lsast_export.parity.golden.reader`.
+"""Golden sets: recordings of the released algorithm, in the layout of `lsast_export.parity.golden.golden_set`.
 
 `OWN` lies in tests/data; `tests/data/record.py` wrote it with `released_lsast`. `RELEASED` was computed by the released
 code itself; it is not part of the repository, and tests on it are skipped without it. `write_set` records sets of any

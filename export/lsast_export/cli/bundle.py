@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
@@ -15,9 +15,8 @@ from lsast_engines.environment import require_extra
 from lsast_engines.errors import UsageError, fault_list
 from lsast_engines.removed import RENAMED_OPTIONS, RENAMED_VALUES
 
+from .options import Function, import_options
 from .phase_timer import PhaseTimer
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 _DEFAULT_TYPES: dict[str, Callable[[str], Any]] = {"style": str, **STYLE_DEFAULTS, "size": int}
 """Reads the value of each of the manifest's defaults."""
@@ -75,19 +74,7 @@ def bundle_options(hidden: bool = False) -> Callable[[Function], Function]:
                 hidden=hidden,
                 help="Write the denoiser's parts too, see lsast-export parts; a bundle that has them keeps them.",
             ),
-            click.option("--revision", metavar="REV", hidden=hidden, help="Commit hash or tag of a base from the hub."),
-            click.option(
-                "--unet-weights",
-                type=click.Choice(["auto", "ema", "non-ema"]),
-                hidden=hidden,
-                help="Weights of a base that holds two sets. [default: auto, the averaged ones (EMA) if there]",
-            ),
-            click.option(
-                "--controlnet",
-                metavar="PATH",
-                hidden=hidden,
-                help="ControlNet of a base to import: a folder, a file, or OWNER/NAME.",
-            ),
+            import_options(hidden),
             click.option(
                 "--out",
                 metavar="DIR",

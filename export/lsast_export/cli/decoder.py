@@ -10,6 +10,7 @@ from lsast_engines.bundle.graph_spec import VAE_DECODER_TINY
 from lsast_engines.cli import Command, debug_option, json_option, print_result
 from lsast_engines.environment import require_extra
 
+from .options import backend_option
 from .phase_timer import PhaseTimer
 
 
@@ -22,9 +23,7 @@ from .phase_timer import PhaseTimer
     type=click.Path(path_type=Path),
     help="Folder of a diffusers AutoencoderTiny, such as TAESD's, or its .safetensors alone.",
 )
-@click.option(
-    "--backend", default="onnxruntime", show_default=True, metavar="NAME", help="Backend to compare with torch on."
-)
+@backend_option
 @json_option
 @debug_option
 def decoder_command(bundle: str, small: Path, backend: str) -> None:

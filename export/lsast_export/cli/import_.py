@@ -11,18 +11,13 @@ from lsast_engines.cli import Command, debug_option, json_option, log_to_stderr,
 from lsast_engines.environment import require_extra
 from lsast_engines.errors import UsageError, fault_list
 
+from .options import import_options
+
 
 @click.command("import", cls=Command)
 @click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
 @click.option("--base", metavar="PATH", help="Base whose text encoder resolves them. [default: none, later]")
-@click.option("--controlnet", metavar="PATH", help="ControlNet of a base to import: a folder, a file, or OWNER/NAME.")
-@click.option(
-    "--unet-weights",
-    type=click.Choice(["auto", "ema", "non-ema"]),
-    default="auto",
-    help="Weights of a base that holds two sets. [default: auto, the averaged ones (EMA) if there]",
-)
-@click.option("--revision", metavar="REV", help="Commit hash or tag of a base from the hub.")
+@import_options()
 @click.option("--name", metavar="NAME", help="Name of the style. [default: that of the file]")
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write to. [default: runs/NAME]")
 @json_option
@@ -38,7 +33,8 @@ def import_command(file: Path, base: str | None, name: str | None, out: Path | N
 
     if name is not None and (faults := style_name_faults(name)):
         raise UsageError(fault_list("invalid style name:", faults))
-    given = sorted(f"--{key.replace('_', '-')}" for key, value in source.items() if value not in (None, "auto"))
+    source = {key: value for key, value in source.items() if value is not None}
+    given = sorted(f"--{key.replace('_', '-')}" for key in source)
     if base is None and given:
         raise UsageError(f"found {', '.join(given)} without --base; expected the base it belongs to")
     require_extra("export", "torch", "diffusers")

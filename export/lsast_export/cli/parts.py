@@ -8,14 +8,13 @@ from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS
 from lsast_engines.cli import Command, debug_option, json_option, print_result
 from lsast_engines.environment import require_extra
 
+from .options import backend_option
 from .phase_timer import PhaseTimer
 
 
 @click.command("parts", cls=Command)
 @click.argument("bundle", metavar="BUNDLE")
-@click.option(
-    "--backend", default="onnxruntime", show_default=True, metavar="NAME", help="Backend to compare with torch on."
-)
+@backend_option
 @json_option
 @debug_option
 def parts_command(bundle: str, backend: str) -> None:

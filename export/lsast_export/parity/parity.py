@@ -146,7 +146,8 @@ def measure_parity(
             yield engine
 
     if DENOISER in graphs:
-        comparison.compare_required(opened, lambda total: Eta(progress, f"comparing {DENOISER} on {backend}", total))
+        steps = len(plan.loop.schedule(base.config.noise).steps) * sum(case.loop for case in plan.cases)
+        comparison.compare_required(opened, Eta(progress, f"comparing {DENOISER} on {backend}", steps))
     if graphs.keys() >= set(UNET_SPLIT_GRAPHS):
         comparison.compare_parts(opened, {tensor.name for tensor in specs[UNET_OUTER].inputs})
     return comparison.figures
@@ -167,7 +168,7 @@ class _Comparison:
         self._pairs = list(zip(inputs, run_torch(base, inputs, plan.loop, progress), strict=True))
         self.figures: dict[str, float] = {}
 
-    def compare_required(self, opened: OpenGraph, make_eta: Callable[[int], Eta]) -> None:
+    def compare_required(self, opened: OpenGraph, eta: Eta) -> None:
         """Compare the graphs of every bundle, and the denoising loop."""
         self.figures |= dict.fromkeys((VAE_ENCODER, CONTROLNET_COND, DENOISER, VAE_DECODER), 0.0)
         with opened(VAE_ENCODER) as engine:
@@ -181,14 +182,12 @@ class _Comparison:
                 hints.append(run_copied(engine, edges=drawn.edges)["hint"])
                 self._note(CONTROLNET_COND, hints[-1], expected.hint)
         with opened(DENOISER) as engine:
-            config, loop = self._base.config, self._plan.loop
-            eta = make_eta(sum(case.loop for case in self._plan.cases) * len(loop.schedule(config.noise).steps))
             for (drawn, expected), hint in zip(self._pairs, hints, strict=True):
                 if not drawn.case.loop:
                     eps = self._denoise(engine, drawn, hint, drawn.noise, drawn.timestep, drawn.stage)
                     self._note(DENOISER, eps, expected.eps)
                     continue
-                run = initial_run(loop, config, drawn, expected.mean, expected.std)
+                run = initial_run(self._plan.loop, self._base.config, drawn, expected.mean, expected.std)
                 while (step := run.step) is not None:
                     eps = self._denoise(engine, drawn, hint, run.latent, step.t, step.stage)
                     if step.index == 0:
