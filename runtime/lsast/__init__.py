@@ -1,4 +1,4 @@
-"""Repaint pictures in a learned artist's hand.
+"""Repaint pictures in the style of an artist.
 
 ::
 
@@ -71,7 +71,7 @@ _HOMES = {
     "load": ".stylizer",
     "read_record": ".images.metadata",
 }
-"""Where names come from that are not errors."""
+"""Modules of the names that are no errors."""
 
 
 def __getattr__(name: str) -> Any:

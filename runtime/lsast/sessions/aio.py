@@ -30,5 +30,5 @@ async def run_in_executor(executor: Executor, work: Callable[[CancelToken], T]) 
         token.cancel()
         if not future.cancel():
             await asyncio.wait([waiting])
-            waiting.exception()  # fetched, or asyncio would warn that nobody did
+            waiting.exception()  # fetched, because asyncio warns of exceptions that were not
         raise
