@@ -50,11 +50,11 @@ class OnnxRuntimeEngine(Engine):
     def __init__(
         self, path: Path, spec: GraphSpec, device: str, threads: int | None, compute_dtype: ComputeDtype = "fp32"
     ) -> None:
-        onnxruntime = import_library("onnxruntime")
+        self._library = import_library("onnxruntime")
         super().__init__(spec, device, compute_dtype)
         if compute_dtype != "fp32":
             raise BackendError(f"onnxruntime computes in fp32, found {compute_dtype}; use openvino for it")
-        self._session: Any = _open_session(onnxruntime, path, spec, device, threads)
+        self._session: Any = _open_session(self._library, path, spec, device, threads)
         # ONNX Runtime runs on the CPU, with a warning, if the requested provider cannot start.
         if (found := self._session.get_providers()[0]) != PROVIDERS[device]:
             raise BackendError(
@@ -101,9 +101,7 @@ class OnnxRuntimeEngine(Engine):
         self._bound_values = {}
 
     def _value(self, array: Array) -> Any:
-        return import_library("onnxruntime").OrtValue.ortvalue_from_numpy(
-            array, "cpu" if self.device == "cpu" else "cuda"
-        )
+        return self._library.OrtValue.ortvalue_from_numpy(array, "cpu" if self.device == "cpu" else "cuda")
 
 
 def _open_session(library: Any, path: Path, spec: GraphSpec, device: str, threads: int | None) -> Any:

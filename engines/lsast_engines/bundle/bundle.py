@@ -94,9 +94,7 @@ class Bundle:
 
         The user's style replaces one of the bundle with the same name.
         """
-        own, users = (
-            _style_files(folder) for folder in (self.path / STYLES, user_style_folder(self.manifest.fingerprint))
-        )
+        own, users = (_style_files(folder) for folder in (self.path / STYLES, self.user_style_folder))
         for name in own.keys() & users.keys():
             _log.info("style %s: %s replaces the bundle's own", name, users[name])
         return {**own, **users}
