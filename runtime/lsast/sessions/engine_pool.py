@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import threading
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,9 @@ STYLE_MEMORY = 256 * 2**20
 
 _POLL_SECONDS = 0.05
 """How often a caller that waits for the engines looks at its token."""
+
+_FORK_SECONDS = 0.2
+"""How long a fork waits for the threads of OpenVINO."""
 
 _pools: weakref.WeakSet[EnginePool] = weakref.WeakSet()
 """All pools of this process; a fork renews them."""
@@ -238,10 +242,16 @@ class StyleCache:
         return sum(style.bytes for style in self._styles.values())
 
 
+def _before_fork() -> None:
+    """Let OpenVINO's threads fall asleep: they spin after a run, and a fork may copy a mutex that one of them holds."""
+    if any(engine.backend == "openvino" for pool in list(_pools) for engine in list(pool.engines.values())):
+        time.sleep(_FORK_SECONDS)
+
+
 def _after_fork() -> None:
     for pool in list(_pools):
         pool.after_fork()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
