@@ -152,9 +152,9 @@ def read_picture(source: Source, max_bytes: int = MAX_BYTES) -> Image8:
                 if isinstance(image, ImageFile.ImageFile) and image.format not in {None, *FORMATS}:
                     raise PictureError(f"found a picture of format {image.format}; load it first, or convert it to PNG")
             elif isinstance(source, (str, os.PathLike)):
-                image = _open(stack.enter_context(Path(source).open("rb")), name)
+                image = open_image(stack.enter_context(Path(source).open("rb")), name)
             else:
-                image = _open(io.BytesIO(source), name)
+                image = open_image(io.BytesIO(source), name)
             if isinstance(image, ImageFile.ImageFile):
                 _check_size(image, name, max_bytes)
             image.load()
@@ -168,8 +168,12 @@ def read_picture(source: Source, max_bytes: int = MAX_BYTES) -> Image8:
         raise PictureError(f"{name} cannot be decoded ({error}); expected a whole picture file") from error
 
 
-def _open(handle: BinaryIO, name: str) -> Image.Image:
-    """The picture in a file, not yet decoded; as `PIL.Image.open`, but of `FORMATS` only and without its warnings."""
+def open_image(handle: BinaryIO, name: str) -> Image.Image:
+    """The picture in a file, not yet decoded; as `PIL.Image.open`, but of `FORMATS` only and without its warnings.
+
+    Raises:
+        PictureError: it is of no such format; `name` names it. Damaged files may raise anything.
+    """
     from PIL import Image
 
     start = handle.read(16)

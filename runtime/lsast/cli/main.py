@@ -191,7 +191,7 @@ def _list_styles(bundle: str | None, as_json: bool) -> None:
     from lsast_engines.errors import StyleError, shown
 
     styles = Bundle.open(find_bundle(bundle)).styles()
-    scales = {}
+    scales: dict[str, float] = {}
     for name, path in list(styles.items()):
         try:
             scale = StyleFile(path).distilled_guidance

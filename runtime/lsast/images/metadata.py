@@ -18,7 +18,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lsast_engines.bundle.json_fields import JsonReader, parse_json
 from lsast_engines.errors import PictureError
+from lsast_engines.images import open_image
 
 from ..options.options import Options, current_options
 from .provenance import Provenance
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Format number of the JSON."""
+
+_OTHERS = ("styles", "versions", "mask_sha256", "painted")
+"""Fields of `Provenance` that are no text."""
 
 _EXIF, _SOFTWARE, _MAKER_NOTE, _USER_COMMENT = 0x8769, 0x0131, 0x927C, 0x9286
 _MARK, _UNICODE = b"lsast\0", b"UNICODE\0"
@@ -61,16 +66,26 @@ class Record:
             UsageError: invalid options.
         """
         try:
-            content: dict[str, Any] = json.loads(text)
+            content: dict[str, Any] = parse_json(text)
             if (found := content["format"]) != FORMAT:
                 raise PictureError(
-                    f"{where} was written in format {found}; this version reads format {FORMAT}: update lsast"
+                    f"{where} was written in format {found!r:.40}; this version reads format {FORMAT}: update lsast"
                 )
             content.setdefault("compute_dtype", content.get("arithmetic"))  # its name in earlier versions
-            facts = {field.name: content[field.name] for field in dataclasses.fields(Provenance)}
-            height, width = content["painted"]
-            provenance = Provenance(**{**facts, "painted": (height, width)})
-            return cls(provenance, Options(**current_options(content["options"])), content["seconds"])
+            names = tuple(field.name for field in dataclasses.fields(Provenance))
+            faults: list[str] = []
+            fields = JsonReader({name: content[name] for name in (*names, "seconds")}, "", faults, (*names, "seconds"))
+            facts: dict[str, Any] = {name: fields.string(name) for name in names if name not in _OTHERS}
+            facts |= {"styles": fields.string_dict("styles"), "versions": fields.string_dict("versions")}
+            facts["mask_sha256"] = content["mask_sha256"] and fields.string("mask_sha256")
+            height, width = fields.axes("painted")
+            seconds = fields.numbers("seconds")
+            if faults:
+                raise ValueError("; ".join(faults))
+            if not isinstance(content["options"], dict):
+                raise TypeError("options is no object")
+            provenance = Provenance(**facts, painted=(int(height), int(width)))
+            return cls(provenance, Options(**current_options(content["options"])), seconds)
         except (ValueError, KeyError, TypeError) as error:
             raise PictureError(
                 f"the record of lsast in {where} cannot be read ({error!r}); expected a whole one"
@@ -120,14 +135,14 @@ def read_record(path: str | Path) -> Record:
         PictureError: not a picture, or one without a record.
         UsageError: invalid options.
     """
-    from PIL import Image
-
     try:
-        with Image.open(path) as image:
-            text = _text(image)
+        with Path(path).open("rb") as handle:
+            text = _text(open_image(handle, str(path)))
     except FileNotFoundError:
         raise PictureError(f"found no file {path}; expected a painting of lsast") from None
-    except (OSError, ValueError, SyntaxError) as error:
+    except (PictureError, MemoryError):
+        raise
+    except Exception as error:  # Pillow raises many types for damaged files
         raise PictureError(f"{path} cannot be read ({error}); expected a painting of lsast") from error
     if text is None:
         raise PictureError(f"{path} does not say how it was painted; expected a PNG, JPEG or WebP that lsast wrote")

@@ -133,7 +133,7 @@ def test_read_record_of_a_file_without_a_record_raises(painted: lsast.Result, tm
     with pytest.raises(PictureError, match="found no file"):
         read_record(tmp_path / "nothing.png")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
-    with pytest.raises(PictureError, match="cannot be read"):
+    with pytest.raises(PictureError, match="not a picture"):
         read_record(tmp_path / "broken.png")
     assert painted.provenance is not None
     text = Record(painted.provenance, painted.options, {}).to_json()
@@ -266,3 +266,30 @@ def test_record_with_names_of_earlier_versions_is_read(painted: lsast.Result, tm
     record = Record.from_json(json.dumps(held), "a.png")
     assert record.options == dataclasses.replace(painted.options, solver="ddim_lsast", fit="stretch")
     assert record.provenance == painted.provenance
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"styles": 5},
+        {"styles": None},
+        {"bundle_sha256": 5},
+        {"backend": ["x"]},
+        {"device": 5},
+        {"seconds": "x"},
+        {"painted": [1, 2, 3]},
+        {"painted": ["a", "b"]},
+        {"versions": {"lsast": 1}},
+        {"options": 7},
+        {"mask_sha256": [1]},
+    ],
+)
+def test_record_from_json_of_other_types_is_refused(painted: lsast.Result, change: dict[str, Any]) -> None:
+    content = {**json.loads(Record(painted.provenance, painted.options, painted.seconds).to_json()), **change}
+    with pytest.raises(PictureError, match="cannot be read"):
+        Record.from_json(json.dumps(content), "there")
+
+
+def test_record_from_json_of_deep_text_is_refused() -> None:
+    with pytest.raises(PictureError, match="nested too deeply"):
+        Record.from_json("[" * 100_000, "there")
