@@ -100,7 +100,9 @@ def test_load_module_tensors_gives_the_names_of_the_state_dict(
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize("function", [os.system, eval, getattr, functools.partial, torch.load], ids=lambda function: function.__name__)
+@pytest.mark.parametrize(
+    "function", [os.system, eval, getattr, functools.partial, torch.load], ids=lambda function: function.__name__
+)
 def test_calls_of_functions_are_refused_by_name(
     tmp_path: Path, marker: Path, loader: Callable[[Path], Any], function: Any
 ) -> None:
