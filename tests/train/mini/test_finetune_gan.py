@@ -1,125 +1,290 @@
-"""The adversarial phase on tiny networks."""
+"""The second phase of mini's autoencoder on tiny networks."""
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from lsast_engines.errors import TrainingError
 from lsast_train.base.mini_autoencoder import MiniAutoencoder
+from lsast_train.cli.mini import copy_autoencoder, mini
+from lsast_train.mini.architecture import MiniConfig, build_mini
 from lsast_train.mini.finetune_gan import (
-    PatchDiscriminator,
-    SharpeningOptions,
-    _losses,
-    cut_crops,
-    evaluate_sharpness,
-    sharpen_autoencoder,
-    spoil,
+    GanOptions,
+    TrainingState,
+    corrupt_latents,
+    evaluate,
+    gradient_kept,
+    load_gan_weights,
+    save_gan_weights,
+    texture_loss,
+    train_vae_gan,
+    update_ema,
 )
-from lsast_train.mini.train_autoencoder import Crops
+from lsast_train.mini.train_autoencoder import Crops, load_teacher
 
-TINY = SharpeningOptions(steps=80, batch=4, crops=32, lr=6e-3, warmup=10, adversarial=0.002, matching=0.01)
+TINY = GanOptions(
+    steps=60, batch=2, lr=4e-3, encoder_lr=4e-3, lr_warmup=5, gan_warmup=2, ema=0.9, checkpoint_seconds=0.0
+)
 
 
-def student() -> MiniAutoencoder:
-    torch.manual_seed(0)
+def tiny(seed: int = 0) -> MiniAutoencoder:
+    torch.manual_seed(seed)
     return MiniAutoencoder((8, 8, 12), (16, 8, 8), (1, 1, 1), (1, 1, 1))
 
 
-def test_latents_are_spoilt_row_by_row() -> None:
+def squared(image: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Stands in for the features of EfficientNet."""
+    return (image - target).square().mean()
+
+
+def weights(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [value.clone() for value in module.state_dict().values()]
+
+
+def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture(scope="module")
+def crops(picture_folders: list[Path]) -> Crops:
+    return Crops(picture_folders, 64)
+
+
+def test_corrupt_latents_differ_in_smoothing_and_noise_by_row() -> None:
     latents = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     draw = torch.Generator().manual_seed(1)
-    clean = spoil(latents, replace(TINY, smoothing=0.0, jitter=0.0), draw)
-    assert torch.equal(clean, latents)
+    assert torch.equal(corrupt_latents(latents, replace(TINY, smoothing=0.0, noise=0.0), draw), latents)
     kernel = torch.full((4, 1, 3, 3), 1 / 9)
     mean = F.conv2d(F.pad(latents, (1, 1, 1, 1), mode="reflect"), kernel, groups=4)
-    smooth = spoil(latents, replace(TINY, smoothing=1.0, jitter=0.0), draw)
+    smooth = corrupt_latents(latents, replace(TINY, smoothing=1.0, noise=0.0), draw)
     parts = ((smooth - latents) / (mean - latents)).flatten(1)
     torch.testing.assert_close(parts, parts[:, :1].expand_as(parts), atol=2e-2, rtol=0)  # one part a row
     assert parts[:, 0].min() < 0.1
     assert parts[:, 0].max() > 0.9
-    noisy = spoil(latents, replace(TINY, smoothing=0.0, jitter=1.0), draw) - latents
+    noisy = corrupt_latents(latents, replace(TINY, smoothing=0.0, noise=1.0), draw) - latents
     spreads = noisy.flatten(1).std(1)
     assert spreads.min() < 0.2
     assert 0.8 < spreads.max() < 1.2
+    assert noisy.mean().abs() < 0.05
 
 
-def test_a_verdict_sees_26_pixels() -> None:
-    critic = PatchDiscriminator((4, 4, 4))
-    image = torch.randn(1, 3, 64, 64, requires_grad=True)
-    critic(image)[-1][0, 0, 8, 8].backward()
-    assert image.grad is not None
-    rows = image.grad.abs().sum((0, 1, 3)).nonzero()
-    assert int(rows.max() - rows.min() + 1) == 26
+class Recorded:
+    """A perceptual distance that notes what it was asked."""
+
+    def __call__(self, image: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        self.image, self.target = image.detach(), target
+        return squared(image, target)
+
+
+def test_generator_losses_equal_their_formulas() -> None:
+    autoencoder = tiny()
+    state = TrainingState(autoencoder, replace(TINY, smoothing=0.0, noise=0.0), torch.device("cpu"))
+    for parameter in state.anchor.parameters():
+        parameter.zero_()
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        latents = autoencoder.encode(images).float()
+        decoded = autoencoder.decode(latents).float()
+    asked = Recorded()
+    parts = state.train_step(images, asked)
+    torch.testing.assert_close(asked.image, decoded)
+    assert torch.equal(asked.target, images)
+    a, b = decoded.numpy(), images.numpy()
+
+    def energy(x: np.ndarray, axis: int) -> np.ndarray:
+        step = np.moveaxis(np.abs(np.diff(x, axis=axis)), axis, 2)  # [2, 3, 31, 32]: the last window has 7 rows
+        windows = [step[:, :, k : k + 8].mean(2).reshape(2, 3, 4, 8).mean(3) for k in range(0, 31, 8)]
+        return np.log(np.stack(windows) + 0.01)
+
+    expected = {
+        "quarter": np.abs((a - b).reshape(2, 3, 8, 4, 8, 4).mean((3, 5))).mean(),
+        "full": np.abs(a - b).mean(),
+        "texture": np.mean([np.abs(energy(a, axis) - energy(b, axis)).mean() for axis in (2, 3)]),
+        "anchor": (latents.numpy() ** 2).mean() + np.abs(latents.numpy()).mean(),
+        "perceptual": ((a - b) ** 2).mean(),
+    }
+    for name, value in expected.items():
+        assert parts[name].item() == pytest.approx(value, rel=1e-3), name
+    assert parts.keys() == {*expected, "discriminator"}  # before the warm-up ends
+
+
+def test_with_a_teacher_the_first_rows_are_the_teachers(teacher_folder: Path) -> None:
+    teacher = load_teacher(teacher_folder)
+    state = TrainingState(tiny(), replace(TINY, gan_warmup=0), torch.device("cpu"), teacher)
+    images, latents = torch.rand(4, 3, 64, 64) * 2 - 1, torch.randn(4, 4, 8, 8, requires_grad=True)
+    with torch.no_grad():
+        taught = teacher.encoder(images)
+        expected = teacher.decoder(taught[:3]).clamp(-1, 1)
+    given, target = state.batch(latents, taught, images)
+    assert torch.equal(given, torch.cat([taught[:3], latents[3:]]))
+    torch.testing.assert_close(target, torch.cat([expected, images[3:]]))
+    assert not given.requires_grad
+    before = [weights(x) for x in (teacher, state.autoencoder.encoder, state.autoencoder.decoder)]
+    state.train_step(images, squared)
+    after = [weights(x) for x in (teacher, state.autoencoder.encoder, state.autoencoder.decoder)]
+    assert [equal(a, b) for a, b in zip(before, after, strict=True)] == [True, False, False]
+    assert not any(key.startswith("anchor") for key in (*state.modules, *state.exported))
+
+
+def test_texture_loss_does_not_ask_where_the_texture_lies() -> None:
+    checks = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).tile(16, 16).expand(1, 3, 32, 32)
+    assert texture_loss(-checks, checks) == 0
+    assert texture_loss(checks / 2, checks).item() == pytest.approx(math.log(2.01 / 1.01), rel=1e-5)
+    assert texture_loss(torch.zeros_like(checks), checks).item() == pytest.approx(math.log(2.01 / 0.01), rel=1e-5)
+
+
+def test_gradient_kept_is_told_by_quarters_of_the_picture() -> None:
+    # Four bands of two blocks' height, each with its own contrast; the decoded picture keeps another part of each.
+    row = torch.tensor([1.0, -1.0]).repeat(32)
+    contrast = torch.tensor([0.4, 0.1, 0.3, 0.2]).repeat_interleave(32)[:, None]
+    kept = torch.tensor([0.9, 0.5, 0.8, 0.6]).repeat_interleave(32)[:, None]
+    # One row and column more, because gradients lie between pixels.
+    image, decoded = (
+        F.pad((x * row).expand(1, 3, 128, 64), (0, 1, 0, 1), "replicate") for x in (contrast, kept * contrast)
+    )
+    # The steps from band to band count, too.
+    torch.testing.assert_close(gradient_kept(decoded, image), torch.tensor([0.5, 0.6, 0.8, 0.9]), atol=0.03, rtol=0)
+    assert gradient_kept(image, image).tolist() == pytest.approx([1, 1, 1, 1])
+
+
+def test_ema_follows_its_formula() -> None:
+    ema, live = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    value = 0.0
+    torch.nn.init.constant_(ema.weight, value)
+    for step in range(1, 200):
+        torch.nn.init.constant_(live.weight, step)
+        update_ema(ema, live, 0.95, step)
+        decay = min(0.95, (1 + step) / (10 + step))
+        value = decay * value + (1 - decay) * step
+    assert ema.weight.item() == pytest.approx(value, rel=1e-4)
+
+
+def test_each_network_learns_in_its_time() -> None:
+    options = replace(TINY, gan_warmup=1, encoder_part=2 / TINY.steps)
+    state = TrainingState(tiny(), options, torch.device("cpu"))
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    networks = {
+        "encoder": state.autoencoder.encoder,
+        "decoder": state.autoencoder.decoder,
+        "discriminator": state.discriminator,
+    }
+    learned, parts = [], []
+    for _ in range(3):
+        before = {name: weights(network) for name, network in networks.items()}
+        parts.append(state.train_step(images, squared))
+        learned.append({name for name, network in networks.items() if not equal(before[name], weights(network))})
+    assert learned == [set(networks), set(networks), {"decoder", "discriminator"}]
+    assert [("adversarial" in part, "matching" in part) for part in parts] == [
+        (False, False),
+        (True, True),
+        (True, True),
+    ]
+    assert [bool(part["anchor"] > 0) for part in parts] == [False, True, False]  # nothing has moved, moved, at rest
 
 
 def test_each_side_learns_from_its_own_loss_only() -> None:
-    autoencoder, critic = student(), PatchDiscriminator((4, 4, 4))
-    first, draw = copy.deepcopy(autoencoder.encoder).requires_grad_(False), torch.Generator().manual_seed(0)
-    images = torch.rand(2, 3, 64, 64) * 2 - 1
-    losses = _losses(autoencoder, first, critic, images, TINY, draw, listening=False)
-    assert losses["anchor"] == 0  # not a step from the first phase yet
-    losses["critic"].backward(retain_graph=True)
-    assert all(p.grad is None for p in autoencoder.parameters())
-    critic.zero_grad()
-    # Before the warm-up ends the student does not hear the critic at all.
-    losses["student"].backward()
-    assert all(p.grad is None or not p.grad.any() for p in critic.parameters())
-    assert all(p.grad is not None and p.grad.any() for p in autoencoder.parameters())
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    learned = {}
+    for adversarial in (0.0, 1.0):
+        state = TrainingState(tiny(), replace(TINY, gan_warmup=0, adversarial=adversarial), torch.device("cpu"))
+        state.train_step(images, squared)
+        learned[adversarial] = weights(state.autoencoder), weights(state.discriminator)
+    assert not equal(learned[0.0][0], learned[1.0][0])
+    assert equal(learned[0.0][1], learned[1.0][1])
 
 
-def test_the_anchor_holds_the_latents() -> None:
-    autoencoder, critic = student(), PatchDiscriminator((4, 4, 4))
-    images = torch.rand(2, 3, 64, 64) * 2 - 1
-    first = torch.nn.Sequential(autoencoder.encoder, torch.nn.Hardtanh(9, 10)).requires_grad_(False)  # always 9
-    parts = [
-        _losses(autoencoder, first, critic, images, replace(TINY, anchor=weight), torch.Generator().manual_seed(0),
-                listening=False)
-        for weight in (0.0, 1.0)
-    ]  # fmt: skip
-    away = (autoencoder.encode(images) - 9).square().mean()
-    torch.testing.assert_close(parts[1]["student"] - parts[0]["student"], away, rtol=0.02, atol=0)
+def test_resume_from_a_checkpoint_gives_the_same_weights(crops: Crops, tmp_path: Path) -> None:
+    whole, cut = tiny(), tiny()
+    options = replace(TINY, steps=6)
+    train_vae_gan(whole, crops, options, tmp_path / "whole", squared)
+
+    def broken(image: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if image.requires_grad and (tmp_path / "cut/finetune_gan.log.json").exists():
+            history = json.loads((tmp_path / "cut/finetune_gan.log.json").read_text())["history"]
+            if history[-1]["step"] == 4:
+                raise KeyboardInterrupt
+        return squared(image, target)
+
+    with pytest.raises(KeyboardInterrupt):
+        train_vae_gan(cut, crops, options, tmp_path / "cut", broken)
+    again = tiny()
+    train_vae_gan(again, crops, options, tmp_path / "cut", squared, resume=True)
+    assert equal(weights(whole), weights(again))
+    assert not equal(weights(whole), weights(tiny()))
+    files = [load_file(tmp_path / run / "finetune_gan.safetensors") for run in ("whole", "cut")]
+    assert all(torch.equal(files[0][key], files[1][key]) for key in files[0].keys() | files[1].keys())
 
 
-def test_it_goes_on_from_a_checkpoint_and_learns(picture_folders: list[Path], tmp_path: Path) -> None:
-    crops = Crops(picture_folders, 64)
-    held_out = cut_crops(crops, crops.held_out, 16, 5)
-    autoencoder = student()
-    first = copy.deepcopy(autoencoder.encoder)
-    before = evaluate_sharpness(autoencoder, first, held_out)
+def test_training_brings_gradients_back(crops: Crops, tmp_path: Path) -> None:
+    autoencoder = tiny()
+    pictures = crops.pictures(2)
+    before = evaluate(autoencoder, autoencoder.encoder, pictures, squared)
     assert before["latent_shift"] == 0
-    sharpen_autoencoder(autoencoder, crops, TINY, tmp_path, resume=False)
-    after = evaluate_sharpness(autoencoder, first, held_out)
+    first = copy.deepcopy(autoencoder.encoder)
+    train_vae_gan(autoencoder, crops, replace(TINY, checkpoint_seconds=1e9), tmp_path, squared)
+    after = evaluate(autoencoder, first, pictures, squared)
     assert after["psnr"] > before["psnr"] + 2
+    kept = [abs(math.log(row["gradient_kept_flattest"])) for row in (before, after)]
+    assert kept[1] < kept[0]
     assert after["latent_shift"] > 0
-    decoder = [value.clone() for value in autoencoder.decoder.parameters()]
-    encoder = {name: value.clone() for name, value in autoencoder.encoder.state_dict().items()}
-    longer = replace(TINY, steps=TINY.steps + 3, encoder_steps=TINY.steps)
-    sharpen_autoencoder(autoencoder, crops, longer, tmp_path, resume=True)
-    assert all(torch.equal(value, encoder[name]) for name, value in autoencoder.encoder.state_dict().items())
-    assert not all(torch.equal(a, b) for a, b in zip(autoencoder.decoder.parameters(), decoder, strict=True))
-    again = student()
-    sharpen_autoencoder(again, crops, longer, tmp_path, resume=True)  # no step is left
-    for a, b in zip(autoencoder.state_dict().values(), again.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-    stored = load_file(tmp_path / "sharpening.checkpoint.safetensors")
-    assert any(key.startswith("critic.") for key in stored)
-    assert json.loads((tmp_path / "sharpening.log.json").read_text())["history"][-1]["step"] == longer.steps
+    history = json.loads((tmp_path / "finetune_gan.log.json").read_text())["history"]
+    assert [entry["step"] for entry in history] == [TINY.steps]
+    assert history[-1]["psnr"] == pytest.approx(after["psnr"], abs=1e-3)
 
 
-def test_gradient_energy_of_the_picture_itself_is_one() -> None:
-    class Exact(MiniAutoencoder):
-        def decode(self, latent: torch.Tensor) -> torch.Tensor:
-            return pixels.float() / 127.5 - 1
+def test_the_weights_file_starts_another_run_at_its_step(crops: Crops, tmp_path: Path) -> None:
+    autoencoder = tiny()
+    train_vae_gan(autoencoder, crops, replace(TINY, steps=4), tmp_path / "first", squared)
+    file = tmp_path / "first/finetune_gan.safetensors"
+    loaded = tiny(1)
+    assert load_gan_weights(file, {"autoencoder": loaded}) == 4
+    for a, b in zip(weights(loaded), weights(autoencoder), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+    state = TrainingState(tiny(1), TINY, torch.device("cpu"))
+    state.load_weights(file)
+    assert (state.step, state.started) == (4, 4)
+    assert equal(weights(state.autoencoder), weights(loaded))
+    assert equal(weights(state.anchor), [x.half().float() for x in weights(tiny().encoder)])  # still that of the start
+    train_vae_gan(tiny(1), crops, replace(TINY, steps=6), tmp_path / "second", squared, weights=file)
+    history = json.loads((tmp_path / "second/finetune_gan.log.json").read_text())["history"]
+    assert [entry["step"] for entry in history] == [5, 6]
 
-    pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    torch.manual_seed(0)
-    exact = Exact((8, 8, 12), (16, 8, 8), (1, 1, 1), (1, 1, 1))
-    found = evaluate_sharpness(exact, exact.encoder, pixels)
-    assert found["gradient_energy"] == pytest.approx(1)
+
+def test_a_weights_file_of_other_networks_is_refused_with_all_faults(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    save_gan_weights(file, {"autoencoder": tiny()}, 1)
+    wider = MiniAutoencoder((8, 8, 12), (16, 8, 12), (1, 1, 1), (1, 1, 1))
+    with pytest.raises(TrainingError) as caught:
+        load_gan_weights(file, {"autoencoder": wider, "anchor": tiny().encoder})
+    for part in ("expected (12, 8, 3, 3)", "anchor.1.weight: found nothing"):
+        assert part in str(caught.value)
+    file.write_bytes(b"nothing")
+    with pytest.raises(TrainingError, match="holds no weights"):
+        load_gan_weights(file, {"autoencoder": wider})
+
+
+def test_a_base_gives_its_autoencoder(picture_folders: list[Path]) -> None:
+    source, target = (build_mini(MiniConfig.tiny(), seed) for seed in (1, 2))
+    unet = weights(target.unet)
+    copy_autoencoder(source, target)
+    assert equal(weights(source.autoencoder), weights(target.autoencoder))
+    assert equal(unet, weights(target.unet))
+    with pytest.raises(TrainingError, match="another autoencoder"):
+        copy_autoencoder(build_mini(MiniConfig()), target)
+
+
+def test_the_command_line_wants_a_start() -> None:
+    result = CliRunner().invoke(mini, ["--images", "i", "--out", "o"])
+    assert result.exit_code == 2
+    assert "neither --teacher nor --init" in result.output

@@ -43,9 +43,9 @@ class MiniAutoencoder(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        encoder_widths: tuple[int, int, int] = (32, 64, 96),
+        encoder_widths: tuple[int, int, int] = (64, 96, 128),
         decoder_widths: tuple[int, int, int] = (128, 96, 64),
-        encoder_blocks: tuple[int, int, int] = (1, 2, 3),
+        encoder_blocks: tuple[int, int, int] = (2, 2, 3),
         decoder_blocks: tuple[int, int, int] = (3, 3, 2),
     ) -> None:
         super().__init__()

@@ -10,14 +10,16 @@ import click
 import torch
 
 from lsast_engines.cli import Command, debug_option, json_option, print_result
-from lsast_engines.errors import PictureError
+from lsast_engines.errors import PictureError, TrainingError
 from lsast_engines.images import find_pictures
 
+from ..base.base import Base
 from ..base.lazy_base import load_base, save_base
 from ..base.mini_autoencoder import MiniAutoencoder
 from ..mini.architecture import MiniConfig, build_mini
 from ..mini.dataset import LatentDataset, build_cache
-from ..mini.finetune_gan import SharpeningOptions, sharpen_autoencoder
+from ..mini.finetune_gan import GanOptions, train_vae_gan
+from ..mini.perceptual import LiteDistance
 from ..mini.train_autoencoder import AutoencoderOptions, Crops, load_teacher, train_autoencoder
 from ..mini.train_unet import BaseTrainingOptions, train_base
 from ..training.run import versions
@@ -63,6 +65,18 @@ def parse_shares(values: tuple[str, ...]) -> dict[str, float]:
     return shares
 
 
+def copy_autoencoder(source: Base, target: Base) -> None:
+    """Copy the autoencoder's weights from one mini base to another.
+
+    Raises:
+        TrainingError: `source` has another autoencoder.
+    """
+    found, expected = (x.autoencoder.state_dict() for x in (source, target))
+    if {k: v.shape for k, v in found.items()} != {k: v.shape for k, v in expected.items()}:
+        raise TrainingError(f"found another autoencoder in base {source.config.name!r}; expected mini's, of its widths")
+    target.autoencoder.load_state_dict(found)
+
+
 @click.command("mini", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--images",
@@ -74,15 +88,22 @@ def parse_shares(values: tuple[str, ...]) -> dict[str, float]:
     help="Folder of pictures; its sub-folders are a label each (artists, kinds of photo). Repeatable.",
 )
 @click.option(
-    "--teacher", required=True, metavar="DIR", type=click.Path(path_type=Path), help="TAESD as a diffusers folder."
+    "--teacher",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="TAESD as a diffusers folder: the autoencoder learns from it. Optional with --init.",
+)
+@click.option(
+    "--init",
+    metavar="BASE",
+    help="Leave out the first phase: start from the autoencoder of this base (name or folder), or from a finetune_gan "
+    "file (.safetensors) at its step.",
 )
 @click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder of the base.")
 @click.option("--steps", default=BaseTrainingOptions().steps, show_default=True, help="Steps of U-Net and ControlNet.")
 @click.option("--side", default=BaseTrainingOptions().side, show_default=True, help="Training window in latents.")
 @click.option("--autoencoder-steps", default=AutoencoderOptions().steps, show_default=True)
-@click.option(
-    "--sharpening-steps", default=SharpeningOptions().steps, show_default=True, help="0 leaves that phase out."
-)
+@click.option("--gan-steps", default=GanOptions().steps, show_default=True, help="Second phase; 0 leaves it out.")
 @click.option("--share", multiple=True, metavar="LABEL=X", help="Sampling weight of a label's pictures. Repeatable.")
 @click.option("--seed", default=0, show_default=True)
 @threads_option
@@ -91,12 +112,13 @@ def parse_shares(values: tuple[str, ...]) -> dict[str, float]:
 @debug_option
 def mini(
     roots: tuple[Path, ...],
-    teacher: Path,
+    teacher: Path | None,
+    init: str | None,
     out: Path,
     steps: int,
     side: int,
     autoencoder_steps: int,
-    sharpening_steps: int,
+    gan_steps: int,
     share: tuple[str, ...],
     seed: int,
     threads: int | None,
@@ -107,20 +129,31 @@ def mini(
     Checkpoints every five minutes; --resume goes on in the phase that was stopped. Prints the base folder, which
     `lsast-export --base DIR` turns into a bundle.
     """
+    if teacher is None and init is None:
+        raise click.UsageError("found neither --teacher nor --init; expected where the autoencoder starts from")
     folders = label_folders(list(roots))
     shares = parse_shares(share)
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
     base = build_mini(MiniConfig(), seed)
-    taesd = load_teacher(teacher)
-    if isinstance(base.autoencoder, MiniAutoencoder):
+    autoencoder = base.autoencoder
+    assert isinstance(autoencoder, MiniAutoencoder)
+    # A missing package is reported before hours of training.
+    perceptual = LiteDistance(torch.device("cpu")) if gan_steps else None
+    crops = Crops(folders, AutoencoderOptions().side)
+    weights = None
+    taesd = None if teacher is None else load_teacher(teacher)
+    if init is None and taesd is not None:
         options = AutoencoderOptions(steps=autoencoder_steps, seed=seed)
-        crops = Crops(folders, options.side)
-        train_autoencoder(base.autoencoder, taesd, crops, options, out, resume)
-        if sharpening_steps:
-            second = SharpeningOptions(steps=sharpening_steps, seed=seed)
-            sharpen_autoencoder(base.autoencoder, crops, second, out, resume)
+        train_autoencoder(autoencoder, taesd, crops, options, out, resume)
+    elif init is not None and init.endswith(".safetensors"):
+        weights = Path(init)
+    elif init is not None:
+        copy_autoencoder(load_base(init), base)
+    if perceptual is not None:
+        gan = GanOptions(steps=gan_steps, seed=seed)
+        train_vae_gan(autoencoder, crops, gan, out, perceptual, resume=resume, weights=weights, teacher=taesd)
     cache = out / "latents.safetensors"
     if not (resume and cache.exists()):
         build_cache(folders, base.autoencoder.encoder, cache)
@@ -132,8 +165,8 @@ def mini(
             "pictures": str(len(data.train)),
             "labels": ", ".join(data.label_names),
             "steps": str(steps),
-            "autoencoder_steps": str(autoencoder_steps),
-            "sharpening_steps": str(sharpening_steps),
+            "autoencoder_steps": str(autoencoder_steps) if init is None else f"those of {Path(init).name}",
+            "gan_steps": str(gan_steps),
             **versions(),
         },
     )

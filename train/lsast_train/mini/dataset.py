@@ -51,6 +51,10 @@ class Window:
     labels: torch.Tensor
     """[B] index of the picture's folder."""
 
+    def to(self, device: torch.device) -> Window:
+        """The same batch on `device`."""
+        return Window(*(x.to(device) for x in (self.latents, self.other, self.edges, self.labels)))
+
 
 def is_held_out(name: str, share: float = 0.04) -> bool:
     """Whether the picture of this name is held out: by the hash of its name, so it never moves between runs."""
@@ -69,14 +73,17 @@ def fit_picture(rgb: npt.NDArray[np.uint8], side: float = PAINTED_SIDE) -> npt.N
     return np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.LANCZOS))
 
 
-def build_cache(folders: list[Path], encoder: torch.nn.Module, out: Path) -> None:
+def build_cache(folders: list[Path], encoder: torch.nn.Module, out: Path, device: torch.device | str = "cpu") -> None:
     """Encode every picture under `folders` (a label each) and write the cache file `out`.
 
     Args:
         folders: one folder per label; the label is the folder's name.
         encoder: image [1, 3, H, W] in [-1, 1] → latent [1, 4, H/8, W/8] in the units of the U-Net.
         out: a safetensors file, replaced whole.
+        device: where `encoder` runs; it comes back on the CPU.
     """
+    device = torch.device(device)
+    encoder = encoder.to(device)
     latents: list[npt.NDArray[np.float16]] = []
     edges: list[npt.NDArray[np.uint8]] = []
     sizes: list[tuple[int, int]] = []
@@ -95,13 +102,15 @@ def build_cache(folders: list[Path], encoder: torch.nn.Module, out: Path) -> Non
             continue
         rgb = fit_picture(rgb)
         image = torch.tensor(rgb).permute(2, 0, 1)[None].float() / 127.5 - 1  # [1, 3, H, W]
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            latent = encoder(image.contiguous(memory_format=torch.channels_last))[0].float().numpy()
+        image = image.to(device, memory_format=torch.channels_last)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            latent = encoder(image)[0].float().cpu().numpy()
         latents.append(latent.astype(np.float16))
         edges.append(np.packbits(canny_edges(rgb), axis=1))  # [H, W/8]
         sizes.append((latent.shape[1], latent.shape[2]))
         labels.append(label)
         held.append(is_held_out(f"{path.parent.name}/{path.name}"))
+    encoder.to("cpu")
     if skipped:
         log.warning("%d pictures unreadable or smaller than %d px, left out: %s", len(skipped), SMALLEST, skipped[:8])
     data = save(

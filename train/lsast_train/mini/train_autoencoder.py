@@ -7,6 +7,7 @@ function of the latent, so a plain absolute error can learn it, where the photog
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny
+from PIL import Image
 from torch import nn
 
 from lsast_engines.errors import PictureError, TrainingError
@@ -24,7 +26,7 @@ from lsast_engines.images import psnr as picture_psnr
 from ..base.mini_autoencoder import MiniAutoencoder
 from ..training.loop import TrainingLoop, require_finite, set_learning_rate
 from ..training.rng import RngStream, rng_for
-from .dataset import PAINTED_SIDE, fit_picture, is_held_out
+from .dataset import PAINTED_SIDE, SMALLEST, fit_picture, is_held_out
 
 log = logging.getLogger("lsast.train.mini")
 
@@ -59,32 +61,73 @@ def load_teacher(folder: Path) -> AutoencoderTiny:
     return teacher.to(memory_format=torch.channels_last)
 
 
-class Crops:
-    """Random crops of pictures, read again each time, at about the scale that mini paints at."""
+LARGEST_SCALE = 1.5
+"""Crops are enlarged at most so many times."""
 
-    def __init__(self, folders: list[Path], side: int) -> None:
+
+class Crops:
+    """Random crops of pictures at about the scale that mini paints at. Decoded pictures stay in memory.
+
+    Args:
+        folders: folders of pictures, searched recursively.
+        side: side of a crop in pixels.
+        memory: decoded pictures are kept up to this many bytes; the others are read again each time.
+    """
+
+    def __init__(self, folders: list[Path], side: int, memory: int = 2 << 30) -> None:
         paths = [path for folder in folders for path in find_pictures(folder)]
         held = [is_held_out(f"{path.parent.name}/{path.name}") for path in paths]
         self.train = [path for path, out in zip(paths, held, strict=True) if not out]
         self.held_out = [path for path, out in zip(paths, held, strict=True) if out]
         self.side = side
+        self._free = memory
+        self._decoded: dict[Path, npt.NDArray[np.uint8] | None] = {}
 
     def batch(self, paths: list[Path], count: int, rng: np.random.Generator) -> torch.Tensor:
-        """`count` crops [B, 3, side, side] in [-1, 1] of random `paths`; unreadable pictures are passed over."""
+        """`count` crops [B, 3, side, side] in [-1, 1]; pictures that are unreadable or too small are drawn again."""
         crops: list[npt.NDArray[np.uint8]] = []
         while len(crops) < count:
-            try:
-                rgb = read_picture(paths[rng.integers(len(paths))]).rgb
-            except PictureError:
+            rgb = self._read(paths[rng.integers(len(paths))])
+            if rgb is None or min(rgb.shape[:2]) < SMALLEST:
                 continue
-            rgb = fit_picture(rgb, PAINTED_SIDE * rng.uniform(0.85, 1.2))
-            if min(rgb.shape[:2]) < self.side:
+            height, width = (min(n, 2 * min(rgb.shape[:2])) for n in rgb.shape[:2])
+            # Side in pixels of the picture; only that part of it is resized. A crop enlarged more teaches blur.
+            scale = min(PAINTED_SIDE * rng.uniform(0.85, 1.2) / math.sqrt(height * width), LARGEST_SCALE)
+            cut = self.side / scale
+            if cut > min(height, width):
                 continue
-            y, x = (rng.integers(0, n - self.side + 1) for n in rgb.shape[:2])
-            crop = rgb[y : y + self.side, x : x + self.side]
-            crops.append(crop[:, ::-1] if rng.random() < 0.5 else crop)
+            top, left = (
+                (n - m) / 2 + rng.uniform(0, m - cut) for n, m in zip(rgb.shape, (height, width), strict=False)
+            )
+            crop = Image.fromarray(rgb).resize(
+                (self.side, self.side), Image.Resampling.LANCZOS, (left, top, left + cut, top + cut)
+            )
+            crops.append(np.asarray(crop)[:, ::-1] if rng.random() < 0.5 else np.asarray(crop))
         stack = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
         return stack.contiguous(memory_format=torch.channels_last)
+
+    def pictures(self, count: int) -> list[torch.Tensor]:
+        """Up to `count` held-out pictures, evenly drawn, whole: [1, 3, H, W] in [-1, 1] at the painted scale."""
+        found = [
+            rgb
+            for path in self.held_out[:: max(1, len(self.held_out) // count)]
+            if (rgb := self._read(path)) is not None
+        ]
+        fitted = [fit_picture(rgb) for rgb in found[:count]]
+        return [torch.from_numpy(rgb.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1 for rgb in fitted]
+
+    def _read(self, path: Path) -> npt.NDArray[np.uint8] | None:
+        if path in self._decoded:
+            return self._decoded[path]
+        try:
+            rgb = read_picture(path).rgb
+        except PictureError:
+            rgb = None
+        size = 0 if rgb is None else rgb.nbytes
+        if size <= self._free:
+            self._free -= size
+            self._decoded[path] = rgb
+        return rgb
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -96,7 +139,7 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 @torch.no_grad()
 def evaluate(student: MiniAutoencoder, teacher: AutoencoderTiny, crops: Crops) -> dict[str, float]:
     """PSNR on held-out crops: student against teacher from the same latent, and both against the picture."""
-    images = crops.batch(crops.held_out, 32, np.random.default_rng(99))
+    images = crops.batch(crops.held_out, 32, np.random.default_rng(99)).to(student.device)
     latents = teacher.encoder(images)
     reference = teacher.decoder(latents)
     return {
