@@ -143,7 +143,7 @@ def test_style_option_with_a_distilled_style_keeps_its_guidance(bundles: dict[st
     made.save(folder / "hand-g7.safetensors")
     result = lsast_export("--style", "hand-g7", "--base", bundle.path)
     assert result.exit_code == 0, result.stderr
-    found = bundle.open_style("hand-g7")
+    found = Bundle.open(bundle.path).open_style("hand-g7")
     assert Path(result.stdout.strip()) == found.path
     assert (found.distilled_guidance, found.defaults) == (7.0, {"control_scale": 0.8})
     np.testing.assert_array_equal(found.load().kv_unet, made.kv_unet)
