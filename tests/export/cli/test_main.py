@@ -150,7 +150,7 @@ def test_style_option_with_a_distilled_style_keeps_its_guidance(bundles: dict[st
     # Prompts carry it too, and go before a style file of that name.
     save_prompts(replace(prompts, name="hand-g7", meta={"guidance_baked": "5"}), folder / "hand-g7.prompts.safetensors")
     assert lsast_export("--style", "hand-g7", "--base", bundle.path).exit_code == 0
-    assert bundle.open_style("hand-g7").distilled_guidance == 5.0
+    assert Bundle.open(bundle.path).open_style("hand-g7").distilled_guidance == 5.0
     refused = lsast_export("--style", "hand-g7", "--base", bundle.path, "--default", "hand-g7.guidance=3")
     assert refused.exit_code == 2
     assert "found a default of guidance for hand-g7; expected none: it was distilled" in refused.stderr
