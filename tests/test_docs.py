@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -97,3 +99,48 @@ def test_readme_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     exec(compile(code, "README.md", "exec"), {})
     assert (tmp_path / "painted.png").is_file()
+
+
+def _documented_calls() -> list[tuple[str, list[str]]]:
+    """Every `lsast-…` call in the shell blocks of the pages, as (page, words)."""
+    calls = []
+    for page in PAGES:
+        blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+        for block in (text for language, text in blocks if language in ("", "sh")):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = re.sub(r"\s#\s.*", "", line.strip().removeprefix("$ ")).split()
+                if words and re.fullmatch(r"lsast-(run|train|export|eval)", words[0]):
+                    calls.append((str(page.relative_to(ROOT)), words))
+    return calls
+
+
+MODULES = {
+    "lsast-run": ("lsast.cli.main", "main"),
+    "lsast-train": ("lsast_train.cli.main", "command"),
+    "lsast-train mini": ("lsast_train.cli.mini", "mini"),
+    "lsast-train distill": ("lsast_train.cli.distill", "distill"),
+    "lsast-export": ("lsast_export.cli.main", "main"),
+    "lsast-eval": ("lsast_eval.cli", "main"),
+}
+"""Where the click command of a call is."""
+
+
+def _command(words: list[str]) -> click.Command:
+    """The command that `words` call, the sub-command of a group if they name one."""
+    module, name = MODULES.get(" ".join(words[:2]), MODULES[words[0]])
+    command: click.Command = getattr(importlib.import_module(module), name)
+    if isinstance(command, click.Group) and len(words) > 1:
+        return command.get_command(click.Context(command), words[1]) or command
+    return command
+
+
+def test_documented_calls_use_options_that_the_commands_show() -> None:
+    wrong = []
+    for page, words in _documented_calls():
+        options = [each for each in _command(words).params if not getattr(each, "hidden", False)]
+        shown = {name for option in options for name in (*option.opts, *option.secondary_opts)}
+        used = {word.partition("=")[0] for word in words if word.startswith("--")}
+        if unknown := used - shown:
+            wrong.append(f"{page}: {' '.join(words[:3])} … {', '.join(sorted(unknown))}")
+    assert len(_documented_calls()) > 40
+    assert wrong == []

@@ -90,7 +90,7 @@ class Options:
     ]
     guidance: Annotated[
         float,
-        "How much the style is exaggerated (scale of classifier-free guidance); 1 is plain and twice as fast.",
+        "How much the style is exaggerated (scale of classifier-free guidance); at 1 there is none, and each step runs the U-Net once instead of twice.",
         Range(0, 100),
     ]
     control_scale: Annotated[
@@ -106,7 +106,7 @@ class Options:
     solver: Annotated[
         SolverName, "Method of the denoising steps; ddim_lsast is DDIM on the timesteps of LSAST's released code."
     ]
-    seed: Annotated[int, "Seed of all noise: the same seed gives the same bytes.", Range(0)] = 0
+    seed: Annotated[int, "Seed of all noise: the same seed gives the same pixels.", Range(0)] = 0
     alpha: Annotated[
         Literal["keep", "composite"],
         "Transparency: keep it, or composite the picture on white before painting.",
