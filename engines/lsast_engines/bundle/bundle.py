@@ -28,7 +28,7 @@ from .graph_spec import GraphSpec, TensorSpec, graph_specs, optional_specs
 from .manifest import MANIFEST, FileEntry, Manifest
 from .style import Style, StyleFile
 
-NULL_STYLE = "null.safetensors"
+NULL_STYLE_FILE = "null.safetensors"
 WEIGHT_SUFFIXES = (".safetensors", ".data", ".bin")
 """Suffixes of the files that hold weights of graphs."""
 
@@ -73,12 +73,12 @@ class Bundle:
 
         faults = _file_faults(path, manifest, verify_hashes) + _graph_faults(manifest)
         null_style: Style | None = None
-        if (path / NULL_STYLE).is_file():
+        if (path / NULL_STYLE_FILE).is_file():
             try:
-                null_style = Style.load(path / NULL_STYLE)
-                faults += [f"{NULL_STYLE}: {fault}" for fault in _style_faults(null_style, manifest, is_null=True)]
+                null_style = Style.load(path / NULL_STYLE_FILE)
+                faults += [f"{NULL_STYLE_FILE}: {fault}" for fault in _style_faults(null_style, manifest, is_null=True)]
             except StyleError as error:
-                faults.append(f"{NULL_STYLE}: {error}")
+                faults.append(f"{NULL_STYLE_FILE}: {error}")
         if faults or null_style is None:
             raise BundleError(fault_list(f"{path} differs from its manifest; export it again:", faults))
         return cls(path, manifest, null_style)
@@ -235,7 +235,7 @@ def _style_files(folder: Path) -> dict[str, Path]:
 
 
 def _file_faults(path: Path, manifest: Manifest, verify_hashes: bool) -> list[str]:
-    required = [f"{name}.onnx" for name in manifest.graphs] + [NULL_STYLE]
+    required = [f"{name}.onnx" for name in manifest.graphs] + [NULL_STYLE_FILE]
     # A graph finds its weights by their name beside it.
     required += [file.name for file in sorted(path.iterdir()) if file.suffix in WEIGHT_SUFFIXES]
     faults = [

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from lsast_engines.backends.registry import require_backend
-from lsast_engines.bundle.bundle import NULL_STYLE, STYLES, Bundle
+from lsast_engines.bundle.bundle import NULL_STYLE_FILE, STYLES, Bundle
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, UNET_SPLIT_GRAPHS, VAE_DECODER_TINY, GraphSpec
 from lsast_engines.bundle.manifest import MANIFEST, Manifest, StorageDtype
 from lsast_engines.environment import package_version
@@ -140,7 +140,7 @@ def export_bundle(
         manifest = _manifest(empty, projector, options, plan, stages, written, figures, specs)
         del projector
         progress("writing the bundle")
-        null_style.save(folder / NULL_STYLE)
+        null_style.save(folder / NULL_STYLE_FILE)
         for style in baked:
             style.save(folder / STYLES / f"{style.name}.safetensors")
         sources = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}

@@ -21,7 +21,7 @@ from typing import Any
 import onnx
 
 from lsast_engines.backends.registry import open_engine
-from lsast_engines.bundle.bundle import NULL_STYLE, STYLES, Bundle
+from lsast_engines.bundle.bundle import NULL_STYLE_FILE, STYLES, Bundle
 from lsast_engines.bundle.graph_spec import DENOISER, UNET_SPLIT_GRAPHS, VAE_DECODER, VAE_ENCODER
 from lsast_engines.bundle.manifest import QUANTISED
 from lsast_engines.errors import ParityError, UsageError, fault_list
@@ -124,7 +124,7 @@ def quantize_bundle(
             },
         )
         sources: dict[str, Path | bytes] = {file.name: file for file in sorted(folder.iterdir())}
-        sources[NULL_STYLE] = source.path / NULL_STYLE
+        sources[NULL_STYLE_FILE] = source.path / NULL_STYLE_FILE
         sources |= {f"{STYLES}/{file.name}": file for file in sorted((source.path / STYLES).glob("*.safetensors"))}
         return Bundle.write(out, written, sources, replace=True)
 
