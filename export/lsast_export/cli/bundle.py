@@ -15,8 +15,7 @@ from lsast_engines.environment import require_extra
 from lsast_engines.errors import UsageError, fault_list
 from lsast_engines.removed import RENAMED_OPTIONS, RENAMED_VALUES
 
-from .options import Function, import_options
-from .phase_timer import PhaseTimer
+from .shared import Function, PhaseTimer, import_options
 
 _DEFAULT_TYPES: dict[str, Callable[[str], Any]] = {"style": str, **STYLE_DEFAULTS, "size": int}
 """Reads the value of each of the manifest's defaults."""

@@ -7,7 +7,7 @@ import click
 from lsast_engines.cli import Command, debug_option, fail, json_option, print_result
 from lsast_engines.environment import require_extra
 
-from .phase_timer import PhaseTimer
+from .shared import PhaseTimer
 
 
 @click.command("check", cls=Command)

@@ -14,7 +14,7 @@ from lsast_engines.environment import require_extra
 from lsast_engines.errors import UsageError
 from lsast_engines.removed import removal
 
-from .phase_timer import PhaseTimer
+from .shared import PhaseTimer
 
 
 def _refuse(ctx: click.Context, option: click.Parameter, value: str | None) -> None:

@@ -10,8 +10,7 @@ from lsast_engines.bundle.graph_spec import VAE_DECODER_TINY
 from lsast_engines.cli import Command, debug_option, json_option, print_result
 from lsast_engines.environment import require_extra
 
-from .options import backend_option
-from .phase_timer import PhaseTimer
+from .shared import PhaseTimer, backend_option
 
 
 @click.command("decoder", cls=Command)

@@ -11,6 +11,8 @@ from lsast_engines.cli import Command, debug_option, json_option, print_result
 from lsast_engines.environment import require_extra
 from lsast_engines.errors import ParityError, fault_list
 
+from .shared import PhaseTimer
+
 
 def _tolerance(_: click.Context, __: click.Parameter, value: float) -> float:
     if not (math.isfinite(value) and value > 0):
@@ -48,7 +50,6 @@ def golden_command(prefix: Path, backend: str, tolerance: float) -> None:
     from ..parity.golden.compare import check_golden
     from ..parity.golden.golden_set import read_golden
     from ..parity.parity import past_tolerance
-    from .phase_timer import PhaseTimer
 
     report = check_golden(read_golden(prefix), backend, tolerance, PhaseTimer())
     for note in report.notes:

@@ -11,7 +11,7 @@ from lsast_engines.cli import Command, debug_option, json_option, log_to_stderr,
 from lsast_engines.environment import require_extra
 from lsast_engines.errors import UsageError, fault_list
 
-from .options import import_options
+from .shared import import_options
 
 
 @click.command("import", cls=Command)

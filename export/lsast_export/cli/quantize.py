@@ -11,7 +11,7 @@ import click
 from lsast_engines.cli import Command, debug_option, json_option, print_result
 from lsast_engines.environment import require_extra
 
-from .phase_timer import PhaseTimer
+from .shared import PhaseTimer
 
 _OPTIONAL = {
     "vae_encoder": "vae_encoder",
