@@ -38,7 +38,7 @@ class MissingExtraError(LsastError):
     """A library of an optional extra is not installed."""
 
     def __init__(self, library: str, extra: str) -> None:
-        super().__init__(f"{library} is not installed; install it with: pip install 'lsast[{extra}]'")
+        super().__init__(f"{library} is not installed; install it with: {install_command(extra)}")
         self.library = library
         self.extra = extra
 
@@ -75,6 +75,11 @@ class ExportError(LsastError):
 
 class ParityError(ExportError):
     """An exported graph whose outputs differ from torch by more than the tolerance."""
+
+
+def install_command(extra: str) -> str:
+    """The command that installs an extra, for messages."""
+    return f"pip install 'lsast[{extra}]'"
 
 
 def shown(text: object) -> str:

@@ -5,28 +5,67 @@ A backend's module, and its library, are imported only when the backend is asked
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from ..bundle.graph_spec import GraphSpec
-from ..errors import BackendError, MissingExtraError, UsageError
+from ..errors import BackendError, MissingExtraError, UsageError, install_command
 from ..removed import removal
 from .base import ComputeDtype, Engine
 from .fp32_weights import with_fp32_weights
 
-EXTRAS = {"onnxruntime": "cpu", "openvino": "openvino", "tensorrt-rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
-"""The backends in the order in which ``auto`` tries them, and the extra that installs each."""
+if TYPE_CHECKING:
+    from .tensorrt.engine_record import TrtFlavor
 
 MAX_THREADS = 4096
 """Number of threads that every backend takes."""
 
-_FP32_ONLY = frozenset({"onnxruntime"})
-_GPU_ONLY = frozenset({"tensorrt-rtx", "tensorrt"})
+_Devices = Callable[[], list[str]]
+_Open = Callable[[Path, GraphSpec, str, "int | None", ComputeDtype], Engine]
 
-_EXPANDED_DTYPES = {"onnxruntime": ("F16",), "openvino": ("F16", "BF16")}
-"""16-bit weights that a backend would hold in memory twice, in 16 and in 32 bits (`fp32_weights`)."""
+
+@dataclass(frozen=True)
+class _Backend:
+    extra: str
+    """The extra that installs it."""
+    load: Callable[[], tuple[_Devices, _Open]]
+    """Imports its module, and no other: the functions that list its devices and open an engine."""
+    fp32_only: bool = False
+    gpu_only: bool = False
+    expanded_dtypes: tuple[str, ...] = ()
+    """16-bit weights that it would hold in memory twice, in 16 and in 32 bits (`fp32_weights`)."""
+
+
+def _onnxruntime() -> tuple[_Devices, _Open]:
+    from . import onnxruntime
+
+    return onnxruntime.devices, onnxruntime.OnnxRuntimeEngine
+
+
+def _openvino() -> tuple[_Devices, _Open]:
+    from . import openvino
+
+    return openvino.devices, openvino.OpenVinoEngine
+
+
+def _tensorrt(flavor: TrtFlavor) -> tuple[_Devices, _Open]:
+    from .tensorrt import engine
+
+    return partial(engine.devices, flavor), partial(engine.TensorRtEngine, flavor=flavor)
+
+
+_BACKENDS = {
+    "onnxruntime": _Backend("cpu", _onnxruntime, fp32_only=True, expanded_dtypes=("F16",)),
+    "openvino": _Backend("openvino", _openvino, expanded_dtypes=("F16", "BF16")),
+    "tensorrt-rtx": _Backend("tensorrt-rtx", partial(_tensorrt, "tensorrt-rtx"), gpu_only=True),
+    "tensorrt": _Backend("tensorrt", partial(_tensorrt, "tensorrt"), gpu_only=True),
+}
+
+EXTRAS = {name: backend.extra for name, backend in _BACKENDS.items()}
+"""The backends in the order in which ``auto`` tries them, and the extra that installs each."""
 
 
 def available_backends() -> dict[str, list[str]]:
@@ -48,8 +87,9 @@ def backend_devices(backend: str) -> list[str]:
     Raises:
         ImportError: it is not installed.
         BackendError: it is installed but cannot be imported.
+        KeyError: there is no such backend.
     """
-    devices, _ = _backend(backend)
+    devices, _ = _BACKENDS[backend].load()
     return devices()
 
 
@@ -57,13 +97,17 @@ def require_backend(backend: str) -> None:
     """Check that `backend` is installed and finds a device, before a long task starts.
 
     Args:
-        backend: a key of `EXTRAS`, or ``auto`` for any.
+        backend: a key of `EXTRAS` in small or capital letters, or ``auto`` for any.
 
     Raises:
+        UsageError: there is no such backend.
         MissingExtraError: it is not available.
     """
+    backend = backend.lower()
+    if backend not in ("auto", *EXTRAS):
+        raise UsageError(f"found no backend {backend!r}; expected auto, {', '.join(EXTRAS)}")
     available = available_backends()
-    if not available or (backend in EXTRAS and backend not in available):
+    if not available or (backend != "auto" and backend not in available):
         raise _missing(backend)
 
 
@@ -104,9 +148,9 @@ def open_engine(
     backend, device = _choose(backend.lower(), device.lower(), compute_dtype)
     if not path.is_file():
         raise BackendError(f"found no graph file {path}; export the bundle again")
-    _, engine = _backend(backend)
+    _, engine = _BACKENDS[backend].load()
     try:
-        if dtypes := _EXPANDED_DTYPES.get(backend):
+        if dtypes := _BACKENDS[backend].expanded_dtypes:
             path = with_fp32_weights(path, cache, dtypes)
         return engine(path, spec, device, threads, compute_dtype)
     except (BackendError, MemoryError):
@@ -117,15 +161,16 @@ def open_engine(
 
 def _choose(backend: str, device: str, compute_dtype: ComputeDtype) -> tuple[str, str]:
     """An available backend and device; an explicit choice is met or refused."""
-    usual = "cuda" if backend in _GPU_ONLY else "cpu"
+    named = _BACKENDS.get(backend)
+    usual = "cuda" if named and named.gpu_only else "cpu"
     wanted = usual if device == "auto" else device
-    able = [name for name in EXTRAS if compute_dtype == "fp32" or name not in _FP32_ONLY]
-    for candidate in able if backend == "auto" else [backend]:
-        if candidate not in EXTRAS or (candidate in _GPU_ONLY and wanted != "cuda"):
+    for name, entry in _BACKENDS.items():
+        fits = (compute_dtype == "fp32" or not entry.fp32_only) if backend == "auto" else name == backend
+        if not fits or (entry.gpu_only and wanted != "cuda"):
             continue
         try:
-            if wanted in backend_devices(candidate):
-                return candidate, wanted
+            if wanted in backend_devices(name):
+                return name, wanted
         except ImportError:
             continue
     available = available_backends()
@@ -149,28 +194,5 @@ def _absence(backend: str) -> str:
     except BackendError as error:
         return str(error)
     except ImportError:
-        return f"install it with: pip install 'lsast[{EXTRAS[backend]}]'"
+        return f"install it with: {install_command(EXTRAS[backend])}"
     return f"{backend} is installed but finds no GPU with a driver; lsast-run --doctor reports what is missing"
-
-
-_Open = Callable[[Path, GraphSpec, str, "int | None", ComputeDtype], Engine]
-
-
-def _backend(name: str) -> tuple[Callable[[], list[str]], _Open]:
-    """The devices and the engine class of a backend; only its own module is imported."""
-    if name == "openvino":
-        from . import openvino
-
-        return openvino.devices, openvino.OpenVinoEngine
-    if name == "onnxruntime":
-        from . import onnxruntime
-
-        return onnxruntime.devices, onnxruntime.OnnxRuntimeEngine
-    from .tensorrt import engine as tensorrt
-    from .tensorrt.engine_record import TrtFlavor
-
-    flavor: TrtFlavor = "tensorrt" if name == "tensorrt" else "tensorrt-rtx"
-    return (
-        functools.partial(tensorrt.devices, flavor),
-        functools.partial(tensorrt.TensorRtEngine, flavor=flavor),
-    )

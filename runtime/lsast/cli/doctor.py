@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from lsast_engines.backends.imports import import_library
 from lsast_engines.environment import installed_versions
+from lsast_engines.errors import install_command
 
 LIBRARIES = (
     "numpy", "opencv-python-headless", "pillow", "safetensors", "onnxruntime", "onnxruntime-gpu", "openvino",
@@ -89,7 +90,7 @@ def _faults(libraries: dict[str, str | None]) -> list[str]:
     if len(found) == len(WHEELS):
         return [
             f"found {' and '.join(found)}; expected one of them, they overwrite each other: "
-            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'lsast[cpu]' or 'lsast[gpu]'"
+            f"pip uninstall -y onnxruntime onnxruntime-gpu, then {install_command('cpu')} or {install_command('gpu')}"
         ]
     if found and not _loads("onnxruntime"):
         return [
@@ -117,7 +118,7 @@ def _backends(has_gpu: bool) -> list[BackendState]:
             devices = backend_devices(name)
             remedy = "" if devices else "installed, and finds no NVIDIA GPU with a driver"
         except ImportError:
-            remedy = f"pip install 'lsast[{extra}]'{'' if has_gpu else _GPU_NOTES.get(name, '')}"
+            remedy = install_command(extra) + ("" if has_gpu else _GPU_NOTES.get(name, ""))
         except Exception as error:  # one broken library must not hide the others
             remedy = f"installed, and does not load ({type(error).__name__}: {error})"
         states.append(BackendState(name, tuple(devices), remedy))
