@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from diffusers import DDPMScheduler
+from PIL import Image
 
 from lsast_engines.errors import TrainingError
 from lsast_train.base.attention import layer_contexts
@@ -113,3 +114,15 @@ def test_mini_command_with_invalid_teacher_or_share_fails(picture_folders: list[
     bad = CliRunner().invoke(mini, ["--images", root, "--teacher", "t", "--out", "o", "--share", "red"])
     assert bad.exit_code == 2
     assert "LABEL=NUMBER" in bad.output
+
+
+def test_crops_of_too_few_or_too_small_pictures_are_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (300, 300)).save(tmp_path / "a.png")
+    with pytest.raises(TrainingError, match=r"found 1 pictures, .* of them held out by a hash of the name"):
+        Crops([tmp_path], 64)
+    for index in range(100):
+        Image.new("RGB", (40, 40)).save(tmp_path / f"{index}.png")
+    (tmp_path / "a.png").unlink()
+    crops = Crops([tmp_path], 64)
+    with pytest.raises(TrainingError, match="found no readable picture of at least"):
+        crops.batch(crops.train, 1, np.random.default_rng(0))

@@ -152,6 +152,11 @@ class LatentDataset:
         ]
         self.train = np.flatnonzero(~held)
         self.held_out = np.flatnonzero(held)
+        if not len(self.train) or not len(self.held_out):
+            raise TrainingError(
+                f"found {len(held)} pictures in {path}, {len(self.held_out)} of them held out; expected some of either "
+                "kind: give a hundred pictures or more"
+            )
 
     def window(self, indices: npt.NDArray[np.int64], side: int, rng: np.random.Generator) -> Window:
         """Random crops of `side` latents out of the pictures `indices`, mirrored half of the time."""

@@ -72,6 +72,9 @@ class Crops:
         folders: folders of pictures, searched recursively.
         side: side of a crop in pixels.
         memory: decoded pictures are kept up to this many bytes; the others are read again each time.
+
+    Raises:
+        TrainingError: no picture to train on, or none that is held out.
     """
 
     def __init__(self, folders: list[Path], side: int, memory: int = 2 << 30) -> None:
@@ -79,14 +82,30 @@ class Crops:
         held = [is_held_out(f"{path.parent.name}/{path.name}") for path in paths]
         self.train = [path for path, out in zip(paths, held, strict=True) if not out]
         self.held_out = [path for path, out in zip(paths, held, strict=True) if out]
+        if not self.train or not self.held_out:
+            raise TrainingError(
+                f"found {len(paths)} pictures, {len(self.held_out)} of them held out by a hash of the name; expected "
+                "some of either kind: give a hundred pictures or more"
+            )
         self.side = side
         self._free = memory
         self._decoded: dict[Path, npt.NDArray[np.uint8] | None] = {}
 
     def batch(self, paths: list[Path], count: int, rng: np.random.Generator) -> torch.Tensor:
-        """`count` crops [B, 3, side, side] in [-1, 1]; pictures that are unreadable or too small are drawn again."""
+        """`count` crops [B, 3, side, side] in [-1, 1]; pictures that are unreadable or too small are drawn again.
+
+        Raises:
+            TrainingError: 1 000 draws gave no crop.
+        """
         crops: list[npt.NDArray[np.uint8]] = []
+        draws = 0
         while len(crops) < count:
+            draws += 1
+            if draws > 1000 and not crops:
+                raise TrainingError(
+                    f"found no readable picture of at least {SMALLEST} pixels a side that holds a crop of {self.side} "
+                    f"among {len(paths)}; expected pictures at least that large"
+                )
             rgb = self._read(paths[rng.integers(len(paths))])
             if rgb is None or min(rgb.shape[:2]) < SMALLEST:
                 continue
