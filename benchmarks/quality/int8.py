@@ -30,7 +30,7 @@ ROWS = (
     ("openvino", "bf16", "float"),
     ("openvino", "fp32", "int8"),
 )
-"""Backend, arithmetic, bundle."""
+"""Backend, compute dtype, bundle."""
 
 
 @click.command()
@@ -90,7 +90,7 @@ def main(
     print(
         f"{size} pixels, {len(pictures)} pictures, {rounds} processes a row, threads {threads or 'default'}\n{facts}\n"
     )
-    print("| backend | arithmetic | bundle | step s (spread) | painting s (spread) | peak RSS MB | PSNR dB |")
+    print("| backend | compute dtype | bundle | step s (spread) | painting s (spread) | peak RSS MB | PSNR dB |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
         cells = [row["backend"], row["compute_dtype"], row["bundle"]]

@@ -63,7 +63,7 @@ def extrapolation(row: Row) -> str:
 
 
 def base(rows: Sequence[Row], compute_dtype: str) -> Row | None:
-    """The reference in an arithmetic, if it was measured."""
+    """The reference in a compute dtype, if it was measured."""
     found = [
         row for row in rows if row["by"] == REFERENCE and row["compute_dtype"] == compute_dtype and not row["error"]
     ]

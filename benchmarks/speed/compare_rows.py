@@ -28,7 +28,7 @@ class Own:
         """A row of a text ``NAME: key=value, …``: `bundle`, `backend` (NAME[:TYPE]), `preset`, and options.
 
         Raises:
-            UsageError: a text that cannot be meant.
+            UsageError: a text that is no row.
         """
         name, colon, rest = text.partition(":")
         pairs = [part.strip().partition("=") for part in rest.split(",")]

@@ -2,8 +2,8 @@
 
     python -m benchmarks.speed.gpu_latency [--bundle mini] [--size 512] [--batch 1] [--repeats 50]
 
-Ways: torch eager and `torch.compile` in the arithmetic asked for, ONNX Runtime on the device, and the compiled engines
-of TensorRT and TensorRT-RTX. A way that this machine has not says why. Each step runs the ControlNet and, with
+Ways: torch eager and `torch.compile` in the compute dtype asked for, ONNX Runtime on the device, and the compiled
+engines of TensorRT and TensorRT-RTX. A way that this machine has not says why. Each step runs the ControlNet and, with
 guidance, the U-Net of two rows. Prints a Markdown table of medians and spreads (largest less smallest of five groups);
 run nothing else meanwhile.
 

@@ -1,11 +1,11 @@
-"""What each lever gains and costs: seconds a picture, and how far the picture is from the exact one of the same seed.
+"""What each option gains and costs: seconds a picture, and how far the picture is from the exact one of the same seed.
 
     python -m benchmarks.speed.options PICTURE... [--style vangogh --style monet] [--size 512] [--repeats 3] [--json]
 
-Every lever of docs/speed.md alone, then the presets, in one process, warm: each picture in each style is painted once
-unmeasured, then `--repeats` times, the levers by turns. Seconds are the median over pictures and styles of their
-medians, in brackets how far these lie apart; PSNR is over all values of the picture, mean and least over pictures and
-styles. Prints a Markdown table; run nothing else meanwhile.
+Every option of docs/guides/speed.md alone, then the presets, in one process, warm: each picture in each style is
+painted once unmeasured, then `--repeats` times, the options in turn. Seconds are the median over pictures and styles
+of their medians, in brackets how far these lie apart; PSNR is over all values of the picture, mean and least over
+pictures and styles. Prints a Markdown table; run nothing else meanwhile.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from benchmarks.bench.machine import describe
 from lsast.options.options import PRESETS
 from lsast_engines.images import psnr
 
-LEVERS: dict[str, dict[str, Any]] = {
+OPTION_SETS: dict[str, dict[str, Any]] = {
     "exact": {},
-    "deep U-Net every 2nd step": {"cache_interval": 2},
-    "deep U-Net every 3rd step": {"cache_interval": 3},
+    "full U-Net every 2nd step": {"cache_interval": 2},
+    "full U-Net every 3rd step": {"cache_interval": 3},
     "unipc, 8 steps": {"solver": "unipc", "steps": 8},
     "no guidance": {"guidance": 1.0},
     **{f"preset {name}": {"preset": name} for name in PRESETS if name not in ("exact", "released")},
@@ -41,25 +41,25 @@ def pixels(result: lsast.Result) -> np.ndarray:
 
 
 Key = tuple[str, Path, str]
-"""Lever, picture, style."""
+"""Name of the options, picture, style."""
 
 
 def measured(
     stylizer: lsast.Stylizer, jobs: list[tuple[Path, str]], size: int, repeats: int
 ) -> tuple[dict[Key, lsast.Result], dict[Key, float], dict[Key, float]]:
-    """What every lever gives for every job, the median seconds, and of these the denoising's.
+    """What every set of options gives for every job, the median seconds, and of these the denoising's.
 
-    The levers take turns within each repeat, so that a machine that grows slower does so for all.
+    They take turns within each repeat, so that a machine that grows slower does so for all.
     """
     results: dict[Key, lsast.Result] = {}
     walls: dict[Key, list[float]] = {}
     loops: dict[Key, list[float]] = {}
     for turn in range(1 + repeats):  # the first is unmeasured
         for picture, style in jobs:
-            for name, lever in LEVERS.items():
+            for name, options in OPTION_SETS.items():
                 key = name, picture, style
                 begin = time.perf_counter()
-                results[key] = stylizer.stylize(picture, **{"style": style, "size": size, **lever})
+                results[key] = stylizer.stylize(picture, **{"style": style, "size": size, **options})
                 if turn:
                     walls.setdefault(key, []).append(time.perf_counter() - begin)
                     loops.setdefault(key, []).append(results[key].seconds["denoise"])
@@ -88,18 +88,18 @@ def main(
     repeats: int,
     as_json: bool,
 ) -> None:
-    """Measure one lever after another."""
+    """Measure one set of options after another."""
     jobs = [(picture, style) for picture in pictures for style in styles]
     rows: list[dict[str, Any]] = []
     with lsast.load(bundle, backend, threads=threads, compute_dtype=compute_dtype) as stylizer:
         results, walls, loops = measured(stylizer, jobs, size, repeats)
-        for name, lever in LEVERS.items():
+        for name, options in OPTION_SETS.items():
             seconds = [walls[(name, *job)] for job in jobs]
             distances = [psnr(pixels(results[(name, *job)]), pixels(results[("exact", *job)])) for job in jobs]
             rows.append(
                 {
-                    "lever": name,
-                    "options": lever,
+                    "name": name,
+                    "options": options,
                     "seconds": statistics.median(seconds),
                     "spread_s": max(seconds) - min(seconds),
                     "denoise_s": statistics.median(loops[(name, *job)] for job in jobs),
@@ -119,12 +119,12 @@ def main(
         print(json.dumps({**told, "rows": rows}, indent=1))
         return
     print(f"{size}² pixels, {len(pictures)} pictures in {', '.join(styles)}, n = {repeats} each\n{facts}\n")
-    print("| lever | s a picture (spread) | times exact | denoise s | PSNR to exact, mean | least |")
+    print("| options | s a picture (spread) | times exact | denoise s | PSNR to exact, mean | least |")
     print("|---|---|---|---|---|---|")
     for row in rows:
         quality = " | | " if row["psnr_mean"] is None else f" {row['psnr_mean']:.1f} | {row['psnr_least']:.1f} "
         print(
-            f"| {row['lever']} | {row['seconds']:.2f} ({row['spread_s']:.2f}) "
+            f"| {row['name']} | {row['seconds']:.2f} ({row['spread_s']:.2f}) "
             f"| {rows[0]['seconds'] / row['seconds']:.2f} | {row['denoise_s']:.2f} |{quality}|"
         )
 

@@ -90,7 +90,8 @@ class Options:
     ]
     guidance: Annotated[
         float,
-        "How much the style is exaggerated (scale of classifier-free guidance); at 1 there is none, and each step runs the U-Net once instead of twice.",
+        "How much the style is exaggerated (scale of classifier-free guidance); at 1 there is none, and each step runs "
+        "the U-Net once instead of twice.",
         Range(0, 100),
     ]
     control_scale: Annotated[
