@@ -1,8 +1,7 @@
 """Baking: prompts become keys and values, which are all that the runtime reads of them.
 
 A cross-attention uses its context c only as K = W_k c and V = W_v c. Both depend on the style and the stage, not on
-the picture or the step, so a style *is* its keys and values. Those of all layers of a network are packed along the
-last axis, ``K_0 | V_0 | K_1 | V_1 | …``, in the order of the manifest's `attention_layers`.
+the picture or the step, so a style *is* its keys and values, packed as `lsast_train.base.kv_packing` says.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
 from lsast_engines.bundle.bundle import Bundle, user_style_folder
@@ -21,7 +19,7 @@ from lsast_engines.bundle.style import Style, StyleFile
 from lsast_engines.errors import StyleError, UsageError, fault_list
 from lsast_train.base.attention import GROUPS
 from lsast_train.base.base import Base
-from lsast_train.base.kv_packing import kv_layouts
+from lsast_train.base.kv_packing import kv_layouts, project_kv
 from lsast_train.base.lazy_base import LazyBase
 from lsast_train.prompts.prompt_file import Prompts
 
@@ -84,14 +82,14 @@ class KVProjector:
         Args:
             contexts: [N, 3, T, dim], one for each layer group in the order of `GROUPS`.
         """
-        packed: dict[str, list[torch.Tensor]] = {network: [] for network in _NETWORKS}
-        for layer in self.layers:
-            context = contexts[:, GROUPS.index(layer.group)].float()
-            for matrix in ("to_k", "to_v"):
-                weight = self.weight(f"{_NETWORKS[layer.network]}.{layer.name}.{matrix}.weight")
-                packed[layer.network].append(F.linear(context, weight.float()))
-        unet, control = (torch.cat(columns, dim=-1) for columns in packed.values())
+        unet, control = (
+            project_kv([layer for layer in self.layers if layer.network == network], contexts.float(), self._matrix)
+            for network in _NETWORKS
+        )
         return unet, control
+
+    def _matrix(self, layer: AttentionLayer, matrix: str) -> torch.Tensor:
+        return self.weight(f"{_NETWORKS[layer.network]}.{layer.name}.{matrix}.weight").float()
 
 
 def bake_style(
