@@ -7,7 +7,7 @@
         t ~ uniform over all timesteps;  ε ~ N(0, 1)
         zt = √ᾱ_t z0 + √(1-ᾱ_t) ε
         C = the prompts of t's stage, a context for each layer group
-        loss = ‖ε_θ(zt, t, C) - ε‖²        the U-Net ε_θ is frozen
+        loss = w(t) mean((ε_θ(zt, t, C) - ε)²)        the U-Net ε_θ is frozen; w: option `weighting`
         move the prompts down the gradient of the loss (AdamW)
 
 The held-out loss is measured on the way, and the prompts of the best evaluation are the result.
@@ -27,19 +27,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 
-from lsast_engines.bundle.style import style_name_faults
-from lsast_engines.errors import UsageError, fault_list
-
 from .base.base import Base
 from .evaluation import ValidationSet, noise_error
 from .options import TrainOptions
 from .paintings import CachedLatents, LatentSampler, OnlineLatents, PaintingDataset
 from .prompts.prompt_file import Prompts, save_prompts
 from .prompts.prompt_space import PromptSpace, build_space
-from .training.loop import TrainingLoop, require_checkpoint, require_finite, set_learning_rate
+from .training.loop import TrainingLoop, require_finite, set_learning_rate
 from .training.loss_curve import Curve, Evaluation, save_curve
 from .training.rng import RngStream, rng_for
-from .training.run import RunFiles, RunResult, versions
+from .training.run import RunFiles, RunResult, require_run, versions
 
 log = logging.getLogger("lsast.train")
 
@@ -53,7 +50,7 @@ class Inversion:
     Args:
         base: moved to the device that accelerate chooses; its weights are never changed.
         paintings: the artist's, loaded with the options' size and crop.
-        options: every knob.
+        options: of the run.
         name: of the style.
         folder: for the files of the run.
         licence: of the paintings; kept in the prompt file.
@@ -77,13 +74,8 @@ class Inversion:
         resume: bool = False,
         on_step: Callable[[int, float], None] | None = None,
     ) -> None:
-        faults = style_name_faults(name)
-        if options.size % base.config.multiple:
-            faults.append(f"size: found {options.size}; expected a multiple of {base.config.multiple} for this base")
-        if faults:
-            raise UsageError(fault_list("invalid options:", faults))
         self.files = RunFiles(folder, name)
-        require_checkpoint(self.files.checkpoint, resume)
+        require_run(self.files, options.size, base.config.multiple, resume)
         self.base, self.paintings, self.options, self.licence, self.on_step = base, paintings, options, licence, on_step
         self.accelerator = Accelerator()
         base.to(self.accelerator.device, options.gradient_checkpointing)
@@ -162,7 +154,7 @@ class Inversion:
             self.best.load_state_dict(self.space.state_dict())
         if step and state.is_main_process:
             log.info(
-                "step %d: held-out loss %.4f of the untrained, training %.4f",
+                "step %d: held-out loss: %.4f x that of the initial prompts, training: %.4f x",
                 *(step, self.curve.relative(evaluation), self.curve.relative_training(evaluation)),
             )
             save_curve(self.curve, self.files.curve, {"name": self.files.name, "options": asdict(self.options)})
@@ -176,8 +168,8 @@ class Inversion:
             save_prompts(prompts, self.files.result)
             self.files.checkpoint.unlink(missing_ok=True)
             if best.step == 0:
-                log.warning("no step lowered the held-out loss; the prompts kept are untrained: change --lr or --steps")
-            log.info("kept step %d: held-out loss %.4f of the untrained", best.step, relative)
+                log.warning("no step lowered the held-out loss; the initial prompts are kept: change --lr or --steps")
+            log.info("kept step %d: held-out loss: %.4f x that of the initial prompts", best.step, relative)
         self.accelerator.wait_for_everyone()
         return result
 
@@ -211,10 +203,10 @@ class Inversion:
         return ValidationSet(self.base, latents, options.seed, options.mixed_precision)
 
     def _identity(self) -> dict[str, Any]:
-        knobs = asdict(self.options)
-        del knobs["checkpoint_minutes"], knobs["gradient_checkpointing"]  # they change no result
+        options = asdict(self.options)
+        del options["checkpoint_minutes"], options["gradient_checkpointing"]  # they change no result
         return {
-            **knobs,
+            **options,
             "base": self.base.fingerprint,
             "paintings": self.paintings.digest,
             "processes": self.accelerator.num_processes,

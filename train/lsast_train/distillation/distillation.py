@@ -20,17 +20,16 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from lsast_engines.bundle.style import style_name_faults
-from lsast_engines.errors import TrainingError, UsageError, fault_list
+from lsast_engines.errors import TrainingError
 
 from ..base.baked import BakedBase
 from ..base.base import Base
 from ..base.kv_packing import kv_layouts
 from ..paintings import PaintingDataset
-from ..training.loop import TrainingLoop, require_checkpoint, require_finite, set_learning_rate
+from ..training.loop import TrainingLoop, require_finite, set_learning_rate
 from ..training.loss_curve import Curve, Evaluation, save_curve
 from ..training.rng import RngStream, rng_for
-from ..training.run import RunFiles, RunResult
+from ..training.run import RunFiles, RunResult, require_run
 from .options import DistillOptions
 from .result import distilled_meta, distilled_style
 from .source_style import SourceStyle, null_rows
@@ -58,7 +57,7 @@ class Distillation:
         base: moved to the device that accelerate chooses; its weights are never changed.
         style: the style to distill.
         pictures: of any kind, loaded with the options' size, for the teacher to paint.
-        options: every knob.
+        options: of the run.
         name: of the new style.
         folder: for the files of the run.
         resume: go on from the checkpoint that a stopped run left in `folder`.
@@ -80,13 +79,8 @@ class Distillation:
         resume: bool = False,
         on_step: Callable[[int, float], None] | None = None,
     ) -> None:
-        faults = style_name_faults(name)
-        if options.size % base.config.multiple:
-            faults.append(f"size: found {options.size}; expected a multiple of {base.config.multiple} for this base")
-        if faults:
-            raise UsageError(fault_list("invalid options:", faults))
         self.files = RunFiles(folder, name, prompts=False)
-        require_checkpoint(self.files.checkpoint, resume)
+        require_run(self.files, options.size, base.config.multiple, resume)
         self.base, self.style, self.pictures, self.options, self.on_step = base, style, pictures, options, on_step
         base.to(Accelerator().device)
         self.baked = BakedBase(base)
@@ -229,10 +223,10 @@ class Distillation:
         return min(self.curve.evaluations[1:], key=self.curve.relative)
 
     def _identity(self) -> dict[str, Any]:
-        knobs = asdict(self.options)
-        del knobs["checkpoint_minutes"]
+        options = asdict(self.options)
+        del options["checkpoint_minutes"]
         style = {"style": self.style.name, "rms": f"{self.style.kv_unet.square().mean().sqrt().item():.9g}"}
-        return {**knobs, **style, "base": self.base.fingerprint, "pictures_sha256": self.pictures.digest}
+        return {**options, **style, "base": self.base.fingerprint, "pictures_sha256": self.pictures.digest}
 
     def _teacher_identity(self) -> dict[str, Any]:
         """What the teacher's samples depend on."""

@@ -139,14 +139,6 @@ class TrainingLoop:
                     raise InterruptionError(stop, self.step, self.checkpoint)
 
 
-def require_checkpoint(path: Path, resume: bool) -> None:
-    """Raise `TrainingError` for a checkpoint that is missing where a run is resumed, or there where one begins."""
-    if resume and not path.exists():
-        raise TrainingError(f"found no checkpoint {path}; start without --resume")
-    if path.exists() and not resume:
-        raise TrainingError(f"found the checkpoint of an unfinished run, {path}; go on with --resume, or delete it")
-
-
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of every parameter group to `lr` times the group's ``relative`` (default 1)."""
     for group in optimizer.param_groups:

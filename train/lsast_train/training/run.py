@@ -1,11 +1,13 @@
-"""The files of a run, and the result of a finished one."""
+"""The files of a run, whether it can begin, and the result of a finished one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from lsast_engines.bundle.style import style_name_faults
 from lsast_engines.environment import package_version
+from lsast_engines.errors import TrainingError, UsageError, fault_list
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,31 @@ class RunFiles:
         return self.folder / f"{self.name}.curve.json"
 
 
+def require_run(files: RunFiles, size: int, multiple: int, resume: bool) -> None:
+    """Refuse a run that cannot begin.
+
+    Args:
+        files: of the run.
+        size: side of its pictures in pixels.
+        multiple: the base's sides are multiples of it.
+        resume: whether it goes on from a checkpoint.
+
+    Raises:
+        UsageError: a name that is no file name, or a size that the base cannot take; all faults at once.
+        TrainingError: a checkpoint that is missing, or in the way.
+    """
+    faults = style_name_faults(files.name)
+    if size % multiple:
+        faults.append(f"size: found {size}; expected a multiple of {multiple} for this base")
+    if faults:
+        raise UsageError(fault_list("invalid options:", faults))
+    path = files.checkpoint
+    if resume and not path.exists():
+        raise TrainingError(f"found no checkpoint {path}; start without --resume")
+    if path.exists() and not resume:
+        raise TrainingError(f"found the checkpoint of an unfinished run, {path}; go on with --resume, or delete it")
+
+
 @dataclass(frozen=True)
 class RunResult:
     """The result of a finished run."""
@@ -49,7 +76,7 @@ class RunResult:
     best_step: int
     """Step of the evaluation with the lowest held-out loss, whose values were kept."""
     relative_loss: float
-    """Its held-out loss relative to the start: to the untrained prompts, or to the style without guidance."""
+    """Its held-out loss relative to the start: to the initial prompts, or to the style without guidance."""
     seconds: float
     """Wall time of the steps, including those before a resume."""
 
