@@ -105,25 +105,6 @@ def test_dropout_acts_in_training_and_not_in_evaluation(
     assert torch.equal(probe.losses(run.space, [3]), found)
 
 
-def _kept(run: Inversion) -> tuple[int, torch.Tensor]:
-    """Bytes that one step keeps for the way back, and its gradient."""
-    storages: dict[int, int] = {}
-    frozen = {p.untyped_storage().data_ptr() for p in run.base.unet.parameters()}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in frozen:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = run.loss(0, 0)
-    run.space.zero_grad()
-    torch.autograd.backward(loss)
-    assert run.space.matrices.grad is not None
-    return sum(storages.values()), run.space.matrices.grad.clone()
-
-
 def test_step_of_one_timestep_changes_only_the_matrices_of_its_stage(
     base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

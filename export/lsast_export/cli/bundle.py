@@ -15,78 +15,69 @@ from lsast_engines.environment import require_extra
 from lsast_engines.errors import UsageError, fault_list
 from lsast_engines.removed import RENAMED_OPTIONS, RENAMED_VALUES
 
-from .shared import Function, PhaseTimer, import_options
+from .shared import Function, PhaseTimer, combine, import_options
 
 _DEFAULT_TYPES: dict[str, Callable[[str], Any]] = {"style": str, **STYLE_DEFAULTS, "size": int}
 """Reads the value of each of the manifest's defaults."""
 
 
-def style_options(command: Function) -> Function:
-    """Adds the options that say which styles to bake, and on which base."""
-    for option in (
-        click.option(
-            "--default",
-            "defaults",
-            multiple=True,
-            metavar="[STYLE.]KEY=VALUE",
-            help="A default option of one style; without STYLE, of the bundle that is exported. May be repeated. "
-            f"KEY: {', '.join(_DEFAULT_TYPES)}.",
-        ),
-        click.option(
-            "--base",
-            metavar="PATH",
-            help="Folder or name of the base or bundle. `bundle` also imports one: a folder in diffusers' format, a "
-            "file in CompVis naming, or OWNER/NAME of the hub. [default: embedded]",
-        ),
-        click.option(
-            "--style",
-            "styles",
-            multiple=True,
-            metavar="NAME|FILE",
-            help="A learned style to bake: runs/NAME/NAME.prompts.safetensors, or the file. May be repeated.",
-        ),
-    ):
-        command = option(command)
-    return command
+style_options = combine(
+    click.option(
+        "--default",
+        "defaults",
+        multiple=True,
+        metavar="[STYLE.]KEY=VALUE",
+        help="A default option of one style; without STYLE, of the bundle that is exported. May be repeated. "
+        f"KEY: {', '.join(_DEFAULT_TYPES)}.",
+    ),
+    click.option(
+        "--base",
+        metavar="PATH",
+        help="Folder or name of the base or bundle. `bundle` also imports one: a folder in diffusers' format, a "
+        "file in CompVis naming, or OWNER/NAME of the hub. [default: embedded]",
+    ),
+    click.option(
+        "--style",
+        "styles",
+        multiple=True,
+        metavar="NAME|FILE",
+        help="A learned style to bake: runs/NAME/NAME.prompts.safetensors, or the file. May be repeated.",
+    ),
+)
+"""Adds the options that say which styles to bake, and on which base."""
 
 
 def bundle_options(hidden: bool = False) -> Callable[[Function], Function]:
     """Adds the options of an export; hidden ones are the old spelling of the command, `lsast-export … --out DIR`."""
-
-    def add(command: Function) -> Function:
-        for option in (
-            click.option(
-                "--backend",
-                metavar="NAME",
-                hidden=hidden,
-                help="Backend to compare with torch on. [default: onnxruntime]",
-            ),
-            click.option(
-                "--storage-dtype",
-                type=click.Choice(["fp32", "fp16", "bf16"]),
-                hidden=hidden,
-                help="Number type that weights are stored in. [default: fp16]",
-            ),
-            click.option(
-                "--parts",
-                is_flag=True,
-                hidden=hidden,
-                help="Write the denoiser's parts too, see lsast-export parts; a bundle that has them keeps them.",
-            ),
-            import_options(hidden),
-            click.option(
-                "--out",
-                metavar="DIR",
-                type=click.Path(path_type=Path),
-                required=not hidden,
-                hidden=hidden,
-                help="Folder of the bundle to write. A bundle there is replaced, its other styles are kept.",
-            ),
-        ):
-            command = option(command)
-        return command
-
-    return add
+    return combine(
+        click.option(
+            "--backend",
+            metavar="NAME",
+            hidden=hidden,
+            help="Backend to compare with torch on. [default: onnxruntime]",
+        ),
+        click.option(
+            "--storage-dtype",
+            type=click.Choice(["fp32", "fp16", "bf16"]),
+            hidden=hidden,
+            help="Number type that weights are stored in. [default: fp16]",
+        ),
+        click.option(
+            "--parts",
+            is_flag=True,
+            hidden=hidden,
+            help="Write the denoiser's parts too, see lsast-export parts; a bundle that has them keeps them.",
+        ),
+        import_options(hidden),
+        click.option(
+            "--out",
+            metavar="DIR",
+            type=click.Path(path_type=Path),
+            required=not hidden,
+            hidden=hidden,
+            help="Folder of the bundle to write. A bundle there is replaced, its other styles are kept.",
+        ),
+    )
 
 
 @click.command("bundle", cls=Command)

@@ -15,29 +15,34 @@ backend_option = click.option(
 )
 
 
-def import_options(hidden: bool = False) -> Callable[[Function], Function]:
-    """Adds the options of a base to import, beside `--base`: the other fields of `BaseSource`."""
+def combine(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:
+    """One decorator that adds all `options` to a command; `--help` lists the last one first."""
 
     def add(command: Function) -> Function:
-        for option in (
-            click.option("--revision", metavar="REV", hidden=hidden, help="Commit hash or tag of a base from the hub."),
-            click.option(
-                "--unet-weights",
-                type=click.Choice(["auto", "ema", "non-ema"]),
-                hidden=hidden,
-                help="Weights of a base that holds two sets. [default: auto, the averaged ones (EMA) if there]",
-            ),
-            click.option(
-                "--controlnet",
-                metavar="PATH",
-                hidden=hidden,
-                help="ControlNet of a base to import: a folder, a file, or OWNER/NAME.",
-            ),
-        ):
+        for option in options:
             command = option(command)
         return command
 
     return add
+
+
+def import_options(hidden: bool = False) -> Callable[[Function], Function]:
+    """Adds the options of a base to import, beside `--base`: the other fields of `BaseSource`."""
+    return combine(
+        click.option("--revision", metavar="REV", hidden=hidden, help="Commit hash or tag of a base from the hub."),
+        click.option(
+            "--unet-weights",
+            type=click.Choice(["auto", "ema", "non-ema"]),
+            hidden=hidden,
+            help="Weights of a base that holds two sets. [default: auto, the averaged ones (EMA) if there]",
+        ),
+        click.option(
+            "--controlnet",
+            metavar="PATH",
+            hidden=hidden,
+            help="ControlNet of a base to import: a folder, a file, or OWNER/NAME.",
+        ),
+    )
 
 
 class PhaseTimer:

@@ -11,7 +11,7 @@ adapter conditions; `parity` compares with that function.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -46,6 +46,19 @@ class ControlNetGraph(nn.Module):
         return (*down, mid)
 
 
+class _Inputs(NamedTuple):
+    """What every block of the U-Net takes, for each row of guidance and batch."""
+
+    latents: torch.Tensor
+    """[G·B, 4, h, w]"""
+    timesteps: torch.Tensor
+    """[G·B]"""
+    embedded: torch.Tensor
+    """[G·B, E]: the time embedding."""
+    kv: dict[str, Any]
+    """See `packed_kv`."""
+
+
 class _UnetPart(nn.Module):
     """What `unet_full` and `unet_outer` share: guidance rows, the embedding of the step, the outermost level."""
 
@@ -58,23 +71,18 @@ class _UnetPart(nn.Module):
         """[B, …] → [G·B, …]."""
         return rows.unsqueeze(0).expand(guidance, *rows.shape).flatten(0, 1)
 
-    def _embedded(self, latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        embedded: torch.Tensor = self.unet.time_embedding(self.unet.get_time_embed(latents, timesteps))
-        return embedded
+    def _inputs(self, latent: torch.Tensor, timestep: torch.Tensor, kv_unet: torch.Tensor) -> _Inputs:
+        guidance = kv_unet.shape[0]  # len() would fix it in the traced graph
+        kv = packed_kv(kv_unet.flatten(0, 1))
+        latents, timesteps = self._rows(latent, guidance), self._rows(timestep, guidance)
+        embedded = self.unet.time_embedding(self.unet.get_time_embed(latents, timesteps))
+        return _Inputs(latents, timesteps, embedded, kv)
 
-    def _noise(
-        self,
-        feature: torch.Tensor,
-        skips: Sequence[torch.Tensor],
-        embedded: torch.Tensor,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        kv: dict[str, Any],
-    ) -> torch.Tensor:
+    def _noise(self, feature: torch.Tensor, skips: Sequence[torch.Tensor], inputs: _Inputs) -> torch.Tensor:
         """The last up block and the output convolution: `feature` and the outermost skips → eps [G·B, 4, h, w]."""
-        sample = _run(self.unet.up_blocks[-1], feature, embedded, kv, res_hidden_states_tuple=tuple(skips))
+        sample = _run(self.unet.up_blocks[-1], feature, inputs, res_hidden_states_tuple=tuple(skips))
         output = self.unet.conv_out(self.unet.conv_act(self.unet.conv_norm_out(sample)))
-        return self._base.eps_from_output(output, latents, timesteps)
+        return self._base.eps_from_output(output, inputs.latents, inputs.timesteps)
 
 
 class UnetFullGraph(_UnetPart):
@@ -85,22 +93,20 @@ class UnetFullGraph(_UnetPart):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The whole U-Net: eps [G, B, 4, h, w], and the input of the last up block, [G, B, C, h, w]."""
         guidance, batch = kv_unet.shape[:2]
-        kv = packed_kv(kv_unet.flatten(0, 1))
-        latents, timesteps = self._rows(latent, guidance), self._rows(timestep, guidance)
-        embedded = self._embedded(latents, timesteps)
-        sample = self.unet.conv_in(latents)
+        inputs = self._inputs(latent, timestep, kv_unet)
+        sample = self.unet.conv_in(inputs.latents)
         skips = [sample]
         for block in self.unet.down_blocks:
-            sample, more = _run(block, sample, embedded, kv)
+            sample, more = _run(block, sample, inputs)
             skips += more
         *down, mid = (self._rows(residual, guidance) for residual in residuals)
         skips = [skip + residual for skip, residual in zip(skips, down, strict=True)]
-        sample = self.unet.mid_block(sample, embedded, cross_attention_kwargs=kv) + mid
+        sample = self.unet.mid_block(sample, inputs.embedded, cross_attention_kwargs=inputs.kv) + mid
         for block in self.unet.up_blocks[:-1]:
             count = len(block.resnets)
-            sample = _run(block, sample, embedded, kv, res_hidden_states_tuple=tuple(skips[-count:]))
+            sample = _run(block, sample, inputs, res_hidden_states_tuple=tuple(skips[-count:]))
             skips = skips[:-count]
-        eps = self._noise(sample, skips, embedded, latents, timesteps, kv)
+        eps = self._noise(sample, skips, inputs)
         return eps.unflatten(0, (guidance, batch)), sample.unflatten(0, (guidance, batch))
 
 
@@ -117,27 +123,25 @@ class UnetOuterGraph(_UnetPart):
         """The outermost level, on a cached feature [G, B, C, h, w]: eps [G, B, 4, h, w]."""
         *residuals, feature = residuals_and_feature
         guidance, batch = kv_unet.shape[:2]
-        kv = packed_kv(kv_unet.flatten(0, 1))
-        latents, timesteps = self._rows(latent, guidance), self._rows(timestep, guidance)
-        embedded = self._embedded(latents, timesteps)
-        sample = self.unet.conv_in(latents)
+        inputs = self._inputs(latent, timestep, kv_unet)
+        sample = self.unet.conv_in(inputs.latents)
         skips = [sample]
         block = self.unet.down_blocks[0]
         for place, resnet in enumerate(block.resnets):
-            sample = resnet(sample, embedded)
+            sample = resnet(sample, inputs.embedded)
             if getattr(block, "has_cross_attention", False):
-                sample = block.attentions[place](sample, cross_attention_kwargs=kv, return_dict=False)[0]
+                sample = block.attentions[place](sample, cross_attention_kwargs=inputs.kv, return_dict=False)[0]
             skips.append(sample)
         skips = [skip + self._rows(residual, guidance) for skip, residual in zip(skips, residuals, strict=True)]
-        eps = self._noise(feature.flatten(0, 1), skips, embedded, latents, timesteps, kv)
+        eps = self._noise(feature.flatten(0, 1), skips, inputs)
         rows: torch.Tensor = eps.unflatten(0, (guidance, batch))
         return rows
 
 
-def _run(block: Any, sample: torch.Tensor, embedded: torch.Tensor, kv: dict[str, Any], **skips: Any) -> Any:
+def _run(block: Any, sample: torch.Tensor, inputs: _Inputs, **skips: Any) -> Any:
     """The output of a down or up block, which takes keys and values only if it has cross-attention."""
-    kwargs = {"cross_attention_kwargs": kv} if getattr(block, "has_cross_attention", False) else {}
-    return block(hidden_states=sample, temb=embedded, **kwargs, **skips)
+    kwargs = {"cross_attention_kwargs": inputs.kv} if getattr(block, "has_cross_attention", False) else {}
+    return block(hidden_states=sample, temb=inputs.embedded, **kwargs, **skips)
 
 
 def unet_split(base: Base) -> UnetSplit:
