@@ -48,11 +48,11 @@ def reference(base: Base, size: int, dtype: torch.dtype) -> Paint:
 
     def paint(steps: int) -> list[float]:
         schedule = TimestepSchedule.build(base.config.noise, STEPS, _strength(steps), STAGES, "ddim_lsast")
-        solver = make_solver("ddim_lsast", base.config.noise, schedule)
+        solver = make_solver(schedule)
         mean, std = base.encode(image)
         z0 = base.config.latent_scale * (mean + std * torch.randn(mean.shape, generator=generator).to(dtype))
         noise = torch.randn(mean.shape, generator=generator)
-        latent = schedule.add_noise(z0.float().numpy(), noise.numpy(), schedule.start_t)
+        latent = schedule.add_noise(z0.float().numpy(), noise.numpy())
         ticks = [time.perf_counter()]
         for index, step in enumerate(schedule.steps):
             z, t = torch.from_numpy(latent).to(dtype), torch.tensor([step.t])

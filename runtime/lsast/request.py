@@ -126,7 +126,7 @@ class Request:
     def _solver(self, z0: Floats) -> Solver:
         """The solver of the run, given the picture's latent z0 [4, h, w]; a video and a mask blend x0."""
         manifest = self._bundle.manifest
-        solver = make_solver(self.options.solver, manifest.noise, self._schedule)
+        solver = make_solver(self._schedule)
         if self._temporal:
             solver = self._temporal.wrap_solver(solver, self._schedule, self._content, manifest.geometry.factor)
         if self.mask is not None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import UsageError, fault_list
+
+Array = npt.NDArray[np.floating[Any]]
+Floats = TypeVar("Floats", npt.NDArray[np.float32], npt.NDArray[np.float64])
 
 BetaSchedule = Literal["scaled_linear", "linear"]
 """How beta grows with the timestep: linearly in its square root (Stable Diffusion), or linearly."""
@@ -20,6 +24,33 @@ MAX_TRAIN_STEPS = 100_000
 
 _MIN_ALPHA = 1e-12
 """Below, the solvers' logarithms of the signal-to-noise ratio lose all digits."""
+
+
+@dataclass(frozen=True)
+class NoiseLevel:
+    """A noise level: x = alpha x_0 + sigma ε, with alpha = sqrt(abar) and sigma = sqrt(1 - abar)."""
+
+    alpha: float
+    sigma: float
+
+    @classmethod
+    def of(cls, abar: float) -> NoiseLevel:
+        """The level of an abar in (0, 1]; 1 is no noise."""
+        return cls(abar**0.5, (1 - abar) ** 0.5)
+
+    @property
+    def lam(self) -> float:
+        """λ = log(alpha / sigma); infinite without noise."""
+        return math.log(self.alpha / self.sigma) if self.sigma > 0 else math.inf
+
+    def add_noise(self, x0: Floats, noise: Floats) -> Floats:
+        """x, of any shape and in the type of `x0`."""
+        x: Floats = self.alpha * x0 + self.sigma * noise
+        return x
+
+    def x0(self, x: Array, eps: Array) -> Array:
+        """The data prediction, (x - sigma ε) / alpha."""
+        return (x - self.sigma * eps) / self.alpha
 
 
 @dataclass(frozen=True)
@@ -63,3 +94,7 @@ class NoiseSchedule:
         abars: npt.NDArray[np.float64] = np.cumprod(1.0 - betas, dtype=np.float64)
         abars.setflags(write=False)  # it is shared by all callers
         return abars
+
+    def level(self, t: int) -> NoiseLevel:
+        """The noise level of timestep t, 0 … train_steps - 1."""
+        return NoiseLevel.of(float(self.alphas_cumprod[t]))

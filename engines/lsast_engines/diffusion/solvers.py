@@ -14,16 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import numpy as np
-import numpy.typing as npt
+from .noise_schedule import Array, NoiseLevel
 
-from ..errors import UsageError
-from .noise_schedule import NoiseSchedule
-from .timesteps import TimestepSchedule
-
-Array = npt.NDArray[np.floating[Any]]
+if TYPE_CHECKING:
+    from .timesteps import TimestepSchedule
 
 
 class Solver(Protocol):
@@ -40,23 +36,6 @@ class Solver(Protocol):
         Returns:
             The latent at step `index` + 1, or the clean latent after the last; a new array.
         """
-
-
-@dataclass(frozen=True)
-class NoiseLevel:
-    """A noise level: x = alpha x_0 + sigma ε."""
-
-    alpha: float
-    sigma: float
-
-    @property
-    def lam(self) -> float:
-        """λ; infinite without noise."""
-        return math.log(self.alpha / self.sigma) if self.sigma > 0 else math.inf
-
-    def x0(self, x: Array, eps: Array) -> Array:
-        """The data prediction."""
-        return (x - self.sigma * eps) / self.alpha
 
 
 class Ddim:
@@ -187,26 +166,27 @@ class StepCounter:
         return index == self._steps - 1
 
 
-SOLVERS: dict[str, Callable[[list[NoiseLevel]], Solver]] = {
-    "ddim": Ddim,
-    "dpmpp2m": DpmSolverPp2M,
-    "unipc": UniPc,
-    "ddim_lsast": Ddim,
+@dataclass(frozen=True)
+class SolverEntry:
+    """A solver and the timesteps that it takes (`timesteps.TimestepSchedule`)."""
+
+    make: Callable[[list[NoiseLevel]], Solver]
+    """Makes it, given the noise level of every step and that of the end of the run."""
+    final_sigma: Literal["sigma_min", "zero"]
+    """Where the last step ends: at sigma of t = 0, or at sigma 0 (`final_sigmas_type` in diffusers)."""
+    grid: Literal["leading", "released"] = "leading"
+    """The grid of timesteps: "leading" (Lin et al. 2023, table 2), or that of LSAST's released code."""
+
+
+SOLVERS = {
+    "ddim": SolverEntry(Ddim, "sigma_min"),
+    "dpmpp2m": SolverEntry(DpmSolverPp2M, "zero"),
+    "unipc": SolverEntry(UniPc, "zero"),
+    "ddim_lsast": SolverEntry(Ddim, "sigma_min", grid="released"),
 }
-"""The solvers by name; `ddim_lsast` is DDIM on a grid of its own, see `TimestepSchedule`."""
+"""The solvers by name."""
 
 
-def make_solver(name: str, noise: NoiseSchedule, schedule: TimestepSchedule) -> Solver:
-    """A solver ready for the first step of `schedule`.
-
-    Raises:
-        UsageError: an unknown name, or a schedule for another solver or noise schedule.
-    """
-    if name not in SOLVERS:
-        raise UsageError(f"found solver {name!r}; expected one of {', '.join(SOLVERS)}")
-    if (name, noise) != (schedule.solver, schedule.noise):
-        raise UsageError(
-            f"found a schedule of {schedule.solver} and {schedule.noise}; expected {name} and {noise}: "
-            f"build it with TimestepSchedule.build(noise, …, solver={name!r})"
-        )
-    return SOLVERS[name]([NoiseLevel(abar**0.5, (1 - abar) ** 0.5) for abar in schedule.abars()])
+def make_solver(schedule: TimestepSchedule) -> Solver:
+    """The solver that `schedule` names, ready for its first step."""
+    return SOLVERS[schedule.solver].make(schedule.levels())

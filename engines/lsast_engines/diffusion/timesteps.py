@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
-
-import numpy as np
-import numpy.typing as npt
 
 from ..errors import UsageError, fault_list
-from .noise_schedule import NoiseSchedule
+from .noise_schedule import Floats, NoiseLevel, NoiseSchedule
+from .solvers import SOLVERS
 
 OFFSET = 1
 """The first timestep of every grid, ``steps_offset`` in diffusers."""
-
-FINAL_SIGMA_NONZERO = {"ddim": True, "dpmpp2m": False, "unipc": False, "ddim_lsast": True}
-"""By solver, whether the last step ends at the noise level of t = 0, or at no noise."""
-
-Floats = TypeVar("Floats", npt.NDArray[np.float32], npt.NDArray[np.float64])
 
 
 @dataclass(frozen=True)
@@ -28,8 +20,6 @@ class Step:
     """Position in the run, from 0."""
     t: int
     """Timestep of the evaluation."""
-    t_prev: int
-    """Timestep at which the solver's step ends, less than `t`; -1 after the last step."""
     stage: int
     """Stage of the prompts: t * stages // train_steps; stage 0 is next to the clean picture (docs/method.md §1.4)."""
 
@@ -73,51 +63,43 @@ class TimestepSchedule:
                 fails or does not denoise.
         """
         faults: list[str] = []
-        if solver not in FINAL_SIGMA_NONZERO:
-            faults.append(f"solver: found {solver!r}; expected one of {', '.join(FINAL_SIGMA_NONZERO)}")
+        entry = SOLVERS.get(solver)
+        if entry is None:
+            faults.append(f"solver: found {solver!r}; expected one of {', '.join(SOLVERS)}")
         if not 0 < strength <= 1:
             faults.append(f"strength: found {strength}; expected more than 0 and at most 1")
         if stages < 1:
             faults.append(f"stages: found {stages}; expected at least 1")
-        if solver == "ddim_lsast":
+        released = entry is not None and entry.grid == "released"
+        if released:
             grid = _released_grid(noise.train_steps, steps)
             faults += _released_faults(noise.train_steps, grid, steps, strength)
         else:
-            grid = _grid(noise.train_steps, steps, open_end=not FINAL_SIGMA_NONZERO.get(solver, True))
+            to_zero = entry is not None and entry.final_sigma == "zero"
+            grid = _leading_grid(noise.train_steps, steps, to_zero=to_zero)
             if not grid or grid[0] >= noise.train_steps:
-                largest = noise.train_steps - (1 if FINAL_SIGMA_NONZERO.get(solver, True) else 2)
+                largest = noise.train_steps - (2 if to_zero else 1)
                 faults.append(f"steps: found {steps}; expected 1 to {largest} with {solver}")
         if faults:
             raise UsageError(fault_list("invalid schedule:", faults))
         run = grid[len(grid) - max(int(steps * strength), 1) :]
-        start_t = grid[len(grid) - len(run) - 1] if solver == "ddim_lsast" else run[0]
-        return cls(
-            noise,
-            solver,
-            tuple(
-                Step(index, t, t_prev, t * stages // noise.train_steps)
-                for index, (t, t_prev) in enumerate(zip(run, [*run[1:], -1], strict=True))
-            ),
-            start_t,
-        )
+        start_t = grid[len(grid) - len(run) - 1] if released else run[0]
+        steps_run = tuple(Step(index, t, t * stages // noise.train_steps) for index, t in enumerate(run))
+        return cls(noise, solver, steps_run, start_t)
 
-    def abars(self) -> list[float]:
-        """abar at the timestep of every step, then at the end of the run: [len(steps) + 1]."""
-        abars = self.noise.alphas_cumprod
-        return [float(abars[step.t]) for step in self.steps] + [
-            float(abars[0]) if FINAL_SIGMA_NONZERO[self.solver] else 1.0
-        ]
+    def levels(self) -> list[NoiseLevel]:
+        """The noise level of every step, then that of the end of the run: [len(steps) + 1]."""
+        end = NoiseLevel.of(1) if SOLVERS[self.solver].final_sigma == "zero" else self.noise.level(0)
+        return [*(self.noise.level(step.t) for step in self.steps), end]
 
-    def add_noise(self, z0: Floats, noise: Floats, t: int) -> Floats:
-        """z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise, any shape, in the type of `z0`."""
-        abar = float(self.noise.alphas_cumprod[t])
-        noisy: Floats = abar**0.5 * z0 + (1 - abar) ** 0.5 * noise
-        return noisy
+    def add_noise(self, z0: Floats, noise: Floats) -> Floats:
+        """The latent where the run starts, z_t at t = `start_t`; any shape, in the type of `z0`."""
+        return self.noise.level(self.start_t).add_noise(z0, noise)
 
 
-def _grid(train_steps: int, steps: int, *, open_end: bool) -> list[int]:
-    """Timesteps from the noisiest down; empty if train_steps has fewer."""
-    points = steps + open_end
+def _leading_grid(train_steps: int, steps: int, *, to_zero: bool) -> list[int]:
+    """Timesteps from the noisiest down; empty if train_steps has fewer. A run to sigma 0 stops above t = 1."""
+    points = steps + to_zero
     if steps < 1 or points > train_steps:
         return []
     stride = train_steps // points

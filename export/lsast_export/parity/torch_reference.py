@@ -67,9 +67,9 @@ class LoopRun:
     def __init__(self, loop: Loop, noise: NoiseSchedule, z0: Array, drawn: Array) -> None:
         self._guidance = loop.guidance
         self._schedule = loop.schedule(noise)
-        self._solver = make_solver(loop.solver, noise, self._schedule)
+        self._solver = make_solver(self._schedule)
         self._done = 0
-        self.latent: Array = self._schedule.add_noise(z0, drawn, self._schedule.start_t)
+        self.latent: Array = self._schedule.add_noise(z0, drawn)
         """[B, 4, h, w]: the latent of the next step."""
 
     @property

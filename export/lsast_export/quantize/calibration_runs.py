@@ -116,7 +116,7 @@ def prepare_runs(
             noise = generator.standard_normal(posterior["mean"].shape, dtype=np.float32)
             z0 = np.float32(manifest.latent_scale) * (posterior["mean"] + posterior["std"] * noise)
             noise = generator.standard_normal(z0.shape, dtype=np.float32)
-            noisy = schedule.add_noise(z0, noise, schedule.start_t).astype(np.float32)
+            noisy = schedule.add_noise(z0, noise).astype(np.float32)
             runs.append(SampleRun(schedule, style, guidance, hint, noisy, np.float32(options["control_scale"])))
     return runs
 
@@ -156,7 +156,7 @@ def denoise_run(bundle: Bundle, run: SampleRun, denoiser: Denoiser, record: Reco
         denoiser: an engine, or an object that is called like one.
         record: is called with the inputs of the denoiser at each step.
     """
-    solver = make_solver(run.schedule.solver, bundle.manifest.noise, run.schedule)
+    solver = make_solver(run.schedule)
     latent = run.noisy
     for step in run.schedule.steps:
         feeds = feeds_at(bundle, run, step, latent)

@@ -20,7 +20,7 @@ from lsast_engines.diffusion.solvers import Solver
 from lsast_engines.diffusion.timesteps import TimestepSchedule
 from lsast_engines.errors import BackendError
 
-from .x0_blend import X0Blend, predict_x0
+from .x0_blend import X0Blend
 
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
@@ -159,7 +159,7 @@ class Batch:
     def add_noise(self, z0: Floats, noise: Floats) -> Floats:
         """z_t at the timestep where each picture's run starts, [B, 4, h, w]."""
         rows = zip(self._samples, z0, noise, strict=True)
-        return np.stack([sample.schedule.add_noise(z, n, sample.schedule.start_t) for sample, z, n in rows])
+        return np.stack([sample.schedule.add_noise(z, n) for sample, z, n in rows])
 
     def style(self, stages: tuple[int, ...]) -> StageKV:
         """Keys and values of each picture's stage; the same object as long as the stages stay the same."""
@@ -184,7 +184,7 @@ class BatchSolver:
 
     def __init__(self, solvers: Sequence[Solver], schedules: Sequence[TimestepSchedule]) -> None:
         self._solvers = solvers
-        self._schedules = schedules
+        self._levels = [schedule.levels() for schedule in schedules]
         self.x0: Callable[[], Floats]
         """Computes what the last step took the clean latents to be, [B, 4, h, w]."""
 
@@ -194,7 +194,7 @@ class BatchSolver:
         after = np.stack([solver.step(eps[b], index, z[b]) for b, solver in enumerate(self._solvers)])
         blended = [solver.x0 if isinstance(solver, X0Blend) else None for solver in self._solvers]
         self.x0 = lambda: np.stack([
-            predict_x0(self._schedules[b], index, eps[b], z[b]) if x0 is None else x0 for b, x0 in enumerate(blended)
+            self._levels[b][index].x0(z[b], eps[b]) if x0 is None else x0 for b, x0 in enumerate(blended)
         ])  # fmt: skip
         return after
 

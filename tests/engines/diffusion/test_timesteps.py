@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from golden_sets import GoldenFiles, both_sets
 from lsast_engines.diffusion.noise_schedule import NoiseSchedule
-from lsast_engines.diffusion.timesteps import FINAL_SIGMA_NONZERO, TimestepSchedule
+from lsast_engines.diffusion.timesteps import TimestepSchedule
 from lsast_engines.errors import UsageError
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "timestep_spacing": "leading", "steps_offset": 1}
@@ -48,7 +48,6 @@ def test_timesteps_match_diffusers_img2img(solver: str, strength: float) -> None
         schedule = TimestepSchedule.build(NoiseSchedule(), steps, strength, 10, solver)
         expected = img2img_timesteps(solver, steps, strength)
         assert [step.t for step in schedule.steps] == expected
-        assert [step.t_prev for step in schedule.steps] == [*expected[1:], -1]
         assert [step.index for step in schedule.steps] == list(range(len(expected)))
         assert schedule.start_t == expected[0]
 
@@ -74,7 +73,7 @@ def test_schedule_of_little_strength_has_one_step() -> None:
 
 @pytest.mark.parametrize("solver", SCHEDULERS)
 def test_schedule_of_most_steps_has_distinct_timesteps(solver: str) -> None:
-    largest = 999 if FINAL_SIGMA_NONZERO[solver] else 998
+    largest = 999 if solver == "ddim" else 998
     timesteps = [step.t for step in TimestepSchedule.build(NoiseSchedule(), largest, 1.0, 10, solver).steps]
     assert len(set(timesteps)) == largest
     assert max(timesteps) == 999
@@ -100,7 +99,7 @@ def test_add_noise_matches_diffusers(solver: str) -> None:
     scheduler.set_timesteps(12)
     t = torch.tensor([schedule.start_t])
     expected = scheduler.add_noise(torch.from_numpy(z0), torch.from_numpy(noise), t).numpy()
-    noisy = schedule.add_noise(z0, noise, schedule.start_t)
+    noisy = schedule.add_noise(z0, noise)
     assert noisy.dtype == np.float32
     np.testing.assert_allclose(noisy, expected, rtol=1e-5, atol=1e-6)
 
@@ -133,7 +132,7 @@ RELEASED = {
 def test_ddim_lsast_grid_matches_values_by_hand(wish: tuple[int, float], expected: tuple[int, int, int]) -> None:
     schedule = TimestepSchedule.build(NoiseSchedule(), *wish, 10, "ddim_lsast")
     assert (schedule.start_t, schedule.steps[0].t, len(schedule.steps)) == expected
-    assert (schedule.steps[-1].t, schedule.steps[-1].t_prev) == (1, -1)
+    assert schedule.steps[-1].t == 1
     assert all(step.stage == step.t // 100 for step in schedule.steps)
 
 
@@ -179,5 +178,5 @@ def test_ddim_lsast_grid_matches_the_recording(golden: GoldenFiles) -> None:
     recorded = load_file(f"{golden.prefix}_io.safetensors")
     schedule = TimestepSchedule.build(NoiseSchedule(), 50, 0.7, 10, "ddim_lsast")
     assert [step.t for step in schedule.steps] == recorded["timesteps"].tolist()
-    start = schedule.add_noise(recorded["z0"], recorded["noise"], schedule.start_t)
+    start = schedule.add_noise(recorded["z0"], recorded["noise"])
     np.testing.assert_allclose(start, recorded["start_latent"], rtol=0, atol=1e-6 * np.abs(start).max())

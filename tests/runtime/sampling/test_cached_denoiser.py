@@ -47,10 +47,10 @@ def _by_hand(stylizer: Stylizer, weights: Any, run: Any, options: dict[str, Any]
     """The run in the words of `Options`; nothing of `lsast.sampling.cached_denoiser` is in it."""
     style, null = stylizer.bundle.style(options["style"]), stylizer.bundle.null_style
     schedule = TimestepSchedule.build(NoiseSchedule(), options["steps"], options["strength"], 10, options["solver"])
-    solver = make_solver(options["solver"], NoiseSchedule(), schedule)
+    solver = make_solver(schedule)
     mean, std = (moment[0].astype(float) for moment in run.networks.vae_encoder(run.batch.pictures))
     draws = np.random.Generator(np.random.PCG64(0)).standard_normal((2, *mean.shape), dtype=np.float32)
-    z = schedule.add_noise(run.networks.latent_scale * (mean + std * draws[0]), draws[1], schedule.start_t)
+    z = schedule.add_noise(run.networks.latent_scale * (mean + std * draws[0]), draws[1])
     edges = np.einsum("ce,ehw->chw", weights.edges, run.networks.controlnet_cond(run.batch.edges)[0].astype(float))
     abars = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
     # The full steps: t, and both halves' features, or the ControlNet's residual.

@@ -143,7 +143,7 @@ def _denoise(stylizer: Stylizer, style: Style, null: Style, guidance: float, cal
             edges=blank[..., 0],
             style=style,
             schedule=schedule,
-            solver=lambda z0: make_solver("ddim", manifest.noise, schedule),
+            solver=lambda z0: make_solver(schedule),
             guidance=guidance,
             seed=seed,
         )

@@ -36,7 +36,7 @@ def _run(solver: str, share: Any, steps: int = 12, watch: Any = None) -> tuple[n
     style = Style("s", "ab", 10, 1, np.zeros((10, 1, 1)), np.zeros((10, 1, 1)))
 
     def wrapped(z0: Any) -> Any:
-        made = make_solver(solver, noise, schedule)
+        made = make_solver(schedule)
         return made if share is None else X0Blend(made, schedule, z0, 1 - share)
 
     picture = Sample(
@@ -69,13 +69,13 @@ def test_sample_with_x0_blend_blends_the_predicted_x0_with_the_picture() -> None
     abar = NoiseSchedule().alphas_cumprod
     t = schedule.start_t
     z = np.sqrt(abar[t]) * z0.astype(float) + np.sqrt(1 - abar[t]) * n
-    for step in schedule.steps:
+    ends = [abar[step.t] for step in schedule.steps[1:]] + [abar[0]]
+    for step, b in zip(schedule.steps, ends, strict=True):
         a = abar[step.t]
         x0 = (z - np.sqrt(1 - a) * _eps(z, step.t)) / np.sqrt(a)
         x0 = share * x0 + (1 - share) * z0
         np.testing.assert_allclose(guesses[step.index + 1], x0, atol=2e-4)
         eps = (z - np.sqrt(a) * x0) / np.sqrt(1 - a)
-        b = abar[step.t_prev] if step.t_prev >= 0 else abar[0]
         z = np.sqrt(b) * x0 + np.sqrt(1 - b) * eps
     np.testing.assert_allclose(found, z, atol=2e-4)
 
@@ -98,7 +98,7 @@ def test_x0_blend_around_another_blends_one_after_the_other() -> None:
     noise, rng = NoiseSchedule(), np.random.default_rng(2)
     schedule = TimestepSchedule.build(noise, 12, 0.7, 10, "ddim")
     x, eps, picture, before = (rng.standard_normal((4, 6, 8)).astype(np.float32) for _ in range(4))
-    inner = X0Blend(make_solver("ddim", noise, schedule), schedule, before, np.full((6, 8), 0.85, np.float32))
+    inner = X0Blend(make_solver(schedule), schedule, before, np.full((6, 8), 0.85, np.float32))
     outer = X0Blend(inner, schedule, picture, np.full((6, 8), 0.4, np.float32))
     outer.step(eps, 3, x)
     abar = noise.alphas_cumprod[schedule.steps[3].t]

@@ -85,15 +85,15 @@ def test_x0_blend_of_weight_1_ends_at_its_target_whatever_the_noise(name: str) -
     latent, x = (rng.standard_normal((4, 3, 5)).astype(np.float32) for _ in range(2))
     share = np.zeros((3, 5), np.float32)
     share[:, 2:] = 1
-    held = X0Blend(make_solver(name, noise, schedule), schedule, latent, share)
-    free = make_solver(name, noise, schedule)
+    held = X0Blend(make_solver(schedule), schedule, latent, share)
+    free = make_solver(schedule)
     x_free = x
     for index in range(len(schedule.steps)):
         eps = rng.standard_normal(x.shape).astype(np.float32)
         x, x_free = held.step(eps, index, x), free.step(eps, index, x_free)
     np.testing.assert_allclose(x[..., :2], x_free[..., :2], atol=1e-4)
     # DDIM ends at the noise of t = 0, sqrt(1 - abar) = 0.03 of what the latent is off there.
-    abar = schedule.abars()[-1]
+    abar = schedule.levels()[-1].alpha ** 2
     np.testing.assert_allclose(x[..., 2:], latent[..., 2:], atol=5 * (1 - abar) ** 0.5 + 1e-3)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from lsast_engines.cli import Command, debug_option, json_option, log_to_stderr, print_result
-from lsast_engines.diffusion.timesteps import FINAL_SIGMA_NONZERO
+from lsast_engines.diffusion.solvers import SOLVERS
 
 from ..distillation.options import DistillOptions
 from .shared import MIXED_PRECISION, require_train_extra, result_facts, threads_option
@@ -35,7 +35,7 @@ def _knob(name: str, help_text: str, kind: Any = None) -> Any:
 @click.option("--base", metavar="NAME", help="Bundle or base that the style belongs to. [default: the embedded one]")
 @_knob("teacher_steps", "Points of the teacher's schedule.")
 @_knob("strength", "Share of the schedule that the teacher runs.")
-@_knob("solver", "Of the teacher's runs.", click.Choice(tuple(FINAL_SIGMA_NONZERO)))
+@_knob("solver", "Of the teacher's runs.", click.Choice(tuple(SOLVERS)))
 @_knob("control_scale", "Factor of ControlNet's residuals.")
 @_knob("pictures", "Pictures that the teacher paints for training.")
 @_knob("noised", "Samples of each stage that are noised pictures.")

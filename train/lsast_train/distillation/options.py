@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import get_args
 
-from lsast_engines.diffusion.timesteps import FINAL_SIGMA_NONZERO
+from lsast_engines.diffusion.solvers import SOLVERS
 from lsast_engines.errors import UsageError, fault_list
 
 from ..options import MixedPrecision, Range
@@ -66,7 +66,7 @@ class DistillOptions:
     """Minutes between two checkpoints."""
 
     def __post_init__(self) -> None:
-        choices = {"solver": tuple(FINAL_SIGMA_NONZERO), "mixed_precision": get_args(MixedPrecision)}
+        choices = {"solver": tuple(SOLVERS), "mixed_precision": get_args(MixedPrecision)}
         faults = [
             f"{name}: found {getattr(self, name)!r}; expected one of {', '.join(allowed)}"
             for name, allowed in choices.items()

@@ -148,10 +148,10 @@ class Teacher:
                 self.noise, options.teacher_steps, options.strength, self.stages, options.solver
             )
             schedule = jitter_timesteps(layout, float(torch.rand((), generator=generator)), self.stages)
-            solver = make_solver(options.solver, self.noise, schedule)
+            solver = make_solver(schedule)
             z0 = content.latents[picture]
             drawn = torch.randn(z0.shape, generator=generator)
-            latent = torch.from_numpy(schedule.add_noise(z0.numpy(), drawn.numpy(), schedule.start_t))
+            latent = torch.from_numpy(schedule.add_noise(z0.numpy(), drawn.numpy()))
             for step in schedule.steps:
                 timestep = torch.full((len(latent),), step.t)
                 guided, plain = self(latent, timestep, content.hints[picture])
@@ -192,10 +192,7 @@ def jitter_timesteps(schedule: TimestepSchedule, part: float, stages: int) -> Ti
     stride = steps[-2].t - steps[-1].t if len(steps) > 1 else steps[-1].t
     down = int(part * min(stride, steps[-1].t))
     times = [step.t - down for step in steps]
-    moved = tuple(
-        Step(index, t, t_prev, stage_of(t, schedule.noise, stages))
-        for index, (t, t_prev) in enumerate(zip(times, [*times[1:], -1], strict=True))
-    )
+    moved = tuple(Step(index, t, stage_of(t, schedule.noise, stages)) for index, t in enumerate(times))
     return TimestepSchedule(schedule.noise, schedule.solver, moved, schedule.start_t - down)
 
 

@@ -156,9 +156,9 @@ def golden_base(golden: GoldenSet) -> tuple[Base, dict[str, object]]:
 def _sampling_errors(golden: GoldenSet, denoiser: Denoiser) -> Iterator[tuple[str, float]]:
     """Name and error of every comparison, steps one after another."""
     schedule = golden.schedule
-    solver = make_solver(schedule.solver, schedule.noise, schedule)
+    solver = make_solver(schedule)
     yield "timesteps", _error("timesteps", [step.t for step in schedule.steps], golden.timesteps)
-    x = schedule.add_noise(golden.z0.numpy(), golden.noise.numpy(), schedule.start_t)
+    x = schedule.add_noise(golden.z0.numpy(), golden.noise.numpy())
     yield "start_latent", _error("start_latent", x, golden.start_latent)
     first = schedule.steps[0]
     yield from _residual_errors(denoiser.residuals(golden.latents_in[0].numpy(), first.t, first.stage), golden)
