@@ -20,8 +20,9 @@ from lsast_train.base.mini_autoencoder import MiniAutoencoder
 from lsast_train.cli.mini import copy_autoencoder, mini
 from lsast_train.mini.architecture import MiniConfig, build_mini
 from lsast_train.mini.finetune_gan import (
+    LOSS_WEIGHTS,
     GanOptions,
-    TrainingState,
+    GanTraining,
     corrupt_latents,
     evaluate,
     gradient_kept,
@@ -34,7 +35,15 @@ from lsast_train.mini.finetune_gan import (
 from lsast_train.mini.train_autoencoder import Crops, load_teacher
 
 TINY = GanOptions(
-    steps=60, batch=2, lr=4e-3, encoder_lr=4e-3, lr_warmup=5, gan_warmup=2, ema=0.9, checkpoint_seconds=0.0
+    steps=60,
+    batch=2,
+    lr=4e-3,
+    encoder_lr=4e-3,
+    lr_warmup=5,
+    gan_warmup=2,
+    ema=0.9,
+    evaluate_every=1,
+    checkpoint_minutes=0.0,
 )
 
 
@@ -89,7 +98,7 @@ class Recorded:
 
 def test_generator_losses_equal_their_formulas() -> None:
     autoencoder = tiny()
-    state = TrainingState(autoencoder, replace(TINY, smoothing=0.0, noise=0.0), torch.device("cpu"))
+    state = GanTraining(autoencoder, replace(TINY, smoothing=0.0, noise=0.0), torch.device("cpu"))
     for parameter in state.anchor.parameters():
         parameter.zero_()
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -97,7 +106,7 @@ def test_generator_losses_equal_their_formulas() -> None:
         latents = autoencoder.encode(images).float()
         decoded = autoencoder.decode(latents).float()
     asked = Recorded()
-    parts = state.train_step(images, asked)
+    parts = state.train_step(0, images, asked)
     torch.testing.assert_close(asked.image, decoded)
     assert torch.equal(asked.target, images)
     a, b = decoded.numpy(), images.numpy()
@@ -121,7 +130,7 @@ def test_generator_losses_equal_their_formulas() -> None:
 
 def test_with_a_teacher_the_first_rows_are_the_teachers(teacher_folder: Path) -> None:
     teacher = load_teacher(teacher_folder)
-    state = TrainingState(tiny(), replace(TINY, gan_warmup=0), torch.device("cpu"), teacher)
+    state = GanTraining(tiny(), replace(TINY, gan_warmup=0), torch.device("cpu"), teacher)
     images, latents = torch.rand(4, 3, 64, 64) * 2 - 1, torch.randn(4, 4, 8, 8, requires_grad=True)
     with torch.no_grad():
         taught = teacher.encoder(images)
@@ -131,7 +140,7 @@ def test_with_a_teacher_the_first_rows_are_the_teachers(teacher_folder: Path) ->
     torch.testing.assert_close(target, torch.cat([expected, images[3:]]))
     assert not given.requires_grad
     before = [weights(x) for x in (teacher, state.autoencoder.encoder, state.autoencoder.decoder)]
-    state.train_step(images, squared)
+    state.train_step(0, images, squared)
     after = [weights(x) for x in (teacher, state.autoencoder.encoder, state.autoencoder.decoder)]
     assert [equal(a, b) for a, b in zip(before, after, strict=True)] == [True, False, False]
     assert not any(key.startswith("anchor") for key in (*state.modules, *state.exported))
@@ -172,7 +181,7 @@ def test_ema_follows_its_formula() -> None:
 
 def test_each_network_learns_in_its_time() -> None:
     options = replace(TINY, gan_warmup=1, encoder_part=2 / TINY.steps)
-    state = TrainingState(tiny(), options, torch.device("cpu"))
+    state = GanTraining(tiny(), options, torch.device("cpu"))
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     networks = {
         "encoder": state.autoencoder.encoder,
@@ -180,9 +189,9 @@ def test_each_network_learns_in_its_time() -> None:
         "discriminator": state.discriminator,
     }
     learned, parts = [], []
-    for _ in range(3):
+    for step in range(3):
         before = {name: weights(network) for name, network in networks.items()}
-        parts.append(state.train_step(images, squared))
+        parts.append(state.train_step(step, images, squared))
         learned.append({name for name, network in networks.items() if not equal(before[name], weights(network))})
     assert learned == [set(networks), set(networks), {"decoder", "discriminator"}]
     assert [("adversarial" in part, "matching" in part) for part in parts] == [
@@ -193,12 +202,13 @@ def test_each_network_learns_in_its_time() -> None:
     assert [bool(part["anchor"] > 0) for part in parts] == [False, True, False]  # nothing has moved, moved, at rest
 
 
-def test_each_side_learns_from_its_own_loss_only() -> None:
+def test_each_side_learns_from_its_own_loss_only(monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     learned = {}
     for adversarial in (0.0, 1.0):
-        state = TrainingState(tiny(), replace(TINY, gan_warmup=0, adversarial=adversarial), torch.device("cpu"))
-        state.train_step(images, squared)
+        monkeypatch.setitem(LOSS_WEIGHTS, "adversarial", adversarial)
+        state = GanTraining(tiny(), replace(TINY, gan_warmup=0), torch.device("cpu"))
+        state.train_step(0, images, squared)
         learned[adversarial] = weights(state.autoencoder), weights(state.discriminator)
     assert not equal(learned[0.0][0], learned[1.0][0])
     assert equal(learned[0.0][1], learned[1.0][1])
@@ -232,7 +242,7 @@ def test_training_brings_gradients_back(crops: Crops, tmp_path: Path) -> None:
     before = evaluate(autoencoder, autoencoder.encoder, pictures, squared)
     assert before["latent_shift"] == 0
     first = copy.deepcopy(autoencoder.encoder)
-    train_vae_gan(autoencoder, crops, replace(TINY, checkpoint_seconds=1e9), tmp_path, squared)
+    train_vae_gan(autoencoder, crops, replace(TINY, evaluate_every=TINY.steps), tmp_path, squared)
     after = evaluate(autoencoder, first, pictures, squared)
     assert after["psnr"] > before["psnr"] + 2
     kept = [abs(math.log(row["gradient_kept_flattest"])) for row in (before, after)]
@@ -251,9 +261,8 @@ def test_the_weights_file_starts_another_run_at_its_step(crops: Crops, tmp_path:
     assert load_gan_weights(file, {"autoencoder": loaded}) == 4
     for a, b in zip(weights(loaded), weights(autoencoder), strict=True):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
-    state = TrainingState(tiny(1), TINY, torch.device("cpu"))
-    state.load_weights(file)
-    assert (state.step, state.started) == (4, 4)
+    state = GanTraining(tiny(1), TINY, torch.device("cpu"))
+    assert (state.load_weights(file), state.updates) == (4, 0)
     assert equal(weights(state.autoencoder), weights(loaded))
     assert equal(weights(state.anchor), [x.half().float() for x in weights(tiny().encoder)])  # still that of the start
     train_vae_gan(tiny(1), crops, replace(TINY, steps=6), tmp_path / "second", squared, weights=file)

@@ -14,9 +14,7 @@ near those of the start.
 from __future__ import annotations
 
 import copy
-import json
 import logging
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,14 +25,13 @@ from diffusers import AutoencoderTiny
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
-from tqdm import tqdm
 
 from lsast_engines.errors import TrainingError, fault_list
 from lsast_engines.files import replace_file
 
 from ..base.mini_autoencoder import MiniAutoencoder
-from ..training.checkpoint import load_checkpoint, save_checkpoint
-from ..training.signals import DeferredSignals, InterruptionError
+from ..training.loop import TrainingLoop, require_finite, set_learning_rate
+from ..training.rng import RngStream, rng_for
 from .discriminator import MultiscaleDiscriminator, d_loss, feature_matching, g_loss
 from .perceptual import PerceptualDistance
 from .train_autoencoder import Crops, psnr
@@ -45,9 +42,26 @@ BLOCK = 16
 """Side in pixels of the blocks that `gradient_kept` sorts into quarters."""
 
 
+LOSS_WEIGHTS = {
+    "quarter": 1.0,  # absolute error at a quarter of the size
+    "full": 0.3,  # absolute error at full size
+    "texture": 0.3,  # `texture_loss`
+    "perceptual": 0.5,  # distance of the features of EfficientNet-Lite1
+    "adversarial": 0.1,  # `g_loss`
+    "matching": 1.0,  # `feature_matching`
+    # Squared and absolute distance to the anchor's latents: scale and meaning of the channels stay. With 0.05 the
+    # encoder answers `GanOptions.noise` by larger latents.
+    "anchor": 1.0,
+}
+"""Weights of the parts of the autoencoder's loss."""
+
+TAUGHT = 0.75
+"""With a teacher: part of the batch decoded from the teacher's latents, towards what the teacher decodes."""
+
+
 @dataclass(frozen=True)
 class GanOptions:
-    """Every knob of the second phase."""
+    """Options of the second phase."""
 
     steps: int = 40000
     """Optimiser steps in all; the last third decays the learning rates to zero."""
@@ -59,26 +73,9 @@ class GanOptions:
     lr: float = 4e-4
     """Learning rate of decoder and discriminator."""
     lr_warmup: int = 100
-    """Steps of linear rise, from the start and after a resume without optimiser state."""
+    """Updates of a new optimiser in which the learning rates rise linearly."""
     gan_warmup: int = 300
-    """Steps in which the discriminator learns before it is used for the autoencoder."""
-    quarter: float = 1.0
-    """Weight of the absolute error at a quarter of the size."""
-    full: float = 0.3
-    """Weight of the absolute error at full size."""
-    texture: float = 0.3
-    """Weight of `texture_loss`."""
-    perceptual: float = 0.5
-    """Weight of the distance of the features of EfficientNet-Lite1."""
-    adversarial: float = 0.1
-    """Weight of `g_loss`."""
-    matching: float = 1.0
-    """Weight of `feature_matching`."""
-    anchor: float = 1.0
-    """Weight of the squared and of the absolute distance to the anchor's latents: scale and meaning of the channels
-    stay. With 0.05 the encoder answers `noise` by larger latents."""
-    taught: float = 0.75
-    """With a teacher: part of the batch decoded from the teacher's latents, towards what the teacher decodes."""
+    """Updates of a new optimiser in which the discriminator learns before it is used for the autoencoder."""
     smoothing: float = 0.5
     """Latents are blended with their 3x3 mean by a random part up to this."""
     noise: float = 0.25
@@ -86,7 +83,9 @@ class GanOptions:
     ema: float = 0.9995
     """Decay of the running mean of the autoencoder's weights, which is the result."""
     seed: int = 0
-    checkpoint_seconds: float = 300.0
+    evaluate_every: int = 500
+    """Steps between two evaluations, each of which writes the log and the fp16 weights."""
+    checkpoint_minutes: float = 5.0
 
 
 def corrupt_latents(latents: torch.Tensor, options: GanOptions, generator: torch.Generator) -> torch.Tensor:
@@ -205,8 +204,15 @@ def load_gan_weights(file: Path, networks: dict[str, nn.Module]) -> int:
     return step
 
 
-class TrainingState:
-    """What a run holds: networks, optimiser and counters."""
+class GanTraining:
+    """Networks and optimiser of a run, and a step of them.
+
+    Args:
+        autoencoder: trained in place.
+        options: of the run.
+        device: where to train.
+        teacher: see `train_vae_gan`.
+    """
 
     def __init__(
         self,
@@ -232,18 +238,16 @@ class TrainingState:
         self.autoencoder.requires_grad_(True)
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": list(autoencoder.encoder.parameters()), "base": options.encoder_lr},
-                {"params": [*autoencoder.decoder.parameters(), *self.discriminator.parameters()], "base": options.lr},
+                {"params": list(autoencoder.encoder.parameters()), "relative": options.encoder_lr},
+                {
+                    "params": [*autoencoder.decoder.parameters(), *self.discriminator.parameters()],
+                    "relative": options.lr,
+                },
             ],
-            lr=options.lr,
             betas=(0.5, 0.99),
             weight_decay=0.0,
             fused=True,
         )
-        self.step = 0
-        self.started = 0
-        """Step of the last start without optimiser state."""
-        self.history: list[dict[str, float]] = []
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -256,38 +260,39 @@ class TrainingState:
         own = {} if self.teacher is not None else {"anchor": self.anchor}
         return {"autoencoder": self.ema, "discriminator": self.discriminator, **own}
 
-    def save(self, folder: Path) -> None:
-        """Write checkpoint, log and weights file into `folder`."""
-        facts = {"step": self.step, "started": self.started, "history": self.history}
-        save_checkpoint(folder / "finetune_gan.checkpoint.safetensors", self.modules, self.optimizer, facts)
-        with replace_file(folder / "finetune_gan.log.json") as handle:
-            handle.write(json.dumps({"options": asdict(self.options), "history": self.history}, indent=1).encode())
-        save_gan_weights(folder / "finetune_gan.safetensors", self.exported, self.step)
+    @property
+    def updates(self) -> int:
+        """Updates of the optimiser: fewer than steps of the run after `load_weights`, which begins with a new one."""
+        state = self.optimizer.state.get(next(self.discriminator.parameters()))
+        return int(state["step"]) if state else 0
 
-    def load(self, checkpoint: Path) -> None:
-        """Go on exactly from a checkpoint."""
-        facts = load_checkpoint(checkpoint, self.modules, self.optimizer)
-        self.step, self.started, self.history = facts["step"], facts["started"], facts["history"]
-        # The fused optimiser reads memory as it lies: its state must lie as the weights do, channels last.
+    def restore_layout(self) -> None:
+        """Lay the optimiser's state, read from a checkpoint, as the weights lie, channels last: the fused optimiser
+        reads memory as it lies."""
         for parameter, entry in self.optimizer.state.items():
             for name, value in entry.items():
                 if value.shape == parameter.shape:
                     entry[name] = torch.empty_like(parameter).copy_(value)
 
-    def load_weights(self, file: Path) -> None:
-        """Go on from a weights file, at its step; the optimiser starts anew."""
-        self.step = self.started = load_gan_weights(file, self.exported)
+    def load_weights(self, file: Path) -> int:
+        """Begin with a weights file, whose step is returned, and a new optimiser."""
+        step = load_gan_weights(file, self.exported)
         self.autoencoder.load_state_dict(self.ema.state_dict())
+        return step
 
-    def train_step(self, images: torch.Tensor, perceptual: PerceptualDistance) -> dict[str, torch.Tensor]:
-        """One step of both optimisers on images [B, 3, side, side]; returns the parts of the losses."""
+    def train_step(self, step: int, images: torch.Tensor, perceptual: PerceptualDistance) -> dict[str, torch.Tensor]:
+        """Train autoencoder and discriminator in step `step` (from 0) on images [B, 3, side, side].
+
+        Returns:
+            The parts of the autoencoder's loss, and ``discriminator``, the loss of the discriminator.
+        """
         options, decoder = self.options, list(self.autoencoder.decoder.parameters())
-        use_gan = self.step >= self.started + options.gan_warmup
-        train_encoder = self.step < options.encoder_part * options.steps
-        rise = min(1.0, (self.step - self.started + 1) / options.lr_warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base"] * rise * min(1.0, 3 * (options.steps - self.step) / options.steps)
-        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + self.step)
+        updates = self.updates
+        use_gan = updates >= options.gan_warmup
+        train_encoder = step < options.encoder_part * options.steps
+        rise = min(1.0, (updates + 1) / options.lr_warmup)
+        set_learning_rate(self.optimizer, rise * min(1.0, 3 * (options.steps - step) / options.steps))
+        generator = rng_for(options.seed, RngStream.STEP, step)
         with torch.autocast(self.device.type, torch.bfloat16):
             with torch.set_grad_enabled(train_encoder):
                 latents = self.autoencoder.encode(images).float()
@@ -309,15 +314,14 @@ class TrainingState:
                 scores = [[x.float() for x in scale] for scale in self.discriminator(decoded)]
                 self.discriminator.requires_grad_(True)
                 losses |= {"matching": feature_matching(real, scores), "adversarial": g_loss(scores)}
-        generator_loss = torch.stack([getattr(options, name) * loss for name, loss in losses.items()]).sum()
+        generator_loss = torch.stack([LOSS_WEIGHTS[name] * loss for name, loss in losses.items()]).sum()
         discriminator_loss = d_loss(real, fake)
         self.optimizer.zero_grad(set_to_none=True)
         generator_loss.backward(inputs=list(self.autoencoder.parameters()) if train_encoder else decoder)
         discriminator_loss.backward()
         nn.utils.clip_grad_norm_(self.autoencoder.parameters(), 1.0)
         self.optimizer.step()
-        self.step += 1
-        update_ema(self.ema, self.autoencoder, options.ema, self.step - self.started)
+        update_ema(self.ema, self.autoencoder, options.ema, updates + 1)
         return {**losses, "discriminator": discriminator_loss}
 
     def batch(
@@ -327,7 +331,7 @@ class TrainingState:
         goes to the encoder."""
         if self.teacher is None:
             return latents, images
-        count = round(self.options.taught * len(images))
+        count = round(TAUGHT * len(images))
         with torch.no_grad():
             target = torch.cat([self.teacher.decoder(anchor[:count]).float().clamp(-1, 1), images[count:]])
             given = torch.cat([anchor[:count], latents[count:]])
@@ -351,10 +355,10 @@ def train_vae_gan(
     Args:
         autoencoder: weights to start from.
         crops: the pictures.
-        options: the knobs.
-        folder: gets ``finetune_gan.checkpoint.safetensors``, ``finetune_gan.log.json`` and the fp16 weights
-            ``finetune_gan.safetensors`` every `GanOptions.checkpoint_seconds`.
-        perceptual: weighs `GanOptions.perceptual`; `LiteDistance` on `device`.
+        options: of the run.
+        folder: gets ``finetune_gan.checkpoint.safetensors``, and at every evaluation ``finetune_gan.log.json`` and the
+            fp16 weights ``finetune_gan.safetensors``.
+        perceptual: the perceptual loss: `LiteDistance` on `device`.
         resume: go on from the checkpoint in `folder`, if one is there.
         weights: without a checkpoint, go on from this file of `save_gan_weights`: at its step, with a new optimiser.
         teacher: its encoder anchors the latents; None: that of `autoencoder` at the start.
@@ -362,37 +366,41 @@ def train_vae_gan(
 
     Raises:
         InterruptionError: SIGINT or SIGTERM; the checkpoint is written.
-        TrainingError: files of other options.
+        TrainingError: files of other options, or a loss that is not finite.
     """
     device = torch.device(device)
-    state = TrainingState(autoencoder, options, device, teacher)
-    checkpoint = folder / "finetune_gan.checkpoint.safetensors"
-    if resume and checkpoint.exists():
-        state.load(checkpoint)
+    training = GanTraining(autoencoder, options, device, teacher)
+    loop = TrainingLoop(
+        *("mini autoencoder, GAN", options.steps, folder / "finetune_gan.checkpoint.safetensors"),
+        *(training.modules, training.optimizer),
+        evaluate_every=options.evaluate_every,
+        checkpoint_minutes=options.checkpoint_minutes,
+    )
+    if resume and loop.checkpoint.exists():
+        loop.restore()
+        training.restore_layout()
     elif weights is not None:
-        state.load_weights(weights)
+        loop.step = training.load_weights(weights)
     pictures = [x.to(device, memory_format=torch.channels_last) for x in crops.pictures(24)]
-    running: dict[str, float] = {}
-    saved = time.monotonic()
-    with (
-        DeferredSignals() as signals,
-        tqdm(total=options.steps, initial=state.step, desc="mini autoencoder, GAN", unit="step") as progress,
-    ):
-        while state.step < options.steps:
-            images = crops.batch(crops.train, options.batch, np.random.default_rng([options.seed, state.step]))
-            parts = state.train_step(images.to(device), perceptual)
-            share = 1.0 if not running else 0.02
-            running = {k: (1 - share) * running.get(k, v.item()) + share * v.item() for k, v in parts.items()}
-            progress.set_postfix({k: f"{v:.3f}" for k, v in running.items()}, refresh=False)
-            progress.update()
-            due = time.monotonic() - saved > options.checkpoint_seconds
-            if due or signals.number or state.step == options.steps:
-                measured = evaluate(state.ema, state.anchor, pictures, perceptual)
-                state.history.append({"step": state.step, **running, **measured})
-                log.info("%s", state.history[-1])
-                state.save(folder)
-                saved = time.monotonic()
-            if signals.number and state.step < options.steps:
-                raise InterruptionError(signals.number, state.step, checkpoint)
-    autoencoder.load_state_dict(state.ema.state_dict())
+    parts: list[dict[str, float]] = []
+
+    def train_step(step: int) -> float:
+        images = crops.batch(crops.train, options.batch, np.random.default_rng([options.seed, step]))
+        parts.append({k: v.item() for k, v in training.train_step(step, images.to(device), perceptual).items()})
+        loss = sum(LOSS_WEIGHTS.get(name, 1.0) * value for name, value in parts[-1].items())
+        require_finite(loss, step)
+        return loss
+
+    def measure(_: float) -> None:
+        means = {name: float(np.mean([row[name] for row in parts if name in row])) for name in parts[-1]}
+        parts.clear()
+        measured = evaluate(training.ema, training.anchor, pictures, perceptual)
+        loop.history.append({"step": loop.step, **means, **measured})
+        log.info("%s", loop.history[-1])
+        loop.write_log(folder / "finetune_gan.log.json", asdict(options))
+        save_gan_weights(folder / "finetune_gan.safetensors", training.exported, loop.step)
+
+    loop.run(train_step, measure)
+    loop.save()
+    autoencoder.load_state_dict(training.ema.state_dict())
     autoencoder.to("cpu").eval().requires_grad_(False)
