@@ -86,7 +86,7 @@ def main(
     sheet: Path | None,
     sheet_rows: int,
     threads: int | None,
-    **knobs: Any,
+    **chosen: Any,
 ) -> None:
     """Score folders of stylised pictures against their contents and an artist's works.
 
@@ -102,7 +102,7 @@ def main(
         raise UsageError(f"found no {' and no '.join(missing)}; lsast-eval needs them (--help lists all options)")
     assert contents is not None
     assert works is not None
-    options = replace(EvalOptions(), **{name: value for name, value in knobs.items() if value is not None})
+    options = replace(EvalOptions(), **{name: value for name, value in chosen.items() if value is not None})
     if threads is not None:
         import torch
 

@@ -1,4 +1,4 @@
-"""Every knob of an inversion, in one frozen dataclass that command line, checkpoint and API share.
+"""Options of an inversion: one frozen dataclass that command line, checkpoint and API share.
 
 Never imports torch, so that ``lsast-train --help`` is quick and works without it.
 """

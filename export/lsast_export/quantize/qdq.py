@@ -34,7 +34,7 @@ from lsast_engines.errors import ExportError
 from .fold_weights import Model, Node, Weights, replace_contents
 
 OPERATORS = ("Conv", "MatMul")
-"""Operators to quantize; `Gemm` is the path of the timestep, a negligible part of the arithmetic."""
+"""Operators to quantize; `Gemm` is the path of the timestep, a negligible part of the computation."""
 
 _BIAS_ROOM = np.float32(2.0**30)
 """Largest magnitude of a bias in int32: half of what fits."""

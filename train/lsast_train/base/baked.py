@@ -89,7 +89,7 @@ class BakedBase:
             rows: keys and values of U-Net [T, Wu] and ControlNet [T, Wc].
             hint: [B, C, h, w].
             control: factor of the residuals.
-            precision: of the networks.
+            mixed_precision: of the networks.
         """
         with torch.autocast(latent.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
             return self.eps(latent, timestep, rows[0], self.residuals(latent, timestep, rows[1], hint, control))

@@ -1,8 +1,9 @@
 """Style tokens from a picture whose content is destroyed: a bag of latent patches.
 
 mini has no text encoder. While the base is trained its cross-attention reads tokens computed from the picture
-itself; the prompt space later takes their place. The tokens must tell hand and palette, not content: patches of
-4×4 latents (32×32 pixels) are read one by one and pooled without order, so shuffling the patches changes nothing.
+itself; the prompt space later takes their place. The tokens must tell brush strokes and palette, not content:
+patches of 4×4 latents (32×32 pixels) are read one by one and pooled without order, so shuffling the patches changes
+nothing.
 The training run feeds another crop of the same picture, so not even the bag's content is that of the target.
 """
 

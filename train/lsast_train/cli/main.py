@@ -82,7 +82,7 @@ def command(
     out: Path | None,
     resume: bool,
     threads: int | None,
-    **knobs: Any,
+    **chosen: Any,
 ) -> None:
     """Learn an artist's prompts from a folder of pictures.
 
@@ -97,7 +97,7 @@ def command(
     missing = [name for name, value in (("--style NAME", style), ("--images DIR", images)) if value is None]
     if style is None or images is None:
         raise UsageError(f"found no {' and no '.join(missing)}; lsast-train needs both (--help lists all options)")
-    options = replace(PRESETS[preset], **{name: value for name, value in knobs.items() if value is not None})
+    options = replace(PRESETS[preset], **{name: value for name, value in chosen.items() if value is not None})
     require_train_extra()
     source = {"base": base, "controlnet": controlnet, "unet_weights": unet_weights, "revision": revision}
     _learn(style, images, source, options, licence, out or Path("runs") / style, resume, threads)

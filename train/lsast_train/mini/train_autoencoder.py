@@ -1,4 +1,4 @@
-"""Training of mini's autoencoder by a teacher: TAESD's encoder and decoder, imitated with less arithmetic.
+"""Training of mini's autoencoder by a teacher: TAESD's encoder and decoder, imitated by a smaller network.
 
 The student decodes towards what the teacher decodes, not towards the photograph: the teacher's sharp texture is a
 function of the latent, so a plain absolute error can learn it, where the photograph's would be averaged to blur.
@@ -33,7 +33,7 @@ log = logging.getLogger("lsast.train.mini")
 
 @dataclass(frozen=True)
 class AutoencoderOptions:
-    """Every knob of the autoencoder's training."""
+    """Options of the autoencoder's training by a teacher."""
 
     steps: int = 2500
     """Optimiser steps in all; the learning rate falls along a cosine."""

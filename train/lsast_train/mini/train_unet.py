@@ -30,7 +30,7 @@ MIXED_LABELS = frozenset({"various-masters", "various-styles"})
 
 @dataclass(frozen=True)
 class BaseTrainingOptions:
-    """Every knob of the base's training."""
+    """Options of the training of U-Net, ControlNet and style encoder."""
 
     steps: int = 6000
     """Optimiser steps in all; the last fifth decays the learning rate to zero."""

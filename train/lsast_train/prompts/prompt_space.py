@@ -190,7 +190,7 @@ class PromptSpace(nn.Module):
 
 
 def build_space(base: Base, options: TrainOptions, draw: Callable[[], torch.Tensor]) -> PromptSpace:
-    """The untrained prompt space of `options` on `base`, on its device.
+    """The initial prompt space of `options` on `base`, on its device.
 
     Through a text encoder the matrices start near CLIP's word ``a``, as the released generator does; else near
     `initial_context`.

@@ -32,12 +32,12 @@ class Evaluation:
 
 @dataclass
 class Curve:
-    """All evaluations of a run, the first one at step 0: the untrained prompts."""
+    """All evaluations of a run, the first one at step 0: the initial prompts."""
 
     evaluations: list[Evaluation] = field(default_factory=list)
 
     def relative(self, evaluation: Evaluation) -> float:
-        """Held-out loss as a part of the untrained prompts', stage by stage, then averaged.
+        """Held-out loss relative to that of the initial prompts, stage by stage, then averaged.
 
         Losses differ a hundredfold between stages; a plain mean would let the clean end decide alone.
         """
@@ -104,10 +104,10 @@ def _plot(curve: Curve, best: Evaluation, title: str, stages: list[int]) -> byte
     over_steps.plot(steps, [curve.relative(e) for e in curve.evaluations], "o-", label="held out")
     over_steps.plot(steps, [curve.relative_training(e) for e in curve.evaluations], ".--", label="training")
     over_steps.axvline(best.step, color="grey", linewidth=0.8, label=f"kept: {best.step}")
-    over_steps.set(xlabel="step", ylabel="noise error / untrained", title=title)
+    over_steps.set(xlabel="step", ylabel="noise error / initial", title=title)
     over_steps.legend()
-    untrained = curve.evaluations[0]
-    parts = [100 * (new / old - 1) for new, old in zip(best.held_out, untrained.held_out, strict=True)]
+    initial = curve.evaluations[0]
+    parts = [100 * (new / old - 1) for new, old in zip(best.held_out, initial.held_out, strict=True)]
     over_stages.bar(stages, parts)
     over_stages.axhline(0, color="grey", linewidth=0.8)
     over_stages.set(
@@ -119,5 +119,5 @@ def _plot(curve: Curve, best: Evaluation, title: str, stages: list[int]) -> byte
     return buffer.getvalue()
 
 
-def _relative(losses: tuple[float, ...], untrained: tuple[float, ...]) -> float:
-    return sum(new / old for new, old in zip(losses, untrained, strict=True)) / len(untrained)
+def _relative(losses: tuple[float, ...], initial: tuple[float, ...]) -> float:
+    return sum(new / old for new, old in zip(losses, initial, strict=True)) / len(initial)
