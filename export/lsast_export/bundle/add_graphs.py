@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import logging
 import secrets
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS, VAE_DECODER_TINY, GraphSpec
 from lsast_engines.bundle.manifest import MANIFEST, FileEntry, Manifest
 from lsast_engines.errors import BundleError
-from lsast_engines.files import file_sha256, replace_file
+from lsast_engines.files import file_sha256, replace_file, scratch_folder
 from lsast_train.base.lazy_base import open_base
 
 from ..graphs.external_weights import save_graph
@@ -60,11 +59,11 @@ def add_parts(
     with (
         write_guard(path),
         _scratch_names(path) as fresh,
-        tempfile.TemporaryDirectory(prefix="lsast-unpacked.") as cache,
+        scratch_folder(path) as cache,
     ):
         for name, graph in traced.items():
             save_graph(graph, path / WEIGHTS, fresh[name])
-        figures = measure_parity(base, fresh, specs, plan, backend, progress=progress, cache=Path(cache))
+        figures = measure_parity(base, fresh, specs, plan, backend, progress=progress, cache=cache)
         _log.info("parity: %s", figures)
         require_parity(figures, plan.tolerance)
         progress("writing the bundle")
@@ -90,8 +89,8 @@ def add_small_decoder(
     manifest = Bundle.open(path).manifest
     progress(f"tracing {VAE_DECODER_TINY}")
     traced = trace_small_decoder(small, manifest)
-    with write_guard(path), tempfile.TemporaryDirectory(dir=path, prefix=f".{VAE_DECODER_TINY}.") as scratch:
-        weights, graph = Path(scratch) / SMALL_WEIGHTS, Path(scratch) / f"{VAE_DECODER_TINY}.onnx"
+    with write_guard(path), scratch_folder(path) as scratch:
+        weights, graph = scratch / SMALL_WEIGHTS, scratch / f"{VAE_DECODER_TINY}.onnx"
         save_small_decoder(small, weights)
         save_graph(traced, weights, graph)
         figures = measure_small_parity(small, graph, manifest, backend, progress=progress)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, UNET_SPLIT_GRAPHS, 
 from lsast_engines.bundle.manifest import MANIFEST, Manifest, StorageDtype
 from lsast_engines.environment import package_version
 from lsast_engines.errors import ExportError, fault_list
+from lsast_engines.files import scratch_folder
 from lsast_train.base.base import Base
 from lsast_train.base.lazy_base import LazyBase, open_base, save_base
 from lsast_train.prompts.prompt_file import Prompts
@@ -113,9 +113,7 @@ def export_bundle(
     for prompts in styles:
         check_prompts(prompts, base.config.name, base.fingerprint, base.config.training.get(EXPORTED_FROM, ""))
     stages = _common_stages(styles)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.export.") as scratch:
-        folder = Path(scratch)
+    with scratch_folder(out.parent) as folder:
         progress("storing weights")
         save_base(_with_origin(base), folder, DTYPES[options.storage_dtype])
         stored = open_base(folder)
@@ -132,8 +130,8 @@ def export_bundle(
         specs = {name: graph.spec for name, graph in graphs.items()}
         paths = {name: folder / f"{name}.onnx" for name in graphs}
         plan = options.plan or plan_for(stored)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.unpacked.") as cache:
-            figures = measure_parity(stored, paths, specs, plan, options.backend, progress=progress, cache=Path(cache))
+        with scratch_folder(out.parent) as cache:
+            figures = measure_parity(stored, paths, specs, plan, options.backend, progress=progress, cache=cache)
         _log.info("parity: %s", figures)
         require_parity(figures, plan.tolerance)
         written = {**default_options(stored, [style.name for style in baked]), **(defaults or {})}

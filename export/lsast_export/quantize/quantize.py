@@ -25,6 +25,7 @@ from lsast_engines.bundle.bundle import NULL_STYLE_FILE, STYLES, Bundle
 from lsast_engines.bundle.graph_spec import DENOISER, UNET_SPLIT_GRAPHS, VAE_DECODER, VAE_ENCODER
 from lsast_engines.bundle.manifest import QUANTISED
 from lsast_engines.errors import ParityError, UsageError, fault_list
+from lsast_engines.files import scratch_folder
 from lsast_engines.images import psnr
 
 from ..progress import Progress, no_progress
@@ -88,16 +89,15 @@ def quantize_bundle(
     options = options or QuantizeOptions()
     _require(source, options)
     manifest = source.manifest
-    out.parent.mkdir(parents=True, exist_ok=True)
     progress("calibrating")
     contents, origin = load_calibration_images(options.images, 2 * options.pictures, options.size)
     styles = [name for name, path in source.styles().items() if path.parent == source.path / STYLES]
     held_out = _HeldOut(source, contents[1::2], styles, options.backend)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.quantize.") as scratch:
-        folder = Path(scratch, "bundle")
+    with scratch_folder(out.parent) as scratch:
+        folder = scratch / "bundle"
         folder.mkdir()
         with WeightFile(folder) as weights:
-            writer = _Writer(source, weights, options, Path(scratch), progress)
+            writer = _Writer(source, weights, options, scratch, progress)
             facts = writer.write(contents[::2], styles)
         progress("evaluating")
         figures = held_out.figures(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -102,10 +103,18 @@ def test_export_bundle_with_a_wrong_graph_writes_nothing(
     base: Base, traced: dict[str, TracedGraph], tmp_path: Path
 ) -> None:
     folder = tmp_path / "bundles"
+    seen: set[str] = set()
+
+    def progress(phase: str, detail: str = "") -> None:
+        seen.update(path.name for path in folder.glob("*"))
+
     with pytest.raises(ParityError) as caught:
-        export_bundle(base, folder / "new", traced=wrong_graphs(traced))
+        export_bundle(base, folder / "new", traced=wrong_graphs(traced), progress=progress)
     assert "denoiser: found a relative error" in str(caught.value)
     assert "vae_encoder" not in str(caught.value)
+    # What a killed export leaves has the name that the next one to write there removes (`scratch_folder`).
+    assert seen
+    assert all(re.fullmatch(r"\.lsast-[0-9a-f]{16}\.tmp", name) for name in seen)
     assert list(folder.iterdir()) == []
 
 
