@@ -24,8 +24,9 @@ from .images.mask import composite, keep_colour, read_mask, to_latent_mask
 from .images.preview import Previewer
 from .options.options import Options
 from .options.style_mix import Mix
+from .sampling.batch import Sample, StyleSource
 from .sampling.mixed_style import MixedStyle
-from .sampling.sampler import Floats, Sample, StyleSource
+from .sampling.networks import Floats
 from .sampling.tiling import WHOLE_UP_TO, TileGrid
 from .sampling.x0_blend import X0Blend
 

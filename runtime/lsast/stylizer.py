@@ -24,9 +24,10 @@ from .options.options import Options, PresetName, SolverName, current_options, p
 from .options.style_mix import Mix
 from .request import Request, graphs_of
 from .result import Result
-from .sampling import sampler, tiling
+from .sampling import networks, sampler, tiling
+from .sampling.batch import Batch
 from .sampling.cached_denoiser import CachedDenoiser
-from .sampling.sampler import Floats, Graph, Pixels
+from .sampling.networks import Floats, Graph, Pixels
 from .sessions import batching
 from .sessions.cancel import CancelToken
 from .sessions.engine_pool import STYLE_MEMORY, EngineFactory, EnginePool
@@ -340,7 +341,7 @@ class Stylizer:
         with self._pool.exclusive(cancel):
             times.append(time.perf_counter())
             samples = [request.prepare() for request in requests]
-            batch = sampler.Batch(samples, self.bundle.null_style, first.options.control_scale)
+            batch = Batch(samples, self.bundle.null_style, first.options.control_scale)
             latents, pictures = sampler.sample(self._networks(first, cancel), batch, callback)
             painted = [
                 request.blend_with_previous(latent, picture)
@@ -369,14 +370,14 @@ class Stylizer:
             return whole or CachedDenoiser(graphs, interval, manifest.noise)
 
         def decode_once(latents: Floats) -> Pixels:
-            levels = partial(sampler.decode_levels, graph(decoder))
-            return tiling.tiled_decoder(levels, grid)(latents) if grid else sampler.decode(graph(decoder), latents)
+            decode_rgb = partial(networks.decode_rgb, graph(decoder))
+            return tiling.tiled_decoder(decode_rgb, grid)(latents) if grid else networks.decode(graph(decoder), latents)
 
         def decode(latents: Floats) -> Pixels:
             """Decode; if values overflow below fp32, decode again in fp32, and stay there."""
             try:
                 return decode_once(latents)
-            except sampler.NotFiniteError as error:
+            except networks.NotFiniteError as error:
                 if self._pool.engine(decoder).compute_dtype == "fp32":
                     raise
                 _log.warning("%s; decoding again in fp32", error)
@@ -384,8 +385,11 @@ class Stylizer:
             return decode_once(latents)
 
         graphs = {name: graph(name) for name in denoisers}
-        whole = sampler.GraphDenoiser(graphs[DENOISER]) if interval == 1 else None
-        encode, cond = partial(sampler.encode, graph(VAE_ENCODER)), partial(sampler.embed_edges, graph(CONTROLNET_COND))
+        whole = networks.GraphDenoiser(graphs[DENOISER]) if interval == 1 else None
+        encode, cond = (
+            partial(networks.encode, graph(VAE_ENCODER)),
+            partial(networks.embed_edges, graph(CONTROLNET_COND)),
+        )
         return sampler.Networks(
             vae_encoder=tiling.tiled_encoder(encode, grid) if grid else encode,
             controlnet_cond=tiling.tiled_cond(cond, grid) if grid else cond,

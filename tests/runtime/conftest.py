@@ -13,7 +13,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from lsast.sampling.sampler import Batch, Networks, sample
+from lsast.sampling.batch import Batch
+from lsast.sampling.sampler import Networks, sample
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import Geometry, GraphSpec, UnetSplit, graph_specs, split_specs
 from lsast_engines.bundle.manifest import AttentionLayer, Manifest

@@ -17,7 +17,7 @@ from lsast_engines.bundle.graph_spec import CONTROLNET, UNET_FULL, UNET_OUTER
 from lsast_engines.bundle.style import StageKV
 from lsast_engines.diffusion.noise_schedule import NoiseSchedule
 
-from .sampler import Floats, Graph
+from .networks import Floats, Graph
 
 Sigmas = npt.NDArray[np.float64]
 """sigma_t = sqrt(1 - abar_t), the share of noise in z_t."""

@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from lsast_engines.bundle.style import StageKV
 
-from .sampler import Denoiser, Floats, Pixels, to_pixels
+from .networks import Floats, Pixels, to_pixels
+from .sampler import Denoiser
 
 WHOLE_UP_TO = 1.5
 """A canvas of up to this many tiles' pixels is painted whole."""
@@ -157,10 +158,10 @@ def tiled_cond(cond: Callable[[Pixels], Floats], grid: TileGrid) -> Callable[[Pi
     return lambda edges: grid.blend(cond(edges[:, rows, columns]) for rows, columns in grid.pixel_slices())
 
 
-def tiled_decoder(decode_levels: Callable[[Floats], Iterable[Floats]], grid: TileGrid) -> Callable[[Floats], Pixels]:
-    """A `Networks.vae_decoder` for canvases of any size, around `sampler.decode_levels`.
+def tiled_decoder(decode_rgb: Callable[[Floats], Iterable[Floats]], grid: TileGrid) -> Callable[[Floats], Pixels]:
+    """A `Networks.vae_decoder` for canvases of any size, around `networks.decode_rgb`.
 
-    It holds the grey levels of one row of tiles in memory.
+    It holds the RGB values of one row of tiles in memory.
     """
 
     def decode(latent: Floats) -> Pixels:
@@ -174,7 +175,7 @@ def tiled_decoder(decode_levels: Callable[[Floats], Iterable[Floats]], grid: Til
             band = np.concatenate([band, np.zeros((missing, width, 3), np.float32)])
             for column in grid.columns:
                 columns, column_weight = column.pixels(grid.factor)
-                [tile] = decode_levels(latent[None, :, row.cells, column.cells])
+                [tile] = decode_rgb(latent[None, :, row.cells, column.cells])
                 band[:, columns] += tile * row_weight[:, None, None] * column_weight[:, None]
             done = next_row.cells.start * grid.factor - rows.start if next_row else len(band)
             rgb[rows.start : rows.start + done] = to_pixels(band[:done])

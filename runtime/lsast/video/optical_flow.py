@@ -20,7 +20,7 @@ from lsast_engines.diffusion.solvers import Solver
 from lsast_engines.diffusion.timesteps import TimestepSchedule
 
 from ..images.canvas import Pixels
-from ..sampling.sampler import Floats, to_pixels
+from ..sampling.networks import Floats, to_pixels
 from ..sampling.x0_blend import X0Blend
 
 Field = npt.NDArray[np.float32]

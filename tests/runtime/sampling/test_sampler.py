@@ -10,7 +10,9 @@ import pytest
 
 import lsast
 from lsast import BackendError, Stylizer
-from lsast.sampling.sampler import Batch, Graph, GraphDenoiser, Networks, Sample, decode, sample
+from lsast.sampling.batch import Batch, Sample
+from lsast.sampling.networks import Graph, GraphDenoiser, decode
+from lsast.sampling.sampler import Networks, sample
 from lsast_engines.backends.registry import available_backends, open_engine
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.style import Style

@@ -12,7 +12,7 @@ import lsast
 from benchmarks.speed.large import borders
 from lsast import Stylizer
 from lsast.request import Request
-from lsast.sampling.sampler import Floats, Graph, decode, decode_levels, embed_edges, encode
+from lsast.sampling.networks import Floats, Graph, decode, decode_rgb, embed_edges, encode
 from lsast.sampling.tiling import (
     TiledDenoiser,
     TileGrid,
@@ -191,7 +191,7 @@ def test_tiled_networks_of_the_embedded_bundle_give_what_they_give_whole(mini: S
     # The encoder looks 84 pixels far, beyond the 20 to 40 that count for nothing, though with little weight.
     assert max(np.abs(found - whole).max() for found, whole in zip(tiled, (mean, std), strict=True)) < 0.02 * mean.std()
     decoder = graphs[VAE_DECODER]
-    found = tiled_decoder(partial(decode_levels, decoder), grid)(mean).astype(int)
+    found = tiled_decoder(partial(decode_rgb, decoder), grid)(mean).astype(int)
     assert np.abs(found - decode(decoder, mean)).max() <= 3
 
 

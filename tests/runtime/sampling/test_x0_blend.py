@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lsast.sampling.sampler import Batch, Networks, Sample, sample
+from lsast.sampling.batch import Batch, Sample
+from lsast.sampling.sampler import Networks, sample
 from lsast.sampling.x0_blend import X0Blend
 from lsast_engines.bundle.style import Style
 from lsast_engines.diffusion.noise_schedule import NoiseSchedule

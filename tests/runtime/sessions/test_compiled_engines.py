@@ -13,7 +13,7 @@ import pytest
 import lsast
 from fake_gpu import FakeCuda, FakeTrt, Kernel, Shapes, onnx_kernel, write_engine
 from lsast import BackendError, Stylizer, UsageError
-from lsast.sampling.sampler import NotFiniteError
+from lsast.sampling.networks import NotFiniteError
 from lsast_engines.backends.tensorrt import engine as tensorrt
 from lsast_engines.backends.tensorrt.engine_record import engine_folder
 from lsast_engines.backends.tensorrt.shape_profile import Range, ShapeRanges

@@ -1,0 +1,121 @@
+"""The graphs of a bundle as the networks that `sampler.sample` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lsast_engines.backends.base import Engine, Feeds
+from lsast_engines.bundle.style import StageKV
+from lsast_engines.errors import BackendError
+
+Floats = npt.NDArray[np.float32]
+Pixels = npt.NDArray[np.uint8]
+
+
+class NotFiniteError(BackendError):
+    """A graph gave a NaN or an infinity: fp16 overflows at 65504."""
+
+
+class Graph:
+    """An engine whose outputs are checked."""
+
+    def __init__(self, engine: Engine, before_run: Callable[[], None] | None = None) -> None:
+        """Wrap an engine.
+
+        Args:
+            engine: runs the graph.
+            before_run: called before each run; an exception that it raises ends the painting.
+        """
+        self.engine = engine
+        self._before_run = before_run
+
+    def __call__(self, feeds: Feeds) -> dict[str, Floats]:
+        """Run once on `feeds` and what is bound; the next run may overwrite the outputs.
+
+        Raises:
+            NotFiniteError: an output holds a NaN or an infinity.
+        """
+        if self._before_run:
+            self._before_run()
+        outputs = self.engine(feeds)
+        for name, values in outputs.items():
+            if not np.isfinite(values).all():
+                dtype = self.engine.compute_dtype
+                remedy = "" if dtype == "fp32" else "compute_dtype fp32, "
+                raise NotFiniteError(
+                    f"the graph {self.engine.spec.name} gave {np.count_nonzero(~np.isfinite(values))} values of {name} "
+                    f"that are not finite, on {self.engine.backend} in {dtype}; try {remedy}a smaller guidance, or "
+                    "another backend"
+                )
+        return outputs
+
+    def one_by_one(self, name: str, batch: npt.NDArray[Any]) -> Iterator[dict[str, Floats]]:
+        """Run on each [1, …] of a batch, so that memory does not grow with the batch, and then give memory back.
+
+        Args:
+            name: the input.
+            batch: [B, …].
+
+        Yields:
+            The outputs of each run, which the next may overwrite.
+        """
+        for item in batch:
+            yield self({name: np.ascontiguousarray(item[None])})
+        self.engine.release_memory()
+
+
+class GraphDenoiser:
+    """The graph `denoiser`: U-Net and ControlNet in one. Inputs that stay the same object are bound once."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._bound: dict[str, Floats] = {}
+
+    def __call__(
+        self, latent: Floats, timestep: npt.NDArray[np.int64], hint: Floats, style: StageKV, control_scale: Floats
+    ) -> Floats:
+        """See `Denoiser.__call__`."""
+        inputs = {"hint": hint, "control_scale": control_scale, **style._asdict()}
+        if changed := {name: value for name, value in inputs.items() if self._bound.get(name) is not value}:
+            self._graph.engine.bind_inputs(changed)
+            self._bound |= changed
+        return self._graph({"latent": latent, "timestep": timestep})["eps"]
+
+    def release_memory(self) -> None:
+        """See `Denoiser.release_memory`."""
+        self._graph.engine.release_memory()
+
+
+def encode(graph: Graph, pictures: Pixels) -> tuple[Floats, Floats]:
+    """Run the graph `vae_encoder`, see `Networks.vae_encoder`."""
+    images = pictures.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - np.float32(1)
+    moments = [np.concatenate([outputs["mean"], outputs["std"]]) for outputs in graph.one_by_one("image", images)]
+    mean, std = np.stack(moments, axis=1)
+    return mean, std
+
+
+def embed_edges(graph: Graph, edges: Pixels) -> Floats:
+    """Run the graph `controlnet_cond`, see `Networks.controlnet_cond`."""
+    planes = np.repeat(edges[:, None], 3, axis=1).astype(np.float32)
+    return np.concatenate([outputs["hint"].copy() for outputs in graph.one_by_one("edges", planes)])
+
+
+def decode(graph: Graph, latents: Floats) -> Pixels:
+    """Run the graph `vae_decoder` or `vae_decoder_tiny`, see `Networks.vae_decoder`."""
+    return np.stack([to_pixels(rgb) for rgb in decode_rgb(graph, latents)])
+
+
+def decode_rgb(graph: Graph, latents: Floats) -> Iterator[Floats]:
+    """Decode each latent of [B, 4, h, w] to RGB values [H, W, 3] of about 0 … 255, before rounding."""
+    for outputs in graph.one_by_one("latent", latents):
+        yield (outputs["image"][0].transpose(1, 2, 0) + 1) * 127.5
+
+
+def to_pixels(rgb: Floats) -> Pixels:
+    """RGB values as bytes: clipped to 0 … 255 and rounded."""
+    pixels: Pixels = np.round(np.clip(rgb, 0, 255)).astype(np.uint8)
+    return pixels
