@@ -10,7 +10,7 @@ import json
 import logging
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import click
@@ -98,6 +98,21 @@ def fail(message: str, status: int) -> NoReturn:
     """Print a message on stderr, what does not print escaped (`errors.shown`), and end with an exit status."""
     click.echo("\n".join(map(shown, f"Error: {message}".split("\n"))), err=True)
     raise click.exceptions.Exit(status)
+
+
+OptionDecorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""What adds one or more options to a command."""
+
+
+def combine_options(*options: OptionDecorator) -> OptionDecorator:
+    """One decorator that adds all `options` to a command; ``--help`` lists the last one first."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in options:
+            command = option(command)
+        return command
+
+    return add
 
 
 def _remember_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:

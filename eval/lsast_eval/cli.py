@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from lsast_engines.cli import Group, debug_option, json_option, log_to_stderr, print_result
+from lsast_engines.cli import Group, combine_options, debug_option, json_option, log_to_stderr, print_result
 from lsast_engines.errors import UsageError
 
 from .options import EvalOptions
@@ -30,23 +29,20 @@ def _methods(context: click.Context, parameter: click.Parameter, values: tuple[s
     return methods
 
 
-def _matched(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that scoring and voting share."""
-    for option in (
-        click.option("--artist", metavar="NAME", help="Whose works they are. [default: the name of --works' folder]"),
-        click.option(
-            "--method",
-            "methods",
-            metavar="NAME=DIR",
-            multiple=True,
-            callback=_methods,
-            help="Results; may be repeated.",
-        ),
-        click.option("--works", metavar="DIR", type=_FOLDER, help="Folder of the artist's works."),
-        click.option("--contents", metavar="DIR", type=_FOLDER, help="Folder of the pictures that were repainted."),
-    ):
-        command = option(command)
-    return command
+_matched = combine_options(
+    click.option("--artist", metavar="NAME", help="Whose works they are. [default: the name of --works' folder]"),
+    click.option(
+        "--method",
+        "methods",
+        metavar="NAME=DIR",
+        multiple=True,
+        callback=_methods,
+        help="Results; may be repeated.",
+    ),
+    click.option("--works", metavar="DIR", type=_FOLDER, help="Folder of the artist's works."),
+    click.option("--contents", metavar="DIR", type=_FOLDER, help="Folder of the pictures that were repainted."),
+)
+"""The options that scoring and voting share."""
 
 
 @click.group(

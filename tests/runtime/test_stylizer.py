@@ -209,8 +209,8 @@ def test_stylize_with_fit_stretch_gives_a_square(stylizer: Stylizer, photo: np.n
     assert (_pixels(result)[..., 3] == 90).all()
     # Squashing a picture of that very size changes nothing.
     square = photo[:64, 30:94]
-    plain, squashed = (stylizer.stylize(square, fit=fit, size=64) for fit in ("aspect", "stretch"))
-    np.testing.assert_array_equal(_pixels(plain), _pixels(squashed))
+    plain, stretched = (stylizer.stylize(square, fit=fit, size=64) for fit in ("aspect", "stretch"))
+    np.testing.assert_array_equal(_pixels(plain), _pixels(stretched))
 
 
 def test_stylize_with_fit_stretch_finds_edges_in_the_bilinear_picture(

@@ -171,7 +171,7 @@ class CachedLatents:
         means, stds = [], []
         for index in tqdm(range(count), desc="encode", unit="crop", disable=not progress):
             pixels = random_crop(paintings[index % len(paintings)], size, generator)
-            mean, std = _encode(base, [pixels, pixels[:, ::-1]] if mirrored else [pixels])
+            mean, std = encode_pictures(base, [pixels, pixels[:, ::-1]] if mirrored else [pixels])
             means.append(mean)
             stds.append(std)
         return cls(base, torch.cat(means), torch.cat(stds))
@@ -182,7 +182,7 @@ class CachedLatents:
 
     def take(self, indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Latents of the crops `indices` [B], each a sample of its posterior, [B, 4, h, w]."""
-        return _sample(self._base, self._mean[indices], self._std[indices], generator)
+        return sample_posterior(self._base, self._mean[indices], self._std[indices], generator)
 
 
 class OnlineLatents:
@@ -198,8 +198,8 @@ class OnlineLatents:
             pixels = random_crop(self._paintings[index], self._size, generator)
             mirrored = bool(torch.randint(2, (), generator=generator))
             pictures.append(pixels[:, ::-1] if mirrored else pixels)
-        mean, std = _encode(self._base, pictures)
-        return _sample(self._base, mean, std, generator)
+        mean, std = encode_pictures(self._base, pictures)
+        return sample_posterior(self._base, mean, std, generator)
 
 
 def _fit(pixels: npt.NDArray[np.uint8], size: int, crop: Crop) -> npt.NDArray[np.uint8]:
@@ -216,13 +216,14 @@ def _fit(pixels: npt.NDArray[np.uint8], size: int, crop: Crop) -> npt.NDArray[np
 
 
 @torch.no_grad()
-def _encode(base: Base, pictures: Sequence[npt.NDArray[np.uint8]]) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_pictures(base: Base, pictures: Sequence[npt.NDArray[np.uint8]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Square pictures [size, size, 3] → mean and deviation [B, 4, h, w] of the unscaled latents, on the CPU."""
     pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
     mean, std = base.encode(pixels.to(base.device).float() / 127.5 - 1)
     return mean.cpu(), std.cpu()
 
 
-def _sample(base: Base, mean: torch.Tensor, std: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def sample_posterior(base: Base, mean: torch.Tensor, std: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A sample of each posterior, in the units of the U-Net, on the base's device; arguments [B, 4, h, w]."""
     latent = base.config.latent_scale * (mean + std * torch.randn(mean.shape, generator=generator))
     return latent.to(base.device)

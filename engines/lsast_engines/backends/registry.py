@@ -138,7 +138,7 @@ def open_engine(
         BackendError: the backend, device or compute dtype is not available (the message lists what is), or the file
             cannot be loaded or has other inputs and outputs.
     """
-    if threads is not None and not 1 <= threads <= MAX_THREADS:
+    if threads is not None and threads not in range(1, MAX_THREADS + 1):
         raise UsageError(f"found {threads} threads; expected 1 to {MAX_THREADS}")
     for option, value in (("--compute-dtype", compute_dtype), ("--device", device.lower())):
         if gone := removal(f"{option} {value}"):

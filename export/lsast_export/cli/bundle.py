@@ -10,18 +10,18 @@ from typing import Any
 import click
 
 from lsast_engines.bundle.style import STYLE_DEFAULTS
-from lsast_engines.cli import Command, debug_option, json_option, print_result
+from lsast_engines.cli import Command, OptionDecorator, combine_options, debug_option, json_option, print_result
 from lsast_engines.environment import require_extra
 from lsast_engines.errors import UsageError, fault_list
 from lsast_engines.removed import RENAMED_OPTIONS, RENAMED_VALUES
 
-from .shared import Function, PhaseTimer, combine, import_options
+from .shared import PhaseTimer, import_options
 
 _DEFAULT_TYPES: dict[str, Callable[[str], Any]] = {"style": str, **STYLE_DEFAULTS, "size": int}
 """Reads the value of each of the manifest's defaults."""
 
 
-style_options = combine(
+style_options = combine_options(
     click.option(
         "--default",
         "defaults",
@@ -47,9 +47,9 @@ style_options = combine(
 """Adds the options that say which styles to bake, and on which base."""
 
 
-def bundle_options(hidden: bool = False) -> Callable[[Function], Function]:
+def bundle_options(hidden: bool = False) -> OptionDecorator:
     """Adds the options of an export; hidden ones are the old spelling of the command, `lsast-export … --out DIR`."""
-    return combine(
+    return combine_options(
         click.option(
             "--backend",
             metavar="NAME",

@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any, TypeVar
 
 import click
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+from lsast_engines.cli import OptionDecorator, combine_options
 
 backend_option = click.option(
     "--backend", default="onnxruntime", show_default=True, metavar="NAME", help="Backend to compare with torch on."
 )
 
 
-def combine(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:
-    """One decorator that adds all `options` to a command; `--help` lists the last one first."""
-
-    def add(command: Function) -> Function:
-        for option in options:
-            command = option(command)
-        return command
-
-    return add
-
-
-def import_options(hidden: bool = False) -> Callable[[Function], Function]:
+def import_options(hidden: bool = False) -> OptionDecorator:
     """Adds the options of a base to import, beside `--base`: the other fields of `BaseSource`."""
-    return combine(
+    return combine_options(
         click.option("--revision", metavar="REV", hidden=hidden, help="Commit hash or tag of a base from the hub."),
         click.option(
             "--unet-weights",

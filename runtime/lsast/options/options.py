@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
@@ -141,6 +142,8 @@ class Options:
     ] = None
 
     def __post_init__(self) -> None:
+        for name, rule in rules().items():
+            object.__setattr__(self, name, rule.plain(getattr(self, name)))
         faults = [
             f"{name}: found {getattr(self, name)!r}; expected {rule.expected}"
             for name, rule in rules().items()
@@ -213,14 +216,34 @@ class Rule:
         """The allowed values with their type, for messages."""
         return {int: "a whole number, ", float: "a number, "}.get(self.type, "") + self.values
 
+    def plain(self, value: Any) -> Any:
+        """`value` in Python's own type where it is of another, such as a scalar of numpy, so that JSON can hold it."""
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str):
+            return str(value)
+        if self.type in (int, float) and isinstance(value, numbers.Integral):
+            return int(value)
+        if self.type is float and isinstance(value, numbers.Real):
+            return float(value)
+        if self.type is bool and isinstance(value, _numpy_bool()):
+            return bool(value)
+        return value
+
     def accepts(self, value: Any) -> bool:
-        """Whether the option may be `value`."""
+        """Whether the option may be `value`, in Python's own type."""
         if self.choices:
             return value in self.choices
         kinds = (int, float) if self.type is float else self.type
         if not isinstance(value, kinds) or (isinstance(value, bool) and self.type is not bool):
             return False
         return value in self.range if self.range else value != ""
+
+
+def _numpy_bool() -> type:
+    import numpy as np  # only for a value that is no bool of Python
+
+    return np.bool_
 
 
 @functools.cache

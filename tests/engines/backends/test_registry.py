@@ -63,9 +63,9 @@ def test_open_engine_with_an_unavailable_choice_is_refused(toy: Any, monkeypatch
     for backend in ("auto", "onnxruntime", "openvino"):
         with pytest.raises(UsageError, match=r"--compute-dtype int8 was removed: .*lsast-export quantize"):
             open_engine(toy.path, toy.spec, backend, compute_dtype="int8")  # type: ignore[arg-type]
-    for threads in (0, 10**12):
+    for threads in (0, 10**12, 1.5):
         with pytest.raises(UsageError, match=f"found {threads} threads; expected 1 to 4096"):
-            open_engine(toy.path, toy.spec, threads=threads)
+            open_engine(toy.path, toy.spec, threads=threads)  # type: ignore[arg-type]
     hide(monkeypatch, "openvino")
     with pytest.raises(
         BackendError, match=r"'openvino' .*available: onnxruntime on cpu.*pip install 'lsast\[openvino\]'"

@@ -92,8 +92,8 @@ def test_stretch_canvas_has_a_legal_side_and_stretches_opacity() -> None:
     canvas = StretchCanvas.fit(64, 64)
     assert canvas.output_alpha(None) is None
     alpha = np.tile(np.linspace(0, 255, 100).astype(np.uint8), (30, 1))
-    squashed = Image.fromarray(alpha).resize((64, 64), Image.Resampling.LANCZOS)
-    np.testing.assert_array_equal(canvas.output_alpha(alpha), squashed)
+    stretched = Image.fromarray(alpha).resize((64, 64), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(canvas.output_alpha(alpha), stretched)
 
 
 def test_canvas_finds_edges_in_what_is_encoded() -> None:

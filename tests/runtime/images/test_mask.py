@@ -116,9 +116,9 @@ def test_stylize_with_fit_stretch_stretches_the_mask(stylizer: Stylizer, photo: 
     mask = np.zeros(photo.shape[:2], np.uint8)
     mask[:48] = 255
     result = _pixels(stylizer.stylize(photo, mask=mask, feather=0, fit="stretch", size=128))
-    squashed = np.asarray(Image.fromarray(photo).resize((128, 128), Image.Resampling.LANCZOS))
-    np.testing.assert_array_equal(result[70:], squashed[70:])
-    assert (result[:58] != squashed[:58]).mean() > 0.9
+    stretched = np.asarray(Image.fromarray(photo).resize((128, 128), Image.Resampling.LANCZOS))
+    np.testing.assert_array_equal(result[70:], stretched[70:])
+    assert (result[:58] != stretched[:58]).mean() > 0.9
 
 
 def test_stylize_with_a_mask_keeps_transparency(stylizer: Stylizer, picture: np.ndarray) -> None:

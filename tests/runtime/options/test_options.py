@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import typing
+from fractions import Fraction
 from typing import Any, get_args
 
 import click
+import numpy as np
 import pytest
 
 import lsast.stylizer
@@ -108,6 +111,45 @@ FAULTS = [
 def test_options_at_their_limits_are_valid(change: dict[str, Any]) -> None:
     options = Options(**{**GOOD, **change})
     assert dataclasses.asdict(options) == {**GOOD, **change}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "plain"),
+    [
+        ("seed", np.int64(7), 7),
+        ("steps", np.uint8(9), 9),
+        ("strength", np.float32(0.5), 0.5),
+        ("strength", np.float64(0.25), 0.25),
+        ("strength", Fraction(1, 4), 0.25),
+        ("guidance", np.int32(2), 2),
+        ("keep_colour", np.True_, True),
+        ("style", np.str_("monet"), "monet"),
+        ("solver", np.str_("unipc"), "unipc"),
+    ],
+    ids=str,
+)
+def test_options_take_scalars_of_numpy_as_plain_values(name: str, value: object, plain: object) -> None:
+    found = getattr(Options(**{**GOOD, name: value}), name)
+    assert (found, type(found)) == (plain, type(plain))
+    assert json.loads(json.dumps(dataclasses.asdict(Options(**{**GOOD, name: value}))))[name] == plain
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", np.float32(3)),
+        ("steps", np.True_),
+        ("seed", np.int64(-1)),
+        ("strength", np.float32(np.nan)),
+        ("strength", np.True_),
+        ("keep_colour", np.int64(1)),
+        ("steps", np.array([3, 4])),
+    ],
+    ids=repr,
+)
+def test_options_refuse_invalid_scalars_of_numpy(name: str, value: object) -> None:
+    with pytest.raises(UsageError, match=f"{name}: found .*; expected "):
+        Options(**{**GOOD, name: value})
 
 
 @pytest.mark.parametrize(("name", "value"), FAULTS)

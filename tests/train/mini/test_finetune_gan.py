@@ -19,6 +19,7 @@ from lsast_engines.errors import TrainingError
 from lsast_train.base.mini_autoencoder import MiniAutoencoder
 from lsast_train.cli.mini import copy_autoencoder, mini
 from lsast_train.mini.architecture import MiniConfig, build_mini
+from lsast_train.mini.ema import update_ema
 from lsast_train.mini.finetune_gan import (
     LOSS_WEIGHTS,
     GanOptions,
@@ -30,7 +31,6 @@ from lsast_train.mini.finetune_gan import (
     save_gan_weights,
     texture_loss,
     train_vae_gan,
-    update_ema,
 )
 from lsast_train.mini.train_autoencoder import Crops, load_teacher
 

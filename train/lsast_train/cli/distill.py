@@ -17,7 +17,7 @@ from .shared import MIXED_PRECISION, require_train_extra, result_facts, threads_
 _DEFAULTS = {field.name: field.default for field in fields(DistillOptions)}
 
 
-def _knob(name: str, help_text: str, kind: Any = None) -> Any:
+def _option(name: str, help_text: str, kind: Any = None) -> Any:
     """An option of `DistillOptions`, with its default."""
     shown = _DEFAULTS[name]
     return click.option(
@@ -33,19 +33,19 @@ def _knob(name: str, help_text: str, kind: Any = None) -> Any:
 @click.option("--guidance", required=True, type=float, help="Guidance that one pass shall give.")
 @click.option("--name", help="Name of the new style. [default: STYLE-gGUIDANCE]")
 @click.option("--base", metavar="NAME", help="Bundle or base that the style belongs to. [default: the embedded one]")
-@_knob("teacher_steps", "Points of the teacher's schedule.")
-@_knob("strength", "Share of the schedule that the teacher runs.")
-@_knob("solver", "Of the teacher's runs.", click.Choice(tuple(SOLVERS)))
-@_knob("control_scale", "Factor of ControlNet's residuals.")
-@_knob("pictures", "Pictures that the teacher paints for training.")
-@_knob("noised", "Samples of each stage that are noised pictures.")
-@_knob("steps", "Optimiser steps; the stages take turns.")
-@_knob("batch", "Samples of a step.")
-@_knob("lr", "Learning rate at the start, relative to what is trained.")
-@_knob("size", "Side of a picture in pixels.")
-@_knob("mixed_precision", "Autocast of the student's pass.", MIXED_PRECISION)
-@_knob("seed", "Seed of all random numbers.")
-@_knob("evaluate_every", "Steps between two evaluations.")
+@_option("teacher_steps", "Points of the teacher's schedule.")
+@_option("strength", "Share of the schedule that the teacher runs.")
+@_option("solver", "Of the teacher's runs.", click.Choice(tuple(SOLVERS)))
+@_option("control_scale", "Factor of ControlNet's residuals.")
+@_option("pictures", "Pictures that the teacher paints for training.")
+@_option("noised", "Samples of each stage that are noised pictures.")
+@_option("steps", "Optimiser steps; the stages take turns.")
+@_option("batch", "Samples of a step.")
+@_option("lr", "Learning rate at the start, relative to what is trained.")
+@_option("size", "Side of a picture in pixels.")
+@_option("mixed_precision", "Autocast of the student's pass.", MIXED_PRECISION)
+@_option("seed", "Seed of all random numbers.")
+@_option("evaluate_every", "Steps between two evaluations.")
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write to. [default: runs/NAME]")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint of a stopped run.")
 @threads_option
@@ -59,7 +59,7 @@ def distill(
     out: Path | None,
     resume: bool,
     threads: int | None,
-    **knobs: Any,
+    **chosen: Any,
 ) -> None:
     """Bake guidance into a style: one pass a step gives what two give.
 
@@ -69,7 +69,7 @@ def distill(
 
     Prints the style file; the held-out error is drawn beside it.
     """
-    options = DistillOptions(**knobs)
+    options = DistillOptions(**chosen)
     require_train_extra()
     import torch
 

@@ -1,4 +1,4 @@
-"""Every knob of a distillation. Never imports torch, so that ``lsast-train distill --help`` is quick."""
+"""Options of a distillation. Never imports torch, so that ``lsast-train distill --help`` is quick."""
 
 from __future__ import annotations
 

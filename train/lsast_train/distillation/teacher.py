@@ -23,7 +23,7 @@ from lsast_engines.diffusion.timesteps import Step, TimestepSchedule
 from lsast_engines.images import canny_edges
 
 from ..base.baked import BakedBase
-from ..paintings import Painting, random_crop
+from ..paintings import Painting, encode_pictures, random_crop, sample_posterior
 from ..training.rng import RngStream, rng_for
 from .options import DistillOptions
 from .source_style import SourceStyle
@@ -90,13 +90,10 @@ def read_content(
     base, latents, hints = baked.base, [], []
     for index in range(count):
         generator = rng_for(seed, RngStream.CONTENT, split, index)
-        pixels = random_crop(paintings[index % len(paintings)], size, generator).copy()
+        pixels = random_crop(paintings[index % len(paintings)], size, generator)
         edges = torch.from_numpy(canny_edges(pixels)).float().expand(1, 3, -1, -1).to(baked.base.device)
-        with torch.no_grad():
-            image = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(baked.base.device).float() / 127.5 - 1
-            mean, std = (part.cpu() for part in base.encode(image))
-            hints.append(baked.hints(edges).cpu())
-        latents.append(base.config.latent_scale * (mean + std * torch.randn(mean.shape, generator=generator)))
+        hints.append(baked.hints(edges).cpu())
+        latents.append(sample_posterior(base, *encode_pictures(base, [pixels]), generator).cpu())
     return ContentBatch(torch.cat(latents), torch.cat(hints))
 
 
@@ -169,8 +166,8 @@ class Teacher:
             for picture in torch.randint(len(content.latents), (count,), generator=generator).split(_at_once(content)):
                 timestep = torch.randint(low, high, picture.shape, generator=generator)
                 drawn = torch.randn(content.latents[picture].shape, generator=generator)
-                abar = self.baked.base.alphas_cumprod.cpu()[timestep].view(-1, 1, 1, 1)
-                latent = abar.sqrt() * content.latents[picture] + (1 - abar).sqrt() * drawn
+                inputs = (x.to(self.baked.base.device) for x in (content.latents[picture], drawn, timestep))
+                latent = self.baked.base.add_noise(*inputs).cpu()
                 guided, plain = self(latent, timestep, content.hints[picture])
                 yield TeacherSamples(picture, timestep, torch.full_like(timestep, stage), latent, guided, plain)
 

@@ -33,6 +33,7 @@ from ..base.mini_autoencoder import MiniAutoencoder
 from ..training.loop import TrainingLoop, require_finite, set_learning_rate
 from ..training.rng import RngStream, rng_for
 from .discriminator import MultiscaleDiscriminator, d_loss, feature_matching, g_loss
+from .ema import update_ema
 from .perceptual import PerceptualDistance
 from .train_autoencoder import Crops, psnr
 
@@ -98,16 +99,6 @@ def corrupt_latents(latents: torch.Tensor, options: GanOptions, generator: torch
     noise = options.noise * torch.rand(rows, generator=generator) * torch.randn(latents.shape, generator=generator)
     smooth = F.avg_pool2d(F.pad(latents, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
     return latents + part.to(latents.device) * (smooth - latents) + noise.to(latents.device)
-
-
-def update_ema(ema: nn.Module, module: nn.Module, decay: float, step: int) -> None:
-    """Move every weight of `ema` towards `module`'s by 1 - min(decay, (1 + step) / (10 + step)).
-
-    The shorter memory of the first steps is that of TensorFlow's ExponentialMovingAverage with ``num_updates``.
-    """
-    share = 1 - min(decay, (1 + step) / (10 + step))
-    with torch.no_grad():
-        torch._foreach_lerp_(list(ema.parameters()), list(module.parameters()), share)
 
 
 def texture_loss(decoded: torch.Tensor, image: torch.Tensor) -> torch.Tensor:

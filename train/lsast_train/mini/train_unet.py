@@ -21,6 +21,7 @@ from ..base.base import Base
 from ..training.loop import TrainingLoop, require_finite, set_learning_rate
 from ..training.rng import RngStream, rng_for
 from .dataset import LatentDataset, Window
+from .ema import Ema
 
 log = logging.getLogger("lsast.train.mini")
 
@@ -124,26 +125,6 @@ class JointModel(nn.Module):
         tokens = self.style_encoder(window.other)
         tokens = torch.where(use_label[:, None, None], self.labels(window.labels), tokens)
         return torch.where(use_null[:, None, None], self.null_context, tokens)
-
-
-class Ema:
-    """Exponential moving average of a module's parameters."""
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.live = list(module.parameters())
-        self.shadow = nn.ParameterList([nn.Parameter(p.detach().clone(), requires_grad=False) for p in self.live])
-
-    def update(self, step: int) -> None:
-        """Move the average towards the live parameters; faster in the first steps."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for shadow, live in zip(self.shadow, self.live, strict=True):
-            shadow.lerp_(live.detach(), 1 - decay)
-
-    def swap(self) -> None:
-        """Exchange live parameters and their average."""
-        for live, shadow in zip(self.live, self.shadow, strict=True):
-            live.data, shadow.data = shadow.data, live.data
 
 
 def learning_rate_factor(step: int, options: BaseTrainingOptions) -> float:
