@@ -43,8 +43,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("lsast.runtime")
 
-Preview = Callable[[], "Image.Image"]
-"""Makes a small preview of the painting, one pixel for a latent cell of 8 x 8; computes nothing until it is called."""
+Preview = Callable[..., "Image.Image"]
+"""Makes a small preview of the painting, one pixel for a latent cell of 8 x 8; computes nothing until it is called. Of
+a batch, `preview(index)` makes that of the picture `index`."""
 
 OnStep = Callable[[int, int, Preview], None]
 """Called with the number of steps done, the number there are, and a preview."""
@@ -196,7 +197,67 @@ class Stylizer:
             CancelledError: `cancel` was cancelled.
         """
         given = {name: value for name, value in locals().items() if name in rules()} | earlier
-        return self._paint([self._request(picture, given, mask)], on_step, cancel)[0]
+        return self.paint([self._request(picture, given, mask)], on_step, cancel)[0]
+
+    def request(self, picture: Picture, *, mask: Picture | None = None, **options: Any) -> Request:
+        """Read a picture: the first half of `stylize`, which needs no engine, so that threads do it side by side.
+
+        Args:
+            picture: see `stylize`.
+            mask: see `stylize`.
+            options: see `stylize`.
+
+        Raises:
+            UsageError, StyleError, BundleError, PictureError: see `stylize`.
+        """
+        return self._request(picture, options, mask)
+
+    def paint(
+        self, requests: Sequence[Request], on_step: OnStep | None = None, cancel: CancelToken | None = None
+    ) -> list[Result]:
+        """Paint a batch: the second half of `stylize`, and all of it that needs the engines.
+
+        Args:
+            requests: from `request`, all of one `batch_key`.
+            on_step: see `stylize`; called once a step for the batch.
+            cancel: see `stylize`; ends the whole batch.
+
+        Returns:
+            The paintings in the order of the requests. The `seconds` of a batch are divided by its pictures.
+
+        Raises:
+            LsastError: see `stylize`.
+        """
+        first = requests[0]
+        times: list[float] = []
+        previewers: list[Previewer] = []
+
+        def callback(step: int, steps: int, x0: Callable[[], Floats]) -> None:
+            times.append(time.perf_counter())
+            if on_step:
+                if not previewers:  # at step 0, x0 is the picture's own latent
+                    previewers.extend(request.previewer(z0) for request, z0 in zip(requests, x0(), strict=True))
+                on_step(step, steps, lambda index=0: previewers[index](x0()[index]))
+
+        with self._pool.exclusive(cancel):
+            times.append(time.perf_counter())
+            samples = [request.prepare() for request in requests]
+            batch = Batch(samples, self.bundle.null_style, first.options.control_scale)
+            latents, pictures = sampler.sample(self._networks(first, cancel), batch, callback)
+            painted = [
+                request.blend_with_previous(latent, picture)
+                for request, latent, picture in zip(requests, latents, pictures, strict=True)
+            ]
+            times.append(time.perf_counter())
+            if cancel:
+                cancel.check()
+            provenances = [self._provenance(request) for request in requests]
+        phases = {"encode": times[1] - times[0], "denoise": times[-2] - times[1], "decode": times[-1] - times[-2]}
+        results = []
+        for request, canvas, provenance in zip(requests, painted, provenances, strict=True):
+            request.timer.seconds |= {phase: seconds / len(requests) for phase, seconds in phases.items()}
+            results.append(Result(request.compose(canvas), request.timer.seconds, request.options, provenance))
+        return results
 
     async def stylize_async(self, picture: Picture, style: str | None = None, **options: Any) -> Result:
         """`stylize` for asyncio: it does not block the event loop, and cancelling the task cancels the painting.
@@ -253,7 +314,7 @@ class Stylizer:
             return self._request(picture, given, given.pop("mask", None))
 
         return batching.stream(
-            batching.jobs(pictures, styles, rows), read, lambda requests: self._paint(requests, None, cancel), batch
+            batching.jobs(pictures, styles, rows), read, lambda requests: self.paint(requests, None, cancel), batch
         )
 
     def stylize_frames(
@@ -288,7 +349,7 @@ class Stylizer:
         given = {**options, "style": style}
         mask = given.pop("mask", None)
         for frame in frames:
-            yield self._paint([self._request(frame, given, mask, temporal)], on_step, cancel)[0]
+            yield self.paint([self._request(frame, given, mask, temporal)], on_step, cancel)[0]
 
     def close(self) -> None:
         """Free the memory of the engines; the stylizer cannot paint any more. Closing twice is harmless."""
@@ -324,39 +385,6 @@ class Stylizer:
         options = Options.resolve(given, manifest.defaults, styles, self._preset)
         Mix.parse(options.style).check(list(available), manifest.stages)
         return options, styles
-
-    def _paint(self, requests: Sequence[Request], on_step: OnStep | None, cancel: CancelToken | None) -> list[Result]:
-        """Paint a batch, the way of every picture; all requests have one `batch_key`."""
-        first = requests[0]
-        times: list[float] = []
-        previewer: Previewer | None = None
-
-        def callback(step: int, steps: int, x0: Callable[[], Floats]) -> None:
-            nonlocal previewer
-            times.append(time.perf_counter())
-            if on_step:
-                preview = previewer = previewer or first.previewer(x0()[0])  # at step 0, x0 is the picture's own latent
-                on_step(step, steps, lambda: preview(x0()[0]))
-
-        with self._pool.exclusive(cancel):
-            times.append(time.perf_counter())
-            samples = [request.prepare() for request in requests]
-            batch = Batch(samples, self.bundle.null_style, first.options.control_scale)
-            latents, pictures = sampler.sample(self._networks(first, cancel), batch, callback)
-            painted = [
-                request.blend_with_previous(latent, picture)
-                for request, latent, picture in zip(requests, latents, pictures, strict=True)
-            ]
-            times.append(time.perf_counter())
-            if cancel:
-                cancel.check()
-            provenances = [self._provenance(request) for request in requests]
-        phases = {"encode": times[1] - times[0], "denoise": times[-2] - times[1], "decode": times[-1] - times[-2]}
-        results = []
-        for request, canvas, provenance in zip(requests, painted, provenances, strict=True):
-            request.timer.seconds |= {phase: seconds / len(requests) for phase, seconds in phases.items()}
-            results.append(Result(request.compose(canvas), request.timer.seconds, request.options, provenance))
-        return results
 
     def _networks(self, request: Request, cancel: CancelToken | None) -> sampler.Networks:
         """The networks that paint a request: tiled if its canvas is large, cached if its options say so."""
