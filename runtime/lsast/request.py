@@ -27,8 +27,10 @@ from .options.style_mix import Mix
 from .sampling.batch import Sample, StyleSource
 from .sampling.mixed_style import MixedStyle
 from .sampling.networks import Floats
+from .sampling.palette import Palette
 from .sampling.tiling import WHOLE_UP_TO, TileGrid
 from .sampling.x0_blend import X0Blend
+from .sessions.native_calls import native_call
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -83,8 +85,9 @@ class Request:
             self._rgb = rgb if options.alpha == "keep" else on_white(rgb, alpha)
             self.mask = None if mask is None else read_mask(mask, self.source.size, options.feather)
             self._canvas = canvas_for(self.source.size, options.size, manifest.multiple, options.fit)
-            self._content, edge_input = self._canvas.encoder_and_edge_inputs(self._rgb)
-        with self.timer("edges"):
+            with native_call():
+                self._content, edge_input = self._canvas.encoder_and_edge_inputs(self._rgb)
+        with self.timer("edges"), native_call():
             self._edges = canny_edges(edge_input)
 
     @property
@@ -122,7 +125,14 @@ class Request:
             solver=self._solver,
             guidance=self.options.guidance,
             seed=self.options.seed,
+            palette=self._palette(mix),
         )
+
+    def _palette(self, mix: Mix) -> Palette | None:
+        """That of the styles by their weights; `Options.resolve` has found that all of them have one."""
+        weighted = [(term.weight, self.styles[term.style].latent_statistics) for term in mix.terms]
+        parts = [(weight, statistics) for weight, statistics in weighted if statistics is not None]
+        return Palette.of(parts, self.options.palette) if parts and self.options.palette else None
 
     def _solver(self, z0: Floats) -> Solver:
         """The solver of the run, given the picture's latent z0 [4, h, w]; a video and a mask blend x0."""

@@ -159,6 +159,7 @@ class Stylizer:
         seed: int | None = None,
         alpha: Literal["keep", "composite"] | None = None,
         fit: Literal["aspect", "stretch"] | None = None,
+        palette: float | None = None,
         keep_colour: bool | None = None,
         feather: int | None = None,
         tile: int | None = None,
@@ -180,7 +181,8 @@ class Stylizer:
                 (uint8, uint16, or float in [0, 1]). EXIF orientation is applied.
             mask: where to paint, a picture of the same size: white is painted, black keeps its pixels exactly.
             on_step: called with (steps done, steps in all, preview) before the first step and after each, in this
-                thread; `preview()` makes a small PIL image. An exception that it raises ends the painting.
+                thread; `preview()` makes a small PIL image. An exception that it raises ends the painting. It must not
+                wait for another painting of this stylizer.
             cancel: ends the painting within one step when another thread cancels it.
             earlier: options by their names in earlier versions; removed ones are refused with what to use instead.
 
@@ -271,10 +273,10 @@ class Stylizer:
         Raises:
             LsastError: see `stylize`.
         """
-        from .sessions.aio import run_in_executor
+        from .sessions.aio import run_in_thread
 
         paint = partial(self.stylize, picture, style, **options)
-        return await run_in_executor(self._pool.executor(), lambda cancel: paint(cancel=cancel))
+        return await run_in_thread(self._pool.submit, lambda cancel: paint(cancel=cancel))
 
     def stylize_many(
         self,
@@ -352,7 +354,11 @@ class Stylizer:
             yield self.paint([self._request(frame, given, mask, temporal)], on_step, cancel)[0]
 
     def close(self) -> None:
-        """Free the memory of the engines; the stylizer cannot paint any more. Closing twice is harmless."""
+        """End the paintings under way and free the memory of the engines; the stylizer cannot paint any more.
+
+        Paintings of other threads, queued ones too, end within one run of a graph with `UsageError`. Any thread and any
+        callback may call it, and more than once.
+        """
         self._pool.close()
 
     def __enter__(self) -> Stylizer:
@@ -392,7 +398,7 @@ class Stylizer:
         denoisers, decoder = graphs_of(request.options)
 
         def graph(name: str) -> Graph:
-            return Graph(self._pool.engine(name), cancel.check if cancel else None)
+            return Graph(self._pool.engine(name), partial(self._pool.check, cancel))
 
         def denoiser() -> sampler.Denoiser:
             return whole or CachedDenoiser(graphs, interval, manifest.noise)

@@ -13,7 +13,16 @@ from PIL import Image
 
 from lsast_engines.errors import PictureError, TrainingError
 from lsast_train.base.base import Base
-from lsast_train.paintings import CachedLatents, OnlineLatents, Painting, PaintingDataset, held_out_names, random_crop
+from lsast_train.paintings import (
+    CachedLatents,
+    OnlineLatents,
+    Painting,
+    PaintingDataset,
+    encode_pictures,
+    held_out_names,
+    latent_statistics,
+    random_crop,
+)
 
 GREY16 = 0x8081
 
@@ -210,3 +219,12 @@ def test_latents_are_scaled_samples_of_the_posterior(kind: Any) -> None:
     assert drawn.mean().item() == pytest.approx(1.0, abs=0.03)
     assert drawn.std().item() == pytest.approx(1.5, abs=0.03)
     assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_latent_statistics_are_means_over_paintings_of_the_middle(base: Base) -> None:
+    tall = [Painting(str(index), np.roll(_gradient(80, 64), 20 * index, axis=0)) for index in range(3)]
+    latents = encode_pictures(base, [painting.pixels[8:72] for painting in tall])[0].numpy() * base.config.latent_scale
+    found = latent_statistics(base, tall)
+    np.testing.assert_allclose(found.mean, latents.mean((2, 3)).mean(0), atol=1e-5)
+    np.testing.assert_allclose(found.std, latents.std((2, 3), ddof=1).mean(0), rtol=1e-4)
+    assert latent_statistics(base, tall, most=1) == latent_statistics(base, tall[:1])

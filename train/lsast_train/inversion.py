@@ -27,10 +27,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 
+from lsast_engines.bundle.style import encode_defaults
+
 from .base.base import Base
 from .evaluation import ValidationSet, noise_error
 from .options import TrainOptions
-from .paintings import CachedLatents, LatentSampler, OnlineLatents, PaintingDataset
+from .paintings import CachedLatents, LatentSampler, OnlineLatents, PaintingDataset, latent_statistics
 from .prompts.prompt_file import Prompts, save_prompts
 from .prompts.prompt_space import PromptSpace, build_space
 from .training.loop import TrainingLoop, require_finite, set_learning_rate
@@ -204,7 +206,8 @@ class Inversion:
 
     def _identity(self) -> dict[str, Any]:
         options = asdict(self.options)
-        del options["checkpoint_minutes"], options["gradient_checkpointing"]  # they change no result
+        for name in ("checkpoint_minutes", "gradient_checkpointing", "palette"):
+            del options[name]  # it changes no prompt
         return {
             **options,
             "base": self.base.fingerprint,
@@ -220,6 +223,8 @@ class Inversion:
             "paintings_sha256": self.paintings.digest,
             "base_name": self.base.config.name,
             "options": json.dumps(asdict(self.options), sort_keys=True),
+            **latent_statistics(self.base, self.paintings.training).to_meta(),
+            **encode_defaults({"palette": self.options.palette} if self.options.palette else {}),
             "processes": str(self.accelerator.num_processes),
             "steps": str(result.steps),
             "best_step": str(result.best_step),

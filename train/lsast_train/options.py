@@ -41,6 +41,9 @@ Weighting = Literal["eps", "v"]
 MixedPrecision = Literal["no", "bf16"]
 """Autocast of the U-Net, in accelerate's words; prompts, loss and optimiser are always float32."""
 
+PLACEHOLDER_TOKENS = 10
+"""Default rows of a matrix that passes a text encoder: the released configuration's ``max_vectors_per_token``."""
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "variant": get_args(Variant),
     "generator": get_args(Generator),
@@ -79,11 +82,12 @@ class Range:
 
 _RANGES = {
     **dict.fromkeys(
-        ("steps", "batch", "placeholder_tokens", "evaluate_every", "evaluate_latents"), Range(1, whole=True)
+        ("steps", "batch", "evaluate_every", "evaluate_latents"), Range(1, whole=True)
     ),
     **dict.fromkeys(("decay_after", "views", "seed"), Range(0, whole=True)),
     **dict.fromkeys(("lr", "checkpoint_minutes"), Range(0, above=True)),
     **dict.fromkeys(("map_lr", "weight_decay"), Range(0)),
+    "palette": Range(0, 1),
     "size": Range(64, whole=True),
 }
 
@@ -114,8 +118,9 @@ class TrainOptions:
     variant: Variant = "step+layer"
     generator: Generator = "attention"
     prompt: Prompt = "auto"
-    placeholder_tokens: int = 1
-    """Tokens of the caption's placeholder, so of a matrix, where prompts pass a text encoder; 1 in the release."""
+    placeholder_tokens: int | None = None
+    """Rows of a matrix where prompts pass a text encoder; each takes a position of its own in the caption. None: 10,
+    over which self-attention has something to attend to, and 1 for ``geglu``, as in the release (docs/method.md §7)."""
     layout: Layout = "strided"
     gradient: Gradient = "all"
     steps: int = 100_000
@@ -140,6 +145,8 @@ class TrainOptions:
     mixed_precision: MixedPrecision = "no"
     gradient_checkpointing: bool = field(default=False, compare=False)
     """Compute the U-Net's activations again in the backward pass instead of keeping them: less memory, more time."""
+    palette: float = field(default=0.0, compare=False)
+    """The style's own default of the painting option `palette`."""
     seed: int = 0
     evaluate_every: int = 1000
     """Steps between two evaluations of the held-out loss."""
@@ -152,13 +159,20 @@ class TrainOptions:
         faults = choice_faults({name: getattr(self, name) for name in CHOICES})
         for name, valid in _RANGES.items():
             faults += valid.faults(name, getattr(self, name))
-        if self.prompt == "context" and self.placeholder_tokens != 1:
-            faults.append(
-                f"placeholder_tokens: found {self.placeholder_tokens} with prompt context; expected 1, "
-                "a context has no placeholder"
-            )
+        if self.placeholder_tokens is not None:
+            faults += Range(1, whole=True).faults("placeholder_tokens", self.placeholder_tokens)
+            if self.prompt == "context":
+                faults.append(
+                    f"placeholder_tokens: found {self.placeholder_tokens} with prompt context; expected none, a context "
+                    "has no placeholder"
+                )
         if faults:
             raise UsageError(fault_list("invalid training options:", faults))
+
+    @property
+    def rows(self) -> int:
+        """Rows of a matrix that passes a text encoder: `placeholder_tokens`, or its default."""
+        return self.placeholder_tokens or (1 if self.generator == "geglu" else PLACEHOLDER_TOKENS)
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of the step with this number, counted from 0."""
@@ -181,6 +195,7 @@ PRESETS: dict[str, TrainOptions] = {
         views=4,
         weighting="v",
         mixed_precision="bf16",
+        palette=0.6,
         evaluate_every=60,
         evaluate_latents=12,
         checkpoint_minutes=2.0,

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from lsast_engines.bundle.style import LatentStatistics
 from lsast_engines.errors import PictureError, TrainingError
 from lsast_engines.images import find_pictures, read_on_white
 
@@ -213,6 +214,26 @@ def _fit(pixels: npt.NDArray[np.uint8], size: int, crop: Crop) -> npt.NDArray[np
         return pixels
     target = (max(round(width * scale), size), max(round(height * scale), size))
     return np.asarray(Image.fromarray(pixels).resize(target, Image.Resampling.LANCZOS))
+
+
+def latent_statistics(base: Base, paintings: Sequence[Painting], most: int = 24) -> LatentStatistics:
+    """The artist's palette: mean over paintings of each latent channel's mean and standard deviation in a painting.
+
+    Args:
+        base: encodes, at most a square in the middle of the size that it paints at.
+        paintings: of the artist.
+        most: so many of them, evenly drawn.
+    """
+    moments = []
+    for painting in paintings[:: max(1, len(paintings) // most)][:most]:
+        height, width = painting.pixels.shape[:2]
+        side = min(height, width, base.config.size) // base.config.multiple * base.config.multiple
+        top, left = (height - side) // 2, (width - side) // 2
+        mean, _ = encode_pictures(base, [painting.pixels[top : top + side, left : left + side]])
+        latent = base.config.latent_scale * mean[0]
+        moments.append(torch.stack([latent.mean((1, 2)), latent.std((1, 2))]))
+    mean, std = torch.stack(moments).mean(0).tolist()
+    return LatentStatistics(tuple(mean), tuple(std))
 
 
 @torch.no_grad()

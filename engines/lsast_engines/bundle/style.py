@@ -37,6 +37,7 @@ STYLE_DEFAULTS: dict[str, type] = {
     "guidance": float,
     "control_scale": float,
     "solver": str,
+    "palette": float,
 }
 """The options that a style may have its own default of, and their types; the runtime checks their ranges."""
 
@@ -45,6 +46,9 @@ DEFAULTS_KEY = "defaults"
 
 DISTILLED_GUIDANCE_KEY = "guidance_baked"
 """Key in a style's `meta` of the guidance scale that it was distilled with, as text."""
+
+LATENT_STATISTICS_KEY = "latent_statistics"
+"""Key in a style's `meta` of the statistics of the artist's latents, as JSON."""
 
 _METADATA_KEY = "lsast"
 _HEADER = ("format", "name", "base", "stages", "tokens", "meta", "sha256")
@@ -57,6 +61,34 @@ class StageKV(NamedTuple):
     """[T, Wu]"""
     kv_control: npt.NDArray[np.float32]
     """[T, Wc]"""
+
+
+@dataclass(frozen=True)
+class LatentStatistics:
+    """Mean and standard deviation of each latent channel over an artist's works, in the units of the U-Net."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def to_meta(self) -> dict[str, str]:
+        """The entry of a style's `meta`."""
+        rounded = {name: [round(value, 4) for value in values] for name, values in vars(self).items()}
+        return {LATENT_STATISTICS_KEY: json.dumps(rounded, sort_keys=True)}
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, str]) -> tuple[LatentStatistics | None, list[str]]:
+        """The statistics in a style's `meta`, None without any, and the faults found in them."""
+        if LATENT_STATISTICS_KEY not in meta:
+            return None, []
+        try:
+            values = parse_json(meta[LATENT_STATISTICS_KEY])
+            mean, std = (tuple(float(value) for value in values[name]) for name in ("mean", "std"))
+        except (ValueError, TypeError, KeyError):
+            mean = std = ()
+        if not (len(mean) == len(std) > 0 and all(map(math.isfinite, mean + std)) and min(std) > 0):
+            expected = "a JSON object of mean and std, a number for each latent channel each, those of std above 0"
+            return None, [f"{LATENT_STATISTICS_KEY}: found {meta[LATENT_STATISTICS_KEY]!r:.60}; expected {expected}"]
+        return cls(mean, std), []
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +201,10 @@ class StyleFile:
         """The guidance scale that the style was distilled with (`lsast-train distill`), None for other styles. One pass
         with this style replaces two passes with that guidance, so it runs with guidance 1."""
         self.distilled_guidance, wrong = _distilled_guidance(self.meta)
+        faults += wrong
+        self.latent_statistics: LatentStatistics | None
+        """Of the artist's works; None for a style that carries none. The option `palette` needs them."""
+        self.latent_statistics, wrong = LatentStatistics.from_meta(self.meta)
         faults += wrong
         self._digests: Any = header.get("sha256")
         self._read: dict[int, StageKV] = {}

@@ -38,6 +38,7 @@ PRESETS: dict[PresetName, dict[str, Any]] = {
         "size": 512,
         "solver": "ddim_lsast",
         "fit": "stretch",
+        "palette": 0.0,
     },
 }
 """Options that belong together. `exact` computes everything at every step; `balanced` and `fast` trade quality for time
@@ -118,6 +119,12 @@ class Options:
         "aspect keeps the picture's aspect and size; stretch paints and gives SIZE x SIZE pixels, as LSAST's released "
         "code does.",
     ] = "aspect"
+    palette: Annotated[
+        float,
+        "How far the painting takes the artist's palette: colours and contrast start from, and stay within, those of "
+        "the artist's works; 0 starts from the picture's. Needs a style that was learned with this version or later.",
+        Range(0, 1),
+    ] = 0.0
     keep_colour: Annotated[bool, "Keep the picture's colours: only brightness is painted."] = False
     feather: Annotated[int, "Pixels inside the edge of a mask over which the painting fades in.", Range(0, 4096)] = 16
     tile: Annotated[
@@ -179,16 +186,16 @@ class Options:
             preset: taken if the call gives none.
 
         Raises:
-            UsageError: invalid values, all at once; guidance for a style with distilled guidance; or a mix of styles
-                that differ in it.
+            UsageError: invalid values, all at once; guidance for a style with distilled guidance, or a mix of styles
+                that differ in it; or a palette of a style that has none.
         """
         given = {name: value for name, value in given.items() if value is not None}
         preset = given.get("preset", preset)
         files = styles or {}
         first, *others = [file.defaults for file in files.values()] or [{}]
         common = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
-        distilled = _distilled_overrides(files, given)
-        return cls(**{**defaults, **common, **preset_options(preset), **distilled, **given, "preset": preset})
+        overrides = _distilled_overrides(files, given) | _palette_overrides(files, given)
+        return cls(**{**defaults, **common, **preset_options(preset), **overrides, **given, "preset": preset})
 
 
 @dataclass(frozen=True)
@@ -307,3 +314,14 @@ def _distilled_overrides(files: Mapping[str, StyleFile], given: Mapping[str, Any
             "a pass without guidance already has it; for another scale take the style that it was made from"
         )
     return {"guidance": 1.0}
+
+
+def _palette_overrides(files: Mapping[str, StyleFile], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Palette 0 where a style holds no statistics of the artist's latents."""
+    missing = [name for name, file in files.items() if file.latent_statistics is None]
+    if missing and given.get("palette"):
+        raise UsageError(
+            f"found palette {given['palette']} for {', '.join(missing)}, which holds no statistics of the artist's "
+            "latents; expected 0, or a style that was learned with this version: lsast-train --style NAME --images DIR"
+        )
+    return {"palette": 0.0} if missing else {}

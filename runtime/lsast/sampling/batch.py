@@ -14,6 +14,7 @@ from lsast_engines.diffusion.solvers import Solver
 from lsast_engines.diffusion.timesteps import TimestepSchedule
 
 from .networks import Floats, Pixels
+from .palette import Palette
 from .x0_blend import X0Blend
 
 
@@ -41,6 +42,8 @@ class Sample:
     """Scale of classifier-free guidance. In a batch it is 1 in all pictures (one U-Net pass) or in none."""
     seed: int
     """Seed of all noise of this picture."""
+    palette: Palette | None = None
+    """The artist's palette; None keeps the picture's."""
 
 
 class Batch:
@@ -75,9 +78,11 @@ class Batch:
         return np.stack([rng.standard_normal(shape[1:], dtype=np.float32) for rng in self._rngs])
 
     def add_noise(self, z0: Floats, noise: Floats) -> Floats:
-        """z_t at the timestep where each picture's run starts, [B, 4, h, w]."""
+        """z_t at the timestep where each picture's run starts, [B, 4, h, w]: of z0 in the picture's palette."""
         rows = zip(self._samples, z0, noise, strict=True)
-        return np.stack([sample.schedule.add_noise(z, n) for sample, z, n in rows])
+        return np.stack([
+            sample.schedule.add_noise(sample.palette.match(z) if sample.palette else z, n) for sample, z, n in rows
+        ])  # fmt: skip
 
     def style(self, stages: tuple[int, ...]) -> StageKV:
         """Keys and values of each picture's stage; the same object as long as the stages stay the same."""
@@ -94,21 +99,25 @@ class Batch:
     def solver(self, z0: Floats) -> BatchSolver:
         """The solvers of the run, given the pictures' own latents [B, 4, h, w]."""
         return BatchSolver([sample.solver(z) for sample, z in zip(self._samples, z0, strict=True)],
-                           [sample.schedule for sample in self._samples])  # fmt: skip
+                           self._samples)  # fmt: skip
 
 
 class BatchSolver:
     """The solver of each picture of a batch."""
 
-    def __init__(self, solvers: Sequence[Solver], schedules: Sequence[TimestepSchedule]) -> None:
+    def __init__(self, solvers: Sequence[Solver], samples: Sequence[Sample]) -> None:
         self._solvers = solvers
-        self._levels = [schedule.levels() for schedule in schedules]
+        self._levels = [sample.schedule.levels() for sample in samples]
+        self._palettes = [sample.palette for sample in samples]
         self.x0: Callable[[], Floats]
         """Computes the last x0 prediction, [B, 4, h, w]."""
 
     def step(self, eps: Floats, index: int, z: Floats) -> Floats:
         """See `Solver.step`; arrays are [B, 4, h, w]."""
         eps = eps.copy()  # `x0` may be computed after the next run has overwritten the graph's output
+        for b, palette in enumerate(self._palettes):
+            if palette is not None:
+                eps[b] = palette.limit(eps[b], z[b], self._levels[b][index])
         after = np.stack([solver.step(eps[b], index, z[b]) for b, solver in enumerate(self._solvers)])
         blended = [solver.x0 if isinstance(solver, X0Blend) else None for solver in self._solvers]
         self.x0 = lambda: np.stack([

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lsast_engines.bundle.style import Style, StyleFile, decode_defaults, encode_defaults, stage_digest
+from lsast_engines.bundle.style import (
+    LatentStatistics,
+    Style,
+    StyleFile,
+    decode_defaults,
+    encode_defaults,
+    stage_digest,
+)
 from lsast_engines.errors import StyleError, UsageError
 
 MakeStyle = Callable[..., Style]
@@ -203,6 +210,22 @@ def test_style_file_with_invalid_defaults_is_refused(tmp_path: Path, text: str) 
     with pytest.raises(StyleError, match="defaults"):
         StyleFile(saved(tmp_path, {"defaults": text}))
     assert decode_defaults({"defaults": text})[0] == {}
+
+
+def test_style_file_gives_the_statistics_of_its_latents(tmp_path: Path) -> None:
+    statistics = LatentStatistics((0.1, -2.0), (0.5, 1.25))
+    assert StyleFile(saved(tmp_path, statistics.to_meta())).latent_statistics == statistics
+    assert StyleFile(saved(tmp_path, {})).latent_statistics is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"mean": [0.1]}', '{"mean": [0.1], "std": [0.0]}', '{"mean": [0.1, 1], "std": [1]}',
+     '{"mean": [], "std": []}', '{"mean": ["a"], "std": [1]}', '{"mean": [1e999], "std": [1]}'],
+)  # fmt: skip
+def test_style_file_with_invalid_statistics_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(StyleError, match="latent_statistics: found"):
+        StyleFile(saved(tmp_path, {"latent_statistics": text}))
 
 
 def test_style_load_of_another_type_is_refused(tmp_path: Path, make_style: MakeStyle) -> None:
