@@ -1,16 +1,22 @@
-"""What the prompt space is worth: four variants and two generators on the same paintings, over seeds.
+"""What the prompt space is worth: its variants and two generators on the same paintings, over seeds.
 
     pip install '.[cpu,train]'
-    python -m benchmarks.quality.variants --paintings DIR/vincent-van-gogh --out variants --steps 120 --seeds 3
+    python -m benchmarks.quality.variants --paintings DIR/vincent-van-gogh --out variants --steps 3000 --batch 4
 
-Every run is `lsast-train`'s quick preset with another variant (30, 10, 3 or 1 matrices), generator and seed; its figure
-is the held-out loss as a part of the untrained prompts', 1 being no gain. Seeds change initial tokens, noise and order;
-the split of the paintings stays. Every run is a file of its own in --out and those that are there are kept, so an
-interrupted benchmark goes on and two processes may share the work (`--variant`). The table comes when all are there.
+Every run is `lsast-train`'s quick preset with another variant (30, 10, 3 or 1 matrices), generator and seed. ``warm``
+learns 1 matrix in the first third of the steps, 10 that start as copies of it in the second, 30 that start as copies
+of these in the last; in each third the learning rate falls to zero.
+
+The figure of a run is the part that it gains of what can be gained: (initial - found) / (initial - own), in held-out
+loss. *own* is the loss with the style tokens that the base's encoder reads from each held-out crop itself: no prompt of
+an artist knows more of a picture. 0 is the untrained prompt. Seeds change initial tokens, noise and order; the split of
+the paintings stays. Every run is a file of its own in --out and those that are there are kept, so an interrupted
+benchmark goes on and two processes may share the work (`--variant`). The table has the seeds of which all runs exist.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -26,15 +32,20 @@ import torch
 
 from benchmarks.bench.machine import describe
 from lsast_engines.files import replace_file
+from lsast_train.base.base import Base
 from lsast_train.base.lazy_base import load_base
+from lsast_train.evaluation import ValidationSet
 from lsast_train.inversion import Inversion
-from lsast_train.options import PRESETS
+from lsast_train.options import PRESETS, TrainOptions, Variant
 from lsast_train.paintings import PaintingDataset
+from lsast_train.prompts.prompt_space import PromptSpace
 
-VARIANTS = {"step+layer": 30, "step": 10, "layer": 3, "global": 1}
+MATRICES = {"step+layer": "30", "step": "10", "layer": "3", "global": "1", "warm": "1, 10, 30"}
 """Variant → its number of matrices."""
+WARM_START: tuple[Variant, ...] = ("global", "step", "step+layer")
+"""The variants of ``warm``, one after another."""
 GENERATORS = ("attention", "direct")
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """97.5 % quantiles of Student's t by number of seeds."""
 
 
@@ -43,15 +54,17 @@ STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.26
 @click.option("--base", default=None, help="A base's folder or name. [default: the embedded one]")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of a JSON file for each run.")
 @click.option("--steps", default=120, show_default=True)
-@click.option("--seeds", type=click.Choice([str(n) for n in STUDENT]), default="3", show_default=True)
-@click.option("--variant", "variants", multiple=True, type=click.Choice(list(VARIANTS)), help="Only these now.")
+@click.option("--batch", default=12, show_default=True)
+@click.option("--seeds", type=click.IntRange(1, 10), default=3, show_default=True)
+@click.option("--variant", "variants", multiple=True, type=click.Choice(list(MATRICES)), help="Only these now.")
 @click.option("--threads", type=click.IntRange(1))
 def main(
     paintings: Path,
     base: str | None,
     out: Path,
     steps: int,
-    seeds: str,
+    batch: int,
+    seeds: int,
     variants: tuple[str, ...],
     threads: int | None,
 ) -> None:
@@ -60,55 +73,118 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     loaded = load_base(base)
-    quick = replace(PRESETS["quick"], steps=steps, evaluate_every=max(1, steps // 3))
-    setting = {"base": loaded.fingerprint, "paintings": paintings.name, "steps": steps}
+    quick = replace(PRESETS["quick"], steps=steps, batch=batch, evaluate_every=max(1, steps // 12))
+    setting = {"base": loaded.fingerprint, "paintings": paintings.name, "steps": steps, "batch": batch}
     out.mkdir(parents=True, exist_ok=True)
-    collection = None
-    for seed, variant, generator in product(range(int(seeds)), variants or VARIANTS, GENERATORS):
+    collection = PaintingDataset.load(paintings, quick.size, quick.crop, loaded.config.size)
+    for seed, generator, variant in product(range(seeds), GENERATORS, variants or MATRICES):
         target = run_file(out, variant, generator, seed)
         if target.exists():
             if (found := json.loads(target.read_text())["setting"]) != setting:
                 raise click.ClickException(f"{target} is a run of {found}; expected {setting}: choose another --out")
             continue
-        collection = collection or PaintingDataset.load(paintings, quick.size, quick.crop, loaded.config.size)
-        options = replace(quick, variant=variant, generator=generator, seed=seed)
-        with tempfile.TemporaryDirectory() as folder:
-            outcome = Inversion(loaded, collection, options, "variant", Path(folder)).run()
-        record = {
-            "setting": setting,
-            "relative": outcome.relative_loss,
-            "best": outcome.best_step,
-            "seconds": outcome.seconds,
-            "machine": describe(("torch", "diffusers")),
-        }
+        options = replace(quick, generator=generator, seed=seed)
+        record = run(loaded, collection, options, WARM_START if variant == "warm" else (variant,))
         with replace_file(target) as handle:
-            handle.write(json.dumps(record, indent=1).encode())
-    files = [run_file(out, *key) for key in product(VARIANTS, GENERATORS, range(int(seeds)))]
-    missing = sum(not file.exists() for file in files)
-    click.echo(f"{missing} runs of other variants are missing" if missing else table(out, int(seeds)))
+            handle.write(json.dumps({"setting": setting, **record}, indent=1).encode())
+        click.echo(f"{target.name}: {record['gained']:.4f} in {record['seconds']:.0f} s")
+    click.echo(table(out))
+
+
+def run(base: Base, paintings: PaintingDataset, options: TrainOptions, variants: tuple[Variant, ...]) -> dict[str, Any]:
+    """Learn the `variants` one after another, each from the last one's prompts, in equal parts of the steps."""
+    before: PromptSpace | None = None
+    initial = own = found = math.nan
+    seconds, best = 0.0, []
+    for variant in variants:
+        part = replace(options, variant=variant, steps=options.steps // len(variants))
+        with tempfile.TemporaryDirectory() as folder:
+            inversion = Inversion(base, paintings, part, "variant", Path(folder))
+            if before is None:
+                initial = held_out_loss(inversion.held_out, inversion.space)
+                own = own_loss(base, inversion.held_out, inversion.space.stages)
+            else:
+                copy_prompts(before, inversion.space)
+            result = inversion.run()
+        before = copy.deepcopy(inversion.best)
+        found = held_out_loss(inversion.held_out, before)
+        seconds += result.seconds
+        best.append(result.best_step)
+    return {
+        "gained": (initial - found) / (initial - own),
+        "initial": initial,
+        "found": found,
+        "own": own,
+        "best": best,
+        "seconds": seconds,
+        "machine": describe(("torch", "diffusers")),
+    }
+
+
+def held_out_loss(held_out: ValidationSet, space: PromptSpace) -> float:
+    return float(held_out.losses(space, range(space.stages)).mean())
+
+
+def own_loss(base: Base, held_out: ValidationSet, stages: int) -> float:
+    """The held-out loss with the style tokens of each crop itself."""
+    if base.style_encoder is None:
+        raise click.ClickException(f"base {base.config.name} has no style encoder; expected one, as mini has")
+    with torch.no_grad():
+        tokens = base.style_encoder(held_out.latents)
+    own = _OwnTokens(tokens, stages)
+    return float(held_out.losses(own, range(stages)).mean())  # type: ignore[arg-type]
+
+
+class _OwnTokens:
+    """Stands for a prompt space whose prompts are the pictures' own; rows come in the order of `ValidationSet`."""
+
+    def __init__(self, tokens: torch.Tensor, stages: int) -> None:
+        self.tokens, self.stages, self.row = tokens, stages, 0
+
+    def contexts_by_group(self, timestep: torch.Tensor, dropout: object) -> tuple[torch.Tensor, ...]:
+        rows = (self.row + torch.arange(len(timestep))) % len(self.tokens)
+        self.row += len(timestep)
+        return (self.tokens[rows],) * 3
+
+
+def copy_prompts(source: PromptSpace, target: PromptSpace) -> None:
+    """Start `target` at the prompts of `source`, whose matrices serve more stages and groups each."""
+    with torch.no_grad():
+        target.matrices[target.table.flatten()] = source.matrices[source.table.flatten()]
+        for name, weight in target.attention_weights().items():
+            weight.copy_(source.attention_weights()[name])
 
 
 def run_file(out: Path, variant: str, generator: str, seed: int) -> Path:
     return out / f"{variant.replace('+', '_')}-{generator}-{seed}.json"
 
 
-def table(out: Path, seeds: int) -> str:
+def table(out: Path) -> str:
     """Markdown: a row for each variant, a column for each generator; mean and 95 % interval over seeds."""
+    cases = list(product(MATRICES, GENERATORS))
+    runs = {
+        (*case, seed): json.loads(file.read_text())
+        for case in cases
+        for seed in range(max(STUDENT))
+        if (file := run_file(out, *case, seed)).exists()
+    }
+    seeds = [seed for seed in range(max(STUDENT)) if all((*case, seed) in runs for case in cases)]
+    if not seeds:
+        return f"{len(runs)} runs; a table needs all {len(cases)} of a seed"
     lines = [f"| matrices | {' | '.join(GENERATORS)} |", "|---|" + "---|" * len(GENERATORS)]
-    record: dict[str, Any] = {}
-    for variant, count in VARIANTS.items():
+    for variant, matrices in MATRICES.items():
         cells = []
         for generator in GENERATORS:
-            records = [json.loads(run_file(out, variant, generator, seed).read_text()) for seed in range(seeds)]
-            record = records[-1]
-            values = [one["relative"] for one in records]
-            half = STUDENT[seeds] * statistics.stdev(values) / math.sqrt(seeds)
-            cells.append(f"{statistics.mean(values):.4f} ± {half:.4f}")
-        lines.append(f"| {count} ({variant}) | {' | '.join(cells)} |")
+            values = [runs[variant, generator, seed]["gained"] for seed in seeds]
+            mean = f"{statistics.mean(values):.3f}"
+            if len(seeds) > 1:
+                mean += f" ± {STUDENT[len(seeds)] * statistics.stdev(values) / math.sqrt(len(seeds)):.3f}"
+            cells.append(mean)
+        lines.append(f"| {matrices} ({variant}) | {' | '.join(cells)} |")
+    record = next(iter(runs.values()))
     setting = record["setting"]
-    return "\n".join(
-        [*lines, "", f"{setting['paintings']}, {setting['steps']} steps, n = {seeds} seeds; {record['machine']}"]
-    )
+    title = f"{setting['paintings']}, {setting['steps']} steps of {setting['batch']}, n = {len(seeds)} seeds"
+    return "\n".join([*lines, "", f"{title}; {record['machine']}"])
 
 
 if __name__ == "__main__":

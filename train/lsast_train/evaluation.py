@@ -53,7 +53,7 @@ class ValidationSet:
     """
 
     def __init__(self, base: Base, latents: torch.Tensor, seed: int, mixed_precision: MixedPrecision) -> None:
-        self._base, self._latents, self._seed, self._mixed_precision = base, latents, seed, mixed_precision
+        self._base, self.latents, self._seed, self._mixed_precision = base, latents, seed, mixed_precision
 
     @torch.no_grad()
     def losses(self, space: PromptSpace, stages: Iterable[int]) -> torch.Tensor:
@@ -62,11 +62,11 @@ class ValidationSet:
         losses = torch.zeros(space.stages, dtype=torch.float64)
         if not stages:
             return losses
-        device = self._latents.device
+        device = self.latents.device
         noise = torch.cat([self._noise(stage) for stage in stages]).to(device)
         timestep = torch.cat([self._timesteps(stage, space.stages) for stage in stages]).to(device)
-        rows = (self._latents.repeat(len(stages), 1, 1, 1), noise, timestep)
-        count = max(1, _CELLS // self._latents[0, 0].numel())
+        rows = (self.latents.repeat(len(stages), 1, 1, 1), noise, timestep)
+        count = max(1, _CELLS // self.latents[0, 0].numel())
         errors = [
             noise_error(self._base, space, latents, drawn, times, self._mixed_precision)
             for latents, drawn, times in zip(*(row.split(count) for row in rows), strict=True)
@@ -76,10 +76,10 @@ class ValidationSet:
 
     def _noise(self, stage: int) -> torch.Tensor:
         generator = rng_for(self._seed, RngStream.VALIDATION_NOISE, stage)
-        return torch.randn(self._latents.shape, generator=generator)
+        return torch.randn(self.latents.shape, generator=generator)
 
     def _timesteps(self, stage: int, stages: int) -> torch.Tensor:
         """The timesteps [N] of the latents in `stage`, spread evenly over it."""
-        count = len(self._latents)
+        count = len(self.latents)
         length = self._base.config.noise.train_steps / stages
         return torch.tensor([int(length * (stage + (index + 0.5) / count)) for index in range(count)])
