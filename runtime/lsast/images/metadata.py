@@ -14,6 +14,7 @@ comment.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,25 +129,29 @@ class Record:
         return {"exif": exif}
 
 
-def read_record(path: str | Path) -> Record:
+def read_record(source: str | Path | bytes) -> Record:
     """Read what a painting's file says of it.
+
+    Args:
+        source: a path, or the bytes of the file.
 
     Raises:
         PictureError: not a picture, or one without a record.
         UsageError: invalid options.
     """
+    name = "the picture" if isinstance(source, bytes) else str(source)
     try:
-        with Path(path).open("rb") as handle:
-            text = _text(open_image(handle, str(path)))
+        with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as handle:
+            text = _text(open_image(handle, name))
     except FileNotFoundError:
-        raise PictureError(f"found no file {path}; expected a painting of lsast") from None
+        raise PictureError(f"found no file {name}; expected a painting of lsast") from None
     except (PictureError, MemoryError):
         raise
     except Exception as error:  # Pillow raises many types for damaged files
-        raise PictureError(f"{path} cannot be read ({error}); expected a painting of lsast") from error
+        raise PictureError(f"{name} cannot be read ({error}); expected a painting of lsast") from error
     if text is None:
-        raise PictureError(f"{path} does not say how it was painted; expected a PNG, JPEG or WebP that lsast wrote")
-    return Record.from_json(text, str(path))
+        raise PictureError(f"{name} does not say how it was painted; expected a PNG, JPEG or WebP that lsast wrote")
+    return Record.from_json(text, name)
 
 
 def _text(image: Image.Image) -> str | None:
