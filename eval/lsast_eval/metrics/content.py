@@ -1,4 +1,4 @@
-"""How much of the content is left, measured on pixels: structure of the luminance, and edges."""
+"""Measures on pixels: how much of the content is left, in luminance and edges, and how rough the flat parts are."""
 
 from __future__ import annotations
 
@@ -82,6 +82,19 @@ def edge_f1(content: Pixels, result: Pixels, tolerance: float = 2.0) -> float:
     precision = float((_distance_to(one)[two > 0] <= tolerance).mean())
     recall = float((_distance_to(two)[one > 0] <= tolerance).mean())
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def flat_gradient(rgb: Pixels) -> float:
+    """How rough the flattest parts are: mean |∂y| + |∂x| of the luminance, in grey levels a pixel, over the flattest
+    quarter of the picture's blocks of 16x16 pixels, at 512² pixels. A decoder that prints a pattern raises it.
+    """
+    height, width = rgb.shape[:2]
+    scale = (512 * 512 / (height * width)) ** 0.5
+    grey = luminance(resized(rgb, max(round(height * scale), 17), max(round(width * scale), 17)))
+    gradient = np.abs(np.diff(grey, axis=0))[:, :-1] + np.abs(np.diff(grey, axis=1))[:-1]
+    rows, columns = (side // 16 for side in gradient.shape)
+    blocks = gradient[: 16 * rows, : 16 * columns].reshape(rows, 16, columns, 16).mean((1, 3)).ravel()
+    return float(np.sort(blocks)[: max(len(blocks) // 4, 1)].mean())
 
 
 def _distance_to(edges: Pixels) -> npt.NDArray[np.float32]:

