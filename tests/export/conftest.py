@@ -38,7 +38,7 @@ def random_prompts(base: Base, name: str, seed: int = 0) -> Prompts:
     generator = torch.Generator().manual_seed(seed)
     matrices = torch.randn(30, base.config.tokens, base.context_dim, generator=generator)
     prompts = matrices[matrix_index("step+layer")]
-    return Prompts(name, base.fingerprint, "step+layer", "direct", "strided", "all", prompts, matrices)
+    return Prompts(name, base.fingerprint, "step+layer", "direct", "strided", "all", prompts)
 
 
 @pytest.fixture(scope="session")

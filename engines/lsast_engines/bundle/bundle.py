@@ -9,7 +9,8 @@
     ├── controlnet.onnx, unet_full.onnx, unet_outer.onnx: the denoiser split for caching (optional)
     ├── vae_decoder_tiny.onnx, vae_decoder_tiny.safetensors: a smaller decoder (optional)
     ├── null.safetensors         the unconditional keys and values, in the format of a style
-    └── styles/*.safetensors     not in the manifest: styles are added and removed, and carry their own checksums
+    ├── styles/*.safetensors     not in the manifest: styles are added and removed, and carry their own checksums
+    └── prompts/*.prompts.safetensors  what these styles were baked from (optional): for another export of the base
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".data", ".bin")
 """Suffixes of the files that hold weights of graphs."""
 
 STYLES = "styles"
+PROMPTS = "prompts"
 
 EMBEDDED = Path(__file__).parent.parent / "mini"
 """The bundle in the package."""
@@ -119,11 +121,19 @@ class Bundle:
         if name not in styles:
             raise UsageError(
                 f"found no style {name!r} for the bundle {self.path}; available: {', '.join(styles) or 'none'}; "
-                f"make it with: lsast-export --style {name}"
+                f"{self.how_to_make(name)}"
             )
         style = StyleFile(styles[name])
         self.check_style(style)
         return style
+
+    def how_to_make(self, style: str) -> str:
+        """The commands that make a style for this bundle; part of an error message."""
+        base = "" if self.path == EMBEDDED else f" --base {self.path}"
+        return (
+            f"learn it with: lsast-train --style {style} --images DIR{base}, and then bake it with: "
+            f"lsast-export --style {style}{base}"
+        )
 
     def check_style(self, style: Style | StyleFile) -> None:
         """Check that `style` fits this base.
@@ -152,8 +162,8 @@ class Bundle:
             path: the new folder.
             manifest: its `files` are filled in here.
             sources: every file except the manifest, by name: a file to copy, or contents. Names under ``styles/`` are
-                styles.
-            replace: replace a bundle at `path`; its other styles are kept.
+                styles, names under ``prompts/`` their prompts.
+            replace: replace a bundle at `path`; its other styles and prompts are kept.
             consume: move the files of `sources` instead of copying them, so that gigabytes of weights are written once.
                 Files that were moved before a failure are lost.
 
@@ -165,12 +175,16 @@ class Bundle:
         _check_free(path, replace)
         with scratch_folder(path.parent) as scratch:
             fresh = scratch / "new"
-            (fresh / STYLES).mkdir(parents=True)
+            folders = [fresh / name for name in (STYLES, PROMPTS)]
+            for folder in folders:
+                folder.mkdir(parents=True)
             files = {}
             for name, source in sources.items():
                 target = fresh / name
-                if target.parent not in (fresh, fresh / STYLES):
-                    raise BundleError(f"found file name {name!r}; expected a plain name, or one under {STYLES}/")
+                if target.parent not in (fresh, *folders):
+                    raise BundleError(
+                        f"found file name {name!r}; expected a plain name, or one under {STYLES}/ or {PROMPTS}/"
+                    )
                 if isinstance(source, bytes):
                     target.write_bytes(source)
                 elif consume:
@@ -181,9 +195,10 @@ class Bundle:
                     files[name] = FileEntry(file_sha256(target), target.stat().st_size)
             manifest = dataclasses.replace(manifest, files=files)
             (fresh / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-            for file in (path / STYLES).glob("*"):
-                if not (fresh / STYLES / file.name).exists():
-                    shutil.copyfile(file, fresh / STYLES / file.name)
+            for folder in folders:
+                for file in (path / folder.name).glob("*"):
+                    if not (folder / file.name).exists():
+                        shutil.copyfile(file, folder / file.name)
             cls.open(fresh, verify_hashes=False)
             _replace(path, fresh)
         return cls.open(path, verify_hashes=False)

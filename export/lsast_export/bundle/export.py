@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from lsast_engines.backends.registry import require_backend
-from lsast_engines.bundle.bundle import NULL_STYLE_FILE, STYLES, Bundle
+from lsast_engines.bundle.bundle import NULL_STYLE_FILE, PROMPTS, STYLES, Bundle
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, UNET_SPLIT_GRAPHS, VAE_DECODER_TINY, GraphSpec
 from lsast_engines.bundle.manifest import MANIFEST, Manifest, StorageDtype
 from lsast_engines.environment import package_version
@@ -27,7 +27,7 @@ from lsast_engines.errors import ExportError, fault_list
 from lsast_engines.files import scratch_folder
 from lsast_train.base.base import Base
 from lsast_train.base.lazy_base import LazyBase, open_base, save_base
-from lsast_train.prompts.prompt_file import Prompts
+from lsast_train.prompts.prompt_file import Prompts, load_prompts, save_prompts
 from lsast_train.prompts.prompt_space import STAGES
 
 from ..graphs.external_weights import save_graph
@@ -141,6 +141,8 @@ def export_bundle(
         null_style.save(folder / NULL_STYLE_FILE)
         for style in baked:
             style.save(folder / STYLES / f"{style.name}.safetensors")
+        for prompts in styles:
+            save_prompts(prompts, folder / PROMPTS / f"{prompts.name}.prompts.safetensors")
         sources = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
         return Bundle.write(out, manifest, sources, replace=True, consume=True)
 
@@ -154,20 +156,26 @@ class Inherited:
     parts: bool = False
     """Whether it has the denoiser's parts."""
     small_decoder: SmallDecoder | None = None
+    styles: tuple[Prompts, ...] = ()
+    """Prompts of its styles."""
 
 
 def inherited_from(folder: Path | None) -> Inherited:
     """What an export from `folder` takes over: nothing, unless a bundle is there.
 
     Raises:
-        BundleError, ExportError, TrainingError: a manifest or a small decoder that cannot be read.
+        BundleError, ExportError, TrainingError, StyleError: a manifest, a small decoder or prompts that cannot be read.
     """
     if folder is None or not (folder / MANIFEST).is_file():
         return Inherited()
     manifest = Manifest.from_json((folder / MANIFEST).read_text(encoding="utf-8"), str(folder / MANIFEST))
     has_small = VAE_DECODER_TINY in manifest.graphs
     small = read_small_decoder(folder / SMALL_WEIGHTS, manifest) if has_small else None
-    return Inherited(manifest.defaults, manifest.graphs.keys() >= set(UNET_SPLIT_GRAPHS), small)
+    styles = [load_prompts(file) for file in sorted((folder / PROMPTS).glob("*.prompts.safetensors"))]
+    baked = {file.stem for file in (folder / STYLES).glob("*.safetensors")}
+    if lost := sorted(baked - {prompts.name for prompts in styles}):
+        _log.warning("styles of %s that have no prompts there are left out: %s", folder, ", ".join(lost))
+    return Inherited(manifest.defaults, manifest.graphs.keys() >= set(UNET_SPLIT_GRAPHS), small, tuple(styles))
 
 
 def _with_origin(base: Base | LazyBase) -> Base | LazyBase:

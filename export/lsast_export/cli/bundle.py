@@ -121,9 +121,12 @@ def export(
     fields: dict[str, Any] = {name: value for name, value in imports.items() if value is not None}
     source = BaseSource(base, **fields)
     networks = open_base(source)
-    prompts = with_defaults(read_prompts(styles, networks), for_styles)
-    before = inherited_from(resolve_local_base(source))
-    kept = {key: value for key, value in before.defaults.items() if key != "style" or not prompts}
+    folder = resolve_local_base(source)
+    before = inherited_from(folder)
+    chosen_styles = read_prompts(styles, networks, folder)
+    names = {style.name for style in chosen_styles}
+    prompts = with_defaults([*chosen_styles, *(s for s in before.styles if s.name not in names)], for_styles)
+    kept = {key: value for key, value in before.defaults.items() if key != "style" or not names}
     chosen: dict[str, Any] = {"storage_dtype": storage_dtype, "backend": backend}
     options = dataclasses.replace(
         ExportOptions(parts=parts or before.parts),

@@ -79,7 +79,6 @@ def bake(styles: tuple[str, ...], base: str | None, defaults: tuple[str, ...]) -
     from ..styles.prompts import find_distilled, read_prompts, with_defaults
 
     distilled = {name: path for name in styles if (path := find_distilled(name)) is not None}
-    prompts = with_defaults(read_prompts([name for name in styles if name not in distilled]), for_styles)
     folder = Path(base or "").expanduser()
     if base is not None and (folder / "base.json").is_file() and not (folder / MANIFEST).is_file():
         raise UsageError(
@@ -87,6 +86,8 @@ def bake(styles: tuple[str, ...], base: str | None, defaults: tuple[str, ...]) -
             f"lsast-export bundle --base {base} --out DIR"
         )
     bundle = Bundle.open(find_bundle(base))
+    learned = read_prompts([name for name in styles if name not in distilled], bundle=bundle.path)
+    prompts = with_defaults(learned, for_styles)
     baked = bake_for_bundle(bundle, prompts, list(distilled.values()))
     paths = {name: str(path) for name, path in baked.items()}
     facts = {"bundle": str(bundle.path), "fingerprint": bundle.manifest.fingerprint, "styles": paths}

@@ -79,17 +79,20 @@ class KVProjector:
     def __call__(self, contexts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Packed keys and values, float32, of the U-Net [N, T, Wu] and of the ControlNet [N, T, Wc].
 
+        They are computed in float64, so that they do not depend on the order in which a machine sums: equal prompts
+        give equal styles.
+
         Args:
             contexts: [N, 3, T, dim], one for each layer group in the order of `GROUPS`.
         """
         unet, control = (
-            project_kv([layer for layer in self.layers if layer.network == network], contexts.float(), self._matrix)
+            project_kv([e for e in self.layers if e.network == network], contexts.double(), self._matrix).float()
             for network in _NETWORKS
         )
         return unet, control
 
     def _matrix(self, layer: AttentionLayer, matrix: str) -> torch.Tensor:
-        return self.weight(f"{_NETWORKS[layer.network]}.{layer.name}.{matrix}.weight").float()
+        return self.weight(f"{_NETWORKS[layer.network]}.{layer.name}.{matrix}.weight").double()
 
 
 def bake_style(

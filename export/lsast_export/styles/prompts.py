@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lsast_engines.bundle.style import DISTILLED_GUIDANCE_KEY, encode_defaults
+from lsast_engines.bundle.bundle import PROMPTS
+from lsast_engines.bundle.style import DISTILLED_GUIDANCE_KEY, decode_defaults, encode_defaults
 from lsast_engines.errors import StyleError, UsageError
 from lsast_train.base.base import Base
 from lsast_train.base.lazy_base import LazyBase
@@ -18,19 +19,22 @@ EXPORTED_FROM = "exported_from"
 """Key among the training facts of a base: fingerprints, separated by blanks, of the bases that it was rounded from."""
 
 
-def find_prompts(name_or_path: str) -> Path:
-    """The prompt file of a style: a file, or ``runs/NAME/NAME.prompts.safetensors`` as `lsast-train` writes it.
+def find_prompts(name_or_path: str, bundle: Path | None = None) -> Path:
+    """The prompt file of a style.
+
+    It is a file; or ``runs/NAME/NAME.prompts.safetensors``, as `lsast-train` writes it; or a file of that name in the
+    folder ``prompts`` of `bundle`.
 
     Raises:
-        StyleError: there is neither.
+        StyleError: there is none of these.
     """
-    given = Path(name_or_path).expanduser()
-    run = Path("runs", name_or_path, f"{name_or_path}.prompts.safetensors")
-    for path in (given, run):
+    given, name = Path(name_or_path).expanduser(), f"{name_or_path}.prompts.safetensors"
+    paths = [given, Path("runs", name_or_path, name), *([] if bundle is None else [bundle / PROMPTS / name])]
+    for path in paths:
         if path.is_file():
             return path
     raise StyleError(
-        f"found no prompts at {given} or {run}; expected a file NAME.prompts.safetensors: "
+        f"found no prompts at {' or '.join(map(str, paths))}; expected a file NAME.prompts.safetensors: "
         "learn them with lsast-train --style NAME --images DIR, or name the file"
     )
 
@@ -48,18 +52,21 @@ def find_distilled(name_or_path: str) -> Path | None:
     return run if run.is_file() and not prompts.is_file() else None
 
 
-def read_prompts(names_or_paths: Sequence[str], base: Base | LazyBase | None = None) -> list[Prompts]:
+def read_prompts(
+    names_or_paths: Sequence[str], base: Base | LazyBase | None = None, bundle: Path | None = None
+) -> list[Prompts]:
     """The prompts of all named styles.
 
     Args:
         names_or_paths: as `find_prompts` takes them.
         base: its text encoder binds embeddings that are bound to no base yet.
+        bundle: the bundle whose prompts are found by name.
 
     Raises:
         StyleError: prompts that are missing, damaged or named twice, or bound to no base without a `base` that has a
             text encoder.
     """
-    styles = [load_any_prompts(find_prompts(name)) for name in names_or_paths]
+    styles = [load_any_prompts(find_prompts(name, bundle)) for name in names_or_paths]
     names = [prompts.name for prompts in styles]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise StyleError(f"found more than one style named {', '.join(twice)}; expected different names")
@@ -104,9 +111,8 @@ def with_defaults(styles: Sequence[Prompts], defaults: Mapping[str, Mapping[str,
     distilled = [style.name for style in styles if DISTILLED_GUIDANCE_KEY in style.meta]
     if guided := [name for name in distilled if "guidance" in defaults.get(name, {})]:
         raise UsageError(f"found a default of guidance for {', '.join(guided)}; expected none: it was distilled")
-    return [
-        replace(prompts, meta={**prompts.meta, **encode_defaults(defaults.get(prompts.name, {}))}) for prompts in styles
-    ]
+    own = {style.name: decode_defaults(style.meta)[0] | dict(defaults.get(style.name, {})) for style in styles}
+    return [replace(style, meta={**style.meta, **encode_defaults(own[style.name])}) for style in styles]
 
 
 def check_prompts(prompts: Prompts, base: str, fingerprint: str, origins: str) -> None:

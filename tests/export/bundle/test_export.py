@@ -137,7 +137,7 @@ def test_export_bundle_refuses_unfit_prompts_before_tracing(
     foreign = dataclasses.replace(prompts, base="1" * 64)
     with pytest.raises(StyleError, match="111111111111"):
         export_bundle(base, tmp_path / "new", [foreign])
-    short = dataclasses.replace(prompts, name="short", prompts=prompts.prompts[:5], matrices=prompts.matrices[:15])
+    short = dataclasses.replace(prompts, name="short", prompts=prompts.prompts[:5])
     with pytest.raises(ExportError, match="short: 5 stages"):
         export_bundle(base, tmp_path / "new", [prompts, short])
 

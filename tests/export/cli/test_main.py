@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.bundle import EMBEDDED, Bundle
 from lsast_engines.bundle.style import Style, StyleFile
 from lsast_export.bundle import export as exporter
 from lsast_export.cli.main import main
@@ -109,6 +109,21 @@ def test_style_option_takes_precedence_over_the_bundles_style(bundles: dict[str,
     assert isinstance(opened.style("hand"), Style)
 
 
+def test_style_option_of_the_embedded_styles_gives_their_values() -> None:
+    """mini ships their prompts. They were recovered from the shipped values, so the smallest of these may differ."""
+    names = sorted(path.stem for path in (EMBEDDED / "styles").glob("*.safetensors"))
+    result = lsast_export(*(part for name in names for part in ("--style", name)))
+    assert result.exit_code == 0, result.stderr
+    bundle = Bundle.open(EMBEDDED)
+    for name in names:
+        shipped, baked = StyleFile(EMBEDDED / "styles" / f"{name}.safetensors"), bundle.open_style(name)
+        assert baked.meta | {"defaults": ""} == shipped.meta | {"defaults": ""}
+        assert baked.defaults == shipped.defaults
+        for tensor in ("kv_unet", "kv_control"):
+            apart = np.abs(getattr(baked.load(), tensor) - getattr(shipped.load(), tensor))
+            assert ((apart > 0).mean() < 1e-4, apart.max() < 1e-7) == (True, True)
+
+
 def test_style_option_with_missing_or_repeated_prompts_fails(bundles: dict[str, Bundle], learned: Path) -> None:
     result = lsast_export("--style", "hnad", "--base", bundles["fp16"].path)
     assert result.exit_code == 1
@@ -159,7 +174,11 @@ def test_style_option_with_a_distilled_style_keeps_its_guidance(bundles: dict[st
 
 
 def test_bundle_command_exports_a_trained_base(
-    base: Base, traced: dict[str, TracedGraph], learned: Path, monkeypatch: pytest.MonkeyPatch
+    base: Base,
+    traced: dict[str, TracedGraph],
+    learned: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(exporter, "trace_graphs", lambda *_: traced)
     fingerprint = save_base(base, Path("trained"))
@@ -198,6 +217,18 @@ def test_bundle_command_exports_a_trained_base(
     assert renewed.fingerprint == manifest.fingerprint
     assert renewed.defaults == {**manifest.defaults, "style": "hand"}
     assert lsast_export("check", out, "--json").exit_code == 0
+
+    # in another precision, which is another base: its styles are baked again
+    (out / "styles" / "lone.safetensors").write_bytes((out / "styles" / "hand.safetensors").read_bytes())
+    shutil.rmtree("runs")
+    widened = lsast_export("bundle", "--base", out, "--out", "engines/wide", "--storage-dtype", "fp32")
+    assert widened.exit_code == 0, widened.stderr
+    wide = Bundle.open(Path("engines/wide"))
+    assert wide.manifest.fingerprint != renewed.fingerprint
+    assert (wide.manifest.defaults, list(wide.styles())) == (renewed.defaults, ["hand"])
+    assert "have no prompts there are left out: lone" in caplog.text
+    before, after = Bundle.open(out).style("hand").kv_unet, wide.style("hand").kv_unet
+    np.testing.assert_allclose(after, before, rtol=0.01, atol=0.01 * np.abs(before).max())
 
 
 def load(path: Path) -> Prompts:

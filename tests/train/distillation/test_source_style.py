@@ -35,7 +35,7 @@ def test_read_source_of_a_style_and_of_its_prompts_gives_the_same_keys_and_value
     file = _save(source, base.fingerprint, tmp_path / "hand.safetensors", {"licence": "CC0"})
     run = tmp_path / "hand.prompts.safetensors"
     kind = ("step+layer", "direct", "strided", "all")
-    save_prompts(Prompts("hand", base.fingerprint, *kind, prompts, prompts.flatten(0, 1)), run)
+    save_prompts(Prompts("hand", base.fingerprint, *kind, prompts), run)
     left, right = read_source(file, base), read_source(run, base)
     torch.testing.assert_close(left.kv_unet, right.kv_unet, rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(left.kv_control, right.kv_control, rtol=2e-3, atol=2e-3)

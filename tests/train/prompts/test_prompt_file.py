@@ -68,18 +68,10 @@ def test_load_prompts_gives_what_save_prompts_wrote(tmp_path: Path, options: dic
     assert all(torch.equal(found.tensors()[name], tensor) for name, tensor in saved.tensors().items())
 
 
-def test_stored_prompts_are_those_of_the_stored_matrices_and_weights(tmp_path: Path) -> None:
-    save_prompts(_prompts(), tmp_path / "a")
-    found = load_prompts(tmp_path / "a")
-    again = PromptSpace(torch.zeros(4, 8))
-    again.load_state_dict({"matrices": found.matrices, **found.attention_weights})
-    assert torch.equal(again.prompts(), found.prompts)
-
-
 def test_save_prompts_of_contexts_writes_these_tensors_and_this_header(file: Path) -> None:
     with safe_open(str(file), "pt") as opened:
         header = json.loads(opened.metadata()["lsast"])
-        assert set(opened.keys()) == {"prompts", "matrices", "query", "key", "value"}
+        assert set(opened.keys()) == {"prompts"}
     assert set(header) == {
         "format", "name", "base", "variant", "generator", "layout", "gradient", "meta", "sha256",
     }  # fmt: skip
@@ -233,15 +225,6 @@ def test_load_prompts_with_a_path_as_name_raises(file: Path, name: str) -> None:
         load_prompts(file)
 
 
-def test_load_prompts_with_matrices_of_another_variant_raises(file: Path) -> None:
-    _rewrite(file, lambda header: header.update(variant="step", generator="direct"))
-    with pytest.raises(StyleError) as caught:
-        load_prompts(file)
-    message = str(caught.value)
-    assert "matrices: found shape [30, 4, 8]; expected [10, 4, 8]" in message
-    assert all(f"{name}: not expected" in message for name in ("query", "key", "value"))
-
-
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -249,9 +232,8 @@ def test_load_prompts_with_matrices_of_another_variant_raises(file: Path) -> Non
         ({"prompts": torch.zeros(0, 3, 4, 8)}, r"expected \[stages, 3, tokens, dim\]"),
         ({"prompts": torch.tensor(1.0)}, r"expected \[stages, 3, tokens, dim\]"),
         ({"prompts": torch.full((10, 3, 4, 8), float("nan"))}, "NaN"),
-        ({"matrices": torch.zeros(30, 4, 8, dtype=torch.float16)}, r"expected torch\.float32"),
-        ({"attention_weights": {}}, "query: missing"),
-        ({"embeddings": torch.zeros(29, 4, 8)}, r"embeddings: found shape \[29, 4, 8\]; expected \[30, 4, 8\]"),
+        ({"prompts": torch.zeros(10, 3, 4, 8, dtype=torch.float16)}, r"expected torch\.float32"),
+        ({"embeddings": torch.zeros(29, 4, 8)}, r"embeddings: found shape \[29, 4, 8\]; expected \[30, tokens, 8\]"),
         ({"embeddings": torch.full((30, 4, 8), float("nan"))}, "embeddings: found NaN"),
     ],
 )

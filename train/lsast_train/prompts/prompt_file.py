@@ -1,9 +1,9 @@
 """The result of an inversion: ``NAME.prompts.safetensors``, which `lsast-export` bakes into a style.
 
-Tensors, all float32: ``prompts`` [stages, 3, T, dim], the context of every stage and layer group; ``matrices``
-[K, tokens, dim]; for the attention generator its weights ``query``, ``key``, ``value`` [dim, dim]. Where prompts pass a
-text encoder there are also ``embeddings`` [K, tokens, dim], its input; ``prompts`` is its output, so the encoder is not
-needed again. A file may also hold ``embeddings`` alone, bound to no base yet (`UnboundPrompts`).
+Tensors, all float32: ``prompts`` [stages, 3, T, dim], the context of every stage and layer group. Where prompts pass a
+text encoder there are also ``embeddings`` [K, tokens, dim], its input: the matrices P_k; ``prompts`` is its output, so
+the encoder is not needed again. A file may also hold ``embeddings`` alone, bound to no base yet (`UnboundPrompts`).
+Other tensors, which earlier versions wrote, are not read.
 
 The metadata is one JSON object under the key ``lsast``: several keys would be written in random order, and equal
 prompts would give unequal files.
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from lsast_engines.bundle.style import style_name_faults
-from lsast_engines.errors import StyleError, UsageError, fault_list, shape_faults
+from lsast_engines.errors import StyleError, UsageError, fault_list
 from lsast_engines.files import replace_file
 
 from ..base.attention import GROUPS
@@ -37,7 +37,6 @@ FORMAT = 2
 """Format number of prompt files."""
 
 _KEY = "lsast"
-_ATTENTION = ("query", "key", "value")
 _KIND = ("variant", "generator", "layout", "gradient")
 
 
@@ -58,14 +57,10 @@ class Prompts:
     gradient: Gradient
     prompts: torch.Tensor
     """[stages, 3, T, dim], groups in the order of `GROUPS`."""
-    matrices: torch.Tensor
-    """[K, tokens, dim]: the learned matrices; for ``geglu`` what the generator makes, its weights are not kept."""
-    attention_weights: dict[str, torch.Tensor] = field(default_factory=dict)
-    """``query``, ``key``, ``value`` [dim, dim] of the attention generator; empty for the others."""
     meta: dict[str, str] = field(default_factory=dict)
     """Licence and how it was trained; kept, not interpreted."""
     embeddings: torch.Tensor | None = None
-    """[K, tokens, dim]: the embeddings of the placeholder, where prompts pass a text encoder."""
+    """[K, tokens, dim]: the matrices P_k, where prompts pass a text encoder."""
 
     def __post_init__(self) -> None:
         if faults := self._faults():
@@ -76,11 +71,9 @@ class Prompts:
         """The current prompts of `space`, without dropout, copied to the CPU."""
         with torch.no_grad():
             prompts = space.prompts().cpu().clone()
-            made = space.embeddings().cpu().clone()
-        weights = {key: value.detach().cpu().clone() for key, value in space.attention_weights().items()}
-        matrices = made if space.generator == "geglu" else space.matrices.detach().cpu().clone()
+            embeddings = None if space.text is None else space.embeddings().cpu().clone()
         kind = (space.variant, space.generator, space.layout, space.gradient)
-        return cls(name, base, *kind, prompts, matrices, weights, dict(meta), None if space.text is None else made)
+        return cls(name, base, *kind, prompts, dict(meta), embeddings)
 
     @property
     def prompt(self) -> Literal["context", "text"]:
@@ -89,25 +82,15 @@ class Prompts:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors of the file, by name."""
-        through = {} if self.embeddings is None else {"embeddings": self.embeddings}
-        return {"prompts": self.prompts, "matrices": self.matrices, **self.attention_weights, **through}
+        return {"prompts": self.prompts} | ({} if self.embeddings is None else {"embeddings": self.embeddings})
 
     def _faults(self) -> list[str]:
         faults = _shared_faults(self)
         shape = tuple(self.prompts.shape)
         if len(shape) != 4 or shape[1] != len(GROUPS) or 0 in shape:
             faults.append(f"prompts: found shape {list(shape)}; expected [stages, {len(GROUPS)}, tokens, dim]")
-        elif not faults:
-            stages, _, tokens, dim = shape
-            if self.embeddings is not None and self.matrices.ndim == 3:
-                tokens = max(1, self.matrices.shape[1])  # those of the placeholder
-            matrices = (matrix_count(self.variant, self.generator, self.layout, stages), tokens, dim)
-            expected: dict[str, tuple[int, ...]] = {"prompts": shape, "matrices": matrices}
-            if self.generator == "attention":
-                expected |= dict.fromkeys(_ATTENTION, (dim, dim))
-            if self.embeddings is not None:
-                expected["embeddings"] = matrices
-            faults += shape_faults({name: tensor.shape for name, tensor in self.tensors().items()}, expected)
+        elif not faults and self.embeddings is not None:
+            faults += _embedding_faults(self, self.embeddings, shape[0], shape[3])
         return sorted(faults + _infinite(self.tensors()))
 
 
@@ -132,12 +115,7 @@ class UnboundPrompts:
     """Licence and how it was trained; kept, not interpreted."""
 
     def __post_init__(self) -> None:
-        faults = _shared_faults(self)
-        shape = tuple(self.embeddings.shape)
-        if not faults:
-            count = matrix_count(self.variant, self.generator, self.layout, self.stages)
-            if len(shape) != 3 or shape[0] != count or 0 in shape:
-                faults.append(f"embeddings: found shape {list(shape)}; expected [{count}, tokens, dim]")
+        faults = _shared_faults(self) or _embedding_faults(self, self.embeddings, self.stages)
         if faults := sorted(faults + _infinite(self.tensors())):
             raise StyleError(fault_list(f"the embeddings of {self.name!r} are not usable:", faults))
 
@@ -159,7 +137,7 @@ class UnboundPrompts:
         except UsageError as error:
             raise StyleError(f"the embeddings of {self.name!r} do not fit the base: {error}") from error
         kind = (self.variant, self.generator, self.layout, self.gradient)
-        return Prompts(self.name, base, *kind, prompts, self.embeddings, {}, self.meta, self.embeddings)
+        return Prompts(self.name, base, *kind, prompts, self.meta, self.embeddings)
 
 
 def _shared_faults(prompts: Prompts | UnboundPrompts) -> list[str]:
@@ -169,6 +147,16 @@ def _shared_faults(prompts: Prompts | UnboundPrompts) -> list[str]:
         for name, tensor in prompts.tensors().items()
         if tensor.dtype != torch.float32
     ]
+
+
+def _embedding_faults(
+    prompts: Prompts | UnboundPrompts, embeddings: torch.Tensor, stages: int, dim: int | None = None
+) -> list[str]:
+    shape = tuple(embeddings.shape)
+    count = matrix_count(prompts.variant, prompts.generator, prompts.layout, stages)
+    if len(shape) == 3 and shape[0] == count and 0 not in shape and dim in (None, shape[2]):
+        return []
+    return [f"embeddings: found shape {list(shape)}; expected [{count}, tokens, {dim or 'dim'}]"]
 
 
 def _infinite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
@@ -220,8 +208,8 @@ def load_any_prompts(path: Path) -> Prompts | UnboundPrompts:
     header, tensors = _read(path)
     bound = "base" in header
     faults = _header_faults(header, bound)
-    required = ("prompts", "matrices") if bound else ("embeddings",)
-    faults += [f"{name}: missing tensor" for name in required if name not in tensors]
+    required = "prompts" if bound else "embeddings"
+    faults += [f"{required}: missing tensor"] if required not in tensors else []
     if header.get("sha256") != _digest(tensors):
         faults.append("tensors: found other values than were written (SHA-256 differs); train or copy the file again")
     if faults:
@@ -230,10 +218,7 @@ def load_any_prompts(path: Path) -> Prompts | UnboundPrompts:
     name, meta, embeddings = header["name"], header["meta"], tensors.get("embeddings")
     try:
         if bound:
-            weights = {key: value for key, value in tensors.items() if key not in ("prompts", "matrices", "embeddings")}
-            return Prompts(
-                name, header["base"], *kind, tensors["prompts"], tensors["matrices"], weights, meta, embeddings
-            )
+            return Prompts(name, header["base"], *kind, tensors["prompts"], meta, embeddings)
         return UnboundPrompts(name, *kind, tensors["embeddings"], header["stages"], meta)
     except StyleError as error:
         raise StyleError(f"prompt file {path} is damaged: {error}") from error
