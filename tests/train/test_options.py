@@ -29,7 +29,7 @@ def test_released_preset_has_the_released_values() -> None:
         0,
         "no",
     )
-    assert (released.prompt, released.placeholder_tokens, released.weighting) == ("auto", 1, "eps")
+    assert (released.prompt, released.rows, released.weighting) == ("auto", 1, "eps")
     assert {released.learning_rate(step) for step in (0, 20_000, 99_999)} == {1e-6}
 
 

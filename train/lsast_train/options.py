@@ -81,9 +81,7 @@ class Range:
 
 
 _RANGES = {
-    **dict.fromkeys(
-        ("steps", "batch", "evaluate_every", "evaluate_latents"), Range(1, whole=True)
-    ),
+    **dict.fromkeys(("steps", "batch", "evaluate_every", "evaluate_latents"), Range(1, whole=True)),
     **dict.fromkeys(("decay_after", "views", "seed"), Range(0, whole=True)),
     **dict.fromkeys(("lr", "checkpoint_minutes"), Range(0, above=True)),
     **dict.fromkeys(("map_lr", "weight_decay"), Range(0)),

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from lsast_engines.errors import UsageError
 from lsast_train.base.base import Base
 from lsast_train.mini.architecture import MiniConfig, build_mini
-from lsast_train.options import TrainOptions, Variant
+from lsast_train.options import PRESETS, TrainOptions, Variant
 from lsast_train.prompts.prompt_space import PromptSpace, build_space, initial_context, matrix_index
 from lsast_train.prompts.text_encoder import PlaceholderEncoder
 
@@ -253,14 +253,31 @@ def _never() -> torch.Tensor:
 
 
 def test_text_prompts_start_near_the_token_a(text_base: Base) -> None:
-    """docs/method.md §1.2: token 320."""
+    """docs/method.md §1.2: token 320; with more rows those of the letters that follow."""
     word = text_base.text_encoder.get_input_embeddings().weight[320]
-    space = build_space(text_base, _options(placeholder_tokens=2), _never)
-    assert space.matrices.shape == (30, 2, 24)
-    assert ((space.matrices - word).norm() / word.norm() / 60**0.5).item() == pytest.approx(0.01, rel=0.2)
+    letters = text_base.text_encoder.get_input_embeddings().weight[320:330]
+    space = build_space(text_base, _options(), _never)
+    assert space.matrices.shape == (30, 10, 24)
+    assert ((space.matrices - letters).norm() / letters.norm() / 30**0.5).item() == pytest.approx(0.01, rel=0.2)
     released = build_space(text_base, _options(generator="geglu"), _never)
     torch.testing.assert_close(released.geglu.constant, word)
     assert released.embeddings().shape == (30, 1, 24)
+
+
+def test_paper_preset_trains_every_parameter_and_its_attention_starts_near_the_identity(text_base: Base) -> None:
+    """One row has one key, over which softmax is 1: W_Q and W_K would get no gradient (docs/method.md §7)."""
+    space = build_space(text_base, PRESETS["paper"], _never)
+    assert space.matrices.shape == (30, 10, 24)
+    query, key = space.matrices @ space.query, space.matrices @ space.key
+    attention = (query @ key.transpose(1, 2) / 24**0.5).softmax(2)
+    assert attention.diagonal(dim1=1, dim2=2).min() > 0.9
+    torch.testing.assert_close(space.embeddings(), space.matrices, rtol=0, atol=0.1 * space.matrices.std().item())
+    weights = torch.randn(2, 3, 77, 24)
+    torch.autograd.backward((space.contexts(torch.tensor([340, 999])) * weights).sum())
+    gradients = {name: parameter.grad for name, parameter in space.named_parameters()}
+    largest = {name: grad.abs().max().item() for name, grad in gradients.items() if grad is not None}
+    assert largest.keys() == {"matrices", "query", "key", "value"}
+    assert min(largest.values()) > 1e-3 * max(largest.values())
 
 
 def test_prompt_auto_takes_the_text_encoder_if_there_is_one(text_base: Base, base: Base) -> None:

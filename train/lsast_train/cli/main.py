@@ -45,7 +45,7 @@ def _choice(name: str) -> click.Choice[str]:
 @click.option("--variant", type=_choice("variant"), help="What prompts depend on: stage, layer group, both, nothing.")
 @click.option("--generator", type=_choice("generator"), help="Where a matrix comes from.")
 @click.option("--prompt", type=_choice("prompt"), help="A matrix is a context, or goes through the text encoder.")
-@click.option("--placeholder-tokens", type=int, metavar="N", help="Tokens of a matrix that goes through the encoder.")
+@click.option("--placeholder-tokens", type=int, metavar="N", help="Rows of a matrix that goes through the encoder.")
 @click.option("--layout", type=_choice("layout"), help="Matrix of stage s, layer group l: 3s+l or s+l.")
 @click.option("--gradient", type=_choice("gradient"), help="Layer groups that train the prompts.")
 @click.option("--steps", type=int)

@@ -12,6 +12,7 @@ released code's generator (``geglu``).
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -26,6 +27,8 @@ from ..base.base import Base
 from ..options import Generator, Gradient, Layout, TrainOptions, Variant, choice_faults
 from .released_generator import FACTOR, GegluGenerator
 from .text_encoder import PlaceholderEncoder
+
+log = logging.getLogger("lsast.train")
 
 STAGES = 10
 """Equal parts of the noise schedule; stage 0 is the clean end (docs/method.md §1.4)."""
@@ -192,8 +195,8 @@ class PromptSpace(nn.Module):
 def build_space(base: Base, options: TrainOptions, draw: Callable[[], torch.Tensor]) -> PromptSpace:
     """The initial prompt space of `options` on `base`, on its device.
 
-    Through a text encoder the matrices start near CLIP's word ``a``, as the released generator does; else near
-    `initial_context`.
+    Through a text encoder the matrices start near CLIP's words ``a``, ``b``, ``c`` …, the released generator near
+    ``a``; else near `initial_context`.
 
     Args:
         base: the base.
@@ -212,21 +215,31 @@ def build_space(base: Base, options: TrainOptions, draw: Callable[[], torch.Tens
             f"prompt: found text on base {base.config.name!r}, which has no text encoder; expected auto or context, "
             "or the --base that the encoder belongs to"
         )
-    if mode == "context" and options.placeholder_tokens != 1:
+    if mode == "context" and options.placeholder_tokens is not None:
         faults.append(
-            f"placeholder_tokens: found {options.placeholder_tokens} without a text encoder; expected 1, "
+            f"placeholder_tokens: found {options.placeholder_tokens} without a text encoder; expected none, "
             f"contexts of base {base.config.name!r} have {base.config.tokens} tokens of their own"
         )
-    if text is not None and options.placeholder_tokens > text.tokens - 2:
+    if text is not None and options.rows > text.tokens - 2:
         faults.append(
-            f"placeholder_tokens: found {options.placeholder_tokens}; expected at most {text.tokens - 2}: "
+            f"placeholder_tokens: found {options.rows}; expected at most {text.tokens - 2}: "
             "the text encoder's context has room for these between begin and end"
         )
     if faults:
         raise UsageError(fault_list("options that do not fit the base:", faults))
-    initial = (
-        initial_context(base, draw) if text is None else text.token_embedding().expand(options.placeholder_tokens, -1)
-    )
+    if text is None:
+        initial = initial_context(base, draw)
+        if base.config.family == "sd15":
+            log.warning(
+                "base %r has no text encoder (no bundle has one): the contexts themselves are learned, %d tokens of %d "
+                "channels for each stage and layer group; the paper learns the embeddings of a few tokens. For that, "
+                "name the --base that the bundle was exported from",
+                *(base.config.name, *initial.shape),
+            )
+    else:
+        initial = text.words(options.rows, alike=options.generator == "geglu")
+        if options.generator == "attention" and options.rows == 1:
+            log.warning("self-attention over one row is a linear map: W_Q and W_K get no gradient")
     space = PromptSpace(
         initial,
         options.variant,

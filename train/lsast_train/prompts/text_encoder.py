@@ -16,7 +16,8 @@ import torch
 from lsast_engines.errors import UsageError
 
 A_TOKEN = 320
-"""CLIP's id of the word ``a``, the constant that the released generator starts from (docs/method.md §1.2)."""
+"""CLIP's id of the word ``a``, the constant that the released generator starts from (docs/method.md §1.2); those of the
+other letters and of some signs follow."""
 
 
 class PlaceholderEncoder:
@@ -56,6 +57,13 @@ class PlaceholderEncoder:
             )
         word: torch.Tensor = self._table.weight[token].detach().float()
         return word
+
+    def words(self, count: int, alike: bool = False) -> torch.Tensor:
+        """Embeddings [count, dim] to start from: of the words ``a``, ``b``, ``c`` …, or `alike`, of ``a`` each time.
+
+        Unlike rows, because self-attention gives equal rows equal results, and equal gradients for ever.
+        """
+        return torch.stack([self.token_embedding(A_TOKEN + (0 if alike else place)) for place in range(count)])
 
     def contexts(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Embeddings [N, n, dim] of the placeholder to contexts [N, tokens, dim] float32; gradients flow through.
