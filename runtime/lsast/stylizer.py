@@ -239,7 +239,8 @@ class Stylizer:
             if on_step:
                 if not previewers:  # at step 0, x0 is the picture's own latent
                     previewers.extend(request.previewer(z0) for request, z0 in zip(requests, x0(), strict=True))
-                on_step(step, steps, lambda index=0: previewers[index](x0()[index]))
+                with self._pool.callback():
+                    on_step(step, steps, lambda index=0: previewers[index](x0()[index]))
 
         with self._pool.exclusive(cancel):
             times.append(time.perf_counter())
@@ -378,16 +379,18 @@ class Stylizer:
         self, picture: Picture, given: Mapping[str, Any], mask: Picture | None, temporal: TemporalState | None = None
     ) -> Request:
         """Resolve the options of a picture, open its styles and read it."""
+        self._pool.check(None)
         options, styles = self._resolve(given)
         return Request(self.bundle, picture, options, styles, mask, temporal)
 
     def _resolve(self, given: Mapping[str, Any]) -> tuple[Options, dict[str, StyleFile]]:
         """The complete options of a call, and the open styles that they name."""
         given, manifest, available = current_options(given), self.bundle.manifest, self.bundle.styles()
-        styles: dict[str, StyleFile] = {}
+        names: list[str] = []
         if isinstance(style := given.get("style") or manifest.defaults["style"], str):
             with contextlib.suppress(UsageError):  # `Options` reports a syntax error, together with all other faults
-                styles = {name: self._pool.styles.get(name) for name in Mix.parse(style).styles if name in available}
+                names = Mix.parse(style).styles
+        styles = {name: self._pool.styles.get(name) for name in names if name in available}
         options = Options.resolve(given, manifest.defaults, styles, self._preset)
         Mix.parse(options.style).check(list(available), manifest.stages)
         return options, styles

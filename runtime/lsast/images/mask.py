@@ -11,6 +11,7 @@ import numpy.typing as npt
 from lsast_engines.errors import PictureError
 from lsast_engines.images import read_picture
 
+from ..sessions.native_calls import native_call
 from .canvas import Pixels
 
 if TYPE_CHECKING:
@@ -34,8 +35,6 @@ def read_mask(
     Raises:
         PictureError: the mask cannot be read, or is not of the picture's size.
     """
-    import cv2
-
     mask = read_picture(source)
     if mask.size != size:
         (height, width), (rows, columns) = size, mask.size
@@ -46,8 +45,11 @@ def read_mask(
     if mask.alpha is not None:
         weight *= mask.alpha.astype(np.float32) / 255
     if feather and (weight < 0.5).any():
+        import cv2
+
         # Distance to the nearest pixel that is not painted at all: the fade lies inside the mask.
-        distance = cv2.distanceTransform((weight >= 0.5).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+        with native_call():
+            distance = cv2.distanceTransform((weight >= 0.5).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
         weight *= np.minimum(np.asarray(distance, np.float32) / (feather + 1), 1)
     return np.round(weight).astype(np.uint8)
 

@@ -9,9 +9,10 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 from lsast_engines.backends.base import ComputeDtype, Engine
 from lsast_engines.backends.registry import open_engine
@@ -21,12 +22,15 @@ from lsast_engines.bundle.style import StyleFile
 from lsast_engines.errors import UsageError
 
 from .cancel import CancelToken
+from .native_calls import native_call, require_python, user_code
+
+T = TypeVar("T")
 
 STYLE_MEMORY = 256 * 2**20
 """Default for the bytes of styles that are kept in memory between paintings."""
 
 _POLL_SECONDS = 0.05
-"""How often a caller that waits for the engines looks at its token."""
+"""How often a caller that waits for the engines looks at its token and at the end of Python."""
 
 _FORK_SECONDS = 0.2
 """How long a fork waits for the threads of OpenVINO."""
@@ -90,15 +94,17 @@ class EnginePool:
         self._style_memory = style_memory
         self._closed = False
         self._reset()
-        self._open_first()
+        with native_call():
+            self._open_first()
         _pools.add(self)
 
     def _reset(self) -> None:
         self.engines: dict[str, Engine] = {}
         self.styles = StyleCache(self.factory.bundle, self._style_memory)
         self._opened = False
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._holder: int | None = None
+        self._in_callback = False
         self._executor: ThreadPoolExecutor | None = None
 
     def _open_first(self) -> None:
@@ -140,38 +146,82 @@ class EnginePool:
         """Wait until no other thread uses the engines, and keep the others waiting while the block runs.
 
         Raises:
-            UsageError: the stylizer is closed, or this very thread holds the engines.
+            UsageError: the stylizer is closed, this very thread holds the engines, or Python ends.
             CancelledError: `cancel` was set meanwhile.
         """
-        if self._holder == threading.get_ident():
-            raise UsageError("found a call from inside on_step; expected it after the painting, or another stylizer")
-        while not self._lock.acquire(timeout=_POLL_SECONDS if cancel else -1):
-            if cancel:
-                cancel.check()
+        self._require_other_thread()
+        here, changed = threading.get_ident(), self._changed
         try:
-            self._holder = threading.get_ident()
-            self._require_open()
-            if not self._opened:
-                self._open_first()
-            if cancel:
-                cancel.check()
-            yield
+            with changed:
+                while self._holder is not None and not self._closed:
+                    changed.wait(_POLL_SECONDS)
+                    self.check(cancel)
+                self.check(cancel)
+                self._holder = here
+            with native_call():
+                if not self._opened:
+                    self._open_first()
+                yield
         finally:
-            self.styles.evict()
-            self._holder = None
-            self._lock.release()
+            # After a fork inside the block, the child has a turn of its own.
+            if changed is self._changed and self._holder == here:
+                with changed:
+                    self._holder = None
+                    if self._closed:
+                        self._close_engines()
+                    changed.notify_all()
+                self.styles.evict()
 
-    def executor(self) -> ThreadPoolExecutor:
-        """The thread of async callers. One is enough: more would only wait for the engines.
+    @contextlib.contextmanager
+    def callback(self) -> Iterator[None]:
+        """A block inside `exclusive` that calls a function of the user; `close` does not wait for it.
 
         Raises:
-            UsageError: the stylizer is closed.
+            UsageError: the stylizer was closed meanwhile, this is a process that was forked meanwhile, or Python ends.
         """
-        with self._lock:
-            self._require_open()
+        changed = self._changed
+        with changed:
+            self._in_callback = True
+            changed.notify_all()
+        try:
+            with user_code():
+                yield
+        finally:
+            if changed is self._changed:
+                with changed:
+                    self._in_callback = False
+        if changed is not self._changed:
+            raise UsageError("found a process, forked inside on_step, that goes on with the painting of its parent")
+        self.check(None)
+
+    def check(self, cancel: CancelToken | None) -> None:
+        """Return if a painting may go on.
+
+        Raises:
+            UsageError: the stylizer is closed, or Python ends.
+            CancelledError: `cancel` is set.
+        """
+        if self._closed:
+            raise UsageError("the stylizer is closed; open another one with lsast.load()")
+        require_python()
+        if cancel:
+            cancel.check()
+
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        """Run `work` in the thread of async callers. One is enough: more would only wait for the engines.
+
+        Raises:
+            UsageError: the stylizer is closed, this very thread holds the engines, or Python ends.
+        """
+        self._require_other_thread()
+        with self._changed:
+            self.check(None)
             if self._executor is None:
                 self._executor = ThreadPoolExecutor(1, thread_name_prefix="lsast")
-            return self._executor
+            try:
+                return self._executor.submit(work)
+            except RuntimeError as error:
+                raise UsageError(f"found a painting while Python ends ({error})") from None
 
     def after_fork(self) -> None:
         """Start anew in a forked process, which inherits neither locks nor the threads of a backend.
@@ -184,17 +234,26 @@ class EnginePool:
         self._reset()
 
     def close(self) -> None:
-        """Wait for the painting that is under way and free memory and devices. Closing twice is harmless."""
-        with self._lock:
+        """End the painting under way and those that wait, each with `UsageError`, and free memory and devices.
+
+        Waits for the run of a graph, never for a function of the user. Any thread and any callback may call it, also
+        twice.
+        """
+        here = threading.get_ident()
+        with self._changed:
             self._closed = True
-            self._close_engines()
+            self._changed.notify_all()
+            while self._holder not in (None, here) and not self._in_callback:
+                self._changed.wait()
+            if self._holder is None or self._in_callback:
+                self._close_engines()  # else this thread holds them, and closes them at its end of the turn
             executor, self._executor = self._executor, None
         if executor:
-            executor.shutdown(wait=False, cancel_futures=True)
+            executor.shutdown(wait=False)  # what is queued ends with UsageError
 
-    def _require_open(self) -> None:
-        if self._closed:
-            raise UsageError("the stylizer is closed; open another one with lsast.load()")
+    def _require_other_thread(self) -> None:
+        if self._holder == threading.get_ident():
+            raise UsageError("found a call from inside on_step; expected it after the painting, or another stylizer")
 
 
 class StyleCache:
@@ -210,15 +269,17 @@ class StyleCache:
         self._bundle = bundle
         self._budget = budget
         self._styles: OrderedDict[str, StyleFile] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may paint, too
 
     def get(self, name: str) -> StyleFile:
         """The style `name`, opened if it is not.
 
         Raises:
-            UsageError: no style of that name.
+            UsageError: no style of that name, or a budget below 0.
             StyleError: the file is damaged, or was baked for another base.
         """
+        if not self._budget >= 0:
+            raise UsageError(f"found a style_memory of {self._budget} bytes; expected 0 or more")
         with self._lock:
             if name not in self._styles:
                 self._styles[name] = self._bundle.open_style(name)
@@ -228,7 +289,7 @@ class StyleCache:
     def evict(self) -> None:
         """Drop styles, the least recently used first, until the others are within the budget."""
         with self._lock:
-            while self.bytes > self._budget:
+            while self._styles and self.bytes > self._budget:
                 self._styles.popitem(last=False)
 
     @property

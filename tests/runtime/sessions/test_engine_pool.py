@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import lsast
-from lsast import Stylizer, UsageError
+from lsast import Stylizer
 from lsast.sessions.engine_pool import StyleCache
 from lsast_engines.backends.registry import available_backends
 from lsast_engines.bundle.bundle import Bundle
@@ -62,25 +62,6 @@ def test_stylize_in_eight_threads_gives_the_serial_bytes(
         for left, right in zip(found, expected[lane::8], strict=True):
             np.testing.assert_array_equal(left, right)
     assert sorted(opened) == ["monet", "vangogh"], "styles are opened once, not once a call"
-
-
-def test_stylize_from_inside_on_step_raises(bundle_path: Path, photo: np.ndarray) -> None:
-    with lsast.load(bundle_path) as stylizer:
-        with pytest.raises(UsageError, match="from inside on_step"):
-            stylizer.stylize(photo, on_step=lambda *_: stylizer.stylize(photo))
-        stylizer.stylize(photo, on_step=lambda *_: stylizer.backend)
-
-
-def test_close_waits_for_the_painting_and_refuses_the_next(bundle_path: Path, photo: np.ndarray) -> None:
-    stylizer = lsast.load(bundle_path)
-    begun = threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        painting = pool.submit(stylizer.stylize, photo, on_step=lambda *_: begun.set())
-        begun.wait()
-        stylizer.close()
-        assert painting.result().image.size == (160, 96)
-    with pytest.raises(UsageError, match="closed"):
-        stylizer.stylize(photo)
 
 
 FORK = """

@@ -1,0 +1,96 @@
+"""Calls of native code that the end of Python waits for.
+
+At its end Python stops every daemon thread where that next asks for the interpreter's lock. Inside the C++ code of a
+backend or of OpenCV this aborts the whole process. So the end refuses new calls and waits for those under way; a
+painting asks before every run of a graph whether it may go on.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator
+
+from lsast_engines.errors import UsageError
+
+
+class _Calls:
+    """The native calls of one process."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.depths: Counter[int] = Counter()
+        """Calls under way, by thread."""
+        self.python_ends = False
+
+    def add(self, number: int) -> None:
+        with self.changed:
+            self.depths[threading.get_ident()] += number
+            self.changed.notify_all()
+
+    def wait(self) -> None:
+        with self.changed:
+            self.python_ends = True
+            here = threading.get_ident()
+            while any(depth > 0 for thread, depth in self.depths.items() if thread != here):
+                self.changed.wait()
+
+
+_calls = _Calls()
+
+
+@contextlib.contextmanager
+def native_call() -> Iterator[None]:
+    """The end of Python waits for the block, which must end by itself.
+
+    Raises:
+        UsageError: Python ends.
+    """
+    calls = _calls
+    calls.add(1)
+    try:
+        require_python()
+        yield
+    finally:
+        if calls is _calls:  # else this is a forked process, where nobody unlocks what another thread had locked
+            calls.add(-1)
+
+
+@contextlib.contextmanager
+def user_code() -> Iterator[None]:
+    """A block inside `native_call` that calls a function of the user, for which the end of Python does not wait.
+
+    Raises:
+        UsageError: Python ends.
+    """
+    calls = _calls
+    calls.add(-1)
+    try:
+        yield
+    finally:
+        if calls is _calls:
+            calls.add(1)
+    require_python()
+
+
+def require_python() -> None:
+    """Return if Python goes on.
+
+    Raises:
+        UsageError: Python ends.
+    """
+    if _calls.python_ends:
+        raise UsageError("found a painting while Python ends; nothing was written")
+
+
+def _after_fork() -> None:
+    global _calls
+    _calls = _Calls()
+
+
+atexit.register(lambda: _calls.wait())
+if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
+    os.register_at_fork(after_in_child=_after_fork)
