@@ -18,6 +18,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import cv2
 import numpy as np
 
 from lsast_engines.errors import MissingExtraError, PictureError, UsageError
@@ -41,6 +42,8 @@ SEGMENT = 24
 
 _FORMATS = {".m4v": "mp4", ".mkv": "matroska", ".mov": "mov", ".mp4": "mp4"}
 _BT709, _LIMITED_RANGE, _UNSPECIFIED = 1, 1, 2
+_CPU_AVX512_SKX = 256
+"""OpenCV's number of the AVX-512 instructions that x264 uses (cvdef.h)."""
 
 
 def check_video(source: Path, out: Path) -> None:
@@ -198,11 +201,15 @@ class _Encoder:
                 self._container.mux(self._stream.encode(None))
 
     def _new_stream(self, width: int, height: int) -> Any:
-        stream: Any = self._container.add_stream("libx264", rate=self._rate, options={"crf": "17"})
+        # x264's AVX-512 code of the macroblock tree (mbtree_propagate_list) takes 8 macroblocks at a time and reads
+        # what lies beyond a row of another width: the same frames gave other bytes at times. AVX2 has no such fault.
+        asm = {"x264-params": "asm=avx2"} if cv2.checkHardwareSupport(_CPU_AVX512_SKX) else {}
+        stream: Any = self._container.add_stream("libx264", rate=self._rate, options={"crf": "17", **asm})
         stream.width, stream.height = width, height
         stream.pix_fmt = "yuv444p" if width % 2 or height % 2 else "yuv420p"  # 4:2:0 needs even sides
         context = stream.codec_context
         context.time_base = self._time_base
+        context.thread_count = 1  # otherwise the bytes depend on the number of processors
         context.max_b_frames = 0  # so packets come in the order of display, and segments join as they are
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = _LIMITED_RANGE
