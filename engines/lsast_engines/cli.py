@@ -6,8 +6,11 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted (`LsastError.exit_
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
+import os
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +24,10 @@ from .removed import RENAMED, removal
 USAGE = UsageError.exit_code
 """Exit status of a wrong usage."""
 
-_DEBUG, _JSON = "lsast.debug", "lsast.json"
+_READER_GONE = 141
+"""Exit status of a program whose reader closed the pipe: that of the signal SIGPIPE."""
+
+_DEBUG, _JSON, _STDOUT_FAULT = "lsast.debug", "lsast.json", "lsast.stdout"
 
 
 class Command(click.Command):
@@ -33,6 +39,8 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """See `click.Command`."""
         known = {name for parameter in self.params for name in parameter.opts}
+        if "" in args or any(text.endswith("=") and text[:-1] in known for text in args):
+            raise click.UsageError("found an empty argument; expected a value (is a variable of the shell not set?)")
         for index, text in enumerate(args):
             name, equals, value = text.partition("=")
             if name in known:
@@ -47,6 +55,9 @@ class Command(click.Command):
         """See `click.Command`."""
         # The process is ours here: Pillow warns of oddities in pictures that can be read.
         warnings.filterwarnings("ignore", module=r"PIL\.")
+        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+            if getattr(sys, name) is None:  # closed by the caller; the next file would get its descriptor
+                setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
         return super().main(*args, **kwargs)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
@@ -59,25 +70,22 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """See `click.Command`."""
         try:
-            return super().invoke(ctx)
+            returned = super().invoke(ctx)
         except click.UsageError as error:
             fail(f"{error.format_message()} (--help lists all options)", USAGE)
         except (click.ClickException, click.exceptions.Exit):
             raise
         except (Exception, KeyboardInterrupt) as error:
-            if ctx.meta.get(_DEBUG):
+            if debugging():
                 traceback.print_exc()
-            if isinstance(error, LsastError):
-                fail(str(error), error.exit_code)
             if isinstance(error, KeyboardInterrupt):
                 fail("interrupted", 130)
-            if isinstance(error, OSError) and error.strerror:  # a full disk, a name that is too long, no permission …
-                fail(": ".join([*(str(name) for name in [error.filename] if name is not None), error.strerror]), 1)
-            if isinstance(error, MemoryError):
-                fail(
-                    f"not enough memory{f' ({error})' if str(error) else ''}; close other programs, or ask for less", 1
-                )
-            fail(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1)
+            fail(describe(error), error.exit_code if isinstance(error, LsastError) else 1)
+        if (fault := ctx.meta.get(_STDOUT_FAULT)) is None:
+            return returned
+        if fault.errno == errno.EPIPE:
+            raise click.exceptions.Exit(_READER_GONE)
+        fail(f"standard output: {fault.strerror}", 1)
 
 
 class Group(Command, click.Group):
@@ -94,9 +102,62 @@ class Group(Command, click.Group):
         return super().resolve_command(ctx, args)
 
 
+def describe(error: Exception) -> str:
+    """What a user is told of an error: an `LsastError`'s text, what the system says, or that it was not expected."""
+    if isinstance(error, LsastError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:  # a full disk, a name that is too long, no permission …
+        return ": ".join([*(str(name) for name in [error.filename] if name is not None), error.strerror])
+    if isinstance(error, MemoryError):
+        return f"not enough memory{f' ({error})' if str(error) else ''}; close other programs, or ask for less"
+    return f"unexpected {type(error).__name__}: {error} (--debug shows where)"
+
+
+def echo(text: object, *, err: bool = False) -> None:
+    """Print lines on stdout, or on stderr.
+
+    What does not print is escaped (`errors.shown`) on stderr and on a terminal. Elsewhere names of files keep their
+    bytes, also those that are no text. Letters that the stream's encoding lacks are escaped.
+    """
+    stream = sys.stderr if err else sys.stdout
+    lines = str(text)
+    if err or stream.isatty():
+        lines = "\n".join(map(shown, lines.split("\n")))
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        data = f"{lines}\n".encode(encoding, "surrogateescape")
+    except UnicodeEncodeError:
+        data = f"{lines}\n".encode(encoding, "backslashreplace")
+    _write(data, err)
+
+
+def write_stdout(data: bytes) -> None:
+    """Write bytes to stdout."""
+    _write(data, err=False)
+
+
+def _write(data: bytes, err: bool) -> None:
+    """Write to a stream; one whose reader is gone, or on a full disk, takes nothing more, but ends no command.
+
+    Of stdout the exit status tells it at the end.
+    """
+    try:
+        click.echo(data, nl=False, err=err)
+    except OSError as error:
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as null:  # a stream without a descriptor
+            os.dup2(null.fileno(), (sys.stderr if err else sys.stdout).fileno())
+        if not err and (context := click.get_current_context(silent=True)):
+            context.meta.setdefault(_STDOUT_FAULT, error)
+
+
+def is_closed(stream: object) -> bool:
+    """Whether a standard stream was closed when the command was started (see `Command.main`)."""
+    return getattr(stream, "name", None) == os.devnull
+
+
 def fail(message: str, status: int) -> NoReturn:
-    """Print a message on stderr, what does not print escaped (`errors.shown`), and end with an exit status."""
-    click.echo("\n".join(map(shown, f"Error: {message}".split("\n"))), err=True)
+    """Print a message on stderr and end with an exit status."""
+    echo(f"Error: {message}", err=True)
     raise click.exceptions.Exit(status)
 
 
@@ -139,7 +200,7 @@ json_option = click.option(
 
 def print_result(facts: Mapping[str, Any], text: object) -> None:
     """Print the result on stdout: `facts` as one JSON object with `--json`, else `text`."""
-    click.echo(json.dumps(facts, ensure_ascii=False) if click.get_current_context().meta.get(_JSON) else text)
+    echo(json.dumps(facts) if click.get_current_context().meta.get(_JSON) else text)
 
 
 def debugging() -> bool:
@@ -147,26 +208,25 @@ def debugging() -> bool:
     return bool(click.get_current_context().meta.get(_DEBUG))
 
 
-class _Formatter(logging.Formatter):
-    """Escapes what does not print in the messages."""
+class _EchoHandler(logging.Handler):
+    """Prints records on stderr, above progress bars."""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        return "\n".join(map(shown, super().formatMessage(record).split("\n")))
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(file=sys.stderr):
+            echo(self.format(record), err=True)
 
 
 @contextlib.contextmanager
 def log_to_stderr(level: int = logging.INFO) -> Iterator[None]:
     """Show what ``lsast`` logs from `level` on (all, with `--debug`) above the progress bars, while the block runs."""
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
-    logger, handler = logging.getLogger("lsast"), logging.StreamHandler()
-    handler.setFormatter(_Formatter("%(message)s"))
+    logger, handler = logging.getLogger("lsast"), _EchoHandler()
     before = logger.level
     logger.setLevel(logging.DEBUG if debugging() else level)
     logger.addHandler(handler)
     try:
-        with logging_redirect_tqdm([logger]):
-            yield
+        yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)

@@ -78,24 +78,28 @@ class Image8:
         return self.rgb.shape[0], self.rgb.shape[1]
 
 
-def find_pictures(folder: Path) -> list[Path]:
+def find_pictures(folder: Path, others: list[Path] | None = None) -> list[Path]:
     """All image files under `folder`, at any depth, sorted; hidden files and folders are skipped.
 
     A linked folder is searched too, unless it lies inside `folder`. Folders that cannot be read, and links to nothing,
     are logged.
+
+    Args:
+        folder: the folder.
+        others: gets the files whose suffix is none of `SUFFIXES`.
 
     Raises:
         PictureError: the folder does not exist or has no image.
     """
     if not folder.is_dir():
         raise PictureError(f"found no folder {folder}; expected a folder of pictures")
-    paths = sorted(_search(folder, folder.resolve(), set()))
+    paths = sorted(_search(folder, folder.resolve(), set(), [] if others is None else others))
     if not paths:
         raise PictureError(f"found no picture under {folder}; expected files like .jpg, .png, .tif or .webp")
     return paths
 
 
-def _search(folder: Path, root: Path, linked: set[Path]) -> Iterator[Path]:
+def _search(folder: Path, root: Path, linked: set[Path], others: list[Path]) -> Iterator[Path]:
     """The image files under `folder`; `linked` collects the linked folders that were searched."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -106,18 +110,24 @@ def _search(folder: Path, root: Path, linked: set[Path]) -> Iterator[Path]:
         path = folder / entry.name
         if entry.name.startswith("."):
             continue
-        if path.is_dir():
-            if entry.is_symlink():
-                target = path.resolve()
-                if target in linked or target == root or root in target.parents:
-                    continue
-                linked.add(target)
-            yield from _search(path, root, linked)
-        elif path.suffix.lower() in SUFFIXES:
-            if path.is_file():
+        try:
+            if entry.is_dir():
+                if entry.is_symlink():
+                    target = path.resolve()
+                    if target in linked or target == root or root in target.parents:
+                        continue
+                    linked.add(target)
+                yield from _search(path, root, linked, others)
+            elif path.suffix.lower() not in SUFFIXES:
+                others.append(path)
+            elif entry.is_file():
                 yield path
             elif entry.is_symlink():
                 _log.warning("%s is left out: it is a link to a file that is not there", shown(path))
+            else:
+                _log.warning("%s is left out: it is no file", shown(path))
+        except OSError as error:  # a link into a folder that is closed to us, or around in a circle
+            _log.warning("%s is left out: %s", shown(path), error.strerror)
 
 
 Source = Any

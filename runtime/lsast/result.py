@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from lsast_engines.errors import PictureError, UsageError
 from lsast_engines.files import replace_file
 from lsast_engines.images import on_white
+
+from .images.formats import WRITTEN_PICTURES, check_format
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,14 +24,6 @@ if TYPE_CHECKING:
     from .options.options import Options
 
 _log = logging.getLogger("lsast.result")
-
-_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".png": ("PNG", {"compress_level": 4}),  # much quicker than the default of 6, and hardly larger
-    ".jpg": ("JPEG", {"quality": 95, "subsampling": "4:4:4"}),
-    ".jpeg": ("JPEG", {"quality": 95, "subsampling": "4:4:4"}),
-    ".webp": ("WEBP", {"quality": 95}),
-}
-"""Pillow's name of the format and arguments of `save`, by suffix."""
 
 
 @dataclass(frozen=True)
@@ -45,35 +40,37 @@ class Result:
     provenance: Provenance | None = None
     """What the painting was made of; files hold it, so that the painting can be repeated (`lsast.images.metadata`)."""
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, seconds: bool = False) -> None:
         """Write PNG, JPEG or WebP, by the suffix: whole or not at all, replacing an existing file.
 
-        JPEG has no transparency: a transparent painting is composited on white, with a warning.
+        The file holds `provenance` and `options`, so that equal paintings are equal files. JPEG has no transparency: a
+        transparent painting is composited on white, with a warning.
+
+        Args:
+            path: the file.
+            seconds: write `seconds` into it, too.
 
         Raises:
             UsageError: another suffix, or `path` is a folder.
             PictureError: the file cannot be written, or the format cannot hold so large a picture.
         """
         path = Path(path)
-        validate_output_path(path)
+        validate_output_path(path, self.image.size)
         try:
             with replace_file(path) as handle:
-                self._write(handle, path)
+                self._write(handle, path, seconds)
         except (OSError, ValueError) as error:
-            name, _ = _FORMATS[path.suffix.lower()]
-            raise PictureError(
-                f"cannot write {path} ({error}); expected a writable folder and a size {name} holds"
-            ) from error
+            raise PictureError(f"cannot write {path} ({error}); expected a writable folder with room") from error
 
     def write(self, handle: BinaryIO, suffix: str = ".png") -> None:
-        """Write the bytes of a PNG, JPEG or WebP file to a stream, which need not be seekable.
+        """Write the bytes of a PNG, JPEG or WebP file, as `save` does, to a stream, which need not be seekable.
 
         Raises:
             UsageError: another suffix.
             PictureError: the format cannot hold so large a picture, or the stream cannot be written.
         """
         path = Path("painting" + suffix)
-        validate_output_path(path)
+        check_format(path, self.image.size)
         buffer = io.BytesIO()
         try:
             self._write(buffer, path)
@@ -82,10 +79,11 @@ class Result:
         except (OSError, ValueError) as error:
             raise PictureError(f"cannot write a {suffix[1:]} to the stream ({error})") from error
 
-    def _write(self, handle: BinaryIO, path: Path) -> None:
+    def _write(self, handle: BinaryIO, path: Path, seconds: bool = False) -> None:
         from PIL import Image
 
-        name, arguments = _FORMATS[path.suffix.lower()]
+        form = WRITTEN_PICTURES[path.suffix.lower()]
+        name, arguments = form.name, form.save_args
         image = self.image
         if name == "JPEG" and image.mode == "RGBA":
             _log.warning(
@@ -96,18 +94,30 @@ class Result:
         if self.provenance:
             from .images.metadata import Record
 
-            record = Record(self.provenance, self.options, self.seconds)
+            record = Record(self.provenance, self.options, self.seconds if seconds else {})
             arguments = {**arguments, **record.pillow_save_args(name)}
         image.save(handle, format=name, icc_profile=self.image.info.get("icc_profile"), **arguments)
 
 
-def validate_output_path(path: Path) -> None:
-    """Check, before anything is painted, that `path` can name an output.
+def validate_output_path(path: Path, size: tuple[int, int] | None = None) -> None:
+    """Check, before anything is painted, that `path` can be written.
+
+    Args:
+        path: the file.
+        size: width and height of the picture, if known.
 
     Raises:
         UsageError: the suffix names no format that is written, or `path` is a folder.
+        PictureError: its folder cannot be written, its name is too long, or its format cannot hold the size.
     """
-    if path.suffix.lower() not in _FORMATS:
-        raise UsageError(f"found the output {path}; expected a name that ends in {', '.join(_FORMATS)}")
+    check_format(path, size)
     if path.is_dir():
         raise UsageError(f"found the folder {path} as output; expected the name of a file")
+    folder = Path(os.path.realpath(path)).parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise PictureError(f"cannot write {path}: found {folder}; expected a folder that can be written")
+    longest = os.pathconf(folder, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+    if (length := len(os.fsencode(path.name))) > longest:
+        raise PictureError(f"cannot write {path}: found a name of {length} bytes; expected at most {longest}")

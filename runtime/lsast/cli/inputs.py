@@ -1,21 +1,24 @@
 """The arguments IN and OUT of `lsast-run`: files, folders, patterns and `-`, resolved before anything is painted.
 
-No picture is opened here, so that all faults of the arguments are reported at once, and before the first painting.
+No picture is opened here, so that all faults of the arguments are reported before the first painting.
 """
 
 from __future__ import annotations
 
 import glob
 import os
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 
-from lsast_engines.errors import UsageError, fault_list
+from lsast_engines.cli import describe
+from lsast_engines.errors import LsastError, PictureError, UsageError, fault_list, shown
 
 from ..images.formats import VIDEOS, WRITTEN_PICTURES, WRITTEN_VIDEOS
+
+_WRITTEN = {*WRITTEN_PICTURES, *WRITTEN_VIDEOS}
 
 STDIO = "-"
 """The name of standard input as IN, and of standard output as OUT."""
@@ -45,6 +48,10 @@ class Plan:
     single: bool
     """Whether the call names one picture and one file for it. Then an existing file is replaced, and a failure ends the
     call; otherwise existing paintings are skipped, and failures are listed at the end."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """What cannot be painted, an IN argument or a file that it names, and why."""
+    left_out: str = ""
+    """How many files of the folders are no pictures, by suffix; empty for none."""
 
 
 def plan_jobs(sources: Sequence[str], out: str) -> Plan:
@@ -58,36 +65,53 @@ def plan_jobs(sources: Sequence[str], out: str) -> Plan:
       first folder with such a character.
     - `-` is standard input or output, and stands alone.
 
+    What has the output of another source, or a source as its output, is a failure; it does not end the others.
+
     Args:
         sources: the IN arguments, at least one.
         out: the OUT argument.
 
     Raises:
-        UsageError: a pattern without files, an OUT that cannot hold the paintings, two sources with one output.
-        PictureError: a folder without pictures.
+        UsageError: an OUT that cannot hold the paintings; or, if nothing else is to be painted, a pattern without files
+            or outputs as described.
+        PictureError: if nothing else is to be painted, a file that is not there or a folder without pictures.
     """
     if STDIO in (*sources, out):
         return _stdio_plan(sources, out)
     target = Path(out)
     is_folder = target.is_dir() or out.endswith(("/", os.sep))
-    if len(sources) == 1 and _is_file_name(sources[0]) and not is_folder:
+    single = len(sources) == 1 and _is_file_name(sources[0]) and not is_folder
+    failures: dict[str, str] = {}
+    others: list[Path] = []
+    found: list[tuple[Path, Path]] = []
+    errors: list[Exception] = []
+    for given in sources:
+        try:
+            found += _find(given, target, others, below_own_name=len(sources) > 1)
+        except (LsastError, OSError) as error:
+            errors.append(error)
+            failures[given] = describe(error)
+    if single and not failures:
         return Plan((Job(Path(sources[0]), target),), single=True)
-    if target.exists() and not target.is_dir():
+    if not single and target.exists() and not target.is_dir():
         raise UsageError(f"found the file {target} as OUT of several pictures; expected a folder")
-    if target.suffix.lower() in WRITTEN_PICTURES | WRITTEN_VIDEOS and not is_folder:
+    if not single and not is_folder and target.suffix.lower() in _WRITTEN:
         raise UsageError(f"found {target} as OUT of several pictures; expected a folder (end it with / to make one)")
-    jobs = {
-        Job(source, target / _output_name(name))
-        for given in sources
-        for source, name in _find(given, target, below_own_name=len(sources) > 1)
-    }
-    sources_of = defaultdict(list)
-    for job in jobs:
-        sources_of[job.out].append(str(job.source))
-    faults = [f"{path}: {', '.join(sorted(names))}" for path, names in sources_of.items() if len(names) > 1]
-    if faults:
-        raise UsageError(fault_list("several sources have the same output; paint them in two calls:", faults))
-    return Plan(tuple(sorted(jobs, key=lambda job: str(job.source))), single=False)
+    jobs, clashes = _without_clashes([Job(source, target / _output_name(name)) for source, name in found])
+    failures |= clashes
+    if errors and len(failures) == 1 and not jobs:
+        raise errors[0]
+    if failures and not jobs:
+        kind = UsageError if clashes or isinstance(errors[0], UsageError) else PictureError
+        raise kind(fault_list("found nothing to paint:", [named(*failure) for failure in failures.items()]))
+    suffixes = Counter(path.suffix.lower() or "without a suffix" for path in others)
+    left_out = ", ".join(f"{count} {shown(suffix)}" for suffix, count in sorted(suffixes.items()))
+    return Plan(jobs, single=False, failures=failures, left_out=left_out)
+
+
+def named(name: str, reason: str) -> str:
+    """The line that says why a file cannot be painted, with its name once."""
+    return reason if name in reason else f"{name}: {reason}"
 
 
 def _stdio_plan(sources: Sequence[str], out: str) -> Plan:
@@ -98,7 +122,30 @@ def _stdio_plan(sources: Sequence[str], out: str) -> Plan:
     job = Job(*(None if name == STDIO else Path(name) for name in (sources[0], out)))
     if job.is_video and job.out is None:
         raise UsageError(f"found the video {job.source} and OUT -; expected the name of a file: videos need one")
+    if job.source is not None:
+        require_input(job.source)
     return Plan((job,), single=True)
+
+
+def _without_clashes(jobs: list[Job]) -> tuple[tuple[Job, ...], dict[str, str]]:
+    """The jobs, sorted, without those that share an output or would replace a source; and why these are left out."""
+    sources_of: defaultdict[Path | None, dict[str, Job]] = defaultdict(dict)
+    for job in sorted(jobs, key=lambda job: str(job.source)):
+        sources_of[job.out].setdefault(os.path.realpath(str(job.source)), job)
+    sources = {os.path.realpath(str(job.source)) for job in jobs}
+    kept: list[Job] = []
+    clashes: dict[str, str] = {}
+    for out, by_path in sources_of.items():
+        names = [str(job.source) for job in by_path.values()]
+        if os.path.realpath(str(out)) in sources:
+            clashes |= dict.fromkeys(names, f"its painting would replace the picture {out}; expected another OUT")
+        elif len(names) > 1:
+            for name in names:
+                others = ", ".join(other for other in names if other != name)
+                clashes[name] = f"its output, {out}, is that of {others} as well; paint them in two calls"
+        else:
+            kept += by_path.values()
+    return tuple(sorted(kept, key=lambda job: str(job.source))), clashes
 
 
 def _is_file_name(given: str) -> bool:
@@ -106,18 +153,32 @@ def _is_file_name(given: str) -> bool:
     return not path.is_dir() and (path.exists() or not glob.has_magic(given))
 
 
-def _find(given: str, target: Path, *, below_own_name: bool) -> Iterator[tuple[Path, Path]]:
-    """Every file that an IN argument names, and its name below OUT."""
+def require_input(path: Path) -> None:
+    """Check that a picture or video is there.
+
+    Raises:
+        PictureError: it is not.
+    """
+    try:
+        path.stat()
+    except OSError as error:
+        reason = "" if isinstance(error, FileNotFoundError) else f" ({error.strerror})"
+        raise PictureError(f"found no file {path}{reason}; expected a picture, a video or a folder") from None
+
+
+def _find(given: str, target: Path, others: list[Path], *, below_own_name: bool) -> list[tuple[Path, Path]]:
+    """Every file that an IN argument names, and its name below OUT; `others` gets the files that are no pictures."""
     root = path = Path(given)
     below = Path()
+    unread: list[Path] = []
     if path.is_dir():
         from lsast_engines.images import find_pictures
 
-        files = find_pictures(path)
+        files = find_pictures(path, unread)
         below = Path(path.resolve().name) if below_own_name else below
     elif _is_file_name(given):
-        yield path, Path(path.name)
-        return
+        require_input(path)
+        return [(path, Path(path.name))]
     else:
         root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts[:-1]))
         files = [Path(name) for name in sorted(glob.glob(given, recursive=True)) if Path(name).is_file()]
@@ -125,14 +186,15 @@ def _find(given: str, target: Path, *, below_own_name: bool) -> Iterator[tuple[P
             raise UsageError(f"found no file for the pattern {given}; expected at least one")
     # Files in OUT are earlier paintings if OUT lies inside the searched folder.
     out = target.resolve()
-    for file in files:
-        if out == root.resolve() or out not in file.resolve().parents:
-            yield file, below / file.relative_to(root)
+    if root.resolve() in out.parents:
+        files, unread = ([file for file in some if out not in file.resolve().parents] for some in (files, unread))
+    others += unread
+    return [(file, below / file.relative_to(root)) for file in files]
 
 
 def _output_name(name: Path) -> Path:
     """The name of an output: the source's, with a suffix added if its format is not written."""
     suffix = name.suffix.lower()
-    if suffix in WRITTEN_PICTURES | WRITTEN_VIDEOS:
+    if suffix in _WRITTEN:
         return name
     return name.with_name(name.name + (".mp4" if suffix in VIDEOS else ".png"))

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
+import signal
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, asdict, fields
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from lsast_engines.cli import USAGE, Command, debug_option, fail
+from lsast_engines.cli import USAGE, Command, debug_option, echo, fail, log_to_stderr
 
 from .._version import __version__
 from ..options.options import Options, rules
@@ -154,7 +156,7 @@ def main(
         from .doctor import examine
 
         found = examine()
-        click.echo(json.dumps({**asdict(found), "healthy": found.healthy}) if as_json else found.text())
+        _print(asdict(found) | {"healthy": found.healthy}, found.text(), as_json)
         raise click.exceptions.Exit(0 if found.healthy else 1)
     if list_styles:
         _list_styles(bundle, as_json)
@@ -168,27 +170,35 @@ def main(
     where = {"bundle": bundle, "backend": backend, "device": device, "threads": threads, "build": build,
              "compute_dtype": compute_dtype}  # fmt: skip
     options = {name: value for name, value in options.items() if value is not None}
-    if origin is not None:
-        _repeat(origin, paths, where, options, as_json)
-        return
-    if axes:
-        _paint_sheet(Path(paths[0]), Path(paths[-1]), axes, where, options, as_json)
-        return
-    from .inputs import plan_jobs
+    from .inputs import Job, plan_jobs, require_input
 
-    if watch:
-        _watch(paths, where, options, overwrite, as_json)
-    elif (plan := plan_jobs(paths[:-1], paths[-1])).single:
-        _paint_one(plan.jobs[0], where, options, as_json)
-    else:
-        _paint_several(plan.jobs, len(plan.jobs), where, options, overwrite, as_json)
+    with log_to_stderr(logging.WARNING):
+        if "mask" in options:
+            require_input(Path(options["mask"]))
+        if origin is not None:
+            _repeat(origin, paths, where, options, as_json)
+        elif axes:
+            _paint_sheet(Job(Path(paths[0]), Path(paths[-1])), axes, where, options, as_json)
+        elif watch:
+            _watch(paths, where, options, overwrite, as_json)
+        elif (plan := plan_jobs(paths[:-1], paths[-1])).single:
+            _paint_one(plan.jobs[0], where, options, as_json)
+        else:
+            if plan.left_out:
+                echo(f"left out, by their suffixes no pictures: {plan.left_out}", err=True)
+            _paint_several(plan.jobs, plan.failures, where, options, overwrite, as_json)
+
+
+def _print(facts: dict[str, Any], text: str, as_json: bool) -> None:
+    """Print the result on stdout: `facts` as one JSON object, or `text`."""
+    echo(json.dumps(facts) if as_json else text)
 
 
 def _list_styles(bundle: str | None, as_json: bool) -> None:
     """Print the names of a bundle's styles; as JSON also the guidance of those with distilled guidance."""
     from lsast_engines.bundle.bundle import Bundle, find_bundle
     from lsast_engines.bundle.style import StyleFile
-    from lsast_engines.errors import StyleError, shown
+    from lsast_engines.errors import StyleError
 
     styles = Bundle.open(find_bundle(bundle)).styles()
     scales: dict[str, float] = {}
@@ -197,11 +207,10 @@ def _list_styles(bundle: str | None, as_json: bool) -> None:
             scale = StyleFile(path).distilled_guidance
         except StyleError as error:  # one damaged style does not hide the others
             del styles[name]
-            click.echo("\n".join(map(shown, str(error).split("\n"))), err=True)
+            echo(error, err=True)
         else:
             scales |= {name: scale} if scale else {}
-    facts = {"styles": list(styles), "guidance_baked": scales}
-    click.echo(json.dumps(facts) if as_json else "\n".join(styles))
+    _print({"styles": list(styles), "guidance_baked": scales}, "\n".join(styles), as_json)
 
 
 def _repeat(origin: str, paths: tuple[str, ...], where: dict[str, Any], options: dict[str, Any], as_json: bool) -> None:
@@ -211,20 +220,23 @@ def _repeat(origin: str, paths: tuple[str, ...], where: dict[str, Any], options:
     source_of = click.get_current_context().get_parameter_source
     given = {name: value for name, value in where.items() if source_of(name) is not ParameterSource.DEFAULT}
     report, line = repeat(Path(origin), [Path(path) for path in paths], given, options)
-    click.echo(json.dumps(report) if as_json else line)
+    _print(report, line, as_json)
 
 
 def _paint_sheet(
-    source: Path, out: Path, axes: tuple[str, ...], where: dict[str, Any], options: dict[str, Any], as_json: bool
+    job: Job, axes: tuple[str, ...], where: dict[str, Any], options: dict[str, Any], as_json: bool
 ) -> None:
     """Paint a picture with every combination of some options and write them on one contact sheet."""
     from tqdm import tqdm
 
     from ..images.contact_sheet import contact_sheet, parse_axes
-    from ..result import Result, validate_output_path
+    from ..result import Result
     from ..stylizer import load
+    from .run import check
 
-    validate_output_path(out)
+    assert job.source is not None
+    assert job.out is not None
+    check(job)
     parsed = parse_axes(axes)
     with load(**where) as stylizer, tqdm(desc="painting", unit="cell", leave=False, disable=None) as bar:
 
@@ -232,28 +244,28 @@ def _paint_sheet(
             bar.total = total
             bar.update(done - bar.n)
 
-        common = stylizer.resolve(**options)
-        sheet = contact_sheet(stylizer, source, parsed, on_cell=on_cell, **options)
-    Result(sheet.image, {}, common).save(out)
-    facts = {"out": str(out), "axes": parsed, "cells": len(sheet.cells), "options": asdict(common)}
-    click.echo(json.dumps(facts) if as_json else str(out))
+        sheet = contact_sheet(stylizer, job.source, parsed, on_cell=on_cell, out=job.out, **options)
+    Result(sheet.image, {}, sheet.options).save(job.out)
+    facts = {"out": str(job.out), "axes": parsed, "cells": len(sheet.cells), "options": asdict(sheet.options)}
+    _print(facts, str(job.out), as_json)
 
 
 def _paint_one(job: Job, where: dict[str, Any], options: dict[str, Any], as_json: bool) -> None:
     """Paint and save one picture, with a progress bar on stderr if that is a terminal."""
     from ..stylizer import load
-    from .run import ProgressBars, check, paint
+    from .run import ProgressBars, check, paint, without_mask
 
-    check(job)
     if as_json and job.out is None:
         fail("found --json and OUT -; expected the name of a file: both would go to standard output", USAGE)
+    check(job)
     begin = time.perf_counter()
     with contextlib.closing(ProgressBars(1)) as bars, load(**where, preset=options.get("preset")) as stylizer:
         opened = time.perf_counter()
+        check(job, stylizer.resolve(**without_mask(options)))
         report = {"out": str(job.out), **paint(job, stylizer, options, bars)}
     report["seconds"] = {"open": opened - begin, **report["seconds"]}
     if job.out is not None:
-        click.echo(json.dumps(report) if as_json else report["out"])
+        _print(report, str(job.out), as_json)
 
 
 def _watch(
@@ -263,14 +275,15 @@ def _watch(
     from .watch import check_watch, watch
 
     check_watch(paths[:-1], paths[-1])
-    click.echo(f"watching {', '.join(paths[:-1])}; Ctrl-C ends", err=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's script starts commands with & deaf to it
+    echo(f"watching {', '.join(paths[:-1])}; Ctrl-C ends", err=True)
     jobs = watch(paths[:-1], paths[-1], overwrite=overwrite)
-    _paint_several(jobs, None, where, options, True, as_json)
+    _paint_several(jobs, {}, where, options, True, as_json)
 
 
 def _paint_several(
     jobs: Iterable[Job],
-    count: int | None,
+    failures: dict[str, str],
     where: dict[str, Any],
     options: dict[str, Any],
     overwrite: bool,
@@ -278,23 +291,28 @@ def _paint_several(
 ) -> None:
     """Paint one job after another, report each on stdout and summarise on stderr.
 
-    `count` is None for watched folders, whose number of jobs is unknown and which an interrupt ends.
+    `jobs` is a tuple, or endless for watched folders, which an interrupt ends; `failures` are known before.
     """
     from ..stylizer import load
-    from .run import ProgressBars, RunSummary, paint_all
+    from .run import ProgressBars, RunSummary, paint_all, warn_of_faults
 
-    summary = RunSummary()
+    count = len(jobs) if isinstance(jobs, tuple) else None
+    summary = RunSummary(failures=failures)
     with contextlib.ExitStack() as stack:
-        stack.callback(lambda: click.echo(summary.text(), err=True))
+        stack.callback(lambda: echo(summary.text(), err=True))
         bars = stack.enter_context(contextlib.closing(ProgressBars(count)))
 
         def report(facts: dict[str, Any]) -> None:
             if as_json or facts["status"] == "painted":
                 with bars.paused():
-                    click.echo(json.dumps(facts) if as_json else facts["out"])
+                    _print(facts, facts["out"], as_json)
 
         stylizer = functools.cache(lambda: stack.enter_context(load(**where, preset=options.get("preset"))))
+        for source, reason in failures.items():
+            report({"status": "failed", "source": source, "out": None, "error": reason})
         with contextlib.suppress(KeyboardInterrupt) if count is None else contextlib.nullcontext():
+            if isinstance(jobs, tuple):
+                warn_of_faults(jobs, failures, stylizer, options, overwrite=overwrite)
             paint_all(jobs, stylizer, options, overwrite=overwrite, bars=bars, report=report, summary=summary)
     if summary.failures:
         raise click.exceptions.Exit(1)

@@ -8,23 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
+import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lsast_engines.errors import BundleError, MissingExtraError, StyleError, UsageError
+from lsast_engines.cli import describe, is_closed, write_stdout
+from lsast_engines.errors import BundleError, PictureError, StyleError, UsageError
 
-from .inputs import Job
+from .inputs import Job, named, require_input
 
 if TYPE_CHECKING:
+    from ..options.options import Options
     from ..result import Result
     from ..stylizer import Stylizer
 
 Report = dict[str, Any]
-_SAME_FOR_ALL = (UsageError, StyleError, BundleError, MissingExtraError)
-"""Errors that every other file would meet as well: they end the run."""
+_SAME_FOR_ALL = (UsageError, StyleError, BundleError)
+"""Errors that every other picture would meet as well: they end the run."""
+
+_log = logging.getLogger("lsast.cli")
 
 
 @dataclass
@@ -41,8 +49,7 @@ class RunSummary:
         counts = f"painted {self.painted}, failed {len(self.failures)}"
         if self.skipped:
             counts += f", skipped {self.skipped} that exist (--overwrite paints them again)"
-        reasons = (reason if name in reason else f"{name}: {reason}" for name, reason in self.failures.items())
-        return "\n".join([counts, *(f"  - {reason}" for reason in reasons)])
+        return "\n".join([counts, *(f"  - {named(*failure)}" for failure in self.failures.items())])
 
 
 class ProgressBars:
@@ -94,6 +101,31 @@ class ProgressBars:
         self._files.close()
 
 
+def warn_of_faults(
+    jobs: Iterable[Job],
+    failures: dict[str, str],
+    stylizer: Callable[[], Stylizer],
+    options: dict[str, Any],
+    *,
+    overwrite: bool,
+) -> None:
+    """Say of each job, before the first picture is read, what can be told of its failure; arguments as of `paint_all`.
+
+    Raises:
+        UsageError, StyleError, BundleError: the options are invalid for all.
+    """
+    for failure in failures.items():
+        _log.warning("cannot paint: %s", named(*failure))
+    for job in jobs:
+        if overwrite or not os.path.exists(str(job.out)):
+            try:
+                check(job, stylizer().resolve(**without_mask(options)))
+            except Exception as error:
+                if isinstance(error, _SAME_FOR_ALL) and not job.is_video:
+                    raise
+                _log.warning("cannot paint: %s", named(str(job.source), describe(error)))
+
+
 def paint_all(
     jobs: Iterable[Job],
     stylizer: Callable[[], Stylizer],
@@ -117,36 +149,52 @@ def paint_all(
         summary: counts what became of each file.
 
     Raises:
-        UsageError, StyleError, BundleError, MissingExtraError: every other file would fail with it, too.
+        UsageError, StyleError, BundleError: every other picture would fail with it, too.
     """
     for job in jobs:
         names = {"source": str(job.source), "out": str(job.out)}  # of several jobs, none is a stream
-        if job.out is not None and job.out.exists() and not overwrite:
+        if job.out is not None and os.path.exists(job.out) and not overwrite:
             summary.skipped += 1
             report({"status": "skipped", **names})
-        else:
-            try:
-                facts = paint(job, stylizer(), options, bars)
-            except _SAME_FOR_ALL:
+            bars.file_done()
+            continue
+        painter = stylizer()
+        try:
+            check(job, painter.resolve(**without_mask(options)))
+            facts = paint(job, painter, options, bars)
+        except Exception as error:  # whatever it is, the other files are still painted
+            if isinstance(error, _SAME_FOR_ALL) and not job.is_video:
                 raise
-            except Exception as error:  # whatever it is, the other files are still painted
-                reason = " ".join(str(error).split()) or type(error).__name__
-                summary.failures[names["source"]] = reason
-                report({"status": "failed", **names, "error": reason})
-            else:
-                summary.painted += 1
-                summary.failures.pop(names["source"], None)  # a watched file that was mended
-                report({"status": "painted", **names, **facts})
+            _log.debug("%s", job.source, exc_info=True)
+            reason = " ".join(describe(error).split())
+            summary.failures[names["source"]] = reason
+            report({"status": "failed", **names, "error": reason})
+        else:
+            summary.painted += 1
+            summary.failures.pop(names["source"], None)  # a watched file that was mended
+            report({"status": "painted", **names, **facts})
         bars.file_done()
 
 
-def check(job: Job) -> None:
-    """Check, before a bundle is opened, that a job's output can be written.
+def without_mask(options: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of `Stylizer.stylize` that are options: all but the mask."""
+    return {name: value for name, value in options.items() if name != "mask"}
+
+
+def check(job: Job, options: Options | None = None) -> None:
+    """Check that a job's source is there and that its output can be written, as far as can be told before painting.
+
+    Args:
+        job: the job.
+        options: what it is painted with; None before they are known, then the size of the painting is not checked.
 
     Raises:
         UsageError: a suffix that is not written, or a folder.
+        PictureError: no source, no folder that can be written, or a picture too large for the output's format.
         LsastError: for a video, see `transcode.check_video`.
     """
+    if job.source is not None:
+        require_input(job.source)
     if job.source is not None and job.out is not None and job.is_video:
         from ..video.transcode import check_video
 
@@ -154,7 +202,22 @@ def check(job: Job) -> None:
     elif job.out is not None:
         from ..result import validate_output_path
 
-        validate_output_path(job.out)
+        keeps_size = options is not None and options.fit != "stretch"
+        validate_output_path(job.out, stored_size(job.source) if keeps_size and job.source else None)
+    elif is_closed(sys.stdout):
+        raise PictureError("found standard output closed; expected an open one, or the name of a file as OUT")
+
+
+def stored_size(source: Path) -> tuple[int, int] | None:
+    """Width and height of a picture, which is not decoded; None if they cannot be told."""
+    from lsast_engines.images import open_image
+
+    # What is wrong with a picture is told when it is read. A pipe can be read only once.
+    with contextlib.suppress(Exception):
+        if source.is_file():
+            with source.open("rb") as handle:
+                return open_image(handle, str(source)).size
+    return None
 
 
 def paint(job: Job, stylizer: Stylizer, options: dict[str, Any], bars: ProgressBars) -> Report:
@@ -167,13 +230,17 @@ def paint(job: Job, stylizer: Stylizer, options: dict[str, Any], bars: ProgressB
         last = facts.pop("result")
         painted = {} if last is None else to_report(last, stylizer, {})
         return {**painted, **facts, "seconds": {"video": time.perf_counter() - begin}}
-    source = sys.stdin.buffer.read() if job.source is None else job.source
+    source = job.source or sys.stdin.buffer.read()
+    if not source:
+        raise PictureError("found nothing on standard input; expected a picture")
     result = stylizer.stylize(source, **options, on_step=bars.on_step)
     begin = time.perf_counter()
-    if job.out is None:
-        result.write(sys.stdout.buffer)
-    else:
+    if job.out is not None:
         result.save(job.out)
+    else:
+        buffer = io.BytesIO()
+        result.write(buffer)
+        write_stdout(buffer.getvalue())
     return to_report(result, stylizer, {"save": time.perf_counter() - begin})
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,10 +11,13 @@ from typing import Any, Protocol
 
 from lsast_engines.errors import MissingExtraError, PictureError, UsageError
 
-from .inputs import STDIO, Job, plan_jobs
+from .inputs import STDIO, Job, named, plan_jobs
 
 SETTLED = 0.5
 """Seconds for which a file must not have changed before it is painted: it may still be copied."""
+
+
+_log = logging.getLogger("lsast.cli")
 
 
 class Stop(Protocol):
@@ -50,40 +55,67 @@ def watch(sources: Sequence[str], out: str, *, overwrite: bool = False, stop: St
         stop: ends the watching; asked twice a second.
     """
     seen: dict[Path | None, tuple[int, int]] = {}
-    # A file that has not settled yet gives no further signal, so that waiting ends after some time as well.
-    signals = _watchfiles().watch(
-        *sources, stop_event=stop, step=50, debounce=200, rust_timeout=int(1000 * SETTLED), yield_on_timeout=True
-    )
+    said: set[str] = set()
     again = True
-    for changes in signals:
-        if not changes and not again:
+    for changed in _changes(sources, stop):
+        if not changed and not again:
             continue
         again = False
-        for job in _jobs(sources, out):
+        for job in _jobs(sources, out, said):
             try:
-                state = job.source.stat() if job.source else None
-            except FileNotFoundError:  # removed since it was found
+                state = os.stat(str(job.source))
+                painted = os.stat(str(job.out)).st_mtime_ns if os.path.exists(str(job.out)) else 0
+            except OSError:  # removed since it was found
                 continue
-            if state is None or seen.get(job.source) == (state.st_mtime_ns, state.st_size):
+            if seen.get(job.source) == (state.st_mtime_ns, state.st_size):
                 continue
             again = True  # it has not settled, or is painted now, during which others may be added
             if abs(time.time() - state.st_mtime) < SETTLED:
                 continue
             is_new = job.source not in seen and not overwrite
             seen[job.source] = (state.st_mtime_ns, state.st_size)
-            done = job.out is not None and job.out.exists() and job.out.stat().st_mtime_ns >= state.st_mtime_ns
-            if not (is_new and done):
+            if not (is_new and painted >= state.st_mtime_ns):
                 yield job
 
 
-def _jobs(sources: Sequence[str], out: str) -> Iterator[Job]:
-    """The jobs of every folder by itself, because a folder without pictures is no fault here."""
+def _changes(sources: Sequence[str], stop: Stop | None) -> Iterator[bool]:
+    """Whether something has changed, after every change and at least every `SETTLED` seconds.
+
+    A file that has not settled yet gives no further signal, so that waiting ends after some time as well.
+    """
+    library = _watchfiles()
+    settings = {"step": 50, "debounce": 200, "rust_timeout": int(1000 * SETTLED), "yield_on_timeout": True}
+    try:
+        for changes in library.watch(*sources, stop_event=stop, **settings):
+            yield bool(changes)
+    # A name that is not UTF-8, a folder that is closed to us, more folders than the system watches …
+    except (library.WatchfilesRustInternalError, OSError, ValueError) as error:
+        _log.info("the folders are searched every %g s instead of watched (%s)", SETTLED, error)
+        while not (stop and stop.is_set()):
+            yield True
+            time.sleep(SETTLED)
+
+
+def _jobs(sources: Sequence[str], out: str, said: set[str]) -> Iterator[Job]:
+    """The jobs of every folder by itself, because a folder without pictures is no fault here.
+
+    What is left out is logged; `said` collects what was.
+    """
     for source in sources:
         below = out if len(sources) == 1 else str(Path(out) / Path(source).resolve().name)
         try:
-            yield from plan_jobs([source], below + "/").jobs
+            plan = plan_jobs([source], below + "/")
         except PictureError:  # no picture yet
             continue
+        except UsageError as error:  # all that there is has the same output
+            reasons = [str(error)]
+        else:
+            reasons = [f"cannot paint: {named(*failure)}" for failure in plan.failures.items()]
+            yield from plan.jobs
+        for reason in reasons:
+            if reason not in said:
+                said.add(reason)
+                _log.warning("%s", reason)
 
 
 def _watchfiles() -> Any:

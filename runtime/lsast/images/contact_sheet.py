@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lsast_engines.errors import UsageError
 from lsast_engines.removed import REMOVED_OPTIONS, RENAMED_OPTIONS
 
-from ..options.options import rules
+from ..options.options import Options, rules
+from .formats import check_format
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,6 +35,8 @@ class Sheet:
     """RGB."""
     cells: dict[tuple[Any, ...], tuple[int, int, int, int]]
     """Left, top, right and bottom pixel of each painting, by the values of the axes in their order."""
+    options: Options
+    """The options of all paintings, before the axes change them."""
 
 
 def parse_axes(texts: Sequence[str]) -> dict[str, list[Any]]:
@@ -53,7 +57,7 @@ def parse_axes(texts: Sequence[str]) -> dict[str, list[Any]]:
         if name not in rules() or name in axes:
             which = "twice" if name in axes else "no option"
             raise UsageError(f"found the axis {name}, {which}; expected one of {', '.join(rules())}, each once")
-        axes[name] = [_value(value.strip()) for value in values.split(",")]
+        axes[name] = [_value(name, value.strip()) for value in values.split(",")]
     return axes
 
 
@@ -63,6 +67,7 @@ def contact_sheet(
     axes: Mapping[str, Sequence[Any]],
     *,
     on_cell: Callable[[int, int], None] | None = None,
+    out: Path | None = None,
     **options: Any,
 ) -> Sheet:
     """Paint a picture with every combination of some options.
@@ -73,10 +78,11 @@ def contact_sheet(
         axes: the values of an option, by its name. The first axis runs along the columns, the second down the rows,
             every further one over blocks of rows.
         on_cell: called with the number of paintings done and the number there are, before the first and after each.
+        out: where the sheet will be saved; a sheet too large for its format is refused after the first painting.
         options: options of all paintings, see `Stylizer.stylize_many`.
 
     Raises:
-        LsastError: see `Stylizer.stylize`.
+        LsastError: see `Stylizer.stylize`; the options of every painting are checked before the first.
         UsageError: no axis, or one without a value.
     """
     if not axes or not all(axes.values()):
@@ -85,33 +91,50 @@ def contact_sheet(
     down.reverse()  # the last axis changes most slowly
     columns, rows = list(axes[across]), list(itertools.product(*(axes[name] for name in down)))
     combinations = [{across: column, **dict(zip(down, row, strict=True))} for row in rows for column in columns]
+    plain = {name: value for name, value in options.items() if name != "mask"}
+    common = stylizer.resolve(**plain)
+    for combination in combinations:
+        stylizer.resolve(**{**plain, **combination})
+    row_labels = ["\n".join(f"{name} {value}" for name, value in zip(down, row, strict=True)) for row in rows]
+    column_labels = [f"{across} {value}" for value in columns]
     total = len(combinations)
     if on_cell:
         on_cell(0, total)
-    thumbnails = []
+    thumbnails: list[Image.Image] = []
     pictures = itertools.repeat(picture, total)
     for done, result in enumerate(stylizer.stylize_many(pictures, rows=combinations, **options), start=1):
         thumbnails.append(_thumbnail(result.image))
+        if out and done == 1:
+            check_format(out, _layout(thumbnails[0].size, column_labels, row_labels)[0])
         if on_cell:
             on_cell(done, total)
-    row_labels = ["\n".join(f"{name} {value}" for name, value in zip(down, row, strict=True)) for row in rows]
-    image, boxes = _draw(thumbnails, [f"{across} {value}" for value in columns], row_labels)
+    image, boxes = _draw(thumbnails, column_labels, row_labels)
     names = [tuple(combination[name] for name in axes) for combination in combinations]
-    return Sheet(image, dict(zip(names, boxes, strict=True)))
+    return Sheet(image, dict(zip(names, boxes, strict=True)), common)
+
+
+def _layout(
+    cell: tuple[int, int], column_labels: Sequence[str], row_labels: Sequence[str]
+) -> tuple[tuple[int, int], int, int]:
+    """Width and height of a sheet with cells of a size, and its left margin and head, which hold the labels."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    pen, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), ImageFont.load_default(_TEXT)
+    margin = _GAP + max(int(pen.multiline_textbbox((0, 0), label, font)[2]) + 1 for label in row_labels)
+    head = _LINE + _GAP
+    width, height = cell
+    return (margin + len(column_labels) * (width + _GAP), head + len(row_labels) * (height + _GAP)), margin, head
 
 
 def _draw(
     thumbnails: Sequence[Image.Image], column_labels: Sequence[str], row_labels: Sequence[str]
 ) -> tuple[Image.Image, list[tuple[int, int, int, int]]]:
-    """The sheet of thumbnails of one size, row by row, and the box of each."""
+    """The sheet of thumbnails, row by row, and the box of each."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(_TEXT)
-    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    label_width = max(int(pen.multiline_textbbox((0, 0), label, font)[2]) + 1 for label in row_labels)
-    margin, head = label_width + _GAP, _LINE + _GAP
-    width, height = thumbnails[0].size
-    size = (margin + len(column_labels) * (width + _GAP), head + len(row_labels) * (height + _GAP))
+    width, height = (max(thumbnail.size[axis] for thumbnail in thumbnails) for axis in (0, 1))
+    size, margin, head = _layout((width, height), column_labels, row_labels)
     image = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(image)
     for column, label in enumerate(column_labels):
@@ -123,7 +146,7 @@ def _draw(
         row, column = divmod(index, len(column_labels))
         left, top = margin + column * (width + _GAP), head + row * (height + _GAP)
         image.paste(thumbnail, (left, top))
-        boxes.append((left, top, left + width, top + height))
+        boxes.append((left, top, left + thumbnail.width, top + thumbnail.height))
     return image, boxes
 
 
@@ -137,10 +160,12 @@ def _thumbnail(painting: Image.Image) -> Image.Image:
     return small.convert("RGB")
 
 
-def _value(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+def _value(name: str, text: str) -> Any:
+    """The value of an option in its type; what is of no such type stays a text, which the options refuse."""
+    kind = rules()[name].type
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    try:
+        return kind(text)
+    except ValueError:
+        return text

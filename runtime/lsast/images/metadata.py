@@ -45,8 +45,8 @@ class Record:
 
     provenance: Provenance
     options: Options
-    seconds: dict[str, float]
-    """Wall time of every phase."""
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Wall time of every phase; most files do not say it, so that equal paintings are equal files."""
 
     def to_json(self) -> str:
         """The JSON text of a file."""
@@ -54,8 +54,9 @@ class Record:
             "format": FORMAT,
             **dataclasses.asdict(self.provenance),
             "options": dataclasses.asdict(self.options),
-            "seconds": {phase: round(value, 4) for phase, value in self.seconds.items()},
         }
+        if self.seconds:
+            content["seconds"] = {phase: round(value, 4) for phase, value in self.seconds.items()}
         return json.dumps(content)
 
     @classmethod
@@ -72,7 +73,7 @@ class Record:
                 raise PictureError(
                     f"{where} was written in format {found!r:.40}; this version reads format {FORMAT}: update lsast"
                 )
-            content.setdefault("compute_dtype", content.get("arithmetic"))  # its name in earlier versions
+            content = {"compute_dtype": content.get("arithmetic"), "seconds": {}, **content}  # the name of before 0.1
             names = tuple(field.name for field in dataclasses.fields(Provenance))
             faults: list[str] = []
             fields = JsonReader({name: content[name] for name in (*names, "seconds")}, "", faults, (*names, "seconds"))

@@ -107,7 +107,12 @@ WRONG = {
     "nothing found": (["x*.png"], "out", "x\\*.png"),
     "one file of several": (["in/a.png", "in/b.jpg"], "in/b.jpg", "expected a folder"),
     "a picture's name of several": (["in"], "out.png", "expected a folder"),
-    "twice": (["in/a.png", "in/deep/a.png"], "out", r"out/a\.png: in/a\.png, in/deep/a\.png"),
+    "one output": (
+        ["in/a.png", "in/deep/a.png"],
+        "out",
+        r"in/a\.png: its output, out/a\.png, is that of in/deep/a\.png",
+    ),
+    "source as output": (["in/a.png"], "in", "would replace the picture in/a.png"),
     "stream of several": (["in"], "-", "one picture"),
     "stream among several": (["-", "in/a.png"], "out", "one picture"),
     "stream to a folder": (["-"], "in", "name of a file"),
@@ -121,6 +126,24 @@ def test_plan_jobs_with_invalid_arguments_raises(folder: Path, sources: list[str
         plan_jobs(sources, out)
 
 
+def test_plan_jobs_with_some_bad_sources_names_them_and_keeps_the_others(folder: Path) -> None:
+    (folder / "in" / "scan.bmp").write_bytes(b"")
+    (folder / "in" / "scan.bmp.png").write_bytes(b"")
+    (folder / "empty").mkdir()
+    (folder / "same.png").symlink_to("in/a.png")
+    plan = plan_jobs(["in/scan.*", "in/a.png", "in/../in/a.png", "empty", "no*", "no.png", "same.png"], ".")
+    assert [(str(job.source), str(job.out)) for job in plan.jobs] == [("in/../in/a.png", "a.png")]
+    reasons = {name: reason.split(";")[0] for name, reason in plan.failures.items()}
+    assert reasons == {
+        "empty": "found no picture under empty",
+        "no*": "found no file for the pattern no*",
+        "no.png": "found no file no.png",
+        "in/scan.bmp": "its output, scan.bmp.png, is that of in/scan.bmp.png as well",
+        "in/scan.bmp.png": "its output, scan.bmp.png, is that of in/scan.bmp as well",
+        "same.png": "its painting would replace the picture same.png",
+    }
+
+
 def test_plan_jobs_of_a_folder_without_pictures_raises(folder: Path) -> None:
     (folder / "empty").mkdir()
     with pytest.raises(PictureError, match="found no picture under empty"):
@@ -131,7 +154,7 @@ def test_lsast_run_of_a_folder_paints_each_file_as_alone(folder: Path) -> None:
     result = _run("in", "out")
     assert result.exit_code == 0
     assert result.stdout.splitlines() == ["out/a.png", "out/b.jpg", "out/deep/a.png", "out/deep/scan.tif.png"]
-    assert result.stderr == "painted 4, failed 0\n"
+    assert result.stderr == "left out, by their suffixes no pictures: 1 .txt\npainted 4, failed 0\n"
     assert _files(folder / "out") == ["a.png", "b.jpg", "deep/a.png", "deep/scan.tif.png"]
     with lsast.load() as stylizer:
         for name in ("a.png", "deep/a.png"):
@@ -161,11 +184,13 @@ def test_lsast_run_with_a_bad_file_paints_the_others(folder: Path) -> None:
     (folder / "in" / "b.jpg").write_bytes((folder / "in" / "b.jpg").read_bytes()[:500])
     result = _run("in", "missing.png", "out")
     assert (result.exit_code, len(result.stdout.splitlines())) == (1, 3)
-    counts, *failures = result.stderr.splitlines()
+    left_out, early, counts, *failures = result.stderr.splitlines()
+    assert left_out.endswith(": 1 .txt")
+    assert early == "cannot paint: found no file missing.png; expected a picture, a video or a folder"
     assert counts == "painted 3, failed 2"
     assert [line.split(" cannot")[0] for line in failures] == [
+        "  - found no file missing.png; expected a picture, a video or a folder",
         "  - in/b.jpg",
-        "  - found no file missing.png; expected a picture",
     ]
     assert _files(folder / "out") == ["in/a.png", "in/deep/a.png", "in/deep/scan.tif.png"]
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import lsast
-from lsast import Stylizer, UsageError
+from lsast import PictureError, Stylizer, UsageError
 from lsast.cli.main import main
 from lsast.images.contact_sheet import CELL, contact_sheet, parse_axes
 
@@ -82,7 +82,7 @@ def test_contact_sheet_scales_large_paintings_and_puts_transparent_ones_on_white
 def test_parse_axes_reads_names_and_values() -> None:
     found = parse_axes(["strength=0.4, 0.6", "steps=10", "style=vangogh:0.5+monet,monet", "keep-colour=true"])
     assert found == {
-        "strength": [0.4, 0.6], "steps": [10], "style": ["vangogh:0.5+monet", "monet"], "keep_colour": ["true"],
+        "strength": [0.4, 0.6], "steps": [10], "style": ["vangogh:0.5+monet", "monet"], "keep_colour": [True],
     }  # fmt: skip
     assert isinstance(found["steps"][0], int)
 
@@ -113,5 +113,20 @@ def test_lsast_run_with_grid_writes_a_sheet(bundle_path: Path, photo: np.ndarray
     with lsast.load(bundle_path) as stylizer, Image.open(tmp_path / "sheet.png") as saved:
         expected = contact_sheet(stylizer, photo, report["axes"]).image
         np.testing.assert_array_equal(saved, expected)
-    wrong = CliRunner().invoke(main, [*arguments, "--grid", "strength=0.3,7"])
-    assert (wrong.exit_code, "strength: found 7" in wrong.stderr) == (2, True)
+    masked = ["--mask", arguments[0], "--grid", "keep_colour=true,false", "--grid", "fit=aspect,stretch"]
+    assert CliRunner().invoke(main, [*arguments, *masked, "--size", "64"]).exit_code == 0
+
+
+def test_contact_sheet_that_cannot_be_made_is_refused_before_it_is_painted(
+    stylizer: Stylizer, photo: np.ndarray
+) -> None:
+    painted: list[int] = []
+    count = {"on_cell": lambda done, _: painted.append(done)}
+    for axes in ({"strength": [0.3, 7.0]}, {"style": ["monet", "picasso"]}, {"keep_colour": [True, "yes"]}):
+        with pytest.raises(UsageError):
+            contact_sheet(stylizer, photo, axes, **count)
+    assert painted == []
+    many = {"seed": list(range(16383 // photo.shape[1] + 1))}
+    with pytest.raises(PictureError, match="expected at most 16383 a side in WEBP"):
+        contact_sheet(stylizer, photo, many, out=Path("sheet.webp"), steps=1, **count)
+    assert painted == [0]

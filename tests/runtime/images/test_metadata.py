@@ -47,7 +47,7 @@ def _held(path: Path) -> tuple[dict[str, Any], str]:
 def test_record_in_a_file_says_what_it_was_made_of(
     painted: lsast.Result, bundle_path: Path, photo: np.ndarray, tmp_path: Path, form: str
 ) -> None:
-    painted.save(tmp_path / f"a.{form}")
+    painted.save(tmp_path / f"a.{form}", seconds=True)
     held, _ = _held(tmp_path / f"a.{form}")
     assert held["format"] == 1
     assert held["bundle"] == "tiny"
@@ -62,6 +62,15 @@ def test_record_in_a_file_says_what_it_was_made_of(
     assert held["versions"]["numpy"] == np.__version__
     assert held["backend"] in held["versions"]
     assert (held["painted"], held["compute_dtype"], held["device"]) == ([128, 128], "fp32", "cpu")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_save_of_equal_paintings_gives_equal_bytes(painted: lsast.Result, tmp_path: Path, form: str) -> None:
+    later = dataclasses.replace(painted, seconds={phase: 2 * took for phase, took in painted.seconds.items()})
+    for name, result in (("a", painted), ("b", later)):
+        result.save(tmp_path / f"{name}.{form}")
+    assert (tmp_path / f"a.{form}").read_bytes() == (tmp_path / f"b.{form}").read_bytes()
+    assert read_record(tmp_path / f"a.{form}").seconds == {}
 
 
 @pytest.mark.parametrize("form", FORMS)
