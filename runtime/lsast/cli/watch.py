@@ -83,13 +83,12 @@ def _changes(sources: Sequence[str], stop: Stop | None) -> Iterator[bool]:
 
     A file that has not settled yet gives no further signal, so that waiting ends after some time as well.
     """
-    library = _watchfiles()
     settings = {"step": 50, "debounce": 200, "rust_timeout": int(1000 * SETTLED), "yield_on_timeout": True}
     try:
-        for changes in library.watch(*sources, stop_event=stop, **settings):
+        for changes in _watchfiles().watch(*sources, stop_event=stop, **settings):
             yield bool(changes)
     # A name that is not UTF-8, a folder that is closed to us, more folders than the system watches …
-    except (library.WatchfilesRustInternalError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError) as error:
         _log.info("the folders are searched every %g s instead of watched (%s)", SETTLED, error)
         while not (stop and stop.is_set()):
             yield True

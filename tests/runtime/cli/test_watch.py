@@ -110,6 +110,21 @@ def test_watch_with_overwrite_yields_everything_once(folder: Path) -> None:
         watched.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs file names that are no text")
+def test_watch_goes_on_after_names_that_clash_or_are_no_text(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    watched = Watched(["in"], "out")
+    try:
+        watched.wait(2)
+        for name in ("c.bmp", "c.bmp.png", os.fsdecode(b"caf\xe9.png")):
+            (folder / "in" / name).write_bytes(b"picture")
+        assert watched.wait(3)[2:] == [("in/caf\udce9.png", "out/caf\udce9.png")]
+        (folder / "in" / "last.png").write_bytes(b"picture")
+        assert watched.wait(4)[3:] == [("in/last.png", "out/last.png")]
+    finally:
+        watched.close()
+    assert sum("is that of in/c.bmp" in message for message in caplog.messages) == 2
+
+
 def test_check_watch_accepts_folders_only(folder: Path) -> None:
     for sources, out in ((["in/done.png"], "out"), (["-"], "out"), (["in", "x*"], "out"), (["in"], "in/done.png")):
         with pytest.raises(UsageError, match="expected"):
