@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,56 +96,6 @@ def test_paint_example_reports_errors() -> None:
         timeout=60,
     )
     assert (done.returncode, done.stderr) == (1, "found no file nothing.png; expected a picture\n")
-
-
-@pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    pytest.importorskip("fastapi", reason="fastapi is not installed: pip install '.[dev]'")
-    pytest.importorskip("httpx", reason="httpx is not installed: pip install '.[dev]'")
-    load = lsast.load
-    monkeypatch.setattr(lsast, "load", lambda: _Quick(load()))
-    return _example("serve")
-
-
-def test_serve_example_paints_and_reports_errors(
-    serve: ModuleType, photo: np.ndarray, stylizer: lsast.Stylizer
-) -> None:
-    from fastapi.testclient import TestClient
-
-    held = io.BytesIO()
-    Image.fromarray(photo).save(held, "PNG")
-    with TestClient(serve.app) as client:
-        assert client.get("/styles").json() == stylizer.styles
-        answer = client.post("/paint?style=monet@up%2Bvangogh&seed=5&keep_colour=true", content=held.getvalue())
-        assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png")
-        expected = stylizer.stylize(photo, "monet@up+vangogh", seed=5, keep_colour=True, **QUICK)
-        np.testing.assert_array_equal(Image.open(io.BytesIO(answer.content)), expected.image)
-        wrong = client.post("/paint?style=picasso", content=held.getvalue())
-        assert (wrong.status_code, "picasso" in wrong.json()["detail"]) == (422, True)
-        assert client.post("/paint", content=b"no picture").status_code == 422
-
-
-def test_serve_example_gives_each_of_many_requests_its_picture(
-    serve: ModuleType, photo: np.ndarray, stylizer: lsast.Stylizer
-) -> None:
-    from fastapi.testclient import TestClient
-
-    held = io.BytesIO()
-    Image.fromarray(photo).save(held, "PNG")
-    answers: dict[int, bytes] = {}
-    with TestClient(serve.app) as client:
-
-        def ask(seed: int) -> None:
-            answers[seed] = client.post(f"/paint?seed={seed}", content=held.getvalue()).content
-
-        threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    for seed in range(6):
-        expected = stylizer.stylize(photo, seed=seed, **QUICK).image
-        np.testing.assert_array_equal(Image.open(io.BytesIO(answers[seed])), expected)
 
 
 def _news(painter: Any) -> list[tuple[str, Any]]:

@@ -1,0 +1,138 @@
+"""`lsast-serve`: start the server, say where it listens, and end it in good order."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import webbrowser
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import click
+
+from lsast_engines.cli import Command, debug_option, log_to_stderr
+from lsast_engines.errors import LsastError, MissingExtraError, UsageError
+
+from .._version import __version__
+from .settings import LOOPBACK, PREFIX, Settings, declared
+
+
+def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds an option for each field of `Settings`, which an environment variable can give, too."""
+    for field in reversed(fields(Settings)):
+        kind, text, range_ = declared()[field.name]
+        allowed = [str(range_)] if range_ and range_.low < range_.high else []
+        default = [f"default: {field.default}"] if field.default not in ("", 0) else []
+        extra = f" [{'; '.join(allowed + default)}]" if allowed or default else ""
+        command = click.option(
+            f"--{field.name.replace('_', '-')}",
+            type=kind,
+            default=field.default,
+            metavar={str: "TEXT", int: "N", float: "NUMBER"}[kind],
+            envvar=PREFIX + field.name.upper(),
+            help=text + extra,
+        )(command)
+    return command
+
+
+@click.command(
+    "lsast-serve",
+    cls=Command,
+    context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
+    epilog=f"Every option can be given by the environment, too: {PREFIX}PORT=8080 is --port 8080.",
+)
+@setting_options
+@click.option("--open", "show", is_flag=True, help="Open the page in a browser.")
+@debug_option
+@click.version_option(__version__, "-V", "--version", message="lsast %(version)s")
+def main(show: bool, **settings: Any) -> None:
+    """Paint over HTTP: a page for people, an API for programs.
+
+    \b
+    Examples:
+        lsast-serve --open
+        LSAST_SERVE_TOKEN=secret lsast-serve --host 0.0.0.0 --port 8080
+
+    The address is printed when the server listens. Ctrl-C or SIGTERM lets it finish what it has accepted; a second
+    Ctrl-C ends it at once.
+    """
+    serve(Settings(**settings), show)
+
+
+def serve(settings: Settings, show: bool = False) -> None:
+    """Run a server until a signal ends it.
+
+    Args:
+        settings: of the server.
+        show: open the page in a browser.
+
+    Raises:
+        MissingExtraError: a library of the extra `server` is not installed.
+        UsageError: the address cannot be listened on.
+        LsastError: the engines cannot be opened.
+    """
+    try:
+        import uvicorn
+
+        from .app import create_app
+        from .process import WorkerProcess
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(str(error.name), "server") from error
+
+    class Server(uvicorn.Server):
+        """Finishes what was accepted before it ends."""
+
+        async def on_tick(self, counter: int) -> bool:
+            """See `uvicorn.Server`."""
+            if not await super().on_tick(counter):
+                return False
+            app.state.draining = True
+            await app.state.jobs.drain(settings.drain_seconds, lambda: self.force_exit or bool(failure))
+            return True
+
+    def stop(error: LsastError) -> None:
+        failure.append(error)
+        server.should_exit = True
+
+    failure: list[LsastError] = []
+    app = create_app(settings, lambda: WorkerProcess(settings, stop))
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+    )
+    server = Server(config)
+    with log_to_stderr(logging.WARNING), _listen(settings) as listener:
+        address = _address(settings.host, listener.getsockname()[1])
+        click.echo(address)
+        if settings.host not in LOOPBACK and not settings.token:
+            click.echo("everyone who reaches this address can paint; --token asks for a token", err=True)
+        if show:
+            webbrowser.open(address)
+        with contextlib.suppress(KeyboardInterrupt):  # raised when all is done
+            server.run([listener])
+    if failure:
+        raise failure[0]
+
+
+def _listen(settings: Settings) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UsageError(
+            f"cannot listen on {settings.host}, port {settings.port} ({reason}); --port 0 takes a free one"
+        ) from None
+
+
+def _address(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""What the API takes and gives, as pydantic models; those of the options are made from `lsast.options`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import (
+    AfterValidator,
+    Base64Bytes,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    create_model,
+)
+
+from lsast_engines.errors import UsageError, fault_list
+
+from ..options.options import Rule, rules
+
+State = Literal["queued", "painting", "done", "failed", "cancelled"]
+
+PICTURE_FIELDS = ("picture", "mask")
+"""The fields of a request that are pictures."""
+
+
+def _annotation(rule: Rule) -> Any:
+    """The type of an option for pydantic, with its range and its help."""
+    kind: Any = Literal[tuple(choice for choice in rule.choices if choice is not None)] if rule.choices else rule.type
+    bounds: dict[str, Any] = {}
+    if rule.range:
+        low, high = rule.range.low, rule.range.high
+        bounds = {"gt" if rule.range.above else "ge": low} | ({"le": high} if high < float("inf") else {})
+        bounds = {name: rule.type(value) for name, value in bounds.items()}
+    elif rule.type is str and not rule.choices:
+        bounds = {"min_length": 1, "max_length": 1000}
+    bounded: Any = Annotated[kind, Field(**bounds)] if bounds else kind
+    if rule.range and rule.range.or_zero:
+        schema = {"type": "integer", "minimum": bounds["ge"], "maximum": bounds["le"]}
+        bounded = Annotated[kind, AfterValidator(_in(rule)), WithJsonSchema({"anyOf": [{"const": 0}, schema]})]
+    return Annotated[Union[bounded, None], Field(description=rule.help)]  # noqa: UP007
+
+
+def _in(rule: Rule) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if not rule.accepts(value):
+            raise ValueError(rule.expected)
+        return value
+
+    return check
+
+
+PaintingOptions: type[BaseModel] = create_model(
+    "PaintingOptions",
+    __config__=ConfigDict(extra="forbid"),
+    __doc__="Options of a painting; one that is left out is taken from the preset, else the style, else the bundle.",
+    **{name: (_annotation(rule), None) for name, rule in rules().items()},  # type: ignore[call-overload]
+)
+"""The fields of `lsast.Options`, each with its range."""
+
+_BINARY: dict[str, Any] = {"format": "binary"}
+_MASK = "Where to paint, a picture of the same size: white is painted, black keeps its pixels."
+
+PaintingForm: type[BaseModel] = create_model(
+    "PaintingForm",
+    __base__=PaintingOptions,
+    picture=(bytes, Field(description="The picture.", json_schema_extra=_BINARY)),
+    mask=(bytes, Field(b"", description=_MASK, json_schema_extra=_BINARY)),
+)
+"""A painting as a form (multipart/form-data)."""
+
+PaintingJson: type[BaseModel] = create_model(
+    "PaintingJson",
+    __base__=PaintingOptions,
+    picture=(Base64Bytes, Field(description="The picture, in base64.")),
+    mask=(Base64Bytes | None, Field(None, description=_MASK)),
+)
+"""A painting as JSON."""
+
+
+class Painting(BaseModel):
+    """A job: one painting, from the moment it was accepted."""
+
+    id: str
+    state: State
+    position: int | None = Field(None, description="Paintings before it, of one that is queued.")
+    step: int = Field(0, description="Steps done.")
+    steps: int = Field(0, description="Steps in all; 0 until painting begins.")
+    seconds_left: float | None = Field(None, description="Estimate, of one that is being painted.")
+    error: str | None = Field(None, description="What went wrong, in words.")
+    options: dict[str, Any] | None = Field(None, description="All options with the defaults filled in, when done.")
+    seconds: dict[str, float] | None = Field(None, description="Wall time of each phase, when done.")
+    size: tuple[int, int] | None = Field(None, description="Width and height of the painting, when done.")
+
+
+class StyleCard(BaseModel):
+    """A style that pictures can be painted in."""
+
+    name: str
+    guidance: float | None = Field(None, description="The guidance scale that is baked in, of a distilled style.")
+    thumbnail: str | None = Field(None, description="A painted sample, as a data URL; null until it is painted.")
+
+
+class OptionCard(BaseModel):
+    """One option: what a form needs to show it."""
+
+    name: str
+    type: Literal["str", "int", "float", "bool"]
+    help: str
+    choices: list[str] | None = None
+    low: float | None = None
+    high: float | None = None
+    or_zero: bool = Field(False, description="Whether 0 is allowed besides.")
+    default: str | int | float | bool | None = None
+
+
+class OptionSheet(BaseModel):
+    """The options, the presets and the limits of this server."""
+
+    version: str
+    bundle: str
+    stages: int
+    options: list[OptionCard]
+    presets: dict[str, dict[str, Any]]
+    limits: dict[str, float]
+
+
+class Fault(BaseModel):
+    """What went wrong, in words."""
+
+    detail: str
+
+
+def option_cards(defaults: Mapping[str, Any]) -> list[OptionCard]:
+    """A card for every option, with the default values of a bundle."""
+    return [
+        OptionCard(
+            name=name,
+            type=rule.type.__name__,
+            help=rule.help,
+            choices=[choice for choice in rule.choices if choice is not None] or None,
+            low=rule.range.low if rule.range else None,
+            high=rule.range.high if rule.range and rule.range.high < float("inf") else None,
+            or_zero=bool(rule.range and rule.range.or_zero),
+            default=defaults.get(name),
+        )
+        for name, rule in rules().items()
+    ]
+
+
+def given_options(values: Mapping[str, str]) -> dict[str, Any]:
+    """The options in a query or a form, whose values are texts.
+
+    Raises:
+        UsageError: unknown or invalid options, all at once.
+    """
+    try:
+        return PaintingOptions.model_validate_strings(values).model_dump(exclude_none=True)
+    except ValidationError as error:
+        raise UsageError(in_words(error)) from None
+
+
+def in_words(error: ValidationError) -> str:
+    """The faults that pydantic found, a line each, in the words of the options' rules."""
+    known = {**dict.fromkeys(PICTURE_FIELDS), **rules()}
+    lines: dict[str, None] = {}
+    for fault in error.errors(include_url=False, include_context=False):
+        name = str(fault["loc"][0]) if fault["loc"] else ""
+        rule = rules().get(name)
+        if rule:
+            lines[f"{name}: found {fault['input']!r:.60}; expected {rule.expected}"] = None
+        elif fault["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(name, known, 1)
+            lines[f"{name:.60}: unknown; {f'did you mean {near[0]}?' if near else 'expected ' + ', '.join(known)}"] = (
+                None
+            )
+        elif fault["type"] == "missing":
+            lines[f"{name}: missing"] = None
+        else:
+            lines[": ".join(filter(None, [name, fault["msg"]]))] = None
+    return fault_list("invalid request:", list(lines))

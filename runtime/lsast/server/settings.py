@@ -1,0 +1,109 @@
+"""The settings of a server, declared once: for `lsast-serve`, for the environment and for Ray Serve."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, get_args, get_type_hints
+
+from lsast_engines.errors import UsageError, fault_list
+
+from ..options.options import Range, preset_options
+
+PREFIX = "LSAST_SERVE_"
+"""What the names of the environment variables begin with: LSAST_SERVE_PORT and so on."""
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""Addresses that only this machine reaches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All settings of a server.
+
+    Raises:
+        UsageError: one or more values are out of range; all of them are named at once.
+    """
+
+    host: Annotated[str, "Address to listen on; 0.0.0.0 is every address of this machine."] = "127.0.0.1"
+    port: Annotated[int, "Port to listen on; 0 takes a free one.", Range(0, 65535)] = 8000
+    token: Annotated[str, "Text that every request must bear (Authorization: Bearer TOKEN); none asks for none."] = ""
+    allowed_hosts: Annotated[
+        str,
+        "Names, with commas, by which browsers may call this server; * is any. Left out: this machine's own names on a "
+        "loopback address, else any.",
+    ] = ""
+    bundle: Annotated[str, "Folder or name of the bundle. Left out: $LSAST_BUNDLE, else mini."] = ""
+    backend: Annotated[str, "Library that runs the networks, as in lsast-run."] = "auto"
+    device: Annotated[str, "Device of the backend, such as cpu or cuda."] = "auto"
+    threads: Annotated[int, "Processor threads to use; 0 leaves it to the backend.", Range(0, 1024)] = 0
+    compute_dtype: Annotated[str, "Number format of the computation, as in lsast-run."] = "fp32"
+    preset: Annotated[str, "Preset of the paintings that name none."] = ""
+    batch: Annotated[int, "Most pictures that are painted together.", Range(1, 64)] = 4
+    queue: Annotated[int, "Most paintings that wait; more are refused with status 429.", Range(1, 100_000)] = 64
+    max_bytes: Annotated[int, "Most bytes of a request.", Range(1)] = 32 * 2**20
+    max_megapixels: Annotated[
+        float, "Most megapixels of a picture or a mask, looked at before it is decoded.", Range(0, 121, above=True)
+    ] = 40.0
+    max_size: Annotated[int, "Largest painted size: at most MAX_SIZE x MAX_SIZE pixels.", Range(64, 8192)] = 2048
+    max_tile: Annotated[int, "Largest tile, and so a bound of the memory.", Range(64, 8192)] = 1024
+    max_tiles: Annotated[int, "Most tiles of a painting.", Range(1, 100_000)] = 64
+    seconds: Annotated[float, "Most seconds that a painting may take.", Range(0, above=True)] = 300.0
+    upload_seconds: Annotated[float, "Most seconds that a request may take to arrive.", Range(0, above=True)] = 60.0
+    keep_seconds: Annotated[float, "Seconds that a finished job is kept for its client.", Range(0, above=True)] = 600.0
+    keep_bytes: Annotated[int, "Most bytes of finished jobs; the oldest are dropped.", Range(0)] = 256 * 2**20
+    drain_seconds: Annotated[
+        float, "Most seconds that the server goes on after SIGTERM to finish what it has accepted.", Range(0)
+    ] = 30.0
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"{name}: found {getattr(self, name)!r}; expected {range_}"
+            for name, (_, _, range_) in declared().items()
+            if range_ and getattr(self, name) not in range_
+        ]
+        if faults:
+            raise UsageError(fault_list("invalid settings:", faults))
+        preset_options(self.preset or None)
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
+        """The settings that variables such as LSAST_SERVE_PORT give.
+
+        Raises:
+            UsageError: a value that is no number where one is expected, or out of range.
+        """
+        given: dict[str, Any] = {}
+        for name, (kind, _, _) in declared().items():
+            if text := environment.get(PREFIX + name.upper()):
+                try:
+                    given[name] = kind(text)
+                except ValueError:
+                    raise UsageError(f"found {PREFIX + name.upper()}={text}; expected a number") from None
+        return cls(**given)
+
+    @property
+    def hosts(self) -> list[str]:
+        """The values of the Host header that are answered; ``*`` is any."""
+        if self.allowed_hosts:
+            return [host.strip() for host in self.allowed_hosts.split(",") if host.strip()]
+        return [*LOOPBACK, f"[{LOOPBACK[-1]}]"] if self.host in LOOPBACK else ["*"]
+
+    @property
+    def load(self) -> dict[str, Any]:
+        """The arguments of `lsast.load`."""
+        names = ("bundle", "backend", "device", "threads", "compute_dtype", "preset")
+        return {name: getattr(self, name) or None for name in names}
+
+
+def declared() -> dict[str, tuple[type, str, Range | None]]:
+    """Type, help and range of every setting, by name, in the order of the declaration."""
+    return dict(_declared())
+
+
+def _declared() -> Iterator[tuple[str, tuple[type, str, Range | None]]]:
+    hints = get_type_hints(Settings, include_extras=True)
+    for field in fields(Settings):
+        kind, text, *ranges = get_args(hints[field.name])
+        yield field.name, (kind, text, ranges[0] if ranges else None)

@@ -1,0 +1,347 @@
+"""The API over real HTTP, against what the library paints."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shutil
+import socket
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import lsast
+from running_server import LONG, QUICK, Running, as_png, httpx, pixels, running
+
+
+@pytest.fixture(scope="module")
+def stylizer(parted_path: Path) -> Iterator[lsast.Stylizer]:
+    with lsast.load(parted_path, threads=1) as opened:
+        yield opened
+
+
+def _events(server: Running, path: str) -> list[tuple[str, dict[str, Any]]]:
+    text = server.client.get(path, headers={"Accept": "text/event-stream"}).text
+    blocks = [dict(line.split(": ", 1) for line in block.split("\n")) for block in text.strip().split("\n\n")]
+    return [(block["event"], json.loads(block["data"])) for block in blocks]
+
+
+def test_post_form_json_and_raw_body_paint_what_the_library_paints(
+    server: Running, stylizer: lsast.Stylizer, photo: np.ndarray, png: bytes
+) -> None:
+    options = {**QUICK, "style": "monet@up+vangogh", "seed": 5, "keep_colour": True}
+    expected = np.asarray(stylizer.stylize(photo, **options).image).astype(int)
+    form = server.post(png, **options)
+    raw = server.client.post("/v1/paintings", params=options, content=png)
+    body = {**options, "picture": base64.b64encode(png).decode()}
+    for answer in (form, raw, server.client.post("/v1/paintings", json=body)):
+        assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png")
+        np.testing.assert_array_equal(pixels(answer.content), expected)
+
+
+def test_post_with_a_mask_keeps_the_black_part(server: Running, photo: np.ndarray, png: bytes) -> None:
+    mask = np.zeros(photo.shape[:2], np.uint8)
+    mask[:, 80:] = 255
+    painted = pixels(server.post(png, mask=as_png(mask), **QUICK).content)
+    np.testing.assert_array_equal(painted[:, :80], photo[:, :80])
+    assert np.abs(painted[:, 120:] - photo[:, 120:]).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("accept", "media", "form"),
+    [
+        ("image/webp", "image/webp", "WEBP"),
+        ("image/jpeg;q=0.9, image/png;q=0.2", "image/jpeg", "JPEG"),
+        ("text/html, image/*;q=0.5", "image/png", "PNG"),
+    ],
+)
+def test_post_answers_in_the_format_of_accept_with_the_record(
+    server: Running, png: bytes, accept: str, media: str, form: str
+) -> None:
+    answer = server.post(png, {"Accept": accept}, seed=9, **QUICK)
+    assert answer.headers["content-type"] == media
+    with Image.open(io.BytesIO(answer.content)) as image:
+        assert image.format == form
+    assert lsast.read_record(answer.content).options.seed == 9
+    assert server.client.post("/v1/records", content=answer.content).json()["options"]["seed"] == 9
+
+
+def test_post_with_another_accept_is_refused(server: Running, png: bytes) -> None:
+    answer = server.post(png, {"Accept": "text/html"})
+    assert (answer.status_code, "image/png" in answer.json()["detail"]) == (406, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"styl": "monet"}, "styl: unknown; did you mean style?"),
+        ({"strength": 7, "size": 3}, "size: found '3'; expected a whole number, 0, or 64 to 8192"),
+        ({"style": "picasso"}, "available: monet, vangogh"),
+        ({"style": "monet@5-3"}, "expected 3-5"),
+        ({"size": 4096}, "this server paints at most 2048"),
+        ({"seed": "1e"}, "seed: found '1e'"),
+        ({"picture": "text"}, "found picture more than once"),
+    ],
+)
+def test_post_form_with_faulty_options_says_so_in_words(
+    server: Running, png: bytes, options: dict[str, Any], words: str
+) -> None:
+    answer = server.post(png, **options)
+    assert (answer.status_code, words in answer.json()["detail"]) == (422, True), answer.text
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        ({"json": {"picture": "aGk=", "seed": "5"}}, 422),  # JSON has types
+        ({"json": {"seed": 5}}, 422),
+        ({"content": b"{", "headers": {"Content-Type": "application/json"}}, 422),
+        ({"content": b"", "params": {"seed": 5}}, 422),
+        ({"content": b"hi", "params": [("seed", 5), ("seed", 6)]}, 422),
+        ({"content": b"hi", "headers": {"Content-Type": "text/plain"}}, 415),
+        ({"content": b"hi", "headers": {"Content-Type": "multipart/form-data"}}, 422),
+        ({"files": {"picture": b"hi"}, "params": {"seed": 5}}, 422),
+        ({"files": {"file": b"hi"}}, 422),
+        ({"content": b"not a picture"}, 422),
+    ],
+)
+def test_post_with_a_faulty_body_is_refused(server: Running, request_: dict[str, Any], status: int) -> None:
+    answer = server.client.post("/v1/paintings", **request_)
+    assert (answer.status_code, bool(answer.json()["detail"])) == (status, True)
+
+
+def _png_header(width: int, height: int) -> bytes:
+    """A PNG that declares a size and holds nothing of it."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+def test_post_of_a_decompression_bomb_is_refused_before_it_is_decoded(server: Running) -> None:
+    answer = server.post(_png_header(30_000, 30_000))
+    assert (answer.status_code, "900.0 megapixels" in answer.json()["detail"]) == (422, True)
+    assert server.post(as_png(np.zeros((64, 64, 3), np.uint8)), mask=_png_header(30_000, 30_000)).status_code == 422
+
+
+def test_answers_hold_no_path_of_the_machine(server: Running, png: bytes, parted_path: Path) -> None:
+    damaged = parted_path / "styles" / "damaged.safetensors"
+    damaged.write_bytes(b"nothing")
+    try:
+        for answer in (
+            server.post(png, style="damaged"),
+            server.post(png, decoder="small"),
+            server.post(b"x", style="../../etc/passwd"),
+            server.client.get("/v1/styles"),
+            server.client.get("/v1/options"),
+        ):
+            assert str(parted_path.parent) not in answer.text
+            assert answer.status_code in (200, 422)
+    finally:
+        damaged.unlink()
+
+
+def test_job_tells_its_progress_with_previews_and_keeps_the_painting(
+    server: Running, stylizer: lsast.Stylizer, photo: np.ndarray, png: bytes
+) -> None:
+    path = server.begin(png, seed=3, **{**QUICK, "steps": 4})
+    events = _events(server, path)
+    assert [name for name, _ in events][-1] == "done"
+    assert {facts["steps"] for _, facts in events if facts["step"]} == {4}
+    last = events[-1][1]
+    assert (last["size"], last["options"]["seed"]) == ([160, 96], 3)
+    previews = [facts["preview"] for _, facts in events if "preview" in facts]
+    assert pixels(base64.b64decode(previews[-1].partition(",")[2])).shape[2] == 3
+    expected = np.asarray(stylizer.stylize(photo, seed=3, **{**QUICK, "steps": 4}).image)
+    answer = server.client.get(path, headers={"Accept": "image/png"})
+    np.testing.assert_array_equal(pixels(answer.content), expected)
+    converted = server.client.get(path, headers={"Accept": "image/webp"})
+    assert lsast.read_record(converted.content).options.seed == 3
+    assert server.client.get(path).json()["state"] == "done"
+    assert server.client.delete(path).status_code == 204
+    assert server.client.get(path).status_code == 404
+
+
+def test_job_that_fails_says_so(server: Running) -> None:
+    path = server.begin(b"no picture")
+    facts = server.wait(path, "failed")
+    assert "not a picture" in facts["error"]
+    assert _events(server, path)[-1][0] == "failed"
+    assert server.client.get(path, headers={"Accept": "image/png"}).status_code == 409
+
+
+def test_delete_cancels_one_that_is_painted_and_one_that_waits(server: Running, png: bytes) -> None:
+    painted = server.begin(png, **LONG)
+    waiting = [server.begin(png, **{**LONG, "seed": seed}) for seed in range(12)]
+    server.wait(painted, "painting")
+    for path in [*waiting, painted]:
+        assert server.client.delete(path).status_code == 204
+    assert server.post(png, **QUICK).status_code == 200  # the worker is free again
+
+
+def test_client_that_leaves_cancels_its_painting(server: Running, png: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lsast.server.jobs.LEAVE_SECONDS", 0.5)
+    counter = server.app.state.metrics.ended.labels("cancelled")
+    before = counter._value.get()
+    with pytest.raises(httpx.ReadTimeout), httpx.Client(base_url=server.address, timeout=1) as client:
+        client.post("/v1/paintings", params=LONG, content=png)
+    server.until(lambda: counter._value.get() == before + 1)
+    # A client that followed the events of its job and went away.
+    path = server.begin(png, **LONG)
+    with server.client.stream("GET", path, headers={"Accept": "text/event-stream"}) as stream:
+        next(stream.iter_lines())
+    server.wait(path, "cancelled")
+
+
+def test_equal_sizes_share_a_batch_and_others_get_their_own(
+    server: Running, stylizer: lsast.Stylizer, photo: np.ndarray, png: bytes
+) -> None:
+    wide = as_png(np.concatenate([photo, photo], axis=1))
+    answers: dict[int, bytes] = {}
+    blocker = server.begin(png, **LONG)
+
+    def ask(seed: int) -> None:
+        style = ("monet", "vangogh")[seed % 2]
+        answers[seed] = server.post(wide if seed == 5 else png, seed=seed, style=style, **QUICK).content
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(7)]
+    for thread in threads:
+        thread.start()
+    server.client.delete(blocker)
+    for thread in threads:
+        thread.join()
+    for seed in range(7):
+        style = ("monet", "vangogh")[seed % 2]
+        source = np.concatenate([photo, photo], axis=1) if seed == 5 else photo
+        expected = np.asarray(stylizer.stylize(source, style, seed=seed, **QUICK).image).astype(int)
+        assert np.abs(pixels(answers[seed]) - expected).max() <= 2  # a batch adds up in another order
+
+
+def test_worker_that_dies_is_replaced_and_nothing_is_lost(server: Running, png: bytes) -> None:
+    painter = server.app.state.painter
+    restarts = painter.restarts
+    paths = [server.begin(png, seed=seed, **{**QUICK, "steps": 300}) for seed in range(6)]
+    for expected in (1, 2):
+        server.until(lambda: any(server.client.get(path).json()["step"] for path in paths))
+        painter.kill()
+        server.until(lambda expected=expected: painter.restarts == restarts + expected and painter.ready)
+    for path in paths:
+        assert server.wait(path, "done", "failed")["state"] == "done"
+
+
+def test_styles_follow_the_folder_without_a_restart(server: Running, parted_path: Path, png: bytes) -> None:
+    def cards() -> dict[str, Any]:
+        return {card["name"]: card["thumbnail"] for card in server.client.get("/v1/styles").json()}
+
+    server.until(lambda: all(cards().values()))
+    old = cards()
+    assert {*old} == {"monet", "vangogh"}
+    assert pixels(base64.b64decode(old["monet"].partition(",")[2])).shape == (256, 256, 3)
+    added = parted_path / "styles" / "added.safetensors"
+    shutil.copyfile(parted_path / "styles" / "monet.safetensors", added)
+    try:
+        assert {*cards()} == {"added", "monet", "vangogh"}
+        assert server.post(png, style="added", **QUICK).status_code == 200
+    finally:
+        added.unlink()
+    assert cards() == old
+
+
+def test_options_are_those_of_the_library(server: Running, stylizer: lsast.Stylizer) -> None:
+    from lsast.options.options import PRESETS, rules
+
+    sheet = server.client.get("/v1/options").json()
+    assert [card["name"] for card in sheet["options"]] == list(rules())
+    defaults = vars(stylizer.resolve())
+    assert {card["name"]: card["default"] for card in sheet["options"]} == defaults
+    assert sheet["presets"] == PRESETS
+    body = server.client.get("/openapi.json").json()["paths"]["/v1/paintings"]["post"]["requestBody"]["content"]
+    form = body["multipart/form-data"]["schema"]["properties"]
+    assert [*form] == [*rules(), "picture", "mask"]
+    assert form["picture"]["format"] == "binary"
+
+
+def test_host_and_origin_of_others_are_refused(server: Running) -> None:
+    get = server.client.get
+    assert get("/healthz", headers={"Host": "evil.example"}).status_code == 400
+    assert get("/healthz", headers={"Origin": "http://evil.example"}).status_code == 403
+    assert get("/healthz", headers={"Origin": "null"}).status_code == 403
+    assert get("/healthz", headers={"Origin": server.address}).status_code == 200
+    answer = get("/v1/options")
+    assert "access-control-allow-origin" not in answer.headers
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert "default-src 'none'" in get("/").headers["content-security-policy"]
+
+
+def test_documentation_page_loads_nothing_from_elsewhere(server: Running) -> None:
+    text = server.client.get("/docs").text
+    assert "swagger-ui" in text
+    assert "https://" not in text
+    assert server.client.get("/static-offline-docs/swagger-ui-bundle.js").status_code == 200
+
+
+def test_readiness_and_metrics(server: Running, png: bytes) -> None:
+    assert server.client.get("/healthz").json() == {"status": "ok"}
+    server.until(lambda: server.client.get("/readyz").status_code == 200)
+    server.post(png, **QUICK)
+    lines = server.client.get("/metrics").text.splitlines()
+    found = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"}
+    assert found['lsast_paintings_total{state="done"}'] >= 1
+    assert (found["lsast_worker_ready"], found["lsast_queued"]) == (1, 0)
+
+
+def test_token_is_asked_for_by_all_but_page_and_probes(parted_path: Path, png: bytes) -> None:
+    with running(bundle=str(parted_path), token="sésame") as server:
+        for path in ("/", "/healthz", "/docs", "/openapi.json"):
+            assert httpx.get(server.address + path).status_code == 200
+        for path in ("/v1/styles", "/v1/options", "/v1/paintings/x", "/metrics"):
+            assert httpx.get(server.address + path).status_code == 401
+            assert httpx.get(server.address + path, headers={"Authorization": "Bearer x"}).status_code == 401
+        encoded = {"Authorization": "Bearer sésame".encode()}
+        assert httpx.get(server.address + "/metrics", headers=encoded).status_code == 200
+
+
+def test_limits_hold(parted_path: Path, png: bytes) -> None:
+    limits: dict[str, Any] = {"queue": 2, "batch": 1, "max_bytes": 4 * len(png), "seconds": 0.2, "upload_seconds": 1.0}
+    limits |= {"max_size": 128, "max_tile": 64, "max_tiles": 4, "max_megapixels": 0.02}
+    with running(bundle=str(parted_path), **limits) as server:
+        for options, words in (
+            ({"size": 129}, "at most 128"),
+            ({"tile": 128}, "at most 64"),
+            ({"size": 128, "tile": 0}, "in one piece"),
+            ({"size": 128, "tile": 64}, "tiles"),
+        ):
+            answer = server.post(png, **{**QUICK, **options})
+            assert (answer.status_code, words in answer.text) == (422, True), (options, answer.text)
+        assert "megapixels" in server.post(as_png(np.zeros((200, 200, 3), np.uint8))).text
+        assert server.client.post("/v1/paintings", content=bytes(5 * len(png))).status_code == 413
+        chunks = (bytes(len(png)) for _ in range(5))
+        assert server.client.post("/v1/paintings", content=chunks).status_code == 413
+        long = {**LONG, "size": 64}
+        slow = server.post(png, **long)
+        assert (slow.status_code, "more than 0.2 s" in slow.text) == (504, True)
+        with socket.create_connection(("127.0.0.1", int(server.address.rpartition(":")[2]))) as stalled:
+            stalled.sendall(b"POST /v1/paintings HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nabc")
+            assert b" 408 " in stalled.recv(1000)
+        paths = [server.begin(png, seed=seed, **long) for seed in range(4)]
+        full = server.post(png, **long)
+        assert (full.status_code, int(full.headers["retry-after"]) >= 1) == (429, True)
+        for path in paths:
+            server.client.delete(path)
+        assert server.post(png, **QUICK).status_code == 200
+
+
+def test_finished_jobs_are_forgotten(parted_path: Path, png: bytes) -> None:
+    with running(bundle=str(parted_path), keep_bytes=0) as server:
+        path = server.begin(png, **QUICK)
+        server.until(lambda: server.client.get(path).status_code == 404)

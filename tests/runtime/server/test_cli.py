@@ -1,0 +1,100 @@
+"""`lsast-serve` as a process: what it prints, how it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lsast.server.settings import Settings, declared
+from lsast_engines.errors import UsageError
+from running_server import LONG, httpx
+
+COMMAND = [sys.executable, "-m", "lsast.server.cli"]
+
+
+def _environment(bundle: Path) -> dict[str, str]:
+    path = os.pathsep.join(filter(None, sys.path))
+    return {**os.environ, "PYTHONPATH": path, "LSAST_SERVE_BUNDLE": str(bundle), "LSAST_SERVE_PORT": "0"}
+
+
+@pytest.fixture
+def serving(parted_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    with subprocess.Popen(COMMAND, env=_environment(parted_path), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        end = time.monotonic() + 60
+        while httpx.get(address + "/readyz").status_code != 200:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        yield process, address
+        process.kill()
+
+
+def test_sigterm_finishes_what_was_accepted(serving: tuple[subprocess.Popen[str], str], png: bytes) -> None:
+    process, address = serving
+    options = {**LONG, "steps": 200, "size": 1024}
+    answers = []
+    asking = threading.Thread(
+        target=lambda: answers.append(httpx.post(address + "/v1/paintings", params=options, content=png, timeout=60))
+    )
+    headers = {"Prefer": "respond-async"}
+    job = httpx.post(address + "/v1/paintings", params=options, content=png, headers=headers).headers["location"]
+    asking.start()
+    end = time.monotonic() + 60
+    while 'lsast_paintings_total{state="done"} 0' in (text := httpx.get(address + "/metrics").text) and (
+        "lsast_queued 0.0" not in text or "lsast_painting 2.0" not in text
+    ):
+        assert time.monotonic() < end
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert httpx.post(address + "/v1/paintings", content=png).status_code == 503
+    assert httpx.get(address + "/readyz").status_code == 503
+    while httpx.get(address + job).json()["state"] != "done":
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert httpx.get(address + job, headers={"Accept": "image/png"}).status_code == 200
+    asking.join()
+    assert answers[0].status_code == 200
+    assert process.wait(30) == -signal.SIGTERM
+
+
+def test_port_in_use_is_one_line(parted_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = subprocess.run(
+            [*COMMAND, "--port", port], env=_environment(parted_path), capture_output=True, text=True, timeout=60
+        )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"Error: cannot listen on 127.0.0.1, port {port} (")
+    assert done.stderr.count("\n") == 1
+
+
+def test_bundle_that_cannot_be_opened_ends_the_server_with_its_error(tmp_path: Path) -> None:
+    done = subprocess.run(COMMAND, env=_environment(tmp_path), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "found no bundle" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_settings_report_all_faults_and_read_the_environment() -> None:
+    with pytest.raises(UsageError, match=r"port: found 70000; expected 0 to 65535\n.*batch: found 0"):
+        Settings(port=70000, batch=0)
+    given = {"LSAST_SERVE_PORT": "9", "LSAST_SERVE_SECONDS": "1.5", "LSAST_SERVE_TOKEN": "x"}
+    assert Settings.from_environment(given) == Settings(port=9, seconds=1.5, token="x")
+    with pytest.raises(UsageError, match="LSAST_SERVE_PORT=x; expected a number"):
+        Settings.from_environment({"LSAST_SERVE_PORT": "x"})
+
+
+def test_help_names_every_setting() -> None:
+    done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, timeout=60)
+    for name in declared():
+        assert f"--{name.replace('_', '-')}" in done.stdout
