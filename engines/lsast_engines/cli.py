@@ -14,7 +14,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import click
 
@@ -66,6 +66,8 @@ class Command(click.Command):
             return super().make_context(*args, **kwargs)
         except click.UsageError as error:
             fail(f"{error.format_message()} (--help lists all options)", USAGE)
+        except OSError as error:  # --help into a closed pipe
+            _fail_for_stdout(error)
 
     def invoke(self, ctx: click.Context) -> Any:
         """See `click.Command`."""
@@ -81,11 +83,9 @@ class Command(click.Command):
             if isinstance(error, KeyboardInterrupt):
                 fail("interrupted", 130)
             fail(describe(error), error.exit_code if isinstance(error, LsastError) else 1)
-        if (fault := ctx.meta.get(_STDOUT_FAULT)) is None:
-            return returned
-        if fault.errno == errno.EPIPE:
-            raise click.exceptions.Exit(_READER_GONE)
-        fail(f"standard output: {fault.strerror}", 1)
+        if fault := ctx.meta.get(_STDOUT_FAULT):
+            _fail_for_stdout(fault)
+        return returned
 
 
 class Group(Command, click.Group):
@@ -144,10 +144,22 @@ def _write(data: bytes, err: bool) -> None:
     try:
         click.echo(data, nl=False, err=err)
     except OSError as error:
-        with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as null:  # a stream without a descriptor
-            os.dup2(null.fileno(), (sys.stderr if err else sys.stdout).fileno())
+        _abandon(sys.stderr if err else sys.stdout)
         if not err and (context := click.get_current_context(silent=True)):
             context.meta.setdefault(_STDOUT_FAULT, error)
+
+
+def _abandon(stream: TextIO) -> None:
+    """Let a stream's file be the null device, also for what the interpreter writes when it ends."""
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as null:  # a stream without a descriptor
+        os.dup2(null.fileno(), stream.fileno())
+
+
+def _fail_for_stdout(fault: OSError) -> NoReturn:
+    _abandon(sys.stdout)
+    if fault.errno == errno.EPIPE:
+        raise click.exceptions.Exit(_READER_GONE)
+    fail(f"standard output: {fault.strerror}", 1)
 
 
 def is_closed(stream: object) -> bool:

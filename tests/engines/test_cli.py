@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 import warnings
 
 import click
@@ -44,6 +46,57 @@ def test_command_escapes_what_does_not_print_in_messages() -> None:
 def test_shown_keeps_letters_and_escapes_lines() -> None:
     assert shown("Ünïcødé 日本 א") == "Ünïcødé 日本 א"
     assert shown("a\nError: forged\x9b1m") == "a\\nError: forged\\x9b1m"
+
+
+NAMES = """
+import click
+from lsast_engines.cli import Command, echo
+
+@click.command(cls=Command)
+def names():
+    echo("caf\\udce9")
+    echo("\\u65e5")
+    echo("caf\\udce9", err=True)
+
+names()
+"""
+OUT, ERR = "caf\udce9\n日\n", "caf\\udce9\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a shell and /dev/full")
+@pytest.mark.parametrize(
+    ("redirection", "encoding", "expected"),
+    [
+        ("", "utf-8:strict", (0, OUT, ERR)),
+        ("", "ascii", (0, "caf\udce9\n\\u65e5\n", ERR)),
+        ("<&- >&-", "utf-8", (0, "", ERR)),
+        ("2>&-", "utf-8", (0, OUT, "")),
+        ("2>/dev/full", "utf-8", (0, OUT, "")),
+        (">/dev/full", "utf-8", (1, "", ERR + "Error: standard output: No space left on device\n")),
+        ("| true", "utf-8", (141, "", ERR)),
+        ("--help | true", "utf-8", (141, "", "")),
+        ("--help >/dev/full", "utf-8", (1, "", "Error: standard output: No space left on device\n")),
+    ],
+)
+def test_command_whose_streams_take_nothing_goes_on_and_tells_it(
+    redirection: str, encoding: str, expected: tuple[int, str, str]
+) -> None:
+    line = f'set -o pipefail; "{sys.executable}" -c "$NAMES" {redirection}'
+    environment = {**os.environ, "NAMES": NAMES, "PYTHONIOENCODING": encoding}
+    ran = subprocess.run(["bash", "-c", line], env=environment, capture_output=True)
+    assert (ran.returncode, os.fsdecode(ran.stdout), os.fsdecode(ran.stderr)) == expected
+
+
+def test_command_refuses_an_empty_argument() -> None:
+    @click.command(cls=Command)
+    @click.argument("name")
+    @click.option("--out")
+    def command(name: str, out: str | None) -> None:
+        raise AssertionError
+
+    for arguments in ([""], ["a", "--out", ""], ["a", "--out="]):
+        result = CliRunner().invoke(command, arguments)
+        assert (result.exit_code, "found an empty argument" in result.stderr) == (2, True)
 
 
 def test_command_does_not_show_pillows_warnings() -> None:

@@ -23,7 +23,8 @@ from typing import Any, get_args
 import numpy as np
 from PIL import Image
 
-from lsast_engines.errors import LsastError, UsageError
+from lsast_engines.bundle.json_fields import parse_json
+from lsast_engines.errors import LsastError, UsageError, shown
 from lsast_engines.images import find_pictures, read_on_white
 
 from ..matching import match_by_stem
@@ -108,7 +109,7 @@ class VoteSession:
         }
         self._total = len(pairs)
         self._lock = Lock()
-        self._pictures: dict[str, tuple[Path, Path]] = {}
+        self._pictures: dict[str, tuple[int, Path, Path]] = {}
         self._names: dict[tuple[int, Path], str] = {}
 
     @property
@@ -161,14 +162,22 @@ class VoteSession:
     def picture(self, name: str) -> bytes | None:
         """The PNG that the page knows by this name, or None.
 
-        It is encoded again at the size of its content: format, metadata and size would give the method away.
+        It is encoded again at the size of its content: format, metadata and size would give the method away. A picture
+        that cannot be read is logged, and its pair is left out.
         """
         if name not in self._pictures:
             return None
-        path, like = self._pictures[name]
-        height, width = shrunk(read_on_white(like), _SHOWN).shape[:2]
+        number, path, like = self._pictures[name]
+        try:
+            height, width = shrunk(read_on_white(like), _SHOWN).shape[:2]
+            pixels = resized(read_on_white(path), height, width)
+        except LsastError as error:
+            log.warning("the pair of %s is left out: %s", shown(path), error)
+            with self._lock:
+                self._open.pop(number, None)
+            return None
         buffer = io.BytesIO()
-        Image.fromarray(resized(read_on_white(path), height, width)).save(buffer, format="PNG", compress_level=1)
+        Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
         return buffer.getvalue()
 
     def _random_name(self, number: int, path: Path, like: Path) -> str:
@@ -176,8 +185,13 @@ class VoteSession:
         key = (number, path)
         if key not in self._names:
             self._names[key] = f"picture/{secrets.token_hex(8)}"
-            self._pictures[self._names[key]] = (path, like)
+            self._pictures[self._names[key]] = (number, path, like)
         return self._names[key]
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.debug("a request ended early", exc_info=True)  # the browser went away
 
 
 def open_server(session: VoteSession, port: int = 0) -> ThreadingHTTPServer:
@@ -190,7 +204,7 @@ def open_server(session: VoteSession, port: int = 0) -> ThreadingHTTPServer:
     handler = type("Handler", (_Handler,), {"session": session})
 
     try:
-        return ThreadingHTTPServer(("127.0.0.1", port), handler)
+        return _Server(("127.0.0.1", port), handler)
     except OSError as error:
         raise UsageError(f"cannot listen on port {port} ({error}); choose another, or 0 for any free one") from error
 
@@ -222,11 +236,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(413, b"expected a short vote")
         else:
             try:
-                self.session.answer(json.loads(self.rfile.read(int(length))))
+                self.session.answer(parse_json(self.rfile.read(int(length))))
             except (LsastError, ValueError) as error:
-                self._reply(400, str(error).encode())
+                self._reply(400, shown(error).encode())
             except OSError as error:
-                self._reply(500, str(error).encode())
+                self._reply(500, shown(error).encode())
             else:
                 self._reply(200, b"{}", "application/json")
 

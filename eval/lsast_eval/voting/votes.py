@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from lsast_engines.bundle.json_fields import parse_json
 from lsast_engines.errors import LsastError, UsageError, fault_list
 
 from ..metrics.intervals import wilson
 
 FORMAT = 1
 """Format number of a line of votes."""
+
+_LONGEST_LINE = 1 << 20
+"""Bytes of a line, at most."""
+
+log = logging.getLogger("lsast.eval")
 
 Choice = Literal["left", "right", "tie"]
 """Possible votes."""
@@ -59,19 +68,44 @@ class WinRate:
 
 
 def append_vote(path: Path, vote: Vote) -> None:
-    """Add a line to the votes file: in one write, and on the disk before this returns."""
-    line = (json.dumps({"format": FORMAT, **asdict(vote)}, ensure_ascii=False) + "\n").encode()
+    """Add a line to the votes file, on the disk before this returns; on an error the file is as before.
+
+    A line that an earlier writer could not finish is removed.
+
+    Raises:
+        OSError: the vote is not written, for example on a full disk.
+    """
+    line = (json.dumps({"format": FORMAT, **asdict(vote)}) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        os.write(descriptor, line)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with open(path, "ab+", buffering=0) as file:
+        if sys.platform != "win32":
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)  # another voter may write
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _LONGEST_LINE))
+        last = file.read().rpartition(b"\n")[2]
+        if _is_unfinished(last):
+            file.truncate(size := size - len(last))
+        elif last:  # a whole line without its end
+            line = b"\n" + line
+        try:
+            while line:
+                line = line[file.write(line) :]  # in part if a disk gets full; the next call says so
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def _is_unfinished(line: bytes) -> bool:
+    """Whether a line without an end is a vote that was not written to its end."""
+    begin = b'{"format": '
+    return line != b"" and line[: len(begin)] == begin[: len(line)] and not isinstance(_vote(line), Vote)
 
 
 def read_votes(paths: Iterable[Path]) -> list[Vote]:
-    """All votes of some files, in order.
+    """All votes of some files, in order. An unfinished last line, of a writer that was killed, is left out and logged.
 
     Raises:
         LsastError: lines that are no votes, all at once.
@@ -82,7 +116,11 @@ def read_votes(paths: Iterable[Path]) -> list[Vote]:
     for path in paths:
         if not path.is_file():
             raise UsageError(f"found no file {path}; expected votes that lsast-eval vote wrote")
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        lines = path.read_bytes().split(b"\n")
+        if _is_unfinished(lines[-1]):
+            log.warning("%s, line %d: left out, it is not finished", path, len(lines))
+            del lines[-1]
+        for number, line in enumerate(lines, 1):
             if line.strip():
                 found = _vote(line)
                 if isinstance(found, Vote):
@@ -135,11 +173,11 @@ def _rate(votes: Sequence[Vote], method: str, other: str | None, confidence: flo
     return WinRate(method, other, outcome["win"], outcome["tie"], outcome["loss"], points / count, low, high)
 
 
-def _vote(line: str) -> Vote | str:
+def _vote(line: bytes) -> Vote | str:
     """The vote, or what is wrong with the line."""
     try:
-        data: Any = json.loads(line)
-    except json.JSONDecodeError as error:
+        data: Any = parse_json(line)
+    except ValueError as error:
         return f"no JSON ({error})"
     if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
         return f"expected an object with format {FORMAT}"
@@ -148,6 +186,8 @@ def _vote(line: str) -> Vote | str:
         return f"found the fields {', '.join(data)}; expected {', '.join(types)}"
     if wrong := [name for name, kind in types.items() if not isinstance(data[name], kind)]:
         return f"found values of a wrong type in {', '.join(wrong)}"
+    if not 0 <= data["seconds"] < math.inf:
+        return f"found {data['seconds']} seconds; expected 0 or more"
     if data["choice"] not in get_args(Choice):
         return f"found the choice {data['choice']!r}; expected {', '.join(get_args(Choice))}"
     if data["left"] == data["right"]:

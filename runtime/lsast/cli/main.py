@@ -96,9 +96,8 @@ def painting_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--compute-dtype",
     metavar="TYPE",
-    default="fp32",
-    help="Number format of the computation: fp32; with openvino also bf16 and fp16, with tensorrt also fp16. "
-    "[default: fp32]",
+    help="Number format of the computation: fp32; with openvino also bf16 and fp16, on GPUs also fp16. "
+    "[default: fp32, on GPUs fp16]",
 )
 @click.option("--build", is_flag=True, help="First compile the engines that tensorrt-rtx or tensorrt lacks (minutes).")
 @click.option("--overwrite", is_flag=True, help="With several pictures: paint those again whose painting exists.")
@@ -122,7 +121,7 @@ def main(
     backend: str,
     device: str,
     threads: int | None,
-    compute_dtype: str,
+    compute_dtype: str | None,
     build: bool,
     axes: tuple[str, ...],
     origin: str | None,
@@ -157,7 +156,9 @@ def main(
 
         found = examine()
         _print(asdict(found) | {"healthy": found.healthy}, found.text(), as_json)
-        raise click.exceptions.Exit(0 if found.healthy else 1)
+        if not found.healthy:
+            raise click.exceptions.Exit(1)
+        return
     if list_styles:
         _list_styles(bundle, as_json)
         return

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -55,10 +57,45 @@ def test_win_rates_of_known_votes() -> None:
 
 
 def test_read_votes_gives_what_was_appended(tmp_path: Path) -> None:
-    votes = [_vote("ours", "magenta", "tie", "Æ\n"), _vote("magenta", "ours", "left")]
+    votes = [_vote("ours", "magenta", "tie", "Æ\n\udce9"), _vote("magenta", "ours", "left")]
     for vote in votes:
         append_vote(tmp_path / "deep" / "votes.jsonl", vote)
     assert read_votes([tmp_path / "deep" / "votes.jsonl"]) == votes
+
+
+@pytest.mark.parametrize("kept", [1, 5, 60, -1])
+def test_append_vote_after_an_unfinished_line_removes_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kept: int
+) -> None:
+    path, votes = tmp_path / "votes.jsonl", [_vote("ours", "magenta", "left", name) for name in "abc"]
+    append_vote(path, votes[0])
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[: kept - (kept < 0)])
+    assert read_votes([path]) == votes[:1]
+    assert "line 2: left out, it is not finished" in caplog.text
+    append_vote(path, votes[1])
+    path.write_bytes(path.read_bytes()[:-1])  # as an editor may leave it
+    append_vote(path, votes[2])
+    assert read_votes([path]) == votes
+
+
+def test_append_vote_on_a_full_disk_keeps_the_file_whole(tmp_path: Path) -> None:
+    program = """
+import resource, sys
+from pathlib import Path
+from lsast_eval.voting.votes import Vote, append_vote
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    for number in range(100):
+        append_vote(Path(sys.argv[1]), Vote("monet", str(number), "x", "y", "tie", "me", 1, "t"))
+except OSError:
+    print(number)
+"""
+    pytest.importorskip("resource", reason="needs limits of POSIX")
+    path = tmp_path / "votes.jsonl"
+    ran = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=True)
+    assert 0 < len(read_votes([path])) == int(ran.stdout)
 
 
 def test_read_votes_lists_all_wrong_lines(tmp_path: Path) -> None:
@@ -194,6 +231,19 @@ def test_page_answers_this_machine_only(page: _Page, session: VoteSession, tmp_p
     assert not (tmp_path / "votes.jsonl").exists()
     assert page.post(vote, Origin=page.address.rstrip("/"))[0] == 200
     assert session.remaining == 11
+
+
+def test_page_leaves_out_a_pair_whose_picture_is_damaged(
+    page: _Page, session: VoteSession, folders: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    question = json.loads(page.get("next")[1])
+    for method in METHODS:
+        for file in folders[method].iterdir():
+            file.write_bytes(b"no picture")
+    assert page.get(question["left"])[0] == 404
+    assert "is left out" in caplog.text
+    assert json.loads(page.get("next")[1])["pair"] != question["pair"]
+    assert page.post(b"[" * 4000)[0] == 400
 
 
 def test_vote_session_asks_each_voter_once(folders: dict[str, Path], session: VoteSession, tmp_path: Path) -> None:
