@@ -19,7 +19,8 @@ Messages say what was found, what was expected, and how to mend it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 
 
 class LsastError(Exception):
@@ -91,6 +92,12 @@ def shown(text: object) -> str:
         character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
         for character in str(text)
     )
+
+
+def did_you_mean(found: object, known: Iterable[str]) -> str:
+    """The end of a message: the name of `known` that `found` is likely to mean; empty if none is near."""
+    near = difflib.get_close_matches(str(found), list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def fault_list(heading: str, faults: list[str]) -> str:

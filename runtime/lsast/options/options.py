@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
-from lsast_engines.errors import UsageError, fault_list
+from lsast_engines.errors import UsageError, did_you_mean, fault_list
 from lsast_engines.removed import REMOVED_OPTIONS, RENAMED_OPTIONS, RENAMED_VALUES
 
 from .style_mix import Mix
@@ -152,7 +152,7 @@ class Options:
         for name, rule in rules().items():
             object.__setattr__(self, name, rule.plain(getattr(self, name)))
         faults = [
-            f"{name}: found {getattr(self, name)!r}; expected {rule.expected}"
+            f"{name}: found {getattr(self, name)!r}; expected {rule.expected}{rule.near(getattr(self, name))}"
             for name, rule in rules().items()
             if not rule.accepts(getattr(self, name))
         ]
@@ -237,6 +237,10 @@ class Rule:
             return bool(value)
         return value
 
+    def near(self, value: Any) -> str:
+        """The end of a message: which choice a wrong value is likely to mean; empty if none is near."""
+        return did_you_mean(value, [name for name in self.choices if name])
+
     def accepts(self, value: Any) -> bool:
         """Whether the option may be `value`, in Python's own type."""
         if self.choices:
@@ -274,7 +278,7 @@ def preset_options(name: str | None) -> dict[str, Any]:
     if name is None:
         return {}
     if name not in get_args(PresetName):
-        raise UsageError(f"found preset {name!r}; expected one of {', '.join(PRESETS)}")
+        raise UsageError(f"found preset {name!r}; expected one of {', '.join(PRESETS)}{did_you_mean(name, PRESETS)}")
     return PRESETS[name]  # type: ignore[index]
 
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lsast_engines.errors import UsageError
+from lsast_engines.errors import UsageError, did_you_mean
 
 GROUPS = ("down", "mid", "up")
 """The layer groups, in the order in which a network runs them: `lsast_engines.bundle.manifest.Group`."""
@@ -64,7 +64,10 @@ class Mix:
             UsageError: a syntax error; the message shows the text with a caret under the character.
         """
         starts = [0, *(match.end() for match in re.finditer(r"\+", text)), len(text) + 1]
-        return Mix(text, tuple(_term(text, start, end - 1) for start, end in pairwise(starts)))
+        terms = tuple(_term(text, start, end - 1) for start, end in pairwise(starts))
+        if math.isinf(sum(term.weight for term in terms)):
+            raise syntax_error("found weights whose sum is infinite; expected smaller ones", text, 0)
+        return Mix(text, terms)
 
     @property
     def styles(self) -> list[str]:
@@ -88,11 +91,10 @@ class Mix:
         """
         for term in self.terms:
             if term.style not in styles:
+                near = did_you_mean(term.style, styles) or f"; make it with: lsast-export --style {term.style}"
+                available = ", ".join(styles) or "none"
                 raise syntax_error(
-                    f"found no style {term.style!r}; available: {', '.join(styles) or 'none'} "
-                    f"(make it with: lsast-export --style {term.style})",
-                    self.text,
-                    term.column,
+                    f"found no style {term.style!r}; available: {available}{near}", self.text, term.column
                 )
             if term.stages and term.stages[1] >= stages:
                 raise syntax_error(
@@ -147,7 +149,7 @@ def _weight(word: str, text: str, column: int) -> float:
 
 def _stages(word: str, text: str, column: int) -> tuple[int, int]:
     """Read a stage or a range of stages, ``4`` or ``0-4``."""
-    found = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
+    found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", word)
     if found is None:
         raise syntax_error(f"found {word!r}; expected a stage or a range such as 4 or 0-4", text, column)
     first, last = int(found[1]), int(found[2] or found[1])

@@ -43,6 +43,8 @@ FAULTS = [
     ("vangogh@up@mid", "vangogh@up@", "second layer group"),
     ("vangogh@1@2-3", "vangogh@1@", "second range"),
     ("vangogh monet", "vangogh", "a space in a name"),
+    (f"vangogh@{5000 * '1'}", "vangogh@", "a range such as"),
+    ("vangogh:1e308+monet:1e308", "", "sum is infinite"),
 ]
 
 
@@ -59,6 +61,7 @@ def test_mix_with_a_syntax_error_points_at_it(text: str, before: str, words: str
     ("text", "before", "words"),
     [
         ("vangogh:0.5+picasso", "vangogh:0.5+", "'picasso'; available: vangogh, monet, roerich"),
+        ("vangog", "", "available: vangogh, monet, roerich; did you mean vangogh?"),
         ("vangogh+monet@4-10", "vangogh+monet@", "found stage 10; expected 0 to 9"),
     ],
 )
