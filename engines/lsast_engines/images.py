@@ -134,14 +134,15 @@ Source = Any
 """A path, the bytes of an image file, a file object, a PIL image, or an array."""
 
 
-def read_picture(source: Source, max_bytes: int = MAX_BYTES) -> Image8:
+def read_picture(source: Source, max_megapixels: float | None = None) -> Image8:
     """Decode an image to upright 8-bit RGB.
 
     Args:
         source: a path, the bytes of an image file, a binary file object, a PIL image, or an array (anything that NumPy
             takes, e.g. a tensor) [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] in the order RGB: bool, uint8, uint16 (full
             range) or float in [0, 1].
-        max_bytes: limit of `MAX_BYTES`, for files; checked before they are decoded.
+        max_megapixels: most pixels of a file, in millions, checked before it is decoded; None bounds its memory by
+            `MAX_BYTES`.
 
     Raises:
         PictureError: not found, not a picture, truncated, too large, or an array of another shape or range.
@@ -166,7 +167,7 @@ def read_picture(source: Source, max_bytes: int = MAX_BYTES) -> Image8:
             else:
                 image = open_image(io.BytesIO(source), name)
             if isinstance(image, ImageFile.ImageFile):
-                _check_size(image, name, max_bytes)
+                _check_size(image, name, max_megapixels)
             image.load()
             return _from_image(image)
     except FileNotFoundError:
@@ -211,13 +212,14 @@ def open_image(handle: BinaryIO, name: str) -> Image.Image:
     raise PictureError(f"{name} is not a picture that Pillow can read; expected PNG, JPEG, WebP, TIFF …")
 
 
-def _check_size(image: Image.Image, name: str, max_bytes: int) -> None:
+def _check_size(image: Image.Image, name: str, max_megapixels: float | None) -> None:
     stored = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
     pixel = stored + 3 + _has_alpha(image)
-    if (count := image.width * image.height) * pixel > max_bytes:
+    limit = MAX_BYTES / pixel / 1e6 if max_megapixels is None else max_megapixels
+    if (megapixels := image.width * image.height / 1e6) > limit:
         raise PictureError(
-            f"{name} has {image.width} x {image.height} pixels, {count / 1e6:.0f} megapixels of mode {image.mode}; "
-            f"expected at most {max_bytes / pixel / 1e6:.0f}: scale it down"
+            f"{name} has {image.width} x {image.height} pixels, {megapixels:.3g} megapixels of mode {image.mode}; "
+            f"expected at most {limit:.3g}: scale it down, or allow more (max_megapixels)"
         )
 
 
