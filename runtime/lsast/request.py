@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,13 @@ from lsast_engines.bundle.graph_spec import DENOISER, UNET_SPLIT_GRAPHS, VAE_DEC
 from lsast_engines.bundle.style import StyleFile
 from lsast_engines.diffusion.solvers import Solver, make_solver
 from lsast_engines.diffusion.timesteps import TimestepSchedule
-from lsast_engines.errors import BundleError
+from lsast_engines.errors import BundleError, UsageError
 from lsast_engines.images import canny_edges, on_white, read_picture
 
 from .images.canvas import Pixels, canvas_for
 from .images.mask import composite, keep_colour, read_mask, to_latent_mask
 from .images.preview import Previewer
-from .options.options import Options
+from .options.options import Options, current_options
 from .options.style_mix import Mix
 from .sampling.batch import Sample, StyleSource
 from .sampling.mixed_style import MixedStyle
@@ -53,6 +53,7 @@ class Request:
         styles: Mapping[str, StyleFile],
         mask: Picture | None = None,
         temporal: TemporalState | None = None,
+        max_megapixels: float | None = None,
     ) -> None:
         """Read the picture, lay it on its canvas and find its edges.
 
@@ -63,6 +64,7 @@ class Request:
             styles: the open styles that the options name.
             mask: where to paint.
             temporal: the frame before and its painting, of a video.
+            max_megapixels: see `lsast.load`.
 
         Raises:
             UsageError: a schedule that the solver does not allow.
@@ -75,15 +77,12 @@ class Request:
         self.timer = Timer()
         self._bundle = bundle
         self._temporal = temporal
-        self._schedule = TimestepSchedule.build(
-            manifest.noise, options.steps, options.strength, manifest.stages, options.solver
-        )
-        require_graphs(bundle, options)
+        self._schedule = make_schedule(bundle, options)
         with self.timer("read"):
-            self.source = read_picture(picture)
+            self.source = read_picture(picture, max_megapixels)
             rgb, alpha = self.source.rgb, self.source.alpha
             self._rgb = rgb if options.alpha == "keep" else on_white(rgb, alpha)
-            self.mask = None if mask is None else read_mask(mask, self.source.size, options.feather)
+            self.mask = None if mask is None else read_mask(mask, self.source.size, options.feather, max_megapixels)
             self._canvas = canvas_for(self.source.size, options.size, manifest.multiple, options.fit)
             with native_call():
                 self._content, edge_input = self._canvas.encoder_and_edge_inputs(self._rgb)
@@ -170,6 +169,44 @@ class Request:
             if self.source.icc:
                 image.info["icc_profile"] = self.source.icc
         return image
+
+
+def resolve_options(
+    bundle: Bundle, given: Mapping[str, Any], preset: str | None, open_style: Callable[[str], StyleFile]
+) -> tuple[Options, dict[str, StyleFile]]:
+    """The complete options of a call, and the open styles that they name.
+
+    Args:
+        bundle: gives the defaults and the styles.
+        given: options of the call by name; None leaves one to the defaults.
+        preset: taken if the call gives none.
+        open_style: opens a style of the bundle.
+
+    Raises:
+        UsageError: invalid options, all at once; an unknown style, with the available ones.
+        StyleError: the style's file is damaged, or was made for another base.
+    """
+    given, manifest, available = current_options(given), bundle.manifest, bundle.styles()
+    names: list[str] = []
+    if isinstance(style := given.get("style") or manifest.defaults["style"], str):
+        with contextlib.suppress(UsageError):  # `Options` reports a syntax error, together with all other faults
+            names = Mix.parse(style).styles
+    styles = {name: open_style(name) for name in names if name in available}
+    options = Options.resolve(given, manifest.defaults, styles, preset)
+    Mix.parse(options.style).check(list(available), manifest.stages)
+    return options, styles
+
+
+def make_schedule(bundle: Bundle, options: Options) -> TimestepSchedule:
+    """The steps of a painting.
+
+    Raises:
+        UsageError: a schedule that the solver does not allow.
+        BundleError: options that need graphs which the bundle does not have.
+    """
+    require_graphs(bundle, options)
+    manifest = bundle.manifest
+    return TimestepSchedule.build(manifest.noise, options.steps, options.strength, manifest.stages, options.solver)
 
 
 def graphs_of(options: Options | Mapping[str, Any]) -> tuple[tuple[str, ...], str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,9 +19,8 @@ from lsast_engines.errors import UsageError
 from lsast_engines.images import pixels_sha256
 
 from .images.provenance import Provenance, bundle_sha256, versions
-from .options.options import Options, PresetName, SolverName, current_options, preset_options, rules
-from .options.style_mix import Mix
-from .request import Request, graphs_of
+from .options.options import Options, PresetName, SolverName, preset_options, rules
+from .request import Request, graphs_of, make_schedule, resolve_options
 from .result import Result
 from .sampling import networks, sampler, tiling
 from .sampling.batch import Batch
@@ -60,6 +58,7 @@ def load(
     style_memory: int = STYLE_MEMORY,
     build: bool = False,
     preset: str | None = None,
+    max_megapixels: float | None = None,
 ) -> Stylizer:
     """Open a bundle and load its graphs, once for any number of pictures.
 
@@ -76,9 +75,11 @@ def load(
         build: with `tensorrt-rtx` or `tensorrt`, first compile the engines that are missing, which takes minutes and
             needs the extra `export`; otherwise a missing engine is an error.
         preset: the preset of all paintings that do not give their own, see `lsast.Options`.
+        max_megapixels: most pixels of a picture's file, in millions; None refuses what takes more than 850 MB decoded:
+            121 megapixels of RGB, 212 of grey.
 
     Raises:
-        UsageError: fewer threads than 1, an unknown dtype or preset, or `build` with a backend that needs none.
+        UsageError: fewer threads than 1, no positive `max_megapixels`, an unknown dtype or preset, or `build` with a backend that needs none.
         BundleError: there is no such bundle, or it is damaged.
         BackendError: the backend, the device or the dtype is not available here; the message lists what is.
         MissingExtraError: no backend is installed.
@@ -88,7 +89,7 @@ def load(
         from .sessions.build_engines import build_engines
 
         build_engines(factory.bundle, backend.lower(), compute_dtype)
-    return Stylizer(factory, first_graphs(factory.bundle, {"preset": preset}), style_memory, preset)
+    return Stylizer(factory, first_graphs(factory.bundle, {"preset": preset}), style_memory, preset, max_megapixels)
 
 
 class Stylizer:
@@ -107,6 +108,7 @@ class Stylizer:
         graphs: Iterable[str] = REQUIRED_GRAPHS,
         style_memory: int = STYLE_MEMORY,
         preset: str | None = None,
+        max_megapixels: float | None = None,
     ) -> None:
         """Open the engines.
 
@@ -115,13 +117,17 @@ class Stylizer:
             graphs: those to open now; others are opened at their first use.
             style_memory: see `load`.
             preset: see `load`.
+            max_megapixels: see `load`.
 
         Raises:
             LsastError: see `load`.
         """
+        if max_megapixels is not None and not max_megapixels > 0:
+            raise UsageError(f"found max_megapixels {max_megapixels}; expected a number above 0")
         self.bundle = factory.bundle
         self._style_memory = style_memory
         self._preset = preset
+        self._max_megapixels = max_megapixels
         self._pool = EnginePool(factory, graphs, style_memory)
         self._backend = next(iter(self._pool.engines.values())).backend
         self._bundle_sha256 = bundle_sha256(factory.bundle)
@@ -141,9 +147,11 @@ class Stylizer:
         """Complete the options of a call, as `stylize` does.
 
         Raises:
-            UsageError, StyleError: see `stylize`.
+            UsageError, StyleError, BundleError: see `stylize`.
         """
-        return self._resolve(options)[0]
+        resolved = self._resolve(options)[0]
+        make_schedule(self.bundle, resolved)
+        return resolved
 
     def stylize(
         self,
@@ -373,7 +381,7 @@ class Stylizer:
     def __reduce__(self) -> tuple[Any, ...]:
         factory = self._pool.factory
         where = (self.bundle.path.resolve(), factory.backend, factory.device, factory.threads, factory.compute_dtype)
-        return load, (*where, self._style_memory, False, self._preset)
+        return load, (*where, self._style_memory, False, self._preset, self._max_megapixels)
 
     def _request(
         self, picture: Picture, given: Mapping[str, Any], mask: Picture | None, temporal: TemporalState | None = None
@@ -381,19 +389,11 @@ class Stylizer:
         """Resolve the options of a picture, open its styles and read it."""
         self._pool.check(None)
         options, styles = self._resolve(given)
-        return Request(self.bundle, picture, options, styles, mask, temporal)
+        return Request(self.bundle, picture, options, styles, mask, temporal, self._max_megapixels)
 
     def _resolve(self, given: Mapping[str, Any]) -> tuple[Options, dict[str, StyleFile]]:
         """The complete options of a call, and the open styles that they name."""
-        given, manifest, available = current_options(given), self.bundle.manifest, self.bundle.styles()
-        names: list[str] = []
-        if isinstance(style := given.get("style") or manifest.defaults["style"], str):
-            with contextlib.suppress(UsageError):  # `Options` reports a syntax error, together with all other faults
-                names = Mix.parse(style).styles
-        styles = {name: self._pool.styles.get(name) for name in names if name in available}
-        options = Options.resolve(given, manifest.defaults, styles, self._preset)
-        Mix.parse(options.style).check(list(available), manifest.stages)
-        return options, styles
+        return resolve_options(self.bundle, given, self._preset, self._pool.styles.get)
 
     def _networks(self, request: Request, cancel: CancelToken | None) -> sampler.Networks:
         """The networks that paint a request: tiled if its canvas is large, cached if its options say so."""

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 SECTIONS = {
     "Painting": (*rules(), "mask"),
-    "Bundle and backend": ("bundle", "backend", "device", "threads", "compute_dtype", "build"),
+    "Bundle and backend": ("bundle", "backend", "device", "threads", "compute_dtype", "max_megapixels", "build"),
     "Several paintings": ("overwrite", "watch", "axes", "origin"),
     "Other": (),
 }
@@ -99,6 +99,12 @@ def painting_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Number format of the computation: fp32; with openvino also bf16 and fp16, on GPUs also fp16. "
     "[default: fp32, on GPUs fp16]",
 )
+@click.option(
+    "--max-megapixels",
+    type=float,
+    metavar="NUMBER",
+    help="Refuse larger pictures before they are decoded. [default: 850 MB decoded, 121 megapixels of RGB]",
+)
 @click.option("--build", is_flag=True, help="First compile the engines that tensorrt-rtx or tensorrt lacks (minutes).")
 @click.option("--overwrite", is_flag=True, help="With several pictures: paint those again whose painting exists.")
 @click.option("--watch", is_flag=True, help="Keep painting pictures that are added to the folders IN, until Ctrl-C.")
@@ -122,6 +128,7 @@ def main(
     device: str,
     threads: int | None,
     compute_dtype: str | None,
+    max_megapixels: float | None,
     build: bool,
     axes: tuple[str, ...],
     origin: str | None,
@@ -169,7 +176,7 @@ def main(
     if len(paths) < 2 and origin is None:
         fail("found no IN and OUT; expected: lsast-run IN OUT (--help lists all options)", USAGE)
     where = {"bundle": bundle, "backend": backend, "device": device, "threads": threads, "build": build,
-             "compute_dtype": compute_dtype}  # fmt: skip
+             "compute_dtype": compute_dtype, "max_megapixels": max_megapixels}  # fmt: skip
     options = {name: value for name, value in options.items() if value is not None}
     from .inputs import Job, plan_jobs, require_input
 
@@ -232,14 +239,16 @@ def _paint_sheet(
 
     from ..images.contact_sheet import contact_sheet, parse_axes
     from ..result import Result
-    from ..stylizer import load
-    from .run import check
+    from .run import check, open_stylizer
 
     assert job.source is not None
     assert job.out is not None
     check(job)
     parsed = parse_axes(axes)
-    with load(**where) as stylizer, tqdm(desc="painting", unit="cell", leave=False, disable=None) as bar:
+    with (
+        open_stylizer(where, options) as stylizer,
+        tqdm(desc="painting", unit="cell", leave=False, disable=None) as bar,
+    ):
 
         def on_cell(done: int, total: int) -> None:
             bar.total = total
@@ -253,14 +262,13 @@ def _paint_sheet(
 
 def _paint_one(job: Job, where: dict[str, Any], options: dict[str, Any], as_json: bool) -> None:
     """Paint and save one picture, with a progress bar on stderr if that is a terminal."""
-    from ..stylizer import load
-    from .run import ProgressBars, check, paint, without_mask
+    from .run import ProgressBars, check, open_stylizer, paint, without_mask
 
     if as_json and job.out is None:
         fail("found --json and OUT -; expected the name of a file: both would go to standard output", USAGE)
     check(job)
     begin = time.perf_counter()
-    with contextlib.closing(ProgressBars(1)) as bars, load(**where, preset=options.get("preset")) as stylizer:
+    with contextlib.closing(ProgressBars(1)) as bars, open_stylizer(where, options) as stylizer:
         opened = time.perf_counter()
         check(job, stylizer.resolve(**without_mask(options)))
         report = {"out": str(job.out), **paint(job, stylizer, options, bars)}
@@ -294,8 +302,7 @@ def _paint_several(
 
     `jobs` is a tuple, or endless for watched folders, which an interrupt ends; `failures` are known before.
     """
-    from ..stylizer import load
-    from .run import ProgressBars, RunSummary, paint_all, warn_of_faults
+    from .run import ProgressBars, RunSummary, open_stylizer, paint_all, warn_of_faults
 
     count = len(jobs) if isinstance(jobs, tuple) else None
     summary = RunSummary(failures=failures)
@@ -308,7 +315,7 @@ def _paint_several(
                 with bars.paused():
                     _print(facts, facts["out"], as_json)
 
-        stylizer = functools.cache(lambda: stack.enter_context(load(**where, preset=options.get("preset"))))
+        stylizer = functools.cache(lambda: stack.enter_context(open_stylizer(where, options)))
         for source, reason in failures.items():
             report({"status": "failed", "source": source, "out": None, "error": reason})
         with contextlib.suppress(KeyboardInterrupt) if count is None else contextlib.nullcontext():

@@ -101,6 +101,26 @@ class ProgressBars:
         self._files.close()
 
 
+def open_stylizer(where: dict[str, Any], options: dict[str, Any]) -> Stylizer:
+    """Check the options of all paintings, which takes no engine, then open the engines.
+
+    Args:
+        where: arguments of `lsast.load`.
+        options: keywords of `Stylizer.stylize`.
+
+    Raises:
+        LsastError: see `lsast.load` and `Stylizer.resolve`.
+    """
+    from lsast_engines.bundle.bundle import Bundle, find_bundle
+
+    from ..request import make_schedule, resolve_options
+    from ..stylizer import load
+
+    bundle = Bundle.open(find_bundle(where["bundle"]), verify_hashes=False)
+    make_schedule(bundle, resolve_options(bundle, without_mask(options), None, bundle.open_style)[0])
+    return load(**where, preset=options.get("preset"))
+
+
 def warn_of_faults(
     jobs: Iterable[Job],
     failures: dict[str, str],

@@ -22,7 +22,10 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 def read_mask(
-    source: str | Path | bytes | Image.Image | npt.NDArray[Any], size: tuple[int, int], feather: int
+    source: str | Path | bytes | Image.Image | npt.NDArray[Any],
+    size: tuple[int, int],
+    feather: int,
+    max_megapixels: float | None = None,
 ) -> Pixels:
     """The weight of the painting at every pixel, 0 to 255: [H, W].
 
@@ -31,11 +34,12 @@ def read_mask(
             pixels are not painted.
         size: height and width of the picture that is painted.
         feather: pixels over which the painting fades in from the edge of the mask; 0 leaves the mask as it is.
+        max_megapixels: see `lsast.load`.
 
     Raises:
         PictureError: the mask cannot be read, or is not of the picture's size.
     """
-    mask = read_picture(source)
+    mask = read_picture(source, max_megapixels)
     if mask.size != size:
         (height, width), (rows, columns) = size, mask.size
         raise PictureError(
