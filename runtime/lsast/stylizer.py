@@ -79,7 +79,8 @@ def load(
             121 megapixels of RGB, 212 of grey.
 
     Raises:
-        UsageError: fewer threads than 1, no positive `max_megapixels`, an unknown dtype or preset, or `build` with a backend that needs none.
+        UsageError: fewer threads than 1, no positive `max_megapixels`, an unknown dtype or preset, or `build` with a
+            backend that needs none.
         BundleError: there is no such bundle, or it is damaged.
         BackendError: the backend, the device or the dtype is not available here; the message lists what is.
         MissingExtraError: no backend is installed.
