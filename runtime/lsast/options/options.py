@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 SolverName = Literal["ddim", "dpmpp2m", "unipc", "ddim_lsast"]
 """The keys of `lsast_engines.diffusion.solvers.SOLVERS`."""
 
-PresetName = Literal["exact", "balanced", "fast", "released"]
+PresetName = Literal["exact", "balanced", "fast", "gentle", "released"]
 
 PRESETS: dict[PresetName, dict[str, Any]] = {
     "exact": {},
     "balanced": {"steps": 12, "solver": "dpmpp2m", "cache_interval": 2},
     "fast": {"steps": 8, "solver": "unipc", "cache_interval": 2},
+    "gentle": {"steps": 16, "strength": 0.5, "guidance": 3.0, "control_scale": 1.4},
     "released": {
         "steps": 50,
         "strength": 0.7,
@@ -42,7 +43,8 @@ PRESETS: dict[PresetName, dict[str, Any]] = {
     },
 }
 """Options that belong together. `exact` computes everything at every step; `balanced` and `fast` trade quality for time
-and need the bundle's split graphs; `released` is the shipped call of LSAST's code (docs/method.md §4)."""
+and need the bundle's split graphs; `gentle` keeps faces and buildings readable; `released` is the shipped call of
+LSAST's code (docs/method.md §4)."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,8 @@ class Options:
     ] = "full"
     preset: Annotated[
         PresetName | None,
-        "Options that belong together: exact skips nothing, balanced and fast are faster, released paints as LSAST's "
+        "Options that belong together: exact skips nothing, balanced and fast are faster, gentle keeps faces and "
+        "buildings readable, released paints as LSAST's "
         "released code does. Options that are given besides win.",
     ] = None
 

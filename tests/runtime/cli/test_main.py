@@ -104,7 +104,7 @@ USAGE = {
     "no threads": (["in.png", "out.png", "--threads", "0"], "found 0 threads"),
     "suffix": (["in.png", "out.tga"], "out.tga"),
     "style": (["in.png", "out.png", "--style", "picasso"], "monet, vangogh"),
-    "preset": (["in.png", "out.png", "--preset", "sdxl"], "expected one of exact, balanced, fast, released"),
+    "preset": (["in.png", "out.png", "--preset", "sdxl"], "expected one of exact, balanced, fast, gentle, released"),
     "grid and watch": (["in.png", "out.png", "--grid", "seed=1", "--watch"], "more than one of --from, --grid"),
     "grid of several": (["in.png", "in.png", "out.png", "--grid", "seed=1"], "--grid and several pictures"),
     "mix": (["in.png", "out.png", "--style", "vangogh+monet:"], "    vangogh+monet:\n                  ^"),
