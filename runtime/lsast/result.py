@@ -7,9 +7,10 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
 from lsast_engines.errors import PictureError, UsageError
 from lsast_engines.files import replace_file
@@ -39,6 +40,26 @@ class Result:
     """All options, with the defaults filled in."""
     provenance: Provenance | None = None
     """What the painting was made of; files hold it, so that the painting can be repeated (`lsast.images.metadata`)."""
+
+    def show(self) -> None:
+        """Open the painting in the system's viewer, as `PIL.Image.Image.show` does."""
+        self.image.show()
+
+    def _repr_png_(self) -> bytes:
+        """The painting as PNG, for notebooks."""
+        buffer = io.BytesIO()
+        self.image.save(buffer, format="PNG", icc_profile=self.image.info.get("icc_profile"))
+        return buffer.getvalue()
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        """The pixels [H, W, 3] in the order RGB, or [H, W, 4] with transparency, uint8 unless `dtype` says otherwise.
+
+        Raises:
+            ValueError: `copy` is False; the array is always a new one.
+        """
+        if copy is False:
+            raise ValueError("found copy=False; expected True or None: the array is always a new one")
+        return np.array(self.image, dtype=dtype)
 
     def save(self, path: str | Path, *, seconds: bool = False) -> None:
         """Write PNG, JPEG or WebP, by the suffix: whole or not at all, replacing an existing file.

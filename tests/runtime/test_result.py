@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import logging
 from pathlib import Path
 
@@ -37,6 +38,22 @@ def test_save_as_png_or_webp_keeps_transparency(tmp_path: Path, name: str, caplo
     result.save(tmp_path / name)
     np.testing.assert_array_equal(Image.open(tmp_path / name).getchannel("A"), result.image.getchannel("A"))
     assert not caplog.records
+
+
+def test_result_is_an_array_and_a_picture_of_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = _result(4)
+    pixels = np.asarray(result)
+    np.testing.assert_array_equal(pixels, np.asarray(result.image))
+    assert pixels.flags.writeable
+    assert np.asarray(result, np.float32).dtype == np.float32
+    if np.lib.NumpyVersion(np.__version__) >= "2.0.0":
+        with pytest.raises(ValueError, match="copy=False"):
+            np.array(result, copy=False)
+    np.testing.assert_array_equal(Image.open(io.BytesIO(result._repr_png_())), pixels)
+    shown: list[Image.Image] = []
+    monkeypatch.setattr(Image.Image, "show", lambda image: shown.append(image))
+    result.show()
+    assert shown == [result.image]
 
 
 def test_save_as_jpeg_composites_on_white_and_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
