@@ -161,8 +161,8 @@ class TrainOptions:
             faults += Range(1, whole=True).faults("placeholder_tokens", self.placeholder_tokens)
             if self.prompt == "context":
                 faults.append(
-                    f"placeholder_tokens: found {self.placeholder_tokens} with prompt context; expected none, a context "
-                    "has no placeholder"
+                    f"placeholder_tokens: found {self.placeholder_tokens} with prompt context; expected none, "
+                    "a context has no placeholder"
                 )
         if faults:
             raise UsageError(fault_list("invalid training options:", faults))

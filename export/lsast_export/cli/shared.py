@@ -29,6 +29,12 @@ def import_options(hidden: bool = False) -> OptionDecorator:
             hidden=hidden,
             help="ControlNet of a base to import: a folder, a file, or OWNER/NAME.",
         ),
+        click.option(
+            "--vae",
+            metavar="PATH",
+            hidden=hidden,
+            help="Autoencoder of a base to import, such as ft-mse, in the forms of --controlnet.",
+        ),
     )
 
 

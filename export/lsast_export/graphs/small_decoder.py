@@ -36,7 +36,7 @@ WEIGHTS = f"{VAE_DECODER_TINY}.safetensors"
 _CONFIG = "config"
 """Key of the configuration, as JSON, in the metadata of that file."""
 
-_IN_FOLDER = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+_IN_FOLDER = tuple(f"diffusion_pytorch_model{mark}.{end}" for mark in ("", ".fp16") for end in ("safetensors", "bin"))
 """Names that diffusers gives to weight files in a folder."""
 
 
@@ -85,9 +85,9 @@ def read_small_decoder(path: Path, manifest: Manifest) -> SmallDecoder:
     """Read the decoder of a tiny autoencoder and make sure that it can decode the latents of a bundle.
 
     Args:
-        path: a folder of diffusers (``config.json`` and weights), or a file of weights in diffusers' naming, which is
-            assumed to be of TAESD's architecture unless it comes from a bundle. Pickled weights go through the
-            restricted loader.
+        path: a folder of diffusers (``config.json`` and weights), or a file of weights in diffusers' naming or that of
+            TAESD's own ``taesd_decoder``, which is assumed to be of TAESD's architecture unless it comes from a bundle.
+            Pickled weights go through the restricted loader.
         manifest: the bundle's.
 
     Raises:
@@ -100,7 +100,8 @@ def read_small_decoder(path: Path, manifest: Manifest) -> SmallDecoder:
     # diffusers writes more than the arguments, such as its version.
     known = inspect.signature(AutoencoderTiny.__init__).parameters
     config = {name: value for name, value in config.items() if name == "_class_name" or name in known}
-    tensors = {name: value for name, value in read_tensors(file).items() if name.startswith("decoder.")}
+    found = {_diffusers_name(name): value for name, value in read_tensors(file).items()}
+    tensors = {name: value for name, value in found.items() if name.startswith("decoder.")}
     weights = Weights(f"the decoder in {file}", config, lambda: _DecoderAlone(config), tensors)
     faults = _config_faults(config, manifest)
     faults += [f"{name}: found {t.dtype}; expected floats" for name, t in tensors.items() if not t.is_floating_point()]
@@ -152,7 +153,13 @@ def _found(path: Path) -> tuple[dict[str, Any], Path]:
         raise ExportError(
             f"found nothing at {path}; expected a folder or a file of an AutoencoderTiny, such as TAESD's"
         )
-    return _own_config(path) if path.suffix == ".safetensors" else {"_class_name": "AutoencoderTiny"}, path
+    return _own_config(path) if path.suffix.lower() == ".safetensors" else {"_class_name": "AutoencoderTiny"}, path
+
+
+def _diffusers_name(key: str) -> str:
+    """A key of ``taesd_decoder``, which has one layer more in front, as diffusers names it; other keys as they are."""
+    place, _, rest = key.partition(".")
+    return f"decoder.layers.{int(place) - 1}.{rest}" if place.isdecimal() else key
 
 
 def _own_config(path: Path) -> dict[str, Any]:

@@ -317,3 +317,18 @@ def test_small_decoder_of_taesd_decodes_minis_latents(run: Run, tmp_path: Path) 
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
     own = run(written, "vae_decoder", latent=latent)["image"]
     assert np.corrcoef(found.ravel(), own.ravel())[0, 1] > 0.8
+
+
+def test_read_small_decoder_takes_taesds_own_files_and_half_folders(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    """``taesd_decoder.pth`` of github.com/madebyollin/taesd counts a layer more: the one that bounds the latents."""
+    manifest = bundles["fp16"].manifest
+    network = AutoencoderTiny().eval()
+    layers = {key.removeprefix("decoder.layers."): v for key, v in network.state_dict().items() if "decoder." in key}
+    own = {f"{int(key.split('.')[0]) + 1}.{key.split('.', 1)[1]}": value for key, value in layers.items()}
+    torch.save(own, tmp_path / "taesd_decoder.PTH")
+    network.half().save_pretrained(tmp_path / "half", variant="fp16")
+    for name, rounded in (("taesd_decoder.PTH", False), ("half", True)):
+        found = read_small_decoder(tmp_path / name, manifest).autoencoder.decoder.state_dict()
+        expected = {f"layers.{key}": value.half().float() if rounded else value for key, value in layers.items()}
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())

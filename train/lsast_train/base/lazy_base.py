@@ -167,7 +167,7 @@ def resolve_local_base(source: BaseSource) -> Path | None:
             f"{error}\nor a base to import: a folder in diffusers' format, a .safetensors or .ckpt file in CompVis "
             "naming, or OWNER/NAME of the hub with a revision"
         ) from error
-    imports = {"--controlnet": source.controlnet, "--revision": source.revision}
+    imports = {"--controlnet": source.controlnet, "--vae": source.vae, "--revision": source.revision}
     given_options = [name for name, value in imports.items() if value is not None]
     given_options += ["--unet-weights"] * (source.unet_weights != "auto")
     if given_options:

@@ -39,6 +39,8 @@ Tensors = Mapping[str, torch.Tensor]
 
 _CLIP_HEAD_WIDTH = 64
 """Channels of a head in every CLIP text encoder (Radford et al. 2021, table 19)."""
+_NOT_TEXT_ENCODER = ("position_ids", "text_projection", "text_projection.weight", "logit_scale")
+"""Ends of keys beside a text encoder's weights: a constant, and what CLIP needs to compare texts with pictures."""
 _TOKENS = "embeddings.token_embedding.weight"
 _HINT_CONVOLUTIONS = tuple(range(0, 16, 2))
 """Places of ControlNet's eight hint convolutions; between them are activations (ControlNet, cldm/cldm.py)."""
@@ -71,7 +73,7 @@ def controlnet_weights(state: Tensors, heads: int = HEADS) -> Weights:
 
 def vae_weights(state: Tensors) -> Weights:
     """The autoencoder of `state`, not built yet; see `unet_weights`."""
-    found = {key: value for key, value in section(state, VAE).items() if not key.startswith("loss.")}
+    found = {key: value for key, value in section(state, VAE).items() if not key.startswith(("loss.", "model_ema."))}
     config = vae_config(found)
     # 1x1 convolutions there are linear layers in diffusers.
     flat = {k: v.flatten(1) if ".attn_1." in k and v.ndim > 2 else v for k, v in found.items()}
@@ -99,7 +101,7 @@ def clip_weights(state: Tensors, config: Mapping[str, Any]) -> Weights:
     except ImportError as error:
         raise MissingExtraError("transformers", "train") from error
 
-    plain = {_text_key(key): value for key, value in state.items() if not key.endswith("position_ids")}
+    plain = {_text_key(key): value for key, value in state.items() if not key.endswith(_NOT_TEXT_ENCODER)}
     _require(plain, (_TOKENS,), "the text encoder")
     vocabulary = plain[_TOKENS].shape[0]
     names = {"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1, "pad_token_id": vocabulary - 1}

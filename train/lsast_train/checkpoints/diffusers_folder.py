@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,8 @@ _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", "
 _log = logging.getLogger("lsast.base")
 
 
-def read_folder(repository: Repository, wanted: UnetWeights, with_controlnet: bool, found: BaseInspection) -> None:
-    """Add the parts of the base in `repository` to `found`; its ControlNet only `with_controlnet`."""
+def read_folder(repository: Repository, wanted: UnetWeights, own: Sequence[Part], found: BaseInspection) -> None:
+    """Add the parts of the base in `repository` to `found`: those named in `own`."""
     found.origin["source"] = repository.name
     names = weight_files(*FILES)
     files, found.origin["unet_weights"] = names, "the folder's own"
@@ -55,11 +55,11 @@ def read_folder(repository: Repository, wanted: UnetWeights, with_controlnet: bo
             )
     if "unet" not in found.failed:
         add_from(repository, "unet", "unet", "UNet2DConditionModel", files, found)
-    if vae := add_from(repository, "vae", "autoencoder", "AutoencoderKL", names, found):
+    if "autoencoder" in own and (vae := add_from(repository, "vae", "autoencoder", "AutoencoderKL", names, found)):
         found.latent_scale = float(vae.config["scaling_factor"])
     texts = weight_files("model.safetensors", "pytorch_model.bin")
     add_from(repository, "text_encoder", "text_encoder", "CLIPTextModel", texts, found)
-    if with_controlnet and repository.first("controlnet/config.json") is not None:
+    if "controlnet" in own and repository.first("controlnet/config.json") is not None:
         add_from(repository, "controlnet", "controlnet", "ControlNetModel", names, found)
     if "unet" in found.networks:
         heads = found.networks["unet"]().config["attention_head_dim"]
@@ -97,7 +97,7 @@ def add_from(
         found.fail(part, f"{prefix}config.json of {repository.name} cannot be read ({error})")
         return None
     named = config.get("_class_name") or next(iter(config.get("architectures") or ()), kind)
-    if named != kind:
+    if named not in (kind, f"{kind}WithProjection"):
         found.fail(part, f"found a {named}; expected a {kind}")
         return None
     _log.info("%s: %s of %s", part, weights_file.name, repository.name)
@@ -121,7 +121,10 @@ def diffusers_weights(kind: str, config: Mapping[str, Any], tensors: Mapping[str
             complete = {k: v for k, v in _CLASSES[kind].from_config(known).config.items() if not k.startswith("_")}
     except (TypeError, ValueError, RuntimeError) as error:
         raise TrainingError(f"its configuration makes no {kind} ({error})") from error
-    return Weights(f"the {kind}", complete, lambda: _CLASSES[kind].from_config(known), tensors)
+    if "controlnet_conditioning_channel_order" in complete:
+        # Our edges have equal channels, and diffusers would reverse those of the hint features.
+        complete["controlnet_conditioning_channel_order"] = "rgb"
+    return Weights(f"the {kind}", complete, lambda: _CLASSES[kind].from_config(complete), tensors)
 
 
 def controlnet_config(state: Mapping[str, torch.Tensor], heads: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +12,14 @@ import torch
 from lsast_engines.errors import TrainingError, fault_list
 
 from . import compvis
-from .found_parts import BaseInspection, UnetWeights
+from .found_parts import BaseInspection, Part, UnetWeights
 from .weights import read_tensors
 
 _EMA = "model_ema.diffusion_model"
 
 
-def read_single_file(path: Path, wanted: UnetWeights, with_controlnet: bool, found: BaseInspection) -> None:
-    """Add the parts of the base in `path` to `found`; its ControlNet only `with_controlnet`."""
+def read_single_file(path: Path, wanted: UnetWeights, own: Sequence[Part], found: BaseInspection) -> None:
+    """Add the parts of the base in `path` to `found`: those named in `own`."""
     found.origin["source"] = path.name
     try:
         state = read_tensors(path)
@@ -36,15 +36,17 @@ def read_single_file(path: Path, wanted: UnetWeights, with_controlnet: bool, fou
         except TrainingError as error:
             found.fail("unet", str(error))
 
-    if compvis.has(state, compvis.VAE):
+    if "autoencoder" in own and compvis.has(state, compvis.VAE):
         found.add("autoencoder", lambda: compvis.vae_weights(read_tensors(path)))
     if compvis.has(state, compvis.TEXT):
         found.add("text_encoder", lambda: compvis.text_encoder_weights(read_tensors(path)))
-    if with_controlnet and compvis.has(state, compvis.CONTROL):
+    if "controlnet" in own and compvis.has(state, compvis.CONTROL):
         found.add("controlnet", lambda: compvis.controlnet_weights(read_tensors(path), found.heads))
     if (schedule := state.get("alphas_cumprod")) is not None:
         expected = found.noise.alphas_cumprod
-        if schedule.shape != expected.shape or np.abs(schedule.double().numpy() - expected).max() > 1e-3:
+        rounding = torch.finfo(schedule.dtype).eps if schedule.is_floating_point() else 0.0  # a file wholly in bf16
+        near = max(1e-3, rounding)
+        if schedule.shape != expected.shape or np.abs(schedule.double().numpy() - expected).max() > near:
             found.fail("alphas_cumprod", "found another noise schedule; expected Stable Diffusion 1.5's")
 
 

@@ -48,6 +48,8 @@ class BaseSource:
     unet_weights: UnetWeights = "auto"
     revision: str | None = None
     """Commit hash or tag of what comes from the hub and names none itself (OWNER/NAME@REVISION)."""
+    vae: str | Path | None = None
+    """Its autoencoder, in the forms of `controlnet`, such as ft-mse's. None: the base's own."""
 
     def __post_init__(self) -> None:
         if self.unet_weights not in ("auto", "ema", "non-ema"):
@@ -59,7 +61,7 @@ def is_importable(name: str | Path) -> bool:
     path = Path(name).expanduser()
     if path.is_dir():
         return (path / "model_index.json").is_file() or (path / "unet" / "config.json").is_file()
-    return path.suffix in _SINGLE_FILES or is_hub_id(str(name))
+    return path.suffix.lower() in _SINGLE_FILES or is_hub_id(str(name))
 
 
 def import_base(source: BaseSource) -> BaseInspection:
@@ -74,19 +76,23 @@ def import_base(source: BaseSource) -> BaseInspection:
     """
     assert source.base is not None
     found = BaseInspection()
+    given = {"controlnet": source.controlnet, "autoencoder": source.vae}
+    own = [part for part in _PARTS if given.get(part) is None]
     path = Path(source.base).expanduser()
     if _is_file(path):
         found.name = path.stem
-        read_single_file(path, source.unet_weights, source.controlnet is None, found)
+        read_single_file(path, source.unet_weights, own, found)
     else:
         repository = _repository(source.base, source, "revision", found)
         found.name = repository.name.rpartition("/")[2]
-        read_folder(repository, source.unet_weights, source.controlnet is None, found)
+        read_folder(repository, source.unet_weights, own, found)
     if source.controlnet is not None:
-        _read_controlnet(source.controlnet, source, found)
+        _read_part("controlnet", source.controlnet, source, found)
+    if source.vae is not None:
+        _read_part("autoencoder", source.vae, source, found)
     for part, what in _PARTS.items():
         if part not in found.networks and found.failed.isdisjoint({part, "base"}):
-            hint = "; name one with --controlnet" if part == "controlnet" else ""
+            hint = {"controlnet": "; name one with --controlnet", "autoencoder": "; name one with --vae"}.get(part, "")
             found.fail(part, f"found none in {found.origin['source']}; expected the {what}{hint}")
     configs = {part: opened().config for part, opened in found.networks.items()}
     if faults := found.faults + _compatibility_errors(configs):
@@ -99,7 +105,7 @@ def import_base(source: BaseSource) -> BaseInspection:
 
 
 def _is_file(path: Path) -> bool:
-    return path.suffix in _SINGLE_FILES and not path.is_dir()
+    return path.suffix.lower() in _SINGLE_FILES and not path.is_dir()
 
 
 def _repository(name: str | Path, source: BaseSource, key: str, found: BaseInspection) -> Repository:
@@ -110,18 +116,32 @@ def _repository(name: str | Path, source: BaseSource, key: str, found: BaseInspe
     return repository
 
 
-def _read_controlnet(name: str | Path, source: BaseSource, found: BaseInspection) -> None:
+def _read_part(part: Part, name: str | Path, source: BaseSource, found: BaseInspection) -> None:
+    """Add the ControlNet or autoencoder `name` to `found`."""
     path = Path(name).expanduser()
     if _is_file(path):
-        found.origin["controlnet"] = path.name
-        found.add("controlnet", lambda: _controlnet_file(path, found.heads))
+        found.origin[part] = path.name
+        found.add(part, lambda: _controlnet_file(path, found.heads) if part == "controlnet" else _vae_file(path))
         return
-    repository = _repository(name, source, "controlnet_revision", found)
-    found.origin["controlnet"] = repository.name
-    folder = "" if repository.first("config.json") is not None else "controlnet"
-    add_from(repository, folder, "controlnet", "ControlNetModel", weight_files(*FILES), found)
-    if "controlnet" not in found.networks and "controlnet" not in found.failed:
-        found.fail("controlnet", f"found none in {repository.name}; expected config.json and {FILES[0]}")
+    repository = _repository(name, source, f"{part}_revision", found)
+    found.origin[part] = repository.name
+    kind, folder = ("ControlNetModel", "controlnet") if part == "controlnet" else ("AutoencoderKL", "vae")
+    folder = "" if repository.first("config.json") is not None else folder
+    weights = add_from(repository, folder, part, kind, weight_files(*FILES), found)
+    if weights is None and part not in found.failed:
+        found.fail(part, f"found none in {repository.name}; expected config.json and {FILES[0]}")
+    elif weights is not None and part == "autoencoder":
+        found.latent_scale = float(weights.config["scaling_factor"])
+
+
+def _vae_file(path: Path) -> Weights:
+    state = read_tensors(path)
+    if "encoder.conv_norm_out.weight" in state:
+        raise TrainingError(
+            f"found an autoencoder in diffusers' naming in {path.name}; expected the folder with its config.json, or a "
+            "file in CompVis naming"
+        )
+    return compvis.vae_weights(state)
 
 
 def _controlnet_file(path: Path, heads: int) -> Weights:
@@ -133,6 +153,11 @@ def _controlnet_file(path: Path, heads: int) -> Weights:
         )
     if "controlnet_cond_embedding.conv_in.weight" in state:
         return diffusers_weights("ControlNetModel", controlnet_config(state, heads), state)
+    if "lora_controlnet" in state:
+        raise TrainingError(
+            f"found a Control-LoRA in {path.name}, low-rank differences to a U-Net; expected whole weights, such as "
+            "control_v11p_sd15_canny"
+        )
     section = compvis.section(state, compvis.CONTROL)
     if "input_hint_block.0.weight" not in section:
         raise TrainingError(f"found {describe_unsupported(state) or 'a base'} in {path.name}; expected a ControlNet")

@@ -98,9 +98,9 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         TrainingError: no such file, of another ending, damaged, or a pickle that holds more than a state dict.
     """
-    if path.suffix in PICKLED:
+    if path.suffix.lower() in PICKLED:
         return _read_pickled(path)
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         raise TrainingError(f"found {path}; expected a file that ends in .safetensors, or in {', '.join(PICKLED)}")
     try:
         with safe_open(str(path), "pt", device="cpu") as file:

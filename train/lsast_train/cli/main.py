@@ -40,6 +40,9 @@ def _choice(name: str) -> click.Choice[str]:
     default="auto",
     help="Weights of a base that holds two sets. [default: auto, the averaged ones (EMA) if there]",
 )
+@click.option(
+    "--vae", metavar="PATH", help="Autoencoder of a base to import, such as ft-mse, in the forms of --controlnet."
+)
 @click.option("--revision", metavar="REV", help="Commit hash or tag of a base from the hub.")
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="quick", show_default=True, help="Sets all below.")
 @click.option("--variant", type=_choice("variant"), help="What prompts depend on: stage, layer group, both, nothing.")
@@ -76,6 +79,7 @@ def command(
     base: str | None,
     controlnet: str | None,
     unet_weights: str,
+    vae: str | None,
     revision: str | None,
     preset: str,
     licence: str,
@@ -99,7 +103,7 @@ def command(
         raise UsageError(f"found no {' and no '.join(missing)}; lsast-train needs both (--help lists all options)")
     options = replace(PRESETS[preset], **{name: value for name, value in chosen.items() if value is not None})
     require_train_extra()
-    source = {"base": base, "controlnet": controlnet, "unet_weights": unet_weights, "revision": revision}
+    source = {"base": base, "controlnet": controlnet, "unet_weights": unet_weights, "vae": vae, "revision": revision}
     _learn(style, images, source, options, licence, out or Path("runs") / style, resume, threads)
 
 
