@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi_offline import FastAPIOffline
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -150,8 +150,8 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
         answer is the painting, in the format that `Accept` asks for, or with `Prefer: respond-async` a job. A client
         that goes away cancels its painting.
         """
-        media = _accepted(request, MEDIA)
         later = "respond-async" in request.headers.get("prefer", "").lower()
+        media = "" if later else _accepted(request, MEDIA)
         if state(request).draining:
             raise HTTPException(503, "the server is about to end", {"Retry-After": "10"})
         jobs: Jobs = state(request).jobs
@@ -271,6 +271,10 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
     @app.get("/", include_in_schema=False)
     async def index() -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": policy, "Cache-Control": "no-cache"})
+
+    @app.get("/sample.webp", include_in_schema=False)
+    async def sample() -> FileResponse:
+        return FileResponse(_PAGE.with_name("sample.webp"), media_type="image/webp")
 
 
 async def _until_over(request: Request, jobs: Jobs, job: Job) -> None:

@@ -38,7 +38,7 @@ class Settings:
     backend: Annotated[str, "Library that runs the networks, as in lsast-run."] = "auto"
     device: Annotated[str, "Device of the backend, such as cpu or cuda."] = "auto"
     threads: Annotated[int, "Processor threads to use; 0 leaves it to the backend.", Range(0, 1024)] = 0
-    compute_dtype: Annotated[str, "Number format of the computation, as in lsast-run."] = "fp32"
+    compute_dtype: Annotated[str, "Number format of the computation, as in lsast-run."] = ""
     preset: Annotated[str, "Preset of the paintings that name none."] = ""
     batch: Annotated[int, "Most pictures that are painted together.", Range(1, 64)] = 4
     queue: Annotated[int, "Most paintings that wait; more are refused with status 429.", Range(1, 100_000)] = 64
