@@ -16,6 +16,7 @@ from ..bundle.graph_spec import GraphSpec
 from ..errors import BackendError
 from .base import Array, ComputeDtype, Engine, check_interface
 from .graph_cache import open_cached
+from .graph_check import check_graph
 from .imports import import_library
 
 BLOB = "graph.blob"
@@ -59,6 +60,7 @@ class OpenVinoEngine(Engine):
             return core.import_model(io.BytesIO((entry / BLOB).read_bytes()), "CPU", config)
 
         def build(entry: Path | None) -> Any:
+            check_graph(path)
             with self._pages.record():
                 self._model = core.read_model(path)  # kept, since it owns the mappings
             with self._pages.advise_dontneed():
