@@ -141,7 +141,7 @@ def write_prompts(folder: Path) -> None:
     parts = open_base(source(folder))
     matrices = torch.randn(30, parts.config.tokens, TEXT["hidden_size"])
     prompts = matrices[matrix_index("step+layer")]
-    learned = Prompts(STYLE, parts.fingerprint, "step+layer", "direct", "strided", "all", prompts, matrices)
+    learned = Prompts(STYLE, parts.fingerprint, "step+layer", "direct", "strided", "all", prompts, embeddings=matrices)
     save_prompts(learned, folder / f"{STYLE}.prompts.safetensors")
 
 
@@ -271,7 +271,7 @@ def step(folder: Path, precision: Any, checkpointing: bool, size: int) -> None:
 
     base = load_base(source(folder))
     if precision == "bf16":
-        base.round_unet()
+        base.round_unet("bf16")
     options = dataclasses.replace(
         PRESETS["released"], mixed_precision=precision, gradient_checkpointing=checkpointing, size=size
     )

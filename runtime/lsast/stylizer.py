@@ -54,7 +54,7 @@ def load(
     backend: str = "auto",
     device: str = "auto",
     threads: int | None = None,
-    compute_dtype: ComputeDtype = "fp32",
+    compute_dtype: ComputeDtype | None = None,
     style_memory: int = STYLE_MEMORY,
     build: bool = False,
     preset: str | None = None,
@@ -67,10 +67,10 @@ def load(
             embedded `mini`.
         backend: `onnxruntime`, `openvino`, `tensorrt-rtx`, `tensorrt`, or `auto` for the first that is installed and
             has the device and the dtype.
-        device: `cpu`, `cuda` …, or `auto` for the CPU.
+        device: `cpu`, `cuda` …, or `auto`: the GPU for `tensorrt-rtx` and `tensorrt`, else the CPU.
         threads: CPU threads; None leaves it to the backend.
-        compute_dtype: `fp32`, or with `openvino` also `bf16` or `fp16` if the processor has it: faster, and off by a
-            grey level or two. If the decoder overflows, it is opened in `fp32` and decodes again.
+        compute_dtype: None is `fp32`, and on GPUs `fp16`. With `openvino` also `bf16` or `fp16` if the processor has
+            it: faster, and off by a grey level or two. If the decoder overflows, it decodes again in `fp32`.
         style_memory: bytes of styles to keep in memory between paintings; the least recently used are dropped first.
         build: with `tensorrt-rtx` or `tensorrt`, first compile the engines that are missing, which takes minutes and
             needs the extra `export`; otherwise a missing engine is an error.
@@ -89,7 +89,7 @@ def load(
     if build:
         from .sessions.build_engines import build_engines
 
-        build_engines(factory.bundle, backend.lower(), compute_dtype)
+        build_engines(factory.bundle, backend.lower(), compute_dtype or "fp16")
     return Stylizer(factory, first_graphs(factory.bundle, {"preset": preset}), style_memory, preset, max_megapixels)
 
 
@@ -362,6 +362,11 @@ class Stylizer:
         mask = given.pop("mask", None)
         for frame in frames:
             yield self.paint([self._request(frame, given, mask, temporal)], on_step, cancel)[0]
+
+    def provenance(self, picture: Picture, style: str | None = None, **options: Any) -> Provenance:
+        """What the painting of a picture would be made of; arguments and errors as of `stylize`, nothing is painted."""
+        given = {**options, "style": style}
+        return self._provenance(self._request(picture, given, given.pop("mask", None)))
 
     def close(self) -> None:
         """End the paintings under way and free the memory of the engines; the stylizer cannot paint any more.

@@ -27,6 +27,8 @@ from lsast_engines.backends.tensorrt.shape_profile import ShapeRanges
 from lsast_engines.bundle.graph_spec import GraphSpec
 
 VERSION = "1.7.1"
+SCRATCH = 512
+"""Bytes of working memory of every context."""
 Arrays = dict[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -80,13 +82,18 @@ def write_engine(
     engine.write_bytes(content)
     digest = hashlib.sha256(content).hexdigest()
     key = dataclasses.replace(key, **changes)
-    EngineRecord(key=key, sha256=digest, bytes=len(content), seconds=41.6, lsast_version="0").save(engine)
+    record = EngineRecord(
+        key=key, sha256=digest, bytes=len(content), seconds=41.6, activation_bytes=SCRATCH, lsast_version="0"
+    )
+    record.save(engine)
     return engine
 
 
 class Status(IntEnum):
     cudaSuccess = 0
     cudaErrorMemoryAllocation = 2
+    cudaErrorInsufficientDriver = 35
+    cudaErrorNoDevice = 100
     cudaErrorStreamCaptureUnsupported = 900
 
 
@@ -98,8 +105,10 @@ class FakeCuda:
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
 
-    def __init__(self, capability: tuple[int, int] = (8, 9), count: int = 1) -> None:
-        self.capability, self.count = capability, count
+    def __init__(
+        self, capability: tuple[int, int] = (8, 9), count: int = 1, driver: Status = Status.cudaSuccess
+    ) -> None:
+        self.capability, self.count, self.driver = capability, count, driver
         self.memory: dict[int, bytearray] = {}
         self.calls: list[str] = []
         self.captured: list[Callable[[], None]] | None = None
@@ -134,8 +143,8 @@ class FakeCuda:
         self.calls.append(name)
         return Status.cudaSuccess if self.captured is None else Status.cudaErrorStreamCaptureUnsupported
 
-    def cudaGetDeviceCount(self) -> tuple[Status, int]:
-        return Status.cudaSuccess, self.count
+    def cudaGetDeviceCount(self) -> tuple[Status, int | None]:
+        return self.driver, None if self.driver else self.count
 
     def cudaGetDeviceProperties(self, index: int) -> tuple[Status, Any]:
         major, minor = self.capability
@@ -228,6 +237,8 @@ class FakeTrt:
     __version__ = VERSION
     TensorIOMode = IntEnum("TensorIOMode", ["INPUT", "OUTPUT"])
     CudaGraphStrategy = IntEnum("CudaGraphStrategy", ["DISABLED", "WHOLE_GRAPH_CAPTURE"])
+    DynamicShapesKernelSpecializationStrategy = IntEnum("Specialization", ["LAZY", "EAGER", "NONE"])
+    ExecutionContextAllocationStrategy = IntEnum("Allocation", ["STATIC", "ON_PROFILE_CHANGE", "USER_MANAGED"])
     ILogger = type("ILogger", (), {"Severity": IntEnum("Severity", ["INTERNAL_ERROR", "ERROR", "WARNING", "INFO"])})
 
     def __init__(self, cuda: FakeCuda, kernels: dict[str, Kernel]) -> None:
@@ -284,7 +295,9 @@ class FakeEngine(_Object):
         assert index == 0
         return list(self.profile[name])
 
-    def create_execution_context(self, config: Any = None) -> FakeContext:
+    def create_execution_context(self, given: Any) -> FakeContext:
+        strategy = given if isinstance(given, IntEnum) else given.strategy
+        assert strategy.name == "USER_MANAGED", "memory for the largest shapes of the profile"
         return FakeContext(self)
 
     def create_runtime_config(self) -> Any:
@@ -294,6 +307,7 @@ class FakeEngine(_Object):
         cache.serialize = lambda: trt.kernels
         config = SimpleNamespace(create_runtime_cache=lambda: cache, cache=None)
         config.set_runtime_cache = lambda given: setattr(config, "cache", given)
+        config.set_execution_context_allocation_strategy = lambda given: setattr(config, "strategy", given)
         self.trt.configs.append(config)
         return config
 
@@ -304,6 +318,7 @@ class FakeContext(_Object):
         self.engine, self.trt, self.cuda = engine, engine.trt, engine.trt.cuda
         self.addresses: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.scratch = 0
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         assert address in self.cuda.memory
@@ -317,6 +332,14 @@ class FakeContext(_Object):
         self.shapes[name] = shape
         self.cuda.calls.append("shape")
         return True
+
+    def update_device_memory_size_for_shapes(self) -> int:
+        assert not self.infer_shapes()
+        return SCRATCH
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        assert len(self.cuda.memory[address]) >= size >= SCRATCH
+        self.scratch = address
 
     def infer_shapes(self) -> list[str]:
         return [tensor.name for tensor in self.engine.kernel.spec.inputs if tensor.name not in self.shapes]
@@ -334,7 +357,10 @@ class FakeContext(_Object):
         if cuda.captured is not None:
             cuda._recording.add(id(self))
 
+        scratch = self.scratch
+
         def work() -> None:
+            cuda.view(scratch, SCRATCH)[:] = b"\0" * SCRATCH
             feeds = {}
             for tensor in kernel.spec.inputs:
                 count = int(np.prod(shapes[tensor.name], dtype=int)) * np.dtype(tensor.dtype).itemsize

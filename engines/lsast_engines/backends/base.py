@@ -12,11 +12,15 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ..bundle.graph_spec import GraphSpec, TensorSpec
+from ..bundle.graph_spec import GraphSpec, TensorSpec, downsampling_level
 from ..errors import BackendError, fault_list
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
+Shape = tuple[int, ...]
+
+FACTOR = 8
+"""Pixels along a side of one latent cell, in every base that can be exported."""
 
 ComputeDtype = Literal["fp32", "bf16", "fp16"]
 """The type that a graph computes in. bf16 and fp16 are faster where the processor supports them, with relative errors
@@ -147,6 +151,34 @@ def _array_faults(value: Array, spec: TensorSpec, lengths: dict[str, tuple[int, 
             if length != expected:
                 faults.append(f"{spec.name}: found {axis} = {length}; expected {expected}, as in {setter}")
     return faults
+
+
+def axis_lengths(spec: GraphSpec, shapes: Mapping[str, Shape]) -> dict[str, int]:
+    """The length of every dynamic axis of `spec`, also of its outputs, for the shapes of all its inputs."""
+    axes: dict[str, int] = {}
+    for tensor in spec.inputs:
+        for axis, length in zip(tensor.shape, shapes[tensor.name], strict=True):
+            if isinstance(axis, str):
+                axes[axis] = length
+    for pixels, cells in (("H", "h"), ("W", "w")):
+        if cells in axes:
+            axes.setdefault(pixels, axes[cells] * FACTOR)
+        elif pixels in axes:
+            axes[cells] = axes[pixels] // FACTOR
+    for tensor in spec.outputs:
+        for axis in tensor.shape:
+            if isinstance(axis, str) and axis not in axes:
+                axes[axis] = axes[axis[0]] >> downsampling_level(axis)
+    return axes
+
+
+def output_shapes(spec: GraphSpec, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The shapes of the outputs of `spec` for the shapes of all its inputs."""
+    axes = axis_lengths(spec, shapes)
+    return {
+        tensor.name: tuple(axis if isinstance(axis, int) else axes[axis] for axis in tensor.shape)
+        for tensor in spec.outputs
+    }
 
 
 def check_interface(

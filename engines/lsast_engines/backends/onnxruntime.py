@@ -1,16 +1,29 @@
-"""Graphs on ONNX Runtime: on every CPU, and with its CUDA provider on NVIDIA GPUs."""
+"""Graphs on ONNX Runtime: on every CPU, and with its CUDA provider on NVIDIA GPUs.
+
+On both, inputs and outputs lie at fixed addresses (IO binding). On a GPU a session is opened for each picture size,
+with all axes fixed, and its first run is captured as a CUDA graph, so that later runs allocate nothing.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
+import io
 import platform
+import re
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..bundle.graph_spec import DENOISER, UNET_SPLIT_GRAPHS, GraphSpec
+import numpy as np
+
+from ..bundle.graph_spec import DENOISER, UNET_SPLIT_GRAPHS, GraphSpec, TensorSpec
 from ..bundle.safetensors_header import read_slots
 from ..errors import BackendError
-from .base import Array, ComputeDtype, Engine, check_interface
+from .base import Array, ComputeDtype, Engine, Shape, axis_lengths, check_interface
 from .graph_cache import open_cached
 from .imports import import_library
 
@@ -23,8 +36,22 @@ cannot do that with fp16 weights, so large fp16 weights are converted before (`f
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """ONNX Runtime's name of the provider, by device."""
 
+GPU_SUFFIX = ".fp16.onnx"
+"""Suffix of a graph for GPUs in fp16, which lies beside the graph of the same name."""
+
+KEPT_SESSIONS = 2
+"""Picture sizes for which a GPU session is kept, e.g. portrait and landscape; each holds the weights once."""
+
 GRAPH, WEIGHTS = "graph.onnx", "weights.bin"
 """Files of an entry in the graph cache."""
+
+_CUDA_OPTIONS = {
+    "use_tf32": "0",  # it has the 10 mantissa bits of fp16, which is not what fp32 promises
+    "enable_cuda_graph": "1",
+    "prefer_nhwc": "1",
+    "arena_extend_strategy": "kSameAsRequested",
+}
+"""Options of the CUDA provider (onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html)."""
 
 _MIN_EXTERNAL_BYTES = 1024
 """Smaller constants stay in `GRAPH`, since ONNX Runtime computes shapes from them."""
@@ -32,79 +59,165 @@ _MIN_EXTERNAL_BYTES = 1024
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
 
 
-def devices() -> list[str]:
-    """The devices that the installed ONNX Runtime was built for.
+def devices() -> Iterator[str]:
+    """The devices that ONNX Runtime can use here; CUDA is started only if the caller asks for a second one.
 
     Raises:
         ImportError: it is not installed.
     """
-    providers = import_library("onnxruntime").get_available_providers()
-    return [device for device, provider in PROVIDERS.items() if provider in providers]
+    import_library("onnxruntime")
+    yield "cpu"
+    if not cuda_fault():
+        yield "cuda"
+
+
+def cuda_fault() -> str:
+    """Why ONNX Runtime cannot start CUDA here, with ONNX Runtime's own words or those of the linker; empty if it can.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    library = import_library("onnxruntime")
+    if PROVIDERS["cuda"] not in library.get_available_providers():
+        return "the installed onnxruntime was built without CUDA; onnxruntime-gpu has it"
+    missing = _preload(library)
+    names = {"win32": "onnxruntime_providers_cuda.dll"}
+    file = Path(library.__file__).parent / "capi" / names.get(sys.platform, "libonnxruntime_providers_cuda.so")
+    try:
+        ctypes.CDLL(str(file))
+    except OSError as error:
+        return f"its CUDA provider does not load: {missing or error}"
+    try:
+        library.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32), "cuda", 0)
+    except Exception as error:  # ONNX Runtime raises exceptions of no common base
+        found = re.search(r"(CUDA|CUDNN|CUBLAS) failure \d+: [^;]*", str(error))
+        return f"its CUDA provider does not start: {found[0].strip() if found else error}"
+    return ""
+
+
+def _preload(library: Any) -> str:
+    """Load CUDA's libraries from their wheels; → what ONNX Runtime printed about those that it did not find."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:  # stdout is for results
+        library.preload_dlls()
+    return "; ".join(line for line in printed.getvalue().splitlines() if line.startswith("Failed"))
 
 
 class OnnxRuntimeEngine(Engine):
-    """A graph in an ONNX Runtime session."""
+    """A graph in ONNX Runtime sessions: one on a CPU, on a GPU one for each set of input shapes."""
 
     backend = "onnxruntime"
 
     def __init__(
         self, path: Path, spec: GraphSpec, device: str, threads: int | None, compute_dtype: ComputeDtype = "fp32"
     ) -> None:
+        """Open the graph file `path`, or with fp16 the graph for GPUs beside it.
+
+        Raises:
+            ImportError: ONNX Runtime is not installed.
+            BackendError: CUDA cannot start, or there is no graph for GPUs.
+        """
         self._library = import_library("onnxruntime")
         super().__init__(spec, device, compute_dtype)
-        if compute_dtype != "fp32":
-            raise BackendError(f"onnxruntime computes in fp32, found {compute_dtype}; use openvino for it")
-        self._session: Any = _open_session(self._library, path, spec, device, threads)
-        # ONNX Runtime runs on the CPU, with a warning, if the requested provider cannot start.
-        if (found := self._session.get_providers()[0]) != PROVIDERS[device]:
-            raise BackendError(
-                f"found {found} for device {device!r}; expected {PROVIDERS[device]}, which is installed but does not "
-                "start here: check its driver, or use device 'cpu'"
-            )
-        inputs = {
-            node.name: (
-                _DTYPES.get(node.type, node.type),
-                tuple(axis if isinstance(axis, int) else None for axis in node.shape),
-            )
-            for node in self._session.get_inputs()
-        }
-        outputs = {node.name: _DTYPES.get(node.type, node.type) for node in self._session.get_outputs()}
-        check_interface(spec, inputs, outputs, path)
-        self._outputs = [tensor.name for tensor in spec.outputs]
-        self._bound_values: dict[str, Any] = {}
+        self._path, self._threads = path, threads
+        if compute_dtype == "bf16":
+            raise BackendError("onnxruntime computes in fp32, and on GPUs in fp16; found bf16: use openvino for it")
+        if compute_dtype == "fp16":
+            self._path = path.with_name(f"{path.stem}{GPU_SUFFIX}")
+            if not self._path.is_file():
+                raise BackendError(
+                    f"found no graph for GPUs {self._path}; export the bundle again (one in int8 has none: use the "
+                    "bundle that it was made from), or use compute_dtype fp32"
+                )
+        self._kept: OrderedDict[tuple[Shape, ...], _BoundSession] = OrderedDict()
+        self._session: Any = None
+        if device == "cpu":
+            self._session = self._open({})
+        elif fault := cuda_fault():
+            raise BackendError(f"onnxruntime cannot use device {device!r}: {fault}; see lsast-run --doctor")
 
     def _bind(self, feeds: dict[str, Array]) -> None:
-        self._bound_values |= {name: self._value(value) for name, value in feeds.items()}
+        """The base class holds them; a session takes them over when it runs."""
 
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
-        values = self._bound_values | {name: self._value(value) for name, value in feeds.items()}
-        if self.device != "cpu":
-            return self._run_on_gpu(values)
-        results = self._session.run_with_ort_values(self._outputs, values)
-        return {name: result.numpy() for name, result in zip(self._outputs, results, strict=True)}
-
-    def _run_on_gpu(self, values: dict[str, Any]) -> dict[str, Array]:
-        """Run on values in GPU memory, where bound inputs stay; only the outputs are copied back."""
-        binding = self._session.io_binding()
-        for name, value in values.items():
-            binding.bind_ortvalue_input(name, value)
-        for name in self._outputs:
-            binding.bind_output(name, "cuda")
-        self._session.run_with_iobinding(binding)
-        return dict(zip(self._outputs, binding.copy_outputs_to_cpu(), strict=True))
+        values = {**self._bound, **feeds}
+        return self._bound_session({name: value.shape for name, value in values.items()})(self._bound, feeds)
 
     def _release_memory(self) -> None:
         """ONNX Runtime can shrink an arena only during a run; graphs that run once a picture have no arena."""
+        if self.device == "cpu":
+            self._kept.clear()
 
     def _close(self) -> None:
         self._session = None
-        self._bound_values = {}
+        self._kept = OrderedDict()
 
-    def _value(self, array: Array) -> Any:
-        return self._library.OrtValue.ortvalue_from_numpy(array, "cpu" if self.device == "cpu" else "cuda")
+    def _bound_session(self, shapes: Mapping[str, Shape]) -> _BoundSession:
+        key = tuple(shapes[tensor.name] for tensor in self.spec.inputs)
+        if key not in self._kept:
+            while len(self._kept) >= (1 if self._session else KEPT_SESSIONS):
+                self._kept.popitem(last=False)
+            lengths = axis_lengths(self.spec, shapes)
+            session = self._session or self._open(lengths)
+            self._kept[key] = _BoundSession(self._library, session, self.spec, lengths, self.device)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def _open(self, lengths: Mapping[str, int]) -> Any:
+        """A session in which the named axes have these lengths."""
+        path, spec, device = self._path, self.spec, self.device
+        session = _open_session(self._library, path, spec, device, self._threads, self.compute_dtype, lengths)
+        # A provider that cannot start may be left out without an error.
+        if (found := session.get_providers()[0]) != PROVIDERS[device]:
+            raise BackendError(f"found {found} for device {device!r}; expected {PROVIDERS[device]}")
+        session.disable_fallback()
+        inputs = {
+            node.name: (
+                _DTYPES.get(node.type, node.type),
+                tuple(axis if isinstance(axis, int) and not lengths else None for axis in node.shape),
+            )
+            for node in session.get_inputs()
+        }
+        outputs = {node.name: _DTYPES.get(node.type, node.type) for node in session.get_outputs()}
+        check_interface(spec, inputs, outputs, path)
+        return session
 
 
-def _open_session(library: Any, path: Path, spec: GraphSpec, device: str, threads: int | None) -> Any:
+class _BoundSession:
+    """A session whose inputs and outputs lie at fixed addresses on its device."""
+
+    def __init__(self, library: Any, session: Any, spec: GraphSpec, lengths: Mapping[str, int], device: str) -> None:
+        def allocate(tensor: TensorSpec) -> Any:
+            shape = [axis if isinstance(axis, int) else lengths[axis] for axis in tensor.shape]
+            return library.OrtValue.ortvalue_from_shape_and_type(shape, np.dtype(tensor.dtype).type, device, 0)
+
+        self._session, self._binding = session, session.io_binding()
+        self._inputs = {tensor.name: allocate(tensor) for tensor in spec.inputs}
+        self._outputs = {tensor.name: allocate(tensor) for tensor in spec.outputs}
+        self._held: dict[str, Array] = {}
+        for name, value in self._inputs.items():
+            self._binding.bind_ortvalue_input(name, value)
+        for name, value in self._outputs.items():
+            self._binding.bind_ortvalue_output(name, value)
+
+    def __call__(self, bound: Mapping[str, Array], feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run on `feeds` and `bound`; of the latter, arrays that were there at the last run are not copied again."""
+        changed = {name: value for name, value in bound.items() if self._held.get(name) is not value}
+        for name, value in {**changed, **feeds}.items():
+            self._inputs[name].update_inplace(value)
+        self._held = dict(bound)
+        self._session.run_with_iobinding(self._binding)
+        return {name: value.numpy() for name, value in self._outputs.items()}
+
+
+def _open_session(
+    library: Any,
+    path: Path,
+    spec: GraphSpec,
+    device: str,
+    threads: int | None,
+    compute_dtype: str,
+    lengths: Mapping[str, int],
+) -> Any:
     """A session of the graph file `path`, on the CPU from the graph cache.
 
     Optimising folds constants, fuses nodes and orders weights for the processor; the cached graph computes the same
@@ -113,13 +226,12 @@ def _open_session(library: Any, path: Path, spec: GraphSpec, device: str, thread
     large_bf16 = device == "cpu" and _bf16_bytes(path.parent) > MAX_FOLDED_BYTES
 
     def session(file: Path, options: Any) -> Any:
-        # TF32 has the 10 mantissa bits of fp16, which is not what fp32 promises.
-        provider_options = {"use_tf32": "0"} if device == "cuda" else {}
         return library.InferenceSession(
             file,
             options,
-            providers=[(PROVIDERS[device], provider_options)],
+            providers=[(PROVIDERS[device], _CUDA_OPTIONS if device == "cuda" else {})],
             disabled_optimizers=["ConstantFolding"] if large_bf16 else [],
+            enable_fallback=0,  # it prints on stdout, and hides the error
         )
 
     def load(entry: Path) -> Any:
@@ -129,6 +241,8 @@ def _open_session(library: Any, path: Path, spec: GraphSpec, device: str, thread
 
     def build(entry: Path | None) -> Any:
         options = _session_options(library, spec, threads)
+        for axis, length in lengths.items():
+            options.add_free_dimension_override_by_name(axis, length)
         if entry is not None:
             options.optimized_model_filepath = str(entry / GRAPH)
             prefix = "session.optimized_model_external_initializers"
@@ -139,7 +253,7 @@ def _open_session(library: Any, path: Path, spec: GraphSpec, device: str, thread
     if device != "cpu" or large_bf16:
         return build(None)
     # The order of weights depends on the processor: blocks of 16 channels with AVX-512, of 8 without.
-    return open_cached("onnxruntime", path, "fp32", f"{library.__version__} {processor()}", load, build)
+    return open_cached("onnxruntime", path, compute_dtype, f"{library.__version__} {processor()}", load, build)
 
 
 def _session_options(library: Any, spec: GraphSpec, threads: int | None) -> Any:

@@ -5,8 +5,8 @@ A backend's module, and its library, are imported only when the backend is asked
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MAX_THREADS = 4096
 """Number of threads that every backend takes."""
 
-_Devices = Callable[[], list[str]]
+_Devices = Callable[[], Iterable[str]]
 _Open = Callable[[Path, GraphSpec, str, "int | None", ComputeDtype], Engine]
 
 
@@ -31,34 +31,42 @@ _Open = Callable[[Path, GraphSpec, str, "int | None", ComputeDtype], Engine]
 class _Backend:
     extra: str
     """The extra that installs it."""
-    load: Callable[[], tuple[_Devices, _Open]]
-    """Imports its module, and no other: the functions that list its devices and open an engine."""
-    fp32_only: bool = False
+    load: Callable[[], tuple[_Devices, _Open, Callable[[], str]]]
+    """Imports its module, and no other: the functions that list its devices, open an engine, and say why there is no
+    GPU for it."""
+    dtypes: Mapping[str, tuple[ComputeDtype, ...]] = field(default_factory=dict)
+    """The compute dtypes by device, where the backend itself does not know them."""
     gpu_only: bool = False
     expanded_dtypes: tuple[str, ...] = ()
     """16-bit weights that it would hold in memory twice, in 16 and in 32 bits (`fp32_weights`)."""
 
 
-def _onnxruntime() -> tuple[_Devices, _Open]:
+def _onnxruntime() -> tuple[_Devices, _Open, Callable[[], str]]:
     from . import onnxruntime
 
-    return onnxruntime.devices, onnxruntime.OnnxRuntimeEngine
+    return onnxruntime.devices, onnxruntime.OnnxRuntimeEngine, onnxruntime.cuda_fault
 
 
-def _openvino() -> tuple[_Devices, _Open]:
+def _openvino() -> tuple[_Devices, _Open, Callable[[], str]]:
     from . import openvino
 
-    return openvino.devices, openvino.OpenVinoEngine
+    return openvino.devices, openvino.OpenVinoEngine, str
 
 
-def _tensorrt(flavor: TrtFlavor) -> tuple[_Devices, _Open]:
+def _tensorrt(flavor: TrtFlavor) -> tuple[_Devices, _Open, Callable[[], str]]:
     from .tensorrt import engine
 
-    return partial(engine.devices, flavor), partial(engine.TensorRtEngine, flavor=flavor)
+    return (
+        partial(engine.devices, flavor),
+        partial(engine.TensorRtEngine, flavor=flavor),
+        partial(engine.gpu_fault, flavor),
+    )
 
 
 _BACKENDS = {
-    "onnxruntime": _Backend("cpu", _onnxruntime, fp32_only=True, expanded_dtypes=("F16",)),
+    "onnxruntime": _Backend(
+        "cpu", _onnxruntime, {"cpu": ("fp32",), "cuda": ("fp16", "fp32")}, expanded_dtypes=("F16",)
+    ),
     "openvino": _Backend("openvino", _openvino, expanded_dtypes=("F16", "BF16")),
     "tensorrt-rtx": _Backend("tensorrt-rtx", partial(_tensorrt, "tensorrt-rtx"), gpu_only=True),
     "tensorrt": _Backend("tensorrt", partial(_tensorrt, "tensorrt"), gpu_only=True),
@@ -89,8 +97,18 @@ def backend_devices(backend: str) -> list[str]:
         BackendError: it is installed but cannot be imported.
         KeyError: there is no such backend.
     """
-    devices, _ = _BACKENDS[backend].load()
-    return devices()
+    devices, _, _ = _BACKENDS[backend].load()
+    return list(devices())
+
+
+def gpu_fault(backend: str) -> str:
+    """Why `backend`, a key of `EXTRAS`, has no NVIDIA GPU here, and what mends it; empty if it has or could not.
+
+    Raises:
+        ImportError, BackendError, KeyError: see `backend_devices`.
+    """
+    *_, fault = _BACKENDS[backend].load()
+    return fault()
 
 
 def require_backend(backend: str) -> None:
@@ -117,7 +135,7 @@ def open_engine(
     backend: str = "auto",
     device: str = "auto",
     threads: int | None = None,
-    compute_dtype: ComputeDtype = "fp32",
+    compute_dtype: ComputeDtype | None = None,
     cache: Path | None = None,
 ) -> Engine:
     """Load a graph.
@@ -129,7 +147,8 @@ def open_engine(
             installed, has the device and supports the compute dtype.
         device: ``cpu``, ``cuda``, …, or ``auto``: the GPU for TensorRT, the CPU for the others.
         threads: CPU threads; None is the backend's default.
-        compute_dtype: OpenVINO supports what the device does, TensorRT engines what they were compiled in.
+        compute_dtype: None is `default_dtype` of the device. ONNX Runtime computes in fp32, and on GPUs in fp16, too;
+            OpenVINO supports what the device does, TensorRT engines what they were compiled in.
         cache: folder for weights converted to float32; None is the user's cache folder (`fp32_weights`).
 
     Raises:
@@ -143,14 +162,15 @@ def open_engine(
     for option, value in (("--compute-dtype", compute_dtype), ("--device", device.lower())):
         if gone := removal(f"{option} {value}"):
             raise UsageError(gone)
-    if compute_dtype not in get_args(ComputeDtype):
+    if compute_dtype not in (None, *get_args(ComputeDtype)):
         raise UsageError(f"found compute_dtype {compute_dtype!r}; expected one of {', '.join(get_args(ComputeDtype))}")
     backend, device = _choose(backend.lower(), device.lower(), compute_dtype)
+    compute_dtype = compute_dtype or default_dtype(device)
     if not path.is_file():
         raise BackendError(f"found no graph file {path}; export the bundle again")
-    _, engine = _BACKENDS[backend].load()
+    _, engine, _ = _BACKENDS[backend].load()
     try:
-        if dtypes := _BACKENDS[backend].expanded_dtypes:
+        if device == "cpu" and (dtypes := _BACKENDS[backend].expanded_dtypes):
             path = with_fp32_weights(path, cache, dtypes)
         return engine(path, spec, device, threads, compute_dtype)
     except (BackendError, MemoryError):
@@ -159,27 +179,38 @@ def open_engine(
         raise BackendError(f"{backend} cannot load {path} on {device}: {error}") from error
 
 
-def _choose(backend: str, device: str, compute_dtype: ComputeDtype) -> tuple[str, str]:
+def default_dtype(device: str) -> ComputeDtype:
+    """The compute dtype of a device if none is chosen: fp16 on GPUs, whose tensor cores need it, else fp32."""
+    return "fp16" if device == "cuda" else "fp32"
+
+
+def _choose(backend: str, device: str, compute_dtype: ComputeDtype | None) -> tuple[str, str]:
     """An available backend and device; an explicit choice is met or refused."""
     named = _BACKENDS.get(backend)
     usual = "cuda" if named and named.gpu_only else "cpu"
     wanted = usual if device == "auto" else device
+    unfit = ""
     for name, entry in _BACKENDS.items():
-        fits = (compute_dtype == "fp32" or not entry.fp32_only) if backend == "auto" else name == backend
-        if not fits or (entry.gpu_only and wanted != "cuda"):
+        if backend not in ("auto", name) or (entry.gpu_only and wanted != "cuda"):
+            continue
+        dtypes = entry.dtypes.get(wanted, (compute_dtype,))
+        if compute_dtype is not None and compute_dtype not in dtypes:
+            unfit = f"; {name} computes in {' or '.join(map(str, dtypes))} on {wanted}"
             continue
         try:
-            if wanted in backend_devices(name):
+            devices, *_ = entry.load()
+            if wanted in devices():  # which looks for a GPU only if one is wanted
                 return name, wanted
         except ImportError:
             continue
     available = available_backends()
     if not available:
         raise _missing(backend)
-    wish = f"device {device!r}" + ("" if compute_dtype == "fp32" else f" and compute_dtype {compute_dtype}")
+    wish = f"device {device!r}" + ("" if compute_dtype is None else f" and compute_dtype {compute_dtype}")
     listing = "; ".join(f"{name} on {', '.join(devices)}" for name, devices in available.items())
-    mend = f"; {_absence(backend)}" if backend in EXTRAS and backend not in available else ""
-    raise BackendError(f"found no backend {backend!r} with {wish}; available: {listing}{mend}")
+    names = [backend] if backend in EXTRAS else list(EXTRAS) if wanted == "cuda" else []
+    mend = "".join(f"; {absence}" for name in names if (absence := _absence(name, wanted)))
+    raise BackendError(f"found no backend {backend!r} with {wish}; available: {listing}{unfit or mend}")
 
 
 def _missing(backend: str) -> MissingExtraError:
@@ -187,12 +218,13 @@ def _missing(backend: str) -> MissingExtraError:
     return MissingExtraError(library, EXTRAS[library])
 
 
-def _absence(backend: str) -> str:
-    """Why `backend` has no device, and what helps."""
+def _absence(backend: str, device: str) -> str:
+    """Why `backend` does not have `device`, and what helps; empty if that is not known."""
     try:
-        backend_devices(backend)
+        backend_devices(backend)  # whether it can be imported
+        fault = gpu_fault(backend) if device == "cuda" else ""
     except BackendError as error:
         return str(error)
     except ImportError:
-        return f"install it with: {install_command(EXTRAS[backend])}"
-    return f"{backend} is installed but finds no GPU with a driver; lsast-run --doctor reports what is missing"
+        return f"{backend} is not installed: {install_command(EXTRAS[backend])}"
+    return f"{backend}: {fault}" if fault else ""

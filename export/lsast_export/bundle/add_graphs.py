@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from lsast_engines.backends.onnxruntime import GPU_SUFFIX
 from lsast_engines.backends.registry import require_backend
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS, VAE_DECODER_TINY, GraphSpec
@@ -18,6 +19,7 @@ from lsast_engines.files import file_sha256, replace_file, scratch_folder
 from lsast_train.base.lazy_base import open_base
 
 from ..graphs.external_weights import save_graph
+from ..graphs.gpu_graph import write_gpu_graph
 from ..graphs.meta_base import base_on_meta
 from ..graphs.small_decoder import WEIGHTS as SMALL_WEIGHTS
 from ..graphs.small_decoder import SmallDecoder, save_small_decoder, trace_small_decoder
@@ -67,7 +69,12 @@ def add_parts(
         _log.info("parity: %s", figures)
         require_parity(figures, plan.tolerance)
         progress("writing the bundle")
-        return commit_graphs(path, manifest, {f"{name}.onnx": file for name, file in fresh.items()}, specs, figures)
+        files = {f"{name}.onnx": file for name, file in fresh.items()}
+        with _scratch_names(path) as for_gpus:
+            for name, file in fresh.items():
+                write_gpu_graph(file, for_gpus[name])
+            files |= {f"{name}{GPU_SUFFIX}": file for name, file in for_gpus.items()}
+            return commit_graphs(path, manifest, files, specs, figures)
 
 
 def add_small_decoder(
@@ -96,7 +103,8 @@ def add_small_decoder(
         figures = measure_small_parity(small, graph, manifest, backend, progress=progress)
         require_parity(figures, ParityPlan.tolerance)
         progress("writing the bundle")
-        files = {SMALL_WEIGHTS: weights, graph.name: graph}
+        write_gpu_graph(graph, for_gpus := graph.with_suffix(GPU_SUFFIX))
+        files = {SMALL_WEIGHTS: weights, graph.name: graph, for_gpus.name: for_gpus}
         return commit_graphs(path, manifest, files, {VAE_DECODER_TINY: traced.spec}, figures)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from lsast_engines.backends.onnxruntime import GPU_SUFFIX
 from lsast_engines.backends.registry import require_backend
 from lsast_engines.bundle.bundle import NULL_STYLE_FILE, PROMPTS, STYLES, Bundle
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, UNET_SPLIT_GRAPHS, VAE_DECODER_TINY, GraphSpec
@@ -31,6 +32,7 @@ from lsast_train.prompts.prompt_file import Prompts, load_prompts, save_prompts
 from lsast_train.prompts.prompt_space import STAGES
 
 from ..graphs.external_weights import save_graph
+from ..graphs.gpu_graph import write_gpu_graph
 from ..graphs.meta_base import base_on_meta
 from ..graphs.modules import geometry
 from ..graphs.small_decoder import WEIGHTS as SMALL_WEIGHTS
@@ -127,6 +129,7 @@ def export_bundle(
         graphs |= trace_graphs(empty, [name for name in names if name not in graphs], progress)
         for name, graph in graphs.items():
             save_graph(graph, folder / WEIGHTS, folder / f"{name}.onnx")
+            write_gpu_graph(folder / f"{name}.onnx", folder / f"{name}{GPU_SUFFIX}")
         specs = {name: graph.spec for name, graph in graphs.items()}
         paths = {name: folder / f"{name}.onnx" for name in graphs}
         plan = options.plan or plan_for(stored)

@@ -1,8 +1,9 @@
 """Compiles graphs into engines with TensorRT or TensorRT-RTX.
 
 Networks are strongly typed in both libraries: an engine computes in the types of the ONNX file, so the compute dtype is
-set by rewriting the file (`fp16`). TensorRT times its kernels on the GPU of this machine, and its engines run on that
-GPU only; TensorRT-RTX compiles ahead of time, also without a GPU, for named compute capabilities, or portably.
+set by rewriting the file (`graphs.gpu_graph`). TensorRT times its kernels on the GPU of this machine, and its engines
+run on that GPU only; TensorRT-RTX compiles ahead of time, also without a GPU, for named compute capabilities, or
+portably.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from lsast_engines.backends.base import ComputeDtype
 from lsast_engines.backends.tensorrt.engine_record import (
     ANY_GPU,
     PORTABLE,
+    RTX_CAPABILITIES,
     SUFFIX,
     EngineKey,
     EngineRecord,
@@ -38,8 +40,8 @@ from lsast_engines.errors import BackendError, ExportError, UsageError, fault_li
 from lsast_engines.files import replace_file
 from lsast_engines.removed import removal
 
+from ..graphs.gpu_graph import dtypes_in, write_gpu_graph
 from ..progress import Progress, no_progress
-from .fp16 import dtypes_in, write_half_graph
 
 BF16_CAPABILITY = 8.0
 """The first compute capability with bf16 (docs.nvidia.com/deeplearning/tensorrt, support matrix)."""
@@ -112,14 +114,22 @@ def compile_graph(
         progress(f"compiling {spec.name}", f"took {found.seconds:.0f} s last time")
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="lsast-compile.") as scratch:
+        build = _Build(trt, options, key, progress)
         source = _source(path, options.compute_dtype, Path(scratch))
-        serialized = _Build(trt, options, key, progress).run(source, spec, _timing_cache(engine, key))
+        serialized = build.run(source, spec, _timing_cache(engine, key))
     seconds = time.perf_counter() - began
     with replace_file(engine) as handle:
         handle.write(serialized)
     digest, size = hashlib.sha256(serialized).hexdigest(), memoryview(serialized).nbytes
     version = package_version("lsast")
-    record = EngineRecord(key=key, sha256=digest, bytes=size, seconds=round(seconds, 3), lsast_version=version)
+    record = EngineRecord(
+        key=key,
+        sha256=digest,
+        bytes=size,
+        seconds=round(seconds, 3),
+        activation_bytes=build.activation_bytes,
+        lsast_version=version,
+    )
     record.save(engine)
     return record
 
@@ -178,11 +188,17 @@ class _Build:
         self._trt, self._options, self._key, self._progress = trt, options, key, progress
         self._logger, self._complaints = make_logger(trt)
 
+    @property
+    def activation_bytes(self) -> int:
+        """Largest working memory of a run, as the builder logged it."""
+        return self._complaints.activation_bytes
+
     def run(self, source: Path, spec: GraphSpec, timing: Path | None) -> Any:
         """The serialized engine, a buffer."""
         trt = self._trt
         builder = trt.Builder(self._logger)
-        network = builder.create_network(0)
+        # TensorRT 10 would choose types by itself; later versions, and TensorRT-RTX, know no other networks.
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, self._logger)
         parsed = parser.parse_from_file(str(source))
         faults = [str(parser.get_error(index).desc()) for index in range(parser.num_errors)]
@@ -231,14 +247,12 @@ class _Build:
 
 
 def _source(path: Path, compute_dtype: str, scratch: Path) -> Path:
-    """The file to compile: `path`, or its fp16 version in the folder `scratch`."""
-    if compute_dtype == "fp32":
-        return path
+    """The file to compile: `path` with all heads of an attention at once, in fp16 if asked, in the folder `scratch`."""
     for file in path.parent.iterdir():
         if file.suffix in (".data", ".safetensors"):
             # Links avoid copying gigabytes. onnx's own checks refuse them, the libraries' parser does not.
             (scratch / file.name).symlink_to(file.resolve())
-    write_half_graph(path, scratch / path.name)
+    write_gpu_graph(path, scratch / path.name, half=compute_dtype == "fp16", fused=False)
     return scratch / path.name
 
 
@@ -272,25 +286,29 @@ def _targets(options: CompileOptions, trt: Any) -> tuple[tuple[str, ...], str]:
         for target in options.targets:
             _capability(trt, target)
         return options.targets or (PORTABLE,), ANY_GPU
-    from lsast_engines.backends.tensorrt.cuda import gpus
+    from lsast_engines.backends.tensorrt.cuda import gpu_fault, gpus
 
-    found = gpus()
-    if not found:
+    if fault := gpu_fault():
         raise BackendError(
-            "found no NVIDIA GPU; tensorrt compiles on the GPU that runs the engine: use one, or tensorrt-rtx"
+            f"found no NVIDIA GPU ({fault}); tensorrt compiles on the GPU that runs the engine: use one, or "
+            "tensorrt-rtx"
         )
-    return (found[0].capability,), found[0].name
+    (first, *_) = gpus()
+    return (first.capability,), first.name
 
 
 def _capability(trt: Any, target: str) -> Any:
-    name = f"SM{target.replace('.', '')}"
-    if name not in trt.ComputeCapability.__members__:
-        known = [
-            match for member in trt.ComputeCapability.__members__ if (match := re.fullmatch(r"SM(\d+)(\d)", member))
-        ]
-        known_text = ", ".join(f"{major}.{minor}" for major, minor in (match.groups() for match in known))
-        raise UsageError(f"found compute capability {target}; tensorrt-rtx {trt.__version__} compiles for {known_text}")
-    return trt.ComputeCapability.__members__[name]
+    known = [
+        capability
+        for capability in RTX_CAPABILITIES
+        if f"SM{capability.replace('.', '')}" in trt.ComputeCapability.__members__
+    ]
+    if target not in known:
+        raise UsageError(
+            f"found compute capability {target}; tensorrt-rtx {trt.__version__} compiles for {', '.join(known)}, the "
+            "capabilities of the GPUs that it runs on: use onnxruntime or tensorrt for others"
+        )
+    return trt.ComputeCapability.__members__[f"SM{target.replace('.', '')}"]
 
 
 def require_bf16(targets: tuple[str, ...], holder: str) -> None:

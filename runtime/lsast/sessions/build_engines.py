@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 from lsast_engines.backends.base import ComputeDtype
-from lsast_engines.backends.tensorrt.cuda import gpus, load_cuda
+from lsast_engines.backends.tensorrt.cuda import gpu_fault, gpus, load_cuda
 from lsast_engines.backends.tensorrt.engine import find_engine
 from lsast_engines.backends.tensorrt.engine_record import TrtFlavor
 from lsast_engines.backends.tensorrt.library import load_library
@@ -42,7 +42,7 @@ def build_engines(
 
     Raises:
         UsageError: a backend without compiled engines.
-        MissingExtraError: the library, cuda-python or a library of the exporter is not installed.
+        MissingExtraError: the library, cuda-bindings or a library of the exporter is not installed.
         BackendError: no GPU, or compiling failed; stderr says why.
     """
     if backend not in get_args(TrtFlavor):
@@ -50,9 +50,10 @@ def build_engines(
         raise UsageError(f"found a backend {backend!r} to build engines for; expected {expected}")
     library: TrtFlavor = "tensorrt" if backend == "tensorrt" else "tensorrt-rtx"
     version = str(load_library(library).__version__)
-    found = gpus(runtime or load_cuda())
-    if not found:
-        raise BackendError(f"found no NVIDIA GPU to build engines for; see lsast-run --doctor ({library})")
+    runtime = runtime or load_cuda()
+    if fault := gpu_fault(runtime):
+        raise BackendError(f"found no NVIDIA GPU to build engines of {library} for: {fault}")
+    found = gpus(runtime)
     missing = []
     # The split graphs are compiled by name only: lsast-export compile --graph unet_full …
     for name in REQUIRED_GRAPHS:

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from lsast_engines.backends.base import ComputeDtype, Engine
@@ -32,8 +33,10 @@ STYLE_MEMORY = 256 * 2**20
 _POLL_SECONDS = 0.05
 """How often a caller that waits for the engines looks at its token and at the end of Python."""
 
-_FORK_SECONDS = 0.2
-"""How long a fork waits for the threads of OpenVINO."""
+_FORK_SECONDS = 1.0
+"""How long a fork waits at most for the threads of OpenVINO."""
+
+_THREADS = Path("/proc/self/task")
 
 _pools: weakref.WeakSet[EnginePool] = weakref.WeakSet()
 """All pools of this process; a fork renews them."""
@@ -47,10 +50,11 @@ class EngineFactory:
     backend: str = "auto"
     device: str = "auto"
     threads: int | None = None
-    compute_dtype: ComputeDtype = "fp32"
+    compute_dtype: ComputeDtype | None = None
+    """None is `lsast_engines.backends.registry.default_dtype` of the device."""
 
     def __post_init__(self) -> None:
-        if self.bundle.manifest.storage_dtype == "int8" and self.compute_dtype != "fp32":
+        if self.bundle.manifest.storage_dtype == "int8" and self.compute_dtype not in (None, "fp32"):
             # OpenVINO 2026.4 fails to open a float convolution in bf16 whose output is quantised.
             raise UsageError(
                 f"found compute_dtype {self.compute_dtype} for {self.bundle.path}, which is stored in int8; "
@@ -305,8 +309,23 @@ class StyleCache:
 
 def _before_fork() -> None:
     """Let OpenVINO's threads fall asleep: they spin after a run, and a fork may copy a mutex that one of them holds."""
-    if any(engine.backend == "openvino" for pool in list(_pools) for engine in list(pool.engines.values())):
-        time.sleep(_FORK_SECONDS)
+    if not any(engine.backend == "openvino" for pool in list(_pools) for engine in list(pool.engines.values())):
+        return
+    end = time.monotonic() + _FORK_SECONDS
+    while time.monotonic() < end and _other_threads_run():
+        time.sleep(0.01)
+
+
+def _other_threads_run() -> bool:
+    """Whether another thread of this process runs, or is ready to; True where the system does not say."""
+    if not _THREADS.is_dir():
+        return True
+    states = []
+    for thread in _THREADS.iterdir():
+        if thread.name != str(threading.get_native_id()):
+            with contextlib.suppress(OSError):  # it has ended
+                states.append((thread / "stat").read_text().rpartition(")")[2].split()[0])
+    return "R" in states
 
 
 def _after_fork() -> None:

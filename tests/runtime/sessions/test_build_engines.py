@@ -101,9 +101,15 @@ def test_build_engines_without_the_exporter_names_the_extra(
 
 
 def test_build_engines_without_a_gpu_compiles_nothing(bundle: Bundle, library: None) -> None:
-    nothing = SimpleNamespace(cudaError_t=CUDA.cudaError_t, cudaGetDeviceCount=lambda: (35, None))
+    nothing = SimpleNamespace(
+        cudaError_t=CUDA.cudaError_t,
+        cudaGetDeviceCount=lambda: (35, None),
+        cudaGetErrorString=lambda code: (0, b"driver version is insufficient"),
+    )
     run = Runner()
-    with pytest.raises(BackendError, match="found no NVIDIA GPU to build engines for"):
+    with pytest.raises(
+        BackendError, match=r"found no NVIDIA GPU to build engines of tensorrt-rtx for: .* \(35\); no NVIDIA"
+    ):
         build_engines(bundle, "tensorrt-rtx", "fp16", run, nothing)
     assert run.commands == []
 

@@ -51,8 +51,8 @@ def trt(cuda: FakeCuda, bundle_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_
         spec, path = bundle.manifest.graphs[name], bundle.graph_path(name)
         kernels[name] = onnx_kernel(path, spec, OUTPUTS[name])
         for library in ("tensorrt", "tensorrt-rtx"):
-            folder = engine_folder(bundle.path, library, "fp32")  # type: ignore[arg-type]
-            write_engine(path, spec, folder, library, RANGES, "fp32")  # type: ignore[arg-type]
+            folder = engine_folder(bundle.path, library, "fp16")  # type: ignore[arg-type]
+            write_engine(path, spec, folder, library, RANGES, "fp16")  # type: ignore[arg-type]
     trt = FakeTrt(cuda, kernels)
     monkeypatch.setattr(tensorrt, "devices", lambda library: ["cuda"])
     monkeypatch.setattr(tensorrt, "load_library", lambda library: trt)
@@ -148,7 +148,7 @@ def test_stylize_with_compiled_engines_that_overflow_raises(
 
 
 def test_load_without_a_compiled_engine_names_the_command(trt: FakeTrt, bundle_path: Path) -> None:
-    (engine_folder(bundle_path, "tensorrt", "fp32") / "controlnet_cond.engine").unlink()
+    (engine_folder(bundle_path, "tensorrt", "fp16") / "controlnet_cond.engine").unlink()
     with pytest.raises(BackendError, match=r"(?s)found no engine .*controlnet_cond.*lsast-export compile .*--build"):
         lsast.load(bundle_path, "tensorrt")
 

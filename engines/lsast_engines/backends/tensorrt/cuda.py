@@ -1,4 +1,4 @@
-"""The CUDA runtime as engines need it, through cuda-python: GPUs, a stream, its memory and its graphs.
+"""The CUDA runtime as engines need it, through cuda-bindings: GPUs, a stream, its memory and its graphs.
 
 Buffers are allocated once and written in place, since their addresses are part of a captured CUDA graph. Every wrapper
 frees what it allocated once, in the order that CUDA requires: graphs before the stream on which they were captured,
@@ -19,6 +19,14 @@ from ...errors import BackendError, MissingExtraError
 
 Array = npt.NDArray[Any]
 
+_REMEDIES = {
+    35: "no NVIDIA driver, or one too old for this CUDA: install or update it (nvidia.com/drivers)",
+    100: "no NVIDIA GPU: nvidia-smi shows what the driver sees, CUDA_VISIBLE_DEVICES what is hidden",
+    803: "driver and CUDA libraries do not fit: update the driver, and restart after it",
+    804: "driver and CUDA libraries do not fit: update the driver",
+}
+"""What mends an error, by its code (docs.nvidia.com/cuda/cuda-runtime-api, cudaError_t)."""
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -35,27 +43,41 @@ def load_cuda() -> Any:
     """The module `cuda.bindings.runtime`.
 
     Raises:
-        MissingExtraError: cuda-python is not installed.
+        MissingExtraError: cuda-bindings is not installed.
     """
     try:
         from cuda.bindings import runtime
     except ImportError as error:
-        raise MissingExtraError("cuda-python", "tensorrt-rtx") from error
+        raise MissingExtraError("cuda-bindings", "tensorrt-rtx") from error
     return runtime
 
 
-def gpus(runtime: Any = None) -> list[Gpu]:
-    """The NVIDIA GPUs that the driver lists, in its order; none without a driver.
+def gpu_fault(runtime: Any = None) -> str:
+    """Why CUDA finds no GPU, with its code, and what mends that; empty if it finds one.
 
     Raises:
-        MissingExtraError: cuda-python is not installed.
+        MissingExtraError: cuda-bindings is not installed.
     """
     runtime = runtime or load_cuda()
     status, count = runtime.cudaGetDeviceCount()
-    if status != runtime.cudaError_t.cudaSuccess:
+    if status == runtime.cudaError_t.cudaSuccess:
+        return "" if count else "CUDA lists no GPU; nvidia-smi shows what the driver sees"
+    remedy = _REMEDIES.get(int(status), "nvidia-smi shows the GPU's state")
+    return f"cudaGetDeviceCount: {_text(runtime, status)} ({int(status)}); {remedy}"
+
+
+def gpus(runtime: Any = None) -> list[Gpu]:
+    """The NVIDIA GPUs that the driver lists, in its order; none where `gpu_fault` says why.
+
+    Raises:
+        MissingExtraError: cuda-bindings is not installed.
+        BackendError: a GPU that the driver lists cannot be asked.
+    """
+    runtime = runtime or load_cuda()
+    if gpu_fault(runtime):
         return []
     found = []
-    for index in range(count):
+    for index in range(runtime.cudaGetDeviceCount()[1]):
         facts = checked(runtime, runtime.cudaGetDeviceProperties(index), "cudaGetDeviceProperties")
         name = facts.name.decode() if isinstance(facts.name, bytes) else str(facts.name)
         found.append(Gpu(name.rstrip("\0"), f"{facts.major}.{facts.minor}", int(facts.totalGlobalMem)))
@@ -70,12 +92,16 @@ def checked(runtime: Any, answer: tuple[Any, ...], call: str) -> Any:
     """
     status, *values = answer
     if status != runtime.cudaError_t.cudaSuccess:
-        _, text = runtime.cudaGetErrorString(status)
-        text = text.decode() if isinstance(text, bytes) else str(text)
         raise BackendError(
-            f"{call} failed: {text} ({int(status)}); nvidia-smi shows the GPU's state and who uses its memory"
+            f"{call} failed: {_text(runtime, status)} ({int(status)}); nvidia-smi shows the GPU's state and who uses "
+            "its memory"
         )
     return values[0] if len(values) == 1 else tuple(values) or None
+
+
+def _text(runtime: Any, status: Any) -> str:
+    _, text = runtime.cudaGetErrorString(status)
+    return text.decode() if isinstance(text, bytes) else str(text)
 
 
 class Stream:
@@ -92,6 +118,12 @@ class Stream:
         buffer = Buffer(int(self._call("cudaMalloc", max(count, 1))), count)
         self._buffers.append(buffer)
         return buffer
+
+    def release(self, buffer: Buffer) -> None:
+        """Free a buffer, after all earlier work."""
+        self.wait()
+        self._buffers.remove(buffer)
+        self._call("cudaFree", buffer.address)
 
     def write(self, buffer: Buffer, array: Array) -> None:
         """Copy `array` to `buffer`; the array may be changed after the return."""

@@ -1,8 +1,9 @@
 """Engines compiled by TensorRT or TensorRT-RTX, run on an NVIDIA GPU.
 
 Every input and output has one buffer on the device while the engine is open, as large as the profile allows; bound
-inputs are copied there once. When the same shapes come again, the work on the stream is captured as a CUDA graph:
-TensorRT leaves that to its caller, TensorRT-RTX does it itself.
+inputs are copied there once. Working memory is that of the shapes that run, and is given back by `release_memory`.
+When the same shapes come again, the work on the stream is captured as a CUDA graph: TensorRT leaves that to its caller,
+TensorRT-RTX does it itself.
 
 An engine is opened only if its record agrees with the graph, the library and the GPU (`engine_record`). Nothing is
 compiled here.
@@ -10,6 +11,7 @@ compiled here.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import logging
@@ -20,25 +22,53 @@ import numpy as np
 
 from ...bundle.graph_spec import GraphSpec
 from ...errors import BackendError, fault_list
-from ..base import Array, ComputeDtype, Engine
+from ..base import Array, ComputeDtype, Engine, Shape, output_shapes
 from .cuda import Buffer, Gpu, Graph, Stream, gpus, load_cuda
-from .engine_record import SUFFIX, EngineRecord, TrtFlavor, engine_folder, graph_digest, verified_record
+from .cuda import gpu_fault as cuda_fault
+from .engine_record import (
+    RTX_CAPABILITIES,
+    SUFFIX,
+    EngineRecord,
+    TrtFlavor,
+    engine_folder,
+    graph_digest,
+    verified_record,
+)
 from .library import MODULES, RuntimeKernelCache, check_engine, load_library, make_logger
-from .shape_profile import Profile, Shape, check_profile, output_shapes
+from .shape_profile import Profile, check_profile
 
 _log = logging.getLogger("lsast.tensorrt")
 
 
 def devices(flavor: TrtFlavor) -> list[str]:
-    """``cuda`` if the driver lists an NVIDIA GPU, else none.
+    """``cuda`` if the library can use the first NVIDIA GPU, else none.
 
     Raises:
-        ImportError: the library or cuda-python is not installed.
+        ImportError: the library or cuda-bindings is not installed.
     """
-    for module in (MODULES[flavor], "cuda"):
-        if importlib.util.find_spec(module) is None:
-            raise ImportError(module)
-    return ["cuda"] if gpus() else []
+    return [] if gpu_fault(flavor) else ["cuda"]
+
+
+def gpu_fault(flavor: TrtFlavor) -> str:
+    """Why the library has no GPU here, and what mends that; empty if it has one.
+
+    Raises:
+        ImportError: the library or cuda-bindings is not installed.
+    """
+    for module in (MODULES[flavor], "cuda.bindings"):
+        with contextlib.suppress(ModuleNotFoundError):  # of a package that holds the module
+            if importlib.util.find_spec(module) is not None:
+                continue
+        raise ImportError(module)
+    if fault := cuda_fault():
+        return fault
+    capability = gpus()[0].capability
+    if flavor == "tensorrt-rtx" and capability not in RTX_CAPABILITIES:
+        return (
+            f"found compute capability {capability}; expected {', '.join(RTX_CAPABILITIES)}: use --backend onnxruntime "
+            "--device cuda, or tensorrt"
+        )
+    return ""
 
 
 def find_engine(
@@ -117,11 +147,9 @@ class TensorRtEngine(Engine):
         super().__init__(spec, device, compute_dtype)
         self.backend: str = flavor
         trt, runtime = trt or load_library(flavor), runtime or load_cuda()
+        if fault := cuda_fault(runtime):
+            raise BackendError(f"found no NVIDIA GPU for {flavor}: {fault}")
         found = gpus(runtime)
-        if not found:
-            raise BackendError(
-                f"found no NVIDIA GPU for {flavor}; expected one with its driver, see lsast-run --doctor"
-            )
         record = find_engine(path, spec, flavor, str(trt.__version__), compute_dtype, found[0])
         file = engine_folder(path.parent, flavor, compute_dtype) / f"{spec.name}{SUFFIX}"
         self._profile: Profile = record.key.profile
@@ -132,7 +160,10 @@ class TensorRtEngine(Engine):
         check_engine(trt, self._engine, spec, self._profile, file)
         # TensorRT-RTX compiles kernels for the GPU when a context is made, and captures graphs itself.
         self._kernels = RuntimeKernelCache(trt, self._engine, file) if flavor == "tensorrt-rtx" else None
-        self._context: Any = self._kernels.context() if self._kernels else self._engine.create_execution_context()
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        self._context: Any = (
+            self._kernels.context() if self._kernels else self._engine.create_execution_context(strategy)
+        )
         self._require(self._context is not None, "cannot make an execution context")
         self._stream = Stream(runtime)
         self._buffers: dict[str, Buffer] = {}
@@ -140,6 +171,7 @@ class TensorRtEngine(Engine):
         self._host: dict[str, Array] = {}
         self._runs = 0
         self._graph: Graph | None = None
+        self._scratch: Buffer | None = None
         try:
             self._allocate()
         except BaseException:
@@ -160,15 +192,23 @@ class TensorRtEngine(Engine):
         return dict(self._host)
 
     def _release_memory(self) -> None:
-        """Buffers stay, since their addresses are part of the captured graph."""
+        """Free the working memory, with the graph that was captured on it, so that the next engine has it."""
+        if self._graph is not None:
+            self._stream.free(self._graph)
+        if self._scratch is not None:
+            self._stream.release(self._scratch)
+        self._graph, self._scratch, self._shapes = None, None, {}
 
     def _close(self) -> None:
-        # The library's objects are freed before the stream and the memory that they use.
-        if self._stream.handle is not None and self._kernels is not None:
-            self._kernels.save()
+        # Work ends before what it uses is freed: the library's objects first, then memory and stream.
+        if self._stream.handle is not None:
+            with contextlib.suppress(BackendError):  # a failed kernel
+                self._stream.wait()
+            if self._kernels is not None:
+                self._kernels.save()
         self._context = self._kernels = self._engine = self._library = None
         self._stream.close()
-        self._graph, self._buffers, self._host = None, {}, {}
+        self._graph, self._scratch, self._buffers, self._host = None, None, {}, {}
 
     def _allocate(self) -> None:
         largest = {name: shapes.max for name, shapes in self._profile.items()}
@@ -183,11 +223,8 @@ class TensorRtEngine(Engine):
         """Set the input shapes of the context; a graph that was captured for other shapes is dropped."""
         if shapes == self._shapes:
             return
-        if self._graph is not None:
-            self._stream.free(self._graph)
-            self._graph = None
+        self._release_memory()
         self._runs = 0
-        self._shapes = {}
         for name, shape in shapes.items():
             self._require(self._context.set_input_shape(name, shape), f"refuses shape {list(shape)} of {name}")
         missing = self._context.infer_shapes()
@@ -198,6 +235,9 @@ class TensorRtEngine(Engine):
             self._require(found == shape, f"gives {name} of shape {list(found)}, not {list(shape)}")
         dtypes = {tensor.name: tensor.dtype for tensor in self.spec.outputs}
         self._host = {name: np.empty(shape, dtypes[name]) for name, shape in outputs.items()}
+        # The memory of these shapes, not the largest of the profile.
+        self._scratch = self._stream.allocate(int(self._context.update_device_memory_size_for_shapes()))
+        self._context.set_device_memory(self._scratch.address, self._scratch.bytes)
         self._shapes = shapes
 
     def _enqueue(self) -> None:

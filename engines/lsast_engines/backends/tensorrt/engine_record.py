@@ -24,7 +24,7 @@ from ...errors import BackendError, BundleError, fault_list
 from ...files import cache_home, file_sha256, replace_file
 from .shape_profile import Profile, profile_from_json, profile_to_json
 
-FORMAT = 2
+FORMAT = 3
 """Format number of records; raised also when compiling makes another graph from the same file."""
 
 TrtFlavor = Literal["tensorrt", "tensorrt-rtx"]
@@ -33,8 +33,12 @@ TrtFlavor = Literal["tensorrt", "tensorrt-rtx"]
 SUFFIX = ".engine"
 """Suffix of an engine file; the name before it is the graph's."""
 
+RTX_CAPABILITIES = ("7.5", "8.6", "8.9", "12.0", "12.1")
+"""Compute capabilities of the GPUs that TensorRT-RTX supports: those of GeForce and RTX from Turing on, not those of
+data centres such as 8.0, 9.0 and 10.0 (docs.nvidia.com/deeplearning/tensorrt-rtx, support matrix)."""
+
 PORTABLE = "portable"
-"""Target of an engine that runs on every GPU from compute capability 8.0 on that TensorRT-RTX supports."""
+"""Target of an engine that runs on every GPU of `RTX_CAPABILITIES` from 8.6 on."""
 ANY_GPU = "any"
 """`EngineKey.gpu` of an engine that is bound to a compute capability only."""
 
@@ -69,8 +73,9 @@ class EngineKey:
     def unsupported_reasons(self, capability: str, gpu: str) -> list[str]:
         """Why the engine does not run on a GPU of this compute capability and name; empty if it does."""
         faults = []
-        portable = PORTABLE in self.targets and _number(capability) >= (8, 0)
-        if not portable and capability not in self.targets:
+        if self.library == "tensorrt-rtx" and capability not in RTX_CAPABILITIES:
+            faults.append(f"gpu: found {capability}; expected {', '.join(RTX_CAPABILITIES)} for tensorrt-rtx")
+        elif capability not in self.targets and (PORTABLE not in self.targets or capability == "7.5"):
             faults.append(f"targets: found {', '.join(self.targets)}; expected {capability}, the GPU's")
         if self.gpu not in (ANY_GPU, gpu):
             faults.append(f"gpu: found {self.gpu}; expected {gpu}")
@@ -86,6 +91,8 @@ class EngineRecord:
     bytes: int
     seconds: float
     """Time that it took to compile."""
+    activation_bytes: int
+    """Largest working memory of a run, at the largest input shapes, beside weights, inputs and outputs."""
     lsast_version: str
 
     def save(self, engine: Path) -> None:
@@ -132,8 +139,9 @@ def _record(data: dict[str, Any]) -> EngineRecord:
         for name in names
         if not isinstance(getattr(owner, name), str)
     ]
-    if wrong or not isinstance(record.bytes, int) or not isinstance(record.seconds, (int, float)):
-        raise ValueError(f"wrong types, {', '.join(wrong) or 'bytes or seconds'}")
+    numbers = (record.bytes, record.activation_bytes, record.seconds)
+    if wrong or not all(isinstance(number, (int, float)) for number in numbers):
+        raise ValueError(f"wrong types, {', '.join(wrong) or 'bytes, activation_bytes or seconds'}")
     return record
 
 
@@ -199,10 +207,6 @@ def engine_folder(bundle: Path, flavor: TrtFlavor, compute_dtype: str) -> Path:
             f"{bundle} is not a bundle ({error}); engines are compiled from a bundle's graphs"
         ) from error
     return cache_home() / "compiled" / f"{manifest.name}-{manifest.fingerprint[:16]}" / flavor / compute_dtype
-
-
-def _number(capability: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in capability.split("."))
 
 
 def _short(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,14 @@ def load_library(flavor: TrtFlavor) -> Any:
 
 @dataclass
 class LogCollector:
-    """Errors and warnings that a library logged. Many of its calls only log an error and go on, or return None."""
+    """Errors that a library logged, and the memory that an engine needs.
+
+    Many of its calls only log an error and go on, or return None.
+    """
 
     errors: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    activation_bytes: int = 0
+    """The largest "Total Activation Memory" that a builder logged."""
 
     def take(self) -> list[str]:
         """Return and clear the errors so far; `IGNORED_LOGS` only if there are no others."""
@@ -64,8 +69,8 @@ def make_logger(trt: Any) -> tuple[Any, LogCollector]:
         def log(self, level: Any, message: str) -> None:
             if level in (severity.INTERNAL_ERROR, severity.ERROR):
                 collector.errors.append(message.strip())
-            elif level == severity.WARNING:
-                collector.warnings.append(message.strip())
+            elif found := re.search(r"Total Activation Memory: (\d+) bytes", message):
+                collector.activation_bytes = max(collector.activation_bytes, int(found[1]))
 
     return CollectingLogger(), collector
 
@@ -77,6 +82,9 @@ class RuntimeKernelCache:
         self._engine, self._file = engine, file.with_name(f"{file.name}.kernels")
         self._config = engine.create_runtime_config()
         self._config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        # Otherwise kernels for a shape are compiled in the background, and later runs differ from the first.
+        self._config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        self._config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         self._cache = self._config.create_runtime_cache()
         self._known = self._file.read_bytes() if self._file.is_file() else b""
         if self._known and not self._cache.deserialize(self._known):

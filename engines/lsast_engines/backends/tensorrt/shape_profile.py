@@ -6,13 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ...bundle.graph_spec import GraphSpec, TensorSpec, downsampling_level
+from ...bundle.graph_spec import (
+    CONTROLNET_COND,
+    VAE_DECODER,
+    VAE_DECODER_TINY,
+    VAE_ENCODER,
+    GraphSpec,
+    TensorSpec,
+    downsampling_level,
+)
 from ...errors import BackendError, UsageError, fault_list
-
-Shape = tuple[int, ...]
-
-FACTOR = 8
-"""Pixels along a side of one latent cell, in every base that can be exported."""
+from ..base import FACTOR, Shape
 
 
 class Range(NamedTuple):
@@ -30,6 +34,9 @@ class InputShapes(NamedTuple):
     opt: Shape
     max: Shape
 
+
+ONE_BY_ONE = (VAE_ENCODER, CONTROLNET_COND, VAE_DECODER, VAE_DECODER_TINY)
+"""Graphs that run on one picture at a time: at four of 1024² a decoder would need several times the memory."""
 
 SIDE, BATCH, GUIDANCE = Range(384, 512, 1024), Range(1, 1, 4), Range(1, 2, 2)
 """The default ranges."""
@@ -49,7 +56,7 @@ class ShapeRanges:
     side: Range = SIDE
     """Height and width in pixels, multiples of 8."""
     batch: Range = BATCH
-    """Pictures at once."""
+    """Pictures at once, in graphs other than `ONE_BY_ONE`."""
     guidance: Range = GUIDANCE
     """Passes for guidance: 1 without, 2 with."""
 
@@ -68,7 +75,8 @@ class ShapeRanges:
 
     def profile(self, spec: GraphSpec) -> Profile:
         """The shapes that every input of `spec` may have."""
-        axes = {"B": self.batch, "G": self.guidance, "H": self.side, "W": self.side}
+        batch = Range(1, 1, 1) if spec.name in ONE_BY_ONE else self.batch
+        axes = {"B": batch, "G": self.guidance, "H": self.side, "W": self.side}
         cells = {axis for tensor in spec.inputs for axis in tensor.shape if isinstance(axis, str) and axis[0] in "hw"}
         axes |= {axis: Range(*(side // FACTOR >> downsampling_level(axis) for side in self.side)) for axis in cells}
         return {tensor.name: _input_shapes(tensor, axes) for tensor in spec.inputs}
@@ -77,28 +85,6 @@ class ShapeRanges:
 def _input_shapes(tensor: TensorSpec, axes: Mapping[str, Range]) -> InputShapes:
     ranges = [Range(axis, axis, axis) if isinstance(axis, int) else axes[axis] for axis in tensor.shape]
     return InputShapes(*(tuple(lengths[place] for lengths in ranges) for place in range(3)))
-
-
-def output_shapes(spec: GraphSpec, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    """The shapes of the outputs of `spec` for the shapes of all its inputs."""
-    axes: dict[str, int] = {}
-    for tensor in spec.inputs:
-        for axis, length in zip(tensor.shape, shapes[tensor.name], strict=True):
-            if isinstance(axis, str):
-                axes[axis] = length
-    for pixels, cells in (("H", "h"), ("W", "w")):
-        if cells in axes:
-            axes.setdefault(pixels, axes[cells] * FACTOR)
-        elif pixels in axes:
-            axes[cells] = axes[pixels] // FACTOR
-    for tensor in spec.outputs:
-        for axis in tensor.shape:
-            if isinstance(axis, str) and axis not in axes:
-                axes[axis] = axes[axis[0]] >> downsampling_level(axis)
-    return {
-        tensor.name: tuple(axis if isinstance(axis, int) else axes[axis] for axis in tensor.shape)
-        for tensor in spec.outputs
-    }
 
 
 def check_profile(profile: Profile, shapes: Mapping[str, Shape], graph: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fake_denoiser import SPEC, inputs, step
-from fake_gpu import FakeCuda, FakeTrt
+from fake_gpu import SCRATCH, FakeCuda, FakeTrt
 from lsast_engines.backends.tensorrt.engine import TensorRtEngine
 from lsast_engines.errors import BackendError
 
@@ -38,18 +38,34 @@ def test_engine_second_run_captures_a_graph_with_the_same_bytes(
     assert cuda.calls.count("launch") == 3
 
 
-def test_engine_allocates_only_when_opened(compiled: Compiled, open_it: Open, cuda: FakeCuda) -> None:
+def test_engine_allocates_only_for_new_shapes(compiled: Compiled, open_it: Open, cuda: FakeCuda) -> None:
     compiled()
     engine = open_it()
     assert cuda.calls.count("malloc") == cuda.calls.count("address") == len(SPEC.inputs) + len(SPEC.outputs)
     # By hand from the profile: 3 pictures of 16 x 16 cells, two rows for guidance.
-    assert sorted(map(len, cuda.memory.values())) == sorted(
-        4 * size for size in (3 * 4 * 256, 3 * 2 * 256, 3 * 2, 2 * 3 * 18, 3 * 12, 1, 2 * 3 * 4 * 256)
-    )
-    opened = len(cuda.calls)
-    for shape in [(1, 2, 8, 8), (1, 2, 8, 8), (3, 2, 16, 16), (3, 2, 16, 16)]:
+    sizes = [4 * size for size in (3 * 4 * 256, 3 * 2 * 256, 3 * 2, 2 * 3 * 18, 3 * 12, 1, 2 * 3 * 4 * 256)]
+    assert sorted(map(len, cuda.memory.values())) == sorted(sizes)
+    for shape in [(1, 2, 8, 8), (3, 2, 16, 16)]:
         engine(inputs(*shape))
-    assert not {"malloc", "address", "free"} & set(cuda.calls[opened:])
+        opened = len(cuda.calls)
+        assert sorted(map(len, cuda.memory.values())) == sorted([*sizes, SCRATCH])
+        for _ in range(3):
+            engine(inputs(*shape))
+        assert not {"malloc", "address", "free"} & set(cuda.calls[opened:])
+
+
+def test_release_memory_frees_what_a_run_needs(compiled: Compiled, open_it: Open, cuda: FakeCuda) -> None:
+    compiled()
+    engine = open_it()
+    opened = len(cuda.memory)
+    for _ in range(2):
+        for _ in range(3):
+            np.testing.assert_array_equal(engine(inputs())["eps"], step(inputs()))
+        assert len(cuda.memory) == opened + 1
+        assert len(cuda.executables) == 1
+        engine.release_memory()
+        assert len(cuda.memory) == opened
+        assert not cuda.executables
 
 
 def test_engine_of_new_shapes_captures_another_graph(compiled: Compiled, open_it: Open, cuda: FakeCuda) -> None:
@@ -88,7 +104,9 @@ def test_rtx_engine_captures_itself_and_caches_kernels(
     for _ in range(3):
         np.testing.assert_array_equal(engine(inputs())["eps"], step(inputs()))
     assert "begin capture" not in cuda.calls
-    assert trt.configs[0].cuda_graph_strategy == trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+    config = trt.configs[0]
+    assert config.cuda_graph_strategy == trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+    assert config.dynamic_shapes_kernel_specialization_strategy == trt.DynamicShapesKernelSpecializationStrategy.EAGER
     engine.close()
     kept = tmp_path / "tensorrt-rtx" / "fp16" / "denoiser.engine.kernels"
     assert kept.read_bytes() == trt.kernels
@@ -125,8 +143,9 @@ def test_engine_close_twice_frees_once(compiled: Compiled, open_it: Open, cuda: 
     engine = open_it()
     engine(inputs())
     engine(inputs())
+    ended = len(cuda.calls)
     engine.close()
     engine.close()
-    assert cuda.calls[-1] == "destroy"
+    assert (cuda.calls[ended], cuda.calls[-1]) == ("wait", "destroy")
     with pytest.raises(BackendError, match="is closed"):
         engine(inputs())

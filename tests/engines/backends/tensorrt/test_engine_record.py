@@ -44,8 +44,9 @@ def an_engine(folder: Path, name: str = "denoiser", content: bytes = b"compiled"
     engine = folder / f"{name}.engine"
     engine.write_bytes(content)
     digest = hashlib.sha256(content).hexdigest()
+    key = a_key(graph=name, **changes)
     EngineRecord(
-        key=a_key(graph=name, **changes), sha256=digest, bytes=len(content), seconds=41.5, lsast_version="0.1.0"
+        key=key, sha256=digest, bytes=len(content), seconds=41.5, activation_bytes=7, lsast_version="0.1.0"
     ).save(engine)
     return engine
 
@@ -78,8 +79,11 @@ def test_unsupported_reasons_name_target_and_gpu() -> None:
     assert a_key().unsupported_reasons("12.0", "anything") == []
     assert a_key().unsupported_reasons("8.6", "anything") == ["targets: found 8.9, 12.0; expected 8.6, the GPU's"]
     portable = a_key(targets=("portable",))
-    supported = {name: not portable.unsupported_reasons(name, "") for name in ("7.5", "8.0", "8.6", "12.1")}
-    assert supported == {"7.5": False, "8.0": True, "8.6": True, "12.1": True}
+    supported = {name: not portable.unsupported_reasons(name, "") for name in ("7.5", "8.0", "8.6", "9.0", "12.1")}
+    assert supported == {"7.5": False, "8.0": False, "8.6": True, "9.0": False, "12.1": True}
+    assert a_key(targets=("9.0",)).unsupported_reasons("9.0", "H100") == [
+        "gpu: found 9.0; expected 7.5, 8.6, 8.9, 12.0, 12.1 for tensorrt-rtx"
+    ]
     timed = a_key(library="tensorrt", targets=("8.9",), gpu="NVIDIA L4")
     assert timed.unsupported_reasons("8.9", "NVIDIA L40S") == ["gpu: found NVIDIA L4; expected NVIDIA L40S"]
 
@@ -111,7 +115,7 @@ def test_verified_record_of_a_changed_engine_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda data: data | {"format": 1}, "has format 1; this version reads 2"),
+        (lambda data: data | {"format": 1}, "has format 1; this version reads 3"),
         (lambda data: {key: value for key, value in data.items() if key != "sha256"}, "is not the record"),
         (lambda data: data | {"key": {**data["key"], "library": "cudnn"}}, "library: found 'cudnn'"),
         (lambda data: data | {"key": {**data["key"], "profile": {"latent": [[1], [2]]}}}, "expected three shapes"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fake_denoiser import SPEC
-from fake_gpu import FakeCuda
+from fake_gpu import FakeCuda, Status
 from lsast_engines.backends.tensorrt.engine import TensorRtEngine
 from lsast_engines.backends.tensorrt.shape_profile import Range, ShapeRanges
 from lsast_engines.errors import BackendError
@@ -71,10 +71,23 @@ def test_engine_of_another_profile_is_refused(compiled: Compiled, open_it: Open)
         open_it()
 
 
-def test_engine_without_a_gpu_is_refused(compiled: Compiled, open_it: Open, cuda: FakeCuda) -> None:
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"count": 0}, "CUDA lists no GPU; nvidia-smi shows"),
+        (
+            {"driver": Status.cudaErrorInsufficientDriver},
+            r"InsufficientDriver \(35\); no NVIDIA driver, or one",
+        ),
+        ({"driver": Status.cudaErrorNoDevice}, r"cudaErrorNoDevice \(100\); no NVIDIA GPU"),
+    ],
+)
+def test_engine_without_a_gpu_gives_the_code_and_the_remedy(
+    compiled: Compiled, open_it: Open, cuda: FakeCuda, changes: dict[str, Any], message: str
+) -> None:
     compiled()
-    cuda.count = 0
-    with pytest.raises(BackendError, match="found no NVIDIA GPU for tensorrt"):
+    cuda.__dict__.update(changes)
+    with pytest.raises(BackendError, match=f"found no NVIDIA GPU for tensorrt: .*{message}"):
         open_it()
 
 

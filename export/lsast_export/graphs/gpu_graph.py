@@ -1,9 +1,9 @@
-"""Rewrites a graph to compute in fp16.
+"""Graphs for GPUs: a bundle's graph with one node for each attention (`attention`), which computes in fp16.
 
-Graphs store 16-bit weights and compute in float32 (`external_weights`). A strongly typed library does exactly that, and
-tensor cores would stay idle. So a graph is rewritten to compute in fp16 where that is safe, by the rule of torch's
-autocast: products, convolutions and elementwise operators in fp16; norms, softmax, sums and the path to the sine of the
-timestep (fp16 has an error of 0.25 at 999) in float32. Inputs and outputs stay float32.
+Graphs store 16-bit weights and compute in float32 (`external_weights`), and tensor cores would stay idle. So a graph is
+rewritten to compute in fp16 where that is safe, by the rule of torch's autocast: products, convolutions and elementwise
+operators in fp16; norms, softmax, sums and the path to the sine of the timestep (fp16 has an error of 0.25 at 999) in
+float32. Inputs and outputs stay float32, and the weights are those of the bundle's graph.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from lsast_engines.errors import ExportError
+
+from .attention import expand_attention, fuse_attention
 
 FULL = frozenset(
     (
@@ -39,17 +41,26 @@ def dtypes_in(path: Path) -> set[str]:
     return found
 
 
-def write_half_graph(path: Path, target: Path) -> None:
-    """Write the graph of `path` in fp16 to `target`, which needs the weight files of `path` beside it.
+def write_gpu_graph(path: Path, target: Path, *, half: bool = True, fused: bool = True) -> None:
+    """Write the graph of `path` for GPUs to `target`, which needs the weight files of `path` beside it.
 
-    There is no bf16: up to opset 21 ONNX has no convolution in it (onnx.ai/onnx/operators/onnx__Conv.html).
+    Args:
+        path: a graph of a bundle.
+        target: the file to write.
+        half: compute in fp16, else in float32. There is no bf16: up to opset 21 ONNX has no convolution in it
+            (onnx.ai/onnx/operators/onnx__Conv.html).
+        fused: write attention as ONNX Runtime's operator, else as operators of ONNX, for TensorRT.
 
     Raises:
         ExportError: a graph with sub-graphs, or whose types cannot be inferred.
     """
     model = ir.load(path)
     ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
-    _Rewriter(model, ir.DataType.FLOAT16).run()
+    fuse_attention(model)
+    if not fused:
+        expand_attention(model)
+    if half:
+        _Rewriter(model, ir.DataType.FLOAT16).run()
     ir.save(model, target)
 
 

@@ -1,0 +1,176 @@
+"""Rewrites attention for GPUs: one node for each attention of a network, with all of its heads.
+
+torch writes an attention as MatMul, Softmax and MatMul between reshapes and transposes, and for CPUs the heads of a
+large self-attention are split (`modules.SplitProcessor`). ONNX Runtime's CUDA provider has one kernel for all of it,
+which never holds the scores in memory (FlashAttention, arXiv 2307.08691), for its own operator MultiHeadAttention.
+What is computed stays the same.
+
+ONNX's own Attention needs operator set 23. There the CUDA provider of ONNX Runtime 1.31 has no InstanceNormalization:
+those nodes would run on the CPU, and a graph with such nodes cannot be captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+DOMAIN, OPERATOR = "com.microsoft", "MultiHeadAttention"
+"""The operator (ContribOperators.md of ONNX Runtime): query, key and value are [B, N, heads·D]."""
+
+_SWAP_HEADS = [0, 2, 1, 3]
+"""Transpose between [B, N, heads, D] and [B, heads, N, D]."""
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """softmax(scale · Q Kᵀ) V of tensors [B, heads, N, D]."""
+
+    inputs: tuple[ir.Value, ir.Value, ir.Value]
+    scale: float
+
+
+def fuse_attention(model: ir.Model) -> int:
+    """Replace every attention of `model` by one node of `OPERATOR`, and count these.
+
+    The shapes of values must be known (`ShapeInferencePass`).
+    """
+    count = 0
+    for join in list(model.graph):
+        swap = _producer(join.inputs[0], "Transpose", _SWAP_HEADS) if join.op_type == "Reshape" else None
+        found = _attention_of(swap.inputs[0]) if swap is not None and _has_rank(join.outputs[0], 3) else None
+        sources = [_joined_heads(value) for value in found.inputs] if found is not None else [None]
+        inputs = [source for source in sources if source is not None]
+        if found is None or len(inputs) != len(sources):
+            continue
+        attributes = {"num_heads": inputs[0][1], "scale": found.scale}
+        node = ir.node(OPERATOR, [value for value, _ in inputs], attributes=attributes, domain=DOMAIN, name=join.name)
+        _replace(join, [node])
+        count += 1
+    if count:
+        model.opset_imports[DOMAIN] = 1
+    RemoveUnusedNodesPass()(model)
+    return count
+
+
+def expand_attention(model: ir.Model) -> None:
+    """Replace every node of `fuse_attention` by operators of ONNX, with all heads at once: TensorRT fuses these."""
+    for node in list(model.graph):
+        if node.op_type == OPERATOR and node.domain == DOMAIN:
+            _replace(node, _expanded(node))
+    model.opset_imports.pop(DOMAIN, None)
+
+
+def _expanded(attention: ir.Node) -> list[ir.Node]:
+    nodes: list[ir.Node] = []
+
+    def add(op_type: str, *inputs: ir.Value | None, **attributes: object) -> ir.Value:
+        node = ir.node(op_type, inputs, attributes=attributes, name=f"{attention.name}/{len(nodes)}")
+        node.outputs[0].name = f"{attention.outputs[0].name}/{len(nodes)}"
+        node.outputs[0].type = attention.outputs[0].type
+        nodes.append(node)
+        return node.outputs[0]
+
+    def constant(value: np.ndarray) -> ir.Value:
+        result = add("Constant", value=ir.tensor(value))
+        result.type, result.shape = ir.TensorType(ir.DataType.from_numpy(value.dtype)), ir.Shape(value.shape)
+        return result
+
+    heads = attention.attributes["num_heads"].as_int()
+    views = [add("Reshape", value, constant(np.array([0, 0, heads, -1]))) for value in attention.inputs[:3]]
+    query, key, value = (
+        add("Transpose", view, perm=perm)
+        for view, perm in zip(views, (_SWAP_HEADS, [0, 2, 3, 1], _SWAP_HEADS), strict=True)
+    )
+    scale = constant(np.array(attention.attributes["scale"].as_float(), np.float32))
+    scores = add("MatMul", add("Mul", query, scale), key)
+    mixed = add("MatMul", add("Softmax", scores, axis=-1), value)
+    add("Reshape", add("Transpose", mixed, perm=_SWAP_HEADS), constant(np.array([0, 0, -1])))
+    return nodes
+
+
+def _attention_of(value: ir.Value | None) -> _Attention | None:
+    """The attention that gives `value`: one of all heads, or several of some heads each, concatenated."""
+    concat = _producer(value, "Concat")
+    if concat is None:
+        return _single_attention(value)
+    parts = [_single_attention(part) for part in concat.inputs]
+    found = [part for part in parts if part is not None]
+    if concat.attributes["axis"].as_int() != 1 or len(found) != len(parts) or len({part.scale for part in found}) != 1:
+        return None
+    query, key, value = (_split_source([part.inputs[index] for part in found]) for index in range(3))
+    return None if query is None or key is None or value is None else _Attention((query, key, value), found[0].scale)
+
+
+def _single_attention(value: ir.Value | None) -> _Attention | None:
+    product = _producer(value, "MatMul")
+    softmax = _producer(product.inputs[0], "Softmax") if product is not None else None
+    scores = _producer(softmax.inputs[0], "MatMul") if softmax is not None else None
+    if product is None or scores is None:
+        return None
+    query, factor = _unscaled(scores.inputs[0])
+    transposed, other = _unscaled(scores.inputs[1])
+    key, values = _untransposed(transposed), product.inputs[1]
+    if query is None or key is None or values is None:
+        return None
+    return _Attention((query, key, values), factor * other)
+
+
+def _split_source(values: Sequence[ir.Value]) -> ir.Value | None:
+    """What was split along the heads into exactly `values`, in this order."""
+    node = _producer(values[0], "Split")
+    if node is None or node.attributes["axis"].as_int() != 1 or list(node.outputs) != list(values):
+        return None
+    return node.inputs[0]
+
+
+def _joined_heads(value: ir.Value) -> tuple[ir.Value, int] | None:
+    """[B, N, heads·D] and the number of heads, if `value` [B, heads, N, D] is made of it."""
+    swap = _producer(value, "Transpose", _SWAP_HEADS)
+    view = _producer(swap.inputs[0], "Reshape") if swap is not None else None
+    source, shape = (None, None) if view is None else (view.inputs[0], view.outputs[0].shape)
+    if source is None or shape is None or not _has_rank(source, 3) or not isinstance(shape[2], int):
+        return None
+    return source, shape[2]
+
+
+def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
+    """`value` without a multiplication by a constant, and that constant."""
+    node = _producer(value, "Mul")
+    for operand, other in zip(node.inputs, reversed(node.inputs), strict=True) if node is not None else ():
+        constant = ir.convenience.get_const_tensor(operand) if operand is not None else None
+        if constant is not None and constant.size == 1:
+            return other, float(constant.numpy())
+    return value, 1.0
+
+
+def _untransposed(value: ir.Value | None) -> ir.Value | None:
+    """The tensor whose last two axes are exchanged in `value`: by a Transpose, or by one of three axes in reshapes."""
+    if (node := _producer(value, "Transpose", [0, 1, 3, 2])) is not None:
+        return node.inputs[0]
+    outer = _producer(value, "Reshape")
+    swap = _producer(outer.inputs[0], "Transpose", [0, 2, 1]) if outer is not None else None
+    inner = _producer(swap.inputs[0], "Reshape") if swap is not None else None
+    return inner.inputs[0] if inner is not None else None
+
+
+def _producer(value: ir.Value | None, op_type: str, perm: list[int] | None = None) -> ir.Node | None:
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type != op_type or (perm and list(node.attributes["perm"].as_ints()) != perm):
+        return None
+    return node
+
+
+def _has_rank(value: ir.Value, rank: int) -> bool:
+    return value.shape is not None and len(value.shape) == rank
+
+
+def _replace(node: ir.Node, new: Sequence[ir.Node]) -> None:
+    """Put `new` in the place of `node`; the one output of the last gives what `node` gave."""
+    (old,), (output,) = node.outputs, new[-1].outputs
+    output.name, output.type, output.shape = old.name, old.type, old.shape
+    assert node.graph is not None, "nodes of a model are in its graph"
+    ir.convenience.replace_nodes_and_values(node.graph, node, [node], new, [old], [output])

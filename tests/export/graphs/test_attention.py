@@ -1,0 +1,125 @@
+"""Attention rewritten for GPUs computes what the exported graph computes: to the last bit, in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from lsast_engines.backends.onnxruntime import GPU_SUFFIX, OnnxRuntimeEngine
+from lsast_engines.bundle.bundle import EMBEDDED, Bundle
+from lsast_engines.bundle.graph_spec import GraphSpec, TensorSpec
+from lsast_export.graphs.external_weights import save_graph
+from lsast_export.graphs.gpu_graph import write_gpu_graph
+from lsast_export.graphs.modules import SplitProcessor
+from lsast_export.graphs.trace import trace
+
+Feeds = dict[str, np.ndarray]
+LENGTHS = {"B": 1, "G": 2, "H": 128, "W": 192, "h": 16, "w": 24, "h2": 8, "w2": 12, "h4": 4, "w4": 6, "h8": 2, "w8": 3}
+
+
+@pytest.fixture
+def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, MultiHeadAttention adds up in another order unless this is set."""
+    monkeypatch.setenv("ORT_DISABLE_FLASH_ATTENTION", "1")
+
+
+def feeds_of(spec: GraphSpec) -> Feeds:
+    rng = np.random.default_rng(0)
+    feeds = {}
+    for tensor in spec.inputs:
+        shape = [LENGTHS[axis] if isinstance(axis, str) else axis for axis in tensor.shape]
+        values = rng.integers(0, 1000, shape) if tensor.dtype == "int64" else rng.standard_normal(shape)
+        feeds[tensor.name] = np.asarray(values, tensor.dtype)
+    return feeds
+
+
+def run(path: Path, feeds: Feeds) -> list[np.ndarray]:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    outputs: list[np.ndarray] = session.run(None, feeds)
+    return outputs
+
+
+def operators(path: Path) -> list[str]:
+    return [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
+
+
+@pytest.mark.usefixtures("_exact")
+@pytest.mark.parametrize(("graph", "attentions"), [("denoiser", 28), ("unet_outer", 6), ("vae_decoder", 0)])
+@pytest.mark.parametrize("fused", [True, False])
+def test_rewritten_graphs_of_mini_give_the_same_bits(graph: str, attentions: int, fused: bool) -> None:
+    spec = Bundle.open(EMBEDDED, verify_hashes=False).manifest.graphs[graph]
+    path, rewritten = EMBEDDED / f"{graph}.onnx", EMBEDDED / f".test-{graph}-{fused}.onnx"
+    try:
+        write_gpu_graph(path, rewritten, half=False, fused=fused)
+        feeds = feeds_of(spec)
+        for expected, found in zip(run(path, feeds), run(rewritten, feeds), strict=True):
+            np.testing.assert_array_equal(found, expected)
+        onnx.checker.check_model(str(rewritten), full_check=True)
+        assert operators(rewritten).count("MultiHeadAttention" if fused else "Softmax") == attentions
+    finally:
+        rewritten.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("graph", ["vae_encoder", "controlnet_cond", "denoiser", "vae_decoder"])
+def test_gpu_graphs_of_mini_are_near_the_exported_ones(graph: str) -> None:
+    """The files of the bundle, by the engine's own code path for GPUs as far as a CPU has it."""
+    pytest.importorskip("onnxruntime")
+    bundle = Bundle.open(EMBEDDED, verify_hashes=False)
+    spec, path = bundle.manifest.graphs[graph], bundle.graph_path(graph)
+    assert f"{graph}{GPU_SUFFIX}" in bundle.manifest.files
+    feeds = feeds_of(spec)
+    expected = OnnxRuntimeEngine(path, spec, "cpu", 1)(feeds)
+    found = OnnxRuntimeEngine(path, spec, "cpu", 1, "fp16")(feeds)
+    for name, values in expected.items():
+        assert np.abs(found[name] - values).max() <= 1e-3 * max(1e-6, np.abs(values).max())
+
+
+class Split(nn.Module):
+    """diffusers' attention with its heads split, as in a large base."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.attention = Attention(query_dim=24, heads=heads, dim_head=24 // heads)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.attention(x)
+        return out
+
+
+@pytest.mark.usefixtures("_exact")
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (3, 3)])
+def test_split_heads_are_merged(tmp_path: Path, heads: int, groups: int) -> None:
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    module = Split(heads).eval()
+    module.attention.set_processor(SplitProcessor(groups))
+    shape = ("B", "N", 24)
+    spec = GraphSpec("toy", (TensorSpec("x", "float32", shape),), (TensorSpec("y", "float32", shape),))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lsast_export.graphs.trace._examples", lambda *_: (torch.rand(2, 7, 24),))
+        traced = trace(module, spec, 8, 8)
+    weights, path = tmp_path / "base.safetensors", tmp_path / "toy.onnx"
+    save_file(module.state_dict(), weights)
+    save_graph(traced, weights, path)
+    x = torch.randn(3, 35, 24, generator=torch.Generator().manual_seed(1))
+    assert operators(path).count("Softmax") == groups
+    for fused, operator in ((True, "MultiHeadAttention"), (False, "Softmax")):
+        rewritten = tmp_path / f"{fused}.onnx"
+        write_gpu_graph(path, rewritten, half=False, fused=fused)
+        assert operators(rewritten).count(operator) == 1
+        assert "Split" not in operators(rewritten)
+        (found,) = run(rewritten, {"x": x.numpy()})
+        np.testing.assert_allclose(found, run(path, {"x": x.numpy()})[0], rtol=1e-5, atol=1e-6)
+        with torch.no_grad():
+            np.testing.assert_allclose(found, module(x).numpy(), rtol=1e-4, atol=1e-5)
