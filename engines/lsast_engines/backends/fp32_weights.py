@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from ..bundle.manifest import declared_hashes
 from ..bundle.safetensors_header import Slot, encode_header, read_slots
 from ..errors import BackendError
 from ..files import cache_home, file_sha256, replace_file
+from .graph_cache import SOURCE, read_source
 
 MIN_BYTES = 1 << 30
 """Minimum size of a weight file to convert; smaller ones are left to the backend."""
@@ -71,6 +73,12 @@ def with_fp32_weights(path: Path, cache: Path | None = None, dtypes: tuple[str, 
     return folder / path.name
 
 
+def is_current(folder: Path) -> bool:
+    """Whether the weights that were converted into `folder` are still there and the same."""
+    weights = read_source(folder)
+    return weights is not None and weights.is_file() and _key(weights) == folder.name
+
+
 def _key(weights: Path) -> str:
     """A name for the content of `weights`: from the SHA-256 that the manifest declares, size and time of change."""
     stat, declared = weights.stat(), declared_hashes(weights.parent).get(weights.name, weights.resolve())
@@ -115,6 +123,7 @@ def _convert(weights: Path, slots: dict[str, Slot], target: Path) -> None:
     _log.warning(
         "converting %s to float32 in %s, %.1f GB, once; that folder may be deleted", weights, target, size / 1e9
     )
+    (target.parent / SOURCE).write_bytes(os.fsencode(weights.resolve()))
     with weights.open("rb") as source, replace_file(target) as handle:
         handle.write(header)
         for slot in slots.values():
@@ -122,6 +131,9 @@ def _convert(weights: Path, slots: dict[str, Slot], target: Path) -> None:
             handle.write(to_float32(source.read(slot.length), slot.dtype))
     with replace_file(target.with_suffix(DIGEST_SUFFIX)) as handle:
         handle.write(file_sha256(target).encode())
+    for other in target.parent.parent.iterdir():  # what the same file held before is as large, and of no use
+        if other != target.parent and read_source(other) == weights.resolve():
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def to_float32(data: bytes, dtype: str) -> bytes:

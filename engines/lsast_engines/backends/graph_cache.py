@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,9 @@ from ..files import cache_home, file_sha256, scratch_folder
 
 MAX_WEIGHT_BYTES = 1 << 30
 """Bytes of a bundle's weights from which its graphs are not cached: every entry holds a copy of the weights."""
+
+SOURCE = "source.txt"
+"""File beside the entries of a graph that holds the graph's path, so that they can be removed when it is gone."""
 
 DIGESTS = "sha256.json"
 """File of an entry that holds the SHA-256 of its other files by name."""
@@ -73,6 +77,7 @@ def open_cached(
             session = build(fresh)
             digests = {file.name: file_sha256(file) for file in sorted(fresh.iterdir())}
             (fresh / DIGESTS).write_text(json.dumps(digests))
+            (entry.parent / SOURCE).write_bytes(os.fsencode(path.resolve()))
             if not entry.exists():  # another process may have been quicker
                 fresh.rename(entry)
                 evict_stale(entry)
@@ -115,6 +120,14 @@ def _verify(entry: Path) -> None:
     digests = parse_json((entry / DIGESTS).read_bytes())
     if not digests or any(file_sha256(entry / name) != digest for name, digest in digests.items()):
         raise ValueError("damaged")
+
+
+def read_source(folder: Path) -> Path | None:
+    """What `SOURCE` in a folder names; None if it is not there."""
+    try:
+        return Path(os.fsdecode((folder / SOURCE).read_bytes()))
+    except OSError:
+        return None
 
 
 def _short_hash(text: str) -> str:

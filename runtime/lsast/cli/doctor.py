@@ -6,6 +6,7 @@ if its library is installed and finds the device; no graph is run.
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from lsast_engines.errors import install_command
 
 LIBRARIES = (
     "numpy", "opencv-python-headless", "pillow", "safetensors", "onnxruntime", "onnxruntime-gpu", "openvino",
-    "tensorrt", "tensorrt-rtx", "cuda-python",
+    "tensorrt", "tensorrt-rtx", "cuda-bindings", "cuda-python",
 )  # fmt: skip
 """Distributions that the runtime uses."""
 
@@ -33,9 +34,9 @@ class BackendState:
 
     name: str
     devices: tuple[str, ...]
-    """The devices that it finds here; none if it cannot be used."""
+    """The devices that it can use here; none if it cannot be used."""
     remedy: str
-    """What helps; empty if it works."""
+    """Why it lacks a device, or everything, and what helps; empty if it works."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,16 @@ class Report:
 
     system: str
     gpus: tuple[str, ...]
-    """Name, compute capability and memory of each NVIDIA GPU; none without a driver."""
+    """Name, compute capability and memory of each NVIDIA GPU."""
+    gpu_fault: str
+    """Why there is none, with the code of CUDA and what helps; empty if there is one."""
     driver: str
     """The NVIDIA driver, or why it is unknown."""
     libraries: dict[str, str | None]
     """Version by distribution; None if it is not installed."""
     backends: tuple[BackendState, ...]
+    telemetry: str
+    """What the libraries report to their makers."""
     faults: tuple[str, ...]
     """Faults of the installation, each with its remedy."""
 
@@ -62,11 +67,13 @@ class Report:
         """The report for a terminal."""
         width = max(map(len, self.libraries))
         lines = [f"system    {self.system}", f"driver    {self.driver}"]
-        lines += [f"gpu       {gpu}" for gpu in self.gpus or ("none",)]
+        lines += [f"gpu       {gpu}" for gpu in self.gpus or (f"none: {self.gpu_fault}",)]
+        lines += [f"telemetry {self.telemetry}"]
         lines += ["", "libraries"]
         lines += [f"  {name:<{width}}  {version or '-'}" for name, version in self.libraries.items()]
         lines += ["", "backends"]
-        lines += [f"  {state.name:<{width}}  {', '.join(state.devices) or state.remedy}" for state in self.backends]
+        for state in self.backends:
+            lines += [f"  {state.name:<{width}}  {'; '.join(filter(None, (', '.join(state.devices), state.remedy)))}"]
         lines += ["", *(f"fault: {fault}" for fault in self.faults)] if self.faults else []
         return "\n".join(lines)
 
@@ -74,18 +81,29 @@ class Report:
 def examine() -> Report:
     """Examine this machine and this environment."""
     libraries: dict[str, str | None] = {**dict.fromkeys(LIBRARIES), **installed_versions(*LIBRARIES)}
-    gpus = _gpus()
+    gpus, gpu_fault = _gpus()
+    backends = _backends(bool(gpus))
     return Report(
         system=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         gpus=gpus,
+        gpu_fault=gpu_fault,
         driver=_driver(),
         libraries=libraries,
-        backends=tuple(_backends(bool(gpus))),
-        faults=tuple(_faults(libraries)),
+        backends=tuple(backends),
+        telemetry=_telemetry(),
+        faults=tuple(_faults(libraries, backends)),
     )
 
 
-def _faults(libraries: dict[str, str | None]) -> list[str]:
+def _telemetry() -> str:
+    """What `lsast_engines.backends.imports` leaves on."""
+    value = os.environ.get("ORT_DISABLE_TELEMETRY", "1")
+    if value == "1":
+        return "off (that of ONNX Runtime and of OpenVINO)"
+    return f"OpenVINO's is off; ONNX Runtime's is left to ORT_DISABLE_TELEMETRY={value}"
+
+
+def _faults(libraries: dict[str, str | None], backends: list[BackendState]) -> list[str]:
     found = [f"{wheel} {libraries[wheel]}" for wheel in WHEELS if libraries[wheel]]
     if len(found) == len(WHEELS):
         return [
@@ -97,7 +115,8 @@ def _faults(libraries: dict[str, str | None]) -> list[str]:
             "found an onnxruntime that cannot be imported; expected a whole one: "
             "pip install --force-reinstall --no-deps onnxruntime (or onnxruntime-gpu)"
         ]
-    return []
+    without = [state.remedy for state in backends if state.name == "onnxruntime" and "cuda" not in state.devices]
+    return [f"found onnxruntime-gpu {libraries[WHEELS[1]]}, {without[0]}"] if libraries[WHEELS[1]] and without else []
 
 
 def _loads(module: str) -> bool:
@@ -109,14 +128,15 @@ def _loads(module: str) -> bool:
 
 
 def _backends(has_gpu: bool) -> list[BackendState]:
-    from lsast_engines.backends.registry import EXTRAS, backend_devices
+    from lsast_engines.backends.registry import EXTRAS, backend_devices, gpu_fault
 
     states = []
     for name, extra in EXTRAS.items():
         devices: list[str] = []
         try:
             devices = backend_devices(name)
-            remedy = "" if devices else "installed, and finds no NVIDIA GPU with a driver"
+            built_for_gpus = name != "onnxruntime" or _has_cuda_provider()
+            remedy = gpu_fault(name) if built_for_gpus else ""
         except ImportError:
             remedy = install_command(extra) + ("" if has_gpu else _GPU_NOTES.get(name, ""))
         except Exception as error:  # one broken library must not hide the others
@@ -125,14 +145,19 @@ def _backends(has_gpu: bool) -> list[BackendState]:
     return states
 
 
-def _gpus() -> tuple[str, ...]:
-    from lsast_engines.backends.tensorrt.cuda import gpus
+def _has_cuda_provider() -> bool:
+    return "CUDAExecutionProvider" in import_library("onnxruntime").get_available_providers()
+
+
+def _gpus() -> tuple[tuple[str, ...], str]:
+    """The GPUs, and why there is none."""
+    from lsast_engines.backends.tensorrt.cuda import gpu_fault, gpus
 
     try:
-        found = gpus()
-    except Exception:  # cuda-python is missing, as the list of libraries says, or broken
-        return ()
-    return tuple(f"{gpu.name}, {gpu.capability}, {gpu.memory / 1e9:.0f} GB" for gpu in found)
+        found, fault = gpus(), gpu_fault()
+    except Exception as error:  # cuda-bindings is missing, or broken
+        return (), f"unknown ({error})"
+    return tuple(f"{gpu.name}, {gpu.capability}, {gpu.memory / 1e9:.0f} GB" for gpu in found), fault
 
 
 def _driver() -> str:

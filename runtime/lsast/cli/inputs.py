@@ -1,6 +1,6 @@
 """The arguments IN and OUT of `lsast-run`: files, folders, patterns and `-`, resolved before anything is painted.
 
-No picture is opened here, so that all faults of the arguments are reported before the first painting.
+No picture is decoded here, so that all faults of the arguments are reported before the first painting.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from pathlib import Path
 from lsast_engines.cli import describe
 from lsast_engines.errors import LsastError, PictureError, UsageError, fault_list, shown
 
-from ..images.formats import VIDEOS, WRITTEN_PICTURES, WRITTEN_VIDEOS
+from ..images.formats import ANIMATIONS, VIDEOS, WRITTEN_PICTURES, WRITTEN_VIDEOS, is_animated
 
 _WRITTEN = {*WRITTEN_PICTURES, *WRITTEN_VIDEOS}
+
+_PNG = (".apng", ".png")
 
 STDIO = "-"
 """The name of standard input as IN, and of standard output as OUT."""
@@ -35,8 +37,14 @@ class Job:
 
     @property
     def is_video(self) -> bool:
-        """Whether the source is a video, by its suffix."""
-        return self.source is not None and self.source.suffix.lower() in VIDEOS
+        """Whether the source is a video, by its suffix, or an animated picture whose frames OUT can hold."""
+        if self.source is None or self.source.suffix.lower() in VIDEOS:
+            return self.source is not None
+        suffix = "" if self.out is None else self.out.suffix.lower()
+        holds_frames = suffix in WRITTEN_VIDEOS | ANIMATIONS and (
+            suffix != ".png" or self.source.suffix.lower() in _PNG
+        )
+        return holds_frames and is_animated(self.source)
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ def plan_jobs(sources: Sequence[str], out: str) -> Plan:
     """Find the pictures and videos that the arguments of a call name, and name their outputs.
 
     - A file is painted to the file OUT, or into OUT if that is a folder.
-    - Of several sources OUT is a folder. Names stay; `.png` or `.mp4` is added to formats that are not written.
+    - Of several sources OUT is a folder. Names stay; `.png` or `.mkv` is added to formats that are not written.
     - A folder is searched at any depth for pictures (no hidden ones, no videos, nothing in OUT). Its structure is kept:
       of a single folder directly below OUT, of several below OUT and the folder's name.
     - A pattern of `*`, `?`, `[…]`, `**` finds files, unless a file has that name. Their structure is kept from the
@@ -97,7 +105,7 @@ def plan_jobs(sources: Sequence[str], out: str) -> Plan:
         raise UsageError(f"found the file {target} as OUT of several pictures; expected a folder")
     if not single and not is_folder and target.suffix.lower() in _WRITTEN:
         raise UsageError(f"found {target} as OUT of several pictures; expected a folder (end it with / to make one)")
-    jobs, clashes = _without_clashes([Job(source, target / _output_name(name)) for source, name in found])
+    jobs, clashes = _without_clashes([Job(source, target / _output_name(source, name)) for source, name in found])
     failures |= clashes
     if errors and len(failures) == 1 and not jobs:
         raise errors[0]
@@ -192,9 +200,9 @@ def _find(given: str, target: Path, others: list[Path], *, below_own_name: bool)
     return [(file, below / file.relative_to(root)) for file in files]
 
 
-def _output_name(name: Path) -> Path:
+def _output_name(source: Path, name: Path) -> Path:
     """The name of an output: the source's, with a suffix added if its format is not written."""
     suffix = name.suffix.lower()
-    if suffix in _WRITTEN:
+    if suffix in _WRITTEN or (suffix in ANIMATIONS and is_animated(source)):
         return name
-    return name.with_name(name.name + (".mp4" if suffix in VIDEOS else ".png"))
+    return name.with_name(name.name + (".mkv" if suffix in VIDEOS else ".png"))

@@ -118,6 +118,11 @@ def painting_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--from", "origin", metavar="PAINTING", help="Repeat a painting with what its file says, see above.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object per file instead of its path.")
 @click.option("--list-styles", is_flag=True, help="Print the styles of the bundle and exit.")
+@click.option(
+    "--cache",
+    type=click.Choice(["list", "prune", "clear"]),
+    help="List what is cached and exit; prune removes what was made of bundles that are gone, clear everything.",
+)
 @click.option("--doctor", is_flag=True, help="Print what works on this machine and what to install, and exit.")
 @debug_option
 @click.version_option(__version__, "-V", "--version", message="lsast %(version)s")
@@ -136,6 +141,7 @@ def main(
     watch: bool,
     as_json: bool,
     list_styles: bool,
+    cache: str | None,
     doctor: bool,
     **options: Any,
 ) -> None:
@@ -151,8 +157,8 @@ def main(
 
     Several pictures: IN may be files, folders (with all folders inside) and quoted patterns such as 'photos/**/*.jpg';
     OUT is then a folder. Paintings that exist are skipped, so that the same call continues one that was stopped. A
-    picture that fails does not stop the others and is listed at the end. Videos (avi, m4v, mkv, mov, mp4, webm) become
-    videos. The name - stands for standard input or standard output (PNG).
+    picture that fails does not stop the others and is listed at the end. Videos and animated
+    GIF, WebP and PNG become videos or animations. The name - stands for standard input or standard output (PNG).
 
     --from PAINTING checks that the bundle and the styles that PAINTING was made with are here. With IN it also checks
     the picture, paints it again and compares the two; with IN and OUT it writes the painting instead. Options that are
@@ -165,6 +171,15 @@ def main(
         _print(asdict(found) | {"healthy": found.healthy}, found.text(), as_json)
         if not found.healthy:
             raise click.exceptions.Exit(1)
+        return
+    if cache is not None:
+        from .cache import as_text, cache_entries, remove
+
+        if cache != "list":
+            remove([entry for entry in cache_entries() if cache == "clear" or not entry.used])
+        entries = cache_entries()
+        facts = [asdict(entry) | {"path": str(entry.path)} for entry in entries]
+        _print({"entries": facts}, as_text(entries), as_json)
         return
     if list_styles:
         _list_styles(bundle, as_json)

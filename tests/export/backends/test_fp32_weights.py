@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from lsast_engines.backends import fp32_weights
-from lsast_engines.backends.fp32_weights import with_fp32_weights
+from lsast_engines.backends.fp32_weights import is_current, with_fp32_weights
 from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS
@@ -138,3 +138,16 @@ def test_with_fp32_weights_without_room_writes_nothing(
     with pytest.raises(BackendError, match=r"found 0\.0 GB free at .*; expected .* or export the bundle in fp32"):
         with_fp32_weights(bundles["fp16"].graph_path("controlnet_cond"), tmp_path)
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.usefixtures("_all_are_large")
+def test_with_fp32_weights_replaces_what_the_same_file_held_before(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    bundle, cache = shutil.copytree(bundles["fp16"].path, tmp_path / "bundle"), tmp_path / "cache"
+    old = with_fp32_weights(bundle / "denoiser.onnx", cache).parent
+    other = with_fp32_weights(bundles["bf16"].graph_path("denoiser"), cache).parent
+    assert is_current(old)
+    os.utime(bundle / "base.safetensors", (1, 1))
+    assert not is_current(old)
+    new = with_fp32_weights(bundle / "denoiser.onnx", cache).parent
+    assert {new, other} == set(cache.iterdir())
+    assert is_current(new)

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +15,9 @@ import pytest
 from click.testing import CliRunner
 
 from lsast.cli import doctor
-from lsast.cli.doctor import examine
+from lsast.cli.doctor import Report, examine
 from lsast.cli.main import main
+from lsast_engines.errors import MissingExtraError
 
 
 @pytest.fixture
@@ -41,6 +43,7 @@ def test_examine_reports_on_this_machine() -> None:
     assert states["onnxruntime"].remedy == ""
     assert report.healthy == (not report.faults)
     assert "numpy" in report.text()
+    assert "telemetry off" in report.text()
 
 
 def test_examine_with_both_onnxruntime_wheels_reports_a_fault(installed: dict[str, str]) -> None:
@@ -67,23 +70,74 @@ def test_examine_with_half_an_onnxruntime_reports_a_fault(
         assert "cpu" in states["openvino"].devices
 
 
-def test_examine_without_a_gpu_says_what_each_backend_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lsast_engines.backends.tensorrt.cuda.gpus", list)
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    monkeypatch.setattr("lsast_engines.backends.tensorrt.engine.importlib.util.find_spec", lambda name: None)
-    report = examine()
+class Driver:
+    """`cuda.bindings.runtime` on a machine with this answer of `cudaGetDeviceCount`."""
+
+    cudaError_t = SimpleNamespace(cudaSuccess=0)  # noqa: N815
+
+    def __init__(self, code: int, count: int | None, capability: str = "8.9") -> None:
+        self.cudaGetDeviceCount = lambda: (code, count)
+        self.cudaGetErrorString = lambda code: (0, b"driver version is insufficient" if code == 35 else b"no device")
+        major, minor = capability.split(".")
+        card = SimpleNamespace(name=b"NVIDIA L4", major=int(major), minor=int(minor), totalGlobalMem=24_000_000_000)
+        self.cudaGetDeviceProperties = lambda index: (0, card)
+
+
+@pytest.fixture
+def machine(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Report]:
+    """Examines a pretended machine: its driver (None: no cuda-bindings), and what onnxruntime-gpu says of CUDA."""
+
+    def pretend(driver: Driver | None, cuda_fault: str | None = None, rtx: bool = True) -> Report:
+        def load() -> Any:
+            if driver is None:
+                raise MissingExtraError("cuda-bindings", "tensorrt-rtx")
+            return driver
+
+        there = {"cuda.bindings": driver, "tensorrt_rtx": rtx or None}
+        monkeypatch.setattr("lsast_engines.backends.tensorrt.cuda.load_cuda", load)
+        monkeypatch.setattr("lsast_engines.backends.tensorrt.engine.importlib.util.find_spec", there.get)
+        monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+        if cuda_fault is not None:
+            del installed["onnxruntime"]
+            installed["onnxruntime-gpu"] = "1.31.1"
+            monkeypatch.setattr("lsast_engines.backends.onnxruntime.cuda_fault", lambda: cuda_fault)
+            monkeypatch.setattr(doctor, "_has_cuda_provider", lambda: True)
+        return examine()
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("driver", "gpu", "rtx"),
+    [
+        (Driver(35, None), "none: cudaGetDeviceCount: driver version is insufficient (35); no NVIDIA driver, or", ""),
+        (Driver(100, None), "none: cudaGetDeviceCount: no device (100); no NVIDIA GPU: nvidia-smi", ""),
+        (Driver(0, 0), "none: CUDA lists no GPU", ""),
+        (None, "none: unknown (cuda-bindings is not installed; install it with: pip install", "pip install 'lsast["),
+        (Driver(0, 1), "NVIDIA L4, 8.9, 24 GB", "cuda"),
+        (Driver(0, 1, "9.0"), "NVIDIA L4, 9.0, 24 GB", "found compute capability 9.0; expected 7.5, 8.6, 8.9"),
+    ],
+)
+def test_examine_says_why_there_is_no_gpu(
+    machine: Callable[..., Report], driver: Driver | None, gpu: str, rtx: str
+) -> None:
+    report = machine(driver)
+    assert f"gpu       {gpu}" in report.text()
     states = {backend.name: backend for backend in report.backends}
-    assert report.gpus == ()
-    assert report.driver == "none (no nvidia-smi)"
-    assert states["tensorrt"].remedy == "pip install 'lsast[tensorrt]' (needs an NVIDIA GPU)"
-    assert states["tensorrt-rtx"].remedy.startswith("pip install 'lsast[tensorrt-rtx]' (compiles anywhere")
-    assert "gpu       none" in report.text()
+    found = states["tensorrt-rtx"]
+    assert rtx == "cuda" if found.devices else found.remedy.startswith(rtx or report.gpu_fault)
+    assert states["tensorrt"].remedy.startswith("pip install 'lsast[tensorrt]'")
+    assert "driver    none (no nvidia-smi)" in report.text()
+    assert report.healthy  # it paints on the CPU, as its wheel says
 
 
-def test_examine_names_a_gpu_with_its_capability(monkeypatch: pytest.MonkeyPatch) -> None:
-    card = SimpleNamespace(name="NVIDIA L4", capability="8.9", memory=24_000_000_000)
-    monkeypatch.setattr("lsast_engines.backends.tensorrt.cuda.gpus", lambda: [card])
-    assert examine().gpus == ("NVIDIA L4, 8.9, 24 GB",)
+@pytest.mark.parametrize("fault", ["its CUDA provider does not load (libcublas.so.13); pip install 'lsast[gpu]'", ""])
+def test_examine_starts_the_cuda_that_a_gpu_wheel_names(machine: Callable[..., Report], fault: str) -> None:
+    report = machine(Driver(0, 1), fault)
+    (state,) = (backend for backend in report.backends if backend.name == "onnxruntime")
+    assert state.devices == (("cpu",) if fault else ("cpu", "cuda"))
+    assert report.faults == ((f"found onnxruntime-gpu 1.31.1, {fault}",) if fault else ())
+    assert report.healthy is not bool(fault)
 
 
 @pytest.mark.parametrize(

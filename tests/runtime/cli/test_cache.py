@@ -1,0 +1,48 @@
+"""The caches: what is listed, and what pruning and clearing remove."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from lsast.cli.main import main
+from lsast_engines.backends import fp32_weights
+
+
+def _list(*arguments: str) -> list[tuple[str, str, bool]]:
+    result = CliRunner().invoke(main, ["--cache", *arguments, "--json"])
+    assert result.exit_code == 0, result.stderr
+    return [(entry["kind"], entry["source"], entry["used"]) for entry in json.loads(result.stdout)["entries"]]
+
+
+def test_cache_lists_prunes_and_clears(
+    bundle_path: Path, photo: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LSAST_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(fp32_weights, "MIN_BYTES", 1)
+    Image.fromarray(photo).save("in.png")
+    assert _list("list") == []
+    for name in ("here", "gone"):
+        shutil.copytree(bundle_path, name)
+        arguments = ["in.png", "out.png", "--bundle", name, "--size", "64", "--backend", "onnxruntime"]
+        assert CliRunner().invoke(main, arguments).exit_code == 0
+    shutil.copytree(bundle_path, "home/engines/mine")
+    shutil.copytree("home/compiled/onnxruntime", "home/compiled/mini-0123/rtx")
+    shutil.rmtree("gone")
+
+    kind, here, gone = "graphs of onnxruntime", str(tmp_path / "here"), str(tmp_path / "gone")
+    engines = ("compiled engines", "mini-0123", True)
+    assert set(_list("list")) == {(kind, here, True), (kind, gone, False), engines}
+    text = CliRunner().invoke(main, ["--cache", "list"]).stdout
+    assert f"{gone} (gone or changed" in text
+    assert set(_list("prune")) == {(kind, here, True), engines}
+    assert _list("clear") == []
+    assert Path("home/engines/mine/manifest.json").is_file()
