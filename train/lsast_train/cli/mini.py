@@ -19,7 +19,8 @@ from ..base.mini_autoencoder import MiniAutoencoder
 from ..mini.architecture import MiniConfig, build_mini
 from ..mini.dataset import LatentDataset, build_cache
 from ..mini.finetune_gan import GanOptions, train_vae_gan
-from ..mini.perceptual import LiteDistance
+from ..mini.perceptual import LiteDistance, PerceptualDistance
+from ..mini.sampled_latents import SampledLatents, SampledLatentsOptions, build_sampled_latents
 from ..mini.train_autoencoder import AutoencoderOptions, Crops, load_teacher, train_autoencoder
 from ..mini.train_unet import BaseTrainingOptions, train_base
 from ..training.run import versions
@@ -104,6 +105,13 @@ def copy_autoencoder(source: Base, target: Base) -> None:
 @click.option("--side", default=BaseTrainingOptions().side, show_default=True, help="Training window in latents.")
 @click.option("--autoencoder-steps", default=AutoencoderOptions().steps, show_default=True)
 @click.option("--gan-steps", default=GanOptions().steps, show_default=True, help="Second phase; 0 leaves it out.")
+@click.option(
+    "--decoder-steps",
+    default=4000,
+    show_default=True,
+    help="Last phase, the decoder alone on latents that the finished base samples; 0 leaves it out.",
+)
+@click.option("--decoder-only", is_flag=True, help="Take the base of --init whole and run the last phase only.")
 @click.option("--share", multiple=True, metavar="LABEL=X", help="Sampling weight of a label's pictures. Repeatable.")
 @click.option("--seed", default=0, show_default=True)
 @threads_option
@@ -119,28 +127,40 @@ def mini(
     side: int,
     autoencoder_steps: int,
     gan_steps: int,
+    decoder_steps: int,
+    decoder_only: bool,
     share: tuple[str, ...],
     seed: int,
     threads: int | None,
     resume: bool,
 ) -> None:
-    """Train the small base: autoencoder by a teacher, then as a GAN; U-Net, ControlNet and style encoder jointly.
+    """Train the small base: autoencoder by a teacher, then as a GAN; U-Net, ControlNet and style encoder jointly; last
+    the decoder on what these sample.
 
     Checkpoints every five minutes; --resume goes on in the phase that was stopped. Prints the base folder, which
     `lsast-export --base DIR` turns into a bundle.
     """
     if teacher is None and init is None:
         raise click.UsageError("found neither --teacher nor --init; expected where the autoencoder starts from")
+    if decoder_only and (init is None or init.endswith(".safetensors") or not decoder_steps):
+        raise click.UsageError("found --decoder-only without --init BASE or --decoder-steps; expected both")
     folders = label_folders(list(roots))
     shares = parse_shares(share)
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
+    # A missing package is reported before hours of training.
+    perceptual = LiteDistance(torch.device("cpu")) if gan_steps or decoder_steps else None
+    if decoder_only and init is not None and perceptual is not None:
+        base = load_base(init)
+        train_decoder(
+            base, folders, GanOptions(steps=decoder_steps, encoder_part=0.0, seed=seed), out, perceptual, resume
+        )
+        finish(base, out, {"decoder_steps": str(decoder_steps)})
+        return
     base = build_mini(MiniConfig(), seed)
     autoencoder = base.autoencoder
     assert isinstance(autoencoder, MiniAutoencoder)
-    # A missing package is reported before hours of training.
-    perceptual = LiteDistance(torch.device("cpu")) if gan_steps else None
     crops = Crops(folders, AutoencoderOptions().side)
     weights = None
     taesd = None if teacher is None else load_teacher(teacher)
@@ -151,7 +171,7 @@ def mini(
         weights = Path(init)
     elif init is not None:
         copy_autoencoder(load_base(init), base)
-    if perceptual is not None:
+    if perceptual is not None and gan_steps:
         gan = GanOptions(steps=gan_steps, seed=seed)
         train_vae_gan(autoencoder, crops, gan, out, perceptual, resume=resume, weights=weights, teacher=taesd)
     cache = out / "latents.safetensors"
@@ -159,18 +179,39 @@ def mini(
         build_cache(folders, base.autoencoder.encoder, cache)
     data = LatentDataset(cache)
     train_base(base, data, BaseTrainingOptions(steps=steps, side=side, share=shares, seed=seed), out, resume)
-    base.config = replace(
-        base.config,
-        training={
-            "pictures": str(len(data.train)),
-            "labels": ", ".join(data.label_names),
-            "steps": str(steps),
-            "autoencoder_steps": str(autoencoder_steps) if init is None else f"those of {Path(init).name}",
-            "gan_steps": str(gan_steps),
-            **versions(),
-        },
-    )
+    if perceptual is not None and decoder_steps:
+        train_decoder(
+            base, folders, GanOptions(steps=decoder_steps, encoder_part=0.0, seed=seed), out, perceptual, resume
+        )
+    facts = {
+        "pictures": str(len(data.train)),
+        "labels": ", ".join(data.label_names),
+        "steps": str(steps),
+        "autoencoder_steps": str(autoencoder_steps) if init is None else f"those of {Path(init).name}",
+        "gan_steps": str(gan_steps),
+        "decoder_steps": str(decoder_steps),
+    }
+    finish(base, out, facts)
+
+
+def train_decoder(
+    base: Base, folders: list[Path], options: GanOptions, out: Path, perceptual: PerceptualDistance, resume: bool
+) -> None:
+    """Train the decoder of `base` on latents that it samples, in ``out/decoder``."""
+    folder = out / "decoder"
+    folder.mkdir(parents=True, exist_ok=True)
+    crops = Crops(folders, AutoencoderOptions().side)
+    sampled = folder / "sampled.safetensors"
+    if not (resume and sampled.exists()):
+        build_sampled_latents(base, crops.train, sampled, SampledLatentsOptions(seed=options.seed))
+    latents = SampledLatents(sampled)
+    train_vae_gan(base.autoencoder, crops, options, folder, perceptual, resume=resume, sampled=latents)
+
+
+def finish(base: Base, out: Path, facts: dict[str, str]) -> None:
+    """Write `base` and print where it is. A base that was trained on before stays a source of prompts."""
+    origins = f"{base.config.training.get('exported_from', '')} {base.fingerprint}".split()
+    known = {"exported_from": " ".join(origins)} if base.config.training else {}
+    base.config = replace(base.config, training={**base.config.training, **facts, **versions(), **known})
     save_base(base, out)
-    loaded = load_base(out)
-    result = {"base": str(out), "fingerprint": loaded.fingerprint, "pictures": len(data.train)}
-    print_result(result, out)
+    print_result({"base": str(out), "fingerprint": load_base(out).fingerprint}, out)

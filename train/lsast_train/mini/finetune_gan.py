@@ -9,6 +9,8 @@ With a teacher (TAESD) the encoder only imitates the teacher's latents, which ca
 finds by itself, and most of each batch is decoded from these, towards what the teacher decodes: that is a function of
 the latents, so there is nothing to average. Without a teacher encoder and decoder learn together, and the latents stay
 near those of the start.
+
+With sampled latents (`SampledLatents`) the decoder also learns what the base's own sampler gives it.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from ..training.rng import RngStream, rng_for
 from .discriminator import MultiscaleDiscriminator, d_loss, feature_matching, g_loss
 from .ema import update_ema
 from .perceptual import PerceptualDistance
+from .sampled_latents import SampledLatents
 from .train_autoencoder import Crops, psnr
 
 log = logging.getLogger("lsast.train.mini")
@@ -45,10 +48,10 @@ BLOCK = 16
 
 LOSS_WEIGHTS = {
     "quarter": 1.0,  # absolute error at a quarter of the size
-    "full": 0.3,  # absolute error at full size
-    "texture": 0.3,  # `texture_loss`
+    "full": 0.15,  # absolute error at full size
+    "texture": 0.4,  # `texture_loss`
     "perceptual": 0.5,  # distance of the features of EfficientNet-Lite1
-    "adversarial": 0.1,  # `g_loss`
+    "adversarial": 0.2,  # `g_loss`
     "matching": 1.0,  # `feature_matching`
     # Squared and absolute distance to the anchor's latents: scale and meaning of the channels stay. With 0.05 the
     # encoder answers `GanOptions.noise` by larger latents.
@@ -58,6 +61,10 @@ LOSS_WEIGHTS = {
 
 TAUGHT = 0.75
 """With a teacher: part of the batch decoded from the teacher's latents, towards what the teacher decodes."""
+
+SAMPLED = 0.5
+"""With sampled latents: part of the batch decoded from these. They differ from their pictures in detail, so the losses
+of exact pixels, ``full`` and ``matching``, leave them out."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,9 @@ class GanOptions:
     """Part of the steps in which the encoder learns too. Then the latent space stands."""
     batch: int = 8
     lr: float = 4e-4
-    """Learning rate of decoder and discriminator."""
+    """Learning rate of the decoder."""
+    discriminator_lr: float = 1.2e-3
+    """Learning rate of the discriminator: a larger one, as in Heusel et al. 2017, lest it lag behind."""
     lr_warmup: int = 100
     """Updates of a new optimiser in which the learning rates rise linearly."""
     gan_warmup: int = 300
@@ -230,10 +239,8 @@ class GanTraining:
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": list(autoencoder.encoder.parameters()), "relative": options.encoder_lr},
-                {
-                    "params": [*autoencoder.decoder.parameters(), *self.discriminator.parameters()],
-                    "relative": options.lr,
-                },
+                {"params": list(autoencoder.decoder.parameters()), "relative": options.lr},
+                {"params": list(self.discriminator.parameters()), "relative": options.discriminator_lr},
             ],
             betas=(0.5, 0.99),
             weight_decay=0.0,
@@ -271,8 +278,20 @@ class GanTraining:
         self.autoencoder.load_state_dict(self.ema.state_dict())
         return step
 
-    def train_step(self, step: int, images: torch.Tensor, perceptual: PerceptualDistance) -> dict[str, torch.Tensor]:
-        """Train autoencoder and discriminator in step `step` (from 0) on images [B, 3, side, side].
+    def train_step(
+        self,
+        step: int,
+        images: torch.Tensor,
+        perceptual: PerceptualDistance,
+        sampled: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Train autoencoder and discriminator in step `step` (from 0).
+
+        Args:
+            step: of the run.
+            images: crops [B, 3, side, side].
+            perceptual: the perceptual loss.
+            sampled: latents [S, 4, side/8, side/8] and their pictures, decoded besides.
 
         Returns:
             The parts of the autoencoder's loss, and ``discriminator``, the loss of the discriminator.
@@ -290,10 +309,15 @@ class GanTraining:
             with torch.no_grad():
                 anchor = self.anchor(images).float() if train_encoder or self.teacher is not None else latents
             given, target = self.batch(latents, anchor, images)
-            decoded = self.autoencoder.decode(corrupt_latents(given, options, generator)).float()
+            given, exact = corrupt_latents(given, options, generator), len(images)
+            if sampled is not None:
+                given, target = torch.cat([given, sampled[0]]), torch.cat([target, sampled[1]])
+                target, images = (x.contiguous(memory_format=torch.channels_last)
+                                  for x in (target, torch.cat([images, sampled[1]])))  # fmt: skip
+            decoded = self.autoencoder.decode(given).float()
             losses = {
                 "quarter": F.l1_loss(F.avg_pool2d(decoded, 4), F.avg_pool2d(images, 4)),
-                "full": F.l1_loss(decoded, target),
+                "full": F.l1_loss(decoded[:exact], target[:exact]),
                 "texture": texture_loss(decoded, target),
                 "anchor": F.mse_loss(latents, anchor) + F.l1_loss(latents, anchor),
                 "perceptual": perceptual(decoded, target),
@@ -304,7 +328,8 @@ class GanTraining:
                 self.discriminator.requires_grad_(False)
                 scores = [[x.float() for x in scale] for scale in self.discriminator(decoded)]
                 self.discriminator.requires_grad_(True)
-                losses |= {"matching": feature_matching(real, scores), "adversarial": g_loss(scores)}
+                pairs = ([[x[:exact] for x in scale] for scale in scales] for scales in (real, scores))
+                losses |= {"matching": feature_matching(*pairs), "adversarial": g_loss(scores)}
         generator_loss = torch.stack([LOSS_WEIGHTS[name] * loss for name, loss in losses.items()]).sum()
         discriminator_loss = d_loss(real, fake)
         self.optimizer.zero_grad(set_to_none=True)
@@ -339,6 +364,7 @@ def train_vae_gan(
     resume: bool = False,
     weights: Path | None = None,
     teacher: AutoencoderTiny | None = None,
+    sampled: SampledLatents | None = None,
     device: torch.device | str = "cpu",
 ) -> None:
     """Train `autoencoder` in place; it ends with the running mean of its weights, frozen, on the CPU.
@@ -353,6 +379,7 @@ def train_vae_gan(
         resume: go on from the checkpoint in `folder`, if one is there.
         weights: without a checkpoint, go on from this file of `save_gan_weights`: at its step, with a new optimiser.
         teacher: its encoder anchors the latents; None: that of `autoencoder` at the start.
+        sampled: the decoder learns on these, too.
         device: where to train. Random numbers are drawn on the CPU, so a seed means the same on every device.
 
     Raises:
@@ -376,8 +403,16 @@ def train_vae_gan(
     parts: list[dict[str, float]] = []
 
     def train_step(step: int) -> float:
-        images = crops.batch(crops.train, options.batch, np.random.default_rng([options.seed, step]))
-        parts.append({k: v.item() for k, v in training.train_step(step, images.to(device), perceptual).items()})
+        rng, rows = (
+            np.random.default_rng([options.seed, step]),
+            0 if sampled is None else round(SAMPLED * options.batch),
+        )
+        images = crops.batch(crops.train, options.batch - rows, rng).to(device)
+        more = None
+        if sampled is not None:
+            latents, pictures = sampled.batch(rows, crops.side, rng)
+            more = latents.to(device), pictures.to(device)
+        parts.append({k: v.item() for k, v in training.train_step(step, images, perceptual, more).items()})
         loss = sum(LOSS_WEIGHTS.get(name, 1.0) * value for name, value in parts[-1].items())
         require_finite(loss, step)
         return loss
