@@ -22,7 +22,7 @@ import numpy as np
 
 from ..bundle.graph_spec import DENOISER, UNET_SPLIT_GRAPHS, GraphSpec, TensorSpec
 from ..bundle.safetensors_header import read_slots
-from ..errors import BackendError
+from ..errors import BackendError, install_command
 from .base import Array, ComputeDtype, Engine, Shape, axis_lengths, check_interface
 from .graph_cache import open_cached
 from .imports import import_library
@@ -53,6 +53,8 @@ _CUDA_OPTIONS = {
 }
 """Options of the CUDA provider (onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html)."""
 
+_DRIVER = "install or update the NVIDIA driver; nvidia-smi shows it"
+
 _MIN_EXTERNAL_BYTES = 1024
 """Smaller constants stay in `GRAPH`, since ONNX Runtime computes shapes from them."""
 
@@ -72,26 +74,30 @@ def devices() -> Iterator[str]:
 
 
 def cuda_fault() -> str:
-    """Why ONNX Runtime cannot start CUDA here, with ONNX Runtime's own words or those of the linker; empty if it can.
+    """Why ONNX Runtime cannot start CUDA here, in its own words or the linker's, and what helps; empty if it can.
 
     Raises:
         ImportError: it is not installed.
     """
     library = import_library("onnxruntime")
     if PROVIDERS["cuda"] not in library.get_available_providers():
-        return "the installed onnxruntime was built without CUDA; onnxruntime-gpu has it"
+        return (
+            "the installed onnxruntime was built without CUDA; for the one with it: pip uninstall -y onnxruntime, then "
+            f"{install_command('gpu')}"
+        )
     missing = _preload(library)
     names = {"win32": "onnxruntime_providers_cuda.dll"}
     file = Path(library.__file__).parent / "capi" / names.get(sys.platform, "libonnxruntime_providers_cuda.so")
     try:
         ctypes.CDLL(str(file))
     except OSError as error:
-        return f"its CUDA provider does not load: {missing or error}"
+        mend = _DRIVER if "libcuda.so" in f"{missing} {error}" else f"for CUDA's libraries: {install_command('gpu')}"
+        return f"its CUDA provider does not load ({missing or error}); {mend}"
     try:
         library.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32), "cuda", 0)
     except Exception as error:  # ONNX Runtime raises exceptions of no common base
         found = re.search(r"(CUDA|CUDNN|CUBLAS) failure \d+: [^;]*", str(error))
-        return f"its CUDA provider does not start: {found[0].strip() if found else error}"
+        return f"its CUDA provider does not start ({found[0].strip() if found else error}); {_DRIVER}"
     return ""
 
 
@@ -133,7 +139,7 @@ class OnnxRuntimeEngine(Engine):
         if device == "cpu":
             self._session = self._open({})
         elif fault := cuda_fault():
-            raise BackendError(f"onnxruntime cannot use device {device!r}: {fault}; see lsast-run --doctor")
+            raise BackendError(f"onnxruntime cannot use device {device!r}: {fault}")
 
     def _bind(self, feeds: dict[str, Array]) -> None:
         """The base class holds them; a session takes them over when it runs."""

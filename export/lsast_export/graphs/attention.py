@@ -143,7 +143,7 @@ def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
     for operand, other in zip(node.inputs, reversed(node.inputs), strict=True) if node is not None else ():
         constant = ir.convenience.get_const_tensor(operand) if operand is not None else None
         if constant is not None and constant.size == 1:
-            return other, float(constant.numpy())
+            return other, float(constant.numpy().item())
     return value, 1.0
 
 

@@ -139,10 +139,16 @@ def expect(engine: Engine, toy: Any, feeds: dict[str, np.ndarray], given: dict[s
     [
         ({}, ""),
         ({"provider": "AzureExecutionProvider"}, "the installed onnxruntime was built without CUDA"),
-        ({"loads": False, "fault": MISSING}, "its CUDA provider does not load: Failed to load libcublas.so.13"),
-        ({"loads": False}, "its CUDA provider does not load: .*libonnxruntime_providers_cuda.so"),
-        ({"fault": OLD_DRIVER}, "does not start: CUDA failure 35: CUDA driver version is insufficient for"),
-        ({"fault": "no device"}, "does not start: no device"),
+        (
+            {"loads": False, "fault": MISSING},
+            r"load \(Failed to load libcublas.so.13: .*: pip install .lsast\[gpu\]",
+        ),
+        ({"loads": False}, r"does not load \(.*libonnxruntime_providers_cuda.so"),
+        (
+            {"fault": OLD_DRIVER},
+            r"start \(CUDA failure 35: .* is insufficient for CUDA runtime version\); install or",
+        ),
+        ({"fault": "no device"}, r"does not start \(no device\)"),
     ],
 )
 def test_cuda_that_does_not_start_says_why(
