@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from lsast_engines.errors import TrainingError, UsageError
+from lsast_train import inversion
 from lsast_train.base.base import Base
 from lsast_train.inversion import Inversion
 from lsast_train.options import TrainOptions
@@ -58,7 +60,7 @@ def test_round_unet_gives_the_loss_and_gradient_of_autocast(
     run = Inversion(text_base, collection, replace(brief, mixed_precision="bf16"), "red", tmp_path)
     expected, size = run.loss(0, 0), sum(p.nbytes for p in text_base.unet.parameters())
     (gradient,) = torch.autograd.grad(expected, run.space.matrices)
-    text_base.round_unet()
+    text_base.round_unet("bf16")
     found = run.loss(0, 0)
     assert torch.equal(found, expected)
     assert torch.equal(torch.autograd.grad(found, run.space.matrices)[0], gradient)
@@ -77,3 +79,42 @@ def test_bf16_loss_is_near_fp32_with_gradients_in_fp32(
         torch.autograd.backward(loss)
         assert run.space.matrices.grad is not None
         assert run.space.matrices.grad.dtype == torch.float32
+
+
+def test_gradient_accumulation_gives_the_mean_gradient_of_its_batches(
+    text_base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path
+) -> None:
+    options = replace(brief, generator="direct", gradient_accumulation=2, lr=1e-9)
+    run = Inversion(text_base, collection, options, "red", tmp_path)
+    first, second = (torch.autograd.grad(run.loss(3, 0, part), run.space.matrices)[0] for part in (0, 1))
+    assert not torch.equal(first, second)
+    run._train_step(3)
+    torch.testing.assert_close(run.space.matrices.grad, (first + second) / 2)
+
+
+def test_fp16_gives_nearly_the_gradient_of_float32_and_refuses_one_that_overflows(
+    text_base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unscaled, its gradients would be zeros: they are below the smallest number of that type."""
+    run = Inversion(text_base, collection, replace(brief, lr=1e-9), "red", tmp_path / "a")
+    run._train_step(0)
+    half = Inversion(text_base, collection, replace(brief, lr=1e-9, mixed_precision="fp16"), "red", tmp_path / "b")
+    half._train_step(0)
+    found, expected = half.space.matrices.grad, run.space.matrices.grad
+    assert found is not None
+    assert expected is not None
+    assert (found - expected).norm() < 0.05 * expected.norm()
+    monkeypatch.setattr(inversion, "LOSS_SCALE", 1e38)
+    with pytest.raises(TrainingError, match="the loss of step 0 is nan"):
+        half._train_step(0)
+
+
+def test_device_that_is_not_there_is_refused_and_controlnet_stays_where_it_is(
+    text_base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"found --device nowhere .*; expected one of cpu"):
+        Inversion(text_base, collection, brief, "red", tmp_path, device="nowhere")
+    assert Inversion(text_base, collection, brief, "red", tmp_path, device="cpu").base.device.type == "cpu"
+    text_base.to(torch.device("meta"), controlnet=False)
+    assert text_base.unet.device.type == text_base.device.type == "meta"
+    assert text_base.controlnet.device.type == "cpu"

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from .base.base import Base
+from .base.base import Base, autocast
 from .options import MixedPrecision
 from .prompts.prompt_space import PromptSpace
 from .training.rng import RngStream, rng_for
@@ -37,7 +37,7 @@ def noise_error(
     """
     noisy = base.add_noise(latents, noise, timestep)
     contexts = space.contexts_by_group(timestep, dropout)
-    with torch.autocast(latents.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
+    with autocast(latents.device, mixed_precision):
         predicted = base.eps(noisy, timestep, contexts)
     return (predicted.float() - noise).square().mean((1, 2, 3))
 

@@ -28,6 +28,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 
 from lsast_engines.bundle.style import encode_defaults
+from lsast_engines.errors import UsageError
 
 from .base.base import Base
 from .evaluation import ValidationSet, noise_error
@@ -42,6 +43,10 @@ from .training.run import RunFiles, RunResult, require_run, versions
 
 log = logging.getLogger("lsast.train")
 
+LOSS_SCALE = 1024.0
+"""Factor of the loss in the backward pass with fp16: smaller gradients than 2⁻²⁴ are zero in that type. It is constant,
+as the networks are frozen."""
+
 V_WEIGHT_LIMIT = 20.0
 """Largest weight of a timestep with weighting ``v``; 1/ᾱ would reach 200 at the noisy end."""
 
@@ -50,7 +55,7 @@ class Inversion:
     """One run. Under ``accelerate launch`` every process makes one; gradients are averaged, the first process writes.
 
     Args:
-        base: moved to the device that accelerate chooses; its weights are never changed.
+        base: moved to the device, without its ControlNet; its weights are never changed.
         paintings: the artist's, loaded with the options' size and crop.
         options: of the run.
         name: of the style.
@@ -58,10 +63,11 @@ class Inversion:
         licence: of the paintings; kept in the prompt file.
         resume: go on from the checkpoint that a stopped run left in `folder`.
         on_step: called with the number of steps done and the loss after each step.
+        device: in torch's words; None is what accelerate chooses.
 
     Raises:
-        UsageError: a name that is no file name, or a size that the base cannot take (all faults at once); prompts that
-            the base has no text encoder for.
+        UsageError: a device that is not there; a name that is no file name, or a size that the base cannot take (all
+            faults at once); prompts that the base has no text encoder for.
         TrainingError: a checkpoint that is missing, in the way, damaged, or of another run.
     """
 
@@ -75,12 +81,13 @@ class Inversion:
         licence: str = "",
         resume: bool = False,
         on_step: Callable[[int, float], None] | None = None,
+        device: str | None = None,
     ) -> None:
         self.files = RunFiles(folder, name)
         require_run(self.files, options.size, base.config.multiple, resume)
         self.base, self.paintings, self.options, self.licence, self.on_step = base, paintings, options, licence, on_step
         self.accelerator = Accelerator()
-        base.to(self.accelerator.device, options.gradient_checkpointing)
+        base.to(_device(device, self.accelerator), options.gradient_checkpointing, controlnet=False)
         self.latents = self._latent_sampler()
         self.space = self._prompt_space()
         self.optimizer = make_optimizer(self.space, options)
@@ -93,7 +100,9 @@ class Inversion:
             evaluate_every=options.evaluate_every,
             checkpoint_minutes=options.checkpoint_minutes,
             writes=self.accelerator.is_main_process,
+            device=base.device,
         )
+        self._log_memory()
         if resume:
             self.loop.restore()
             self.curve = Curve.from_json(self.loop.history)
@@ -110,15 +119,16 @@ class Inversion:
         self.loop.run(self._train_step, self._evaluate, self.on_step, self._any_signal)
         return self._finish()
 
-    def loss(self, step: int, process: int) -> torch.Tensor:
-        """The training loss of `step` (from 0) in `process`: weighted noise error of a random batch."""
+    def loss(self, step: int, process: int, part: int = 0) -> torch.Tensor:
+        """The training loss of `step` (from 0) in `process`: weighted noise error of the random batch number `part`."""
         options, base = self.options, self.base
-        generator = rng_for(options.seed, RngStream.STEP, process, step)
+        numbers = (process, step, part) if part else (process, step)
+        generator = rng_for(options.seed, RngStream.STEP, *numbers)
         latents = self.latents.sample(options.batch, generator)
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         timestep = torch.randint(base.config.noise.train_steps, (options.batch,), generator=generator)
         timestep = timestep.to(latents.device)
-        dropout = rng_for(options.seed, RngStream.DROPOUT, process, step)
+        dropout = rng_for(options.seed, RngStream.DROPOUT, *numbers)
         error = noise_error(base, self.space, latents, noise, timestep, options.mixed_precision, dropout)
         if options.weighting == "v":
             error = error * (1 / base.alphas_cumprod[timestep]).clamp(max=V_WEIGHT_LIMIT)
@@ -126,15 +136,34 @@ class Inversion:
 
     def _train_step(self, step: int) -> float:
         set_learning_rate(self.optimizer, self.options.learning_rate(step))
-        loss = self.loss(step, self.accelerator.process_index)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        parts = self.options.gradient_accumulation
+        scale = LOSS_SCALE if self.options.mixed_precision == "fp16" else 1.0
+        total = torch.zeros((), device=self.base.device)
+        for part in range(parts):
+            loss = self.loss(step, self.accelerator.process_index, part) / parts
+            (scale * loss).backward()
+            total += loss.detach()
         for parameter in self.space.parameters():
+            if parameter.grad is not None and scale != 1:
+                parameter.grad /= scale
+                total += 0 * parameter.grad.sum()  # a gradient that is not finite makes the loss so
             parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
-        mean = float(self.accelerator.reduce(loss.detach(), "mean"))
+        mean = float(self.accelerator.reduce(total, "mean"))
         require_finite(mean, step)
         self.optimizer.step()
         return mean
+
+    def _log_memory(self) -> None:
+        """What is known of the memory before the first step: weights and optimiser; the loop measures the rest."""
+        networks = [*self.base.networks().values(), self.base.text_encoder]
+        there = [p for n in networks if n is not None and n is not self.base.controlnet for p in n.parameters()]
+        learned = sum(p.numel() for p in self.space.parameters())
+        log.info(
+            "on %s: %.2f GB of weights, %.2f GB for %.1f million learned values and their optimiser; activations of a "
+            "batch come on top",
+            *(self.base.device, sum(p.nbytes for p in there) / 1e9, 16 * learned / 1e9, learned / 1e6),
+        )
 
     def _any_signal(self, number: int) -> int:
         """The signal of any process, so that all of them stop after the same step."""
@@ -231,6 +260,28 @@ class Inversion:
             "relative_held_out_loss": f"{result.relative_loss:.6f}",
             "versions": json.dumps(versions()),
         }
+
+
+def _device(wanted: str | None, accelerator: Accelerator) -> torch.device:
+    """The device `wanted`, or the one that accelerate chooses.
+
+    Raises:
+        UsageError: it is not there, or several processes share the work.
+    """
+    if wanted is None:
+        return accelerator.device
+    if accelerator.num_processes > 1:
+        raise UsageError(
+            f"found --device {wanted} in one of {accelerator.num_processes} processes; expected none there"
+        )
+    try:
+        device: torch.device = torch.zeros(1, device=wanted).device
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # what torch raises for a device not there
+        count = torch.cuda.device_count()
+        found = ["cpu", *(f"cuda:{i}" for i in range(count)), *(["mps"] if torch.backends.mps.is_available() else [])]
+        reason = str(error).split("\n")[0]
+        raise UsageError(f"found --device {wanted} ({reason}); expected one of {', '.join(found)}") from error
 
 
 def make_optimizer(space: PromptSpace, options: TrainOptions) -> torch.optim.AdamW:

@@ -38,8 +38,9 @@ Crop = Literal["random", "squash"]
 Weighting = Literal["eps", "v"]
 """Loss weight of timestep t: 1 (error of the noise), or 1/ᾱ up to 20 (error of v, Salimans & Ho 2022, appendix D)."""
 
-MixedPrecision = Literal["no", "bf16"]
-"""Autocast of the U-Net, in accelerate's words; prompts, loss and optimiser are always float32."""
+MixedPrecision = Literal["no", "bf16", "fp16"]
+"""Autocast of the U-Net, in accelerate's words; prompts, loss and optimiser are always float32. ``fp16`` is for
+GPUs that have no bf16."""
 
 PLACEHOLDER_TOKENS = 10
 """Default rows of a matrix that passes a text encoder: the released configuration's ``max_vectors_per_token``."""
@@ -81,7 +82,9 @@ class Range:
 
 
 _RANGES = {
-    **dict.fromkeys(("steps", "batch", "evaluate_every", "evaluate_latents"), Range(1, whole=True)),
+    **dict.fromkeys(
+        ("steps", "batch", "gradient_accumulation", "evaluate_every", "evaluate_latents"), Range(1, whole=True)
+    ),
     **dict.fromkeys(("decay_after", "views", "seed"), Range(0, whole=True)),
     **dict.fromkeys(("lr", "checkpoint_minutes"), Range(0, above=True)),
     **dict.fromkeys(("map_lr", "weight_decay"), Range(0)),
@@ -123,7 +126,9 @@ class TrainOptions:
     gradient: Gradient = "all"
     steps: int = 100_000
     batch: int = 1
-    """Pictures of a step in each process, each with a timestep of its own."""
+    """Pictures that pass the U-Net at once in each process, each with a timestep of its own."""
+    gradient_accumulation: int = 1
+    """Batches of a step, one after the other: their mean gradient, in the memory of one."""
     lr: float = 5e-6
     """Learning rate of the matrices, or of the network that generates them, at step 0."""
     map_lr: float = 1.0
@@ -198,10 +203,11 @@ PRESETS: dict[str, TrainOptions] = {
         evaluate_latents=12,
         checkpoint_minutes=2.0,
     ),
-    "paper": TrainOptions(),
+    "paper": TrainOptions(views=8),
     "released": TrainOptions(
         generator="geglu", layout="overlap", gradient="decoder", lr=1e-6, schedule="constant", crop="squash"
     ),
 }
-"""``quick``: minutes on two CPU cores with the embedded base. ``paper``: the published recipe, hours on a GPU.
+"""``quick``: minutes on two CPU cores with the embedded base. ``paper``: the published recipe, hours on a GPU;
+crops are encoded once and kept, not in each step anew.
 ``released``: what the published code does instead (docs/method.md §3)."""

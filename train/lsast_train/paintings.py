@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -40,6 +41,7 @@ HELD_OUT_SHARE = 0.125
 """Part of the paintings that training never sees."""
 
 _MAX_LISTED = 20
+_THREADS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +65,13 @@ class PaintingDataset:
 
     @classmethod
     def load(
-        cls, folder: Path, size: int, crop: Crop = "random", painted: int = 0, progress: bool = True
+        cls,
+        folder: Path,
+        size: int,
+        crop: Crop = "random",
+        painted: int = 0,
+        progress: bool = True,
+        paths: Sequence[Path] | None = None,
     ) -> PaintingDataset:
         """Read every picture under `folder`.
 
@@ -74,33 +82,32 @@ class PaintingDataset:
             painted: native side of the base in pixels; paintings are held at that scale, so that a smaller training
                 picture is a part of one and no miniature of it.
             progress: show a bar on stderr.
+            paths: only these, all under `folder`.
 
         Raises:
             PictureError: no such folder, or no picture file in it.
             TrainingError: fewer than two usable pictures.
         """
-        paths = find_pictures(folder)
+        paths = find_pictures(folder) if paths is None else list(paths)
         paintings: list[Painting] = []
         left_out: list[str] = []
         seen: dict[bytes, str] = {}
-        for path in tqdm(paths, desc="read", unit="picture", disable=not progress):
-            name = path.relative_to(folder).as_posix()
-            try:
-                pixels = read_on_white(path)
-            except PictureError as error:
-                log.debug("%s", error)
-                left_out.append(f"{name} (unreadable)")
-                continue
-            height, width = pixels.shape[:2]
-            if min(height, width) < MIN_SIDE:
-                left_out.append(f"{name} ({width} by {height} pixels, shorter side below {MIN_SIDE})")
-                continue
-            # The same painting in two files could be on both sides of the split.
-            twin = seen.setdefault(hashlib.sha256(f"{height} {width} ".encode() + pixels.tobytes()).digest(), name)
-            if twin != name:
-                left_out.append(f"{name} (same as {twin})")
-                continue
-            paintings.append(Painting(name, _fit(pixels, size if crop == "squash" else max(size, painted), crop)))
+        held_at = size if crop == "squash" else max(size, painted)
+        # Decoding releases Python's lock. As many pictures as threads are decoded at a time.
+        with ThreadPoolExecutor(_THREADS) as pool:
+            read = pool.map(lambda path: _read(path, held_at, crop), paths)
+            shown = tqdm(read, "read", len(paths), unit="picture", disable=not progress)
+            for path, found in zip(paths, shown, strict=True):
+                name = path.relative_to(folder).as_posix()
+                if isinstance(found, str):
+                    left_out.append(f"{name} ({found})")
+                    continue
+                digest, pixels = found
+                # The same painting in two files could be on both sides of the split.
+                if (twin := seen.setdefault(digest, name)) != name:
+                    left_out.append(f"{name} (same as {twin})")
+                else:
+                    paintings.append(Painting(name, pixels))
         if left_out:
             more = f" and {len(left_out) - _MAX_LISTED} more" if len(left_out) > _MAX_LISTED else ""
             log.warning(
@@ -112,14 +119,14 @@ class PaintingDataset:
                 f"one held out (better 20 and more), each with a shorter side of at least {MIN_SIDE} pixels"
             )
         held = held_out_names([painting.name for painting in paintings])
-        digest = hashlib.sha256()
+        whole = hashlib.sha256()
         for painting in paintings:
-            digest.update(os.fsencode(f"{painting.name}\0{painting.name in held}\0{painting.pixels.shape}"))
-            digest.update(painting.pixels.tobytes())
+            whole.update(os.fsencode(f"{painting.name}\0{painting.name in held}\0{painting.pixels.shape}"))
+            whole.update(painting.pixels.tobytes())
         return cls(
             tuple(painting for painting in paintings if painting.name not in held),
             tuple(painting for painting in paintings if painting.name in held),
-            digest.hexdigest(),
+            whole.hexdigest(),
         )
 
 
@@ -201,6 +208,21 @@ class OnlineLatents:
             pictures.append(pixels[:, ::-1] if mirrored else pixels)
         mean, std = encode_pictures(self._base, pictures)
         return sample_posterior(self._base, mean, std, generator)
+
+
+def _read(path: Path, size: int, crop: Crop) -> tuple[bytes, npt.NDArray[np.uint8]] | str:
+    """SHA-256 and, at the size that it is held at, the pixels of a picture; or why it is left out."""
+    try:
+        pixels = read_on_white(path)
+    except PictureError as error:
+        log.debug("%s", error)
+        return "unreadable"
+    height, width = pixels.shape[:2]
+    if min(height, width) < MIN_SIDE:
+        return f"{width} by {height} pixels, shorter side below {MIN_SIDE}"
+    digest = hashlib.sha256(f"{height} {width} ".encode())
+    digest.update(np.ascontiguousarray(pixels).data)
+    return digest.digest(), _fit(pixels, size, crop)
 
 
 def _fit(pixels: npt.NDArray[np.uint8], size: int, crop: Crop) -> npt.NDArray[np.uint8]:

@@ -45,7 +45,7 @@ base = build_base(
     facts, "0" * 64, unet, control, MiniAutoencoder((4, 4, 4), (4, 4, 4)), torch.zeros(77, 768), text_encoder=text
 )
 if precision == "bf16":
-    base.round_unet()
+    base.round_unet("bf16")
 options = replace(PRESETS[preset], mixed_precision=precision, gradient_checkpointing=checkpointing == "on")
 cost = training_step_cost(base, options, steps=1)
 print(cost.seconds, cost.peak_rss, cost.loss)

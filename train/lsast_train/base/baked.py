@@ -6,7 +6,7 @@ import torch
 
 from ..options import MixedPrecision
 from .attention import packed_kv
-from .base import Base
+from .base import Base, autocast
 from .kv_packing import skip_cond_embedding
 
 Residuals = tuple[list[torch.Tensor], torch.Tensor]
@@ -91,5 +91,5 @@ class BakedBase:
             control: factor of the residuals.
             mixed_precision: of the networks.
         """
-        with torch.autocast(latent.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
+        with autocast(latent.device, mixed_precision):
             return self.eps(latent, timestep, rows[0], self.residuals(latent, timestep, rows[1], hint, control))

@@ -11,9 +11,13 @@ from torch import nn
 
 from lsast_engines.diffusion.noise_schedule import NoiseSchedule
 
+from ..options import MixedPrecision
 from .attention import Contexts, layer_contexts, set_layerwise_processors
 from .mini_autoencoder import MiniAutoencoder
 from .style_encoder import StyleEncoder
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Element types of mixed precision."""
 
 
 @dataclass(frozen=True)
@@ -76,30 +80,31 @@ class Base:
         found = {"unet": self.unet, "controlnet": self.controlnet, "autoencoder": self.autoencoder}
         return found if self.style_encoder is None else {**found, "style_encoder": self.style_encoder}
 
-    def to(self, device: torch.device, gradient_checkpointing: bool = False) -> None:
+    def to(self, device: torch.device, gradient_checkpointing: bool = False, controlnet: bool = True) -> None:
         """Move the base to `device`, the U-Net channels-last, in which convolutions are faster.
 
         Args:
             device: of all networks.
             gradient_checkpointing: the U-Net computes its activations again in the backward pass.
+            controlnet: whether ControlNet is moved, too; what does not use it saves its memory there.
         """
         for network in (*self.networks().values(), self.text_encoder):
-            if network is not None:
+            if network is not None and (controlnet or network is not self.controlnet):
                 network.to(device)
         unet = self.unet.to(memory_format=torch.channels_last)
         (unet.enable_gradient_checkpointing if gradient_checkpointing else unet.disable_gradient_checkpointing)()
         self.null_context = self.null_context.to(device)
         self.alphas_cumprod = self.alphas_cumprod.to(device)
 
-    def round_unet(self) -> None:
-        """Store the weights of the U-Net's convolutions and linear layers in bf16: half the memory.
+    def round_unet(self, mixed_precision: MixedPrecision) -> None:
+        """Store the weights of the U-Net's convolutions and linear layers in the type of autocast: half the memory.
 
         With mixed precision they are rounded at every call otherwise, so the results are the same; the norms keep
         float32. The base serves no other precision any more.
         """
         for module in self.unet.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
-                module.to(torch.bfloat16)
+                module.to(AUTOCAST[mixed_precision])
 
     def eps(
         self,
@@ -155,6 +160,11 @@ class Base:
             return decoded
         image: torch.Tensor = self.autoencoder.decode(latent, return_dict=False)[0]
         return image
+
+
+def autocast(device: torch.device, mixed_precision: MixedPrecision) -> torch.autocast:
+    """The context manager in which networks on `device` run in `mixed_precision`."""
+    return torch.autocast(device.type, AUTOCAST.get(mixed_precision), enabled=mixed_precision != "no")
 
 
 def build_base(

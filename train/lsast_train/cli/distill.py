@@ -12,7 +12,7 @@ from lsast_engines.cli import Command, debug_option, json_option, log_to_stderr,
 from lsast_engines.diffusion.solvers import SOLVERS
 
 from ..distillation.options import DistillOptions
-from .shared import MIXED_PRECISION, require_train_extra, result_facts, threads_option
+from .shared import DISTILL_PRECISION, require_train_extra, result_facts, threads_option
 
 _DEFAULTS = {field.name: field.default for field in fields(DistillOptions)}
 
@@ -43,7 +43,7 @@ def _option(name: str, help_text: str, kind: Any = None) -> Any:
 @_option("batch", "Samples of a step.")
 @_option("lr", "Learning rate at the start, relative to what is trained.")
 @_option("size", "Side of a picture in pixels.")
-@_option("mixed_precision", "Autocast of the student's pass.", MIXED_PRECISION)
+@_option("mixed_precision", "Autocast of the student's pass.", DISTILL_PRECISION)
 @_option("seed", "Seed of all random numbers.")
 @_option("evaluate_every", "Steps between two evaluations.")
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write to. [default: runs/NAME]")

@@ -53,6 +53,10 @@ def _choice(name: str) -> click.Choice[str]:
 @click.option("--gradient", type=_choice("gradient"), help="Layer groups that train the prompts.")
 @click.option("--steps", type=int)
 @click.option("--batch", type=int, help="Pictures of a step, in each process.")
+@click.option("--gradient-accumulation", type=int, metavar="N", help="Batches of a step, in the memory of one.")
+@click.option(
+    "--views", type=int, metavar="N", help="Crops of a picture that are encoded once; 0: a new one each time."
+)
 @click.option("--lr", type=float, help="Learning rate at the start.")
 @click.option("--size", type=int, help="Side of a training picture in pixels.")
 @click.option("--crop", type=_choice("crop"), help="How a picture becomes square.")
@@ -64,6 +68,7 @@ def _choice(name: str) -> click.Choice[str]:
     help="Compute activations twice instead of keeping them: less memory, more time.",
 )
 @click.option("--seed", type=int)
+@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps. [default: the best that is there]")
 @click.option("--licence", metavar="TEXT", default="", help="Licence of the pictures, kept in the prompt file.")
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write to. [default: runs/NAME]")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint of a stopped run.")
@@ -85,6 +90,7 @@ def command(
     licence: str,
     out: Path | None,
     resume: bool,
+    device: str | None,
     threads: int | None,
     **chosen: Any,
 ) -> None:
@@ -104,7 +110,7 @@ def command(
     options = replace(PRESETS[preset], **{name: value for name, value in chosen.items() if value is not None})
     require_train_extra()
     source = {"base": base, "controlnet": controlnet, "unet_weights": unet_weights, "vae": vae, "revision": revision}
-    _learn(style, images, source, options, licence, out or Path("runs") / style, resume, threads)
+    _learn(style, images, source, options, licence, out or Path("runs") / style, resume, device, threads)
 
 
 command.add_command(distill)
@@ -129,6 +135,7 @@ def _learn(
     licence: str,
     folder: Path,
     resume: bool,
+    device: str | None,
     threads: int | None,
 ) -> None:
     import torch
@@ -141,12 +148,14 @@ def _learn(
 
     if threads is not None:
         torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # TF32, three times as fast, where mixed precision is off
     main = Accelerator().is_main_process
     with log_to_stderr(logging.INFO if main else logging.ERROR):
         base = load_base(BaseSource(**source))
-        if options.mixed_precision == "bf16":
-            base.round_unet()
+        if options.mixed_precision != "no":
+            base.round_unet(options.mixed_precision)
         paintings = PaintingDataset.load(images, options.size, options.crop, base.config.size, progress=main)
-        result = Inversion(base, paintings, options, style, folder, licence, resume).run()
+        result = Inversion(base, paintings, options, style, folder, licence, resume, device=device).run()
     if main:
         print_result(result_facts(result), result.file)

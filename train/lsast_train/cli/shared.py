@@ -11,6 +11,7 @@ import click
 
 from lsast_engines.errors import MissingExtraError
 
+from ..distillation.options import PRECISIONS
 from ..options import CHOICES
 
 _LIBRARIES = ("torch", "diffusers", "accelerate", "matplotlib")
@@ -25,7 +26,10 @@ class _MixedPrecision(click.Choice[str]):
 
 
 MIXED_PRECISION = _MixedPrecision(CHOICES["mixed_precision"])
-"""Type of the option ``--mixed-precision``."""
+"""Type of the option ``--mixed-precision`` of a training of prompts."""
+
+DISTILL_PRECISION = _MixedPrecision(PRECISIONS)
+"""Type of the option ``--mixed-precision`` of a distillation."""
 
 threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
 """Adds ``--threads`` to a command."""

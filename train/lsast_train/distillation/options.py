@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import get_args
 
 from lsast_engines.diffusion.solvers import SOLVERS
 from lsast_engines.errors import UsageError, fault_list
@@ -25,6 +24,10 @@ _RANGES = {
     "lr": Range(0, 10, above=True),
     "checkpoint_minutes": Range(0, above=True),
 }
+
+
+PRECISIONS: tuple[MixedPrecision, ...] = ("no", "bf16")
+"""The autocasts of a distillation, whose gradients are not scaled as fp16 would need."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class DistillOptions:
     """Minutes between two checkpoints."""
 
     def __post_init__(self) -> None:
-        choices = {"solver": tuple(SOLVERS), "mixed_precision": get_args(MixedPrecision)}
+        choices = {"solver": tuple(SOLVERS), "mixed_precision": PRECISIONS}
         faults = [
             f"{name}: found {getattr(self, name)!r}; expected one of {', '.join(allowed)}"
             for name, allowed in choices.items()

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from lsast_engines.environment import peak_memory
 from lsast_engines.errors import TrainingError, fault_list
 from lsast_engines.files import replace_file
 
@@ -21,6 +22,9 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .signals import DeferredSignals, InterruptionError
 
 log = logging.getLogger("lsast.train")
+
+_TOLD_AFTER, _TOLD_AGAIN_AFTER = 5, 500
+"""Steps after which time and memory are told: early, and once caches are warm."""
 
 
 class TrainingLoop:
@@ -35,6 +39,7 @@ class TrainingLoop:
         evaluate_every: steps between two evaluations; the last step is followed by one, too.
         checkpoint_minutes: minutes between two checkpoints.
         writes: whether this process shows the bar and writes checkpoints: the first one of several.
+        device: whose peak memory is told; None for the process's own.
     """
 
     def __init__(
@@ -49,10 +54,12 @@ class TrainingLoop:
         evaluate_every: int,
         checkpoint_minutes: float,
         writes: bool = True,
+        device: torch.device | None = None,
     ) -> None:
         self.name, self.steps, self.checkpoint = name, steps, checkpoint
         self.modules, self.optimizer, self.identity = modules, optimizer, dict(identity or {})
         self.evaluate_every, self.checkpoint_minutes, self.writes = evaluate_every, checkpoint_minutes, writes
+        self.device = device
         self.step = 0
         """Steps done."""
         self.seconds = 0.0
@@ -115,7 +122,7 @@ class TrainingLoop:
             InterruptionError: SIGINT or SIGTERM; a checkpoint was written.
         """
         began = saved = time.monotonic()
-        before = self.seconds
+        before, first = self.seconds, self.step
         bar = tqdm(total=self.steps, initial=self.step, desc=self.name, unit="step", disable=not self.writes)
         with bar, DeferredSignals() as signals:
             while self.step < self.steps:
@@ -130,6 +137,8 @@ class TrainingLoop:
                     evaluate(self._losses[0] / self._losses[1])
                     self._losses = [0.0, 0]
                 now = time.monotonic()
+                if self.step - first in (_TOLD_AFTER, _TOLD_AGAIN_AFTER) and self.writes:
+                    self._tell((now - began) / (self.step - first))
                 self.seconds = before + now - began
                 stop = agree(signals.number)
                 if self.writes and (stop or now - saved > 60 * self.checkpoint_minutes):
@@ -137,6 +146,14 @@ class TrainingLoop:
                     saved = now
                 if stop and self.step < self.steps:
                     raise InterruptionError(stop, self.step, self.checkpoint)
+
+    def _tell(self, seconds: float) -> None:
+        """Log how long the rest will take at so many `seconds` a step, and the most memory that a step has taken."""
+        cuda = self.device is not None and self.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.device) if cuda else peak_memory()
+        memory = "" if peak is None else f"; peak memory {peak / 1e9:.2f} GB"
+        hours = seconds * (self.steps - self.step) / 3600
+        log.info("%.3g s a step: %.2g hours for the other %d%s", seconds, hours, self.steps - self.step, memory)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
