@@ -105,7 +105,7 @@ class WorkerProcess:
             event = None
             try:
                 while event is None or event.kind != "done":
-                    event = _raised(await stream.get())
+                    event = raised(await stream.get())
                     yield event
             except (GeneratorExit, asyncio.CancelledError):
                 self._cancel(work.id)
@@ -120,7 +120,7 @@ class WorkerProcess:
         name = next(self._names)
         async with self._stream(name) as stream:
             await self._send(kind, {**(facts or {}), "id": name}, blob)
-            return _raised(await stream.get())
+            return raised(await stream.get())
 
     @contextlib.asynccontextmanager
     async def _stream(self, name: str) -> AsyncIterator[asyncio.Queue[Event | LsastError]]:
@@ -215,7 +215,8 @@ class WorkerProcess:
             self._on_failure(_error(event))
 
 
-def _raised(event: Event | LsastError) -> Event:
+def raised(event: Event | LsastError) -> Event:
+    """The event; or raised, if it is an error or tells of one."""
     if isinstance(event, LsastError):
         raise event
     if event.kind == "failed":

@@ -211,6 +211,20 @@ class BatchPainter:
             return Event("failed", {"error": "BackendError", "text": "the backend failed; the server's log says more"})
         return Event("failed", {"error": type(error).__name__, "text": self._without_paths(str(error))})
 
+    def answer(self, kind: str, facts: Mapping[str, Any], blob: bytes) -> Event:
+        """The answer to a message that is no painting: ``done``, or ``failed``."""
+        answers: dict[str, Callable[[], tuple[dict[str, Any], bytes]]] = {
+            "facts": lambda: (self.facts(), b""),
+            "styles": lambda: ({"styles": self.styles()}, b""),
+            "thumbnail": lambda: ({}, self.thumbnail(facts["style"])),
+            "record": lambda: (self.record(blob), b""),
+            "convert": lambda: ({}, self.convert(blob, facts["suffix"])),
+        }
+        try:
+            return Event("done", *answers[kind]())
+        except Exception as error:
+            return self.failure(error)
+
     def styles(self) -> list[dict[str, Any]]:
         """Name, fingerprint and distilled guidance of every style that can be read, as they are on disk now."""
         found = []
@@ -350,23 +364,13 @@ class Worker:
                 self._drop_cancelled()
             else:  # it has ended already, but the server waits for an answer
                 self._send(facts["id"], Event("failed", {"error": "CancelledError", "text": ""}))
-        elif kind == "thumbnail":
-            self._add(lambda: self._answer(facts["id"], lambda: ({}, self._painter.thumbnail(facts["style"]))))
+        elif kind == "thumbnail":  # it needs the engines, and waits for all paintings
+            self._add(lambda: self._answer(kind, facts, blobs[0]))
         else:
-            answers: dict[str, Callable[[], tuple[dict[str, Any], bytes]]] = {
-                "facts": lambda: (self._painter.facts(), b""),
-                "styles": lambda: ({"styles": self._painter.styles()}, b""),
-                "record": lambda: (self._painter.record(blobs[0]), b""),
-                "convert": lambda: ({}, self._painter.convert(blobs[0], facts["suffix"])),
-            }
-            self._pool.submit(self._answer, facts["id"], answers[kind])
+            self._pool.submit(self._answer, kind, facts, blobs[0])
 
-    def _answer(self, name: str, make: Callable[[], tuple[dict[str, Any], bytes]]) -> None:
-        try:
-            event = Event("done", *make())
-        except Exception as error:
-            event = self._painter.failure(error)
-        self._end(name, event)
+    def _answer(self, kind: str, facts: Mapping[str, Any], blob: bytes) -> None:
+        self._end(facts["id"], self._painter.answer(kind, facts, blob))
 
     def _read(self, work: Work, token: CancelToken) -> None:
         try:

@@ -1,0 +1,37 @@
+"""The API against its own OpenAPI document, by schemathesis: whatever is sent, no answer is a fault of the server."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+
+from running_server import Running
+
+
+@pytest.mark.slow
+@pytest.mark.needs("schemathesis")
+@pytest.mark.filterwarnings("ignore")
+def test_api_answers_generated_requests_without_a_server_error(server: Running) -> None:
+    import schemathesis
+    from hypothesis import HealthCheck, given, settings
+    from hypothesis.errors import Unsatisfiable
+
+    schema = schemathesis.openapi.from_url(server.address + "/openapi.json")
+    tried = []
+    for operation in (result.ok() for result in schema.get_all_operations()):
+        for mode in schemathesis.GenerationMode:
+
+            @given(case=operation.as_strategy(generation_mode=mode))
+            @settings(max_examples=40, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+            def check(case: schemathesis.Case) -> None:
+                answer = case.call(timeout=60)
+                assert answer.status_code < 500, (case.as_curl_command(), answer.text)
+                assert answer.status_code < 400 or "detail" in answer.text or "<" not in answer.text
+
+            with contextlib.suppress(Unsatisfiable):  # there is nothing wrong to send to a path without parameters
+                check()
+                tried.append(operation.label)
+    paths = server.client.get("/openapi.json").json()["paths"]
+    assert len(set(tried)) == sum(len(methods) for methods in paths.values())
+    assert server.client.get("/readyz").status_code == 200
