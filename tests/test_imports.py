@@ -135,8 +135,17 @@ def test_cycle_finds_one_where_there_is_one() -> None:
     assert "lsast_engines.bundle.manifest" in _import_graph("lsast_engines")["lsast_engines.bundle.bundle"]
 
 
+def test_server_process_loads_nothing_that_decodes_pictures() -> None:
+    pytest.importorskip("fastapi_offline", reason="fastapi-offline is not installed: pip install '.[server]'")
+    loaded = _python("import lsast.server.app, lsast.server.process, lsast.server.cli\nprint(json.dumps(loaded()))")
+    assert {"fastapi", "pydantic"} <= set(loaded)
+    assert not {"numpy", "PIL", "cv2", "onnxruntime", "torch"} & set(loaded)
+    for module in ("cli", "settings", "worker"):
+        assert "fastapi" not in _python(f"import lsast.server.{module}\nprint(json.dumps(loaded()))")
+
+
 def test_every_lean_module_imports_where_torch_is_not() -> None:
-    names = sorted(name for package in LEAN for name in _modules(package))
+    names = sorted(name for package in LEAN for name in _modules(package) if not name.startswith("lsast.server"))
     assert {"lsast", "lsast.cli.main", "lsast.stylizer", "lsast_engines.backends.registry"} <= set(names)
     loaded = _python(f"""
 for name in {FORBIDDEN!r}:

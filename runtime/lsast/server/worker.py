@@ -242,7 +242,9 @@ class BatchPainter:
         Raises:
             LsastError: see `Stylizer.stylize`.
         """
-        return _webp(self.stylizer.stylize(_SAMPLE, style, **THUMBNAIL).image)
+        image = self.stylizer.stylize(_SAMPLE, style, **THUMBNAIL).image
+        image.thumbnail((THUMBNAIL["size"], THUMBNAIL["size"]))
+        return _webp(image)
 
     def record(self, data: bytes) -> dict[str, Any]:
         """What the file of a painting says of its options, and of the styles by their fingerprints.
