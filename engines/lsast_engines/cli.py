@@ -27,6 +27,8 @@ USAGE = UsageError.exit_code
 _READER_GONE = 141
 """Exit status of a program whose reader closed the pipe: that of the signal SIGPIPE."""
 
+_LONGEST = 1000
+
 _DEBUG, _JSON, _STDOUT_FAULT = "lsast.debug", "lsast.json", "lsast.stdout"
 
 
@@ -168,8 +170,9 @@ def is_closed(stream: object) -> bool:
 
 
 def fail(message: str, status: int) -> NoReturn:
-    """Print a message on stderr and end with an exit status."""
-    echo(f"Error: {message}", err=True)
+    """Print a message on stderr, its lines shortened to `_LONGEST` letters, and end with an exit status."""
+    lines = (line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…" for line in f"Error: {message}".split("\n"))
+    echo("\n".join(lines), err=True)
     raise click.exceptions.Exit(status)
 
 

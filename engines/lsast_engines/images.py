@@ -7,6 +7,7 @@ of sizes, or refuses them, by a setting of the whole process.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import logging
@@ -25,7 +26,7 @@ import numpy.typing as npt
 from .errors import PictureError, shown
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from PIL import Image, ImageFile
 
 # fmt: off
 FORMATS = frozenset({
@@ -168,6 +169,8 @@ def read_picture(source: Source, max_megapixels: float | None = None) -> Image8:
                 image = open_image(io.BytesIO(source), name)
             if isinstance(image, ImageFile.ImageFile):
                 _check_size(image, name, max_megapixels)
+                if image is not source:  # else the caller chose the frame
+                    _name_other_frames(image, name)
             image.load()
             return _from_image(image)
     except FileNotFoundError:
@@ -221,6 +224,14 @@ def _check_size(image: Image.Image, name: str, max_megapixels: float | None) -> 
             f"{name} has {image.width} x {image.height} pixels, {megapixels:.3g} megapixels of mode {image.mode}; "
             f"expected at most {limit:.3g}: scale it down, or allow more (max_megapixels)"
         )
+
+
+def _name_other_frames(image: ImageFile.ImageFile, name: str) -> None:
+    """Log that one of several frames is read."""
+    if image.format not in ("MPO", "PSD"):  # previews and depths beside a photo, and layers, are no frames
+        with contextlib.suppress(Exception):  # a file that is damaged behind its first frame
+            if getattr(image, "is_animated", False):
+                _log.warning("%s has several frames; the first is read", name)
 
 
 def _as_array(source: object) -> npt.NDArray[Any]:

@@ -453,3 +453,15 @@ def test_read_picture_of_heif_names_the_library_it_needs() -> None:
         pytest.skip("pillow-heif is installed")
     with pytest.raises(PictureError, match="pip install pillow-heif"):
         read_picture(b"\0\0\0\x18ftypheic" + bytes(20))
+
+
+@pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_read_picture_of_several_frames_says_that_it_reads_the_first(
+    form: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    frames = [Image.fromarray(np.full((8, 8, 3), level, np.uint8)) for level in (0, 128, 255)]
+    picture = read_picture(encoded(frames[0], form, save_all=True, append_images=frames[1:]))
+    assert picture.rgb.max() < 8
+    assert caplog.messages == ["the picture has several frames; the first is read"]
+    read_picture(encoded(frames[0], form))
+    assert len(caplog.messages) == 1

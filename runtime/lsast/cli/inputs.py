@@ -169,8 +169,8 @@ def require_input(path: Path) -> None:
     """
     try:
         path.stat()
-    except OSError as error:
-        reason = "" if isinstance(error, FileNotFoundError) else f" ({error.strerror})"
+    except (OSError, ValueError) as error:
+        reason = "" if isinstance(error, FileNotFoundError) else f" ({error})"
         raise PictureError(f"found no file {path}{reason}; expected a picture, a video or a folder") from None
 
 
