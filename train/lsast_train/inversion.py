@@ -268,14 +268,15 @@ def _device(wanted: str | None, accelerator: Accelerator) -> torch.device:
     Raises:
         UsageError: it is not there, or several processes share the work.
     """
+    device: torch.device = accelerator.device
     if wanted is None:
-        return accelerator.device
+        return device
     if accelerator.num_processes > 1:
         raise UsageError(
             f"found --device {wanted} in one of {accelerator.num_processes} processes; expected none there"
         )
     try:
-        device: torch.device = torch.zeros(1, device=wanted).device
+        device = torch.zeros(1, device=wanted).device
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # what torch raises for a device not there
         count = torch.cuda.device_count()

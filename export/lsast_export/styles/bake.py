@@ -6,6 +6,7 @@ the picture or the step, so a style *is* its keys and values, packed as `lsast_t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from lsast_train.base.lazy_base import LazyBase
 from lsast_train.prompts.prompt_file import Prompts
 
 from .prompts import EXPORTED_FROM, check_prompts
+
+_log = logging.getLogger("lsast.export")
 
 NULL_STYLE = "null"
 """Name of the unconditional style, row 0 of classifier-free guidance."""
@@ -130,8 +133,18 @@ def bake_null_style(projector: KVProjector) -> Style:
 
 def bake_prompts(projector: KVProjector, prompts: Prompts) -> Style:
     """The style of `prompts`; its `meta` says how they were learned."""
+    _warn_of_unlearned(prompts.name, prompts.meta)
     kind = {name: str(getattr(prompts, name)) for name in ("variant", "generator", "prompt", "layout", "gradient")}
     return bake_style(projector, prompts.prompts, prompts.name, {**kind, **prompts.meta})
+
+
+def _warn_of_unlearned(name: str, meta: Mapping[str, str]) -> None:
+    if meta.get("best_step") == "0":
+        _log.warning(
+            "style %r learned nothing: no step of its training lowered the held-out loss; train it again with another "
+            "--lr, or with more pictures",
+            name,
+        )
 
 
 def bake_for_bundle(bundle: Bundle, styles: Sequence[Prompts], distilled: Sequence[Path] = ()) -> dict[str, Path]:
@@ -157,6 +170,8 @@ def bake_for_bundle(bundle: Bundle, styles: Sequence[Prompts], distilled: Sequen
     made += [StyleFile(path).load() for path in distilled]
     for style in made:
         bundle.check_style(style)
+    for style in made[len(styles) :]:
+        _warn_of_unlearned(style.name, style.meta)
     folder = user_style_folder(manifest.fingerprint)
     paths = {style.name: folder / f"{style.name}.safetensors" for style in made}
     for style in made:

@@ -12,7 +12,7 @@ from lsast_engines.cli import Command, debug_option, json_option, log_to_stderr,
 from lsast_engines.diffusion.solvers import SOLVERS
 
 from ..distillation.options import DistillOptions
-from .shared import DISTILL_PRECISION, require_train_extra, result_facts, threads_option
+from .shared import DISTILL_PRECISION, overwrite_option, require_train_extra, result_facts, threads_option
 
 _DEFAULTS = {field.name: field.default for field in fields(DistillOptions)}
 
@@ -48,6 +48,7 @@ def _option(name: str, help_text: str, kind: Any = None) -> Any:
 @_option("evaluate_every", "Steps between two evaluations.")
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write to. [default: runs/NAME]")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint of a stopped run.")
+@overwrite_option
 @threads_option
 @json_option
 @debug_option
@@ -58,6 +59,7 @@ def distill(
     base: str | None,
     out: Path | None,
     resume: bool,
+    overwrite: bool,
     threads: int | None,
     **chosen: Any,
 ) -> None:
@@ -78,6 +80,7 @@ def distill(
     from ..distillation.distillation import Distillation
     from ..distillation.source_style import find_style, read_source
     from ..paintings import PaintingDataset
+    from ..training.run import RunFiles, refuse_finished
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -87,6 +90,9 @@ def distill(
         loaded = load_base(source)
         found = read_source(path, loaded)
         name = name or f"{found.name}-g{options.guidance:g}"
+        folder = out or Path("runs") / name
+        if not (resume or overwrite):
+            refuse_finished(RunFiles(folder, name, prompts=False))
         pictures = PaintingDataset.load(images, options.size, "random", loaded.config.size)
-        result = Distillation(loaded, found, pictures, options, name, out or Path("runs") / name, resume).run()
+        result = Distillation(loaded, found, pictures, options, name, folder, resume).run()
     print_result(result_facts(result), result.file)

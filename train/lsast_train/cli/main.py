@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,16 @@ from typing import Any
 import click
 
 from lsast_engines.cli import Group, debug_option, json_option, log_to_stderr, print_result
-from lsast_engines.errors import UsageError
+from lsast_engines.errors import TrainingError, UsageError
 
+from ..artists import artists_of, pictures_by, style_name
 from ..options import CHOICES, PRESETS
+from ..training.run import RunFiles, refuse_finished
+from ..training.signals import InterruptionError
 from .distill import distill
-from .shared import MIXED_PRECISION, require_train_extra, result_facts, threads_option
+from .shared import MIXED_PRECISION, overwrite_option, require_train_extra, result_facts, threads_option
+
+log = logging.getLogger("lsast.train")
 
 
 def _choice(name: str) -> click.Choice[str]:
@@ -25,8 +31,10 @@ def _choice(name: str) -> click.Choice[str]:
 @click.group(
     "lsast-train", cls=Group, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]}
 )
-@click.option("--style", metavar="NAME", help="Name of the style to learn.")
+@click.option("--style", metavar="NAME", help="Name of the style to learn. [default with --artist: the artist's]")
 @click.option("--images", metavar="DIR", type=click.Path(path_type=Path), help="Folder tree of the artist's pictures.")
+@click.option("--artist", metavar="NAME", help="Only this artist's pictures of a collection such as WikiArt.")
+@click.option("--each-artist", is_flag=True, help="A style of each artist of a collection, one after the other.")
 @click.option(
     "--base",
     metavar="NAME",
@@ -72,6 +80,7 @@ def _choice(name: str) -> click.Choice[str]:
 @click.option("--licence", metavar="TEXT", default="", help="Licence of the pictures, kept in the prompt file.")
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write to. [default: runs/NAME]")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint of a stopped run.")
+@overwrite_option
 @threads_option
 @json_option
 @debug_option
@@ -81,6 +90,8 @@ def command(
     /,
     style: str | None,
     images: Path | None,
+    artist: str | None,
+    each_artist: bool,
     base: str | None,
     controlnet: str | None,
     unet_weights: str,
@@ -90,6 +101,7 @@ def command(
     licence: str,
     out: Path | None,
     resume: bool,
+    overwrite: bool,
     device: str | None,
     threads: int | None,
     **chosen: Any,
@@ -98,19 +110,34 @@ def command(
 
     \b
     lsast-train --style vangogh --images paintings/van-gogh
+    lsast-train --images wikiart/Impressionism --artist "Claude Monet"
     accelerate launch -m lsast_train --style vangogh --images paintings/van-gogh --preset paper --base sd15
 
     Prints the prompt file, which `lsast-export --style NAME` turns into a style; the held-out loss is drawn beside it.
     """
     if context.invoked_subcommand is not None:
         return
-    missing = [name for name, value in (("--style NAME", style), ("--images DIR", images)) if value is None]
-    if style is None or images is None:
+    if each_artist and (style or artist):
+        raise UsageError(
+            "found --each-artist with --style or --artist; expected it alone: styles are named after artists"
+        )
+    style = style_name(artist) if artist and style is None else style
+    named = style is not None or each_artist
+    missing = [name for name, there in (("--style NAME", named), ("--images DIR", images is not None)) if not there]
+    if images is None or not named:
         raise UsageError(f"found no {' and no '.join(missing)}; lsast-train needs both (--help lists all options)")
     options = replace(PRESETS[preset], **{name: value for name, value in chosen.items() if value is not None})
     require_train_extra()
     source = {"base": base, "controlnet": controlnet, "unet_weights": unet_weights, "vae": vae, "revision": revision}
-    _learn(style, images, source, options, licence, out or Path("runs") / style, resume, device, threads)
+    pictures: Mapping[str, Sequence[Path] | None]
+    if each_artist:
+        pictures = artists_of(images)
+    else:
+        pictures = {str(style): None if artist is None else pictures_by(artist, images)}
+    folders = {name: Path("runs", name) if out is None else out / name if each_artist else out for name in pictures}
+    if not (resume or overwrite or each_artist):
+        refuse_finished(RunFiles(folders[str(style)], str(style)))
+    _learn(pictures, folders, images, source, options, licence, resume, overwrite, device, threads)
 
 
 command.add_command(distill)
@@ -128,16 +155,18 @@ def mini(arguments: tuple[str, ...]) -> None:
 
 
 def _learn(
-    style: str,
+    pictures: Mapping[str, Sequence[Path] | None],
+    folders: Mapping[str, Path],
     images: Path,
     source: dict[str, Any],
     options: Any,
     licence: str,
-    folder: Path,
     resume: bool,
+    overwrite: bool,
     device: str | None,
     threads: int | None,
 ) -> None:
+    """Learn the styles of `pictures`. Of several, finished ones are passed over, and one that fails ends no other."""
     import torch
     from accelerate import Accelerator
 
@@ -151,11 +180,28 @@ def _learn(
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32, three times as fast, where mixed precision is off
     main = Accelerator().is_main_process
+    failed = []
     with log_to_stderr(logging.INFO if main else logging.ERROR):
         base = load_base(BaseSource(**source))
         if options.mixed_precision != "no":
             base.round_unet(options.mixed_precision)
-        paintings = PaintingDataset.load(images, options.size, options.crop, base.config.size, progress=main)
-        result = Inversion(base, paintings, options, style, folder, licence, resume, device=device).run()
-    if main:
-        print_result(result_facts(result), result.file)
+        for style, paths in pictures.items():
+            files = RunFiles(folders[style], style)
+            if len(pictures) > 1 and files.result.exists() and not overwrite:
+                log.info("%s: finished before, passed over", style)
+                continue
+            goes_on = files.checkpoint.exists() if resume and len(pictures) > 1 else resume
+            try:
+                paintings = PaintingDataset.load(images, options.size, options.crop, base.config.size, main, paths)
+                run = Inversion(base, paintings, options, style, files.folder, licence, goes_on, device=device)
+                result = run.run()
+            except TrainingError as error:
+                if len(pictures) == 1 or isinstance(error, InterruptionError):
+                    raise
+                log.error("%s: %s", style, error)
+                failed.append(style)
+                continue
+            if main:
+                print_result(result_facts(result), result.file)
+    if failed:
+        raise TrainingError(f"found no style for {len(failed)} of {len(pictures)} artists: {', '.join(failed)}")

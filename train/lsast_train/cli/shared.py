@@ -35,6 +35,10 @@ threads_option = click.option("--threads", type=click.IntRange(1), help="CPU thr
 """Adds ``--threads`` to a command."""
 
 
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the result of a finished training.")
+"""Adds ``--overwrite`` to a command."""
+
+
 def require_train_extra() -> None:
     """Raise `MissingExtraError` for the first library of the extra [train] that is not installed."""
     for library in _LIBRARIES:

@@ -65,6 +65,15 @@ def require_run(files: RunFiles, size: int, multiple: int, resume: bool) -> None
         raise TrainingError(f"found the checkpoint of an unfinished run, {path}; go on with --resume, or delete it")
 
 
+def refuse_finished(files: RunFiles) -> None:
+    """Raise `TrainingError` if the run has left a result."""
+    if files.result.exists():
+        raise TrainingError(
+            f"found a finished training, {files.result}; name another folder with --out, or train again with "
+            "--overwrite"
+        )
+
+
 @dataclass(frozen=True)
 class RunResult:
     """The result of a finished run."""
