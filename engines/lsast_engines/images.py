@@ -1,41 +1,30 @@
 """Image files as 8-bit RGB arrays, and their edges: the same for training and for sampling.
 
-Every mode that Pillow opens is converted: grey, CMYK and Lab through their ICC profile, palettes, 16-bit by its full
-range. Pillow's own `Image.open` is not used: it hands PostScript to Ghostscript, whatever a file is called, and warns
-of sizes, or refuses them, by a setting of the whole process.
+`picture_file` opens them, `colour` converts them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import logging
 import math
 import os
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from .colour import BOX, boxes, converter, has_alpha, is_wide
 from .errors import PictureError, shown
+from .picture_file import FORMATS, check_size, name_other_frames, open_image
 
 if TYPE_CHECKING:
-    from PIL import Image, ImageFile
-
-# fmt: off
-FORMATS = frozenset({
-    "AVIF", "BLP", "BMP", "CUR", "DCX", "DDS", "DIB", "FITS", "FLI", "FTEX", "GBR", "GIF", "HEIF", "ICNS", "ICO",
-    "IM", "IMT", "JPEG", "JPEG2000", "MCIDAS", "MPO", "MSP", "PCD", "PCX", "PIXAR", "PNG", "PPM", "PSD", "QOI",
-    "SGI", "SPIDER", "SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM", "XVTHUMB",
-})
-# fmt: on
-"""Pillow's names of the formats that are read; none of them starts another program or opens another file."""
+    from PIL import Image
 
 # fmt: off
 SUFFIXES = frozenset({
@@ -47,14 +36,6 @@ SUFFIXES = frozenset({
 })
 # fmt: on
 """File suffixes (lower case) of the files that `find_pictures` returns: those of `FORMATS`."""
-
-MAX_BYTES = 850_000_000
-"""Bytes that a picture may take when it is decoded, Pillow's pixels and ours: 121 megapixels of RGB, 212 of grey.
-
-With what painting takes, that stays below 4 GB of memory."""
-
-_BOX = 1 << 20
-"""Pixels that are converted at once."""
 
 _ORIENTATION = 0x0112
 """EXIF tag; 1 to 8."""
@@ -153,9 +134,7 @@ def read_picture(source: Source, max_megapixels: float | None = None) -> Image8:
     if not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)):
         if not hasattr(source, "read"):
             return _from_array(_as_array(source))
-        source = source.read()
-        if not isinstance(source, bytes):
-            raise PictureError(f"found a file object that reads {type(source).__name__}; expected one opened as binary")
+        source = _read(source)
     name = shown(source) if isinstance(source, (str, os.PathLike)) else "the picture"
     try:
         with ExitStack() as stack:
@@ -164,13 +143,15 @@ def read_picture(source: Source, max_megapixels: float | None = None) -> Image8:
                 if isinstance(image, ImageFile.ImageFile) and image.format not in {None, *FORMATS}:
                     raise PictureError(f"found a picture of format {image.format}; load it first, or convert it to PNG")
             elif isinstance(source, (str, os.PathLike)):
-                image = open_image(stack.enter_context(Path(source).open("rb")), name)
+                image = open_image(stack.enter_context(Path(os.fsdecode(source)).open("rb")), name)
             else:
-                image = open_image(io.BytesIO(source), name)
+                image = open_image(io.BytesIO(bytes(source)), name)
             if isinstance(image, ImageFile.ImageFile):
-                _check_size(image, name, max_megapixels)
+                check_size(image, name, max_megapixels)
                 if image is not source:  # else the caller chose the frame
-                    _name_other_frames(image, name)
+                    name_other_frames(image, name)
+            if 0 in image.size:
+                raise PictureError(f"{name} has {image.width} x {image.height} pixels; expected at least one")
             image.load()
             return _from_image(image)
     except FileNotFoundError:
@@ -182,56 +163,14 @@ def read_picture(source: Source, max_megapixels: float | None = None) -> Image8:
         raise PictureError(f"{name} cannot be decoded ({error}); expected a whole picture file") from error
 
 
-def open_image(handle: BinaryIO, name: str) -> Image.Image:
-    """The picture in a file, not yet decoded; as `PIL.Image.open`, but of `FORMATS` only and without its warnings.
-
-    Raises:
-        PictureError: it is of no such format; `name` names it. Damaged files may raise anything.
-    """
-    from PIL import Image
-
-    start = handle.read(16)
-    for initialise in (Image.preinit, Image.init):  # a few common formats, then all
-        initialise()
-        for kind in Image.ID:
-            if kind not in FORMATS:
-                continue
-            factory, accept = Image.OPEN[kind]
-            try:
-                accepted = accept is None or accept(start)
-                if accepted and not isinstance(accepted, str):  # a text says what the format needs
-                    handle.seek(0)
-                    return factory(handle, "")
-            except (SyntaxError, IndexError, TypeError, struct.error):
-                continue
-    if start[4:8] == b"ftyp" and start[8:11] in (b"hei", b"hev", b"mif", b"msf"):
-        try:
-            from pillow_heif import HeifImageFile  # type: ignore[import-not-found]  # optional
-        except ImportError:
-            raise PictureError(f"{name} is a HEIF picture; to read it: pip install pillow-heif") from None
-        handle.seek(0)
-        opened: Image.Image = HeifImageFile(handle, "")
-        return opened
-    raise PictureError(f"{name} is not a picture that Pillow can read; expected PNG, JPEG, WebP, TIFF …")
-
-
-def _check_size(image: Image.Image, name: str, max_megapixels: float | None) -> None:
-    stored = 1 if image.mode in ("1", "L", "P") else 2 if image.mode.startswith("I;16") else 4
-    pixel = stored + 3 + _has_alpha(image)
-    limit = MAX_BYTES / pixel / 1e6 if max_megapixels is None else max_megapixels
-    if (megapixels := image.width * image.height / 1e6) > limit:
-        raise PictureError(
-            f"{name} has {image.width} x {image.height} pixels, {megapixels:.3g} megapixels of mode {image.mode}; "
-            f"expected at most {limit:.3g}: scale it down, or allow more (max_megapixels)"
-        )
-
-
-def _name_other_frames(image: ImageFile.ImageFile, name: str) -> None:
-    """Log that one of several frames is read."""
-    if image.format not in ("MPO", "PSD"):  # previews and depths beside a photo, and layers, are no frames
-        with contextlib.suppress(Exception):  # a file that is damaged behind its first frame
-            if getattr(image, "is_animated", False):
-                _log.warning("%s has several frames; the first is read", name)
+def _read(file: Any) -> bytes | bytearray | memoryview:
+    try:
+        data = file.read()
+    except (OSError, ValueError) as error:  # ValueError: a closed file, or texts that are not UTF-8
+        raise PictureError(f"the file object cannot be read ({error}); expected an open one, of bytes") from error
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise PictureError(f"found a file object that reads {type(data).__name__}; expected one opened as binary")
+    return data
 
 
 def _as_array(source: object) -> npt.NDArray[Any]:
@@ -266,10 +205,6 @@ def _from_array(array: npt.NDArray[Any]) -> Image8:
     return Image8(np.ascontiguousarray(pixels[:, :, :3]), pixels[:, :, 3] if pixels.shape[2] == 4 else None)
 
 
-def _has_alpha(image: Image.Image) -> bool:
-    return image.mode in ("RGBA", "LA", "La", "PA", "RGBa") or "transparency" in image.info
-
-
 def _from_image(image: Image.Image) -> Image8:
     """A loaded image, converted box by box, so that there is no second copy of it in another mode."""
     icc: bytes | None = image.info.get("icc_profile") or None
@@ -278,33 +213,23 @@ def _from_image(image: Image.Image) -> Image8:
     orientation = _orientation(image)
     shape = (image.height, image.width) if orientation < 5 else (image.width, image.height)
     rgb = np.empty((*shape, 3), np.uint8)
-    alpha = np.empty(shape, np.uint8) if _has_alpha(image) else None
+    alpha = np.empty(shape, np.uint8) if has_alpha(image) else None
     stored_rgb = _stored(rgb, orientation)
     stored_alpha = None if alpha is None else _stored(alpha, orientation)
-    convert = _converter(image, icc)
-    for box in _boxes(image.size):
+    convert = converter(image, icc)
+    for box in boxes(image.size):
         part = image.crop(box)
         place = (slice(box[1], box[3]), slice(box[0], box[2]))
         if stored_alpha is not None:
             rgba = part.convert("RGBA")
             stored_alpha[place] = np.asarray(rgba.getchannel("A"))
-            part = rgba if "transparency" in image.info and not _is_wide(image) else part
+            part = rgba if "transparency" in image.info and not is_wide(image) else part
         stored_rgb[place] = convert(part)
     if alpha is not None and alpha.min() == 255:
         alpha = None
     # A grey profile does not describe RGB pixels; an RGB profile does, also for a palette of RGB colours.
     keep = icc if image.mode in ("RGB", "RGBA", "RGBX", "P", "PA") else None
     return Image8(rgb, alpha, keep)
-
-
-def _boxes(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
-    """Left, top, right and bottom of boxes of at most `_BOX` pixels that cover a size (width, height)."""
-    width, height = size
-    columns = min(width, _BOX)
-    rows = max(1, _BOX // columns)
-    for top in range(0, height, rows):
-        for left in range(0, width, columns):
-            yield left, top, min(left + columns, width), min(top + rows, height)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -324,61 +249,6 @@ def _stored(upright: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.
     return turned[::rows, ::columns]
 
 
-def _is_wide(image: Image.Image) -> bool:
-    return image.mode.startswith(("I;16", "I", "F"))
-
-
-def _converter(image: Image.Image, icc: bytes | None) -> Callable[[Image.Image], npt.NDArray[np.uint8]]:
-    """A function that converts parts of `image` to RGB [h, w, 3], or to grey [h, w, 1] where that is the same."""
-    from PIL import Image
-
-    if _is_wide(image):
-        low, high = _grey_range(image)
-        to_srgb = _srgb_transform(icc, "L", "GRAY")
-
-        def convert_wide(part: Image.Image) -> npt.NDArray[np.uint8]:
-            values = np.asarray(part).astype(np.float64)
-            grey = np.round((values - low) / max(high - low, 1e-12) * 255).astype(np.uint8)
-            return grey[:, :, None] if to_srgb is None else np.asarray(to_srgb(Image.fromarray(grey)))
-
-        return convert_wide
-    mode, space = {"CMYK": ("CMYK", "CMYK"), "LAB": ("LAB", "Lab")}.get(image.mode, ("L", "GRAY"))
-    if image.mode in ("CMYK", "LAB", "1", "L", "LA") and (transform := _srgb_transform(icc, mode, space)) is not None:
-        return lambda part: np.asarray(transform(part.convert(mode)))
-    return lambda part: np.asarray(part.convert("RGB"))
-
-
-def _grey_range(image: Image.Image) -> tuple[float, float]:
-    """The values that become 0 and 255: of 16 bits the full range, of others the range of their values."""
-    if image.mode.startswith("I;16"):
-        return 0.0, 65535.0
-    parts = [np.asarray(image.crop(box)) for box in _boxes(image.size)]
-    low, high = float(min(part.min() for part in parts)), float(max(part.max() for part in parts))
-    if not all(np.isfinite(part).all() for part in parts):
-        raise PictureError("found a picture with NaN or infinite values; expected finite ones")
-    if low >= 0 and 255 < high <= 65535:
-        return 0.0, 65535.0
-    if low >= 0 and high <= 255:
-        return 0.0, 1.0 if image.mode == "F" and high <= 1 else 255.0
-    return low, high
-
-
-def _srgb_transform(icc: bytes | None, mode: str, space: str) -> Callable[[Image.Image], Image.Image] | None:
-    """The conversion of images of `mode` from the profile `icc` to sRGB; None without one of this colour space."""
-    if icc is None:
-        return None
-    from PIL import ImageCms
-
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
-        if profile.profile.xcolor_space.strip() != space:
-            return None
-        transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
-    except (ImageCms.PyCMSError, OSError):
-        return None  # a damaged profile: convert without it
-    return lambda part: transform.apply(part)
-
-
 def canny_edges(rgb: npt.NDArray[np.uint8], low: float = 100.0, high: float = 200.0) -> npt.NDArray[np.uint8]:
     """Canny edges of an 8-bit RGB image: [H, W, 3] → [H, W] of 0 and 1; thresholds of docs/method.md §4, step 2."""
     import cv2
@@ -392,7 +262,7 @@ def on_white(rgb: npt.NDArray[np.uint8], alpha: npt.NDArray[np.uint8] | None) ->
     if alpha is None:
         return rgb
     result = np.empty_like(rgb)
-    for top in range(0, len(rgb), rows := max(1, _BOX // rgb.shape[1])):
+    for top in range(0, len(rgb), rows := max(1, BOX // rgb.shape[1])):
         part = slice(top, top + rows)
         cover = alpha[part, :, None] / 255
         result[part] = np.round(rgb[part] * cover + 255 * (1 - cover))

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, ImageCms
 
-from lsast_engines import images
+from lsast_engines import images, picture_file
 from lsast_engines.errors import PictureError
 from lsast_engines.images import canny_edges, find_pictures, read_picture
 
@@ -223,6 +223,30 @@ def test_read_picture_of_unreadable_sources_is_refused(tmp_path: Path) -> None:
             read_picture(whole[: len(whole) // 2])
 
 
+def test_read_picture_takes_any_kind_of_path_file_and_buffer(tmp_path: Path) -> None:
+    class Text(str):
+        pass
+
+    class BytesPath:
+        def __fspath__(self) -> bytes:
+            return os.fsencode(tmp_path / "a.png")
+
+    pixels = noise()
+    data = encoded(Image.fromarray(pixels))
+    (tmp_path / "a.png").write_bytes(data)
+    spread = memoryview(np.frombuffer(data, np.uint8).repeat(2))[::2]
+    sources = [Text(tmp_path / "a.png"), BytesPath(), np.str_(tmp_path / "a.png"), bytearray(data), spread]
+    for source in (*sources, io.BytesIO(data), pixels[::-1, ::-1][::-1, ::-1], pixels.astype(">u2") * 257):
+        np.testing.assert_array_equal(read_picture(source).rgb, pixels)
+    closed = io.BytesIO(data)
+    closed.close()
+    shut = Image.open(tmp_path / "a.png")
+    shut.close()
+    for source in (closed, shut, io.StringIO("text"), Image.new("RGB", (0, 5))):
+        with pytest.raises(PictureError):
+            read_picture(source)
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM"])
 def test_read_picture_of_damaged_files_raises_picture_error_only(kind: str) -> None:
     chance = random.Random(kind)
@@ -403,9 +427,9 @@ def test_read_picture_of_anything_like_a_file_or_an_array_gives_rgb(tmp_path: Pa
 def test_read_picture_of_many_boxes_converts_like_one(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     image = Image.fromarray(smooth()).convert("I" if mode == "I;16" else mode)
     whole = read_picture(image)
-    monkeypatch.setattr(images, "_BOX", 50)  # wider than a row, and one that cuts rows
+    monkeypatch.setattr("lsast_engines.colour.BOX", 50)  # wider than a row, and one that cuts rows
     parts = read_picture(image)
-    monkeypatch.setattr(images, "_BOX", 7)
+    monkeypatch.setattr("lsast_engines.colour.BOX", 7)
     for found in (parts, read_picture(image)):
         np.testing.assert_array_equal(found.rgb, whole.rgb)
 
@@ -418,7 +442,7 @@ def test_find_pictures_lists_every_kind_that_is_read(tmp_path: Path) -> None:
     assert sorted(path.suffix[1:] for path in found) == sorted(kinds)
     assert {read_picture(path).size for path in found} == {(32, 48)}
     Image.init()
-    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in images.FORMATS}
+    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in picture_file.FORMATS}
     assert readable <= images.SUFFIXES
 
 

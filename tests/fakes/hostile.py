@@ -45,7 +45,7 @@ def edited(draw: st.DrawFn, value: Any) -> Any:
         holder, key = places[draw(st.integers(0, len(places) - 1))]
         kind = draw(st.sampled_from(["replace", "replace", "remove", "rename", "copy"]))
         if kind == "replace":
-            holder[key] = draw(ODD)
+            holder[key] = copy.deepcopy(draw(ODD))
         elif kind == "remove":
             del holder[key]
         elif kind == "copy":

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from lsast_engines.bundle.json_fields import JsonReader, parse_json
 from lsast_engines.errors import PictureError
-from lsast_engines.images import open_image
+from lsast_engines.picture_file import open_image
 
 from ..options.options import Options, current_options
 from .provenance import Provenance

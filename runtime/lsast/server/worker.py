@@ -276,7 +276,7 @@ class BatchPainter:
 
     def _check_picture(self, data: bytes) -> None:
         """Look at the kind and the size of a picture's file, before anything of it is decoded."""
-        from lsast_engines.images import open_image
+        from lsast_engines.picture_file import open_image
 
         try:
             image = open_image(io.BytesIO(data), "the picture")
