@@ -29,7 +29,9 @@ _READER_GONE = 141
 
 _LONGEST = 1000
 
-_DEBUG, _JSON, _STDOUT_FAULT = "lsast.debug", "lsast.json", "lsast.stdout"
+_DEBUG, _JSON, _QUIET, _STDOUT_FAULT, _VERBOSE = (
+    f"lsast.{name}" for name in ("debug", "json", "quiet", "stdout", "verbose")
+)
 
 
 class Command(click.Command):
@@ -191,25 +193,45 @@ def combine_options(*options: OptionDecorator) -> OptionDecorator:
     return add
 
 
-def _remember_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+def _flag(key: str, *names: str, text: str) -> OptionDecorator:
+    """An option that is no parameter of the function: it sets `key` in the context's `meta`."""
+
+    def remember(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        if value:
+            ctx.meta[key] = True
+
+    return click.option(*names, is_flag=True, expose_value=False, callback=remember, help=text)
+
+
+def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value:
-        ctx.meta[_DEBUG] = True
+        import importlib.metadata
+
+        try:
+            click.echo(f"lsast {importlib.metadata.version('lsast')}")
+        except importlib.metadata.PackageNotFoundError:
+            click.echo("lsast, of a folder that is not installed")
+        ctx.exit()
 
 
-debug_option = click.option(
-    "--debug", is_flag=True, expose_value=False, callback=_remember_debug, help="Log more, and show tracebacks."
+debug_option = combine_options(
+    click.option(
+        "-V",
+        "--version",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_print_version,
+        help="Show the version and exit.",
+    ),
+    _flag(_DEBUG, "--debug", text="Log everything, and show tracebacks."),
+    _flag(_QUIET, "-q", "--quiet", text="Log errors only, and show no progress."),
+    _flag(_VERBOSE, "-v", "--verbose", text="Log more."),
 )
-"""Adds `--debug` to a command; no parameter of the function, see `debugging`."""
+"""Adds `--debug`, `--quiet`, `--verbose` and `--version` to a command; no parameters of the function, see `debugging`
+and `quiet`."""
 
-
-def _remember_json(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    if value:
-        ctx.meta[_JSON] = True
-
-
-json_option = click.option(
-    "--json", is_flag=True, expose_value=False, callback=_remember_json, help="Print one JSON object on stdout."
-)
+json_option = _flag(_JSON, "--json", text="Print one JSON object on stdout.")
 """Adds `--json` to a command; no parameter of the function, see `print_result`."""
 
 
@@ -221,6 +243,11 @@ def print_result(facts: Mapping[str, Any], text: object) -> None:
 def debugging() -> bool:
     """Whether the command that runs was given `--debug`."""
     return bool(click.get_current_context().meta.get(_DEBUG))
+
+
+def quiet() -> bool:
+    """Whether the command that runs was given `--quiet`, and shall show no progress."""
+    return bool(click.get_current_context().meta.get(_QUIET))
 
 
 class _EchoHandler(logging.Handler):
@@ -235,9 +262,13 @@ class _EchoHandler(logging.Handler):
 
 @contextlib.contextmanager
 def log_to_stderr(level: int = logging.INFO) -> Iterator[None]:
-    """Show what ``lsast`` logs from `level` on (all, with `--debug`) above the progress bars, while the block runs."""
+    """Show what ``lsast`` logs from `level` on above the progress bars, while the block runs.
+
+    With `--verbose` from one level lower on, with `--debug` all, with `--quiet` errors.
+    """
     logger, handler = logging.getLogger("lsast"), _EchoHandler()
     before = logger.level
+    level = logging.ERROR if quiet() else level - 10 if click.get_current_context().meta.get(_VERBOSE) else level
     logger.setLevel(logging.DEBUG if debugging() else level)
     logger.addHandler(handler)
     try:

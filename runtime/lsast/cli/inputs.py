@@ -117,6 +117,21 @@ def plan_jobs(sources: Sequence[str], out: str) -> Plan:
     return Plan(jobs, single=False, failures=failures, left_out=left_out)
 
 
+def default_output(source: str) -> str:
+    """OUT of a call that names none: beside the source, ``photo-painted.jpg`` of ``photo.jpg``.
+
+    Raises:
+        UsageError: standard input, or a pattern.
+    """
+    if source == STDIO or not (Path(source).is_dir() or _is_file_name(source)):
+        raise UsageError(f"found {source} and no OUT; expected one: lsast-run IN OUT")
+    path = Path(source)
+    if path.is_dir():
+        return f"{path.resolve()}-painted/"
+    name = _output_name(path, path)
+    return str(name.with_name(f"{path.stem}-painted{name.suffix}"))
+
+
 def named(name: str, reason: str) -> str:
     """The line that says why a file cannot be painted, with its name once."""
     return reason if name in reason else f"{name}: {reason}"

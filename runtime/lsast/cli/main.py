@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from lsast_engines.cli import USAGE, Command, debug_option, echo, fail, log_to_stderr
+from lsast_engines.cli import USAGE, Command, debug_option, echo, fail, log_to_stderr, quiet
+from lsast_engines.errors import LsastError
 
-from .._version import __version__
 from ..options.options import Options, rules
 
 if TYPE_CHECKING:
@@ -53,9 +53,24 @@ class RunCommand(Command):
                 formatter.write_dl(rows)
 
 
+def complete_style(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    """The mixes that a shell may complete: the last style of `incomplete` is begun."""
+    from lsast_engines.bundle.bundle import Bundle, find_bundle
+
+    before, plus, begun = incomplete.rpartition("+")
+    with contextlib.suppress(LsastError):
+        styles = Bundle.open(find_bundle(ctx.params.get("bundle")), verify_hashes=False).styles()
+        return [f"{before}{plus}{name}" for name in styles if name.startswith(begun)]
+    return []
+
+
+def _complete_choice(choices: tuple[Any, ...], _: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+    return [name for name in choices if name and name.startswith(incomplete)]
+
+
 def painting_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds an option for each field of `Options`; what is not given is None."""
-    metavars = {"style": "MIX", "size": "SIZE", "tile": "TILE"}
+    metavars, short = {"style": "MIX", "size": "SIZE", "tile": "TILE"}, {"style": ("-s",)}
     for option in reversed(fields(Options)):
         rule, name = rules()[option.name], f"--{option.name.replace('_', '-')}"
         default = "" if option.default is MISSING or option.default is None else f"; default: {option.default}"
@@ -64,7 +79,11 @@ def painting_options(command: Callable[..., Any]) -> Callable[..., Any]:
         else:
             text = f"{rule.help} [{rule.values}{default}]" if rule.range or rule.choices else rule.help
             usual = {int: "N", float: "NUMBER", str: "NAME"}[rule.type]
-            add = click.option(name, type=rule.type, metavar=metavars.get(option.name, usual), help=text)
+            complete = complete_style if option.name == "style" else functools.partial(_complete_choice, rule.choices)
+            metavar = metavars.get(option.name, usual)
+            add = click.option(
+                *short.get(option.name, ()), name, type=rule.type, metavar=metavar, help=text, shell_complete=complete
+            )
         command = add(command)
     return command
 
@@ -75,9 +94,11 @@ def painting_options(command: Callable[..., Any]) -> Callable[..., Any]:
     context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
     epilog="A painting option that is not given is taken from the preset, else from the style, else from the bundle.",
 )
-@click.argument("paths", metavar="IN... OUT", nargs=-1, type=click.Path())
+@click.argument("paths", metavar="IN... [OUT]", nargs=-1, type=click.Path())
 @painting_options
+@click.option("-o", "--out", metavar="PATH", help="OUT, where it is not the last argument; then all others are IN.")
 @click.option(
+    "-m",
     "--mask",
     metavar="PATH",
     type=click.Path(),
@@ -125,9 +146,9 @@ def painting_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--doctor", is_flag=True, help="Print what works on this machine and what to install, and exit.")
 @debug_option
-@click.version_option(__version__, "-V", "--version", message="lsast %(version)s")
 def main(
     paths: tuple[str, ...],
+    out: str | None,
     bundle: str | None,
     backend: str,
     device: str,
@@ -149,8 +170,10 @@ def main(
 
     \b
       lsast-run photo.jpg painting.png --style monet
-      lsast-run photos/ paintings/ --style vangogh:0.6+monet:0.4 --preset fast
+      lsast-run photos/*.jpg -o paintings/ -s vangogh:0.6+monet:0.4 --preset fast
       lsast-run photo.jpg sheet.png --grid strength=0.4,0.6,0.8 --grid style=vangogh,monet
+
+    Without OUT the painting stands beside IN: photo-painted.jpg.
 
     The painting has the size, the colour profile and (except in JPEG) the transparency of IN. OUT is written whole or
     not at all; a file of that name is replaced.
@@ -186,28 +209,31 @@ def main(
         return
     if (origin is not None) + bool(axes) + watch > 1:
         fail("found more than one of --from, --grid and --watch; expected one", USAGE)
-    if axes and len(paths) > 2:
+    if not paths and origin is None:
+        fail("found no IN; expected: lsast-run IN OUT (--help lists all options)", USAGE)
+    sources = paths if out is not None or len(paths) == 1 else paths[:-1]
+    if axes and len(sources) > 1:
         fail("found --grid and several pictures; expected: lsast-run IN OUT --grid OPTION=A,B", USAGE)
-    if len(paths) < 2 and origin is None:
-        fail("found no IN and OUT; expected: lsast-run IN OUT (--help lists all options)", USAGE)
     where = {"bundle": bundle, "backend": backend, "device": device, "threads": threads, "build": build,
              "compute_dtype": compute_dtype, "max_megapixels": max_megapixels}  # fmt: skip
     options = {name: value for name, value in options.items() if value is not None}
-    from .inputs import Job, plan_jobs, require_input
+    from .inputs import Job, default_output, plan_jobs, require_input
 
     with log_to_stderr(logging.WARNING):
         if "mask" in options:
             require_input(Path(options["mask"]))
         if origin is not None:
-            _repeat(origin, paths, where, options, as_json)
-        elif axes:
-            _paint_sheet(Job(Path(paths[0]), Path(paths[-1])), axes, where, options, as_json)
+            _repeat(origin, (*paths, *filter(None, [out])), where, options, as_json)
+            return
+        out = out or (paths[-1] if len(paths) > 1 else default_output(paths[0]))
+        if axes:
+            _paint_sheet(Job(Path(sources[0]), Path(out)), axes, where, options, as_json)
         elif watch:
-            _watch(paths, where, options, overwrite, as_json)
-        elif (plan := plan_jobs(paths[:-1], paths[-1])).single:
+            _watch(sources, out, where, options, overwrite, as_json)
+        elif (plan := plan_jobs(sources, out)).single:
             _paint_one(plan.jobs[0], where, options, as_json)
         else:
-            if plan.left_out:
+            if plan.left_out and not quiet():
                 echo(f"left out, by their suffixes no pictures: {plan.left_out}", err=True)
             _paint_several(plan.jobs, plan.failures, where, options, overwrite, as_json)
 
@@ -262,7 +288,7 @@ def _paint_sheet(
     parsed = parse_axes(axes)
     with (
         open_stylizer(where, options) as stylizer,
-        tqdm(desc="painting", unit="cell", leave=False, disable=None) as bar,
+        tqdm(desc="painting", unit="cell", leave=False, disable=quiet() or None) as bar,
     ):
 
         def on_cell(done: int, total: int) -> None:
@@ -293,16 +319,20 @@ def _paint_one(job: Job, where: dict[str, Any], options: dict[str, Any], as_json
 
 
 def _watch(
-    paths: tuple[str, ...], where: dict[str, Any], options: dict[str, Any], overwrite: bool, as_json: bool
+    sources: tuple[str, ...],
+    out: str,
+    where: dict[str, Any],
+    options: dict[str, Any],
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Paint the pictures in folders and those that are added, until the keyboard interrupts."""
     from .watch import check_watch, watch
 
-    check_watch(paths[:-1], paths[-1])
+    check_watch(sources, out)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's script starts commands with & deaf to it
-    echo(f"watching {', '.join(paths[:-1])}; Ctrl-C ends", err=True)
-    jobs = watch(paths[:-1], paths[-1], overwrite=overwrite)
-    _paint_several(jobs, {}, where, options, True, as_json)
+    echo(f"watching {', '.join(sources)}; Ctrl-C ends", err=True)
+    _paint_several(watch(sources, out, overwrite=overwrite), {}, where, options, True, as_json)
 
 
 def _paint_several(
@@ -322,7 +352,8 @@ def _paint_several(
     count = len(jobs) if isinstance(jobs, tuple) else None
     summary = RunSummary(failures=failures)
     with contextlib.ExitStack() as stack:
-        stack.callback(lambda: echo(summary.text(), err=True))
+        if not quiet():
+            stack.callback(lambda: echo(summary.text(), err=True))
         bars = stack.enter_context(contextlib.closing(ProgressBars(count)))
 
         def report(facts: dict[str, Any]) -> None:

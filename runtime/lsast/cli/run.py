@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lsast_engines.cli import describe, is_closed, write_stdout
+from lsast_engines.cli import describe, is_closed, quiet, write_stdout
 from lsast_engines.errors import BundleError, PictureError, StyleError, UsageError
 
 from .inputs import Job, named, require_input
@@ -59,12 +59,12 @@ class ProgressBars:
         """Show the bars of `files` files; None is an unknown number, 1 shows no bar for files."""
         from tqdm import tqdm
 
-        several = files != 1
-        self._files = tqdm(total=files, desc="files", unit="file", position=0, disable=None if several else True)
-        self._steps = tqdm(desc="opening", unit="step", position=int(several), leave=False, disable=None)
+        several, off = files != 1, quiet() or None  # None is off where stderr is no terminal
+        self._files = tqdm(total=files, desc="files", unit="file", position=0, disable=off if several else True)
+        self._steps = tqdm(desc="opening", unit="step", position=int(several), leave=False, disable=off)
         self._frames: Any = None
         self._new_frames = functools.partial(
-            tqdm, desc="frames", unit="frame", position=int(several) + 1, leave=False, disable=None
+            tqdm, desc="frames", unit="frame", position=int(several) + 1, leave=False, disable=off
         )
 
     def on_step(self, step: int, total: int, preview: object) -> None:
@@ -230,7 +230,7 @@ def check(job: Job, options: Options | None = None) -> None:
 
 def stored_size(source: Path) -> tuple[int, int] | None:
     """Width and height of a picture, which is not decoded; None if they cannot be told."""
-    from lsast_engines.images import open_image
+    from lsast_engines.picture_file import open_image
 
     # What is wrong with a picture is told when it is read. A pipe can be read only once.
     with contextlib.suppress(Exception):

@@ -81,6 +81,31 @@ def test_lsast_run_may_paint_over_its_input(folder: Path, photo: np.ndarray) -> 
     assert (np.asarray(Image.open("in.png")) != photo).any()
 
 
+def test_lsast_run_without_out_paints_beside_the_source(folder: Path) -> None:
+    assert _run("in.png").stdout == "in-painted.png\n"
+    assert _run("in.png", "-o", "again.png", "-s", "vangogh", "-q").stdout == "again.png\n"
+    Image.open("in.png").save("in.bmp")
+    (folder / "photos").mkdir()
+    (folder / "in.png").rename(folder / "photos" / "a.png")
+    assert _run("in.bmp").stdout == "in-painted.png\n"
+    quiet = _run("photos", "in.bmp", "-q", "-o", "out")
+    assert (quiet.stdout, quiet.stderr) == ("out/in.bmp.png\nout/photos/a.png\n", "")
+    assert _run("photos").stdout == f"{folder}/photos-painted/a.png\n"
+
+
+def test_shell_completion_knows_styles_and_choices(folder: Path) -> None:
+    def completed(*words: str) -> list[str]:
+        environment = {"COMP_WORDS": " ".join(("lsast-run", *words)), "COMP_CWORD": str(len(words))}
+        result = CliRunner().invoke(
+            main, env={"_LSAST_RUN_COMPLETE": "bash_complete", **environment}, prog_name="lsast-run"
+        )
+        return [line.partition(",")[2] for line in result.stdout.splitlines()]
+
+    assert completed("--style", "m") == ["monet"]
+    assert completed("-s", "monet+v") == ["monet+vangogh"]
+    assert completed("--solver", "dd") == ["ddim", "ddim_lsast"]
+
+
 def test_help_names_all_choices() -> None:
     text = _run("--help").output
     for name in (*SOLVERS, "onnxruntime", "openvino", "keep", "composite", "int(steps * strength)"):
@@ -97,8 +122,8 @@ def test_list_styles_prints_names(folder: Path) -> None:
 
 
 USAGE = {
-    "no arguments": ([], "found no IN and OUT"),
-    "no output": (["in.png"], "found no IN and OUT"),
+    "no arguments": ([], "found no IN"),
+    "no output of a pattern": (["*.png"], "found *.png and no OUT"),
     "unknown option": (["in.png", "out.png", "--colour", "red"], "--colour"),
     "no number": (["in.png", "out.png", "--steps", "many"], "many"),
     "no threads": (["in.png", "out.png", "--threads", "0"], "found 0 threads"),
