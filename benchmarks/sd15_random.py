@@ -141,7 +141,7 @@ def write_prompts(folder: Path) -> None:
     parts = open_base(source(folder))
     matrices = torch.randn(30, parts.config.tokens, TEXT["hidden_size"])
     prompts = matrices[matrix_index("step+layer")]
-    learned = Prompts(STYLE, parts.fingerprint, "step+layer", "direct", "strided", "all", prompts, embeddings=matrices)
+    learned = Prompts(STYLE, parts.fingerprint, "step+layer", "direct", "strided", "all", prompts)
     save_prompts(learned, folder / f"{STYLE}.prompts.safetensors")
 
 
