@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from .colour import BOX, boxes, converter, has_alpha, is_wide
 from .errors import PictureError, shown
+from .opencv import import_opencv
 from .picture_file import FORMATS, check_size, name_other_frames, open_image
 
 if TYPE_CHECKING:
@@ -251,8 +252,7 @@ def _stored(upright: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.
 
 def canny_edges(rgb: npt.NDArray[np.uint8], low: float = 100.0, high: float = 200.0) -> npt.NDArray[np.uint8]:
     """Canny edges of an 8-bit RGB image: [H, W, 3] → [H, W] of 0 and 1; thresholds of docs/method.md §4, step 2."""
-    import cv2
-
+    cv2 = import_opencv()
     edges: npt.NDArray[np.uint8] = (cv2.Canny(np.ascontiguousarray(rgb), low, high) > 0).astype(np.uint8)
     return edges
 

@@ -9,6 +9,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from lsast_engines.opencv import import_opencv
+
 Pixels = npt.NDArray[np.uint8]
 
 
@@ -100,8 +102,7 @@ class StretchCanvas:
         The second is resampled by OpenCV's bilinear. Its channels are in the order of cv2.imread, as in the released
         code: where two channels are equally steep, Canny takes the first.
         """
-        import cv2
-
+        cv2 = import_opencv()
         bgr = cv2.resize(np.ascontiguousarray(rgb[..., ::-1]), (self.side, self.side))
         return self.output_reference(rgb), np.asarray(bgr, dtype=np.uint8)
 

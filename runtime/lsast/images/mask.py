@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from lsast_engines.errors import PictureError
 from lsast_engines.images import read_picture
+from lsast_engines.opencv import import_opencv
 
 from ..sessions.native_calls import native_call
 from .canvas import Pixels
@@ -49,8 +50,7 @@ def read_mask(
     if mask.alpha is not None:
         weight *= mask.alpha.astype(np.float32) / 255
     if feather and (weight < 0.5).any():
-        import cv2
-
+        cv2 = import_opencv()
         # Distance to the nearest pixel that is not painted at all: the fade lies inside the mask.
         with native_call():
             distance = cv2.distanceTransform((weight >= 0.5).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from lsast_engines.opencv import import_opencv
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -47,8 +49,7 @@ class Previewer:
     @functools.cached_property
     def _map(self) -> npt.NDArray[np.float64]:
         """[5, 3]: what each channel and the constant add to red, green and blue."""
-        import cv2
-
+        cv2 = import_opencv()
         height, width = self._z0.shape[1:]
         small = cv2.resize(self._content, (width, height), interpolation=cv2.INTER_AREA)
         target = np.asarray(small, np.float64).reshape(-1, 3)

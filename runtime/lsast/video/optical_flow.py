@@ -12,16 +12,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 
 from lsast_engines.diffusion.solvers import Solver
 from lsast_engines.diffusion.timesteps import TimestepSchedule
+from lsast_engines.opencv import import_opencv
 
 from ..images.canvas import Pixels
 from ..sampling.networks import Floats, to_pixels
 from ..sampling.x0_blend import X0Blend
+
+cv2 = import_opencv()
 
 Field = npt.NDArray[np.float32]
 
