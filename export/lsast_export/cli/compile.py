@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -15,6 +15,9 @@ from lsast_engines.errors import UsageError
 from lsast_engines.removed import removal
 
 from .shared import PhaseTimer
+
+if TYPE_CHECKING:
+    from ..tensorrt.compile import CompileOptions
 
 
 def _refuse(ctx: click.Context, option: click.Parameter, value: str | None) -> None:
@@ -63,30 +66,50 @@ def compile_command(
     Engines that are there and still fit are left alone. Styles are inputs of an engine: they are never compiled.
     """
     require_extra("export", "onnx", "onnx_ir")
-    from lsast_engines.backends.tensorrt.engine_record import engine_folder
     from lsast_engines.bundle.bundle import find_bundle
 
-    from ..tensorrt.compile import CompileOptions, compile_bundle
+    from ..tensorrt.compile import CompileOptions
 
-    phases = PhaseTimer()
-    folder = find_bundle(bundle)
     chosen: dict[str, Any] = {} if compute_dtype is None else {"compute_dtype": compute_dtype}
     spans = {"side": _span("--sides", sides), "batch": _span("--batch", batch)}
     ranges = ShapeRanges(**{name: span for name, span in spans.items() if span is not None})
     targets = tuple(dict.fromkeys(target.strip() for text in sm for target in text.split(",") if target.strip()))
     options = CompileOptions(backend, targets, ranges, **chosen)
-    records = compile_bundle(folder, options, out, phases, graphs)
-    engines = out or engine_folder(folder, options.library, options.compute_dtype)
-    facts = {
-        "bundle": str(folder),
-        "engines": str(engines),
+    facts = compile_engines(find_bundle(bundle), options, out, graphs)
+    print_result(facts, facts["engines"])
+
+
+def compile_engines(
+    bundle: Path, options: CompileOptions, out: Path | None = None, graphs: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Compile as `compile_bundle` does, tell on stderr what memory the engines need, and return the facts."""
+    from lsast_engines.backends.tensorrt.engine_record import engine_folder
+
+    from ..tensorrt.compile import compile_bundle
+
+    phases = PhaseTimer()
+    records = compile_bundle(bundle, options, out, phases, graphs)
+    for name, record in records.items():
+        needs = f"{record.bytes / 1e9:.2f} GB, and {record.activation_bytes / 1e9:.2f} GB while it runs"
+        click.echo(f"           {name}: {needs}", err=True)
+    # Engines run one after the other, and each gives its working memory back.
+    total = sum(record.bytes for record in records.values())
+    total += max((record.activation_bytes for record in records.values()), default=0)
+    click.echo(f"           at most {total / 1e9:.2f} GB at the largest sizes, beside inputs and outputs", err=True)
+    return {
+        "bundle": str(bundle),
+        "engines": str(out or engine_folder(bundle, options.library, options.compute_dtype)),
         "graphs": {
-            name: {"bytes": record.bytes, "seconds": record.seconds, "targets": list(record.key.targets)}
+            name: {
+                "bytes": record.bytes,
+                "activation_bytes": record.activation_bytes,
+                "seconds": record.seconds,
+                "targets": list(record.key.targets),
+            }
             for name, record in records.items()
         },
         "seconds": phases.seconds(),
     }
-    print_result(facts, engines)
 
 
 def _span(option: str, text: str | None) -> Range | None:

@@ -7,17 +7,18 @@ done, 1 failed, 2 wrong usage, 130 interrupted. torch and onnx are imported only
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
+from lsast_engines.backends.tensorrt.engine_record import TrtFlavor
 from lsast_engines.cli import Group, debug_option, json_option, print_result
 from lsast_engines.environment import require_extra
 from lsast_engines.errors import UsageError
 
 from .bundle import bundle_command, bundle_options, export, read_defaults, style_options
 from .check import check_command
-from .compile import compile_command
+from .compile import compile_command, compile_engines
 from .decoder import decoder_command
 from .golden import golden_command
 from .import_ import import_command
@@ -42,7 +43,7 @@ def main(
     """Bake the styles that lsast-train learned, for lsast-run to paint with.
 
     A style is baked for the bundle of its base and put into your style folder; a base that is no bundle yet is
-    exported by the command `bundle`.
+    exported by the command `bundle`. With --backend tensorrt-rtx or tensorrt, missing engines are compiled, too.
     """
     given = [name for name, value in options.items() if value]
     if ctx.invoked_subcommand is not None:
@@ -55,17 +56,22 @@ def main(
             f"found nothing to do; expected --style NAME, or one of the commands {', '.join(sorted(main.commands))} "
             "(--help)"
         )
-    elif given:
+    elif given and (given != ["backend"] or options["backend"] not in get_args(TrtFlavor)):
         raise UsageError(
             f"found {', '.join('--' + name.replace('_', '-') for name in given)}, which belongs to a whole bundle; "
             "expected it with the command: lsast-export bundle"
         )
     else:
-        bake(styles, base, defaults)
+        bake(styles, base, defaults, options["backend"])
 
 
-def bake(styles: tuple[str, ...], base: str | None, defaults: tuple[str, ...]) -> None:
-    """Bake `styles` for the bundle `base`, with defaults of their own, into the user's style folder."""
+def bake(
+    styles: tuple[str, ...], base: str | None, defaults: tuple[str, ...], backend: TrtFlavor | None = None
+) -> None:
+    """Bake `styles` for the bundle `base`, with defaults of their own, into the user's style folder.
+
+    With `backend`, the engines of the bundle that are missing are compiled, too.
+    """
     for_bundle, for_styles = read_defaults(defaults)
     if for_bundle:
         raise UsageError(
@@ -90,7 +96,11 @@ def bake(styles: tuple[str, ...], base: str | None, defaults: tuple[str, ...]) -
     prompts = with_defaults(learned, for_styles)
     baked = bake_for_bundle(bundle, prompts, list(distilled.values()))
     paths = {name: str(path) for name, path in baked.items()}
-    facts = {"bundle": str(bundle.path), "fingerprint": bundle.manifest.fingerprint, "styles": paths}
+    facts: dict[str, Any] = {"bundle": str(bundle.path), "fingerprint": bundle.manifest.fingerprint, "styles": paths}
+    if backend is not None:
+        from ..tensorrt.compile import CompileOptions
+
+        facts["compiled"] = compile_engines(bundle.path, CompileOptions(backend))
     print_result(facts, "\n".join(paths.values()))
 
 

@@ -18,6 +18,7 @@ from lsast_engines.bundle.bundle import EMBEDDED, Bundle
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, GraphSpec, TensorSpec
 from lsast_engines.errors import BackendError, ExportError, MissingExtraError, UsageError
 from lsast_export.cli.main import main
+from lsast_export.progress import Progress
 from lsast_export.tensorrt.compile import CompileOptions, compile_bundle, compile_graph
 
 TARGETS = ("8.6", "8.9", "12.0")
@@ -161,7 +162,7 @@ def test_compile_graph_with_tensorrt_needs_a_gpu(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("lsast_export.tensorrt.compile.load_library", lambda _: None)
     monkeypatch.setattr("lsast_engines.backends.tensorrt.cuda.gpu_fault", lambda: "no driver (35)")
     path, spec = product(tmp_path)
-    with pytest.raises(BackendError, match=r"found no NVIDIA GPU \(no driver \(35\)\); tensorrt compiles on the GPU that runs the engine"):
+    with pytest.raises(BackendError, match=r"found no NVIDIA GPU \(no driver \(35\)\); tensorrt compiles on"):
         compile_graph(path, spec, tmp_path / "product.engine", CompileOptions("tensorrt"))
 
 
@@ -188,13 +189,35 @@ def test_compile_command_writes_where_the_runtime_looks(tmp_path: Path) -> None:
     assert verified_record(folder / "vae_encoder.engine").key.targets == ("8.9",)
     assert facts["graphs"].keys() == {"vae_encoder", "controlnet_cond"}
     assert facts["graphs"]["vae_encoder"]["bytes"] == (folder / "vae_encoder.engine").stat().st_size
+    assert facts["graphs"]["vae_encoder"]["activation_bytes"] > 2**20  # at 1024²
+    assert "GB while it runs" in result.stderr
+
+
+def test_bake_with_a_tensorrt_backend_compiles_for_the_same_bundle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a learned style to engines in one command; what baking and compiling do is tested elsewhere."""
+    calls: list[tuple[Path, CompileOptions]] = []
+
+    def compile_nothing(bundle: Path, options: CompileOptions, out: None, progress: Progress, graphs: object) -> object:
+        calls.append((bundle, options))
+        progress("compiling denoiser")
+        return {}
+
+    monkeypatch.setattr("lsast_export.tensorrt.compile.compile_bundle", compile_nothing)
+    monkeypatch.setattr("lsast_export.styles.prompts.find_distilled", Path)
+    monkeypatch.setattr("lsast_export.styles.bake.bake_for_bundle", lambda bundle, prompts, files: {"hand": files[0]})
+    result = CliRunner().invoke(main, ["--style", "hand", "--backend", "tensorrt-rtx", "--json"])
+    assert result.exit_code == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert facts["styles"] == {"hand": "hand"}
+    assert calls == [(EMBEDDED, CompileOptions("tensorrt-rtx"))]
+    assert facts["compiled"]["engines"] == str(engine_folder(EMBEDDED, "tensorrt-rtx", "fp16"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["compile", "--backend", "tensorrt-rtx", "--sides", "1,2"], "expected three whole numbers"),
-        (["--style", "x", "--backend", "tensorrt-rtx"], "found --backend, which belongs to a whole bundle"),
+        (["--style", "x", "--backend", "openvino"], "found --backend, which belongs to a whole bundle"),
         (["compile", "--backend", "tensorrt-rtx", "--compute-dtype", "bf16"], "compiled in fp32 or fp16"),
         (["compile", "--backend", "tensorrt-rtx", "--compute-dtype", "fp8"], "--compute-dtype fp8 was removed"),
         (["compile", "--backend", "tensorrt", "--quantised", "x"], "lsast-export compile --quantised was removed"),
