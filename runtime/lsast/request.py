@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
     from .video.optical_flow import TemporalState
 
-    Picture = str | Path | bytes | Image.Image | npt.NDArray[Any]
-    """A path, the bytes of an image file, a PIL image, or an array [H, W], [H, W, 3] or [H, W, 4] (uint8, uint16, or
-    float in [0, 1])."""
+    Picture = str | os.PathLike[str] | BinaryIO | Image.Image | npt.ArrayLike
+    """A path, the bytes of an image file, a binary file object, a PIL image, or an array [H, W], [H, W, 3] or [H, W, 4]
+    in the order RGB (bool, uint8, uint16, or float in [0, 1]); see `lsast_engines.images.read_picture`."""
 
 
 class Request:

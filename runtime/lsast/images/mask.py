@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
 import numpy as np
 import numpy.typing as npt
 
 from lsast_engines.errors import PictureError
-from lsast_engines.images import read_picture
+from lsast_engines.images import Source, read_picture
 from lsast_engines.opencv import import_opencv
 
 from ..sessions.native_calls import native_call
 from .canvas import Pixels
 
-if TYPE_CHECKING:
-    from PIL import Image
-
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 """Luma of an RGB value, ITU-R BT.601."""
 
 
-def read_mask(
-    source: str | Path | bytes | Image.Image | npt.NDArray[Any],
-    size: tuple[int, int],
-    feather: int,
-    max_megapixels: float | None = None,
-) -> Pixels:
+def read_mask(source: Source, size: tuple[int, int], feather: int, max_megapixels: float | None = None) -> Pixels:
     """The weight of the painting at every pixel, 0 to 255: [H, W].
 
     Args:
