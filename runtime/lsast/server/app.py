@@ -173,7 +173,7 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
                 raise CancelledError("the painting was cancelled")
             return Response(job.painting, media_type=media)
         finally:
-            job.fetched = True
+            jobs.forget(job)
 
     @app.get(
         "/v1/paintings/{name}",

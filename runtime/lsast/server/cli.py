@@ -15,7 +15,6 @@ import click
 from lsast_engines.cli import Command, debug_option, log_to_stderr
 from lsast_engines.errors import LsastError, MissingExtraError, UsageError
 
-from .._version import __version__
 from .settings import LOOPBACK, PREFIX, Settings, declared
 
 
@@ -46,7 +45,6 @@ def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @setting_options
 @click.option("--open", "show", is_flag=True, help="Open the page in a browser.")
 @debug_option
-@click.version_option(__version__, "-V", "--version", message="lsast %(version)s")
 def main(show: bool, **settings: Any) -> None:
     """Paint over HTTP: a page for people, an API for programs.
 

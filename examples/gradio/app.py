@@ -1,0 +1,20 @@
+"""A Gradio app: `pip install 'lsast[cpu]' gradio`, then `python examples/gradio/app.py`."""
+
+import gradio
+import numpy as np
+from PIL import Image
+
+import lsast
+
+stylizer = lsast.load()
+
+
+def paint(picture: np.ndarray, style: str, strength: float, seed: float) -> Image.Image:
+    """The painting of a picture [H, W, 3]."""
+    return stylizer.stylize(picture, style, strength=strength, seed=int(seed)).image
+
+
+inputs = ["image", gradio.Dropdown(stylizer.styles), gradio.Slider(0.1, 1, 0.9), gradio.Number(0, label="seed")]
+app = gradio.Interface(paint, inputs, "image", title="lsast")
+if __name__ == "__main__":
+    app.launch()
