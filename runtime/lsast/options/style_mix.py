@@ -91,7 +91,10 @@ class Mix:
         """
         for term in self.terms:
             if term.style not in styles:
-                near = did_you_mean(term.style, styles) or f"; make it with: lsast-export --style {term.style}"
+                near = did_you_mean(term.style, styles) or (
+                    f"; learn it with: lsast-train --style {term.style} --images DIR, then bake it with: lsast-export "
+                    f"--style {term.style}; where --bundle names a bundle, both take it as --base"
+                )
                 available = ", ".join(styles) or "none"
                 raise syntax_error(
                     f"found no style {term.style!r}; available: {available}{near}", self.text, term.column

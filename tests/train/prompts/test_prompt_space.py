@@ -289,6 +289,15 @@ def test_prompt_auto_takes_the_text_encoder_if_there_is_one(text_base: Base, bas
     torch.testing.assert_close(direct.matrices.mean(0), text_base.null_context, rtol=0, atol=0.05)
 
 
+def test_training_on_a_bundle_of_stable_diffusion_says_that_it_learns_contexts(
+    text_base: Base, caplog: pytest.LogCaptureFixture
+) -> None:
+    text_base.text_encoder = None
+    assert build_space(text_base, _options(), _never).matrices.shape == (30, 77, 24)
+    assert "'tiny-sd' has no text encoder" in caplog.text
+    assert "name the --base that the bundle was exported from" in caplog.text
+
+
 def test_build_space_with_options_that_do_not_fit_the_base_raises(text_base: Base, base: Base) -> None:
     with pytest.raises(UsageError, match=r"prompt: found text on base 'mini', which has no text encoder"):
         build_space(base, _options(prompt="text"), _never)
