@@ -82,12 +82,12 @@ def _create_locked(parent: Path, *, folder: bool) -> tuple[Path, int]:
             flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0)
             descriptor = os.open(path, flags, 0o666)
         # Another process may have removed it before it was locked.
-        if _lock(descriptor) and path.exists():
+        if try_lock(descriptor) and path.exists():
             return path, descriptor
         os.close(descriptor)
 
 
-def _lock(descriptor: int) -> bool:
+def try_lock(descriptor: int) -> bool:
     """Lock an open file until it is closed; whether no other process holds it."""
     if sys.platform == "win32":
         return True

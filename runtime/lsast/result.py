@@ -132,6 +132,16 @@ def validate_output_path(path: Path, size: tuple[int, int] | None = None) -> Non
         PictureError: its folder cannot be written, its name is too long, or its format cannot hold the size.
     """
     check_format(path, size)
+    validate_output_place(path)
+
+
+def validate_output_place(path: Path) -> None:
+    """Check, before anything is painted, that a file of this name can be written, whatever its format.
+
+    Raises:
+        UsageError: `path` is a folder.
+        PictureError: its folder cannot be written, or its name is too long.
+    """
     if path.is_dir():
         raise UsageError(f"found the folder {path} as output; expected the name of a file")
     folder = Path(os.path.realpath(path)).parent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,11 +33,31 @@ WRITTEN_PICTURES = {
 }
 """Pictures that can be written, by suffix; a source of another kind becomes a PNG."""
 
-VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"})
+# fmt: off
+VIDEOS = frozenset({
+    ".3g2", ".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf",
+    ".ogv", ".ts", ".vob", ".webm", ".wmv",
+})
+# fmt: on
 """Suffixes of videos."""
 
 WRITTEN_VIDEOS = frozenset({".m4v", ".mkv", ".mov", ".mp4"})
-"""Suffixes of videos that can be written; a source of another kind becomes an MP4."""
+"""Suffixes of videos that can be written; a source of another kind becomes a Matroska file, which holds any sound."""
+
+ANIMATIONS = frozenset({".apng", ".gif", ".png", ".webp"})
+"""Suffixes of the animated pictures that are read and written as videos are; a PNG only where it is animated."""
+
+
+def is_animated(path: Path) -> bool:
+    """Whether a file is a picture with several frames, of a kind of `ANIMATIONS`; False if it cannot be read."""
+    from lsast_engines.picture_file import open_image
+
+    # What is wrong with a picture is told when it is read. A pipe can be read only once.
+    with contextlib.suppress(Exception):
+        if path.suffix.lower() in ANIMATIONS and path.is_file():
+            with path.open("rb") as handle:
+                return bool(getattr(open_image(handle, str(path)), "is_animated", False))
+    return False
 
 
 def check_format(path: Path, size: tuple[int, int] | None = None) -> None:

@@ -1,0 +1,363 @@
+"""Painted frames into files: segments of a few frames, then joined, with the source's sound, when all are painted."""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import chain, islice, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from lsast_engines.errors import PictureError, UsageError
+from lsast_engines.images import on_white
+
+from ..images.formats import ANIMATIONS, WRITTEN_VIDEOS
+from .source import Frame, Source, opened, pyav, start_of
+
+if TYPE_CHECKING:
+    from av.container import InputContainer, OutputContainer
+
+_BT709, _LIMITED_RANGE = 1, 1
+_CPU_AVX512_SKX = 256
+"""OpenCV's number of the AVX-512 instructions that x264 uses (cvdef.h)."""
+
+
+@dataclass(frozen=True)
+class OutputFormat:
+    """How a kind of file is written."""
+
+    container: str
+    """FFmpeg's name."""
+    codec: str = "libx264"
+    """Of animated pictures, the encoder of the frames; their segments are lossless."""
+    pixels: str = ""
+    """FFmpeg's name of the pixel format that the encoder of an animated picture takes."""
+    options: dict[str, str] = field(default_factory=dict, hash=False)
+    """Of the container."""
+
+    @property
+    def is_animation(self) -> bool:
+        """Whether it is an animated picture: it keeps opacity and has no sound."""
+        return self.codec != "libx264"
+
+
+_APNG = OutputFormat("apng", "apng", "rgba", {"plays": "0"})
+_FORMATS = {
+    ".m4v": OutputFormat("mp4"),
+    ".mkv": OutputFormat("matroska"),
+    ".mov": OutputFormat("mov"),
+    ".mp4": OutputFormat("mp4"),
+    ".apng": _APNG,
+    ".png": _APNG,
+    ".gif": OutputFormat("gif", "gif", "pal8", {"loop": "0"}),
+    ".webp": OutputFormat("webp", "libwebp_anim"),
+}
+
+
+def output_format(source: Path, out: Path) -> OutputFormat:
+    """The format of `out`, by its suffix; .png only for an animated PNG.
+
+    Raises:
+        UsageError: it is not written.
+    """
+    suffix, kinds = out.suffix.lower(), sorted({*WRITTEN_VIDEOS, *ANIMATIONS} - {".png"})
+    if suffix not in _FORMATS or (suffix == ".png" and source.suffix.lower() not in (".png", ".apng")):
+        raise UsageError(f"found the output {out}; expected a name that ends in {', '.join(kinds)}")
+    return _FORMATS[suffix]
+
+
+def check_sound(source: Path, out: Path, form: OutputFormat) -> None:
+    """Check that `out` can hold the sound of `source`.
+
+    Raises:
+        PictureError: it cannot.
+    """
+    av = pyav()
+    with opened(source) as heard:
+        try:
+            with av.open(io.BytesIO(), "w", format=form.container) as trial:
+                sounds = _sound_streams(heard, trial)
+                if sounds:
+                    trial.start_encoding()
+                for packet in islice(_sound_packets(heard, sounds), 8):
+                    trial.mux(packet)
+        except (av.FFmpegError, ValueError) as error:
+            names = ", ".join(sorted({stream.codec_context.name for stream in heard.streams.audio}))
+            raise PictureError(
+                f"{out} cannot hold the sound of {source} ({names}: {error}); try a name that ends in .mkv, "
+                "which holds any sound"
+            ) from error
+
+
+def _sound_streams(heard: InputContainer, output: OutputContainer) -> dict[int, Any]:
+    """A stream in the output for each sound of the source, by its number there; of FLAC if Matroska cannot copy it.
+
+    Raises:
+        FFmpegError, ValueError: the format cannot hold a sound.
+    """
+    streams: dict[int, Any] = {}
+    for stream in heard.streams.audio:
+        try:
+            streams[stream.index] = output.add_stream_from_template(stream)
+        except ValueError:
+            if output.format.name != "matroska":
+                raise
+            streams[stream.index] = output.add_stream("flac", rate=stream.rate, layout=stream.layout)
+            streams[stream.index].format = "s32" if "s32" in stream.format.name else "s16"
+    return streams
+
+
+def _sound_packets(heard: InputContainer, streams: dict[int, Any]) -> Iterator[Any]:
+    """The packets of the source's sound for `streams`, in the time bases of these, from the start of the source on."""
+    return _increasing(_copied_or_encoded(heard, streams), start_of(heard)) if streams else iter(())
+
+
+def _copied_or_encoded(heard: InputContainer, streams: dict[int, Any]) -> Iterator[Any]:
+    av = pyav()
+    resamplers = {
+        index: av.AudioResampler(stream.format, stream.layout, stream.rate, stream.codec_context.frame_size or 4096)
+        for index, stream in streams.items()
+        if stream.codec_context is not None and stream.codec_context.is_encoder
+    }
+    packets = heard.demux(*heard.streams.audio)
+    while True:
+        try:
+            packet = next(packets, None)
+        except av.FFmpegError:  # damaged, or cut off as the pictures are
+            packet = None
+        if packet is None:
+            return
+        stream = streams[packet.stream.index]
+        if packet.stream.index not in resamplers:
+            if packet.size:
+                packet.stream = stream
+                yield packet
+            continue
+        resampler = resamplers[packet.stream.index]
+        with contextlib.suppress(av.InvalidDataError):
+            for frame in packet.decode():
+                for part in resampler.resample(frame):
+                    yield from stream.encode(part)
+        if not packet.size:  # the last
+            for part in (*resampler.resample(None), None):
+                yield from stream.encode(part)
+
+
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Name the output in errors of the block, which reads no source.
+
+    Raises:
+        PictureError: the block cannot write.
+    """
+    try:
+        yield
+    except (OSError, pyav().FFmpegError, ValueError) as error:
+        # PyAV wraps what a file object raises.
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise PictureError(
+            f"cannot write {out} ({reason}); expected a writable folder with room: the same call then goes on"
+        ) from error
+
+
+class SegmentEncoder:
+    """Encodes painted frames into a segment, each with the time of its source."""
+
+    def __init__(self, source: Source, *, lossless: bool) -> None:
+        self._source, self._lossless = source, lossless
+        self._buffer = io.BytesIO()
+        self._container = pyav().open(self._buffer, "w", format="nut")  # NUT keeps any time base
+        self._stream: Any = None
+
+    def add(self, painting: Image.Image, source: Frame) -> bool:
+        """Encode the painting of a frame; whether transparency was composited on white."""
+        pixels, is_flat = np.asarray(painting), False
+        if pixels.shape[2] == 4 and not self._lossless:
+            is_flat = bool((pixels[:, :, 3] < 255).any())
+            pixels = on_white(pixels[:, :, :3], pixels[:, :, 3])
+        if self._stream is None:
+            self._stream = self._new_stream(pixels, source)
+        frame = pyav().VideoFrame.from_ndarray(
+            np.ascontiguousarray(pixels), format="rgba" if pixels.shape[2] == 4 else "rgb24"
+        )
+        if not self._lossless:
+            frame = frame.reformat(format=self._stream.pix_fmt, dst_colorspace="itu709", dst_color_range="MPEG")
+        frame.pts, frame.time_base = source.start, self._source.time_base
+        self._container.mux(self._stream.encode(frame))
+        return is_flat
+
+    def finish(self) -> bytes:
+        """The segment."""
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
+        return self._buffer.getvalue()
+
+    def _new_stream(self, pixels: np.ndarray[Any, Any], source: Frame) -> Any:
+        height, width, channels = pixels.shape
+        if self._lossless:
+            stream: Any = self._container.add_stream("png", rate=self._source.rate)
+            stream.pix_fmt = "rgba" if channels == 4 else "rgb24"
+        else:
+            # x264's AVX-512 code of the macroblock tree (mbtree_propagate_list) takes 8 macroblocks at a time and
+            # reads what lies beyond a row of another width: the same frames gave other bytes at times. AVX2 does not.
+            asm = {"x264-params": "asm=avx2"} if cv2.checkHardwareSupport(_CPU_AVX512_SKX) else {}
+            stream = self._container.add_stream("libx264", rate=self._source.rate, options={"crf": "17", **asm})
+            stream.pix_fmt = "yuv444p" if width % 2 or height % 2 else "yuv420p"  # 4:2:0 needs even sides
+        stream.width, stream.height = width, height
+        context = stream.codec_context
+        context.time_base = self._source.time_base
+        context.thread_count = 1  # otherwise the bytes depend on the number of processors
+        if not self._lossless:
+            context.max_b_frames = 0  # so packets come in the order of display, and segments join as they are
+            context.colorspace = context.color_primaries = context.color_trc = _BT709
+            context.color_range = _LIMITED_RANGE
+            if source.pixels.shape[:2] == (height, width):
+                context.sample_aspect_ratio = self._source.sample_aspect
+        return stream
+
+
+def join(segments: list[Path], last: Fraction, source: Path, handle: BinaryIO, form: OutputFormat) -> None:
+    """Write the segments, and of a video the source's sound, into one file, by time.
+
+    Args:
+        segments: from `SegmentEncoder`.
+        last: how long the last frame is shown, in seconds; 0 is not known.
+        source: the video.
+        handle: the file.
+        form: its format.
+    """
+    if form.is_animation:
+        write = _join_webp if form.container == "webp" else _join_animation
+        write(_segment_frames(segments), last, handle, form)
+        return
+    av = pyav()
+    with contextlib.ExitStack() as stack:
+        heard = None if source.suffix.lower() in ANIMATIONS else stack.enter_context(opened(source))
+        first = stack.enter_context(av.open(str_file(segments[0])))
+        joined = stack.enter_context(av.open(handle, "w", format=form.container))
+        pictures = joined.add_stream_from_template(first.streams.video[0])
+        sounds = _sound_streams(heard, joined) if heard else {}
+        joined.start_encoding()  # only now the time bases of the output are known
+
+        def picture_packets() -> Iterator[Any]:
+            packet = None
+            for following in chain(_segment_packets(segments), [None]):
+                if packet is not None:
+                    if following is None:
+                        packet.duration = round(last / packet.time_base)
+                    packet.stream = pictures
+                    yield packet
+                packet = following
+
+        merged = heapq.merge(
+            _increasing(picture_packets(), Fraction(0)),
+            _sound_packets(heard, sounds) if heard else iter(()),
+            key=lambda packet: packet.dts * packet.time_base,
+        )
+        for packet in merged:
+            joined.mux(packet)
+
+
+def _increasing(packets: Iterator[Any], start: Fraction) -> Iterator[Any]:
+    """The packets in the time bases of their streams, `start` seconds earlier, none without a time or twice at one."""
+    last: dict[int, int] = {}
+    for packet in packets:
+        old, new = packet.time_base, packet.stream.time_base
+
+        def rescaled(
+            ticks: int | None, shift: Fraction = start, old: Fraction = old, new: Fraction = new
+        ) -> int | None:
+            return None if ticks is None else round((ticks * old - shift) / new)
+
+        dts, pts = rescaled(packet.dts), rescaled(packet.pts)
+        duration = round((packet.duration or 0) * old / new)
+        before = last.get(packet.stream.index)
+        found = dts if dts is not None else pts
+        if found is None:
+            found = 0 if before is None else before + max(1, duration)
+        if before is not None and found <= before:
+            found = before + 1
+        last[packet.stream.index] = packet.dts = found
+        packet.pts = found if pts is None else max(pts, found)
+        packet.duration, packet.time_base = duration, new
+        yield packet
+
+
+def _segment_packets(segments: list[Path]) -> Iterator[Any]:
+    for segment in segments:
+        with pyav().open(str_file(segment)) as container:
+            for packet in container.demux(video=0):
+                if packet.size:
+                    yield packet
+
+
+def _segment_frames(segments: list[Path]) -> Iterator[Any]:
+    for segment in segments:
+        with pyav().open(str_file(segment)) as container:
+            yield from container.decode(video=0)
+
+
+def _join_animation(frames: Iterator[Any], last: Fraction, handle: BinaryIO, form: OutputFormat) -> None:
+    """Write a GIF or an animated PNG."""
+    unit, final = Fraction(1, 1000), {"final_delay": f"{float(last):.3f}"} if last else {}
+    if form.container == "gif":
+        unit, final = Fraction(1, 100), {"final_delay": str(max(2, round(last * 100)))} if last else {}
+    with pyav().open(handle, "w", format=form.container, options={**form.options, **final}) as joined:
+        stream: Any = None
+        start = -1
+        for frame in _with_palette(frames) if form.pixels == "pal8" else frames:
+            if stream is None:
+                stream = joined.add_stream(form.codec, rate=1 / unit)
+                stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, form.pixels
+                stream.codec_context.time_base = unit
+                stream.codec_context.thread_count = 1
+            start = max(round(frame.pts * frame.time_base / unit), start + 1)
+            painted = frame if form.pixels == "pal8" else frame.reformat(format=form.pixels)
+            painted.pts, painted.time_base = start, unit
+            joined.mux(stream.encode(painted))
+        joined.mux(stream.encode(None))
+
+
+def _join_webp(frames: Iterator[Any], last: Fraction, handle: BinaryIO, form: OutputFormat) -> None:
+    """Write an animated WebP by Pillow, which takes all frames at once: FFmpeg's loses the duration of the last."""
+    starts, images = [], []
+    for frame in frames:
+        starts.append(round(frame.pts * frame.time_base * 1000))
+        images.append(Image.fromarray(frame.to_ndarray()))
+    durations = [later - start for start, later in pairwise(starts)]
+    durations.append(round(last * 1000) or (durations or [100])[-1])
+    first, *others = images
+    first.save(handle, form.container, save_all=True, append_images=others, duration=durations, loop=0, quality=95)
+
+
+def _with_palette(frames: Iterator[Any]) -> Iterator[Any]:
+    """The frames in 256 colours, each with its own palette, by FFmpeg's filters."""
+    first = next(frames)
+    graph = pyav().filter.Graph()
+    buffer = graph.add_buffer(width=first.width, height=first.height, format=first.format, time_base=first.time_base)
+    split, palette = graph.add("split"), graph.add("palettegen", "stats_mode=single")
+    use, sink = graph.add("paletteuse", "new=1"), graph.add("buffersink")
+    buffer.link_to(split)
+    split.link_to(use, 0, 0)
+    split.link_to(palette, 1, 0)
+    palette.link_to(use, 0, 1)
+    use.link_to(sink)
+    graph.configure()
+    for frame in chain([first], frames, [None]):
+        graph.vpush(frame)
+        with contextlib.suppress(BlockingIOError, EOFError):
+            while True:
+                yield graph.vpull()
+
+
+def str_file(path: Path) -> str:
+    """A path as FFmpeg takes it: never as the address of a protocol."""
+    return f"file:{path}"

@@ -1,0 +1,315 @@
+"""What videos and animated pictures may be like: each is painted as a player shows it, or refused in plain words."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import shutil
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import lsast
+from lsast import PictureError, Stylizer, UsageError
+from lsast.video.source import open_source
+from lsast.video.transcode import check_video, paint_video
+
+from .test_transcode import QUICK, read, write_clip
+
+av = pytest.importorskip("av", reason="needs the extra [video]")
+
+
+@pytest.fixture(scope="module")
+def stylizer(bundle_path: Path) -> Iterator[Stylizer]:
+    with lsast.load(bundle_path) as opened:
+        yield opened
+
+
+def pixels_of(path: Path) -> list[np.ndarray]:
+    with open_source(path) as source:
+        return [frame.pixels for frame in source.frames()]
+
+
+@pytest.mark.parametrize("display", [(0, True, False), (0, False, True), (180, False, False), (270, True, False)])
+def test_frames_are_turned_and_mirrored_as_they_are_displayed(
+    photo: np.ndarray, tmp_path: Path, display: tuple[int, bool, bool]
+) -> None:
+    write_clip(tmp_path / "plain.mp4", photo, 1, None)
+    write_clip(tmp_path / "turned.mp4", photo, 1, None, display=display)
+    turn, left_right, upside_down = display
+    expected = np.rot90(pixels_of(tmp_path / "plain.mp4")[0], turn // 90)
+    expected = expected[:, ::-1] if left_right else expected
+    expected = expected[::-1] if upside_down else expected
+    np.testing.assert_array_equal(pixels_of(tmp_path / "turned.mp4")[0], expected)
+
+
+@pytest.mark.parametrize(("turn", "expected"), [(0, Fraction(4, 3)), (90, Fraction(3, 4))])
+def test_paint_video_keeps_the_shape_of_displayed_pixels(
+    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path, turn: int, expected: Fraction
+) -> None:
+    write_clip(tmp_path / "clip.mp4", photo, 2, None, aspect=Fraction(4, 3), display=(turn, False, False))
+    paint_video(tmp_path / "clip.mp4", tmp_path / "out.mp4", stylizer, QUICK)
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        assert container.streams.video[0].sample_aspect_ratio == expected
+
+
+@pytest.mark.parametrize(("transfer", "white"), [(16, 0.5807), pytest.param(18, 0.75, marks=pytest.mark.slow)])
+def test_frames_in_hdr_have_white_where_diffuse_white_was(tmp_path: Path, transfer: int, white: float) -> None:
+    """203 cd/m² is 58 % of the PQ signal and 75 % of HLG's (ITU-R BT.2408, table 1)."""
+    with av.open(str(tmp_path / "hdr.mkv"), "w") as container:
+        stream: Any = container.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p10le"
+        context = stream.codec_context
+        context.color_trc, context.color_primaries, context.colorspace, context.color_range = transfer, 9, 9, 1
+        image = av.VideoFrame.from_ndarray(np.full((64, 64, 3), round(white * 65535), np.uint16), "rgb48le")
+        image = image.reformat(format="yuv420p10le", dst_colorspace="bt2020", dst_color_range="MPEG")
+        container.mux(stream.encode(image))
+        container.mux(stream.encode(None))
+    [pixels] = pixels_of(tmp_path / "hdr.mkv")
+    assert pixels.min() >= 250
+
+
+def test_frames_that_change_their_size_end_with_the_time(photo: np.ndarray, tmp_path: Path) -> None:
+    for name, size in (("a.ts", (96, 64)), ("b.ts", (64, 96))):
+        write_clip(tmp_path / name, photo, 4, None, codec="mpeg2video", size=size)
+    both = (tmp_path / "a.ts").read_bytes() + (tmp_path / "b.ts").read_bytes()
+    (tmp_path / "both.ts").write_bytes(both)
+    with pytest.raises(PictureError, match=r"changes its size at 0\.\d\d s, from 96 x 64 to 64 x 96 pixels"):
+        pixels_of(tmp_path / "both.ts")
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "sound", "size"),
+    [
+        ("clip.m2ts", "mpeg2video", "aac", (96, 64)),
+        ("clip.wmv", "wmv2", "wmav2", (96, 64)),
+        ("clip.mpg", "mpeg1video", "mp2", (96, 64)),
+        ("clip.3gp", "h263", "aac", (176, 144)),
+        ("clip.flv", "flv", "aac", (96, 64)),
+    ],
+)
+def test_paint_video_reads_every_common_kind(
+    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path, name: str, codec: str, sound: str, size: tuple[int, int]
+) -> None:
+    source, out = tmp_path / name, tmp_path / "out.mkv"
+    write_clip(source, photo, 3, sound, codec=codec, size=size)
+    assert paint_video(source, out, stylizer, QUICK)["frames"] == 3
+    frames, times, heard = read(out)
+    assert (frames[0].shape[1::-1], len(frames)) == (size, 3)
+    assert [float(time - times[0]) for time in times] == pytest.approx([0, 1 / 24, 2 / 24], abs=2e-3)
+    if name in ("clip.wmv", "clip.m2ts"):  # PyAV does not copy this into Matroska; a broadcast's packets have headers
+        assert heard
+    else:
+        assert heard == read(source)[2] != []
+
+
+def test_paint_video_mends_repeated_and_missing_times_of_sound(
+    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path
+) -> None:
+    write_clip(tmp_path / "clip.mkv", photo, 6, "pcm_s16le", codec="mpeg4")
+    source = tmp_path / "faulty.mkv"
+    with av.open(str(tmp_path / "clip.mkv")) as clip, av.open(str(source), "w") as faulty:
+        streams = {stream.index: faulty.add_stream_from_template(stream) for stream in clip.streams}
+        for packet in clip.demux():
+            if packet.size:
+                if packet.stream.type == "audio" and packet.pts < 60:
+                    packet.pts = packet.dts = 0
+                packet.stream = streams[packet.stream.index]
+                faulty.mux(packet)
+    paint_video(source, tmp_path / "out.mov", stylizer, QUICK)
+    sound = read(source)[2]
+    assert b"".join(read(tmp_path / "out.mov")[2]) == b"".join(sound) != b""
+
+
+@pytest.mark.parametrize("name", ["12:30.mp4", "a%03d.mp4", "-.mp4", "http:x.mp4"])
+def test_paint_video_takes_names_as_they_are(
+    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_clip(Path("clip.mp4"), photo, 2)
+    os.rename("clip.mp4", name)
+    Path("out").mkdir()
+    paint_video(Path(name), Path("out") / name, stylizer, QUICK)
+    assert len(read(Path("out") / name)[0]) == 2
+    assert os.listdir("out") == [name]
+
+
+def test_check_video_reads_no_file_that_a_file_names(photo: np.ndarray, tmp_path: Path) -> None:
+    write_clip(tmp_path / "clip.mp4", photo, 2)
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile clip.mp4\n")
+    with pytest.raises(PictureError, match="cannot be read as a video"):
+        check_video(tmp_path / "list.mp4", tmp_path / "out.mp4")
+
+
+@pytest.mark.parametrize(("codec", "pixels"), [("qtrle", "argb"), ("prores_ks", "yuva444p10le")])
+def test_paint_video_keeps_transparency_or_composites_it_on_white(
+    stylizer: Stylizer,
+    photo: np.ndarray,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    codec: str,
+    pixels: str,
+) -> None:
+    write_clip(tmp_path / "clip.mov", photo, 2, None, codec=codec, pixels=pixels)
+    paint_video(tmp_path / "clip.mov", tmp_path / "out.gif", stylizer, QUICK)
+    with Image.open(tmp_path / "out.gif") as painted:
+        alpha = np.asarray(painted.convert("RGBA"))[:, :, 3]
+    assert alpha[:, :40].max() == 0
+    assert alpha[:, 56:].min() == 255
+    assert not caplog.records
+    paint_video(tmp_path / "clip.mov", tmp_path / "out.mp4", stylizer, QUICK)
+    assert read(tmp_path / "out.mp4")[0][0][:, :40].min() > 250
+    assert "composited on white" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
+def test_paint_video_of_animated_pictures_keeps_times_and_opacity(
+    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path, suffix: str
+) -> None:
+    pictures, durations = [], [100, 200, 300, 400]
+    for number in range(4):
+        pixels = np.dstack([photo[:48, 10 * number :][:, :64], np.full((48, 64), 255, np.uint8)])
+        pixels[24:, :24, 3] = 0
+        pictures.append(Image.fromarray(pixels))
+    source = tmp_path / f"in{suffix}"
+    pictures[0].save(source, save_all=True, append_images=pictures[1:], duration=durations, loop=0, disposal=2)
+    for out in (tmp_path / f"out{suffix}", tmp_path / "out.mp4"):
+        assert paint_video(source, out, stylizer, QUICK)["frames"] == 4
+    with Image.open(tmp_path / f"out{suffix}") as painted:
+        found, opacity = [], []
+        for number in range(painted.n_frames):
+            painted.seek(number)
+            opacity.append(np.asarray(painted.convert("RGBA"))[:, :, 3])
+            found.append(painted.info["duration"])
+    assert found == durations
+    assert all(alpha[28:, :20].max() == 0 and alpha[:20].min() == 255 for alpha in opacity)
+    assert read(tmp_path / "out.mp4")[1] == [Fraction(time, 10) for time in (0, 1, 3, 6)]
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        assert container.duration == 1_000_000
+
+
+def test_paint_video_of_a_damaged_stream_paints_what_can_be_decoded(
+    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_clip(tmp_path / "clip.avi", photo, 8, None, codec="mjpeg", pixels="yuvj420p")
+    content = bytearray((tmp_path / "clip.avi").read_bytes())
+    starts = [at for at in range(len(content)) if content[at : at + 3] == b"\xff\xd8\xff"]
+    for at, following in itertools.pairwise(starts[:3]):  # the first frames, too
+        content[at : following - 8] = bytes(following - 8 - at)
+    (tmp_path / "damaged.avi").write_bytes(content)
+    assert paint_video(tmp_path / "damaged.avi", tmp_path / "out.mp4", stylizer, QUICK)["frames"] == 6
+    assert "2 parts could not be decoded and are left out" in caplog.text
+    (tmp_path / "short.avi").write_bytes(content[: starts[6]])
+    assert paint_video(tmp_path / "short.avi", tmp_path / "out.mp4", stylizer, QUICK)["frames"] >= 3
+    (tmp_path / "empty.mp4").touch()
+    with pytest.raises(PictureError, match="cannot be read as a video"):
+        check_video(tmp_path / "empty.mp4", tmp_path / "out.mp4")
+
+
+def _stopped(source: Path, out: Path, stylizer: Stylizer, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a painting that was stopped after a segment of 2 frames."""
+    monkeypatch.setattr("lsast.video.transcode.SEGMENT", 2)
+
+    def stop(done: int, total: int | None) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        paint_video(source, out, stylizer, QUICK, on_frame=stop)
+    return out.with_name(f".{out.name}.parts")
+
+
+@pytest.mark.parametrize("fault", ["state", "segment", "folder", "style"])
+def test_paint_video_throws_a_useless_unfinished_painting_away(
+    stylizer: Stylizer,
+    bundle_path: Path,
+    photo: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fault: str,
+) -> None:
+    source, out = tmp_path / "clip.mp4", tmp_path / "out.mp4"
+    write_clip(source, photo, 4, None)
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle_path, copy)
+    with lsast.load(copy) as first:
+        folder = _stopped(source, out, first, monkeypatch)
+    if fault == "state":
+        (folder / "state.npz").write_bytes(b"PK\3\4junk")
+    elif fault == "segment":
+        (folder / "000000.nut").write_bytes(b"")
+    elif fault == "folder":
+        (folder / "state.npz").unlink()
+        (folder / "state.npz").mkdir()
+    else:  # learned anew, under the same name
+        shutil.copy(copy / "styles" / "monet.safetensors", copy / "styles" / "vangogh.safetensors")
+    with lsast.load(copy) as second:
+        assert paint_video(source, out, second, QUICK)["resumed"] == 0
+        assert "the unfinished painting is thrown away" in caplog.text
+        paint_video(source, tmp_path / "whole.mp4", second, QUICK)
+    assert out.read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+    assert not folder.exists()
+
+
+def test_paint_video_of_an_output_that_another_run_paints_raises(
+    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "clip.mp4", tmp_path / "out.mp4"
+    write_clip(source, photo, 3, None)
+    found: list[str] = []
+
+    def second(done: int, total: int | None) -> None:
+        if done == 2:
+            with pytest.raises(PictureError) as error:
+                paint_video(source, out, stylizer, QUICK)
+            found.append(str(error.value))
+
+    assert paint_video(source, out, stylizer, QUICK, on_frame=second)["frames"] == 3
+    assert found == [f"{out} is being painted by another run; wait for it, or take another OUT"]
+
+
+def test_paint_video_without_room_names_the_output_and_goes_on_later(
+    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = tmp_path / "clip.mp4", tmp_path / "out.mp4"
+    write_clip(source, photo, 3, None)
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lsast.video.transcode.join", full)
+        with pytest.raises(PictureError, match=r"cannot write .*out\.mp4 \(\[Errno 28\] No space left on device\)"):
+            paint_video(source, out, stylizer, QUICK)
+    assert paint_video(source, out, stylizer, QUICK)["resumed"] == 3
+
+
+def test_paint_video_follows_no_link_in_place_of_its_folder(
+    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path
+) -> None:
+    write_clip(tmp_path / "clip.mp4", photo, 2, None)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".out.mp4.parts").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PictureError, match="found the link"):
+        paint_video(tmp_path / "clip.mp4", tmp_path / "out.mp4", stylizer, QUICK)
+    assert not os.listdir(tmp_path / "elsewhere")
+
+
+def test_paint_video_writes_a_name_of_255_bytes(stylizer: Stylizer, photo: np.ndarray, tmp_path: Path) -> None:
+    write_clip(tmp_path / "clip.mp4", photo, 2, None)
+    out = tmp_path / ("n" * 251 + ".mp4")
+    paint_video(tmp_path / "clip.mp4", out, stylizer, QUICK)
+    assert sorted(os.listdir(tmp_path)) == ["clip.mp4", out.name]
+
+
+def test_check_video_of_a_still_png_as_an_animation_is_refused(photo: np.ndarray, tmp_path: Path) -> None:
+    write_clip(tmp_path / "clip.mp4", photo, 2, None)
+    with pytest.raises(UsageError, match=r"expected a name that ends in \.apng, \.gif, \.m4v"):
+        check_video(tmp_path / "clip.mp4", tmp_path / "out.png")
