@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from lsast_engines.cli import Group, combine_options, debug_option, json_option, log_to_stderr, print_result
+from lsast_engines.cli import Group, combine_options, debug_option, echo, json_option, log_to_stderr, print_result
 from lsast_engines.errors import UsageError
 
 from .options import EvalOptions
@@ -148,13 +148,13 @@ def vote(
     server = open_server(session, port)
     address = f"http://127.0.0.1:{server.server_address[1]}/"
     try:
-        click.echo(f"{address}  {session.remaining} pairs to vote on; Ctrl-C ends", err=True)
+        echo(f"{address}  {session.remaining} pairs to vote on; Ctrl-C ends", err=True)
         if browse:
             webbrowser.open(address)
         with log_to_stderr(logging.WARNING):
             server.serve_forever()
     except KeyboardInterrupt:
-        click.echo(str(out))
+        echo(str(out))
     finally:
         server.server_close()
 

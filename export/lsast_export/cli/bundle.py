@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from lsast_engines.bundle.style import STYLE_DEFAULTS
-from lsast_engines.cli import Command, OptionDecorator, combine_options, debug_option, json_option, print_result
+from lsast_engines.cli import Command, OptionDecorator, combine_options, debug_option, echo, json_option, print_result
 from lsast_engines.environment import require_extra
 from lsast_engines.errors import UsageError, fault_list
 from lsast_engines.removed import RENAMED_OPTIONS, RENAMED_VALUES
@@ -147,7 +147,7 @@ def export(
         "peak_rss_bytes": peak,
     }
     if peak is not None:
-        click.echo(f"           peak memory {peak / 1e9:.2f} GB", err=True)
+        echo(f"           peak memory {peak / 1e9:.2f} GB", err=True)
     print_result(facts, written.path)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from lsast_engines.cli import Command, debug_option, fail, json_option, print_result
+from lsast_engines.cli import Command, debug_option, echo, fail, json_option, print_result
 from lsast_engines.environment import require_extra
 
 from .shared import PhaseTimer
@@ -29,7 +29,7 @@ def check_command(bundle: str, backend: str, device: str) -> None:
         recorded = report.recorded.get(name)
         at_export = "" if recorded is None else f" (at export {recorded:.1e})"
         verdict = "" if error <= report.tolerance else f": past the tolerance of {report.tolerance:.0e}"
-        click.echo(f"           {name}: relative error {error:.1e}{at_export}{verdict}", err=True)
+        echo(f"           {name}: relative error {error:.1e}{at_export}{verdict}", err=True)
     facts = {
         "bundle": str(report.bundle),
         "passed": report.passed,

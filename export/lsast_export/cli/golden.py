@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from lsast_engines.cli import Command, debug_option, json_option, print_result
+from lsast_engines.cli import Command, debug_option, echo, json_option, print_result
 from lsast_engines.environment import require_extra
 from lsast_engines.errors import ParityError, fault_list
 
@@ -53,7 +53,7 @@ def golden_command(prefix: Path, backend: str, tolerance: float) -> None:
 
     report = check_golden(read_golden(prefix), backend, tolerance, PhaseTimer())
     for note in report.notes:
-        click.echo(note, err=True)
+        echo(note, err=True)
     facts = {
         "prefix": str(report.prefix),
         "passed": report.passed,

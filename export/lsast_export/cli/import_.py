@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from lsast_engines.cli import Command, debug_option, json_option, log_to_stderr, print_result
+from lsast_engines.cli import Command, debug_option, echo, json_option, log_to_stderr, print_result
 from lsast_engines.environment import require_extra
 from lsast_engines.errors import UsageError, fault_list
 
@@ -51,7 +51,7 @@ def import_command(file: Path, base: str | None, name: str | None, out: Path | N
     save_prompts(prompts, path)
     bound = prompts.base if isinstance(prompts, Prompts) else None
     if bound is None:
-        click.echo("bound to no base yet: --base resolves them", err=True)
+        echo("bound to no base yet: --base resolves them", err=True)
     facts = {
         "prompts": str(path),
         "name": prompts.name,

@@ -6,7 +6,7 @@ import time
 
 import click
 
-from lsast_engines.cli import OptionDecorator, combine_options
+from lsast_engines.cli import OptionDecorator, combine_options, echo
 
 backend_option = click.option(
     "--backend", default="onnxruntime", show_default=True, metavar="NAME", help="Backend to compare with torch on."
@@ -50,7 +50,7 @@ class PhaseTimer:
         now = time.perf_counter() - self._began
         if not detail:
             self._starts.append((phase, now))
-        click.echo(f"[{now:6.1f} s] {detail and '  '}{detail or phase}", err=True)
+        echo(f"[{now:6.1f} s] {detail and '  '}{detail or phase}", err=True)
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each phase, in order; the last one ends now."""
