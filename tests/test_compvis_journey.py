@@ -1,8 +1,11 @@
-"""A tiny base as Stable Diffusion was published goes the whole way: imported, trained on, exported, painted with."""
+"""A tiny base with the names of Stable Diffusion 1.5's files goes the whole way of docs/sd15.md, in every form."""
 
 from __future__ import annotations
 
+import copy
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,74 +14,132 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-import lsast
-from lsast_engines.bundle.manifest import Manifest
+from lsast.cli.main import main as lsast_run
+from lsast_engines.bundle.bundle import Bundle
 from lsast_export.cli.main import main as lsast_export
+from lsast_export.graphs.meta_base import base_on_meta
+from lsast_export.styles.bake import KVProjector, bake_null_style
 from lsast_train.__main__ import main as lsast_train
-from lsast_train.base.lazy_base import load_base
+from lsast_train.base.lazy_base import load_base, open_base, save_base
 from lsast_train.checkpoints.source import BaseSource
 from lsast_train.prompts.prompt_file import load_prompts
+from lsast_train.prompts.released_generator import GegluGenerator
+
+PAGE = Path(__file__).parent.parent / "docs" / "sd15.md"
+SHORT = {
+    "lsast-train": "--steps 2 --batch 2 --size 64",
+    "lsast-run": "--size 64 --steps 5 --backend onnxruntime",
+}
+"""Options that the page's commands get here, so that they take seconds."""
 
 
-def _pictures(folder: Path) -> Path:
-    rng = np.random.default_rng(0)
-    folder.mkdir()
-    for number in range(6):
-        pixels = np.clip(rng.normal([200, 60, 30], 20, (72, 80, 3)), 0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    return folder
+def _commands() -> list[list[str]]:
+    """The commands of ours in the page's first block, as words."""
+    block = re.findall(r"```sh\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)[0].replace("\\\n", " ")
+    return [shlex.split(line, comments=True) for line in block.splitlines() if line.startswith("lsast-")]
 
 
-def _train(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+def _run(words: list[str]) -> str:
+    program, *arguments = [*words, *shlex.split(SHORT.get(words[0], ""))]
+    if program == "lsast-export":
+        result = CliRunner().invoke(lsast_export, arguments)
+        code, out, err = result.exit_code, result.stdout, result.stderr
+        assert code == 0, (words, err)
+        return out.strip()
     with pytest.raises(SystemExit) as caught:
-        lsast_train([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    assert caught.value.code == 0, err
-    assert "unet weights: ema" in err
-    return out.strip()
+        {"lsast-train": lsast_train, "lsast-export": "--debug", "lsast-run": lsast_run}[program](arguments)
+    assert caught.value.code in (0, None), words
+    return ""
 
 
-def test_from_a_published_file_to_a_painted_picture(
-    compvis_base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("onnxruntime")
+@pytest.fixture
+def _at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LSAST_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    # Pickled files, as the base and its ControlNet were first published.
-    torch.save({"state_dict": compvis_base.tensors, "global_step": 3}, "tiny-v1-5.ckpt")
-    torch.save(load_file(compvis_base.controlnet_file), "tiny-canny.pth")
-    base = ["--base", "tiny-v1-5.ckpt", "--controlnet", "tiny-canny.pth"]
-    pictures = _pictures(tmp_path / "paintings")
 
-    knobs = ["--steps", "3", "--batch", "2", "--size", "64", "--mixed-precision", "no", "--prompt", "text"]
-    file = _train(capsys, "--style", "red", "--images", pictures, *base, *knobs)
-    prompts = load_prompts(Path(file))
-    imported = load_base(BaseSource(compvis_base.file, compvis_base.controlnet_file))
+
+@pytest.mark.usefixtures("_at_home")
+def test_commands_of_the_page_run_one_after_the_other(compvis_base: Any) -> None:
+    pytest.importorskip("onnxruntime")
+    rng = np.random.default_rng(0)
+    for artist in ("morisot", "cassatt"):
+        Path("paintings", artist).mkdir(parents=True)
+        for number in range(6):
+            pixels = np.clip(rng.normal([200, 60, 30], 20, (72, 80, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(f"paintings/{artist}/{number}.png")
+    Image.fromarray(rng.integers(0, 255, (64, 96, 3), dtype=np.uint8)).save("photo.jpg")
+    Path("weights").mkdir()
+    torch.save({"state_dict": compvis_base.tensors, "global_step": 3}, "weights/v1-5-pruned.ckpt")
+    torch.save(load_file(compvis_base.controlnet_file), "weights/control_v11p_sd15_canny.pth")
+    generator = GegluGenerator(compvis_base.networks["text_encoder"].get_input_embeddings().weight[320], 30, inner=16)
+    constant = torch.nn.Parameter(generator.constant[None])
+    torch.save({"attention": generator, "initial_embeddings": constant}, "embeddings_gs-99999.pt")
+
+    said = [_run(words) for words in _commands()]
+    assert len(said) == 9
+
+    prompts = load_prompts(Path("runs/morisot/morisot.prompts.safetensors"))
+    imported = load_base(BaseSource(compvis_base.file, compvis_base.controlnet_file, "non-ema"))
     assert prompts.base == imported.fingerprint
-    assert prompts.prompts.shape == (10, 3, 77, 64)
+    assert prompts.embeddings is not None
+    assert (prompts.embeddings.shape, prompts.prompts.shape) == ((30, 10, 64), (10, 3, 77, 64))
     # A causal encoder gives the begin of every text the same context, that of the empty one too (docs/method.md §2).
     begin = prompts.prompts[:, :, 0]
     torch.testing.assert_close(begin, imported.null_context[0].expand_as(begin))
-
-    arguments = ["bundle", "--style", file, *base, "--out", "bundle", "--storage-dtype", "fp32", "--json"]
-    refused = CliRunner().invoke(lsast_export, [str(part) for part in (*arguments, "--unet-weights", "non-ema")])
-    assert refused.exit_code == 1
-    assert f"was learned on base {prompts.base[:12]}" in refused.stderr
-    exported = CliRunner().invoke(lsast_export, [str(argument) for argument in arguments])
-    assert exported.exit_code == 0, exported.stderr
-    assert max(json.loads(exported.stdout)["parity"].values()) < 1e-3
-    manifest = Manifest.from_json(Path("bundle", "manifest.json").read_text(), "it")
+    bundle = Bundle.open(Path("engines/sd15"))
+    assert list(bundle.styles()) == ["morisot", "cassatt", "released"]
+    manifest = bundle.manifest
+    assert max(manifest.parity.values()) < 1e-3
     assert (manifest.family, manifest.tokens, manifest.latent_scale) == ("sd15", 77, 0.18215)
-    assert not any("text" in key for key in json.loads(Path("bundle", "base.json").read_text())["networks"])
+    assert not any("text" in key for key in json.loads(Path("engines/sd15/base.json").read_text())["networks"])
+    painted = [np.asarray(Image.open(name)) for name in ("painted.png", "cassatt.png")]
+    assert painted[0].shape == (64, 64, 3)  # released squashes
+    assert painted[1].shape == (64, 96, 3)
 
-    photo = Image.fromarray(np.random.default_rng(1).integers(0, 255, (64, 96, 3), dtype=np.uint8))
-    with lsast.load("bundle", backend="onnxruntime") as stylizer:
-        painted, unguided = (
-            np.asarray(stylizer.stylize(photo, steps=4, size=64, seed=3, guidance=guidance).image)
-            for guidance in (3.0, 1.0)
-        )
-    assert painted.shape == (64, 96, 3)
-    assert (painted != unguided).any()  # prompts and empty text give different noise
+
+def _source(form: str, compvis_base: Any) -> BaseSource:
+    """`compvis_base` with its averaged weights, as a base in this form."""
+    networks, settings = compvis_base.networks, {
+        "fp16 folder": {"variant": "fp16"}, ".bin folder": {"safe_serialization": False},
+        "sharded folder": {"max_shard_size": "200KB"},
+    }.get(form, {})  # fmt: skip
+    if "folder" in form:
+        for part, name in (("ema", "unet"), ("autoencoder", "vae"), ("controlnet", "controlnet")):
+            network = copy.deepcopy(networks[part])
+            (network.half() if form == "fp16 folder" else network).save_pretrained(Path("base", name), **settings)
+        networks["text_encoder"].save_pretrained("base/text_encoder")
+        return BaseSource("base")
+    if form.endswith(".safetensors"):
+        save_file(compvis_base.tensors, form)
+    else:
+        torch.save({"state_dict": compvis_base.tensors, "epoch": 1} if "ckpt" in form else compvis_base.tensors, form)
+    return BaseSource(form, compvis_base.controlnet_file, "ema")
+
+
+@pytest.mark.usefixtures("_at_home")
+@pytest.mark.parametrize(
+    "form",
+    ["ema.safetensors", "lightning.ckpt", "plain.pth", "fp32 folder", "fp16 folder", ".bin folder", "sharded folder"],
+)
+def test_every_form_is_stored_and_baked_alike(compvis_base: Any, form: str) -> None:
+    """Graphs, parity and paintings of a bundle depend on nothing else of the form than the weights that it stores."""
+    parts = open_base(_source(form, compvis_base))
+    save_base(parts, Path("stored"), torch.float16)
+    stored = load_file("stored/base.safetensors")
+    expected = {
+        f"{name}.{key}": value.half() if value.is_floating_point() else value
+        for name, part in (("unet", "ema"), ("autoencoder", "autoencoder"), ("controlnet", "controlnet"))
+        for key, value in compvis_base.networks[part].state_dict().items()
+    }
+    null_context = stored.pop("null_context")
+    assert stored.keys() == expected.keys()
+    assert all(torch.equal(stored[key], value) for key, value in expected.items())
+    again = open_base("stored")
+    style = bake_null_style(KVProjector.of_base(base_on_meta(again), again))
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
+    weight = compvis_base.networks["ema"].get_submodule(layer).to_k.weight
+    key = null_context.double() @ weight.half().double().T
+    np.testing.assert_allclose(style.kv_unet[0, :, : key.shape[1]], key, rtol=1e-6, atol=1e-7)
