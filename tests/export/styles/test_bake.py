@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from lsast_engines.bundle.graph_spec import DENOISER
 from lsast_engines.errors import StyleError
 from lsast_export.graphs.trace_graphs import graph_module
-from lsast_export.styles.bake import KVProjector, bake_null_style, bake_style
+from lsast_export.styles.bake import KVProjector, bake_null_style, bake_prompts, bake_style
 from lsast_train.base.attention import GROUPS, packed_kv
 from lsast_train.base.base import Base
 from lsast_train.base.kv_packing import kv_layouts
@@ -109,3 +110,13 @@ def test_bake_style_lists_every_fault_of_the_prompts(base: Base, prompts: Prompt
     assert "[10, 2, 4, 24]" in str(caught.value)
     assert "[stages, 3, 4, 24]" in str(caught.value)
     assert "NaN" in str(caught.value)
+
+
+def test_bake_prompts_warns_of_a_style_that_learned_nothing(
+    base: Base, prompts: Prompts, caplog: pytest.LogCaptureFixture
+) -> None:
+    projector = KVProjector.of_base(base)
+    bake_prompts(projector, replace(prompts, meta={"best_step": "60"}))
+    assert not caplog.text
+    bake_prompts(projector, replace(prompts, meta={"best_step": "0"}))
+    assert "style 'hand' learned nothing" in caplog.text
