@@ -1,0 +1,127 @@
+"""One call of the day on a card: its steps one after the other, each with a limit, results written as they come.
+
+    python -m benchmarks.gpu_day.run parity --out $OUT      # and: engines, train
+    python -m benchmarks.gpu_day.run parity --out /tmp/day --rehearse
+
+Each step is a process of its own and prints one JSON object last. Its line in OUT/CALL.jsonl holds that object, or the
+end of what it printed. A step that fails or is stopped does not stop the others. README.md has the commands for a card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+REHEARSAL_FACTOR = 8
+"""A rehearsal, on a CPU that others use, too, may take so many times a step's limit."""
+
+YARDSTICK = {"eager": 30, "graph": 30, "compile": 45, "reduce-overhead": 45}
+"""Ways to run the yardstick's step, and the limit of each in seconds."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process: its arguments behind `python -m`, and the seconds after which it is stopped."""
+
+    name: str
+    arguments: tuple[str, ...]
+    seconds: float
+
+
+def steps(call: str, out: Path, rehearse: bool) -> list[Step]:
+    """The steps of a call; a rehearsal takes the same ones on the CPU, at tiny sizes."""
+    tiny = ("--rehearse",) if rehearse else ()
+    torch, engines = "benchmarks.gpu_day.torch_steps", "benchmarks.gpu_day.engine_steps"
+    if call == "parity":
+        return [
+            Step("machine", (torch, "machine", *tiny), 15),
+            Step("mini", (torch, "mini", *tiny), 30),
+            *(Step(way, (torch, "sd15", "--way", way, *tiny), limit) for way, limit in YARDSTICK.items()),
+        ]
+    if call == "engines":
+        tests = (
+            "pytest",
+            "-q",
+            "-p",
+            "torch",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            "gpu",
+            "-n",
+            "0",
+            "tests/engines/backends",
+        )
+        return [
+            Step("graphs", (engines, "graphs", *tiny), 30),
+            Step("painting", (engines, "painting", *tiny), 20),
+            Step("plain", (engines, "sd15", "--plain", *tiny), 45),
+            Step("captured", (engines, "sd15", *tiny), 45),
+            *([] if rehearse else [Step("tests", tests, 40)]),
+        ]
+    return [Step("train", ("benchmarks.gpu_day.train_steps", "--out", str(out / "mini"), *tiny), 300)]
+
+
+def run(step: Step, factor: float = 1) -> dict[str, Any]:
+    """What a step gave: seconds, exit status (None: stopped), and its JSON or the end of its output.
+
+    It is stopped after `factor` times its limit.
+    """
+    # One process group, so that what a step started ends with it.
+    process = subprocess.Popen(
+        [sys.executable, "-m", *step.arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": _python_path()},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    begin = time.perf_counter()
+    try:
+        output, _ = process.communicate(timeout=step.seconds * factor)
+        status: int | None = process.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        output, _ = process.communicate()
+        status = None
+    result: dict[str, Any] = {"step": step.name, "status": status, "seconds": round(time.perf_counter() - begin, 2)}
+    lines = output.strip().splitlines()
+    try:
+        return {**result, "result": json.loads(lines[-1])}
+    except (IndexError, ValueError):
+        return {**result, "output": "\n".join(lines)[-2000:]}
+
+
+def _python_path() -> str:
+    packages = [str(ROOT), *(str(ROOT / name) for name in ("engines", "runtime", "train", "export", "eval"))]
+    wheels = [str(file) for file in sorted((ROOT / "wheels").glob("*.whl"))]  # pure Python: read as they are
+    unpacked = [str(ROOT / "wheels")]
+    return os.pathsep.join([*packages, *wheels, *unpacked, os.environ.get("PYTHONPATH", "")])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("call", choices=("parity", "engines", "train"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rehearse", action="store_true", help="On the CPU, at tiny sizes, in seconds.")
+    chosen = parser.parse_args()
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    with (chosen.out / f"{chosen.call}.jsonl").open("a") as results:
+        for step in steps(chosen.call, chosen.out.absolute(), chosen.rehearse):
+            line = json.dumps(run(step, REHEARSAL_FACTOR if chosen.rehearse else 1))
+            print(line, flush=True)
+            results.write(f"{line}\n")
+            results.flush()
+
+
+if __name__ == "__main__":
+    main()
