@@ -341,6 +341,7 @@ class _Thumbnails:
             StyleCard(
                 name=style["name"],
                 guidance=style["guidance"],
+                defaults=style["defaults"],
                 thumbnail=_data_url(picture) if (picture := self._pictures[style["fingerprint"]]) else None,
             )
             for style in styles

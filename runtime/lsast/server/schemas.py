@@ -101,6 +101,7 @@ class StyleCard(BaseModel):
 
     name: str
     guidance: float | None = Field(None, description="The guidance scale that is baked in, of a distilled style.")
+    defaults: dict[str, Any] = Field({}, description="Its own defaults of options, which win over those of the bundle.")
     thumbnail: str | None = Field(None, description="A painted sample, as a data URL; null until it is painted.")
 
 

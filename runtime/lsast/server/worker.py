@@ -29,7 +29,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
@@ -141,15 +141,12 @@ class BatchPainter:
         from .._version import __version__
 
         bundle = self.stylizer.bundle
-        try:
-            defaults = asdict(self.stylizer.resolve())
-        except LsastError:  # the default style is damaged
-            defaults = dict(bundle.manifest.defaults)
+        declared = {option.name: option.default for option in fields(Options) if option.default is not MISSING}
         return {
             "version": __version__,
             "bundle": bundle.manifest.name,
             "stages": bundle.manifest.stages,
-            "defaults": defaults,
+            "defaults": {**declared, **bundle.manifest.defaults},
         }
 
     def read(self, work: Work, token: CancelToken) -> Task:
@@ -226,12 +223,13 @@ class BatchPainter:
             return self.failure(error)
 
     def styles(self) -> list[dict[str, Any]]:
-        """Name, fingerprint and distilled guidance of every style that can be read, as they are on disk now."""
+        """Name, fingerprint, distilled guidance and defaults of every style that can be read, as it is on disk now."""
         found = []
         for name in self.stylizer.styles:
             try:
                 style = self.stylizer.bundle.open_style(name)
-                found.append({"name": name, "fingerprint": style.fingerprint, "guidance": style.distilled_guidance})
+                facts = {"guidance": style.distilled_guidance, "defaults": dict(style.defaults)}
+                found.append({"name": name, "fingerprint": style.fingerprint, **facts})
             except LsastError as error:  # damaged, or removed since
                 _log.warning("%s", error)
         return found

@@ -202,6 +202,15 @@ def test_page_paints_only_where_the_mask_is_brushed(page: Any) -> None:
         assert painted.convert("RGB").crop(right).tobytes() != photo.convert("RGB").crop(right).tobytes()
 
 
+def test_page_shows_the_defaults_of_the_chosen_style(page: Any, server: Running) -> None:
+    defaults = {card["name"]: card["default"] for card in server.client.get("/v1/options").json()["options"]}
+    for card in server.client.get("/v1/styles").json():
+        page.click(f".style[value={card['name']}]")
+        for name in ("guidance", "palette"):
+            shown = float(page.input_value(f"#option-{name}"))
+            assert shown == card["defaults"].get(name, defaults[name]), (card["name"], name)
+
+
 def test_page_has_a_name_for_every_control(page: Any) -> None:
     page.click("summary")
     snapshot = page.locator("body").aria_snapshot()
