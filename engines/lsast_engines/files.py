@@ -172,7 +172,7 @@ def data_home() -> Path:
 def _home(variable: str, default: str) -> Path:
     if home := os.environ.get("LSAST_HOME"):
         try:
-            return Path(home).expanduser()
+            return Path(home).expanduser().absolute()  # the process may change its folder
         except RuntimeError as error:
             raise UsageError(f"found LSAST_HOME={home} ({error}); expected a folder") from error
     if base := os.environ.get(variable):

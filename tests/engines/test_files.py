@@ -164,3 +164,11 @@ def test_homes_of_an_unknown_user_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("LSAST_HOME", "~no-such-user-of-ours/x")
     with pytest.raises(UsageError, match=r"found LSAST_HOME=~no-such-user-of-ours/x"):
         cache_home()
+
+
+def test_home_that_is_relative_is_found_after_a_change_of_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LSAST_HOME", "home")
+    assert data_home() == cache_home() == tmp_path / "home"
