@@ -6,10 +6,16 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from lsast_engines.backends.onnxruntime import OnnxRuntimeEngine
+from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.graph_spec import DENOISER as DENOISER_GRAPH
 
 pytestmark = pytest.mark.slow
 
@@ -82,6 +88,24 @@ def test_eight_bits_are_made_in_the_memory_of_an_export(exported: dict[str, Any]
     facts = json.loads(done.stdout)
     assert facts["peak_rss_bytes"] <= 1.5 * DENOISER
     assert facts["bytes"] <= 0.35 * WEIGHTS
+
+
+def test_the_denoisers_graph_for_gpus_is_near_the_exported_one(exported: dict[str, Any], folder: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    bundle = Bundle.open(folder / "fp32", verify_hashes=False)
+    spec, path = bundle.manifest.graphs[DENOISER_GRAPH], bundle.graph_path(DENOISER_GRAPH)
+    lengths = {"B": 1, "G": 2, "h": 32, "w": 32}
+    rng = np.random.default_rng(0)
+    feeds = {}
+    for tensor in spec.inputs:
+        shape = [lengths[axis] if isinstance(axis, str) else axis for axis in tensor.shape]
+        values = np.full(shape, 500) if tensor.dtype == "int64" else rng.standard_normal(shape)
+        feeds[tensor.name] = np.asarray(values, tensor.dtype)
+    found = []
+    for dtype in ("fp32", "fp16"):
+        with closing(OnnxRuntimeEngine(path, spec, "cpu", None, dtype)) as engine:  # type: ignore[arg-type]
+            found.append(engine(feeds)["eps"].copy())
+    assert 0 < np.abs(found[1] - found[0]).max() <= 1e-3 * np.abs(found[0]).max()
 
 
 @pytest.mark.needs("tensorrt_rtx")
