@@ -94,7 +94,7 @@ def test_every_room_is_packaged_and_typed(project: dict[str, Any]) -> None:
 
 def test_every_script_has_its_module(project: dict[str, Any]) -> None:
     scripts = project["project"]["scripts"]
-    assert scripts.keys() == {"lsast-run", "lsast-train", "lsast-export", "lsast-eval"}
+    assert scripts.keys() == {"lsast-run", "lsast-serve", "lsast-train", "lsast-export", "lsast-eval"}
     for target in scripts.values():
         module, _, function = target.partition(":")
         package, *path = module.split(".")
@@ -106,6 +106,6 @@ def test_every_script_has_its_module(project: dict[str, Any]) -> None:
 def test_the_readmes_test_command_is_the_one_ci_runs() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (command,) = re.findall(r"^<!-- test-command -->\n+```sh\n(.*?)\n```$", readme, re.MULTILINE | re.DOTALL)
-    assert "pip install -c constraints.txt -e '.[cpu,openvino,train,export,eval,dev]'" in command
+    assert "pip install -c constraints.txt -e '.[cpu,openvino,server,train,export,eval,dev]'" in command
     assert command.endswith("pytest")
     assert "<!-- test-command -->" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
