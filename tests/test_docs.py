@@ -84,6 +84,9 @@ def test_readme_commands_run_word_for_word_on_a_clean_clone(tmp_path: Path) -> N
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
         "LSAST_HOME": str(tmp_path / "home"),
     }
+    served = commands / "lsast-serve"  # which would not end; what it does, tests/runtime/server shows
+    served.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m lsast.server.cli "$@" --help\n', encoding="utf-8")
+    served.chmod(0o755)
     script = "\n".join(["set -e", *_readme_commands()])
     done = subprocess.run(
         ["bash", "-c", script], cwd=clone, env=environment, capture_output=True, text=True, check=False
@@ -109,13 +112,14 @@ def _documented_calls() -> list[tuple[str, list[str]]]:
         for block in (text for language, text in blocks if language in ("", "sh")):
             for line in block.replace("\\\n", " ").splitlines():
                 words = re.sub(r"\s#\s.*", "", line.strip().removeprefix("$ ")).split()
-                if words and re.fullmatch(r"lsast-(run|train|export|eval)", words[0]):
+                if words and re.fullmatch(r"lsast-(run|serve|train|export|eval)", words[0]):
                     calls.append((str(page.relative_to(ROOT)), words))
     return calls
 
 
 MODULES = {
     "lsast-run": ("lsast.cli.main", "main"),
+    "lsast-serve": ("lsast.server.cli", "main"),
     "lsast-train": ("lsast_train.cli.main", "command"),
     "lsast-train mini": ("lsast_train.cli.mini", "mini"),
     "lsast-train distill": ("lsast_train.cli.distill", "distill"),
