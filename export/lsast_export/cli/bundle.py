@@ -53,8 +53,9 @@ def bundle_options(hidden: bool = False) -> OptionDecorator:
         click.option(
             "--backend",
             metavar="NAME",
-            hidden=hidden,
-            help="Backend to compare with torch on. [default: onnxruntime]",
+            help="tensorrt-rtx or tensorrt: compile the engines that the styles' bundle lacks, too."
+            if hidden
+            else "Backend to compare with torch on. [default: onnxruntime]",
         ),
         click.option(
             "--storage-dtype",
