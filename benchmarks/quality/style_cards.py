@@ -54,13 +54,18 @@ NOTES = {
         "Prints with few flat tones: what is left of them on a busy photograph is palette and outline, "
         "not emptiness. Strong curves show stairs of latent cells.",
     ),
+    "cezanne": Note(
+        "Paul Cézanne (1839-1906)",
+        _SMALL,
+        f"Learned from few works, so the blues and ochres of his landscapes come on every picture. {_CROWDS}",
+    ),
     "malevich": Note(
         "Kazimir Malevich (1879-1935)",
         _SMALL,
         "Flat planes are not kept flat.",
     ),
 }
-METRICS = ("deception", "kid", "lpips", "edge_f1", "ssim")
+METRICS = ("deception", "deception_lite2", "kid", "lpips", "edge_f1", "ssim")
 
 
 @click.command()
