@@ -89,7 +89,12 @@ def targets(
     mixes = st.lists(st.tuples(words, signs | st.text(max_size=2)), max_size=6).map(
         lambda pairs: "".join(word + sign for word, sign in pairs)
     )
-    right = st.sampled_from(["vangogh", "monet:0.3+vangogh@up", "vangogh@0-4+monet@5-9", "monet:2@mid@3"])
+    names, places = (
+        st.sampled_from(["vangogh", "monet"]),
+        st.sampled_from(["", "@up", "@mid", "@0-4", "@7", "@down@2-9"]),
+    )
+    weights = st.just("") | st.floats(0.01, 99).map(":{:.3}".format)
+    right = st.lists(st.tuples(names, weights, places).map("".join), min_size=1, max_size=4).map("+".join)
     arrays = hnp.arrays(
         hnp.scalar_dtypes() | st.sampled_from([np.dtype("u1"), np.dtype(">u2"), np.dtype("f4"), np.dtype(bool)]),
         hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5),
@@ -105,7 +110,7 @@ def targets(
             in_file(lambda path: load_any_prompts(path).tensors()),
         ),
         "record": Target(hostile.json_texts(made), record),
-        "mix": Target(mixes | right | st.text(max_size=20), painted),
+        "mix": Target(mixes | right | right, painted),
         "picture": Target(hostile.picture_files() | arrays, picture),
     }
 
