@@ -15,7 +15,6 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from ..bundle.safetensors_header import Slot, encode_header, read_slots
 from ..errors import BackendError
 from ..files import cache_home, file_sha256, replace_file
 from .graph_cache import SOURCE, read_source
+from .protobuf import LENGTH_DELIMITED, fields
 
 MIN_BYTES = 1 << 30
 """Minimum size of a weight file to convert; smaller ones are left to the backend."""
@@ -148,7 +148,7 @@ def to_float32(data: bytes, dtype: str) -> bytes:
 def _rewritten_model(model: bytes, moved: dict[int, Slot]) -> bytes:
     """A serialized ModelProto that refers to the converted weights; `moved` maps old offsets to new slots."""
     result = []
-    for number, value, raw in _fields(model):
+    for number, value, raw in fields(model):
         result.append(_message_field(7, _rewritten_graph(value, moved)) if number == 7 else raw)
     return b"".join(result)
 
@@ -156,18 +156,18 @@ def _rewritten_model(model: bytes, moved: dict[int, Slot]) -> bytes:
 def _rewritten_graph(graph: bytes, moved: dict[int, Slot]) -> bytes:
     """A GraphProto in which 16-bit initializers are replaced by the outputs of their casts."""
     halves = set()
-    for number, value, _ in _fields(graph):
+    for number, value, _ in fields(graph):
         if number == 5:
             tensor = _first_values(value)
             if tensor.get(2) in _HALVES.values() and tensor.get(14) == 1:  # data_type; data_location: external
                 halves.add(bytes(tensor[8]))
     names, result = {}, []
-    for number, value, raw in _fields(graph):
+    for number, value, raw in fields(graph):
         if number == 1 and _first_values(value).get(4) == b"Cast" and (source := _first_values(value)[1]) in halves:
             names[source] = _first_values(value)[2]
         elif number != 5:
             result.append(raw)
-    for number, value, _ in _fields(graph):
+    for number, value, _ in fields(graph):
         if number == 5:
             result.append(_message_field(5, _rewritten_initializer(value, moved, names)))
     return b"".join(result)
@@ -175,13 +175,13 @@ def _rewritten_graph(graph: bytes, moved: dict[int, Slot]) -> bytes:
 
 def _rewritten_initializer(tensor: bytes, moved: dict[int, Slot], names: dict[bytes, bytes]) -> bytes:
     """A TensorProto; if its data is in the weight file, with the new offset and length."""
-    entries = [_first_values(value) for number, value, _ in _fields(tensor) if number == 13]
+    entries = [_first_values(value) for number, value, _ in fields(tensor) if number == 13]
     place = {bytes(entry[1]): bytes(entry[2]) for entry in entries}
     if place.get(b"location") != WEIGHTS.encode():
         return tensor
     slot = moved[int(place[b"offset"])]
     result = []
-    for number, value, raw in _fields(tensor):
+    for number, value, raw in fields(tensor):
         if number == 2:
             result.append(_number_field(2, _FLOAT if value in _HALVES.values() else value))
         elif number == 8:
@@ -193,46 +193,12 @@ def _rewritten_initializer(tensor: bytes, moved: dict[int, Slot], names: dict[by
     return b"".join(result)
 
 
-_LENGTH_DELIMITED = 2
-"""Wire type of texts, bytes and messages."""
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, Any, bytes]]:
-    """Number, value and raw bytes of every field of a protocol buffer."""
-    position = 0
-    while position < len(message):
-        begin = position
-        key, position = _read_varint(message, position)
-        wire_type = key & 7
-        value: Any
-        if wire_type == 0:
-            value, position = _read_varint(message, position)
-        else:
-            if wire_type == _LENGTH_DELIMITED:
-                size, position = _read_varint(message, position)
-            else:
-                size = {1: 8, 5: 4}[wire_type]
-            value, position = message[position : position + size], position + size
-        yield key >> 3, value, message[begin:position]
-
-
 def _first_values(message: bytes) -> dict[int, Any]:
     """The first value of each field."""
     found: dict[int, Any] = {}
-    for number, value, _ in _fields(message):
+    for number, value, _ in fields(message):
         found.setdefault(number, value)
     return found
-
-
-def _read_varint(data: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[position]
-        position += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, position
-        shift += 7
 
 
 def _varint(value: int) -> bytes:
@@ -249,4 +215,4 @@ def _number_field(number: int, value: int) -> bytes:
 
 
 def _message_field(number: int, content: bytes) -> bytes:
-    return _varint(number << 3 | _LENGTH_DELIMITED) + _varint(len(content)) + content
+    return _varint(number << 3 | LENGTH_DELIMITED) + _varint(len(content)) + content
