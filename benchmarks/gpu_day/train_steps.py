@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 PICTURES = Path(__file__).parent / "pictures"
+AUTOENCODER = Path(__file__).parents[1] / "mini" / "autoencoder_next.safetensors"
 SECONDS = 270
 REHEARSAL = ("--steps", "2", "--gan-steps", "0", "--decoder-steps", "0", "--side", "8", "--threads", "2")
 
@@ -31,10 +32,10 @@ def main() -> None:
         images = PICTURES
         if chosen.rehearse:
             images = Path(scratch)
-            for index in range(4):
+            for index in range(128):  # some are held out by their names
                 pixels = np.random.default_rng(index).integers(0, 256, (16, 16, 3), np.uint8)
-                Image.fromarray(pixels).resize((256, 256)).save(images / f"{index}.png")
-        command += ["--images", str(images), "--init", "mini", "--out", str(chosen.out), "--json"]
+                Image.fromarray(pixels).resize((96, 96)).save(images / f"{index}.png")
+        command += ["--images", str(images), "--init", str(AUTOENCODER), "--out", str(chosen.out), "--json"]
         command += REHEARSAL if chosen.rehearse else ()
         wanted = {} if chosen.rehearse else {"--device": "cuda", "--seconds": str(SECONDS)}
         command += [word for option, value in wanted.items() if option in known for word in (option, value)]
