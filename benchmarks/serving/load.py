@@ -192,7 +192,7 @@ def main(picture: Path, requests: int, concurrency: int, size: int, steps: int, 
     answers = ", ".join(f"{count} {name}" for name, count in sorted(load.outcomes.items()))
     share = 100 * rate / statistics.mean(loops)
     rows = {
-        f"one `Stylizer` in a loop, n = {steady}, before and after": f"{loops[0]:.0f}, {loops[1]:.0f} pictures a minute",
+        f"one `Stylizer` in a loop, n = {steady}, before, after": f"{loops[0]:.0f}, {loops[1]:.0f} pictures a minute",
         f"server, {steady} requests": f"{rate:.0f} pictures a minute, {share:.0f} % of the loop",
         f"bad day, {requests} requests, {concurrency} at once": f"{stormy:.0f} pictures a minute",
         "answers": answers,

@@ -156,7 +156,9 @@ def test_resolve_prefers_the_calls_preset_to_the_stylizers(path: Path) -> None:
     with lsast.load(path, preset="balanced") as stylizer:
         assert stylizer.resolve().preset == "balanced"
         assert stylizer.resolve(preset="exact").cache_interval == 1
-    with pytest.raises(lsast.UsageError, match="found preset 'quick'; expected one of exact, balanced, fast, gentle, released"):
+    with pytest.raises(
+        lsast.UsageError, match="found preset 'quick'; expected one of exact, balanced, fast, gentle, released"
+    ):
         lsast.load(path, preset="quick")
 
 

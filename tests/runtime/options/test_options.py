@@ -195,7 +195,9 @@ def test_preset_released_is_the_shipped_call() -> None:
     shipped = {"steps": 50, "strength": 0.7, "guidance": 10.0, "control_scale": 1.0, "size": 512, "fit": "stretch"}
     assert dataclasses.asdict(options) == {**GOOD, **shipped, "solver": "ddim_lsast"}
     assert preset_options(None) == {}
-    with pytest.raises(UsageError, match="found preset 'sdxl'; expected one of exact, balanced, fast, gentle, released"):
+    with pytest.raises(
+        UsageError, match="found preset 'sdxl'; expected one of exact, balanced, fast, gentle, released"
+    ):
         preset_options("sdxl")
 
 
