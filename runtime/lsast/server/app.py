@@ -296,30 +296,21 @@ async def _until_over(request: Request, jobs: Jobs, job: Job) -> None:
 async def _events(jobs: Jobs, job: Job) -> AsyncIterator[str]:
     """The changes of a job as server-sent events, named by its state."""
     previewed = b""
-    async with contextlib.aclosing(jobs.follow(job)) as changes:
-        following = aiter(changes)
-        change: asyncio.Future[Job] | None = None
-        try:
-            while True:
-                change = change or asyncio.ensure_future(anext(following))
-                done, _ = await asyncio.wait([change], timeout=_HEARTBEAT)
-                if not done:
-                    yield ": still here\n\n"
-                    continue
+    with jobs.following(job):
+        while True:
+            changed, over = job.changed, job.over
+            facts = jobs.snapshot(job).model_dump()
+            if job.preview is not previewed:
+                facts["preview"], previewed = _data_url(job.preview), job.preview
+            job.fetched = job.fetched or job.state == "failed"
+            yield f"event: {job.state}\ndata: {json.dumps(facts)}\n\n"
+            if over:
+                return
+            while not changed.is_set():
                 try:
-                    change.result()
-                except StopAsyncIteration:
-                    return
-                change = None
-                facts = jobs.snapshot(job).model_dump()
-                if job.preview is not previewed:
-                    facts["preview"], previewed = _data_url(job.preview), job.preview
-                job.fetched = job.fetched or job.state == "failed"
-                yield f"event: {job.state}\ndata: {json.dumps(facts)}\n\n"
-        finally:
-            if change:
-                change.cancel()
-                await asyncio.wait([change])
+                    await asyncio.wait_for(changed.wait(), _HEARTBEAT)
+                except asyncio.TimeoutError:
+                    yield ": still here\n\n"
 
 
 class _Thumbnails:

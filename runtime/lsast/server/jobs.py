@@ -92,7 +92,6 @@ class Job:
     """Whether a client has got the painting, or the news that there is none."""
     watchers: int = 0
     """Clients that follow its events."""
-    version: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set at the next change; then there is another one."""
     task: asyncio.Task[None] | None = None
@@ -104,7 +103,6 @@ class Job:
 
     def change(self) -> None:
         """Tell all who wait for a change."""
-        self.version += 1
         self.changed.set()
         self.changed = asyncio.Event()
 
@@ -165,24 +163,22 @@ class Jobs:
         if job.task and not job.over:
             job.task.cancel()
             await asyncio.wait([job.task])
+            if not job.over:  # its task had not begun
+                self._end(job, "cancelled")
 
     def forget(self, job: Job) -> None:
         """Drop a job that is over."""
         self._jobs.pop(job.work.id, None)
 
-    async def follow(self, job: Job) -> AsyncGenerator[Job, None]:
-        """The job at once and after every change, until it is over.
+    @contextlib.contextmanager
+    def following(self, job: Job) -> Iterator[None]:
+        """Follow a job while the block runs.
 
-        When the last follower leaves a job that nobody cancelled, it is cancelled after `LEAVE_SECONDS`.
+        When the last follower leaves a job that is not over, it is cancelled after `LEAVE_SECONDS`.
         """
         job.watchers += 1
         try:
-            while True:
-                changed, over = job.changed, job.over
-                yield job
-                if over:
-                    return
-                await changed.wait()
+            yield
         finally:
             job.watchers -= 1
             if not job.watchers and not job.over:
@@ -240,22 +236,26 @@ class Jobs:
         try:
             async with self._turns:
                 await self._paint(job)
-            job.state = "done"
+            self._end(job, "done")
         except asyncio.CancelledError:
-            job.state = "cancelled"
+            self._end(job, "cancelled")
         except LsastError as error:
-            job.state, job.error = "failed", error
+            job.error = error
+            self._end(job, "failed")
         except Exception as error:
             _log.error("unexpected error", exc_info=error)
-            job.state, job.error = "failed", BackendError("unexpected error")
-        finally:
-            now = time.monotonic()
-            if job.begun and self._count("queued"):
-                self._seconds += 0.1 * (now - max(job.begun, self._last_end) - self._seconds)
-            self._last_end = job.ended = now
-            job.work = replace(job.work, picture=b"", mask=b"")
-            self._metrics.ended.labels(job.state).inc()
-            job.change()
+            job.error = BackendError("unexpected error")
+            self._end(job, "failed")
+
+    def _end(self, job: Job, state: State) -> None:
+        now = time.monotonic()
+        if job.begun and self._count("queued"):
+            self._seconds += 0.1 * (now - max(job.begun, self._last_end) - self._seconds)
+        job.state = state
+        self._last_end = job.ended = now
+        job.work = replace(job.work, picture=b"", mask=b"")
+        self._metrics.ended.labels(state).inc()
+        job.change()
 
     async def _paint(self, job: Job) -> None:
         self._metrics.waited.observe(time.monotonic() - job.accepted)

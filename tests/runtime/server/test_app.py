@@ -203,6 +203,22 @@ def test_client_that_leaves_cancels_its_painting(server: Running, png: bytes, mo
     server.wait(path, "cancelled")
 
 
+def test_job_that_is_cancelled_before_it_runs_is_over(server: Running, png: bytes) -> None:
+    import asyncio
+
+    async def cancel_at_once() -> str:
+        from lsast.server.jobs import Jobs
+        from lsast.server.metrics import Metrics
+        from lsast.server.settings import Settings
+
+        jobs = Jobs(Settings(), server.app.state.painter, Metrics())
+        job = jobs.submit(png, b"", {}, ".png", False)
+        await jobs.cancel(job)
+        return job.state
+
+    assert asyncio.run(cancel_at_once()) == "cancelled"
+
+
 def test_equal_sizes_share_a_batch_and_others_get_their_own(
     server: Running, stylizer: lsast.Stylizer, photo: np.ndarray, png: bytes
 ) -> None:
@@ -312,14 +328,14 @@ def test_token_is_asked_for_by_all_but_page_and_probes(parted_path: Path, png: b
 
 
 def test_limits_hold(parted_path: Path, png: bytes) -> None:
-    limits: dict[str, Any] = {"queue": 2, "batch": 1, "max_bytes": 4 * len(png), "seconds": 0.2, "upload_seconds": 1.0}
-    limits |= {"max_size": 128, "max_tile": 64, "max_tiles": 4, "max_megapixels": 0.02}
+    limits: dict[str, Any] = {"queue": 2, "batch": 1, "max_bytes": 4 * len(png), "seconds": 0.4, "upload_seconds": 1.0}
+    limits |= {"max_size": 1500, "max_tile": 1000, "max_tiles": 4, "max_megapixels": 0.02}
     with running(bundle=str(parted_path), **limits) as server:
         for options, words in (
-            ({"size": 129}, "at most 128"),
-            ({"tile": 128}, "at most 64"),
-            ({"size": 128, "tile": 0}, "in one piece"),
-            ({"size": 128, "tile": 64}, "tiles"),
+            ({"size": 1501}, "at most 1500"),
+            ({"tile": 1001}, "at most 1000"),
+            ({"size": 1500, "tile": 0}, "in one piece"),
+            ({"size": 1024, "tile": 64}, "tiles"),
         ):
             answer = server.post(png, **{**QUICK, **options})
             assert (answer.status_code, words in answer.text) == (422, True), (options, answer.text)
@@ -327,9 +343,9 @@ def test_limits_hold(parted_path: Path, png: bytes) -> None:
         assert server.client.post("/v1/paintings", content=bytes(5 * len(png))).status_code == 413
         chunks = (bytes(len(png)) for _ in range(5))
         assert server.client.post("/v1/paintings", content=chunks).status_code == 413
-        long = {**LONG, "size": 64}
+        long = {**LONG, "size": 1024}
         slow = server.post(png, **long)
-        assert (slow.status_code, "more than 0.2 s" in slow.text) == (504, True)
+        assert (slow.status_code, "more than 0.4 s" in slow.text) == (504, True)
         with socket.create_connection(("127.0.0.1", int(server.address.rpartition(":")[2]))) as stalled:
             stalled.sendall(b"POST /v1/paintings HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nabc")
             assert b" 408 " in stalled.recv(1000)
