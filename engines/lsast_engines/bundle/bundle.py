@@ -8,6 +8,7 @@
     ├── vae_encoder.onnx, controlnet_cond.onnx, denoiser.onnx, vae_decoder.onnx
     ├── controlnet.onnx, unet_full.onnx, unet_outer.onnx: the denoiser split for caching (optional)
     ├── vae_decoder_tiny.onnx, vae_decoder_tiny.safetensors: a smaller decoder (optional)
+    ├── *.fp16.onnx              each graph for GPUs, in fp16; none in int8
     ├── null.safetensors         the unconditional keys and values, in the format of a style
     ├── styles/*.safetensors     not in the manifest: styles are added and removed, and carry their own checksums
     └── prompts/*.prompts.safetensors  what these styles were baked from (optional): for another export of the base
@@ -23,7 +24,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..errors import BundleError, StyleError, UsageError, fault_list, shown
+from ..errors import BundleError, StyleError, UsageError, did_you_mean, fault_list, shown
 from ..files import cache_home, data_home, exchange, file_sha256, scratch_folder
 from .graph_spec import GraphSpec, TensorSpec, graph_specs, optional_specs
 from .manifest import MANIFEST, FileEntry, Manifest
@@ -119,10 +120,9 @@ class Bundle:
         """
         styles = self.styles()
         if name not in styles:
-            raise UsageError(
-                f"found no style {name!r} for the bundle {self.path}; available: {', '.join(styles) or 'none'}; "
-                f"{self.how_to_make(name)}"
-            )
+            near = did_you_mean(name, styles) or f"; {self.how_to_make(name)}"
+            available = ", ".join(styles) or "none"
+            raise UsageError(f"found no style {name!r} for the bundle {self.path}; available: {available}{near}")
         style = StyleFile(styles[name])
         self.check_style(style)
         return style
