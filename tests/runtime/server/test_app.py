@@ -343,7 +343,7 @@ def test_limits_hold(parted_path: Path, png: bytes) -> None:
         assert server.client.post("/v1/paintings", content=bytes(5 * len(png))).status_code == 413
         chunks = (bytes(len(png)) for _ in range(5))
         assert server.client.post("/v1/paintings", content=chunks).status_code == 413
-        long = {**LONG, "size": 1200, "guidance": 7.0}
+        long = {**LONG, "size": 1100, "guidance": 7.0}
         slow = server.post(png, **long)
         assert (slow.status_code, "more than 0.8 s" in slow.text) == (504, True)
         with socket.create_connection(("127.0.0.1", int(server.address.rpartition(":")[2]))) as stalled:
