@@ -36,6 +36,7 @@ from .options import TrainOptions
 from .paintings import CachedLatents, LatentSampler, OnlineLatents, PaintingDataset, latent_statistics
 from .prompts.prompt_file import Prompts, save_prompts
 from .prompts.prompt_space import PromptSpace, build_space
+from .training.device import find_device
 from .training.loop import TrainingLoop, require_finite, set_learning_rate
 from .training.loss_curve import Curve, Evaluation, save_curve
 from .training.rng import RngStream, rng_for
@@ -269,20 +270,13 @@ def _device(wanted: str | None, accelerator: Accelerator) -> torch.device:
         UsageError: it is not there, or several processes share the work.
     """
     device: torch.device = accelerator.device
-    if wanted is None:
+    if wanted in (None, "auto"):
         return device
     if accelerator.num_processes > 1:
         raise UsageError(
             f"found --device {wanted} in one of {accelerator.num_processes} processes; expected none there"
         )
-    try:
-        device = torch.zeros(1, device=wanted).device
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # what torch raises for a device not there
-        count = torch.cuda.device_count()
-        found = ["cpu", *(f"cuda:{i}" for i in range(count)), *(["mps"] if torch.backends.mps.is_available() else [])]
-        reason = str(error).split("\n")[0]
-        raise UsageError(f"found --device {wanted} ({reason}); expected one of {', '.join(found)}") from error
+    return find_device(wanted)
 
 
 def make_optimizer(space: PromptSpace, options: TrainOptions) -> torch.optim.AdamW:

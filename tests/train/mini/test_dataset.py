@@ -62,11 +62,23 @@ def test_window_is_a_crop_of_latents_with_its_edges(cache: Path, picture_folders
     assert found == {True, False}
 
 
+def test_window_beyond_the_picture_is_reflected(cache: Path) -> None:
+    data, side = LatentDataset(cache), 150  # more than twice as large as the pictures
+    window = data.window(data.train[:4], side, np.random.default_rng(0))
+    for index, latents, other, edges in zip(data.train, window.latents, window.other, window.edges, strict=False):
+        n = min(data.sizes[index])
+        for found, size, cells in ((latents, n, side), (other, n, side), (edges, 8 * n, 8 * side)):
+            padding = ((0, 0), (0, cells - size), (0, cells - size))
+            expected = np.pad(found[:, :size, :size].numpy(), padding, mode="reflect")
+            np.testing.assert_array_equal(found.numpy(), expected)
+    assert window.labels.tolist() == data.labels[data.train[:4]].tolist()
+
+
 def test_sampling_weights_follow_shares_and_leave_out_small_pictures(cache: Path) -> None:
     data = LatentDataset(cache)
     weights = data.sampling_weights(16, {"blue": 0.0})
     assert set(data.labels[data.train[weights > 0]].tolist()) == {1}
-    large = [i for i in data.train if min(data._latents[i].shape[1:]) >= 64]
+    large = [i for i in data.train if min(data.sizes[i]) >= 64]
     assert 0 < len(large) < len(data.train)
     weights = data.sampling_weights(64, {})
     assert data.train[weights > 0].tolist() == large

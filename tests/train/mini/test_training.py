@@ -68,6 +68,7 @@ def test_v_error_of_rows_without_edges_has_no_controlnet(data: LatentDataset) ->
 def test_learning_rate_factor_warms_up_holds_and_decays() -> None:
     options = BaseTrainingOptions(steps=1000, warmup=10)
     assert [learning_rate_factor(s, options) for s in (0, 9, 500, 799, 900, 1000)] == [0.1, 1, 1, 1, 0.5, 0]
+    assert [learning_rate_factor(500, options, left) for left in (0.5, 0.2, 0.1, 0.0)] == [1, 1, 0.5, 0]
 
 
 def test_train_base_lowers_the_loss_and_tokens_gain(data: LatentDataset, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,6 +62,31 @@ def test_loop_saves_checkpoints_at_the_interval_of_the_writing_process(tmp_path:
     assert not (tmp_path / "c").exists()
     _Counter(tmp_path, checkpoint_minutes=0.0).run()
     assert (tmp_path / "c").exists()
+
+
+def test_loop_with_a_limit_ends_evaluated_within_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, left = [100.0], []
+    monkeypatch.setattr("lsast_train.training.loop.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    counter = _Counter(tmp_path, steps=1000, limit=20.0)
+    step, evaluate = counter.step, counter.evaluate
+
+    def slow_step(number: int) -> float:
+        clock[0] += 1
+        left.append(counter.loop.time_left)
+        return step(number)
+
+    def slow_evaluation(mean: float) -> None:
+        clock[0] += 2
+        evaluate(mean)
+
+    counter.loop.run(slow_step, slow_evaluation)
+    # Steps of 1 s, evaluations of 2 s after 4, 8 and 12 steps: a 13th step and its evaluation would end at 121.
+    assert (counter.loop.step, clock[0]) == (12, 118.0)
+    assert [entry["step"] for entry in counter.loop.history] == [4, 8, 12]
+    assert left[:5] == [1.0, 0.95, 0.9, 0.85, 0.7]
+    counter.loop.limit = 0.0
+    counter.loop.run(slow_step, slow_evaluation)
+    assert counter.loop.step == 13  # at least one step
 
 
 def test_restore_of_another_run_reports_every_difference(tmp_path: Path) -> None:

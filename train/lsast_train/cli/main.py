@@ -19,7 +19,7 @@ from ..options import CHOICES, PRESETS
 from ..training.run import RunFiles, refuse_finished
 from ..training.signals import InterruptionError
 from .distill import distill
-from .shared import MIXED_PRECISION, overwrite_option, require_train_extra, result_facts, threads_option
+from .shared import MIXED_PRECISION, device_option, overwrite_option, require_train_extra, result_facts, threads_option
 
 log = logging.getLogger("lsast.train")
 
@@ -76,7 +76,7 @@ def _choice(name: str) -> click.Choice[str]:
     help="Compute activations twice instead of keeping them: less memory, more time.",
 )
 @click.option("--seed", type=int)
-@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps. [default: the best that is there]")
+@device_option
 @click.option("--licence", metavar="TEXT", default="", help="Licence of the pictures, kept in the prompt file.")
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write to. [default: runs/NAME]")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint of a stopped run.")

@@ -23,10 +23,14 @@ from ..mini.perceptual import LiteDistance, PerceptualDistance
 from ..mini.sampled_latents import SampledLatents, SampledLatentsOptions, build_sampled_latents
 from ..mini.train_autoencoder import AutoencoderOptions, Crops, load_teacher, train_autoencoder
 from ..mini.train_unet import BaseTrainingOptions, train_base
-from ..training.run import versions
-from .shared import threads_option
+from ..training.device import find_device
+from ..training.run import TimeBudget, versions
+from .shared import device_option, threads_option
 
 log = logging.getLogger("lsast.train.mini")
+
+TIME_SHARES = {"autoencoder": 0.2, "gan": 0.3, "base": 0.8, "sampling": 0.4}
+"""With --seconds: the part of the time then left that each phase may take. The decoder has the rest."""
 
 
 def label_folders(roots: list[Path]) -> list[Path]:
@@ -114,7 +118,13 @@ def copy_autoencoder(source: Base, target: Base) -> None:
 @click.option("--decoder-only", is_flag=True, help="Take the base of --init whole and run the last phase only.")
 @click.option("--share", multiple=True, metavar="LABEL=X", help="Sampling weight of a label's pictures. Repeatable.")
 @click.option("--seed", default=0, show_default=True)
+@device_option
 @threads_option
+@click.option(
+    "--seconds",
+    type=click.FloatRange(1),
+    help="End within so many seconds, with a whole base: the phases share the time, and learning rates decay by it.",
+)
 @click.option("--resume", is_flag=True, help="Go on from the checkpoints in --out.")
 @json_option
 @debug_option
@@ -131,7 +141,9 @@ def mini(
     decoder_only: bool,
     share: tuple[str, ...],
     seed: int,
+    device: str | None,
     threads: int | None,
+    seconds: float | None,
     resume: bool,
 ) -> None:
     """Train the small base: autoencoder by a teacher, then as a GAN; U-Net, ControlNet and style encoder jointly; last
@@ -140,22 +152,22 @@ def mini(
     Checkpoints every five minutes; --resume goes on in the phase that was stopped. Prints the base folder, which
     `lsast-export --base DIR` turns into a bundle.
     """
+    time = TimeBudget(seconds)
     if teacher is None and init is None:
         raise click.UsageError("found neither --teacher nor --init; expected where the autoencoder starts from")
     if decoder_only and (init is None or init.endswith(".safetensors") or not decoder_steps):
         raise click.UsageError("found --decoder-only without --init BASE or --decoder-steps; expected both")
+    place = find_device(device)
     folders = label_folders(list(roots))
     shares = parse_shares(share)
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
     # A missing package is reported before hours of training.
-    perceptual = LiteDistance(torch.device("cpu")) if gan_steps or decoder_steps else None
+    perceptual = LiteDistance(place) if gan_steps or decoder_steps else None
     if decoder_only and init is not None and perceptual is not None:
         base = load_base(init)
-        train_decoder(
-            base, folders, GanOptions(steps=decoder_steps, encoder_part=0.0, seed=seed), out, perceptual, resume
-        )
+        train_decoder(base, folders, decoder_steps, seed, out, perceptual, resume, place, time)
         finish(base, out, {"decoder_steps": str(decoder_steps)})
         return
     base = build_mini(MiniConfig(), seed)
@@ -165,24 +177,24 @@ def mini(
     weights = None
     taesd = None if teacher is None else load_teacher(teacher)
     if init is None and taesd is not None:
-        options = AutoencoderOptions(steps=autoencoder_steps, seed=seed)
-        train_autoencoder(autoencoder, taesd, crops, options, out, resume)
+        options = AutoencoderOptions(steps=autoencoder_steps, seed=seed, seconds=time.part(TIME_SHARES["autoencoder"]))
+        train_autoencoder(autoencoder, taesd, crops, options, out, resume, place)
     elif init is not None and init.endswith(".safetensors"):
         weights = Path(init)
     elif init is not None:
         copy_autoencoder(load_base(init), base)
     if perceptual is not None and gan_steps:
-        gan = GanOptions(steps=gan_steps, seed=seed)
-        train_vae_gan(autoencoder, crops, gan, out, perceptual, resume=resume, weights=weights, teacher=taesd)
+        gan = GanOptions(steps=gan_steps, seed=seed, seconds=time.part(TIME_SHARES["gan"]))
+        where = (crops, gan, out, perceptual)
+        train_vae_gan(autoencoder, *where, resume=resume, weights=weights, teacher=taesd, device=place)
     cache = out / "latents.safetensors"
     if not (resume and cache.exists()):
-        build_cache(folders, base.autoencoder.encoder, cache)
-    data = LatentDataset(cache)
-    train_base(base, data, BaseTrainingOptions(steps=steps, side=side, share=shares, seed=seed), out, resume)
+        build_cache(folders, base.autoencoder.encoder, cache, place)
+    data = LatentDataset(cache, place)
+    limit = time.part(TIME_SHARES["base"] if decoder_steps else 1.0)
+    train_base(base, data, BaseTrainingOptions(steps, side=side, share=shares, seed=seed, seconds=limit), out, resume)
     if perceptual is not None and decoder_steps:
-        train_decoder(
-            base, folders, GanOptions(steps=decoder_steps, encoder_part=0.0, seed=seed), out, perceptual, resume
-        )
+        train_decoder(base, folders, decoder_steps, seed, out, perceptual, resume, place, time)
     facts = {
         "pictures": str(len(data.train)),
         "labels": ", ".join(data.label_names),
@@ -195,17 +207,31 @@ def mini(
 
 
 def train_decoder(
-    base: Base, folders: list[Path], options: GanOptions, out: Path, perceptual: PerceptualDistance, resume: bool
+    base: Base,
+    folders: list[Path],
+    steps: int,
+    seed: int,
+    out: Path,
+    perceptual: PerceptualDistance,
+    resume: bool,
+    device: torch.device,
+    time: TimeBudget,
 ) -> None:
-    """Train the decoder of `base` on latents that it samples, in ``out/decoder``."""
+    """Train the decoder of `base` on latents that it samples, in ``out/decoder``; `base` comes back on the CPU."""
     folder = out / "decoder"
     folder.mkdir(parents=True, exist_ok=True)
     crops = Crops(folders, AutoencoderOptions().side)
     sampled = folder / "sampled.safetensors"
     if not (resume and sampled.exists()):
-        build_sampled_latents(base, crops.train, sampled, SampledLatentsOptions(seed=options.seed))
+        if device.type != "cpu":
+            base.to(device)
+        more = SampledLatentsOptions(seed=seed, seconds=time.part(TIME_SHARES["sampling"]))
+        build_sampled_latents(base, crops.train, sampled, more)
+        if device.type != "cpu":
+            base.to(torch.device("cpu"))
     latents = SampledLatents(sampled)
-    train_vae_gan(base.autoencoder, crops, options, folder, perceptual, resume=resume, sampled=latents)
+    options = GanOptions(steps=steps, encoder_part=0.0, seed=seed, seconds=time.part(1.0))
+    train_vae_gan(base.autoencoder, crops, options, folder, perceptual, resume=resume, sampled=latents, device=device)
 
 
 def finish(base: Base, out: Path, facts: dict[str, str]) -> None:

@@ -31,6 +31,11 @@ MIXED_PRECISION = _MixedPrecision(CHOICES["mixed_precision"])
 DISTILL_PRECISION = _MixedPrecision(PRECISIONS)
 """Type of the option ``--mixed-precision`` of a distillation."""
 
+device_option = click.option(
+    "--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps. [default: auto, the best that is there]"
+)
+"""Adds ``--device`` to a command."""
+
 threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
 """Adds ``--threads`` to a command."""
 

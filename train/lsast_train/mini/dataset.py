@@ -51,10 +51,6 @@ class Window:
     labels: torch.Tensor
     """[B] index of the picture's folder."""
 
-    def to(self, device: torch.device) -> Window:
-        """The same batch on `device`."""
-        return Window(*(x.to(device) for x in (self.latents, self.other, self.edges, self.labels)))
-
 
 def is_held_out(name: str, share: float = 0.04) -> bool:
     """Whether the picture of this name is held out: by the hash of its name, so it never moves between runs."""
@@ -127,29 +123,37 @@ def build_cache(folders: list[Path], encoder: torch.nn.Module, out: Path, device
         handle.write(data)
 
 
-class LatentDataset:
-    """The cache in memory, cut into random windows."""
+def _reflected(side: int, size: torch.Tensor) -> torch.Tensor:
+    """[B] sizes → [B, side]: the positions 0..side-1, beyond a size reflected as by ``numpy.pad(mode="reflect")``."""
+    period = (2 * size[:, None] - 2).clamp(min=1)
+    position = torch.arange(side, device=size.device)[None] % period
+    return torch.minimum(position, period - position)
 
-    def __init__(self, path: Path) -> None:
+
+class LatentDataset:
+    """The cache in memory, cut into random windows.
+
+    Args:
+        path: of the cache.
+        device: where latents and edges lie, and the windows.
+
+    Raises:
+        TrainingError: there is no cache, or nothing in it to train on or to hold out.
+    """
+
+    def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
         if not path.is_file():
             raise TrainingError(f"found no latent cache {path}; train it with: lsast-train mini")
         with safe_open(str(path), "numpy") as file:
             self.label_names: list[str] = json.loads(file.metadata()["labels"])
-            sizes = file.get_tensor("sizes")
+            self.sizes: npt.NDArray[np.int64] = file.get_tensor("sizes").astype(np.int64)
             self.labels = file.get_tensor("labels")
             held = file.get_tensor("held_out").astype(bool)
             flat, packed = file.get_tensor("latents"), file.get_tensor("edges")
-        areas = sizes.prod(axis=1)
-        ends = np.cumsum(areas)
-        self._latents = [
-            flat[4 * (end - area) : 4 * end].reshape(4, h, w)
-            for (h, w), area, end in zip(sizes, areas, ends, strict=True)
-        ]
-        # Edge bits: [8h, w] bytes, so a latent column is exactly one byte wide.
-        self._edges = [
-            packed[8 * (end - area) : 8 * end].reshape(8 * h, w)
-            for (h, w), area, end in zip(sizes, areas, ends, strict=True)
-        ]
+        areas = self.sizes.prod(axis=1)
+        self._starts = np.cumsum(areas) - areas
+        # Picture by picture: [4, h, w] latents, and edge bits as [8h, w] bytes, so a latent column is one byte wide.
+        self._latents, self._edges = torch.from_numpy(flat).to(device), torch.from_numpy(packed).to(device)
         self.train = np.flatnonzero(~held)
         self.held_out = np.flatnonzero(held)
         if not len(self.train) or not len(self.held_out):
@@ -158,36 +162,70 @@ class LatentDataset:
                 "kind: give a hundred pictures or more"
             )
 
+    @property
+    def device(self) -> torch.device:
+        """Where the windows are."""
+        return self._latents.device
+
     def window(self, indices: npt.NDArray[np.int64], side: int, rng: np.random.Generator) -> Window:
         """Random crops of `side` latents out of the pictures `indices`, mirrored half of the time."""
-        latents, others, edges = [], [], []
+        rows = []
         for index in indices:
-            latent, bits = self._latents[index], self._edges[index]
-            n = min(side, latent.shape[1], latent.shape[2])
-            (y, x), (v, u) = (rng.integers(0, [latent.shape[1] - n + 1, latent.shape[2] - n + 1]) for _ in "ab")
-            crop, other = latent[:, y : y + n, x : x + n], latent[:, v : v + n, u : u + n]
-            edge = np.unpackbits(bits[8 * y : 8 * (y + n), x : x + n], axis=1)
-            if rng.random() < 0.5:  # mirroring latents is a fair approximation of mirroring the picture (docs/mini.md)
-                crop, other, edge = crop[..., ::-1], other[..., ::-1], edge[:, ::-1]
-            if n < side:
-                crop, other = (np.pad(c, ((0, 0), (0, side - n), (0, side - n)), mode="reflect") for c in (crop, other))
-                edge = np.pad(edge, ((0, 8 * (side - n)), (0, 8 * (side - n))), mode="reflect")
-            latents.append(crop)
-            others.append(other)
-            edges.append(edge)
-        stack = torch.from_numpy(np.stack(latents).astype(np.float32))
+            height, width = self.sizes[index]
+            n = min(side, height, width)
+            own, other = (rng.integers(0, [height - n + 1, width - n + 1]) for _ in "ab")
+            mirrored = rng.random() < 0.5  # a fair approximation of mirroring the picture (docs/mini.md)
+            rows.append([self._starts[index], height, width, n, *own, *other, mirrored, self.labels[index]])
+        table = torch.from_numpy(np.array(rows, dtype=np.int64)).to(self._latents.device)
+        start, height, width, n, y, x, v, u, flag, labels = table.T
         return Window(
-            stack,
-            torch.from_numpy(np.stack(others).astype(np.float32)),
-            torch.from_numpy(np.stack(edges)).float()[:, None].expand(-1, 3, -1, -1),
-            torch.from_numpy(self.labels[indices].astype(np.int64)),
+            self._latent_crops(side, start, height * width, width, n, y, x, flag),
+            self._latent_crops(side, start, height * width, width, n, v, u, flag),
+            self._edge_crops(side, start, width, n, y, x, flag),
+            labels,
         )
+
+    def _latent_crops(
+        self,
+        side: int,
+        start: torch.Tensor,
+        area: torch.Tensor,
+        width: torch.Tensor,
+        n: torch.Tensor,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        mirrored: torch.Tensor,
+    ) -> torch.Tensor:
+        """[B, 4, side, side] from the rows and columns that begin at `y`, `x` [B]; `n` of them are there."""
+        place = _reflected(side, n)
+        columns = x[:, None] + torch.where(mirrored[:, None] > 0, n[:, None] - 1 - place, place)
+        channels = 4 * start[:, None] + torch.arange(4, device=start.device) * area[:, None]
+        lines = (y[:, None] + place) * width[:, None]
+        return self._latents[channels[:, :, None, None] + lines[:, None, :, None] + columns[:, None, None]].float()
+
+    def _edge_crops(
+        self,
+        side: int,
+        start: torch.Tensor,
+        width: torch.Tensor,
+        n: torch.Tensor,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        mirrored: torch.Tensor,
+    ) -> torch.Tensor:
+        """[B, 3, 8 side, 8 side] of 0 and 1."""
+        place = _reflected(8 * side, 8 * n)
+        columns = 8 * x[:, None] + torch.where(mirrored[:, None] > 0, 8 * n[:, None] - 1 - place, place)
+        lines = 8 * start[:, None] + (8 * y[:, None] + place) * width[:, None]
+        packed = self._edges[lines[:, :, None] + (columns // 8)[:, None]]
+        bits = packed >> (7 - columns % 8).to(torch.uint8)[:, None] & 1
+        return bits.float()[:, None].expand(-1, 3, -1, -1)
 
     def sampling_weights(self, side: int, share: dict[str, float]) -> npt.NDArray[np.float64]:
         """Probability of each picture of `train`: a label's pictures weigh `share` (default 1), too small ones 0."""
         weights: npt.NDArray[np.float64] = np.array(
             [share.get(self.label_names[label], 1.0) for label in self.labels[self.train]]
         )
-        weights *= [min(self._latents[index].shape[1:]) >= side for index in self.train]
+        weights *= self.sizes[self.train].min(axis=1) >= side
         weights /= weights.sum()
         return weights

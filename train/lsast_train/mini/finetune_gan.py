@@ -96,6 +96,9 @@ class GanOptions:
     evaluate_every: int = 500
     """Steps between two evaluations, each of which writes the log and the fp16 weights."""
     checkpoint_minutes: float = 5.0
+    seconds: float | None = None
+    """Wall time that the training may take; the last third of it decays the learning rates, too, and the encoder learns
+    in `encoder_part` of it."""
 
 
 def corrupt_latents(latents: torch.Tensor, options: GanOptions, generator: torch.Generator) -> torch.Tensor:
@@ -264,14 +267,6 @@ class GanTraining:
         state = self.optimizer.state.get(next(self.discriminator.parameters()))
         return int(state["step"]) if state else 0
 
-    def restore_layout(self) -> None:
-        """Lay the optimiser's state, read from a checkpoint, as the weights lie, channels last: the fused optimiser
-        reads memory as it lies."""
-        for parameter, entry in self.optimizer.state.items():
-            for name, value in entry.items():
-                if value.shape == parameter.shape:
-                    entry[name] = torch.empty_like(parameter).copy_(value)
-
     def load_weights(self, file: Path) -> int:
         """Begin with a weights file, whose step is returned, and a new optimiser."""
         step = load_gan_weights(file, self.exported)
@@ -284,6 +279,7 @@ class GanTraining:
         images: torch.Tensor,
         perceptual: PerceptualDistance,
         sampled: tuple[torch.Tensor, torch.Tensor] | None = None,
+        time_left: float = 1.0,
     ) -> dict[str, torch.Tensor]:
         """Train autoencoder and discriminator in step `step` (from 0).
 
@@ -292,6 +288,7 @@ class GanTraining:
             images: crops [B, 3, side, side].
             perceptual: the perceptual loss.
             sampled: latents [S, 4, side/8, side/8] and their pictures, decoded besides.
+            time_left: part of the time limit that is left, 1 to 0.
 
         Returns:
             The parts of the autoencoder's loss, and ``discriminator``, the loss of the discriminator.
@@ -299,9 +296,9 @@ class GanTraining:
         options, decoder = self.options, list(self.autoencoder.decoder.parameters())
         updates = self.updates
         use_gan = updates >= options.gan_warmup
-        train_encoder = step < options.encoder_part * options.steps
+        train_encoder = step < options.encoder_part * options.steps and 1 - time_left <= options.encoder_part
         rise = min(1.0, (updates + 1) / options.lr_warmup)
-        set_learning_rate(self.optimizer, rise * min(1.0, 3 * (options.steps - step) / options.steps))
+        set_learning_rate(self.optimizer, rise * min(1.0, 3 * (options.steps - step) / options.steps, 3 * time_left))
         generator = rng_for(options.seed, RngStream.STEP, step)
         with torch.autocast(self.device.type, torch.bfloat16):
             with torch.set_grad_enabled(train_encoder):
@@ -393,10 +390,11 @@ def train_vae_gan(
         *(training.modules, training.optimizer),
         evaluate_every=options.evaluate_every,
         checkpoint_minutes=options.checkpoint_minutes,
+        device=device,
+        limit=options.seconds,
     )
     if resume and loop.checkpoint.exists():
         loop.restore()
-        training.restore_layout()
     elif weights is not None:
         loop.step = training.load_weights(weights)
     pictures = [x.to(device, memory_format=torch.channels_last) for x in crops.pictures(24)]
@@ -412,7 +410,8 @@ def train_vae_gan(
         if sampled is not None:
             latents, pictures = sampled.batch(rows, crops.side, rng)
             more = latents.to(device), pictures.to(device)
-        parts.append({k: v.item() for k, v in training.train_step(step, images, perceptual, more).items()})
+        losses = training.train_step(step, images, perceptual, more, loop.time_left)
+        parts.append(dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True)))  # one wait
         loss = sum(LOSS_WEIGHTS.get(name, 1.0) * value for name, value in parts[-1].items())
         require_finite(loss, step)
         return loss

@@ -8,6 +8,7 @@ come from.
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,8 @@ class SampledLatentsOptions:
     """The range of the number of DDIM steps from there to the clean latent."""
     guidance: tuple[float, float] = (2.0, 7.0)
     seed: int = 0
+    seconds: float | None = None
+    """Wall time after which no further window is begun."""
 
 
 @torch.no_grad()
@@ -60,11 +63,12 @@ def sample_window(
     scale = rng.uniform(*options.guidance)
     contexts = torch.stack([base.null_context.float(), base.style_encoder(style)[0].float()])[:, None]
     contexts = contexts.expand(-1, 3, -1, -1)
-    z = schedule.add_noise(latent.numpy(), rng.standard_normal(latent.shape, dtype=np.float32))
+    z = schedule.add_noise(latent.cpu().numpy(), rng.standard_normal(latent.shape, dtype=np.float32))
     for step in schedule.steps:
-        with torch.autocast("cpu", torch.bfloat16):
-            noisy, t = torch.from_numpy(z).expand(2, -1, -1, -1), torch.full((2,), step.t)
-            null, own = base.eps(noisy, t, contexts, edges.expand(2, -1, -1, -1)).float().numpy()
+        with torch.autocast(base.device.type, torch.bfloat16):
+            noisy, t = torch.from_numpy(z).to(base.device).expand(2, -1, -1, -1), torch.full((2,), step.t)
+            eps = base.eps(noisy, t.to(base.device), contexts, edges.expand(2, -1, -1, -1))
+            null, own = eps.float().cpu().numpy()
         z = solver.step((null + scale * (own - null))[None], step.index, z)
     return torch.from_numpy(z)
 
@@ -73,15 +77,18 @@ def build_sampled_latents(base: Base, paths: list[Path], out: Path, options: Sam
     """Write the cache file `out`: ``latents`` [N, 4, n, n] fp16 and ``pictures`` [N, 8n, 8n, 3] uint8.
 
     Args:
-        base: samples; with a style encoder.
+        base: samples, where it is; with a style encoder.
         paths: training pictures; unreadable ones and those that hold no window are left out.
         out: a safetensors file, replaced whole.
         options: of the cache.
     """
-    rng = np.random.default_rng(options.seed)
+    rng, began = np.random.default_rng(options.seed), time.monotonic()
     n = options.side
-    latents, pictures = [], []
+    latents: list[npt.NDArray[np.float16]] = []
+    pictures: list[npt.NDArray[np.uint8]] = []
     for path in tqdm([paths[i] for i in rng.permutation(len(paths))[: options.count]], desc="sample", unit="picture"):
+        if latents and options.seconds is not None and time.monotonic() - began > options.seconds:
+            break
         try:
             rgb = read_picture(path).rgb
         except PictureError:
@@ -91,13 +98,14 @@ def build_sampled_latents(base: Base, paths: list[Path], out: Path, options: Sam
         rgb = fit_picture(rgb)
         image = torch.tensor(rgb).permute(2, 0, 1)[None].float() / 127.5 - 1
         with torch.no_grad():
-            whole = base.encode(image.contiguous(memory_format=torch.channels_last))[0] * base.config.latent_scale
+            image = image.to(base.device, memory_format=torch.channels_last)
+            whole = base.encode(image)[0] * base.config.latent_scale
         room = np.array(whole.shape[2:]) - n + 1
         if room.min() < 1:
             continue
         (y, x), (v, u) = rng.integers(0, room), rng.integers(0, room)
         edges = canny_edges(rgb)[8 * y : 8 * (y + n), 8 * x : 8 * (x + n)]
-        planes = torch.from_numpy(edges.astype(np.float32))[None, None].expand(-1, 3, -1, -1)
+        planes = torch.from_numpy(edges.astype(np.float32)).to(base.device)[None, None].expand(-1, 3, -1, -1)
         own = whole[..., y : y + n, x : x + n].contiguous()
         sampled = sample_window(base, own, planes, whole[..., v : v + n, u : u + n], rng, options)
         latents.append(sampled[0].numpy().astype(np.float16))

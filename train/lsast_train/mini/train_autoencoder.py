@@ -24,6 +24,7 @@ from lsast_engines.images import find_pictures, read_picture
 from lsast_engines.images import psnr as picture_psnr
 
 from ..base.mini_autoencoder import MiniAutoencoder
+from ..training.device import fused
 from ..training.loop import TrainingLoop, require_finite, set_learning_rate
 from ..training.rng import RngStream, rng_for
 from .dataset import PAINTED_SIDE, SMALLEST, fit_picture, is_held_out
@@ -47,6 +48,8 @@ class AutoencoderOptions:
     seed: int = 0
     evaluate_every: int = 500
     checkpoint_minutes: float = 5.0
+    seconds: float | None = None
+    """Wall time that the training may take; the learning rate falls along a cosine of it, too."""
 
 
 def load_teacher(folder: Path) -> AutoencoderTiny:
@@ -177,33 +180,39 @@ def train_autoencoder(
     options: AutoencoderOptions,
     folder: Path,
     resume: bool,
+    device: torch.device | str = "cpu",
 ) -> None:
-    """Train `student` in place; checkpoint and log go to `folder`.
+    """Train `student` on `device`, in place; checkpoint and log go to `folder`. It comes back on the CPU.
 
     Raises:
         TrainingError: a loss that is not finite, or a checkpoint of other options.
         InterruptionError: SIGINT or SIGTERM; a checkpoint was written.
     """
-    student.requires_grad_(True).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    device = torch.device(device)
+    teacher.to(device)
+    student.requires_grad_(True).to(device, memory_format=torch.channels_last)
+    parameters = student.parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=options.lr, betas=(0.9, 0.99), weight_decay=0.0, **fused(device))
     loop = TrainingLoop(
         *("mini autoencoder", options.steps, folder / "autoencoder.checkpoint.safetensors"),
         *({"student": student}, optimizer),
         evaluate_every=options.evaluate_every,
         checkpoint_minutes=options.checkpoint_minutes,
+        device=device,
+        limit=options.seconds,
     )
     if resume and loop.checkpoint.exists():
         loop.restore()
 
     def train_step(step: int) -> float:
-        cosine = 0.5 * (1 + np.cos(np.pi * step / options.steps))
+        cosine = 0.5 * (1 + min(np.cos(np.pi * step / options.steps), np.cos(np.pi * (1 - loop.time_left))))
         set_learning_rate(optimizer, options.lr * min(1.0, (step + 1) / options.warmup) * max(0.01, cosine))
-        images = crops.batch(crops.train, options.batch, np.random.default_rng([options.seed, step]))
-        with torch.autocast("cpu", torch.bfloat16):
+        images = crops.batch(crops.train, options.batch, np.random.default_rng([options.seed, step])).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
             with torch.no_grad():
                 latents = teacher.encoder(images).float()
                 generator = rng_for(options.seed, RngStream.STEP, step)
-                noisy = latents + options.jitter * torch.randn(latents.shape, generator=generator)
+                noisy = latents + options.jitter * torch.randn(latents.shape, generator=generator).to(device)
                 reference = teacher.decoder(noisy).float().clamp(-1, 1)
             decoded = student.decode(noisy).float()
             encoded = student.encode(images).float()
@@ -226,4 +235,4 @@ def train_autoencoder(
 
     loop.run(train_step, measure)
     loop.save()
-    student.eval().requires_grad_(False)
+    student.to("cpu").eval().requires_grad_(False)

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..base.attention import layer_contexts
 from ..base.base import Base
+from ..training.device import fused
 from ..training.loop import TrainingLoop, require_finite, set_learning_rate
 from ..training.rng import RngStream, rng_for
 from .dataset import LatentDataset, Window
@@ -54,6 +55,8 @@ class BaseTrainingOptions:
     seed: int = 0
     evaluate_every: int = 600
     checkpoint_minutes: float = 5.0
+    seconds: float | None = None
+    """Wall time that the training may take; its last fifth decays the learning rate, too."""
 
 
 class LabelTokens(nn.Module):
@@ -119,7 +122,7 @@ class JointModel(nn.Module):
         self, window: Window, options: BaseTrainingOptions, mixed: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
         """Tokens [B, tokens, dim] for a batch: null, learned for the folder, or encoded from another crop."""
-        draw = torch.rand(len(window.labels), generator=generator)
+        draw = torch.rand(len(window.labels), generator=generator).to(window.labels.device)
         use_null = draw < options.null_share
         use_label = (draw >= 1 - options.label_share) & ~mixed[window.labels]
         tokens = self.style_encoder(window.other)
@@ -127,11 +130,11 @@ class JointModel(nn.Module):
         return torch.where(use_null[:, None, None], self.null_context, tokens)
 
 
-def learning_rate_factor(step: int, options: BaseTrainingOptions) -> float:
-    """Warm-up, constant, then linear decay to zero over the last fifth."""
+def learning_rate_factor(step: int, options: BaseTrainingOptions, time_left: float = 1.0) -> float:
+    """Warm-up, constant, then linear decay to zero over the last fifth of the steps, or of the time (1 to 0)."""
     start = options.steps * 4 // 5
     decay = 1.0 if step < start else max(0.0, (options.steps - step) / (options.steps - start))
-    return min(1.0, (step + 1) / options.warmup) * decay
+    return min(1.0, (step + 1) / options.warmup) * min(decay, 5 * time_left)
 
 
 @torch.no_grad()
@@ -140,9 +143,9 @@ def token_gain(model: JointModel, data: LatentDataset, side: int, count: int = 3
 
     The *token gain* is null minus own (docs/mini.md); without it there is nothing for a prompt space to learn.
     """
-    rng = np.random.default_rng(1234)
+    rng, device = np.random.default_rng(1234), model.null_context.device
     window = data.window(rng.choice(data.held_out, count, replace=len(data.held_out) < count), side, rng)
-    noise = torch.from_numpy(rng.standard_normal(window.latents.shape).astype(np.float32))
+    noise = torch.from_numpy(rng.standard_normal(window.latents.shape).astype(np.float32)).to(device)
     own = model.style_encoder(window.other)
     contexts = {
         "null": model.null_context.expand(count, -1, -1),
@@ -152,12 +155,12 @@ def token_gain(model: JointModel, data: LatentDataset, side: int, count: int = 3
     }
     rows = []
     for stage in range(1, 10, 2):
-        t = torch.full((count,), stage * 100 + 50)
-        row: dict[str, float] = {"t": float(t[0])}
+        t = torch.full((count,), stage * 100 + 50, device=device)
+        row: dict[str, float] = {"t": float(stage * 100 + 50)}
         for name, context in contexts.items():
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16):
                 row[name] = model.v_error(window.latents, noise, t, context, window.edges[:0]).mean().item()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             row["own+edges"] = model.v_error(window.latents, noise, t, own, window.edges).mean().item()
         rows.append(row)
     return rows
@@ -166,50 +169,58 @@ def token_gain(model: JointModel, data: LatentDataset, side: int, count: int = 3
 def train_base(base: Base, data: LatentDataset, options: BaseTrainingOptions, folder: Path, resume: bool) -> JointModel:
     """Train `base` in place; checkpoint and log go to `folder`. The result carries the averaged weights.
 
+    It trains where `data` lies; `base` comes back on the CPU. Random numbers are drawn on the CPU, so a seed means the
+    same on every device.
+
     Raises:
         TrainingError: a loss that is not finite, or a checkpoint of another architecture.
         InterruptionError: SIGINT or SIGTERM; a checkpoint was written.
     """
+    device = data.device
+    base.to(device)
     model = JointModel(base, len(data.label_names)).requires_grad_(True)
     base.autoencoder.requires_grad_(False)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     style = set(model.style_parameters())
     groups = [
         {"params": [p for p in model.parameters() if p.requires_grad and p not in style], "relative": 1.0},
         {"params": [p for p in model.parameters() if p in style], "relative": options.style_lr / options.lr},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.99), weight_decay=0.01, **fused(device))
     ema = Ema(model, options.ema)
     loop = TrainingLoop(
         *("mini base", options.steps, folder / "base.checkpoint.safetensors"),
         *({"model": model, "ema": ema.shadow}, optimizer),
         evaluate_every=options.evaluate_every,
         checkpoint_minutes=options.checkpoint_minutes,
+        device=device,
+        limit=options.seconds,
     )
     if resume and loop.checkpoint.exists():
         loop.restore()
-    mixed = torch.tensor([name in MIXED_LABELS for name in data.label_names])
+    mixed = torch.tensor([name in MIXED_LABELS for name in data.label_names], device=device)
     weights = data.sampling_weights(options.side, options.share)
     with_edges = round(options.edge_share * options.batch)
 
     def train_step(step: int) -> float:
-        set_learning_rate(optimizer, options.lr * learning_rate_factor(step, options))
+        set_learning_rate(optimizer, options.lr * learning_rate_factor(step, options, loop.time_left))
         rng, generator = np.random.default_rng([options.seed, step]), rng_for(options.seed, RngStream.STEP, step)
         window = data.window(rng.choice(data.train, options.batch, p=weights), options.side, rng)
         latents = window.latents.contiguous(memory_format=torch.channels_last)
-        noise = torch.randn(latents.shape, generator=generator)
-        t = torch.randint(base.config.noise.train_steps, (options.batch,), generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        noise = torch.randn(latents.shape, generator=generator).to(device)
+        t = torch.randint(base.config.noise.train_steps, (options.batch,), generator=generator).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
             context = model.draw_context(window, options, mixed, generator)
             loss = model.v_error(latents, noise, t, context, window.edges[:with_edges]).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        require_finite(loss.item(), step)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         with torch.no_grad():
             ema.update(step + 1)
-        return loss.item()
+        value: float = loss.item()  # the one wait for the device in a step
+        require_finite(value, step)
+        return value
 
     def evaluate(mean_loss: float) -> None:
         ema.swap()
@@ -224,5 +235,7 @@ def train_base(base: Base, data: LatentDataset, options: BaseTrainingOptions, fo
     loop.run(train_step, evaluate)
     loop.save()
     ema.swap()
+    model.to("cpu")
     base.null_context = model.null_context.detach().clone()
+    base.to(torch.device("cpu"))
     return model

@@ -65,4 +65,9 @@ def load_checkpoint(path: Path, modules: Mapping[str, nn.Module], optimizer: tor
             _, index, field = key.split(".")
             entries.setdefault(int(index), {})[field] = value
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+    # The file holds contiguous tensors; a fused optimiser reads memory as it lies, channels last as the weights.
+    for parameter, entry in optimizer.state.items():
+        for field, value in entry.items():
+            if value.dim() > 1 and value.shape == parameter.shape:
+                entry[field] = torch.empty_like(parameter).copy_(value)
     return facts

@@ -40,6 +40,8 @@ class TrainingLoop:
         checkpoint_minutes: minutes between two checkpoints.
         writes: whether this process shows the bar and writes checkpoints: the first one of several.
         device: whose peak memory is told; None for the process's own.
+        limit: seconds that `run` may take: the last step and its evaluation end within them. At least one step is
+            taken. For one process only.
     """
 
     def __init__(
@@ -55,11 +57,14 @@ class TrainingLoop:
         checkpoint_minutes: float,
         writes: bool = True,
         device: torch.device | None = None,
+        limit: float | None = None,
     ) -> None:
         self.name, self.steps, self.checkpoint = name, steps, checkpoint
         self.modules, self.optimizer, self.identity = modules, optimizer, dict(identity or {})
         self.evaluate_every, self.checkpoint_minutes, self.writes = evaluate_every, checkpoint_minutes, writes
-        self.device = device
+        self.device, self.limit = device, limit
+        self.time_left = 1.0
+        """Part of `limit` that is left, 1 to 0; 1 without a limit."""
         self.step = 0
         """Steps done."""
         self.seconds = 0.0
@@ -110,7 +115,7 @@ class TrainingLoop:
         on_step: Callable[[int, float], None] | None = None,
         agree: Callable[[int], int] = int,
     ) -> None:
-        """Train to the last step.
+        """Train to the last step, or as long as `limit` allows.
 
         Args:
             train_step: takes the step of this number, counted from 0; returns its loss.
@@ -123,19 +128,29 @@ class TrainingLoop:
         """
         began = saved = time.monotonic()
         before, first = self.seconds, self.step
+        limit = math.inf if self.limit is None else max(self.limit, 1e-3)
+        evaluation = 0.0 if self.limit is None else 0.05 * limit  # a guess, until one is measured
+        done = self.step >= self.steps
         bar = tqdm(total=self.steps, initial=self.step, desc=self.name, unit="step", disable=not self.writes)
         with bar, DeferredSignals() as signals:
-            while self.step < self.steps:
+            while not done:
+                start = time.monotonic()
+                self.time_left = max(0.0, 1 - (start - began) / limit)
                 loss = train_step(self.step)
                 self.step += 1
+                now = time.monotonic()
+                due = self.step % self.evaluate_every == 0
+                another = (now - start) + (1 + due) * evaluation  # a further step and the evaluations until its end
+                done = self.step == self.steps or now - began + another > limit
                 self._losses = [self._losses[0] + loss, self._losses[1] + 1]
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 bar.update()
                 if on_step is not None:
                     on_step(self.step, loss)
-                if self.step % self.evaluate_every == 0 or self.step == self.steps:
+                if due or done:
                     evaluate(self._losses[0] / self._losses[1])
                     self._losses = [0.0, 0]
+                    evaluation = time.monotonic() - now
                 now = time.monotonic()
                 if self.step - first in (_TOLD_AFTER, _TOLD_AGAIN_AFTER) and self.writes:
                     self._tell((now - began) / (self.step - first))
@@ -144,7 +159,7 @@ class TrainingLoop:
                 if self.writes and (stop or now - saved > 60 * self.checkpoint_minutes):
                     self.save()
                     saved = now
-                if stop and self.step < self.steps:
+                if stop and not done:
                     raise InterruptionError(stop, self.step, self.checkpoint)
 
     def _tell(self, seconds: float) -> None:
@@ -152,8 +167,9 @@ class TrainingLoop:
         cuda = self.device is not None and self.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(self.device) if cuda else peak_memory()
         memory = "" if peak is None else f"; peak memory {peak / 1e9:.2f} GB"
-        hours = seconds * (self.steps - self.step) / 3600
-        log.info("%.3g s a step: %.2g hours for the other %d%s", seconds, hours, self.steps - self.step, memory)
+        rest = seconds * (self.steps - self.step)
+        hours = (rest if self.limit is None else min(rest, self.limit * self.time_left)) / 3600
+        log.info("%.3g s a step: %.2g hours for at most %d more%s", seconds, hours, self.steps - self.step, memory)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
