@@ -18,7 +18,7 @@ from ..base.lazy_base import load_base, save_base
 from ..base.mini_autoencoder import MiniAutoencoder
 from ..mini.architecture import MiniConfig, build_mini
 from ..mini.dataset import LatentDataset, build_cache
-from ..mini.finetune_gan import GanOptions, train_vae_gan
+from ..mini.finetune_gan import GanOptions, load_gan_weights, train_vae_gan
 from ..mini.perceptual import LiteDistance, PerceptualDistance
 from ..mini.sampled_latents import SampledLatents, SampledLatentsOptions, build_sampled_latents
 from ..mini.train_autoencoder import AutoencoderOptions, Crops, load_teacher, train_autoencoder
@@ -107,6 +107,8 @@ def copy_autoencoder(source: Base, target: Base) -> None:
 @click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder of the base.")
 @click.option("--steps", default=BaseTrainingOptions().steps, show_default=True, help="Steps of U-Net and ControlNet.")
 @click.option("--side", default=BaseTrainingOptions().side, show_default=True, help="Training window in latents.")
+@click.option("--batch", default=BaseTrainingOptions().batch, show_default=True, help="Windows in a step of the U-Net.")
+@click.option("--lr", default=BaseTrainingOptions().lr, show_default=True, help="Learning rate of the U-Net.")
 @click.option("--autoencoder-steps", default=AutoencoderOptions().steps, show_default=True)
 @click.option("--gan-steps", default=GanOptions().steps, show_default=True, help="Second phase; 0 leaves it out.")
 @click.option(
@@ -135,6 +137,8 @@ def mini(
     out: Path,
     steps: int,
     side: int,
+    batch: int,
+    lr: float,
     autoencoder_steps: int,
     gan_steps: int,
     decoder_steps: int,
@@ -181,6 +185,8 @@ def mini(
         train_autoencoder(autoencoder, taesd, crops, options, out, resume, place)
     elif init is not None and init.endswith(".safetensors"):
         weights = Path(init)
+        if not gan_steps:
+            load_gan_weights(weights, {"autoencoder": autoencoder})
     elif init is not None:
         copy_autoencoder(load_base(init), base)
     if perceptual is not None and gan_steps:
@@ -192,7 +198,8 @@ def mini(
         build_cache(folders, base.autoencoder.encoder, cache, place)
     data = LatentDataset(cache, place)
     limit = time.part(TIME_SHARES["base"] if decoder_steps else 1.0)
-    train_base(base, data, BaseTrainingOptions(steps, side=side, share=shares, seed=seed, seconds=limit), out, resume)
+    training = BaseTrainingOptions(steps, batch, side, lr, share=shares, seed=seed, seconds=limit)
+    train_base(base, data, training, out, resume)
     if perceptual is not None and decoder_steps:
         train_decoder(base, folders, decoder_steps, seed, out, perceptual, resume, place, time)
     facts = {

@@ -129,7 +129,7 @@ class TrainingLoop:
         began = saved = time.monotonic()
         before, first = self.seconds, self.step
         limit = math.inf if self.limit is None else max(self.limit, 1e-3)
-        evaluation = 0.0 if self.limit is None else 0.05 * limit  # a guess, until one is measured
+        evaluation = 0.0 if self.limit is None else 0.2 * limit  # a guess, until one is measured
         done = self.step >= self.steps
         bar = tqdm(total=self.steps, initial=self.step, desc=self.name, unit="step", disable=not self.writes)
         with bar, DeferredSignals() as signals:
