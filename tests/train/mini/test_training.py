@@ -15,10 +15,12 @@ from PIL import Image
 
 from lsast_engines.errors import TrainingError
 from lsast_train.base.attention import layer_contexts
+from lsast_train.base.lazy_base import load_base
 from lsast_train.base.mini_autoencoder import MiniAutoencoder
 from lsast_train.cli.mini import mini
 from lsast_train.mini.architecture import MiniConfig, build_mini
 from lsast_train.mini.dataset import LatentDataset, build_cache
+from lsast_train.mini.finetune_gan import save_gan_weights
 from lsast_train.mini.train_autoencoder import AutoencoderOptions, Crops, evaluate, load_teacher, train_autoencoder
 from lsast_train.mini.train_unet import BaseTrainingOptions, JointModel, learning_rate_factor, train_base
 
@@ -83,6 +85,28 @@ def test_train_base_lowers_the_loss_and_tokens_gain(data: LatentDataset, tmp_pat
     assert last["own"] < last["other"]
 
 
+@pytest.mark.gpu
+def test_train_base_on_cuda_is_near_that_on_the_cpu(
+    picture_folders: list[Path], data: LatentDataset, tmp_path: Path
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("torch finds no CUDA device")
+    encoder = torch.nn.Conv2d(3, 4, 8, stride=8).requires_grad_(False)
+    build_cache(picture_folders, encoder, tmp_path / "latents.safetensors", "cuda")
+    there = LatentDataset(tmp_path / "latents.safetensors", "cuda")
+    windows = [x.window(data.train[:4], 16, np.random.default_rng(0)) for x in (data, there)]
+    assert torch.equal(windows[0].edges, windows[1].edges.cpu())
+    losses = []
+    for name, device in (("cpu", "cpu"), ("cuda", "cuda"), ("again", "cuda")):
+        base = build_mini(MiniConfig.tiny())
+        (tmp_path / name).mkdir()
+        train_base(base, LatentDataset(tmp_path / "latents.safetensors", device), TINY, tmp_path / name, resume=False)
+        assert base.device.type == "cpu"
+        losses.append(json.loads((tmp_path / name / "base.log.json").read_text())["history"][0]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[2] == pytest.approx(losses[1], rel=1e-3)
+
+
 def test_resumed_train_base_restores_weights_and_refuses_another_size(data: LatentDataset, tmp_path: Path) -> None:
     first = build_mini(MiniConfig.tiny())
     train_base(first, data, replace(TINY, steps=3), tmp_path, resume=False)
@@ -115,6 +139,31 @@ def test_mini_command_with_invalid_teacher_or_share_fails(picture_folders: list[
     bad = CliRunner().invoke(mini, ["--images", root, "--teacher", "t", "--out", "o", "--share", "red"])
     assert bad.exit_code == 2
     assert "LABEL=NUMBER" in bad.output
+
+
+def test_mini_command_within_seconds_leaves_a_whole_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The phases but the GAN's: each of them ends by the limit, far from its number of steps."""
+    monkeypatch.setattr("lsast_train.cli.mini.MiniConfig", MiniConfig.tiny)
+    monkeypatch.setattr("lsast_train.cli.mini.LiteDistance", lambda device: lambda a, b: (a - b).square().mean())
+    autoencoder = build_mini(MiniConfig.tiny(), seed=4).autoencoder
+    save_gan_weights(tmp_path / "a.safetensors", {"autoencoder": autoencoder}, 3)
+    (tmp_path / "pictures").mkdir()
+    for index in range(60):
+        Image.new("RGB", (100, 100), (index, 0, 0)).save(tmp_path / "pictures" / f"{index}.png")
+    arguments = ["--init", str(tmp_path / "a.safetensors"), "--gan-steps", "0", "--side", "8", "--batch", "2"]
+    arguments += ["--images", str(tmp_path / "pictures"), "--device", "cpu", "--seconds", "1", "--lr", "1e-3"]
+    result = CliRunner().invoke(mini, [*arguments, "--out", str(tmp_path / "base")], catch_exceptions=False)
+    assert result.exit_code == 0
+    base = load_base(str(tmp_path / "base"))
+    assert isinstance(base.autoencoder, MiniAutoencoder)
+    for found, given in zip(base.autoencoder.encoder.parameters(), autoencoder.encoder.parameters(), strict=True):
+        torch.testing.assert_close(found, given, atol=1e-3, rtol=1e-3)  # the file's, which is in fp16
+    last = json.loads((tmp_path / "base" / "base.log.json").read_text())["history"][-1]
+    assert 1 <= last["step"] < BaseTrainingOptions().steps
+    assert (tmp_path / "base" / "base.checkpoint.safetensors").exists()
+    assert (
+        "found --device nowhere" in CliRunner().invoke(mini, [*arguments, "--device", "nowhere", "--out", "o"]).output
+    )
 
 
 def test_crops_of_too_few_or_too_small_pictures_are_refused(tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ import json
 import logging
 import math
 import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +36,9 @@ PAINTED_SIDE = 512
 """Pictures are cached with about this number of pixels squared, the size that mini paints at. A work of 300 pixels is
 enlarged: at its own size its brush strokes are finer than the autoencoder can carry, and a base that was trained there
 paints pictures of 512² without any."""
+
+READ_AHEAD = 64
+"""Pictures that are read, fitted and waiting while others are encoded."""
 
 SMALLEST = 96
 """Pictures with a shorter side below this many pixels are left out: enlarged, they would only teach blur."""
@@ -69,6 +75,29 @@ def fit_picture(rgb: npt.NDArray[np.uint8], side: float = PAINTED_SIDE) -> npt.N
     return np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.LANCZOS))
 
 
+def _fitted(jobs: list[tuple[int, Path]]) -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]] | None]:
+    """Each picture fitted, and its edges, read by threads some pictures ahead; None for one to leave out."""
+
+    def fit(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]] | None:
+        try:
+            rgb = read_picture(path).rgb
+        except PictureError:
+            return None
+        if min(rgb.shape[:2]) < SMALLEST:
+            return None
+        rgb = fit_picture(rgb)
+        return rgb, canny_edges(rgb)
+
+    with ThreadPoolExecutor() as pool:
+        waiting: deque[Future[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]] | None]] = deque()
+        for _, path in jobs:
+            waiting.append(pool.submit(fit, path))
+            if len(waiting) > READ_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
 def build_cache(folders: list[Path], encoder: torch.nn.Module, out: Path, device: torch.device | str = "cpu") -> None:
     """Encode every picture under `folders` (a label each) and write the cache file `out`.
 
@@ -87,22 +116,17 @@ def build_cache(folders: list[Path], encoder: torch.nn.Module, out: Path, device
     held: list[bool] = []
     skipped: list[str] = []
     jobs = [(index, path) for index, folder in enumerate(folders) for path in find_pictures(folder)]
-    for label, path in tqdm(jobs, desc="encode", unit="picture"):
-        try:
-            rgb = read_picture(path).rgb
-        except PictureError:
+    for (label, path), fitted in zip(tqdm(jobs, desc="encode", unit="picture"), _fitted(jobs), strict=True):
+        if fitted is None:
             skipped.append(path.name)
             continue
-        if min(rgb.shape[:2]) < SMALLEST:
-            skipped.append(path.name)
-            continue
-        rgb = fit_picture(rgb)
+        rgb, edge = fitted
         image = torch.tensor(rgb).permute(2, 0, 1)[None].float() / 127.5 - 1  # [1, 3, H, W]
         image = image.to(device, memory_format=torch.channels_last)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
             latent = encoder(image)[0].float().cpu().numpy()
         latents.append(latent.astype(np.float16))
-        edges.append(np.packbits(canny_edges(rgb), axis=1))  # [H, W/8]
+        edges.append(np.packbits(edge, axis=1))  # [H, W/8]
         sizes.append((latent.shape[1], latent.shape[2]))
         labels.append(label)
         held.append(is_held_out(f"{path.parent.name}/{path.name}"))
