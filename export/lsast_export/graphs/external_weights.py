@@ -41,7 +41,7 @@ def save_graph(graph: TracedGraph, weights: Path, path: Path) -> None:
         dtype = _TYPES[slot.dtype]
         if dtype != ir.DataType.FLOAT:
             casts.append(_cast(value))
-        value.dtype = dtype
+        value.type = ir.TensorType(dtype)  # not `dtype`: a clone shares its type objects with the original
         value.const_value = ir.ExternalTensor(
             weights.name, slot.offset, slot.length, dtype, shape=ir.Shape(slot.shape), name=name, base_dir=path.parent
         )

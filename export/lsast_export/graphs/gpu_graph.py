@@ -103,7 +103,7 @@ class _Rewriter:
             if output.dtype is None:
                 raise ExportError(f"found no type of {output.name}; export the bundle again")
             if output.dtype == ir.DataType.FLOAT and floats:
-                output.dtype = wanted
+                output.type = ir.TensorType(wanted)  # not `dtype`: values may share one type object
 
     def _retype_cast(self, node: ir.Node, full: bool) -> None:
         """Let the cast of a weight to float32 give fp16 instead; drop it if the weight is in fp16."""
@@ -117,7 +117,7 @@ class _Rewriter:
             self._graph.remove(node, safe=True)
             return
         node.attributes["to"] = ir.AttrInt64("to", self._half)
-        output.dtype = self._half
+        output.type = ir.TensorType(self._half)
 
     def _as(self, value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:
         """`value` in `dtype`, with one cast for all its users."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import onnx
@@ -17,26 +17,39 @@ GRAPHS = ("vae_encoder", "controlnet_cond", "denoiser", "vae_decoder")
 
 
 @pytest.fixture
-def halved(bundles: dict[str, Bundle], tmp_path: Path) -> Callable[[str, str], Path]:
-    def write(storage_dtype: str, graph: str) -> Path:
+def halved(bundles: dict[str, Bundle], tmp_path: Path) -> Callable[..., Path]:
+    def write(storage_dtype: str, graph: str, fused: bool = True) -> Path:
         folder = bundles[storage_dtype].path
         shutil.copyfile(folder / "base.safetensors", tmp_path / "base.safetensors")
-        write_gpu_graph(folder / f"{graph}.onnx", tmp_path / f"{graph}.onnx")
+        write_gpu_graph(folder / f"{graph}.onnx", tmp_path / f"{graph}.onnx", fused=fused)
         return tmp_path / f"{graph}.onnx"
 
     return write
 
 
+def assert_one_float_type_a_node(nodes: Iterable[onnx.NodeProto], kinds: dict[str, int]) -> None:
+    """ONNX's inference follows the first input of a product alone; TensorRT refuses two types."""
+    floats = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
+    for node in nodes:
+        inputs = [name for name in node.input if name][: 1 if node.op_type == "Resize" else None]
+        assert len(floats & {kinds[name] for name in inputs if name in kinds}) <= 1, (node.op_type, node.name)
+
+
 @pytest.mark.parametrize("graph", GRAPHS)
-@pytest.mark.parametrize("storage_dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("storage_dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("fused", [True, False])
 def test_write_gpu_graph_has_products_in_fp16_and_norms_in_fp32(
-    halved: Callable[[str, str], Path], storage_dtype: str, graph: str
+    halved: Callable[..., Path], storage_dtype: str, graph: str, fused: bool
 ) -> None:
-    path = halved(storage_dtype, graph)
+    path = halved(storage_dtype, graph, fused)
     onnx.checker.check_model(str(path), full_check=True)
     # onnx's own inference says what each value is, not what the rewriter noted.
-    model = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False), strict_mode=True)
+    model = onnx.load(path, load_external_data=False)
+    del model.graph.value_info[:]
+    model = onnx.shape_inference.infer_shapes(model, strict_mode=True)
     kinds = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.value_info, *model.graph.input)}
+    kinds |= {weight.name: weight.data_type for weight in model.graph.initializer}
+    assert_one_float_type_a_node(model.graph.node, kinds)
     found: dict[str, Counter[int]] = {}
     for node in model.graph.node:
         for output in node.output:
@@ -53,7 +66,7 @@ def test_write_gpu_graph_has_products_in_fp16_and_norms_in_fp32(
     assert {value.type.tensor_type.elem_type for value in borders} <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}
 
 
-def test_write_gpu_graph_casts_no_fp16_weight(halved: Callable[[str, str], Path]) -> None:
+def test_write_gpu_graph_casts_no_fp16_weight(halved: Callable[..., Path]) -> None:
     nodes = onnx.load(halved("fp16", "controlnet_cond"), load_external_data=False).graph.node
     assert Counter(node.op_type for node in nodes)["Cast"] == 2  # into the graph and out of it
 
