@@ -148,8 +148,8 @@ def build_cache(folders: list[Path], encoder: torch.nn.Module, out: Path, device
 
 
 def _reflected(side: int, size: torch.Tensor) -> torch.Tensor:
-    """[B] sizes → [B, side]: the positions 0..side-1, beyond a size reflected as by ``numpy.pad(mode="reflect")``."""
-    period = (2 * size[:, None] - 2).clamp(min=1)
+    """[B, 1] sizes → [B, side]: the places 0..side-1, beyond a size reflected as by ``numpy.pad(mode="reflect")``."""
+    period = (2 * size - 2).clamp(min=1)
     position = torch.arange(side, device=size.device)[None] % period
     return torch.minimum(position, period - position)
 
@@ -201,49 +201,24 @@ class LatentDataset:
             mirrored = rng.random() < 0.5  # a fair approximation of mirroring the picture (docs/mini.md)
             rows.append([self._starts[index], height, width, n, *own, *other, mirrored, self.labels[index]])
         table = torch.from_numpy(np.array(rows, dtype=np.int64)).to(self._latents.device)
-        start, height, width, n, y, x, v, u, flag, labels = table.T
-        return Window(
-            self._latent_crops(side, start, height * width, width, n, y, x, flag),
-            self._latent_crops(side, start, height * width, width, n, v, u, flag),
-            self._edge_crops(side, start, width, n, y, x, flag),
-            labels,
-        )
+        start, height, width, n, y, x, v, u, mirrored, labels = table.T[..., None]  # [B, 1] each
 
-    def _latent_crops(
-        self,
-        side: int,
-        start: torch.Tensor,
-        area: torch.Tensor,
-        width: torch.Tensor,
-        n: torch.Tensor,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        mirrored: torch.Tensor,
-    ) -> torch.Tensor:
-        """[B, 4, side, side] from the rows and columns that begin at `y`, `x` [B]; `n` of them are there."""
-        place = _reflected(side, n)
-        columns = x[:, None] + torch.where(mirrored[:, None] > 0, n[:, None] - 1 - place, place)
-        channels = 4 * start[:, None] + torch.arange(4, device=start.device) * area[:, None]
-        lines = (y[:, None] + place) * width[:, None]
-        return self._latents[channels[:, :, None, None] + lines[:, None, :, None] + columns[:, None, None]].float()
+        def places(first: torch.Tensor, cells: int, mirror: bool = False) -> torch.Tensor:
+            """[B, cells · side] rows or columns of cells, `cells` to a latent, of the crops that begin at `first`."""
+            place = _reflected(cells * side, cells * n)
+            return cells * first + torch.where((mirrored > 0) & mirror, cells * n - 1 - place, place)
 
-    def _edge_crops(
-        self,
-        side: int,
-        start: torch.Tensor,
-        width: torch.Tensor,
-        n: torch.Tensor,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        mirrored: torch.Tensor,
-    ) -> torch.Tensor:
-        """[B, 3, 8 side, 8 side] of 0 and 1."""
-        place = _reflected(8 * side, 8 * n)
-        columns = 8 * x[:, None] + torch.where(mirrored[:, None] > 0, 8 * n[:, None] - 1 - place, place)
-        lines = 8 * start[:, None] + (8 * y[:, None] + place) * width[:, None]
-        packed = self._edges[lines[:, :, None] + (columns // 8)[:, None]]
+        def crops(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            """[B, 4, side, side]."""
+            channels = 4 * start + torch.arange(4, device=start.device) * height * width
+            lines = places(y, 1) * width
+            columns = places(x, 1, mirror=True)
+            return self._latents[channels[..., None, None] + lines[:, None, :, None] + columns[:, None, None]].float()
+
+        lines, columns = 8 * start + places(y, 8) * width, places(x, 8, mirror=True)
+        packed = self._edges[lines[..., None] + (columns // 8)[:, None]]
         bits = packed >> (7 - columns % 8).to(torch.uint8)[:, None] & 1
-        return bits.float()[:, None].expand(-1, 3, -1, -1)
+        return Window(crops(y, x), crops(v, u), bits.float()[:, None].expand(-1, 3, -1, -1), labels[:, 0])
 
     def sampling_weights(self, side: int, share: dict[str, float]) -> npt.NDArray[np.float64]:
         """Probability of each picture of `train`: a label's pictures weigh `share` (default 1), too small ones 0."""
