@@ -22,7 +22,7 @@ def import_opencv() -> Any:
         try:
             return importlib.import_module("cv2")
         finally:
-            if before is not None:
-                os.environ[_VARIABLE] = before
-            else:
+            if before is None:
                 os.environ.pop(_VARIABLE, None)
+            elif os.environ.get(_VARIABLE) != before:  # importing again changes nothing
+                os.environ[_VARIABLE] = before

@@ -77,6 +77,7 @@ class Request:
         self.timer = Timer()
         self._bundle = bundle
         self._temporal = temporal
+        require_graphs(bundle, options)
         self._schedule = make_schedule(bundle, options)
         with self.timer("read"):
             self.source = read_picture(picture, max_megapixels)
@@ -202,9 +203,7 @@ def make_schedule(bundle: Bundle, options: Options) -> TimestepSchedule:
 
     Raises:
         UsageError: a schedule that the solver does not allow.
-        BundleError: options that need graphs which the bundle does not have.
     """
-    require_graphs(bundle, options)
     manifest = bundle.manifest
     return TimestepSchedule.build(manifest.noise, options.steps, options.strength, manifest.stages, options.solver)
 

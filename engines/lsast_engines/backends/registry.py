@@ -195,7 +195,7 @@ def _choose(backend: str, device: str, compute_dtype: ComputeDtype | None) -> tu
             continue
         dtypes = entry.dtypes.get(wanted, (compute_dtype,))
         if compute_dtype is not None and compute_dtype not in dtypes:
-            unfit = f"; {name} computes in {' or '.join(map(str, dtypes))} on {wanted}"
+            unfit = f"; {name} computes in {' or '.join(map(str, dtypes))} on {wanted}, others may in {compute_dtype}"
             continue
         try:
             devices, *_ = entry.load()

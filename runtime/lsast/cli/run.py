@@ -113,11 +113,13 @@ def open_stylizer(where: dict[str, Any], options: dict[str, Any]) -> Stylizer:
     """
     from lsast_engines.bundle.bundle import Bundle, find_bundle
 
-    from ..request import make_schedule, resolve_options
+    from ..request import make_schedule, require_graphs, resolve_options
     from ..stylizer import load
 
     bundle = Bundle.open(find_bundle(where["bundle"]), verify_hashes=False)
-    make_schedule(bundle, resolve_options(bundle, without_mask(options), None, bundle.open_style)[0])
+    resolved = resolve_options(bundle, without_mask(options), None, bundle.open_style)[0]
+    require_graphs(bundle, resolved)
+    make_schedule(bundle, resolved)
     return load(**where, preset=options.get("preset"))
 
 

@@ -226,10 +226,10 @@ def test_check_interface_refuses_a_fixed_axis(toy: Any, backend: str) -> None:
 def test_open_engine_of_a_damaged_file_is_refused(toy: Any, backend: str) -> None:
     pytest.importorskip(backend)
     (toy.path.parent / "toy.data").unlink()
-    with pytest.raises(BackendError, match=rf"{backend} cannot load .*toy.onnx on cpu"):
+    with pytest.raises(BackendError, match=rf"{backend} cannot load .*toy.onnx on cpu|toy.onnx is not a graph of a"):
         open_engine(toy.path, toy.spec, backend)
     toy.path.write_bytes(b"no graph")
-    with pytest.raises(BackendError, match=rf"{backend} cannot load .*toy.onnx on cpu"):
+    with pytest.raises(BackendError, match=rf"{backend} cannot load .*toy.onnx on cpu|toy.onnx is not a graph of a"):
         open_engine(toy.path, toy.spec, backend)
     toy.path.unlink()
     with pytest.raises(BackendError, match=r"found no graph file .*toy.onnx"):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from lsast_engines.backends.onnxruntime import GPU_SUFFIX
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, graph_specs
 from lsast_engines.errors import ExportError, MissingExtraError, ParityError, StyleError
@@ -66,7 +67,9 @@ def test_export_bundle_records_parity_in_the_manifest(bundles: dict[str, Bundle]
     assert manifest.graphs == graph_specs(manifest.geometry)
     assert manifest.source["torch"] == torch.__version__.split("+")[0] or manifest.source["torch"] == torch.__version__
     others = {"base.json", "base.safetensors", "null.safetensors"}
-    assert set(manifest.files) == others | {f"{name}.onnx" for name in REQUIRED_GRAPHS}
+    assert set(manifest.files) == others | {
+        f"{name}{suffix}" for name in REQUIRED_GRAPHS for suffix in (".onnx", GPU_SUFFIX)
+    }
 
 
 def test_export_bundle_bakes_styles_with_rounded_weights(bundles: dict[str, Bundle], prompts: Prompts) -> None:

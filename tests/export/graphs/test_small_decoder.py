@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
+from lsast_engines.backends.onnxruntime import GPU_SUFFIX
 from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import EMBEDDED, Bundle
 from lsast_engines.bundle.graph_spec import VAE_DECODER_TINY
@@ -113,7 +114,8 @@ def test_small_decoder_graph_matches_diffusers(
 def test_add_small_decoder_changes_no_other_file(added: Bundle, bundles: dict[str, Bundle]) -> None:
     before = bundles["fp16"]
     manifest = Bundle.open(added.path).manifest
-    assert {path.name for path in added.path.iterdir()} == {p.name for p in before.path.iterdir()} | {GRAPH, WEIGHTS}
+    new = {GRAPH, WEIGHTS, f"{VAE_DECODER_TINY}{GPU_SUFFIX}"}
+    assert {path.name for path in added.path.iterdir()} == {path.name for path in before.path.iterdir()} | new
     for file in before.path.rglob("*.*"):
         if file.name != "manifest.json":
             assert (added.path / file.relative_to(before.path)).read_bytes() == file.read_bytes()
@@ -122,7 +124,7 @@ def test_add_small_decoder_changes_no_other_file(added: Bundle, bundles: dict[st
         manifest,
         graphs=before.manifest.graphs,
         parity=before.manifest.parity,
-        files={name: entry for name, entry in manifest.files.items() if name not in (GRAPH, WEIGHTS)},
+        files={name: entry for name, entry in manifest.files.items() if name not in new},
     )
     assert bare == before.manifest
     modes = {(added.path / name).stat().st_mode & 0o777 for name in (GRAPH, WEIGHTS, "manifest.json")}

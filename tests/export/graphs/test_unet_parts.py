@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from lsast_engines.backends.onnxruntime import GPU_SUFFIX
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS, downsampling_level, split_specs
 from lsast_engines.errors import BundleError, ParityError
@@ -150,7 +151,7 @@ def test_add_parts_changes_no_other_file(parted: Bundle, bundles: dict[str, Bund
     manifest = Bundle.open(parted.path).manifest
     assert list(manifest.graphs) == [*before.manifest.graphs, *UNET_SPLIT_GRAPHS]
     assert all(0 < manifest.parity[name] < 1e-5 for name in UNET_SPLIT_GRAPHS)
-    new = {f"{name}.onnx" for name in UNET_SPLIT_GRAPHS}
+    new = {f"{name}{suffix}" for name in UNET_SPLIT_GRAPHS for suffix in (".onnx", GPU_SUFFIX)}
     assert {path.name for path in parted.path.iterdir()} == {path.name for path in before.path.iterdir()} | new
     for file in before.path.rglob("*.*"):
         if file.name != "manifest.json":

@@ -14,7 +14,14 @@ import torch
 from safetensors.torch import save_file
 
 from lsast_engines.backends.registry import open_engine
-from lsast_engines.bundle.graph_spec import CONTROLNET_COND, DENOISER, GraphSpec, TensorSpec, graph_specs
+from lsast_engines.bundle.graph_spec import (
+    CONTROLNET,
+    CONTROLNET_COND,
+    DENOISER,
+    TensorSpec,
+    graph_specs,
+    split_specs,
+)
 from lsast_train.base.attention import layer_contexts
 from lsast_train.base.base import Base
 
@@ -22,6 +29,7 @@ from ...graphs.external_weights import save_graph
 from ...graphs.modules import geometry
 from ...graphs.trace import trace
 from ...graphs.trace_graphs import graph_module
+from ...graphs.unet_parts import unet_split
 from ...progress import Progress
 from ...styles.bake import KVProjector
 from .golden_set import RESIDUAL, GoldenSet
@@ -97,7 +105,7 @@ class EngineDenoiser:
         with closing(open_engine(folder / f"{CONTROLNET_COND}.onnx", specs[CONTROLNET_COND], backend)) as engine:
             hint = engine({"edges": np.ascontiguousarray(golden.hint.numpy())})["hint"].copy()
         self._constants: dict[str, npt.NDArray[Any]] = {"hint": hint, "control_scale": np.array(1, np.float32)}
-        spec = _with_residuals(specs[DENOISER], len(golden.residuals))
+        spec = dataclasses.replace(specs[DENOISER], outputs=(*specs[DENOISER].outputs, *_residual_specs(base)))
         self._engine = open_engine(folder / f"{DENOISER}.onnx", spec, backend)
         self._stage = -1
 
@@ -145,20 +153,17 @@ def export_graphs(base: Base, folder: Path, progress: Progress) -> None:
         with graph_module(base, name) as module:
             traced = trace(module, graph_specs(widths)[name], base.config.multiple, widths.factor)
         save_graph(traced, folder / _WEIGHTS, folder / f"{name}.onnx")
-    path, count = folder / f"{DENOISER}.onnx", len(base.controlnet.controlnet_down_blocks) + 1
+    path, residuals = folder / f"{DENOISER}.onnx", _residual_specs(base)
     model = ir.load(path)
     results = {str(node.inputs[1].name): node.outputs[0] for node in model.graph if node.op_type == "Conv"}  # type: ignore[union-attr]
-    layers = [*(f"controlnet_down_blocks.{index}" for index in range(count - 1)), "controlnet_mid_block"]
-    for layer, tensor in zip(layers, _residual_specs(count), strict=True):
+    layers = [*(f"controlnet_down_blocks.{index}" for index in range(len(residuals) - 1)), "controlnet_mid_block"]
+    for layer, tensor in zip(layers, residuals, strict=True):
         value = results[f"controlnet.{layer}.weight"]
         value.name, value.type, value.shape = tensor.name, ir.TensorType(ir.DataType.FLOAT), ir.Shape(tensor.shape)
         model.graph.outputs.append(value)
     ir.save(model, path)
 
 
-def _residual_specs(count: int) -> list[TensorSpec]:
-    return [TensorSpec(f"{RESIDUAL}{i:02}", "float32", ("B", f"C{i}", f"h{i}", f"w{i}")) for i in range(count)]
-
-
-def _with_residuals(spec: GraphSpec, count: int) -> GraphSpec:
-    return dataclasses.replace(spec, outputs=(*spec.outputs, *_residual_specs(count)))
+def _residual_specs(base: Base) -> list[TensorSpec]:
+    residuals = split_specs(geometry(base), unet_split(base))[CONTROLNET].outputs
+    return [dataclasses.replace(tensor, name=f"{RESIDUAL}{place:02}") for place, tensor in enumerate(residuals)]
