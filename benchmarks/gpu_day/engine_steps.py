@@ -34,7 +34,7 @@ def graphs(device: str, cells: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in REQUIRED_GRAPHS:
         path, spec = bundle.graph_path(name), bundle.manifest.graphs[name]
-        feeds = _feeds(spec, cells)
+        feeds = random_feeds(spec, cells)
         with closing(OnnxRuntimeEngine(path, spec, "cpu", None)) as engine:
             expected = engine(feeds)
             for dtype in ("fp32", "fp16"):
@@ -73,7 +73,7 @@ def sd15(device: str, cells: int, plain: bool, repeats: int) -> dict[str, Any]:
         draw_weights(folder)
     if plain:
         onnxruntime._CUDA_OPTIONS["enable_cuda_graph"] = "0"
-    path, feeds = folder / f"{DENOISER}.onnx", _feeds(spec, cells)
+    path, feeds = folder / f"{DENOISER}.onnx", random_feeds(spec, cells)
     with closing(OnnxRuntimeEngine(path, spec, device, None, "fp16")) as engine:
         begin = time.perf_counter()
         engine.bind_inputs({name: value for name, value in feeds.items() if name not in ("latent", "timestep")})
@@ -139,7 +139,8 @@ def _read_spec(path: Path) -> GraphSpec:
     return GraphSpec(DENOISER, inputs, outputs)
 
 
-def _feeds(spec: GraphSpec, cells: int) -> Feeds:
+def random_feeds(spec: GraphSpec, cells: int) -> Feeds:
+    """Inputs of batch 1 with guidance, for latents of `cells` squared."""
     lengths = {"B": 1, "G": 2, "h": cells, "w": cells, "H": 8 * cells, "W": 8 * cells}
     rng = np.random.default_rng(0)
     feeds = {}

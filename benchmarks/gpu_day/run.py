@@ -1,7 +1,7 @@
 """One call of the day on a card: its steps one after the other, each with a limit, results written as they come.
 
     python -m benchmarks.gpu_day.run parity --out $OUT      # and: engines, train
-    python -m benchmarks.gpu_day.run parity --out /tmp/day --rehearse
+    python -m benchmarks.gpu_day.run parity --out day --rehearse
 
 Each step is a process of its own and prints one JSON object last. Its line in OUT/CALL.jsonl holds that object, or the
 end of what it printed. A step that fails or is stopped does not stop the others. README.md has the commands for a card.

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lsast_engines.images import canny_edges
+from lsast_engines.opencv import import_opencv
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -15,7 +16,7 @@ _WINDOW, _SIGMA, _K1, _K2 = 11, 1.5, 0.01, 0.03
 
 def resized(rgb: Pixels, height: int, width: int) -> Pixels:
     """Bring [H, W, 3] to [height, width, 3]: averaging where it shrinks, cubic where it grows."""
-    import cv2
+    cv2 = import_opencv()
 
     if rgb.shape[:2] == (height, width):
         return rgb
@@ -46,7 +47,7 @@ def ssim(content: Pixels, result: Pixels) -> float:
         content: [H, W, 3], both sides at least 11.
         result: of the same shape.
     """
-    import cv2
+    cv2 = import_opencv()
 
     taps = cv2.getGaussianKernel(_WINDOW, _SIGMA, cv2.CV_64F)
     rim = _WINDOW // 2
@@ -98,7 +99,7 @@ def flat_gradient(rgb: Pixels) -> float:
 
 
 def _distance_to(edges: Pixels) -> npt.NDArray[np.float32]:
-    import cv2
+    cv2 = import_opencv()
 
     whole = cv2.distanceTransform((edges == 0).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     return np.asarray(whole, dtype=np.float32)

@@ -25,6 +25,7 @@ from lsast_engines.diffusion.solvers import make_solver
 from lsast_engines.diffusion.timesteps import Step, TimestepSchedule
 from lsast_engines.errors import UsageError
 from lsast_engines.images import canny_edges, find_pictures, read_picture
+from lsast_engines.opencv import import_opencv
 
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
@@ -177,7 +178,7 @@ def decode_all(bundle: Bundle, folder: Path, latents: Sequence[Floats], backend:
 
 
 def _square(rgb: Pixels, side: int) -> Pixels:
-    import cv2
+    cv2 = import_opencv()
 
     height, width = rgb.shape[:2]
     edge = min(height, width)
@@ -189,7 +190,7 @@ def _square(rgb: Pixels, side: int) -> Pixels:
 
 def _drawn(seed: int, side: int) -> Pixels:
     """Coloured noise with a power spectrum of 1/f², as photographs have, behind polygons with sharp edges."""
-    import cv2
+    cv2 = import_opencv()
 
     generator = np.random.default_rng(1000 + seed)
     rows, columns = np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side), indexing="ij")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
@@ -207,7 +207,12 @@ def _deinterlaced(frames: Iterator[VideoFrame], stream: VideoStream) -> Iterator
     buffer = graph.add_buffer(width=first.width, height=first.height, format=first.format, time_base=stream.time_base)
     graph.link_nodes(buffer, graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink"))
     graph.configure()
-    for frame in chain([first], frames, [None]):
+    yield from filtered(graph, chain([first], frames))
+
+
+def filtered(graph: Any, frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
+    """What a configured filter graph of FFmpeg makes of the frames, to the last."""
+    for frame in chain(frames, [None]):
         graph.vpush(frame)
         with contextlib.suppress(BlockingIOError, EOFError):
             while True:

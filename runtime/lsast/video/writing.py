@@ -12,15 +12,15 @@ from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import cv2
 import numpy as np
 from PIL import Image
 
 from lsast_engines.errors import PictureError, UsageError
 from lsast_engines.images import on_white
+from lsast_engines.opencv import import_opencv
 
 from ..images.formats import ANIMATIONS, WRITTEN_VIDEOS
-from .source import Frame, Source, opened, pyav, start_of
+from .source import Frame, Source, filtered, opened, pyav, start_of
 
 if TYPE_CHECKING:
     from av.container import InputContainer, OutputContainer
@@ -208,7 +208,7 @@ class SegmentEncoder:
         else:
             # x264's AVX-512 code of the macroblock tree (mbtree_propagate_list) takes 8 macroblocks at a time and
             # reads what lies beyond a row of another width: the same frames gave other bytes at times. AVX2 does not.
-            asm = {"x264-params": "asm=avx2"} if cv2.checkHardwareSupport(_CPU_AVX512_SKX) else {}
+            asm = {"x264-params": "asm=avx2"} if import_opencv().checkHardwareSupport(_CPU_AVX512_SKX) else {}
             stream = self._container.add_stream("libx264", rate=self._source.rate, options={"crf": "17", **asm})
             stream.pix_fmt = "yuv444p" if width % 2 or height % 2 else "yuv420p"  # 4:2:0 needs even sides
         stream.width, stream.height = width, height
@@ -351,11 +351,7 @@ def _with_palette(frames: Iterator[Any]) -> Iterator[Any]:
     palette.link_to(use, 0, 1)
     use.link_to(sink)
     graph.configure()
-    for frame in chain([first], frames, [None]):
-        graph.vpush(frame)
-        with contextlib.suppress(BlockingIOError, EOFError):
-            while True:
-                yield graph.vpull()
+    yield from filtered(graph, chain([first], frames))
 
 
 def str_file(path: Path) -> str:

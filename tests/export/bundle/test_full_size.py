@@ -92,15 +92,11 @@ def test_eight_bits_are_made_in_the_memory_of_an_export(exported: dict[str, Any]
 
 def test_the_denoisers_graph_for_gpus_is_near_the_exported_one(exported: dict[str, Any], folder: Path) -> None:
     pytest.importorskip("onnxruntime")
+    from benchmarks.gpu_day.engine_steps import random_feeds
+
     bundle = Bundle.open(folder / "fp32", verify_hashes=False)
     spec, path = bundle.manifest.graphs[DENOISER_GRAPH], bundle.graph_path(DENOISER_GRAPH)
-    lengths = {"B": 1, "G": 2, "h": 32, "w": 32}
-    rng = np.random.default_rng(0)
-    feeds = {}
-    for tensor in spec.inputs:
-        shape = [lengths[axis] if isinstance(axis, str) else axis for axis in tensor.shape]
-        values = np.full(shape, 500) if tensor.dtype == "int64" else rng.standard_normal(shape)
-        feeds[tensor.name] = np.asarray(values, tensor.dtype)
+    feeds = random_feeds(spec, 32)
     found = []
     for dtype in ("fp32", "fp16"):
         with closing(OnnxRuntimeEngine(path, spec, "cpu", None, dtype)) as engine:  # type: ignore[arg-type]
