@@ -18,9 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from lsast.cli.main import main as lsast_run
 from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.errors import StyleError
 from lsast_export.cli.main import main as lsast_export
 from lsast_export.graphs.meta_base import base_on_meta
 from lsast_export.styles.bake import KVProjector, bake_null_style
+from lsast_export.styles.prompts import check_prompts
 from lsast_train.__main__ import main as lsast_train
 from lsast_train.base.lazy_base import load_base, open_base, save_base
 from lsast_train.checkpoints.source import BaseSource
@@ -49,7 +51,7 @@ def _run(words: list[str]) -> str:
         assert code == 0, (words, err)
         return out.strip()
     with pytest.raises(SystemExit) as caught:
-        {"lsast-train": lsast_train, "lsast-export": "--debug", "lsast-run": lsast_run}[program](arguments)
+        {"lsast-train": lsast_train, "lsast-run": lsast_run}[program](arguments)
     assert caught.value.code in (0, None), words
     return ""
 
@@ -98,6 +100,10 @@ def test_commands_of_the_page_run_one_after_the_other(compvis_base: Any) -> None
     painted = [np.asarray(Image.open(name)) for name in ("painted.png", "cassatt.png")]
     assert painted[0].shape == (64, 64, 3)  # released squashes
     assert painted[1].shape == (64, 96, 3)
+    assert all(picture.std() > 1 for picture in painted)
+    other = load_base(BaseSource(compvis_base.file, compvis_base.controlnet_file, "ema"))
+    with pytest.raises(StyleError, match=f"was learned on base {prompts.base[:12]}"):
+        check_prompts(prompts, other.config.name, other.fingerprint, "")
 
 
 def _source(form: str, compvis_base: Any) -> BaseSource:

@@ -111,7 +111,7 @@ def _documented_calls() -> list[tuple[str, list[str]]]:
         blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
         for block in (text for language, text in blocks if language in ("", "sh")):
             for line in block.replace("\\\n", " ").splitlines():
-                words = re.sub(r"\s#\s.*", "", line.strip().removeprefix("$ ")).split()
+                words = re.sub(r"^(\$ )?(\w+=\S+ )*|\s#\s.*", "", line.strip()).split()
                 if words and re.fullmatch(r"lsast-(run|serve|train|export|eval)", words[0]):
                     calls.append((str(page.relative_to(ROOT)), words))
     return calls
@@ -143,7 +143,7 @@ def test_documented_calls_use_options_that_the_commands_show() -> None:
     for page, words in _documented_calls():
         options = [each for each in _command(words).params if not getattr(each, "hidden", False)]
         shown = {name for option in options for name in (*option.opts, *option.secondary_opts)}
-        used = {word.partition("=")[0] for word in words if word.startswith("--")}
+        used = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
         if unknown := used - shown:
             wrong.append(f"{page}: {' '.join(words[:3])} … {', '.join(sorted(unknown))}")
     assert len(_documented_calls()) > 40

@@ -153,4 +153,5 @@ def test_hostile_input_is_refused_or_painted(targets: dict[str, Target], name: s
 @pytest.mark.parametrize("name", NAMES)
 def test_much_hostile_input_is_refused_or_painted(targets: dict[str, Target], name: str) -> None:
     refused, taken = _run(targets[name], MANY)
+    assert min(refused, taken) > 0
     print(f"{name}: {refused} refused, {taken} taken")  # noqa: T201 - figures of docs/results.md, by pytest -s

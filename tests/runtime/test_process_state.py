@@ -1,4 +1,4 @@
-"""Painting changes nothing that the whole process shares, not for a moment."""
+"""Painting leaves what the whole process shares as it is; with engines open, not even for a moment, for spied calls."""
 
 from __future__ import annotations
 

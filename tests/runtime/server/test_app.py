@@ -219,7 +219,7 @@ def test_job_that_is_cancelled_before_it_runs_is_over(server: Running, png: byte
     assert asyncio.run(cancel_at_once()) == "cancelled"
 
 
-def test_equal_sizes_share_a_batch_and_others_get_their_own(
+def test_paintings_asked_for_together_are_those_of_single_calls(
     server: Running, stylizer: lsast.Stylizer, photo: np.ndarray, png: bytes
 ) -> None:
     wide = as_png(np.concatenate([photo, photo], axis=1))
