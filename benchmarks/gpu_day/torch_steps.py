@@ -10,6 +10,7 @@ import argparse
 import json
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +26,8 @@ TINY = {"block_out_channels": (32, 64), "down_block_types": ("CrossAttnDownBlock
 def machine(device: str) -> dict[str, Any]:
     """What runs here."""
     card = torch.cuda.get_device_name() if device == "cuda" else "none"
-    driver = torch.cuda.driver_version if device == "cuda" and hasattr(torch.cuda, "driver_version") else None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True).stdout.strip() if device == "cuda" else None
     return {"card": card, "driver": driver, "torch": torch.__version__, "cuda": torch.version.cuda,
             "python": platform.python_version()}  # fmt: skip
 

@@ -368,7 +368,9 @@ class Stylizer:
     def provenance(self, picture: Picture, style: str | None = None, **options: Any) -> Provenance:
         """What the painting of a picture would be made of; arguments and errors as of `stylize`, nothing is painted."""
         given = {**options, "style": style}
-        return self._provenance(self._request(picture, given, given.pop("mask", None)))
+        request = self._request(picture, given, given.pop("mask", None))
+        with self._pool.exclusive():
+            return self._provenance(request)
 
     def close(self) -> None:
         """End the paintings under way and free the memory of the engines; the stylizer cannot paint any more.

@@ -21,7 +21,7 @@ httpx = pytest.importorskip("httpx", reason="httpx is not installed: pip install
 QUICK: dict[str, Any] = {"steps": 2, "strength": 1.0, "size": 64, "guidance": 1.0}
 """Options of a painting that takes no time."""
 
-LONG = {**QUICK, "steps": 999, "size": 2048}
+LONG = {**QUICK, "steps": 999, "size": 1280, "tile": 256}
 """Options of one that goes on until it is cancelled."""
 
 

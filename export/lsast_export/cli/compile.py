@@ -9,7 +9,7 @@ import click
 
 from lsast_engines.backends.tensorrt.engine_record import TrtFlavor
 from lsast_engines.backends.tensorrt.shape_profile import Range, ShapeRanges
-from lsast_engines.cli import Command, debug_option, json_option, print_result
+from lsast_engines.cli import Command, debug_option, echo, json_option, print_result
 from lsast_engines.environment import require_extra
 from lsast_engines.errors import UsageError
 from lsast_engines.removed import removal
@@ -91,11 +91,11 @@ def compile_engines(
     records = compile_bundle(bundle, options, out, phases, graphs)
     for name, record in records.items():
         needs = f"{record.bytes / 1e9:.2f} GB, and {record.activation_bytes / 1e9:.2f} GB while it runs"
-        click.echo(f"           {name}: {needs}", err=True)
+        echo(f"           {name}: {needs}", err=True)
     # Engines run one after the other, and each gives its working memory back.
     total = sum(record.bytes for record in records.values())
     total += max((record.activation_bytes for record in records.values()), default=0)
-    click.echo(f"           at most {total / 1e9:.2f} GB at the largest sizes, beside inputs and outputs", err=True)
+    echo(f"           at most {total / 1e9:.2f} GB at the largest sizes, beside inputs and outputs", err=True)
     return {
         "bundle": str(bundle),
         "engines": str(out or engine_folder(bundle, options.library, options.compute_dtype)),

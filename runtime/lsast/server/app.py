@@ -78,9 +78,9 @@ def create_app(settings: Settings, make_painter: Callable[[], Painter]) -> FastA
         responses={401: {"model": Fault, "description": "No token, or another one."}} if settings.token else None,
     )
     app.state.draining = False
-    app.add_middleware(_Headers)
     app.add_middleware(_SameOrigin)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=settings.hosts, www_redirect=False)
+    app.add_middleware(_Headers)  # the last one added is outermost: refusals get the headers, too
     app.add_exception_handler(LsastError, _answer_error)
     _add_routes(app, settings)
     return app

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from lsast_engines.cli import Command, debug_option, log_to_stderr
+from lsast_engines.cli import Command, debug_option, echo, log_to_stderr
 from lsast_engines.errors import LsastError, MissingExtraError, UsageError
 
 from .settings import LOOPBACK, PREFIX, Settings, declared
@@ -106,9 +106,9 @@ def serve(settings: Settings, show: bool = False) -> None:
     server = Server(config)
     with log_to_stderr(logging.WARNING), _listen(settings) as listener:
         address = _address(settings.host, listener.getsockname()[1])
-        click.echo(address)
+        echo(address)
         if settings.host not in LOOPBACK and not settings.token:
-            click.echo("everyone who reaches this address can paint; --token asks for a token", err=True)
+            echo("everyone who reaches this address can paint; --token asks for a token", err=True)
         if show:
             webbrowser.open(address)
         with contextlib.suppress(KeyboardInterrupt):  # raised when all is done

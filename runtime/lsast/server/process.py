@@ -101,9 +101,9 @@ class WorkerProcess:
         """
         facts = {name: value for name, value in vars(work).items() if name not in ("picture", "mask")}
         async with self._stream(work.id) as stream:
-            await self._send("paint", facts, work.picture, work.mask)
             event = None
             try:
+                await self._send("paint", facts, work.picture, work.mask)
                 while event is None or event.kind != "done":
                     event = raised(await stream.get())
                     yield event
@@ -169,6 +169,8 @@ class WorkerProcess:
             begin = time.monotonic()
             try:
                 await self._run()
+            except OSError as error:  # no memory for another process, say: the next try comes
+                _log.error("the worker cannot be started: %s", error.strerror)
             finally:
                 self._ready.clear()
                 for stream in self._streams.values():

@@ -11,6 +11,7 @@ from fastapi import HTTPException, Request
 from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 
 from lsast_engines.errors import UsageError
 
@@ -89,12 +90,14 @@ async def _stream(request: Request, settings: Settings) -> AsyncGenerator[bytes,
 
 @contextlib.contextmanager
 def _in_time(settings: Settings) -> Iterator[None]:
-    """Raises status 408 when the block takes longer than `upload_seconds`."""
+    """Raises status 408 when the block takes longer than `upload_seconds`, 400 when the client goes away."""
     try:
         with anyio.fail_after(settings.upload_seconds):
             yield
     except TimeoutError:
         raise HTTPException(408, f"the request took more than {settings.upload_seconds:g} s to arrive") from None
+    except ClientDisconnect:
+        raise HTTPException(400, "the request broke off") from None
 
 
 def _too_large(settings: Settings) -> HTTPException:

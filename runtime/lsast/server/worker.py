@@ -202,7 +202,7 @@ class BatchPainter:
             _log.error("unexpected error", exc_info=error)
             memory = isinstance(error, MemoryError)
             text = "not enough memory for this painting; take a smaller size" if memory else "unexpected error"
-            return Event("failed", {"error": "PictureError" if memory else "LsastError", "text": text})
+            return Event("failed", {"error": "PictureError" if memory else "BackendError", "text": text})
         if isinstance(error, BackendError):
             _log.error("the backend failed: %s", error)
             return Event("failed", {"error": "BackendError", "text": "the backend failed; the server's log says more"})

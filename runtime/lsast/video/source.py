@@ -122,11 +122,11 @@ class _Video:
                     f"{size[1]} to {frame.width} x {frame.height} pixels; expected one size: cut the video there"
                 )
             size = (frame.width, frame.height, quarter_turn)
+            if number == 0 and quarter_turn:
+                self.sample_aspect = 1 / self.sample_aspect
             if number < first:  # decoding again is cheap beside painting, and exact, which seeking may not be
                 continue
             pixels = _rgb(frame, reformatter)
-            if number == 0 and quarter_turn:
-                self.sample_aspect = 1 / self.sample_aspect
             duration = round((frame.duration or 0) * (frame.time_base or self.time_base) / self.time_base)
             yield Frame(pixels, start, duration)
         if self._damaged:

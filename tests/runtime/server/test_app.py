@@ -329,7 +329,7 @@ def test_token_is_asked_for_by_all_but_page_and_probes(parted_path: Path, png: b
 
 def test_limits_hold(parted_path: Path, png: bytes) -> None:
     limits: dict[str, Any] = {"queue": 2, "batch": 1, "max_bytes": 4 * len(png), "seconds": 0.8, "upload_seconds": 1.0}
-    limits |= {"max_size": 1500, "max_tile": 1000, "max_tiles": 4, "max_megapixels": 0.02}
+    limits |= {"max_size": 1500, "max_tile": 1000, "max_tiles": 100, "max_megapixels": 0.02}
     with running(bundle=str(parted_path), **limits) as server:
         for options, words in (
             ({"size": 1501}, "at most 1500"),
@@ -343,7 +343,7 @@ def test_limits_hold(parted_path: Path, png: bytes) -> None:
         assert server.client.post("/v1/paintings", content=bytes(5 * len(png))).status_code == 413
         chunks = (bytes(len(png)) for _ in range(5))
         assert server.client.post("/v1/paintings", content=chunks).status_code == 413
-        long = {**LONG, "size": 1100, "guidance": 7.0}
+        long = {**LONG, "size": 1100, "guidance": 7.0, "tile": 256}
         slow = server.post(png, **long)
         assert (slow.status_code, "more than 0.8 s" in slow.text) == (504, True)
         with socket.create_connection(("127.0.0.1", int(server.address.rpartition(":")[2]))) as stalled:

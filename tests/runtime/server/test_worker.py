@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from lsast.sessions.cancel import CancelToken
-
 from lsast.server.worker import Event, Task, Work, Worker
+from lsast.sessions.cancel import CancelToken
 
 
 class RecordingPainter:

@@ -135,8 +135,9 @@ def command(
     else:
         pictures = {str(style): None if artist is None else pictures_by(artist, images)}
     folders = {name: Path("runs", name) if out is None else out / name if each_artist else out for name in pictures}
-    if not (resume or overwrite or each_artist):
-        refuse_finished(RunFiles(folders[str(style)], str(style)))
+    if not (resume or overwrite or len(pictures) > 1):
+        (name,) = pictures
+        refuse_finished(RunFiles(folders[name], name))
     _learn(pictures, folders, images, source, options, licence, resume, overwrite, device, threads)
 
 

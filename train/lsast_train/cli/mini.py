@@ -171,17 +171,21 @@ def mini(
     perceptual = LiteDistance(place) if gan_steps or decoder_steps else None
     if decoder_only and init is not None and perceptual is not None:
         base = load_base(init)
-        train_decoder(base, folders, decoder_steps, seed, out, perceptual, resume, place, time)
+        crops = Crops(folders, AutoencoderOptions().side)
+        train_decoder(base, crops, decoder_steps, seed, out, perceptual, resume, place, time)
         finish(base, out, {"decoder_steps": str(decoder_steps)})
         return
     base = build_mini(MiniConfig(), seed)
     autoencoder = base.autoencoder
     assert isinstance(autoencoder, MiniAutoencoder)
     crops = Crops(folders, AutoencoderOptions().side)
+    cache = out / "latents.safetensors"
+    encoded = resume and cache.exists()  # the encoder stays the one that made the cache: its phases only restore
     weights = None
     taesd = None if teacher is None else load_teacher(teacher)
     if init is None and taesd is not None:
-        options = AutoencoderOptions(steps=autoencoder_steps, seed=seed, seconds=time.part(TIME_SHARES["autoencoder"]))
+        limit = time.part(TIME_SHARES["autoencoder"])
+        options = AutoencoderOptions(steps=0 if encoded else autoencoder_steps, seed=seed, seconds=limit)
         train_autoencoder(autoencoder, taesd, crops, options, out, resume, place)
     elif init is not None and init.endswith(".safetensors"):
         weights = Path(init)
@@ -190,18 +194,17 @@ def mini(
     elif init is not None:
         copy_autoencoder(load_base(init), base)
     if perceptual is not None and gan_steps:
-        gan = GanOptions(steps=gan_steps, seed=seed, seconds=time.part(TIME_SHARES["gan"]))
+        gan = GanOptions(steps=0 if encoded else gan_steps, seed=seed, seconds=time.part(TIME_SHARES["gan"]))
         where = (crops, gan, out, perceptual)
         train_vae_gan(autoencoder, *where, resume=resume, weights=weights, teacher=taesd, device=place)
-    cache = out / "latents.safetensors"
-    if not (resume and cache.exists()):
+    if not encoded:
         build_cache(folders, base.autoencoder.encoder, cache, place)
     data = LatentDataset(cache, place)
     limit = time.part(TIME_SHARES["base"] if decoder_steps else 1.0)
     training = BaseTrainingOptions(steps, batch, side, lr, share=shares, seed=seed, seconds=limit)
     train_base(base, data, training, out, resume)
     if perceptual is not None and decoder_steps:
-        train_decoder(base, folders, decoder_steps, seed, out, perceptual, resume, place, time)
+        train_decoder(base, crops, decoder_steps, seed, out, perceptual, resume, place, time)
     facts = {
         "pictures": str(len(data.train)),
         "labels": ", ".join(data.label_names),
@@ -215,7 +218,7 @@ def mini(
 
 def train_decoder(
     base: Base,
-    folders: list[Path],
+    crops: Crops,
     steps: int,
     seed: int,
     out: Path,
@@ -227,7 +230,6 @@ def train_decoder(
     """Train the decoder of `base` on latents that it samples, in ``out/decoder``; `base` comes back on the CPU."""
     folder = out / "decoder"
     folder.mkdir(parents=True, exist_ok=True)
-    crops = Crops(folders, AutoencoderOptions().side)
     sampled = folder / "sampled.safetensors"
     if not (resume and sampled.exists()):
         if device.type != "cpu":

@@ -32,7 +32,7 @@ DISTILL_PRECISION = _MixedPrecision(PRECISIONS)
 """Type of the option ``--mixed-precision`` of a distillation."""
 
 device_option = click.option(
-    "--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps. [default: auto, the best that is there]"
+    "--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps. [default: auto, a CUDA GPU if one is there]"
 )
 """Adds ``--device`` to a command."""
 

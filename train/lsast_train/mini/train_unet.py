@@ -216,8 +216,7 @@ def train_base(base: Base, data: LatentDataset, options: BaseTrainingOptions, fo
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        with torch.no_grad():
-            ema.update(step + 1)
+        ema.update(step + 1)
         value: float = loss.item()  # the one wait for the device in a step
         require_finite(value, step)
         return value
