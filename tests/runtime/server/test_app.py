@@ -327,6 +327,30 @@ def test_token_is_asked_for_by_all_but_page_and_probes(parted_path: Path, png: b
         assert httpx.get(server.address + "/metrics", headers=encoded).status_code == 200
 
 
+@pytest.mark.parametrize("kind", [b"image/png", b"multipart/form-data; boundary=x"])
+def test_upload_that_breaks_off_is_the_clients_fault(server: Running, kind: bytes) -> None:
+    import asyncio
+
+    messages: list[Any] = [
+        {"type": "http.request", "body": b"--x\r\n", "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"localhost"), (b"content-type", kind)]
+    scope = {"type": "http", "method": "POST", "path": "/v1/paintings", "query_string": b"", "headers": headers}
+    asyncio.run(
+        server.app(scope | {"server": ("localhost", 80), "scheme": "http", "http_version": "1.1"}, receive, send)
+    )
+    assert sent[0]["status"] == 400
+
+
 def test_limits_hold(parted_path: Path, png: bytes) -> None:
     limits: dict[str, Any] = {"queue": 2, "batch": 1, "max_bytes": 4 * len(png), "seconds": 0.8, "upload_seconds": 1.0}
     limits |= {"max_size": 1500, "max_tile": 1000, "max_tiles": 100, "max_megapixels": 0.02}
