@@ -36,7 +36,7 @@ from lsast_train.base.base import Base
 from lsast_train.base.lazy_base import load_base
 from lsast_train.evaluation import ValidationSet
 from lsast_train.inversion import Inversion
-from lsast_train.options import PRESETS, TrainOptions, Variant
+from lsast_train.options import CHOICES, PRESETS, MixedPrecision, TrainOptions, Variant
 from lsast_train.paintings import PaintingDataset
 from lsast_train.prompts.prompt_space import PromptSpace
 
@@ -57,6 +57,7 @@ STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365
 @click.option("--batch", default=12, show_default=True)
 @click.option("--seeds", type=click.IntRange(1, 10), default=3, show_default=True)
 @click.option("--variant", "variants", multiple=True, type=click.Choice(list(MATRICES)), help="Only these now.")
+@click.option("--mixed-precision", default="no", show_default=True, type=click.Choice(CHOICES["mixed_precision"]))
 @click.option("--threads", type=click.IntRange(1))
 def main(
     paintings: Path,
@@ -66,6 +67,7 @@ def main(
     batch: int,
     seeds: int,
     variants: tuple[str, ...],
+    mixed_precision: MixedPrecision,
     threads: int | None,
 ) -> None:
     """Run what is missing in --out, then print the table."""
@@ -73,8 +75,15 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     loaded = load_base(base)
-    quick = replace(PRESETS["quick"], steps=steps, batch=batch, evaluate_every=max(1, steps // 12))
-    setting = {"base": loaded.fingerprint, "paintings": paintings.name, "steps": steps, "batch": batch}
+    every = max(1, steps // 12)
+    quick = replace(PRESETS["quick"], steps=steps, batch=batch, evaluate_every=every, mixed_precision=mixed_precision)
+    setting = {
+        "base": loaded.fingerprint,
+        "paintings": paintings.name,
+        "steps": steps,
+        "batch": batch,
+        "mixed_precision": mixed_precision,
+    }
     out.mkdir(parents=True, exist_ok=True)
     collection = PaintingDataset.load(paintings, quick.size, quick.crop, loaded.config.size)
     for seed, generator, variant in product(range(seeds), GENERATORS, variants or MATRICES):
@@ -183,7 +192,8 @@ def table(out: Path) -> str:
         lines.append(f"| {matrices} ({variant}) | {' | '.join(cells)} |")
     record = next(iter(runs.values()))
     setting = record["setting"]
-    title = f"{setting['paintings']}, {setting['steps']} steps of {setting['batch']}, n = {len(seeds)} seeds"
+    title = f"{setting['paintings']}, {setting['steps']} steps of {setting['batch']}"
+    title += f" (mixed precision: {setting['mixed_precision']}), n = {len(seeds)} seeds"
     return "\n".join([*lines, "", f"{title}; {record['machine']}"])
 
 
