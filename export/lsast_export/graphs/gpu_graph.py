@@ -13,6 +13,7 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
+from lsast_engines.bundle.graph_spec import VAE_ENCODER
 from lsast_engines.errors import ExportError
 
 from .attention import expand_attention, fuse_attention
@@ -24,6 +25,10 @@ FULL = frozenset(
     )
 )
 """Operators that stay in float32 (the list of torch.amp, docs.pytorch.org/docs/stable/amp.html)."""
+
+FLOAT_GRAPHS = (VAE_ENCODER,)
+"""Graphs that are float32 on a GPU, too. In fp16 the encoder of Stable Diffusion 1.5 is off by more than 1e-3; every
+block has its part in that (docs/gpu.md), and it runs once a picture."""
 
 _FLOAT_INPUTS = {"Resize": (1, 2)}
 """Inputs that are float32 by definition of the operator (onnx.ai/onnx/operators)."""
@@ -47,7 +52,7 @@ def write_gpu_graph(path: Path, target: Path, *, half: bool = True, fused: bool 
     Args:
         path: a graph of a bundle.
         target: the file to write.
-        half: compute in fp16, else in float32. There is no bf16: up to opset 21 ONNX has no convolution in it
+        half: compute in fp16, else in float32 (as `FLOAT_GRAPHS` do). There is no bf16: up to opset 21 ONNX has no convolution in it
             (onnx.ai/onnx/operators/onnx__Conv.html).
         fused: write attention as ONNX Runtime's operator, else as operators of ONNX, for TensorRT.
 
