@@ -1,16 +1,14 @@
-"""Imports: the runtime and the engines run without torch and load little, and no package has an import cycle.
+"""What imports load: the runtime and the engines run without torch, and a command line starts with little.
 
-Times are not asserted here (they belong to benchmarks/), only what is loaded.
+The contracts in pyproject.toml (lint-imports) hold what the source may import, and that it has no import cycle.
 """
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -51,88 +49,11 @@ def _python(code: str) -> list[str]:
     return found
 
 
-def _modules(package: str) -> dict[str, Path]:
-    """The files of a package by module name."""
+def _modules(package: str) -> list[str]:
+    """The names of the modules of a package."""
     files = (PACKAGES[package] / package).rglob("*.py")
-    return {
-        ".".join(file.relative_to(PACKAGES[package]).with_suffix("").parts).removesuffix(".__init__"): file
-        for file in files
-    }
-
-
-def _import_graph(package: str) -> dict[str, set[str]]:
-    """The modules of a package that each of its modules imports anywhere, but for type checking."""
-    modules = _modules(package)
-    graph: dict[str, set[str]] = {}
-    for name, file in modules.items():
-        parent = name if file.name == "__init__.py" else name.rpartition(".")[0]
-        graph[name] = set()
-        for node in _run_nodes(ast.parse(file.read_text(encoding="utf-8"))):
-            imported: list[str] = []
-            if isinstance(node, ast.Import):
-                imported = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                parts = parent.split(".")[: len(parent.split(".")) - node.level + 1] if node.level else []
-                source = ".".join([*parts, *([node.module] if node.module else [])])
-                children = [f"{source}.{alias.name}" for alias in node.names]
-                imported = [child if child in modules else source for child in children]
-            graph[name] |= {other for other in imported if other in modules and other != name}
-    return graph
-
-
-def _run_nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those under `if TYPE_CHECKING`."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
-        yield node
-        yield from _run_nodes(node)
-
-
-def _cycle(graph: Mapping[str, set[str]]) -> list[str]:
-    """One cycle of the graph, [] without any."""
-    done: set[str] = set()
-
-    def visit(node: str, path: list[str]) -> list[str]:
-        if node in path:
-            return [*path[path.index(node) :], node]
-        if node in done:
-            return []
-        for other in sorted(graph.get(node, ())):
-            if found := visit(other, [*path, node]):
-                return found
-        done.add(node)
-        return []
-
-    return next((found for node in sorted(graph) if (found := visit(node, []))), [])
-
-
-@pytest.mark.parametrize("package", PACKAGES)
-def test_import_graph_has_no_cycle_of_files(package: str) -> None:
-    assert _cycle(_import_graph(package)) == []
-
-
-@pytest.mark.parametrize("package", PACKAGES)
-def test_import_graph_has_no_cycle_of_folders(package: str) -> None:
-    """In every folder, its files and subfolders import each other in one direction only."""
-    graph = _import_graph(package)
-    folders = {name.rpartition(".")[0] for name in graph} - {""}
-    for folder in folders:
-        siblings: dict[str, set[str]] = {}
-        depth = folder.count(".") + 2
-        for name, imported in graph.items():
-            for other in imported:
-                if name.startswith(f"{folder}.") and other.startswith(f"{folder}."):
-                    child, other_child = (".".join(module.split(".")[:depth]) for module in (name, other))
-                    if child != other_child:
-                        siblings.setdefault(child, set()).add(other_child)
-        assert _cycle(siblings) == []
-
-
-def test_cycle_finds_one_where_there_is_one() -> None:
-    assert _cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
-    assert _cycle({"a": {"b", "c"}, "b": {"c"}}) == []
-    assert "lsast_engines.bundle.manifest" in _import_graph("lsast_engines")["lsast_engines.bundle.bundle"]
+    names = (".".join(file.relative_to(PACKAGES[package]).with_suffix("").parts) for file in files)
+    return [name.removesuffix(".__init__") for name in names]
 
 
 def test_server_process_loads_nothing_that_decodes_pictures() -> None:
