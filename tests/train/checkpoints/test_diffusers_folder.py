@@ -103,6 +103,9 @@ def test_diffusers_folder_schedule_is_read_and_others_are_refused(published: Any
     file.write_text(json.dumps({**schedule, "rescale_betas_zero_snr": True}))
     with pytest.raises(TrainingError, match="rescale_betas_zero_snr; expected betas of a named schedule"):
         open_base(BaseSource(folder, tmp_path / "canny"))
+    file.write_text(json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}))
+    with pytest.raises(TrainingError, match="scheduler: found FlowMatchEulerDiscreteScheduler"):
+        open_base(BaseSource(folder, tmp_path / "canny"))
 
 
 def test_diffusers_folder_with_missing_parts_reports_all(published: Any, folder: Path, tmp_path: Path) -> None:

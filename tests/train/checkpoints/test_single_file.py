@@ -109,3 +109,15 @@ def test_load_base_in_bf16_converts_as_torch_does(published: Any) -> None:
     assert base.null_context.dtype == torch.bfloat16
     expected = published.networks["ema"].conv_in.weight.bfloat16()
     assert torch.equal(base.unet.conv_in.weight, expected)
+
+
+@pytest.mark.parametrize("told", ["key", "metadata", "yaml", "nowhere"])
+def test_v_prediction_of_a_single_file_is_read_where_it_is_told(published: Any, tmp_path: Path, told: str) -> None:
+    file = tmp_path / "v.safetensors"
+    key = {"v_pred": torch.zeros(0)} if told == "key" else {}
+    metadata = {"modelspec.prediction_type": "v"} if told == "metadata" else {"modelspec.prediction_type": "epsilon"}
+    save_file({**published.one_set, **key}, file, metadata)
+    parameterization = "v" if told == "yaml" else "eps"
+    file.with_suffix(".yaml").write_text(f'model:\n  params:\n    parameterization: "{parameterization}"\n')
+    expected = "epsilon" if told == "nowhere" else "v_prediction"
+    assert open_base(published.source(base=file)).config.prediction == expected

@@ -75,6 +75,14 @@ def _changed(tensors: dict[str, torch.Tensor], name: str, value: torch.Tensor | 
         (lambda t: {**t, "cond_stage_model.model.ln_final.bias": torch.zeros(4)}, ["found Stable Diffusion 2"]),
         (lambda t: {**t, "conditioner.embedders.0.x": torch.zeros(4)}, ["found Stable Diffusion XL"]),
         (lambda t: {"lora_unet_down.lora_up.weight": torch.zeros(4)}, ["found a LoRA"]),
+        (lambda t: {"lora_unet_down.hada_w1_a": torch.zeros(4)}, ["found a LoRA"]),
+        (
+            lambda t: {**_one(t), "model.diffusion_model.time_embed.cond_proj.weight": torch.zeros(4)},
+            ["found a latent consistency model"],
+        ),
+        (lambda t: {**_one(t), "model.diffusion_model.label_emb.0.0.weight": torch.zeros(4)}, ["Stable Diffusion XL"]),
+        (lambda t: {"emb_params": torch.zeros(4)}, ["found a textual inversion"]),
+        (lambda t: {**_one(t), "ztsnr": torch.zeros(0)}, ["alphas_cumprod: found the key 'ztsnr'"]),
         (lambda t: {k: v for k, v in t.items() if k.startswith("first_stage")}, ["found an autoencoder alone"]),
         (
             lambda t: {k: v for k, v in t.items() if k.startswith("model.")},
@@ -92,7 +100,7 @@ def _changed(tensors: dict[str, torch.Tensor], name: str, value: torch.Tensor | 
             ["unet: found EMA weights without 1", "autoencoder: quant_conv.bias: missing"],
         ),
     ],
-    ids=["inpainting", "sd2", "openclip", "sdxl", "lora", "vae", "parts", "unknown", "schedule", "several"],
+    ids=lambda value: value[0].split(":")[0] if isinstance(value, list) else "",
 )
 def test_single_file_of_another_model_is_refused_by_its_kind(
     published: Any, tmp_path: Path, make: Any, messages: list[str]

@@ -95,7 +95,7 @@ def test_read_tensors_of_other_files_says_what_was_found(tmp_path: Path) -> None
     with pytest.raises(TrainingError, match="holds no tensors"):
         read_tensors(tmp_path / "numbers.pt")
     (tmp_path / "text.ckpt").write_text("version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(TrainingError, match=r"cannot be read|refused"):
+    with pytest.raises(TrainingError, match="pointer of Git LFS"):
         read_tensors(tmp_path / "text.ckpt")
     with pytest.raises(TrainingError, match=r"expected a file that ends in \.safetensors"):
         read_tensors(tmp_path / "a.onnx")

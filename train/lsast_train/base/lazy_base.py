@@ -23,7 +23,7 @@ from lsast_engines.diffusion.noise_schedule import NoiseSchedule
 from lsast_engines.errors import BundleError, StyleError, TrainingError, UsageError, fault_list
 from lsast_engines.files import file_sha256, replace_file
 
-from ..checkpoints.found_parts import BaseInspection, OpenWeights
+from ..checkpoints.inspection import BaseInspection, OpenWeights
 from ..checkpoints.source import BaseSource, import_base, is_importable
 from ..checkpoints.weights import OpenTensors, Weights, read_tensors, tensors_sha256, write_tensors
 from .base import Base, BaseConfig, build_base
@@ -191,8 +191,9 @@ def _description(network: Any) -> dict[str, Any]:
 
 def _open_imported(found: BaseInspection) -> LazyBase:
     tokens = found.networks["text_encoder"]().config["max_position_embeddings"]
+    scale = float(found.networks["autoencoder"]().config["scaling_factor"])
     config = BaseConfig(
-        *(found.name, "sd15", found.prediction, tokens, 512, found.latent_scale),
+        *(found.name, "sd15", found.prediction, tokens, 512, scale),
         noise=found.noise,
         multiple=found.multiple,
         training=found.origin,

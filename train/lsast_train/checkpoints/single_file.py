@@ -1,4 +1,4 @@
-"""A base in a single file of CompVis naming, as Stable Diffusion 1.x was published."""
+"""A base, a ControlNet or an autoencoder in a single file, as Stable Diffusion 1.x was published."""
 
 from __future__ import annotations
 
@@ -8,14 +8,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from lsast_engines.errors import TrainingError, fault_list
 
 from . import compvis
-from .found_parts import BaseInspection, Part, UnetWeights
-from .weights import read_tensors
+from .inspection import BaseInspection, Part, UnetWeights
+from .networks import HEADS, controlnet_config, diffusers_weights, vae_config
+from .weights import Weights, read_tensors
 
 _EMA = "model_ema.diffusion_model"
+
+_KINDS = {
+    r"(^|[._])lora([._]|$)|\.(hada_w1_|lokr_w1|oft_|dora_scale)": "a LoRA, which changes a base but is none,",
+    r"^(conditioner\.embedders\.|model\.diffusion_model\.label_emb\.)": "Stable Diffusion XL",
+    r"^cond_stage_model\.model\.": "Stable Diffusion 2 (an OpenCLIP text encoder)",
+    r"(joint|double)_blocks\.": "a diffusion transformer (Stable Diffusion 3, Flux)",
+    r"\.cond_proj\.": "a latent consistency model (LCM), whose U-Net takes the guidance scale,",
+    r"motion_modules\.": "an AnimateDiff motion module",
+    r"^(image_proj|ip_adapter)\.": "an IP-Adapter",
+    r"^(adapter\.)?body\.\d+\.": "a T2I-Adapter",
+    r"^lllite_": "a ControlNet-LLLite",
+    r"^(emb_params|clip_[lg]|string_to_param)$": "a textual inversion",
+}
+"""Other models by a pattern in the names of their tensors."""
 
 
 def read_single_file(path: Path, wanted: UnetWeights, own: Sequence[Part], found: BaseInspection) -> None:
@@ -29,19 +45,69 @@ def read_single_file(path: Path, wanted: UnetWeights, own: Sequence[Part], found
     if kind := describe_unsupported(state):
         found.fail("base", f"found {kind} in {path.name}; expected Stable Diffusion 1.5 in CompVis naming")
         return
-    if compvis.has(state, compvis.UNET):
-        try:
-            names, found.origin["unet_weights"] = _choose_unet(state, wanted)
-            found.add("unet", lambda: compvis.unet_weights(_pick(path, names), found.heads))
-        except TrainingError as error:
-            found.fail("unet", str(error))
-
+    try:
+        names, found.origin["unet_weights"] = _choose_unet(state, wanted)
+        found.add("unet", lambda: compvis.unet_weights(_pick(path, names), found.heads))
+    except TrainingError as error:
+        found.fail("unet", str(error))
     if "autoencoder" in own and compvis.has(state, compvis.VAE):
         found.add("autoencoder", lambda: compvis.vae_weights(read_tensors(path)))
     if compvis.has(state, compvis.TEXT):
         found.add("text_encoder", lambda: compvis.text_encoder_weights(read_tensors(path)))
     if "controlnet" in own and compvis.has(state, compvis.CONTROL):
         found.add("controlnet", lambda: compvis.controlnet_weights(read_tensors(path), found.heads))
+    _read_schedule(path, state, found)
+
+
+def read_vae_file(path: Path) -> Weights:
+    """The autoencoder in `path`, in CompVis' or diffusers' naming.
+
+    Raises:
+        TrainingError: there is none.
+    """
+    state = read_tensors(path)
+    if "encoder.conv_norm_out.weight" in state:
+        return diffusers_weights("AutoencoderKL", state, vae_config(state))
+    return compvis.vae_weights(state)
+
+
+def read_controlnet_file(path: Path, heads: int = HEADS) -> Weights:
+    """The ControlNet in `path`, in CompVis' or diffusers' naming.
+
+    Raises:
+        TrainingError: there is none, or one of differences to a U-Net.
+    """
+    state = read_tensors(path)
+    for key, kind in (("difference", "differences"), ("lora_controlnet", "a Control-LoRA, low-rank differences")):
+        if key in state:
+            raise TrainingError(
+                f"found {kind} to a U-Net in {path.name} (it has the key {key!r}); expected whole weights, such as "
+                "control_v11p_sd15_canny"
+            )
+    if "controlnet_cond_embedding.conv_in.weight" in state:
+        return diffusers_weights("ControlNetModel", state, controlnet_config(state, heads))
+    section = compvis.section(state, compvis.CONTROL)
+    if "input_hint_block.0.weight" not in section:
+        raise TrainingError(f"found {describe_unsupported(state) or 'a base'} in {path.name}; expected a ControlNet")
+    return compvis.controlnet_weights(section, heads)
+
+
+def _read_schedule(path: Path, state: Mapping[str, torch.Tensor], found: BaseInspection) -> None:
+    """Prediction and noise schedule, as far as a file tells them; by itself CompVis naming has no place for them."""
+    metadata: dict[str, str] = {}
+    beside = path.with_suffix(".yaml")
+    if path.suffix.lower() == ".safetensors":
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+    told = (
+        "v_pred" in state,  # ComfyUI
+        metadata.get("modelspec.prediction_type") == "v",  # github.com/Stability-AI/ModelSpec
+        beside.is_file() and re.search(r"parameterization:\s*[\"']?v\b", beside.read_text("utf-8", "replace")),
+    )
+    if any(told):
+        found.prediction = "v_prediction"
+    if "ztsnr" in state:
+        found.fail("alphas_cumprod", "found the key 'ztsnr', a zero-SNR schedule; expected Stable Diffusion 1.5's")
     if (schedule := state.get("alphas_cumprod")) is not None:
         expected = found.noise.alphas_cumprod
         rounding = torch.finfo(schedule.dtype).eps if schedule.is_floating_point() else 0.0  # a file wholly in bf16
@@ -83,13 +149,7 @@ def describe_unsupported(keys: Iterable[str]) -> str | None:
     def some(pattern: str) -> bool:
         return any(re.search(pattern, name) for name in names)
 
-    kinds = {
-        r"(^|[._])lora([._]|$)": "a LoRA, which changes a base but is none,",
-        r"^conditioner\.embedders\.": "Stable Diffusion XL",
-        r"^cond_stage_model\.model\.": "Stable Diffusion 2 (an OpenCLIP text encoder)",
-        r"(joint|double)_blocks\.": "a diffusion transformer (Stable Diffusion 3, Flux)",
-    }
-    for pattern, kind in kinds.items():
+    for pattern, kind in _KINDS.items():
         if some(pattern):
             return kind
     if some(r"^model\.diffusion_model\."):
@@ -97,7 +157,7 @@ def describe_unsupported(keys: Iterable[str]) -> str | None:
     if some(r"^(control_model\.)?input_hint_block\.|^controlnet_cond_embedding\."):
         return "a ControlNet alone (name it with --controlnet)"
     if some(r"^(first_stage_model\.)?(encoder|decoder)\.(conv_in|down|mid)"):
-        return "an autoencoder alone"
+        return "an autoencoder alone (name it with --vae)"
     if some(r"^(down_blocks|up_blocks|conv_in)\."):
         return "a network in diffusers' naming (name the folder of its model)"
     return f"{len(names)} tensors of an unknown kind, such as {', '.join(names[:3])},"

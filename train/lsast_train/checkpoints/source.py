@@ -15,12 +15,12 @@ from typing import Any
 
 from lsast_engines.errors import TrainingError, UsageError, fault_list
 
-from . import compvis
-from .diffusers_folder import FILES, add_from, controlnet_config, diffusers_weights, read_folder
-from .found_parts import BaseInspection, Part, UnetWeights
+from .diffusers_folder import FILES, add_from, read_folder
 from .hub import Folder, Repository, is_hub_id, open_hub, weight_files
-from .single_file import describe_unsupported, read_single_file
-from .weights import PICKLED, Weights, read_tensors
+from .inspection import BaseInspection, Part, UnetWeights
+from .networks import Kind
+from .single_file import read_controlnet_file, read_single_file, read_vae_file
+from .weights import PICKLED
 
 _SINGLE_FILES = (".safetensors", *PICKLED)
 _PARTS: dict[Part, str] = {
@@ -29,6 +29,8 @@ _PARTS: dict[Part, str] = {
     "autoencoder": "autoencoder",
     "text_encoder": "text encoder",
 }
+_FAMILIES = {1024: "1024 are Stable Diffusion 2's", 2048: "2048 are Stable Diffusion XL's"}
+"""Other models by the channels of their contexts."""
 _log = logging.getLogger("lsast.base")
 
 
@@ -121,47 +123,19 @@ def _read_part(part: Part, name: str | Path, source: BaseSource, found: BaseInsp
     path = Path(name).expanduser()
     if _is_file(path):
         found.origin[part] = path.name
-        found.add(part, lambda: _controlnet_file(path, found.heads) if part == "controlnet" else _vae_file(path))
+        if part == "controlnet":
+            found.add(part, lambda: read_controlnet_file(path, found.heads))
+        else:
+            found.add(part, lambda: read_vae_file(path))
         return
     repository = _repository(name, source, f"{part}_revision", found)
     found.origin[part] = repository.name
-    kind, folder = ("ControlNetModel", "controlnet") if part == "controlnet" else ("AutoencoderKL", "vae")
-    folder = "" if repository.first("config.json") is not None else folder
-    weights = add_from(repository, folder, part, kind, weight_files(*FILES), found)
-    if weights is None and part not in found.failed:
+    kind: Kind = "ControlNetModel" if part == "controlnet" else "AutoencoderKL"
+    inner = "controlnet" if part == "controlnet" else "vae"
+    folder = "" if repository.first("config.json") is not None else inner
+    add_from(repository, folder, part, kind, weight_files(*FILES), found)
+    if part not in found.networks and part not in found.failed:
         found.fail(part, f"found none in {repository.name}; expected config.json and {FILES[0]}")
-    elif weights is not None and part == "autoencoder":
-        found.latent_scale = float(weights.config["scaling_factor"])
-
-
-def _vae_file(path: Path) -> Weights:
-    state = read_tensors(path)
-    if "encoder.conv_norm_out.weight" in state:
-        raise TrainingError(
-            f"found an autoencoder in diffusers' naming in {path.name}; expected the folder with its config.json, or a "
-            "file in CompVis naming"
-        )
-    return compvis.vae_weights(state)
-
-
-def _controlnet_file(path: Path, heads: int) -> Weights:
-    state = read_tensors(path)
-    if "difference" in state:
-        raise TrainingError(
-            f"found differences to a U-Net in {path.name} (it has the key 'difference'); expected whole weights, such "
-            "as control_v11p_sd15_canny"
-        )
-    if "controlnet_cond_embedding.conv_in.weight" in state:
-        return diffusers_weights("ControlNetModel", controlnet_config(state, heads), state)
-    if "lora_controlnet" in state:
-        raise TrainingError(
-            f"found a Control-LoRA in {path.name}, low-rank differences to a U-Net; expected whole weights, such as "
-            "control_v11p_sd15_canny"
-        )
-    section = compvis.section(state, compvis.CONTROL)
-    if "input_hint_block.0.weight" not in section:
-        raise TrainingError(f"found {describe_unsupported(state) or 'a base'} in {path.name}; expected a ControlNet")
-    return compvis.controlnet_weights(section, heads)
 
 
 def _compatibility_errors(configs: Mapping[Part, Mapping[str, Any]]) -> list[str]:
@@ -178,10 +152,10 @@ def _compatibility_errors(configs: Mapping[Part, Mapping[str, Any]]) -> list[str
     width: Any = None if unet is None else unet["cross_attention_dim"]
     if unet is not None:
         inputs = unet["in_channels"]
-        expect("unet input channels", inputs, 4, "9 are an inpainting model's" if inputs == 9 else "")
+        other = {8: "8 are InstructPix2Pix's", 9: "9 are an inpainting model's"}.get(inputs, "")
+        expect("unet input channels", inputs, 4, other)
         expect("unet output channels", unet["out_channels"], 4)
-        family = {1024: "1024 are Stable Diffusion 2's", 2048: "2048 are Stable Diffusion XL's"}.get(width)
-        if family:
+        if family := _FAMILIES.get(width):
             expect("unet context channels", width, 768, family)
         expect("unet linear projections", bool(unet.get("use_linear_projection")), False, "Stable Diffusion 2 has them")
         expect("unet transformer blocks in a layer", unet.get("transformer_layers_per_block", 1), 1)
@@ -190,7 +164,8 @@ def _compatibility_errors(configs: Mapping[Part, Mapping[str, Any]]) -> list[str
     if unet is not None and control is not None:
         for key in ("block_out_channels", "layers_per_block", "down_block_types", "in_channels"):
             expect(f"controlnet {key}", control[key], unet[key], "the U-Net's")
-        expect("controlnet context channels", control["cross_attention_dim"], width, "the U-Net's")
+        context = control["cross_attention_dim"]
+        expect("controlnet context channels", context, width, _FAMILIES.get(context, "the U-Net's"))
         expect("controlnet channels of the edges", control.get("conditioning_channels", 3), 3)
     if vae is not None:
         expect("autoencoder latent channels", vae["latent_channels"], 4)

@@ -98,6 +98,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         TrainingError: no such file, of another ending, damaged, or a pickle that holds more than a state dict.
     """
+    if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
+        raise TrainingError(f"{path} is a pointer of Git LFS; expected the file itself: run git lfs pull there")
     if path.suffix.lower() in PICKLED:
         return _read_pickled(path)
     if path.suffix.lower() != ".safetensors":

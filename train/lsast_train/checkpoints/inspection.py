@@ -1,4 +1,4 @@
-"""What an inspection of a published base found: its parts, its configuration, and every fault."""
+"""What an inspection of a published base finds: its parts, its configuration, and every fault."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 from lsast_engines.diffusion.noise_schedule import NoiseSchedule
 from lsast_engines.errors import TrainingError, UsageError
 
-from .compvis import HEADS
+from .networks import HEADS
 from .weights import Weights, truncate
 
 Part = Literal["unet", "controlnet", "autoencoder", "text_encoder"]
@@ -21,9 +21,6 @@ Prediction = Literal["epsilon", "v_prediction"]
 UnetWeights = Literal["auto", "ema", "non-ema"]
 """Which weights of the U-Net to take: the averaged ones (EMA) if both are there, or one of them for certain. The
 release was trained on those that are not averaged (docs/method.md §3)."""
-
-SCALE = 0.18215
-"""Stable Diffusion 1.x's factor from the autoencoder's latents to the U-Net's, where no configuration names it."""
 
 OpenWeights = Callable[[], Weights]
 """Opens a network that is not built yet; its tensors stay in their file as long as nobody uses them."""
@@ -46,7 +43,6 @@ class BaseInspection:
     faults: list[str] = field(default_factory=list)
     failed: set[str] = field(default_factory=set)
     """Parts with a fault, or ``base``: they are not reported as missing as well."""
-    latent_scale: float = SCALE
     prediction: Prediction = "epsilon"
     noise: NoiseSchedule = field(default_factory=NoiseSchedule)
 
@@ -55,14 +51,13 @@ class BaseInspection:
         self.failed.add(part)
         self.faults.append(f"{part}: {fault}")
 
-    def add(self, part: Part, opened: OpenWeights) -> Weights | None:
+    def add(self, part: Part, opened: OpenWeights) -> None:
         """Add a part if it can be opened, and the faults of its weights."""
         try:
             weights = opened()
         except (TrainingError, UsageError) as error:
             self.fail(part, str(error))
-            return None
+            return
         self.networks[part] = opened
         if faults := weights.faults():
             self.fail(part, "; ".join(truncate(faults, 5)))
-        return weights
