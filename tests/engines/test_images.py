@@ -4,7 +4,6 @@ import importlib.util
 import io
 import logging
 import os
-import random
 import struct
 import subprocess
 import warnings
@@ -42,27 +41,70 @@ def smooth(height: int = 32, width: int = 48) -> U8:
     return np.stack([rows * 255 // height, columns * 255 // width, (rows + columns) * 2], axis=2).astype(np.uint8)
 
 
+class Tensor:
+    """As torch's: an array only by its protocol."""
+
+    def __init__(self, pixels: npt.NDArray[Any]) -> None:
+        self.pixels = pixels
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> npt.NDArray[Any]:
+        return self.pixels
+
+
+class Interface:
+    def __init__(self, pixels: npt.NDArray[Any]) -> None:
+        self.__array_interface__ = pixels.__array_interface__
+        self.kept = pixels
+
+
+class Text(str):
+    pass
+
+
+class BytesPath:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __fspath__(self) -> bytes:
+        return os.fsencode(self.path)
+
+
 def test_read_picture_of_any_source_gives_rgb(tmp_path: Path) -> None:
-    pixels = noise()
-    (tmp_path / "a.png").write_bytes(encoded(Image.fromarray(pixels)))
-    sources: list[Any] = [
-        tmp_path / "a.png",
-        str(tmp_path / "a.png"),
-        (tmp_path / "a.png").read_bytes(),
-        Image.fromarray(pixels),
+    pixels, path = noise(), tmp_path / "a.png"
+    file = encoded(Image.fromarray(pixels))
+    path.write_bytes(file)
+    paths: list[Any] = [path, str(path), Text(path), np.str_(path), BytesPath(path)]
+    spread = memoryview(np.frombuffer(file, np.uint8).repeat(2))[::2]
+    buffers = [file, bytearray(file), memoryview(file), spread, io.BytesIO(file)]
+    arrays = [
+        pixels,
+        pixels[::-1, ::-1][::-1, ::-1],
+        pixels.astype(np.float32) / 255,
+        Tensor(pixels),
+        Interface(pixels),
     ]
-    for source in [*sources, pixels, pixels.astype(np.float32) / 255, pixels.astype(np.uint16) * 257]:
-        picture = read_picture(source)
-        np.testing.assert_array_equal(picture.rgb, pixels)
-        assert picture.rgb.dtype == np.uint8
-        assert (picture.alpha, picture.icc, picture.size) == (None, None, (6, 9))
-        assert picture.rgb.flags.c_contiguous
-
-
-def test_read_picture_of_one_pixel_gives_rgb() -> None:
-    picture = read_picture(encoded(Image.new("RGB", (1, 1), (1, 2, 3))))
-    assert picture.rgb.tolist() == [[[1, 2, 3]]]
-    assert canny_edges(picture.rgb).tolist() == [[0]]
+    arrays += [pixels.astype(dtype) * 257 for dtype in (np.uint16, ">u2")]
+    with path.open("rb") as handle:
+        for source in (*paths, *buffers, handle, Image.fromarray(pixels), *arrays):
+            picture = read_picture(source)
+            np.testing.assert_array_equal(picture.rgb, pixels)
+            assert picture.rgb.dtype == np.uint8
+            assert (picture.alpha, picture.icc, picture.size) == (None, None, (6, 9))
+            assert picture.rgb.flags.c_contiguous
+    mask = pixels[..., 0] > 99
+    np.testing.assert_array_equal(read_picture(mask).rgb, np.repeat(mask[..., None] * np.uint8(255), 3, axis=2))
+    one = read_picture(Image.new("RGB", (1, 1), (1, 2, 3))).rgb
+    assert (one.tolist(), canny_edges(one).tolist()) == ([[[1, 2, 3]]], [[0]])
+    with pytest.raises(PictureError, match="expected one opened as binary"):
+        read_picture(io.StringIO("text"))
+    with pytest.raises(PictureError, match="found int; expected a path"):
+        read_picture(5)
+    closed, shut = io.BytesIO(file), Image.open(path)
+    closed.close()
+    shut.close()
+    for source in (closed, shut, Image.new("RGB", (0, 5))):
+        with pytest.raises(PictureError):
+            read_picture(source)
 
 
 def test_read_picture_of_grey_gives_rgb_and_alpha() -> None:
@@ -73,6 +115,8 @@ def test_read_picture_of_grey_gives_rgb_and_alpha() -> None:
     np.testing.assert_array_equal(picture.rgb, np.repeat(grey[..., :1], 3, axis=2))
     np.testing.assert_array_equal(picture.alpha, grey[..., 1])
     assert read_picture(grey[..., 0]).rgb.shape == (6, 9, 3)
+    icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert read_picture(encoded(Image.fromarray(grey[..., 0]), icc_profile=icc)).icc is None
     assert read_picture(Image.merge("LA", _bands(grey)).convert("La")).alpha is not None
 
 
@@ -159,15 +203,9 @@ def test_read_picture_of_lab_uses_its_profile() -> None:
     assert picture.icc is None
 
 
-def test_read_picture_keeps_an_rgb_profile_only() -> None:
-    icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    assert read_picture(encoded(Image.fromarray(noise()), icc_profile=icc)).icc == icc
-    assert read_picture(encoded(Image.fromarray(noise()[..., 0]), icc_profile=icc)).icc is None
-
-
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_read_picture_applies_the_exif_orientation(orientation: int) -> None:
-    pixels = smooth()
+    pixels = np.dstack([smooth(), noise(32, 48, 1)])
     # Lay the picture down so that a viewer who obeys `orientation` sees it upright; from the EXIF table.
     stored = {
         1: pixels,
@@ -183,19 +221,19 @@ def test_read_picture_applies_the_exif_orientation(orientation: int) -> None:
     exif[0x0112] = orientation
     icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     image = Image.fromarray(np.ascontiguousarray(stored))
-    for kind, options in (("JPEG", {"quality": 100, "subsampling": 0}), ("PNG", {}), ("WEBP", {"lossless": True})):
-        picture = read_picture(encoded(image, kind, exif=exif, icc_profile=icc, **options))
+    for kind, options in (
+        ("JPEG", {"quality": 100, "subsampling": 0}),
+        ("PNG", {}),
+        ("WEBP", {"lossless": True, "exact": True}),
+    ):
+        source = image.convert("RGB") if kind == "JPEG" else image
+        picture = read_picture(encoded(source, kind, exif=exif, icc_profile=icc, **options))
         assert picture.size == (32, 48)
-        assert np.abs(picture.rgb.astype(int) - pixels).max() <= (4 if kind == "JPEG" else 0)
+        if kind == "JPEG":
+            assert np.abs(picture.rgb.astype(int) - pixels[..., :3]).max() <= 4
+        else:
+            np.testing.assert_array_equal(np.dstack([picture.rgb, picture.alpha]), pixels)
         assert picture.icc == icc
-
-
-def test_read_picture_turns_alpha_too() -> None:
-    pixels = noise(channels=4)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    picture = read_picture(encoded(Image.fromarray(pixels), exif=exif))
-    np.testing.assert_array_equal(picture.alpha, np.rot90(pixels[..., 3], -1))
 
 
 def test_read_picture_ignores_damaged_exif(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,48 +259,6 @@ def test_read_picture_of_unreadable_sources_is_refused(tmp_path: Path) -> None:
         whole = encoded(Image.fromarray(smooth()), kind)
         with pytest.raises(PictureError):
             read_picture(whole[: len(whole) // 2])
-
-
-def test_read_picture_takes_any_kind_of_path_file_and_buffer(tmp_path: Path) -> None:
-    class Text(str):
-        pass
-
-    class BytesPath:
-        def __fspath__(self) -> bytes:
-            return os.fsencode(tmp_path / "a.png")
-
-    pixels = noise()
-    data = encoded(Image.fromarray(pixels))
-    (tmp_path / "a.png").write_bytes(data)
-    spread = memoryview(np.frombuffer(data, np.uint8).repeat(2))[::2]
-    sources = [Text(tmp_path / "a.png"), BytesPath(), np.str_(tmp_path / "a.png"), bytearray(data), spread]
-    for source in (*sources, io.BytesIO(data), pixels[::-1, ::-1][::-1, ::-1], pixels.astype(">u2") * 257):
-        np.testing.assert_array_equal(read_picture(source).rgb, pixels)
-    closed = io.BytesIO(data)
-    closed.close()
-    shut = Image.open(tmp_path / "a.png")
-    shut.close()
-    for source in (closed, shut, io.StringIO("text"), Image.new("RGB", (0, 5))):
-        with pytest.raises(PictureError):
-            read_picture(source)
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM"])
-def test_read_picture_of_damaged_files_raises_picture_error_only(kind: str) -> None:
-    chance = random.Random(kind)
-    exif = Image.Exif()
-    exif[0x0112], exif[0x010E] = 6, "a description"
-    whole = encoded(Image.fromarray(smooth()), kind, **({"exif": exif} if kind in ("JPEG", "PNG", "WEBP") else {}))
-    refused = 0
-    for _ in range(100):
-        damaged = bytearray(whole)
-        for _ in range(chance.choice((1, 3, 10))):
-            damaged[chance.randrange(min(len(damaged), chance.choice((60, 300, 10**6))))] = chance.randrange(256)
-        try:
-            assert read_picture(bytes(damaged)).rgb.ndim == 3
-        except PictureError:
-            refused += 1
-    assert refused > 0
 
 
 @pytest.mark.parametrize(
@@ -389,38 +385,6 @@ def gamma_profile() -> bytes:
     header = struct.pack(">I4sI4s4s4s", size, b"lcms", 0x02400000, b"mntr", b"GRAY", b"XYZ ") + bytes(12) + b"acsp"
     header += bytes(28) + white[8:] + bytes(48)
     return header + struct.pack(">I", 4) + tags + body
-
-
-class Tensor:
-    """As torch's: an array only by its protocol."""
-
-    def __init__(self, pixels: npt.NDArray[Any]) -> None:
-        self.pixels = pixels
-
-    def __array__(self, dtype: Any = None, copy: Any = None) -> npt.NDArray[Any]:
-        return self.pixels
-
-
-class Interface:
-    def __init__(self, pixels: npt.NDArray[Any]) -> None:
-        self.__array_interface__ = pixels.__array_interface__
-        self.kept = pixels
-
-
-def test_read_picture_of_anything_like_a_file_or_an_array_gives_rgb(tmp_path: Path) -> None:
-    pixels = noise()
-    file = encoded(Image.fromarray(pixels))
-    (tmp_path / "a.png").write_bytes(file)
-    with (tmp_path / "a.png").open("rb") as handle:
-        sources = (handle, io.BytesIO(file), bytearray(file), memoryview(file), Tensor(pixels), Interface(pixels))
-        for source in sources:
-            np.testing.assert_array_equal(read_picture(source).rgb, pixels)
-    mask = pixels[..., 0] > 99
-    np.testing.assert_array_equal(read_picture(mask).rgb, np.repeat(mask[..., None] * np.uint8(255), 3, axis=2))
-    with pytest.raises(PictureError, match="expected one opened as binary"):
-        read_picture(io.StringIO("text"))
-    with pytest.raises(PictureError, match="found int; expected a path"):
-        read_picture(5)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "LA", "I;16", "CMYK"])
