@@ -41,8 +41,7 @@ from ..graphs.trace import OPSET, TracedGraph
 from ..graphs.trace_graphs import trace_graphs
 from ..parity.parity import ParityPlan, measure_parity, plan_for, require_parity
 from ..progress import Progress, no_progress
-from ..styles.bake import KVProjector, bake_null_style, bake_prompts
-from ..styles.prompts import EXPORTED_FROM, check_prompts
+from ..styles.bake import EXPORTED_FROM, KVProjector, bake_null_style, bake_prompts, check_prompts
 
 WEIGHTS = "base.safetensors"
 """The file of all weights, which the graphs and training share."""

@@ -37,6 +37,7 @@ style_options = combine_options(
         "file in CompVis naming, or OWNER/NAME of the hub. [default: embedded]",
     ),
     click.option(
+        "-s",
         "--style",
         "styles",
         multiple=True,
@@ -71,6 +72,7 @@ def bundle_options(hidden: bool = False) -> OptionDecorator:
         ),
         import_options(hidden),
         click.option(
+            "-o",
             "--out",
             metavar="DIR",
             type=click.Path(path_type=Path),
@@ -87,7 +89,12 @@ def bundle_options(hidden: bool = False) -> OptionDecorator:
 @json_option
 @debug_option
 def bundle_command(**options: Any) -> None:
-    """Export a base into a bundle, with or without styles: graphs, proven against torch, and weights."""
+    """Export a base into a bundle, with or without styles: graphs, proven against torch, and weights.
+
+    \b
+      lsast-export bundle --base sd15 --out bundles/sd15
+      lsast-export bundle --base photos.safetensors --style mine --out bundles/photos
+    """
     export(**options)
 
 
@@ -115,7 +122,7 @@ def export(
 
     from ..bundle.add_graphs import add_small_decoder
     from ..bundle.export import ExportOptions, export_bundle, inherited_from
-    from ..styles.prompts import read_prompts, with_defaults
+    from ..styles.bake import read_prompts, with_defaults
 
     phases = PhaseTimer()
     phases("reading")

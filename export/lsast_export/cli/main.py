@@ -30,7 +30,6 @@ from .quantize import quantize_command
     "lsast-export",
     cls=Group,
     invoke_without_command=True,
-    context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
 )
 @style_options
 @bundle_options(hidden=True)
@@ -41,6 +40,10 @@ def main(
     ctx: click.Context, /, styles: tuple[str, ...], base: str | None, defaults: tuple[str, ...], **options: Any
 ) -> None:
     """Bake the styles that lsast-train learned, for lsast-run to paint with.
+
+    \b
+      lsast-export --style vangogh
+      lsast-export bundle --base sd15 --out bundles/sd15
 
     A style is baked for the bundle of its base and put into your style folder; a base that is no bundle yet is
     exported by the command `bundle`. With --backend tensorrt-rtx or tensorrt, missing engines are compiled, too.
@@ -81,8 +84,7 @@ def bake(
     from lsast_engines.bundle.bundle import Bundle, find_bundle
     from lsast_engines.bundle.manifest import MANIFEST
 
-    from ..styles.bake import bake_for_bundle
-    from ..styles.prompts import find_distilled, read_prompts, with_defaults
+    from ..styles.bake import bake_for_bundle, find_distilled, read_prompts, with_defaults
 
     distilled = {name: path for name in styles if (path := find_distilled(name)) is not None}
     folder = Path(base or "").expanduser()

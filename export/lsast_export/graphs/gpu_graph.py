@@ -52,8 +52,8 @@ def write_gpu_graph(path: Path, target: Path, *, half: bool = True, fused: bool 
     Args:
         path: a graph of a bundle.
         target: the file to write.
-        half: compute in fp16, else in float32 (as `FLOAT_GRAPHS` do). There is no bf16: up to opset 21 ONNX has no convolution in it
-            (onnx.ai/onnx/operators/onnx__Conv.html).
+        half: compute in fp16, else in float32, as `FLOAT_GRAPHS` do. There is no bf16: up to opset 21 ONNX has no
+            convolution in it (onnx.ai/onnx/operators/onnx__Conv.html).
         fused: write attention as ONNX Runtime's operator, else as operators of ONNX, for TensorRT.
 
     Raises:

@@ -1,38 +1,157 @@
 """Baking: prompts become keys and values, which are all that the runtime reads of them.
 
 A cross-attention uses its context c only as K = W_k c and V = W_v c. Both depend on the style and the stage, not on
-the picture or the step, so a style *is* its keys and values, packed as `lsast_train.base.kv_packing` says.
+the picture or the step, so a style *is* its keys and values, packed as `lsast_train.base.kv_packing` says. In the
+order of this file: a style's prompts are found, bound to their base, checked, projected and written.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lsast_engines.bundle.bundle import Bundle, user_style_folder
+from lsast_engines.bundle.bundle import PROMPTS, Bundle, user_style_folder
 from lsast_engines.bundle.manifest import AttentionLayer
-from lsast_engines.bundle.style import Style, StyleFile
+from lsast_engines.bundle.style import DISTILLED_GUIDANCE_KEY, Style, StyleFile, decode_defaults, encode_defaults
 from lsast_engines.errors import StyleError, UsageError, fault_list
 from lsast_train.base.attention import GROUPS
 from lsast_train.base.base import Base
-from lsast_train.base.kv_packing import kv_layouts, project_kv
+from lsast_train.base.kv_packing import kv_layouts
 from lsast_train.base.lazy_base import LazyBase
-from lsast_train.prompts.prompt_file import Prompts
-
-from .prompts import EXPORTED_FROM, check_prompts
+from lsast_train.prompts.prompt_file import Prompts, UnboundPrompts, load_any_prompts
+from lsast_train.prompts.text_encoder import PlaceholderEncoder
 
 _log = logging.getLogger("lsast.export")
+
+EXPORTED_FROM = "exported_from"
+"""Key among the training facts of a base: fingerprints, separated by blanks, of the bases that it was rounded from."""
 
 NULL_STYLE = "null"
 """Name of the unconditional style, row 0 of classifier-free guidance."""
 
 _NETWORKS = {"unet": "unet", "control": "controlnet"}
 """The prefix of a network's weights in ``base.safetensors``, by its name in the manifest."""
+
+
+def find_prompts(name_or_path: str, bundle: Path | None = None) -> Path:
+    """The prompt file of a style.
+
+    It is a file; or ``runs/NAME/NAME.prompts.safetensors``, as `lsast-train` writes it; or a file of that name in the
+    folder ``prompts`` of `bundle`.
+
+    Raises:
+        StyleError: there is none of these.
+    """
+    given, name = Path(name_or_path).expanduser(), f"{name_or_path}.prompts.safetensors"
+    paths = [given, Path("runs", name_or_path, name), *([] if bundle is None else [bundle / PROMPTS / name])]
+    for path in paths:
+        if path.is_file():
+            return path
+    raise StyleError(
+        f"found no prompts at {' or '.join(map(str, paths))}; expected a file NAME.prompts.safetensors: "
+        "learn them with lsast-train --style NAME --images DIR, or name the file"
+    )
+
+
+def find_distilled(name_or_path: str) -> Path | None:
+    """The style file that `lsast-train distill` wrote, a file or ``runs/NAME/NAME.safetensors``; None without one.
+
+    Prompts of that name, from which a style is baked, take precedence.
+    """
+    given = Path(name_or_path).expanduser()
+    if given.is_file():
+        return None if given.name.endswith(".prompts.safetensors") or given.suffix != ".safetensors" else given
+    folder = Path("runs", name_or_path)
+    run, prompts = folder / f"{name_or_path}.safetensors", folder / f"{name_or_path}.prompts.safetensors"
+    return run if run.is_file() and not prompts.is_file() else None
+
+
+def read_prompts(
+    names_or_paths: Sequence[str], base: Base | LazyBase | None = None, bundle: Path | None = None
+) -> list[Prompts]:
+    """The prompts of all named styles.
+
+    Args:
+        names_or_paths: as `find_prompts` takes them.
+        base: its text encoder binds embeddings that are bound to no base yet.
+        bundle: the bundle whose prompts are found by name.
+
+    Raises:
+        StyleError: prompts that are missing, damaged or named twice, or bound to no base without a `base` that has a
+            text encoder.
+    """
+    styles = [load_any_prompts(find_prompts(name, bundle)) for name in names_or_paths]
+    names = [prompts.name for prompts in styles]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise StyleError(f"found more than one style named {', '.join(twice)}; expected different names")
+    return [prompts if isinstance(prompts, Prompts) else bind_prompts(prompts, base) for prompts in styles]
+
+
+def bind_prompts(prompts: UnboundPrompts, base: Base | LazyBase | None) -> Prompts:
+    """The prompts that the text encoder of `base` makes of embeddings.
+
+    Raises:
+        StyleError: no base, one without a text encoder (a bundle has none), or one for other embeddings.
+    """
+    encoder = text_encoder_of(base)
+    if encoder is None or base is None:
+        found = "no base" if base is None else f"base {base.config.name!r} without one (no bundle has one)"
+        raise StyleError(
+            f"the embeddings of {prompts.name!r} need a text encoder; found {found}. Bind them to the base that the "
+            "bundle comes from: lsast-export import FILE --base BASE"
+        )
+    return prompts.bind(encoder, base.fingerprint)
+
+
+def text_encoder_of(base: Base | LazyBase | None) -> PlaceholderEncoder | None:
+    """The text encoder of a base, None if it has none. Of `LazyBase` nothing else is loaded."""
+    if isinstance(base, LazyBase):
+        return PlaceholderEncoder(base.load("text_encoder")) if "text_encoder" in base.networks else None
+    return None if base is None or base.text_encoder is None else PlaceholderEncoder(base.text_encoder)
+
+
+def with_defaults(styles: Sequence[Prompts], defaults: Mapping[str, Mapping[str, Any]]) -> list[Prompts]:
+    """`styles` with default options of their own, given by style name, in their `meta`.
+
+    Raises:
+        UsageError: defaults of a style that is not among `styles`, or invalid ones.
+    """
+    names = [prompts.name for prompts in styles]
+    if strangers := sorted(set(defaults) - set(names)):
+        raise UsageError(
+            f"found defaults of {', '.join(strangers)}; expected those of a style that is baked here: "
+            f"{', '.join(names) or 'none is'}"
+        )
+    distilled = [style.name for style in styles if DISTILLED_GUIDANCE_KEY in style.meta]
+    if guided := [name for name in distilled if "guidance" in defaults.get(name, {})]:
+        raise UsageError(f"found a default of guidance for {', '.join(guided)}; expected none: it was distilled")
+    own = {style.name: decode_defaults(style.meta)[0] | dict(defaults.get(style.name, {})) for style in styles}
+    return [replace(style, meta={**style.meta, **encode_defaults(own[style.name])}) for style in styles]
+
+
+def check_prompts(prompts: Prompts, base: str, fingerprint: str, origins: str) -> None:
+    """Refuse prompts that were learned on another base.
+
+    Args:
+        prompts: of a style.
+        base: name of the base to bake for.
+        fingerprint: its fingerprint.
+        origins: what it says under `EXPORTED_FROM`: prompts learned on the base before its weights were rounded fit.
+
+    Raises:
+        StyleError: another base.
+    """
+    if prompts.base not in (fingerprint, *origins.split()):
+        raise StyleError(
+            f"style {prompts.name!r} was learned on base {prompts.base[:12]}…; the base {base!r} is "
+            f"{fingerprint[:12]}…: train it again on this base, or name the base that it was trained on with --base"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,14 +207,13 @@ class KVProjector:
         Args:
             contexts: [N, 3, T, dim], one for each layer group in the order of `GROUPS`.
         """
-        unet, control = (
-            project_kv([e for e in self.layers if e.network == network], contexts.double(), self._matrix).float()
-            for network in _NETWORKS
-        )
-        return unet, control
-
-    def _matrix(self, layer: AttentionLayer, matrix: str) -> torch.Tensor:
-        return self.weight(f"{_NETWORKS[layer.network]}.{layer.name}.{matrix}.weight").double()
+        packed: dict[str, list[torch.Tensor]] = {network: [] for network in _NETWORKS}
+        for layer in self.layers:
+            context = contexts[:, GROUPS.index(layer.group)].double()  # [N, T, dim]
+            for matrix in ("to_k", "to_v"):
+                weight = self.weight(f"{_NETWORKS[layer.network]}.{layer.name}.{matrix}.weight")
+                packed[layer.network].append((context @ weight.double().T).float())
+        return torch.cat(packed["unet"], dim=-1), torch.cat(packed["control"], dim=-1)
 
 
 def bake_style(

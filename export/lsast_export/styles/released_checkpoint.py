@@ -22,7 +22,7 @@ from lsast_train.checkpoints.safe_unpickle import load_module_tensors
 from lsast_train.prompts.prompt_file import Prompts, UnboundPrompts, load_any_prompts
 from lsast_train.prompts.released_generator import HEADS, GegluGenerator
 
-from .prompts import bind_prompts, text_encoder_of
+from .bake import bind_prompts, text_encoder_of
 
 _CONSTANT = "initial_embeddings"
 _MODULE = "attention."

@@ -19,8 +19,7 @@ import released_lsast
 from golden_sets import GoldenFiles, TransformerBlock, both_sets, save_checkpoint
 from lsast_engines.errors import StyleError, TrainingError
 from lsast_export.cli.import_ import import_command
-from lsast_export.styles.bake import KVProjector, bake_prompts
-from lsast_export.styles.prompts import check_prompts, read_prompts
+from lsast_export.styles.bake import KVProjector, bake_prompts, check_prompts, read_prompts
 from lsast_export.styles.released_checkpoint import import_prompts, read_released
 from lsast_train.base.base import Base
 from lsast_train.base.kv_packing import kv_layouts

@@ -203,7 +203,7 @@ def test_bake_with_a_tensorrt_backend_compiles_for_the_same_bundle(monkeypatch: 
         return {}
 
     monkeypatch.setattr("lsast_export.tensorrt.compile.compile_bundle", compile_nothing)
-    monkeypatch.setattr("lsast_export.styles.prompts.find_distilled", Path)
+    monkeypatch.setattr("lsast_export.styles.bake.find_distilled", Path)
     monkeypatch.setattr("lsast_export.styles.bake.bake_for_bundle", lambda bundle, prompts, files: {"hand": files[0]})
     result = CliRunner().invoke(main, ["--style", "hand", "--backend", "tensorrt-rtx", "--json"])
     assert result.exit_code == 0, result.stderr
