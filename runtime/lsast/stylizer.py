@@ -192,8 +192,8 @@ class Stylizer:
                 `array[..., ::-1]`.
             mask: where to paint, a picture of the same size: white is painted, black keeps its pixels exactly.
             on_step: called with (steps done, steps in all, preview) before the first step and after each, in this
-                thread; `preview()` makes a small PIL image. An exception that it raises ends the painting. It must not
-                wait for another painting of this stylizer.
+                thread; `preview()` makes a small PIL image. An exception that it raises ends the painting. If it takes
+                longer than a second, paintings of other threads go on meanwhile.
             cancel: ends the painting within one step when another thread cancels it.
             earlier: options by their names in earlier versions; removed ones are refused with what to use instead.
 
@@ -250,7 +250,7 @@ class Stylizer:
             if on_step:
                 if not previewers:  # at step 0, x0 is the picture's own latent
                     previewers.extend(request.previewer(z0) for request, z0 in zip(requests, x0(), strict=True))
-                with self._pool.callback():
+                with self._pool.callback(cancel):
                     on_step(step, steps, lambda index=0: previewers[index](x0()[index]))
 
         with self._pool.exclusive(cancel):
@@ -288,7 +288,7 @@ class Stylizer:
         from .sessions.aio import run_in_thread
 
         paint = partial(self.stylize, picture, style, **options)
-        return await run_in_thread(self._pool.submit, lambda cancel: paint(cancel=cancel))
+        return await run_in_thread(self._pool, lambda cancel: paint(cancel=cancel))
 
     def stylize_many(
         self,

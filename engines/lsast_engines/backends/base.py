@@ -41,6 +41,8 @@ class Engine(abc.ABC):
         self.device = device
         """Device that it runs on, e.g. ``cpu``."""
         self.compute_dtype = compute_dtype
+        self.bound: dict[str, Array] = {}
+        """The arrays that `bind_inputs` was given and that are bound, by name."""
         self._bound: dict[str, Array] = {}
         self._closed = False
         self._busy = threading.Lock()
@@ -57,6 +59,7 @@ class Engine(abc.ABC):
             copies = {name: np.array(value, order="C") for name, value in feeds.items()}
             self._bind(copies)
             self._bound |= copies
+            self.bound |= feeds
 
     def __call__(self, feeds: Feeds) -> dict[str, Array]:
         """Run once on `feeds` and the bound inputs.
@@ -83,7 +86,7 @@ class Engine(abc.ABC):
     def close(self) -> None:
         """Free all memory; the engine cannot be used any more. Closing twice is harmless."""
         self._closed = True
-        self._bound = {}
+        self.bound, self._bound = {}, {}
         self._close()
 
     @abc.abstractmethod

@@ -73,16 +73,15 @@ class GraphDenoiser:
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
-        self._bound: dict[str, Floats] = {}
 
     def __call__(
         self, latent: Floats, timestep: npt.NDArray[np.int64], hint: Floats, style: StageKV, control_scale: Floats
     ) -> Floats:
         """See `Denoiser.__call__`."""
-        inputs = {"hint": hint, "control_scale": control_scale, **style._asdict()}
-        if changed := {name: value for name, value in inputs.items() if self._bound.get(name) is not value}:
-            self._graph.engine.bind_inputs(changed)
-            self._bound |= changed
+        inputs, engine = {"hint": hint, "control_scale": control_scale, **style._asdict()}, self._graph.engine
+        # Another painting may have bound its own since the last step.
+        if changed := {name: value for name, value in inputs.items() if engine.bound.get(name) is not value}:
+            engine.bind_inputs(changed)
         return self._graph({"latent": latent, "timestep": timestep})["eps"]
 
     def release_memory(self) -> None:

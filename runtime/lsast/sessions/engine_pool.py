@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import threading
 import time
@@ -32,6 +33,10 @@ STYLE_MEMORY = 256 * 2**20
 
 _POLL_SECONDS = 0.05
 """How often a caller that waits for the engines looks at its token and at the end of Python."""
+
+LAPSE_SECONDS = 1.0
+"""A painting whose callback takes longer loses its turn at the engines until it needs them again: the callback may wait
+for a painting of another thread."""
 
 _FORK_SECONDS = 1.0
 """How long a fork waits at most for the threads of OpenVINO."""
@@ -77,6 +82,13 @@ class EngineFactory:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class _Turn:
+    """The right of one painting to use the engines."""
+
+    thread: int
+
+
 class EnginePool:
     """Engines and styles for any number of threads. An engine serves one thread at a time, so callers take turns."""
 
@@ -107,9 +119,13 @@ class EnginePool:
         self.styles = StyleCache(self.factory.bundle, self._style_memory)
         self._opened = False
         self._changed = threading.Condition()
-        self._holder: int | None = None
-        self._in_callback = False
+        self._turn: _Turn | None = None
+        self._threads: set[int] = set()
+        """Those that paint or wait for their turn."""
+        self._callbacks: dict[int, float] = {}
+        """Threads that run a callback, and since when."""
         self._executor: ThreadPoolExecutor | None = None
+        self._async_lapsed: Callable[[], bool] = lambda: False
 
     def _open_first(self) -> None:
         try:
@@ -154,49 +170,61 @@ class EnginePool:
             CancelledError: `cancel` was set meanwhile.
         """
         self._require_other_thread()
-        here, changed = threading.get_ident(), self._changed
+        turn, changed = _Turn(threading.get_ident()), self._changed
+        self._threads.add(turn.thread)
         try:
-            with changed:
-                while self._holder is not None and not self._closed:
-                    changed.wait(_POLL_SECONDS)
-                    self.check(cancel)
-                self.check(cancel)
-                self._holder = here
+            self._take(turn, cancel)
             with native_call():
                 if not self._opened:
                     self._open_first()
                 yield
         finally:
-            # After a fork inside the block, the child has a turn of its own.
-            if changed is self._changed and self._holder == here:
+            if changed is self._changed:  # after a fork inside the block, the child has turns of its own
+                self._threads.discard(turn.thread)
                 with changed:
-                    self._holder = None
-                    if self._closed:
-                        self._close_engines()
+                    if self._turn is turn:
+                        self._turn = None
+                        if self._closed:
+                            self._close_engines()
                     changed.notify_all()
                 self.styles.evict()
 
+    def _take(self, turn: _Turn, cancel: CancelToken | None) -> None:
+        """Wait until no other painting has the turn, or the one that has it lapses."""
+        with self._changed:
+            while self._turn and self._turn is not turn and not self._lapsed(self._turn.thread):
+                self._changed.wait(_POLL_SECONDS)
+                self.check(cancel)
+            self.check(cancel)
+            self._turn = turn
+
+    def _lapsed(self, thread: int) -> bool:
+        """Whether a thread has been in a callback for so long that it may wait for another painting."""
+        return time.monotonic() - self._callbacks.get(thread, math.inf) > LAPSE_SECONDS
+
     @contextlib.contextmanager
-    def callback(self) -> Iterator[None]:
+    def callback(self, cancel: CancelToken | None) -> Iterator[None]:
         """A block inside `exclusive` that calls a function of the user; `close` does not wait for it.
+
+        If it takes longer than `LAPSE_SECONDS`, others may use the engines meanwhile.
 
         Raises:
             UsageError: the stylizer was closed meanwhile, this is a process that was forked meanwhile, or Python ends.
+            CancelledError: `cancel` was set meanwhile.
         """
-        changed = self._changed
+        changed, turn = self._changed, self._turn
+        assert turn is not None
         with changed:
-            self._in_callback = True
+            self._callbacks[turn.thread] = time.monotonic()
             changed.notify_all()
         try:
             with user_code():
                 yield
         finally:
-            if changed is self._changed:
-                with changed:
-                    self._in_callback = False
+            self._callbacks.pop(turn.thread, None)
         if changed is not self._changed:
             raise UsageError("found a process, forked inside on_step, that goes on with the painting of its parent")
-        self.check(None)
+        self._take(turn, cancel)
 
     def check(self, cancel: CancelToken | None) -> None:
         """Return if a painting may go on.
@@ -211,8 +239,12 @@ class EnginePool:
         if cancel:
             cancel.check()
 
-    def submit(self, work: Callable[[], T]) -> Future[T]:
+    def submit(self, work: Callable[[], T]) -> tuple[Future[T], Callable[[], bool]]:
         """Run `work` in the thread of async callers. One is enough: more would only wait for the engines.
+
+        Returns:
+            The future, and whether what runs before it lapsed: it may wait for this one, which then is to be cancelled
+            and submitted again, to another thread.
 
         Raises:
             UsageError: the stylizer is closed, this very thread holds the engines, or Python ends.
@@ -220,10 +252,15 @@ class EnginePool:
         self._require_other_thread()
         with self._changed:
             self.check(None)
+            if self._executor is not None and self._async_lapsed():
+                self._executor.shutdown(wait=False)
+                self._executor = None
             if self._executor is None:
-                self._executor = ThreadPoolExecutor(1, thread_name_prefix="lsast")
+                threads: list[int] = []
+                self._executor = ThreadPoolExecutor(1, "lsast", lambda: threads.append(threading.get_ident()))
+                self._async_lapsed = lambda: any(map(self._lapsed, threads))
             try:
-                return self._executor.submit(work)
+                return self._executor.submit(work), self._async_lapsed
             except RuntimeError as error:
                 raise UsageError(f"found a painting while Python ends ({error})") from None
 
@@ -247,16 +284,16 @@ class EnginePool:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            while self._holder not in (None, here) and not self._in_callback:
+            while self._turn and self._turn.thread != here and self._turn.thread not in self._callbacks:
                 self._changed.wait()
-            if self._holder is None or self._in_callback:
+            if self._turn is None or self._turn.thread in self._callbacks:
                 self._close_engines()  # else this thread holds them, and closes them at its end of the turn
             executor, self._executor = self._executor, None
         if executor:
             executor.shutdown(wait=False)  # what is queued ends with UsageError
 
     def _require_other_thread(self) -> None:
-        if self._holder == threading.get_ident():
+        if threading.get_ident() in self._threads:
             raise UsageError("found a call from inside on_step; expected it after the painting, or another stylizer")
 
 

@@ -149,11 +149,67 @@ def test_close_with_async_calls_queued_ends_them_with_our_error(bundle_path: Pat
     assert [type(outcome) for outcome in outcomes] == [UsageError] * 5, outcomes
 
 
-def test_stylize_async_inside_on_step_raises(bundle_path: Path, photo: np.ndarray) -> None:
+def test_painting_inside_on_step_of_the_same_thread_raises(bundle_path: Path, photo: np.ndarray) -> None:
     with lsast.load(bundle_path) as stylizer:
         for paint in (stylizer.stylize, lambda *_, **options: asyncio.run(stylizer.stylize_async(photo, **options))):
-            with pytest.raises(UsageError, match="from inside on_step"):
-                paint(photo, on_step=lambda *_: asyncio.run(stylizer.stylize_async(photo)))
+            for inner in (stylizer.stylize, lambda photo: asyncio.run(stylizer.stylize_async(photo))):
+                with pytest.raises(UsageError, match="from inside on_step"):
+                    paint(photo, on_step=lambda *_, inner=inner: inner(photo))
+        stylizer.stylize(photo)
+
+
+def _photos(photo: np.ndarray, count: int) -> list[np.ndarray]:
+    return [photo[: 96 - 8 * index] for index in range(count)]
+
+
+@pytest.mark.parametrize("backend", sorted(available_backends()))
+def test_on_step_that_waits_for_paintings_of_other_threads_gets_them(
+    bundle_path: Path, photo: np.ndarray, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step of each painting waits for a whole one with other inputs, three deep, across two stylizers."""
+    monkeypatch.setattr("lsast.sessions.engine_pool.LAPSE_SECONDS", 0.05)
+    photos = _photos(photo, 3)
+    with lsast.load(bundle_path, backend=backend) as one, lsast.load(bundle_path, backend=backend) as two:
+        expected = [np.asarray(one.stylize(each, steps=3)) for each in photos]
+
+        def paint(depth: int, stylizer: Stylizer) -> None:
+            def on_step(*_: object) -> None:
+                if depth < 2:
+                    _in_thread(lambda: paint(depth + 1, one if depth else two))
+
+            found = stylizer.stylize(photos[depth], steps=3, on_step=on_step)
+            np.testing.assert_array_equal(found, expected[depth])
+            painted.append(depth)
+
+        painted: list[int] = []
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda stylizer: paint(0, stylizer), (one, two)))
+    assert sorted(painted) == [0] * 2 + [1] * 6 + [2] * 18
+
+
+def test_on_step_of_async_paintings_that_waits_for_async_paintings_gets_them(
+    bundle_path: Path, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("engine_pool", "aio"):
+        monkeypatch.setattr(f"lsast.sessions.{module}.LAPSE_SECONDS", 0.05)
+    photos = _photos(photo, 3)
+
+    async def scene() -> None:
+        loop = asyncio.get_running_loop()
+
+        async def paint(depth: int) -> None:
+            def on_step(step: int, *_: object) -> None:
+                if depth < 2 and step == 1:
+                    asyncio.run_coroutine_threadsafe(paint(depth + 1), loop).result(SECONDS)
+
+            found = await stylizer.stylize_async(photos[depth], steps=3, on_step=on_step)
+            np.testing.assert_array_equal(found, expected[depth])
+
+        await asyncio.gather(*(paint(0) for _ in range(4)))
+
+    with lsast.load(bundle_path) as stylizer:
+        expected = [np.asarray(stylizer.stylize(each, steps=3)) for each in photos]
+        asyncio.run(scene())
 
 
 def test_negative_style_memory_is_refused_and_close_does_not_hang(bundle_path: Path, photo: np.ndarray) -> None:
