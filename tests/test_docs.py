@@ -20,6 +20,7 @@ PAGES = sorted(
     if not path.is_relative_to(ROOT / ".venv")
 )
 README = ROOT / "README.md"
+PACKAGES = ("engines", "eval", "export", "runtime", "train")
 
 
 def _prose(page: Path) -> str:
@@ -54,6 +55,18 @@ def test_index_names_every_page() -> None:
     assert {path for path in PAGES if path.is_relative_to(ROOT / "docs") and path != index} <= linked
 
 
+def test_architecture_page_names_every_folder_and_only_files_that_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    found = {file.parent for package in PACKAGES for file in (ROOT / package).rglob("__init__.py")}
+    listed, above = set(), [ROOT]
+    for indent, name in re.findall(r"^( *)([\w/]+)/  +\S", text, re.MULTILINE):
+        above[len(indent) // 4 + 1 :] = [above[len(indent) // 4] / name]
+        listed.add(above[-1])
+    assert listed == found | {ROOT / "engines" / "lsast_engines" / "mini"}
+    named = re.findall(r"`([a-z]+/[\w/]+(?:\.py|/))`", text)
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 def test_readme_has_at_most_120_lines_and_one_table() -> None:
     text = README.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 120
@@ -71,7 +84,6 @@ def test_readme_commands_run_word_for_word_on_a_clean_clone(tmp_path: Path) -> N
     """With the packages that are installed here; that they install is what `.ci/run` shows."""
     clone = tmp_path / "clone"
     shutil.copytree(ROOT / "docs" / "images", clone / "docs" / "images")
-    paths = [ROOT / room for room in ("engines", "eval", "export", "runtime", "train")]
     commands = tmp_path / "bin"
     commands.mkdir()
     for name, module in (("run", "lsast"), ("train", "lsast_train"), ("export", "lsast_export")):
@@ -81,7 +93,7 @@ def test_readme_commands_run_word_for_word_on_a_clean_clone(tmp_path: Path) -> N
     environment = {
         **os.environ,
         "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "PYTHONPATH": os.pathsep.join(str(ROOT / package) for package in PACKAGES),
         "LSAST_HOME": str(tmp_path / "home"),
     }
     served = commands / "lsast-serve"  # which would not end; what it does, tests/runtime/server shows
