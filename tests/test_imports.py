@@ -82,6 +82,10 @@ print(json.dumps([name for name in loaded() if sys.modules.get(name) is not None
 
 LIGHT = {
     "import lsast": ("import lsast", {"lsast"}),
+    "lsast --help": (
+        "from lsast.cli.commands import main; main(['--help'], standalone_mode=False)",
+        {"lsast", "lsast_engines", "click"},
+    ),
     "--help": (
         "from lsast.cli.main import main; main(['--help'], standalone_mode=False)",
         {"lsast", "lsast_engines", "click"},

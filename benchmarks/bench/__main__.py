@@ -16,7 +16,7 @@ import click
 from lsast_engines.cli import Command, debug_option
 
 
-@click.command("bench", cls=Command, context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]})
+@click.command("bench", cls=Command)
 @click.option("--bundle", metavar="PATH", help="Folder or name of a bundle. [default: $LSAST_BUNDLE, else mini]")
 @click.option("--picture", type=click.Path(exists=True, dir_okay=False), help="What to paint. [default: a pattern]")
 @click.option(

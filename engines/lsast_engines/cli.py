@@ -13,12 +13,12 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NoReturn, TextIO
 
 import click
 
-from .errors import LsastError, UsageError, shown
+from .errors import LsastError, UsageError, did_you_mean, shown
 from .removed import RENAMED, removal
 
 USAGE = UsageError.exit_code
@@ -39,6 +39,32 @@ class Command(click.Command):
 
     Old names of its options still work (`RENAMED`), or are refused with what to use instead (`REMOVED`).
     """
+
+    def __init__(self, *args: Any, sections: Mapping[str, Collection[str]] | None = None, **kwargs: Any) -> None:
+        """See `click.Command`.
+
+        Args:
+            args: of `click.Command`.
+            sections: the parameters in each section of the help, by its title; "Other" takes those that are in none.
+            kwargs: of `click.Command`.
+        """
+        settings = {"max_content_width": 110, "help_option_names": ["-h", "--help"]}
+        super().__init__(*args, **{**kwargs, "context_settings": settings | (kwargs.get("context_settings") or {})})
+        self._sections = sections or {}
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """See `click.Command`."""
+        section_of = {name: title for title, names in self._sections.items() for name in names}
+        others = "Other" if self._sections else "Options"
+        records: dict[str, list[tuple[str, str]]] = {title: [] for title in (*self._sections, others)}
+        for parameter in self.get_params(ctx):
+            if isinstance(parameter, click.Option) and (record := parameter.get_help_record(ctx)):
+                records[section_of.get(parameter.name or "", others)].append(record)
+        for title, rows in records.items():
+            with formatter.section(title):
+                formatter.write_dl(rows)
+        if isinstance(self, click.Group):
+            self.format_commands(ctx, formatter)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """See `click.Command`."""
@@ -68,6 +94,8 @@ class Command(click.Command):
         """See `click.Command`."""
         try:
             return super().make_context(*args, **kwargs)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
         except click.UsageError as error:
             fail(f"{error.format_message()} (--help lists all options)", USAGE)
         except OSError as error:  # --help into a closed pipe
@@ -101,9 +129,11 @@ class Group(Command, click.Group):
         """Find the command of `args`; one that was removed is refused with what to do instead."""
         if gone := removal(f"{self.name} {args[0]}"):
             raise UsageError(gone)
-        if args[0] not in self.commands:
-            args = [next((new for new in RENAMED.get(args[0], ()) if new in self.commands), args[0]), *args[1:]]
-        return super().resolve_command(ctx, args)
+        names = self.list_commands(ctx)
+        name = next((new for new in (args[0], *RENAMED.get(args[0], ())) if new in names), None)
+        if name is None and not args[0].startswith("-"):
+            raise UsageError(f"found command {args[0]!r}; expected {', '.join(names)}{did_you_mean(args[0], names)}")
+        return super().resolve_command(ctx, [name or args[0], *args[1:]])
 
 
 def describe(error: Exception) -> str:
@@ -231,13 +261,18 @@ debug_option = combine_options(
 """Adds `--debug`, `--quiet`, `--verbose` and `--version` to a command; no parameters of the function, see `debugging`
 and `quiet`."""
 
-json_option = _flag(_JSON, "--json", text="Print one JSON object on stdout.")
+json_option = _flag(_JSON, "--json", text="Print JSON objects on stdout, one a line.")
 """Adds `--json` to a command; no parameter of the function, see `print_result`."""
 
 
 def print_result(facts: Mapping[str, Any], text: object) -> None:
     """Print the result on stdout: `facts` as one JSON object with `--json`, else `text`."""
-    echo(json.dumps(facts) if click.get_current_context().meta.get(_JSON) else text)
+    echo(json.dumps(facts) if as_json() else text)
+
+
+def as_json() -> bool:
+    """Whether the command that runs was given `--json`."""
+    return bool(click.get_current_context().meta.get(_JSON))
 
 
 def debugging() -> bool:

@@ -49,7 +49,10 @@ _matched = combine_options(
     "lsast-eval",
     cls=Group,
     invoke_without_command=True,
-    context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
+    sections={
+        "Pictures": ("contents", "works", "methods", "artist", "artists", "photos", "leave_out"),
+        "Scores": ("size", "bootstrap", "seed", "cache", "sheet", "sheet_rows", "threads"),
+    },
 )
 @_matched
 @click.option("--artists", metavar="DIR", type=_FOLDER, help="Folder with a folder for each artist: deception score.")
@@ -87,7 +90,8 @@ def main(
     """Score folders of stylised pictures against their contents and an artist's works.
 
     \b
-    lsast-eval --contents photos --works artists/monet --artists artists --method ours=out --method other=out2
+      lsast-eval --contents photos --works artists/monet --artists artists --method ours=out --method other=out2
+      lsast-eval vote --contents photos --works artists/monet --method ours=out --method other=out2 --out votes.jsonl
 
     A method's pictures are named like the contents. Prints a table; nothing is painted, nothing is downloaded.
     """

@@ -1,4 +1,4 @@
-"""The caches in the user's cache folder: what they hold, and removing it (`lsast-run --cache`).
+"""The caches in the user's cache folder: what they hold, and removing it (`lsast cache`).
 
 Everything here is made again when it is needed. Bundles and styles that the user keeps there are never touched.
 """
@@ -54,7 +54,7 @@ def as_text(entries: list[Entry]) -> str:
     """The entries for a terminal, those of one kind and bundle together."""
     sizes: dict[tuple[str, str], int] = {}
     for entry in entries:
-        about = f"{entry.source or 'unknown'}{'' if entry.used else ' (gone or changed: --cache prune removes it)'}"
+        about = f"{entry.source or 'unknown'}{'' if entry.used else ' (gone or changed: lsast cache prune removes it)'}"
         sizes[entry.kind, about] = sizes.get((entry.kind, about), 0) + entry.bytes
     width = max((len(kind) for kind, _ in sizes), default=0)
     lines = [f"{size / 1e6:9.1f} MB  {kind:{width}}  {about}" for (kind, about), size in sizes.items()]

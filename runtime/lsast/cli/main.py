@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import signal
 import time
@@ -21,7 +20,18 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from lsast_engines.cli import USAGE, Command, debug_option, echo, fail, log_to_stderr, quiet
+from lsast_engines.cli import (
+    USAGE,
+    Command,
+    as_json,
+    debug_option,
+    echo,
+    fail,
+    json_option,
+    log_to_stderr,
+    print_result,
+    quiet,
+)
 from lsast_engines.errors import LsastError
 
 from ..options.options import Options, rules
@@ -33,24 +43,8 @@ SECTIONS = {
     "Painting": (*rules(), "mask"),
     "Bundle and backend": ("bundle", "backend", "device", "threads", "compute_dtype", "max_megapixels", "build"),
     "Several paintings": ("overwrite", "watch", "axes", "origin"),
-    "Other": (),
 }
-"""Sections of the help and their options; the last takes all others."""
-
-
-class RunCommand(Command):
-    """A command whose help lists its options in `SECTIONS`."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """See `click.Command`."""
-        section_of = {name: title for title, names in SECTIONS.items() for name in names}
-        records: dict[str, list[tuple[str, str]]] = {title: [] for title in SECTIONS}
-        for parameter in self.get_params(ctx):
-            if isinstance(parameter, click.Option) and (record := parameter.get_help_record(ctx)):
-                records[section_of.get(parameter.name or "", "Other")].append(record)
-        for title, rows in records.items():
-            with formatter.section(title):
-                formatter.write_dl(rows)
+"""Sections of the help and their options."""
 
 
 def complete_style(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
@@ -90,8 +84,8 @@ def painting_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command(
     "lsast-run",
-    cls=RunCommand,
-    context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
+    cls=Command,
+    sections=SECTIONS,
     epilog="A painting option that is not given is taken from the preset, else from the style, else from the bundle.",
 )
 @click.argument("paths", metavar="IN... [OUT]", nargs=-1, type=click.Path())
@@ -137,7 +131,6 @@ def painting_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Write one sheet with a painting for every value of an option; repeat it to combine options.",
 )
 @click.option("--from", "origin", metavar="PAINTING", help="Repeat a painting with what its file says, see above.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object per file instead of its path.")
 @click.option("--list-styles", is_flag=True, help="Print the styles of the bundle and exit.")
 @click.option(
     "--cache",
@@ -145,6 +138,7 @@ def painting_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="List what is cached and exit; prune removes what was made of bundles that are gone, clear everything.",
 )
 @click.option("--doctor", is_flag=True, help="Print what works on this machine and what to install, and exit.")
+@json_option
 @debug_option
 def main(
     paths: tuple[str, ...],
@@ -160,7 +154,6 @@ def main(
     origin: str | None,
     overwrite: bool,
     watch: bool,
-    as_json: bool,
     list_styles: bool,
     cache: str | None,
     doctor: bool,
@@ -187,25 +180,16 @@ def main(
     the picture, paints it again and compares the two; with IN and OUT it writes the painting instead. Options that are
     given besides replace those of PAINTING, and nothing is checked.
     """
-    if doctor:
-        from .doctor import examine
+    if doctor or cache is not None or list_styles:
+        from . import commands
 
-        found = examine()
-        _print(asdict(found) | {"healthy": found.healthy}, found.text(), as_json)
-        if not found.healthy:
-            raise click.exceptions.Exit(1)
-        return
-    if cache is not None:
-        from .cache import as_text, cache_entries, remove
-
-        if cache != "list":
-            remove([entry for entry in cache_entries() if cache == "clear" or not entry.used])
-        entries = cache_entries()
-        facts = [asdict(entry) | {"path": str(entry.path)} for entry in entries]
-        _print({"entries": facts}, as_text(entries), as_json)
-        return
-    if list_styles:
-        _list_styles(bundle, as_json)
+        invoke = click.get_current_context().invoke
+        if doctor:
+            invoke(commands.doctor)
+        elif cache is not None:
+            invoke(commands.cache, action=cache)
+        else:
+            invoke(commands.styles, bundle=bundle)
         return
     if (origin is not None) + bool(axes) + watch > 1:
         fail("found more than one of --from, --grid and --watch; expected one", USAGE)
@@ -223,58 +207,32 @@ def main(
         if "mask" in options:
             require_input(Path(options["mask"]))
         if origin is not None:
-            _repeat(origin, (*paths, *filter(None, [out])), where, options, as_json)
+            _repeat(origin, (*paths, *filter(None, [out])), where, options)
             return
         out = out or (paths[-1] if len(paths) > 1 else default_output(paths[0]))
         if axes:
-            _paint_sheet(Job(Path(sources[0]), Path(out)), axes, where, options, as_json)
+            _paint_sheet(Job(Path(sources[0]), Path(out)), axes, where, options)
         elif watch:
-            _watch(sources, out, where, options, overwrite, as_json)
+            _watch(sources, out, where, options, overwrite)
         elif (plan := plan_jobs(sources, out)).single:
-            _paint_one(plan.jobs[0], where, options, as_json)
+            _paint_one(plan.jobs[0], where, options)
         else:
             if plan.left_out and not quiet():
                 echo(f"left out, by their suffixes no pictures: {plan.left_out}", err=True)
-            _paint_several(plan.jobs, plan.failures, where, options, overwrite, as_json)
+            _paint_several(plan.jobs, plan.failures, where, options, overwrite)
 
 
-def _print(facts: dict[str, Any], text: str, as_json: bool) -> None:
-    """Print the result on stdout: `facts` as one JSON object, or `text`."""
-    echo(json.dumps(facts) if as_json else text)
-
-
-def _list_styles(bundle: str | None, as_json: bool) -> None:
-    """Print the names of a bundle's styles; as JSON also the guidance of those with distilled guidance."""
-    from lsast_engines.bundle.bundle import Bundle, find_bundle
-    from lsast_engines.bundle.style import StyleFile
-    from lsast_engines.errors import StyleError
-
-    styles = Bundle.open(find_bundle(bundle)).styles()
-    scales: dict[str, float] = {}
-    for name, path in list(styles.items()):
-        try:
-            scale = StyleFile(path).distilled_guidance
-        except StyleError as error:  # one damaged style does not hide the others
-            del styles[name]
-            echo(error, err=True)
-        else:
-            scales |= {name: scale} if scale else {}
-    _print({"styles": list(styles), "guidance_baked": scales}, "\n".join(styles), as_json)
-
-
-def _repeat(origin: str, paths: tuple[str, ...], where: dict[str, Any], options: dict[str, Any], as_json: bool) -> None:
+def _repeat(origin: str, paths: tuple[str, ...], where: dict[str, Any], options: dict[str, Any]) -> None:
     """Verify and repeat a painting."""
     from .repeat import repeat
 
     source_of = click.get_current_context().get_parameter_source
     given = {name: value for name, value in where.items() if source_of(name) is not ParameterSource.DEFAULT}
     report, line = repeat(Path(origin), [Path(path) for path in paths], given, options)
-    _print(report, line, as_json)
+    print_result(report, line)
 
 
-def _paint_sheet(
-    job: Job, axes: tuple[str, ...], where: dict[str, Any], options: dict[str, Any], as_json: bool
-) -> None:
+def _paint_sheet(job: Job, axes: tuple[str, ...], where: dict[str, Any], options: dict[str, Any]) -> None:
     """Paint a picture with every combination of some options and write them on one contact sheet."""
     from tqdm import tqdm
 
@@ -298,14 +256,14 @@ def _paint_sheet(
         sheet = contact_sheet(stylizer, job.source, parsed, on_cell=on_cell, out=job.out, **options)
     Result(sheet.image, {}, sheet.options).save(job.out)
     facts = {"out": str(job.out), "axes": parsed, "cells": len(sheet.cells), "options": asdict(sheet.options)}
-    _print(facts, str(job.out), as_json)
+    print_result(facts, str(job.out))
 
 
-def _paint_one(job: Job, where: dict[str, Any], options: dict[str, Any], as_json: bool) -> None:
+def _paint_one(job: Job, where: dict[str, Any], options: dict[str, Any]) -> None:
     """Paint and save one picture, with a progress bar on stderr if that is a terminal."""
     from .run import ProgressBars, check, open_stylizer, paint, without_mask
 
-    if as_json and job.out is None:
+    if as_json() and job.out is None:
         fail("found --json and OUT -; expected the name of a file: both would go to standard output", USAGE)
     check(job)
     begin = time.perf_counter()
@@ -315,7 +273,7 @@ def _paint_one(job: Job, where: dict[str, Any], options: dict[str, Any], as_json
         report = {"out": str(job.out), **paint(job, stylizer, options, bars)}
     report["seconds"] = {"open": opened - begin, **report["seconds"]}
     if job.out is not None:
-        _print(report, str(job.out), as_json)
+        print_result(report, str(job.out))
 
 
 def _watch(
@@ -324,7 +282,6 @@ def _watch(
     where: dict[str, Any],
     options: dict[str, Any],
     overwrite: bool,
-    as_json: bool,
 ) -> None:
     """Paint the pictures in folders and those that are added, until the keyboard interrupts."""
     from .watch import check_watch, watch
@@ -332,7 +289,7 @@ def _watch(
     check_watch(sources, out)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's script starts commands with & deaf to it
     echo(f"watching {', '.join(sources)}; Ctrl-C ends", err=True)
-    _paint_several(watch(sources, out, overwrite=overwrite), {}, where, options, True, as_json)
+    _paint_several(watch(sources, out, overwrite=overwrite), {}, where, options, True)
 
 
 def _paint_several(
@@ -341,7 +298,6 @@ def _paint_several(
     where: dict[str, Any],
     options: dict[str, Any],
     overwrite: bool,
-    as_json: bool,
 ) -> None:
     """Paint one job after another, report each on stdout and summarise on stderr.
 
@@ -357,9 +313,9 @@ def _paint_several(
         bars = stack.enter_context(contextlib.closing(ProgressBars(count)))
 
         def report(facts: dict[str, Any]) -> None:
-            if as_json or facts["status"] == "painted":
+            if as_json() or facts["status"] == "painted":
                 with bars.paused():
-                    _print(facts, facts["out"], as_json)
+                    print_result(facts, facts["out"])
 
         stylizer = functools.cache(lambda: stack.enter_context(open_stylizer(where, options)))
         for source, reason in failures.items():

@@ -64,7 +64,7 @@ class Range:
 
     def __str__(self) -> str:
         if self.high == math.inf:
-            return f"{self.low:g} or more"
+            return f"above {self.low:g}" if self.above else f"{self.low:g} or more"
         span = f"above {self.low:g}, up to {self.high:g}" if self.above else f"{self.low:g} to {self.high:g}"
         return f"0, or {span}" if self.or_zero else span
 

@@ -17,6 +17,13 @@ from lsast_engines.errors import LsastError, MissingExtraError, UsageError
 
 from .settings import LOOPBACK, PREFIX, Settings, declared
 
+SECTIONS = {
+    "Address": ("host", "port", "token", "allowed_hosts", "show"),
+    "Bundle and backend": ("bundle", "backend", "device", "threads", "compute_dtype", "preset", "batch"),
+    "Limits": tuple(name for name in declared() if name.startswith(("max_", "keep_", "queue")) or "seconds" in name),
+}
+"""Sections of the help and their options."""
+
 
 def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds an option for each field of `Settings`, which an environment variable can give, too."""
@@ -39,7 +46,7 @@ def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command(
     "lsast-serve",
     cls=Command,
-    context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
+    sections=SECTIONS,
     epilog=f"Every option can be given by the environment, too: {PREFIX}PORT=8080 is --port 8080.",
 )
 @setting_options
@@ -49,9 +56,8 @@ def main(show: bool, **settings: Any) -> None:
     """Paint over HTTP: a page for people, an API for programs.
 
     \b
-    Examples:
-        lsast-serve --open
-        LSAST_SERVE_TOKEN=secret lsast-serve --host 0.0.0.0 --port 8080
+      lsast-serve --open
+      LSAST_SERVE_TOKEN=secret lsast-serve --host 0.0.0.0 --port 8080
 
     The address is printed when the server listens. Ctrl-C or SIGTERM lets it finish what it has accepted; a second
     Ctrl-C ends it at once.

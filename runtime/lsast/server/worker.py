@@ -56,7 +56,9 @@ PREVIEW_SECONDS = 0.15
 THUMBNAIL: dict[str, Any] = {"size": 256, "steps": 10, "solver": "unipc", "seed": 0}
 """Options of the thumbnails."""
 
-_SAMPLE = Path(__file__).parent / "static" / "sample.webp"
+SAMPLE = Path(__file__).parent / "static" / "sample.webp"
+"""The picture of the thumbnails."""
+
 _HEADER = struct.Struct(">I")
 _log = logging.getLogger("lsast.server.worker")
 
@@ -134,7 +136,7 @@ class BatchPainter:
 
         self.stylizer = load_stylizer(**load)
         self._limits = limits
-        self.stylizer.stylize(_SAMPLE, **THUMBNAIL | {"size": 64, "steps": 1})
+        self.stylizer.stylize(SAMPLE, **THUMBNAIL | {"size": 64, "steps": 1})
 
     def facts(self) -> dict[str, Any]:
         """What the server tells its clients of the bundle."""
@@ -240,7 +242,7 @@ class BatchPainter:
         Raises:
             LsastError: see `Stylizer.stylize`.
         """
-        image = self.stylizer.stylize(_SAMPLE, style, **THUMBNAIL).image
+        image = self.stylizer.stylize(SAMPLE, style, **THUMBNAIL).image
         image.thumbnail((THUMBNAIL["size"], THUMBNAIL["size"]))
         return _webp(image)
 

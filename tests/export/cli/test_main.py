@@ -66,7 +66,7 @@ def test_missing_library_error_names_the_extra(monkeypatch: pytest.MonkeyPatch, 
         (["--style", "x", "--precision", "fp16"], "expected it with the command: lsast-export bundle"),
         (["bundle", "--out", "x", "--backend", "tensorrt-rtx"], "lsast-export compile x --backend tensorrt-rtx"),
         (["--style", "x", "--precision", "int8"], "'int8' is not one of"),
-        (["bundle"], "Missing option '--out'"),
+        (["bundle"], "Missing option '-o' / '--out'"),
         (["check"], "Missing argument 'BUNDLE'"),
     ],
 )

@@ -93,27 +93,10 @@ def test_lsast_run_without_out_paints_beside_the_source(folder: Path) -> None:
     assert _run("photos").stdout == f"{folder}/photos-painted/a.png\n"
 
 
-def test_shell_completion_knows_styles_and_choices(folder: Path) -> None:
-    def completed(*words: str) -> list[str]:
-        environment = {"COMP_WORDS": " ".join(("lsast-run", *words)), "COMP_CWORD": str(len(words))}
-        result = CliRunner().invoke(
-            main, env={"_LSAST_RUN_COMPLETE": "bash_complete", **environment}, prog_name="lsast-run"
-        )
-        return [line.partition(",")[2] for line in result.stdout.splitlines()]
-
-    assert completed("--style", "m") == ["monet"]
-    assert completed("-s", "monet+v") == ["monet+vangogh"]
-    assert completed("--solver", "dd") == ["ddim", "ddim_lsast"]
-
-
 def test_help_names_all_choices() -> None:
     text = _run("--help").output
     for name in (*SOLVERS, "onnxruntime", "openvino", "keep", "composite", "int(steps * strength)"):
         assert name in text
-
-
-def test_version_prints_the_version() -> None:
-    assert _run("--version").output == f"lsast {lsast.__version__}\n"
 
 
 def test_list_styles_prints_names(folder: Path) -> None:

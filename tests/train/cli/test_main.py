@@ -115,7 +115,7 @@ def test_train_command_on_a_published_base_uses_its_text_encoder(
         (["--style", "red", "--images", ".", "--no-such-option"], "No such option"),
         (["--style", "red", "--images", ".", "--steps", "0", "--lr", "-1"], "steps: found 0"),
         (["--style", "red", "--images", ".", "--variant", "step", "--layout", "overlap"], "overlap with variant"),
-        (["monet"], "No such command"),
+        (["monet"], "found command 'monet'"),
     ],
 )
 def test_train_command_with_wrong_usage_exits_with_2(
