@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS
 
 PHOTO = Path(__file__).parents[2] / "docs" / "images" / "lighthouse.jpg"
 SIZE = 256
+STYLES = ("vangogh", "monet", "cezanne", "roerich", "martin", "koson", "malevich")
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,7 @@ def painted() -> dict[tuple[str, int], npt.NDArray[np.float64]]:
     with lsast.load(backend="onnxruntime", threads=2) as stylizer:
         return {
             (style, seed): blurred(stylizer.stylize(PHOTO, style=style, size=SIZE, seed=seed).image)
-            for style in ("vangogh", "monet")
+            for style in STYLES
             for seed in (0, 1)
         }
 
@@ -36,7 +38,7 @@ def blurred(image: Image.Image) -> npt.NDArray[np.float64]:
 
 def test_embedded_bundle_is_valid_small_and_has_seven_styles() -> None:
     bundle = Bundle.open(EMBEDDED)
-    assert {"vangogh", "monet", "cezanne", "roerich", "martin", "koson", "malevich"} <= bundle.styles().keys()
+    assert set(STYLES) <= bundle.styles().keys()
     for name in bundle.styles():
         assert bundle.open_style(name).latent_statistics is not None
         assert bundle.open_style(name).defaults["palette"] > 0
@@ -67,19 +69,19 @@ def test_embedded_bundle_keeps_the_photograph_recognisable(
 ) -> None:
     photo = blurred(Image.open(PHOTO))
     for (style, _), picture in painted.items():
-        assert np.corrcoef(photo.mean(2).ravel(), picture.mean(2).ravel())[0, 1] > 0.6, style
+        likeness = np.corrcoef(photo.mean(2).ravel(), picture.mean(2).ravel())[0, 1]
+        assert likeness > (0.6 if style in ("vangogh", "monet") else 0.4), style
         assert np.abs(photo - picture).mean() > 5, style
 
 
 def test_embedded_styles_differ_by_more_than_the_noise_does(
     painted: dict[tuple[str, int], npt.NDArray[np.float64]],
 ) -> None:
-    def saturation(picture: npt.NDArray[np.float64]) -> float:
-        return float((picture.max(2) - picture.min(2)).mean())  # Van Gogh's palette is stronger than Monet's haze
-
-    vangogh, monet = ([saturation(painted[style, seed]) for seed in (0, 1)] for style in ("vangogh", "monet"))
-    noise = max(max(vangogh) - min(vangogh), max(monet) - min(monet))
-    assert np.mean(vangogh) - np.mean(monet) > noise
+    """The same seed in two styles: what their difference has in common for two seeds, against what it has not."""
+    for one, other in itertools.combinations(STYLES, 2):
+        first, second = (painted[one, seed] - painted[other, seed] for seed in (0, 1))
+        of_styles, of_seeds = np.abs(first + second).mean(), np.abs(first - second).mean()
+        assert of_styles > 1.5 * of_seeds, (one, other, of_styles / of_seeds)
 
 
 def test_interrupt_after_close_reaches_python() -> None:
