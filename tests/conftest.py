@@ -38,9 +38,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _home_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What the runtime keeps between runs is not kept in the home of the person who runs the tests."""
+    """What the runtime keeps between runs is not kept in the home of the person who runs the tests.
+
+    Nor do defaults depend on the processor: `auto` takes ONNX Runtime in fp32.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LSAST_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setenv("LSAST_PROCESSOR", "")
         yield
 
 

@@ -21,6 +21,8 @@ from .images.formats import WRITTEN_PICTURES, check_format
 if TYPE_CHECKING:
     from PIL import Image
 
+    from lsast_engines.backends.choice import Choice
+
     from .images.provenance import Provenance
     from .options.options import Options
 
@@ -40,6 +42,8 @@ class Result:
     """All options, with the defaults filled in."""
     provenance: Provenance | None = None
     """What the painting was made of; files hold it, so that the painting can be repeated (`lsast.images.metadata`)."""
+    choice: Choice | None = None
+    """The backend and the compute dtype that painted it, and why they were chosen."""
 
     def show(self) -> None:
         """Open the painting in the system's viewer, as `PIL.Image.Image.show` does."""

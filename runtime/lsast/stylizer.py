@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lsast_engines.backends.base import ComputeDtype
+from lsast_engines.backends.choice import Choice, DtypeOrAuto
 from lsast_engines.bundle.bundle import Bundle, find_bundle
 from lsast_engines.bundle.graph_spec import CONTROLNET_COND, DENOISER, REQUIRED_GRAPHS, VAE_ENCODER
 from lsast_engines.errors import UsageError
@@ -54,7 +54,7 @@ def load(
     backend: str = "auto",
     device: str = "auto",
     threads: int | None = None,
-    compute_dtype: ComputeDtype | None = None,
+    compute_dtype: DtypeOrAuto = "auto",
     style_memory: int = STYLE_MEMORY,
     build: bool = False,
     preset: str | None = None,
@@ -65,12 +65,13 @@ def load(
     Args:
         bundle: a bundle's folder or name; None takes the one in the environment variable LSAST_BUNDLE, else the
             embedded `mini`.
-        backend: `onnxruntime`, `openvino`, `tensorrt-rtx`, `tensorrt`, or `auto` for the first that is installed and
-            has the device and the dtype.
+        backend: `onnxruntime`, `openvino`, `tensorrt-rtx`, `tensorrt`, or `auto` for the fastest here
+            (`Stylizer.choice` says why).
         device: `cpu`, `cuda` …, or `auto`: the GPU for `tensorrt-rtx` and `tensorrt`, else the CPU.
         threads: CPU threads; None leaves it to the backend.
-        compute_dtype: None is `fp32`, and on GPUs `fp16`. With `openvino` also `bf16` or `fp16` if the processor has
-            it: faster, and off by a grey level or two. If the decoder overflows, it decodes again in `fp32`.
+        compute_dtype: `fp32`; with `openvino` also `bf16` or `fp16` if the processor has it: faster, and off by a grey
+            level or two; on GPUs also `fp16`. `auto` is `bf16` where that is faster, else `fp32`, and on GPUs `fp16`.
+            If the decoder overflows, it decodes again in `fp32`.
         style_memory: bytes of styles to keep in memory between paintings; the least recently used are dropped first.
         build: with `tensorrt-rtx` or `tensorrt`, first compile the engines that are missing, which takes minutes and
             needs the extra `export`; otherwise a missing engine is an error.
@@ -89,7 +90,7 @@ def load(
     if build:
         from .sessions.build_engines import build_engines
 
-        build_engines(factory.bundle, backend.lower(), compute_dtype or "fp16")
+        build_engines(factory.bundle, backend.lower(), "fp16" if compute_dtype == "auto" else compute_dtype)
     return Stylizer(factory, first_graphs(factory.bundle, {"preset": preset}), style_memory, preset, max_megapixels)
 
 
@@ -130,9 +131,8 @@ class Stylizer:
         self._preset = preset
         self._max_megapixels = max_megapixels
         self._pool = EnginePool(factory, graphs, style_memory)
-        self._backend = next(iter(self._pool.engines.values())).backend
         self._bundle_sha256 = bundle_sha256(factory.bundle)
-        self._versions = versions(self._backend)
+        self._versions = versions(self.choice.backend)
 
     @property
     def styles(self) -> list[str]:
@@ -140,9 +140,14 @@ class Stylizer:
         return list(self.bundle.styles())
 
     @property
+    def choice(self) -> Choice:
+        """The backend, the device and the compute dtype of all paintings, and why they were chosen."""
+        return self._pool.factory.choice
+
+    @property
     def backend(self) -> str:
         """Name of the backend that runs the graphs."""
-        return self._backend
+        return self.choice.backend
 
     def resolve(self, **options: Any) -> Options:
         """Complete the options of a call, as `stylize` does.
@@ -270,7 +275,8 @@ class Stylizer:
         results = []
         for request, canvas, provenance in zip(requests, painted, provenances, strict=True):
             request.timer.seconds |= {phase: seconds / len(requests) for phase, seconds in phases.items()}
-            results.append(Result(request.compose(canvas), request.timer.seconds, request.options, provenance))
+            image = request.compose(canvas)
+            results.append(Result(image, request.timer.seconds, request.options, provenance, self.choice))
         return results
 
     async def stylize_async(self, picture: Picture, style: str | None = None, **options: Any) -> Result:

@@ -73,6 +73,20 @@ def with_fp32_weights(path: Path, cache: Path | None = None, dtypes: tuple[str, 
     return folder / path.name
 
 
+def has_room(bundle: Path, cache: Path | None = None) -> bool:
+    """Whether all 16-bit weights of the bundle in a folder are converted, or small, or the disk has room for them."""
+    weights = bundle / WEIGHTS
+    if not weights.is_file() or weights.stat().st_size < MIN_BYTES:
+        return True
+    slots = read_slots(weights).values()
+    folder = cache or cache_home() / "fp32"
+    if not any(slot.dtype in _HALVES for slot in slots) or (folder / _key(weights) / WEIGHTS).is_file():
+        return True
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free > sum(slot.length * 2 for slot in slots)
+
+
 def is_current(folder: Path) -> bool:
     """Whether the weights that were converted into `folder` are still there and the same."""
     weights = read_source(folder)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import io
-import platform
 import re
 import sys
 from collections import OrderedDict
@@ -22,6 +20,7 @@ import numpy as np
 
 from ..bundle.graph_spec import DENOISER, UNET_SPLIT_GRAPHS, GraphSpec, TensorSpec
 from ..bundle.safetensors_header import read_slots
+from ..environment import processor
 from ..errors import BackendError, install_command
 from .base import Array, ComputeDtype, Engine, Shape, axis_lengths, check_interface
 from .graph_cache import open_cached
@@ -285,13 +284,3 @@ def _bf16_bytes(folder: Path) -> int:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
     return count
-
-
-@functools.cache
-def processor() -> str:
-    """The model and instruction sets of the processor, as far as the system reports them."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().partition("\n\n")[0].splitlines() if info.is_file() else []
-    keys = ("model name", "flags", "Features", "CPU part")
-    facts = [line for line in lines if line.partition("\t")[0].strip() in keys]
-    return " ".join([platform.machine(), platform.processor(), *facts])

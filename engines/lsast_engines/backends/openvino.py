@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.graph_spec import GraphSpec
+from ..environment import processor
 from ..errors import BackendError
 from .base import Array, ComputeDtype, Engine, check_interface
 from .graph_cache import open_cached
@@ -34,6 +35,17 @@ def devices() -> list[str]:
     return [str(device).lower() for device in shared_core(import_library("openvino")).available_devices]
 
 
+def compute_dtypes(device: str) -> tuple[ComputeDtype, ...]:
+    """What `device` computes in; on a processor with AVX-512, bf16 may be emulated.
+
+    Raises:
+        ImportError: OpenVINO is not installed.
+    """
+    found = shared_core(import_library("openvino")).get_property(device.upper(), "OPTIMIZATION_CAPABILITIES")
+    names = {"fp32", *(str(name).lower() for name in found)}
+    return tuple(dtype for dtype in _PRECISION_HINTS if dtype in names)
+
+
 class OpenVinoEngine(Engine):
     """A graph compiled by OpenVINO."""
 
@@ -45,7 +57,10 @@ class OpenVinoEngine(Engine):
         openvino = import_library("openvino")
         super().__init__(spec, device, compute_dtype)
         core = shared_core(openvino)
-        _check_compute_dtype(core, device, compute_dtype)
+        if compute_dtype not in (supported := compute_dtypes(device)):
+            raise BackendError(
+                f"openvino cannot compute in {compute_dtype} on {device} here; available: {', '.join(supported)}"
+            )
         # By default OpenVINO computes in bf16 where the CPU supports it; results would depend on the machine by 1e-2.
         config: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": _PRECISION_HINTS[compute_dtype],
@@ -72,7 +87,7 @@ class OpenVinoEngine(Engine):
             return compiled
 
         if device == "cpu":
-            environment = f"{openvino.__version__} {core.get_property('CPU', 'FULL_DEVICE_NAME')}"
+            environment = f"{openvino.__version__} {processor()}"
             self._compiled: Any = open_cached("openvino", path, compute_dtype, environment, load, build)
         else:
             self._compiled = build(None)
@@ -119,14 +134,6 @@ def shared_core(library: Any) -> Any:
     run on that stack, so that a later Ctrl-C would be a segmentation fault (seen with OpenVINO 2026.4.1).
     """
     return library.Core()
-
-
-def _check_compute_dtype(core: Any, device: str, compute_dtype: ComputeDtype) -> None:
-    """Refuse a compute dtype that the device would emulate or ignore."""
-    supported = {str(name).lower() for name in core.get_property(device.upper(), "OPTIMIZATION_CAPABILITIES")}
-    if compute_dtype != "fp32" and compute_dtype not in supported:
-        listing = ", ".join(name for name in ("fp32", "bf16", "fp16") if name in supported)
-        raise BackendError(f"openvino cannot compute in {compute_dtype} on {device} here; available: {listing}")
 
 
 def _name(port: Any, wanted: list[str]) -> str:

@@ -101,6 +101,16 @@ def backend_devices(backend: str) -> list[str]:
     return list(devices())
 
 
+def has_device(backend: str, device: str) -> bool:
+    """Whether `backend`, a key of `EXTRAS`, finds `device`; looks for a GPU only if that is one.
+
+    Raises:
+        ImportError, BackendError, KeyError: see `backend_devices`.
+    """
+    devices, _, _ = _BACKENDS[backend].load()
+    return device in devices()
+
+
 def gpu_fault(backend: str) -> str:
     """Why `backend`, a key of `EXTRAS`, has no NVIDIA GPU here, and what mends it; empty if it has or could not.
 
@@ -147,7 +157,7 @@ def open_engine(
             installed, has the device and supports the compute dtype.
         device: ``cpu``, ``cuda``, …, or ``auto``: the GPU for TensorRT, the CPU for the others.
         threads: CPU threads; None is the backend's default.
-        compute_dtype: None is `default_dtype` of the device. ONNX Runtime computes in fp32, and on GPUs in fp16, too;
+        compute_dtype: None is fp32, and on GPUs fp16. ONNX Runtime computes in fp32, and on GPUs in fp16, too;
             OpenVINO supports what the device does, TensorRT engines what they were compiled in.
         cache: folder for weights converted to float32; None is the user's cache folder (`fp32_weights`).
 
@@ -159,13 +169,7 @@ def open_engine(
     """
     if threads is not None and threads not in range(1, MAX_THREADS + 1):
         raise UsageError(f"found {threads} threads; expected 1 to {MAX_THREADS}")
-    for option, value in (("--compute-dtype", compute_dtype), ("--device", device.lower())):
-        if gone := removal(f"{option} {value}"):
-            raise UsageError(gone)
-    if compute_dtype not in (None, *get_args(ComputeDtype)):
-        raise UsageError(f"found compute_dtype {compute_dtype!r}; expected one of {', '.join(get_args(ComputeDtype))}")
-    backend, device = _choose(backend.lower(), device.lower(), compute_dtype)
-    compute_dtype = compute_dtype or default_dtype(device)
+    backend, device, compute_dtype = find_backend(backend, device, compute_dtype)
     if not path.is_file():
         raise BackendError(f"found no graph file {path}; export the bundle again")
     _, engine, _ = _BACKENDS[backend].load()
@@ -179,13 +183,18 @@ def open_engine(
         raise BackendError(f"{backend} cannot load {path} on {device}: {error}") from error
 
 
-def default_dtype(device: str) -> ComputeDtype:
-    """The compute dtype of a device if none is chosen: fp16 on GPUs, whose tensor cores need it, else fp32."""
-    return "fp16" if device == "cuda" else "fp32"
+def find_backend(backend: str, device: str, compute_dtype: ComputeDtype | None) -> tuple[str, str, ComputeDtype]:
+    """The backend, device and compute dtype that `open_engine` uses for these arguments.
 
-
-def _choose(backend: str, device: str, compute_dtype: ComputeDtype | None) -> tuple[str, str]:
-    """An available backend and device; an explicit choice is met or refused."""
+    Raises:
+        UsageError, MissingExtraError, BackendError: see `open_engine`.
+    """
+    backend, device = backend.lower(), device.lower()
+    for option, value in (("--compute-dtype", compute_dtype), ("--device", device)):
+        if gone := removal(f"{option} {value}"):
+            raise UsageError(gone)
+    if compute_dtype not in (None, *get_args(ComputeDtype)):
+        raise UsageError(f"found compute_dtype {compute_dtype!r}; expected one of {', '.join(get_args(ComputeDtype))}")
     named = _BACKENDS.get(backend)
     usual = "cuda" if named and named.gpu_only else "cpu"
     wanted = usual if device == "auto" else device
@@ -198,9 +207,9 @@ def _choose(backend: str, device: str, compute_dtype: ComputeDtype | None) -> tu
             unfit = f"; {name} computes in {' or '.join(map(str, dtypes))} on {wanted}, others may in {compute_dtype}"
             continue
         try:
-            devices, *_ = entry.load()
-            if wanted in devices():  # which looks for a GPU only if one is wanted
-                return name, wanted
+            if has_device(name, wanted):
+                # Tensor cores of GPUs need fp16.
+                return name, wanted, compute_dtype or ("fp16" if wanted == "cuda" else "fp32")
         except ImportError:
             continue
     available = available_backends()

@@ -103,7 +103,8 @@ def painting_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "--backend",
     metavar="NAME",
     default="auto",
-    help="Library that runs the networks: onnxruntime, openvino, tensorrt-rtx or tensorrt. [default: auto]",
+    help="Library that runs the networks: onnxruntime, openvino, tensorrt-rtx or tensorrt. [default: auto, the fastest "
+    "on this processor; --doctor says which]",
 )
 @click.option("--device", metavar="NAME", default="auto", help="Device of the backend, such as cpu or cuda. "
               "[default: auto]")  # fmt: skip
@@ -111,8 +112,9 @@ def painting_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--compute-dtype",
     metavar="TYPE",
+    default="auto",
     help="Number format of the computation: fp32; with openvino also bf16 and fp16, on GPUs also fp16. "
-    "[default: fp32, on GPUs fp16]",
+    "[default: auto, bf16 where the processor multiplies it, else fp32; on GPUs fp16]",
 )
 @click.option(
     "--max-megapixels",
@@ -147,7 +149,7 @@ def main(
     backend: str,
     device: str,
     threads: int | None,
-    compute_dtype: str | None,
+    compute_dtype: str,
     max_megapixels: float | None,
     build: bool,
     axes: tuple[str, ...],

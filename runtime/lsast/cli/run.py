@@ -271,7 +271,7 @@ def to_report(result: Result, stylizer: Stylizer, seconds: dict[str, float]) -> 
     return {
         "bundle": stylizer.bundle.manifest.name,
         "style": result.options.style,
-        "backend": stylizer.backend,
+        **{name: getattr(stylizer.choice, name) for name in ("backend", "device", "compute_dtype", "reason")},
         "seconds": {**result.seconds, **seconds},
         "options": asdict(result.options),
     }

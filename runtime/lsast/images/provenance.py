@@ -37,8 +37,11 @@ class Provenance:
     """Versions of lsast, the backend and the libraries that pixels pass."""
 
     def changes(self, later: Provenance) -> list[str]:
-        """Backend, device and versions that differ in `later`, as ``name old, now new`` each."""
-        before, now = ({"backend": p.backend, "device": p.device, **p.versions} for p in (self, later))
+        """Backend, device, compute dtype and versions that differ in `later`, as ``name old, now new`` each."""
+        before, now = (
+            {"backend": p.backend, "device": p.device, "compute_dtype": p.compute_dtype, **p.versions}
+            for p in (self, later)
+        )
         return [
             f"{name} {before.get(name, 'none')}, now {now.get(name, 'none')}"
             for name in {**before, **now}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_type_hints
 
 from lsast_engines.errors import UsageError, fault_list
@@ -16,6 +17,9 @@ PREFIX = "LSAST_SERVE_"
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 """Addresses that only this machine reaches."""
+
+WORKER_LIMITS = ("batch", "max_megapixels", "max_size", "max_tile", "max_tiles")
+"""The settings that hold where pictures are painted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +42,7 @@ class Settings:
     backend: Annotated[str, "Library that runs the networks, as in lsast-run."] = "auto"
     device: Annotated[str, "Device of the backend, such as cpu or cuda."] = "auto"
     threads: Annotated[int, "Processor threads to use; 0 leaves it to the backend.", Range(0, 1024)] = 0
-    compute_dtype: Annotated[str, "Number format of the computation, as in lsast-run."] = ""
+    compute_dtype: Annotated[str, "Number format of the computation, as in lsast-run."] = "auto"
     preset: Annotated[str, "Preset of the paintings that name none."] = ""
     batch: Annotated[int, "Most pictures that are painted together.", Range(1, 64)] = 4
     queue: Annotated[int, "Most paintings that wait; more are refused with status 429.", Range(1, 100_000)] = 64
@@ -91,19 +95,22 @@ class Settings:
         return [*LOOPBACK, f"[{LOOPBACK[-1]}]"] if self.host in LOOPBACK else ["*"]
 
     @property
+    def worker_limits(self) -> dict[str, float]:
+        """The `WORKER_LIMITS`, by name."""
+        return {name: getattr(self, name) for name in WORKER_LIMITS}
+
+    @property
     def load(self) -> dict[str, Any]:
         """The arguments of `lsast.load`."""
         names = ("bundle", "backend", "device", "threads", "compute_dtype", "preset")
         return {name: getattr(self, name) or None for name in names}
 
 
-def declared() -> dict[str, tuple[type, str, Range | None]]:
+@functools.cache
+def declared() -> Mapping[str, tuple[type, str, Range | None]]:
     """Type, help and range of every setting, by name, in the order of the declaration."""
-    return dict(_declared())
-
-
-def _declared() -> Iterator[tuple[str, tuple[type, str, Range | None]]]:
-    hints = get_type_hints(Settings, include_extras=True)
-    for field in fields(Settings):
-        kind, text, *ranges = get_args(hints[field.name])
-        yield field.name, (kind, text, ranges[0] if ranges else None)
+    found = {}
+    for name, hint in get_type_hints(Settings, include_extras=True).items():
+        kind, text, *ranges = get_args(hint)
+        found[name] = (kind, text, ranges[0] if ranges else None)
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import math
 import os
 import threading
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from lsast_engines.backends.base import ComputeDtype, Engine
+from lsast_engines.backends.choice import Choice, DtypeOrAuto, choose
 from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS
@@ -55,19 +57,27 @@ class EngineFactory:
     backend: str = "auto"
     device: str = "auto"
     threads: int | None = None
-    compute_dtype: ComputeDtype | None = None
-    """None is `lsast_engines.backends.registry.default_dtype` of the device."""
+    compute_dtype: DtypeOrAuto = "auto"
 
     def __post_init__(self) -> None:
-        if self.bundle.manifest.storage_dtype == "int8" and self.compute_dtype not in (None, "fp32"):
+        if self.bundle.manifest.storage_dtype == "int8" and self.compute_dtype not in ("auto", "fp32"):
             # OpenVINO 2026.4 fails to open a float convolution in bf16 whose output is quantised.
             raise UsageError(
                 f"found compute_dtype {self.compute_dtype} for {self.bundle.path}, which is stored in int8; "
                 "expected fp32: leave the option out"
             )
 
+    @functools.cached_property
+    def choice(self) -> Choice:
+        """What all graphs are computed with; chosen once.
+
+        Raises:
+            LsastError: see `lsast_engines.backends.choice.choose`.
+        """
+        return choose(self.bundle, self.backend, self.device, self.compute_dtype)
+
     def __call__(self, name: str, compute_dtype: ComputeDtype | None = None) -> Engine:
-        """Open the graph `name`; `compute_dtype` replaces the factory's own.
+        """Open the graph `name`; `compute_dtype` replaces the chosen one.
 
         Raises:
             LsastError: see `lsast_engines.backends.registry.open_engine`.
@@ -75,10 +85,10 @@ class EngineFactory:
         return open_engine(
             self.bundle.graph_path(name),
             self.bundle.manifest.graphs[name],
-            self.backend,
-            self.device,
+            self.choice.backend,
+            self.choice.device,
             self.threads,
-            compute_dtype or self.compute_dtype,
+            compute_dtype or self.choice.compute_dtype,
         )
 
 

@@ -48,7 +48,9 @@ def test_lsast_run_with_json_prints_one_object_that_repeats_the_picture(folder: 
     result = _run("in.png", "out.png", "--json", "--strength", "0.5", "--solver", "unipc", "--threads", "1")
     assert (result.exit_code, result.stderr) == (0, "")
     report = json.loads(result.stdout)
-    assert report.keys() == {"out", "bundle", "style", "backend", "seconds", "options"}
+    assert report.keys() == {
+        *("out", "bundle", "style", "backend", "device", "compute_dtype", "reason", "seconds", "options")
+    }
     assert (report["out"], report["bundle"], report["style"]) == ("out.png", "tiny", "vangogh")
     assert list(report["seconds"]) == ["open", "read", "edges", "encode", "denoise", "decode", "finish", "save"]
     options = lsast.Options(**report["options"])
