@@ -1,0 +1,119 @@
+"""Which backend and compute dtype ``auto`` takes for a bundle: the fastest on this processor that is exact enough.
+
+`ROWS` is the rule. docs/guides/speed.md shows it, docs/results.md the measurements.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Literal
+
+from ..bundle.bundle import Bundle
+from ..bundle.manifest import QUANTISED
+from ..environment import cpu_features
+from ..errors import BackendError, install_command
+from .base import ComputeDtype
+from .fp32_weights import has_room
+from .registry import EXTRAS, find_backend, has_device
+
+DtypeOrAuto = ComputeDtype | Literal["auto"]
+
+LEAST_PSNR = 45.0
+"""Least PSNR in dB of a picture in the dtype of `ROWS` to the same in float32; ``lsast-export check`` measures it."""
+
+_log = logging.getLogger("lsast.choice")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to compute on a CPU, and where it is the fastest."""
+
+    backend: str
+    compute_dtype: ComputeDtype
+    feature: str
+    """What the processor must have, of `cpu_features`; empty if nothing."""
+    measured: str
+    """How fast it is, compared with ONNX Runtime in float32."""
+
+
+ROWS = (
+    Row("openvino", "bf16", "amx_bf16", "3 to 7 times as fast at Stable Diffusion 1.5's size, 1.3 times with mini"),
+    Row("openvino", "bf16", "avx512_bf16", "1.6 times as fast at Stable Diffusion 1.5's size, 1.8 times with mini"),
+    Row("onnxruntime", "fp32", "", "as fast as OpenVINO in fp32, and opened sooner"),
+    Row("openvino", "fp32", "", "where ONNX Runtime is not installed"),
+)
+"""From the fastest to the slowest. AVX-512 alone emulates bf16, more slowly than fp32; Arm was not measured."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a bundle is computed with."""
+
+    backend: str
+    device: str
+    compute_dtype: ComputeDtype
+    reason: str
+    """Why, in words."""
+    remedy: str = ""
+    """What to install for something faster, and how fast; empty if nothing is known."""
+
+
+def choose(
+    bundle: Bundle | None = None, backend: str = "auto", device: str = "auto", compute_dtype: DtypeOrAuto = "auto"
+) -> Choice:
+    """Choose what is left to ``auto``; what is named is met or refused.
+
+    Args:
+        bundle: one in int8 is computed in fp32, whatever the processor has; None stands for a small one in fp32.
+        backend: see `registry.open_engine`.
+        device: see `registry.open_engine`.
+        compute_dtype: see `registry.open_engine`.
+
+    Raises:
+        UsageError, MissingExtraError, BackendError: see `registry.open_engine`.
+    """
+    backend, device, named = backend.lower(), device.lower(), None if compute_dtype == "auto" else compute_dtype
+    passed_over: dict[str, None] = {}
+    """Why no earlier row is taken, each reason once."""
+    remedy = ""
+    if device in ("auto", "cpu") and "auto" in (backend, compute_dtype):
+        for row in ROWS:
+            if backend not in ("auto", row.backend) or named not in (None, row.compute_dtype):
+                continue
+            fault, missing = _fault(row, bundle)
+            if not fault:
+                reason = f"the processor has {row.feature}: {row.measured}" if row.feature else "; ".join(passed_over)
+                reason = reason or f"{named or backend} was named"
+                return Choice(row.backend, "cpu", row.compute_dtype, reason, remedy)
+            passed_over[fault] = None
+            if missing and not remedy:
+                remedy = (
+                    f"{install_command(EXTRAS[row.backend])}: {row.backend} in {row.compute_dtype} is {row.measured}"
+                )
+    return Choice(*find_backend(backend, device, named), reason="named")
+
+
+def _fault(row: Row, bundle: Bundle | None) -> tuple[str, bool]:
+    """Why `row` is not taken for a bundle, empty if it is; and whether its backend is not installed."""
+    if row.feature:
+        if bundle and bundle.manifest.storage_dtype in QUANTISED:
+            return f"the bundle is in {bundle.manifest.storage_dtype}", False
+        if row.feature not in cpu_features():
+            return f"the processor has no {row.feature}", False
+        if bundle and not has_room(bundle.path):
+            return "the disk has no room to convert the bundle's 16-bit weights", False
+    try:
+        if not has_device(row.backend, "cpu"):
+            return f"{row.backend} finds no processor", False
+        if row.backend == "openvino":
+            from .openvino import compute_dtypes
+
+            if row.compute_dtype not in compute_dtypes("cpu"):
+                return f"{row.backend} has no {row.compute_dtype} here", False
+    except ImportError:
+        return f"{row.backend} is not installed", True
+    except BackendError as error:
+        _log.warning("%s", error)
+        return str(error), False
+    return "", False
