@@ -32,7 +32,7 @@ from lsast_engines.errors import UsageError
 
 from .base.base import Base
 from .evaluation import ValidationSet, noise_error
-from .options import TrainOptions
+from .options import TrainOptions, identity
 from .paintings import CachedLatents, LatentSampler, OnlineLatents, PaintingDataset, latent_statistics
 from .prompts.prompt_file import Prompts, save_prompts
 from .prompts.prompt_space import PromptSpace, build_space
@@ -40,7 +40,7 @@ from .training.device import find_device
 from .training.loop import TrainingLoop, require_finite, set_learning_rate
 from .training.loss_curve import Curve, Evaluation, save_curve
 from .training.rng import RngStream, rng_for
-from .training.run import RunFiles, RunResult, require_run, versions
+from .training.run_files import RunFiles, RunResult, require_run, versions
 
 log = logging.getLogger("lsast.train")
 
@@ -235,11 +235,8 @@ class Inversion:
         return ValidationSet(self.base, latents, options.seed, options.mixed_precision)
 
     def _identity(self) -> dict[str, Any]:
-        options = asdict(self.options)
-        for name in ("checkpoint_minutes", "gradient_checkpointing", "palette"):
-            del options[name]  # it changes no prompt
         return {
-            **options,
+            **identity(self.options),
             "base": self.base.fingerprint,
             "paintings": self.paintings.digest,
             "processes": self.accelerator.num_processes,

@@ -1,14 +1,15 @@
-"""Options of an inversion: one frozen dataclass that command line, checkpoint and API share.
+"""Options of a training, declared once: for the checks, the command line, checkpoints and the API.
 
 Never imports torch, so that ``lsast-train --help`` is quick and works without it.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from lsast_engines.errors import UsageError, fault_list
 
@@ -45,19 +46,6 @@ GPUs that have no bf16."""
 PLACEHOLDER_TOKENS = 10
 """Default rows of a matrix that passes a text encoder: the released configuration's ``max_vectors_per_token``."""
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "variant": get_args(Variant),
-    "generator": get_args(Generator),
-    "prompt": get_args(Prompt),
-    "layout": get_args(Layout),
-    "gradient": get_args(Gradient),
-    "schedule": get_args(Schedule),
-    "crop": get_args(Crop),
-    "weighting": get_args(Weighting),
-    "mixed_precision": get_args(MixedPrecision),
-}
-"""The named values of each option that has some."""
-
 
 @dataclass(frozen=True)
 class Range:
@@ -67,39 +55,77 @@ class Range:
     high: float = math.inf
     above: bool = False
     """Whether `low` itself is invalid."""
-    whole: bool = False
-    """Whether only whole numbers are valid."""
 
-    def faults(self, name: str, value: Any) -> list[str]:
-        """A line if `value`, of the option `name`, is invalid."""
-        kind = int if self.whole else (int, float)
-        sound = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
-        if sound and self.low <= value <= self.high and not (self.above and value == self.low):
+
+@dataclass(frozen=True)
+class Declared:
+    """What an option may be and what it does, read off its declaration."""
+
+    name: str
+    type: type
+    """``str`` of a named value, ``int``, ``float`` or ``bool``."""
+    choices: tuple[str, ...]
+    """The named values."""
+    help: str
+    """Empty for an option that is not on the command line."""
+    range: Range | None
+    optional: bool
+    default: Any
+
+    def faults(self, value: Any) -> list[str]:
+        """A line if `value` is invalid."""
+        if self.choices:
+            valid, expected = value in self.choices, f"one of {', '.join(self.choices)}"
+        elif self.range is None or (self.optional and value is None):
             return []
-        expected = f"a {'whole ' * self.whole}number {'above' if self.above else 'of at least'} {self.low:g}"
-        limit = f", up to {self.high:g}" if self.high < math.inf else ""
-        return [f"{name}: found {value!r}; expected {expected}{limit}"]
+        else:
+            kind: Any = int if self.type is int else (int, float)
+            low, high = self.range.low, self.range.high
+            valid = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+            valid = valid and low <= value <= high and not (self.range.above and value == low)
+            number = f"a {'whole ' * (kind is int)}number {'above' if self.range.above else 'of at least'} {low:g}"
+            expected = number + (f", up to {high:g}" if high < math.inf else "")
+        return [] if valid else [f"{self.name}: found {value!r}; expected {expected}"]
 
 
-_RANGES = {
-    **dict.fromkeys(
-        ("steps", "batch", "gradient_accumulation", "evaluate_every", "evaluate_latents"), Range(1, whole=True)
-    ),
-    **dict.fromkeys(("decay_after", "views", "seed"), Range(0, whole=True)),
-    **dict.fromkeys(("lr", "checkpoint_minutes"), Range(0, above=True)),
-    **dict.fromkeys(("map_lr", "weight_decay"), Range(0)),
-    "palette": Range(0, 1),
-    "size": Range(64, whole=True),
-}
+@functools.cache
+def declared(options: type) -> dict[str, Declared]:
+    """The options that a dataclass declares, by name: ``Annotated[type, help, Range]``, help and range where needed."""
+    found = {}
+    hints = get_type_hints(options, include_extras=True)
+    for entry in fields(options):
+        kind, *notes = (
+            get_args(hints[entry.name]) if get_origin(hints[entry.name]) is Annotated else [hints[entry.name]]
+        )
+        optional = type(None) in get_args(kind)
+        kind = next(part for part in get_args(kind) if part is not type(None)) if optional else kind
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        found[entry.name] = Declared(
+            entry.name,
+            str if choices else kind,
+            choices,
+            next((note for note in notes if isinstance(note, str)), ""),
+            next((note for note in notes if isinstance(note, Range)), None),
+            optional,
+            None if entry.default is MISSING else entry.default,
+        )
+    return found
+
+
+def option_faults(options: Any) -> list[str]:
+    """Invalid values of an instance of such a dataclass, a line each."""
+    known: Any = type(options)
+    return [fault for name, option in declared(known).items() for fault in option.faults(getattr(options, name))]
+
+
+def identity(options: Any) -> dict[str, Any]:
+    """The options that change a result, by name: those that ``==`` compares."""
+    return {entry.name: getattr(options, entry.name) for entry in fields(options) if entry.compare}
 
 
 def choice_faults(found: Mapping[str, str]) -> list[str]:
-    """Faults of named values, and of layout and variant together; a line each."""
-    faults = [
-        f"{name}: found {value!r}; expected one of {', '.join(CHOICES[name])}"
-        for name, value in found.items()
-        if value not in CHOICES[name]
-    ]
+    """Faults of named values of `TrainOptions`, and of layout and variant together; a line each."""
+    faults = [fault for name, value in found.items() for fault in declared(TrainOptions)[name].faults(value)]
     if found.get("layout") == "overlap" and found.get("variant") != "step+layer":
         faults.append(
             f"layout: found overlap with variant {found.get('variant')!r}; expected it with step+layer only, "
@@ -116,61 +142,58 @@ class TrainOptions:
         UsageError: invalid values, all of them at once.
     """
 
-    variant: Variant = "step+layer"
-    generator: Generator = "attention"
-    prompt: Prompt = "auto"
-    placeholder_tokens: int | None = None
-    """Rows of a matrix where prompts pass a text encoder; each takes a position of its own in the caption. None: 10,
-    over which self-attention has something to attend to, and 1 for ``geglu``, as in the release (docs/method.md §7)."""
-    layout: Layout = "strided"
-    gradient: Gradient = "all"
-    steps: int = 100_000
-    batch: int = 1
-    """Pictures that pass the U-Net at once in each process, each with a timestep of its own."""
-    gradient_accumulation: int = 1
-    """Batches of a step, one after the other: their mean gradient, in the memory of one."""
-    lr: float = 5e-6
-    """Learning rate of the matrices, or of the network that generates them, at step 0."""
-    map_lr: float = 1.0
+    variant: Annotated[Variant, "What prompts depend on: stage, layer group, both, nothing."] = "step+layer"
+    generator: Annotated[Generator, "Where a matrix comes from."] = "attention"
+    prompt: Annotated[Prompt, "A matrix is a context, or goes through the text encoder."] = "auto"
+    placeholder_tokens: Annotated[
+        int | None, "Rows of a matrix that goes through the text encoder. [default: 10; geglu: 1]", Range(1)
+    ] = None
+    """Each row takes a position of its own in the caption. Over 10 self-attention has something to attend to; ``geglu``
+    has 1, as in the release (docs/method.md §7)."""
+    layout: Annotated[Layout, "Matrix of stage s, layer group l: 3s+l or s+l."] = "strided"
+    gradient: Annotated[Gradient, "Layer groups that train the prompts."] = "all"
+    steps: Annotated[int, "Optimiser steps.", Range(1)] = 100_000
+    batch: Annotated[int, "Pictures that pass the U-Net at once in each process.", Range(1)] = 1
+    """Each picture has a timestep of its own."""
+    gradient_accumulation: Annotated[int, "Batches of a step, in the memory of one.", Range(1)] = 1
+    lr: Annotated[float, "Learning rate at the start.", Range(0, above=True)] = 5e-6
+    """Of the matrices, or of the network that generates them."""
+    map_lr: Annotated[float, Range(0)] = 1.0
     """Learning rate of W_Q, W_K and W_V, as a multiple of `lr`. With about 1/dim a step of theirs moves a prompt as far
     as a step of the matrices does (Yang et al. 2022, Tensor Programs V, for Adam)."""
     schedule: Schedule = "step"
-    decay_after: int = 20_000
+    decay_after: Annotated[int, Range(0)] = 20_000
     """Steps before the learning rate is divided by 10 (schedule ``step`` only)."""
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, Range(0)] = 0.01
     """AdamW's decoupled weight decay."""
-    size: int = 512
-    """Side of a training picture in pixels."""
-    crop: Crop = "random"
-    views: int = 0
-    """Crops of each painting that are encoded once and kept, each also mirrored; 0 encodes a fresh crop every time."""
-    weighting: Weighting = "eps"
-    mixed_precision: MixedPrecision = "no"
-    gradient_checkpointing: bool = field(default=False, compare=False)
-    """Compute the U-Net's activations again in the backward pass instead of keeping them: less memory, more time."""
-    palette: float = field(default=0.0, compare=False)
+    size: Annotated[int, "Side of a training picture in pixels.", Range(64)] = 512
+    crop: Annotated[Crop, "How a picture becomes square."] = "random"
+    views: Annotated[int, "Crops of a picture that are encoded once; 0: a new one each time.", Range(0)] = 0
+    """Each crop is kept mirrored, too."""
+    weighting: Annotated[Weighting, "Which error the loss counts."] = "eps"
+    mixed_precision: Annotated[MixedPrecision, "Autocast of the U-Net."] = "no"
+    gradient_checkpointing: Annotated[
+        bool, "Compute activations twice instead of keeping them: less memory, more time."
+    ] = field(default=False, compare=False)
+    palette: Annotated[float, Range(0, 1)] = field(default=0.0, compare=False)
     """The style's own default of the painting option `palette`."""
-    seed: int = 0
-    evaluate_every: int = 1000
+    seed: Annotated[int, "Seed of all random numbers.", Range(0)] = 0
+    evaluate_every: Annotated[int, Range(1)] = 1000
     """Steps between two evaluations of the held-out loss."""
-    evaluate_latents: int = 16
+    evaluate_latents: Annotated[int, Range(1)] = 16
     """Held-out crops, and as many training crops, that an evaluation measures in every stage."""
-    checkpoint_minutes: float = field(default=10.0, compare=False)
+    checkpoint_minutes: Annotated[float, Range(0, above=True)] = field(default=10.0, compare=False)
     """Minutes between two checkpoints."""
 
     def __post_init__(self) -> None:
-        faults = choice_faults({name: getattr(self, name) for name in CHOICES})
-        for name, valid in _RANGES.items():
-            faults += valid.faults(name, getattr(self, name))
-        if self.placeholder_tokens is not None:
-            faults += Range(1, whole=True).faults("placeholder_tokens", self.placeholder_tokens)
-            if self.prompt == "context":
-                faults.append(
-                    f"placeholder_tokens: found {self.placeholder_tokens} with prompt context; expected none, "
-                    "a context has no placeholder"
-                )
+        faults = option_faults(self) + choice_faults({"variant": self.variant, "layout": self.layout})
+        if self.placeholder_tokens is not None and self.prompt == "context":
+            faults.append(
+                f"placeholder_tokens: found {self.placeholder_tokens} with prompt context; expected none, a context "
+                "has no placeholder"
+            )
         if faults:
-            raise UsageError(fault_list("invalid training options:", faults))
+            raise UsageError(fault_list("invalid training options:", list(dict.fromkeys(faults))))
 
     @property
     def rows(self) -> int:
@@ -185,6 +208,11 @@ class TrainOptions:
             return self.lr * (1 + math.cos(math.pi * step / self.steps)) / 2
         return self.lr
 
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    name: option.choices for name, option in declared(TrainOptions).items() if option.choices
+}
+"""The named values of each option that has some."""
 
 PRESETS: dict[str, TrainOptions] = {
     "quick": TrainOptions(

@@ -4,13 +4,14 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 
 from lsast_engines.bundle.style import Style, StyleFile
+from lsast_engines.diffusion.solvers import SOLVERS
 from lsast_engines.errors import TrainingError, UsageError
 from lsast_train.__main__ import main
 from lsast_train.base.baked import BakedBase
@@ -18,9 +19,9 @@ from lsast_train.base.base import Base
 from lsast_train.base.kv_packing import kv_layouts
 from lsast_train.base.lazy_base import save_base
 from lsast_train.distillation.distillation import Distillation
-from lsast_train.distillation.options import DistillOptions
-from lsast_train.distillation.result import distilled_meta
+from lsast_train.distillation.options import DistillOptions, Solver
 from lsast_train.distillation.source_style import SourceStyle, null_rows
+from lsast_train.distillation.student import distilled_meta
 from lsast_train.mini.architecture import MiniConfig, build_mini
 from lsast_train.paintings import PaintingDataset
 from lsast_train.training.signals import InterruptionError
@@ -128,6 +129,7 @@ def test_resumed_distillation_equals_the_uninterrupted_one(
 def test_invalid_options_are_all_reported(
     base: Base, source: SourceStyle, collection: PaintingDataset, tmp_path: Path
 ) -> None:
+    assert get_args(Solver) == tuple(SOLVERS)
     with pytest.raises(UsageError) as caught:
         DistillOptions(guidance=1.0, lr=0.0, batch=0, solver="euler", strength=1.5)
     faults = {line.split(":")[0].strip(" -") for line in str(caught.value).splitlines()[1:]}

@@ -291,7 +291,7 @@ def test_a_weights_file_of_other_networks_is_refused_with_all_faults(tmp_path: P
     wider = MiniAutoencoder((8, 8, 12), (16, 8, 12), (1, 1, 1), (1, 1, 1))
     with pytest.raises(TrainingError) as caught:
         load_gan_weights(file, {"autoencoder": wider, "anchor": tiny().encoder})
-    for part in ("expected (12, 8, 3, 3)", "anchor.1.weight: found nothing"):
+    for part in ("expected [12, 8, 3, 3]", "anchor.1.weight: missing"):
         assert part in str(caught.value)
     file.write_bytes(b"nothing")
     with pytest.raises(TrainingError, match="holds no weights"):

@@ -15,23 +15,29 @@ from lsast_engines.cli import Group, debug_option, json_option, log_to_stderr, p
 from lsast_engines.errors import TrainingError, UsageError
 
 from ..artists import artists_of, pictures_by, style_name
-from ..options import CHOICES, PRESETS
-from ..training.run import RunFiles, refuse_finished
+from ..options import PRESETS, TrainOptions
+from ..training.run_files import RunFiles, refuse_finished
 from ..training.signals import InterruptionError
 from .distill import distill
-from .shared import MIXED_PRECISION, device_option, overwrite_option, require_train_extra, result_facts, threads_option
+from .shared import declared_options, device_option, overwrite_option, require_train_extra, result_facts, threads_option
 
 log = logging.getLogger("lsast.train")
 
 
-def _choice(name: str) -> click.Choice[str]:
-    return click.Choice(CHOICES[name])
+SECTIONS = {
+    "What to learn": ("style", "images", "artist", "each_artist", "licence", "out", "resume", "overwrite"),
+    "Base": ("base", "controlnet", "vae", "unet_weights", "revision"),
+    "Prompts": ("preset", "variant", "generator", "prompt", "placeholder_tokens", "layout", "gradient"),
+    "Training": (
+        "steps", "batch", "gradient_accumulation", "views", "lr", "size", "crop", "weighting", "mixed_precision",
+        "gradient_checkpointing", "seed", "device", "threads",
+    ),
+}  # fmt: skip
+"""Sections of the help and their options."""
 
 
-@click.group(
-    "lsast-train", cls=Group, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]}
-)
-@click.option("--style", metavar="NAME", help="Name of the style to learn. [default with --artist: the artist's]")
+@click.group("lsast-train", cls=Group, invoke_without_command=True, sections=SECTIONS)
+@click.option("-s", "--style", metavar="NAME", help="Name of the style to learn. [default with --artist: the artist's]")
 @click.option("--images", metavar="DIR", type=click.Path(path_type=Path), help="Folder tree of the artist's pictures.")
 @click.option("--artist", metavar="NAME", help="Only this artist's pictures of a collection such as WikiArt.")
 @click.option("--each-artist", is_flag=True, help="A style of each artist of a collection, one after the other.")
@@ -52,33 +58,15 @@ def _choice(name: str) -> click.Choice[str]:
     "--vae", metavar="PATH", help="Autoencoder of a base to import, such as ft-mse, in the forms of --controlnet."
 )
 @click.option("--revision", metavar="REV", help="Commit hash or tag of a base from the hub.")
-@click.option("--preset", type=click.Choice(list(PRESETS)), default="quick", show_default=True, help="Sets all below.")
-@click.option("--variant", type=_choice("variant"), help="What prompts depend on: stage, layer group, both, nothing.")
-@click.option("--generator", type=_choice("generator"), help="Where a matrix comes from.")
-@click.option("--prompt", type=_choice("prompt"), help="A matrix is a context, or goes through the text encoder.")
-@click.option("--placeholder-tokens", type=int, metavar="N", help="Rows of a matrix that goes through the encoder.")
-@click.option("--layout", type=_choice("layout"), help="Matrix of stage s, layer group l: 3s+l or s+l.")
-@click.option("--gradient", type=_choice("gradient"), help="Layer groups that train the prompts.")
-@click.option("--steps", type=int)
-@click.option("--batch", type=int, help="Pictures of a step, in each process.")
-@click.option("--gradient-accumulation", type=int, metavar="N", help="Batches of a step, in the memory of one.")
 @click.option(
-    "--views", type=int, metavar="N", help="Crops of a picture that are encoded once; 0: a new one each time."
+    "--preset", type=click.Choice(list(PRESETS)), default="quick", show_default=True, help="Sets all that is not given."
 )
-@click.option("--lr", type=float, help="Learning rate at the start.")
-@click.option("--size", type=int, help="Side of a training picture in pixels.")
-@click.option("--crop", type=_choice("crop"), help="How a picture becomes square.")
-@click.option("--weighting", type=_choice("weighting"), help="Which error the loss counts.")
-@click.option("--mixed-precision", type=MIXED_PRECISION, help="Autocast of the U-Net.")
-@click.option(
-    "--gradient-checkpointing/--no-gradient-checkpointing",
-    default=None,
-    help="Compute activations twice instead of keeping them: less memory, more time.",
-)
-@click.option("--seed", type=int)
+@declared_options(TrainOptions, PRESETS["quick"])
 @device_option
 @click.option("--licence", metavar="TEXT", default="", help="Licence of the pictures, kept in the prompt file.")
-@click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write to. [default: runs/NAME]")
+@click.option(
+    "-o", "--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write to. [default: runs/NAME]"
+)
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint of a stopped run.")
 @overwrite_option
 @threads_option
@@ -109,9 +97,9 @@ def command(
     """Learn an artist's prompts from a folder of pictures.
 
     \b
-    lsast-train --style vangogh --images paintings/van-gogh
-    lsast-train --images wikiart/Impressionism --artist "Claude Monet"
-    accelerate launch -m lsast_train --style vangogh --images paintings/van-gogh --preset paper --base sd15
+      lsast-train --style vangogh --images paintings/van-gogh
+      lsast-train --images wikiart/Impressionism --artist "Claude Monet"
+      accelerate launch -m lsast_train --style vangogh --images paintings/van-gogh --preset paper --base sd15
 
     Prints the prompt file, which `lsast-export --style NAME` turns into a style; the held-out loss is drawn beside it.
     """

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -24,13 +26,28 @@ from ..mini.sampled_latents import SampledLatents, SampledLatentsOptions, build_
 from ..mini.train_autoencoder import AutoencoderOptions, Crops, load_teacher, train_autoencoder
 from ..mini.train_unet import BaseTrainingOptions, train_base
 from ..training.device import find_device
-from ..training.run import TimeBudget, versions
-from .shared import device_option, threads_option
+from ..training.run_files import versions
+from .shared import declared_options, device_option, threads_option
 
 log = logging.getLogger("lsast.train.mini")
 
 TIME_SHARES = {"autoencoder": 0.2, "gan": 0.3, "base": 0.8, "sampling": 0.4}
 """With --seconds: the part of the time then left that each phase may take. The decoder has the rest."""
+
+
+@dataclass(frozen=True)
+class TimeBudget:
+    """Wall time of a command of several phases, from the moment that this is made."""
+
+    seconds: float | None
+    """None: no limit."""
+    began: float = field(default_factory=time.monotonic)
+
+    def part(self, share: float) -> float | None:
+        """Seconds for a phase that may take `share` of the time left; a twentieth of all is kept for the last files."""
+        if self.seconds is None:
+            return None
+        return share * max(0.0, 0.95 * self.seconds - (time.monotonic() - self.began))
 
 
 def label_folders(roots: list[Path]) -> list[Path]:
@@ -82,7 +99,7 @@ def copy_autoencoder(source: Base, target: Base) -> None:
     target.autoencoder.load_state_dict(found)
 
 
-@click.command("mini", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("mini", cls=Command)
 @click.option(
     "--images",
     "roots",
@@ -105,10 +122,7 @@ def copy_autoencoder(source: Base, target: Base) -> None:
     "file (.safetensors) at its step.",
 )
 @click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder of the base.")
-@click.option("--steps", default=BaseTrainingOptions().steps, show_default=True, help="Steps of U-Net and ControlNet.")
-@click.option("--side", default=BaseTrainingOptions().side, show_default=True, help="Training window in latents.")
-@click.option("--batch", default=BaseTrainingOptions().batch, show_default=True, help="Windows in a step of the U-Net.")
-@click.option("--lr", default=BaseTrainingOptions().lr, show_default=True, help="Learning rate of the U-Net.")
+@declared_options(BaseTrainingOptions)
 @click.option("--autoencoder-steps", default=AutoencoderOptions().steps, show_default=True)
 @click.option("--gan-steps", default=GanOptions().steps, show_default=True, help="Second phase; 0 leaves it out.")
 @click.option(
@@ -135,10 +149,6 @@ def mini(
     teacher: Path | None,
     init: str | None,
     out: Path,
-    steps: int,
-    side: int,
-    batch: int,
-    lr: float,
     autoencoder_steps: int,
     gan_steps: int,
     decoder_steps: int,
@@ -149,6 +159,7 @@ def mini(
     threads: int | None,
     seconds: float | None,
     resume: bool,
+    **unet: Any,
 ) -> None:
     """Train the small base: autoencoder by a teacher, then as a GAN; U-Net, ControlNet and style encoder jointly; last
     the decoder on what these sample.
@@ -156,7 +167,7 @@ def mini(
     Checkpoints every five minutes; --resume goes on in the phase that was stopped. Prints the base folder, which
     `lsast-export --base DIR` turns into a bundle.
     """
-    time = TimeBudget(seconds)
+    budget = TimeBudget(seconds)
     if teacher is None and init is None:
         raise click.UsageError("found neither --teacher nor --init; expected where the autoencoder starts from")
     if decoder_only and (init is None or init.endswith(".safetensors") or not decoder_steps):
@@ -172,7 +183,7 @@ def mini(
     if decoder_only and init is not None and perceptual is not None:
         base = load_base(init)
         crops = Crops(folders, AutoencoderOptions().side)
-        train_decoder(base, crops, decoder_steps, seed, out, perceptual, resume, place, time)
+        train_decoder(base, crops, decoder_steps, seed, out, perceptual, resume, place, budget)
         finish(base, out, {"decoder_steps": str(decoder_steps)})
         return
     base = build_mini(MiniConfig(), seed)
@@ -184,7 +195,7 @@ def mini(
     weights = None
     taesd = None if teacher is None else load_teacher(teacher)
     if init is None and taesd is not None:
-        limit = time.part(TIME_SHARES["autoencoder"])
+        limit = budget.part(TIME_SHARES["autoencoder"])
         options = AutoencoderOptions(steps=0 if encoded else autoencoder_steps, seed=seed, seconds=limit)
         train_autoencoder(autoencoder, taesd, crops, options, out, resume, place)
     elif init is not None and init.endswith(".safetensors"):
@@ -194,21 +205,21 @@ def mini(
     elif init is not None:
         copy_autoencoder(load_base(init), base)
     if perceptual is not None and gan_steps:
-        gan = GanOptions(steps=0 if encoded else gan_steps, seed=seed, seconds=time.part(TIME_SHARES["gan"]))
+        gan = GanOptions(steps=0 if encoded else gan_steps, seed=seed, seconds=budget.part(TIME_SHARES["gan"]))
         where = (crops, gan, out, perceptual)
         train_vae_gan(autoencoder, *where, resume=resume, weights=weights, teacher=taesd, device=place)
     if not encoded:
         build_cache(folders, base.autoencoder.encoder, cache, place)
     data = LatentDataset(cache, place)
-    limit = time.part(TIME_SHARES["base"] if decoder_steps else 1.0)
-    training = BaseTrainingOptions(steps, batch, side, lr, share=shares, seed=seed, seconds=limit)
+    limit = budget.part(TIME_SHARES["base"] if decoder_steps else 1.0)
+    training = BaseTrainingOptions(**unet, share=shares, seed=seed, seconds=limit)
     train_base(base, data, training, out, resume)
     if perceptual is not None and decoder_steps:
-        train_decoder(base, crops, decoder_steps, seed, out, perceptual, resume, place, time)
+        train_decoder(base, crops, decoder_steps, seed, out, perceptual, resume, place, budget)
     facts = {
         "pictures": str(len(data.train)),
         "labels": ", ".join(data.label_names),
-        "steps": str(steps),
+        "steps": str(unet["steps"]),
         "autoencoder_steps": str(autoencoder_steps) if init is None else f"those of {Path(init).name}",
         "gan_steps": str(gan_steps),
         "decoder_steps": str(decoder_steps),
@@ -225,7 +236,7 @@ def train_decoder(
     perceptual: PerceptualDistance,
     resume: bool,
     device: torch.device,
-    time: TimeBudget,
+    budget: TimeBudget,
 ) -> None:
     """Train the decoder of `base` on latents that it samples, in ``out/decoder``; `base` comes back on the CPU."""
     folder = out / "decoder"
@@ -234,12 +245,12 @@ def train_decoder(
     if not (resume and sampled.exists()):
         if device.type != "cpu":
             base.to(device)
-        more = SampledLatentsOptions(seed=seed, seconds=time.part(TIME_SHARES["sampling"]))
+        more = SampledLatentsOptions(seed=seed, seconds=budget.part(TIME_SHARES["sampling"]))
         build_sampled_latents(base, crops.train, sampled, more)
         if device.type != "cpu":
             base.to(torch.device("cpu"))
     latents = SampledLatents(sampled)
-    options = GanOptions(steps=steps, encoder_part=0.0, seed=seed, seconds=time.part(1.0))
+    options = GanOptions(steps=steps, encoder_part=0.0, seed=seed, seconds=budget.part(1.0))
     train_vae_gan(base.autoencoder, crops, options, folder, perceptual, resume=resume, sampled=latents, device=device)
 
 

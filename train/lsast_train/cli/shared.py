@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
+from lsast_engines.cli import OptionDecorator, combine_options
 from lsast_engines.errors import MissingExtraError
 
-from ..distillation.options import PRECISIONS
-from ..options import CHOICES
+from ..options import declared
 
 _LIBRARIES = ("torch", "diffusers", "accelerate", "matplotlib")
 """What the extra [train] installs."""
-
-
-class _MixedPrecision(click.Choice[str]):
-    """``no`` or ``bf16``; ``fp32``, the value of earlier versions, is ``no``."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return super().convert("no" if value == "fp32" else value, param, ctx)
-
-
-MIXED_PRECISION = _MixedPrecision(CHOICES["mixed_precision"])
-"""Type of the option ``--mixed-precision`` of a training of prompts."""
-
-DISTILL_PRECISION = _MixedPrecision(PRECISIONS)
-"""Type of the option ``--mixed-precision`` of a distillation."""
 
 device_option = click.option(
     "--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps. [default: auto, a CUDA GPU if one is there]"
@@ -39,9 +26,44 @@ device_option = click.option(
 threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
 """Adds ``--threads`` to a command."""
 
-
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the result of a finished training.")
 """Adds ``--overwrite`` to a command."""
+
+
+class _Choice(click.Choice[str]):
+    """A named value; ``fp32``, that of earlier versions, is ``no``."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return super().convert("no" if value == "fp32" else value, param, ctx)
+
+
+def declared_options(options: type, quick: Any = None, only: Collection[str] = ()) -> OptionDecorator:
+    """What adds the options that the dataclass `options` declares with a help text to a command.
+
+    Args:
+        options: see `lsast_train.options.declared`.
+        quick: the preset whose values the help shows; an option that is not given is None then. None: the declared
+            defaults are shown and taken.
+        only: names of those to add; all if empty.
+    """
+    added = []
+    for name, option in declared(options).items():
+        if not option.help or (only and name not in only):
+            continue
+        flag, preset = f"--{name.replace('_', '-')}", getattr(quick, name, None)
+        added.append(
+            click.option(
+                f"{flag}/--no-{flag[2:]}" if option.type is bool else flag,
+                name,
+                type=_Choice(option.choices) if option.choices else option.type,
+                metavar={int: "N", float: "NUMBER"}.get(option.type),
+                default=option.default if quick is None else None,
+                required=quick is None and option.default is None,
+                show_default=quick is None,
+                help=option.help + ("" if preset is None or option.type is bool else f" [quick: {preset}]"),
+            )
+        )
+    return combine_options(*reversed(added))
 
 
 def require_train_extra() -> None:

@@ -25,17 +25,16 @@ from lsast_engines.errors import TrainingError
 from ..base.baked import BakedBase
 from ..base.base import Base
 from ..base.kv_packing import kv_layouts
+from ..options import identity
 from ..paintings import PaintingDataset
 from ..training.loop import TrainingLoop, require_finite, set_learning_rate
 from ..training.loss_curve import Curve, Evaluation, save_curve
 from ..training.rng import RngStream, rng_for
-from ..training.run import RunFiles, RunResult, require_run
+from ..training.run_files import RunFiles, RunResult, require_run
 from .options import DistillOptions
-from .result import distilled_meta, distilled_style
 from .source_style import SourceStyle, null_rows
-from .student import Student
-from .teacher import Teacher, TeacherSamples, read_content
-from .teacher_cache import Samples, load_samples, save_samples
+from .student import Student, distilled_meta, distilled_style
+from .teacher import Samples, Teacher, TeacherSamples, load_samples, read_content, save_samples
 
 log = logging.getLogger("lsast.train")
 
@@ -223,10 +222,13 @@ class Distillation:
         return min(self.curve.evaluations[1:], key=self.curve.relative)
 
     def _identity(self) -> dict[str, Any]:
-        options = asdict(self.options)
-        del options["checkpoint_minutes"]
         style = {"style": self.style.name, "rms": f"{self.style.kv_unet.square().mean().sqrt().item():.9g}"}
-        return {**options, **style, "base": self.base.fingerprint, "pictures_sha256": self.pictures.digest}
+        return {
+            **identity(self.options),
+            **style,
+            "base": self.base.fingerprint,
+            "pictures_sha256": self.pictures.digest,
+        }
 
     def _teacher_identity(self) -> dict[str, Any]:
         """What the teacher's samples depend on."""

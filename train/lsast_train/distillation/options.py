@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
-from lsast_engines.diffusion.solvers import SOLVERS
 from lsast_engines.errors import UsageError, fault_list
 
-from ..options import MixedPrecision, Range
+from ..options import Range, option_faults
 
 MAX_GUIDANCE = 100.0
 """The runtime's limit."""
 
-_RANGES = {
-    **dict.fromkeys(("teacher_steps", "steps", "batch", "evaluate_every"), Range(1, whole=True)),
-    **dict.fromkeys(("noised", "seed"), Range(0, whole=True)),
-    "pictures": Range(2, whole=True),
-    "size": Range(64, whole=True),
-    "guidance": Range(0, MAX_GUIDANCE, above=True),
-    "strength": Range(0, 1, above=True),
-    "control_scale": Range(0, 2),
-    "lr": Range(0, 10, above=True),
-    "checkpoint_minutes": Range(0, above=True),
-}
-
-
-PRECISIONS: tuple[MixedPrecision, ...] = ("no", "bf16")
-"""The autocasts of a distillation, whose gradients are not scaled as fp16 would need."""
+Solver = Literal["ddim", "dpmpp2m", "unipc", "ddim_lsast"]
+"""The keys of `lsast_engines.diffusion.solvers.SOLVERS`."""
 
 
 @dataclass(frozen=True)
@@ -38,45 +25,33 @@ class DistillOptions:
         UsageError: invalid values, all of them at once.
     """
 
-    guidance: float
+    guidance: Annotated[float, "Guidance that one pass shall give.", Range(0, MAX_GUIDANCE, above=True)]
     """g of the teacher ε_null + g (ε_style - ε_null), other than 1."""
-    teacher_steps: int = 12
-    """Points of the teacher's schedule."""
-    strength: float = 1.0
-    """Share of the schedule that the teacher runs, from the noisy end to the picture."""
-    solver: str = "dpmpp2m"
-    """Of the teacher's runs."""
-    control_scale: float = 1.0
-    """Factor of ControlNet's residuals."""
-    pictures: int = 48
-    """Pictures that the teacher paints for training; an eighth as many, at least 2, are painted for evaluation."""
-    noised: int = 16
-    """Training samples of each stage that are noised pictures, beside those of the teacher's trajectories."""
-    steps: int = 1000
-    """Steps of the optimiser, each for one stage; the stages take turns."""
-    batch: int = 4
-    """Samples of a step, all of one stage."""
-    lr: float = 0.3
-    """Learning rate at step 0, relative to the root mean square of what is trained; a half cosine falls to zero."""
-    size: int = 256
-    """Side of a picture in pixels."""
-    mixed_precision: MixedPrecision = "no"
-    """Autocast of the student's pass in training; teacher and evaluation are float32."""
-    seed: int = 0
-    evaluate_every: int = 100
-    """Steps between two evaluations."""
-    checkpoint_minutes: float = field(default=5.0, compare=False)
+    teacher_steps: Annotated[int, "Points of the teacher's schedule.", Range(1)] = 12
+    strength: Annotated[
+        float, "Share of the schedule that the teacher runs, from the noisy end.", Range(0, 1, above=True)
+    ] = 1.0
+    solver: Annotated[Solver, "Of the teacher's runs."] = "dpmpp2m"
+    control_scale: Annotated[float, "Factor of ControlNet's residuals.", Range(0, 2)] = 1.0
+    pictures: Annotated[int, "Pictures that the teacher paints for training.", Range(2)] = 48
+    """An eighth as many, at least 2, are painted for evaluation."""
+    noised: Annotated[int, "Samples of each stage that are noised pictures.", Range(0)] = 16
+    steps: Annotated[int, "Optimiser steps; the stages take turns.", Range(1)] = 1000
+    batch: Annotated[int, "Samples of a step, all of one stage.", Range(1)] = 4
+    lr: Annotated[float, "Learning rate at the start, relative to what is trained.", Range(0, 10, above=True)] = 0.3
+    """Relative to the root mean square of what is trained; a half cosine falls to zero."""
+    size: Annotated[int, "Side of a picture in pixels.", Range(64)] = 256
+    mixed_precision: Annotated[
+        Literal["no", "bf16"], "Autocast of the student's pass; teacher and evaluation are float32."
+    ] = "no"
+    """Its gradients are not scaled, as fp16 would need."""
+    seed: Annotated[int, "Seed of all random numbers.", Range(0)] = 0
+    evaluate_every: Annotated[int, "Steps between two evaluations.", Range(1)] = 100
+    checkpoint_minutes: Annotated[float, Range(0, above=True)] = field(default=5.0, compare=False)
     """Minutes between two checkpoints."""
 
     def __post_init__(self) -> None:
-        choices = {"solver": tuple(SOLVERS), "mixed_precision": PRECISIONS}
-        faults = [
-            f"{name}: found {getattr(self, name)!r}; expected one of {', '.join(allowed)}"
-            for name, allowed in choices.items()
-            if getattr(self, name) not in allowed
-        ]
-        for name, valid in _RANGES.items():
-            faults += valid.faults(name, getattr(self, name))
+        faults = option_faults(self)
         if self.guidance == 1:
             faults.append("guidance: found 1, which takes one pass already; expected another")
         if faults:

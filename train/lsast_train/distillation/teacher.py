@@ -3,23 +3,29 @@
 The teacher paints with guidance, ε = ε_null + g (ε_style - ε_null), two passes a step, and the latents of its steps are
 kept with their ε: the student will be used at latents of guided paintings, which differ from noised pictures (adapter
 guidance distillation, AGD, trains on guided trajectories for that reason). The timesteps of every run are shifted by a
-random part of its stride, so that all runs together have all timesteps. Some noised pictures are mixed in.
+random part of its stride, so that all runs together have all timesteps. Some noised pictures are mixed in. The samples
+are kept on disk, so that a stopped distillation goes on without running the teacher again.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from lsast_engines.diffusion.guidance import guide
 from lsast_engines.diffusion.noise_schedule import NoiseSchedule
 from lsast_engines.diffusion.solvers import make_solver
 from lsast_engines.diffusion.timesteps import Step, TimestepSchedule
+from lsast_engines.files import replace_file
 from lsast_engines.images import canny_edges
 
 from ..base.baked import BakedBase
@@ -81,6 +87,10 @@ class ContentBatch:
     """[P, 4, h, w]"""
     hints: torch.Tensor
     """[P, C, h, w]: hint features of the edges."""
+
+
+Samples: TypeAlias = tuple[ContentBatch, TeacherSamples]
+"""Pictures, and the teacher's samples on the way to their paintings."""
 
 
 def read_content(
@@ -199,3 +209,32 @@ def _at_once(content: ContentBatch) -> int:
 
 def _batches(content: ContentBatch) -> Iterator[tuple[int, torch.Tensor]]:
     yield from enumerate(torch.arange(len(content.latents)).split(_at_once(content)))
+
+
+def save_samples(path: Path, sets: Mapping[str, Samples], identity: Mapping[str, Any]) -> None:
+    """Write `sets` whole; `identity` (JSON values) is what they were computed from."""
+    tensors = {
+        f"{name}.{field.name}": getattr(part, field.name).contiguous()
+        for name, parts in sets.items()
+        for part in parts
+        for field in fields(part)
+    }
+    with replace_file(path) as handle:
+        handle.write(save(tensors, {"identity": json.dumps(identity, sort_keys=True)}))
+
+
+def load_samples(path: Path, identity: Mapping[str, Any]) -> dict[str, Samples] | None:
+    """What `save_samples` wrote; None if there is no such file, or a damaged one, or one of another `identity`."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            if (file.metadata() or {}).get("identity") != json.dumps(identity, sort_keys=True):
+                return None
+            tensors: dict[str, torch.Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None
+
+    def part(kind: Any, name: str) -> Any:
+        return kind(**{field.name: tensors[f"{name}.{field.name}"] for field in fields(kind)})
+
+    names = sorted({key.partition(".")[0] for key in tensors})
+    return {name: (part(ContentBatch, name), part(TeacherSamples, name)) for name in names}

@@ -75,18 +75,21 @@ def fit_picture(rgb: npt.NDArray[np.uint8], side: float = PAINTED_SIDE) -> npt.N
     return np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.LANCZOS))
 
 
+def read_fitted(path: Path) -> npt.NDArray[np.uint8] | None:
+    """The picture `path` as `fit_picture` makes it; None if it is unreadable or smaller than `SMALLEST`."""
+    try:
+        rgb = read_picture(path).rgb
+    except PictureError:
+        return None
+    return None if min(rgb.shape[:2]) < SMALLEST else fit_picture(rgb)
+
+
 def _fitted(jobs: list[tuple[int, Path]]) -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]] | None]:
     """Each picture fitted, and its edges, read by threads some pictures ahead; None for one to leave out."""
 
     def fit(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]] | None:
-        try:
-            rgb = read_picture(path).rgb
-        except PictureError:
-            return None
-        if min(rgb.shape[:2]) < SMALLEST:
-            return None
-        rgb = fit_picture(rgb)
-        return rgb, canny_edges(rgb)
+        rgb = read_fitted(path)
+        return None if rgb is None else (rgb, canny_edges(rgb))
 
     with ThreadPoolExecutor() as pool:
         waiting: deque[Future[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]] | None]] = deque()

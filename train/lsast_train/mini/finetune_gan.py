@@ -28,12 +28,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from lsast_engines.errors import TrainingError, fault_list
+from lsast_engines.errors import TrainingError
 from lsast_engines.files import replace_file
 
 from ..base.mini_autoencoder import MiniAutoencoder
 from ..training.loop import TrainingLoop, require_finite, set_learning_rate
 from ..training.rng import RngStream, rng_for
+from ..training.training_state import load_modules
 from .discriminator import MultiscaleDiscriminator, d_loss, feature_matching, g_loss
 from .ema import update_ema
 from .perceptual import PerceptualDistance
@@ -193,17 +194,7 @@ def load_gan_weights(file: Path, networks: dict[str, nn.Module]) -> int:
             tensors = {key: opened.get_tensor(key).float() for key in opened.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise TrainingError(f"{file} holds no weights of mini's autoencoder ({error})") from error
-    faults = []
-    for name, network in networks.items():
-        for key, value in network.state_dict().items():
-            found = tensors.get(f"{name}.{key}")
-            if found is None or found.shape != value.shape:
-                shape = "nothing" if found is None else tuple(found.shape)
-                faults.append(f"{name}.{key}: found {shape}, expected {tuple(value.shape)}")
-    if faults:
-        raise TrainingError(fault_list(f"{file} does not fit (a file trained with a teacher holds no anchor):", faults))
-    for name, network in networks.items():
-        network.load_state_dict({key: tensors[f"{name}.{key}"] for key in network.state_dict()})
+    load_modules(tensors, networks, f"{file} does not fit (a file trained with a teacher holds no anchor):")
     return step
 
 

@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from lsast_engines.diffusion.solvers import make_solver
 from lsast_engines.diffusion.timesteps import TimestepSchedule
-from lsast_engines.errors import PictureError, TrainingError
+from lsast_engines.errors import TrainingError
 from lsast_engines.files import replace_file
-from lsast_engines.images import canny_edges, read_picture
+from lsast_engines.images import canny_edges
 
 from ..base.base import Base
-from .dataset import SMALLEST, fit_picture
+from .dataset import read_fitted
 
 log = logging.getLogger("lsast.train.mini")
 
@@ -89,13 +89,9 @@ def build_sampled_latents(base: Base, paths: list[Path], out: Path, options: Sam
     for path in tqdm([paths[i] for i in rng.permutation(len(paths))[: options.count]], desc="sample", unit="picture"):
         if latents and options.seconds is not None and time.monotonic() - began > options.seconds:
             break
-        try:
-            rgb = read_picture(path).rgb
-        except PictureError:
+        rgb = read_fitted(path)
+        if rgb is None:
             continue
-        if min(rgb.shape[:2]) < SMALLEST:
-            continue
-        rgb = fit_picture(rgb)
         image = torch.tensor(rgb).permute(2, 0, 1)[None].float() / 127.5 - 1
         with torch.no_grad():
             image = image.to(base.device, memory_format=torch.channels_last)

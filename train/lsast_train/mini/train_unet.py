@@ -7,10 +7,11 @@ gives noise.
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from ..training.device import fused
 from ..training.loop import TrainingLoop, require_finite, set_learning_rate
 from ..training.rng import RngStream, rng_for
 from .dataset import LatentDataset, Window
-from .ema import Ema
+from .ema import update_ema
 
 log = logging.getLogger("lsast.train.mini")
 
@@ -34,12 +35,11 @@ MIXED_LABELS = frozenset({"various-masters", "various-styles"})
 class BaseTrainingOptions:
     """Options of the training of U-Net, ControlNet and style encoder."""
 
-    steps: int = 6000
+    steps: Annotated[int, "Steps of U-Net and ControlNet."] = 6000
     """Optimiser steps in all; the last fifth decays the learning rate to zero."""
-    batch: int = 16
-    side: int = 32
-    """Side of a training window in latents."""
-    lr: float = 4e-4
+    batch: Annotated[int, "Windows in a step of the U-Net."] = 16
+    side: Annotated[int, "Training window in latents."] = 32
+    lr: Annotated[float, "Learning rate of the U-Net."] = 4e-4
     style_lr: float = 1.2e-3
     """Learning rate of tokens, style encoder and K/V projections, which otherwise start to learn late."""
     warmup: int = 100
@@ -187,10 +187,10 @@ def train_base(base: Base, data: LatentDataset, options: BaseTrainingOptions, fo
         {"params": [p for p in model.parameters() if p in style], "relative": options.style_lr / options.lr},
     ]
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.99), weight_decay=0.01, **fused(device))
-    ema = Ema(model, options.ema)
+    averaged = copy.deepcopy(model).requires_grad_(False).eval()
     loop = TrainingLoop(
         *("mini base", options.steps, folder / "base.checkpoint.safetensors"),
-        *({"model": model, "ema": ema.shadow}, optimizer),
+        *({"model": model, "ema": averaged}, optimizer),
         evaluate_every=options.evaluate_every,
         checkpoint_minutes=options.checkpoint_minutes,
         device=device,
@@ -216,24 +216,20 @@ def train_base(base: Base, data: LatentDataset, options: BaseTrainingOptions, fo
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        ema.update(step + 1)
+        update_ema(averaged, model, options.ema, step + 1)
         value: float = loss.item()  # the one wait for the device in a step
         require_finite(value, step)
         return value
 
     def evaluate(mean_loss: float) -> None:
-        ema.swap()
-        model.eval()
-        gain = token_gain(model, data, options.side)
-        model.train()
-        ema.swap()
+        gain = token_gain(averaged, data, options.side)
         pictures = loop.step * options.batch
         loop.history.append({"step": loop.step, "pictures": pictures, "loss": mean_loss, "gain": gain})
         loop.write_log(folder / "base.log.json", asdict(options))
 
     loop.run(train_step, evaluate)
     loop.save()
-    ema.swap()
+    model.load_state_dict(averaged.state_dict())
     model.to("cpu")
     base.null_context = model.null_context.detach().clone()
     base.to(torch.device("cpu"))

@@ -18,8 +18,8 @@ from lsast_engines.environment import peak_memory
 from lsast_engines.errors import TrainingError, fault_list
 from lsast_engines.files import replace_file
 
-from .checkpoint import load_checkpoint, save_checkpoint
 from .signals import DeferredSignals, InterruptionError
+from .training_state import load_checkpoint, save_checkpoint
 
 log = logging.getLogger("lsast.train")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lsast_engines.errors import TrainingError, UsageError
-from lsast_train.training.run import RunFiles, require_run
+from lsast_train.training.run_files import RunFiles, require_run
 
 
 def test_require_run_reports_name_and_size_at_once(tmp_path: Path) -> None:

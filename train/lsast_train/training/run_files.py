@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from lsast_engines.bundle.style import style_name_faults
@@ -89,21 +88,6 @@ class RunResult:
     """Its held-out loss relative to the start: to the initial prompts, or to the style without guidance."""
     seconds: float
     """Wall time of the steps, including those before a resume."""
-
-
-@dataclass(frozen=True)
-class TimeBudget:
-    """Wall time of a command of several phases, from the moment that this is made."""
-
-    seconds: float | None
-    """None: no limit."""
-    began: float = field(default_factory=time.monotonic)
-
-    def part(self, share: float) -> float | None:
-        """Seconds for a phase that may take `share` of the time left; a twentieth of all is kept for the last files."""
-        if self.seconds is None:
-            return None
-        return share * max(0.0, 0.95 * self.seconds - (time.monotonic() - self.began))
 
 
 def versions() -> dict[str, str]:

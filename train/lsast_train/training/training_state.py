@@ -43,6 +43,27 @@ def load_checkpoint(path: Path, modules: Mapping[str, nn.Module], optimizer: tor
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise TrainingError(f"{path} is not a checkpoint of lsast-train ({error}); start without --resume") from error
+    load_modules(tensors, modules, f"{path} was written with other options:")
+    entries: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, field = key.split(".")
+            entries.setdefault(int(index), {})[field] = value
+    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+    # The file holds contiguous tensors; a fused optimiser reads memory as it lies, channels last as the weights.
+    for parameter, entry in optimizer.state.items():
+        for field, value in entry.items():
+            if value.dim() > 1 and value.shape == parameter.shape:
+                entry[field] = torch.empty_like(parameter).copy_(value)
+    return facts
+
+
+def load_modules(tensors: Mapping[str, torch.Tensor], modules: Mapping[str, nn.Module], heading: str) -> None:
+    """Load into each of `modules` its part of `tensors`, whose names begin with that of the module.
+
+    Raises:
+        TrainingError: tensors that are missing, of another shape, or not expected, all of them below `heading`.
+    """
     states = {
         name: {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
         for name in modules
@@ -56,18 +77,6 @@ def load_checkpoint(path: Path, modules: Mapping[str, nn.Module], optimizer: tor
         )
     ]
     if faults:
-        raise TrainingError(fault_list(f"{path} was written with other options:", faults))
+        raise TrainingError(fault_list(heading, faults))
     for name, module in modules.items():
         module.load_state_dict(states[name])
-    entries: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, field = key.split(".")
-            entries.setdefault(int(index), {})[field] = value
-    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
-    # The file holds contiguous tensors; a fused optimiser reads memory as it lies, channels last as the weights.
-    for parameter, entry in optimizer.state.items():
-        for field, value in entry.items():
-            if value.dim() > 1 and value.shape == parameter.shape:
-                entry[field] = torch.empty_like(parameter).copy_(value)
-    return facts
