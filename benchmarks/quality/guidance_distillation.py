@@ -35,12 +35,12 @@ from tqdm import tqdm
 
 import lsast
 from benchmarks.bench.machine import describe
+from benchmarks.quality.compare_peers import every_nth, score
 from lsast.video.optical_flow import TemporalState
 from lsast_engines.errors import UsageError
 from lsast_engines.files import replace_file
-from lsast_engines.images import find_pictures, psnr
+from lsast_engines.images import psnr
 
-MIXED = ("various-masters", "various-styles")
 CELL = 320
 
 
@@ -104,21 +104,6 @@ def sheet(content: Image.Image, painted: dict[str, Image.Image]) -> Image.Image:
     return page
 
 
-def scores(
-    folders: dict[str, Path], contents: Path, paintings: Path, photos: Path, artist: str
-) -> dict[str, dict[str, float]]:
-    """What `lsast-eval` says of folders of paintings."""
-    from lsast_eval import EvalOptions, evaluate
-
-    report = evaluate(contents, paintings / artist, paintings, folders, artist, EvalOptions(), photos=photos,
-                      leave_out=MIXED)  # fmt: skip
-    return {
-        row.name: {name: score.value for name, score in row.scores.items()}
-        for row in report.rows
-        if row.name in folders
-    }
-
-
 def planned(stylizer: lsast.Stylizer, name: str, beside: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Name and options of every way to paint beside the student `name`.
 
@@ -167,12 +152,7 @@ def main(
     artist: str | None,
 ) -> None:
     """Paint, compare, print."""
-    chosen = find_pictures(contents)[::every]
-    linked = out / "contents"
-    linked.mkdir(parents=True, exist_ok=True)
-    for path in chosen:
-        if not (linked / path.name).exists():
-            (linked / path.name).symlink_to(path.resolve())
+    chosen = every_nth(contents, every, out / "contents")
     machine = describe(("lsast", "numpy", "onnxruntime", "openvino"))
     report: dict[str, Any] = {"machine": machine, "contents": len(chosen), "students": {}}
     with lsast.load(bundle, backend, threads=threads) as stylizer:
@@ -209,7 +189,12 @@ def main(
             click.echo("| | picture | latent | denoising, s |\n|---|---|---|---|")
             click.echo("\n".join(way.row() for way in table.values()))
             if paintings and photos and artist:
-                told["scores"] = scores(folders, linked, paintings, photos, artist)
+                rows = score(out / "contents", paintings, photos, artist, folders).rows
+                told["scores"] = {
+                    row.name: {name: found.value for name, found in row.scores.items()}
+                    for row in rows
+                    if row.name in folders
+                }
                 metrics = list(next(iter(told["scores"].values())))
                 click.echo(f"\n| | {' | '.join(metrics)} |\n|---|{'---|' * len(metrics)}")
                 for way, found in told["scores"].items():

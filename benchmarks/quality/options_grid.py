@@ -17,14 +17,11 @@ from pathlib import Path
 
 import click
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 import lsast
 from benchmarks.bench.machine import describe
-from lsast_engines.images import find_pictures
-from lsast_eval import EvalOptions, evaluate
+from benchmarks.quality.compare_peers import every_nth, paint_all, painter, score
 
-MIXED = ("various-masters", "various-styles")
 CELL = 240
 
 
@@ -58,34 +55,21 @@ def main(
     threads: int | None,
 ) -> None:
     """Paint, score and show the grid."""
-    out.mkdir(parents=True, exist_ok=True)
-    chosen = find_pictures(contents)[::every]
-    linked = out / "contents"
-    linked.mkdir(exist_ok=True)
-    for path in chosen:
-        if not (linked / path.name).exists():
-            (linked / path.name).symlink_to(path.resolve())
+    chosen = every_nth(contents, every, out / "contents")
     grid = list(product(controls, strengths, guidances))
     names = {point: "control {:g}, strength {:g}, guidance {:g}".format(*point) for point in grid}
     folders = {names[point]: out / style / names[point].replace(", ", "_").replace(" ", "") for point in grid}
     cells = {}
     with lsast.load(bundle, threads=threads) as stylizer:
-        for point in tqdm(grid, desc="grid", unit="point"):
+        for point in grid:
             control, strength, guidance = point
             knobs = {"control_scale": control, "strength": strength, "guidance": guidance}
-            folder = folders[names[point]]
-            folder.mkdir(parents=True, exist_ok=True)
-            for path in chosen:
-                target = folder / f"{path.stem}.png"
-                if not target.exists():
-                    stylizer.stylize(path, style=style, **knobs).image.convert("RGB").save(target)
+            paint_all(folders[names[point]], chosen, painter(stylizer, style=style, **knobs), names[point])
             if show:
                 cells[point] = stylizer.stylize(show, style=style, **knobs).image.convert("RGB")
     if show:
         sheet(cells, controls, strengths, guidances).save(out / f"{style}.jpg", quality=88)
-    report = evaluate(
-        linked, paintings / artist, paintings, folders, artist, EvalOptions(), photos=photos, leave_out=MIXED
-    )
+    report = score(out / "contents", paintings, photos, artist, folders)
     asked = ("deception", "kid", "lpips", "edge_f1")
     metrics = [name for name in report.rows[0].scores if name.partition("[")[0] in asked]
     click.echo(f"| {style} | {' | '.join(metrics)} |\n|---|{'---|' * len(metrics)}")
