@@ -63,7 +63,7 @@ JOBS = {
     "video": Job(["lsast-run", "clip.mp4", "painted.mp4", *QUICK], 4),
     "train": Job(["lsast-train", *TRAIN], 2, 0.5, _resumed),
     "export": Job(["lsast-export", "--style", "red"], 1, 0.5, needs=("train",)),
-    "bundle": Job(["lsast-export", "bundle", "bundle", "--style", "red"], 1, 0.3, needs=("train",)),
+    "bundle": Job(["lsast-export", "bundle", "--out", "bundle", "--style", "red"], 1, 0.3, needs=("train",)),
 }
 
 

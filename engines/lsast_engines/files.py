@@ -15,8 +15,8 @@ import secrets
 import shutil
 import stat
 import sys
-import threading
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,7 +28,7 @@ NOWHERE = Path(os.devnull) / "lsast"
 """The user's folder where there is no home: nothing is found in it, and it cannot be made."""
 
 _swept: set[Path] = set()
-_sweeping = threading.Lock()
+"""No lock guards it: a fork might copy one that is held."""
 
 
 @contextlib.contextmanager
@@ -38,7 +38,7 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
     A file that is replaced keeps its mode; of a link, the file that it points to is replaced.
     """
     path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     _sweep(path.parent)
     temporary, descriptor = _create_locked(path.parent, folder=False)
     try:
@@ -59,7 +59,7 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
 @contextlib.contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
     """A hidden folder in `parent`, for what is renamed into `parent` when it is finished; deleted at the end."""
-    parent.mkdir(parents=True, exist_ok=True)
+    make_folder(parent)
     _sweep(parent)
     folder, descriptor = _create_locked(parent, folder=True)
     try:
@@ -68,6 +68,14 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         if descriptor >= 0:
             os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; `Path.mkdir` recurses, and fails a thousand folders deep."""
+    missing = list(takewhile(lambda parent: not parent.exists(), (folder, *folder.parents)))
+    for parent in reversed(missing):
+        parent.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
 
 
 def _create_locked(parent: Path, *, folder: bool) -> tuple[Path, int]:
@@ -102,10 +110,9 @@ def try_lock(descriptor: int) -> bool:
 
 def _sweep(folder: Path) -> None:
     """Remove what killed processes left in `folder`; once in this process."""
-    with _sweeping:
-        if folder in _swept or sys.platform == "win32":
-            return
-        _swept.add(folder)
+    if folder in _swept or sys.platform == "win32":
+        return
+    _swept.add(folder)
     with contextlib.suppress(OSError):
         for name in filter(_UNFINISHED.fullmatch, os.listdir(folder)):
             with contextlib.suppress(OSError):

@@ -76,41 +76,44 @@ def find_pictures(folder: Path, others: list[Path] | None = None) -> list[Path]:
     """
     if not folder.is_dir():
         raise PictureError(f"found no folder {folder}; expected a folder of pictures")
-    paths = sorted(_search(folder, folder.resolve(), set(), [] if others is None else others))
+    paths = sorted(_search(folder, [] if others is None else others))
     if not paths:
         raise PictureError(f"found no picture under {folder}; expected files like .jpg, .png, .tif or .webp")
     return paths
 
 
-def _search(folder: Path, root: Path, linked: set[Path], others: list[Path]) -> Iterator[Path]:
-    """The image files under `folder`; `linked` collects the linked folders that were searched."""
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        _log.warning("the folder %s is left out: %s", shown(folder), error.strerror)
-        return
-    for entry in entries:
-        path = folder / entry.name
-        if entry.name.startswith("."):
-            continue
+def _search(root: Path, others: list[Path]) -> Iterator[Path]:
+    """The image files under `root`, however deep."""
+    resolved, linked, folders = root.resolve(), set[Path](), [root]
+    while folders:
+        folder = folders.pop()
         try:
-            if entry.is_dir():
-                if entry.is_symlink():
-                    target = path.resolve()
-                    if target in linked or target == root or root in target.parents:
-                        continue
-                    linked.add(target)
-                yield from _search(path, root, linked, others)
-            elif path.suffix.lower() not in SUFFIXES:
-                others.append(path)
-            elif entry.is_file():
-                yield path
-            elif entry.is_symlink():
-                _log.warning("%s is left out: it is a link to a file that is not there", shown(path))
-            else:
-                _log.warning("%s is left out: it is no file", shown(path))
-        except OSError as error:  # a link into a folder that is closed to us, or around in a circle
-            _log.warning("%s is left out: %s", shown(path), error.strerror)
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            _log.warning("the folder %s is left out: %s", shown(folder), error.strerror)
+            continue
+        for entry in entries:
+            path = folder / entry.name
+            if entry.name.startswith("."):
+                continue
+            try:
+                if entry.is_dir():
+                    if entry.is_symlink():
+                        target = path.resolve()
+                        if target in linked or target == resolved or resolved in target.parents:
+                            continue
+                        linked.add(target)
+                    folders.append(path)
+                elif path.suffix.lower() not in SUFFIXES:
+                    others.append(path)
+                elif entry.is_file():
+                    yield path
+                elif entry.is_symlink():
+                    _log.warning("%s is left out: it is a link to a file that is not there", shown(path))
+                else:
+                    _log.warning("%s is left out: it is no file", shown(path))
+            except OSError as error:  # a link into a folder that is closed to us, or around in a circle
+                _log.warning("%s is left out: %s", shown(path), error.strerror)
 
 
 Source = Any
@@ -123,7 +126,7 @@ def read_picture(source: Source, max_megapixels: float | None = None) -> Image8:
     Args:
         source: a path, the bytes of an image file, a binary file object, a PIL image, or an array (anything that NumPy
             takes, e.g. a tensor) [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] in the order RGB: bool, uint8, uint16 (full
-            range) or float in [0, 1].
+            range) or float in [0, 1]. An `Image8` is returned as it is.
         max_megapixels: most pixels of a file, in millions, checked before it is decoded; None bounds its memory by
             `MAX_BYTES`.
 
@@ -132,6 +135,8 @@ def read_picture(source: Source, max_megapixels: float | None = None) -> Image8:
     """
     from PIL import Image, ImageFile
 
+    if isinstance(source, Image8):
+        return source
     if not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)):
         if not hasattr(source, "read"):
             return _from_array(_as_array(source))

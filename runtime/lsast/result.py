@@ -66,7 +66,7 @@ class Result:
         return np.array(self.image, dtype=dtype)
 
     def save(self, path: str | Path, *, seconds: bool = False) -> None:
-        """Write PNG, JPEG or WebP, by the suffix: whole or not at all, replacing an existing file.
+        """Write PNG, JPEG, WebP, AVIF or TIFF, by the suffix: whole or not at all, replacing an existing file.
 
         The file holds `provenance` and `options`, so that equal paintings are equal files. JPEG has no transparency: a
         transparent painting is composited on white, with a warning.
@@ -88,7 +88,7 @@ class Result:
             raise PictureError(f"cannot write {path} ({error}); expected a writable folder with room") from error
 
     def write(self, handle: BinaryIO, suffix: str = ".png") -> None:
-        """Write the bytes of a PNG, JPEG or WebP file, as `save` does, to a stream, which need not be seekable.
+        """Write the bytes of a file, as `save` does, to a stream, which need not be seekable.
 
         Raises:
             UsageError: another suffix.
@@ -112,7 +112,7 @@ class Result:
         image = self.image
         if name == "JPEG" and image.mode == "RGBA":
             _log.warning(
-                "%s: JPEG has no transparency; the painting is composited on white (PNG and WebP keep it)", path
+                "%s: JPEG has no transparency; the painting is composited on white (other formats keep it)", path
             )
             pixels = np.asarray(image)
             image = Image.fromarray(on_white(pixels[:, :, :3], pixels[:, :, 3]))

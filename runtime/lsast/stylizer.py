@@ -129,7 +129,8 @@ class Stylizer:
         self.bundle = factory.bundle
         self._style_memory = style_memory
         self._preset = preset
-        self._max_megapixels = max_megapixels
+        self.max_megapixels = max_megapixels
+        """See `load`."""
         self._pool = EnginePool(factory, graphs, style_memory)
         self._bundle_sha256 = bundle_sha256(factory.bundle)
         self._versions = versions(self.choice.backend)
@@ -397,7 +398,7 @@ class Stylizer:
     def __reduce__(self) -> tuple[Any, ...]:
         factory = self._pool.factory
         where = (self.bundle.path.resolve(), factory.backend, factory.device, factory.threads, factory.compute_dtype)
-        return load, (*where, self._style_memory, False, self._preset, self._max_megapixels)
+        return load, (*where, self._style_memory, False, self._preset, self.max_megapixels)
 
     def _request(
         self, picture: Picture, given: Mapping[str, Any], mask: Picture | None, temporal: TemporalState | None = None
@@ -405,7 +406,7 @@ class Stylizer:
         """Resolve the options of a picture, open its styles and read it."""
         self._pool.check(None)
         options, styles = self._resolve(given)
-        return Request(self.bundle, picture, options, styles, mask, temporal, self._max_megapixels)
+        return Request(self.bundle, picture, options, styles, mask, temporal, self.max_megapixels)
 
     def _resolve(self, given: Mapping[str, Any]) -> tuple[Options, dict[str, StyleFile]]:
         """The complete options of a call, and the open styles that they name."""

@@ -204,7 +204,10 @@ def _find(given: str, target: Path, others: list[Path], *, below_own_name: bool)
         return [(path, Path(path.name))]
     else:
         root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts[:-1]))
-        files = [Path(name) for name in sorted(glob.glob(given, recursive=True)) if Path(name).is_file()]
+        try:
+            files = [Path(name) for name in sorted(glob.glob(given, recursive=True)) if Path(name).is_file()]
+        except RecursionError:
+            raise UsageError(f"found folders too deep for the pattern {given}; expected the name of a folder") from None
         if not files:
             raise UsageError(f"found no file for the pattern {given}; expected at least one")
     # Files in OUT are earlier paintings if OUT lies inside the searched folder.

@@ -65,6 +65,11 @@ class Canvas:
         """The picture in the size of the output: itself."""
         return rgb
 
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """Height and width of the output: the picture's."""
+        return self.own
+
     def valid_cells(self, cells: tuple[int, ...]) -> tuple[slice, slice]:
         """Rows and columns of the picture, with partly filled ones, on the canvas scaled down to `cells`."""
         spans = []
@@ -113,6 +118,11 @@ class StretchCanvas:
     def output_reference(self, rgb: Pixels) -> Pixels:
         """The picture in the size of the output: stretched, [side, side, 3]."""
         return _resize(rgb, (self.side, self.side))
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """Height and width of the output: the canvas's."""
+        return self.side, self.side
 
     def valid_cells(self, cells: tuple[int, ...]) -> tuple[slice, slice]:
         """Rows and columns of the picture on the canvas scaled down to `cells`: all."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lsast_engines.errors import UsageError
+from lsast_engines.images import read_picture
 from lsast_engines.removed import REMOVED_OPTIONS, RENAMED_OPTIONS
 
 from ..options.options import Options, rules
+from .canvas import canvas_for
 from .formats import check_format
 
 if TYPE_CHECKING:
@@ -78,11 +80,11 @@ def contact_sheet(
         axes: the values of an option, by its name. The first axis runs along the columns, the second down the rows,
             every further one over blocks of rows.
         on_cell: called with the number of paintings done and the number there are, before the first and after each.
-        out: where the sheet will be saved; a sheet too large for its format is refused after the first painting.
+        out: where the sheet will be saved; a sheet too large for its format is refused.
         options: options of all paintings, see `Stylizer.stylize_many`.
 
     Raises:
-        LsastError: see `Stylizer.stylize`; the options of every painting are checked before the first.
+        LsastError: see `Stylizer.stylize`; all options and the size of the sheet are checked before the first painting.
         UsageError: no axis, or one without a value.
     """
     if not axes or not all(axes.values()):
@@ -91,24 +93,30 @@ def contact_sheet(
     down.reverse()  # the last axis changes most slowly
     columns, rows = list(axes[across]), list(itertools.product(*(axes[name] for name in down)))
     combinations = [{across: column, **dict(zip(down, row, strict=True))} for row in rows for column in columns]
-    plain = {name: value for name, value in options.items() if name != "mask"}
-    common = stylizer.resolve(**plain)
-    for combination in combinations:
-        stylizer.resolve(**{**plain, **combination})
+    mask = options.pop("mask", None)
+    common = stylizer.resolve(**options)
+    resolved = [stylizer.resolve(**{**options, **combination}) for combination in combinations]
     row_labels = ["\n".join(f"{name} {value}" for name, value in zip(down, row, strict=True)) for row in rows]
     column_labels = [f"{across} {value}" for value in columns]
+    source = read_picture(picture, stylizer.max_megapixels)  # once; a stream cannot be read again
+    if mask is not None:
+        options["mask"] = read_picture(mask, stylizer.max_megapixels)
+    canvases = [canvas_for(source.size, o.size, stylizer.bundle.manifest.multiple, o.fit) for o in resolved]
+    sizes = [_thumbnail_size(canvas.output_size[::-1]) for canvas in canvases]
+    cell = max(width for width, _ in sizes), max(height for _, height in sizes)
+    layout = _layout(cell, column_labels, row_labels)
+    if out:
+        check_format(out, layout[0])
     total = len(combinations)
     if on_cell:
         on_cell(0, total)
     thumbnails: list[Image.Image] = []
-    pictures = itertools.repeat(picture, total)
+    pictures: Iterator[Any] = itertools.repeat(source, total)
     for done, result in enumerate(stylizer.stylize_many(pictures, rows=combinations, **options), start=1):
         thumbnails.append(_thumbnail(result.image))
-        if out and done == 1:
-            check_format(out, _layout(thumbnails[0].size, column_labels, row_labels)[0])
         if on_cell:
             on_cell(done, total)
-    image, boxes = _draw(thumbnails, column_labels, row_labels)
+    image, boxes = _draw(thumbnails, cell, layout, column_labels, row_labels)
     names = [tuple(combination[name] for name in axes) for combination in combinations]
     return Sheet(image, dict(zip(names, boxes, strict=True)), common)
 
@@ -127,14 +135,17 @@ def _layout(
 
 
 def _draw(
-    thumbnails: Sequence[Image.Image], column_labels: Sequence[str], row_labels: Sequence[str]
+    thumbnails: Sequence[Image.Image],
+    cell: tuple[int, int],
+    layout: tuple[tuple[int, int], int, int],
+    column_labels: Sequence[str],
+    row_labels: Sequence[str],
 ) -> tuple[Image.Image, list[tuple[int, int, int, int]]]:
     """The sheet of thumbnails, row by row, and the box of each."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(_TEXT)
-    width, height = (max(thumbnail.size[axis] for thumbnail in thumbnails) for axis in (0, 1))
-    size, margin, head = _layout((width, height), column_labels, row_labels)
+    (width, height), (size, margin, head) = cell, layout
     image = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(image)
     for column, label in enumerate(column_labels):
@@ -150,11 +161,16 @@ def _draw(
     return image, boxes
 
 
+def _thumbnail_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height of a painting of this size on a sheet."""
+    scale = min(1, CELL / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
 def _thumbnail(painting: Image.Image) -> Image.Image:
     from PIL import Image
 
-    small = painting.copy()
-    small.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
+    small = painting.resize(_thumbnail_size(painting.size), Image.Resampling.LANCZOS, reducing_gap=2)
     if small.mode == "RGBA":
         small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small)
     return small.convert("RGB")

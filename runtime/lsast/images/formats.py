@@ -24,12 +24,16 @@ class PictureFormat:
 
 
 _JPEG = PictureFormat("JPEG", {"quality": 95, "subsampling": "4:4:4"}, 65500)
+_TIFF = PictureFormat("TIFF", {})  # uncompressed: libtiff writes no EXIF
 
 WRITTEN_PICTURES = {
     ".png": PictureFormat("PNG", {"compress_level": 4}),  # much quicker than the default of 6, and hardly larger
     ".jpg": _JPEG,
     ".jpeg": _JPEG,
     ".webp": PictureFormat("WEBP", {"quality": 95}, 16383),
+    ".avif": PictureFormat("AVIF", {"quality": 90, "subsampling": "4:4:4", "max_threads": 1}, 65536),
+    ".tif": _TIFF,
+    ".tiff": _TIFF,
 }
 """Pictures that can be written, by suffix; a source of another kind becomes a PNG."""
 
@@ -65,11 +69,17 @@ def check_format(path: Path, size: tuple[int, int] | None = None) -> None:
 
     Raises:
         UsageError: the suffix names no format that is written.
-        PictureError: the size is too large.
+        PictureError: the size is too large, or Pillow was built without the format.
     """
     form = WRITTEN_PICTURES.get(path.suffix.lower())
     if form is None:
         raise UsageError(f"found the output {path}; expected a name that ends in {', '.join(WRITTEN_PICTURES)}")
+    if form.name == "AVIF":
+        from PIL import Image
+
+        Image.init()
+        if form.name not in Image.SAVE:
+            raise PictureError(f"cannot write {path}: this Pillow has no AVIF; take .png, or: pip install -U pillow")
     if size is not None and max(size) > form.max_side:
         raise PictureError(
             f"cannot write {path}: found {size[0]} x {size[1]} pixels; expected at most {form.max_side} a side in "

@@ -4,7 +4,7 @@
 format       JSON of `lsast`                      settings, in the form of AUTOMATIC1111's web UI
 ============ ==================================== =====================================================
 PNG          text chunk ``lsast``                 text chunk ``parameters``
-JPEG, WebP   EXIF MakerNote, after ``lsast\\0``    EXIF UserComment, UTF-16 as the standard has it
+all others   EXIF MakerNote, after ``lsast\\0``    EXIF UserComment, UTF-16 as the standard has it
 ============ ==================================== =====================================================
 
 Nothing else is written. Of the picture's own metadata only the colour profile is kept: no camera, no place, no name, no
@@ -114,7 +114,7 @@ class Record:
         return f"{options.style}\n" + ", ".join(f"{name}: {text}" for name, text in texts.items())
 
     def pillow_save_args(self, form: str) -> dict[str, Any]:
-        """Arguments of Pillow's `save` that write this into a file of the format `form`: PNG, JPEG or WEBP."""
+        """Arguments of Pillow's `save` that write this into a file of the format `form`, a name of Pillow's."""
         from PIL import Image, PngImagePlugin
 
         if form == "PNG":
@@ -127,6 +127,7 @@ class Record:
         inner = exif.get_ifd(_EXIF)
         inner[_MAKER_NOTE] = _MARK + self.to_json().encode()
         inner[_USER_COMMENT] = _UNICODE + self.a1111_parameters().encode("utf-16-be")
+        exif[_EXIF] = inner  # TIFF looks only at what was set
         return {"exif": exif}
 
 
@@ -151,7 +152,7 @@ def read_record(source: str | Path | bytes) -> Record:
     except Exception as error:  # Pillow raises many types for damaged files
         raise PictureError(f"{name} cannot be read ({error}); expected a painting of lsast") from error
     if text is None:
-        raise PictureError(f"{name} does not say how it was painted; expected a PNG, JPEG or WebP that lsast wrote")
+        raise PictureError(f"{name} does not say how it was painted; expected a picture that lsast wrote")
     return Record.from_json(text, name)
 
 

@@ -41,7 +41,7 @@ LAPSE_SECONDS = 1.0
 for a painting of another thread."""
 
 _FORK_SECONDS = 1.0
-"""How long a fork waits at most for the threads of OpenVINO."""
+"""How long a fork waits at most for other threads."""
 
 _THREADS = Path("/proc/self/task")
 
@@ -355,11 +355,10 @@ class StyleCache:
 
 
 def _before_fork() -> None:
-    """Let OpenVINO's threads fall asleep: they spin after a run, and a fork may copy a mutex that one of them holds."""
-    if not any(engine.backend == "openvino" for pool in list(_pools) for engine in list(pool.engines.values())):
-        return
+    """Let other threads fall asleep: those of OpenVINO and OpenCV spin after their work, and a fork may copy a mutex
+    that one of them holds."""
     end = time.monotonic() + _FORK_SECONDS
-    while time.monotonic() < end and _other_threads_run():
+    while _pools and time.monotonic() < end and _other_threads_run():
         time.sleep(0.01)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
@@ -41,12 +42,17 @@ _log = logging.getLogger("lsast.video")
 class Frame:
     """A picture of a video."""
 
-    pixels: Pixels
-    """[H, W, 3], or [H, W, 4] with opacity."""
+    convert: Callable[[], Pixels]
+    """Makes the pixels."""
     start: int
     """When it is shown, in `Source.time_base`; later than the frame before."""
     duration: int
     """How long, in `Source.time_base`; 0 is not known."""
+
+    @functools.cached_property
+    def pixels(self) -> Pixels:
+        """[H, W, 3], or [H, W, 4] with opacity; converted when they are first asked for."""
+        return self.convert()
 
 
 class Source(Protocol):
@@ -61,8 +67,8 @@ class Source(Protocol):
     sample_aspect: Fraction
     """Width of a displayed pixel by its height."""
 
-    def frames(self, first: int = 0) -> Iterator[Frame]:
-        """The frames from number `first` on. To be called once.
+    def frames(self) -> Iterator[Frame]:
+        """The frames. To be called once.
 
         Raises:
             PictureError: a frame of another size than the first.
@@ -105,7 +111,7 @@ class _Video:
         self._start = start_of(container)
         self._damaged = 0
 
-    def frames(self, first: int = 0) -> Iterator[Frame]:
+    def frames(self) -> Iterator[Frame]:
         """See `Source`."""
         reformatter = pyav().video.reformatter.VideoReformatter()  # keeps its tables for the next frame
         size, last, usual = None, None, max(1, round(1 / self.rate / self.time_base))
@@ -124,11 +130,8 @@ class _Video:
             size = (frame.width, frame.height, quarter_turn)
             if number == 0 and quarter_turn:
                 self.sample_aspect = 1 / self.sample_aspect
-            if number < first:  # decoding again is cheap beside painting, and exact, which seeking may not be
-                continue
-            pixels = _rgb(frame, reformatter)
             duration = round((frame.duration or 0) * (frame.time_base or self.time_base) / self.time_base)
-            yield Frame(pixels, start, duration)
+            yield Frame(functools.partial(_rgb, frame, reformatter), start, duration)
         if self._damaged:
             _log.warning("%s: %d parts could not be decoded and are left out", shown(self._path), self._damaged)
 
@@ -175,13 +178,14 @@ class _Animation:
         self.count: int | None = self._number
         self.time_base, self.rate, self.sample_aspect = Fraction(1, 1000), Fraction(10), Fraction(1)
 
-    def frames(self, first: int = 0) -> Iterator[Frame]:
+    def frames(self) -> Iterator[Frame]:
         """See `Source`."""
         start = 0
         for number in range(self._number):
             try:
                 self._image.seek(number)
-                pixels = np.asarray(self._image.convert("RGBA"))
+                image = self._image.convert("RGBA")
+                image.load()
             except Exception as error:
                 if number == 0:
                     raise PictureError(f"{self._path} cannot be decoded ({error}); expected a whole picture") from error
@@ -190,8 +194,7 @@ class _Animation:
             # Browsers show what is to be shown for 10 ms or less for a tenth of a second.
             duration = round(self._image.info.get("duration") or 0)
             duration = duration if duration > 10 else 100
-            if number >= first:
-                yield Frame(pixels, start, duration)
+            yield Frame(functools.partial(np.asarray, image), start, duration)
             start += duration
 
 
@@ -233,8 +236,8 @@ def _orientation(frame: VideoFrame) -> tuple[bool, tuple[slice, slice]]:
     return quarter_turn, (slice(None, None, -1 if down < 0 else 1), slice(None, None, -1 if right < 0 else 1))
 
 
-def _rgb(frame: VideoFrame, reformatter: Any = None) -> Pixels:
-    """The frame as it is displayed, [H, W, 3] or, with opacity, [H, W, 4]; a `VideoReformatter` spares its tables."""
+def _rgb(frame: VideoFrame, reformatter: Any) -> Pixels:
+    """The frame as it is displayed, [H, W, 3] or, with opacity, [H, W, 4]; the `VideoReformatter` keeps its tables."""
     # By convention of all players untagged high definition is BT.709; the converter takes it for BT.601.
     colorspace = "itu709" if frame.colorspace == _UNSPECIFIED and frame.height >= 720 else None
     output: dict[str, Any] = {}
@@ -249,7 +252,6 @@ def _rgb(frame: VideoFrame, reformatter: Any = None) -> Pixels:
             frame.colorspace = _BT2020
         colorspace = None
     form = "rgba" if any(component.is_alpha for component in frame.format.components) else "rgb24"
-    reformatter = reformatter or pyav().video.reformatter.VideoReformatter()
     pixels = reformatter.reformat(frame, format=form, src_colorspace=colorspace, **output).to_ndarray()
     quarter_turn, flips = _orientation(frame)
     return np.ascontiguousarray((pixels.transpose(1, 0, 2) if quarter_turn else pixels)[flips], dtype=np.uint8)

@@ -7,6 +7,7 @@ after its last whole segment, and gives the same video.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -24,7 +25,7 @@ from ..result import validate_output_place
 from .optical_flow import TemporalState
 from .source import Frame, open_source, pyav
 from .unfinished import Unfinished
-from .writing import SegmentEncoder, check_sound, join, output_format, writing
+from .writing import OutputFormat, SegmentEncoder, check_sound, join, output_format, writing
 
 if TYPE_CHECKING:
     from ..result import Result
@@ -44,25 +45,25 @@ def check_video(source: Path, out: Path) -> None:
         MissingExtraError: PyAV is not installed.
         PictureError: the source cannot be read or has no pictures, or `out` cannot be written or cannot hold its sound.
     """
-    _checked(source, out)
-
-
-def _checked(source: Path, out: Path) -> Frame:
-    """See `check_video`; the first frame."""
     form = output_format(source, out)
     validate_output_place(out)
     if out.exists() and source.exists() and out.samefile(source):
         raise UsageError(f"found {out} as both IN and OUT; expected another name: a video is read while it is written")
+    facts = source.stat() if source.exists() else None
+    _check_content(source, out, form, facts and (facts.st_size, facts.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=256)
+def _check_content(source: Path, out: Path, form: OutputFormat, _: object) -> None:
+    """Decode the first frame and copy the first sound; what stays as it is is not checked again."""
     with open_source(source) as video:
         first = next(video.frames(), None)
-    if first is None:
-        raise PictureError(f"found no frame in {source}; expected a video")
-    if form.is_animation:
+        if first is None:
+            raise PictureError(f"found no frame in {source}; expected a video")
         if out.suffix.lower() == ".webp":
             check_format(out, (first.pixels.shape[1], first.pixels.shape[0]))
-    elif source.suffix.lower() not in ANIMATIONS:
+    if not form.is_animation and source.suffix.lower() not in ANIMATIONS:
         check_sound(source, out, form)
-    return first
 
 
 def paint_video(
@@ -92,19 +93,22 @@ def paint_video(
         UsageError, MissingExtraError, PictureError: see `check_video`; or another run paints `out`.
         LsastError: see `Stylizer.stylize`.
     """
-    first = _checked(source, out)
+    check_video(source, out)
     form = output_format(source, out)
-    unfinished = Unfinished(out, _key(source, first, stylizer, options))
     finished = is_flat = False
-    try:
-        temporal = TemporalState()
-        temporal.restore(unfinished.temporal)
-        done = resumed = unfinished.frames
-        result: Result | None = None
-        with open_source(source) as video:
+    result: Result | None = None
+    with open_source(source) as video:
+        frames = video.frames()
+        first = next(frames)
+        unfinished = Unfinished(out, _key(source, first, stylizer, options))
+        try:
+            temporal = TemporalState()
+            temporal.restore(unfinished.temporal)
+            done = resumed = unfinished.frames
             if on_frame:
                 on_frame(done, video.count)
-            frames = video.frames(done)
+            # Decoding again is cheap beside painting, and exact, which seeking may not be.
+            frames = islice(chain([first], frames), done, None)
             while (head := next(frames, None)) is not None:
                 encoder = SegmentEncoder(video, lossless=form.is_animation)
                 for frame in chain([head], islice(frames, SEGMENT - 1)):
@@ -116,14 +120,13 @@ def paint_video(
                         on_frame(done, video.count)
                 with writing(out):
                     unfinished.save(encoder.finish(), done, frame.duration, temporal.state())
-            time_base = video.time_base
-        if is_flat:
-            _log.warning("%s: the format has no transparency; the painting is composited on white", shown(out))
-        with writing(out), replace_file(out) as handle:
-            join(unfinished.segments(), unfinished.last_duration * time_base, source, handle, form)
-        finished = True
-    finally:
-        unfinished.close(finished=finished)
+            if is_flat:
+                _log.warning("%s: the format has no transparency; the painting is composited on white", shown(out))
+            with writing(out), replace_file(out) as handle:
+                join(unfinished.segments(), unfinished.last_duration * video.time_base, source, handle, form)
+            finished = True
+        finally:
+            unfinished.close(finished=finished)
     return {"frames": done, "resumed": resumed, "result": result}
 
 

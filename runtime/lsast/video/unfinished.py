@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lsast_engines.errors import PictureError, shown
-from lsast_engines.files import replace_file, try_lock
+from lsast_engines.files import make_folder, replace_file, try_lock
 
 _STATE, _LOCK = "state.npz", "lock"
 _LONGEST_NAME = 255
@@ -79,7 +79,7 @@ class Unfinished:
             if self._folder.is_symlink():
                 raise PictureError(f"found the link {self._folder}; expected no such name: remove it")
             try:
-                self._folder.mkdir(parents=True, exist_ok=True)
+                make_folder(self._folder)
                 descriptor = os.open(self._folder / _LOCK, os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o666)
             except FileNotFoundError:  # another run has just finished
                 continue

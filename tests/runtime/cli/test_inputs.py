@@ -28,7 +28,7 @@ QUICK = ("--size", "64", "--guidance", "1")
 def folder(tmp_path: Path, photo: np.ndarray, bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with pictures at two depths, and the tiny bundle as the default."""
     (tmp_path / "in" / "deep").mkdir(parents=True)
-    for index, name in enumerate(("in/a.png", "in/b.jpg", "in/deep/a.png", "in/deep/scan.tif")):
+    for index, name in enumerate(("in/a.png", "in/b.jpg", "in/deep/a.png", "in/deep/scan.bmp")):
         Image.fromarray(np.roll(photo, 10 * index, axis=1)).save(tmp_path / name)
     (tmp_path / "in" / ".hidden.png").write_bytes(b"no picture")
     (tmp_path / "in" / "notes.txt").write_text("no picture either")
@@ -64,7 +64,7 @@ def test_plan_jobs_of_a_folder_keeps_its_structure(folder: Path) -> None:
         "in/a.png": "out/a.png",
         "in/b.jpg": "out/b.jpg",
         "in/deep/a.png": "out/deep/a.png",
-        "in/deep/scan.tif": "out/deep/scan.tif.png",
+        "in/deep/scan.bmp": "out/deep/scan.bmp.png",
     }
 
 
@@ -74,7 +74,7 @@ def test_plan_jobs_of_several_sources_keeps_folder_names(folder: Path) -> None:
     assert _pairs("in/deep", "more", "in/b.jpg", out="out") == {
         "in/b.jpg": "out/b.jpg",
         "in/deep/a.png": "out/deep/a.png",
-        "in/deep/scan.tif": "out/deep/scan.tif.png",
+        "in/deep/scan.bmp": "out/deep/scan.bmp.png",
         "more/a.png": "out/more/a.png",
     }
 
@@ -153,9 +153,9 @@ def test_plan_jobs_of_a_folder_without_pictures_raises(folder: Path) -> None:
 def test_lsast_run_of_a_folder_paints_each_file_as_alone(folder: Path) -> None:
     result = _run("in", "out")
     assert result.exit_code == 0
-    assert result.stdout.splitlines() == ["out/a.png", "out/b.jpg", "out/deep/a.png", "out/deep/scan.tif.png"]
+    assert result.stdout.splitlines() == ["out/a.png", "out/b.jpg", "out/deep/a.png", "out/deep/scan.bmp.png"]
     assert result.stderr == "left out, by their suffixes no pictures: 1 .txt\npainted 4, failed 0\n"
-    assert _files(folder / "out") == ["a.png", "b.jpg", "deep/a.png", "deep/scan.tif.png"]
+    assert _files(folder / "out") == ["a.png", "b.jpg", "deep/a.png", "deep/scan.bmp.png"]
     with lsast.load() as stylizer:
         for name in ("a.png", "deep/a.png"):
             alone = stylizer.stylize(folder / "in" / name, size=64, guidance=1.0).image
@@ -192,7 +192,7 @@ def test_lsast_run_with_a_bad_file_paints_the_others(folder: Path) -> None:
         "  - found no file missing.png; expected a picture, a video or a folder",
         "  - in/b.jpg",
     ]
-    assert _files(folder / "out") == ["in/a.png", "in/deep/a.png", "in/deep/scan.tif.png"]
+    assert _files(folder / "out") == ["in/a.png", "in/deep/a.png", "in/deep/scan.bmp.png"]
 
 
 def test_lsast_run_with_options_invalid_for_all_files_ends(folder: Path) -> None:
@@ -212,7 +212,7 @@ def test_lsast_run_of_several_with_json_prints_one_line_a_file(folder: Path) -> 
         ("skipped", "in/a.png", "out/a.png"),
         ("failed", "in/b.jpg", "out/b.jpg"),
         ("painted", "in/deep/a.png", "out/deep/a.png"),
-        ("painted", "in/deep/scan.tif", "out/deep/scan.tif.png"),
+        ("painted", "in/deep/scan.bmp", "out/deep/scan.bmp.png"),
     ]
     assert "in/b.jpg" in lines[1]["error"]
     assert lines[2]["options"]["size"] == 64

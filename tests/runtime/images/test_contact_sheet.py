@@ -125,8 +125,7 @@ def test_contact_sheet_that_cannot_be_made_is_refused_before_it_is_painted(
     for axes in ({"strength": [0.3, 7.0]}, {"style": ["monet", "picasso"]}, {"keep_colour": [True, "yes"]}):
         with pytest.raises(UsageError):
             contact_sheet(stylizer, photo, axes, **count)
-    assert painted == []
     many = {"seed": list(range(16383 // photo.shape[1] + 1))}
     with pytest.raises(PictureError, match="expected at most 16383 a side in WEBP"):
         contact_sheet(stylizer, photo, many, out=Path("sheet.webp"), steps=1, **count)
-    assert painted == [0]
+    assert painted == []

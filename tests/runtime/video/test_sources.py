@@ -59,13 +59,6 @@ def test_paint_video_keeps_the_shape_of_displayed_pixels(
         assert container.streams.video[0].sample_aspect_ratio == expected
 
 
-def test_frames_after_a_resume_have_the_shape_of_the_first_ones(photo: np.ndarray, tmp_path: Path) -> None:
-    write_clip(tmp_path / "clip.mp4", photo, 3, None, aspect=Fraction(4, 3), display=(90, False, False))
-    with open_source(tmp_path / "clip.mp4") as source:
-        assert len(list(source.frames(2))) == 1
-        assert source.sample_aspect == Fraction(3, 4)
-
-
 @pytest.mark.parametrize(("transfer", "white"), [(16, 0.5807), pytest.param(18, 0.75, marks=pytest.mark.slow)])
 def test_frames_in_hdr_have_white_where_diffuse_white_was(tmp_path: Path, transfer: int, white: float) -> None:
     """203 cd/m² is 58 % of the PQ signal and 75 % of HLG's (ITU-R BT.2408, table 1)."""
