@@ -28,9 +28,8 @@ from .jobs import Job, Jobs, Painter, QueueFullError, TooSlowError
 from .metrics import CONTENT_TYPE, Metrics
 from .process import WorkerDiedError
 from .schemas import Fault, OptionSheet, Painting, PaintingForm, PaintingJson, PaintingOptions, StyleCard, option_cards
-from .settings import Settings
+from .settings import WORKER_LIMITS, Settings
 from .uploads import FORM, JSON, RAW, discard, read_file, read_painting
-from .worker import LIMITS
 
 MEDIA = {"image/png": ".png", "image/jpeg": ".jpg", "image/webp": ".webp"}
 """The media types of paintings, the first being the default, and their suffixes."""
@@ -225,7 +224,7 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
     async def options(request: Request) -> OptionSheet:
         """The options with their ranges and defaults, the presets, and the limits of this server."""
         facts = await state(request).painter.ask("facts")
-        names = (*LIMITS, "max_bytes", "seconds", "queue")
+        names = (*WORKER_LIMITS, "max_bytes", "seconds", "queue")
         return OptionSheet(
             **{name: facts.facts[name] for name in ("version", "bundle", "stages")},
             options=option_cards(facts.facts["defaults"]),
@@ -249,11 +248,13 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
         answer = await state(request).painter.ask("record", {}, await read_file(request, settings))
         return {name: answer.facts[name] for name in ("options", "bundle")}
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz")
     async def health() -> dict[str, Literal["ok"]]:
         """Whether the server runs."""
         return {"status": "ok"}
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", responses={503: {"model": Fault, "description": "Not ready, or about to end."}})
     async def ready(request: Request) -> dict[str, Literal["ready"]]:
         """Whether the server would begin a painting now."""
@@ -268,6 +269,7 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
 
     page, policy = _page()
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def index() -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": policy, "Cache-Control": "no-cache"})
@@ -300,7 +302,7 @@ async def _events(jobs: Jobs, job: Job) -> AsyncIterator[str]:
         while True:
             changed, over = job.changed, job.over
             facts = jobs.snapshot(job).model_dump()
-            if job.preview is not previewed:
+            if job.preview and job.preview is not previewed:
                 facts["preview"], previewed = _data_url(job.preview), job.preview
             job.fetched = job.fetched or job.state == "failed"
             yield f"event: {job.state}\ndata: {json.dumps(facts)}\n\n"
@@ -362,7 +364,7 @@ def _accepted(request: Request, offers: dict[str, str]) -> str:
         HTTPException: 406, none of them.
     """
     best, weight = "", 0.0
-    ranges = [part.split(";") for part in request.headers.get("accept", "*/*").lower().split(",")]
+    ranges = [part.split(";") for part in (request.headers.get("accept") or "*/*").lower().split(",")]
     for name, *parameters in ranges:
         quality = 1.0
         for parameter in parameters:

@@ -130,7 +130,6 @@ class Jobs:
 
     def get(self, name: str) -> Job | None:
         """The job of that id, if it is there still."""
-        self._forget()
         return self._jobs.get(name)
 
     @contextlib.contextmanager
@@ -152,7 +151,6 @@ class Jobs:
 
     def submit(self, picture: bytes, mask: bytes, options: Mapping[str, Any], suffix: str, previews: bool) -> Job:
         """Accept a painting; it begins when its turn comes."""
-        self._forget()
         job = Job(Work(secrets.token_urlsafe(12), picture, options, mask, suffix, previews))
         self._jobs[job.work.id] = job
         job.task = asyncio.create_task(self._run(job))
@@ -223,15 +221,6 @@ class Jobs:
         if not job.watchers and not job.over and job.task:
             job.task.cancel()
 
-    def _forget(self) -> None:
-        """Drop finished jobs that were kept long enough, and the oldest ones beyond `keep_bytes`."""
-        over = [job for job in self._jobs.values() if job.over]
-        kept = sum(len(job.painting) for job in over)
-        for job in sorted(over, key=lambda job: job.ended):
-            if time.monotonic() - job.ended > self._settings.keep_seconds or kept > self._settings.keep_bytes:
-                kept -= len(job.painting)
-                del self._jobs[job.work.id]
-
     async def _run(self, job: Job) -> None:
         try:
             async with self._turns:
@@ -254,8 +243,18 @@ class Jobs:
         job.state = state
         self._last_end = job.ended = now
         job.work = replace(job.work, picture=b"", mask=b"")
+        job.preview = b""
         self._metrics.ended.labels(state).inc()
         job.change()
+        # By its id, so that a job that is forgotten before keeps no memory until then.
+        asyncio.get_running_loop().call_later(self._settings.keep_seconds, self._jobs.pop, job.work.id, None)
+        over = sorted((other for other in self._jobs.values() if other.over), key=lambda other: other.ended)
+        kept = sum(len(other.painting) for other in over)
+        for oldest in over:
+            if kept <= self._settings.keep_bytes:
+                break
+            kept -= len(oldest.painting)
+            self.forget(oldest)
 
     async def _paint(self, job: Job) -> None:
         self._metrics.waited.observe(time.monotonic() - job.accepted)

@@ -11,14 +11,13 @@ import struct
 import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 from lsast_engines import errors
 from lsast_engines.errors import BackendError, LsastError
 
 from .settings import Settings
-from .worker import LIMITS, Event, Work, decode_header, encode
+from .worker import Event, Work, decode_header, encode
 
 CANCEL_SECONDS = 10.0
 """How long a worker may take to give up a painting; then it is ended."""
@@ -193,8 +192,7 @@ class WorkerProcess:
         )
         assert process.stdout is not None
         try:
-            limits = {name: value for name, value in asdict(self._settings).items() if name in LIMITS}
-            await self._send("start", {"load": self._settings.load, "limits": limits})
+            await self._send("start", {"load": self._settings.load, "limits": self._settings.worker_limits})
             with contextlib.suppress(asyncio.IncompleteReadError):
                 while True:
                     header = await process.stdout.readexactly(*_LENGTH.unpack(await process.stdout.readexactly(4)))

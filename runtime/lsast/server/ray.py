@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
@@ -20,7 +19,7 @@ from ..sessions.cancel import CancelToken
 from .app import create_app
 from .process import WorkerDiedError, raised
 from .settings import Settings
-from .worker import LIMITS, BatchPainter, Event, Task, Work
+from .worker import BatchPainter, Event, Task, Work
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -43,8 +42,7 @@ class Replica:
         Raises:
             LsastError: see `lsast.load`.
         """
-        limits = {name: value for name, value in asdict(settings).items() if name in LIMITS}
-        self._painter = BatchPainter(settings.load, limits)
+        self._painter = BatchPainter(settings.load, settings.worker_limits)
         self._paint_batch.set_max_batch_size(settings.batch)
 
     async def paint(self, work: Work) -> AsyncGenerator[Event, None]:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
+import base64
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import (
     AfterValidator,
-    Base64Bytes,
+    Base64Encoder,
     BaseModel,
     ConfigDict,
+    EncodedBytes,
     Field,
     ValidationError,
     WithJsonSchema,
     create_model,
 )
 
-from lsast_engines.errors import UsageError, fault_list
+from lsast_engines.errors import UsageError, did_you_mean, fault_list
 
 from ..options.options import Rule, rules
 
@@ -61,6 +62,19 @@ PaintingOptions: type[BaseModel] = create_model(
 )
 """The fields of `lsast.Options`, each with its range."""
 
+
+class _Base64(Base64Encoder):
+    """Base64 to the letter, also as a data URL, which is what browsers make of a file."""
+
+    @classmethod
+    def decode(cls, data: bytes) -> bytes:
+        """See `pydantic.EncoderProtocol`."""
+        if data.startswith(b"data:"):
+            data = data.partition(b";base64,")[2]
+        return base64.b64decode(b"".join(data.split()), validate=True)
+
+
+_Picture = Annotated[bytes, EncodedBytes(_Base64)]
 _BINARY: dict[str, Any] = {"format": "binary"}
 _MASK = "Where to paint, a picture of the same size: white is painted, black keeps its pixels."
 
@@ -75,8 +89,8 @@ PaintingForm: type[BaseModel] = create_model(
 PaintingJson: type[BaseModel] = create_model(
     "PaintingJson",
     __base__=PaintingOptions,
-    picture=(Base64Bytes, Field(description="The picture, in base64.")),
-    mask=(Base64Bytes | None, Field(None, description=_MASK)),
+    picture=(_Picture, Field(description="The picture, in base64; a data URL is taken, too.")),
+    mask=(_Picture | None, Field(None, description=_MASK)),
 )
 """A painting as JSON."""
 
@@ -172,14 +186,15 @@ def in_words(error: ValidationError) -> str:
         name = str(fault["loc"][0]) if fault["loc"] else ""
         rule = rules().get(name)
         if rule:
-            lines[f"{name}: found {fault['input']!r:.60}; expected {rule.expected}"] = None
+            near = did_you_mean(fault["input"], map(str, rule.choices))
+            lines[f"{name}: found {fault['input']!r:.60}; expected {rule.expected}{near}"] = None
         elif fault["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(name, known, 1)
-            lines[f"{name:.60}: unknown; {f'did you mean {near[0]}?' if near else 'expected ' + ', '.join(known)}"] = (
-                None
-            )
+            near = did_you_mean(name, known) or f"; expected {', '.join(known)}"
+            lines[f"{name:.60}: unknown{near}"] = None
         elif fault["type"] == "missing":
             lines[f"{name}: missing"] = None
+        elif name in PICTURE_FIELDS:
+            lines[f"{name}: expected a picture in base64, or as a data URL"] = None
         else:
             lines[": ".join(filter(None, [name, fault["msg"]]))] = None
     return fault_list("invalid request:", list(lines))

@@ -150,7 +150,7 @@ def _json(body: bytes) -> Upload:
         raise UsageError(in_words(error)) from None
     picture, mask = given.picture, given.mask or b""  # type: ignore[attr-defined]
     if not picture:
-        raise UsageError("found an empty picture; expected one in base64")
+        raise UsageError("picture: found an empty text; expected a picture in base64")
     return picture, mask, given.model_dump(include=set(PaintingOptions.model_fields), exclude_none=True)
 
 

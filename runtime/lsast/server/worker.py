@@ -47,9 +47,6 @@ if TYPE_CHECKING:
 FORMATS = frozenset({"AVIF", "BMP", "GIF", "HEIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP"})
 """Pillow's names of the formats that strangers may send: those of cameras, phones and browsers."""
 
-LIMITS = ("batch", "max_megapixels", "max_size", "max_tile", "max_tiles")
-"""The fields of `Settings` that the worker needs."""
-
 PREVIEW_SECONDS = 0.15
 """Least time between two previews of one painting."""
 
@@ -127,7 +124,7 @@ class BatchPainter:
 
         Args:
             load: arguments of `lsast.load`.
-            limits: the settings named in `LIMITS`.
+            limits: `Settings.worker_limits`.
 
         Raises:
             LsastError: see `lsast.load`.

@@ -41,8 +41,10 @@ def test_post_form_json_and_raw_body_paint_what_the_library_paints(
     expected = np.asarray(stylizer.stylize(photo, **options).image).astype(int)
     form = server.post(png, **options)
     raw = server.client.post("/v1/paintings", params=options, content=png)
-    body = {**options, "picture": base64.b64encode(png).decode()}
-    for answer in (form, raw, server.client.post("/v1/paintings", json=body)):
+    text = base64.b64encode(png).decode()
+    pictures = (text, f"data:image/png;base64,{text}")
+    answers = [server.client.post("/v1/paintings", json={**options, "picture": picture}) for picture in pictures]
+    for answer in (form, raw, *answers):
         assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png")
         np.testing.assert_array_equal(pixels(answer.content), expected)
 
@@ -83,6 +85,7 @@ def test_post_with_another_accept_is_refused(server: Running, png: bytes) -> Non
     ("options", "words"),
     [
         ({"styl": "monet"}, "styl: unknown; did you mean style?"),
+        ({"solver": "unpic"}, "; did you mean unipc?"),
         ({"strength": 7, "size": 3}, "size: found '3'; expected a whole number, 0, or 64 to 8192"),
         ({"style": "picasso"}, "available: monet, vangogh"),
         ({"style": "monet@5-3"}, "expected 3-5"),
@@ -103,6 +106,7 @@ def test_post_form_with_faulty_options_says_so_in_words(
     [
         ({"json": {"picture": "aGk=", "seed": "5"}}, 422),  # JSON has types
         ({"json": {"seed": 5}}, 422),
+        ({"json": {"picture": "no base64"}}, 422),
         ({"content": b"{", "headers": {"Content-Type": "application/json"}}, 422),
         ({"content": b"", "params": {"seed": 5}}, 422),
         ({"content": b"hi", "params": [("seed", 5), ("seed", 6)]}, 422),
@@ -384,6 +388,11 @@ def test_limits_hold(parted_path: Path, png: bytes) -> None:
 
 
 def test_finished_jobs_are_forgotten(parted_path: Path, png: bytes) -> None:
-    with running(bundle=str(parted_path), keep_bytes=0) as server:
-        path = server.begin(png, **QUICK)
-        server.until(lambda: server.client.get(path).status_code == 404)
+    for limits in ({"keep_bytes": 0}, {"keep_seconds": 0.1}):
+        with running(bundle=str(parted_path), **limits) as server:
+            path = server.begin(png, **QUICK)
+            done = server.app.state.metrics.ended.labels("done")
+            server.until(lambda done=done: done._value.get() == 1)
+            kept = server.app.state.jobs._jobs  # nobody asks for anything
+            server.until(lambda kept=kept: not kept)
+            assert server.client.get(path).status_code == 404
