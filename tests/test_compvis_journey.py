@@ -20,7 +20,7 @@ from lsast.cli.main import main as lsast_run
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.errors import StyleError
 from lsast_export.cli.main import main as lsast_export
-from lsast_export.graphs.meta_base import base_on_meta
+from lsast_export.graphs.modules import base_on_meta
 from lsast_export.styles.bake import KVProjector, bake_null_style, check_prompts
 from lsast_train.__main__ import main as lsast_train
 from lsast_train.base.lazy_base import load_base, open_base, save_base

@@ -36,8 +36,7 @@ def mini(device: str, tiny: bool) -> dict[str, Any]:
     """Largest relative difference of mini's networks on `device` from the CPU in fp32, by graph and type."""
     from lsast_engines.bundle.bundle import EMBEDDED
     from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, graph_specs
-    from lsast_export.graphs.modules import geometry
-    from lsast_export.graphs.trace_graphs import graph_module
+    from lsast_export.graphs.modules import geometry, graph_module
     from lsast_train.base.lazy_base import load_base
     from lsast_train.mini.architecture import MiniConfig, build_mini
 

@@ -51,7 +51,7 @@ class Case:
 def torch_step(case: Case, compiled: bool) -> Iterator[Step]:
     import torch
 
-    from lsast_export.graphs.trace_graphs import graph_module
+    from lsast_export.graphs.modules import graph_module
     from lsast_train.base.lazy_base import load_base
 
     if case.device == "cuda" and not torch.cuda.is_available():

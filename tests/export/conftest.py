@@ -16,8 +16,7 @@ from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS
 from lsast_export.bundle import add_graphs as adding
 from lsast_export.bundle.add_graphs import add_parts
 from lsast_export.bundle.export import ExportOptions, export_bundle
-from lsast_export.graphs.trace import TracedGraph
-from lsast_export.graphs.trace_graphs import trace_graphs
+from lsast_export.graphs.trace import TracedGraph, trace_graphs
 from lsast_train.base.base import Base
 from lsast_train.mini.architecture import MiniConfig, build_mini
 from lsast_train.prompts.prompt_file import Prompts

@@ -20,10 +20,10 @@ from lsast_train.base.lazy_base import open_base
 
 from ..graphs.external_weights import save_graph
 from ..graphs.gpu_graph import write_gpu_graph
-from ..graphs.meta_base import base_on_meta
+from ..graphs.modules import base_on_meta
 from ..graphs.small_decoder import WEIGHTS as SMALL_WEIGHTS
 from ..graphs.small_decoder import SmallDecoder, save_small_decoder, trace_small_decoder
-from ..graphs.trace_graphs import trace_graphs
+from ..graphs.trace import trace_graphs
 from ..parity.parity import ParityPlan, measure_parity, measure_small_parity, plan_for, require_parity
 from ..progress import Progress, no_progress
 from .export import WEIGHTS

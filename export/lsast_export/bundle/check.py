@@ -16,8 +16,7 @@ from lsast_engines.errors import BundleError, LsastError, fault_list
 from lsast_engines.files import file_sha256
 from lsast_train.base.lazy_base import LazyBase, open_base
 
-from ..graphs.meta_base import base_on_meta
-from ..graphs.modules import geometry
+from ..graphs.modules import base_on_meta, geometry
 from ..graphs.small_decoder import WEIGHTS as SMALL_WEIGHTS
 from ..graphs.small_decoder import read_small_decoder
 from ..parity.parity import ParityPlan, measure_parity, measure_small_parity, plan_for

@@ -33,12 +33,10 @@ from lsast_train.prompts.prompt_space import STAGES
 
 from ..graphs.external_weights import save_graph
 from ..graphs.gpu_graph import FLOAT_GRAPHS, write_gpu_graph
-from ..graphs.meta_base import base_on_meta
-from ..graphs.modules import geometry
+from ..graphs.modules import base_on_meta, geometry
 from ..graphs.small_decoder import WEIGHTS as SMALL_WEIGHTS
 from ..graphs.small_decoder import SmallDecoder, read_small_decoder
-from ..graphs.trace import OPSET, TracedGraph
-from ..graphs.trace_graphs import trace_graphs
+from ..graphs.trace import OPSET, TracedGraph, trace_graphs
 from ..parity.parity import ParityPlan, measure_parity, plan_for, require_parity
 from ..progress import Progress, no_progress
 from ..styles.bake import EXPORTED_FROM, KVProjector, bake_null_style, bake_prompts, check_prompts

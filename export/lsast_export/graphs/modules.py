@@ -1,28 +1,286 @@
-"""The four modules that are traced, one for each graph of `lsast_engines.bundle.graph_spec`.
+"""The modules that are traced, one for each graph of `lsast_engines.bundle.graph_spec`.
 
 Their parameters have the names of the weights in ``base.safetensors`` (``unet.…``, ``controlnet.…``,
-``autoencoder.…``), so that an exported initializer can be found in the file. Where a graph needs a network changed (its
-processors, the embedding of the edges), a context manager changes it and restores it at the end.
+``autoencoder.…``), so that an exported initializer can be found in the file, and the denoiser's parts add no weights to
+a bundle. Where a graph needs a network changed (its processors, the embedding of the edges), a context manager changes
+it and restores it at the end.
+
+In parts, a run may skip the ControlNet at some steps, or all of the U-Net but its outermost level (DeepCache, Ma et al.
+2023, arXiv 2312.00858). There the U-Net runs block by block, as in diffusers' `UNet2DConditionModel.forward` for
+networks without class, image or adapter conditions; `parity` compares with that function.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from lsast_engines.bundle.graph_spec import Geometry
+from lsast_engines.bundle.graph_spec import (
+    CONTROLNET,
+    CONTROLNET_COND,
+    DENOISER,
+    UNET_FULL,
+    UNET_OUTER,
+    VAE_DECODER,
+    VAE_ENCODER,
+    Geometry,
+    UnetSplit,
+)
 from lsast_train.base.attention import packed_kv
-from lsast_train.base.base import Base
-from lsast_train.base.kv_packing import kv_layouts
+from lsast_train.base.base import Base, build_base
+from lsast_train.base.kv_packing import kv_layouts, skip_cond_embedding
+from lsast_train.base.lazy_base import LazyBase
+
+NETWORKS = ("unet", "controlnet", "autoencoder")
+"""The networks that the graphs are made of."""
 
 SCORES_LIMIT = 128 << 20
 """Largest size in bytes of a self-attention's scores, for one picture of native size and two guidance rows."""
+
+
+def base_on_meta(parts: LazyBase, **loaded: Any) -> Base:
+    """The base of `parts`, its networks on torch's meta device: shapes without memory, which is enough to trace.
+
+    Args:
+        parts: the base.
+        loaded: networks that are in memory, by the name of `Base`'s field.
+    """
+    empty = {name: parts.networks[name]().on_meta() for name in NETWORKS if name not in loaded}
+    return build_base(parts.config, parts.fingerprint, null_context=parts.null_context, **{**empty, **loaded})
+
+
+def geometry(base: Base) -> Geometry:
+    """The widths of `base`, from its networks, which may be on the meta device (`base_on_meta`)."""
+    unet, control = kv_layouts(base)
+    side = base.config.multiple
+    encoder = base.controlnet.controlnet_cond_embedding
+    with torch.no_grad():
+        hint = encoder(next(encoder.parameters()).new_zeros(1, 3, side, side))
+    return Geometry(
+        hint_channels=hint.shape[1],
+        tokens=base.config.tokens,
+        unet_width=unet.width,
+        control_width=control.width,
+        latent_channels=int(base.unet.config.in_channels),
+        factor=side // hint.shape[2],
+    )
+
+
+def unet_split(base: Base) -> UnetSplit:
+    """Where the denoiser of `base` is cut into parts; its networks may be on the meta device."""
+    widths = base.unet.config.block_out_channels
+    residuals = [(widths[0], 0)]
+    for level, (width, block) in enumerate(zip(widths, base.unet.down_blocks, strict=True)):
+        residuals += [(width, level)] * len(block.resnets)
+        residuals += [(width, level + 1)] * (block.downsamplers is not None)
+    last = base.unet.up_blocks[-1].resnets
+    return UnetSplit(
+        residuals=(*residuals, (widths[-1], len(widths) - 1)),
+        outer=len(last),
+        feature=last[0].in_channels - widths[0],
+    )
+
+
+class _GraphModule(nn.Module):
+    """A module with some networks of a base."""
+
+    networks: tuple[str, ...] = ()
+    unet: Any
+    controlnet: Any
+    autoencoder: Any
+
+    def __init__(self, base: Base) -> None:
+        super().__init__()
+        self._base = base
+        for name in self.networks:
+            setattr(self, name, getattr(base, name))
+
+
+class VaeEncoderGraph(_GraphModule):
+    """Graph `vae_encoder`."""
+
+    networks = ("autoencoder",)
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image [B, 3, H, W] → mean and standard deviation [B, 4, h, w]."""
+        return self._base.encode(image)
+
+
+class VaeDecoderGraph(_GraphModule):
+    """Graph `vae_decoder`."""
+
+    networks = ("autoencoder",)
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        """Unscaled latent [B, 4, h, w] → image [B, 3, H, W]."""
+        return self._base.decode(latent)
+
+
+class ControlNetCondGraph(_GraphModule):
+    """Graph `controlnet_cond`: the ControlNet's embedding of the edges, which is computed once a run."""
+
+    networks = ("controlnet",)
+
+    def forward(self, edges: torch.Tensor) -> torch.Tensor:
+        """Edges [B, 3, H, W] → hint features [B, C, h, w]."""
+        hint: torch.Tensor = self.controlnet.controlnet_cond_embedding(edges)
+        return hint
+
+
+class ControlNetGraph(_GraphModule):
+    """Graph `controlnet`."""
+
+    networks: tuple[str, ...] = ("controlnet",)
+
+    def forward(
+        self,
+        latent: torch.Tensor,
+        hint: torch.Tensor,
+        timestep: torch.Tensor,
+        kv_control: torch.Tensor,
+        control_scale: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """The scaled residuals of one step, the middle block's last."""
+        down, mid = self.controlnet(
+            *(latent, timestep, None, hint),
+            conditioning_scale=control_scale,
+            cross_attention_kwargs=packed_kv(kv_control),
+            return_dict=False,
+        )
+        return (*down, mid)
+
+
+class DenoiserGraph(ControlNetGraph):
+    """Graph `denoiser`: ControlNet and U-Net of one step."""
+
+    networks = ("unet", "controlnet")
+
+    def forward(  # type: ignore[override]
+        self,
+        latent: torch.Tensor,
+        hint: torch.Tensor,
+        timestep: torch.Tensor,
+        kv_unet: torch.Tensor,
+        kv_control: torch.Tensor,
+        control_scale: torch.Tensor,
+    ) -> torch.Tensor:
+        """One step; shapes as in `lsast_engines.bundle.graph_spec.graph_specs`."""
+        guidance, batch = kv_unet.shape[:2]
+        *down, mid = super().forward(latent, hint, timestep, kv_control, control_scale)
+        latents, timesteps = _repeat(latent, guidance), _repeat(timestep, guidance)
+        output = self.unet(
+            latents,
+            timesteps,
+            None,
+            cross_attention_kwargs=packed_kv(kv_unet.flatten(0, 1)),
+            down_block_additional_residuals=[_repeat(residual, guidance) for residual in down],
+            mid_block_additional_residual=_repeat(mid, guidance),
+            return_dict=False,
+        )[0]
+        eps: torch.Tensor = self._base.eps_from_output(output, latents, timesteps).unflatten(0, (guidance, batch))
+        return eps
+
+
+def _repeat(rows: torch.Tensor, guidance: int) -> torch.Tensor:
+    """[B, …] → [G·B, …]."""
+    return rows.unsqueeze(0).expand(guidance, *rows.shape).flatten(0, 1)
+
+
+class _Inputs(NamedTuple):
+    """What every block of the U-Net takes, for each row of guidance and batch."""
+
+    latents: torch.Tensor
+    """[G·B, 4, h, w]"""
+    timesteps: torch.Tensor
+    """[G·B]"""
+    embedded: torch.Tensor
+    """[G·B, E]: the time embedding."""
+    kv: dict[str, Any]
+    """See `packed_kv`."""
+
+
+class _UnetPart(_GraphModule):
+    """What `unet_full` and `unet_outer` share: the embedding of the step, the outermost level."""
+
+    networks = ("unet",)
+
+    def _inputs(self, latent: torch.Tensor, timestep: torch.Tensor, kv_unet: torch.Tensor) -> _Inputs:
+        guidance = kv_unet.shape[0]  # len() would fix it in the traced graph
+        kv = packed_kv(kv_unet.flatten(0, 1))
+        latents, timesteps = _repeat(latent, guidance), _repeat(timestep, guidance)
+        embedded = self.unet.time_embedding(self.unet.get_time_embed(latents, timesteps))
+        return _Inputs(latents, timesteps, embedded, kv)
+
+    def _noise(self, feature: torch.Tensor, skips: Sequence[torch.Tensor], inputs: _Inputs) -> torch.Tensor:
+        """The last up block and the output convolution: `feature` and the outermost skips → eps [G·B, 4, h, w]."""
+        sample = _run(self.unet.up_blocks[-1], feature, inputs, res_hidden_states_tuple=tuple(skips))
+        output = self.unet.conv_out(self.unet.conv_act(self.unet.conv_norm_out(sample)))
+        return self._base.eps_from_output(output, inputs.latents, inputs.timesteps)
+
+
+class UnetFullGraph(_UnetPart):
+    """Graph `unet_full`."""
+
+    def forward(
+        self, latent: torch.Tensor, timestep: torch.Tensor, kv_unet: torch.Tensor, *residuals: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The whole U-Net: eps [G, B, 4, h, w], and the input of the last up block, [G, B, C, h, w]."""
+        guidance, batch = kv_unet.shape[:2]
+        inputs = self._inputs(latent, timestep, kv_unet)
+        sample = self.unet.conv_in(inputs.latents)
+        skips = [sample]
+        for block in self.unet.down_blocks:
+            sample, more = _run(block, sample, inputs)
+            skips += more
+        *down, mid = (_repeat(residual, guidance) for residual in residuals)
+        skips = [skip + residual for skip, residual in zip(skips, down, strict=True)]
+        sample = self.unet.mid_block(sample, inputs.embedded, cross_attention_kwargs=inputs.kv) + mid
+        for block in self.unet.up_blocks[:-1]:
+            count = len(block.resnets)
+            sample = _run(block, sample, inputs, res_hidden_states_tuple=tuple(skips[-count:]))
+            skips = skips[:-count]
+        eps = self._noise(sample, skips, inputs)
+        return eps.unflatten(0, (guidance, batch)), sample.unflatten(0, (guidance, batch))
+
+
+class UnetOuterGraph(_UnetPart):
+    """Graph `unet_outer`."""
+
+    def forward(
+        self,
+        latent: torch.Tensor,
+        timestep: torch.Tensor,
+        kv_unet: torch.Tensor,
+        *residuals_and_feature: torch.Tensor,
+    ) -> torch.Tensor:
+        """The outermost level, on a cached feature [G, B, C, h, w]: eps [G, B, 4, h, w]."""
+        *residuals, feature = residuals_and_feature
+        guidance, batch = kv_unet.shape[:2]
+        inputs = self._inputs(latent, timestep, kv_unet)
+        sample = self.unet.conv_in(inputs.latents)
+        skips = [sample]
+        block = self.unet.down_blocks[0]
+        for place, resnet in enumerate(block.resnets):
+            sample = resnet(sample, inputs.embedded)
+            if getattr(block, "has_cross_attention", False):
+                sample = block.attentions[place](sample, cross_attention_kwargs=inputs.kv, return_dict=False)[0]
+            skips.append(sample)
+        skips = [skip + _repeat(residual, guidance) for skip, residual in zip(skips, residuals, strict=True)]
+        eps = self._noise(feature.flatten(0, 1), skips, inputs)
+        rows: torch.Tensor = eps.unflatten(0, (guidance, batch))
+        return rows
+
+
+def _run(block: Any, sample: torch.Tensor, inputs: _Inputs, **skips: Any) -> Any:
+    """The output of a down or up block, which takes keys and values only if it has cross-attention."""
+    kwargs = {"cross_attention_kwargs": inputs.kv} if getattr(block, "has_cross_attention", False) else {}
+    return block(hidden_states=sample, temb=inputs.embedded, **kwargs, **skips)
 
 
 class SplitProcessor:
@@ -45,89 +303,6 @@ class SplitProcessor:
         mixed = torch.cat([F.scaled_dot_product_attention(q, k, v, scale=attn.scale) for q, k, v in parts], dim=1)
         out: torch.Tensor = attn.to_out[1](attn.to_out[0](mixed.transpose(1, 2).reshape(batch, -1, width)))
         return out
-
-
-class VaeEncoderGraph(nn.Module):
-    """Graph `vae_encoder`."""
-
-    def __init__(self, base: Base) -> None:
-        super().__init__()
-        self.autoencoder = base.autoencoder
-        self._base = base
-
-    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Image [B, 3, H, W] → mean and standard deviation [B, 4, h, w]."""
-        return self._base.encode(image)
-
-
-class ControlNetCondGraph(nn.Module):
-    """Graph `controlnet_cond`: the ControlNet's embedding of the edges, which is computed once a run."""
-
-    def __init__(self, base: Base) -> None:
-        super().__init__()
-        self.controlnet = base.controlnet
-
-    def forward(self, edges: torch.Tensor) -> torch.Tensor:
-        """Edges [B, 3, H, W] → hint features [B, C, h, w]."""
-        hint: torch.Tensor = self.controlnet.controlnet_cond_embedding(edges)
-        return hint
-
-
-class DenoiserGraph(nn.Module):
-    """Graph `denoiser`: ControlNet and U-Net of one step."""
-
-    def __init__(self, base: Base) -> None:
-        super().__init__()
-        self.unet = base.unet
-        self.controlnet = base.controlnet
-        self._base = base
-
-    def forward(
-        self,
-        latent: torch.Tensor,
-        hint: torch.Tensor,
-        timestep: torch.Tensor,
-        kv_unet: torch.Tensor,
-        kv_control: torch.Tensor,
-        control_scale: torch.Tensor,
-    ) -> torch.Tensor:
-        """One step; shapes as in `lsast_engines.bundle.graph_spec.graph_specs`."""
-        guidance, batch = kv_unet.shape[:2]
-
-        def repeat(rows: torch.Tensor) -> torch.Tensor:  # [B, …] → [G·B, …]
-            return rows.unsqueeze(0).expand(guidance, *rows.shape).flatten(0, 1)
-
-        down, mid = self.controlnet(
-            *(latent, timestep, None, hint),
-            conditioning_scale=control_scale,
-            cross_attention_kwargs=packed_kv(kv_control),
-            return_dict=False,
-        )
-        latents, timesteps = repeat(latent), repeat(timestep)
-        output = self.unet(
-            latents,
-            timesteps,
-            None,
-            cross_attention_kwargs=packed_kv(kv_unet.flatten(0, 1)),
-            down_block_additional_residuals=[repeat(residual) for residual in down],
-            mid_block_additional_residual=repeat(mid),
-            return_dict=False,
-        )[0]
-        eps: torch.Tensor = self._base.eps_from_output(output, latents, timesteps).unflatten(0, (guidance, batch))
-        return eps
-
-
-class VaeDecoderGraph(nn.Module):
-    """Graph `vae_decoder`."""
-
-    def __init__(self, base: Base) -> None:
-        super().__init__()
-        self.autoencoder = base.autoencoder
-        self._base = base
-
-    def forward(self, latent: torch.Tensor) -> torch.Tensor:
-        """Unscaled latent [B, 4, h, w] → image [B, 3, H, W]."""
-        return self._base.decode(latent)
 
 
 def head_groups(name: str, heads: int, levels: int, side: int) -> int:
@@ -165,18 +340,26 @@ def split_attention(network: Any, side: int) -> Iterator[None]:
             module.set_processor(processor)
 
 
-def geometry(base: Base) -> Geometry:
-    """The widths of `base`, from its networks, which may be on the meta device (`base_on_meta`)."""
-    unet, control = kv_layouts(base)
-    side = base.config.multiple
-    encoder = base.controlnet.controlnet_cond_embedding
-    with torch.no_grad():
-        hint = encoder(next(encoder.parameters()).new_zeros(1, 3, side, side))
-    return Geometry(
-        hint_channels=hint.shape[1],
-        tokens=base.config.tokens,
-        unet_width=unet.width,
-        control_width=control.width,
-        latent_channels=int(base.unet.config.in_channels),
-        factor=side // hint.shape[2],
-    )
+_MODULES: dict[str, type[_GraphModule]] = {
+    VAE_ENCODER: VaeEncoderGraph,
+    CONTROLNET_COND: ControlNetCondGraph,
+    DENOISER: DenoiserGraph,
+    VAE_DECODER: VaeDecoderGraph,
+    CONTROLNET: ControlNetGraph,
+    UNET_FULL: UnetFullGraph,
+    UNET_OUTER: UnetOuterGraph,
+}
+
+
+@contextlib.contextmanager
+def graph_module(base: Base, name: str) -> Iterator[nn.Module]:
+    """The module of the graph `name`; the networks of `base` are changed for it while the block runs."""
+    module = _MODULES[name](base)
+    with contextlib.ExitStack() as stack:
+        if name not in (VAE_ENCODER, CONTROLNET_COND, VAE_DECODER):  # which have no keys and values
+            for network in module.networks:
+                side = base.config.size // geometry(base).factor
+                stack.enter_context(split_attention(getattr(base, network), side))
+            if "controlnet" in module.networks:
+                stack.enter_context(skip_cond_embedding(base.controlnet))
+        yield module.eval()

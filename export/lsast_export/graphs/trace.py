@@ -1,4 +1,4 @@
-"""Traces a torch module into an ONNX graph whose weights are names only.
+"""Traces torch modules into ONNX graphs whose weights are names only.
 
 `torch.onnx.export` runs without its optimizer, which would fold small weights into new constants: these would be stored
 twice and, in fp16, unrounded. Instead the weights become inputs of the graph, the rest is optimized, and
@@ -14,7 +14,7 @@ import contextlib
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lsast_engines.bundle.graph_spec import GraphSpec, downsampling_level
+from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, GraphSpec, downsampling_level, graph_specs, split_specs
 from lsast_engines.errors import ExportError, fault_list
+from lsast_train.base.base import Base
+
+from ..progress import Progress, no_progress
+from .modules import geometry, graph_module, unet_split
 
 OPSET = 18
 """ONNX operator set. Newer ones have a native Attention, which TensorRT refuses for head widths under 16."""
@@ -47,6 +51,26 @@ class TracedGraph:
     """Its inputs are those of `spec`, then one for each weight."""
     weights: tuple[str, ...]
     """Names of the weights, as in ``base.safetensors``."""
+
+
+def trace_graphs(
+    base: Base, names: Sequence[str] = REQUIRED_GRAPHS, progress: Progress = no_progress
+) -> dict[str, TracedGraph]:
+    """Trace graphs of `base`, which may be on the meta device; the results have no weights and fit every storage type.
+
+    Raises:
+        ExportError: a graph that torch cannot export, or one with other inputs and outputs than specified.
+    """
+    widths = geometry(base)
+    specs = graph_specs(widths)
+    if not specs.keys() >= set(names):
+        specs |= split_specs(widths, unet_split(base))
+    traced = {}
+    for name in names:
+        progress(f"tracing {name}")
+        with graph_module(base, name) as module:
+            traced[name] = trace(module, specs[name], base.config.multiple, widths.factor)
+    return traced
 
 
 def trace(module: nn.Module, spec: GraphSpec, multiple: int, factor: int) -> TracedGraph:

@@ -46,8 +46,7 @@ from lsast_engines.errors import ParityError, fault_list
 from lsast_train.base.base import BaseConfig
 from lsast_train.base.lazy_base import LazyBase
 
-from ..graphs.meta_base import base_on_meta
-from ..graphs.modules import geometry
+from ..graphs.modules import base_on_meta, geometry
 from ..graphs.small_decoder import SmallDecoder
 from ..progress import Eta, Progress, no_progress
 from ..styles.bake import KVProjector

@@ -24,7 +24,7 @@ from lsast_train.base.attention import GROUPS, layer_contexts
 from lsast_train.base.base import Base, BaseConfig
 from lsast_train.base.lazy_base import LazyBase
 
-from ..graphs.meta_base import base_on_meta
+from ..graphs.modules import base_on_meta
 from ..progress import Eta, Progress
 
 Array = npt.NDArray[np.float32]

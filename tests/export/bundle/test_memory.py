@@ -19,7 +19,7 @@ from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.environment import peak_memory
 from lsast_export.bundle import export as exporter
 from lsast_export.bundle.export import WEIGHTS, ExportOptions, export_bundle
-from lsast_export.graphs.meta_base import NETWORKS, base_on_meta
+from lsast_export.graphs.modules import NETWORKS, base_on_meta
 from lsast_export.graphs.trace import TracedGraph
 from lsast_export.parity import torch_reference as reference
 from lsast_export.parity.parity import ParityPlan

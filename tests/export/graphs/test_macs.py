@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.bench.macs import count_macs
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS
-from lsast_export.graphs.trace_graphs import graph_module
+from lsast_export.graphs.modules import graph_module
 from lsast_train.base.base import Base
 
 LENGTHS = [

@@ -15,9 +15,8 @@ from torch._subclasses.fake_tensor import is_fake
 
 from lsast_engines.bundle.bundle import Bundle
 from lsast_export.graphs import modules as graphs
-from lsast_export.graphs.modules import SplitProcessor, geometry, head_groups, split_attention
+from lsast_export.graphs.modules import SplitProcessor, geometry, graph_module, head_groups, split_attention
 from lsast_export.graphs.trace import TracedGraph, trace
-from lsast_export.graphs.trace_graphs import graph_module
 from lsast_train.base.base import Base, build_base
 from lsast_train.base.kv_packing import kv_layouts
 from lsast_train.base.lazy_base import load_base

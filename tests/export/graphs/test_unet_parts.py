@@ -23,9 +23,8 @@ from lsast_export.bundle.add_graphs import add_parts
 from lsast_export.bundle.check import check_bundle
 from lsast_export.bundle.export import ExportOptions, export_bundle
 from lsast_export.cli.main import main
-from lsast_export.graphs.meta_base import base_on_meta
+from lsast_export.graphs.modules import base_on_meta, unet_split
 from lsast_export.graphs.trace import TracedGraph
-from lsast_export.graphs.unet_parts import unet_split
 from lsast_export.quantize.quantize import QuantizeOptions, quantize_bundle
 from lsast_train.base.attention import layer_contexts
 from lsast_train.base.base import Base

@@ -11,7 +11,7 @@ import torch
 
 from lsast_engines.bundle.graph_spec import DENOISER
 from lsast_engines.errors import StyleError
-from lsast_export.graphs.trace_graphs import graph_module
+from lsast_export.graphs.modules import graph_module
 from lsast_export.styles.bake import KVProjector, bake_null_style, bake_prompts, bake_style
 from lsast_train.base.attention import GROUPS, packed_kv
 from lsast_train.base.base import Base

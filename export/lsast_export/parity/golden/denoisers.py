@@ -26,10 +26,8 @@ from lsast_train.base.attention import layer_contexts
 from lsast_train.base.base import Base
 
 from ...graphs.external_weights import save_graph
-from ...graphs.modules import geometry
+from ...graphs.modules import geometry, graph_module, unet_split
 from ...graphs.trace import trace
-from ...graphs.trace_graphs import graph_module
-from ...graphs.unet_parts import unet_split
 from ...progress import Progress
 from ...styles.bake import KVProjector
 from .golden_set import RESIDUAL, GoldenSet
