@@ -93,9 +93,13 @@ def compile_engines(
         needs = f"{record.bytes / 1e9:.2f} GB, and {record.activation_bytes / 1e9:.2f} GB while it runs"
         echo(f"           {name}: {needs}", err=True)
     # Engines run one after the other, and each gives its working memory back.
-    total = sum(record.bytes for record in records.values())
-    total += max((record.activation_bytes for record in records.values()), default=0)
-    echo(f"           at most {total / 1e9:.2f} GB at the largest sizes, beside inputs and outputs", err=True)
+    activations = max((record.activation_bytes for record in records.values()), default=0)
+    total = activations + sum(record.bytes for record in records.values())
+    echo(
+        f"           at {options.ranges.side.max} pixels activations take {activations / 1e9:.2f} GB, with the engines "
+        f"{total / 1e9:.2f} GB, beside inputs and outputs",
+        err=True,
+    )
     return {
         "bundle": str(bundle),
         "engines": str(out or engine_folder(bundle, options.library, options.compute_dtype)),
@@ -108,6 +112,7 @@ def compile_engines(
             }
             for name, record in records.items()
         },
+        "activation_bytes": activations,
         "seconds": phases.seconds(),
     }
 
