@@ -29,7 +29,7 @@ from lsast_export.quantize.calibration_runs import (
     load_calibration_images,
     prepare_runs,
 )
-from lsast_export.quantize.weight_file import WeightFile
+from lsast_export.quantize.weights import WeightFile
 
 BACKEND = "onnxruntime"
 

@@ -31,7 +31,7 @@ from onnx import numpy_helper
 
 from lsast_engines.errors import ExportError
 
-from .fold_weights import Model, Node, Weights, replace_contents
+from .weights import Model, Node, Weights, replace_contents
 
 OPERATORS = ("Conv", "MatMul")
 """Operators to quantize; `Gemm` is the path of the timestep, a negligible part of the computation."""

@@ -1,6 +1,6 @@
 """Makes a bundle in int8 from an exported one, for CPUs, and evaluates it by its pictures.
 
-The new bundle has graphs and weights of its own (`weight_file`) and the fingerprint of the base, so that every style
+The new bundle has graphs and weights of its own (`weights`) and the fingerprint of the base, so that every style
 of the base fits it. It is no base itself: styles are learned and baked with the bundle that it was made from.
 """
 
@@ -42,7 +42,7 @@ from .calibration_runs import (
     prepare_runs,
 )
 from .smoothquant import ALPHA
-from .weight_file import WeightFile
+from .weights import WeightFile
 
 PICTURE_PSNR = "picture_psnr_db"
 """Key of the mean PSNR of held-out pictures in the manifest's `parity`."""

@@ -25,12 +25,14 @@ import numpy as np
 import numpy.typing as npt
 from onnx import numpy_helper
 
-from .fold_weights import InitializerFactory, Model, Node, Weights, replace_contents
-from .min_max_observer import MinMax
+from .weights import InitializerFactory, Model, Node, Weights, replace_contents
 
 ALPHA = 0.7
 """Migration strength: 0 evens out weights, 1 activations. The value with the best pictures of mini
 (docs/guides/quantization.md)."""
+
+MinMax = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+"""Minimum and maximum of an activation: numbers, or [C] each for activations that are observed by channel."""
 
 Factors = Mapping[str, npt.NDArray[np.float32]]
 """s [C] by the name of a layer's weight, which is the same in all graphs of a bundle."""

@@ -33,7 +33,7 @@ from lsast_export.graphs.small_decoder import WEIGHTS, read_small_decoder
 from lsast_export.graphs.trace import TracedGraph, trace
 from lsast_export.progress import no_progress
 from lsast_export.quantize import quantize as quantise
-from lsast_export.quantize.weight_file import WeightFile
+from lsast_export.quantize.weights import WeightFile
 
 Run = Callable[..., dict[str, np.ndarray]]
 

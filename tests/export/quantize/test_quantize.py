@@ -25,10 +25,9 @@ from lsast_export.bundle.check import check_bundle
 from lsast_export.cli.main import main
 from lsast_export.quantize.calibration import Calibration
 from lsast_export.quantize.calibration_runs import load_calibration_images
-from lsast_export.quantize.fold_weights import fold_weights
 from lsast_export.quantize.qdq import to_int8
 from lsast_export.quantize.quantize import PICTURE_PSNR, QuantizeOptions, quantize_bundle
-from lsast_export.quantize.weight_file import WeightFile
+from lsast_export.quantize.weights import WeightFile, fold_weights
 from lsast_export.tensorrt.compile import CompileOptions, compile_bundle
 from lsast_train.base.lazy_base import load_base
 

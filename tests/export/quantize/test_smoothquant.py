@@ -11,10 +11,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from lsast_engines.bundle.bundle import Bundle
-from lsast_export.quantize.calibration import Calibration
-from lsast_export.quantize.fold_weights import Weights, fold_weights
-from lsast_export.quantize.min_max_observer import MinMax, MinMaxObserver
-from lsast_export.quantize.smoothquant import find_groups, smooth, smoothing_factors
+from lsast_export.quantize.calibration import Calibration, MinMaxObserver
+from lsast_export.quantize.smoothquant import MinMax, find_groups, smooth, smoothing_factors
+from lsast_export.quantize.weights import Weights, fold_weights
 
 WIDTH = 16
 

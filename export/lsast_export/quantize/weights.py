@@ -1,16 +1,19 @@
-"""Prepares a graph for quantization: float32 weights, each the direct input of the operator that uses it.
+"""The weights of graphs to quantize: read, folded, and stored once in a file that several graphs refer into.
 
-An exported graph casts 16-bit weights and transposes the matrix of every linear layer; backends fold that when they
-load, but a quantizer would take such a matrix for an activation. And GEGLU computes value and gate by one product that
-is then split: beside products in int8 the split costs much, so there are two products here.
+For quantization a weight is in float32 and the direct input of the operator that uses it (`fold_weights`). An exported
+graph casts 16-bit weights and transposes the matrix of every linear layer; backends fold that when they load, but a
+quantizer would take such a matrix for an activation. And GEGLU computes value and gate by one product that is then
+split: beside products in int8 the split costs much, so there are two products here.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +30,14 @@ Arrays = dict[str, Callable[[], npt.NDArray[Any]]]
 """Weights by name, computed when they are called."""
 InitializerFactory = Callable[[npt.NDArray[Any], str], Any]
 """Makes the initializer (onnx.TensorProto) of an array, with a name."""
+
+NAME = "weights.data"
+"""Name of the weight file in a quantized bundle."""
+
+_INLINE = 1024
+"""Size in bytes below which a tensor stays in the graph: scales, axes, small biases."""
+_PAGE = 4096
+"""Alignment of tensors in the file, so that they can be memory-mapped."""
 
 _HALVES = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 
@@ -58,6 +69,55 @@ class Weights:
     def is_half(self, name: str) -> bool:
         """Whether an initializer has 16 bits."""
         return self._tensors[name].data_type in _HALVES
+
+
+class WeightFile:
+    """The file that the graphs of a folder refer into, in which each tensor is stored once. A context manager."""
+
+    def __init__(self, folder: Path, name: str = NAME) -> None:
+        self._folder, self._name = folder, name
+        self._places: dict[str, tuple[int, int]] = {}
+        self._file: BinaryIO = (folder / name).open("wb")
+
+    def __enter__(self) -> WeightFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def save(self, model: Model, source: Path, name: str) -> None:
+        """Write `model` to the graph file `name`, and its weights to the weight file, one tensor in memory at a time.
+
+        Args:
+            model: is changed; its initializers refer to the weight file afterwards.
+            source: folder of the files that its initializers refer to.
+            name: plain file name.
+        """
+        weights = Weights(model, source)
+        for tensor in model.graph.initializer:
+            tensor.CopyFrom(self.tensor(weights[tensor.name], tensor.name))
+        onnx.save_model(model, str(self._folder / name))
+
+    def tensor(self, array: npt.NDArray[Any], name: str) -> Any:
+        """An initializer (onnx.TensorProto) that refers to `array` in the file; small arrays lie in it."""
+        if array.nbytes < _INLINE:
+            return numpy_helper.from_array(array, name)
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        digest = hashlib.sha256(data).hexdigest()
+        if digest not in self._places:
+            self._file.write(bytes(-self._file.tell() % _PAGE))
+            self._places[digest] = (self._file.tell(), data.nbytes)
+            self._file.write(data)
+        offset, length = self._places[digest]
+        kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+        made = onnx.TensorProto(name=name, data_type=kind, dims=array.shape)
+        made.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", self._name), ("offset", str(offset)), ("length", str(length))):
+            entry = made.external_data.add()
+            entry.key, entry.value = key, value
+        return made
 
 
 def fold_weights(path: Path, store: InitializerFactory | None = None) -> Model:
