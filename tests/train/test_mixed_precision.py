@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lsast_engines.errors import TrainingError, UsageError
 from lsast_train import inversion
 from lsast_train.base.base import Base
 from lsast_train.inversion import Inversion
+from lsast_train.memory import activation_bytes
 from lsast_train.options import TrainOptions
 from lsast_train.paintings import PaintingDataset
 
@@ -49,6 +51,26 @@ def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradient(
     assert found.abs().max() > 0
     Inversion(text_base, collection, options, "red", tmp_path)
     assert not text_base.unet.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("gradient", ["all", "decoder"])
+@pytest.mark.parametrize("prompt", ["text", "context"])
+def test_activation_bytes_are_what_a_step_keeps(
+    text_base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture, precision: Any,
+    gradient: Any, prompt: Any,
+) -> None:  # fmt: skip
+    options = replace(brief, batch=1, generator="direct", mixed_precision=precision, gradient=gradient, prompt=prompt)
+    with caplog.at_level(logging.INFO, "lsast"):
+        run = Inversion(text_base, collection, options, "red", tmp_path)
+    assert "GB at the peak of a step" in caplog.text
+    kept, _ = _kept(run)
+    found = activation_bytes(text_base, run.space, options)
+    assert 0.9 * kept < found < 1.02 * kept
+    thrifty = activation_bytes(text_base, run.space, replace(options, gradient_checkpointing=True))
+    assert 0.1 * kept < thrifty < 0.9 * found
+    assert text_base.unet.is_gradient_checkpointing
 
 
 def test_round_unet_gives_the_loss_and_gradient_of_autocast(

@@ -32,6 +32,7 @@ from lsast_engines.errors import UsageError
 
 from .base.base import Base
 from .evaluation import ValidationSet, noise_error
+from .memory import log_memory
 from .options import TrainOptions, identity
 from .paintings import CachedLatents, LatentSampler, OnlineLatents, PaintingDataset, latent_statistics
 from .prompts.prompt_file import Prompts, save_prompts
@@ -103,7 +104,7 @@ class Inversion:
             writes=self.accelerator.is_main_process,
             device=base.device,
         )
-        self._log_memory()
+        log_memory(base, self.space, options)
         if resume:
             self.loop.restore()
             self.curve = Curve.from_json(self.loop.history)
@@ -154,17 +155,6 @@ class Inversion:
         require_finite(mean, step)
         self.optimizer.step()
         return mean
-
-    def _log_memory(self) -> None:
-        """What is known of the memory before the first step: weights and optimiser; the loop measures the rest."""
-        networks = [*self.base.networks().values(), self.base.text_encoder]
-        there = [p for n in networks if n is not None and n is not self.base.controlnet for p in n.parameters()]
-        learned = sum(p.numel() for p in self.space.parameters())
-        log.info(
-            "on %s: %.2f GB of weights, %.2f GB for %.1f million learned values and their optimiser; activations of a "
-            "batch come on top",
-            *(self.base.device, sum(p.nbytes for p in there) / 1e9, 16 * learned / 1e9, learned / 1e6),
-        )
 
     def _any_signal(self, number: int) -> int:
         """The signal of any process, so that all of them stop after the same step."""
