@@ -68,6 +68,9 @@ class OpenVinoEngine(Engine):
         }
         if threads is not None and device == "cpu":
             config["INFERENCE_NUM_THREADS"] = threads
+        if compute_dtype != "fp32" and device == "cpu":
+            # What OpenVINO 2026.4.1 keeps of a first picture of 64 x 64 pixels gives NaN for larger ones in bf16.
+            config["CPU_RUNTIME_CACHE_CAPACITY"] = 0
         self._pages = MmapPages(path.parent)
         self._model: Any = None
 

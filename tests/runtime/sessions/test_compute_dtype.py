@@ -109,3 +109,17 @@ def test_lsast_run_passes_the_compute_dtype_on(bundle_path: Path, photo: np.ndar
     assert not (tmp_path / "out.png").exists()
     assert CliRunner().invoke(main, [*arguments, "fp32"]).exit_code == 0
     assert (tmp_path / "out.png").exists()
+
+
+def test_openvino_in_bf16_paints_the_same_after_a_small_picture() -> None:
+    pytest.importorskip("openvino")
+    from lsast_engines.backends.openvino import compute_dtypes
+
+    if "bf16" not in compute_dtypes("cpu"):
+        pytest.skip("this processor has no bf16")
+    picture = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
+    with lsast.load(backend="openvino", compute_dtype="bf16", threads=1) as stylizer:
+        expected = stylizer.stylize(picture, size=256, steps=1).image
+    with lsast.load(backend="openvino", compute_dtype="bf16", threads=1) as stylizer:
+        stylizer.stylize(picture, size=64, steps=1)
+        np.testing.assert_array_equal(stylizer.stylize(picture, size=256, steps=1).image, expected)
