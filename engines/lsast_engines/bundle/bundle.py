@@ -26,7 +26,7 @@ from pathlib import Path
 
 from ..errors import BundleError, StyleError, UsageError, did_you_mean, fault_list, shown
 from ..files import cache_home, data_home, exchange, file_sha256, scratch_folder
-from .graph_spec import GraphSpec, TensorSpec, graph_specs, optional_specs
+from .graph_spec import graph_specs, optional_specs
 from .manifest import MANIFEST, FileEntry, Manifest
 from .style import Style, StyleFile
 
@@ -278,16 +278,10 @@ def _graph_faults(manifest: Manifest) -> list[str]:
     faults += [f"graph {name}: unknown; expected {', '.join(expected)}" for name in manifest.graphs.keys() - expected]
     for name in expected.keys() & manifest.graphs.keys():
         for side in ("inputs", "outputs"):
-            faults += _tensor_faults(name, side, manifest.graphs[name], expected[name])
+            found, wanted = ("; ".join(map(str, getattr(specs[name], side))) for specs in (manifest.graphs, expected))
+            if found != wanted:
+                faults.append(f"graph {name}: found {side} {found}; expected {wanted}")
     return sorted(faults)
-
-
-def _tensor_faults(name: str, side: str, found: GraphSpec, expected: GraphSpec) -> list[str]:
-    actual: tuple[TensorSpec, ...] = getattr(found, side)
-    wanted: tuple[TensorSpec, ...] = getattr(expected, side)
-    if actual == wanted:
-        return []
-    return [f"graph {name}: found {side} {'; '.join(map(str, actual))}; expected {'; '.join(map(str, wanted))}"]
 
 
 def _style_faults(style: Style | StyleFile, manifest: Manifest, *, is_null: bool) -> list[str]:
