@@ -36,8 +36,13 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` for writing; it is renamed to `path` at the end, or deleted on an error.
 
     A file that is replaced keeps its mode; of a link, the file that it points to is replaced.
+
+    Raises:
+        OSError: `path` is a folder, a device or a pipe, or cannot be written.
     """
     path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EEXIST, "expected a file, or no such name", str(path))
     make_folder(path.parent)
     _sweep(path.parent)
     temporary, descriptor = _create_locked(path.parent, folder=False)

@@ -64,7 +64,7 @@ class Image8:
 def find_pictures(folder: Path, others: list[Path] | None = None) -> list[Path]:
     """All image files under `folder`, at any depth, sorted; hidden files and folders are skipped.
 
-    A linked folder is searched too, unless it lies inside `folder`. Folders that cannot be read, and links to nothing,
+    A linked folder is searched too, unless it lies inside `folder` or around it. Folders that cannot be read, and links to nothing,
     are logged.
 
     Args:
@@ -101,6 +101,9 @@ def _search(root: Path, others: list[Path]) -> Iterator[Path]:
                     if entry.is_symlink():
                         target = path.resolve()
                         if target in linked or target == resolved or resolved in target.parents:
+                            continue
+                        if target in resolved.parents:
+                            _log.warning("%s is left out: it is a link to a folder around %s", shown(path), shown(root))
                             continue
                         linked.add(target)
                     folders.append(path)

@@ -16,13 +16,13 @@ from lsast_engines.bundle.graph_spec import DENOISER, UNET_SPLIT_GRAPHS, VAE_DEC
 from lsast_engines.bundle.style import StyleFile
 from lsast_engines.diffusion.solvers import Solver, make_solver
 from lsast_engines.diffusion.timesteps import TimestepSchedule
-from lsast_engines.errors import BundleError, UsageError
+from lsast_engines.errors import BundleError, UsageError, did_you_mean, fault_list
 from lsast_engines.images import canny_edges, on_white, read_picture
 
 from .images.canvas import Pixels, canvas_for
 from .images.mask import composite, keep_colour, read_mask, to_latent_mask
 from .images.preview import Previewer
-from .options.options import Options, current_options
+from .options.options import Options, current_options, rules
 from .options.style_mix import Mix
 from .sampling.batch import Sample, StyleSource
 from .sampling.mixed_style import MixedStyle
@@ -188,6 +188,8 @@ def resolve_options(
         StyleError: the style's file is damaged, or was made for another base.
     """
     given, manifest, available = current_options(given), bundle.manifest, bundle.styles()
+    if unknown := [f"{name!r}{did_you_mean(name, rules())}" for name in given if name not in rules()]:
+        raise UsageError(fault_list(f"found no such options; expected {', '.join(rules())}:", unknown))
     names: list[str] = []
     if isinstance(style := given.get("style") or manifest.defaults["style"], str):
         with contextlib.suppress(UsageError):  # `Options` reports a syntax error, together with all other faults

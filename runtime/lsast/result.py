@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from lsast_engines.errors import PictureError, UsageError
+from lsast_engines.errors import PictureError, UsageError, shown
 from lsast_engines.files import replace_file
 from lsast_engines.images import on_white
 
@@ -101,7 +102,7 @@ class Result:
             self._write(buffer, path)
             handle.write(buffer.getbuffer())
             handle.flush()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:  # TypeError: a stream of text
             raise PictureError(f"cannot write a {suffix[1:]} to the stream ({error})") from error
 
     def _write(self, handle: BinaryIO, path: Path, seconds: bool = False) -> None:
@@ -143,11 +144,18 @@ def validate_output_place(path: Path) -> None:
     """Check, before anything is painted, that a file of this name can be written, whatever its format.
 
     Raises:
-        UsageError: `path` is a folder.
+        UsageError: `path` is a folder, a device or a pipe.
         PictureError: its folder cannot be written, or its name is too long.
     """
-    if path.is_dir():
-        raise UsageError(f"found the folder {path} as output; expected the name of a file")
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+    except (OSError, ValueError) as error:  # a name too long, or with a zero byte
+        raise PictureError(f"cannot write {shown(path)} ({error}); expected another name") from error
+    if not stat.S_ISREG(mode):
+        kind = "folder" if stat.S_ISDIR(mode) else "device or pipe"
+        raise UsageError(f"found the {kind} {path} as output; expected the name of a file")
     folder = Path(os.path.realpath(path)).parent
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent

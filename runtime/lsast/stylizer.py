@@ -247,6 +247,8 @@ class Stylizer:
         Raises:
             LsastError: see `stylize`.
         """
+        if not requests:
+            return []
         first = requests[0]
         times: list[float] = []
         previewers: list[Previewer] = []

@@ -420,6 +420,7 @@ def test_find_pictures_follows_links_and_names_what_it_leaves_out(
     (inside / "album").symlink_to(outside)
     (inside / "again").symlink_to(inside / "sub")
     (inside / "loop").symlink_to(inside)
+    (inside / "up").symlink_to(tmp_path)
     (outside / "back").symlink_to(outside)
     (inside / "gone.jpg").symlink_to(tmp_path / "nothing")
     scandir = os.scandir
@@ -432,7 +433,8 @@ def test_find_pictures_follows_links_and_names_what_it_leaves_out(
     monkeypatch.setattr(os, "scandir", refuse)
     with caplog.at_level(logging.WARNING, "lsast.images"):
         assert find_pictures(inside) == [inside / "album/a.png", inside / "sub/a.png"]
-    assert ["closed is left out: Permission denied" in caplog.text, "gone.jpg is left out" in caplog.text] == [True] * 2
+    for reason in ("closed is left out: Permission denied", "gone.jpg is left out", "up is left out"):
+        assert reason in caplog.text
 
 
 def test_read_picture_of_heif_names_the_library_it_needs() -> None:

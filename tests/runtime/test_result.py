@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from lsast import Options, PictureError, Result, UsageError
+from lsast_engines.files import replace_file
 from lsast_engines.images import find_pictures
 
 OPTIONS = Options(style="monet", steps=1, strength=1.0, guidance=1.0, control_scale=1.0, size=0, solver="ddim")
@@ -97,10 +99,18 @@ def test_save_with_an_unknown_suffix_lists_the_known(tmp_path: Path, name: str) 
     assert not list(tmp_path.iterdir())
 
 
-def test_save_to_a_folder_raises(tmp_path: Path) -> None:
+def test_save_to_what_is_no_file_raises_and_leaves_it(tmp_path: Path) -> None:
     (tmp_path / "a.png").mkdir()
-    with pytest.raises(UsageError, match="folder"):
-        _result(3).save(tmp_path / "a.png")
+    (tmp_path / "null.png").symlink_to(os.devnull)
+    for name, kind in (("a.png", "folder"), ("null.png", "device")):
+        with pytest.raises(UsageError, match=kind):
+            _result(3).save(tmp_path / name)
+    with pytest.raises(OSError, match="expected a file"), replace_file(tmp_path / "null.png"):
+        pass
+    assert not os.path.isfile(os.devnull)
+    for name in ("a\0.png", "a" * 300 + ".png", "null.png/a.png"):
+        with pytest.raises(PictureError, match="cannot write"):
+            _result(3).save(tmp_path / name)
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])

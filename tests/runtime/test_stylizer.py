@@ -152,7 +152,7 @@ def test_stylize_refuses_removed_options_by_name(stylizer: Stylizer, photo: np.n
         stylizer.stylize(photo, **old)
     with pytest.raises(UsageError, match="control_low was removed"):
         list(stylizer.stylize_many([photo], **old))
-    with pytest.raises(TypeError, match="colour"):
+    with pytest.raises(UsageError, match="'colour'"):
         stylizer.stylize(photo, colour="red")
 
 

@@ -25,6 +25,9 @@ from lsast_engines.errors import UsageError, did_you_mean
 GROUPS = ("down", "mid", "up")
 """The layer groups, in the order in which a network runs them: `lsast_engines.bundle.manifest.Group`."""
 
+MAX_TERMS = 100
+"""Most terms of a mix."""
+
 
 @dataclass(frozen=True)
 class Term:
@@ -63,6 +66,8 @@ class Mix:
         Raises:
             UsageError: a syntax error; the message shows the text with a caret under the character.
         """
+        if (count := text.count("+") + 1) > MAX_TERMS:
+            raise UsageError(f"found a mix of {count} styles; expected at most {MAX_TERMS}")
         starts = [0, *(match.end() for match in re.finditer(r"\+", text)), len(text) + 1]
         terms = tuple(_term(text, start, end - 1) for start, end in pairwise(starts))
         if math.isinf(sum(term.weight for term in terms)):

@@ -71,11 +71,11 @@ def stream(
         batch: at least 1.
 
     Raises:
-        UsageError: a batch below 1.
+        UsageError: no such batch.
         LsastError: an error of `source`, `read` or `paint`, at the place of its picture.
     """
-    if batch < 1:
-        raise UsageError(f"found a batch of {batch}; expected at least 1")
+    if not isinstance(batch, int) or batch < 1:
+        raise UsageError(f"found a batch of {batch!r}; expected a whole number, 1 or more")
     return _stream(iter(source), read, paint, batch)
 
 

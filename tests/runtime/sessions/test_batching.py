@@ -135,5 +135,6 @@ def test_stylize_many_with_unequal_counts_raises(
 
 def test_stylize_many_of_nothing_is_empty_and_batch_0_is_refused(stylizer: Stylizer) -> None:
     assert list(stylizer.stylize_many([])) == []
-    with pytest.raises(UsageError, match="found a batch of 0"):
-        stylizer.stylize_many([], batch=0)
+    for batch in (0, float("nan")):
+        with pytest.raises(UsageError, match=f"found a batch of {batch}"):
+            stylizer.stylize_many([], batch=batch)  # type: ignore[arg-type]
