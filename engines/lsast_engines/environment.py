@@ -82,10 +82,9 @@ def cpu_features() -> frozenset[str]:
         return frozenset(given.replace(",", " ").split())
     if facts := cpu_facts():
         return frozenset(facts.get("flags", facts.get("Features", "")).split())
-    for module in ("numpy._core._multiarray_umath", "numpy.core._multiarray_umath"):  # NumPy 2, NumPy 1
-        with contextlib.suppress(ImportError, AttributeError):
-            found = importlib.import_module(module).__cpu_features__
-            return frozenset(name for key, names in _NUMPY_FEATURES.items() if found.get(key) for name in names)
+    with contextlib.suppress(ImportError, AttributeError):  # NumPy 1 keeps them elsewhere
+        found = importlib.import_module("numpy._core._multiarray_umath").__cpu_features__
+        return frozenset(name for key, names in _NUMPY_FEATURES.items() if found.get(key) for name in names)
     return frozenset()
 
 

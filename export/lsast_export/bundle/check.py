@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 
+from lsast_engines.backends.base import ComputeDtype
+from lsast_engines.backends.choice import LEAST_PSNR, Choice, choose
 from lsast_engines.backends.registry import open_engine, require_backend
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.graph_spec import VAE_DECODER_TINY
+from lsast_engines.bundle.graph_spec import DENOISER, VAE_DECODER_TINY
 from lsast_engines.bundle.manifest import QUANTISED
 from lsast_engines.errors import BundleError, LsastError, fault_list
 from lsast_engines.files import file_sha256
+from lsast_engines.images import psnr
 from lsast_train.base.lazy_base import LazyBase, open_base
 
 from ..graphs.modules import base_on_meta, geometry
@@ -21,6 +25,7 @@ from ..graphs.small_decoder import WEIGHTS as SMALL_WEIGHTS
 from ..graphs.small_decoder import read_small_decoder
 from ..parity.parity import ParityPlan, measure_parity, measure_small_parity, plan_for
 from ..progress import Progress, no_progress
+from ..quantize.calibration_runs import Pixels, decode_all, denoise_run, load_calibration_images, prepare_runs
 from ..styles.bake import KVProjector, bake_null_style
 from .export import WEIGHTS
 
@@ -38,11 +43,16 @@ class CheckReport:
     tolerance: float
     styles: tuple[str, ...]
     """Names of its styles, all of which fit."""
+    auto: Choice | None = None
+    """What ``auto`` takes here, where that is not float32."""
+    auto_psnr: float | None = None
+    """PSNR in dB of a picture that it paints to the same in float32."""
 
     @property
     def passed(self) -> bool:
-        """Whether every figure is within the tolerance."""
-        return all(error <= self.tolerance for error in self.figures.values())
+        """Whether every figure is within the tolerance, and ``auto`` is exact enough."""
+        exact = self.auto_psnr is None or self.auto_psnr >= LEAST_PSNR
+        return exact and all(error <= self.tolerance for error in self.figures.values())
 
 
 def check_bundle(
@@ -53,6 +63,9 @@ def check_bundle(
     progress: Progress = no_progress,
 ) -> CheckReport:
     """Verify the bundle at `path`: hashes, graphs, weights, every style, then parity on `backend`.
+
+    Parity is that of float32. With the backend ``auto`` a picture in the dtype that the runtime takes here is compared,
+    too.
 
     A quantized bundle has no weights for torch: its graphs are opened on `backend`, and the figures are those that were
     recorded when it was made.
@@ -81,8 +94,32 @@ def check_bundle(
     if VAE_DECODER_TINY in graphs:
         small = read_small_decoder(path / SMALL_WEIGHTS, bundle.manifest)
         figures |= measure_small_parity(small, graphs[VAE_DECODER_TINY], bundle.manifest, backend, device, progress)
-    styles = tuple(bundle.styles())
-    return CheckReport(path, backend, figures, bundle.manifest.parity, plan.tolerance, styles)
+    report = CheckReport(path, backend, figures, bundle.manifest.parity, plan.tolerance, tuple(bundle.styles()))
+    if backend != "auto" or device != "auto" or (auto := choose(bundle)).compute_dtype == "fp32" or not report.styles:
+        return report
+    progress(f"painting with {auto.backend} in {auto.compute_dtype}")
+    return replace(
+        report, auto=auto, auto_psnr=measure_psnr(bundle, auto.backend, auto.compute_dtype, report.styles[0])
+    )
+
+
+def measure_psnr(bundle: Bundle, backend: str, compute_dtype: ComputeDtype, style: str) -> float:
+    """PSNR in dB of a generated picture, repainted with the bundle's defaults, to the same on any backend in float32.
+
+    Raises:
+        MissingExtraError, BackendError: see `open_engine`.
+    """
+    size, multiple = bundle.manifest.defaults["size"], bundle.manifest.multiple
+    contents, _ = load_calibration_images(None, 1, max(1, round(size / multiple)) * multiple)
+
+    def painted(backend: str, compute_dtype: ComputeDtype) -> Pixels:
+        (run,) = prepare_runs(bundle, contents, [style], [None], backend, compute_dtype=compute_dtype)
+        path, spec = bundle.graph_path(DENOISER), bundle.manifest.graphs[DENOISER]
+        with closing(open_engine(path, spec, backend, "cpu", compute_dtype=compute_dtype)) as denoiser:
+            latent = denoise_run(bundle, run, denoiser)
+        return decode_all(bundle, bundle.path, [latent], backend, compute_dtype)[0]
+
+    return psnr(painted(backend, compute_dtype), painted("auto", "fp32"))
 
 
 def _graph_faults(graphs: dict[str, Path]) -> list[str]:

@@ -19,6 +19,7 @@ from .shared import PhaseTimer
 def check_command(bundle: str, backend: str, device: str) -> None:
     """Verify BUNDLE (a folder or a name): hashes, graphs, styles, and parity with torch on this machine."""
     require_extra("export", "torch", "diffusers", "onnx", "onnxscript")
+    from lsast_engines.backends.choice import LEAST_PSNR
     from lsast_engines.bundle.bundle import find_bundle
 
     from ..bundle.check import check_bundle
@@ -30,11 +31,20 @@ def check_command(bundle: str, backend: str, device: str) -> None:
         at_export = "" if recorded is None else f" (at export {recorded:.1e})"
         verdict = "" if error <= report.tolerance else f": past the tolerance of {report.tolerance:.0e}"
         echo(f"           {name}: relative error {error:.1e}{at_export}{verdict}", err=True)
+    auto = {}
+    if report.auto is not None:
+        auto = {"backend": report.auto.backend, "compute_dtype": report.auto.compute_dtype, "psnr": report.auto_psnr}
+        echo(
+            f"           auto: {report.auto.backend} in {report.auto.compute_dtype}, {report.auto_psnr:.1f} dB to fp32, "
+            f"expected {LEAST_PSNR:g} or more",
+            err=True,
+        )
     facts = {
         "bundle": str(report.bundle),
         "passed": report.passed,
         "backend": report.backend,
         "parity": report.figures,
+        "auto": auto,
         "recorded": report.recorded,
         "tolerance": report.tolerance,
         "styles": list(report.styles),

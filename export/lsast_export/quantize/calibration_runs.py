@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lsast_engines.backends.base import Engine
+from lsast_engines.backends.base import ComputeDtype, Engine
 from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import CONTROLNET_COND, VAE_DECODER, VAE_ENCODER
@@ -81,6 +81,7 @@ def prepare_runs(
     backend: str,
     seed: int = 0,
     folder: Path | None = None,
+    compute_dtype: ComputeDtype = "fp32",
 ) -> list[SampleRun]:
     """A run for each picture, with the styles and strengths in turn; a style's own defaults apply.
 
@@ -92,12 +93,13 @@ def prepare_runs(
         backend: runs the graphs.
         seed: of the first run's noise; each run has its own.
         folder: of the graphs `vae_encoder` and `controlnet_cond`; by default that of the bundle.
+        compute_dtype: what the graphs compute in.
     """
     manifest = bundle.manifest
 
     def opened(name: str) -> Engine:
         path = bundle.graph_path(name) if folder is None else folder / f"{name}.onnx"
-        return open_engine(path, manifest.graphs[name], backend, "cpu")
+        return open_engine(path, manifest.graphs[name], backend, "cpu", compute_dtype=compute_dtype)
 
     runs = []
     with closing(opened(VAE_ENCODER)) as encoder, closing(opened(CONTROLNET_COND)) as embedder:
@@ -169,10 +171,13 @@ def denoise_run(bundle: Bundle, run: SampleRun, denoiser: Denoiser, record: Reco
     return latent
 
 
-def decode_all(bundle: Bundle, folder: Path, latents: Sequence[Floats], backend: str) -> list[Pixels]:
+def decode_all(
+    bundle: Bundle, folder: Path, latents: Sequence[Floats], backend: str, compute_dtype: ComputeDtype = "fp32"
+) -> list[Pixels]:
     """The pictures [H, W, 3] of `latents`, by the decoder in `folder`."""
     spec = bundle.manifest.graphs[VAE_DECODER]
-    with closing(open_engine(folder / f"{VAE_DECODER}.onnx", spec, backend, "cpu")) as decoder:
+    path = folder / f"{VAE_DECODER}.onnx"
+    with closing(open_engine(path, spec, backend, "cpu", compute_dtype=compute_dtype)) as decoder:
         images = [decoder(decoder_feeds(bundle, latent))["image"][0].transpose(1, 2, 0).copy() for latent in latents]
         return [np.round(np.clip((image + 1) * 127.5, 0, 255)).astype(np.uint8) for image in images]
 

@@ -53,6 +53,10 @@ class Report:
     libraries: dict[str, str | None]
     """Version by distribution; None if it is not installed."""
     backends: tuple[BackendState, ...]
+    auto: str
+    """What paints if nothing is named, and why."""
+    faster: str
+    """What to install to paint faster on this processor, and how fast; empty if nothing is known."""
     telemetry: str
     """What the libraries report to their makers."""
     faults: tuple[str, ...]
@@ -66,7 +70,9 @@ class Report:
     def text(self) -> str:
         """The report for a terminal."""
         width = max(map(len, self.libraries))
-        lines = [f"system    {self.system}", f"driver    {self.driver}"]
+        lines = [f"system    {self.system}", f"auto      {self.auto}"]
+        lines += [f"faster    {self.faster}"] if self.faster else []
+        lines += [f"driver    {self.driver}"]
         lines += [f"gpu       {gpu}" for gpu in self.gpus or (f"none: {self.gpu_fault}",)]
         lines += [f"telemetry {self.telemetry}"]
         lines += ["", "libraries"]
@@ -83,6 +89,7 @@ def examine() -> Report:
     libraries: dict[str, str | None] = {**dict.fromkeys(LIBRARIES), **installed_versions(*LIBRARIES)}
     gpus, gpu_fault = _gpus()
     backends = _backends(bool(gpus))
+    auto, faster = _auto()
     return Report(
         system=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         gpus=gpus,
@@ -90,9 +97,22 @@ def examine() -> Report:
         driver=_driver(),
         libraries=libraries,
         backends=tuple(backends),
+        auto=auto,
+        faster=faster,
         telemetry=_telemetry(),
         faults=tuple(_faults(libraries, backends)),
     )
+
+
+def _auto() -> tuple[str, str]:
+    """`Report.auto` and `Report.faster`."""
+    from lsast_engines.backends.choice import choose
+
+    try:
+        found = choose()
+    except Exception as error:  # nothing is installed, or a library is broken
+        return f"nothing: {error}", ""
+    return f"{found.backend} in {found.compute_dtype} ({found.reason})", found.remedy
 
 
 def _telemetry() -> str:

@@ -64,6 +64,22 @@ def test_check_bundle_of_a_sound_bundle_passes(bundles: dict[str, Bundle], backe
     assert report.styles == ("hand",)
 
 
+@pytest.mark.needs("openvino")
+def test_check_bundle_compares_a_picture_of_auto_with_float32(
+    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lsast_export.bundle.check.measure_parity", lambda *_: {})
+    monkeypatch.setenv("LSAST_PROCESSOR", "avx512_bf16")
+    monkeypatch.setattr("lsast_engines.backends.openvino.compute_dtypes", lambda device: ("fp32", "bf16"))
+    report = check_bundle(bundles["fp32"].path)
+    assert report.auto is not None
+    assert (report.auto.backend, report.auto.compute_dtype) == ("openvino", "bf16")
+    assert report.auto_psnr is not None
+    assert report.passed is (report.auto_psnr >= 45)
+    assert not dataclasses.replace(report, auto_psnr=44.9).passed
+    assert check_bundle(bundles["fp32"].path, "onnxruntime").auto is None
+
+
 def test_check_bundle_finds_one_changed_bit(copy: Path) -> None:
     flip_byte(copy / "base.safetensors", -9)
     with pytest.raises(BundleError, match=r"base\.safetensors: found SHA-256"):

@@ -46,6 +46,32 @@ def test_examine_reports_on_this_machine() -> None:
     assert "telemetry off" in report.text()
 
 
+@pytest.mark.parametrize(
+    ("processor", "openvino", "auto", "faster"),
+    [
+        ("avx2", False, "onnxruntime in fp32 (the processor has no amx_bf16; the processor has no avx512_bf16)", ""),
+        ("avx512_bf16", False, "onnxruntime in fp32 (the processor has no amx_bf16; openvino is not installed)",
+         "pip install 'lsast[openvino]': openvino in bf16 is 1."),
+        ("avx512_bf16", True, "openvino in bf16 (the processor has avx512_bf16: 1.", ""),
+    ],
+)  # fmt: skip
+def test_examine_says_what_auto_takes_and_what_would_be_faster(
+    monkeypatch: pytest.MonkeyPatch, processor: str, openvino: bool, auto: str, faster: str
+) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setenv("LSAST_PROCESSOR", processor)
+    monkeypatch.setattr("lsast_engines.backends.openvino.compute_dtypes", lambda device: ("fp32", "bf16"))
+    if openvino:
+        monkeypatch.setattr("lsast_engines.backends.openvino.devices", lambda: ["cpu"])
+    else:
+        monkeypatch.setitem(sys.modules, "openvino", None)
+    report = examine()
+    assert report.auto.startswith(auto)
+    assert report.faster.startswith(faster)
+    assert bool(report.faster) is bool(faster)
+    assert f"auto      {report.auto}" in report.text()
+
+
 def test_examine_with_both_onnxruntime_wheels_reports_a_fault(installed: dict[str, str]) -> None:
     installed["onnxruntime-gpu"] = "1.31.1"
     report = examine()
