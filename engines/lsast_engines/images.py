@@ -64,8 +64,8 @@ class Image8:
 def find_pictures(folder: Path, others: list[Path] | None = None) -> list[Path]:
     """All image files under `folder`, at any depth, sorted; hidden files and folders are skipped.
 
-    A linked folder is searched too, unless it lies inside `folder` or around it. Folders that cannot be read, and links to nothing,
-    are logged.
+    A linked folder is searched too, unless it lies inside `folder` or around it. Folders that cannot be read, and links
+    to nothing, are logged.
 
     Args:
         folder: the folder.

@@ -161,7 +161,7 @@ def main(
     doctor: bool,
     **options: Any,
 ) -> None:
-    """Repaint the picture IN in the style of an artist, and write it to OUT (PNG, JPEG, WebP, AVIF or TIFF, by its suffix).
+    """Repaint the picture IN in the style of an artist, and write it to OUT: PNG, JPEG, WebP, AVIF or TIFF.
 
     \b
       lsast-run photo.jpg painting.png --style monet
