@@ -117,21 +117,42 @@ def _source(form: str, compvis_base: Any) -> BaseSource:
             (network.half() if form == "fp16 folder" else network).save_pretrained(Path("base", name), **settings)
         networks["text_encoder"].save_pretrained("base/text_encoder")
         return BaseSource("base")
+    tensors, wanted = compvis_base.tensors, "ema"
+    if form == "emaonly.ckpt":
+        averaged = {key: "model_ema." + key.removeprefix("model.").replace(".", "") for key in tensors}
+        kept = {key: value for key, value in tensors.items() if not key.startswith("model_ema.")}
+        tensors = {key: tensors.get(averaged[key], value) for key, value in kept.items()}
+        wanted = "auto"
     if form.endswith(".safetensors"):
-        save_file(compvis_base.tensors, form)
-    else:
-        torch.save({"state_dict": compvis_base.tensors, "epoch": 1} if "ckpt" in form else compvis_base.tensors, form)
-    return BaseSource(form, compvis_base.controlnet_file, "ema")
+        save_file(tensors, form)
+        return BaseSource(form, compvis_base.controlnet_file, wanted)
+    extras = {"epoch": 1, "optimizer_states": [], "hyper_parameters": {"lr": 1e-4}}
+    torch.save({"state_dict": tensors, **extras} if "ckpt" in form else tensors, form)
+    torch.save(load_file(compvis_base.controlnet_file), "control.pth")
+    return BaseSource(form, "control.pth", wanted)
 
 
 @pytest.mark.usefixtures("_at_home")
 @pytest.mark.parametrize(
     "form",
-    ["ema.safetensors", "lightning.ckpt", "plain.pth", "fp32 folder", "fp16 folder", ".bin folder", "sharded folder"],
+    [
+        "ema.safetensors",
+        "lightning.ckpt",
+        "emaonly.ckpt",
+        "plain.pth",
+        "fp32 folder",
+        "fp16 folder",
+        ".bin folder",
+        "sharded folder",
+    ],
 )
-def test_every_form_is_stored_and_baked_alike(compvis_base: Any, form: str) -> None:
-    """Graphs, parity and paintings of a bundle depend on nothing else of the form than the weights that it stores."""
+def test_every_form_is_trained_on_stored_and_baked_alike(compvis_base: Any, form: str) -> None:
+    """Graphs, parity and paintings of a bundle depend on nothing else of the form than the weights that it stores;
+    learning reads the text encoder, too."""
     parts = open_base(_source(form, compvis_base))
+    text = parts.load("text_encoder").state_dict()
+    given = compvis_base.networks["text_encoder"].state_dict()
+    assert all(torch.equal(value, given[key]) for key, value in text.items())
     save_base(parts, Path("stored"), torch.float16)
     stored = load_file("stored/base.safetensors")
     expected = {
