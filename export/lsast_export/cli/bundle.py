@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,9 @@ import click
 from lsast_engines.bundle.style import STYLE_DEFAULTS
 from lsast_engines.cli import Command, OptionDecorator, combine_options, debug_option, echo, json_option, print_result
 from lsast_engines.environment import require_extra
-from lsast_engines.errors import UsageError, fault_list
-from lsast_engines.removed import RENAMED_OPTIONS, RENAMED_VALUES
+from lsast_engines.errors import UsageError
 
 from .shared import PhaseTimer, import_options
-
-_DEFAULT_TYPES: dict[str, Callable[[str], Any]] = {"style": str, **STYLE_DEFAULTS, "size": int}
-"""Reads the value of each of the manifest's defaults."""
-
 
 style_options = combine_options(
     click.option(
@@ -28,7 +22,7 @@ style_options = combine_options(
         multiple=True,
         metavar="[STYLE.]KEY=VALUE",
         help="A default option of one style; without STYLE, of the bundle that is exported. May be repeated. "
-        f"KEY: {', '.join(_DEFAULT_TYPES)}.",
+        f"KEY: {', '.join(['style', *STYLE_DEFAULTS, 'size'])}.",
     ),
     click.option(
         "--base",
@@ -109,7 +103,6 @@ def export(
     **imports: str | None,
 ) -> None:
     """Export `base` with `styles` to `out` and print where; `imports` are the other fields of `BaseSource`."""
-    wanted, for_styles = read_defaults(defaults)
     if backend is not None and backend.startswith("tensorrt"):
         raise UsageError(
             f"found --backend {backend}; expected onnxruntime or openvino, to compare with torch on: engines are "
@@ -122,8 +115,9 @@ def export(
 
     from ..bundle.add_graphs import add_small_decoder
     from ..bundle.export import ExportOptions, export_bundle, inherited_from
-    from ..styles.bake import read_prompts, with_defaults
+    from ..styles.bake import read_defaults, read_prompts, with_defaults
 
+    wanted, for_styles = read_defaults(defaults)
     phases = PhaseTimer()
     phases("reading")
     fields: dict[str, Any] = {name: value for name, value in imports.items() if value is not None}
@@ -157,29 +151,3 @@ def export(
     if peak is not None:
         echo(f"           peak memory {peak / 1e9:.2f} GB", err=True)
     print_result(facts, written.path)
-
-
-def read_defaults(pairs: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The values of ``KEY=VALUE`` pairs, and by style those of ``STYLE.KEY=VALUE`` pairs.
-
-    Raises:
-        UsageError: unknown keys or values of a wrong type; all faults at once.
-    """
-    values: dict[str, Any] = {}
-    for_styles: dict[str, dict[str, Any]] = {}
-    faults = []
-    for pair in pairs:
-        name, separator, text = pair.partition("=")
-        style, _, key = name.rpartition(".")
-        key, text = RENAMED_OPTIONS.get(key, key), RENAMED_VALUES.get(f"{key}={text}", text)
-        try:
-            (for_styles.setdefault(style, {}) if style else values)[key] = _DEFAULT_TYPES[key](text)
-        except KeyError:
-            faults.append(f"{pair}: found key {key!r}; expected one of {', '.join(_DEFAULT_TYPES)}")
-        except ValueError:
-            faults.append(f"{pair}: found {text!r}; expected a {'whole ' * (_DEFAULT_TYPES[key] is int)}number")
-        if not separator:
-            faults.append(f"{pair}: expected KEY=VALUE")
-    if faults:
-        raise UsageError(fault_list("invalid defaults:", faults))
-    return values, for_styles

@@ -8,10 +8,6 @@ import click
 
 from lsast_engines.cli import OptionDecorator, combine_options, echo
 
-backend_option = click.option(
-    "--backend", default="onnxruntime", show_default=True, metavar="NAME", help="Backend to compare with torch on."
-)
-
 
 def import_options(hidden: bool = False) -> OptionDecorator:
     """Adds the options of a base to import, beside `--base`: the other fields of `BaseSource`."""
