@@ -16,13 +16,10 @@ from itertools import product
 from pathlib import Path
 
 import click
-from PIL import Image, ImageDraw
 
 import lsast
 from benchmarks.bench.machine import describe
 from benchmarks.quality.compare_peers import every_nth, paint_all, painter, score
-
-CELL = 240
 
 
 @click.command()
@@ -59,43 +56,21 @@ def main(
     grid = list(product(controls, strengths, guidances))
     names = {point: "control {:g}, strength {:g}, guidance {:g}".format(*point) for point in grid}
     folders = {names[point]: out / style / names[point].replace(", ", "_").replace(" ", "") for point in grid}
-    cells = {}
     with lsast.load(bundle, threads=threads) as stylizer:
         for point in grid:
             control, strength, guidance = point
             knobs = {"control_scale": control, "strength": strength, "guidance": guidance}
             paint_all(folders[names[point]], chosen, painter(stylizer, style=style, **knobs), names[point])
-            if show:
-                cells[point] = stylizer.stylize(show, style=style, **knobs).image.convert("RGB")
-    if show:
-        sheet(cells, controls, strengths, guidances).save(out / f"{style}.jpg", quality=88)
+        if show:
+            axes = {"guidance": guidances, "strength": strengths, "control_scale": controls}
+            lsast.contact_sheet(stylizer, show, axes, style=style).image.save(out / f"{style}.jpg", quality=88)
     report = score(out / "contents", paintings, photos, artist, folders)
-    asked = ("deception", "kid", "lpips", "edge_f1")
-    metrics = [name for name in report.rows[0].scores if name.partition("[")[0] in asked]
+    metrics = ("deception", "kid", "lpips", "edge_f1")
     click.echo(f"| {style} | {' | '.join(metrics)} |\n|---|{'---|' * len(metrics)}")
     for row in report.rows:
         if row.name in folders:
             click.echo(f"| {row.name} | {' | '.join(f'{row.scores[name].value:.3f}' for name in metrics)} |")
     click.echo(f"\nn = {len(chosen)} contents; {describe(('lsast', 'onnxruntime'))}")
-
-
-def sheet(
-    cells: dict[tuple[float, float, float], Image.Image],
-    controls: tuple[float, ...],
-    strengths: tuple[float, ...],
-    guidances: tuple[float, ...],
-) -> Image.Image:
-    """Blocks of a control side by side; in each, strength grows downwards and guidance to the right."""
-    aspect = next(iter(cells.values())).height / next(iter(cells.values())).width
-    width, height, head = CELL, round(CELL * aspect), 18
-    page = Image.new("RGB", (len(controls) * len(guidances) * width, head + len(strengths) * (height + head)), "white")
-    draw = ImageDraw.Draw(page)
-    for (control, strength, guidance), image in cells.items():
-        x = (controls.index(control) * len(guidances) + guidances.index(guidance)) * width
-        y = strengths.index(strength) * (height + head)
-        draw.text((x + 4, y + 3), f"control {control:g}  strength {strength:g}  guidance {guidance:g}", fill="black")
-        page.paste(image.resize((width - 4, height), Image.Resampling.LANCZOS), (x + 2, y + head))
-    return page
 
 
 if __name__ == "__main__":
