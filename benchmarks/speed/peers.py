@@ -25,8 +25,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from lsast_engines.diffusion.solvers import make_solver
-from lsast_engines.diffusion.timesteps import TimestepSchedule
+from lsast_engines.diffusion.solvers import TimestepSchedule, make_solver
 from lsast_engines.environment import peak_memory
 from lsast_train.base.attention import layer_contexts
 from lsast_train.base.base import Base

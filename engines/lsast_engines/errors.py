@@ -52,6 +52,10 @@ class BundleError(LsastError):
     """A bundle that is incomplete, damaged, of another format, or different from its manifest."""
 
 
+class UnknownStyleError(UsageError):
+    """A bundle has no style of a name."""
+
+
 class StyleError(LsastError):
     """A style or prompt file that is damaged, or that was made for another base."""
 

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
 import logging
 import math
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,7 +23,6 @@ import numpy.typing as npt
 
 from .colour import BOX, boxes, converter, has_alpha, is_wide
 from .errors import PictureError, shown
-from .opencv import import_opencv
 from .picture_file import FORMATS, check_size, name_other_frames, open_image
 
 if TYPE_CHECKING:
@@ -40,6 +41,10 @@ SUFFIXES = frozenset({
 
 _ORIENTATION = 0x0112
 """EXIF tag; 1 to 8."""
+
+_LIBRARY_PATH = "LD_LIBRARY_PATH"
+_importing = threading.Lock()
+_opencv: list[Any] = []
 
 _log = logging.getLogger("lsast.images")
 
@@ -256,6 +261,26 @@ def _stored(upright: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.
     rows = -1 if orientation in (3, 4, 6, 7) else 1
     columns = -1 if orientation in (2, 3, 7, 8) else 1
     return turned[::rows, ::columns]
+
+
+def import_opencv() -> Any:
+    """OpenCV's module `cv2`, imported nowhere else; the import leaves the environment of the process as it was.
+
+    The import puts a folder of OpenCV and the current one at the front of ``LD_LIBRARY_PATH``, so that programs which
+    the process starts would look there for their libraries.
+    """
+    if _opencv:  # without the lock, which another thread may hold in the moment of a fork
+        return _opencv[0]
+    with _importing:
+        before = os.environ.get(_LIBRARY_PATH)
+        try:
+            _opencv.append(importlib.import_module("cv2"))
+        finally:
+            if before is None:
+                os.environ.pop(_LIBRARY_PATH, None)
+            else:
+                os.environ[_LIBRARY_PATH] = before
+    return _opencv[0]
 
 
 def canny_edges(rgb: npt.NDArray[np.uint8], low: float = 100.0, high: float = 200.0) -> npt.NDArray[np.uint8]:

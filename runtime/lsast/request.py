@@ -14,9 +14,8 @@ import numpy.typing as npt
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import DENOISER, UNET_SPLIT_GRAPHS, VAE_DECODER, VAE_DECODER_TINY
 from lsast_engines.bundle.style import StyleFile
-from lsast_engines.diffusion.solvers import Solver, make_solver
-from lsast_engines.diffusion.timesteps import TimestepSchedule
-from lsast_engines.errors import BundleError, UsageError, did_you_mean, fault_list
+from lsast_engines.diffusion.solvers import Solver, TimestepSchedule, make_solver
+from lsast_engines.errors import BundleError, UnknownStyleError, UsageError, did_you_mean, fault_list
 from lsast_engines.images import canny_edges, on_white, read_picture
 
 from .images.canvas import Pixels, canvas_for
@@ -24,10 +23,9 @@ from .images.mask import composite, keep_colour, read_mask, to_latent_mask
 from .images.preview import Previewer
 from .options.options import Options, current_options, rules
 from .options.style_mix import Mix
-from .sampling.batch import Sample, StyleSource
+from .sampling.batch import Palette, Sample, StyleSource
 from .sampling.mixed_style import MixedStyle
 from .sampling.networks import Floats
-from .sampling.palette import Palette
 from .sampling.tiling import WHOLE_UP_TO, TileGrid
 from .sampling.x0_blend import X0Blend
 from .sessions.native_calls import native_call
@@ -187,16 +185,20 @@ def resolve_options(
         UsageError: invalid options, all at once; an unknown style, with the available ones.
         StyleError: the style's file is damaged, or was made for another base.
     """
-    given, manifest, available = current_options(given), bundle.manifest, bundle.styles()
+    given, manifest = current_options(given), bundle.manifest
     if unknown := [f"{name!r}{did_you_mean(name, rules())}" for name in given if name not in rules()]:
         raise UsageError(fault_list(f"found no such options; expected {', '.join(rules())}:", unknown))
     names: list[str] = []
     if isinstance(style := given.get("style") or manifest.defaults["style"], str):
         with contextlib.suppress(UsageError):  # `Options` reports a syntax error, together with all other faults
             names = Mix.parse(style).styles
-    styles = {name: open_style(name) for name in names if name in available}
+    styles: dict[str, StyleFile] = {}
+    for name in names:
+        with contextlib.suppress(UnknownStyleError):  # told below, with its place in the mix
+            styles[name] = open_style(name)
     options = Options.resolve(given, manifest.defaults, styles, preset)
-    Mix.parse(options.style).check(list(available), manifest.stages)
+    mix = Mix.parse(options.style)
+    mix.check(list(styles if styles.keys() >= {*mix.styles} else bundle.styles()), manifest.stages)
     return options, styles
 
 

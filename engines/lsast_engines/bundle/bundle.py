@@ -24,7 +24,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..errors import BundleError, StyleError, UsageError, did_you_mean, fault_list, shown
+from ..errors import BundleError, StyleError, UnknownStyleError, did_you_mean, fault_list, shown
 from ..files import cache_home, data_home, exchange, file_sha256, scratch_folder
 from .graph_spec import graph_specs, optional_specs
 from .manifest import MANIFEST, FileEntry, Manifest
@@ -115,14 +115,14 @@ class Bundle:
         """Open the style `name`; its stages are read when they are asked for.
 
         Raises:
-            UsageError: no style of that name; the message lists the available ones.
+            UnknownStyleError: no style of that name; the message lists the available ones.
             StyleError: the file is damaged, or was baked for another base.
         """
         styles = self.styles()
         if name not in styles:
             near = did_you_mean(name, styles) or f"; {self.how_to_make(name)}"
             available = ", ".join(styles) or "none"
-            raise UsageError(f"found no style {name!r} for the bundle {self.path}; available: {available}{near}")
+            raise UnknownStyleError(f"found no style {name!r} for the bundle {self.path}; available: {available}{near}")
         style = StyleFile(styles[name])
         self.check_style(style)
         return style

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from lsast_engines.images import canny_edges
-from lsast_engines.opencv import import_opencv
+from lsast_engines.images import canny_edges, import_opencv
 
 Pixels = npt.NDArray[np.uint8]
 

@@ -18,8 +18,7 @@ import numpy.typing as npt
 import torch
 
 from lsast_engines.diffusion.noise_schedule import NoiseSchedule
-from lsast_engines.diffusion.solvers import make_solver
-from lsast_engines.diffusion.timesteps import Step, TimestepSchedule
+from lsast_engines.diffusion.solvers import Step, TimestepSchedule, make_solver
 from lsast_train.base.attention import GROUPS, layer_contexts
 from lsast_train.base.base import Base, BaseConfig
 from lsast_train.base.lazy_base import LazyBase

@@ -20,12 +20,9 @@ from lsast_engines.backends.base import ComputeDtype, Engine
 from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import CONTROLNET_COND, VAE_DECODER, VAE_ENCODER
-from lsast_engines.diffusion.guidance import guide
-from lsast_engines.diffusion.solvers import make_solver
-from lsast_engines.diffusion.timesteps import Step, TimestepSchedule
+from lsast_engines.diffusion.solvers import Step, TimestepSchedule, guide, make_solver
 from lsast_engines.errors import UsageError
-from lsast_engines.images import canny_edges, find_pictures, read_picture
-from lsast_engines.opencv import import_opencv
+from lsast_engines.images import canny_edges, find_pictures, import_opencv, read_picture
 
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from lsast_engines.opencv import import_opencv
+from lsast_engines.images import import_opencv
 
 Pixels = npt.NDArray[np.uint8]
 

@@ -6,8 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lsast_engines.errors import PictureError
-from lsast_engines.images import Source, read_picture
-from lsast_engines.opencv import import_opencv
+from lsast_engines.images import Source, import_opencv, read_picture
 
 from ..sessions.native_calls import native_call
 from .canvas import Pixels

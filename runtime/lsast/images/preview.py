@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from lsast_engines.opencv import import_opencv
+from lsast_engines.images import import_opencv
 
 if TYPE_CHECKING:
     from PIL import Image

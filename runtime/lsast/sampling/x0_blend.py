@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from lsast_engines.diffusion.noise_schedule import Array
-from lsast_engines.diffusion.solvers import Solver
-from lsast_engines.diffusion.timesteps import TimestepSchedule
+from lsast_engines.diffusion.solvers import Solver, TimestepSchedule
 
 
 class X0Blend:

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lsast_engines.diffusion.solvers import Solver
-from lsast_engines.diffusion.timesteps import TimestepSchedule
-from lsast_engines.opencv import import_opencv
+from lsast_engines.diffusion.solvers import Solver, TimestepSchedule
+from lsast_engines.images import import_opencv
 
 from ..images.canvas import Pixels
 from ..sampling.networks import Floats, to_pixels

@@ -16,8 +16,7 @@ import numpy as np
 from PIL import Image
 
 from lsast_engines.errors import PictureError, UsageError
-from lsast_engines.images import on_white
-from lsast_engines.opencv import import_opencv
+from lsast_engines.images import import_opencv, on_white
 
 from ..images.formats import ANIMATIONS, WRITTEN_VIDEOS
 from .source import Frame, Source, filtered, opened, pyav, start_of

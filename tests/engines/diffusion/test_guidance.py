@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from lsast_engines.diffusion.guidance import guide
+from lsast_engines.diffusion.solvers import guide
 
 NULL, STYLE = np.random.default_rng(0).standard_normal((2, 1, 4, 2, 3)).astype(np.float32)
 

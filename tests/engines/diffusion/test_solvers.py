@@ -11,8 +11,7 @@ from safetensors.numpy import load_file
 
 from golden_sets import GoldenFiles, both_sets
 from lsast_engines.diffusion.noise_schedule import NoiseSchedule
-from lsast_engines.diffusion.solvers import SOLVERS, make_solver
-from lsast_engines.diffusion.timesteps import TimestepSchedule
+from lsast_engines.diffusion.solvers import SOLVERS, TimestepSchedule, make_solver
 
 SD = {
     "beta_start": 0.00085,

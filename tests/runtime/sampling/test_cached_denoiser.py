@@ -16,8 +16,7 @@ from lsast.images.metadata import read_record
 from lsast.options.options import PRESETS
 from lsast_engines.backends.registry import available_backends
 from lsast_engines.diffusion.noise_schedule import NoiseSchedule
-from lsast_engines.diffusion.solvers import make_solver
-from lsast_engines.diffusion.timesteps import TimestepSchedule
+from lsast_engines.diffusion.solvers import TimestepSchedule, make_solver
 
 CHANGES: list[dict[str, Any]] = [
     {"cache_interval": 3},

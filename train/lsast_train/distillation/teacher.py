@@ -21,10 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from lsast_engines.diffusion.guidance import guide
 from lsast_engines.diffusion.noise_schedule import NoiseSchedule
-from lsast_engines.diffusion.solvers import make_solver
-from lsast_engines.diffusion.timesteps import Step, TimestepSchedule
+from lsast_engines.diffusion.solvers import Step, TimestepSchedule, guide, make_solver
 from lsast_engines.files import replace_file
 from lsast_engines.images import canny_edges
 
@@ -189,7 +187,7 @@ class Teacher:
 
 
 def stage_of(t: int, noise: NoiseSchedule, stages: int) -> int:
-    """The stage of a timestep, as `lsast_engines.diffusion.timesteps.Step` has it."""
+    """The stage of a timestep, as `lsast_engines.diffusion.solvers.Step` has it."""
     return t * stages // noise.train_steps
 
 
