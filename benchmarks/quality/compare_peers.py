@@ -74,8 +74,9 @@ def paint_all(out: Path, contents: list[Path], paint: Callable[[int, Path], Imag
 
 def score(contents: Path, paintings: Path, photos: Path, artist: str, folders: Mapping[str, Path]) -> Report:
     """Judge the pictures in `folders`, by method, beside the works in the folder `artist` of `paintings`."""
+    mixed = [name for name in MIXED if (paintings / name).is_dir()]
     works = paintings / artist
-    return evaluate(contents, works, paintings, folders, artist, EvalOptions(), photos=photos, leave_out=MIXED)
+    return evaluate(contents, works, paintings, folders, artist, EvalOptions(), photos=photos, leave_out=mixed)
 
 
 def every_nth(contents: Path, every: int, out: Path) -> list[Path]:
