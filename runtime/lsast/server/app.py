@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import collections
 import contextlib
 import hashlib
 import json
@@ -24,7 +25,7 @@ from lsast_engines.errors import BackendError, CancelledError, LsastError
 
 from .._version import __version__
 from ..options.options import PRESETS
-from .jobs import Job, Jobs, Painter, QueueFullError, TooSlowError
+from .jobs import ATTEMPTS, Job, Jobs, Painter, QueueFullError, TooSlowError
 from .metrics import CONTENT_TYPE, Metrics
 from .process import WorkerDiedError
 from .schemas import Fault, OptionSheet, Painting, PaintingForm, PaintingJson, PaintingOptions, StyleCard, option_cards
@@ -322,14 +323,20 @@ class _Thumbnails:
         self._painter = painter
         self._pictures: dict[str, bytes] = {}
         """By the fingerprint of the style."""
+        self._tries: collections.Counter[str] = collections.Counter()
         self._task: asyncio.Task[None] | None = None
 
     async def cards(self) -> list[StyleCard]:
         """A card for every style that is there now; what has no thumbnail yet is painted afterwards."""
         styles = (await self._painter.ask("styles")).facts["styles"]
         self._pictures = {style["fingerprint"]: self._pictures.get(style["fingerprint"], b"") for style in styles}
-        if not all(self._pictures.values()) and (self._task is None or self._task.done()):
-            self._task = asyncio.create_task(self._paint(styles))
+        missing = {
+            style["fingerprint"]: style["name"]
+            for style in styles
+            if not self._pictures[style["fingerprint"]] and self._tries[style["fingerprint"]] < ATTEMPTS
+        }
+        if missing and (self._task is None or self._task.done()):
+            self._task = asyncio.create_task(self._paint(missing))
         return [
             StyleCard(
                 name=style["name"],
@@ -345,12 +352,11 @@ class _Thumbnails:
         if self._task:
             self._task.cancel()
 
-    async def _paint(self, styles: list[dict[str, Any]]) -> None:
-        for style in styles:
+    async def _paint(self, styles: dict[str, str]) -> None:
+        for fingerprint, name in styles.items():
+            self._tries[fingerprint] += 1
             with contextlib.suppress(LsastError):
-                if not self._pictures.get(style["fingerprint"]):
-                    answer = await self._painter.ask("thumbnail", {"style": style["name"]})
-                    self._pictures[style["fingerprint"]] = answer.blob
+                self._pictures[fingerprint] = (await self._painter.ask("thumbnail", {"style": name})).blob
 
 
 def _data_url(webp: bytes) -> str:

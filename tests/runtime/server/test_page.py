@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -200,6 +201,20 @@ def test_page_paints_only_where_the_mask_is_brushed(page: Any) -> None:
         left, right = (0, 0, 300, 512), (560, 200, 590, 330)
         assert painted.convert("RGB").crop(left).tobytes() == photo.convert("RGB").crop(left).tobytes()
         assert painted.convert("RGB").crop(right).tobytes() != photo.convert("RGB").crop(right).tobytes()
+    assert page.locator("#mask").is_hidden()  # the painting is shown, not what was brushed
+    page.click("#masking")
+    page.click("#clear")
+    page.click("#paint")
+    page.wait_for_selector("#fault:not([hidden])")
+    page.locator("#mask").focus()  # brushed again, with the keyboard
+    page.keyboard.press("Space")
+    page.keyboard.press("Shift+ArrowRight")
+    page.keyboard.press("ArrowRight")
+    count = """() => { const { width, height } = mask;
+        const alpha = mask.getContext("2d").getImageData(0, 0, width, height).data.filter((_, at) => at % 4 === 3);
+        return alpha.filter((value) => value).length / alpha.length; }"""
+    dot = math.pi / 4 * 0.12**2 * 1.5  # of the brush, 12 % of the longer side
+    assert page.evaluate(count) == pytest.approx(dot + 0.03 * 0.12 * 1.5, rel=0.05)
 
 
 def test_page_shows_the_defaults_of_the_chosen_style(page: Any, server: Running) -> None:

@@ -9,7 +9,6 @@ import pytest
 from running_server import Running
 
 
-@pytest.mark.slow
 @pytest.mark.needs("schemathesis")
 @pytest.mark.filterwarnings("ignore")
 def test_api_answers_generated_requests_without_a_server_error(server: Running) -> None:
