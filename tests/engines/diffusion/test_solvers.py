@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from golden_sets import GoldenFiles, both_sets
 from lsast_engines.diffusion.noise_schedule import NoiseSchedule
-from lsast_engines.diffusion.solvers import SOLVERS, TimestepSchedule, make_solver
+from lsast_engines.diffusion.solvers import SOLVERS, TimestepSchedule, guide, make_solver
 
 SD = {
     "beta_start": 0.00085,
@@ -141,3 +141,14 @@ def test_ddim_lsast_steps_match_the_recording(golden: GoldenFiles) -> None:
         eps = unconditional + 10.0 * (conditional - unconditional)
         found = solver.step(eps[None], index, recorded["latents_in"][index][None])
         np.testing.assert_allclose(found, end, rtol=0, atol=2e-6 * np.abs(end).max())
+
+
+def test_guide_of_two_rows_matches_the_formula() -> None:
+    null, style = np.random.default_rng(0).standard_normal((2, 1, 4, 2, 3)).astype(np.float32)
+    exact = null.astype(np.float64) + 7.5 * (style.astype(np.float64) - null)
+    found = guide(np.stack([null, style]), 7.5)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5)
+    tensors = guide((torch.from_numpy(null), torch.from_numpy(style)), 7.5)
+    np.testing.assert_allclose(tensors.numpy(), found, rtol=1e-6, atol=1e-6)
+    assert guide((style,), 7.5) is style  # one row alone: no guidance
