@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import math
 import os
 import platform
 import sys
@@ -86,6 +87,49 @@ def cpu_features() -> frozenset[str]:
         found = importlib.import_module("numpy._core._multiarray_umath").__cpu_features__
         return frozenset(name for key, names in _NUMPY_FEATURES.items() if found.get(key) for name in names)
     return frozenset()
+
+
+def core_limit(root: Path = Path("/")) -> int | None:
+    """Physical cores that this process may keep busy, where that is fewer than there are; None without a limit.
+
+    Limits are the affinity mask (`taskset`, a container's set of processors) and the quota of control groups, rounded
+    up (`docker run --cpus 1.5`). Backends would count all cores, and threads that share one hold each other up. Linux
+    only.
+
+    Args:
+        root: of the file system; for tests.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return None
+    cores = set()
+    for processor in os.sched_getaffinity(0):
+        siblings = root / f"sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list"
+        cores.add(siblings.read_text().strip() if siblings.is_file() else str(processor))
+    quotas = [math.ceil(quota) for quota in _cpu_quotas(root)]
+    limit = max(1, min([len(cores), *quotas]))
+    everything = len(os.sched_getaffinity(0)) == os.cpu_count()
+    return None if everything and limit == len(cores) else limit
+
+
+def _cpu_quotas(root: Path) -> list[float]:
+    """The quotas of this process's control groups and the groups around them, in processors."""
+    groups = root / "proc/self/cgroup"
+    found = []
+    for line in groups.read_text().splitlines() if groups.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+        place = top / path.lstrip("/")
+        for folder in (place, *place.parents[: len(place.parts) - len(top.parts)]):
+            with contextlib.suppress(OSError, ValueError):  # no limit, or a path outside of this container
+                if controllers:  # version 1
+                    quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+                else:
+                    quota, period = (folder / "cpu.max").read_text().split()
+                if float(quota) > 0:
+                    found.append(float(quota) / float(period))
+    return found
 
 
 @functools.cache

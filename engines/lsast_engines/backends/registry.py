@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from ..bundle.graph_spec import GraphSpec
+from ..environment import core_limit
 from ..errors import BackendError, MissingExtraError, UsageError, install_command
 from ..removed import removal
 from .base import ComputeDtype, Engine
@@ -156,7 +157,7 @@ def open_engine(
         backend: ``onnxruntime``, ``openvino``, ``tensorrt-rtx``, ``tensorrt``, or ``auto``: the first that is
             installed, has the device and supports the compute dtype.
         device: ``cpu``, ``cuda``, …, or ``auto``: the GPU for TensorRT, the CPU for the others.
-        threads: CPU threads; None is the backend's default.
+        threads: CPU threads; None is the backend's default, and `core_limit` where that is less.
         compute_dtype: None is fp32, and on GPUs fp16. ONNX Runtime computes in fp32, and on GPUs in fp16, too;
             OpenVINO supports what the device does, TensorRT engines what they were compiled in.
         cache: folder for weights converted to float32; None is the user's cache folder (`fp32_weights`).
@@ -174,8 +175,9 @@ def open_engine(
         raise BackendError(f"found no graph file {path}; export the bundle again")
     _, engine, _ = _BACKENDS[backend].load()
     try:
-        if device == "cpu" and (dtypes := _BACKENDS[backend].expanded_dtypes):
-            path = with_fp32_weights(path, cache, dtypes)
+        if device == "cpu":
+            path = with_fp32_weights(path, cache, _BACKENDS[backend].expanded_dtypes)
+            threads = threads or core_limit()
         return engine(path, spec, device, threads, compute_dtype)
     except (BackendError, MemoryError):
         raise

@@ -35,8 +35,10 @@ def test_open_engine_auto_in_bf16_skips_onnxruntime(toy: Any, monkeypatch: pytes
     opened = []
     monkeypatch.setattr("lsast_engines.backends.openvino.devices", lambda: ["cpu"])
     monkeypatch.setattr("lsast_engines.backends.openvino.OpenVinoEngine", lambda *given: opened.append(given))
+    monkeypatch.setattr("lsast_engines.backends.registry.core_limit", lambda: 3)
     open_engine(toy.path, toy.spec, compute_dtype="bf16")
-    assert opened == [(toy.path, toy.spec, "cpu", None, "bf16")]
+    open_engine(toy.path, toy.spec, compute_dtype="bf16", threads=5)
+    assert opened == [(toy.path, toy.spec, "cpu", threads, "bf16") for threads in (3, 5)]
     monkeypatch.setattr("lsast_engines.backends.openvino.devices", list)
     with pytest.raises(
         BackendError, match="'auto' with device 'auto' and compute_dtype bf16; available: onnxruntime on"
