@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import lsast
 from lsast.sampling.batch import Batch
 from lsast.sampling.sampler import Networks, sample
 from lsast_engines.bundle.bundle import Bundle
@@ -335,3 +337,10 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
 
     monkeypatch.setattr("lsast.sampling.sampler.sample", recorded)
     return calls
+
+
+@pytest.fixture(scope="module")
+def stylizer(bundle_path: Path) -> Iterator[lsast.Stylizer]:
+    """The tiny bundle, open on the first backend that is installed."""
+    with lsast.load(bundle_path) as opened:
+        yield opened

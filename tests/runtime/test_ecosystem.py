@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,12 +34,6 @@ def _load(path: Path) -> ModuleType:
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch, bundle_path: Path) -> None:
     monkeypatch.setenv("LSAST_BUNDLE", str(bundle_path))
-
-
-@pytest.fixture
-def stylizer(bundle_path: Path) -> Iterator[lsast.Stylizer]:
-    with lsast.load(bundle_path) as opened:
-        yield opened
 
 
 def _default(spec: Any) -> Any:

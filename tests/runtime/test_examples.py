@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,12 +34,6 @@ def _example(name: str) -> ModuleType:
 def _tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bundle_path: Path) -> None:
     monkeypatch.setenv("LSAST_BUNDLE", str(bundle_path))
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def stylizer(bundle_path: Path) -> Iterator[lsast.Stylizer]:
-    with lsast.load(bundle_path) as opened:
-        yield opened
 
 
 def test_examples_all_have_a_test() -> None:

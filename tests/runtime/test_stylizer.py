@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,11 @@ import lsast
 from lsast import BackendError, BundleError, Stylizer, UsageError
 
 
-@pytest.fixture(scope="module")
-def stylizer(bundle_path: Path) -> Iterator[Stylizer]:
-    with lsast.load(bundle_path) as opened:
-        yield opened
-
-
-def _pixels(result: lsast.Result) -> np.ndarray:
-    return np.asarray(result.image)
-
-
 @pytest.mark.parametrize("own", [(160, 90), (90, 160), (50, 2000), (1, 1), (7, 5), (64, 64), (300, 301)])
 @pytest.mark.parametrize("size", [0, 96])
 def test_stylize_keeps_any_size_and_aspect(stylizer: Stylizer, own: tuple[int, int], size: int) -> None:
     rgb = np.random.default_rng(0).integers(0, 256, (*own, 3), dtype=np.uint8)
-    assert _pixels(stylizer.stylize(rgb, size=size)).shape == (*own, 3)
+    assert np.asarray(stylizer.stylize(rgb, size=size)).shape == (*own, 3)
 
 
 def test_stylize_paints_the_padding_without_showing_it(stylizer: Stylizer) -> None:
@@ -37,8 +26,8 @@ def test_stylize_paints_the_padding_without_showing_it(stylizer: Stylizer) -> No
     rng = np.random.default_rng(2)
     small = np.repeat(np.repeat(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8), 8, axis=0), 8, axis=1)  # [48, 48, 3]
     whole = np.pad(small, [(8, 8), (8, 8), (0, 0)], mode="symmetric")
-    inner = _pixels(stylizer.stylize(whole, size=0))[8:56, 8:56]
-    np.testing.assert_array_equal(_pixels(stylizer.stylize(small, size=0)), inner)
+    inner = np.asarray(stylizer.stylize(whole, size=0))[8:56, 8:56]
+    np.testing.assert_array_equal(np.asarray(stylizer.stylize(small, size=0)), inner)
 
 
 @pytest.mark.parametrize(
@@ -63,38 +52,18 @@ def test_stylize_with_another_option_gives_another_painting(
     stylizer: Stylizer, photo: np.ndarray, change: dict[str, Any]
 ) -> None:
     plain, changed = stylizer.stylize(photo), stylizer.stylize(photo, **change)
-    assert _pixels(plain).shape != _pixels(changed).shape or (_pixels(plain) != _pixels(changed)).any()
+    assert np.asarray(plain).shape != np.asarray(changed).shape or (np.asarray(plain) != np.asarray(changed)).any()
     assert dataclasses.replace(plain.options, **change) == changed.options
 
 
 def test_stylize_gives_the_same_bytes_whatever_came_before(
     stylizer: Stylizer, bundle_path: Path, photo: np.ndarray
 ) -> None:
-    first = _pixels(stylizer.stylize(photo, seed=4))
+    first = np.asarray(stylizer.stylize(photo, seed=4))
     stylizer.stylize(photo[:50], style="monet", guidance=1.0, size=64, solver="dpmpp2m")
-    np.testing.assert_array_equal(_pixels(stylizer.stylize(photo, seed=4)), first)
+    np.testing.assert_array_equal(np.asarray(stylizer.stylize(photo, seed=4)), first)
     with lsast.load(bundle_path) as other:
-        np.testing.assert_array_equal(_pixels(other.stylize(photo, seed=4)), first)
-
-
-def test_stylize_takes_path_bytes_image_and_array_alike(stylizer: Stylizer, photo: np.ndarray, tmp_path: Path) -> None:
-    path = tmp_path / "photo.png"
-    Image.fromarray(photo).save(path)
-    expected = _pixels(stylizer.stylize(photo))
-    for source in (path, str(path), path.read_bytes(), Image.open(path)):
-        np.testing.assert_array_equal(_pixels(stylizer.stylize(source)), expected)
-
-
-def test_stylize_applies_exif_orientation_once(stylizer: Stylizer, photo: np.ndarray, tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # stored on its side: a quarter turn clockwise sets it upright
-    path = tmp_path / "turned.png"
-    Image.fromarray(photo).save(path, exif=exif)
-    result = stylizer.stylize(path)
-    np.testing.assert_array_equal(_pixels(result), _pixels(stylizer.stylize(np.rot90(photo, -1))))
-    result.save(tmp_path / "out.jpg")
-    with Image.open(tmp_path / "out.jpg") as saved:
-        assert saved.getexif().get(0x0112, 1) == 1
+        np.testing.assert_array_equal(np.asarray(other.stylize(photo, seed=4)), first)
 
 
 def test_stylize_keeps_transparency_or_composites_on_white(stylizer: Stylizer, photo: np.ndarray) -> None:
@@ -102,13 +71,13 @@ def test_stylize_keeps_transparency_or_composites_on_white(stylizer: Stylizer, p
     rgba = np.dstack([photo, alpha])
     kept = stylizer.stylize(rgba)
     assert kept.image.mode == "RGBA"
-    np.testing.assert_array_equal(_pixels(kept)[..., 3], alpha)
-    np.testing.assert_array_equal(_pixels(kept)[..., :3], _pixels(stylizer.stylize(photo)))
+    np.testing.assert_array_equal(np.asarray(kept)[..., 3], alpha)
+    np.testing.assert_array_equal(np.asarray(kept)[..., :3], np.asarray(stylizer.stylize(photo)))
 
     laid = stylizer.stylize(rgba, alpha="composite")
     assert laid.image.mode == "RGB"
     on_white = np.round(photo * (alpha[..., None] / 255) + 255 * (1 - alpha[..., None] / 255)).astype(np.uint8)
-    np.testing.assert_array_equal(_pixels(laid), _pixels(stylizer.stylize(on_white)))
+    np.testing.assert_array_equal(np.asarray(laid), np.asarray(stylizer.stylize(on_white)))
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
@@ -135,7 +104,7 @@ def test_stylize_reports_steps_and_times_of_phases(stylizer: Stylizer, photo: np
 
 
 def test_stylize_after_an_interrupted_painting_works(stylizer: Stylizer, photo: np.ndarray) -> None:
-    expected = _pixels(stylizer.stylize(photo))
+    expected = np.asarray(stylizer.stylize(photo))
 
     def interrupt(step: int, total: int, preview: object) -> None:
         if step == 2:
@@ -143,7 +112,7 @@ def test_stylize_after_an_interrupted_painting_works(stylizer: Stylizer, photo: 
 
     with pytest.raises(KeyboardInterrupt):
         stylizer.stylize(photo, style="monet", on_step=interrupt)
-    np.testing.assert_array_equal(_pixels(stylizer.stylize(photo)), expected)
+    np.testing.assert_array_equal(np.asarray(stylizer.stylize(photo)), expected)
 
 
 def test_stylize_refuses_removed_options_by_name(stylizer: Stylizer, photo: np.ndarray) -> None:
@@ -165,7 +134,7 @@ def test_stylize_takes_old_names_of_options(stylizer: Stylizer, photo: np.ndarra
 def test_result_options_give_the_result_again(stylizer: Stylizer, photo: np.ndarray) -> None:
     result = stylizer.stylize(photo, style="monet", seed=9, guidance=1.5)
     again = stylizer.stylize(photo, **dataclasses.asdict(result.options))
-    np.testing.assert_array_equal(_pixels(again), _pixels(result))
+    np.testing.assert_array_equal(np.asarray(again), np.asarray(result))
 
 
 def test_stylize_with_an_unknown_style_lists_the_available_ones(stylizer: Stylizer, photo: np.ndarray) -> None:
@@ -177,14 +146,6 @@ def test_stylize_with_an_unknown_style_lists_the_available_ones(stylizer: Styliz
 def test_stylize_with_more_steps_than_the_schedule_names_the_limit(stylizer: Stylizer, photo: np.ndarray) -> None:
     with pytest.raises(UsageError, match=r"steps: found 1000; expected 1 to 999 with ddim"):
         stylizer.stylize(photo, steps=1000)
-
-
-def test_stylize_of_a_closed_stylizer_raises(bundle_path: Path, photo: np.ndarray) -> None:
-    with lsast.load(bundle_path) as opened:
-        opened.stylize(photo)
-    opened.close()
-    with pytest.raises(UsageError, match="closed"):
-        opened.stylize(photo)
 
 
 def test_load_takes_the_bundle_of_the_environment(
@@ -206,11 +167,11 @@ def test_stylize_with_fit_stretch_gives_a_square(stylizer: Stylizer, photo: np.n
     rgba = np.dstack([photo, np.full(photo.shape[:2], 90, np.uint8)])
     result = stylizer.stylize(rgba, fit="stretch", size=128)
     assert (result.image.size, result.image.mode) == ((128, 128), "RGBA")
-    assert (_pixels(result)[..., 3] == 90).all()
+    assert (np.asarray(result)[..., 3] == 90).all()
     # Squashing a picture of that very size changes nothing.
     square = photo[:64, 30:94]
     plain, stretched = (stylizer.stylize(square, fit=fit, size=64) for fit in ("aspect", "stretch"))
-    np.testing.assert_array_equal(_pixels(plain), _pixels(stretched))
+    np.testing.assert_array_equal(np.asarray(plain), np.asarray(stretched))
 
 
 def test_stylize_with_fit_stretch_finds_edges_in_the_bilinear_picture(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,6 @@ AXES: dict[str, list[Any]] = {
     "control_scale": [0.0, 2.0],
     "style": ["vangogh", "monet@up"],
 }
-
-
-@pytest.fixture(scope="module")
-def stylizer(bundle_path: Path) -> Iterator[Stylizer]:
-    with lsast.load(bundle_path) as opened:
-        yield opened
 
 
 def test_contact_sheet_cell_is_the_painting_of_its_options(stylizer: Stylizer, photo: np.ndarray) -> None:

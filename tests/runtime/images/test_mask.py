@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import lsast
 from lsast import PictureError, Stylizer
 from lsast.images.mask import composite, keep_colour, read_mask, to_latent_mask
-
-
-@pytest.fixture(scope="module")
-def stylizer(bundle_path: Path) -> Iterator[Stylizer]:
-    with lsast.load(bundle_path) as opened:
-        yield opened
 
 
 @pytest.fixture
 def picture() -> np.ndarray:
     """A picture [64, 128, 3] that fills its canvas: on the tiny graphs no cell of 8 x 8 knows of another."""
     return np.random.default_rng(0).integers(0, 256, (64, 128, 3), dtype=np.uint8)
-
-
-def _pixels(result: lsast.Result) -> np.ndarray:
-    return np.asarray(result.image)
 
 
 def _mask(height: int = 64, width: int = 128) -> np.ndarray:
@@ -43,9 +31,9 @@ def test_stylize_with_a_mask_paints_inside_and_keeps_the_outside_exactly(
 ) -> None:
     options: dict[str, Any] = {"size": 0, "solver": solver, "guidance": 3.0}
     inside = _mask() == 255
-    masked = _pixels(stylizer.stylize(picture, mask=_mask(), feather=0, **options))
+    masked = np.asarray(stylizer.stylize(picture, mask=_mask(), feather=0, **options))
     np.testing.assert_array_equal(masked[~inside], picture[~inside])
-    np.testing.assert_array_equal(masked[inside], _pixels(stylizer.stylize(picture, **options))[inside])
+    np.testing.assert_array_equal(masked[inside], np.asarray(stylizer.stylize(picture, **options))[inside])
     assert (masked[inside] != picture[inside]).mean() > 0.9
 
 
@@ -66,7 +54,7 @@ def test_stylize_with_a_mask_keeps_the_latent_outside(stylizer: Stylizer, pictur
 
 def test_read_mask_with_feather_fades_inside_the_mask(stylizer: Stylizer, picture: np.ndarray) -> None:
     inside = _mask() == 255
-    masked = _pixels(stylizer.stylize(picture, mask=_mask(), feather=10, size=0))
+    masked = np.asarray(stylizer.stylize(picture, mask=_mask(), feather=10, size=0))
     np.testing.assert_array_equal(masked[~inside], picture[~inside])
     share = read_mask(_mask(), (64, 128), 10)
     assert (share[~inside] == 0).all()
@@ -86,7 +74,7 @@ def test_read_mask_does_not_fade_at_the_edge_of_the_picture() -> None:
 
 def test_stylize_with_a_grey_mask_paints_in_part(stylizer: Stylizer, picture: np.ndarray) -> None:
     half = np.full((64, 128), 128, np.uint8)
-    whole = _pixels(stylizer.stylize(picture, mask=half, feather=0, size=0, strength=0.05)).astype(float)
+    whole = np.asarray(stylizer.stylize(picture, mask=half, feather=0, size=0, strength=0.05)).astype(float)
     assert np.abs(whole - picture).max() > 0
     assert (
         composite(np.full((1, 1, 3), 200, np.uint8), np.full((1, 1, 3), 100, np.uint8), np.full((1, 1), 51, np.uint8))[
@@ -115,7 +103,7 @@ def test_read_mask_of_another_size_names_the_expected_one(stylizer: Stylizer, pi
 def test_stylize_with_fit_stretch_stretches_the_mask(stylizer: Stylizer, photo: np.ndarray) -> None:
     mask = np.zeros(photo.shape[:2], np.uint8)
     mask[:48] = 255
-    result = _pixels(stylizer.stylize(photo, mask=mask, feather=0, fit="stretch", size=128))
+    result = np.asarray(stylizer.stylize(photo, mask=mask, feather=0, fit="stretch", size=128))
     stretched = np.asarray(Image.fromarray(photo).resize((128, 128), Image.Resampling.LANCZOS))
     np.testing.assert_array_equal(result[70:], stretched[70:])
     assert (result[:58] != stretched[:58]).mean() > 0.9
@@ -123,7 +111,7 @@ def test_stylize_with_fit_stretch_stretches_the_mask(stylizer: Stylizer, photo: 
 
 def test_stylize_with_a_mask_keeps_transparency(stylizer: Stylizer, picture: np.ndarray) -> None:
     alpha = np.tile(np.arange(128, dtype=np.uint8) * 2, (64, 1))
-    result = _pixels(stylizer.stylize(np.dstack([picture, alpha]), mask=_mask(), feather=0))
+    result = np.asarray(stylizer.stylize(np.dstack([picture, alpha]), mask=_mask(), feather=0))
     np.testing.assert_array_equal(result[..., 3], alpha)
     np.testing.assert_array_equal(result[48:, :, :3], picture[48:])
 
@@ -144,6 +132,6 @@ def test_keep_colour_joins_the_pictures_chroma_and_the_paintings_luma() -> None:
 
 
 def test_stylize_with_keep_colour_changes_the_finished_painting_alone(stylizer: Stylizer, photo: np.ndarray) -> None:
-    plain, kept = (_pixels(stylizer.stylize(photo, keep_colour=keep)) for keep in (False, True))
+    plain, kept = (np.asarray(stylizer.stylize(photo, keep_colour=keep)) for keep in (False, True))
     np.testing.assert_array_equal(kept, keep_colour(plain, photo))
     assert (plain != kept).any()

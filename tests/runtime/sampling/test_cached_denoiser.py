@@ -12,7 +12,6 @@ import pytest
 
 import lsast
 from lsast import BundleError, Stylizer, UsageError
-from lsast.images.metadata import read_record
 from lsast.options.options import PRESETS
 from lsast_engines.backends.registry import available_backends
 from lsast_engines.diffusion.noise_schedule import NoiseSchedule
@@ -152,32 +151,10 @@ def test_cache_interval_works_with_masks_and_videos(stylizer: Stylizer, photo: n
     assert (_pixels(frames[0]) == _pixels(stylizer.stylize(photo, cache_interval=2))).all()
 
 
-def test_record_of_a_painting_repeats_its_cache_interval(stylizer: Stylizer, photo: np.ndarray, tmp_path: Path) -> None:
-    result = stylizer.stylize(photo, cache_interval=2)
-    result.save(tmp_path / "out.png")
-    options = read_record(tmp_path / "out.png").options
-    assert options == result.options
-    assert options.cache_interval == 2
-    again = stylizer.stylize(photo, **vars(options))
-    assert (_pixels(again) == _pixels(result)).all()
-
-
 def test_cache_interval_without_split_graphs_says_what_adds_them(bundle_path: Path, photo: np.ndarray) -> None:
     words = f"cache_interval needs; .* lsast-export parts {bundle_path}"
     with lsast.load(bundle_path, threads=1) as without, pytest.raises(BundleError, match=words):
         without.stylize(photo, cache_interval=2)
-
-
-def test_cached_denoiser_after_an_interrupted_run_keeps_nothing_of_it(stylizer: Stylizer, photo: np.ndarray) -> None:
-    first = _pixels(stylizer.stylize(photo, cache_interval=2))
-
-    def stop(step: int, total: int, preview: Any) -> None:
-        if step == 2:
-            raise RuntimeError("enough")
-
-    with pytest.raises(RuntimeError, match="enough"):
-        stylizer.stylize(photo, cache_interval=2, seed=4, on_step=stop)
-    assert (_pixels(stylizer.stylize(photo, cache_interval=2)) == first).all()
 
 
 def test_load_with_a_preset_opens_its_graphs_and_reports_it(parted_path: Path, photo: np.ndarray) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,17 +11,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from click.testing import CliRunner
 from onnx import numpy_helper
-from PIL import Image
 
 import lsast
 from lsast import BundleError, Stylizer
-from lsast.cli.main import main
-from lsast.images.metadata import read_record
 from lsast.sessions.engine_pool import EngineFactory
 from lsast.stylizer import first_graphs
-from lsast_engines.backends.base import Engine
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import VAE_DECODER_TINY, tiny_decoder_spec
 
@@ -73,12 +67,6 @@ def test_small_decoder_is_opened_and_used_when_asked_for(stylizer: Stylizer, pho
     assert (_pixels(stylizer.stylize(photo, seed=3)) == _pixels(full)).all()
 
 
-def test_small_decoder_decodes_tiles(stylizer: Stylizer, photo: np.ndarray) -> None:
-    large = np.tile(photo, (4, 3, 1))[:330, :400]
-    full, small = (stylizer.stylize(large, size=0, tile=128, decoder=which) for which in ("full", "small"))
-    assert (_pixels(small) == _swapped(full)).all()
-
-
 def test_stylize_many_shares_no_batch_between_decoders(stylizer: Stylizer, photo: np.ndarray, runs: list[Any]) -> None:
     rows: list[dict[str, Any]] = [{"decoder": "small"}, {"decoder": "small", "seed": 9}, {}]
     many = list(stylizer.stylize_many([photo] * 3, rows=rows, batch=4))
@@ -107,61 +95,3 @@ def test_first_graphs_are_those_that_the_options_need(small_path: Path, bundle_p
         small = stylizer.stylize(photo, decoder="small")
         assert "vae_decoder" not in stylizer._pool.engines
         assert (_pixels(stylizer.stylize(photo)) == _swapped(small)).all()
-
-
-class Overflowing:
-    """A decoder in fp16 whose values are too large for it."""
-
-    backend, compute_dtype = "onnxruntime", "fp16"
-
-    def __init__(self, engine: Engine) -> None:
-        self.spec, self._engine, self.closed = engine.spec, engine, False
-
-    def __call__(self, feeds: Any) -> dict[str, np.ndarray]:
-        return {"image": np.full_like(self._engine(feeds)["image"], np.inf)}
-
-    def release_memory(self) -> None: ...
-
-    def close(self) -> None:
-        self.closed = True
-
-
-def test_stylize_with_a_small_decoder_that_overflows_decodes_again_in_fp32(small_path: Path, photo: np.ndarray) -> None:
-    low: list[Overflowing] = []
-
-    class Factory(EngineFactory):
-        def __call__(self, name: str, compute_dtype: Any = None) -> Engine:
-            engine = super().__call__(name, compute_dtype)
-            if name == VAE_DECODER_TINY and compute_dtype is None:
-                low.append(Overflowing(engine))
-                return low[-1]  # type: ignore[return-value]
-            return engine
-
-    with Stylizer(Factory(Bundle.open(small_path), "onnxruntime", threads=1)) as stylizer:
-        small = [stylizer.stylize(photo, decoder="small") for _ in range(2)]
-        expected = _swapped(stylizer.stylize(photo))
-    assert all((_pixels(result) == expected).all() for result in small)
-    assert [engine.closed for engine in low] == [True]
-
-
-def test_lsast_run_with_a_small_decoder_reports_and_repeats_it(
-    small_path: Path, photo: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Image.fromarray(photo).save("in.png")
-
-    def run(*arguments: str) -> Any:
-        return CliRunner().invoke(main, [*arguments, "--bundle", str(small_path)])
-
-    painted = run("in.png", "small.png", "--decoder", "small", "--json")
-    assert painted.exit_code == 0, painted.stderr
-    assert json.loads(painted.stdout)["options"]["decoder"] == "small"
-    assert read_record(Path("small.png")).options.decoder == "small"
-    again = run("--from", "small.png", "in.png", "again.png")
-    assert again.exit_code == 0, again.stderr
-    first, second = (np.asarray(Image.open(name)) for name in ("small.png", "again.png"))
-    assert (first == second).all()
-    assert run("in.png", "sheet.png", "--grid", "decoder=full,small").exit_code == 0
-    refused = run("in.png", "out.png", "--decoder", "tiny")
-    assert refused.exit_code == 2
-    assert "decoder: found 'tiny'; expected full or small" in refused.stderr

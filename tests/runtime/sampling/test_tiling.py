@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,12 +30,6 @@ CANVASES = {
     "uneven": ((576, 1216), 320),
     "square": ((1024, 1024), 256),
 }
-
-
-@pytest.fixture(scope="module")
-def stylizer(bundle_path: Path) -> Iterator[Stylizer]:
-    with lsast.load(bundle_path) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ one."""
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -123,16 +122,6 @@ def test_build_engines_for_a_backend_without_engines_raises(tmp_path: Path, bund
     result = CliRunner().invoke(main, [*arguments, "--backend", backend, "--build"])
     assert result.exit_code == 2
     assert "expected tensorrt or tensorrt-rtx" in result.stderr
-
-
-def test_load_builds_engines_only_when_asked(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A missing engine without it is an error that names the command, and no process is started."""
-    started: list[Any] = []
-    monkeypatch.setattr(subprocess, "run", lambda *command, **_: started.append(command))
-    path, spec = bundle.graph_path("controlnet_cond"), bundle.manifest.graphs["controlnet_cond"]
-    with pytest.raises(BackendError, match=r"compile with: lsast-export compile .*, or let lsast-run do so: --build"):
-        find_engine(path, spec, "tensorrt-rtx", "1.7.1", "fp16", GPU)
-    assert started == []
 
 
 @pytest.mark.needs("tensorrt_rtx", "onnx_ir")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,6 @@ from PIL import Image
 import lsast
 from lsast import CancelledError, CancelToken, Stylizer, UsageError
 from lsast_engines.bundle.bundle import EMBEDDED
-
-
-@pytest.fixture(scope="module")
-def stylizer(bundle_path: Path) -> Iterator[Stylizer]:
-    with lsast.load(bundle_path) as opened:
-        yield opened
 
 
 def test_cancel_token_stops_before_the_next_step(stylizer: Stylizer, photo: np.ndarray) -> None:

@@ -25,10 +25,6 @@ from lsast_engines.bundle.bundle import Bundle
 MIXES = ["vangogh", "monet", "vangogh:0.6+monet:0.4", "monet@up+vangogh@0-4", "vangogh@down"]
 
 
-def _pixels(result: lsast.Result) -> np.ndarray:
-    return np.asarray(result.image)
-
-
 @pytest.mark.parametrize("backend", sorted(available_backends()))
 def test_stylize_in_eight_threads_gives_the_serial_bytes(
     bundle_path: Path, photo: np.ndarray, backend: str, monkeypatch: pytest.MonkeyPatch
@@ -48,13 +44,13 @@ def test_stylize_in_eight_threads_gives_the_serial_bytes(
         for i in range(24)
     ]
     with lsast.load(bundle_path, backend=backend) as alone:
-        expected = [_pixels(alone.stylize(photo, **job)) for job in jobs]
+        expected = [np.asarray(alone.stylize(photo, **job)) for job in jobs]
     opened.clear()
     barrier = threading.Barrier(8)
 
     def work(lane: int) -> list[np.ndarray]:
         barrier.wait()
-        return [_pixels(shared.stylize(photo, **job)) for job in jobs[lane::8]]
+        return [np.asarray(shared.stylize(photo, **job)) for job in jobs[lane::8]]
 
     with lsast.load(bundle_path, backend=backend) as shared, ThreadPoolExecutor(8) as pool:
         lanes = list(pool.map(work, range(8)))
@@ -123,7 +119,7 @@ def test_stylizer_in_a_spawned_process_opens_the_bundle_again(
     bundle_path: Path, photo: np.ndarray, tmp_path: Path
 ) -> None:
     with lsast.load(bundle_path, threads=1) as stylizer:
-        expected = _pixels(stylizer.stylize(photo, style="monet", seed=5))
+        expected = np.asarray(stylizer.stylize(photo, style="monet", seed=5))
         # Spawned processes import what they unpickle: this module is not on their path, so the call is made by name.
         script = tmp_path / "elsewhere.py"
         script.write_text("def paint(stylizer, photo):\n    return stylizer.stylize(photo, style='monet', seed=5)\n")
@@ -135,7 +131,7 @@ def test_stylizer_in_a_spawned_process_opens_the_bundle_again(
                 result = pool.apply(elsewhere.paint, (stylizer, photo))
         finally:
             sys.path.remove(str(tmp_path))
-    np.testing.assert_array_equal(_pixels(result), expected)
+    np.testing.assert_array_equal(np.asarray(result), expected)
     assert isinstance(result, lsast.Result)
 
 
@@ -169,7 +165,7 @@ def test_style_memory_changes_memory_and_no_picture(bundle_path: Path, photo: np
     def run(stylizer: Stylizer) -> str:
         digest = hashlib.sha256()
         for style in (*MIXES, *MIXES):
-            digest.update(_pixels(stylizer.stylize(photo, style, strength=0.5)).data)
+            digest.update(np.asarray(stylizer.stylize(photo, style, strength=0.5)).data)
         return digest.hexdigest()
 
     with lsast.load(bundle_path, style_memory=5 * STAGE_BYTES) as poor, lsast.load(bundle_path) as rich:

@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
-import lsast
 from lsast import Stylizer
 from lsast.sampling.x0_blend import X0Blend
 from lsast.video.optical_flow import Motion, TemporalOptions, TemporalState, warped
@@ -17,12 +14,6 @@ from lsast_engines.diffusion.solvers import TimestepSchedule, make_solver
 
 SHIFT = (3.0, -2.0)
 """How far the surface of every pixel of a moved picture was to the right and down, one frame earlier."""
-
-
-@pytest.fixture(scope="module")
-def stylizer(bundle_path: Path) -> Iterator[Stylizer]:
-    with lsast.load(bundle_path) as opened:
-        yield opened
 
 
 def _texture(height: int, width: int) -> np.ndarray:

@@ -6,7 +6,6 @@ import errno
 import itertools
 import os
 import shutil
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,6 @@ from lsast.video.transcode import check_video, paint_video
 from .test_transcode import QUICK, read, write_clip
 
 av = pytest.importorskip("av", reason="needs the extra [video]")
-
-
-@pytest.fixture(scope="module")
-def stylizer(bundle_path: Path) -> Iterator[Stylizer]:
-    with lsast.load(bundle_path) as opened:
-        yield opened
 
 
 def pixels_of(path: Path) -> list[np.ndarray]:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-import lsast
 from lsast import PictureError, Stylizer, UsageError
 from lsast.cli.main import main
 from lsast.video.source import open_source
@@ -36,12 +34,6 @@ SEGMENT = 6
 @pytest.fixture(autouse=True)
 def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lsast.video.transcode.SEGMENT", SEGMENT)
-
-
-@pytest.fixture(scope="module")
-def stylizer(bundle_path: Path) -> Iterator[Stylizer]:
-    with lsast.load(bundle_path) as opened:
-        yield opened
 
 
 def write_clip(
@@ -135,26 +127,6 @@ def test_paint_video_gives_the_same_in_every_format(
     # Matroska counts in milliseconds, and from the sound's lead-in on.
     assert [float(t - times[0]) for t in times] == pytest.approx([float(t) for t in read(source)[1]], abs=1.1e-3)
     assert sound == read(source)[2]
-
-
-def test_paint_video_of_silent_and_rotated_clips(stylizer: Stylizer, photo: np.ndarray, tmp_path: Path) -> None:
-    upright, turned = tmp_path / "upright.mp4", tmp_path / "turned.mov"
-    write_clip(upright, photo, 2, sound=None)
-    write_clip(turned, photo, 2, sound=None, display=(90, False, False))
-    for source in (upright, turned):
-        paint_video(source, source.with_name("out.mp4"), stylizer, QUICK)
-        frames, _, sound = read(source.with_name("out.mp4"))
-        assert sound == []
-        if source is turned:
-            with av.open(str(source)) as container:
-                turn = next(container.decode(video=0)).rotation
-            assert turn == 90
-            plain = [np.rot90(frame) for frame in read(source)[0]]
-        else:
-            plain = read(source)[0]
-        painting = np.asarray(next(stylizer.stylize_frames(plain, **QUICK)).image)
-        assert frames[0].shape == painting.shape
-        assert np.abs(frames[0].astype(int) - painting).mean() < 4
 
 
 def test_paint_video_after_a_stop_continues_to_the_same_video(
