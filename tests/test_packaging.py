@@ -18,7 +18,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-ROOMS = {
+PACKAGES = {
     "engines": "lsast_engines",
     "eval": "lsast_eval",
     "export": "lsast_export",
@@ -37,7 +37,7 @@ def _names(requirements: list[str]) -> set[str]:
     return {re.match(r"[A-Za-z0-9._-]+", requirement).group().lower() for requirement in requirements}  # type: ignore[union-attr]
 
 
-def test_the_base_install_is_the_runtimes_whole_footprint(project: dict[str, Any]) -> None:
+def test_base_install_is_all_that_the_runtime_needs(project: dict[str, Any]) -> None:
     assert _names(project["project"]["dependencies"]) == {
         "click", "numpy", "opencv-python-headless", "pillow", "safetensors", "tqdm",
     }  # fmt: skip
@@ -62,7 +62,7 @@ def test_torch_is_only_where_it_is_asked_for(project: dict[str, Any]) -> None:
 
 
 def test_the_errors_name_extras_that_there_are(project: dict[str, Any]) -> None:
-    sources = [path for room, package in ROOMS.items() for path in (ROOT / room / package).rglob("*.py")]
+    sources = [path for folder, package in PACKAGES.items() for path in (ROOT / folder / package).rglob("*.py")]
     calls = [
         re.findall(r"MissingExtraError\([^,)]+,\s*\"(\w+)\"", path.read_text(encoding="utf-8")) for path in sources
     ]
@@ -78,15 +78,10 @@ def test_there_is_one_version(project: dict[str, Any]) -> None:
     assert cited == [lsast.__version__]
 
 
-def test_every_room_is_packaged_and_typed(project: dict[str, Any]) -> None:
-    folders = [f"{room}/{package}" for room, package in ROOMS.items()]
+def test_every_package_is_packaged_and_typed(project: dict[str, Any]) -> None:
+    folders = [f"{folder}/{package}" for folder, package in PACKAGES.items()]
     assert project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == folders
-    assert project["tool"]["pytest"]["ini_options"]["pythonpath"] == [
-        *ROOMS,
-        ".",
-        "tests/fakes",
-        "tests/oracles",
-    ]
+    assert project["tool"]["pytest"]["ini_options"]["pythonpath"] == [*PACKAGES, ".", "tests/fakes", "tests/oracles"]
     for folder in folders:
         assert (ROOT / folder / "py.typed").is_file()
         assert (ROOT / folder / "__init__.py").is_file()
@@ -94,12 +89,12 @@ def test_every_room_is_packaged_and_typed(project: dict[str, Any]) -> None:
 
 def test_every_script_has_its_module(project: dict[str, Any]) -> None:
     scripts = project["project"]["scripts"]
-    assert scripts.keys() == {"lsast-run", "lsast-serve", "lsast-train", "lsast-export", "lsast-eval"}
+    assert scripts.keys() == {"lsast", "lsast-run", "lsast-serve", "lsast-train", "lsast-export", "lsast-eval"}
     for target in scripts.values():
         module, _, function = target.partition(":")
         package, *path = module.split(".")
-        (room,) = [room for room, held in ROOMS.items() if held == package]
-        source = (ROOT.joinpath(room, package, *path).with_suffix(".py")).read_text(encoding="utf-8")
+        (folder,) = [folder for folder, held in PACKAGES.items() if held == package]
+        source = (ROOT.joinpath(folder, package, *path).with_suffix(".py")).read_text(encoding="utf-8")
         assert re.search(rf"\b{function}\b", source), f"{target} is not in {module}"
 
 
