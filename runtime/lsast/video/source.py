@@ -236,8 +236,8 @@ def _orientation(frame: VideoFrame) -> tuple[bool, tuple[slice, slice]]:
     return quarter_turn, (slice(None, None, -1 if down < 0 else 1), slice(None, None, -1 if right < 0 else 1))
 
 
-def _rgb(frame: VideoFrame, reformatter: Any) -> Pixels:
-    """The frame as it is displayed, [H, W, 3] or, with opacity, [H, W, 4]; the `VideoReformatter` keeps its tables."""
+def _rgb(frame: VideoFrame, reformatter: Any = None) -> Pixels:
+    """The frame as it is displayed, [H, W, 3] or, with opacity, [H, W, 4]; a `VideoReformatter` spares its tables."""
     # By convention of all players untagged high definition is BT.709; the converter takes it for BT.601.
     colorspace = "itu709" if frame.colorspace == _UNSPECIFIED and frame.height >= 720 else None
     output: dict[str, Any] = {}
@@ -252,6 +252,7 @@ def _rgb(frame: VideoFrame, reformatter: Any) -> Pixels:
             frame.colorspace = _BT2020
         colorspace = None
     form = "rgba" if any(component.is_alpha for component in frame.format.components) else "rgb24"
+    reformatter = reformatter or pyav().video.reformatter.VideoReformatter()
     pixels = reformatter.reformat(frame, format=form, src_colorspace=colorspace, **output).to_ndarray()
     quarter_turn, flips = _orientation(frame)
     return np.ascontiguousarray((pixels.transpose(1, 0, 2) if quarter_turn else pixels)[flips], dtype=np.uint8)
