@@ -19,19 +19,26 @@ from .weights import Weights, read_tensors
 
 _EMA = "model_ema.diffusion_model"
 
-_KINDS = {
-    r"(^|[._])lora([._]|$)|\.(hada_w1_|lokr_w1|oft_|dora_scale)": "a LoRA, which changes a base but is none,",
+_OTHER_BASES = {
     r"^(conditioner\.embedders\.|model\.diffusion_model\.label_emb\.)": "Stable Diffusion XL",
     r"^cond_stage_model\.model\.": "Stable Diffusion 2 (an OpenCLIP text encoder)",
     r"(joint|double)_blocks\.": "a diffusion transformer (Stable Diffusion 3, Flux)",
-    r"\.cond_proj\.": "a latent consistency model (LCM), whose U-Net takes the guidance scale,",
+    r"\.time_embed\.cond_proj\.": "a latent consistency model (LCM), whose U-Net takes the guidance scale,",
+}
+"""Other bases by a pattern in the names of their tensors."""
+
+_NO_BASES = {
+    r"(^|[._])lora([._]|$)|\.(hada_w1_|lokr_w1|oft_|dora_scale)": "a LoRA, which changes a base but is none,",
     r"motion_modules\.": "an AnimateDiff motion module",
     r"^(image_proj|ip_adapter)\.": "an IP-Adapter",
     r"^(adapter\.)?body\.\d+\.": "a T2I-Adapter",
     r"^lllite_": "a ControlNet-LLLite",
     r"^(emb_params|clip_[lg]|string_to_param)$": "a textual inversion",
+    r"^((control_model\.)?input_hint_block|controlnet_cond_embedding)\.": "a ControlNet alone (take --controlnet)",
+    r"^(first_stage_model\.)?(encoder|decoder)\.(conv_in|down|mid)": "an autoencoder alone (take --vae)",
+    r"^(down_blocks|up_blocks|conv_in)\.": "a network in diffusers' naming (name the folder of its model)",
 }
-"""Other models by a pattern in the names of their tensors."""
+"""What else a file may hold, by such a pattern."""
 
 
 def read_single_file(path: Path, wanted: UnetWeights, own: Sequence[Part], found: BaseInspection) -> None:
@@ -68,6 +75,8 @@ def read_vae_file(path: Path) -> Weights:
     state = read_tensors(path)
     if "encoder.conv_norm_out.weight" in state:
         return diffusers_weights("AutoencoderKL", state, vae_config(state))
+    if "encoder.conv_in.weight" not in compvis.section(state, compvis.VAE):
+        raise TrainingError(f"found {describe_unsupported(state) or 'no autoencoder'} in {path.name}; expected one")
     return compvis.vae_weights(state)
 
 
@@ -145,19 +154,8 @@ def _pick(path: Path, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
 def describe_unsupported(keys: Iterable[str]) -> str | None:
     """What a file with these keys holds if it is no Stable Diffusion 1.x in CompVis naming; None if it is one."""
     names = list(keys)
-
-    def some(pattern: str) -> bool:
-        return any(re.search(pattern, name) for name in names)
-
-    for pattern, kind in _KINDS.items():
-        if some(pattern):
+    there = any(name.startswith(compvis.UNET) for name in names)
+    for pattern, kind in (_OTHER_BASES if there else _OTHER_BASES | _NO_BASES).items():
+        if any(re.search(pattern, name) for name in names):
             return kind
-    if some(r"^model\.diffusion_model\."):
-        return None
-    if some(r"^(control_model\.)?input_hint_block\.|^controlnet_cond_embedding\."):
-        return "a ControlNet alone (name it with --controlnet)"
-    if some(r"^(first_stage_model\.)?(encoder|decoder)\.(conv_in|down|mid)"):
-        return "an autoencoder alone (name it with --vae)"
-    if some(r"^(down_blocks|up_blocks|conv_in)\."):
-        return "a network in diffusers' naming (name the folder of its model)"
-    return f"{len(names)} tensors of an unknown kind, such as {', '.join(names[:3])},"
+    return None if there else f"{len(names)} tensors of an unknown kind, such as {', '.join(names[:3])},"

@@ -63,7 +63,7 @@ def is_importable(name: str | Path) -> bool:
     path = Path(name).expanduser()
     if path.is_dir():
         return (path / "model_index.json").is_file() or (path / "unet" / "config.json").is_file()
-    return path.suffix.lower() in _SINGLE_FILES or is_hub_id(str(name))
+    return _is_file(path) or is_hub_id(str(name))
 
 
 def import_base(source: BaseSource) -> BaseInspection:
@@ -107,7 +107,7 @@ def import_base(source: BaseSource) -> BaseInspection:
 
 
 def _is_file(path: Path) -> bool:
-    return path.suffix.lower() in _SINGLE_FILES and not path.is_dir()
+    return path.is_file() or (path.suffix.lower() in _SINGLE_FILES and not path.is_dir())
 
 
 def _repository(name: str | Path, source: BaseSource, key: str, found: BaseInspection) -> Repository:
