@@ -158,13 +158,13 @@ class Request:
 
         with self.timer("finish"):
             rgb = self._canvas.crop(painted)
-            if self.options.keep_colour or self.mask is not None:
-                reference = self._canvas.output_reference(self._rgb)
-                rgb = keep_colour(rgb, reference) if self.options.keep_colour else rgb
-                mask = self._canvas.output_alpha(self.mask)
-                rgb = rgb if mask is None else composite(rgb, reference, mask)
-            alpha = self._canvas.output_alpha(self.source.alpha if self.options.alpha == "keep" else None)
-            image = Image.fromarray(rgb if alpha is None else np.dstack([rgb, alpha]))
+            if self.options.keep_colour:
+                rgb = keep_colour(rgb, self._canvas.to_output(self._rgb))
+            if self.mask is not None:
+                rgb = composite(rgb, self._canvas.to_output(self._rgb), self._canvas.to_output(self.mask))
+            if self.source.alpha is not None and self.options.alpha == "keep":
+                rgb = np.dstack([rgb, self._canvas.to_output(self.source.alpha)])
+            image = Image.fromarray(rgb)
             if self.source.icc:
                 image.info["icc_profile"] = self.source.icc
         return image

@@ -57,13 +57,9 @@ class Canvas:
         padded = self.pad(rgb)
         return padded, padded
 
-    def output_alpha(self, alpha: Pixels | None) -> Pixels | None:
-        """The opacity [*own] of the output, given the picture's; None is opaque."""
-        return alpha
-
-    def output_reference(self, rgb: Pixels) -> Pixels:
-        """The picture in the size of the output: itself."""
-        return rgb
+    def to_output(self, plane: Pixels) -> Pixels:
+        """The picture, its opacity or its mask in the size of the output: itself."""
+        return plane
 
     @property
     def output_size(self) -> tuple[int, int]:
@@ -109,15 +105,11 @@ class StretchCanvas:
         """
         cv2 = import_opencv()
         bgr = cv2.resize(np.ascontiguousarray(rgb[..., ::-1]), (self.side, self.side))
-        return self.output_reference(rgb), np.asarray(bgr, dtype=np.uint8)
+        return self.to_output(rgb), np.asarray(bgr, dtype=np.uint8)
 
-    def output_alpha(self, alpha: Pixels | None) -> Pixels | None:
-        """The opacity [side, side] of the output, given the picture's; None is opaque."""
-        return None if alpha is None else _resize(alpha, (self.side, self.side))
-
-    def output_reference(self, rgb: Pixels) -> Pixels:
-        """The picture in the size of the output: stretched, [side, side, 3]."""
-        return _resize(rgb, (self.side, self.side))
+    def to_output(self, plane: Pixels) -> Pixels:
+        """The picture, its opacity or its mask in the size of the output: stretched, [side, side] or [side, side, 3]."""
+        return _resize(plane, (self.side, self.side))
 
     @property
     def output_size(self) -> tuple[int, int]:

@@ -90,10 +90,9 @@ def test_stretch_canvas_resamples_as_the_released_code(own: tuple[int, int]) -> 
 def test_stretch_canvas_has_a_legal_side_and_stretches_opacity() -> None:
     assert [StretchCanvas.fit(size, 64).side for size in (64, 65, 500, 512)] == [64, 128, 512, 512]
     canvas = StretchCanvas.fit(64, 64)
-    assert canvas.output_alpha(None) is None
     alpha = np.tile(np.linspace(0, 255, 100).astype(np.uint8), (30, 1))
     stretched = Image.fromarray(alpha).resize((64, 64), Image.Resampling.LANCZOS)
-    np.testing.assert_array_equal(canvas.output_alpha(alpha), stretched)
+    np.testing.assert_array_equal(canvas.to_output(alpha), stretched)
 
 
 def test_canvas_finds_edges_in_what_is_encoded() -> None:
