@@ -12,7 +12,7 @@ import functools
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,13 +145,6 @@ def painting_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def main(
     paths: tuple[str, ...],
     out: str | None,
-    bundle: str | None,
-    backend: str,
-    device: str,
-    threads: int | None,
-    compute_dtype: str,
-    max_megapixels: float | None,
-    build: bool,
     axes: tuple[str, ...],
     origin: str | None,
     overwrite: bool,
@@ -191,7 +184,7 @@ def main(
         elif cache is not None:
             invoke(commands.cache, action=cache)
         else:
-            invoke(commands.styles, bundle=bundle)
+            invoke(commands.styles, bundle=options["bundle"])
         return
     if (origin is not None) + bool(axes) + watch > 1:
         fail("found more than one of --from, --grid and --watch; expected one", USAGE)
@@ -200,10 +193,10 @@ def main(
     sources = paths if out is not None or len(paths) == 1 else paths[:-1]
     if axes and len(sources) > 1:
         fail("found --grid and several pictures; expected: lsast-run IN OUT --grid OPTION=A,B", USAGE)
-    where = {"bundle": bundle, "backend": backend, "device": device, "threads": threads, "build": build,
-             "compute_dtype": compute_dtype, "max_megapixels": max_megapixels}  # fmt: skip
+    where = {name: options.pop(name) for name in SECTIONS["Bundle and backend"]}
     options = {name: value for name, value in options.items() if value is not None}
     from .inputs import Job, default_output, plan_jobs, require_input
+    from .run import paint_several
 
     with log_to_stderr(logging.WARNING):
         if "mask" in options:
@@ -221,7 +214,7 @@ def main(
         else:
             if plan.left_out and not quiet():
                 echo(f"left out, by their suffixes no pictures: {plan.left_out}", err=True)
-            _paint_several(plan.jobs, plan.failures, where, options, overwrite)
+            paint_several(plan.jobs, plan.failures, where, options, overwrite)
 
 
 def _repeat(origin: str, paths: tuple[str, ...], where: dict[str, Any], options: dict[str, Any]) -> None:
@@ -278,56 +271,15 @@ def _paint_one(job: Job, where: dict[str, Any], options: dict[str, Any]) -> None
         print_result(report, str(job.out))
 
 
-def _watch(
-    sources: tuple[str, ...],
-    out: str,
-    where: dict[str, Any],
-    options: dict[str, Any],
-    overwrite: bool,
-) -> None:
+def _watch(sources: tuple[str, ...], out: str, where: dict[str, Any], options: dict[str, Any], overwrite: bool) -> None:
     """Paint the pictures in folders and those that are added, until the keyboard interrupts."""
+    from .run import paint_several
     from .watch import check_watch, watch
 
     check_watch(sources, out)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's script starts commands with & deaf to it
     echo(f"watching {', '.join(sources)}; Ctrl-C ends", err=True)
-    _paint_several(watch(sources, out, overwrite=overwrite), {}, where, options, True)
-
-
-def _paint_several(
-    jobs: Iterable[Job],
-    failures: dict[str, str],
-    where: dict[str, Any],
-    options: dict[str, Any],
-    overwrite: bool,
-) -> None:
-    """Paint one job after another, report each on stdout and summarise on stderr.
-
-    `jobs` is a tuple, or endless for watched folders, which an interrupt ends; `failures` are known before.
-    """
-    from .run import ProgressBars, RunSummary, open_stylizer, paint_all, warn_of_faults
-
-    count = len(jobs) if isinstance(jobs, tuple) else None
-    summary = RunSummary(failures=failures)
-    with contextlib.ExitStack() as stack:
-        if not quiet():
-            stack.callback(lambda: echo(summary.text(), err=True))
-        bars = stack.enter_context(contextlib.closing(ProgressBars(count)))
-
-        def report(facts: dict[str, Any]) -> None:
-            if as_json() or facts["status"] == "painted":
-                with bars.paused():
-                    print_result(facts, facts["out"])
-
-        stylizer = functools.cache(lambda: stack.enter_context(open_stylizer(where, options)))
-        for source, reason in failures.items():
-            report({"status": "failed", "source": source, "out": None, "error": reason})
-        with contextlib.suppress(KeyboardInterrupt) if count is None else contextlib.nullcontext():
-            if isinstance(jobs, tuple):
-                warn_of_faults(jobs, failures, stylizer, options, overwrite=overwrite)
-            paint_all(jobs, stylizer, options, overwrite=overwrite, bars=bars, report=report, summary=summary)
-    if summary.failures:
-        raise click.exceptions.Exit(1)
+    paint_several(watch(sources, out, overwrite=overwrite), {}, where, options, True)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,15 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lsast_engines.cli import describe, is_closed, quiet, write_stdout
+import click
+
+from lsast_engines.cli import as_json, describe, echo, is_closed, print_result, quiet, write_stdout
 from lsast_engines.errors import BundleError, PictureError, StyleError, UsageError
 
 from .inputs import Job, named, require_input
@@ -33,23 +36,6 @@ _SAME_FOR_ALL = (UsageError, StyleError, BundleError)
 """Errors that every other picture would meet as well: they end the run."""
 
 _log = logging.getLogger("lsast.cli")
-
-
-@dataclass
-class RunSummary:
-    """What became of the files of a run."""
-
-    painted: int = 0
-    skipped: int = 0
-    failures: dict[str, str] = field(default_factory=dict)
-    """The reason of each failure, by file name."""
-
-    def text(self) -> str:
-        """One line of counts, then one line for each failure."""
-        counts = f"painted {self.painted}, failed {len(self.failures)}"
-        if self.skipped:
-            counts += f", skipped {self.skipped} that exist (--overwrite paints them again)"
-        return "\n".join([counts, *(f"  - {named(*failure)}" for failure in self.failures.items())])
 
 
 class ProgressBars:
@@ -123,79 +109,80 @@ def open_stylizer(where: dict[str, Any], options: dict[str, Any]) -> Stylizer:
     return load(**where, preset=options.get("preset"))
 
 
-def warn_of_faults(
-    jobs: Iterable[Job],
-    failures: dict[str, str],
-    stylizer: Callable[[], Stylizer],
-    options: dict[str, Any],
-    *,
-    overwrite: bool,
+def paint_several(
+    jobs: Iterable[Job], failures: dict[str, str], where: dict[str, Any], options: dict[str, Any], overwrite: bool
 ) -> None:
-    """Say of each job, before the first picture is read, what can be told of its failure; arguments as of `paint_all`.
+    """Paint one job after another, report each on stdout and summarise on stderr.
 
-    Raises:
-        UsageError, StyleError, BundleError: the options are invalid for all.
-    """
-    for failure in failures.items():
-        _log.warning("cannot paint: %s", named(*failure))
-    for job in jobs:
-        if overwrite or not os.path.exists(str(job.out)):
-            try:
-                check(job, stylizer().resolve(**without_mask(options)))
-            except Exception as error:
-                if isinstance(error, _SAME_FOR_ALL) and not job.is_video:
-                    raise
-                _log.warning("cannot paint: %s", named(str(job.source), describe(error)))
-
-
-def paint_all(
-    jobs: Iterable[Job],
-    stylizer: Callable[[], Stylizer],
-    options: dict[str, Any],
-    *,
-    overwrite: bool,
-    bars: ProgressBars,
-    report: Callable[[Report], None],
-    summary: RunSummary,
-) -> None:
-    """Paint one job after another.
+    What can be told of a failure before the first picture is read is logged then.
 
     Args:
-        jobs: the jobs, which may be endless.
-        stylizer: gives the open stylizer; called before the first file that is painted.
+        jobs: a tuple, or endless for watched folders, which an interrupt ends.
+        failures: what cannot be painted, by the name of its file, and why; those of the jobs are added.
+        where: arguments of `lsast.load`, which is called before the first file that is painted.
         options: keywords of `Stylizer.stylize`.
         overwrite: paint those again whose painting exists.
-        bars: show the progress.
-        report: called for each file with its `status` (painted, skipped, failed), `source` and `out`, and with the
-            facts of `to_report` or the `error`.
-        summary: counts what became of each file.
 
     Raises:
         UsageError, StyleError, BundleError: every other picture would fail with it, too.
+        click.exceptions.Exit: status 1, something failed.
     """
-    for job in jobs:
-        names = {"source": str(job.source), "out": str(job.out)}  # of several jobs, none is a stream
-        if job.out is not None and os.path.exists(job.out) and not overwrite:
-            summary.skipped += 1
-            report({"status": "skipped", **names})
-            bars.file_done()
-            continue
-        painter = stylizer()
-        try:
-            check(job, painter.resolve(**without_mask(options)))
-            facts = paint(job, painter, options, bars)
-        except Exception as error:  # whatever it is, the other files are still painted
-            if isinstance(error, _SAME_FOR_ALL) and not job.is_video:
-                raise
-            _log.debug("%s", job.source, exc_info=True)
-            reason = " ".join(describe(error).split())
-            summary.failures[names["source"]] = reason
-            report({"status": "failed", **names, "error": reason})
-        else:
-            summary.painted += 1
-            summary.failures.pop(names["source"], None)  # a watched file that was mended
-            report({"status": "painted", **names, **facts})
-        bars.file_done()
+    count = len(jobs) if isinstance(jobs, tuple) else None
+    counts: Counter[str] = Counter()
+
+    def summarise() -> None:
+        text = f"painted {counts['painted']}, failed {len(failures)}"
+        if counts["skipped"]:
+            text += f", skipped {counts['skipped']} that exist (--overwrite paints them again)"
+        echo("\n".join([text, *(f"  - {named(*failure)}" for failure in failures.items())]), err=True)
+
+    with contextlib.ExitStack() as stack:
+        if not quiet():
+            stack.callback(summarise)
+        bars = stack.enter_context(contextlib.closing(ProgressBars(count)))
+        stylizer = functools.cache(lambda: stack.enter_context(open_stylizer(where, options)))
+
+        def report(status: str, source: str, out: str | None, **facts: Any) -> None:
+            counts[status] += 1
+            if as_json() or status == "painted":
+                with bars.paused():
+                    print_result({"status": status, "source": source, "out": out, **facts}, out)
+
+        for source, reason in failures.items():
+            report("failed", source, None, error=reason)
+            if count is not None:
+                _log.warning("cannot paint: %s", named(source, reason))
+        for job in jobs if isinstance(jobs, tuple) else ():
+            if overwrite or not os.path.exists(str(job.out)):
+                try:
+                    check(job, stylizer().resolve(**without_mask(options)))
+                except Exception as error:
+                    if isinstance(error, _SAME_FOR_ALL) and not job.is_video:
+                        raise
+                    _log.warning("cannot paint: %s", named(str(job.source), describe(error)))
+        with contextlib.suppress(KeyboardInterrupt) if count is None else contextlib.nullcontext():
+            for job in jobs:
+                source, out = str(job.source), str(job.out)  # of several jobs, none is a stream
+                if os.path.exists(out) and not overwrite:
+                    report("skipped", source, out)
+                    bars.file_done()
+                    continue
+                painter = stylizer()
+                try:
+                    check(job, painter.resolve(**without_mask(options)))
+                    facts = paint(job, painter, options, bars)
+                except Exception as error:  # whatever it is, the other files are still painted
+                    if isinstance(error, _SAME_FOR_ALL) and not job.is_video:
+                        raise
+                    _log.debug("%s", source, exc_info=True)
+                    failures[source] = " ".join(describe(error).split())
+                    report("failed", source, out, error=failures[source])
+                else:
+                    failures.pop(source, None)  # a watched file that was mended
+                    report("painted", source, out, **facts)
+                bars.file_done()
+    if failures:
+        raise click.exceptions.Exit(1)
 
 
 def without_mask(options: dict[str, Any]) -> dict[str, Any]:
