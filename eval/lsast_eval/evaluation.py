@@ -22,7 +22,7 @@ from .metrics.artist_classifier import FOLDS, PHOTOS, ArtistClassifier, Classifi
 from .metrics.content import edge_f1, flat_gradient, resized, shrunk, ssim
 from .metrics.feature_cache import FeatureCache
 from .metrics.fid_kid import fid, kid
-from .metrics.intervals import Score, bootstrap_indices, score_of, wilson
+from .metrics.intervals import Floats, Score, bootstrap_indices, score_of, wilson
 from .options import EvalOptions
 from .report import SMALL_SET, Metric, Report, Row
 
@@ -34,6 +34,18 @@ CONTENTS, WORKS = "(contents)", "(works)"
 
 JUDGES = {"deception": 0, "deception_lite2": 2}
 """The deception scores, and the EfficientNet-Lite that each classifies by; all other metrics use Lite0."""
+
+
+METRICS = (
+    *(Metric(name, "lower", "style") for name in ("fid", "kid", "artfid")),
+    *(Metric(name, "higher", "style") for name in JUDGES),
+    Metric("roughness", "lower", "style"),
+    Metric("lpips", "lower", "content"),
+    Metric("ssim", "higher", "content"),
+    Metric("edge_f1", "higher", "content"),
+    Metric("cfsd", "lower", "content"),
+)
+"""The lines of the table; the deception scores only where artists are given."""
 
 
 def evaluate(
@@ -83,12 +95,12 @@ def evaluate(
     cache = FeatureCache(network, options.cache_folder(), progress=progress)
     paths = {**matches.results, CONTENTS: matches.contents}
 
-    judges: dict[str, _Judge] = {}
+    judges: dict[str, ArtistClassifier] = {}
     if classes is not None:
         scored = {cache.digest(path) for group in paths.values() for path in group}
         for metric, size in JUDGES.items():
             features = cache if size == 0 else FeatureCache(EffNetLite(size), options.cache_folder(), progress=progress)
-            judges[metric] = _Judge(ArtistClassifier.train(classes, artist, scored, features), features)
+            judges[metric] = ArtistClassifier.train(classes, artist, scored, features)
     draws = bootstrap_indices(len(matches.stems), options.bootstrap, options.seed)
     scorer = _Scorer(cache, network.pooled, work_paths, judges, draws, options)
     content_figures = _content_figures(paths, network, options, progress)
@@ -121,34 +133,14 @@ def evaluate(
         )
         for index, content in enumerate(matches.contents)
     )
-    qualities = {metric: judge.classifier.quality for metric, judge in judges.items()}
+    qualities = {metric: judge.quality for metric, judge in judges.items()}
     notes = _notes(len(matches.stems), len(work_paths), artist, qualities) + list(matches.notes)
     known = {cache.digest(path) for path in work_paths}
     for name, group in matches.results.items():
         if copies := sum(cache.digest(path) in known for path in group):
             notes.append(f"{name}: {copies} results are works themselves, file for file; its FID and KID flatter it")
-    return Report(artist, len(work_paths), _metrics(judges), tuple(rows), qualities, tuple(notes), options, files)
-
-
-def _metrics(judges: Collection[str]) -> tuple[Metric, ...]:
-    style = [Metric(name, "lower", "style") for name in ("fid", "kid", "artfid")]
-    style += [Metric(name, "higher", "style") for name in judges]
-    style += [Metric("roughness", "lower", "style")]
-    content = [Metric("lpips", "lower", "content"), Metric("ssim", "higher", "content")]
-    content += [Metric("edge_f1", "higher", "content"), Metric("cfsd", "lower", "content")]
-    return (*style, *content)
-
-
-@dataclass(frozen=True)
-class _Judge:
-    """A classifier of artists, and the features that it reads."""
-
-    classifier: ArtistClassifier
-    features: FeatureCache
-
-    def classes_of(self, paths: Sequence[Path]) -> list[str]:
-        """The predicted class of each picture."""
-        return self.classifier.classes_of(self.features.vectors(paths))
+    metrics = tuple(metric for metric in METRICS if metric.name in judges or metric.name not in JUDGES)
+    return Report(artist, len(work_paths), metrics, tuple(rows), qualities, tuple(notes), options, files)
 
 
 @dataclass(frozen=True)
@@ -158,7 +150,7 @@ class _Scorer:
     store: FeatureCache
     pooled: slice
     works: Sequence[Path]
-    judges: Mapping[str, _Judge]
+    judges: Mapping[str, ArtistClassifier]
     draws: npt.NDArray[np.int64]
     options: EvalOptions
 
@@ -174,17 +166,12 @@ class _Scorer:
         self, paths: Sequence[Path], lpips: npt.NDArray[np.float64], taken: Mapping[str, Sequence[str]]
     ) -> dict[str, Score]:
         """FID, KID, ArtFID, the deception scores and the roughness of one method."""
-        vectors, works = self._pooled(paths), self._pooled(self.works)
-        distance = score_of(*fid(vectors, works, self.draws))
-        replicates = (1 + lpips[self.draws].mean(1)) * (1 + distance.replicates)
-        scores = {
-            "fid": distance,
-            "kid": score_of(*kid(vectors, works, self.draws)),
-            # Wright and Ommer 2022, eq. 9.
-            "artfid": score_of((1 + lpips.mean()) * (1 + distance.value), replicates),
-        }
+        scores = _distances(self._pooled(paths), self._pooled(self.works), self.draws)
+        replicates = (1 + lpips[self.draws].mean(1)) * (1 + scores["fid"].replicates)
+        # Wright and Ommer 2022, eq. 9.
+        scores["artfid"] = score_of((1 + lpips.mean()) * (1 + scores["fid"].value), replicates)
         for metric, names in taken.items():
-            hits = np.array([name == self.judges[metric].classifier.artist for name in names], dtype=np.float64)
+            hits = np.array([name == self.judges[metric].artist for name in names], dtype=np.float64)
             low, high = wilson(float(hits.sum()), len(hits))
             scores[metric] = Score(float(hits.mean()), low, high, hits[self.draws].mean(1))
         rough = np.array([flat_gradient(read_on_white(path)) for path in paths]) / self.roughness.mean()
@@ -198,20 +185,21 @@ class _Scorer:
             return None
         order = np.random.default_rng(self.options.seed).permutation(len(self.works))
         vectors = self._pooled(self.works)
-        one, others = vectors[order[:count]], vectors[order[count:]]
         draws = bootstrap_indices(count, self.options.bootstrap, self.options.seed)
-        scores = {
-            "fid": score_of(*fid(one, others, draws)),
-            "kid": score_of(*kid(one, others, draws)),
-        }
+        scores = _distances(vectors[order[:count]], vectors[order[count:]], draws)
         for metric, judge in self.judges.items():
-            quality = judge.classifier.quality
-            total = quality.classes[judge.classifier.artist]
+            quality = judge.quality
+            total = quality.classes[judge.artist]
             low, high = wilson(quality.recall * total, total)
             scores[metric] = Score(quality.recall, low, high, np.full(len(draws), quality.recall))
         rough = self.roughness[order[:count]] / self.roughness.mean()
         scores["roughness"] = score_of(rough.mean(), rough[draws].mean(1))
         return Row(WORKS, count, scores)
+
+
+def _distances(vectors: Floats, works: Floats, draws: npt.NDArray[np.int64]) -> dict[str, Score]:
+    """FID and KID of vectors [N, D] to those of works."""
+    return {"fid": score_of(*fid(vectors, works, draws)), "kid": score_of(*kid(vectors, works, draws))}
 
 
 def _content_figures(

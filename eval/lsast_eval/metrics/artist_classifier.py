@@ -57,6 +57,8 @@ class ArtistClassifier:
     """The classes, in the order of the probe's."""
     probe: LinearProbe
     quality: ClassifierQuality
+    cache: FeatureCache
+    """Gives the vectors of pictures."""
 
     @classmethod
     def train(
@@ -105,11 +107,11 @@ class ArtistClassifier:
             if index != target
         }
         quality = ClassifierQuality(counts, float(right.mean()), float(np.mean(recalls)), recalls[target], alarms)
-        return cls(artist, names, LinearProbe.fit(vectors, labels, len(names), _L2), quality)
+        return cls(artist, names, LinearProbe.fit(vectors, labels, len(names), _L2), quality, cache)
 
-    def classes_of(self, vectors: Vectors) -> list[str]:
-        """The predicted class of each vector [N, D]."""
-        return [self.names[index] for index in self.probe.predict(vectors)]
+    def classes_of(self, paths: Sequence[Path]) -> list[str]:
+        """The predicted class of each picture."""
+        return [self.names[index] for index in self.probe.predict(self.cache.vectors(paths))]
 
 
 @dataclass(frozen=True)
