@@ -3,19 +3,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import signal
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from lsast_engines.errors import TrainingError, UsageError
+from lsast_engines.errors import TrainingError
 from lsast_train import inversion
 from lsast_train.base.attention import layer_contexts
 from lsast_train.base.base import Base
@@ -35,21 +31,8 @@ def _weights(base: Base) -> dict[str, str]:
     }
 
 
-def _interrupt_at(step: int) -> Callable[[int, float], None]:
-    def on_step(now: int, _: float) -> None:
-        if now == step:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    return on_step
-
-
 def _schedule() -> Any:
     return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-
-
-def _alphas() -> torch.Tensor:
-    alphas: torch.Tensor = _schedule().alphas_cumprod
-    return alphas
 
 
 @pytest.mark.parametrize(
@@ -177,20 +160,6 @@ def test_loss_with_weighting_v_is_the_error_of_v(
     torch.testing.assert_close(loss, error * min(1, limit), rtol=1e-4, atol=1e-6)
 
 
-def test_loss_of_other_steps_and_processes_differs(
-    base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path
-) -> None:
-    run = Inversion(base, collection, brief, "red", tmp_path)
-    losses = {run.loss(step, process).item() for step in range(3) for process in range(3)}
-    assert len(losses) == 9
-    assert run.loss(1, 2).item() in losses
-
-
-def _stub_base(eps: Callable[..., torch.Tensor]) -> Any:
-    config = SimpleNamespace(noise=SimpleNamespace(train_steps=1000))
-    return SimpleNamespace(eps=eps, add_noise=_schedule().add_noise, config=config)
-
-
 def test_inversion_keeps_the_prompts_of_the_best_evaluation(
     base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,15 +206,6 @@ def test_inversion_with_a_nan_loss_raises(
     torch.nn.init.constant_(base.unet.conv_out.weight, float("nan"))
     with pytest.raises(TrainingError, match=r"loss of step 0 is nan; lower --lr"):
         Inversion(base, collection, brief, "red", tmp_path).run()
-
-
-def test_inversion_with_invalid_name_and_size_reports_both(
-    base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path
-) -> None:
-    with pytest.raises(UsageError) as caught:
-        Inversion(base, collection, replace(brief, size=100), "../red", tmp_path)
-    assert "multiple of 64" in str(caught.value)
-    assert "'../red'" in str(caught.value)
 
 
 @pytest.mark.parametrize(("steps", "views"), [(1, 2), (100, 8)])

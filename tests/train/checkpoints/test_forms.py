@@ -84,7 +84,8 @@ def _same_as_diffusers(published: Any, found: LazyBase, part: str, file: Path) -
 def test_controlnet_file_gives_what_diffusers_converter_gives(published: Any, tmp_path: Path) -> None:
     bare = {key.removeprefix("control_model."): v for key, v in load_file(published.controlnet_file).items()}
     torch.save(bare, tmp_path / "bare.pth")
-    for file in (published.controlnet_file, tmp_path / "bare.pth"):
+    save_file(published.networks["controlnet"].state_dict(), tmp_path / "diffusers.safetensors")
+    for file in (published.controlnet_file, tmp_path / "bare.pth", tmp_path / "diffusers.safetensors"):
         found = open_base(published.source(controlnet=file))
         copied = tmp_path / f"copy{file.suffix}"
         copied.write_bytes(file.read_bytes())
@@ -110,14 +111,11 @@ def test_vae_option_replaces_the_autoencoder_or_adds_the_missing_one(published: 
         assert published.same(found.load("autoencoder"), other)
 
 
-def test_control_lora_is_refused_by_name(published: Any, tmp_path: Path) -> None:
-    file = tmp_path / "control-lora-canny.safetensors"
-    low_rank = {
-        "control_model.time_embed.0.up": torch.zeros(4, 2),
-        "control_model.time_embed.0.down": torch.zeros(2, 4),
-    }
-    save_file({**load_file(published.controlnet_file), **low_rank, "lora_controlnet": torch.zeros(())}, file)
-    with pytest.raises(TrainingError, match="controlnet: found a Control-LoRA"):
+@pytest.mark.parametrize(("key", "kind"), [("difference", "differences"), ("lora_controlnet", "a Control-LoRA")])
+def test_controlnet_of_differences_is_refused_by_name(published: Any, tmp_path: Path, key: str, kind: str) -> None:
+    file = tmp_path / "difference.safetensors"
+    save_file({**load_file(published.controlnet_file), key: torch.zeros(())}, file)
+    with pytest.raises(TrainingError, match=f"controlnet: found {kind}"):
         open_base(published.source(controlnet=file))
 
 

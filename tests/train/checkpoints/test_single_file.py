@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from lsast_engines.errors import TrainingError
 from lsast_train.base.lazy_base import load_base, open_base
-from lsast_train.checkpoints.source import BaseSource
 
 NETWORKS = ("unet", "controlnet", "autoencoder", "text_encoder")
 
@@ -70,31 +69,6 @@ def test_unet_weights_of_one_set_or_with_missing_ema_tensors_are_refused(publish
     save_file(broken, tmp_path / "broken.safetensors")
     with pytest.raises(TrainingError, match=r"without 1 of \d+ tensors.*\n.*modelout2bias"):
         open_base(published.source(base=tmp_path / "broken.safetensors"))
-
-
-@pytest.mark.parametrize("ending", ["ckpt", "pth"])
-def test_pickled_base_and_controlnet_give_the_same_networks(published: Any, tmp_path: Path, ending: str) -> None:
-    base, control = tmp_path / f"tiny.{ending}", tmp_path / f"control.{ending}"
-    torch.save({"epoch": 3, "state_dict": {k: v.half() for k, v in published.all_tensors.items()}}, base)
-    torch.save(load_file(published.controlnet_file), control)
-    parts = open_base(BaseSource(base, control))
-    assert published.same(parts.load("controlnet"), published.networks["controlnet"])
-    halved = parts.load("unet").state_dict()
-    assert all(torch.equal(halved[k], v.half().float()) for k, v in published.networks["ema"].state_dict().items())
-
-
-def test_controlnet_file_in_diffusers_naming_is_read(published: Any, tmp_path: Path) -> None:
-    file = tmp_path / "canny.safetensors"
-    save_file(published.networks["controlnet"].state_dict(), file)
-    parts = open_base(published.source(controlnet=file))
-    assert published.same(parts.load("controlnet"), published.networks["controlnet"])
-
-
-def test_controlnet_of_differences_is_refused(published: Any, tmp_path: Path) -> None:
-    file = tmp_path / "diff.safetensors"
-    save_file({**load_file(published.controlnet_file), "difference": torch.ones(())}, file)
-    with pytest.raises(TrainingError, match="controlnet: found differences to a U-Net"):
-        open_base(published.source(controlnet=file))
 
 
 def test_single_file_with_its_own_controlnet_needs_no_other(published: Any, tmp_path: Path) -> None:

@@ -136,33 +136,6 @@ def test_train_command_that_fails_prints_one_line_and_exits_with_1(
     assert _errors(err) == [f"Error: found no folder {tmp_path / 'nowhere'}; expected a folder of pictures"]
 
 
-def test_train_command_with_debug_prints_a_traceback(
-    capsys: pytest.CaptureFixture[str], base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*_: object, **__: object) -> None:
-        raise KeyError("surprise")
-
-    monkeypatch.setattr("lsast_train.paintings.PaintingDataset.load", broken)
-    arguments = ["--style", "red", "--images", str(tmp_path), "--base", str(base_folder)]
-    code, _, err = _run(capsys, *arguments)
-    assert code == 1
-    assert _errors(err) == ["Error: unexpected KeyError: 'surprise' (--debug shows where)"]
-    code, _, err = _run(capsys, *arguments, "--debug")
-    assert code == 1
-    assert "Traceback" in err
-
-
-def test_interrupt_while_reading_prints_one_line_and_exits_with_130(
-    capsys: pytest.CaptureFixture[str], base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def pressed(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("lsast_train.paintings.PaintingDataset.load", pressed)
-    code, _, err = _run(capsys, "--style", "red", "--images", tmp_path, "--base", base_folder)
-    assert (code, _errors(err)) == (130, ["Error: interrupted"])
-
-
 def test_interrupt_in_training_leaves_a_checkpoint_to_resume(
     capsys: pytest.CaptureFixture[str], base_folder: Path, paintings: Path, tmp_path: Path
 ) -> None:
@@ -202,9 +175,3 @@ def test_help_works_without_torch_and_training_names_the_extra() -> None:
         refused = _python(blocked + run % arguments)
         assert refused.returncode == 1
         assert refused.stderr == "Error: torch is not installed; install it with: pip install 'lsast[train]'\n"
-
-
-def test_mini_command_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = _run(capsys, "mini", "--help")
-    assert code == 0
-    assert "Usage: lsast-train mini" in out

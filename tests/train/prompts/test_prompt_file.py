@@ -167,20 +167,6 @@ def test_load_prompts_of_another_base_raises(file: Path, base: Base) -> None:
     assert load_prompts(file, base).name == "red"
 
 
-def test_load_prompts_of_a_pickle_raises_and_runs_nothing(tmp_path: Path) -> None:
-    marker = tmp_path / "ran"
-
-    class Bomb:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return marker.touch, ()
-
-    path = tmp_path / "red.prompts.safetensors"
-    torch.save({"attention": Bomb()}, path)
-    with pytest.raises(StyleError, match="cannot be read"):
-        load_prompts(path)
-    assert not marker.exists()
-
-
 def test_load_prompts_of_another_file_raises(file: Path, tmp_path: Path) -> None:
     with pytest.raises(StyleError, match="learn one with: lsast-train"):
         load_prompts(tmp_path / "nowhere")

@@ -111,12 +111,6 @@ def test_attention_generator_is_the_formula_and_torchs() -> None:
         np.testing.assert_allclose(found[stage, group].detach().numpy(), by_hand, rtol=1e-10)
 
 
-def test_direct_generator_gives_the_matrices() -> None:
-    space = _space(generator="direct", layout="overlap")
-    assert torch.equal(space.prompts()[4], space.matrices[4:7])
-    assert space.attention_weights() == {}
-
-
 @pytest.mark.parametrize("generator", ["attention", "direct"])
 @pytest.mark.parametrize(
     "initial",
@@ -145,22 +139,11 @@ def test_initial_context_of_zeros_has_a_finite_gradient() -> None:
     assert space.matrices.grad[0].abs().max() > 0
 
 
-def test_prompt_space_of_another_seed_differs() -> None:
-    assert torch.equal(_space(seed=3).prompts(), _space(seed=3).prompts())
-    assert not torch.equal(_space(seed=3).prompts(), _space(seed=4).prompts())
-
-
 def test_prompt_space_with_invalid_values_reports_all() -> None:
     with pytest.raises(UsageError) as caught:
         _space(variant="layers", generator="mlp", layout="overlap", gradient="none")
     message = str(caught.value)
     assert all(part in message for part in ("'layers'", "'mlp'", "'none'", "overlap with variant"))
-
-
-@pytest.mark.parametrize("variant", ["step", "layer", "global"])
-def test_overlap_with_another_variant_raises(variant: Any) -> None:
-    with pytest.raises(UsageError, match="leave the layout strided"):
-        _space(variant=variant, layout="overlap")
 
 
 def test_initial_context_is_the_mean_of_style_tokens_or_the_null_context() -> None:
