@@ -1,8 +1,9 @@
-"""The examples run, and give what the library gives."""
+"""The examples run, and give what the library gives: also ComfyUI's nodes, the Gradio app, the notebook and Ray."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import lsast
@@ -22,7 +24,8 @@ ROOMS = [str(EXAMPLES.parent / room) for room in ("engines", "runtime")]
 
 
 def _example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    path = EXAMPLES / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"example_{path.parent.name}_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -179,3 +182,120 @@ def test_frames_example_writes_pictures(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{n:05d}.png" for n in range(3)]
     with Image.open(tmp_path / "out" / "00000.png") as image:
         np.testing.assert_array_equal(image, stylizer.stylize(read[0], "monet", **QUICK).image)
+
+
+def _default(spec: Any) -> Any:
+    """What ComfyUI takes for an input that nobody sets: the first of a list of choices, or the default."""
+    kind, *options = spec if isinstance(spec, tuple) else (spec,)
+    return kind[0] if isinstance(kind, list) else options[0]["default"]
+
+
+def test_comfyui_nodes_follow_its_conventions_and_paint(photo: np.ndarray, stylizer: lsast.Stylizer) -> None:
+    package = _example("comfyui/__init__")
+    nodes = package.NODE_CLASS_MAPPINGS
+    assert {*package.NODE_DISPLAY_NAME_MAPPINGS} == {*nodes}
+    for node in nodes.values():
+        assert callable(getattr(node, node.FUNCTION))
+        assert all(kind.isupper() for kind in node.RETURN_TYPES)
+        assert node.CATEGORY == "lsast"
+    load, mix, stylize = (nodes[f"Lsast{name}"] for name in ("LoadBundle", "Mix", "Stylize"))
+    inputs = {name: _default(spec) for name, spec in load.INPUT_TYPES()["required"].items()}
+    (opened,) = getattr(load(), load.FUNCTION)(**inputs)
+    assert {*mix.INPUT_TYPES()["required"]["first"][0]} == {*stylizer.styles}
+    (style,) = mix().mix("monet", "vangogh", 0.7)
+    assert style == "monet:0.7+vangogh:0.3"
+    images = torch.from_numpy(np.stack([photo, photo[:, ::-1]]).astype(np.float32) / 255)
+    mask = torch.zeros(1, *photo.shape[:2])
+    mask[:, :, 80:] = 1
+    with opened:
+        (painted,) = stylize().stylize(opened, images, style, strength=0.9, size=64, seed=3, mask=mask)
+    assert (painted.shape, painted.dtype) == (images.shape, torch.float32)
+    assert 0 <= painted.min() <= painted.max() <= 1
+    array = (np.asarray(mask[0]) * 255).astype(np.uint8)
+    expected = stylizer.stylize(photo, style, strength=0.9, size=64, seed=3, mask=array).image
+    assert np.abs(np.asarray(painted[0]) * 255 - np.asarray(expected)).max() <= 2
+    np.testing.assert_allclose(painted[1, :, :80], images[1, :, :80], atol=1e-6)
+
+
+def test_gradio_app_paints_and_is_short(
+    photo: np.ndarray, stylizer: lsast.Stylizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: dict[str, Any] = {}
+    stub = ModuleType("gradio")
+    widgets = {name: (lambda *values, **named: (values, named)) for name in ("Dropdown", "Slider", "Number")}
+    stub.__dict__.update(widgets, Interface=lambda paint, *layout, **named: made.update(paint=paint, layout=layout))
+    monkeypatch.setitem(sys.modules, "gradio", stub)
+    app = _example("gradio/app")
+    text = (EXAMPLES / "gradio" / "app.py").read_text(encoding="utf-8")
+    assert len([line for line in text.splitlines() if line.strip()]) < 20
+    with app.stylizer:
+        assert made["layout"][0][1] == ((stylizer.styles,), {})
+        painted = made["paint"](photo, "monet", 0.5, 4.0)
+    np.testing.assert_array_equal(painted, stylizer.stylize(photo, "monet", strength=0.5, seed=4).image)
+
+
+EXECUTE = """
+import sys, nbclient, nbformat
+notebook = nbformat.read(sys.argv[1], as_version=4)
+nbclient.NotebookClient(notebook, timeout=120).execute()
+nbformat.write(notebook, sys.argv[2])
+"""
+
+
+@pytest.mark.needs("nbclient", "ipykernel")
+def test_notebook_runs_from_top_to_bottom(photo: np.ndarray, tmp_path: Path, bundle_path: Path) -> None:
+    Image.fromarray(photo).save(tmp_path / "picture.png")
+    source, executed = EXAMPLES / "paint.ipynb", tmp_path / "executed.ipynb"
+    environment = {
+        **os.environ,
+        "LSAST_BUNDLE": str(bundle_path),
+        "LSAST_PICTURE": "picture.png",
+        "LSAST_SIZE": "64",
+        "IPYTHONDIR": str(tmp_path / "ipython"),
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    # A process of its own: the client's event loop does not live with warnings that are errors.
+    command = [sys.executable, "-c", EXECUTE, str(source), str(executed)]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(not cell.get("outputs") for cell in json.loads(source.read_text())["cells"])  # committed without output
+    shown = [json.dumps(cell.get("outputs")) for cell in json.loads(executed.read_text())["cells"]]
+    assert sum("image/png" in text for text in shown) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.needs("ray")
+def test_ray_example_paints_what_one_stylizer_paints(bundle_path: Path, photo: np.ndarray, tmp_path: Path) -> None:
+    for index in range(4):
+        path = tmp_path / "in" / f"{index % 2}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.roll(photo, 9 * index, axis=1)).save(path)
+    (tmp_path / "in" / "bad.png").write_bytes(b"no picture")
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+    command = [
+        sys.executable,
+        str(EXAMPLES / "ray_dataset.py"),
+        "in",
+        "out",
+        "--style",
+        "monet",
+        "--size",
+        "64",
+        "--actors",
+        "1",
+    ]
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+    done = run()
+    assert done.returncode == 1, done.stderr  # bad.png
+    assert "painted 4, failed 1" in done.stderr
+    assert "bad.png" in done.stderr
+    with lsast.load(bundle_path, threads=1) as stylizer:
+        for index in range(4):
+            name = Path(f"{index % 2}", f"{index}.png")
+            alone = stylizer.stylize(tmp_path / "in" / name, style="monet", size=64).image
+            np.testing.assert_array_equal(Image.open(tmp_path / "out" / name), alone)
+    (tmp_path / "in" / "bad.png").unlink()
+    assert run().stdout == "nothing left to paint\n"

@@ -54,9 +54,14 @@ def _pairs(*sources: str, out: str) -> dict[str, str]:
     return {str(job.source): str(job.out) for job in plan_jobs(sources, out).jobs}
 
 
-def test_plan_jobs_of_one_file_is_single(folder: Path) -> None:
+def test_plan_jobs_of_one_file_is_single_unless_out_is_a_folder(folder: Path) -> None:
     plan = plan_jobs(["in/a.png"], "out.png")
     assert (plan.jobs, plan.single) == ((Job(Path("in/a.png"), Path("out.png")),), True)
+    (folder / "there").mkdir()
+    assert _pairs("in/a.png", out="there") == {"in/a.png": "there/a.png"}
+    assert _pairs("in/a.png", out="new/") == {"in/a.png": "new/a.png"}
+    (folder / "in" / "a.png").rename(folder / "a[1].png")  # named like a pattern
+    assert _pairs("a[1].png", out="out.png") == {"a[1].png": "out.png"}
 
 
 def test_plan_jobs_of_a_folder_keeps_its_structure(folder: Path) -> None:
@@ -82,17 +87,6 @@ def test_plan_jobs_of_several_sources_keeps_folder_names(folder: Path) -> None:
 def test_plan_jobs_of_a_pattern_keeps_the_structure_below_its_plain_part(folder: Path) -> None:
     assert _pairs("in/**/*.png", out="out") == {"in/a.png": "out/a.png", "in/deep/a.png": "out/deep/a.png"}
     assert _pairs("in/d*/*.png", out="out") == {"in/deep/a.png": "out/deep/a.png"}
-
-
-def test_plan_jobs_of_a_file_named_like_a_pattern_takes_the_file(folder: Path) -> None:
-    (folder / "in" / "a.png").rename(folder / "a[1].png")
-    assert _pairs("a[1].png", out="out.png") == {"a[1].png": "out.png"}
-
-
-def test_plan_jobs_with_a_folder_or_a_slash_as_out_paints_into_it(folder: Path) -> None:
-    (folder / "there").mkdir()
-    assert _pairs("in/a.png", out="there") == {"in/a.png": "there/a.png"}
-    assert _pairs("in/a.png", out="new/") == {"in/a.png": "new/a.png"}
 
 
 def test_plan_jobs_leaves_out_paintings_inside_the_searched_folder(folder: Path) -> None:
