@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -22,61 +23,45 @@ _LEARNED = 4
 """Numbers kept for each learned one: itself, its gradient and AdamW's two moments."""
 
 
-class _Kept:
-    """Bytes that a forward pass keeps for the backward pass, in all and in each block that can be computed again."""
-
-    def __init__(self, frozen: set[int]) -> None:
-        self.total = 0
-        self.blocks: list[int] = []
-        """Of each block."""
-        self.inputs = 0
-        """Of all that blocks are called with: what gradient checkpointing keeps of them."""
-        self._seen, self._inside = frozen, False
-        self._alive: list[Any] = []
-
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Called by autograd for every tensor that it keeps."""
-        storage = tensor.untyped_storage()
-        self._alive.append(storage)  # or its number would be given again
-        if storage._cdata not in self._seen:
-            self._seen.add(storage._cdata)
-            self.total += storage.nbytes()
-            if self._inside:
-                self.blocks[-1] += storage.nbytes()
-        return tensor
-
-    def enter(self, _: nn.Module, arguments: tuple[Any, ...]) -> None:
-        """A block begins."""
-        self._inside = True
-        self.blocks.append(0)
-        self.inputs += sum(value.nbytes for value in arguments if isinstance(value, torch.Tensor))
-
-    def leave(self, *_: Any) -> None:
-        """It ends."""
-        self._inside = False
-
-
 def activation_bytes(base: Base, space: PromptSpace, options: TrainOptions) -> int:
     """Bytes that a step of `options` keeps for its backward pass.
 
     The U-Net and the text encoder run on tensors without values, on the device of `base`: it takes seconds and no
     memory. With gradient checkpointing it is what stays, and the largest block while it is computed again.
     """
-    networks = [base.unet, *([] if base.text_encoder is None else [base.text_encoder])]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    weights = [p for network in networks for p in network.parameters()]
+    weights = [*base.unet.parameters(), *([] if base.text_encoder is None else base.text_encoder.parameters())]
     frozen = [*weights, *(mode.from_tensor(p) for p in weights)]  # alive until the end, and so the same in each use
-    kept = _Kept({p.untyped_storage()._cdata for p in frozen})
+    known = {p.untyped_storage()._cdata: p.untyped_storage() for p in frozen}
+    kept: dict[nn.Module | None, int] = defaultdict(int)  # by block that can be computed again; None: outside of them
+    block, inputs = None, 0
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            known[storage._cdata] = storage
+            kept[block] += storage.nbytes()
+        return tensor
+
+    def enter(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        nonlocal block, inputs
+        block = module
+        inputs += sum(value.nbytes for value in arguments if isinstance(value, torch.Tensor))
+
+    def leave(*_: Any) -> None:
+        nonlocal block
+        block = None
+
     blocks = [m for m in base.unet.modules() if isinstance(m, (ResnetBlock2D, BasicTransformerBlock))]
-    handles = [block.register_forward_pre_hook(kept.enter) for block in blocks]
-    handles += [block.register_forward_hook(kept.leave) for block in blocks]
+    handles = [module.register_forward_pre_hook(enter) for module in blocks]
+    handles += [module.register_forward_hook(leave) for module in blocks]
     base.unet.disable_gradient_checkpointing()
     side = options.size // 8
     try:
         with (
             mode,
             torch.device(base.device),
-            torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         ):
             learning = [options.gradient == "all" or group == "up" for group in GROUPS]
             contexts = [_context(base, space, options, learns) for learns in learning]
@@ -89,8 +74,9 @@ def activation_bytes(base: Base, space: PromptSpace, options: TrainOptions) -> i
         if options.gradient_checkpointing:
             base.unet.enable_gradient_checkpointing()
     if not options.gradient_checkpointing:
-        return kept.total
-    return kept.total - sum(kept.blocks) + kept.inputs + max(kept.blocks)
+        return sum(kept.values())
+    outside = kept.pop(None, 0)
+    return outside + inputs + max(kept.values())
 
 
 def _context(base: Base, space: PromptSpace, options: TrainOptions, learns: bool) -> torch.Tensor:

@@ -12,7 +12,7 @@ import click
 import torch
 
 from lsast_engines.cli import Command, debug_option, json_option, print_result
-from lsast_engines.errors import PictureError, TrainingError
+from lsast_engines.errors import PictureError
 from lsast_engines.images import find_pictures
 
 from ..base.base import Base
@@ -27,6 +27,7 @@ from ..mini.train_autoencoder import AutoencoderOptions, Crops, load_teacher, tr
 from ..mini.train_unet import BaseTrainingOptions, train_base
 from ..training.device import find_device
 from ..training.run_files import versions
+from ..training.training_state import load_modules
 from .shared import declared_options, device_option, threads_option
 
 log = logging.getLogger("lsast.train.mini")
@@ -93,10 +94,9 @@ def copy_autoencoder(source: Base, target: Base) -> None:
     Raises:
         TrainingError: `source` has another autoencoder.
     """
-    found, expected = (x.autoencoder.state_dict() for x in (source, target))
-    if {k: v.shape for k, v in found.items()} != {k: v.shape for k, v in expected.items()}:
-        raise TrainingError(f"found another autoencoder in base {source.config.name!r}; expected mini's, of its widths")
-    target.autoencoder.load_state_dict(found)
+    given = {f"autoencoder.{key}": value for key, value in source.autoencoder.state_dict().items()}
+    heading = f"found another autoencoder in base {source.config.name!r}; expected mini's, of its widths:"
+    load_modules(given, {"autoencoder": target.autoencoder}, heading)
 
 
 @click.command("mini", cls=Command)
