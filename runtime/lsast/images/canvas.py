@@ -108,7 +108,7 @@ class StretchCanvas:
         return self.to_output(rgb), np.asarray(bgr, dtype=np.uint8)
 
     def to_output(self, plane: Pixels) -> Pixels:
-        """The picture, its opacity or its mask in the size of the output: stretched, [side, side] or [side, side, 3]."""
+        """The picture, its opacity or its mask in the size of the output: stretched, [side, side, …]."""
         return _resize(plane, (self.side, self.side))
 
     @property
