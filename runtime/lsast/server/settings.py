@@ -35,8 +35,8 @@ class Settings:
     token: Annotated[str, "Text that every request must bear (Authorization: Bearer TOKEN); none asks for none."] = ""
     allowed_hosts: Annotated[
         str,
-        "Names, with commas, by which browsers may call this server; * is any. Left out: this machine's own names on a "
-        "loopback address, else any.",
+        "Names, with commas, by which browsers may call this server, beside this machine's own; * is any. Left out: "
+        "none on a loopback address, else any.",
     ] = ""
     bundle: Annotated[str, "Folder or name of the bundle. Left out: $LSAST_BUNDLE, else mini."] = ""
     backend: Annotated[str, "Library that runs the networks, as in lsast-run."] = "auto"
@@ -89,10 +89,11 @@ class Settings:
 
     @property
     def hosts(self) -> list[str]:
-        """The values of the Host header that are answered; ``*`` is any."""
+        """The values of the Host header that are answered; ``*`` is any. Probes on this machine are always answered."""
+        own = [*LOOPBACK, f"[{LOOPBACK[-1]}]"]
         if self.allowed_hosts:
-            return [host.strip() for host in self.allowed_hosts.split(",") if host.strip()]
-        return [*LOOPBACK, f"[{LOOPBACK[-1]}]"] if self.host in LOOPBACK else ["*"]
+            return [*own, *filter(None, (host.strip() for host in self.allowed_hosts.split(",")))]
+        return own if self.host in LOOPBACK else ["*"]
 
     @property
     def worker_limits(self) -> dict[str, float]:

@@ -90,6 +90,9 @@ def test_settings_report_all_faults_and_read_the_environment() -> None:
         Settings(port=70000, batch=0)
     given = {"LSAST_SERVE_PORT": "9", "LSAST_SERVE_SECONDS": "1.5", "LSAST_SERVE_TOKEN": "x"}
     assert Settings.from_environment(given) == Settings(port=9, seconds=1.5, token="x")
+    own = ["127.0.0.1", "localhost", "::1", "[::1]"]  # a container's health check asks by these, too
+    allowed = Settings(host="0.0.0.0", allowed_hosts="a.example, b.example").hosts
+    assert (Settings().hosts, allowed) == (own, [*own, "a.example", "b.example"])
     with pytest.raises(UsageError, match="LSAST_SERVE_PORT=x; expected a number"):
         Settings.from_environment({"LSAST_SERVE_PORT": "x"})
 
