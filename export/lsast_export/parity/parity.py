@@ -42,6 +42,7 @@ from lsast_engines.bundle.graph_spec import (
     tiny_decoder_spec,
 )
 from lsast_engines.bundle.manifest import Manifest
+from lsast_engines.diffusion.solvers import Step
 from lsast_engines.errors import ParityError, fault_list
 from lsast_train.base.base import BaseConfig
 from lsast_train.base.lazy_base import LazyBase
@@ -50,7 +51,7 @@ from ..graphs.modules import base_on_meta, geometry
 from ..graphs.small_decoder import SmallDecoder
 from ..progress import Eta, Progress, no_progress
 from ..styles.bake import KVProjector
-from .torch_reference import Array, Case, Inputs, Loop, draw_inputs, initial_run, run_torch
+from .torch_reference import Array, Case, Inputs, Loop, Run, draw_inputs, run_torch
 
 LOOP = "loop"
 """Key of the figure of a whole denoising loop."""
@@ -145,7 +146,8 @@ def measure_parity(
             yield engine
 
     if DENOISER in graphs:
-        steps = len(plan.loop.schedule(base.config.noise).steps) * sum(case.loop for case in plan.cases)
+        loop = len(plan.loop.schedule(base.config.noise).steps)
+        steps = sum(loop if case.loop else 1 for case in plan.cases)
         comparison.compare_required(opened, Eta(progress, f"comparing {DENOISER} on {backend}", steps))
     if graphs.keys() >= set(UNET_SPLIT_GRAPHS):
         comparison.compare_parts(opened, {tensor.name for tensor in specs[UNET_OUTER].inputs})
@@ -182,19 +184,15 @@ class _Comparison:
                 self._note(CONTROLNET_COND, hints[-1], expected.hint)
         with opened(DENOISER) as engine:
             for (drawn, expected), hint in zip(self._pairs, hints, strict=True):
-                if not drawn.case.loop:
-                    eps = self._denoise(engine, drawn, hint, drawn.noise, drawn.timestep, drawn.stage)
-                    self._note(DENOISER, eps, expected.eps)
-                    continue
-                run = initial_run(self._plan.loop, self._base.config, drawn, expected.mean, expected.std)
+                run = Run(self._plan.loop, self._base.config, drawn, expected.mean, expected.std)
                 while (step := run.step) is not None:
-                    eps = self._denoise(engine, drawn, hint, run.latent, step.t, step.stage)
+                    eps = self._denoise(engine, drawn, hint, run.latent, step)
                     if step.index == 0:
                         self._note(DENOISER, eps, expected.eps)
                     run.advance(eps)
                     eta.step()
-                assert expected.loop_end is not None, "torch ran the same loop"
-                self._note(LOOP, run.latent, expected.loop_end)
+                if drawn.case.loop and expected.loop_end is not None:
+                    self._note(LOOP, run.latent, expected.loop_end)
         with opened(VAE_DECODER) as engine:
             for drawn, expected in self._pairs:
                 self._note(VAE_DECODER, run_copied(engine, latent=drawn.noise)["image"], expected.image)
@@ -204,32 +202,27 @@ class _Comparison:
 
         The outermost level gets the feature that the graph of the whole U-Net gave at the same step.
         """
-        common = [
-            {"latent": expected.latent, "timestep": np.full(len(expected.latent), expected.timestep, np.int64)}
-            for _, expected in self._pairs
-        ]
-        keys_values = [self._project(drawn, expected.stage) for drawn, expected in self._pairs]
-        residuals: list[dict[str, Array]] = []
+        fed: list[dict[str, Any]] = []
         with opened(CONTROLNET) as engine:
-            for feeds, (drawn, expected), (_, kv_control) in zip(common, self._pairs, keys_values, strict=True):
-                scale = {"kv_control": kv_control, "control_scale": drawn.control_scale}
-                residuals.append(run_copied(engine, **feeds, hint=expected.hint, **scale))
-                for name, wanted in zip(residuals[-1], expected.residuals, strict=True):
-                    self._note(CONTROLNET, residuals[-1][name], wanted)
-        features = []
+            for drawn, expected in self._pairs:
+                kv_unet, kv_control = self._project(drawn, expected.stage)
+                step = {
+                    "latent": expected.latent,
+                    "timestep": np.full(len(expected.latent), expected.timestep, np.int64),
+                }
+                scaled = {"kv_control": kv_control, "control_scale": drawn.control_scale}
+                residuals = run_copied(engine, **step, hint=expected.hint, **scaled)
+                for found, wanted in zip(residuals.values(), expected.residuals, strict=True):
+                    self._note(CONTROLNET, found, wanted)
+                fed.append({**step, "kv_unet": kv_unet, **residuals})
         with opened(UNET_FULL) as engine:
-            for feeds, (_, expected), (kv_unet, _), added in zip(
-                common, self._pairs, keys_values, residuals, strict=True
-            ):
-                outputs = run_copied(engine, **feeds, kv_unet=kv_unet, **added)
-                features.append(outputs["feature"])
+            for feeds, (_, expected) in zip(fed, self._pairs, strict=True):
+                outputs = run_copied(engine, **feeds)
+                feeds["feature"] = outputs["feature"]
                 self._note(UNET_FULL, outputs["eps"], expected.eps)
         with opened(UNET_OUTER) as engine:
-            for feeds, (_, expected), (kv_unet, _), added, feature in zip(
-                common, self._pairs, keys_values, residuals, features, strict=True
-            ):
-                outer = {name: value for name, value in added.items() if name in outer_inputs}
-                outputs = run_copied(engine, **feeds, kv_unet=kv_unet, **outer, feature=feature)
+            for feeds, (_, expected) in zip(fed, self._pairs, strict=True):
+                outputs = run_copied(engine, **{name: feeds[name] for name in outer_inputs})
                 self._note(UNET_OUTER, outputs["eps"], expected.eps)
 
     def _note(self, name: str, found: Array, expected: Array) -> None:
@@ -242,13 +235,13 @@ class _Comparison:
             unet, control = self._projector(contexts.flatten(0, 1))
         return unet.unflatten(0, contexts.shape[:2]).numpy(), control[-contexts.shape[1] :].numpy()
 
-    def _denoise(self, engine: Engine, drawn: Inputs, hint: Array, latent: Array, timestep: int, stage: int) -> Array:
-        kv_unet, kv_control = self._project(drawn, stage)
+    def _denoise(self, engine: Engine, drawn: Inputs, hint: Array, latent: Array, step: Step) -> Array:
+        kv_unet, kv_control = self._project(drawn, step.stage)
         return run_copied(
             engine,
             latent=latent,
             hint=hint,
-            timestep=np.full(len(latent), timestep, np.int64),
+            timestep=np.full(len(latent), step.t, np.int64),
             kv_unet=kv_unet,
             kv_control=kv_control,
             control_scale=drawn.control_scale,

@@ -60,30 +60,6 @@ class Loop:
         return TimestepSchedule.build(noise, self.steps, self.strength, self.stages, self.solver)
 
 
-class LoopRun:
-    """The state of a run; eps comes from torch or from an exported graph."""
-
-    def __init__(self, loop: Loop, noise: NoiseSchedule, z0: Array, drawn: Array) -> None:
-        self._guidance = loop.guidance
-        self._schedule = loop.schedule(noise)
-        self._solver = make_solver(self._schedule)
-        self._done = 0
-        self.latent: Array = self._schedule.add_noise(z0, drawn)
-        """[B, 4, h, w]: the latent of the next step."""
-
-    @property
-    def step(self) -> Step | None:
-        """The next step; None at the end."""
-        return self._schedule.steps[self._done] if self._done < len(self._schedule.steps) else None
-
-    def advance(self, eps: Array) -> None:
-        """Take the step with eps [2, B, 4, h, w]."""
-        unconditional, conditional = eps
-        guided = unconditional + self._guidance * (conditional - unconditional)
-        self.latent = self._solver.step(guided, self._done, self.latent).astype(np.float32)
-        self._done += 1
-
-
 @dataclass(frozen=True, eq=False)
 class Inputs:
     """Random inputs of one case."""
@@ -105,6 +81,37 @@ class Inputs:
     stage: int
 
 
+class Run:
+    """The steps of a case, with eps from torch or from an exported graph: a guided loop, or a single step."""
+
+    def __init__(self, loop: Loop, config: BaseConfig, drawn: Inputs, mean: Array, std: Array) -> None:
+        """Begin a loop at a sample of torch's posterior [B, 4, h, w], a single step at the drawn noise."""
+        self._guidance = loop.guidance
+        self._solver: Any = None
+        self._steps: tuple[Step, ...] = (Step(0, drawn.timestep, drawn.stage),)
+        self._done = 0
+        self.latent: Array = drawn.noise
+        """[B, 4, h, w]: the latent of the next step."""
+        if drawn.case.loop:
+            schedule = loop.schedule(config.noise)
+            self._solver, self._steps = make_solver(schedule), schedule.steps
+            z0 = np.float32(config.latent_scale) * (mean + std * drawn.posterior)
+            self.latent = schedule.add_noise(z0, drawn.noise)
+
+    @property
+    def step(self) -> Step | None:
+        """The next step; None at the end."""
+        return self._steps[self._done] if self._done < len(self._steps) else None
+
+    def advance(self, eps: Array) -> None:
+        """Take the step with eps [G, B, 4, h, w]; a loop has two rows."""
+        if self._solver is not None:
+            unconditional, conditional = eps
+            guided = unconditional + self._guidance * (conditional - unconditional)
+            self.latent = self._solver.step(guided, self._done, self.latent).astype(np.float32)
+        self._done += 1
+
+
 @dataclass(eq=False)
 class Expected:
     """What torch computes for one case."""
@@ -123,7 +130,7 @@ class Expected:
     residuals: list[Array]
     """The ControlNet's of that step, scaled, the middle block's last."""
     loop_end: Array | None = None
-    """The latent that the loop ends with."""
+    """The latent that a loop ends with."""
 
 
 def draw_inputs(
@@ -147,61 +154,44 @@ def draw_inputs(
     )
 
 
-def initial_run(loop: Loop, config: BaseConfig, drawn: Inputs, mean: Array, std: Array) -> LoopRun:
-    """The run of a case that begins at a sample of torch's posterior."""
-    z0 = np.float32(config.latent_scale) * (mean + std * drawn.posterior)
-    return LoopRun(loop, config.noise, z0, drawn.noise)
-
-
 def run_torch(base: LazyBase, inputs: Sequence[Inputs], loop: Loop, progress: Progress) -> list[Expected]:
     """What torch computes for all `inputs`, in float32."""
     phase = "computing in torch"
     progress(phase)
     eta = Eta(progress, phase, len(loop.schedule(base.config.noise).steps))
     networks = base_on_meta(base)
+    answers: list[Expected] = []
     with torch.no_grad():
         with loaded(networks, base, "autoencoder"):
             autoencoded = [_autoencode(networks, drawn) for drawn in inputs]
         runs = [
-            initial_run(loop, base.config, drawn, mean, std) if drawn.case.loop else None
-            for drawn, (mean, std, _) in zip(inputs, autoencoded, strict=True)
+            Run(loop, base.config, drawn, mean, std) for drawn, (mean, std, _) in zip(inputs, autoencoded, strict=True)
         ]
-        steps = [_next_step(drawn, run) for drawn, run in zip(inputs, runs, strict=True)]
-        outputs: list[tuple[Array, list[torch.Tensor], Array]] = []  # hint, residuals, eps of the first step
-        first = list(steps)
-        while any(steps):
+        while steps := [_StepInputs(drawn, run) for drawn, run in zip(inputs, runs, strict=True) if run.step]:
             with loaded(networks, base, "controlnet"):
-                residuals = [None if step is None else step.control(networks) for step in steps]
-                if not outputs:
-                    embed = networks.controlnet.controlnet_cond_embedding
-                    hints = [embed(torch.from_numpy(drawn.edges)).numpy() for drawn in inputs]
+                residuals = [step.control(networks) for step in steps]
+                embed = networks.controlnet.controlnet_cond_embedding
+                hints = [] if answers else [embed(torch.from_numpy(drawn.edges)).numpy() for drawn in inputs]
             with loaded(networks, base, "unet"):
-                eps = [
-                    None if step is None or added is None else step.eps(networks, added)
-                    for step, added in zip(steps, residuals, strict=True)
-                ]
-            outputs = outputs or list(zip(hints, residuals, eps, strict=True))  # type: ignore[arg-type]
-            for run, found in zip(runs, eps, strict=True):
-                if run is not None and found is not None:
-                    run.advance(found)
-            steps = [None if run is None else _next_step(drawn, run) for drawn, run in zip(inputs, runs, strict=True)]
+                eps = [step.eps(networks, added) for step, added in zip(steps, residuals, strict=True)]
+            answers = answers or [
+                Expected(
+                    *autoencoded[index],
+                    hint=hint,
+                    eps=eps[index],
+                    latent=steps[index].latent.numpy(),
+                    timestep=steps[index].step.t,
+                    stage=steps[index].step.stage,
+                    residuals=[residual.numpy() for residual in residuals[index]],
+                )
+                for index, hint in enumerate(hints)
+            ]
+            for step, found in zip(steps, eps, strict=True):
+                step.run.advance(found)
             eta.step()
-    return [
-        Expected(
-            *posterior_and_image,
-            hint=hint,
-            eps=eps,
-            latent=step.latent.numpy(),
-            timestep=int(step.timestep[0]),
-            stage=step.stage,
-            residuals=[residual.numpy() for residual in residuals],
-            loop_end=None if run is None else run.latent,
-        )
-        for posterior_and_image, (hint, residuals, eps), step, run in zip(
-            autoencoded, outputs, first, runs, strict=True
-        )
-        if step is not None
-    ]
+    for answer, run in zip(answers, runs, strict=True):
+        answer.loop_end = run.latent
+    return answers
 
 
 @contextlib.contextmanager
@@ -225,53 +215,43 @@ def _autoencode(networks: Base, drawn: Inputs) -> tuple[Array, Array, Array]:
     return mean.numpy(), std.numpy(), networks.decode(torch.from_numpy(drawn.noise)).numpy()
 
 
-@dataclass(frozen=True, eq=False)
 class _StepInputs:
-    """Inputs of ControlNet and U-Net in one step of a case."""
+    """The next step of a run: inputs of ControlNet and U-Net."""
 
-    drawn: Inputs
-    latent: torch.Tensor
-    timestep: torch.Tensor
-    stage: int
+    def __init__(self, drawn: Inputs, run: Run) -> None:
+        assert run.step is not None, "the run goes on"
+        self.run, self.step = run, run.step
+        self.latent = torch.from_numpy(run.latent.copy())  # the run may write to its latent
+        self._timestep = torch.full((drawn.case.batch,), run.step.t)
+        self._contexts = drawn.contexts[run.step.stage]  # [G, B, 3, tokens, dim]
+        self._drawn = drawn
 
     def control(self, networks: Base) -> list[torch.Tensor]:
         """ControlNet's scaled residuals, on the style's contexts: it never reads the null context."""
         down, mid = networks.controlnet(
             self.latent,
-            self.timestep,
+            self._timestep,
             None,
-            torch.from_numpy(self.drawn.edges),
-            cross_attention_kwargs=layer_contexts(self.drawn.contexts[self.stage, -1]),
+            torch.from_numpy(self._drawn.edges),
+            cross_attention_kwargs=layer_contexts(self._contexts[-1]),
             return_dict=False,
         )
-        return [float(self.drawn.control_scale) * residual for residual in (*down, mid)]
+        return [float(self._drawn.control_scale) * residual for residual in (*down, mid)]
 
     def eps(self, networks: Base, residuals: Sequence[torch.Tensor]) -> Array:
         """[G, B, 4, h, w]: one pass for each guidance row."""
         *down, mid = residuals
         rows: list[Any] = []
-        for contexts in self.drawn.contexts[self.stage]:
+        for contexts in self._contexts:
             output = networks.unet(
                 self.latent,
-                self.timestep,
+                self._timestep,
                 None,
                 cross_attention_kwargs=layer_contexts(contexts),
                 down_block_additional_residuals=list(down),
                 mid_block_additional_residual=mid,
                 return_dict=False,
             )[0]
-            rows.append(networks.eps_from_output(output, self.latent, self.timestep))
+            rows.append(networks.eps_from_output(output, self.latent, self._timestep))
         stacked: Array = torch.stack(rows).numpy()
         return stacked
-
-
-def _next_step(drawn: Inputs, run: LoopRun | None) -> _StepInputs | None:
-    """The next step of a run, None at its end; without a run, the single step of the case."""
-    if run is None:
-        latent, t, stage = drawn.noise, drawn.timestep, drawn.stage
-    elif run.step is None:
-        return None
-    else:
-        latent, t, stage = run.latent, run.step.t, run.step.stage
-    # A copy: the run may write to its latent.
-    return _StepInputs(drawn, torch.from_numpy(latent.copy()), torch.full((drawn.case.batch,), t), stage)

@@ -3,7 +3,7 @@
 Both run what the runtime runs: `TimestepSchedule` and the solver ``ddim_lsast``. In torch the denoiser is the base as
 it is trained, contexts projected inside each attention; on a backend it is the exported ``controlnet_cond`` and
 ``denoiser`` graphs with baked keys and values, fed as `lsast.sampling.sampler.sample` feeds them. Keys and values stay
-float32 here; style files hold float16. The exported denoiser has the residuals as further outputs.
+float32 here; style files hold float16. The residuals are those of the graph ``controlnet``.
 
 Every step is computed twice: from the recorded latent, and (``free_…``) from the latent that our own run has reached.
 """

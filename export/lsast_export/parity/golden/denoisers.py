@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 import torch
 from safetensors.torch import save_file
 
+from lsast_engines.backends.base import Engine
 from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.graph_spec import (
     CONTROLNET,
     CONTROLNET_COND,
     DENOISER,
-    TensorSpec,
     graph_specs,
     split_specs,
 )
@@ -26,11 +24,11 @@ from lsast_train.base.attention import layer_contexts
 from lsast_train.base.base import Base
 
 from ...graphs.external_weights import save_graph
-from ...graphs.modules import geometry, graph_module, unet_split
-from ...graphs.trace import trace
+from ...graphs.modules import geometry, unet_split
+from ...graphs.trace import trace_graphs
 from ...progress import Progress
 from ...styles.bake import KVProjector
-from .golden_set import RESIDUAL, GoldenSet
+from .golden_set import GoldenSet
 
 Array = npt.NDArray[np.float32]
 
@@ -99,42 +97,47 @@ class EngineDenoiser:
     def __init__(self, base: Base, golden: GoldenSet, folder: Path, backend: str) -> None:
         self._golden = golden
         self._project = KVProjector.of_base(base)
-        specs = graph_specs(geometry(base))
-        with closing(open_engine(folder / f"{CONTROLNET_COND}.onnx", specs[CONTROLNET_COND], backend)) as engine:
+        widths = geometry(base)
+        specs = graph_specs(widths) | split_specs(widths, unet_split(base))
+
+        def opened(name: str) -> Engine:
+            return open_engine(folder / f"{name}.onnx", specs[name], backend)
+
+        with closing(opened(CONTROLNET_COND)) as engine:
             hint = engine({"edges": np.ascontiguousarray(golden.hint.numpy())})["hint"].copy()
         self._constants: dict[str, npt.NDArray[Any]] = {"hint": hint, "control_scale": np.array(1, np.float32)}
-        spec = dataclasses.replace(specs[DENOISER], outputs=(*specs[DENOISER].outputs, *_residual_specs(base)))
-        self._engine = open_engine(folder / f"{DENOISER}.onnx", spec, backend)
+        self._opened = opened
+        self._engine = opened(DENOISER)
         self._stage = -1
 
     def residuals(self, latent: Array, timestep: int, stage: int) -> list[Array]:
-        """See `Denoiser.residuals`."""
-        outputs = self._run(latent, timestep, stage)
-        return [outputs[name].copy() for name in sorted(outputs) if name.startswith(RESIDUAL)]
+        """See `Denoiser.residuals`; by the graph `controlnet`."""
+        feeds = self._constants | self._step(latent, timestep) | {"kv_control": self._kv_control(stage)}
+        with closing(self._opened(CONTROLNET)) as engine:
+            return [value.copy() for value in engine(feeds).values()]
 
     def eps(self, latent: Array, timestep: int, stage: int) -> Array:
         """See `Denoiser.eps`."""
-        return self._run(latent, timestep, stage)["eps"]
+        if stage != self._stage:
+            halves = [self._project(contexts)[0].numpy() for contexts in self._golden.unet_contexts(stage)]
+            kv = {"kv_unet": np.stack(halves), "kv_control": self._kv_control(stage)}
+            self._engine.bind_inputs({**self._constants, **kv})
+            self._stage = stage
+        return self._engine(self._step(latent, timestep))["eps"]
 
     def close(self) -> None:
         """Free the engine's memory."""
         self._engine.close()
 
-    def _run(self, latent: Array, timestep: int, stage: int) -> dict[str, Array]:
-        if stage != self._stage:
-            halves = [self._project(contexts)[0].numpy() for contexts in self._golden.unet_contexts(stage)]
-            kv_control = self._project(self._golden.style_contexts(stage))[1].numpy()
-            self._engine.bind_inputs({**self._constants, "kv_unet": np.stack(halves), "kv_control": kv_control})
-            self._stage = stage
-        timesteps = np.full(len(latent), timestep, np.int64)
-        return dict(self._engine({"latent": np.ascontiguousarray(latent), "timestep": timesteps}))
+    def _kv_control(self, stage: int) -> Array:
+        return self._project(self._golden.style_contexts(stage))[1].numpy()
+
+    def _step(self, latent: Array, timestep: int) -> dict[str, npt.NDArray[Any]]:
+        return {"latent": np.ascontiguousarray(latent), "timestep": np.full(len(latent), timestep, np.int64)}
 
 
 def export_graphs(base: Base, folder: Path, progress: Progress) -> None:
-    """Write the graphs ``controlnet_cond`` and ``denoiser`` of `base`, in float32, with their weights, to `folder`.
-
-    The residuals, which the convolutions of ``controlnet_down_blocks`` and ``controlnet_mid_block`` compute, become
-    further outputs of the denoiser; nothing else is changed.
+    """Write the graphs ``controlnet_cond``, ``controlnet`` and ``denoiser`` of `base`, in float32, to `folder`.
 
     Raises:
         ExportError: a graph that cannot be exported.
@@ -145,23 +148,5 @@ def export_graphs(base: Base, folder: Path, progress: Progress) -> None:
         for key, value in base.networks()[prefix].state_dict().items()
     }
     save_file(weights, folder / _WEIGHTS)
-    widths = geometry(base)
-    for name in (CONTROLNET_COND, DENOISER):
-        progress(f"tracing {name}")
-        with graph_module(base, name) as module:
-            traced = trace(module, graph_specs(widths)[name], base.config.multiple, widths.factor)
-        save_graph(traced, folder / _WEIGHTS, folder / f"{name}.onnx")
-    path, residuals = folder / f"{DENOISER}.onnx", _residual_specs(base)
-    model = ir.load(path)
-    results = {str(node.inputs[1].name): node.outputs[0] for node in model.graph if node.op_type == "Conv"}  # type: ignore[union-attr]
-    layers = [*(f"controlnet_down_blocks.{index}" for index in range(len(residuals) - 1)), "controlnet_mid_block"]
-    for layer, tensor in zip(layers, residuals, strict=True):
-        value = results[f"controlnet.{layer}.weight"]
-        value.name, value.type, value.shape = tensor.name, ir.TensorType(ir.DataType.FLOAT), ir.Shape(tensor.shape)
-        model.graph.outputs.append(value)
-    ir.save(model, path)
-
-
-def _residual_specs(base: Base) -> list[TensorSpec]:
-    residuals = split_specs(geometry(base), unet_split(base))[CONTROLNET].outputs
-    return [dataclasses.replace(tensor, name=f"{RESIDUAL}{place:02}") for place, tensor in enumerate(residuals)]
+    for name, graph in trace_graphs(base, (CONTROLNET_COND, CONTROLNET, DENOISER), progress).items():
+        save_graph(graph, folder / _WEIGHTS, folder / f"{name}.onnx")
