@@ -13,6 +13,8 @@ of the artist. Below the scores of `lsast-eval`: what became of the faces, how f
 is from the artist's, and how near our paintings come to those of our first method, which have the same seed (PSNR).
 Paintings that are there already are kept.
 
+`--held-out PHOTOS` (needs `[train]`) adds the photographs that mini was not trained on to the contents.
+
 What presets cost: `--without-peers --preset exact --preset balanced --preset fast`.
 """
 
@@ -79,15 +81,21 @@ def score(contents: Path, paintings: Path, photos: Path, artist: str, folders: M
     return evaluate(contents, works, paintings, folders, artist, EvalOptions(), photos=photos, leave_out=mixed)
 
 
-def every_nth(contents: Path, every: int, out: Path) -> list[Path]:
-    """Every n-th picture of a folder, through a link in the folder `out`."""
+def linked(paths: list[Path], out: Path) -> list[Path]:
+    """A link in the folder `out` for each picture, named like its folder and file."""
     out.mkdir(parents=True, exist_ok=True)
-    links = []
-    for path in find_pictures(contents)[::every]:
-        links.append(out / path.name)
-        if not links[-1].exists():
-            links[-1].symlink_to(path.resolve())
+    links = [out / f"{path.parent.name}-{path.name}" for path in paths]
+    for path, link in zip(paths, links, strict=True):
+        if not link.exists():
+            link.symlink_to(path.resolve())
     return links
+
+
+def unseen(folder: Path) -> list[Path]:
+    """The pictures in the folders of `folder` that the training of mini held out."""
+    from lsast_train.mini.dataset import is_held_out
+
+    return [path for path in find_pictures(folder) if is_held_out(f"{path.parent.name}/{path.name}")]
 
 
 def autoencoder(bundle: Bundle) -> tuple[Engine, Engine]:
@@ -131,6 +139,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("contents", "paintings", "photos", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument(
+        "--held-out", type=Path, metavar="DIR", help="More contents: what mini's training held out of it."
+    )
     parser.add_argument("--style", action="append", required=True, metavar="NAME=FOLDER")
     parser.add_argument("--bundle", action="append", metavar="NAME=BUNDLE", help="[default: lsast=mini]")
     parser.add_argument("--preset", action="append", help="[default: the bundle's defaults]")
@@ -145,6 +156,9 @@ def main() -> None:
 
         magenta = StyleTransfer(device="cpu")
     contents = find_pictures(chosen.contents)
+    if chosen.held_out:
+        contents = linked([*contents, *unseen(chosen.held_out)], chosen.out / "contents")
+        chosen.contents = chosen.out / "contents"
     faces = Faces(contents)
     reports, extra = {}, {}
     with contextlib.ExitStack() as stack:

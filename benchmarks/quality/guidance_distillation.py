@@ -35,11 +35,11 @@ from tqdm import tqdm
 
 import lsast
 from benchmarks.bench.machine import describe
-from benchmarks.quality.compare_peers import every_nth, score
+from benchmarks.quality.compare_peers import linked, score
 from lsast.video.optical_flow import TemporalState
 from lsast_engines.errors import UsageError
 from lsast_engines.files import replace_file
-from lsast_engines.images import psnr
+from lsast_engines.images import find_pictures, psnr
 
 CELL = 320
 
@@ -152,7 +152,7 @@ def main(
     artist: str | None,
 ) -> None:
     """Paint, compare, print."""
-    chosen = every_nth(contents, every, out / "contents")
+    chosen = linked(find_pictures(contents)[::every], out / "contents")
     machine = describe(("lsast", "numpy", "onnxruntime", "openvino"))
     report: dict[str, Any] = {"machine": machine, "contents": len(chosen), "students": {}}
     with lsast.load(bundle, backend, threads=threads) as stylizer:

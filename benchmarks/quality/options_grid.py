@@ -19,7 +19,8 @@ import click
 
 import lsast
 from benchmarks.bench.machine import describe
-from benchmarks.quality.compare_peers import every_nth, paint_all, painter, score
+from benchmarks.quality.compare_peers import linked, paint_all, painter, score
+from lsast_engines.images import find_pictures
 
 
 @click.command()
@@ -52,7 +53,7 @@ def main(
     threads: int | None,
 ) -> None:
     """Paint, score and show the grid."""
-    chosen = every_nth(contents, every, out / "contents")
+    chosen = linked(find_pictures(contents)[::every], out / "contents")
     grid = list(product(controls, strengths, guidances))
     names = {point: "control {:g}, strength {:g}, guidance {:g}".format(*point) for point in grid}
     folders = {names[point]: out / style / names[point].replace(", ", "_").replace(" ", "") for point in grid}
