@@ -57,7 +57,7 @@ class Summary:
 
 
 def parse_backend(text: str) -> tuple[str, str]:
-    """Backend and compute dtype of a text such as ``openvino`` or ``openvino:bf16``.
+    """Backend and compute dtype of a text such as ``openvino``, ``openvino:bf16`` or ``auto``.
 
     Raises:
         UsageError: an unknown compute dtype.
@@ -67,7 +67,7 @@ def parse_backend(text: str) -> tuple[str, str]:
     backend, _, compute_dtype = text.partition(":")
     if (compute_dtype or "fp32") not in get_args(ComputeDtype):
         raise UsageError(f"found {text!r}; expected BACKEND or BACKEND:DTYPE of {', '.join(get_args(ComputeDtype))}")
-    return backend, compute_dtype or "fp32"
+    return backend, compute_dtype or ("auto" if backend == "auto" else "fp32")
 
 
 def parse_counts(text: str, what: str) -> list[int]:

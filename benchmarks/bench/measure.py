@@ -104,6 +104,7 @@ def warm_figures(report: Row, batch: int) -> Row:
         "painted": first["painted"],
         "options": first["options"],
         "storage_dtype": report["storage_dtype"],
+        "choice": report["choice"],
         "peak_mb": megabytes(report["peak_bytes"]),
         "cpu_s": report["cpu_s"],
     }
@@ -179,7 +180,7 @@ def add_macs(rows: Iterable[Row], rates: Mapping[str, Mapping[str, float]], thre
     counted = run_worker("macs", {"graphs": wanted}, threads)["macs"]
     for row in rows:
         # What a bundle with activations in 8 bits multiplies is in 8 bits, whatever the rest is computed in.
-        kind = "int8" if row["warm"]["storage_dtype"] == "int8" else row["compute_dtype"]
+        kind = "int8" if row["warm"]["storage_dtype"] == "int8" else row["warm"]["choice"]["compute_dtype"]
         best = best_rate(rates, kind)
         row["warm"]["limit"] = kind
         picture = 0.0

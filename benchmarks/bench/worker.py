@@ -149,7 +149,7 @@ def warm(task: Mapping[str, Any]) -> Report:
         repeats = [paint() for _ in range(task["repeats"])] or [first]
     paths = {name: str(bundle.graph_path(name)) for name in first["graphs"]}
     report = {"open": opening, "first": first["total"], "repeats": repeats, "paths": paths}
-    return {**report, "storage_dtype": bundle.manifest.storage_dtype}
+    return {**report, "storage_dtype": bundle.manifest.storage_dtype, "choice": asdict(stylizer.choice)}
 
 
 def gathered(calls: list[tuple[float, dict[str, list[int]]]]) -> list[Report]:
@@ -167,13 +167,12 @@ def cold(task: Mapping[str, Any]) -> Report:
     with parts("imports"):
         from lsast import stylizer  # noqa: F401 - what lsast-run imports before it opens anything
         from lsast.cli import run  # noqa: F401 - imported by lsast-run as well
+        from lsast_engines.backends.choice import choose
         from lsast_engines.bundle.bundle import Bundle, find_bundle
-    with parts(f"import {task['backend']}"):
-        from lsast_engines.backends.registry import backend_devices
-
-        backend_devices(task["backend"])
     with parts("open bundle"):
         bundle = Bundle.open(find_bundle(task["bundle"]))
+    with parts(f"import {task['backend']}"):
+        choose(bundle, task["backend"], "cpu", task["compute_dtype"])
     with tempfile.TemporaryDirectory(prefix="lsast-bench-") as folder:
         made, _ = opened(bundle, task, parts)
         with made:

@@ -51,6 +51,14 @@ Rates = dict[str, dict[str, float]]
 SDCPP = "stable-diffusion.cpp"
 """The peer that has a script of its own."""
 
+PEERS = {
+    REFERENCE: ("fp32", "bf16"),
+    "torch.compile": ("fp32", "bf16"),
+    "diffusers": ("fp32", "bf16"),
+    SDCPP: ("fp16", "q8_0"),
+}
+"""The compute dtypes of every peer, those of the last the types of its weights."""
+
 
 @click.command()
 @click.option("--bundle", help="Folder or name of a bundle. [default: $LSAST_BUNDLE, else mini]")
@@ -59,13 +67,18 @@ SDCPP = "stable-diffusion.cpp"
 @click.option("--steps-measured", type=click.IntRange(3), help="Of a peer, instead of all of its 35.")
 @click.option("--threads", type=click.IntRange(1), help="[default: what each takes by itself]")
 @click.option(
-    "--backend", "backends", multiple=True, default=("onnxruntime", "openvino", "openvino:bf16"), show_default=True
+    "--backend", "backends", metavar="NAME[:TYPE]", multiple=True, default=("onnxruntime", "auto"), show_default=True
 )
-@click.option("--preset", "presets", multiple=True, help=f"[default: those of {', '.join(OURS)} that there are]")
+@click.option("--preset", "presets", multiple=True, help=f"[default: {', '.join(OURS)}]")
 @click.option("--row", "texts", metavar="NAME: KEY=VALUE,…", multiple=True, help="A row besides; see above.")
 @click.option("--only-rows", is_flag=True, help="Neither peers nor presets: the --row alone.")
-@click.option("--peer", "peers", multiple=True, default=(REFERENCE, "diffusers"), show_default=True)
-@click.option("--peer-compute-dtype", "types", multiple=True, default=("fp32", "bf16"), show_default=True)
+@click.option(
+    "--peer",
+    "peers",
+    metavar="NAME[:TYPE,TYPE]",
+    multiple=True,
+    help=f"With its compute dtypes, such as {REFERENCE}:fp32. [default: {', '.join(PEERS)}]",
+)
 @click.option("--base", type=click.Path(exists=True), help=f"What {SDCPP} reads: a base in diffusers' format.")
 @click.option("--controlnet", type=click.Path(exists=True), help="Its ControlNet, in diffusers' format.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures.")
@@ -84,7 +97,6 @@ def main(
     texts: tuple[str, ...],
     only_rows: bool,
     peers: tuple[str, ...],
-    types: tuple[str, ...],
     base: str | None,
     controlnet: str | None,
     json_path: Path | None,
@@ -99,8 +111,9 @@ def main(
     if from_json:
         report = json.loads(from_json.read_text())
     else:
-        if SDCPP in peers and not (base and controlnet):
-            raise click.UsageError(f"found the peer {SDCPP} without --base and --controlnet; expected both")
+        asked = [(name, kind) for text in peers or PEERS for name, kind in parse_peer(text)]
+        if not (base and controlnet):
+            asked = [(name, kind) for name, kind in asked if name != SDCPP]
         try:
             folder = str(find_bundle(bundle))
             ours = rows_of_ours(folder, size, () if only_rows else backends, presets, texts)
@@ -109,9 +122,7 @@ def main(
         task = {"bundle": folder, "size": size, "threads": threads, "repeats": repeats}
         there = {**task, "steps_measured": steps_measured, "base": base, "controlnet": controlnet}
         there["repeats"] = max(1, repeats)
-        report = measured(
-            ours, [] if only_rows else [(name, kind) for name in peers for kind in types], task, there, json_path
-        )
+        report = measured(ours, [] if only_rows else asked, task, there, json_path)
     print(markdown(report))
     if chart_path:
         chart(report, chart_path, only, title)
@@ -200,6 +211,9 @@ def our_row(own: Own, task: Row, rates: Rates) -> Row:
         return head
     add_macs([row], rates, task["threads"])
     warm = row["warm"]
+    if row["backend"] == "auto":
+        head["compute_dtype"] = warm["choice"]["compute_dtype"]
+        head["name"] += f" ({warm['choice']['backend']} {head['compute_dtype']})"
     steps = warm["step"]["n"] // max(1, task["repeats"])
     once = {"vae_encoder", "controlnet_cond"} | {name for name in warm["graphs"] if name.startswith("vae_decoder")}
     inner = [graph for name, graph in warm["graphs"].items() if name not in once]
@@ -234,8 +248,16 @@ def absent(asked: set[str]) -> dict[str, str]:
         if not any("ControlNet" in name for name in names):
             reasons[package] = "has no pipeline with a ControlNet"
     if SDCPP not in asked:
-        reasons[SDCPP] = f"not asked for (--peer {SDCPP}); it takes the shape of Stable Diffusion alone, not mini's"
+        reasons[SDCPP] = "without --base and --controlnet; it takes the shape of Stable Diffusion alone, not mini's"
     return reasons
+
+
+def parse_peer(text: str) -> list[tuple[str, str]]:
+    """A peer with each of its compute dtypes, of a text such as ``reference`` or ``reference:fp32``."""
+    name, _, types = text.partition(":")
+    if name not in PEERS:
+        raise click.UsageError(f"found the peer {name!r}; expected one of {', '.join(PEERS)}")
+    return [(name, kind) for kind in types.split(",") if kind] or [(name, kind) for kind in PEERS[name]]
 
 
 def say(line: str) -> None:

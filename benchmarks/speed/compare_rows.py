@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 from benchmarks.bench.configurations import Configuration, parse_backend
 from lsast.images.contact_sheet import parse_axes
-from lsast.options.options import PRESETS
 from lsast_engines.bundle.bundle import find_bundle
 from lsast_engines.errors import UsageError
 
 OURS = ("released", "exact", "balanced", "fast")
-"""Presets that are measured, as far as there are any of these names; `released` computes what the reference does."""
+"""Presets that are measured, the first in float32 alone: it computes what the reference does."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,10 @@ def rows_of_ours(
     bundle: str, size: int, backends: Sequence[str], presets: Sequence[str], texts: Sequence[str]
 ) -> list[Own]:
     """Every backend with every preset, then those of `texts`."""
-    ours = [
-        Own(f"{preset}, {backend} {compute_dtype}", bundle, Configuration(**how, preset=preset, size=size))
-        for backend, compute_dtype in map(parse_backend, backends)
-        for how in [{"backend": backend, "compute_dtype": compute_dtype}]
-        for preset in presets or [name for name in OURS if name in PRESETS]
-    ]
+    ours = []
+    for backend, compute_dtype in map(parse_backend, backends):
+        name = backend if backend == "auto" else f"{backend} {compute_dtype}"
+        for preset in presets or (OURS if name == "onnxruntime fp32" else OURS[1:]):
+            how = Configuration(backend=backend, compute_dtype=compute_dtype, preset=preset, size=size)
+            ours.append(Own(f"{preset}, {name}", bundle, how))
     return ours + [Own.parse(text, bundle, size) for text in texts]

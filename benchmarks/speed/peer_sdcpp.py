@@ -27,14 +27,10 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from lsast_engines.environment import peak_memory
+from benchmarks.speed.peer import GUIDANCE, STEPS, timed
 
-STEPS, STRENGTH, GUIDANCE = 50, 0.7, 10.0
-"""As in `peers.py`, which cannot be imported here: torch would count as this peer's memory."""
-RUN = int(STEPS * STRENGTH)
-
-TYPES = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
-"""What it calls the types of weights."""
+TYPES = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "q8_0": "q8_0"}
+"""What it calls the types of weights; its own documentation recommends f16 and q8_0."""
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -139,25 +135,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     begin = time.perf_counter()
     paint(1)
     first = time.perf_counter() - begin
-    count = min(RUN, task["steps_measured"] or RUN)
-    pictures, steps = [], []
-    for _ in range(task["repeats"]):
-        begin = time.perf_counter()
-        steps.append(paint(count))
-        pictures.append(time.perf_counter() - begin)
-    times = os.times()
-    return {
-        "open": opened,
-        "first": first,
-        "pictures": pictures,
-        "steps": steps,
-        "counted_steps": count,
-        "run_steps": RUN,
-        "macs_step": None,
-        "macs_picture": None,
-        "cpu_s": times.user + times.system,
-        "peak_bytes": peak_memory(),
-    }
+    return timed(task, paint, opened, first)
 
 
 if __name__ == "__main__":

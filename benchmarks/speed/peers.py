@@ -2,14 +2,13 @@
 
 A peer paints one picture as LSAST's released code does (50 steps at strength 0.7, of which 35 run, guidance 10, a
 ControlNet): `reference` is that loop in eager torch, with the ControlNet at batch 1 and keys and values projected from
-the prompts at every step; `diffusers` its own ControlNet img2img pipeline, whose ControlNet runs at batch 2. Contexts
-and picture are random: they cost what real ones cost.
+the prompts at every step; `torch.compile` the same with U-Net and ControlNet compiled; `diffusers` its own ControlNet
+img2img pipeline, whose ControlNet runs at batch 2. Contexts and picture are random: they cost what real ones cost.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -25,17 +24,15 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from lsast_engines.diffusion.solvers import TimestepSchedule, make_solver
-from lsast_engines.environment import peak_memory
+from benchmarks.speed.peer import GUIDANCE, RUN, STEPS, Paint, timed
+from lsast_engines.diffusion import TimestepSchedule, make_solver
 from lsast_train.base.attention import layer_contexts
 from lsast_train.base.base import Base
 from lsast_train.base.lazy_base import load_base
 
-STEPS, STRENGTH, GUIDANCE, STAGES = 50, 0.7, 10.0, 10
-RUN = int(STEPS * STRENGTH)
+STAGES = 10
 
-Paint = Callable[[int], list[float]]
-"""Paints with so many of the steps, the last ones of the schedule; gives the times between the steps' ends."""
+COMPILED = "torch.compile"
 
 
 def reference(base: Base, size: int, dtype: torch.dtype) -> Paint:
@@ -148,7 +145,11 @@ def diffusers(base: Base, size: int, dtype: torch.dtype) -> Paint:
     return paint
 
 
-PEERS = {"reference": reference, "diffusers": diffusers}
+PEERS: dict[str, Callable[[Base, int, torch.dtype], Paint]] = {
+    "reference": reference,
+    COMPILED: reference,
+    "diffusers": diffusers,
+}
 
 
 def _strength(steps: int) -> float:
@@ -178,7 +179,7 @@ def counted(paint: Paint, steps: int) -> int:
 
 
 def measure(task: dict[str, Any], name: str) -> dict[str, Any]:
-    """Seconds of pictures and steps; with `steps_measured`, of so many steps and not of a whole picture."""
+    """See `peer.timed`; with what a picture and a step ask for."""
     if task["threads"]:
         torch.set_num_threads(task["threads"])
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[task["compute_dtype"]]
@@ -189,27 +190,14 @@ def measure(task: dict[str, Any], name: str) -> dict[str, Any]:
     with torch.inference_mode():
         begin = time.perf_counter()
         once, twice = counted(paint, 2), counted(paint, 3)  # warms up, too
+        if name == COMPILED:
+            for network in (base.unet, base.controlnet):
+                network.compile()
+            paint(2)
         first = time.perf_counter() - begin
-        pictures, steps = [], []
-        count = min(RUN, task["steps_measured"] or RUN)
-        for _ in range(task["repeats"]):
-            begin = time.perf_counter()
-            steps.append(paint(count))
-            pictures.append(time.perf_counter() - begin)
-    times = os.times()
+        report = timed(task, paint, opened, first)
     step = twice - once
-    return {
-        "open": opened,
-        "first": first,
-        "pictures": pictures,
-        "steps": steps,
-        "counted_steps": count,
-        "run_steps": RUN,
-        "macs_step": step,
-        "macs_picture": once + (RUN - 2) * step,
-        "cpu_s": times.user + times.system,
-        "peak_bytes": peak_memory(),
-    }
+    return {**report, "macs_step": step, "macs_picture": once + (RUN - 2) * step}
 
 
 if __name__ == "__main__":

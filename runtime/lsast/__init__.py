@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from lsast_engines.backends.choice import Choice
     from lsast_engines.errors import (
         BackendError,
         BundleError,
@@ -43,6 +44,7 @@ __all__ = [
     "BundleError",
     "CancelToken",
     "CancelledError",
+    "Choice",
     "LsastError",
     "MissingExtraError",
     "Options",
@@ -61,6 +63,7 @@ __all__ = [
 
 _HOMES = {
     "CancelToken": ".sessions.cancel",
+    "Choice": "lsast_engines.backends.choice",
     "Options": ".options.options",
     "Provenance": ".images.provenance",
     "Record": ".images.metadata",

@@ -89,6 +89,7 @@ WARM = {
     "peak_bytes": 2_000_000,
     "cpu_s": 3.0,
     "storage_dtype": "fp16",
+    "choice": {"backend": "openvino", "compute_dtype": "bf16"},
     "paths": {"denoiser": "d.onnx", "vae_decoder": "p.onnx"},
     "repeats": [
         {
@@ -123,7 +124,7 @@ def test_warm_figures_batch_are_per_picture() -> None:
 
 
 def test_add_macs_fraction_is_of_the_best_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = {"compute_dtype": "bf16", "batch": 2, "warm": warm_figures(WARM, batch=2)}
+    row = {"compute_dtype": "auto", "batch": 2, "warm": warm_figures(WARM, batch=2)}
     asked: dict[str, Any] = {}
 
     def count(name: str, task: dict[str, Any], threads: int | None = None) -> Any:
