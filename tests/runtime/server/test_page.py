@@ -234,3 +234,18 @@ def test_page_has_a_name_for_every_control(page: Any) -> None:
     )
     assert [line for line in nameless if not re.search(r'"[^"]+"', line)] == []
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_page_asks_for_the_token_until_it_is_right(browser: Any, parted_path: Path) -> None:
+    with running(bundle=str(parted_path), threads=1, token="sésame") as server:
+        page = browser.new_page()
+        page.goto(server.address)
+        page.wait_for_selector("#door[open]")
+        page.fill("#token", "wrong")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#refused:not([hidden])")
+        page.fill("#token", "sésame")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".sign.ready")
+        assert page.locator(".style").count() == 2
+        page.close()
