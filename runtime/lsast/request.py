@@ -14,7 +14,7 @@ import numpy.typing as npt
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import DENOISER, UNET_SPLIT_GRAPHS, VAE_DECODER, VAE_DECODER_TINY
 from lsast_engines.bundle.style import StyleFile
-from lsast_engines.diffusion.solvers import Solver, TimestepSchedule, make_solver
+from lsast_engines.diffusion import Solver, TimestepSchedule, make_solver
 from lsast_engines.errors import BundleError, UnknownStyleError, UsageError, did_you_mean, fault_list
 from lsast_engines.images import canny_edges, on_white, read_picture
 

@@ -21,7 +21,7 @@ from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import Geometry, GraphSpec, UnetSplit, graph_specs, split_specs
 from lsast_engines.bundle.manifest import AttentionLayer, Manifest
 from lsast_engines.bundle.style import Style
-from lsast_engines.diffusion.noise_schedule import NoiseSchedule
+from lsast_engines.diffusion import NoiseSchedule
 
 GEOMETRY = Geometry(hint_channels=5, tokens=3, unet_width=24, control_width=16)
 STAGES = 10

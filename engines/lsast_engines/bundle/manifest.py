@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..diffusion.noise_schedule import MAX_TRAIN_STEPS, BetaSchedule, NoiseSchedule
+from ..diffusion import MAX_TRAIN_STEPS, BetaSchedule, NoiseSchedule
 from ..errors import BundleError, UsageError, fault_list
 from .graph_spec import Geometry, GraphSpec, TensorSpec
 from .json_fields import JsonReader, parse_json

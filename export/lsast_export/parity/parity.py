@@ -42,7 +42,7 @@ from lsast_engines.bundle.graph_spec import (
     tiny_decoder_spec,
 )
 from lsast_engines.bundle.manifest import Manifest
-from lsast_engines.diffusion.solvers import Step
+from lsast_engines.diffusion import Step
 from lsast_engines.errors import ParityError, fault_list
 from lsast_train.base.base import BaseConfig
 from lsast_train.base.lazy_base import LazyBase

@@ -17,8 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lsast_engines.diffusion.noise_schedule import NoiseSchedule
-from lsast_engines.diffusion.solvers import Step, TimestepSchedule, make_solver
+from lsast_engines.diffusion import NoiseSchedule, Step, TimestepSchedule, make_solver
 from lsast_train.base.attention import GROUPS, layer_contexts
 from lsast_train.base.base import Base, BaseConfig
 from lsast_train.base.lazy_base import LazyBase

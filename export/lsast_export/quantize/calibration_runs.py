@@ -20,7 +20,7 @@ from lsast_engines.backends.base import ComputeDtype, Engine
 from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import CONTROLNET_COND, VAE_DECODER, VAE_ENCODER
-from lsast_engines.diffusion.solvers import Step, TimestepSchedule, guide, make_solver
+from lsast_engines.diffusion import Step, TimestepSchedule, guide, make_solver
 from lsast_engines.errors import UsageError
 from lsast_engines.images import canny_edges, find_pictures, import_opencv, read_picture
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lsast_engines.bundle.style import StyleFile
 
 SolverName = Literal["ddim", "dpmpp2m", "unipc", "ddim_lsast"]
-"""The keys of `lsast_engines.diffusion.solvers.SOLVERS`."""
+"""The keys of `lsast_engines.diffusion.SOLVERS`."""
 
 PresetName = Literal["exact", "balanced", "fast", "gentle", "released"]
 

@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lsast_engines.bundle.style import LatentStatistics, StageKV, Style
-from lsast_engines.diffusion.noise_schedule import NoiseLevel
-from lsast_engines.diffusion.solvers import Solver, TimestepSchedule
+from lsast_engines.diffusion import NoiseLevel, Solver, TimestepSchedule
 
 from .networks import Floats, Pixels
 from .x0_blend import X0Blend

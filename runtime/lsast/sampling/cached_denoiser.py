@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from lsast_engines.bundle.graph_spec import CONTROLNET, UNET_FULL, UNET_OUTER
 from lsast_engines.bundle.style import StageKV
-from lsast_engines.diffusion.noise_schedule import NoiseSchedule
+from lsast_engines.diffusion import NoiseSchedule
 
 from .networks import Floats, Graph
 

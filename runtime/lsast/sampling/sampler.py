@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lsast_engines.bundle.style import StageKV
-from lsast_engines.diffusion.solvers import guide
+from lsast_engines.diffusion import guide
 
 from .batch import Batch
 from .networks import Floats, Pixels

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from lsast_engines.diffusion.noise_schedule import Array
-from lsast_engines.diffusion.solvers import Solver, TimestepSchedule
+from lsast_engines.diffusion import Array, Solver, TimestepSchedule
 
 
 class X0Blend:
     """Wraps a solver and replaces its predicted x0 by x0 + w · (target - x0); ε is adjusted to match.
 
     Where w is 1 every solver stays on z_t = sqrt(abar) target + sqrt(1 - abar) noise, the target noised, which is what
-    RePaint (Lugmayr et al. 2022, eq. 8) puts there. See `lsast_engines.diffusion.solvers` for the letters.
+    RePaint (Lugmayr et al. 2022, eq. 8) puts there. See `lsast_engines.diffusion` for the letters.
     """
 
     def __init__(self, solver: Solver, schedule: TimestepSchedule, target: Array, weight: Array) -> None:

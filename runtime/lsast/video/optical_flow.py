@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lsast_engines.diffusion.solvers import Solver, TimestepSchedule
+from lsast_engines.diffusion import Solver, TimestepSchedule
 from lsast_engines.images import import_opencv
 
 from ..images.canvas import Pixels

@@ -10,8 +10,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistep
 from safetensors.numpy import load_file
 
 from golden_sets import GoldenFiles, both_sets
-from lsast_engines.diffusion.noise_schedule import NoiseSchedule
-from lsast_engines.diffusion.solvers import SOLVERS, TimestepSchedule, guide, make_solver
+from lsast_engines.diffusion import SOLVERS, NoiseSchedule, TimestepSchedule, guide, make_solver
 
 SD = {
     "beta_start": 0.00085,

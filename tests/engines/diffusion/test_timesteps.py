@@ -7,8 +7,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistep
 from safetensors.numpy import load_file
 
 from golden_sets import GoldenFiles, both_sets
-from lsast_engines.diffusion.noise_schedule import NoiseSchedule
-from lsast_engines.diffusion.solvers import TimestepSchedule
+from lsast_engines.diffusion import NoiseSchedule, TimestepSchedule
 from lsast_engines.errors import UsageError
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "timestep_spacing": "leading", "steps_offset": 1}

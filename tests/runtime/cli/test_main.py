@@ -16,7 +16,7 @@ from PIL import Image
 
 import lsast
 from lsast.cli.main import main
-from lsast_engines.diffusion.solvers import SOLVERS
+from lsast_engines.diffusion import SOLVERS
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import lsast.stylizer
 from lsast import Options, Stylizer, UsageError
 from lsast.cli.main import main
 from lsast.options.options import PRESETS, PresetName, SolverName, current_options, preset_options, rules
-from lsast_engines.diffusion.solvers import SOLVERS
+from lsast_engines.diffusion import SOLVERS
 
 GOOD: dict[str, Any] = {
     "style": "monet",

@@ -14,8 +14,7 @@ import lsast
 from lsast import BundleError, Stylizer, UsageError
 from lsast.options.options import PRESETS
 from lsast_engines.backends.registry import available_backends
-from lsast_engines.diffusion.noise_schedule import NoiseSchedule
-from lsast_engines.diffusion.solvers import TimestepSchedule, make_solver
+from lsast_engines.diffusion import NoiseSchedule, TimestepSchedule, make_solver
 
 CHANGES: list[dict[str, Any]] = [
     {"cache_interval": 3},

@@ -13,8 +13,7 @@ from lsast.options.options import Options
 from lsast.sampling.batch import Batch, Palette, Sample
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.style import LatentStatistics, StyleFile, encode_defaults
-from lsast_engines.diffusion.noise_schedule import NoiseLevel
-from lsast_engines.diffusion.solvers import TimestepSchedule, make_solver
+from lsast_engines.diffusion import NoiseLevel, TimestepSchedule, make_solver
 
 MONET = LatentStatistics((0.1, -0.2, 0.3, 0.0), (0.5, 0.6, 0.7, 0.8))
 GOYA = LatentStatistics((0.5, 0.2, 0.7, 0.4), (0.9, 1.0, 1.1, 1.2))

@@ -16,7 +16,7 @@ from lsast.sampling.sampler import Networks, sample
 from lsast_engines.backends.registry import available_backends, open_engine
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.style import Style
-from lsast_engines.diffusion.solvers import TimestepSchedule, make_solver
+from lsast_engines.diffusion import TimestepSchedule, make_solver
 
 SCALE = 0.5  # latent_scale of the tiny bundle
 

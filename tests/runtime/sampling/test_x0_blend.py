@@ -11,8 +11,7 @@ from lsast.sampling.batch import Batch, Sample
 from lsast.sampling.sampler import Networks, sample
 from lsast.sampling.x0_blend import X0Blend
 from lsast_engines.bundle.style import Style
-from lsast_engines.diffusion.noise_schedule import NoiseSchedule
-from lsast_engines.diffusion.solvers import TimestepSchedule, make_solver
+from lsast_engines.diffusion import NoiseSchedule, TimestepSchedule, make_solver
 
 
 class _Wavy:

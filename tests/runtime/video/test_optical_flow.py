@@ -9,8 +9,7 @@ import pytest
 from lsast import Stylizer
 from lsast.sampling.x0_blend import X0Blend
 from lsast.video.optical_flow import Motion, TemporalOptions, TemporalState, warped
-from lsast_engines.diffusion.noise_schedule import NoiseSchedule
-from lsast_engines.diffusion.solvers import TimestepSchedule, make_solver
+from lsast_engines.diffusion import NoiseSchedule, TimestepSchedule, make_solver
 
 SHIFT = (3.0, -2.0)
 """How far the surface of every pixel of a moved picture was to the right and down, one frame earlier."""

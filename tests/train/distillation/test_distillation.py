@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lsast_engines.bundle.style import Style, StyleFile
-from lsast_engines.diffusion.solvers import SOLVERS
+from lsast_engines.diffusion import SOLVERS
 from lsast_engines.errors import TrainingError, UsageError
 from lsast_train.__main__ import main
 from lsast_train.base.baked import BakedBase

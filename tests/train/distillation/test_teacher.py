@@ -5,8 +5,7 @@ from typing import Any
 
 import torch
 
-from lsast_engines.diffusion.noise_schedule import NoiseSchedule
-from lsast_engines.diffusion.solvers import TimestepSchedule
+from lsast_engines.diffusion import NoiseSchedule, TimestepSchedule
 from lsast_train.base.baked import BakedBase
 from lsast_train.base.base import Base
 from lsast_train.distillation.options import DistillOptions

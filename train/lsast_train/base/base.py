@@ -9,7 +9,7 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import nn
 
-from lsast_engines.diffusion.noise_schedule import NoiseSchedule
+from lsast_engines.diffusion import NoiseSchedule
 
 from ..options import MixedPrecision
 from .attention import Contexts, layer_contexts, set_layerwise_processors

@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 
 from lsast_engines.bundle.bundle import find_bundle
 from lsast_engines.bundle.manifest import MANIFEST
-from lsast_engines.diffusion.noise_schedule import NoiseSchedule
+from lsast_engines.diffusion import NoiseSchedule
 from lsast_engines.errors import BundleError, StyleError, TrainingError, UsageError, fault_list
 from lsast_engines.files import file_sha256, replace_file
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from lsast_engines.diffusion.noise_schedule import NoiseSchedule
+from lsast_engines.diffusion import NoiseSchedule
 from lsast_engines.errors import TrainingError, UsageError
 
 from .hub import Repository, weight_files

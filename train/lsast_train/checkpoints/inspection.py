@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lsast_engines.diffusion.noise_schedule import NoiseSchedule
+from lsast_engines.diffusion import NoiseSchedule
 from lsast_engines.errors import TrainingError, UsageError
 
 from .networks import HEADS

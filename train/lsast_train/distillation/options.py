@@ -14,7 +14,7 @@ MAX_GUIDANCE = 100.0
 """The runtime's limit."""
 
 Solver = Literal["ddim", "dpmpp2m", "unipc", "ddim_lsast"]
-"""The keys of `lsast_engines.diffusion.solvers.SOLVERS`."""
+"""The keys of `lsast_engines.diffusion.SOLVERS`."""
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from lsast_engines.diffusion.noise_schedule import NoiseSchedule
-from lsast_engines.diffusion.solvers import Step, TimestepSchedule, guide, make_solver
+from lsast_engines.diffusion import NoiseSchedule, Step, TimestepSchedule, guide, make_solver
 from lsast_engines.files import replace_file
 from lsast_engines.images import canny_edges
 
@@ -187,7 +186,7 @@ class Teacher:
 
 
 def stage_of(t: int, noise: NoiseSchedule, stages: int) -> int:
-    """The stage of a timestep, as `lsast_engines.diffusion.solvers.Step` has it."""
+    """The stage of a timestep, as `lsast_engines.diffusion.Step` has it."""
     return t * stages // noise.train_steps
 
 

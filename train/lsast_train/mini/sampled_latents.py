@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from lsast_engines.diffusion.solvers import TimestepSchedule, make_solver
+from lsast_engines.diffusion import TimestepSchedule, make_solver
 from lsast_engines.errors import TrainingError
 from lsast_engines.files import replace_file
 from lsast_engines.images import canny_edges

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from lsast_engines.backends.registry import require_backend
-from lsast_engines.diffusion.solvers import guide, make_solver
+from lsast_engines.diffusion import guide, make_solver
 from lsast_engines.errors import ExportError, fault_list
 from lsast_train.base.base import Base, BaseConfig, build_base
 from lsast_train.checkpoints.compvis import UNET, controlnet_weights, section, unet_weights

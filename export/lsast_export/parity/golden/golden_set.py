@@ -21,8 +21,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lsast_engines.diffusion.noise_schedule import NoiseSchedule
-from lsast_engines.diffusion.solvers import TimestepSchedule
+from lsast_engines.diffusion import NoiseSchedule, TimestepSchedule
 from lsast_engines.errors import ExportError, UsageError, fault_list
 from lsast_train.base.attention import GROUPS
 

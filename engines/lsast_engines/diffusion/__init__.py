@@ -1,1 +1,0 @@
-"""The mathematics of sampling: noise schedule, timesteps, solvers."""
