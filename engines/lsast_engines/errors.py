@@ -4,6 +4,7 @@
 
     LsastError                 exit 1   any expected error
     ├── UsageError             exit 2
+    │   └── UnknownStyleError  exit 2
     ├── MissingExtraError      exit 1
     ├── PictureError           exit 1
     ├── BundleError            exit 1
