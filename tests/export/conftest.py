@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from contextlib import closing
@@ -125,3 +126,20 @@ def parted(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adding, "trace_graphs", lambda *_: traced_parts)
         return add_parts(folder)
+
+
+@pytest.fixture(scope="session")
+def assert_only_added() -> Callable[..., None]:
+    """Fails unless a bundle is another one with the files `new`: assert_only_added(bundle, before, new)."""
+
+    def check(bundle: Bundle, before: Bundle, new: set[str]) -> None:
+        manifest = Bundle.open(bundle.path).manifest
+        assert {path.name for path in bundle.path.iterdir()} == {path.name for path in before.path.iterdir()} | new
+        for file in before.path.rglob("*.*"):
+            if file.name != "manifest.json":
+                assert (bundle.path / file.relative_to(before.path)).read_bytes() == file.read_bytes()
+        files = {name: entry for name, entry in manifest.files.items() if name not in new}
+        kept = {"graphs": before.manifest.graphs, "parity": before.manifest.parity, "files": files}
+        assert dataclasses.replace(manifest, **kept) == before.manifest
+
+    return check

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import onnx
 import pytest
+from click.testing import CliRunner
 
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.style import Style
 from lsast_engines.errors import BundleError
 from lsast_export.bundle.check import check_bundle
+from lsast_export.cli.main import main
 from lsast_export.parity.parity import ParityPlan, large_plan
 from lsast_train.base.base import Base
 
@@ -93,14 +95,17 @@ def test_check_bundle_finds_a_changed_weight_with_a_matching_hash(copy: Path) ->
         check_bundle(copy)
 
 
-def test_check_bundle_finds_swapped_weights_by_parity(copy: Path) -> None:
+def test_check_command_finds_swapped_weights_by_parity(copy: Path) -> None:
     swap_weights(copy)
     rehash(copy)
-    report = check_bundle(copy, "onnxruntime")
-    assert not report.passed
-    assert report.figures["denoiser"] > 1e-3
-    assert report.figures["loop"] > 1e-3
-    assert report.figures["vae_encoder"] < 1e-5
+    result = CliRunner().invoke(main, ["check", str(copy), "--json", "--backend", "onnxruntime"])
+    report = json.loads(result.stdout)
+    assert (result.exit_code, report["passed"]) == (1, False)
+    assert report["parity"]["denoiser"] > 1e-3
+    assert report["parity"]["loop"] > 1e-3
+    assert report["parity"]["vae_encoder"] < 1e-5
+    assert "past the tolerance" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_check_bundle_lists_faults_of_all_styles(copy: Path) -> None:

@@ -122,41 +122,6 @@ def test_vae_graphs_match_torch_at_other_shapes(
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-def test_denoiser_graph_guidance_rows_are_independent(bundles: dict[str, Bundle], run: Run, feeds: Feeds) -> None:
-    both = feeds(bundles["fp32"], 2, 2, 8, 16)
-    pair = run(bundles["fp32"], "denoiser", **both)["eps"]
-    alone = run(bundles["fp32"], "denoiser", **{**both, "kv_unet": both["kv_unet"][1:]})["eps"]
-    assert np.abs(pair[0] - pair[1]).max() > 1e-3
-    np.testing.assert_allclose(pair[1], alone[0], rtol=0, atol=1e-5)
-
-
-def test_denoiser_graph_batch_rows_are_independent(bundles: dict[str, Bundle], run: Run, feeds: Feeds) -> None:
-    inputs = feeds(bundles["fp32"], 2, 1, 8, 8)
-    both = run(bundles["fp32"], "denoiser", **inputs)["eps"]
-    for row in (0, 1):
-        cut = {name: value[row : row + 1] for name, value in inputs.items() if name in ("latent", "hint", "timestep")}
-        cut |= {"kv_unet": inputs["kv_unet"][:, row : row + 1], "kv_control": inputs["kv_control"][row : row + 1]}
-        alone = run(bundles["fp32"], "denoiser", **{**inputs, **cut})["eps"]
-        np.testing.assert_allclose(both[:, row : row + 1], alone, rtol=0, atol=1e-5)
-
-
-def test_denoiser_graph_with_control_scale_zero_ignores_the_edges(
-    bundles: dict[str, Bundle], run: Run, feeds: Feeds
-) -> None:
-    bundle = bundles["fp32"]
-    source = load_base(bundle.path)
-    inputs = feeds(bundle, 2, 1, 8, 16)
-    contexts = torch.randn(2, 3, bundle.manifest.tokens, source.context_dim, generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        inputs["kv_unet"] = kv_layouts(source)[0].project(contexts)[None].numpy()
-        latent, timestep = torch.from_numpy(inputs["latent"]), torch.from_numpy(inputs["timestep"])
-        expected = source.eps(latent, timestep, contexts).numpy()
-    found = run(bundle, "denoiser", **{**inputs, "control_scale": np.asarray(0.0, np.float32)})["eps"]
-    np.testing.assert_allclose(found[0], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-    controlled = run(bundle, "denoiser", **inputs)["eps"]
-    assert np.abs(controlled[0] - expected).max() > 1e-3
-
-
 def test_split_processor_matches_diffusers_attention() -> None:
     attention = Attention(query_dim=24, heads=6, dim_head=4).eval()
     hidden = torch.randn(2, 35, 24, generator=torch.Generator().manual_seed(0))

@@ -125,14 +125,6 @@ def test_to_int8_scales_each_channel_by_its_largest_weight(axis: int) -> None:
     assert numbers.min() >= -127, "symmetric"
 
 
-def test_fold_weights_computes_the_same(tmp_path: Path) -> None:
-    path = toy(tmp_path)
-    plain = fold_weights(path)
-    assert kinds(plain) == {"Conv": 2, "Sigmoid": 2, "Mul": 2, "Transpose": 1, "Tanh": 1, "MatMul": 2, "Add": 2}
-    (feeds,) = draw(1)
-    np.testing.assert_allclose(run_model(plain, feeds)[0], run_model(onnx.load(path), feeds)[0], atol=1e-5)
-
-
 def test_fold_weights_keeps_a_split_with_another_reader(tmp_path: Path) -> None:
     model = onnx.load(toy(tmp_path))
     model.graph.output.append(helper.make_tensor_value_info("both", TensorProto.FLOAT, ["B", "h", "w", 64]))
