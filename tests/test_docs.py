@@ -86,19 +86,19 @@ def test_readme_commands_run_word_for_word_on_a_clean_clone(tmp_path: Path) -> N
     shutil.copytree(ROOT / "docs" / "images", clone / "docs" / "images")
     commands = tmp_path / "bin"
     commands.mkdir()
-    for name, module in (("run", "lsast"), ("train", "lsast_train"), ("export", "lsast_export")):
-        command = commands / f"lsast-{name}"
-        command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m {module} "$@"\n', encoding="utf-8")
-        command.chmod(0o755)
+    scripts = {name: place for name, place in MODULES.items() if " " not in name}
+    for name, (module, function) in (scripts | {"lsast-train": ("lsast_train.__main__", "main")}).items():
+        code = f"import sys; from {module} import {function}; sys.argv[0] = '{name}'; sys.exit({function}())"
+        # A server would not end; what it does, tests/runtime/server shows.
+        end = "--help" if name == "lsast-serve" else ""
+        (commands / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{code}" "$@" {end}\n', encoding="utf-8")
+        (commands / name).chmod(0o755)
     environment = {
         **os.environ,
         "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join(str(ROOT / package) for package in PACKAGES),
         "LSAST_HOME": str(tmp_path / "home"),
     }
-    served = commands / "lsast-serve"  # which would not end; what it does, tests/runtime/server shows
-    served.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m lsast.server.cli "$@" --help\n', encoding="utf-8")
-    served.chmod(0o755)
     script = "\n".join(["set -e", *_readme_commands()])
     done = subprocess.run(
         ["bash", "-c", script], cwd=clone, env=environment, capture_output=True, text=True, check=False
@@ -124,12 +124,13 @@ def _documented_calls() -> list[tuple[str, list[str]]]:
         for block in (text for language, text in blocks if language in ("", "sh")):
             for line in block.replace("\\\n", " ").splitlines():
                 words = re.sub(r"^(\$ )?(\w+=\S+ )*|\s#\s.*", "", line.strip()).split()
-                if words and re.fullmatch(r"lsast-(run|serve|train|export|eval)", words[0]):
+                if words and words[0] in MODULES:
                     calls.append((str(page.relative_to(ROOT)), words))
     return calls
 
 
 MODULES = {
+    "lsast": ("lsast.cli.commands", "main"),
     "lsast-run": ("lsast.cli.main", "main"),
     "lsast-serve": ("lsast.server.cli", "main"),
     "lsast-train": ("lsast_train.cli.main", "command"),
@@ -145,8 +146,10 @@ def _command(words: list[str]) -> click.Command:
     """The command that `words` call, the sub-command of a group if they name one."""
     module, name = MODULES.get(" ".join(words[:2]), MODULES[words[0]])
     command: click.Command = getattr(importlib.import_module(module), name)
-    if isinstance(command, click.Group) and len(words) > 1:
-        return command.get_command(click.Context(command), words[1]) or command
+    for word in words[1:]:
+        if not isinstance(command, click.Group):
+            break
+        command = command.get_command(click.Context(command), word) or command
     return command
 
 
