@@ -95,6 +95,9 @@ def test_compvis_weights_that_do_not_fit_are_named(compvis_base: Any) -> None:
         unet_weights(missing).build()
     assert "up_blocks.0.resnets.1.conv1.bias: missing" in str(caught.value)
     assert "down_blocks.0.resnets.0.conv1.bias: found shape [5]; expected [32]" in str(caught.value)
+    broken = {**tensors, f"{prefix}out.2.bias": torch.full((4,), float("nan"))}
+    with pytest.raises(TrainingError, match=r"weights of the U-Net that are no numbers:\n  - conv_out\.bias: NaN"):
+        unet_weights(broken).build()
     with pytest.raises(TrainingError, match=r"label_emb\.0\.0\.weight: not expected"):
         unet_weights({**tensors, f"{prefix}label_emb.0.0.weight": torch.zeros(3)})
     with pytest.raises(TrainingError, match=r"32.*multiples of 5"):

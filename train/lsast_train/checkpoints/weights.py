@@ -78,7 +78,7 @@ class Weights:
         Tensors that are of `dtype` already stay views of their file.
 
         Raises:
-            TrainingError: weights that do not fit, all faults at once.
+            TrainingError: weights that do not fit, or that are not finite; all faults at once.
         """
         if faults := self.faults():
             raise TrainingError(
@@ -86,6 +86,8 @@ class Weights:
             )
         network = self.on_meta()
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.tensors.items()}
+        if infinite := [f"{key}: NaN or infinite" for key, value in state.items() if not torch.isfinite(value).all()]:
+            raise TrainingError(fault_list(f"found weights of {self.what} that are no numbers:", truncate(infinite)))
         network.load_state_dict(state, assign=True)
         return network.eval().requires_grad_(False)
 
