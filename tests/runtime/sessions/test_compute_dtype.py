@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -123,3 +124,25 @@ def test_openvino_in_bf16_paints_the_same_after_a_small_picture() -> None:
     with lsast.load(backend="openvino", compute_dtype="bf16", threads=1) as stylizer:
         stylizer.stylize(picture, size=64, steps=1)
         np.testing.assert_array_equal(stylizer.stylize(picture, size=256, steps=1).image, expected)
+
+
+@pytest.mark.needs("onnxruntime", "openvino")
+def test_auto_is_chosen_once_and_its_paintings_are_repeated_on_other_processors(
+    bundle_path: Path, photo: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lsast_engines.backends.openvino.compute_dtypes", lambda device: ("fp32", "bf16"))
+    Image.fromarray(photo).save(tmp_path / "in.png")
+    monkeypatch.setenv("LSAST_PROCESSOR", "avx512_bf16")
+    with lsast.load(bundle_path) as stylizer:
+        monkeypatch.setenv("LSAST_PROCESSOR", "avx2")
+        first, other = stylizer.stylize(photo), stylizer.stylize(photo, seed=1)
+        again = pickle.loads(pickle.dumps(stylizer))  # chooses where it is opened
+    assert first.choice == other.choice == stylizer.choice
+    assert (first.choice.backend, first.choice.compute_dtype) == ("openvino", "bf16")
+    assert "avx512_bf16" in first.choice.reason
+    assert (first.provenance.backend, first.provenance.compute_dtype) == ("openvino", "bf16")
+    with again:
+        assert (again.choice.backend, again.choice.compute_dtype) == ("onnxruntime", "fp32")
+    first.save(tmp_path / "out.png")
+    call = ["--bundle", str(bundle_path), "--from", str(tmp_path / "out.png"), str(tmp_path / "in.png")]
+    assert CliRunner().invoke(main, call).exit_code == 0
