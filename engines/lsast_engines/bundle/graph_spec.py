@@ -178,13 +178,13 @@ def optional_specs(geometry: Geometry, graphs: Mapping[str, GraphSpec]) -> dict[
     if not any(name in graphs for name in UNET_SPLIT_GRAPHS):
         return small
     residuals = graphs[CONTROLNET].outputs if CONTROLNET in graphs else ()
-    features = [tensor.shape[2] for tensor in graphs[UNET_FULL].outputs[1:]] if UNET_FULL in graphs else []
+    features = [_length(tensor, 2) for tensor in graphs[UNET_FULL].outputs[1:]] if UNET_FULL in graphs else []
     # All inputs but latent, timestep, kv_unet and feature are residuals.
     outer = len(graphs[UNET_OUTER].inputs) - 4 if UNET_OUTER in graphs else 0
     cut = UnetSplit(
         residuals=tuple((_length(tensor, 1), _level(tensor)) for tensor in residuals),
         outer=max(0, outer),
-        feature=next((channels for channels in features if isinstance(channels, int)), 0),
+        feature=next(filter(None, features), 0),
     )
     return {**split_specs(geometry, cut), **small}
 

@@ -82,9 +82,9 @@ class JsonReader:
         return options[0]
 
     def axes(self, key: str) -> tuple[int | str, ...]:
-        """A shape: a list of lengths of at least 1 and names of dynamic axes."""
+        """A shape: a list of lengths of at least 1 and names of dynamic axes, at most 20 letters each."""
         axes = self._list(key)
-        if all((isinstance(axis, str) and axis) or _is_length(axis) for axis in axes):
+        if all((_is_text(axis) and 1 <= len(axis) <= 20) or _is_length(axis) for axis in axes):
             return tuple(axes)
         self.error(key, axes, "lengths and names of axes")
         return ()

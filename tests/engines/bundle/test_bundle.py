@@ -99,6 +99,14 @@ def test_bundle_write_refuses_graphs_of_another_geometry(tmp_path: Path, manifes
     assert not (tmp_path / "toy").exists()
 
 
+def test_bundle_write_refuses_graphs_of_a_split_denoiser_without_shapes(
+    tmp_path: Path, manifest: Manifest, sources: Sources
+) -> None:
+    split = {name: GraphSpec(name, (), (TensorSpec("a", "float32", (1,)),) * 2) for name in ("controlnet", "unet_full")}
+    with pytest.raises(BundleError, match="graph unet_full: found outputs a float32 "):
+        Bundle.write(tmp_path / "toy", dataclasses.replace(manifest, graphs={**manifest.graphs, **split}), sources)
+
+
 def test_bundle_refuses_files_outside_its_folder(bundle: Bundle, manifest: Manifest, sources: Sources) -> None:
     text = (bundle.path / "manifest.json").read_text()
     (bundle.path / "manifest.json").write_text(text.replace('"base.safetensors"', '"../sources/weights"'))

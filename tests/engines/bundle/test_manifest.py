@@ -136,6 +136,8 @@ def test_manifest_from_json_bounds_all_numbers_and_texts(manifest: Manifest) -> 
     data["height"] = data["multiple"] = 2**20
     data["geometry"]["unet_width"] = 10**12
     data["graphs"]["controlnet_cond"]["inputs"][0]["shape"] = ["B", 10**30]
+    data["graphs"]["vae_encoder"]["inputs"][0]["shape"] = ["B", "h" + "9" * 5000]
+    data["graphs"]["vae_decoder"]["inputs"][0]["shape"] = ["B", "\ud800"]
     found = [fault.partition(":")[0] for fault in faults_of(data)]
     assert sorted(found) == sorted(
         [
@@ -147,6 +149,8 @@ def test_manifest_from_json_bounds_all_numbers_and_texts(manifest: Manifest) -> 
             "multiple",
             "geometry.unet_width",
             "graphs.controlnet_cond.inputs[0].shape",
+            "graphs.vae_encoder.inputs[0].shape",
+            "graphs.vae_decoder.inputs[0].shape",
         ]
     )
     data = json.loads(manifest.to_json())
