@@ -113,6 +113,8 @@ def main(
     else:
         asked = [(name, kind) for text in peers or PEERS for name, kind in parse_peer(text)]
         if not (base and controlnet):
+            if any(name == SDCPP for name, _ in asked) and peers:
+                raise click.UsageError(f"{SDCPP} needs its weights: give --base and --controlnet")
             asked = [(name, kind) for name, kind in asked if name != SDCPP]
         try:
             folder = str(find_bundle(bundle))
