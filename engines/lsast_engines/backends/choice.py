@@ -82,6 +82,8 @@ def choose(
             if backend not in ("auto", row.backend) or named not in (None, row.compute_dtype):
                 continue
             fault, missing = _fault(row, bundle)
+            if row.feature in cpu_features():
+                passed_over.clear()  # the rows above want features that the processor lacks: not what decides
             if not fault:
                 reason = f"the processor has {row.feature}: {row.measured}" if row.feature else "; ".join(passed_over)
                 reason = reason or f"{named or backend} was named"
