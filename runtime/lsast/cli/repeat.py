@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 
 from lsast_engines.bundle.bundle import Bundle, find_bundle
-from lsast_engines.errors import LsastError, UsageError, fault_list
+from lsast_engines.errors import BackendError, LsastError, UsageError, fault_list
 from lsast_engines.images import pixels_sha256, read_picture
 
 from ..images.mask import read_mask
 from ..images.metadata import Record, read_record
-from ..images.provenance import bundle_sha256
+from ..images.provenance import Provenance, bundle_sha256
 from ..options.options import current_options, preset_options
 from ..options.style_mix import Mix
 from ..result import Result, validate_output_path
-from ..stylizer import load
+from ..stylizer import Stylizer, load
 from .run import ProgressBars
 
 
@@ -41,6 +41,7 @@ def repeat(
 
     Raises:
         LsastError: the painting was made of something else, or another picture came out.
+        BackendError: what it was painted with is not here, and `where` names nothing else.
         UsageError: too many paths, or `options` without OUT.
     """
     if len(paths) > 2 or (options.keys() - {"mask"} and len(paths) < 2):
@@ -59,15 +60,30 @@ def repeat(
         verify_inputs(record, origin, Bundle.open(find_bundle(where.get("bundle"))), source, mask)
     if source is None:
         return report, f"{origin}: the bundle and the styles that it was painted with are here"
-    same = {"backend": made.backend, "device": made.device, "compute_dtype": made.compute_dtype}
-    with contextlib.closing(ProgressBars(1)) as bars, load(**{**same, **where}) as stylizer:
+    with contextlib.closing(ProgressBars(1)) as bars, _open(made, where) as stylizer:
         changed = {**asdict(record.options), **preset_options(options.get("preset")), **options}
         result = stylizer.stylize(source, **changed, mask=mask, on_step=bars.on_step)
     if out is None:
         compare_pixels(result, origin, record)
         return {**report, "same": True}, f"{origin}: {source} paints the same again, to the last bit"
     result.save(out)
+    if result.provenance:
+        report |= asdict(result.provenance)
     return {**report, "options": asdict(result.options), "out": str(out)}, str(out)
+
+
+def _open(made: Provenance, where: dict[str, Any]) -> Stylizer:
+    same = {"backend": made.backend, "device": made.device, "compute_dtype": made.compute_dtype}
+    try:
+        return load(**{**same, **where})
+    except BackendError as error:
+        autos = " ".join(f"--{key.replace('_', '-')} auto" for key in same if key not in where)
+        if not autos:
+            raise
+        raise BackendError(
+            f"{error}; the painting was made with {made.backend} on {made.device} in {made.compute_dtype}: to paint "
+            f"nearly the same with what is here, name OUT and add {autos}"
+        ) from error
 
 
 def verify_inputs(

@@ -232,6 +232,10 @@ def test_from_with_options_changes_the_picture_and_needs_out(run: Run, photo: np
     assert (options["style"], options["guidance"], options["seed"]) == ("monet", 3.0, 5)
     with Image.open("new.png") as image:
         assert image.size == (160, 50)
+    other = json.loads(run("--from", "out.png", "other.png", "new.png", "--style", "vangogh", "--json").stdout)
+    made = dataclasses.asdict(read_record("new.png").provenance)
+    assert {key: other[key] for key in made} == json.loads(json.dumps(made))
+    assert list(other["styles"]) == ["vangogh"]
 
 
 def test_from_recognises_a_transparent_picture_on_white(run: Run, photo: np.ndarray) -> None:

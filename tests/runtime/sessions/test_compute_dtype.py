@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -146,3 +147,9 @@ def test_auto_is_chosen_once_and_its_paintings_are_repeated_on_other_processors(
     first.save(tmp_path / "out.png")
     call = ["--bundle", str(bundle_path), "--from", str(tmp_path / "out.png"), str(tmp_path / "in.png")]
     assert CliRunner().invoke(main, call).exit_code == 0
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    refused = CliRunner().invoke(main, call)
+    assert refused.exit_code == 1
+    assert "add --backend auto --device auto --compute-dtype auto" in refused.stderr
+    autos = ["--backend", "auto", "--device", "auto", "--compute-dtype", "auto"]
+    assert CliRunner().invoke(main, [*call, str(tmp_path / "near.png"), *autos]).exit_code == 0
