@@ -8,6 +8,7 @@ import socket
 import webbrowser
 from collections.abc import Callable
 from dataclasses import fields
+from types import FrameType
 from typing import Any
 
 import click
@@ -88,6 +89,12 @@ def serve(settings: Settings, show: bool = False) -> None:
     class Server(uvicorn.Server):
         """Finishes what was accepted before it ends."""
 
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            """See `uvicorn.Server`."""
+            super().handle_exit(sig, frame)
+            if self.force_exit:  # asked for: a traceback of each request that is cut off says nothing
+                logging.getLogger("uvicorn.error").disabled = True
+
         async def on_tick(self, counter: int) -> bool:
             """See `uvicorn.Server`."""
             if not await super().on_tick(counter):
@@ -118,7 +125,10 @@ def serve(settings: Settings, show: bool = False) -> None:
         if show:
             webbrowser.open(address)
         with contextlib.suppress(KeyboardInterrupt):  # raised when all is done
-            server.run([listener])
+            try:
+                server.run([listener])
+            finally:
+                logging.getLogger("uvicorn.error").disabled = False
     if failure:
         raise failure[0]
 

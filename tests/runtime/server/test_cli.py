@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -28,7 +29,8 @@ def _environment(bundle: Path) -> dict[str, str]:
 
 @pytest.fixture
 def serving(parted_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    with subprocess.Popen(COMMAND, env=_environment(parted_path), stdout=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(COMMAND, env=_environment(parted_path), **pipes, text=True) as process:  # type: ignore[call-overload]
         assert process.stdout is not None
         address = process.stdout.readline().strip()
         end = time.monotonic() + 60
@@ -65,6 +67,27 @@ def test_sigterm_finishes_what_was_accepted(serving: tuple[subprocess.Popen[str]
     asking.join()
     assert answers[0].status_code == 200
     assert process.wait(30) == -signal.SIGTERM
+
+
+def test_second_ctrl_c_ends_at_once_without_tracebacks(serving: tuple[subprocess.Popen[str], str], png: bytes) -> None:
+    process, address = serving
+
+    def ask() -> None:
+        with contextlib.suppress(httpx.HTTPError):  # cut off
+            httpx.post(address + "/v1/paintings", params={**LONG, "size": 1024}, content=png, timeout=60)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    end = time.monotonic() + 60
+    while "lsast_painting 1.0" not in httpx.get(address + "/metrics").text:
+        assert time.monotonic() < end
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    asking.join()
+    assert (process.returncode, stderr) == (0, "")
 
 
 def test_port_in_use_is_one_line(parted_path: Path) -> None:
