@@ -158,15 +158,16 @@ def test_answers_hold_no_path_of_the_machine(server: Running, png: bytes, parted
 def test_job_tells_its_progress_with_previews_and_keeps_the_painting(
     server: Running, stylizer: lsast.Stylizer, photo: np.ndarray, png: bytes
 ) -> None:
-    path = server.begin(png, seed=3, **{**QUICK, "steps": 4})
+    quick = {**QUICK, "steps": 150}  # not done before somebody follows it
+    path = server.begin(png, seed=3, **quick)
     events = _events(server, path)
     assert [name for name, _ in events][-1] == "done"
-    assert {facts["steps"] for _, facts in events if facts["step"]} == {4}
+    assert {facts["steps"] for _, facts in events if facts["step"]} == {150}
     last = events[-1][1]
     assert (last["size"], last["options"]["seed"]) == ([160, 96], 3)
     previews = [facts["preview"] for _, facts in events if "preview" in facts]
     assert pixels(base64.b64decode(previews[-1].partition(",")[2])).shape[2] == 3
-    expected = np.asarray(stylizer.stylize(photo, seed=3, **{**QUICK, "steps": 4}).image)
+    expected = np.asarray(stylizer.stylize(photo, seed=3, **quick).image)
     answer = server.client.get(path, headers={"Accept": "image/png"})
     np.testing.assert_array_equal(pixels(answer.content), expected)
     converted = server.client.get(path, headers={"Accept": "image/webp"})
