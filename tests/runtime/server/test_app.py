@@ -29,7 +29,10 @@ def stylizer(parted_path: Path) -> Iterator[lsast.Stylizer]:
 
 
 def _events(server: Running, path: str) -> list[tuple[str, dict[str, Any]]]:
-    text = server.client.get(path, headers={"Accept": "text/event-stream"}).text
+    return _parsed(server.client.get(path, headers={"Accept": "text/event-stream"}).text)
+
+
+def _parsed(text: str) -> list[tuple[str, dict[str, Any]]]:
     blocks = [dict(line.split(": ", 1) for line in block.split("\n")) for block in text.strip().split("\n\n")]
     return [(block["event"], json.loads(block["data"])) for block in blocks]
 
@@ -158,16 +161,21 @@ def test_answers_hold_no_path_of_the_machine(server: Running, png: bytes, parted
 def test_job_tells_its_progress_with_previews_and_keeps_the_painting(
     server: Running, stylizer: lsast.Stylizer, photo: np.ndarray, png: bytes
 ) -> None:
-    quick = {**QUICK, "steps": 150}  # not done before somebody follows it
-    path = server.begin(png, seed=3, **quick)
-    events = _events(server, path)
-    assert [name for name, _ in events][-1] == "done"
-    assert {facts["steps"] for _, facts in events if facts["step"]} == {150}
+    options = {**QUICK, "steps": 300, "size": 512, "seed": 3}
+    before = server.begin(png, **LONG)
+    path = server.begin(png, **options)
+    with server.client.stream("GET", path, headers={"Accept": "text/event-stream"}) as stream:
+        lines = stream.iter_lines()
+        text = next(lines)
+        server.client.delete(before)  # the job waits behind it until somebody follows
+        events = _parsed("\n".join([text, *lines]))
+    assert (events[0][0], events[-1][0]) == ("queued", "done")
+    assert {facts["steps"] for _, facts in events if facts["step"]} == {300}
     last = events[-1][1]
     assert (last["size"], last["options"]["seed"]) == ([160, 96], 3)
     previews = [facts["preview"] for _, facts in events if "preview" in facts]
     assert pixels(base64.b64decode(previews[-1].partition(",")[2])).shape[2] == 3
-    expected = np.asarray(stylizer.stylize(photo, seed=3, **quick).image)
+    expected = np.asarray(stylizer.stylize(photo, **options).image)
     answer = server.client.get(path, headers={"Accept": "image/png"})
     np.testing.assert_array_equal(pixels(answer.content), expected)
     converted = server.client.get(path, headers={"Accept": "image/webp"})
