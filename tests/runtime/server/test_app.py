@@ -161,20 +161,22 @@ def test_answers_hold_no_path_of_the_machine(server: Running, png: bytes, parted
 def test_job_tells_its_progress_with_previews_and_keeps_the_painting(
     server: Running, stylizer: lsast.Stylizer, photo: np.ndarray, png: bytes
 ) -> None:
-    options = {**QUICK, "steps": 300, "size": 512, "seed": 3}
+    options = {**LONG, "steps": 300, "seed": 3}
     before = server.begin(png, **LONG)
+    server.wait(before, "painting")
     path = server.begin(png, **options)
     with server.client.stream("GET", path, headers={"Accept": "text/event-stream"}) as stream:
         lines = stream.iter_lines()
-        text = next(lines)
-        server.client.delete(before)  # the job waits behind it until somebody follows
-        events = _parsed("\n".join([text, *lines]))
+        first = next(lines)
+        server.client.delete(before)  # the other waits behind it, so that it is followed in time
+        events = _parsed("\n".join([first, *lines]))
+    assert events[0][0] != "done"
     assert events[-1][0] == "done"
     assert {facts["steps"] for _, facts in events if facts["step"]} == {300}
     last = events[-1][1]
     assert (last["size"], last["options"]["seed"]) == ([160, 96], 3)
-    for preview in (facts["preview"] for _, facts in events if "preview" in facts):  # a quick job may show none
-        assert pixels(base64.b64decode(preview.partition(",")[2])).shape[2] == 3
+    previews = [facts["preview"] for _, facts in events if "preview" in facts]
+    assert pixels(base64.b64decode(previews[-1].partition(",")[2])).shape[2] == 3
     expected = np.asarray(stylizer.stylize(photo, **options).image)
     answer = server.client.get(path, headers={"Accept": "image/png"})
     np.testing.assert_array_equal(pixels(answer.content), expected)
