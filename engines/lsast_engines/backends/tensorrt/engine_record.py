@@ -24,7 +24,7 @@ from ...errors import BackendError, BundleError, fault_list
 from ...files import cache_home, file_sha256, replace_file
 from .shape_profile import Profile, profile_from_json, profile_to_json
 
-FORMAT = 3
+FORMAT = 4
 """Format number of records; raised also when compiling makes another graph from the same file."""
 
 TrtFlavor = Literal["tensorrt", "tensorrt-rtx"]

@@ -115,7 +115,7 @@ def test_verified_record_of_a_changed_engine_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda data: data | {"format": 1}, "has format 1; this version reads 3"),
+        (lambda data: data | {"format": 3}, "has format 3; this version reads 4"),
         (lambda data: {key: value for key, value in data.items() if key != "sha256"}, "is not the record"),
         (lambda data: data | {"key": {**data["key"], "library": "cudnn"}}, "library: found 'cudnn'"),
         (lambda data: data | {"key": {**data["key"], "profile": {"latent": [[1], [2]]}}}, "expected three shapes"),
