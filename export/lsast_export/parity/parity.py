@@ -191,7 +191,8 @@ class _Comparison:
                         self._note(DENOISER, eps, expected.eps)
                     run.advance(eps)
                     eta.step()
-                if drawn.case.loop and expected.loop_end is not None:
+                if drawn.case.loop:
+                    assert expected.loop_end is not None, "run_torch ends every loop"
                     self._note(LOOP, run.latent, expected.loop_end)
         with opened(VAE_DECODER) as engine:
             for drawn, expected in self._pairs:
