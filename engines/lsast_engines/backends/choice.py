@@ -1,4 +1,4 @@
-"""Which backend and compute dtype ``auto`` takes for a bundle: the fastest on this processor that is exact enough.
+"""Which backend and compute dtype ``auto`` takes for a bundle: the fastest that was measured on such a processor.
 
 `ROWS` is the rule. docs/guides/speed.md shows it, docs/results.md the measurements.
 """
@@ -20,7 +20,8 @@ from .registry import EXTRAS, find_backend, has_device
 DtypeOrAuto = ComputeDtype | Literal["auto"]
 
 LEAST_PSNR = 45.0
-"""Least PSNR in dB of a picture in the dtype of `ROWS` to the same in float32; ``lsast-export check`` measures it."""
+"""Least PSNR in dB of a picture in what ``auto`` takes to the same in float32; ``lsast-export check`` holds a bundle to
+it, painting does not measure it."""
 
 _log = logging.getLogger("lsast.choice")
 
@@ -39,8 +40,8 @@ class Row:
 
 ROWS = (
     Row("openvino", "bf16", "amx_bf16", "3 to 7 times as fast at Stable Diffusion 1.5's size, 1.3 times with mini"),
-    Row("openvino", "bf16", "avx512_bf16", "1.6 times as fast at Stable Diffusion 1.5's size, 1.8 times with mini"),
-    Row("onnxruntime", "fp32", "", "as fast as OpenVINO in fp32, and opened sooner"),
+    Row("openvino", "bf16", "avx512_bf16", "1.9 times as fast at Stable Diffusion 1.5's size, 1.6 times with mini"),
+    Row("onnxruntime", "fp32", "", "with mini as fast as OpenVINO in fp32, and opened sooner"),
     Row("openvino", "fp32", "", "where ONNX Runtime is not installed"),
 )
 """From the fastest to the slowest. AVX-512 alone emulates bf16, more slowly than fp32; Arm was not measured."""
@@ -93,7 +94,7 @@ def choose(
                 remedy = (
                     f"{install_command(EXTRAS[row.backend])}: {row.backend} in {row.compute_dtype} is {row.measured}"
                 )
-    return Choice(*find_backend(backend, device, named), reason="named")
+    return Choice(*find_backend(backend, device, named), reason="named" if named else "GPUs compute in fp16 by default")
 
 
 def _fault(row: Row, bundle: Bundle | None) -> tuple[str, bool]:
