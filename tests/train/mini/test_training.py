@@ -166,6 +166,26 @@ def test_mini_command_within_seconds_leaves_a_whole_base(tmp_path: Path, monkeyp
     )
 
 
+def test_mini_command_resumes_with_the_autoencoder_of_its_latents_or_refuses(
+    picture_folders: list[Path], teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lsast_train.cli.mini.MiniConfig", MiniConfig.tiny)
+    monkeypatch.setattr("lsast_train.cli.mini.LiteDistance", lambda device: lambda a, b: (a - b).square().mean())
+    arguments = ["--images", str(picture_folders[0].parent), "--teacher", str(teacher_folder), "--device", "cpu"]
+    arguments += ["--autoencoder-steps", "1", "--gan-steps", "1", "--steps", "1", "--decoder-steps", "0"]
+    arguments += ["--side", "8", "--batch", "2", "--out", str(tmp_path)]
+    trained = []
+    for resume in ([], ["--resume"]):
+        CliRunner().invoke(mini, [*arguments, *resume], catch_exceptions=False)
+        trained.append(load_base(tmp_path).autoencoder.state_dict())
+    assert all(torch.equal(value, trained[1][key]) for key, value in trained[0].items())
+    for phase in ("finetune_gan", "autoencoder"):
+        (tmp_path / f"{phase}.checkpoint.safetensors").unlink()
+        refused = CliRunner().invoke(mini, [*arguments, "--resume"])
+        assert refused.exit_code == 1
+        assert f"latents.safetensors without {phase}.checkpoint" in refused.output
+
+
 def test_crops_of_too_few_or_too_small_pictures_are_refused(tmp_path: Path) -> None:
     Image.new("RGB", (300, 300)).save(tmp_path / "a.png")
     with pytest.raises(TrainingError, match=r"found 1 pictures, .* of them held out by a hash of the name"):

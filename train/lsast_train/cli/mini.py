@@ -12,7 +12,7 @@ import click
 import torch
 
 from lsast_engines.cli import Command, debug_option, json_option, print_result
-from lsast_engines.errors import PictureError
+from lsast_engines.errors import PictureError, TrainingError
 from lsast_engines.images import find_pictures
 
 from ..base.base import Base
@@ -192,6 +192,12 @@ def mini(
     crops = Crops(folders, AutoencoderOptions().side)
     cache = out / "latents.safetensors"
     encoded = resume and cache.exists()  # the encoder stays the one that made the cache: its phases only restore
+    needed = ["autoencoder.checkpoint.safetensors"] * (init is None)
+    needed += ["finetune_gan.checkpoint.safetensors"] * bool(gan_steps)
+    if encoded and (missing := [name for name in needed if not (out / name).exists()]):
+        raise TrainingError(
+            f"found {cache} without {' and '.join(missing)}; expected what made it: start without --resume"
+        )
     weights = None
     taesd = None if teacher is None else load_teacher(teacher)
     if init is None and taesd is not None:
