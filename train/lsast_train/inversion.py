@@ -104,7 +104,8 @@ class Inversion:
             writes=self.accelerator.is_main_process,
             device=base.device,
         )
-        log_memory(base, self.space, options)
+        if self.accelerator.is_main_process:
+            log_memory(base, self.space, options)
         if resume:
             self.loop.restore()
             self.curve = Curve.from_json(self.loop.history)

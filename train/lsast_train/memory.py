@@ -55,23 +55,29 @@ def activation_bytes(base: Base, space: PromptSpace, options: TrainOptions) -> i
     blocks = [m for m in base.unet.modules() if isinstance(m, (ResnetBlock2D, BasicTransformerBlock))]
     handles = [module.register_forward_pre_hook(enter) for module in blocks]
     handles += [module.register_forward_hook(leave) for module in blocks]
+    checkpointing = base.unet.is_gradient_checkpointing
     base.unet.disable_gradient_checkpointing()
     side = options.size // 8
+    groups = [
+        (matrix, options.gradient == "all" or group == "up")
+        for matrix, group in zip(space.table[0].tolist(), GROUPS, strict=True)
+    ]
+    stages = len(space.table.unique(dim=0))  # 1 if all have the same matrices
     try:
         with (
             mode,
             torch.device(base.device),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         ):
-            learning = [options.gradient == "all" or group == "up" for group in GROUPS]
-            contexts = [_context(base, space, options, learns) for learns in learning]
+            made = {key: _context(base, space, options, stages, learns=key[1]) for key in set(groups)}
+            contexts = [made[key] for key in groups]
             latents, times = torch.zeros(options.batch, 4, side, side), torch.zeros(options.batch, dtype=torch.long)
             with autocast(base.device, options.mixed_precision):
                 base.eps(latents, times, contexts)
     finally:
         for handle in handles:
             handle.remove()
-        if options.gradient_checkpointing:
+        if checkpointing:
             base.unet.enable_gradient_checkpointing()
     if not options.gradient_checkpointing:
         return sum(kept.values())
@@ -79,13 +85,13 @@ def activation_bytes(base: Base, space: PromptSpace, options: TrainOptions) -> i
     return outside + inputs + max(kept.values())
 
 
-def _context(base: Base, space: PromptSpace, options: TrainOptions, learns: bool) -> torch.Tensor:
-    """A context for each picture of a batch, with a gradient if a layer group `learns`."""
+def _context(base: Base, space: PromptSpace, options: TrainOptions, stages: int, learns: bool) -> torch.Tensor:
+    """A context for each picture of a batch, spread over `stages`, with a gradient if a layer group `learns`."""
     with torch.set_grad_enabled(learns):
         if space.text is None:
             return torch.zeros(options.batch, base.config.tokens, base.context_dim, requires_grad=learns)
-        rows = torch.zeros(options.batch, options.rows, space.text.dim, requires_grad=learns)
-        return space.text.contexts(rows)
+        rows = torch.zeros(min(options.batch, stages), options.rows, space.text.dim, requires_grad=learns)
+        return space.text.contexts(rows)[torch.arange(options.batch) % len(rows)]
 
 
 def log_memory(base: Base, space: PromptSpace, options: TrainOptions) -> None:
