@@ -94,7 +94,7 @@ def test_diffusers_folder_schedule_is_read_and_others_are_refused(published: Any
     schedule = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
     (folder / "scheduler").mkdir()
     file = folder / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps({**schedule, "prediction_type": "v_prediction"}))
+    file.write_text(json.dumps({**schedule, "prediction_type": "v_prediction", "_class_name": None}))
     facts = open_base(BaseSource(folder, tmp_path / "canny")).config
     assert (facts.noise.beta_schedule, facts.noise.beta_end, facts.prediction) == ("linear", 0.02, "v_prediction")
     file.write_text(json.dumps({**schedule, "prediction_type": "sample"}))
@@ -103,9 +103,10 @@ def test_diffusers_folder_schedule_is_read_and_others_are_refused(published: Any
     file.write_text(json.dumps({**schedule, "rescale_betas_zero_snr": True}))
     with pytest.raises(TrainingError, match="rescale_betas_zero_snr; expected betas of a named schedule"):
         open_base(BaseSource(folder, tmp_path / "canny"))
-    file.write_text(json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}))
-    with pytest.raises(TrainingError, match="scheduler: found FlowMatchEulerDiscreteScheduler"):
-        open_base(BaseSource(folder, tmp_path / "canny"))
+    for other in ("FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"):
+        file.write_text(json.dumps({"_class_name": other, "num_train_timesteps": 1000}))
+        with pytest.raises(TrainingError, match=f"scheduler: found {other}"):
+            open_base(BaseSource(folder, tmp_path / "canny"))
 
 
 def test_diffusers_folder_with_missing_parts_reports_all(published: Any, folder: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lsast_engines.errors import TrainingError
 from lsast_train.base.lazy_base import load_base, open_base
+from lsast_train.checkpoints.single_file import describe_unsupported
 
 NETWORKS = ("unet", "controlnet", "autoencoder", "text_encoder")
 
@@ -95,3 +96,23 @@ def test_v_prediction_of_a_single_file_is_read_where_it_is_told(published: Any, 
     file.with_suffix(".yaml").write_text(f'model:\n  params:\n    parameterization: "{parameterization}"\n')
     expected = "epsilon" if told == "nowhere" else "v_prediction"
     assert open_base(published.source(base=file)).config.prediction == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "a diffusion transformer"),
+        ("double_blocks.0.img_attn.qkv.weight", "a diffusion transformer"),
+        ("down_blocks.0.motion_modules.0.temporal_transformer.norm.weight", "an AnimateDiff motion module"),
+        ("image_proj.proj.weight", "an IP-Adapter"),
+        ("body.0.block1.weight", "a T2I-Adapter"),
+        ("adapter.body.0.resnets.0.block1.weight", "a T2I-Adapter"),
+        ("lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.down.0.weight", "a ControlNet-LLLite"),
+        ("clip_l", "a textual inversion"),
+        ("<cat-toy>", "a textual inversion"),
+        ("model.diffusion_model.input_blocks.0.0.weight", None),
+    ],
+)
+def test_describe_unsupported_names_what_a_key_belongs_to(key: str, kind: str | None) -> None:
+    found = describe_unsupported([key])
+    assert found is None if kind is None else str(found).startswith(kind)

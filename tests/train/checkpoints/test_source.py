@@ -62,6 +62,10 @@ def _changed(tensors: dict[str, torch.Tensor], name: str, value: torch.Tensor | 
             ["unet input channels: found 9; expected 4 (9 are an inpainting model's)"],
         ),
         (
+            lambda t: _changed(_one(t), "model.diffusion_model.input_blocks.0.0.weight", torch.zeros(32, 8, 3, 3)),
+            ["unet input channels: found 8; expected 4 (8 are InstructPix2Pix's)"],
+        ),
+        (
             lambda t: {
                 k: torch.zeros(len(v), 1024) if "attn2.to_k" in k or "attn2.to_v" in k else v
                 for k, v in _one(t).items()
@@ -154,7 +158,8 @@ def test_controlnet_that_is_missing_or_none_is_refused(published: Any, folder: P
         open_base(BaseSource(folder, tmp_path / "gone.safetensors"))
 
 
-def test_load_base_of_an_unknown_name_says_what_may_be_named() -> None:
+def test_load_base_of_an_unknown_name_says_what_may_be_named(tmp_path: Path) -> None:
+    (tmp_path / "nowhere").touch()  # in the working folder; without an ending it is no base
     with pytest.raises(BundleError, match="or a base to import: a folder in diffusers' format"):
         load_base("nowhere")
 

@@ -94,6 +94,12 @@ def test_read_tensors_of_other_files_says_what_was_found(tmp_path: Path) -> None
     torch.save({"a": 1}, tmp_path / "numbers.pt")
     with pytest.raises(TrainingError, match="holds no tensors"):
         read_tensors(tmp_path / "numbers.pt")
+    torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(1, 768)}}, tmp_path / "inversion.pt")
+    with pytest.raises(TrainingError, match="holds a textual inversion"):
+        read_tensors(tmp_path / "inversion.pt")
+    torch.save({"image_proj": {"a": torch.ones(2)}, "ip_adapter": {"b": torch.ones(2)}}, tmp_path / "adapter.bin")
+    with pytest.raises(TrainingError, match="holds an IP-Adapter"):
+        read_tensors(tmp_path / "adapter.bin")
     (tmp_path / "text.ckpt").write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(TrainingError, match="pointer of Git LFS"):
         read_tensors(tmp_path / "text.ckpt")

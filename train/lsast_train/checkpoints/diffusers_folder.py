@@ -140,7 +140,7 @@ def _read_schedule(repository: Repository, found: BaseInspection) -> None:
     except (OSError, ValueError, TypeError, AttributeError, UsageError) as error:
         found.fail("scheduler", str(error))
         return
-    if re.match("Flow|EDM", kind := config.get("_class_name", "")):
+    if re.match("Flow|EDM", kind := str(config.get("_class_name") or "")):
         found.fail("scheduler", f"found {kind}; expected a schedule of betas, such as DDIMScheduler's")
     if config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
         found.fail("scheduler", "found trained_betas or rescale_betas_zero_snr; expected betas of a named schedule")

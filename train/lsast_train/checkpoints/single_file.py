@@ -33,7 +33,7 @@ _NO_BASES = {
     r"^(image_proj|ip_adapter)\.": "an IP-Adapter",
     r"^(adapter\.)?body\.\d+\.": "a T2I-Adapter",
     r"^lllite_": "a ControlNet-LLLite",
-    r"^(emb_params|clip_[lg]|string_to_param)$": "a textual inversion",
+    r"^(emb_params|clip_[lg]|<.+>)$": "a textual inversion",
     r"^((control_model\.)?input_hint_block|controlnet_cond_embedding)\.": "a ControlNet alone (take --controlnet)",
     r"^(first_stage_model\.)?(encoder|decoder)\.(conv_in|down|mid)": "an autoencoder alone (take --vae)",
     r"^(down_blocks|up_blocks|conv_in)\.": "a network in diffusers' naming (name the folder of its model)",

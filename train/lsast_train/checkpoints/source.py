@@ -107,7 +107,8 @@ def import_base(source: BaseSource) -> BaseInspection:
 
 
 def _is_file(path: Path) -> bool:
-    return path.is_file() or (path.suffix.lower() in _SINGLE_FILES and not path.is_dir())
+    """Whether `path` names a file, which may be missing; a file without an ending may have the name of a base."""
+    return (path.suffix != "" and path.is_file()) or (path.suffix.lower() in _SINGLE_FILES and not path.is_dir())
 
 
 def _repository(name: str | Path, source: BaseSource, key: str, found: BaseInspection) -> Repository:

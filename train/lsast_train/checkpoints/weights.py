@@ -130,6 +130,9 @@ _TRAINING_STATE = (
 )
 """What PyTorch Lightning stores beside the weights, as in ``v1-5-pruned.ckpt``."""
 
+_NESTED = {"string_to_param": "a textual inversion", "ip_adapter": "an IP-Adapter"}
+"""What keeps its tensors in dictionaries under such a key."""
+
 
 def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a state dict that ``torch.save`` wrote; those under ``state_dict`` if the file has such a key."""
@@ -158,7 +161,8 @@ def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
         raise TrainingError(f"{path} holds a {type(content).__name__}; expected tensors by name (a state dict)")
     tensors = {key: value.data for key, value in content.items() if isinstance(key, str) and _is_plain(value)}
     if not tensors:
-        raise TrainingError(f"{path} holds no tensors; expected a state dict")
+        kind = next((kind for key, kind in _NESTED.items() if key in content), "no tensors")
+        raise TrainingError(f"{path} holds {kind}; expected a state dict")
     return tensors
 
 
