@@ -126,12 +126,17 @@ def identity(options: Any) -> dict[str, Any]:
 def choice_faults(found: Mapping[str, str]) -> list[str]:
     """Faults of named values of `TrainOptions`, and of layout and variant together; a line each."""
     faults = [fault for name, value in found.items() for fault in declared(TrainOptions)[name].faults(value)]
-    if found.get("layout") == "overlap" and found.get("variant") != "step+layer":
-        faults.append(
-            f"layout: found overlap with variant {found.get('variant')!r}; expected it with step+layer only, "
-            "the other variants have nothing to overlap: leave the layout strided"
-        )
-    return faults
+    return faults + layout_faults(found["layout"], found["variant"])
+
+
+def layout_faults(layout: str, variant: str) -> list[str]:
+    """A line if `layout` does not fit `variant`."""
+    if layout != "overlap" or variant == "step+layer":
+        return []
+    return [
+        f"layout: found overlap with variant {variant!r}; expected it with step+layer only, the other variants have "
+        "nothing to overlap: leave the layout strided"
+    ]
 
 
 @dataclass(frozen=True)
@@ -186,14 +191,14 @@ class TrainOptions:
     """Minutes between two checkpoints."""
 
     def __post_init__(self) -> None:
-        faults = option_faults(self) + choice_faults({"variant": self.variant, "layout": self.layout})
+        faults = option_faults(self) + layout_faults(self.layout, self.variant)
         if self.placeholder_tokens is not None and self.prompt == "context":
             faults.append(
                 f"placeholder_tokens: found {self.placeholder_tokens} with prompt context; expected none, a context "
                 "has no placeholder"
             )
         if faults:
-            raise UsageError(fault_list("invalid training options:", list(dict.fromkeys(faults))))
+            raise UsageError(fault_list("invalid training options:", faults))
 
     @property
     def rows(self) -> int:

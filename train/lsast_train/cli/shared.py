@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,24 +30,23 @@ overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the r
 
 
 class _Choice(click.Choice[str]):
-    """A named value; ``fp32``, that of earlier versions, is ``no``."""
+    """A named value; ``fp32``, that of earlier versions, is ``no`` where that is one."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return super().convert("no" if value == "fp32" else value, param, ctx)
+        return super().convert("no" if value == "fp32" and "no" in self.choices else value, param, ctx)
 
 
-def declared_options(options: type, quick: Any = None, only: Collection[str] = ()) -> OptionDecorator:
+def declared_options(options: type, quick: Any = None) -> OptionDecorator:
     """What adds the options that the dataclass `options` declares with a help text to a command.
 
     Args:
         options: see `lsast_train.options.declared`.
         quick: the preset whose values the help shows; an option that is not given is None then. None: the declared
             defaults are shown and taken.
-        only: names of those to add; all if empty.
     """
     added = []
     for name, option in declared(options).items():
-        if not option.help or (only and name not in only):
+        if not option.help:
             continue
         flag, preset = f"--{name.replace('_', '-')}", getattr(quick, name, None)
         added.append(
