@@ -88,6 +88,13 @@ def test_dropout_acts_in_training_and_not_in_evaluation(
     assert torch.equal(probe.losses(run.space, [3]), found)
 
 
+def test_loss_of_another_step_or_process_draws_another_batch(
+    base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path
+) -> None:
+    run = Inversion(base, collection, brief, "red", tmp_path)
+    assert len({run.loss(step, process).item() for step in range(2) for process in range(2)}) == 4
+
+
 def test_step_of_one_timestep_changes_only_the_matrices_of_its_stage(
     base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,6 +57,12 @@ def test_matrix_index_gives_every_stage_and_group_its_matrix(variant: Any, layou
     assert len(_space(variant=variant, layout=layout).matrices) == matrices
 
 
+def test_prompt_space_of_another_seed_is_another() -> None:
+    one, same, other = (_space(seed=seed).matrices for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
 @pytest.mark.parametrize(("time", "stage"), [(0, 0), (1, 0), (99, 0), (100, 1), (681, 6), (701, 7), (999, 9)])
 def test_contexts_are_those_of_the_stage_of_the_timestep(time: int, stage: int) -> None:
     space = _space(generator="direct")
