@@ -86,6 +86,7 @@ def load(
         BackendError: the backend, the device or the dtype is not available here; the message lists what is.
         MissingExtraError: no backend is installed.
     """
+    compute_dtype = compute_dtype or "auto"  # None was the default of earlier versions
     factory = EngineFactory(Bundle.open(find_bundle(bundle)), backend, device, threads, compute_dtype)
     if build:
         from .sessions.build_engines import build_engines

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import logging
 import math
 import os
 import threading
@@ -40,6 +41,8 @@ LAPSE_SECONDS = 1.0
 """A painting whose callback takes longer loses its turn at the engines until it needs them again: the callback may wait
 for a painting of another thread."""
 
+_log = logging.getLogger("lsast.engines")
+
 _FORK_SECONDS = 1.0
 """How long a fork waits at most for other threads."""
 
@@ -74,7 +77,9 @@ class EngineFactory:
         Raises:
             LsastError: see `lsast_engines.backends.choice.choose`.
         """
-        return choose(self.bundle, self.backend, self.device, self.compute_dtype)
+        found = choose(self.bundle, self.backend, self.device, self.compute_dtype)
+        _log.info("%s on %s in %s: %s", found.backend, found.device, found.compute_dtype, found.reason)
+        return found
 
     def __call__(self, name: str, compute_dtype: ComputeDtype | None = None) -> Engine:
         """Open the graph `name`; `compute_dtype` replaces the chosen one.
