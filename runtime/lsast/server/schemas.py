@@ -70,7 +70,9 @@ class _Base64(Base64Encoder):
     def decode(cls, data: bytes) -> bytes:
         """See `pydantic.EncoderProtocol`."""
         if data.startswith(b"data:"):
-            data = data.partition(b";base64,")[2]
+            _, encoded, data = data.partition(b";base64,")
+            if not encoded:
+                raise ValueError("a data URL that is not in base64")
         return base64.b64decode(b"".join(data.split()), validate=True)
 
 

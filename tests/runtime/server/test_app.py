@@ -104,6 +104,12 @@ def test_post_form_with_faulty_options_says_so_in_words(
     assert (answer.status_code, words in answer.json()["detail"]) == (422, True), answer.text
 
 
+def test_post_with_a_mask_that_is_not_in_base64_paints_nothing(server: Running, png: bytes) -> None:
+    text = base64.b64encode(png).decode()
+    answer = server.client.post("/v1/paintings", json={"picture": text, "mask": f"data:image/png,{text}"})
+    assert (answer.status_code, "mask: expected a picture in base64" in answer.text) == (422, True)
+
+
 @pytest.mark.parametrize(
     ("request_", "status"),
     [
