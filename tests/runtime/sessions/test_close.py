@@ -162,22 +162,25 @@ def _photos(photo: np.ndarray, count: int) -> list[np.ndarray]:
     return [photo[: 96 - 8 * index] for index in range(count)]
 
 
-@pytest.mark.parametrize("backend", sorted(available_backends()))
+@pytest.mark.parametrize(
+    ("backend", "cache_interval"), [*((backend, 1) for backend in sorted(available_backends())), ("onnxruntime", 2)]
+)
 def test_on_step_that_waits_for_paintings_of_other_threads_gets_them(
-    bundle_path: Path, photo: np.ndarray, backend: str, monkeypatch: pytest.MonkeyPatch
+    parted_path: Path, photo: np.ndarray, backend: str, cache_interval: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each step of each painting waits for a whole one with other inputs, three deep, across two stylizers."""
     monkeypatch.setattr("lsast.sessions.engine_pool.LAPSE_SECONDS", 0.05)
     photos = _photos(photo, 3)
-    with lsast.load(bundle_path, backend=backend) as one, lsast.load(bundle_path, backend=backend) as two:
-        expected = [np.asarray(one.stylize(each, steps=3)) for each in photos]
+    options: dict[str, Any] = {"steps": 3, "cache_interval": cache_interval}
+    with lsast.load(parted_path, backend=backend) as one, lsast.load(parted_path, backend=backend) as two:
+        expected = [np.asarray(one.stylize(each, **options)) for each in photos]
 
         def paint(depth: int, stylizer: Stylizer) -> None:
             def on_step(*_: object) -> None:
                 if depth < 2:
                     _in_thread(lambda: paint(depth + 1, one if depth else two))
 
-            found = stylizer.stylize(photos[depth], steps=3, on_step=on_step)
+            found = stylizer.stylize(photos[depth], on_step=on_step, **options)
             np.testing.assert_array_equal(found, expected[depth])
             painted.append(depth)
 
