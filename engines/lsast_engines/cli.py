@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import sys
 import traceback
@@ -267,7 +268,16 @@ json_option = _flag(_JSON, "--json", text="Print JSON objects on stdout, one a l
 
 def print_result(facts: Mapping[str, Any], text: object) -> None:
     """Print the result on stdout: `facts` as one JSON object with `--json`, else `text`."""
-    echo(json.dumps(facts) if as_json() else text)
+    echo(json.dumps(finite_json(facts)) if as_json() else text)
+
+
+def finite_json(value: Any) -> Any:
+    """`value` with None in place of NaN and infinite numbers, which JSON does not have (RFC 8259, section 6)."""
+    if isinstance(value, Mapping):
+        return {key: finite_json(held) for key, held in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_json(held) for held in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def as_json() -> bool:
