@@ -17,7 +17,7 @@ from lsast_engines.environment import require_extra
 from lsast_engines.errors import UsageError
 
 from .add_graphs import decoder_command, parts_command
-from .bundle import bundle_command, bundle_options, export, style_options
+from .bundle import bundle_command, bundle_options, export, read_defaults, style_options
 from .check import check_command
 from .compile import compile_command, compile_engines
 from .golden import golden_command
@@ -70,17 +70,17 @@ def bake(
 
     With `backend`, the engines of the bundle that are missing are compiled, too.
     """
-    require_extra("export", "torch", "diffusers", "onnx", "onnxscript")
-    from lsast_engines.bundle.bundle import Bundle, find_bundle
-    from lsast_engines.bundle.manifest import MANIFEST
-
-    from ..styles.bake import bake_for_bundle, find_distilled, read_defaults, read_prompts, with_defaults
-
     for_bundle, for_styles = read_defaults(defaults)
     if for_bundle:
         raise UsageError(
             f"found --default {', '.join(for_bundle)}, which belongs to a whole bundle; expected STYLE.KEY=VALUE"
         )
+    require_extra("export", "torch", "diffusers", "onnx", "onnxscript")
+    from lsast_engines.bundle.bundle import Bundle, find_bundle
+    from lsast_engines.bundle.manifest import MANIFEST
+
+    from ..styles.bake import bake_for_bundle, find_distilled, read_prompts, with_defaults
+
     distilled = {name: path for name in styles if (path := find_distilled(name)) is not None}
     folder = Path(base or "").expanduser()
     if base is not None and (folder / "base.json").is_file() and not (folder / MANIFEST).is_file():

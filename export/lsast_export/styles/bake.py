@@ -20,17 +20,15 @@ from lsast_engines.bundle.bundle import PROMPTS, Bundle, user_style_folder
 from lsast_engines.bundle.manifest import AttentionLayer
 from lsast_engines.bundle.style import (
     DISTILLED_GUIDANCE_KEY,
-    STYLE_DEFAULTS,
     Style,
     StyleFile,
     decode_defaults,
     encode_defaults,
 )
 from lsast_engines.errors import StyleError, UsageError, fault_list
-from lsast_engines.removed import RENAMED_OPTIONS, RENAMED_VALUES
 from lsast_train.base.attention import GROUPS
 from lsast_train.base.base import Base
-from lsast_train.base.kv_packing import kv_layouts
+from lsast_train.base.kv_packing import kv_layouts, project_kv
 from lsast_train.base.lazy_base import LazyBase
 from lsast_train.prompts.prompt_file import Prompts, UnboundPrompts, load_any_prompts
 from lsast_train.prompts.text_encoder import PlaceholderEncoder
@@ -39,9 +37,6 @@ _log = logging.getLogger("lsast.export")
 
 EXPORTED_FROM = "exported_from"
 """Key among the training facts of a base: fingerprints, separated by blanks, of the bases that it was rounded from."""
-
-_DEFAULT_TYPES: dict[str, Callable[[str], Any]] = {"style": str, **STYLE_DEFAULTS, "size": int}
-"""Reads the value of each of the manifest's defaults."""
 
 NULL_STYLE = "null"
 """Name of the unconditional style, row 0 of classifier-free guidance."""
@@ -125,32 +120,6 @@ def text_encoder_of(base: Base | LazyBase | None) -> PlaceholderEncoder | None:
     if isinstance(base, LazyBase):
         return PlaceholderEncoder(base.load("text_encoder")) if "text_encoder" in base.networks else None
     return None if base is None or base.text_encoder is None else PlaceholderEncoder(base.text_encoder)
-
-
-def read_defaults(pairs: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The values of ``KEY=VALUE`` pairs, and by style those of ``STYLE.KEY=VALUE`` pairs.
-
-    Raises:
-        UsageError: unknown keys or values of a wrong type; all faults at once.
-    """
-    values: dict[str, Any] = {}
-    for_styles: dict[str, dict[str, Any]] = {}
-    faults = []
-    for pair in pairs:
-        name, separator, text = pair.partition("=")
-        style, _, key = name.rpartition(".")
-        key, text = RENAMED_OPTIONS.get(key, key), RENAMED_VALUES.get(f"{key}={text}", text)
-        try:
-            (for_styles.setdefault(style, {}) if style else values)[key] = _DEFAULT_TYPES[key](text)
-        except KeyError:
-            faults.append(f"{pair}: found key {key!r}; expected one of {', '.join(_DEFAULT_TYPES)}")
-        except ValueError:
-            faults.append(f"{pair}: found {text!r}; expected a {'whole ' * (_DEFAULT_TYPES[key] is int)}number")
-        if not separator:
-            faults.append(f"{pair}: expected KEY=VALUE")
-    if faults:
-        raise UsageError(fault_list("invalid defaults:", faults))
-    return values, for_styles
 
 
 def with_defaults(styles: Sequence[Prompts], defaults: Mapping[str, Mapping[str, Any]]) -> list[Prompts]:
@@ -244,13 +213,15 @@ class KVProjector:
         Args:
             contexts: [N, 3, T, dim], one for each layer group in the order of `GROUPS`.
         """
-        packed: dict[str, list[torch.Tensor]] = {network: [] for network in _NETWORKS}
-        for layer in self.layers:
-            context = contexts[:, GROUPS.index(layer.group)].double()  # [N, T, dim]
-            for matrix in ("to_k", "to_v"):
-                weight = self.weight(f"{_NETWORKS[layer.network]}.{layer.name}.{matrix}.weight")
-                packed[layer.network].append((context @ weight.double().T).float())
-        return torch.cat(packed["unet"], dim=-1), torch.cat(packed["control"], dim=-1)
+
+        def weight(layer: AttentionLayer, matrix: str) -> torch.Tensor:
+            return self.weight(f"{_NETWORKS[layer.network]}.{layer.name}.{matrix}.weight").double()
+
+        unet, control = (
+            project_kv([e for e in self.layers if e.network == network], contexts.double(), weight).float()
+            for network in _NETWORKS
+        )
+        return unet, control
 
 
 def bake_style(

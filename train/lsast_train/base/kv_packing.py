@@ -8,11 +8,12 @@ axis, ``K_0 | V_0 | K_1 | V_1 | …``, in the order of `cross_attention_layers`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lsast_engines.bundle.manifest import AttentionLayer, Network
@@ -40,11 +41,25 @@ class KVLayout:
 
     def project(self, contexts: torch.Tensor) -> torch.Tensor:
         """Contexts [N, 3, T, dim], groups in the order of `GROUPS`, to packed keys and values [N, T, width]."""
-        parts = []
-        for layer in self.layers:
-            context = contexts[:, GROUPS.index(layer.group)]  # [N, T, dim]
-            parts += [layer.module.to_k(context), layer.module.to_v(context)]
-        return torch.cat(parts, dim=-1)
+        modules = {layer.name: layer.module for layer in self.layers}
+        return project_kv(self.entries, contexts, lambda layer, matrix: getattr(modules[layer.name], matrix).weight)
+
+
+def project_kv(
+    layers: Iterable[AttentionLayer], contexts: torch.Tensor, weight: Callable[[AttentionLayer, str], torch.Tensor]
+) -> torch.Tensor:
+    """Packed keys and values [N, T, width] of `contexts`.
+
+    Args:
+        layers: of one network, in the order of their columns.
+        contexts: [N, 3, T, dim], groups in the order of `GROUPS`.
+        weight: the matrix ``to_k`` or ``to_v`` of a layer, in the dtype of `contexts`.
+    """
+    parts = []
+    for layer in layers:
+        context = contexts[:, GROUPS.index(layer.group)]  # [N, T, dim]
+        parts += [F.linear(context, weight(layer, matrix)) for matrix in ("to_k", "to_v")]
+    return torch.cat(parts, dim=-1)
 
 
 def kv_layouts(base: Base) -> tuple[KVLayout, KVLayout]:
