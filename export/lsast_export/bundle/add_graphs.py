@@ -72,7 +72,7 @@ def add_parts(
         files = {f"{name}.onnx": file for name, file in fresh.items()}
         with _scratch_names(path) as for_gpus:
             for name, file in fresh.items():
-                write_gpu_graph(file, for_gpus[name])
+                write_gpu_graph(file, for_gpus[name], name)
             files |= {f"{name}{GPU_SUFFIX}": file for name, file in for_gpus.items()}
             return commit_graphs(path, manifest, files, specs, figures)
 
@@ -103,7 +103,7 @@ def add_small_decoder(
         figures = measure_small_parity(small, graph, manifest, backend, progress=progress)
         require_parity(figures, ParityPlan.tolerance)
         progress("writing the bundle")
-        write_gpu_graph(graph, for_gpus := graph.with_suffix(GPU_SUFFIX))
+        write_gpu_graph(graph, for_gpus := graph.with_suffix(GPU_SUFFIX), VAE_DECODER_TINY)
         files = {SMALL_WEIGHTS: weights, graph.name: graph, for_gpus.name: for_gpus}
         return commit_graphs(path, manifest, files, {VAE_DECODER_TINY: traced.spec}, figures)
 

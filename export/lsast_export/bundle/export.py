@@ -32,7 +32,7 @@ from lsast_train.prompts.prompt_file import Prompts, load_prompts, save_prompts
 from lsast_train.prompts.prompt_space import STAGES
 
 from ..graphs.external_weights import save_graph
-from ..graphs.gpu_graph import FLOAT_GRAPHS, write_gpu_graph
+from ..graphs.gpu_graph import write_gpu_graph
 from ..graphs.modules import base_on_meta, geometry
 from ..graphs.small_decoder import WEIGHTS as SMALL_WEIGHTS
 from ..graphs.small_decoder import SmallDecoder, read_small_decoder
@@ -126,7 +126,7 @@ def export_bundle(
         graphs |= trace_graphs(empty, [name for name in names if name not in graphs], progress)
         for name, graph in graphs.items():
             save_graph(graph, folder / WEIGHTS, folder / f"{name}.onnx")
-            write_gpu_graph(folder / f"{name}.onnx", folder / f"{name}{GPU_SUFFIX}", half=name not in FLOAT_GRAPHS)
+            write_gpu_graph(folder / f"{name}.onnx", folder / f"{name}{GPU_SUFFIX}", name)
         specs = {name: graph.spec for name, graph in graphs.items()}
         paths = {name: folder / f"{name}.onnx" for name in graphs}
         plan = options.plan or plan_for(stored)

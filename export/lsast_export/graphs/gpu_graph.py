@@ -46,13 +46,14 @@ def dtypes_in(path: Path) -> set[str]:
     return found
 
 
-def write_gpu_graph(path: Path, target: Path, *, half: bool = True, fused: bool = True) -> None:
+def write_gpu_graph(path: Path, target: Path, name: str, *, half: bool = True, fused: bool = True) -> None:
     """Write the graph of `path` for GPUs to `target`, which needs the weight files of `path` beside it.
 
     Args:
         path: a graph of a bundle.
         target: the file to write.
-        half: compute in fp16, else in float32, as `FLOAT_GRAPHS` do. There is no bf16: up to opset 21 ONNX has no
+        name: of the graph, e.g. ``denoiser``.
+        half: compute in fp16, but for `FLOAT_GRAPHS`, else in float32. There is no bf16: up to opset 21 ONNX has no
             convolution in it (onnx.ai/onnx/operators/onnx__Conv.html).
         fused: write attention as ONNX Runtime's operator, else as operators of ONNX, for TensorRT.
 
@@ -64,7 +65,7 @@ def write_gpu_graph(path: Path, target: Path, *, half: bool = True, fused: bool 
     fuse_attention(model)
     if not fused:
         expand_attention(model)
-    if half:
+    if half and name not in FLOAT_GRAPHS:
         _Rewriter(model, ir.DataType.FLOAT16).run()
     ir.save(model, target)
 

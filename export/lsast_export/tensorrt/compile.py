@@ -40,7 +40,7 @@ from lsast_engines.errors import BackendError, ExportError, UsageError, fault_li
 from lsast_engines.files import replace_file
 from lsast_engines.removed import removal
 
-from ..graphs.gpu_graph import FLOAT_GRAPHS, dtypes_in, write_gpu_graph
+from ..graphs.gpu_graph import dtypes_in, write_gpu_graph
 from ..progress import Progress, no_progress
 
 BF16_CAPABILITY = 8.0
@@ -115,8 +115,7 @@ def compile_graph(
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="lsast-compile.") as scratch:
         build = _Build(trt, options, key, progress)
-        half = options.compute_dtype == "fp16" and spec.name not in FLOAT_GRAPHS
-        source = _source(path, half, Path(scratch))
+        source = _source(path, spec.name, options.compute_dtype == "fp16", Path(scratch))
         serialized = build.run(source, spec, _timing_cache(engine, key))
     seconds = time.perf_counter() - began
     with replace_file(engine) as handle:
@@ -247,13 +246,13 @@ class _Build:
             raise ExportError(fault_list(f"{library} {self._key.library_version}: graph {name} {what}:", found))
 
 
-def _source(path: Path, half: bool, scratch: Path) -> Path:
+def _source(path: Path, name: str, half: bool, scratch: Path) -> Path:
     """The file to compile: `path` with all heads of an attention at once, in fp16 if asked, in the folder `scratch`."""
     for file in path.parent.iterdir():
         if file.suffix in (".data", ".safetensors"):
             # Links avoid copying gigabytes. onnx's own checks refuse them, the libraries' parser does not.
             (scratch / file.name).symlink_to(file.resolve())
-    write_gpu_graph(path, scratch / path.name, half=half, fused=False)
+    write_gpu_graph(path, scratch / path.name, name, half=half, fused=False)
     return scratch / path.name
 
 

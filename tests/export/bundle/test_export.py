@@ -20,6 +20,7 @@ from lsast_engines.errors import ExportError, MissingExtraError, ParityError, St
 from lsast_export.bundle import export as exporter
 from lsast_export.bundle.export import ExportOptions, export_bundle
 from lsast_export.graphs.external_weights import save_graph
+from lsast_export.graphs.gpu_graph import dtypes_in
 from lsast_export.graphs.modules import geometry
 from lsast_export.graphs.trace import TracedGraph, trace
 from lsast_export.styles.bake import KVProjector, bake_style
@@ -70,6 +71,12 @@ def test_export_bundle_records_parity_in_the_manifest(bundles: dict[str, Bundle]
     assert set(manifest.files) == others | {
         f"{name}{suffix}" for name in REQUIRED_GRAPHS for suffix in (".onnx", GPU_SUFFIX)
     }
+
+
+def test_export_bundle_writes_all_gpu_graphs_but_the_encoder_in_fp16(bundles: dict[str, Bundle]) -> None:
+    folder = bundles["fp32"].path
+    halves = {name: "FLOAT16" in dtypes_in(folder / f"{name}{GPU_SUFFIX}") for name in REQUIRED_GRAPHS}
+    assert halves == {name: name != "vae_encoder" for name in REQUIRED_GRAPHS}
 
 
 def test_export_bundle_bakes_styles_with_rounded_weights(bundles: dict[str, Bundle], prompts: Prompts) -> None:

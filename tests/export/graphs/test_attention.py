@@ -61,7 +61,7 @@ def test_rewritten_graphs_of_mini_give_the_same_bits(graph: str, attentions: int
     spec = Bundle.open(EMBEDDED, verify_hashes=False).manifest.graphs[graph]
     path, rewritten = EMBEDDED / f"{graph}.onnx", EMBEDDED / f".test-{graph}-{fused}.onnx"
     try:
-        write_gpu_graph(path, rewritten, half=False, fused=fused)
+        write_gpu_graph(path, rewritten, graph, half=False, fused=fused)
         feeds = feeds_of(spec)
         for expected, found in zip(run(path, feeds), run(rewritten, feeds), strict=True):
             np.testing.assert_array_equal(found, expected)
@@ -127,7 +127,7 @@ def test_split_heads_are_merged(tmp_path: Path, heads: int, groups: int) -> None
     assert operators(path).count("Softmax") == groups
     for fused, operator in ((True, "MultiHeadAttention"), (False, "Softmax")):
         rewritten = tmp_path / f"{fused}.onnx"
-        write_gpu_graph(path, rewritten, half=False, fused=fused)
+        write_gpu_graph(path, rewritten, "attention", half=False, fused=fused)
         assert operators(rewritten).count(operator) == 1
         assert "Split" not in operators(rewritten)
         (found,) = run(rewritten, {"x": x.numpy()})

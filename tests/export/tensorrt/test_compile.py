@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper, save
@@ -217,6 +219,29 @@ def test_compile_bundle_lists_known_graphs(tmp_path: Path) -> None:
         UsageError, match=r"found graphs decoding; expected of vae_encoder, controlnet_cond, denoiser, vae_decoder"
     ):
         compile_bundle(EMBEDDED, rtx_options(), tmp_path, graphs=["decoding"])
+
+
+@pytest.mark.parametrize("compute_dtype", ["fp16", "fp32"])
+def test_compile_bundle_in_fp16_leaves_the_encoder_in_fp32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compute_dtype: ComputeDtype
+) -> None:
+    """By the graphs that the library is given."""
+    halves: dict[str, bool] = {}
+
+    class Build:
+        activation_bytes = 0
+
+        def __init__(self, *_: object) -> None: ...
+
+        def run(self, source: Path, spec: GraphSpec, timing: Path | None) -> bytes:
+            results = [value.dtype for node in ir.load(source).graph for value in node.outputs]
+            halves[spec.name] = ir.DataType.FLOAT16 in results
+            return b"engine"
+
+    monkeypatch.setattr("lsast_export.tensorrt.compile.load_library", lambda _: SimpleNamespace(__version__="1"))
+    monkeypatch.setattr("lsast_export.tensorrt.compile._Build", Build)
+    compile_bundle(EMBEDDED, CompileOptions("tensorrt-rtx", compute_dtype=compute_dtype), tmp_path)
+    assert halves == {name: compute_dtype == "fp16" and name != "vae_encoder" for name in REQUIRED_GRAPHS}
 
 
 @needs_rtx
