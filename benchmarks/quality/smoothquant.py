@@ -11,24 +11,15 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from contextlib import closing
 from pathlib import Path
 
 import click
 
-from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import Bundle, find_bundle
 from lsast_engines.bundle.graph_spec import DENOISER
 from lsast_engines.images import psnr
 from lsast_export.quantize.calibration import Calibration
-from lsast_export.quantize.calibration_runs import (
-    Pixels,
-    SampleRun,
-    decode_all,
-    denoise_run,
-    load_calibration_images,
-    prepare_runs,
-)
+from lsast_export.quantize.calibration_runs import denoise_run, load_calibration_images, prepare_runs, repaint
 from lsast_export.quantize.weights import WeightFile
 
 BACKEND = "onnxruntime"
@@ -47,7 +38,7 @@ def main(images: Path, bundle: str | None, pictures: int, size: int, alphas: tup
     styles = list(source.styles())
     path = source.graph_path(DENOISER)
     trials = prepare_runs(source, contents[1::2], [*styles[1:], *styles[:1]], [None], BACKEND, seed=1000)
-    expected = _painted(source, path.parent, trials)
+    expected = repaint(source, trials, BACKEND)
     with tempfile.TemporaryDirectory() as scratch:
         calibration = Calibration(path, Path(scratch))
         for trial in prepare_runs(source, contents[::2], styles, [1.0], BACKEND):
@@ -62,7 +53,7 @@ def main(images: Path, bundle: str | None, pictures: int, size: int, alphas: tup
                     weights.save(
                         calibration.quantized(calibration.float_layers), calibration.folder, f"{DENOISER}.onnx"
                     )
-                painted = _painted(source, Path(folder), trials)
+                painted = repaint(source, trials, BACKEND, Path(folder) / f"{DENOISER}.onnx")
             found[alpha] = [psnr(*pair) for pair in zip(painted, expected, strict=True)]
             click.echo(f"alpha {alpha}: {statistics.mean(found[alpha]):.2f} dB", err=True)
     print(f"{source.manifest.name}, {size} pixels, {pictures} held-out pictures, styles {', '.join(styles)}\n")
@@ -73,14 +64,6 @@ def main(images: Path, bundle: str | None, pictures: int, size: int, alphas: tup
         spread = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
         gain = "" if alpha is None else f"{statistics.mean(gains):+.2f} ({spread:.2f})"
         print(f"| {alpha or 'none'} | {statistics.mean(values):.2f} | {min(values):.2f} | {gain} |")
-
-
-def _painted(source: Bundle, folder: Path, trials: list[SampleRun]) -> list[Pixels]:
-    """The pictures of `trials` by the denoiser in `folder`, decoded by the float decoder."""
-    spec = source.manifest.graphs[DENOISER]
-    with closing(open_engine(folder / f"{DENOISER}.onnx", spec, BACKEND, "cpu")) as denoiser:
-        latents = [denoise_run(source, trial, denoiser) for trial in trials]
-    return decode_all(source, source.path, latents, BACKEND)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from lsast_engines.backends.base import ComputeDtype
 from lsast_engines.backends.choice import LEAST_PSNR, Choice, choose
 from lsast_engines.backends.registry import open_engine, require_backend
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.graph_spec import DENOISER, VAE_DECODER_TINY
+from lsast_engines.bundle.graph_spec import VAE_DECODER_TINY
 from lsast_engines.bundle.manifest import QUANTISED
 from lsast_engines.errors import BundleError, LsastError, fault_list
 from lsast_engines.files import file_sha256
@@ -25,7 +24,7 @@ from ..graphs.small_decoder import WEIGHTS as SMALL_WEIGHTS
 from ..graphs.small_decoder import read_small_decoder
 from ..parity.parity import ParityPlan, measure_parity, measure_small_parity, plan_for
 from ..progress import Progress, no_progress
-from ..quantize.calibration_runs import Pixels, decode_all, denoise_run, load_calibration_images, prepare_runs
+from ..quantize.calibration_runs import Pixels, load_calibration_images, prepare_runs, repaint
 from ..styles.bake import KVProjector, bake_null_style
 from .export import WEIGHTS
 
@@ -113,11 +112,8 @@ def measure_psnr(bundle: Bundle, backend: str, compute_dtype: ComputeDtype, styl
     contents, _ = load_calibration_images(None, 1, max(1, round(size / multiple)) * multiple)
 
     def painted(backend: str, compute_dtype: ComputeDtype) -> Pixels:
-        (run,) = prepare_runs(bundle, contents, [style], [None], backend, compute_dtype=compute_dtype)
-        path, spec = bundle.graph_path(DENOISER), bundle.manifest.graphs[DENOISER]
-        with closing(open_engine(path, spec, backend, "cpu", compute_dtype=compute_dtype)) as denoiser:
-            latent = denoise_run(bundle, run, denoiser)
-        return decode_all(bundle, bundle.path, [latent], backend, compute_dtype)[0]
+        runs = prepare_runs(bundle, contents, [style], [None], backend, compute_dtype=compute_dtype)
+        return repaint(bundle, runs, backend, compute_dtype=compute_dtype)[0]
 
     return psnr(painted(backend, compute_dtype), painted("auto", "fp32"))
 

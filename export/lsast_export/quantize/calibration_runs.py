@@ -19,7 +19,7 @@ import numpy.typing as npt
 from lsast_engines.backends.base import ComputeDtype, Engine
 from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.graph_spec import CONTROLNET_COND, VAE_DECODER, VAE_ENCODER
+from lsast_engines.bundle.graph_spec import CONTROLNET_COND, DENOISER, VAE_DECODER, VAE_ENCODER
 from lsast_engines.diffusion import Step, TimestepSchedule, guide, make_solver
 from lsast_engines.errors import UsageError
 from lsast_engines.images import canny_edges, find_pictures, import_opencv, read_picture
@@ -168,15 +168,34 @@ def denoise_run(bundle: Bundle, run: SampleRun, denoiser: Denoiser, record: Reco
     return latent
 
 
-def decode_all(
-    bundle: Bundle, folder: Path, latents: Sequence[Floats], backend: str, compute_dtype: ComputeDtype = "fp32"
+def repaint(
+    bundle: Bundle,
+    runs: Sequence[SampleRun],
+    backend: str,
+    denoiser: Path | None = None,
+    decoder: Path | None = None,
+    compute_dtype: ComputeDtype = "fp32",
 ) -> list[Pixels]:
-    """The pictures [H, W, 3] of `latents`, by the decoder in `folder`."""
-    spec = bundle.manifest.graphs[VAE_DECODER]
-    path = folder / f"{VAE_DECODER}.onnx"
-    with closing(open_engine(path, spec, backend, "cpu", compute_dtype=compute_dtype)) as decoder:
-        images = [decoder(decoder_feeds(bundle, latent))["image"][0].transpose(1, 2, 0).copy() for latent in latents]
-        return [np.round(np.clip((image + 1) * 127.5, 0, 255)).astype(np.uint8) for image in images]
+    """The pictures [H, W, 3] of `runs`.
+
+    Args:
+        bundle: has the styles.
+        runs: the runs.
+        backend: runs the graphs.
+        denoiser: the graph's file; by default that of the bundle.
+        decoder: likewise.
+        compute_dtype: what the graphs compute in.
+    """
+
+    def opened(name: str, path: Path | None) -> Engine:
+        spec = bundle.manifest.graphs[name]
+        return open_engine(path or bundle.graph_path(name), spec, backend, "cpu", compute_dtype=compute_dtype)
+
+    with closing(opened(DENOISER, denoiser)) as engine:
+        latents = [denoise_run(bundle, run, engine) for run in runs]
+    with closing(opened(VAE_DECODER, decoder)) as engine:
+        images = [engine(decoder_feeds(bundle, latent))["image"][0].transpose(1, 2, 0).copy() for latent in latents]
+    return [np.round(np.clip((image + 1) * 127.5, 0, 255)).astype(np.uint8) for image in images]
 
 
 def _square(rgb: Pixels, side: int) -> Pixels:
