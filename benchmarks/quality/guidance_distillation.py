@@ -37,6 +37,7 @@ import lsast
 from benchmarks.bench.machine import describe
 from benchmarks.quality.compare_peers import linked, score
 from lsast.video.optical_flow import TemporalState
+from lsast_engines.cli import finite_json
 from lsast_engines.errors import UsageError
 from lsast_engines.files import replace_file
 from lsast_engines.images import find_pictures, psnr
@@ -200,7 +201,7 @@ def main(
                 for way, found in told["scores"].items():
                     click.echo(f"| {way} | {' | '.join(f'{found[metric]:.3f}' for metric in metrics)} |")
             report["students"][name] = told
-    (out / "guidance_baked.json").write_text(json.dumps(report, indent=1))
+    (out / "guidance_baked.json").write_text(json.dumps(finite_json(report), indent=1))
     click.echo(f"\nn = {len(chosen)} contents, {report['backend']}; {machine}")
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import click
 
 from benchmarks.bench.machine import describe
+from lsast_engines.cli import finite_json
 
 ROWS = (
     ("onnxruntime", "fp32", "float"),
@@ -81,11 +82,8 @@ def main(
         ]
     facts = describe(("lsast", "numpy", "onnxruntime", "openvino"))
     if as_json:
-        print(
-            json.dumps(
-                {"machine": facts, "size": size, "pictures": len(pictures), "rounds": rounds, "rows": rows}, indent=1
-            )
-        )
+        told = {"machine": facts, "size": size, "pictures": len(pictures), "rounds": rounds, "rows": rows}
+        print(json.dumps(finite_json(told), indent=1))
         return
     print(
         f"{size} pixels, {len(pictures)} pictures, {rounds} processes a row, threads {threads or 'default'}\n{facts}\n"

@@ -22,6 +22,7 @@ import numpy as np
 import lsast
 from benchmarks.bench.machine import describe
 from lsast.options.options import PRESETS
+from lsast_engines.cli import finite_json
 from lsast_engines.images import psnr
 
 OPTION_SETS: dict[str, dict[str, Any]] = {
@@ -116,7 +117,7 @@ def main(
         }
     if as_json:
         told = {"machine": facts, "n": repeats, "size": size, "styles": styles, "pictures": len(pictures)}
-        print(json.dumps({**told, "rows": rows}, indent=1))
+        print(json.dumps(finite_json({**told, "rows": rows}), indent=1))
         return
     print(f"{size}² pixels, {len(pictures)} pictures in {', '.join(styles)}, n = {repeats} each\n{facts}\n")
     print("| options | s a picture (spread) | times exact | denoise s | PSNR to exact, mean | least |")

@@ -21,6 +21,7 @@ import lsast
 from benchmarks.bench.machine import describe
 from benchmarks.speed.options import pixels
 from lsast.video.optical_flow import TemporalState
+from lsast_engines.cli import finite_json
 from lsast_engines.images import psnr
 
 
@@ -102,7 +103,7 @@ def main(
         }
     if as_json:
         told = {"machine": facts, "reference": [own, reference], "size": size, "styles": styles}
-        print(json.dumps({**told, "pictures": len(pictures), "rows": rows}, indent=1))
+        print(json.dumps(finite_json({**told, "pictures": len(pictures), "rows": rows}), indent=1))
         return
     print(f"{size}² pixels, {len(pictures)} pictures in {', '.join(styles)}, against {own} with {reference}\n{facts}\n")
     print("| solver | " + " | ".join(f"{steps} steps" for steps in counts) + " |")

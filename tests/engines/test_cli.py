@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from lsast_engines.cli import Command, debug_option
+from lsast_engines.cli import Command, debug_option, json_option, print_result
 from lsast_engines.errors import LsastError, shown
 
 
@@ -46,6 +48,17 @@ def test_command_escapes_what_does_not_print_in_messages() -> None:
 def test_shown_keeps_letters_and_escapes_lines() -> None:
     assert shown("Ünïcødé 日本 א") == "Ünïcødé 日本 א"
     assert shown("a\nError: forged\x9b1m") == "a\\nError: forged\\x9b1m"
+
+
+def test_print_result_has_null_for_numbers_that_json_lacks() -> None:
+    @click.command(cls=Command)
+    @json_option
+    def command() -> None:
+        print_result({"psnr": math.inf, "rows": [{"mean": math.nan}, (-math.inf, 1.5)], "n": 3}, "text")
+
+    printed = CliRunner().invoke(command, ["--json"]).stdout
+    facts = json.loads(printed, parse_constant=lambda name: pytest.fail(name))
+    assert facts == {"psnr": None, "rows": [{"mean": None}, [None, 1.5]], "n": 3}
 
 
 NAMES = """
