@@ -306,18 +306,20 @@ class _EchoHandler(logging.Handler):
 
 
 @contextlib.contextmanager
-def log_to_stderr(level: int = logging.INFO) -> Iterator[None]:
-    """Show what ``lsast`` logs from `level` on above the progress bars, while the block runs.
+def log_to_stderr(level: int = logging.INFO, *others: str) -> Iterator[None]:
+    """Show what ``lsast`` and the loggers `others` log from `level` on above the progress bars, while the block runs.
 
     With `--verbose` from one level lower on, with `--debug` all, with `--quiet` errors.
     """
-    logger, handler = logging.getLogger("lsast"), _EchoHandler()
-    before = logger.level
+    handler = _EchoHandler()
+    before = {logger: logger.level for logger in map(logging.getLogger, ("lsast", *others))}
     level = logging.ERROR if quiet() else level - 10 if click.get_current_context().meta.get(_VERBOSE) else level
-    logger.setLevel(logging.DEBUG if debugging() else level)
-    logger.addHandler(handler)
+    for logger in before:
+        logger.setLevel(logging.DEBUG if debugging() else level)
+        logger.addHandler(handler)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)
+        for logger, level_before in before.items():
+            logger.removeHandler(handler)
+            logger.setLevel(level_before)

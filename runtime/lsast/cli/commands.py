@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from lsast_engines.cli import Command, Group, debug_option, echo, json_option, print_result
+from lsast_engines.cli import Command, Group, debug_option, echo, json_option, log_to_stderr, print_result
 from lsast_engines.errors import StyleError
 
 _OTHERS = {
@@ -118,9 +119,10 @@ def cache(action: str) -> None:
     """
     from .cache import as_text, cache_entries, remove
 
-    if action != "list":
-        remove([entry for entry in cache_entries() if action == "clear" or not entry.used])
-    entries = cache_entries()
+    with log_to_stderr(logging.WARNING):
+        if action != "list":
+            remove([entry for entry in cache_entries() if action == "clear" or not entry.used])
+        entries = cache_entries()
     print_result({"entries": [asdict(entry) | {"path": str(entry.path)} for entry in entries]}, as_text(entries))
 
 
@@ -136,7 +138,8 @@ def doctor() -> None:
     """
     from .doctor import examine
 
-    found = examine()
+    with log_to_stderr(logging.WARNING):
+        found = examine()
     print_result(asdict(found) | {"healthy": found.healthy}, found.text())
     if not found.healthy:
         raise click.exceptions.Exit(1)

@@ -117,7 +117,7 @@ def serve(settings: Settings, show: bool = False) -> None:
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
     )
     server = Server(config)
-    with log_to_stderr(logging.WARNING), _listen(settings) as listener:
+    with log_to_stderr(logging.WARNING, "uvicorn", "asyncio", "python_multipart"), _listen(settings) as listener:
         address = _address(settings.host, listener.getsockname()[1])
         echo(address)
         if settings.host not in LOOPBACK and not settings.token:
