@@ -108,7 +108,7 @@ def test_step_of_one_timestep_changes_only_the_matrices_of_its_stage(
     run = Inversion(base, collection, replace(brief, steps=1, batch=1, generator="direct"), "red", tmp_path)
     before = run.space.matrices.detach().clone()
     run.run()
-    (time,) = times
+    time = times[-1]  # the estimate before the run took the same
     moved = (run.space.matrices - before).flatten(1).abs().sum(1).nonzero().flatten().tolist()
     stage = int(time) // 100
     assert moved == [3 * stage, 3 * stage + 1, 3 * stage + 2]

@@ -179,6 +179,10 @@ def test_mini_command_resumes_with_the_autoencoder_of_its_latents_or_refuses(
         CliRunner().invoke(mini, [*arguments, *resume], catch_exceptions=False)
         trained.append(load_base(tmp_path).autoencoder.state_dict())
     assert all(torch.equal(value, trained[1][key]) for key, value in trained[0].items())
+    refused = CliRunner().invoke(mini, arguments)  # a later --resume would go on with phases of both runs
+    assert refused.exit_code == 1
+    assert "found checkpoints of another run" in refused.output
+    assert "base.checkpoint.safetensors" in refused.output
     for phase in ("finetune_gan", "autoencoder"):
         (tmp_path / f"{phase}.checkpoint.safetensors").unlink()
         refused = CliRunner().invoke(mini, [*arguments, "--resume"])

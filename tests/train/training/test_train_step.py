@@ -9,13 +9,18 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from benchmarks.train_step import training_step_cost
 from lsast_train.base.base import Base
+from lsast_train.evaluation import ValidationSet
+from lsast_train.inversion import Inversion
 from lsast_train.options import PRESETS, TrainOptions
+from lsast_train.paintings import PaintingDataset
+from lsast_train.prompts.prompt_file import load_prompts
 
 ROOMS = os.pathsep.join(str(Path(__file__).parents[3] / room) for room in ("engines", "train", ""))
 
@@ -72,6 +77,29 @@ def test_training_step_cost_trains_the_prompts(text_base: Base, monkeypatch: pyt
     learned = training_step_cost(text_base, options).loss
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: None)
     assert training_step_cost(text_base, options).loss != learned
+
+
+def test_seconds_and_hours_are_told_before_the_first_evaluation_and_change_nothing(
+    base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    caplog.set_level("INFO")
+    results = []
+    for name in ("told", "silent"):
+        (tmp_path / name).mkdir()
+        run = Inversion(base, collection, brief, name, tmp_path / name)
+        if name == "told":
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(ValidationSet, "losses", Mock(side_effect=KeyboardInterrupt))
+                run.run()
+            found = re.search(r"([\d.e-]+) s a step: ([\d.e-]+) hours for at most 10 more", caplog.text)
+            assert found is not None
+            # 10 steps and one evaluation of 10 stages of 4 + 4 latents, at half a step for 4 rows.
+            assert float(found[2]) == pytest.approx(float(found[1]) * (10 + 10) / 3600, rel=0.1)
+        else:
+            monkeypatch.setattr(run, "_estimate_time", lambda: None)
+        results.append(load_prompts(run.run().file).prompts)
+    assert torch.equal(*results)
 
 
 @pytest.mark.slow

@@ -172,6 +172,11 @@ def mini(
         raise click.UsageError("found neither --teacher nor --init; expected where the autoencoder starts from")
     if decoder_only and (init is None or init.endswith(".safetensors") or not decoder_steps):
         raise click.UsageError("found --decoder-only without --init BASE or --decoder-steps; expected both")
+    if not resume and (left := sorted(map(str, out.rglob("*.checkpoint.safetensors")))):
+        raise TrainingError(
+            f"found checkpoints of another run, {', '.join(left)}; go on with --resume, delete them, or name another "
+            "folder with --out"
+        )
     place = find_device(device)
     folders = label_folders(list(roots))
     shares = parse_shares(share)

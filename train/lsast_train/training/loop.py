@@ -130,6 +130,7 @@ class TrainingLoop:
         before, first = self.seconds, self.step
         limit = math.inf if self.limit is None else max(self.limit, 1e-3)
         evaluation = 0.0 if self.limit is None else 0.2 * limit  # a guess, until one is measured
+        evaluating = 0.0
         done = self.step >= self.steps
         bar = tqdm(total=self.steps, initial=self.step, desc=self.name, unit="step", disable=not self.writes)
         with bar, DeferredSignals() as signals:
@@ -151,9 +152,10 @@ class TrainingLoop:
                     evaluate(self._losses[0] / self._losses[1])
                     self._losses = [0.0, 0]
                     evaluation = time.monotonic() - now
+                    evaluating += evaluation
                 now = time.monotonic()
-                if self.step - first in (_TOLD_AFTER, _TOLD_AGAIN_AFTER) and self.writes:
-                    self._tell((now - began) / (self.step - first))
+                if self.step - first in (_TOLD_AFTER, _TOLD_AGAIN_AFTER):
+                    self.tell((now - began - evaluating) / (self.step - first), evaluation)
                 self.seconds = before + now - began
                 stop = agree(signals.number)
                 if self.writes and (stop or now - saved > 60 * self.checkpoint_minutes):
@@ -162,14 +164,17 @@ class TrainingLoop:
                 if stop and not done:
                     raise InterruptionError(stop, self.step, self.checkpoint)
 
-    def _tell(self, seconds: float) -> None:
-        """Log how long the rest will take at so many `seconds` a step, and the most memory that a step has taken."""
+    def tell(self, step: float, evaluation: float) -> None:
+        """Log how long the rest will take at so many seconds a `step` and an `evaluation`, and the peak of memory."""
+        if not self.writes:
+            return
         cuda = self.device is not None and self.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(self.device) if cuda else peak_memory()
         memory = "" if peak is None else f"; peak memory {peak / 1e9:.2f} GB"
-        rest = seconds * (self.steps - self.step)
+        left = self.steps - self.step
+        rest = left * step + math.ceil(left / self.evaluate_every) * evaluation
         hours = (rest if self.limit is None else min(rest, self.limit * self.time_left)) / 3600
-        log.info("%.3g s a step: %.2g hours for at most %d more%s", seconds, hours, self.steps - self.step, memory)
+        log.info("%.3g s a step: %.2g hours for at most %d more%s", step, hours, left, memory)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
