@@ -10,6 +10,7 @@
     ├── BundleError            exit 1
     ├── StyleError             exit 1
     ├── BackendError           exit 1
+    ├── OutOfMemoryError       exit 1, a MemoryError too
     ├── CancelledError         exit 130
     ├── TrainingError          exit 1
     └── ExportError            exit 1
@@ -20,8 +21,15 @@ Messages say what was found, what was expected, and how to mend it.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+_NO_MEMORY = re.compile(
+    "bad_alloc|bad allocation|(can't|cannot|unable to|failed to) alloc|(out of|insufficient|not enough) memory", re.I
+)
+"""How ONNX Runtime, OpenVINO, OpenCV and CUDA say that there is no memory, each in an exception of its own."""
 
 
 class LsastError(Exception):
@@ -65,6 +73,10 @@ class BackendError(LsastError):
     """A backend or device that is not available, or that failed while running a graph."""
 
 
+class OutOfMemoryError(LsastError, MemoryError):
+    """There is less memory than what was asked for needs."""
+
+
 class CancelledError(LsastError):
     """A painting that was cancelled."""
 
@@ -81,6 +93,26 @@ class ExportError(LsastError):
 
 class ParityError(ExportError):
     """An exported graph whose outputs differ from torch by more than the tolerance."""
+
+
+@contextlib.contextmanager
+def enough_memory(
+    task: str, mend: str = "take a smaller size, smaller tiles or a smaller batch, or close other programs"
+) -> Iterator[None]:
+    """Makes an `OutOfMemoryError` of what any library raises in the block when it gets no memory.
+
+    Args:
+        task: what the memory is for, e.g. "to read photo.jpg".
+        mend: what helps.
+    """
+    try:
+        yield
+    except LsastError:
+        raise
+    except Exception as error:
+        if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+            raise OutOfMemoryError(f"found too little free memory {task}; expected more: {mend}") from error
+        raise
 
 
 def install_command(extra: str) -> str:

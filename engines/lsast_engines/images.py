@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .colour import BOX, boxes, converter, has_alpha, is_wide
-from .errors import PictureError, shown
+from .errors import LsastError, PictureError, enough_memory, shown
 from .picture_file import FORMATS, check_size, name_other_frames, open_image
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def read_picture(source: Source, max_megapixels: float | None = None) -> Image8:
         source = _read(source)
     name = shown(source) if isinstance(source, (str, os.PathLike)) else "the picture"
     try:
-        with ExitStack() as stack:
+        with enough_memory(f"to read {name}", "scale it down, or close other programs"), ExitStack() as stack:
             if isinstance(source, Image.Image):
                 image = source
                 if isinstance(image, ImageFile.ImageFile) and image.format not in {None, *FORMATS}:
@@ -170,7 +170,7 @@ def read_picture(source: Source, max_megapixels: float | None = None) -> Image8:
             return _from_image(image)
     except FileNotFoundError:
         raise PictureError(f"found no file {name}; expected a picture") from None
-    except (PictureError, MemoryError):
+    except LsastError:
         raise
     # Pillow's decoders raise many types for damaged files: struct.error, EOFError, KeyError …
     except Exception as error:

@@ -15,7 +15,7 @@ import numpy as np
 from lsast_engines.backends.choice import Choice, DtypeOrAuto
 from lsast_engines.bundle.bundle import Bundle, find_bundle
 from lsast_engines.bundle.graph_spec import CONTROLNET_COND, DENOISER, REQUIRED_GRAPHS, VAE_ENCODER
-from lsast_engines.errors import UsageError
+from lsast_engines.errors import UsageError, enough_memory
 from lsast_engines.images import pixels_sha256
 
 from .images.provenance import Provenance, bundle_sha256, versions
@@ -214,6 +214,7 @@ class Stylizer:
             BundleError: options that need graphs which the bundle lacks.
             PictureError: the picture or the mask cannot be read, or they differ in size.
             BackendError: a graph fails, or gives values that are not finite.
+            OutOfMemoryError: there is not enough memory; it is a `MemoryError`, too.
             CancelledError: `cancel` was cancelled.
         """
         given = {name: value for name, value in locals().items() if name in rules()} | earlier
@@ -248,8 +249,10 @@ class Stylizer:
         Raises:
             LsastError: see `stylize`.
         """
-        if not requests:
-            return []
+        with enough_memory("to paint"):
+            return self._paint(requests, on_step, cancel) if requests else []
+
+    def _paint(self, requests: Sequence[Request], on_step: OnStep | None, cancel: CancelToken | None) -> list[Result]:
         first = requests[0]
         times: list[float] = []
         previewers: list[Previewer] = []
@@ -409,7 +412,8 @@ class Stylizer:
         """Resolve the options of a picture, open its styles and read it."""
         self._pool.check(None)
         options, styles = self._resolve(given)
-        return Request(self.bundle, picture, options, styles, mask, temporal, self.max_megapixels)
+        with enough_memory("to lay out the picture"):
+            return Request(self.bundle, picture, options, styles, mask, temporal, self.max_megapixels)
 
     def _resolve(self, given: Mapping[str, Any]) -> tuple[Options, dict[str, StyleFile]]:
         """The complete options of a call, and the open styles that they name."""

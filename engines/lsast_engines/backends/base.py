@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bundle.graph_spec import GraphSpec, TensorSpec, downsampling_level
-from ..errors import BackendError, fault_list
+from ..errors import BackendError, LsastError, enough_memory, fault_list
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -44,6 +44,8 @@ class Engine(abc.ABC):
         self.bound: dict[str, Array] = {}
         """The arrays that `bind_inputs` was given and that are bound, by name."""
         self._bound: dict[str, Array] = {}
+        self.failed = False
+        """Whether a run has failed; what the backend does afterwards is uncertain: open the graph again."""
         self._closed = False
         self._busy = threading.Lock()
 
@@ -70,6 +72,7 @@ class Engine(abc.ABC):
         Raises:
             BackendError: missing, unknown or already bound names, wrong types or shapes (all at once); a failure while
                 running; or a call from a second thread during a call.
+            OutOfMemoryError: there is not enough memory.
         """
         with self._exclusive():
             self._check(feeds, complete=True)
@@ -115,11 +118,13 @@ class Engine(abc.ABC):
                 "guard it with a lock, or open one engine per thread"
             )
         try:
-            yield
-        except (BackendError, MemoryError):
-            raise
-        # The backends raise exceptions of no common base.
+            with enough_memory(f"to run the graph {self.spec.name} in {self.backend}"):
+                yield
         except Exception as error:
+            self.failed = True
+            if isinstance(error, LsastError):
+                raise
+            # The backends raise exceptions of no common base.
             raise BackendError(f"graph {self.spec.name} failed in {self.backend} on {self.device}: {error}") from error
         finally:
             self._busy.release()

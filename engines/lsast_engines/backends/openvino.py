@@ -12,16 +12,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
+
 from ..bundle.graph_spec import GraphSpec
 from ..environment import processor
 from ..errors import BackendError
-from .base import Array, ComputeDtype, Engine, check_interface
+from .base import Array, ComputeDtype, Engine, check_interface, output_shapes
 from .graph_cache import open_cached
 from .graph_check import check_graph
 from .imports import import_library
 
 BLOB = "graph.blob"
 """File of an entry in the graph cache."""
+
+_UNTOUCHED = {2: 0x7E55, 4: 0x7FC05555}
+"""NaNs that no computation gives, as integers, by their bytes: they mark outputs before a run."""
+
+_failed: list[Any] = []
+"""What failed in a run is never freed: OpenVINO 2026.4.1 leaves a task behind that uses it, and would crash."""
 
 _PRECISION_HINTS: dict[ComputeDtype, str] = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
@@ -105,7 +113,6 @@ class OpenVinoEngine(Engine):
         with self._pages.advise_dontneed():
             self._request: Any = self._compiled.create_infer_request()
         self._shapes: list[tuple[int, ...]] = []
-        self._outputs = [tensor.name for tensor in spec.outputs]
 
     def _bind(self, feeds: dict[str, Array]) -> None:
         openvino = import_library("openvino")
@@ -116,11 +123,36 @@ class OpenVinoEngine(Engine):
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         self._bind(feeds)
         shapes = [tuple(self._request.get_tensor(tensor.name).get_shape()) for tensor in self.spec.inputs]
-        # For shapes other than the last ones OpenVINO may pack weights from the file again.
-        with contextlib.nullcontext() if shapes == self._shapes else self._pages.advise_dontneed():
-            self._request.infer()
+        for mark in self._marks():
+            mark[-1:] = _UNTOUCHED[mark.itemsize]
+        try:
+            # For shapes other than the last ones OpenVINO may pack weights from the file again.
+            with contextlib.nullcontext() if shapes == self._shapes else self._pages.advise_dontneed():
+                self._request.infer()
+            outputs = {tensor.name: self._request.get_tensor(tensor.name).data for tensor in self.spec.outputs}
+            self._check_computed(outputs, shapes)
+        except Exception:
+            _failed.append((self._compiled, self._model))
+            raise
         self._shapes = shapes
-        return {name: self._request.get_tensor(name).data for name in self._outputs}
+        return outputs
+
+    def _check_computed(self, outputs: dict[str, Array], shapes: list[tuple[int, ...]]) -> None:
+        """Raises MemoryError for outputs of an earlier run.
+
+        They are all that OpenVINO 2026.4.1 with one thread gives when it gets no memory: it returns without an error.
+        """
+        names = [tensor.name for tensor in self.spec.inputs]
+        expected = output_shapes(self.spec, dict(zip(names, shapes, strict=True)))
+        if any(outputs[name].shape != shape for name, shape in expected.items()) or any(
+            mark[-1] == _UNTOUCHED[mark.itemsize] for mark in self._marks()
+        ):
+            raise MemoryError("OpenVINO computed nothing")
+
+    def _marks(self) -> list[npt.NDArray[Any]]:
+        """The outputs that have a place in memory, as integers of one axis."""
+        arrays = [self._request.get_tensor(tensor.name).data.reshape(-1) for tensor in self.spec.outputs]
+        return [array.view(f"u{array.itemsize}") for array in arrays if array.size]
 
     def _release_memory(self) -> None:
         self._compiled.release_memory()

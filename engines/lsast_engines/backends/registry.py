@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, get_args
 
 from ..bundle.graph_spec import GraphSpec
 from ..environment import core_limit
-from ..errors import BackendError, MissingExtraError, UsageError, install_command
+from ..errors import BackendError, LsastError, MissingExtraError, UsageError, enough_memory, install_command
 from ..removed import removal
 from .base import ComputeDtype, Engine
 from .fp32_weights import with_fp32_weights
@@ -167,6 +167,7 @@ def open_engine(
         MissingExtraError: no backend is installed.
         BackendError: the backend, device or compute dtype is not available (the message lists what is), or the file
             cannot be loaded or has other inputs and outputs.
+        OutOfMemoryError: there is not enough memory.
     """
     if threads is not None and threads not in range(1, MAX_THREADS + 1):
         raise UsageError(f"found {threads} threads; expected 1 to {MAX_THREADS}")
@@ -178,8 +179,9 @@ def open_engine(
         if device == "cpu":
             path = with_fp32_weights(path, cache, _BACKENDS[backend].expanded_dtypes)
             threads = threads or core_limit()
-        return engine(path, spec, device, threads, compute_dtype)
-    except (BackendError, MemoryError):
+        with enough_memory(f"to open {path}", "close other programs, or take a bundle in int8"):
+            return engine(path, spec, device, threads, compute_dtype)
+    except LsastError:
         raise
     except Exception as error:
         raise BackendError(f"{backend} cannot load {path} on {device}: {error}") from error

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lsast_engines.bundle.json_fields import JsonReader, parse_json
-from lsast_engines.errors import PictureError
+from lsast_engines.errors import LsastError, PictureError
 from lsast_engines.picture_file import open_image
 
 from ..options.options import Options, current_options
@@ -147,7 +147,7 @@ def read_record(source: str | Path | bytes) -> Record:
             text = _text(open_image(handle, name))
     except FileNotFoundError:
         raise PictureError(f"found no file {name}; expected a painting of lsast") from None
-    except (PictureError, MemoryError):
+    except (LsastError, MemoryError):
         raise
     except Exception as error:  # Pillow raises many types for damaged files
         raise PictureError(f"{name} cannot be read ({error}); expected a painting of lsast") from error

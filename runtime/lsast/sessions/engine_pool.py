@@ -157,11 +157,13 @@ class EnginePool:
         self.engines.clear()
 
     def engine(self, name: str) -> Engine:
-        """The engine of the graph `name`, opened at its first use and kept; for the holder of `exclusive`.
+        """The engine of the graph `name`, opened at its first use, kept until it fails; for the holder of `exclusive`.
 
         Raises:
             LsastError: see `EngineFactory.__call__`.
         """
+        if name in self.engines and self.engines[name].failed:
+            self.engines.pop(name).close()
         if name not in self.engines:
             self.engines[name] = self.factory(name)
         return self.engines[name]

@@ -1,0 +1,82 @@
+"""Too little memory is an `OutOfMemoryError`, whoever finds it, and never another picture; then painting goes on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+import lsast
+from lsast_engines.errors import OutOfMemoryError, enough_memory
+
+SCRIPT = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+import lsast
+
+small = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+large = small.repeat(16, 0).repeat(16, 1)
+with lsast.load(backend=sys.argv[1], threads=int(sys.argv[2]), compute_dtype="fp32") as stylizer:
+    first = np.asarray(stylizer.stylize(small, size=64, steps=1))
+    for spare in (10_000_000, 60_000_000, 400_000_000):
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        _, most = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (used + spare, most))
+        try:
+            stylizer.stylize(large, size=0, tile=0, steps=1)
+        except lsast.OutOfMemoryError as error:
+            print(error)
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        print(np.array_equal(stylizer.stylize(small, size=64, steps=1), first))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="bounds the memory of a process as Linux does")
+@pytest.mark.parametrize(("backend", "threads"), [("onnxruntime", 1), ("openvino", 1), ("openvino", 2)])
+def test_stylize_with_too_little_memory_says_so_and_paints_the_same_afterwards(backend: str, threads: int) -> None:
+    pytest.importorskip(backend)
+    command = [sys.executable, "-c", SCRIPT, backend, str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert lines.count("True") == 3
+    assert len(lines) == 6
+    assert all(line.startswith("found too little free memory to ") for line in lines if line != "True")
+    assert any("smaller tiles" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 12.0 MiB for an array"),
+        RuntimeError("Non-zero status code returned while running Conv node. Status Message: std::bad_alloc"),
+        RuntimeError("[CPU] Convolution node with name 'conv' can't alloc"),
+        OSError("out of memory error when reading image file"),
+        Exception("OpenCV(5.0.0) alloc.cpp:73: error: (-4:Insufficient memory) Failed to allocate 3151872 bytes"),
+    ],
+)
+def test_enough_memory_knows_the_words_of_every_library(error: Exception) -> None:
+    message = "to read a photo; expected more: take a smaller size"
+    with pytest.raises(OutOfMemoryError, match=message) as found, enough_memory("to read a photo"):
+        raise error
+    assert isinstance(found.value, MemoryError)
+
+
+def test_stylize_reports_memory_of_any_part(stylizer: lsast.Stylizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise MemoryError("Unable to allocate")
+
+    parts: list[tuple[str, Callable[[], object]]] = [
+        ("PIL.ImageFile.ImageFile.load", lambda: stylizer.stylize(b"P6 8 8 255 " + bytes(192))),
+        ("lsast.request.canny_edges", lambda: stylizer.stylize(np.zeros((8, 8, 3), np.uint8))),
+        ("lsast.stylizer.sampler.sample", lambda: stylizer.stylize(np.zeros((8, 8, 3), np.uint8))),
+    ]
+    for name, paint in parts:
+        with monkeypatch.context() as patch:
+            patch.setattr(name, fails)
+            with pytest.raises(lsast.OutOfMemoryError, match="found too little free memory to"):
+                paint()
