@@ -84,21 +84,18 @@ def test_seconds_and_hours_are_told_before_the_first_evaluation_and_change_nothi
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     caplog.set_level("INFO")
-    results = []
-    for name in ("told", "silent"):
-        (tmp_path / name).mkdir()
-        run = Inversion(base, collection, brief, name, tmp_path / name)
-        if name == "told":
-            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                patch.setattr(ValidationSet, "losses", Mock(side_effect=KeyboardInterrupt))
-                run.run()
-            found = re.search(r"([\d.e-]+) s a step: ([\d.e-]+) hours for at most 10 more", caplog.text)
-            assert found is not None
-            # 10 steps and one evaluation of 10 stages of 4 + 4 latents, at half a step for 4 rows.
-            assert float(found[2]) == pytest.approx(float(found[1]) * (10 + 10) / 3600, rel=0.1)
-        else:
-            monkeypatch.setattr(run, "_estimate_time", lambda: None)
-        results.append(load_prompts(run.run().file).prompts)
+    told = Inversion(base, collection, brief, "told", tmp_path / "told")
+    with monkeypatch.context() as patch:
+        patch.setattr(ValidationSet, "losses", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            told.run()
+    found = re.search(r"([\d.e-]+) s a step: ([\d.e-]+) hours for at most 10 more", caplog.text)
+    assert found is not None
+    # 10 steps, and one evaluation of 10 stages of 4 + 4 latents, each 4 rows of which take half a step.
+    assert float(found[2]) == pytest.approx(float(found[1]) * (10 + 10) / 3600, rel=0.1)
+    silent = Inversion(base, collection, brief, "silent", tmp_path / "silent")
+    monkeypatch.setattr(silent, "_estimate_time", lambda: None)
+    results = [load_prompts(run.run().file).prompts for run in (told, silent)]
     assert torch.equal(*results)
 
 
