@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from .colour import BOX, boxes, converter, has_alpha, is_wide
 from .errors import LsastError, PictureError, enough_memory, shown
-from .picture_file import FORMATS, check_size, name_other_frames, open_image
+from .picture_file import FORMATS, check_size, name_other_frames, open_file, open_image, read_stream
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -157,7 +157,7 @@ def read_picture(source: Source, max_megapixels: float | None = None) -> Image8:
                 if isinstance(image, ImageFile.ImageFile) and image.format not in {None, *FORMATS}:
                     raise PictureError(f"found a picture of format {image.format}; load it first, or convert it to PNG")
             elif isinstance(source, (str, os.PathLike)):
-                image = open_image(stack.enter_context(Path(os.fsdecode(source)).open("rb")), name)
+                image = open_image(stack.enter_context(open_file(Path(os.fsdecode(source)))), name)
             else:
                 image = open_image(io.BytesIO(bytes(source)), name)
             if isinstance(image, ImageFile.ImageFile):
@@ -177,14 +177,11 @@ def read_picture(source: Source, max_megapixels: float | None = None) -> Image8:
         raise PictureError(f"{name} cannot be decoded ({error}); expected a whole picture file") from error
 
 
-def _read(file: Any) -> bytes | bytearray | memoryview:
+def _read(file: Any) -> bytes:
     try:
-        data = file.read()
-    except (OSError, ValueError) as error:  # ValueError: a closed file, or texts that are not UTF-8
+        return read_stream(file, "the file object")
+    except (OSError, ValueError, TypeError) as error:  # ValueError: a closed file, or texts that are not UTF-8
         raise PictureError(f"the file object cannot be read ({error}); expected an open one, of bytes") from error
-    if not isinstance(data, (bytes, bytearray, memoryview)):
-        raise PictureError(f"found a file object that reads {type(data).__name__}; expected one opened as binary")
-    return data
 
 
 def _as_array(source: object) -> npt.NDArray[Any]:

@@ -7,9 +7,12 @@ sizes, or refuses them, by a setting of the whole process.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import struct
-from typing import TYPE_CHECKING, BinaryIO
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .colour import has_alpha
 from .errors import PictureError
@@ -32,6 +35,35 @@ MAX_BYTES = 850_000_000
 With what painting takes, that stays below 4 GB of memory."""
 
 _log = logging.getLogger("lsast.images")
+
+
+@contextlib.contextmanager
+def open_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a picture's file; a pipe, which cannot be sought, is read to its end first.
+
+    Raises:
+        OSError: it cannot be opened.
+        PictureError: see `read_stream`.
+    """
+    with path.open("rb") as handle:
+        yield handle if handle.seekable() else io.BytesIO(read_stream(handle, str(path)))
+
+
+def read_stream(stream: Any, name: str) -> bytes:
+    """All bytes of a binary stream, at most `MAX_BYTES`.
+
+    Raises:
+        PictureError: there are none, or more; or the stream is one of text. `name` names it.
+    """
+    found = io.BytesIO()
+    while data := stream.read(1 << 20):
+        if isinstance(data, str):
+            raise PictureError(f"found a text in {name}; expected one opened as binary")
+        if found.write(data) and found.tell() > MAX_BYTES:
+            raise PictureError(f"found more than {MAX_BYTES / 1e6:.0f} MB in {name}; expected the file of one picture")
+    if not found.tell():
+        raise PictureError(f"found nothing in {name}; expected a picture")
+    return found.getvalue()
 
 
 def open_image(handle: BinaryIO, name: str) -> Image.Image:

@@ -80,7 +80,7 @@ def pictures_by(artist: str, folder: Path) -> list[Path]:
 def _listed(folder: Path) -> Mapping[str, str]:
     """Artists by file, of the CSV files in `folder`."""
     found: dict[str, str] = {}
-    for file in sorted(folder.glob("*.csv")):
+    for file in sorted(file for file in folder.glob("*.csv") if file.is_file()):
         try:
             with file.open(encoding="utf-8-sig", newline="") as lines:
                 for row in csv.DictReader(lines):

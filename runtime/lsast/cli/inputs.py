@@ -6,6 +6,7 @@ No picture is decoded here, so that all faults of the arguments are reported bef
 from __future__ import annotations
 
 import glob
+import logging
 import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from lsast_engines.cli import describe
 from lsast_engines.errors import LsastError, PictureError, UsageError, fault_list, shown
 
 from ..images.formats import ANIMATIONS, VIDEOS, WRITTEN_PICTURES, WRITTEN_VIDEOS, is_animated
+
+_log = logging.getLogger("lsast.cli")
 
 _WRITTEN = {*WRITTEN_PICTURES, *WRITTEN_VIDEOS}
 
@@ -121,11 +124,12 @@ def default_output(source: str) -> str:
     """OUT of a call that names none: beside the source, ``photo-painted.jpg`` of ``photo.jpg``.
 
     Raises:
-        UsageError: standard input, or a pattern.
+        UsageError: standard input, a pipe, or a pattern.
     """
-    if source == STDIO or not (Path(source).is_dir() or _is_file_name(source)):
-        raise UsageError(f"found {source} and no OUT; expected one: lsast-run IN OUT")
     path = Path(source)
+    pipe = path.exists() and not path.is_file() and not path.is_dir()
+    if source == STDIO or pipe or not (path.is_dir() or _is_file_name(source)):
+        raise UsageError(f"found {source} and no OUT; expected one: lsast-run IN OUT")
     if path.is_dir():
         return f"{path.resolve()}-painted/"
     name = _output_name(path, path)
@@ -205,9 +209,12 @@ def _find(given: str, target: Path, others: list[Path], *, below_own_name: bool)
     else:
         root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts[:-1]))
         try:
-            files = [Path(name) for name in sorted(glob.glob(given, recursive=True)) if Path(name).is_file()]
+            found = [Path(name) for name in sorted(glob.glob(given, recursive=True)) if not Path(name).is_dir()]
         except RecursionError:
             raise UsageError(f"found folders too deep for the pattern {given}; expected the name of a folder") from None
+        files = [path for path in found if path.is_file()]
+        for path in sorted({*found} - {*files}):
+            _log.warning("%s is left out: it is no file", shown(path))
         if not files:
             raise UsageError(f"found no file for the pattern {given}; expected at least one")
     # Files in OUT are earlier paintings if OUT lies inside the searched folder.

@@ -201,6 +201,11 @@ def main(
     with log_to_stderr(logging.WARNING):
         if "mask" in options:
             require_input(Path(options["mask"]))
+            if origin is None and not Path(options["mask"]).is_file():  # a pipe can be read only once
+                from lsast_engines.picture_file import open_file
+
+                with open_file(Path(options["mask"])) as handle:
+                    options["mask"] = handle.read()
         if origin is not None:
             _repeat(origin, (*paths, *filter(None, [out])), where, options)
             return

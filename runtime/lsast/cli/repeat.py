@@ -48,6 +48,9 @@ def repeat(
         raise UsageError(
             "found --from with more than IN and OUT, or with options and no OUT; expected --from PAINTING [IN [OUT]]"
         )
+    for path in (origin, *paths[:1], *filter(None, [options.get("mask")])):
+        if (path := Path(path)).exists() and not path.is_file():
+            raise UsageError(f"found {path}, which is no file, with --from; expected one: it is read more than once")
     record = read_record(origin)
     made = record.provenance
     report = {"from": str(origin), **asdict(made), "options": asdict(record.options)}

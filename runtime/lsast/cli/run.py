@@ -239,9 +239,9 @@ def paint(job: Job, stylizer: Stylizer, options: dict[str, Any], bars: ProgressB
         last = facts.pop("result")
         painted = {} if last is None else to_report(last, stylizer, {})
         return {**painted, **facts, "seconds": {"video": time.perf_counter() - begin}}
-    source = job.source or sys.stdin.buffer.read()
-    if not source:
-        raise PictureError("found nothing on standard input; expected a picture")
+    from lsast_engines.picture_file import read_stream
+
+    source = job.source or read_stream(sys.stdin.buffer, "standard input")
     result = stylizer.stylize(source, **options, on_step=bars.on_step)
     begin = time.perf_counter()
     if job.out is not None:

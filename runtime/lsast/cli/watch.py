@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -54,14 +55,37 @@ def watch(sources: Sequence[str], out: str, *, overwrite: bool = False, stop: St
         overwrite: also yield, once, every picture that has a newer painting.
         stop: ends the watching; asked twice a second.
     """
-    seen: dict[Path | None, tuple[int, int]] = {}
+    with contextlib.ExitStack() as stack:
+        for logger in map(logging.getLogger, ("lsast.images", "lsast.cli")):
+            stack.enter_context(_each_once(logger))
+        yield from _new_jobs(sources, out, overwrite, stop)
+
+
+@contextlib.contextmanager
+def _each_once(logger: logging.Logger) -> Iterator[None]:
+    """Log what is the same only once while the block runs: a folder is searched again and again."""
     said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        known = record.getMessage() in said
+        said.add(record.getMessage())
+        return not known
+
+    logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_new)
+
+
+def _new_jobs(sources: Sequence[str], out: str, overwrite: bool, stop: Stop | None) -> Iterator[Job]:
+    seen: dict[Path | None, tuple[int, int]] = {}
     again = True
     for changed in _changes(sources, stop):
         if not changed and not again:
             continue
         again = False
-        for job in _jobs(sources, out, said):
+        for job in _jobs(sources, out):
             try:
                 state = os.stat(str(job.source))
                 painted = os.stat(str(job.out)).st_mtime_ns if os.path.exists(str(job.out)) else 0
@@ -95,11 +119,8 @@ def _changes(sources: Sequence[str], stop: Stop | None) -> Iterator[bool]:
             time.sleep(SETTLED)
 
 
-def _jobs(sources: Sequence[str], out: str, said: set[str]) -> Iterator[Job]:
-    """The jobs of every folder by itself, because a folder without pictures is no fault here.
-
-    What is left out is logged; `said` collects what was.
-    """
+def _jobs(sources: Sequence[str], out: str) -> Iterator[Job]:
+    """The jobs of every folder by itself, because a folder without pictures is no fault here; the others are logged."""
     for source in sources:
         below = out if len(sources) == 1 else str(Path(out) / Path(source).resolve().name)
         try:
@@ -107,14 +128,11 @@ def _jobs(sources: Sequence[str], out: str, said: set[str]) -> Iterator[Job]:
         except PictureError:  # no picture yet
             continue
         except UsageError as error:  # all that there is has the same output
-            reasons = [str(error)]
+            _log.warning("%s", error)
         else:
-            reasons = [f"cannot paint: {named(*failure)}" for failure in plan.failures.items()]
+            for failure in plan.failures.items():
+                _log.warning("cannot paint: %s", named(*failure))
             yield from plan.jobs
-        for reason in reasons:
-            if reason not in said:
-                said.add(reason)
-                _log.warning("%s", reason)
 
 
 def _watchfiles() -> Any:

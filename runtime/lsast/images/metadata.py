@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from lsast_engines.bundle.json_fields import JsonReader, parse_json
 from lsast_engines.errors import LsastError, PictureError
-from lsast_engines.picture_file import open_image
+from lsast_engines.picture_file import open_file, open_image
 
 from ..options.options import Options, current_options
 from .provenance import Provenance
@@ -143,7 +143,7 @@ def read_record(source: str | Path | bytes) -> Record:
     """
     name = "the picture" if isinstance(source, bytes) else str(source)
     try:
-        with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as handle:
+        with io.BytesIO(source) if isinstance(source, bytes) else open_file(Path(source)) as handle:
             text = _text(open_image(handle, name))
     except FileNotFoundError:
         raise PictureError(f"found no file {name}; expected a painting of lsast") from None

@@ -284,6 +284,8 @@ def opened(path: Path) -> Iterator[InputContainer]:
 @contextlib.contextmanager
 def _opened_file(path: Path) -> Iterator[BinaryIO]:
     try:
+        if path.exists() and not path.is_file():
+            raise PictureError(f"found {path}, which is no file; expected one: a video is read more than once")
         handle = path.open("rb")
     except FileNotFoundError:
         raise PictureError(f"found no file {path}; expected a video") from None

@@ -227,6 +227,8 @@ def load_any_prompts(path: Path) -> Prompts | UnboundPrompts:
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Header and tensors of a prompt file of a format that is read."""
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise FileNotFoundError(path)
         with safe_open(str(path), "pt") as file:
             header = json.loads((file.metadata() or {}).get(_KEY, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
