@@ -28,7 +28,7 @@ from ..options.options import PRESETS
 from .jobs import ATTEMPTS, Job, Jobs, Painter, QueueFullError, TooSlowError
 from .metrics import CONTENT_TYPE, Metrics
 from .process import WorkerDiedError
-from .schemas import Fault, OptionSheet, Painting, PaintingForm, PaintingJson, PaintingOptions, StyleCard, option_cards
+from .schemas import Fault, OptionSheet, Painting, StyleCard, models, option_cards
 from .settings import WORKER_LIMITS, Settings
 from .uploads import FORM, JSON, RAW, discard, read_file, read_painting
 
@@ -130,14 +130,14 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
         openapi_extra={
             "parameters": [
                 {"name": name, "in": "query", "schema": schema, "description": schema.get("description", "")}
-                for name, schema in PaintingOptions.model_json_schema()["properties"].items()
+                for name, schema in models(settings).options.model_json_schema()["properties"].items()
             ]
             + [{"name": "Prefer", "in": "header", "schema": {"type": "string", "enum": ["respond-async"]}}],
             "requestBody": {
                 "required": True,
                 "content": {
-                    FORM: {"schema": PaintingForm.model_json_schema()},
-                    JSON: {"schema": PaintingJson.model_json_schema()},
+                    FORM: {"schema": models(settings).form.model_json_schema()},
+                    JSON: {"schema": models(settings).json.model_json_schema()},
                     **{media: {"schema": {"type": "string", "format": "binary"}} for media in RAW},
                 },
             },
@@ -228,7 +228,7 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
         names = (*WORKER_LIMITS, "max_bytes", "seconds", "queue")
         return OptionSheet(
             **{name: facts.facts[name] for name in ("version", "bundle", "stages")},
-            options=option_cards(facts.facts["defaults"]),
+            options=option_cards(facts.facts["defaults"], settings),
             presets={str(name): given for name, given in PRESETS.items()},
             limits={name: getattr(settings, name) for name in names},
         )

@@ -77,6 +77,8 @@ class Job:
 
     work: Work
     state: State = "queued"
+    taken: bool = False
+    """Whether the painter has it, which reads it before its turn at the engines comes."""
     step: int = 0
     steps: int = 0
     preview: bytes = field(default=b"", repr=False)
@@ -139,7 +141,7 @@ class Jobs:
         Raises:
             QueueFullError: there is none.
         """
-        waiting = self._count("queued") + self._arriving
+        waiting = sum(not job.taken and not job.over for job in self._jobs.values()) + self._arriving
         if waiting >= self._settings.queue:
             self._metrics.refused.inc()
             raise QueueFullError(waiting, max(1, math.ceil(self._seconds * waiting / 2)))
@@ -224,6 +226,7 @@ class Jobs:
     async def _run(self, job: Job) -> None:
         try:
             async with self._turns:
+                job.taken = True
                 await self._paint(job)
             self._end(job, "done")
         except asyncio.CancelledError:
@@ -269,13 +272,14 @@ class Jobs:
                 self._metrics.painted.observe(time.monotonic() - job.begun)
                 return
             except WorkerDiedError:
-                job.step, deaths = 0, deaths + begun
+                job.state, job.step, deaths = "queued", 0, deaths + begun
+                job.change()
                 job.work = replace(job.work, alone=deaths > 0)
                 if deaths == ATTEMPTS:
                     raise BackendError(f"{deaths} workers ended while they painted this; the log says more") from None
 
     async def _in_time(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
-        """The events; the time from ``begun`` to the next ``read`` or ``done`` is limited."""
+        """The events; the time from ``reading`` to ``read``, and from ``begun`` to ``done``, is limited."""
         end: float | None = None
         iterator = aiter(events)
         while True:
@@ -289,7 +293,7 @@ class Jobs:
                     f"the painting took more than {self._settings.seconds:g} s, the most that this server allows; take "
                     "a smaller size or fewer steps"
                 ) from None
-            if event.kind == "begun":
+            if event.kind in ("reading", "begun"):
                 end = time.monotonic() + self._settings.seconds
             elif event.kind == "read":
                 end = None

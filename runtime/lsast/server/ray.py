@@ -50,7 +50,7 @@ class Replica:
         token, events = CancelToken(), asyncio.Queue[Event]()
         painting: asyncio.Future[Event] | None = None
         try:
-            yield Event("begun")
+            yield Event("reading")
             try:
                 task = await asyncio.to_thread(self._painter.read, work, token)
             except Exception as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import functools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import (
@@ -21,6 +23,7 @@ from pydantic import (
 from lsast_engines.errors import UsageError, did_you_mean, fault_list
 
 from ..options.options import Rule, rules
+from .settings import Settings
 
 State = Literal["queued", "painting", "done", "failed", "cancelled"]
 
@@ -54,15 +57,6 @@ def _in(rule: Rule) -> Callable[[Any], Any]:
     return check
 
 
-PaintingOptions: type[BaseModel] = create_model(
-    "PaintingOptions",
-    __config__=ConfigDict(extra="forbid"),
-    __doc__="Options of a painting; one that is left out is taken from the preset, else the style, else the bundle.",
-    **{name: (_annotation(rule), None) for name, rule in rules().items()},  # type: ignore[call-overload]
-)
-"""The fields of `lsast.Options`, each with its range."""
-
-
 class _Base64(Base64Encoder):
     """Base64 to the letter, also as a data URL, which is what browsers make of a file."""
 
@@ -80,21 +74,49 @@ _Picture = Annotated[bytes, EncodedBytes(_Base64)]
 _BINARY: dict[str, Any] = {"format": "binary"}
 _MASK = "Where to paint, a picture of the same size: white is painted, black keeps its pixels."
 
-PaintingForm: type[BaseModel] = create_model(
-    "PaintingForm",
-    __base__=PaintingOptions,
-    picture=(bytes, Field(description="The picture.", json_schema_extra=_BINARY)),
-    mask=(bytes, Field(b"", description=_MASK, json_schema_extra=_BINARY)),
-)
-"""A painting as a form (multipart/form-data)."""
 
-PaintingJson: type[BaseModel] = create_model(
-    "PaintingJson",
-    __base__=PaintingOptions,
-    picture=(_Picture, Field(description="The picture, in base64; a data URL is taken, too.")),
-    mask=(_Picture | None, Field(None, description=_MASK)),
-)
-"""A painting as JSON."""
+@dataclass(frozen=True)
+class Models:
+    """A request for a painting within the limits of a server."""
+
+    options: type[BaseModel]
+    """The fields of `lsast.Options`, each with its range."""
+    form: type[BaseModel]
+    """A painting as a form (multipart/form-data)."""
+    json: type[BaseModel]
+    """A painting as JSON."""
+    rules: Mapping[str, Rule]
+
+
+@functools.cache
+def models(settings: Settings) -> Models:
+    """The models of a server; what its settings limit has no larger range."""
+    limits = {"size": settings.max_size, "tile": settings.max_tile}
+    limited = {
+        name: replace(rule, range=replace(rule.range, high=min(rule.range.high, limits.get(name, rule.range.high))))
+        if rule.range
+        else rule
+        for name, rule in rules().items()
+    }
+    options = create_model(
+        "PaintingOptions",
+        __config__=ConfigDict(extra="forbid"),
+        __doc__="Options of a painting; what is left out is taken from the preset, else the style, else the bundle.",
+        **{name: (_annotation(rule), None) for name, rule in limited.items()},  # type: ignore[call-overload]
+    )
+    form = create_model(
+        "PaintingForm",
+        __base__=options,
+        picture=(bytes, Field(description="The picture.", json_schema_extra=_BINARY)),
+        mask=(bytes, Field(b"", description=_MASK, json_schema_extra=_BINARY)),
+    )
+    json = create_model(
+        "PaintingJson",
+        __base__=options,
+        picture=(_Picture, Field(description="The picture, in base64; a data URL is taken, too.")),
+        mask=(_Picture | None, Field(None, description=_MASK)),
+    )
+    return Models(options, form, json, limited)
 
 
 class Painting(BaseModel):
@@ -151,8 +173,8 @@ class Fault(BaseModel):
     detail: str
 
 
-def option_cards(defaults: Mapping[str, Any]) -> list[OptionCard]:
-    """A card for every option, with the default values of a bundle."""
+def option_cards(defaults: Mapping[str, Any], settings: Settings) -> list[OptionCard]:
+    """A card for every option, with the default values of a bundle, within the limits of a server."""
     return [
         OptionCard(
             name=name,
@@ -162,31 +184,32 @@ def option_cards(defaults: Mapping[str, Any]) -> list[OptionCard]:
             low=rule.range.low if rule.range else None,
             high=rule.range.high if rule.range and rule.range.high < float("inf") else None,
             or_zero=bool(rule.range and rule.range.or_zero),
-            default=defaults.get(name),
+            default=min(defaults[name], rule.range.high) if rule.range and name in defaults else defaults.get(name),
         )
-        for name, rule in rules().items()
+        for name, rule in models(settings).rules.items()
     ]
 
 
-def given_options(values: Mapping[str, str]) -> dict[str, Any]:
+def given_options(values: Mapping[str, str], settings: Settings) -> dict[str, Any]:
     """The options in a query or a form, whose values are texts.
 
     Raises:
         UsageError: unknown or invalid options, all at once.
     """
     try:
-        return PaintingOptions.model_validate_strings(values).model_dump(exclude_none=True)
+        return models(settings).options.model_validate_strings(values).model_dump(exclude_none=True)
     except ValidationError as error:
-        raise UsageError(in_words(error)) from None
+        raise UsageError(in_words(error, settings)) from None
 
 
-def in_words(error: ValidationError) -> str:
+def in_words(error: ValidationError, settings: Settings) -> str:
     """The faults that pydantic found, a line each, in the words of the options' rules."""
-    known = {**dict.fromkeys(PICTURE_FIELDS), **rules()}
+    limited = models(settings).rules
+    known = {**dict.fromkeys(PICTURE_FIELDS), **limited}
     lines: dict[str, None] = {}
     for fault in error.errors(include_url=False, include_context=False):
         name = str(fault["loc"][0]) if fault["loc"] else ""
-        rule = rules().get(name)
+        rule = limited.get(name)
         if rule:
             near = did_you_mean(fault["input"], map(str, rule.choices))
             lines[f"{name}: found {fault['input']!r:.60}; expected {rule.expected}{near}"] = None

@@ -15,14 +15,12 @@ from starlette.requests import ClientDisconnect
 
 from lsast_engines.errors import UsageError
 
-from .schemas import PICTURE_FIELDS, PaintingForm, PaintingJson, PaintingOptions, given_options, in_words
+from .schemas import PICTURE_FIELDS, given_options, in_words, models
 from .settings import Settings
 
 FORM, JSON = "multipart/form-data", "application/json"
 RAW = ("image/*", "application/octet-stream")
 """Media types of a body that is the picture itself."""
-
-_FIELDS = len(PaintingForm.model_fields)
 
 Upload = tuple[bytes, bytes, dict[str, Any]]
 """A picture, a mask (empty for none), and the options that were given."""
@@ -42,9 +40,9 @@ async def read_painting(request: Request, settings: Settings) -> Upload:
             return await _form(request, settings)
         if kind == JSON:
             _no_query(request)
-            return _json(await read_body(request, settings))
+            return _json(await read_body(request, settings), settings)
         if kind.startswith("image/") or kind in (RAW[1], "application/x-www-form-urlencoded"):  # the last is curl's
-            options = given_options(_once(request.query_params.multi_items()))
+            options = given_options(_once(request.query_params.multi_items()), settings)
             if picture := await read_body(request, settings):
                 return picture, b"", options
             raise HTTPException(422, "found no picture; expected one in the body")
@@ -116,7 +114,7 @@ async def _form(request: Request, settings: Settings) -> Upload:
         request.headers,
         _stream(request, settings),
         max_files=len(PICTURE_FIELDS),
-        max_fields=_FIELDS,
+        max_fields=len(models(settings).form.model_fields),
     )
     parser.spool_max_size = settings.max_bytes + 1  # in memory: the file system may be read-only
     try:
@@ -135,7 +133,8 @@ async def _form(request: Request, settings: Settings) -> Upload:
         for name in PICTURE_FIELDS:
             if name in texts and texts.pop(name):
                 raise UsageError(f"found {name} as a text; expected a file")
-        options = given_options({name: text for name, text in texts.items() if text})  # a form sends empty fields
+        given = {name: text for name, text in texts.items() if text}  # a form sends empty fields
+        options = given_options(given, settings)
     finally:
         await form.close()
     if not pictures["picture"]:
@@ -143,15 +142,15 @@ async def _form(request: Request, settings: Settings) -> Upload:
     return pictures["picture"], pictures["mask"], options
 
 
-def _json(body: bytes) -> Upload:
+def _json(body: bytes, settings: Settings) -> Upload:
     try:
-        given = PaintingJson.model_validate_json(body, strict=True)
+        given = models(settings).json.model_validate_json(body, strict=True)
     except ValidationError as error:
-        raise UsageError(in_words(error)) from None
+        raise UsageError(in_words(error, settings)) from None
     picture, mask = given.picture, given.mask or b""  # type: ignore[attr-defined]
     if not picture:
         raise UsageError("picture: found an empty text; expected a picture in base64")
-    return picture, mask, given.model_dump(include=set(PaintingOptions.model_fields), exclude_none=True)
+    return picture, mask, given.model_dump(include=set(models(settings).rules), exclude_none=True)
 
 
 def _once(items: list[tuple[str, Any]]) -> Mapping[str, Any]:

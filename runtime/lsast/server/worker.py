@@ -33,7 +33,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
-from lsast_engines.errors import BackendError, CancelledError, LsastError, PictureError, UsageError, fault_list
+from lsast_engines.errors import BackendError, CancelledError, LsastError, PictureError, UsageError
 
 from ..options.options import Options
 from ..sessions.cancel import CancelToken
@@ -82,8 +82,8 @@ class Work:
 class Event:
     """What happened to a `Work`."""
 
-    kind: Literal["begun", "read", "progress", "done", "failed"]
-    """``begun``: it is being read, or painted; ``read``: it waits for the engines; ``progress``: facts `step` and
+    kind: Literal["reading", "read", "begun", "progress", "done", "failed"]
+    """``read``: it waits for the engines; ``begun``: it is being painted; ``progress``: facts `step` and
     `steps`, and a preview (WebP) or nothing; ``done``: facts of the painting, and its file; ``failed``: facts `error`,
     a class of `lsast_engines.errors`, and `text`."""
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -156,8 +156,8 @@ class BatchPainter:
         """
         for data in filter(None, (work.picture, work.mask)):
             self._check_picture(data)
-        self._check_options(work.options)
         options = {"tile": min(Options.tile, int(self._limits["max_tile"])), **work.options}
+        options["size"] = min(self.stylizer.resolve(**options).size, int(self._limits["max_size"]))
         request = self.stylizer.request(work.picture, mask=work.mask or None, **options)
         self._check_canvas(request)
         return Task(work, request, token)
@@ -290,16 +290,6 @@ class BatchPainter:
                 f"{limit:g}: scale it down"
             )
 
-    def _check_options(self, options: Mapping[str, Any]) -> None:
-        limits = {"size": self._limits["max_size"], "tile": self._limits["max_tile"]}
-        faults = [
-            f"{name}: found {options[name]}; this server paints at most {limit:g}"
-            for name, limit in limits.items()
-            if (options.get(name) or 0) > limit
-        ]
-        if faults:
-            raise UsageError(fault_list("beyond a limit:", faults))
-
     def _check_canvas(self, request: Request) -> None:
         from ..sampling.tiling import WHOLE_UP_TO
 
@@ -374,7 +364,7 @@ class Worker:
     def _read(self, work: Work, token: CancelToken) -> None:
         try:
             token.check()
-            self._send(work.id, Event("begun"))
+            self._send(work.id, Event("reading"))
             self._add(self._painter.read(work, token))
         except Exception as error:
             self._end(work.id, self._painter.failure(error))

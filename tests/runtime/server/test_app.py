@@ -89,10 +89,10 @@ def test_post_with_another_accept_is_refused(server: Running, png: bytes) -> Non
     [
         ({"styl": "monet"}, "styl: unknown; did you mean style?"),
         ({"solver": "unpic"}, "; did you mean unipc?"),
-        ({"strength": 7, "size": 3}, "size: found '3'; expected a whole number, 0, or 64 to 8192"),
+        ({"strength": 7, "size": 3}, "size: found '3'; expected a whole number, 0, or 64 to 2048"),
         ({"style": "picasso"}, "available: monet, vangogh"),
         ({"style": "monet@5-3"}, "expected 3-5"),
-        ({"size": 4096}, "this server paints at most 2048"),
+        ({"size": 4096, "tile": 1025}, "64 to 2048\n  - tile: found '1025'; expected a whole number, 0, or 64 to 1024"),
         ({"seed": "1e"}, "seed: found '1e'"),
         ({"picture": "text"}, "found picture more than once"),
     ],
@@ -176,8 +176,9 @@ def test_job_tells_its_progress_with_previews_and_keeps_the_painting(
         first = next(lines)
         server.client.delete(before)  # the other waits behind it, so that it is followed in time
         events = _parsed("\n".join([first, *lines]))
-    assert events[0][0] != "done"
-    assert events[-1][0] == "done"
+    assert [events[0][0], events[-1][0]] == ["queued", "done"]  # the worker has read it, but paints another one
+    states = [state for state, _ in events]
+    assert states == sorted(states, key=["queued", "painting", "done"].index)
     assert {facts["steps"] for _, facts in events if facts["step"]} == {300}
     last = events[-1][1]
     assert (last["size"], last["options"]["seed"]) == ([160, 96], 3)
@@ -376,9 +377,11 @@ def test_limits_hold(parted_path: Path, png: bytes) -> None:
     limits: dict[str, Any] = {"queue": 2, "batch": 1, "max_bytes": 4 * len(png), "seconds": 0.8, "upload_seconds": 1.0}
     limits |= {"max_size": 1500, "max_tile": 1000, "max_tiles": 100, "max_megapixels": 0.02}
     with running(bundle=str(parted_path), **limits) as server:
+        sheet = {card["name"]: card for card in server.client.get("/v1/options").json()["options"]}
+        assert (sheet["size"]["high"], sheet["tile"]["high"], sheet["tile"]["default"]) == (1500, 1000, 1000)
         for options, words in (
-            ({"size": 1501}, "at most 1500"),
-            ({"tile": 1001}, "at most 1000"),
+            ({"size": 1501}, "64 to 1500"),
+            ({"tile": 1001}, "64 to 1000"),
             ({"size": 1500, "tile": 0}, "in one piece"),
             ({"size": 1024, "tile": 64}, "tiles"),
         ):

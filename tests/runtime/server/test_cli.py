@@ -53,7 +53,7 @@ def test_sigterm_finishes_what_was_accepted(serving: tuple[subprocess.Popen[str]
     asking.start()
     end = time.monotonic() + 60
     while 'lsast_paintings_total{state="done"} 0' in (text := httpx.get(address + "/metrics").text) and (
-        "lsast_queued 0.0" not in text or "lsast_painting 2.0" not in text
+        "lsast_queued 1.0" not in text or "lsast_painting 1.0" not in text
     ):
         assert time.monotonic() < end
     process.send_signal(signal.SIGTERM)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from lsast.server.worker import Event, Task, Work, Worker
+from lsast.server.worker import BatchPainter, Event, Task, Work, Worker
 from lsast.sessions.cancel import CancelToken
 
 
@@ -53,3 +54,10 @@ def test_worker_paints_equal_sizes_together_up_to_its_batch_and_others_alone() -
     painter.go.set()
     until("failed", list(jobs))
     assert painter.groups == [["first"], ["a", "b"], ["wide"], ["alone"], ["c"]]
+
+
+def test_painter_keeps_default_sizes_within_its_limits(parted_path: Path, png: bytes) -> None:
+    limits = {"max_size": 64, "max_tile": 64, "max_tiles": 9, "max_megapixels": 1.0, "batch": 1}
+    painter = BatchPainter({"bundle": str(parted_path), "threads": 1}, limits)
+    options = painter.read(Work("a", png, {}), CancelToken()).request.options
+    assert (options.size, options.tile) == (64, 64)
