@@ -92,12 +92,11 @@ def compile_engines(
     for name, record in records.items():
         needs = f"{record.bytes / 1e9:.2f} GB, and {record.activation_bytes / 1e9:.2f} GB while it runs"
         echo(f"           {name}: {needs}", err=True)
-    # Engines run one after the other, and each gives its working memory back.
     activations = max((record.activation_bytes for record in records.values()), default=0)
     total = activations + sum(record.bytes for record in records.values())
     echo(
-        f"           at {options.ranges.side.max} pixels activations take {activations / 1e9:.2f} GB, with the engines "
-        f"{total / 1e9:.2f} GB, beside inputs and outputs",
+        f"           total activation memory up to {options.ranges.side.max} pixels: {activations / 1e9:.2f} GB, the "
+        f"largest, which the engines share as they run one after the other; with the engines: {total / 1e9:.2f} GB",
         err=True,
     )
     return {

@@ -173,7 +173,7 @@ def test_compile_command_writes_where_the_runtime_looks(tmp_path: Path) -> None:
     assert facts["graphs"]["vae_encoder"]["activation_bytes"] > 2**20  # at 1024²
     assert facts["activation_bytes"] == facts["graphs"]["vae_encoder"]["activation_bytes"]
     assert "GB while it runs" in result.stderr
-    assert "at 1024 pixels activations take" in result.stderr
+    assert "total activation memory up to 1024 pixels" in result.stderr
 
 
 def test_bake_with_a_tensorrt_backend_compiles_for_the_same_bundle(monkeypatch: pytest.MonkeyPatch) -> None:
