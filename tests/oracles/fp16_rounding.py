@@ -1,4 +1,4 @@
-"""What a graph in fp16 computes on a GPU: every result of an operator is rounded to fp16.
+"""What fp16 computes on a GPU, where every result of an operator is rounded: of a graph, and of torch as a yardstick.
 
 On a CPU, ONNX Runtime computes most operators of such a graph in float32 and leaves the casts between them out, so that
 its own result is nearer to that of the graph in float32 than a GPU's.
@@ -7,9 +7,13 @@ its own result is nearer to that of the graph in float32 than a GPU's.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 EXACT = ("Cast", "Concat", "Constant", "Expand", "Reshape", "Shape", "Split", "Squeeze", "Transpose", "Unsqueeze")
 """Operators that copy values."""
@@ -41,6 +45,29 @@ def round_every_result(path: Path, target: Path) -> int:
                 user.replace_input_with(index, kept.outputs[0])
     ir.save(model, target)
     return count
+
+
+class SumsInFloat(TorchDispatchMode):
+    """Networks in ``torch.float16`` compute on a CPU as on a GPU: an operator's sums in float32, its result rounded."""
+
+    _OPERATORS = (
+        *(torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.mm, torch.ops.aten.bmm),
+        *(torch.ops.aten.native_group_norm, torch.ops.aten.native_layer_norm, torch.ops.aten._softmax),
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+    )
+
+    def __torch_dispatch__(self, operator: Any, _: Any, arguments: Any = (), named: Any = None) -> Any:
+        values = (arguments, named or {})
+        if operator.overloadpacket not in self._OPERATORS:
+            return operator(*values[0], **values[1])
+        values = tree_map(lambda x: x.float() if _is(x, torch.float16) else x, values)
+        half = any(_is(value, torch.float16) for value in arguments)
+        result = operator(*values[0], **values[1])
+        return tree_map(lambda x: x.half() if half and _is(x, torch.float32) else x, result)
+
+
+def _is(value: Any, dtype: torch.dtype) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == dtype
 
 
 def run_unoptimized(path: Path, feeds: dict[str, np.ndarray], threads: int = 1) -> dict[str, np.ndarray]:
