@@ -6,7 +6,7 @@ import os
 import platform
 from typing import Any
 
-from lsast_engines.environment import cpu_facts, cpu_features, installed_versions
+from lsast_engines.environment import cpu_facts, installed_versions, real_cpu_features
 
 PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "openvino")
 """What computes, if it is installed."""

@@ -75,12 +75,16 @@ def require_extra(extra: str, *libraries: str) -> None:
 
 
 def cpu_features() -> frozenset[str]:
+    """The instruction sets that ``auto`` goes by: those that the variable `PROCESSOR` names, else the real ones."""
+    given = os.environ.get(PROCESSOR)
+    return real_cpu_features() if given is None else frozenset(given.replace(",", " ").split())
+
+
+def real_cpu_features() -> frozenset[str]:
     """Instruction sets of the processor by Linux' names, such as ``avx2``, ``avx512_bf16``, ``amx_bf16``, ``asimd``.
 
     On Linux all of them, elsewhere those that NumPy looks for, which has no AMX. Empty if neither can tell.
     """
-    if (given := os.environ.get(PROCESSOR)) is not None:
-        return frozenset(given.replace(",", " ").split())
     if facts := cpu_facts():
         return frozenset(facts.get("flags", facts.get("Features", "")).split())
     with contextlib.suppress(ImportError, AttributeError):  # NumPy 1 keeps them elsewhere

@@ -67,6 +67,26 @@ def test_small_decoder_is_opened_and_used_when_asked_for(stylizer: Stylizer, pho
     assert (_pixels(stylizer.stylize(photo, seed=3)) == _pixels(full)).all()
 
 
+def test_small_decoder_that_overflows_decodes_again_in_fp32(
+    stylizer: Stylizer, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = _pixels(stylizer.stylize(photo, decoder="small"))
+    engine = stylizer._pool.engine(VAE_DECODER_TINY)
+    run = engine._run
+    monkeypatch.setattr(engine, "compute_dtype", "fp16")
+    monkeypatch.setattr(engine, "_run", lambda feeds: {k: np.full_like(v, np.inf) for k, v in run(feeds).items()})
+    assert (_pixels(stylizer.stylize(photo, decoder="small")) == expected).all()
+    assert stylizer._pool.engine(VAE_DECODER_TINY).compute_dtype == "fp32"
+
+
+def test_small_decoder_decodes_each_tile(stylizer: Stylizer) -> None:
+    rows, columns = np.mgrid[0:128, 0:256]
+    picture = np.stack([rows, columns, rows * columns % 256], axis=-1).astype(np.uint8)
+    assert stylizer.request(picture, size=0, tile=128).grid
+    full, small = (stylizer.stylize(picture, size=0, tile=128, decoder=name) for name in ("full", "small"))
+    assert np.abs(_pixels(small) - _swapped(full)).max() <= 1
+
+
 def test_stylize_many_shares_no_batch_between_decoders(stylizer: Stylizer, photo: np.ndarray, runs: list[Any]) -> None:
     rows: list[dict[str, Any]] = [{"decoder": "small"}, {"decoder": "small", "seed": 9}, {}]
     many = list(stylizer.stylize_many([photo] * 3, rows=rows, batch=4))
