@@ -22,7 +22,7 @@ def describe(packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:
     """Processor, flags, cores, system, load, and versions of lsast and of what is installed of `packages`."""
     return {
         "cpu": cpu_facts().get("model name") or platform.processor() or platform.machine(),
-        "flags": [flag for flag in FLAGS if flag in cpu_features()],
+        "flags": [flag for flag in FLAGS if flag in real_cpu_features()],
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "load": load(),
