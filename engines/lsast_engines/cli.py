@@ -14,11 +14,13 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TextIO
 
 import click
+from click.shell_completion import CompletionItem
 
+from .environment import require_extra
 from .errors import LsastError, UsageError, did_you_mean, shown
 from .removed import RENAMED, removal
 
@@ -30,9 +32,43 @@ _READER_GONE = 141
 
 _LONGEST = 1000
 
+_HELP = {"-h", "--help", "-V", "--version"}
+
 _DEBUG, _JSON, _QUIET, _STDOUT_FAULT, _VERBOSE = (
     f"lsast.{name}" for name in ("debug", "json", "quiet", "stdout", "verbose")
 )
+
+
+def _backends() -> Iterator[str]:
+    from .backends.registry import EXTRAS
+
+    yield from ("auto", *EXTRAS)
+
+
+def _bundles() -> Iterator[str]:
+    from .bundle.bundle import bundle_names
+
+    yield from bundle_names()
+
+
+_SUGGESTED: Mapping[str, Callable[[], Iterable[str]]] = {
+    "backend": _backends,
+    "base": _bundles,
+    "bundle": _bundles,
+    "compute_dtype": lambda: ("auto", "bf16", "fp16", "fp32"),
+    "device": lambda: ("auto", "cpu", "cuda"),
+}
+"""What a shell completes of the parameters of these names, which may be other texts as well."""
+
+
+class _SuggestedText(click.types.StringParamType):
+    """The text of a parameter in `_SUGGESTED`; a bundle may be any folder, too."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """See `click.ParamType`."""
+        names = _SUGGESTED[param.name or ""]
+        found = [CompletionItem(name) for name in names() if name.startswith(incomplete)]
+        return [*found, *([CompletionItem(incomplete, type="dir")] if names is _bundles else [])]
 
 
 class Command(click.Command):
@@ -41,17 +77,29 @@ class Command(click.Command):
     Old names of its options still work (`RENAMED`), or are refused with what to use instead (`REMOVED`).
     """
 
-    def __init__(self, *args: Any, sections: Mapping[str, Collection[str]] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        sections: Mapping[str, Collection[str]] | None = None,
+        requires: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> None:
         """See `click.Command`.
 
         Args:
             args: of `click.Command`.
+            requires: an extra and libraries of it, without which nothing but the help works; of a group, those that it
+                needs when none of its commands is named.
             sections: the parameters in each section of the help, by its title; "Other" takes those that are in none.
             kwargs: of `click.Command`.
         """
         settings = {"max_content_width": 110, "help_option_names": ["-h", "--help"]}
         super().__init__(*args, **{**kwargs, "context_settings": settings | (kwargs.get("context_settings") or {})})
         self._sections = sections or {}
+        self._requires = requires
+        for parameter in self.params:
+            if parameter.name in _SUGGESTED and type(parameter.type) is click.types.StringParamType:
+                parameter.type = _SuggestedText()
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """See `click.Command`."""
@@ -69,6 +117,9 @@ class Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """See `click.Command`."""
+        named = args and isinstance(self, click.Group) and any(name in self.commands for name in args)
+        if self._requires and not named and not ctx.resilient_parsing and not _HELP & {*args}:
+            require_extra(*self._requires)
         known = {name for parameter in self.params for name in parameter.opts}
         if "" in args or any(text.endswith("=") and text[:-1] in known for text in args):
             raise click.UsageError("found an empty argument; expected a value (is a variable of the shell not set?)")
@@ -99,6 +150,8 @@ class Command(click.Command):
             raise
         except click.UsageError as error:
             fail(f"{error.format_message()} (--help lists all options)", USAGE)
+        except LsastError as error:
+            fail(str(error), error.exit_code)
         except OSError as error:  # --help into a closed pipe
             _fail_for_stdout(error)
 
@@ -124,6 +177,9 @@ class Command(click.Command):
 class Group(Command, click.Group):
     """A group whose failures, and those of its commands, are one line a fault."""
 
+    synonyms: Mapping[str, str] = {}
+    """Commands by words that users may try instead."""
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -133,7 +189,8 @@ class Group(Command, click.Group):
         names = self.list_commands(ctx)
         name = next((new for new in (args[0], *RENAMED.get(args[0], ())) if new in names), None)
         if name is None and not args[0].startswith("-"):
-            raise UsageError(f"found command {args[0]!r}; expected {', '.join(names)}{did_you_mean(args[0], names)}")
+            near = did_you_mean(self.synonyms.get(args[0], args[0]), names)
+            raise UsageError(f"found command {args[0]!r}; expected {', '.join(names)}{near}")
         return super().resolve_command(ctx, [name or args[0], *args[1:]])
 
 

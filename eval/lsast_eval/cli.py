@@ -49,6 +49,7 @@ _matched = combine_options(
     "lsast-eval",
     cls=Group,
     invoke_without_command=True,
+    requires=("eval", "torch", "efficientnet_lite_pytorch"),
     sections={
         "Pictures": ("contents", "works", "methods", "artist", "artists", "photos", "leave_out"),
         "Scores": ("size", "bootstrap", "seed", "cache", "sheet", "sheet_rows", "threads"),

@@ -220,7 +220,7 @@ def find_bundle(name_or_path: str | Path | None = None) -> Path:
         return folder
     candidates = [folder]
     if folder.name == str(wanted):
-        candidates += [home / folder.name for home in (cache_home() / "engines", Path("engines"), EMBEDDED.parent)]
+        candidates += [home / folder.name for home in _homes()]
     for candidate in candidates:
         if _is_file(candidate / MANIFEST):
             return candidate
@@ -230,6 +230,15 @@ def find_bundle(name_or_path: str | Path | None = None) -> Path:
             [str(candidate) for candidate in candidates],
         )
     )
+
+
+def bundle_names() -> list[str]:
+    """The names that `find_bundle` finds."""
+    return sorted({file.parent.name for home in _homes() for file in home.glob(f"*/{MANIFEST}")})
+
+
+def _homes() -> tuple[Path, ...]:
+    return cache_home() / "engines", Path("engines"), EMBEDDED.parent
 
 
 def user_style_folder(fingerprint: str) -> Path:

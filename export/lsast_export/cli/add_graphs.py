@@ -10,9 +10,8 @@ import click
 
 from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS, VAE_DECODER_TINY
 from lsast_engines.cli import Command, debug_option, json_option, print_result
-from lsast_engines.environment import require_extra
 
-from .shared import PhaseTimer
+from .shared import EXTRA, PhaseTimer
 
 if TYPE_CHECKING:
     from lsast_engines.bundle.bundle import Bundle
@@ -22,7 +21,7 @@ _backend_option = click.option(
 )
 
 
-@click.command("parts", cls=Command)
+@click.command("parts", cls=Command, requires=EXTRA)
 @click.argument("bundle", metavar="BUNDLE")
 @_backend_option
 @json_option
@@ -33,7 +32,6 @@ def parts_command(bundle: str, backend: str) -> None:
     The parts (ControlNet, whole U-Net, its outermost level) refer into the bundle's weights and are proven against
     torch. Weights, the other graphs and styles stay as they are.
     """
-    require_extra("export", "torch", "diffusers", "onnx", "onnxscript")
     from lsast_engines.bundle.bundle import find_bundle
 
     from ..bundle.add_graphs import add_parts
@@ -43,7 +41,7 @@ def parts_command(bundle: str, backend: str) -> None:
     _print(written, UNET_SPLIT_GRAPHS, [f"{name}.onnx" for name in UNET_SPLIT_GRAPHS], phases)
 
 
-@click.command("decoder", cls=Command)
+@click.command("decoder", cls=Command, requires=EXTRA)
 @click.argument("bundle", metavar="BUNDLE")
 @click.option(
     "--small",
@@ -61,7 +59,6 @@ def decoder_command(bundle: str, small: Path, backend: str) -> None:
     It must have been made for the latents of that base: TAESD's is for those of Stable Diffusion 1.x. It is proven
     against torch; weights, the other graphs and styles of the bundle stay as they are.
     """
-    require_extra("export", "torch", "diffusers", "onnx", "onnxscript")
     from lsast_engines.bundle.bundle import Bundle, find_bundle
 
     from ..bundle.add_graphs import add_small_decoder

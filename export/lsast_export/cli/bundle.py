@@ -11,11 +11,10 @@ import click
 from lsast_engines.bundle.json_fields import is_number
 from lsast_engines.bundle.style import STYLE_DEFAULTS
 from lsast_engines.cli import Command, OptionDecorator, combine_options, debug_option, echo, json_option, print_result
-from lsast_engines.environment import require_extra
 from lsast_engines.errors import UsageError, fault_list
 from lsast_engines.removed import RENAMED_OPTIONS, RENAMED_VALUES
 
-from .shared import PhaseTimer, import_options
+from .shared import EXTRA, PhaseTimer, import_options
 
 _DEFAULT_TYPES: dict[str, type] = {"style": str, **STYLE_DEFAULTS, "size": int}
 """The manifest's defaults and their types."""
@@ -112,7 +111,7 @@ def bundle_options(hidden: bool = False) -> OptionDecorator:
     )
 
 
-@click.command("bundle", cls=Command)
+@click.command("bundle", cls=Command, requires=EXTRA)
 @style_options
 @bundle_options()
 @json_option
@@ -144,7 +143,6 @@ def export(
             f"compiled by lsast-export compile {out} --backend {backend}"
         )
     wanted, for_styles = read_defaults(defaults)
-    require_extra("export", "torch", "diffusers", "onnx", "onnxscript")
     from lsast_engines.environment import peak_memory
     from lsast_train.base.lazy_base import open_base, resolve_local_base
     from lsast_train.checkpoints.source import BaseSource

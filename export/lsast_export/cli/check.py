@@ -5,12 +5,11 @@ from __future__ import annotations
 import click
 
 from lsast_engines.cli import Command, debug_option, echo, fail, json_option, print_result
-from lsast_engines.environment import require_extra
 
-from .shared import PhaseTimer
+from .shared import EXTRA, PhaseTimer
 
 
-@click.command("check", cls=Command)
+@click.command("check", cls=Command, requires=EXTRA)
 @click.argument("bundle", metavar="BUNDLE")
 @click.option("--backend", default="auto", metavar="NAME", help="onnxruntime, openvino or auto. [default: auto]")
 @click.option("--device", default="auto", metavar="NAME", help="cpu, cuda ... [default: auto]")
@@ -18,7 +17,6 @@ from .shared import PhaseTimer
 @debug_option
 def check_command(bundle: str, backend: str, device: str) -> None:
     """Verify BUNDLE (a folder or a name): hashes, graphs, styles, and parity with torch on this machine."""
-    require_extra("export", "torch", "diffusers", "onnx", "onnxscript")
     from lsast_engines.backends.choice import LEAST_PSNR
     from lsast_engines.bundle.bundle import find_bundle
 

@@ -10,7 +10,6 @@ import click
 from lsast_engines.backends.tensorrt.engine_record import TrtFlavor
 from lsast_engines.backends.tensorrt.shape_profile import Range, ShapeRanges
 from lsast_engines.cli import Command, debug_option, echo, json_option, print_result
-from lsast_engines.environment import require_extra
 from lsast_engines.errors import UsageError
 from lsast_engines.removed import removal
 
@@ -25,7 +24,7 @@ def _refuse(ctx: click.Context, option: click.Parameter, value: str | None) -> N
         raise UsageError(removal("lsast-export compile --quantised") or "")
 
 
-@click.command("compile", cls=Command)
+@click.command("compile", cls=Command, requires=("export", "onnx", "onnx_ir"))
 @click.argument("bundle", metavar="BUNDLE", required=False)
 @click.option("--backend", type=click.Choice(get_args(TrtFlavor)), required=True, help="The library that compiles.")
 @click.option(
@@ -65,7 +64,6 @@ def compile_command(
     tensorrt-rtx compiles on any machine, for the compute capabilities that --sm names; tensorrt only where the GPU is.
     Engines that are there and still fit are left alone. Styles are inputs of an engine: they are never compiled.
     """
-    require_extra("export", "onnx", "onnx_ir")
     from lsast_engines.bundle.bundle import find_bundle
 
     from ..tensorrt.compile import CompileOptions

@@ -8,10 +8,9 @@ from pathlib import Path
 import click
 
 from lsast_engines.cli import Command, debug_option, echo, json_option, print_result
-from lsast_engines.environment import require_extra
 from lsast_engines.errors import ParityError, fault_list
 
-from .shared import PhaseTimer
+from .shared import EXTRA, PhaseTimer
 
 
 def _tolerance(_: click.Context, __: click.Parameter, value: float) -> float:
@@ -20,7 +19,7 @@ def _tolerance(_: click.Context, __: click.Parameter, value: float) -> float:
     return value
 
 
-@click.command("golden", cls=Command)
+@click.command("golden", cls=Command, requires=EXTRA)
 @click.argument("prefix", metavar="PREFIX", type=click.Path(path_type=Path))
 @click.option(
     "--backend",
@@ -46,7 +45,6 @@ def golden_command(prefix: Path, backend: str, tolerance: float) -> None:
     ControlNet's residuals, both halves of every step's eps (from the recorded latents, and free-running), the final
     latent; with torch also loss and gradient of PREFIX_train, if there is one. Exit status 1 past the tolerance.
     """
-    require_extra("export", "torch", "diffusers", "onnx", "onnxscript")
     from ..parity.golden.compare import check_golden
     from ..parity.golden.golden_set import read_golden
     from ..parity.parity import past_tolerance

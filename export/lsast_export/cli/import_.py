@@ -8,13 +8,12 @@ from typing import Any
 import click
 
 from lsast_engines.cli import Command, debug_option, echo, json_option, log_to_stderr, print_result
-from lsast_engines.environment import require_extra
 from lsast_engines.errors import UsageError, fault_list
 
 from .shared import import_options
 
 
-@click.command("import", cls=Command)
+@click.command("import", cls=Command, requires=("export", "torch", "diffusers"))
 @click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
 @click.option("--base", metavar="PATH", help="Base whose text encoder resolves them. [default: none, later]")
 @import_options()
@@ -37,7 +36,6 @@ def import_command(file: Path, base: str | None, name: str | None, out: Path | N
     given = sorted(f"--{key.replace('_', '-')}" for key in source)
     if base is None and given:
         raise UsageError(f"found {', '.join(given)} without --base; expected the base it belongs to")
-    require_extra("export", "torch", "diffusers")
     from lsast_train.base.lazy_base import open_base
     from lsast_train.checkpoints.source import BaseSource
     from lsast_train.prompts.prompt_file import Prompts, save_prompts

@@ -13,7 +13,6 @@ import click
 
 from lsast_engines.backends.tensorrt.engine_record import TrtFlavor
 from lsast_engines.cli import Group, debug_option, json_option, print_result
-from lsast_engines.environment import require_extra
 from lsast_engines.errors import UsageError
 
 from .add_graphs import decoder_command, parts_command
@@ -23,9 +22,10 @@ from .compile import compile_command, compile_engines
 from .golden import golden_command
 from .import_ import import_command
 from .quantize import quantize_command
+from .shared import EXTRA
 
 
-@click.group("lsast-export", cls=Group, invoke_without_command=True)
+@click.group("lsast-export", cls=Group, invoke_without_command=True, requires=EXTRA)
 @style_options
 @bundle_options(hidden=True)
 @json_option
@@ -75,7 +75,6 @@ def bake(
         raise UsageError(
             f"found --default {', '.join(for_bundle)}, which belongs to a whole bundle; expected STYLE.KEY=VALUE"
         )
-    require_extra("export", "torch", "diffusers", "onnx", "onnxscript")
     from lsast_engines.bundle.bundle import Bundle, find_bundle
     from lsast_engines.bundle.manifest import MANIFEST
 

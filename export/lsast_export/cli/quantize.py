@@ -31,7 +31,7 @@ def _refuse(ctx: click.Context, param: click.Parameter, value: str | None) -> No
         )
 
 
-@click.command("quantize", cls=Command)
+@click.command("quantize", cls=Command, requires=("export", "onnx"))
 @click.argument("bundle", metavar="BUNDLE", required=False)
 @click.option(
     "--out", metavar="DIR", type=click.Path(path_type=Path), required=True, help="Folder of the bundle to write."
@@ -80,7 +80,6 @@ def quantize_command(
     """
     if smooth is not None and no_smooth:
         raise click.UsageError("found --smooth and --no-smooth; expected one of them")
-    require_extra("export", "onnx")
     require_extra("cpu", "onnxruntime")
     from lsast_engines.bundle.bundle import Bundle, find_bundle
     from lsast_engines.environment import peak_memory

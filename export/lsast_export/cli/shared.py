@@ -8,6 +8,9 @@ import click
 
 from lsast_engines.cli import OptionDecorator, combine_options, echo
 
+EXTRA = ("export", "torch", "diffusers", "onnx", "onnxscript")
+"""The extra that most commands require, and libraries of it."""
+
 
 def import_options(hidden: bool = False) -> OptionDecorator:
     """Adds the options of a base to import, beside `--base`: the other fields of `BaseSource`."""

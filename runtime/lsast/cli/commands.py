@@ -6,6 +6,7 @@ import importlib
 import logging
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 
 import click
 
@@ -22,8 +23,23 @@ _OTHERS = {
 """The commands that have a module of their own: where they are, and their line in the help."""
 
 
+_SYNONYMS = {
+    **dict.fromkeys(("paint", "repaint", "stylize", "stylise", "apply", "convert"), "run"),
+    **dict.fromkeys(("server", "web", "start"), "serve"),
+    **dict.fromkeys(("learn", "fit"), "train"),
+    **dict.fromkeys(("bake", "build", "compile"), "export"),
+    **dict.fromkeys(("score", "test"), "eval"),
+    **dict.fromkeys(("list", "ls"), "styles"),
+    **dict.fromkeys(("clean", "clear", "prune"), "cache"),
+    **dict.fromkeys(("check", "info", "status"), "doctor"),
+}
+"""Commands by words that users may try instead."""
+
+
 class Commands(Group):
     """The commands of this file, and `_OTHERS`, which are imported when they are called."""
+
+    synonyms = MappingProxyType(_SYNONYMS)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """See `click.Group`."""
@@ -90,7 +106,7 @@ def styles(picture: Path | None, bundle: str | None, sheet: str | None) -> None:
     if sheet is None:
         print_result({"styles": found, "guidance_baked": scales}, "\n".join(found))
         return
-    from ..server.worker import SAMPLE, THUMBNAIL
+    from ..images.sample import SAMPLE, THUMBNAIL
 
     context = click.get_current_context()
     run = main.get_command(context, "run")

@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lsast_engines.errors import BackendError, CancelledError, LsastError
 
 from .._version import __version__
+from ..images.sample import SAMPLE
 from ..options.options import PRESETS
 from .jobs import ATTEMPTS, Job, Jobs, Painter, QueueFullError, TooSlowError
 from .metrics import CONTENT_TYPE, Metrics
@@ -277,7 +278,7 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
 
     @app.get("/sample.webp", include_in_schema=False)
     async def sample() -> FileResponse:
-        return FileResponse(_PAGE.with_name("sample.webp"), media_type="image/webp")
+        return FileResponse(SAMPLE, media_type="image/webp")
 
 
 async def _until_over(request: Request, jobs: Jobs, job: Job) -> None:

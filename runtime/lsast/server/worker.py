@@ -30,11 +30,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from lsast_engines.errors import BackendError, CancelledError, LsastError, PictureError, UsageError
 
+from ..images.sample import SAMPLE, THUMBNAIL
 from ..options.options import Options
 from ..sessions.cancel import CancelToken
 
@@ -49,12 +49,6 @@ FORMATS = frozenset({"AVIF", "BMP", "GIF", "HEIF", "JPEG", "MPO", "PNG", "TIFF",
 
 PREVIEW_SECONDS = 0.15
 """Least time between two previews of one painting."""
-
-THUMBNAIL: dict[str, Any] = {"size": 256, "steps": 10, "solver": "unipc", "seed": 0}
-"""Options of the thumbnails."""
-
-SAMPLE = Path(__file__).parent / "static" / "sample.webp"
-"""The picture of the thumbnails."""
 
 _HEADER = struct.Struct(">I")
 _log = logging.getLogger("lsast.server.worker")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -53,6 +54,7 @@ def test_wrong_command_says_which_is_meant(invoke: Callable[..., Result]) -> Non
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith("Error: found command 'stlyes'; expected run, ")
     assert result.stderr.endswith("; did you mean styles?\n")
+    assert invoke("paint", "in.png").stderr.endswith("; did you mean run?\n")
 
 
 def test_run_is_lsast_run(invoke: Callable[..., Result]) -> None:
@@ -78,33 +80,65 @@ def test_styles_are_listed_and_painted_on_a_sheet(invoke: Callable[..., Result])
     assert invoke("styles", "-o", "lighthouse.jpg").stdout == "lighthouse.jpg\n"
 
 
-def test_shell_completion_knows_commands_styles_and_choices(invoke: Callable[..., Result]) -> None:
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shell_completion_knows_commands_styles_and_names(
+    invoke: Callable[..., Result], shell: str, monkeypatch: pytest.MonkeyPatch, bundle_path: Path
+) -> None:
+    monkeypatch.setenv("LSAST_HOME", "home")
+    Path("home/engines").mkdir(parents=True)
+    Path("home/engines/mine").symlink_to(bundle_path)
+
     def completed(*words: str) -> list[str]:
-        environment = {"COMP_WORDS": " ".join(("lsast", *words)), "COMP_CWORD": str(len(words))}
-        result = invoke(env={"_LSAST_COMPLETE": "bash_complete", **environment})
-        return [line.partition(",")[2] for line in result.stdout.splitlines()]
+        # As the scripts that `_LSAST_COMPLETE=SHELL_source lsast` prints ask: fish tells the begun word by itself.
+        asked = {"COMP_WORDS": " ".join(("lsast", *words)), "COMP_CWORD": str(len(words))}
+        asked = {"COMP_WORDS": asked["COMP_WORDS"], "COMP_CWORD": words[-1]} if shell == "fish" else asked
+        lines = invoke(env={"_LSAST_COMPLETE": f"{shell}_complete", **asked}).stdout.splitlines()
+        if shell == "zsh":  # kind, word and help, a line each
+            return lines[1::3]
+        return [line.partition(",")[2].partition("\t")[0] for line in lines]
 
     assert completed("r") == ["run"]
     assert completed("run", "-s", "monet+v") == ["monet+vangogh"]
     assert completed("run", "--solver", "dd") == ["ddim", "ddim_lsast"]
     assert completed("cache", "p") == ["prune"]
+    for command in ("run", "serve", "export check"):
+        assert completed(*command.split(), "--backend", "open") == ["openvino"]
+    assert completed("run", "--compute-dtype", "f") == ["fp16", "fp32"]
+    assert completed("serve", "--device", "c") == ["cpu", "cuda"]
+    for words in ("run --bundle", "styles --bundle", "export check", "train --base"):
+        assert completed(*words.split(), "mi")[:2] == ["mine", "mini"]  # and folders
+    for command in COMMANDS:
+        if command not in ("train", "export", "eval") or importlib.util.find_spec(f"lsast_{command}"):
+            assert "--version" in completed(command, "--ver")
 
 
-def test_command_of_a_missing_extra_says_how_to_install_it(tmp_path: Path) -> None:
-    calls = {"train": ["--style", "a", "--images", str(tmp_path)], "export": ["--style", "a"], "serve": []}
-    for command, arguments in calls.items():
-        code = (
-            "import sys\nsys.modules.update(dict.fromkeys(['torch', 'diffusers', 'fastapi', 'uvicorn']))\n"
-            f"from lsast.cli.commands import main\nmain({[command, *arguments]!r})"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={"PYTHONPATH": ":".join(filter(None, sys.path)), "HOME": str(tmp_path)},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
-        extra = {"serve": "server"}.get(command, command)
-        assert (done.returncode, done.stdout) == (1, ""), done.stderr
-        assert done.stderr.count("\n") == 1
-        assert f"pip install 'lsast[{extra}]'" in done.stderr
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--style", "a", "--images", "."],
+        ["train", "--no-such-option"],
+        ["train", "distill", "--no-such-option"],
+        ["train", "mini"],
+        ["export", "--style", "a"],
+        ["export", "--no-such-option"],
+        ["export", "check", "nothing", "too much"],
+        ["eval", "--works", "."],
+        ["serve"],
+    ],
+)
+def test_command_of_a_missing_extra_says_first_how_to_install_it(tmp_path: Path, arguments: list[str]) -> None:
+    code = (
+        "import sys\nsys.modules.update(dict.fromkeys(['torch', 'diffusers', 'fastapi', 'uvicorn']))\n"
+        f"from lsast.cli.commands import main\nmain({arguments!r})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": ":".join(filter(None, sys.path)), "HOME": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    extra = {"serve": "server"}.get(arguments[0], arguments[0])
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    assert done.stderr.count("\n") == 1
+    assert f"pip install 'lsast[{extra}]'" in done.stderr

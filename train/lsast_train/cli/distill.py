@@ -10,10 +10,10 @@ import click
 from lsast_engines.cli import Command, debug_option, json_option, log_to_stderr, print_result
 
 from ..distillation.options import DistillOptions
-from .shared import declared_options, overwrite_option, require_train_extra, result_facts, threads_option
+from .shared import EXTRA, declared_options, overwrite_option, result_facts, threads_option
 
 
-@click.command("distill", cls=Command)
+@click.command("distill", cls=Command, requires=EXTRA)
 @click.option(
     "-s", "--style", required=True, metavar="NAME", help="Style of the base's bundle or of a run, or its file."
 )
@@ -51,7 +51,6 @@ def distill(
     Prints the style file; the held-out error is drawn beside it.
     """
     options = DistillOptions(**chosen)
-    require_train_extra()
     import torch
 
     from ..base.lazy_base import load_base, resolve_local_base

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from lsast_engines.cli import Group, debug_option, json_option, log_to_stderr, print_result
+from lsast_engines.environment import require_extra
 from lsast_engines.errors import TrainingError, UsageError
 
 from ..artists import artists_of, pictures_by, style_name
@@ -19,7 +20,7 @@ from ..options import PRESETS, TrainOptions
 from ..training.run_files import RunFiles, refuse_finished
 from ..training.signals import InterruptionError
 from .distill import distill
-from .shared import declared_options, device_option, overwrite_option, require_train_extra, result_facts, threads_option
+from .shared import EXTRA, declared_options, device_option, overwrite_option, result_facts, threads_option
 
 log = logging.getLogger("lsast.train")
 
@@ -36,7 +37,7 @@ SECTIONS = {
 """Sections of the help and their options."""
 
 
-@click.group("lsast-train", cls=Group, invoke_without_command=True, sections=SECTIONS)
+@click.group("lsast-train", cls=Group, invoke_without_command=True, sections=SECTIONS, requires=EXTRA)
 @click.option("-s", "--style", metavar="NAME", help="Name of the style to learn. [default with --artist: the artist's]")
 @click.option("--images", metavar="DIR", type=click.Path(path_type=Path), help="Folder tree of the artist's pictures.")
 @click.option("--artist", metavar="NAME", help="Only this artist's pictures of a collection such as WikiArt.")
@@ -115,7 +116,6 @@ def command(
     if images is None or not named:
         raise UsageError(f"found no {' and no '.join(missing)}; lsast-train needs both (--help lists all options)")
     options = replace(PRESETS[preset], **{name: value for name, value in chosen.items() if value is not None})
-    require_train_extra()
     source = {"base": base, "controlnet": controlnet, "unet_weights": unet_weights, "vae": vae, "revision": revision}
     pictures: Mapping[str, Sequence[Path] | None]
     if each_artist:
@@ -136,7 +136,7 @@ command.add_command(distill)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def mini(arguments: tuple[str, ...]) -> None:
     """Train the small base `mini` itself."""
-    require_train_extra()
+    require_extra(*EXTRA)
     group: click.Command = importlib.import_module("lsast_train.cli.mini").mini
     # Not in standalone mode, click returns the exit status.
     status = group.main(args=list(arguments), prog_name="lsast-train mini", standalone_mode=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,11 @@ from typing import Any
 import click
 
 from lsast_engines.cli import OptionDecorator, combine_options
-from lsast_engines.errors import MissingExtraError
 
 from ..options import declared
 
-_LIBRARIES = ("torch", "diffusers", "accelerate", "matplotlib")
-"""What the extra [train] installs."""
+EXTRA = ("train", "torch", "diffusers", "accelerate", "matplotlib")
+"""The extra that the commands require, and what it installs."""
 
 device_option = click.option(
     "--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps. [default: auto, a CUDA GPU if one is there]"
@@ -62,13 +60,6 @@ def declared_options(options: type, quick: Any = None) -> OptionDecorator:
             )
         )
     return combine_options(*reversed(added))
-
-
-def require_train_extra() -> None:
-    """Raise `MissingExtraError` for the first library of the extra [train] that is not installed."""
-    for library in _LIBRARIES:
-        if importlib.util.find_spec(library) is None:
-            raise MissingExtraError(library, "train")
 
 
 def result_facts(result: Any) -> dict[str, Any]:
