@@ -47,25 +47,13 @@ def steps(call: str, out: Path, rehearse: bool) -> list[Step]:
             *(Step(way, (torch, "sd15", "--way", way, *tiny), limit) for way, limit in YARDSTICK.items()),
         ]
     if call == "engines":
-        tests = (
-            "pytest",
-            "-q",
-            "-p",
-            "torch",
-            "-p",
-            "no:cacheprovider",
-            "-m",
-            "gpu",
-            "-n",
-            "0",
-            "tests/engines/backends",
-        )
+        flags = ("-q", "-p", "torch", "-p", "no:cacheprovider", "-m", "gpu", "-n", "0")
         return [
             Step("graphs", (engines, "graphs", *tiny), 30),
             Step("painting", (engines, "painting", *tiny), 20),
             Step("plain", (engines, "sd15", "--plain", *tiny), 45),
             Step("captured", (engines, "sd15", *tiny), 45),
-            *([] if rehearse else [Step("tests", tests, 40)]),
+            *([] if rehearse else [Step("tests", ("pytest", *flags, "tests/engines/backends"), 40)]),
         ]
     return [Step("train", ("benchmarks.gpu_day.train_steps", "--out", str(out / "mini"), *tiny), 300)]
 

@@ -38,7 +38,7 @@ from .options import TrainOptions, identity
 from .paintings import CachedLatents, LatentSampler, OnlineLatents, PaintingDataset, latent_statistics
 from .prompts.prompt_file import Prompts, save_prompts
 from .prompts.prompt_space import PromptSpace, build_space
-from .training.device import find_device
+from .training.device import find_device, fused
 from .training.loop import TrainingLoop, require_finite, set_learning_rate
 from .training.loss_curve import Curve, Evaluation, save_curve
 from .training.rng import RngStream, rng_for
@@ -291,4 +291,5 @@ def make_optimizer(space: PromptSpace, options: TrainOptions) -> torch.optim.Ada
     groups: list[dict[str, Any]] = [{"params": space.prompt_parameters(), "relative": 1.0}]
     if weights := list(space.attention_weights().values()):
         groups.append({"params": weights, "relative": options.map_lr})
-    return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.999), weight_decay=options.weight_decay)
+    one_kernel = fused(space.table.device)
+    return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.999), weight_decay=options.weight_decay, **one_kernel)

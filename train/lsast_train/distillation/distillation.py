@@ -27,6 +27,7 @@ from ..base.base import Base
 from ..base.kv_packing import kv_layouts
 from ..options import identity
 from ..paintings import PaintingDataset
+from ..training.device import fused
 from ..training.loop import TrainingLoop, require_finite, set_learning_rate
 from ..training.loss_curve import Curve, Evaluation, save_curve
 from ..training.rng import RngStream, rng_for
@@ -85,7 +86,7 @@ class Distillation:
         self.baked = BakedBase(base)
         self.student = Student(style.kv_unet, style.kv_control, kv_layouts(base)[0]).to(base.device)
         self.optimizer = torch.optim.AdamW(
-            self.student.parameters(), lr=options.lr, betas=(0.9, 0.999), weight_decay=0.0
+            self.student.parameters(), lr=options.lr, betas=(0.9, 0.999), weight_decay=0.0, **fused(base.device)
         )
         self.best = copy.deepcopy(self.student.delta)
         self.curve = Curve()
