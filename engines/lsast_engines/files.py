@@ -157,7 +157,13 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 (hex) of a file."""
+    """SHA-256 (hex) of a file.
+
+    Raises:
+        OSError: it cannot be read, or is a pipe or a device, which may never end.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, "found no file", str(path))
     digest = hashlib.sha256()
     with path.open("rb") as handle:
         while piece := handle.read(1 << 20):
