@@ -27,7 +27,7 @@ from lsast_engines.bundle.style import StyleFile
 from lsast_engines.errors import UsageError
 
 from .cancel import CancelToken
-from .native_calls import native_call, require_python, user_code
+from .native_calls import calling_threads, native_call, require_python, user_code
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ for a painting of another thread."""
 _log = logging.getLogger("lsast.engines")
 
 _FORK_SECONDS = 1.0
-"""How long a fork waits at most for other threads."""
+"""How long a fork waits at most for threads that paint and for those of libraries."""
 
 _THREADS = Path("/proc/self/task")
 
@@ -370,12 +370,14 @@ def _before_fork() -> None:
 
 
 def _other_threads_run() -> bool:
-    """Whether another thread of this process runs, or is ready to; True where the system does not say."""
+    """Whether another thread of this process may be in native code of ours: one of Python that paints, or one that
+    Python does not know, and that runs or is ready to; True where the system does not say."""
     if not _THREADS.is_dir():
         return True
-    states = []
+    states, calling = [], calling_threads()
+    idle = {str(thread.native_id) for thread in threading.enumerate() if thread.ident not in calling}
     for thread in _THREADS.iterdir():
-        if thread.name != str(threading.get_native_id()):
+        if thread.name not in {*idle, str(threading.get_native_id())}:
             with contextlib.suppress(OSError):  # it has ended
                 states.append((thread / "stat").read_text().rpartition(")")[2].split()[0])
     return "R" in states

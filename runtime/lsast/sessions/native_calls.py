@@ -76,6 +76,11 @@ def user_code() -> Iterator[None]:
     require_python()
 
 
+def calling_threads() -> set[int]:
+    """The threads that are in a `native_call`, by their identifiers."""
+    return {thread for thread, depth in list(_calls.depths.items()) if depth > 0}
+
+
 def require_python() -> None:
     """Return if Python goes on.
 

@@ -18,7 +18,9 @@ import pytest
 
 import lsast
 from lsast import Stylizer
+from lsast.sessions import engine_pool
 from lsast.sessions.engine_pool import StyleCache
+from lsast.sessions.native_calls import native_call
 from lsast_engines.backends.registry import available_backends
 from lsast_engines.bundle.bundle import Bundle
 
@@ -171,3 +173,28 @@ def test_style_memory_changes_memory_and_no_picture(bundle_path: Path, photo: np
     with lsast.load(bundle_path, style_memory=5 * STAGE_BYTES) as poor, lsast.load(bundle_path) as rich:
         assert run(poor) == run(rich)
         assert poor._pool.styles.bytes <= 5 * STAGE_BYTES < rich._pool.styles.bytes
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the system does not tell what threads do")
+def test_fork_waits_for_paintings_and_not_for_other_threads() -> None:
+    end, inside = threading.Event(), threading.Event()
+
+    def work() -> None:
+        while not end.is_set():
+            pass
+
+    def paint() -> None:
+        with native_call():
+            inside.set()
+            work()
+
+    busy = threading.Thread(target=work)
+    busy.start()
+    assert any(not engine_pool._other_threads_run() for _ in range(1000))
+    painting = threading.Thread(target=paint)
+    painting.start()
+    inside.wait(20)
+    assert any(engine_pool._other_threads_run() for _ in range(1000))
+    end.set()
+    busy.join()
+    painting.join()
