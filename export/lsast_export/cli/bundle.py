@@ -13,8 +13,9 @@ from lsast_engines.bundle.style import STYLE_DEFAULTS
 from lsast_engines.cli import Command, OptionDecorator, combine_options, debug_option, echo, json_option, print_result
 from lsast_engines.errors import UsageError, fault_list
 from lsast_engines.removed import RENAMED_OPTIONS, RENAMED_VALUES
+from lsast_train.cli.shared import import_options
 
-from .shared import EXTRA, PhaseTimer, import_options
+from .shared import EXTRA, PhaseTimer
 
 _DEFAULT_TYPES: dict[str, type] = {"style": str, **STYLE_DEFAULTS, "size": int}
 """The manifest's defaults and their types."""

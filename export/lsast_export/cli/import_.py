@@ -9,8 +9,7 @@ import click
 
 from lsast_engines.cli import Command, debug_option, echo, json_option, log_to_stderr, print_result
 from lsast_engines.errors import UsageError, fault_list
-
-from .shared import import_options
+from lsast_train.cli.shared import import_options
 
 
 @click.command("import", cls=Command, requires=("export", "torch", "diffusers"))

@@ -4,37 +4,10 @@ from __future__ import annotations
 
 import time
 
-import click
-
-from lsast_engines.cli import OptionDecorator, combine_options, echo
+from lsast_engines.cli import echo
 
 EXTRA = ("export", "torch", "diffusers", "onnx", "onnxscript")
 """The extra that most commands require, and libraries of it."""
-
-
-def import_options(hidden: bool = False) -> OptionDecorator:
-    """Adds the options of a base to import, beside `--base`: the other fields of `BaseSource`."""
-    return combine_options(
-        click.option("--revision", metavar="REV", hidden=hidden, help="Commit hash or tag of a base from the hub."),
-        click.option(
-            "--unet-weights",
-            type=click.Choice(["auto", "ema", "non-ema"]),
-            hidden=hidden,
-            help="Weights of a base that holds two sets. [default: auto, the averaged ones (EMA) if there]",
-        ),
-        click.option(
-            "--controlnet",
-            metavar="PATH",
-            hidden=hidden,
-            help="ControlNet of a base to import: a folder, a file, or OWNER/NAME.",
-        ),
-        click.option(
-            "--vae",
-            metavar="PATH",
-            hidden=hidden,
-            help="Autoencoder of a base to import, such as ft-mse, in the forms of --controlnet.",
-        ),
-    )
 
 
 class PhaseTimer:

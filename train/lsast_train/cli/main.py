@@ -20,7 +20,15 @@ from ..options import PRESETS, TrainOptions
 from ..training.run_files import RunFiles, refuse_finished
 from ..training.signals import InterruptionError
 from .distill import distill
-from .shared import EXTRA, declared_options, device_option, overwrite_option, result_facts, threads_option
+from .shared import (
+    EXTRA,
+    declared_options,
+    device_option,
+    import_options,
+    overwrite_option,
+    result_facts,
+    threads_option,
+)
 
 log = logging.getLogger("lsast.train")
 
@@ -48,17 +56,7 @@ SECTIONS = {
     help="Base to learn it on: a bundle's name or folder, a folder in diffusers' format, a file in CompVis naming, or "
     "OWNER/NAME of the hub. [default: the embedded one]",
 )
-@click.option("--controlnet", metavar="PATH", help="ControlNet of a base to import: a folder, a file, or OWNER/NAME.")
-@click.option(
-    "--unet-weights",
-    type=click.Choice(["auto", "ema", "non-ema"]),
-    default="auto",
-    help="Weights of a base that holds two sets. [default: auto, the averaged ones (EMA) if there]",
-)
-@click.option(
-    "--vae", metavar="PATH", help="Autoencoder of a base to import, such as ft-mse, in the forms of --controlnet."
-)
-@click.option("--revision", metavar="REV", help="Commit hash or tag of a base from the hub.")
+@import_options()
 @click.option(
     "--preset", type=click.Choice(list(PRESETS)), default="quick", show_default=True, help="Sets all that is not given."
 )
@@ -83,7 +81,7 @@ def command(
     each_artist: bool,
     base: str | None,
     controlnet: str | None,
-    unet_weights: str,
+    unet_weights: str | None,
     vae: str | None,
     revision: str | None,
     preset: str,
@@ -117,6 +115,7 @@ def command(
         raise UsageError(f"found no {' and no '.join(missing)}; lsast-train needs both (--help lists all options)")
     options = replace(PRESETS[preset], **{name: value for name, value in chosen.items() if value is not None})
     source = {"base": base, "controlnet": controlnet, "unet_weights": unet_weights, "vae": vae, "revision": revision}
+    source = {name: value for name, value in source.items() if value is not None}
     pictures: Mapping[str, Sequence[Path] | None]
     if each_artist:
         pictures = artists_of(images)

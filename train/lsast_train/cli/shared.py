@@ -27,6 +27,31 @@ overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the r
 """Adds ``--overwrite`` to a command."""
 
 
+def import_options(hidden: bool = False) -> OptionDecorator:
+    """Adds the options of a base to import, beside `--base`: the other fields of `BaseSource`."""
+    return combine_options(
+        click.option("--revision", metavar="REV", hidden=hidden, help="Commit hash or tag of a base from the hub."),
+        click.option(
+            "--unet-weights",
+            type=click.Choice(["auto", "ema", "non-ema"]),
+            hidden=hidden,
+            help="Weights of a base that holds two sets. [default: auto, the averaged ones (EMA) if there]",
+        ),
+        click.option(
+            "--vae",
+            metavar="PATH",
+            hidden=hidden,
+            help="Autoencoder of a base to import, such as ft-mse, in the forms of --controlnet.",
+        ),
+        click.option(
+            "--controlnet",
+            metavar="PATH",
+            hidden=hidden,
+            help="ControlNet of a base to import: a folder, a file, or OWNER/NAME.",
+        ),
+    )
+
+
 class _Choice(click.Choice[str]):
     """A named value; ``fp32``, that of earlier versions, is ``no`` where that is one."""
 
