@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,13 +21,16 @@ from safetensors.torch import load_file, save_file
 
 from lsast.cli.main import main as lsast_run
 from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.style import Style
 from lsast_engines.errors import StyleError
 from lsast_export.cli.main import main as lsast_export
-from lsast_export.graphs.modules import base_on_meta
-from lsast_export.styles.bake import KVProjector, bake_null_style, check_prompts
+from lsast_export.graphs.trace import TracedGraph, trace_graphs
+from lsast_export.styles.bake import check_prompts
+from lsast_train import inversion
 from lsast_train.__main__ import main as lsast_train
-from lsast_train.base.lazy_base import load_base, open_base, save_base
+from lsast_train.base.lazy_base import load_base
 from lsast_train.checkpoints.source import BaseSource
+from lsast_train.options import PRESETS
 from lsast_train.prompts.prompt_file import load_prompts
 from lsast_train.prompts.released_generator import GegluGenerator
 
@@ -55,16 +61,96 @@ def _run(words: list[str]) -> str:
     return ""
 
 
+@pytest.fixture(scope="module")
+def rounded(compvis_base: Any, compvis: Any) -> SimpleNamespace:
+    """`compvis_base` with values that fp16 holds, so that no form rounds them: its networks and tensors."""
+    networks = {name: copy.deepcopy(network).half().float() for name, network in compvis_base.networks.items()}
+    control = {f"control_model.{k}": v for k, v in compvis.compvis_network(networks["controlnet"]).items()}
+    return SimpleNamespace(networks=networks, tensors=compvis.compvis_tensors(networks), control=control)
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, dict[str, str]]:
+    """What the commands left, by the weights that they took."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def traces() -> dict[str, Any]:
+    """Traced graphs by architecture, all that tracing reads of a base; it takes nearly all the time."""
+    return {}
+
+
 @pytest.fixture
-def _at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, traces: dict[str, Any]) -> None:
+    """An empty folder, few evaluations, and one trace for all forms."""
+
+    def trace_once(base: Any, names: Any, *_: Any) -> dict[str, TracedGraph]:
+        key = json.dumps([names, [dict(network.config) for network in base.networks().values()]], default=str)
+        if key not in traces:
+            traces[key] = trace_graphs(base, names)
+        return traces[key]
+
+    monkeypatch.setattr("lsast_export.bundle.export.trace_graphs", trace_once)
+    monkeypatch.setitem(PRESETS, "paper", replace(PRESETS["paper"], views=1, evaluate_latents=1))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LSAST_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
 
 
-@pytest.mark.usefixtures("_at_home")
-def test_commands_of_the_page_run_one_after_the_other(compvis_base: Any) -> None:
+NON_EMA, EMA, ONE_SET = "non-ema", "ema", "auto"
+FORMS: dict[str, tuple[str, str]] = {
+    "as the page says": ("weights/v1-5-pruned.ckpt", NON_EMA),
+    "ema .ckpt": ("weights/v1-5-pruned.ckpt", EMA),
+    "emaonly .ckpt": ("weights/v1-5-pruned.ckpt", ONE_SET),
+    "safetensors": ("weights/v1-5-pruned.safetensors", NON_EMA),
+    "fp16 safetensors": ("weights/v1-5-pruned.safetensors", EMA),
+    ".pth": ("weights/v1-5-pruned.pth", EMA),
+    "folder": ("weights/v1-5-pruned", ONE_SET),
+    "fp16 folder": ("weights/v1-5-pruned", ONE_SET),
+    ".bin folder": ("weights/v1-5-pruned", ONE_SET),
+    "sharded folder": ("weights/v1-5-pruned", ONE_SET),
+}
+"""The base's path in each form, and ``--unet-weights``."""
+
+
+def _write(form: str, rounded: Any) -> str:
+    """Write the base in this form and its ControlNet; returns the ControlNet's path."""
+    path, wanted = Path(FORMS[form][0]), FORMS[form][1]
+    networks, tensors, control = rounded.networks, rounded.tensors, rounded.control
+    if "folder" in form:
+        settings = {"fp16 folder": {"variant": "fp16"}, ".bin folder": {"safe_serialization": False},
+                    "sharded folder": {"max_shard_size": "200KB"}}.get(form, {})  # fmt: skip
+        parts = {"unet": "ema", "vae": "autoencoder", "text_encoder": "text_encoder", "../control": "controlnet"}
+        for folder, name in parts.items():
+            network = copy.deepcopy(networks[name])
+            (network.half() if form == "fp16 folder" else network).save_pretrained(path / folder, **settings)
+        return "weights/control"
+    if wanted == ONE_SET:
+        averaged = {key: "model_ema." + key.removeprefix("model.").replace(".", "") for key in tensors}
+        kept = {key: value for key, value in tensors.items() if not key.startswith("model_ema.")}
+        tensors = {key: tensors.get(averaged[key], value) for key, value in kept.items()}
+    if "fp16" in form:
+        tensors = {key: value.half() if value.is_floating_point() else value for key, value in tensors.items()}
+    if path.suffix == ".safetensors":
+        save_file(tensors, path)
+        save_file(control, "weights/control.safetensors")
+        return "weights/control.safetensors"
+    extras = {"epoch": 1, "global_step": 3, "optimizer_states": [], "hyper_parameters": {"lr": 1e-4}}
+    torch.save({"state_dict": tensors, **extras} if path.suffix == ".ckpt" else tensors, path)
+    torch.save(control, "weights/control_v11p_sd15_canny.pth")
+    return "weights/control_v11p_sd15_canny.pth"
+
+
+@pytest.mark.usefixtures("_short")
+@pytest.mark.parametrize("form", FORMS)
+def test_commands_of_the_page_give_the_same_bundle_styles_and_pictures_in_every_form(
+    rounded: Any, outcomes: dict[str, dict[str, str]], form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("onnxruntime")
+    if outcomes:  # what no form changes, and the page's own run has shown
+        for name in ("log_memory", "save_curve"):
+            monkeypatch.setattr(inversion, name, lambda *_: None)
     rng = np.random.default_rng(0)
     for artist in ("morisot", "cassatt"):
         Path("paintings", artist).mkdir(parents=True)
@@ -73,17 +159,37 @@ def test_commands_of_the_page_run_one_after_the_other(compvis_base: Any) -> None
             Image.fromarray(pixels).save(f"paintings/{artist}/{number}.png")
     Image.fromarray(rng.integers(0, 255, (64, 96, 3), dtype=np.uint8)).save("photo.jpg")
     Path("weights").mkdir()
-    torch.save({"state_dict": compvis_base.tensors, "global_step": 3}, "weights/v1-5-pruned.ckpt")
-    torch.save(load_file(compvis_base.controlnet_file), "weights/control_v11p_sd15_canny.pth")
-    generator = GegluGenerator(compvis_base.networks["text_encoder"].get_input_embeddings().weight[320], 30, inner=16)
+    taken = {"weights/v1-5-pruned.ckpt": FORMS[form][0], NON_EMA: FORMS[form][1]}
+    taken["weights/control_v11p_sd15_canny.pth"] = _write(form, rounded)
+    torch.manual_seed(0)
+    generator = GegluGenerator(rounded.networks["text_encoder"].get_input_embeddings().weight[320], 30, inner=16)
     constant = torch.nn.Parameter(generator.constant[None])
     torch.save({"attention": generator, "initial_embeddings": constant}, "embeddings_gs-99999.pt")
 
-    said = [_run(words) for words in _commands()]
-    assert len(said) == 9
+    commands = _commands()
+    assert len(commands) == 9
+    for words in commands:
+        _run([taken.get(word, word) for word in words])
 
+    weights = NON_EMA if FORMS[form][1] == NON_EMA else EMA
+    kept = [path for folder in ("runs", "engines") for path in sorted(Path(folder).rglob("*.*"))]
+    data = {str(path): path.read_bytes() for path in kept if path.suffix in (".safetensors", ".onnx")}
+    pictures = {name: np.asarray(Image.open(name)) for name in ("painted.png", "cassatt.png")}
+    data |= {name: picture.tobytes() for name, picture in pictures.items()}
+    outcome = {name: hashlib.sha256(value).hexdigest() for name, value in data.items()}
+    assert {"runs/morisot/morisot.prompts.safetensors", "engines/sd15/denoiser.onnx"} < outcome.keys()
+    assert outcome == outcomes.setdefault(weights, outcome)
+    others = [found["runs/morisot/morisot.prompts.safetensors"] for found in outcomes.values()]
+    assert len(set(others)) == len(outcomes)
+    if form == next(iter(FORMS)):
+        _check_contents(rounded, pictures)
+
+
+def _check_contents(rounded: Any, pictures: dict[str, np.ndarray]) -> None:
+    """What the commands left is what the page says."""
     prompts = load_prompts(Path("runs/morisot/morisot.prompts.safetensors"))
-    imported = load_base(BaseSource(compvis_base.file, compvis_base.controlnet_file, "non-ema"))
+    source = (FORMS["as the page says"][0], "weights/control_v11p_sd15_canny.pth")
+    imported = load_base(BaseSource(*source, "non-ema"))
     assert prompts.base == imported.fingerprint
     assert prompts.embeddings is not None
     assert (prompts.embeddings.shape, prompts.prompts.shape) == ((30, 10, 64), (10, 3, 77, 64))
@@ -96,76 +202,21 @@ def test_commands_of_the_page_run_one_after_the_other(compvis_base: Any) -> None
     assert max(manifest.parity.values()) < 1e-3
     assert (manifest.family, manifest.tokens, manifest.latent_scale) == ("sd15", 77, 0.18215)
     assert not any("text" in key for key in json.loads(Path("engines/sd15/base.json").read_text())["networks"])
-    painted = [np.asarray(Image.open(name)) for name in ("painted.png", "cassatt.png")]
-    assert painted[0].shape == (64, 64, 3)  # released squashes
-    assert painted[1].shape == (64, 96, 3)
-    assert all(picture.std() > 1 for picture in painted)
-    other = load_base(BaseSource(compvis_base.file, compvis_base.controlnet_file, "ema"))
+    stored = load_file("engines/sd15/base.safetensors")
+    assert all(
+        torch.equal(stored[f"{name}.{key}"], value.half())
+        for name, part in (("unet", "unet"), ("autoencoder", "autoencoder"), ("controlnet", "controlnet"))
+        for key, value in rounded.networks[part].state_dict().items()
+    )
+    # Keys of the unconditional style, against a product in float64.
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
+    weight = rounded.networks["unet"].get_submodule(layer).to_k.weight
+    key = stored["null_context"].double() @ weight.double().T
+    null = Style.load(Path("engines/sd15/null.safetensors"))
+    np.testing.assert_allclose(null.kv_unet[0, :, : key.shape[1]], key, rtol=1e-3, atol=1e-4)
+    assert pictures["painted.png"].shape == (64, 64, 3)  # released squashes
+    assert pictures["cassatt.png"].shape == (64, 96, 3)
+    assert all(picture.std() > 1 for picture in pictures.values())
+    other = load_base(BaseSource(*source, "ema"))
     with pytest.raises(StyleError, match=f"was learned on base {prompts.base[:12]}"):
         check_prompts(prompts, other.config.name, other.fingerprint, "")
-
-
-def _source(form: str, compvis_base: Any) -> BaseSource:
-    """`compvis_base` with its averaged weights, as a base in this form."""
-    networks, settings = compvis_base.networks, {
-        "fp16 folder": {"variant": "fp16"}, ".bin folder": {"safe_serialization": False},
-        "sharded folder": {"max_shard_size": "200KB"},
-    }.get(form, {})  # fmt: skip
-    if "folder" in form:
-        for part, name in (("ema", "unet"), ("autoencoder", "vae"), ("controlnet", "controlnet")):
-            network = copy.deepcopy(networks[part])
-            (network.half() if form == "fp16 folder" else network).save_pretrained(Path("base", name), **settings)
-        networks["text_encoder"].save_pretrained("base/text_encoder")
-        return BaseSource("base")
-    tensors, wanted = compvis_base.tensors, "ema"
-    if form == "emaonly.ckpt":
-        averaged = {key: "model_ema." + key.removeprefix("model.").replace(".", "") for key in tensors}
-        kept = {key: value for key, value in tensors.items() if not key.startswith("model_ema.")}
-        tensors = {key: tensors.get(averaged[key], value) for key, value in kept.items()}
-        wanted = "auto"
-    if form.endswith(".safetensors"):
-        save_file(tensors, form)
-        return BaseSource(form, compvis_base.controlnet_file, wanted)
-    extras = {"epoch": 1, "optimizer_states": [], "hyper_parameters": {"lr": 1e-4}}
-    torch.save({"state_dict": tensors, **extras} if "ckpt" in form else tensors, form)
-    torch.save(load_file(compvis_base.controlnet_file), "control.pth")
-    return BaseSource(form, "control.pth", wanted)
-
-
-@pytest.mark.usefixtures("_at_home")
-@pytest.mark.parametrize(
-    "form",
-    [
-        "ema.safetensors",
-        "lightning.ckpt",
-        "emaonly.ckpt",
-        "plain.pth",
-        "fp32 folder",
-        "fp16 folder",
-        ".bin folder",
-        "sharded folder",
-    ],
-)
-def test_every_form_is_trained_on_stored_and_baked_alike(compvis_base: Any, form: str) -> None:
-    """Graphs, parity and paintings of a bundle depend on nothing else of the form than the weights that it stores;
-    learning reads the text encoder, too."""
-    parts = open_base(_source(form, compvis_base))
-    text = parts.load("text_encoder").state_dict()
-    given = compvis_base.networks["text_encoder"].state_dict()
-    assert all(torch.equal(value, given[key]) for key, value in text.items())
-    save_base(parts, Path("stored"), torch.float16)
-    stored = load_file("stored/base.safetensors")
-    expected = {
-        f"{name}.{key}": value.half() if value.is_floating_point() else value
-        for name, part in (("unet", "ema"), ("autoencoder", "autoencoder"), ("controlnet", "controlnet"))
-        for key, value in compvis_base.networks[part].state_dict().items()
-    }
-    null_context = stored.pop("null_context")
-    assert stored.keys() == expected.keys()
-    assert all(torch.equal(stored[key], value) for key, value in expected.items())
-    again = open_base("stored")
-    style = bake_null_style(KVProjector.of_base(base_on_meta(again), again))
-    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
-    weight = compvis_base.networks["ema"].get_submodule(layer).to_k.weight
-    key = null_context.double() @ weight.half().double().T
-    np.testing.assert_allclose(style.kv_unet[0, :, : key.shape[1]], key, rtol=1e-6, atol=1e-7)
