@@ -27,7 +27,10 @@ SOURCE = "source.txt"
 """File beside the entries of a graph that holds the graph's path, so that they can be removed when it is gone."""
 
 DIGESTS = "sha256.json"
-"""File of an entry that holds the SHA-256 of its other files by name."""
+"""File of an entry that holds its name, and the SHA-256 of its other files by name."""
+
+_FORMAT = 2
+"""Of the entries."""
 
 _WEIGHT_SUFFIXES = (".safetensors", ".data")
 _log = logging.getLogger("lsast.graph_cache")
@@ -58,7 +61,7 @@ def open_cached(
     if entry.is_dir():
         try:
             _verify(entry)
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
             _log.warning("cannot read %s (%s); the graph is built again", entry, error)
             shutil.rmtree(entry, ignore_errors=True)
         else:
@@ -76,7 +79,7 @@ def open_cached(
             fresh.mkdir()
             session = build(fresh)
             digests = {file.name: file_sha256(file) for file in sorted(fresh.iterdir())}
-            (fresh / DIGESTS).write_text(json.dumps(digests))
+            (fresh / DIGESTS).write_text(json.dumps({"entry": entry.name, "files": digests}))
             (entry.parent / SOURCE).write_bytes(os.fsencode(path.resolve()))
             if not entry.exists():  # another process may have been quicker
                 fresh.rename(entry)
@@ -104,7 +107,7 @@ def cache_path(backend: str, path: Path, compute_dtype: str, environment: str) -
         for stat in [file.stat()]
     ]
     folder = cache_home() / "compiled" / backend / _short_hash(str(path.resolve()))
-    return folder / f"{path.stem}-{compute_dtype}-{_short_hash(f'{environment} {files}')}"
+    return folder / f"{path.stem}-{compute_dtype}-{_short_hash(f'{_FORMAT} {environment} {files}')}"
 
 
 def evict_stale(entry: Path) -> None:
@@ -116,16 +119,23 @@ def evict_stale(entry: Path) -> None:
 
 
 def _verify(entry: Path) -> None:
-    """Raises ValueError if the files of `entry` are not those that were written."""
-    digests = parse_json((entry / DIGESTS).read_bytes())
-    if not digests or any(file_sha256(entry / name) != digest for name, digest in digests.items()):
+    """Raises ValueError if the files of `entry` are not those that were written, or were written for another one."""
+    if not (entry / DIGESTS).is_file():
+        raise FileNotFoundError(entry / DIGESTS)
+    written = parse_json((entry / DIGESTS).read_bytes())
+    digests = written["files"]
+    if (
+        written["entry"] != entry.name
+        or not digests
+        or any(file_sha256(entry / name) != digest for name, digest in digests.items())
+    ):
         raise ValueError("damaged")
 
 
 def read_source(folder: Path) -> Path | None:
     """What `SOURCE` in a folder names; None if it is not there."""
     try:
-        return Path(os.fsdecode((folder / SOURCE).read_bytes()))
+        return Path(os.fsdecode((folder / SOURCE).read_bytes())) if (folder / SOURCE).is_file() else None
     except OSError:
         return None
 

@@ -87,6 +87,8 @@ class OpenVinoEngine(Engine):
 
         def build(entry: Path | None) -> Any:
             check_graph(path)
+            # Called again where the cache cannot be written: what the first model had mapped is gone with it.
+            self._pages = MmapPages(path.parent)
             with self._pages.record():
                 self._model = core.read_model(path)  # kept, since it owns the mappings
             with self._pages.advise_dontneed():

@@ -151,7 +151,7 @@ def test_cache_keeps_an_entry_for_each_compute_dtype(case: Case) -> None:
     assert case.entries() == sorted([entry, other])
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "pipe", "another's"])
 def test_cache_reports_and_rebuilds_damaged_files(case: Case, caplog: pytest.LogCaptureFixture, damage: str) -> None:
     expected = case.run()
     (entry,) = case.entries()
@@ -159,10 +159,17 @@ def test_cache_reports_and_rebuilds_damaged_files(case: Case, caplog: pytest.Log
     assert len(names) > 1
     assert DIGESTS in names
     for count, name in enumerate(names, start=2):
-        content = bytearray((entry / name).read_bytes())
+        written = (entry / name).read_bytes()
+        content = bytearray(written)
         content[len(content) // 2] ^= 1
         (entry / name).unlink()
-        if damage != "gone":
+        if damage == "pipe":
+            os.mkfifo(entry / name)
+        elif damage == "another's" and name == DIGESTS:  # whole, but of another graph
+            (entry / name).write_bytes(written.replace(b"-fp32-", b"-bf16-"))
+        elif damage == "another's":
+            (entry / name).write_bytes(b"")
+        elif damage != "gone":
             (entry / name).write_bytes(content[: len(content) // 2] if damage == "cut" else content)
         caplog.clear()
         with caplog.at_level(logging.WARNING, "lsast.graph_cache"):

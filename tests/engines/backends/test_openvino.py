@@ -1,7 +1,8 @@
-"""Resident pages of mapped files, as the kernel counts them."""
+"""Resident pages of mapped files, as the kernel counts them; and which of them an engine may drop."""
 
 from __future__ import annotations
 
+import errno
 import mmap
 import re
 import sys
@@ -11,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lsast_engines.backends.openvino import MmapPages
+from lsast_engines.backends import graph_cache
+from lsast_engines.backends.openvino import MmapPages, OpenVinoEngine
+from lsast_engines.bundle.bundle import EMBEDDED, Bundle
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pages are dropped on Linux only")
 
@@ -74,3 +77,16 @@ def test_advise_dontneed_keeps_other_files_and_earlier_mappings(weights: Path, t
         pass
     assert resident(weights) == SIZE
     assert resident(other) == SIZE
+
+
+def test_engine_whose_cache_cannot_be_written_drops_only_what_it_has_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: Path) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(graph_cache, "file_sha256", full)  # after the graph was built: it is built again
+    spec = Bundle.open(EMBEDDED, verify_hashes=False).manifest.graphs["vae_encoder"]
+    engine = OpenVinoEngine(EMBEDDED / "vae_encoder.onnx", spec, "cpu", 1)
+    assert engine._pages._ranges
+    assert engine._pages._ranges <= engine._pages._mappings()
+    engine.close()
