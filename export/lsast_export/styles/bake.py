@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lsast_engines.bundle.bundle import PROMPTS, Bundle, user_style_folder
+from lsast_engines.bundle.bundle import Bundle, user_style_folder
 from lsast_engines.bundle.manifest import AttentionLayer
 from lsast_engines.bundle.style import (
     DISTILLED_GUIDANCE_KEY,
@@ -29,40 +29,17 @@ from lsast_engines.errors import StyleError, UsageError, fault_list
 from lsast_train.base.attention import GROUPS
 from lsast_train.base.base import Base
 from lsast_train.base.kv_packing import kv_layouts, project_kv
-from lsast_train.base.lazy_base import LazyBase
-from lsast_train.prompts.prompt_file import Prompts, UnboundPrompts, load_any_prompts
+from lsast_train.base.lazy_base import EXPORTED_FROM, LazyBase
+from lsast_train.prompts.prompt_file import Prompts, UnboundPrompts, find_prompts, load_any_prompts
 from lsast_train.prompts.text_encoder import PlaceholderEncoder
 
 _log = logging.getLogger("lsast.export")
-
-EXPORTED_FROM = "exported_from"
-"""Key among the training facts of a base: fingerprints, separated by blanks, of the bases that it was rounded from."""
 
 NULL_STYLE = "null"
 """Name of the unconditional style, row 0 of classifier-free guidance."""
 
 _NETWORKS = {"unet": "unet", "control": "controlnet"}
 """The prefix of a network's weights in ``base.safetensors``, by its name in the manifest."""
-
-
-def find_prompts(name_or_path: str, bundle: Path | None = None) -> Path:
-    """The prompt file of a style.
-
-    It is a file; or ``runs/NAME/NAME.prompts.safetensors``, as `lsast-train` writes it; or a file of that name in the
-    folder ``prompts`` of `bundle`.
-
-    Raises:
-        StyleError: there is none of these.
-    """
-    given, name = Path(name_or_path).expanduser(), f"{name_or_path}.prompts.safetensors"
-    paths = [given, Path("runs", name_or_path, name), *([] if bundle is None else [bundle / PROMPTS / name])]
-    for path in paths:
-        if path.is_file():
-            return path
-    raise StyleError(
-        f"found no prompts at {' or '.join(map(str, paths))}; expected a file NAME.prompts.safetensors: "
-        "learn them with lsast-train --style NAME --images DIR, or name the file"
-    )
 
 
 def find_distilled(name_or_path: str) -> Path | None:

@@ -41,6 +41,9 @@ _CLASSES: dict[str, Any] = {
     "MiniAutoencoder": MiniAutoencoder,
 }
 
+EXPORTED_FROM = "exported_from"
+"""Key among the training facts of a base: fingerprints, separated by blanks, of the bases whose prompts fit it."""
+
 
 @dataclass(eq=False)
 class LazyBase:
@@ -176,8 +179,11 @@ def resolve_local_base(source: BaseSource) -> Path | None:
 
 
 def check_fingerprint(found: str, base: Base | LazyBase, what: str) -> None:
-    """Raise `StyleError` for `what` (a prompt file) if it was learned on another base than `base`."""
-    if found != base.fingerprint:
+    """Raise `StyleError` for `what` (a prompt file) if it was learned on another base than `base`.
+
+    Prompts that were learned on the base before its weights were rounded or its decoder was trained on fit, too.
+    """
+    if found not in (base.fingerprint, *base.config.training.get(EXPORTED_FROM, "").split()):
         raise StyleError(
             f"{what} was learned on base {found[:12]}…; the base {base.config.name!r} is {base.fingerprint[:12]}…: "
             f"train it again on this base, or pass the --base it was trained on"

@@ -20,6 +20,7 @@ from ..options import PRESETS, TrainOptions
 from ..training.run_files import RunFiles, refuse_finished
 from ..training.signals import InterruptionError
 from .distill import distill
+from .finetune import finetune
 from .shared import (
     EXTRA,
     declared_options,
@@ -129,6 +130,7 @@ def command(
 
 
 command.add_command(distill)
+command.add_command(finetune)
 
 
 @command.command("mini", add_help_option=False, context_settings={"ignore_unknown_options": True})

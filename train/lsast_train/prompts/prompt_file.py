@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from lsast_engines.bundle.bundle import PROMPTS
 from lsast_engines.bundle.style import style_name_faults
 from lsast_engines.errors import StyleError, UsageError, fault_list
 from lsast_engines.files import replace_file
@@ -179,6 +180,26 @@ def save_prompts(prompts: Prompts | UnboundPrompts, path: Path) -> None:
     header |= {"base": prompts.base} if isinstance(prompts, Prompts) else {"stages": prompts.stages}
     with replace_file(path) as handle:
         handle.write(save(tensors, {_KEY: json.dumps(header, sort_keys=True, ensure_ascii=False)}))
+
+
+def find_prompts(name_or_path: str, bundle: Path | None = None) -> Path:
+    """The prompt file of a style.
+
+    It is a file; or ``runs/NAME/NAME.prompts.safetensors``, as `lsast-train` writes it; or a file of that name in the
+    folder ``prompts`` of `bundle`.
+
+    Raises:
+        StyleError: there is none of these.
+    """
+    given, name = Path(name_or_path).expanduser(), f"{name_or_path}.prompts.safetensors"
+    paths = [given, Path("runs", name_or_path, name), *([] if bundle is None else [bundle / PROMPTS / name])]
+    for path in paths:
+        if path.is_file():
+            return path
+    raise StyleError(
+        f"found no prompts at {' or '.join(map(str, paths))}; expected a file NAME.prompts.safetensors: "
+        "learn them with lsast-train --style NAME --images DIR, or name the file"
+    )
 
 
 def load_prompts(path: Path, base: Base | None = None) -> Prompts:

@@ -1,0 +1,1 @@
+"""Fine-tuning of learned prompts by a style loss on the paintings that they give."""

@@ -1,0 +1,45 @@
+"""Options of ``lsast-train finetune``. Never imports torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from lsast_engines.errors import UsageError, fault_list
+
+from ..options import MixedPrecision, Range, option_faults
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """How prompts are fine-tuned. The options of the sampler become the style's own defaults.
+
+    Raises:
+        UsageError: invalid values, all of them at once.
+    """
+
+    steps: Annotated[int, "Optimiser steps.", Range(1)] = 36
+    batch: Annotated[int, "Pictures that are painted in a step.", Range(1)] = 4
+    lr: Annotated[float, "Learning rate at the start, relative to the prompts' size.", Range(0, above=True)] = 0.02
+    """In root mean squares of the prompts; it falls to zero by half a cosine."""
+    size: Annotated[int, "Side of a picture that is painted, in pixels.", Range(64)] = 256
+    strength: Annotated[float, "Strength that the style is for.", Range(0, 1, above=True)] = 0.6
+    guidance: Annotated[float, "Guidance that the style is for.", Range(1)] = 4.0
+    palette: Annotated[float, "Palette that the style is for.", Range(0, 1)] = 0.8
+    content_weight: Annotated[float, "Weight of the loss of content.", Range(0)] = 6.0
+    roughness_weight: Annotated[float, "Weight of the loss of roughness.", Range(0)] = 4.0
+    mixed_precision: Annotated[MixedPrecision, "Autocast of the networks."] = "bf16"
+    seed: Annotated[int, "Seed of all random numbers.", Range(0)] = 0
+    evaluate_every: Annotated[int, Range(1)] = 12
+    """Steps between two evaluations on held-out pictures."""
+    checkpoint_minutes: Annotated[float, Range(0, above=True)] = field(default=2.0, compare=False)
+    """Minutes between two checkpoints."""
+
+    def __post_init__(self) -> None:
+        if faults := option_faults(self):
+            raise UsageError(fault_list("invalid options of finetune:", faults))
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of the step with this number, counted from 0."""
+        return self.lr * (1 + math.cos(math.pi * step / self.steps)) / 2
