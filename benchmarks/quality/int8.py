@@ -1,6 +1,6 @@
 """What 8 bits gain and cost: a denoiser step, a painting, memory and nearness of fp32, bf16 and int8.
 
-    lsast-export quantise --out engines/mini-int8
+    lsast-export quantize --out engines/mini-int8
     python -m benchmarks.quality.int8 PICTURE… --int8 engines/mini-int8
 
 Every row is a process of its own, so that its peak memory is its own; rounds go through all rows again and again, so

@@ -1,11 +1,10 @@
-"""A base in diffusers' format, in each of its forms."""
+"""A base in diffusers' format."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +17,6 @@ from lsast_train.base.lazy_base import load_base, open_base
 from lsast_train.checkpoints.source import BaseSource
 
 NETWORKS = ("unet", "controlnet", "autoencoder", "text_encoder")
-
-
-def _half(folder: Path) -> None:
-    for file in [*folder.glob("*/*.safetensors")]:
-        save_file({k: v.half() for k, v in load_file(file).items()}, file.with_suffix(".fp16.safetensors"))
-        file.unlink()
-
-
-def _shards(folder: Path) -> None:
-    tensors = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-    names = [f"diffusion_pytorch_model-0000{n}-of-00002.safetensors" for n in (1, 2)]
-    places = {key: names[number % 2] for number, key in enumerate(tensors)}
-    for name in names:
-        save_file({key: value for key, value in tensors.items() if places[key] == name}, folder / "unet" / name)
-    index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-
-
-def _bin(folder: Path) -> None:
-    for file in [*folder.glob("*/*.safetensors")]:
-        name = "pytorch_model.bin" if file.stem == "model" else f"{file.stem}.bin"
-        torch.save(load_file(file), file.with_name(name))
-        file.unlink()
 
 
 def _old(folder: Path) -> None:
@@ -62,21 +37,17 @@ def _old(folder: Path) -> None:
     (folder / "text_encoder" / "config.json").write_text(json.dumps({**config, "bos_token_id": 0, "eos_token_id": 2}))
 
 
-@pytest.mark.parametrize("change", [None, _half, _shards, _bin, _old])
-def test_diffusers_folder_in_each_form_gives_the_networks(
-    published: Any, folder: Path, tmp_path: Path, change: Callable[[Path], None] | None
+def test_diffusers_folder_with_the_names_of_2022_gives_the_networks(
+    published: Any, folder: Path, tmp_path: Path
 ) -> None:
-    if change is not None:
-        change(folder)
+    """Today's forms are those of tests/test_compvis_journey.py."""
+    _old(folder)
     shutil.copytree(tmp_path / "canny", folder / "controlnet")  # the base's own
     base = load_base(folder)
-    rounded = (lambda value: value.half().float()) if change is _half else lambda value: value
     for name in NETWORKS:
         found = base.text_encoder if name == "text_encoder" else base.networks()[name]
         expected = published.tensors(published.networks["ema" if name == "unet" else name])
-        exact = name == "controlnet"
-        for key, value in published.tensors(found).items():
-            assert torch.equal(value, expected[key] if exact else rounded(expected[key])), (name, key)
+        assert all(torch.equal(value, expected[key]) for key, value in published.tensors(found).items()), name
     assert base.config.latent_scale == 0.18215
     assert (base.text_encoder.config.bos_token_id, base.text_encoder.config.eos_token_id) == (398, 399)
 
@@ -125,7 +96,7 @@ def test_diffusers_folder_with_missing_parts_reports_all(published: Any, folder:
 
 
 def test_shard_index_with_a_path_is_refused(folder: Path, tmp_path: Path) -> None:
-    _shards(folder)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"conv_in.weight": "../../../secret.safetensors"}}))
     with pytest.raises(TrainingError, match=r"lists '\.\./\.\./\.\./secret.safetensors'"):
