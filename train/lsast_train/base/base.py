@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -113,6 +114,7 @@ class Base:
         contexts: Contexts,
         edges: torch.Tensor | None = None,
         control_contexts: Contexts | None = None,
+        residuals: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
         """Predicted noise [B, 4, h, w].
 
@@ -123,15 +125,22 @@ class Base:
             edges: [B, 3, 8h, 8w] of 0 and 1; None leaves ControlNet out, as the released training does
                 (docs/method.md §3).
             control_contexts: contexts of the ControlNet; `contexts` if None.
+            residuals: of the ControlNet, as `control` gives them; in place of `edges`.
         """
-        residuals: dict[str, Any] = {}
-        if edges is not None:
-            kwargs = layer_contexts(contexts if control_contexts is None else control_contexts)
-            down, mid = self.controlnet(latent, timestep, None, edges, cross_attention_kwargs=kwargs, return_dict=False)
-            residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        if residuals is None:
+            own = contexts if control_contexts is None else control_contexts
+            residuals = {} if edges is None else self.control(latent, timestep, own, edges)
         kwargs = layer_contexts(contexts)
         output = self.unet(latent, timestep, None, cross_attention_kwargs=kwargs, **residuals, return_dict=False)[0]
         return self.eps_from_output(output, latent, timestep)
+
+    def control(
+        self, latent: torch.Tensor, timestep: torch.Tensor, contexts: Contexts, edges: torch.Tensor
+    ) -> dict[str, Any]:
+        """The ControlNet's residuals for the U-Net; the arguments are those of `eps`."""
+        kwargs = layer_contexts(contexts)
+        down, mid = self.controlnet(latent, timestep, None, edges, cross_attention_kwargs=kwargs, return_dict=False)
+        return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
 
     def eps_from_output(self, output: torch.Tensor, latent: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """The U-Net's output as noise: v = α ε - σ x₀ gives ε = α v + σ x (Salimans & Ho 2022, appendix D)."""

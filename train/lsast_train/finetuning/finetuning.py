@@ -18,7 +18,6 @@ a painting of another picture should look like.
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -45,7 +44,7 @@ from ..training.loop import TrainingLoop, require_finite, set_learning_rate
 from ..training.rng import RngStream, rng_for
 from ..training.run_files import RunFiles, RunResult, require_run, versions
 from .options import FinetuneOptions
-from .style_loss import StyleLoss, fitted, self_similarities
+from .style_loss import Distances, StyleLoss, fitted, self_similarities
 
 log = logging.getLogger("lsast.train")
 
@@ -58,7 +57,7 @@ KEPT_STATES = 4
 WORKS = 160
 """Crops of the artist's works, and at most as many whole works, that stand for all."""
 
-HELD_OUT = 8
+HELD_OUT = 16
 """Pictures that an evaluation paints."""
 
 
@@ -103,7 +102,6 @@ class Finetuning:
         base.to(find_device(device))
         self.palette = self._palette()
         self.prompts = _PromptTensor(prompts.prompts).to(base.device)
-        self.best = copy.deepcopy(self.prompts)
         scale = prompts.prompts.square().mean().sqrt().item() or 1.0
         group = {"params": list(self.prompts.parameters()), "relative": scale}
         self.optimizer = torch.optim.Adam([group], lr=options.lr, betas=(0.8, 0.95), **fused(base.device))
@@ -114,7 +112,7 @@ class Finetuning:
         self.loss = StyleLoss(np.stack(crops), whole, base.device)
         self.loop = TrainingLoop(
             *(name, options.steps, self.files.checkpoint),
-            *({"prompts": self.prompts, "best": self.best, "loss": self.loss}, self.optimizer),
+            *({"prompts": self.prompts, "loss": self.loss}, self.optimizer),
             identity=self._identity(),
             evaluate_every=options.evaluate_every,
             checkpoint_minutes=options.checkpoint_minutes,
@@ -142,7 +140,7 @@ class Finetuning:
         images, edges = self._pictures(self.contents.training, options.batch, generator)
         latent, states = self._paint(images, edges, generator)
         latent.requires_grad_(True)
-        loss = self._loss(latent, images, remember=True)
+        loss = self._total(self._losses(latent, images, remember=True))
         loss.backward()
         assert latent.grad is not None
         for timestep, z in states:
@@ -152,17 +150,19 @@ class Finetuning:
         self.optimizer.step()
         return loss.item()
 
-    def _loss(self, latent: torch.Tensor, images: torch.Tensor, remember: bool) -> torch.Tensor:
-        """The loss of painted latents [B, 4, h, w] of the pictures `images` [B, 3, H, W]."""
-        base, options = self.base, self.options
-        with autocast(base.device, options.mixed_precision):
+    def _losses(self, latent: torch.Tensor, images: torch.Tensor, remember: bool) -> Distances:
+        """The losses of painted latents [B, 4, h, w] of the pictures `images` [B, 3, H, W]."""
+        base = self.base
+        with autocast(base.device, self.options.mixed_precision):
             with torch.no_grad():
                 content = self_similarities(self.loss.features(images))
             painted = base.decode((latent / base.config.latent_scale).contiguous(memory_format=torch.channels_last))
-            found = self.loss(painted, content, remember)
-        weighted = options.content_weight * found.content + options.roughness_weight * found.roughness
-        total: torch.Tensor = found.style + weighted
-        return total
+            losses: Distances = self.loss(painted, content, remember)
+            return losses
+
+    def _total(self, losses: Distances) -> torch.Tensor:
+        weights = self.options.content_weight, self.options.roughness_weight
+        return losses.style + weights[0] * losses.content + weights[1] * losses.roughness
 
     @torch.no_grad()
     def _paint(
@@ -195,21 +195,22 @@ class Finetuning:
         null = base.null_context.expand(len(z), len(GROUPS), -1, -1)
         times = torch.full((len(z),), timestep, device=base.device)
         with autocast(base.device, options.mixed_precision):
-            eps = base.eps(z, times, own, edges).float()
+            residuals = base.control(z, times, own, edges)
+            eps = base.eps(z, times, own, residuals=residuals).float()
             if options.guidance != 1:
                 with torch.no_grad():
-                    unguided = base.eps(z, times, null, edges, control_contexts=own).float()
+                    unguided = base.eps(z, times, null, residuals=residuals).float()
                 eps = guide(torch.stack([unguided, eps]), options.guidance)
         level = self._level(timestep)
         x0 = (z - level.sigma * eps) / level.alpha
-        mean, std = x0.mean((2, 3), keepdim=True), x0.std((2, 3), keepdim=True)
+        mean, std = x0.mean((2, 3), keepdim=True), x0.std((2, 3), correction=0, keepdim=True)
         excess = (x0 - mean) * (1 - (self.palette[1].to(x0) / std.clamp(min=1e-3)).clamp(max=1))
         limited: torch.Tensor = x0 - options.palette * excess
         return limited
 
     def _matched(self, latent: torch.Tensor) -> torch.Tensor:
         """Latents [B, 4, h, w] in the artist's palette, as the runtime's option `palette` does it."""
-        mean, std = latent.mean((2, 3), keepdim=True), latent.std((2, 3), keepdim=True)
+        mean, std = latent.mean((2, 3), keepdim=True), latent.std((2, 3), correction=0, keepdim=True)
         matched = self.palette[0] + (latent - mean) * (self.palette[1] / std.clamp(min=1e-3))
         return latent + self.options.palette * (matched - latent)
 
@@ -230,47 +231,45 @@ class Finetuning:
 
     @torch.no_grad()
     def _evaluate(self, mean_loss: float | None) -> None:
-        """The loss of held-out pictures, always the same with the same noise; the prompts are kept if it is least."""
+        """The losses of held-out pictures, always the same with the same noise."""
         generator = rng_for(self.options.seed, RngStream.VALIDATION_CROPS)
         images, edges = self._pictures(self.contents.held_out, HELD_OUT, generator)
-        loss = self._loss(self._paint(images, edges, generator)[0], images, remember=False).item()
-        history = self.loop.history
-        if not history or loss < min(row["held_out"] for row in history):
-            self.best.load_state_dict(self.prompts.state_dict())
-        history.append({"step": self.loop.step, "held_out": loss, "training": mean_loss})
-        log.info("step %d: held-out loss: %.4f", self.loop.step, loss)
+        losses = self._losses(self._paint(images, edges, generator)[0], images, remember=False)
+        found = {"held_out": self._total(losses).item(), **{key: part.item() for key, part in vars(losses).items()}}
+        self.loop.history.append({"step": self.loop.step, "training": mean_loss, **found})
+        log.info(
+            "step %d: held-out loss: %.4f (style %.4f, content %.4f, roughness %.4f)", self.loop.step, *found.values()
+        )
 
     def _finish(self) -> RunResult:
-        start, best = self.loop.history[0], min(self.loop.history, key=lambda row: row["held_out"])
-        relative = best["held_out"] / start["held_out"]
+        start, end = (self.loop.history[index]["held_out"] for index in (0, -1))
         result = RunResult(
-            self.files.result, self.files.curve, self.loop.step, best["step"], relative, self.loop.seconds
+            *(self.files.result, self.files.curve, self.loop.step, self.loop.step), end / start, self.loop.seconds
         )
         options = self.options
         defaults = {"strength": options.strength, "guidance": options.guidance, "palette": options.palette}
-        meta = (
-            self.source.meta
-            | encode_defaults(defaults)
-            | {
-                "finetuned": json.dumps(asdict(options), sort_keys=True),
-                "finetuned_relative_loss": f"{relative:.6f}",
-                "contents_sha256": self.contents.digest,
-                "versions": json.dumps(versions()),
-            }
-        )
+        meta = {
+            **self.source.meta,
+            **encode_defaults(defaults),
+            "finetuned": json.dumps(asdict(options), sort_keys=True),
+            "finetuned_relative_loss": f"{end / start:.6f}",
+            "contents_sha256": self.contents.digest,
+            "versions": json.dumps(versions()),
+        }
         tuned = replace(
             self.source,
             name=self.files.name,
             base=self.base.fingerprint,
             # Every stage and layer group has a prompt of its own now, in the space of the contexts.
             variant="step+layer", generator="direct", layout="strided", gradient="all", embeddings=None,
-            prompts=self.best.values.detach().cpu().clone(),
+            prompts=self.prompts.values.detach().cpu().clone(),
             meta=meta,
         )  # fmt: skip
         save_prompts(tuned, self.files.result)
         self.loop.write_log(self.files.curve, asdict(options))
         self.files.checkpoint.unlink(missing_ok=True)
-        log.info("kept step %d: held-out loss: %.4f x that of the start", best["step"], relative)
+        if end >= start:
+            log.warning("the held-out loss did not fall: %.4f x that of the start; change --lr or --steps", end / start)
         return result
 
     def _palette(self) -> tuple[torch.Tensor, torch.Tensor]:

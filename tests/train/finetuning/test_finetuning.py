@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lsast.sampling.batch import Palette
+from lsast_engines.bundle.style import decode_defaults
+from lsast_engines.diffusion import TimestepSchedule
+from lsast_engines.errors import StyleError, TrainingError
+from lsast_train.base.base import Base
+from lsast_train.finetuning.finetuning import Finetuning
+from lsast_train.finetuning.options import FinetuneOptions
+from lsast_train.inversion import Inversion
+from lsast_train.options import TrainOptions
+from lsast_train.paintings import PaintingDataset
+from lsast_train.prompts.prompt_file import Prompts, load_prompts
+from lsast_train.training.rng import RngStream, rng_for
+from lsast_train.training.signals import InterruptionError
+
+pytest.importorskip("efficientnet_lite_pytorch")
+
+BRIEF = FinetuneOptions(steps=6, batch=2, lr=0.3, size=64, guidance=2.0, mixed_precision="no", evaluate_every=3)
+
+
+@pytest.fixture(scope="module")
+def contents(tmp_path_factory: pytest.TempPathFactory) -> PaintingDataset:
+    folder = tmp_path_factory.mktemp("contents")
+    rng = np.random.default_rng(5)
+    for index in range(6):
+        blocks = np.repeat(np.repeat(rng.integers(0, 255, (10, 12, 3), np.uint8), 8, 0), 8, 1)
+        Image.fromarray(blocks).save(folder / f"{index}.png")
+    return PaintingDataset.load(folder, 64, progress=False)
+
+
+@pytest.fixture
+def prompts(base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path) -> Prompts:
+    result = Inversion(base, collection, replace(brief, steps=1, variant="step"), "red", tmp_path / "inversion").run()
+    return load_prompts(result.file, base)
+
+
+def test_finetuning_lowers_the_held_out_loss_and_leaves_the_base_unchanged(
+    base: Base, collection: PaintingDataset, contents: PaintingDataset, prompts: Prompts, tmp_path: Path
+) -> None:
+    networks = [*base.unet.parameters(), *base.controlnet.parameters(), *base.autoencoder.parameters()]
+    before = [weight.clone() for weight in networks]
+    result = Finetuning(base, prompts, collection, contents, BRIEF, "redder", tmp_path).run()
+    assert result.relative_loss < 0.99
+    assert all(torch.equal(*pair) for pair in zip(networks, before, strict=True))
+    tuned = load_prompts(result.file, base)
+    assert (tuned.name, tuned.variant, tuned.generator) == ("redder", "step+layer", "direct")
+    assert decode_defaults(tuned.meta) == ({"strength": 0.6, "guidance": 2.0, "palette": 0.8}, [])
+    assert tuned.meta["works"] == prompts.meta["works"]
+    # Strength 0.6 reaches stages 0 to 5 or 6; no other prompt may move.
+    moved = (tuned.prompts - prompts.prompts).abs().amax((1, 2, 3)) > 0
+    assert moved.any()
+    assert not moved[7:].any()
+    history = json.loads(result.curve.read_text())["history"]
+    assert [row["step"] for row in history] == [0, 3, 6]
+    assert history[-1]["held_out"] == pytest.approx(result.relative_loss * history[0]["held_out"])
+
+
+def test_resumed_finetuning_equals_the_uninterrupted_one(
+    base: Base, collection: PaintingDataset, contents: PaintingDataset, prompts: Prompts, tmp_path: Path,
+    interrupt_at: Callable[[int], Callable[[int, float], None]],
+) -> None:  # fmt: skip
+    def make(name: str, **more: Any) -> Finetuning:
+        return Finetuning(base, prompts, collection, contents, BRIEF, "redder", tmp_path / name, **more)
+
+    straight = make("straight").run()
+    with pytest.raises(InterruptionError, match="after step 4"):
+        make("parts", on_step=interrupt_at(4)).run()
+    with pytest.raises(TrainingError, match="--resume"):
+        make("parts")
+    resumed = make("parts", resume=True).run()
+    assert resumed.file.read_bytes() == straight.file.read_bytes()
+    assert resumed.curve.read_text() == straight.curve.read_text()
+    assert not any((tmp_path / "parts").glob("*checkpoint*"))
+
+
+def test_finetuning_paints_in_the_palette_of_the_runtime(
+    base: Base, collection: PaintingDataset, contents: PaintingDataset, prompts: Prompts, tmp_path: Path
+) -> None:
+    run = Finetuning(base, prompts, collection, contents, BRIEF, "redder", tmp_path)
+    palette = Palette(*(part.numpy() for part in run.palette), BRIEF.palette)
+    latent = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 3
+    matched = run._matched(latent)
+    edges = torch.zeros(2, 3, 64, 64)
+    schedule = TimestepSchedule.build(base.config.noise, 12, 0.6, 10)
+    step = schedule.steps[2]
+    with torch.no_grad():
+        x0 = run._x0(latent, step.t, edges)
+        own = run.prompts.values[step.stage].expand(2, -1, -1, -1)
+        null = base.null_context.expand(2, 3, -1, -1)
+        time = torch.full((2,), step.t)
+        guided = [base.eps(latent, time, context, edges, control_contexts=own).numpy() for context in (null, own)]
+    level = schedule.noise.level(step.t)
+    for row in range(2):
+        np.testing.assert_allclose(matched[row], palette.match(latent[row].numpy()), rtol=1e-4, atol=1e-5)
+        eps = guided[0][row] + BRIEF.guidance * (guided[1][row] - guided[0][row])
+        limited = palette.limit(eps, latent[row].numpy(), level)
+        np.testing.assert_allclose(x0[row], level.x0(latent[row].numpy(), limited), rtol=1e-3, atol=1e-3)
+
+
+def test_gradient_of_the_last_step_is_that_of_the_painted_latent(
+    base: Base, collection: PaintingDataset, contents: PaintingDataset, prompts: Prompts, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """With one step the painting is that step's x0 but for the last noise level: autograd through it agrees."""
+    monkeypatch.setattr("lsast_train.finetuning.finetuning.SAMPLER_STEPS", 1)
+    options = replace(BRIEF, strength=1.0, batch=2)
+    run = Finetuning(base, prompts, collection, contents, options, "redder", tmp_path)
+    monkeypatch.setattr(run.optimizer, "step", lambda: None)
+    run._train_step(0)
+    found = run.prompts.values.grad
+    assert found is not None
+    run.prompts.values.grad = None
+    run.loss.filled.zero_()
+    generator = rng_for(options.seed, RngStream.STEP, 0)
+    images, edges = run._pictures(contents.training, 2, generator)
+    with torch.no_grad():
+        painted, [(timestep, z)] = run._paint(images, edges, generator)
+    x0 = run._x0(z, timestep, edges)
+    run._total(run._losses(painted + x0 - x0.detach(), images, remember=True)).backward()
+    torch.testing.assert_close(found, run.prompts.values.grad, rtol=1e-3, atol=1e-7)
+
+
+def test_prompts_without_statistics_of_latents_are_refused(
+    base: Base, collection: PaintingDataset, contents: PaintingDataset, prompts: Prompts, tmp_path: Path
+) -> None:
+    bare = replace(prompts, meta={})
+    with pytest.raises(StyleError, match="no statistics of the artist's latents; expected some: learn them again"):
+        Finetuning(base, bare, collection, contents, BRIEF, "redder", tmp_path)
