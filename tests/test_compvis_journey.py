@@ -158,7 +158,7 @@ def test_commands_of_the_page_give_the_same_bundle_styles_and_pictures_in_every_
     rng = np.random.default_rng(0)
     for artist in ("morisot", "cassatt"):
         Path("paintings", artist).mkdir(parents=True)
-        for number in range(6):
+        for number in range(3):
             pixels = np.clip(rng.normal([200, 60, 30], 20, (72, 80, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(f"paintings/{artist}/{number}.png")
     Image.fromarray(rng.integers(0, 255, (64, 96, 3), dtype=np.uint8)).save("photo.jpg")
