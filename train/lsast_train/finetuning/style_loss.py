@@ -27,8 +27,11 @@ from ..mini.perceptual import LiteDistance
 TAP_WEIGHTS = (0.5, 1.0, 1.0, 1.0)
 """Weights of the style loss at 1/2, 1/4, 1/8 and 1/16 of the size."""
 
-REMEMBERED = 64
-"""The last paintings that count as the distribution of the present ones."""
+REMEMBERED = 24
+"""The last paintings that count as the distribution of the present ones. Many would be of prompts long left."""
+
+REMEMBERED_ROUGHNESS = 4
+"""The same for roughness, whose mean is driven to one value: an old mean drives it beyond and back."""
 
 _BLOCK = 16
 """Side in pixels of the blocks whose gradient is measured."""
@@ -104,7 +107,7 @@ class StyleLoss(nn.Module):
         alike = [(new - old).abs().mean() for new, old in zip(self_similarities(taps), content, strict=True)]
         levels = roughness(images)
         # The mean over all that is remembered, with the gradient of the mean over these alone.
-        mean = torch.cat([levels.detach(), past_levels]).mean(0)
+        mean = torch.cat([levels.detach(), past_levels[:REMEMBERED_ROUGHNESS]]).mean(0)
         mean = mean + levels.mean(0) - levels.mean(0).detach()
         if remember:
             new = torch.cat([*described, levels], 1).detach()
