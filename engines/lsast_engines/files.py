@@ -25,7 +25,7 @@ from .errors import UsageError
 _UNFINISHED = re.compile(r"\.lsast-[0-9a-f]{16}\.tmp")
 
 NOWHERE = Path(os.devnull) / "lsast"
-"""The user's folder where there is no home: nothing is found in it, and it cannot be made."""
+"""The user's folder where there is no home, or one of another user: nothing is found in it, and it cannot be made."""
 
 _swept: set[Path] = set()
 """No lock guards it: a fork might copy one that is held."""
@@ -174,10 +174,10 @@ def file_sha256(path: Path) -> str:
 def cache_home() -> Path:
     """``$LSAST_HOME``, else ``lsast`` in the XDG cache folder. It may not exist, and may be deleted at any time.
 
-    `NOWHERE` for a user without a home.
+    `NOWHERE` for a user without a home, or who may not look into it: containers run as a number, with the home of root.
 
     Raises:
-        UsageError: ``LSAST_HOME`` is in the home of an unknown user.
+        UsageError: ``LSAST_HOME`` is in the home of an unknown user, or may not be looked into.
     """
     return _home("XDG_CACHE_HOME", ".cache")
 
@@ -190,12 +190,22 @@ def data_home() -> Path:
 def _home(variable: str, default: str) -> Path:
     if home := os.environ.get("LSAST_HOME"):
         try:
-            return Path(home).expanduser().absolute()  # the process may change its folder
-        except RuntimeError as error:
+            folder = Path(home).expanduser().absolute()  # the process may change its folder
+            _look_into(folder)
+        except (RuntimeError, OSError) as error:
             raise UsageError(f"found LSAST_HOME={home} ({error}); expected a folder") from error
-    if base := os.environ.get(variable):
-        return Path(base) / "lsast"
+        return folder
+    base = os.environ.get(variable, "")
     try:
-        return Path.home() / default / "lsast"
-    except RuntimeError:  # neither HOME nor an entry in the list of users
+        # The XDG specification has relative ones ignored.
+        folder = Path(base) / "lsast" if os.path.isabs(base) else Path.home() / default / "lsast"
+        _look_into(folder)
+    except (RuntimeError, OSError):  # neither HOME nor an entry in the list of users; or the home of another user
         return NOWHERE
+    return folder
+
+
+def _look_into(folder: Path) -> None:
+    """Raises OSError for a folder that this user may not look into; not for one that is not there."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.stat(folder / "anything")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lsast_engines.errors import UsageError
-from lsast_engines.files import cache_home, data_home, exchange, file_sha256, replace_file, scratch_folder
+from lsast_engines.files import NOWHERE, cache_home, data_home, exchange, file_sha256, replace_file, scratch_folder
 
 
 def break_off(target: Path, error: type[BaseException]) -> None:
@@ -60,6 +60,20 @@ def test_homes_follow_the_environment(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.delenv("XDG_DATA_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert (cache_home(), data_home()) == (tmp_path / ".cache/lsast", tmp_path / ".local/share/lsast")
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # ignored, as its specification says
+    assert cache_home() == tmp_path / ".cache/lsast"
+
+
+def test_homes_that_may_not_be_looked_into_are_found_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    too_long = str(tmp_path / ("a" * 300))  # as the home of another user, for which this test would need two users
+    monkeypatch.delenv("LSAST_HOME", raising=False)
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", too_long)
+    monkeypatch.setenv("HOME", too_long)
+    assert cache_home() == data_home() == NOWHERE
+    monkeypatch.setenv("LSAST_HOME", too_long)
+    with pytest.raises(UsageError, match=r"found LSAST_HOME=.* \(.*\); expected a folder"):
+        cache_home()
 
 
 def test_replace_file_never_touches_the_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

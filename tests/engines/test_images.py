@@ -93,6 +93,9 @@ def test_read_picture_of_any_source_gives_rgb(tmp_path: Path) -> None:
             assert picture.rgb.flags.c_contiguous
     mask = pixels[..., 0] > 99
     np.testing.assert_array_equal(read_picture(mask).rgb, np.repeat(mask[..., None] * np.uint8(255), 3, axis=2))
+    with pytest.deprecated_call():
+        matrix = np.asmatrix(pixels[..., 0])
+    np.testing.assert_array_equal(read_picture(matrix).rgb[..., 2], pixels[..., 0])
     one = read_picture(Image.new("RGB", (1, 1), (1, 2, 3))).rgb
     assert (one.tolist(), canny_edges(one).tolist()) == ([[[1, 2, 3]]], [[0]])
     with pytest.raises(PictureError, match="expected one opened as binary"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -169,8 +170,10 @@ def open_engine(
             cannot be loaded or has other inputs and outputs.
         OutOfMemoryError: there is not enough memory.
     """
-    if threads is not None and threads not in range(1, MAX_THREADS + 1):
-        raise UsageError(f"found {threads} threads; expected 1 to {MAX_THREADS}")
+    if threads is not None:
+        if isinstance(threads, bool) or not isinstance(threads, Integral) or not 1 <= threads <= MAX_THREADS:
+            raise UsageError(f"found {threads} threads; expected 1 to {MAX_THREADS}")
+        threads = int(threads)  # backends refuse whole numbers of NumPy
     backend, device, compute_dtype = find_backend(backend, device, compute_dtype)
     if not path.is_file():
         raise BackendError(f"found no graph file {path}; export the bundle again")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import logging
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -138,7 +139,8 @@ def default_output(source: str) -> str:
 
 def named(name: str, reason: str) -> str:
     """The line that says why a file cannot be painted, with its name once."""
-    return reason if name in reason else f"{name}: {reason}"
+    word = rf"(?<![^\s'\"(]){re.escape(name)}(?![^\s'\",:;)])"  # photo.jpg is not named by photo.jpg.png
+    return reason if re.search(word, reason) else f"{name}: {reason}"
 
 
 def _stdio_plan(sources: Sequence[str], out: str) -> Plan:

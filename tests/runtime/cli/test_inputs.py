@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import lsast
-from lsast.cli.inputs import Job, plan_jobs
+from lsast.cli.inputs import Job, named, plan_jobs
 from lsast.cli.main import main
 from lsast_engines.errors import PictureError, UsageError
 
@@ -136,6 +136,8 @@ def test_plan_jobs_with_some_bad_sources_names_them_and_keeps_the_others(folder:
         "in/scan.bmp.png": "its output, scan.bmp.png, is that of in/scan.bmp as well",
         "same.png": "its painting would replace the picture same.png",
     }
+    lines = {name: named(name, reason) for name, reason in plan.failures.items()}
+    assert {name for name, line in lines.items() if line.startswith(f"{name}: ")} == {"in/scan.bmp", "in/scan.bmp.png"}
 
 
 def test_plan_jobs_of_a_folder_without_pictures_raises(folder: Path) -> None:
