@@ -370,19 +370,24 @@ def _accepted(request: Request, offers: dict[str, str]) -> str:
     Raises:
         HTTPException: 406, none of them.
     """
-    best, weight = "", 0.0
-    ranges = [part.split(";") for part in (request.headers.get("accept") or "*/*").lower().split(",")]
-    for name, *parameters in ranges:
+    ranges: dict[str, tuple[float, int]] = {}
+    for place, part in enumerate((request.headers.get("accept") or "*/*").lower().split(",")):
+        name, *parameters = part.split(";")
         quality = 1.0
         for parameter in parameters:
             key, _, value = parameter.partition("=")
             if key.strip() == "q":
                 with contextlib.suppress(ValueError):
                     quality = float(value)
-        matching = [o for o in offers if name.strip() in (o, o.partition("/")[0] + "/*", "*/*")]
-        if matching and quality > weight:
-            best, weight = matching[0], quality
-    if not best:
+        ranges.setdefault(name.strip(), (quality if quality > 0 else 0.0, -place))
+
+    def welcome(offer: str) -> tuple[float, int]:
+        """The quality of the most specific range that the offer is in (RFC 9110, section 12.5.1), and its place."""
+        names = (offer, offer.partition("/")[0] + "/*", "*/*")
+        return next((ranges[name] for name in names if name in ranges), (0.0, 0))
+
+    best = max(offers, key=welcome)
+    if not welcome(best)[0]:
         raise HTTPException(406, f"expected an Accept of {', '.join(offers)}")
     return best
 

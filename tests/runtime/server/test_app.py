@@ -66,6 +66,7 @@ def test_post_with_a_mask_keeps_the_black_part(server: Running, photo: np.ndarra
         ("image/webp", "image/webp", "WEBP"),
         ("image/jpeg;q=0.9, image/png;q=0.2", "image/jpeg", "JPEG"),
         ("text/html, image/*;q=0.5", "image/png", "PNG"),
+        ("image/png;q=0, image/*;q=0.5", "image/jpeg", "JPEG"),
     ],
 )
 def test_post_answers_in_the_format_of_accept_with_the_record(

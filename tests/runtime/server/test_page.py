@@ -172,6 +172,22 @@ def test_page_restores_a_painting_and_keeps_settings_in_a_link(page: Any, server
     assert page.input_value("#option-seed") == "7"
 
 
+def test_page_names_what_it_leaves_out(page: Any, server: Running) -> None:
+    page.goto("about:blank")
+    page.goto(server.address + "/" + SETTINGS + "&seed=many&colour=7&strength=0.5")
+    page.wait_for_selector("#fault:not([hidden])")
+    assert "Left out of the link: seed=many, colour=7." in page.locator("#fault").inner_text()
+    assert page.input_value("#option-strength") == "0.5"
+    two = """(bytes) => { const transfer = new DataTransfer();
+        const data = new Uint8Array(bytes), type = "image/jpeg";
+        for (const name of ["one.jpg", "two.jpg"]) transfer.items.add(new File([data], name, { type }));
+        return transfer; }"""
+    page.dispatch_event("#easel", "drop", {"dataTransfer": page.evaluate_handle(two, list(PHOTO.read_bytes()))})
+    assert "2 files were dropped; this is one.jpg." in page.locator("#fault").inner_text()
+    page.dblclick("#paint")
+    page.wait_for_selector("#after:not([hidden])")
+
+
 def test_page_paints_styles_on_the_matrix_with_the_keyboard(page: Any) -> None:
     page.click("summary")
     page.click(".brush[value=monet]")
