@@ -18,6 +18,8 @@ from lsast_engines.files import make_folder, replace_file, try_lock
 
 _STATE, _LOCK = "state.npz", "lock"
 _LONGEST_NAME = 255
+_TRIES = 100
+"""A folder that cannot be made looks as if another run had just removed it, e.g. in /proc."""
 
 _log = logging.getLogger("lsast.video")
 
@@ -75,15 +77,15 @@ class Unfinished:
             self._descriptor = -1
 
     def _take(self) -> int:
-        while True:
+        for left in reversed(range(_TRIES)):
             if self._folder.is_symlink():
                 raise PictureError(f"found the link {self._folder}; expected no such name: remove it")
             try:
                 make_folder(self._folder)
                 descriptor = os.open(self._folder / _LOCK, os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o666)
-            except FileNotFoundError:  # another run has just finished
-                continue
             except OSError as error:
+                if left and isinstance(error, FileNotFoundError):  # another run has just finished
+                    continue
                 raise PictureError(f"cannot write {self._out} ({error}); expected a writable folder") from error
             if not try_lock(descriptor):
                 os.close(descriptor)
@@ -94,6 +96,7 @@ class Unfinished:
             except FileNotFoundError:
                 pass
             os.close(descriptor)
+        raise PictureError(f"cannot write {self._out}: others remove what is unfinished of it; take another OUT")
 
     def _load(self) -> None:
         """Read what an earlier run left; throw it away, with a word, if it is damaged or of another painting."""
