@@ -271,7 +271,7 @@ def test_paint_video_of_an_output_that_another_run_paints_raises(
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc")
 def test_paint_video_where_no_folder_can_be_made_raises(stylizer: Stylizer, photo: np.ndarray, tmp_path: Path) -> None:
     write_clip(tmp_path / "clip.mp4", photo, 3, None)
-    with pytest.raises(PictureError, match="cannot write /proc/out.mp4"):
+    with pytest.raises(PictureError, match=r"cannot write /proc/out\.mp4"):
         paint_video(tmp_path / "clip.mp4", Path("/proc/out.mp4"), stylizer, QUICK)
 
 
