@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
@@ -255,7 +256,15 @@ def _is_file(path: Path) -> bool:
 
 
 def _style_files(folder: Path) -> dict[str, Path]:
-    return {file.stem: file for file in sorted(folder.glob("[!.]*.safetensors")) if _is_file(file)}
+    found = {file.stem: file for file in sorted(folder.glob("[!.]*.safetensors"))}
+    for name in [name for name, file in found.items() if not _is_file(file)]:
+        _tell_left_out(found.pop(name))
+    return found
+
+
+@functools.cache  # once: a server looks for styles again and again
+def _tell_left_out(path: Path) -> None:
+    _log.warning("%s is no style: it is no file that can be read", shown(str(path)))
 
 
 def _file_faults(path: Path, manifest: Manifest, verify_hashes: bool) -> list[str]:

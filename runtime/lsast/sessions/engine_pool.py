@@ -323,7 +323,12 @@ class StyleCache:
         Args:
             bundle: whose styles.
             budget: bytes of keys and values to keep between paintings; one painting may need more.
+
+        Raises:
+            UsageError: a budget below 0.
         """
+        if not budget >= 0:
+            raise UsageError(f"found a style_memory of {budget} bytes; expected 0 or more")
         self._bundle = bundle
         self._budget = budget
         self._styles: OrderedDict[str, StyleFile] = OrderedDict()
@@ -333,11 +338,9 @@ class StyleCache:
         """The style `name`, opened if it is not.
 
         Raises:
-            UsageError: no style of that name, or a budget below 0.
+            UsageError: no style of that name.
             StyleError: the file is damaged, or was baked for another base.
         """
-        if not self._budget >= 0:
-            raise UsageError(f"found a style_memory of {self._budget} bytes; expected 0 or more")
         with self._lock:
             if name not in self._styles:
                 self._styles[name] = self._bundle.open_style(name)

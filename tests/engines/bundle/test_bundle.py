@@ -125,14 +125,17 @@ def test_bundle_open_of_another_folder_is_refused(tmp_path: Path) -> None:
         Bundle.open(tmp_path)
 
 
-def test_bundle_styles_lists_and_checks_its_own(bundle: Bundle, make_style: MakeStyle) -> None:
+def test_bundle_styles_lists_and_checks_its_own(
+    bundle: Bundle, make_style: MakeStyle, caplog: pytest.LogCaptureFixture
+) -> None:
     make_style("b").save(bundle.path / "styles" / "b.safetensors")
     (bundle.path / "styles" / ".b.safetensors.tmp").write_bytes(b"")
     (bundle.path / "styles" / ".half.safetensors").write_bytes(b"")
     os.mkfifo(bundle.path / "styles" / "pipe.safetensors")
     (bundle.path / "styles" / "folder.safetensors").mkdir()
     (bundle.path / "styles" / "gone.safetensors").symlink_to("nothing")
-    assert list(bundle.styles()) == ["a", "b"]
+    assert [list(bundle.styles()) for _ in range(2)] == [["a", "b"]] * 2
+    assert [Path(line.split(" is no style")[0]).stem for line in caplog.messages] == ["folder", "gone", "pipe"]
     with pytest.raises(
         UsageError, match=r"found no style 'c' for .*; available: a, b; learn it with: .*lsast-export --style c"
     ):

@@ -215,11 +215,6 @@ def test_on_step_of_async_paintings_that_waits_for_async_paintings_gets_them(
         asyncio.run(scene())
 
 
-def test_negative_style_memory_is_refused_and_close_does_not_hang(bundle_path: Path, photo: np.ndarray) -> None:
-    with lsast.load(bundle_path, style_memory=-1) as stylizer, pytest.raises(UsageError, match="style_memory of -1"):
-        stylizer.stylize(photo)
-
-
 EXIT = """
 import sys, threading, time, asyncio
 import numpy as np, lsast

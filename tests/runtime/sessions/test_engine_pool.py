@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import lsast
-from lsast import Stylizer
+from lsast import Stylizer, UsageError
 from lsast.sessions import engine_pool
 from lsast.sessions.engine_pool import StyleCache
 from lsast.sessions.native_calls import native_call
@@ -161,6 +161,12 @@ def test_style_cache_evicts_the_least_recently_used(bundle_path: Path) -> None:
     cache.evict()
     assert cache.names == ["vangogh"]
     assert cache.bytes == 3 * STAGE_BYTES
+
+
+@pytest.mark.parametrize("bytes_", [-1, float("nan")])
+def test_a_style_memory_below_zero_is_refused_before_painting(bundle_path: Path, bytes_: int) -> None:
+    with pytest.raises(UsageError, match=f"style_memory of {bytes_} bytes; expected 0 or more"):
+        lsast.load(bundle_path, style_memory=bytes_)
 
 
 def test_style_memory_changes_memory_and_no_picture(bundle_path: Path, photo: np.ndarray) -> None:
