@@ -186,5 +186,5 @@ def test_preview_after_the_last_step_is_the_painting_scaled_down() -> None:
     small = cv2.resize(np.asarray(result.image), (16, 16), interpolation=cv2.INTER_AREA).astype(float)
     errors = [np.abs(preview - small).mean() for preview in shown]
     assert np.corrcoef(shown[-1].ravel(), small.ravel())[0, 1] > 0.8
-    assert errors[-1] < 20
+    assert errors[-1] < 25
     assert errors[-1] < errors[1], "what is about to be gets nearer to what is"

@@ -26,6 +26,7 @@ class Overflowing:
 
     backend = "openvino"
     compute_dtype = "fp16"
+    failed = False
 
     def __init__(self, engine: Engine) -> None:
         self.spec = engine.spec

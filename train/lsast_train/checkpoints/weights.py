@@ -100,7 +100,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         TrainingError: no such file, of another ending, damaged, or a pickle that holds more than a state dict.
     """
-    if not path.is_file():  # a pipe would be waited for
+    if path.exists() and not path.is_file():  # a pipe would be waited for
         raise TrainingError(f"{path} cannot be read (it is no file); expected a file of weights")
     if path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
         raise TrainingError(f"{path} is a pointer of Git LFS; expected the file itself: run git lfs pull there")
