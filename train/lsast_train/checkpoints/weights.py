@@ -102,7 +102,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """
     if path.exists() and not path.is_file():  # a pipe would be waited for
         raise TrainingError(f"{path} cannot be read (it is no file); expected a file of weights")
-    if path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
+    if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
         raise TrainingError(f"{path} is a pointer of Git LFS; expected the file itself: run git lfs pull there")
     if path.suffix.lower() in PICKLED:
         return _read_pickled(path)
