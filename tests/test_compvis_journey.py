@@ -113,6 +113,9 @@ FORMS: dict[str, tuple[str, str]] = {
 }
 """The base's path in each form, and ``--unet-weights``."""
 
+SLOW = ("emaonly .ckpt", "fp16 safetensors", "folder", "sharded folder")
+"""Forms that differ little from another one: the default run has to end within minutes."""
+
 
 def _write(form: str, rounded: Any) -> str:
     """Write the base in this form and its ControlNet; returns the ControlNet's path."""
@@ -147,7 +150,7 @@ def _write(form: str, rounded: Any) -> str:
 
 
 @pytest.mark.usefixtures("_short")
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [pytest.param(form, marks=[pytest.mark.slow] * (form in SLOW)) for form in FORMS])
 def test_commands_of_the_page_give_the_same_bundle_styles_and_pictures_in_every_form(
     rounded: Any, outcomes: dict[str, dict[str, str]], form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

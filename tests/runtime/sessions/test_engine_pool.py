@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -194,13 +195,21 @@ def test_fork_waits_for_paintings_and_not_for_other_threads() -> None:
             inside.set()
             work()
 
+    def soon(running: bool) -> bool:
+        """Whether this is said within ten seconds: threads of other tests may still run at first."""
+        for _ in range(1000):
+            if engine_pool._other_threads_run() is running:
+                return True
+            time.sleep(0.01)
+        return False
+
     busy = threading.Thread(target=work)
     busy.start()
-    assert any(not engine_pool._other_threads_run() for _ in range(1000))
+    assert soon(running=False)
     painting = threading.Thread(target=paint)
     painting.start()
     inside.wait(20)
-    assert any(engine_pool._other_threads_run() for _ in range(1000))
+    assert soon(running=True)
     end.set()
     busy.join()
     painting.join()
