@@ -2,7 +2,7 @@
 
 A cross-attention uses its context c only as K = W_k c and V = W_v c. Both depend on the style and the stage, not on
 the picture or the step, so a style *is* its keys and values, packed as `lsast_train.base.kv_packing` says. In the
-order of this file: a style's prompts are found, bound to their base, checked, projected and written.
+order of this file: a style's prompts are read, bound to their base, checked, projected and written.
 """
 
 from __future__ import annotations

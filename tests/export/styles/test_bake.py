@@ -70,7 +70,9 @@ def test_denoiser_module_on_packed_kv_matches_the_base_on_contexts(base: Base) -
     edges = (torch.rand(2, 3, 64, 128) < 0.1).float()
     unet, control = kv_layouts(base)
     with torch.no_grad():
-        expected = base.eps(latent, timestep, contexts, edges, control_contexts)
+        expected = base.eps(
+            latent, timestep, contexts, residuals=base.control(latent, timestep, control_contexts, edges)
+        )
         hint = base.controlnet.controlnet_cond_embedding(edges)
         kv = unet.project(contexts)[None], control.project(control_contexts)
         with graph_module(base, DENOISER) as denoiser:

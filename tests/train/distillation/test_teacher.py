@@ -21,7 +21,9 @@ def _guided(base: Base, prompts: torch.Tensor, latent: torch.Tensor, t: int, edg
     time = torch.full((len(latent),), t)
     with torch.no_grad():
         plain = base.eps(latent, time, contexts, edges)
-        return base.eps(latent, time, null, edges, control_contexts=contexts) * (1 - g) + g * plain, plain
+        return base.eps(latent, time, null, residuals=base.control(latent, time, contexts, edges)) * (
+            1 - g
+        ) + g * plain, plain
 
 
 def test_teacher_targets_are_the_guided_noise_of_two_passes(

@@ -100,7 +100,8 @@ def test_finetuning_paints_in_the_palette_of_the_runtime(
         own = run.prompts.values[step.stage].expand(2, -1, -1, -1)
         null = base.null_context.expand(2, 3, -1, -1)
         time = torch.full((2,), step.t)
-        guided = [base.eps(latent, time, context, edges, control_contexts=own).numpy() for context in (null, own)]
+        residuals = base.control(latent, time, own, edges)
+        guided = [base.eps(latent, time, context, residuals=residuals).numpy() for context in (null, own)]
     level = schedule.noise.level(step.t)
     for row in range(2):
         np.testing.assert_allclose(matched[row], palette.match(latent[row].numpy()), rtol=1e-4, atol=1e-5)
@@ -109,11 +110,11 @@ def test_finetuning_paints_in_the_palette_of_the_runtime(
         np.testing.assert_allclose(x0[row], level.x0(latent[row].numpy(), limited), rtol=1e-3, atol=1e-3)
 
 
-def test_gradient_of_the_last_step_is_that_of_the_painted_latent(
+def test_gradient_of_one_step_is_that_of_autograd_through_the_solver(
     base: Base, collection: PaintingDataset, contents: PaintingDataset, prompts: Prompts, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """With one step the painting is that step's x0 but for the last noise level: autograd through it agrees."""
+    """One step of DDIM is linear in x0, so the straight-through estimate is autograd's gradient but for a factor."""
     monkeypatch.setattr("lsast_train.finetuning.finetuning.SAMPLER_STEPS", 1)
     options = replace(BRIEF, strength=1.0, batch=2)
     run = Finetuning(base, prompts, collection, contents, options, "redder", tmp_path)
@@ -128,7 +129,13 @@ def test_gradient_of_the_last_step_is_that_of_the_painted_latent(
     with torch.no_grad():
         painted, [(timestep, z)] = run._paint(images, edges, generator)
     x0 = run._x0(z, timestep, edges)
-    run._total(run._losses(painted + x0 - x0.detach(), images, remember=True)).backward()
+    schedule = TimestepSchedule.build(base.config.noise, 1, 1.0, 10)
+    (start, end), (step,) = schedule.levels(), schedule.steps
+    assert timestep == step.t
+    through = end.alpha * x0 + end.sigma / start.sigma * (z - start.alpha * x0)
+    torch.testing.assert_close(through.detach(), painted, rtol=1e-4, atol=1e-4)
+    run._total(run._losses(through, images, remember=True)).backward()
+    found = found * (end.alpha - end.sigma / start.sigma * start.alpha)
     torch.testing.assert_close(found, run.prompts.values.grad, rtol=1e-3, atol=1e-7)
 
 

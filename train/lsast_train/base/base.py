@@ -113,7 +113,6 @@ class Base:
         timestep: torch.Tensor,
         contexts: Contexts,
         edges: torch.Tensor | None = None,
-        control_contexts: Contexts | None = None,
         residuals: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
         """Predicted noise [B, 4, h, w].
@@ -124,12 +123,10 @@ class Base:
             contexts: [B, 3, tokens, dim], a context for each layer group, or three of [B, tokens, dim].
             edges: [B, 3, 8h, 8w] of 0 and 1; None leaves ControlNet out, as the released training does
                 (docs/method.md §3).
-            control_contexts: contexts of the ControlNet; `contexts` if None.
-            residuals: of the ControlNet, as `control` gives them; in place of `edges`.
+            residuals: of the ControlNet, as `control` gives them, where its contexts differ; in place of `edges`.
         """
         if residuals is None:
-            own = contexts if control_contexts is None else control_contexts
-            residuals = {} if edges is None else self.control(latent, timestep, own, edges)
+            residuals = {} if edges is None else self.control(latent, timestep, contexts, edges)
         kwargs = layer_contexts(contexts)
         output = self.unet(latent, timestep, None, cross_attention_kwargs=kwargs, **residuals, return_dict=False)[0]
         return self.eps_from_output(output, latent, timestep)

@@ -89,7 +89,7 @@ def finetune(
         if options.mixed_precision != "no":
             loaded.round_unet(options.mixed_precision)
         works, others = (
-            PaintingDataset.load(folder, options.size, "random", loaded.config.size) for folder in (images, contents)
+            PaintingDataset.load(tree, options.size, "random", loaded.config.size) for tree in (images, contents)
         )
         result = Finetuning(loaded, prompts, works, others, options, name, folder, resume, device=device).run()
     print_result(result_facts(result), result.file)

@@ -122,7 +122,7 @@ class Finetuning:
             self.loop.restore()
 
     def run(self) -> RunResult:
-        """Train to the last step and write the best prompts.
+        """Train to the last step and write its prompts.
 
         Raises:
             TrainingError: a loss that is not finite.
@@ -188,7 +188,10 @@ class Finetuning:
         return torch.from_numpy(z).to(base.device), states
 
     def _x0(self, z: torch.Tensor, timestep: int, edges: torch.Tensor) -> torch.Tensor:
-        """The guided data prediction [B, 4, h, w] at the latents `z`, with the palette's limit."""
+        """The guided data prediction [B, 4, h, w] at the latents `z`, with the palette's limit.
+
+        Its unguided half has no gradient, though the style reaches it through the ControlNet.
+        """
         base, options = self.base, self.options
         stage = timestep * len(self.source.prompts) // base.config.noise.train_steps
         own = self.prompts.values[stage].expand(len(z), -1, -1, -1)

@@ -15,12 +15,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from lsast_engines.images import import_opencv
 
 from ..mini.perceptual import LiteDistance
 
@@ -150,6 +151,7 @@ def roughness(images: torch.Tensor) -> torch.Tensor:
 
 def fitted(pixels: npt.NDArray[np.uint8], side: int) -> npt.NDArray[np.uint8]:
     """A picture [H, W, 3] at an area of about side² pixels."""
+    cv2 = import_opencv()
     height, width = pixels.shape[:2]
     scale = side / math.sqrt(height * width)
     size = (max(round(width * scale), 2 * _BLOCK), max(round(height * scale), 2 * _BLOCK))
