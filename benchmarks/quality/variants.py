@@ -20,6 +20,7 @@ import copy
 import json
 import logging
 import math
+import shutil
 import statistics
 import tempfile
 from dataclasses import replace
@@ -93,15 +94,21 @@ def main(
                 raise click.ClickException(f"{target} is a run of {found}; expected {setting}: choose another --out")
             continue
         options = replace(quick, generator=generator, seed=seed)
-        record = run(loaded, collection, options, WARM_START if variant == "warm" else (variant,))
+        prompts = target.with_suffix(".prompts.safetensors")
+        record = run(loaded, collection, options, WARM_START if variant == "warm" else (variant,), prompts)
         with replace_file(target) as handle:
             handle.write(json.dumps({"setting": setting, **record}, indent=1).encode())
         click.echo(f"{target.name}: {record['gained']:.4f} in {record['seconds']:.0f} s")
     click.echo(table(out))
 
 
-def run(base: Base, paintings: PaintingDataset, options: TrainOptions, variants: tuple[Variant, ...]) -> dict[str, Any]:
-    """Learn the `variants` one after another, each from the last one's prompts, in equal parts of the steps."""
+def run(
+    base: Base, paintings: PaintingDataset, options: TrainOptions, variants: tuple[Variant, ...], prompts: Path
+) -> dict[str, Any]:
+    """Learn the `variants` one after another, each from the last one's prompts, in equal parts of the steps.
+
+    The last one's prompts are written to the file `prompts`.
+    """
     before: PromptSpace | None = None
     initial = own = found = math.nan
     seconds, best = 0.0, []
@@ -115,6 +122,7 @@ def run(base: Base, paintings: PaintingDataset, options: TrainOptions, variants:
             else:
                 copy_prompts(before, inversion.space)
             result = inversion.run()
+            shutil.copyfile(result.file, prompts)
         before = copy.deepcopy(inversion.best)
         found = held_out_loss(inversion.held_out, before)
         seconds += result.seconds
