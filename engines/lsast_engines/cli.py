@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -31,6 +32,9 @@ _READER_GONE = 141
 """Exit status of a program whose reader closed the pipe: that of the signal SIGPIPE."""
 
 _LONGEST = 1000
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+"""Control characters and line breaks."""
 
 _HELP = {"-h", "--help", "-V", "--version"}
 
@@ -205,22 +209,31 @@ def describe(error: Exception) -> str:
     return f"unexpected {type(error).__name__}: {error} (--debug shows where)"
 
 
-def echo(text: object, *, err: bool = False) -> None:
-    """Print lines on stdout, or on stderr.
+def echo(*lines: object, err: bool = False) -> None:
+    """Print each of `lines` as one line on stdout, or on stderr.
 
-    What does not print is escaped (`errors.shown`) on stderr and on a terminal. Elsewhere names of files keep their
-    bytes, also those that are no text. Letters that the stream's encoding lacks are escaped.
+    What does not print is escaped (`errors.shown`) on stderr and on a terminal. Elsewhere control characters are, and
+    names of files keep their other bytes, also those that are no text. Letters that the stream's encoding lacks are
+    escaped.
     """
     stream = sys.stderr if err else sys.stdout
-    lines = str(text)
     if err or stream.isatty():
-        lines = "\n".join(map(shown, lines.split("\n")))
+        texts = [shown(line) for line in lines]
+    else:
+        texts = [_CONTROL.sub(lambda found: shown(found[0]), str(line)) for line in lines]
+    text = "".join(f"{line}\n" for line in texts)
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
-        data = f"{lines}\n".encode(encoding, "surrogateescape")
+        data = text.encode(encoding, "surrogateescape")
     except UnicodeEncodeError:
-        data = f"{lines}\n".encode(encoding, "backslashreplace")
+        data = text.encode(encoding, "backslashreplace")
     _write(data, err)
+
+
+def lines_of(message: str) -> list[str]:
+    """The lines of a message: those after the first are indented, as `errors.fault_list` does; other line breaks are
+    part of a name."""
+    return re.split(r"\n(?=  )", message)
 
 
 def write_stdout(data: bytes) -> None:
@@ -261,8 +274,8 @@ def is_closed(stream: object) -> bool:
 
 def fail(message: str, status: int) -> NoReturn:
     """Print a message on stderr, its lines shortened to `_LONGEST` letters, and end with an exit status."""
-    lines = (line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…" for line in f"Error: {message}".split("\n"))
-    echo("\n".join(lines), err=True)
+    lines = (line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…" for line in lines_of(f"Error: {message}"))
+    echo(*lines, err=True)
     raise click.exceptions.Exit(status)
 
 
@@ -323,9 +336,9 @@ json_option = _flag(_JSON, "--json", text="Print JSON objects on stdout, one a l
 """Adds `--json` to a command; no parameter of the function, see `print_result`."""
 
 
-def print_result(facts: Mapping[str, Any], text: object) -> None:
-    """Print the result on stdout: `facts` as one JSON object with `--json`, else `text`."""
-    echo(json.dumps(finite_json(facts)) if as_json() else text)
+def print_result(facts: Mapping[str, Any], *lines: object) -> None:
+    """Print the result on stdout: `facts` as one JSON object with `--json`, else `lines` (see `echo`)."""
+    echo(*([json.dumps(finite_json(facts))] if as_json() else lines))
 
 
 def finite_json(value: Any) -> Any:
@@ -359,7 +372,8 @@ class _EchoHandler(logging.Handler):
         from tqdm import tqdm
 
         with tqdm.external_write_mode(file=sys.stderr):
-            echo(self.format(record), err=True)
+            trace = traceback.format_exception(record.exc_info[1]) if record.exc_info else []
+            echo(*lines_of(record.getMessage()), *"".join(trace).splitlines(), err=True)
 
 
 @contextlib.contextmanager

@@ -114,7 +114,7 @@ def main(
         report = evaluate(contents, works, artists, methods, artist, options, photos=photos, leave_out=leave_out)
     if sheet is not None:
         report.sheet(sheet, sheet_rows)
-    print_result(report.to_json(), report.table())
+    print_result(report.to_json(), *report.table().split("\n"))
 
 
 @main.command("vote")
@@ -200,7 +200,7 @@ def votes(files: tuple[Path, ...], confidence: float) -> None:
         f"* {len(cast)} votes of {voters} voters; {side}",
         f"* intervals of {confidence:.0%} are Wilson's, as if every vote had a person and a picture of its own",
     ]
-    print_result(facts, "\n".join(lines))
+    print_result(facts, *lines)
 
 
 def _pair(method: str, other: str | None) -> str:

@@ -41,8 +41,8 @@ def test_command_of_a_system_error_says_it_without_surprise(error: Exception, me
 
 
 def test_command_escapes_what_does_not_print_in_messages() -> None:
-    status, text = run(LsastError("two:\n  - a\x1b[2Jb\u202e\udcff\r"))
-    assert (status, text) == (1, "Error: two:\n  - a\\x1b[2Jb\\u202e\\udcff\\r\n")
+    status, text = run(LsastError("two:\n  - a\x1b[2Jb\u202e\udcff\r\n  - c\nError: forged"))
+    assert (status, text) == (1, "Error: two:\n  - a\\x1b[2Jb\\u202e\\udcff\\r\n  - c\\nError: forged\n")
 
 
 def test_shown_keeps_letters_and_escapes_lines() -> None:
@@ -69,11 +69,13 @@ from lsast_engines.cli import Command, echo
 def names():
     echo("caf\\udce9")
     echo("\\u65e5")
+    echo("a\\nb\\x1b\\u202e")
     echo("caf\\udce9", err=True)
 
 names()
 """
-OUT, ERR = "caf\udce9\n日\n", "caf\\udce9\n"
+LINE, ASCII_LINE, ERR = "a\\nb\\x1b\u202e\n", "a\\nb\\x1b\\u202e\n", "caf\\udce9\n"
+OUT = f"caf\udce9\n日\n{LINE}"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a shell and /dev/full")
@@ -81,7 +83,7 @@ OUT, ERR = "caf\udce9\n日\n", "caf\\udce9\n"
     ("redirection", "encoding", "expected"),
     [
         ("", "utf-8:strict", (0, OUT, ERR)),
-        ("", "ascii", (0, "caf\udce9\n\\u65e5\n", ERR)),
+        ("", "ascii", (0, f"caf\udce9\n\\u65e5\n{ASCII_LINE}", ERR)),
         ("<&- >&-", "utf-8", (0, "", ERR)),
         ("2>&-", "utf-8", (0, OUT, "")),
         ("2>/dev/full", "utf-8", (0, OUT, "")),

@@ -68,7 +68,7 @@ def golden_command(prefix: Path, backend: str, tolerance: float) -> None:
         f"{name:{width}}  {error:.2e}{'' if error <= tolerance else '  past the tolerance'}"
         for name, error in report.errors.items()
     ]
-    print_result(facts, "\n".join(lines))
+    print_result(facts, *lines)
     if not report.passed:
         heading = f"{prefix} is not reproduced on {backend}:"
         raise ParityError(fault_list(heading, past_tolerance(report.errors, tolerance)))

@@ -97,7 +97,7 @@ def bake(
         from ..tensorrt.compile import CompileOptions
 
         facts["compiled"] = compile_engines(bundle.path, CompileOptions(backend))
-    print_result(facts, "\n".join(paths.values()))
+    print_result(facts, *paths.values())
 
 
 for _command in (

@@ -50,7 +50,7 @@ def remove(entries: list[Entry]) -> None:
         raise LsastError(fault_list("these are in use, or not yours to remove:", kept))
 
 
-def as_text(entries: list[Entry]) -> str:
+def as_lines(entries: list[Entry]) -> list[str]:
     """The entries for a terminal, those of one kind and bundle together."""
     sizes: dict[tuple[str, str], int] = {}
     for entry in entries:
@@ -58,7 +58,7 @@ def as_text(entries: list[Entry]) -> str:
         sizes[entry.kind, about] = sizes.get((entry.kind, about), 0) + entry.bytes
     width = max((len(kind) for kind, _ in sizes), default=0)
     lines = [f"{size / 1e6:9.1f} MB  {kind:{width}}  {about}" for (kind, about), size in sizes.items()]
-    return "\n".join([*lines, f"{sum(sizes.values()) / 1e6:9.1f} MB in {cache_home()}"])
+    return [*lines, f"{sum(sizes.values()) / 1e6:9.1f} MB in {cache_home()}"]
 
 
 def _entries(home: Path) -> Iterator[Entry]:

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import click
 
-from lsast_engines.cli import Command, Group, debug_option, echo, json_option, log_to_stderr, print_result
+from lsast_engines.cli import Command, Group, debug_option, echo, json_option, lines_of, log_to_stderr, print_result
 from lsast_engines.errors import StyleError
 
 _OTHERS = {
@@ -99,12 +99,12 @@ def styles(picture: Path | None, bundle: str | None, sheet: str | None) -> None:
         try:
             scale = StyleFile(path).distilled_guidance
         except StyleError as error:  # one damaged style does not hide the others
-            echo(error, err=True)
+            echo(*lines_of(str(error)), err=True)
         else:
             found.append(name)
             scales |= {name: scale} if scale else {}
     if sheet is None:
-        print_result({"styles": found, "guidance_baked": scales}, "\n".join(found))
+        print_result({"styles": found, "guidance_baked": scales}, *found)
         return
     from ..images.sample import SAMPLE, THUMBNAIL
 
@@ -133,13 +133,13 @@ def cache(action: str) -> None:
       lsast cache
       lsast cache prune
     """
-    from .cache import as_text, cache_entries, remove
+    from .cache import as_lines, cache_entries, remove
 
     with log_to_stderr(logging.WARNING):
         if action != "list":
             remove([entry for entry in cache_entries() if action == "clear" or not entry.used])
         entries = cache_entries()
-    print_result({"entries": [asdict(entry) | {"path": str(entry.path)} for entry in entries]}, as_text(entries))
+    print_result({"entries": [asdict(entry) | {"path": str(entry.path)} for entry in entries]}, *as_lines(entries))
 
 
 @main.command("doctor", cls=Command)
@@ -156,6 +156,6 @@ def doctor() -> None:
 
     with log_to_stderr(logging.WARNING):
         found = examine()
-    print_result(asdict(found) | {"healthy": found.healthy}, found.text())
+    print_result(asdict(found) | {"healthy": found.healthy}, *found.lines())
     if not found.healthy:
         raise click.exceptions.Exit(1)

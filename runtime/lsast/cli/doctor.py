@@ -67,7 +67,7 @@ class Report:
         """Whether some backend works and nothing is broken."""
         return not self.faults and any(backend.devices for backend in self.backends)
 
-    def text(self) -> str:
+    def lines(self) -> list[str]:
         """The report for a terminal."""
         width = max(map(len, self.libraries))
         lines = [f"system    {self.system}", f"auto      {self.auto}"]
@@ -81,7 +81,7 @@ class Report:
         for state in self.backends:
             lines += [f"  {state.name:<{width}}  {'; '.join(filter(None, (', '.join(state.devices), state.remedy)))}"]
         lines += ["", *(f"fault: {fault}" for fault in self.faults)] if self.faults else []
-        return "\n".join(lines)
+        return lines
 
 
 def examine() -> Report:

@@ -139,6 +139,7 @@ def default_output(source: str) -> str:
 
 def named(name: str, reason: str) -> str:
     """The line that says why a file cannot be painted, with its name once."""
+    name, reason = shown(name), shown(reason)
     word = rf"(?<![^\s'\"(]){re.escape(name)}(?![^\s'\",:;)])"  # photo.jpg is not named by photo.jpg.png
     return reason if re.search(word, reason) else f"{name}: {reason}"
 

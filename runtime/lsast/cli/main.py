@@ -195,20 +195,17 @@ def main(
         fail("found --grid and several pictures; expected: lsast-run IN OUT --grid OPTION=A,B", USAGE)
     where = {name: options.pop(name) for name in SECTIONS["Bundle and backend"]}
     options = {name: value for name, value in options.items() if value is not None}
-    from .inputs import Job, default_output, plan_jobs, require_input
+    from .inputs import Job, default_output, plan_jobs
     from .run import paint_several
 
     with log_to_stderr(logging.WARNING):
-        if "mask" in options:
-            require_input(Path(options["mask"]))
-            if origin is None and not Path(options["mask"]).is_file():  # a pipe can be read only once
-                from lsast_engines.picture_file import open_file
-
-                with open_file(Path(options["mask"])) as handle:
-                    options["mask"] = handle.read()
         if origin is not None:
             _repeat(origin, (*paths, *filter(None, [out])), where, options)
             return
+        if "mask" in options:  # read once for all pictures, and before them
+            from lsast_engines.images import read_picture
+
+            options["mask"] = read_picture(options["mask"], where["max_megapixels"])
         out = out or (paths[-1] if len(paths) > 1 else default_output(paths[0]))
         if axes:
             _paint_sheet(Job(Path(sources[0]), Path(out)), axes, where, options)

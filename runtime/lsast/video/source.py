@@ -66,6 +66,8 @@ class Source(Protocol):
     """Number of frames, if it is known before they are read."""
     sample_aspect: Fraction
     """Width of a displayed pixel by its height."""
+    plays: int
+    """How often an animated picture is shown; 0 is without end, also of a video."""
 
     def frames(self) -> Iterator[Frame]:
         """The frames. To be called once.
@@ -108,6 +110,7 @@ class _Video:
         self.time_base = self._stream.time_base or 1 / self.rate
         self.count = self._stream.frames or None
         self.sample_aspect = self._stream.sample_aspect_ratio or Fraction(1)
+        self.plays = 0
         self._start = start_of(container)
         self._damaged = 0
 
@@ -177,6 +180,9 @@ class _Animation:
             raise PictureError(f"{path} has {self._image.width} x {self._image.height} pixels; scale it down")
         self.count: int | None = self._number
         self.time_base, self.rate, self.sample_aspect = Fraction(1, 1000), Fraction(10), Fraction(1)
+        self.plays = self._image.info.get("loop", 1)
+        if self._image.format == "GIF" and self.plays:  # it holds the number of repetitions, and none at all for 1
+            self.plays += "loop" in self._image.info
 
     def frames(self) -> Iterator[Frame]:
         """See `Source`."""

@@ -123,7 +123,8 @@ def paint_video(
             if is_flat:
                 _log.warning("%s: the format has no transparency; the painting is composited on white", shown(out))
             with writing(out), replace_file(out) as handle:
-                join(unfinished.segments(), unfinished.last_duration * video.time_base, source, handle, form)
+                last = unfinished.last_duration * video.time_base
+                join(unfinished.segments(), last, source, handle, form, video.plays)
             finished = True
         finally:
             unfinished.close(finished=finished)

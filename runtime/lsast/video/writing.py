@@ -6,7 +6,7 @@ import contextlib
 import heapq
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -39,8 +39,6 @@ class OutputFormat:
     """Of animated pictures, the encoder of the frames; their segments are lossless."""
     pixels: str = ""
     """FFmpeg's name of the pixel format that the encoder of an animated picture takes."""
-    options: dict[str, str] = field(default_factory=dict, hash=False)
-    """Of the container."""
 
     @property
     def is_animation(self) -> bool:
@@ -48,7 +46,7 @@ class OutputFormat:
         return self.codec != "libx264"
 
 
-_APNG = OutputFormat("apng", "apng", "rgba", {"plays": "0"})
+_APNG = OutputFormat("apng", "apng", "rgba")
 _FORMATS = {
     ".m4v": OutputFormat("mp4"),
     ".mkv": OutputFormat("matroska"),
@@ -56,7 +54,7 @@ _FORMATS = {
     ".mp4": OutputFormat("mp4"),
     ".apng": _APNG,
     ".png": _APNG,
-    ".gif": OutputFormat("gif", "gif", "pal8", {"loop": "0"}),
+    ".gif": OutputFormat("gif", "gif", "pal8"),
     ".webp": OutputFormat("webp", "libwebp_anim"),
 }
 
@@ -223,7 +221,13 @@ class SegmentEncoder:
         return stream
 
 
-def join(segments: list[Path], last: Fraction, source: Path, handle: BinaryIO, form: OutputFormat) -> None:
+_MOST_PLAYS = 65535
+"""WebP's, and FFmpeg's for PNG; GIF holds one more."""
+
+
+def join(
+    segments: list[Path], last: Fraction, source: Path, handle: BinaryIO, form: OutputFormat, plays: int = 0
+) -> None:
     """Write the segments, and of a video the source's sound, into one file, by time.
 
     Args:
@@ -232,10 +236,11 @@ def join(segments: list[Path], last: Fraction, source: Path, handle: BinaryIO, f
         source: the video.
         handle: the file.
         form: its format.
+        plays: how often an animated picture is shown; 0 is without end.
     """
     if form.is_animation:
         write = _join_webp if form.container == "webp" else _join_animation
-        write(_segment_frames(segments), last, handle, form)
+        write(_segment_frames(segments), last, handle, form, plays)
         return
     av = pyav()
     with contextlib.ExitStack() as stack:
@@ -304,12 +309,15 @@ def _segment_frames(segments: list[Path]) -> Iterator[Any]:
             yield from container.decode(video=0)
 
 
-def _join_animation(frames: Iterator[Any], last: Fraction, handle: BinaryIO, form: OutputFormat) -> None:
+def _join_animation(frames: Iterator[Any], last: Fraction, handle: BinaryIO, form: OutputFormat, plays: int) -> None:
     """Write a GIF or an animated PNG."""
     unit, final = Fraction(1, 1000), {"final_delay": f"{float(last):.3f}"} if last else {}
+    options = {"plays": str(min(plays, _MOST_PLAYS))}
     if form.container == "gif":
         unit, final = Fraction(1, 100), {"final_delay": str(max(2, round(last * 100)))} if last else {}
-    with pyav().open(handle, "w", format=form.container, options={**form.options, **final}) as joined:
+        # FFmpeg's number of repetitions: -1 is none, 0 no end.
+        options = {"loop": str(min(plays - 1, _MOST_PLAYS) or -1) if plays else "0"}
+    with pyav().open(handle, "w", format=form.container, options={**options, **final}) as joined:
         stream: Any = None
         start = -1
         for frame in _with_palette(frames) if form.pixels == "pal8" else frames:
@@ -325,7 +333,7 @@ def _join_animation(frames: Iterator[Any], last: Fraction, handle: BinaryIO, for
         joined.mux(stream.encode(None))
 
 
-def _join_webp(frames: Iterator[Any], last: Fraction, handle: BinaryIO, form: OutputFormat) -> None:
+def _join_webp(frames: Iterator[Any], last: Fraction, handle: BinaryIO, form: OutputFormat, plays: int) -> None:
     """Write an animated WebP by Pillow, which takes all frames at once: FFmpeg's loses the duration of the last."""
     starts, images = [], []
     for frame in frames:
@@ -334,7 +342,8 @@ def _join_webp(frames: Iterator[Any], last: Fraction, handle: BinaryIO, form: Ou
     durations = [later - start for start, later in pairwise(starts)]
     durations.append(round(last * 1000) or (durations or [100])[-1])
     first, *others = images
-    first.save(handle, form.container, save_all=True, append_images=others, duration=durations, loop=0, quality=95)
+    shown = {"duration": durations, "loop": min(plays, _MOST_PLAYS)}
+    first.save(handle, form.container, save_all=True, append_images=others, **shown, quality=95)
 
 
 def _with_palette(frames: Iterator[Any]) -> Iterator[Any]:

@@ -42,8 +42,8 @@ def test_examine_reports_on_this_machine() -> None:
     assert "cpu" in states["onnxruntime"].devices
     assert states["onnxruntime"].remedy == ""
     assert report.healthy == (not report.faults)
-    assert "numpy" in report.text()
-    assert "telemetry off" in report.text()
+    assert "numpy" in "\n".join(report.lines())
+    assert "telemetry off" in "\n".join(report.lines())
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_examine_says_what_auto_takes_and_what_would_be_faster(
     assert report.auto.startswith(auto)
     assert report.faster.startswith(faster)
     assert bool(report.faster) is bool(faster)
-    assert f"auto      {report.auto}" in report.text()
+    assert f"auto      {report.auto}" in report.lines()
 
 
 def test_examine_with_both_onnxruntime_wheels_reports_a_fault(installed: dict[str, str]) -> None:
@@ -79,7 +79,7 @@ def test_examine_with_both_onnxruntime_wheels_reports_a_fault(installed: dict[st
     assert fault.startswith("found onnxruntime 1.0 and onnxruntime-gpu 1.31.1; expected one of them")
     assert "pip uninstall -y onnxruntime onnxruntime-gpu" in fault
     assert not report.healthy
-    assert f"fault: {fault}" in report.text()
+    assert f"fault: {fault}" in report.lines()
 
 
 def test_examine_with_half_an_onnxruntime_reports_a_fault(
@@ -148,12 +148,12 @@ def test_examine_says_why_there_is_no_gpu(
     machine: Callable[..., Report], driver: Driver | None, gpu: str, rtx: str
 ) -> None:
     report = machine(driver)
-    assert f"gpu       {gpu}" in report.text()
+    assert f"gpu       {gpu}" in "\n".join(report.lines())
     states = {backend.name: backend for backend in report.backends}
     found = states["tensorrt-rtx"]
     assert rtx == "cuda" if found.devices else found.remedy.startswith(rtx or report.gpu_fault)
     assert states["tensorrt"].remedy.startswith("pip install 'lsast[tensorrt]'")
-    assert "driver    none (no nvidia-smi)" in report.text()
+    assert "driver    none (no nvidia-smi)" in report.lines()
     assert report.healthy  # it paints on the CPU, as its wheel says
 
 

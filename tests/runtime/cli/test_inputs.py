@@ -198,6 +198,24 @@ def test_lsast_run_with_options_invalid_for_all_files_ends(folder: Path) -> None
     assert not (folder / "out").exists()
 
 
+def test_lsast_run_with_a_mask_that_cannot_be_read_tells_it_once(folder: Path) -> None:
+    (folder / "mask.png").write_bytes(b"no picture")
+    result = _run("in", "out", "--mask", "mask.png")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("Error: mask.png is not a picture")
+    assert not (folder / "out").exists()
+
+
+def test_lsast_run_of_names_with_line_breaks_prints_one_line_a_file(folder: Path) -> None:
+    (folder / "in" / "a.png").rename(folder / "in" / "a\nError: b\x1b.png")
+    (folder / "in" / "b.jpg").rename(folder / "in" / "c\nd.jpg")
+    (folder / "in" / "c\nd.jpg").write_bytes(b"no picture")
+    result = _run("in", "out")
+    assert result.stdout.splitlines()[0] == r"out/a\nError: b\x1b.png"
+    assert r"  - in/c\nd.jpg is not a picture" in result.stderr
+    assert len(result.stdout.splitlines()) == 3
+
+
 def test_lsast_run_of_several_with_json_prints_one_line_a_file(folder: Path) -> None:
     (folder / "out").mkdir()
     (folder / "out" / "a.png").write_bytes(b"there")

@@ -187,6 +187,26 @@ def test_paint_video_of_animated_pictures_keeps_times_and_opacity(
         assert container.duration == 1_000_000
 
 
+@pytest.mark.parametrize("plays", [0, 1, 4])
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".apng"])
+def test_paint_video_of_an_animated_picture_is_shown_as_often_as_it_is(
+    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path, suffix: str, plays: int
+) -> None:
+    def loop(path: Path) -> int | None:
+        if path.suffix != ".gif":
+            return plays
+        return {0: 0, 1: None}.get(plays, plays - 1)  # GIF holds the number of repetitions, and none at all for 1
+
+    first, second = (Image.fromarray(photo[at : at + 48, :64]) for at in (0, 16))
+    source = tmp_path / f"in{suffix}"
+    words = {} if loop(source) is None else {"loop": loop(source)}
+    first.save(source, {".apng": "PNG"}.get(suffix), save_all=True, append_images=[second], **words)
+    for out in (tmp_path / f"out{kind}" for kind in (".gif", ".webp", ".apng")):
+        paint_video(source, out, stylizer, QUICK)
+        with Image.open(out) as painted:
+            assert painted.info.get("loop") == loop(out)
+
+
 def test_paint_video_of_a_damaged_stream_paints_what_can_be_decoded(
     stylizer: Stylizer, photo: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
