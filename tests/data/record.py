@@ -3,7 +3,7 @@
 A three-level U-Net and ControlNet of random fp16 weights go once through the run of the released code as it is called
 by default (50 steps, strength 0.7, guidance 10) and through four of its training steps; a generator of random weights
 is pickled as its training does. Everything is computed by tests/oracles/released_lsast.py. A second run writes the same
-tensors; only the order of the metadata in the headers may differ.
+tensors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "oracles"))
 
-from golden_sets import OWN, TransformerBlock, save_checkpoint, write_set  # noqa: E402
+from golden_sets import OWN, TransformerBlock, record, save_checkpoint  # noqa: E402
 from released_lsast import generator, training_step  # noqa: E402
 
 RECIPE = {"channel_mult": (1, 1, 1), "attending": (0, 1), "size": (8, 8)}
@@ -59,6 +59,8 @@ def record_generator() -> None:
 
 
 if __name__ == "__main__":
-    write_set(OWN.prefix, num_heads=OWN.heads, steps=OWN.steps, strength=OWN.strength, guidance=OWN.guidance, **RECIPE)
+    run = record(num_heads=OWN.heads, steps=OWN.steps, strength=OWN.strength, guidance=OWN.guidance, **RECIPE)
+    for part, tensors in (("unet", run.unet), ("control", run.control), ("io", run.io)):
+        save_file({name: value.contiguous() for name, value in tensors.items()}, f"{OWN.prefix}_{part}.safetensors")
     record_training()
     record_generator()

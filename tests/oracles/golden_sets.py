@@ -1,16 +1,14 @@
-"""Golden sets: recordings of the released algorithm, in the layout of `lsast_export.parity.golden.golden_set`.
+"""Recordings of the released algorithm: what `released_lsast.sample` takes and gives.
 
 `OWN` lies in tests/data; `tests/data/record.py` wrote it with `released_lsast`. `RELEASED` was computed by the released
-code itself; it is not part of the repository, and tests on it are skipped without it. `write_set` records sets of any
+code itself; it is not part of the repository, and tests on it are skipped without it. `record` makes recordings of any
 architecture, schedule and shape.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,10 +18,27 @@ from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from released_lsast import CONTROL, UNET, State, sample
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A run of B pictures in n steps; floats in float32."""
+
+    unet: State
+    """In CompVis naming, as `control`."""
+    control: State
+    io: State
+    """z0, noise, hint, contexts [K, T, dim], unconditional [T, dim], and what `released_lsast.sample` gives: of every
+    step timesteps [n], latents_in, eps_cond and eps_uncond [n·B, 4, h, w]; start_latent, final_latent; and the first
+    step's control_residual_00 …"""
+    heads: int
+    steps: int
+    strength: float
+    guidance: float
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,11 @@ class GoldenFiles:
     def tensors(self, part: str) -> State:
         """Of ``unet``, ``control``, ``io`` or ``train``."""
         return load_file(f"{self.prefix}_{part}.safetensors")
+
+    def recording(self) -> Recording:
+        unet, control, io = (self.tensors(part) for part in ("unet", "control", "io"))
+        io = {name: value.float() if value.is_floating_point() else value for name, value in io.items()}
+        return Recording(unet, control, io, self.heads, self.steps, self.strength, self.guidance)
 
     def generator(self) -> State:
         """``initial`` [1, dim], the checkpoint's constant, and ``prompts`` [30, dim], what its generator gives."""
@@ -196,35 +216,13 @@ def random_inputs(recipe: Recipe) -> State:
     }
 
 
-def write_set(
-    prefix: Path, drop: tuple[str, ...] = (), change: Any = None, says: Mapping[str, str] | None = None, **recipe: Any
-) -> Path:
-    """Record a set of random weights and inputs; returns its prefix.
-
-    Args:
-        prefix: of the files.
-        drop: metadata and tensors to leave out.
-        change: called with the tensors of ``_io`` before they are written.
-        says: metadata to write besides, or instead.
-        recipe: fields of `Recipe`.
-    """
+def record(**recipe: Any) -> Recording:
+    """A run of random weights and inputs; `recipe` are fields of `Recipe`."""
     chosen = replace(Recipe(), **recipe)
-    unet_state, control_state = random_weights(chosen)
+    unet, control = random_weights(chosen)
     inputs = random_inputs(chosen)
     call = (chosen.num_heads, chosen.steps, chosen.strength, chosen.guidance)
-    tensors = {**inputs, **sample(inputs, unet_state, control_state, *call)}
-    if change is not None:
-        change(tensors)
-    names = ("model_channels", "num_res_blocks", "num_heads", "context_dim", "steps", "strength", "guidance")
-    metadata = {name: str(getattr(chosen, name)) for name in names} | dict(says or {})
-    metadata.setdefault("channel_mult", json.dumps(chosen.channel_mult))
-    metadata = {name: value for name, value in metadata.items() if name not in drop}
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    save_file(unet_state, f"{prefix}_unet.safetensors")
-    save_file(control_state, f"{prefix}_control.safetensors")
-    tensors = {name: value.contiguous() for name, value in tensors.items() if name not in drop}
-    save_file(tensors, f"{prefix}_io.safetensors", metadata or None)
-    return prefix
+    return Recording(unet, control, inputs | sample(inputs, unet, control, *call), *call)
 
 
 # What the released training pickles: the parts and names of its generator (docs/method.md §1.3, §3).

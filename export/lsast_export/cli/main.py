@@ -19,7 +19,6 @@ from .add_graphs import decoder_command, parts_command
 from .bundle import bundle_command, bundle_options, export, read_defaults, style_options
 from .check import check_command
 from .compile import compile_command, compile_engines
-from .golden import golden_command
 from .import_ import import_command
 from .quantize import quantize_command
 from .shared import EXTRA
@@ -105,7 +104,6 @@ for _command in (
     check_command,
     compile_command,
     decoder_command,
-    golden_command,
     import_command,
     parts_command,
     quantize_command,

@@ -285,17 +285,13 @@ def require_parity(figures: Mapping[str, float], tolerance: float) -> None:
     Raises:
         ParityError: naming every figure that is not.
     """
-    if faults := past_tolerance(figures, tolerance):
-        raise ParityError(fault_list("the exported graphs do not compute what torch computes:", faults))
-
-
-def past_tolerance(figures: Mapping[str, float], tolerance: float) -> list[str]:
-    """A line for each figure that is not at most `tolerance`."""
-    return [
+    faults = [
         f"{name}: found a relative error of {error:.2e}; expected at most {tolerance:.0e}"
         for name, error in figures.items()
         if not error <= tolerance
     ]
+    if faults:
+        raise ParityError(fault_list("the exported graphs do not compute what torch computes:", faults))
 
 
 def run_copied(engine: Engine, **feeds: Any) -> dict[str, Array]:

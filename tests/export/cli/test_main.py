@@ -61,13 +61,14 @@ def test_missing_library_error_names_the_extra(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "bundle, check, compile, decoder, golden, import, parts, quantize"),
+        ([], "bundle, check, compile, decoder, import, parts, quantize"),
         (["--style", "x", "check", "y"], "found options before 'check'"),
         (["--style", "x", "--precision", "fp16"], "expected it with the command: lsast-export bundle"),
         (["bundle", "--out", "x", "--backend", "tensorrt-rtx"], "lsast-export compile x --backend tensorrt-rtx"),
         (["--style", "x", "--precision", "int8"], "'int8' is not one of"),
         (["bundle"], "Missing option '-o' / '--out'"),
         (["check"], "Missing argument 'BUNDLE'"),
+        (["golden", "x"], "lsast-export golden was removed"),
     ],
 )
 def test_wrong_usage_is_one_line_and_status_2(arguments: list[str], message: str) -> None:

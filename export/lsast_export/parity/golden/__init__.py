@@ -1,1 +1,0 @@
-"""Comparison with recordings of the released LSAST code."""
