@@ -68,7 +68,6 @@ def evaluate(
         artists: folder with a folder for each artist, or None: no deception score.
         methods: name → folder of its results, named like the contents.
         artist: whose folder of `artists` the works belong to. [default: the name of `works`]
-        options: None for the defaults.
         photos: folder of photographs, one more class of the classifier; none of them should be a content.
         leave_out: folders of `artists` that are no class, e.g. a mixture of artists.
         progress: show bars on stderr, where that is a terminal.

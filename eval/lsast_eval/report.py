@@ -124,7 +124,6 @@ class Report:
         """Write a contact sheet as PNG, whole: content, every method's result, and the nearest work.
 
         Args:
-            path: of the PNG.
             rows: how many contents at most, spread evenly over all.
 
         Raises:

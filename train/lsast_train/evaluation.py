@@ -46,10 +46,7 @@ class ValidationSet:
     """Fixed latents, timesteps and noise: every latent is measured once in every stage, at a timestep of its own.
 
     Args:
-        base: the frozen base.
         latents: [N, 4, h, w].
-        seed: of the noise.
-        mixed_precision: of the U-Net.
     """
 
     def __init__(self, base: Base, latents: torch.Tensor, seed: int, mixed_precision: MixedPrecision) -> None:

@@ -60,9 +60,6 @@ class Inversion:
     Args:
         base: moved to the device, without its ControlNet; its weights are never changed.
         paintings: the artist's, loaded with the options' size and crop.
-        options: of the run.
-        name: of the style.
-        folder: for the files of the run.
         licence: of the paintings; kept in the prompt file.
         resume: go on from the checkpoint that a stopped run left in `folder`.
         on_step: called with the number of steps done and the loss after each step.

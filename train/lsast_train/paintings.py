@@ -81,7 +81,6 @@ class PaintingDataset:
             crop: how a training picture is cut from a painting.
             painted: native side of the base in pixels; paintings are held at that scale, so that a smaller training
                 picture is a part of one and no miniature of it.
-            progress: show a bar on stderr.
             paths: only these, all under `folder`.
 
         Raises:
@@ -243,7 +242,6 @@ def latent_statistics(base: Base, paintings: Sequence[Painting], most: int = 24)
 
     Args:
         base: encodes, at most a square in the middle of the size that it paints at.
-        paintings: of the artist.
         most: so many of them, evenly drawn.
     """
     moments = []

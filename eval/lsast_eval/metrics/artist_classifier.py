@@ -71,10 +71,7 @@ class ArtistClassifier:
         """Cross-validate, then train on all pictures but those that will be scored.
 
         Args:
-            classes: class → pictures.
-            artist: one of the classes.
             scored: SHA-256 of files that may not be trained on, in whatever class they lie.
-            cache: gives the vectors.
 
         Raises:
             UsageError: a class has fewer pictures than there are folds.
@@ -132,8 +129,6 @@ class LinearProbe:
         Args:
             vectors: [N, D].
             labels: [N], each below `classes`, each class at least once.
-            classes: how many.
-            l2: weight decay.
         """
         import torch
         import torch.nn.functional as F

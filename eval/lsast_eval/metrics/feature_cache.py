@@ -27,7 +27,6 @@ class FeatureCache:
         network: computes vectors that are not cached yet.
         folder: of the cache; one small file for each picture.
         batch: pictures that go through the network at once.
-        progress: show a bar on stderr, where that is a terminal.
     """
 
     def __init__(self, network: EffNetLite, folder: Path, batch: int = 16, progress: bool = True) -> None:

@@ -60,7 +60,6 @@ def draw_pairs(
     """Every content with every pair of methods, in random order and with random sides.
 
     Args:
-        contents: folder of the contents.
         methods: name → folder of its results, at least two.
         works: folder of the artist's works, or None to show none.
         seed: of the order, the sides and the works.
@@ -90,9 +89,7 @@ class VoteSession:
 
     Args:
         pairs: the questions, in the order they are asked.
-        artist: name of the artist, shown on the page.
         out: votes file; its votes of this voter for this artist are not asked again.
-        voter: tells people apart.
     """
 
     def __init__(self, pairs: Sequence[Pair], artist: str, out: Path, voter: str) -> None:

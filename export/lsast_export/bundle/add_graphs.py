@@ -40,10 +40,7 @@ def add_parts(
     the bundle has are replaced.
 
     Args:
-        path: the bundle.
-        backend: the backend to compare with torch on.
         plan: what is compared, and the tolerance; None for that of `plan_for`.
-        progress: is called at each phase.
 
     Raises:
         BundleError: no sound bundle, or one that cannot be written to.
@@ -120,10 +117,8 @@ def commit_graphs(
     Whenever this is interrupted, the folder holds a sound bundle, with all of the graphs or with none.
 
     Args:
-        path: the bundle.
         manifest: its manifest; graphs of the same names are replaced.
         files: the files to move, by their names in the bundle; on the same disk.
-        specs: the graphs, by name.
         figures: their parity with torch, by name.
     """
     entries = {name: FileEntry(file_sha256(file), file.stat().st_size) for name, file in files.items()}

@@ -95,10 +95,8 @@ def export_bundle(
         base: the base, which is not changed; a `LazyBase` needs less memory.
         out: the folder. A bundle there is replaced, its other styles are kept.
         styles: prompts that were learned on `base`.
-        options: the defaults if None.
         defaults: replace those of `default_options` in the manifest.
         traced: graphs of this base from `trace_graphs`, to write several storage types from one trace.
-        progress: is called at each phase.
 
     Raises:
         ExportError: a graph cannot be exported; styles have different numbers of stages.

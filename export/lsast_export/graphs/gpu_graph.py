@@ -50,9 +50,6 @@ def write_gpu_graph(path: Path, target: Path, name: str, *, half: bool = True, f
     """Write the graph of `path` for GPUs to `target`, which needs the weight files of `path` beside it.
 
     Args:
-        path: a graph of a bundle.
-        target: the file to write.
-        name: of the graph, e.g. ``denoiser``.
         half: compute in fp16, but for `FLOAT_GRAPHS`, else in float32. There is no bf16: up to opset 21 ONNX has no
             convolution in it (onnx.ai/onnx/operators/onnx__Conv.html).
         fused: write attention as ONNX Runtime's operator, else as operators of ONNX, for TensorRT.

@@ -48,7 +48,6 @@ def base_on_meta(parts: LazyBase, **loaded: Any) -> Base:
     """The base of `parts`, its networks on torch's meta device: shapes without memory, which is enough to trace.
 
     Args:
-        parts: the base.
         loaded: networks that are in memory, by the name of `Base`'s field.
     """
     empty = {name: parts.networks[name]().on_meta() for name in NETWORKS if name not in loaded}
@@ -310,7 +309,6 @@ def head_groups(name: str, heads: int, levels: int, side: int) -> int:
 
     Args:
         name: module path, e.g. ``up_blocks.3.attentions.0.transformer_blocks.0.attn1``.
-        heads: its heads.
         levels: levels of the network; each halves the side.
         side: of the native latent, in cells.
     """

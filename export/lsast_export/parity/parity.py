@@ -124,10 +124,7 @@ def measure_parity(
     Args:
         base: the reference, with the weights as the bundle stores them.
         graphs: the ONNX files by name; a small decoder is not compared here (`measure_small_parity`).
-        specs: their specs by name.
-        plan: what is compared.
         backend: see `lsast_engines.backends.registry.open_engine`.
-        device: likewise.
         progress: is called at each phase, and with the time that the loops will take.
         cache: see `lsast_engines.backends.registry.open_engine`.
 

@@ -99,7 +99,6 @@ class Calibration:
         """Prepare the graph of `path` (`fold_weights`).
 
         Args:
-            path: a graph file.
             folder: an empty folder for its weights, which must exist as long as this object is used.
         """
         self.folder = folder

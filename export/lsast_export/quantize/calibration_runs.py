@@ -53,8 +53,6 @@ def load_calibration_images(folder: Path | None, count: int, side: int) -> tuple
 
     Args:
         folder: pictures of any size, of which `count` are cropped to squares; None generates some.
-        count: how many.
-        side: pixels.
 
     Raises:
         UsageError: the folder holds fewer.
@@ -87,10 +85,8 @@ def prepare_runs(
         pictures: [side, side, 3] each, of a legal size.
         styles: names of its styles.
         strengths: strengths to use in turn; None is the default of style and bundle.
-        backend: runs the graphs.
         seed: of the first run's noise; each run has its own.
         folder: of the graphs `vae_encoder` and `controlnet_cond`; by default that of the bundle.
-        compute_dtype: what the graphs compute in.
     """
     manifest = bundle.manifest
 
@@ -151,8 +147,6 @@ def denoise_run(bundle: Bundle, run: SampleRun, denoiser: Denoiser, record: Reco
     """Denoise: → the last latent [1, 4, h, w].
 
     Args:
-        bundle: has the styles.
-        run: the run.
         denoiser: an engine, or an object that is called like one.
         record: is called with the inputs of the denoiser at each step.
     """
@@ -179,12 +173,8 @@ def repaint(
     """The pictures [H, W, 3] of `runs`.
 
     Args:
-        bundle: has the styles.
-        runs: the runs.
-        backend: runs the graphs.
         denoiser: the graph's file; by default that of the bundle.
         decoder: likewise.
-        compute_dtype: what the graphs compute in.
     """
 
     def opened(name: str, path: Path | None) -> Engine:

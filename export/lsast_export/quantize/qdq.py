@@ -68,7 +68,6 @@ def int8_graph(plain: Model, folder: Path, ranges: Ranges, layers: Collection[st
         plain: of `fold_weights`; it is not changed, and weights in a file are not copied.
         folder: of that file.
         ranges: of all `layers`.
-        layers: names of nodes.
 
     Raises:
         ExportError: a layer without a range.

@@ -93,7 +93,6 @@ class WeightFile:
         Args:
             model: is changed; its initializers refer to the weight file afterwards.
             source: folder of the files that its initializers refer to.
-            name: plain file name.
         """
         weights = Weights(model, source)
         for tensor in model.graph.initializer:
@@ -127,7 +126,6 @@ def fold_weights(path: Path, store: InitializerFactory | None = None) -> Model:
     bundle.
 
     Args:
-        path: a graph file.
         store: makes the initializers, one weight in memory at a time. By default they lie in the model; beyond 2 GB it
             can then be saved as external data only.
     """

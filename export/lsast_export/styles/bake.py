@@ -122,9 +122,6 @@ def check_prompts(prompts: Prompts, base: str, fingerprint: str, origins: str) -
     """Refuse prompts that were learned on another base.
 
     Args:
-        prompts: of a style.
-        base: name of the base to bake for.
-        fingerprint: its fingerprint.
         origins: what it says under `EXPORTED_FROM`: prompts learned on the base before its weights were rounded fit.
 
     Raises:
@@ -209,7 +206,6 @@ def bake_style(
     Args:
         projector: of the base; the style is bound to its fingerprint.
         contexts: [stages, 3, tokens, dim], groups in the order of `GROUPS`.
-        name: of the style.
         meta: licence, training facts, default options.
 
     Raises:
@@ -254,7 +250,6 @@ def bake_for_bundle(bundle: Bundle, styles: Sequence[Prompts], distilled: Sequen
     """Bake styles for a bundle, into the user's style folder, where the runtime finds them.
 
     Args:
-        bundle: the bundle.
         styles: prompts that were learned on its base.
         distilled: style files of `lsast-train distill`, which are only checked and copied.
 

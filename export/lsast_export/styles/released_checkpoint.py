@@ -66,7 +66,6 @@ def import_prompts(
     """The prompts in `path`: a released checkpoint, or one of our own files that is bound to no base yet.
 
     Args:
-        path: the file.
         name: of the style; what our file says, or a checkpoint's file name without its ending, if None.
         base: binds them, with its text encoder; None leaves them unbound.
 

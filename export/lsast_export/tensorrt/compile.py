@@ -144,10 +144,7 @@ def compile_bundle(
     """Compile the graphs of a bundle; see `compile_graph`.
 
     Args:
-        bundle: the bundle's folder.
-        options: how.
         out: folder of the engines; by default the one where `lsast-run` looks for them.
-        progress: is called at each phase.
         graphs: names of graphs to compile; by default those that every bundle has.
 
     Raises:

@@ -14,11 +14,7 @@ Residuals = tuple[list[torch.Tensor], torch.Tensor]
 
 
 class BakedBase:
-    """A base that is called with packed keys and values (`lsast_train.base.kv_packing`) and with hint features.
-
-    Args:
-        base: its networks stay as they are.
-    """
+    """A base that is called with packed keys and values (`lsast_train.base.kv_packing`) and with hint features."""
 
     def __init__(self, base: Base) -> None:
         self.base = base
@@ -89,7 +85,6 @@ class BakedBase:
             rows: keys and values of U-Net [T, Wu] and ControlNet [T, Wc].
             hint: [B, C, h, w].
             control: factor of the residuals.
-            mixed_precision: of the networks.
         """
         with autocast(latent.device, mixed_precision):
             return self.eps(latent, timestep, rows[0], self.residuals(latent, timestep, rows[1], hint, control))

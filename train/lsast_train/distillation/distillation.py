@@ -55,11 +55,7 @@ class Distillation:
 
     Args:
         base: moved to the device that accelerate chooses; its weights are never changed.
-        style: the style to distill.
         pictures: of any kind, loaded with the options' size, for the teacher to paint.
-        options: of the run.
-        name: of the new style.
-        folder: for the files of the run.
         resume: go on from the checkpoint that a stopped run left in `folder`.
         on_step: called with the number of steps done and the loss after each step.
 

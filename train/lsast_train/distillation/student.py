@@ -25,7 +25,6 @@ class Student(nn.Module):
     Args:
         kv_unet: [stages, T, Wu]: the style's.
         kv_control: [stages, T, Wc]: the style's.
-        layout: of `kv_unet`.
     """
 
     init: torch.Tensor

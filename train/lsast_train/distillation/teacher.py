@@ -108,8 +108,6 @@ class Teacher:
     """The frozen base with guidance.
 
     Args:
-        baked: the base.
-        style: the original style.
         null: keys and values [T, Wu] of the null context.
         options: guidance, control, schedule.
     """

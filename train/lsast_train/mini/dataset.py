@@ -161,7 +161,6 @@ class LatentDataset:
     """The cache in memory, cut into random windows.
 
     Args:
-        path: of the cache.
         device: where latents and edges lie, and the windows.
 
     Raises:

@@ -203,9 +203,6 @@ class GanTraining:
 
     Args:
         autoencoder: trained in place.
-        options: of the run.
-        device: where to train.
-        teacher: see `train_vae_gan`.
     """
 
     def __init__(
@@ -275,9 +272,7 @@ class GanTraining:
         """Train autoencoder and discriminator in step `step` (from 0).
 
         Args:
-            step: of the run.
             images: crops [B, 3, side, side].
-            perceptual: the perceptual loss.
             sampled: latents [S, 4, side/8, side/8] and their pictures, decoded besides.
             time_left: part of the time limit that is left, 1 to 0.
 
@@ -359,8 +354,6 @@ def train_vae_gan(
 
     Args:
         autoencoder: weights to start from.
-        crops: the pictures.
-        options: of the run.
         folder: gets ``finetune_gan.checkpoint.safetensors``, and at every evaluation ``finetune_gan.log.json`` and the
             fp16 weights ``finetune_gan.safetensors``.
         perceptual: the perceptual loss: `LiteDistance` on `device`.

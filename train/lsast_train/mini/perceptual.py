@@ -28,7 +28,6 @@ class LiteDistance:
     """LPIPS without learned weights (Zhang et al. 2018, eq. 1 with w = 1) on four taps of an EfficientNet-Lite.
 
     Args:
-        device: where it runs.
         size: 1, which training uses, or 2, for a comparison by a network that no training saw.
 
     Raises:

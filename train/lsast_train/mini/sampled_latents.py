@@ -79,7 +79,6 @@ def build_sampled_latents(base: Base, paths: list[Path], out: Path, options: Sam
         base: samples, where it is; with a style encoder.
         paths: training pictures; unreadable ones and those that hold no window are left out.
         out: a safetensors file, replaced whole.
-        options: of the cache.
     """
     rng, began = np.random.default_rng(options.seed), time.monotonic()
     n = options.side

@@ -72,7 +72,6 @@ class Crops:
     """Random crops of pictures at about the scale that mini paints at. Decoded pictures stay in memory.
 
     Args:
-        folders: folders of pictures, searched recursively.
         side: side of a crop in pixels.
         memory: decoded pictures are kept up to this many bytes; the others are read again each time.
 

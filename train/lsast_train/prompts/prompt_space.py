@@ -75,8 +75,6 @@ class PromptSpace(nn.Module):
         initial: matrix [tokens, dim] that every matrix starts near; for ``geglu`` the mean of its rows is the constant
             that the generator starts from.
         variant, generator, layout, gradient: see `options`.
-        stages: equal parts of the noise schedule.
-        train_steps: timesteps of the noise schedule.
         seed: of the small differences between the matrices at the start, or of the generator's weights.
         text: the text encoder; None if the matrices are the contexts.
 
@@ -145,7 +143,6 @@ class PromptSpace(nn.Module):
         """P_k [N, tokens, dim]: of the matrices `index` [N], or of all.
 
         Args:
-            index: numbers of matrices.
             dropout: random numbers for the dropout of ``geglu`` in training; None leaves dropout out.
         """
         if self.generator == "geglu":
@@ -199,8 +196,6 @@ def build_space(base: Base, options: TrainOptions, draw: Callable[[], torch.Tens
     ``a``; else near `initial_context`.
 
     Args:
-        base: the base.
-        options: kind of prompts.
         draw: gives latents of the artist [N, 4, h, w]; called only if the start depends on them.
 
     Raises:

@@ -32,7 +32,6 @@ class GegluGenerator(nn.Module):
 
     Args:
         constant: e, [dim], never trained: in the release CLIP's embedding of the token ``a`` (docs/method.md §1.2).
-        count: matrices.
         tokens: rows of a matrix; 1 in the release.
         inner: channels of queries, keys and values, a multiple of `HEADS`.
         hidden: channels of the gated part; 4 dim if None.

@@ -32,8 +32,6 @@ class TrainingLoop:
 
     Args:
         name: shown beside the progress bar.
-        steps: of the whole run.
-        checkpoint: file of the checkpoint.
         modules, optimizer: their states are in the checkpoint.
         identity: what a resumed run must have in common with its checkpoint, as JSON values.
         evaluate_every: steps between two evaluations; the last step is followed by one, too.

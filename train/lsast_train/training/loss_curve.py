@@ -70,8 +70,6 @@ def save_curve(curve: Curve, path: Path, facts: dict[str, Any], stages: Sequence
     """Write ``path`` (JSON) and the same name with ``.png``, both whole.
 
     Args:
-        curve: what was measured.
-        path: of the JSON.
         facts: more to tell there; ``name`` is the picture's title.
         stages: numbers of the stages that the losses are of; None is 0, 1, 2 …
     """

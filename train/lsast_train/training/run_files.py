@@ -44,7 +44,6 @@ def require_run(files: RunFiles, size: int, multiple: int, resume: bool) -> None
     """Refuse a run that cannot begin.
 
     Args:
-        files: of the run.
         size: side of its pictures in pixels.
         multiple: the base's sides are multiples of it.
         resume: whether it goes on from a checkpoint.
