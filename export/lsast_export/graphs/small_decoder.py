@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
@@ -26,7 +25,7 @@ from lsast_engines.bundle.graph_spec import VAE_DECODER_TINY, tiny_decoder_spec
 from lsast_engines.bundle.manifest import Manifest
 from lsast_engines.errors import ExportError, TrainingError, fault_list
 from lsast_engines.files import replace_file
-from lsast_train.checkpoints.weights import Weights, read_tensors, truncate
+from lsast_train.checkpoints.weights import Weights, read_metadata, read_tensors, truncate
 
 from .trace import TracedGraph, trace
 
@@ -153,7 +152,7 @@ def _found(path: Path) -> tuple[dict[str, Any], Path]:
         raise ExportError(
             f"found nothing at {path}; expected a folder or a file of an AutoencoderTiny, such as TAESD's"
         )
-    return _own_config(path) if path.suffix.lower() == ".safetensors" else {"_class_name": "AutoencoderTiny"}, path
+    return _own_config(path), path
 
 
 def _diffusers_name(key: str) -> str:
@@ -165,9 +164,8 @@ def _diffusers_name(key: str) -> str:
 def _own_config(path: Path) -> dict[str, Any]:
     """The configuration in the metadata of a bundle's file; for other files that of TAESD, the default of diffusers."""
     try:
-        with safe_open(str(path), "pt") as file:
-            config = json.loads((file.metadata() or {}).get(_CONFIG, "{}"))
-    except (OSError, SafetensorError, ValueError) as error:
+        config = json.loads(read_metadata(path).get(_CONFIG, "{}"))
+    except ValueError as error:
         raise TrainingError(f"{path} cannot be read ({error}); get the file again") from error
     return {"_class_name": "AutoencoderTiny", **(config if isinstance(config, dict) else {})}
 

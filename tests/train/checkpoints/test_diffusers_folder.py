@@ -74,6 +74,9 @@ def test_diffusers_folder_schedule_is_read_and_others_are_refused(published: Any
     file.write_text(json.dumps({**schedule, "rescale_betas_zero_snr": True}))
     with pytest.raises(TrainingError, match="rescale_betas_zero_snr; expected betas of a named schedule"):
         open_base(BaseSource(folder, tmp_path / "canny"))
+    file.write_text(json.dumps({"_class_name": "DDIMScheduler", "num_train_timesteps": 1000}))
+    with pytest.raises(TrainingError, match=r"scheduler: .*beta_start"):
+        open_base(BaseSource(folder, tmp_path / "canny"))
     for other in ("FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"):
         file.write_text(json.dumps({"_class_name": other, "num_train_timesteps": 1000}))
         with pytest.raises(TrainingError, match=f"scheduler: found {other}"):
@@ -93,6 +96,26 @@ def test_diffusers_folder_with_missing_parts_reports_all(published: Any, folder:
         "text_encoder: found no text_encoder/weights (model.safetensors or the like)",
     ):
         assert message in str(caught.value), caught.value
+
+
+@pytest.mark.parametrize(
+    ("file", "changed", "message"),
+    [
+        ("unet", {"attention_type": "gated"}, "unet attention_type: found gated; expected default (GLIGEN"),
+        ("unet", {"quantization_config": {"load_in_8bit": True}}, "unet: found quantized weights"),
+        ("vae", {"scaling_factor": 0.13025}, "0.18215 (that of Stable Diffusion XL's autoencoder)"),
+        ("vae", {"scaling_factor": None}, "autoencoder scaling_factor: found None; expected a number above 0"),
+        ("text_encoder", {"hidden_size": "x"}, "text_encoder: its configuration makes no CLIPTextModel"),
+        ("text_encoder", {"num_attention_heads": 7}, "text_encoder: its configuration makes no CLIPTextModel"),
+    ],
+)
+def test_diffusers_folder_with_other_settings_is_refused_by_name(
+    folder: Path, tmp_path: Path, file: str, changed: dict[str, Any], message: str
+) -> None:
+    config = folder / file / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changed}))
+    with pytest.raises(TrainingError, match=re.escape(message)):
+        open_base(BaseSource(folder, tmp_path / "canny"))
 
 
 def test_shard_index_with_a_path_is_refused(folder: Path, tmp_path: Path) -> None:

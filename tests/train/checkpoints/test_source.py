@@ -77,7 +77,9 @@ def _changed(tensors: dict[str, torch.Tensor], name: str, value: torch.Tensor | 
             ],
         ),
         (lambda t: {**t, "cond_stage_model.model.ln_final.bias": torch.zeros(4)}, ["found Stable Diffusion 2"]),
-        (lambda t: {**t, "conditioner.embedders.0.x": torch.zeros(4)}, ["found Stable Diffusion XL"]),
+        (lambda t: {**t, "conditioner.embedders.0.model.x": torch.zeros(4)}, ["or SD-Turbo (OpenCLIP)"]),
+        (lambda t: {**t, "conditioner.embedders.1.x": torch.zeros(4)}, ["found Stable Diffusion XL"]),
+        (lambda t: {k: v for k, v in t.items() if k.startswith("model_ema")}, ["found EMA weights alone"]),
         (lambda t: {"lora_unet_down.lora_up.weight": torch.zeros(4)}, ["found a LoRA"]),
         (lambda t: {"lora_unet_down.hada_w1_a": torch.zeros(4)}, ["found a LoRA"]),
         (
@@ -154,14 +156,22 @@ def test_controlnet_that_is_missing_or_none_is_refused(published: Any, folder: P
     (tmp_path / "empty").mkdir()
     with pytest.raises(TrainingError, match="controlnet: found none in empty"):
         open_base(BaseSource(folder, tmp_path / "empty"))
-    with pytest.raises(TrainingError, match=r"gone\.safetensors cannot be read"):
+    with pytest.raises(TrainingError, match=r"found no file .*gone\.safetensors"):
         open_base(BaseSource(folder, tmp_path / "gone.safetensors"))
 
 
 def test_load_base_of_an_unknown_name_says_what_may_be_named(tmp_path: Path) -> None:
-    (tmp_path / "nowhere").touch()  # in the working folder; without an ending it is no base
+    (tmp_path / "nowhere").touch()  # in the working folder; it holds no weights
     with pytest.raises(BundleError, match="or a base to import: a folder in diffusers' format"):
         load_base("nowhere")
+    snapshot = tmp_path / "models--x--sd15" / "snapshots" / "12ab"
+    (snapshot / "unet").mkdir(parents=True)
+    (snapshot / "unet" / "config.json").touch()
+    (tmp_path / "one").mkdir()
+    save_file({"a": torch.zeros(1)}, tmp_path / "one" / "sd15.safetensors")
+    for named, meant in (("models--x--sd15", "12ab"), (snapshot / "unet", "12ab"), ("one", "sd15.safetensors")):
+        with pytest.raises(BundleError, match=f"perhaps you mean:\n  - .*{meant}$"):
+            load_base(tmp_path / named)
 
 
 def test_import_options_for_a_stored_base_are_refused() -> None:

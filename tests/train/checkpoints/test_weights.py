@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import zipfile
+from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
 
@@ -31,13 +32,14 @@ def _tensors() -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("ending", ["safetensors", "pth", "old.pth"])
-def test_read_tensors_gives_what_was_saved_on_the_cpu(tmp_path: Path, ending: str) -> None:
-    tensors, path = _tensors(), tmp_path / f"a.{ending}"
-    if ending == "safetensors":
+@pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt", "a"])
+@pytest.mark.parametrize("form", ["safetensors", "archive", "before PyTorch 1.6"])
+def test_read_tensors_gives_what_was_saved_whatever_the_ending(tmp_path: Path, form: str, name: str) -> None:
+    tensors, path = _tensors(), tmp_path / name
+    if form == "safetensors":
         save_file({key: value.detach().clone().contiguous() for key, value in tensors.items()}, path)
     else:
-        torch.save(tensors, path, _use_new_zipfile_serialization=ending == "pth")
+        torch.save(tensors, path, _use_new_zipfile_serialization=form == "archive")
     with torch.device("meta"):
         found = read_tensors(path)
     assert found.keys() == tensors.keys()
@@ -49,7 +51,8 @@ def test_read_tensors_gives_what_was_saved_on_the_cpu(tmp_path: Path, ending: st
 def test_read_tensors_takes_the_state_dict_out_of_a_training_checkpoint(tmp_path: Path) -> None:
     module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     inner = {"epoch": 7, "state_dict": module.state_dict(), "hyper": {"betas": (0.9, 0.999), "x": None}}
-    torch.save({**inner, "sizes": torch.Size([1, 2]), "score": np.float64(1.5)}, tmp_path / "a.ckpt")
+    extras = {"score": np.float64(1.5), "values": np.ones(2), "hparams": Namespace(lr=1.0), "path": Path("x")}
+    torch.save({**inner, "sizes": torch.Size([1, 2]), **extras}, tmp_path / "a.ckpt")
     found = read_tensors(tmp_path / "a.ckpt")
     assert found.keys() == module.state_dict().keys()
     assert all(torch.equal(found[key], value) for key, value in module.state_dict().items())
@@ -103,8 +106,13 @@ def test_read_tensors_of_other_files_says_what_was_found(tmp_path: Path) -> None
     (tmp_path / "text.ckpt").write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(TrainingError, match="pointer of Git LFS"):
         read_tensors(tmp_path / "text.ckpt")
-    with pytest.raises(TrainingError, match=r"expected a file that ends in \.safetensors"):
-        read_tensors(tmp_path / "a.onnx")
+    (tmp_path / "page.safetensors").write_text("<!DOCTYPE html>")
+    with pytest.raises(TrainingError, match=r"neither safetensors nor a file of torch\.save"):
+        read_tensors(tmp_path / "page.safetensors")
+    torch.save({"a": torch.ones(2000)}, tmp_path / "whole.ckpt")
+    (tmp_path / "cut.ckpt").write_bytes((tmp_path / "whole.ckpt").read_bytes()[:4000])
+    with pytest.raises(TrainingError, match=r"cut\.ckpt cannot be read .*; get the file again"):
+        read_tensors(tmp_path / "cut.ckpt")
 
 
 def test_write_tensors_gives_the_bytes_of_the_safetensors_library(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from lsast_engines.errors import BundleError, StyleError, TrainingError, UsageEr
 from lsast_engines.files import file_sha256, replace_file
 
 from ..checkpoints.inspection import BaseInspection, OpenWeights
-from ..checkpoints.source import BaseSource, import_base, is_importable
+from ..checkpoints.source import BaseSource, bases_inside, import_base, is_importable
 from ..checkpoints.weights import OpenTensors, Weights, read_tensors, tensors_sha256, write_tensors
 from .base import Base, BaseConfig, build_base
 from .mini_autoencoder import MiniAutoencoder
@@ -168,7 +168,7 @@ def resolve_local_base(source: BaseSource) -> Path | None:
     except BundleError as error:
         raise BundleError(
             f"{error}\nor a base to import: a folder in diffusers' format, a .safetensors or .ckpt file in CompVis "
-            "naming, or OWNER/NAME of the hub with a revision"
+            f"naming, or OWNER/NAME of the hub with a revision{bases_inside(source.base)}"
         ) from error
     imports = {"--controlnet": source.controlnet, "--vae": source.vae, "--revision": source.revision}
     given_options = [name for name, value in imports.items() if value is not None]

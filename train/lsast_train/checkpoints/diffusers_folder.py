@@ -97,6 +97,9 @@ def add_from(
     if named not in (kind, f"{kind}WithProjection"):
         found.fail(part, f"found a {named}; expected a {kind}")
         return
+    if config.get("quantization_config"):
+        found.fail(part, "found quantized weights (quantization_config); expected fp32, fp16 or bf16")
+        return
     _log.info("%s: %s of %s", part, weights_file.name, repository.name)
     if kind == "CLIPTextModel":
         settings = {key: config[key] for key in _TEXT_SETTINGS if key in config}
@@ -130,18 +133,15 @@ def _read_schedule(repository: Repository, found: BaseInspection) -> None:
         return
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        default = NoiseSchedule()
-        found.noise = NoiseSchedule(
-            config.get("num_train_timesteps", default.train_steps),
-            config.get("beta_start", default.beta_start),
-            config.get("beta_end", default.beta_end),
-            config.get("beta_schedule", default.beta_schedule),
-        )
-    except (OSError, ValueError, TypeError, AttributeError, UsageError) as error:
-        found.fail("scheduler", str(error))
+        if re.match("Flow|EDM", kind := str(config.get("_class_name") or "")):
+            found.fail("scheduler", f"found {kind}; expected a schedule of betas, such as DDIMScheduler's")
+            return
+        # What a configuration leaves out depends on the class, so it is not guessed.
+        names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+        found.noise = NoiseSchedule(*(config[name] for name in names))
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, UsageError) as error:
+        found.fail("scheduler", f"scheduler_config.json cannot be used ({type(error).__name__}: {error})")
         return
-    if re.match("Flow|EDM", kind := str(config.get("_class_name") or "")):
-        found.fail("scheduler", f"found {kind}; expected a schedule of betas, such as DDIMScheduler's")
     if config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
         found.fail("scheduler", "found trained_betas or rescale_betas_zero_snr; expected betas of a named schedule")
     prediction = config.get("prediction_type", "epsilon")

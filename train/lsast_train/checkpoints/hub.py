@@ -32,7 +32,10 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.name = path.resolve().name
+        resolved = path.resolve()
+        # The cache of the hub: models--OWNER--NAME/snapshots/REVISION.
+        cached = resolved.parent.name == "snapshots" and resolved.parent.parent.name.startswith("models--")
+        self.name = resolved.parent.parent.name.rpartition("--")[2] if cached else resolved.name
 
     def first(self, *paths: str) -> Path | None:
         """The first of `paths` that is a file."""

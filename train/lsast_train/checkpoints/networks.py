@@ -91,7 +91,13 @@ def clip_weights(state: Tensors, config: Mapping[str, Any] | None = None) -> Wei
         "hidden_act": "quick_gelu",
     }
     known = {**(read if config is None else config), **names}
-    settings = CLIPTextConfig(**known)
+    try:
+        settings = CLIPTextConfig(**known)
+        with torch.device("meta"):
+            # transformers put everything under ``text_model.`` before 5.6.
+            prefix = "text_model." if hasattr(CLIPTextModel(settings), "text_model") else ""
+    except Exception as error:  # which ones depends on the version of transformers
+        raise TrainingError(f"its configuration makes no CLIPTextModel ({error})") from error
 
     def make() -> nn.Module:
         model = CLIPTextModel(settings)
@@ -100,10 +106,8 @@ def clip_weights(state: Tensors, config: Mapping[str, Any] | None = None) -> Wei
         embeddings.position_ids = torch.arange(settings.max_position_embeddings, device="cpu")[None]
         return model
 
-    with torch.device("meta"):
-        # transformers put everything under ``text_model.`` before 5.6.
-        prefix = "text_model." if hasattr(CLIPTextModel(settings), "text_model") else ""
-    return Weights("the text encoder", known, make, {prefix + key: value for key, value in plain.items()})
+    complete = {key: getattr(settings, key) for key in (*read, *names)}
+    return Weights("the text encoder", complete, make, {prefix + key: value for key, value in plain.items()})
 
 
 def unet_config(state: Tensors, heads: int = HEADS) -> dict[str, Any]:

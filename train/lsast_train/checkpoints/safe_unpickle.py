@@ -83,8 +83,12 @@ class _Tuple(tuple[Any, ...]):
     weight: int
 
 
-def parse_pickle(stream: BinaryIO) -> Any:
+def parse_pickle(stream: BinaryIO, names: set[str] | None = None) -> Any:
     """The content of a pickle as plain values, `Global` and `Call`; `stream` is left behind its end.
+
+    Args:
+        stream: the pickle.
+        names: gets what it names, such as ``collections.OrderedDict``.
 
     Raises:
         UnsafePickleError: an instruction that torch.save does not write, or values that it does not write there.
@@ -114,6 +118,8 @@ def parse_pickle(stream: BinaryIO) -> Any:
                 (_extend if "APPEND" in name else _set_items)(stack[-1], items)
         elif name == "GLOBAL":
             stack.append(Global(argument.replace(" ", ".")))
+            if names is not None:
+                names.add(stack[-1].name)
         elif name in ("REDUCE", "NEWOBJ"):
             arguments, function = stack.pop(), stack.pop()
             _require(isinstance(function, Global) and isinstance(arguments, tuple), "a call of", function)
@@ -137,20 +143,27 @@ def parse_pickle(stream: BinaryIO) -> Any:
             raise UnsafePickleError(f"the instruction {name}")
 
 
-def check_pickle(path: Path) -> None:
+def check_pickle(path: Path) -> set[str]:
     """Refuse a pickled file whose unpickling would take time or memory out of proportion to its size.
+
+    Returns:
+        What the file names, such as ``collections.OrderedDict``.
 
     Raises:
         UnsafePickleError: such a file, or one that torch.save did not write.
         OSError, ValueError, IndexError, KeyError, zipfile.BadZipFile: the file is damaged.
     """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            parse_pickle(io.BytesIO(archive.read(_pickle_entry(archive))))
-    else:
-        with path.open("rb") as stream:
+    names: set[str] = set()
+    with path.open("rb") as stream:
+        archived = stream.read(2) == b"PK"
+        stream.seek(0)
+        if archived:
+            with zipfile.ZipFile(stream) as archive:
+                parse_pickle(io.BytesIO(archive.read(_pickle_entry(archive))), names)
+        else:
             for _ in range(_OLD_PICKLES):
-                parse_pickle(stream)
+                parse_pickle(stream, names)
+    return names
 
 
 def load_module_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -8,20 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
 from lsast_engines.errors import TrainingError, fault_list
 
 from . import compvis
 from .inspection import BaseInspection, Part, UnetWeights
 from .networks import HEADS, controlnet_config, diffusers_weights, vae_config
-from .weights import Weights, read_tensors
+from .weights import Weights, read_metadata, read_tensors
 
 _EMA = "model_ema.diffusion_model"
 
 _OTHER_BASES = {
-    r"^(conditioner\.embedders\.|model\.diffusion_model\.label_emb\.)": "Stable Diffusion XL",
-    r"^cond_stage_model\.model\.": "Stable Diffusion 2 (an OpenCLIP text encoder)",
+    r"^(conditioner\.embedders\.1\.|model\.diffusion_model\.label_emb\.)": "Stable Diffusion XL",
+    r"\.(time_stack|time_mixer)\.": "a video model (Stable Video Diffusion)",
+    r"^(cond_stage_model|conditioner\.embedders\.0)\.model\.": "Stable Diffusion 2 or SD-Turbo (OpenCLIP)",
     r"(joint|double)_blocks\.": "a diffusion transformer (Stable Diffusion 3, Flux)",
     r"\.time_embed\.cond_proj\.": "a latent consistency model (LCM), whose U-Net takes the guidance scale,",
 }
@@ -35,7 +35,9 @@ _NO_BASES = {
     r"^lllite_": "a ControlNet-LLLite",
     r"^(emb_params|clip_[lg]|<.+>)$": "a textual inversion",
     r"^((control_model\.)?input_hint_block|controlnet_cond_embedding)\.": "a ControlNet alone (take --controlnet)",
+    r"^model_ema\.diffusion_model": "EMA weights alone, whose names are not whole without the others,",
     r"^(first_stage_model\.)?(encoder|decoder)\.(conv_in|down|mid)": "an autoencoder alone (take --vae)",
+    r"^(input_blocks|middle_block|output_blocks)\.": "a U-Net alone (take the file of the whole model)",
     r"^(down_blocks|up_blocks|conv_in)\.": "a network in diffusers' naming (name the folder of its model)",
 }
 """What else a file may hold, by such a pattern."""
@@ -76,7 +78,8 @@ def read_vae_file(path: Path) -> Weights:
     if "encoder.conv_norm_out.weight" in state:
         return diffusers_weights("AutoencoderKL", state, vae_config(state))
     if "encoder.conv_in.weight" not in compvis.section(state, compvis.VAE):
-        raise TrainingError(f"found {describe_unsupported(state) or 'no autoencoder'} in {path.name}; expected one")
+        kind = describe_unsupported(state) or "no autoencoder"
+        raise TrainingError(f"found {kind} in {path.name}; expected an autoencoder")
     return compvis.vae_weights(state)
 
 
@@ -103,14 +106,10 @@ def read_controlnet_file(path: Path, heads: int = HEADS) -> Weights:
 
 def _read_schedule(path: Path, state: Mapping[str, torch.Tensor], found: BaseInspection) -> None:
     """Prediction and noise schedule, as far as a file tells them; by itself CompVis naming has no place for them."""
-    metadata: dict[str, str] = {}
     beside = path.with_suffix(".yaml")
-    if path.suffix.lower() == ".safetensors":
-        with safe_open(str(path), "pt") as file:
-            metadata = file.metadata() or {}
     told = (
         "v_pred" in state,  # ComfyUI
-        metadata.get("modelspec.prediction_type") == "v",  # github.com/Stability-AI/ModelSpec
+        read_metadata(path).get("modelspec.prediction_type") == "v",  # github.com/Stability-AI/ModelSpec
         beside.is_file() and re.search(r"parameterization:\s*[\"']?v\b", beside.read_text("utf-8", "replace")),
     )
     if any(told):

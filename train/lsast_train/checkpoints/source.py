@@ -20,9 +20,10 @@ from .hub import Folder, Repository, is_hub_id, open_hub, weight_files
 from .inspection import BaseInspection, Part, UnetWeights
 from .networks import Kind
 from .single_file import read_controlnet_file, read_single_file, read_vae_file
-from .weights import PICKLED
+from .weights import weights_format
 
-_SINGLE_FILES = (".safetensors", *PICKLED)
+_ENDINGS = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
+"""Endings by which a missing file is told from a name."""
 _PARTS: dict[Part, str] = {
     "unet": "U-Net",
     "controlnet": "ControlNet",
@@ -31,6 +32,16 @@ _PARTS: dict[Part, str] = {
 }
 _FAMILIES = {1024: "1024 are Stable Diffusion 2's", 2048: "2048 are Stable Diffusion XL's"}
 """Other models by the channels of their contexts."""
+_UNET: dict[str, tuple[Any, str]] = {
+    "class_embed_type": (None, ""),
+    "addition_embed_type": (None, "Stable Diffusion XL has one"),
+    "encoder_hid_dim_type": (None, ""),
+    "time_cond_proj_dim": (None, "a latent consistency model (LCM) has it"),
+    "attention_type": ("default", "GLIGEN has gated ones"),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn", "small distilled models have none"),
+}
+"""Settings of the U-Net, and who has others."""
+_SDXL_SCALE = 0.13025
 _log = logging.getLogger("lsast.base")
 
 
@@ -64,6 +75,16 @@ def is_importable(name: str | Path) -> bool:
     if path.is_dir():
         return (path / "model_index.json").is_file() or (path / "unet" / "config.json").is_file()
     return _is_file(path) or is_hub_id(str(name))
+
+
+def bases_inside(name: str | Path | None) -> str:
+    """What to name instead of the folder `name`, which is no base: what lies in it or above it; empty for nothing."""
+    folder = Path(name or "").expanduser()
+    if not name or not folder.is_dir():
+        return ""
+    near = [folder.parent] if is_importable(folder.parent) else [*folder.glob("snapshots/*"), *folder.glob("*")]
+    found = sorted(str(path) for path in near if is_importable(path) and (path.is_dir() or weights_format(path)))
+    return fault_list(f"\n{folder} is a folder without unet/config.json; perhaps you mean:", found[:8]) if found else ""
 
 
 def import_base(source: BaseSource) -> BaseInspection:
@@ -107,8 +128,10 @@ def import_base(source: BaseSource) -> BaseInspection:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether `path` names a file, which may be missing; a file without an ending may have the name of a base."""
-    return (path.suffix != "" and path.is_file()) or (path.suffix.lower() in _SINGLE_FILES and not path.is_dir())
+    """Whether `path` names a file, which may be missing; without an ending it has to be one of weights."""
+    if path.is_file():
+        return path.suffix != "" or weights_format(path) is not None
+    return path.suffix.lower() in _ENDINGS and not path.is_dir()
 
 
 def _repository(name: str | Path, source: BaseSource, key: str, found: BaseInspection) -> Repository:
@@ -128,6 +151,9 @@ def _read_part(part: Part, name: str | Path, source: BaseSource, found: BaseInsp
             found.add(part, lambda: read_controlnet_file(path, found.heads))
         else:
             found.add(part, lambda: read_vae_file(path))
+        return
+    if not path.exists() and not is_hub_id(str(name)):
+        found.fail(part, f"found no file or folder {name}")
         return
     repository = _repository(name, source, f"{part}_revision", found)
     found.origin[part] = repository.name
@@ -160,8 +186,8 @@ def _compatibility_errors(configs: Mapping[Part, Mapping[str, Any]]) -> list[str
             expect("unet context channels", width, 768, family)
         expect("unet linear projections", bool(unet.get("use_linear_projection")), False, "Stable Diffusion 2 has them")
         expect("unet transformer blocks in a layer", unet.get("transformer_layers_per_block", 1), 1)
-        for extra in ("class_embed_type", "addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim"):
-            expect(f"unet {extra}", unet.get(extra), None)
+        for key, (expected, whose) in _UNET.items():
+            expect(f"unet {key}", unet.get(key), expected, whose)
     if unet is not None and control is not None:
         for key in ("block_out_channels", "layers_per_block", "down_block_types", "in_channels"):
             expect(f"controlnet {key}", control[key], unet[key], "the U-Net's")
@@ -170,7 +196,13 @@ def _compatibility_errors(configs: Mapping[Part, Mapping[str, Any]]) -> list[str
         expect("controlnet channels of the edges", control.get("conditioning_channels", 3), 3)
     if vae is not None:
         expect("autoencoder latent channels", vae["latent_channels"], 4)
-        expect("autoencoder shift", vae.get("shift_factor"), None)
+        for key in ("shift_factor", "latents_mean"):
+            expect(f"autoencoder {key}", vae.get(key), None)
+        scale = vae["scaling_factor"]
+        if scale == _SDXL_SCALE:
+            expect("autoencoder scaling_factor", scale, 0.18215, "that of Stable Diffusion XL's autoencoder")
+        elif not isinstance(scale, (int, float)) or not scale > 0:
+            expect("autoencoder scaling_factor", scale, "a number above 0")
     if vae is not None and control is not None:
         halvings = len(control["conditioning_embedding_out_channels"]) - 1
         expect("autoencoder halvings", len(vae["block_out_channels"]) - 1, halvings, "ControlNet's")

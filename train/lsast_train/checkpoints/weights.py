@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,9 +22,6 @@ from lsast_engines.errors import TrainingError, fault_list, shape_faults
 from lsast_engines.files import replace_file
 
 from .safe_unpickle import UnsafePickleError, check_pickle
-
-PICKLED = (".ckpt", ".pth", ".pt", ".bin")
-"""Endings of PyTorch's pickled files."""
 
 _CODES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -93,24 +90,60 @@ class Weights:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a ``.safetensors`` file, or of a pickled state dict, as views of the file.
+    """The tensors of a safetensors file, or of a pickled state dict, as views of the file.
 
-    The tensors are on the CPU, whatever ``torch.device`` context the caller is in.
+    The content says which of the two a file is, not its ending. The tensors are on the CPU, whatever ``torch.device``
+    context the caller is in.
 
     Raises:
-        TrainingError: no such file, of another ending, damaged, or a pickle that holds more than a state dict.
+        TrainingError: no such file, neither of the two, damaged, or a pickle that holds more than a state dict.
     """
-    if path.exists() and not path.is_file():  # a pipe would be waited for
+    if not path.exists():
+        raise TrainingError(f"found no file {path}")
+    if not path.is_file():  # a pipe would be waited for
         raise TrainingError(f"{path} cannot be read (it is no file); expected a file of weights")
-    if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
+    if path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
         raise TrainingError(f"{path} is a pointer of Git LFS; expected the file itself: run git lfs pull there")
-    if path.suffix.lower() in PICKLED:
+    kind = weights_format(path)
+    if kind is None:
+        raise TrainingError(
+            f"{path} cannot be read (it is neither safetensors nor a file of torch.save, or is damaged); expected "
+            "weights: get the file again"
+        )
+    if kind == "pickle":
         return _read_pickled(path)
-    if path.suffix.lower() != ".safetensors":
-        raise TrainingError(f"found {path}; expected a file that ends in .safetensors, or in {', '.join(PICKLED)}")
     try:
         with safe_open(str(path), "pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"{path} cannot be read ({error}); get the file again") from error
+
+
+def weights_format(path: Path) -> Literal["safetensors", "pickle"] | None:
+    """The format of a file of weights, by its first bytes; None for another file, or one that cannot be read."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+    except OSError:
+        return None
+    # Eight bytes of a safetensors file are the length of its header, a JSON object.
+    if head[8:] == b"{":
+        return "safetensors"
+    # A ZIP archive; before PyTorch 1.6 a pickle of protocol 2.
+    return "pickle" if head.startswith((b"PK", b"\x80")) else None
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts in the header of a safetensors file; none of another file.
+
+    Raises:
+        TrainingError: a damaged file.
+    """
+    if weights_format(path) != "safetensors":
+        return {}
+    try:
+        with safe_open(str(path), "pt") as file:
+            return dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"{path} cannot be read ({error}); get the file again") from error
 
@@ -124,13 +157,8 @@ class _Ignored:
     def __setstate__(self, state: Any) -> None: ...
 
 
-_TRAINING_STATE = (
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-    "numpy.dtype",
-)
-"""What PyTorch Lightning stores beside the weights, as in ``v1-5-pruned.ckpt``."""
+_TRAINING_STATE = ("argparse", "lightning", "lightning_fabric", "numpy", "omegaconf", "pathlib", "pytorch_lightning")
+"""Packages whose objects PyTorch Lightning stores beside the weights, as in ``v1-5-pruned.ckpt``."""
 
 _NESTED = {"string_to_param": "a textual inversion", "ip_adapter": "an IP-Adapter"}
 """What keeps its tensors in dictionaries under such a key."""
@@ -139,13 +167,12 @@ _NESTED = {"string_to_param": "a textual inversion", "ip_adapter": "an IP-Adapte
 def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a state dict that ``torch.save`` wrote; those under ``state_dict`` if the file has such a key."""
     try:
-        check_pickle(path)
-        ignored: list[Any] = [(_Ignored, name) for name in _TRAINING_STATE]
-        with torch.device("cpu"), torch.serialization.safe_globals(ignored):
-            mapped = zipfile.is_zipfile(path)  # files from before PyTorch 1.6 cannot be mapped into memory
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except FileNotFoundError:
-        raise TrainingError(f"found no file {path}") from None
+        names = check_pickle(path)
+        ignored: list[Any] = [(_Ignored, name) for name in names if name.partition(".")[0] in _TRAINING_STATE]
+        with path.open("rb") as stream, torch.device("cpu"), torch.serialization.safe_globals(ignored):
+            # Files from before PyTorch 1.6 cannot be mapped into memory, and torch goes by the ending of a path.
+            mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"
+            content = torch.load(path if mapped else stream, map_location="cpu", weights_only=True, mmap=mapped)
     except (UnsafePickleError, pickle.UnpicklingError) as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         found = named[1] if named else str(error).split("\n")[0]
