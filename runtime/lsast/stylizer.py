@@ -211,7 +211,7 @@ class Stylizer:
             UsageError: invalid options, all at once; an unknown style, with the available ones; the stylizer is closed;
                 or a call from inside `on_step`.
             StyleError: the style's file is damaged, or was made for another base.
-            BundleError: options that need graphs which the bundle lacks.
+            BundleError: options that need graphs which the bundle lacks, or another bundle is in its place meanwhile.
             PictureError: the picture or the mask cannot be read, or they differ in size.
             BackendError: a graph fails, or gives values that are not finite.
             OutOfMemoryError: there is not enough memory; it is a `MemoryError`, too.
@@ -266,6 +266,7 @@ class Stylizer:
                     on_step(step, steps, lambda index=0: previewers[index](x0()[index]))
 
         with self._pool.exclusive(cancel):
+            self.bundle.check_unchanged(in_place=True)
             times.append(time.perf_counter())
             samples = [request.prepare() for request in requests]
             batch = Batch(samples, self.bundle.null_style, first.options.control_scale)

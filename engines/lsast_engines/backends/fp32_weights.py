@@ -143,6 +143,8 @@ def _convert(weights: Path, slots: dict[str, Slot], target: Path) -> None:
         for slot in slots.values():
             source.seek(slot.offset)
             handle.write(to_float32(source.read(slot.length), slot.dtype))
+    if _key(weights) != target.parent.name:
+        raise BackendError(f"{weights} changed while it was converted; open the bundle again")
     with replace_file(target.with_suffix(DIGEST_SUFFIX)) as handle:
         handle.write(file_sha256(target).encode())
     for other in target.parent.parent.iterdir():  # what the same file held before is as large, and of no use

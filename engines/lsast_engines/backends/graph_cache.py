@@ -81,7 +81,8 @@ def open_cached(
             digests = {file.name: file_sha256(file) for file in sorted(fresh.iterdir())}
             (fresh / DIGESTS).write_text(json.dumps({"entry": entry.name, "files": digests}))
             (entry.parent / SOURCE).write_bytes(os.fsencode(path.resolve()))
-            if not entry.exists():  # another process may have been quicker
+            # Another process may have been quicker, or another bundle may be in place of this one.
+            if not entry.exists() and entry == cache_path(backend, path, compute_dtype, environment):
                 fresh.rename(entry)
                 evict_stale(entry)
             return session

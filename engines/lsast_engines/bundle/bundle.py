@@ -54,6 +54,8 @@ class Bundle:
         """The unconditional keys and values: one stage for all, or as many as the styles have."""
         self.user_style_folder = user_style_folder(manifest.fingerprint)
         """The folder into which `lsast-export` writes styles for a bundle that is not the user's own."""
+        self._stats: dict[str, os.stat_result] = {}
+        """Of the files, before they were checked."""
 
     @classmethod
     def open(cls, path: Path, verify_hashes: bool = True) -> Bundle:
@@ -75,6 +77,7 @@ class Bundle:
             raise BundleError(f"{path / MANIFEST} cannot be read ({error}); export the bundle again") from error
         manifest = Manifest.from_json(text, where=str(path / MANIFEST))
 
+        stats = {name: os.stat(path / name) for name in manifest.files if _is_file(path / name)}
         faults = _file_faults(path, manifest, verify_hashes) + _graph_faults(manifest)
         null_style: Style | None = None
         if (path / NULL_STYLE_FILE).is_file():
@@ -85,7 +88,36 @@ class Bundle:
                 faults.append(f"{NULL_STYLE_FILE}: {error}")
         if faults or null_style is None:
             raise BundleError(fault_list(f"{path} differs from its manifest; export it again:", faults))
-        return cls(path, manifest, null_style)
+        bundle = cls(path, manifest, null_style)
+        bundle._stats = stats
+        return bundle
+
+    def has_changed(self, *, in_place: bool = False) -> bool:
+        """Whether a file was replaced, removed or written over since it was checked.
+
+        Args:
+            in_place: only whether one was written over: what backends have mapped stays if it is replaced or removed.
+        """
+        for name, before in self._stats.items():
+            try:
+                now = os.stat(self.path / name)
+            except OSError:
+                now = None
+            if now is None or not os.path.samestat(now, before):
+                if not in_place:
+                    return True
+            elif (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                return True
+        return False
+
+    def check_unchanged(self, *, in_place: bool = False) -> None:
+        """See `has_changed`.
+
+        Raises:
+            BundleError: it has.
+        """
+        if self.has_changed(in_place=in_place):
+            raise BundleError(f"{self.path} was changed or replaced after it was opened; open it again")
 
     def graph_path(self, name: str) -> Path:
         """The ONNX file of graph `name`, one of `manifest.graphs`."""

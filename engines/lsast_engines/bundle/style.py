@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,7 @@ from ..errors import StyleError, UsageError, fault_list
 from ..files import replace_file
 from ..removed import RENAMED_OPTIONS, RENAMED_VALUES
 from .json_fields import JsonReader, is_number, parse_json
+from .safetensors_header import Slot, read_slots
 
 FORMAT = 2
 """Format number of style files."""
@@ -172,7 +175,8 @@ class Style:
 class StyleFile:
     """A style file, whose stages are read when they are asked for, and then stay in memory.
 
-    A file that replaces it on disk has no effect. For one thread at a time.
+    A file that replaces it on disk has no effect, and one that is written over it is noticed: the file is not mapped,
+    since a mapping that is cut off ends the process. For one thread at a time.
     """
 
     def __init__(self, path: Path) -> None:
@@ -182,7 +186,8 @@ class StyleFile:
             StyleError: not found, not a style, of another format, or damaged; all faults at once.
         """
         self.path = path
-        self._file, header = _open(path)
+        self._descriptor, self._slots, header = _open(path)
+        weakref.finalize(self, os.close, self._descriptor)
         faults: list[str] = []
         reader = JsonReader(header, "", faults, _HEADER)
         self.name = reader.string("name")
@@ -208,13 +213,11 @@ class StyleFile:
         faults += wrong
         self._digests: Any = header.get("sha256")
         self._read: dict[int, StageKV] = {}
-        slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
-        self._shapes = {name: list(tensor.get_shape()) for name, tensor in slices.items()}
         for name in TENSORS:
-            if name in slices:
-                faults += _shape_faults(name, self._shapes[name], self.stages, self.tokens)
-                if (dtype := slices[name].get_dtype()) != "F16":
-                    faults.append(f"{name}: found type {dtype}; expected F16")
+            if slot := self._slots.get(name):
+                faults += _shape_faults(name, list(slot.shape), self.stages, self.tokens)
+                if slot.dtype != "F16":
+                    faults.append(f"{name}: found type {slot.dtype}; expected F16")
             else:
                 faults.append(f"{name}: found no such tensor; expected [{self.stages}, {self.tokens}, width]")
         digests = self._digests if isinstance(self._digests, list) else []
@@ -225,7 +228,7 @@ class StyleFile:
 
     def width(self, tensor: str) -> int:
         """Columns of `tensor`, one of `TENSORS`."""
-        return int(self._shapes[tensor][2])
+        return self._slots[tensor].shape[2]
 
     @property
     def read_stages(self) -> list[int]:
@@ -249,7 +252,7 @@ class StyleFile:
             StyleError: the values are not those that were written, or not finite.
         """
         if stage not in self._read:
-            tensors = {name: self._file.get_slice(name)[stage : stage + 1][0] for name in TENSORS}
+            tensors = {name: self._read_rows(name, stage) for name in TENSORS}
             if stage_digest(tensors) != self._digests[stage]:
                 raise StyleError(
                     f"style file {self.path} is damaged: the SHA-256 of stage {stage} differs from the recorded one; "
@@ -260,6 +263,13 @@ class StyleFile:
                     raise StyleError(f"style file {self.path}: found NaN or infinite values in {name} of stage {stage}")
             self._read[stage] = StageKV(*(np.ascontiguousarray(tensors[name], dtype=np.float32) for name in TENSORS))
         return self._read[stage]
+
+    def _read_rows(self, name: str, stage: int) -> npt.NDArray[np.float16]:
+        """[T, W] of a tensor, as stored; [0] of a file that was cut off."""
+        slot = self._slots[name]
+        length = slot.length // self.stages
+        data = _read_at(self._descriptor, slot.offset + stage * length, length)
+        return np.frombuffer(data, "<f2").reshape(slot.shape[1:]) if len(data) == length else np.zeros(1, np.float16)
 
     def load(self) -> Style:
         """The whole style.
@@ -346,15 +356,23 @@ def stage_digest(tensors: Mapping[str, npt.NDArray[Any]]) -> str:
     return digest.hexdigest()
 
 
-def _open(path: Path) -> tuple[Any, dict[str, Any]]:
-    """The open file and its header, of a format that this version reads."""
+def _read_at(descriptor: int, offset: int, length: int) -> bytes:
+    if hasattr(os, "pread"):  # after a fork two processes share the position
+        return os.pread(descriptor, length, offset)
+    os.lseek(descriptor, offset, os.SEEK_SET)
+    return os.read(descriptor, length)
+
+
+def _open(path: Path) -> tuple[int, dict[str, Slot], dict[str, Any]]:
+    """The descriptor of the open file, its tensors and its header, of a format that this version reads."""
     from safetensors import SafetensorError, safe_open
 
     try:
         if not path.is_file():
             raise FileNotFoundError(path)
-        file: Any = safe_open(path, framework="numpy")
-        header = parse_json((file.metadata() or {}).get(_METADATA_KEY, "null"))
+        with safe_open(path, framework="numpy") as file:  # checks the whole header
+            header = parse_json((file.metadata() or {}).get(_METADATA_KEY, "null"))
+        slots = read_slots(path)
     except FileNotFoundError:
         raise StyleError(f"found no style file {path}") from None
     except (OSError, SafetensorError, ValueError) as error:
@@ -366,4 +384,4 @@ def _open(path: Path) -> tuple[Any, dict[str, Any]]:
             f"style file {path} has format {header['format']!r:.40}; this version reads format {FORMAT}: "
             "bake the style again, or update lsast"
         )
-    return file, header
+    return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)), slots, header

@@ -213,6 +213,8 @@ class WorkerProcess:
             self._ready.set()
         elif not self.facts:
             self._on_failure(_error(event))
+        else:  # the bundle was replaced, and the new one is damaged, say
+            _log.error("the worker does not start: %s", event.facts["text"])
 
 
 def raised(event: Event | LsastError) -> Event:

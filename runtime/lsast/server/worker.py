@@ -32,7 +32,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
-from lsast_engines.errors import BackendError, CancelledError, LsastError, PictureError, UsageError
+from lsast_engines.errors import (
+    BackendError,
+    BundleError,
+    CancelledError,
+    LsastError,
+    PictureError,
+    StyleError,
+    UnknownStyleError,
+    UsageError,
+)
 
 from ..images.sample import SAMPLE, THUMBNAIL
 from ..options.options import Options
@@ -190,7 +199,13 @@ class BatchPainter:
         return Event("done", facts, handle.getvalue())
 
     def failure(self, error: BaseException) -> Event:
-        """The event of an error: its text without paths of this machine, or, of an unexpected one, none of it."""
+        """The event of an error: its text without paths of this machine, or, of an unexpected one, none of it.
+
+        Where another bundle has replaced this one, the process ends instead: the next one opens that.
+        """
+        if isinstance(error, (BundleError, StyleError, UnknownStyleError)) and self.stylizer.bundle.has_changed():
+            _log.error("the bundle was changed or replaced; it is opened again")
+            os._exit(1)
         if not isinstance(error, LsastError):
             _log.error("unexpected error", exc_info=error)
             memory = isinstance(error, MemoryError)

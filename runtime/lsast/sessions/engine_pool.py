@@ -85,9 +85,11 @@ class EngineFactory:
         """Open the graph `name`; `compute_dtype` replaces the chosen one.
 
         Raises:
+            BundleError: a file of the bundle has changed since it was opened.
             LsastError: see `lsast_engines.backends.registry.open_engine`.
         """
-        return open_engine(
+        self.bundle.check_unchanged()
+        engine = open_engine(
             self.bundle.graph_path(name),
             self.bundle.manifest.graphs[name],
             self.choice.backend,
@@ -95,6 +97,8 @@ class EngineFactory:
             self.threads,
             compute_dtype or self.choice.compute_dtype,
         )
+        self.bundle.check_unchanged()
+        return engine
 
 
 @dataclass(frozen=True, eq=False)

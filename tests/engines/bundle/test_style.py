@@ -145,6 +145,15 @@ def test_style_file_reads_only_the_stages_that_are_asked_for(tmp_path: Path, mak
         file.load()
 
 
+def test_style_file_that_is_cut_off_while_it_is_open_raises(tmp_path: Path, make_style: MakeStyle) -> None:
+    path = tmp_path / "a.safetensors"
+    make_style().save(path)
+    file = StyleFile(path)
+    path.open("wb").close()  # of a mapped file the next reading would end the process (SIGBUS)
+    with pytest.raises(StyleError, match="stage 3 differs"):
+        file.stage(3)
+
+
 def test_style_file_refuses_a_stage_that_is_not_finite(tmp_path: Path, make_style: MakeStyle) -> None:
     path = tmp_path / "a.safetensors"
     make_style().save(path)

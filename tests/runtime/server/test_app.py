@@ -278,6 +278,18 @@ def test_worker_that_dies_is_replaced_and_nothing_is_lost(server: Running, png: 
         assert server.wait(path, "done", "failed")["state"] == "done"
 
 
+def test_bundle_that_is_replaced_is_opened_when_it_is_needed(parted_path: Path, png: bytes, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(parted_path, tmp_path / "bundle"))
+    with running(bundle=str(bundle), threads=1) as opened:
+        before = opened.post(png, **QUICK).content
+        bundle.rename(tmp_path / "old")
+        shutil.copytree(parted_path, bundle)
+        assert opened.post(png, **QUICK).content == before
+        assert opened.app.state.painter.restarts == 0
+        assert opened.post(png, **QUICK, cache_interval=2).status_code == 200
+        assert opened.app.state.painter.restarts == 1
+
+
 def test_styles_follow_the_folder_without_a_restart(server: Running, parted_path: Path, png: bytes) -> None:
     def cards() -> dict[str, Any]:
         return {card["name"]: card["thumbnail"] for card in server.client.get("/v1/styles").json()}

@@ -6,6 +6,7 @@ import hashlib
 import multiprocessing
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 
 import lsast
-from lsast import Stylizer, UsageError
+from lsast import BundleError, Stylizer, UsageError
 from lsast.sessions import engine_pool
 from lsast.sessions.engine_pool import StyleCache
 from lsast.sessions.native_calls import native_call
@@ -145,6 +146,26 @@ def test_stylizer_pickled_is_a_stylizer_of_its_own(bundle_path: Path, photo: np.
         assert copy.bundle.path == bundle_path.resolve()
         assert copy._style_memory == 1000
         copy.stylize(photo)
+
+
+@pytest.mark.parametrize("how", ["replaced", "removed", "overwritten"])
+def test_stylizer_whose_bundle_changes_paints_as_before_or_raises(
+    parted_path: Path, photo: np.ndarray, tmp_path: Path, how: str
+) -> None:
+    bundle = Path(shutil.copytree(parted_path, tmp_path / "bundle"))
+    with lsast.load(bundle) as stylizer:
+        before = stylizer.stylize(photo).image
+        if how == "overwritten":
+            shutil.copyfile(parted_path / "unet_full.onnx", bundle / "denoiser.onnx")
+            with pytest.raises(BundleError, match="changed or replaced after it was opened"):
+                stylizer.stylize(photo)
+            return
+        bundle.rename(tmp_path / "old")
+        if how == "replaced":
+            shutil.copytree(parted_path, bundle)
+        np.testing.assert_array_equal(stylizer.stylize(photo).image, before)
+        with pytest.raises(BundleError, match="changed or replaced after it was opened"):
+            stylizer.stylize(photo, cache_interval=2)  # of graphs that are not open yet
 
 
 STAGE_BYTES = 4 * 3 * (24 + 16)  # float32, three tokens, the widths of the tiny bundle
