@@ -106,7 +106,7 @@ class Inversion:
             log_memory(base, self.space, options)
         if resume:
             self.loop.restore()
-            self.curve = Curve.from_json(self.loop.history)
+            self.curve = Curve([Evaluation(**row) for row in self.loop.history])
 
     def run(self) -> RunResult:
         """Train to the last step and write the best prompts; every process returns the result.

@@ -8,7 +8,7 @@ without dropout: the released script leaves it on by mistake (docs/method.md §8
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -77,7 +77,7 @@ def import_prompts(
         own = load_any_prompts(path)
         if isinstance(own, Prompts):
             raise StyleError(f"{path} is bound to base {own.base[:12]}… already; bake it with lsast-export --style")
-        unbound = own if name is None else _renamed(own, name)
+        unbound = own if name is None else replace(own, name=name)
         return unbound if base is None else bind_prompts(unbound, base)
     released = read_released(path)
     meta = {"imported_from": path.name, "imported_sha256": file_sha256(path)}
@@ -102,11 +102,6 @@ def import_prompts(
             base.config.name,
         )
     return bound
-
-
-def _renamed(prompts: UnboundPrompts, name: str) -> UnboundPrompts:
-    kind = (prompts.variant, prompts.generator, prompts.layout, prompts.gradient)
-    return UnboundPrompts(name, *kind, prompts.embeddings, prompts.stages, prompts.meta)
 
 
 def _generator(tensors: dict[str, torch.Tensor], path: Path) -> GegluGenerator:

@@ -32,10 +32,6 @@ def test_curve_relative_is_the_mean_over_stages() -> None:
     assert curve.best() is middle
 
 
-def test_curve_from_json_equals_the_curve() -> None:
-    assert Curve.from_json(json.loads(json.dumps(_curve().to_json()))) == _curve()
-
-
 def test_save_curve_writes_json_and_picture(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "red.curve.json"
     save_curve(_curve(), path, {"name": "red"})

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from ..options import MixedPrecision
@@ -9,12 +12,13 @@ from .attention import packed_kv
 from .base import Base, autocast
 from .kv_packing import skip_cond_embedding
 
-Residuals = tuple[list[torch.Tensor], torch.Tensor]
-"""What ControlNet adds to the U-Net's skip connections, and to its middle."""
-
 
 class BakedBase:
-    """A base that is called with packed keys and values (`lsast_train.base.kv_packing`) and with hint features."""
+    """A base that is called with packed keys and values (`lsast_train.base.kv_packing`) and with hint features.
+
+    Latents are [B, 4, h, w], timesteps [B], hint features [B, C, h, w]; keys and values [T, W] are the same for all
+    rows.
+    """
 
     def __init__(self, base: Base) -> None:
         self.base = base
@@ -32,41 +36,18 @@ class BakedBase:
         kv_control: torch.Tensor,
         hint: torch.Tensor,
         scale: float = 1.0,
-    ) -> Residuals:
-        """ControlNet's residuals.
-
-        Args:
-            latent: [B, 4, h, w].
-            timestep: [B].
-            kv_control: [T, Wc], the same for all rows.
-            hint: [B, C, h, w].
-            scale: factor of all residuals.
-        """
-        kwargs = packed_kv(kv_control.expand(len(latent), -1, -1))
-        controlnet = self.base.controlnet
-        with skip_cond_embedding(controlnet):
-            down, mid = controlnet(
-                *(latent, timestep, None, hint),
-                conditioning_scale=scale,
-                cross_attention_kwargs=kwargs,
-                return_dict=False,
-            )
-        return list(down), mid
+    ) -> dict[str, Any]:
+        """ControlNet's residuals, times `scale`, for `eps`."""
+        with skip_cond_embedding(self.base.controlnet):
+            kv = packed_kv(kv_control.expand(len(latent), -1, -1))
+            return self.base.control(latent, timestep, kv, hint, scale)
 
     def eps(
-        self, latent: torch.Tensor, timestep: torch.Tensor, kv_unet: torch.Tensor, residuals: Residuals
+        self, latent: torch.Tensor, timestep: torch.Tensor, kv_unet: torch.Tensor, residuals: Mapping[str, Any]
     ) -> torch.Tensor:
-        """Predicted noise [B, 4, h, w] under keys and values [T, Wu], the same for all rows."""
-        down, mid = residuals
-        output = self.base.unet(
-            *(latent, timestep, None),
-            cross_attention_kwargs=packed_kv(kv_unet.expand(len(latent), -1, -1)),
-            # The U-Net adds to the residuals it is given; they may serve again.
-            down_block_additional_residuals=tuple(down),
-            mid_block_additional_residual=mid,
-            return_dict=False,
-        )[0]
-        return self.base.eps_from_output(output.float(), latent, timestep)
+        """Predicted noise [B, 4, h, w]."""
+        kv = packed_kv(kv_unet.expand(len(latent), -1, -1))
+        return self.base.eps(latent, timestep, kv, residuals=residuals)
 
     def predict(
         self,
@@ -77,14 +58,6 @@ class BakedBase:
         control: float,
         mixed_precision: MixedPrecision = "no",
     ) -> torch.Tensor:
-        """One pass of ControlNet and U-Net, [B, 4, h, w] float32.
-
-        Args:
-            latent: [B, 4, h, w].
-            timestep: [B].
-            rows: keys and values of U-Net [T, Wu] and ControlNet [T, Wc].
-            hint: [B, C, h, w].
-            control: factor of the residuals.
-        """
+        """One pass of both networks, [B, 4, h, w]; `rows` are keys and values of U-Net and ControlNet."""
         with autocast(latent.device, mixed_precision):
             return self.eps(latent, timestep, rows[0], self.residuals(latent, timestep, rows[1], hint, control))

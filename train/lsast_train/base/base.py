@@ -111,7 +111,7 @@ class Base:
         self,
         latent: torch.Tensor,
         timestep: torch.Tensor,
-        contexts: Contexts,
+        contexts: Contexts | dict[str, Any],
         edges: torch.Tensor | None = None,
         residuals: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
@@ -120,23 +120,30 @@ class Base:
         Args:
             latent: noised latents [B, 4, h, w].
             timestep: [B] in 0..train_steps-1.
-            contexts: [B, 3, tokens, dim], a context for each layer group, or three of [B, tokens, dim].
+            contexts: [B, 3, tokens, dim], a context for each layer group, or three of [B, tokens, dim]; or `packed_kv`.
             edges: [B, 3, 8h, 8w] of 0 and 1; None leaves ControlNet out, as the released training does
                 (docs/method.md §3).
             residuals: of the ControlNet, as `control` gives them, where its contexts differ; in place of `edges`.
         """
         if residuals is None:
             residuals = {} if edges is None else self.control(latent, timestep, contexts, edges)
-        kwargs = layer_contexts(contexts)
+        kwargs = contexts if isinstance(contexts, dict) else layer_contexts(contexts)
         output = self.unet(latent, timestep, None, cross_attention_kwargs=kwargs, **residuals, return_dict=False)[0]
         return self.eps_from_output(output, latent, timestep)
 
     def control(
-        self, latent: torch.Tensor, timestep: torch.Tensor, contexts: Contexts, edges: torch.Tensor
+        self,
+        latent: torch.Tensor,
+        timestep: torch.Tensor,
+        contexts: Contexts | dict[str, Any],
+        edges: torch.Tensor,
+        scale: float = 1.0,
     ) -> dict[str, Any]:
-        """The ControlNet's residuals for the U-Net; the arguments are those of `eps`."""
-        kwargs = layer_contexts(contexts)
-        down, mid = self.controlnet(latent, timestep, None, edges, cross_attention_kwargs=kwargs, return_dict=False)
+        """The ControlNet's residuals for the U-Net, times `scale`; the other arguments are those of `eps`."""
+        kwargs = contexts if isinstance(contexts, dict) else layer_contexts(contexts)
+        down, mid = self.controlnet(
+            *(latent, timestep, None, edges), conditioning_scale=scale, cross_attention_kwargs=kwargs, return_dict=False
+        )
         return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
 
     def eps_from_output(self, output: torch.Tensor, latent: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:

@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from lsast_engines.cli import Command, debug_option, json_option, log_to_stderr, print_result
+from lsast_engines.cli import Command, log_to_stderr, print_result
 
 from ..distillation.options import DistillOptions
-from .shared import EXTRA, declared_options, overwrite_option, result_facts, threads_option
+from .shared import EXTRA, declared_options, result_facts, run_options
 
 
 @click.command("distill", cls=Command, requires=EXTRA)
@@ -23,14 +23,7 @@ from .shared import EXTRA, declared_options, overwrite_option, result_facts, thr
 @click.option("--name", help="Name of the new style. [default: STYLE-gGUIDANCE]")
 @click.option("--base", metavar="NAME", help="Bundle or base that the style belongs to. [default: the embedded one]")
 @declared_options(DistillOptions)
-@click.option(
-    "-o", "--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write to. [default: runs/NAME]"
-)
-@click.option("--resume", is_flag=True, help="Go on from the checkpoint of a stopped run.")
-@overwrite_option
-@threads_option
-@json_option
-@debug_option
+@run_options
 def distill(
     style: str,
     images: Path,

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from lsast_engines.cli import Group, debug_option, json_option, log_to_stderr, print_result
+from lsast_engines.cli import Group, log_to_stderr, print_result
 from lsast_engines.environment import require_extra
 from lsast_engines.errors import TrainingError, UsageError
 
@@ -21,15 +21,7 @@ from ..training.run_files import RunFiles, refuse_finished
 from ..training.signals import InterruptionError
 from .distill import distill
 from .finetune import finetune
-from .shared import (
-    EXTRA,
-    declared_options,
-    device_option,
-    import_options,
-    overwrite_option,
-    result_facts,
-    threads_option,
-)
+from .shared import EXTRA, declared_options, device_option, import_options, result_facts, run_options
 
 log = logging.getLogger("lsast.train")
 
@@ -64,14 +56,7 @@ SECTIONS = {
 @declared_options(TrainOptions, PRESETS["quick"])
 @device_option
 @click.option("--licence", metavar="TEXT", default="", help="Licence of the pictures, kept in the prompt file.")
-@click.option(
-    "-o", "--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write to. [default: runs/NAME]"
-)
-@click.option("--resume", is_flag=True, help="Go on from the checkpoint of a stopped run.")
-@overwrite_option
-@threads_option
-@json_option
-@debug_option
+@run_options
 @click.pass_context
 def command(
     context: click.Context,

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from lsast_engines.cli import OptionDecorator, combine_options
+from lsast_engines.cli import OptionDecorator, combine_options, debug_option, json_option
 
 from ..options import declared
 
@@ -25,6 +25,18 @@ threads_option = click.option("--threads", type=click.IntRange(1), help="CPU thr
 
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the result of a finished training.")
 """Adds ``--overwrite`` to a command."""
+
+run_options = combine_options(
+    debug_option,
+    json_option,
+    threads_option,
+    overwrite_option,
+    click.option("--resume", is_flag=True, help="Go on from the checkpoint of a stopped run."),
+    click.option(
+        "-o", "--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write to. [default: runs/NAME]"
+    ),
+)
+"""Adds what every run takes: its folder, ``--resume``, ``--overwrite``, ``--threads`` and how it reports."""
 
 
 def import_options(hidden: bool = False) -> OptionDecorator:

@@ -94,7 +94,7 @@ class Distillation:
         )
         if resume:
             self.loop.restore()
-            self.curve = Curve.from_json(self.loop.history)
+            self.curve = Curve([Evaluation(**row) for row in self.loop.history])
         self._rows_at_once = max(1, ROWS * 256 * 256 // options.size**2)
 
     def run(self) -> RunResult:

@@ -20,9 +20,9 @@ class Evaluation:
     """The losses after a number of steps: mean squared errors of the noise, one for each stage."""
 
     step: int
-    held_out: tuple[float, ...]
+    held_out: Sequence[float]
     """On paintings that training never sees."""
-    training: tuple[float, ...]
+    training: Sequence[float]
     """On paintings that it does see, measured in the same way."""
     loss: float | None = None
     """Mean (weighted) training loss since the evaluation before; None at step 0."""
@@ -51,19 +51,6 @@ class Curve:
         """The evaluation with the lowest relative held-out loss; the earliest of equals."""
         return min(self.evaluations, key=self.relative)
 
-    def to_json(self) -> list[dict[str, Any]]:
-        """As JSON values; `from_json` gives an equal curve."""
-        return [asdict(evaluation) for evaluation in self.evaluations]
-
-    @classmethod
-    def from_json(cls, data: list[dict[str, Any]]) -> Curve:
-        """The curve that `to_json` described."""
-        return cls(
-            [
-                Evaluation(**{**row, "held_out": tuple(row["held_out"]), "training": tuple(row["training"])})
-                for row in data
-            ]
-        )
 
 
 def save_curve(curve: Curve, path: Path, facts: dict[str, Any], stages: Sequence[int] | None = None) -> None:
@@ -75,12 +62,8 @@ def save_curve(curve: Curve, path: Path, facts: dict[str, Any], stages: Sequence
     """
     best = curve.best()
     rows = [
-        {
-            **row,
-            "relative_held_out": curve.relative(evaluation),
-            "relative_training": curve.relative_training(evaluation),
-        }
-        for row, evaluation in zip(curve.to_json(), curve.evaluations, strict=True)
+        {**asdict(row), "relative_held_out": curve.relative(row), "relative_training": curve.relative_training(row)}
+        for row in curve.evaluations
     ]
     stages = list(range(len(best.held_out)) if stages is None else stages)
     document = {"format": FORMAT, **facts, "stages": stages, "best_step": best.step, "evaluations": rows}
@@ -117,5 +100,5 @@ def _plot(curve: Curve, best: Evaluation, title: str, stages: list[int]) -> byte
     return buffer.getvalue()
 
 
-def _relative(losses: tuple[float, ...], initial: tuple[float, ...]) -> float:
+def _relative(losses: Sequence[float], initial: Sequence[float]) -> float:
     return sum(new / old for new, old in zip(losses, initial, strict=True)) / len(initial)
