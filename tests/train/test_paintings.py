@@ -99,39 +99,26 @@ def test_dataset_of_odd_pictures_uses_them_or_lists_them_in_one_line(
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "crop", "expected"),
+    ("side", "how", "held"),
     [
-        (80, 90, "random", (80, 90)),  # between size and 1.5 sizes: as it is
-        (64, 128, "random", (64, 128)),
-        (192, 480, "random", (96, 240)),  # shorter side down to 1.5 sizes
-        (300, 97, "squash", (64, 64)),
+        ((80, 90), {"size": 64}, (80, 90)),  # between size and 1.5 sizes: as it is
+        ((64, 128), {"size": 64}, (64, 128)),
+        ((192, 480), {"size": 64}, (96, 240)),  # shorter side down to 1.5 sizes
+        ((64, 70), {"size": 128}, (128, 140)),  # enlarged
+        ((300, 97), {"size": 64, "crop": "squash"}, (64, 64)),
+        ((96, 120), {"size": 64, "painted": 128}, (128, 160)),  # at the scale of the base
+        ((96, 120), {"size": 64, "painted": 128, "crop": "squash"}, (64, 64)),
     ],
 )
 def test_dataset_holds_paintings_at_the_size_of_training(
-    tmp_path: Path, height: int, width: int, crop: Any, expected: tuple[int, int]
+    tmp_path: Path, side: tuple[int, int], how: dict[str, Any], held: tuple[int, int]
 ) -> None:
     for index in range(2):
-        Image.fromarray(_gradient(height, width) + np.uint8(index)).save(tmp_path / f"{index}.png")
-    for painting in _by_name(PaintingDataset.load(tmp_path, 64, crop, progress=False)).values():
-        assert painting.pixels.shape == (*expected, 3)
+        Image.fromarray(_gradient(*side) + np.uint8(index)).save(tmp_path / f"{index}.png")
+    for painting in _by_name(PaintingDataset.load(tmp_path, **how, progress=False)).values():
+        assert painting.pixels.shape == (*held, 3)
         assert painting.pixels.dtype == np.uint8
-
-
-def test_dataset_enlarges_small_paintings_to_the_training_size(tmp_path: Path) -> None:
-    for index in range(2):
-        Image.fromarray(_gradient(64, 70) + np.uint8(index)).save(tmp_path / f"{index}.png")
-    for painting in _by_name(PaintingDataset.load(tmp_path, 128, progress=False)).values():
-        assert painting.pixels.shape == (128, 140, 3)
-
-
-def test_dataset_with_a_larger_base_holds_paintings_at_the_scale_of_the_base(tmp_path: Path) -> None:
-    for index in range(2):
-        Image.fromarray(_gradient(96, 120) + np.uint8(index)).save(tmp_path / f"{index}.png")
-    for painting in PaintingDataset.load(tmp_path, 64, painted=128, progress=False).training:
-        assert painting.pixels.shape == (128, 160, 3)
-        assert random_crop(painting, 64, torch.Generator().manual_seed(0)).shape == (64, 64, 3)
-    for painting in PaintingDataset.load(tmp_path, 64, "squash", painted=128, progress=False).training:
-        assert painting.pixels.shape == (64, 64, 3)
+        assert random_crop(painting, how["size"], _generator()).shape == (how["size"], how["size"], 3)
 
 
 def test_dataset_of_too_few_pictures_raises(tmp_path: Path) -> None:

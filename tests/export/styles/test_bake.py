@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +12,7 @@ from lsast_engines.bundle.graph_spec import DENOISER
 from lsast_engines.errors import StyleError
 from lsast_export.graphs.modules import graph_module
 from lsast_export.styles.bake import KVProjector, bake_null_style, bake_prompts, bake_style
-from lsast_train.base.attention import GROUPS, packed_kv
+from lsast_train.base.attention import GROUPS
 from lsast_train.base.base import Base
 from lsast_train.base.kv_packing import kv_layouts
 from lsast_train.prompts.prompt_file import Prompts
@@ -22,28 +21,6 @@ from lsast_train.prompts.prompt_file import Prompts
 def random_contexts(base: Base, *leading: int) -> torch.Tensor:
     shape = (*leading, len(GROUPS), base.config.tokens, base.context_dim)
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.mark.parametrize("network", ["unet", "controlnet"])
-def test_attention_on_packed_kv_matches_attention_on_the_context(base: Base, network: str) -> None:
-    layout = copy.deepcopy(kv_layouts(base)[network == "controlnet"])
-    contexts = random_contexts(base, 2).double()
-    for layer in layout.layers:
-        layer.module.double()
-    packed = layout.project(contexts)
-    assert packed.shape == (2, base.config.tokens, layout.width)
-    for layer in layout.layers:
-        hidden = torch.randn(2, 15, layer.module.to_q.in_features, dtype=torch.float64)
-        context = contexts[:, GROUPS.index(layer.group)]
-        # diffusers' own head split, softmax and projections
-        attn = layer.module
-        query, key, value = (
-            attn.head_to_batch_dim(x) for x in (attn.to_q(hidden), attn.to_k(context), attn.to_v(context))
-        )
-        mixed = torch.bmm(attn.get_attention_scores(query, key), value)
-        expected = attn.to_out[0](attn.batch_to_head_dim(mixed))
-        found = attn.processor(attn, hidden, **packed_kv(packed))
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_attention_layers_locate_the_columns_of_each_layer(base: Base) -> None:
@@ -62,22 +39,6 @@ def test_attention_layers_locate_the_columns_of_each_layer(base: Base) -> None:
             packed[..., entry.offset : middle], context @ attn.to_k.weight.numpy().T, rtol=0, atol=1e-5
         )
         np.testing.assert_allclose(packed[..., middle:end], context @ attn.to_v.weight.numpy().T, rtol=0, atol=1e-5)
-
-
-def test_denoiser_module_on_packed_kv_matches_the_base_on_contexts(base: Base) -> None:
-    contexts, control_contexts = random_contexts(base, 2), random_contexts(base, 2).flip(0)
-    latent, timestep = torch.randn(2, 4, 8, 16), torch.tensor([7, 903])
-    edges = (torch.rand(2, 3, 64, 128) < 0.1).float()
-    unet, control = kv_layouts(base)
-    with torch.no_grad():
-        expected = base.eps(
-            latent, timestep, contexts, residuals=base.control(latent, timestep, control_contexts, edges)
-        )
-        hint = base.controlnet.controlnet_cond_embedding(edges)
-        kv = unet.project(contexts)[None], control.project(control_contexts)
-        with graph_module(base, DENOISER) as denoiser:
-            found = denoiser(latent, hint, timestep, *kv, torch.tensor(1.0))
-    torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_graph_module_restores_the_base_after_a_failure(base: Base) -> None:

@@ -15,7 +15,6 @@ import torch
 from click.testing import CliRunner, Result
 from torch import nn
 
-import released_lsast
 from golden_sets import GoldenFiles, TransformerBlock, both_sets, save_checkpoint
 from lsast_engines.errors import StyleError, TrainingError
 from lsast_export.cli.import_ import import_command
@@ -87,18 +86,6 @@ def _by_transformers(compvis_base: Any, embeddings: torch.Tensor) -> torch.Tenso
             contexts.append(encoder(torch.tensor([[398, 265] + [399] * 75])).last_hidden_state[0])
         table[265] = before
     return torch.stack(contexts)
-
-
-def test_read_released_gives_the_generators_output_without_dropout(
-    save: Save, block: TransformerBlock, content: dict[str, Any]
-) -> None:
-    released = read_released(save(content))
-    assert block.training
-    e = content["initial_embeddings"][0]
-    assert torch.equal(released.constant, e)
-    assert (released.embeddings.shape, released.stages) == ((30, 1, DIM), 10)
-    expected = released_lsast.generator(block.state_dict(), e)
-    torch.testing.assert_close(released.embeddings[:, 0], expected, rtol=1e-4, atol=1e-5)
 
 
 @both_sets

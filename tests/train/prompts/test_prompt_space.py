@@ -147,13 +147,6 @@ def test_initial_context_of_zeros_has_a_finite_gradient() -> None:
     assert space.matrices.grad[0].abs().max() > 0
 
 
-def test_prompt_space_with_invalid_values_reports_all() -> None:
-    with pytest.raises(UsageError) as caught:
-        _space(variant="layers", generator="mlp", layout="overlap", gradient="none")
-    message = str(caught.value)
-    assert all(part in message for part in ("'layers'", "'mlp'", "'none'", "overlap with variant"))
-
-
 def test_initial_context_is_the_mean_of_style_tokens_or_the_null_context() -> None:
     base = build_mini(MiniConfig.tiny())
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))

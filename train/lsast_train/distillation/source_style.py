@@ -66,9 +66,7 @@ def read_source(path: Path, base: Base) -> SourceStyle:
         StyleError: damaged, of another base, or with guidance baked in already.
     """
     if path.name.endswith(".prompts.safetensors"):
-        found = load_prompts(path)
-        if found.base not in base.config.training.get("exported_from", "").split():
-            check_fingerprint(found.base, base, f"prompt file {path}")
+        found = load_prompts(path, base)
         kv_unet, kv_control = (_project(layout, found.prompts) for layout in kv_layouts(base))
         meta = {**{key: str(getattr(found, key)) for key in ("variant", "layout", "prompt")}, **found.meta}
         return SourceStyle(found.name, kv_unet, kv_control, meta)

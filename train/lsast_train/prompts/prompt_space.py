@@ -24,7 +24,7 @@ from lsast_engines.errors import UsageError, fault_list
 
 from ..base.attention import GROUPS
 from ..base.base import Base
-from ..options import Generator, Gradient, Layout, TrainOptions, Variant, choice_faults
+from ..options import Generator, Gradient, Layout, TrainOptions, Variant
 from .released_generator import FACTOR, GegluGenerator
 from .text_encoder import PlaceholderEncoder
 
@@ -79,7 +79,7 @@ class PromptSpace(nn.Module):
         text: the text encoder; None if the matrices are the contexts.
 
     Raises:
-        UsageError: invalid values, all of them at once.
+        UsageError: a generator that would be too large.
     """
 
     table: torch.Tensor
@@ -98,9 +98,6 @@ class PromptSpace(nn.Module):
         text: PlaceholderEncoder | None = None,
     ) -> None:
         super().__init__()
-        named = {"variant": variant, "generator": generator, "layout": layout, "gradient": gradient}
-        if faults := choice_faults(named):
-            raise UsageError(fault_list("invalid prompt space options:", faults))
         self.variant, self.generator, self.layout, self.gradient = variant, generator, layout, gradient
         self.train_steps, self.text = train_steps, text
         self.register_buffer("table", matrix_index(variant, layout, stages), persistent=False)
