@@ -5,12 +5,12 @@ Never imports torch, so that ``lsast-train --help`` is quick and works without i
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal
 
+from lsast_engines.declared_options import Range, option_faults, rules_of
 from lsast_engines.errors import UsageError, fault_list
 
 Variant = Literal["step+layer", "step", "layer", "global"]
@@ -47,77 +47,6 @@ PLACEHOLDER_TOKENS = 10
 """Default rows of a matrix that passes a text encoder: the released configuration's ``max_vectors_per_token``."""
 
 
-@dataclass(frozen=True)
-class Range:
-    """The valid values of a number."""
-
-    low: float
-    high: float = math.inf
-    above: bool = False
-    """Whether `low` itself is invalid."""
-
-
-@dataclass(frozen=True)
-class Declared:
-    """What an option may be and what it does, read off its declaration."""
-
-    name: str
-    type: type
-    """``str`` of a named value, ``int``, ``float`` or ``bool``."""
-    choices: tuple[str, ...]
-    """The named values."""
-    help: str
-    """Empty for an option that is not on the command line."""
-    range: Range | None
-    optional: bool
-    default: Any
-
-    def faults(self, value: Any) -> list[str]:
-        """A line if `value` is invalid."""
-        if self.choices:
-            valid, expected = value in self.choices, f"one of {', '.join(self.choices)}"
-        elif self.range is None or (self.optional and value is None):
-            return []
-        else:
-            kind: Any = int if self.type is int else (int, float)
-            low, high = self.range.low, self.range.high
-            valid = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
-            valid = valid and low <= value <= high and not (self.range.above and value == low)
-            number = f"a {'whole ' * (kind is int)}number {'above' if self.range.above else 'of at least'} {low:g}"
-            expected = number + (f", up to {high:g}" if high < math.inf else "")
-        return [] if valid else [f"{self.name}: found {value!r}; expected {expected}"]
-
-
-@functools.cache
-def declared(options: type) -> dict[str, Declared]:
-    """The options that a dataclass declares, by name: ``Annotated[type, help, Range]``, help and range where needed."""
-    found = {}
-    hints = get_type_hints(options, include_extras=True)
-    for entry in fields(options):
-        kind, *notes = (
-            get_args(hints[entry.name]) if get_origin(hints[entry.name]) is Annotated else [hints[entry.name]]
-        )
-        optional = type(None) in get_args(kind)
-        kind = next(part for part in get_args(kind) if part is not type(None)) if optional else kind
-        choices = get_args(kind) if get_origin(kind) is Literal else ()
-        found[entry.name] = Declared(
-            entry.name,
-            str if choices else kind,
-            choices,
-            next((note for note in notes if isinstance(note, str)), ""),
-            next((note for note in notes if isinstance(note, Range)), None),
-            optional,
-            None if entry.default is MISSING else entry.default,
-        )
-    return found
-
-
-def option_faults(options: Any) -> list[str]:
-    """Invalid values of an instance of such a dataclass, a line each."""
-    known: Any = type(options)
-    return [fault for name, option in declared(known).items() for fault in option.faults(getattr(options, name))]
-
-
 def identity(options: Any) -> dict[str, Any]:
     """The options that change a result, by name: those that ``==`` compares."""
     return {entry.name: getattr(options, entry.name) for entry in fields(options) if entry.compare}
@@ -125,8 +54,7 @@ def identity(options: Any) -> dict[str, Any]:
 
 def choice_faults(found: Mapping[str, str]) -> list[str]:
     """Faults of named values of `TrainOptions`, and of layout and variant together; a line each."""
-    faults = [fault for name, value in found.items() for fault in declared(TrainOptions)[name].faults(value)]
-    return faults + layout_faults(found["layout"], found["variant"])
+    return option_faults(TrainOptions, found) + layout_faults(found["layout"], found["variant"])
 
 
 def layout_faults(layout: str, variant: str) -> list[str]:
@@ -191,7 +119,7 @@ class TrainOptions:
     """Minutes between two checkpoints."""
 
     def __post_init__(self) -> None:
-        faults = option_faults(self) + layout_faults(self.layout, self.variant)
+        faults = option_faults(TrainOptions, vars(self)) + layout_faults(self.layout, self.variant)
         if self.placeholder_tokens is not None and self.prompt == "context":
             faults.append(
                 f"placeholder_tokens: found {self.placeholder_tokens} with prompt context; expected none, a context "
@@ -215,7 +143,7 @@ class TrainOptions:
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    name: option.choices for name, option in declared(TrainOptions).items() if option.choices
+    name: option.choices for name, option in rules_of(TrainOptions).items() if option.choices
 }
 """The named values of each option that has some."""
 

@@ -59,7 +59,7 @@ def complete_style(ctx: click.Context, _: click.Parameter, incomplete: str) -> l
 
 
 def _complete_choice(choices: tuple[Any, ...], _: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
-    return [name for name in choices if name and name.startswith(incomplete)]
+    return [name for name in choices if name.startswith(incomplete)]
 
 
 def painting_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,13 +6,11 @@ defaults, the bundle's defaults, the default declared here. Nothing here imports
 
 from __future__ import annotations
 
-import functools
-import math
-import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
+from lsast_engines.declared_options import Range, Rule, option_faults, rules_of
 from lsast_engines.errors import UsageError, did_you_mean, fault_list
 from lsast_engines.removed import REMOVED_OPTIONS, RENAMED_OPTIONS, RENAMED_VALUES
 
@@ -45,28 +43,6 @@ PRESETS: dict[PresetName, dict[str, Any]] = {
 """Options that belong together. `exact` computes everything at every step; `balanced` and `fast` trade quality for time
 and need the bundle's split graphs; `gentle` keeps faces and buildings readable; `released` is the shipped call of
 LSAST's code (docs/method.md §4)."""
-
-
-@dataclass(frozen=True)
-class Range:
-    """The numbers that an option may be: from `low` to `high`, and 0 as well with `or_zero`."""
-
-    low: float
-    high: float = math.inf
-    or_zero: bool = False
-    above: bool = False
-    """Whether `low` itself is excluded."""
-
-    def __contains__(self, value: float) -> bool:
-        return (self.low <= value <= self.high and not (self.above and value == self.low)) or (
-            self.or_zero and value == 0
-        )
-
-    def __str__(self) -> str:
-        if self.high == math.inf:
-            return f"above {self.low:g}" if self.above else f"{self.low:g} or more"
-        span = f"above {self.low:g}, up to {self.high:g}" if self.above else f"{self.low:g} to {self.high:g}"
-        return f"0, or {span}" if self.or_zero else span
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,11 +130,7 @@ class Options:
     def __post_init__(self) -> None:
         for name, rule in rules().items():
             object.__setattr__(self, name, rule.plain(getattr(self, name)))
-        faults = [
-            f"{name}: found {getattr(self, name)!r}; expected {rule.expected}{rule.near(getattr(self, name))}"
-            for name, rule in rules().items()
-            if not rule.accepts(getattr(self, name))
-        ]
+        faults = option_faults(Options, vars(self))
         try:
             if isinstance(self.style, str) and self.style:
                 Mix.parse(self.style)
@@ -201,75 +173,9 @@ class Options:
         return cls(**{**defaults, **common, **preset_options(preset), **overrides, **given, "preset": preset})
 
 
-@dataclass(frozen=True)
-class Rule:
-    """What an option may be and what it does, read off its declaration in `Options`."""
-
-    type: Any
-    """``str``, ``int``, ``float`` or ``bool``."""
-    help: str
-    choices: tuple[Any, ...] = ()
-    """The allowed values, of a text that is a choice."""
-    range: Range | None = None
-    """The allowed numbers."""
-
-    @property
-    def values(self) -> str:
-        """The allowed values, for messages and help."""
-        names = [name for name in self.choices if name is not None]
-        if names:
-            return f"{', '.join(names[:-1])} or {names[-1]}"
-        return str(self.range or {bool: "true or false"}.get(self.type, "the name of a style, or a mix of styles"))
-
-    @property
-    def expected(self) -> str:
-        """The allowed values with their type, for messages."""
-        return {int: "a whole number, ", float: "a number, "}.get(self.type, "") + self.values
-
-    def plain(self, value: Any) -> Any:
-        """`value` in Python's own type where it is of another, such as a scalar of numpy, so that JSON can hold it."""
-        if isinstance(value, bool):
-            return value
-        if isinstance(value, str):
-            return str(value)
-        if self.type in (int, float) and isinstance(value, numbers.Integral):
-            return int(value)
-        if self.type is float and isinstance(value, numbers.Real):
-            return float(value)
-        if self.type is bool and isinstance(value, _numpy_bool()):
-            return bool(value)
-        return value
-
-    def near(self, value: Any) -> str:
-        """The end of a message: which choice a wrong value is likely to mean; empty if none is near."""
-        return did_you_mean(value, [name for name in self.choices if name])
-
-    def accepts(self, value: Any) -> bool:
-        """Whether the option may be `value`, in Python's own type."""
-        if self.choices:
-            return value in self.choices
-        kinds = (int, float) if self.type is float else self.type
-        if not isinstance(value, kinds) or (isinstance(value, bool) and self.type is not bool):
-            return False
-        return value in self.range if self.range else value != ""
-
-
-def _numpy_bool() -> type:
-    import numpy as np  # only for a value that is no bool of Python
-
-    return np.bool_
-
-
-@functools.cache
-def rules() -> dict[str, Rule]:
+def rules() -> Mapping[str, Rule]:
     """The rule of every option, by name, in the order of the declaration."""
-    found = {}
-    for name, hint in get_type_hints(Options, include_extras=True).items():
-        declared, text, *ranges = get_args(hint)
-        choices = [value for kind in get_args(declared) or () for value in get_args(kind) or (kind,)]
-        choices = [None if value is type(None) else value for value in choices]
-        found[name] = Rule(str if choices else declared, text, tuple(choices), *ranges)
-    return found
+    return rules_of(Options)
 
 
 def preset_options(name: str | None) -> dict[str, Any]:

@@ -14,14 +14,17 @@ from typing import Any
 import click
 
 from lsast_engines.cli import Command, debug_option, echo, log_to_stderr
+from lsast_engines.declared_options import rules_of
 from lsast_engines.errors import LsastError, MissingExtraError, UsageError
 
-from .settings import LOOPBACK, PREFIX, Settings, declared
+from .settings import LOOPBACK, PREFIX, Settings
 
 SECTIONS = {
     "Address": ("host", "port", "token", "allowed_hosts", "show"),
     "Bundle and backend": ("bundle", "backend", "device", "threads", "compute_dtype", "preset", "batch"),
-    "Limits": tuple(name for name in declared() if name.startswith(("max_", "keep_", "queue")) or "seconds" in name),
+    "Limits": tuple(
+        name for name in rules_of(Settings) if name.startswith(("max_", "keep_", "queue")) or "seconds" in name
+    ),
 }
 """Sections of the help and their options."""
 
@@ -29,7 +32,8 @@ SECTIONS = {
 def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds an option for each field of `Settings`, which an environment variable can give, too."""
     for field in reversed(fields(Settings)):
-        kind, text, range_ = declared()[field.name]
+        rule = rules_of(Settings)[field.name]
+        kind, text, range_ = rule.type, rule.help, rule.range
         allowed = [str(range_)] if range_ and range_.low < range_.high else []
         default = [f"default: {field.default}"] if field.default not in ("", 0) else []
         extra = f" [{'; '.join(allowed + default)}]" if allowed or default else ""

@@ -20,9 +20,10 @@ from pydantic import (
     create_model,
 )
 
+from lsast_engines.declared_options import Rule
 from lsast_engines.errors import UsageError, did_you_mean, fault_list
 
-from ..options.options import Rule, rules
+from ..options.options import rules
 from .settings import Settings
 
 State = Literal["queued", "painting", "done", "failed", "cancelled"]
@@ -33,7 +34,7 @@ PICTURE_FIELDS = ("picture", "mask")
 
 def _annotation(rule: Rule) -> Any:
     """The type of an option for pydantic, with its range and its help."""
-    kind: Any = Literal[tuple(choice for choice in rule.choices if choice is not None)] if rule.choices else rule.type
+    kind: Any = Literal[tuple(rule.choices)] if rule.choices else rule.type
     bounds: dict[str, Any] = {}
     if rule.range:
         low, high = rule.range.low, rule.range.high
@@ -180,7 +181,7 @@ def option_cards(defaults: Mapping[str, Any], settings: Settings) -> list[Option
             name=name,
             type=rule.type.__name__,
             help=rule.help,
-            choices=[choice for choice in rule.choices if choice is not None] or None,
+            choices=list(rule.choices) or None,
             low=rule.range.low if rule.range else None,
             high=rule.range.high if rule.range and rule.range.high < float("inf") else None,
             or_zero=bool(rule.range and rule.range.or_zero),
@@ -211,7 +212,7 @@ def in_words(error: ValidationError, settings: Settings) -> str:
         name = str(fault["loc"][0]) if fault["loc"] else ""
         rule = limited.get(name)
         if rule:
-            near = did_you_mean(fault["input"], map(str, rule.choices))
+            near = did_you_mean(fault["input"], rule.choices)
             lines[f"{name}: found {fault['input']!r:.60}; expected {rule.expected}{near}"] = None
         elif fault["type"] == "extra_forbidden":
             near = did_you_mean(name, known) or f"; expected {', '.join(known)}"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any
 
+from lsast_engines.declared_options import Range, rules_of
 from lsast_engines.errors import UsageError, fault_list
 
-from ..options.options import Range, preset_options
+from ..options.options import preset_options
 
 PREFIX = "LSAST_SERVE_"
 """What the names of the environment variables begin with: LSAST_SERVE_PORT and so on."""
@@ -64,8 +64,8 @@ class Settings:
     def __post_init__(self) -> None:
         faults = [
             f"{name}: found {getattr(self, name)!r}; expected {range_}"
-            for name, (_, _, range_) in declared().items()
-            if range_ and getattr(self, name) not in range_
+            for name, rule in rules_of(Settings).items()
+            if (range_ := rule.range) and getattr(self, name) not in range_
         ]
         if faults:
             raise UsageError(fault_list("invalid settings:", faults))
@@ -79,10 +79,10 @@ class Settings:
             UsageError: a value that is no number where one is expected, or out of range.
         """
         given: dict[str, Any] = {}
-        for name, (kind, _, _) in declared().items():
+        for name, rule in rules_of(Settings).items():
             if text := environment.get(PREFIX + name.upper()):
                 try:
-                    given[name] = kind(text)
+                    given[name] = rule.type(text)
                 except ValueError:
                     raise UsageError(f"found {PREFIX + name.upper()}={text}; expected a number") from None
         return cls(**given)
@@ -105,13 +105,3 @@ class Settings:
         """The arguments of `lsast.load`."""
         names = ("bundle", "backend", "device", "threads", "compute_dtype", "preset")
         return {name: getattr(self, name) or None for name in names}
-
-
-@functools.cache
-def declared() -> Mapping[str, tuple[type, str, Range | None]]:
-    """Type, help and range of every setting, by name, in the order of the declaration."""
-    found = {}
-    for name, hint in get_type_hints(Settings, include_extras=True).items():
-        kind, text, *ranges = get_args(hint)
-        found[name] = (kind, text, ranges[0] if ranges else None)
-    return found

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from lsast.server.settings import Settings, declared
+from lsast.server.settings import Settings
+from lsast_engines.declared_options import rules_of
 from lsast_engines.errors import UsageError
 from running_server import LONG, httpx
 
@@ -122,5 +123,5 @@ def test_settings_report_all_faults_and_read_the_environment() -> None:
 
 def test_help_names_every_setting() -> None:
     done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, timeout=60)
-    for name in declared():
+    for name in rules_of(Settings):
         assert f"--{name.replace('_', '-')}" in done.stdout

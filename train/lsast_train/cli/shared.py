@@ -9,8 +9,7 @@ from typing import Any
 import click
 
 from lsast_engines.cli import OptionDecorator, combine_options, debug_option, json_option
-
-from ..options import declared
+from lsast_engines.declared_options import rules_of
 
 EXTRA = ("train", "torch", "diffusers", "accelerate", "matplotlib")
 """The extra that the commands require, and what it installs."""
@@ -75,12 +74,12 @@ def declared_options(options: type, quick: Any = None) -> OptionDecorator:
     """What adds the options that the dataclass `options` declares with a help text to a command.
 
     Args:
-        options: see `lsast_train.options.declared`.
+        options: see `lsast_engines.declared_options`.
         quick: the preset whose values the help shows; an option that is not given is None then. None: the declared
             defaults are shown and taken.
     """
     added = []
-    for name, option in declared(options).items():
+    for name, option in rules_of(options).items():
         if not option.help:
             continue
         flag, preset = f"--{name.replace('_', '-')}", getattr(quick, name, None)

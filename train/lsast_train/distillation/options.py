@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from lsast_engines.declared_options import Range, option_faults
 from lsast_engines.errors import UsageError, fault_list
-
-from ..options import Range, option_faults
 
 MAX_GUIDANCE = 100.0
 """The runtime's limit."""
@@ -51,7 +50,7 @@ class DistillOptions:
     """Minutes between two checkpoints."""
 
     def __post_init__(self) -> None:
-        faults = option_faults(self)
+        faults = option_faults(DistillOptions, vars(self))
         if self.guidance == 1:
             faults.append("guidance: found 1, which takes one pass already; expected another")
         if faults:

@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from lsast_engines.declared_options import Range, option_faults
 from lsast_engines.errors import UsageError, fault_list
 
-from ..options import MixedPrecision, Range, option_faults
+from ..options import MixedPrecision
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class FinetuneOptions:
     """Minutes between two checkpoints."""
 
     def __post_init__(self) -> None:
-        if faults := option_faults(self):
+        if faults := option_faults(FinetuneOptions, vars(self)):
             raise UsageError(fault_list("invalid options of finetune:", faults))
 
     def learning_rate(self, step: int) -> float:
