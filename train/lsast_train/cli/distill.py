@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from lsast_engines.cli import Command, log_to_stderr, print_result
+from lsast_engines.errors import UsageError
 
 from ..distillation.options import DistillOptions
 from .shared import EXTRA, declared_options, result_facts, run_options
@@ -57,7 +58,12 @@ def distill(
         torch.set_num_threads(threads)
     with log_to_stderr():
         source = BaseSource(base)
-        path = find_style(style, resolve_local_base(source))
+        if (bundle := resolve_local_base(source)) is None:
+            raise UsageError(
+                f"found {base}, a base to import; expected the bundle that it was exported to, which a distilled style "
+                f"is bound to: lsast-export bundle --base {base} --out DIR"
+            )
+        path = find_style(style, bundle)
         loaded = load_base(source)
         found = read_source(path, loaded)
         name = name or f"{found.name}-g{options.guidance:g}"

@@ -10,7 +10,15 @@ import click
 from lsast_engines.cli import Command, debug_option, json_option, log_to_stderr, print_result
 
 from ..finetuning.options import FinetuneOptions
-from .shared import EXTRA, declared_options, device_option, overwrite_option, result_facts, threads_option
+from .shared import (
+    EXTRA,
+    declared_options,
+    device_option,
+    import_options,
+    overwrite_option,
+    result_facts,
+    threads_option,
+)
 
 
 @click.command("finetune", cls=Command, requires=EXTRA)
@@ -33,6 +41,7 @@ from .shared import EXTRA, declared_options, device_option, overwrite_option, re
 )
 @click.option("--name", help="Name of the new style. [default: STYLE]")
 @click.option("--base", metavar="NAME", help="Bundle or base that the style belongs to. [default: the embedded one]")
+@import_options()
 @declared_options(FinetuneOptions)
 @device_option
 @click.option(
@@ -65,6 +74,7 @@ def finetune(
 
     Prints the prompt file; its style has the strength, guidance and palette of the options as defaults.
     """
+    imports = {key: chosen.pop(key) for key in ("controlnet", "vae", "revision", "unet_weights")}
     options = FinetuneOptions(**chosen)
     import torch
 
@@ -78,7 +88,7 @@ def finetune(
     if threads is not None:
         torch.set_num_threads(threads)
     with log_to_stderr():
-        source = BaseSource(base)
+        source = BaseSource(base, **{key: value for key, value in imports.items() if value is not None})
         path = find_prompts(style, resolve_local_base(source))
         loaded = load_base(source)
         prompts = load_prompts(path, loaded)
