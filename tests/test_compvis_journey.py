@@ -25,10 +25,9 @@ from lsast_engines.bundle.style import Style
 from lsast_engines.errors import StyleError
 from lsast_export.cli.main import main as lsast_export
 from lsast_export.graphs.trace import TracedGraph, trace_graphs
-from lsast_export.styles.bake import check_prompts
 from lsast_train import inversion
 from lsast_train.__main__ import main as lsast_train
-from lsast_train.base.lazy_base import load_base
+from lsast_train.base.lazy_base import check_fingerprint, load_base
 from lsast_train.checkpoints.source import BaseSource
 from lsast_train.options import PRESETS
 from lsast_train.prompts.prompt_file import load_prompts
@@ -226,4 +225,4 @@ def _check_contents(rounded: Any, pictures: dict[str, np.ndarray]) -> None:
     assert all(picture.std() > 1 for picture in pictures.values())
     other = load_base(BaseSource(*source, "ema"))
     with pytest.raises(StyleError, match=f"was learned on base {prompts.base[:12]}"):
-        check_prompts(prompts, other.config.name, other.fingerprint, "")
+        check_fingerprint(prompts.base, "prompts", other.config.name, other.fingerprint, {})

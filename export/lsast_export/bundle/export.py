@@ -27,7 +27,7 @@ from lsast_engines.environment import package_version
 from lsast_engines.errors import ExportError, fault_list
 from lsast_engines.files import scratch_folder
 from lsast_train.base.base import Base
-from lsast_train.base.lazy_base import EXPORTED_FROM, LazyBase, open_base, save_base
+from lsast_train.base.lazy_base import EXPORTED_FROM, LazyBase, check_fingerprint, open_base, save_base
 from lsast_train.prompts.prompt_file import Prompts, load_prompts, save_prompts
 from lsast_train.prompts.prompt_space import STAGES
 
@@ -39,7 +39,7 @@ from ..graphs.small_decoder import SmallDecoder, read_small_decoder
 from ..graphs.trace import OPSET, TracedGraph, trace_graphs
 from ..parity.parity import ParityPlan, measure_parity, plan_for, require_parity
 from ..progress import Progress, no_progress
-from ..styles.bake import KVProjector, bake_null_style, bake_prompts, check_prompts
+from ..styles.bake import KVProjector, bake_null_style, bake_prompts
 
 WEIGHTS = "base.safetensors"
 """The file of all weights, which the graphs and training share."""
@@ -108,7 +108,8 @@ def export_bundle(
     options = options or ExportOptions()
     require_backend(options.backend)
     for prompts in styles:
-        check_prompts(prompts, base.config.name, base.fingerprint, base.config.training.get(EXPORTED_FROM, ""))
+        what = f"style {prompts.name!r}"
+        check_fingerprint(prompts.base, what, base.config.name, base.fingerprint, base.config.training)
     stages = _common_stages(styles)
     with scratch_folder(out.parent) as folder:
         progress("storing weights")

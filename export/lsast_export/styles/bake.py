@@ -29,7 +29,7 @@ from lsast_engines.errors import StyleError, UsageError, fault_list
 from lsast_train.base.attention import GROUPS
 from lsast_train.base.base import Base
 from lsast_train.base.kv_packing import kv_layouts, project_kv
-from lsast_train.base.lazy_base import EXPORTED_FROM, LazyBase
+from lsast_train.base.lazy_base import LazyBase, check_fingerprint
 from lsast_train.prompts.prompt_file import Prompts, UnboundPrompts, find_prompts, load_any_prompts
 from lsast_train.prompts.text_encoder import PlaceholderEncoder
 
@@ -116,22 +116,6 @@ def with_defaults(styles: Sequence[Prompts], defaults: Mapping[str, Mapping[str,
         raise UsageError(f"found a default of guidance for {', '.join(guided)}; expected none: it was distilled")
     own = {style.name: decode_defaults(style.meta)[0] | dict(defaults.get(style.name, {})) for style in styles}
     return [replace(style, meta={**style.meta, **encode_defaults(own[style.name])}) for style in styles]
-
-
-def check_prompts(prompts: Prompts, base: str, fingerprint: str, origins: str) -> None:
-    """Refuse prompts that were learned on another base.
-
-    Args:
-        origins: what it says under `EXPORTED_FROM`: prompts learned on the base before its weights were rounded fit.
-
-    Raises:
-        StyleError: another base.
-    """
-    if prompts.base not in (fingerprint, *origins.split()):
-        raise StyleError(
-            f"style {prompts.name!r} was learned on base {prompts.base[:12]}…; the base {base!r} is "
-            f"{fingerprint[:12]}…: train it again on this base, or name the base that it was trained on with --base"
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,7 +246,8 @@ def bake_for_bundle(bundle: Bundle, styles: Sequence[Prompts], distilled: Sequen
     """
     manifest = bundle.manifest
     for prompts in styles:
-        check_prompts(prompts, manifest.name, manifest.fingerprint, manifest.source.get(EXPORTED_FROM, ""))
+        what = f"style {prompts.name!r}"
+        check_fingerprint(prompts.base, what, manifest.name, manifest.fingerprint, manifest.source)
     projector = KVProjector.of_bundle(bundle) if styles else None
     made = [bake_prompts(projector, prompts) for prompts in styles if projector is not None]
     made += [StyleFile(path).load() for path in distilled]

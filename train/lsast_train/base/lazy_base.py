@@ -167,7 +167,7 @@ def resolve_local_base(source: BaseSource) -> Path | None:
         folder = find_base(source.base)
     except BundleError as error:
         raise BundleError(
-            f"{error}\nor a base to import: a folder in diffusers' format, a .safetensors or .ckpt file in CompVis "
+            f"{error}\n  or a base to import: a folder in diffusers' format, a .safetensors or .ckpt file in CompVis "
             f"naming, or OWNER/NAME of the hub with a revision{bases_inside(source.base)}"
         ) from error
     imports = {"--controlnet": source.controlnet, "--vae": source.vae, "--revision": source.revision}
@@ -178,15 +178,24 @@ def resolve_local_base(source: BaseSource) -> Path | None:
     return folder
 
 
-def check_fingerprint(found: str, base: Base | LazyBase, what: str) -> None:
-    """Raise `StyleError` for `what` (a prompt file) if it was learned on another base than `base`.
+def check_fingerprint(found: str, what: str, base: str, fingerprint: str, facts: Mapping[str, str]) -> None:
+    """Refuse what was learned on another base.
 
-    Prompts that were learned on the base before its weights were rounded or its decoder was trained on fit, too.
+    Args:
+        found: fingerprint of the base that it was learned on.
+        what: its name in the message.
+        base: name of the base that it is for.
+        fingerprint: of that base.
+        facts: of that base, from its manifest or its training; under `EXPORTED_FROM` they name bases that it was made
+            from, by rounding weights or by training its decoder on. What was learned on these fits, too.
+
+    Raises:
+        StyleError: another base.
     """
-    if found not in (base.fingerprint, *base.config.training.get(EXPORTED_FROM, "").split()):
+    if found not in (fingerprint, *facts.get(EXPORTED_FROM, "").split()):
         raise StyleError(
-            f"{what} was learned on base {found[:12]}…; the base {base.config.name!r} is {base.fingerprint[:12]}…: "
-            f"train it again on this base, or pass the --base it was trained on"
+            f"{what} was learned on base {found[:12]}…; the base {base!r} is {fingerprint[:12]}…: train it again on "
+            "this base, or name the base that it was trained on with --base"
         )
 
 

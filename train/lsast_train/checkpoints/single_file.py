@@ -140,7 +140,7 @@ def _choose_unet(state: Mapping[str, torch.Tensor], wanted: UnetWeights) -> tupl
     if missing := [key for key in averaged.values() if key not in state]:
         raise TrainingError(
             fault_list(f"found EMA weights without {len(missing)} of {len(averaged)} tensors, e.g.:", missing[:3])
-            + "\ntake --unet-weights non-ema, or get the file again"
+            + "\n  take --unet-weights non-ema, or get the file again"
         )
     return averaged, "ema"
 

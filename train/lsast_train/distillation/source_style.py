@@ -71,7 +71,7 @@ def read_source(path: Path, base: Base) -> SourceStyle:
         meta = {**{key: str(getattr(found, key)) for key in ("variant", "layout", "prompt")}, **found.meta}
         return SourceStyle(found.name, kv_unet, kv_control, meta)
     style = StyleFile(path).load()
-    check_fingerprint(style.base, base, f"style file {path}")
+    check_fingerprint(style.base, f"style file {path}", base.config.name, base.fingerprint, base.config.training)
     if (scale := style.meta.get(DISTILLED_GUIDANCE_KEY)) is not None:
         raise StyleError(f"{path} has guidance {scale} baked in already; expected the style that it was distilled from")
     return SourceStyle(

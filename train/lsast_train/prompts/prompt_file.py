@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,7 +30,7 @@ from lsast_engines.files import replace_file
 from ..base.attention import GROUPS
 from ..base.base import Base
 from ..base.lazy_base import check_fingerprint
-from ..options import Generator, Gradient, Layout, Variant, choice_faults
+from ..options import Generator, Gradient, Layout, Variant
 from .prompt_space import STAGES, PromptSpace, matrix_count, matrix_index
 from .text_encoder import PlaceholderEncoder
 
@@ -38,7 +38,7 @@ FORMAT = 2
 """Format number of prompt files."""
 
 _KEY = "lsast"
-_KIND = ("variant", "generator", "layout", "gradient")
+_KIND = {"variant": Variant, "generator": Generator, "layout": Layout, "gradient": Gradient}
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +142,12 @@ class UnboundPrompts:
 
 
 def _shared_faults(prompts: Prompts | UnboundPrompts) -> list[str]:
-    faults = style_name_faults(prompts.name) + choice_faults({name: getattr(prompts, name) for name in _KIND})
+    faults = style_name_faults(prompts.name)
+    for name, kind in _KIND.items():
+        if (found := getattr(prompts, name)) not in get_args(kind):
+            faults.append(f"{name}: found {found!r}; expected one of {', '.join(get_args(kind))}")
+    if prompts.layout == "overlap" and prompts.variant != "step+layer":
+        faults.append(f"layout: found overlap with variant {prompts.variant!r}; expected it with step+layer only")
     return faults + [
         f"{name}: found {tensor.dtype}; expected torch.float32"
         for name, tensor in prompts.tensors().items()
@@ -216,7 +221,7 @@ def load_prompts(path: Path, base: Base | None = None) -> Prompts:
             f"lsast-export import {path} --base BASE, a base with a text encoder"
         )
     if base is not None:
-        check_fingerprint(prompts.base, base, f"prompt file {path}")
+        check_fingerprint(prompts.base, f"prompt file {path}", base.config.name, base.fingerprint, base.config.training)
     return prompts
 
 
