@@ -6,7 +6,6 @@ Never imports torch, so that ``lsast-train --help`` is quick and works without i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
@@ -50,21 +49,6 @@ PLACEHOLDER_TOKENS = 10
 def identity(options: Any) -> dict[str, Any]:
     """The options that change a result, by name: those that ``==`` compares."""
     return {entry.name: getattr(options, entry.name) for entry in fields(options) if entry.compare}
-
-
-def choice_faults(found: Mapping[str, str]) -> list[str]:
-    """Faults of named values of `TrainOptions`, and of layout and variant together; a line each."""
-    return option_faults(TrainOptions, found) + layout_faults(found["layout"], found["variant"])
-
-
-def layout_faults(layout: str, variant: str) -> list[str]:
-    """A line if `layout` does not fit `variant`."""
-    if layout != "overlap" or variant == "step+layer":
-        return []
-    return [
-        f"layout: found overlap with variant {variant!r}; expected it with step+layer only, the other variants have "
-        "nothing to overlap: leave the layout strided"
-    ]
 
 
 @dataclass(frozen=True)
@@ -119,7 +103,12 @@ class TrainOptions:
     """Minutes between two checkpoints."""
 
     def __post_init__(self) -> None:
-        faults = option_faults(TrainOptions, vars(self)) + layout_faults(self.layout, self.variant)
+        faults = option_faults(TrainOptions, vars(self))
+        if self.layout == "overlap" and self.variant != "step+layer":
+            faults.append(
+                f"layout: found overlap with variant {self.variant!r}; expected it with step+layer only, the other "
+                "variants have nothing to overlap: leave the layout strided"
+            )
         if self.placeholder_tokens is not None and self.prompt == "context":
             faults.append(
                 f"placeholder_tokens: found {self.placeholder_tokens} with prompt context; expected none, a context "

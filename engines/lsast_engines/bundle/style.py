@@ -14,7 +14,7 @@ import math
 import os
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +43,9 @@ STYLE_DEFAULTS: dict[str, type] = {
     "palette": float,
 }
 """The options that a style may have its own default of, and their types; the runtime checks their ranges."""
+
+BUNDLE_DEFAULTS: dict[str, type] = {"style": str, **STYLE_DEFAULTS, "size": int}
+"""The same of a bundle's manifest."""
 
 DEFAULTS_KEY = "defaults"
 """Key in a style's `meta` of its default options, as JSON."""
@@ -316,6 +319,36 @@ def decode_defaults(meta: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]
     }
     faults = [f"{DEFAULTS_KEY}: {fault}" for name, value in values.items() if (fault := _default_fault(name, value))]
     return ({} if faults else values), faults
+
+
+def parse_defaults(pairs: Sequence[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Defaults of a bundle, from ``KEY=VALUE`` pairs, and of styles by name, from ``STYLE.KEY=VALUE`` pairs.
+
+    Raises:
+        UsageError: unknown keys or values of a wrong type; all faults at once.
+    """
+    values: dict[str, Any] = {}
+    for_styles: dict[str, dict[str, Any]] = {}
+    faults = []
+    for pair in pairs:
+        name, separator, text = pair.partition("=")
+        style, _, key = name.rpartition(".")
+        key, text = RENAMED_OPTIONS.get(key, key), RENAMED_VALUES.get(f"{key}={text}", text)
+        types = STYLE_DEFAULTS if style else BUNDLE_DEFAULTS
+        try:
+            value = types[key](text)
+            if not isinstance(value, str) and not is_number(value):
+                raise ValueError("NaN or infinite")
+            (for_styles.setdefault(style, {}) if style else values)[key] = value
+        except KeyError:
+            faults.append(f"{pair}: found key {key!r}; expected one of {', '.join(types)}")
+        except ValueError:
+            faults.append(f"{pair}: found {text!r}; expected a {'whole ' * (types[key] is int)}number")
+        if not separator:
+            faults.append(f"{pair}: expected KEY=VALUE")
+    if faults:
+        raise UsageError(fault_list("invalid defaults:", faults))
+    return values, for_styles
 
 
 def _default_fault(name: str, value: Any) -> str | None:

@@ -8,17 +8,12 @@ from typing import Any
 
 import click
 
-from lsast_engines.bundle.json_fields import is_number
-from lsast_engines.bundle.style import STYLE_DEFAULTS
+from lsast_engines.bundle.style import BUNDLE_DEFAULTS, parse_defaults
 from lsast_engines.cli import Command, OptionDecorator, combine_options, debug_option, echo, json_option, print_result
-from lsast_engines.errors import UsageError, fault_list
-from lsast_engines.removed import RENAMED_OPTIONS, RENAMED_VALUES
+from lsast_engines.errors import UsageError
 from lsast_train.cli.shared import import_options
 
 from .shared import EXTRA, PhaseTimer
-
-_DEFAULT_TYPES: dict[str, type] = {"style": str, **STYLE_DEFAULTS, "size": int}
-"""The manifest's defaults and their types."""
 
 style_options = combine_options(
     click.option(
@@ -27,7 +22,7 @@ style_options = combine_options(
         multiple=True,
         metavar="[STYLE.]KEY=VALUE",
         help="A default option of one style; without STYLE, of the bundle that is exported. May be repeated. "
-        f"KEY: {', '.join(_DEFAULT_TYPES)}.",
+        f"KEY: {', '.join(BUNDLE_DEFAULTS)}.",
     ),
     click.option(
         "--base",
@@ -45,36 +40,6 @@ style_options = combine_options(
     ),
 )
 """Adds the options that say which styles to bake, and on which base."""
-
-
-def read_defaults(pairs: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The values of ``KEY=VALUE`` pairs, and by style those of ``STYLE.KEY=VALUE`` pairs.
-
-    Raises:
-        UsageError: unknown keys or values of a wrong type; all faults at once.
-    """
-    values: dict[str, Any] = {}
-    for_styles: dict[str, dict[str, Any]] = {}
-    faults = []
-    for pair in pairs:
-        name, separator, text = pair.partition("=")
-        style, _, key = name.rpartition(".")
-        key, text = RENAMED_OPTIONS.get(key, key), RENAMED_VALUES.get(f"{key}={text}", text)
-        types = STYLE_DEFAULTS if style else _DEFAULT_TYPES
-        try:
-            value = types[key](text)
-            if not isinstance(value, str) and not is_number(value):
-                raise ValueError("NaN or infinite")
-            (for_styles.setdefault(style, {}) if style else values)[key] = value
-        except KeyError:
-            faults.append(f"{pair}: found key {key!r}; expected one of {', '.join(types)}")
-        except ValueError:
-            faults.append(f"{pair}: found {text!r}; expected a {'whole ' * (types[key] is int)}number")
-        if not separator:
-            faults.append(f"{pair}: expected KEY=VALUE")
-    if faults:
-        raise UsageError(fault_list("invalid defaults:", faults))
-    return values, for_styles
 
 
 def bundle_options(hidden: bool = False) -> OptionDecorator:
@@ -143,7 +108,7 @@ def export(
             f"found --backend {backend}; expected onnxruntime or openvino, to compare with torch on: engines are "
             f"compiled by lsast-export compile {out} --backend {backend}"
         )
-    wanted, for_styles = read_defaults(defaults)
+    wanted, for_styles = parse_defaults(defaults)
     from lsast_engines.environment import peak_memory
     from lsast_train.base.lazy_base import open_base, resolve_local_base
     from lsast_train.checkpoints.source import BaseSource

@@ -12,11 +12,12 @@ from typing import Any, get_args
 import click
 
 from lsast_engines.backends.tensorrt.engine_record import TrtFlavor
+from lsast_engines.bundle.style import parse_defaults
 from lsast_engines.cli import Group, debug_option, json_option, print_result
 from lsast_engines.errors import UsageError
 
 from .add_graphs import decoder_command, parts_command
-from .bundle import bundle_command, bundle_options, export, read_defaults, style_options
+from .bundle import bundle_command, bundle_options, export, style_options
 from .check import check_command
 from .compile import compile_command, compile_engines
 from .import_ import import_command
@@ -69,7 +70,7 @@ def bake(
 
     With `backend`, the engines of the bundle that are missing are compiled, too.
     """
-    for_bundle, for_styles = read_defaults(defaults)
+    for_bundle, for_styles = parse_defaults(defaults)
     if for_bundle:
         raise UsageError(
             f"found --default {', '.join(for_bundle)}, which belongs to a whole bundle; expected STYLE.KEY=VALUE"
