@@ -75,12 +75,51 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
             os.close(descriptor)
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path, mode: int = 0o777) -> None:
     """Make a folder and those above it; `Path.mkdir` recurses, and fails a thousand folders deep."""
     missing = list(takewhile(lambda parent: not parent.exists(), (folder, *folder.parents)))
     for parent in reversed(missing):
-        parent.mkdir(exist_ok=True)
-    folder.mkdir(exist_ok=True)
+        parent.mkdir(mode, exist_ok=True)
+    folder.mkdir(mode, exist_ok=True)
+
+
+def is_own(path: Path) -> bool:
+    """Whether `path` is not there, or belongs to this user or to root; True on Windows."""
+    try:
+        return sys.platform == "win32" or path.stat().st_uid in (os.geteuid(), 0)
+    except FileNotFoundError:
+        return True
+
+
+FOR_OTHERS_TO_READ = 0o755
+"""The mode of a folder into which `written_by_others` lets nobody else write, whatever the umask is."""
+
+
+def written_by_others(folder: Path, root: Path) -> Path | None:
+    """The first of the folders from `root` down to `folder`, and of the files in it, that another user may have
+    written; None if there is none, or the system does not tell (Windows).
+
+    Not meant are root and a group that has the number of its owner: most systems make one for each user.
+    """
+    if sys.platform == "win32":
+        return None
+    folders = (folder, *takewhile(lambda parent: parent != root.parent, folder.parents))
+    with contextlib.suppress(OSError):  # not there, or not to be looked into
+        for path in (*folders[::-1], *folder.glob("*")):
+            found = path.stat()  # of a link, of what it leads to
+            writable = stat.S_IWOTH | (stat.S_IWGRP if found.st_gid != found.st_uid else 0)
+            if found.st_mode & stat.S_ISVTX and path.is_dir():
+                writable = 0  # as /tmp: others may add to it, but not replace what is not theirs
+            if not is_own(path) or found.st_mode & writable:
+                return path
+    return None
+
+
+def keep_from_others(folder: Path) -> None:
+    """Let nobody else write the files in `folder`, whatever the umask is."""
+    for file in folder.iterdir():
+        with contextlib.suppress(OSError):  # another process has just removed it
+            file.chmod(stat.S_IMODE(file.stat().st_mode) & FOR_OTHERS_TO_READ)
 
 
 def _create_locked(parent: Path, *, folder: bool) -> tuple[Path, int]:
@@ -88,7 +127,7 @@ def _create_locked(parent: Path, *, folder: bool) -> tuple[Path, int]:
     while True:
         path = parent / f".lsast-{secrets.token_hex(8)}.tmp"
         if folder:
-            path.mkdir()
+            path.mkdir(0o700)
             descriptor = -1 if sys.platform == "win32" else os.open(path, os.O_RDONLY)
         else:
             # The system subtracts the umask; reading it would change it for other threads.

@@ -11,7 +11,19 @@ from pathlib import Path
 import pytest
 
 from lsast_engines.errors import UsageError
-from lsast_engines.files import NOWHERE, cache_home, data_home, exchange, file_sha256, replace_file, scratch_folder
+from lsast_engines.files import (
+    FOR_OTHERS_TO_READ,
+    NOWHERE,
+    cache_home,
+    data_home,
+    exchange,
+    file_sha256,
+    is_own,
+    make_folder,
+    replace_file,
+    scratch_folder,
+    written_by_others,
+)
 
 
 def break_off(target: Path, error: type[BaseException]) -> None:
@@ -169,3 +181,36 @@ def test_homes_without_a_home_are_found_empty(monkeypatch: pytest.MonkeyPatch) -
         assert not list(home.glob("*"))
         with pytest.raises(OSError, match=os.devnull):
             home.mkdir(parents=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
+def test_written_by_others_finds_the_first_folder_or_file_that_others_may_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    folder, file = root / "a" / "b", root / "a" / "b" / "file"
+    assert written_by_others(folder, root) is None
+    before = os.umask(0)
+    try:
+        make_folder(folder, FOR_OTHERS_TO_READ)
+    finally:
+        os.umask(before)
+    file.touch(0o644)
+    tmp_path.chmod(0o777)  # above the root
+    assert written_by_others(folder, root) is None
+    for path in (root, folder.parent, folder, file):
+        usual = stat.S_IMODE(path.stat().st_mode)
+        path.chmod(usual | 0o002)
+        assert written_by_others(folder, root) == path
+        path.chmod(usual | 0o020)  # a group that only its owner is in has the owner's number
+        assert written_by_others(folder, root) == (None if path.stat().st_uid == path.stat().st_gid else path)
+        path.chmod(usual)
+    root.chmod(0o1777)
+    assert written_by_others(folder, root) is None
+    if os.geteuid() == 0:  # what belongs to root is trusted
+        os.chown(folder, 12345, 12345)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    assert written_by_others(folder, root) in (root, folder)
+    assert not is_own(folder)
+    assert is_own(root / "missing")

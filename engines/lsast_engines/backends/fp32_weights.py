@@ -22,8 +22,16 @@ import numpy as np
 
 from ..bundle.manifest import declared_hashes
 from ..bundle.safetensors_header import Slot, encode_header, read_slots
-from ..errors import BackendError
-from ..files import cache_home, file_sha256, replace_file
+from ..errors import BackendError, shown
+from ..files import (
+    FOR_OTHERS_TO_READ,
+    cache_home,
+    file_sha256,
+    keep_from_others,
+    make_folder,
+    replace_file,
+    written_by_others,
+)
 from .graph_cache import SOURCE, read_source
 from .protobuf import LENGTH_DELIMITED, fields
 
@@ -49,6 +57,8 @@ _log = logging.getLogger("lsast.fp32_weights")
 def with_fp32_weights(path: Path, cache: Path | None = None, dtypes: tuple[str, ...] = ("F16", "BF16")) -> Path:
     """The graph file to open for `path`: itself, or its rewritten copy beside converted weights.
 
+    Without a cache folder of its own, the backend expands the weights in memory, with a warning.
+
     Args:
         path: an ONNX file of a bundle.
         cache: folder for converted weights; None is ``fp32`` in the user's cache folder.
@@ -63,14 +73,35 @@ def with_fp32_weights(path: Path, cache: Path | None = None, dtypes: tuple[str, 
     slots = read_slots(weights)
     if not any(slot.dtype in dtypes for slot in slots.values()):
         return path
-    folder = (cache or cache_home() / "fp32") / _key(weights)
-    target = folder / WEIGHTS
+    folder = _folder(weights, cache)
+    if fault := _folder_fault(folder, cache):
+        _log.warning("painting needs more memory: %s; expected a folder of your own, set LSAST_HOME", shown(fault))
+        return path
+    target, graph = folder / WEIGHTS, folder / path.name
     if not _is_whole(target):
         _convert(weights, slots, target)
     moved = {old.offset: new for old, new in zip(slots.values(), read_slots(target).values(), strict=True)}
-    with replace_file(folder / path.name) as handle:
-        handle.write(_rewritten_model(path.read_bytes(), moved))
-    return folder / path.name
+    model = _rewritten_model(path.read_bytes(), moved)
+    if not graph.is_file() or graph.read_bytes() != model:  # it may be there, and the folder for reading only
+        with replace_file(graph) as handle:
+            handle.write(model)
+        keep_from_others(folder)
+    return graph
+
+
+def _folder(weights: Path, cache: Path | None) -> Path:
+    return (cache or cache_home() / "fp32") / _key(weights)
+
+
+def _folder_fault(folder: Path, cache: Path | None) -> str:
+    """Why a folder cannot hold converted weights; empty if it can."""
+    if others := written_by_others(folder, cache or cache_home()):
+        return f"{others} may be written by others"
+    try:
+        make_folder(folder, FOR_OTHERS_TO_READ)
+    except OSError as error:
+        return f"{folder} cannot be made ({error.strerror})"
+    return ""
 
 
 def has_room(bundle: Path, cache: Path | None = None) -> bool:
@@ -78,12 +109,11 @@ def has_room(bundle: Path, cache: Path | None = None) -> bool:
     weights = bundle / WEIGHTS
     if not weights.is_file() or weights.stat().st_size < MIN_BYTES:
         return True
-    slots = read_slots(weights).values()
-    folder = cache or cache_home() / "fp32"
-    if not any(slot.dtype in _HALVES for slot in slots) or (folder / _key(weights) / WEIGHTS).is_file():
+    slots, folder = read_slots(weights).values(), _folder(weights, cache)
+    if not any(slot.dtype in _HALVES for slot in slots) or (folder / WEIGHTS).is_file():
         return True
-    while not folder.exists():
-        folder = folder.parent
+    if _folder_fault(folder, cache):
+        return False
     return shutil.disk_usage(folder).free > sum(slot.length * 2 for slot in slots)
 
 
@@ -122,13 +152,6 @@ def _convert(weights: Path, slots: dict[str, Slot], target: Path) -> None:
     ]
     header = encode_header(tensors)
     size = len(header) + sum(length for *_, length in tensors)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BackendError(
-            f"{target.parent} cannot be made ({error.strerror}) to convert {weights}: set LSAST_HOME to a folder with "
-            "room, or export the bundle in fp32"
-        ) from error
     if (free := shutil.disk_usage(target.parent).free) < size:
         raise BackendError(
             f"found {free / 1e9:.1f} GB free at {target.parent}; expected {size / 1e9:.1f} GB to convert {weights}: "

@@ -7,6 +7,7 @@ since a library may crash on damaged files. A new entry replaces older ones of t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -18,7 +19,16 @@ from typing import TypeVar
 
 from ..bundle.json_fields import parse_json
 from ..bundle.manifest import MANIFEST, declared_hashes
-from ..files import cache_home, file_sha256, scratch_folder
+from ..errors import shown
+from ..files import (
+    FOR_OTHERS_TO_READ,
+    cache_home,
+    file_sha256,
+    keep_from_others,
+    make_folder,
+    scratch_folder,
+    written_by_others,
+)
 
 MAX_WEIGHT_BYTES = 1 << 30
 """Bytes of a bundle's weights from which its graphs are not cached: every entry holds a copy of the weights."""
@@ -58,6 +68,9 @@ def open_cached(
     entry = cache_path(backend, path, compute_dtype, environment)
     if entry is None:
         return build(None)
+    if others := written_by_others(entry, cache_home()):
+        _tell_unused(others)
+        return build(None)
     if entry.is_dir():
         try:
             _verify(entry)
@@ -74,12 +87,14 @@ def open_cached(
                 _log.info("graph %s is not opened from %s (%s)", path, entry, error)
                 return build(None)
     try:
+        make_folder(entry.parent, FOR_OTHERS_TO_READ)
         with scratch_folder(entry.parent) as scratch:
             fresh = scratch / "new"
-            fresh.mkdir()
+            fresh.mkdir(FOR_OTHERS_TO_READ)
             session = build(fresh)
             digests = {file.name: file_sha256(file) for file in sorted(fresh.iterdir())}
             (fresh / DIGESTS).write_text(json.dumps({"entry": entry.name, "files": digests}))
+            keep_from_others(fresh)
             (entry.parent / SOURCE).write_bytes(os.fsencode(path.resolve()))
             # Another process may have been quicker, or another bundle may be in place of this one.
             if not entry.exists() and entry == cache_path(backend, path, compute_dtype, environment):
@@ -89,6 +104,11 @@ def open_cached(
     except Exception as error:
         _log.info("graph %s is not cached (%s)", path, error)
     return build(None)
+
+
+@functools.cache  # once, not for every graph
+def _tell_unused(path: Path) -> None:
+    _log.warning("%s may be written by others; the cache is not used: remove it, or set LSAST_HOME", shown(path))
 
 
 def cache_path(backend: str, path: Path, compute_dtype: str, environment: str) -> Path | None:

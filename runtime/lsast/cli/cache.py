@@ -5,6 +5,7 @@ Everything here is made again when it is needed. Bundles and styles that the use
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -84,4 +85,9 @@ def _folders(parent: Path) -> list[Path]:
 
 
 def _size(folder: Path) -> int:
-    return sum(os.lstat(os.path.join(root, name)).st_size for root, _, names in os.walk(folder) for name in names)
+    size = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):  # another process has just removed it
+                size += os.lstat(os.path.join(root, name)).st_size
+    return size

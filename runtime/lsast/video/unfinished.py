@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lsast_engines.errors import PictureError, shown
-from lsast_engines.files import make_folder, replace_file, try_lock
+from lsast_engines.files import is_own, make_folder, replace_file, try_lock
 
 _STATE, _LOCK = "state.npz", "lock"
 _LONGEST_NAME = 255
@@ -78,8 +78,11 @@ class Unfinished:
 
     def _take(self) -> int:
         for left in reversed(range(_TRIES)):
-            if self._folder.is_symlink():
-                raise PictureError(f"found the link {self._folder}; expected no such name: remove it")
+            # Another user may turn what is in a folder into links, to have our files written over.
+            if self._folder.is_symlink() or not is_own(self._folder):
+                raise PictureError(
+                    f"found {self._folder}, a link or a folder of another user; expected no such name: remove it"
+                )
             try:
                 make_folder(self._folder)
                 descriptor = os.open(self._folder / _LOCK, os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o666)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -137,6 +138,21 @@ def test_cache_entry_that_a_backend_does_not_open_is_kept(case: Case, monkeypatc
     assert case.builds == 2
     case.run()
     assert case.builds == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
+def test_cache_that_others_may_write_is_neither_read_nor_written(case: Case, caplog: pytest.LogCaptureFixture) -> None:
+    expected = case.run()
+    (entry,) = case.entries()
+    for path in (next(entry.iterdir()), entry, entry.parents[2]):
+        path.chmod(path.stat().st_mode | 0o002)
+        before = sorted(entry.parents[2].rglob("*"))
+        case.builds = 0
+        np.testing.assert_array_equal(case.run(), expected)
+        assert case.builds == 1
+        assert f"{path} may be written by others" in caplog.text
+        assert sorted(entry.parents[2].rglob("*")) == before
+        path.chmod(path.stat().st_mode & 0o755)
 
 
 def test_cache_keeps_an_entry_for_each_compute_dtype(case: Case) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections import namedtuple
 from collections.abc import Callable
 from contextlib import closing
@@ -127,6 +128,27 @@ def test_with_fp32_weights_of_other_weights_of_the_same_size_and_time_are_not_us
     os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     manifest.write_text(manifest.read_text().replace(old, file_sha256(weights)))
     assert with_fp32_weights(copy / "controlnet_cond.onnx", tmp_path).parent != first.parent
+
+
+@pytest.mark.usefixtures("_all_are_large")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
+def test_with_fp32_weights_without_a_cache_of_its_own_leaves_them_to_the_backend(
+    bundles: dict[str, Bundle], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = bundles["fp16"].graph_path("controlnet_cond")
+    cache = tmp_path / "cache"
+    before = os.umask(0)
+    try:
+        assert with_fp32_weights(path, cache).parent.parent == cache
+        assert with_fp32_weights(path, cache).parent.parent == cache
+    finally:
+        os.umask(before)
+    cache.chmod(0o777)
+    assert with_fp32_weights(path, cache) == path
+    assert f"painting needs more memory: {cache} may be written by others" in caplog.text
+    (tmp_path / "file").touch()
+    assert with_fp32_weights(path, tmp_path / "file") == path
+    assert "cannot be made (" in caplog.text
 
 
 @pytest.mark.usefixtures("_all_are_large")

@@ -317,7 +317,7 @@ def test_paint_video_follows_no_link_in_place_of_its_folder(
     write_clip(tmp_path / "clip.mp4", photo, 2, None)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / ".out.mp4.parts").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(PictureError, match="found the link"):
+    with pytest.raises(PictureError, match="a link or a folder of another user"):
         paint_video(tmp_path / "clip.mp4", tmp_path / "out.mp4", stylizer, QUICK)
     assert not os.listdir(tmp_path / "elsewhere")
 

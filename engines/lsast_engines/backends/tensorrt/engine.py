@@ -22,6 +22,7 @@ import numpy as np
 
 from ...bundle.graph_spec import GraphSpec
 from ...errors import BackendError, fault_list
+from ...files import cache_home, written_by_others
 from ..base import Array, ComputeDtype, Engine, Shape, output_shapes
 from .cuda import Buffer, Gpu, Graph, Stream, gpus, load_cuda
 from .cuda import gpu_fault as cuda_fault
@@ -87,10 +88,12 @@ def find_engine(
     """
     engine = engine_folder(path.parent, flavor, compute_dtype) / f"{spec.name}{SUFFIX}"
     command = compile_command(path.parent, flavor, compute_dtype, gpu)
+    if others := written_by_others(engine.parent, cache_home()):
+        raise BackendError(f"found {others}, which others may write; expected engines of your own: set LSAST_HOME")
     try:
         record = verified_record(engine)
     except BackendError as error:
-        raise BackendError(f"{error}\ncompile with: {command}") from error
+        raise BackendError(f"{error}\n  compile with: {command}") from error
     wanted = dataclasses.replace(
         record.key,
         graph=spec.name,
@@ -102,7 +105,7 @@ def find_engine(
     if faults := wanted.differences(record.key) + record.key.unsupported_reasons(gpu.capability, gpu.name):
         heading = f"{engine} was compiled from something else, or for something else:"
         took = f"it took {record.seconds:.0f} s last time"
-        raise BackendError(f"{fault_list(heading, faults)}\ncompile again ({took}) with: {command}")
+        raise BackendError(f"{fault_list(heading, faults)}\n  compile again ({took}) with: {command}")
     return record
 
 

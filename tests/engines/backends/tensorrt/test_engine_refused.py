@@ -49,7 +49,7 @@ def test_engine_of_a_changed_graph_is_refused(compiled: Compiled, open_it: Open,
 
 def test_missing_or_truncated_engine_names_the_command(compiled: Compiled, open_it: Open) -> None:
     with pytest.raises(
-        BackendError, match=r"found no engine .*\ncompile with: lsast-export compile .* --backend tensorrt"
+        BackendError, match=r"found no engine .*\n  compile with: lsast-export compile .* --backend tensorrt"
     ):
         open_it()
     engine = compiled()
