@@ -7,10 +7,8 @@ architecture, schedule and shape.
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,9 +16,11 @@ from unittest import mock
 
 import pytest
 import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import nn
 
+from compvis_names import compvis_network
 from released_lsast import CONTROL, UNET, State, sample
 
 
@@ -123,83 +123,30 @@ class Recipe:
 
 def random_weights(recipe: Recipe) -> tuple[State, State]:
     """A U-Net and a ControlNet in CompVis naming, halves, of about unit gain."""
+    attends = [level in recipe.attending for level in range(len(recipe.channel_mult))]
+    shared: dict[str, Any] = {
+        "block_out_channels": tuple(recipe.model_channels * mult for mult in recipe.channel_mult),
+        "down_block_types": tuple("CrossAttnDownBlock2D" if there else "DownBlock2D" for there in attends),
+        "layers_per_block": recipe.num_res_blocks,
+        "cross_attention_dim": recipe.context_dim,
+        "attention_head_dim": recipe.num_heads,
+    }
+    ups = tuple("CrossAttnUpBlock2D" if there else "UpBlock2D" for there in attends[::-1])
+    # Stable Diffusion's hint encoder has 16, 32, 96 and 256 channels.
+    networks = (
+        UNet2DConditionModel(**shared, up_block_types=ups),
+        ControlNetModel(**shared, conditioning_embedding_out_channels=(4, 8, 12, 16)),
+    )
     generator = torch.Generator().manual_seed(recipe.seed)
-    state: State = {}
-    width = recipe.model_channels
-
-    def put(name: str, *shape: int, bias: bool = True) -> None:
-        fan_in = max(1, math.prod(shape[1:]))
-        state[f"{name}.weight"] = torch.randn(shape, generator=generator) / fan_in**0.5
-        if len(shape) == 1:
-            state[f"{name}.weight"] = 1 + 0.1 * state[f"{name}.weight"]
-        if bias:
-            state[f"{name}.bias"] = 0.1 * torch.randn(shape[0], generator=generator)
-
-    def put_residual(name: str, inside: int, out: int) -> None:
-        put(f"{name}.in_layers.0", inside)
-        put(f"{name}.in_layers.2", out, inside, 3, 3)
-        put(f"{name}.emb_layers.1", out, 4 * width)
-        put(f"{name}.out_layers.0", out)
-        put(f"{name}.out_layers.3", out, out, 3, 3)
-        if inside != out:
-            put(f"{name}.skip_connection", out, inside, 1, 1)
-
-    def put_transformer(name: str, ch: int) -> None:
-        put(f"{name}.norm", ch)
-        put(f"{name}.proj_in", ch, ch, 1, 1)
-        put(f"{name}.proj_out", ch, ch, 1, 1)
-        inner = f"{name}.transformer_blocks.0"
-        for number, dim in ((1, ch), (2, recipe.context_dim)):
-            put(f"{inner}.attn{number}.to_q", ch, ch, bias=False)
-            put(f"{inner}.attn{number}.to_k", ch, dim, bias=False)
-            put(f"{inner}.attn{number}.to_v", ch, dim, bias=False)
-            put(f"{inner}.attn{number}.to_out.0", ch, ch)
-        for number in (1, 2, 3):
-            put(f"{inner}.norm{number}", ch)
-        put(f"{inner}.ff.net.0.proj", 8 * ch, ch)
-        put(f"{inner}.ff.net.2", ch, 4 * ch)
-
-    def put_encoder(prefix: str) -> list[int]:
-        put(f"{prefix}time_embed.0", 4 * width, width)
-        put(f"{prefix}time_embed.2", 4 * width, 4 * width)
-        put(f"{prefix}input_blocks.0.0", width, 4, 3, 3)
-        channels = [width]
-        for level, mult in enumerate(recipe.channel_mult):
-            for _ in range(recipe.num_res_blocks):
-                name = f"{prefix}input_blocks.{len(channels)}"
-                put_residual(f"{name}.0", channels[-1], mult * width)
-                if level in recipe.attending:
-                    put_transformer(f"{name}.1", mult * width)
-                channels.append(mult * width)
-            if level < len(recipe.channel_mult) - 1:
-                put(f"{prefix}input_blocks.{len(channels)}.0.op", mult * width, mult * width, 3, 3)
-                channels.append(mult * width)
-        put_residual(f"{prefix}middle_block.0", channels[-1], channels[-1])
-        put_transformer(f"{prefix}middle_block.1", channels[-1])
-        put_residual(f"{prefix}middle_block.2", channels[-1], channels[-1])
-        return channels
-
-    skips = put_encoder(UNET)
-    ch, number = skips[-1], 0
-    for level, mult in reversed(list(enumerate(recipe.channel_mult))):
-        for place in range(recipe.num_res_blocks + 1):
-            name = f"{UNET}output_blocks.{number}"
-            put_residual(f"{name}.0", ch + skips.pop(), mult * width)
-            ch, number = mult * width, number + 1
-            if level in recipe.attending:
-                put_transformer(f"{name}.1", ch)
-            if level and place == recipe.num_res_blocks:
-                put(f"{name}.{2 if level in recipe.attending else 1}.conv", ch, ch, 3, 3)
-    put(f"{UNET}out.0", ch)
-    put(f"{UNET}out.2", 4, ch, 3, 3)
-    for index, channels in enumerate(put_encoder(CONTROL)):
-        put(f"{CONTROL}zero_convs.{index}.0", channels, channels, 1, 1)
-    put(f"{CONTROL}middle_block_out.0", channels, channels, 1, 1)
-    # Stable Diffusion's has 16, 16, 32, 32, 96, 96 and 256 channels.
-    for index, (inside, out) in enumerate(pairwise((3, 4, 4, 8, 8, 12, 12, 16, width))):
-        put(f"{CONTROL}input_hint_block.{2 * index}", out, inside, 3, 3)
-    halves = {key: value.half() for key, value in state.items()}
-    return tuple({k: v for k, v in halves.items() if k.startswith(prefix)} for prefix in (UNET, CONTROL))  # type: ignore[return-value]
+    states = []
+    for network, prefix in zip(networks, (UNET, CONTROL), strict=True):
+        for name, weight in network.named_parameters():
+            scale = weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.1
+            weight.data = scale * torch.randn(weight.shape, generator=generator)
+            weight.data += float(weight.ndim == 1 and name.endswith("weight"))  # norms
+        named = compvis_network(network)
+        states.append({prefix + key: value.half().contiguous() for key, value in named.items()})
+    return states[0], states[1]
 
 
 def random_inputs(recipe: Recipe) -> State:
