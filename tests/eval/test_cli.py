@@ -126,7 +126,7 @@ def test_cli_without_the_extra_names_it(
 def test_eval_options_list_all_faults() -> None:
     with pytest.raises(UsageError) as caught:
         EvalOptions(size=8, bootstrap=1, seed=-1)
-    for part in ("size 8", "bootstrap 1;", "seed -1"):
+    for part in ("size: found 8;", "bootstrap: found 1; expected a whole number, 20 or more", "seed: found -1"):
         assert part in str(caught.value)
 
 
