@@ -35,6 +35,8 @@ log = logging.getLogger("lsast.eval")
 
 _SHOWN = 768
 """Shorter side of a picture on the page, in pixels, at most."""
+_WORKS = 3
+"""Works beside a pair."""
 _LARGEST = 4096
 """Largest request body, in bytes."""
 
@@ -54,16 +56,13 @@ class Pair:
     """Works of the artist shown beside it."""
 
 
-def draw_pairs(
-    contents: Path, methods: Mapping[str, Path], works: Path | None, seed: int, shown_works: int = 3
-) -> list[Pair]:
+def draw_pairs(contents: Path, methods: Mapping[str, Path], works: Path | None, seed: int) -> list[Pair]:
     """Every content with every pair of methods, in random order and with random sides.
 
     Args:
         methods: name → folder of its results, at least two.
         works: folder of the artist's works, or None to show none.
         seed: of the order, the sides and the works.
-        shown_works: how many works stand beside a pair.
 
     Raises:
         UsageError: fewer than two methods.
@@ -78,7 +77,7 @@ def draw_pairs(
     for index, stem in enumerate(matches.stems):
         for duo in combinations(matches.results, 2):
             left, right = duo if rng.integers(2) else duo[::-1]
-            beside = rng.permutation(len(pool))[:shown_works]
+            beside = rng.permutation(len(pool))[:_WORKS]
             trio = (matches.contents[index], matches.results[left][index], matches.results[right][index])
             pairs.append(Pair(stem, left, right, trio, tuple(pool[number] for number in beside)))
     return [pairs[number] for number in rng.permutation(len(pairs))]

@@ -31,16 +31,11 @@ from .export import WEIGHTS
 _log = logging.getLogger("lsast.export")
 
 
-def add_parts(
-    path: Path, backend: str = "onnxruntime", plan: ParityPlan | None = None, progress: Progress = no_progress
-) -> Bundle:
+def add_parts(path: Path, backend: str = "onnxruntime", progress: Progress = no_progress) -> Bundle:
     """Write the graphs of the denoiser's parts into the bundle at `path`, proven against torch.
 
     They are written under other names, compared, and renamed; the manifest follows last (`commit_graphs`). Parts that
     the bundle has are replaced.
-
-    Args:
-        plan: what is compared, and the tolerance; None for that of `plan_for`.
 
     Raises:
         BundleError: no sound bundle, or one that cannot be written to.
@@ -54,7 +49,7 @@ def add_parts(
     base = open_base(path)
     traced = trace_graphs(base_on_meta(base), UNET_SPLIT_GRAPHS, progress)
     specs = {name: graph.spec for name, graph in traced.items()}
-    plan = plan or plan_for(base)
+    plan = plan_for(base)
     with (
         write_guard(path),
         _scratch_names(path) as fresh,

@@ -22,7 +22,7 @@ from lsast_train.base.lazy_base import LazyBase, open_base
 from ..graphs.modules import base_on_meta, geometry
 from ..graphs.small_decoder import WEIGHTS as SMALL_WEIGHTS
 from ..graphs.small_decoder import read_small_decoder
-from ..parity.parity import ParityPlan, measure_parity, measure_small_parity, plan_for
+from ..parity.parity import measure_parity, measure_small_parity, plan_for
 from ..progress import Progress, no_progress
 from ..quantize.calibration_runs import Pixels, load_calibration_images, prepare_runs, repaint
 from ..styles.bake import KVProjector, bake_null_style
@@ -58,7 +58,6 @@ def check_bundle(
     path: Path,
     backend: str = "auto",
     device: str = "auto",
-    plan: ParityPlan | None = None,
     progress: Progress = no_progress,
 ) -> CheckReport:
     """Verify the bundle at `path`: hashes, graphs, weights, every style, then parity on `backend`.
@@ -88,7 +87,7 @@ def check_bundle(
     base = open_base(path)
     if faults := _graph_faults(graphs) + _base_faults(bundle, base) + _style_faults(bundle):
         raise BundleError(fault_list(f"{path} is damaged; export it again:", faults))
-    plan = plan or plan_for(base)
+    plan = plan_for(base)
     figures = measure_parity(base, graphs, bundle.manifest.graphs, plan, backend, device, progress)
     if VAE_DECODER_TINY in graphs:
         small = read_small_decoder(path / SMALL_WEIGHTS, bundle.manifest)

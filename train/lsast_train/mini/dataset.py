@@ -58,19 +58,19 @@ class Window:
     """[B] index of the picture's folder."""
 
 
-def is_held_out(name: str, share: float = 0.04) -> bool:
-    """Whether the picture of this name is held out: by the hash of its name, so it never moves between runs."""
-    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:4], "big") < share * 2**32
+def is_held_out(name: str) -> bool:
+    """Whether the picture of this name, one of 25, is held out: by the hash of its name, so it never moves."""
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:4], "big") < 0.04 * 2**32
 
 
-def fit_picture(rgb: npt.NDArray[np.uint8], side: float = PAINTED_SIDE) -> npt.NDArray[np.uint8]:
-    """Crop the centre to at most 2:1 and resize to about side² pixels, in multiples of 8: [H, W, 3] → [h, w, 3]."""
+def fit_picture(rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Crop the centre to at most 2:1 and resize to about `PAINTED_SIDE`², in multiples of 8: [H, W, 3] → [h, w, 3]."""
     height, width = rgb.shape[:2]
     limit = 2 * min(height, width)
     cut_h, cut_w = min(height, limit), min(width, limit)
     top, left = (height - cut_h) // 2, (width - cut_w) // 2
     rgb = rgb[top : top + cut_h, left : left + cut_w]
-    scale = side / math.sqrt(cut_h * cut_w)
+    scale = PAINTED_SIDE / math.sqrt(cut_h * cut_w)
     size = (max(round(cut_w * scale / 8), 1) * 8, max(round(cut_h * scale / 8), 1) * 8)
     return np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.LANCZOS))
 

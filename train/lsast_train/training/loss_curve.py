@@ -52,7 +52,6 @@ class Curve:
         return min(self.evaluations, key=self.relative)
 
 
-
 def save_curve(curve: Curve, path: Path, facts: dict[str, Any], stages: Sequence[int] | None = None) -> None:
     """Write ``path`` (JSON) and the same name with ``.png``, both whole.
 
