@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lsast_train.base.base import Base
+from lsast_train.inversion import Inversion
 from lsast_train.mini.architecture import MiniConfig, build_mini
 from lsast_train.options import TrainOptions
 from lsast_train.paintings import PaintingDataset
@@ -83,6 +85,17 @@ def brief() -> TrainOptions:
         evaluate_every=10,
         evaluate_latents=4,
     )
+
+
+@pytest.fixture
+def invert(collection: PaintingDataset, brief: TrainOptions, tmp_path: Path) -> Callable[..., Inversion]:
+    """Makes a run of `brief` with other options: invert(base, folder="", resume=…, on_step=…, device=…, **options)."""
+
+    def make(base: Base, folder: str = "", **given: Any) -> Inversion:
+        how = {name: given.pop(name) for name in ("resume", "on_step", "device") if name in given}
+        return Inversion(base, collection, replace(brief, **given), "red", tmp_path / folder, **how)
+
+    return make
 
 
 @pytest.fixture

@@ -3,8 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,10 +16,11 @@ from lsast_train.base.attention import layer_contexts
 from lsast_train.base.base import Base
 from lsast_train.evaluation import ValidationSet, noise_error
 from lsast_train.inversion import Inversion
-from lsast_train.options import TrainOptions
 from lsast_train.paintings import CachedLatents, PaintingDataset
 from lsast_train.prompts.prompt_file import load_prompts
 from lsast_train.prompts.prompt_space import PromptSpace
+
+Invert = Callable[..., Inversion]
 
 
 def _weights(base: Base) -> dict[str, str]:
@@ -52,11 +52,10 @@ def _schedule() -> Any:
     ids=lambda kind: " ".join(map(str, kind.values())),
 )
 def test_inversion_of_every_variant_learns_and_leaves_the_base_unchanged(
-    base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path, kind: dict[str, Any]
+    base: Base, invert: Invert, kind: dict[str, Any]
 ) -> None:
     before = _weights(base)
-    options = replace(brief, **kind, steps=16, batch=6, weighting="v", evaluate_every=16)
-    outcome = Inversion(base, collection, options, "red", tmp_path).run()
+    outcome = invert(base, **kind, steps=16, batch=6, weighting="v", evaluate_every=16).run()
     assert _weights(base) == before
     assert not any(
         parameter.requires_grad for network in base.networks().values() for parameter in network.parameters()
@@ -73,9 +72,9 @@ def test_inversion_of_every_variant_learns_and_leaves_the_base_unchanged(
 
 @pytest.mark.parametrize("generator", ["geglu", "direct"])
 def test_dropout_acts_in_training_and_not_in_evaluation(
-    text_base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path, monkeypatch: Any, generator: Any
+    text_base: Base, invert: Invert, monkeypatch: Any, generator: Any
 ) -> None:
-    run = Inversion(text_base, collection, replace(brief, generator=generator), "red", tmp_path)
+    run = invert(text_base, generator=generator)
     losses = [run.loss(0, 0).item(), run.loss(0, 0).item()]
     monkeypatch.setattr("lsast_train.prompts.released_generator.DROPOUT", 0.0)
     without = run.loss(0, 0).item()
@@ -88,15 +87,13 @@ def test_dropout_acts_in_training_and_not_in_evaluation(
     assert torch.equal(probe.losses(run.space, [3]), found)
 
 
-def test_loss_of_another_step_or_process_draws_another_batch(
-    base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path
-) -> None:
-    run = Inversion(base, collection, brief, "red", tmp_path)
+def test_loss_of_another_step_or_process_draws_another_batch(base: Base, invert: Invert) -> None:
+    run = invert(base)
     assert len({run.loss(step, process).item() for step in range(2) for process in range(2)}) == 4
 
 
 def test_step_of_one_timestep_changes_only_the_matrices_of_its_stage(
-    base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Base, invert: Invert, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times: list[torch.Tensor] = []
 
@@ -105,7 +102,7 @@ def test_step_of_one_timestep_changes_only_the_matrices_of_its_stage(
         return noise_error(*arguments)
 
     monkeypatch.setattr(inversion, "noise_error", spy)
-    run = Inversion(base, collection, replace(brief, steps=1, batch=1, generator="direct"), "red", tmp_path)
+    run = invert(base, steps=1, batch=1, generator="direct")
     before = run.space.matrices.detach().clone()
     run.run()
     time = times[-1]  # the estimate before the run took the same
@@ -118,7 +115,7 @@ def test_step_of_one_timestep_changes_only_the_matrices_of_its_stage(
 
 
 def test_timesteps_are_uniform_and_learning_rates_follow_the_schedule(
-    base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Base, invert: Invert, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times: list[torch.Tensor] = []
     rates: list[list[float]] = []
@@ -128,8 +125,7 @@ def test_timesteps_are_uniform_and_learning_rates_follow_the_schedule(
         return space.contexts(timestep).mean((1, 2, 3))
 
     monkeypatch.setattr(inversion, "noise_error", stub)
-    options = replace(brief, steps=40, batch=100, schedule="step", decay_after=30, lr=0.01, map_lr=0.5)
-    run = Inversion(base, collection, options, "red", tmp_path)
+    run = invert(base, steps=40, batch=100, schedule="step", decay_after=30, lr=0.01, map_lr=0.5)
     run.on_step = lambda *_: rates.append([group["lr"] for group in run.optimizer.param_groups])
     run.run()
     assert rates == [pytest.approx([0.01, 0.005])] * 30 + [pytest.approx([0.001, 0.0005])] * 10
@@ -142,12 +138,7 @@ def test_timesteps_are_uniform_and_learning_rates_follow_the_schedule(
 
 @pytest.mark.parametrize("seed", range(3))
 def test_loss_with_weighting_v_is_the_error_of_v(
-    base: Base,
-    collection: PaintingDataset,
-    brief: TrainOptions,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    seed: int,
+    base: Base, invert: Invert, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     seen: dict[str, Any] = {}
 
@@ -156,7 +147,7 @@ def test_loss_with_weighting_v_is_the_error_of_v(
         return noise_error(*arguments)
 
     monkeypatch.setattr(inversion, "noise_error", spy)
-    run = Inversion(base, collection, replace(brief, weighting="v", batch=1), "red", tmp_path)
+    run = invert(base, weighting="v", batch=1)
     loss = run.loss(step=seed, process=0)
     latents, noise, time = seen["latents"], seen["noise"], seen["time"]
     schedule = _schedule()
@@ -168,7 +159,7 @@ def test_loss_with_weighting_v_is_the_error_of_v(
 
 
 def test_inversion_keeps_the_prompts_of_the_best_evaluation(
-    base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Base, invert: Invert, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Means over stages would prefer step 4 (5.0 < 5.1); relative to the untrained, step 2 is better.
     scripted = [[8.0] + [0.1] * 9, [8.0] + [0.05] * 9, [5.0] + [0.1] * 9]
@@ -180,7 +171,7 @@ def test_inversion_keeps_the_prompts_of_the_best_evaluation(
 
     monkeypatch.setattr(ValidationSet, "losses", losses)
     seen: dict[int, torch.Tensor] = {}
-    run = Inversion(base, collection, replace(brief, steps=4, evaluate_every=2), "red", tmp_path)
+    run = invert(base, steps=4, evaluate_every=2)
     run.on_step = lambda step, _: seen.update({step: run.space.prompts().detach().clone()})
     outcome = run.run()
     assert outcome.best_step == 2
@@ -189,16 +180,11 @@ def test_inversion_keeps_the_prompts_of_the_best_evaluation(
 
 
 def test_inversion_that_overfits_at_once_warns_and_keeps_the_untrained_prompts(
-    base: Base,
-    collection: PaintingDataset,
-    brief: TrainOptions,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    base: Base, invert: Invert, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([0.3, 0.3, 0.4, 0.2])  # held-out and training, untrained and trained: this run over-fits
     monkeypatch.setattr(ValidationSet, "losses", lambda *_: torch.full((10,), next(losses), dtype=torch.float64))
-    run = Inversion(base, collection, brief, "red", tmp_path)
+    run = invert(base)
     untrained = run.space.prompts().detach().clone()
     with caplog.at_level(logging.WARNING, "lsast"):
         outcome = run.run()
@@ -207,19 +193,17 @@ def test_inversion_that_overfits_at_once_warns_and_keeps_the_untrained_prompts(
     assert "no step lowered the held-out loss" in caplog.text
 
 
-def test_inversion_with_a_nan_loss_raises(
-    base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path
-) -> None:
+def test_inversion_with_a_nan_loss_raises(base: Base, invert: Invert) -> None:
     torch.nn.init.constant_(base.unet.conv_out.weight, float("nan"))
     with pytest.raises(TrainingError, match=r"loss of step 0 is nan; lower --lr"):
-        Inversion(base, collection, brief, "red", tmp_path).run()
+        invert(base).run()
 
 
 @pytest.mark.parametrize(("steps", "views"), [(1, 2), (100, 8)])
 def test_cached_crops_are_no_more_than_training_can_draw(
-    base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path, steps: int, views: int
+    base: Base, invert: Invert, collection: PaintingDataset, steps: int, views: int
 ) -> None:
     """Four crops of each painting and their mirror images, or one crop where few pictures are drawn."""
-    run = Inversion(base, collection, replace(brief, views=4, steps=steps, batch=4), "red", tmp_path)
+    run = invert(base, views=4, steps=steps, batch=4)
     assert isinstance(run.latents, CachedLatents)
     assert len(run.latents) == views * len(collection.training)

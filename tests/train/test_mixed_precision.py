@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +15,8 @@ from lsast_train import inversion
 from lsast_train.base.base import Base
 from lsast_train.inversion import Inversion
 from lsast_train.memory import activation_bytes
-from lsast_train.options import TrainOptions
-from lsast_train.paintings import PaintingDataset
+
+Invert = Callable[..., Inversion]
 
 
 def _kept(run: Inversion) -> tuple[int, torch.Tensor]:
@@ -40,16 +40,15 @@ def _kept(run: Inversion) -> tuple[int, torch.Tensor]:
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradient(
-    text_base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path, precision: Any
+    text_base: Base, invert: Invert, precision: Any
 ) -> None:
-    options = replace(brief, generator="direct", mixed_precision=precision)
-    much, expected = _kept(Inversion(text_base, collection, options, "red", tmp_path))
-    thrifty = Inversion(text_base, collection, replace(options, gradient_checkpointing=True), "red", tmp_path)
-    little, found = _kept(thrifty)
+    kind = {"generator": "direct", "mixed_precision": precision}
+    much, expected = _kept(invert(text_base, **kind))
+    little, found = _kept(invert(text_base, **kind, gradient_checkpointing=True))
     assert little < 0.6 * much
     assert torch.equal(found, expected)
     assert found.abs().max() > 0
-    Inversion(text_base, collection, options, "red", tmp_path)
+    invert(text_base, **kind)
     assert not text_base.unet.is_gradient_checkpointing
 
 
@@ -66,30 +65,25 @@ def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradient(
     ids=lambda prompts: " ".join(map(str, prompts.values())),
 )
 def test_activation_bytes_are_what_a_step_keeps(
-    text_base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path,
-    caplog: pytest.LogCaptureFixture, precision: Any,
-    gradient: Any, prompts: Any,
-) -> None:  # fmt: skip
-    kind = {"batch": 1, **prompts}
-    options = replace(brief, generator="direct", mixed_precision=precision, gradient=gradient, **kind)
+    text_base: Base, invert: Invert, caplog: pytest.LogCaptureFixture, precision: Any, gradient: Any, prompts: Any
+) -> None:
+    kind = {"batch": 1, "generator": "direct", "mixed_precision": precision, "gradient": gradient, **prompts}
     with caplog.at_level(logging.INFO, "lsast"):
-        run = Inversion(text_base, collection, options, "red", tmp_path)
+        run = invert(text_base, **kind)
     assert "GB at the peak of a step" in caplog.text
     kept, _ = _kept(run)
-    found = activation_bytes(text_base, run.space, options)
+    found = activation_bytes(text_base, run.space, run.options)
     assert 0.9 * kept < found < 1.02 * kept
-    thrifty = activation_bytes(text_base, run.space, replace(options, gradient_checkpointing=True))
+    thrifty = activation_bytes(text_base, run.space, replace(run.options, gradient_checkpointing=True))
     assert 0.1 * kept < thrifty < 0.9 * found
     assert not text_base.unet.is_gradient_checkpointing  # as before
 
 
-def test_round_unet_gives_the_loss_and_gradient_of_autocast(
-    text_base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path
-) -> None:
+def test_round_unet_gives_the_loss_and_gradient_of_autocast(text_base: Base, invert: Invert) -> None:
     for module in text_base.unet.modules():
         if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
             torch.nn.init.normal_(module.weight)
-    run = Inversion(text_base, collection, replace(brief, mixed_precision="bf16"), "red", tmp_path)
+    run = invert(text_base, mixed_precision="bf16")
     expected, size = run.loss(0, 0), sum(p.nbytes for p in text_base.unet.parameters())
     (gradient,) = torch.autograd.grad(expected, run.space.matrices)
     text_base.round_unet("bf16")
@@ -99,11 +93,9 @@ def test_round_unet_gives_the_loss_and_gradient_of_autocast(
     assert sum(p.nbytes for p in text_base.unet.parameters()) < 0.52 * size
 
 
-def test_bf16_loss_is_near_fp32_with_gradients_in_fp32(
-    base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path
-) -> None:
-    exact = Inversion(base, collection, brief, "red", tmp_path)
-    rough = Inversion(base, collection, replace(brief, mixed_precision="bf16"), "red", tmp_path)
+def test_bf16_loss_is_near_fp32_with_gradients_in_fp32(base: Base, invert: Invert) -> None:
+    exact = invert(base)
+    rough = invert(base, mixed_precision="bf16")
     losses = [run.loss(0, 0) for run in (exact, rough)]
     assert losses[0].item() != losses[1].item()
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.03)
@@ -113,11 +105,8 @@ def test_bf16_loss_is_near_fp32_with_gradients_in_fp32(
         assert run.space.matrices.grad.dtype == torch.float32
 
 
-def test_gradient_accumulation_gives_the_mean_gradient_of_its_batches(
-    text_base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path
-) -> None:
-    options = replace(brief, generator="direct", gradient_accumulation=2, lr=1e-9)
-    run = Inversion(text_base, collection, options, "red", tmp_path)
+def test_gradient_accumulation_gives_the_mean_gradient_of_its_batches(text_base: Base, invert: Invert) -> None:
+    run = invert(text_base, generator="direct", gradient_accumulation=2, lr=1e-9)
     first, second = (torch.autograd.grad(run.loss(3, 0, part), run.space.matrices)[0] for part in (0, 1))
     assert not torch.equal(first, second)
     run._train_step(3)
@@ -125,12 +114,12 @@ def test_gradient_accumulation_gives_the_mean_gradient_of_its_batches(
 
 
 def test_fp16_gives_nearly_the_gradient_of_float32_and_refuses_one_that_overflows(
-    text_base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text_base: Base, invert: Invert, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Unscaled, its gradients would be zeros: they are below the smallest number of that type."""
-    run = Inversion(text_base, collection, replace(brief, lr=1e-9), "red", tmp_path / "a")
+    run = invert(text_base, "a", lr=1e-9)
     run._train_step(0)
-    half = Inversion(text_base, collection, replace(brief, lr=1e-9, mixed_precision="fp16"), "red", tmp_path / "b")
+    half = invert(text_base, "b", lr=1e-9, mixed_precision="fp16")
     half._train_step(0)
     found, expected = half.space.matrices.grad, run.space.matrices.grad
     assert found is not None
@@ -141,12 +130,10 @@ def test_fp16_gives_nearly_the_gradient_of_float32_and_refuses_one_that_overflow
         half._train_step(0)
 
 
-def test_device_that_is_not_there_is_refused_and_controlnet_stays_where_it_is(
-    text_base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path
-) -> None:
+def test_device_that_is_not_there_is_refused_and_controlnet_stays_where_it_is(text_base: Base, invert: Invert) -> None:
     with pytest.raises(UsageError, match=r"found --device nowhere .*; expected one of cpu"):
-        Inversion(text_base, collection, brief, "red", tmp_path, device="nowhere")
-    assert Inversion(text_base, collection, brief, "red", tmp_path, device="cpu").base.device.type == "cpu"
+        invert(text_base, device="nowhere")
+    assert invert(text_base, device="cpu").base.device.type == "cpu"
     text_base.to(torch.device("meta"), controlnet=False)
     assert text_base.unet.device.type == text_base.device.type == "meta"
     assert text_base.controlnet.device.type == "cpu"

@@ -23,16 +23,15 @@ from lsast_train.prompts.prompt_file import load_prompts
 from lsast_train.training.signals import InterruptionError
 
 InterruptAt = Callable[[int], Callable[[int, float], None]]
+Invert = Callable[..., Inversion]
 
 
 @pytest.mark.parametrize("views", [0, 1], ids=["fresh", "encoded"])
 def test_resumed_inversion_equals_the_uninterrupted_one_bit_for_bit(
-    collection: PaintingDataset, brief: TrainOptions, tmp_path: Path, interrupt_at: InterruptAt, views: int
+    invert: Invert, tmp_path: Path, interrupt_at: InterruptAt, views: int
 ) -> None:
-    options = replace(brief, views=views, evaluate_every=8)
-
     def make(folder: str, **how: Any) -> Inversion:
-        return Inversion(build_mini(MiniConfig.tiny()), collection, options, "red", tmp_path / folder, **how)
+        return invert(build_mini(MiniConfig.tiny()), folder, views=views, evaluate_every=8, **how)
 
     straight = make("straight").run()
     # Part of the mean loss since the last evaluation is carried over.
@@ -58,22 +57,17 @@ def test_resumed_inversion_equals_the_uninterrupted_one_bit_for_bit(
     ids=lambda kind: " ".join(map(str, kind.values())),
 )
 def test_resumed_inversion_through_a_text_encoder_equals_the_uninterrupted_one(
-    text_base: Base,
-    collection: PaintingDataset,
-    brief: TrainOptions,
-    tmp_path: Path,
-    interrupt_at: InterruptAt,
-    kind: dict[str, Any],
+    text_base: Base, invert: Invert, interrupt_at: InterruptAt, kind: dict[str, Any]
 ) -> None:
     """Bit for bit, with the generator's dropout."""
     lr = 0.01 if kind["generator"] == "geglu" else 1.0
-    options = replace(brief, **kind, lr=lr, map_lr=0.0, batch=6, evaluate_latents=2)
+    options = {**kind, "lr": lr, "map_lr": 0.0, "batch": 6, "evaluate_latents": 2}
     before = copy.deepcopy(text_base.text_encoder.state_dict())
-    straight = Inversion(text_base, collection, options, "red", tmp_path / "straight").run()
+    straight = invert(text_base, "straight", **options).run()
     assert (straight.best_step, straight.relative_loss < 0.9999) == (10, True)
     with pytest.raises(InterruptionError):
-        Inversion(text_base, collection, options, "red", tmp_path / "parts", on_step=interrupt_at(4)).run()
-    resumed = Inversion(text_base, collection, options, "red", tmp_path / "parts", resume=True).run()
+        invert(text_base, "parts", on_step=interrupt_at(4), **options).run()
+    resumed = invert(text_base, "parts", resume=True, **options).run()
     assert resumed.file.read_bytes() == straight.file.read_bytes()
     assert all(torch.equal(v, before[k]) for k, v in text_base.text_encoder.state_dict().items())
     prompts = load_prompts(straight.file, text_base)
@@ -83,22 +77,23 @@ def test_resumed_inversion_through_a_text_encoder_equals_the_uninterrupted_one(
 
 
 def test_checkpoint_that_does_not_fit_the_run_is_refused(
-    base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path, interrupt_at: InterruptAt
-) -> None:
+    base: Base, invert: Invert, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path,
+    interrupt_at: InterruptAt,
+) -> None:  # fmt: skip
     with pytest.raises(TrainingError, match=r"found no checkpoint .* start without --resume"):
-        Inversion(base, collection, brief, "red", tmp_path, resume=True)
+        invert(base, resume=True)
     with pytest.raises(InterruptionError):
-        Inversion(base, collection, brief, "red", tmp_path, on_step=interrupt_at(1)).run()
+        invert(base, on_step=interrupt_at(1)).run()
     with pytest.raises(TrainingError, match="unfinished run"):
-        Inversion(base, collection, brief, "red", tmp_path)
+        invert(base)
     others = PaintingDataset(collection.training[1:], collection.held_out, "other paintings")
     with pytest.raises(TrainingError) as caught:
         Inversion(base, others, replace(brief, lr=0.2, seed=7), "red", tmp_path, resume=True)
     found = {line.split(":")[0].strip(" -") for line in str(caught.value).splitlines()[1:]}
     assert found == {"lr", "seed", "paintings"}
     with pytest.raises(TrainingError, match="other options"):
-        Inversion(base, collection, replace(brief, variant="global"), "red", tmp_path, resume=True)
+        invert(base, resume=True, variant="global")
     checkpoint = tmp_path / "red.checkpoint.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
     with pytest.raises(TrainingError, match="not a checkpoint"):
-        Inversion(base, collection, brief, "red", tmp_path, resume=True)
+        invert(base, resume=True)
