@@ -50,7 +50,7 @@ def _backends() -> Iterator[str]:
 
 
 def _bundles() -> Iterator[str]:
-    from .bundle.bundle import bundle_names
+    from .bundle.location import bundle_names
 
     yield from bundle_names()
 

@@ -26,9 +26,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import BundleError, StyleError, UnknownStyleError, did_you_mean, fault_list, shown
-from ..files import cache_home, data_home, exchange, file_sha256, scratch_folder
+from ..files import data_home, exchange, file_sha256, scratch_folder
 from .graph_spec import graph_specs, optional_specs
-from .manifest import MANIFEST, FileEntry, Manifest
+from .location import EMBEDDED as EMBEDDED
+from .location import MANIFEST, is_file
+from .location import bundle_names as bundle_names
+from .location import find_bundle as find_bundle
+from .manifest import FileEntry, Manifest
 from .style import Style, StyleFile
 
 NULL_STYLE_FILE = "null.safetensors"
@@ -37,9 +41,6 @@ WEIGHT_SUFFIXES = (".safetensors", ".data", ".bin")
 
 STYLES = "styles"
 PROMPTS = "prompts"
-
-EMBEDDED = Path(__file__).parent.parent / "mini"
-"""The bundle in the package."""
 
 _log = logging.getLogger("lsast.bundle")
 
@@ -69,7 +70,7 @@ class Bundle:
             BundleError: not a bundle, of another format, incomplete or damaged; all faults at once.
         """
         path = path.absolute()  # so that it is still found when the process changes its folder
-        if not _is_file(path / MANIFEST):
+        if not is_file(path / MANIFEST):
             raise BundleError(f"found no {MANIFEST} in {path}; expected a bundle, written by: lsast-export")
         try:
             text = (path / MANIFEST).read_text(encoding="utf-8")
@@ -77,7 +78,7 @@ class Bundle:
             raise BundleError(f"{path / MANIFEST} cannot be read ({error}); export the bundle again") from error
         manifest = Manifest.from_json(text, where=str(path / MANIFEST))
 
-        stats = {name: os.stat(path / name) for name in manifest.files if _is_file(path / name)}
+        stats = {name: os.stat(path / name) for name in manifest.files if is_file(path / name)}
         faults = _file_faults(path, manifest, verify_hashes) + _graph_faults(manifest)
         null_style: Style | None = None
         if (path / NULL_STYLE_FILE).is_file():
@@ -237,59 +238,14 @@ class Bundle:
         return cls.open(path, verify_hashes=False)
 
 
-def find_bundle(name_or_path: str | Path | None = None) -> Path:
-    """The folder of a bundle.
-
-    Args:
-        name_or_path: a folder; or a name, searched in ``engines`` of the cache folder (`files.cache_home`), in
-            ``./engines``, and in the package; or None for ``$LSAST_BUNDLE``, and without that the embedded bundle.
-
-    Raises:
-        BundleError: no bundle found; the message lists the folders that were searched.
-    """
-    wanted = name_or_path or os.environ.get("LSAST_BUNDLE") or EMBEDDED
-    folder = Path(os.path.expanduser(wanted))  # that of pathlib raises an error for an unknown user
-    if _is_file(folder / MANIFEST):
-        return folder
-    candidates = [folder]
-    if folder.name == str(wanted):
-        candidates += [home / folder.name for home in _homes()]
-    for candidate in candidates:
-        if _is_file(candidate / MANIFEST):
-            return candidate
-    raise BundleError(
-        fault_list(
-            f"found no bundle {str(wanted)!r}; expected a folder with a {MANIFEST} (lsast-export writes it), one of:",
-            [str(candidate) for candidate in candidates],
-        )
-    )
-
-
-def bundle_names() -> list[str]:
-    """The names that `find_bundle` finds."""
-    return sorted({file.parent.name for home in _homes() for file in home.glob(f"*/{MANIFEST}")})
-
-
-def _homes() -> tuple[Path, ...]:
-    return cache_home() / "engines", Path("engines"), EMBEDDED.parent
-
-
 def user_style_folder(fingerprint: str) -> Path:
     """The user's folder for styles of the base with this fingerprint, in `files.data_home`; it may not exist."""
     return data_home() / STYLES / fingerprint[:16]
 
 
-def _is_file(path: Path) -> bool:
-    """Whether `path` is a file; False also for a name that the system does not take."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # too long, not allowed to look, or with a null character
-        return False
-
-
 def _style_files(folder: Path) -> dict[str, Path]:
     found = {file.stem: file for file in sorted(folder.glob("[!.]*.safetensors"))}
-    for name in [name for name, file in found.items() if not _is_file(file)]:
+    for name in [name for name, file in found.items() if not is_file(file)]:
         _tell_left_out(found.pop(name))
     return found
 
@@ -313,7 +269,7 @@ def _file_faults(path: Path, manifest: Manifest, verify_hashes: bool) -> list[st
         name = shown(name)
         if Path(file.name) != Path(name) or name in ("", ".", ".."):
             faults.append(f"{name}: found a path; expected the plain name of a file in the bundle")
-        elif not _is_file(file):
+        elif not is_file(file):
             faults.append(f"{name}: found no such file; expected {entry.bytes} bytes")
         elif file.stat().st_size != entry.bytes:
             faults.append(f"{name}: found {file.stat().st_size} bytes; expected {entry.bytes}")

@@ -12,9 +12,7 @@ from ..diffusion import MAX_TRAIN_STEPS, BetaSchedule, NoiseSchedule
 from ..errors import BundleError, UsageError, fault_list
 from .graph_spec import Geometry, GraphSpec, TensorSpec
 from .json_fields import JsonReader, parse_json
-
-MANIFEST = "manifest.json"
-"""Name of the manifest's file in a bundle."""
+from .location import MANIFEST as MANIFEST
 
 FORMAT = 2
 """Format number of manifests that this version writes and reads."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 import webbrowser
 from collections.abc import Callable
@@ -13,11 +14,12 @@ from typing import Any
 
 import click
 
+from lsast_engines.bundle.location import find_bundle
 from lsast_engines.cli import Command, debug_option, echo, log_to_stderr
 from lsast_engines.declared_options import rules_of
 from lsast_engines.errors import LsastError, MissingExtraError, UsageError
 
-from .settings import LOOPBACK, PREFIX, Settings
+from .settings import LOOPBACK, PREFIX, Settings, unknown_variables
 
 SECTIONS = {
     "Address": ("host", "port", "token", "allowed_hosts", "show"),
@@ -67,6 +69,8 @@ def main(show: bool, **settings: Any) -> None:
     The address is printed when the server listens. Ctrl-C or SIGTERM lets it finish what it has accepted; a second
     Ctrl-C ends it at once.
     """
+    for fault in unknown_variables(os.environ):
+        echo(fault, err=True)
     serve(Settings(**settings), show)
 
 
@@ -79,6 +83,7 @@ def serve(settings: Settings, show: bool = False) -> None:
 
     Raises:
         MissingExtraError: a library of the extra `server` is not installed.
+        BundleError: there is no such bundle.
         UsageError: the address cannot be listened on.
         LsastError: the engines cannot be opened.
     """
@@ -111,6 +116,7 @@ def serve(settings: Settings, show: bool = False) -> None:
         failure.append(error)
         server.should_exit = True
 
+    find_bundle(settings.bundle or None)  # the worker opens it, when the address is printed
     failure: list[LsastError] = []
     app = create_app(settings, lambda: WorkerProcess(settings, stop))
     config = uvicorn.Config(

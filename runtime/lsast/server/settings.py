@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from lsast_engines.declared_options import Range, rules_of
-from lsast_engines.errors import UsageError, fault_list
+from lsast_engines.errors import UsageError, did_you_mean, fault_list, shown
 
 from ..options.options import preset_options
 
@@ -20,6 +21,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 WORKER_LIMITS = ("batch", "max_megapixels", "max_size", "max_tile", "max_tiles")
 """The settings that hold where pictures are painted."""
+
+_log = logging.getLogger("lsast.server")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,8 @@ class Settings:
         Raises:
             UsageError: a value that is no number where one is expected, or out of range.
         """
+        for fault in unknown_variables(environment):
+            _log.warning(fault)
         given: dict[str, Any] = {}
         for name, rule in rules_of(Settings).items():
             if text := environment.get(PREFIX + name.upper()):
@@ -105,3 +110,11 @@ class Settings:
         """The arguments of `lsast.load`."""
         names = ("bundle", "backend", "device", "threads", "compute_dtype", "preset")
         return {name: getattr(self, name) or None for name in names}
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """A line for each variable that looks like a setting and is none: a wrong name, or one that Kubernetes gives to
+    every container beside a service of this name."""
+    known = [PREFIX + name.upper() for name in rules_of(Settings)]
+    names = sorted(name for name in environment if name.upper().startswith(PREFIX) and name not in known)
+    return [f"found {shown(name)} in the environment, which is no setting{did_you_mean(name, known)}" for name in names]

@@ -294,7 +294,7 @@ def test_find_bundle_searches_folders_in_order(tmp_path: Path, monkeypatch: pyte
     monkeypatch.delenv("LSAST_HOME")
     assert find_bundle("d") == cache / "lsast" / "engines" / "d"
     package = tmp_path / "package" / "mini"
-    monkeypatch.setattr("lsast_engines.bundle.bundle.EMBEDDED", package)
+    monkeypatch.setattr("lsast_engines.bundle.location.EMBEDDED", package)
     with pytest.raises(BundleError, match=str(package)):
         find_bundle()
     package.mkdir(parents=True)

@@ -104,9 +104,16 @@ def test_port_in_use_is_one_line(parted_path: Path) -> None:
 
 def test_bundle_that_cannot_be_opened_ends_the_server_with_its_error(tmp_path: Path) -> None:
     done = subprocess.run(COMMAND, env=_environment(tmp_path), capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
-    assert "found no bundle" in done.stderr
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("Error: found no bundle")
     assert "Traceback" not in done.stderr
+
+
+def test_variable_that_is_no_setting_is_named(tmp_path: Path) -> None:
+    environment = {**_environment(tmp_path), "LSAST_SERVE_TOKN": "secret"}
+    done = subprocess.run(COMMAND, env=environment, capture_output=True, text=True, timeout=60)
+    expected = "found LSAST_SERVE_TOKN in the environment, which is no setting; did you mean LSAST_SERVE_TOKEN?"
+    assert done.stderr.splitlines()[0] == expected
 
 
 def test_settings_report_all_faults_and_read_the_environment() -> None:

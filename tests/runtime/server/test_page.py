@@ -153,13 +153,13 @@ def test_page_cancels_and_reports_faults_in_words(page: Any, server: Running) ->
 
 def test_page_restores_a_painting_and_keeps_settings_in_a_link(page: Any, server: Running) -> None:
     data = PHOTO.read_bytes()
-    options = {"style": "monet@0-4+vangogh@5-9", "seed": 7, "strength": 0.4, "keep_colour": True}
+    options = {"style": "monet@0-4+vangogh@5-9", "seed": 2**64 + 1, "strength": 0.4, "keep_colour": True}
     painted = server.post(data, size=64, steps=2, **options).content
     _drop(page, painted, "painted.png", "image/png")
     page.click("#restore")
     page.wait_for_selector("#found[hidden]", state="attached")
     page.wait_for_selector("#custom:not([hidden])")
-    assert page.input_value("#option-seed") == "7"
+    assert page.input_value("#option-seed") == str(2**64 + 1)
     assert page.input_value("#option-strength") == "0.4"
     assert page.is_checked("#option-keep_colour")
     assert page.locator("#custom").inner_text().endswith("monet@0-4+vangogh@5-9")
@@ -169,7 +169,7 @@ def test_page_restores_a_painting_and_keeps_settings_in_a_link(page: Any, server
     page.goto(address)
     page.wait_for_selector(".sign.ready")
     assert page.input_value("#mixtext") == "monet@0-4+vangogh@5-9"
-    assert page.input_value("#option-seed") == "7"
+    assert page.input_value("#option-seed") == str(2**64 + 1)
 
 
 def test_page_names_what_it_leaves_out(page: Any, server: Running) -> None:
