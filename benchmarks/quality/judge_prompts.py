@@ -37,6 +37,7 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option("--photos", required=True, type=FOLDER, help="Photographs for the judges.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="For the paintings.")
 @click.option("--artist", required=True, help="The artist's folder in --paintings.")
+@click.option("--bundle", "of", help="The bundle that paints. [default: the embedded one]")
 @click.option("--every", default=1, show_default=True, help="Every so many-th content only.")
 @click.option("--size", default=512, show_default=True)
 @click.option("--threads", type=click.IntRange(1))
@@ -47,6 +48,7 @@ def main(
     photos: Path,
     out: Path,
     artist: str,
+    of: str | None,
     every: int,
     size: int,
     threads: int | None,
@@ -60,7 +62,7 @@ def main(
             link.symlink_to(path.resolve())
     with tempfile.TemporaryDirectory() as scratch:
         bundle = Path(scratch, "bundle")
-        with lsast.load() as stylizer:
+        with lsast.load(of) as stylizer:
             shutil.copytree(stylizer.bundle.path, bundle)
         options = bake(methods, Bundle.open(bundle))
         with lsast.load(bundle, threads=threads) as stylizer:
