@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import numbers
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -72,9 +73,13 @@ class Rule:
         if isinstance(value, bool):
             return value
         if isinstance(value, str):
-            return str(value)
+            return str.__str__(value)  # of a member of an enumeration its value
         if self.type in (int, float) and isinstance(value, numbers.Integral):
-            return int(value)
+            number = int(value)
+            # What is no float has no place in JSON, and beyond 4 300 digits no text.
+            if number.bit_length() >= sys.float_info.max_exp:
+                return math.inf if number > 0 else -math.inf
+            return number
         if self.type is float and isinstance(value, numbers.Real):
             return float(value)
         if self.type is bool and isinstance(value, _numpy_bool()):

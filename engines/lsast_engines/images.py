@@ -202,10 +202,10 @@ def _from_array(array: npt.NDArray[Any]) -> Image8:
         raise PictureError(f"found an array of shape {array.shape}; expected [H, W, 3] (or [H, W], [H, W, 1 or 4])")
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * np.uint8(255)
-    elif array.dtype == np.uint16:
+    elif array.dtype.type is np.uint16:  # in either order of bytes
         array = (array.astype(np.uint32) + 128) // 257
     elif np.issubdtype(array.dtype, np.floating):
-        if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
+        if not (array.min() >= 0 and array.max() <= 1):  # NaN is neither
             raise PictureError("found a float array with values outside [0, 1]; expected [0, 1] or uint8")
         array = np.round(array * 255)
     elif array.dtype != np.uint8:

@@ -83,7 +83,7 @@ def test_read_picture_of_any_source_gives_rgb(tmp_path: Path) -> None:
         Tensor(pixels),
         Interface(pixels),
     ]
-    arrays += [pixels.astype(dtype) * 257 for dtype in (np.uint16, ">u2")]
+    arrays += [(pixels.astype(np.uint16) * 257).astype(dtype) for dtype in (np.uint16, ">u2")]
     with path.open("rb") as handle:
         for source in (*paths, *buffers, handle, Image.fromarray(pixels), *arrays):
             picture = read_picture(source)

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import typing
+from enum import Enum
 from fractions import Fraction
 from typing import Any, get_args
 
@@ -91,6 +92,7 @@ FAULTS = [
     ("solver", ["ddim"]),
     ("seed", -1),
     ("seed", 0.5),
+    ("seed", 10**400),  # no float, and so not in JSON everywhere
     ("alpha", "drop"),
     ("fit", "crop"),
     ("palette", 1.1),
@@ -128,6 +130,7 @@ def test_options_at_their_limits_are_valid(change: dict[str, Any]) -> None:
         ("keep_colour", np.True_, True),
         ("style", np.str_("monet"), "monet"),
         ("solver", np.str_("unipc"), "unipc"),
+        ("style", Enum("Artist", {"MONET": "monet"}, type=str).MONET, "monet"),  # type: ignore[attr-defined]
     ],
     ids=str,
 )
