@@ -18,8 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+from lsast_train.base.base import Base
 from lsast_train.base.lazy_base import load_base, save_base
+from lsast_train.mini.architecture import MiniConfig, build_mini
 
 PICTURES = Path(__file__).parent / "pictures"
 AUTOENCODER = Path(__file__).parents[1] / "mini" / "autoencoder_next.safetensors"
@@ -43,13 +46,24 @@ def main() -> None:
             for index in range(128):  # some are held out by their names
                 pixels = np.random.default_rng(index).integers(0, 256, (16, 16, 3), np.uint8)
                 Image.fromarray(pixels).resize((96, 96)).save(images / f"{index}.png")
-        command += ["--images", str(images), "--init", str(AUTOENCODER), "--out", str(base), "--json"]
+        init = Path(scratch) / "init"
+        init.mkdir()
+        save_base(_with_autoencoder(), init)
+        command += ["--images", str(images), "--init", str(init), "--out", str(base), "--json"]
         command += ["--gan-steps", "0", "--decoder-steps", "0", *(REHEARSAL if chosen.rehearse else CARD)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode == 0:
             keep(base, chosen.out)
     print(json.dumps({"status": done.returncode, "out": done.stdout.strip()[-500:]}))
     raise SystemExit(done.returncode)
+
+
+def _with_autoencoder() -> Base:
+    """A base that is random but for its autoencoder."""
+    base, prefix = build_mini(MiniConfig()), "autoencoder."
+    found = {key.removeprefix(prefix): v.float() for key, v in load_file(AUTOENCODER).items() if key.startswith(prefix)}
+    base.autoencoder.load_state_dict(found)
+    return base
 
 
 def keep(base: Path, out: Path) -> None:
