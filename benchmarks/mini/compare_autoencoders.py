@@ -5,7 +5,7 @@
         --autoencoder taesd=DIR --out table.json
 
 A folder that mini was trained from counts with its held-out pictures only (`--held-out`). An autoencoder is a base, a
-file of `save_gan_weights` or a diffusers folder of an AutoencoderTiny; DECODER@ENCODER crosses two. Feature distance:
+file of its weights or a diffusers folder of an AutoencoderTiny; DECODER@ENCODER crosses two. Feature distance:
 EfficientNet-Lite2, which no training saw.
 """
 
@@ -19,13 +19,14 @@ import click
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from lsast_engines.files import replace_file
 from lsast_engines.images import find_pictures, read_picture
 from lsast_train.base.lazy_base import load_base
 from lsast_train.base.mini_autoencoder import MiniAutoencoder
 from lsast_train.mini.dataset import fit_picture, is_held_out
-from lsast_train.mini.finetune_gan import gradient_kept, load_gan_weights
+from lsast_train.mini.finetune_gan import gradient_kept
 from lsast_train.mini.perceptual import LiteDistance
 from lsast_train.mini.train_autoencoder import load_teacher, psnr
 
@@ -34,8 +35,9 @@ Network = Callable[[torch.Tensor], torch.Tensor]
 
 def open_autoencoder(where: str) -> tuple[Network, Network]:
     if where.endswith(".safetensors"):
-        mini = MiniAutoencoder().eval()
-        load_gan_weights(Path(where), {"autoencoder": mini})
+        mini, prefix = MiniAutoencoder().eval(), "autoencoder."
+        tensors = {key.removeprefix(prefix): v.float() for key, v in load_file(where).items() if key.startswith(prefix)}
+        mini.load_state_dict(tensors)
         return mini.encode, mini.decode
     if (Path(where) / "config.json").is_file():
         taesd = load_teacher(Path(where))

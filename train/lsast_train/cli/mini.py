@@ -20,7 +20,7 @@ from ..base.lazy_base import load_base, save_base
 from ..base.mini_autoencoder import MiniAutoencoder
 from ..mini.architecture import MiniConfig, build_mini
 from ..mini.dataset import LatentDataset, build_cache
-from ..mini.finetune_gan import GanOptions, load_gan_weights, train_vae_gan
+from ..mini.finetune_gan import GanOptions, train_vae_gan
 from ..mini.perceptual import LiteDistance, PerceptualDistance
 from ..mini.sampled_latents import SampledLatents, SampledLatentsOptions, build_sampled_latents
 from ..mini.train_autoencoder import AutoencoderOptions, Crops, load_teacher, train_autoencoder
@@ -118,8 +118,7 @@ def copy_autoencoder(source: Base, target: Base) -> None:
 @click.option(
     "--init",
     metavar="BASE",
-    help="Leave out the first phase: start from the autoencoder of this base (name or folder), or from a finetune_gan "
-    "file (.safetensors) at its step.",
+    help="Leave out the first phase: start from the autoencoder of this base (name or folder).",
 )
 @click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder of the base.")
 @declared_options(BaseTrainingOptions)
@@ -170,7 +169,9 @@ def mini(
     budget = TimeBudget(seconds)
     if teacher is None and init is None:
         raise click.UsageError("found neither --teacher nor --init; expected where the autoencoder starts from")
-    if decoder_only and (init is None or init.endswith(".safetensors") or not decoder_steps):
+    if init is not None and init.endswith(".safetensors"):
+        raise click.UsageError("--init FILE was removed: name a base, or go on with a stopped run by --resume")
+    if decoder_only and (init is None or not decoder_steps):
         raise click.UsageError("found --decoder-only without --init BASE or --decoder-steps; expected both")
     if not resume and (left := sorted(map(str, out.rglob("*.checkpoint.safetensors")))):
         raise TrainingError(
@@ -203,22 +204,16 @@ def mini(
         raise TrainingError(
             f"found {cache} without {' and '.join(missing)}; expected what made it: start without --resume"
         )
-    weights = None
     taesd = None if teacher is None else load_teacher(teacher)
     if init is None and taesd is not None:
         limit = budget.part(TIME_SHARES["autoencoder"])
         options = AutoencoderOptions(steps=0 if encoded else autoencoder_steps, seed=seed, seconds=limit)
         train_autoencoder(autoencoder, taesd, crops, options, out, resume, place)
-    elif init is not None and init.endswith(".safetensors"):
-        weights = Path(init)
-        if not gan_steps:
-            load_gan_weights(weights, {"autoencoder": autoencoder})
     elif init is not None:
         copy_autoencoder(load_base(init), base)
     if perceptual is not None and gan_steps:
         gan = GanOptions(steps=0 if encoded else gan_steps, seed=seed, seconds=budget.part(TIME_SHARES["gan"]))
-        where = (crops, gan, out, perceptual)
-        train_vae_gan(autoencoder, *where, resume=resume, weights=weights, teacher=taesd, device=place)
+        train_vae_gan(autoencoder, crops, gan, out, perceptual, resume=resume, teacher=taesd, device=place)
     if not encoded:
         build_cache(folders, base.autoencoder.encoder, cache, place)
     data = LatentDataset(cache, place)

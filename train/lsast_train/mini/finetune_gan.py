@@ -24,17 +24,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import nn
-
-from lsast_engines.errors import TrainingError
-from lsast_engines.files import replace_file
 
 from ..base.mini_autoencoder import MiniAutoencoder
 from ..training.loop import TrainingLoop, require_finite, set_learning_rate
 from ..training.rng import RngStream, rng_for
-from ..training.training_state import load_modules
 from .discriminator import MultiscaleDiscriminator, d_loss, feature_matching, g_loss
 from .ema import update_ema
 from .perceptual import PerceptualDistance
@@ -84,9 +78,9 @@ class GanOptions:
     discriminator_lr: float = 1.2e-3
     """Learning rate of the discriminator: a larger one, as in Heusel et al. 2017, lest it lag behind."""
     lr_warmup: int = 100
-    """Updates of a new optimiser in which the learning rates rise linearly."""
+    """Steps in which the learning rates rise linearly."""
     gan_warmup: int = 300
-    """Updates of a new optimiser in which the discriminator learns before it is used for the autoencoder."""
+    """Steps in which the discriminator learns before it is used for the autoencoder."""
     smoothing: float = 0.5
     """Latents are blended with their 3x3 mean by a random part up to this."""
     noise: float = 0.25
@@ -95,7 +89,7 @@ class GanOptions:
     """Decay of the running mean of the autoencoder's weights, which is the result."""
     seed: int = 0
     evaluate_every: int = 500
-    """Steps between two evaluations, each of which writes the log and the fp16 weights."""
+    """Steps between two evaluations, each of which writes the log."""
     checkpoint_minutes: float = 5.0
     seconds: float | None = None
     """Wall time that the training may take; the last third of it decays the learning rates, too, and the encoder learns
@@ -171,33 +165,6 @@ def evaluate(
     return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
 
 
-def save_gan_weights(file: Path, networks: dict[str, nn.Module], step: int) -> None:
-    """Write `networks` in fp16 into one safetensors file, `step` in its metadata: small enough to be handed on."""
-    tensors = {
-        f"{name}.{key}": value.detach().cpu().half().contiguous()
-        for name, network in networks.items()
-        for key, value in network.state_dict().items()
-    }
-    with replace_file(file) as handle:
-        handle.write(save(tensors, {"step": str(step)}))
-
-
-def load_gan_weights(file: Path, networks: dict[str, nn.Module]) -> int:
-    """Load what `save_gan_weights` wrote into `networks`, a subset of those that were written; returns the step.
-
-    Raises:
-        TrainingError: damaged, or of other networks (all faults at once).
-    """
-    try:
-        with safe_open(str(file), "pt") as opened:
-            step = int((opened.metadata() or {})["step"])
-            tensors = {key: opened.get_tensor(key).float() for key in opened.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise TrainingError(f"{file} holds no weights of mini's autoencoder ({error})") from error
-    load_modules(tensors, networks, f"{file} does not fit (a file trained with a teacher holds no anchor):")
-    return step
-
-
 class GanTraining:
     """Networks and optimiser of a run, and a step of them.
 
@@ -240,26 +207,9 @@ class GanTraining:
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """The networks of a checkpoint."""
-        return {**self.exported, "autoencoder": self.autoencoder, "ema": self.ema}
-
-    @property
-    def exported(self) -> dict[str, nn.Module]:
-        """The networks of the weights file. The teacher is in none of the files."""
+        """The networks of a checkpoint. The teacher is in none."""
         own = {} if self.teacher is not None else {"anchor": self.anchor}
-        return {"autoencoder": self.ema, "discriminator": self.discriminator, **own}
-
-    @property
-    def updates(self) -> int:
-        """Updates of the optimiser: fewer than steps of the run after `load_weights`, which begins with a new one."""
-        state = self.optimizer.state.get(next(self.discriminator.parameters()))
-        return int(state["step"]) if state else 0
-
-    def load_weights(self, file: Path) -> int:
-        """Begin with a weights file, whose step is returned, and a new optimiser."""
-        step = load_gan_weights(file, self.exported)
-        self.autoencoder.load_state_dict(self.ema.state_dict())
-        return step
+        return {"autoencoder": self.autoencoder, "ema": self.ema, "discriminator": self.discriminator, **own}
 
     def train_step(
         self,
@@ -280,10 +230,9 @@ class GanTraining:
             The parts of the autoencoder's loss, and ``discriminator``, the loss of the discriminator.
         """
         options, decoder = self.options, list(self.autoencoder.decoder.parameters())
-        updates = self.updates
-        use_gan = updates >= options.gan_warmup
+        use_gan = step >= options.gan_warmup
         train_encoder = step < options.encoder_part * options.steps and 1 - time_left <= options.encoder_part
-        rise = min(1.0, (updates + 1) / options.lr_warmup)
+        rise = min(1.0, (step + 1) / options.lr_warmup)
         set_learning_rate(self.optimizer, rise * min(1.0, 3 * (options.steps - step) / options.steps, 3 * time_left))
         generator = rng_for(options.seed, RngStream.STEP, step)
         with torch.autocast(self.device.type, torch.bfloat16):
@@ -320,7 +269,7 @@ class GanTraining:
         discriminator_loss.backward()
         nn.utils.clip_grad_norm_(self.autoencoder.parameters(), 1.0)
         self.optimizer.step()
-        update_ema(self.ema, self.autoencoder, options.ema, updates + 1)
+        update_ema(self.ema, self.autoencoder, options.ema, step + 1)
         return {**losses, "discriminator": discriminator_loss}
 
     def batch(
@@ -345,7 +294,6 @@ def train_vae_gan(
     perceptual: PerceptualDistance,
     *,
     resume: bool = False,
-    weights: Path | None = None,
     teacher: AutoencoderTiny | None = None,
     sampled: SampledLatents | None = None,
     device: torch.device | str = "cpu",
@@ -354,11 +302,9 @@ def train_vae_gan(
 
     Args:
         autoencoder: weights to start from.
-        folder: gets ``finetune_gan.checkpoint.safetensors``, and at every evaluation ``finetune_gan.log.json`` and the
-            fp16 weights ``finetune_gan.safetensors``.
+        folder: gets ``finetune_gan.checkpoint.safetensors``, and at every evaluation ``finetune_gan.log.json``.
         perceptual: the perceptual loss: `LiteDistance` on `device`.
         resume: go on from the checkpoint in `folder`, if one is there.
-        weights: without a checkpoint, go on from this file of `save_gan_weights`: at its step, with a new optimiser.
         teacher: its encoder anchors the latents; None: that of `autoencoder` at the start.
         sampled: the decoder learns on these, too.
         device: where to train. Random numbers are drawn on the CPU, so a seed means the same on every device.
@@ -379,8 +325,6 @@ def train_vae_gan(
     )
     if resume and loop.checkpoint.exists():
         loop.restore()
-    elif weights is not None:
-        loop.step = training.load_weights(weights)
     pictures = [x.to(device, memory_format=torch.channels_last) for x in crops.pictures(24)]
     parts: list[dict[str, float]] = []
 
@@ -405,7 +349,6 @@ def train_vae_gan(
         loop.history.append({"step": loop.step, **means, **measured})
         log.info("%s", loop.history[-1])
         loop.write_log(folder / "finetune_gan.log.json", asdict(options))
-        save_gan_weights(folder / "finetune_gan.safetensors", training.exported, loop.step)
 
     loop.run(train_step, measure)
     loop.save()
