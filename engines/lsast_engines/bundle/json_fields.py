@@ -90,20 +90,20 @@ class JsonReader:
         return ()
 
     def string_dict(self, key: str) -> dict[str, str]:
-        """An object of texts."""
+        """An object of texts; without what is none."""
         values = self._dict(key)
-        for name, value in values.items():
-            if not _is_text(value) or not _is_text(name):
-                self.error(f"{key}.{name}", value, "text")
-        return values
+        wrong = [name for name, value in values.items() if not _is_text(value) or not _is_text(name)]
+        for name in wrong:
+            self.error(f"{key}.{name}", values[name], "text")
+        return {name: value for name, value in values.items() if name not in wrong}
 
     def numbers(self, key: str) -> dict[str, float]:
-        """An object of finite numbers."""
+        """An object of finite numbers; without what is none."""
         values = self._dict(key)
-        for name, value in values.items():
-            if not is_number(value):
-                self.error(f"{key}.{name}", value, "a number")
-        return values
+        wrong = [name for name, value in values.items() if not is_number(value)]
+        for name in wrong:
+            self.error(f"{key}.{name}", values[name], "a number")
+        return {name: value for name, value in values.items() if name not in wrong}
 
     def object(self, key: str, known: tuple[str, ...]) -> JsonReader:
         """The object `key`, which holds the fields `known`."""

@@ -92,7 +92,7 @@ FAULTS = [
     ("solver", ["ddim"]),
     ("seed", -1),
     ("seed", 0.5),
-    ("seed", 10**400),  # no float, and so not in JSON everywhere
+    ("seed", float("inf")),
     ("alpha", "drop"),
     ("fit", "crop"),
     ("palette", 1.1),
