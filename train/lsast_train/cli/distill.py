@@ -11,7 +11,7 @@ from lsast_engines.cli import Command, log_to_stderr, print_result
 from lsast_engines.errors import UsageError
 
 from ..distillation.options import DistillOptions
-from .shared import EXTRA, declared_options, result_facts, run_options
+from .shared import EXTRA, declared_options, device_option, result_facts, run_options, set_up_torch
 
 
 @click.command("distill", cls=Command, requires=EXTRA)
@@ -24,6 +24,7 @@ from .shared import EXTRA, declared_options, result_facts, run_options
 @click.option("--name", help="Name of the new style. [default: STYLE-gGUIDANCE]")
 @click.option("--base", metavar="NAME", help="Bundle or base that the style belongs to. [default: the embedded one]")
 @declared_options(DistillOptions)
+@device_option
 @run_options
 def distill(
     style: str,
@@ -33,6 +34,7 @@ def distill(
     out: Path | None,
     resume: bool,
     overwrite: bool,
+    device: str | None,
     threads: int | None,
     **chosen: Any,
 ) -> None:
@@ -45,8 +47,6 @@ def distill(
     Prints the style file; the held-out error is drawn beside it.
     """
     options = DistillOptions(**chosen)
-    import torch
-
     from ..base.lazy_base import load_base, resolve_local_base
     from ..checkpoints.source import BaseSource
     from ..distillation.distillation import Distillation
@@ -54,8 +54,7 @@ def distill(
     from ..paintings import PaintingDataset
     from ..training.run_files import RunFiles, refuse_finished
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    set_up_torch(threads)
     with log_to_stderr():
         source = BaseSource(base)
         if (bundle := resolve_local_base(source)) is None:
@@ -71,5 +70,5 @@ def distill(
         if not (resume or overwrite):
             refuse_finished(RunFiles(folder, name, prompts=False))
         pictures = PaintingDataset.load(images, options.size, "random", loaded.config.size)
-        result = Distillation(loaded, found, pictures, options, name, folder, resume).run()
+        result = Distillation(loaded, found, pictures, options, name, folder, resume, device=device).run()
     print_result(result_facts(result), result.file)

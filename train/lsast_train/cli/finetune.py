@@ -17,6 +17,7 @@ from .shared import (
     import_options,
     overwrite_option,
     result_facts,
+    set_up_torch,
     threads_option,
 )
 
@@ -76,8 +77,6 @@ def finetune(
     """
     imports = {key: chosen.pop(key) for key in ("controlnet", "vae", "revision", "unet_weights")}
     options = FinetuneOptions(**chosen)
-    import torch
-
     from ..base.lazy_base import load_base, resolve_local_base
     from ..checkpoints.source import BaseSource
     from ..finetuning.finetuning import Finetuning
@@ -85,8 +84,7 @@ def finetune(
     from ..prompts.prompt_file import find_prompts, load_prompts
     from ..training.run_files import RunFiles, refuse_finished
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    set_up_torch(threads)
     with log_to_stderr():
         source = BaseSource(base, **{key: value for key, value in imports.items() if value is not None})
         path = find_prompts(style, resolve_local_base(source))

@@ -21,7 +21,7 @@ from ..training.run_files import RunFiles, refuse_finished
 from ..training.signals import InterruptionError
 from .distill import distill
 from .finetune import finetune
-from .shared import EXTRA, declared_options, device_option, import_options, result_facts, run_options
+from .shared import EXTRA, declared_options, device_option, import_options, result_facts, run_options, set_up_torch
 
 log = logging.getLogger("lsast.train")
 
@@ -142,7 +142,6 @@ def _learn(
     threads: int | None,
 ) -> None:
     """Learn the styles of `pictures`. Of several, finished ones are passed over, and one that fails ends no other."""
-    import torch
     from accelerate import Accelerator
 
     from ..base.lazy_base import load_base
@@ -150,10 +149,7 @@ def _learn(
     from ..inversion import Inversion
     from ..paintings import PaintingDataset
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")  # TF32, three times as fast, where mixed precision is off
+    set_up_torch(threads)
     main = Accelerator().is_main_process
     failed = []
     with log_to_stderr(logging.INFO if main else logging.ERROR):

@@ -38,6 +38,16 @@ run_options = combine_options(
 """Adds what every run takes: its folder, ``--resume``, ``--overwrite``, ``--threads`` and how it reports."""
 
 
+def set_up_torch(threads: int | None) -> None:
+    """Take so many threads (None: all cores), and TF32 for float32 matrices on a GPU."""
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # three times as fast, where mixed precision is off
+
+
 def import_options(hidden: bool = False) -> OptionDecorator:
     """Adds the options of a base to import, beside `--base`: the other fields of `BaseSource`."""
     return combine_options(

@@ -27,7 +27,7 @@ from ..base.base import Base
 from ..base.kv_packing import kv_layouts
 from ..options import identity
 from ..paintings import PaintingDataset
-from ..training.device import fused
+from ..training.device import find_device, fused
 from ..training.loop import TrainingLoop, require_finite, set_learning_rate
 from ..training.loss_curve import Curve, Evaluation, save_curve
 from ..training.rng import RngStream, rng_for
@@ -54,13 +54,14 @@ class Distillation:
     """One run.
 
     Args:
-        base: moved to the device that accelerate chooses; its weights are never changed.
+        base: moved to the device; its weights are never changed.
         pictures: of any kind, loaded with the options' size, for the teacher to paint.
         resume: go on from the checkpoint that a stopped run left in `folder`.
         on_step: called with the number of steps done and the loss after each step.
+        device: in torch's words; None is what accelerate chooses.
 
     Raises:
-        UsageError: a name that is no file name, or a size that the base cannot take.
+        UsageError: a device that is not there; a name that is no file name, or a size that the base cannot take.
         TrainingError: a checkpoint that is missing, in the way, damaged, or of another run.
     """
 
@@ -74,11 +75,12 @@ class Distillation:
         folder: Path,
         resume: bool = False,
         on_step: Callable[[int, float], None] | None = None,
+        device: str | None = None,
     ) -> None:
         self.files = RunFiles(folder, name, prompts=False)
         require_run(self.files, options.size, base.config.multiple, resume)
         self.base, self.style, self.pictures, self.options, self.on_step = base, style, pictures, options, on_step
-        base.to(Accelerator().device)
+        base.to(Accelerator().device if device in (None, "auto") else find_device(device))
         self.baked = BakedBase(base)
         self.student = Student(style.kv_unet, style.kv_control, kv_layouts(base)[0]).to(base.device)
         self.optimizer = torch.optim.AdamW(
@@ -90,6 +92,7 @@ class Distillation:
             *(name, options.steps, self.files.checkpoint, {"student": self.student, "best": self.best}, self.optimizer),
             identity=self._identity(),
             evaluate_every=options.evaluate_every,
+            device=base.device,
             checkpoint_minutes=options.checkpoint_minutes,
         )
         if resume:
