@@ -62,28 +62,20 @@ def test_window_is_a_crop_of_latents_with_its_edges(cache: Path, picture_folders
     assert found == {True, False}
 
 
-def test_window_beyond_the_picture_is_reflected(cache: Path) -> None:
-    data, side = LatentDataset(cache), 150  # more than twice as large as the pictures
-    window = data.window(data.train[:4], side, np.random.default_rng(0))
-    for index, latents, other, edges in zip(data.train, window.latents, window.other, window.edges, strict=False):
-        n = min(data.sizes[index])
-        for found, size, cells in ((latents, n, side), (other, n, side), (edges, 8 * n, 8 * side)):
-            padding = ((0, 0), (0, cells - size), (0, cells - size))
-            expected = np.pad(found[:, :size, :size].numpy(), padding, mode="reflect")
-            np.testing.assert_array_equal(found.numpy(), expected)
-    assert window.labels.tolist() == data.labels[data.train[:4]].tolist()
-
-
-def test_sampling_weights_follow_shares_and_leave_out_small_pictures(cache: Path) -> None:
+def test_sampling_weights_follow_shares_and_small_pictures_are_left_out(cache: Path) -> None:
     data = LatentDataset(cache)
-    weights = data.sampling_weights(16, {"blue": 0.0})
+    weights = data.sampling_weights({"blue": 0.0})
     assert set(data.labels[data.train[weights > 0]].tolist()) == {1}
-    large = [i for i in data.train if min(data.sizes[i]) >= 64]
-    assert 0 < len(large) < len(data.train)
-    weights = data.sampling_weights(64, {})
-    assert data.train[weights > 0].tolist() == large
     assert weights.sum() == pytest.approx(1)
-    assert data.window(data.train[:3], 16, np.random.default_rng(0)).latents.shape == (3, 4, 16, 16)
+    window = data.window(data.train[:3], 16, np.random.default_rng(0))
+    assert window.latents.shape == (3, 4, 16, 16)
+    assert window.labels.tolist() == data.labels[data.train[:3]].tolist()
+    side = int(data.sizes[data.held_out].min(axis=1).max())
+    large = [i for i in data.train if min(data.sizes[i]) >= side]
+    assert 0 < len(large) < len(data.train)
+    assert LatentDataset(cache, side=side).train.tolist() == large
+    with pytest.raises(TrainingError, match=r"found 0 pictures in .* that hold a window of 150 latents"):
+        LatentDataset(cache, side=150)
 
 
 @pytest.mark.parametrize(("shape", "fitted"), [

@@ -216,7 +216,7 @@ def mini(
         train_vae_gan(autoencoder, crops, gan, out, perceptual, resume=resume, teacher=taesd, device=place)
     if not encoded:
         build_cache(folders, base.autoencoder.encoder, cache, place)
-    data = LatentDataset(cache, place)
+    data = LatentDataset(cache, place, unet["side"])
     limit = budget.part(TIME_SHARES["base"] if decoder_steps else 1.0)
     training = BaseTrainingOptions(**unet, share=shares, seed=seed, seconds=limit)
     train_base(base, data, training, out, resume)

@@ -150,24 +150,18 @@ def build_cache(folders: list[Path], encoder: torch.nn.Module, out: Path, device
         handle.write(data)
 
 
-def _reflected(side: int, size: torch.Tensor) -> torch.Tensor:
-    """[B, 1] sizes → [B, side]: the places 0..side-1, beyond a size reflected as by ``numpy.pad(mode="reflect")``."""
-    period = (2 * size - 2).clamp(min=1)
-    position = torch.arange(side, device=size.device)[None] % period
-    return torch.minimum(position, period - position)
-
-
 class LatentDataset:
     """The cache in memory, cut into random windows.
 
     Args:
         device: where latents and edges lie, and the windows.
+        side: of a window in latents; pictures that hold none are left out.
 
     Raises:
         TrainingError: there is no cache, or nothing in it to train on or to hold out.
     """
 
-    def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
+    def __init__(self, path: Path, device: torch.device | str = "cpu", side: int = 1) -> None:
         if not path.is_file():
             raise TrainingError(f"found no latent cache {path}; train it with: lsast-train mini")
         with safe_open(str(path), "numpy") as file:
@@ -180,12 +174,12 @@ class LatentDataset:
         self._starts = np.cumsum(areas) - areas
         # Picture by picture: [4, h, w] latents, and edge bits as [8h, w] bytes, so a latent column is one byte wide.
         self._latents, self._edges = torch.from_numpy(flat).to(device), torch.from_numpy(packed).to(device)
-        self.train = np.flatnonzero(~held)
-        self.held_out = np.flatnonzero(held)
+        fits = self.sizes.min(axis=1) >= side
+        self.train, self.held_out = np.flatnonzero(fits & ~held), np.flatnonzero(fits & held)
         if not len(self.train) or not len(self.held_out):
             raise TrainingError(
-                f"found {len(held)} pictures in {path}, {len(self.held_out)} of them held out; expected some of either "
-                "kind: give a hundred pictures or more"
+                f"found {fits.sum()} pictures in {path} that hold a window of {side} latents, {len(self.held_out)} of "
+                "them held out; expected some of either kind: give a hundred pictures or more, or a smaller --side"
             )
 
     @property
@@ -194,21 +188,20 @@ class LatentDataset:
         return self._latents.device
 
     def window(self, indices: npt.NDArray[np.int64], side: int, rng: np.random.Generator) -> Window:
-        """Random crops of `side` latents out of the pictures `indices`, mirrored half of the time."""
+        """Random crops of `side` latents out of the pictures `indices`, which hold them, mirrored half of the time."""
         rows = []
         for index in indices:
             height, width = self.sizes[index]
-            n = min(side, height, width)
-            own, other = (rng.integers(0, [height - n + 1, width - n + 1]) for _ in "ab")
+            own, other = (rng.integers(0, [height - side + 1, width - side + 1]) for _ in "ab")
             mirrored = rng.random() < 0.5  # a fair approximation of mirroring the picture (docs/mini.md)
-            rows.append([self._starts[index], height, width, n, *own, *other, mirrored, self.labels[index]])
+            rows.append([self._starts[index], height, width, *own, *other, mirrored, self.labels[index]])
         table = torch.from_numpy(np.array(rows, dtype=np.int64)).to(self._latents.device)
-        start, height, width, n, y, x, v, u, mirrored, labels = table.T[..., None]  # [B, 1] each
+        start, height, width, y, x, v, u, mirrored, labels = table.T[..., None]  # [B, 1] each
 
         def places(first: torch.Tensor, cells: int, mirror: bool = False) -> torch.Tensor:
             """[B, cells · side] rows or columns of cells, `cells` to a latent, of the crops that begin at `first`."""
-            place = _reflected(cells * side, cells * n)
-            return cells * first + torch.where((mirrored > 0) & mirror, cells * n - 1 - place, place)
+            place = torch.arange(cells * side, device=first.device)[None]
+            return cells * first + torch.where((mirrored > 0) & mirror, cells * side - 1 - place, place)
 
         def crops(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
             """[B, 4, side, side]."""
@@ -222,11 +215,10 @@ class LatentDataset:
         bits = packed >> (7 - columns % 8).to(torch.uint8)[:, None] & 1
         return Window(crops(y, x), crops(v, u), bits.float()[:, None].expand(-1, 3, -1, -1), labels[:, 0])
 
-    def sampling_weights(self, side: int, share: dict[str, float]) -> npt.NDArray[np.float64]:
-        """Probability of each picture of `train`: a label's pictures weigh `share` (default 1), too small ones 0."""
+    def sampling_weights(self, share: dict[str, float]) -> npt.NDArray[np.float64]:
+        """Probability of each picture of `train`: a label's pictures weigh `share` (default 1)."""
         weights: npt.NDArray[np.float64] = np.array(
             [share.get(self.label_names[label], 1.0) for label in self.labels[self.train]]
         )
-        weights *= self.sizes[self.train].min(axis=1) >= side
         weights /= weights.sum()
         return weights

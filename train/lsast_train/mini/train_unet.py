@@ -199,7 +199,7 @@ def train_base(base: Base, data: LatentDataset, options: BaseTrainingOptions, fo
     if resume and loop.checkpoint.exists():
         loop.restore()
     mixed = torch.tensor([name in MIXED_LABELS for name in data.label_names], device=device)
-    weights = data.sampling_weights(options.side, options.share)
+    weights = data.sampling_weights(options.share)
     with_edges = round(options.edge_share * options.batch)
 
     def train_step(step: int) -> float:
