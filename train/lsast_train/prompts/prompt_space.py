@@ -92,7 +92,6 @@ class PromptSpace(nn.Module):
         layout: Layout = "strided",
         gradient: Gradient = "all",
         *,
-        stages: int = STAGES,
         train_steps: int = 1000,
         seed: int = 0,
         text: PlaceholderEncoder | None = None,
@@ -100,9 +99,9 @@ class PromptSpace(nn.Module):
         super().__init__()
         self.variant, self.generator, self.layout, self.gradient = variant, generator, layout, gradient
         self.train_steps, self.text = train_steps, text
-        self.register_buffer("table", matrix_index(variant, layout, stages), persistent=False)
+        self.register_buffer("table", matrix_index(variant, layout), persistent=False)
         initial = initial.detach().float().cpu()
-        count = matrix_count(variant, generator, layout, stages)
+        count = matrix_count(variant, generator, layout)
         if generator == "geglu":
             self.geglu = _generator(initial, count, seed)
             return
