@@ -10,10 +10,14 @@ and knows the machines; nothing here does.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import click
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else a cluster that this starts reports to Ray's maker
+
 import ray
 
 import lsast

@@ -101,7 +101,7 @@ def written_by_others(folder: Path, root: Path) -> Path | None:
 
     Not meant are root and a group that has the number of its owner: most systems make one for each user.
     """
-    if sys.platform == "win32":
+    if sys.platform == "win32" or not root.is_dir():
         return None
     folders = (folder, *takewhile(lambda parent: parent != root.parent, folder.parents))
     with contextlib.suppress(OSError):  # not there, or not to be looked into

@@ -1,5 +1,9 @@
 """A Gradio app: `pip install 'lsast[cpu]' gradio`, then `python examples/gradio/app.py`."""
 
+import os
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # else Gradio reports to its maker, from its import on
+
 import gradio
 import numpy as np
 from PIL import Image

@@ -23,7 +23,7 @@ from lsast import LsastError
 from lsast.images.metadata import Record, read_record
 from lsast_engines.bundle.bundle import EMBEDDED
 from lsast_engines.bundle.manifest import MANIFEST, Manifest
-from lsast_engines.bundle.style import Style
+from lsast_engines.bundle.style import LatentStatistics, Style, encode_defaults
 from lsast_engines.images import read_picture
 from lsast_train.prompts.prompt_file import load_any_prompts
 
@@ -55,7 +55,7 @@ def targets(
 
     def in_file(read: Callable[[Path], object]) -> Check:
         def check(data: bytes) -> object:
-            (folder / "file").unlink(missing_ok=True)  # a reader may have mapped the one before
+            (folder / "file").unlink(missing_ok=True)
             (folder / "file").write_bytes(data)
             return read(folder / "file")
 
@@ -78,7 +78,13 @@ def targets(
         for found in (read_record(held.getvalue()), Record.from_json(text, "text")):
             assert stylizer.resolve(**dataclasses.asdict(found.options)).steps > 0
 
-    style = bundle_path / "styles" / "monet.safetensors"
+    style = folder / "style.safetensors"
+    meta = {
+        **encode_defaults({"steps": 3}),
+        **LatentStatistics((0.1,) * 4, (0.5,) * 4).to_meta(),
+        "guidance_baked": "7",
+    }
+    dataclasses.replace(Style.load(bundle_path / "styles" / "monet.safetensors"), meta=meta).save(style)
     prompts = min((EMBEDDED / "prompts").iterdir(), key=lambda file: file.stat().st_size)
     manifest = json.loads((bundle_path / MANIFEST).read_text())
     result = stylizer.stylize(photo[:8, :8], size=0, steps=1, strength=1.0)
