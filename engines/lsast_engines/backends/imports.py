@@ -32,7 +32,7 @@ def import_library(name: str) -> Any:
     """
     with _without_telemetry(name):
         try:
-            return importlib.import_module(name)
+            module = importlib.import_module(name)
         except (ImportError, OSError) as error:
             for cause in _causes(error):
                 if isinstance(cause, (KeyboardInterrupt, MemoryError)):
@@ -42,6 +42,10 @@ def import_library(name: str) -> Any:
             raise BackendError(
                 f"{name} is installed but cannot be imported ({error}); install it again, or name another backend"
             ) from error
+        spec = getattr(module, "__spec__", None)
+        if spec is not None and spec.origin is None and spec.submodule_search_locations is not None:
+            raise ImportError(f"{name} is a folder without a library, as uninstalling one of two wheels leaves it")
+        return module
 
 
 @contextlib.contextmanager

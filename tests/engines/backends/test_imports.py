@@ -77,6 +77,15 @@ def test_import_library_that_is_not_installed_raises_import_error() -> None:
         import_library("no_such_library_of_ours")
 
 
+def test_import_library_of_a_folder_that_pip_left_raises_import_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lsast_left_behind").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ImportError, match="a folder without a library"):
+        import_library("lsast_left_behind")
+
+
 def test_import_library_keeps_the_users_choice_of_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
     import_library("json")
