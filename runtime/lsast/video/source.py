@@ -172,13 +172,15 @@ class _Animation:
         try:
             self._image: Any = open_image(handle, str(path))
             self._number: int = getattr(self._image, "n_frames", 1)
+            # What a PNG shows where it is not animated need not be a frame.
+            self._first = int(getattr(self._image, "default_image", False) and self._number > 1)
         except PictureError:
             raise
         except Exception as error:  # Pillow's decoders raise many types for damaged files
             raise PictureError(f"{path} cannot be read ({error}); expected an animated picture") from error
         if self._image.width * self._image.height * 8 > MAX_BYTES:
             raise PictureError(f"{path} has {self._image.width} x {self._image.height} pixels; scale it down")
-        self.count: int | None = self._number
+        self.count: int | None = self._number - self._first
         self.time_base, self.rate, self.sample_aspect = Fraction(1, 1000), Fraction(10), Fraction(1)
         self.plays = self._image.info.get("loop", 1)
         if self._image.format == "GIF" and self.plays:  # it holds the number of repetitions, and none at all for 1
@@ -187,13 +189,13 @@ class _Animation:
     def frames(self) -> Iterator[Frame]:
         """See `Source`."""
         start = 0
-        for number in range(self._number):
+        for number in range(self._first, self._number):
             try:
                 self._image.seek(number)
                 image = self._image.convert("RGBA")
                 image.load()
             except Exception as error:
-                if number == 0:
+                if number == self._first:
                     raise PictureError(f"{self._path} cannot be decoded ({error}); expected a whole picture") from error
                 _log.warning("%s: %d frames could not be decoded and are left out", self._path, self._number - number)
                 return

@@ -187,6 +187,14 @@ def test_paint_video_of_animated_pictures_keeps_times_and_opacity(
         assert container.duration == 1_000_000
 
 
+def test_frames_of_an_animated_png_leave_its_default_image_out(tmp_path: Path) -> None:
+    default, *frames = (Image.fromarray(np.full((8, 8, 3), grey, np.uint8)) for grey in (9, 99, 199))
+    default.save(tmp_path / "in.png", save_all=True, append_images=frames, default_image=True, duration=[100, 300])
+    with open_source(tmp_path / "in.png") as source:
+        found = [(frame.pixels[0, 0, 0], frame.duration) for frame in source.frames()]
+        assert (source.count, found) == (2, [(99, 100), (199, 300)])
+
+
 @pytest.mark.parametrize("plays", [0, 1, 4])
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".apng"])
 def test_paint_video_of_an_animated_picture_is_shown_as_often_as_it_is(
