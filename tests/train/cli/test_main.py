@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -175,3 +176,16 @@ def test_help_works_without_torch_and_training_names_the_extra() -> None:
         refused = _python(blocked + run % arguments)
         assert refused.returncode == 1
         assert refused.stderr == "Error: torch is not installed; install it with: pip install 'lsast[train]'\n"
+
+
+def test_mini_needs_neither_matplotlib_nor_accelerate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], paintings: Path, tmp_path: Path
+) -> None:
+    """The machines with a card that benchmarks/gpu_day is for lack them, or may."""
+    find = importlib.util.find_spec
+    missing = ("matplotlib", "accelerate")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in missing else find(name))
+    code, _, err = _run(capsys, "mini", "--images", paintings, "--out", tmp_path / "out")
+    assert (code, "found neither --teacher nor --init" in err) == (2, True), err
+    code, _, err = _run(capsys, "--style", "red", "--images", paintings)
+    assert (code, "is not installed" in err) == (1, True), err
