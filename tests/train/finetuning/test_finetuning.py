@@ -110,33 +110,29 @@ def test_finetuning_paints_in_the_palette_of_the_runtime(
         np.testing.assert_allclose(x0[row], level.x0(latent[row].numpy(), limited), rtol=1e-3, atol=1e-3)
 
 
-def test_gradient_of_one_step_is_that_of_autograd_through_the_solver(
-    base: Base, collection: PaintingDataset, contents: PaintingDataset, prompts: Prompts, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """One step of DDIM is linear in x0, so the straight-through estimate is autograd's gradient but for a factor."""
-    monkeypatch.setattr("lsast_train.finetuning.finetuning.SAMPLER_STEPS", 1)
-    options = replace(BRIEF, strength=1.0, batch=2)
-    run = Finetuning(base, prompts, collection, contents, options, "redder", tmp_path)
-    monkeypatch.setattr(run.optimizer, "step", lambda: None)
-    run._train_step(0)
-    found = run.prompts.values.grad
-    assert found is not None
-    run.prompts.values.grad = None
-    run.loss.filled.zero_()
-    generator = rng_for(options.seed, RngStream.STEP, 0)
-    images, edges = run._pictures(contents.training, 2, generator)
-    with torch.no_grad():
-        painted, [(timestep, z)] = run._paint(images, edges, generator)
-    x0 = run._x0(z, timestep, edges)
-    schedule = TimestepSchedule.build(base.config.noise, 1, 1.0, 10)
-    (start, end), (step,) = schedule.levels(), schedule.steps
-    assert timestep == step.t
-    through = end.alpha * x0 + end.sigma / start.sigma * (z - start.alpha * x0)
-    torch.testing.assert_close(through.detach(), painted, rtol=1e-4, atol=1e-4)
-    run._total(run._losses(through, images, remember=True)).backward()
-    found = found * (end.alpha - end.sigma / start.sigma * start.alpha)
-    torch.testing.assert_close(found, run.prompts.values.grad, rtol=1e-3, atol=1e-7)
+def test_gradient_through_the_sampler_is_that_of_finite_differences(
+    base: Base, collection: PaintingDataset, contents: PaintingDataset, prompts: Prompts, tmp_path: Path
+) -> None:
+    run = Finetuning(base, prompts, collection, contents, BRIEF, "redder", tmp_path)
+    images, edges = run._pictures(contents.training, 2, rng_for(0, RngStream.STEP, 0))
+
+    def painted() -> torch.Tensor:
+        return run._paint(images, edges, rng_for(0, RngStream.STEP, 1))
+
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(painted().shape, generator=generator)
+    (weight * painted()).sum().backward()
+    start = run.prompts.values.detach().clone()
+    direction = torch.randn(start.shape, generator=generator)
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            run.prompts.values.copy_(start + sign * 1e-2 * direction)
+            ends.append((weight.double() * painted().double()).sum().item())
+    assert run.prompts.values.grad is not None
+    slope = (run.prompts.values.grad.double() * direction.double()).sum().item()
+    assert abs(slope) > 0.1
+    assert (ends[0] - ends[1]) / 2e-2 == pytest.approx(slope, rel=0.02)
 
 
 def test_prompts_without_statistics_of_latents_are_refused(

@@ -4,13 +4,11 @@
 
     repeat:
         z0 = E(a crop of any picture), with the artist's palette; add noise up to the strength's timestep
-        paint it with the sampler, guidance and edges, without gradients; keep the states z_t of a few steps
-        g = gradient of the style loss of D(z) for the painted latent z
-        for each kept state: move the prompts of its stage down <g, x0(z_t)>
+        paint it with the sampler, guidance and edges
+        move the prompts down the gradient of the style loss of D(the painted latent), through all steps
 
-Backpropagation through all steps would keep every activation, and through the last steps alone (DRaFT-K, Clark et al.
-2024, section 4) would train their stages alone. So the painted latent counts as the data prediction x0 of each kept
-step, plus something constant: a straight-through estimate (Bengio et al. 2013, section 4) for the steps after it.
+The gradient goes through the whole sampler, as in DRaFT and AlignProp (Clark et al. 2024, section 4; Prabhudesai et al.
+2023, section 3). Each step is computed again in the backward pass, so that one step's activations are held at a time.
 
 Inversion (`lsast_train.inversion`) asks that the prompts explain noise on the works themselves; nothing there says what
 a painting of another picture should look like.
@@ -28,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lsast_engines.bundle.style import LatentStatistics, encode_defaults
 from lsast_engines.diffusion import NoiseLevel, TimestepSchedule, guide, make_solver
@@ -50,9 +49,6 @@ log = logging.getLogger("lsast.train")
 
 SAMPLER_STEPS = 12
 """Steps of the whole schedule, of which `strength` runs the last part."""
-
-KEPT_STATES = 4
-"""Steps of a painting whose prompts get a gradient."""
 
 WORKS = 160
 """Crops of the artist's works, and at most as many whole works, that stand for all."""
@@ -138,14 +134,8 @@ class Finetuning:
         set_learning_rate(self.optimizer, options.learning_rate(step))
         self.optimizer.zero_grad(set_to_none=True)
         images, edges = self._pictures(self.contents.training, options.batch, generator)
-        latent, states = self._paint(images, edges, generator)
-        latent.requires_grad_(True)
-        loss = self._total(self._losses(latent, images, remember=True))
+        loss = self._total(self._losses(self._paint(images, edges, generator), images, remember=True))
         loss.backward()
-        assert latent.grad is not None
-        for timestep, z in states:
-            x0 = self._x0(z, timestep, edges)
-            ((x0 * latent.grad).sum() / len(states)).backward()
         require_finite(loss.item(), step)
         self.optimizer.step()
         return loss.item()
@@ -164,34 +154,24 @@ class Finetuning:
         weights = self.options.content_weight, self.options.roughness_weight
         return losses.style + weights[0] * losses.content + weights[1] * losses.roughness
 
-    @torch.no_grad()
-    def _paint(
-        self, images: torch.Tensor, edges: torch.Tensor, generator: torch.Generator
-    ) -> tuple[torch.Tensor, list[tuple[int, torch.Tensor]]]:
-        """Painted latents [B, 4, h, w], and `KEPT_STATES` of the timesteps on the way with the latents there."""
+    def _paint(self, images: torch.Tensor, edges: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Painted latents [B, 4, h, w] of images [B, 3, H, W]."""
         base, options = self.base, self.options
         pixels = ((images.cpu() + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        latent = encode_pictures(base, list(pixels))[0] * base.config.latent_scale
+        with torch.no_grad():
+            latent = encode_pictures(base, list(pixels))[0] * base.config.latent_scale
         schedule = TimestepSchedule.build(base.config.noise, SAMPLER_STEPS, options.strength, len(self.source.prompts))
-        solver, steps = make_solver(schedule), schedule.steps
-        kept = set(torch.randperm(len(steps), generator=generator)[:KEPT_STATES].tolist())
         noise = torch.randn(latent.shape, generator=generator)
-        z = schedule.add_noise(self._matched(latent).numpy(), noise.numpy())
-        states = []
-        for step in steps:
-            here = torch.from_numpy(z).to(base.device)
-            if step.index in kept:
-                states.append((step.t, here))
-            x0 = self._x0(here, step.t, edges)
+        z = torch.from_numpy(schedule.add_noise(self._matched(latent).numpy(), noise.numpy())).to(base.device)
+        solver: Any = make_solver(schedule)  # its arithmetic is the same on tensors
+        for step in schedule.steps:
+            x0 = checkpoint(self._x0, z, step.t, edges, use_reentrant=False)
             level = self._level(step.t)
-            z = solver.step(((here - level.alpha * x0) / level.sigma).cpu().numpy(), step.index, z)
-        return torch.from_numpy(z).to(base.device), states
+            z = solver.step((z - level.alpha * x0) / level.sigma, step.index, z)
+        return z
 
     def _x0(self, z: torch.Tensor, timestep: int, edges: torch.Tensor) -> torch.Tensor:
-        """The guided data prediction [B, 4, h, w] at the latents `z`, with the palette's limit.
-
-        Its unguided half has no gradient, though the style reaches it through the ControlNet.
-        """
+        """The guided data prediction [B, 4, h, w] at the latents `z`, with the palette's limit."""
         base, options = self.base, self.options
         stage = timestep * len(self.source.prompts) // base.config.noise.train_steps
         own = self.prompts.values[stage].expand(len(z), -1, -1, -1)
@@ -201,8 +181,7 @@ class Finetuning:
             residuals = base.control(z, times, own, edges)
             eps = base.eps(z, times, own, residuals=residuals).float()
             if options.guidance != 1:
-                with torch.no_grad():
-                    unguided = base.eps(z, times, null, residuals=residuals).float()
+                unguided = base.eps(z, times, null, residuals=residuals).float()
                 eps = guide(torch.stack([unguided, eps]), options.guidance)
         level = self._level(timestep)
         x0 = (z - level.sigma * eps) / level.alpha
@@ -237,7 +216,7 @@ class Finetuning:
         """The losses of held-out pictures, always the same with the same noise."""
         generator = rng_for(self.options.seed, RngStream.VALIDATION_CROPS)
         images, edges = self._pictures(self.contents.held_out, HELD_OUT, generator)
-        losses = self._losses(self._paint(images, edges, generator)[0], images, remember=False)
+        losses = self._losses(self._paint(images, edges, generator), images, remember=False)
         found = {"held_out": self._total(losses).item(), **{key: part.item() for key, part in vars(losses).items()}}
         self.loop.history.append({"step": self.loop.step, "training": mean_loss, **found})
         log.info(
