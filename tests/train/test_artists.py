@@ -53,10 +53,14 @@ def test_artists_of_wikiart_come_from_the_files_of_all_its_folders(tmp_path: Pat
 
 
 def test_artists_of_ast_and_of_plain_folders_come_from_the_folders(tmp_path: Path) -> None:
-    root = _pictures(
-        tmp_path, "paul-cezanne_card-players/IMG_12.png", "Claude Monet/late/1.png", "Claude Monet/IMG_2.png"
-    )
-    assert _names(artists_of(root)) == {"claude-monet": ["IMG_2", "1"], "paul-cezanne": ["IMG_12"]}
+    folders = ("paul-cezanne_card-players", "Claude Monet/late", "Vincent_van_Gogh", "Pierre-Auguste_Renoir")
+    root = _pictures(tmp_path, *(f"{folder}/IMG_{number}.png" for number, folder in enumerate(folders)))
+    assert _names(artists_of(root)) == {
+        "claude-monet": ["IMG_1"],
+        "paul-cezanne": ["IMG_0"],
+        "pierre-auguste-renoir": ["IMG_3"],
+        "vincent-van-gogh": ["IMG_2"],
+    }
     with pytest.raises(TrainingError, match="found no artist of 2 pictures"):
         artists_of(_pictures(tmp_path / "flat", "1.png", "2.png"))
 

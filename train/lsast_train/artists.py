@@ -33,7 +33,7 @@ def artists_of(folder: Path) -> dict[str, list[Path]]:
     A CSV file in `folder` with a column ``artist`` and one of file names (``filename``, ``file``, ``path`` or
     ``image``; paths relative to `folder`, or plain names) says it. Else names do: of the files, up to ``_``, where most
     of them have the form ``ARTIST_TITLE`` with a hyphen in the artist (WikiArt, ``STYLE/ARTIST_TITLE.jpg``); or of the
-    folders in `folder`, up to ``_`` (AST, ``ARTIST_TITLE/…jpg``).
+    folders in `folder` (``Paul_Cezanne/…jpg``), in small letters with hyphens up to ``_`` (AST, ``ARTIST_TITLE/…jpg``).
 
     Raises:
         PictureError: no such folder, or no picture in it.
@@ -48,8 +48,10 @@ def artists_of(folder: Path) -> dict[str, list[Path]]:
         if listed:
             artist = listed.get(inner.as_posix(), listed.get(path.name, ""))
         else:
-            artist = path.stem.partition("_")[0] if by_file else inner.parts[0].partition("_")[0]
-            artist = "" if len(inner.parts) == 1 and not by_file else artist
+            artist = path.stem if by_file else inner.parts[0] if len(inner.parts) > 1 else ""
+            # Where hyphens are the blanks, `_` begins the title; in `Vincent_van_Gogh` it is a blank.
+            if by_file or ("-" in artist and artist.islower()):
+                artist = artist.partition("_")[0]
         if name := style_name(artist):
             found.setdefault(name, []).append(path)
     if not found:
