@@ -27,7 +27,17 @@ from lsast_train.training.signals import InterruptionError
 
 pytest.importorskip("efficientnet_lite_pytorch")
 
-BRIEF = FinetuneOptions(steps=6, batch=2, lr=0.3, size=64, guidance=2.0, mixed_precision="no", evaluate_every=3)
+BRIEF = FinetuneOptions(
+    steps=6,
+    batch=2,
+    lr=0.3,
+    size=64,
+    strength=0.6,
+    guidance=2.0,
+    mixed_precision="no",
+    evaluate_every=3,
+    content_weight=1.0,
+)
 
 
 @pytest.fixture(scope="module")

@@ -43,15 +43,18 @@ from ..training.loop import TrainingLoop, require_finite, set_learning_rate
 from ..training.rng import RngStream, rng_for
 from ..training.run_files import RunFiles, RunResult, require_run, versions
 from .options import FinetuneOptions
-from .style_loss import Distances, StyleLoss, fitted, self_similarities
+from .style_loss import Distances, StyleLoss, self_similarities
 
 log = logging.getLogger("lsast.train")
 
 SAMPLER_STEPS = 12
 """Steps of the whole schedule, of which `strength` runs the last part."""
 
+SOLVER = "dpmpp2m"
+"""The solver, as by default in mini's bundle."""
+
 WORKS = 160
-"""Crops of the artist's works, and at most as many whole works, that stand for all."""
+"""Crops of the artist's works that stand for all."""
 
 HELD_OUT = 16
 """Pictures that an evaluation paints."""
@@ -104,8 +107,7 @@ class Finetuning:
         generator = rng_for(options.seed, RngStream.TRAINING_CROPS)
         shown = works.training[:WORKS]
         crops = [random_crop(shown[index % len(shown)], options.size, generator) for index in range(WORKS)]
-        whole = [fitted(work.pixels, base.config.size) for work in shown]
-        self.loss = StyleLoss(np.stack(crops), whole, base.device)
+        self.loss = StyleLoss(np.stack(crops), base.device)
         self.loop = TrainingLoop(
             *(name, options.steps, self.files.checkpoint),
             *({"prompts": self.prompts, "loss": self.loss}, self.optimizer),
@@ -151,8 +153,7 @@ class Finetuning:
             return losses
 
     def _total(self, losses: Distances) -> torch.Tensor:
-        weights = self.options.content_weight, self.options.roughness_weight
-        return losses.style + weights[0] * losses.content + weights[1] * losses.roughness
+        return losses.style + self.options.content_weight * losses.content
 
     def _paint(self, images: torch.Tensor, edges: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Painted latents [B, 4, h, w] of images [B, 3, H, W]."""
@@ -160,7 +161,8 @@ class Finetuning:
         pixels = ((images.cpu() + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
         with torch.no_grad():
             latent = encode_pictures(base, list(pixels))[0] * base.config.latent_scale
-        schedule = TimestepSchedule.build(base.config.noise, SAMPLER_STEPS, options.strength, len(self.source.prompts))
+        stages = len(self.source.prompts)
+        schedule = TimestepSchedule.build(base.config.noise, SAMPLER_STEPS, options.strength, stages, SOLVER)
         noise = torch.randn(latent.shape, generator=generator)
         z = torch.from_numpy(schedule.add_noise(self._matched(latent).numpy(), noise.numpy())).to(base.device)
         solver: Any = make_solver(schedule)  # its arithmetic is the same on tensors
@@ -219,9 +221,7 @@ class Finetuning:
         losses = self._losses(self._paint(images, edges, generator), images, remember=False)
         found = {"held_out": self._total(losses).item(), **{key: part.item() for key, part in vars(losses).items()}}
         self.loop.history.append({"step": self.loop.step, "training": mean_loss, **found})
-        log.info(
-            "step %d: held-out loss: %.4f (style %.4f, content %.4f, roughness %.4f)", self.loop.step, *found.values()
-        )
+        log.info("step %d: held-out loss: %.4f (style %.4f, content %.4f)", self.loop.step, *found.values())
 
     def _finish(self) -> RunResult:
         start, end = (self.loop.history[index]["held_out"] for index in (0, -1))

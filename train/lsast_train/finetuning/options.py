@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from lsast_engines.declared_options import Range, option_faults
 from lsast_engines.errors import UsageError, fault_list
-
-from ..options import MixedPrecision
 
 
 @dataclass(frozen=True)
@@ -20,19 +18,18 @@ class FinetuneOptions:
         UsageError: invalid values, all of them at once.
     """
 
-    steps: Annotated[int, "Optimiser steps.", Range(1)] = 36
+    steps: Annotated[int, "Optimiser steps.", Range(1)] = 24
     batch: Annotated[int, "Pictures that are painted in a step.", Range(1)] = 4
-    lr: Annotated[float, "Learning rate at the start, relative to the prompts' size.", Range(0, above=True)] = 0.02
+    lr: Annotated[float, "Learning rate at the start, relative to the prompts' size.", Range(0, above=True)] = 0.03
     """In root mean squares of the prompts; it falls to zero by half a cosine."""
     size: Annotated[int, "Side of a picture that is painted, in pixels.", Range(64)] = 256
-    strength: Annotated[float, "Strength that the style is for.", Range(0, 1, above=True)] = 0.6
-    guidance: Annotated[float, "Guidance that the style is for.", Range(1)] = 4.0
+    strength: Annotated[float, "Strength that the style is for.", Range(0, 1, above=True)] = 0.35
+    guidance: Annotated[float, "Guidance that the style is for.", Range(1)] = 6.0
     palette: Annotated[float, "Palette that the style is for.", Range(0, 1)] = 0.8
-    content_weight: Annotated[float, "Weight of the loss of content.", Range(0)] = 6.0
-    roughness_weight: Annotated[float, "Weight of the loss of roughness.", Range(0)] = 4.0
-    mixed_precision: Annotated[MixedPrecision, "Autocast of the networks."] = "bf16"
+    content_weight: Annotated[float, "Weight of the loss of content.", Range(0)] = 9.0
+    mixed_precision: Annotated[Literal["no", "bf16"], "Autocast of the networks."] = "bf16"
     seed: Annotated[int, "Seed of all random numbers.", Range(0)] = 0
-    evaluate_every: Annotated[int, Range(1)] = 12
+    evaluate_every: Annotated[int, Range(1)] = 8
     """Steps between two evaluations on held-out pictures."""
     checkpoint_minutes: Annotated[float, Range(0, above=True)] = field(default=2.0, compare=False)
     """Minutes between two checkpoints."""

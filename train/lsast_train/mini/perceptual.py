@@ -65,6 +65,14 @@ class LiteDistance:
                 taps.append(x)
         return taps
 
+    def pooled(self, taps: list[torch.Tensor]) -> torch.Tensor:
+        """The taps of `features` → means of the 1280 channels behind the last convolution, [B, 1280]."""
+        network, x = self._network, taps[-1]
+        for block in network._blocks[_TAPS[-1] + 1 :]:
+            x = block(x)
+        found: torch.Tensor = network._swish(network._bn1(network._conv_head(x))).mean((2, 3))
+        return found
+
     def __call__(self, image: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """A `PerceptualDistance`."""
         with torch.no_grad():
