@@ -32,10 +32,14 @@ _swept: set[Path] = set()
 
 
 @contextlib.contextmanager
-def replace_file(path: Path) -> Iterator[BinaryIO]:
+def replace_file(path: Path, *, own: bool = False) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` for writing; it is renamed to `path` at the end, or deleted on an error.
 
     A file that is replaced keeps its mode; of a link, the file that it points to is replaced.
+
+    Args:
+        path: the file.
+        own: nobody else may write it, nor into folders that are made for it, whatever the umask is.
 
     Raises:
         OSError: `path` is a folder, a device or a pipe, or cannot be written.
@@ -43,13 +47,14 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
         raise OSError(errno.EEXIST, "expected a file, or no such name", str(path))
-    make_folder(path.parent)
+    allowed = FOR_OTHERS_TO_READ if own else 0o777
+    make_folder(path.parent, allowed)
     _sweep(path.parent)
-    temporary, descriptor = _create_locked(path.parent, folder=False)
+    temporary, descriptor = _create_locked(path.parent, 0o666 & allowed)
     try:
         with os.fdopen(descriptor, "wb") as handle:
             with contextlib.suppress(OSError):
-                os.chmod(temporary, stat.S_IMODE(path.stat().st_mode) & 0o777)
+                os.chmod(temporary, stat.S_IMODE(path.stat().st_mode) & allowed)
             yield handle
             if not handle.closed:
                 handle.flush()
@@ -66,7 +71,7 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
     """A hidden folder in `parent`, for what is renamed into `parent` when it is finished; deleted at the end."""
     make_folder(parent)
     _sweep(parent)
-    folder, descriptor = _create_locked(parent, folder=True)
+    folder, descriptor = _create_locked(parent)
     try:
         yield folder
     finally:
@@ -95,11 +100,16 @@ FOR_OTHERS_TO_READ = 0o755
 """The mode of a folder into which `written_by_others` lets nobody else write, whatever the umask is."""
 
 
+MAKE_OWN = "change that (chmod -R go-w), or set LSAST_HOME to a folder of your own"
+"""What to do about what `written_by_others` finds."""
+
+
 def written_by_others(folder: Path, root: Path) -> Path | None:
     """The first of the folders from `root` down to `folder`, and of the files in it, that another user may have
     written; None if there is none, or the system does not tell (Windows).
 
-    Not meant are root and a group that has the number of its owner: most systems make one for each user.
+    Not meant are root and a group that has the number of the file's owner or of this user: most systems make one for
+    each user, and Kubernetes gives volumes of root to it (``fsGroup``).
     """
     if sys.platform == "win32" or not root.is_dir():
         return None
@@ -107,7 +117,7 @@ def written_by_others(folder: Path, root: Path) -> Path | None:
     with contextlib.suppress(OSError):  # not there, or not to be looked into
         for path in (*folders[::-1], *folder.glob("*")):
             found = path.stat()  # of a link, of what it leads to
-            writable = stat.S_IWOTH | (stat.S_IWGRP if found.st_gid != found.st_uid else 0)
+            writable = stat.S_IWOTH | (stat.S_IWGRP if found.st_gid not in (found.st_uid, os.geteuid()) else 0)
             if found.st_mode & stat.S_ISVTX and path.is_dir():
                 writable = 0  # as /tmp: others may add to it, but not replace what is not theirs
             if not is_own(path) or found.st_mode & writable:
@@ -122,17 +132,18 @@ def keep_from_others(folder: Path) -> None:
             file.chmod(stat.S_IMODE(file.stat().st_mode) & FOR_OTHERS_TO_READ)
 
 
-def _create_locked(parent: Path, *, folder: bool) -> tuple[Path, int]:
-    """A new hidden file or folder with a random name, and its locked descriptor; -1 for a folder on Windows."""
+def _create_locked(parent: Path, file_mode: int | None = None) -> tuple[Path, int]:
+    """A new hidden file, or without `file_mode` a folder, with a random name; its locked descriptor, -1 for a folder on
+    Windows."""
     while True:
         path = parent / f".lsast-{secrets.token_hex(8)}.tmp"
-        if folder:
+        if file_mode is None:
             path.mkdir(0o700)
             descriptor = -1 if sys.platform == "win32" else os.open(path, os.O_RDONLY)
         else:
             # The system subtracts the umask; reading it would change it for other threads.
             flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0)
-            descriptor = os.open(path, flags, 0o666)
+            descriptor = os.open(path, flags, file_mode)
         # Another process may have removed it before it was locked.
         if try_lock(descriptor) and path.exists():
             return path, descriptor

@@ -184,6 +184,23 @@ def test_homes_without_a_home_are_found_empty(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
+def test_replace_file_of_its_own_lets_nobody_else_write_at_any_moment(tmp_path: Path) -> None:
+    file = tmp_path / "root" / "folder" / "file"
+    before = os.umask(0)
+    try:
+        with replace_file(file, own=True) as handle:
+            assert written_by_others(file.parent, tmp_path / "root") is None
+            handle.write(b"content")
+        assert written_by_others(file.parent, tmp_path / "root") is None
+        file.chmod(0o666)
+        with replace_file(file, own=True) as handle:
+            handle.write(b"content")
+        assert written_by_others(file.parent, tmp_path / "root") is None
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
 def test_written_by_others_finds_the_first_folder_or_file_that_others_may_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +224,14 @@ def test_written_by_others_finds_the_first_folder_or_file_that_others_may_write(
         path.chmod(usual)
     root.chmod(0o1777)
     assert written_by_others(folder, root) is None
+    if os.geteuid() == 0:
+        os.chown(root, 0, 12345)  # as Kubernetes gives volumes to the group `fsGroup`
+        root.chmod(0o2775)
+        assert written_by_others(folder, root) == root
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "geteuid", lambda: 12345)
+            assert written_by_others(folder, root) is None
+        os.chown(root, 0, 0)
     if os.geteuid() == 0:  # what belongs to root is trusted
         os.chown(folder, 12345, 12345)
     else:

@@ -25,9 +25,9 @@ from ..bundle.safetensors_header import Slot, encode_header, read_slots
 from ..errors import BackendError, shown
 from ..files import (
     FOR_OTHERS_TO_READ,
+    MAKE_OWN,
     cache_home,
     file_sha256,
-    keep_from_others,
     make_folder,
     replace_file,
     written_by_others,
@@ -75,7 +75,7 @@ def with_fp32_weights(path: Path, cache: Path | None = None, dtypes: tuple[str, 
         return path
     folder = _folder(weights, cache)
     if fault := _folder_fault(folder, cache):
-        _log.warning("painting needs more memory: %s; expected a folder of your own, set LSAST_HOME", shown(fault))
+        _log.warning("painting needs more memory: %s", shown(fault))
         return path
     target, graph = folder / WEIGHTS, folder / path.name
     if not _is_whole(target):
@@ -83,9 +83,8 @@ def with_fp32_weights(path: Path, cache: Path | None = None, dtypes: tuple[str, 
     moved = {old.offset: new for old, new in zip(slots.values(), read_slots(target).values(), strict=True)}
     model = _rewritten_model(path.read_bytes(), moved)
     if not graph.is_file() or graph.read_bytes() != model:  # it may be there, and the folder for reading only
-        with replace_file(graph) as handle:
+        with replace_file(graph, own=True) as handle:
             handle.write(model)
-        keep_from_others(folder)
     return graph
 
 
@@ -96,11 +95,11 @@ def _folder(weights: Path, cache: Path | None) -> Path:
 def _folder_fault(folder: Path, cache: Path | None) -> str:
     """Why a folder cannot hold converted weights; empty if it can."""
     if others := written_by_others(folder, cache or cache_home()):
-        return f"{others} may be written by others"
+        return f"{others} may be written by others: {MAKE_OWN}"
     try:
         make_folder(folder, FOR_OTHERS_TO_READ)
     except OSError as error:
-        return f"{folder} cannot be made ({error.strerror})"
+        return f"{folder} cannot be made ({error.strerror}): set LSAST_HOME to a folder of your own"
     return ""
 
 
@@ -160,15 +159,16 @@ def _convert(weights: Path, slots: dict[str, Slot], target: Path) -> None:
     _log.warning(
         "converting %s to float32 in %s, %.1f GB, once; that folder may be deleted", weights, target, size / 1e9
     )
-    (target.parent / SOURCE).write_bytes(os.fsencode(weights.resolve()))
-    with weights.open("rb") as source, replace_file(target) as handle:
+    with replace_file(target.parent / SOURCE, own=True) as handle:
+        handle.write(os.fsencode(weights.resolve()))
+    with weights.open("rb") as source, replace_file(target, own=True) as handle:
         handle.write(header)
         for slot in slots.values():
             source.seek(slot.offset)
             handle.write(to_float32(source.read(slot.length), slot.dtype))
     if _key(weights) != target.parent.name:
         raise BackendError(f"{weights} changed while it was converted; open the bundle again")
-    with replace_file(target.with_suffix(DIGEST_SUFFIX)) as handle:
+    with replace_file(target.with_suffix(DIGEST_SUFFIX), own=True) as handle:
         handle.write(file_sha256(target).encode())
     for other in target.parent.parent.iterdir():  # what the same file held before is as large, and of no use
         if other != target.parent and read_source(other) == weights.resolve():

@@ -22,6 +22,7 @@ from ..bundle.manifest import MANIFEST, declared_hashes
 from ..errors import shown
 from ..files import (
     FOR_OTHERS_TO_READ,
+    MAKE_OWN,
     cache_home,
     file_sha256,
     keep_from_others,
@@ -108,7 +109,7 @@ def open_cached(
 
 @functools.cache  # once, not for every graph
 def _tell_unused(path: Path) -> None:
-    _log.warning("%s may be written by others; the cache is not used: remove it, or set LSAST_HOME", shown(path))
+    _log.warning("%s may be written by others; the cache is not used: %s", shown(path), MAKE_OWN)
 
 
 def cache_path(backend: str, path: Path, compute_dtype: str, environment: str) -> Path | None:

@@ -118,7 +118,7 @@ def compile_graph(
         source = _source(path, spec.name, options.compute_dtype == "fp16", Path(scratch))
         serialized = build.run(source, spec, _timing_cache(engine, key))
     seconds = time.perf_counter() - began
-    with replace_file(engine) as handle:
+    with replace_file(engine, own=True) as handle:
         handle.write(serialized)
     digest, size = hashlib.sha256(serialized).hexdigest(), memoryview(serialized).nbytes
     version = package_version("lsast")
@@ -221,7 +221,7 @@ class _Build:
         serialized = builder.build_serialized_network(network, config)
         self._require(serialized is not None, "cannot be compiled")
         if timing is not None:
-            with replace_file(timing) as handle:
+            with replace_file(timing, own=True) as handle:
                 handle.write(config.get_timing_cache().serialize())
         return serialized
 

@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 
 from ...bundle.manifest import MANIFEST, Manifest
 from ...errors import BackendError, BundleError, fault_list
-from ...files import cache_home, file_sha256, replace_file
+from ...files import MAKE_OWN, cache_home, file_sha256, replace_file, written_by_others
 from .shape_profile import Profile, profile_from_json, profile_to_json
 
 FORMAT = 4
@@ -99,7 +99,7 @@ class EngineRecord:
         """Write the record beside `engine`."""
         data = asdict(self)
         data["key"]["profile"] = profile_to_json(self.key.profile)
-        with replace_file(record_path(engine)) as handle:
+        with replace_file(record_path(engine), own=True) as handle:
             handle.write((json.dumps({"format": FORMAT, **data}, indent=1) + "\n").encode())
 
     @classmethod
@@ -198,7 +198,7 @@ def engine_folder(bundle: Path, flavor: TrtFlavor, compute_dtype: str) -> Path:
     records say in what they differ.
 
     Raises:
-        BackendError: no bundle.
+        BackendError: no bundle, or others may write the folder.
     """
     try:
         manifest = Manifest.from_json((bundle / MANIFEST).read_text(encoding="utf-8"))
@@ -206,7 +206,10 @@ def engine_folder(bundle: Path, flavor: TrtFlavor, compute_dtype: str) -> Path:
         raise BackendError(
             f"{bundle} is not a bundle ({error}); engines are compiled from a bundle's graphs"
         ) from error
-    return cache_home() / "compiled" / f"{manifest.name}-{manifest.fingerprint[:16]}" / flavor / compute_dtype
+    folder = cache_home() / "compiled" / f"{manifest.name}-{manifest.fingerprint[:16]}" / flavor / compute_dtype
+    if others := written_by_others(folder, cache_home()):
+        raise BackendError(f"found {others}, which others may write; expected engines of your own: {MAKE_OWN}")
+    return folder
 
 
 def _short(value: Any) -> str:

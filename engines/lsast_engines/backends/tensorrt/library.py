@@ -99,7 +99,7 @@ class RuntimeKernelCache:
         """Write the file if the cache has changed."""
         kernels = bytes(self._cache.serialize())
         if kernels and kernels != self._known:
-            with replace_file(self._file) as handle:
+            with replace_file(self._file, own=True) as handle:
                 handle.write(kernels)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +155,7 @@ def test_engine_folder_is_named_by_the_base(monkeypatch: pytest.MonkeyPatch, tmp
     assert engine_folder(EMBEDDED, "tensorrt", "fp16") == folder
     with pytest.raises(BackendError, match="is not a bundle"):
         engine_folder(tmp_path, "tensorrt", "fp16")
+    if sys.platform != "win32":
+        tmp_path.chmod(0o777)
+        with pytest.raises(BackendError, match=f"found {tmp_path}, which others may write"):
+            engine_folder(EMBEDDED, "tensorrt", "fp16")
