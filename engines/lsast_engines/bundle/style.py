@@ -8,6 +8,7 @@ verifies, seven.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -400,21 +401,27 @@ def _open(path: Path) -> tuple[int, dict[str, Slot], dict[str, Any]]:
     """The descriptor of the open file, its tensors and its header, of a format that this version reads."""
     from safetensors import SafetensorError, safe_open
 
-    try:
-        if not path.is_file():
-            raise FileNotFoundError(path)
-        with safe_open(path, framework="numpy") as file:  # checks the whole header
-            header = parse_json((file.metadata() or {}).get(_METADATA_KEY, "null"))
-        slots = read_slots(path)
-    except FileNotFoundError:
-        raise StyleError(f"found no style file {path}") from None
-    except (OSError, SafetensorError, ValueError) as error:
-        raise StyleError(f"style file {path} cannot be read ({error}); copy or bake the style again") from error
-    if not isinstance(header, dict) or "format" not in header:
-        raise StyleError(f"{path} is a safetensors file but not a style; bake one with: lsast-export --style NAME")
-    if header["format"] != FORMAT:
-        raise StyleError(
-            f"style file {path} has format {header['format']!r:.40}; this version reads format {FORMAT}: "
-            "bake the style again, or update lsast"
-        )
-    return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)), slots, header
+    with contextlib.ExitStack() as on_error:
+        try:
+            if not path.is_file():
+                raise FileNotFoundError(path)
+            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            on_error.callback(os.close, descriptor)
+            with safe_open(path, framework="numpy") as file:  # checks the whole header
+                header = parse_json((file.metadata() or {}).get(_METADATA_KEY, "null"))
+            slots = read_slots(path)
+            if not os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                raise ValueError("it was replaced meanwhile; try again")
+        except FileNotFoundError:
+            raise StyleError(f"found no style file {path}") from None
+        except (OSError, SafetensorError, ValueError) as error:
+            raise StyleError(f"style file {path} cannot be read ({error}); copy or bake the style again") from error
+        if not isinstance(header, dict) or "format" not in header:
+            raise StyleError(f"{path} is a safetensors file but not a style; bake one with: lsast-export --style NAME")
+        if header["format"] != FORMAT:
+            raise StyleError(
+                f"style file {path} has format {header['format']!r:.40}; this version reads format {FORMAT}: "
+                "bake the style again, or update lsast"
+            )
+        on_error.pop_all()
+    return descriptor, slots, header

@@ -318,6 +318,10 @@ class EnginePool:
             raise UsageError("found a call from inside on_step; expected it after the painting, or another stylizer")
 
 
+_OPEN_STYLES = 64
+"""Styles that stay open between paintings: each is an open file, and macOS allows 256 of these."""
+
+
 class StyleCache:
     """The open styles of a bundle, least recently used first. Any thread may open one; the engines' holder reads it."""
 
@@ -352,9 +356,9 @@ class StyleCache:
             return self._styles[name]
 
     def evict(self) -> None:
-        """Drop styles, the least recently used first, until the others are within the budget."""
+        """Drop styles, the least recently used first, until the others are within the budget, and not too many."""
         with self._lock:
-            while self._styles and self.bytes > self._budget:
+            while self._styles and (self.bytes > self._budget or len(self._styles) > _OPEN_STYLES):
                 self._styles.popitem(last=False)
 
     @property
