@@ -275,6 +275,7 @@ class Stylizer:
                 request.blend_with_previous(latent, picture)
                 for request, latent, picture in zip(requests, latents, pictures, strict=True)
             ]
+            self.bundle.check_unchanged(in_place=True)  # a backend may have mapped what was written over
             times.append(time.perf_counter())
             if cancel:
                 cancel.check()

@@ -94,21 +94,29 @@ class Bundle:
         return bundle
 
     def has_changed(self, *, in_place: bool = False) -> bool:
-        """Whether a file was replaced, removed or written over since it was checked.
+        """Whether a file was replaced, removed or written over since it was checked, by something else.
+
+        Where only times or numbers of files differ, the hashes decide: some network file systems number files anew.
 
         Args:
             in_place: only whether one was written over: what backends have mapped stays if it is replaced or removed.
         """
         for name, before in self._stats.items():
+            file = self.path / name
             try:
-                now = os.stat(self.path / name)
+                now = os.stat(file)
+                is_same = os.path.samestat(now, before)
+                if (in_place or is_same) and (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns):
+                    continue
+                if in_place and not is_same:
+                    continue
+                if now.st_size != before.st_size or file_sha256(file) != self.manifest.files[name].sha256:
+                    return True
             except OSError:
-                now = None
-            if now is None or not os.path.samestat(now, before):
                 if not in_place:
                     return True
-            elif (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-                return True
+            else:
+                self._stats[name] = now
         return False
 
     def check_unchanged(self, *, in_place: bool = False) -> None:

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 import lsast
+from lsast_engines.bundle.bundle import Bundle
 from running_server import LONG, QUICK, Running, as_png, httpx, pixels, running
 
 
@@ -283,7 +284,11 @@ def test_bundle_that_is_replaced_is_opened_when_it_is_needed(parted_path: Path, 
     with running(bundle=str(bundle), threads=1) as opened:
         before = opened.post(png, **QUICK).content
         bundle.rename(tmp_path / "old")
-        shutil.copytree(parted_path, bundle)
+        part = (parted_path / "unet_full.onnx").read_bytes() + b"\x32\x01x"  # the text that ONNX has for people
+        files = {
+            str(file.relative_to(parted_path)): file for file in parted_path.rglob("*.*") if file.suffix != ".json"
+        }
+        Bundle.write(bundle, Bundle.open(parted_path).manifest, {**files, "unet_full.onnx": part})
         assert opened.post(png, **QUICK).content == before
         assert opened.app.state.painter.restarts == 0
         assert opened.post(png, **QUICK, cache_interval=2).status_code == 200

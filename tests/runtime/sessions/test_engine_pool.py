@@ -148,22 +148,33 @@ def test_stylizer_pickled_is_a_stylizer_of_its_own(bundle_path: Path, photo: np.
         copy.stylize(photo)
 
 
-@pytest.mark.parametrize("how", ["replaced", "removed", "overwritten"])
+@pytest.mark.parametrize("how", ["copied", "replaced", "removed", "overwritten", "overwritten meanwhile"])
 def test_stylizer_whose_bundle_changes_paints_as_before_or_raises(
     parted_path: Path, photo: np.ndarray, tmp_path: Path, how: str
 ) -> None:
     bundle = Path(shutil.copytree(parted_path, tmp_path / "bundle"))
     with lsast.load(bundle) as stylizer:
         before = stylizer.stylize(photo).image
-        if how == "overwritten":
-            shutil.copyfile(parted_path / "unet_full.onnx", bundle / "denoiser.onnx")
+        if how in ("overwritten", "overwritten meanwhile"):
+
+            def overwrite(*_: object) -> None:
+                shutil.copyfile(parted_path / "unet_full.onnx", bundle / "denoiser.onnx")
+
+            if how == "overwritten":
+                overwrite()
             with pytest.raises(BundleError, match="changed or replaced after it was opened"):
-                stylizer.stylize(photo)
+                stylizer.stylize(photo, on_step=overwrite)
             return
         bundle.rename(tmp_path / "old")
+        if how != "removed":
+            shutil.copytree(parted_path, bundle, copy_function=shutil.copyfile)
         if how == "replaced":
-            shutil.copytree(parted_path, bundle)
+            with (bundle / "unet_outer.onnx").open("r+b") as handle:
+                handle.write(b"\x08\x7f")  # the IR version
         np.testing.assert_array_equal(stylizer.stylize(photo).image, before)
+        if how == "copied":
+            stylizer.stylize(photo, cache_interval=2)
+            return
         with pytest.raises(BundleError, match="changed or replaced after it was opened"):
             stylizer.stylize(photo, cache_interval=2)  # of graphs that are not open yet
 
@@ -183,6 +194,18 @@ def test_style_cache_evicts_the_least_recently_used(bundle_path: Path) -> None:
     cache.evict()
     assert cache.names == ["vangogh"]
     assert cache.bytes == 3 * STAGE_BYTES
+
+
+def test_style_cache_keeps_no_more_files_open_than_systems_allow(bundle_path: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(bundle_path, tmp_path / "bundle"))
+    names = [f"monet{number}" for number in range(100)]
+    for name in names:
+        shutil.copyfile(bundle / "styles" / "monet.safetensors", bundle / "styles" / f"{name}.safetensors")
+    cache = StyleCache(Bundle.open(bundle), 1 << 30)
+    for name in names:
+        cache.get(name).stage(0)
+    cache.evict()
+    assert cache.names == names[-64:]
 
 
 @pytest.mark.parametrize("bytes_", [-1, float("nan")])
