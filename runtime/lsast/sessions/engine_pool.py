@@ -7,6 +7,7 @@ import ctypes
 import functools
 import logging
 import math
+import numbers
 import os
 import threading
 import time
@@ -333,10 +334,10 @@ class StyleCache:
             budget: bytes of keys and values to keep between paintings; one painting may need more.
 
         Raises:
-            UsageError: a budget below 0.
+            UsageError: a budget below 0, or none.
         """
-        if not budget >= 0:
-            raise UsageError(f"found a style_memory of {budget} bytes; expected 0 or more")
+        if not (isinstance(budget, numbers.Real) and budget >= 0):
+            raise UsageError(f"found a style_memory of {budget!r} bytes; expected 0 or more")
         self._bundle = bundle
         self._budget = budget
         self._styles: OrderedDict[str, StyleFile] = OrderedDict()

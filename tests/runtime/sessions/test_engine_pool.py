@@ -208,8 +208,8 @@ def test_style_cache_keeps_no_more_files_open_than_systems_allow(bundle_path: Pa
     assert cache.names == names[-64:]
 
 
-@pytest.mark.parametrize("bytes_", [-1, float("nan")])
-def test_a_style_memory_below_zero_is_refused_before_painting(bundle_path: Path, bytes_: int) -> None:
+@pytest.mark.parametrize("bytes_", [-1, float("nan"), None])
+def test_a_style_memory_below_zero_is_refused_before_painting(bundle_path: Path, bytes_: Any) -> None:
     with pytest.raises(UsageError, match=f"style_memory of {bytes_} bytes; expected 0 or more"):
         lsast.load(bundle_path, style_memory=bytes_)
 
