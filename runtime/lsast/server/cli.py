@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from lsast_engines.bundle.location import find_bundle
 from lsast_engines.cli import Command, debug_option, echo, log_to_stderr
@@ -31,6 +32,13 @@ SECTIONS = {
 """Sections of the help and their options."""
 
 
+class _Setting(click.Option):
+    def get_error_hint(self, ctx: click.Context | None) -> str:
+        """The name in messages: that of the variable, where the value is of the environment. Kubernetes gives some."""
+        found = ctx.get_parameter_source(str(self.name)) if ctx else None
+        return str(self.envvar) if found is ParameterSource.ENVIRONMENT else super().get_error_hint(ctx)
+
+
 def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds an option for each field of `Settings`, which an environment variable can give, too."""
     for field in reversed(fields(Settings)):
@@ -41,6 +49,7 @@ def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
         extra = f" [{'; '.join(allowed + default)}]" if allowed or default else ""
         command = click.option(
             f"--{field.name.replace('_', '-')}",
+            cls=_Setting,
             type=kind,
             default=field.default,
             metavar={str: "TEXT", int: "N", float: "NUMBER"}[kind],

@@ -114,6 +114,9 @@ def test_variable_that_is_no_setting_is_named(tmp_path: Path) -> None:
     done = subprocess.run(COMMAND, env=environment, capture_output=True, text=True, timeout=60)
     expected = "found LSAST_SERVE_TOKN in the environment, which is no setting; did you mean LSAST_SERVE_TOKEN?"
     assert done.stderr.splitlines()[0] == expected
+    environment = {**environment, "LSAST_SERVE_BATCH": "tcp://10.0.0.1:80"}  # as Kubernetes gives LSAST_SERVE_PORT
+    done = subprocess.run(COMMAND, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stderr.startswith("Error: Invalid value for LSAST_SERVE_BATCH: 'tcp://10.0.0.1:80' is not a valid int")
 
 
 def test_settings_report_all_faults_and_read_the_environment() -> None:
