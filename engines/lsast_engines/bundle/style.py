@@ -411,7 +411,7 @@ def _open(path: Path) -> tuple[int, dict[str, Slot], dict[str, Any]]:
                 header = parse_json((file.metadata() or {}).get(_METADATA_KEY, "null"))
             slots = read_slots(path)
             if not os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                raise ValueError("it was replaced meanwhile; try again")
+                return _open(path)  # it was replaced meanwhile
         except FileNotFoundError:
             raise StyleError(f"found no style file {path}") from None
         except (OSError, SafetensorError, ValueError) as error:

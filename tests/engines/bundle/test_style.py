@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from lsast_engines.bundle.safetensors_header import Slot, read_slots
 from lsast_engines.bundle.style import (
     LatentStatistics,
     Style,
@@ -231,3 +232,21 @@ def test_style_file_gives_the_statistics_of_its_latents(tmp_path: Path) -> None:
 def test_style_file_with_invalid_statistics_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(StyleError, match="latent_statistics: found"):
         StyleFile(saved(tmp_path, {"latent_statistics": text}))
+
+
+def test_style_file_that_is_replaced_while_it_is_opened_is_the_new_one(
+    tmp_path: Path, make_style: MakeStyle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, new = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    make_style().save(path)
+    make_style("new").save(new)
+
+    def replace(file: Path) -> dict[str, Slot]:
+        if new.exists():
+            new.replace(path)
+        return read_slots(file)
+
+    monkeypatch.setattr("lsast_engines.bundle.style.read_slots", replace)
+    file = StyleFile(path)
+    file.load()
+    assert file.name == "new"
