@@ -170,6 +170,8 @@ def read_picture(source: Source, max_megapixels: float | None = None) -> Image8:
             return _from_image(image)
     except FileNotFoundError:
         raise PictureError(f"found no file {name}; expected a picture") from None
+    except IsADirectoryError:
+        raise PictureError(f"found the folder {name}; expected a picture") from None
     except LsastError:
         raise
     # Pillow's decoders raise many types for damaged files: struct.error, EOFError, KeyError …

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lsast_engines.backends.base import ComputeDtype, Engine
 from lsast_engines.backends.choice import Choice, DtypeOrAuto, choose
@@ -336,7 +336,8 @@ class StyleCache:
         Raises:
             UsageError: a budget below 0, or none.
         """
-        if not (isinstance(budget, numbers.Real) and budget >= 0):
+        number: Any = budget
+        if not isinstance(number, numbers.Real) or not number >= 0:
             raise UsageError(f"found a style_memory of {budget!r} bytes; expected 0 or more")
         self._bundle = bundle
         self._budget = budget
