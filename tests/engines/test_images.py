@@ -250,12 +250,9 @@ def test_read_picture_ignores_damaged_exif(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_read_picture_of_unreadable_sources_is_refused(tmp_path: Path) -> None:
-    if sys.platform != "win32":  # where opening a folder is not permitted
-        with pytest.raises(PictureError, match="found the folder .*; expected a picture"):
-            read_picture(tmp_path)
     with pytest.raises(PictureError, match=r"found no file .*absent.png; expected a picture"):
         read_picture(tmp_path / "absent.png")
-    with pytest.raises(PictureError, match="cannot be decoded"):
+    with pytest.raises(PictureError, match="cannot be decoded" if sys.platform == "win32" else "found the folder"):
         read_picture(tmp_path)
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(PictureError, match=r"text.png is not a picture that Pillow can read"):
