@@ -7,7 +7,6 @@ import ctypes
 import functools
 import logging
 import math
-import numbers
 import os
 import threading
 import time
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from lsast_engines.backends.base import ComputeDtype, Engine
 from lsast_engines.backends.choice import Choice, DtypeOrAuto, choose
@@ -336,8 +335,7 @@ class StyleCache:
         Raises:
             UsageError: a budget below 0, or none.
         """
-        number: Any = budget
-        if not isinstance(number, numbers.Real) or not number >= 0:
+        if not hasattr(budget, "__float__") or not budget >= 0:
             raise UsageError(f"found a style_memory of {budget!r} bytes; expected 0 or more")
         self._bundle = bundle
         self._budget = budget
