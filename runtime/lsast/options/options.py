@@ -28,7 +28,7 @@ PRESETS: dict[PresetName, dict[str, Any]] = {
     "exact": {},
     "balanced": {"steps": 12, "solver": "dpmpp2m", "cache_interval": 2},
     "fast": {"steps": 8, "solver": "unipc", "cache_interval": 2},
-    "gentle": {"steps": 16, "strength": 0.5, "guidance": 3.0, "control_scale": 1.4},
+    "gentle": {"steps": 16, "strength": 0.3, "guidance": 4.0, "control_scale": 1.4},
     "released": {
         "steps": 50,
         "strength": 0.7,
