@@ -169,7 +169,8 @@ class Killed:
         process.communicate()
         faults = [f"after the kill: {fault}" for fault in self._faults(finished=False)]
         again = self.job.again(self.work) if self.job.again and outcome == "killed" else self.job.command
-        if self.job.again and outcome != "killed":
+        # Also where the kill met a process that had written everything and was ending.
+        if self.job.again and not self._faults(finished=True):
             return outcome, faults
         if fault := _run(again, self.work):
             faults.append(f"again: {fault}")

@@ -247,8 +247,8 @@ class Finetuning:
             prompts=self.prompts.values.detach().cpu().clone(),
             meta=meta,
         )  # fmt: skip
-        save_prompts(tuned, self.files.result)
         self.loop.write_log(self.files.curve, asdict(options))
+        save_prompts(tuned, self.files.result)
         self.files.checkpoint.unlink(missing_ok=True)
         if end >= start:
             log.warning("the held-out loss did not fall: %.4f x that of the start; change --lr or --steps", end / start)
