@@ -24,6 +24,7 @@ REMOVED = {
     "--compute-dtype int8": f"{_EIGHT_BITS}; {_CPU}",
     "--compute-dtype fp8": _EIGHT_BITS,
     "--student-steps": "it added 0.4 dB; distill the guidance, which holds for any number of steps",
+    "--roughness-weight": "roughness is one of the features of the style loss; weigh the picture by --content-weight",
     "--kind": "keys and values are distilled; prompts never were, beyond tests",
     "--device tensorrt": "use --backend tensorrt",
     "--device tensorrt-rtx": "use --backend tensorrt-rtx",

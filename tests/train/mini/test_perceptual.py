@@ -33,10 +33,11 @@ def test_features_are_those_of_the_network_as_published(size: int) -> None:
         network._blocks[index].register_forward_hook(lambda *x: taps.append(x[2]))
     distance = LiteDistance("cpu", size)
     with torch.no_grad():
-        network.extract_features((pixels.float() - 127) / 128)
+        head = network.extract_features((pixels.float() - 127) / 128).mean((2, 3))
         found = distance.features(pixels.float() / 127.5 - 1)
+        pooled = distance.pooled(found)
     assert [t.shape[-1] for t in found] == [32, 16, 8, 4]
-    for a, b in zip(found, taps, strict=True):
+    for a, b in zip([*found, pooled], [*taps, head], strict=True):
         torch.testing.assert_close(a, b, atol=1e-4 * float(b.abs().max()), rtol=0)
 
 
