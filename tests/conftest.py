@@ -27,12 +27,16 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked ``needs`` where its modules are missing."""
-    if os.environ.get(NO_SKIPS):
-        return
+    """Skip what is marked ``needs`` where its modules are missing.
+
+    A file stays in one process, and so does all that takes the traced graphs, so that fixtures are made once.
+    """
     for item in items:
-        for marker in item.iter_markers("needs"):
+        group = "traced" if "traced" in getattr(item, "fixturenames", ()) else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+        for marker in item.iter_markers("needs") if not os.environ.get(NO_SKIPS) else ():
             if missing := [name for name in marker.args if importlib.util.find_spec(name) is None]:
                 item.add_marker(pytest.mark.skip(reason=f"not installed: {', '.join(missing)} (.ci/run has them)"))
 
