@@ -22,7 +22,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from .environment import require_extra
-from .errors import LsastError, UsageError, did_you_mean, shown
+from .errors import Lines, LsastError, UsageError, did_you_mean, shown
 from .removed import RENAMED, removal
 
 USAGE = UsageError.exit_code
@@ -155,7 +155,7 @@ class Command(click.Command):
         except click.UsageError as error:
             fail(f"{error.format_message()} (--help lists all options)", USAGE)
         except LsastError as error:
-            fail(str(error), error.exit_code)
+            fail(Lines(error), error.exit_code)
         except OSError as error:  # --help into a closed pipe
             _fail_for_stdout(error)
 
@@ -172,7 +172,9 @@ class Command(click.Command):
                 traceback.print_exc()
             if isinstance(error, KeyboardInterrupt):
                 fail("interrupted", 130)
-            fail(describe(error), error.exit_code if isinstance(error, LsastError) else 1)
+            if isinstance(error, LsastError):
+                fail(Lines(error), error.exit_code)
+            fail(describe(error), 1)
         if fault := ctx.meta.get(_STDOUT_FAULT):
             _fail_for_stdout(fault)
         return returned
@@ -199,9 +201,10 @@ class Group(Command, click.Group):
 
 
 def describe(error: Exception) -> str:
-    """What a user is told of an error: an `LsastError`'s text, what the system says, or that it was not expected."""
+    """What a user is told of an error, in one line: an `LsastError`'s text, what the system says, or that it was not
+    expected."""
     if isinstance(error, LsastError):
-        return str(error)
+        return f"{error}"
     if isinstance(error, OSError) and error.strerror:  # a full disk, a name that is too long, no permission …
         return ": ".join([*(str(name) for name in [error.filename] if name is not None), error.strerror])
     if isinstance(error, MemoryError):
@@ -228,12 +231,6 @@ def echo(*lines: object, err: bool = False) -> None:
     except UnicodeEncodeError:
         data = text.encode(encoding, "backslashreplace")
     _write(data, err)
-
-
-def lines_of(message: str) -> list[str]:
-    """The lines of a message: those after the first are indented, as `errors.fault_list` does; other line breaks are
-    part of a name."""
-    return re.split(r"\n(?=  )", message)
 
 
 def write_stdout(data: bytes) -> None:
@@ -274,8 +271,9 @@ def is_closed(stream: object) -> bool:
 
 def fail(message: str, status: int) -> NoReturn:
     """Print a message on stderr, its lines shortened to `_LONGEST` letters, and end with an exit status."""
-    lines = (line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…" for line in lines_of(f"Error: {message}"))
-    echo(*lines, err=True)
+    lines = message.split("\n") if isinstance(message, Lines) else [shown(message)]
+    lines[0] = f"Error: {lines[0]}"
+    echo(*(line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…" for line in lines), err=True)
     raise click.exceptions.Exit(status)
 
 
@@ -373,7 +371,7 @@ class _EchoHandler(logging.Handler):
 
         with tqdm.external_write_mode(file=sys.stderr):
             trace = traceback.format_exception(record.exc_info[1]) if record.exc_info else []
-            echo(*lines_of(record.getMessage()), *"".join(trace).splitlines(), err=True)
+            echo(record.getMessage(), *"".join(trace).splitlines(), err=True)
 
 
 @contextlib.contextmanager

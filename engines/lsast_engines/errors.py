@@ -32,10 +32,26 @@ _NO_MEMORY = re.compile(
 """How ONNX Runtime, OpenVINO, OpenCV and CUDA say that there is no memory, each in an exception of its own."""
 
 
+class Lines(str):
+    """A message of several lines. In every other message of an `LsastError` a line break is part of a name."""
+
+    __slots__ = ()
+
+
 class LsastError(Exception):
-    """Base class of all expected errors; `exit_code` is the exit status of a command line."""
+    """Base class of all expected errors; `exit_code` is the exit status of a command line.
+
+    What does not print is escaped (`shown`): names in messages can neither control a terminal nor add a line.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(message if isinstance(message, Lines) else shown(message))
+
+    def __format__(self, spec: str) -> str:
+        """The message for use in another one: one line."""
+        return " ".join(map(str.strip, str(self).split("\n")))
 
 
 class UsageError(LsastError):
@@ -137,9 +153,10 @@ def did_you_mean(found: object, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def fault_list(heading: str, faults: list[str]) -> str:
+def fault_list(heading: str, faults: list[str]) -> Lines:
     """An error message of several faults: the heading, then a line for each."""
-    return heading + "".join(f"\n  - {fault}" for fault in faults)
+    texts = [text if isinstance(text, Lines) else shown(text) for text in (heading, *faults)]
+    return Lines("\n  - ".join(texts))
 
 
 def shape_faults(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> list[str]:

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -15,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from lsast_engines.cli import Command, debug_option, json_option, print_result
-from lsast_engines.errors import LsastError, shown
+from lsast_engines.errors import LsastError, fault_list, shown
 
 
 def run(error: BaseException) -> tuple[int, str]:
@@ -40,9 +41,14 @@ def test_command_of_a_system_error_says_it_without_surprise(error: Exception, me
     assert run(error) == (1, f"Error: {message}\n")
 
 
-def test_command_escapes_what_does_not_print_in_messages() -> None:
-    status, text = run(LsastError("two:\n  - a\x1b[2Jb\u202e\udcff\r\n  - c\nError: forged"))
-    assert (status, text) == (1, "Error: two:\n  - a\\x1b[2Jb\\u202e\\udcff\\r\n  - c\\nError: forged\n")
+def test_command_escapes_what_does_not_print_and_breaks_lines_only_between_faults() -> None:
+    name = "a\n  - forged\x1b[2J\u202e\udcff"
+    escaped = "a\\n  - forged\\x1b[2J\\u202e\\udcff"
+    assert run(LsastError(f"no {name}")) == (1, f"Error: no {escaped}\n")
+    error = LsastError(fault_list(f"in {name}:", [name, "b"]))
+    assert run(error) == (1, f"Error: in {escaped}:\n  - {escaped}\n  - b\n")
+    assert run(LsastError(f"all: {error}")) == (1, f"Error: all: in {escaped}: - {escaped} - b\n")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)  # a pool of processes
 
 
 def test_shown_keeps_letters_and_escapes_lines() -> None:

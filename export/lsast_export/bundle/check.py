@@ -155,5 +155,5 @@ def _style_faults(bundle: Bundle) -> list[str]:
         try:
             bundle.style(name)
         except LsastError as error:
-            faults.append(str(error))
+            faults.append(f"{error}")
     return faults

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import click
 
-from lsast_engines.cli import Command, Group, debug_option, echo, json_option, lines_of, log_to_stderr, print_result
+from lsast_engines.cli import Command, Group, debug_option, echo, json_option, log_to_stderr, print_result
 from lsast_engines.errors import StyleError
 
 _OTHERS = {
@@ -99,7 +99,7 @@ def styles(picture: Path | None, bundle: str | None, sheet: str | None) -> None:
         try:
             scale = StyleFile(path).distilled_guidance
         except StyleError as error:  # one damaged style does not hide the others
-            echo(*lines_of(str(error)), err=True)
+            echo(f"{error}", err=True)
         else:
             found.append(name)
             scales |= {name: scale} if scale else {}

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lsast_engines.cli import as_json, describe, echo, is_closed, lines_of, print_result, quiet, write_stdout
+from lsast_engines.cli import as_json, describe, echo, is_closed, print_result, quiet, write_stdout
 from lsast_engines.errors import BundleError, PictureError, StyleError, UsageError
 
 from .inputs import Job, named, require_input
@@ -159,7 +159,7 @@ def paint_several(
                 except Exception as error:
                     if isinstance(error, _SAME_FOR_ALL) and not job.is_video:
                         raise
-                    _log.warning("cannot paint: %s", named(str(job.source), _in_one_line(error)))
+                    _log.warning("cannot paint: %s", named(str(job.source), describe(error)))
         with contextlib.suppress(KeyboardInterrupt) if count is None else contextlib.nullcontext():
             for job in jobs:
                 source, out = str(job.source), str(job.out)  # of several jobs, none is a stream
@@ -175,7 +175,7 @@ def paint_several(
                     if isinstance(error, _SAME_FOR_ALL) and not job.is_video:
                         raise
                     _log.debug("%s", source, exc_info=True)
-                    failures[source] = _in_one_line(error)
+                    failures[source] = describe(error)
                     report("failed", source, out, error=failures[source])
                 else:
                     failures.pop(source, None)  # a watched file that was mended
@@ -183,10 +183,6 @@ def paint_several(
                 bars.file_done()
     if failures:
         raise click.exceptions.Exit(1)
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(map(str.strip, lines_of(describe(error))))
 
 
 def without_mask(options: dict[str, Any]) -> dict[str, Any]:

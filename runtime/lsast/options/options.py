@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from lsast_engines.declared_options import Range, Rule, option_faults, rules_of
-from lsast_engines.errors import UsageError, did_you_mean, fault_list
+from lsast_engines.errors import Lines, UsageError, did_you_mean, fault_list
 from lsast_engines.removed import REMOVED_OPTIONS, RENAMED_OPTIONS, RENAMED_VALUES
 
 from .style_mix import Mix
@@ -135,7 +135,7 @@ class Options:
             if isinstance(self.style, str) and self.style:
                 Mix.parse(self.style)
         except UsageError as error:
-            faults.insert(0, f"style: {error}")
+            faults.insert(0, Lines(f"style: {error!s}"))
         if self.fit == "stretch" and self.size == 0:
             faults.append("size: found 0 with fit stretch; expected the side to stretch to, such as 512")
         if faults:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lsast_engines.errors import UsageError, did_you_mean
+from lsast_engines.errors import Lines, UsageError, did_you_mean, shown
 
 GROUPS = ("down", "mid", "up")
 """The layer groups, in the order in which a network runs them: `lsast_engines.bundle.manifest.Group`."""
@@ -112,7 +112,7 @@ class Mix:
 
 def syntax_error(fault: str, text: str, column: int) -> UsageError:
     """An error that shows `text` with a caret under its character `column`."""
-    return UsageError(f"{fault}\n    {text}\n    {' ' * column}^")
+    return UsageError(Lines(f"{shown(fault)}\n    {shown(text)}\n    {' ' * len(shown(text[:column]))}^"))
 
 
 def _term(text: str, start: int, end: int) -> Term:

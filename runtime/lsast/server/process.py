@@ -229,4 +229,4 @@ def raised(event: Event | LsastError) -> Event:
 def _error(event: Event) -> LsastError:
     kind = getattr(errors, event.facts["error"], BackendError)
     known = isinstance(kind, type) and issubclass(kind, LsastError) and kind is not errors.MissingExtraError
-    return (kind if known else LsastError)(event.facts["text"])
+    return (kind if known else LsastError)(errors.Lines(event.facts["text"]))

@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from lsast_engines.bundle.bundle import find_bundle
 from lsast_engines.bundle.manifest import MANIFEST
 from lsast_engines.diffusion import NoiseSchedule
-from lsast_engines.errors import BundleError, StyleError, TrainingError, UsageError, fault_list
+from lsast_engines.errors import BundleError, Lines, StyleError, TrainingError, UsageError, fault_list
 from lsast_engines.files import file_sha256, replace_file
 
 from ..checkpoints.inspection import BaseInspection, OpenWeights
@@ -167,8 +167,10 @@ def resolve_local_base(source: BaseSource) -> Path | None:
         folder = find_base(source.base)
     except BundleError as error:
         raise BundleError(
-            f"{error}\n  or a base to import: a folder in diffusers' format, a .safetensors or .ckpt file in CompVis "
-            f"naming, or OWNER/NAME of the hub with a revision{bases_inside(source.base)}"
+            Lines(
+                f"{error!s}\n  or a base to import: a folder in diffusers' format, a .safetensors or .ckpt file in "
+                f"CompVis naming, or OWNER/NAME of the hub with a revision{bases_inside(source.base)}"
+            )
         ) from error
     imports = {"--controlnet": source.controlnet, "--vae": source.vae, "--revision": source.revision}
     given_options = [name for name, value in imports.items() if value is not None]

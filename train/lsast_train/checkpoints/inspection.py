@@ -56,7 +56,7 @@ class BaseInspection:
         try:
             weights = opened()
         except (TrainingError, UsageError) as error:
-            self.fail(part, str(error))
+            self.fail(part, f"{error}")
             return
         self.networks[part] = opened
         if faults := weights.faults():

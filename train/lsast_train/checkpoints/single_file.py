@@ -49,7 +49,7 @@ def read_single_file(path: Path, wanted: UnetWeights, own: Sequence[Part], found
     try:
         state = read_tensors(path)
     except TrainingError as error:
-        found.fail("base", str(error))
+        found.fail("base", f"{error}")
         return
     if kind := describe_unsupported(state):
         found.fail("base", f"found {kind} in {path.name}; expected Stable Diffusion 1.5 in CompVis naming")
@@ -58,7 +58,7 @@ def read_single_file(path: Path, wanted: UnetWeights, own: Sequence[Part], found
         names, found.origin["unet_weights"] = _choose_unet(state, wanted)
         found.add("unet", lambda: compvis.unet_weights(_pick(path, names), found.heads))
     except TrainingError as error:
-        found.fail("unet", str(error))
+        found.fail("unet", f"{error}")
     if "autoencoder" in own and compvis.has(state, compvis.VAE):
         found.add("autoencoder", lambda: compvis.vae_weights(read_tensors(path)))
     if compvis.has(state, compvis.TEXT):
@@ -139,8 +139,11 @@ def _choose_unet(state: Mapping[str, torch.Tensor], wanted: UnetWeights) -> tupl
         return plain, "non-ema" if there else "the only ones there"
     if missing := [key for key in averaged.values() if key not in state]:
         raise TrainingError(
-            fault_list(f"found EMA weights without {len(missing)} of {len(averaged)} tensors, e.g.:", missing[:3])
-            + "\n  take --unet-weights non-ema, or get the file again"
+            fault_list(
+                f"found EMA weights without {len(missing)} of {len(averaged)} tensors; take --unet-weights non-ema, or "
+                "get the file again; missing are, e.g.:",
+                missing[:3],
+            )
         )
     return averaged, "ema"
 

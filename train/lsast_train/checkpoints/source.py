@@ -85,7 +85,9 @@ def bases_inside(name: str | Path | None) -> str:
     near = [folder.parent] if is_importable(folder.parent) else [*folder.glob("snapshots/*"), *folder.glob("*")]
     found = sorted(str(path) for path in near if is_importable(path) and (path.is_dir() or weights_format(path)))
     return (
-        fault_list(f"\n  {folder} is a folder without unet/config.json; perhaps you mean:", found[:8]) if found else ""
+        "\n  " + fault_list(f"{folder} is a folder without unet/config.json; perhaps you mean:", found[:8])
+        if found
+        else ""
     )
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ...bundle.graph_spec import GraphSpec
-from ...errors import BackendError, fault_list
+from ...errors import BackendError, Lines, fault_list
 from ..base import Array, ComputeDtype, Engine, Shape, output_shapes
 from .cuda import Buffer, Gpu, Graph, Stream, gpus, load_cuda
 from .cuda import gpu_fault as cuda_fault
@@ -90,7 +90,7 @@ def find_engine(
     try:
         record = verified_record(engine)
     except BackendError as error:
-        raise BackendError(f"{error}\n  compile with: {command}") from error
+        raise BackendError(Lines(f"{error!s}\n  compile with: {command}")) from error
     wanted = dataclasses.replace(
         record.key,
         graph=spec.name,
@@ -102,7 +102,7 @@ def find_engine(
     if faults := wanted.differences(record.key) + record.key.unsupported_reasons(gpu.capability, gpu.name):
         heading = f"{engine} was compiled from something else, or for something else:"
         took = f"it took {record.seconds:.0f} s last time"
-        raise BackendError(f"{fault_list(heading, faults)}\n  compile again ({took}) with: {command}")
+        raise BackendError(Lines(f"{fault_list(heading, faults)}\n  compile again ({took}) with: {command}"))
     return record
 
 
