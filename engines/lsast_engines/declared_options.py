@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -61,7 +60,7 @@ class Rule:
         """The allowed values, for messages and help."""
         if self.choices:
             return f"{', '.join(self.choices[:-1])} or {self.choices[-1]}"
-        return str(self.range or {bool: "true or false"}.get(self.type, "the name of a style, or a mix of styles"))
+        return str(self.range or {bool: "true or false"}.get(self.type, "a name"))
 
     @property
     def expected(self) -> str:
@@ -74,14 +73,12 @@ class Rule:
             return value
         if isinstance(value, str):
             return str.__str__(value)  # of a member of an enumeration its value
-        if self.type in (int, float) and isinstance(value, numbers.Integral):
-            number = int(value)
-            # What is no float has no place in JSON, and beyond 4 300 digits no text.
-            if number.bit_length() >= sys.float_info.max_exp:
-                return math.inf if number > 0 else -math.inf
-            return number
-        if self.type is float and isinstance(value, numbers.Real):
-            return float(value)
+        if isinstance(value, numbers.Real):
+            try:
+                number = float(value)
+            except OverflowError:  # what is no float has no place in JSON, and beyond 4 300 digits no text
+                return -math.inf if value < 0 else math.inf
+            return int(value) if isinstance(value, numbers.Integral) else number
         if self.type is bool and isinstance(value, _numpy_bool()):
             return bool(value)
         return value
@@ -89,7 +86,7 @@ class Rule:
     def accepts(self, value: Any) -> bool:
         """Whether the option may be `value`, in Python's own type."""
         if value is None or self.choices:
-            return value in self.choices or (value is None and self.optional)
+            return self.optional if value is None else isinstance(value, str) and value in self.choices
         kinds = (int, float) if self.type is float else self.type
         if not isinstance(value, kinds) or (isinstance(value, bool) and self.type is not bool):
             return False

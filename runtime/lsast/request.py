@@ -189,7 +189,8 @@ def resolve_options(
     if unknown := [f"{name!r}{did_you_mean(name, rules())}" for name in given if name not in rules()]:
         raise UsageError(fault_list(f"found no such options; expected {', '.join(rules())}:", unknown))
     names: list[str] = []
-    if isinstance(style := given.get("style") or manifest.defaults["style"], str):
+    style = given.get("style")
+    if isinstance(style := manifest.defaults["style"] if style is None else style, str):
         with contextlib.suppress(UsageError):  # `Options` reports a syntax error, together with all other faults
             names = Mix.parse(style).styles
     styles: dict[str, StyleFile] = {}

@@ -80,6 +80,8 @@ class Result:
             UsageError: another suffix, or `path` is a folder.
             PictureError: the file cannot be written, or the format cannot hold so large a picture.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise UsageError(f"found {type(path).__name__} as path; expected the name of a file")
         path = Path(path)
         validate_output_path(path, self.image.size)
         try:
@@ -95,14 +97,14 @@ class Result:
             UsageError: another suffix.
             PictureError: the format cannot hold so large a picture, or the stream cannot be written.
         """
-        path = Path("painting" + suffix)
+        path = Path(f"painting{suffix}")
         check_format(path, self.image.size)
         buffer = io.BytesIO()
         try:
             self._write(buffer, path)
             handle.write(buffer.getbuffer())
             handle.flush()
-        except (OSError, ValueError, TypeError) as error:  # TypeError: a stream of text
+        except (OSError, ValueError, TypeError, AttributeError) as error:  # a stream of text, or none
             raise PictureError(f"cannot write a {suffix[1:]} to the stream ({error})") from error
 
     def _write(self, handle: BinaryIO, path: Path, seconds: bool = False) -> None:

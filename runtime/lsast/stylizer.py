@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
 from lsast_engines.backends.choice import Choice, DtypeOrAuto
 from lsast_engines.bundle.bundle import Bundle, find_bundle
 from lsast_engines.bundle.graph_spec import CONTROLNET_COND, DENOISER, REQUIRED_GRAPHS, VAE_ENCODER
-from lsast_engines.errors import UsageError, enough_memory
+from lsast_engines.declared_options import Range, option_faults, rules_of
+from lsast_engines.errors import UsageError, enough_memory, fault_list
 from lsast_engines.images import pixels_sha256
 
 from .images.provenance import Provenance, bundle_sha256, versions
@@ -49,6 +51,19 @@ OnStep = Callable[[int, int, Preview], None]
 """Called with the number of steps done, the number there are, and a preview."""
 
 
+@dataclass(frozen=True)
+class _Arguments:
+    """What arguments of `load` may be."""
+
+    backend: str
+    device: str
+    compute_dtype: str
+    style_memory: Annotated[float, Range(0)]
+    build: bool
+    preset: PresetName | None
+    max_megapixels: Annotated[float | None, Range(0, above=True)]
+
+
 def load(
     bundle: str | Path | None = None,
     backend: str = "auto",
@@ -80,13 +95,16 @@ def load(
             121 megapixels of RGB, 212 of grey.
 
     Raises:
-        UsageError: fewer threads than 1, no positive `max_megapixels`, an unknown dtype or preset, or `build` with a
-            backend that needs none.
+        UsageError: arguments of another type or out of range, all at once; more threads than a backend takes, an
+            unknown dtype, or `build` with a backend that needs none.
         BundleError: there is no such bundle, or it is damaged.
         BackendError: the backend, the device or the dtype is not available here; the message lists what is.
         MissingExtraError: no backend is installed.
     """
-    compute_dtype = compute_dtype or "auto"  # None was the default of earlier versions
+    compute_dtype = "auto" if compute_dtype is None else compute_dtype  # None was the default of earlier versions
+    given = {name: rule.plain(value) for name, value in locals().items() if (rule := rules_of(_Arguments).get(name))}
+    if faults := option_faults(_Arguments, given):
+        raise UsageError(fault_list("invalid arguments of load:", faults))
     factory = EngineFactory(Bundle.open(find_bundle(bundle)), backend, device, threads, compute_dtype)
     if build:
         from .sessions.build_engines import build_engines
@@ -125,8 +143,6 @@ class Stylizer:
         Raises:
             LsastError: see `load`.
         """
-        if max_megapixels is not None and not max_megapixels > 0:
-            raise UsageError(f"found max_megapixels {max_megapixels}; expected a number above 0")
         self.bundle = factory.bundle
         self._style_memory = style_memory
         self._preset = preset
@@ -249,6 +265,10 @@ class Stylizer:
         Raises:
             LsastError: see `stylize`.
         """
+        if not (on_step is None or callable(on_step)):
+            raise UsageError(f"found {type(on_step).__name__} as on_step; expected a function of three arguments")
+        if not isinstance(cancel, (CancelToken, type(None))):
+            raise UsageError(f"found {type(cancel).__name__} as cancel; expected a lsast.CancelToken")
         with enough_memory("to paint"):
             return self._paint(requests, on_step, cancel) if requests else []
 

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import io
+import math
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from PIL import Image, ImageCms
 
 import lsast
 from lsast import BackendError, BundleError, Stylizer, UsageError
+from lsast.options.options import rules
 
 
 @pytest.mark.parametrize("own", [(160, 90), (90, 160), (50, 2000), (1, 1), (7, 5), (64, 64), (300, 301)])
@@ -161,6 +166,25 @@ def test_load_with_invalid_arguments_raises(bundle_path: Path, tmp_path: Path) -
         lsast.load(tmp_path / "nothing")
     with pytest.raises(BackendError, match=r"available: .*(onnxruntime|openvino) on"):
         lsast.load(bundle_path, backend="tpu")
+
+
+WRONG = [[], {}, object(), b"x", math.nan, 10**5000, -1, 1j, {1}, np.zeros(3), Fraction(10**400), "?", Decimal(1)]
+"""What no argument may be."""
+
+
+@pytest.mark.parametrize("name", [*inspect.signature(lsast.load).parameters, *rules(), "on_step", "cancel", "mask"])
+def test_every_argument_of_a_wrong_type_or_range_is_refused_by_name(
+    stylizer: lsast.Stylizer, bundle_path: Path, photo: np.ndarray, name: str
+) -> None:
+    def use(value: Any) -> None:
+        if name in inspect.signature(lsast.load).parameters and name != "preset":
+            lsast.load(**{"bundle": bundle_path, "backend": "onnxruntime", name: value})
+        else:
+            stylizer.stylize(photo, **{"size": 64, name: value})
+
+    for value in WRONG:
+        with pytest.raises(lsast.LsastError, match=name):
+            use(value)
 
 
 def test_stylize_with_fit_stretch_gives_a_square(stylizer: Stylizer, photo: np.ndarray) -> None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from ..bundle.graph_spec import GraphSpec
+from ..declared_options import Range, Rule
 from ..environment import core_limit
 from ..errors import BackendError, LsastError, MissingExtraError, UsageError, enough_memory, install_command
 from ..removed import removal
@@ -171,9 +171,10 @@ def open_engine(
         OutOfMemoryError: there is not enough memory.
     """
     if threads is not None:
-        if isinstance(threads, bool) or not isinstance(threads, Integral) or not 1 <= threads <= MAX_THREADS:
+        rule = Rule(int, "", range=Range(1, MAX_THREADS))
+        threads = rule.plain(threads)  # backends refuse whole numbers of NumPy
+        if not rule.accepts(threads):
             raise UsageError(f"found {threads} threads; expected 1 to {MAX_THREADS}")
-        threads = int(threads)  # backends refuse whole numbers of NumPy
     backend, device, compute_dtype = find_backend(backend, device, compute_dtype)
     if not path.is_file():
         raise BackendError(f"found no graph file {path}; export the bundle again")

@@ -25,6 +25,8 @@ def find_bundle(name_or_path: str | Path | None = None) -> Path:
     Raises:
         BundleError: no bundle found; the message lists the folders that were searched.
     """
+    if not isinstance(name_or_path, (str, os.PathLike, type(None))):
+        raise BundleError(f"found {type(name_or_path).__name__} as bundle; expected a folder or a name")
     wanted = name_or_path or os.environ.get("LSAST_BUNDLE") or EMBEDDED
     folder = Path(os.path.expanduser(wanted))  # that of pathlib raises an error for an unknown user
     if is_file(folder / MANIFEST):

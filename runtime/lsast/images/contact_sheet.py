@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,7 +87,8 @@ def contact_sheet(
         LsastError: see `Stylizer.stylize`; all options and the size of the sheet are checked before the first painting.
         UsageError: no axis, or one without a value.
     """
-    if not axes or not all(axes.values()):
+    values = axes.values() if isinstance(axes, Mapping) else ()
+    if not values or not all(isinstance(axis, Collection) and len(axis) for axis in values):
         raise UsageError("found no axis, or one without a value; expected such as {'strength': [0.4, 0.6]}")
     across, *down = axes
     down.reverse()  # the last axis changes most slowly

@@ -28,7 +28,10 @@ def read_mask(source: Source, size: tuple[int, int], feather: int, max_megapixel
     Raises:
         PictureError: the mask cannot be read, or is not of the picture's size.
     """
-    mask = read_picture(source, max_megapixels)
+    try:
+        mask = read_picture(source, max_megapixels)
+    except PictureError as error:
+        raise PictureError(f"mask: {error}") from error
     if mask.size != size:
         (height, width), (rows, columns) = size, mask.size
         raise PictureError(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,7 +142,7 @@ def read_record(source: str | Path | bytes) -> Record:
         PictureError: not a picture, or one without a record.
         UsageError: invalid options.
     """
-    name = "the picture" if isinstance(source, bytes) else str(source)
+    name = str(source) if isinstance(source, (str, os.PathLike)) else "the picture"
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open_file(Path(source)) as handle:
             text = _text(open_image(handle, name))

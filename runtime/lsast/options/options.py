@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from lsast_engines.declared_options import Range, Rule, option_faults, rules_of
 from lsast_engines.errors import Lines, UsageError, did_you_mean, fault_list
@@ -136,7 +136,7 @@ class Options:
                 Mix.parse(self.style)
         except UsageError as error:
             faults.insert(0, Lines(f"style: {error!s}"))
-        if self.fit == "stretch" and self.size == 0:
+        if not faults and self.fit == "stretch" and self.size == 0:
             faults.append("size: found 0 with fit stretch; expected the side to stretch to, such as 512")
         if faults:
             raise UsageError(fault_list("invalid options:", faults))
@@ -164,7 +164,7 @@ class Options:
             UsageError: invalid values, all at once; guidance for a style with distilled guidance, or a mix of styles
                 that differ in it; or a palette of a style that has none.
         """
-        given = {name: value for name, value in given.items() if value is not None}
+        given = {name: rules()[name].plain(value) for name, value in given.items() if value is not None}
         preset = given.get("preset", preset)
         files = styles or {}
         first, *others = [file.defaults for file in files.values()] or [{}]
@@ -186,9 +186,10 @@ def preset_options(name: str | None) -> dict[str, Any]:
     """
     if name is None:
         return {}
-    if name not in get_args(PresetName):
+    name = rules()["preset"].plain(name)
+    if not isinstance(name, str) or name not in PRESETS:
         raise UsageError(f"found preset {name!r}; expected one of {', '.join(PRESETS)}{did_you_mean(name, PRESETS)}")
-    return PRESETS[name]  # type: ignore[index]
+    return PRESETS[name]
 
 
 def current_options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,7 +205,8 @@ def current_options(given: Mapping[str, Any]) -> dict[str, Any]:
             if value not in (None, no_effect):
                 faults.append(f"{name} was removed: {instead}")
         else:
-            current[RENAMED_OPTIONS.get(name, name)] = RENAMED_VALUES.get(f"{name}={value}", value)
+            old = f"{name}={value}" if isinstance(value, str) else ""
+            current[RENAMED_OPTIONS.get(name, name)] = RENAMED_VALUES.get(old, value)
     if faults:
         raise UsageError(fault_list("found options of an earlier version:", faults))
     return current
@@ -221,9 +223,9 @@ def _distilled_overrides(files: Mapping[str, StyleFile], given: Mapping[str, Any
             f"found a mix of styles with unequal distilled guidance ({listed}); expected the same in all, or none: "
             "distill it with lsast-train distill --style NAME --guidance G, or mix the styles that these were made from"
         )
-    if given.get("guidance", 1) != 1:
+    if isinstance(guidance := given.get("guidance"), (int, float)) and guidance != 1:
         raise UsageError(
-            f"found guidance {given['guidance']} for a style with distilled guidance ({listed}); expected 1, or none: "
+            f"found guidance {guidance} for a style with distilled guidance ({listed}); expected 1, or none: "
             "a pass without guidance already has it; for another scale take the style that it was made from"
         )
     return {"guidance": 1.0}
@@ -232,9 +234,9 @@ def _distilled_overrides(files: Mapping[str, StyleFile], given: Mapping[str, Any
 def _palette_overrides(files: Mapping[str, StyleFile], given: Mapping[str, Any]) -> dict[str, Any]:
     """Palette 0 where a style holds no statistics of the artist's latents."""
     missing = [name for name, file in files.items() if file.latent_statistics is None]
-    if missing and given.get("palette"):
+    if missing and isinstance(palette := given.get("palette"), (int, float)) and palette:
         raise UsageError(
-            f"found palette {given['palette']} for {', '.join(missing)}, which holds no statistics of the artist's "
+            f"found palette {palette} for {', '.join(missing)}, which holds no statistics of the artist's "
             "latents; expected 0, or a style that was learned with this version: lsast-train --style NAME --images DIR"
         )
     return {"palette": 0.0} if missing else {}

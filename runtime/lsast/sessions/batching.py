@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lsast_engines.declared_options import Range, Rule
 from lsast_engines.errors import LsastError, UsageError
 
 if TYPE_CHECKING:
@@ -41,6 +42,9 @@ def jobs(
     Raises:
         UsageError: fewer or more styles or rows than pictures; raised where the shorter ends.
     """
+    for name, column in {"pictures": pictures, "styles": styles or (), "rows": rows or ()}.items():
+        if not isinstance(column, Iterable):
+            raise UsageError(f"found {type(column).__name__} as {name}; expected a list, or anything to iterate over")
     columns: dict[str, Iterable[Any]] = {"pictures": pictures}
     if styles is not None and not isinstance(styles, str):
         columns["styles"] = styles
@@ -52,6 +56,8 @@ def jobs(
         if ended:
             more = "more styles or rows" if "pictures" in ended else "more pictures"
             raise UsageError(f"found {count} {' and '.join(ended)} and {more}; expected as many of each")
+        if not isinstance(found.get("rows", {}), Mapping):
+            raise UsageError(f"found {type(found['rows']).__name__} in rows; expected a dict for each picture")
         style = found.get("styles", styles)
         yield found["pictures"], {**({} if style is None else {"style": style}), **found.get("rows", {})}
 
@@ -74,8 +80,9 @@ def stream(
         UsageError: no such batch.
         LsastError: an error of `source`, `read` or `paint`, at the place of its picture.
     """
-    if not isinstance(batch, int) or batch < 1:
-        raise UsageError(f"found a batch of {batch!r}; expected a whole number, 1 or more")
+    rule = Rule(int, "", range=Range(1))
+    if not rule.accepts(batch := rule.plain(batch)):
+        raise UsageError(f"found a batch of {batch!r}; expected {rule.expected}")
     return _stream(iter(source), read, paint, batch)
 
 

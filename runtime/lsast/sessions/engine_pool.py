@@ -331,12 +331,7 @@ class StyleCache:
         Args:
             bundle: whose styles.
             budget: bytes of keys and values to keep between paintings; one painting may need more.
-
-        Raises:
-            UsageError: a budget below 0, or none.
         """
-        if not hasattr(budget, "__float__") or not budget >= 0:
-            raise UsageError(f"found a style_memory of {budget!r} bytes; expected 0 or more")
         self._bundle = bundle
         self._budget = budget
         self._styles: OrderedDict[str, StyleFile] = OrderedDict()

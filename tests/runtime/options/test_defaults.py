@@ -157,7 +157,7 @@ def test_resolve_prefers_the_calls_preset_to_the_stylizers(path: Path) -> None:
         assert stylizer.resolve().preset == "balanced"
         assert stylizer.resolve(preset="exact").cache_interval == 1
     with pytest.raises(
-        lsast.UsageError, match="found preset 'quick'; expected one of exact, balanced, fast, gentle, released"
+        lsast.UsageError, match="preset: found 'quick'; expected exact, balanced, fast, gentle or released"
     ):
         lsast.load(path, preset="quick")
 

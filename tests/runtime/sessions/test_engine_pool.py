@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import lsast
-from lsast import BundleError, Stylizer, UsageError
+from lsast import BundleError, Stylizer
 from lsast.sessions import engine_pool
 from lsast.sessions.engine_pool import StyleCache
 from lsast.sessions.native_calls import native_call
@@ -206,12 +206,6 @@ def test_style_cache_keeps_no_more_files_open_than_systems_allow(bundle_path: Pa
         cache.get(name).stage(0)
     cache.evict()
     assert cache.names == names[-64:]
-
-
-@pytest.mark.parametrize("bytes_", [-1, float("nan"), None])
-def test_a_style_memory_below_zero_is_refused_before_painting(bundle_path: Path, bytes_: Any) -> None:
-    with pytest.raises(UsageError, match=f"style_memory of {bytes_} bytes; expected 0 or more"):
-        lsast.load(bundle_path, style_memory=bytes_)
 
 
 def test_style_memory_changes_memory_and_no_picture(bundle_path: Path, photo: np.ndarray) -> None:
