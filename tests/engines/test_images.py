@@ -442,7 +442,6 @@ def test_find_pictures_follows_links_and_names_what_it_leaves_out(
 
 
 def test_read_picture_of_heif_names_the_library_it_needs() -> None:
-    pytest.importorskip("PIL")
     if importlib.util.find_spec("pillow_heif"):
         pytest.skip("pillow-heif is installed")
     with pytest.raises(PictureError, match="pip install pillow-heif"):

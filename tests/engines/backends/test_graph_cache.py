@@ -66,7 +66,6 @@ class Case:
 
 @pytest.fixture(params=["onnxruntime", "openvino"])
 def case(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
-    pytest.importorskip(request.param)
     case = Case(request.param, folder)
     module: Any = {"onnxruntime": onnxruntime, "openvino": openvino}[request.param]
 
@@ -216,7 +215,6 @@ def test_cache_leaves_out_large_weights_and_graphs_of_no_bundle(case: Case, monk
 
 
 def test_onnxruntime_cache_depends_on_the_processor(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("onnxruntime")
     case = Case("onnxruntime", folder)
     case.run()
     (old,) = case.entries()

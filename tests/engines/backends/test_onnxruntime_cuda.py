@@ -198,7 +198,6 @@ def test_bind_inputs_on_cuda_uploads_once_for_each_session(fake: Callable[..., F
 
 def test_engine_writes_its_outputs_to_the_same_memory(toy: Any) -> None:
     """On the CPU, by the same binding as on a GPU, where addresses are part of a CUDA graph."""
-    pytest.importorskip("onnxruntime")
     engine = OnnxRuntimeEngine(toy.path, toy.spec, "cpu", None)
     first = engine(toy.feeds())
     kept = {name: value.copy() for name, value in first.items()}
@@ -234,7 +233,6 @@ def test_open_engine_with_a_removed_device_is_refused(toy: Any, device: str) -> 
 
 @pytest.mark.gpu
 def test_cuda_computes_the_graph(toy: Any) -> None:
-    pytest.importorskip("onnxruntime")
     if fault := cuda_fault():
         pytest.skip(f"onnxruntime: {fault}")
     engine = OnnxRuntimeEngine(toy.path, toy.spec, "cuda", None)

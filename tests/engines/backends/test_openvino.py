@@ -83,7 +83,6 @@ def test_engine_whose_cache_cannot_be_written_drops_only_what_it_has_mapped(monk
     def full(_: Path) -> str:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    pytest.importorskip("openvino")
     monkeypatch.setattr(graph_cache, "file_sha256", full)  # after the graph was built: it is built again
     spec = Bundle.open(EMBEDDED, verify_hashes=False).manifest.graphs["vae_encoder"]
     engine = OpenVinoEngine(EMBEDDED / "vae_encoder.onnx", spec, "cpu", 1)

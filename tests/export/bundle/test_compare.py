@@ -69,7 +69,6 @@ def figures(tmp_path: Path) -> Path:
 
 
 def test_figures_of_before_are_shown_and_drawn(compare: ModuleType, figures: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     heights = []
     for bars in ([], ["--bar", "reference", "--bar", "lsast"]):
         told = ["--from-json", str(figures), "--chart", str(tmp_path / "chart.png"), *bars]

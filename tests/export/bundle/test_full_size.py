@@ -112,7 +112,6 @@ def test_graphs_for_gpus_are_near_the_exported_ones_as_diffusers_in_fp16_is(
     exported: Exports, graph: str, bound: float
 ) -> None:
     """At 256², with every value of the fp16 graph rounded, as a GPU does."""
-    pytest.importorskip("onnxruntime")
     from benchmarks.gpu_day.engine_steps import random_feeds
 
     bundle = Bundle.open(exported.bundle("fp32"), verify_hashes=False)
@@ -153,7 +152,6 @@ def test_the_denoiser_compiles_ahead_of_time(exported: Exports, folder: Path) ->
 
 
 def test_multiplications_are_those_that_are_known(exported: Exports) -> None:
-    pytest.importorskip("openvino")
     from benchmarks.bench.macs import count_macs
 
     def denoiser(rows: int) -> dict[str, list[int]]:

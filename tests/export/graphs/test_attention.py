@@ -76,7 +76,6 @@ def test_rewritten_graphs_of_mini_give_the_same_bits(graph: str, attentions: int
 )
 def test_gpu_graphs_of_mini_are_near_the_exported_ones(graph: str, bound: float) -> None:
     """The files of the bundle: by the engine as far as a CPU has it, and with the rounding of a GPU."""
-    pytest.importorskip("onnxruntime")
     bundle = Bundle.open(EMBEDDED, verify_hashes=False)
     spec, path = bundle.manifest.graphs[graph], bundle.graph_path(graph)
     assert f"{graph}{GPU_SUFFIX}" in bundle.manifest.files

@@ -27,7 +27,6 @@ LENGTHS = [
 def test_count_macs_matches_torchs_flop_counter(
     base: Base, bundles: dict[str, Bundle], graph: str, storage_dtype: str
 ) -> None:
-    pytest.importorskip("openvino")
     bundle = bundles[storage_dtype]
     inputs = bundle.manifest.graphs[graph].inputs
     shapes: list[dict[str, Any]] = [

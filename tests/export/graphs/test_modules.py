@@ -91,7 +91,6 @@ def test_denoiser_graph_matches_stock_diffusers_networks(
 def test_denoiser_graph_agrees_on_both_backends(
     bundles: dict[str, Bundle], run: Run, feeds: Feeds, shape: tuple[int, int, int, int]
 ) -> None:
-    pytest.importorskip("openvino")
     inputs = feeds(bundles["fp16"], *shape)
     first, second = (
         run(bundles["fp16"], "denoiser", backend=backend, **inputs)["eps"] for backend in ("onnxruntime", "openvino")

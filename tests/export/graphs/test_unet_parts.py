@@ -55,7 +55,6 @@ def outer(bundle: Bundle, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]
 def test_parts_in_sequence_match_the_denoiser(
     parted: Bundle, run: Run, feeds: Feeds, shape: tuple[int, int, int, int], backend: str
 ) -> None:
-    pytest.importorskip(backend)
     inputs = feeds(parted, *shape)
     whole = run(parted, "denoiser", backend=backend, **inputs)["eps"]
     found = split(inputs, run, parted, backend)

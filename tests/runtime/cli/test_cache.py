@@ -24,7 +24,6 @@ def _list(*arguments: str) -> list[tuple[str, str, bool]]:
 def test_cache_lists_prunes_and_clears(
     bundle_path: Path, photo: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("onnxruntime")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LSAST_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(fp32_weights, "MIN_BYTES", 1)

@@ -35,7 +35,6 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 def test_examine_reports_on_this_machine() -> None:
-    pytest.importorskip("onnxruntime")
     report = examine()
     assert report.libraries["numpy"] == importlib.metadata.version("numpy")
     states = {backend.name: backend for backend in report.backends}
@@ -58,7 +57,6 @@ def test_examine_reports_on_this_machine() -> None:
 def test_examine_says_what_auto_takes_and_what_would_be_faster(
     monkeypatch: pytest.MonkeyPatch, processor: str, openvino: bool, auto: str, faster: str
 ) -> None:
-    pytest.importorskip("onnxruntime")
     monkeypatch.setenv("LSAST_PROCESSOR", processor)
     monkeypatch.setattr("lsast_engines.backends.openvino.compute_dtypes", lambda device: ("fp32", "bf16"))
     if openvino:
@@ -194,7 +192,6 @@ def test_examine_with_broken_libraries_still_reports(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(("broken", "status"), [(False, 0), (True, 1)])
 def test_doctor_prints_the_report_and_exits_by_it(installed: dict[str, str], broken: bool, status: int) -> None:
-    pytest.importorskip("onnxruntime")
     if broken:
         installed["onnxruntime-gpu"] = "1.31.1"
     result = CliRunner().invoke(main, ["--doctor", "--json"])

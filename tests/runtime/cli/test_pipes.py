@@ -72,8 +72,6 @@ def test_lsast_run_reads_a_mask_from_a_pipe_once_for_all_pictures(folder: Path) 
 def test_lsast_run_refuses_a_pipe_where_one_reading_is_not_enough(
     folder: Path, arguments: list[str], words: str
 ) -> None:
-    if "mp4" in arguments[0]:
-        pytest.importorskip("av")
     result = _run(*arguments)
     assert result.exit_code in (1, 2)
     assert words in result.stderr
@@ -87,7 +85,6 @@ def test_lsast_run_names_the_pipes_of_a_folder_and_paints_the_others(folder: Pat
 
 
 def test_watch_names_a_pipe_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    pytest.importorskip("watchfiles")
 
     class Stop:
         rounds = 0

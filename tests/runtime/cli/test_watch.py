@@ -17,8 +17,6 @@ from lsast.cli.inputs import Job
 from lsast.cli.watch import SETTLED, check_watch, watch
 from lsast_engines.errors import UsageError
 
-pytest.importorskip("watchfiles", reason="needs the extra [watch]")
-
 PATIENCE = 20.0
 QUIET = 2.5 * SETTLED
 """Seconds after which nothing more is expected."""

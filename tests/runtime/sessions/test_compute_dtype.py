@@ -115,7 +115,6 @@ def test_lsast_run_passes_the_compute_dtype_on(bundle_path: Path, photo: np.ndar
 
 
 def test_openvino_in_bf16_paints_the_same_after_a_small_picture() -> None:
-    pytest.importorskip("openvino")
     from lsast_engines.backends.openvino import compute_dtypes
 
     if "bf16" not in compute_dtypes("cpu"):
