@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +39,42 @@ def _old(folder: Path) -> None:
     (folder / "text_encoder" / "config.json").write_text(json.dumps({**config, "bos_token_id": 0, "eos_token_id": 2}))
 
 
-def test_diffusers_folder_with_the_names_of_2022_gives_the_networks(
-    published: Any, folder: Path, tmp_path: Path
+def _bin(folder: Path) -> None:
+    """The text encoder in the form that transformers writes no more."""
+    text = folder / "text_encoder" / "model.safetensors"
+    torch.save(load_file(text), text.with_name("pytorch_model.bin"))
+    text.unlink()
+
+
+@pytest.mark.parametrize(
+    ("settings", "change"),
+    [
+        ({}, _old),
+        ({"variant": "fp16"}, None),
+        ({"safe_serialization": False}, _bin),
+        ({"max_shard_size": "200KB"}, None),
+    ],
+    ids=["names of 2022", "fp16", "bin", "shards"],
+)
+def test_diffusers_folder_in_any_form_gives_the_networks(
+    published: Any, folder: Path, settings: dict[str, Any], change: Callable[[Path], None] | None
 ) -> None:
-    """Today's forms are those of tests/test_compvis_journey.py."""
-    _old(folder)
-    shutil.copytree(tmp_path / "canny", folder / "controlnet")  # the base's own
+    half = "variant" in settings
+    for part, name in (("unet", "ema"), ("vae", "autoencoder"), ("text_encoder", "text_encoder"),
+                       ("controlnet", "controlnet")):  # fmt: skip
+        shutil.rmtree(folder / part, ignore_errors=True)  # the base's own ControlNet is found, too
+        network = copy.deepcopy(published.networks[name])
+        # transformers writes safetensors alone
+        how = {} if part == "text_encoder" and "safe_serialization" in settings else settings
+        (network.half() if half else network).save_pretrained(folder / part, **how)
+    if change is not None:
+        change(folder)
     base = load_base(folder)
     for name in NETWORKS:
         found = base.text_encoder if name == "text_encoder" else base.networks()[name]
         expected = published.tensors(published.networks["ema" if name == "unet" else name])
-        assert all(torch.equal(value, expected[key]) for key, value in published.tensors(found).items()), name
+        for key, value in published.tensors(found).items():
+            assert torch.equal(value, expected[key].half().float() if half else expected[key]), (name, key)
     assert base.config.latent_scale == 0.18215
     assert (base.text_encoder.config.bos_token_id, base.text_encoder.config.eos_token_id) == (398, 399)
 
