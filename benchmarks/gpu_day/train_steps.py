@@ -50,7 +50,7 @@ def main() -> None:
         init.mkdir()
         save_base(_with_autoencoder(), init)
         command += ["--images", str(images), "--init", str(init), "--out", str(base), "--json"]
-        command += ["--gan-steps", "0", "--decoder-steps", "0", *(REHEARSAL if chosen.rehearse else CARD)]
+        command += ["--gan-steps", "0", *(REHEARSAL if chosen.rehearse else CARD)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode == 0:
             keep(base, chosen.out)

@@ -25,6 +25,8 @@ REMOVED = {
     "--compute-dtype fp8": _EIGHT_BITS,
     "--student-steps": "it added 0.4 dB; distill the guidance, which holds for any number of steps",
     "--roughness-weight": "roughness is one of the features of the style loss; weigh the picture by --content-weight",
+    "--decoder-steps": "the decoder learns on what the styles of its base paint: lsast-train decoder",
+    "--decoder-only": "use lsast-train decoder, which trains on what the styles of the base paint",
     "--kind": "keys and values are distilled; prompts never were, beyond tests",
     "--device tensorrt": "use --backend tensorrt",
     "--device tensorrt-rtx": "use --backend tensorrt-rtx",

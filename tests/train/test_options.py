@@ -64,16 +64,6 @@ def test_train_options_with_invalid_values_report_all() -> None:
     assert sorted(line.split(":")[0].removeprefix("  - ") for line in lines) == sorted(wrong)
 
 
-def test_placeholder_tokens_with_prompt_context_raise() -> None:
-    with pytest.raises(UsageError, match="placeholder_tokens: found 2 with prompt context"):
-        TrainOptions(prompt="context", placeholder_tokens=2)
-
-
-def test_layout_overlap_with_another_variant_raises() -> None:
-    with pytest.raises(UsageError, match="overlap with variant 'step'"):
-        TrainOptions(variant="step", layout="overlap")
-
-
 @pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "-x", "a b", "x" * 101, "naïve", "a\n"])
 def test_style_name_that_is_no_file_name_has_a_fault(name: str) -> None:
     assert len(style_name_faults(name)) == 1

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from lsast.sampling.batch import Palette
 from lsast_engines.bundle.style import decode_defaults
@@ -18,8 +17,7 @@ from lsast_engines.errors import StyleError, TrainingError
 from lsast_train.base.base import Base
 from lsast_train.finetuning.finetuning import Finetuning
 from lsast_train.finetuning.options import FinetuneOptions
-from lsast_train.inversion import Inversion
-from lsast_train.options import TrainOptions
+from lsast_train.finetuning.painter import random_pictures
 from lsast_train.paintings import PaintingDataset
 from lsast_train.prompts.prompt_file import Prompts, load_prompts
 from lsast_train.training.rng import RngStream, rng_for
@@ -38,22 +36,6 @@ BRIEF = FinetuneOptions(
     evaluate_every=3,
     content_weight=1.0,
 )
-
-
-@pytest.fixture(scope="module")
-def contents(tmp_path_factory: pytest.TempPathFactory) -> PaintingDataset:
-    folder = tmp_path_factory.mktemp("contents")
-    rng = np.random.default_rng(5)
-    for index in range(6):
-        blocks = np.repeat(np.repeat(rng.integers(0, 255, (10, 12, 3), np.uint8), 8, 0), 8, 1)
-        Image.fromarray(blocks).save(folder / f"{index}.png")
-    return PaintingDataset.load(folder, 64, progress=False)
-
-
-@pytest.fixture
-def prompts(base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path) -> Prompts:
-    result = Inversion(base, collection, replace(brief, steps=1, variant="step"), "red", tmp_path / "inversion").run()
-    return load_prompts(result.file, base)
 
 
 def test_finetuning_lowers_the_held_out_loss_and_leaves_the_base_unchanged(
@@ -98,16 +80,16 @@ def test_resumed_finetuning_equals_the_uninterrupted_one(
 def test_finetuning_paints_in_the_palette_of_the_runtime(
     base: Base, collection: PaintingDataset, contents: PaintingDataset, prompts: Prompts, tmp_path: Path
 ) -> None:
-    run = Finetuning(base, prompts, collection, contents, BRIEF, "redder", tmp_path)
+    run = Finetuning(base, prompts, collection, contents, BRIEF, "redder", tmp_path).painter
     palette = Palette(*(part.numpy() for part in run.palette), BRIEF.palette)
     latent = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 3
-    matched = run._matched(latent)
+    matched = run.match(latent)
     edges = torch.zeros(2, 3, 64, 64)
     schedule = TimestepSchedule.build(base.config.noise, 12, 0.6, 10)
     step = schedule.steps[2]
     with torch.no_grad():
-        x0 = run._x0(latent, step.t, edges)
-        own = run.prompts.values[step.stage].expand(2, -1, -1, -1)
+        x0 = run.x0(latent, step.t, edges)
+        own = run.prompts[step.stage].expand(2, -1, -1, -1)
         null = base.null_context.expand(2, 3, -1, -1)
         time = torch.full((2,), step.t)
         residuals = base.control(latent, time, own, edges)
@@ -123,24 +105,24 @@ def test_finetuning_paints_in_the_palette_of_the_runtime(
 def test_gradient_through_the_sampler_is_that_of_finite_differences(
     base: Base, collection: PaintingDataset, contents: PaintingDataset, prompts: Prompts, tmp_path: Path
 ) -> None:
-    run = Finetuning(base, prompts, collection, contents, BRIEF, "redder", tmp_path)
-    images, edges = run._pictures(contents.training, 2, rng_for(0, RngStream.STEP, 0))
+    run = Finetuning(base, prompts, collection, contents, BRIEF, "redder", tmp_path).painter
+    images, edges = random_pictures(contents.training, 2, 64, rng_for(0, RngStream.STEP, 0), base.device)
 
     def painted() -> torch.Tensor:
-        return run._paint(images, edges, rng_for(0, RngStream.STEP, 1))
+        return run.paint(images, edges, rng_for(0, RngStream.STEP, 1))
 
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(painted().shape, generator=generator)
     (weight * painted()).sum().backward()
-    start = run.prompts.values.detach().clone()
+    start = run.prompts.detach().clone()
     direction = torch.randn(start.shape, generator=generator)
     ends = []
     for sign in (1, -1):
         with torch.no_grad():
-            run.prompts.values.copy_(start + sign * 1e-2 * direction)
+            run.prompts.copy_(start + sign * 1e-2 * direction)
             ends.append((weight.double() * painted().double()).sum().item())
-    assert run.prompts.values.grad is not None
-    slope = (run.prompts.values.grad.double() * direction.double()).sum().item()
+    assert run.prompts.grad is not None
+    slope = (run.prompts.grad.double() * direction.double()).sum().item()
     assert abs(slope) > 0.1
     assert (ends[0] - ends[1]) / 2e-2 == pytest.approx(slope, rel=0.02)
 

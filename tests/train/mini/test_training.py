@@ -171,7 +171,7 @@ def test_mini_command_resumes_with_the_autoencoder_of_its_latents_or_refuses(
     monkeypatch.setattr("lsast_train.cli.mini.MiniConfig", MiniConfig.tiny)
     monkeypatch.setattr("lsast_train.cli.mini.LiteDistance", lambda device: lambda a, b: (a - b).square().mean())
     arguments = ["--images", str(picture_folders[0].parent), "--teacher", str(teacher_folder), "--device", "cpu"]
-    arguments += ["--autoencoder-steps", "1", "--gan-steps", "1", "--steps", "1", "--decoder-steps", "0"]
+    arguments += ["--autoencoder-steps", "1", "--gan-steps", "1", "--steps", "1"]
     arguments += ["--side", "8", "--batch", "2", "--out", str(tmp_path)]
     trained = []
     for resume in ([], ["--resume"]):

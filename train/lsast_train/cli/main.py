@@ -19,6 +19,7 @@ from ..artists import artists_of, pictures_by, style_name
 from ..options import PRESETS, TrainOptions
 from ..training.run_files import RunFiles, refuse_finished
 from ..training.signals import InterruptionError
+from .decoder import decoder
 from .distill import distill
 from .finetune import finetune
 from .shared import EXTRA, declared_options, device_option, import_options, result_facts, run_options, set_up_torch
@@ -114,6 +115,7 @@ def command(
     _learn(pictures, folders, images, source, options, licence, resume, overwrite, device, threads)
 
 
+command.add_command(decoder)
 command.add_command(distill)
 command.add_command(finetune)
 

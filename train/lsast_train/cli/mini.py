@@ -21,8 +21,7 @@ from ..base.mini_autoencoder import MiniAutoencoder
 from ..mini.architecture import MiniConfig, build_mini
 from ..mini.dataset import LatentDataset, build_cache
 from ..mini.finetune_gan import GanOptions, train_vae_gan
-from ..mini.perceptual import LiteDistance, PerceptualDistance
-from ..mini.sampled_latents import SampledLatents, SampledLatentsOptions, build_sampled_latents
+from ..mini.perceptual import LiteDistance
 from ..mini.train_autoencoder import AutoencoderOptions, Crops, load_teacher, train_autoencoder
 from ..mini.train_unet import BaseTrainingOptions, train_base
 from ..training.device import find_device
@@ -32,8 +31,9 @@ from .shared import declared_options, device_option, threads_option
 
 log = logging.getLogger("lsast.train.mini")
 
-TIME_SHARES = {"autoencoder": 0.2, "gan": 0.3, "base": 0.8, "sampling": 0.4}
-"""With --seconds: the part of the time then left that each phase may take. The decoder has the rest."""
+TIME_SHARES = {"autoencoder": 0.2, "gan": 0.3}
+"""With --seconds: the part of the time then left that each phase may take. U-Net, ControlNet and style encoder have the
+rest."""
 
 
 @dataclass(frozen=True)
@@ -124,13 +124,6 @@ def copy_autoencoder(source: Base, target: Base) -> None:
 @declared_options(BaseTrainingOptions)
 @click.option("--autoencoder-steps", default=AutoencoderOptions().steps, show_default=True)
 @click.option("--gan-steps", default=GanOptions().steps, show_default=True, help="Second phase; 0 leaves it out.")
-@click.option(
-    "--decoder-steps",
-    default=4000,
-    show_default=True,
-    help="Last phase, the decoder alone on latents that the finished base samples; 0 leaves it out.",
-)
-@click.option("--decoder-only", is_flag=True, help="Take the base of --init whole and run the last phase only.")
 @click.option("--share", multiple=True, metavar="LABEL=X", help="Sampling weight of a label's pictures. Repeatable.")
 @click.option("--seed", default=0, show_default=True)
 @device_option
@@ -150,8 +143,6 @@ def mini(
     out: Path,
     autoencoder_steps: int,
     gan_steps: int,
-    decoder_steps: int,
-    decoder_only: bool,
     share: tuple[str, ...],
     seed: int,
     device: str | None,
@@ -160,8 +151,7 @@ def mini(
     resume: bool,
     **unet: Any,
 ) -> None:
-    """Train the small base: autoencoder by a teacher, then as a GAN; U-Net, ControlNet and style encoder jointly; last
-    the decoder on what these sample.
+    """Train the small base: autoencoder by a teacher, then as a GAN; U-Net, ControlNet and style encoder jointly.
 
     Checkpoints every five minutes; --resume goes on in the phase that was stopped. Prints the base folder, which
     `lsast-export --base DIR` turns into a bundle.
@@ -171,8 +161,6 @@ def mini(
         raise click.UsageError("found neither --teacher nor --init; expected where the autoencoder starts from")
     if init is not None and init.endswith(".safetensors"):
         raise click.UsageError("--init FILE was removed: name a base, or go on with a stopped run by --resume")
-    if decoder_only and (init is None or not decoder_steps):
-        raise click.UsageError("found --decoder-only without --init BASE or --decoder-steps; expected both")
     if not resume and (left := sorted(map(str, out.rglob("*.checkpoint.safetensors")))):
         raise TrainingError(
             f"found checkpoints of another run, {', '.join(left)}; go on with --resume, delete them, or name another "
@@ -185,13 +173,7 @@ def mini(
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
     # A missing package is reported before hours of training.
-    perceptual = LiteDistance(place) if gan_steps or decoder_steps else None
-    if decoder_only and init is not None and perceptual is not None:
-        base = load_base(init)
-        crops = Crops(folders, AutoencoderOptions().side)
-        train_decoder(base, crops, decoder_steps, seed, out, perceptual, resume, place, budget)
-        finish(base, out, {"decoder_steps": str(decoder_steps)})
-        return
+    perceptual = LiteDistance(place) if gan_steps else None
     base = build_mini(MiniConfig(), seed)
     autoencoder = base.autoencoder
     assert isinstance(autoencoder, MiniAutoencoder)
@@ -217,47 +199,16 @@ def mini(
     if not encoded:
         build_cache(folders, base.autoencoder.encoder, cache, place)
     data = LatentDataset(cache, place, unet["side"])
-    limit = budget.part(TIME_SHARES["base"] if decoder_steps else 1.0)
-    training = BaseTrainingOptions(**unet, share=shares, seed=seed, seconds=limit)
+    training = BaseTrainingOptions(**unet, share=shares, seed=seed, seconds=budget.part(1.0))
     train_base(base, data, training, out, resume)
-    if perceptual is not None and decoder_steps:
-        train_decoder(base, crops, decoder_steps, seed, out, perceptual, resume, place, budget)
     facts = {
         "pictures": str(len(data.train)),
         "labels": ", ".join(data.label_names),
         "steps": str(unet["steps"]),
         "autoencoder_steps": str(autoencoder_steps) if init is None else f"those of {Path(init).name}",
         "gan_steps": str(gan_steps),
-        "decoder_steps": str(decoder_steps),
     }
     finish(base, out, facts)
-
-
-def train_decoder(
-    base: Base,
-    crops: Crops,
-    steps: int,
-    seed: int,
-    out: Path,
-    perceptual: PerceptualDistance,
-    resume: bool,
-    device: torch.device,
-    budget: TimeBudget,
-) -> None:
-    """Train the decoder of `base` on latents that it samples, in ``out/decoder``; `base` comes back on the CPU."""
-    folder = out / "decoder"
-    folder.mkdir(parents=True, exist_ok=True)
-    sampled = folder / "sampled.safetensors"
-    if not (resume and sampled.exists()):
-        if device.type != "cpu":
-            base.to(device)
-        more = SampledLatentsOptions(seed=seed, seconds=budget.part(TIME_SHARES["sampling"]))
-        build_sampled_latents(base, crops.train, sampled, more)
-        if device.type != "cpu":
-            base.to(torch.device("cpu"))
-    latents = SampledLatents(sampled)
-    options = GanOptions(steps=steps, encoder_part=0.0, seed=seed, seconds=budget.part(1.0))
-    train_vae_gan(base.autoencoder, crops, options, folder, perceptual, resume=resume, sampled=latents, device=device)
 
 
 def finish(base: Base, out: Path, facts: dict[str, str]) -> None:

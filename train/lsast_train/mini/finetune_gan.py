@@ -9,8 +9,6 @@ With a teacher (TAESD) the encoder only imitates the teacher's latents, which ca
 finds by itself, and most of each batch is decoded from these, towards what the teacher decodes: that is a function of
 the latents, so there is nothing to average. Without a teacher encoder and decoder learn together, and the latents stay
 near those of the start.
-
-With sampled latents (`SampledLatents`) the decoder also learns what the base's own sampler gives it.
 """
 
 from __future__ import annotations
@@ -32,7 +30,6 @@ from ..training.rng import RngStream, rng_for
 from .discriminator import MultiscaleDiscriminator, d_loss, feature_matching, g_loss
 from .ema import update_ema
 from .perceptual import PerceptualDistance
-from .sampled_latents import SampledLatents
 from .train_autoencoder import Crops, psnr
 
 log = logging.getLogger("lsast.train.mini")
@@ -56,10 +53,6 @@ LOSS_WEIGHTS = {
 
 TAUGHT = 0.75
 """With a teacher: part of the batch decoded from the teacher's latents, towards what the teacher decodes."""
-
-SAMPLED = 0.5
-"""With sampled latents: part of the batch decoded from these. They differ from their pictures in detail, so the losses
-of exact pixels, ``full`` and ``matching``, leave them out."""
 
 
 @dataclass(frozen=True)
@@ -216,14 +209,12 @@ class GanTraining:
         step: int,
         images: torch.Tensor,
         perceptual: PerceptualDistance,
-        sampled: tuple[torch.Tensor, torch.Tensor] | None = None,
         time_left: float = 1.0,
     ) -> dict[str, torch.Tensor]:
         """Train autoencoder and discriminator in step `step` (from 0).
 
         Args:
             images: crops [B, 3, side, side].
-            sampled: latents [S, 4, side/8, side/8] and their pictures, decoded besides.
             time_left: part of the time limit that is left, 1 to 0.
 
         Returns:
@@ -241,15 +232,10 @@ class GanTraining:
             with torch.no_grad():
                 anchor = self.anchor(images).float() if train_encoder or self.teacher is not None else latents
             given, target = self.batch(latents, anchor, images)
-            given, exact = corrupt_latents(given, options, generator), len(images)
-            if sampled is not None:
-                given, target = torch.cat([given, sampled[0]]), torch.cat([target, sampled[1]])
-                target, images = (x.contiguous(memory_format=torch.channels_last)
-                                  for x in (target, torch.cat([images, sampled[1]])))  # fmt: skip
-            decoded = self.autoencoder.decode(given).float()
+            decoded = self.autoencoder.decode(corrupt_latents(given, options, generator)).float()
             losses = {
                 "quarter": F.l1_loss(F.avg_pool2d(decoded, 4), F.avg_pool2d(images, 4)),
-                "full": F.l1_loss(decoded[:exact], target[:exact]),
+                "full": F.l1_loss(decoded, target),
                 "texture": texture_loss(decoded, target),
                 "anchor": F.mse_loss(latents, anchor) + F.l1_loss(latents, anchor),
                 "perceptual": perceptual(decoded, target),
@@ -260,8 +246,7 @@ class GanTraining:
                 self.discriminator.requires_grad_(False)
                 scores = [[x.float() for x in scale] for scale in self.discriminator(decoded)]
                 self.discriminator.requires_grad_(True)
-                pairs = ([[x[:exact] for x in scale] for scale in scales] for scales in (real, scores))
-                losses |= {"matching": feature_matching(*pairs), "adversarial": g_loss(scores)}
+                losses |= {"matching": feature_matching(real, scores), "adversarial": g_loss(scores)}
         generator_loss = torch.stack([LOSS_WEIGHTS[name] * loss for name, loss in losses.items()]).sum()
         discriminator_loss = d_loss(real, fake)
         self.optimizer.zero_grad(set_to_none=True)
@@ -295,7 +280,6 @@ def train_vae_gan(
     *,
     resume: bool = False,
     teacher: AutoencoderTiny | None = None,
-    sampled: SampledLatents | None = None,
     device: torch.device | str = "cpu",
 ) -> None:
     """Train `autoencoder` in place; it ends with the running mean of its weights, frozen, on the CPU.
@@ -306,7 +290,6 @@ def train_vae_gan(
         perceptual: the perceptual loss: `LiteDistance` on `device`.
         resume: go on from the checkpoint in `folder`, if one is there.
         teacher: its encoder anchors the latents; None: that of `autoencoder` at the start.
-        sampled: the decoder learns on these, too.
         device: where to train. Random numbers are drawn on the CPU, so a seed means the same on every device.
 
     Raises:
@@ -330,13 +313,8 @@ def train_vae_gan(
 
     def train_step(step: int) -> float:
         rng = np.random.default_rng([options.seed, step])
-        rows = 0 if sampled is None else round(SAMPLED * options.batch)
-        images = crops.batch(crops.train, options.batch - rows, rng).to(device)
-        more = None
-        if sampled is not None:
-            latents, targets = sampled.batch(rows, crops.side, rng)
-            more = latents.to(device), targets.to(device)
-        losses = training.train_step(step, images, perceptual, more, loop.time_left)
+        images = crops.batch(crops.train, options.batch, rng).to(device)
+        losses = training.train_step(step, images, perceptual, loop.time_left)
         parts.append(dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True)))  # one wait
         loss = sum(LOSS_WEIGHTS.get(name, 1.0) * value for name, value in parts[-1].items())
         require_finite(loss, step)

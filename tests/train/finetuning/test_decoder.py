@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lsast_engines.bundle.style import encode_defaults
+from lsast_engines.errors import TrainingError, UsageError
+from lsast_train.base.base import Base
+from lsast_train.cli.decoder import parse_works
+from lsast_train.finetuning.decoder import DecoderTraining, StyleWorks
+from lsast_train.finetuning.options import DecoderOptions
+from lsast_train.paintings import PaintingDataset
+from lsast_train.prompts.prompt_file import Prompts
+from lsast_train.training.signals import InterruptionError
+
+pytest.importorskip("efficientnet_lite_pytorch")
+
+BRIEF = DecoderOptions(
+    steps=30, batch=4, paintings=8, lr=2e-3, size=64, mixed_precision="no", evaluate_every=15, content_weight=1.0
+)
+
+
+@pytest.fixture
+def styles(prompts: Prompts, collection: PaintingDataset) -> dict[str, StyleWorks]:
+    return {name: StyleWorks(replace(prompts, name=name), collection) for name in ("red", "also")}
+
+
+def weights(base: Base) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{key}": value.clone()
+        for name, network in base.networks().items()
+        for key, value in network.state_dict().items()
+    }
+
+
+def test_decoder_nears_the_works_and_nothing_else_of_the_base_changes(
+    base: Base, styles: dict[str, StyleWorks], contents: PaintingDataset, tmp_path: Path
+) -> None:
+    before = weights(base)
+    DecoderTraining(base, styles, contents, BRIEF, tmp_path).run()
+    changed = {key for key, value in weights(base).items() if not torch.equal(value, before[key])}
+    assert changed == {key for key in before if key.startswith("autoencoder.decoder.")}
+    assert not any(weight.requires_grad for weight in base.autoencoder.parameters())
+    history = json.loads((tmp_path / "decoder.log.json").read_text())["history"]
+    assert [row["step"] for row in history] == [0, 15, 30]
+    first, last = (
+        np.mean([row["held_out"][name]["style"] + row["held_out"][name]["content"] for name in styles])
+        for row in (history[0], history[-1])
+    )
+    assert last < first
+
+
+def test_resumed_decoder_training_equals_the_uninterrupted_one(
+    base: Base, styles: dict[str, StyleWorks], contents: PaintingDataset, tmp_path: Path,
+    interrupt_at: Callable[[int], Callable[[int, float], None]],
+) -> None:  # fmt: skip
+    options, start = replace(BRIEF, steps=6, evaluate_every=3), base.autoencoder.state_dict()
+    start = {key: value.clone() for key, value in start.items()}
+
+    def make(name: str, **more: Any) -> DecoderTraining:
+        base.autoencoder.load_state_dict(start)
+        return DecoderTraining(base, styles, contents, options, tmp_path / name, **more)
+
+    make("straight").run()
+    straight = weights(base)
+    with pytest.raises(InterruptionError, match="after step 4"):
+        make("parts", on_step=interrupt_at(4)).run()
+    with pytest.raises(TrainingError, match="go on with --resume, or delete it"):
+        make("parts")
+    make("parts", resume=True).run()
+    assert all(torch.equal(value, straight[key]) for key, value in weights(base).items())
+    logs = [(tmp_path / name / "decoder.log.json").read_text() for name in ("straight", "parts")]
+    assert logs[0] == logs[1]
+    with pytest.raises(TrainingError, match="no checkpoint; expected one: start without --resume"):
+        make("parts", resume=True)
+
+
+def test_decoder_training_paints_with_the_defaults_of_the_style(
+    base: Base, prompts: Prompts, collection: PaintingDataset, contents: PaintingDataset, tmp_path: Path
+) -> None:
+    given = {}
+    for name, strength in (("weak", 0.1), ("strong", 0.9)):
+        tuned = replace(prompts, meta={**prompts.meta, **encode_defaults({"strength": strength})})
+        run = DecoderTraining(base, {name: StyleWorks(tuned, collection)}, contents, BRIEF, tmp_path / name)
+        painted = run.paintings[name]["training"]
+        images = painted.pictures.float() / 127.5 - 1
+        with torch.no_grad():
+            given[name] = (painted.latents - base.encode(images)[0] * base.config.latent_scale).square().mean()
+    assert given["strong"] > given["weak"]
+
+
+def test_decoder_training_refuses_what_it_cannot_train(base: Base, contents: PaintingDataset, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="found no style; expected one or more"):
+        DecoderTraining(base, {}, contents, BRIEF, tmp_path)
+    with pytest.raises(UsageError, match="--style monet; expected NAME=DIR"):
+        parse_works(("van=a", "monet"))
+    with pytest.raises(UsageError, match="each style once"):
+        parse_works(("van=a", "van=b"))
+    assert parse_works(("van=a=b",)) == {"van": Path("a=b")}

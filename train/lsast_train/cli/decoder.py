@@ -1,0 +1,101 @@
+"""``lsast-train decoder``: options, progress and results on a terminal. Imports torch only when it works."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lsast_engines.cli import Command, debug_option, json_option, log_to_stderr
+from lsast_engines.errors import TrainingError, UsageError
+
+from ..finetuning.options import DecoderOptions
+from .shared import EXTRA, declared_options, device_option, overwrite_option, set_up_torch, threads_option
+
+
+def parse_works(values: tuple[str, ...]) -> dict[str, Path]:
+    """``("monet=paintings/monet", …)`` → folders of works by style.
+
+    Raises:
+        UsageError: not of that form, or a style twice.
+    """
+    found: dict[str, Path] = {}
+    for value in values:
+        style, _, folder = value.partition("=")
+        if not style or not folder or style in found:
+            raise UsageError(f"found --style {value}; expected NAME=DIR, each style once")
+        found[style] = Path(folder)
+    return found
+
+
+@click.command("decoder", cls=Command, requires=EXTRA)
+@click.option(
+    "-s",
+    "--style",
+    "styles",
+    required=True,
+    multiple=True,
+    metavar="NAME=DIR",
+    help="Prompts of a run or of the base's bundle, or a file, and the folder tree of the artist's works. Repeatable.",
+)
+@click.option(
+    "--contents",
+    required=True,
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Folder tree of pictures to paint, such as photographs.",
+)
+@click.option("--base", metavar="NAME", help="Base or bundle with mini's autoencoder. [default: the embedded one]")
+@declared_options(DecoderOptions)
+@device_option
+@click.option("-o", "--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder of the base.")
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint of a stopped run.")
+@overwrite_option
+@threads_option
+@json_option
+@debug_option
+def decoder(
+    styles: tuple[str, ...],
+    contents: Path,
+    base: str | None,
+    device: str | None,
+    out: Path,
+    resume: bool,
+    overwrite: bool,
+    threads: int | None,
+    **chosen: Any,
+) -> None:
+    """Train the decoder of a base such as mini on what its styles paint.
+
+    \b
+      lsast-train decoder --style vangogh=paintings/van-gogh --style monet=paintings/monet \\
+          --contents photos --out base
+      lsast-export bundle --base base --style vangogh --style monet --out bundle
+
+    Prints the base's folder. The prompts stay valid: nothing else of the base changes.
+    """
+    options, works = DecoderOptions(**chosen), parse_works(styles)
+    if (out / "base.json").exists() and not overwrite:
+        raise TrainingError(f"found the base {out}; replace it with --overwrite, or name another folder with --out")
+    from ..base.lazy_base import load_base, resolve_local_base
+    from ..checkpoints.source import BaseSource
+    from ..finetuning.decoder import DecoderTraining, StyleWorks
+    from ..paintings import PaintingDataset
+    from ..prompts.prompt_file import find_prompts, load_prompts
+    from .mini import finish
+
+    set_up_torch(threads)
+    with log_to_stderr():
+        source = BaseSource(base)
+        loaded, place = load_base(source), resolve_local_base(source)
+        prompts = {name: load_prompts(find_prompts(name, place), loaded) for name in works}
+        size = loaded.config.size
+        pairs = {
+            prompts[name].name: StyleWorks(prompts[name], PaintingDataset.load(tree, options.size, "random", size))
+            for name, tree in works.items()
+        }
+        others = PaintingDataset.load(contents, options.size, "random", size)
+        DecoderTraining(loaded, pairs, others, options, out, resume, device=device).run()
+    finish(loaded, out, {f"decoder_{name}": str(asdict(options)[name]) for name in ("steps", "paintings")})

@@ -1,0 +1,261 @@
+"""The decoder learns on what the styles of its base paint, so that the paintings have the artists' touch.
+
+::
+
+    paint pictures in every style, once, and keep the latents z
+    repeat, with each style in turn:
+        move the decoder down the gradient of the style loss of D(z) and of the content loss,
+        and of what real pictures x lose in D(E(x))
+
+A decoder that has only seen the encoder's latents prints a fine pattern over those of a sampler, and softens the touch
+that tells one painter from another. Encoder, U-Net, ControlNet and prompts stay as they are, so styles stay valid. The
+style loss is that of `lsast_train.finetuning.finetuning`, which moves the prompts; the two may be run in turn.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from lsast_engines.bundle.style import decode_defaults
+from lsast_engines.errors import TrainingError, UsageError
+
+from ..base.base import Base, autocast
+from ..base.mini_autoencoder import MiniAutoencoder
+from ..mini.ema import update_ema
+from ..mini.finetune_gan import LOSS_WEIGHTS, texture_loss
+from ..mini.perceptual import LiteDistance
+from ..options import identity
+from ..paintings import PaintingDataset, random_crop
+from ..prompts.prompt_file import Prompts
+from ..training.device import find_device, fused
+from ..training.loop import TrainingLoop, require_finite, set_learning_rate
+from ..training.rng import RngStream, rng_for
+from .finetuning import HELD_OUT, WORKS
+from .options import DecoderOptions, FinetuneOptions
+from .painter import Painter, PaintingOptions, random_pictures, works_crops
+from .style_loss import Distances, StyleLoss, self_similarities
+
+log = logging.getLogger("lsast.train")
+
+EMA = 0.99
+"""Decay of the running mean of the decoder's weights, which is the result."""
+
+REAL_CROPS, REAL_SIDE = 6, 128
+"""Crops of real pictures in a step and their side in pixels."""
+
+_PAINTED_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class StyleWorks:
+    """A style, and the works of its artist, loaded with the options' size."""
+
+    prompts: Prompts
+    works: PaintingDataset
+
+
+@dataclass(frozen=True)
+class _Paintings:
+    """Pictures [N, 3, H, W] uint8 and their painted latents [N, 4, h, w], on the CPU."""
+
+    pictures: torch.Tensor
+    latents: torch.Tensor
+
+
+class DecoderTraining:
+    """One run.
+
+    Args:
+        base: moved to the device; the decoder of its autoencoder is trained in place.
+        styles: by name. Each paints with its own default options, or else with those of `FinetuneOptions`.
+        contents: pictures of any kind to paint, loaded with the options' size.
+        options: of the run.
+        folder: for ``decoder.log.json``, and ``decoder.checkpoint.safetensors`` while the run is unfinished.
+        resume: go on from the checkpoint that a stopped run left in `folder`.
+        on_step: called with the number of steps done and the loss after each step.
+        device: in torch's words; None is a GPU of CUDA if one is there.
+
+    Raises:
+        UsageError: no style; a device that is not there; a base whose autoencoder is not mini's.
+        StyleError: prompts without the statistics of the artist's latents.
+        TrainingError: a checkpoint that is missing, in the way, damaged, or of another run.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        styles: Mapping[str, StyleWorks],
+        contents: PaintingDataset,
+        options: DecoderOptions,
+        folder: Path,
+        resume: bool = False,
+        on_step: Callable[[int, float], None] | None = None,
+        device: str | None = None,
+    ) -> None:
+        if not isinstance(base.autoencoder, MiniAutoencoder):
+            raise UsageError(f"found the base {base.config.name!r}; expected one with mini's autoencoder")
+        if not styles:
+            raise UsageError("found no style; expected one or more")
+        checkpoint = folder / "decoder.checkpoint.safetensors"
+        if checkpoint.exists() != resume:
+            found = "no checkpoint" if resume else f"a checkpoint, {checkpoint}"
+            raise TrainingError(
+                f"found {found}; expected {'one' if resume else 'none'}: "
+                + ("start without --resume" if resume else "go on with --resume, or delete it")
+            )
+        self.base, self.styles, self.contents, self.options, self.on_step = base, styles, contents, options, on_step
+        self.folder = folder
+        base.to(find_device(device))
+        self.losses: dict[str, StyleLoss] = {}
+        self.paintings: dict[str, dict[str, _Paintings]] = {}
+        for index, (name, style) in enumerate(styles.items()):
+            log.info("%s: painting %d pictures", name, options.paintings + HELD_OUT)
+            crops = works_crops(
+                style.works.training[:WORKS], WORKS, options.size, rng_for(options.seed, RngStream.TRAINING_CROPS)
+            )
+            self.losses[name] = StyleLoss(crops, base.device)
+            self.paintings[name] = self._paint_pictures(style.prompts, index)
+        self.lite = LiteDistance(base.device)
+        self.decoder = base.autoencoder.decoder
+        self.decoder.requires_grad_(True)
+        self.ema = copy.deepcopy(self.decoder).requires_grad_(False)
+        group = {"params": list(self.decoder.parameters()), "relative": 1.0}
+        self.optimizer = torch.optim.Adam([group], lr=options.lr, betas=(0.9, 0.98), **fused(base.device))
+        self.loop = TrainingLoop(
+            *("decoder", options.steps, checkpoint),
+            *({"decoder": self.decoder, "ema": self.ema, "losses": torch.nn.ModuleDict(self.losses)}, self.optimizer),
+            identity=self._identity(),
+            evaluate_every=options.evaluate_every,
+            checkpoint_minutes=options.checkpoint_minutes,
+            device=base.device,
+        )
+        if resume:
+            self.loop.restore()
+
+    def run(self) -> None:
+        """Train to the last step; the base's decoder ends with the running mean of its weights, frozen, on the CPU.
+
+        Raises:
+            TrainingError: a loss that is not finite.
+            InterruptionError: SIGINT or SIGTERM; a checkpoint was written.
+        """
+        if not self.loop.history:
+            self._evaluate(None)
+        self.loop.run(self._train_step, self._evaluate, self.on_step)
+        self.decoder.load_state_dict(self.ema.state_dict())
+        self.decoder.requires_grad_(False)
+        self.base.to(torch.device("cpu"))
+        self.loop.write_log(self.folder / "decoder.log.json", asdict(self.options))
+        self.loop.checkpoint.unlink(missing_ok=True)
+
+    @torch.no_grad()
+    def _paint_pictures(self, prompts: Prompts, index: int) -> dict[str, _Paintings]:
+        """What the style of this number paints of training and of held-out pictures."""
+        options, chosen = self.options, FinetuneOptions()
+        own = {name: getattr(chosen, name) for name in ("strength", "guidance", "palette")}
+        own |= {name: value for name, value in decode_defaults(prompts.meta)[0].items() if name in own}
+        painter = Painter(self.base, prompts, PaintingOptions(**own), options.mixed_precision)
+        found = {}
+        for part, (pictures, count) in enumerate(
+            ((self.contents.training, options.paintings), (self.contents.held_out, HELD_OUT))
+        ):
+            generator = rng_for(options.seed, RngStream.CONTENT, index, part)
+            rows = []
+            for begin in range(0, count, _PAINTED_AT_ONCE):
+                several = min(_PAINTED_AT_ONCE, count - begin)
+                images, edges = random_pictures(pictures, several, options.size, generator, self.base.device)
+                rows.append(
+                    (((images + 1) * 127.5).round().byte().cpu(), painter.paint(images, edges, generator).cpu())
+                )
+            found["held_out" if part else "training"] = _Paintings(*map(torch.cat, zip(*rows, strict=True)))
+        return found
+
+    def _train_step(self, step: int) -> float:
+        options, generator = self.options, rng_for(self.options.seed, RngStream.STEP, step)
+        set_learning_rate(self.optimizer, options.learning_rate(step))
+        self.optimizer.zero_grad(set_to_none=True)
+        name = list(self.styles)[step % len(self.styles)]
+        paintings = self.paintings[name]["training"]
+        rows = torch.randint(len(paintings.latents), (options.batch,), generator=generator)
+        distances = self._distances(name, paintings, rows, remember=True)
+        loss = self._total(distances) + options.reconstruction_weight * self._reconstruction(generator)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), 5.0)
+        require_finite(loss.item(), step)
+        self.optimizer.step()
+        update_ema(self.ema, self.decoder, EMA, step + 1)
+        return loss.item()
+
+    def _distances(self, name: str, paintings: _Paintings, rows: torch.Tensor, remember: bool) -> Distances:
+        """The losses of the paintings of these numbers."""
+        device = self.base.device
+        images = _images(paintings.pictures[rows], device)
+        with autocast(device, self.options.mixed_precision):
+            with torch.no_grad():
+                content = self_similarities(self.losses[name].features(images))
+            return self.losses[name].forward(self._decode(paintings.latents[rows]), content, remember)
+
+    def _total(self, losses: Distances) -> torch.Tensor:
+        return losses.style + self.options.content_weight * losses.content
+
+    def _reconstruction(self, generator: torch.Generator) -> torch.Tensor:
+        """What crops of works and of contents lose by encoding and decoding, as in the autoencoder's training."""
+        names, crops = list(self.styles), []
+        for index in range(REAL_CROPS):
+            style = names[int(torch.randint(len(names), (), generator=generator))]
+            pictures = self.contents.training if index % 3 == 0 else self.styles[style].works.training
+            picture = pictures[int(torch.randint(len(pictures), (), generator=generator))]
+            crops.append(random_crop(picture, min(REAL_SIDE, self.options.size), generator))
+        images = _images(torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2), self.base.device)
+        with autocast(self.base.device, self.options.mixed_precision):
+            with torch.no_grad():
+                latents = self.base.autoencoder.encode(images)
+            decoded = self.base.autoencoder.decode(latents).float()
+            losses = {
+                "quarter": F.l1_loss(F.avg_pool2d(decoded, 4), F.avg_pool2d(images, 4)),
+                "full": F.l1_loss(decoded, images),
+                "texture": texture_loss(decoded, images),
+                "perceptual": self.lite(decoded, images),
+            }
+        return torch.stack([LOSS_WEIGHTS[key] * loss for key, loss in losses.items()]).sum()
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents of the base's scale [B, 4, h, w] → images [B, 3, H, W]."""
+        unscaled = latents.to(self.base.device) / self.base.config.latent_scale
+        return self.base.decode(unscaled.contiguous(memory_format=torch.channels_last))
+
+    @torch.no_grad()
+    def _evaluate(self, mean_loss: float | None) -> None:
+        """The losses of each style's held-out paintings, by the running mean of the weights."""
+        present = copy.deepcopy(self.decoder.state_dict())
+        self.decoder.load_state_dict(self.ema.state_dict())
+        found: dict[str, Any] = {}
+        for name, paintings in self.paintings.items():
+            losses = self._distances(name, paintings["held_out"], torch.arange(HELD_OUT), remember=False)
+            found[name] = {key: part.item() for key, part in vars(losses).items()}
+        self.decoder.load_state_dict(present)
+        self.loop.history.append({"step": self.loop.step, "training": mean_loss, "held_out": found})
+        means = [float(np.mean([row[key] for row in found.values()])) for key in ("style", "content")]
+        log.info("step %d: held-out style %.4f, content %.4f, mean over the styles", self.loop.step, *means)
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            **identity(self.options),
+            "base": self.base.fingerprint,
+            "contents": self.contents.digest,
+            **{f"style {name}": style.works.digest for name, style in self.styles.items()},
+        }
+
+
+def _images(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Pixels [B, 3, H, W] of 0 to 255 → images in [-1, 1]."""
+    return (pixels.float() / 127.5 - 1).to(device, memory_format=torch.channels_last)

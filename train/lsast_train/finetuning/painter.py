@@ -1,0 +1,138 @@
+"""A style's painter: the runtime's sampler in torch, so that gradients go through all of its steps.
+
+Each step is computed again in the backward pass, so that one step's activations are held at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from lsast_engines.bundle.style import LatentStatistics
+from lsast_engines.diffusion import NoiseLevel, TimestepSchedule, guide, make_solver
+from lsast_engines.errors import StyleError
+from lsast_engines.images import canny_edges
+
+from ..base.attention import GROUPS
+from ..base.base import Base, autocast
+from ..options import MixedPrecision
+from ..paintings import Painting, encode_pictures, random_crop
+from ..prompts.prompt_file import Prompts
+
+SAMPLER_STEPS = 12
+"""Steps of the whole schedule, of which `strength` runs the last part."""
+
+SOLVER = "dpmpp2m"
+"""The solver, as by default in mini's bundle."""
+
+
+@dataclass(frozen=True)
+class PaintingOptions:
+    """The options of the sampler that a style may have defaults of, as in `lsast.Options`."""
+
+    strength: float
+    guidance: float
+    palette: float
+
+
+class Painter:
+    """Paints pictures in a style.
+
+    Args:
+        base: where it runs; its networks are used as they are.
+        prompts: of the style.
+        options: of the sampler.
+        mixed_precision: of the networks.
+
+    Raises:
+        StyleError: prompts without the statistics of the artist's latents, which `palette` needs.
+    """
+
+    def __init__(self, base: Base, prompts: Prompts, options: PaintingOptions, mixed_precision: MixedPrecision) -> None:
+        self.base, self.options, self.mixed_precision = base, options, mixed_precision
+        self.prompts = prompts.prompts.clone().to(base.device)
+        """[stages, 3, T, dim]; gradients go to it if it asks for them."""
+        statistics, faults = LatentStatistics.from_meta(prompts.meta)
+        if statistics is None:
+            found = faults[0] if faults else "no statistics of the artist's latents"
+            raise StyleError(f"found prompts with {found}; expected some: learn them again with lsast-train")
+        mean, std = (torch.tensor(values)[:, None, None] for values in (statistics.mean, statistics.std))
+        self.palette = mean, std
+        """Mean and deviation of the artist's latents, [4, 1, 1] each, on the CPU."""
+
+    def paint(self, images: torch.Tensor, edges: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Painted latents [B, 4, h, w] of images [B, 3, H, W] in [-1, 1] with `edges` [B, 3, H, W] of 0 and 1.
+
+        The latents have the base's scale; `Base.decode` takes them divided by it.
+        """
+        base = self.base
+        pixels = ((images.cpu() + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        with torch.no_grad():
+            latent = encode_pictures(base, list(pixels))[0] * base.config.latent_scale
+        stages = len(self.prompts)
+        schedule = TimestepSchedule.build(base.config.noise, SAMPLER_STEPS, self.options.strength, stages, SOLVER)
+        noise = torch.randn(latent.shape, generator=generator)
+        z = torch.from_numpy(schedule.add_noise(self.match(latent).numpy(), noise.numpy())).to(base.device)
+        solver: Any = make_solver(schedule)  # its arithmetic is the same on tensors
+        for step in schedule.steps:
+            x0 = checkpoint(self.x0, z, step.t, edges, use_reentrant=False)
+            level = self._level(step.t)
+            z = solver.step((z - level.alpha * x0) / level.sigma, step.index, z)
+        return z
+
+    def match(self, latent: torch.Tensor) -> torch.Tensor:
+        """Latents [B, 4, h, w] in the artist's palette, as the runtime's option `palette` does it."""
+        mean, std = latent.mean((2, 3), keepdim=True), latent.std((2, 3), correction=0, keepdim=True)
+        matched = self.palette[0] + (latent - mean) * (self.palette[1] / std.clamp(min=1e-3))
+        return latent + self.options.palette * (matched - latent)
+
+    def x0(self, z: torch.Tensor, timestep: int, edges: torch.Tensor) -> torch.Tensor:
+        """The guided data prediction [B, 4, h, w] at the latents `z`, with the palette's limit."""
+        base, options = self.base, self.options
+        stage = timestep * len(self.prompts) // base.config.noise.train_steps
+        own = self.prompts[stage].expand(len(z), -1, -1, -1)
+        null = base.null_context.expand(len(z), len(GROUPS), -1, -1)
+        times = torch.full((len(z),), timestep, device=base.device)
+        with autocast(base.device, self.mixed_precision):
+            residuals = base.control(z, times, own, edges)
+            eps = base.eps(z, times, own, residuals=residuals).float()
+            if options.guidance != 1:
+                unguided = base.eps(z, times, null, residuals=residuals).float()
+                eps = guide(torch.stack([unguided, eps]), options.guidance)
+        level = self._level(timestep)
+        x0 = (z - level.sigma * eps) / level.alpha
+        mean, std = x0.mean((2, 3), keepdim=True), x0.std((2, 3), correction=0, keepdim=True)
+        excess = (x0 - mean) * (1 - (self.palette[1].to(x0) / std.clamp(min=1e-3)).clamp(max=1))
+        limited: torch.Tensor = x0 - options.palette * excess
+        return limited
+
+    def _level(self, timestep: int) -> NoiseLevel:
+        return NoiseLevel.of(float(self.base.alphas_cumprod[timestep]))
+
+
+def random_pictures(
+    paintings: Sequence[Painting], count: int, size: int, generator: torch.Generator, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`count` random crops, half of them mirrored.
+
+    Returns:
+        Images [B, 3, size, size] in [-1, 1], and their edges of 0 and 1, of the same shape.
+    """
+    crops = []
+    for index in torch.randint(len(paintings), (count,), generator=generator).tolist():
+        crop = random_crop(paintings[index], size, generator)
+        crops.append(crop[:, ::-1] if torch.randint(2, (), generator=generator) else crop)
+    edges = torch.from_numpy(np.stack([canny_edges(crop) for crop in crops])).float()[:, None].expand(-1, 3, -1, -1)
+    images = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return images.to(device, memory_format=torch.channels_last), edges.to(device)
+
+
+def works_crops(works: Sequence[Painting], count: int, size: int, generator: torch.Generator) -> npt.NDArray[np.uint8]:
+    """`count` random crops [N, size, size, 3] of `works`, each work in its turn."""
+    return np.stack([random_crop(works[index % len(works)], size, generator) for index in range(count)])
