@@ -105,11 +105,23 @@ def test_what_must_be_quick_loads_next_to_nothing(code: str, allowed: set[str]) 
 
 
 @pytest.mark.parametrize(
+    "code",
+    [
+        "from lsast_export.cli.main import main; main(['--help'], standalone_mode=False)",
+        "from lsast_eval.cli import main; main(['--help'], standalone_mode=False)",
+        "import lsast_eval.voting.page",
+    ],
+)
+def test_help_and_voting_load_no_torch(code: str) -> None:
+    loaded = set(_python(f"{code}\nprint(json.dumps(loaded()))"))
+    assert not loaded & {"torch", "diffusers", "onnx", "onnxscript", "efficientnet_lite_pytorch", "scipy"}
+
+
+@pytest.mark.parametrize(
     ("backend", "missing", "runs"),
     [("onnxruntime", (), "onnxruntime"), ("openvino", (), "openvino"), ("auto", ("openvino",), "onnxruntime")],
 )
 def test_painting_on_a_cpu_loads_no_module_of_a_gpu(backend: str, missing: tuple[str, ...], runs: str) -> None:
-    pytest.importorskip(runs)
     loaded = set(
         _python(f"""
 import lsast, numpy

@@ -2,11 +2,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +16,6 @@ from lsast_eval.cli import main
 from lsast_eval.voting.votes import Vote, append_vote
 
 from .conftest import save, scene
-
-HEAVY = ("torch", "efficientnet_lite_pytorch", "torch_fidelity", "lpips", "torchvision", "scipy")
 
 
 def _run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
@@ -124,17 +119,3 @@ def test_eval_options_list_all_faults() -> None:
         EvalOptions(size=8, bootstrap=1, seed=-1)
     for part in ("size: found 8;", "bootstrap: found 1; expected a whole number, 20 or more", "seed: found -1"):
         assert part in str(caught.value)
-
-
-LIGHT = {
-    "import": "import lsast_eval, lsast_eval.voting.page",
-    "--help": "from lsast_eval.cli import main; main.main(['--help'], standalone_mode=False)",
-}
-
-
-@pytest.mark.parametrize("code", LIGHT.values(), ids=LIGHT)
-def test_torch_is_loaded_only_to_score(code: str) -> None:
-    check = f"{code}\nimport sys, json; print(json.dumps(sorted(set(sys.modules) & set({HEAVY!r}))))"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    ran = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True, env=environment)
-    assert json.loads(ran.stdout.splitlines()[-1]) == []

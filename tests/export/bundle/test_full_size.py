@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from fp16_rounding import SumsInFloat, round_every_result, run_unoptimized
+from fp16_rounding import SumsInFloat, round_every_result
+from graph_runs import run_graph
 from lsast_engines.backends.onnxruntime import GPU_SUFFIX
 from lsast_engines.bundle.bundle import Bundle
 from lsast_train.base.lazy_base import open_base
@@ -119,7 +120,8 @@ def test_graphs_for_gpus_are_near_the_exported_ones_as_diffusers_in_fp16_is(
     rounded = bundle.path / "rounded.onnx"
     halves = round_every_result(bundle.path / f"{graph}{GPU_SUFFIX}", rounded)
     assert (halves == 0) == (graph == "vae_encoder")  # which is in float32
-    expected, found = (run_unoptimized(path, feeds, 2) for path in (bundle.graph_path(graph), rounded))
+    paths = (bundle.graph_path(graph), rounded)
+    expected, found = (run_graph(path, feeds, optimize=False, threads=2) for path in paths)
     for (name, values), theirs in zip(expected.items(), in_torch(bundle.path, graph, feeds), strict=True):
         ours, diffusers = (np.abs(other - values).max() / np.abs(values).max() for other in (found[name], theirs))
         assert ours <= min(bound, 1.4 * diffusers), (name, ours, diffusers)

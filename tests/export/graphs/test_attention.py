@@ -11,7 +11,8 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from fp16_rounding import round_every_result, run_unoptimized
+from fp16_rounding import round_every_result
+from graph_runs import random_feeds, run_graph
 from lsast_engines.backends.onnxruntime import GPU_SUFFIX, OnnxRuntimeEngine
 from lsast_engines.bundle.bundle import EMBEDDED, Bundle
 from lsast_engines.bundle.graph_spec import GraphSpec, TensorSpec
@@ -20,34 +21,11 @@ from lsast_export.graphs.gpu_graph import write_gpu_graph
 from lsast_export.graphs.modules import SplitProcessor
 from lsast_export.graphs.trace import trace
 
-Feeds = dict[str, np.ndarray]
-LENGTHS = {"B": 1, "G": 2, "H": 128, "W": 192, "h": 16, "w": 24, "h2": 8, "w2": 12, "h4": 4, "w4": 6, "h8": 2, "w8": 3}
-
 
 @pytest.fixture
 def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU, MultiHeadAttention adds up in another order unless this is set."""
     monkeypatch.setenv("ORT_DISABLE_FLASH_ATTENTION", "1")
-
-
-def feeds_of(spec: GraphSpec) -> Feeds:
-    rng = np.random.default_rng(0)
-    feeds = {}
-    for tensor in spec.inputs:
-        shape = [LENGTHS[axis] if isinstance(axis, str) else axis for axis in tensor.shape]
-        values = rng.integers(0, 1000, shape) if tensor.dtype == "int64" else rng.standard_normal(shape)
-        feeds[tensor.name] = np.asarray(values, tensor.dtype)
-    return feeds
-
-
-def run(path: Path, feeds: Feeds) -> list[np.ndarray]:
-    onnxruntime = pytest.importorskip("onnxruntime")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    outputs: list[np.ndarray] = session.run(None, feeds)
-    return outputs
 
 
 def operators(path: Path) -> list[str]:
@@ -62,9 +40,9 @@ def test_rewritten_graphs_of_mini_give_the_same_bits(graph: str, attentions: int
     path, rewritten = EMBEDDED / f"{graph}.onnx", EMBEDDED / f".test-{graph}-{fused}.onnx"
     try:
         write_gpu_graph(path, rewritten, graph, half=False, fused=fused)
-        feeds = feeds_of(spec)
-        for expected, found in zip(run(path, feeds), run(rewritten, feeds), strict=True):
-            np.testing.assert_array_equal(found, expected)
+        feeds = random_feeds(spec)
+        for name, expected in run_graph(path, feeds).items():
+            np.testing.assert_array_equal(run_graph(rewritten, feeds)[name], expected)
         onnx.checker.check_model(str(rewritten), full_check=True)
         assert operators(rewritten).count("MultiHeadAttention" if fused else "Softmax") == attentions
     finally:
@@ -79,13 +57,13 @@ def test_gpu_graphs_of_mini_are_near_the_exported_ones(graph: str, bound: float)
     bundle = Bundle.open(EMBEDDED, verify_hashes=False)
     spec, path = bundle.manifest.graphs[graph], bundle.graph_path(graph)
     assert f"{graph}{GPU_SUFFIX}" in bundle.manifest.files
-    feeds = feeds_of(spec)
+    feeds = random_feeds(spec)
     expected = OnnxRuntimeEngine(path, spec, "cpu", 1)(feeds)
     found = OnnxRuntimeEngine(path, spec, "cpu", 1, "fp16")(feeds)
     rounded = EMBEDDED / f".test-{graph}-rounded.onnx"
     try:
         assert round_every_result(EMBEDDED / f"{graph}{GPU_SUFFIX}", rounded) > 10
-        as_on_gpu = run_unoptimized(rounded, feeds)
+        as_on_gpu = run_graph(rounded, feeds, optimize=False)
     finally:
         rounded.unlink(missing_ok=True)
     for name, values in expected.items():
@@ -129,7 +107,7 @@ def test_split_heads_are_merged(tmp_path: Path, heads: int, groups: int) -> None
         write_gpu_graph(path, rewritten, "attention", half=False, fused=fused)
         assert operators(rewritten).count(operator) == 1
         assert "Split" not in operators(rewritten)
-        (found,) = run(rewritten, {"x": x.numpy()})
-        np.testing.assert_allclose(found, run(path, {"x": x.numpy()})[0], rtol=1e-5, atol=1e-6)
+        found = run_graph(rewritten, {"x": x.numpy()})["y"]
+        np.testing.assert_allclose(found, run_graph(path, {"x": x.numpy()})["y"], rtol=1e-5, atol=1e-6)
         with torch.no_grad():
             np.testing.assert_allclose(found, module(x).numpy(), rtol=1e-4, atol=1e-5)

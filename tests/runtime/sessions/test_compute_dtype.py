@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import lsast
-from lsast import BackendError, Stylizer, UsageError
+from lsast import BackendError, Stylizer
 from lsast.cli.main import main
 from lsast.sessions.engine_pool import EngineFactory
 from lsast_engines.backends.base import Engine
@@ -93,13 +93,6 @@ def test_stylize_reads_only_the_stages_of_the_schedule(bundle_path: Path, photo:
         assert stylizer._pool.styles.get("vangogh").read_stages == [0, 1, 2]
         stylizer.stylize(photo, steps=10, strength=0.7, solver="ddim")
         assert stylizer._pool.styles.get("vangogh").read_stages == [0, 1, 2, 3, 4, 5, 6]
-
-
-def test_load_with_a_compute_dtype_that_is_not_there_raises(bundle_path: Path) -> None:
-    with pytest.raises(UsageError, match="found compute_dtype 'int3'; expected one of fp32, bf16, fp16"):
-        lsast.load(bundle_path, compute_dtype="int3")  # type: ignore[arg-type]
-    with pytest.raises(BackendError, match="onnxruntime computes in fp32 on cpu"):
-        lsast.load(bundle_path, backend="onnxruntime", compute_dtype="bf16")
 
 
 def test_lsast_run_passes_the_compute_dtype_on(bundle_path: Path, photo: np.ndarray, tmp_path: Path) -> None:
