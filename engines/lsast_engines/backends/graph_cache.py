@@ -118,18 +118,25 @@ def cache_path(backend: str, path: Path, compute_dtype: str, environment: str) -
     The graph and its weights are identified by the SHA-256 that the manifest declares, and by size and time of change;
     a file that the manifest does not declare is read.
     """
-    weights = [file for file in sorted(path.parent.iterdir()) if file.suffix in _WEIGHT_SUFFIXES]
-    size = sum(file.stat().st_size for file in weights)
-    if not (path.parent / MANIFEST).is_file() or size >= MAX_WEIGHT_BYTES:
+    if not (path.parent / MANIFEST).is_file() or weight_bytes(path.parent) >= MAX_WEIGHT_BYTES:
         return None
     declared = declared_hashes(path.parent)
     files = [
         (file.name, declared.get(file.name) or file_sha256(file), stat.st_size, stat.st_mtime_ns)
-        for file in (path, *weights)
+        for file in (path, *_weight_files(path.parent))
         for stat in [file.stat()]
     ]
     folder = cache_home() / "compiled" / backend / _short_hash(str(path.resolve()))
     return folder / f"{path.stem}-{compute_dtype}-{_short_hash(f'{_FORMAT} {environment} {files}')}"
+
+
+def weight_bytes(bundle: Path) -> int:
+    """Bytes of the weights in a bundle's folder."""
+    return sum(file.stat().st_size for file in _weight_files(bundle))
+
+
+def _weight_files(bundle: Path) -> list[Path]:
+    return [file for file in sorted(bundle.iterdir()) if file.suffix in _WEIGHT_SUFFIXES]
 
 
 def evict_stale(entry: Path) -> None:

@@ -23,7 +23,7 @@ from ..bundle.safetensors_header import read_slots
 from ..environment import processor
 from ..errors import BackendError, install_command
 from .base import Array, ComputeDtype, Engine, Shape, axis_lengths, check_interface
-from .graph_cache import open_cached
+from .graph_cache import MAX_WEIGHT_BYTES, open_cached, weight_bytes
 from .imports import import_library
 
 MAX_FOLDED_BYTES = 1_000_000_000
@@ -135,6 +135,8 @@ class OnnxRuntimeEngine(Engine):
                 )
         self._kept: OrderedDict[tuple[Shape, ...], _BoundSession] = OrderedDict()
         self._session: Any = None
+        # Of a small bundle the arena is small, and filling it anew would slow down every picture.
+        self._shrinks = _has_arena(spec) and weight_bytes(path.parent) >= MAX_WEIGHT_BYTES
         if device == "cpu":
             self._session = self._open({})
         elif fault := cuda_fault():
@@ -148,8 +150,10 @@ class OnnxRuntimeEngine(Engine):
         return self._bound_session({name: value.shape for name, value in values.items()})(self._bound, feeds)
 
     def _release_memory(self) -> None:
-        """ONNX Runtime can shrink an arena only during a run; graphs that run once a picture have no arena."""
         if self.device == "cpu":
+            if self._shrinks:
+                for bound in self._kept.values():
+                    bound.shrink_arena()
             self._kept.clear()
 
     def _close(self) -> None:
@@ -195,7 +199,7 @@ class _BoundSession:
             shape = [axis if isinstance(axis, int) else lengths[axis] for axis in tensor.shape]
             return library.OrtValue.ortvalue_from_shape_and_type(shape, np.dtype(tensor.dtype).type, device, 0)
 
-        self._session, self._binding = session, session.io_binding()
+        self._library, self._session, self._binding = library, session, session.io_binding()
         self._inputs = {tensor.name: allocate(tensor) for tensor in spec.inputs}
         self._outputs = {tensor.name: allocate(tensor) for tensor in spec.outputs}
         self._held: dict[str, Array] = {}
@@ -212,6 +216,18 @@ class _BoundSession:
         self._held = dict(bound)
         self._session.run_with_iobinding(self._binding)
         return {name: value.numpy() for name, value in self._outputs.items()}
+
+    def shrink_arena(self) -> None:
+        """Give what the CPU arena keeps for the next run back to the system.
+
+        ONNX Runtime shrinks an arena only at the end of a run; this one is terminated before its first node.
+        """
+        options = self._library.RunOptions()
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        options.terminate = True
+        options.log_severity_level = 4  # fatal: that it was terminated is no news
+        with contextlib.suppress(RuntimeError):
+            self._session.run_with_iobinding(self._binding, options)
 
 
 def _open_session(
@@ -268,11 +284,15 @@ def _session_options(library: Any, spec: GraphSpec, threads: int | None) -> Any:
     options.enable_mem_pattern = False
     # Otherwise a session's threads spin on after its run and slow down the session that runs next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # An arena keeps its memory for the next run: good for graphs that run every step, a waste for the others.
-    options.enable_cpu_mem_arena = spec.name in (DENOISER, *UNET_SPLIT_GRAPHS)
+    options.enable_cpu_mem_arena = _has_arena(spec)
     if threads is not None:
         options.intra_op_num_threads = threads
     return options
+
+
+def _has_arena(spec: GraphSpec) -> bool:
+    """An arena keeps its memory for the next run: good for graphs that run every step, a waste for the others."""
+    return spec.name in (DENOISER, *UNET_SPLIT_GRAPHS)
 
 
 def _bf16_bytes(folder: Path) -> int:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import mmap
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 
 from lsast_engines.backends.base import Engine
 from lsast_engines.backends.registry import open_engine
-from lsast_engines.bundle.graph_spec import GraphSpec, TensorSpec
+from lsast_engines.bundle.graph_spec import DENOISER, GraphSpec, TensorSpec
 from lsast_engines.errors import BackendError
 
 BACKENDS = ("openvino", "onnxruntime")
@@ -85,6 +88,31 @@ def test_release_memory_changes_no_output(engine: Engine, toy: Any) -> None:
     engine.close()
     with pytest.raises(BackendError, match="is closed"):
         engine.release_memory()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
+@pytest.mark.parametrize(("limit", "kept"), [(0, False), (1 << 40, True)])
+def test_release_memory_of_a_large_bundle_gives_the_arena_back(
+    toy: Any, limit: int, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnxruntime = pytest.importorskip("lsast_engines.backends.onnxruntime")
+    monkeypatch.setattr(onnxruntime, "MAX_WEIGHT_BYTES", limit)
+    spec = dataclasses.replace(toy.spec, name=DENOISER)  # only what runs at every step has an arena
+    small, large = toy.feeds(), toy.feeds(1, 4 << 20)
+    with contextlib.closing(open_engine(toy.path, spec, "onnxruntime", threads=1)) as engine:
+        engine(small)
+        before = resident()
+        expected = {name: value.copy() for name, value in engine(large).items()}
+        engine.release_memory()
+        arena = 16 * (4 << 20)  # W x in float32
+        assert (resident() - before - sum(value.nbytes for value in expected.values()) > arena / 2) is kept
+        for name, value in engine(large).items():
+            np.testing.assert_array_equal(value, expected[name])
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 def test_engine_call_with_wrong_inputs_lists_all_faults(engine: Engine, toy: Any) -> None:
