@@ -48,7 +48,7 @@ def test_decoder_nears_the_works_and_nothing_else_of_the_base_changes(
     changed = {key for key, value in weights(base).items() if not torch.equal(value, before[key])}
     assert changed == {key for key in before if key.startswith("autoencoder.decoder.")}
     assert not any(weight.requires_grad for weight in base.autoencoder.parameters())
-    history = json.loads((tmp_path / "decoder.log.json").read_text())["history"]
+    history = json.loads((tmp_path / "decoder.curve.json").read_text())["history"]
     assert [row["step"] for row in history] == [0, 15, 30]
     first, last = (
         np.mean([row["held_out"][name]["style"] + row["held_out"][name]["content"] for name in styles])
@@ -76,9 +76,9 @@ def test_resumed_decoder_training_equals_the_uninterrupted_one(
         make("parts")
     make("parts", resume=True).run()
     assert all(torch.equal(value, straight[key]) for key, value in weights(base).items())
-    logs = [(tmp_path / name / "decoder.log.json").read_text() for name in ("straight", "parts")]
+    logs = [(tmp_path / name / "decoder.curve.json").read_text() for name in ("straight", "parts")]
     assert logs[0] == logs[1]
-    with pytest.raises(TrainingError, match="no checkpoint; expected one: start without --resume"):
+    with pytest.raises(TrainingError, match=r"no checkpoint .*; start without --resume"):
         make("parts", resume=True)
 
 
@@ -99,6 +99,8 @@ def test_decoder_training_paints_with_the_defaults_of_the_style(
 def test_decoder_training_refuses_what_it_cannot_train(base: Base, contents: PaintingDataset, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="found no style; expected one or more"):
         DecoderTraining(base, {}, contents, BRIEF, tmp_path)
+    with pytest.raises(UsageError, match="size: found 65; expected a multiple"):
+        DecoderTraining(base, styles, contents, replace(BRIEF, size=65), tmp_path)
     with pytest.raises(UsageError, match="--style monet; expected NAME=DIR"):
         parse_works(("van=a", "monet"))
     with pytest.raises(UsageError, match="each style once"):

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from lsast_engines.bundle.style import decode_defaults
-from lsast_engines.errors import TrainingError, UsageError
+from lsast_engines.errors import UsageError
 
 from ..base.base import Base, autocast
 from ..base.mini_autoencoder import MiniAutoencoder
@@ -39,6 +39,7 @@ from ..prompts.prompt_file import Prompts
 from ..training.device import find_device, fused
 from ..training.loop import TrainingLoop, require_finite, set_learning_rate
 from ..training.rng import RngStream, rng_for
+from ..training.run_files import RunFiles, require_run
 from .finetuning import HELD_OUT, WORKS
 from .options import DecoderOptions, FinetuneOptions
 from .painter import Painter, PaintingOptions, random_pictures, works_crops
@@ -79,13 +80,14 @@ class DecoderTraining:
         styles: by name. Each paints with its own default options, or else with those of `FinetuneOptions`.
         contents: pictures of any kind to paint, loaded with the options' size.
         options: of the run.
-        folder: for ``decoder.log.json``, and ``decoder.checkpoint.safetensors`` while the run is unfinished.
+        folder: for ``decoder.curve.json``, and ``decoder.checkpoint.safetensors`` while the run is unfinished.
         resume: go on from the checkpoint that a stopped run left in `folder`.
         on_step: called with the number of steps done and the loss after each step.
         device: in torch's words; None is a GPU of CUDA if one is there.
 
     Raises:
-        UsageError: no style; a device that is not there; a base whose autoencoder is not mini's.
+        UsageError: no style; a device that is not there; an autoencoder that is not mini's, or a size that
+            the base cannot take.
         StyleError: prompts without the statistics of the artist's latents.
         TrainingError: a checkpoint that is missing, in the way, damaged, or of another run.
     """
@@ -105,15 +107,9 @@ class DecoderTraining:
             raise UsageError(f"found the base {base.config.name!r}; expected one with mini's autoencoder")
         if not styles:
             raise UsageError("found no style; expected one or more")
-        checkpoint = folder / "decoder.checkpoint.safetensors"
-        if checkpoint.exists() != resume:
-            found = "no checkpoint" if resume else f"a checkpoint, {checkpoint}"
-            raise TrainingError(
-                f"found {found}; expected {'one' if resume else 'none'}: "
-                + ("start without --resume" if resume else "go on with --resume, or delete it")
-            )
+        self.files = RunFiles(folder, "decoder")
+        require_run(self.files, options.size, base.config.multiple, resume)
         self.base, self.styles, self.contents, self.options, self.on_step = base, styles, contents, options, on_step
-        self.folder = folder
         base.to(find_device(device))
         self.losses: dict[str, StyleLoss] = {}
         self.paintings: dict[str, dict[str, _Paintings]] = {}
@@ -131,7 +127,7 @@ class DecoderTraining:
         group = {"params": list(self.decoder.parameters()), "relative": 1.0}
         self.optimizer = torch.optim.Adam([group], lr=options.lr, betas=(0.9, 0.98), **fused(base.device))
         self.loop = TrainingLoop(
-            *("decoder", options.steps, checkpoint),
+            *("decoder", options.steps, self.files.checkpoint),
             *({"decoder": self.decoder, "ema": self.ema, "losses": torch.nn.ModuleDict(self.losses)}, self.optimizer),
             identity=self._identity(),
             evaluate_every=options.evaluate_every,
@@ -154,8 +150,8 @@ class DecoderTraining:
         self.decoder.load_state_dict(self.ema.state_dict())
         self.decoder.requires_grad_(False)
         self.base.to(torch.device("cpu"))
-        self.loop.write_log(self.folder / "decoder.log.json", asdict(self.options))
-        self.loop.checkpoint.unlink(missing_ok=True)
+        self.loop.write_log(self.files.curve, asdict(self.options))
+        self.files.checkpoint.unlink(missing_ok=True)
 
     @torch.no_grad()
     def _paint_pictures(self, prompts: Prompts, index: int) -> dict[str, _Paintings]:
