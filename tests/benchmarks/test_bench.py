@@ -15,7 +15,7 @@ from benchmarks.bench import measure as bench_measure
 from benchmarks.bench.__main__ import main
 from benchmarks.bench.configurations import Configuration, Summary, parse_counts, plan
 from benchmarks.bench.measure import add_macs, cold_figures, covered, warm_figures
-from benchmarks.bench.peak_flops import matmul_graph, peak_flops, quantized_matmul_graph, spec
+from benchmarks.bench.peak_flops import matmul_graph, quantized_matmul_graph, spec
 from benchmarks.bench.report import markdown
 from benchmarks.speed.compare import whole
 from lsast_engines.backends.registry import open_engine
@@ -195,7 +195,6 @@ def test_matmul_graphs_compute_the_product(tmp_path: Path) -> None:
         path = tmp_path / f"{name}.onnx"
         path.write_bytes(content)
         for backend in ("onnxruntime", "openvino"):
-            pytest.importorskip(backend)
             engine = open_engine(path, spec(48), backend, threads=1)
             found = engine({"x": left})["y"].copy()
             engine.close()
@@ -209,20 +208,10 @@ def test_matmul_graphs_compute_the_product(tmp_path: Path) -> None:
                 assert 0 < error.mean() < 1.5 * deviation
 
 
-def test_peak_flops_covers_every_arithmetic_of_the_backend() -> None:
-    pytest.importorskip("onnxruntime")
-    found = peak_flops(["onnxruntime"], threads=1, side=16, repeats=1)
-    assert set(found["fp32"]) == {"numpy", "onnxruntime"}
-    assert set(found["int8"]) == {"onnxruntime"}
-    assert set(found) == {"fp32", "int8"}  # ONNX Runtime has no other on the CPU
-    assert all(rate > 0 for by in found.values() for rate in by.values())
-
-
 def test_bench_report_holds_warm_cold_and_limits(folder: Path, small_products: None) -> None:
-    pytest.importorskip("openvino")
     result = _run(
         *("--backend", "onnxruntime", "--option", "guidance=1,2", "--option", "steps=4", "--option", "strength=0.5"),
-        *("--sizes", "64,128", "--repeats", "2", "--cold", "--threads", "1", "--json", "-"),
+        *("--sizes", "64", "--repeats", "2", "--cold", "--threads", "1", "--json", "-"),
     )
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
@@ -231,10 +220,11 @@ def test_bench_report_holds_warm_cold_and_limits(folder: Path, small_products: N
     assert report["machine"]["versions"]["numpy"] == np.__version__
     assert {"fp32", "int8"} <= set(report["peak_flops"])
     assert {"numpy", "onnxruntime", "openvino"} <= set(report["peak_flops"]["fp32"])
+    assert all(rate > 0 for by in report["peak_flops"].values() for rate in by.values())
     assert (report["threads"], report["repeats"], report["notes"]) == (1, 2, [])
     assert Path(report["bundle"]).name == "mini"
     rows = report["rows"]
-    assert [(row["options"]["guidance"], row["size"]) for row in rows] == [(1, 64), (1, 128), (2, 64), (2, 128)]
+    assert [(row["options"]["guidance"], row["size"]) for row in rows] == [(1, 64), (2, 64)]
     for row in rows:
         warm, cold = row["warm"], row["cold"]
         assert warm["painted"] == [row["size"], row["size"]]

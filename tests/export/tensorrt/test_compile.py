@@ -245,14 +245,16 @@ def test_compile_bundle_in_fp16_leaves_the_encoder_in_fp32(
 
 
 @needs_rtx
-@pytest.mark.parametrize("compute_dtype", ["fp16", "fp32"])
-def test_embedded_bundle_compiles_for_every_target(tmp_path: Path, compute_dtype: ComputeDtype) -> None:
+@pytest.mark.parametrize(("compute_dtype", "targets"), [("fp16", TARGETS), ("fp32", TARGETS[:1])])
+def test_embedded_bundle_compiles_for_every_target(
+    tmp_path: Path, compute_dtype: ComputeDtype, targets: tuple[str, ...]
+) -> None:
     """At the sizes that are the default."""
-    options = CompileOptions("tensorrt-rtx", TARGETS, compute_dtype=compute_dtype)
+    options = CompileOptions("tensorrt-rtx", targets, compute_dtype=compute_dtype)
     records = compile_bundle(EMBEDDED, options, tmp_path)
     specs = Bundle.open(EMBEDDED).manifest.graphs
     assert records.keys() == set(REQUIRED_GRAPHS) <= specs.keys()
     for name, record in records.items():
         assert verified_record(tmp_path / f"{name}.engine") == record
-        assert (record.key.targets, record.key.compute_dtype) == (TARGETS, compute_dtype)
+        assert (record.key.targets, record.key.compute_dtype) == (targets, compute_dtype)
         assert record.key.profile == ShapeRanges().profile(specs[name])

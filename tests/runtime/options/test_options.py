@@ -38,84 +38,53 @@ GOOD: dict[str, Any] = {
     "preset": None,
 }
 
-LIMITS = [
-    {"steps": 1},
-    {"steps": 1000},
-    {"strength": 1},
-    {"strength": 1e-6},
-    {"guidance": 0},
-    {"guidance": 100.0},
-    {"control_scale": 0},
-    {"control_scale": 2},
-    {"size": 0},
-    {"size": 64},
-    {"size": 8192},
-    {"seed": 2**80},
-    {"solver": "unipc"},
-    {"solver": "dpmpp2m"},
-    {"solver": "ddim_lsast"},
-    {"alpha": "composite"},
-    {"fit": "stretch"},
-    {"palette": 1},
-    {"keep_colour": True},
-    {"feather": 0},
-    {"feather": 4096},
-    {"style": "vangogh:0.6@up+monet@0-4"},
-    {"tile": 0},
-    {"tile": 64},
-    {"tile": 8192},
-    {"cache_interval": 1000},
-    {"decoder": "small"},
-]
+LIMITS: dict[str, list[Any]] = {
+    "steps": [1, 1000],
+    "strength": [1, 1e-6],
+    "guidance": [0, 100.0],
+    "control_scale": [0, 2],
+    "size": [0, 64, 8192],
+    "seed": [2**80],
+    "solver": ["unipc", "dpmpp2m", "ddim_lsast"],
+    "alpha": ["composite"],
+    "fit": ["stretch"],
+    "palette": [1],
+    "keep_colour": [True],
+    "feather": [0, 4096],
+    "style": ["vangogh:0.6@up+monet@0-4"],
+    "tile": [0, 64, 8192],
+    "cache_interval": [1000],
+    "decoder": ["small"],
+}
 
-FAULTS = [
-    ("style", ""),
-    ("style", None),
-    ("steps", 0),
-    ("steps", 1001),
-    ("steps", 10.0),
-    ("steps", True),
-    ("strength", 0),
-    ("strength", 1.01),
-    ("strength", float("nan")),
-    ("strength", "0.7"),
-    ("guidance", -0.1),
-    ("guidance", float("inf")),
-    ("guidance", "2"),
-    ("control_scale", -1),
-    ("control_scale", 2.5),
-    ("size", 63),
-    ("size", -64),
-    ("size", 9000),
-    ("size", False),
-    ("solver", "euler"),
-    ("solver", ["ddim"]),
-    ("seed", -1),
-    ("seed", 0.5),
-    ("seed", float("inf")),
-    ("alpha", "drop"),
-    ("fit", "crop"),
-    ("palette", 1.1),
-    ("keep_colour", 1),
-    ("feather", -1),
-    ("feather", 4097),
-    ("tile", 63),
-    ("tile", -1),
-    ("tile", 0.5),
-    ("cache_interval", 1.5),
-    ("cache_interval", 0),
-    ("cache_interval", "2"),
-    ("decoder", "tiny"),
-    ("decoder", True),
-    ("preset", "sdxl"),
-    ("preset", ""),
-]
+FAULTS: dict[str, list[Any]] = {
+    "style": ["", None],
+    "steps": [0, 1001, 10.0, True],
+    "strength": [0, 1.01, float("nan"), "0.7"],
+    "guidance": [-0.1, float("inf"), "2"],
+    "control_scale": [-1, 2.5],
+    "size": [63, -64, 9000, False],
+    "solver": ["euler", ["ddim"]],
+    "seed": [-1, 0.5, float("inf")],
+    "alpha": ["drop"],
+    "fit": ["crop"],
+    "palette": [1.1],
+    "keep_colour": [1],
+    "feather": [-1, 4097],
+    "tile": [63, -1, 0.5],
+    "cache_interval": [1.5, 0, "2"],
+    "decoder": ["tiny", True],
+    "preset": ["sdxl", ""],
+}
 
 
-@pytest.mark.parametrize("change", LIMITS, ids=str)
-def test_options_at_their_limits_are_valid(change: dict[str, Any]) -> None:
-    options = Options(**{**GOOD, **change})
-    assert dataclasses.asdict(options) == {**GOOD, **change}
+def _each(table: dict[str, list[Any]]) -> list[tuple[str, Any]]:
+    return [(name, value) for name, values in table.items() for value in values]
+
+
+@pytest.mark.parametrize(("name", "value"), _each(LIMITS))
+def test_options_at_their_limits_are_valid(name: str, value: object) -> None:
+    assert dataclasses.asdict(Options(**{**GOOD, name: value})) == {**GOOD, name: value}
 
 
 @pytest.mark.parametrize(
@@ -158,7 +127,7 @@ def test_options_refuse_invalid_scalars_of_numpy(name: str, value: object) -> No
         Options(**{**GOOD, name: value})
 
 
-@pytest.mark.parametrize(("name", "value"), FAULTS)
+@pytest.mark.parametrize(("name", "value"), _each(FAULTS))
 def test_options_with_an_invalid_value_name_it(name: str, value: object) -> None:
     with pytest.raises(UsageError) as caught:
         Options(**{**GOOD, name: value})
@@ -167,7 +136,7 @@ def test_options_with_an_invalid_value_name_it(name: str, value: object) -> None
 
 
 def test_options_with_many_invalid_values_name_them_all() -> None:
-    wrong = dict(FAULTS)
+    wrong = {name: values[-1] for name, values in FAULTS.items()}
     assert wrong.keys() == GOOD.keys()
     with pytest.raises(UsageError) as caught:
         Options(**wrong)
@@ -179,11 +148,6 @@ def test_resolve_takes_what_is_not_given_from_the_bundle() -> None:
     defaults = {name: value for name, value in GOOD.items() if name not in own}
     options = Options.resolve({"style": "vangogh", "strength": None, "guidance": 0.0, "seed": None}, defaults)
     assert dataclasses.asdict(options) == {**GOOD, "style": "vangogh", "guidance": 0.0}
-
-
-def test_options_are_frozen() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Options(**GOOD).seed = 1  # type: ignore[misc]
 
 
 def test_options_with_fit_stretch_and_size_0_are_invalid() -> None:

@@ -115,10 +115,6 @@ def test_stylize_in_a_forked_process_gives_the_same_while_its_parent_paints(bund
     assert (done.returncode, done.stdout) == (0, "equal\n"), done.stderr
 
 
-def _painted_elsewhere(stylizer: Stylizer, photo: np.ndarray) -> tuple[lsast.Result, int]:
-    return stylizer.stylize(photo, style="monet", seed=5), os.getpid()
-
-
 def test_stylizer_in_a_spawned_process_opens_the_bundle_again(
     bundle_path: Path, photo: np.ndarray, tmp_path: Path
 ) -> None:
