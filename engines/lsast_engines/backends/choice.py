@@ -40,8 +40,8 @@ class Row:
 
 ROWS = (
     Row("openvino", "bf16", "amx_bf16", "3 to 7 times as fast at Stable Diffusion 1.5's size, 1.3 times with mini"),
-    Row("openvino", "bf16", "avx512_bf16", "1.9 times as fast at Stable Diffusion 1.5's size, 1.6 times with mini"),
-    Row("onnxruntime", "fp32", "", "with mini as fast as OpenVINO in fp32, and opened sooner"),
+    Row("openvino", "bf16", "avx512_bf16", "1.9 times as fast at Stable Diffusion 1.5's size, 1.5 to 1.7 with mini"),
+    Row("onnxruntime", "fp32", "", "with mini 1.1 to 1.2 times as fast as OpenVINO in fp32, and opened sooner"),
     Row("openvino", "fp32", "", "where ONNX Runtime is not installed"),
 )
 """From the fastest to the slowest. AVX-512 alone emulates bf16, more slowly than fp32; Arm was not measured."""
