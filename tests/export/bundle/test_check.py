@@ -17,7 +17,7 @@ from lsast_engines.bundle.style import Style
 from lsast_engines.errors import BundleError
 from lsast_export.bundle.check import check_bundle
 from lsast_export.cli.main import main
-from lsast_export.parity.parity import ParityPlan, large_plan
+from lsast_export.parity.parity import large_plan
 from lsast_train.base.base import Base
 
 
@@ -130,15 +130,6 @@ def test_check_bundle_names_a_graph_that_onnx_refuses(copy: Path) -> None:
     rehash(copy)
     with pytest.raises(BundleError, match=r"controlnet_cond\.onnx: .*Convolution"):
         check_bundle(copy)
-
-
-def test_parity_plan_covers_batches_guidance_and_shapes() -> None:
-    cases = ParityPlan().cases
-    assert {(case.batch, case.rows) for case in cases} == {(1, 1), (1, 2), (2, 1), (2, 2)}
-    for length in (1, 2):
-        assert {case.width for case in cases if case.batch == length} == {2, 3}
-        assert {case.width for case in cases if case.rows == length} == {2, 3}
-    assert sum(case.loop for case in cases) == 2
 
 
 def test_large_plan_loops_at_the_native_size(base: Base) -> None:
