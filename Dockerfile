@@ -36,6 +36,6 @@ USER lsast
 WORKDIR /data
 EXPOSE 8000
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s \
-    CMD ["python", "-c", "import os, urllib.request as r; r.urlopen(f'http://127.0.0.1:{os.environ[\"LSAST_SERVE_PORT\"]}/healthz', timeout=4)"]
+    CMD ["python", "-c", "import os, urllib.request as r; r.urlopen(f'http://127.0.0.1:{os.environ[\"LSAST_SERVE_PORT\"]}/readyz', timeout=4)"]
 # exec form: SIGTERM reaches the server, which finishes what it has accepted.
 CMD ["lsast-serve"]

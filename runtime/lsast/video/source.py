@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -117,7 +118,7 @@ class _Video:
     def frames(self) -> Iterator[Frame]:
         """See `Source`."""
         reformatter = pyav().video.reformatter.VideoReformatter()  # keeps its tables for the next frame
-        size, last, usual = None, None, max(1, round(1 / self.rate / self.time_base))
+        size, last, duration, usual = None, None, 0, max(1, round(1 / self.rate / self.time_base))
         for number, frame in enumerate(_deinterlaced(self._decoded(), self._stream)):
             start = self._ticks(frame)
             if last is not None and (start is None or start <= last):  # missing, repeated, or back in time
@@ -137,6 +138,13 @@ class _Video:
             yield Frame(functools.partial(_rgb, frame, reformatter), start, duration)
         if self._damaged:
             _log.warning("%s: %d parts could not be decoded and are left out", shown(self._path), self._damaged)
+        # FFmpeg does not tell of a file that is cut off. The sound may be longer than the pictures.
+        seconds = float((self._stream.duration or 0) * self.time_base) or _seconds(
+            self._stream.metadata.get("DURATION")
+        )
+        end = float(((last or 0) + max(duration, usual)) * self.time_base)
+        if seconds - end > 3 / self.rate:
+            _log.warning("%s: its pictures end at %.2f s of %.2f s; is it cut off?", shown(self._path), end, seconds)
 
     def _ticks(self, frame: VideoFrame) -> int | None:
         if frame.pts is None:
@@ -162,6 +170,12 @@ class _Video:
             yield from decoded
             if packet is None:
                 return
+
+
+def _seconds(text: str | None) -> float:
+    """Seconds of a time such as 00:01:02.5, as Matroska's tags have it; 0 of any other text."""
+    found = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d*)?)", text or "")
+    return 3600 * int(found[1]) + 60 * int(found[2]) + float(found[3]) if found else 0.0
 
 
 class _Animation:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import re
 import shutil
 from fractions import Fraction
 from pathlib import Path
@@ -341,3 +342,15 @@ def test_check_video_of_a_still_png_as_an_animation_is_refused(photo: np.ndarray
     write_clip(tmp_path / "clip.mp4", photo, 2, None)
     with pytest.raises(UsageError, match=r"expected a name that ends in \.apng, \.gif, \.m4v"):
         check_video(tmp_path / "clip.mp4", tmp_path / "out.png")
+
+
+def test_paint_video_of_a_file_that_is_cut_off_tells_where(
+    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, cut = tmp_path / "whole.mkv", tmp_path / "cut.mkv"
+    write_clip(whole, photo, 9, "mp3", codec="ffv1", pixels="bgr0")
+    paint_video(whole, tmp_path / "out.mp4", stylizer, QUICK)
+    assert "cut off" not in caplog.text
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 3])
+    assert paint_video(cut, tmp_path / "out.mp4", stylizer, QUICK)["frames"] < 6
+    assert re.search(r"its pictures end at 0\.\d\d s of 0\.3\d s; is it cut off\?", caplog.text)
