@@ -34,7 +34,7 @@ _log = logging.getLogger("lsast.export")
 def add_parts(path: Path, backend: str = "onnxruntime", progress: Progress = no_progress) -> Bundle:
     """Write the graphs of the denoiser's parts into the bundle at `path`, proven against torch.
 
-    They are written under other names, compared, and renamed; the manifest follows last (`commit_graphs`). Parts that
+    They are written under other names, compared, and renamed; the manifest follows last (`_commit_graphs`). Parts that
     the bundle has are replaced.
 
     Raises:
@@ -51,7 +51,7 @@ def add_parts(path: Path, backend: str = "onnxruntime", progress: Progress = no_
     specs = {name: graph.spec for name, graph in traced.items()}
     plan = plan_for(base)
     with (
-        write_guard(path),
+        _write_guard(path),
         _scratch_names(path) as fresh,
         scratch_folder(path) as cache,
     ):
@@ -66,7 +66,7 @@ def add_parts(path: Path, backend: str = "onnxruntime", progress: Progress = no_
             for name, file in fresh.items():
                 write_gpu_graph(file, for_gpus[name], name)
             files |= {f"{name}{GPU_SUFFIX}": file for name, file in for_gpus.items()}
-            return commit_graphs(path, manifest, files, specs, figures)
+            return _commit_graphs(path, manifest, files, specs, figures)
 
 
 def add_small_decoder(
@@ -88,7 +88,7 @@ def add_small_decoder(
     manifest = Bundle.open(path).manifest
     progress(f"tracing {VAE_DECODER_TINY}")
     traced = trace_small_decoder(small, manifest)
-    with write_guard(path), scratch_folder(path) as scratch:
+    with _write_guard(path), scratch_folder(path) as scratch:
         weights, graph = scratch / SMALL_WEIGHTS, scratch / f"{VAE_DECODER_TINY}.onnx"
         save_small_decoder(small, weights)
         save_graph(traced, weights, graph)
@@ -97,24 +97,19 @@ def add_small_decoder(
         progress("writing the bundle")
         write_gpu_graph(graph, for_gpus := graph.with_suffix(GPU_SUFFIX), VAE_DECODER_TINY)
         files = {SMALL_WEIGHTS: weights, graph.name: graph, for_gpus.name: for_gpus}
-        return commit_graphs(path, manifest, files, {VAE_DECODER_TINY: traced.spec}, figures)
+        return _commit_graphs(path, manifest, files, {VAE_DECODER_TINY: traced.spec}, figures)
 
 
-def commit_graphs(
+def _commit_graphs(
     path: Path,
     manifest: Manifest,
     files: Mapping[str, Path],
     specs: Mapping[str, GraphSpec],
     figures: Mapping[str, float],
 ) -> Bundle:
-    """Move files into the bundle at `path`, and then declare them in its manifest.
+    """Move `files`, by their names in the bundle at `path`, into it, and then declare them in its manifest.
 
     Whenever this is interrupted, the folder holds a sound bundle, with all of the graphs or with none.
-
-    Args:
-        manifest: its manifest; graphs of the same names are replaced.
-        files: the files to move, by their names in the bundle; on the same disk.
-        figures: their parity with torch, by name.
     """
     entries = {name: FileEntry(file_sha256(file), file.stat().st_size) for name, file in files.items()}
     without = dataclasses.replace(
@@ -138,12 +133,8 @@ def commit_graphs(
 
 
 @contextlib.contextmanager
-def write_guard(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into one that says how to mend it.
-
-    Raises:
-        BundleError: the bundle at `path` cannot be written to.
-    """
+def _write_guard(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into one that says how to mend it."""
     try:
         yield
     except OSError as error:

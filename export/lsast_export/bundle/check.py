@@ -97,16 +97,12 @@ def check_bundle(
         return report
     progress(f"painting with {auto.backend} in {auto.compute_dtype}")
     return replace(
-        report, auto=auto, auto_psnr=measure_psnr(bundle, auto.backend, auto.compute_dtype, report.styles[0])
+        report, auto=auto, auto_psnr=_measure_psnr(bundle, auto.backend, auto.compute_dtype, report.styles[0])
     )
 
 
-def measure_psnr(bundle: Bundle, backend: str, compute_dtype: ComputeDtype, style: str) -> float:
-    """PSNR in dB of a generated picture, repainted with the bundle's defaults, to the same on any backend in float32.
-
-    Raises:
-        MissingExtraError, BackendError: see `open_engine`.
-    """
+def _measure_psnr(bundle: Bundle, backend: str, compute_dtype: ComputeDtype, style: str) -> float:
+    """PSNR in dB of a generated picture with the bundle's defaults to the same on any backend in float32."""
     size, multiple = bundle.manifest.defaults["size"], bundle.manifest.multiple
     contents, _ = load_calibration_images(None, 1, max(1, round(size / multiple)) * multiple)
 

@@ -8,6 +8,7 @@ portably.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import re
@@ -102,13 +103,15 @@ def compile_graph(
         targets=targets,
         gpu=gpu,
     )
-    found = _existing(engine)
+    found: EngineRecord | None = None
+    with contextlib.suppress(BackendError):
+        found = verified_record(engine)
     if found is not None and not key.differences(found.key):
         progress(f"compiling {spec.name}")
         progress(f"compiling {spec.name}", "up to date")
         return found
     if "BFLOAT16" in dtypes_in(path):
-        require_bf16(targets, path.name)
+        _require_bf16(targets, path.name)
     progress(f"compiling {spec.name}")
     if found is not None:
         progress(f"compiling {spec.name}", f"took {found.seconds:.0f} s last time")
@@ -120,15 +123,13 @@ def compile_graph(
     seconds = time.perf_counter() - began
     with replace_file(engine, own=True) as handle:
         handle.write(serialized)
-    digest, size = hashlib.sha256(serialized).hexdigest(), memoryview(serialized).nbytes
-    version = package_version("lsast")
     record = EngineRecord(
         key=key,
-        sha256=digest,
-        bytes=size,
+        sha256=hashlib.sha256(serialized).hexdigest(),
+        bytes=memoryview(serialized).nbytes,
         seconds=round(seconds, 3),
         activation_bytes=build.activation_bytes,
-        lsast_version=version,
+        lsast_version=package_version("lsast"),
     )
     record.save(engine)
     return record
@@ -152,7 +153,12 @@ def compile_bundle(
     """
     path = bundle / "manifest.json"
     manifest = Manifest.from_json(path.read_text(encoding="utf-8"), str(path))
-    require_float(manifest, bundle)
+    if manifest.storage_dtype in QUANTISED:  # its Q/DQ pairs are placed for CPUs
+        made_from = manifest.source.get("quantized_from", "see its manifest")
+        raise UsageError(
+            f"found {bundle} in {manifest.storage_dtype}, quantized for CPUs; expected the bundle that it was made "
+            f"from, {made_from}: GPUs compute in fp16"
+        )
     if unknown := sorted(set(graphs) - manifest.graphs.keys()):
         raise UsageError(f"found graphs {', '.join(unknown)}; expected of {', '.join(manifest.graphs)}")
     chosen = set(graphs) or set(REQUIRED_GRAPHS)
@@ -162,20 +168,6 @@ def compile_bundle(
         for name, spec in manifest.graphs.items()
         if name in chosen
     }
-
-
-def require_float(manifest: Manifest, bundle: Path) -> None:
-    """Refuse a bundle of `lsast-export quantize`: its Q/DQ pairs are placed for CPUs.
-
-    Raises:
-        UsageError: it is quantized.
-    """
-    if manifest.storage_dtype in QUANTISED:
-        made_from = manifest.source.get("quantized_from", "see its manifest")
-        raise UsageError(
-            f"found {bundle} in {manifest.storage_dtype}, quantized for CPUs; expected the bundle that it was made "
-            f"from, {made_from}: GPUs compute in fp16"
-        )
 
 
 class _Build:
@@ -308,16 +300,8 @@ def _capability(trt: Any, target: str) -> Any:
     return trt.ComputeCapability.__members__[f"SM{target.replace('.', '')}"]
 
 
-def require_bf16(targets: tuple[str, ...], holder: str) -> None:
-    """Refuse targets whose GPUs lack bf16, before minutes are spent.
-
-    Args:
-        targets: compute capabilities, or `PORTABLE`.
-        holder: name of the file that has bf16 weights, for the message.
-
-    Raises:
-        ExportError: naming all of them.
-    """
+def _require_bf16(targets: tuple[str, ...], holder: str) -> None:
+    """Refuse targets whose GPUs lack bf16, which the file `holder` has, before minutes are spent."""
     if lacking := [target for target in targets if target != PORTABLE and float(target) < BF16_CAPABILITY]:
         raise ExportError(
             f"found bf16 weights in {holder} for the compute capabilities {', '.join(lacking)}; expected at least "
@@ -352,10 +336,3 @@ def _timing_cache(engine: Path, key: EngineKey) -> Path | None:
         return None
     name = hashlib.sha256(f"{key.library_version} {key.gpu} {key.targets}".encode()).hexdigest()[:12]
     return engine.with_name(f"timing-{name}.cache")
-
-
-def _existing(engine: Path) -> EngineRecord | None:
-    try:
-        return verified_record(engine)
-    except BackendError:
-        return None
