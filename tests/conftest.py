@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from xdist.scheduler import LoadFileScheduling
 
 import compvis_names
 
@@ -27,16 +28,27 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked ``needs`` where its modules are missing.
+TRACED = tuple(f"tests/export/{folder}/" for folder in ("backends", "bundle", "cli", "graphs", "quantize"))
 
-    A file stays in one process, and so does all that takes the traced graphs, so that fixtures are made once.
-    """
+
+class _OneTrace(LoadFileScheduling):
+    """A file stays in one process, and so do the tests that share the exporter's traced graphs, which take long."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return "traced" if file.startswith(TRACED) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
+    return _OneTrace(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked ``needs`` where its modules are missing."""
+    if os.environ.get(NO_SKIPS):
+        return
     for item in items:
-        group = "traced" if "traced" in getattr(item, "fixturenames", ()) else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
-        for marker in item.iter_markers("needs") if not os.environ.get(NO_SKIPS) else ():
+        for marker in item.iter_markers("needs"):
             if missing := [name for name in marker.args if importlib.util.find_spec(name) is None]:
                 item.add_marker(pytest.mark.skip(reason=f"not installed: {', '.join(missing)} (.ci/run has them)"))
 
