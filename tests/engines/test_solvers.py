@@ -6,36 +6,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import DDIMScheduler
 from safetensors.numpy import load_file
 
+import schedulers
 from golden_sets import GoldenFiles, both_sets
 from lsast_engines.diffusion import SOLVERS, NoiseSchedule, TimestepSchedule, guide, make_solver
 
-SD = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "timestep_spacing": "leading",
-    "steps_offset": 1,
-}
 SHAPE = (2, 4, 5, 3)
-DIFFUSERS = ("ddim", "dpmpp2m", "unipc")
-"""The solvers that diffusers has, on the same grid."""
-
-
-def diffusers_scheduler(name: str) -> Any:
-    if name == "ddim":
-        return DDIMScheduler(**SD, clip_sample=False, set_alpha_to_one=False)
-    if name == "dpmpp2m":
-        kind = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "lower_order_final": True}
-        return DPMSolverMultistepScheduler(**SD, **kind, solver_order=2)
-    return UniPCMultistepScheduler(**SD, solver_order=2, solver_type="bh2")
 
 
 def started(name: str, steps: int, run: int) -> Any:
     """A diffusers scheduler about to take the last `run` of `steps` steps."""
-    scheduler = diffusers_scheduler(name)
+    scheduler = schedulers.scheduler(name)
     scheduler.set_timesteps(steps)
     if name != "ddim":
         scheduler.set_begin_index(steps - run)
@@ -51,7 +34,7 @@ def sharpen(scheduler: Any) -> None:
         scheduler.sigmas = torch.cat([((1 - abars) / abars)[scheduler.timesteps] ** 0.5, torch.zeros(1)])
 
 
-@pytest.mark.parametrize("name", DIFFUSERS)
+@pytest.mark.parametrize("name", schedulers.SOLVERS)
 @pytest.mark.parametrize(("steps", "strength"), [(1, 1.0), (4, 0.3), (6, 0.5), (12, 0.7), (30, 0.7), (50, 1.0)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_solver_steps_match_diffusers(name: str, steps: int, strength: float, dtype: type[np.floating[Any]]) -> None:

@@ -3,15 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import DDIMScheduler
 from safetensors.numpy import load_file
 
+import schedulers
 from golden_sets import GoldenFiles, both_sets
 from lsast_engines.diffusion import NoiseSchedule, TimestepSchedule
 from lsast_engines.errors import UsageError
-
-SD = {"beta_start": 0.00085, "beta_end": 0.012, "timestep_spacing": "leading", "steps_offset": 1}
-SCHEDULERS = {"ddim": DDIMScheduler, "dpmpp2m": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
 
 
 @pytest.mark.parametrize(
@@ -33,14 +31,14 @@ def test_noise_schedule_lists_all_faults() -> None:
 
 def img2img_timesteps(solver: str, steps: int, strength: float) -> list[int]:
     """As StableDiffusionImg2ImgPipeline.get_timesteps, which cannot be imported without transformers."""
-    scheduler = SCHEDULERS[solver](beta_schedule="scaled_linear", **SD)
+    scheduler = schedulers.scheduler(solver)
     scheduler.set_timesteps(steps)
     init_timestep = min(int(steps * strength), steps)
     t_start = max(steps - init_timestep, 0)
     return list(scheduler.timesteps[t_start * scheduler.order :].tolist())
 
 
-@pytest.mark.parametrize("solver", SCHEDULERS)
+@pytest.mark.parametrize("solver", schedulers.SOLVERS)
 @pytest.mark.parametrize("strength", [0.3, 0.5, 0.7, 0.99, 1.0])
 def test_timesteps_match_diffusers_img2img(solver: str, strength: float) -> None:
     for steps in (4, 7, 12, 30, 50, 100, 334, 499):
@@ -64,7 +62,7 @@ def test_schedule_of_little_strength_has_one_step() -> None:
     assert [step.t for step in TimestepSchedule.build(NoiseSchedule(), 4, 0.1, 10).steps] == [1]
 
 
-@pytest.mark.parametrize("solver", SCHEDULERS)
+@pytest.mark.parametrize("solver", schedulers.SOLVERS)
 def test_schedule_of_most_steps_has_distinct_timesteps(solver: str) -> None:
     largest = 999 if solver == "ddim" else 998
     timesteps = [step.t for step in TimestepSchedule.build(NoiseSchedule(), largest, 1.0, 10, solver).steps]
@@ -83,12 +81,12 @@ def test_schedule_lists_all_faults() -> None:
     )
 
 
-@pytest.mark.parametrize("solver", SCHEDULERS)
+@pytest.mark.parametrize("solver", schedulers.SOLVERS)
 def test_add_noise_matches_diffusers(solver: str) -> None:
     rng = np.random.default_rng(0)
     z0, noise = rng.standard_normal((2, 2, 4, 3, 5)).astype(np.float32)
     schedule = TimestepSchedule.build(NoiseSchedule(), 12, 0.7, 10, solver)
-    scheduler = SCHEDULERS[solver](beta_schedule="scaled_linear", **SD)
+    scheduler = schedulers.scheduler(solver)
     scheduler.set_timesteps(12)
     t = torch.tensor([schedule.start_t])
     expected = scheduler.add_noise(torch.from_numpy(z0), torch.from_numpy(noise), t).numpy()

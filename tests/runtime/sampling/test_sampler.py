@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
+import torch
 
 import lsast
+import schedulers
 from lsast import BackendError, Stylizer
 from lsast.sampling.batch import Batch, Sample
 from lsast.sampling.networks import Graph, GraphDenoiser, decode
@@ -27,27 +30,8 @@ def stylizer(request: pytest.FixtureRequest, bundle_path: Any) -> Iterator[Styli
         yield opened
 
 
-def _scheduler(solver: str) -> Any:
-    import diffusers
-
-    common = {
-        "num_train_timesteps": 1000,
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "timestep_spacing": "leading",
-        "steps_offset": 1,
-    }
-    if solver == "ddim":
-        return diffusers.DDIMScheduler(**common, set_alpha_to_one=False, clip_sample=False)
-    if solver == "dpmpp2m":
-        return diffusers.DPMSolverMultistepScheduler(**common, algorithm_type="dpmsolver++", solver_order=2)
-    return diffusers.UniPCMultistepScheduler(**common, solver_order=2, solver_type="bh2")
-
-
 def _paint_by_hand(weights: Any, bundle: Bundle, rgb: np.ndarray, edges: np.ndarray, options: dict[str, Any]) -> Any:
     """The released algorithm (docs/method.md §4.2) for one picture of legal size, on the tiny graphs' own matrices."""
-    torch = pytest.importorskip("torch")
     style, null = bundle.style(options["style"]), bundle.null_style
     height, width = rgb.shape[:2]
 
@@ -64,7 +48,7 @@ def _paint_by_hand(weights: Any, bundle: Bundle, rgb: np.ndarray, edges: np.ndar
     features = pooled(np.repeat(edges[:, :, None], 3, axis=2).astype(float)) @ weights.hint.T
     held = (features @ weights.edges.T).transpose(2, 0, 1)  # [4, h, w]
 
-    scheduler = _scheduler("ddim" if options["solver"] == "ddim_lsast" else options["solver"])
+    scheduler = schedulers.scheduler("ddim" if options["solver"] == "ddim_lsast" else options["solver"])
     scheduler.set_timesteps(options["steps"])
     run = max(1, int(options["steps"] * options["strength"]))
     skipped = options["steps"] - run
@@ -102,7 +86,6 @@ CASES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("change", CASES, ids=str)
 def test_stylize_gives_what_the_algorithm_says(stylizer: Stylizer, weights: Any, change: dict[str, Any]) -> None:
-    cv2 = pytest.importorskip("cv2")
     rng = np.random.default_rng(5)
     rgb = np.repeat(np.repeat(rng.integers(60, 200, (8, 16, 3), dtype=np.uint8), 8, axis=0), 8, axis=1)
     edges = (cv2.Canny(rgb, 100, 200) > 0).astype(np.uint8)
