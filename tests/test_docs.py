@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import click
 import pytest
+
+from lsast_engines.bundle.bundle import EMBEDDED
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -80,15 +83,32 @@ def _readme_commands() -> list[str]:
     return [line for line in lines if not line.startswith(("python3 -m venv", "pip install"))]
 
 
+QUICK_TRAINING = (
+    "from dataclasses import replace; from lsast_train.options import PRESETS; "
+    "PRESETS['quick'] = replace(PRESETS['quick'], size=64, views=1, evaluate_latents=2);"
+)
+
+
 def test_readme_commands_run_word_for_word_on_a_clean_clone(tmp_path: Path) -> None:
-    """With the packages that are installed here; that they install is what `.ci/run` shows."""
+    """With the packages that are installed here; that they install is what `.ci/run` shows.
+
+    To be quick, the sizes that are the default are 64: `test_readme_python_example_runs` paints at 512.
+    """
+    bundle = Path(shutil.copytree(EMBEDDED, tmp_path / "mini"))
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    manifest["defaults"]["size"] = 64
+    (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     clone = tmp_path / "clone"
-    shutil.copytree(ROOT / "docs" / "images", clone / "docs" / "images")
+    images = clone / "docs" / "images"
+    images.mkdir(parents=True)
+    for name in ("lighthouse.jpg", "steering.jpg"):  # learning needs two pictures
+        shutil.copyfile(ROOT / "docs" / "images" / name, images / name)
     commands = tmp_path / "bin"
     commands.mkdir()
     scripts = {name: place for name, place in MODULES.items() if " " not in name}
     for name, (module, function) in (scripts | {"lsast-train": ("lsast_train.__main__", "main")}).items():
-        code = f"import sys; from {module} import {function}; sys.argv[0] = '{name}'; sys.exit({function}())"
+        quick = QUICK_TRAINING if name == "lsast-train" else ""
+        code = f"import sys; {quick} from {module} import {function}; sys.argv[0] = '{name}'; sys.exit({function}())"
         # A server would not end; what it does, tests/runtime/server shows.
         end = "--help" if name == "lsast-serve" else ""
         (commands / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{code}" "$@" {end}\n', encoding="utf-8")
@@ -98,6 +118,7 @@ def test_readme_commands_run_word_for_word_on_a_clean_clone(tmp_path: Path) -> N
         "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join(str(ROOT / package) for package in PACKAGES),
         "LSAST_HOME": str(tmp_path / "home"),
+        "LSAST_BUNDLE": str(bundle),
     }
     script = "\n".join(["set -e", *_readme_commands()])
     done = subprocess.run(
