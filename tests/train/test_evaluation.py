@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
 
 from lsast_train.base.base import Base
 from lsast_train.evaluation import ValidationSet, noise_error
@@ -18,20 +17,17 @@ from lsast_train.inversion import Inversion
 from lsast_train.options import TrainOptions
 from lsast_train.paintings import PaintingDataset
 from lsast_train.prompts.prompt_space import PromptSpace
-
-
-def _schedule() -> Any:
-    return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+from schedulers import ddpm
 
 
 def _alphas() -> torch.Tensor:
-    alphas: torch.Tensor = _schedule().alphas_cumprod
+    alphas: torch.Tensor = ddpm().alphas_cumprod
     return alphas
 
 
 def _stub_base(eps: Callable[..., torch.Tensor]) -> Any:
     config = SimpleNamespace(noise=SimpleNamespace(train_steps=1000))
-    return SimpleNamespace(eps=eps, add_noise=_schedule().add_noise, config=config)
+    return SimpleNamespace(eps=eps, add_noise=ddpm().add_noise, config=config)
 
 
 def test_validation_loss_of_a_perfect_base_is_zero_and_of_zeros_is_one() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
 
 from lsast_engines.errors import TrainingError
 from lsast_train import inversion
@@ -19,6 +18,7 @@ from lsast_train.inversion import Inversion
 from lsast_train.paintings import CachedLatents, PaintingDataset
 from lsast_train.prompts.prompt_file import load_prompts
 from lsast_train.prompts.prompt_space import PromptSpace
+from schedulers import ddpm
 
 Invert = Callable[..., Inversion]
 
@@ -29,10 +29,6 @@ def _weights(base: Base) -> dict[str, str]:
         for name, network in base.networks().items()
         for key, value in network.state_dict().items()
     }
-
-
-def _schedule() -> Any:
-    return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
 
 @pytest.mark.parametrize(
@@ -150,7 +146,7 @@ def test_loss_with_weighting_v_is_the_error_of_v(
     run = invert(base, weighting="v", batch=1)
     loss = run.loss(step=seed, process=0)
     latents, noise, time = seen["latents"], seen["noise"], seen["time"]
-    schedule = _schedule()
+    schedule = ddpm()
     noisy, kwargs = schedule.add_noise(latents, noise, time), layer_contexts(run.space.contexts(time))
     output = base.unet(noisy, time, None, cross_attention_kwargs=kwargs, return_dict=False)[0]
     error = (output - schedule.get_velocity(latents, noise, time)).square().mean()

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from diffusers.models.attention_processor import AttnProcessor
 
 from lsast_train.base.base import Base
+from schedulers import ddpm
 
 
 def _stock(network: Any) -> Any:
@@ -35,7 +35,7 @@ def test_eps_with_equal_contexts_equals_stock_diffusers(base: Base, controlled: 
         down, mid = _stock(base.controlnet)(latent, times, context, edges, return_dict=False)
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
     velocity = _stock(base.unet)(latent, times, context, **residuals, return_dict=False)[0]
-    schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    schedule = ddpm()
     alphas = schedule.alphas_cumprod[times].view(-1, 1, 1, 1)
     # v = alpha eps - sigma x0 and x = alpha x0 + sigma eps, solved for eps
     expected = alphas.sqrt() * velocity + (1 - alphas).sqrt() * latent

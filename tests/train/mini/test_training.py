@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from diffusers import DDPMScheduler
 from PIL import Image
 
 from lsast_engines.errors import TrainingError
@@ -22,6 +21,7 @@ from lsast_train.mini.architecture import MiniConfig, build_mini
 from lsast_train.mini.dataset import LatentDataset, build_cache
 from lsast_train.mini.train_autoencoder import AutoencoderOptions, Crops, evaluate, load_teacher, train_autoencoder
 from lsast_train.mini.train_unet import BaseTrainingOptions, JointModel, learning_rate_factor, train_base
+from schedulers import ddpm
 
 TINY = BaseTrainingOptions(steps=6, batch=6, side=16, warmup=2, evaluate_every=100)
 
@@ -37,7 +37,7 @@ def data(picture_folders: list[Path], tmp_path_factory: pytest.TempPathFactory) 
 def test_v_error_is_relative_to_diffusers_velocity(data: LatentDataset) -> None:
     base = build_mini(MiniConfig.tiny())
     learner = JointModel(base, 2)
-    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    scheduler = ddpm()
     generator = torch.Generator().manual_seed(0)
     latents, noise = (torch.randn(3, 4, 16, 16, generator=generator) for _ in range(2))
     t = torch.tensor([3, 400, 990])
