@@ -88,6 +88,21 @@ def make_folder(folder: Path, mode: int = 0o777) -> None:
     folder.mkdir(mode, exist_ok=True)
 
 
+def require_writable(folder: Path) -> None:
+    """Make a folder that is to hold the result of long work, before the work begins.
+
+    Raises:
+        UsageError: it cannot be made, or not be written.
+    """
+    try:
+        make_folder(folder)
+        fault = "" if os.access(folder, os.W_OK | os.X_OK) else os.strerror(errno.EACCES)
+    except OSError as error:
+        fault = error.strerror or str(error)
+    if fault:
+        raise UsageError(f"found {folder} to write to ({fault}); expected a folder that can be made and written")
+
+
 def is_own(path: Path) -> bool:
     """Whether `path` is not there, or belongs to this user or to root; True on Windows."""
     try:

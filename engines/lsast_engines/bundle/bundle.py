@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import BundleError, StyleError, UnknownStyleError, did_you_mean, fault_list, shown
-from ..files import data_home, exchange, file_sha256, scratch_folder
+from ..files import data_home, exchange, file_sha256, require_writable, scratch_folder
 from .graph_spec import graph_specs, optional_specs
 from .location import EMBEDDED as EMBEDDED
 from .location import MANIFEST, is_file
@@ -214,7 +214,7 @@ class Bundle:
         """
         path = Path(os.path.realpath(path))
         _restore(path)
-        _check_free(path, replace)
+        require_free(path, replace)
         with scratch_folder(path.parent) as scratch:
             fresh = scratch / "new"
             folders = [fresh / name for name in (STYLES, PROMPTS)]
@@ -312,7 +312,14 @@ def _style_faults(style: Style | StyleFile, manifest: Manifest, *, is_null: bool
     return faults
 
 
-def _check_free(path: Path, replace: bool) -> None:
+def require_free(path: Path, replace: bool) -> None:
+    """Check that a bundle can be written to `path`, with `replace` also in the place of one.
+
+    Raises:
+        BundleError: something else is there, or a bundle without `replace`.
+        UsageError: the folder around it cannot be written.
+    """
+    require_writable(Path(os.path.realpath(path)).parent)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not (path / MANIFEST).is_file():

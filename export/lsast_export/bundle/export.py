@@ -20,7 +20,7 @@ import torch
 
 from lsast_engines.backends.onnxruntime import GPU_SUFFIX
 from lsast_engines.backends.registry import require_backend
-from lsast_engines.bundle.bundle import NULL_STYLE_FILE, PROMPTS, STYLES, Bundle
+from lsast_engines.bundle.bundle import NULL_STYLE_FILE, PROMPTS, STYLES, Bundle, require_free
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, UNET_SPLIT_GRAPHS, VAE_DECODER_TINY, GraphSpec
 from lsast_engines.bundle.manifest import MANIFEST, Manifest, StorageDtype
 from lsast_engines.environment import package_version
@@ -106,6 +106,7 @@ def export_bundle(
         MissingExtraError, BackendError: the backend is not installed or cannot run the graphs.
     """
     options = options or ExportOptions()
+    require_free(out, replace=True)
     require_backend(options.backend)
     for prompts in styles:
         what = f"style {prompts.name!r}"

@@ -19,7 +19,7 @@ from typing import Any
 
 import onnx
 
-from lsast_engines.bundle.bundle import NULL_STYLE_FILE, STYLES, Bundle
+from lsast_engines.bundle.bundle import NULL_STYLE_FILE, STYLES, Bundle, require_free
 from lsast_engines.bundle.graph_spec import DENOISER, UNET_SPLIT_GRAPHS, VAE_DECODER, VAE_ENCODER
 from lsast_engines.bundle.manifest import QUANTISED
 from lsast_engines.errors import ParityError, UsageError, fault_list
@@ -85,6 +85,7 @@ def quantize_bundle(
         MissingExtraError, BackendError: the backend is not installed.
     """
     options = options or QuantizeOptions()
+    require_free(out, replace=True)
     _require(source, options)
     manifest = source.manifest
     progress("calibrating")

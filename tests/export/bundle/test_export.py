@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from lsast_engines.backends.onnxruntime import GPU_SUFFIX
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, graph_specs
-from lsast_engines.errors import ExportError, MissingExtraError, ParityError, StyleError
+from lsast_engines.errors import BundleError, ExportError, MissingExtraError, ParityError, StyleError, UsageError
 from lsast_export.bundle import export as exporter
 from lsast_export.bundle.export import ExportOptions, export_bundle
 from lsast_export.graphs.external_weights import save_graph
@@ -182,3 +182,11 @@ def test_save_graph_names_a_weight_that_is_not_stored(
     save_file(tensors, tmp_path / "base.safetensors")
     with pytest.raises(ExportError, match=rf"conv_in.bias: found nothing .* expected F32, F16 or BF16 \[{gone.size}\]"):
         save_graph(traced["controlnet_cond"], tmp_path / "base.safetensors", tmp_path / "controlnet_cond.onnx")
+
+
+def test_export_bundle_refuses_an_output_in_the_way_before_any_work(base: Base, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    for out, error in ((tmp_path / "file", BundleError), (tmp_path / "file" / "out", UsageError)):
+        with pytest.raises(error, match=r"expected a folder that can be made|exists and is not a bundle"):
+            export_bundle(base, out, progress=lambda phase: pytest.fail(phase))
+    assert (tmp_path / "file").read_text() == "kept"

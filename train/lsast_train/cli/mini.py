@@ -13,6 +13,7 @@ import torch
 
 from lsast_engines.cli import Command, debug_option, json_option, print_result
 from lsast_engines.errors import PictureError, TrainingError
+from lsast_engines.files import require_writable
 from lsast_engines.images import find_pictures
 
 from ..base.base import Base
@@ -167,6 +168,7 @@ def mini(
             "folder with --out"
         )
     place = find_device(device)
+    require_writable(out)
     folders = label_folders(list(roots))
     shares = parse_shares(share)
     if threads is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from lsast_engines.bundle.style import style_name_faults
 from lsast_engines.environment import package_version
 from lsast_engines.errors import TrainingError, UsageError, fault_list
+from lsast_engines.files import require_writable
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def require_run(files: RunFiles, size: int, multiple: int, resume: bool) -> None
         resume: whether it goes on from a checkpoint.
 
     Raises:
-        UsageError: a name that is no file name, or a size that the base cannot take; all faults at once.
+        UsageError: a name that is no file name, or a size that the base cannot take; all faults at once. Or a folder
+            that cannot be written.
         TrainingError: a checkpoint that is missing, or in the way.
     """
     faults = style_name_faults(files.name)
@@ -62,6 +64,7 @@ def require_run(files: RunFiles, size: int, multiple: int, resume: bool) -> None
         raise TrainingError(f"found no checkpoint {path}; start without --resume")
     if path.exists() and not resume:
         raise TrainingError(f"found the checkpoint of an unfinished run, {path}; go on with --resume, or delete it")
+    require_writable(files.folder)
 
 
 def refuse_finished(files: RunFiles) -> None:
