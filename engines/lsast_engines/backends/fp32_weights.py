@@ -103,15 +103,15 @@ def _folder_fault(folder: Path, cache: Path | None) -> str:
     return ""
 
 
-def has_room(bundle: Path, cache: Path | None = None) -> bool:
+def has_room(bundle: Path) -> bool:
     """Whether all 16-bit weights of the bundle in a folder are converted, or small, or the disk has room for them."""
     weights = bundle / WEIGHTS
     if not weights.is_file() or weights.stat().st_size < MIN_BYTES:
         return True
-    slots, folder = read_slots(weights).values(), _folder(weights, cache)
+    slots, folder = read_slots(weights).values(), _folder(weights, None)
     if not any(slot.dtype in _HALVES for slot in slots) or (folder / WEIGHTS).is_file():
         return True
-    if _folder_fault(folder, cache):
+    if _folder_fault(folder, None):
         return False
     return shutil.disk_usage(folder).free > sum(slot.length * 2 for slot in slots)
 

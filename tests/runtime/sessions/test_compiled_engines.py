@@ -12,7 +12,7 @@ import pytest
 
 import lsast
 from fake_gpu import FakeCuda, FakeTrt, Kernel, Shapes, onnx_kernel, write_engine
-from lsast import BackendError, Stylizer, UsageError
+from lsast import BackendError, Stylizer
 from lsast.sampling.networks import NotFiniteError
 from lsast_engines.backends.tensorrt import engine as tensorrt
 from lsast_engines.backends.tensorrt.engine_record import engine_folder
@@ -151,9 +151,3 @@ def test_load_without_a_compiled_engine_names_the_command(trt: FakeTrt, bundle_p
     (engine_folder(bundle_path, "tensorrt", "fp16") / "controlnet_cond.engine").unlink()
     with pytest.raises(BackendError, match=r"(?s)found no engine .*controlnet_cond.*lsast-export compile .*--build"):
         lsast.load(bundle_path, "tensorrt")
-
-
-@pytest.mark.parametrize("compute_dtype", ["int8", "fp8"])
-def test_load_in_eight_bits_raises(trt: FakeTrt, bundle_path: Path, compute_dtype: Any) -> None:
-    with pytest.raises(UsageError, match=f"--compute-dtype {compute_dtype} was removed: .*use fp16"):
-        lsast.load(bundle_path, "tensorrt-rtx", compute_dtype=compute_dtype)
