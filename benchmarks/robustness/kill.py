@@ -5,7 +5,8 @@
 Every job works in a folder of its own, which is its current folder and its LSAST_HOME. A trial copies the folder as it
 was before, starts the command, kills its whole process group after a random time, checks that no file with a final name
 is half, runs the command again, and compares all files with those of an undisturbed run. What differs between two
-undisturbed runs (files that hold times) is compared by its name only, and listed. Needs av, torch and an exporter.
+undisturbed runs (files that hold times) is compared by its name only, and listed. Training and exporting take a tiny
+base of random weights, which is written as any other. Needs av, torch and an exporter.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import numpy as np
 from PIL import Image
 
 QUICK = ["--size", "64", "--steps", "4", "--threads", "1"]
-TRAIN = ["--style", "red", "--images", "paint", "--size", "64", "--steps", "12", "--threads", "1"]
+TRAIN = ["--base", "tiny", "--style", "red", "--images", "paint", "--size", "64", "--steps", "12", "--threads", "1"]
 MODULES = {"lsast-run": "lsast", "lsast-train": "lsast_train", "lsast-export": "lsast_export"}
 
 
@@ -62,8 +63,8 @@ JOBS = {
     "openvino cache": Job(["lsast-run", "photos/0.png", "painted.png", "--backend", "openvino", *QUICK], 2, warm=False),
     "video": Job(["lsast-run", "clip.mp4", "painted.mp4", *QUICK], 4),
     "train": Job(["lsast-train", *TRAIN], 2, 0.5, _resumed),
-    "export": Job(["lsast-export", "--style", "red"], 1, 0.5, needs=("train",)),
-    "bundle": Job(["lsast-export", "bundle", "--out", "bundle", "--style", "red"], 1, 0.3, needs=("train",)),
+    "bundle": Job(["lsast-export", "bundle", "--base", "tiny", "--out", "bundle"], 1, 0.3),
+    "export": Job(["lsast-export", "--base", "bundle", "--style", "red"], 1, 0.5, needs=("train", "bundle")),
 }
 
 
@@ -75,6 +76,13 @@ def _inputs(folder: Path) -> None:
             noise = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
             Image.fromarray(noise).resize((128, 96)).save(folder / name / f"{index}.png")
     import av
+    import torch
+
+    from lsast_train.base.lazy_base import save_base
+    from lsast_train.mini.architecture import MiniConfig, build_mini
+
+    torch.manual_seed(0)
+    save_base(build_mini(MiniConfig.tiny()), folder / "tiny")
 
     with av.open(str(folder / "clip.mp4"), "w") as clip:
         stream = clip.add_stream("libx264", rate=5)
