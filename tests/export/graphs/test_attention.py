@@ -62,7 +62,8 @@ def test_gpu_graphs_of_mini_are_near_the_exported_ones(graph: str, bound: float)
     found = OnnxRuntimeEngine(path, spec, "cpu", 1, "fp16")(feeds)
     rounded = EMBEDDED / f".test-{graph}-rounded.onnx"
     try:
-        assert round_every_result(EMBEDDED / f"{graph}{GPU_SUFFIX}", rounded) > 10
+        halves = round_every_result(EMBEDDED / f"{graph}{GPU_SUFFIX}", rounded)
+        assert halves == 0 if graph == "vae_encoder" else halves > 10  # the encoder is float32 throughout
         as_on_gpu = run_graph(rounded, feeds, optimize=False)
     finally:
         rounded.unlink(missing_ok=True)

@@ -68,7 +68,7 @@ def test_unet_weights_of_one_set_or_with_missing_ema_tensors_are_refused(publish
             open_base(published.source(base=tmp_path / "one.safetensors", unet_weights=wanted))
     broken = {k: v for k, v in published.all_tensors.items() if k != "model_ema.diffusion_modelout2bias"}
     save_file(broken, tmp_path / "broken.safetensors")
-    with pytest.raises(TrainingError, match=r"without 1 of \d+ tensors.*\n.*modelout2bias"):
+    with pytest.raises(TrainingError, match=r"without 1 of \d+ tensors.*modelout2bias"):
         open_base(published.source(base=tmp_path / "broken.safetensors"))
 
 
