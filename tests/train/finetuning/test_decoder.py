@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from lsast_engines.bundle.style import encode_defaults
-from lsast_engines.errors import TrainingError, UsageError
+from lsast_engines.errors import StyleError, TrainingError, UsageError
+from lsast_train.__main__ import main
 from lsast_train.base.base import Base
+from lsast_train.base.lazy_base import load_base, save_base
 from lsast_train.cli.decoder import parse_works
 from lsast_train.finetuning.decoder import DecoderTraining, StyleWorks
 from lsast_train.finetuning.options import DecoderOptions
 from lsast_train.paintings import PaintingDataset
-from lsast_train.prompts.prompt_file import Prompts
+from lsast_train.prompts.prompt_file import Prompts, find_prompts, load_prompts, save_prompts
 from lsast_train.training.signals import InterruptionError
 
 pytest.importorskip("efficientnet_lite_pytorch")
@@ -29,7 +31,7 @@ BRIEF = DecoderOptions(
 
 @pytest.fixture
 def styles(prompts: Prompts, collection: PaintingDataset) -> dict[str, StyleWorks]:
-    return {name: StyleWorks(replace(prompts, name=name), collection) for name in ("red", "also")}
+    return {name: StyleWorks(replace(prompts, name=name), collection) for name in ("red", "a.dot")}
 
 
 def weights(base: Base) -> dict[str, torch.Tensor]:
@@ -59,8 +61,9 @@ def test_decoder_nears_the_works_and_nothing_else_of_the_base_changes(
 
 def test_resumed_decoder_training_equals_the_uninterrupted_one(
     base: Base, styles: dict[str, StyleWorks], contents: PaintingDataset, tmp_path: Path,
-    interrupt_at: Callable[[int], Callable[[int, float], None]],
+    interrupt_at: Callable[[int], Callable[[int, float], None]], caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
+    caplog.set_level("INFO")
     options, start = replace(BRIEF, steps=6, evaluate_every=3), base.autoencoder.state_dict()
     start = {key: value.clone() for key, value in start.items()}
 
@@ -74,6 +77,14 @@ def test_resumed_decoder_training_equals_the_uninterrupted_one(
         make("parts", on_step=interrupt_at(4)).run()
     with pytest.raises(TrainingError, match="go on with --resume, or delete it"):
         make("parts")
+    other = replace(styles["red"].prompts, prompts=2 * styles["red"].prompts.prompts)
+    changed = {"red": replace(styles["red"], prompts=other), "a.dot": styles["a.dot"]}
+    caplog.clear()
+    with pytest.raises(TrainingError, match=r"belongs to another run.*\n  - prompts of red: "):
+        DecoderTraining(base, changed, contents, options, tmp_path / "parts", resume=True)
+    with pytest.raises(TrainingError, match=r"belongs to another run.*\n  - styles: "):
+        DecoderTraining(base, dict(reversed(styles.items())), contents, options, tmp_path / "parts", resume=True)
+    assert "painting" not in caplog.text
     make("parts", resume=True).run()
     assert all(torch.equal(value, straight[key]) for key, value in weights(base).items())
     logs = [(tmp_path / name / "decoder.curve.json").read_text() for name in ("straight", "parts")]
@@ -96,7 +107,37 @@ def test_decoder_training_paints_with_the_defaults_of_the_style(
     assert given["strong"] > given["weak"]
 
 
-def test_decoder_training_refuses_what_it_cannot_train(base: Base, contents: PaintingDataset, tmp_path: Path) -> None:
+def test_decoder_command_keeps_the_prompts_with_the_base(
+    base: Base, styles: dict[str, StyleWorks], paintings: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    source, out, given = tmp_path / "source", tmp_path / "out", tmp_path / "red.prompts.safetensors"
+    monkeypatch.setattr(base, "config", replace(base.config, training={"steps": "1"}))
+    save_base(base, source)
+    save_prompts(replace(styles["red"].prompts, base=load_base(source).fingerprint), given)
+    call = ["decoder", "--contents", str(paintings), "--base", str(source), "--out", str(out)]
+    call += ["--steps", "1", "--paintings", "1", "--size", "64", "--style", f"{given}={paintings}"]
+    with pytest.raises(SystemExit, match="0"):
+        main(call)
+    assert capsys.readouterr().out == f"{out}\n"
+    kept = load_prompts(find_prompts("red", out), load_base(out))
+    assert torch.equal(kept.prompts, styles["red"].prompts.prompts)
+    copied = tmp_path / "copy"
+    copied.write_bytes(given.read_bytes())
+    with pytest.raises(SystemExit, match="2"):
+        main([*call, "--overwrite", "--style", f"{copied}={paintings}"])
+    assert "found one style twice" in capsys.readouterr().err
+
+
+def test_decoder_training_refuses_what_it_cannot_train(
+    base: Base, styles: dict[str, StyleWorks], contents: PaintingDataset, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    caplog.set_level("INFO")
+    bare = StyleWorks(replace(styles["red"].prompts, name="bare", meta={}), styles["red"].works)
+    with pytest.raises(StyleError, match="no statistics of the artist's latents"):
+        DecoderTraining(base, {**styles, "bare": bare}, contents, BRIEF, tmp_path)
+    assert "painting" not in caplog.text
     with pytest.raises(UsageError, match="found no style; expected one or more"):
         DecoderTraining(base, {}, contents, BRIEF, tmp_path)
     with pytest.raises(UsageError, match="size: found 65; expected a multiple"):

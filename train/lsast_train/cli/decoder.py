@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from lsast_engines.bundle.bundle import PROMPTS
 from lsast_engines.cli import Command, debug_option, json_option, log_to_stderr
 from lsast_engines.errors import TrainingError, UsageError
 
@@ -74,7 +75,8 @@ def decoder(
           --contents photos --out base
       lsast-export bundle --base base --style vangogh --style monet --out bundle
 
-    Prints the base's folder. The prompts stay valid: nothing else of the base changes.
+    Prints the base's folder. The prompts stay valid, since nothing else of the base changes; they are copied into its
+    folder "prompts", where lsast-export finds them.
     """
     options, works = DecoderOptions(**chosen), parse_works(styles)
     if (out / "base.json").exists() and not overwrite:
@@ -83,7 +85,7 @@ def decoder(
     from ..checkpoints.source import BaseSource
     from ..finetuning.decoder import DecoderTraining, StyleWorks
     from ..paintings import PaintingDataset
-    from ..prompts.prompt_file import find_prompts, load_prompts
+    from ..prompts.prompt_file import find_prompts, load_prompts, save_prompts
     from .mini import finish
 
     set_up_torch(threads)
@@ -91,6 +93,8 @@ def decoder(
         source = BaseSource(base)
         loaded, place = load_base(source), resolve_local_base(source)
         prompts = {name: load_prompts(find_prompts(name, place), loaded) for name in works}
+        if len({style.name for style in prompts.values()}) < len(prompts):
+            raise UsageError(f"found one style twice among --style {', '.join(prompts)}; expected each once")
         size = loaded.config.size
         pairs = {
             prompts[name].name: StyleWorks(prompts[name], PaintingDataset.load(tree, options.size, "random", size))
@@ -98,4 +102,6 @@ def decoder(
         }
         others = PaintingDataset.load(contents, options.size, "random", size)
         DecoderTraining(loaded, pairs, others, options, out, resume, device=device).run()
+    for style in prompts.values():
+        save_prompts(style, out / PROMPTS / f"{style.name}.prompts.safetensors")
     finish(loaded, out, {f"decoder_{name}": str(asdict(options)[name]) for name in ("steps", "paintings")})

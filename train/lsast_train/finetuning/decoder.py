@@ -111,24 +111,23 @@ class DecoderTraining:
         require_run(self.files, options.size, base.config.multiple, resume)
         self.base, self.styles, self.contents, self.options, self.on_step = base, styles, contents, options, on_step
         base.to(find_device(device))
+        painters = {name: self._painter(style.prompts) for name, style in styles.items()}
         self.losses: dict[str, StyleLoss] = {}
-        self.paintings: dict[str, dict[str, _Paintings]] = {}
-        for index, (name, style) in enumerate(styles.items()):
-            log.info("%s: painting %d pictures", name, options.paintings + HELD_OUT)
+        for name, style in styles.items():
             crops = works_crops(
                 style.works.training[:WORKS], WORKS, options.size, rng_for(options.seed, RngStream.TRAINING_CROPS)
             )
             self.losses[name] = StyleLoss(crops, base.device)
-            self.paintings[name] = self._paint_pictures(style.prompts, index)
         self.lite = LiteDistance(base.device)
         self.decoder = base.autoencoder.decoder
         self.decoder.requires_grad_(True)
         self.ema = copy.deepcopy(self.decoder).requires_grad_(False)
         group = {"params": list(self.decoder.parameters()), "relative": 1.0}
         self.optimizer = torch.optim.Adam([group], lr=options.lr, betas=(0.9, 0.98), **fused(base.device))
+        losses = torch.nn.ModuleList(self.losses.values())  # a module's name cannot hold the dot that a style's may
         self.loop = TrainingLoop(
             *("decoder", options.steps, self.files.checkpoint),
-            *({"decoder": self.decoder, "ema": self.ema, "losses": torch.nn.ModuleDict(self.losses)}, self.optimizer),
+            *({"decoder": self.decoder, "ema": self.ema, "losses": losses}, self.optimizer),
             identity=self._identity(),
             evaluate_every=options.evaluate_every,
             checkpoint_minutes=options.checkpoint_minutes,
@@ -136,6 +135,10 @@ class DecoderTraining:
         )
         if resume:
             self.loop.restore()
+        self.paintings: dict[str, dict[str, _Paintings]] = {}
+        for index, (name, painter) in enumerate(painters.items()):
+            log.info("%s: painting %d pictures to train on and %d held out", name, options.paintings, HELD_OUT)
+            self.paintings[name] = self._paint_pictures(painter, index)
 
     def run(self) -> None:
         """Train to the last step; the base's decoder ends with the running mean of its weights, frozen, on the CPU.
@@ -153,13 +156,17 @@ class DecoderTraining:
         self.loop.write_log(self.files.curve, asdict(self.options))
         self.files.checkpoint.unlink(missing_ok=True)
 
-    @torch.no_grad()
-    def _paint_pictures(self, prompts: Prompts, index: int) -> dict[str, _Paintings]:
-        """What the style of this number paints of training and of held-out pictures."""
-        options, chosen = self.options, FinetuneOptions()
+    def _painter(self, prompts: Prompts) -> Painter:
+        """Paints with the style's own default options."""
+        chosen = FinetuneOptions()
         own = {name: getattr(chosen, name) for name in ("strength", "guidance", "palette")}
         own |= {name: value for name, value in decode_defaults(prompts.meta)[0].items() if name in own}
-        painter = Painter(self.base, prompts, PaintingOptions(**own), options.mixed_precision)
+        return Painter(self.base, prompts, PaintingOptions(**own), self.options.mixed_precision)
+
+    @torch.no_grad()
+    def _paint_pictures(self, painter: Painter, index: int) -> dict[str, _Paintings]:
+        """What the painter of the style of this number paints of training and of held-out pictures."""
+        options = self.options
         found = {}
         for part, (pictures, count) in enumerate(
             ((self.contents.training, options.paintings), (self.contents.held_out, HELD_OUT))
@@ -248,8 +255,14 @@ class DecoderTraining:
             **identity(self.options),
             "base": self.base.fingerprint,
             "contents": self.contents.digest,
-            **{f"style {name}": style.works.digest for name, style in self.styles.items()},
+            "styles": list(self.styles),
+            **{f"works of {name}": style.works.digest for name, style in self.styles.items()},
+            **{f"prompts of {name}": _mean_square(style.prompts) for name, style in self.styles.items()},
         }
+
+
+def _mean_square(prompts: Prompts) -> str:
+    return f"{prompts.prompts.double().square().mean().item():.12g}"
 
 
 def _images(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
