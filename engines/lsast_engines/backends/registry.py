@@ -174,7 +174,7 @@ def open_engine(
         rule = Rule(int, "", range=Range(1, MAX_THREADS))
         threads = rule.plain(threads)  # backends refuse whole numbers of NumPy
         if not rule.accepts(threads):
-            raise UsageError(f"found {threads} threads; expected 1 to {MAX_THREADS}")
+            raise UsageError(f"found {threads!r} threads; expected {rule.expected}")
     backend, device, compute_dtype = find_backend(backend, device, compute_dtype)
     if not path.is_file():
         raise BackendError(f"found no graph file {path}; export the bundle again")

@@ -139,8 +139,9 @@ class _Video:
         if self._damaged:
             _log.warning("%s: %d parts could not be decoded and are left out", shown(self._path), self._damaged)
         # FFmpeg does not tell of a file that is cut off. The sound may be longer than the pictures.
-        seconds = float((self._stream.duration or 0) * self.time_base) or _seconds(
-            self._stream.metadata.get("DURATION")
+        # The tag counts from 0 (FFmpeg), or from the first picture.
+        seconds = float((self._stream.duration or 0) * self.time_base) or (
+            _seconds(self._stream.metadata.get("DURATION")) - float(self._start)
         )
         end = float(((last or 0) + max(duration, usual)) * self.time_base)
         if seconds - end > 3 / self.rate:
