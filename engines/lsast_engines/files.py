@@ -89,16 +89,23 @@ def make_folder(folder: Path, mode: int = 0o777) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Make a folder that is to hold the result of long work, before the work begins.
+    """Check that a folder can hold the result of long work, before the work begins. Nothing is made.
 
     Raises:
-        UsageError: it cannot be made, or not be written.
+        UsageError: it, or the nearest folder above it that is there, cannot be written.
     """
-    try:
-        make_folder(folder)
-        fault = "" if os.access(folder, os.W_OK | os.X_OK) else os.strerror(errno.EACCES)
-    except OSError as error:
-        fault = error.strerror or str(error)
+    fault = ""
+    for path in (folder, *folder.parents):
+        try:
+            path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError) as error:  # a name too long, or with a zero byte
+            fault = getattr(error, "strerror", None) or str(error)
+        else:
+            number = errno.ENOTDIR if not path.is_dir() else 0 if os.access(path, os.W_OK | os.X_OK) else errno.EACCES
+            fault = os.strerror(number) if number else ""
+        break
     if fault:
         raise UsageError(f"found {folder} to write to ({fault}); expected a folder that can be made and written")
 

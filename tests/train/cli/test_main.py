@@ -117,6 +117,8 @@ def test_train_command_on_a_published_base_uses_its_text_encoder(
         (["--style", "red", "--images", ".", "--steps", "0", "--lr", "-1"], "steps: found 0"),
         (["--style", "red", "--images", ".", "--variant", "step", "--layout", "overlap"], "overlap with variant"),
         (["monet"], "found command 'monet'"),
+        (["--style", "rotü", "--images", ".", "--base", "nowhere"], "name: found 'rotü'"),
+        (["--style", "red", "--images", ".", "--base", "nowhere", "--out", __file__], "expected a folder that can"),
     ],
 )
 def test_train_command_with_wrong_usage_exits_with_2(

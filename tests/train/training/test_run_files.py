@@ -26,6 +26,9 @@ def test_require_run_refuses_a_checkpoint_that_is_missing_or_in_the_way(tmp_path
 
 def test_require_run_refuses_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UsageError, match=r"file.* \((File exists|Not a directory)\); expected a folder"):
+    (tmp_path / "gone").symlink_to("nowhere")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "gone"):
+        with pytest.raises(UsageError, match=r" \(Not a directory\); expected a folder"):
             require_run(RunFiles(folder, "red"), 64, 8, resume=False)
+    require_run(RunFiles(tmp_path / "new" / "deep", "red"), 64, 8, resume=False)
+    assert not (tmp_path / "new").exists()

@@ -86,6 +86,7 @@ def decoder(
     from ..finetuning.decoder import DecoderTraining, StyleWorks
     from ..paintings import PaintingDataset
     from ..prompts.prompt_file import find_prompts, load_prompts, save_prompts
+    from ..training.run_files import RunFiles, require_run
     from .mini import finish
 
     set_up_torch(threads)
@@ -95,6 +96,7 @@ def decoder(
         prompts = {name: load_prompts(find_prompts(name, place), loaded) for name in works}
         if len({style.name for style in prompts.values()}) < len(prompts):
             raise UsageError(f"found one style twice among --style {', '.join(prompts)}; expected each once")
+        require_run(RunFiles(out, "decoder"), options.size, loaded.config.multiple, resume)
         size = loaded.config.size
         pairs = {
             prompts[name].name: StyleWorks(prompts[name], PaintingDataset.load(tree, options.size, "random", size))

@@ -52,7 +52,7 @@ def distill(
     from ..distillation.distillation import Distillation
     from ..distillation.source_style import find_style, read_source
     from ..paintings import PaintingDataset
-    from ..training.run_files import RunFiles, refuse_finished
+    from ..training.run_files import RunFiles, refuse_finished, require_run
 
     set_up_torch(threads)
     with log_to_stderr():
@@ -69,6 +69,7 @@ def distill(
         folder = out or Path("runs") / name
         if not (resume or overwrite):
             refuse_finished(RunFiles(folder, name, prompts=False))
+        require_run(RunFiles(folder, name, prompts=False), options.size, loaded.config.multiple, resume)
         pictures = PaintingDataset.load(images, options.size, "random", loaded.config.size)
         result = Distillation(loaded, found, pictures, options, name, folder, resume, device=device).run()
     print_result(result_facts(result), result.file)

@@ -82,7 +82,7 @@ def finetune(
     from ..finetuning.finetuning import Finetuning
     from ..paintings import PaintingDataset
     from ..prompts.prompt_file import find_prompts, load_prompts
-    from ..training.run_files import RunFiles, refuse_finished
+    from ..training.run_files import RunFiles, refuse_finished, require_run
 
     set_up_torch(threads)
     with log_to_stderr():
@@ -94,6 +94,7 @@ def finetune(
         folder = out or Path("runs") / name
         if not (resume or overwrite):
             refuse_finished(RunFiles(folder, name))
+        require_run(RunFiles(folder, name), options.size, loaded.config.multiple, resume)
         if options.mixed_precision != "no":
             loaded.round_unet(options.mixed_precision)
         works, others = (

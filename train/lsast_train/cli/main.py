@@ -17,7 +17,7 @@ from lsast_engines.errors import TrainingError, UsageError
 
 from ..artists import artists_of, pictures_by, style_name
 from ..options import PRESETS, TrainOptions
-from ..training.run_files import RunFiles, refuse_finished
+from ..training.run_files import RunFiles, refuse_finished, require_run
 from ..training.signals import InterruptionError
 from .decoder import decoder
 from .distill import distill
@@ -109,9 +109,12 @@ def command(
     else:
         pictures = {str(style): None if artist is None else pictures_by(artist, images)}
     folders = {name: Path("runs", name) if out is None else out / name if each_artist else out for name in pictures}
-    if not (resume or overwrite or len(pictures) > 1):
+    if len(pictures) == 1:
         (name,) = pictures
-        refuse_finished(RunFiles(folders[name], name))
+        files = RunFiles(folders[name], name)
+        if not (resume or overwrite):
+            refuse_finished(files)
+        require_run(files, options.size, 1, resume)  # before the base is loaded, whose multiple `Inversion` checks
     _learn(pictures, folders, images, source, options, licence, resume, overwrite, device, threads)
 
 
