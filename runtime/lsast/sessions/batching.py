@@ -43,7 +43,7 @@ def jobs(
         UsageError: fewer or more styles or rows than pictures; raised where the shorter ends.
     """
     for name, column in {"pictures": pictures, "styles": styles or (), "rows": rows or ()}.items():
-        if not isinstance(column, Iterable):
+        if not isinstance(column, Iterable) or (name == "pictures" and isinstance(column, (str, bytes, bytearray))):
             raise UsageError(f"found {type(column).__name__} as {name}; expected a list, or anything to iterate over")
     columns: dict[str, Iterable[Any]] = {"pictures": pictures}
     if styles is not None and not isinstance(styles, str):

@@ -133,6 +133,12 @@ def test_stylize_many_with_unequal_counts_raises(
         list(stylizer.stylize_many([photo] * 2, styles, rows=rows))
 
 
+@pytest.mark.parametrize("pictures", ["photo.png", b"photo", None])
+def test_stylize_many_of_what_is_no_list_of_pictures_raises(stylizer: Stylizer, pictures: Any) -> None:
+    with pytest.raises(UsageError, match=f"found {type(pictures).__name__} as pictures; expected a list"):
+        list(stylizer.stylize_many(pictures))
+
+
 def test_stylize_many_of_nothing_is_empty_and_batch_0_is_refused(stylizer: Stylizer) -> None:
     assert list(stylizer.stylize_many([])) == []
     for batch in (0, float("nan")):
