@@ -4,12 +4,13 @@
 
     paint pictures in every style, once, and keep the latents z
     repeat, with each style in turn:
-        move the decoder down the gradient of the style loss of D(z) and of the content loss,
-        and of what real pictures x lose in D(E(x))
+        loss = style loss of D(z) + content loss of D(z) + reconstruction loss of D(E(x)), for real pictures x
+        move the decoder D down the gradient of the loss
 
 A decoder that has only seen the encoder's latents prints a fine pattern over those of a sampler, and softens the touch
 that tells one painter from another. Encoder, U-Net, ControlNet and prompts stay as they are, so styles stay valid. The
-style loss is that of `lsast_train.finetuning.finetuning`, which moves the prompts; the two may be run in turn.
+style loss and the content loss are those of `lsast_train.finetuning.finetuning`, which trains prompts. After it the
+prompts may be fine-tuned again with the new decoder.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from lsast_engines.bundle.style import decode_defaults
 from lsast_engines.errors import UsageError
@@ -53,7 +55,8 @@ EMA = 0.99
 REAL_CROPS, REAL_SIDE = 6, 128
 """Crops of real pictures in a step and their side in pixels."""
 
-_PAINTED_AT_ONCE = 8
+_PAINTED_AT_ONCE = 8 * 256**2
+"""Pixels of the pictures that are painted together."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class _Paintings:
 
 
 class DecoderTraining:
-    """One run.
+    """One run. Making it paints all pictures, which takes minutes and writes nothing; `run` trains.
 
     Args:
         base: moved to the device; the decoder of its autoencoder is trained in place.
@@ -172,9 +175,9 @@ class DecoderTraining:
             ((self.contents.training, options.paintings), (self.contents.held_out, HELD_OUT))
         ):
             generator = rng_for(options.seed, RngStream.CONTENT, index, part)
-            rows = []
-            for begin in range(0, count, _PAINTED_AT_ONCE):
-                several = min(_PAINTED_AT_ONCE, count - begin)
+            rows, at_once = [], max(1, _PAINTED_AT_ONCE // options.size**2)
+            for begin in tqdm(range(0, count, at_once), desc="paint", unit="batch"):
+                several = min(at_once, count - begin)
                 images, edges = random_pictures(pictures, several, options.size, generator, self.base.device)
                 rows.append(
                     (((images + 1) * 127.5).round().byte().cpu(), painter.paint(images, edges, generator).cpu())
@@ -199,7 +202,7 @@ class DecoderTraining:
         return loss.item()
 
     def _distances(self, name: str, paintings: _Paintings, rows: torch.Tensor, remember: bool) -> Distances:
-        """The losses of the paintings of these numbers."""
+        """The losses of the paintings at these rows."""
         device = self.base.device
         images = _images(paintings.pictures[rows], device)
         with autocast(device, self.options.mixed_precision):
