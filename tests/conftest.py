@@ -31,6 +31,10 @@ def pytest_configure() -> None:
 TRACED = tuple(f"tests/export/{folder}/" for folder in ("backends", "bundle", "cli", "graphs", "quantize"))
 
 
+LONG = ("tests/test_compvis_journey.py", "tests/test_docs.py", "tests/train/test_two_processes.py")
+"""Files of few tests that take long: they begin first, lest one process ends with them while the other waits."""
+
+
 class _OneTrace(LoadFileScheduling):
     """A file stays in one process, and so do the tests that share the exporter's traced graphs, which take long."""
 
@@ -44,7 +48,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileSche
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked ``needs`` where its modules are missing."""
+    """Begin with what takes long. Skip what is marked ``needs`` where its modules are missing."""
+    items.sort(key=lambda item: not item.nodeid.startswith((*TRACED, *LONG)))
     if os.environ.get(NO_SKIPS):
         return
     for item in items:

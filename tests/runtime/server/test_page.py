@@ -143,7 +143,7 @@ def test_page_cancels_and_reports_faults_in_words(page: Any, server: Running) ->
     page.keyboard.press("Escape")
     page.wait_for_selector("#working[hidden]", state="attached")
     assert page.locator("#fault").is_hidden()
-    assert server.app.state.metrics.ended.labels("cancelled")._value.get() >= 1
+    server.until(lambda: server.app.state.metrics.ended.labels("cancelled")._value.get() >= 1)
     page.fill("#mixtext", "monet@up+picasso")
     page.locator("#mixtext").blur()
     page.click("#paint")
