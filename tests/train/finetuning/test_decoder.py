@@ -89,6 +89,10 @@ def test_resumed_decoder_training_equals_the_uninterrupted_one(
     assert all(torch.equal(value, straight[key]) for key, value in weights(base).items())
     logs = [(tmp_path / name / "decoder.curve.json").read_text() for name in ("straight", "parts")]
     assert logs[0] == logs[1]
+    # A run that ended before its base was written gives it again.
+    (ended := make("parts", resume=True)).run()
+    assert all(torch.equal(value, straight[key]) for key, value in weights(base).items())
+    ended.files.checkpoint.unlink()
     with pytest.raises(TrainingError, match=r"no checkpoint .*; start without --resume"):
         make("parts", resume=True)
 
@@ -120,6 +124,7 @@ def test_decoder_command_keeps_the_prompts_with_the_base(
     with pytest.raises(SystemExit, match="0"):
         main(call)
     assert capsys.readouterr().out == f"{out}\n"
+    assert not any(out.rglob("*checkpoint*"))
     kept = load_prompts(find_prompts("red", out), load_base(out))
     assert torch.equal(kept.prompts, styles["red"].prompts.prompts)
     copied = tmp_path / "copy"

@@ -13,7 +13,15 @@ from lsast_engines.cli import Command, debug_option, json_option, log_to_stderr
 from lsast_engines.errors import TrainingError, UsageError
 
 from ..finetuning.options import DecoderOptions
-from .shared import EXTRA, declared_options, device_option, overwrite_option, set_up_torch, threads_option
+from .shared import (
+    EXTRA,
+    contents_option,
+    declared_options,
+    device_option,
+    overwrite_option,
+    set_up_torch,
+    threads_option,
+)
 
 
 def parse_works(values: tuple[str, ...]) -> dict[str, Path]:
@@ -41,13 +49,7 @@ def parse_works(values: tuple[str, ...]) -> dict[str, Path]:
     metavar="NAME=DIR",
     help="Prompts of a run or of the base's bundle, or a file, and the folder tree of the artist's works. Repeatable.",
 )
-@click.option(
-    "--contents",
-    required=True,
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="Folder tree of pictures to paint, such as photographs.",
-)
+@contents_option
 @click.option("--base", metavar="NAME", help="Base or bundle with mini's autoencoder. [default: the embedded one]")
 @declared_options(DecoderOptions)
 @device_option
@@ -103,7 +105,9 @@ def decoder(
             for name, tree in works.items()
         }
         others = PaintingDataset.load(contents, options.size, "random", size)
-        DecoderTraining(loaded, pairs, others, options, out, resume, device=device).run()
+        training = DecoderTraining(loaded, pairs, others, options, out, resume, device=device)
+        training.run()
     for style in prompts.values():
         save_prompts(style, out / PROMPTS / f"{style.name}.prompts.safetensors")
     finish(loaded, out, {f"decoder_{name}": str(asdict(options)[name]) for name in ("steps", "paintings")})
+    training.files.checkpoint.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from lsast_engines.cli import Command, debug_option, json_option, log_to_stderr,
 from ..finetuning.options import FinetuneOptions
 from .shared import (
     EXTRA,
+    contents_option,
     declared_options,
     device_option,
     import_options,
@@ -33,13 +34,7 @@ from .shared import (
     type=click.Path(path_type=Path),
     help="Folder tree of the artist's pictures.",
 )
-@click.option(
-    "--contents",
-    required=True,
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="Folder tree of pictures to paint, such as photographs.",
-)
+@contents_option
 @click.option("--name", help="Name of the new style. [default: STYLE]")
 @click.option("--base", metavar="NAME", help="Bundle or base that the style belongs to. [default: the embedded one]")
 @import_options()

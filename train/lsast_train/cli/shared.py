@@ -19,6 +19,15 @@ device_option = click.option(
 )
 """Adds ``--device`` to a command."""
 
+contents_option = click.option(
+    "--contents",
+    required=True,
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Folder tree of pictures to paint, such as photographs.",
+)
+"""Adds ``--contents`` to a command."""
+
 threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
 """Adds ``--threads`` to a command."""
 

@@ -146,6 +146,8 @@ class DecoderTraining:
     def run(self) -> None:
         """Train to the last step; the base's decoder ends with the running mean of its weights, frozen, on the CPU.
 
+        The checkpoint stays, so that nothing is lost until the caller has written the base.
+
         Raises:
             TrainingError: a loss that is not finite.
             InterruptionError: SIGINT or SIGTERM; a checkpoint was written.
@@ -157,7 +159,7 @@ class DecoderTraining:
         self.decoder.requires_grad_(False)
         self.base.to(torch.device("cpu"))
         self.loop.write_log(self.files.curve, asdict(self.options))
-        self.files.checkpoint.unlink(missing_ok=True)
+        self.loop.save()
 
     def _painter(self, prompts: Prompts) -> Painter:
         """Paints with the style's own default options."""
