@@ -165,17 +165,15 @@ class DpmSolverPp2M:
 
     def __init__(self, levels: list[NoiseLevel]) -> None:
         self._levels = levels
-        self._counter = StepCounter(len(levels) - 1)
         self._x0_before: Array | None = None
 
     def step(self, eps: Array, index: int, x: Array) -> Array:
         """See `Solver.step`."""
-        self._counter.advance(index)
         s, t = self._levels[index], self._levels[index + 1]
         x0 = s.x0(x, eps)
         h = t.lam - s.lam
         d = x0  # D_i
-        if index > 0 and not self._counter.is_last(index):
+        if index > 0 and math.isfinite(h):
             assert self._x0_before is not None
             r = (s.lam - self._levels[index - 1].lam) / h  # r_i = h_{i-1} / h_i
             d = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * self._x0_before
@@ -199,21 +197,19 @@ class UniPc:
 
     def __init__(self, levels: list[NoiseLevel]) -> None:
         self._levels = levels
-        self._counter = StepCounter(len(levels) - 1)
         self._x0s: list[Array] = []  # the last two data predictions, newest last
         self._x_before: Array | None = None
         self._order = 1  # order of the step before
 
     def step(self, eps: Array, index: int, x: Array) -> Array:
         """See `Solver.step`."""
-        self._counter.advance(index)
         x0 = self._levels[index].x0(x, eps)
         if index == 0:
             self._x0s = []
         else:
             x = self._correct(index - 1, x0)
         self._x0s = [*self._x0s[-1:], x0]
-        self._order = 1 if index == 0 or self._counter.is_last(index) else 2
+        self._order = 2 if index > 0 and math.isfinite(self._h(index)) else 1
         self._x_before = x
         return self._predict(index, x)
 
@@ -253,24 +249,6 @@ class UniPc:
     def _d1(self, index: int) -> Array:
         d: Array = (self._x0s[-2] - self._x0s[-1]) / self._r1(index)
         return d
-
-
-class StepCounter:
-    """Checks that the steps of a multistep solver are taken in order."""
-
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
-        self._next = 0
-
-    def advance(self, index: int) -> None:
-        """Go to step `index`; ValueError if it is not the next one, or 0."""
-        if index not in (0, self._next) or index >= self._steps:
-            raise ValueError(f"found step {index}; expected {self._next}, or 0 for a new run of {self._steps} steps")
-        self._next = index + 1
-
-    def is_last(self, index: int) -> bool:
-        """Whether `index` is the last step."""
-        return index == self._steps - 1
 
 
 @dataclass(frozen=True)

@@ -102,16 +102,6 @@ def test_solver_keeps_samples_independent_and_restarts(name: str) -> None:
         np.testing.assert_array_equal(run(slice(row, row + 1))[0], whole[row])
 
 
-@pytest.mark.parametrize("name", ["dpmpp2m", "unipc"])
-def test_multistep_solver_refuses_steps_out_of_order(name: str) -> None:
-    schedule = TimestepSchedule.build(NoiseSchedule(), 8, 1.0, 10, name)
-    solver = make_solver(schedule)
-    x = np.ones(SHAPE, np.float32)
-    solver.step(x, 0, x)
-    with pytest.raises(ValueError, match="found step 2; expected 1"):
-        solver.step(x, 2, x)
-
-
 @both_sets
 def test_ddim_lsast_steps_match_the_recording(golden: GoldenFiles) -> None:
     recorded = load_file(f"{golden.prefix}_io.safetensors")
