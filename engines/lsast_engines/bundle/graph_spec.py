@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 VAE_ENCODER, CONTROLNET_COND, DENOISER, VAE_DECODER = "vae_encoder", "controlnet_cond", "denoiser", "vae_decoder"
 REQUIRED_GRAPHS = (VAE_ENCODER, CONTROLNET_COND, DENOISER, VAE_DECODER)
@@ -34,8 +35,8 @@ class TensorSpec:
     """One input or output of a graph."""
 
     name: str
-    dtype: str
-    """NumPy's name of the type, e.g. ``float32``."""
+    dtype: Annotated[str, "float32|int64"]
+    """NumPy's name of the type."""
     shape: tuple[int | str, ...]
     """Axis lengths; a string names a dynamic axis; empty for a scalar."""
 

@@ -1,14 +1,27 @@
-"""Reading JSON objects field by field, with a list of all faults instead of an exception at the first."""
+"""Reading JSON into dataclasses, as their fields declare, with a list of all faults instead of an exception at the
+first.
+
+A field is a text, a whole or another number, one of some texts (``Literal``), a dataclass or a named tuple, a list
+(``tuple``) or an object (``dict``) of these, and may be optional (``| None``). ``Annotated`` gives a number a `Range`,
+a text a pattern, and a ``dict`` a dataclass that declares its keys.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import math
 import re
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from ..declared_options import Range
+from ..errors import UsageError
 
 MAX_INTEGER = 10_000_000
 """Largest whole number of a field that declares no other: no width, offset or count of a base is near it."""
+
+Kind = TypeVar("Kind")
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -23,121 +36,103 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-class JsonReader:
-    """One JSON object whose fields are read with a type and a range.
+def read_object(kind: type[Kind], data: object, where: str, faults: list[str]) -> Kind | None:
+    """A dataclass from a JSON object that has each of its fields, and no other.
 
-    A field that is missing or invalid adds a line to `faults` and returns a placeholder of the right type; the values
-    may be used only if no fault was added.
+    Args:
+        kind: the dataclass; a `UsageError` of its own checks is a fault, too.
+        data: what `parse_json` gave.
+        where: the place of the object in the text, for faults; empty for the whole.
+        faults: gets a line for each field that is missing, unknown or invalid.
+
+    Returns:
+        The dataclass; None if a fault was added.
     """
+    hints, before = _hints(kind), len(faults)  # type: ignore[arg-type]
+    if not isinstance(data, dict):
+        faults.append(f"{where}: found {_shown(data)}; expected an object with {', '.join(hints)}")
+        return None
+    prefix = f"{where}." if where else ""
+    faults += [
+        f"{prefix}{name}: found an unknown field; expected only {', '.join(hints)}"
+        for name in data
+        if name not in hints
+    ]
+    values = {name: read_value(hint, data.get(name, _MISSING), prefix + name, faults) for name, hint in hints.items()}
+    if len(faults) == before:
+        try:
+            return kind(**values)
+        except UsageError as error:
+            faults.append(f"{where}: {error}")
+    return None
 
-    def __init__(self, data: object, where: str, faults: list[str], known: tuple[str, ...]) -> None:
-        self._where = where
-        self._faults = faults
-        self._data: dict[str, Any] = data if isinstance(data, dict) else {}
-        self.is_object = isinstance(data, dict)
-        if not self.is_object:
-            faults.append(f"{where}: found {_shown(data)}; expected an object with {', '.join(known)}")
-        faults += [
-            f"{self._path(key)}: found an unknown field; expected only {', '.join(known)}"
-            for key in self._data
-            if key not in known
+
+def read_value(hint: Any, value: object, where: str, faults: list[str]) -> Any:
+    """A JSON value as a field with the type `hint` has it; see `read_object`. None if a fault was added."""
+    hint, note = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, None)
+    if type(None) in get_args(hint):
+        hint, *_ = (part for part in get_args(hint) if part is not type(None))
+        return None if value is None else read_value(hint, value, where, faults)
+    if isinstance(note, type):
+        found = read_object(note, value, where, faults)
+        return None if found is None else vars(found)
+    if dataclasses.is_dataclass(hint):
+        return read_object(hint, value, where, faults)  # type: ignore[arg-type]
+    fits, expected = _check(hint, note, value)
+    if not fits:
+        faults.append(f"{where}: found {_shown(value)}; expected {expected}")
+        return None
+    if hint is Any:
+        return value
+    if isinstance(value, dict):
+        of = get_args(hint)[1]
+        return {name: read_value(of, held, f"{where}.{name}", faults) for name, held in value.items()}
+    if isinstance(value, list):
+        items = [
+            read_value(of, held, f"{where}[{index}]", faults)
+            for index, (of, held) in enumerate(zip(_item_hints(hint, value), value, strict=True))
         ]
+        return hint(*items) if hasattr(hint, "_fields") else tuple(items)
+    return float(value) if hint is float else value  # type: ignore[arg-type]
 
-    def error(self, key: str, found: object, expected: str) -> None:
-        """Add a fault: `key` has the value `found`, and `expected` describes a valid one."""
-        # One fault for a value that is not an object, not one more for each of its fields.
-        if self.is_object:
-            self._faults.append(f"{self._path(key)}: found {_shown(found)}; expected {expected}")
 
-    def string(self, key: str, pattern: str = ".+") -> str:
-        """A text that matches all of `pattern`."""
-        value = self._data.get(key, _MISSING)
-        if _is_text(value) and re.fullmatch(pattern, value, re.DOTALL):
-            return str(value)
-        self.error(key, value, "text" if pattern == ".+" else f"text like {pattern}")
-        return ""
+def _check(hint: Any, note: Any, value: Any) -> tuple[bool, str]:
+    """Whether a value may be of the type `hint`, without its items; and what is expected."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is dict:
+        return isinstance(value, dict) and all(map(_is_text, value)), "an object"
+    if origin is tuple or hasattr(hint, "_fields"):
+        fits = isinstance(value, list) and len(value) == len(_item_hints(hint, value))
+        return fits, "a list" if Ellipsis in parts else f"a list of {len(_item_hints(hint, value))}"
+    if origin is Literal:
+        return isinstance(value, str) and value in parts, f"one of {', '.join(parts)}"
+    if hint is str:
+        pattern = note or ".+"
+        fits = _is_text(value) and re.fullmatch(pattern, value, re.DOTALL) is not None
+        return fits, "text" if note is None else f"text like {pattern}"
+    if hint is int:
+        span = note or Range(1, MAX_INTEGER)
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        return is_whole and value in span, f"a whole number from {span.low} to {span.high}"
+    if hint is float:
+        return is_number(value) and (note is None or value in note), f"a number {note}" if note else "a number"
+    if hint == int | str:  # of a shape
+        is_axis = len(value) <= 20 if _is_text(value) and value else _check(int, None, value)[0]
+        return is_axis, "the length or the name of an axis"
+    return value is not _MISSING, "a value"
 
-    def integer(self, key: str, at_least: int = 1, at_most: int = MAX_INTEGER) -> int:
-        """A whole number from `at_least` to `at_most`."""
-        value = self._data.get(key, _MISSING)
-        if isinstance(value, int) and not isinstance(value, bool) and at_least <= value <= at_most:
-            return value
-        self.error(key, value, f"a whole number from {at_least} to {at_most}")
-        return at_least
 
-    def number(self, key: str, above: float | None = None) -> float:
-        """A finite number, above `above` if given."""
-        value = self._data.get(key, _MISSING)
-        if is_number(value) and (above is None or value > above):
-            return float(value)
-        self.error(key, value, "a number" if above is None else f"a number above {above:g}")
-        return 1.0
+def _item_hints(hint: Any, value: Any) -> list[Any]:
+    """The types of the items of a list."""
+    if hasattr(hint, "_fields"):
+        return list(_hints(hint).values())
+    first, *others = get_args(hint)
+    return [first] * len(value) if others == [Ellipsis] and isinstance(value, list) else [first, *others]
 
-    def choice(self, key: str, options: tuple[str, ...]) -> Any:
-        """One of `options` (typed Any so that it fits a Literal)."""
-        value = self._data.get(key, _MISSING)
-        if isinstance(value, str) and value in options:
-            return value
-        self.error(key, value, f"one of {', '.join(options)}")
-        return options[0]
 
-    def axes(self, key: str) -> tuple[int | str, ...]:
-        """A shape: a list of lengths of at least 1 and names of dynamic axes, at most 20 letters each."""
-        axes = self._list(key)
-        if all((_is_text(axis) and 1 <= len(axis) <= 20) or _is_length(axis) for axis in axes):
-            return tuple(axes)
-        self.error(key, axes, "lengths and names of axes")
-        return ()
-
-    def string_dict(self, key: str) -> dict[str, str]:
-        """An object of texts; without what is none."""
-        values = self._dict(key)
-        wrong = [name for name, value in values.items() if not _is_text(value) or not _is_text(name)]
-        for name in wrong:
-            self.error(f"{key}.{name}", values[name], "text")
-        return {name: value for name, value in values.items() if name not in wrong}
-
-    def numbers(self, key: str) -> dict[str, float]:
-        """An object of finite numbers; without what is none."""
-        values = self._dict(key)
-        wrong = [name for name, value in values.items() if not is_number(value)]
-        for name in wrong:
-            self.error(f"{key}.{name}", values[name], "a number")
-        return {name: value for name, value in values.items() if name not in wrong}
-
-    def object(self, key: str, known: tuple[str, ...]) -> JsonReader:
-        """The object `key`, which holds the fields `known`."""
-        value = self._data.get(key, _MISSING)
-        child = JsonReader(value if self.is_object else {}, self._path(key), self._faults, known)
-        child.is_object &= self.is_object
-        return child
-
-    def list_of(self, key: str, known: tuple[str, ...]) -> list[JsonReader]:
-        """The objects of the list `key`, each with the fields `known`."""
-        items = enumerate(self._list(key))
-        return [JsonReader(item, f"{self._path(key)}[{index}]", self._faults, known) for index, item in items]
-
-    def dict_of(self, key: str, known: tuple[str, ...]) -> dict[str, JsonReader]:
-        """The objects of the object `key`, each with the fields `known`."""
-        items = self._dict(key).items()
-        return {name: JsonReader(item, f"{self._path(key)}.{name}", self._faults, known) for name, item in items}
-
-    def _list(self, key: str) -> list[Any]:
-        value = self._data.get(key, _MISSING)
-        if isinstance(value, list):
-            return value
-        self.error(key, value, "a list")
-        return []
-
-    def _dict(self, key: str) -> dict[str, Any]:
-        value = self._data.get(key, _MISSING)
-        if isinstance(value, dict):
-            return value
-        self.error(key, value, "an object")
-        return {}
-
-    def _path(self, key: str) -> str:
-        return f"{self._where}.{key}" if self._where else key
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
 
 
 _MISSING = object()
@@ -166,7 +161,3 @@ def is_number(value: object) -> bool:
 def _is_text(value: object) -> bool:
     """Whether a value is a text that can be written: JSON can escape half a character (a lone surrogate)."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
-
-
-def _is_length(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_INTEGER

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from ..diffusion import MAX_TRAIN_STEPS, BetaSchedule, NoiseSchedule
-from ..errors import BundleError, UsageError, fault_list
-from .graph_spec import Geometry, GraphSpec, TensorSpec
-from .json_fields import JsonReader, parse_json
+from ..declared_options import Range
+from ..diffusion import MAX_TRAIN_STEPS, NoiseSchedule
+from ..errors import BundleError, fault_list
+from .graph_spec import Geometry, GraphSpec
+from .json_fields import MAX_INTEGER, parse_json, read_object
 from .location import MANIFEST as MANIFEST
 
 FORMAT = 2
@@ -26,14 +26,24 @@ QUANTISED: tuple[StorageDtype, ...] = ("int8",)
 Network = Literal["unet", "control"]
 Group = Literal["down", "mid", "up"]
 
-DEFAULTS = ("style", "steps", "strength", "guidance", "control_scale", "solver", "size")
-"""The options that a manifest has defaults for."""
 
 MAX_SIDE = 16384
 """Largest height and width of a base, in pixels."""
 
 _SHA256 = "[0-9a-f]{64}"
-_DTYPES = ("float32", "int64")
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """The options that a manifest has defaults for, by their types; the runtime checks their ranges."""
+
+    style: str
+    steps: Annotated[int, Range(1, MAX_TRAIN_STEPS)]
+    strength: float
+    guidance: float
+    control_scale: float
+    solver: str
+    size: Annotated[int, Range(0, MAX_SIDE)]
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,7 @@ class AttentionLayer:
     network: Network
     group: Group
     """Layer group: encoder (down), middle or decoder (up) of the network."""
-    offset: int
+    offset: Annotated[int, Range(0, MAX_INTEGER)]
     """First column of its keys."""
     width: int
     """Channels of its keys, and of its values."""
@@ -59,8 +69,8 @@ class AttentionLayer:
 class FileEntry:
     """SHA-256 (hex) and size of a file of a bundle."""
 
-    sha256: str
-    bytes: int
+    sha256: Annotated[str, _SHA256]
+    bytes: Annotated[int, Range(0, 1 << 50)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,25 +80,25 @@ class Manifest:
     name: str
     family: str
     """Kind of base, e.g. ``mini`` or ``sd15``."""
-    fingerprint: str
+    fingerprint: Annotated[str, _SHA256]
     """SHA-256 (hex) of the base's weights; a style fits one base only."""
-    height: int
+    height: Annotated[int, Range(1, MAX_SIDE)]
     """Native height in pixels."""
-    width: int
+    width: Annotated[int, Range(1, MAX_SIDE)]
     """Native width in pixels."""
-    latent_scale: float
+    latent_scale: Annotated[float, Range(0, above=True)]
     """Factor from the autoencoder's latents to the U-Net's."""
     storage_dtype: StorageDtype
     noise: NoiseSchedule
-    stages: int
+    stages: Annotated[int, Range(1, MAX_TRAIN_STEPS)]
     """Stages of the prompts; stage = t * stages // train_steps."""
     tokens: int
     """Tokens T of a context."""
     geometry: Geometry
     attention_layers: tuple[AttentionLayer, ...]
     graphs: dict[str, GraphSpec]
-    defaults: dict[str, Any]
-    """Default options for this base, one for each of `DEFAULTS`."""
+    defaults: Annotated[dict[str, Any], Defaults]
+    """Default options for this base."""
     lsast_version: str
     """Version of lsast that exported the bundle."""
     files: dict[str, FileEntry] = field(default_factory=dict)
@@ -98,7 +108,7 @@ class Manifest:
     PSNR of its paintings to those of the bundle that it was made from."""
     source: dict[str, str] = field(default_factory=dict)
     """Origin of the base: versions, data, training settings."""
-    multiple: int = 64
+    multiple: Annotated[int, Range(1, MAX_SIDE)] = 64
     """Heights and widths are multiples of this many pixels."""
     format: int = FORMAT
 
@@ -125,8 +135,8 @@ class Manifest:
                 "export the bundle again, or update lsast"
             )
         faults: list[str] = []
-        manifest = _read(JsonReader(data, "", faults, _names(cls)), faults)
-        if faults:
+        manifest = read_object(cls, data, "", faults)
+        if manifest is None or (faults := _contradictions(manifest)):
             raise BundleError(fault_list(f"{where} is not a valid manifest:", faults))
         return manifest
 
@@ -143,97 +153,13 @@ def declared_hashes(folder: Path) -> dict[str, str]:
         return {}
 
 
-def _read(fields: JsonReader, faults: list[str]) -> Manifest:
-    """The manifest in `fields`; valid only if no fault was added."""
-    geometry = fields.object("geometry", _names(Geometry))
-    manifest = Manifest(
-        name=fields.string("name"),
-        family=fields.string("family"),
-        fingerprint=fields.string("fingerprint", _SHA256),
-        height=fields.integer("height", at_most=MAX_SIDE),
-        width=fields.integer("width", at_most=MAX_SIDE),
-        latent_scale=fields.number("latent_scale", above=0),
-        storage_dtype=fields.choice("storage_dtype", get_args(StorageDtype)),
-        noise=_noise(fields.object("noise", _names(NoiseSchedule)), faults),
-        stages=fields.integer("stages", at_most=MAX_TRAIN_STEPS),
-        tokens=fields.integer("tokens"),
-        geometry=Geometry(**{name: geometry.integer(name) for name in _names(Geometry)}),
-        attention_layers=tuple(_layer(layer) for layer in fields.list_of("attention_layers", _names(AttentionLayer))),
-        graphs={name: _graph(name, graph) for name, graph in fields.dict_of("graphs", _names(GraphSpec)).items()},
-        defaults=_defaults(fields.object("defaults", DEFAULTS)),
-        lsast_version=fields.string("lsast_version"),
-        files={
-            name: FileEntry(entry.string("sha256", _SHA256), entry.integer("bytes", at_least=0, at_most=1 << 50))
-            for name, entry in fields.dict_of("files", _names(FileEntry)).items()
-        },
-        parity=fields.numbers("parity"),
-        source=fields.string_dict("source"),
-        multiple=fields.integer("multiple", at_most=MAX_SIDE),
-    )
-    if not faults:
-        faults += _contradictions(manifest)
-    return manifest
-
-
-def _names(kind: Any) -> tuple[str, ...]:
-    return tuple(item.name for item in dataclasses.fields(kind))
-
-
-def _noise(fields: JsonReader, faults: list[str]) -> NoiseSchedule:
-    before = len(faults)
-    values: dict[str, Any] = {
-        "train_steps": fields.integer("train_steps", at_most=MAX_TRAIN_STEPS),
-        "beta_start": fields.number("beta_start", above=0),
-        "beta_end": fields.number("beta_end", above=0),
-        "beta_schedule": fields.choice("beta_schedule", get_args(BetaSchedule)),
-    }
-    if fields.is_object and len(faults) == before:
-        try:
-            return NoiseSchedule(**values)
-        except UsageError as error:
-            faults.append(f"noise: {error}")
-    return NoiseSchedule()
-
-
-def _layer(fields: JsonReader) -> AttentionLayer:
-    return AttentionLayer(
-        name=fields.string("name"),
-        network=fields.choice("network", get_args(Network)),
-        group=fields.choice("group", get_args(Group)),
-        offset=fields.integer("offset", at_least=0),
-        width=fields.integer("width"),
-    )
-
-
-def _graph(name: str, fields: JsonReader) -> GraphSpec:
-    if fields.string("name") != name:
-        fields.error("name", fields.string("name"), f"{name!r}, its key")
-    tensors = {
-        side: tuple(
-            TensorSpec(tensor.string("name"), tensor.choice("dtype", _DTYPES), tensor.axes("shape"))
-            for tensor in fields.list_of(side, _names(TensorSpec))
-        )
-        for side in ("inputs", "outputs")
-    }
-    return GraphSpec(name, tensors["inputs"], tensors["outputs"])
-
-
-def _defaults(fields: JsonReader) -> dict[str, Any]:
-    # Only their types; the runtime checks their ranges.
-    return {
-        "style": fields.string("style"),
-        "steps": fields.integer("steps", at_most=MAX_TRAIN_STEPS),
-        "strength": fields.number("strength"),
-        "guidance": fields.number("guidance"),
-        "control_scale": fields.number("control_scale"),
-        "solver": fields.string("solver"),
-        "size": fields.integer("size", at_least=0, at_most=MAX_SIDE),
-    }
-
-
 def _contradictions(manifest: Manifest) -> list[str]:
     """Faults of fields that are well formed but contradict each other."""
-    faults = []
+    faults = [
+        f"graphs.{name}.name: found {spec.name!r}; expected {name!r}, its key"
+        for name, spec in manifest.graphs.items()
+        if spec.name != name
+    ]
     geometry = manifest.geometry
     if manifest.tokens != geometry.tokens:
         faults.append(f"tokens: found {manifest.tokens}; expected {geometry.tokens}, as in geometry")

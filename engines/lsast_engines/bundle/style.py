@@ -26,7 +26,7 @@ import numpy.typing as npt
 from ..errors import StyleError, UsageError, fault_list
 from ..files import replace_file
 from ..removed import RENAMED_OPTIONS, RENAMED_VALUES
-from .json_fields import JsonReader, is_number, parse_json
+from .json_fields import is_number, parse_json, read_object
 from .safetensors_header import Slot, read_slots
 
 FORMAT = 2
@@ -58,7 +58,19 @@ LATENT_STATISTICS_KEY = "latent_statistics"
 """Key in a style's `meta` of the statistics of the artist's latents, as JSON."""
 
 _METADATA_KEY = "lsast"
-_HEADER = ("format", "name", "base", "stages", "tokens", "meta", "sha256")
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The JSON object of a style file."""
+
+    format: int
+    name: str
+    base: str
+    stages: int
+    tokens: int
+    meta: dict[str, str]
+    sha256: Any
 
 
 class StageKV(NamedTuple):
@@ -190,18 +202,18 @@ class StyleFile:
             StyleError: not found, not a style, of another format, or damaged; all faults at once.
         """
         self.path = path
-        self._descriptor, self._slots, header = _open(path)
+        self._descriptor, self._slots, data = _open(path)
         weakref.finalize(self, os.close, self._descriptor)
         faults: list[str] = []
-        reader = JsonReader(header, "", faults, _HEADER)
-        self.name = reader.string("name")
-        faults += style_name_faults(self.name) if self.name else []
-        self.base = reader.string("base")
+        header = read_object(_Header, data, "", faults)
+        if header is None:
+            raise StyleError(fault_list(f"style file {path} is damaged:", faults))
+        self.name, self.stages, self.tokens = header.name, header.stages, header.tokens
+        self.base = header.base
         """Fingerprint of the base (`Manifest.fingerprint`) that projected the prompts; the style fits no other base."""
-        self.stages = reader.integer("stages")
-        self.tokens = reader.integer("tokens")
-        self.meta = reader.string_dict("meta")
+        self.meta = header.meta
         """Licence, training settings, default options."""
+        faults += style_name_faults(self.name)
         self.defaults: dict[str, Any]
         """The style's own default options, a part of `STYLE_DEFAULTS`."""
         self.defaults, wrong = decode_defaults(self.meta)
@@ -215,7 +227,7 @@ class StyleFile:
         """Of the artist's works; None for a style that carries none. The option `palette` needs them."""
         self.latent_statistics, wrong = LatentStatistics.from_meta(self.meta)
         faults += wrong
-        self._digests: Any = header.get("sha256")
+        self._digests = header.sha256
         self._read: dict[int, StageKV] = {}
         for name in TENSORS:
             if slot := self._slots.get(name):
@@ -233,11 +245,6 @@ class StyleFile:
     def width(self, tensor: str) -> int:
         """Columns of `tensor`, one of `TENSORS`."""
         return self._slots[tensor].shape[2]
-
-    @property
-    def read_stages(self) -> list[int]:
-        """The stages that are in memory."""
-        return sorted(self._read)
 
     @property
     def bytes(self) -> int:

@@ -20,7 +20,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lsast_engines.bundle.json_fields import JsonReader, parse_json
+from lsast_engines.bundle.json_fields import parse_json, read_object, read_value
 from lsast_engines.errors import LsastError, PictureError
 from lsast_engines.picture_file import open_file, open_image
 
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Format number of the JSON."""
 
-_OTHERS = ("styles", "versions", "mask_sha256", "painted")
-"""Fields of `Provenance` that are no text."""
 
 _EXIF, _SOFTWARE, _MAKER_NOTE, _USER_COMMENT = 0x8769, 0x0131, 0x927C, 0x9286
 _MARK, _UNICODE = b"lsast\0", b"UNICODE\0"
@@ -75,19 +73,14 @@ class Record:
                     f"{where} was written in format {found!r:.40}; this version reads format {FORMAT}: update lsast"
                 )
             content = {"compute_dtype": content.get("arithmetic"), "seconds": {}, **content}  # the name of before 0.1
-            names = tuple(field.name for field in dataclasses.fields(Provenance))
             faults: list[str] = []
-            fields = JsonReader({name: content[name] for name in (*names, "seconds")}, "", faults, (*names, "seconds"))
-            facts: dict[str, Any] = {name: fields.string(name) for name in names if name not in _OTHERS}
-            facts |= {"styles": fields.string_dict("styles"), "versions": fields.string_dict("versions")}
-            facts["mask_sha256"] = content["mask_sha256"] and fields.string("mask_sha256")
-            height, width = fields.axes("painted")
-            seconds = fields.numbers("seconds")
-            if faults:
+            known = {field.name: content[field.name] for field in dataclasses.fields(Provenance)}
+            provenance = read_object(Provenance, known, "", faults)
+            seconds = read_value(dict[str, float], content["seconds"], "seconds", faults)
+            if provenance is None or faults:
                 raise ValueError("; ".join(faults))
             if not isinstance(content["options"], dict):
                 raise TypeError("options is no object")
-            provenance = Provenance(**facts, painted=(int(height), int(width)))
             return cls(provenance, Options(**current_options(content["options"])), seconds)
         except (ValueError, KeyError, TypeError) as error:
             raise PictureError(

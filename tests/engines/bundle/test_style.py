@@ -49,15 +49,6 @@ def test_style_save_of_equal_styles_gives_equal_bytes(tmp_path: Path, make_style
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes() == (tmp_path / "3").read_bytes()
 
 
-def test_style_of_float64_and_strided_tensors_is_float32_and_contiguous(make_style: MakeStyle) -> None:
-    style = make_style()
-    strided: Any = np.asfortranarray(style.kv_unet.astype(np.float64))
-    taken = dataclasses.replace(style, kv_unet=strided)
-    assert taken.kv_unet.dtype == np.float32
-    assert taken.kv_unet.flags.c_contiguous
-    np.testing.assert_array_equal(taken.kv_unet, style.kv_unet)
-
-
 def test_style_of_invalid_tensors_lists_all_faults(make_style: MakeStyle) -> None:
     style = make_style()
     spoilt = style.kv_control.copy()
@@ -134,13 +125,13 @@ def test_style_file_reads_only_the_stages_that_are_asked_for(tmp_path: Path, mak
     resave(path, lambda header, tensors: tensors["kv_unet"].__setitem__((3, 0, 0), 7))  # stage 3 is damaged
     file = StyleFile(path)
     make_style("another").save(path)  # what replaces the file has no effect
-    assert (file.name, file.stages, file.read_stages) == ("a", 10, [])
+    assert (file.name, file.stages, file.bytes) == ("a", 10, 0)
     for stage in (6, 2, 6):
         row = file.stage(stage)
         np.testing.assert_array_equal(row.kv_unet, style.kv_unet[stage].astype(np.float16))
         np.testing.assert_array_equal(row.kv_control, style.kv_control[stage].astype(np.float16))
         assert (row.kv_unet.dtype, row.kv_unet.flags.c_contiguous) == (np.float32, True)
-    assert file.read_stages == [2, 6]
+    assert file.bytes == 2 * 3 * (20 + 8) * 4
     with pytest.raises(StyleError, match=r"the SHA-256 of stage 3 differs"):
         file.stage(3)
     with pytest.raises(StyleError, match="stage 3"):
@@ -197,10 +188,13 @@ def saved(folder: Path, meta: dict[str, str]) -> Path:
     return path
 
 
-def test_style_file_gives_its_defaults(tmp_path: Path) -> None:
+def test_style_file_gives_its_defaults_and_the_statistics_of_its_latents(tmp_path: Path) -> None:
     values = {"strength": 1.0, "guidance": 8, "control_scale": 0.9, "steps": 11, "solver": "ddim"}
-    assert StyleFile(saved(tmp_path, {"licence": "none", **encode_defaults(values)})).defaults == values
-    assert StyleFile(saved(tmp_path, encode_defaults({}))).defaults == {}
+    statistics = LatentStatistics((0.1, -2.0), (0.5, 1.25))
+    meta = {"licence": "none", **encode_defaults(values), **statistics.to_meta()}
+    full, empty = StyleFile(saved(tmp_path, meta)), StyleFile(saved(tmp_path, encode_defaults({})))
+    assert (full.defaults, full.latent_statistics) == (values, statistics)
+    assert (empty.defaults, empty.latent_statistics) == ({}, None)
 
 
 def test_encode_defaults_lists_all_invalid_values() -> None:
@@ -216,12 +210,6 @@ def test_style_file_with_invalid_defaults_is_refused(tmp_path: Path, text: str) 
     with pytest.raises(StyleError, match="defaults"):
         StyleFile(saved(tmp_path, {"defaults": text}))
     assert decode_defaults({"defaults": text})[0] == {}
-
-
-def test_style_file_gives_the_statistics_of_its_latents(tmp_path: Path) -> None:
-    statistics = LatentStatistics((0.1, -2.0), (0.5, 1.25))
-    assert StyleFile(saved(tmp_path, statistics.to_meta())).latent_statistics == statistics
-    assert StyleFile(saved(tmp_path, {})).latent_statistics is None
 
 
 @pytest.mark.parametrize(

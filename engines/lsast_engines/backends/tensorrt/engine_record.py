@@ -14,15 +14,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from ...bundle.manifest import MANIFEST, Manifest
+from ...bundle.json_fields import parse_json, read_object
+from ...bundle.manifest import MANIFEST, Manifest, declared_hashes
+from ...declared_options import Range
 from ...errors import BackendError, BundleError, fault_list
 from ...files import MAKE_OWN, cache_home, file_sha256, replace_file, written_by_others
-from .shape_profile import Profile, profile_from_json, profile_to_json
+from .shape_profile import Profile
 
 FORMAT = 4
 """Format number of records; raised also when compiling makes another graph from the same file."""
@@ -73,9 +74,7 @@ class EngineKey:
     def unsupported_reasons(self, capability: str, gpu: str) -> list[str]:
         """Why the engine does not run on a GPU of this compute capability and name; empty if it does."""
         faults = []
-        if self.library == "tensorrt-rtx" and capability not in RTX_CAPABILITIES:
-            faults.append(f"gpu: found {capability}; expected {', '.join(RTX_CAPABILITIES)} for tensorrt-rtx")
-        elif capability not in self.targets and (PORTABLE not in self.targets or capability == "7.5"):
+        if capability not in self.targets and (PORTABLE not in self.targets or capability not in RTX_CAPABILITIES[1:]):
             faults.append(f"targets: found {', '.join(self.targets)}; expected {capability}, the GPU's")
         if self.gpu not in (ANY_GPU, gpu):
             faults.append(f"gpu: found {self.gpu}; expected {gpu}")
@@ -88,19 +87,17 @@ class EngineRecord:
 
     key: EngineKey
     sha256: str
-    bytes: int
+    bytes: Annotated[int, Range(0, 1 << 50)]
     seconds: float
     """Time that it took to compile."""
-    activation_bytes: int
+    activation_bytes: Annotated[int, Range(0, 1 << 50)]
     """Largest working memory of a run, at the largest input shapes, beside weights, inputs and outputs."""
     lsast_version: str
 
     def save(self, engine: Path) -> None:
         """Write the record beside `engine`."""
-        data = asdict(self)
-        data["key"]["profile"] = profile_to_json(self.key.profile)
         with replace_file(record_path(engine), own=True) as handle:
-            handle.write((json.dumps({"format": FORMAT, **data}, indent=1) + "\n").encode())
+            handle.write((json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, engine: Path) -> EngineRecord:
@@ -111,38 +108,17 @@ class EngineRecord:
         """
         path = record_path(engine)
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = parse_json(path.read_bytes())
         except (OSError, ValueError) as error:
             raise BackendError(f"{path} cannot be read ({error}); compile the engine again") from error
         found = data.pop("format", None) if isinstance(data, dict) else None
         if found != FORMAT:
             raise BackendError(f"{path} has format {found!r}; this version reads {FORMAT}: compile the engine again")
-        try:
-            return _record(data)
-        except (KeyError, TypeError, ValueError) as error:
-            raise BackendError(f"{path} is not the record of an engine ({error}); compile the engine again") from error
-
-
-def _record(data: dict[str, Any]) -> EngineRecord:
-    key = data.pop("key")
-    if key["library"] not in get_args(TrtFlavor):
-        raise ValueError(f"library: found {key['library']!r}; expected one of {', '.join(get_args(TrtFlavor))}")
-    key["profile"] = profile_from_json(key["profile"])
-    key["targets"] = tuple(key["targets"])
-    record = EngineRecord(key=EngineKey(**key), **data)
-    wrong = [
-        name
-        for owner, names in (
-            (record, ("sha256", "lsast_version")),
-            (record.key, ("graph", "onnx", "compute_dtype", "gpu")),
-        )
-        for name in names
-        if not isinstance(getattr(owner, name), str)
-    ]
-    numbers = (record.bytes, record.activation_bytes, record.seconds)
-    if wrong or not all(isinstance(number, (int, float)) for number in numbers):
-        raise ValueError(f"wrong types, {', '.join(wrong) or 'bytes, activation_bytes or seconds'}")
-    return record
+        faults: list[str] = []
+        record = read_object(cls, data, "", faults)
+        if record is None:
+            raise BackendError(fault_list(f"{path} is not the record of an engine; compile it again:", faults))
+        return record
 
 
 def record_path(engine: Path) -> Path:
@@ -175,20 +151,11 @@ def graph_digest(path: Path) -> str:
     In a bundle the hashes of weights are taken from the manifest (`Bundle.open` verifies them), not computed again.
     """
     weights = sorted(file for pattern in ("*.data", "base.safetensors") for file in path.parent.glob(pattern))
-    known = _manifest_hashes(path.parent)
+    declared = declared_hashes(path.parent)
     digest = hashlib.sha256(file_sha256(path).encode())
     for file in weights:
-        recorded = known.get((file.name, file.stat().st_size))
-        digest.update(f" {file.name} {recorded or file_sha256(file)}".encode())
+        digest.update(f" {file.name} {declared.get(file.name) or file_sha256(file)}".encode())
     return digest.hexdigest()
-
-
-def _manifest_hashes(folder: Path) -> Mapping[tuple[str, int], str]:
-    try:
-        manifest = Manifest.from_json((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, BundleError):
-        return {}
-    return {(name, entry.bytes): entry.sha256 for name, entry in manifest.files.items()}
 
 
 def engine_folder(bundle: Path, flavor: TrtFlavor, compute_dtype: str) -> Path:

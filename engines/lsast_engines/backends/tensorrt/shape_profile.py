@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ...bundle.graph_spec import (
     CONTROLNET_COND,
@@ -101,25 +101,3 @@ def check_profile(profile: Profile, shapes: Mapping[str, Shape], graph: str) -> 
     if faults:
         heading = f"the engine of graph {graph} was not compiled for this; compile it with a wider --sides or --batch:"
         raise BackendError(fault_list(heading, faults))
-
-
-def profile_to_json(profile: Profile) -> dict[str, list[list[int]]]:
-    """`profile` as plain lists: minimum, optimum, maximum."""
-    return {name: [list(shape) for shape in shapes] for name, shapes in profile.items()}
-
-
-def profile_from_json(value: Any) -> Profile:
-    """The inverse of `profile_to_json`.
-
-    Raises:
-        ValueError: not the JSON of a profile.
-    """
-    if not isinstance(value, dict):
-        raise ValueError("no object")
-    profile = {}
-    for name, lists in value.items():
-        shapes = [tuple(shape) for shape in lists]
-        if len(shapes) != 3 or not all(isinstance(axis, int) for shape in shapes for axis in shape):
-            raise ValueError(f"{name}: found {lists!r}; expected three shapes")
-        profile[name] = InputShapes(*shapes)
-    return profile

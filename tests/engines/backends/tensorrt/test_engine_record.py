@@ -52,28 +52,24 @@ def an_engine(folder: Path, name: str = "denoiser", content: bytes = b"compiled"
     return engine
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("graph", "vae_decoder"),
-        ("onnx", "b" * 64),
-        ("profile", {"latent": InputShapes((1,), (1,), (2,))}),
-        ("compute_dtype", "fp32"),
-        ("library", "tensorrt"),
-        ("library_version", "1.8.0"),
-        ("targets", ("8.6",)),
-        ("gpu", "NVIDIA GeForce RTX 4090"),
-    ],
-)
-def test_key_differences_name_the_field(field: str, value: Any) -> None:
-    (fault,) = a_key().differences(a_key(**{field: value}))
-    assert fault.startswith(f"{field}: found ")
+CHANGES: dict[str, Any] = {
+    "graph": "vae_decoder",
+    "onnx": "b" * 64,
+    "profile": {"latent": InputShapes((1,), (1,), (2,))},
+    "compute_dtype": "fp32",
+    "library": "tensorrt",
+    "library_version": "1.8.0",
+    "targets": ("8.6",),
+    "gpu": "NVIDIA GeForce RTX 4090",
+}
 
 
-def test_key_differences_cover_every_field() -> None:
-    tried = test_key_differences_name_the_field.pytestmark[0].args[1]  # type: ignore[attr-defined]
-    assert {field for field, _ in tried} == {field.name for field in dataclasses.fields(EngineKey)}
+def test_key_differences_name_every_field() -> None:
+    assert CHANGES.keys() == {field.name for field in dataclasses.fields(EngineKey)}
     assert a_key().differences(a_key()) == []
+    for field, value in CHANGES.items():
+        (fault,) = a_key().differences(a_key(**{field: value}))
+        assert fault.startswith(f"{field}: found ")
 
 
 def test_unsupported_reasons_name_target_and_gpu() -> None:
@@ -82,9 +78,6 @@ def test_unsupported_reasons_name_target_and_gpu() -> None:
     portable = a_key(targets=("portable",))
     supported = {name: not portable.unsupported_reasons(name, "") for name in ("7.5", "8.0", "8.6", "9.0", "12.1")}
     assert supported == {"7.5": False, "8.0": False, "8.6": True, "9.0": False, "12.1": True}
-    assert a_key(targets=("9.0",)).unsupported_reasons("9.0", "H100") == [
-        "gpu: found 9.0; expected 7.5, 8.6, 8.9, 12.0, 12.1 for tensorrt-rtx"
-    ]
     timed = a_key(library="tensorrt", targets=("8.9",), gpu="NVIDIA L4")
     assert timed.unsupported_reasons("8.9", "NVIDIA L40S") == ["gpu: found NVIDIA L4; expected NVIDIA L40S"]
 
@@ -119,9 +112,12 @@ def test_verified_record_of_a_changed_engine_is_refused(tmp_path: Path) -> None:
         (lambda data: data | {"format": 3}, "has format 3; this version reads 4"),
         (lambda data: {key: value for key, value in data.items() if key != "sha256"}, "is not the record"),
         (lambda data: data | {"key": {**data["key"], "library": "cudnn"}}, "library: found 'cudnn'"),
-        (lambda data: data | {"key": {**data["key"], "profile": {"latent": [[1], [2]]}}}, "expected three shapes"),
+        (
+            lambda data: data | {"key": {**data["key"], "profile": {"latent": [[1], [2]]}}},
+            "expected a list of 3",
+        ),
         (lambda data: data | {"key": {**data["key"], "sm": 1}}, "is not the record"),
-        (lambda data: data | {"bytes": "72"}, "wrong types"),
+        (lambda data: data | {"bytes": "72"}, "bytes: found '72'; expected a whole"),
     ],
 )
 def test_record_load_refuses_damaged_files(tmp_path: Path, edit: Any, message: str) -> None:
