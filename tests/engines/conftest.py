@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from fake_denoiser import RANGES, kernels
-from fake_denoiser import SPEC as SPEC_ON_GPU
-from fake_gpu import FakeCuda, FakeTrt, write_engine
-from lsast_engines.backends.tensorrt import engine as tensorrt
-from lsast_engines.backends.tensorrt.engine import TensorRtEngine
-from lsast_engines.backends.tensorrt.engine_record import TrtFlavor
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import Geometry, GraphSpec, TensorSpec, graph_specs
 from lsast_engines.bundle.manifest import AttentionLayer, Manifest
@@ -130,16 +123,7 @@ class ToyGraph:
             helper.make_node("Add", ["scaled", "t"], ["y"]),
             helper.make_node("ReduceSum", ["y", "axes"], ["total"], keepdims=0),
         ]
-        graph = helper.make_graph(
-            nodes,
-            "toy",
-            [_value_info(tensor) for tensor in SPEC.inputs],
-            [_value_info(tensor) for tensor in SPEC.outputs],
-            [weight],
-        )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-        onnx.save(model, self.path, save_as_external_data=True, location="toy.data", size_threshold=0)
-        assert (folder / "toy.data").stat().st_size > 0
+        _save(self.path, SPEC, nodes, weight)
 
     def feeds(self, batch: int = 2, length: int = 5, seed: int = 0) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(seed)
@@ -154,6 +138,38 @@ class ToyGraph:
         return {"y": y, "total": y.sum(axis=(1, 2))}
 
 
+class ProductGraph:
+    """y = x W; W [64, 64] fp16 lies in a file of its own. `x` [3, 64] are inputs."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self.path = folder / "product.onnx"
+        sides = [TensorSpec(name, "float32", ("N", 64)) for name in "xy"]
+        self.spec = GraphSpec("product", (sides[0],), (sides[1],))
+        rng = np.random.default_rng(0)
+        self.x, weight = rng.standard_normal((3, 64)).astype(np.float32), rng.standard_normal((64, 64))
+        self.weight = weight.astype(np.float16)
+        nodes = [
+            helper.make_node("Cast", ["W"], ["W32"], to=TensorProto.FLOAT),
+            helper.make_node("MatMul", ["x", "W32"], ["y"]),
+        ]
+        _save(self.path, self.spec, nodes, numpy_helper.from_array(self.weight, "W"))
+
+
+@pytest.fixture
+def product(tmp_path: Path) -> ProductGraph:
+    return ProductGraph(tmp_path / "graphs")
+
+
+def _save(path: Path, spec: GraphSpec, nodes: list[onnx.NodeProto], weight: TensorProto) -> None:
+    """Write a graph whose weight lies beside it in a file of data."""
+    sides = ([_value_info(tensor) for tensor in side] for side in (spec.inputs, spec.outputs))
+    graph = helper.make_graph(nodes, spec.name, *sides, [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    location = path.with_suffix(".data").name
+    onnx.save(model, path, save_as_external_data=True, location=location, size_threshold=0)
+
+
 def _value_info(tensor: TensorSpec) -> onnx.ValueInfoProto:
     dtype = helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
     return helper.make_tensor_value_info(tensor.name, dtype, list(tensor.shape))
@@ -162,64 +178,3 @@ def _value_info(tensor: TensorSpec) -> onnx.ValueInfoProto:
 @pytest.fixture
 def toy(tmp_path: Path) -> ToyGraph:
     return ToyGraph(tmp_path)
-
-
-@pytest.fixture
-def cuda() -> FakeCuda:
-    return FakeCuda()
-
-
-@pytest.fixture
-def trt(cuda: FakeCuda) -> FakeTrt:
-    return FakeTrt(cuda, kernels())
-
-
-@pytest.fixture
-def denoiser_graph(tmp_path: Path) -> Path:
-    """A graph file of the fake bundle; nobody reads what is in it."""
-    path = tmp_path / "bundle" / "denoiser.onnx"
-    path.parent.mkdir()
-    path.write_bytes(b"a graph")
-    return path
-
-
-@pytest.fixture
-def engine_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Where engines of TensorRT in fp16 are looked for."""
-    monkeypatch.setattr(
-        tensorrt, "engine_folder", lambda bundle, flavor, compute_dtype: tmp_path / flavor / compute_dtype
-    )
-    return tmp_path / "tensorrt" / "fp16"
-
-
-@pytest.fixture
-def compiled(denoiser_graph: Path, engine_home: Path) -> Callable[..., Path]:
-    """Leaves what compiling the fake denoiser would: compiled(flavor=…, content=…, fields of the key)."""
-
-    def write(flavor: TrtFlavor = "tensorrt", **changes: Any) -> Path:
-        folder = engine_home.parents[1] / flavor / "fp16"
-        return write_engine(denoiser_graph, SPEC_ON_GPU, folder, flavor, RANGES, **changes)
-
-    return write
-
-
-@pytest.fixture
-def open_it(
-    denoiser_graph: Path, engine_home: Path, cuda: FakeCuda, trt: FakeTrt
-) -> Iterator[Callable[..., TensorRtEngine]]:
-    """Opens the denoiser of the fake bundle on the fake GPU; at the end nothing of it may be left there."""
-    opened = []
-
-    def open_engine(flavor: TrtFlavor = "tensorrt") -> TensorRtEngine:
-        engine = TensorRtEngine(denoiser_graph, SPEC_ON_GPU, "cuda", None, "fp16", flavor=flavor, trt=trt, runtime=cuda)
-        opened.append(engine)
-        return engine
-
-    yield open_engine
-    for engine in opened:
-        engine.close()
-    assert not cuda.memory
-    assert not cuda.streams
-    assert not cuda.graphs
-    assert not cuda.executables
-    assert not cuda.objects

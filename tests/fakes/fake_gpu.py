@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from lsast_engines.backends.base import output_shapes
 from lsast_engines.backends.tensorrt.engine_record import ANY_GPU, EngineKey, EngineRecord, TrtFlavor, graph_digest
 from lsast_engines.backends.tensorrt.shape_profile import ShapeRanges
 from lsast_engines.bundle.graph_spec import GraphSpec
@@ -30,7 +31,6 @@ VERSION = "1.7.1"
 SCRATCH = 512
 """Bytes of working memory of every context."""
 Arrays = dict[str, np.ndarray]
-Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,9 @@ class Kernel:
 
     spec: GraphSpec
     run: Callable[[Arrays], Arrays]
-    shapes: Callable[[Shapes], Shapes]
-    """Shapes of the outputs by those of the inputs."""
 
 
-def onnx_kernel(path: Path, spec: GraphSpec, shapes: Callable[[Shapes], Shapes]) -> Kernel:
+def onnx_kernel(path: Path, spec: GraphSpec) -> Kernel:
     """A kernel that computes what ONNX Runtime makes of a graph file."""
     import onnxruntime
 
@@ -51,7 +49,7 @@ def onnx_kernel(path: Path, spec: GraphSpec, shapes: Callable[[Shapes], Shapes])
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [tensor.name for tensor in spec.outputs]
-    return Kernel(spec, lambda feeds: dict(zip(names, session.run(names, feeds), strict=True)), shapes)
+    return Kernel(spec, lambda feeds: dict(zip(names, session.run(names, feeds), strict=True)))
 
 
 def write_engine(
@@ -65,12 +63,11 @@ def write_engine(
     **changes: Any,
 ) -> Path:
     """What compiling the graph file `file` would have left in `folder`; `changes` are fields of the key."""
-    profile = (ranges or ShapeRanges()).profile(spec)
-    content = content or json.dumps({"graph": spec.name, "profile": profile}).encode()
+    content = content or json.dumps({"graph": spec.name}).encode()
     key = EngineKey(
         graph=spec.name,
         onnx=graph_digest(file),
-        profile=profile,
+        profile=(ranges or ShapeRanges()).profile(spec),
         compute_dtype=compute_dtype,
         library=library,
         library_version=VERSION,
@@ -232,10 +229,9 @@ class FakeCuda:
 
 
 class FakeTrt:
-    """`tensorrt` or `tensorrt_rtx`, as far as running goes; engines are JSON of a graph's name and its profile."""
+    """`tensorrt` or `tensorrt_rtx`, as far as running goes; engines are JSON of a graph's name."""
 
     __version__ = VERSION
-    TensorIOMode = IntEnum("TensorIOMode", ["INPUT", "OUTPUT"])
     CudaGraphStrategy = IntEnum("CudaGraphStrategy", ["DISABLED", "WHOLE_GRAPH_CAPTURE"])
     DynamicShapesKernelSpecializationStrategy = IntEnum("Specialization", ["LAZY", "EAGER", "NONE"])
     ExecutionContextAllocationStrategy = IntEnum("Allocation", ["STATIC", "ON_PROFILE_CHANGE", "USER_MANAGED"])
@@ -248,9 +244,6 @@ class FakeTrt:
         self.configs: list[Any] = []
         self.kernels = b"compiled for this GPU"
 
-    def nptype(self, dtype: str) -> type:
-        return np.dtype(dtype).type
-
     def Runtime(self, logger: Any) -> Any:
         return _Object(self.cuda, "runtime", deserialize_cuda_engine=functools.partial(self._deserialize, logger))
 
@@ -258,8 +251,7 @@ class FakeTrt:
         if not data.startswith(b"{"):
             logger.log(self.ILogger.Severity.ERROR, "Serialization assertion magicTag failed")
             return None
-        known = json.loads(data)
-        return FakeEngine(self, logger, self.graphs[known["graph"]], known["profile"])
+        return FakeEngine(self, logger, self.graphs[json.loads(data)["graph"]])
 
 
 class _Object:
@@ -275,25 +267,9 @@ class _Object:
 
 
 class FakeEngine(_Object):
-    def __init__(self, trt: FakeTrt, logger: Any, kernel: Kernel, profile: dict[str, Any]) -> None:
+    def __init__(self, trt: FakeTrt, logger: Any, kernel: Kernel) -> None:
         super().__init__(trt.cuda, "engine")
-        self.logger, self.trt, self.kernel, self.profile = logger, trt, kernel, profile
-        self.outputs = {tensor.name for tensor in kernel.spec.outputs}
-        self.tensors = {tensor.name: tensor for tensor in (*kernel.spec.inputs, *kernel.spec.outputs)}
-        self.num_io_tensors = len(self.tensors)
-
-    def get_tensor_name(self, index: int) -> str:
-        return list(self.tensors)[index]
-
-    def get_tensor_dtype(self, name: str) -> str:
-        return self.tensors[name].dtype
-
-    def get_tensor_mode(self, name: str) -> Any:
-        return self.trt.TensorIOMode.OUTPUT if name in self.outputs else self.trt.TensorIOMode.INPUT
-
-    def get_tensor_profile_shape(self, name: str, index: int) -> list[list[int]]:
-        assert index == 0
-        return list(self.profile[name])
+        self.logger, self.trt, self.kernel = logger, trt, kernel
 
     def create_execution_context(self, given: Any) -> FakeContext:
         strategy = given if isinstance(given, IntEnum) else given.strategy
@@ -345,7 +321,7 @@ class FakeContext(_Object):
         return [tensor.name for tensor in self.engine.kernel.spec.inputs if tensor.name not in self.shapes]
 
     def get_tensor_shape(self, name: str) -> list[int]:
-        return list(self.engine.kernel.shapes(self.shapes)[name])
+        return list(output_shapes(self.engine.kernel.spec, self.shapes)[name])
 
     def execute_async_v3(self, stream: int) -> bool:
         self.cuda.calls.append("execute")

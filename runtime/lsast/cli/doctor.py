@@ -130,21 +130,14 @@ def _faults(libraries: dict[str, str | None], backends: list[BackendState]) -> l
             f"found {' and '.join(found)}; expected one of them, they overwrite each other: "
             f"pip uninstall -y onnxruntime onnxruntime-gpu, then {install_command('cpu')} or {install_command('gpu')}"
         ]
-    if found and not _loads("onnxruntime"):
+    (state,) = (state for state in backends if state.name == "onnxruntime")
+    if found and not state.devices:
         return [
-            "found an onnxruntime that cannot be imported; expected a whole one: "
+            f"found {found[0]}, {state.remedy}; expected a whole one: "
             "pip install --force-reinstall --no-deps onnxruntime (or onnxruntime-gpu)"
         ]
-    without = [state.remedy for state in backends if state.name == "onnxruntime" and "cuda" not in state.devices]
-    return [f"found onnxruntime-gpu {libraries[WHEELS[1]]}, {without[0]}"] if libraries[WHEELS[1]] and without else []
-
-
-def _loads(module: str) -> bool:
-    """Whether `module` imports and is more than the empty folder that an uninstalled half leaves."""
-    try:
-        return hasattr(import_library(module), "__version__")
-    except Exception:  # a broken library may raise anything
-        return False
+    lacks_cuda = libraries["onnxruntime-gpu"] and "cuda" not in state.devices
+    return [f"found {found[0]}, {state.remedy}"] if lacks_cuda else []
 
 
 def _backends(has_gpu: bool) -> list[BackendState]:

@@ -6,43 +6,34 @@ imports neither the exporter nor what that needs.
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
-from collections.abc import Callable
-from typing import Any, get_args
+from typing import get_args
 
 from lsast_engines.backends.base import ComputeDtype
-from lsast_engines.backends.tensorrt.cuda import gpu_fault, gpus, load_cuda
+from lsast_engines.backends.tensorrt.cuda import gpu_fault, gpus
 from lsast_engines.backends.tensorrt.engine import find_engine
 from lsast_engines.backends.tensorrt.engine_record import TrtFlavor
 from lsast_engines.backends.tensorrt.library import load_library
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS
-from lsast_engines.errors import BackendError, MissingExtraError, UsageError
-
-Run = Callable[[list[str]], int]
-"""Runs a command, which reports its progress on stderr, and returns its exit status."""
+from lsast_engines.errors import BackendError, UsageError
 
 
-def build_engines(
-    bundle: Bundle, backend: str, compute_dtype: ComputeDtype, run: Run | None = None, runtime: Any = None
-) -> list[str]:
+def build_engines(bundle: Bundle, backend: str, compute_dtype: ComputeDtype) -> list[str]:
     """Compile the engines of a bundle that are missing or do not fit this machine, and leave the others.
 
     Args:
         bundle: the bundle.
         backend: ``tensorrt-rtx`` or ``tensorrt``.
         compute_dtype: what the engines compute in.
-        run: runs the compiler; for tests.
-        runtime: the module `cuda.bindings.runtime`; for tests.
 
     Returns:
         The graphs that were compiled.
 
     Raises:
         UsageError: a backend without compiled engines.
-        MissingExtraError: the library, cuda-bindings or a library of the exporter is not installed.
+        MissingExtraError: the library or cuda-bindings is not installed.
         BackendError: no GPU, or compiling failed; stderr says why.
     """
     if backend not in get_args(TrtFlavor):
@@ -50,29 +41,25 @@ def build_engines(
         raise UsageError(f"found a backend {backend!r} to build engines for; expected {expected}")
     library: TrtFlavor = "tensorrt" if backend == "tensorrt" else "tensorrt-rtx"
     version = str(load_library(library).__version__)
-    runtime = runtime or load_cuda()
-    if fault := gpu_fault(runtime):
+    if fault := gpu_fault():
         raise BackendError(f"found no NVIDIA GPU to build engines of {library} for: {fault}")
-    found = gpus(runtime)
-    missing = []
+    gpu, missing = gpus()[0], []
     # The split graphs are compiled by name only: lsast-export compile --graph unet_full …
     for name in REQUIRED_GRAPHS:
         path, spec = bundle.graph_path(name), bundle.manifest.graphs[name]
         try:
-            find_engine(path, spec, library, version, compute_dtype, found[0])
+            find_engine(path, spec, library, version, compute_dtype, gpu)
         except BackendError:
             missing.append(name)
     if not missing:
         return []
-    if importlib.util.find_spec("lsast_export") is None or importlib.util.find_spec("onnx_ir") is None:
-        raise MissingExtraError("the exporter, which compiles engines,", "export")
     command = [sys.executable, "-m", "lsast_export", "compile", str(bundle.path), "--backend", library]
     command += ["--compute-dtype", compute_dtype]
     if library == "tensorrt-rtx":
-        command += ["--sm", found[0].capability]
+        command += ["--sm", gpu.capability]
     for name in missing:
         command += ["--graph", name]
-    if status := (run or _run)(command):
+    if status := _run(command):
         raise BackendError(
             f"compiling {', '.join(missing)} failed with exit status {status}; run it by itself: "
             f"lsast-export {' '.join(command[3:])}"
@@ -81,5 +68,6 @@ def build_engines(
 
 
 def _run(command: list[str]) -> int:
+    """The exit status of a command, which reports its progress on stderr."""
     # What it prints on stdout would mix with the paintings' paths.
     return subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode

@@ -1,9 +1,9 @@
-"""Painting with compiled engines on a fake GPU, whose kernels are ONNX Runtime's: the paintings are those of ONNX
-Runtime. No GPU runs here."""
+"""Painting with compiled engines on a fake GPU, which checks order, addresses and lifetimes, and whose kernels are ONNX
+Runtime's: the paintings are those of ONNX Runtime. No GPU runs here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +11,19 @@ import numpy as np
 import pytest
 
 import lsast
-from fake_gpu import FakeCuda, FakeTrt, Kernel, Shapes, onnx_kernel, write_engine
+from fake_gpu import FakeCuda, FakeTrt, Kernel, Status, onnx_kernel, write_engine
 from lsast import BackendError, Stylizer
 from lsast.sampling.networks import NotFiniteError
 from lsast_engines.backends.tensorrt import engine as tensorrt
 from lsast_engines.backends.tensorrt.engine_record import engine_folder
 from lsast_engines.backends.tensorrt.shape_profile import Range, ShapeRanges
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS
+from lsast_engines.bundle.graph_spec import DENOISER, REQUIRED_GRAPHS, VAE_ENCODER
 
 RANGES = ShapeRanges(Range(64, 64, 128), Range(1, 1, 3))
-LARGE = {"size": 0}
-
-
-def cells(shape: tuple[int, ...], channels: int) -> tuple[int, ...]:
-    return (shape[0], channels, shape[2] // 8, shape[3] // 8)
-
-
-OUTPUTS: dict[str, Callable[[Shapes], Shapes]] = {
-    "vae_encoder": lambda shapes: {name: cells(shapes["image"], 4) for name in ("mean", "std")},
-    "controlnet_cond": lambda shapes: {"hint": cells(shapes["edges"], 5)},
-    "denoiser": lambda shapes: {"eps": (*shapes["kv_unet"][:2], *shapes["latent"][1:])},
-    "vae_decoder": lambda shapes: {"image": (shapes["latent"][0], 3, *(8 * side for side in shapes["latent"][2:]))},
-}
+FLAVORS: Any = ("tensorrt", "tensorrt-rtx")
+LARGE: dict[str, Any] = {"size": 0, "steps": 8, "strength": 0.5}
+"""Options of four steps, each of a stage of its own."""
 
 
 @pytest.fixture
@@ -49,23 +39,26 @@ def trt(cuda: FakeCuda, bundle_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_
     kernels = {}
     for name in REQUIRED_GRAPHS:
         spec, path = bundle.manifest.graphs[name], bundle.graph_path(name)
-        kernels[name] = onnx_kernel(path, spec, OUTPUTS[name])
-        for library in ("tensorrt", "tensorrt-rtx"):
-            folder = engine_folder(bundle.path, library, "fp16")  # type: ignore[arg-type]
-            write_engine(path, spec, folder, library, RANGES, "fp16")  # type: ignore[arg-type]
+        kernels[name] = onnx_kernel(path, spec)
+        for flavor in FLAVORS:
+            write_engine(path, spec, engine_folder(bundle.path, flavor, "fp16"), flavor, RANGES)
     trt = FakeTrt(cuda, kernels)
-    monkeypatch.setattr(tensorrt, "devices", lambda library: ["cuda"])
-    monkeypatch.setattr(tensorrt, "load_library", lambda library: trt)
-    monkeypatch.setattr(tensorrt, "load_cuda", lambda: cuda)
+    monkeypatch.setattr(tensorrt, "devices", lambda flavor: ["cuda"])
+    monkeypatch.setattr(tensorrt, "load_library", lambda flavor: trt)
+    monkeypatch.setattr(tensorrt.cuda, "load_cuda", lambda: cuda)
     return trt
 
 
-@pytest.fixture(params=["tensorrt", "tensorrt-rtx"])
+@pytest.fixture(params=FLAVORS)
 def on_gpu(request: pytest.FixtureRequest, bundle_path: Path, trt: FakeTrt) -> Iterator[Stylizer]:
+    """After each test nothing is left on the GPU."""
     with lsast.load(bundle_path, request.param) as stylizer:
         yield stylizer
-    assert not trt.cuda.memory
-    assert not trt.cuda.objects
+        stylizer.close()
+        ended = len(trt.cuda.calls)
+    assert len(trt.cuda.calls) == ended  # closing twice frees once
+    left = (trt.cuda.memory, trt.cuda.streams, trt.cuda.graphs, trt.cuda.executables, trt.cuda.objects)
+    assert not any(left)
 
 
 @pytest.fixture
@@ -86,60 +79,85 @@ def alike(found: lsast.Result, expected: lsast.Result) -> None:
     assert np.mean(pictures[0] != pictures[1]) < 0.01
 
 
-CASES: list[dict[str, Any]] = [
-    {},
-    {"solver": "unipc", "steps": 9, "strength": 1.0, "style": "monet"},
-    {"guidance": 1.0, "control_scale": 0.0},
-    {"style": "monet@up+vangogh@0-4", "solver": "ddim"},
-]
-
-
-@pytest.mark.parametrize("change", CASES, ids=str)
-def test_stylize_with_compiled_engines_gives_the_painting_of_onnxruntime(
-    on_gpu: Stylizer, on_cpu: Stylizer, picture: np.ndarray, change: dict[str, Any]
-) -> None:
-    alike(on_gpu.stylize(picture, **LARGE, **change), on_cpu.stylize(picture, **LARGE, **change))
-
-
-@pytest.mark.parametrize("lever", ["mask", "tile"])
-def test_stylize_with_compiled_engines_takes_masks_and_tiles(
-    on_gpu: Stylizer, on_cpu: Stylizer, picture: np.ndarray, lever: str
+def test_paintings_with_compiled_engines_are_those_of_onnxruntime(
+    on_gpu: Stylizer, on_cpu: Stylizer, cuda: FakeCuda, picture: np.ndarray
 ) -> None:
     mask = np.zeros(picture.shape[:2], np.uint8)
     mask[:, 40:] = 255
-    change: dict[str, Any] = {"mask": {"mask": mask}, "tile": {"tile": 64}}[lever]
-    large = np.tile(picture, (1, 2, 1)) if lever == "tile" else picture
-    alike(on_gpu.stylize(large, **LARGE, **change), on_cpu.stylize(large, **LARGE, **change))
-
-
-def test_stylize_many_with_compiled_engines_runs_the_denoiser_once_a_step(
-    on_gpu: Stylizer, on_cpu: Stylizer, cuda: FakeCuda, picture: np.ndarray
-) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"style": "vangogh", "seed": 1, "solver": "ddim"},
         {"style": "monet", "seed": 2, "solver": "unipc", "guidance": 2.5},
-        {"style": "vangogh:2+monet", "seed": 3, "solver": "dpmpp2m", "steps": 8},
+        {"style": "vangogh:2+monet@up", "seed": 3, "solver": "dpmpp2m", "mask": mask},
     ]
-    rows = [{"steps": 8, "strength": 0.5, **row} for row in rows]
     cuda.calls.clear()
     painted = list(on_gpu.stylize_many([picture] * 3, rows=rows, batch=3, **LARGE))
     # Of each picture hint, mean and deviation, and the painting; of the batch the noise of its four steps.
     assert cuda.calls.count("download") == 3 * 4 + 4
     for found, row in zip(painted, rows, strict=True):
         alike(found, on_cpu.stylize(picture, **row, **LARGE))
+    large, options = np.tile(picture, (1, 2, 1)), {**LARGE, "tile": 64, "guidance": 1.0, "control_scale": 0.0}
+    alike(on_gpu.stylize(large, **options), on_cpu.stylize(large, **options))
+
+
+def test_denoiser_is_captured_at_its_second_step_and_working_memory_given_back(
+    on_gpu: Stylizer, cuda: FakeCuda, picture: np.ndarray
+) -> None:
+    opened = len(cuda.memory)
+    for large in (picture, picture, np.tile(picture, (2, 1, 1))):
+        cuda.calls.clear()
+        on_gpu.stylize(large, **LARGE)
+        counts = {name: cuda.calls.count(name) for name in ("execute", "launch", "malloc", "address", "upload")}
+        # Four graphs; the denoiser runs once plainly, once into the graph, which is launched from the second step on.
+        # TensorRT-RTX captures by itself.
+        captured = on_gpu.backend == "tensorrt"
+        assert (counts["execute"], counts["launch"]) == ((3 + 2, 3) if captured else (3 + 4, 0))
+        assert ("begin capture" in cuda.calls) is captured
+        assert (counts["malloc"], counts["address"]) == (4, 0)  # the working memory of each graph
+        # Picture, edges, latent to decode; hint and scale; of every step latent, timestep, and keys and values.
+        assert counts["upload"] == 3 + 2 + 4 * 4
+        assert (len(cuda.memory), len(cuda.executables)) == (opened, 0)
+
+
+def test_rtx_engines_compile_kernels_eagerly_and_cache_them(trt: FakeTrt, bundle_path: Path) -> None:
+    lsast.load(bundle_path, "tensorrt-rtx").close()
+    config = trt.configs[0]
+    assert config.cuda_graph_strategy == trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+    assert config.dynamic_shapes_kernel_specialization_strategy == trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    kept = engine_folder(bundle_path, "tensorrt-rtx", "fp16") / "denoiser.engine.kernels"
+    assert kept.read_bytes() == trt.kernels
+    lsast.load(bundle_path, "tensorrt-rtx").close()
+    assert trt.configs[-1].cache.known == trt.kernels
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_run_that_fails_names_the_reason_and_the_next_painting_is_whole(
+    on_gpu: Stylizer, trt: FakeTrt, picture: np.ndarray, at: int
+) -> None:
+    expected = on_gpu.stylize(picture, **LARGE).image
+
+    def fail(step: int, *_: object) -> None:
+        trt.failing = step == at
+
+    with pytest.raises(BackendError, match="an illegal memory access"):
+        on_gpu.stylize(picture, **LARGE, on_step=fail)
+    assert trt.cuda.captured is None
+    trt.failing = False
+    np.testing.assert_array_equal(on_gpu.stylize(picture, **LARGE).image, expected)
+
+
+def test_picture_beyond_the_profile_is_refused_before_it_runs(
+    on_gpu: Stylizer, cuda: FakeCuda, picture: np.ndarray
+) -> None:
+    with pytest.raises(BackendError, match=r"image: found \[1, 3, 64, 192\]; expected \[1, 3, 64, 64\] to"):
+        on_gpu.stylize(np.tile(picture, (1, 2, 1)), **LARGE)
+    assert "execute" not in cuda.calls
 
 
 def test_stylize_with_compiled_engines_that_overflow_raises(
-    trt: FakeTrt, bundle_path: Path, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    trt: FakeTrt, bundle_path: Path, picture: np.ndarray
 ) -> None:
-    kernel = trt.graphs["denoiser"]
-
-    def overflow(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        eps = kernel.run(feeds)["eps"].copy()
-        eps[..., 0] = np.inf
-        return {"eps": eps}
-
-    trt.graphs["denoiser"] = Kernel(kernel.spec, overflow, kernel.shapes)
+    kernel = trt.graphs[DENOISER]
+    trt.graphs[DENOISER] = Kernel(kernel.spec, lambda feeds: {"eps": np.full_like(kernel.run(feeds)["eps"], np.inf)})
     with (
         lsast.load(bundle_path, "tensorrt") as stylizer,
         pytest.raises(NotFiniteError, match="not finite, on tensorrt"),
@@ -147,7 +165,40 @@ def test_stylize_with_compiled_engines_that_overflow_raises(
         stylizer.stylize(picture, **LARGE)
 
 
-def test_load_without_a_compiled_engine_names_the_command(trt: FakeTrt, bundle_path: Path) -> None:
-    (engine_folder(bundle_path, "tensorrt", "fp16") / "controlnet_cond.engine").unlink()
-    with pytest.raises(BackendError, match=r"(?s)found no engine .*controlnet_cond.*lsast-export compile .*--build"):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"graph": "vae_decoder", "onnx": "0" * 64, "library_version": "1.6.0", "compute_dtype": "fp32",
+             "targets": ("8.6",), "gpu": "Other GPU"},
+            r"graph: found vae_decoder; expected vae_encoder\n.*onnx: found 000000000000…; expected [0-9a-f]{12}…\n"
+            r".*compute_dtype: found fp32; expected fp16\n.*library_version: found 1.6.0; expected 1.7.1\n"
+            r".*targets: found 8.6; expected 8.9, the GPU's\n.*gpu: found Other GPU; expected Fake GPU\n"
+            r".*it took 42 s last time\) with: lsast-export compile",
+        ),
+        ({"content": b"no engine, but recorded as one"}, r"refuses .*\n.*magicTag"),
+        ({}, r"found no engine .*vae_encoder.*\n  compile with: lsast-export compile .* --backend tensorrt .*--build"),
+    ],
+)  # fmt: skip
+def test_load_with_an_engine_of_something_else_says_what_differs_and_how_to_compile(
+    trt: FakeTrt, bundle_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    bundle, folder = Bundle.open(bundle_path), engine_folder(bundle_path, "tensorrt", "fp16")
+    if changes:
+        graph, spec = bundle.graph_path(VAE_ENCODER), bundle.manifest.graphs[VAE_ENCODER]
+        write_engine(graph, spec, folder, "tensorrt", RANGES, **changes)
+    else:
+        (folder / "vae_encoder.engine").unlink()
+    with pytest.raises(BackendError, match=f"(?s){message}"):
+        lsast.load(bundle_path, "tensorrt")
+    assert not any((trt.cuda.memory, trt.cuda.streams))
+
+
+def test_load_without_a_gpu_or_enough_memory_says_so_and_leaves_nothing(trt: FakeTrt, bundle_path: Path) -> None:
+    trt.cuda.room = 20_000
+    with pytest.raises(BackendError, match="cudaMalloc failed: cudaErrorMemoryAllocation"):
+        lsast.load(bundle_path, "tensorrt")
+    assert not any((trt.cuda.memory, trt.cuda.streams, trt.cuda.objects))
+    trt.cuda.driver = Status.cudaErrorInsufficientDriver
+    with pytest.raises(BackendError, match=r"found no NVIDIA GPU for tensorrt: .* \(35\); no NVIDIA driver, or one"):
         lsast.load(bundle_path, "tensorrt")

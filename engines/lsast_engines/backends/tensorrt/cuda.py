@@ -52,13 +52,13 @@ def load_cuda() -> Any:
     return runtime
 
 
-def gpu_fault(runtime: Any = None) -> str:
+def gpu_fault() -> str:
     """Why CUDA finds no GPU, with its code, and what mends that; empty if it finds one.
 
     Raises:
         MissingExtraError: cuda-bindings is not installed.
     """
-    runtime = runtime or load_cuda()
+    runtime = load_cuda()
     status, count = runtime.cudaGetDeviceCount()
     if status == runtime.cudaError_t.cudaSuccess:
         return "" if count else "CUDA lists no GPU; nvidia-smi shows what the driver sees"
@@ -66,15 +66,15 @@ def gpu_fault(runtime: Any = None) -> str:
     return f"cudaGetDeviceCount: {_text(runtime, status)} ({int(status)}); {remedy}"
 
 
-def gpus(runtime: Any = None) -> list[Gpu]:
+def gpus() -> list[Gpu]:
     """The NVIDIA GPUs that the driver lists, in its order; none where `gpu_fault` says why.
 
     Raises:
         MissingExtraError: cuda-bindings is not installed.
         BackendError: a GPU that the driver lists cannot be asked.
     """
-    runtime = runtime or load_cuda()
-    if gpu_fault(runtime):
+    runtime = load_cuda()
+    if gpu_fault():
         return []
     found = []
     for index in range(runtime.cudaGetDeviceCount()[1]):

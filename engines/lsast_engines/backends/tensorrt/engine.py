@@ -23,8 +23,8 @@ import numpy as np
 from ...bundle.graph_spec import GraphSpec
 from ...errors import BackendError, Lines, fault_list
 from ..base import Array, ComputeDtype, Engine, Shape, output_shapes
-from .cuda import Buffer, Gpu, Graph, Stream, gpus, load_cuda
-from .cuda import gpu_fault as cuda_fault
+from . import cuda
+from .cuda import Buffer, Gpu, Graph, Stream
 from .engine_record import (
     RTX_CAPABILITIES,
     SUFFIX,
@@ -34,7 +34,7 @@ from .engine_record import (
     graph_digest,
     verified_record,
 )
-from .library import MODULES, RuntimeKernelCache, check_engine, load_library, make_logger
+from .library import MODULES, RuntimeKernelCache, load_library, make_logger
 from .shape_profile import Profile, check_profile
 
 _log = logging.getLogger("lsast.tensorrt")
@@ -60,9 +60,9 @@ def gpu_fault(flavor: TrtFlavor) -> str:
             if importlib.util.find_spec(module) is not None:
                 continue
         raise ImportError(module)
-    if fault := cuda_fault():
+    if fault := cuda.gpu_fault():
         return fault
-    capability = gpus()[0].capability
+    capability = cuda.gpus()[0].capability
     if flavor == "tensorrt-rtx" and capability not in RTX_CAPABILITIES:
         return (
             f"found compute capability {capability}; expected {', '.join(RTX_CAPABILITIES)}: use --backend onnxruntime "
@@ -125,8 +125,6 @@ class TensorRtEngine(Engine):
         compute_dtype: ComputeDtype = "fp16",
         *,
         flavor: TrtFlavor,
-        trt: Any = None,
-        runtime: Any = None,
     ) -> None:
         """Open the engine of the graph file `path`.
 
@@ -137,8 +135,6 @@ class TensorRtEngine(Engine):
             threads: ignored; the GPU does the work.
             compute_dtype: what the engine was compiled in.
             flavor: the library that compiled it.
-            trt: the library's module; None imports it.
-            runtime: the module `cuda.bindings.runtime`; None imports it.
 
         Raises:
             MissingExtraError: the library or cuda-python is not installed.
@@ -146,18 +142,16 @@ class TensorRtEngine(Engine):
         """
         super().__init__(spec, device, compute_dtype)
         self.backend: str = flavor
-        trt, runtime = trt or load_library(flavor), runtime or load_cuda()
-        if fault := cuda_fault(runtime):
+        trt = load_library(flavor)
+        if fault := cuda.gpu_fault():
             raise BackendError(f"found no NVIDIA GPU for {flavor}: {fault}")
-        found = gpus(runtime)
-        record = find_engine(path, spec, flavor, str(trt.__version__), compute_dtype, found[0])
+        record = find_engine(path, spec, flavor, str(trt.__version__), compute_dtype, cuda.gpus()[0])
         file = engine_folder(path.parent, flavor, compute_dtype) / f"{spec.name}{SUFFIX}"
         self._profile: Profile = record.key.profile
         self._logger, self._logs = make_logger(trt)
         self._library: Any = trt.Runtime(self._logger)
         self._engine: Any = self._library.deserialize_cuda_engine(file.read_bytes())
         self._require(self._engine is not None, f"refuses {file}")
-        check_engine(trt, self._engine, spec, self._profile, file)
         # TensorRT-RTX compiles kernels for the GPU when a context is made, and captures graphs itself.
         self._kernels = RuntimeKernelCache(trt, self._engine, file) if flavor == "tensorrt-rtx" else None
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -165,7 +159,7 @@ class TensorRtEngine(Engine):
             self._kernels.context() if self._kernels else self._engine.create_execution_context(strategy)
         )
         self._require(self._context is not None, "cannot make an execution context")
-        self._stream = Stream(runtime)
+        self._stream = Stream(cuda.load_cuda())
         self._buffers: dict[str, Buffer] = {}
         self._shapes: dict[str, Shape] = {}
         self._host: dict[str, Array] = {}

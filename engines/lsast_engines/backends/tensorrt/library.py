@@ -8,14 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ...bundle.graph_spec import GraphSpec, TensorSpec
-from ...errors import BackendError, MissingExtraError, fault_list
+from ...errors import MissingExtraError
 from ...files import replace_file
 from ..imports import import_library
 from .engine_record import TrtFlavor
-from .shape_profile import Profile
 
 _log = logging.getLogger("lsast.tensorrt")
 
@@ -101,30 +97,3 @@ class RuntimeKernelCache:
         if kernels and kernels != self._known:
             with replace_file(self._file, own=True) as handle:
                 handle.write(kernels)
-
-
-def check_engine(trt: Any, engine: Any, spec: GraphSpec, profile: Profile, file: Path) -> None:
-    """Check that the engine has the inputs, outputs and profile of its record.
-
-    Raises:
-        BackendError: it differs; all differences at once.
-    """
-    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    wanted: dict[str, tuple[TensorSpec, Any]] = {
-        **{tensor.name: (tensor, trt.TensorIOMode.INPUT) for tensor in spec.inputs},
-        **{tensor.name: (tensor, trt.TensorIOMode.OUTPUT) for tensor in spec.outputs},
-    }
-    faults = [f"{name}: not in the spec" for name in names if name not in wanted]
-    for name, (tensor, mode) in wanted.items():
-        if name not in names:
-            faults.append(f"{name}: found none; expected {tensor}")
-            continue
-        dtype = np.dtype(trt.nptype(engine.get_tensor_dtype(name)))
-        if engine.get_tensor_mode(name) != mode or dtype != np.dtype(tensor.dtype):
-            faults.append(f"{name}: found {dtype} {engine.get_tensor_mode(name)}; expected {tensor} {mode}")
-        elif name in profile:
-            found = tuple(tuple(shape) for shape in engine.get_tensor_profile_shape(name, 0))
-            if found != tuple(profile[name]):
-                faults.append(f"{name}: found profile {found}; expected {tuple(profile[name])}")
-    if faults:
-        raise BackendError(fault_list(f"{file} is not the engine of graph {spec.name}; compile it again:", faults))

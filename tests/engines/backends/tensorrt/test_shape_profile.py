@@ -24,7 +24,7 @@ def test_profile_of_a_split_graph_halves_deeper_levels() -> None:
     assert found == {"residual_0": (2, 6, 48, 64), "residual_1": (2, 6, 24, 32), "residual_2": (2, 9, 6, 8)}
 
 
-def test_profile_matches_values_by_hand() -> None:
+def test_profile_and_output_shapes_match_values_by_hand() -> None:
     profile = ShapeRanges().profile(SPECS["denoiser"])
     # By hand: 384, 512 and 1024 pixels are 48, 64 and 128 cells.
     assert profile["latent"] == ((1, 4, 48, 48), (1, 4, 64, 64), (4, 4, 128, 128))
@@ -32,6 +32,8 @@ def test_profile_matches_values_by_hand() -> None:
     assert profile["control_scale"] == ((), (), ())
     assert profile["timestep"] == ((1,), (1,), (4,))
     assert ShapeRanges().profile(SPECS["vae_encoder"])["image"].max == (1, 3, 1024, 1024)
+    assert output_shapes(SPECS["vae_encoder"], {"image": (2, 3, 384, 512)})["std"] == (2, 4, 48, 64)
+    assert output_shapes(SPECS["vae_decoder"], {"latent": (2, 4, 48, 64)}) == {"image": (2, 3, 384, 512)}
 
 
 @pytest.mark.parametrize(
@@ -55,17 +57,3 @@ def test_check_profile_lists_all_faults() -> None:
         check_profile(profile, {"latent": (5, 4, 64, 64), "hint": (1, 6, 40, 64)}, "denoiser")
     assert "latent: found [5, 4, 64, 64]; expected [1, 4, 48, 48] to [4, 4, 128, 128]" in str(caught.value)
     assert "hint: found [1, 6, 40, 64]" in str(caught.value)
-
-
-def test_output_shapes_match_values_by_hand() -> None:
-    assert output_shapes(SPECS["vae_encoder"], {"image": (2, 3, 384, 512)})["std"] == (2, 4, 48, 64)
-    assert output_shapes(SPECS["vae_decoder"], {"latent": (2, 4, 48, 64)}) == {"image": (2, 3, 384, 512)}
-    shapes = {
-        "latent": (3, 4, 48, 64),
-        "hint": (3, 6, 48, 64),
-        "timestep": (3,),
-        "kv_unet": (2, 3, 8, 40),
-        "kv_control": (3, 8, 16),
-        "control_scale": (),
-    }
-    assert output_shapes(SPECS["denoiser"], shapes) == {"eps": (2, 3, 4, 48, 64)}
