@@ -19,20 +19,6 @@ PROCESSOR = "LSAST_PROCESSOR"
 """Environment variable that replaces `cpu_features`, e.g. ``avx2 avx512_bf16``: shows what ``auto`` would choose on
 another machine, and keeps tests alike on all."""
 
-_NUMPY_FEATURES = {
-    "AVX2": ("avx2",),
-    "AVX512F": ("avx512f",),
-    "AVX512VNNI": ("avx512_vnni",),
-    "AVX512BF16": ("avx512_bf16",),
-    "AVX512_ICL": ("avx512_vnni",),
-    "AVX512_SPR": ("avx512_bf16", "avx512_fp16"),  # older versions of NumPy name no single ones
-    "ASIMD": ("asimd",),
-    "ASIMDHP": ("asimdhp",),
-    "ASIMDDP": ("asimddp",),
-    "SVE": ("sve",),
-}
-"""Linux' names of what NumPy finds."""
-
 
 def installed_versions(*packages: str) -> dict[str, str]:
     """Versions of those of `packages` that are installed, by name."""
@@ -83,13 +69,14 @@ def cpu_features() -> frozenset[str]:
 def real_cpu_features() -> frozenset[str]:
     """Instruction sets of the processor by Linux' names, such as ``avx2``, ``avx512_bf16``, ``amx_bf16``, ``asimd``.
 
-    On Linux all of them, elsewhere those that NumPy looks for, which has no AMX. Empty if neither can tell.
+    On Linux all of them, elsewhere ``avx512_bf16`` at most, which NumPy looks for. Empty if neither can tell.
     """
     if facts := cpu_facts():
         return frozenset(facts.get("flags", facts.get("Features", "")).split())
     with contextlib.suppress(ImportError, AttributeError):  # NumPy 1 keeps them elsewhere
         found = importlib.import_module("numpy._core._multiarray_umath").__cpu_features__
-        return frozenset(name for key, names in _NUMPY_FEATURES.items() if found.get(key) for name in names)
+        if found.get("AVX512BF16") or found.get("AVX512_SPR"):  # older versions of NumPy name no single ones
+            return frozenset({"avx512_bf16"})
     return frozenset()
 
 

@@ -14,7 +14,6 @@ from ..bundle.manifest import QUANTISED
 from ..environment import cpu_features
 from ..errors import BackendError, install_command
 from .base import ComputeDtype
-from .fp32_weights import has_room
 from .registry import EXTRAS, find_backend, has_device
 
 DtypeOrAuto = ComputeDtype | Literal["auto"]
@@ -104,8 +103,6 @@ def _fault(row: Row, bundle: Bundle | None) -> tuple[str, bool]:
             return f"the bundle is in {bundle.manifest.storage_dtype}", False
         if row.feature not in cpu_features():
             return f"the processor has no {row.feature}", False
-        if bundle and not has_room(bundle.path):
-            return "the disk has no room to convert the bundle's 16-bit weights", False
     try:
         if not has_device(row.backend, "cpu"):
             return f"{row.backend} finds no processor", False

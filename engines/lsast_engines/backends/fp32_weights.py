@@ -57,15 +57,12 @@ _log = logging.getLogger("lsast.fp32_weights")
 def with_fp32_weights(path: Path, cache: Path | None = None, dtypes: tuple[str, ...] = ("F16", "BF16")) -> Path:
     """The graph file to open for `path`: itself, or its rewritten copy beside converted weights.
 
-    Without a cache folder of its own, the backend expands the weights in memory, with a warning.
+    Without a cache folder of its own, with room, the backend expands the weights in memory, with a warning.
 
     Args:
         path: an ONNX file of a bundle.
         cache: folder for converted weights; None is ``fp32`` in the user's cache folder.
         dtypes: types to convert, by safetensors' name.
-
-    Raises:
-        BackendError: the disk has no room for the weights.
     """
     weights = path.parent / WEIGHTS
     if not weights.is_file() or weights.stat().st_size < MIN_BYTES:
@@ -73,8 +70,8 @@ def with_fp32_weights(path: Path, cache: Path | None = None, dtypes: tuple[str, 
     slots = read_slots(weights)
     if not any(slot.dtype in dtypes for slot in slots.values()):
         return path
-    folder = _folder(weights, cache)
-    if fault := _folder_fault(folder, cache):
+    folder = (cache or cache_home() / "fp32") / _key(weights)
+    if fault := _folder_fault(folder, cache, sum(slot.length * 2 for slot in slots.values())):
         _log.warning("painting needs more memory: %s", shown(fault))
         return path
     target, graph = folder / WEIGHTS, folder / path.name
@@ -88,32 +85,18 @@ def with_fp32_weights(path: Path, cache: Path | None = None, dtypes: tuple[str, 
     return graph
 
 
-def _folder(weights: Path, cache: Path | None) -> Path:
-    return (cache or cache_home() / "fp32") / _key(weights)
-
-
-def _folder_fault(folder: Path, cache: Path | None) -> str:
-    """Why a folder cannot hold converted weights; empty if it can."""
+def _folder_fault(folder: Path, cache: Path | None, size: int) -> str:
+    """Why a folder cannot hold converted weights of about `size` bytes; empty if it can, or has them."""
     if others := written_by_others(folder, cache or cache_home()):
         return f"{others} may be written by others: {MAKE_OWN}"
     try:
         make_folder(folder, FOR_OTHERS_TO_READ)
     except OSError as error:
         return f"{folder} cannot be made ({error.strerror}): set LSAST_HOME to a folder of your own"
+    if (free := shutil.disk_usage(folder).free) < size and not (folder / WEIGHTS).is_file():
+        need = f"found {free / 1e9:.1f} GB free at {folder}; expected {size / 1e9:.1f} GB"
+        return f"{need}: make room, set LSAST_HOME to a folder with room, or export the bundle in fp32"
     return ""
-
-
-def has_room(bundle: Path) -> bool:
-    """Whether all 16-bit weights of the bundle in a folder are converted, or small, or the disk has room for them."""
-    weights = bundle / WEIGHTS
-    if not weights.is_file() or weights.stat().st_size < MIN_BYTES:
-        return True
-    slots, folder = read_slots(weights).values(), _folder(weights, None)
-    if not any(slot.dtype in _HALVES for slot in slots) or (folder / WEIGHTS).is_file():
-        return True
-    if _folder_fault(folder, None):
-        return False
-    return shutil.disk_usage(folder).free > sum(slot.length * 2 for slot in slots)
 
 
 def is_current(folder: Path) -> bool:
@@ -151,11 +134,6 @@ def _convert(weights: Path, slots: dict[str, Slot], target: Path) -> None:
     ]
     header = encode_header(tensors)
     size = len(header) + sum(length for *_, length in tensors)
-    if (free := shutil.disk_usage(target.parent).free) < size:
-        raise BackendError(
-            f"found {free / 1e9:.1f} GB free at {target.parent}; expected {size / 1e9:.1f} GB to convert {weights}: "
-            "make room, set LSAST_HOME to a folder with room, or export the bundle in fp32"
-        )
     _log.warning(
         "converting %s to float32 in %s, %.1f GB, once; that folder may be deleted", weights, target, size / 1e9
     )

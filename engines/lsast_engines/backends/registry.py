@@ -123,24 +123,6 @@ def gpu_fault(backend: str) -> str:
     return fault()
 
 
-def require_backend(backend: str) -> None:
-    """Check that `backend` is installed and finds a device, before a long task starts.
-
-    Args:
-        backend: a key of `EXTRAS` in small or capital letters, or ``auto`` for any.
-
-    Raises:
-        UsageError: there is no such backend.
-        MissingExtraError: it is not available.
-    """
-    backend = backend.lower()
-    if backend not in ("auto", *EXTRAS):
-        raise UsageError(f"found no backend {backend!r}; expected auto, {', '.join(EXTRAS)}")
-    available = available_backends()
-    if not available or (backend != "auto" and backend not in available):
-        raise _missing(backend)
-
-
 def open_engine(
     path: Path,
     spec: GraphSpec,
@@ -222,17 +204,13 @@ def find_backend(backend: str, device: str, compute_dtype: ComputeDtype | None) 
             continue
     available = available_backends()
     if not available:
-        raise _missing(backend)
+        library = backend if backend in EXTRAS else "onnxruntime"
+        raise MissingExtraError(library, EXTRAS[library])
     wish = f"device {device!r}" + ("" if compute_dtype is None else f" and compute_dtype {compute_dtype}")
     listing = "; ".join(f"{name} on {', '.join(devices)}" for name, devices in available.items())
     names = [backend] if backend in EXTRAS else list(EXTRAS) if wanted == "cuda" else []
     mend = "".join(f"; {absence}" for name in names if (absence := _absence(name, wanted)))
     raise BackendError(f"found no backend {backend!r} with {wish}; available: {listing}{unfit or mend}")
-
-
-def _missing(backend: str) -> MissingExtraError:
-    library = backend if backend in EXTRAS else "onnxruntime"
-    return MissingExtraError(library, EXTRAS[library])
 
 
 def _absence(backend: str, device: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lsast_engines.backends.onnxruntime import GPU_SUFFIX
-from lsast_engines.backends.registry import require_backend
+from lsast_engines.backends.registry import find_backend
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS, VAE_DECODER_TINY, GraphSpec
 from lsast_engines.bundle.manifest import MANIFEST, FileEntry, Manifest
@@ -43,7 +43,7 @@ def add_parts(path: Path, backend: str = "onnxruntime", progress: Progress = no_
         ParityError: a part computes something else than torch.
         MissingExtraError, BackendError: the backend is not installed or cannot run the graphs.
     """
-    require_backend(backend)
+    find_backend(backend, "auto", None)  # before long work
     progress("reading")
     manifest = Bundle.open(path).manifest
     base = open_base(path)
@@ -83,7 +83,7 @@ def add_small_decoder(
         ParityError: it computes something else than torch.
         MissingExtraError, BackendError: the backend is not installed or cannot run the graph.
     """
-    require_backend(backend)
+    find_backend(backend, "auto", None)  # before long work
     progress("reading")
     manifest = Bundle.open(path).manifest
     progress(f"tracing {VAE_DECODER_TINY}")

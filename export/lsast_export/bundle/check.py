@@ -10,7 +10,7 @@ import onnx
 
 from lsast_engines.backends.base import ComputeDtype
 from lsast_engines.backends.choice import LEAST_PSNR, Choice, choose
-from lsast_engines.backends.registry import open_engine, require_backend
+from lsast_engines.backends.registry import find_backend, open_engine
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import VAE_DECODER_TINY
 from lsast_engines.bundle.manifest import QUANTISED
@@ -73,7 +73,7 @@ def check_bundle(
         MissingExtraError, BackendError: the backend is not installed or cannot run the graphs.
         ParityError: an output holds NaN or infinite values.
     """
-    require_backend(backend)
+    find_backend(backend, "auto", None)  # before long work
     progress("verifying files")
     bundle = Bundle.open(path)
     graphs = {name: bundle.graph_path(name) for name in bundle.manifest.graphs}

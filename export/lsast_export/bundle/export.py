@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from lsast_engines.backends.onnxruntime import GPU_SUFFIX
-from lsast_engines.backends.registry import require_backend
+from lsast_engines.backends.registry import find_backend
 from lsast_engines.bundle.bundle import NULL_STYLE_FILE, PROMPTS, STYLES, Bundle, require_free
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, UNET_SPLIT_GRAPHS, VAE_DECODER_TINY, GraphSpec
 from lsast_engines.bundle.manifest import MANIFEST, Manifest, StorageDtype
@@ -107,7 +107,7 @@ def export_bundle(
     """
     options = options or ExportOptions()
     require_free(out, replace=True)
-    require_backend(options.backend)
+    find_backend(options.backend, "auto", None)  # before long work
     for prompts in styles:
         what = f"style {prompts.name!r}"
         check_fingerprint(prompts.base, what, base.config.name, base.fingerprint, base.config.training)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lsast_engines.backends.registry import available_backends, backend_devices, open_engine, require_backend
+from lsast_engines.backends.registry import available_backends, backend_devices, open_engine
 from lsast_engines.errors import BackendError, MissingExtraError, UsageError
 
 BACKENDS = ("openvino", "onnxruntime")
@@ -85,19 +85,6 @@ def test_open_engine_with_tensorrt_runs_on_cuda(toy: Any, monkeypatch: pytest.Mo
 def test_open_engine_auto_stays_on_the_cpu(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lsast_engines.backends.tensorrt.engine.devices", lambda flavor: ["cuda"])
     assert open_engine(toy.path, toy.spec).device == "cpu"
-
-
-def test_require_backend_raises_for_what_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lsast_engines.backends.registry.available_backends", lambda: {"openvino": ["cpu"]})
-    require_backend("auto")
-    require_backend("OpenVINO")
-    with pytest.raises(UsageError, match="found no backend 'tensorflow'; expected auto, onnxruntime, openvino"):
-        require_backend("tensorflow")
-    with pytest.raises(MissingExtraError, match=r"onnxruntime is not installed.*lsast\[cpu\]"):
-        require_backend("onnxruntime")
-    monkeypatch.setattr("lsast_engines.backends.registry.available_backends", dict)
-    with pytest.raises(MissingExtraError, match=r"lsast\[cpu\]"):
-        require_backend("auto")
 
 
 def test_backend_devices_of_an_unknown_backend_are_not_those_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
