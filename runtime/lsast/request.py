@@ -18,7 +18,7 @@ from lsast_engines.diffusion import Solver, TimestepSchedule, make_solver
 from lsast_engines.errors import BundleError, UnknownStyleError, UsageError, did_you_mean, fault_list
 from lsast_engines.images import canny_edges, on_white, read_picture
 
-from .images.canvas import Pixels, canvas_for
+from .images.canvas import Pixels, canvas_for, released_edge_input, resize
 from .images.mask import composite, keep_colour, read_mask, to_latent_mask
 from .images.preview import Previewer
 from .options.options import Options, current_options, rules
@@ -80,11 +80,17 @@ class Request:
         with self.timer("read"):
             self.source = read_picture(picture, max_megapixels)
             rgb, alpha = self.source.rgb, self.source.alpha
-            self._rgb = rgb if options.alpha == "keep" else on_white(rgb, alpha)
+            rgb = rgb if options.alpha == "keep" else on_white(rgb, alpha)
             self.mask = None if mask is None else read_mask(mask, self.source.size, options.feather, max_megapixels)
             self._canvas = canvas_for(self.source.size, options.size, manifest.multiple, options.fit)
+            self._rgb = resize(rgb, self._canvas.own)
+            self._alpha, self._mask = (
+                None if plane is None else resize(plane, self._canvas.own) for plane in (alpha, self.mask)
+            )
             with native_call():
-                self._content, edge_input = self._canvas.encoder_and_edge_inputs(self._rgb)
+                self._content = self._canvas.pad(self._rgb)
+                stretched = options.fit == "stretch"
+                edge_input = released_edge_input(rgb, self._canvas.own) if stretched else self._content
         with self.timer("edges"), native_call():
             self._edges = canny_edges(edge_input)
 
@@ -138,8 +144,8 @@ class Request:
         solver = make_solver(self._schedule)
         if self._temporal:
             solver = self._temporal.wrap_solver(solver, self._schedule, self._content, manifest.geometry.factor)
-        if self.mask is not None:
-            planes, _ = self._canvas.encoder_and_edge_inputs(np.repeat(self.mask[:, :, None], 3, axis=2))
+        if self._mask is not None:
+            planes = self._canvas.pad(np.repeat(self._mask[:, :, None], 3, axis=2))
             painted = to_latent_mask(planes[:, :, 0], manifest.geometry.factor)
             solver = X0Blend(solver, self._schedule, z0, 1 - painted)
         return solver
@@ -159,11 +165,11 @@ class Request:
         with self.timer("finish"):
             rgb = self._canvas.crop(painted)
             if self.options.keep_colour:
-                rgb = keep_colour(rgb, self._canvas.to_output(self._rgb))
-            if self.mask is not None:
-                rgb = composite(rgb, self._canvas.to_output(self._rgb), self._canvas.to_output(self.mask))
-            if self.source.alpha is not None and self.options.alpha == "keep":
-                rgb = np.dstack([rgb, self._canvas.to_output(self.source.alpha)])
+                rgb = keep_colour(rgb, self._rgb)
+            if self._mask is not None:
+                rgb = composite(rgb, self._rgb, self._mask)
+            if self._alpha is not None and self.options.alpha == "keep":
+                rgb = np.dstack([rgb, self._alpha])
             image = Image.fromarray(rgb)
             if self.source.icc:
                 image.info["icc_profile"] = self.source.icc

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import io
 import math
@@ -15,7 +14,7 @@ import pytest
 from PIL import Image, ImageCms
 
 import lsast
-from lsast import BackendError, BundleError, Stylizer, UsageError
+from lsast import Stylizer, UsageError
 from lsast.options.options import rules
 
 
@@ -33,42 +32,6 @@ def test_stylize_paints_the_padding_without_showing_it(stylizer: Stylizer) -> No
     whole = np.pad(small, [(8, 8), (8, 8), (0, 0)], mode="symmetric")
     inner = np.asarray(stylizer.stylize(whole, size=0))[8:56, 8:56]
     np.testing.assert_array_equal(np.asarray(stylizer.stylize(small, size=0)), inner)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"style": "monet"},
-        {"steps": 14},
-        {"strength": 0.3},
-        {"guidance": 4.0},
-        {"control_scale": 0.0},
-        {"size": 64},
-        {"solver": "unipc"},
-        {"solver": "ddim_lsast"},
-        {"seed": 1},
-        {"fit": "stretch"},
-        {"keep_colour": True},
-        {"style": "vangogh@up+monet"},
-    ],
-    ids=str,
-)
-def test_stylize_with_another_option_gives_another_painting(
-    stylizer: Stylizer, photo: np.ndarray, change: dict[str, Any]
-) -> None:
-    plain, changed = stylizer.stylize(photo), stylizer.stylize(photo, **change)
-    assert np.asarray(plain).shape != np.asarray(changed).shape or (np.asarray(plain) != np.asarray(changed)).any()
-    assert dataclasses.replace(plain.options, **change) == changed.options
-
-
-def test_stylize_gives_the_same_bytes_whatever_came_before(
-    stylizer: Stylizer, bundle_path: Path, photo: np.ndarray
-) -> None:
-    first = np.asarray(stylizer.stylize(photo, seed=4))
-    stylizer.stylize(photo[:50], style="monet", guidance=1.0, size=64, solver="dpmpp2m")
-    np.testing.assert_array_equal(np.asarray(stylizer.stylize(photo, seed=4)), first)
-    with lsast.load(bundle_path) as other:
-        np.testing.assert_array_equal(np.asarray(other.stylize(photo, seed=4)), first)
 
 
 def test_stylize_keeps_transparency_or_composites_on_white(stylizer: Stylizer, photo: np.ndarray) -> None:
@@ -121,9 +84,10 @@ def test_stylize_after_an_interrupted_painting_works(stylizer: Stylizer, photo: 
 
 
 def test_stylize_refuses_removed_options_by_name(stylizer: Stylizer, photo: np.ndarray) -> None:
-    old: dict[str, Any] = {"control_low": 300}
-    with pytest.raises(UsageError, match="control_low was removed: use a smaller control_scale"):
+    old: dict[str, Any] = {"control_low": 300, "control_interval": 2, "guidance_low": 1, "guidance_high": 700}
+    with pytest.raises(UsageError, match="control_low was removed: use a smaller control_scale") as caught:
         stylizer.stylize(photo, **old)
+    assert all(f"  - {name} was removed" in str(caught.value) for name in old)
     with pytest.raises(UsageError, match="control_low was removed"):
         list(stylizer.stylize_many([photo], **old))
     with pytest.raises(UsageError, match="'colour'"):
@@ -136,36 +100,10 @@ def test_stylize_takes_old_names_of_options(stylizer: Stylizer, photo: np.ndarra
     assert stylizer.stylize(photo, **old).options == stylizer.stylize(photo, **new).options
 
 
-def test_result_options_give_the_result_again(stylizer: Stylizer, photo: np.ndarray) -> None:
-    result = stylizer.stylize(photo, style="monet", seed=9, guidance=1.5)
-    again = stylizer.stylize(photo, **dataclasses.asdict(result.options))
-    np.testing.assert_array_equal(np.asarray(again), np.asarray(result))
-
-
 def test_stylize_with_an_unknown_style_lists_the_available_ones(stylizer: Stylizer, photo: np.ndarray) -> None:
     assert stylizer.styles == ["monet", "vangogh"]
     with pytest.raises(UsageError, match=r"'picasso'.*monet, vangogh"):
         stylizer.stylize(photo, style="picasso")
-
-
-def test_stylize_with_more_steps_than_the_schedule_names_the_limit(stylizer: Stylizer, photo: np.ndarray) -> None:
-    with pytest.raises(UsageError, match=r"steps: found 1000; expected 1 to 999 with ddim"):
-        stylizer.stylize(photo, steps=1000)
-
-
-def test_load_takes_the_bundle_of_the_environment(
-    bundle_path: Path, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch, stylizer: Stylizer
-) -> None:
-    monkeypatch.setenv("LSAST_BUNDLE", str(bundle_path))
-    with lsast.load() as opened:
-        assert opened.bundle.manifest.name == "tiny"
-
-
-def test_load_with_invalid_arguments_raises(bundle_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="found no bundle"):
-        lsast.load(tmp_path / "nothing")
-    with pytest.raises(BackendError, match=r"available: .*(onnxruntime|openvino) on"):
-        lsast.load(bundle_path, backend="tpu")
 
 
 WRONG = [[], {}, object(), b"x", math.nan, 10**5000, -1, 1j, {1}, np.zeros(3), Fraction(10**400), "?", Decimal(1)]
@@ -201,7 +139,8 @@ def test_stylize_with_fit_stretch_gives_a_square(stylizer: Stylizer, photo: np.n
 def test_stylize_with_fit_stretch_finds_edges_in_the_bilinear_picture(
     stylizer: Stylizer, photo: np.ndarray, runs: list[Any]
 ) -> None:
-    stylizer.stylize(photo, fit="stretch", size=128)
+    # docs/method.md §4.1-2: Pillow's Lanczos for the encoder, OpenCV's bilinear on BGR for the edges.
+    stylizer.stylize(photo, fit="stretch", size=120)
     (edges,), (rgb,) = runs[0].batch.edges, runs[0].batch.pictures
     bilinear = cv2.resize(np.ascontiguousarray(photo[..., ::-1]), (128, 128))
     np.testing.assert_array_equal(edges, cv2.Canny(bilinear, 100, 200) > 0)

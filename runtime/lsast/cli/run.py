@@ -16,7 +16,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -209,24 +208,14 @@ def check(job: Job, options: Options | None = None) -> None:
 
         check_video(job.source, job.out)
     elif job.out is not None:
+        from ..images.formats import read_header
         from ..result import validate_output_path
 
         keeps_size = options is not None and options.fit != "stretch"
-        validate_output_path(job.out, stored_size(job.source) if keeps_size and job.source else None)
+        header = read_header(job.source) if keeps_size and job.source else None
+        validate_output_path(job.out, header and header[0])
     elif is_closed(sys.stdout):
         raise PictureError("found standard output closed; expected an open one, or the name of a file as OUT")
-
-
-def stored_size(source: Path) -> tuple[int, int] | None:
-    """Width and height of a picture, which is not decoded; None if they cannot be told."""
-    from lsast_engines.picture_file import open_image
-
-    # What is wrong with a picture is told when it is read. A pipe can be read only once.
-    with contextlib.suppress(Exception):
-        if source.is_file():
-            with source.open("rb") as handle:
-                return open_image(handle, str(source)).size
-    return None
 
 
 def paint(job: Job, stylizer: Stylizer, options: dict[str, Any], bars: ProgressBars) -> Report:

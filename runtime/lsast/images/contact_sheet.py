@@ -103,7 +103,7 @@ def contact_sheet(
     if mask is not None:
         options["mask"] = read_picture(mask, stylizer.max_megapixels)
     canvases = [canvas_for(source.size, o.size, stylizer.bundle.manifest.multiple, o.fit) for o in resolved]
-    sizes = [_thumbnail_size(canvas.output_size[::-1]) for canvas in canvases]
+    sizes = [_thumbnail_size(canvas.own[::-1]) for canvas in canvases]
     cell = max(width for width, _ in sizes), max(height for _, height in sizes)
     layout = _layout(cell, column_labels, row_labels)
     if out:

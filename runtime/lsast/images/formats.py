@@ -52,16 +52,22 @@ ANIMATIONS = frozenset({".apng", ".gif", ".png", ".webp"})
 """Suffixes of the animated pictures that are read and written as videos are; a PNG only where it is animated."""
 
 
-def is_animated(path: Path) -> bool:
-    """Whether a file is a picture with several frames, of a kind of `ANIMATIONS`; False if it cannot be read."""
+def read_header(path: Path) -> tuple[tuple[int, int], bool] | None:
+    """Width and height of a picture, which is not decoded, and whether it has several frames; None if not known."""
     from lsast_engines.picture_file import open_image
 
     # What is wrong with a picture is told when it is read. A pipe can be read only once.
     with contextlib.suppress(Exception):
-        if path.suffix.lower() in ANIMATIONS and path.is_file():
+        if path.is_file():
             with path.open("rb") as handle:
-                return bool(getattr(open_image(handle, str(path)), "is_animated", False))
-    return False
+                image = open_image(handle, str(path))
+                return image.size, bool(getattr(image, "is_animated", False))
+    return None
+
+
+def is_animated(path: Path) -> bool:
+    """Whether a file is a picture with several frames, of a kind of `ANIMATIONS`; False if it cannot be read."""
+    return path.suffix.lower() in ANIMATIONS and (read_header(path) or ((), False))[1]
 
 
 def check_format(path: Path, size: tuple[int, int] | None = None) -> None:

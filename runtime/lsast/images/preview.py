@@ -13,7 +13,7 @@ from lsast_engines.images import import_opencv
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .canvas import Canvas, Pixels, StretchCanvas
+    from .canvas import Canvas, Pixels
 
 Floats = npt.NDArray[np.float32]
 
@@ -26,7 +26,7 @@ class Previewer:
     first preview is asked for.
     """
 
-    def __init__(self, content: Pixels, z0: Floats, canvas: Canvas | StretchCanvas) -> None:
+    def __init__(self, content: Pixels, z0: Floats, canvas: Canvas) -> None:
         """Store what the fit needs.
 
         Args:

@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
-from lsast.images.canvas import Canvas, StretchCanvas, canvas_for
-from lsast_engines.images import on_white
+from lsast.images.canvas import Canvas
 
 SIZES = [(512, 512), (1200, 800), (800, 1200), (50, 2000), (2000, 50), (1, 1), (7, 5), (1, 5000), (513, 511)]
 
@@ -64,39 +62,3 @@ def test_canvas_pad_scales_by_lanczos() -> None:
     placed = canvas.pad(rgb)
     top, left = (48 - 45) // 2, (96 - 91) // 2
     np.testing.assert_array_equal(placed[top : top + 45, left : left + 91], expected)
-
-
-def test_on_white_equals_pillows_composite() -> None:
-    rng = np.random.default_rng(3)
-    rgba = rng.integers(0, 256, (16, 16, 4), dtype=np.uint8)
-    white = Image.new("RGBA", (16, 16), "white")
-    expected = np.asarray(Image.alpha_composite(white, Image.fromarray(rgba)).convert("RGB"), dtype=int)
-    found = on_white(rgba[..., :3], rgba[..., 3]).astype(int)
-    assert np.abs(found - expected).max() <= 1
-
-
-@pytest.mark.parametrize("own", [(90, 180), (180, 90), (40, 40), (128, 128), (1, 300)])
-def test_stretch_canvas_resamples_as_the_released_code(own: tuple[int, int]) -> None:
-    # docs/method.md §4.1-2: Pillow's Lanczos for the encoder, OpenCV's bilinear on BGR for the edges.
-    rgb = np.random.default_rng(4).integers(0, 256, (*own, 3), dtype=np.uint8)
-    canvas = canvas_for(own, 128, 64, "stretch")
-    content, outlined = canvas.encoder_and_edge_inputs(rgb)
-    np.testing.assert_array_equal(content, Image.fromarray(rgb).resize((128, 128), Image.Resampling.LANCZOS))
-    bgr = np.dstack([rgb[..., 2], rgb[..., 1], rgb[..., 0]])
-    np.testing.assert_array_equal(outlined, cv2.resize(bgr, (128, 128), interpolation=cv2.INTER_LINEAR))
-    assert canvas.crop(content) is content
-
-
-def test_stretch_canvas_has_a_legal_side_and_stretches_opacity() -> None:
-    assert [StretchCanvas.fit(size, 64).side for size in (64, 65, 500, 512)] == [64, 128, 512, 512]
-    canvas = StretchCanvas.fit(64, 64)
-    alpha = np.tile(np.linspace(0, 255, 100).astype(np.uint8), (30, 1))
-    stretched = Image.fromarray(alpha).resize((64, 64), Image.Resampling.LANCZOS)
-    np.testing.assert_array_equal(canvas.to_output(alpha), stretched)
-
-
-def test_canvas_finds_edges_in_what_is_encoded() -> None:
-    rgb = np.random.default_rng(4).integers(0, 256, (50, 80, 3), dtype=np.uint8)
-    content, outlined = canvas_for((50, 80), 64, 64, "aspect").encoder_and_edge_inputs(rgb)
-    np.testing.assert_array_equal(content, Canvas.fit((50, 80), 64, 64).pad(rgb))
-    np.testing.assert_array_equal(outlined, content)
