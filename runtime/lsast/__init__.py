@@ -19,70 +19,49 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from lsast_engines.backends.choice import Choice
-    from lsast_engines.errors import (
-        BackendError,
-        BundleError,
-        CancelledError,
-        LsastError,
-        MissingExtraError,
-        OutOfMemoryError,
-        PictureError,
-        StyleError,
-        UsageError,
-    )
+    from lsast_engines.backends.choice import Choice as Choice
+    from lsast_engines.errors import BackendError as BackendError
+    from lsast_engines.errors import BundleError as BundleError
+    from lsast_engines.errors import CancelledError as CancelledError
+    from lsast_engines.errors import LsastError as LsastError
+    from lsast_engines.errors import MissingExtraError as MissingExtraError
+    from lsast_engines.errors import OutOfMemoryError as OutOfMemoryError
+    from lsast_engines.errors import PictureError as PictureError
+    from lsast_engines.errors import StyleError as StyleError
+    from lsast_engines.errors import UsageError as UsageError
 
-    from .images.contact_sheet import Sheet, contact_sheet
-    from .images.metadata import Record, read_record
-    from .images.provenance import Provenance
-    from .options.options import Options
-    from .result import Result
-    from .sessions.cancel import CancelToken
-    from .stylizer import Stylizer, load
+    from .images.contact_sheet import Sheet as Sheet
+    from .images.contact_sheet import contact_sheet as contact_sheet
+    from .images.metadata import Record as Record
+    from .images.metadata import read_record as read_record
+    from .images.provenance import Provenance as Provenance
+    from .options.options import Options as Options
+    from .result import Result as Result
+    from .sessions.cancel import CancelToken as CancelToken
+    from .stylizer import Stylizer as Stylizer
+    from .stylizer import load as load
 
-__all__ = [
-    "BackendError",
-    "BundleError",
-    "CancelToken",
-    "CancelledError",
-    "Choice",
-    "LsastError",
-    "MissingExtraError",
-    "Options",
-    "OutOfMemoryError",
-    "PictureError",
-    "Provenance",
-    "Record",
-    "Result",
-    "Sheet",
-    "StyleError",
-    "Stylizer",
-    "UsageError",
-    "contact_sheet",
-    "load",
-    "read_record",
-]
+_MODULES: dict[str, tuple[str, ...]] = {
+    "lsast_engines.backends.choice": ("Choice",),
+    "lsast_engines.errors": ("BackendError", "BundleError", "CancelledError", "LsastError", "MissingExtraError",
+                             "OutOfMemoryError", "PictureError", "StyleError", "UsageError"),
+    ".images.contact_sheet": ("Sheet", "contact_sheet"),
+    ".images.metadata": ("Record", "read_record"),
+    ".images.provenance": ("Provenance",),
+    ".options.options": ("Options",),
+    ".result": ("Result",),
+    ".sessions.cancel": ("CancelToken",),
+    ".stylizer": ("Stylizer", "load"),
+}  # fmt: skip
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
-_HOMES = {
-    "CancelToken": ".sessions.cancel",
-    "Choice": "lsast_engines.backends.choice",
-    "Options": ".options.options",
-    "Provenance": ".images.provenance",
-    "Record": ".images.metadata",
-    "Result": ".result",
-    "Sheet": ".images.contact_sheet",
-    "Stylizer": ".stylizer",
-    "contact_sheet": ".images.contact_sheet",
-    "load": ".stylizer",
-    "read_record": ".images.metadata",
-}
-"""Modules of the names that are no errors."""
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES.get(name, "lsast_engines.errors"), __name__), name)
+    value = getattr(importlib.import_module(_HOMES[name], __name__), name)
     globals()[name] = value
     return value
 

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import struct
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -127,3 +128,14 @@ PICTURES = [
     ("DDS", ["L", "RGB", "RGBA"]),
     ("PCX", ["1", "L", "P", "RGB"]),
 ]
+
+
+def png_file(width: int, height: int, bits: int = 8, colour: int = 2, rows: bytes = b"\0") -> bytes:
+    """A PNG that declares a size, bits of a channel and a colour type, and holds `rows`, filter bytes with them."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    chunks = {b"IHDR": header, b"IDAT": zlib.compress(rows), b"IEND": b""}
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks.items())

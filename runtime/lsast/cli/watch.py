@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lsast_engines.errors import MissingExtraError, PictureError, UsageError
 
@@ -19,13 +20,6 @@ SETTLED = 0.5
 
 
 _log = logging.getLogger("lsast.cli")
-
-
-class Stop(Protocol):
-    """Ends the watching, such as a `threading.Event`."""
-
-    def is_set(self) -> bool:
-        """Whether to end."""
 
 
 def check_watch(sources: Sequence[str], out: str) -> None:
@@ -43,7 +37,9 @@ def check_watch(sources: Sequence[str], out: str) -> None:
     _watchfiles()
 
 
-def watch(sources: Sequence[str], out: str, *, overwrite: bool = False, stop: Stop | None = None) -> Iterator[Job]:
+def watch(
+    sources: Sequence[str], out: str, *, overwrite: bool = False, stop: threading.Event | None = None
+) -> Iterator[Job]:
     """Yield a job for every picture whose painting is missing or older, now and after every change; never ends.
 
     A job counts as done when the next one is asked for, even if it failed: it comes again only after its source has
@@ -78,7 +74,7 @@ def _each_once(logger: logging.Logger) -> Iterator[None]:
         logger.removeFilter(is_new)
 
 
-def _new_jobs(sources: Sequence[str], out: str, overwrite: bool, stop: Stop | None) -> Iterator[Job]:
+def _new_jobs(sources: Sequence[str], out: str, overwrite: bool, stop: threading.Event | None) -> Iterator[Job]:
     seen: dict[Path | None, tuple[int, int]] = {}
     again = True
     for changed in _changes(sources, stop):
@@ -102,7 +98,7 @@ def _new_jobs(sources: Sequence[str], out: str, overwrite: bool, stop: Stop | No
                 yield job
 
 
-def _changes(sources: Sequence[str], stop: Stop | None) -> Iterator[bool]:
+def _changes(sources: Sequence[str], stop: threading.Event | None) -> Iterator[bool]:
     """Whether something has changed, after every change and at least every `SETTLED` seconds.
 
     A file that has not settled yet gives no further signal, so that waiting ends after some time as well.

@@ -282,7 +282,7 @@ class BatchPainter:
 
     def _check_picture(self, data: bytes) -> None:
         """Look at the kind and the size of a picture's file, before anything of it is decoded."""
-        from lsast_engines.picture_file import open_image
+        from lsast_engines.picture_file import check_size, open_image
 
         try:
             image = open_image(io.BytesIO(data), "the picture")
@@ -292,12 +292,7 @@ class BatchPainter:
             raise PictureError(f"the picture cannot be read ({error}); expected a whole file") from error
         if image.format not in FORMATS:
             raise PictureError(f"found a picture of format {image.format}; expected {', '.join(sorted(FORMATS))}")
-        limit = self._limits["max_megapixels"]
-        if (found := image.width * image.height / 1e6) > limit:
-            raise PictureError(
-                f"found a picture of {image.width} x {image.height} pixels, {found:.1f} megapixels; expected at most "
-                f"{limit:g}: scale it down"
-            )
+        check_size(image, "the picture", self._limits["max_megapixels"])
 
     def _check_canvas(self, request: Request) -> None:
         from ..sampling.tiling import WHOLE_UP_TO

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lsast_engines.declared_options import Range, Rule
@@ -22,14 +20,6 @@ _MISSING = object()
 
 Job = tuple["Picture", Mapping[str, Any]]
 """A picture and its own options."""
-
-
-@dataclass
-class _Slot:
-    """One picture of the stream: its request until it is painted, then the outcome."""
-
-    request: Request | None = None
-    outcome: Result | LsastError | None = None
 
 
 def jobs(
@@ -92,39 +82,28 @@ def _stream(
     paint: Callable[[Sequence[Request]], list[Result]],
     batch: int,
 ) -> Iterator[Result]:
-    window: deque[_Slot] = deque()
+    window: list[tuple[Request, list[Result]]] = []
+    """Requests in the order of the pictures, and their results: none yet, or one."""
+    error: LsastError | None = None
     more = True
+
+    def first_batch() -> list[tuple[Request, list[Result]]]:
+        """Those that are painted together with the first one that waits."""
+        waiting = [(entry, entry[0].batch_key) for entry in window if not entry[1]]
+        return [entry for entry, key in waiting if key == waiting[0][1]][:batch]
+
     while more or window:
-        while more and len(window) < AHEAD * batch and len(_first_batch(window, batch)) < batch:
+        while more and len(window) < AHEAD * batch and len(first_batch()) < batch:
             try:
-                job = next(source)
+                window.append((read(*next(source)), []))
             except StopIteration:
                 more = False
-            except LsastError as error:
-                window.append(_Slot(outcome=error))
-                more = False
-            else:
-                window.append(_read(job, read))
-        if window and window[0].request:
-            slots = _first_batch(window, batch)
-            for slot, result in zip(slots, paint([slot.request for slot in slots if slot.request]), strict=True):
-                slot.request, slot.outcome = None, result
-        while window and window[0].outcome is not None:
-            outcome = window.popleft().outcome
-            if isinstance(outcome, LsastError):
-                raise outcome
-            assert outcome is not None
-            yield outcome
-
-
-def _read(job: Job, read: Callable[[Picture, Mapping[str, Any]], Request]) -> _Slot:
-    try:
-        return _Slot(read(*job))
-    except LsastError as error:
-        return _Slot(outcome=error)
-
-
-def _first_batch(window: Iterable[_Slot], batch: int) -> list[_Slot]:
-    """The slots that are painted together with the first one that waits."""
-    waiting = [(slot, slot.request.batch_key) for slot in window if slot.request]
-    return [slot for slot, key in waiting if key == waiting[0][1]][:batch]
+            except LsastError as found:
+                more, error = False, found
+        if entries := first_batch():
+            for (_, results), result in zip(entries, paint([request for request, _ in entries]), strict=True):
+                results.append(result)
+        while window and window[0][1]:
+            yield window.pop(0)[1][0]
+    if error:
+        raise error

@@ -7,9 +7,7 @@ import io
 import json
 import shutil
 import socket
-import struct
 import threading
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import pytest
 from PIL import Image
 
 import lsast
+from hostile import png_file
 from lsast_engines.bundle.bundle import Bundle
 from running_server import LONG, QUICK, Running, as_png, httpx, pixels, running
 
@@ -133,20 +132,10 @@ def test_post_with_a_faulty_body_is_refused(server: Running, request_: dict[str,
     assert (answer.status_code, bool(answer.json()["detail"])) == (status, True)
 
 
-def _png_header(width: int, height: int) -> bytes:
-    """A PNG that declares a size and holds nothing of it."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
-
-
 def test_post_of_a_decompression_bomb_is_refused_before_it_is_decoded(server: Running) -> None:
-    answer = server.post(_png_header(30_000, 30_000))
-    assert (answer.status_code, "900.0 megapixels" in answer.json()["detail"]) == (422, True)
-    assert server.post(as_png(np.zeros((64, 64, 3), np.uint8)), mask=_png_header(30_000, 30_000)).status_code == 422
+    answer = server.post(png_file(30_000, 30_000))
+    assert (answer.status_code, "900 megapixels" in answer.json()["detail"]) == (422, True)
+    assert server.post(as_png(np.zeros((64, 64, 3), np.uint8)), mask=png_file(30_000, 30_000)).status_code == 422
 
 
 def test_answers_hold_no_path_of_the_machine(server: Running, png: bytes, parted_path: Path) -> None:
