@@ -13,9 +13,3 @@ def test_errors_docstring_has_the_exception_tree() -> None:
         if kind is not errors.LsastError:
             (base,) = (line for line in errors.__doc__.splitlines() if kind.__bases__[0].__name__ in line.split())
             assert line.index(kind.__name__) > base.index(kind.__bases__[0].__name__)
-
-
-def test_error_messages_name_the_extra_and_list_faults() -> None:
-    error = errors.MissingExtraError("onnxruntime", "cpu")
-    assert str(error) == "onnxruntime is not installed; install it with: pip install 'lsast[cpu]'"
-    assert errors.fault_list("two:", ["a", "b"]) == "two:\n  - a\n  - b"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,53 +30,27 @@ FINGERPRINT = "5a" * 32
 LATENT_SCALE = 0.5
 
 
-@dataclass(frozen=True)
-class Weights:
+MATRICES = {
+    "encode_mean": (4, 3, 1.0),
+    "encode_std": (4, 3, 0.3),
+    "hint": (5, 3, 1.0),
+    "unet": (24, 4, 0.5),
+    "control": (16, 4, 0.5),
+    "edges": (4, 5, 1.0),
+    "time": (1, 4, 0.3),
+    "decode": (3, 4, 0.03),
+}
+"""Rows, columns and scale of the matrices of the tiny graphs."""
+
+
+@pytest.fixture(scope="session")
+def weights() -> SimpleNamespace:
     """The matrices of the tiny graphs; tests recompute the graphs from them in plain numpy."""
-
-    encode_mean: np.ndarray
-    encode_std: np.ndarray
-    hint: np.ndarray
-    unet: np.ndarray
-    control: np.ndarray
-    edges: np.ndarray
-    time: np.ndarray
-    decode: np.ndarray
-
-    @classmethod
-    def random(cls) -> Weights:
-        rng = np.random.default_rng(7)
-
-        def matrix(rows: int, columns: int, scale: float) -> np.ndarray:
-            return (scale * rng.standard_normal((rows, columns))).astype(np.float32)
-
-        return cls(
-            encode_mean=matrix(4, 3, 1.0),
-            encode_std=matrix(4, 3, 0.3),
-            hint=matrix(5, 3, 1.0),
-            unet=matrix(24, 4, 0.5),
-            control=matrix(16, 4, 0.5),
-            edges=matrix(4, 5, 1.0),
-            time=matrix(1, 4, 0.3),
-            decode=matrix(3, 4, 0.03),
-        )
-
-
-def _model(spec: GraphSpec, nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray]) -> bytes:
-    types = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
-    borders = [
-        [helper.make_tensor_value_info(tensor.name, types[tensor.dtype], list(tensor.shape)) for tensor in side]
-        for side in (spec.inputs, spec.outputs)
-    ]
-    initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]
-    graph = helper.make_graph(nodes, spec.name, *borders, initializers)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    onnx.checker.check_model(model, full_check=True)
-    return model.SerializeToString()
-
-
-def _convolution(matrix: np.ndarray) -> np.ndarray:
-    return matrix[:, :, None, None]
+    rng = np.random.default_rng(7)
+    return SimpleNamespace(**{
+        name: (scale * rng.standard_normal((rows, columns))).astype(np.float32)
+        for name, (rows, columns, scale) in MATRICES.items()
+    })  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -85,157 +60,115 @@ def source_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*packages, os.environ.get("PYTHONPATH", "")]))
 
 
-@pytest.fixture(scope="session")
-def weights() -> Weights:
-    return Weights.random()
+node = helper.make_node
+POOL = {"kernel_shape": [8, 8], "strides": [8, 8]}
+# Parts of the denoiser: style_map = U mean_T(kv_unet[g, b])
+STYLE = [
+    node("ReduceMean", ["kv_unet", "axis2"], ["kv_unet_mean"], keepdims=0),
+    node("MatMul", ["kv_unet_mean", "unet"], ["style"]),
+    node("Unsqueeze", ["style", "axes34"], ["style_map"]),
+]
+# held = scale * (E hint[b]) * (C mean_T(kv_control[b]))
+CONTROL = [
+    node("ReduceMean", ["kv_control", "axis1"], ["kv_control_mean"], keepdims=0),
+    node("MatMul", ["kv_control_mean", "control"], ["gate"]),
+    node("Unsqueeze", ["gate", "axes23"], ["gate_map"]),
+    node("Conv", ["hint", "edges_1x1"], ["edge_map"]),
+    node("Mul", ["edge_map", "gate_map"], ["gated"]),
+    node("Mul", ["gated", "control_scale"], ["held"]),
+]
+# time_map = t / 1000 v
+TIME = [
+    node("Cast", ["timestep"], ["timestep_float"], to=TensorProto.FLOAT),
+    node("Div", ["timestep_float", "thousand"], ["time_share"]),
+    node("Unsqueeze", ["time_share", "axis1"], ["time_column"]),
+    node("MatMul", ["time_column", "time"], ["time_row"]),
+    node("Unsqueeze", ["time_row", "axes23"], ["time_map"]),
+]
+# What a graph is given and does not need is 0 of its sum.
+NO_TIME = [
+    node("Cast", ["timestep"], ["timestep_float"], to=TensorProto.FLOAT),
+    node("Unsqueeze", ["timestep_float", "axes123"], ["timestep_map"]),
+    node("Mul", ["timestep_map", "zero"], ["no_time"]),
+]
+HALF = [node("Mul", ["latent", "half"], ["z"])]
+HALF_AND_FINE = [*HALF, node("Add", ["z", "residual_0"], ["z_held"])]
+COARSE = node("Resize", ["residual_1", "", "twice"], ["coarse"], mode="nearest")
 
-
-@pytest.fixture(scope="session")
-def graphs(weights: Weights) -> dict[str, bytes]:
-    node = helper.make_node
-    specs = graph_specs(GEOMETRY)
-    pool = {"kernel_shape": [8, 8], "strides": [8, 8]}
-    encoder = [
-        node("AveragePool", ["image"], ["pooled"], **pool),
-        node("Conv", ["pooled", "w_mean"], ["mean"]),
-        node("Conv", ["pooled", "w_std"], ["spread"]),
+NODES = {
+    "vae_encoder": [
+        node("AveragePool", ["image"], ["pooled"], **POOL),
+        node("Conv", ["pooled", "encode_mean_1x1"], ["mean"]),
+        node("Conv", ["pooled", "encode_std_1x1"], ["spread"]),
         node("Abs", ["spread"], ["std"]),
+    ],
+    "controlnet_cond": [
+        node("AveragePool", ["edges"], ["pooled"], **POOL),
+        node("Conv", ["pooled", "hint_1x1"], ["hint"]),
+    ],
+    # eps[g, b] = latent[b] / 2 + style_map + held + time_map
+    "denoiser": [*STYLE, *CONTROL, *TIME, *HALF, node("Sum", ["style_map", "z", "held", "time_map"], ["eps"])],
+    "vae_decoder": [
+        node("Conv", ["latent", "decode_1x1"], ["small"]),
+        node("Resize", ["small", "", "eightfold"], ["image"], mode="nearest"),
+    ],
+    # The denoiser in parts: what is coarse of what the edges hold goes the deep way, the rest the shallow one.
+    "controlnet": [
+        *CONTROL,
+        *NO_TIME,
+        node("Mul", ["latent", "zero"], ["no_latent"]),
+        node("Sum", ["held", "no_latent", "no_time"], ["whole"]),
+        node("AveragePool", ["whole"], ["residual_1"], kernel_shape=[2, 2], strides=[2, 2]),
+        COARSE,
+        node("Sub", ["whole", "coarse"], ["residual_0"]),
+    ],
+    # feature[g, b] = style_map + time_map + residual_1[b], wide again
+    "unet_full": [
+        *STYLE,
+        *TIME,
+        COARSE,
+        node("Sum", ["style_map", "time_map", "coarse"], ["feature"]),
+        *HALF_AND_FINE,
+        node("Add", ["feature", "z_held"], ["eps"]),
+    ],
+    "unet_outer": [
+        *NO_TIME,
+        node("ReduceSum", ["kv_unet"], ["kv_sum"], keepdims=0),
+        node("Mul", ["kv_sum", "zero"], ["no_style"]),
+        *HALF_AND_FINE,
+        node("Sum", ["feature", "z_held", "no_time", "no_style"], ["eps"]),
+    ],
+}
+
+
+def _model(spec: GraphSpec, weights: SimpleNamespace) -> bytes:
+    types = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
+    borders = [
+        [helper.make_tensor_value_info(tensor.name, types[tensor.dtype], list(tensor.shape)) for tensor in side]
+        for side in (spec.inputs, spec.outputs)
     ]
-    hint = [node("AveragePool", ["edges"], ["pooled"], **pool), node("Conv", ["pooled", "w"], ["hint"])]
-    # eps[g, b] = latent[b] / 2 + U mean_T(kv_unet[g, b]) + scale * (E hint[b]) * (C mean_T(kv_control[b])) + t / 1000 v
-    denoiser = [
-        node("Mul", ["latent", "half"], ["z"]),
-        node("ReduceMean", ["kv_unet", "axis2"], ["kv_unet_mean"], keepdims=0),
-        node("MatMul", ["kv_unet_mean", "w_unet"], ["style"]),
-        node("Unsqueeze", ["style", "axes34"], ["style_map"]),
-        node("ReduceMean", ["kv_control", "axis1"], ["kv_control_mean"], keepdims=0),
-        node("MatMul", ["kv_control_mean", "w_control"], ["gate"]),
-        node("Unsqueeze", ["gate", "axes23"], ["gate_map"]),
-        node("Conv", ["hint", "w_edges"], ["edge_map"]),
-        node("Mul", ["edge_map", "gate_map"], ["gated"]),
-        node("Mul", ["gated", "control_scale"], ["held"]),
-        node("Cast", ["timestep"], ["timestep_float"], to=TensorProto.FLOAT),
-        node("Div", ["timestep_float", "thousand"], ["time"]),
-        node("Unsqueeze", ["time", "axis1"], ["time_column"]),
-        node("MatMul", ["time_column", "w_time"], ["time_row"]),
-        node("Unsqueeze", ["time_row", "axes23"], ["time_map"]),
-        node("Add", ["z", "held"], ["z_held"]),
-        node("Add", ["z_held", "time_map"], ["shared"]),
-        node("Add", ["style_map", "shared"], ["eps"]),
-    ]
-    decoder = [
-        node("Conv", ["latent", "w"], ["small"]),
-        node("Resize", ["small", "", "scales"], ["image"], mode="nearest"),
-    ]
-    return {
-        "vae_encoder": _model(
-            specs["vae_encoder"],
-            encoder,
-            {"w_mean": _convolution(weights.encode_mean), "w_std": _convolution(weights.encode_std)},
-        ),
-        "controlnet_cond": _model(specs["controlnet_cond"], hint, {"w": _convolution(weights.hint)}),
-        "denoiser": _model(
-            specs["denoiser"],
-            denoiser,
-            {
-                "half": np.float32(0.5),
-                "thousand": np.float32(1000),
-                "axis1": np.array([1]),
-                "axis2": np.array([2]),
-                "axes23": np.array([2, 3]),
-                "axes34": np.array([3, 4]),
-                "w_unet": weights.unet,
-                "w_control": weights.control,
-                "w_edges": _convolution(weights.edges),
-                "w_time": weights.time,
-            },
-        ),
-        "vae_decoder": _model(
-            specs["vae_decoder"],
-            decoder,
-            {"w": _convolution(weights.decode), "scales": np.array([1, 1, 8, 8], np.float32)},
-        ),
+    constants: dict[str, Any] = {
+        **vars(weights),
+        **{f"{name}_1x1": matrix[:, :, None, None] for name, matrix in vars(weights).items()},
+        **{f"axis{axis}": np.array([axis]) for axis in (1, 2)},
+        **{f"axes{axes}": np.array([int(axis) for axis in axes]) for axes in ("23", "34", "123")},
+        **{name: np.float32(value) for name, value in {"zero": 0, "half": 0.5, "thousand": 1000}.items()},
+        **{name: np.array([1, 1, n, n], np.float32) for name, n in {"twice": 2, "eightfold": 8}.items()},
     }
+    used = {name for each in NODES[spec.name] for name in each.input} - {tensor.name for tensor in spec.inputs}
+    initializers = [numpy_helper.from_array(value, name) for name, value in constants.items() if name in used]
+    graph = helper.make_graph(NODES[spec.name], spec.name, *borders, initializers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.checker.check_model(model, full_check=True)
+    return model.SerializeToString()
+
+
+@pytest.fixture(scope="session")
+def graphs(weights: SimpleNamespace) -> dict[str, bytes]:
+    return {name: _model(spec, weights) for name, spec in graph_specs(GEOMETRY).items()}
 
 
 PART_SPECS = split_specs(GEOMETRY, UnetSplit(residuals=((4, 0), (4, 1)), outer=1, feature=4))
-
-
-@pytest.fixture(scope="session")
-def part_graphs(weights: Weights) -> dict[str, bytes]:
-    """The tiny denoiser in parts: what is coarse of what the edges hold goes the deep way, the rest the shallow one."""
-    node = helper.make_node
-    axes = {"axis1": np.array([1]), "axes23": np.array([2, 3]), "axes34": np.array([3, 4])}
-    # residual_1[b] = pool(scale * (E hint[b]) * (C mean_T(kv_control[b]))), residual_0[b] = what the pool loses
-    control = [
-        node("Mul", ["latent", "zero"], ["no_latent"]),
-        node("Cast", ["timestep"], ["timestep_float"], to=TensorProto.FLOAT),
-        node("Unsqueeze", ["timestep_float", "axes123"], ["timestep_map"]),
-        node("Mul", ["timestep_map", "zero"], ["no_time"]),
-        node("ReduceMean", ["kv_control", "axis1"], ["kv_control_mean"], keepdims=0),
-        node("MatMul", ["kv_control_mean", "w_control"], ["gate"]),
-        node("Unsqueeze", ["gate", "axes23"], ["gate_map"]),
-        node("Conv", ["hint", "w_edges"], ["edge_map"]),
-        node("Mul", ["edge_map", "gate_map"], ["gated"]),
-        node("Mul", ["gated", "control_scale"], ["scaled"]),
-        node("Sum", ["scaled", "no_latent", "no_time"], ["held"]),
-        node("AveragePool", ["held"], ["residual_1"], kernel_shape=[2, 2], strides=[2, 2]),
-        node("Resize", ["residual_1", "", "scales"], ["coarse"], mode="nearest"),
-        node("Sub", ["held", "coarse"], ["residual_0"]),
-    ]
-    way_out = [
-        node("Mul", ["latent", "half"], ["z"]),
-        node("Add", ["z", "residual_0"], ["z_held"]),
-        node("Add", ["feature", "z_held"], ["eps"]),
-    ]
-    # feature[g, b] = U mean_T(kv_unet[g, b]) + t / 1000 v + residual_1[b], wide again
-    deep = [
-        node("ReduceMean", ["kv_unet", "axis2"], ["kv_unet_mean"], keepdims=0),
-        node("MatMul", ["kv_unet_mean", "w_unet"], ["style"]),
-        node("Unsqueeze", ["style", "axes34"], ["style_map"]),
-        node("Cast", ["timestep"], ["timestep_float"], to=TensorProto.FLOAT),
-        node("Div", ["timestep_float", "thousand"], ["time"]),
-        node("Unsqueeze", ["time", "axis1"], ["time_column"]),
-        node("MatMul", ["time_column", "w_time"], ["time_row"]),
-        node("Unsqueeze", ["time_row", "axes23"], ["time_map"]),
-        node("Resize", ["residual_1", "", "scales"], ["coarse"], mode="nearest"),
-        node("Add", ["time_map", "coarse"], ["shared"]),
-        node("Add", ["style_map", "shared"], ["feature"]),
-        *way_out,
-    ]
-    shallow = [
-        node("Cast", ["timestep"], ["timestep_float"], to=TensorProto.FLOAT),
-        node("Unsqueeze", ["timestep_float", "axes123"], ["timestep_map"]),
-        node("Mul", ["timestep_map", "zero"], ["no_time"]),
-        node("ReduceSum", ["kv_unet"], ["kv_sum"], keepdims=0),
-        node("Mul", ["kv_sum", "zero"], ["no_style"]),
-        *way_out[:-1],
-        node("Sum", ["z_held", "no_time", "no_style"], ["z_outer"]),
-        node("Add", ["feature", "z_outer"], ["eps"]),
-    ]
-    scales = np.array([1, 1, 2, 2], np.float32)
-    zero = {"zero": np.float32(0), "axes123": np.array([1, 2, 3])}
-    wide = {"scales": scales, **axes}
-    return {
-        "controlnet": _model(
-            PART_SPECS["controlnet"],
-            control,
-            {**zero, **wide, "w_control": weights.control, "w_edges": _convolution(weights.edges)},
-        ),
-        "unet_full": _model(
-            PART_SPECS["unet_full"],
-            deep,
-            {
-                **wide,
-                "axis2": np.array([2]),
-                "half": np.float32(0.5),
-                "thousand": np.float32(1000),
-                "w_unet": weights.unet,
-                "w_time": weights.time,
-            },
-        ),
-        "unet_outer": _model(PART_SPECS["unet_outer"], shallow, {**zero, "half": np.float32(0.5)}),
-    }
 
 
 def _style(name: str, seed: int, stages: int = STAGES) -> Style:
@@ -294,15 +227,15 @@ def parted_path(
     tmp_path_factory: pytest.TempPathFactory,
     bundle_path: Path,
     graphs: dict[str, bytes],
-    part_graphs: dict[str, bytes],
+    weights: SimpleNamespace,
     manifest: Manifest,
 ) -> Path:
     """The tiny bundle with its denoiser in parts, too."""
     folder = tmp_path_factory.mktemp("parted") / "tiny"
-    files = {f"{name}.onnx": content for name, content in {**graphs, **part_graphs}.items()}
-    sources = {**files, "null.safetensors": bundle_path / "null.safetensors"}
-    whole = dataclasses.replace(manifest, graphs={**manifest.graphs, **PART_SPECS})
-    Bundle.write(folder, whole, {**sources, **{f"styles/{file.name}": file for file in bundle_path.glob("styles/*")}})
+    parts = {name: _model(spec, weights) for name, spec in PART_SPECS.items()}
+    sources: dict[str, Path | bytes] = {f"{name}.onnx": content for name, content in {**graphs, **parts}.items()}
+    sources |= {str(file.relative_to(bundle_path)): file for file in bundle_path.rglob("*.safetensors")}
+    Bundle.write(folder, dataclasses.replace(manifest, graphs={**manifest.graphs, **PART_SPECS}), sources)
     return folder
 
 
@@ -344,3 +277,29 @@ def stylizer(bundle_path: Path) -> Iterator[lsast.Stylizer]:
     """The tiny bundle, open on the first backend that is installed."""
     with lsast.load(bundle_path) as opened:
         yield opened
+
+
+@pytest.fixture
+def terminal() -> Iterator[tuple[int, Callable[[], bytes]]]:
+    """A terminal for a process' stderr, and a function that reads what is shown on it; empty when the other end is
+    closed."""
+    import fcntl
+    import struct
+    import termios
+
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # tqdm draws nothing without lines
+    opened = [ours, theirs]
+
+    def shown() -> bytes:
+        if theirs in opened:
+            opened.remove(theirs)
+            os.close(theirs)
+        try:
+            return os.read(ours, 1024)
+        except OSError:
+            return b""
+
+    yield theirs, shown
+    for descriptor in opened:
+        os.close(descriptor)

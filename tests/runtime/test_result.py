@@ -127,9 +127,3 @@ def test_save_that_fails_keeps_the_existing_file(
     with pytest.raises(PictureError if isinstance(error, OSError) else KeyboardInterrupt):
         _result(3).save(tmp_path / "a.png")
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"before"]
-
-
-def test_save_of_a_picture_too_large_for_the_format_raises(tmp_path: Path) -> None:
-    with pytest.raises(PictureError, match="WEBP"):
-        _result(3, (1, 16384)).save(tmp_path / "a.webp")
-    assert not list(tmp_path.iterdir())

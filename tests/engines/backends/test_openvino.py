@@ -34,7 +34,8 @@ def resident(path: Path) -> int:
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    path = tmp_path / "base.safetensors"
+    path = tmp_path / "bundle" / "base.safetensors"
+    path.parent.mkdir()
     path.write_bytes(np.arange(SIZE // 4, dtype=np.int32).tobytes())
     return path
 
@@ -43,40 +44,31 @@ def read(mapped: mmap.mmap) -> int:
     return int(np.frombuffer(mapped, np.int32).sum(dtype=np.int64))
 
 
-def test_advise_dontneed_drops_pages_and_keeps_values(weights: Path) -> None:
+def test_advise_dontneed_drops_the_recorded_pages_and_keeps_values(weights: Path, tmp_path: Path) -> None:
     total = SIZE // 4 * (SIZE // 4 - 1) // 2
+    other, earlier = tmp_path / "other.bin", weights.with_name("earlier.bin")
+    for path in (other, earlier):
+        path.write_bytes(weights.read_bytes())
     files = MmapPages(weights.parent)
-    with weights.open("rb") as handle, files.record():
-        mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-    assert read(mapped) == total
-    assert resident(weights) == SIZE
+
+    def mapped(path: Path) -> mmap.mmap:
+        with path.open("rb") as handle:
+            return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+
+    maps = [mapped(earlier)]
+    with files.record():
+        maps += [mapped(weights), mapped(other)]
+    assert [read(each) for each in maps] == [total] * 3
+    assert [resident(path) for path in (earlier, weights, other)] == [SIZE] * 3
     with files.advise_dontneed():
-        assert read(mapped) == total
         deadline = time.monotonic() + 10
         while resident(weights) > SIZE // 10 and time.monotonic() < deadline:
             time.sleep(0.05)
         assert resident(weights) <= SIZE // 10  # while the block runs
-        assert read(mapped) == total
+        assert read(maps[1]) == total
     assert resident(weights) <= SIZE // 10  # and at its end
-    assert read(mapped) == total
-
-
-def test_advise_dontneed_keeps_other_files_and_earlier_mappings(weights: Path, tmp_path: Path) -> None:
-    other = tmp_path / "elsewhere" / "other.bin"
-    other.parent.mkdir()
-    other.write_bytes(weights.read_bytes())
-    with weights.open("rb") as handle:
-        earlier = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-    (tmp_path / "bundle").mkdir()
-    files = MmapPages(tmp_path / "bundle")
-    with other.open("rb") as handle, files.record():
-        mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-    read(earlier)
-    read(mapped)
-    with files.advise_dontneed():
-        pass
-    assert resident(weights) == SIZE
-    assert resident(other) == SIZE
+    assert read(maps[1]) == total
+    assert [resident(path) for path in (earlier, other)] == [SIZE] * 2  # mapped before, and of another folder
 
 
 def test_engine_whose_cache_cannot_be_written_drops_only_what_it_has_mapped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,23 +60,6 @@ def test_lsast_run_with_json_prints_one_object_that_repeats_the_picture(folder: 
     np.testing.assert_array_equal(Image.open("out.png"), again)
 
 
-def test_lsast_run_with_a_preset_sets_what_is_not_given(folder: Path) -> None:
-    result = _run("in.png", "out.png", "--json", "--preset", "released", "--size", "128", "--guidance", "2")
-    assert (result.exit_code, result.stderr) == (0, "")
-    options = json.loads(result.stdout)["options"]
-    expected = {
-        "steps": 50,
-        "strength": 0.7,
-        "control_scale": 1.0,
-        "solver": "ddim_lsast",
-        "fit": "stretch",
-        "style": "vangogh",
-    }
-    assert {name: options[name] for name in expected} == expected
-    assert (options["size"], options["guidance"]) == (128, 2.0)
-    assert np.asarray(Image.open("out.png")).shape == (128, 128, 3)
-
-
 def test_lsast_run_may_paint_over_its_input(folder: Path, photo: np.ndarray) -> None:
     assert _run("in.png", "in.png").exit_code == 0
     assert np.asarray(Image.open("in.png")).shape == photo.shape
@@ -201,41 +184,19 @@ def test_lsast_run_interrupted_leaves_no_file(folder: Path, monkeypatch: pytest.
     assert [path.name for path in folder.iterdir()] == ["in.png"]
 
 
-def test_lsast_run_into_a_pipe_prints_the_path_alone(folder: Path) -> None:
-    process = _process("in.png", "out.png", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.communicate(timeout=120) == (b"out.png\n", b"")
-    assert process.returncode == 0
-
-
-def _read(terminal: int) -> bytes:
-    try:
-        return os.read(terminal, 1024)
-    except OSError:  # its other end is closed
-        return b""
-
-
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
-def test_lsast_run_on_a_terminal_shows_progress_and_stops_at_ctrl_c(folder: Path) -> None:
-    import fcntl
-    import struct
-    import termios
-
-    ours, theirs = os.openpty()
-    fcntl.ioctl(
-        theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0)
-    )  # tqdm draws nothing on a terminal without lines
+def test_lsast_run_on_a_terminal_shows_progress_and_stops_at_ctrl_c(folder: Path, terminal: Any) -> None:
+    stderr, read = terminal
     # Large and long enough to be still at work when the first step is seen.
     arguments = ("in.png", "out.png", "--size", "2048", "--steps", "999", "--strength", "1")
-    process = _process(*arguments, stdout=subprocess.PIPE, stderr=theirs)
-    os.close(theirs)
+    process = _process(*arguments, stdout=subprocess.PIPE, stderr=stderr)
     seen = b""
-    while b"painting" not in seen and (piece := _read(ours)):
+    while b"painting" not in seen and (piece := read()):
         seen += piece
     process.send_signal(signal.SIGINT)
     stdout, _ = process.communicate(timeout=120)
-    while piece := _read(ours):
+    while piece := read():
         seen += piece
-    os.close(ours)
     assert (process.returncode, stdout) == (130, b"")
     assert b"opening" in seen
     assert b"/999" in seen

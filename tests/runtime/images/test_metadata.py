@@ -72,15 +72,11 @@ def test_record_in_a_file_says_what_it_was_made_of(
     assert {name: pairs[name] for name in expected} == expected
     assert pairs["Denoising strength"] == "0.7"
     assert re.fullmatch("[0-9a-f]{10}", pairs["Model hash"])
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_save_of_equal_paintings_gives_equal_bytes(painted: lsast.Result, tmp_path: Path, form: str) -> None:
-    later = dataclasses.replace(painted, seconds={phase: 2 * took for phase, took in painted.seconds.items()})
-    for name, result in (("a", painted), ("b", later)):
+    # Without `seconds`, equal paintings are equal files.
+    for name, result in (("b", painted), ("c", dataclasses.replace(painted, seconds={"read": 7.0}))):
         result.save(tmp_path / f"{name}.{form}")
-    assert (tmp_path / f"a.{form}").read_bytes() == (tmp_path / f"b.{form}").read_bytes()
-    assert read_record(tmp_path / f"a.{form}").seconds == {}
+    assert (tmp_path / f"b.{form}").read_bytes() == (tmp_path / f"c.{form}").read_bytes()
+    assert read_record(tmp_path / f"b.{form}").seconds == {}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -109,20 +105,6 @@ def test_save_writes_nothing_private_of_the_picture(
     assert not any(str(tmp_path) in text for text in texts)
 
 
-def test_style_fingerprint_depends_on_its_values_alone(bundle_path: Path, tmp_path: Path) -> None:
-    bundle = Bundle.open(bundle_path)
-    style = bundle.style("monet")
-    prints = []
-    for name, values in (("a", style.kv_unet), ("b", style.kv_unet), ("c", style.kv_unet * 2)):
-        Style(name, style.base, style.stages, style.tokens, values, style.kv_control, {"by": name}).save(
-            tmp_path / f"{name}.safetensors"
-        )
-        from lsast_engines.bundle.style import StyleFile
-
-        prints.append(StyleFile(tmp_path / f"{name}.safetensors").fingerprint)
-    assert prints[0] == prints[1] != prints[2]
-
-
 def test_read_record_of_a_file_without_a_record_raises(painted: lsast.Result, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     with pytest.raises(PictureError, match="does not say how it was painted"):
@@ -138,6 +120,7 @@ def test_read_record_of_a_file_without_a_record_raises(painted: lsast.Result, tm
         (text.replace('"format": 1', '"format": 2'), "format 2; this version reads format 1"),
         (text.replace('"bundle_sha256"', '"bundle_md5"'), "bundle_sha256"),
         (text[:-5], "cannot be read"),
+        (text.replace('"styles": {', '"styles": 5, "others": {'), "cannot be read"),
     ):
         with pytest.raises(PictureError, match=words):
             Record.from_json(wrong, "a.png")
@@ -267,30 +250,3 @@ def test_record_with_names_of_earlier_versions_is_read(painted: lsast.Result, tm
     record = Record.from_json(json.dumps(held), "a.png")
     assert record.options == dataclasses.replace(painted.options, solver="ddim_lsast", fit="stretch")
     assert record.provenance == painted.provenance
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"styles": 5},
-        {"styles": None},
-        {"bundle_sha256": 5},
-        {"backend": ["x"]},
-        {"device": 5},
-        {"seconds": "x"},
-        {"painted": [1, 2, 3]},
-        {"painted": ["a", "b"]},
-        {"versions": {"lsast": 1}},
-        {"options": 7},
-        {"mask_sha256": [1]},
-    ],
-)
-def test_record_from_json_of_other_types_is_refused(painted: lsast.Result, change: dict[str, Any]) -> None:
-    content = {**json.loads(Record(painted.provenance, painted.options, painted.seconds).to_json()), **change}
-    with pytest.raises(PictureError, match="cannot be read"):
-        Record.from_json(json.dumps(content), "there")
-
-
-def test_record_from_json_of_deep_text_is_refused() -> None:
-    with pytest.raises(PictureError, match="nested too deeply"):
-        Record.from_json("[" * 100_000, "there")

@@ -15,7 +15,7 @@ import pytest
 import lsast.stylizer
 from lsast import Options, Stylizer, UsageError
 from lsast.cli.main import main
-from lsast.options.options import PRESETS, PresetName, SolverName, current_options, preset_options, rules
+from lsast.options.options import PRESETS, PresetName, SolverName, preset_options, rules
 from lsast_engines.diffusion import SOLVERS
 
 GOOD: dict[str, Any] = {
@@ -109,24 +109,6 @@ def test_options_take_scalars_of_numpy_as_plain_values(name: str, value: object,
     assert json.loads(json.dumps(dataclasses.asdict(Options(**{**GOOD, name: value}))))[name] == plain
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("steps", np.float32(3)),
-        ("steps", np.True_),
-        ("seed", np.int64(-1)),
-        ("strength", np.float32(np.nan)),
-        ("strength", np.True_),
-        ("keep_colour", np.int64(1)),
-        ("steps", np.array([3, 4])),
-    ],
-    ids=repr,
-)
-def test_options_refuse_invalid_scalars_of_numpy(name: str, value: object) -> None:
-    with pytest.raises(UsageError, match=f"{name}: found .*; expected "):
-        Options(**{**GOOD, name: value})
-
-
 @pytest.mark.parametrize(("name", "value"), _each(FAULTS))
 def test_options_with_an_invalid_value_name_it(name: str, value: object) -> None:
     with pytest.raises(UsageError) as caught:
@@ -141,13 +123,6 @@ def test_options_with_many_invalid_values_name_them_all() -> None:
     with pytest.raises(UsageError) as caught:
         Options(**wrong)
     assert [line.split(":")[0] for line in str(caught.value).split("\n")[1:]] == [f"  - {name}" for name in GOOD]
-
-
-def test_resolve_takes_what_is_not_given_from_the_bundle() -> None:
-    own = ("seed", "alpha", "fit", "keep_colour", "feather", "tile")
-    defaults = {name: value for name, value in GOOD.items() if name not in own}
-    options = Options.resolve({"style": "vangogh", "strength": None, "guidance": 0.0, "seed": None}, defaults)
-    assert dataclasses.asdict(options) == {**GOOD, "style": "vangogh", "guidance": 0.0}
 
 
 def test_options_with_fit_stretch_and_size_0_are_invalid() -> None:
@@ -175,27 +150,6 @@ def test_options_with_a_syntax_error_in_a_mix_point_at_it() -> None:
     assert lines[1].startswith("  - style: found ")
     assert lines[2].index("vangogh:x+monet") + len("vangogh:") == lines[3].index("^")
     assert sum(line.startswith("  - ") for line in lines) == 2
-
-
-def test_current_options_refuses_removed_options_all_at_once() -> None:
-    given = {"control_low": 300, "control_interval": 2, "guidance_low": 1, "guidance_high": 700}
-    with pytest.raises(UsageError) as caught:
-        current_options(given)
-    assert [line.split(":")[0] for line in str(caught.value).split("\n")[1:]] == [
-        f"  - {name} was removed" for name in given
-    ]
-
-
-def test_current_options_drops_removed_options_at_values_without_effect() -> None:
-    given = {"control_low": 0, "control_interval": 1, "guidance_low": None, "guidance_high": 1000, "steps": 7}
-    assert current_options(given) == {"steps": 7}
-
-
-def test_current_options_renames_old_names_and_values() -> None:
-    old = {"control": 0.5, "fit": "squash", "solver": "released", "style": "monet"}
-    assert current_options(old) == {
-        "control_scale": 0.5, "fit": "stretch", "solver": "ddim_lsast", "style": "monet",
-    }  # fmt: skip
 
 
 def test_names_of_solvers_and_presets_are_those_that_exist() -> None:

@@ -163,5 +163,5 @@ def test_load_with_a_preset_opens_its_graphs_and_reports_it(parted_path: Path, p
         assert (_pixels(exact) == _pixels(plain.stylize(photo))).all()
         assert found.options.preset == "fast"
         assert (_pixels(plain.stylize(photo, **vars(found.options))) == _pixels(expected)).all()
-    with pytest.raises(UsageError, match="found 'swift'"):
+    with pytest.raises(UsageError, match="found 'swift'; expected exact, balanced, fast, gentle or released"):
         lsast.load(parted_path, preset="swift")

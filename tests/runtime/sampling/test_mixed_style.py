@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -101,21 +98,3 @@ def test_mixed_style_reads_a_null_of_many_stages_by_stage_and_leaves_it_alone() 
     row = MixedStyle(Mix.parse("vangogh@up"), STYLES, null, LAYERS).stage(6)
     np.testing.assert_array_equal(row.kv_unet[:, :8], null.kv_unet[6, :, :8])
     np.testing.assert_array_equal(null.kv_unet, before)
-
-
-def test_mixed_style_of_the_embedded_bundle_mixes_by_group(tmp_path: Path) -> None:
-    from lsast_engines.bundle.bundle import EMBEDDED, Bundle
-
-    bundle: Any = Bundle.open(EMBEDDED, verify_hashes=False)
-    styles = {name: bundle.open_style(name) for name in ("vangogh", "monet")}
-    row = MixedStyle(Mix.parse("vangogh@up+monet"), styles, bundle.null_style, bundle.manifest.attention_layers).stage(
-        3
-    )
-    monet, vangogh = styles["monet"].stage(3), styles["vangogh"].stage(3)
-    for layer in bundle.manifest.attention_layers:
-        tensor = "kv_unet" if layer.network == "unet" else "kv_control"
-        columns = slice(layer.offset, layer.offset + 2 * layer.width)
-        expected = getattr(monet, tensor)[:, columns]
-        if "up_blocks" in layer.name:
-            expected = (expected + getattr(vangogh, tensor)[:, columns]) / 2
-        np.testing.assert_allclose(getattr(row, tensor)[:, columns], expected, atol=1e-6)

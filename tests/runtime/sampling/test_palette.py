@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +80,18 @@ def test_palette_is_by_style_off_where_there_is_none_and_refused_by_name(
         palette("monet", "vangogh", palette=0.5)
 
 
-def test_batch_with_a_palette_starts_from_and_steps_with_its_latents(bundle_path: Path) -> None:
-    bundle, rng = Bundle.open(bundle_path), np.random.default_rng(2)
+@pytest.fixture
+def sample(bundle_path: Path) -> dict[str, Any]:
+    """Fields of a `Sample`."""
+    bundle, pixels = Bundle.open(bundle_path), np.zeros((48, 64), np.uint8)
     schedule = TimestepSchedule.build(bundle.manifest.noise, 4, 0.5, 10)
-    palette, pixels = Palette.of([(1.0, MONET)], 1), np.zeros((48, 64), np.uint8)
-    own: dict[str, Any] = {"picture": np.dstack([pixels] * 3), "edges": pixels, "style": bundle.style("monet"),
-                           "schedule": schedule, "solver": lambda _: make_solver(schedule), "guidance": 2.0,
-                           "seed": 0}  # fmt: skip
-    batch = Batch([Sample(**own, palette=palette), Sample(**own)], bundle.null_style, 1.0)
+    return {"picture": np.dstack([pixels] * 3), "edges": pixels, "style": bundle.style("monet"), "schedule": schedule,
+            "solver": lambda _: make_solver(schedule), "guidance": 2.0, "seed": 0}  # fmt: skip
+
+
+def test_batch_with_a_palette_starts_from_and_steps_with_its_latents(bundle_path: Path, sample: dict[str, Any]) -> None:
+    palette, rng, schedule = Palette.of([(1.0, MONET)], 1), np.random.default_rng(2), sample["schedule"]
+    batch = Batch([Sample(**sample, palette=palette), Sample(**sample)], Bundle.open(bundle_path).null_style, 1.0)
     z0, noise, eps = (rng.standard_normal((2, 4, 6, 8), dtype=np.float32) for _ in range(3))
     z = batch.add_noise(z0, noise)
     np.testing.assert_array_equal(z[0], schedule.add_noise(palette.match(z0[0]), noise[0]))
@@ -95,3 +100,12 @@ def test_batch_with_a_palette_starts_from_and_steps_with_its_latents(bundle_path
     limited = palette.limit(eps[0], z[0], schedule.levels()[0])
     np.testing.assert_array_equal(after[0], make_solver(schedule).step(limited, 0, z[0]))
     np.testing.assert_array_equal(after[1], make_solver(schedule).step(eps[1], 0, z[1]))
+
+
+def test_batch_style_has_the_nulls_row_of_its_stage_before_the_styles(
+    bundle_path: Path, sample: dict[str, Any]
+) -> None:
+    style = Bundle.open(bundle_path).style("monet")
+    null = replace(style, kv_unet=style.kv_unet[::-1] + 1)
+    found = Batch([Sample(**sample)], null, 1.0).style((6,)).kv_unet
+    np.testing.assert_array_equal(found[:, 0], [null.kv_unet[6], style.kv_unet[6]])

@@ -13,13 +13,9 @@ import torch
 import lsast
 import schedulers
 from lsast import BackendError, Stylizer
-from lsast.sampling.batch import Batch, Sample
-from lsast.sampling.networks import Graph, GraphDenoiser, decode
-from lsast.sampling.sampler import Networks, sample
-from lsast_engines.backends.registry import available_backends, open_engine
+from lsast.sampling.networks import Graph, decode
+from lsast_engines.backends.registry import available_backends
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.style import Style
-from lsast_engines.diffusion import TimestepSchedule, make_solver
 
 SCALE = 0.5  # latent_scale of the tiny bundle
 
@@ -98,77 +94,23 @@ def test_stylize_gives_what_the_algorithm_says(stylizer: Stylizer, weights: Any,
     assert np.abs(found - np.clip(expected, 0, 255)).max() < 0.51
 
 
-def _denoise(stylizer: Stylizer, style: Style, null: Style, guidance: float, calls: list[Any] | None = None) -> Any:
-    """The latents [2, 4, 8, 12] of a batch of two on the tiny bundle's denoiser; `calls` gets the shapes bound."""
-    manifest = stylizer.bundle.manifest
-    engine = open_engine(
-        stylizer.bundle.graph_path("denoiser"), manifest.graphs["denoiser"], stylizer.backend, "cpu", None
-    )
-    rng = np.random.default_rng(1)
-    z0, hint = (rng.standard_normal((2, channels, 8, 12)).astype(np.float32) for channels in (4, 5))
-    schedule = TimestepSchedule.build(manifest.noise, 10, 0.7, 10)
-    if calls is not None:
-        bind_inputs = engine.bind_inputs
-        engine.bind_inputs = lambda feeds: (  # type: ignore[method-assign]
-            calls.append({name: feed.shape for name, feed in feeds.items()}),
-            bind_inputs(feeds),
-        )
-    networks = Networks(
-        vae_encoder=lambda pictures: (z0, np.zeros_like(z0)),
-        controlnet_cond=lambda edges: hint,
-        denoiser=GraphDenoiser(Graph(engine)),
-        vae_decoder=lambda latents: np.zeros((2, 64, 96, 3), np.uint8),
-        latent_scale=np.float32(1),
-    )
-    blank = np.zeros((64, 96, 3), np.uint8)
-    samples = [
-        Sample(
-            picture=blank,
-            edges=blank[..., 0],
-            style=style,
-            schedule=schedule,
-            solver=lambda z0: make_solver(schedule),
-            guidance=guidance,
-            seed=seed,
-        )
-        for seed in range(2)
-    ]
-    latents, _ = sample(networks, Batch(samples, null, control_scale=1.0))
-    engine.close()
-    return latents
+def test_stylize_binds_what_changes_and_one_row_without_guidance(
+    stylizer: Stylizer, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, calls = stylizer._pool.engine("denoiser"), []
+    bind = engine.bind_inputs
 
+    def bind_inputs(feeds: dict[str, np.ndarray]) -> None:
+        calls.append({name: value.shape for name, value in feeds.items()})
+        bind(feeds)
 
-def test_sample_with_guidance_1_runs_one_pass_equal_to_two_equal_halves(stylizer: Stylizer) -> None:
-    style, null = stylizer.bundle.style("vangogh"), stylizer.bundle.null_style
-    calls: list[Any] = []
-    single = _denoise(stylizer, style, null, 1.0, calls)
-    assert {call["kv_unet"] for call in calls if "kv_unet" in call} == {(1, 2, 3, 24)}
-    calls.clear()
-    double = _denoise(stylizer, style, style, 3.0, calls)
-    assert {call["kv_unet"] for call in calls if "kv_unet" in call} == {(2, 2, 3, 24)}
-    np.testing.assert_allclose(single, double, atol=2e-5)
-    assert np.abs(single - _denoise(stylizer, style, null, 1.01)).max() > 1e-4
-
-
-def test_sample_binds_what_stays_the_same_once(stylizer: Stylizer) -> None:
-    calls: list[Any] = []
-    _denoise(stylizer, stylizer.bundle.style("vangogh"), stylizer.bundle.null_style, 2.0, calls)
-    bound = [sorted(call) for call in calls]
-    assert bound[0] == ["control_scale", "hint", "kv_control", "kv_unet"]
-    assert all(names == ["kv_control", "kv_unet"] for names in bound[1:])
-    assert len(bound) == 7, "seven steps, each of a stage of its own"
-
-
-def test_sample_with_a_null_of_many_stages_reads_it_by_stage(stylizer: Stylizer) -> None:
-    style, null = stylizer.bundle.style("vangogh"), stylizer.bundle.null_style
-    repeated = Style(
-        "null", null.base, 10, 3, np.repeat(null.kv_unet, 10, axis=0), np.repeat(null.kv_control, 10, axis=0)
-    )
-    np.testing.assert_array_equal(_denoise(stylizer, style, null, 2.0), _denoise(stylizer, style, repeated, 2.0))
-    early = repeated.kv_unet.copy()
-    early[:6] += 1  # stages 0 to 5 of a run that starts in stage 6
-    changed = Style("null", null.base, 10, 3, early, repeated.kv_control)
-    assert np.abs(_denoise(stylizer, style, null, 2.0) - _denoise(stylizer, style, changed, 2.0)).max() > 1e-3
+    monkeypatch.setattr(engine, "bind_inputs", bind_inputs)
+    for guidance, rows in ((1.0, 1), (2.0, 2)):
+        calls.clear()
+        stylizer.stylize(photo, guidance=guidance)
+        first, *others = (sorted(call) for call in calls)  # seven steps, each of a stage of its own
+        assert (first, others) == (["control_scale", "hint", "kv_control", "kv_unet"], [["kv_control", "kv_unet"]] * 6)
+        assert {call["kv_unet"] for call in calls} == {(rows, 1, 3, 24)}
 
 
 class _Broken:

@@ -4,12 +4,9 @@ from itertools import pairwise
 
 import cv2
 import numpy as np
-import pytest
 
 from lsast import Stylizer
-from lsast.sampling.x0_blend import X0Blend
 from lsast.video.optical_flow import Motion, TemporalOptions, TemporalState, warped
-from lsast_engines.diffusion import NoiseSchedule, TimestepSchedule, make_solver
 
 SHIFT = (3.0, -2.0)
 """How far the surface of every pixel of a moved picture was to the right and down, one frame earlier."""
@@ -64,26 +61,6 @@ def test_warped_fetches_from_the_flows_target() -> None:
     values = np.random.default_rng(0).standard_normal((20, 30, 4)).astype(np.float32)
     backward_flow = np.tile(np.array([3, 2], np.float32), (20, 30, 1))
     np.testing.assert_allclose(warped(values, backward_flow)[4:-6, 4:-8], values[6:-4, 7:-5], atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["ddim", "dpmpp2m", "unipc"])
-def test_x0_blend_of_weight_1_ends_at_its_target_whatever_the_noise(name: str) -> None:
-    noise = NoiseSchedule()
-    schedule = TimestepSchedule.build(noise, 10, 1.0, 10, name)
-    rng = np.random.default_rng(1)
-    latent, x = (rng.standard_normal((4, 3, 5)).astype(np.float32) for _ in range(2))
-    share = np.zeros((3, 5), np.float32)
-    share[:, 2:] = 1
-    held = X0Blend(make_solver(schedule), schedule, latent, share)
-    free = make_solver(schedule)
-    x_free = x
-    for index in range(len(schedule.steps)):
-        eps = rng.standard_normal(x.shape).astype(np.float32)
-        x, x_free = held.step(eps, index, x), free.step(eps, index, x_free)
-    np.testing.assert_allclose(x[..., :2], x_free[..., :2], atol=1e-4)
-    # DDIM ends at the noise of t = 0, sqrt(1 - abar) = 0.03 of what the latent is off there.
-    abar = schedule.levels()[-1].alpha ** 2
-    np.testing.assert_allclose(x[..., 2:], latent[..., 2:], atol=5 * (1 - abar) ** 0.5 + 1e-3)
 
 
 def test_stylize_frames_follows_the_painting_before(stylizer: Stylizer) -> None:

@@ -213,17 +213,7 @@ def test_check_video_with_sound_that_the_format_cannot_hold_raises(
     stylizer: Stylizer, photo: np.ndarray, tmp_path: Path
 ) -> None:
     source = tmp_path / "clip.mkv"
-    with av.open(str(source), "w") as container:
-        stream = container.add_stream("libx264", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
-        tone = container.add_stream("pcm_u8", rate=8000)
-        image = av.VideoFrame.from_ndarray(np.ascontiguousarray(photo[:64, :96]), "rgb24")
-        container.mux(stream.encode(image))
-        container.mux(stream.encode(None))
-        samples = av.AudioFrame.from_ndarray(np.full((1, 800), 99, np.uint8), "u8", "mono")
-        samples.sample_rate = 8000
-        container.mux(tone.encode(samples))
-        container.mux(tone.encode(None))
+    write_clip(source, photo, 1, "pcm_u8")
     with pytest.raises(PictureError, match=r"pcm_u8.*\.mkv, which holds any sound"):
         paint_video(source, tmp_path / "out.mp4", stylizer, QUICK)
     assert [path.name for path in tmp_path.iterdir()] == ["clip.mkv"]
