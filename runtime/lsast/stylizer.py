@@ -16,7 +16,7 @@ import numpy as np
 from lsast_engines.backends.choice import Choice, DtypeOrAuto
 from lsast_engines.bundle.bundle import Bundle, find_bundle
 from lsast_engines.bundle.graph_spec import CONTROLNET_COND, DENOISER, REQUIRED_GRAPHS, VAE_ENCODER
-from lsast_engines.declared_options import Range, option_faults, rules_of
+from lsast_engines.declared_options import Range, Rule, option_faults, rules_of
 from lsast_engines.errors import UsageError, enough_memory, fault_list
 from lsast_engines.images import pixels_sha256
 
@@ -357,6 +357,10 @@ class Stylizer:
             LsastError: see `stylize`; raised in the place of its picture, and ends the stream.
             UsageError: a batch below 1, or fewer or more styles or rows than pictures.
         """
+
+        rule = Rule(int, "", range=Range(1))
+        if not rule.accepts(batch := rule.plain(batch)):
+            raise UsageError(f"found a batch of {batch!r}; expected {rule.expected}")
 
         def read(picture: Picture, own: Mapping[str, Any]) -> Request:
             given = {**options, **own}

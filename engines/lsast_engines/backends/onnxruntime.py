@@ -172,23 +172,70 @@ class OnnxRuntimeEngine(Engine):
         return self._kept[key]
 
     def _open(self, lengths: Mapping[str, int]) -> Any:
-        """A session in which the named axes have these lengths."""
-        path, spec, device = self._path, self.spec, self.device
-        session = _open_session(self._library, path, spec, device, self._threads, self.compute_dtype, lengths)
+        """A session in which the named axes have these lengths, on the CPU from the graph cache.
+
+        Optimising folds constants, fuses nodes and orders weights for the processor; the cached graph computes the same
+        bits.
+        """
+        large_bf16 = self.device == "cpu" and _bf16_bytes(self._path.parent) > MAX_FOLDED_BYTES
+
+        def session(file: Path, options: Any) -> Any:
+            return self._library.InferenceSession(
+                file,
+                options,
+                providers=[(PROVIDERS[self.device], _CUDA_OPTIONS if self.device == "cuda" else {})],
+                disabled_optimizers=["ConstantFolding"] if large_bf16 else [],
+                enable_fallback=0,  # it prints on stdout, and hides the error
+            )
+
+        def load(entry: Path) -> Any:
+            options = self._session_options()
+            options.graph_optimization_level = self._library.GraphOptimizationLevel.ORT_DISABLE_ALL
+            return session(entry / GRAPH, options)
+
+        def build(entry: Path | None) -> Any:
+            options = self._session_options()
+            for axis, length in lengths.items():
+                options.add_free_dimension_override_by_name(axis, length)
+            if entry is not None:
+                options.optimized_model_filepath = str(entry / GRAPH)
+                prefix = "session.optimized_model_external_initializers"
+                options.add_session_config_entry(f"{prefix}_file_name", WEIGHTS)
+                options.add_session_config_entry(f"{prefix}_min_size_in_bytes", str(_MIN_EXTERNAL_BYTES))
+            return session(self._path, options)
+
+        if self.device != "cpu" or large_bf16:
+            opened = build(None)
+        else:
+            # The order of weights depends on the processor: blocks of 16 channels with AVX-512, of 8 without.
+            environment = f"{self._library.__version__} {processor()}"
+            opened = open_cached("onnxruntime", self._path, self.compute_dtype, environment, load, build)
         # A provider that cannot start may be left out without an error.
-        if (found := session.get_providers()[0]) != PROVIDERS[device]:
-            raise BackendError(f"found {found} for device {device!r}; expected {PROVIDERS[device]}")
-        session.disable_fallback()
+        if (found := opened.get_providers()[0]) != PROVIDERS[self.device]:
+            raise BackendError(f"found {found} for device {self.device!r}; expected {PROVIDERS[self.device]}")
+        opened.disable_fallback()
         inputs = {
             node.name: (
                 _DTYPES.get(node.type, node.type),
                 tuple(axis if isinstance(axis, int) and not lengths else None for axis in node.shape),
             )
-            for node in session.get_inputs()
+            for node in opened.get_inputs()
         }
-        outputs = {node.name: _DTYPES.get(node.type, node.type) for node in session.get_outputs()}
-        check_interface(spec, inputs, outputs, path)
-        return session
+        outputs = {node.name: _DTYPES.get(node.type, node.type) for node in opened.get_outputs()}
+        check_interface(self.spec, inputs, outputs, self._path)
+        return opened
+
+    def _session_options(self) -> Any:
+        options = self._library.SessionOptions()
+        options.log_severity_level = 3  # errors; they are raised as well
+        # A memory pattern is a second arena for every shape that came before, gigabytes with Stable Diffusion 1.5.
+        options.enable_mem_pattern = False
+        # Otherwise a session's threads spin on after its run and slow down the session that runs next.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.enable_cpu_mem_arena = _has_arena(self.spec)
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        return options
 
 
 class _BoundSession:
@@ -228,66 +275,6 @@ class _BoundSession:
         options.log_severity_level = 4  # fatal: that it was terminated is no news
         with contextlib.suppress(RuntimeError):
             self._session.run_with_iobinding(self._binding, options)
-
-
-def _open_session(
-    library: Any,
-    path: Path,
-    spec: GraphSpec,
-    device: str,
-    threads: int | None,
-    compute_dtype: str,
-    lengths: Mapping[str, int],
-) -> Any:
-    """A session of the graph file `path`, on the CPU from the graph cache.
-
-    Optimising folds constants, fuses nodes and orders weights for the processor; the cached graph computes the same
-    bits.
-    """
-    large_bf16 = device == "cpu" and _bf16_bytes(path.parent) > MAX_FOLDED_BYTES
-
-    def session(file: Path, options: Any) -> Any:
-        return library.InferenceSession(
-            file,
-            options,
-            providers=[(PROVIDERS[device], _CUDA_OPTIONS if device == "cuda" else {})],
-            disabled_optimizers=["ConstantFolding"] if large_bf16 else [],
-            enable_fallback=0,  # it prints on stdout, and hides the error
-        )
-
-    def load(entry: Path) -> Any:
-        options = _session_options(library, spec, threads)
-        options.graph_optimization_level = library.GraphOptimizationLevel.ORT_DISABLE_ALL
-        return session(entry / GRAPH, options)
-
-    def build(entry: Path | None) -> Any:
-        options = _session_options(library, spec, threads)
-        for axis, length in lengths.items():
-            options.add_free_dimension_override_by_name(axis, length)
-        if entry is not None:
-            options.optimized_model_filepath = str(entry / GRAPH)
-            prefix = "session.optimized_model_external_initializers"
-            options.add_session_config_entry(f"{prefix}_file_name", WEIGHTS)
-            options.add_session_config_entry(f"{prefix}_min_size_in_bytes", str(_MIN_EXTERNAL_BYTES))
-        return session(path, options)
-
-    if device != "cpu" or large_bf16:
-        return build(None)
-    # The order of weights depends on the processor: blocks of 16 channels with AVX-512, of 8 without.
-    return open_cached("onnxruntime", path, compute_dtype, f"{library.__version__} {processor()}", load, build)
-
-
-def _session_options(library: Any, spec: GraphSpec, threads: int | None) -> Any:
-    options = library.SessionOptions()
-    options.log_severity_level = 3  # errors; they are raised as well
-    # A memory pattern is a second arena for every shape that came before, gigabytes with Stable Diffusion 1.5.
-    options.enable_mem_pattern = False
-    # Otherwise a session's threads spin on after its run and slow down the session that runs next.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.enable_cpu_mem_arena = _has_arena(spec)
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    return options
 
 
 def _has_arena(spec: GraphSpec) -> bool:

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lsast_engines.declared_options import Range, Rule
 from lsast_engines.errors import LsastError, UsageError
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ def jobs(
 
 
 def stream(
-    source: Iterable[Job],
+    source: Iterator[Job],
     read: Callable[[Picture, Mapping[str, Any]], Request],
     paint: Callable[[Sequence[Request]], list[Result]],
     batch: int,
@@ -67,21 +66,8 @@ def stream(
         batch: at least 1.
 
     Raises:
-        UsageError: no such batch.
         LsastError: an error of `source`, `read` or `paint`, at the place of its picture.
     """
-    rule = Rule(int, "", range=Range(1))
-    if not rule.accepts(batch := rule.plain(batch)):
-        raise UsageError(f"found a batch of {batch!r}; expected {rule.expected}")
-    return _stream(iter(source), read, paint, batch)
-
-
-def _stream(
-    source: Iterator[Job],
-    read: Callable[[Picture, Mapping[str, Any]], Request],
-    paint: Callable[[Sequence[Request]], list[Result]],
-    batch: int,
-) -> Iterator[Result]:
     window: list[tuple[Request, list[Result]]] = []
     """Requests in the order of the pictures, and their results: none yet, or one."""
     error: LsastError | None = None

@@ -75,16 +75,12 @@ def card(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Pretends a card: the `opened` sessions by the lengths of their axes, and the bytes of each of the `uploads`."""
     seen = SimpleNamespace(opened=[], uploads=[])
     value = library.OrtValue
-    open_session, allocate, update = (
-        onnxruntime._open_session,
-        value.ortvalue_from_shape_and_type,
-        value.update_inplace,
-    )
+    opening, allocate, update = OnnxRuntimeEngine._open, value.ortvalue_from_shape_and_type, value.update_inplace
     monkeypatch.setitem(onnxruntime.PROVIDERS, "cuda", "CPUExecutionProvider")
     monkeypatch.setattr(onnxruntime, "_CUDA_OPTIONS", {})
     monkeypatch.setattr(onnxruntime, "cuda_fault", lambda: "")
     monkeypatch.setattr(
-        onnxruntime, "_open_session", lambda *given: seen.opened.append(dict(given[-1])) or open_session(*given)
+        OnnxRuntimeEngine, "_open", lambda self, lengths: seen.opened.append(lengths) or opening(self, lengths)
     )
     monkeypatch.setattr(
         value, "ortvalue_from_shape_and_type", staticmethod(lambda shape, dtype, *_: allocate(shape, dtype, "cpu", 0))
