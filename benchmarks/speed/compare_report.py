@@ -47,7 +47,7 @@ def line(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
         return (row["name"], row["error"], *[""] * 6)
     return (
         row["name"],
-        f"{row['picture']['median']:.3g} ({row['picture']['spread']:.2g}){extrapolation(row)}",
+        f"{seconds(row['picture'])} ({row['picture']['spread']:.2g}){extrapolation(row)}",
         ratio(row, base(rows, "fp32"), "picture"),
         f"{row['steps']} of {row['step']['median']:.3g} ({row['step']['spread']:.2g})",
         ratio(row, base(rows, row["compute_dtype"]), "step"),
@@ -55,6 +55,11 @@ def line(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
         "-" if row["step_fraction"] is None else f"{row['step_fraction']:.0%}",
         "-" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}",
     )
+
+
+def seconds(summary: Row) -> str:
+    """The median, to a second or to three digits."""
+    return f"{summary['median']:.0f}" if summary["median"] >= 1000 else f"{summary['median']:.3g}"
 
 
 def extrapolation(row: Row) -> str:
@@ -90,7 +95,7 @@ def chart(report: Row, path: Path, only: Sequence[str] = (), title: str | None =
     bars = []
     for row in shown:
         times = f", {ratio(row, reference, 'picture')}" if reference not in (None, row) else ""
-        bars.append((row["name"], row["picture"]["median"], f"{row['picture']['median']:.3g} s{times}"))
+        bars.append((row["name"], row["picture"]["median"], f"{seconds(row['picture'])} s{times}"))
     title = title or f"{Path(report['bundle']).name} at {report['size']}², {machine['cpu']}, {machine['cores']} cores"
     extrapolated = sorted({row["extrapolated"] for row in shown} - {None})
     if extrapolated:
