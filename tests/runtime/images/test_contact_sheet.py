@@ -32,12 +32,11 @@ def test_contact_sheet_cell_is_the_painting_of_its_options(stylizer: Stylizer, p
         difference = np.asarray(sheet.image.crop(box)).astype(int) - np.asarray(alone)
         assert np.abs(difference).max() <= 1
     assert reported == [(done, 12) for done in range(13)]
-    # Columns of strengths, from left to right, and rows of the others.
-    places = {key: box[:2] for key, box in sheet.cells.items()}
-    assert sorted({(left, key[0]) for key, (left, _) in places.items()}) == sorted(
-        zip(sorted({left for left, _ in places.values()}), AXES["strength"], strict=True)
-    )
-    assert len({(top, key[1:]) for key, (_, top) in places.items()}) == 4
+    # Strengths in columns, from left to right, the others in rows, from top to bottom.
+    lefts = {strength: box[0] for (strength, *_), box in sheet.cells.items()}
+    tops = {key[1:]: box[1] for key, box in sheet.cells.items()}
+    assert [*lefts.values()] == sorted({box[0] for box in sheet.cells.values()})
+    assert [*tops.values()] == sorted({box[1] for box in sheet.cells.values()})
 
 
 def test_contact_sheet_labels_lie_beside_their_cells(stylizer: Stylizer, photo: np.ndarray) -> None:

@@ -33,7 +33,7 @@ def _in_thread(call: Callable[[], object]) -> None:
     assert not other.is_alive(), "it hangs"
 
 
-@pytest.mark.parametrize("how", ["close", "with", "thread", "twice"])
+@pytest.mark.parametrize("how", ["close", "with", "thread", "twice", "signal"])
 @pytest.mark.parametrize("at", [0, 3, 7])
 def test_close_inside_on_step_ends_the_painting(bundle_path: Path, photo: np.ndarray, how: str, at: int) -> None:
     stylizer = lsast.load(bundle_path)
@@ -47,6 +47,10 @@ def test_close_inside_on_step_ends_the_painting(bundle_path: Path, photo: np.nda
                     pass
             elif how == "thread":
                 _in_thread(stylizer.close)
+            elif how == "signal":
+                before = signal.signal(signal.SIGINT, lambda *_: stylizer.close())
+                signal.raise_signal(signal.SIGINT)
+                signal.signal(signal.SIGINT, before)
             else:
                 stylizer.close()
             if how == "twice":
@@ -119,16 +123,6 @@ def test_close_in_threads_while_others_paint_gives_paintings_or_our_error(bundle
 
         with ThreadPoolExecutor(5) as pool:
             list(pool.map(work, range(5)))
-
-
-def test_close_in_a_signal_handler_ends_the_painting(bundle_path: Path, photo: np.ndarray) -> None:
-    stylizer = lsast.load(bundle_path)
-    before = signal.signal(signal.SIGINT, lambda *_: stylizer.close())
-    try:
-        with pytest.raises(UsageError, match=CLOSED):
-            stylizer.stylize(photo, on_step=lambda step, *_: step != 2 or os.kill(os.getpid(), signal.SIGINT))
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def test_close_with_async_calls_queued_ends_them_with_our_error(bundle_path: Path, photo: np.ndarray) -> None:
