@@ -25,7 +25,7 @@ from lsast_engines.bundle.bundle import EMBEDDED
 from lsast_engines.bundle.manifest import MANIFEST, Manifest
 from lsast_engines.bundle.style import LatentStatistics, Style, encode_defaults
 from lsast_engines.images import read_picture
-from lsast_train.prompts.prompt_file import load_any_prompts
+from lsast_train.prompts.prompt_file import load_prompts
 
 Check = Callable[[Any], object]
 QUICK, MANY = 50, 10_000
@@ -113,7 +113,7 @@ def targets(
         ),
         "prompts": Target(
             hostile.safetensors_files(prompts.read_bytes(), "lsast"),
-            in_file(lambda path: load_any_prompts(path).tensors()),
+            in_file(lambda path: load_prompts(path).tensors()),
         ),
         "record": Target(hostile.json_texts(made), record),
         "mix": Target(mixes | right | right, painted),

@@ -124,7 +124,7 @@ def export(
     networks = open_base(source)
     folder = resolve_local_base(source)
     before = inherited_from(folder)
-    chosen_styles = read_prompts(styles, networks, folder)
+    chosen_styles = read_prompts(styles, folder)
     names = {style.name for style in chosen_styles}
     prompts = with_defaults([*chosen_styles, *(s for s in before.styles if s.name not in names)], for_styles)
     kept = {key: value for key, value in before.defaults.items() if key != "style" or not names}

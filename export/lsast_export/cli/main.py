@@ -88,7 +88,7 @@ def bake(
             f"lsast-export bundle --base {base} --out DIR"
         )
     bundle = Bundle.open(find_bundle(base))
-    learned = read_prompts([name for name in styles if name not in distilled], bundle=bundle.path)
+    learned = read_prompts([name for name in styles if name not in distilled], bundle.path)
     prompts = with_defaults(learned, for_styles)
     baked = bake_for_bundle(bundle, prompts, list(distilled.values()))
     paths = {name: str(path) for name, path in baked.items()}

@@ -2,7 +2,7 @@
 
 A cross-attention uses its context c only as K = W_k c and V = W_v c. Both depend on the style and the stage, not on
 the picture or the step, so a style *is* its keys and values, packed as `lsast_train.base.kv_packing` says. In the
-order of this file: a style's prompts are read, bound to their base, checked, projected and written.
+order of this file: a style's prompts are read, checked, projected and written.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from lsast_train.base.attention import GROUPS
 from lsast_train.base.base import Base
 from lsast_train.base.kv_packing import kv_layouts, project_kv
 from lsast_train.base.lazy_base import LazyBase, check_fingerprint
-from lsast_train.prompts.prompt_file import Prompts, UnboundPrompts, find_prompts, load_any_prompts
-from lsast_train.prompts.text_encoder import PlaceholderEncoder
+from lsast_train.prompts.prompt_file import Prompts, find_prompts, load_prompts
 
 _log = logging.getLogger("lsast.export")
 
@@ -55,48 +54,21 @@ def find_distilled(name_or_path: str) -> Path | None:
     return run if run.is_file() and not prompts.is_file() else None
 
 
-def read_prompts(
-    names_or_paths: Sequence[str], base: Base | LazyBase | None = None, bundle: Path | None = None
-) -> list[Prompts]:
+def read_prompts(names_or_paths: Sequence[str], bundle: Path | None = None) -> list[Prompts]:
     """The prompts of all named styles.
 
     Args:
         names_or_paths: as `find_prompts` takes them.
-        base: its text encoder binds embeddings that are bound to no base yet.
         bundle: the bundle whose prompts are found by name.
 
     Raises:
-        StyleError: prompts that are missing, damaged or named twice, or bound to no base without a `base` that has a
-            text encoder.
+        StyleError: prompts that are missing, damaged or named twice.
     """
-    styles = [load_any_prompts(find_prompts(name, bundle)) for name in names_or_paths]
+    styles = [load_prompts(find_prompts(name, bundle)) for name in names_or_paths]
     names = [prompts.name for prompts in styles]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise StyleError(f"found more than one style named {', '.join(twice)}; expected different names")
-    return [prompts if isinstance(prompts, Prompts) else bind_prompts(prompts, base) for prompts in styles]
-
-
-def bind_prompts(prompts: UnboundPrompts, base: Base | LazyBase | None) -> Prompts:
-    """The prompts that the text encoder of `base` makes of embeddings.
-
-    Raises:
-        StyleError: no base, one without a text encoder (a bundle has none), or one for other embeddings.
-    """
-    encoder = text_encoder_of(base)
-    if encoder is None or base is None:
-        found = "no base" if base is None else f"base {base.config.name!r} without one (no bundle has one)"
-        raise StyleError(
-            f"the embeddings of {prompts.name!r} need a text encoder; found {found}. Bind them to the base that the "
-            "bundle comes from: lsast-export import FILE --base BASE"
-        )
-    return prompts.bind(encoder, base.fingerprint)
-
-
-def text_encoder_of(base: Base | LazyBase | None) -> PlaceholderEncoder | None:
-    """The text encoder of a base, None if it has none. Of `LazyBase` nothing else is loaded."""
-    if isinstance(base, LazyBase):
-        return PlaceholderEncoder(base.load("text_encoder")) if "text_encoder" in base.networks else None
-    return None if base is None or base.text_encoder is None else PlaceholderEncoder(base.text_encoder)
+    return styles
 
 
 def with_defaults(styles: Sequence[Prompts], defaults: Mapping[str, Mapping[str, Any]]) -> list[Prompts]:

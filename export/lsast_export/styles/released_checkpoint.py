@@ -1,14 +1,13 @@
 """Checkpoints of the released code: ``embeddings_gs-99999.pt``, a pickled generator and its constant input.
 
 The pickle is not executed: its tensors are read by name (`lsast_train.checkpoints.safe_unpickle`). Only the generator's
-output is kept,
-without dropout: the released script leaves it on by mistake (docs/method.md §8.5).
+output is kept, without dropout: the released script leaves it on by mistake (docs/method.md §8.5).
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,13 +15,12 @@ import torch
 from lsast_engines.errors import StyleError, fault_list, shape_faults
 from lsast_engines.files import file_sha256
 from lsast_train.base.attention import GROUPS
-from lsast_train.base.base import Base
 from lsast_train.base.lazy_base import LazyBase
 from lsast_train.checkpoints.safe_unpickle import load_module_tensors
-from lsast_train.prompts.prompt_file import Prompts, UnboundPrompts, load_any_prompts
+from lsast_train.prompts.prompt_file import Prompts
+from lsast_train.prompts.prompt_space import matrix_index
 from lsast_train.prompts.released_generator import HEADS, GegluGenerator
-
-from .bake import bind_prompts, text_encoder_of
+from lsast_train.prompts.text_encoder import PlaceholderEncoder
 
 _CONSTANT = "initial_embeddings"
 _MODULE = "attention."
@@ -60,48 +58,37 @@ def read_released(path: Path) -> Released:
     return Released(embeddings, generator.constant)
 
 
-def import_prompts(
-    path: Path, name: str | None = None, base: Base | LazyBase | None = None
-) -> Prompts | UnboundPrompts:
-    """The prompts in `path`: a released checkpoint, or one of our own files that is bound to no base yet.
+def import_prompts(path: Path, base: LazyBase, name: str | None = None) -> Prompts:
+    """The prompts in a released checkpoint, as the text encoder of `base` resolves them.
 
     Args:
-        name: of the style; what our file says, or a checkpoint's file name without its ending, if None.
-        base: binds them, with its text encoder; None leaves them unbound.
+        name: of the style; the file's name without its ending, if None.
 
     Raises:
-        TrainingError, StyleError: as `read_released`; our own file is damaged or bound already; a base without a text
-            encoder or with one of another size.
+        TrainingError, StyleError: as `read_released`; a base without a text encoder.
+        UsageError: a text encoder of another size.
     """
-    if path.name.endswith(".safetensors"):
-        own = load_any_prompts(path)
-        if isinstance(own, Prompts):
-            raise StyleError(f"{path} is bound to base {own.base[:12]}… already; bake it with lsast-export --style")
-        unbound = own if name is None else replace(own, name=name)
-        return unbound if base is None else bind_prompts(unbound, base)
+    if "text_encoder" not in base.networks:
+        raise StyleError(
+            f"the embeddings in {path} need a text encoder; found base {base.config.name!r} without one (no bundle has "
+            "one): name the --base that the bundle was exported from"
+        )
     released = read_released(path)
-    meta = {"imported_from": path.name, "imported_sha256": file_sha256(path)}
-    unbound = UnboundPrompts(
-        path.stem if name is None else name,
-        "step+layer",
-        "geglu",
-        "overlap",
-        "decoder",
-        released.embeddings,
-        released.stages,
-        meta,
-    )
-    if base is None:
-        return unbound
-    bound = bind_prompts(unbound, base)
-    text = text_encoder_of(base)
-    if text is not None and not torch.allclose(text.token_embedding().cpu(), released.constant, rtol=1e-2, atol=1e-4):
+    text = PlaceholderEncoder(base.load("text_encoder"))
+    used, where = matrix_index("step+layer", "overlap", released.stages).unique(return_inverse=True)
+    with torch.no_grad():
+        prompts = text.contexts(released.embeddings[used])[where]
+    if not torch.allclose(text.token_embedding(), released.constant, rtol=1e-2, atol=1e-4):
         _log.warning(
             "%s started from another word embedding than that of base %r: it was trained with another text encoder",
             path,
             base.config.name,
         )
-    return bound
+    meta = {"imported_from": path.name, "imported_sha256": file_sha256(path)}
+    name = name or path.stem
+    return Prompts(
+        name, base.fingerprint, "step+layer", "geglu", "overlap", "decoder", prompts, meta, released.embeddings
+    )
 
 
 def _generator(tensors: dict[str, torch.Tensor], path: Path) -> GegluGenerator:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
@@ -16,15 +15,16 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 from golden_sets import GoldenFiles, TransformerBlock, both_sets, save_checkpoint
+from lsast_engines.bundle.bundle import EMBEDDED
 from lsast_engines.errors import StyleError, TrainingError
 from lsast_export.cli.import_ import import_command
-from lsast_export.styles.bake import KVProjector, bake_prompts, read_prompts
+from lsast_export.graphs.modules import base_on_meta
+from lsast_export.styles.bake import KVProjector, bake_prompts
 from lsast_export.styles.released_checkpoint import import_prompts, read_released
-from lsast_train.base.base import Base
 from lsast_train.base.kv_packing import kv_layouts
 from lsast_train.base.lazy_base import LazyBase, open_base
 from lsast_train.checkpoints.source import BaseSource
-from lsast_train.prompts.prompt_file import Prompts, UnboundPrompts, load_any_prompts, load_prompts
+from lsast_train.prompts.prompt_file import load_prompts
 
 DIM = 64
 
@@ -59,19 +59,9 @@ def content(block: TransformerBlock, compvis_base: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def source(compvis_base: Any) -> BaseSource:
-    return BaseSource(compvis_base.file, compvis_base.controlnet_file)
-
-
-@pytest.fixture(scope="session")
-def parts(source: BaseSource) -> LazyBase:
-    return open_base(source)
-
-
-@pytest.fixture(scope="session")
-def published(parts: LazyBase) -> Base:
-    """The tiny base in memory; tests must not change it."""
-    return parts.base()
+def published(compvis_base: Any) -> LazyBase:
+    """The tiny base."""
+    return open_base(BaseSource(compvis_base.file, compvis_base.controlnet_file))
 
 
 def _by_transformers(compvis_base: Any, embeddings: torch.Tensor) -> torch.Tensor:
@@ -97,54 +87,29 @@ def test_read_released_gives_the_recorded_embeddings(golden: GoldenFiles) -> Non
     assert error < 1e-5
 
 
-def test_import_prompts_without_a_base_keeps_the_embeddings(save: Save, content: dict[str, Any]) -> None:
-    path = save(content)
-    unbound = import_prompts(path)
-    assert isinstance(unbound, UnboundPrompts)
-    assert (unbound.name, unbound.variant, unbound.generator) == ("embeddings_gs-99999", "step+layer", "geglu")
-    assert (unbound.layout, unbound.gradient, unbound.stages) == ("overlap", "decoder", 10)
-    assert torch.equal(unbound.embeddings, read_released(path).embeddings)
-    assert unbound.meta["imported_from"] == "embeddings_gs-99999.pt"
-
-
-@pytest.mark.parametrize("whole", [True, False], ids=["base", "parts"])
-def test_import_prompts_with_a_base_resolves_them_in_the_released_layout(
-    save: Save, content: dict[str, Any], compvis_base: Any, parts: LazyBase, published: Base, caplog: Any, whole: bool
+def test_imported_prompts_are_resolved_in_the_released_layout_and_baked_without_text_encoder(
+    save: Save, content: dict[str, Any], compvis_base: Any, published: LazyBase, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = save(content)
-    base = published if whole else parts
     with caplog.at_level(logging.WARNING, "lsast"):
-        prompts = import_prompts(path, "hand", base)
-    assert isinstance(prompts, Prompts)
-    assert (prompts.name, prompts.base, prompts.prompt) == ("hand", base.fingerprint, "text")
+        prompts = import_prompts(path, published, "hand")
+        assert "another word embedding" not in caplog.text
+        content["initial_embeddings"] = nn.Parameter(content["initial_embeddings"] + 0.1)
+        import_prompts(save(content, "other.pt"), published, "hand")
+    assert "trained with another text encoder" in caplog.text
+    assert (prompts.name, prompts.base, prompts.prompt) == ("hand", published.fingerprint, "text")
     contexts = _by_transformers(compvis_base, read_released(path).embeddings)
     for stage in range(10):
         torch.testing.assert_close(prompts.prompts[stage], contexts[stage : stage + 3], rtol=1e-4, atol=1e-4)
-    assert "another word embedding" not in caplog.text
-
-
-def test_bake_prompts_needs_no_text_encoder(save: Save, content: dict[str, Any], published: Base) -> None:
-    prompts = import_prompts(save(content), "hand", published)
-    assert isinstance(prompts, Prompts)
-    base = copy.copy(published)
-    base.text_encoder = None  # as in a bundle
-    style = bake_prompts(KVProjector.of_base(base), prompts)
+    networks = base_on_meta(published)
+    style = bake_prompts(KVProjector.of_base(networks, published), prompts)
     assert (style.stages, style.tokens, style.meta["prompt"]) == (10, 77, "text")
-    entry = kv_layouts(base)[0].entries[-1]
+    entry = kv_layouts(networks)[0].entries[-1]
     assert entry.group == "up"
-    keys = base.unet.get_submodule(entry.name).to_k.weight
+    keys = published.load("unet").get_submodule(entry.name).to_k.weight
     expected = (prompts.prompts[6, 2] @ keys.T).numpy()
     found = style.kv_unet[6, :, entry.offset : entry.offset + entry.width]
     assert abs(found - expected).max() < 1e-4
-
-
-def test_import_prompts_of_another_text_encoder_warns(
-    save: Save, content: dict[str, Any], parts: LazyBase, caplog: pytest.LogCaptureFixture
-) -> None:
-    content["initial_embeddings"] = nn.Parameter(content["initial_embeddings"] + 0.1)
-    with caplog.at_level(logging.WARNING, "lsast"):
-        import_prompts(save(content), "hand", parts)
-    assert "trained with another text encoder" in caplog.text
 
 
 def test_read_released_lists_every_fault(save: Save, content: dict[str, Any], tmp_path: Path) -> None:
@@ -180,45 +145,31 @@ def _run(*arguments: object) -> Result:
     return CliRunner().invoke(import_command, [str(argument) for argument in arguments])
 
 
-def test_import_command_writes_to_runs(save: Save, content: dict[str, Any]) -> None:
-    ran = _run(save(content), "--name", "hand")
-    assert (ran.exit_code, ran.stdout) == (0, f"{Path('runs', 'hand', 'hand.prompts.safetensors')}\n"), ran.output
-    assert "bound to no base yet" in ran.stderr
-    assert "training mode" in ran.stderr
-    with pytest.raises(StyleError, match=r"'hand' need a text encoder; found no base\. .* lsast-export import FILE"):
-        read_prompts(("hand",))
-
-
-def test_import_command_binds_now_or_later_alike(
-    save: Save, content: dict[str, Any], compvis_base: Any, published: Base, tmp_path: Path
+def test_import_command_writes_prompts_of_the_base_or_refuses(
+    save: Save, content: dict[str, Any], compvis_base: Any, published: LazyBase
 ) -> None:
     base = ["--base", compvis_base.file, "--controlnet", compvis_base.controlnet_file]
-    at_once = _run(save(content), "--name", "hand", *base, "--out", tmp_path / "once", "--json")
-    assert at_once.exit_code == 0, at_once.output
-    facts = json.loads(at_once.stdout)
-    assert facts["base"] == published.fingerprint
-    assert (facts["name"], facts["embeddings"]) == ("hand", [30, 1, DIM])
-    expected = load_prompts(Path(facts["prompts"]))
-    unbound = _run(save(content), "--name", "hand").stdout.strip()
-    (by_style,) = read_prompts(("hand",), published)
-    later = _run(unbound, *base, "--out", tmp_path / "later").stdout.strip()
-    for found in (by_style, load_prompts(Path(later))):
-        assert torch.equal(found.prompts, expected.prompts)
-        assert (found.base, found.meta) == (expected.base, expected.meta)
-    again = _run(later, *base)
-    assert (again.exit_code, "already" in again.stderr) == (1, True)
-    renamed = _run(unbound, "--name", "other").stdout.strip()
-    assert load_any_prompts(Path(renamed)).name == "other"
+    ran = _run(save(content), "--name", "hand", *base, "--json")
+    assert ran.exit_code == 0, ran.output
+    assert "training mode" in ran.stderr
+    facts = json.loads(ran.stdout)
+    assert facts["prompts"] == str(Path("runs", "hand", "hand.prompts.safetensors"))
+    assert (facts["name"], facts["base"], facts["embeddings"]) == ("hand", published.fingerprint, [30, 1, DIM])
+    written = load_prompts(Path(facts["prompts"]))
+    assert (written.variant, written.generator, written.layout, written.gradient) == (
+        *("step+layer", "geglu", "overlap", "decoder"),
+    )
+    assert written.meta["imported_from"] == "embeddings_gs-99999.pt"
+    for arguments, status, expected in (
+        (["--name", "../up", *base], 2, "letters, digits"),
+        ([], 2, "Missing option '--base'"),
+        (["--base", EMBEDDED], 1, "found base 'mini' without one"),
+    ):
+        refused = _run(save(content), *arguments)
+        assert (refused.exit_code, expected in refused.stderr) == (status, True), refused.output
 
 
-def test_import_prompts_for_a_base_without_text_encoder_is_refused(
-    save: Save, content: dict[str, Any], base: Any
-) -> None:
-    with pytest.raises(StyleError, match=r"found base 'mini' without one"):
-        import_prompts(save(content), "hand", base)
-
-
-def test_import_command_runs_no_pickle(tmp_path: Path) -> None:
+def test_import_command_runs_no_pickle(compvis_base: Any, tmp_path: Path) -> None:
     marker = tmp_path / "ran"
 
     class Bomb:
@@ -226,16 +177,7 @@ def test_import_command_runs_no_pickle(tmp_path: Path) -> None:
             return os.system, (f"touch {marker}",)
 
     torch.save({"attention": Bomb(), "initial_embeddings": torch.zeros(1, DIM)}, tmp_path / "bomb.pt")
-    ran = _run(tmp_path / "bomb.pt")
+    ran = _run(tmp_path / "bomb.pt", "--base", compvis_base.file, "--controlnet", compvis_base.controlnet_file)
     assert (ran.exit_code, "system" in ran.stderr) == (1, True)
     assert not marker.exists()
     assert not Path("runs").exists()
-
-
-def test_import_command_refuses_wrong_usage(tmp_path: Path) -> None:
-    for arguments, expected in (
-        (["x.pt", "--name", "../up"], "letters, digits"),
-        (["x.pt", "--unet-weights", "ema", "--revision", "main"], "found --revision, --unet-weights without --base"),
-    ):
-        ran = _run(*arguments)
-        assert (ran.exit_code, expected in ran.stderr) == (2, True)
