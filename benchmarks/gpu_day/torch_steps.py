@@ -95,7 +95,7 @@ class GuidedStep(nn.Module):
 
 def sd15(device: str, tiny: bool, way: str) -> dict[str, Any]:
     """Milliseconds of a step, the spread of five groups, and the memory."""
-    from lsast_train.base.kv_packing import skip_cond_embedding
+    from lsast_export.graphs.modules import skip_cond_embedding
 
     torch.manual_seed(0)
     dtype = torch.float32 if tiny else torch.float16

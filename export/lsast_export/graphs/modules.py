@@ -34,7 +34,7 @@ from lsast_engines.bundle.graph_spec import (
 )
 from lsast_train.base.attention import packed_kv
 from lsast_train.base.base import Base, build_base
-from lsast_train.base.kv_packing import kv_layouts, skip_cond_embedding
+from lsast_train.base.kv_packing import kv_layouts
 from lsast_train.base.lazy_base import LazyBase
 
 NETWORKS = ("unet", "controlnet", "autoencoder")
@@ -347,6 +347,17 @@ _MODULES: dict[str, type[_GraphModule]] = {
     UNET_FULL: UnetFullGraph,
     UNET_OUTER: UnetOuterGraph,
 }
+
+
+@contextlib.contextmanager
+def skip_cond_embedding(controlnet: Any) -> Iterator[None]:
+    """Let `controlnet` take hint features where it takes edges, while the block runs."""
+    embedding = controlnet.controlnet_cond_embedding
+    controlnet.controlnet_cond_embedding = nn.Identity()
+    try:
+        yield
+    finally:
+        controlnet.controlnet_cond_embedding = embedding
 
 
 @contextlib.contextmanager

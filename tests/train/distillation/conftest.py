@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lsast_engines.bundle.style import Style
 from lsast_train.base.base import Base
 from lsast_train.base.kv_packing import kv_layouts
-from lsast_train.distillation.source_style import SourceStyle
 
 
 @pytest.fixture
@@ -16,8 +16,8 @@ def prompts(base: Base) -> torch.Tensor:
 
 
 @pytest.fixture
-def source(base: Base, prompts: torch.Tensor) -> SourceStyle:
+def source(base: Base, prompts: torch.Tensor) -> Style:
     """The style of `prompts`."""
     with torch.no_grad():
-        kv_unet, kv_control = (layout.project(prompts) for layout in kv_layouts(base))
-    return SourceStyle("hand", kv_unet, kv_control)
+        kv_unet, kv_control = (layout.project(prompts).numpy() for layout in kv_layouts(base))
+    return Style("hand", base.fingerprint, 10, base.config.tokens, kv_unet, kv_control)

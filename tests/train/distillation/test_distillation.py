@@ -14,14 +14,13 @@ from lsast_engines.bundle.style import Style, StyleFile
 from lsast_engines.diffusion import SOLVERS
 from lsast_engines.errors import TrainingError, UsageError
 from lsast_train.__main__ import main
-from lsast_train.base.baked import BakedBase
 from lsast_train.base.base import Base
 from lsast_train.base.kv_packing import kv_layouts
 from lsast_train.base.lazy_base import save_base
 from lsast_train.distillation.distillation import Distillation
 from lsast_train.distillation.options import DistillOptions, Solver
-from lsast_train.distillation.source_style import SourceStyle, null_rows
-from lsast_train.distillation.student import distilled_meta
+from lsast_train.distillation.source_style import null_rows
+from lsast_train.distillation.teacher import control_residuals, predict
 from lsast_train.mini.architecture import MiniConfig, build_mini
 from lsast_train.paintings import PaintingDataset
 from lsast_train.training.signals import InterruptionError
@@ -31,7 +30,7 @@ BRIEF = DistillOptions(guidance=4.0, pictures=4, noised=2, teacher_steps=4, step
 
 
 def test_distillation_brings_one_pass_nearer_to_two(
-    base: Base, source: SourceStyle, collection: PaintingDataset, tmp_path: Path
+    base: Base, source: Style, collection: PaintingDataset, tmp_path: Path
 ) -> None:
     before = {key: value.clone() for key, value in base.unet.state_dict().items()}
     source.meta.update({"licence": "CC0", "defaults": json.dumps({"guidance": 4.0, "control": 0.8})})
@@ -42,19 +41,21 @@ def test_distillation_brings_one_pass_nearer_to_two(
     assert outcome.relative_loss < min(0.79, 0.97 * start)
     assert all(torch.equal(value, before[key]) for key, value in base.unet.state_dict().items())
     file = StyleFile(outcome.file)
-    assert file.distilled_guidance == 4.0
-    assert file.meta["licence"] == "CC0"
+    # The metadata is that of the original, but that its guidance is baked in.
+    assert (file.distilled_guidance, file.defaults) == (4.0, {"control_scale": 0.8})
+    assert (file.meta["licence"], file.meta["distilled_from"]) == ("CC0", "hand")
     style = file.load()
-    np.testing.assert_allclose(style.kv_control, source.kv_control.numpy(), atol=2e-3)
+    np.testing.assert_allclose(style.kv_control, source.kv_control, atol=2e-3)
     # The error that is reported is that of whole passes with the file's keys and values.
     content, states = run.val_set
     squares = np.zeros((2, 10))
     for index in range(len(states.stage)):
         row, stage = slice(index, index + 1), int(states.stage[index])
-        latent, time, hint = states.latent[row], states.timestep[row], content.hints[states.picture[row]]
-        rows = torch.from_numpy(style.kv_unet[stage]), source.kv_control[stage]
+        latent, time, edges = states.latent[row], states.timestep[row], content.edges[states.picture[row]]
+        unet, control = torch.from_numpy(style.kv_unet[stage]), torch.from_numpy(source.kv_control[stage])
         with torch.no_grad():
-            found = BakedBase(base).predict(latent, time, rows, hint, 1.0)
+            residuals = control_residuals(base, latent, time, control, edges, 1.0)
+            found = predict(base, latent, time, unet, residuals)
         for side, eps in enumerate((found, states.unguided[row])):
             squares[side, stage] += (eps - states.target[row]).square().sum().item()
     assert np.sqrt(squares[0] / squares[1]).mean() == pytest.approx(outcome.relative_loss, abs=0.01)
@@ -64,25 +65,26 @@ def test_distillation_brings_one_pass_nearer_to_two(
 
 
 def test_distillation_on_a_linear_base_finds_guidance_exactly(
-    base: Base, source: SourceStyle, collection: PaintingDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Base, source: Style, collection: PaintingDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ε linear in keys and values: null + g (style - null) is the answer, and g = 4 is among the initial values."""
     width = kv_layouts(base)[0].width
     mix = torch.randn(width, 4, generator=torch.Generator().manual_seed(3)) / width**0.5
 
-    def eps(_: Any, latent: torch.Tensor, __: Any, kv: torch.Tensor, ___: Any) -> torch.Tensor:
+    def linear(_: Base, latent: torch.Tensor, __: Any, kv: torch.Tensor, ___: Any) -> torch.Tensor:
         return 0.3 * latent + (kv.mean(0) @ mix)[:, None, None]
 
-    monkeypatch.setattr("lsast_train.base.baked.BakedBase.eps", eps)
+    for module in ("teacher", "distillation"):
+        monkeypatch.setattr(f"lsast_train.distillation.{module}.predict", linear)
     outcome = Distillation(base, source, collection, replace(BRIEF, steps=1), "hand-g4", tmp_path).run()
     assert (outcome.best_step, outcome.relative_loss < 1e-4) == (0, True)
-    null = null_rows(base)
+    null = null_rows(base).numpy()
     expected = null + 4 * (source.kv_unet - null)
     np.testing.assert_allclose(StyleFile(outcome.file).load().kv_unet, expected, rtol=2e-3, atol=2e-3)
 
 
 def test_stages_that_the_teacher_does_not_paint_stay_unguided(
-    base: Base, source: SourceStyle, collection: PaintingDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    base: Base, source: Style, collection: PaintingDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     options = replace(BRIEF, strength=0.5, noised=0, steps=10)
     run = Distillation(base, source, collection, options, "hand-g4", tmp_path)
@@ -91,15 +93,14 @@ def test_stages_that_the_teacher_does_not_paint_stay_unguided(
     assert {5, 6, 7, 8, 9} <= set(left)
     assert f"stages {', '.join(map(str, left))} were not painted and stay unguided" in caplog.text
     found = StyleFile(outcome.file).load().kv_unet
-    np.testing.assert_allclose(found[left], source.kv_unet.numpy()[left], atol=2e-3)
+    np.testing.assert_allclose(found[left], source.kv_unet[left], atol=2e-3)
     assert json.loads(outcome.curve.read_text())["stages"] == run.stages
 
 
 def test_resumed_distillation_equals_the_uninterrupted_one(
-    source: SourceStyle,
+    source: Style,
     collection: PaintingDataset,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     interrupt_at: Callable[[int], Callable[[int, float], None]],
 ) -> None:
     options = replace(BRIEF, steps=8, evaluate_every=4, pictures=2, noised=1, teacher_steps=2)
@@ -114,20 +115,16 @@ def test_resumed_distillation_equals_the_uninterrupted_one(
     assert caught.value.exit_code == 130
     with pytest.raises(TrainingError, match="unfinished run"):
         make("parts")
-    assert {path.suffixes[-2] for path in (tmp_path / "parts").glob("*.safetensors")} == {".checkpoint", ".teacher"}
     with pytest.raises(TrainingError, match=r"another run(.|\n)*guidance: found 4.0 in the checkpoint, 5.0 now"):
         make("parts", replace(options, guidance=5.0), resume=True)
-    # The teacher does not run again.
-    with monkeypatch.context() as patch:
-        patch.setattr("lsast_train.distillation.teacher.Teacher.samples", None)
-        resumed = make("parts", resume=True).run()
+    resumed = make("parts", resume=True).run()
     assert resumed.file.read_bytes() == straight.file.read_bytes()
     assert resumed.curve.read_text() == straight.curve.read_text()
     assert [path.name for path in (tmp_path / "parts").glob("*.safetensors")] == ["hand-g4.safetensors"]
 
 
 def test_invalid_options_are_all_reported(
-    base: Base, source: SourceStyle, collection: PaintingDataset, tmp_path: Path
+    base: Base, source: Style, collection: PaintingDataset, tmp_path: Path
 ) -> None:
     assert get_args(Solver) == tuple(SOLVERS)
     with pytest.raises(UsageError) as caught:
@@ -140,20 +137,10 @@ def test_invalid_options_are_all_reported(
         Distillation(base, source, collection, BRIEF, "hand", tmp_path, resume=True)
 
 
-def test_distilled_meta_keeps_that_of_the_original_but_its_guidance() -> None:
-    kv = torch.zeros(10, 2, 4)
-    defaults = json.dumps({"guidance": 7.0, "steps": 11})
-    meta = distilled_meta(SourceStyle("hand", kv, kv, {"works": "7", "defaults": defaults}), BRIEF, 0.25, 30, "ab")
-    assert (meta["works"], meta["guidance_baked"], meta["distilled_from"]) == ("7", "4", "hand")
-    assert json.loads(meta["defaults"]) == {"steps": 11}
-
-
 def test_distill_command_prints_the_style_file(
-    base: Base, source: SourceStyle, paintings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Base, source: Style, paintings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fingerprint = save_base(base, tmp_path / "base")
-    kv_unet, kv_control = source.kv_unet.numpy(), source.kv_control.numpy()
-    Style("hand", fingerprint, 10, kv_unet.shape[1], kv_unet, kv_control).save(tmp_path / "hand.safetensors")
+    replace(source, base=save_base(base, tmp_path / "base")).save(tmp_path / "hand.safetensors")
     # The command's and an option's old names work, too.
     arguments = ["distil", "--style", tmp_path / "hand.safetensors", "--images", paintings, "--base", tmp_path / "base",
                  "--guidance", "3", "--size", "64", "--pictures", "2", "--noised", "0", "--teacher-steps", "10",

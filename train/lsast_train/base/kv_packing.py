@@ -7,10 +7,8 @@ axis, ``K_0 | V_0 | K_1 | V_1 | …``, in the order of `cross_attention_layers`.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,14 +63,3 @@ def project_kv(
 def kv_layouts(base: Base) -> tuple[KVLayout, KVLayout]:
     """The layouts of the base's U-Net and ControlNet."""
     return KVLayout.of(base.unet, "unet"), KVLayout.of(base.controlnet, "control")
-
-
-@contextlib.contextmanager
-def skip_cond_embedding(controlnet: Any) -> Iterator[None]:
-    """Let `controlnet` take hint features where it takes edges, while the block runs."""
-    embedding = controlnet.controlnet_cond_embedding
-    controlnet.controlnet_cond_embedding = nn.Identity()
-    try:
-        yield
-    finally:
-        controlnet.controlnet_cond_embedding = embedding

@@ -50,7 +50,7 @@ def distill(
     from ..base.lazy_base import load_base, resolve_local_base
     from ..checkpoints.source import BaseSource
     from ..distillation.distillation import Distillation
-    from ..distillation.source_style import find_style, read_source
+    from ..distillation.source_style import read_style
     from ..paintings import PaintingDataset
     from ..training.run_files import RunFiles, refuse_finished, require_run
 
@@ -62,9 +62,8 @@ def distill(
                 f"found {base}, a base to import; expected the bundle that it was exported to, which a distilled style "
                 f"is bound to: lsast-export bundle --base {base} --out DIR"
             )
-        path = find_style(style, bundle)
         loaded = load_base(source)
-        found = read_source(path, loaded)
+        found = read_style(style, loaded, bundle)
         name = name or f"{found.name}-g{options.guidance:g}"
         folder = out or Path("runs") / name
         if not (resume or overwrite):

@@ -12,18 +12,19 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from lsast_engines.bundle.style import Style
 from lsast_engines.errors import TrainingError
 
-from ..base.baked import BakedBase
-from ..base.base import Base
+from ..base.base import Base, autocast
 from ..base.kv_packing import kv_layouts
 from ..options import identity
 from ..paintings import PaintingDataset
@@ -33,9 +34,9 @@ from ..training.loss_curve import Curve, Evaluation, save_curve
 from ..training.rng import RngStream, rng_for
 from ..training.run_files import RunFiles, RunResult, require_run
 from .options import DistillOptions
-from .source_style import SourceStyle, null_rows
-from .student import Student, distilled_meta, distilled_style
-from .teacher import Samples, Teacher, TeacherSamples, load_samples, read_content, save_samples
+from .source_style import null_rows
+from .student import Student, distilled_meta
+from .teacher import Samples, Teacher, TeacherSamples, control_residuals, predict, read_content
 
 log = logging.getLogger("lsast.train")
 
@@ -68,7 +69,7 @@ class Distillation:
     def __init__(
         self,
         base: Base,
-        style: SourceStyle,
+        style: Style,
         pictures: PaintingDataset,
         options: DistillOptions,
         name: str,
@@ -81,8 +82,7 @@ class Distillation:
         require_run(self.files, options.size, base.config.multiple, resume)
         self.base, self.style, self.pictures, self.options, self.on_step = base, style, pictures, options, on_step
         base.to(Accelerator().device if device in (None, "auto") else find_device(device))
-        self.baked = BakedBase(base)
-        self.student = Student(style.kv_unet, style.kv_control, kv_layouts(base)[0]).to(base.device)
+        self.student = Student(style, kv_layouts(base)[0]).to(base.device)
         self.optimizer = torch.optim.AdamW(
             self.student.parameters(), lr=options.lr, betas=(0.9, 0.999), weight_decay=0.0, **fused(base.device)
         )
@@ -112,13 +112,9 @@ class Distillation:
         return self._finish()
 
     def prepare(self) -> None:
-        """Compute the teacher's samples, or read those of the stopped run, and initialise the student."""
-        sets = load_samples(self.files.teacher, self._teacher_identity())
-        if sets is None:
-            teacher = Teacher(self.baked, self.style, null_rows(self.base), self.options)
-            sets = {name: self._run_teacher(teacher, split) for split, name in enumerate(("training", "held out"))}
-            save_samples(self.files.teacher, sets, self._teacher_identity())
-        self.train_set, self.val_set = sets["training"], sets["held out"]
+        """Compute the teacher's samples, also those of a stopped run again, and initialise the student."""
+        teacher = Teacher(self.base, self.style, null_rows(self.base), self.options)
+        self.train_set, self.val_set = (self._run_teacher(teacher, split) for split in (0, 1))
         self.train_subset = self.train_set[0], self.train_set[1].like(self.val_set[1])
         self.stages = sorted(set(self.val_set[1].stage.tolist()) & set(self.train_set[1].stage.tolist()))
         if left := sorted(set(range(self.style.stages)) - set(self.stages)):
@@ -146,7 +142,7 @@ class Distillation:
         options = self.options
         paintings = self.pictures.held_out if split else self.pictures.training
         count = options.held_out_pictures if split else options.pictures
-        content = read_content(self.baked, paintings, count, options.size, options.seed, split)
+        content = read_content(self.base, paintings, count, options.size, options.seed, split)
         noised = max(2, options.noised // 8) if split else options.noised
         samples = teacher.samples(content, split, noised=noised)
         return content, TeacherSamples.join(list(tqdm(samples, desc=("teacher", "held out")[split], unit="batch")))
@@ -170,16 +166,19 @@ class Distillation:
 
     def _error(self, samples: Samples, rows: torch.Tensor, stage: int, training: bool = False) -> torch.Tensor:
         """Squared error of the student at the samples `rows` of one stage, [B, 4, h, w]."""
-        device, (content, states) = self.base.device, samples
-        predicted = self.baked.predict(
-            states.latent[rows].to(device),
-            states.timestep[rows].to(device),
-            self.student.rows(stage),
-            content.hints[states.picture[rows]].to(device),
-            self.options.control_scale,
-            self.options.mixed_precision if training else "no",
+        base, options, (content, states) = self.base, self.options, samples
+        latent, timestep, edges, target = (
+            x.to(base.device)
+            for x in (
+                *(states.latent[rows], states.timestep[rows], content.edges[states.picture[rows]]),
+                states.target[rows],
+            )
         )
-        return (predicted.float() - states.target[rows].to(device)).square()
+        unet, control = self.student.rows(stage)
+        with autocast(base.device, options.mixed_precision if training else "no"):
+            residuals = control_residuals(base, latent, timestep, control, edges, options.control_scale)
+            predicted = predict(base, latent, timestep, unet, residuals)
+        return (predicted.float() - target).square()
 
     def _train_step(self, step: int) -> float:
         """One step on one stage; its loss is 1 for the unguided style."""
@@ -222,18 +221,13 @@ class Distillation:
         return min(self.curve.evaluations[1:], key=self.curve.relative)
 
     def _identity(self) -> dict[str, Any]:
-        style = {"style": self.style.name, "rms": f"{self.style.kv_unet.square().mean().sqrt().item():.9g}"}
         return {
             **identity(self.options),
-            **style,
+            "style": self.style.name,
+            "rms": f"{np.sqrt(np.square(self.style.kv_unet, dtype=np.float64).mean()):.9g}",
             "base": self.base.fingerprint,
             "pictures_sha256": self.pictures.digest,
         }
-
-    def _teacher_identity(self) -> dict[str, Any]:
-        """What the teacher's samples depend on."""
-        student = ("steps", "batch", "lr", "mixed_precision", "evaluate_every")
-        return {name: value for name, value in self._identity().items() if name not in student}
 
     def _finish(self) -> RunResult:
         best = self._best_evaluation()
@@ -245,8 +239,8 @@ class Distillation:
             )
         self.student.delta.load_state_dict(self.best.state_dict())
         meta = distilled_meta(self.style, self.options, relative, best.step, self.pictures.digest)
-        distilled_style(self.student, self.style, self.files.name, self.base.fingerprint, meta).save(self.files.result)
-        for file in (self.files.checkpoint, self.files.teacher):
-            file.unlink(missing_ok=True)
+        kv_unet, name, base = self.student.kv_unet().cpu().numpy(), self.files.name, self.base.fingerprint
+        replace(self.style, name=name, base=base, kv_unet=kv_unet, meta=meta).save(self.files.result)
+        self.files.checkpoint.unlink(missing_ok=True)
         log.info("kept step %d: %.4f of the way from unguided to guided is left", best.step, relative)
         return RunResult(self.files.result, self.files.curve, self.loop.step, best.step, relative, self.loop.seconds)

@@ -2,81 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.manifest import MANIFEST
-from lsast_engines.bundle.style import DISTILLED_GUIDANCE_KEY, StyleFile
+from lsast_engines.bundle.style import DISTILLED_GUIDANCE_KEY, Style
 from lsast_engines.errors import StyleError
 
 from ..base.attention import GROUPS
 from ..base.base import Base
 from ..base.kv_packing import KVLayout, kv_layouts
 from ..base.lazy_base import check_fingerprint
-from ..prompts.prompt_file import load_prompts
+from ..prompts.prompt_file import find_prompts, load_prompts
 
 
-@dataclass(frozen=True, eq=False)
-class SourceStyle:
-    """A style as keys and values, float32 on the CPU."""
-
-    name: str
-    kv_unet: torch.Tensor
-    """[stages, T, Wu]"""
-    kv_control: torch.Tensor
-    """[stages, T, Wc]"""
-    meta: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def stages(self) -> int:
-        """Equal parts of the noise schedule."""
-        return len(self.kv_unet)
-
-
-def find_style(name_or_path: str, folder: Path | None) -> Path:
-    """The style file or prompt file of a style.
+def read_style(name_or_path: str, base: Base, folder: Path | None = None) -> Style:
+    """The style of a style file or of prompts, in this order.
 
     Args:
-        name_or_path: a file; or the name of a style of the base's bundle, or of a run of `lsast-train`.
-        folder: the base's folder; None for a base without one.
+        name_or_path: a file; or the name of a style of the base's bundle, or of prompts as `find_prompts` finds them.
+        base: what it has to belong to.
+        folder: the base's folder.
 
     Raises:
-        StyleError: there is no such style.
+        StyleError: there is none; it is damaged, of another base, or has guidance baked in already.
     """
     given = Path(name_or_path).expanduser()
-    run = Path("runs", name_or_path, f"{name_or_path}.prompts.safetensors")
-    bundle = folder is not None and (folder / MANIFEST).is_file()
-    styles = Bundle.open(folder, verify_hashes=False).styles() if folder is not None and bundle else {}
-    for path in (given, styles.get(name_or_path), run):
-        if path is not None and path.is_file():
-            return path
-    raise StyleError(
-        f"found no style {name_or_path!r}: no such file, no {run}, and {folder or 'the base'} has "
-        f"{', '.join(styles) or 'no styles'}; expected one of these"
-    )
-
-
-def read_source(path: Path, base: Base) -> SourceStyle:
-    """Read a style file or a prompt file that belongs to `base`.
-
-    Raises:
-        StyleError: damaged, of another base, or with guidance baked in already.
-    """
-    if path.name.endswith(".prompts.safetensors"):
-        found = load_prompts(path, base)
-        kv_unet, kv_control = (_project(layout, found.prompts) for layout in kv_layouts(base))
+    path: Path | None = given
+    if not given.is_file():
+        bundle = folder is not None and (folder / MANIFEST).is_file()
+        styles = Bundle.open(folder, verify_hashes=False).styles() if folder is not None and bundle else {}
+        path = styles.get(name_or_path)
+    if path is None or path.name.endswith(".prompts.safetensors"):
+        found = load_prompts(find_prompts(name_or_path, folder), base)
+        kv_unet, kv_control = (_project(layout, found.prompts).numpy() for layout in kv_layouts(base))
         meta = {**{key: str(getattr(found, key)) for key in ("variant", "layout", "prompt")}, **found.meta}
-        return SourceStyle(found.name, kv_unet, kv_control, meta)
-    style = StyleFile(path).load()
+        return Style(found.name, base.fingerprint, len(kv_unet), kv_unet.shape[1], kv_unet, kv_control, meta)
+    style = Style.load(path)
     check_fingerprint(style.base, f"style file {path}", base.config.name, base.fingerprint, base.config.training)
     if (scale := style.meta.get(DISTILLED_GUIDANCE_KEY)) is not None:
         raise StyleError(f"{path} has guidance {scale} baked in already; expected the style that it was distilled from")
-    return SourceStyle(
-        style.name, torch.from_numpy(style.kv_unet), torch.from_numpy(style.kv_control), dict(style.meta)
-    )
+    return style
 
 
 def null_rows(base: Base) -> torch.Tensor:

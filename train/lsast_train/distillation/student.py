@@ -1,4 +1,4 @@
-"""What a distillation trains, the keys and values of a style in the U-Net, and the style that becomes of them."""
+"""What a distillation trains, the keys and values of a style in the U-Net, and the metadata of the result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from lsast_engines.errors import UsageError, fault_list
 from ..base.kv_packing import KVLayout
 from ..training.run_files import versions
 from .options import DistillOptions
-from .source_style import SourceStyle
 
 
 class Student(nn.Module):
@@ -23,18 +22,18 @@ class Student(nn.Module):
     The scale is the root mean square of each layer's keys or values, so that one learning rate suits all layers.
 
     Args:
-        kv_unet: [stages, T, Wu]: the style's.
-        kv_control: [stages, T, Wc]: the style's.
+        layout: of the U-Net's keys and values.
     """
 
     init: torch.Tensor
     control: torch.Tensor
     scale: torch.Tensor
 
-    def __init__(self, kv_unet: torch.Tensor, kv_control: torch.Tensor, layout: KVLayout) -> None:
+    def __init__(self, style: Style, layout: KVLayout) -> None:
         super().__init__()
+        kv_unet = torch.from_numpy(style.kv_unet)
         self.register_buffer("init", kv_unet.clone())
-        self.register_buffer("control", kv_control, persistent=False)
+        self.register_buffer("control", torch.from_numpy(style.kv_control), persistent=False)
         scale = torch.ones(layout.width)
         for entry in layout.entries:
             for offset in (entry.offset, entry.offset + entry.width):
@@ -53,9 +52,7 @@ class Student(nn.Module):
         return torch.stack([self.rows(stage)[0] for stage in range(len(self.delta))])
 
 
-def distilled_meta(
-    style: SourceStyle, options: DistillOptions, relative: float, step: int, pictures: str
-) -> dict[str, str]:
+def distilled_meta(style: Style, options: DistillOptions, relative: float, step: int, pictures: str) -> dict[str, str]:
     """The metadata of a distilled style: that of the original, whose default guidance is baked in instead.
 
     Raises:
@@ -76,9 +73,3 @@ def distilled_meta(
         "distill_relative_error": f"{relative:.6f}",
         "distill_versions": json.dumps(versions()),
     }
-
-
-def distilled_style(student: Student, source: SourceStyle, name: str, base: str, meta: dict[str, str]) -> Style:
-    """The style `name` of the base with the fingerprint `base` that `student`, trained from `source`, has become."""
-    kv_unet = student.kv_unet().cpu().numpy()
-    return Style(name, base, len(kv_unet), kv_unet.shape[1], kv_unet, source.kv_control.numpy(), meta)

@@ -3,33 +3,28 @@
 The teacher paints with guidance, ε = ε_null + g (ε_style - ε_null), two passes a step, and the latents of its steps are
 kept with their ε: the student will be used at latents of guided paintings, which differ from noised pictures (adapter
 guidance distillation, AGD, trains on guided trajectories for that reason). The timesteps of every run are shifted by a
-random part of its stride, so that all runs together have all timesteps. Some noised pictures are mixed in. The samples
-are kept on disk, so that a stopped distillation goes on without running the teacher again.
+random part of its stride, so that all runs together have all timesteps. Some noised pictures are mixed in.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
+from lsast_engines.bundle.style import Style
 from lsast_engines.diffusion import NoiseSchedule, Step, TimestepSchedule, guide, make_solver
-from lsast_engines.files import replace_file
 from lsast_engines.images import canny_edges
 
-from ..base.baked import BakedBase
+from ..base.attention import packed_kv
+from ..base.base import Base
 from ..paintings import Painting, encode_pictures, random_crop, sample_posterior
 from ..training.rng import RngStream, rng_for
 from .options import DistillOptions
-from .source_style import SourceStyle
 
 BATCH = 8
 """Pictures that the teacher paints at once, at 256 pixels; fewer of larger ones."""
@@ -78,12 +73,12 @@ class TeacherSamples:
 
 @dataclass(frozen=True, eq=False)
 class ContentBatch:
-    """Pictures as latents and hint features; on the CPU."""
+    """Pictures as latents and edges; on the CPU."""
 
     latents: torch.Tensor
     """[P, 4, h, w]"""
-    hints: torch.Tensor
-    """[P, C, h, w]: hint features of the edges."""
+    edges: torch.Tensor
+    """[P, 3, 8h, 8w] of 0 and 1."""
 
 
 Samples: TypeAlias = tuple[ContentBatch, TeacherSamples]
@@ -91,17 +86,30 @@ Samples: TypeAlias = tuple[ContentBatch, TeacherSamples]
 
 
 def read_content(
-    baked: BakedBase, paintings: Sequence[Painting], count: int, size: int, seed: int, split: int
+    base: Base, paintings: Sequence[Painting], count: int, size: int, seed: int, split: int
 ) -> ContentBatch:
-    """Latents and hint features of `count` random crops, of one painting after the other."""
-    base, latents, hints = baked.base, [], []
+    """Latents and edges of `count` random crops, of one painting after the other."""
+    latents, edges = [], []
     for index in range(count):
         generator = rng_for(seed, RngStream.CONTENT, split, index)
         pixels = random_crop(paintings[index % len(paintings)], size, generator)
-        edges = torch.from_numpy(canny_edges(pixels)).float().expand(1, 3, -1, -1).to(baked.base.device)
-        hints.append(baked.hints(edges).cpu())
+        edges.append(torch.from_numpy(canny_edges(pixels)).float().expand(1, 3, -1, -1))
         latents.append(sample_posterior(base, *encode_pictures(base, [pixels]), generator).cpu())
-    return ContentBatch(torch.cat(latents), torch.cat(hints))
+    return ContentBatch(torch.cat(latents), torch.cat(edges))
+
+
+def control_residuals(
+    base: Base, latent: torch.Tensor, timestep: torch.Tensor, kv: torch.Tensor, edges: torch.Tensor, scale: float
+) -> dict[str, Any]:
+    """ControlNet's residuals for `predict`, times `scale`; keys and values [T, Wc] are the same for all rows."""
+    return base.control(latent, timestep, packed_kv(kv.expand(len(latent), -1, -1)), edges, scale)
+
+
+def predict(
+    base: Base, latent: torch.Tensor, timestep: torch.Tensor, kv: torch.Tensor, residuals: dict[str, Any]
+) -> torch.Tensor:
+    """Predicted noise [B, 4, h, w]; keys and values [T, Wu] are the same for all rows."""
+    return base.eps(latent, timestep, packed_kv(kv.expand(len(latent), -1, -1)), residuals=residuals)
 
 
 class Teacher:
@@ -112,33 +120,25 @@ class Teacher:
         options: guidance, control, schedule.
     """
 
-    def __init__(self, baked: BakedBase, style: SourceStyle, null: torch.Tensor, options: DistillOptions) -> None:
-        self.baked, self.options = baked, options
-        self.stages = style.stages
-        device = baked.base.device
-        self._rows = style.kv_unet.to(device), style.kv_control.to(device)
-        self._null = null.to(device)
-
-    @property
-    def noise(self) -> NoiseSchedule:
-        """The base's noise schedule."""
-        return self.baked.base.config.noise
+    def __init__(self, base: Base, style: Style, null: torch.Tensor, options: DistillOptions) -> None:
+        self.base, self.options, self.noise, self.stages = base, options, base.config.noise, style.stages
+        self._rows = [torch.from_numpy(rows).to(base.device) for rows in (style.kv_unet, style.kv_control)]
+        self._null = null.to(base.device)
 
     @torch.no_grad()
     def __call__(
-        self, latent: torch.Tensor, timestep: torch.Tensor, hint: torch.Tensor
+        self, latent: torch.Tensor, timestep: torch.Tensor, edges: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Guided and unguided noise, [B, 4, h, w] each, of latents whose timesteps [B] are all of one stage.
 
         ControlNet runs once, with the style, and its residuals serve both passes, as in the runtime.
         """
-        device = self.baked.base.device
-        latent, timestep, hint = latent.to(device), timestep.to(device), hint.to(device)
+        base = self.base
+        latent, timestep, edges = (x.to(base.device) for x in (latent, timestep, edges))
         stage = stage_of(int(timestep[0]), self.noise, self.stages)
         unet, control = (rows[stage] for rows in self._rows)
-        residuals = self.baked.residuals(latent, timestep, control, hint, self.options.control_scale)
-        plain = self.baked.eps(latent, timestep, unet, residuals)
-        null = self.baked.eps(latent, timestep, self._null, residuals)
+        residuals = control_residuals(base, latent, timestep, control, edges, self.options.control_scale)
+        plain, null = (predict(base, latent, timestep, kv, residuals) for kv in (unet, self._null))
         return guide((null, plain), self.options.guidance).cpu(), plain.cpu()
 
     def trajectory_samples(self, content: ContentBatch, seed: tuple[int, ...]) -> Iterator[TeacherSamples]:
@@ -156,7 +156,7 @@ class Teacher:
             latent = torch.from_numpy(schedule.add_noise(z0.numpy(), drawn.numpy()))
             for step in schedule.steps:
                 timestep = torch.full((len(latent),), step.t)
-                guided, plain = self(latent, timestep, content.hints[picture])
+                guided, plain = self(latent, timestep, content.edges[picture])
                 stage = torch.full_like(timestep, step.stage)
                 yield TeacherSamples(picture, timestep, stage, latent, guided, plain)
                 moved: Any = solver.step(guided.numpy(), step.index, latent.numpy())
@@ -171,9 +171,9 @@ class Teacher:
             for picture in torch.randint(len(content.latents), (count,), generator=generator).split(_at_once(content)):
                 timestep = torch.randint(low, high, picture.shape, generator=generator)
                 drawn = torch.randn(content.latents[picture].shape, generator=generator)
-                inputs = (x.to(self.baked.base.device) for x in (content.latents[picture], drawn, timestep))
-                latent = self.baked.base.add_noise(*inputs).cpu()
-                guided, plain = self(latent, timestep, content.hints[picture])
+                inputs = (x.to(self.base.device) for x in (content.latents[picture], drawn, timestep))
+                latent = self.base.add_noise(*inputs).cpu()
+                guided, plain = self(latent, timestep, content.edges[picture])
                 yield TeacherSamples(picture, timestep, torch.full_like(timestep, stage), latent, guided, plain)
 
     def samples(self, content: ContentBatch, *seed: int, noised: int) -> Iterator[TeacherSamples]:
@@ -204,32 +204,3 @@ def _at_once(content: ContentBatch) -> int:
 
 def _batches(content: ContentBatch) -> Iterator[tuple[int, torch.Tensor]]:
     yield from enumerate(torch.arange(len(content.latents)).split(_at_once(content)))
-
-
-def save_samples(path: Path, sets: Mapping[str, Samples], identity: Mapping[str, Any]) -> None:
-    """Write `sets` whole; `identity` (JSON values) is what they were computed from."""
-    tensors = {
-        f"{name}.{field.name}": getattr(part, field.name).contiguous()
-        for name, parts in sets.items()
-        for part in parts
-        for field in fields(part)
-    }
-    with replace_file(path) as handle:
-        handle.write(save(tensors, {"identity": json.dumps(identity, sort_keys=True)}))
-
-
-def load_samples(path: Path, identity: Mapping[str, Any]) -> dict[str, Samples] | None:
-    """What `save_samples` wrote; None if there is no such file, or a damaged one, or one of another `identity`."""
-    try:
-        with safe_open(str(path), "pt") as file:
-            if (file.metadata() or {}).get("identity") != json.dumps(identity, sort_keys=True):
-                return None
-            tensors: dict[str, torch.Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError):
-        return None
-
-    def part(kind: Any, name: str) -> Any:
-        return kind(**{field.name: tensors[f"{name}.{field.name}"] for field in fields(kind)})
-
-    names = sorted({key.partition(".")[0] for key in tensors})
-    return {name: (part(ContentBatch, name), part(TeacherSamples, name)) for name in names}

@@ -31,11 +31,6 @@ class RunFiles:
         return self.folder / f"{self.name}.checkpoint.safetensors"
 
     @property
-    def teacher(self) -> Path:
-        """Samples of the teacher of a distillation, there only while it is unfinished."""
-        return self.folder / f"{self.name}.teacher.safetensors"
-
-    @property
     def curve(self) -> Path:
         """The losses as JSON; the picture has the suffix ``.png``."""
         return self.folder / f"{self.name}.curve.json"
