@@ -15,7 +15,7 @@ from lsast_train.base.attention import layer_contexts
 from lsast_train.base.base import Base
 from lsast_train.evaluation import ValidationSet, noise_error
 from lsast_train.inversion import Inversion
-from lsast_train.paintings import CachedLatents, PaintingDataset
+from lsast_train.paintings import PaintingDataset
 from lsast_train.prompts.prompt_file import load_prompts
 from lsast_train.prompts.prompt_space import PromptSpace
 from schedulers import ddpm
@@ -201,5 +201,4 @@ def test_cached_crops_are_no_more_than_training_can_draw(
 ) -> None:
     """Four crops of each painting and their mirror images, or one crop where few pictures are drawn."""
     run = invert(base, views=4, steps=steps, batch=4)
-    assert isinstance(run.latents, CachedLatents)
     assert len(run.latents) == views * len(collection.training)

@@ -26,7 +26,7 @@ def test_released_preset_has_the_released_values() -> None:
     assert (released.gradient, released.crop, released.views, released.mixed_precision) == (
         "decoder",
         "squash",
-        0,
+        1,
         "no",
     )
     assert (released.prompt, released.rows, released.weighting) == ("auto", 1, "eps")
@@ -54,7 +54,7 @@ def test_train_options_with_invalid_values_report_all() -> None:
         "variant": "layers", "generator": "mlp", "layout": "diagonal", "gradient": "none", "schedule": "linear",
         "prompt": "caption", "placeholder_tokens": 0,
         "crop": "centre", "weighting": "x0", "mixed_precision": "fp8",
-        "steps": 0, "batch": 1.5, "size": 32, "views": -1,
+        "steps": 0, "batch": 1.5, "size": 32, "views": 0,
         "seed": -1, "evaluate_every": 0, "evaluate_latents": 0, "lr": 0.0, "map_lr": -1.0,
         "weight_decay": float("nan"), "decay_after": -1, "checkpoint_minutes": 0.0,
     }  # fmt: skip

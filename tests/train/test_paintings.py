@@ -15,7 +15,6 @@ from lsast_engines.errors import PictureError, TrainingError
 from lsast_train.base.base import Base
 from lsast_train.paintings import (
     CachedLatents,
-    OnlineLatents,
     Painting,
     PaintingDataset,
     encode_pictures,
@@ -184,25 +183,14 @@ def test_cached_latents_are_those_of_the_crops_and_their_mirror_images(base: Bas
     assert len(CachedLatents.encode(base, squares, 64, 2, _generator(), mirrored=False)) == 2
 
 
-def test_online_latents_are_of_every_painting_mirrored_or_not(base: Base) -> None:
-    squares = [Painting(str(index), np.roll(_gradient(64, 64), 20 * index, axis=0)) for index in range(2)]
-    known = CachedLatents.encode(base, squares, 64, 2, _generator()).take(torch.arange(4), _generator())
-    drawn = OnlineLatents(base, squares, 64).sample(40, _generator())
-    distance = torch.cdist(drawn.flatten(1), known.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
-    assert distance.min(1).values.max() < 1e-4
-    assert set(distance.argmin(1).tolist()) == {0, 1, 2, 3}
-
-
-@pytest.mark.parametrize("kind", [CachedLatents, OnlineLatents])
-def test_latents_are_scaled_samples_of_the_posterior(kind: Any) -> None:
+def test_latents_are_scaled_samples_of_the_posterior() -> None:
     def encode(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         shape = (len(image), 4, 8, 8)
         return torch.full(shape, 2.0), torch.full(shape, 3.0)
 
     stub: Any = SimpleNamespace(encode=encode, device=torch.device("cpu"), config=SimpleNamespace(latent_scale=0.5))
-    pictures = [Painting("x", _gradient(64, 64))]
-    source = kind(stub, pictures, 64) if kind is OnlineLatents else kind.encode(stub, pictures, 64, 1, _generator())
-    drawn = source.sample(200, _generator())
+    cached = CachedLatents.encode(stub, [Painting("x", _gradient(64, 64))], 64, 1, _generator())
+    drawn = cached.sample(200, _generator())
     assert drawn.mean().item() == pytest.approx(1.0, abs=0.03)
     assert drawn.std().item() == pytest.approx(1.5, abs=0.03)
     assert not torch.equal(drawn[0], drawn[1])

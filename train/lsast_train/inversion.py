@@ -35,7 +35,7 @@ from .base.base import Base
 from .evaluation import ValidationSet, noise_error
 from .memory import log_memory
 from .options import TrainOptions, identity
-from .paintings import CachedLatents, LatentSampler, OnlineLatents, PaintingDataset, latent_statistics
+from .paintings import CachedLatents, PaintingDataset, latent_statistics
 from .prompts.prompt_file import Prompts, save_prompts
 from .prompts.prompt_space import PromptSpace, build_space
 from .training.device import find_device, fused
@@ -88,7 +88,7 @@ class Inversion:
         self.base, self.paintings, self.options, self.licence, self.on_step = base, paintings, options, licence, on_step
         self.accelerator = Accelerator()
         base.to(_device(device, self.accelerator), options.gradient_checkpointing, controlnet=False)
-        self.latents = self._latent_sampler()
+        self.latents = self._encode()
         self.space = self._prompt_space()
         self.optimizer = make_optimizer(self.space, options)
         self.held_out, self.training = (self._validation(part) for part in (paintings.held_out, paintings.training))
@@ -212,11 +212,9 @@ class Inversion:
         self.accelerator.wait_for_everyone()
         return result
 
-    def _latent_sampler(self) -> LatentSampler:
+    def _encode(self) -> CachedLatents:
+        """Crops of the training paintings: no more than half of what the steps draw."""
         options, paintings = self.options, self.paintings.training
-        if options.views == 0:
-            return OnlineLatents(self.base, paintings, options.size)
-        # Crops that no step would draw are not encoded: of a large collection fewer crops of each painting are used.
         drawn = options.steps * options.batch
         crops = min(options.views, max(1, drawn // (2 * len(paintings))))
         generator = rng_for(options.seed, RngStream.TRAINING_CROPS)

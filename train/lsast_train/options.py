@@ -85,8 +85,8 @@ class TrainOptions:
     """AdamW's decoupled weight decay."""
     size: Annotated[int, "Side of a training picture in pixels.", Range(64)] = 512
     crop: Annotated[Crop, "How a picture becomes square."] = "random"
-    views: Annotated[int, "Crops of a picture that are encoded once; 0: a new one each time.", Range(0)] = 0
-    """Each crop is kept mirrored, too."""
+    views: Annotated[int, "Crops of a picture, which are encoded once and kept.", Range(1)] = 8
+    """Each crop is kept mirrored, too. A step draws a sample of its posterior."""
     weighting: Annotated[Weighting, "Which error the loss counts."] = "eps"
     mixed_precision: Annotated[MixedPrecision, "Autocast of the U-Net."] = "no"
     gradient_checkpointing: Annotated[
@@ -153,11 +153,10 @@ PRESETS: dict[str, TrainOptions] = {
         evaluate_latents=12,
         checkpoint_minutes=2.0,
     ),
-    "paper": TrainOptions(views=8),
+    "paper": TrainOptions(),
     "released": TrainOptions(
-        generator="geglu", layout="overlap", gradient="decoder", lr=1e-6, schedule="constant", crop="squash"
+        generator="geglu", layout="overlap", gradient="decoder", lr=1e-6, schedule="constant", crop="squash", views=1
     ),
 }
-"""``quick``: minutes on two CPU cores with the embedded base. ``paper``: the published recipe, hours on a GPU;
-crops are encoded once and kept, not in each step anew.
-``released``: what the published code does instead (docs/method.md §3)."""
+"""``quick``: minutes on two CPU cores with the embedded base. ``paper``: the published recipe, hours on a GPU.
+``released``: what the published code does instead (docs/method.md §3), but that pictures are encoded once."""

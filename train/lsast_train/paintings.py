@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -147,13 +146,6 @@ def random_crop(painting: Painting, size: int, generator: torch.Generator) -> np
     return painting.pixels[top : top + size, left : left + size]
 
 
-class LatentSampler(Protocol):
-    """Random latents of an artist."""
-
-    def sample(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        """Random latents [count, 4, h, w] in the units of the U-Net, on the base's device."""
-
-
 class CachedLatents:
     """Latents of crops that were encoded once: mean and standard deviation [N, 4, h, w] of each."""
 
@@ -190,23 +182,6 @@ class CachedLatents:
     def take(self, indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Latents of the crops `indices` [B], each a sample of its posterior, [B, 4, h, w]."""
         return sample_posterior(self._base, self._mean[indices], self._std[indices], generator)
-
-
-class OnlineLatents:
-    """A new crop of a random painting for every latent, mirrored half of the time."""
-
-    def __init__(self, base: Base, paintings: Sequence[Painting], size: int) -> None:
-        self._base, self._paintings, self._size = base, paintings, size
-
-    def sample(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        """Random latents [count, 4, h, w]."""
-        pictures = []
-        for index in torch.randint(len(self._paintings), (count,), generator=generator).tolist():
-            pixels = random_crop(self._paintings[index], self._size, generator)
-            mirrored = bool(torch.randint(2, (), generator=generator))
-            pictures.append(pixels[:, ::-1] if mirrored else pixels)
-        mean, std = encode_pictures(self._base, pictures)
-        return sample_posterior(self._base, mean, std, generator)
 
 
 def _read(path: Path, size: int, crop: Crop) -> tuple[bytes, npt.NDArray[np.uint8]] | str:
