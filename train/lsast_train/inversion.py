@@ -93,20 +93,16 @@ class Inversion:
         self.optimizer = make_optimizer(self.space, options)
         self.held_out, self.training = (self._validation(part) for part in (paintings.held_out, paintings.training))
         self.best = copy.deepcopy(self.space)
-        self.curve = Curve()
         self.loop = TrainingLoop(
-            *(name, options.steps, self.files.checkpoint, {"space": self.space, "best": self.best}, self.optimizer),
+            *(name, options, self.files.checkpoint, {"space": self.space, "best": self.best}, self.optimizer),
             identity=self._identity(),
-            evaluate_every=options.evaluate_every,
-            checkpoint_minutes=options.checkpoint_minutes,
+            resume=resume,
             writes=self.accelerator.is_main_process,
             device=base.device,
         )
+        self.curve = Curve([Evaluation(**row) for row in self.loop.history])
         if self.accelerator.is_main_process:
             log_memory(base, self.space, options)
-        if resume:
-            self.loop.restore()
-            self.curve = Curve([Evaluation(**row) for row in self.loop.history])
 
     def run(self) -> RunResult:
         """Train to the last step and write the best prompts; every process returns the result.

@@ -21,8 +21,10 @@ class _Counter:
         torch.nn.init.zeros_(self.module.weight)
         optimizer = torch.optim.SGD(self.module.parameters())
         self.means: list[float] = []
-        settings: dict[str, Any] = {"identity": {"seed": 0}, "evaluate_every": 4, "checkpoint_minutes": 1e6, **changes}
-        self.loop = TrainingLoop("count", steps, folder / "c", {"module": self.module}, optimizer, **settings)
+        own = {name: changes.pop(name) for name in ("checkpoint_minutes", "seconds") if name in changes}
+        options = SimpleNamespace(**{"steps": steps, "evaluate_every": 4, "checkpoint_minutes": 1e6, **own})
+        settings: dict[str, Any] = {"identity": {"seed": 0}, **changes}
+        self.loop = TrainingLoop("count", options, folder / "c", {"module": self.module}, optimizer, **settings)
 
     def step(self, step: int) -> float:
         with torch.no_grad():
@@ -50,8 +52,7 @@ def test_interrupted_loop_saves_a_checkpoint_and_resumes_from_it(
     with pytest.raises(InterruptionError, match="stopped after step 3") as caught:
         _Counter(tmp_path).run(on_step=interrupt_at(3))
     assert caught.value.exit_code == 130
-    resumed = _Counter(tmp_path)
-    resumed.loop.restore()
+    resumed = _Counter(tmp_path, resume=True)
     resumed.run()
     assert resumed.module.weight.item() == sum(range(6))
     assert resumed.loop.history == [{"step": 4, "mean": 1.5}, {"step": 6, "mean": 4.5}]
@@ -67,7 +68,7 @@ def test_loop_saves_checkpoints_at_the_interval_of_the_writing_process(tmp_path:
 def test_loop_with_a_limit_ends_evaluated_within_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, left = [100.0], []
     monkeypatch.setattr("lsast_train.training.loop.time", SimpleNamespace(monotonic=lambda: clock[0]))
-    counter = _Counter(tmp_path, steps=1000, limit=20.0)
+    counter = _Counter(tmp_path, steps=1000, seconds=20.0)
     step, evaluate = counter.step, counter.evaluate
 
     def slow_step(number: int) -> float:
@@ -92,7 +93,7 @@ def test_loop_with_a_limit_ends_evaluated_within_it(tmp_path: Path, monkeypatch:
 def test_restore_of_another_run_reports_every_difference(tmp_path: Path) -> None:
     _Counter(tmp_path, identity={"seed": 0, "lr": 1.0}).loop.save()
     with pytest.raises(TrainingError, match=r"another run(.|\n)*seed: found 0 in the checkpoint, 1 now(.|\n)*lr: "):
-        _Counter(tmp_path, identity={"seed": 1, "lr": 2.0}).loop.restore()
+        _Counter(tmp_path, identity={"seed": 1, "lr": 2.0}, resume=True)
 
 
 def test_helpers_of_a_step_refuse_what_cannot_go_on() -> None:

@@ -87,17 +87,13 @@ class Distillation:
             self.student.parameters(), lr=options.lr, betas=(0.9, 0.999), weight_decay=0.0, **fused(base.device)
         )
         self.best = copy.deepcopy(self.student.delta)
-        self.curve = Curve()
         self.loop = TrainingLoop(
-            *(name, options.steps, self.files.checkpoint, {"student": self.student, "best": self.best}, self.optimizer),
+            *(name, options, self.files.checkpoint, {"student": self.student, "best": self.best}, self.optimizer),
             identity=self._identity(),
-            evaluate_every=options.evaluate_every,
+            resume=resume,
             device=base.device,
-            checkpoint_minutes=options.checkpoint_minutes,
         )
-        if resume:
-            self.loop.restore()
-            self.curve = Curve([Evaluation(**row) for row in self.loop.history])
+        self.curve = Curve([Evaluation(**row) for row in self.loop.history])
         self._rows_at_once = max(1, ROWS * 256 * 256 // options.size**2)
 
     def run(self) -> RunResult:

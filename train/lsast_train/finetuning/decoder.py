@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -129,15 +129,12 @@ class DecoderTraining:
         self.optimizer = torch.optim.Adam([group], lr=options.lr, betas=(0.9, 0.98), **fused(base.device))
         losses = torch.nn.ModuleList(self.losses.values())  # a module's name cannot hold the dot that a style's may
         self.loop = TrainingLoop(
-            *("decoder", options.steps, self.files.checkpoint),
+            *("decoder", options, self.files.checkpoint),
             *({"decoder": self.decoder, "ema": self.ema, "losses": losses}, self.optimizer),
             identity=self._identity(),
-            evaluate_every=options.evaluate_every,
-            checkpoint_minutes=options.checkpoint_minutes,
+            resume=resume,
             device=base.device,
         )
-        if resume:
-            self.loop.restore()
         self.paintings: dict[str, dict[str, _Paintings]] = {}
         for index, (name, painter) in enumerate(painters.items()):
             log.info("%s: painting %d pictures to train on and %d held out", name, options.paintings, HELD_OUT)
@@ -158,7 +155,7 @@ class DecoderTraining:
         self.decoder.load_state_dict(self.ema.state_dict())
         self.decoder.requires_grad_(False)
         self.base.to(torch.device("cpu"))
-        self.loop.write_log(self.files.curve, asdict(self.options))
+        self.loop.write_log(self.files.curve)
         self.loop.save()
 
     def _painter(self, prompts: Prompts) -> Painter:

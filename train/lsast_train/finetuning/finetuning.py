@@ -98,15 +98,12 @@ class Finetuning:
         generator = rng_for(options.seed, RngStream.TRAINING_CROPS)
         self.loss = StyleLoss(works_crops(works.training[:WORKS], WORKS, options.size, generator), base.device)
         self.loop = TrainingLoop(
-            *(name, options.steps, self.files.checkpoint),
+            *(name, options, self.files.checkpoint),
             *({"prompts": self.prompts, "loss": self.loss}, self.optimizer),
             identity=self._identity(),
-            evaluate_every=options.evaluate_every,
-            checkpoint_minutes=options.checkpoint_minutes,
+            resume=resume,
             device=base.device,
         )
-        if resume:
-            self.loop.restore()
 
     def run(self) -> RunResult:
         """Train to the last step and write its prompts.
@@ -182,7 +179,7 @@ class Finetuning:
             prompts=self.prompts[0].detach().cpu().clone(),
             meta=meta,
         )  # fmt: skip
-        self.loop.write_log(self.files.curve, asdict(options))
+        self.loop.write_log(self.files.curve)
         save_prompts(tuned, self.files.result)
         self.files.checkpoint.unlink(missing_ok=True)
         if end >= start:

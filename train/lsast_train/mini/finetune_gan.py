@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -299,15 +299,11 @@ def train_vae_gan(
     device = torch.device(device)
     training = GanTraining(autoencoder, options, device, teacher)
     loop = TrainingLoop(
-        *("mini autoencoder, GAN", options.steps, folder / "finetune_gan.checkpoint.safetensors"),
+        *("mini autoencoder, GAN", options, folder / "finetune_gan.checkpoint.safetensors"),
         *(training.modules, training.optimizer),
-        evaluate_every=options.evaluate_every,
-        checkpoint_minutes=options.checkpoint_minutes,
+        resume=resume,
         device=device,
-        limit=options.seconds,
     )
-    if resume and loop.checkpoint.exists():
-        loop.restore()
     pictures = [x.to(device, memory_format=torch.channels_last) for x in crops.pictures(24)]
     parts: list[dict[str, float]] = []
 
@@ -326,7 +322,7 @@ def train_vae_gan(
         measured = evaluate(training.ema, training.anchor, pictures, perceptual)
         loop.history.append({"step": loop.step, **means, **measured})
         log.info("%s", loop.history[-1])
-        loop.write_log(folder / "finetune_gan.log.json", asdict(options))
+        loop.write_log(folder / "finetune_gan.log.json")
 
     loop.run(train_step, measure)
     loop.save()

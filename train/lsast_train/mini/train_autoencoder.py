@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -193,15 +193,11 @@ def train_autoencoder(
     parameters = student.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=options.lr, betas=(0.9, 0.99), weight_decay=0.0, **fused(device))
     loop = TrainingLoop(
-        *("mini autoencoder", options.steps, folder / "autoencoder.checkpoint.safetensors"),
+        *("mini autoencoder", options, folder / "autoencoder.checkpoint.safetensors"),
         *({"student": student}, optimizer),
-        evaluate_every=options.evaluate_every,
-        checkpoint_minutes=options.checkpoint_minutes,
+        resume=resume,
         device=device,
-        limit=options.seconds,
     )
-    if resume and loop.checkpoint.exists():
-        loop.restore()
 
     def train_step(step: int) -> float:
         cosine = 0.5 * (1 + min(np.cos(np.pi * step / options.steps), np.cos(np.pi * (1 - loop.time_left))))
@@ -230,7 +226,7 @@ def train_autoencoder(
 
     def measure(mean_loss: float) -> None:
         loop.history.append({"step": loop.step, "loss": mean_loss, **evaluate(student, teacher, crops)})
-        loop.write_log(folder / "autoencoder.log.json", asdict(options))
+        loop.write_log(folder / "autoencoder.log.json")
 
     loop.run(train_step, measure)
     loop.save()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -189,15 +189,11 @@ def train_base(base: Base, data: LatentDataset, options: BaseTrainingOptions, fo
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.99), weight_decay=0.01, **fused(device))
     averaged = copy.deepcopy(model).requires_grad_(False).eval()
     loop = TrainingLoop(
-        *("mini base", options.steps, folder / "base.checkpoint.safetensors"),
+        *("mini base", options, folder / "base.checkpoint.safetensors"),
         *({"model": model, "ema": averaged}, optimizer),
-        evaluate_every=options.evaluate_every,
-        checkpoint_minutes=options.checkpoint_minutes,
+        resume=resume,
         device=device,
-        limit=options.seconds,
     )
-    if resume and loop.checkpoint.exists():
-        loop.restore()
     mixed = torch.tensor([name in MIXED_LABELS for name in data.label_names], device=device)
     weights = data.sampling_weights(options.share)
     with_edges = round(options.edge_share * options.batch)
@@ -225,7 +221,7 @@ def train_base(base: Base, data: LatentDataset, options: BaseTrainingOptions, fo
         gain = token_gain(averaged, data, options.side)
         pictures = loop.step * options.batch
         loop.history.append({"step": loop.step, "pictures": pictures, "loss": mean_loss, "gain": gain})
-        loop.write_log(folder / "base.log.json", asdict(options))
+        loop.write_log(folder / "base.log.json")
 
     loop.run(train_step, evaluate)
     loop.save()

@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,35 +33,37 @@ class TrainingLoop:
 
     Args:
         name: shown beside the progress bar.
+        options: a dataclass with `steps`, `evaluate_every` (the last step is followed by an evaluation, too),
+            `checkpoint_minutes`, and perhaps `seconds` that `run` may take: the last step and its evaluation end within
+            them, and at least one step is taken; for one process only.
         modules, optimizer: their states are in the checkpoint.
         identity: what a resumed run must have in common with its checkpoint, as JSON values.
-        evaluate_every: steps between two evaluations; the last step is followed by one, too.
-        checkpoint_minutes: minutes between two checkpoints.
+        resume: go on from the checkpoint, if it is there.
         writes: whether this process shows the bar and writes checkpoints: the first one of several.
         device: whose peak memory is told; None for the process's own.
-        limit: seconds that `run` may take: the last step and its evaluation end within them. At least one step is
-            taken. For one process only.
+
+    Raises:
+        TrainingError: a checkpoint that is damaged or of another run.
     """
 
     def __init__(
         self,
         name: str,
-        steps: int,
+        options: Any,
         checkpoint: Path,
         modules: Mapping[str, nn.Module],
         optimizer: torch.optim.Optimizer,
         *,
         identity: Mapping[str, Any] | None = None,
-        evaluate_every: int,
-        checkpoint_minutes: float,
+        resume: bool = False,
         writes: bool = True,
         device: torch.device | None = None,
-        limit: float | None = None,
     ) -> None:
-        self.name, self.steps, self.checkpoint = name, steps, checkpoint
+        self.name, self.options, self.checkpoint = name, options, checkpoint
         self.modules, self.optimizer, self.identity = modules, optimizer, dict(identity or {})
-        self.evaluate_every, self.checkpoint_minutes, self.writes = evaluate_every, checkpoint_minutes, writes
-        self.device, self.limit = device, limit
+        self.writes, self.device = writes, device
+        self.steps: int = options.steps
+        self.limit: float | None = getattr(options, "seconds", None)
         self.time_left = 1.0
         """Part of `limit` that is left, 1 to 0; 1 without a limit."""
         self.step = 0
@@ -70,13 +73,10 @@ class TrainingLoop:
         self.history: list[dict[str, Any]] = []
         """A record of each evaluation, as JSON values."""
         self._losses = [0.0, 0]
+        if resume and checkpoint.exists():
+            self._restore()
 
-    def restore(self) -> None:
-        """Go on from the checkpoint.
-
-        Raises:
-            TrainingError: it is damaged or of another run.
-        """
+    def _restore(self) -> None:
         state = load_checkpoint(self.checkpoint, self.modules, self.optimizer)
         known = state.get("identity", {})
         if faults := [
@@ -101,10 +101,10 @@ class TrainingLoop:
         }
         save_checkpoint(self.checkpoint, self.modules, self.optimizer, state)
 
-    def write_log(self, path: Path, options: Mapping[str, Any]) -> None:
+    def write_log(self, path: Path) -> None:
         """Write the options of the run and `history` as JSON."""
         with replace_file(path) as handle:
-            handle.write(json.dumps({"options": options, "history": self.history}, indent=1).encode())
+            handle.write(json.dumps({"options": asdict(self.options), "history": self.history}, indent=1).encode())
 
     def run(
         self,
@@ -138,7 +138,7 @@ class TrainingLoop:
                 loss = train_step(self.step)
                 self.step += 1
                 now = time.monotonic()
-                due = self.step % self.evaluate_every == 0
+                due = self.step % self.options.evaluate_every == 0
                 another = (now - start) + (1 + due) * evaluation  # a further step and the evaluations until its end
                 done = self.step == self.steps or now - began + another > limit
                 self._losses = [self._losses[0] + loss, self._losses[1] + 1]
@@ -156,7 +156,7 @@ class TrainingLoop:
                     self.tell((now - began - evaluating) / (self.step - first), evaluation)
                 self.seconds = before + now - began
                 stop = agree(signals.number)
-                if self.writes and (stop or now - saved > 60 * self.checkpoint_minutes):
+                if self.writes and (stop or now - saved > 60 * self.options.checkpoint_minutes):
                     self.save()
                     saved = now
                 if stop and not done:
@@ -170,7 +170,7 @@ class TrainingLoop:
         peak = torch.cuda.max_memory_allocated(self.device) if cuda else peak_memory()
         memory = "" if peak is None else f"; peak memory {peak / 1e9:.2f} GB"
         left = self.steps - self.step
-        rest = left * step + math.ceil(left / self.evaluate_every) * evaluation
+        rest = left * step + math.ceil(left / self.options.evaluate_every) * evaluation
         hours = (rest if self.limit is None else min(rest, self.limit * self.time_left)) / 3600
         log.info("%.3g s a step: %.2g hours for at most %d more%s", step, hours, left, memory)
 
