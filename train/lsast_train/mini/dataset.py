@@ -12,9 +12,7 @@ import json
 import logging
 import math
 import os
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +36,7 @@ enlarged: at its own size its brush strokes are finer than the autoencoder can c
 paints pictures of 512² without any."""
 
 READ_AHEAD = 64
-"""Pictures that are read, fitted and waiting while others are encoded."""
+"""Pictures that threads read and fit while the first of them is encoded."""
 
 SMALLEST = 96
 """Pictures with a shorter side below this many pixels are left out: enlarged, they would only teach blur."""
@@ -84,21 +82,10 @@ def read_fitted(path: Path) -> npt.NDArray[np.uint8] | None:
     return None if min(rgb.shape[:2]) < SMALLEST else fit_picture(rgb)
 
 
-def _fitted(jobs: list[tuple[int, Path]]) -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]] | None]:
-    """Each picture fitted, and its edges, read by threads some pictures ahead; None for one to leave out."""
-
-    def fit(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]] | None:
-        rgb = read_fitted(path)
-        return None if rgb is None else (rgb, canny_edges(rgb))
-
-    with ThreadPoolExecutor() as pool:
-        waiting: deque[Future[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]] | None]] = deque()
-        for _, path in jobs:
-            waiting.append(pool.submit(fit, path))
-            if len(waiting) > READ_AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+def _fit(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]] | None:
+    """A picture fitted, and its edges; None for one to leave out."""
+    rgb = read_fitted(path)
+    return None if rgb is None else (rgb, canny_edges(rgb))
 
 
 def build_cache(folders: list[Path], encoder: torch.nn.Module, out: Path, device: torch.device | str = "cpu") -> None:
@@ -119,20 +106,24 @@ def build_cache(folders: list[Path], encoder: torch.nn.Module, out: Path, device
     held: list[bool] = []
     skipped: list[str] = []
     jobs = [(index, path) for index, folder in enumerate(folders) for path in find_pictures(folder)]
-    for (label, path), fitted in zip(tqdm(jobs, desc="encode", unit="picture"), _fitted(jobs), strict=True):
-        if fitted is None:
-            skipped.append(path.name)
-            continue
-        rgb, edge = fitted
-        image = torch.tensor(rgb).permute(2, 0, 1)[None].float() / 127.5 - 1  # [1, 3, H, W]
-        image = image.to(device, memory_format=torch.channels_last)
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-            latent = encoder(image)[0].float().cpu().numpy()
-        latents.append(latent.astype(np.float16))
-        edges.append(np.packbits(edge, axis=1))  # [H, W/8]
-        sizes.append((latent.shape[1], latent.shape[2]))
-        labels.append(label)
-        held.append(is_held_out(f"{path.parent.name}/{path.name}"))
+    with tqdm(total=len(jobs), desc="encode", unit="picture") as bar, ThreadPoolExecutor() as pool:
+        for begin in range(0, len(jobs), READ_AHEAD):
+            some = jobs[begin : begin + READ_AHEAD]
+            for (label, path), fitted in zip(some, pool.map(_fit, [path for _, path in some]), strict=True):
+                bar.update()
+                if fitted is None:
+                    skipped.append(path.name)
+                    continue
+                rgb, edge = fitted
+                image = torch.tensor(rgb).permute(2, 0, 1)[None].float() / 127.5 - 1  # [1, 3, H, W]
+                image = image.to(device, memory_format=torch.channels_last)
+                with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+                    latent = encoder(image)[0].float().cpu().numpy()
+                latents.append(latent.astype(np.float16))
+                edges.append(np.packbits(edge, axis=1))  # [H, W/8]
+                sizes.append((latent.shape[1], latent.shape[2]))
+                labels.append(label)
+                held.append(is_held_out(f"{path.parent.name}/{path.name}"))
     encoder.to("cpu")
     if skipped:
         log.warning("%d pictures unreadable or smaller than %d px, left out: %s", len(skipped), SMALLEST, skipped[:8])
@@ -170,10 +161,13 @@ class LatentDataset:
             self.labels = file.get_tensor("labels")
             held = file.get_tensor("held_out").astype(bool)
             flat, packed = file.get_tensor("latents"), file.get_tensor("edges")
-        areas = self.sizes.prod(axis=1)
-        self._starts = np.cumsum(areas) - areas
-        # Picture by picture: [4, h, w] latents, and edge bits as [8h, w] bytes, so a latent column is one byte wide.
-        self._latents, self._edges = torch.from_numpy(flat).to(device), torch.from_numpy(packed).to(device)
+        areas, widths = self.sizes.prod(axis=1), self.sizes[:, 1].tolist()
+        latents = torch.from_numpy(flat).to(device).split((4 * areas).tolist())
+        edges = torch.from_numpy(packed).to(device).split((8 * areas).tolist())
+        self._latents = [part.view(4, -1, width) for part, width in zip(latents, widths, strict=True)]
+        # Edge bits as [8h, w] bytes, so that a latent column is one byte wide.
+        self._edges = [part.view(-1, width) for part, width in zip(edges, widths, strict=True)]
+        self._bits = torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
         fits = self.sizes.min(axis=1) >= side
         self.train, self.held_out = np.flatnonzero(fits & ~held), np.flatnonzero(fits & held)
         if not len(self.train) or not len(self.held_out):
@@ -185,35 +179,26 @@ class LatentDataset:
     @property
     def device(self) -> torch.device:
         """Where the windows are."""
-        return self._latents.device
+        device: torch.device = self._latents[0].device
+        return device
 
     def window(self, indices: npt.NDArray[np.int64], side: int, rng: np.random.Generator) -> Window:
         """Random crops of `side` latents out of the pictures `indices`, which hold them, mirrored half of the time."""
-        rows = []
+        crops: list[torch.Tensor] = []
+        others: list[torch.Tensor] = []
+        edges = []
         for index in indices:
             height, width = self.sizes[index]
             own, other = (rng.integers(0, [height - side + 1, width - side + 1]) for _ in "ab")
-            mirrored = rng.random() < 0.5  # a fair approximation of mirroring the picture (docs/mini.md)
-            rows.append([self._starts[index], height, width, *own, *other, mirrored, self.labels[index]])
-        table = torch.from_numpy(np.array(rows, dtype=np.int64)).to(self._latents.device)
-        start, height, width, y, x, v, u, mirrored, labels = table.T[..., None]  # [B, 1] each
-
-        def places(first: torch.Tensor, cells: int, mirror: bool = False) -> torch.Tensor:
-            """[B, cells · side] rows or columns of cells, `cells` to a latent, of the crops that begin at `first`."""
-            place = torch.arange(cells * side, device=first.device)[None]
-            return cells * first + torch.where((mirrored > 0) & mirror, cells * side - 1 - place, place)
-
-        def crops(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-            """[B, 4, side, side]."""
-            channels = 4 * start + torch.arange(4, device=start.device) * height * width
-            lines = places(y, 1) * width
-            columns = places(x, 1, mirror=True)
-            return self._latents[channels[..., None, None] + lines[:, None, :, None] + columns[:, None, None]].float()
-
-        lines, columns = 8 * start + places(y, 8) * width, places(x, 8, mirror=True)
-        packed = self._edges[lines[..., None] + (columns // 8)[:, None]]
-        bits = packed >> (7 - columns % 8).to(torch.uint8)[:, None] & 1
-        return Window(crops(y, x), crops(v, u), bits.float()[:, None].expand(-1, 3, -1, -1), labels[:, 0])
+            flipped = [-1] * bool(rng.random() < 0.5)  # a fair approximation of mirroring the picture (docs/mini.md)
+            for found, (y, x) in ((crops, own), (others, other)):
+                found.append(self._latents[index][:, y : y + side, x : x + side].float().flip(flipped))
+            y, x = own
+            packed = self._edges[index][8 * y : 8 * (y + side), x : x + side]
+            edges.append((packed[..., None] >> self._bits & 1).flatten(1).float().flip(flipped))
+        edge = torch.stack(edges)[:, None].expand(-1, 3, -1, -1)
+        labels = torch.from_numpy(self.labels[indices].astype(np.int64)).to(self.device)
+        return Window(torch.stack(crops), torch.stack(others), edge, labels)
 
     def sampling_weights(self, share: dict[str, float]) -> npt.NDArray[np.float64]:
         """Probability of each picture of `train`: a label's pictures weigh `share` (default 1)."""
