@@ -42,10 +42,10 @@ from ..training.device import find_device, fused
 from ..training.loop import TrainingLoop, require_finite, set_learning_rate
 from ..training.rng import RngStream, rng_for
 from ..training.run_files import RunFiles, require_run
-from .finetuning import HELD_OUT, WORKS
+from .finetuning import HELD_OUT
 from .options import DecoderOptions, FinetuneOptions
-from .painter import Painter, PaintingOptions, random_pictures, works_crops
-from .style_loss import Distances, StyleLoss, self_similarities
+from .painter import Painter, PaintingOptions, random_pictures
+from .style_loss import Distances, StyleLoss
 
 log = logging.getLogger("lsast.train")
 
@@ -115,12 +115,10 @@ class DecoderTraining:
         self.base, self.styles, self.contents, self.options, self.on_step = base, styles, contents, options, on_step
         base.to(find_device(device))
         painters = {name: self._painter(style.prompts) for name, style in styles.items()}
-        self.losses: dict[str, StyleLoss] = {}
-        for name, style in styles.items():
-            crops = works_crops(
-                style.works.training[:WORKS], WORKS, options.size, rng_for(options.seed, RngStream.TRAINING_CROPS)
-            )
-            self.losses[name] = StyleLoss(crops, base.device)
+        self.losses = {
+            name: StyleLoss(style.works.training, options.size, options.seed, base.device)
+            for name, style in styles.items()
+        }
         self.lite = LiteDistance(base.device)
         self.decoder = base.autoencoder.decoder
         self.decoder.requires_grad_(True)
@@ -192,7 +190,7 @@ class DecoderTraining:
         paintings = self.paintings[name]["training"]
         rows = torch.randint(len(paintings.latents), (options.batch,), generator=generator)
         distances = self._distances(name, paintings, rows, remember=True)
-        loss = self._total(distances) + options.reconstruction_weight * self._reconstruction(generator)
+        loss = distances.total(options.content_weight) + options.reconstruction_weight * self._reconstruction(generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), 5.0)
         require_finite(loss.item(), step)
@@ -202,15 +200,11 @@ class DecoderTraining:
 
     def _distances(self, name: str, paintings: _Paintings, rows: torch.Tensor, remember: bool) -> Distances:
         """The losses of the paintings at these rows."""
-        device = self.base.device
-        images = _images(paintings.pictures[rows], device)
-        with autocast(device, self.options.mixed_precision):
-            with torch.no_grad():
-                content = self_similarities(self.losses[name].features(images))
-            return self.losses[name].forward(self._decode(paintings.latents[rows]), content, remember)
-
-    def _total(self, losses: Distances) -> torch.Tensor:
-        return losses.style + self.options.content_weight * losses.content
+        base = self.base
+        unscaled = paintings.latents[rows].to(base.device) / base.config.latent_scale
+        with autocast(base.device, self.options.mixed_precision):
+            decoded = base.decode(unscaled.contiguous(memory_format=torch.channels_last))
+            return self.losses[name].forward(decoded, _images(paintings.pictures[rows], base.device), remember)
 
     def _reconstruction(self, generator: torch.Generator) -> torch.Tensor:
         """What crops of works and of contents lose by encoding and decoding, as in the autoencoder's training."""
@@ -233,21 +227,15 @@ class DecoderTraining:
             }
         return torch.stack([LOSS_WEIGHTS[key] * loss for key, loss in losses.items()]).sum()
 
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents of the base's scale [B, 4, h, w] → images [B, 3, H, W]."""
-        unscaled = latents.to(self.base.device) / self.base.config.latent_scale
-        return self.base.decode(unscaled.contiguous(memory_format=torch.channels_last))
-
     @torch.no_grad()
     def _evaluate(self, mean_loss: float | None) -> None:
         """The losses of each style's held-out paintings, by the running mean of the weights."""
-        present = copy.deepcopy(self.decoder.state_dict())
-        self.decoder.load_state_dict(self.ema.state_dict())
+        self.base.autoencoder.decoder = self.ema
         found: dict[str, Any] = {}
         for name, paintings in self.paintings.items():
             losses = self._distances(name, paintings["held_out"], torch.arange(HELD_OUT), remember=False)
             found[name] = {key: part.item() for key, part in vars(losses).items()}
-        self.decoder.load_state_dict(present)
+        self.base.autoencoder.decoder = self.decoder
         self.loop.history.append({"step": self.loop.step, "training": mean_loss, "held_out": found})
         means = [float(np.mean([row[key] for row in found.values()])) for key in ("style", "content")]
         log.info("step %d: held-out style %.4f, content %.4f, mean over the styles", self.loop.step, *means)

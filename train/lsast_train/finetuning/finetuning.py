@@ -37,13 +37,10 @@ from ..training.loop import TrainingLoop, require_finite, set_learning_rate
 from ..training.rng import RngStream, rng_for
 from ..training.run_files import RunFiles, RunResult, require_run, versions
 from .options import FinetuneOptions
-from .painter import Painter, PaintingOptions, random_pictures, works_crops
-from .style_loss import Distances, StyleLoss, self_similarities
+from .painter import Painter, PaintingOptions, random_pictures
+from .style_loss import Distances, StyleLoss
 
 log = logging.getLogger("lsast.train")
-
-WORKS = 160
-"""Crops of the artist's works that stand for all."""
 
 HELD_OUT = 16
 """Pictures that an evaluation paints."""
@@ -95,8 +92,7 @@ class Finetuning:
         scale = prompts.prompts.square().mean().sqrt().item() or 1.0
         group = {"params": list(self.prompts.parameters()), "relative": scale}
         self.optimizer = torch.optim.Adam([group], lr=options.lr, betas=(0.8, 0.95), **fused(base.device))
-        generator = rng_for(options.seed, RngStream.TRAINING_CROPS)
-        self.loss = StyleLoss(works_crops(works.training[:WORKS], WORKS, options.size, generator), base.device)
+        self.loss = StyleLoss(works.training, options.size, options.seed, base.device)
         self.loop = TrainingLoop(
             *(name, options, self.files.checkpoint),
             *({"prompts": self.prompts, "loss": self.loss}, self.optimizer),
@@ -124,7 +120,8 @@ class Finetuning:
         images, edges = random_pictures(
             self.contents.training, options.batch, options.size, generator, self.base.device
         )
-        loss = self._total(self._losses(self.painter.paint(images, edges, generator), images, remember=True))
+        losses = self._losses(self.painter.paint(images, edges, generator), images, remember=True)
+        loss = losses.total(options.content_weight)
         loss.backward()
         require_finite(loss.item(), step)
         self.optimizer.step()
@@ -134,14 +131,9 @@ class Finetuning:
         """The losses of painted latents [B, 4, h, w] of the pictures `images` [B, 3, H, W]."""
         base = self.base
         with autocast(base.device, self.options.mixed_precision):
-            with torch.no_grad():
-                content = self_similarities(self.loss.features(images))
             painted = base.decode((latent / base.config.latent_scale).contiguous(memory_format=torch.channels_last))
-            losses: Distances = self.loss(painted, content, remember)
+            losses: Distances = self.loss(painted, images, remember)
             return losses
-
-    def _total(self, losses: Distances) -> torch.Tensor:
-        return losses.style + self.options.content_weight * losses.content
 
     @torch.no_grad()
     def _evaluate(self, mean_loss: float | None) -> None:
@@ -151,7 +143,8 @@ class Finetuning:
             self.contents.held_out, HELD_OUT, self.options.size, generator, self.base.device
         )
         losses = self._losses(self.painter.paint(images, edges, generator), images, remember=False)
-        found = {"held_out": self._total(losses).item(), **{key: part.item() for key, part in vars(losses).items()}}
+        total = losses.total(self.options.content_weight)
+        found = {"held_out": total.item(), **{key: part.item() for key, part in vars(losses).items()}}
         self.loop.history.append({"step": self.loop.step, "training": mean_loss, **found})
         log.info("step %d: held-out loss: %.4f (style %.4f, content %.4f)", self.loop.step, *found.values())
 

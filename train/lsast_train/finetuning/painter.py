@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -131,8 +130,3 @@ def random_pictures(
     edges = torch.from_numpy(np.stack([canny_edges(crop) for crop in crops])).float()[:, None].expand(-1, 3, -1, -1)
     images = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
     return images.to(device, memory_format=torch.channels_last), edges.to(device)
-
-
-def works_crops(works: Sequence[Painting], count: int, size: int, generator: torch.Generator) -> npt.NDArray[np.uint8]:
-    """`count` random crops [N, size, size, 3] of `works`, each work in its turn."""
-    return np.stack([random_crop(works[index % len(works)], size, generator) for index in range(count)])

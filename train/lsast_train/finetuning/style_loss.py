@@ -12,21 +12,26 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..mini.perceptual import LiteDistance
+from ..paintings import Painting, random_crop
+from ..training.rng import RngStream, rng_for
 
 VIEW_WEIGHTS = (0.5, 1.0, 1.0, 1.0, 2.0)
 """Weights of the taps at 1/2, 1/4, 1/8 and 1/16 of the size, and of the pooled features."""
 
 WEIGHTS = (*VIEW_WEIGHTS, *VIEW_WEIGHTS, 2.2)
 """Weights of the style loss: of the pictures, of the same at half the size, and of the roughness."""
+
+WORKS = 160
+"""Crops of the artist's works that stand for all."""
 
 REMEMBERED = 24
 """The last paintings that count as the distribution of the present ones. Many would be of prompts long left."""
@@ -42,20 +47,28 @@ class Distances:
     style: torch.Tensor
     content: torch.Tensor
 
+    def total(self, content_weight: float) -> torch.Tensor:
+        """What is minimised."""
+        return self.style + content_weight * self.content
+
 
 class StyleLoss(nn.Module):
     """Losses of paintings after the works of one artist. The last paintings are buffers, so a checkpoint holds them.
 
     Args:
-        works: crops of the works [N, size, size, 3] as large as the paintings will be.
+        works: of which `WORKS` crops stand for all, each work in its turn.
+        size: side of a crop in pixels, as large as the paintings will be.
+        seed: of the crops.
         device: where it runs.
     """
 
-    def __init__(self, works: npt.NDArray[np.uint8], device: torch.device) -> None:
+    def __init__(self, works: Sequence[Painting], size: int, seed: int, device: torch.device) -> None:
         super().__init__()
         self._lite = LiteDistance(device)
+        generator, works = rng_for(seed, RngStream.TRAINING_CROPS), works[:WORKS]
+        crops = np.stack([random_crop(works[index % len(works)], size, generator) for index in range(WORKS)])
         with torch.no_grad():
-            images = torch.from_numpy(works).permute(0, 3, 1, 2).float() / 127.5 - 1
+            images = torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 127.5 - 1
             parts = [
                 self._describe(part, self.features(part))
                 for part in images.to(device, memory_format=torch.channels_last).split(8)
@@ -88,14 +101,16 @@ class StyleLoss(nn.Module):
         """Rows in standard deviations of the works from their mean."""
         return [(rows - mean) / std for rows, mean, std in zip(described, self._mean, self._std, strict=True)]
 
-    def forward(self, images: torch.Tensor, content: list[torch.Tensor], remember: bool = True) -> Distances:
+    def forward(self, images: torch.Tensor, pictures: torch.Tensor, remember: bool = True) -> Distances:
         """The losses of paintings.
 
         Args:
             images: [B, 3, H, W] in [-1, 1], B at least 2.
-            content: `self_similarities` of the pictures that they are of.
+            pictures: that they are of, likewise.
             remember: count earlier paintings to the distribution, and these to that of later ones.
         """
+        with torch.no_grad():
+            content = self_similarities(self.features(pictures))
         taps = self.features(images)
         described = self._standardised(self._describe(images, taps))
         past = self.past[: int(self.filled) * remember].split(self._widths, 1)
