@@ -38,10 +38,3 @@ def test_every_public_name_is_on_it_with_every_parameter_and_field(maker: Module
         if not inspect.isclass(value) or not issubclass(value, lsast.LsastError):
             for parameter in inspect.signature(value.stylize if name == "Stylizer" else value).parameters:
                 assert parameter == "self" or re.search(rf"\b{parameter}: ", text), (name, parameter)
-
-
-def test_a_parameter_is_explained_and_so_is_what_is_raised(maker: ModuleType) -> None:
-    text = maker.page()
-    (section,) = re.findall(r"^### `Stylizer.stylize`\n(.*?)^###", text, re.MULTILINE | re.DOTALL)
-    explained = re.findall(r"^- `(\w+)`: \S", section, re.MULTILINE)
-    assert {"picture", "mask", "on_step", "cancel", "PictureError", "CancelledError"} <= set(explained)

@@ -13,13 +13,12 @@ from click.testing import CliRunner, Result
 
 from benchmarks.bench import measure as bench_measure
 from benchmarks.bench.__main__ import main
-from benchmarks.bench.configurations import Configuration, Summary, parse_counts, plan
-from benchmarks.bench.measure import add_macs, cold_figures, covered, warm_figures
+from benchmarks.bench.configurations import Summary
+from benchmarks.bench.measure import add_macs, cold_figures, warm_figures
 from benchmarks.bench.peak_flops import matmul_graph, quantized_matmul_graph, spec
 from benchmarks.bench.report import markdown
 from benchmarks.speed.compare import whole
 from lsast_engines.backends.registry import open_engine
-from lsast_engines.errors import UsageError
 
 
 @pytest.fixture
@@ -46,37 +45,6 @@ def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _run(*arguments: str) -> Result:
     return CliRunner().invoke(main, arguments)
-
-
-def test_summary_is_median_and_spread() -> None:
-    odd, even = Summary.of([0.4, 0.1, 0.2]), Summary.of([4.0, 1.0, 2.0, 8.0])
-    assert (odd.n, odd.median, odd.least, odd.most) == (3, 0.2, 0.1, 0.4)
-    assert odd.spread == pytest.approx(0.3)
-    assert even.as_json() == {"n": 4, "median": 3.0, "min": 1.0, "max": 8.0, "spread": 7.0}
-
-
-def test_plan_varies_one_extent_at_a_time() -> None:
-    found = plan(["onnxruntime", "openvino:bf16"], ["released"], {"guidance": [1, 7]}, [512, 256], [1, 4])
-    assert [(c.backend, c.compute_dtype, c.options["guidance"], c.size, c.batch) for c in found] == [
-        (backend, compute_dtype, guidance, size, batch)
-        for backend, compute_dtype in (("onnxruntime", "fp32"), ("openvino", "bf16"))
-        for guidance in (1, 7)
-        for size, batch in ((512, 1), (256, 1), (512, 4))
-    ]
-    assert {c.preset for c in found} == {"released"}
-    assert len({c.name for c in found}) == len(found)
-    assert [c.options for c in plan(["openvino"], [], {}, [64], [1])] == [{}]
-
-
-@pytest.mark.parametrize("text", ["", "64,", "0", "-1", "a", "64,64", "1.5"])
-def test_parse_counts_invalid_text_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="found sizes"):
-        parse_counts(text, "sizes")
-
-
-def test_covered_overlap_counts_once() -> None:
-    assert covered([]) == 0
-    assert covered([(2.0, 5.0), (1.0, 3.0), (2.5, 2.75), (7.0, 8.0)]) == 5.0
 
 
 def _call(seconds: list[float], **shapes: list[int]) -> dict[str, Any]:
@@ -251,36 +219,6 @@ def test_bench_report_holds_warm_cold_and_limits(folder: Path, small_products: N
     assert f"n = 2; median (spread); load of the machine at the beginning {report['machine']['load']:.2f}" in tables
 
 
-def test_bench_batch_shares_denoiser_runs(folder: Path) -> None:
-    result = _run(
-        *("--backend", "onnxruntime", "--preset", "released", "--option", "steps=4", "--sizes", "64"),
-        *("--batch", "3", "--repeats", "1", "--no-limits", "--json", "figures.json"),
-    )
-    assert result.exit_code == 0, result.stderr
-    assert "onnxruntime fp32 released steps 4 64² batch 3" in result.stdout
-    (row,) = json.loads(Path("figures.json").read_text())["rows"]
-    assert row["warm"]["options"]["guidance"] == 10.0  # the preset's
-    assert row["warm"]["graphs"]["denoiser"]["run"]["n"] == 2
-    (group,) = row["warm"]["graphs"]["denoiser"]["shapes"]
-    assert group["shapes"]["latent"] == [3, 4, 8, 8]
-    assert group["shapes"]["kv_unet"][:2] == [2, 3]
-    assert row["warm"]["graphs"]["vae_decoder"]["run"]["n"] == 3
-    assert row["warm"]["step"] is None
-
-
-def test_bench_impossible_configuration_is_reported_and_the_rest_measured(folder: Path) -> None:
-    result = _run(
-        *("--backend", "onnxruntime:bf16", "--backend", "onnxruntime", "--option", "steps=2", "--sizes", "64"),
-        *("--repeats", "1", "--no-limits", "--json", "figures.json"),
-    )
-    assert result.exit_code == 1
-    refused, measured = json.loads(Path("figures.json").read_text())["rows"]
-    assert refused["warm"] is None
-    assert "onnxruntime computes in fp32 on cpu" in refused["error"]
-    assert measured["warm"]["picture"]["n"] == 1
-    assert "Not measured:\n\n- onnxruntime bf16 steps 2 64²: found no backend" in result.stdout
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -308,12 +246,3 @@ def test_whole_extrapolates_unmeasured_steps_at_the_median() -> None:
     assert (pictures.least, pictures.most) == (10 + 32 * 2.0, 12 + 32 * 2.0)
     pictures, _ = whole([10.0], [[1.0, 2.0]], measured=35, total=35)
     assert pictures.median == 10.0
-
-
-def test_measure_dead_worker_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    configuration = Configuration(backend="onnxruntime", size=64)
-    task = {"bundle": None, "picture": "nowhere.png", "threads": 1, "repeats": 1}
-    row = bench_measure.measure(configuration, task, cold=False)
-    assert "nowhere.png" in row["error"]  # what the library says of it
-    monkeypatch.setattr(sys, "executable", "false")
-    assert "ended with status 1" in bench_measure.measure(configuration, task, cold=False)["error"]

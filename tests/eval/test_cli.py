@@ -79,15 +79,6 @@ def test_cli_with_wrong_usage_exits_2(
     assert len(err.splitlines()) == 1
 
 
-def test_cli_with_unmatched_folders_exits_1(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    save(tmp_path / "a", "x", scene(0))
-    save(tmp_path / "b", "y", scene(0))
-    folders = ("--contents", tmp_path / "a", "--works", tmp_path / "a", "--method", f"b={tmp_path / 'b'}")
-    status, out, err = _run(capsys, *folders)
-    assert (status, out) == (1, "")
-    assert "b: found no result for x of 1 contents" in err
-
-
 def test_votes_command_prints_text_and_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for voter, choice in (("me", "left"), ("you", "left"), ("me", "tie"), ("you", "right")):
         vote = Vote("monet", "c", "ours", "theirs", choice, voter, 1.0, "2026-01-01T00:00:00+00:00")  # type: ignore[arg-type]

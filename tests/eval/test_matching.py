@@ -34,18 +34,6 @@ def test_match_by_stem_orders_results_like_contents(folders: dict[str, Path]) ->
     assert matches.notes == ()
 
 
-def test_match_by_stem_takes_div2k_as_contents(tmp_path: Path) -> None:
-    """Training and validation pictures are numbered on, so that both folders have no stem in common."""
-    for split, stems in (("DIV2K_train_HR", ("0001", "0002")), ("DIV2K_valid_HR", ("0801",))):
-        for stem in stems:
-            save(tmp_path / "DIV2K" / split, stem, DOT)
-            save(tmp_path / "painted" / split, stem, DOT)
-    matches = match_by_stem(tmp_path / "DIV2K", {"ours": tmp_path / "painted"})
-    assert matches.stems == ("0001", "0002", "0801")
-    alone = match_by_stem(tmp_path / "DIV2K" / "DIV2K_valid_HR", {"ours": tmp_path / "painted"})
-    assert (alone.stems, alone.notes) == (("0801",), ("ours: left out 0001, 0002, for which there is no content",))
-
-
 def test_match_by_stem_lists_all_faults(folders: dict[str, Path], tmp_path: Path) -> None:
     (folders["two"] / "b.png").unlink()
     save(folders["one"], "c", DOT)

@@ -88,28 +88,6 @@ def test_loss_of_another_step_or_process_draws_another_batch(base: Base, invert:
     assert len({run.loss(step, process).item() for step in range(2) for process in range(2)}) == 4
 
 
-def test_step_of_one_timestep_changes_only_the_matrices_of_its_stage(
-    base: Base, invert: Invert, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    times: list[torch.Tensor] = []
-
-    def spy(*arguments: Any) -> torch.Tensor:
-        times.append(arguments[4])
-        return noise_error(*arguments)
-
-    monkeypatch.setattr(inversion, "noise_error", spy)
-    run = invert(base, steps=1, batch=1, generator="direct")
-    before = run.space.matrices.detach().clone()
-    run.run()
-    time = times[-1]  # the estimate before the run took the same
-    moved = (run.space.matrices - before).flatten(1).abs().sum(1).nonzero().flatten().tolist()
-    stage = int(time) // 100
-    assert moved == [3 * stage, 3 * stage + 1, 3 * stage + 2]
-    # AdamW's first step is the sign of the gradient times the learning rate (Kingma & Ba 2015, algorithm 1).
-    step = (run.space.matrices - before)[moved].abs()
-    assert step.median().item() == pytest.approx(0.1, rel=0.01)
-
-
 def test_timesteps_are_uniform_and_learning_rates_follow_the_schedule(
     base: Base, invert: Invert, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,8 +23,6 @@ from lsast_train.paintings import (
     random_crop,
 )
 
-GREY16 = 0x8081
-
 
 def _generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
@@ -48,19 +46,14 @@ def odd_folder(tmp_path: Path) -> Path:
     plain = Image.fromarray(_gradient(80, 96))
     plain.save(folder / "plain.png")
     plain.save(folder / "deep" / "twin.png")
-    Image.new("CMYK", (80, 80), (0, 255, 255, 0)).save(folder / "cmyk.jpg", quality=100)
-    Image.fromarray(np.full((70, 90), GREY16, dtype=np.uint16)).save(folder / "deep" / "wide.png")
-    palette = Image.new("P", (64, 64), 1)
-    palette.putpalette([0, 0, 0, 10, 200, 30])
-    palette.save(folder / "deep" / "er" / "palette.gif")
-    Image.new("L", (66, 66), 77).save(folder / "grey.webp", lossless=True)
+    Image.new("CMYK", (80, 80), (0, 255, 255, 0)).save(folder / "deep" / "er" / "cmyk.jpg", quality=100)
     turned = Image.Exif()
     turned[0x0112] = 6
     Image.fromarray(_gradient(70, 100)).save(folder / "turned.png", exif=turned)
     glass = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
     glass.save(folder / "glass.png")
     Image.new("RGB", (63, 500)).save(folder / "thin.png")
-    (folder / "broken.jpg").write_bytes((folder / "cmyk.jpg").read_bytes()[:400])
+    (folder / "broken.jpg").write_bytes((folder / "deep" / "er" / "cmyk.jpg").read_bytes()[:400])
     (folder / "text.png").write_text("not a picture")
     (folder / "notes.txt").write_text("no picture at all")
     return folder
@@ -71,12 +64,10 @@ def test_dataset_of_odd_pictures_uses_them_or_lists_them_in_one_line(
 ) -> None:
     with caplog.at_level(logging.WARNING, "lsast"):
         found = _by_name(PaintingDataset.load(odd_folder, 64, progress=False))
-    assert set(found) == {
-        "cmyk.jpg", "deep/er/palette.gif", "deep/twin.png", "deep/wide.png", "glass.png", "grey.webp", "turned.png",
-    }  # fmt: skip
+    assert set(found) == {"deep/er/cmyk.jpg", "deep/twin.png", "glass.png", "turned.png"}
     (record,) = caplog.records
     message = record.getMessage()
-    assert message.startswith("left out 4 of 11 pictures: ")
+    assert message.startswith("left out 4 of 8 pictures: ")
     for part in (
         "broken.jpg (unreadable)",
         "text.png (unreadable)",
@@ -87,14 +78,8 @@ def test_dataset_of_odd_pictures_uses_them_or_lists_them_in_one_line(
     assert "notes.txt" not in message
     np.testing.assert_array_equal(found["deep/twin.png"].pixels, _gradient(80, 96))
     np.testing.assert_array_equal(found["turned.png"].pixels, np.rot90(_gradient(70, 100), -1))
-    for name, colour, tolerance in (
-        ("cmyk.jpg", (255, 0, 0), 8),
-        ("deep/wide.png", (GREY16 / 257,) * 3, 0.5),
-        ("deep/er/palette.gif", (10, 200, 30), 0),
-        ("grey.webp", (77, 77, 77), 0),
-        ("glass.png", (255, 255, 255), 0),
-    ):
-        assert np.abs(found[name].pixels.astype(float) - colour).max() <= tolerance, name
+    assert np.abs(found["deep/er/cmyk.jpg"].pixels.astype(float) - (255, 0, 0)).max() <= 8
+    assert found["glass.png"].pixels.min() == 255
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from PIL import Image
 
 from benchmarks.bench.configurations import Configuration
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.errors import BundleError, UsageError
+from lsast_engines.errors import UsageError
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +38,6 @@ def test_a_row_has_a_bundle_a_backend_a_preset_and_options(compare: ModuleType, 
 def test_rows_that_cannot_be_meant(compare: ModuleType, bundles: dict[str, Bundle], text: str) -> None:
     with pytest.raises(UsageError, match="found"):
         compare.Own.parse(text, str(bundles["fp32"].path), 512)
-
-
-def test_a_row_of_no_bundle(compare: ModuleType) -> None:
-    with pytest.raises(BundleError, match="nowhere"):
-        compare.Own.parse("a: bundle=nowhere", "no", 512)
 
 
 def _row(name: str, by: str, seconds: float, **more: Any) -> dict[str, Any]:

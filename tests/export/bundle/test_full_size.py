@@ -79,16 +79,6 @@ def test_export_needs_little_more_than_the_largest_graph(exported: Exports, stor
     assert all(0 < error < 1e-4 for error in row["parity"].values())
 
 
-def test_weights_are_in_one_file_that_is_hashed(exported: Exports) -> None:
-    bundle = exported.bundle("fp32")
-    large = {path.name for path in bundle.iterdir() if path.is_file() and path.stat().st_size > 1_000_000}
-    assert large == {"base.safetensors", "null.safetensors"}
-    entry = json.loads((bundle / "manifest.json").read_text())["files"]["base.safetensors"]
-    assert entry["bytes"] == (bundle / "base.safetensors").stat().st_size > WEIGHTS
-    digest = subprocess.run(["sha256sum", bundle / "base.safetensors"], check=True, stdout=subprocess.PIPE).stdout
-    assert digest.decode().split()[0] == entry["sha256"]
-
-
 @pytest.mark.parametrize("storage_dtype", ["fp32", "bf16"])
 def test_painting_needs_little_more_than_the_weights(exported: Exports, folder: Path, storage_dtype: str) -> None:
     assert exported[storage_dtype]
@@ -151,25 +141,3 @@ def test_the_denoiser_compiles_ahead_of_time(exported: Exports, folder: Path) ->
     # Weights in halves, once; anything more would be some that are stored twice.
     assert 1 < row["engine_gb"] * 1e9 / (DENOISER / 2) < 1.05
     assert row["peak_rss_gb"] * 1e9 < 3 * DENOISER
-
-
-def test_multiplications_are_those_that_are_known(exported: Exports) -> None:
-    from benchmarks.bench.macs import count_macs
-
-    def denoiser(rows: int) -> dict[str, list[int]]:
-        return {
-            "latent": [1, 4, 64, 64],
-            "hint": [1, 320, 64, 64],
-            "timestep": [1],
-            "control_scale": [],
-            "kv_unet": [rows, 1, 77, 24960],
-            "kv_control": [1, 77, 11520],
-        }
-
-    one, two = count_macs(exported.bundle("fp32") / "denoiser.onnx", [denoiser(1), denoiser(2)])
-    (hint,) = count_macs(exported.bundle("fp32") / "controlnet_cond.onnx", [{"edges": [1, 3, 512, 512]}])
-    # torch's FlopCounterMode on diffusers' networks of these configurations, on the device meta: 401.637 G, 141.646 G
-    # and 7.361 G for the hint; less 1.476 G and 0.681 G for keys and values, which are baked here.
-    assert two - one == pytest.approx(400.161e9, rel=1e-4)
-    assert one - (two - one) + hint == pytest.approx(140.965e9, rel=1e-4)
-    assert hint == pytest.approx(7.361e9, rel=1e-4)

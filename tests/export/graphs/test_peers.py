@@ -46,8 +46,3 @@ def test_peers_run_the_expected_passes(peers: ModuleType, name: str, control: in
         contexts = torch.zeros(2, 3, base.config.tokens, base.context_dim)
         fresh.eps(torch.zeros(2, 4, 8, 8), torch.tensor([1, 1]), contexts)
     assert counter.get_total_flops() // 2 < two - one < one
-
-
-@pytest.mark.parametrize("steps", [1, 2, 29, 35])
-def test_strength_gives_the_wanted_steps(peers: ModuleType, steps: int) -> None:
-    assert int(peers.STEPS * peers._strength(steps)) == steps

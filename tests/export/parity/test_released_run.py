@@ -200,28 +200,6 @@ def test_exported_graphs_repeat_the_released_algorithm(shallow: Path, recipe: di
     assert max(errors.values()) < 3e-5, errors
 
 
-DEEP: dict[str, dict[str, Any]] = {
-    "four levels, not square": {
-        "channel_mult": (1, 2, 2, 4), "attending": (0, 1, 2), "num_heads": 8, "size": (8, 24), "steps": 30,
-        "strength": 0.5, "guidance": 10.0,
-    },
-    "two levels, a batch": {"channel_mult": (1, 2), "attending": (1,), "num_res_blocks": 2, "batch": 2},
-}  # fmt: skip
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("recipe", DEEP.values(), ids=DEEP)
-def test_exported_graphs_of_deep_networks_repeat_the_released_algorithm(
-    tmp_path: Path, recipe: dict[str, Any], backend: str
-) -> None:
-    run = record(**recipe)
-    export(base_of(run), tmp_path)
-    with engine_denoiser(run, tmp_path, backend) as denoise:
-        errors = differences(run, denoise)
-    assert max(errors.values()) < 1e-4, errors
-
-
 @pytest.mark.slow
 @both_sets
 @pytest.mark.parametrize("backend", BACKENDS)

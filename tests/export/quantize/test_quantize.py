@@ -25,7 +25,6 @@ from lsast_export.bundle.check import check_bundle
 from lsast_export.cli.main import main
 from lsast_export.quantize.calibration import Calibration
 from lsast_export.quantize.calibration_runs import load_calibration_images
-from lsast_export.quantize.qdq import to_int8
 from lsast_export.quantize.quantize import PICTURE_PSNR, QuantizeOptions, quantize_bundle
 from lsast_export.quantize.weights import WeightFile, fold_weights
 from lsast_export.tensorrt.compile import CompileOptions, compile_bundle
@@ -110,19 +109,6 @@ def kinds(model: Any) -> collections.Counter[str]:
 
 def error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-def test_to_int8_scales_each_channel_by_its_largest_weight(axis: int) -> None:
-    weight = np.random.default_rng(0).standard_normal((5, 7)).astype(np.float32)
-    weight[2] = weight[:, 2] = 0
-    numbers, scales = to_int8(weight, axis)
-    largest = np.abs(weight).max(axis=1 - axis)
-    np.testing.assert_allclose(scales[largest > 0], largest[largest > 0] / 127, rtol=1e-6)
-    back = numbers * np.expand_dims(scales, 1 - axis)
-    assert (np.abs(back - weight) <= np.expand_dims(scales, 1 - axis) / 2 * 1.0001).all()
-    assert not back[2].any()
-    assert numbers.min() >= -127, "symmetric"
 
 
 def test_fold_weights_keeps_a_split_with_another_reader(tmp_path: Path) -> None:
@@ -356,15 +342,6 @@ def test_quantize_command_calibrates_on_a_folder(bundles: dict[str, Bundle], tmp
     result = CliRunner().invoke(main, [*arguments, "--precision", "int8-weights"])
     assert result.exit_code == 2
     assert "int8-weights was removed: for less memory export in fp16" in result.output
-
-
-def test_load_calibration_images_without_a_folder_is_reproducible() -> None:
-    first, origin = load_calibration_images(None, 3, 64)
-    again, _ = load_calibration_images(None, 3, 64)
-    assert origin == "drawn"
-    for one, other in zip(first, again, strict=True):
-        np.testing.assert_array_equal(one, other)
-    assert psnr(first[0], first[1]) < 20
 
 
 def test_psnr_is_opencvs() -> None:

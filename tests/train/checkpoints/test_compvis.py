@@ -8,71 +8,7 @@ import pytest
 import torch
 
 from lsast_engines.errors import TrainingError
-from lsast_train.checkpoints.compvis import controlnet_weights, text_encoder_weights, unet_weights, vae_weights
-
-SD15_LIKE = {
-    "block_out_channels": (32, 32, 64, 64),
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    "layers_per_block": 2,
-    "cross_attention_dim": 48,
-    "attention_head_dim": 4,
-}
-OTHER = {
-    "block_out_channels": (64, 32, 96),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 3,
-    "cross_attention_dim": 128,
-    "attention_head_dim": 2,
-}
-
-
-def _same(built: Any, original: Any) -> None:
-    """Every tensor and every setting that shapes the computation."""
-    expected = original.state_dict()
-    found = built.state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
-
-
-@pytest.mark.parametrize(("shape", "prefixed"), [(SD15_LIKE, True), (OTHER, False)], ids=["sd15", "other"])
-def test_compvis_unet_and_controlnet_predict_as_before(compvis: Any, shape: dict[str, Any], prefixed: bool) -> None:
-    networks = compvis.random_networks(shape)
-    heads = shape["attention_head_dim"]
-    names = ("model.diffusion_model.", "control_model.") if prefixed else ("", "")
-    unet, controlnet = (
-        build({name + key: value for key, value in compvis.compvis_network(networks[network]).items()}, heads).build()
-        for build, name, network in zip((unet_weights, controlnet_weights), names, ("unet", "controlnet"), strict=True)
-    )
-    _same(unet, networks["unet"])
-    _same(controlnet, networks["controlnet"])
-    generator = torch.Generator().manual_seed(0)
-    latent, time = torch.randn(1, 4, 16, 8, generator=generator), torch.tensor([401])
-    context = torch.randn(1, 5, shape["cross_attention_dim"], generator=generator)
-    edges = torch.rand(1, 3, 128, 64, generator=generator)
-    outputs = []
-    for control, net in ((controlnet, unet), (networks["controlnet"], networks["unet"])):
-        down, mid = control(latent, time, context, edges, return_dict=False)
-        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-        outputs.append(net(latent, time, context, **residuals, return_dict=False)[0])
-    assert torch.equal(*outputs)
-
-
-def test_compvis_autoencoder_and_text_encoder_compute_as_before(compvis: Any, compvis_base: Any) -> None:
-    tensors = {**compvis_base.tensors, "first_stage_model.loss.logvar": torch.zeros(())}
-    vae = vae_weights(tensors).build()
-    expected = compvis_base.networks["autoencoder"]
-    _same(vae, expected)
-    picture = torch.rand(1, 3, 64, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    assert torch.equal(vae.encode(picture).latent_dist.parameters, expected.encode(picture).latent_dist.parameters)
-    latent = torch.randn(1, 4, 8, 4, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(vae.decode(latent).sample, expected.decode(latent).sample)
-    text = text_encoder_weights(compvis_base.tensors).build()
-    ids = torch.tensor([[398, 17, 301, *[399] * 74]])
-    torch.testing.assert_close(
-        text(input_ids=ids).last_hidden_state, compvis_base.networks["text_encoder"](input_ids=ids).last_hidden_state
-    )
+from lsast_train.checkpoints.compvis import unet_weights
 
 
 def test_built_network_shares_weights_of_the_same_dtype(compvis: Any, compvis_base: Any) -> None:

@@ -84,24 +84,6 @@ def test_train_command_with_json_prints_the_result(
     assert Path(result["curve"]).parent == tmp_path / "there"
 
 
-def test_train_command_on_a_published_base_uses_its_text_encoder(
-    capsys: pytest.CaptureFixture[str], compvis_base: Any, paintings: Path, tmp_path: Path
-) -> None:
-    code, out, err = _run(
-        capsys, "--style", "red", "--images", paintings, "--base", compvis_base.file,
-        "--controlnet", compvis_base.controlnet_file, "--preset", "released", "--placeholder-tokens", "2",
-        "--prompt", "text", "--gradient-checkpointing", "--mixed-precision", "bf16", "--steps", "1", "--size", "64",
-    )  # fmt: skip
-    assert code == 0, err
-    prompts = load_prompts(tmp_path / out.strip())
-    assert (prompts.prompt, prompts.generator, prompts.layout) == ("text", "geglu", "overlap")
-    assert prompts.embeddings is not None
-    assert prompts.embeddings.shape == (30, 2, 64)
-    assert prompts.prompts.shape == (10, 3, 77, 64)
-    knobs = json.loads(prompts.meta["options"])
-    assert (knobs["gradient_checkpointing"], knobs["mixed_precision"], knobs["lr"]) == (True, "bf16", 1e-6)
-
-
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -21,12 +21,6 @@ def test_style_tokens_do_not_depend_on_the_order_of_patches() -> None:
     assert (encoder(latents)[0] - encoder(latents)[1]).abs().mean() > 1e-3
 
 
-def test_style_tokens_are_normalised() -> None:
-    tokens = StyleEncoder(4, 24)(10 * torch.randn(3, 4, 13, 18))
-    torch.testing.assert_close(tokens.mean(-1), torch.zeros(3, 4), atol=1e-5, rtol=0)
-    torch.testing.assert_close(tokens.std(-1, correction=0), torch.ones(3, 4), atol=1e-3, rtol=0)
-
-
 def test_mini_decoder_is_local() -> None:
     torch.manual_seed(0)
     autoencoder = MiniAutoencoder((8, 8, 12), (16, 8, 8)).eval()
@@ -48,13 +42,3 @@ def test_mini_has_wide_heads_and_cross_attention_in_every_group(config: MiniConf
     assert {layer.group for layer in cross_attention_layers(base.controlnet)} == {"down", "mid"}
     # TensorRT refuses native attention with heads narrower than 16 channels (docs/mini.md).
     assert min(layer.width // layer.module.heads for layer in layers) >= 16
-
-
-def test_build_mini_of_the_same_seed_is_the_same() -> None:
-    torch.manual_seed(5)
-    expected = torch.rand(1)
-    torch.manual_seed(5)
-    first, second = build_mini(MiniConfig.tiny(), 3), build_mini(MiniConfig.tiny(), 3)
-    assert torch.equal(torch.rand(1), expected)
-    for a, b in zip(first.unet.state_dict().values(), second.unet.state_dict().values(), strict=True):
-        assert torch.equal(a, b)

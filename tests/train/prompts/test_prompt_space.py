@@ -5,7 +5,6 @@ import itertools
 from dataclasses import replace
 from typing import Any, get_args
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -59,12 +58,6 @@ def test_matrix_index_gives_every_stage_and_group_its_matrix(variant: Any, layou
     assert len(_space(variant=variant, layout=layout).matrices) == matrices
 
 
-def test_prompt_space_of_another_seed_is_another() -> None:
-    one, same, other = (_space(seed=seed).matrices for seed in (1, 1, 2))
-    assert torch.equal(one, same)
-    assert not torch.equal(one, other)
-
-
 @pytest.mark.parametrize(("time", "stage"), [(0, 0), (1, 0), (99, 0), (100, 1), (681, 6), (701, 7), (999, 9)])
 def test_contexts_are_those_of_the_stage_of_the_timestep(time: int, stage: int) -> None:
     space = _space(generator="direct")
@@ -98,7 +91,7 @@ def test_gradient_reaches_only_the_matrices_of_the_stages(kind: Any, generator: 
     assert touched == {_expected_matrix(variant, layout, stage, group) for stage in (3, 9) for group in groups}
 
 
-def test_attention_generator_is_the_formula_and_torchs() -> None:
+def test_attention_generator_is_torchs() -> None:
     torch.manual_seed(0)
     space = _space().double()
     for parameter in space.parameters():
@@ -113,10 +106,6 @@ def test_attention_generator_is_the_formula_and_torchs() -> None:
             rtol=1e-12,
             atol=1e-12,
         )
-        q, k, v = (tensor.detach().numpy() for tensor in (query, key, value))
-        weights = np.exp(q @ k.T / np.sqrt(16))
-        by_hand = (weights / weights.sum(1, keepdims=True)) @ v
-        np.testing.assert_allclose(found[stage, group].detach().numpy(), by_hand, rtol=1e-10)
 
 
 @pytest.mark.parametrize("generator", ["attention", "direct"])
@@ -171,17 +160,6 @@ def test_geglu_generator_makes_thirty_matrices(variant: Any, layout: Any) -> Non
     assert torch.equal(space.geglu.constant, _context().mean(0))
 
 
-def test_dropout_without_a_generator_is_left_out() -> None:
-    space = _space(generator="geglu").train()
-    time = torch.tensor([340])
-    assert torch.equal(space.contexts(time), space.contexts(time))
-    assert torch.equal(space.contexts(time)[0], space.prompts()[3])
-    one, same, other = (space.contexts(time, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
-    assert torch.equal(one, same)
-    assert not torch.allclose(one, other)
-    assert not torch.allclose(one, space.contexts(time))
-
-
 @pytest.mark.parametrize("gradient", ["all", "decoder"])
 def test_layer_groups_of_a_step_share_one_dropout(gradient: Any) -> None:
     """Overlapping, stage 3's middle is stage 4's encoder: the same matrix, made once for the whole step."""
@@ -189,17 +167,6 @@ def test_layer_groups_of_a_step_share_one_dropout(gradient: Any) -> None:
     contexts = space.contexts(torch.tensor([340, 440]), torch.Generator().manual_seed(1))
     assert torch.equal(contexts[0, 1], contexts[1, 0])
     assert torch.equal(contexts[0, 2], contexts[1, 1])
-
-
-@pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("generator", ["attention", "direct", "geglu"])
-def test_prompts_are_the_text_encoders_contexts_of_the_embeddings(text_base: Base, generator: Any, tokens: int) -> None:
-    text = PlaceholderEncoder(text_base.text_encoder)
-    space = PromptSpace(torch.randn(tokens, 24), generator=generator, text=text)
-    expected = text.contexts(space.embeddings())
-    assert expected.shape == (30, 77, 24)
-    torch.testing.assert_close(space.prompts(), expected.view(10, 3, 77, 24))
-    torch.testing.assert_close(space.contexts(torch.tensor([999, 5])), expected.view(10, 3, 77, 24)[[9, 0]])
 
 
 @pytest.mark.parametrize(("gradient", "groups"), [("all", (0, 1, 2)), ("decoder", (2,))])

@@ -45,8 +45,3 @@ def test_save_curve_writes_json_and_picture(tmp_path: Path) -> None:
         assert picture.width >= 600
         colours = set(map(tuple, np.asarray(picture.convert("RGB")).reshape(-1, 3).tolist()))
     assert {(31, 119, 180), (255, 127, 14)} <= colours  # matplotlib's first two colours: both curves are there
-
-
-def test_save_curve_of_one_point_writes_a_picture(tmp_path: Path) -> None:
-    save_curve(Curve(_curve().evaluations[:1]), tmp_path / "red.curve.json", {"name": "red"})
-    assert (tmp_path / "red.curve.png").stat().st_size > 1000

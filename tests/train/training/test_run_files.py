@@ -4,24 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from lsast_engines.errors import TrainingError, UsageError
+from lsast_engines.errors import UsageError
 from lsast_train.training.run_files import RunFiles, require_run
 
 
 def test_require_run_reports_name_and_size_at_once(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"name(.|\n)*size: found 60; expected a multiple of 8"):
         require_run(RunFiles(tmp_path, "a/b"), 60, 8, resume=False)
-
-
-def test_require_run_refuses_a_checkpoint_that_is_missing_or_in_the_way(tmp_path: Path) -> None:
-    files = RunFiles(tmp_path, "red")
-    require_run(files, 64, 8, resume=False)
-    with pytest.raises(TrainingError, match="start without --resume"):
-        require_run(files, 64, 8, resume=True)
-    files.checkpoint.touch()
-    require_run(files, 64, 8, resume=True)
-    with pytest.raises(TrainingError, match="unfinished run"):
-        require_run(files, 64, 8, resume=False)
 
 
 def test_require_run_refuses_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
