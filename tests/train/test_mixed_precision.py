@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from lsast_engines.errors import TrainingError, UsageError
+from lsast_engines.errors import OutOfMemoryError, TrainingError, UsageError
 from lsast_train import inversion
 from lsast_train.base.base import Base
 from lsast_train.inversion import Inversion
-from lsast_train.memory import activation_bytes
 
 Invert = Callable[..., Inversion]
 
@@ -52,31 +49,16 @@ def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradient(
     assert not text_base.unet.is_gradient_checkpointing
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("gradient", ["all", "decoder"])
-@pytest.mark.parametrize(
-    "prompts",
-    [
-        {"prompt": "text"},
-        {"prompt": "context"},
-        {"prompt": "text", "variant": "step"},
-        {"prompt": "text", "variant": "layer", "batch": 4},
-    ],
-    ids=lambda prompts: " ".join(map(str, prompts.values())),
-)
-def test_activation_bytes_are_what_a_step_keeps(
-    text_base: Base, invert: Invert, caplog: pytest.LogCaptureFixture, precision: Any, gradient: Any, prompts: Any
+def test_run_without_memory_for_a_step_names_the_options_that_save_it(
+    text_base: Base, invert: Invert, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kind = {"batch": 1, "generator": "direct", "mixed_precision": precision, "gradient": gradient, **prompts}
-    with caplog.at_level(logging.INFO, "lsast"):
-        run = invert(text_base, **kind)
-    assert "GB at the peak of a step" in caplog.text
-    kept, _ = _kept(run)
-    found = activation_bytes(text_base, run.space, run.options)
-    assert 0.9 * kept < found < 1.02 * kept
-    thrifty = activation_bytes(text_base, run.space, replace(run.options, gradient_checkpointing=True))
-    assert 0.1 * kept < thrifty < 0.9 * found
-    assert not text_base.unet.is_gradient_checkpointing  # as before
+    def lacking(*_: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    run = invert(text_base)
+    monkeypatch.setattr(run, "loss", lacking)
+    with pytest.raises(OutOfMemoryError, match="for a training step; expected more: --gradient-checkpointing, "):
+        run.run()
 
 
 def test_round_unet_gives_the_loss_and_gradient_of_autocast(text_base: Base, invert: Invert) -> None:

@@ -29,11 +29,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 
 from lsast_engines.bundle.style import encode_defaults
-from lsast_engines.errors import UsageError
+from lsast_engines.errors import UsageError, enough_memory
 
 from .base.base import Base
 from .evaluation import ValidationSet, noise_error
-from .memory import log_memory
 from .options import TrainOptions, identity
 from .paintings import CachedLatents, PaintingDataset, latent_statistics
 from .prompts.prompt_file import Prompts, save_prompts
@@ -49,6 +48,8 @@ log = logging.getLogger("lsast.train")
 LOSS_SCALE = 1024.0
 """Factor of the loss in the backward pass with fp16: smaller gradients than 2⁻²⁴ are zero in that type. It is constant,
 as the networks are frozen."""
+
+_SAVES_MEMORY = "--gradient-checkpointing, --mixed-precision bf16, or a smaller --batch with --gradient-accumulation"
 
 V_WEIGHT_LIMIT = 20.0
 """Largest weight of a timestep with weighting ``v``; 1/ᾱ would reach 200 at the noisy end."""
@@ -101,13 +102,12 @@ class Inversion:
             device=base.device,
         )
         self.curve = Curve([Evaluation(**row) for row in self.loop.history])
-        if self.accelerator.is_main_process:
-            log_memory(base, self.space, options)
 
     def run(self) -> RunResult:
         """Train to the last step and write the best prompts; every process returns the result.
 
         Raises:
+            OutOfMemoryError: there is not enough memory for a step.
             TrainingError: a loss that is not finite.
             InterruptionError: SIGINT or SIGTERM; a checkpoint was written.
         """
@@ -133,13 +133,14 @@ class Inversion:
         return error.mean()
 
     def _estimate_time(self) -> None:
-        """Tell seconds and hours by the second of two gradients, which are not used: a card prepares in the first.
+        """Tell seconds, hours and memory by two gradients, which are not used: a card prepares in the first.
 
         A forward pass takes about half as long as the gradient of its loss.
         """
-        for _ in range(2):
-            began = time.monotonic()
-            self._gradient(self.loop.step)
+        with enough_memory("for a training step", _SAVES_MEMORY):
+            for _ in range(2):
+                began = time.monotonic()
+                self._gradient(self.loop.step)
         seconds, options = time.monotonic() - began, self.options
         rows = 2 * self.space.stages * options.evaluate_latents / self.accelerator.num_processes
         self.loop.tell(seconds, seconds / 2 * rows / (options.batch * options.gradient_accumulation))
