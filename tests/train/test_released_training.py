@@ -73,9 +73,9 @@ def test_released_preset_trains_only_the_last_rows_of_decoder_prompts(
     options = replace(PRESETS["released"], steps=1, size=64, evaluate_every=1, evaluate_latents=2)
     collection = PaintingDataset.load(paintings, 64, options.crop, progress=False)
     run = Inversion(text_base, collection, options, "red", tmp_path)
-    before = run.space.geglu.ff.net["2"].bias.detach().clone().view(30, 24)
+    before = run.space.geglu.ff.net[2].bias.detach().clone().view(30, 24)
     run.run()
-    moved = (run.space.geglu.ff.net["2"].bias.view(30, 24) - before * (1 - 1e-6 * 0.01)).abs()
+    moved = (run.space.geglu.ff.net[2].bias.view(30, 24) - before * (1 - 1e-6 * 0.01)).abs()
     (index,) = (moved.mean(1) > 5e-7).nonzero().flatten().tolist()
     assert 2 <= index <= 11
     assert moved[index].median().item() == pytest.approx(1e-6, rel=0.1)

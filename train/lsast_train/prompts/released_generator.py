@@ -8,7 +8,8 @@ is linear in its value: queries, keys and LN₂ never get a gradient. They are k
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import nn
 
 HEADS = 8
@@ -56,9 +57,11 @@ class GegluGenerator(nn.Module):
         self.register_buffer("constant", constant.detach().float().cpu().clone())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.attn1 = _Attention(dim, inner)
-            self.attn2 = _Attention(dim, inner)
-            self.ff = _FeedForward(dim, FACTOR * dim if hidden is None else hidden, count * tokens * dim)
+            # No fused kernel: over a single key its gradient would be rounding noise, that of this processor is zero.
+            self.attn1, self.attn2 = (
+                Attention(dim, heads=HEADS, dim_head=inner // HEADS, processor=AttnProcessor()) for _ in range(2)
+            )
+            self.ff = FeedForward(dim, count * tokens * dim, FACTOR, inner_dim=hidden)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
 
     def forward(self, dropout: torch.Generator | None = None) -> torch.Tensor:
@@ -67,45 +70,12 @@ class GegluGenerator(nn.Module):
         Args:
             dropout: random numbers of the dropout in training; None leaves dropout out.
         """
-        e = self.constant[None]  # [1, dim]
-        normed = self.norm1(e)
-        x = e + _drop(self.attn1(normed, normed), dropout)
+        e = self.constant[None, None]  # [1, 1, dim]
+        x = e + _drop(self.attn1(self.norm1(e)), dropout)
         x = x + _drop(self.attn2(self.norm2(x), e), dropout)
-        matrices: torch.Tensor = self.ff(self.norm3(x), dropout)
+        gated, _, last = self.ff.net
+        matrices: torch.Tensor = last(_drop(gated(self.norm3(x)), dropout))
         return matrices.view(self._shape)
-
-
-class _Attention(nn.Module):
-    def __init__(self, dim: int, inner: int) -> None:
-        super().__init__()
-        self.to_q = nn.Linear(dim, inner, bias=False)
-        self.to_k = nn.Linear(dim, inner, bias=False)
-        self.to_v = nn.Linear(dim, inner, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(inner, dim))
-
-    def forward(self, hidden: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        """`hidden` [N, dim] attends to `context` [M, dim]."""
-        query, key, value = (
-            rows.view(len(rows), HEADS, -1).transpose(0, 1)  # [heads, N or M, channels]
-            for rows in (self.to_q(hidden), self.to_k(context), self.to_v(context))
-        )
-        # Written out: over a single key the gradient of a fused kernel is rounding noise, this one's is zero.
-        weights = (query @ key.transpose(1, 2) * query.shape[2] ** -0.5).softmax(dim=2)
-        out: torch.Tensor = self.to_out((weights @ value).transpose(0, 1).flatten(1))
-        return out
-
-
-class _FeedForward(nn.Module):
-    def __init__(self, dim: int, hidden: int, out: int) -> None:
-        super().__init__()
-        gate = nn.ModuleDict({"proj": nn.Linear(dim, 2 * hidden)})
-        self.net = nn.ModuleDict({"0": gate, "2": nn.Linear(hidden, out)})  # the release has dropout at 1
-
-    def forward(self, hidden: torch.Tensor, dropout: torch.Generator | None) -> torch.Tensor:
-        """[N, dim] to [N, out]."""
-        value, gate = self.net["0"]["proj"](hidden).chunk(2, dim=-1)  # type: ignore[index]
-        out: torch.Tensor = self.net["2"](_drop(value * F.gelu(gate), dropout))
-        return out
 
 
 def _drop(values: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
