@@ -9,19 +9,11 @@ from typing import Any
 import click
 
 from lsast_engines.bundle.bundle import PROMPTS
-from lsast_engines.cli import Command, debug_option, json_option, log_to_stderr
+from lsast_engines.cli import Command, log_to_stderr
 from lsast_engines.errors import TrainingError, UsageError
 
 from ..finetuning.options import DecoderOptions
-from .shared import (
-    EXTRA,
-    contents_option,
-    declared_options,
-    device_option,
-    overwrite_option,
-    set_up_torch,
-    threads_option,
-)
+from .shared import EXTRA, contents_option, declared_options, run_options, set_up_torch
 
 
 def parse_works(values: tuple[str, ...]) -> dict[str, Path]:
@@ -52,13 +44,8 @@ def parse_works(values: tuple[str, ...]) -> dict[str, Path]:
 @contents_option
 @click.option("--base", metavar="NAME", help="Base or bundle with mini's autoencoder. [default: the embedded one]")
 @declared_options(DecoderOptions)
-@device_option
 @click.option("-o", "--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder of the base.")
-@click.option("--resume", is_flag=True, help="Go on from the checkpoint of a stopped run.")
-@overwrite_option
-@threads_option
-@json_option
-@debug_option
+@run_options
 def decoder(
     styles: tuple[str, ...],
     contents: Path,

@@ -11,7 +11,7 @@ from lsast_engines.cli import Command, log_to_stderr, print_result
 from lsast_engines.errors import UsageError
 
 from ..distillation.options import DistillOptions
-from .shared import EXTRA, declared_options, device_option, result_facts, run_options, set_up_torch
+from .shared import EXTRA, declared_options, out_option, result_facts, run_options, set_up_torch
 
 
 @click.command("distill", cls=Command, requires=EXTRA)
@@ -24,7 +24,7 @@ from .shared import EXTRA, declared_options, device_option, result_facts, run_op
 @click.option("--name", help="Name of the new style. [default: STYLE-gGUIDANCE]")
 @click.option("--base", metavar="NAME", help="Bundle or base that the style belongs to. [default: the embedded one]")
 @declared_options(DistillOptions)
-@device_option
+@out_option
 @run_options
 def distill(
     style: str,
@@ -52,7 +52,7 @@ def distill(
     from ..distillation.distillation import Distillation
     from ..distillation.source_style import read_style
     from ..paintings import PaintingDataset
-    from ..training.run_files import RunFiles, refuse_finished, require_run
+    from ..training.run_files import RunFiles, require_run
 
     set_up_torch(threads)
     with log_to_stderr():
@@ -66,9 +66,7 @@ def distill(
         found = read_style(style, loaded, bundle)
         name = name or f"{found.name}-g{options.guidance:g}"
         folder = out or Path("runs") / name
-        if not (resume or overwrite):
-            refuse_finished(RunFiles(folder, name, prompts=False))
-        require_run(RunFiles(folder, name, prompts=False), options.size, loaded.config.multiple, resume)
+        require_run(RunFiles(folder, name, prompts=False), options.size, loaded.config.multiple, resume, overwrite)
         pictures = PaintingDataset.load(images, options.size, "random", loaded.config.size)
         result = Distillation(loaded, found, pictures, options, name, folder, resume, device=device).run()
     print_result(result_facts(result), result.file)

@@ -7,19 +7,18 @@ from typing import Any
 
 import click
 
-from lsast_engines.cli import Command, debug_option, json_option, log_to_stderr, print_result
+from lsast_engines.cli import Command, log_to_stderr, print_result
 
 from ..finetuning.options import FinetuneOptions
 from .shared import (
     EXTRA,
     contents_option,
     declared_options,
-    device_option,
     import_options,
-    overwrite_option,
+    out_option,
     result_facts,
+    run_options,
     set_up_torch,
-    threads_option,
 )
 
 
@@ -39,15 +38,8 @@ from .shared import (
 @click.option("--base", metavar="NAME", help="Bundle or base that the style belongs to. [default: the embedded one]")
 @import_options()
 @declared_options(FinetuneOptions)
-@device_option
-@click.option(
-    "-o", "--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write to. [default: runs/NAME]"
-)
-@click.option("--resume", is_flag=True, help="Go on from the checkpoint of a stopped run.")
-@overwrite_option
-@threads_option
-@json_option
-@debug_option
+@out_option
+@run_options
 def finetune(
     style: str,
     images: Path,
@@ -77,7 +69,7 @@ def finetune(
     from ..finetuning.finetuning import Finetuning
     from ..paintings import PaintingDataset
     from ..prompts.prompt_file import find_prompts, load_prompts
-    from ..training.run_files import RunFiles, refuse_finished, require_run
+    from ..training.run_files import RunFiles, require_run
 
     set_up_torch(threads)
     with log_to_stderr():
@@ -87,9 +79,7 @@ def finetune(
         prompts = load_prompts(path, loaded)
         name = name or prompts.name
         folder = out or Path("runs") / name
-        if not (resume or overwrite):
-            refuse_finished(RunFiles(folder, name))
-        require_run(RunFiles(folder, name), options.size, loaded.config.multiple, resume)
+        require_run(RunFiles(folder, name), options.size, loaded.config.multiple, resume, overwrite)
         if options.mixed_precision != "no":
             loaded.round_unet(options.mixed_precision)
         works, others = (

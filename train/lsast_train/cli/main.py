@@ -17,12 +17,12 @@ from lsast_engines.errors import TrainingError, UsageError
 
 from ..artists import artists_of, pictures_by, style_name
 from ..options import PRESETS, TrainOptions
-from ..training.run_files import RunFiles, refuse_finished, require_run
+from ..training.run_files import RunFiles, require_run
 from ..training.signals import InterruptionError
 from .decoder import decoder
 from .distill import distill
 from .finetune import finetune
-from .shared import EXTRA, declared_options, device_option, import_options, result_facts, run_options, set_up_torch
+from .shared import EXTRA, declared_options, import_options, out_option, result_facts, run_options, set_up_torch
 
 log = logging.getLogger("lsast.train")
 
@@ -55,8 +55,8 @@ SECTIONS = {
     "--preset", type=click.Choice(list(PRESETS)), default="quick", show_default=True, help="Sets all that is not given."
 )
 @declared_options(TrainOptions, PRESETS["quick"])
-@device_option
 @click.option("--licence", metavar="TEXT", default="", help="Licence of the pictures, kept in the prompt file.")
+@out_option
 @run_options
 @click.pass_context
 def command(
@@ -111,10 +111,8 @@ def command(
     folders = {name: Path("runs", name) if out is None else out / name if each_artist else out for name in pictures}
     if len(pictures) == 1:
         (name,) = pictures
-        files = RunFiles(folders[name], name)
-        if not (resume or overwrite):
-            refuse_finished(files)
-        require_run(files, options.size, 1, resume)  # before the base is loaded, whose multiple `Inversion` checks
+        # Before the base is loaded, whose multiple `Inversion` checks.
+        require_run(RunFiles(folders[name], name), options.size, 1, resume, overwrite)
     _learn(pictures, folders, images, source, options, licence, resume, overwrite, device, threads)
 
 

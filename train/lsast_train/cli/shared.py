@@ -31,20 +31,20 @@ contents_option = click.option(
 threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
 """Adds ``--threads`` to a command."""
 
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the result of a finished training.")
-"""Adds ``--overwrite`` to a command."""
+out_option = click.option(
+    "-o", "--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write to. [default: runs/NAME]"
+)
+"""Adds ``--out`` to a command."""
 
 run_options = combine_options(
     debug_option,
     json_option,
     threads_option,
-    overwrite_option,
+    click.option("--overwrite", is_flag=True, help="Replace the result of a finished training."),
     click.option("--resume", is_flag=True, help="Go on from the checkpoint of a stopped run."),
-    click.option(
-        "-o", "--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write to. [default: runs/NAME]"
-    ),
+    device_option,
 )
-"""Adds what every run takes: its folder, ``--resume``, ``--overwrite``, ``--threads`` and how it reports."""
+"""Adds what every run takes: ``--device``, ``--resume``, ``--overwrite``, ``--threads`` and how it reports."""
 
 
 def set_up_torch(threads: int | None) -> None:

@@ -36,18 +36,19 @@ class RunFiles:
         return self.folder / f"{self.name}.curve.json"
 
 
-def require_run(files: RunFiles, size: int, multiple: int, resume: bool) -> None:
+def require_run(files: RunFiles, size: int, multiple: int, resume: bool, overwrite: bool = True) -> None:
     """Refuse a run that cannot begin.
 
     Args:
         size: side of its pictures in pixels.
         multiple: the base's sides are multiples of it.
         resume: whether it goes on from a checkpoint.
+        overwrite: whether it may replace the result of a finished run, if it does not go on.
 
     Raises:
         UsageError: a name that is no file name, or a size that the base cannot take; all faults at once. Or a folder
             that cannot be written.
-        TrainingError: a checkpoint that is missing, or in the way.
+        TrainingError: a checkpoint that is missing, or in the way; a result that is not to be replaced.
     """
     faults = style_name_faults(files.name)
     if size % multiple:
@@ -59,16 +60,12 @@ def require_run(files: RunFiles, size: int, multiple: int, resume: bool) -> None
         raise TrainingError(f"found no checkpoint {path}; start without --resume")
     if path.exists() and not resume:
         raise TrainingError(f"found the checkpoint of an unfinished run, {path}; go on with --resume, or delete it")
-    require_writable(files.folder)
-
-
-def refuse_finished(files: RunFiles) -> None:
-    """Raise `TrainingError` if the run has left a result."""
-    if files.result.exists():
+    if not (resume or overwrite) and files.result.exists():
         raise TrainingError(
             f"found a finished training, {files.result}; name another folder with --out, or train again with "
             "--overwrite"
         )
+    require_writable(files.folder)
 
 
 @dataclass(frozen=True)
