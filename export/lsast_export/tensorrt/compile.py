@@ -119,7 +119,7 @@ def compile_graph(
     with tempfile.TemporaryDirectory(prefix="lsast-compile.") as scratch:
         build = _Build(trt, options, key, progress)
         source = _source(path, spec.name, options.compute_dtype == "fp16", Path(scratch))
-        serialized = build.run(source, spec, _timing_cache(engine, key))
+        serialized = build.run(source, spec)
     seconds = time.perf_counter() - began
     with replace_file(engine, own=True) as handle:
         handle.write(serialized)
@@ -182,7 +182,7 @@ class _Build:
         """Largest working memory of a run, as the builder logged it."""
         return self._complaints.activation_bytes
 
-    def run(self, source: Path, spec: GraphSpec, timing: Path | None) -> Any:
+    def run(self, source: Path, spec: GraphSpec) -> Any:
         """The serialized engine, a buffer."""
         trt = self._trt
         builder = trt.Builder(self._logger)
@@ -206,15 +206,8 @@ class _Build:
         config.clear_flag(trt.BuilderFlag.TF32)
         if self._options.library == "tensorrt-rtx":
             self._aim(config)
-        if timing is not None:
-            # The library replaces a cache of another GPU or version, and logs that as a warning.
-            cache = config.create_timing_cache(timing.read_bytes() if timing.is_file() else b"")
-            config.set_timing_cache(cache, ignore_mismatch=False)
         serialized = builder.build_serialized_network(network, config)
         self._require(serialized is not None, "cannot be compiled")
-        if timing is not None:
-            with replace_file(timing, own=True) as handle:
-                handle.write(config.get_timing_cache().serialize())
         return serialized
 
     def _aim(self, config: Any) -> None:
@@ -328,11 +321,3 @@ def _monitor(trt: Any, phase: str, progress: Progress) -> Any:
             pass
 
     return Monitor()
-
-
-def _timing_cache(engine: Path, key: EngineKey) -> Path | None:
-    """The file of TensorRT's timings for one GPU and version; None for TensorRT-RTX, which has none."""
-    if key.library == "tensorrt-rtx":
-        return None
-    name = hashlib.sha256(f"{key.library_version} {key.gpu} {key.targets}".encode()).hexdigest()[:12]
-    return engine.with_name(f"timing-{name}.cache")

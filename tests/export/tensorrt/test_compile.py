@@ -233,7 +233,7 @@ def test_compile_bundle_in_fp16_leaves_the_encoder_in_fp32(
 
         def __init__(self, *_: object) -> None: ...
 
-        def run(self, source: Path, spec: GraphSpec, timing: Path | None) -> bytes:
+        def run(self, source: Path, spec: GraphSpec) -> bytes:
             results = [value.dtype for node in ir.load(source).graph for value in node.outputs]
             halves[spec.name] = ir.DataType.FLOAT16 in results
             return b"engine"
