@@ -18,6 +18,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -26,11 +27,26 @@ from lsast_engines.images import find_pictures, read_picture
 from lsast_train.base.lazy_base import load_base
 from lsast_train.base.mini_autoencoder import MiniAutoencoder
 from lsast_train.mini.dataset import fit_picture, is_held_out
-from lsast_train.mini.finetune_gan import gradient_kept
 from lsast_train.mini.perceptual import LiteDistance
 from lsast_train.mini.train_autoencoder import load_teacher, psnr
 
 Network = Callable[[torch.Tensor], torch.Tensor]
+
+BLOCK = 16
+"""Side in pixels of the blocks that `gradient_kept` sorts into quarters."""
+
+
+def gradient_magnitude(image: torch.Tensor) -> torch.Tensor:
+    """Images [B, C, H, W] → [B, 1, H-1, W-1]: mean over channels of |∂y| + |∂x|."""
+    down, right = image[..., 1:, :-1] - image[..., :-1, :-1], image[..., :-1, 1:] - image[..., :-1, :-1]
+    return down.abs().mean(1, keepdim=True) + right.abs().mean(1, keepdim=True)
+
+
+def gradient_kept(decoded: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """How much of the gradient of `image` [1, C, H, W] is in `decoded`, by quarters of its blocks, flattest first."""
+    wanted, found = (F.avg_pool2d(gradient_magnitude(x), BLOCK).flatten() for x in (image, decoded))
+    quarters = wanted.argsort().tensor_split(4)
+    return torch.stack([found[index].sum() / wanted[index].sum().clamp(min=1e-6) for index in quarters])
 
 
 def open_autoencoder(where: str) -> tuple[Network, Network]:

@@ -34,10 +34,6 @@ from .train_autoencoder import Crops, psnr
 
 log = logging.getLogger("lsast.train.mini")
 
-BLOCK = 16
-"""Side in pixels of the blocks that `gradient_kept` sorts into quarters."""
-
-
 LOSS_WEIGHTS = {
     "quarter": 1.0,  # absolute error at a quarter of the size
     "full": 0.15,  # absolute error at full size
@@ -116,43 +112,23 @@ def texture_loss(decoded: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
     return ((logs[0] - logs[2]).abs().mean() + (logs[1] - logs[3]).abs().mean()) / 2
 
 
-def gradient_magnitude(image: torch.Tensor) -> torch.Tensor:
-    """Images [B, C, H, W] → [B, 1, H-1, W-1]: mean over channels of |∂y| + |∂x|."""
-    return (image[..., 1:, :-1] - image[..., :-1, :-1]).abs().mean(1, keepdim=True) + (
-        image[..., :-1, 1:] - image[..., :-1, :-1]
-    ).abs().mean(1, keepdim=True)
-
-
-def gradient_kept(decoded: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-    """How much of the gradient of `image` [1, C, H, W] is in `decoded`, by quarters of its blocks: [4], 1 = all.
-
-    The blocks of 16x16 pixels are sorted by their gradient in `image`, flattest quarter first.
-    """
-    wanted = F.avg_pool2d(gradient_magnitude(image), BLOCK).flatten()
-    found = F.avg_pool2d(gradient_magnitude(decoded), BLOCK).flatten()
-    quarters = wanted.argsort().tensor_split(4)
-    return torch.stack([found[index].sum() / wanted[index].sum().clamp(min=1e-6) for index in quarters])
-
-
 @torch.no_grad()
 def evaluate(
     autoencoder: MiniAutoencoder, anchor: nn.Module, pictures: list[torch.Tensor], perceptual: PerceptualDistance
 ) -> dict[str, float]:
-    """Means over whole pictures [1, 3, H, W] in [-1, 1]: PSNR, feature distance and gradient kept in the flattest and
-    the busiest quarter, of the autoencoder and (``anchor_…``) of its decoder on the anchor's latents; the distance
-    between the two latents, and the spread of the autoencoder's."""
+    """Means over whole pictures [1, 3, H, W] in [-1, 1]: PSNR, feature distance and `texture_loss` of the autoencoder
+    and (``anchor_…``) of its decoder on the anchor's latents; the distance between the two latents, and the spread of
+    the autoencoder's."""
     rows = []
     for image in pictures:
         latents, anchored = autoencoder.encode(image), anchor(image)
         row = {"latent_shift": (latents - anchored).square().mean().sqrt().item(), "latent_std": latents.std().item()}
         for name, given in {"": latents, "anchor_": anchored}.items():
             decoded = autoencoder.decode(given).clamp(-1, 1)
-            kept = gradient_kept(decoded, image)
             row |= {
                 f"{name}psnr": psnr(decoded, image),
                 f"{name}feature_distance": perceptual(decoded, image).item(),
-                f"{name}gradient_kept_flattest": kept[0].item(),
-                f"{name}gradient_kept_busiest": kept[3].item(),
+                f"{name}texture_distance": texture_loss(decoded, image).item(),
             }
         rows.append(row)
     return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
