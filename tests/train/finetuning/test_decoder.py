@@ -15,7 +15,7 @@ from lsast_engines.errors import StyleError, TrainingError, UsageError
 from lsast_train.__main__ import main
 from lsast_train.base.base import Base
 from lsast_train.base.lazy_base import load_base, save_base
-from lsast_train.cli.decoder import parse_works
+from lsast_train.cli.shared import parse_pairs
 from lsast_train.finetuning.decoder import DecoderTraining, StyleWorks
 from lsast_train.finetuning.options import DecoderOptions
 from lsast_train.paintings import PaintingDataset
@@ -148,7 +148,7 @@ def test_decoder_training_refuses_what_it_cannot_train(
     with pytest.raises(UsageError, match="size: found 65; expected a multiple"):
         DecoderTraining(base, styles, contents, replace(BRIEF, size=65), tmp_path)
     with pytest.raises(UsageError, match="--style monet; expected NAME=DIR"):
-        parse_works(("van=a", "monet"))
-    with pytest.raises(UsageError, match="each style once"):
-        parse_works(("van=a", "van=b"))
-    assert parse_works(("van=a=b",)) == {"van": Path("a=b")}
+        parse_pairs("--style", "NAME=DIR", ("van=a", "monet"), Path)
+    with pytest.raises(UsageError, match="each once"):
+        parse_pairs("--style", "NAME=DIR", ("van=a", "van=b"), Path)
+    assert parse_pairs("--style", "NAME=DIR", ("van=a=b",), Path) == {"van": Path("a=b")}

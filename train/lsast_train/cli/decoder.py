@@ -13,22 +13,7 @@ from lsast_engines.cli import Command, log_to_stderr
 from lsast_engines.errors import TrainingError, UsageError
 
 from ..finetuning.options import DecoderOptions
-from .shared import EXTRA, contents_option, declared_options, run_options, set_up_torch
-
-
-def parse_works(values: tuple[str, ...]) -> dict[str, Path]:
-    """``("monet=paintings/monet", …)`` → folders of works by style.
-
-    Raises:
-        UsageError: not of that form, or a style twice.
-    """
-    found: dict[str, Path] = {}
-    for value in values:
-        style, _, folder = value.partition("=")
-        if not style or not folder or style in found:
-            raise UsageError(f"found --style {value}; expected NAME=DIR, each style once")
-        found[style] = Path(folder)
-    return found
+from .shared import EXTRA, contents_option, declared_options, parse_pairs, run_options, set_up_torch
 
 
 @click.command("decoder", cls=Command, requires=EXTRA)
@@ -67,7 +52,7 @@ def decoder(
     Prints the base's folder. The prompts stay valid, since nothing else of the base changes; they are copied into its
     folder "prompts", where lsast-export finds them.
     """
-    options, works = DecoderOptions(**chosen), parse_works(styles)
+    options, works = DecoderOptions(**chosen), parse_pairs("--style", "NAME=DIR", styles, Path)
     if (out / "base.json").exists() and not overwrite:
         raise TrainingError(f"found the base {out}; replace it with --overwrite, or name another folder with --out")
     from ..base.lazy_base import load_base, resolve_local_base

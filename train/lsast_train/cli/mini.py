@@ -28,7 +28,7 @@ from ..mini.train_unet import BaseTrainingOptions, train_base
 from ..training.device import find_device
 from ..training.run_files import versions
 from ..training.training_state import load_modules
-from .shared import declared_options, device_option, threads_option
+from .shared import declared_options, device_option, parse_pairs, threads_option
 
 log = logging.getLogger("lsast.train.mini")
 
@@ -71,22 +71,6 @@ def _has_pictures(folder: Path) -> bool:
         return bool(find_pictures(folder))
     except PictureError:
         return False
-
-
-def parse_shares(values: tuple[str, ...]) -> dict[str, float]:
-    """``("monet=1.5", …)`` as a mapping.
-
-    Raises:
-        click.BadParameter: not of the form LABEL=NUMBER.
-    """
-    shares: dict[str, float] = {}
-    for value in values:
-        label, _, number = value.partition("=")
-        try:
-            shares[label] = float(number)
-        except ValueError:
-            raise click.BadParameter(f"found {value!r}; expected LABEL=NUMBER", param_hint="--share") from None
-    return shares
 
 
 def copy_autoencoder(source: Base, target: Base) -> None:
@@ -170,7 +154,7 @@ def mini(
     place = find_device(device)
     require_writable(out)
     folders = label_folders(list(roots))
-    shares = parse_shares(share)
+    shares = parse_pairs("--share", "LABEL=NUMBER", share, float)
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)

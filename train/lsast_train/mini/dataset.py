@@ -73,19 +73,16 @@ def fit_picture(rgb: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     return np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.LANCZOS))
 
 
-def read_fitted(path: Path) -> npt.NDArray[np.uint8] | None:
-    """The picture `path` as `fit_picture` makes it; None if it is unreadable or smaller than `SMALLEST`."""
+def _fit(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]] | None:
+    """A picture as `fit_picture` makes it, and its edges; None if it is unreadable or smaller than `SMALLEST`."""
     try:
         rgb = read_picture(path).rgb
     except PictureError:
         return None
-    return None if min(rgb.shape[:2]) < SMALLEST else fit_picture(rgb)
-
-
-def _fit(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]] | None:
-    """A picture fitted, and its edges; None for one to leave out."""
-    rgb = read_fitted(path)
-    return None if rgb is None else (rgb, canny_edges(rgb))
+    if min(rgb.shape[:2]) < SMALLEST:
+        return None
+    rgb = fit_picture(rgb)
+    return rgb, canny_edges(rgb)
 
 
 def build_cache(folders: list[Path], encoder: torch.nn.Module, out: Path, device: torch.device | str = "cpu") -> None:

@@ -7,8 +7,6 @@ layers and its last layer norm give the context. The padding is not masked, neit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -79,20 +77,13 @@ class PlaceholderEncoder:
             )
         ids = torch.full((count, self.tokens), self.eos, device=self._table.weight.device)
         ids[:, 0] = self.bos
-        with self._placeholder(embeddings):
-            context: torch.Tensor = self._encoder(input_ids=ids).last_hidden_state
-        return context.float()
-
-    @contextmanager
-    def _placeholder(self, embeddings: torch.Tensor) -> Iterator[None]:
-        """While the block runs, positions 1 to n of the token embedding's output are `embeddings`."""
 
         def replace(_: Any, __: Any, words: torch.Tensor) -> torch.Tensor:
-            own = embeddings.to(words)
-            return torch.cat([words[:, :1], own, words[:, 1 + own.shape[1] :]], dim=1)
+            return torch.cat([words[:, :1], embeddings.to(words), words[:, 1 + placeholders :]], dim=1)
 
         hook = self._table.register_forward_hook(replace)
         try:
-            yield
+            context: torch.Tensor = self._encoder(input_ids=ids).last_hidden_state
         finally:
             hook.remove()
+        return context.float()
