@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
-import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from lsast_engines.bundle.bundle import Bundle
-from lsast_export.quantize.calibration import Calibration, MinMaxObserver
+from lsast_export.quantize.calibration import MinMaxObserver
 from lsast_export.quantize.smoothquant import MinMax, find_groups, smooth, smoothing_factors
 from lsast_export.quantize.weights import Weights, fold_weights
+
+from .test_quantize import calibrated, error, run_model
 
 WIDTH = 16
 
@@ -53,21 +53,6 @@ def block(folder: Path, loud: float = 60.0) -> Path:
 def draw(count: int, seed: int = 1) -> list[dict[str, np.ndarray]]:
     rng = np.random.default_rng(seed)
     return [{"x": rng.standard_normal((2, 9, WIDTH)).astype(np.float32)} for _ in range(count)]
-
-
-def run(model: Any, feeds: dict[str, np.ndarray]) -> np.ndarray:
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return np.asarray(session.run(None, feeds)[0])
-
-
-def error(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
-
-
-def unevenness(reach: tuple[np.ndarray, np.ndarray]) -> float:
-    """The largest channel's reach over the median one's."""
-    largest = np.maximum(np.abs(reach[0]), np.abs(reach[1]))
-    return float(largest.max() / np.median(largest))
 
 
 def channel_minmax(path: Path, feeds: Iterable[dict[str, np.ndarray]]) -> dict[str, MinMax]:
@@ -110,46 +95,18 @@ def test_smoothing_factors_match_the_papers_formula(tmp_path: Path) -> None:
     np.testing.assert_array_equal(factors["gate"], factors["value"])
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.9])
-def test_smooth_computes_the_same(tmp_path: Path, alpha: float) -> None:
-    model = onnx.load(path := block(tmp_path))
-    (feeds,) = draw(1, seed=2)
-    expected = run(model, feeds)
-    assert smooth(model, smoothing_factors(model, channel_minmax(path, draw(4)), alpha)) == 2
-    np.testing.assert_allclose(run(model, feeds), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
-
-
 def test_smooth_halves_the_error_of_int8_with_outliers(tmp_path: Path) -> None:
     path = block(tmp_path)
     (feeds,) = draw(1, seed=2)
-    expected = run(onnx.load(path), feeds)
-    errors = {}
-    for alpha in (None, 0.5):
-        (folder := tmp_path / str(alpha)).mkdir()
-        calibration = Calibration(path, folder)
-        for given in draw(8):
-            calibration(given)
-        calibration.close()
-        if alpha is not None:
-            calibration.smooth(alpha)
-        errors[alpha] = error(run(calibration.quantized([]), feeds), expected)
-    assert errors[0.5] < errors[None] / 2, errors
-    before = channel_minmax(path, draw(8))
-    model = onnx.load(path)
-    smooth(model, smoothing_factors(model, before))
-    onnx.save(model, tmp_path / "smooth.onnx")
-    after = channel_minmax(tmp_path / "smooth.onnx", draw(8))
-    assert unevenness(after["normed"]) < unevenness(before["normed"]) / 3
-    assert unevenness(after["gated"]) < unevenness(before["gated"])
+    (expected,) = run_model(onnx.load(path), feeds)
+    calibration = calibrated(path, draw(8))
+    plain = error(run_model(calibration.quantized([]), feeds)[0], expected)
+    calibration.smooth(0.5)
+    assert error(run_model(calibration.quantized([]), feeds)[0], expected) < plain / 2
 
 
 def test_calibration_smooth_predicts_the_new_ranges(tmp_path: Path) -> None:
-    path = block(tmp_path)
-    (folder := tmp_path / "calibration").mkdir()
-    calibration = Calibration(path, folder)
-    for given in draw(4):
-        calibration(given)
-    calibration.close()
+    calibration = calibrated(block(tmp_path), draw(4))
     calibration.smooth(0.5)
     predicted = dict(calibration.ranges)
     for given in draw(4):
@@ -180,6 +137,6 @@ def test_smooth_of_the_denoiser_computes_the_same(
     given = feeds(bundle, 1, 2, 8, 8)
     onnx.save(fold_weights(bundle.graph_path("denoiser")), path := tmp_path / "plain.onnx")
     model = onnx.load(path)
-    expected = run(model, given)
+    (expected,) = run_model(model, given)
     assert smooth(model, smoothing_factors(model, channel_minmax(path, [given]))) >= 4
-    np.testing.assert_allclose(run(model, given), expected, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(run_model(model, given)[0], expected, atol=1e-4 * np.abs(expected).max())

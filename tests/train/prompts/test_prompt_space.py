@@ -55,7 +55,11 @@ def test_matrix_index_gives_every_stage_and_group_its_matrix(variant: Any, layou
     expected = [[_expected_matrix(variant, layout, s, group) for group in range(3)] for s in range(10)]
     assert table.tolist() == expected
     assert sorted(set(table.flatten().tolist())) == list(range(matrices))
-    assert len(_space(variant=variant, layout=layout).matrices) == matrices
+    for generator in ("attention", "geglu"):
+        space = _space(variant=variant, layout=layout, generator=generator)
+        released = generator == "geglu" and variant == "step+layer"  # thirty for either layout
+        assert space.embeddings().shape == (30 if released else matrices, 5, 16)
+        assert torch.equal(space.prompts(), space.embeddings()[table])
 
 
 @pytest.mark.parametrize(("time", "stage"), [(0, 0), (1, 0), (99, 0), (100, 1), (681, 6), (701, 7), (999, 9)])
@@ -144,20 +148,6 @@ def test_initial_context_is_the_mean_of_style_tokens_or_the_null_context() -> No
     torch.testing.assert_close(initial_context(base, lambda: latents), each.mean(0))
     base.style_encoder = None
     assert torch.equal(initial_context(base, _never), base.null_context)
-
-
-@pytest.mark.parametrize("layout", ["strided", "overlap"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_geglu_generator_makes_thirty_matrices(variant: Any, layout: Any) -> None:
-    if layout == "overlap" and variant != "step+layer":
-        return
-    space = _space(variant=variant, layout=layout, generator="geglu")
-    matrices, prompts = space.embeddings(), space.prompts()
-    assert len(matrices) == {"step+layer": 30, "step": 10, "layer": 3, "global": 1}[variant]
-    assert matrices.shape[1:] == (5, 16)
-    for stage, group in itertools.product(range(10), range(3)):
-        assert torch.equal(prompts[stage, group], matrices[_expected_matrix(variant, layout, stage, group)])
-    assert torch.equal(space.geglu.constant, _context().mean(0))
 
 
 @pytest.mark.parametrize("gradient", ["all", "decoder"])
