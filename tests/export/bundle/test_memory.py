@@ -24,9 +24,7 @@ from lsast_export.graphs.trace import TracedGraph
 from lsast_export.parity import torch_reference as reference
 from lsast_export.parity.parity import ParityPlan
 from lsast_export.parity.torch_reference import draw_inputs, run_torch
-from lsast_export.progress import Eta
 from lsast_export.styles.bake import KVProjector, bake_null_style, bake_style
-from lsast_train.base.attention import layer_contexts
 from lsast_train.base.base import Base
 from lsast_train.base.lazy_base import load_base, open_base
 from lsast_train.prompts.prompt_file import Prompts
@@ -79,32 +77,11 @@ def test_run_torch_holds_one_network_at_a_time(bundles: dict[str, Bundle], monke
     width = parts.null_context.shape[1]
     inputs = [draw_inputs(case, plan.loop, parts.config, width, 8, generator) for case in plan.cases]
     details: list[str] = []
-    answers = run_torch(parts, inputs, plan.loop, lambda phase, detail="": details.append(detail))
+    run_torch(parts, inputs, plan.loop, lambda phase, detail="": details.append(detail))
     steps = len(plan.loop.schedule(parts.config.noise).steps)
     assert order == ["autoencoder", *["controlnet", "unet"] * steps]
-    assert sum(detail.startswith("step") for detail in details) == steps
-
-    # The single step of the first case, ControlNet scaled by diffusers itself.
-    base, drawn = load_base(bundles["fp32"].path), inputs[0]
-    assert (drawn.case.rows, drawn.case.loop) == (1, False)
-    latent, timestep = torch.from_numpy(drawn.noise), torch.tensor([drawn.timestep])
-    contexts = drawn.contexts[drawn.stage, 0]
-    edges = torch.from_numpy(drawn.edges)
-    scale = float(drawn.control_scale)
-    with torch.no_grad():
-        kwargs = layer_contexts(contexts)
-        down, mid = base.controlnet(
-            *(latent, timestep, None, edges), conditioning_scale=scale, cross_attention_kwargs=kwargs, return_dict=False
-        )
-        v = base.unet(
-            latent,
-            timestep,
-            None,
-            cross_attention_kwargs=kwargs,
-            down_block_additional_residuals=down,
-            mid_block_additional_residual=mid,
-        ).sample
-    np.testing.assert_allclose(answers[0].eps[0], base.eps_from_output(v, latent, timestep), atol=1e-5)
+    told = [detail for detail in details if re.fullmatch(rf"step \d of {steps}, about \d+ s left", detail)]
+    assert len(told) == steps
 
 
 def test_export_bundle_moves_the_weight_file(
@@ -121,16 +98,6 @@ def test_export_bundle_moves_the_weight_file(
     bundle = export_bundle(base, tmp_path / "bundle", options=ExportOptions(storage_dtype="bf16"), traced=traced)
     assert {(bundle.path / "base.safetensors").stat().st_ino} == set(written)
     assert bundle.manifest.storage_dtype == "bf16"
-
-
-def test_eta_reports_the_remaining_time() -> None:
-    told: list[tuple[str, str]] = []
-    countdown = Eta(lambda phase, detail="": told.append((phase, detail)), "denoising", 2)
-    countdown.step()
-    countdown.step()
-    assert [phase for phase, _ in told] == ["denoising"] * 2
-    assert re.fullmatch(r"step 1 of 2, about \d+ s left", told[0][1])
-    assert told[1][1] == "step 2 of 2, about 0 s left"
 
 
 def test_peak_memory_is_the_kernels_high_water_mark() -> None:

@@ -178,17 +178,6 @@ def test_read_small_decoder_of_another_autoencoder_is_refused(tmp_path: Path, ma
         read_small_decoder(odd, manifest)
 
 
-def test_read_small_decoder_of_a_bare_file_assumes_taesd(tmp_path: Path, manifest: Manifest, folder: Path) -> None:
-    whole = AutoencoderTiny()
-    save_file(whole.state_dict(), tmp_path / "taesd.safetensors")
-    found = read_small_decoder(tmp_path / "taesd.safetensors", manifest)
-    assert found.scale == 1
-    expected = whole.decoder.state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in found.autoencoder.decoder.state_dict().items())
-    with pytest.raises(ExportError, match=r"decoder\.layers\.3\.conv\.0\.weight: missing"):
-        read_small_decoder(folder / "diffusion_pytorch_model.safetensors", manifest)
-
-
 def test_small_decoder_of_a_quantized_bundle_stays_in_float32(
     bundles: dict[str, Bundle], added: Bundle, folder: Path, tmp_path: Path, run: Run
 ) -> None:
@@ -247,16 +236,22 @@ def test_decoder_command_reports_parity_and_a_new_export_keeps_it(
     assert (path / WEIGHTS).read_bytes() == weights
 
 
-def test_read_small_decoder_takes_taesds_own_files_and_half_folders(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+def test_read_small_decoder_takes_taesds_own_files_and_half_folders(
+    manifest: Manifest, folder: Path, tmp_path: Path
+) -> None:
     """``taesd_decoder.pth`` of github.com/madebyollin/taesd counts a layer more: the one that bounds the latents."""
-    manifest = bundles["fp16"].manifest
     network = AutoencoderTiny().eval()
     layers = {key.removeprefix("decoder.layers."): v for key, v in network.state_dict().items() if "decoder." in key}
     own = {f"{int(key.split('.')[0]) + 1}.{key.split('.', 1)[1]}": value for key, value in layers.items()}
     torch.save(own, tmp_path / "taesd_decoder.PTH")
+    save_file(network.state_dict(), tmp_path / "whole.safetensors")
     network.half().save_pretrained(tmp_path / "half", variant="fp16")
-    for name, rounded in (("taesd_decoder.PTH", False), ("half", True)):
-        found = read_small_decoder(tmp_path / name, manifest).autoencoder.decoder.state_dict()
+    for name, rounded in (("taesd_decoder.PTH", False), ("whole.safetensors", False), ("half", True)):
+        small = read_small_decoder(tmp_path / name, manifest)
+        assert small.scale == 1
+        found = small.autoencoder.decoder.state_dict()
         expected = {f"layers.{key}": value.half().float() if rounded else value for key, value in layers.items()}
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], value) for key, value in expected.items())
+    with pytest.raises(ExportError, match=r"decoder\.layers\.3\.conv\.0\.weight: missing"):  # it is no TAESD
+        read_small_decoder(folder / "diffusion_pytorch_model.safetensors", manifest)

@@ -16,17 +16,15 @@ from click.testing import CliRunner
 
 from lsast_engines.backends.onnxruntime import GPU_SUFFIX
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS, downsampling_level
+from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS
 from lsast_engines.errors import BundleError, ParityError
 from lsast_export.bundle import add_graphs as adding
 from lsast_export.bundle.add_graphs import add_parts
 from lsast_export.bundle.check import check_bundle
 from lsast_export.cli.main import main
-from lsast_export.graphs.modules import unet_split
 from lsast_export.graphs.trace import TracedGraph
 from lsast_export.quantize.quantize import QuantizeOptions, quantize_bundle
 from lsast_train.base.attention import layer_contexts
-from lsast_train.base.base import Base
 from lsast_train.base.kv_packing import kv_layouts
 from lsast_train.base.lazy_base import load_base
 
@@ -126,21 +124,6 @@ def test_unet_outer_on_a_cached_feature_matches_torch(parted: Bundle, run: Run, 
     np.testing.assert_allclose(eps, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     fresh = split(now, run, parted)["eps"][0]
     assert np.abs(fresh - expected).max() > 1e-3, "a feature that does not matter proves nothing"
-
-
-def test_unet_split_matches_diffusers_residuals(base: Base) -> None:
-    latent, timestep = torch.randn(1, 4, 8, 16), torch.tensor([500])
-    contexts = torch.randn(1, 3, base.config.tokens, base.context_dim)
-    with torch.no_grad():
-        down, mid = base.controlnet(
-            *(latent, timestep, None, torch.zeros(1, 3, 64, 128)),
-            cross_attention_kwargs=layer_contexts(contexts),
-            return_dict=False,
-        )
-    cut = unet_split(base)
-    assert [(8 >> level, 16 >> level) for _, level in cut.residuals] == [tuple(r.shape[2:]) for r in (*down, mid)]
-    assert [channels for channels, _ in cut.residuals] == [residual.shape[1] for residual in (*down, mid)]
-    assert [downsampling_level(axis) for axis in ("h", "w2", "h16")] == [0, 1, 4]
 
 
 def test_add_parts_changes_no_other_file(

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lsast_engines.bundle.graph_spec import DENOISER
 from lsast_engines.errors import StyleError
-from lsast_export.graphs.modules import graph_module
 from lsast_export.styles.bake import KVProjector, bake_null_style, bake_prompts, bake_style
 from lsast_train.base.attention import GROUPS
 from lsast_train.base.base import Base
@@ -39,21 +37,6 @@ def test_attention_layers_locate_the_columns_of_each_layer(base: Base) -> None:
             packed[..., entry.offset : middle], context @ attn.to_k.weight.numpy().T, rtol=0, atol=1e-5
         )
         np.testing.assert_allclose(packed[..., middle:end], context @ attn.to_v.weight.numpy().T, rtol=0, atol=1e-5)
-
-
-def test_graph_module_restores_the_base_after_a_failure(base: Base) -> None:
-    before = dict(base.unet.attn_processors), dict(base.controlnet.attn_processors)
-    hint_encoder = base.controlnet.controlnet_cond_embedding
-
-    def fail_halfway() -> None:
-        with graph_module(base, DENOISER):
-            assert base.controlnet.controlnet_cond_embedding is not hint_encoder
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail_halfway()
-    assert (base.unet.attn_processors, base.controlnet.attn_processors) == before
-    assert base.controlnet.controlnet_cond_embedding is hint_encoder
 
 
 def test_bake_null_style_projects_the_null_context(base: Base) -> None:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from lsast.sampling.batch import Palette
 from lsast_engines.bundle.style import decode_defaults
 from lsast_engines.diffusion import TimestepSchedule
-from lsast_engines.errors import StyleError, TrainingError
+from lsast_engines.errors import TrainingError
 from lsast_train.base.base import Base
 from lsast_train.finetuning.finetuning import Finetuning
 from lsast_train.finetuning.options import FinetuneOptions
@@ -125,11 +124,3 @@ def test_gradient_through_the_sampler_is_that_of_finite_differences(
     slope = (run.prompts.grad.double() * direction.double()).sum().item()
     assert abs(slope) > 0.1
     assert (ends[0] - ends[1]) / 2e-2 == pytest.approx(slope, rel=0.02)
-
-
-def test_prompts_without_statistics_of_latents_are_refused(
-    base: Base, collection: PaintingDataset, contents: PaintingDataset, prompts: Prompts, tmp_path: Path
-) -> None:
-    bare = replace(prompts, meta={})
-    with pytest.raises(StyleError, match="no statistics of the artist's latents; expected some: learn them again"):
-        Finetuning(base, bare, collection, contents, BRIEF, "redder", tmp_path)

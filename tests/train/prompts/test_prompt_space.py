@@ -159,26 +159,6 @@ def test_layer_groups_of_a_step_share_one_dropout(gradient: Any) -> None:
     assert torch.equal(contexts[0, 2], contexts[1, 1])
 
 
-@pytest.mark.parametrize(("gradient", "groups"), [("all", (0, 1, 2)), ("decoder", (2,))])
-def test_gradient_through_the_text_encoder_reaches_the_matrices_of_the_stage(
-    text_base: Base, gradient: Any, groups: tuple[int, ...]
-) -> None:
-    text = PlaceholderEncoder(text_base.text_encoder)
-    space = PromptSpace(torch.randn(1, 24), generator="direct", gradient=gradient, text=text)
-    weights = torch.randn(1, 3, 77, 24)
-    torch.autograd.backward((space.contexts(torch.tensor([340])) * weights).sum())
-    found = space.matrices.grad
-    assert found is not None
-    expected = torch.zeros_like(found)
-    for group in groups:
-        matrix = space.matrices[9 + group][None].detach().requires_grad_()
-        torch.autograd.backward((text.contexts(matrix) * weights[0, group]).sum())
-        assert matrix.grad is not None
-        expected[9 + group] = matrix.grad[0]
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
-    assert all(parameter.grad is None for parameter in text_base.text_encoder.parameters())
-
-
 def test_text_encoder_is_not_trained_saved_or_copied(text_base: Base) -> None:
     space = PromptSpace(torch.randn(1, 24), text=PlaceholderEncoder(text_base.text_encoder))
     assert set(dict(space.named_parameters())) == {"matrices", "query", "key", "value"} == set(space.state_dict())
