@@ -68,16 +68,11 @@ class SmallDecoderGraph(nn.Module):
         return image
 
 
-class _DecoderAlone(nn.Module):
-    """A module with the decoder under the name that it has in the autoencoder and its file."""
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.decoder = _made(config).decoder
-
-
-def _made(config: Mapping[str, Any]) -> Any:
-    return AutoencoderTiny(**{name: value for name, value in config.items() if name != "_class_name"})
+def _made(config: Mapping[str, Any]) -> AutoencoderTiny:
+    """An autoencoder without its encoder."""
+    made = AutoencoderTiny(**{name: value for name, value in config.items() if name != "_class_name"})
+    made.encoder = nn.Identity()
+    return made
 
 
 def read_small_decoder(path: Path, manifest: Manifest) -> SmallDecoder:
@@ -101,7 +96,7 @@ def read_small_decoder(path: Path, manifest: Manifest) -> SmallDecoder:
     config = {name: value for name, value in config.items() if name == "_class_name" or name in known}
     found = {_diffusers_name(name): value for name, value in read_tensors(file).items()}
     tensors = {name: value for name, value in found.items() if name.startswith("decoder.")}
-    weights = Weights(f"the decoder in {file}", config, lambda: _DecoderAlone(config), tensors)
+    weights = Weights(f"the decoder in {file}", config, lambda: _made(config), tensors)
     faults = _config_faults(config, manifest)
     faults += [f"{name}: found {t.dtype}; expected floats" for name, t in tensors.items() if not t.is_floating_point()]
     try:
@@ -110,10 +105,7 @@ def read_small_decoder(path: Path, manifest: Manifest) -> SmallDecoder:
         faults.append(f"diffusers cannot build an AutoencoderTiny from its configuration ({error})")
     if faults:
         raise ExportError(fault_list(f"{path} is not a small decoder for {manifest.name}:", truncate(faults)))
-    with torch.device("meta"):
-        autoencoder = _made(config)
-    autoencoder.decoder = weights.build().decoder
-    return SmallDecoder(autoencoder.eval().requires_grad_(False), config)
+    return SmallDecoder(weights.build(), config)
 
 
 def trace_small_decoder(small: SmallDecoder, manifest: Manifest) -> TracedGraph:
