@@ -30,6 +30,7 @@ ROWS = (
     ("openvino", "fp32", "float"),
     ("openvino", "bf16", "float"),
     ("openvino", "fp32", "int8"),
+    ("openvino", "bf16", "int8"),
 )
 """Backend, compute dtype, bundle."""
 

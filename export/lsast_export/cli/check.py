@@ -17,7 +17,6 @@ from .shared import EXTRA, PhaseTimer
 @debug_option
 def check_command(bundle: str, backend: str, device: str) -> None:
     """Verify BUNDLE (a folder or a name): hashes, graphs, styles, and parity with torch on this machine."""
-    from lsast_engines.backends.choice import LEAST_PSNR
     from lsast_engines.bundle.bundle import find_bundle
 
     from ..bundle.check import check_bundle
@@ -34,7 +33,7 @@ def check_command(bundle: str, backend: str, device: str) -> None:
         auto = {"backend": report.auto.backend, "compute_dtype": report.auto.compute_dtype, "psnr": report.auto_psnr}
         echo(
             f"           auto: {report.auto.backend} in {report.auto.compute_dtype}, {report.auto_psnr:.1f} dB to fp32 "
-            f"(expected {LEAST_PSNR:g})",
+            f"(expected {report.auto_expected:.3g})",
             err=True,
         )
     facts = {

@@ -63,11 +63,10 @@ class EngineFactory:
     compute_dtype: DtypeOrAuto = "auto"
 
     def __post_init__(self) -> None:
-        if self.bundle.manifest.storage_dtype == "int8" and self.compute_dtype not in ("auto", "fp32"):
-            # OpenVINO 2026.4 fails to open a float convolution in bf16 whose output is quantised.
+        if self.bundle.manifest.storage_dtype == "int8" and self.compute_dtype == "fp16":  # was not tried
             raise UsageError(
-                f"found compute_dtype {self.compute_dtype} for {self.bundle.path}, which is stored in int8; "
-                "expected fp32: leave the option out"
+                f"found compute_dtype fp16 for {self.bundle.path}, which is stored in int8; "
+                "expected fp32, or bf16 with OpenVINO: leave the option out"
             )
 
     @functools.cached_property

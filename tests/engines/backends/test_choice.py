@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lsast_engines.backends.choice import ROWS, choose
+from lsast_engines.backends.choice import INT8_MEASURED, ROWS, choose
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.environment import PROCESSOR, cpu_features
 from lsast_engines.errors import BackendError, MissingExtraError, UsageError
@@ -52,8 +52,10 @@ BOTH = "onnxruntime openvino"
         ("avx512_bf16", "onnxruntime", "fp32", {}, ORT),
         ("avx512_bf16", "openvino", "fp32", {}, BF16),
         ("avx2", "openvino", "fp32", {}, OV),
-        ("avx512_bf16 amx_int8", BOTH, "int8", {}, ORT),
-        ("avx512_bf16", BOTH, "int8", {"backend": "openvino"}, OV),
+        ("avx512_bf16 amx_int8", BOTH, "int8", {}, BF16),
+        ("avx512_vnni amx_int8", BOTH, "int8", {}, ORT),
+        ("avx512_bf16", BOTH, "int8", {"backend": "onnxruntime"}, ORT),
+        ("avx2", BOTH, "int8", {"backend": "openvino"}, OV),
         ("avx512_bf16", BOTH, "fp32", {"compute_dtype": "fp32"}, ORT),
         ("avx512_bf16", BOTH, "fp32", {"backend": "ONNXRuntime"}, ORT),
         ("avx512_bf16", BOTH, "fp32", {"backend": "openvino"}, BF16),
@@ -70,6 +72,7 @@ def test_choose_takes_the_row_of_the_machine_and_the_bundle(
     found = choose(SimpleNamespace(manifest=manifest, path=bundle.path), **given)  # type: ignore[arg-type]
     assert (found.backend, found.compute_dtype, found.device) == (*expected, "cpu")
     assert found.reason
+    assert (INT8_MEASURED in found.reason) is (storage_dtype == "int8" and expected == BF16)
 
 
 def test_choose_with_a_broken_or_limited_openvino_takes_the_next_row(
@@ -104,6 +107,7 @@ def test_guide_shows_every_row_of_the_rule() -> None:
     for row in ROWS:
         assert f"| `{row.backend}` | `{row.compute_dtype}` | {f'`{row.feature}`' if row.feature else 'any'} |" in text
         assert row.measured in text
+    assert INT8_MEASURED in text
 
 
 def test_cpu_features_are_those_of_the_system_and_of_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,10 +17,11 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
 import lsast
+from lsast_engines.backends.openvino import compute_dtypes
 from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import GraphSpec, TensorSpec
-from lsast_engines.errors import ParityError, TrainingError, UsageError
+from lsast_engines.errors import BackendError, ParityError, TrainingError, UsageError
 from lsast_engines.images import psnr
 from lsast_export.bundle.check import check_bundle
 from lsast_export.cli.main import main
@@ -347,13 +349,40 @@ def test_psnr_is_opencvs() -> None:
     assert psnr(one, one) == float("inf")
 
 
-def test_load_of_a_quantized_bundle_in_bf16_is_refused(quantised: Bundle) -> None:
-    with pytest.raises(UsageError, match=r"found compute_dtype bf16.*expected fp32"):
-        lsast.load(quantised.path, compute_dtype="bf16")
-    with lsast.load(quantised.path, backend="onnxruntime") as stylizer:
-        picture = load_calibration_images(None, 1, 64)[0][0]
-        image = stylizer.stylize(picture, size=64, steps=2).image
-    assert image.size == (64, 64)
+def test_quantized_bundle_in_bf16_paints_as_near_to_float_as_in_fp32(
+    quantised: Bundle, bundles: dict[str, Bundle]
+) -> None:
+    with pytest.raises(UsageError, match=r"found compute_dtype fp16.*expected fp32, or bf16"):
+        lsast.load(quantised.path, compute_dtype="fp16")
+    with pytest.raises(BackendError, match=r"onnxruntime computes in fp32 on cpu, others may in bf16"):
+        lsast.load(quantised.path, backend="onnxruntime", compute_dtype="bf16")
+    if "bf16" not in compute_dtypes("cpu"):
+        pytest.skip("OpenVINO has no bf16 here")
+    picture = load_calibration_images(None, 1, 128)[0][0]
+    painted = []
+    for bundle, backend, dtype in (
+        (bundles["fp16"], "onnxruntime", "fp32"), (quantised, "onnxruntime", "fp32"), (quantised, "openvino", "bf16"),
+    ):  # fmt: skip
+        with lsast.load(bundle.path, backend=backend, compute_dtype=dtype, threads=1) as stylizer:
+            painted.append(
+                [np.asarray(stylizer.stylize(picture, size=size, steps=4, seed=2).image) for size in (64, 128)]
+            )
+    for exact, fp32, bf16 in zip(*painted, strict=True):
+        assert psnr(exact, bf16) >= psnr(exact, fp32) - 1.5
+
+
+def test_check_bundle_holds_auto_in_int8_to_the_same_backend_in_fp32(
+    quantised: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LSAST_PROCESSOR", "avx512_bf16")
+    if "bf16" not in compute_dtypes("cpu"):
+        pytest.skip("OpenVINO has no bf16 here")
+    report = check_bundle(quantised.path)
+    assert report.auto is not None
+    assert report.auto_psnr is not None
+    assert (report.auto.compute_dtype, report.passed) == ("bf16", True)
+    assert 10 < report.auto_expected < 45
+    assert not dataclasses.replace(report, auto_psnr=report.auto_expected - 0.1).passed
 
 
 @pytest.mark.slow
