@@ -59,10 +59,10 @@ NOTES = {
         _SMALL,
         f"Learned from few works, so the blues and ochres of his landscapes come on every picture. {_CROWDS}",
     ),
-    "malevich": Note(
-        "Kazimir Malevich (1879-1935)",
+    "north": Note(
+        "Marianne North (1830-1890)",
         _SMALL,
-        "Flat planes are not kept flat.",
+        f"Mostly flowers and forest, so pinks, reds and greens come on faces and walls, too. {_CROWDS}",
     ),
 }
 METRICS = ("deception", "deception_lite2", "kid", "lpips", "edge_f1", "ssim")

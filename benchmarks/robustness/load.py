@@ -26,7 +26,7 @@ import numpy as np
 
 import lsast
 
-STYLES = ("vangogh", "monet", "vangogh:0.6+monet:0.4", "monet@up+roerich@0-4", "malevich@down")
+STYLES = ("vangogh", "monet", "vangogh:0.6+monet:0.4", "monet@up+roerich@0-4", "north@down")
 OPTIONS: list[dict[str, Any]] = [
     {
         "style": STYLES[index % 5],

@@ -18,7 +18,7 @@ from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS
 
 PHOTO = Path(__file__).parents[2] / "docs" / "images" / "lighthouse.jpg"
 SIZE = 256
-STYLES = ("vangogh", "monet", "cezanne", "roerich", "martin", "koson", "malevich")
+STYLES = ("vangogh", "monet", "cezanne", "roerich", "martin", "koson", "north")
 
 
 @pytest.fixture(scope="module")
