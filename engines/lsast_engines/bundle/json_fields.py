@@ -21,6 +21,9 @@ from ..errors import UsageError
 MAX_INTEGER = 10_000_000
 """Largest whole number of a field that declares no other: no width, offset or count of a base is near it."""
 
+_ANY_TEXT = ".*"
+"""The pattern of the texts of an object, which may be empty; a text that is a field of its own may not."""
+
 Kind = TypeVar("Kind")
 
 
@@ -86,6 +89,7 @@ def read_value(hint: Any, value: object, where: str, faults: list[str]) -> Any:
         return value
     if isinstance(value, dict):
         of = get_args(hint)[1]
+        of = Annotated[str, _ANY_TEXT] if of is str else of
         return {name: read_value(of, held, f"{where}.{name}", faults) for name, held in value.items()}
     if isinstance(value, list):
         items = [
@@ -109,7 +113,7 @@ def _check(hint: Any, note: Any, value: Any) -> tuple[bool, str]:
     if hint is str:
         pattern = note or ".+"
         fits = _is_text(value) and re.fullmatch(pattern, value, re.DOTALL) is not None
-        return fits, "text" if note is None else f"text like {pattern}"
+        return fits, "text" if note in (None, _ANY_TEXT) else f"text like {pattern}"
     if hint is int:
         span = note or Range(1, MAX_INTEGER)
         is_whole = isinstance(value, int) and not isinstance(value, bool)

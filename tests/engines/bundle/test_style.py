@@ -191,9 +191,9 @@ def saved(folder: Path, meta: dict[str, str]) -> Path:
 def test_style_file_gives_its_defaults_and_the_statistics_of_its_latents(tmp_path: Path) -> None:
     values = {"strength": 1.0, "guidance": 8, "control_scale": 0.9, "steps": 11, "solver": "ddim"}
     statistics = LatentStatistics((0.1, -2.0), (0.5, 1.25))
-    meta = {"licence": "none", **encode_defaults(values), **statistics.to_meta()}
+    meta = {"licence": "", **encode_defaults(values), **statistics.to_meta()}
     full, empty = StyleFile(saved(tmp_path, meta)), StyleFile(saved(tmp_path, encode_defaults({})))
-    assert (full.defaults, full.latent_statistics) == (values, statistics)
+    assert (full.defaults, full.latent_statistics, full.meta) == (values, statistics, meta)
     assert (empty.defaults, empty.latent_statistics) == ({}, None)
 
 
