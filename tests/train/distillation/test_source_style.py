@@ -37,5 +37,5 @@ def test_read_style_refuses_another_base_baked_guidance_and_unknown_names(
         replace(source, **changes).save(file)  # type: ignore[arg-type]
         with pytest.raises(StyleError, match=message):
             read_style(str(file), base)
-    with pytest.raises(StyleError, match=r"found no prompts at nobody or runs/nobody/nobody\.prompts"):
+    with pytest.raises(StyleError, match=r"no prompts at nobody or runs/nobody/nobody\.prompts.*the base: it has none"):
         read_style("nobody", base)

@@ -29,14 +29,16 @@ def read_style(name_or_path: str, base: Base, folder: Path | None = None) -> Sty
     Raises:
         StyleError: there is none; it is damaged, of another base, or has guidance baked in already.
     """
-    given = Path(name_or_path).expanduser()
-    path: Path | None = given
-    if not given.is_file():
+    path = Path(name_or_path).expanduser()
+    if not path.is_file():
         bundle = folder is not None and (folder / MANIFEST).is_file()
         styles = Bundle.open(folder, verify_hashes=False).styles() if folder is not None and bundle else {}
-        path = styles.get(name_or_path)
-    if path is None or path.name.endswith(".prompts.safetensors"):
-        found = load_prompts(find_prompts(name_or_path, folder), base)
+        try:
+            path = styles.get(name_or_path) or find_prompts(name_or_path, folder)
+        except StyleError as error:
+            raise StyleError(f"{error}; or a style of the base: {', '.join(styles) or 'it has none'}") from None
+    if path.name.endswith(".prompts.safetensors"):
+        found = load_prompts(path, base)
         kv_unet, kv_control = (_project(layout, found.prompts).numpy() for layout in kv_layouts(base))
         meta = {**{key: str(getattr(found, key)) for key in ("variant", "layout", "prompt")}, **found.meta}
         return Style(found.name, base.fingerprint, len(kv_unet), kv_unet.shape[1], kv_unet, kv_control, meta)
