@@ -45,7 +45,7 @@ ROWS = (
 )
 """From the fastest to the slowest. AVX-512 alone emulates bf16, more slowly than fp32; Arm was not measured."""
 
-INT8_MEASURED = "in int8 1.3 times as fast as ONNX Runtime at Stable Diffusion 1.5's size, 1.1 to 1.4 times with mini"
+INT8_MEASURED = "in int8 1.2 times as fast as ONNX Runtime at Stable Diffusion 1.5's size, 1.1 to 1.4 times with mini"
 """How fast OpenVINO is for a bundle in int8 where bf16 is what it keeps in float; measured on ``avx512_bf16``."""
 
 
