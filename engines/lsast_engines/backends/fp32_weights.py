@@ -4,9 +4,6 @@ A bundle in fp16 or bf16 is computed in float32. OpenVINO, and ONNX Runtime with
 then make packed copies, so that they need more memory than for a bundle in fp32. Therefore the weights are converted, a
 tensor at a time, into a float32 file in the cache folder, and the graph is rewritten for that file: without casts, with
 other offsets.
-
-An ONNX file is a protocol buffer (onnx/onnx.proto; protobuf.dev/programming-guides/encoding). The runtime does not
-depend on the onnx package; the few fields that change are rewritten here.
 """
 
 from __future__ import annotations
@@ -33,7 +30,7 @@ from ..files import (
     written_by_others,
 )
 from .graph_cache import SOURCE, read_source
-from .protobuf import LENGTH_DELIMITED, fields
+from .onnx_file import encode, values
 
 MIN_BYTES = 1 << 30
 """Minimum size of a weight file to convert; smaller ones are left to the backend."""
@@ -41,15 +38,15 @@ MIN_BYTES = 1 << 30
 WEIGHTS = "base.safetensors"
 """The weight file of a bundle."""
 
-DIGEST_SUFFIX = ".sha256"
-"""Suffix of the file beside converted weights that holds their SHA-256."""
-
+_DIGEST_SUFFIX = ".sha256"
 _checked: set[tuple[Path, int, int, int]] = set()
 """Converted weights that were found whole: path, inode, size and time of change."""
 
-_FLOAT = 1
-_HALVES = {"F16": 10, "BF16": 16}
-"""Number of the type in ONNX (TensorProto.DataType), by safetensors' name."""
+_FLOAT, _HALVES = 1, {"F16": 10, "BF16": 16}
+"""Numbers of types in ONNX (TensorProto.DataType), by safetensors' name."""
+
+_EXTERNAL = 1
+"""TensorProto.DataLocation of a weight in a file."""
 
 _log = logging.getLogger("lsast.fp32_weights")
 
@@ -117,7 +114,7 @@ def _is_whole(target: Path) -> bool:
         stat = target.stat()
         state = (target, stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if state not in _checked:
-            if target.with_suffix(DIGEST_SUFFIX).read_text() != file_sha256(target):
+            if target.with_suffix(_DIGEST_SUFFIX).read_text() != file_sha256(target):
                 _log.warning("%s is damaged; it is converted again", target)
                 return False
             _checked.add(state)
@@ -143,17 +140,17 @@ def _convert(weights: Path, slots: dict[str, Slot], target: Path) -> None:
         handle.write(header)
         for slot in slots.values():
             source.seek(slot.offset)
-            handle.write(to_float32(source.read(slot.length), slot.dtype))
+            handle.write(_to_float32(source.read(slot.length), slot.dtype))
     if _key(weights) != target.parent.name:
         raise BackendError(f"{weights} changed while it was converted; open the bundle again")
-    with replace_file(target.with_suffix(DIGEST_SUFFIX), own=True) as handle:
+    with replace_file(target.with_suffix(_DIGEST_SUFFIX), own=True) as handle:
         handle.write(file_sha256(target).encode())
     for other in target.parent.parent.iterdir():  # what the same file held before is as large, and of no use
         if other != target.parent and read_source(other) == weights.resolve():
             shutil.rmtree(other, ignore_errors=True)
 
 
-def to_float32(data: bytes, dtype: str) -> bytes:
+def _to_float32(data: bytes, dtype: str) -> bytes:
     """The values `data` of `dtype` (safetensors' name) as float32, if they have 16 bits; others unchanged."""
     if dtype == "F16":
         return np.frombuffer(data, np.float16).astype(np.float32).tobytes()
@@ -163,73 +160,28 @@ def to_float32(data: bytes, dtype: str) -> bytes:
 
 
 def _rewritten_model(model: bytes, moved: dict[int, Slot]) -> bytes:
-    """A serialized ModelProto that refers to the converted weights; `moved` maps old offsets to new slots."""
-    result = []
-    for number, value, raw in fields(model):
-        result.append(_message_field(7, _rewritten_graph(value, moved)) if number == 7 else raw)
-    return b"".join(result)
+    """A ModelProto that reads the converted weights, in place of their casts; `moved` maps old offsets to new slots."""
+    fields = values(model)
+    graph = values(fields[7][0])
+    tensors = [(raw, values(raw)) for raw in graph[5]]
+    halves = {tensor[8][0] for _, tensor in tensors if tensor[2][0] in _HALVES.values() and tensor[14] == [_EXTERNAL]}
+    nodes = [(raw, values(raw)) for raw in graph[1]]
+    casts = {node[1][0]: node[2][0] for _, node in nodes if node[4] == [b"Cast"] and node[1][0] in halves}
+    graph[1] = [raw for raw, node in nodes if node[4] != [b"Cast"] or node[1][0] not in halves]
+    graph[5] = [_rewritten_initializer(raw, tensor, moved, casts) for raw, tensor in tensors]
+    fields[7] = [encode(graph)]
+    return encode(fields)
 
 
-def _rewritten_graph(graph: bytes, moved: dict[int, Slot]) -> bytes:
-    """A GraphProto in which 16-bit initializers are replaced by the outputs of their casts."""
-    halves = set()
-    for number, value, _ in fields(graph):
-        if number == 5:
-            tensor = _first_values(value)
-            if tensor.get(2) in _HALVES.values() and tensor.get(14) == 1:  # data_type; data_location: external
-                halves.add(bytes(tensor[8]))
-    names, result = {}, []
-    for number, value, raw in fields(graph):
-        if number == 1 and _first_values(value).get(4) == b"Cast" and (source := _first_values(value)[1]) in halves:
-            names[source] = _first_values(value)[2]
-        elif number != 5:
-            result.append(raw)
-    for number, value, _ in fields(graph):
-        if number == 5:
-            result.append(_message_field(5, _rewritten_initializer(value, moved, names)))
-    return b"".join(result)
-
-
-def _rewritten_initializer(tensor: bytes, moved: dict[int, Slot], names: dict[bytes, bytes]) -> bytes:
-    """A TensorProto; if its data is in the weight file, with the new offset and length."""
-    entries = [_first_values(value) for number, value, _ in fields(tensor) if number == 13]
-    place = {bytes(entry[1]): bytes(entry[2]) for entry in entries}
+def _rewritten_initializer(
+    raw: bytes, tensor: dict[int, list[Any]], moved: dict[int, Slot], casts: dict[bytes, bytes]
+) -> bytes:
+    """A TensorProto; if its data is in the weight file, with the new place, and the name that its cast had."""
+    place = {entry[1][0]: entry[2][0] for entry in map(values, tensor[13])}
     if place.get(b"location") != WEIGHTS.encode():
-        return tensor
-    slot = moved[int(place[b"offset"])]
-    result = []
-    for number, value, raw in fields(tensor):
-        if number == 2:
-            result.append(_number_field(2, _FLOAT if value in _HALVES.values() else value))
-        elif number == 8:
-            result.append(_message_field(8, names.get(value, value)))
-        elif number != 13:
-            result.append(raw)
+        return raw
+    slot, (name,) = moved[int(place[b"offset"])], tensor[8]
     place = {b"location": WEIGHTS.encode(), b"offset": b"%d" % slot.offset, b"length": b"%d" % slot.length}
-    result += [_message_field(13, _message_field(1, key) + _message_field(2, text)) for key, text in place.items()]
-    return b"".join(result)
-
-
-def _first_values(message: bytes) -> dict[int, Any]:
-    """The first value of each field."""
-    found: dict[int, Any] = {}
-    for number, value, _ in fields(message):
-        found.setdefault(number, value)
-    return found
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _number_field(number: int, value: int) -> bytes:
-    return _varint(number << 3) + _varint(value)
-
-
-def _message_field(number: int, content: bytes) -> bytes:
-    return _varint(number << 3 | LENGTH_DELIMITED) + _varint(len(content)) + content
+    kind = [_FLOAT] if tensor[2][0] in _HALVES.values() else tensor[2]
+    entries = [encode({1: [key], 2: [text]}) for key, text in place.items()]
+    return encode({**tensor, 2: kind, 8: [casts.get(name, name)], 13: entries})

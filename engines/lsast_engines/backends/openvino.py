@@ -19,8 +19,8 @@ from ..environment import processor
 from ..errors import BackendError
 from .base import Array, ComputeDtype, Engine, check_interface, output_shapes
 from .graph_cache import open_cached
-from .graph_check import check_graph
 from .imports import import_library
+from .onnx_file import check_graph
 
 BLOB = "graph.blob"
 """File of an entry in the graph cache."""

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from lsast_engines.backends.graph_check import OPERATORS, OPSET, check_graph
+from lsast_engines.backends.onnx_file import OPERATORS, OPSET, check_graph
 from lsast_engines.bundle.bundle import EMBEDDED
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, UNET_SPLIT_GRAPHS
 from lsast_engines.bundle.json_fields import parse_json

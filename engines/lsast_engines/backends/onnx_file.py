@@ -1,20 +1,22 @@
-"""Checks of an ONNX file before OpenVINO parses it, whose parser may crash on files that are damaged or hostile.
+"""ONNX files without the onnx package: their fields, and checks of them before OpenVINO parses them.
 
-They are those of `onnx.checker` that a parser relies on, for graphs as `lsast-export` writes them: one operator set, no
-graphs inside graphs, no functions. ONNX Runtime makes such checks by itself. Field numbers are those of
-onnx/onnx.proto.
+An ONNX file is a protocol buffer (protobuf.dev/programming-guides/encoding); field numbers are those of
+onnx/onnx.proto. OpenVINO's parser may crash on files that are damaged or hostile, so `check_graph` makes those checks
+of `onnx.checker` that a parser relies on, for graphs as `lsast-export` writes them: one operator set, no graphs inside
+graphs, no functions. ONNX Runtime makes such checks by itself.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..bundle.json_fields import parse_json
 from ..errors import BackendError, fault_list, shown
-from .protobuf import numbers, values
 
 OPSET = 18
 """Version of ONNX's operators that `OPERATORS` lists."""
@@ -37,14 +39,41 @@ _TENSOR, _LISTS = 4, (6, 7, 8)
 """Types of attributes: a tensor; those that may be empty or hold several values."""
 
 
-class _Operator(NamedTuple):
-    """An entry of `OPERATORS`."""
+def values(message: bytes) -> defaultdict[int, list[Any]]:
+    """All values of every field of a message, in their order: an int, or bytes.
 
-    least_inputs: int
-    most_inputs: int
-    least_outputs: int
-    most_outputs: int
-    attributes: dict[str, list[Any]]
+    Raises:
+        ValueError: the message is cut off or damaged.
+    """
+    found: defaultdict[int, list[Any]] = defaultdict(list)
+    position = 0
+    while position < len(message):
+        key, position = _read_varint(message, position)
+        value: Any
+        if key & 7 == 0:
+            value, position = _read_varint(message, position)
+        else:
+            if key & 7 == 2:
+                size, position = _read_varint(message, position)
+            elif (size := {1: 8, 5: 4}.get(key & 7, -1)) < 0:
+                raise ValueError(f"a field of wire type {key & 7}")
+            value, position = message[position : position + size], position + size
+            if position > len(message):
+                raise ValueError("a field that ends behind its message")
+        found[key >> 3].append(value)
+    return found
+
+
+def encode(fields: Mapping[int, list[Any]]) -> bytes:
+    """The message with these `values`, none of which is a number of fixed width."""
+    parts = []
+    for number, found in fields.items():
+        for value in found:
+            if isinstance(value, int):
+                parts += [_varint(number << 3), _varint(value)]
+            else:
+                parts += [_varint(number << 3 | 2), _varint(len(value)), value]
+    return b"".join(parts)
 
 
 def check_graph(path: Path) -> None:
@@ -62,8 +91,9 @@ def check_graph(path: Path) -> None:
 
 
 @functools.cache
-def _operators() -> dict[str, _Operator]:
-    return {name: _Operator(*entry) for name, entry in parse_json(OPERATORS.read_bytes()).items()}
+def _operators() -> dict[str, Any]:
+    operators: dict[str, Any] = parse_json(OPERATORS.read_bytes())
+    return operators
 
 
 def _model_faults(model: bytes, folder: Path) -> list[str]:
@@ -83,8 +113,7 @@ def _model_faults(model: bytes, folder: Path) -> list[str]:
 def _graph_faults(graph: bytes, folder: Path) -> list[str]:
     found = values(graph)
     faults = ["found sparse weights; expected dense ones"] if found[15] else []
-    known = {""}
-    """What is computed so far; an input that is left out has an empty name."""
+    known = {""}  # what is computed so far; an input that is left out has an empty name
     for value_info in found[11]:
         faults += _define(_text(values(value_info)[1]), known)
     for tensor in found[5]:
@@ -109,32 +138,28 @@ def _define(name: str, known: set[str]) -> list[str]:
 def _node_faults(node: bytes, known: set[str], folder: Path) -> list[str]:
     found = values(node)
     kind = _text(found[4])
-    operator = _operators().get(kind)
-    if operator is None or _text(found[7]) not in ("", "ai.onnx"):
+    if kind not in _operators() or _text(found[7]) not in ("", "ai.onnx"):
         return [f"found operator {shown(kind)} of {shown(_text(found[7])) or 'ai.onnx'}; expected another"]
+    *counts, attributes = _operators()[kind]
     inputs, outputs = ([_text([name]) for name in found[side]] for side in (1, 2))
     where = f"{kind} {shown(next(iter(outputs), ''))}"
     faults = [f"{where}: no earlier node computes {shown(name)}" for name in inputs if name not in known]
-    for side, names, least, most in (
-        ("inputs", inputs, operator.least_inputs, operator.most_inputs),
-        ("outputs", outputs, operator.least_outputs, operator.most_outputs),
-    ):
+    for side, names, (least, most) in (("inputs", inputs, counts[:2]), ("outputs", outputs, counts[2:])):
         if not least <= len(names) <= (len(names) if most < 0 else most) or "" in names[:least]:
             faults.append(f"{where}: found {side} {shown(names)}; expected at least {least}, at most {most}")
-    for name in outputs:
-        if name:
-            faults += _define(name, known)
+    for name in filter(None, outputs):
+        faults += _define(name, known)
     given: set[str] = set()
     for attribute in found[5]:
-        faults += [f"{where}: {fault}" for fault in _attribute_faults(attribute, operator, given, folder)]
-    missing = [name for name, (_, required) in operator.attributes.items() if required and name not in given]
+        faults += [f"{where}: {fault}" for fault in _attribute_faults(attribute, attributes, given, folder)]
+    missing = [name for name, (_, required) in attributes.items() if required and name not in given]
     return faults + [f"{where}: attribute {name} is missing" for name in missing]
 
 
-def _attribute_faults(attribute: bytes, operator: _Operator, given: set[str], folder: Path) -> list[str]:
+def _attribute_faults(attribute: bytes, expected: dict[str, list[Any]], given: set[str], folder: Path) -> list[str]:
     found = values(attribute)
     name = _text(found[1])
-    kind, _ = operator.attributes.get(name, (0, False))
+    kind, _ = expected.get(name, (0, False))
     if kind not in _VALUE_FIELDS or name in given:
         return [f"attribute {shown(name)} is unknown or given twice"]
     given.add(name)
@@ -142,15 +167,14 @@ def _attribute_faults(attribute: bytes, operator: _Operator, given: set[str], fo
     held = found[_VALUE_FIELDS[kind]]
     if found[20] != [kind] or any(found[field] for field in others) or (kind not in _LISTS and len(held) != 1):
         return [f"attribute {name} has a value of another type than {kind}"]
-    return [
-        f"attribute {name}: {fault}" for tensor in held if kind == _TENSOR for fault in _tensor_faults(tensor, folder)
-    ]
+    tensors = held if kind == _TENSOR else []
+    return [f"attribute {name}: {fault}" for tensor in tensors for fault in _tensor_faults(tensor, folder)]
 
 
 def _tensor_faults(tensor: bytes, folder: Path) -> list[str]:
     """Faults of a TensorProto: its shape, and whether it holds as many bytes or elements."""
     found = values(tensor)
-    shape, kind = numbers(found[1]), found[2][-1] if found[2] else 0
+    shape, kind = _numbers(found[1]), found[2][-1] if found[2] else 0
     if kind not in _ITEM_BYTES or len(shape) > _MAX_RANK or min(shape, default=0) < 0:
         return [f"found type {kind} and shape {shape[: _MAX_RANK + 1]}; expected sizes of numbers"]
     if (count := math.prod(shape)) > _MAX_ELEMENTS:
@@ -160,7 +184,7 @@ def _tensor_faults(tensor: bytes, folder: Path) -> list[str]:
         return _external_faults(found[13], size, folder)
     if found[9]:
         return [] if [len(found[9][0])] == [size] and len(found[9]) == 1 else [f"expected {size} bytes of data"]
-    listed = sum(len(numbers(found[field])) for field in (5, 7, 11))
+    listed = sum(len(_numbers(found[field])) for field in (5, 7, 11))
     for field, width in ((4, 4), (10, 8)):
         listed += sum(1 if len(value) == width else len(value) // width for value in found[field])
     return [] if listed == count else [f"found {listed} elements; expected {count}"]
@@ -186,7 +210,7 @@ def _type_faults(value_info: bytes) -> list[str]:
         for tensor_type in values(kind)[1]:
             tensor = values(tensor_type)
             axes = [axis for shape in tensor[2] for axis in values(shape)[1]]
-            sizes = numbers([size for axis in axes for size in values(axis)[1]])
+            sizes = _numbers([size for axis in axes for size in values(axis)[1]])
             if tensor[1] and tensor[1][-1] in _ITEM_BYTES and len(axes) <= _MAX_RANK and min(sizes, default=0) >= 0:
                 return []
     return [f"{shown(_text(found[1]))}: expected a tensor of numbers"]
@@ -195,3 +219,39 @@ def _type_faults(value_info: bytes) -> list[str]:
 def _text(found: list[Any]) -> str:
     """The last value of a field as text; empty without one."""
     return str(found[-1], "utf-8") if found else ""
+
+
+def _numbers(found: list[Any]) -> list[int]:
+    """The whole numbers of a repeated field, packed or not, signed with 64 bits."""
+    result = []
+    for value in found:
+        if isinstance(value, int):
+            result.append(value)
+            continue
+        position = 0
+        while position < len(value):
+            number, position = _read_varint(value, position)
+            result.append(number)
+    return [number - (1 << 64) if number >> 63 else number for number in result]
+
+
+def _read_varint(data: bytes, position: int) -> tuple[int, int]:
+    """The number of variable length at `position`, and the position behind it."""
+    value = 0
+    for shift in range(0, 64, 7):
+        if position >= len(data):
+            raise ValueError("a number that is cut off")
+        byte = data[position]
+        position += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value & (1 << 64) - 1, position
+    raise ValueError("a number of more than 64 bits")
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
