@@ -156,8 +156,6 @@ MODULES = {
     "lsast-serve": ("lsast.server.cli", "main"),
     "lsast-train": ("lsast_train.cli.main", "command"),
     "lsast-train mini": ("lsast_train.cli.mini", "mini"),
-    "lsast-train distill": ("lsast_train.cli.distill", "distill"),
-    "lsast-train finetune": ("lsast_train.cli.finetune", "finetune"),
     "lsast-export": ("lsast_export.cli.main", "main"),
     "lsast-eval": ("lsast_eval.cli", "main"),
 }

@@ -26,7 +26,7 @@ import tempfile
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import torch
@@ -37,7 +37,7 @@ from lsast_train.base.base import Base
 from lsast_train.base.lazy_base import load_base
 from lsast_train.evaluation import ValidationSet
 from lsast_train.inversion import Inversion
-from lsast_train.options import CHOICES, PRESETS, MixedPrecision, TrainOptions, Variant
+from lsast_train.options import PRESETS, MixedPrecision, TrainOptions, Variant
 from lsast_train.paintings import PaintingDataset
 from lsast_train.prompts.prompt_space import PromptSpace
 
@@ -58,7 +58,7 @@ STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365
 @click.option("--batch", default=12, show_default=True)
 @click.option("--seeds", type=click.IntRange(1, 10), default=3, show_default=True)
 @click.option("--variant", "variants", multiple=True, type=click.Choice(list(MATRICES)), help="Only these now.")
-@click.option("--mixed-precision", default="no", show_default=True, type=click.Choice(CHOICES["mixed_precision"]))
+@click.option("--mixed-precision", default="no", show_default=True, type=click.Choice(get_args(MixedPrecision)))
 @click.option("--threads", type=click.IntRange(1))
 def main(
     paintings: Path,

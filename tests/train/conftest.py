@@ -18,6 +18,7 @@ from lsast_train.inversion import Inversion
 from lsast_train.mini.architecture import MiniConfig, build_mini
 from lsast_train.options import TrainOptions
 from lsast_train.paintings import PaintingDataset
+from lsast_train.training.loop import TrainingLoop
 
 SIZE = 64
 
@@ -89,24 +90,35 @@ def brief() -> TrainOptions:
 
 @pytest.fixture
 def invert(collection: PaintingDataset, brief: TrainOptions, tmp_path: Path) -> Callable[..., Inversion]:
-    """Makes a run of `brief` with other options: invert(base, folder="", resume=…, on_step=…, device=…, **options)."""
+    """Makes a run of `brief` with other options: invert(base, folder="", resume=…, device=…, **options)."""
 
     def make(base: Base, folder: str = "", **given: Any) -> Inversion:
-        how = {name: given.pop(name) for name in ("resume", "on_step", "device") if name in given}
+        how = {name: given.pop(name) for name in ("resume", "device") if name in given}
         return Inversion(base, collection, replace(brief, **given), "red", tmp_path / folder, **how)
 
     return make
 
 
 @pytest.fixture
-def interrupt_at() -> Callable[[int], Callable[[int, float], None]]:
-    """Makes an ``on_step`` that sends SIGINT to this process after a step."""
+def after_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], Any]], None]:
+    """Has a function called after each step of the runs that follow, with the number of steps done."""
+    run = TrainingLoop.run
 
-    def make(step: int) -> Callable[[int, float], None]:
-        def on_step(now: int, _: float) -> None:
-            if now == step:
-                os.kill(os.getpid(), signal.SIGINT)
+    def register(action: Callable[[int], Any]) -> None:
+        def observed(loop: TrainingLoop, train_step: Callable[[int], float], *others: Any) -> None:
+            def stepped(step: int) -> float:
+                loss = train_step(step)
+                action(step + 1)
+                return loss
 
-        return on_step
+            run(loop, stepped, *others)
 
-    return make
+        monkeypatch.setattr(TrainingLoop, "run", observed)
+
+    return register
+
+
+@pytest.fixture
+def interrupt_at(after_step: Callable[[Callable[[int], Any]], None]) -> Callable[[int], None]:
+    """Sends SIGINT to this process after a step of this number."""
+    return lambda step: after_step(lambda now: os.kill(os.getpid(), signal.SIGINT) if now == step else None)

@@ -89,7 +89,7 @@ def test_loss_of_another_step_or_process_draws_another_batch(base: Base, invert:
 
 
 def test_timesteps_are_uniform_and_learning_rates_follow_the_schedule(
-    base: Base, invert: Invert, monkeypatch: pytest.MonkeyPatch
+    base: Base, invert: Invert, monkeypatch: pytest.MonkeyPatch, after_step: Callable[..., None]
 ) -> None:
     times: list[torch.Tensor] = []
     rates: list[list[float]] = []
@@ -100,7 +100,7 @@ def test_timesteps_are_uniform_and_learning_rates_follow_the_schedule(
 
     monkeypatch.setattr(inversion, "noise_error", stub)
     run = invert(base, steps=40, batch=100, schedule="step", decay_after=30, lr=0.01, map_lr=0.5)
-    run.on_step = lambda *_: rates.append([group["lr"] for group in run.optimizer.param_groups])
+    after_step(lambda _: rates.append([group["lr"] for group in run.optimizer.param_groups]))
     run.run()
     assert rates == [pytest.approx([0.01, 0.005])] * 30 + [pytest.approx([0.001, 0.0005])] * 10
     drawn = torch.cat(times)
@@ -133,7 +133,7 @@ def test_loss_with_weighting_v_is_the_error_of_v(
 
 
 def test_inversion_keeps_the_prompts_of_the_best_evaluation(
-    base: Base, invert: Invert, monkeypatch: pytest.MonkeyPatch
+    base: Base, invert: Invert, monkeypatch: pytest.MonkeyPatch, after_step: Callable[..., None]
 ) -> None:
     # Means over stages would prefer step 4 (5.0 < 5.1); relative to the untrained, step 2 is better.
     scripted = [[8.0] + [0.1] * 9, [8.0] + [0.05] * 9, [5.0] + [0.1] * 9]
@@ -146,7 +146,7 @@ def test_inversion_keeps_the_prompts_of_the_best_evaluation(
     monkeypatch.setattr(ValidationSet, "losses", losses)
     seen: dict[int, torch.Tensor] = {}
     run = invert(base, steps=4, evaluate_every=2)
-    run.on_step = lambda step, _: seen.update({step: run.space.prompts().detach().clone()})
+    after_step(lambda step: seen.update({step: run.space.prompts().detach().clone()}))
     outcome = run.run()
     assert outcome.best_step == 2
     assert outcome.relative_loss == pytest.approx((1 + 9 * 0.5) / 10)

@@ -20,9 +20,9 @@ from lsast_train.mini.architecture import MiniConfig, build_mini
 from lsast_train.options import TrainOptions
 from lsast_train.paintings import PaintingDataset
 from lsast_train.prompts.prompt_file import load_prompts
-from lsast_train.training.signals import InterruptionError
+from lsast_train.training.run import InterruptionError
 
-InterruptAt = Callable[[int], Callable[[int, float], None]]
+InterruptAt = Callable[[int], None]
 Invert = Callable[..., Inversion]
 
 
@@ -34,8 +34,9 @@ def test_resumed_inversion_equals_the_uninterrupted_one_bit_for_bit(
 
     straight = make("straight").run()
     # Part of the mean loss since the last evaluation is carried over.
+    interrupt_at(6)
     with pytest.raises(InterruptionError, match=r"after step 6; .* --resume") as caught:
-        make("parts", on_step=interrupt_at(6)).run()
+        make("parts").run()
     assert caught.value.exit_code == 130
     assert [path.name for path in (tmp_path / "parts").iterdir()] == ["red.checkpoint.safetensors"]
     resumed = make("parts", resume=True).run()
@@ -63,8 +64,9 @@ def test_resumed_inversion_through_a_text_encoder_equals_the_uninterrupted_one(
     before = copy.deepcopy(text_base.text_encoder.state_dict())
     straight = invert(text_base, "straight", **options).run()
     assert (straight.best_step, straight.relative_loss < 0.9999) == (10, True)
+    interrupt_at(4)
     with pytest.raises(InterruptionError):
-        invert(text_base, "parts", on_step=interrupt_at(4), **options).run()
+        invert(text_base, "parts", **options).run()
     resumed = invert(text_base, "parts", resume=True, **options).run()
     assert resumed.file.read_bytes() == straight.file.read_bytes()
     assert all(torch.equal(v, before[k]) for k, v in text_base.text_encoder.state_dict().items())
@@ -80,8 +82,9 @@ def test_checkpoint_that_does_not_fit_the_run_is_refused(
 ) -> None:  # fmt: skip
     with pytest.raises(TrainingError, match=r"found no checkpoint .* start without --resume"):
         invert(base, resume=True)
+    interrupt_at(1)
     with pytest.raises(InterruptionError):
-        invert(base, on_step=interrupt_at(1)).run()
+        invert(base).run()
     with pytest.raises(TrainingError, match="unfinished run"):
         invert(base)
     others = PaintingDataset(collection.training[1:], collection.held_out, "other paintings")

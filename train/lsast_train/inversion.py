@@ -19,7 +19,6 @@ import copy
 import json
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,15 +32,13 @@ from lsast_engines.errors import UsageError, enough_memory
 
 from .base.base import Base
 from .evaluation import ValidationSet, noise_error
-from .options import TrainOptions, identity
+from .options import TrainOptions
 from .paintings import CachedLatents, PaintingDataset, latent_statistics
 from .prompts.prompt_file import Prompts, save_prompts
 from .prompts.prompt_space import PromptSpace, build_space
-from .training.device import find_device, fused
 from .training.loop import TrainingLoop, require_finite, set_learning_rate
-from .training.loss_curve import Curve, Evaluation, save_curve
 from .training.rng import RngStream, rng_for
-from .training.run_files import RunFiles, RunResult, require_run, versions
+from .training.run import LossCurve, RunFiles, RunResult, find_device, fused, versions
 
 log = logging.getLogger("lsast.train")
 
@@ -63,7 +60,6 @@ class Inversion:
         paintings: the artist's, loaded with the options' size and crop.
         licence: of the paintings; kept in the prompt file.
         resume: go on from the checkpoint that a stopped run left in `folder`.
-        on_step: called with the number of steps done and the loss after each step.
         device: in torch's words; None is what accelerate chooses.
 
     Raises:
@@ -81,12 +77,11 @@ class Inversion:
         folder: Path,
         licence: str = "",
         resume: bool = False,
-        on_step: Callable[[int, float], None] | None = None,
         device: str | None = None,
     ) -> None:
         self.files = RunFiles(folder, name)
-        require_run(self.files, options.size, base.config.multiple, resume)
-        self.base, self.paintings, self.options, self.licence, self.on_step = base, paintings, options, licence, on_step
+        self.files.require(options.size, base.config.multiple, resume)
+        self.base, self.paintings, self.options, self.licence = base, paintings, options, licence
         self.accelerator = Accelerator()
         base.to(_device(device, self.accelerator), options.gradient_checkpointing, controlnet=False)
         self.latents = self._encode()
@@ -101,7 +96,7 @@ class Inversion:
             writes=self.accelerator.is_main_process,
             device=base.device,
         )
-        self.curve = Curve([Evaluation(**row) for row in self.loop.history])
+        self.curve = LossCurve(self.loop.history)
 
     def run(self) -> RunResult:
         """Train to the last step and write the best prompts; every process returns the result.
@@ -112,9 +107,9 @@ class Inversion:
             InterruptionError: SIGINT or SIGTERM; a checkpoint was written.
         """
         self._estimate_time()
-        if not self.curve.evaluations:
+        if not self.loop.history:
             self._evaluate(None)
-        self.loop.run(self._train_step, self._evaluate, self.on_step, self._any_signal)
+        self.loop.run(self._train_step, self._evaluate, self._any_signal)
         return self._finish()
 
     def loss(self, step: int, process: int, part: int = 0) -> torch.Tensor:
@@ -181,31 +176,29 @@ class Inversion:
         losses = torch.stack([part.losses(self.space, mine) for part in (self.held_out, self.training)])
         if state.num_processes > 1:
             losses = state.reduce(losses.float().to(state.device), "sum").cpu().double()
+        held_out, training = losses.tolist()
         lr = self.options.learning_rate(step - 1) if step else None
-        held_out, training = (tuple(part) for part in losses.tolist())
-        evaluation = Evaluation(step, held_out, training, mean_loss, lr)
-        self.curve.evaluations.append(evaluation)
-        self.loop.history.append(asdict(evaluation))
-        if self.curve.best() is evaluation:
+        row = {"step": step, "held_out": held_out, "training": training, "loss": mean_loss, "learning_rate": lr}
+        self.loop.history.append(row)
+        if self.curve.best() is row:
             self.best.load_state_dict(self.space.state_dict())
         if step and state.is_main_process:
             log.info(
                 "step %d: held-out loss: %.4f x that of the initial prompts, training: %.4f x",
-                *(step, self.curve.relative(evaluation), self.curve.relative_training(evaluation)),
+                *(step, self.curve.relative(row), self.curve.relative(row, "training")),
             )
-            save_curve(self.curve, self.files.curve, {"name": self.files.name, "options": asdict(self.options)})
+            self.curve.save(self.files.curve, {"name": self.files.name, "options": asdict(self.options)})
 
     def _finish(self) -> RunResult:
-        best = self.curve.best()
-        relative = self.curve.relative(best)
-        result = RunResult(self.files.result, self.files.curve, self.loop.step, best.step, relative, self.loop.seconds)
+        best, relative = self.curve.best()["step"], self.curve.relative(self.curve.best())
+        result = RunResult(self.files.result, self.files.curve, self.loop.step, best, relative, self.loop.seconds)
         if self.accelerator.is_main_process:
             prompts = Prompts.of(self.best, self.files.name, self.base.fingerprint, self._meta(result))
             save_prompts(prompts, self.files.result)
             self.files.checkpoint.unlink(missing_ok=True)
-            if best.step == 0:
+            if best == 0:
                 log.warning("no step lowered the held-out loss; the initial prompts are kept: change --lr or --steps")
-            log.info("kept step %d: held-out loss: %.4f x that of the initial prompts", best.step, relative)
+            log.info("kept step %d: held-out loss: %.4f x that of the initial prompts", best, relative)
         self.accelerator.wait_for_everyone()
         return result
 
@@ -238,7 +231,7 @@ class Inversion:
 
     def _identity(self) -> dict[str, Any]:
         return {
-            **identity(self.options),
+            **self.options.identity(),
             "base": self.base.fingerprint,
             "paintings": self.paintings.digest,
             "processes": self.accelerator.num_processes,

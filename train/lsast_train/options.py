@@ -1,4 +1,4 @@
-"""Options of a training, declared once: for the checks, the command line, checkpoints and the API.
+"""Options of the trainings, declared once: for the checks, the command line, checkpoints and the API.
 
 Never imports torch, so that ``lsast-train --help`` is quick and works without it.
 """
@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
-from lsast_engines.declared_options import Range, option_faults, rules_of
+from lsast_engines.declared_options import Range, option_faults
 from lsast_engines.errors import UsageError, fault_list
 
 Variant = Literal["step+layer", "step", "layer", "global"]
@@ -42,22 +42,45 @@ MixedPrecision = Literal["no", "bf16", "fp16"]
 """Autocast of the U-Net, in accelerate's words; prompts, loss and optimiser are always float32. ``fp16`` is for
 GPUs that have no bf16."""
 
+Solver = Literal["ddim", "dpmpp2m", "unipc", "ddim_lsast"]
+"""The keys of `lsast_engines.diffusion.SOLVERS`."""
+
+LR_WARMUP = 20
+"""Steps in which the decoder's learning rate rises."""
+
 PLACEHOLDER_TOKENS = 10
 """Default rows of a matrix that passes a text encoder: the released configuration's ``max_vectors_per_token``."""
 
 
-def identity(options: Any) -> dict[str, Any]:
-    """The options that change a result, by name: those that ``==`` compares."""
-    return {entry.name: getattr(options, entry.name) for entry in fields(options) if entry.compare}
-
-
 @dataclass(frozen=True)
-class TrainOptions:
-    """How prompts are learned. The defaults are the paper's.
+class RunOptions:
+    """Options of a training run. The learning rate falls to zero by half a cosine.
 
     Raises:
         UsageError: invalid values, all of them at once.
     """
+
+    def __post_init__(self) -> None:
+        if faults := [*option_faults(type(self), vars(self)), *self.conflicts()]:
+            raise UsageError(fault_list("invalid options:", faults))
+
+    def conflicts(self) -> list[str]:
+        """Values that are not allowed together, a line each."""
+        return []
+
+    def identity(self) -> dict[str, Any]:
+        """The options that change a result, by name: those that ``==`` compares."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.compare}
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of the step with this number, counted from 0."""
+        given: Any = self
+        return float(given.lr * (1 + math.cos(math.pi * step / given.steps)) / 2)
+
+
+@dataclass(frozen=True)
+class TrainOptions(RunOptions):
+    """How prompts are learned. The defaults are the paper's."""
 
     variant: Annotated[Variant, "What prompts depend on: stage, layer group, both, nothing."] = "step+layer"
     generator: Annotated[Generator, "Where a matrix comes from."] = "attention"
@@ -102,8 +125,9 @@ class TrainOptions:
     checkpoint_minutes: Annotated[float, Range(0, above=True)] = field(default=10.0, compare=False)
     """Minutes between two checkpoints."""
 
-    def __post_init__(self) -> None:
-        faults = option_faults(TrainOptions, vars(self))
+    def conflicts(self) -> list[str]:
+        """See `RunOptions`."""
+        faults = []
         if self.layout == "overlap" and self.variant != "step+layer":
             faults.append(
                 f"layout: found overlap with variant {self.variant!r}; expected it with step+layer only, the other "
@@ -114,8 +138,7 @@ class TrainOptions:
                 f"placeholder_tokens: found {self.placeholder_tokens} with prompt context; expected none, a context "
                 "has no placeholder"
             )
-        if faults:
-            raise UsageError(fault_list("invalid training options:", faults))
+        return faults
 
     @property
     def rows(self) -> int:
@@ -126,15 +149,8 @@ class TrainOptions:
         """Learning rate of the step with this number, counted from 0."""
         if self.schedule == "step":
             return self.lr if step < self.decay_after else self.lr / 10
-        if self.schedule == "cosine":
-            return self.lr * (1 + math.cos(math.pi * step / self.steps)) / 2
-        return self.lr
+        return super().learning_rate(step) if self.schedule == "cosine" else self.lr
 
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    name: option.choices for name, option in rules_of(TrainOptions).items() if option.choices
-}
-"""The named values of each option that has some."""
 
 PRESETS: dict[str, TrainOptions] = {
     "quick": TrainOptions(
@@ -160,3 +176,84 @@ PRESETS: dict[str, TrainOptions] = {
 }
 """``quick``: minutes on two CPU cores with the embedded base. ``paper``: the published recipe, hours on a GPU.
 ``released``: what the published code does instead (docs/method.md §3), but that pictures are encoded once."""
+
+
+@dataclass(frozen=True)
+class FinetuneOptions(RunOptions):
+    """How prompts are fine-tuned. The options of the sampler become the style's own defaults."""
+
+    steps: Annotated[int, "Optimiser steps.", Range(1)] = 24
+    batch: Annotated[int, "Pictures that are painted in a step.", Range(1)] = 4
+    lr: Annotated[float, "Learning rate at the start, relative to the prompts' size.", Range(0, above=True)] = 0.03
+    """In root mean squares of the prompts; it falls to zero by half a cosine."""
+    size: Annotated[int, "Side of a picture that is painted, in pixels.", Range(64)] = 256
+    strength: Annotated[float, "Strength that the style is for.", Range(0, 1, above=True)] = 0.35
+    guidance: Annotated[float, "Guidance that the style is for.", Range(1)] = 6.0
+    palette: Annotated[float, "Palette that the style is for.", Range(0, 1)] = 0.8
+    content_weight: Annotated[float, "Weight of the loss of content.", Range(0)] = 9.0
+    mixed_precision: Annotated[Literal["no", "bf16"], "Autocast of the networks."] = "bf16"
+    seed: Annotated[int, "Seed of all random numbers.", Range(0)] = 0
+    evaluate_every: Annotated[int, Range(1)] = 8
+    """Steps between two evaluations on held-out pictures."""
+    checkpoint_minutes: Annotated[float, Range(0, above=True)] = field(default=2.0, compare=False)
+    """Minutes between two checkpoints."""
+
+
+@dataclass(frozen=True)
+class DecoderOptions(RunOptions):
+    """How a decoder is trained on the paintings of a base's styles."""
+
+    steps: Annotated[int, "Optimiser steps; each is of one style, in turn.", Range(1)] = 400
+    batch: Annotated[int, "Paintings that are decoded in a step.", Range(2)] = 6
+    paintings: Annotated[int, "Pictures that each style paints beforehand.", Range(1)] = 96
+    lr: Annotated[float, "Learning rate at its highest.", Range(0, above=True)] = 2e-4
+    """It rises over the first `LR_WARMUP` steps and falls to zero by half a cosine."""
+    size: Annotated[int, "Side of a picture that is painted, in pixels.", Range(64)] = 256
+    content_weight: Annotated[float, "Weight of the loss of content.", Range(0)] = 9.0
+    reconstruction_weight: Annotated[float, "Weight of what real pictures lose by encoding and decoding.", Range(0)] = (
+        1.0
+    )
+    mixed_precision: Annotated[Literal["no", "bf16"], "Autocast of the networks."] = "bf16"
+    seed: Annotated[int, "Seed of all random numbers.", Range(0)] = 0
+    evaluate_every: Annotated[int, Range(1)] = 100
+    """Steps between two evaluations on held-out pictures."""
+    checkpoint_minutes: Annotated[float, Range(0, above=True)] = field(default=2.0, compare=False)
+    """Minutes between two checkpoints."""
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of the step with this number, counted from 0."""
+        return min(1.0, (step + 1) / LR_WARMUP) * super().learning_rate(step)
+
+
+@dataclass(frozen=True)
+class DistillOptions(RunOptions):
+    """How guidance is baked into a style."""
+
+    guidance: Annotated[float, "Guidance that one pass shall give.", Range(0, 100, above=True)]
+    """g of the teacher ε_null + g (ε_style - ε_null), other than 1."""
+    teacher_steps: Annotated[int, "Points of the teacher's schedule.", Range(1)] = 12
+    strength: Annotated[
+        float, "Share of the schedule that the teacher runs, from the noisy end.", Range(0, 1, above=True)
+    ] = 1.0
+    solver: Annotated[Solver, "Of the teacher's runs."] = "dpmpp2m"
+    control_scale: Annotated[float, "Factor of ControlNet's residuals.", Range(0, 2)] = 1.0
+    pictures: Annotated[int, "Pictures that the teacher paints for training.", Range(2)] = 48
+    """An eighth as many, at least 2, are painted for evaluation."""
+    noised: Annotated[int, "Samples of each stage that are noised pictures.", Range(0)] = 16
+    steps: Annotated[int, "Optimiser steps; the stages take turns.", Range(1)] = 1000
+    batch: Annotated[int, "Samples of a step, all of one stage.", Range(1)] = 4
+    lr: Annotated[float, "Learning rate at the start, relative to what is trained.", Range(0, 10, above=True)] = 0.3
+    """Relative to the root mean square of what is trained; a half cosine falls to zero."""
+    size: Annotated[int, "Side of a picture in pixels.", Range(64)] = 256
+    mixed_precision: Annotated[
+        Literal["no", "bf16"], "Autocast of the student's pass; teacher and evaluation are float32."
+    ] = "no"
+    """Its gradients are not scaled, as fp16 would need."""
+    seed: Annotated[int, "Seed of all random numbers.", Range(0)] = 0
+    evaluate_every: Annotated[int, "Steps between two evaluations.", Range(1)] = 100
+    checkpoint_minutes: Annotated[float, Range(0, above=True)] = field(default=5.0, compare=False)
+    """Minutes between two checkpoints."""
+
+    def conflicts(self) -> list[str]:
+        """See `RunOptions`."""
+        return ["guidance: found 1, which takes one pass already; expected another"] if self.guidance == 1 else []

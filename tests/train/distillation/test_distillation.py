@@ -18,12 +18,12 @@ from lsast_train.base.base import Base
 from lsast_train.base.kv_packing import kv_layouts
 from lsast_train.base.lazy_base import save_base
 from lsast_train.distillation.distillation import Distillation
-from lsast_train.distillation.options import DistillOptions, Solver
-from lsast_train.distillation.source_style import null_rows
+from lsast_train.distillation.student import null_rows
 from lsast_train.distillation.teacher import control_residuals, predict
 from lsast_train.mini.architecture import MiniConfig, build_mini
+from lsast_train.options import DistillOptions, Solver
 from lsast_train.paintings import PaintingDataset
-from lsast_train.training.signals import InterruptionError
+from lsast_train.training.run import InterruptionError
 
 BRIEF = DistillOptions(guidance=4.0, pictures=4, noised=2, teacher_steps=4, steps=80, batch=4, lr=0.1, size=64,
                       evaluate_every=40)  # fmt: skip
@@ -47,11 +47,11 @@ def test_distillation_brings_one_pass_nearer_to_two(
     style = file.load()
     np.testing.assert_allclose(style.kv_control, source.kv_control, atol=2e-3)
     # The error that is reported is that of whole passes with the file's keys and values.
-    content, states = run.val_set
+    states = run.val_set
     squares = np.zeros((2, 10))
     for index in range(len(states.stage)):
         row, stage = slice(index, index + 1), int(states.stage[index])
-        latent, time, edges = states.latent[row], states.timestep[row], content.edges[states.picture[row]]
+        latent, time, edges = states.latent[row], states.timestep[row], states.edges[states.picture[row]]
         unet, control = torch.from_numpy(style.kv_unet[stage]), torch.from_numpy(source.kv_control[stage])
         with torch.no_grad():
             residuals = control_residuals(base, latent, time, control, edges, 1.0)
@@ -101,7 +101,7 @@ def test_resumed_distillation_equals_the_uninterrupted_one(
     source: Style,
     collection: PaintingDataset,
     tmp_path: Path,
-    interrupt_at: Callable[[int], Callable[[int, float], None]],
+    interrupt_at: Callable[[int], None],
 ) -> None:
     options = replace(BRIEF, steps=8, evaluate_every=4, pictures=2, noised=1, teacher_steps=2)
 
@@ -110,8 +110,9 @@ def test_resumed_distillation_equals_the_uninterrupted_one(
         return Distillation(base, source, collection, options, "hand-g4", tmp_path / folder, **how)
 
     straight = make("straight").run()
+    interrupt_at(6)
     with pytest.raises(InterruptionError, match=r"after step 6; .* --resume") as caught:
-        make("parts", on_step=interrupt_at(6)).run()
+        make("parts").run()
     assert caught.value.exit_code == 130
     with pytest.raises(TrainingError, match="unfinished run"):
         make("parts")

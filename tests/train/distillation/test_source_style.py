@@ -10,7 +10,7 @@ import torch
 from lsast_engines.bundle.style import Style
 from lsast_engines.errors import StyleError
 from lsast_train.base.base import Base
-from lsast_train.distillation.source_style import read_style
+from lsast_train.distillation.student import read_style
 from lsast_train.prompts.prompt_file import Prompts, save_prompts
 
 

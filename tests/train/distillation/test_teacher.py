@@ -7,9 +7,9 @@ import torch
 from lsast_engines.bundle.style import Style
 from lsast_engines.diffusion import NoiseSchedule, TimestepSchedule
 from lsast_train.base.base import Base
-from lsast_train.distillation.options import DistillOptions
-from lsast_train.distillation.source_style import null_rows
-from lsast_train.distillation.teacher import Teacher, TeacherSamples, jitter_timesteps, read_content
+from lsast_train.distillation.student import null_rows
+from lsast_train.distillation.teacher import Teacher, jitter_timesteps, read_contents
+from lsast_train.options import DistillOptions
 from lsast_train.paintings import PaintingDataset
 
 
@@ -29,8 +29,8 @@ def test_teacher_targets_are_the_guided_noise_of_two_passes(
     base: Base, source: Style, prompts: torch.Tensor, collection: PaintingDataset
 ) -> None:
     options = DistillOptions(guidance=4.0, teacher_steps=4, size=64)
-    content = read_content(base, collection.training, 4, 64, 0, 0)
-    samples = TeacherSamples.join(list(Teacher(base, source, null_rows(base), options).samples(content, 0, noised=2)))
+    content = read_contents(base, collection.training, 4, 64, 0, 0)
+    samples = Teacher(base, source, null_rows(base), options).samples(content, 0, noised=2)
     assert sorted(set(samples.stage.tolist())) == list(range(10))
     assert torch.equal(samples.stage, samples.timestep // 100)
     for index in range(0, len(samples.stage), 5):

@@ -15,12 +15,12 @@ from lsast_engines.diffusion import TimestepSchedule
 from lsast_engines.errors import TrainingError
 from lsast_train.base.base import Base
 from lsast_train.finetuning.finetuning import Finetuning
-from lsast_train.finetuning.options import FinetuneOptions
 from lsast_train.finetuning.painter import random_pictures
+from lsast_train.options import FinetuneOptions
 from lsast_train.paintings import PaintingDataset
 from lsast_train.prompts.prompt_file import Prompts, load_prompts
 from lsast_train.training.rng import RngStream, rng_for
-from lsast_train.training.signals import InterruptionError
+from lsast_train.training.run import InterruptionError
 
 pytest.importorskip("efficientnet_lite_pytorch")
 
@@ -60,14 +60,15 @@ def test_finetuning_lowers_the_held_out_loss_and_leaves_the_base_unchanged(
 
 def test_resumed_finetuning_equals_the_uninterrupted_one(
     base: Base, collection: PaintingDataset, contents: PaintingDataset, prompts: Prompts, tmp_path: Path,
-    interrupt_at: Callable[[int], Callable[[int, float], None]],
+    interrupt_at: Callable[[int], None],
 ) -> None:  # fmt: skip
     def make(name: str, **more: Any) -> Finetuning:
         return Finetuning(base, prompts, collection, contents, BRIEF, "redder", tmp_path / name, **more)
 
     straight = make("straight").run()
+    interrupt_at(4)
     with pytest.raises(InterruptionError, match="after step 4"):
-        make("parts", on_step=interrupt_at(4)).run()
+        make("parts").run()
     with pytest.raises(TrainingError, match="--resume"):
         make("parts")
     resumed = make("parts", resume=True).run()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lsast_train.mini.discriminator import MultiscaleDiscriminator, d_loss, feature_matching, g_loss
+from lsast_train.mini.finetune_gan import MultiscaleDiscriminator, d_loss, feature_matching, g_loss
 
 
 @pytest.mark.parametrize(("scale", "pixels"), [(0, 26), (1, 52)])

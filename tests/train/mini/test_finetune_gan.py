@@ -18,7 +18,7 @@ from lsast_engines.errors import TrainingError
 from lsast_train.base.mini_autoencoder import MiniAutoencoder
 from lsast_train.cli.mini import copy_autoencoder, mini
 from lsast_train.mini.architecture import MiniConfig, build_mini
-from lsast_train.mini.ema import update_ema
+from lsast_train.mini.dataset import Crops
 from lsast_train.mini.finetune_gan import (
     GanOptions,
     GanTraining,
@@ -27,7 +27,8 @@ from lsast_train.mini.finetune_gan import (
     texture_loss,
     train_vae_gan,
 )
-from lsast_train.mini.train_autoencoder import Crops, load_teacher
+from lsast_train.mini.train_autoencoder import load_teacher
+from lsast_train.training.loop import update_ema
 
 TINY = GanOptions(
     steps=60,

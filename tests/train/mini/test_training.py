@@ -18,8 +18,8 @@ from lsast_train.base.lazy_base import load_base, save_base
 from lsast_train.base.mini_autoencoder import MiniAutoencoder
 from lsast_train.cli.mini import mini
 from lsast_train.mini.architecture import MiniConfig, build_mini
-from lsast_train.mini.dataset import LatentDataset, build_cache
-from lsast_train.mini.train_autoencoder import AutoencoderOptions, Crops, evaluate, load_teacher, train_autoencoder
+from lsast_train.mini.dataset import Crops, LatentDataset, build_cache
+from lsast_train.mini.train_autoencoder import AutoencoderOptions, evaluate, load_teacher, train_autoencoder
 from lsast_train.mini.train_unet import BaseTrainingOptions, JointModel, learning_rate_factor, train_base
 from schedulers import ddpm
 

@@ -7,34 +7,33 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lsast_train.training.loss_curve import Curve, Evaluation, save_curve
+from lsast_train.training.run import LossCurve
 
 
-def _curve() -> Curve:
+def _curve() -> LossCurve:
     """Three stages; the untrained loss is larger at one end, and training over-fits after step 20."""
-    return Curve(
-        [
-            Evaluation(0, (1.0, 0.1, 0.01), (1.0, 0.1, 0.01)),
-            Evaluation(20, (0.9, 0.08, 0.007), (0.9, 0.07, 0.006), 0.4, 1e-2),
-            Evaluation(40, (0.7, 0.09, 0.010), (0.6, 0.05, 0.004), 0.3, 5e-3),
-        ]
-    )
+    rows = [
+        (0, (1.0, 0.1, 0.01), (1.0, 0.1, 0.01)),
+        (20, (0.9, 0.08, 0.007), (0.9, 0.07, 0.006)),
+        (40, (0.7, 0.09, 0.010), (0.6, 0.05, 0.004)),
+    ]
+    return LossCurve([dict(zip(("step", "held_out", "training"), row, strict=True)) for row in rows])
 
 
-def test_curve_relative_is_the_mean_over_stages() -> None:
+def test_relative_loss_is_the_mean_over_stages_and_the_best_the_lowest() -> None:
     curve = _curve()
     untrained, middle, last = curve.evaluations
     assert curve.relative(untrained) == 1
     assert curve.relative(middle) == pytest.approx((0.9 + 0.8 + 0.7) / 3)
-    assert curve.relative_training(last) == pytest.approx((0.6 + 0.5 + 0.4) / 3)
+    assert curve.relative(last, "training") == pytest.approx((0.6 + 0.5 + 0.4) / 3)
     assert curve.best() is middle  # the plain mean would take the last
-    curve.evaluations.append(Evaluation(60, middle.held_out, middle.training))
+    curve.evaluations.append({**middle, "step": 60})
     assert curve.best() is middle
 
 
-def test_save_curve_writes_json_and_picture(tmp_path: Path) -> None:
+def test_save_writes_json_and_picture(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "red.curve.json"
-    save_curve(_curve(), path, {"name": "red"})
+    _curve().save(path, {"name": "red"})
     document = json.loads(path.read_text())
     assert (document["format"], document["name"], document["best_step"]) == (1, "red", 20)
     assert [row["step"] for row in document["evaluations"]] == [0, 20, 40]

@@ -11,18 +11,25 @@ from typing import Any
 
 import click
 
-from lsast_engines.cli import Group, log_to_stderr, print_result
+from lsast_engines.cli import Group, log_to_stderr
 from lsast_engines.environment import require_extra
 from lsast_engines.errors import TrainingError, UsageError
 
 from ..artists import artists_of, pictures_by, style_name
 from ..options import PRESETS, TrainOptions
-from ..training.run_files import RunFiles, require_run
-from ..training.signals import InterruptionError
-from .decoder import decoder
-from .distill import distill
-from .finetune import finetune
-from .shared import EXTRA, declared_options, import_options, out_option, result_facts, run_options, set_up_torch
+from ..training.run import InterruptionError, RunFiles
+from .shared import (
+    EXTRA,
+    declared_options,
+    folder_option,
+    import_options,
+    out_option,
+    print_run,
+    run_options,
+    set_up_torch,
+    take_source,
+)
+from .tuning import decoder, distill, finetune
 
 log = logging.getLogger("lsast.train")
 
@@ -41,7 +48,7 @@ SECTIONS = {
 
 @click.group("lsast-train", cls=Group, invoke_without_command=True, sections=SECTIONS, requires=EXTRA)
 @click.option("-s", "--style", metavar="NAME", help="Name of the style to learn. [default with --artist: the artist's]")
-@click.option("--images", metavar="DIR", type=click.Path(path_type=Path), help="Folder tree of the artist's pictures.")
+@folder_option("--images", text="Folder tree of the artist's pictures.")
 @click.option("--artist", metavar="NAME", help="Only this artist's pictures of a collection such as WikiArt.")
 @click.option("--each-artist", is_flag=True, help="A style of each artist of a collection, one after the other.")
 @click.option(
@@ -66,11 +73,6 @@ def command(
     images: Path | None,
     artist: str | None,
     each_artist: bool,
-    base: str | None,
-    controlnet: str | None,
-    unet_weights: str | None,
-    vae: str | None,
-    revision: str | None,
     preset: str,
     licence: str,
     out: Path | None,
@@ -100,51 +102,21 @@ def command(
     missing = [name for name, there in (("--style NAME", named), ("--images DIR", images is not None)) if not there]
     if images is None or not named:
         raise UsageError(f"found no {' and no '.join(missing)}; lsast-train needs both (--help lists all options)")
+    source = take_source(chosen)
     options = replace(PRESETS[preset], **{name: value for name, value in chosen.items() if value is not None})
-    source = {"base": base, "controlnet": controlnet, "unet_weights": unet_weights, "vae": vae, "revision": revision}
-    source = {name: value for name, value in source.items() if value is not None}
     pictures: Mapping[str, Sequence[Path] | None]
     if each_artist:
         pictures = artists_of(images)
     else:
         pictures = {str(style): None if artist is None else pictures_by(artist, images)}
-    folders = {name: Path("runs", name) if out is None else out / name if each_artist else out for name in pictures}
+    files = {
+        name: RunFiles(Path("runs", name) if out is None else out / name if each_artist else out, name)
+        for name in pictures
+    }
     if len(pictures) == 1:
-        (name,) = pictures
         # Before the base is loaded, whose multiple `Inversion` checks.
-        require_run(RunFiles(folders[name], name), options.size, 1, resume, overwrite)
-    _learn(pictures, folders, images, source, options, licence, resume, overwrite, device, threads)
+        files[next(iter(pictures))].require(options.size, 1, resume, overwrite)
 
-
-command.add_command(decoder)
-command.add_command(distill)
-command.add_command(finetune)
-
-
-@command.command("mini", add_help_option=False, context_settings={"ignore_unknown_options": True})
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def mini(arguments: tuple[str, ...]) -> None:
-    """Train the small base `mini` itself."""
-    require_extra(*EXTRA[:3])  # it draws no curve and knows one process
-    group: click.Command = importlib.import_module("lsast_train.cli.mini").mini
-    # Not in standalone mode, click returns the exit status.
-    status = group.main(args=list(arguments), prog_name="lsast-train mini", standalone_mode=False)
-    raise click.exceptions.Exit(status or 0)
-
-
-def _learn(
-    pictures: Mapping[str, Sequence[Path] | None],
-    folders: Mapping[str, Path],
-    images: Path,
-    source: dict[str, Any],
-    options: Any,
-    licence: str,
-    resume: bool,
-    overwrite: bool,
-    device: str | None,
-    threads: int | None,
-) -> None:
-    """Learn the styles of `pictures`. Of several, finished ones are passed over, and one that fails ends no other."""
     from accelerate import Accelerator
 
     from ..base.lazy_base import load_base
@@ -159,23 +131,38 @@ def _learn(
         base = load_base(BaseSource(**source))
         if options.mixed_precision != "no":
             base.round_unet(options.mixed_precision)
-        for style, paths in pictures.items():
-            files = RunFiles(folders[style], style)
-            if len(pictures) > 1 and files.result.exists() and not overwrite:
-                log.info("%s: finished before, passed over", style)
+        # Of several styles, finished ones are passed over, and one that fails ends no other.
+        for name, paths in pictures.items():
+            if len(pictures) > 1 and files[name].result.exists() and not overwrite:
+                log.info("%s: finished before, passed over", name)
                 continue
-            goes_on = files.checkpoint.exists() if resume and len(pictures) > 1 else resume
+            goes_on = files[name].checkpoint.exists() if resume and len(pictures) > 1 else resume
             try:
                 paintings = PaintingDataset.load(images, options.size, options.crop, base.config.size, main, paths)
-                run = Inversion(base, paintings, options, style, files.folder, licence, goes_on, device=device)
+                run = Inversion(base, paintings, options, name, files[name].folder, licence, goes_on, device)
                 result = run.run()
             except TrainingError as error:
                 if len(pictures) == 1 or isinstance(error, InterruptionError):
                     raise
-                log.error("%s: %s", style, error)
-                failed.append(style)
+                log.error("%s: %s", name, error)
+                failed.append(name)
                 continue
             if main:
-                print_result(result_facts(result), result.file)
+                print_run(result)
     if failed:
         raise TrainingError(f"found no style for {len(failed)} of {len(pictures)} artists: {', '.join(failed)}")
+
+
+for _other in (decoder, distill, finetune):
+    command.add_command(_other)
+
+
+@command.command("mini", add_help_option=False, context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def mini(arguments: tuple[str, ...]) -> None:
+    """Train the small base `mini` itself."""
+    require_extra(*EXTRA[:3])  # it draws no curve and knows one process
+    group: click.Command = importlib.import_module("lsast_train.cli.mini").mini
+    # Not in standalone mode, click returns the exit status.
+    status = group.main(args=list(arguments), prog_name="lsast-train mini", standalone_mode=False)
+    raise click.exceptions.Exit(status or 0)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +21,20 @@ from ..base.base import Base
 from ..base.lazy_base import load_base, save_base
 from ..base.mini_autoencoder import MiniAutoencoder
 from ..mini.architecture import MiniConfig, build_mini
-from ..mini.dataset import LatentDataset, build_cache
+from ..mini.dataset import Crops, LatentDataset, build_cache
 from ..mini.finetune_gan import GanOptions, train_vae_gan
 from ..mini.perceptual import LiteDistance
-from ..mini.train_autoencoder import AutoencoderOptions, Crops, load_teacher, train_autoencoder
+from ..mini.train_autoencoder import AutoencoderOptions, load_teacher, train_autoencoder
 from ..mini.train_unet import BaseTrainingOptions, train_base
-from ..training.device import find_device
-from ..training.run_files import versions
-from ..training.training_state import load_modules
-from .shared import declared_options, device_option, parse_pairs, threads_option
+from ..training.loop import load_modules
+from ..training.run import find_device, versions
+from .shared import declared_options, device_option, folder_option, parse_pairs, threads_option
 
 log = logging.getLogger("lsast.train.mini")
 
 TIME_SHARES = {"autoencoder": 0.2, "gan": 0.3}
 """With --seconds: the part of the time then left that each phase may take. U-Net, ControlNet and style encoder have the
 rest."""
-
-
-@dataclass(frozen=True)
-class TimeBudget:
-    """Wall time of a command of several phases, from the moment that this is made."""
-
-    seconds: float | None
-    """None: no limit."""
-    began: float = field(default_factory=time.monotonic)
-
-    def part(self, share: float) -> float | None:
-        """Seconds for a phase that may take `share` of the time left; a twentieth of all is kept for the last files."""
-        if self.seconds is None:
-            return None
-        return share * max(0.0, 0.95 * self.seconds - (time.monotonic() - self.began))
 
 
 def label_folders(roots: list[Path]) -> list[Path]:
@@ -62,15 +47,11 @@ def label_folders(roots: list[Path]) -> list[Path]:
     for root in roots:
         find_pictures(root)
         below = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-        folders += [folder for folder in below if _has_pictures(folder)] if below else [root]
+        for folder in below or [root]:
+            with contextlib.suppress(PictureError):
+                find_pictures(folder)
+                folders.append(folder)
     return folders
-
-
-def _has_pictures(folder: Path) -> bool:
-    try:
-        return bool(find_pictures(folder))
-    except PictureError:
-        return False
 
 
 def copy_autoencoder(source: Base, target: Base) -> None:
@@ -85,27 +66,19 @@ def copy_autoencoder(source: Base, target: Base) -> None:
 
 
 @click.command("mini", cls=Command)
-@click.option(
-    "--images",
-    "roots",
+@folder_option(
+    *("--images", "roots"),
     multiple=True,
     required=True,
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="Folder of pictures; its sub-folders are a label each (artists, kinds of photo). Repeatable.",
+    text="Folder of pictures; its sub-folders are a label each (artists, kinds of photo). Repeatable.",
 )
-@click.option(
-    "--teacher",
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="TAESD as a diffusers folder: the autoencoder learns from it. Optional with --init.",
-)
+@folder_option("--teacher", text="TAESD as a diffusers folder: the autoencoder learns from it. Optional with --init.")
 @click.option(
     "--init",
     metavar="BASE",
     help="Leave out the first phase: start from the autoencoder of this base (name or folder).",
 )
-@click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder of the base.")
+@folder_option("--out", required=True, text="Folder of the base.")
 @declared_options(BaseTrainingOptions)
 @click.option("--autoencoder-steps", default=AutoencoderOptions().steps, show_default=True)
 @click.option("--gan-steps", default=GanOptions().steps, show_default=True, help="Second phase; 0 leaves it out.")
@@ -141,7 +114,12 @@ def mini(
     Checkpoints every five minutes; --resume goes on in the phase that was stopped. Prints the base folder, which
     `lsast-export --base DIR` turns into a bundle.
     """
-    budget = TimeBudget(seconds)
+    began = time.monotonic()
+
+    def limit(share: float) -> float | None:
+        """Seconds for a phase that may take `share` of the time left; a twentieth is kept for the last files."""
+        return None if seconds is None else share * max(0.0, 0.95 * seconds - (time.monotonic() - began))
+
     if teacher is None and init is None:
         raise click.UsageError("found neither --teacher nor --init; expected where the autoencoder starts from")
     if init is not None and init.endswith(".safetensors"):
@@ -174,18 +152,18 @@ def mini(
         )
     taesd = None if teacher is None else load_teacher(teacher)
     if init is None and taesd is not None:
-        limit = budget.part(TIME_SHARES["autoencoder"])
-        options = AutoencoderOptions(steps=0 if encoded else autoencoder_steps, seed=seed, seconds=limit)
+        steps, allowed = 0 if encoded else autoencoder_steps, limit(TIME_SHARES["autoencoder"])
+        options = AutoencoderOptions(steps=steps, seed=seed, seconds=allowed)
         train_autoencoder(autoencoder, taesd, crops, options, out, resume, place)
     elif init is not None:
         copy_autoencoder(load_base(init), base)
     if perceptual is not None and gan_steps:
-        gan = GanOptions(steps=0 if encoded else gan_steps, seed=seed, seconds=budget.part(TIME_SHARES["gan"]))
+        gan = GanOptions(steps=0 if encoded else gan_steps, seed=seed, seconds=limit(TIME_SHARES["gan"]))
         train_vae_gan(autoencoder, crops, gan, out, perceptual, resume=resume, teacher=taesd, device=place)
     if not encoded:
         build_cache(folders, base.autoencoder.encoder, cache, place)
     data = LatentDataset(cache, place, unet["side"])
-    training = BaseTrainingOptions(**unet, share=shares, seed=seed, seconds=budget.part(1.0))
+    training = BaseTrainingOptions(**unet, share=shares, seed=seed, seconds=limit(1.0))
     train_base(base, data, training, out, resume)
     facts = {
         "pictures": str(len(data.train)),

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from lsast_engines.cli import OptionDecorator, combine_options, debug_option, json_option
+from lsast_engines.cli import OptionDecorator, combine_options, debug_option, json_option, print_result
 from lsast_engines.declared_options import rules_of
 from lsast_engines.errors import UsageError
 
@@ -18,26 +18,21 @@ Value = TypeVar("Value")
 EXTRA = ("train", "torch", "diffusers", "accelerate", "matplotlib")
 """The extra that the commands require, and what it installs."""
 
+
+def folder_option(*names: str, text: str, **more: Any) -> OptionDecorator:
+    """An option that is a folder; `more` is for ``click.option``."""
+    return click.option(*names, metavar="DIR", type=click.Path(path_type=Path), help=text, **more)
+
+
 device_option = click.option(
     "--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps. [default: auto, a CUDA GPU if one is there]"
 )
 """Adds ``--device`` to a command."""
 
-contents_option = click.option(
-    "--contents",
-    required=True,
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="Folder tree of pictures to paint, such as photographs.",
-)
-"""Adds ``--contents`` to a command."""
-
 threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all cores]")
 """Adds ``--threads`` to a command."""
 
-out_option = click.option(
-    "-o", "--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write to. [default: runs/NAME]"
-)
+out_option = folder_option("-o", "--out", text="Folder to write to. [default: runs/NAME]")
 """Adds ``--out`` to a command."""
 
 run_options = combine_options(
@@ -84,6 +79,12 @@ def import_options(hidden: bool = False) -> OptionDecorator:
             help="ControlNet of a base to import: a folder, a file, or OWNER/NAME.",
         ),
     )
+
+
+def take_source(chosen: dict[str, Any]) -> dict[str, Any]:
+    """Take the fields of `BaseSource` that were given, `--base` and `import_options`, out of a command's options."""
+    names = ("base", "controlnet", "vae", "unet_weights", "revision")
+    return {name: value for name in names if (value := chosen.pop(name, None)) is not None}
 
 
 class _Choice(click.Choice[str]):
@@ -139,6 +140,7 @@ def parse_pairs(option: str, form: str, values: Iterable[str], kind: Callable[[s
     return found
 
 
-def result_facts(result: Any) -> dict[str, Any]:
-    """The fields of a result as JSON values."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(result).items()}
+def print_run(result: Any) -> None:
+    """Print the `RunResult` of a run."""
+    facts = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(result).items()}
+    print_result(facts, result.file)

@@ -1,19 +1,22 @@
-"""What a distillation trains, the keys and values of a style in the U-Net, and the metadata of the result."""
+"""The style that is distilled, from a style file or a prompt file, and what is trained of it: its keys and values."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from lsast_engines.bundle.style import DISTILLED_GUIDANCE_KEY, Style, decode_defaults, encode_defaults
-from lsast_engines.errors import UsageError, fault_list
+from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.manifest import MANIFEST
+from lsast_engines.bundle.style import DISTILLED_GUIDANCE_KEY, Style
+from lsast_engines.errors import StyleError
 
-from ..base.kv_packing import KVLayout
-from ..training.run_files import versions
-from .options import DistillOptions
+from ..base.attention import GROUPS
+from ..base.base import Base
+from ..base.kv_packing import KVLayout, kv_layouts
+from ..base.lazy_base import check_fingerprint
+from ..prompts.prompt_file import find_prompts, load_prompts
 
 
 class Student(nn.Module):
@@ -34,11 +37,8 @@ class Student(nn.Module):
         kv_unet = torch.from_numpy(style.kv_unet)
         self.register_buffer("init", kv_unet.clone())
         self.register_buffer("control", torch.from_numpy(style.kv_control), persistent=False)
-        scale = torch.ones(layout.width)
-        for entry in layout.entries:
-            for offset in (entry.offset, entry.offset + entry.width):
-                columns = slice(offset, offset + entry.width)
-                scale[columns] = kv_unet[:, :, columns].square().mean().sqrt()
+        parts = kv_unet.split([width for entry in layout.entries for width in (entry.width, entry.width)], dim=2)
+        scale = torch.cat([part.square().mean().sqrt().expand(part.shape[2]) for part in parts])
         self.register_buffer("scale", scale, persistent=False)
         self.delta = nn.ParameterList(torch.zeros_like(rows) for rows in kv_unet)
 
@@ -46,30 +46,45 @@ class Student(nn.Module):
         """Keys and values of U-Net [T, Wu] and ControlNet [T, Wc] in this stage."""
         return self.init[stage] + self.scale * self.delta[stage], self.control[stage]
 
-    @torch.no_grad()
-    def kv_unet(self) -> torch.Tensor:
-        """[stages, T, Wu], without gradient."""
-        return torch.stack([self.rows(stage)[0] for stage in range(len(self.delta))])
 
+def read_style(name_or_path: str, base: Base, folder: Path | None = None) -> Style:
+    """The style of a style file or of prompts, in this order.
 
-def distilled_meta(style: Style, options: DistillOptions, relative: float, step: int, pictures: str) -> dict[str, str]:
-    """The metadata of a distilled style: that of the original, whose default guidance is baked in instead.
+    Args:
+        name_or_path: a file; or the name of a style of the base's bundle, or of prompts as `find_prompts` finds them.
+        base: what it has to belong to.
+        folder: the base's folder.
 
     Raises:
-        UsageError: invalid defaults of the original.
+        StyleError: there is none; it is damaged, of another base, or has guidance baked in already.
     """
-    defaults, faults = decode_defaults(style.meta)
-    if faults:
-        raise UsageError(fault_list(f"style {style.name!r} has invalid defaults:", faults))
-    defaults.pop("guidance", None)
-    return {
-        **{key: value for key, value in style.meta.items() if key != "defaults"},
-        **encode_defaults(defaults),
-        DISTILLED_GUIDANCE_KEY: f"{options.guidance:g}",
-        "distilled_from": style.name,
-        "distill_options": json.dumps(asdict(options), sort_keys=True),
-        "distill_images_sha256": pictures,
-        "distill_step": str(step),
-        "distill_relative_error": f"{relative:.6f}",
-        "distill_versions": json.dumps(versions()),
-    }
+    path = Path(name_or_path).expanduser()
+    if not path.is_file():
+        bundle = folder is not None and (folder / MANIFEST).is_file()
+        styles = Bundle.open(folder, verify_hashes=False).styles() if folder is not None and bundle else {}
+        try:
+            path = styles.get(name_or_path) or find_prompts(name_or_path, folder)
+        except StyleError as error:
+            raise StyleError(f"{error}; or a style of the base: {', '.join(styles) or 'it has none'}") from None
+    if path.name.endswith(".prompts.safetensors"):
+        found = load_prompts(path, base)
+        kv_unet, kv_control = (_project(layout, found.prompts).numpy() for layout in kv_layouts(base))
+        meta = {**{key: str(getattr(found, key)) for key in ("variant", "layout", "prompt")}, **found.meta}
+        return Style(found.name, base.fingerprint, len(kv_unet), kv_unet.shape[1], kv_unet, kv_control, meta)
+    style = Style.load(path)
+    check_fingerprint(style.base, f"style file {path}", base.config.name, base.fingerprint, base.config.training)
+    if (scale := style.meta.get(DISTILLED_GUIDANCE_KEY)) is not None:
+        raise StyleError(f"{path} has guidance {scale} baked in already; expected the style that it was distilled from")
+    return style
+
+
+def null_rows(base: Base) -> torch.Tensor:
+    """Keys and values [T, Wu] of the base's null context in the U-Net, on the CPU."""
+    context = base.null_context.float().expand(1, len(GROUPS), -1, -1)
+    return _project(kv_layouts(base)[0], context)[0]
+
+
+@torch.no_grad()
+def _project(layout: KVLayout, prompts: torch.Tensor) -> torch.Tensor:
+    weight = layout.layers[0].module.to_k.weight
+    return layout.project(prompts.to(weight)).float().cpu()

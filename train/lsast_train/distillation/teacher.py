@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from lsast_engines.bundle.style import Style
 from lsast_engines.diffusion import NoiseSchedule, Step, TimestepSchedule, guide, make_solver
@@ -22,12 +23,19 @@ from lsast_engines.images import canny_edges
 
 from ..base.attention import packed_kv
 from ..base.base import Base
+from ..options import DistillOptions
 from ..paintings import Painting, encode_pictures, random_crop, sample_posterior
 from ..training.rng import RngStream, rng_for
-from .options import DistillOptions
 
 BATCH = 8
 """Pictures that the teacher paints at once, at 256 pixels; fewer of larger ones."""
+
+
+class Contents(NamedTuple):
+    """Pictures as latents [P, 4, h, w], and their edges [P, 3, 8h, 8w] of 0 and 1; on the CPU."""
+
+    latents: torch.Tensor
+    edges: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +43,7 @@ class TeacherSamples:
     """Latents, and the noise that the student shall predict in them; on the CPU, float32."""
 
     picture: torch.Tensor
-    """[N] int64: its row in the `ContentBatch`."""
+    """[N] int64: its row in the `Contents`."""
     timestep: torch.Tensor
     """[N] int64."""
     stage: torch.Tensor
@@ -46,48 +54,27 @@ class TeacherSamples:
     """[N, 4, h, w]: ε that the student shall predict."""
     unguided: torch.Tensor
     """[N, 4, h, w]: ε of one pass of the original style, to which errors are relative."""
-
-    @classmethod
-    def join(cls, parts: list[TeacherSamples]) -> TeacherSamples:
-        """The samples of all `parts`."""
-        names = cls.__dataclass_fields__
-        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+    edges: torch.Tensor
+    """[P, 3, 8h, 8w] of all pictures."""
 
     def like(self, other: TeacherSamples) -> TeacherSamples:
         """The first samples of each stage, as many as `other` has."""
         counts = torch.bincount(other.stage)
         rows = torch.cat([self.rows(stage)[:count] for stage, count in enumerate(counts.tolist())])
-        return TeacherSamples(**{name: getattr(self, name)[rows] for name in self.__dataclass_fields__})
+        chosen = {entry.name: getattr(self, entry.name)[rows] for entry in fields(self) if entry.name != "edges"}
+        return replace(self, **chosen)
 
     def rows(self, stage: int) -> torch.Tensor:
         """Indices of the samples of a stage."""
         return (self.stage == stage).nonzero().flatten()
 
-    def distance(self, stages: list[int]) -> tuple[float, ...]:
+    def distance(self, stages: list[int]) -> list[float]:
         """Root mean square of unguided - target in each stage."""
-        return tuple(
-            (self.unguided[rows] - self.target[rows]).double().square().mean().sqrt().item()
-            for rows in map(self.rows, stages)
-        )
+        error = (self.unguided - self.target).double().square().mean((1, 2, 3))
+        return [error[self.rows(stage)].mean().sqrt().item() for stage in stages]
 
 
-@dataclass(frozen=True, eq=False)
-class ContentBatch:
-    """Pictures as latents and edges; on the CPU."""
-
-    latents: torch.Tensor
-    """[P, 4, h, w]"""
-    edges: torch.Tensor
-    """[P, 3, 8h, 8w] of 0 and 1."""
-
-
-Samples: TypeAlias = tuple[ContentBatch, TeacherSamples]
-"""Pictures, and the teacher's samples on the way to their paintings."""
-
-
-def read_content(
-    base: Base, paintings: Sequence[Painting], count: int, size: int, seed: int, split: int
-) -> ContentBatch:
+def read_contents(base: Base, paintings: Sequence[Painting], count: int, size: int, seed: int, split: int) -> Contents:
     """Latents and edges of `count` random crops, of one painting after the other."""
     latents, edges = [], []
     for index in range(count):
@@ -95,7 +82,7 @@ def read_content(
         pixels = random_crop(paintings[index % len(paintings)], size, generator)
         edges.append(torch.from_numpy(canny_edges(pixels)).float().expand(1, 3, -1, -1))
         latents.append(sample_posterior(base, *encode_pictures(base, [pixels]), generator).cpu())
-    return ContentBatch(torch.cat(latents), torch.cat(edges))
+    return Contents(torch.cat(latents), torch.cat(edges))
 
 
 def control_residuals(
@@ -125,67 +112,61 @@ class Teacher:
         self._rows = [torch.from_numpy(rows).to(base.device) for rows in (style.kv_unet, style.kv_control)]
         self._null = null.to(base.device)
 
+    def samples(self, contents: Contents, split: int, noised: int) -> TeacherSamples:
+        """All steps of the guided paintings of `contents`, and `noised` samples of each stage that are noised pictures.
+
+        Args:
+            split: 0 for training, 1 for evaluation: each has random numbers of its own.
+        """
+        points = [*self._painted(contents, split), *self._noised(contents, split, noised)]
+        picture, timestep, latent, guided, plain = map(torch.cat, zip(*points, strict=True))
+        stage = timestep * self.stages // self.noise.train_steps
+        return TeacherSamples(picture, timestep, stage, latent, guided, plain, contents.edges)
+
     @torch.no_grad()
-    def __call__(
-        self, latent: torch.Tensor, timestep: torch.Tensor, edges: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Guided and unguided noise, [B, 4, h, w] each, of latents whose timesteps [B] are all of one stage.
+    def _point(
+        self, contents: Contents, picture: torch.Tensor, timestep: torch.Tensor, latent: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Pictures, timesteps, latents, and guided and unguided noise there; the timesteps are all of one stage.
 
         ControlNet runs once, with the style, and its residuals serve both passes, as in the runtime.
         """
         base = self.base
-        latent, timestep, edges = (x.to(base.device) for x in (latent, timestep, edges))
-        stage = stage_of(int(timestep[0]), self.noise, self.stages)
-        unet, control = (rows[stage] for rows in self._rows)
-        residuals = control_residuals(base, latent, timestep, control, edges, self.options.control_scale)
-        plain, null = (predict(base, latent, timestep, kv, residuals) for kv in (unet, self._null))
-        return guide((null, plain), self.options.guidance).cpu(), plain.cpu()
+        x, time, edges = (part.to(base.device) for part in (latent, timestep, contents.edges[picture]))
+        unet, control = (rows[int(timestep[0]) * self.stages // self.noise.train_steps] for rows in self._rows)
+        residuals = control_residuals(base, x, time, control, edges, self.options.control_scale)
+        plain, null = (predict(base, x, time, kv, residuals) for kv in (unet, self._null))
+        return picture, timestep, latent, guide((null, plain), self.options.guidance).cpu(), plain.cpu()
 
-    def trajectory_samples(self, content: ContentBatch, seed: tuple[int, ...]) -> Iterator[TeacherSamples]:
-        """Paint every picture with guidance; the samples of each step, batch by batch."""
+    def _painted(self, contents: Contents, split: int) -> Iterator[tuple[torch.Tensor, ...]]:
         options = self.options
-        for number, picture in _batches(content):
-            generator = rng_for(options.seed, RngStream.TEACHER, *seed, number)
-            layout = TimestepSchedule.build(
-                self.noise, options.teacher_steps, options.strength, self.stages, options.solver
-            )
-            schedule = jitter_timesteps(layout, float(torch.rand((), generator=generator)), self.stages)
+        whole = TimestepSchedule.build(self.noise, options.teacher_steps, options.strength, self.stages, options.solver)
+        batches = torch.arange(len(contents.latents)).split(_at_once(contents))
+        for number, picture in enumerate(tqdm(batches, desc=("teacher", "held out")[split], unit="batch")):
+            generator = rng_for(options.seed, RngStream.TEACHER, split, number)
+            schedule = jitter_timesteps(whole, float(torch.rand((), generator=generator)), self.stages)
             solver = make_solver(schedule)
-            z0 = content.latents[picture]
+            z0 = contents.latents[picture]
             drawn = torch.randn(z0.shape, generator=generator)
             latent = torch.from_numpy(schedule.add_noise(z0.numpy(), drawn.numpy()))
             for step in schedule.steps:
-                timestep = torch.full((len(latent),), step.t)
-                guided, plain = self(latent, timestep, content.edges[picture])
-                stage = torch.full_like(timestep, step.stage)
-                yield TeacherSamples(picture, timestep, stage, latent, guided, plain)
-                moved: Any = solver.step(guided.numpy(), step.index, latent.numpy())
+                point = self._point(contents, picture, torch.full((len(latent),), step.t), latent)
+                yield point
+                moved: Any = solver.step(point[3].numpy(), step.index, latent.numpy())
                 latent = torch.from_numpy(moved.astype(np.float32))
 
-    def noised(self, content: ContentBatch, count: int, seed: tuple[int, ...]) -> Iterator[TeacherSamples]:
-        """Noised pictures: `count` samples in every stage, at random timesteps of it."""
+    def _noised(self, contents: Contents, split: int, count: int) -> Iterator[tuple[torch.Tensor, ...]]:
         length = self.noise.train_steps / self.stages
-        for stage in range(self.stages):
-            generator = rng_for(self.options.seed, RngStream.TEACHER_NOISED, *seed, stage)
+        for stage in range(self.stages if count else 0):
+            generator = rng_for(self.options.seed, RngStream.TEACHER_NOISED, split, stage)
             low, high = math.ceil(stage * length), math.ceil((stage + 1) * length)
-            for picture in torch.randint(len(content.latents), (count,), generator=generator).split(_at_once(content)):
+            for picture in torch.randint(len(contents.latents), (count,), generator=generator).split(
+                _at_once(contents)
+            ):
                 timestep = torch.randint(low, high, picture.shape, generator=generator)
-                drawn = torch.randn(content.latents[picture].shape, generator=generator)
-                inputs = (x.to(self.base.device) for x in (content.latents[picture], drawn, timestep))
-                latent = self.base.add_noise(*inputs).cpu()
-                guided, plain = self(latent, timestep, content.edges[picture])
-                yield TeacherSamples(picture, timestep, torch.full_like(timestep, stage), latent, guided, plain)
-
-    def samples(self, content: ContentBatch, *seed: int, noised: int) -> Iterator[TeacherSamples]:
-        """All samples for the options, of `content`; `seed` is another one for training and evaluation."""
-        yield from self.trajectory_samples(content, seed)
-        if noised:
-            yield from self.noised(content, noised, seed)
-
-
-def stage_of(t: int, noise: NoiseSchedule, stages: int) -> int:
-    """The stage of a timestep, as `lsast_engines.diffusion.Step` has it."""
-    return t * stages // noise.train_steps
+                drawn = torch.randn(contents.latents[picture].shape, generator=generator)
+                inputs = (x.to(self.base.device) for x in (contents.latents[picture], drawn, timestep))
+                yield self._point(contents, picture, timestep, self.base.add_noise(*inputs).cpu())
 
 
 def jitter_timesteps(schedule: TimestepSchedule, part: float, stages: int) -> TimestepSchedule:
@@ -193,14 +174,10 @@ def jitter_timesteps(schedule: TimestepSchedule, part: float, stages: int) -> Ti
     steps = schedule.steps
     stride = steps[-2].t - steps[-1].t if len(steps) > 1 else steps[-1].t
     down = int(part * min(stride, steps[-1].t))
-    times = [step.t - down for step in steps]
-    moved = tuple(Step(index, t, stage_of(t, schedule.noise, stages)) for index, t in enumerate(times))
-    return TimestepSchedule(schedule.noise, schedule.solver, moved, schedule.start_t - down)
+    noise: NoiseSchedule = schedule.noise
+    moved = (Step(step.index, step.t - down, (step.t - down) * stages // noise.train_steps) for step in steps)
+    return TimestepSchedule(noise, schedule.solver, tuple(moved), schedule.start_t - down)
 
 
-def _at_once(content: ContentBatch) -> int:
-    return max(1, BATCH * 1024 // content.latents[0, 0].numel())
-
-
-def _batches(content: ContentBatch) -> Iterator[tuple[int, torch.Tensor]]:
-    yield from enumerate(torch.arange(len(content.latents)).split(_at_once(content)))
+def _at_once(contents: Contents) -> int:
+    return max(1, BATCH * 1024 // contents.latents[0, 0].numel())

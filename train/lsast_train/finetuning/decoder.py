@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,19 +32,16 @@ from lsast_engines.errors import UsageError
 
 from ..base.base import Base, autocast
 from ..base.mini_autoencoder import MiniAutoencoder
-from ..mini.ema import update_ema
 from ..mini.finetune_gan import LOSS_WEIGHTS, texture_loss
 from ..mini.perceptual import LiteDistance
-from ..options import identity
+from ..options import DecoderOptions, FinetuneOptions
 from ..paintings import PaintingDataset, random_crop
 from ..prompts.prompt_file import Prompts
-from ..training.device import find_device, fused
-from ..training.loop import TrainingLoop, require_finite, set_learning_rate
+from ..training.loop import TrainingLoop, update_ema
 from ..training.rng import RngStream, rng_for
-from ..training.run_files import RunFiles, require_run
+from ..training.run import RunFiles, find_device, fused
 from .finetuning import HELD_OUT
-from .options import DecoderOptions, FinetuneOptions
-from .painter import Painter, PaintingOptions, random_pictures
+from .painter import Painter, random_pictures
 from .style_loss import Distances, StyleLoss
 
 log = logging.getLogger("lsast.train")
@@ -82,10 +79,8 @@ class DecoderTraining:
         base: moved to the device; the decoder of its autoencoder is trained in place.
         styles: by name. Each paints with its own default options, or else with those of `FinetuneOptions`.
         contents: pictures of any kind to paint, loaded with the options' size.
-        options: of the run.
         folder: for ``decoder.curve.json``, and ``decoder.checkpoint.safetensors`` while the run is unfinished.
         resume: go on from the checkpoint that a stopped run left in `folder`.
-        on_step: called with the number of steps done and the loss after each step.
         device: in torch's words; None is a GPU of CUDA if one is there.
 
     Raises:
@@ -103,7 +98,6 @@ class DecoderTraining:
         options: DecoderOptions,
         folder: Path,
         resume: bool = False,
-        on_step: Callable[[int, float], None] | None = None,
         device: str | None = None,
     ) -> None:
         if not isinstance(base.autoencoder, MiniAutoencoder):
@@ -111,8 +105,8 @@ class DecoderTraining:
         if not styles:
             raise UsageError("found no style; expected one or more")
         self.files = RunFiles(folder, "decoder")
-        require_run(self.files, options.size, base.config.multiple, resume)
-        self.base, self.styles, self.contents, self.options, self.on_step = base, styles, contents, options, on_step
+        self.files.require(options.size, base.config.multiple, resume)
+        self.base, self.styles, self.contents, self.options = base, styles, contents, options
         base.to(find_device(device))
         painters = {name: self._painter(style.prompts) for name, style in styles.items()}
         self.losses = {
@@ -123,8 +117,9 @@ class DecoderTraining:
         self.decoder = base.autoencoder.decoder
         self.decoder.requires_grad_(True)
         self.ema = copy.deepcopy(self.decoder).requires_grad_(False)
-        group = {"params": list(self.decoder.parameters()), "relative": 1.0}
-        self.optimizer = torch.optim.Adam([group], lr=options.lr, betas=(0.9, 0.98), **fused(base.device))
+        self.optimizer = torch.optim.Adam(
+            self.decoder.parameters(), lr=options.lr, betas=(0.9, 0.98), **fused(base.device)
+        )
         losses = torch.nn.ModuleList(self.losses.values())  # a module's name cannot hold the dot that a style's may
         self.loop = TrainingLoop(
             *("decoder", options, self.files.checkpoint),
@@ -149,7 +144,7 @@ class DecoderTraining:
         """
         if not self.loop.history:
             self._evaluate(None)
-        self.loop.run(self._train_step, self._evaluate, self.on_step)
+        self.loop.run(self._train_step, self._evaluate)
         self.decoder.load_state_dict(self.ema.state_dict())
         self.decoder.requires_grad_(False)
         self.base.to(torch.device("cpu"))
@@ -158,10 +153,9 @@ class DecoderTraining:
 
     def _painter(self, prompts: Prompts) -> Painter:
         """Paints with the style's own default options."""
-        chosen = FinetuneOptions()
-        own = {name: getattr(chosen, name) for name in ("strength", "guidance", "palette")}
+        own = {name: getattr(FinetuneOptions(), name) for name in ("strength", "guidance", "palette")}
         own |= {name: value for name, value in decode_defaults(prompts.meta)[0].items() if name in own}
-        return Painter(self.base, prompts, PaintingOptions(**own), self.options.mixed_precision)
+        return Painter(self.base, prompts, mixed_precision=self.options.mixed_precision, **own)
 
     @torch.no_grad()
     def _paint_pictures(self, painter: Painter, index: int) -> dict[str, _Paintings]:
@@ -184,19 +178,14 @@ class DecoderTraining:
 
     def _train_step(self, step: int) -> float:
         options, generator = self.options, rng_for(self.options.seed, RngStream.STEP, step)
-        set_learning_rate(self.optimizer, options.learning_rate(step))
-        self.optimizer.zero_grad(set_to_none=True)
         name = list(self.styles)[step % len(self.styles)]
         paintings = self.paintings[name]["training"]
         rows = torch.randint(len(paintings.latents), (options.batch,), generator=generator)
         distances = self._distances(name, paintings, rows, remember=True)
         loss = distances.total(options.content_weight) + options.reconstruction_weight * self._reconstruction(generator)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), 5.0)
-        require_finite(loss.item(), step)
-        self.optimizer.step()
+        value = self.loop.descend(loss, options.learning_rate(step), clip=5.0)
         update_ema(self.ema, self.decoder, EMA, step + 1)
-        return loss.item()
+        return value
 
     def _distances(self, name: str, paintings: _Paintings, rows: torch.Tensor, remember: bool) -> Distances:
         """The losses of the paintings at these rows."""
@@ -242,7 +231,7 @@ class DecoderTraining:
 
     def _identity(self) -> dict[str, Any]:
         return {
-            **identity(self.options),
+            **self.options.identity(),
             "base": self.base.fingerprint,
             "contents": self.contents.digest,
             "styles": list(self.styles),

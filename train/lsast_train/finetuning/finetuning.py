@@ -18,10 +18,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -29,15 +27,13 @@ from torch import nn
 from lsast_engines.bundle.style import encode_defaults
 
 from ..base.base import Base, autocast
-from ..options import identity
+from ..options import FinetuneOptions
 from ..paintings import PaintingDataset
 from ..prompts.prompt_file import Prompts, save_prompts
-from ..training.device import find_device, fused
-from ..training.loop import TrainingLoop, require_finite, set_learning_rate
+from ..training.loop import TrainingLoop
 from ..training.rng import RngStream, rng_for
-from ..training.run_files import RunFiles, RunResult, require_run, versions
-from .options import FinetuneOptions
-from .painter import Painter, PaintingOptions, random_pictures
+from ..training.run import RunFiles, RunResult, find_device, fused, versions
+from .painter import Painter, random_pictures
 from .style_loss import Distances, StyleLoss
 
 log = logging.getLogger("lsast.train")
@@ -54,11 +50,9 @@ class Finetuning:
         prompts: of the style, learned on `base`.
         works: the artist's, loaded with the options' size.
         contents: pictures of any kind to paint, loaded with the options' size.
-        options: of the run.
         name: of the new style.
         folder: for the files of the run.
         resume: go on from the checkpoint that a stopped run left in `folder`.
-        on_step: called with the number of steps done and the loss after each step.
         device: in torch's words; None is a GPU of CUDA if one is there.
 
     Raises:
@@ -77,16 +71,14 @@ class Finetuning:
         name: str,
         folder: Path,
         resume: bool = False,
-        on_step: Callable[[int, float], None] | None = None,
         device: str | None = None,
     ) -> None:
         self.files = RunFiles(folder, name)
-        require_run(self.files, options.size, base.config.multiple, resume)
-        self.base, self.source, self.works, self.contents = base, prompts, works, contents
-        self.options, self.on_step = options, on_step
+        self.files.require(options.size, base.config.multiple, resume)
+        self.base, self.source, self.works, self.contents, self.options = base, prompts, works, contents, options
         base.to(find_device(device))
-        sampler = PaintingOptions(options.strength, options.guidance, options.palette)
-        self.painter = Painter(base, prompts, sampler, options.mixed_precision)
+        self.defaults = {name: getattr(options, name) for name in ("strength", "guidance", "palette")}
+        self.painter = Painter(base, prompts, mixed_precision=options.mixed_precision, **self.defaults)
         self.prompts = nn.ParameterList([self.painter.prompts])
         self.painter.prompts = self.prompts[0]
         scale = prompts.prompts.square().mean().sqrt().item() or 1.0
@@ -96,7 +88,13 @@ class Finetuning:
         self.loop = TrainingLoop(
             *(name, options, self.files.checkpoint),
             *({"prompts": self.prompts, "loss": self.loss}, self.optimizer),
-            identity=self._identity(),
+            identity={
+                **options.identity(),
+                "base": base.fingerprint,
+                "prompts": f"{prompts.prompts.double().square().mean().item():.12g}",
+                "paintings": works.digest,
+                "contents": contents.digest,
+            },
             resume=resume,
             device=base.device,
         )
@@ -110,39 +108,28 @@ class Finetuning:
         """
         if not self.loop.history:
             self._evaluate(None)
-        self.loop.run(self._train_step, self._evaluate, self.on_step)
+        self.loop.run(self._train_step, self._evaluate)
         return self._finish()
 
     def _train_step(self, step: int) -> float:
-        options, generator = self.options, rng_for(self.options.seed, RngStream.STEP, step)
-        set_learning_rate(self.optimizer, options.learning_rate(step))
-        self.optimizer.zero_grad(set_to_none=True)
-        images, edges = random_pictures(
-            self.contents.training, options.batch, options.size, generator, self.base.device
-        )
-        losses = self._losses(self.painter.paint(images, edges, generator), images, remember=True)
-        loss = losses.total(options.content_weight)
-        loss.backward()
-        require_finite(loss.item(), step)
-        self.optimizer.step()
-        return loss.item()
+        options = self.options
+        losses = self._losses(options.batch, rng_for(options.seed, RngStream.STEP, step), training=True)
+        return self.loop.descend(losses.total(options.content_weight), options.learning_rate(step))
 
-    def _losses(self, latent: torch.Tensor, images: torch.Tensor, remember: bool) -> Distances:
-        """The losses of painted latents [B, 4, h, w] of the pictures `images` [B, 3, H, W]."""
-        base = self.base
+    def _losses(self, count: int, generator: torch.Generator, training: bool) -> Distances:
+        """The losses of `count` pictures that are painted."""
+        base, pictures = self.base, self.contents.training if training else self.contents.held_out
+        images, edges = random_pictures(pictures, count, self.options.size, generator, base.device)
+        latent = self.painter.paint(images, edges, generator) / base.config.latent_scale
         with autocast(base.device, self.options.mixed_precision):
-            painted = base.decode((latent / base.config.latent_scale).contiguous(memory_format=torch.channels_last))
-            losses: Distances = self.loss(painted, images, remember)
+            painted = base.decode(latent.contiguous(memory_format=torch.channels_last))
+            losses: Distances = self.loss(painted, images, training)
             return losses
 
     @torch.no_grad()
     def _evaluate(self, mean_loss: float | None) -> None:
         """The losses of held-out pictures, always the same with the same noise."""
-        generator = rng_for(self.options.seed, RngStream.VALIDATION_CROPS)
-        images, edges = random_pictures(
-            self.contents.held_out, HELD_OUT, self.options.size, generator, self.base.device
-        )
-        losses = self._losses(self.painter.paint(images, edges, generator), images, remember=False)
+        losses = self._losses(HELD_OUT, rng_for(self.options.seed, RngStream.VALIDATION_CROPS), training=False)
         total = losses.total(self.options.content_weight)
         found = {"held_out": total.item(), **{key: part.item() for key, part in vars(losses).items()}}
         self.loop.history.append({"step": self.loop.step, "training": mean_loss, **found})
@@ -153,12 +140,10 @@ class Finetuning:
         result = RunResult(
             *(self.files.result, self.files.curve, self.loop.step, self.loop.step), end / start, self.loop.seconds
         )
-        options = self.options
-        defaults = {"strength": options.strength, "guidance": options.guidance, "palette": options.palette}
         meta = {
             **self.source.meta,
-            **encode_defaults(defaults),
-            "finetuned": json.dumps(asdict(options), sort_keys=True),
+            **encode_defaults(self.defaults),
+            "finetuned": json.dumps(asdict(self.options), sort_keys=True),
             "finetuned_relative_loss": f"{end / start:.6f}",
             "contents_sha256": self.contents.digest,
             "versions": json.dumps(versions()),
@@ -178,12 +163,3 @@ class Finetuning:
         if end >= start:
             log.warning("the held-out loss did not fall: %.4f x that of the start; change --lr or --steps", end / start)
         return result
-
-    def _identity(self) -> dict[str, Any]:
-        return {
-            **identity(self.options),
-            "base": self.base.fingerprint,
-            "prompts": f"{self.source.prompts.double().square().mean().item():.12g}",
-            "paintings": self.works.digest,
-            "contents": self.contents.digest,
-        }

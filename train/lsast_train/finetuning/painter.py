@@ -6,7 +6,6 @@ Each step is computed again in the backward pass, so that one step's activations
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lsast_engines.bundle.style import LatentStatistics
-from lsast_engines.diffusion import NoiseLevel, TimestepSchedule, guide, make_solver
+from lsast_engines.diffusion import TimestepSchedule, guide, make_solver
 from lsast_engines.errors import StyleError
 from lsast_engines.images import canny_edges
 
@@ -31,30 +30,31 @@ SOLVER = "dpmpp2m"
 """The solver, as by default in mini's bundle."""
 
 
-@dataclass(frozen=True)
-class PaintingOptions:
-    """The options of the sampler that a style may have defaults of, as in `lsast.Options`."""
-
-    strength: float
-    guidance: float
-    palette: float
-
-
 class Painter:
     """Paints pictures in a style.
 
     Args:
         base: where it runs; its networks are used as they are.
         prompts: of the style.
-        options: of the sampler.
+        strength, guidance, palette: see `lsast.Options`.
         mixed_precision: of the networks.
 
     Raises:
         StyleError: prompts without the statistics of the artist's latents, which `palette` needs.
     """
 
-    def __init__(self, base: Base, prompts: Prompts, options: PaintingOptions, mixed_precision: MixedPrecision) -> None:
-        self.base, self.options, self.mixed_precision = base, options, mixed_precision
+    def __init__(
+        self,
+        base: Base,
+        prompts: Prompts,
+        *,
+        strength: float,
+        guidance: float,
+        palette: float,
+        mixed_precision: MixedPrecision,
+    ) -> None:
+        self.base, self.strength, self.guidance, self.share = base, strength, guidance, palette
+        self.mixed_precision = mixed_precision
         self.prompts = prompts.prompts.clone().to(base.device)
         """[stages, 3, T, dim]; gradients go to it if it asks for them."""
         statistics, faults = LatentStatistics.from_meta(prompts.meta)
@@ -75,13 +75,13 @@ class Painter:
         with torch.no_grad():
             latent = encode_pictures(base, list(pixels))[0] * base.config.latent_scale
         stages = len(self.prompts)
-        schedule = TimestepSchedule.build(base.config.noise, SAMPLER_STEPS, self.options.strength, stages, SOLVER)
+        schedule = TimestepSchedule.build(base.config.noise, SAMPLER_STEPS, self.strength, stages, SOLVER)
         noise = torch.randn(latent.shape, generator=generator)
         z = torch.from_numpy(schedule.add_noise(self.match(latent).numpy(), noise.numpy())).to(base.device)
         solver: Any = make_solver(schedule)  # its arithmetic is the same on tensors
         for step in schedule.steps:
             x0 = checkpoint(self.x0, z, step.t, edges, use_reentrant=False)
-            level = self._level(step.t)
+            level = base.config.noise.level(step.t)
             z = solver.step((z - level.alpha * x0) / level.sigma, step.index, z)
         return z
 
@@ -89,11 +89,11 @@ class Painter:
         """Latents [B, 4, h, w] in the artist's palette, as the runtime's option `palette` does it."""
         mean, std = latent.mean((2, 3), keepdim=True), latent.std((2, 3), correction=0, keepdim=True)
         matched = self.palette[0] + (latent - mean) * (self.palette[1] / std.clamp(min=1e-3))
-        return latent + self.options.palette * (matched - latent)
+        return latent + self.share * (matched - latent)
 
     def x0(self, z: torch.Tensor, timestep: int, edges: torch.Tensor) -> torch.Tensor:
         """The guided data prediction [B, 4, h, w] at the latents `z`, with the palette's limit."""
-        base, options = self.base, self.options
+        base = self.base
         stage = timestep * len(self.prompts) // base.config.noise.train_steps
         own = self.prompts[stage].expand(len(z), -1, -1, -1)
         null = base.null_context.expand(len(z), len(GROUPS), -1, -1)
@@ -101,28 +101,21 @@ class Painter:
         with autocast(base.device, self.mixed_precision):
             residuals = base.control(z, times, own, edges)
             eps = base.eps(z, times, own, residuals=residuals).float()
-            if options.guidance != 1:
+            if self.guidance != 1:
                 unguided = base.eps(z, times, null, residuals=residuals).float()
-                eps = guide(torch.stack([unguided, eps]), options.guidance)
-        level = self._level(timestep)
+                eps = guide(torch.stack([unguided, eps]), self.guidance)
+        level = base.config.noise.level(timestep)
         x0 = (z - level.sigma * eps) / level.alpha
         mean, std = x0.mean((2, 3), keepdim=True), x0.std((2, 3), correction=0, keepdim=True)
         excess = (x0 - mean) * (1 - (self.palette[1].to(x0) / std.clamp(min=1e-3)).clamp(max=1))
-        limited: torch.Tensor = x0 - options.palette * excess
+        limited: torch.Tensor = x0 - self.share * excess
         return limited
-
-    def _level(self, timestep: int) -> NoiseLevel:
-        return NoiseLevel.of(float(self.base.alphas_cumprod[timestep]))
 
 
 def random_pictures(
     paintings: Sequence[Painting], count: int, size: int, generator: torch.Generator, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`count` random crops, half of them mirrored.
-
-    Returns:
-        Images [B, 3, size, size] in [-1, 1], and their edges of 0 and 1, of the same shape.
-    """
+    """`count` random crops, half of them mirrored: images [B, 3, size, size] in [-1, 1], and their edges of 0 and 1."""
     crops = []
     for index in torch.randint(len(paintings), (count,), generator=generator).tolist():
         crop = random_crop(paintings[index], size, generator)

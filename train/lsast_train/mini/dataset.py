@@ -1,4 +1,4 @@
-"""The latent cache that mini is trained from: whole pictures, encoded once at the size that mini paints at.
+"""The pictures that mini is trained from: crops for the autoencoder, and a cache of latents for the U-Net.
 
 Encoding costs far more than a training step, so every picture is encoded once, at one size, and training crops
 windows out of the cached latents. The edges are cached beside them as packed bits, so that a window of latents
@@ -40,6 +40,10 @@ READ_AHEAD = 64
 
 SMALLEST = 96
 """Pictures with a shorter side below this many pixels are left out: enlarged, they would only teach blur."""
+
+
+LARGEST_SCALE = 1.5
+"""Crops are enlarged at most so many times."""
 
 
 @dataclass(frozen=True)
@@ -204,3 +208,86 @@ class LatentDataset:
         )
         weights /= weights.sum()
         return weights
+
+
+class Crops:
+    """Random crops of pictures at about the scale that mini paints at. Decoded pictures stay in memory.
+
+    Args:
+        side: side of a crop in pixels.
+        memory: decoded pictures are kept up to this many bytes; the others are read again each time.
+
+    Raises:
+        TrainingError: no picture to train on, or none that is held out.
+    """
+
+    def __init__(self, folders: list[Path], side: int, memory: int = 2 << 30) -> None:
+        paths = [path for folder in folders for path in find_pictures(folder)]
+        held = [is_held_out(f"{path.parent.name}/{path.name}") for path in paths]
+        self.train = [path for path, out in zip(paths, held, strict=True) if not out]
+        self.held_out = [path for path, out in zip(paths, held, strict=True) if out]
+        if not self.train or not self.held_out:
+            raise TrainingError(
+                f"found {len(paths)} pictures, {len(self.held_out)} of them held out by a hash of the name; expected "
+                "some of either kind: give a hundred pictures or more"
+            )
+        self.side = side
+        self._free = memory
+        self._decoded: dict[Path, npt.NDArray[np.uint8] | None] = {}
+
+    def batch(self, paths: list[Path], count: int, rng: np.random.Generator) -> torch.Tensor:
+        """`count` crops [B, 3, side, side] in [-1, 1]; pictures that are unreadable or too small are drawn again.
+
+        Raises:
+            TrainingError: 1 000 draws gave no crop.
+        """
+        crops: list[npt.NDArray[np.uint8]] = []
+        draws = 0
+        while len(crops) < count:
+            draws += 1
+            if draws > 1000 and not crops:
+                raise TrainingError(
+                    f"found no readable picture of at least {SMALLEST} pixels a side that holds a crop of {self.side} "
+                    f"among {len(paths)}; expected pictures at least that large"
+                )
+            rgb = self._read(paths[rng.integers(len(paths))])
+            if rgb is None or min(rgb.shape[:2]) < SMALLEST:
+                continue
+            height, width = (min(n, 2 * min(rgb.shape[:2])) for n in rgb.shape[:2])
+            # Side in pixels of the picture; only that part of it is resized. A crop enlarged more teaches blur.
+            scale = min(PAINTED_SIDE * rng.uniform(0.85, 1.2) / math.sqrt(height * width), LARGEST_SCALE)
+            cut = self.side / scale
+            if cut > min(height, width):
+                continue
+            top, left = (
+                (n - m) / 2 + rng.uniform(0, m - cut) for n, m in zip(rgb.shape, (height, width), strict=False)
+            )
+            crop = Image.fromarray(rgb).resize(
+                (self.side, self.side), Image.Resampling.LANCZOS, (left, top, left + cut, top + cut)
+            )
+            crops.append(np.asarray(crop)[:, ::-1] if rng.random() < 0.5 else np.asarray(crop))
+        stack = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return stack.contiguous(memory_format=torch.channels_last)
+
+    def pictures(self, count: int) -> list[torch.Tensor]:
+        """Up to `count` held-out pictures, evenly drawn, whole: [1, 3, H, W] in [-1, 1] at the painted scale."""
+        found = [
+            rgb
+            for path in self.held_out[:: max(1, len(self.held_out) // count)]
+            if (rgb := self._read(path)) is not None
+        ]
+        fitted = [fit_picture(rgb) for rgb in found[:count]]
+        return [torch.from_numpy(rgb.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1 for rgb in fitted]
+
+    def _read(self, path: Path) -> npt.NDArray[np.uint8] | None:
+        if path in self._decoded:
+            return self._decoded[path]
+        try:
+            rgb = read_picture(path).rgb
+        except PictureError:
+            rgb = None
+        size = 0 if rgb is None else rgb.nbytes
+        if size <= self._free:
+            self._free -= size
+            self._decoded[path] = rgb
+        return rgb

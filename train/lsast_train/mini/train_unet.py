@@ -19,11 +19,10 @@ from torch import nn
 
 from ..base.attention import layer_contexts
 from ..base.base import Base
-from ..training.device import fused
-from ..training.loop import TrainingLoop, require_finite, set_learning_rate
+from ..training.loop import TrainingLoop, update_ema
 from ..training.rng import RngStream, rng_for
+from ..training.run import fused
 from .dataset import LatentDataset, Window
-from .ema import update_ema
 
 log = logging.getLogger("lsast.train.mini")
 
@@ -102,15 +101,11 @@ class JointModel(nn.Module):
         noisy = self.base.add_noise(latents, noise, t)
         contexts = context[:, None].expand(-1, 3, -1, -1)
         residuals: dict[str, Any] = {}
-        seen = len(edges)
-        if seen:
-            kwargs = layer_contexts(contexts[:seen])
-            down, mid = self.controlnet(
-                noisy[:seen], t[:seen], None, edges, cross_attention_kwargs=kwargs, return_dict=False
-            )
-            rest = len(latents) - seen
-            pad = [torch.cat([r, r.new_zeros(rest, *r.shape[1:])]) for r in (*down, mid)]
-            residuals = {"down_block_additional_residuals": pad[:-1], "mid_block_additional_residual": pad[-1]}
+        if seen := len(edges):
+            found = self.base.control(noisy[:seen], t[:seen], contexts[:seen], edges)
+            rest = [*found["down_block_additional_residuals"], found["mid_block_additional_residual"]]
+            *down, mid = (torch.cat([r, r.new_zeros(len(latents) - seen, *r.shape[1:])]) for r in rest)
+            residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
         kwargs = layer_contexts(contexts)
         output = self.unet(noisy, t, None, cross_attention_kwargs=kwargs, **residuals, return_dict=False)[0]
         abar = self.base.alphas_cumprod[t].view(-1, 1, 1, 1)
@@ -199,7 +194,6 @@ def train_base(base: Base, data: LatentDataset, options: BaseTrainingOptions, fo
     with_edges = round(options.edge_share * options.batch)
 
     def train_step(step: int) -> float:
-        set_learning_rate(optimizer, options.lr * learning_rate_factor(step, options, loop.time_left))
         rng, generator = np.random.default_rng([options.seed, step]), rng_for(options.seed, RngStream.STEP, step)
         window = data.window(rng.choice(data.train, options.batch, p=weights), options.side, rng)
         latents = window.latents.contiguous(memory_format=torch.channels_last)
@@ -208,13 +202,8 @@ def train_base(base: Base, data: LatentDataset, options: BaseTrainingOptions, fo
         with torch.autocast(device.type, torch.bfloat16):
             context = model.draw_context(window, options, mixed, generator)
             loss = model.v_error(latents, noise, t, context, window.edges[:with_edges]).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        value = loop.descend(loss, options.lr * learning_rate_factor(step, options, loop.time_left), clip=1.0)
         update_ema(averaged, model, options.ema, step + 1)
-        value: float = loss.item()  # the one wait for the device in a step
-        require_finite(value, step)
         return value
 
     def evaluate(mean_loss: float) -> None:

@@ -1,31 +1,40 @@
-"""The one training loop: steps with a progress bar, evaluations, checkpoints, and stops between two steps."""
+"""The one training loop: steps with a progress bar, evaluations, checkpoints, and stops between two steps.
+
+Checkpoints are resumed exactly and hold no pickle: weights, optimiser state and counters in one safetensors file.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import nn
 from tqdm import tqdm
 
 from lsast_engines.environment import peak_memory
-from lsast_engines.errors import TrainingError, fault_list
+from lsast_engines.errors import TrainingError, fault_list, shape_faults
 from lsast_engines.files import replace_file
 
-from .signals import DeferredSignals, InterruptionError
-from .training_state import load_checkpoint, save_checkpoint
+from .run import InterruptionError
 
 log = logging.getLogger("lsast.train")
 
 _TOLD_AFTER, _TOLD_AGAIN_AFTER = 5, 500
 """Steps after which time and memory are told: early, and once caches are warm."""
+
+_COUNTERS = ("step", "seconds", "history", "losses")
 
 
 class TrainingLoop:
@@ -62,7 +71,6 @@ class TrainingLoop:
         self.name, self.options, self.checkpoint = name, options, checkpoint
         self.modules, self.optimizer, self.identity = modules, optimizer, dict(identity or {})
         self.writes, self.device = writes, device
-        self.steps: int = options.steps
         self.limit: float | None = getattr(options, "seconds", None)
         self.time_left = 1.0
         """Part of `limit` that is left, 1 to 0; 1 without a limit."""
@@ -72,45 +80,87 @@ class TrainingLoop:
         """Wall time of `run`, including that of the parts before a resume."""
         self.history: list[dict[str, Any]] = []
         """A record of each evaluation, as JSON values."""
-        self._losses = [0.0, 0]
+        self.losses = [0.0, 0]
+        """Sum and number of the losses since the last evaluation."""
         if resume and checkpoint.exists():
             self._restore()
 
+    def save(self) -> None:
+        """Write the checkpoint, whole or not at all."""
+        tensors = {f"{name}.{k}": v for name, module in self.modules.items() for k, v in module.state_dict().items()}
+        for index, entry in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in entry.items()}
+        facts = json.dumps({"identity": self.identity, **{name: getattr(self, name) for name in _COUNTERS}})
+        data = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, {"facts": facts})
+        with replace_file(self.checkpoint) as handle:
+            handle.write(data)
+
     def _restore(self) -> None:
-        state = load_checkpoint(self.checkpoint, self.modules, self.optimizer)
-        known = state.get("identity", {})
+        path = self.checkpoint
+        try:
+            with safe_open(str(path), "pt") as file:
+                facts: dict[str, Any] = json.loads((file.metadata() or {})["facts"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise TrainingError(
+                f"{path} is not a checkpoint of lsast-train ({error}); start without --resume"
+            ) from error
+        load_modules(tensors, self.modules, f"{path} was written with other options:")
+        known = facts.get("identity", {})
         if faults := [
             f"{key}: found {known.get(key)!r} in the checkpoint, {value!r} now"
             for key, value in self.identity.items()
             if known.get(key) != value
         ]:
-            raise TrainingError(fault_list(f"{self.checkpoint} belongs to another run; give the same options:", faults))
-        self.step, self.seconds, self.history, self._losses = (
-            state[key] for key in ("step", "seconds", "history", "losses")
-        )
-        log.info("goes on after step %d of %d", self.step, self.steps)
-
-    def save(self) -> None:
-        """Write the checkpoint."""
-        state = {
-            "identity": self.identity,
-            "step": self.step,
-            "seconds": self.seconds,
-            "history": self.history,
-            "losses": self._losses,
-        }
-        save_checkpoint(self.checkpoint, self.modules, self.optimizer, state)
+            raise TrainingError(fault_list(f"{path} belongs to another run; give the same options:", faults))
+        entries: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, index, field = key.split(".")
+                entries.setdefault(int(index), {})[field] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+        # The file holds contiguous tensors; a fused optimiser reads memory as it lies, channels last as the weights.
+        for parameter, entry in self.optimizer.state.items():
+            for field, value in entry.items():
+                if value.dim() > 1 and value.shape == parameter.shape:
+                    entry[field] = torch.empty_like(parameter).copy_(value)
+        for name in _COUNTERS:
+            setattr(self, name, facts[name])
+        log.info("goes on after step %d of %d", self.step, self.options.steps)
 
     def write_log(self, path: Path) -> None:
         """Write the options of the run and `history` as JSON."""
         with replace_file(path) as handle:
             handle.write(json.dumps({"options": asdict(self.options), "history": self.history}, indent=1).encode())
 
+    def descend(self, loss: torch.Tensor, lr: float, clip: float | None = None) -> float:
+        """Take a step of the optimiser down the gradient of a loss, a scalar.
+
+        Args:
+            lr: see `set_learning_rate`.
+            clip: largest norm of the gradient of all weights.
+
+        Returns:
+            The loss.
+
+        Raises:
+            TrainingError: a loss that is not finite.
+        """
+        value: float = loss.item()
+        require_finite(value, self.step)
+        set_learning_rate(self.optimizer, lr)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        if clip is not None:
+            nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], clip)
+        self.optimizer.step()
+        return value
+
     def run(
         self,
         train_step: Callable[[int], float],
         evaluate: Callable[[float], None],
-        on_step: Callable[[int, float], None] | None = None,
         agree: Callable[[int], int] = int,
     ) -> None:
         """Train to the last step, or as long as `limit` allows.
@@ -118,7 +168,6 @@ class TrainingLoop:
         Args:
             train_step: takes the step of this number, counted from 0; returns its loss.
             evaluate: gets the mean loss since the evaluation before; appends to `history`.
-            on_step: called with the number of steps done and the loss after each step.
             agree: makes the signal of one process, or 0, that of all processes.
 
         Raises:
@@ -129,9 +178,10 @@ class TrainingLoop:
         limit = math.inf if self.limit is None else max(self.limit, 1e-3)
         evaluation = 0.0 if self.limit is None else 0.2 * limit  # a guess, until one is measured
         evaluating = 0.0
-        done = self.step >= self.steps
-        bar = tqdm(total=self.steps, initial=self.step, desc=self.name, unit="step", disable=not self.writes)
-        with bar, DeferredSignals() as signals:
+        steps = self.options.steps
+        done = self.step >= steps
+        bar = tqdm(total=steps, initial=self.step, desc=self.name, unit="step", disable=not self.writes)
+        with bar, _deferred_signals() as signals:
             while not done:
                 start = time.monotonic()
                 self.time_left = max(0.0, 1 - (start - began) / limit)
@@ -140,22 +190,20 @@ class TrainingLoop:
                 now = time.monotonic()
                 due = self.step % self.options.evaluate_every == 0
                 another = (now - start) + (1 + due) * evaluation  # a further step and the evaluations until its end
-                done = self.step == self.steps or now - began + another > limit
-                self._losses = [self._losses[0] + loss, self._losses[1] + 1]
+                done = self.step == steps or now - began + another > limit
+                self.losses = [self.losses[0] + loss, self.losses[1] + 1]
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 bar.update()
-                if on_step is not None:
-                    on_step(self.step, loss)
                 if due or done:
-                    evaluate(self._losses[0] / self._losses[1])
-                    self._losses = [0.0, 0]
+                    evaluate(self.losses[0] / self.losses[1])
+                    self.losses = [0.0, 0]
                     evaluation = time.monotonic() - now
                     evaluating += evaluation
                 now = time.monotonic()
                 if self.step - first in (_TOLD_AFTER, _TOLD_AGAIN_AFTER):
                     self.tell((now - began - evaluating) / (self.step - first), evaluation)
                 self.seconds = before + now - began
-                stop = agree(signals.number)
+                stop = agree(signals[0] if signals else 0)
                 if self.writes and (stop or now - saved > 60 * self.options.checkpoint_minutes):
                     self.save()
                     saved = now
@@ -169,10 +217,34 @@ class TrainingLoop:
         cuda = self.device is not None and self.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(self.device) if cuda else peak_memory()
         memory = "" if peak is None else f"; peak memory {peak / 1e9:.2f} GB"
-        left = self.steps - self.step
+        left = self.options.steps - self.step
         rest = left * step + math.ceil(left / self.options.evaluate_every) * evaluation
         hours = (rest if self.limit is None else min(rest, self.limit * self.time_left)) / 3600
         log.info("%.3g s a step: %.2g hours for at most %d more%s", step, hours, left, memory)
+
+
+def load_modules(tensors: Mapping[str, torch.Tensor], modules: Mapping[str, nn.Module], heading: str) -> None:
+    """Load into each of `modules` its part of `tensors`, whose names begin with that of the module.
+
+    Raises:
+        TrainingError: tensors that are missing, of another shape, or not expected, all of them below `heading`.
+    """
+    states = {
+        name: {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        for name in modules
+    }
+    faults = [
+        f"{name}.{fault}"
+        for name, module in modules.items()
+        for fault in shape_faults(
+            {key: value.shape for key, value in states[name].items()},
+            {key: value.shape for key, value in module.state_dict().items()},
+        )
+    ]
+    if faults:
+        raise TrainingError(fault_list(heading, faults))
+    for name, module in modules.items():
+        module.load_state_dict(states[name])
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -185,3 +257,35 @@ def require_finite(loss: float, step: int) -> None:
     """Raise `TrainingError` if the loss of a step is no number."""
     if not math.isfinite(loss):
         raise TrainingError(f"the loss of step {step} is {loss}; lower --lr, or use --mixed-precision no")
+
+
+def update_ema(ema: nn.Module, module: nn.Module, decay: float, step: int) -> None:
+    """Move every weight of `ema` towards `module`'s by 1 - min(decay, (1 + step) / (10 + step)).
+
+    The shorter memory of the first steps is that of TensorFlow's ExponentialMovingAverage with ``num_updates``.
+    """
+    share = 1 - min(decay, (1 + step) / (10 + step))
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(module.parameters()), share)
+
+
+@contextlib.contextmanager
+def _deferred_signals() -> Iterator[list[int]]:
+    """Notes SIGINT or SIGTERM in the list; a second signal is handled as before. Only the main thread gets signals."""
+    noted: list[int] = []
+    before: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, _: Any) -> None:
+        noted.append(number)
+        restore()
+
+    if threading.current_thread() is threading.main_thread():
+        before |= {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        restore()

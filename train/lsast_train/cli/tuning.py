@@ -1,0 +1,217 @@
+"""``lsast-train distill``, ``finetune`` and ``decoder``, which begin with learned styles.
+
+Options, progress and results on a terminal. Imports torch only when there is work to do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lsast_engines.bundle.bundle import PROMPTS
+from lsast_engines.cli import Command, log_to_stderr
+from lsast_engines.errors import TrainingError, UsageError
+
+from ..options import DecoderOptions, DistillOptions, FinetuneOptions
+from ..training.run import RunFiles
+from .shared import (
+    EXTRA,
+    declared_options,
+    folder_option,
+    import_options,
+    out_option,
+    parse_pairs,
+    print_run,
+    run_options,
+    set_up_torch,
+    take_source,
+)
+
+_base_option = click.option(
+    "--base", metavar="NAME", help="Bundle or base that the style belongs to. [default: the embedded one]"
+)
+_contents_option = folder_option(
+    "--contents", required=True, text="Folder tree of pictures to paint, such as photographs."
+)
+
+
+@click.command("distill", cls=Command, requires=EXTRA)
+@click.option(
+    "-s", "--style", required=True, metavar="NAME", help="Style of the base's bundle or of a run, or its file."
+)
+@folder_option("--images", required=True, text="Folder tree of any pictures.")
+@click.option("--name", help="Name of the new style. [default: STYLE-gGUIDANCE]")
+@_base_option
+@declared_options(DistillOptions)
+@out_option
+@run_options
+def distill(
+    style: str,
+    images: Path,
+    name: str | None,
+    base: str | None,
+    out: Path | None,
+    resume: bool,
+    overwrite: bool,
+    device: str | None,
+    threads: int | None,
+    **chosen: Any,
+) -> None:
+    """Bake guidance into a style: one pass a step gives what two give.
+
+    \b
+      lsast-train distill --style vangogh --guidance 7 --images photos
+      lsast-export --style vangogh-g7        # puts it where lsast-run finds it
+
+    Prints the style file; the held-out error is drawn beside it.
+    """
+    options = DistillOptions(**chosen)
+    from ..base.lazy_base import load_base, resolve_local_base
+    from ..checkpoints.source import BaseSource
+    from ..distillation.distillation import Distillation
+    from ..distillation.student import read_style
+    from ..paintings import PaintingDataset
+
+    set_up_torch(threads)
+    with log_to_stderr():
+        source = BaseSource(base)
+        if (bundle := resolve_local_base(source)) is None:
+            raise UsageError(
+                f"found {base}, a base to import; expected the bundle that it was exported to, which a distilled style "
+                f"is bound to: lsast-export bundle --base {base} --out DIR"
+            )
+        loaded = load_base(source)
+        found = read_style(style, loaded, bundle)
+        name = name or f"{found.name}-g{options.guidance:g}"
+        folder = out or Path("runs") / name
+        RunFiles(folder, name, prompts=False).require(options.size, loaded.config.multiple, resume, overwrite)
+        pictures = PaintingDataset.load(images, options.size, "random", loaded.config.size)
+        print_run(Distillation(loaded, found, pictures, options, name, folder, resume, device).run())
+
+
+@click.command("finetune", cls=Command, requires=EXTRA)
+@click.option(
+    "-s", "--style", required=True, metavar="NAME", help="Prompts of a run or of the base's bundle, or a file."
+)
+@folder_option("--images", required=True, text="Folder tree of the artist's pictures.")
+@_contents_option
+@click.option("--name", help="Name of the new style. [default: STYLE]")
+@_base_option
+@import_options()
+@declared_options(FinetuneOptions)
+@out_option
+@run_options
+def finetune(
+    style: str,
+    images: Path,
+    contents: Path,
+    name: str | None,
+    device: str | None,
+    out: Path | None,
+    resume: bool,
+    overwrite: bool,
+    threads: int | None,
+    **chosen: Any,
+) -> None:
+    """Move learned prompts until what they paint looks like the artist's works.
+
+    \b
+      lsast-train --style vangogh --images paintings/van-gogh
+      lsast-train finetune --style vangogh --images paintings/van-gogh --contents photos --overwrite
+      lsast-export --style vangogh
+
+    Prints the prompt file; its style has the strength, guidance and palette of the options as defaults.
+    """
+    given, options = take_source(chosen), FinetuneOptions(**chosen)
+    from ..base.lazy_base import load_base, resolve_local_base
+    from ..checkpoints.source import BaseSource
+    from ..finetuning.finetuning import Finetuning
+    from ..paintings import PaintingDataset
+    from ..prompts.prompt_file import find_prompts, load_prompts
+
+    set_up_torch(threads)
+    with log_to_stderr():
+        source = BaseSource(**given)
+        path = find_prompts(style, resolve_local_base(source))
+        loaded = load_base(source)
+        prompts = load_prompts(path, loaded)
+        name = name or prompts.name
+        folder = out or Path("runs") / name
+        RunFiles(folder, name).require(options.size, loaded.config.multiple, resume, overwrite)
+        if options.mixed_precision != "no":
+            loaded.round_unet(options.mixed_precision)
+        works, others = (
+            PaintingDataset.load(tree, options.size, "random", loaded.config.size) for tree in (images, contents)
+        )
+        print_run(Finetuning(loaded, prompts, works, others, options, name, folder, resume, device).run())
+
+
+@click.command("decoder", cls=Command, requires=EXTRA)
+@click.option(
+    "-s",
+    "--style",
+    "styles",
+    required=True,
+    multiple=True,
+    metavar="NAME=DIR",
+    help="Prompts of a run or of the base's bundle, or a file, and the folder tree of the artist's works. Repeatable.",
+)
+@_contents_option
+@click.option("--base", metavar="NAME", help="Base or bundle with mini's autoencoder. [default: the embedded one]")
+@declared_options(DecoderOptions)
+@folder_option("-o", "--out", required=True, text="Folder of the base.")
+@run_options
+def decoder(
+    styles: tuple[str, ...],
+    contents: Path,
+    base: str | None,
+    device: str | None,
+    out: Path,
+    resume: bool,
+    overwrite: bool,
+    threads: int | None,
+    **chosen: Any,
+) -> None:
+    """Train the decoder of a base such as mini on what its styles paint.
+
+    \b
+      lsast-train decoder --style vangogh=paintings/van-gogh --style monet=paintings/monet \\
+          --contents photos --out base
+      lsast-export bundle --base base --style vangogh --style monet --out bundle
+
+    Prints the base's folder. The prompts stay valid, since nothing else of the base changes; they are copied into its
+    folder "prompts", where lsast-export finds them.
+    """
+    options, works = DecoderOptions(**chosen), parse_pairs("--style", "NAME=DIR", styles, Path)
+    if (out / "base.json").exists() and not overwrite:
+        raise TrainingError(f"found the base {out}; replace it with --overwrite, or name another folder with --out")
+    from ..base.lazy_base import load_base, resolve_local_base
+    from ..checkpoints.source import BaseSource
+    from ..finetuning.decoder import DecoderTraining, StyleWorks
+    from ..paintings import PaintingDataset
+    from ..prompts.prompt_file import find_prompts, load_prompts, save_prompts
+    from .mini import finish
+
+    set_up_torch(threads)
+    with log_to_stderr():
+        source = BaseSource(base)
+        loaded, place = load_base(source), resolve_local_base(source)
+        prompts = {name: load_prompts(find_prompts(name, place), loaded) for name in works}
+        if len({style.name for style in prompts.values()}) < len(prompts):
+            raise UsageError(f"found one style twice among --style {', '.join(prompts)}; expected each once")
+        RunFiles(out, "decoder").require(options.size, loaded.config.multiple, resume)
+        size = loaded.config.size
+        pairs = {
+            prompts[name].name: StyleWorks(prompts[name], PaintingDataset.load(tree, options.size, "random", size))
+            for name, tree in works.items()
+        }
+        others = PaintingDataset.load(contents, options.size, "random", size)
+        training = DecoderTraining(loaded, pairs, others, options, out, resume, device)
+        training.run()
+    for style in prompts.values():
+        save_prompts(style, out / PROMPTS / f"{style.name}.prompts.safetensors")
+    finish(loaded, out, {f"decoder_{name}": str(asdict(options)[name]) for name in ("steps", "paintings")})
+    training.files.checkpoint.unlink(missing_ok=True)
