@@ -48,14 +48,12 @@ STYLE_DEFAULTS: dict[str, type] = {
 BUNDLE_DEFAULTS: dict[str, type] = {"style": str, **STYLE_DEFAULTS, "size": int}
 """The same of a bundle's manifest."""
 
-DEFAULTS_KEY = "defaults"
-"""Key in a style's `meta` of its default options, as JSON."""
+_DEFAULTS_KEY = "defaults"
+_LATENT_STATISTICS_KEY = "latent_statistics"
+"""Keys in a style's `meta` of its default options, and of the statistics of the artist's latents, as JSON."""
 
 DISTILLED_GUIDANCE_KEY = "guidance_baked"
 """Key in a style's `meta` of the guidance scale that it was distilled with, as text."""
-
-LATENT_STATISTICS_KEY = "latent_statistics"
-"""Key in a style's `meta` of the statistics of the artist's latents, as JSON."""
 
 _METADATA_KEY = "lsast"
 
@@ -70,7 +68,7 @@ class _Header:
     stages: int
     tokens: int
     meta: dict[str, str]
-    sha256: Any
+    sha256: tuple[str, ...]
 
 
 class StageKV(NamedTuple):
@@ -84,30 +82,33 @@ class StageKV(NamedTuple):
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """Mean and standard deviation of each latent channel over an artist's works, in the units of the U-Net."""
+    """Mean and standard deviation of each latent channel over an artist's works, in the units of the U-Net.
+
+    Raises:
+        UsageError: no channels, not as many of both, or a standard deviation that is not above 0.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        if not (len(self.mean) == len(self.std) > 0 and min(self.std) > 0):
+            raise UsageError(
+                f"found {self!r:.80}; expected a number for each latent channel each, those of std above 0"
+            )
+
     def to_meta(self) -> dict[str, str]:
         """The entry of a style's `meta`."""
         rounded = {name: [round(value, 4) for value in values] for name, values in vars(self).items()}
-        return {LATENT_STATISTICS_KEY: json.dumps(rounded, sort_keys=True)}
+        return {_LATENT_STATISTICS_KEY: json.dumps(rounded, sort_keys=True)}
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, str]) -> tuple[LatentStatistics | None, list[str]]:
         """The statistics in a style's `meta`, None without any, and the faults found in them."""
-        if LATENT_STATISTICS_KEY not in meta:
-            return None, []
-        try:
-            values = parse_json(meta[LATENT_STATISTICS_KEY])
-            mean, std = (tuple(float(value) for value in values[name]) for name in ("mean", "std"))
-        except (ValueError, TypeError, KeyError):
-            mean = std = ()
-        if not (len(mean) == len(std) > 0 and all(map(math.isfinite, mean + std)) and min(std) > 0):
-            expected = "a JSON object of mean and std, a number for each latent channel each, those of std above 0"
-            return None, [f"{LATENT_STATISTICS_KEY}: found {meta[LATENT_STATISTICS_KEY]!r:.60}; expected {expected}"]
-        return cls(mean, std), []
+        faults: list[str] = []
+        if _LATENT_STATISTICS_KEY not in meta:
+            return None, faults
+        return read_object(cls, _parse_entry(meta, _LATENT_STATISTICS_KEY), _LATENT_STATISTICS_KEY, faults), faults
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,17 +167,10 @@ class Style:
         if wide := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
             faults = [f"{name}: found {np.abs(getattr(self, name)).max():g}; expected at most 65504" for name in wide]
             raise StyleError(fault_list(f"style {self.name!r} does not fit float16:", faults))
-        header: dict[str, Any] = {
-            "format": FORMAT,
-            "name": self.name,
-            "base": self.base,
-            "stages": self.stages,
-            "tokens": self.tokens,
-            "meta": self.meta,
-            "sha256": [stage_digest({name: tensors[name][stage] for name in TENSORS}) for stage in range(self.stages)],
-        }
+        digests = [stage_digest({name: tensors[name][stage] for name in TENSORS}) for stage in range(self.stages)]
+        header = _Header(FORMAT, self.name, self.base, self.stages, self.tokens, self.meta, tuple(digests))
         with replace_file(path) as handle:
-            handle.write(save(tensors, {_METADATA_KEY: json.dumps(header, sort_keys=True, ensure_ascii=False)}))
+            handle.write(save(tensors, {_METADATA_KEY: json.dumps(vars(header), sort_keys=True, ensure_ascii=False)}))
 
     @classmethod
     def load(cls, path: Path) -> Style:
@@ -193,14 +187,12 @@ class StyleFile:
 
     A file that replaces it on disk has no effect, and one that is written over it is noticed: the file is not mapped,
     since a mapping that is cut off ends the process. For one thread at a time.
+
+    Raises:
+        StyleError: not found, not a style, of another format, or damaged; all faults at once.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open a style file and read its header.
-
-        Raises:
-            StyleError: not found, not a style, of another format, or damaged; all faults at once.
-        """
         self.path = path
         self._descriptor, self._slots, data = _open(path)
         weakref.finalize(self, os.close, self._descriptor)
@@ -214,19 +206,14 @@ class StyleFile:
         self.meta = header.meta
         """Licence, training settings, default options."""
         faults += style_name_faults(self.name)
-        self.defaults: dict[str, Any]
-        """The style's own default options, a part of `STYLE_DEFAULTS`."""
         self.defaults, wrong = decode_defaults(self.meta)
-        faults += wrong
-        self.distilled_guidance: float | None
+        """The style's own default options, a part of `STYLE_DEFAULTS`."""
+        self.distilled_guidance, wrong_guidance = _distilled_guidance(self.meta)
         """The guidance scale that the style was distilled with (`lsast-train distill`), None for other styles. One pass
         with this style replaces two passes with that guidance, so it runs with guidance 1."""
-        self.distilled_guidance, wrong = _distilled_guidance(self.meta)
-        faults += wrong
-        self.latent_statistics: LatentStatistics | None
+        self.latent_statistics, wrong_statistics = LatentStatistics.from_meta(self.meta)
         """Of the artist's works; None for a style that carries none. The option `palette` needs them."""
-        self.latent_statistics, wrong = LatentStatistics.from_meta(self.meta)
-        faults += wrong
+        faults += wrong + wrong_guidance + wrong_statistics
         self._digests = header.sha256
         self._read: dict[int, StageKV] = {}
         for name in TENSORS:
@@ -236,9 +223,8 @@ class StyleFile:
                     faults.append(f"{name}: found type {slot.dtype}; expected F16")
             else:
                 faults.append(f"{name}: found no such tensor; expected [{self.stages}, {self.tokens}, width]")
-        digests = self._digests if isinstance(self._digests, list) else []
-        if len(digests) != self.stages or not all(isinstance(digest, str) for digest in digests):
-            faults.append(f"sha256: found {self._digests!r:.60}; expected a text for each of {self.stages} stages")
+        if len(self._digests) != self.stages:
+            faults.append(f"sha256: found {len(self._digests)}; expected a text for each of {self.stages} stages")
         if faults:
             raise StyleError(fault_list(f"style file {path} is damaged:", faults))
 
@@ -306,26 +292,20 @@ def encode_defaults(values: Mapping[str, Any]) -> dict[str, str]:
     Raises:
         UsageError: values that are not of `STYLE_DEFAULTS`; all of them at once.
     """
-    if faults := [fault for name, value in values.items() if (fault := _default_fault(name, value))]:
+    if faults := _default_faults(values):
         raise UsageError(fault_list("invalid defaults of a style:", faults))
-    return {DEFAULTS_KEY: json.dumps(dict(values), sort_keys=True)} if values else {}
+    return {_DEFAULTS_KEY: json.dumps(dict(values), sort_keys=True)} if values else {}
 
 
 def decode_defaults(meta: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     """The default options in a style's `meta`, and the faults found in them."""
-    text = meta.get(DEFAULTS_KEY)
-    if text is None:
-        return {}, []
-    try:
-        values = parse_json(text)
-    except ValueError:
-        values = None
+    values = _parse_entry(meta, _DEFAULTS_KEY) if _DEFAULTS_KEY in meta else {}
     if not isinstance(values, dict):
-        return {}, [f"{DEFAULTS_KEY}: found {text!r}; expected a JSON object"]
+        return {}, [f"{_DEFAULTS_KEY}: found {meta[_DEFAULTS_KEY]!r}; expected a JSON object"]
     values = {
         RENAMED_OPTIONS.get(name, name): RENAMED_VALUES.get(f"{name}={value}", value) for name, value in values.items()
     }
-    faults = [f"{DEFAULTS_KEY}: {fault}" for name, value in values.items() if (fault := _default_fault(name, value))]
+    faults = [f"{_DEFAULTS_KEY}: {fault}" for fault in _default_faults(values)]
     return ({} if faults else values), faults
 
 
@@ -359,27 +339,33 @@ def parse_defaults(pairs: Sequence[str]) -> tuple[dict[str, Any], dict[str, dict
     return values, for_styles
 
 
-def _default_fault(name: str, value: Any) -> str | None:
-    if name not in STYLE_DEFAULTS:
-        return f"found {name!r}; expected one of {', '.join(STYLE_DEFAULTS)}"
-    kind = STYLE_DEFAULTS[name]
-    valid = isinstance(value, str) if kind is str else is_number(value) and (kind is float or isinstance(value, int))
-    expected = {int: "a whole number", float: "a number", str: "a text"}[kind]
-    return None if valid else f"{name}: found {value!r:.40}; expected {expected}"
+def _default_faults(values: Mapping[str, Any]) -> list[str]:
+    faults = []
+    for name, value in values.items():
+        if (kind := STYLE_DEFAULTS.get(name)) is None:
+            faults.append(f"found {name!r}; expected one of {', '.join(STYLE_DEFAULTS)}")
+        elif not (isinstance(value, str) if kind is str else is_number(value) and isinstance(value, (kind, int))):
+            expected = {int: "a whole number", float: "a number", str: "a text"}[kind]
+            faults.append(f"{name}: found {value!r:.40}; expected {expected}")
+    return faults
+
+
+def _parse_entry(meta: Mapping[str, str], key: str) -> Any:
+    """The JSON value of an entry of a style's `meta`, its text if it is not JSON."""
+    try:
+        return parse_json(meta[key])
+    except ValueError:
+        return meta[key]
 
 
 def _distilled_guidance(meta: Mapping[str, str]) -> tuple[float | None, list[str]]:
     """The guidance scale in a style's `meta`, None without one, and the faults found in it."""
-    text = meta.get(DISTILLED_GUIDANCE_KEY)
-    if text is None:
+    if (text := meta.get(DISTILLED_GUIDANCE_KEY)) is None:
         return None, []
-    try:
-        scale = float(text)
-    except ValueError:
-        scale = math.nan
-    if not (math.isfinite(scale) and scale > 0):
-        return None, [f"{DISTILLED_GUIDANCE_KEY}: found {text!r}; expected a number above 0"]
-    return scale, []
+    with contextlib.suppress(ValueError):
+        if 0 < (scale := float(text)) < math.inf:
+            return scale, []
+    return None, [f"{DISTILLED_GUIDANCE_KEY}: found {text!r}; expected a number above 0"]
 
 
 def _shape_faults(name: str, shape: list[int], stages: int, tokens: int) -> list[str]:

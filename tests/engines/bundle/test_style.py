@@ -94,7 +94,7 @@ def set_value(header: dict[str, Any], tensors: dict[str, Any]) -> None:
         ),
         (lambda header, tensors: header.update(meta=[1]), "meta: found .1.; expected an object"),
         (lambda header, tensors: header.update(format=1), "has format 1; this version reads format 2"),
-        (lambda header, tensors: header.update(sha256=[1] * 10), "sha256: found .*; expected a text for each of 10"),
+        (lambda header, tensors: header.update(sha256=[1] * 10), r"sha256\[0\]: found 1; expected text"),
         (
             lambda header, tensors: header.update(name="../../.bashrc"),
             r"name: found '\.\./\.\./\.bashrc'; expected up to",
@@ -218,7 +218,7 @@ def test_style_file_with_invalid_defaults_is_refused(tmp_path: Path, text: str) 
      '{"mean": [], "std": []}', '{"mean": ["a"], "std": [1]}', '{"mean": [1e999], "std": [1]}'],
 )  # fmt: skip
 def test_style_file_with_invalid_statistics_is_refused(tmp_path: Path, text: str) -> None:
-    with pytest.raises(StyleError, match="latent_statistics: found"):
+    with pytest.raises(StyleError, match=r"latent_statistics(\.\w+(\[0\])?)?: (found|invalid)"):
         StyleFile(saved(tmp_path, {"latent_statistics": text}))
 
 
