@@ -36,8 +36,7 @@ if TYPE_CHECKING:
     from .video.optical_flow import TemporalState
 
     Picture = str | os.PathLike[str] | BinaryIO | Image.Image | npt.ArrayLike
-    """A path, the bytes of an image file, a binary file object, a PIL image, or an array [H, W], [H, W, 3] or [H, W, 4]
-    in the order RGB (bool, uint8, uint16, or float in [0, 1]); see `lsast_engines.images.read_picture`."""
+    """See `Stylizer.stylize`."""
 
 
 class Request:
@@ -55,14 +54,7 @@ class Request:
     ) -> None:
         """Read the picture, lay it on its canvas and find its edges.
 
-        Args:
-            bundle: gives the base's facts.
-            picture: what to paint.
-            options: how to paint it.
-            styles: the open styles that the options name.
-            mask: where to paint.
-            temporal: the frame before and its painting, of a video.
-            max_megapixels: see `lsast.load`.
+        `styles` are the open styles that the options name, `temporal` the frame before and its painting, of a video.
 
         Raises:
             UsageError: a schedule that the solver does not allow.
@@ -72,12 +64,13 @@ class Request:
         manifest = bundle.manifest
         self.options = options
         self.styles = styles
-        self.timer = Timer()
+        self.seconds: dict[str, float] = {}
+        """Wall time of each phase."""
         self._bundle = bundle
         self._temporal = temporal
         require_graphs(bundle, options)
         self._schedule = make_schedule(bundle, options)
-        with self.timer("read"):
+        with self._timed("read"):
             self.source = read_picture(picture, max_megapixels)
             rgb, alpha = self.source.rgb, self.source.alpha
             rgb = rgb if options.alpha == "keep" else on_white(rgb, alpha)
@@ -91,13 +84,19 @@ class Request:
                 self._content = self._canvas.pad(self._rgb)
                 stretched = options.fit == "stretch"
                 edge_input = released_edge_input(rgb, self._canvas.own) if stretched else self._content
-        with self.timer("edges"), native_call():
+        with self._timed("edges"), native_call():
             self._edges = canny_edges(edge_input)
+
+    @contextlib.contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[phase] = time.perf_counter() - begin
 
     @property
     def canvas_size(self) -> tuple[int, int]:
         """Height and width that are painted, in pixels."""
-        return self._content.shape[0], self._content.shape[1]
+        return self._canvas.outer
 
     @property
     def batch_key(self) -> Hashable:
@@ -162,7 +161,7 @@ class Request:
         """The painted canvas [H, W, 3] as the picture's painting, with its transparency and its colour profile."""
         from PIL import Image
 
-        with self.timer("finish"):
+        with self._timed("finish"):
             rgb = self._canvas.crop(painted)
             if self.options.keep_colour:
                 rgb = keep_colour(rgb, self._rgb)
@@ -179,13 +178,7 @@ class Request:
 def resolve_options(
     bundle: Bundle, given: Mapping[str, Any], preset: str | None, open_style: Callable[[str], StyleFile]
 ) -> tuple[Options, dict[str, StyleFile]]:
-    """The complete options of a call, and the open styles that they name.
-
-    Args:
-        bundle: gives the defaults and the styles.
-        given: options of the call by name; None leaves one to the defaults.
-        preset: taken if the call gives none.
-        open_style: opens a style of the bundle.
+    """The complete options of a call, of which `given` are not None, and the open styles that they name.
 
     Raises:
         UsageError: invalid options, all at once; an unknown style, with the available ones.
@@ -243,17 +236,3 @@ def require_graphs(bundle: Bundle, options: Options) -> None:
             f"found no graph {decoder} in {bundle.path}, which decoder {options.decoder} needs; add it with: "
             f"lsast-export decoder {bundle.path} --small FOLDER, of TAESD for a base like Stable Diffusion 1.x"
         )
-
-
-class Timer:
-    """Wall time of named phases."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Measure the block as `phase`."""
-        begin = time.perf_counter()
-        yield
-        self.seconds[phase] = time.perf_counter() - begin

@@ -128,16 +128,7 @@ class Result:
 
 
 def validate_output_path(path: Path, size: tuple[int, int] | None = None) -> None:
-    """Check, before anything is painted, that `path` can be written.
-
-    Args:
-        path: the file.
-        size: width and height of the picture, if known.
-
-    Raises:
-        UsageError: the suffix names no format that is written, or `path` is a folder.
-        PictureError: its folder cannot be written, its name is too long, or its format cannot hold the size.
-    """
+    """`check_format` and `validate_output_place`, before anything is painted."""
     check_format(path, size)
     validate_output_place(path)
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -131,18 +130,7 @@ class Stylizer:
         preset: str | None = None,
         max_megapixels: float | None = None,
     ) -> None:
-        """Open the engines.
-
-        Args:
-            factory: opens the graphs of a bundle.
-            graphs: those to open now; others are opened at their first use.
-            style_memory: see `load`.
-            preset: see `load`.
-            max_megapixels: see `load`.
-
-        Raises:
-            LsastError: see `load`.
-        """
+        """Open `graphs`, others at their first use; arguments and errors as of `load`."""
         self.bundle = factory.bundle
         self._style_memory = style_memory
         self._preset = preset
@@ -234,20 +222,14 @@ class Stylizer:
             CancelledError: `cancel` was cancelled.
         """
         given = {name: value for name, value in locals().items() if name in rules()} | earlier
-        return self.paint([self._request(picture, given, mask)], on_step, cancel)[0]
+        return self.paint([self._request(picture, {**given, "mask": mask})], on_step, cancel)[0]
 
     def request(self, picture: Picture, *, mask: Picture | None = None, **options: Any) -> Request:
         """Read a picture: the first half of `stylize`, which needs no engine, so that threads do it side by side.
 
-        Args:
-            picture: see `stylize`.
-            mask: see `stylize`.
-            options: see `stylize`.
-
-        Raises:
-            UsageError, StyleError, BundleError, PictureError: see `stylize`.
+        Arguments and errors as of `stylize`.
         """
-        return self._request(picture, options, mask)
+        return self._request(picture, {**options, "mask": mask})
 
     def paint(
         self, requests: Sequence[Request], on_step: OnStep | None = None, cancel: CancelToken | None = None
@@ -273,7 +255,7 @@ class Stylizer:
             return self._paint(requests, on_step, cancel) if requests else []
 
     def _paint(self, requests: Sequence[Request], on_step: OnStep | None, cancel: CancelToken | None) -> list[Result]:
-        first = requests[0]
+        first, many = requests[0], len(requests)
         times: list[float] = []
         previewers: list[Previewer] = []
 
@@ -303,9 +285,9 @@ class Stylizer:
         phases = {"encode": times[1] - times[0], "denoise": times[-2] - times[1], "decode": times[-1] - times[-2]}
         results = []
         for request, canvas, provenance in zip(requests, painted, provenances, strict=True):
-            request.timer.seconds |= {phase: seconds / len(requests) for phase, seconds in phases.items()}
+            request.seconds |= {phase: seconds / many for phase, seconds in phases.items()}
             image = request.compose(canvas)
-            results.append(Result(image, request.timer.seconds, request.options, provenance, self.choice))
+            results.append(Result(image, request.seconds, request.options, provenance, self.choice))
         return results
 
     async def stylize_async(self, picture: Picture, style: str | None = None, **options: Any) -> Result:
@@ -320,10 +302,8 @@ class Stylizer:
         Raises:
             LsastError: see `stylize`.
         """
-        from .sessions.aio import run_in_thread
-
         paint = partial(self.stylize, picture, style, **options)
-        return await run_in_thread(self._pool, lambda cancel: paint(cancel=cancel))
+        return await self._pool.run_async(lambda cancel: paint(cancel=cancel))
 
     def stylize_many(
         self,
@@ -357,17 +337,14 @@ class Stylizer:
             LsastError: see `stylize`; raised in the place of its picture, and ends the stream.
             UsageError: a batch below 1, or fewer or more styles or rows than pictures.
         """
-
         rule = Rule(int, "", range=Range(1))
         if not rule.accepts(batch := rule.plain(batch)):
             raise UsageError(f"found a batch of {batch!r}; expected {rule.expected}")
-
-        def read(picture: Picture, own: Mapping[str, Any]) -> Request:
-            given = {**options, **own}
-            return self._request(picture, given, given.pop("mask", None))
-
         return batching.stream(
-            batching.jobs(pictures, styles, rows), read, lambda requests: self.paint(requests, None, cancel), batch
+            batching.jobs(pictures, styles, rows),
+            read=lambda picture, own: self._request(picture, {**options, **own}),
+            paint=lambda requests: self.paint(requests, None, cancel),
+            batch=batch,
         )
 
     def stylize_frames(
@@ -399,15 +376,12 @@ class Stylizer:
         from .video.optical_flow import TemporalState
 
         temporal = temporal or TemporalState()
-        given = {**options, "style": style}
-        mask = given.pop("mask", None)
         for frame in frames:
-            yield self.paint([self._request(frame, given, mask, temporal)], on_step, cancel)[0]
+            yield self.paint([self._request(frame, {**options, "style": style}, temporal)], on_step, cancel)[0]
 
     def provenance(self, picture: Picture, style: str | None = None, **options: Any) -> Provenance:
         """What the painting of a picture would be made of; arguments and errors as of `stylize`, nothing is painted."""
-        given = {**options, "style": style}
-        request = self._request(picture, given, given.pop("mask", None))
+        request = self._request(picture, {**options, "style": style})
         with self._pool.exclusive():
             return self._provenance(request)
 
@@ -422,9 +396,7 @@ class Stylizer:
     def __enter__(self) -> Stylizer:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -432,17 +404,14 @@ class Stylizer:
         where = (self.bundle.path.resolve(), factory.backend, factory.device, factory.threads, factory.compute_dtype)
         return load, (*where, self._style_memory, False, self._preset, self.max_megapixels)
 
-    def _request(
-        self, picture: Picture, given: Mapping[str, Any], mask: Picture | None, temporal: TemporalState | None = None
-    ) -> Request:
-        """Resolve the options of a picture, open its styles and read it."""
+    def _request(self, picture: Picture, given: Mapping[str, Any], temporal: TemporalState | None = None) -> Request:
+        """Resolve the options of a picture, among which `given` may have its mask, open its styles and read it."""
         self._pool.check(None)
-        options, styles = self._resolve(given)
+        options, styles = self._resolve({name: value for name, value in given.items() if name != "mask"})
         with enough_memory("to lay out the picture"):
-            return Request(self.bundle, picture, options, styles, mask, temporal, self.max_megapixels)
+            return Request(self.bundle, picture, options, styles, given.get("mask"), temporal, self.max_megapixels)
 
     def _resolve(self, given: Mapping[str, Any]) -> tuple[Options, dict[str, StyleFile]]:
-        """The complete options of a call, and the open styles that they name."""
         return resolve_options(self.bundle, given, self._preset, self._pool.styles.get)
 
     def _networks(self, request: Request, cancel: CancelToken | None) -> sampler.Networks:
@@ -473,10 +442,8 @@ class Stylizer:
 
         graphs = {name: graph(name) for name in denoisers}
         whole = networks.GraphDenoiser(graphs[DENOISER]) if interval == 1 else None
-        encode, cond = (
-            partial(networks.encode, graph(VAE_ENCODER)),
-            partial(networks.embed_edges, graph(CONTROLNET_COND)),
-        )
+        encode = partial(networks.encode, graph(VAE_ENCODER))
+        cond = partial(networks.embed_edges, graph(CONTROLNET_COND))
         return sampler.Networks(
             vae_encoder=tiling.tiled_encoder(encode, grid) if grid else encode,
             controlnet_cond=tiling.tiled_cond(cond, grid) if grid else cond,

@@ -59,11 +59,7 @@ def stream(
 ) -> Iterator[Result]:
     """Paint the jobs of `source`, at most `batch` at once, and yield the results in their order.
 
-    Args:
-        source: pictures and their options; read at most `AHEAD` batches ahead.
-        read: reads one.
-        paint: paints requests that have one `batch_key`.
-        batch: at least 1.
+    `read` reads a job, `paint` paints requests of one `batch_key`.
 
     Raises:
         LsastError: an error of `source`, `read` or `paint`, at the place of its picture.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import get_args
+from typing import cast, get_args
 
 from lsast_engines.backends.base import ComputeDtype
 from lsast_engines.backends.tensorrt.cuda import gpu_fault, gpus
@@ -21,15 +21,7 @@ from lsast_engines.errors import BackendError, UsageError
 
 
 def build_engines(bundle: Bundle, backend: str, compute_dtype: ComputeDtype) -> list[str]:
-    """Compile the engines of a bundle that are missing or do not fit this machine, and leave the others.
-
-    Args:
-        bundle: the bundle.
-        backend: ``tensorrt-rtx`` or ``tensorrt``.
-        compute_dtype: what the engines compute in.
-
-    Returns:
-        The graphs that were compiled.
+    """Compile the engines of a bundle that are missing or do not fit this machine; → the graphs of these.
 
     Raises:
         UsageError: a backend without compiled engines.
@@ -39,7 +31,7 @@ def build_engines(bundle: Bundle, backend: str, compute_dtype: ComputeDtype) -> 
     if backend not in get_args(TrtFlavor):
         expected = " or ".join(get_args(TrtFlavor))
         raise UsageError(f"found a backend {backend!r} to build engines for; expected {expected}")
-    library: TrtFlavor = "tensorrt" if backend == "tensorrt" else "tensorrt-rtx"
+    library = cast(TrtFlavor, backend)
     version = str(load_library(library).__version__)
     if fault := gpu_fault():
         raise BackendError(f"found no NVIDIA GPU to build engines of {library} for: {fault}")
@@ -54,9 +46,7 @@ def build_engines(bundle: Bundle, backend: str, compute_dtype: ComputeDtype) -> 
     if not missing:
         return []
     command = [sys.executable, "-m", "lsast_export", "compile", str(bundle.path), "--backend", library]
-    command += ["--compute-dtype", compute_dtype]
-    if library == "tensorrt-rtx":
-        command += ["--sm", gpu.capability]
+    command += ["--compute-dtype", compute_dtype, *(["--sm", gpu.capability] if library == "tensorrt-rtx" else [])]
     for name in missing:
         command += ["--graph", name]
     if status := _run(command):

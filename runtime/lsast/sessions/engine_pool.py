@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import functools
@@ -41,15 +42,14 @@ LAPSE_SECONDS = 1.0
 """A painting whose callback takes longer loses its turn at the engines until it needs them again: the callback may wait
 for a painting of another thread."""
 
-_log = logging.getLogger("lsast.engines")
-
 _FORK_SECONDS = 1.0
 """How long a fork waits at most for threads that paint and for those of libraries."""
 
 _THREADS = Path("/proc/self/task")
 
+_log = logging.getLogger("lsast.engines")
+
 _pools: weakref.WeakSet[EnginePool] = weakref.WeakSet()
-"""All pools of this process; a fork renews them."""
 
 
 @dataclass(frozen=True)
@@ -100,25 +100,13 @@ class EngineFactory:
         return engine
 
 
-@dataclass(frozen=True, eq=False)
-class _Turn:
-    """The right of one painting to use the engines."""
-
-    thread: int
-
-
 class EnginePool:
     """Engines and styles for any number of threads. An engine serves one thread at a time, so callers take turns."""
 
     def __init__(
         self, factory: EngineFactory, graphs: Iterable[str] = REQUIRED_GRAPHS, style_memory: int = STYLE_MEMORY
     ) -> None:
-        """Open the engines that every picture needs.
-
-        Args:
-            factory: opens the graphs.
-            graphs: those to open now; others are opened at their first use.
-            style_memory: see `StyleCache`.
+        """Open `graphs`, others at their first use; `style_memory` is `StyleCache`'s budget.
 
         Raises:
             LsastError: see `EngineFactory.__call__`; no engine stays open.
@@ -137,7 +125,8 @@ class EnginePool:
         self.styles = StyleCache(self.factory.bundle, self._style_memory)
         self._opened = False
         self._changed = threading.Condition()
-        self._turn: _Turn | None = None
+        self._turn: int | None = None
+        """The thread whose painting may use the engines."""
         self._threads: set[int] = set()
         """Those that paint or wait for their turn."""
         self._callbacks: dict[int, float] = {}
@@ -190,33 +179,33 @@ class EnginePool:
             CancelledError: `cancel` was set meanwhile.
         """
         self._require_other_thread()
-        turn, changed = _Turn(threading.get_ident()), self._changed
-        self._threads.add(turn.thread)
+        thread, changed = threading.get_ident(), self._changed
+        self._threads.add(thread)
         try:
-            self._take(turn, cancel)
+            self._take(thread, cancel)
             with native_call():
                 if not self._opened:
                     self._open_first()
                 yield
         finally:
             if changed is self._changed:  # after a fork inside the block, the child has turns of its own
-                self._threads.discard(turn.thread)
+                self._threads.discard(thread)
                 with changed:
-                    if self._turn is turn:
+                    if self._turn == thread:
                         self._turn = None
                         if self._closed:
                             self._close_engines()
                     changed.notify_all()
                 self.styles.evict()
 
-    def _take(self, turn: _Turn, cancel: CancelToken | None) -> None:
+    def _take(self, thread: int, cancel: CancelToken | None) -> None:
         """Wait until no other painting has the turn, or the one that has it lapses."""
         with self._changed:
-            while self._turn and self._turn is not turn and not self._lapsed(self._turn.thread):
+            while (turn := self._turn) is not None and turn != thread and not self._lapsed(turn):
                 self._changed.wait(_POLL_SECONDS)
                 self.check(cancel)
             self.check(cancel)
-            self._turn = turn
+            self._turn = thread
 
     def _lapsed(self, thread: int) -> bool:
         """Whether a thread has been in a callback for so long that it may wait for another painting."""
@@ -232,19 +221,18 @@ class EnginePool:
             UsageError: the stylizer was closed meanwhile, this is a process that was forked meanwhile, or Python ends.
             CancelledError: `cancel` was set meanwhile.
         """
-        changed, turn = self._changed, self._turn
-        assert turn is not None
+        changed, thread = self._changed, threading.get_ident()
         with changed:
-            self._callbacks[turn.thread] = time.monotonic()
+            self._callbacks[thread] = time.monotonic()
             changed.notify_all()
         try:
             with user_code():
                 yield
         finally:
-            self._callbacks.pop(turn.thread, None)
+            self._callbacks.pop(thread, None)
         if changed is not self._changed:
             raise UsageError("found a process, forked inside on_step, that goes on with the painting of its parent")
-        self._take(turn, cancel)
+        self._take(thread, cancel)
 
     def check(self, cancel: CancelToken | None) -> None:
         """Return if a painting may go on.
@@ -259,16 +247,35 @@ class EnginePool:
         if cancel:
             cancel.check()
 
-    def submit(self, work: Callable[[], T]) -> tuple[Future[T], Callable[[], bool]]:
-        """Run `work` in the thread of async callers. One is enough: more would only wait for the engines.
+    async def run_async(self, work: Callable[[CancelToken], T]) -> T:
+        """Run `work` in the thread of async callers, and wait for it without blocking the event loop.
 
-        Returns:
-            The future, and whether what runs before it lapsed: it may wait for this one, which then is to be cancelled
-            and submitted again, to another thread.
+        When the waiting task is cancelled, work that is queued is dropped, and work that has begun is cancelled by its
+        token and waited for, so that nothing goes on in the background.
 
         Raises:
             UsageError: the stylizer is closed, this very thread holds the engines, or Python ends.
         """
+        token = CancelToken()
+        try:
+            while True:
+                future, lapsed = self._submit(lambda: work(token))
+                waiting = asyncio.wrap_future(future)
+                # Fetched in any case, because asyncio warns of exceptions that were not.
+                waiting.add_done_callback(lambda done: done.cancelled() or done.exception())
+                while not waiting.done() and not (lapsed() and future.cancel()):
+                    await asyncio.wait([waiting], timeout=LAPSE_SECONDS)
+                if not future.cancelled():
+                    return waiting.result()
+        except asyncio.CancelledError:
+            token.cancel()
+            if not future.cancel():
+                await asyncio.wait([waiting])
+            raise
+
+    def _submit(self, work: Callable[[], T]) -> tuple[Future[T], Callable[[], bool]]:
+        """Work in the thread of async callers (more would only wait for the engines); and whether what runs before it
+        lapsed: it may wait for this, which then is to be cancelled and submitted again, to another thread."""
         self._require_other_thread()
         with self._changed:
             self.check(None)
@@ -304,9 +311,9 @@ class EnginePool:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            while self._turn and self._turn.thread != here and self._turn.thread not in self._callbacks:
+            while self._turn not in (None, here) and self._turn not in self._callbacks:
                 self._changed.wait()
-            if self._turn is None or self._turn.thread in self._callbacks:
+            if self._turn is None or self._turn in self._callbacks:
                 self._close_engines()  # else this thread holds them, and closes them at its end of the turn
             executor, self._executor = self._executor, None
         if executor:
@@ -325,12 +332,7 @@ class StyleCache:
     """The open styles of a bundle, least recently used first. Any thread may open one; the engines' holder reads it."""
 
     def __init__(self, bundle: Bundle, budget: int) -> None:
-        """Make an empty cache.
-
-        Args:
-            bundle: whose styles.
-            budget: bytes of keys and values to keep between paintings; one painting may need more.
-        """
+        """An empty cache; `budget` bytes of keys and values are kept between paintings, one of which may need more."""
         self._bundle = bundle
         self._budget = budget
         self._styles: OrderedDict[str, StyleFile] = OrderedDict()
@@ -354,11 +356,6 @@ class StyleCache:
         with self._lock:
             while self._styles and (self.bytes > self._budget or len(self._styles) > _OPEN_STYLES):
                 self._styles.popitem(last=False)
-
-    @property
-    def names(self) -> list[str]:
-        """The styles in memory, the least recently used first."""
-        return list(self._styles)
 
     @property
     def bytes(self) -> int:

@@ -187,8 +187,7 @@ def test_on_step_that_waits_for_paintings_of_other_threads_gets_them(
 def test_on_step_of_async_paintings_that_waits_for_async_paintings_gets_them(
     bundle_path: Path, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("engine_pool", "aio"):
-        monkeypatch.setattr(f"lsast.sessions.{module}.LAPSE_SECONDS", 0.05)
+    monkeypatch.setattr("lsast.sessions.engine_pool.LAPSE_SECONDS", 0.05)
     photos = _photos(photo, 3)
 
     async def scene() -> None:

@@ -178,11 +178,11 @@ def test_style_cache_evicts_the_least_recently_used(bundle_path: Path) -> None:
     cache.get("monet").stage(0)
     assert cache.bytes == 3 * STAGE_BYTES
     cache.evict()
-    assert cache.names == ["vangogh", "monet"]
+    assert list(cache._styles) == ["vangogh", "monet"]
     cache.get("vangogh")  # used again: monet is now the least recently used
     cache.get("monet").stage(1), cache.get("vangogh").stage(2)
     cache.evict()
-    assert cache.names == ["vangogh"]
+    assert list(cache._styles) == ["vangogh"]
     assert cache.bytes == 3 * STAGE_BYTES
 
 
@@ -195,7 +195,7 @@ def test_style_cache_keeps_no_more_files_open_than_systems_allow(bundle_path: Pa
     for name in names:
         cache.get(name).stage(0)
     cache.evict()
-    assert cache.names == names[-64:]
+    assert list(cache._styles) == names[-64:]
 
 
 def test_style_memory_changes_memory_and_no_picture(bundle_path: Path, photo: np.ndarray) -> None:
