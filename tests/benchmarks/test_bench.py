@@ -13,8 +13,6 @@ from click.testing import CliRunner, Result
 
 from benchmarks.bench import measure as bench_measure
 from benchmarks.bench.__main__ import main
-from benchmarks.bench.configurations import Summary
-from benchmarks.bench.measure import add_macs, cold_figures, warm_figures
 from benchmarks.bench.peak_flops import matmul_graph, quantized_matmul_graph, spec
 from benchmarks.bench.report import markdown
 from benchmarks.speed.compare import whole
@@ -45,112 +43,6 @@ def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _run(*arguments: str) -> Result:
     return CliRunner().invoke(main, arguments)
-
-
-def _call(seconds: list[float], **shapes: list[int]) -> dict[str, Any]:
-    return {"shapes": shapes, "seconds": seconds}
-
-
-WARM = {
-    "open": 0.5,
-    "first": 9.0,
-    "peak_bytes": 2_000_000,
-    "cpu_s": 3.0,
-    "storage_dtype": "fp16",
-    "choice": {"backend": "openvino", "compute_dtype": "bf16"},
-    "paths": {"denoiser": "d.onnx", "vae_decoder": "p.onnx"},
-    "repeats": [
-        {
-            "total": total,
-            "phases": {"denoise": total / 2, "decode": 1.0},
-            "steps": [],
-            "graphs": {
-                "denoiser": [_call([total / 8, total / 8], latent=[2, 4]), _call([total / 4], latent=[2, 8])],
-                "vae_decoder": [_call([0.5, 0.5], latent=[1, 4])],
-            },
-            "painted": [64, 96],
-            "options": {"style": "vangogh"},
-        }
-        for total in (8.0, 4.0, 6.0)
-    ],
-}
-"""A batch of two pictures, painted three times: two steps at one shape and one at another."""
-
-
-def test_warm_figures_batch_are_per_picture() -> None:
-    figures = warm_figures(WARM, batch=2)
-    assert figures["picture"] == Summary.of([4.0, 2.0, 3.0]).as_json()
-    assert figures["phases"]["denoise"] == Summary.of([2.0, 1.0, 1.5]).as_json()
-    assert figures["step"] is None
-    denoiser = figures["graphs"]["denoiser"]
-    assert denoiser["run"] == Summary.of([1, 1, 2, 0.5, 0.5, 1, 0.75, 0.75, 1.5]).as_json()
-    assert denoiser["picture"] == Summary.of([2.0, 1.0, 1.5]).as_json()
-    assert [group["runs"] for group in denoiser["shapes"]] == [2, 1]
-    assert (figures["open_s"], figures["first_s"], figures["peak_mb"], figures["painted"]) == (0.5, 9.0, 2.0, [64, 96])
-    single = warm_figures({**WARM, "repeats": [{**WARM["repeats"][0], "steps": [1.0, 3.0]}]}, batch=1)  # type: ignore[index]
-    assert single["step"] == {"n": 2, "median": 2.0, "min": 1.0, "max": 3.0, "spread": 2.0}
-
-
-def test_add_macs_fraction_is_of_the_best_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = {"compute_dtype": "auto", "batch": 2, "warm": warm_figures(WARM, batch=2)}
-    asked: dict[str, Any] = {}
-
-    def count(name: str, task: dict[str, Any], threads: int | None = None) -> Any:
-        asked.update(task["graphs"])
-        # 10⁹ for each cell of the latent
-        return {"macs": {path: [s["latent"][-1] * 10**9 for s in shapes] for path, shapes in asked.items()}}
-
-    monkeypatch.setattr(bench_measure, "run_worker", count)
-    add_macs([row, {"warm": None}], {"fp32": {"numpy": 99.0}, "bf16": {"openvino": 4.0, "other": 8.0}})
-    assert asked == {"d.onnx": [{"latent": [2, 4]}, {"latent": [2, 8]}], "p.onnx": [{"latent": [1, 4]}]}
-    denoiser, decoder = row["warm"]["graphs"]["denoiser"], row["warm"]["graphs"]["vae_decoder"]  # type: ignore[index]
-    assert denoiser["gmac"] == pytest.approx((4 + 4 + 8) / 3)
-    assert denoiser["fraction"] == pytest.approx(16 / (2 * 1.5) / 8)  # 16 G in 3 s for both pictures, of 8 G a second
-    assert decoder["gmac"] == pytest.approx(4)
-    assert row["warm"]["gmac"] == pytest.approx((16 + 8) / 2)  # type: ignore[index]
-    assert row["warm"]["fraction"] == pytest.approx(12 / 3 / 8)  # type: ignore[index]
-    add_macs([row], {"fp32": {"numpy": 99.0}})
-    assert row["warm"]["fraction"] is None  # type: ignore[index]
-    row["warm"]["storage_dtype"] = "int8"  # type: ignore[index]
-    add_macs([row], {"fp32": {"numpy": 99.0}, "int8": {"openvino": 16.0}})
-    assert row["warm"]["limit"] == "int8"  # type: ignore[index]
-    assert row["warm"]["fraction"] == pytest.approx(12 / 3 / 16)  # type: ignore[index]
-
-
-def test_a_cold_start_is_taken_apart() -> None:
-    report = {
-        "spawned": 10.0,
-        "ended": 20.0,
-        "done": 19.5,
-        "cpu_s": 4.0,
-        "peak_bytes": 3_000_000,
-        # Two graphs are opened side by side.
-        "parts": [
-            ["imports", 10.0, 11.0],
-            ["open a", 11.0, 13.0],
-            ["open b", 11.5, 13.0],
-            ["controlnet_cond: first run", 15, 16],
-        ],
-        "phases": {"read": 0.25, "edges": 1.5, "finish": 0.25},
-    }
-    later = {**report, "ended": 22.0, "done": 21.5, "peak_bytes": 5_000_000}
-    figures = cold_figures([report, report, later])
-    parts = {name: part["median"] for name, part in figures["parts"].items()}
-    # 10 s less 1 + 2 + 1 + 0.5 covered, and 0.25 + 0.5 + 0.25 of phases outside of graphs
-    assert parts == {
-        "imports": 1.0,
-        "open a": 2.0,
-        "open b": 1.5,
-        "controlnet_cond: first run": 1.0,
-        "exit": 0.5,
-        "read the picture": 0.25,
-        "find edges": 0.5,
-        "finish": 0.25,
-        "rest": 4.5,
-    }
-    assert figures["parts"]["open a"]["share"] == pytest.approx(0.2)
-    assert figures["total"] == {"n": 3, "median": 10.0, "min": 10.0, "max": 12.0, "spread": 2.0}
-    assert figures["peak_mb"] == 5.0
 
 
 def test_matmul_graphs_compute_the_product(tmp_path: Path) -> None:

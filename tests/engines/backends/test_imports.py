@@ -71,11 +71,6 @@ def test_open_engine_with_a_broken_library_does_not_take_another(
         open_engine(bundle.graph_path("vae_decoder"), bundle.manifest.graphs["vae_decoder"])
 
 
-def test_import_library_that_is_not_installed_raises_import_error() -> None:
-    with pytest.raises(ImportError):
-        import_library("no_such_library_of_ours")
-
-
 def test_import_library_of_a_folder_that_pip_left_raises_import_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

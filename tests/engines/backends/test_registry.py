@@ -82,21 +82,8 @@ def test_open_engine_with_tensorrt_runs_on_cuda(toy: Any, monkeypatch: pytest.Mo
     assert opened == [((toy.path, toy.spec, "cuda", None, "fp16"), "tensorrt-rtx")]
 
 
-def test_open_engine_auto_stays_on_the_cpu(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lsast_engines.backends.tensorrt.engine.devices", lambda flavor: ["cuda"])
-    assert open_engine(toy.path, toy.spec).device == "cpu"
-
-
 def test_backend_devices_of_an_unknown_backend_are_not_those_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lsast_engines.backends.tensorrt.engine.devices", lambda flavor: ["cuda"])
     assert backend_devices("tensorrt") == ["cuda"]
     with pytest.raises(KeyError, match="tensorflow"):
         backend_devices("tensorflow")
-
-
-def test_open_engine_on_the_cpu_loads_no_module_of_tensorrt(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith("lsast_engines.backends.tensorrt")]:
-        monkeypatch.delitem(sys.modules, name)
-    hide(monkeypatch, "openvino")
-    assert open_engine(toy.path, toy.spec).backend == "onnxruntime"
-    assert not [name for name in sys.modules if name.startswith("lsast_engines.backends.tensorrt")]
