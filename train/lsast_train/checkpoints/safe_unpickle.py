@@ -1,25 +1,20 @@
-"""PyTorch's pickled files, parsed and never run.
+"""PyTorch's pickled files, read by torch's restricted unpickler, which runs and imports nothing that a file names.
 
-A pickle is a program: unpickling calls whatever the file names. `parse_pickle` reads the same instructions, but what
-the file names or calls only becomes a record of the name and the arguments (`Global`, `Call`). Nothing is imported, and
-time and memory are bounded by the size of the file.
-
-`load_module_tensors` reads files that hold whole modules, such as the released ``embeddings_gs-99999.pt``, which
-``torch.load(weights_only=True)`` refuses. State dicts are read by torch (`lsast_train.checkpoints.weights`), after
-`check_pickle`: torch runs nothing of a file either, but a few bytes can keep it busy for hours.
+What torch does not know by itself, such as a module, becomes a `Stub` that keeps its state. Before, `check_pickle`
+bounds time and memory by the size of the file: a few bytes can keep any unpickler busy for hours.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
-import math
+import pickle
 import pickletools
+import re
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
 from typing import Any, BinaryIO
 
 import torch
@@ -32,138 +27,70 @@ MAX_PICKLE = 64 << 20
 MAX_ITEMS = 10_000
 """Most items of a tuple, those of the tuples in it counted each time: a shared tuple can stand for 2**60 items."""
 
-_DTYPES = {
-    "torch.FloatStorage": torch.float32,
-    "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16,
-    "torch.DoubleStorage": torch.float64,
-    "torch.LongStorage": torch.int64,
-    "torch.IntStorage": torch.int32,
-}
 _OLD_PICKLES = 5
 """Pickles at the head of a file from before PyTorch 1.6: magic number, version, system, content, names of storages."""
 
-_LITERALS = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING")
-_NEW: dict[str, Callable[[], Any]] = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
-                                      "EMPTY_DICT": dict, "EMPTY_LIST": list}  # fmt: skip
-_TAKEN = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": None,
-          "APPEND": 1, "APPENDS": None, "SETITEM": 2, "SETITEMS": None}  # fmt: skip
-"""Items that an instruction takes from the stack; None for all above the mark."""
+_ALLOCATES = ("__builtin__ bytearray", "builtins bytearray")
+"""What torch allows to be called, though it takes as much memory as a file asks for."""
 
 _log = logging.getLogger("lsast.train")
 
 
 class UnsafePickleError(Exception):
-    """A pickle with instructions that torch.save does not write."""
+    """A pickle that `torch.save` does not write, or that takes time or memory out of proportion to its size."""
 
 
-@dataclass(frozen=True, eq=False)
-class Global:
-    """A name in a pickle, such as ``collections.OrderedDict``."""
+class Stub:
+    """Stands for an object in a file, and keeps its state. There is a class for each name."""
 
-    name: str
-
-
-@dataclass(eq=False)
-class Call:
-    """A call in a pickle, never made."""
-
-    name: str
-    """What is called; ``storage`` for a reference to the values of a tensor."""
-    arguments: tuple[Any, ...]
     state: Any = None
-    """What the file would set on the result."""
-    items: dict[Any, Any] = field(default_factory=dict)
-    """What the file would put into the result, a mapping."""
+
+    def __new__(cls, *_: Any) -> Stub:
+        """Take any arguments."""
+        return object.__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
 
 
-class _Tuple(tuple[Any, ...]):
-    """A tuple that knows how many items it stands for."""
-
-    weight: int
-
-
-def parse_pickle(stream: BinaryIO, names: set[str] | None = None) -> Any:
-    """The content of a pickle as plain values, `Global` and `Call`; `stream` is left behind its end.
+def load_pickle(path: Path, stubbed: Callable[[str], bool]) -> Any:
+    """The content of a file of ``torch.save``; the tensors are on the CPU and views of the file.
 
     Args:
-        stream: the pickle.
-        names: gets what it names, such as ``collections.OrderedDict``.
+        stubbed: whether a name that torch does not know, such as ``argparse.Namespace``, may become a `Stub`.
 
     Raises:
-        UnsafePickleError: an instruction that torch.save does not write, or values that it does not write there.
-        ValueError, IndexError, KeyError: the pickle is damaged.
+        UnsafePickleError, pickle.UnpicklingError: the file is refused.
+        Exception: it is damaged; see `refusals`.
     """
-    stack: list[Any] = []
-    outer: list[list[Any]] = []
-    memo: dict[Any, Any] = {}
-    argument: Any
-    for opcode, argument, _ in pickletools.genops(stream):
-        name = opcode.name
-        if name in _LITERALS:
-            stack.append(argument)
-        elif name in _NEW:
-            stack.append(_NEW[name]())
-        elif name == "MARK":
-            outer.append(stack)
-            stack = []
-        elif name in _TAKEN:
-            if (count := _TAKEN[name]) is None:
-                items, stack = stack, outer.pop()
-            else:
-                items = [stack.pop() for _ in range(count)][::-1]
-            if "TUPLE" in name:
-                stack.append(_tuple(items))
-            else:
-                (_extend if "APPEND" in name else _set_items)(stack[-1], items)
-        elif name == "GLOBAL":
-            stack.append(Global(argument.replace(" ", ".")))
-            if names is not None:
-                names.add(stack[-1].name)
-        elif name in ("REDUCE", "NEWOBJ"):
-            arguments, function = stack.pop(), stack.pop()
-            _require(isinstance(function, Global) and isinstance(arguments, tuple), "a call of", function)
-            stack.append(Call(function.name, arguments))
-        elif name == "BUILD":
-            state = stack.pop()
-            _require(isinstance(stack[-1], Call), "a state for", stack[-1])
-            stack[-1].state = state
-        elif name == "BINPERSID":
-            reference = stack.pop()
-            plain = isinstance(reference, tuple) and all(isinstance(i, (str, int, Global, NoneType)) for i in reference)
-            _require(plain, "a reference to", reference)
-            stack.append(Call("storage", reference))
-        elif name in ("BINPUT", "LONG_BINPUT"):
-            memo[argument] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
-        elif name == "STOP":
-            return stack.pop()
-        elif name != "PROTO":
-            raise UnsafePickleError(f"the instruction {name}")
+    stubs: list[Any] = [(type(name, (Stub,), {}), name) for name in check_pickle(path) if stubbed(name)]
+    with path.open("rb") as stream, torch.device("cpu"), torch.serialization.safe_globals(stubs):
+        # Files from before PyTorch 1.6 cannot be mapped into memory, and torch goes by the ending of a path.
+        mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"
+        return torch.load(path if mapped else stream, map_location="cpu", weights_only=True, mmap=mapped)
 
 
-def check_pickle(path: Path) -> set[str]:
-    """Refuse a pickled file whose unpickling would take time or memory out of proportion to its size.
+@contextlib.contextmanager
+def refusals(path: Path, expected: str) -> Iterator[None]:
+    """Raise `TrainingError` for what `load_pickle` raises.
 
-    Returns:
-        What the file names, such as ``collections.OrderedDict``.
-
-    Raises:
-        UnsafePickleError: such a file, or one that torch.save did not write.
-        OSError, ValueError, IndexError, KeyError, zipfile.BadZipFile: the file is damaged.
+    Args:
+        expected: what the file should hold.
     """
-    names: set[str] = set()
-    with path.open("rb") as stream:
-        archived = stream.read(2) == b"PK"
-        stream.seek(0)
-        if archived:
-            with zipfile.ZipFile(stream) as archive:
-                parse_pickle(io.BytesIO(archive.read(_pickle_entry(archive))), names)
-        else:
-            for _ in range(_OLD_PICKLES):
-                parse_pickle(stream, names)
-    return names
+    try:
+        yield
+    except (UnsafePickleError, pickle.UnpicklingError) as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        found = named[1] if named else str(error).split("\n")[0]
+        message = f"{path} is refused, nothing of it was run: found {found}; expected {expected}"
+        raise TrainingError(message) from None
+    except FileNotFoundError:
+        raise TrainingError(f"found no file {path}") from None
+    # What a damaged file can raise in the parser, in the archive and in torch.
+    except (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, RuntimeError,
+            zipfile.BadZipFile) as error:  # fmt: skip
+        first = str(error).split("\n")[0]
+        raise TrainingError(f"{path} cannot be read ({type(error).__name__}: {first}); get the file again") from error
 
 
 def load_module_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -173,113 +100,90 @@ def load_module_tensors(path: Path) -> dict[str, torch.Tensor]:
     ``attention``.
 
     Raises:
-        TrainingError: no such file, no archive of torch.save, damaged, or content other than modules and tensors.
+        TrainingError: no such file, no file of torch.save, damaged, or content other than modules and tensors.
     """
-    try:
-        with zipfile.ZipFile(path) as archive, torch.device("cpu"):
-            entry = _pickle_entry(archive)
-            root = entry.filename.removesuffix("data.pkl")
-            if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
-                raise UnsafePickleError("tensors in big-endian order")
-            storages: dict[str, bytearray] = {}
-
-            def read(key: str) -> bytearray:
-                if key not in storages:
-                    storages[key] = bytearray(archive.read(_stored(archive.getinfo(f"{root}data/{key}"))))
-                return storages[key]
-
-            content = parse_pickle(io.BytesIO(archive.read(entry)))
-            tensors = dict(_flatten(content, "", read, set()))
-    except FileNotFoundError:
-        raise TrainingError(f"found no file {path}") from None
-    except UnsafePickleError as error:
-        raise TrainingError(
-            f"{path} is refused, nothing of it was run: found {error}; expected modules and tensors from torch.save"
-        ) from None
-    # What a damaged file can raise in the parser, in the archive and in torch.
-    except (OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, zipfile.BadZipFile) as error:
-        raise TrainingError(f"{path} cannot be read ({type(error).__name__}: {error}); get the file again") from error
+    with refusals(path, "modules and tensors from torch.save"):
+        tensors = dict(_flatten(load_pickle(path, lambda name: True), "", set()))
     if not tensors:
         raise TrainingError(f"{path} holds no tensors; expected a module's parameters")
     return tensors
 
 
-def _require(condition: bool, what: str, found: Any) -> None:
-    if not condition:
-        raise UnsafePickleError(f"{what} a {type(found).__name__}")
+def check_pickle(path: Path) -> set[str]:
+    """Refuse a pickled file whose unpickling would take time or memory out of proportion to its size.
+
+    Returns:
+        What the file names, such as ``collections.OrderedDict``.
+
+    Raises:
+        UnsafePickleError: such a file.
+        OSError, ValueError, IndexError, KeyError, zipfile.BadZipFile: the file is damaged.
+    """
+    names: set[str] = set()
+    with path.open("rb") as stream:
+        if not zipfile.is_zipfile(stream):
+            stream.seek(0)
+            for _ in range(_OLD_PICKLES):
+                _check_tuples(stream, names)
+            return names
+        with zipfile.ZipFile(stream) as archive:
+            entries = archive.infolist()
+            if packed := [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]:
+                raise UnsafePickleError(f"the entry {packed[0]!r} compressed")
+            pickles = [entry for entry in entries if entry.filename.rpartition("/")[2] == "data.pkl"]
+            if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE:
+                raise UnsafePickleError(f"{len(pickles)} entries data.pkl, or one of more than {MAX_PICKLE} bytes")
+            _check_tuples(io.BytesIO(archive.read(pickles[0])), names)
+    return names
 
 
-def _tuple(items: list[Any]) -> _Tuple:
-    made = _Tuple(items)
-    made.weight = 1 + sum(item.weight if isinstance(item, _Tuple) else 1 for item in items)
-    if made.weight > MAX_ITEMS:
-        raise UnsafePickleError(f"a tuple of more than {MAX_ITEMS} items")
-    return made
+def _check_tuples(stream: BinaryIO, names: set[str]) -> None:
+    """Refuse a pickle with a tuple of more than `MAX_ITEMS`; `stream` is left behind its end."""
+    stack: list[int | None] = []  # how many items each value stands for; None is a mark
+    memo: dict[Any, int | None] = {}
+    for opcode, argument, _ in pickletools.genops(stream):
+        before = opcode.stack_before
+        marked = pickletools.markobject in before
+        items = []
+        if marked:
+            while (weight := stack.pop()) is not None:
+                items.append(weight)
+        items += [stack.pop() or 1 for _ in before[: before.index(pickletools.markobject) if marked else None]]
+        if opcode.name == "GLOBAL":
+            if argument in _ALLOCATES:
+                raise UnsafePickleError(argument.replace(" ", "."))
+            names.add(argument.replace(" ", "."))
+        if "GET" in opcode.name:
+            stack.append(memo[argument])
+        elif "PUT" in opcode.name:
+            memo[argument] = stack[-1]
+        elif opcode.name == "MARK":
+            stack.append(None)
+        else:
+            weight = 1 + sum(items) if "TUPLE" in opcode.name else 1
+            if weight > MAX_ITEMS:
+                raise UnsafePickleError(f"a tuple of more than {MAX_ITEMS} items")
+            stack += [weight] * len(opcode.stack_after)
 
 
-def _extend(target: Any, items: list[Any]) -> None:
-    _require(isinstance(target, list), "items for", target)
-    target.extend(items)
-
-
-def _set_items(target: Any, items: list[Any]) -> None:
-    target = target.items if isinstance(target, Call) else target
-    _require(isinstance(target, dict), "items for", target)
-    for key, value in zip(items[::2], items[1::2], strict=True):
-        _require(isinstance(key, (str, int, float, Global, NoneType)), "a key that is", key)
-        target[key] = value
-
-
-def _stored(entry: zipfile.ZipInfo) -> zipfile.ZipInfo:
-    if entry.compress_type != zipfile.ZIP_STORED:
-        raise UnsafePickleError(f"the entry {entry.filename!r} compressed")
-    return entry
-
-
-def _pickle_entry(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
-    entries = [entry for entry in archive.infolist() if entry.filename.rpartition("/")[2] == "data.pkl"]
-    if len(entries) != 1 or entries[0].file_size > MAX_PICKLE:
-        raise UnsafePickleError(f"{len(entries)} entries data.pkl, or one of more than {MAX_PICKLE} bytes")
-    return _stored(entries[0])
-
-
-def _flatten(
-    value: Any, name: str, read: Callable[[str], bytearray], seen: set[int]
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _flatten(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors under `value`, named as in a state dict; every container is visited once."""
     children: dict[Any, Any] = {}
-    if isinstance(value, dict):
+    if isinstance(value, torch.Tensor):
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise UnsafePickleError("a tensor larger than its storage")
+        yield name, value.detach()
+    elif isinstance(value, dict):
         children = value
-    elif not isinstance(value, Call):
-        return
-    elif value.name == "collections.OrderedDict":
-        children = value.items
-    elif value.name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
-        yield name, _tensor(read, *value.arguments[:4])
-    elif value.name == "torch._utils._rebuild_parameter":
-        yield from _flatten(value.arguments[0], name, read, seen)
-    elif isinstance(value.state, dict) and "_parameters" in value.state:
+    elif isinstance(value, Stub):
+        if not isinstance(value.state, dict) or "_parameters" not in value.state:
+            raise UnsafePickleError(f"a call of {type(value).__name__!r}")
         if value.state.get("training") is True and "." not in name:
             _log.info("%r was stored in training mode; it is used without dropout", name)
         for kind in ("_parameters", "_buffers", "_modules"):
-            part = value.state.get(kind, {})
-            children |= part.items if isinstance(part, Call) else part
-    else:
-        raise UnsafePickleError(f"a call of {value.name!r}")
+            children |= value.state.get(kind, {})
     if children and id(value) in seen:
         raise UnsafePickleError(f"the same container twice, at {name!r}")
     seen.add(id(value))
     for key, child in children.items():
-        yield from _flatten(child, f"{name}.{key}" if name else str(key), read, seen)
-
-
-def _tensor(read: Callable[[str], bytearray], storage: Call, offset: int, size: Any, stride: Any) -> torch.Tensor:
-    """The tensor that ``torch._utils._rebuild_tensor_v2`` would give; torch checks that it lies in its storage."""
-    _, kind, key, *_ = storage.arguments
-    if kind.name not in _DTYPES or not all(type(number) is int for number in (offset, *size, *stride)):
-        raise UnsafePickleError(f"a tensor of {kind.name}, or of sizes that are no numbers")
-    data, dtype = read(key), _DTYPES[kind.name]
-    values = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-    if math.prod(size) > len(values):
-        raise UnsafePickleError("a tensor larger than its storage")
-    return values.as_strided(size, stride, offset)
+        yield from _flatten(child, f"{name}.{key}" if name else str(key), seen)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import pickle
-import re
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +18,7 @@ from lsast_engines.bundle.safetensors_header import encode_header
 from lsast_engines.errors import TrainingError, fault_list, shape_faults
 from lsast_engines.files import replace_file
 
-from .safe_unpickle import UnsafePickleError, check_pickle
+from .safe_unpickle import load_pickle, refusals
 
 _CODES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -148,15 +145,6 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise TrainingError(f"{path} cannot be read ({error}); get the file again") from error
 
 
-class _Ignored:
-    """Takes the place of a training state's objects: takes any arguments and any state, and keeps none."""
-
-    def __new__(cls, *_: Any) -> _Ignored:
-        return object.__new__(cls)
-
-    def __setstate__(self, state: Any) -> None: ...
-
-
 _TRAINING_STATE = ("argparse", "lightning", "lightning_fabric", "numpy", "omegaconf", "pathlib", "pytorch_lightning")
 """Packages whose objects PyTorch Lightning stores beside the weights, as in ``v1-5-pruned.ckpt``."""
 
@@ -166,24 +154,9 @@ _NESTED = {"string_to_param": "a textual inversion", "ip_adapter": "an IP-Adapte
 
 def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a state dict that ``torch.save`` wrote; those under ``state_dict`` if the file has such a key."""
-    try:
-        names = check_pickle(path)
-        ignored: list[Any] = [(_Ignored, name) for name in names if name.partition(".")[0] in _TRAINING_STATE]
-        with path.open("rb") as stream, torch.device("cpu"), torch.serialization.safe_globals(ignored):
-            # Files from before PyTorch 1.6 cannot be mapped into memory, and torch goes by the ending of a path.
-            mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"
-            content = torch.load(path if mapped else stream, map_location="cpu", weights_only=True, mmap=mapped)
-    except (UnsafePickleError, pickle.UnpicklingError) as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        found = named[1] if named else str(error).split("\n")[0]
-        raise TrainingError(
-            f"{path} is refused, nothing of it was run: found {found}; expected tensors, numbers and texts only: "
-            "convert it to safetensors, or take the .safetensors"
-        ) from None
-    # What a damaged file can raise in the parser, in the archive and in torch.
-    except (OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, zipfile.BadZipFile) as error:
-        first = str(error).split("\n")[0]
-        raise TrainingError(f"{path} cannot be read ({type(error).__name__}: {first}); get the file again") from error
+    wanted = "tensors, numbers and texts only: convert it to safetensors, or take the .safetensors"
+    with refusals(path, wanted):
+        content = load_pickle(path, lambda name: name.partition(".")[0] in _TRAINING_STATE)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):
