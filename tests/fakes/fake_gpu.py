@@ -23,8 +23,14 @@ from typing import Any
 import numpy as np
 
 from lsast_engines.backends.base import output_shapes
-from lsast_engines.backends.tensorrt.engine_record import ANY_GPU, EngineKey, EngineRecord, TrtFlavor, graph_digest
-from lsast_engines.backends.tensorrt.shape_profile import ShapeRanges
+from lsast_engines.backends.tensorrt.engine_record import (
+    ANY_GPU,
+    EngineKey,
+    EngineRecord,
+    ShapeRanges,
+    TrtFlavor,
+    graph_digest,
+)
 from lsast_engines.bundle.graph_spec import GraphSpec
 
 VERSION = "1.7.1"

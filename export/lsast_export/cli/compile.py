@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from lsast_engines.backends.tensorrt.engine_record import TrtFlavor
-from lsast_engines.backends.tensorrt.shape_profile import Range, ShapeRanges
+from lsast_engines.backends.tensorrt.engine_record import Range, ShapeRanges, TrtFlavor
 from lsast_engines.cli import Command, debug_option, echo, json_option, print_result
 from lsast_engines.errors import UsageError
 from lsast_engines.removed import removal

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lsast_engines.backends.base import ComputeDtype
+from lsast_engines.backends.tensorrt.engine import load_library, make_logger
 from lsast_engines.backends.tensorrt.engine_record import (
     ANY_GPU,
     PORTABLE,
@@ -27,13 +28,13 @@ from lsast_engines.backends.tensorrt.engine_record import (
     SUFFIX,
     EngineKey,
     EngineRecord,
+    Profile,
+    ShapeRanges,
     TrtFlavor,
     engine_folder,
     graph_digest,
     verified_record,
 )
-from lsast_engines.backends.tensorrt.library import load_library, make_logger
-from lsast_engines.backends.tensorrt.shape_profile import Profile, ShapeRanges
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, GraphSpec
 from lsast_engines.bundle.manifest import QUANTISED, Manifest
 from lsast_engines.environment import package_version

@@ -12,9 +12,8 @@ from typing import cast, get_args
 
 from lsast_engines.backends.base import ComputeDtype
 from lsast_engines.backends.tensorrt.cuda import gpu_fault, gpus
-from lsast_engines.backends.tensorrt.engine import find_engine
+from lsast_engines.backends.tensorrt.engine import find_engine, load_library
 from lsast_engines.backends.tensorrt.engine_record import TrtFlavor
-from lsast_engines.backends.tensorrt.library import load_library
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS
 from lsast_engines.errors import BackendError, UsageError

@@ -15,8 +15,13 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper, save
 
 from lsast_engines.backends.base import ComputeDtype
-from lsast_engines.backends.tensorrt.engine_record import engine_folder, record_path, verified_record
-from lsast_engines.backends.tensorrt.shape_profile import Range, ShapeRanges
+from lsast_engines.backends.tensorrt.engine_record import (
+    Range,
+    ShapeRanges,
+    engine_folder,
+    record_path,
+    verified_record,
+)
 from lsast_engines.bundle.bundle import EMBEDDED, Bundle
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, GraphSpec, TensorSpec
 from lsast_engines.errors import BackendError, ExportError, MissingExtraError, UsageError

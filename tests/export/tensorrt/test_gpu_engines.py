@@ -13,8 +13,7 @@ import pytest
 
 from lsast_engines.backends.tensorrt.cuda import gpus
 from lsast_engines.backends.tensorrt.engine import TensorRtEngine
-from lsast_engines.backends.tensorrt.engine_record import TrtFlavor
-from lsast_engines.backends.tensorrt.shape_profile import Range, ShapeRanges
+from lsast_engines.backends.tensorrt.engine_record import Range, ShapeRanges, TrtFlavor
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.errors import MissingExtraError
 from lsast_export.tensorrt.compile import CompileOptions, compile_bundle

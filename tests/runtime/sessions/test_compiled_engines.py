@@ -15,8 +15,7 @@ from fake_gpu import FakeCuda, FakeTrt, Kernel, Status, onnx_kernel, write_engin
 from lsast import BackendError, Stylizer
 from lsast.sampling.networks import NotFiniteError
 from lsast_engines.backends.tensorrt import engine as tensorrt
-from lsast_engines.backends.tensorrt.engine_record import engine_folder
-from lsast_engines.backends.tensorrt.shape_profile import Range, ShapeRanges
+from lsast_engines.backends.tensorrt.engine_record import Range, ShapeRanges, engine_folder
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import DENOISER, REQUIRED_GRAPHS, VAE_ENCODER
 

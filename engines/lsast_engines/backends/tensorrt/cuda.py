@@ -78,18 +78,14 @@ def gpus() -> list[Gpu]:
         return []
     found = []
     for index in range(runtime.cudaGetDeviceCount()[1]):
-        facts = checked(runtime, runtime.cudaGetDeviceProperties(index), "cudaGetDeviceProperties")
+        facts = _checked(runtime, runtime.cudaGetDeviceProperties(index), "cudaGetDeviceProperties")
         name = facts.name.decode() if isinstance(facts.name, bytes) else str(facts.name)
         found.append(Gpu(name.rstrip("\0"), f"{facts.major}.{facts.minor}", int(facts.totalGlobalMem)))
     return found
 
 
-def checked(runtime: Any, answer: tuple[Any, ...], call: str) -> Any:
-    """What a call of `cuda.bindings.runtime` returned behind its error code: None, one value, or a tuple.
-
-    Raises:
-        BackendError: the code is an error.
-    """
+def _checked(runtime: Any, answer: tuple[Any, ...], call: str) -> Any:
+    """What a call of `cuda.bindings.runtime` returned behind its error code: None, one value, or a tuple."""
     status, *values = answer
     if status != runtime.cudaError_t.cudaSuccess:
         raise BackendError(
@@ -104,26 +100,38 @@ def _text(runtime: Any, status: Any) -> str:
     return text.decode() if isinstance(text, bytes) else str(text)
 
 
+@dataclass(frozen=True, eq=False)
+class Buffer:
+    """Device memory of a stream."""
+
+    address: int
+    bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """Captured work of a stream, which can run again on the same addresses."""
+
+    executable: Any
+
+
 class Stream:
-    """A stream other than the default one, on which graphs cannot be captured, with its buffers and graphs."""
+    """A stream other than the default one, on which graphs cannot be captured, with its buffers and graphs.
+
+    Raises:
+        BackendError: of every method, a call of CUDA that failed.
+    """
 
     def __init__(self, runtime: Any) -> None:
         self._runtime = runtime
-        self._buffers: list[Buffer] = []
-        self._graphs: list[Graph] = []
+        self._held: list[Buffer | Graph] = []
         self.handle = self._call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking)
 
     def allocate(self, count: int) -> Buffer:
         """Device memory of `count` bytes, which is freed with the stream."""
         buffer = Buffer(int(self._call("cudaMalloc", max(count, 1))), count)
-        self._buffers.append(buffer)
+        self._held.append(buffer)
         return buffer
-
-    def release(self, buffer: Buffer) -> None:
-        """Free a buffer, after all earlier work."""
-        self.wait()
-        self._buffers.remove(buffer)
-        self._call("cudaFree", buffer.address)
 
     def write(self, buffer: Buffer, array: Array) -> None:
         """Copy `array` to `buffer`; the array may be changed after the return."""
@@ -154,33 +162,31 @@ class Stream:
             graph = Graph(self._call("cudaGraphInstantiate", recorded, 0))
         finally:
             self._call("cudaGraphDestroy", recorded)
-        self._graphs.append(graph)
+        self._held.append(graph)
         return graph
 
     def launch(self, graph: Graph) -> None:
         """Put the captured work on the stream; returns at once."""
         self._call("cudaGraphLaunch", graph.executable, self.handle)
 
-    def free(self, graph: Graph) -> None:
-        """Free a graph, after all earlier work."""
+    def free(self, held: Buffer | Graph) -> None:
+        """Free a buffer or a graph, after all earlier work."""
         self.wait()
-        self._graphs.remove(graph)
-        self._call("cudaGraphExecDestroy", graph.executable)
+        self._held.remove(held)
+        self._call(*_release(held))
 
     def close(self) -> None:
         """Wait, then free graphs, memory and the stream. Closing twice is harmless."""
         if self.handle is None:
             return
-        frees = [("cudaStreamSynchronize", self.handle)]
-        frees += [("cudaGraphExecDestroy", graph.executable) for graph in self._graphs]
-        frees += [("cudaFree", buffer.address) for buffer in self._buffers]
-        for call, handle in [*frees, ("cudaStreamDestroy", self.handle)]:
+        held = sorted(self._held, key=lambda each: isinstance(each, Buffer))  # graphs go before memory
+        for call in (("cudaStreamSynchronize", self.handle), *map(_release, held), ("cudaStreamDestroy", self.handle)):
             with contextlib.suppress(BackendError):  # after a failed kernel every call fails, but memory is freed
-                self._call(call, handle)
-        self.handle, self._graphs, self._buffers = None, [], []
+                self._call(*call)
+        self.handle, self._held = None, []
 
     def _copy(self, target: int, source: int, count: int, buffer: Buffer, kind: str) -> None:
-        if count > buffer.bytes or buffer not in self._buffers:
+        if count > buffer.bytes or buffer not in self._held:
             raise ValueError(f"found {count} bytes; expected at most {buffer.bytes}, of memory that is not freed")
         if count:
             direction = getattr(self._runtime.cudaMemcpyKind, kind)
@@ -188,19 +194,8 @@ class Stream:
         self.wait()
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        return checked(self._runtime, getattr(self._runtime, name)(*arguments), name)
+        return _checked(self._runtime, getattr(self._runtime, name)(*arguments), name)
 
 
-@dataclass(frozen=True, eq=False)
-class Buffer:
-    """Device memory of a stream."""
-
-    address: int
-    bytes: int
-
-
-@dataclass(frozen=True, eq=False)
-class Graph:
-    """Captured work of a stream, which can run again on the same addresses."""
-
-    executable: Any
+def _release(held: Buffer | Graph) -> tuple[str, Any]:
+    return ("cudaFree", held.address) if isinstance(held, Buffer) else ("cudaGraphExecDestroy", held.executable)

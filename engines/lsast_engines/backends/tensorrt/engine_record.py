@@ -1,4 +1,4 @@
-"""The record of a compiled engine: what it was compiled from and for, in a file beside it.
+"""The record of a compiled engine: what it was compiled from, and for which shapes and GPUs, in a file beside it.
 
 ::
 
@@ -14,16 +14,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
+from ...bundle.graph_spec import (
+    CONTROLNET_COND,
+    VAE_DECODER,
+    VAE_DECODER_TINY,
+    VAE_ENCODER,
+    GraphSpec,
+    downsampling_level,
+)
 from ...bundle.json_fields import parse_json, read_object
 from ...bundle.manifest import MANIFEST, Manifest, declared_hashes
-from ...declared_options import Range
-from ...errors import BackendError, BundleError, fault_list
+from ...declared_options import Range as Limits
+from ...errors import BackendError, BundleError, UsageError, fault_list
 from ...files import MAKE_OWN, cache_home, file_sha256, replace_file, written_by_others
-from .shape_profile import Profile
+from ..base import FACTOR, Shape
 
 FORMAT = 4
 """Format number of records; raised also when compiling makes another graph from the same file."""
@@ -42,6 +51,88 @@ PORTABLE = "portable"
 """Target of an engine that runs on every GPU of `RTX_CAPABILITIES` from 8.6 on."""
 ANY_GPU = "any"
 """`EngineKey.gpu` of an engine that is bound to a compute capability only."""
+
+
+class Range(NamedTuple):
+    """Minimum, optimum and maximum length of an axis, for which TensorRT compiles an engine and tunes it."""
+
+    min: int
+    opt: int
+    max: int
+
+
+class InputShapes(NamedTuple):
+    """Minimum, optimum and maximum shape of an input, in TensorRT's order."""
+
+    min: Shape
+    opt: Shape
+    max: Shape
+
+
+_SIDE, _BATCH, _GUIDANCE = Range(384, 512, 1024), Range(1, 1, 4), Range(1, 2, 2)
+
+_ONE_BY_ONE = (VAE_ENCODER, CONTROLNET_COND, VAE_DECODER, VAE_DECODER_TINY)
+"""Graphs that run on one picture at a time: at four of 1024² a decoder would need several times the memory."""
+
+Profile = dict[str, InputShapes]
+"""The shapes that an engine was compiled for, by input."""
+
+
+@dataclass(frozen=True)
+class ShapeRanges:
+    """The sizes that a user wants to run a compiled engine with.
+
+    Raises:
+        UsageError: ranges that are not ordered, or sides that are no multiples of 8; all faults at once.
+    """
+
+    side: Range = _SIDE
+    """Height and width in pixels, multiples of 8."""
+    batch: Range = _BATCH
+    """Pictures at once, in the graphs of the denoising loop."""
+    guidance: Range = _GUIDANCE
+    """Passes for guidance: 1 without, 2 with."""
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"{name}: found {', '.join(map(str, axis))}; expected minimum, optimum and maximum, each at least 1"
+            for name, axis in (("side", self.side), ("batch", self.batch), ("guidance", self.guidance))
+            if not 1 <= axis.min <= axis.opt <= axis.max
+        ]
+        if any(side % FACTOR for side in self.side):
+            faults.append(f"side: found {', '.join(map(str, self.side))}; expected multiples of {FACTOR} pixels")
+        if self.guidance.max > 2:
+            faults.append(f"guidance: found {self.guidance.max} passes; expected 1 or 2")
+        if faults:
+            raise UsageError(fault_list("invalid shape ranges of an engine:", faults))
+
+    def profile(self, spec: GraphSpec) -> Profile:
+        """The shapes that every input of `spec` may have."""
+        batch = Range(1, 1, 1) if spec.name in _ONE_BY_ONE else self.batch
+        axes = {"B": batch, "G": self.guidance, "H": self.side, "W": self.side}
+        cells = {axis for tensor in spec.inputs for axis in tensor.shape if isinstance(axis, str) and axis[0] in "hw"}
+        axes |= {axis: Range(*(side // FACTOR >> downsampling_level(axis) for side in self.side)) for axis in cells}
+        profile = {}
+        for tensor in spec.inputs:
+            lengths = [(axis,) * 3 if isinstance(axis, int) else axes[axis] for axis in tensor.shape]
+            profile[tensor.name] = InputShapes(*(tuple(length[place] for length in lengths) for place in range(3)))
+        return profile
+
+
+def check_profile(profile: Profile, shapes: Mapping[str, Shape], graph: str) -> None:
+    """Check the shapes of inputs of `graph`.
+
+    Raises:
+        BackendError: all that its engine was not compiled for, and how to compile one that accepts them.
+    """
+    faults = []
+    for name, shape in shapes.items():
+        allowed = profile[name]
+        if not all(low <= found <= high for low, found, high in zip(allowed.min, shape, allowed.max, strict=True)):
+            faults.append(f"{name}: found {list(shape)}; expected {list(allowed.min)} to {list(allowed.max)}")
+    if faults:
+        heading = f"the engine of graph {graph} was not compiled for this; compile it with a wider --sides or --batch:"
+        raise BackendError(fault_list(heading, faults))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +178,10 @@ class EngineRecord:
 
     key: EngineKey
     sha256: str
-    bytes: Annotated[int, Range(0, 1 << 50)]
+    bytes: Annotated[int, Limits(0, 1 << 50)]
     seconds: float
     """Time that it took to compile."""
-    activation_bytes: Annotated[int, Range(0, 1 << 50)]
+    activation_bytes: Annotated[int, Limits(0, 1 << 50)]
     """Largest working memory of a run, at the largest input shapes, beside weights, inputs and outputs."""
     lsast_version: str
 

@@ -15,12 +15,15 @@ from lsast_engines.backends.base import output_shapes
 from lsast_engines.backends.tensorrt.engine_record import (
     EngineKey,
     EngineRecord,
+    InputShapes,
+    Range,
+    ShapeRanges,
+    check_profile,
     engine_folder,
     graph_digest,
     record_path,
     verified_record,
 )
-from lsast_engines.backends.tensorrt.shape_profile import InputShapes, Range, ShapeRanges, check_profile
 from lsast_engines.bundle.bundle import EMBEDDED, Bundle
 from lsast_engines.bundle.graph_spec import Geometry, UnetSplit, graph_specs, split_specs
 from lsast_engines.errors import BackendError, UsageError
