@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lsast_engines.backends.imports import import_library
+from lsast_engines.backends.base import import_library
 from lsast_engines.backends.openvino import shared_core
 from lsast_engines.errors import MissingExtraError
 

@@ -1,8 +1,12 @@
-"""The engine: a graph that is ready to run on a backend, and the checks that all backends share."""
+"""The engine: a graph that is ready to run on a backend, and what all backends share: imports and checks."""
 
 from __future__ import annotations
 
 import abc
+import importlib
+import importlib.util
+import os
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +29,56 @@ FACTOR = 8
 ComputeDtype = Literal["fp32", "bf16", "fp16"]
 """The type that a graph computes in. bf16 and fp16 are faster where the processor supports them, with relative errors
 of about 1e-2 and 1e-3; fp16 may overflow."""
+
+_TELEMETRY = "openvino_telemetry"
+_importing = threading.Lock()
+
+
+def import_library(name: str) -> Any:
+    """Import a backend's library, e.g. ``onnxruntime``, so that it does not report to its maker; used for all of them.
+
+    ONNX Runtime writes a device id and events below the home folder and looks up its collector, unless
+    ``ORT_DISABLE_TELEMETRY`` is set when it is imported. OpenVINO reports its import through ``openvino_telemetry``,
+    which has no such variable; without that package it uses a stub of its own.
+
+    Raises:
+        ImportError: it is not installed.
+        BackendError: it is installed but cannot be imported.
+        KeyboardInterrupt, MemoryError: also where an extension module made an ImportError of them.
+    """
+    with _without_telemetry(name):
+        try:
+            module = importlib.import_module(name)
+        except (ImportError, OSError) as error:
+            cause: BaseException | None = error
+            while cause is not None:
+                if isinstance(cause, (KeyboardInterrupt, MemoryError)):
+                    raise type(cause)() from error
+                cause = cause.__cause__ or cause.__context__
+            if importlib.util.find_spec(name) is None:
+                raise
+            raise BackendError(
+                f"{name} is installed but cannot be imported ({error}); install it again, or name another backend"
+            ) from error
+        spec = getattr(module, "__spec__", None)
+        if spec is not None and spec.origin is None and spec.submodule_search_locations is not None:
+            raise ImportError(f"{name} is a folder without a library, as uninstalling one of two wheels leaves it")
+        return module
+
+
+@contextmanager
+def _without_telemetry(name: str) -> Iterator[None]:
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    if name != "openvino" or name in sys.modules or _TELEMETRY in sys.modules:
+        yield
+        return
+    with _importing:
+        sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # importing it raises ImportError
+        try:
+            yield
+        finally:
+            if _TELEMETRY in sys.modules and sys.modules[_TELEMETRY] is None:
+                del sys.modules[_TELEMETRY]
 
 
 class Engine(abc.ABC):
@@ -92,9 +146,8 @@ class Engine(abc.ABC):
         self.bound, self._bound = {}, {}
         self._close()
 
-    @abc.abstractmethod
-    def _bind(self, feeds: dict[str, Array]) -> None:
-        """Keep checked inputs for every run."""
+    def _bind(self, feeds: dict[str, Array]) -> None:  # noqa: B027
+        """Keep checked inputs for every run, beside `_bound`."""
 
     @abc.abstractmethod
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:

@@ -22,9 +22,8 @@ from ..bundle.graph_spec import DENOISER, UNET_SPLIT_GRAPHS, GraphSpec, TensorSp
 from ..bundle.safetensors_header import read_slots
 from ..environment import processor
 from ..errors import BackendError, install_command
-from .base import Array, ComputeDtype, Engine, Shape, axis_lengths, check_interface
+from .base import Array, ComputeDtype, Engine, Shape, axis_lengths, check_interface, import_library
 from .graph_cache import MAX_WEIGHT_BYTES, open_cached, weight_bytes
-from .imports import import_library
 
 MAX_FOLDED_BYTES = 1_000_000_000
 """Bytes of bf16 weights up to which they are expanded to float32 once, when the graph is opened.
@@ -141,9 +140,6 @@ class OnnxRuntimeEngine(Engine):
             self._session = self._open({})
         elif fault := cuda_fault():
             raise BackendError(f"onnxruntime cannot use device {device!r}: {fault}")
-
-    def _bind(self, feeds: dict[str, Array]) -> None:
-        """The base class holds them; a session takes them over when it runs."""
 
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         values = {**self._bound, **feeds}

@@ -17,9 +17,8 @@ import numpy.typing as npt
 from ..bundle.graph_spec import GraphSpec
 from ..environment import processor
 from ..errors import BackendError
-from .base import Array, ComputeDtype, Engine, check_interface, output_shapes
+from .base import Array, ComputeDtype, Engine, check_interface, import_library, output_shapes
 from .graph_cache import open_cached
-from .imports import import_library
 from .onnx_file import check_graph
 
 BLOB = "graph.blob"

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from lsast_engines.backends.imports import import_library
+from lsast_engines.backends.base import import_library
 
 from .calibration_runs import Feeds
 from .qdq import LayerRange, Ranges, Span, int8_graph, layers_of

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
-from lsast_engines.backends.imports import import_library
+from lsast_engines.backends.base import import_library
 from lsast_engines.environment import installed_versions
 from lsast_engines.errors import install_command
 
@@ -116,7 +116,7 @@ def _auto() -> tuple[str, str]:
 
 
 def _telemetry() -> str:
-    """What `lsast_engines.backends.imports` leaves on."""
+    """What `import_library` leaves on."""
     value = os.environ.get("ORT_DISABLE_TELEMETRY", "1")
     if value == "1":
         return "off (that of ONNX Runtime and of OpenVINO)"

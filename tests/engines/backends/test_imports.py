@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lsast_engines.backends.imports import import_library
+from lsast_engines.backends.base import import_library
 from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import EMBEDDED, Bundle
 from lsast_engines.errors import BackendError

@@ -25,8 +25,7 @@ import numpy as np
 from ...bundle.graph_spec import GraphSpec
 from ...errors import BackendError, Lines, MissingExtraError, fault_list
 from ...files import replace_file
-from ..base import Array, ComputeDtype, Engine, Shape, output_shapes
-from ..imports import import_library
+from ..base import Array, ComputeDtype, Engine, Shape, import_library, output_shapes
 from . import cuda
 from .cuda import Buffer, Gpu, Graph, Stream
 from .engine_record import (
