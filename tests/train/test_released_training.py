@@ -12,7 +12,7 @@ import torch
 from golden_sets import GoldenFiles, both_sets
 from lsast_train.base.base import Base, BaseConfig, build_base
 from lsast_train.base.mini_autoencoder import MiniAutoencoder
-from lsast_train.checkpoints.compvis import controlnet_weights, unet_weights
+from lsast_train.checkpoints.single_file import controlnet_weights, unet_weights
 from lsast_train.evaluation import noise_error
 from lsast_train.inversion import Inversion
 from lsast_train.options import PRESETS

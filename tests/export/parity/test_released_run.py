@@ -29,7 +29,7 @@ from lsast_export.graphs.trace import trace_graphs
 from lsast_export.parity.parity import relative_error
 from lsast_export.styles.bake import KVProjector
 from lsast_train.base.base import Base, BaseConfig, build_base
-from lsast_train.checkpoints.compvis import controlnet_weights, unet_weights
+from lsast_train.checkpoints.single_file import controlnet_weights, unet_weights
 from lsast_train.checkpoints.safe_unpickle import load_module_tensors
 
 BACKENDS = sorted(available_backends())

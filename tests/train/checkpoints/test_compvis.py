@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lsast_engines.errors import TrainingError
-from lsast_train.checkpoints.compvis import unet_weights
+from lsast_train.checkpoints.single_file import unet_weights
 
 
 def test_built_network_shares_weights_of_the_same_dtype(compvis: Any, compvis_base: Any) -> None:

@@ -27,17 +27,20 @@ def hub(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> list[t
     asked: list[tuple[str, str, str, bool]] = []
     folders = {"someone/tiny-v1-5": folder, "else/canny": tmp_path / "canny"}
 
-    def download(name: str, path: str, *, revision: str, local_files_only: bool) -> str:
-        asked.append((name, path, revision, local_files_only))
-        file = folders.get(name, tmp_path / "none") / path
-        if local_files_only and name != "else/canny":
-            raise LocalEntryNotFoundError("not in the cache")
+    def cached(name: str, path: str, _: None, revision: str) -> str | None:
+        asked.append((name, path, revision, True))
+        file = folders[name] / path if name == "else/canny" else None
+        return os.fspath(file) if file is not None and file.is_file() else None
+
+    def download(name: str, path: str, *, revision: str) -> str:
+        asked.append((name, path, revision, False))
         if name not in folders:
             raise LocalEntryNotFoundError("no connection")
-        if not file.is_file():
-            raise (LocalEntryNotFoundError if local_files_only else EntryNotFoundError)("no such file")
-        return os.fspath(file)
+        if not (folders[name] / path).is_file():
+            raise EntryNotFoundError("no such file")
+        return os.fspath(folders[name] / path)
 
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     return asked
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
 
 from lsast_engines.errors import TrainingError, UsageError
 
@@ -13,22 +12,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _BRANCHES = ("main", "master", "HEAD")
 
 
-class Repository(Protocol):
-    """Files by their path inside of a model's folder."""
-
-    name: str
-    """The model's name in messages and in `BaseInspection.origin`; no path of this machine."""
-
-    def first(self, *paths: str) -> Path | None:
-        """The local file of the first of `paths` that is there; None if none is.
-
-        Raises:
-            TrainingError: whether they are there cannot be found out.
-        """
-
-
-class Folder:
-    """A local folder."""
+class Repository:
+    """The files of a model by their path inside of its folder: a local folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -36,52 +21,51 @@ class Folder:
         # The cache of the hub: models--OWNER--NAME/snapshots/REVISION.
         cached = resolved.parent.name == "snapshots" and resolved.parent.parent.name.startswith("models--")
         self.name = resolved.parent.parent.name.rpartition("--")[2] if cached else resolved.name
+        """The model's name in messages and in `BaseInspection.origin`; no path of this machine."""
 
     def first(self, *paths: str) -> Path | None:
-        """The first of `paths` that is a file."""
+        """The local file of the first of `paths` that is there; None if none is.
+
+        Raises:
+            TrainingError: whether they are there cannot be found out.
+        """
         return next((self.path / path for path in paths if (self.path / path).is_file()), None)
 
 
-class HubRepository:
+class HubRepository(Repository):
     """A repository of the hub. Files that were downloaded before are taken without asking the network."""
 
     def __init__(self, name: str, revision: str) -> None:
-        self.name = name
-        self.revision = revision
+        self.name, self.revision = name, revision
 
     def first(self, *paths: str) -> Path | None:
-        """The first of `paths` in the local cache, else the first in the repository."""
-        for path in paths:
-            if found := self._get(path, local=True):
-                return found
-        for path in paths:
-            if found := self._get(path, local=False):
-                return found
-        return None
-
-    def _get(self, path: str, local: bool) -> Path | None:
+        """See `Repository`."""
         import huggingface_hub
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+        where = f"{self.name} at revision {self.revision}"
         try:
-            return Path(
-                huggingface_hub.hf_hub_download(self.name, path, revision=self.revision, local_files_only=local)
-            )
-        except LocalEntryNotFoundError as error:  # not in the cache and, if it was asked, no answer from the network
-            if local:
-                return None
+            for path in paths:
+                found = huggingface_hub.try_to_load_from_cache(self.name, path, None, self.revision)
+                if isinstance(found, str):
+                    return Path(found)
+            for path in paths:
+                try:
+                    return Path(huggingface_hub.hf_hub_download(self.name, path, revision=self.revision))
+                except LocalEntryNotFoundError:  # no answer from the network
+                    raise
+                except EntryNotFoundError:
+                    continue
+        except LocalEntryNotFoundError as error:
             raise TrainingError(
-                f"{self.name} at revision {self.revision} is not in the cache and cannot be downloaded now ({error}); "
-                f"download it where there is a network, with: hf download {self.name} --revision {self.revision} "
-                "--local-dir FOLDER, and name FOLDER instead"
+                f"{where} is not in the cache and cannot be downloaded now ({error}); download it where there is a "
+                f"network, with: hf download {self.name} --revision {self.revision} --local-dir FOLDER, and name "
+                "FOLDER instead"
             ) from error
-        except EntryNotFoundError:
-            return None
         # No such repository or revision, no permission, a broken connection: the library's message says which.
         except (OSError, ValueError) as error:
-            if local:
-                return None
-            raise TrainingError(f"{self.name} at revision {self.revision} cannot be downloaded: {error}") from error
+            raise TrainingError(f"{where} cannot be downloaded: {error}") from error
+        return None
 
 
 def is_hub_id(name: str) -> bool:

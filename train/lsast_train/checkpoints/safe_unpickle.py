@@ -30,7 +30,7 @@ MAX_ITEMS = 10_000
 _OLD_PICKLES = 5
 """Pickles at the head of a file from before PyTorch 1.6: magic number, version, system, content, names of storages."""
 
-_ALLOCATES = ("__builtin__ bytearray", "builtins bytearray")
+_ALLOCATES = ("__builtin__.bytearray", "builtins.bytearray")
 """What torch allows to be called, though it takes as much memory as a file asks for."""
 
 _log = logging.getLogger("lsast.train")
@@ -150,9 +150,10 @@ def _check_tuples(stream: BinaryIO, names: set[str]) -> None:
                 items.append(weight)
         items += [stack.pop() or 1 for _ in before[: before.index(pickletools.markobject) if marked else None]]
         if opcode.name == "GLOBAL":
-            if argument in _ALLOCATES:
-                raise UnsafePickleError(argument.replace(" ", "."))
-            names.add(argument.replace(" ", "."))
+            name = str(argument).replace(" ", ".")
+            if name in _ALLOCATES:
+                raise UnsafePickleError(name)
+            names.add(name)
         if "GET" in opcode.name:
             stack.append(memo[argument])
         elif "PUT" in opcode.name:

@@ -1,20 +1,47 @@
-"""A base, a ControlNet or an autoencoder in a single file, as Stable Diffusion 1.x was published."""
+"""A base, a ControlNet or an autoencoder in a single file in CompVis naming, as Stable Diffusion 1.x was published.
+
+Names are translated by diffusers' own converters, and nothing may be left over or missing afterwards.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from diffusers.loaders.single_file_utils import (
+    convert_controlnet_checkpoint,
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+)
 
 from lsast_engines.errors import TrainingError, fault_list
 
-from . import compvis
 from .inspection import BaseInspection, Part, UnetWeights
-from .networks import HEADS, controlnet_config, diffusers_weights, vae_config
-from .weights import Weights, read_metadata, read_tensors
+from .networks import (
+    HEADS,
+    Tensors,
+    clip_weights,
+    controlnet_config,
+    count,
+    diffusers_weights,
+    require,
+    unet_config,
+    vae_config,
+)
+from .weights import Weights, read_metadata, read_tensors, truncate
+
+UNET = "model.diffusion_model."
+"""Prefix of the U-Net's keys."""
+CONTROL = "control_model."
+"""Prefix of ControlNet's keys."""
+VAE = "first_stage_model."
+"""Prefix of the autoencoder's keys."""
+TEXT = "cond_stage_model.transformer."
+"""Prefix of the keys of the CLIP text encoder."""
 
 _EMA = "model_ema.diffusion_model"
 
@@ -56,15 +83,15 @@ def read_single_file(path: Path, wanted: UnetWeights, own: Sequence[Part], found
         return
     try:
         names, found.origin["unet_weights"] = _choose_unet(state, wanted)
-        found.add("unet", lambda: compvis.unet_weights(_pick(path, names), found.heads))
+        found.add("unet", lambda: unet_weights(_pick(path, names), found.heads))
     except TrainingError as error:
         found.fail("unet", f"{error}")
-    if "autoencoder" in own and compvis.has(state, compvis.VAE):
-        found.add("autoencoder", lambda: compvis.vae_weights(read_tensors(path)))
-    if compvis.has(state, compvis.TEXT):
-        found.add("text_encoder", lambda: compvis.text_encoder_weights(read_tensors(path)))
-    if "controlnet" in own and compvis.has(state, compvis.CONTROL):
-        found.add("controlnet", lambda: compvis.controlnet_weights(read_tensors(path), found.heads))
+    if "autoencoder" in own and any(key.startswith(VAE) for key in state):
+        found.add("autoencoder", lambda: vae_weights(read_tensors(path)))
+    if any(key.startswith(TEXT) for key in state):
+        found.add("text_encoder", lambda: clip_weights(section(read_tensors(path), TEXT)))
+    if "controlnet" in own and any(key.startswith(CONTROL) for key in state):
+        found.add("controlnet", lambda: controlnet_weights(read_tensors(path), found.heads))
     _read_schedule(path, state, found)
 
 
@@ -77,10 +104,10 @@ def read_vae_file(path: Path) -> Weights:
     state = read_tensors(path)
     if "encoder.conv_norm_out.weight" in state:
         return diffusers_weights("AutoencoderKL", state, vae_config(state))
-    if "encoder.conv_in.weight" not in compvis.section(state, compvis.VAE):
+    if "encoder.conv_in.weight" not in section(state, VAE):
         kind = describe_unsupported(state) or "no autoencoder"
         raise TrainingError(f"found {kind} in {path.name}; expected an autoencoder")
-    return compvis.vae_weights(state)
+    return vae_weights(state)
 
 
 def read_controlnet_file(path: Path, heads: int = HEADS) -> Weights:
@@ -98,10 +125,10 @@ def read_controlnet_file(path: Path, heads: int = HEADS) -> Weights:
             )
     if "controlnet_cond_embedding.conv_in.weight" in state:
         return diffusers_weights("ControlNetModel", state, controlnet_config(state, heads))
-    section = compvis.section(state, compvis.CONTROL)
-    if "input_hint_block.0.weight" not in section:
+    control = section(state, CONTROL)
+    if "input_hint_block.0.weight" not in control:
         raise TrainingError(f"found {describe_unsupported(state) or 'a base'} in {path.name}; expected a ControlNet")
-    return compvis.controlnet_weights(section, heads)
+    return controlnet_weights(control, heads)
 
 
 def _read_schedule(path: Path, state: Mapping[str, torch.Tensor], found: BaseInspection) -> None:
@@ -126,7 +153,7 @@ def _read_schedule(path: Path, state: Mapping[str, torch.Tensor], found: BaseIns
 
 def _choose_unet(state: Mapping[str, torch.Tensor], wanted: UnetWeights) -> tuple[dict[str, str], str]:
     """The file's key of each tensor of the U-Net, by its name without prefix; and the kind of weights they are."""
-    plain = {key.removeprefix(compvis.UNET): key for key in state if key.startswith(compvis.UNET)}
+    plain = {key.removeprefix(UNET): key for key in state if key.startswith(UNET)}
     # Averaged weights lie under the same names without their dots (Stable Diffusion, ldm/modules/ema.py).
     averaged = {name: _EMA + name.replace(".", "") for name in plain}
     there = [key for key in averaged.values() if key in state]
@@ -153,10 +180,71 @@ def _pick(path: Path, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
     return {name: state[key] for name, key in names.items()}
 
 
+def unet_weights(state: Tensors, heads: int = HEADS) -> Weights:
+    """The U-Net of `state`, not built yet.
+
+    Args:
+        state: tensors by name. Those under the network's prefix are used; all, if nothing has it.
+        heads: attention heads of every level.
+
+    Raises:
+        TrainingError: no U-Net, or one of another architecture, or tensors left over; all faults at once.
+    """
+    state = section(state, UNET)
+    blocks = _blocks(state, "U-Net in CompVis naming", "out.2.weight")
+    prefixed = {UNET + key: value for key, value in state.items()}
+    tensors = _translate(prefixed, lambda tensors: convert_ldm_unet_checkpoint(tensors, blocks), "the U-Net")
+    return diffusers_weights("UNet2DConditionModel", tensors, unet_config(tensors, heads))
+
+
+def controlnet_weights(state: Tensors, heads: int = HEADS) -> Weights:
+    """The ControlNet of `state`, not built yet; see `unet_weights`."""
+    state = section(state, CONTROL)
+    blocks = _blocks(state, "ControlNet in CompVis naming", "input_hint_block.0.weight", "time_embed.0.weight")
+    tensors = _translate(state, lambda tensors: convert_controlnet_checkpoint(tensors, blocks), "ControlNet")
+    return diffusers_weights("ControlNetModel", tensors, controlnet_config(tensors, heads))
+
+
+def vae_weights(state: Tensors) -> Weights:
+    """The autoencoder of `state`, not built yet; see `unet_weights`."""
+    found = {key: value for key, value in section(state, VAE).items() if not key.startswith(("loss.", "model_ema."))}
+    require(found, ("encoder.conv_in.weight", "decoder.conv_in.weight"), "autoencoder in CompVis naming")
+    levels = range(count(found, "encoder.down."))
+    # 1x1 convolutions there are linear layers in diffusers.
+    flat = {k: v.flatten(1) if ".attn_1." in k and v.ndim > 2 else v for k, v in found.items()}
+    blocks = {"down_block_types": levels, "up_block_types": levels}
+    tensors = _translate(flat, lambda tensors: convert_ldm_vae_checkpoint(tensors, blocks), "the autoencoder")
+    return diffusers_weights("AutoencoderKL", tensors, vae_config(tensors))
+
+
+def section(state: Tensors, prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors under `prefix`, without it; all of `state` if nothing has it."""
+    found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return found or dict(state)
+
+
+def _blocks(state: Tensors, what: str, *needed: str) -> dict[str, int]:
+    """What diffusers' converters ask of a configuration: residual blocks in a level."""
+    require(state, ("input_blocks.0.0.weight", *needed), what)
+    levels = 1 + sum(key.startswith("input_blocks.") and key.endswith(".0.op.weight") for key in state)
+    return {"layers_per_block": count(state, "input_blocks.") // levels - 1}
+
+
+def _translate(
+    state: Tensors, convert: Callable[[dict[str, Any]], Mapping[str, torch.Tensor | None]], what: str
+) -> dict[str, torch.Tensor]:
+    """`state` under diffusers' names. The converters drop what they do not know; here that is a fault."""
+    renamed = {key: value for key, value in convert(dict(state)).items() if value is not None}
+    used = {id(value) for value in renamed.values()}
+    if left := [f"{key}: not expected" for key, value in state.items() if id(value) not in used]:
+        raise TrainingError(fault_list(f"the weights of {what} are not those of its architecture:", truncate(left)))
+    return renamed
+
+
 def describe_unsupported(keys: Iterable[str]) -> str | None:
     """What a file with these keys holds if it is no Stable Diffusion 1.x in CompVis naming; None if it is one."""
     names = list(keys)
-    there = any(name.startswith(compvis.UNET) for name in names)
+    there = any(name.startswith(UNET) for name in names)
     for pattern, kind in (_OTHER_BASES if there else _OTHER_BASES | _NO_BASES).items():
         if any(re.search(pattern, name) for name in names):
             return kind

@@ -16,7 +16,7 @@ from typing import Any
 from lsast_engines.errors import TrainingError, UsageError, fault_list
 
 from .diffusers_folder import FILES, add_from, read_folder
-from .hub import Folder, Repository, is_hub_id, open_hub, weight_files
+from .hub import Repository, is_hub_id, open_hub, weight_files
 from .inspection import BaseInspection, Part, UnetWeights
 from .networks import Kind
 from .single_file import read_controlnet_file, read_single_file, read_vae_file
@@ -140,7 +140,7 @@ def _is_file(path: Path) -> bool:
 
 def _repository(name: str | Path, source: BaseSource, key: str, found: BaseInspection) -> Repository:
     if not is_hub_id(str(name)):
-        return Folder(Path(name).expanduser())
+        return Repository(Path(name).expanduser())
     repository = open_hub(str(name), source.revision)
     found.origin[key] = repository.revision
     return repository
