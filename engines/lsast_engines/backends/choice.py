@@ -69,16 +69,10 @@ def choose(
 
     Args:
         bundle: in int8, the dtype is that of what it keeps in float; None stands for a small one in fp32.
-        backend: see `registry.open_engine`.
-        device: see `registry.open_engine`.
-        compute_dtype: see `registry.open_engine`.
-
-    Raises:
-        UsageError, MissingExtraError, BackendError: see `registry.open_engine`.
+        backend: as `device` and `compute_dtype`, and what is raised, see `registry.open_engine`.
     """
     backend, device, named = backend.lower(), device.lower(), None if compute_dtype == "auto" else compute_dtype
-    passed_over: dict[str, None] = {}
-    """Why no earlier row is taken, each reason once."""
+    passed_over: dict[str, None] = {}  # why no earlier row is taken, each reason once
     remedy = ""
     if device in ("auto", "cpu") and "auto" in (backend, compute_dtype):
         for row in ROWS:

@@ -26,10 +26,9 @@ from .base import Array, ComputeDtype, Engine, Shape, axis_lengths, check_interf
 from .graph_cache import MAX_WEIGHT_BYTES, open_cached, weight_bytes
 
 MAX_FOLDED_BYTES = 1_000_000_000
-"""Bytes of bf16 weights up to which they are expanded to float32 once, when the graph is opened.
-
-Above, ONNX Runtime leaves them in the mapped file and expands each at every use: much less memory, a slower step. It
-cannot do that with fp16 weights, so large fp16 weights are converted before (`fp32_weights`)."""
+"""Bytes of bf16 weights up to which they are expanded to float32 once, when the graph is opened. Above, ONNX Runtime
+leaves them in the mapped file and expands each at every use: much less memory, a slower step. It cannot do that with
+fp16 weights, so large fp16 weights are converted before (`fp32_weights`)."""
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """ONNX Runtime's name of the provider, by device."""
@@ -40,7 +39,7 @@ GPU_SUFFIX = ".fp16.onnx"
 KEPT_SESSIONS = 2
 """Picture sizes for which a GPU session is kept, e.g. portrait and landscape; each holds the weights once."""
 
-GRAPH, WEIGHTS = "graph.onnx", "weights.bin"
+_GRAPH, _WEIGHTS = "graph.onnx", "weights.bin"
 """Files of an entry in the graph cache."""
 
 _CUDA_OPTIONS = {
@@ -54,7 +53,7 @@ _CUDA_OPTIONS = {
 _DRIVER = "install or update the NVIDIA driver; nvidia-smi shows it"
 
 _MIN_EXTERNAL_BYTES = 1024
-"""Smaller constants stay in `GRAPH`, since ONNX Runtime computes shapes from them."""
+"""Smaller constants stay in `_GRAPH`, since ONNX Runtime computes shapes from them."""
 
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
 
@@ -67,11 +66,11 @@ def devices() -> Iterator[str]:
     """
     import_library("onnxruntime")
     yield "cpu"
-    if not cuda_fault():
+    if not gpu_fault():
         yield "cuda"
 
 
-def cuda_fault() -> str:
+def gpu_fault() -> str:
     """Why ONNX Runtime cannot start CUDA here, in its own words or the linker's, and what helps; empty if it can.
 
     Raises:
@@ -83,7 +82,9 @@ def cuda_fault() -> str:
             "the installed onnxruntime was built without CUDA; for the one with it: pip uninstall -y onnxruntime, then "
             f"{install_command('gpu')}"
         )
-    missing = _preload(library)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:  # stdout is for results
+        library.preload_dlls()
+    missing = "; ".join(line for line in printed.getvalue().splitlines() if line.startswith("Failed"))
     names = {"win32": "onnxruntime_providers_cuda.dll"}
     file = Path(library.__file__).parent / "capi" / names.get(sys.platform, "libonnxruntime_providers_cuda.so")
     try:
@@ -99,27 +100,21 @@ def cuda_fault() -> str:
     return ""
 
 
-def _preload(library: Any) -> str:
-    """Load CUDA's libraries from their wheels; → what ONNX Runtime printed about those that it did not find."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed:  # stdout is for results
-        library.preload_dlls()
-    return "; ".join(line for line in printed.getvalue().splitlines() if line.startswith("Failed"))
-
-
 class OnnxRuntimeEngine(Engine):
-    """A graph in ONNX Runtime sessions: one on a CPU, on a GPU one for each set of input shapes."""
+    """A graph in ONNX Runtime sessions: one on a CPU, on a GPU one for each set of input shapes.
+
+    It is the graph file `path`, or with fp16 the graph for GPUs beside it.
+
+    Raises:
+        ImportError: ONNX Runtime is not installed.
+        BackendError: CUDA cannot start, or there is no graph for GPUs.
+    """
 
     backend = "onnxruntime"
 
     def __init__(
         self, path: Path, spec: GraphSpec, device: str, threads: int | None, compute_dtype: ComputeDtype = "fp32"
     ) -> None:
-        """Open the graph file `path`, or with fp16 the graph for GPUs beside it.
-
-        Raises:
-            ImportError: ONNX Runtime is not installed.
-            BackendError: CUDA cannot start, or there is no graph for GPUs.
-        """
         self._library = import_library("onnxruntime")
         super().__init__(spec, device, compute_dtype)
         self._path, self._threads = path, threads
@@ -138,12 +133,20 @@ class OnnxRuntimeEngine(Engine):
         self._shrinks = _has_arena(spec) and weight_bytes(path.parent) >= MAX_WEIGHT_BYTES
         if device == "cpu":
             self._session = self._open({})
-        elif fault := cuda_fault():
+        elif fault := gpu_fault():
             raise BackendError(f"onnxruntime cannot use device {device!r}: {fault}")
 
     def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
-        values = {**self._bound, **feeds}
-        return self._bound_session({name: value.shape for name, value in values.items()})(self._bound, feeds)
+        shapes = {name: value.shape for name, value in {**self._bound, **feeds}.items()}
+        key = tuple(shapes[tensor.name] for tensor in self.spec.inputs)
+        if key not in self._kept:
+            while len(self._kept) >= (1 if self._session else KEPT_SESSIONS):
+                self._kept.popitem(last=False)
+            lengths = axis_lengths(self.spec, shapes)
+            session = self._session or self._open(lengths)
+            self._kept[key] = _BoundSession(self._library, session, self.spec, lengths, self.device)
+        self._kept.move_to_end(key)
+        return self._kept[key](self._bound, feeds)
 
     def _release_memory(self) -> None:
         if self.device == "cpu":
@@ -155,17 +158,6 @@ class OnnxRuntimeEngine(Engine):
     def _close(self) -> None:
         self._session = None
         self._kept = OrderedDict()
-
-    def _bound_session(self, shapes: Mapping[str, Shape]) -> _BoundSession:
-        key = tuple(shapes[tensor.name] for tensor in self.spec.inputs)
-        if key not in self._kept:
-            while len(self._kept) >= (1 if self._session else KEPT_SESSIONS):
-                self._kept.popitem(last=False)
-            lengths = axis_lengths(self.spec, shapes)
-            session = self._session or self._open(lengths)
-            self._kept[key] = _BoundSession(self._library, session, self.spec, lengths, self.device)
-        self._kept.move_to_end(key)
-        return self._kept[key]
 
     def _open(self, lengths: Mapping[str, int]) -> Any:
         """A session in which the named axes have these lengths, on the CPU from the graph cache.
@@ -187,16 +179,16 @@ class OnnxRuntimeEngine(Engine):
         def load(entry: Path) -> Any:
             options = self._session_options()
             options.graph_optimization_level = self._library.GraphOptimizationLevel.ORT_DISABLE_ALL
-            return session(entry / GRAPH, options)
+            return session(entry / _GRAPH, options)
 
         def build(entry: Path | None) -> Any:
             options = self._session_options()
             for axis, length in lengths.items():
                 options.add_free_dimension_override_by_name(axis, length)
             if entry is not None:
-                options.optimized_model_filepath = str(entry / GRAPH)
+                options.optimized_model_filepath = str(entry / _GRAPH)
                 prefix = "session.optimized_model_external_initializers"
-                options.add_session_config_entry(f"{prefix}_file_name", WEIGHTS)
+                options.add_session_config_entry(f"{prefix}_file_name", _WEIGHTS)
                 options.add_session_config_entry(f"{prefix}_min_size_in_bytes", str(_MIN_EXTERNAL_BYTES))
             return session(self._path, options)
 

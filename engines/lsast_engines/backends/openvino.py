@@ -21,7 +21,7 @@ from .base import Array, ComputeDtype, Engine, check_interface, import_library, 
 from .graph_cache import open_cached
 from .onnx_file import check_graph
 
-BLOB = "graph.blob"
+_BLOB = "graph.blob"
 """File of an entry in the graph cache."""
 
 _UNTOUCHED = {2: 0x7E55, 4: 0x7FC05555}
@@ -82,7 +82,7 @@ class OpenVinoEngine(Engine):
         self._model: Any = None
 
         def load(entry: Path) -> Any:
-            return core.import_model(io.BytesIO((entry / BLOB).read_bytes()), "CPU", config)
+            return core.import_model(io.BytesIO((entry / _BLOB).read_bytes()), "CPU", config)
 
         def build(entry: Path | None) -> Any:
             check_graph(path)
@@ -95,7 +95,7 @@ class OpenVinoEngine(Engine):
             if entry is not None:
                 buffer = io.BytesIO()
                 compiled.export_model(buffer)
-                (entry / BLOB).write_bytes(buffer.getbuffer())
+                (entry / _BLOB).write_bytes(buffer.getbuffer())
             return compiled
 
         if device == "cpu":
@@ -103,12 +103,11 @@ class OpenVinoEngine(Engine):
             self._compiled: Any = open_cached("openvino", path, compute_dtype, environment, load, build)
         else:
             self._compiled = build(None)
-        inputs = {_name(port, [tensor.name for tensor in spec.inputs]): port for port in self._compiled.inputs}
-        outputs = {_name(port, [tensor.name for tensor in spec.outputs]): port for port in self._compiled.outputs}
+        names = {tensor.name for tensor in (*spec.inputs, *spec.outputs)}
         check_interface(
             spec,
-            {name: (_dtype(port), _axes(port.get_partial_shape())) for name, port in inputs.items()},
-            {name: _dtype(port) for name, port in outputs.items()},
+            {_name(port, names): (_dtype(port), _axes(port.get_partial_shape())) for port in self._compiled.inputs},
+            {_name(port, names): _dtype(port) for port in self._compiled.outputs},
             path,
         )
         with self._pages.advise_dontneed():
@@ -172,7 +171,7 @@ def shared_core(library: Any) -> Any:
     return library.Core()
 
 
-def _name(port: Any, wanted: list[str]) -> str:
+def _name(port: Any, wanted: set[str]) -> str:
     """The name of `port` that the spec has; a port may have several names."""
     names = sorted(port.get_names())
     return next((name for name in names if name in wanted), names[0] if names else "(unnamed)")

@@ -5,11 +5,11 @@ A backend's module, and its library, are imported only when the backend is asked
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import Any, get_args
 
 from ..bundle.graph_spec import GraphSpec
 from ..declared_options import Range, Rule
@@ -19,59 +19,39 @@ from ..removed import removal
 from .base import ComputeDtype, Engine
 from .fp32_weights import with_fp32_weights
 
-if TYPE_CHECKING:
-    from .tensorrt.engine_record import TrtFlavor
-
-MAX_THREADS = 4096
-"""Number of threads that every backend takes."""
-
-_Devices = Callable[[], Iterable[str]]
-_Open = Callable[[Path, GraphSpec, str, "int | None", ComputeDtype], Engine]
-
 
 @dataclass(frozen=True)
 class _Backend:
     extra: str
     """The extra that installs it."""
-    load: Callable[[], tuple[_Devices, _Open, Callable[[], str]]]
-    """Imports its module, and no other: the functions that list its devices, open an engine, and say why there is no
-    GPU for it."""
+    module: str
+    """Its module, with the functions `devices` and, where it knows of GPUs, `gpu_fault`."""
+    engine: str
+    """The subclass of `Engine` in it."""
+    flavor: tuple[str, ...] = ()
+    """The last argument of these functions and of the class, where one module has two backends."""
     dtypes: Mapping[str, tuple[ComputeDtype, ...]] = field(default_factory=dict)
     """The compute dtypes by device, where the backend itself does not know them."""
     gpu_only: bool = False
     expanded_dtypes: tuple[str, ...] = ()
     """16-bit weights that it would hold in memory twice, in 16 and in 32 bits (`fp32_weights`)."""
 
-
-def _onnxruntime() -> tuple[_Devices, _Open, Callable[[], str]]:
-    from . import onnxruntime
-
-    return onnxruntime.devices, onnxruntime.OnnxRuntimeEngine, onnxruntime.cuda_fault
-
-
-def _openvino() -> tuple[_Devices, _Open, Callable[[], str]]:
-    from . import openvino
-
-    return openvino.devices, openvino.OpenVinoEngine, str
-
-
-def _tensorrt(flavor: TrtFlavor) -> tuple[_Devices, _Open, Callable[[], str]]:
-    from .tensorrt import engine
-
-    return (
-        partial(engine.devices, flavor),
-        partial(engine.TensorRtEngine, flavor=flavor),
-        partial(engine.gpu_fault, flavor),
-    )
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Call what its module has under a name; it is imported for that, and no other."""
+        module = importlib.import_module(self.module, __package__)
+        return getattr(module, name)(*arguments, *self.flavor)
 
 
 _BACKENDS = {
     "onnxruntime": _Backend(
-        "cpu", _onnxruntime, {"cpu": ("fp32",), "cuda": ("fp16", "fp32")}, expanded_dtypes=("F16",)
+        *("cpu", ".onnxruntime", "OnnxRuntimeEngine"),
+        dtypes={"cpu": ("fp32",), "cuda": ("fp16", "fp32")},
+        expanded_dtypes=("F16",),
     ),
-    "openvino": _Backend("openvino", _openvino, expanded_dtypes=("F16", "BF16")),
-    "tensorrt-rtx": _Backend("tensorrt-rtx", partial(_tensorrt, "tensorrt-rtx"), gpu_only=True),
-    "tensorrt": _Backend("tensorrt", partial(_tensorrt, "tensorrt"), gpu_only=True),
+    "openvino": _Backend("openvino", ".openvino", "OpenVinoEngine", expanded_dtypes=("F16", "BF16")),
+} | {
+    name: _Backend(name, ".tensorrt.engine", "TensorRtEngine", (name,), gpu_only=True)
+    for name in ("tensorrt-rtx", "tensorrt")
 }
 
 EXTRAS = {name: backend.extra for name, backend in _BACKENDS.items()}
@@ -99,28 +79,18 @@ def backend_devices(backend: str) -> list[str]:
         BackendError: it is installed but cannot be imported.
         KeyError: there is no such backend.
     """
-    devices, _, _ = _BACKENDS[backend].load()
-    return list(devices())
+    return list(_BACKENDS[backend].call("devices"))
 
 
 def has_device(backend: str, device: str) -> bool:
-    """Whether `backend`, a key of `EXTRAS`, finds `device`; looks for a GPU only if that is one.
-
-    Raises:
-        ImportError, BackendError, KeyError: see `backend_devices`.
-    """
-    devices, _, _ = _BACKENDS[backend].load()
-    return device in devices()
+    """Whether `backend` finds `device`; looks for a GPU only if that is one. Raises as `backend_devices`."""
+    return device in _BACKENDS[backend].call("devices")
 
 
 def gpu_fault(backend: str) -> str:
-    """Why `backend`, a key of `EXTRAS`, has no NVIDIA GPU here, and what mends it; empty if it has or could not.
-
-    Raises:
-        ImportError, BackendError, KeyError: see `backend_devices`.
-    """
-    *_, fault = _BACKENDS[backend].load()
-    return fault()
+    """Why `backend` has no NVIDIA GPU here, and what mends it; empty if it has or could not. Raises as
+    `backend_devices`."""
+    return "" if backend == "openvino" else str(_BACKENDS[backend].call("gpu_fault"))
 
 
 def open_engine(
@@ -146,27 +116,28 @@ def open_engine(
         cache: folder for weights converted to float32; None is the user's cache folder (`fp32_weights`).
 
     Raises:
-        UsageError: fewer threads than 1 or more than `MAX_THREADS`, an unknown compute dtype, or a removed option.
+        UsageError: fewer threads than 1 or more than 4096, an unknown compute dtype, or a removed option.
         MissingExtraError: no backend is installed.
         BackendError: the backend, device or compute dtype is not available (the message lists what is), or the file
             cannot be loaded or has other inputs and outputs.
         OutOfMemoryError: there is not enough memory.
     """
     if threads is not None:
-        rule = Rule(int, "", range=Range(1, MAX_THREADS))
+        rule = Rule(int, "", range=Range(1, 4096))
         threads = rule.plain(threads)  # backends refuse whole numbers of NumPy
         if not rule.accepts(threads):
             raise UsageError(f"found {threads!r} threads; expected {rule.expected}")
     backend, device, compute_dtype = find_backend(backend, device, compute_dtype)
     if not path.is_file():
         raise BackendError(f"found no graph file {path}; export the bundle again")
-    _, engine, _ = _BACKENDS[backend].load()
+    entry = _BACKENDS[backend]
     try:
         if device == "cpu":
-            path = with_fp32_weights(path, cache, _BACKENDS[backend].expanded_dtypes)
+            path = with_fp32_weights(path, cache, entry.expanded_dtypes)
             threads = threads or core_limit()
         with enough_memory(f"to open {path}", "close other programs, or take a bundle in int8"):
-            return engine(path, spec, device, threads, compute_dtype)
+            engine: Engine = entry.call(entry.engine, path, spec, device, threads, compute_dtype)
+            return engine
     except LsastError:
         raise
     except Exception as error:

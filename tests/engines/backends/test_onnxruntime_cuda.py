@@ -11,7 +11,7 @@ import pytest
 
 from lsast_engines.backends import onnxruntime
 from lsast_engines.backends.base import Engine
-from lsast_engines.backends.onnxruntime import GPU_SUFFIX, KEPT_SESSIONS, OnnxRuntimeEngine, cuda_fault, devices
+from lsast_engines.backends.onnxruntime import GPU_SUFFIX, KEPT_SESSIONS, OnnxRuntimeEngine, devices, gpu_fault
 from lsast_engines.backends.registry import open_engine
 from lsast_engines.errors import BackendError, UsageError
 
@@ -66,7 +66,7 @@ def test_cuda_that_does_not_start_says_why(
         with pytest.raises(BackendError, match=f"onnxruntime cannot use device 'cuda': .*{words}"):
             OnnxRuntimeEngine(toy.path, toy.spec, "cuda", None)
     assert capsys.readouterr().out == ""
-    monkeypatch.setattr(onnxruntime, "cuda_fault", lambda: pytest.fail("CUDA was started"))
+    monkeypatch.setattr(onnxruntime, "gpu_fault", lambda: pytest.fail("CUDA was started"))
     assert "cpu" in devices()
 
 
@@ -78,7 +78,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     opening, allocate, update = OnnxRuntimeEngine._open, value.ortvalue_from_shape_and_type, value.update_inplace
     monkeypatch.setitem(onnxruntime.PROVIDERS, "cuda", "CPUExecutionProvider")
     monkeypatch.setattr(onnxruntime, "_CUDA_OPTIONS", {})
-    monkeypatch.setattr(onnxruntime, "cuda_fault", lambda: "")
+    monkeypatch.setattr(onnxruntime, "gpu_fault", lambda: "")
     monkeypatch.setattr(
         OnnxRuntimeEngine, "_open", lambda self, lengths: seen.opened.append(lengths) or opening(self, lengths)
     )
@@ -152,7 +152,7 @@ def test_compute_dtype_is_fp16_on_a_gpu_unless_chosen(card: Any, toy: Any) -> No
 
 @pytest.mark.gpu
 def test_cuda_computes_the_graph(toy: Any) -> None:
-    if fault := cuda_fault():
+    if fault := gpu_fault():
         pytest.skip(f"onnxruntime: {fault}")
     engine = OnnxRuntimeEngine(toy.path, toy.spec, "cuda", None)
     for seed in range(4):  # the first run is captured, the others are its replays

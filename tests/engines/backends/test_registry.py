@@ -75,11 +75,9 @@ def test_open_engine_with_an_unavailable_choice_is_refused(toy: Any, monkeypatch
 def test_open_engine_with_tensorrt_runs_on_cuda(toy: Any, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     opened = []
     monkeypatch.setattr("lsast_engines.backends.tensorrt.engine.devices", lambda flavor: ["cuda"])
-    monkeypatch.setattr(
-        "lsast_engines.backends.tensorrt.engine.TensorRtEngine", lambda *given, flavor: opened.append((given, flavor))
-    )
+    monkeypatch.setattr("lsast_engines.backends.tensorrt.engine.TensorRtEngine", lambda *given: opened.append(given))
     open_engine(toy.path, toy.spec, "tensorrt-rtx", device, compute_dtype="fp16")
-    assert opened == [((toy.path, toy.spec, "cuda", None, "fp16"), "tensorrt-rtx")]
+    assert opened == [(toy.path, toy.spec, "cuda", None, "fp16", "tensorrt-rtx")]
 
 
 def test_backend_devices_of_an_unknown_backend_are_not_those_of_another(monkeypatch: pytest.MonkeyPatch) -> None:

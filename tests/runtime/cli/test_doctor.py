@@ -96,7 +96,7 @@ def machine(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Calla
         if cuda_fault is not None:
             del installed["onnxruntime"]
             installed["onnxruntime-gpu"] = "1.31.1"
-            monkeypatch.setattr("lsast_engines.backends.onnxruntime.cuda_fault", lambda: cuda_fault)
+            monkeypatch.setattr("lsast_engines.backends.onnxruntime.gpu_fault", lambda: cuda_fault)
             monkeypatch.setattr(doctor, "_has_cuda_provider", lambda: True)
         return examine()
 

@@ -181,8 +181,7 @@ class TensorRtEngine(Engine):
         spec: GraphSpec,
         device: str,
         threads: int | None,
-        compute_dtype: ComputeDtype = "fp16",
-        *,
+        compute_dtype: ComputeDtype,
         flavor: TrtFlavor,
     ) -> None:
         """Open the engine of the graph file `path`.
