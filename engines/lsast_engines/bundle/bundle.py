@@ -36,11 +36,9 @@ from .manifest import FileEntry, Manifest
 from .style import Style, StyleFile
 
 NULL_STYLE_FILE = "null.safetensors"
-WEIGHT_SUFFIXES = (".safetensors", ".data", ".bin")
-"""Suffixes of the files that hold weights of graphs."""
+STYLES, PROMPTS = "styles", "prompts"
 
-STYLES = "styles"
-PROMPTS = "prompts"
+_WEIGHT_SUFFIXES = (".safetensors", ".data", ".bin")
 
 _log = logging.getLogger("lsast.bundle")
 
@@ -106,25 +104,19 @@ class Bundle:
             try:
                 now = os.stat(file)
                 is_same = os.path.samestat(now, before)
-                if (in_place or is_same) and (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns):
-                    continue
-                if in_place and not is_same:
+                same_state = is_same and (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+                if same_state or (in_place and not is_same):
                     continue
                 if now.st_size != before.st_size or file_sha256(file) != self.manifest.files[name].sha256:
                     return True
+                self._stats[name] = now
             except OSError:
                 if not in_place:
                     return True
-            else:
-                self._stats[name] = now
         return False
 
     def check_unchanged(self, *, in_place: bool = False) -> None:
-        """See `has_changed`.
-
-        Raises:
-            BundleError: it has.
-        """
+        """Raises a `BundleError` if it `has_changed`."""
         if self.has_changed(in_place=in_place):
             raise BundleError(f"{self.path} was changed or replaced after it was opened; open it again")
 
@@ -145,12 +137,7 @@ class Bundle:
         return {**own, **users}
 
     def style(self, name: str) -> Style:
-        """Load all stages of the style `name`.
-
-        Raises:
-            UsageError: no style of that name; the message lists the available ones.
-            StyleError: the file is damaged, or was baked for another base.
-        """
+        """Load all stages of the style `name`; raises as `open_style`, and for every damaged stage."""
         return self.open_style(name).load()
 
     def open_style(self, name: str) -> StyleFile:
@@ -162,20 +149,14 @@ class Bundle:
         """
         styles = self.styles()
         if name not in styles:
-            near = did_you_mean(name, styles) or f"; {self.how_to_make(name)}"
+            base = "" if self.path == EMBEDDED else f" --base {self.path}"
+            make = f"; learn it with: lsast-train --style {name} --images DIR{base}, and then bake it with: "
+            near = did_you_mean(name, styles) or f"{make}lsast-export --style {name}{base}"
             available = ", ".join(styles) or "none"
             raise UnknownStyleError(f"found no style {name!r} for the bundle {self.path}; available: {available}{near}")
         style = StyleFile(styles[name])
         self.check_style(style)
         return style
-
-    def how_to_make(self, style: str) -> str:
-        """The commands that make a style for this bundle; part of an error message."""
-        base = "" if self.path == EMBEDDED else f" --base {self.path}"
-        return (
-            f"learn it with: lsast-train --style {style} --images DIR{base}, and then bake it with: "
-            f"lsast-export --style {style}{base}"
-        )
 
     def check_style(self, style: Style | StyleFile) -> None:
         """Check that `style` fits this base.
@@ -224,9 +205,8 @@ class Bundle:
             for name, source in sources.items():
                 target = fresh / name
                 if target.parent not in (fresh, *folders):
-                    raise BundleError(
-                        f"found file name {name!r}; expected a plain name, or one under {STYLES}/ or {PROMPTS}/"
-                    )
+                    expected = f"a plain name, or one under {STYLES}/ or {PROMPTS}/"
+                    raise BundleError(f"found file name {name!r}; expected {expected}")
                 if isinstance(source, bytes):
                     target.write_bytes(source)
                 elif consume:
@@ -266,7 +246,7 @@ def _tell_left_out(path: Path) -> None:
 def _file_faults(path: Path, manifest: Manifest, verify_hashes: bool) -> list[str]:
     required = [f"{name}.onnx" for name in manifest.graphs] + [NULL_STYLE_FILE]
     # A graph finds its weights by their name beside it.
-    required += [file.name for file in sorted(path.iterdir()) if file.suffix in WEIGHT_SUFFIXES]
+    required += [file.name for file in sorted(path.iterdir()) if file.suffix in _WEIGHT_SUFFIXES]
     faults = [
         f"{shown(name)}: not declared in files; expected an entry"
         for name in dict.fromkeys(required)

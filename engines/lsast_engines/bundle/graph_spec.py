@@ -79,30 +79,12 @@ def graph_specs(geometry: Geometry) -> dict[str, GraphSpec]:
       ControlNet runs once, at batch B, with the style's keys and values; both guidance rows share its residuals.
     - ``vae_decoder``: latent, divided by `latent_scale` → picture in about [-1, 1].
     """
-    g = geometry
-    picture = ("B", 3, "H", "W")
-    latent = ("B", g.latent_channels, "h", "w")
-    hint = TensorSpec("hint", "float32", ("B", g.hint_channels, "h", "w"))
+    g = _Tensors(geometry)
     specs = (
-        GraphSpec(
-            VAE_ENCODER,
-            (TensorSpec("image", "float32", picture),),
-            (TensorSpec("mean", "float32", latent), TensorSpec("std", "float32", latent)),
-        ),
-        GraphSpec(CONTROLNET_COND, (TensorSpec("edges", "float32", picture),), (hint,)),
-        GraphSpec(
-            DENOISER,
-            (
-                TensorSpec("latent", "float32", latent),
-                hint,
-                TensorSpec("timestep", "int64", ("B",)),
-                TensorSpec("kv_unet", "float32", ("G", "B", g.tokens, g.unet_width)),
-                TensorSpec("kv_control", "float32", ("B", g.tokens, g.control_width)),
-                TensorSpec("control_scale", "float32", ()),
-            ),
-            (TensorSpec("eps", "float32", ("G", *latent)),),
-        ),
-        GraphSpec(VAE_DECODER, (TensorSpec("latent", "float32", latent),), (TensorSpec("image", "float32", picture),)),
+        GraphSpec(VAE_ENCODER, (g.image,), (replace(g.latent, name="mean"), replace(g.latent, name="std"))),
+        GraphSpec(CONTROLNET_COND, (replace(g.image, name="edges"),), (g.hint,)),
+        GraphSpec(DENOISER, (g.latent, g.hint, g.timestep, g.kv_unet, g.kv_control, g.control_scale), (g.eps,)),
+        GraphSpec(VAE_DECODER, (g.latent,), (g.image,)),
     )
     return {spec.name: spec for spec in specs}
 
@@ -142,32 +124,34 @@ def split_specs(geometry: Geometry, cut: UnetSplit) -> dict[str, GraphSpec]:
     ``controlnet`` and ``unet_full`` together compute the ``denoiser``; ``unet_outer`` with the feature of the same step
     computes the same eps.
     """
-    g = geometry
-    latent = TensorSpec("latent", "float32", ("B", g.latent_channels, "h", "w"))
-    timestep = TensorSpec("timestep", "int64", ("B",))
-    kv_unet = TensorSpec("kv_unet", "float32", ("G", "B", g.tokens, g.unet_width))
+    g = _Tensors(geometry)
+    sides = [("h", "w") if level == 0 else (f"h{2**level}", f"w{2**level}") for _, level in cut.residuals]
     residuals = tuple(
-        TensorSpec(f"residual_{place}", "float32", ("B", channels, *_sides(level)))
-        for place, (channels, level) in enumerate(cut.residuals)
+        TensorSpec(f"residual_{place}", "float32", ("B", channels, *sides[place]))
+        for place, (channels, _) in enumerate(cut.residuals)
     )
     feature = TensorSpec("feature", "float32", ("G", "B", cut.feature, "h", "w"))
-    eps = TensorSpec("eps", "float32", ("G", *latent.shape))
+    unet = (g.latent, g.timestep, g.kv_unet)
     specs = (
-        GraphSpec(
-            CONTROLNET,
-            (
-                latent,
-                TensorSpec("hint", "float32", ("B", g.hint_channels, "h", "w")),
-                timestep,
-                TensorSpec("kv_control", "float32", ("B", g.tokens, g.control_width)),
-                TensorSpec("control_scale", "float32", ()),
-            ),
-            residuals,
-        ),
-        GraphSpec(UNET_FULL, (latent, timestep, kv_unet, *residuals), (eps, feature)),
-        GraphSpec(UNET_OUTER, (latent, timestep, kv_unet, *residuals[: cut.outer], feature), (eps,)),
+        GraphSpec(CONTROLNET, (g.latent, g.hint, g.timestep, g.kv_control, g.control_scale), residuals),
+        GraphSpec(UNET_FULL, (*unet, *residuals), (g.eps, feature)),
+        GraphSpec(UNET_OUTER, (*unet, *residuals[: cut.outer], feature), (g.eps,)),
     )
     return {spec.name: spec for spec in specs}
+
+
+class _Tensors:
+    """Inputs and outputs of the graphs of a base, by name."""
+
+    def __init__(self, g: Geometry) -> None:
+        self.image = TensorSpec("image", "float32", ("B", 3, "H", "W"))
+        self.latent = TensorSpec("latent", "float32", ("B", g.latent_channels, "h", "w"))
+        self.hint = TensorSpec("hint", "float32", ("B", g.hint_channels, "h", "w"))
+        self.timestep = TensorSpec("timestep", "int64", ("B",))
+        self.kv_unet = TensorSpec("kv_unet", "float32", ("G", "B", g.tokens, g.unet_width))
+        self.kv_control = TensorSpec("kv_control", "float32", ("B", g.tokens, g.control_width))
+        self.control_scale = TensorSpec("control_scale", "float32", ())
+        self.eps = TensorSpec("eps", "float32", ("G", *self.latent.shape))
 
 
 def optional_specs(geometry: Geometry, graphs: Mapping[str, GraphSpec]) -> dict[str, GraphSpec]:
@@ -183,16 +167,11 @@ def optional_specs(geometry: Geometry, graphs: Mapping[str, GraphSpec]) -> dict[
     # All inputs but latent, timestep, kv_unet and feature are residuals.
     outer = len(graphs[UNET_OUTER].inputs) - 4 if UNET_OUTER in graphs else 0
     cut = UnetSplit(
-        residuals=tuple((_length(tensor, 1), _level(tensor)) for tensor in residuals),
+        residuals=tuple((_length(t, 1), downsampling_level(str(t.shape[-1] if t.shape else 0))) for t in residuals),
         outer=max(0, outer),
         feature=next(filter(None, features), 0),
     )
     return {**split_specs(geometry, cut), **small}
-
-
-def _sides(level: int) -> tuple[str, str]:
-    """Names of height and width at a level of a network."""
-    return ("h", "w") if level == 0 else (f"h{2**level}", f"w{2**level}")
 
 
 def downsampling_level(axis: str) -> int:
@@ -203,7 +182,3 @@ def downsampling_level(axis: str) -> int:
 def _length(tensor: TensorSpec, axis: int) -> int:
     length = tensor.shape[axis] if axis < len(tensor.shape) else 0
     return length if isinstance(length, int) else 0
-
-
-def _level(tensor: TensorSpec) -> int:
-    return downsampling_level(str(tensor.shape[-1])) if tensor.shape else 0

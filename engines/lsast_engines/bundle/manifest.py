@@ -178,7 +178,5 @@ def _contradictions(manifest: Manifest) -> list[str]:
                 )
             end = layer.offset + 2 * layer.width
         if end != total:
-            faults.append(
-                f"attention_layers: found {end} columns of {network} in all; expected {total}, as in geometry"
-            )
+            faults.append(f"attention_layers: found {end} columns of {network}; expected {total}, as in geometry")
     return faults

@@ -174,11 +174,7 @@ class Style:
 
     @classmethod
     def load(cls, path: Path) -> Style:
-        """Read all stages of a style file.
-
-        Raises:
-            StyleError: see `StyleFile`.
-        """
+        """Read all stages of a style file; raises as `StyleFile`."""
         return StyleFile(path).load()
 
 
@@ -201,10 +197,7 @@ class StyleFile:
         if header is None:
             raise StyleError(fault_list(f"style file {path} is damaged:", faults))
         self.name, self.stages, self.tokens = header.name, header.stages, header.tokens
-        self.base = header.base
-        """Fingerprint of the base (`Manifest.fingerprint`) that projected the prompts; the style fits no other base."""
-        self.meta = header.meta
-        """Licence, training settings, default options."""
+        self.base, self.meta = header.base, header.meta
         faults += style_name_faults(self.name)
         self.defaults, wrong = decode_defaults(self.meta)
         """The style's own default options, a part of `STYLE_DEFAULTS`."""
@@ -269,11 +262,7 @@ class StyleFile:
         return np.frombuffer(data, "<f2").reshape(slot.shape[1:]) if len(data) == length else np.zeros(1, np.float16)
 
     def load(self) -> Style:
-        """The whole style.
-
-        Raises:
-            StyleError: see `stage`.
-        """
+        """The whole style; raises as `stage`."""
         stages = [self.stage(stage) for stage in range(self.stages)]
         unet, control = (np.stack([getattr(kv, name) for kv in stages]) for name in TENSORS)
         return Style(self.name, self.base, self.stages, self.tokens, unet, control, self.meta)

@@ -85,7 +85,7 @@ def test_manifest_of_lacking_or_contradicting_fields_is_refused(manifest: Manife
         "multiple: found 100; expected a multiple of geometry.factor 8",
         "width: found 512; expected a multiple of 100",
         "attention_layers: found offset 9 of unet up_blocks.0.attn2; expected 8",
-        "attention_layers: found 21 columns of unet in all; expected 20, as in geometry",
+        "attention_layers: found 21 columns of unet; expected 20, as in geometry",
     ]
 
 
