@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
     from .images.contact_sheet import Sheet as Sheet
     from .images.contact_sheet import contact_sheet as contact_sheet
+    from .images.metadata import Provenance as Provenance
     from .images.metadata import Record as Record
     from .images.metadata import read_record as read_record
-    from .images.provenance import Provenance as Provenance
     from .options.options import Options as Options
     from .result import Result as Result
     from .sessions.cancel import CancelToken as CancelToken
@@ -46,8 +46,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "lsast_engines.errors": ("BackendError", "BundleError", "CancelledError", "LsastError", "MissingExtraError",
                              "OutOfMemoryError", "PictureError", "StyleError", "UsageError"),
     ".images.contact_sheet": ("Sheet", "contact_sheet"),
-    ".images.metadata": ("Record", "read_record"),
-    ".images.provenance": ("Provenance",),
+    ".images.metadata": ("Provenance", "Record", "read_record"),
     ".options.options": ("Options",),
     ".result": ("Result",),
     ".sessions.cancel": ("CancelToken",),

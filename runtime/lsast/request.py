@@ -178,12 +178,9 @@ class Request:
 def resolve_options(
     bundle: Bundle, given: Mapping[str, Any], preset: str | None, open_style: Callable[[str], StyleFile]
 ) -> tuple[Options, dict[str, StyleFile]]:
-    """The complete options of a call, of which `given` are not None, and the open styles that they name.
-
-    Raises:
-        UsageError: invalid options, all at once; an unknown style, with the available ones.
-        StyleError: the style's file is damaged, or was made for another base.
-    """
+    """The complete options of a call, of which `given` are not None, and the open styles that they name. Raises a
+    `UsageError` that names all invalid options, or an unknown style; a `StyleError` where a style's file is damaged,
+    or was made for another base."""
     given, manifest = current_options(given), bundle.manifest
     if unknown := [f"{name!r}{did_you_mean(name, rules())}" for name in given if name not in rules()]:
         raise UsageError(fault_list(f"found no such options; expected {', '.join(rules())}:", unknown))
@@ -203,11 +200,7 @@ def resolve_options(
 
 
 def make_schedule(bundle: Bundle, options: Options) -> TimestepSchedule:
-    """The steps of a painting.
-
-    Raises:
-        UsageError: a schedule that the solver does not allow.
-    """
+    """The steps of a painting; a `UsageError` where the solver does not allow them."""
     manifest = bundle.manifest
     return TimestepSchedule.build(manifest.noise, options.steps, options.strength, manifest.stages, options.solver)
 
@@ -220,11 +213,7 @@ def graphs_of(options: Options | Mapping[str, Any]) -> tuple[tuple[str, ...], st
 
 
 def require_graphs(bundle: Bundle, options: Options) -> None:
-    """Check that a bundle has the graphs that `options` need.
-
-    Raises:
-        BundleError: it lacks some; the message says what adds them.
-    """
+    """Raise a `BundleError` if a bundle lacks graphs that `options` need; the message says what adds them."""
     denoisers, decoder = graphs_of(options)
     if missing := [name for name in denoisers if name not in bundle.manifest.graphs]:
         raise BundleError(

@@ -18,13 +18,13 @@ from lsast_engines.files import replace_file
 from lsast_engines.images import on_white
 
 from .images.formats import WRITTEN_PICTURES, check_format
+from .images.metadata import Provenance, Record
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from lsast_engines.backends.choice import Choice
 
-    from .images.provenance import Provenance
     from .options.options import Options
 
 _log = logging.getLogger("lsast.result")
@@ -120,8 +120,6 @@ class Result:
             pixels = np.asarray(image)
             image = Image.fromarray(on_white(pixels[:, :, :3], pixels[:, :, 3]))
         if self.provenance:
-            from .images.metadata import Record
-
             record = Record(self.provenance, self.options, self.seconds if seconds else {})
             arguments = {**arguments, **record.pillow_save_args(name)}
         image.save(handle, format=name, icc_profile=self.image.info.get("icc_profile"), **arguments)
@@ -134,12 +132,8 @@ def validate_output_path(path: Path, size: tuple[int, int] | None = None) -> Non
 
 
 def validate_output_place(path: Path) -> None:
-    """Check, before anything is painted, that a file of this name can be written, whatever its format.
-
-    Raises:
-        UsageError: `path` is a folder, a device or a pipe.
-        PictureError: its folder cannot be written, or its name is too long.
-    """
+    """Check, before anything is painted, that a file of this name can be written, whatever its format; a `UsageError`
+    for a folder, a device or a pipe, a `PictureError` where the folder cannot be written, or the name is too long."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:

@@ -19,7 +19,7 @@ from lsast_engines.declared_options import Range, Rule, option_faults, rules_of
 from lsast_engines.errors import UsageError, enough_memory, fault_list
 from lsast_engines.images import pixels_sha256
 
-from .images.provenance import Provenance, bundle_sha256, versions
+from .images.metadata import Provenance, bundle_sha256, versions
 from .options.options import Options, PresetName, SolverName, preset_options, rules
 from .request import Request, graphs_of, make_schedule, resolve_options
 from .result import Result
@@ -470,11 +470,7 @@ class Stylizer:
 
 
 def first_graphs(bundle: Bundle, options: Mapping[str, Any]) -> list[str]:
-    """The graphs to open before the first picture, given options of all pictures; without those the bundle lacks.
-
-    Raises:
-        UsageError: there is no such preset.
-    """
+    """The graphs to open before the first picture, given options of all pictures; without those the bundle lacks."""
     denoisers, decoder = graphs_of({**preset_options(options.get("preset")), **options})
     names = (VAE_ENCODER, CONTROLNET_COND, *denoisers, decoder)
     return list(names if bundle.manifest.graphs.keys() >= {*names} else REQUIRED_GRAPHS)

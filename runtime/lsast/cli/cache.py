@@ -6,8 +6,8 @@ Everything here is made again when it is needed. Bundles and styles that the use
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +40,7 @@ def cache_entries() -> list[Entry]:
 
 
 def remove(entries: list[Entry]) -> None:
-    """Remove entries.
-
-    Raises:
-        LsastError: some cannot be removed; all of them at once.
-    """
+    """Remove entries; an `LsastError` names all that cannot be removed."""
     for entry in entries:
         shutil.rmtree(entry.path, ignore_errors=True)
     if kept := [str(entry.path) for entry in entries if entry.path.exists()]:
@@ -53,41 +49,37 @@ def remove(entries: list[Entry]) -> None:
 
 def as_lines(entries: list[Entry]) -> list[str]:
     """The entries for a terminal, those of one kind and bundle together."""
-    sizes: dict[tuple[str, str], int] = {}
+    sizes: Counter[tuple[str, str]] = Counter()
     for entry in entries:
         about = f"{entry.source or 'unknown'}{'' if entry.used else ' (gone or changed: lsast cache prune removes it)'}"
-        sizes[entry.kind, about] = sizes.get((entry.kind, about), 0) + entry.bytes
+        sizes[entry.kind, about] += entry.bytes
     width = max((len(kind) for kind, _ in sizes), default=0)
     lines = [f"{size / 1e6:9.1f} MB  {kind:{width}}  {about}" for (kind, about), size in sizes.items()]
     return [*lines, f"{sum(sizes.values()) / 1e6:9.1f} MB in {cache_home()}"]
 
 
 def _entries(home: Path) -> Iterator[Entry]:
-    for backend in _folders(home / "compiled"):
-        if backend.name in _GRAPH_CACHES:
-            for folder in _folders(backend):
-                graph = read_source(folder)
-                source = "" if graph is None else str(graph.parent)
-                used = graph is not None and graph.exists()
-                yield Entry(f"graphs of {backend.name}", folder, _size(folder), source, used)
-        else:  # named by the base, of which any number of bundles may be there
-            yield Entry("compiled engines", backend, _size(backend), backend.name, used=True)
+    for backend in _GRAPH_CACHES:
+        for folder in _folders(home / "compiled" / backend):
+            graph = read_source(folder)
+            yield _entry(f"graphs of {backend}", folder, graph and graph.parent, graph is not None and graph.exists())
+    for folder in _folders(home / "compiled"):
+        if folder.name not in _GRAPH_CACHES:  # named by the base, of which any number of bundles may be there
+            yield _entry("compiled engines", folder, folder.name, used=True)
     for folder in _folders(home / "fp32"):
         weights = read_source(folder)
-        source = "" if weights is None else str(weights.parent)
-        yield Entry("weights in float32", folder, _size(folder), source, is_current(folder))
+        yield _entry("weights in float32", folder, weights and weights.parent, is_current(folder))
     if (features := home / "eval").is_dir():
-        yield Entry("features of lsast-eval", features, _size(features), "pictures", used=True)
+        yield _entry("features of lsast-eval", features, "pictures", used=True)
 
 
 def _folders(parent: Path) -> list[Path]:
     return [path for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
 
 
-def _size(folder: Path) -> int:
+def _entry(kind: str, folder: Path, source: object, used: bool) -> Entry:
     size = 0
-    for root, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):  # another process has just removed it
-                size += os.lstat(os.path.join(root, name)).st_size
-    return size
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # another process has just removed it
+            size += 0 if path.is_dir() else path.lstat().st_size
+    return Entry(kind, folder, size, str(source or ""), used)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
+import pkgutil
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +21,6 @@ _OTHERS = {
     "eval": ("lsast_eval.cli:main", "Score folders of paintings (lsast-eval)."),
 }
 """The commands that have a module of their own: where they are, and their line in the help."""
-
 
 _SYNONYMS = {
     **dict.fromkeys(("paint", "repaint", "stylize", "stylise", "apply", "convert"), "run"),
@@ -49,8 +48,7 @@ class Commands(Group):
         """See `click.Group`."""
         if cmd_name not in _OTHERS:
             return super().get_command(ctx, cmd_name)
-        module, _, name = _OTHERS[cmd_name][0].partition(":")
-        command: click.Command = getattr(importlib.import_module(module), name)
+        command: click.Command = pkgutil.resolve_name(_OTHERS[cmd_name][0])
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -115,12 +113,8 @@ def styles(picture: Path | None, bundle: str | None, sheet: str | None) -> None:
     context.invoke(run, paths=(str(picture or SAMPLE),), out=sheet, axes=axes, bundle=bundle, **THUMBNAIL)
 
 
-CACHE_ACTIONS = ("list", "prune", "clear")
-"""What can be done with the caches."""
-
-
 @main.command("cache", cls=Command)
-@click.argument("action", type=click.Choice(CACHE_ACTIONS), default="list")
+@click.argument("action", type=click.Choice(("list", "prune", "clear")), default="list")
 @json_option
 @debug_option
 def cache(action: str) -> None:

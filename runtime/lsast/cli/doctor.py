@@ -30,13 +30,11 @@ WHEELS = ("onnxruntime", "onnxruntime-gpu")
 
 @dataclass(frozen=True)
 class BackendState:
-    """Whether a backend can be used."""
+    """The devices that a backend can use here, and why it lacks some or all, and what helps; empty if it works."""
 
     name: str
     devices: tuple[str, ...]
-    """The devices that it can use here; none if it cannot be used."""
     remedy: str
-    """Why it lacks a device, or everything, and what helps; empty if it works."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +84,19 @@ class Report:
 
 def examine() -> Report:
     """Examine this machine and this environment."""
+    from lsast_engines.backends.choice import choose
+
     libraries: dict[str, str | None] = {**dict.fromkeys(LIBRARIES), **installed_versions(*LIBRARIES)}
     gpus, gpu_fault = _gpus()
     backends = _backends(bool(gpus))
-    auto, faster = _auto()
+    try:
+        choice = choose()
+        auto, faster = f"{choice.backend} in {choice.compute_dtype} ({choice.reason})", choice.remedy
+    except Exception as error:  # nothing is installed, or a library is broken
+        auto, faster = f"nothing: {error}", ""
+    telemetry = "off (that of ONNX Runtime and of OpenVINO)"
+    if (value := os.environ.get("ORT_DISABLE_TELEMETRY", "1")) != "1":  # see `lsast_engines.backends.imports`
+        telemetry = f"OpenVINO's is off; ONNX Runtime's is left to ORT_DISABLE_TELEMETRY={value}"
     return Report(
         system=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         gpus=gpus,
@@ -99,28 +106,9 @@ def examine() -> Report:
         backends=tuple(backends),
         auto=auto,
         faster=faster,
-        telemetry=_telemetry(),
+        telemetry=telemetry,
         faults=tuple(_faults(libraries, backends)),
     )
-
-
-def _auto() -> tuple[str, str]:
-    """`Report.auto` and `Report.faster`."""
-    from lsast_engines.backends.choice import choose
-
-    try:
-        found = choose()
-    except Exception as error:  # nothing is installed, or a library is broken
-        return f"nothing: {error}", ""
-    return f"{found.backend} in {found.compute_dtype} ({found.reason})", found.remedy
-
-
-def _telemetry() -> str:
-    """What `import_library` leaves on."""
-    value = os.environ.get("ORT_DISABLE_TELEMETRY", "1")
-    if value == "1":
-        return "off (that of ONNX Runtime and of OpenVINO)"
-    return f"OpenVINO's is off; ONNX Runtime's is left to ORT_DISABLE_TELEMETRY={value}"
 
 
 def _faults(libraries: dict[str, str | None], backends: list[BackendState]) -> list[str]:

@@ -79,10 +79,6 @@ def plan_jobs(sources: Sequence[str], out: str) -> Plan:
 
     What has the output of another source, or a source as its output, is a failure; it does not end the others.
 
-    Args:
-        sources: the IN arguments, at least one.
-        out: the OUT argument.
-
     Raises:
         UsageError: an OUT that cannot hold the paintings; or, if nothing else is to be painted, a pattern without files
             or outputs as described.
@@ -122,11 +118,8 @@ def plan_jobs(sources: Sequence[str], out: str) -> Plan:
 
 
 def default_output(source: str) -> str:
-    """OUT of a call that names none: beside the source, ``photo-painted.jpg`` of ``photo.jpg``.
-
-    Raises:
-        UsageError: standard input, a pipe, or a pattern.
-    """
+    """OUT of a call that names none: beside the source, ``photo-painted.jpg`` of ``photo.jpg``; a `UsageError` for
+    standard input, a pipe, or a pattern."""
     path = Path(source)
     pipe = path.exists() and not path.is_file() and not path.is_dir()
     if source == STDIO or pipe or not (path.is_dir() or _is_file_name(source)):
@@ -184,11 +177,7 @@ def _is_file_name(given: str) -> bool:
 
 
 def require_input(path: Path) -> None:
-    """Check that a picture or video is there.
-
-    Raises:
-        PictureError: it is not.
-    """
+    """Raise a `PictureError` if a picture or video is not there."""
     try:
         path.stat()
     except (OSError, ValueError) as error:

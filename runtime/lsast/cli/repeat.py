@@ -15,8 +15,7 @@ from lsast_engines.errors import BackendError, LsastError, UsageError, fault_lis
 from lsast_engines.images import pixels_sha256, read_picture
 
 from ..images.mask import read_mask
-from ..images.metadata import Record, read_record
-from ..images.provenance import Provenance, bundle_sha256
+from ..images.metadata import Provenance, Record, bundle_sha256, read_record
 from ..options.options import current_options, preset_options
 from ..options.style_mix import Mix
 from ..result import Result, validate_output_path
@@ -27,7 +26,7 @@ from .run import ProgressBars
 def repeat(
     origin: Path, paths: list[Path], where: dict[str, Any], options: dict[str, Any]
 ) -> tuple[dict[str, Any], str]:
-    """Verify what a painting was made of, and repeat it.
+    """Verify what a painting was made of, and repeat it; → the report for ``--json``, and the line printed without it.
 
     Args:
         origin: the painting.
@@ -35,9 +34,6 @@ def repeat(
             compare; IN and OUT to write the painting instead of comparing.
         where: arguments of `load` that replace those of the painting.
         options: options that replace those of the painting; then nothing is verified.
-
-    Returns:
-        The report for ``--json``, and the line that is printed without it.
 
     Raises:
         LsastError: the painting was made of something else, or another picture came out.
@@ -89,23 +85,10 @@ def _open(made: Provenance, where: dict[str, Any]) -> Stylizer:
         ) from error
 
 
-def verify_inputs(
-    record: Record, origin: Path, bundle: Bundle, picture: Path | None = None, mask: Path | None = None
-) -> None:
-    """Check that a painting was made of what is here.
-
-    Args:
-        record: what its file says.
-        origin: the file, for messages.
-        bundle: the bundle that would paint.
-        picture: the picture that would be painted; None leaves picture and mask unchecked.
-        mask: the mask.
-
-    Raises:
-        LsastError: some checksums differ; all of them at once.
-        UsageError: a style that is not here; or a painting that was made with a mask, and none is given.
-        PictureError: the picture or the mask cannot be read.
-    """
+def verify_inputs(record: Record, origin: Path, bundle: Bundle, picture: Path | None, mask: Path | None) -> None:
+    """Check that the painting `origin` was made of what is here, of `picture` and `mask` if `picture` is given. An
+    `LsastError` names all checksums that differ; a `UsageError` a style that is not here, or a mask that is not
+    given."""
     made = record.provenance
     faults = _difference(f"bundle {made.bundle}", bundle_sha256(bundle), made.bundle_sha256)
     if faults:  # its styles are of another base as well
@@ -127,12 +110,8 @@ def verify_inputs(
 
 
 def compare_pixels(again: Result, origin: Path, record: Record) -> None:
-    """Check that a repeated painting equals the one in a file, after it is encoded in that file's format.
-
-    Raises:
-        LsastError: it differs; the message says by how much, and what has changed since.
-        PictureError: the file cannot be read.
-    """
+    """Check that a repeated painting equals the one in a file, after it is encoded in that file's format. An
+    `LsastError` says by how much it differs, and what has changed since."""
     encoded = io.BytesIO()
     again.write(encoded, origin.suffix)
     old, new = read_picture(origin), read_picture(encoded.getvalue())

@@ -7,15 +7,15 @@ call continues one that was killed.
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import logging
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -48,7 +48,7 @@ class ProgressBars:
         self._files = tqdm(total=files, desc="files", unit="file", position=0, disable=off if several else True)
         self._steps = tqdm(desc="opening", unit="step", position=int(several), leave=False, disable=off)
         self._frames: Any = None
-        self._new_frames = functools.partial(
+        self._new_frames = partial(
             tqdm, desc="frames", unit="frame", position=int(several) + 1, leave=False, disable=off
         )
 
@@ -87,15 +87,8 @@ class ProgressBars:
 
 
 def open_stylizer(where: dict[str, Any], options: dict[str, Any]) -> Stylizer:
-    """Check the options of all paintings, which takes no engine, then open the engines.
-
-    Args:
-        where: arguments of `lsast.load`.
-        options: keywords of `Stylizer.stylize`.
-
-    Raises:
-        LsastError: see `lsast.load` and `Stylizer.resolve`.
-    """
+    """Check the options of all paintings, which takes no engine, then open the engines. `where` are arguments of
+    `lsast.load`, `options` keywords of `Stylizer.stylize`."""
     from lsast_engines.bundle.bundle import Bundle, find_bundle
 
     from ..request import make_schedule, require_graphs, resolve_options
@@ -118,8 +111,8 @@ def paint_several(
     Args:
         jobs: a tuple, or endless for watched folders, which an interrupt ends.
         failures: what cannot be painted, by the name of its file, and why; those of the jobs are added.
-        where: arguments of `lsast.load`, which is called before the first file that is painted.
-        options: keywords of `Stylizer.stylize`.
+        where: see `open_stylizer`, which is called before the first file that is painted.
+        options: see `open_stylizer`.
         overwrite: paint those again whose painting exists.
 
     Raises:
@@ -139,7 +132,7 @@ def paint_several(
         if not quiet():
             stack.callback(summarise)
         bars = stack.enter_context(contextlib.closing(ProgressBars(count)))
-        stylizer = functools.cache(lambda: stack.enter_context(open_stylizer(where, options)))
+        stylizer = cache(lambda: stack.enter_context(open_stylizer(where, options)))
 
         def report(status: str, source: str, out: str | None, **facts: Any) -> None:
             counts[status] += 1
@@ -151,31 +144,30 @@ def paint_several(
             report("failed", source, None, error=reason)
             if count is not None:
                 _log.warning("cannot paint: %s", named(source, reason))
+
+        def attempt(job: Job, work: Callable[[], Report]) -> Report | str:
+            """The report of a painting, or why it failed: whatever that is, the other files are still painted."""
+            painter = stylizer()
+            try:
+                check(job, painter.resolve(**without_mask(options)))
+                return work()
+            except Exception as error:
+                if isinstance(error, _SAME_FOR_ALL) and not job.is_video:
+                    raise
+                _log.debug("%s", job.source, exc_info=True)
+                return describe(error)
+
         for job in jobs if isinstance(jobs, tuple) else ():
-            if overwrite or not os.path.exists(str(job.out)):
-                try:
-                    check(job, stylizer().resolve(**without_mask(options)))
-                except Exception as error:
-                    if isinstance(error, _SAME_FOR_ALL) and not job.is_video:
-                        raise
-                    _log.warning("cannot paint: %s", named(str(job.source), describe(error)))
+            if (overwrite or not os.path.exists(str(job.out))) and isinstance(found := attempt(job, dict), str):
+                _log.warning("cannot paint: %s", named(str(job.source), found))
         with contextlib.suppress(KeyboardInterrupt) if count is None else contextlib.nullcontext():
             for job in jobs:
                 source, out = str(job.source), str(job.out)  # of several jobs, none is a stream
                 if os.path.exists(out) and not overwrite:
                     report("skipped", source, out)
-                    bars.file_done()
-                    continue
-                painter = stylizer()
-                try:
-                    check(job, painter.resolve(**without_mask(options)))
-                    facts = paint(job, painter, options, bars)
-                except Exception as error:  # whatever it is, the other files are still painted
-                    if isinstance(error, _SAME_FOR_ALL) and not job.is_video:
-                        raise
-                    _log.debug("%s", source, exc_info=True)
-                    failures[source] = describe(error)
-                    report("failed", source, out, error=failures[source])
+                elif isinstance(facts := attempt(job, partial(paint, job, stylizer(), options, bars)), str):
+                    failures[source] = facts
+                    report("failed", source, out, error=facts)
                 else:
                     failures.pop(source, None)  # a watched file that was mended
                     report("painted", source, out, **facts)
@@ -190,17 +182,10 @@ def without_mask(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(job: Job, options: Options | None = None) -> None:
-    """Check that a job's source is there and that its output can be written, as far as can be told before painting.
-
-    Args:
-        job: the job.
-        options: what it is painted with; None before they are known, then the size of the painting is not checked.
-
-    Raises:
-        UsageError: a suffix that is not written, or a folder.
-        PictureError: no source, no folder that can be written, or a picture too large for the output's format.
-        LsastError: for a video, see `transcode.check_video`.
-    """
+    """Check that a job's source is there and that its output can be written, as far as can be told before painting:
+    with the `options` that it is painted with, the size of the painting, too. Raises a `UsageError` for a suffix
+    that is not written, or a folder; a `PictureError` where there is no source, no folder that can be written, or
+    too large a picture for the format; for a video see `transcode.check_video`."""
     if job.source is not None:
         require_input(job.source)
     if job.source is not None and job.out is not None and job.is_video:

@@ -18,17 +18,12 @@ from .inputs import STDIO, Job, named, plan_jobs
 SETTLED = 0.5
 """Seconds for which a file must not have changed before it is painted: it may still be copied."""
 
-
 _log = logging.getLogger("lsast.cli")
 
 
 def check_watch(sources: Sequence[str], out: str) -> None:
-    """Check that the arguments can be watched.
-
-    Raises:
-        UsageError: an IN that is not a folder, or an OUT that cannot be one.
-        MissingExtraError: watchfiles is not installed.
-    """
+    """Check that the arguments can be watched; a `UsageError` for an IN that is not a folder, or an OUT that cannot be
+    one, a `MissingExtraError` without watchfiles."""
     wrong = [source for source in sources if source == STDIO or not Path(source).is_dir()]
     if wrong:
         raise UsageError(f"found {', '.join(wrong)} to watch; expected folders")
@@ -43,24 +38,16 @@ def watch(
     """Yield a job for every picture whose painting is missing or older, now and after every change; never ends.
 
     A job counts as done when the next one is asked for, even if it failed: it comes again only after its source has
-    changed. `plan_jobs` finds the pictures and names the outputs.
-
-    Args:
-        sources: the folders.
-        out: the folder of the paintings.
-        overwrite: also yield, once, every picture that has a newer painting.
-        stop: ends the watching; asked twice a second.
+    changed. With `overwrite`, every picture that has a newer painting is yielded once, too. `stop` ends the watching.
     """
-    with contextlib.ExitStack() as stack:
-        for logger in map(logging.getLogger, ("lsast.images", "lsast.cli")):
-            stack.enter_context(_each_once(logger))
+    with _each_once("lsast.images"), _each_once("lsast.cli"):
         yield from _new_jobs(sources, out, overwrite, stop)
 
 
 @contextlib.contextmanager
-def _each_once(logger: logging.Logger) -> Iterator[None]:
+def _each_once(name: str) -> Iterator[None]:
     """Log what is the same only once while the block runs: a folder is searched again and again."""
-    said: set[str] = set()
+    logger, said = logging.getLogger(name), set[str]()
 
     def is_new(record: logging.LogRecord) -> bool:
         known = record.getMessage() in said
@@ -99,10 +86,8 @@ def _new_jobs(sources: Sequence[str], out: str, overwrite: bool, stop: threading
 
 
 def _changes(sources: Sequence[str], stop: threading.Event | None) -> Iterator[bool]:
-    """Whether something has changed, after every change and at least every `SETTLED` seconds.
-
-    A file that has not settled yet gives no further signal, so that waiting ends after some time as well.
-    """
+    """Whether something has changed, after every change and at least every `SETTLED` seconds: a file that has not
+    settled yet gives no further signal."""
     settings = {"step": 50, "debounce": 200, "rust_timeout": int(1000 * SETTLED), "yield_on_timeout": True}
     try:
         for changes in _watchfiles().watch(*sources, stop_event=stop, **settings):

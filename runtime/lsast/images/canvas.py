@@ -27,15 +27,10 @@ class Canvas:
 
     @classmethod
     def fit(cls, own: tuple[int, int], size: int, multiple: int) -> Canvas:
-        """The canvas for a picture.
+        """The canvas for a picture of `own` height and width; legal sides are multiples of `multiple` pixels.
 
-        Very long pictures are scaled further down, so that the canvas stays near size * size pixels although its
-        short side cannot be less than `multiple`.
-
-        Args:
-            own: height and width of the picture, in pixels.
-            size: paint at about size * size pixels; 0 paints at the picture's own size.
-            multiple: legal heights and widths are multiples of this many pixels.
+        It has about size * size pixels, with `size` 0 those of the picture. Very long pictures are scaled further down,
+        because a side cannot be less than `multiple`.
         """
         scale = 1.0
         if size:
@@ -44,10 +39,8 @@ class Canvas:
         return cls(own, inner, (_round_up(inner[0], multiple), _round_up(inner[1], multiple)))
 
     def pad(self, rgb: Pixels) -> Pixels:
-        """Scale a picture [*own, 3] to `inner` and mirror it over its borders: [*outer, 3].
-
-        Mirrored rather than flat borders, so that the edges and textures that the denoiser sees continue.
-        """
+        """Scale a picture [*own, 3] to `inner` and mirror it over its borders, [*outer, 3], so that edges and textures
+        go on."""
         spare = [(outer - inner) for outer, inner in zip(self.outer, self.inner, strict=True)]
         margins = [(pixels // 2, pixels - pixels // 2) for pixels in spare]
         return np.pad(resize(rgb, self.inner), [*margins, (0, 0)], mode="symmetric")
@@ -68,11 +61,8 @@ class Canvas:
 
 
 def canvas_for(own: tuple[int, int], size: int, multiple: int, fit: Literal["aspect", "stretch"]) -> Canvas:
-    """The canvas for a picture of `own` height and width; see `Options.size` and `Options.fit`.
-
-    With "stretch" the picture, whatever its aspect, is first resized to the canvas, a square, as the released code does
-    (docs/method.md §4, steps 1 and 2).
-    """
+    """The canvas for a picture of `own` height and width; see `Options.size` and `Options.fit`. With "stretch" it is a
+    square, to which the picture is resized first, as the released code does (docs/method.md §4, steps 1 and 2)."""
     if fit == "aspect":
         return Canvas.fit(own, size, multiple)
     square = (_round_up(size, multiple),) * 2
@@ -80,10 +70,8 @@ def canvas_for(own: tuple[int, int], size: int, multiple: int, fit: Literal["asp
 
 
 def released_edge_input(rgb: Pixels, size: tuple[int, int]) -> Pixels:
-    """In what the released code finds edges: [H, W, 3] in BGR, resampled by OpenCV's bilinear, not as for the encoder.
-
-    The channels are in the order of cv2.imread: where two are equally steep, Canny takes the first.
-    """
+    """In what the released code finds edges: [H, W, 3] by OpenCV's bilinear, not as for the encoder, and in BGR as of
+    cv2.imread: where two channels are equally steep, Canny takes the first."""
     return np.asarray(import_opencv().resize(np.ascontiguousarray(rgb[..., ::-1]), size[::-1]), dtype=np.uint8)
 
 

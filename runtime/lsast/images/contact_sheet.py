@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,11 +42,8 @@ class Sheet:
 
 
 def parse_axes(texts: Sequence[str]) -> dict[str, list[Any]]:
-    """Parse axes such as ``strength=0.4,0.6`` and ``style=vangogh,monet``.
-
-    Raises:
-        UsageError: a syntax error, a name that is no option or comes twice, or an axis without a value.
-    """
+    """Parse axes such as ``strength=0.4,0.6`` and ``style=vangogh,monet``; a `UsageError` for a syntax error, a name
+    that is no option or comes twice, or an axis without a value."""
     axes: dict[str, list[Any]] = {}
     for text in texts:
         name, equals, values = text.partition("=")
@@ -105,65 +102,44 @@ def contact_sheet(
     canvases = [canvas_for(source.size, o.size, stylizer.bundle.manifest.multiple, o.fit) for o in resolved]
     sizes = [_thumbnail_size(canvas.own[::-1]) for canvas in canvases]
     cell = max(width for width, _ in sizes), max(height for _, height in sizes)
-    layout = _layout(cell, column_labels, row_labels)
-    if out:
-        check_format(out, layout[0])
-    total = len(combinations)
+    image, corners = _labelled_sheet(cell, column_labels, row_labels, out)
+    cells, total = {}, len(combinations)
     if on_cell:
         on_cell(0, total)
-    thumbnails: list[Image.Image] = []
-    pictures: Iterator[Any] = itertools.repeat(source, total)
-    for done, result in enumerate(stylizer.stylize_many(pictures, rows=combinations, **options), start=1):
-        thumbnails.append(_thumbnail(result.image))
+    pictures: Iterable[Any] = itertools.repeat(source, total)
+    results = stylizer.stylize_many(pictures, rows=combinations, **options)
+    for combination, (left, top), result in zip(combinations, corners, results, strict=True):
+        painting = _thumbnail(result.image)
+        image.paste(painting, (left, top))
+        cells[tuple(combination[name] for name in axes)] = (left, top, left + painting.width, top + painting.height)
         if on_cell:
-            on_cell(done, total)
-    image, boxes = _draw(thumbnails, cell, layout, column_labels, row_labels)
-    names = [tuple(combination[name] for name in axes) for combination in combinations]
-    return Sheet(image, dict(zip(names, boxes, strict=True)), common)
+            on_cell(len(cells), total)
+    return Sheet(image, cells, common)
 
 
-def _layout(
-    cell: tuple[int, int], column_labels: Sequence[str], row_labels: Sequence[str]
-) -> tuple[tuple[int, int], int, int]:
-    """Width and height of a sheet with cells of a size, and its left margin and head, which hold the labels."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    pen, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), ImageFont.load_default(_TEXT)
-    margin = _GAP + max(int(pen.multiline_textbbox((0, 0), label, font)[2]) + 1 for label in row_labels)
-    head = _LINE + _GAP
-    width, height = cell
-    return (margin + len(column_labels) * (width + _GAP), head + len(row_labels) * (height + _GAP)), margin, head
-
-
-def _draw(
-    thumbnails: Sequence[Image.Image],
-    cell: tuple[int, int],
-    layout: tuple[tuple[int, int], int, int],
-    column_labels: Sequence[str],
-    row_labels: Sequence[str],
-) -> tuple[Image.Image, list[tuple[int, int, int, int]]]:
-    """The sheet of thumbnails, row by row, and the box of each."""
+def _labelled_sheet(
+    cell: tuple[int, int], column_labels: Sequence[str], row_labels: Sequence[str], out: Path | None
+) -> tuple[Image.Image, list[tuple[int, int]]]:
+    """A sheet without paintings, and the left and top pixel of each, row by row; all are at most as large as `cell`."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(_TEXT)
-    (width, height), (size, margin, head) = cell, layout
-    image = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    margin = _GAP + max(int(pen.multiline_textbbox((0, 0), label, font)[2]) + 1 for label in row_labels)
+    lefts = [margin + column * (cell[0] + _GAP) for column in range(len(column_labels) + 1)]
+    tops = [_LINE + _GAP + row * (cell[1] + _GAP) for row in range(len(row_labels) + 1)]
+    if out:
+        check_format(out, (lefts[-1], tops[-1]))
+    image = Image.new("RGB", (lefts.pop(), tops.pop()), "white")
     pen = ImageDraw.Draw(image)
-    for column, label in enumerate(column_labels):
-        pen.text((margin + column * (width + _GAP), _GAP // 2), label, "black", font)
-    for row, label in enumerate(row_labels):
-        pen.multiline_text((_GAP // 2, head + row * (height + _GAP)), label, "black", font)
-    boxes = []
-    for index, thumbnail in enumerate(thumbnails):
-        row, column = divmod(index, len(column_labels))
-        left, top = margin + column * (width + _GAP), head + row * (height + _GAP)
-        image.paste(thumbnail, (left, top))
-        boxes.append((left, top, left + thumbnail.width, top + thumbnail.height))
-    return image, boxes
+    for left, label in zip(lefts, column_labels, strict=True):
+        pen.text((left, _GAP // 2), label, "black", font)
+    for top, label in zip(tops, row_labels, strict=True):
+        pen.multiline_text((_GAP // 2, top), label, "black", font)
+    return image, [(left, top) for top in tops for left in lefts]
 
 
 def _thumbnail_size(size: tuple[int, int]) -> tuple[int, int]:
-    """Width and height of a painting of this size on a sheet."""
     scale = min(1, CELL / max(size))
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 

@@ -72,11 +72,8 @@ def is_animated(path: Path) -> bool:
 
 def check_format(path: Path, size: tuple[int, int] | None = None) -> None:
     """Check that the format of `path` is written and holds a picture of `size`, width and height; None is not known.
-
-    Raises:
-        UsageError: the suffix names no format that is written.
-        PictureError: the size is too large, or Pillow was built without the format.
-    """
+    Raises a `UsageError` for another suffix, a `PictureError` where the picture is too large or Pillow was built
+    without the format."""
     form = WRITTEN_PICTURES.get(path.suffix.lower())
     if form is None:
         raise UsageError(f"found the output {path}; expected a name that ends in {', '.join(WRITTEN_PICTURES)}")

@@ -16,18 +16,9 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 def read_mask(source: Source, size: tuple[int, int], feather: int, max_megapixels: float | None = None) -> Pixels:
-    """The weight of the painting at every pixel, 0 to 255: [H, W].
-
-    Args:
-        source: any kind of picture: white is painted, black is not, grey is painted in part, by its luma; transparent
-            pixels are not painted.
-        size: height and width of the picture that is painted.
-        feather: pixels over which the painting fades in from the edge of the mask; 0 leaves the mask as it is.
-        max_megapixels: see `lsast.load`.
-
-    Raises:
-        PictureError: the mask cannot be read, or is not of the picture's size.
-    """
+    """The weight of the painting at every pixel, 0 to 255: [H, W] of `size`, the picture's. White is painted, black is
+    not, grey is painted in part, by its luma; transparent pixels are not. Over `feather` pixels the painting fades
+    in from the edge of the mask. Raises a `PictureError` where the mask cannot be read, or is of another size."""
     try:
         mask = read_picture(source, max_megapixels)
     except PictureError as error:
@@ -64,10 +55,7 @@ def composite(painted: Pixels, picture: Pixels, mask: Pixels) -> Pixels:
 
 
 def keep_colour(painted: Pixels, picture: Pixels) -> Pixels:
-    """The painting's luma with the picture's chroma: [H, W, 3].
-
-    In Y'CbCr an RGB value is its luma plus a term of its chroma, so that the difference of the lumas is added to all
-    three channels; the result is clipped to 0 … 255.
-    """
+    """The painting's luma with the picture's chroma, clipped to 0 … 255: [H, W, 3]. In Y'CbCr an RGB value is its luma
+    plus a term of its chroma, so that the difference of the lumas is added to all three channels."""
     shift = painted.astype(np.float32) @ _LUMA - picture.astype(np.float32) @ _LUMA
     return np.round(np.clip(picture + shift[:, :, None], 0, 255)).astype(np.uint8)

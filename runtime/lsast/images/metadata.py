@@ -1,4 +1,4 @@
-"""The metadata of a painting's file: a JSON text of our own, and the settings that galleries read.
+"""What must be known to paint a picture again; in a file a JSON text of our own, beside the settings for galleries.
 
 ============ ==================================== =====================================================
 format       JSON of `lsast`                      settings, in the form of AUTOMATIC1111's web UI
@@ -14,18 +14,21 @@ comment.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.json_fields import parse_json, read_object, read_value
+from lsast_engines.environment import installed_versions
 from lsast_engines.errors import LsastError, PictureError
 from lsast_engines.picture_file import open_file, open_image
 
+from .._version import __version__
 from ..options.options import Options, current_options
-from .provenance import Provenance
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,9 +36,47 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Format number of the JSON."""
 
-
 _EXIF, _SOFTWARE, _MAKER_NOTE, _USER_COMMENT = 0x8769, 0x0131, 0x927C, 0x9286
 _MARK, _UNICODE = b"lsast\0", b"UNICODE\0"
+
+
+_LIBRARIES = {"numpy": "numpy", "opencv": "opencv-python-headless", "pillow": "pillow"}
+"""The libraries that pixels pass besides the backend, and the wheel of each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """What a painting was made of. It holds no path, no time, and of the picture nothing but a checksum."""
+
+    bundle: str
+    """Name of the bundle."""
+    bundle_sha256: str
+    """SHA-256 (hex) of its manifest, which holds that of every graph."""
+    styles: dict[str, str]
+    """The fingerprint of every style that was used (`StyleFile.fingerprint`), by name."""
+    picture_sha256: str
+    """SHA-256 (hex) of the picture's pixels, upright, 8-bit, with opacity: the same for any lossless file of it."""
+    mask_sha256: str | None
+    """SHA-256 (hex) of the mask as `read_mask` gives it; None without a mask."""
+    painted: tuple[int, int]
+    """Height and width that were painted, in pixels."""
+    backend: str
+    device: str
+    compute_dtype: str
+    versions: dict[str, str]
+    """Versions of lsast, the backend and the libraries that pixels pass."""
+
+    def changes(self, later: Provenance) -> list[str]:
+        """Backend, device, compute dtype and versions that differ in `later`, as ``name old, now new`` each."""
+        before, now = (
+            {"backend": p.backend, "device": p.device, "compute_dtype": p.compute_dtype, **p.versions}
+            for p in (self, later)
+        )
+        return [
+            f"{name} {before.get(name, 'none')}, now {now.get(name, 'none')}"
+            for name in {**before, **now}
+            if before.get(name) != now.get(name)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,23 +90,15 @@ class Record:
 
     def to_json(self) -> str:
         """The JSON text of a file."""
-        content = {
-            "format": FORMAT,
-            **dataclasses.asdict(self.provenance),
-            "options": dataclasses.asdict(self.options),
-        }
+        content = {"format": FORMAT, **dataclasses.asdict(self.provenance), "options": dataclasses.asdict(self.options)}
         if self.seconds:
             content["seconds"] = {phase: round(value, 4) for phase, value in self.seconds.items()}
         return json.dumps(content)
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Record:
-        """Read the text of `to_json`; `where` names the file in messages.
-
-        Raises:
-            PictureError: not such a text, or one of another format.
-            UsageError: invalid options.
-        """
+        """Read the text of `to_json`; `where` names the file in messages. Raises a `PictureError` for another text or
+        format, a `UsageError` for invalid options."""
         try:
             content: dict[str, Any] = parse_json(text)
             if (found := content["format"]) != FORMAT:
@@ -123,6 +156,19 @@ class Record:
         inner[_USER_COMMENT] = _UNICODE + self.a1111_parameters().encode("utf-16-be")
         exif[_EXIF] = inner  # TIFF looks only at what was set
         return {"exif": exif}
+
+
+def bundle_sha256(bundle: Bundle) -> str:
+    """SHA-256 (hex) of a bundle's manifest."""
+    return hashlib.sha256(bundle.manifest.to_json().encode()).hexdigest()
+
+
+def versions(backend: str) -> dict[str, str]:
+    """Versions of lsast, `backend` and the libraries that pixels pass."""
+    wheels = {**_LIBRARIES, backend: backend}
+    # Another wheel of the same library, such as onnxruntime-gpu or opencv-python, is left out.
+    found = installed_versions(*wheels.values())
+    return {"lsast": __version__, **{name: found[wheel] for name, wheel in wheels.items() if wheel in found}}
 
 
 def read_record(source: str | Path | bytes) -> Record:

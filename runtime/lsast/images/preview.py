@@ -19,21 +19,12 @@ Floats = npt.NDArray[np.float32]
 
 
 class Previewer:
-    """Makes small pictures of a picture's latents, one pixel for each latent cell.
-
-    Colours are an affine map of the latent's channels, fitted by least squares to the picture's own latent and the
-    picture scaled down to its size. So no constants of the base are needed; the fit costs milliseconds, once, when the
-    first preview is asked for.
-    """
+    """Makes small pictures of a picture's latents, one pixel for each latent cell. Colours are an affine map of the
+    latent's channels, fitted by least squares, when the first preview is asked for, to the picture's own latent and
+    the picture scaled down to its size: no constants of the base are needed."""
 
     def __init__(self, content: Pixels, z0: Floats, canvas: Canvas) -> None:
-        """Store what the fit needs.
-
-        Args:
-            content: the canvas as it was encoded, [H, W, 3].
-            z0: its latent, [4, h, w].
-            canvas: where the picture lies on it.
-        """
+        """Of the canvas as it was encoded, [H, W, 3], its latent z0 [4, h, w], and where the picture lies on it."""
         self._content = content
         self._z0 = z0
         self._canvas = canvas

@@ -179,11 +179,7 @@ def rules() -> Mapping[str, Rule]:
 
 
 def preset_options(name: str | None) -> dict[str, Any]:
-    """The options of a preset; none for None.
-
-    Raises:
-        UsageError: there is no such preset.
-    """
+    """The options of a preset, none for None; a `UsageError` where there is no such preset."""
     if name is None:
         return {}
     name = rules()["preset"].plain(name)
@@ -193,11 +189,8 @@ def preset_options(name: str | None) -> dict[str, Any]:
 
 
 def current_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` under current names and values: what earlier versions called otherwise is renamed.
-
-    Raises:
-        UsageError: an option that was removed, unless its value never had an effect; all of them at once.
-    """
+    """`given` under current names and values: what earlier versions called otherwise is renamed. Raises a `UsageError`
+    that names the options that were removed, unless their values never had an effect."""
     faults, current = [], {}
     for name, value in given.items():
         if name in REMOVED_OPTIONS:

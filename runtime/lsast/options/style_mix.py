@@ -61,11 +61,8 @@ class Mix:
     @staticmethod
     @functools.lru_cache(maxsize=64)
     def parse(text: str) -> Mix:
-        """Read a text of the grammar; a text that comes again is not parsed again.
-
-        Raises:
-            UsageError: a syntax error; the message shows the text with a caret under the character.
-        """
+        """Read a text of the grammar; a `UsageError` for a syntax error shows the text with a caret under the
+        character."""
         if (count := text.count("+") + 1) > MAX_TERMS:
             raise UsageError(f"found a mix of {count} styles; expected at most {MAX_TERMS}")
         starts = [0, *(match.end() for match in re.finditer(r"\+", text)), len(text) + 1]
@@ -85,15 +82,7 @@ class Mix:
         return len(self.terms) == 1 and self.terms[0].group is None and self.terms[0].stages is None
 
     def check(self, styles: Sequence[str], stages: int) -> None:
-        """Check that a bundle has the styles and the stages of the mix.
-
-        Args:
-            styles: names of the bundle's styles.
-            stages: its number of stages.
-
-        Raises:
-            UsageError: an unknown style or stage, with a caret under it.
-        """
+        """Check that a bundle has these `styles` and so many `stages`; a `UsageError` with a caret under what it lacks."""
         for term in self.terms:
             if term.style not in styles:
                 near = did_you_mean(term.style, styles) or (

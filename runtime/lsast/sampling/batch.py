@@ -89,13 +89,7 @@ class Batch:
     """Pictures that are painted together: of equal size, equally many steps, and with guidance or without."""
 
     def __init__(self, samples: Sequence[Sample], null: Style, control_scale: float) -> None:
-        """Stack the pictures.
-
-        Args:
-            samples: the pictures.
-            null: the base's unconditional keys and values, of one stage or of all.
-            control_scale: factor of the ControlNet's residuals.
-        """
+        """Stack the pictures; `null` holds the base's unconditional keys and values, of one stage or of all."""
         self.pictures: Pixels = np.stack([sample.picture for sample in samples])
         self.edges: Pixels = np.stack([sample.edges for sample in samples])
         self.guidance: Floats = np.array([sample.guidance for sample in samples], np.float32)[:, None, None, None]

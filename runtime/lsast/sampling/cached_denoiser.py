@@ -24,10 +24,8 @@ Sigmas = npt.NDArray[np.float64]
 
 
 class Extrapolator:
-    """Caches the outputs of a graph and extrapolates them linearly in sigma for the steps at which it is skipped.
-
-    After a single run they are reused as they are.
-    """
+    """Caches the outputs of a graph and extrapolates them linearly in sigma for the steps at which it is skipped. After
+    a single run they are reused as they are."""
 
     def __init__(self) -> None:
         self._runs: list[tuple[Sigmas, dict[str, Floats]]] = []
@@ -51,13 +49,8 @@ class CachedDenoiser:
     """A denoiser of the split graphs, for one run; see `Denoiser`."""
 
     def __init__(self, graphs: Mapping[str, Graph], interval: int, noise: NoiseSchedule) -> None:
-        """A denoiser before its first step.
-
-        Args:
-            graphs: the graphs `UNET_SPLIT_GRAPHS`, by name.
-            interval: ControlNet and U-Net run in full at every `interval`-th step, from the first.
-            noise: gives sigma of a timestep.
-        """
+        """Of the graphs `UNET_SPLIT_GRAPHS`, ControlNet and U-Net run in full at every `interval`-th step, from the
+        first; `noise` gives sigma of a timestep."""
         self._graphs = graphs
         self._interval = interval
         self._sigmas: Sigmas = np.sqrt(1 - noise.alphas_cumprod)

@@ -17,23 +17,14 @@ _NETWORKS = {"kv_unet": "unet", "kv_control": "control"}
 
 
 class MixedStyle:
-    """Keys and values of a mix, computed for each pair of a stage and a layer group.
-
-    The weights of the terms that apply there are divided by their sum. Where no term applies, the base's unconditional
-    keys and values stand, so that no style is painted there.
-    """
+    """Keys and values of a mix, computed for each pair of a stage and a layer group: the weights of the terms that
+    apply there are divided by their sum. Where none applies, the base's unconditional keys and values stand."""
 
     def __init__(
         self, mix: Mix, styles: Mapping[str, StyleFile | Style], null: Style, layers: Sequence[AttentionLayer]
     ) -> None:
-        """Mix styles.
-
-        Args:
-            mix: the terms.
-            styles: every style of the mix by name, all of one base.
-            null: the base's unconditional keys and values.
-            layers: the manifest's `attention_layers`.
-        """
+        """Mix `styles`, all of one base, whose unconditional keys and values are `null`; `layers` are its
+        `attention_layers`."""
         self._mix = mix
         self._styles = styles
         self._null = null
@@ -48,11 +39,7 @@ class MixedStyle:
         }
 
     def stage(self, stage: int) -> StageKV:
-        """Keys and values of one stage, 0 … stages - 1, in new arrays.
-
-        Raises:
-            StyleError: a style's file is damaged.
-        """
+        """Keys and values of one stage, 0 … stages - 1, in new arrays; a `StyleError` where a style's file is damaged."""
         null = self._null.stage(min(stage, self._null.stages - 1))
         mixed = StageKV(np.array(null.kv_unet), np.array(null.kv_control))
         for group in GROUPS:

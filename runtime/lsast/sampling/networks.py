@@ -24,21 +24,12 @@ class Graph:
     """An engine whose outputs are checked."""
 
     def __init__(self, engine: Engine, before_run: Callable[[], None] | None = None) -> None:
-        """Wrap an engine.
-
-        Args:
-            engine: runs the graph.
-            before_run: called before each run; an exception that it raises ends the painting.
-        """
+        """Wrap an engine; an exception of `before_run`, which is called before each run, ends the painting."""
         self.engine = engine
         self._before_run = before_run
 
     def __call__(self, feeds: Feeds) -> dict[str, Floats]:
-        """Run once on `feeds` and what is bound; the next run may overwrite the outputs.
-
-        Raises:
-            NotFiniteError: an output holds a NaN or an infinity.
-        """
+        """Run on `feeds` and what is bound; the next run may overwrite the outputs. Raises `NotFiniteError`."""
         if self._before_run:
             self._before_run()
         outputs = self.engine(feeds)
@@ -54,15 +45,8 @@ class Graph:
         return outputs
 
     def one_by_one(self, name: str, batch: npt.NDArray[Any]) -> Iterator[dict[str, Floats]]:
-        """Run on each [1, …] of a batch, so that memory does not grow with the batch, and then give memory back.
-
-        Args:
-            name: the input.
-            batch: [B, …].
-
-        Yields:
-            The outputs of each run, which the next may overwrite.
-        """
+        """Run on each [1, …] of a batch for the input `name`, so that memory does not grow with it, then give memory
+        back. The next run may overwrite the outputs of one."""
         for item in batch:
             yield self({name: np.ascontiguousarray(item[None])})
         self.engine.release_memory()

@@ -51,13 +51,8 @@ class TileGrid:
 
     @classmethod
     def cover(cls, canvas: tuple[int, int], side: int, factor: int) -> TileGrid:
-        """Cover a canvas evenly.
-
-        Args:
-            canvas: height and width in pixels, multiples of what the graphs take.
-            side: height and width of a tile in pixels, such a multiple, too.
-            factor: pixels along a side of a latent cell.
-        """
+        """Cover a canvas evenly with tiles of `side` pixels; both are multiples of what the graphs take, and `factor`
+        is the number of pixels along a side of a latent cell."""
         rows, columns = (_spans(length // factor, min(side, length) // factor) for length in canvas)
         return cls(rows, columns, factor)
 
@@ -112,12 +107,7 @@ class TiledDenoiser:
     """A denoiser for canvases of any size: every call runs one denoiser a tile and blends their noise."""
 
     def __init__(self, make_denoiser: Callable[[], Denoiser], grid: TileGrid) -> None:
-        """Wrap denoisers.
-
-        Args:
-            make_denoiser: gives the denoiser of a tile: one for all if it keeps nothing between steps.
-            grid: the tiles.
-        """
+        """`make_denoiser` gives the denoiser of a tile: one for all if it keeps nothing between steps."""
         self._denoisers = [make_denoiser() for _ in grid]
         self._grid = grid
 
@@ -150,19 +140,13 @@ def tiled_encoder(
 
 
 def tiled_cond(cond: Callable[[Pixels], Floats], grid: TileGrid) -> Callable[[Pixels], Floats]:
-    """A `Networks.controlnet_cond` for canvases of any size.
-
-    The graph is a few convolutions that look 23 pixels far, less than what of a tile has weight 0: the values are
-    those of the whole picture.
-    """
+    """A `Networks.controlnet_cond` for canvases of any size. The values are those of the whole picture: the graph's few
+    convolutions look 23 pixels far, less than what of a tile has weight 0."""
     return lambda edges: grid.blend(cond(edges[:, rows, columns]) for rows, columns in grid.pixel_slices())
 
 
 def tiled_decoder(decode_rgb: Callable[[Floats], Iterable[Floats]], grid: TileGrid) -> Callable[[Floats], Pixels]:
-    """A `Networks.vae_decoder` for canvases of any size, around `networks.decode_rgb`.
-
-    It holds the RGB values of one row of tiles in memory.
-    """
+    """A `Networks.vae_decoder` around `networks.decode_rgb`, which holds the RGB values of one row of tiles in memory."""
 
     def decode(latent: Floats) -> Pixels:
         """One picture: [4, h, w] → [H, W, 3]."""

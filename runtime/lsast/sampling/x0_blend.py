@@ -6,11 +6,9 @@ from lsast_engines.diffusion import Array, Solver, TimestepSchedule
 
 
 class X0Blend:
-    """Wraps a solver and replaces its predicted x0 by x0 + w · (target - x0); ε is adjusted to match.
-
-    Where w is 1 every solver stays on z_t = sqrt(abar) target + sqrt(1 - abar) noise, the target noised, which is what
-    RePaint (Lugmayr et al. 2022, eq. 8) puts there. See `lsast_engines.diffusion` for the letters.
-    """
+    """Wraps a solver and replaces its predicted x0 by x0 + w · (target - x0); ε is adjusted to match. Where w is 1
+    every solver stays on the target noised, sqrt(abar) target + sqrt(1 - abar) noise, as RePaint does (Lugmayr et
+    al. 2022, eq. 8). See `lsast_engines.diffusion` for the letters."""
 
     def __init__(self, solver: Solver, schedule: TimestepSchedule, target: Array, weight: Array) -> None:
         """Wrap `solver`, which takes the steps of `schedule`: target [4, h, w], weight w [h, w] of 0 … 1."""

@@ -26,11 +26,8 @@ def jobs(
     styles: str | Iterable[str | None] | None,
     rows: Iterable[Mapping[str, Any]] | None,
 ) -> Iterator[Job]:
-    """Every picture with its own options; see `Stylizer.stylize_many`.
-
-    Raises:
-        UsageError: fewer or more styles or rows than pictures; raised where the shorter ends.
-    """
+    """Every picture with its own options, see `Stylizer.stylize_many`; a `UsageError` where the shorter of pictures,
+    styles and rows ends."""
     for name, column in {"pictures": pictures, "styles": styles or (), "rows": rows or ()}.items():
         if not isinstance(column, Iterable) or (name == "pictures" and isinstance(column, (str, bytes, bytearray))):
             raise UsageError(f"found {type(column).__name__} as {name}; expected a list, or anything to iterate over")
@@ -57,13 +54,8 @@ def stream(
     paint: Callable[[Sequence[Request]], list[Result]],
     batch: int,
 ) -> Iterator[Result]:
-    """Paint the jobs of `source`, at most `batch` at once, and yield the results in their order.
-
-    `read` reads a job, `paint` paints requests of one `batch_key`.
-
-    Raises:
-        LsastError: an error of `source`, `read` or `paint`, at the place of its picture.
-    """
+    """Paint the jobs of `source`, at most `batch` at once, and yield the results in their order; an error of `source`,
+    `read` or `paint`, which takes requests of one `batch_key`, is raised at the place of its picture."""
     window: list[tuple[Request, list[Result]]] = []
     """Requests in the order of the pictures, and their results: none yet, or one."""
     error: LsastError | None = None

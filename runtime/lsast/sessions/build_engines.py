@@ -1,8 +1,4 @@
-"""Compiling the engines that a GPU backend lacks, if the caller allows it, because it takes minutes.
-
-The exporter compiles in a process of its own, by the command that the error for a missing engine names: the runtime
-imports neither the exporter nor what that needs.
-"""
+"""Compiling the engines that a GPU backend lacks, in a process of the exporter: the runtime imports nothing of that."""
 
 from __future__ import annotations
 
@@ -24,8 +20,7 @@ def build_engines(bundle: Bundle, backend: str, compute_dtype: ComputeDtype) -> 
 
     Raises:
         UsageError: a backend without compiled engines.
-        MissingExtraError: the library or cuda-bindings is not installed.
-        BackendError: no GPU, or compiling failed; stderr says why.
+        BackendError: no GPU, or compiling failed; stderr says why. `MissingExtraError` where a library is missing.
     """
     if backend not in get_args(TrtFlavor):
         expected = " or ".join(get_args(TrtFlavor))

@@ -71,22 +71,14 @@ class EngineFactory:
 
     @functools.cached_property
     def choice(self) -> Choice:
-        """What all graphs are computed with; chosen once.
-
-        Raises:
-            LsastError: see `lsast_engines.backends.choice.choose`.
-        """
+        """What all graphs are computed with; chosen once. Errors as of `lsast_engines.backends.choice.choose`."""
         found = choose(self.bundle, self.backend, self.device, self.compute_dtype)
         _log.info("%s on %s in %s: %s", found.backend, found.device, found.compute_dtype, found.reason)
         return found
 
     def __call__(self, name: str, compute_dtype: ComputeDtype | None = None) -> Engine:
-        """Open the graph `name`; `compute_dtype` replaces the chosen one.
-
-        Raises:
-            BundleError: a file of the bundle has changed since it was opened.
-            LsastError: see `lsast_engines.backends.registry.open_engine`.
-        """
+        """Open the graph `name`; `compute_dtype` replaces the chosen one. A `BundleError` where a file of the bundle
+        has changed since it was opened, and the errors of `lsast_engines.backends.registry.open_engine`."""
         self.bundle.check_unchanged()
         engine = open_engine(
             self.bundle.graph_path(name),
@@ -106,11 +98,8 @@ class EnginePool:
     def __init__(
         self, factory: EngineFactory, graphs: Iterable[str] = REQUIRED_GRAPHS, style_memory: int = STYLE_MEMORY
     ) -> None:
-        """Open `graphs`, others at their first use; `style_memory` is `StyleCache`'s budget.
-
-        Raises:
-            LsastError: see `EngineFactory.__call__`; no engine stays open.
-        """
+        """Open `graphs`, others at their first use; `style_memory` is `StyleCache`'s budget. After an error no engine
+        is open."""
         self.factory = factory
         self._graphs = tuple(graphs)
         self._style_memory = style_memory
@@ -149,11 +138,7 @@ class EnginePool:
         self.engines.clear()
 
     def engine(self, name: str) -> Engine:
-        """The engine of the graph `name`, opened at its first use, kept until it fails; for the holder of `exclusive`.
-
-        Raises:
-            LsastError: see `EngineFactory.__call__`.
-        """
+        """The engine of the graph `name`, opened at its first use, kept until it fails; for the holder of `exclusive`."""
         if name in self.engines and self.engines[name].failed:
             self.engines.pop(name).close()
         if name not in self.engines:
@@ -161,23 +146,15 @@ class EnginePool:
         return self.engines[name]
 
     def reopen(self, name: str, compute_dtype: ComputeDtype) -> None:
-        """Replace the engine of the graph `name` by one that computes in `compute_dtype`; for the holder.
-
-        Raises:
-            LsastError: see `EngineFactory.__call__`; the engine stays as it was.
-        """
+        """Replace the engine of the graph `name`, for the holder; if the new one cannot be opened, the old one stays."""
         engine = self.engine(name)
         self.engines[name] = self.factory(name, compute_dtype)
         engine.close()
 
     @contextlib.contextmanager
     def exclusive(self, cancel: CancelToken | None = None) -> Iterator[None]:
-        """Wait until no other thread uses the engines, and keep the others waiting while the block runs.
-
-        Raises:
-            UsageError: the stylizer is closed, this very thread holds the engines, or Python ends.
-            CancelledError: `cancel` was set meanwhile.
-        """
+        """Wait until no other thread uses the engines, and keep the others waiting while the block runs. Errors as of
+        `check`, and a `UsageError` where this very thread holds them."""
         self._require_other_thread()
         thread, changed = threading.get_ident(), self._changed
         self._threads.add(thread)
@@ -213,14 +190,9 @@ class EnginePool:
 
     @contextlib.contextmanager
     def callback(self, cancel: CancelToken | None) -> Iterator[None]:
-        """A block inside `exclusive` that calls a function of the user; `close` does not wait for it.
-
-        If it takes longer than `LAPSE_SECONDS`, others may use the engines meanwhile.
-
-        Raises:
-            UsageError: the stylizer was closed meanwhile, this is a process that was forked meanwhile, or Python ends.
-            CancelledError: `cancel` was set meanwhile.
-        """
+        """A block inside `exclusive` that calls a function of the user; `close` does not wait for it, and if it takes
+        longer than `LAPSE_SECONDS`, others may use the engines meanwhile. Errors as of `check`, and a `UsageError`
+        in a process that was forked meanwhile."""
         changed, thread = self._changed, threading.get_ident()
         with changed:
             self._callbacks[thread] = time.monotonic()
@@ -235,12 +207,7 @@ class EnginePool:
         self._take(thread, cancel)
 
     def check(self, cancel: CancelToken | None) -> None:
-        """Return if a painting may go on.
-
-        Raises:
-            UsageError: the stylizer is closed, or Python ends.
-            CancelledError: `cancel` is set.
-        """
+        """Raise a `UsageError` if the stylizer is closed or Python ends, a `CancelledError` if `cancel` is set."""
         if self._closed:
             raise UsageError("the stylizer is closed; open another one with lsast.load()")
         require_python()
@@ -248,14 +215,9 @@ class EnginePool:
             cancel.check()
 
     async def run_async(self, work: Callable[[CancelToken], T]) -> T:
-        """Run `work` in the thread of async callers, and wait for it without blocking the event loop.
-
-        When the waiting task is cancelled, work that is queued is dropped, and work that has begun is cancelled by its
-        token and waited for, so that nothing goes on in the background.
-
-        Raises:
-            UsageError: the stylizer is closed, this very thread holds the engines, or Python ends.
-        """
+        """Run `work` in the thread of async callers, and wait for it without blocking the event loop. Errors as of
+        `exclusive`. When the waiting task is cancelled, work that is queued is dropped, and work that has begun is
+        cancelled by its token and waited for, so that nothing goes on in the background."""
         token = CancelToken()
         try:
             while True:
@@ -292,21 +254,17 @@ class EnginePool:
                 raise UsageError(f"found a painting while Python ends ({error})") from None
 
     def after_fork(self) -> None:
-        """Start anew in a forked process, which inherits neither locks nor the threads of a backend.
-
-        The parent's engines must never be freed here, not even when the interpreter ends: that would wait for threads
-        that do not exist (ONNX Runtime 1.32) or crash (OpenVINO 2026.4). An extra reference keeps them for good.
-        """
+        """Start anew in a forked process, which inherits neither locks nor the threads of a backend. The parent's
+        engines must never be freed here, not even when Python ends: that would wait for threads that do not exist
+        (ONNX Runtime 1.32) or crash (OpenVINO 2026.4). An extra reference keeps them for good."""
         for engine in self.engines.values():
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
         self._reset()
 
     def close(self) -> None:
-        """End the painting under way and those that wait, each with `UsageError`, and free memory and devices.
-
-        Waits for the run of a graph, never for a function of the user. Any thread and any callback may call it, also
-        twice.
-        """
+        """End the painting under way and those that wait, each with `UsageError`, and free memory and devices. Waits
+        for the run of a graph, never for a function of the user. Any thread and any callback may call it, also
+        twice."""
         here = threading.get_ident()
         with self._changed:
             self._closed = True
@@ -339,12 +297,7 @@ class StyleCache:
         self._lock = threading.RLock()  # a signal handler may paint, too
 
     def get(self, name: str) -> StyleFile:
-        """The style `name`, opened if it is not.
-
-        Raises:
-            UsageError: no style of that name.
-            StyleError: the file is damaged, or was baked for another base.
-        """
+        """The style `name`, opened if it is not; errors as of `Bundle.open_style`."""
         with self._lock:
             if name not in self._styles:
                 self._styles[name] = self._bundle.open_style(name)

@@ -44,11 +44,7 @@ _calls = _Calls()
 
 @contextlib.contextmanager
 def native_call() -> Iterator[None]:
-    """The end of Python waits for the block, which must end by itself.
-
-    Raises:
-        UsageError: Python ends.
-    """
+    """The end of Python waits for the block, which must end by itself. Raises a `UsageError` if it has begun."""
     calls = _calls
     calls.add(1)
     try:
@@ -61,11 +57,8 @@ def native_call() -> Iterator[None]:
 
 @contextlib.contextmanager
 def user_code() -> Iterator[None]:
-    """A block inside `native_call` that calls a function of the user, for which the end of Python does not wait.
-
-    Raises:
-        UsageError: Python ends.
-    """
+    """A block inside `native_call` that calls a function of the user, for which the end of Python does not wait; a
+    `UsageError` if it has begun meanwhile."""
     calls = _calls
     calls.add(-1)
     try:
@@ -82,11 +75,7 @@ def calling_threads() -> set[int]:
 
 
 def require_python() -> None:
-    """Return if Python goes on.
-
-    Raises:
-        UsageError: Python ends.
-    """
+    """Raise a `UsageError` if Python ends."""
     if _calls.python_ends:
         raise UsageError("found a painting while Python ends; nothing was written")
 

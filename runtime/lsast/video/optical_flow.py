@@ -116,14 +116,9 @@ class TemporalState:
         self._content, self._latent, self._painted = (state.get(name) for name in ("content", "latent", "painted"))
 
     def wrap_solver(self, solver: Solver, schedule: TimestepSchedule, content: Pixels, factor: int) -> Solver:
-        """The solver that paints a frame: its x0 is blended with the last painting's latent, moved along the flow.
-
-        Args:
-            solver: the solver of the frame by itself.
-            schedule: the steps that it takes.
-            content: the frame on its canvas, [H, W, 3].
-            factor: pixels along a side of a latent cell.
-        """
+        """The solver that paints a frame, around `solver`, which paints it by itself: its x0 is blended with the last
+        painting's latent, moved along the flow. `content` is the frame on its canvas, [H, W, 3], `factor` the number
+        of pixels along a side of a latent cell."""
         previous, self._content, self._motion = self._content, content, None
         if previous is None or self._latent is None or previous.shape != content.shape:
             return solver

@@ -71,21 +71,13 @@ class Source(Protocol):
     """How often an animated picture is shown; 0 is without end, also of a video."""
 
     def frames(self) -> Iterator[Frame]:
-        """The frames. To be called once.
-
-        Raises:
-            PictureError: a frame of another size than the first.
-        """
+        """The frames, once; a `PictureError` for one of another size than the first."""
 
 
 @contextlib.contextmanager
 def open_source(path: Path) -> Iterator[Source]:
-    """Open a video or, by the suffix, an animated picture.
-
-    Raises:
-        MissingExtraError: PyAV is not installed.
-        PictureError: it cannot be read, has no pictures, or its pictures are too large.
-    """
+    """Open a video or, by the suffix, an animated picture. Raises a `MissingExtraError` without PyAV, a `PictureError`
+    if it cannot be read, has no pictures, or too large ones."""
     if path.suffix.lower() in ANIMATIONS:
         with _opened_file(path) as handle:
             yield _Animation(path, handle)
@@ -246,10 +238,8 @@ def filtered(graph: Any, frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
 
 
 def _orientation(frame: VideoFrame) -> tuple[bool, tuple[slice, slice]]:
-    """Whether rows and columns change places, and how they run then, to the nearest quarter turn or mirror.
-
-    The display matrix (libavutil/display.h) moves a pixel from (x, y) to (a x + c y, b x + d y).
-    """
+    """Whether rows and columns change places, and how they run then, to the nearest quarter turn or mirror."""
+    # The display matrix (libavutil/display.h) moves a pixel from (x, y) to (a x + c y, b x + d y).
     found: Any = frame.side_data.get("DISPLAYMATRIX")
     if found is None:
         return False, (slice(None), slice(None))
@@ -259,8 +249,8 @@ def _orientation(frame: VideoFrame) -> tuple[bool, tuple[slice, slice]]:
     return quarter_turn, (slice(None, None, -1 if down < 0 else 1), slice(None, None, -1 if right < 0 else 1))
 
 
-def _rgb(frame: VideoFrame, reformatter: Any = None) -> Pixels:
-    """The frame as it is displayed, [H, W, 3] or, with opacity, [H, W, 4]; a `VideoReformatter` spares its tables."""
+def _rgb(frame: VideoFrame, reformatter: Any) -> Pixels:
+    """The frame as it is displayed, [H, W, 3] or, with opacity, [H, W, 4]."""
     # By convention of all players untagged high definition is BT.709; the converter takes it for BT.601.
     colorspace = "itu709" if frame.colorspace == _UNSPECIFIED and frame.height >= 720 else None
     output: dict[str, Any] = {}
@@ -275,7 +265,6 @@ def _rgb(frame: VideoFrame, reformatter: Any = None) -> Pixels:
             frame.colorspace = _BT2020
         colorspace = None
     form = "rgba" if any(component.is_alpha for component in frame.format.components) else "rgb24"
-    reformatter = reformatter or pyav().video.reformatter.VideoReformatter()
     pixels = reformatter.reformat(frame, format=form, src_colorspace=colorspace, **output).to_ndarray()
     quarter_turn, flips = _orientation(frame)
     return np.ascontiguousarray((pixels.transpose(1, 0, 2) if quarter_turn else pixels)[flips], dtype=np.uint8)
@@ -288,12 +277,7 @@ def start_of(container: InputContainer) -> Fraction:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[InputContainer]:
-    """Open a video; its name is never taken for an address, nor its content for a list of files.
-
-    Raises:
-        MissingExtraError: PyAV is not installed.
-        PictureError: it cannot be read.
-    """
+    """Open a video; errors as of `open_source`. Its name is never an address, its content never a list of files."""
     av = pyav()
     with _opened_file(path) as handle:
         try:
@@ -319,11 +303,7 @@ def _opened_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def pyav() -> Any:
-    """The module `av`.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
+    """The module `av`; a `MissingExtraError` where it is not installed."""
     try:
         import av
     except ImportError:

@@ -7,25 +7,29 @@ after its last whole segment, and gives the same video.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import logging
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lsast_engines.errors import PictureError, UsageError, shown
-from lsast_engines.files import replace_file
+from lsast_engines.files import is_own, make_folder, replace_file, try_lock
 
 from ..images.formats import ANIMATIONS, check_format
 from ..result import validate_output_place
 from .optical_flow import TemporalState
 from .source import Frame, open_source, pyav
-from .unfinished import Unfinished
-from .writing import OutputFormat, SegmentEncoder, check_sound, join, output_format, writing
+from .writing import SegmentEncoder, check_sound, is_animation, join, output_format, writing
 
 if TYPE_CHECKING:
     from ..result import Result
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
 
 SEGMENT = 24
 """Frames that are encoded together; so many are lost at most when a run is killed."""
+
+_STATE, _LOCK = "state.npz", "lock"
 
 _log = logging.getLogger("lsast.video")
 
@@ -54,7 +60,7 @@ def check_video(source: Path, out: Path) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def _check_content(source: Path, out: Path, form: OutputFormat, _: object) -> None:
+def _check_content(source: Path, out: Path, form: str, _: object) -> None:
     """Decode the first frame and copy the first sound; what stays as it is is not checked again."""
     with open_source(source) as video:
         first = next(video.frames(), None)
@@ -62,7 +68,7 @@ def _check_content(source: Path, out: Path, form: OutputFormat, _: object) -> No
             raise PictureError(f"found no frame in {source}; expected a video")
         if out.suffix.lower() == ".webp":
             check_format(out, (first.pixels.shape[1], first.pixels.shape[0]))
-    if not form.is_animation and source.suffix.lower() not in ANIMATIONS:
+    if not is_animation(form) and source.suffix.lower() not in ANIMATIONS:
         check_sound(source, out, form)
 
 
@@ -78,8 +84,7 @@ def paint_video(
 
     Args:
         source: the video, or the animated GIF, WebP or PNG.
-        out: the file to write, H.264 in the format of its suffix, or an animated picture: whole or not at all,
-            replacing an existing file.
+        out: the file to write, H.264 in the format of its suffix, or an animated picture.
         stylizer: paints.
         options: options of `Stylizer.stylize`.
         on_step: see `Stylizer.stylize`; called for every frame.
@@ -110,7 +115,7 @@ def paint_video(
             # Decoding again is cheap beside painting, and exact, which seeking may not be.
             frames = islice(chain([first], frames), done, None)
             while (head := next(frames, None)) is not None:
-                encoder = SegmentEncoder(video, lossless=form.is_animation)
+                encoder = SegmentEncoder(video, lossless=is_animation(form))
                 for frame in chain([head], islice(frames, SEGMENT - 1)):
                     [result] = stylizer.stylize_frames([frame.pixels], temporal=temporal, on_step=on_step, **options)
                     with writing(out):
@@ -140,3 +145,91 @@ def _key(source: Path, first: Frame, stylizer: Stylizer, options: Mapping[str, A
     known = [str(source.resolve()), facts.st_size, facts.st_mtime_ns, pyav().__version__, asdict(provenance),
              asdict(stylizer.resolve(**plain))]  # fmt: skip
     return hashlib.sha256(json.dumps(known, default=str).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+class Unfinished:
+    """What is kept of a video while it is painted, in a hidden folder beside OUT, which one run at a time uses."""
+
+    def __init__(self, out: Path, key: str) -> None:
+        """Take the folder, and what a run with the same `key` left in it; a `PictureError` if another run uses it, or
+        it cannot be written."""
+        name = f".{out.name}.parts"
+        if len(os.fsencode(name)) > 255:
+            name = f".{hashlib.sha256(os.fsencode(out.name)).hexdigest()}.parts"
+        self._out, self._folder, self._key = out, out.with_name(name), key
+        self._digests: list[str] = []
+        self.frames = 0
+        """Number of frames in the segments."""
+        self.last_duration = 0
+        """`Frame.duration` of the last of these."""
+        self.temporal: dict[str, Any] = {}
+        """See `TemporalState.state`."""
+        self._descriptor = self._take()
+        try:
+            self._load()
+        except BaseException:
+            self.close()
+            raise
+
+    def save(self, segment: bytes, frames: int, last_duration: int, temporal: dict[str, Any]) -> None:
+        """Add a segment; the other arguments are `frames`, `last_duration` and `temporal` after it."""
+        with replace_file(self._folder / f"{len(self._digests):06}.nut") as handle:
+            handle.write(segment)
+        self._digests.append(hashlib.sha256(segment).hexdigest())
+        self.frames, self.last_duration = frames, last_duration
+        facts = {"key": self._key, "frames": frames, "last_duration": last_duration, "segments": self._digests}
+        with replace_file(self._folder / _STATE) as handle:
+            arrays: dict[str, Any] = {"facts": np.array(json.dumps(facts)), **temporal}
+            np.savez(handle, **arrays)
+
+    def segments(self) -> list[Path]:
+        """All segments, in order."""
+        return [self._folder / f"{index:06}.nut" for index in range(len(self._digests))]
+
+    def close(self, *, finished: bool = False) -> None:
+        """Let another run take the folder; remove it if the video is finished or nothing is in it yet."""
+        if finished or not self._digests:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _take(self) -> int:
+        # Another user may turn what is in a folder into links, to have our files written over.
+        if self._folder.is_symlink() or not is_own(self._folder):
+            raise PictureError(
+                f"found {self._folder}, a link or a folder of another user; expected no such name: remove it"
+            )
+        try:
+            make_folder(self._folder)
+            descriptor = os.open(self._folder / _LOCK, os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        except OSError as error:
+            raise PictureError(f"cannot write {self._out} ({error}); expected a writable folder") from error
+        with contextlib.suppress(FileNotFoundError):  # a run that ends has just removed the file that was opened
+            if try_lock(descriptor) and os.path.samestat(os.fstat(descriptor), os.stat(self._folder / _LOCK)):
+                return descriptor
+        os.close(descriptor)
+        raise PictureError(f"{self._out} is being painted by another run; wait for it, or take another OUT")
+
+    def _load(self) -> None:
+        """Read what an earlier run left; throw it away, with a word, if it is damaged or of another painting."""
+        left = [entry for entry in self._folder.iterdir() if entry.name != _LOCK]
+        reason = "it is damaged, or of another version"
+        with contextlib.suppress(Exception):  # a damaged archive raises many types
+            with (self._folder / _STATE).open("rb") as handle, np.load(handle) as found:
+                facts = json.loads(str(found["facts"]))
+                temporal = {name: found[name] for name in found.files if name != "facts"}
+            self._digests = list(facts["segments"])
+            if facts["key"] != self._key:
+                reason = "it is of another video, or of other options, styles or versions"
+            elif self._digests == [hashlib.sha256(path.read_bytes()).hexdigest() for path in self.segments()]:
+                self.frames, self.last_duration, self.temporal = facts["frames"], facts["last_duration"], temporal
+                return
+        self._digests = []
+        if left:
+            _log.warning("%s: the unfinished painting is thrown away: %s", shown(self._out), reason)
+        for path in left:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)

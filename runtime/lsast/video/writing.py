@@ -6,7 +6,6 @@ import contextlib
 import heapq
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -18,7 +17,7 @@ from PIL import Image
 from lsast_engines.errors import PictureError, UsageError
 from lsast_engines.images import import_opencv, on_white
 
-from ..images.formats import ANIMATIONS, WRITTEN_VIDEOS
+from ..images.formats import ANIMATIONS
 from .source import Frame, Source, filtered, opened, pyav, start_of
 
 if TYPE_CHECKING:
@@ -29,58 +28,38 @@ _CPU_AVX512_SKX = 256
 """OpenCV's number of the AVX-512 instructions that x264 uses (cvdef.h)."""
 
 
-@dataclass(frozen=True)
-class OutputFormat:
-    """How a kind of file is written."""
-
-    container: str
-    """FFmpeg's name."""
-    codec: str = "libx264"
-    """Of animated pictures, the encoder of the frames; their segments are lossless."""
-    pixels: str = ""
-    """FFmpeg's name of the pixel format that the encoder of an animated picture takes."""
-
-    @property
-    def is_animation(self) -> bool:
-        """Whether it is an animated picture: it keeps opacity and has no sound."""
-        return self.codec != "libx264"
-
-
-_APNG = OutputFormat("apng", "apng", "rgba")
-_FORMATS = {
-    ".m4v": OutputFormat("mp4"),
-    ".mkv": OutputFormat("matroska"),
-    ".mov": OutputFormat("mov"),
-    ".mp4": OutputFormat("mp4"),
-    ".apng": _APNG,
-    ".png": _APNG,
-    ".gif": OutputFormat("gif", "gif", "pal8"),
-    ".webp": OutputFormat("webp", "libwebp_anim"),
+_CONTAINERS = {
+    ".m4v": "mp4",
+    ".mkv": "matroska",
+    ".mov": "mov",
+    ".mp4": "mp4",
+    ".apng": "apng",
+    ".png": "apng",
+    ".gif": "gif",
+    ".webp": "webp",
 }
 
 
-def output_format(source: Path, out: Path) -> OutputFormat:
-    """The format of `out`, by its suffix; .png only for an animated PNG.
-
-    Raises:
-        UsageError: it is not written.
-    """
-    suffix, kinds = out.suffix.lower(), sorted({*WRITTEN_VIDEOS, *ANIMATIONS} - {".png"})
-    if suffix not in _FORMATS or (suffix == ".png" and source.suffix.lower() not in (".png", ".apng")):
+def output_format(source: Path, out: Path) -> str:
+    """FFmpeg's name of the format of `out`, by its suffix; .png only for an animated PNG. A `UsageError` for another
+    suffix."""
+    suffix, kinds = out.suffix.lower(), sorted({*_CONTAINERS} - {".png"})
+    if suffix not in _CONTAINERS or (suffix == ".png" and source.suffix.lower() not in (".png", ".apng")):
         raise UsageError(f"found the output {out}; expected a name that ends in {', '.join(kinds)}")
-    return _FORMATS[suffix]
+    return _CONTAINERS[suffix]
 
 
-def check_sound(source: Path, out: Path, form: OutputFormat) -> None:
-    """Check that `out` can hold the sound of `source`.
+def is_animation(form: str) -> bool:
+    """Whether a format is that of an animated picture: it keeps opacity and has no sound."""
+    return form in ("apng", "gif", "webp")
 
-    Raises:
-        PictureError: it cannot.
-    """
+
+def check_sound(source: Path, out: Path, form: str) -> None:
+    """Raise a `PictureError` if `out` cannot hold the sound of `source`."""
     av = pyav()
     with opened(source) as heard:
         try:
-            with av.open(io.BytesIO(), "w", format=form.container) as trial:
+            with av.open(io.BytesIO(), "w", format=form) as trial:
                 sounds = _sound_streams(heard, trial)
                 if sounds:
                     trial.start_encoding()
@@ -95,11 +74,7 @@ def check_sound(source: Path, out: Path, form: OutputFormat) -> None:
 
 
 def _sound_streams(heard: InputContainer, output: OutputContainer) -> dict[int, Any]:
-    """A stream in the output for each sound of the source, by its number there; of FLAC if Matroska cannot copy it.
-
-    Raises:
-        FFmpegError, ValueError: the format cannot hold a sound.
-    """
+    """A stream in the output for each sound of the source, by its number there; of FLAC if Matroska cannot copy it."""
     streams: dict[int, Any] = {}
     for stream in heard.streams.audio:
         try:
@@ -124,14 +99,7 @@ def _copied_or_encoded(heard: InputContainer, streams: dict[int, Any]) -> Iterat
         for index, stream in streams.items()
         if stream.codec_context is not None and stream.codec_context.is_encoder
     }
-    packets = heard.demux(*heard.streams.audio)
-    while True:
-        try:
-            packet = next(packets, None)
-        except av.FFmpegError:  # damaged, or cut off as the pictures are
-            packet = None
-        if packet is None:
-            return
+    for packet in _until_damaged(heard.demux(*heard.streams.audio)):
         stream = streams[packet.stream.index]
         if packet.stream.index not in resamplers:
             if packet.size:
@@ -148,13 +116,14 @@ def _copied_or_encoded(heard: InputContainer, streams: dict[int, Any]) -> Iterat
                 yield from stream.encode(part)
 
 
+def _until_damaged(packets: Iterator[Any]) -> Iterator[Any]:
+    with contextlib.suppress(pyav().FFmpegError):  # damaged, or cut off as the pictures are
+        yield from packets
+
+
 @contextlib.contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """Name the output in errors of the block, which reads no source.
-
-    Raises:
-        PictureError: the block cannot write.
-    """
+    """Name the output in errors of the block, which reads no source: each becomes a `PictureError`."""
     try:
         yield
     except (OSError, pyav().FFmpegError, ValueError) as error:
@@ -225,41 +194,28 @@ _MOST_PLAYS = 65535
 """WebP's, and FFmpeg's for PNG; GIF holds one more."""
 
 
-def join(
-    segments: list[Path], last: Fraction, source: Path, handle: BinaryIO, form: OutputFormat, plays: int = 0
-) -> None:
-    """Write the segments, and of a video the source's sound, into one file, by time.
-
-    Args:
-        segments: from `SegmentEncoder`.
-        last: how long the last frame is shown, in seconds; 0 is not known.
-        source: the video.
-        handle: the file.
-        form: its format.
-        plays: how often an animated picture is shown; 0 is without end.
-    """
-    if form.is_animation:
-        write = _join_webp if form.container == "webp" else _join_animation
+def join(segments: list[Path], last: Fraction, source: Path, handle: BinaryIO, form: str, plays: int) -> None:
+    """Write the segments of `SegmentEncoder`, and of a video the source's sound, into one file, by time. `last` is how
+    long the last frame is shown, in seconds, 0 if that is not known; `plays` is `Source.plays`."""
+    if is_animation(form):
+        write = _join_webp if form == "webp" else _join_animation
         write(_segment_frames(segments), last, handle, form, plays)
         return
     av = pyav()
     with contextlib.ExitStack() as stack:
         heard = None if source.suffix.lower() in ANIMATIONS else stack.enter_context(opened(source))
-        first = stack.enter_context(av.open(str_file(segments[0])))
-        joined = stack.enter_context(av.open(handle, "w", format=form.container))
+        first = stack.enter_context(av.open(f"file:{segments[0]}"))  # so that no name is taken for an address
+        joined = stack.enter_context(av.open(handle, "w", format=form))
         pictures = joined.add_stream_from_template(first.streams.video[0])
         sounds = _sound_streams(heard, joined) if heard else {}
         joined.start_encoding()  # only now the time bases of the output are known
 
         def picture_packets() -> Iterator[Any]:
-            packet = None
-            for following in chain(_segment_packets(segments), [None]):
-                if packet is not None:
-                    if following is None:
-                        packet.duration = round(last / packet.time_base)
-                    packet.stream = pictures
-                    yield packet
-                packet = following
+            for packet, following in pairwise(chain(_segment_packets(segments), [None])):
+                if following is None:
+                    packet.duration = round(last / packet.time_base)
+                packet.stream = pictures
+                yield packet
 
         merged = heapq.merge(
             _increasing(picture_packets(), Fraction(0)),
@@ -276,12 +232,7 @@ def _increasing(packets: Iterator[Any], start: Fraction) -> Iterator[Any]:
     for packet in packets:
         old, new = packet.time_base, packet.stream.time_base
 
-        def rescaled(
-            ticks: int | None, shift: Fraction = start, old: Fraction = old, new: Fraction = new
-        ) -> int | None:
-            return None if ticks is None else round((ticks * old - shift) / new)
-
-        dts, pts = rescaled(packet.dts), rescaled(packet.pts)
+        dts, pts = (None if ticks is None else round((ticks * old - start) / new) for ticks in (packet.dts, packet.pts))
         duration = round((packet.duration or 0) * old / new)
         before = last.get(packet.stream.index)
         found = dts if dts is not None else pts
@@ -297,43 +248,42 @@ def _increasing(packets: Iterator[Any], start: Fraction) -> Iterator[Any]:
 
 def _segment_packets(segments: list[Path]) -> Iterator[Any]:
     for segment in segments:
-        with pyav().open(str_file(segment)) as container:
-            for packet in container.demux(video=0):
-                if packet.size:
-                    yield packet
+        with pyav().open(f"file:{segment}") as container:
+            yield from (packet for packet in container.demux(video=0) if packet.size)
 
 
 def _segment_frames(segments: list[Path]) -> Iterator[Any]:
     for segment in segments:
-        with pyav().open(str_file(segment)) as container:
+        with pyav().open(f"file:{segment}") as container:
             yield from container.decode(video=0)
 
 
-def _join_animation(frames: Iterator[Any], last: Fraction, handle: BinaryIO, form: OutputFormat, plays: int) -> None:
+def _join_animation(frames: Iterator[Any], last: Fraction, handle: BinaryIO, form: str, plays: int) -> None:
     """Write a GIF or an animated PNG."""
-    unit, final = Fraction(1, 1000), {"final_delay": f"{float(last):.3f}"} if last else {}
-    options = {"plays": str(min(plays, _MOST_PLAYS))}
-    if form.container == "gif":
-        unit, final = Fraction(1, 100), {"final_delay": str(max(2, round(last * 100)))} if last else {}
+    unit, delay, options = Fraction(1, 1000), f"{float(last):.3f}", {"plays": str(min(plays, _MOST_PLAYS))}
+    pixels = "rgba"
+    if form == "gif":
+        unit, delay, pixels, frames = Fraction(1, 100), str(max(2, round(last * 100))), "pal8", _with_palette(frames)
         # FFmpeg's number of repetitions: -1 is none, 0 no end.
         options = {"loop": str(min(plays - 1, _MOST_PLAYS) or -1) if plays else "0"}
-    with pyav().open(handle, "w", format=form.container, options={**options, **final}) as joined:
+    options |= {"final_delay": delay} if last else {}
+    with pyav().open(handle, "w", format=form, options=options) as joined:
         stream: Any = None
         start = -1
-        for frame in _with_palette(frames) if form.pixels == "pal8" else frames:
+        for frame in frames:
             if stream is None:
-                stream = joined.add_stream(form.codec, rate=1 / unit)
-                stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, form.pixels
+                stream = joined.add_stream(form, rate=1 / unit)
+                stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, pixels
                 stream.codec_context.time_base = unit
                 stream.codec_context.thread_count = 1
             start = max(round(frame.pts * frame.time_base / unit), start + 1)
-            painted = frame if form.pixels == "pal8" else frame.reformat(format=form.pixels)
+            painted = frame if form == "gif" else frame.reformat(format=pixels)
             painted.pts, painted.time_base = start, unit
             joined.mux(stream.encode(painted))
         joined.mux(stream.encode(None))
 
 
-def _join_webp(frames: Iterator[Any], last: Fraction, handle: BinaryIO, form: OutputFormat, plays: int) -> None:
+def _join_webp(frames: Iterator[Any], last: Fraction, handle: BinaryIO, form: str, plays: int) -> None:
     """Write an animated WebP by Pillow, which takes all frames at once: FFmpeg's loses the duration of the last."""
     starts, images = [], []
     for frame in frames:
@@ -343,7 +293,7 @@ def _join_webp(frames: Iterator[Any], last: Fraction, handle: BinaryIO, form: Ou
     durations.append(round(last * 1000) or (durations or [100])[-1])
     first, *others = images
     shown = {"duration": durations, "loop": min(plays, _MOST_PLAYS)}
-    first.save(handle, form.container, save_all=True, append_images=others, **shown, quality=95)
+    first.save(handle, form, save_all=True, append_images=others, **shown, quality=95)
 
 
 def _with_palette(frames: Iterator[Any]) -> Iterator[Any]:
@@ -360,8 +310,3 @@ def _with_palette(frames: Iterator[Any]) -> Iterator[Any]:
     use.link_to(sink)
     graph.configure()
     yield from filtered(graph, chain([first], frames))
-
-
-def str_file(path: Path) -> str:
-    """A path as FFmpeg takes it: never as the address of a protocol."""
-    return f"file:{path}"
