@@ -28,13 +28,9 @@ from .removed import RENAMED, removal
 USAGE = UsageError.exit_code
 """Exit status of a wrong usage."""
 
-_READER_GONE = 141
-"""Exit status of a program whose reader closed the pipe: that of the signal SIGPIPE."""
-
+_READER_GONE = 141  # exit status of a program whose reader closed the pipe: that of the signal SIGPIPE
 _LONGEST = 1000
-
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-"""Control characters and line breaks."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # and line breaks
 
 _HELP = {"-h", "--help", "-V", "--version"}
 
@@ -43,16 +39,16 @@ _DEBUG, _JSON, _QUIET, _STDOUT_FAULT, _VERBOSE = (
 )
 
 
-def _backends() -> Iterator[str]:
+def _backends() -> Iterable[str]:
     from .backends.registry import EXTRAS
 
-    yield from ("auto", *EXTRAS)
+    return ("auto", *EXTRAS)
 
 
-def _bundles() -> Iterator[str]:
+def _bundles() -> Iterable[str]:
     from .bundle.location import bundle_names
 
-    yield from bundle_names()
+    return bundle_names()
 
 
 _SUGGESTED: Mapping[str, Callable[[], Iterable[str]]] = {
@@ -168,7 +164,7 @@ class Command(click.Command):
         except (click.ClickException, click.exceptions.Exit):
             raise
         except (Exception, KeyboardInterrupt) as error:
-            if debugging():
+            if ctx.meta.get(_DEBUG):
                 traceback.print_exc()
             if isinstance(error, KeyboardInterrupt):
                 fail("interrupted", 130)
@@ -230,19 +226,12 @@ def echo(*lines: object, err: bool = False) -> None:
         data = text.encode(encoding, "surrogateescape")
     except UnicodeEncodeError:
         data = text.encode(encoding, "backslashreplace")
-    _write(data, err)
+    write_stdout(data, err)
 
 
-def write_stdout(data: bytes) -> None:
-    """Write bytes to stdout."""
-    _write(data, err=False)
-
-
-def _write(data: bytes, err: bool) -> None:
-    """Write to a stream; one whose reader is gone, or on a full disk, takes nothing more, but ends no command.
-
-    Of stdout the exit status tells it at the end.
-    """
+def write_stdout(data: bytes, err: bool = False) -> None:
+    """Write bytes to stdout, or to stderr; if its reader is gone, or on a full disk, it takes nothing more, but ends no
+    command: of stdout the exit status tells it at the end."""
     try:
         click.echo(data, nl=False, err=err)
     except OSError as error:
@@ -302,33 +291,13 @@ def _flag(key: str, *names: str, text: str) -> OptionDecorator:
     return click.option(*names, is_flag=True, expose_value=False, callback=remember, help=text)
 
 
-def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    if value:
-        import importlib.metadata
-
-        try:
-            click.echo(f"lsast {importlib.metadata.version('lsast')}")
-        except importlib.metadata.PackageNotFoundError:
-            click.echo("lsast, of a folder that is not installed")
-        ctx.exit()
-
-
 debug_option = combine_options(
-    click.option(
-        "-V",
-        "--version",
-        is_flag=True,
-        is_eager=True,
-        expose_value=False,
-        callback=_print_version,
-        help="Show the version and exit.",
-    ),
+    click.version_option(None, "-V", "--version", package_name="lsast", message="lsast %(version)s"),
     _flag(_DEBUG, "--debug", text="Log everything, and show tracebacks."),
     _flag(_QUIET, "-q", "--quiet", text="Log errors only, and show no progress."),
     _flag(_VERBOSE, "-v", "--verbose", text="Log more."),
 )
-"""Adds `--debug`, `--quiet`, `--verbose` and `--version` to a command; no parameters of the function, see `debugging`
-and `quiet`."""
+"""Adds `--debug`, `--quiet`, `--verbose` and `--version` to a command; no parameters of the function, see `quiet`."""
 
 json_option = _flag(_JSON, "--json", text="Print JSON objects on stdout, one a line.")
 """Adds `--json` to a command; no parameter of the function, see `print_result`."""
@@ -353,11 +322,6 @@ def as_json() -> bool:
     return bool(click.get_current_context().meta.get(_JSON))
 
 
-def debugging() -> bool:
-    """Whether the command that runs was given `--debug`."""
-    return bool(click.get_current_context().meta.get(_DEBUG))
-
-
 def quiet() -> bool:
     """Whether the command that runs was given `--quiet`, and shall show no progress."""
     return bool(click.get_current_context().meta.get(_QUIET))
@@ -380,11 +344,11 @@ def log_to_stderr(level: int = logging.INFO, *others: str) -> Iterator[None]:
 
     With `--verbose` from one level lower on, with `--debug` all, with `--quiet` errors.
     """
-    handler = _EchoHandler()
+    handler, given = _EchoHandler(), click.get_current_context().meta
     before = {logger: logger.level for logger in map(logging.getLogger, ("lsast", *others))}
-    level = logging.ERROR if quiet() else level - 10 if click.get_current_context().meta.get(_VERBOSE) else level
+    level = logging.ERROR if quiet() else level - 10 if given.get(_VERBOSE) else level
     for logger in before:
-        logger.setLevel(logging.DEBUG if debugging() else level)
+        logger.setLevel(logging.DEBUG if given.get(_DEBUG) else level)
         logger.addHandler(handler)
     try:
         yield
