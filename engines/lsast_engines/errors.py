@@ -1,23 +1,4 @@
-"""The exceptions of all packages.
-
-::
-
-    LsastError                 exit 1   any expected error
-    ├── UsageError             exit 2
-    │   └── UnknownStyleError  exit 2
-    ├── MissingExtraError      exit 1
-    ├── PictureError           exit 1
-    ├── BundleError            exit 1
-    ├── StyleError             exit 1
-    ├── BackendError           exit 1
-    ├── OutOfMemoryError       exit 1, a MemoryError too
-    ├── CancelledError         exit 130
-    ├── TrainingError          exit 1
-    └── ExportError            exit 1
-        └── ParityError        exit 1
-
-Messages say what was found, what was expected, and how to mend it.
-"""
+"""The exceptions of all packages. Messages say what was found, what was expected, and how to mend it."""
 
 from __future__ import annotations
 

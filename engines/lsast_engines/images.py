@@ -1,6 +1,6 @@
-"""Image files as 8-bit RGB arrays, and their edges: the same for training and for sampling.
+"""Pictures of every mode as 8-bit RGB arrays, and their edges: the same for training and for sampling.
 
-`picture_file` opens them, `colour` converts them.
+Grey, CMYK and Lab are converted through their ICC profile, 16 bits by their range; `picture_file` opens the files.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .colour import BOX, boxes, converter, has_alpha, is_wide
 from .errors import LsastError, PictureError, enough_memory, shown
-from .picture_file import FORMATS, check_size, name_other_frames, open_file, open_image, read_stream
+from .picture_file import FORMATS, check_size, has_alpha, name_other_frames, open_file, open_image, read_stream
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,8 +38,7 @@ SUFFIXES = frozenset({
 # fmt: on
 """File suffixes (lower case) of the files that `find_pictures` returns: those of `FORMATS`."""
 
-_ORIENTATION = 0x0112
-"""EXIF tag; 1 to 8."""
+_BOX = 1 << 20  # pixels that are converted at once
 
 _LIBRARY_PATH = "LD_LIBRARY_PATH"
 _importing = threading.Lock()
@@ -229,14 +227,14 @@ def _from_image(image: Image.Image) -> Image8:
     alpha = np.empty(shape, np.uint8) if has_alpha(image) else None
     stored_rgb = _stored(rgb, orientation)
     stored_alpha = None if alpha is None else _stored(alpha, orientation)
-    convert = converter(image, icc)
-    for box in boxes(image.size):
+    convert = _converter(image, icc)
+    for box in _boxes(image.size):
         part = image.crop(box)
         place = (slice(box[1], box[3]), slice(box[0], box[2]))
         if stored_alpha is not None:
             rgba = part.convert("RGBA")
             stored_alpha[place] = np.asarray(rgba.getchannel("A"))
-            part = rgba if "transparency" in image.info and not is_wide(image) else part
+            part = rgba if "transparency" in image.info and not _is_wide(image) else part
         stored_rgb[place] = convert(part)
     if alpha is not None and alpha.min() == 255:
         alpha = None
@@ -245,10 +243,76 @@ def _from_image(image: Image.Image) -> Image8:
     return Image8(rgb, alpha, keep)
 
 
+def _boxes(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
+    """Left, top, right and bottom of boxes of at most `_BOX` pixels that cover a size (width, height)."""
+    width, height = size
+    columns = min(width, _BOX)
+    rows = max(1, _BOX // columns)
+    for top in range(0, height, rows):
+        for left in range(0, width, columns):
+            yield left, top, min(left + columns, width), min(top + rows, height)
+
+
+def _is_wide(image: Image.Image) -> bool:
+    """Whether its values are grey, of more than 8 bits."""
+    return image.mode.startswith(("I;16", "I", "F"))
+
+
+def _converter(image: Image.Image, icc: bytes | None) -> Callable[[Image.Image], npt.NDArray[np.uint8]]:
+    """A function that converts parts of `image` to RGB [h, w, 3], or to grey [h, w, 1] where that is the same."""
+    from PIL import Image
+
+    if _is_wide(image):
+        low, high = _grey_range(image)
+        to_srgb = _srgb_transform(icc, "L", "GRAY")
+
+        def convert_wide(part: Image.Image) -> npt.NDArray[np.uint8]:
+            values = np.asarray(part).astype(np.float64)
+            grey = np.round((values - low) / max(high - low, 1e-12) * 255).astype(np.uint8)
+            return grey[:, :, None] if to_srgb is None else np.asarray(to_srgb(Image.fromarray(grey)))
+
+        return convert_wide
+    mode, space = {"CMYK": ("CMYK", "CMYK"), "LAB": ("LAB", "Lab")}.get(image.mode, ("L", "GRAY"))
+    if image.mode in ("CMYK", "LAB", "1", "L", "LA") and (transform := _srgb_transform(icc, mode, space)) is not None:
+        return lambda part: np.asarray(transform(part.convert(mode)))
+    return lambda part: np.asarray(part.convert("RGB"))
+
+
+def _grey_range(image: Image.Image) -> tuple[float, float]:
+    """The values that become 0 and 255: of 16 bits the full range, of others the range of their values."""
+    if image.mode.startswith("I;16"):
+        return 0.0, 65535.0
+    parts = [np.asarray(image.crop(box)) for box in _boxes(image.size)]
+    low, high = float(min(part.min() for part in parts)), float(max(part.max() for part in parts))
+    if not all(np.isfinite(part).all() for part in parts):
+        raise PictureError("found a picture with NaN or infinite values; expected finite ones")
+    if low >= 0 and 255 < high <= 65535:
+        return 0.0, 65535.0
+    if low >= 0 and high <= 255:
+        return 0.0, 1.0 if image.mode == "F" and high <= 1 else 255.0
+    return low, high
+
+
+def _srgb_transform(icc: bytes | None, mode: str, space: str) -> Callable[[Image.Image], Image.Image] | None:
+    """The conversion of images of `mode` from the profile `icc` to sRGB; None without one of this colour space."""
+    if icc is None:
+        return None
+    from PIL import ImageCms
+
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+        if profile.profile.xcolor_space.strip() != space:
+            return None
+        transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return None  # a damaged profile: convert without it
+    return lambda part: transform.apply(part)
+
+
 def _orientation(image: Image.Image) -> int:
     """How the image was stored, 1 to 8, from its EXIF; 1 where it does not say."""
     try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
+        orientation = image.getexif().get(0x0112, 1)
     except Exception:  # damaged EXIF, e.g. struct.error; the pixels can be read
         return 1
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
@@ -294,7 +358,7 @@ def on_white(rgb: npt.NDArray[np.uint8], alpha: npt.NDArray[np.uint8] | None) ->
     if alpha is None:
         return rgb
     result = np.empty_like(rgb)
-    for top in range(0, len(rgb), rows := max(1, BOX // rgb.shape[1])):
+    for top in range(0, len(rgb), rows := max(1, _BOX // rgb.shape[1])):
         part = slice(top, top + rows)
         cover = alpha[part, :, None] / 255
         result[part] = np.round(rgb[part] * cover + 255 * (1 - cover))

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from .colour import has_alpha
 from .errors import PictureError
 
 if TYPE_CHECKING:
@@ -97,6 +96,11 @@ def open_image(handle: BinaryIO, name: str) -> Image.Image:
         opened: Image.Image = HeifImageFile(handle, "")
         return opened
     raise PictureError(f"{name} is not a picture that Pillow can read; expected PNG, JPEG, WebP, TIFF …")
+
+
+def has_alpha(image: Image.Image) -> bool:
+    """Whether the image has opacity, in its mode or beside it."""
+    return image.mode in ("RGBA", "LA", "La", "PA", "RGBa") or "transparency" in image.info
 
 
 def check_size(image: Image.Image, name: str, max_megapixels: float | None) -> None:

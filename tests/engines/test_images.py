@@ -371,9 +371,9 @@ def gamma_profile() -> bytes:
 def test_read_picture_of_many_boxes_converts_like_one(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     image = Image.fromarray(smooth()).convert("I" if mode == "I;16" else mode)
     whole = read_picture(image)
-    monkeypatch.setattr("lsast_engines.colour.BOX", 50)  # wider than a row, and one that cuts rows
+    monkeypatch.setattr("lsast_engines.images._BOX", 50)  # wider than a row, and one that cuts rows
     parts = read_picture(image)
-    monkeypatch.setattr("lsast_engines.colour.BOX", 7)
+    monkeypatch.setattr("lsast_engines.images._BOX", 7)
     for found in (parts, read_picture(image)):
         np.testing.assert_array_equal(found.rgb, whole.rgb)
 
