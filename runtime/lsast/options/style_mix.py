@@ -82,7 +82,8 @@ class Mix:
         return len(self.terms) == 1 and self.terms[0].group is None and self.terms[0].stages is None
 
     def check(self, styles: Sequence[str], stages: int) -> None:
-        """Check that a bundle has these `styles` and so many `stages`; a `UsageError` with a caret under what it lacks."""
+        """Check that a bundle has these `styles` and so many `stages`; a `UsageError` has a caret under what it
+        lacks."""
         for term in self.terms:
             if term.style not in styles:
                 near = did_you_mean(term.style, styles) or (

@@ -39,7 +39,7 @@ class MixedStyle:
         }
 
     def stage(self, stage: int) -> StageKV:
-        """Keys and values of one stage, 0 … stages - 1, in new arrays; a `StyleError` where a style's file is damaged."""
+        """Keys and values of one stage, 0 … stages - 1, in new arrays; a `StyleError` where a file is damaged."""
         null = self._null.stage(min(stage, self._null.stages - 1))
         mixed = StageKV(np.array(null.kv_unet), np.array(null.kv_control))
         for group in GROUPS:

@@ -146,7 +146,7 @@ def tiled_cond(cond: Callable[[Pixels], Floats], grid: TileGrid) -> Callable[[Pi
 
 
 def tiled_decoder(decode_rgb: Callable[[Floats], Iterable[Floats]], grid: TileGrid) -> Callable[[Floats], Pixels]:
-    """A `Networks.vae_decoder` around `networks.decode_rgb`, which holds the RGB values of one row of tiles in memory."""
+    """A `Networks.vae_decoder` around `networks.decode_rgb`; it holds one row of tiles in memory as RGB values."""
 
     def decode(latent: Floats) -> Pixels:
         """One picture: [4, h, w] → [H, W, 3]."""

@@ -138,7 +138,8 @@ class EnginePool:
         self.engines.clear()
 
     def engine(self, name: str) -> Engine:
-        """The engine of the graph `name`, opened at its first use, kept until it fails; for the holder of `exclusive`."""
+        """The engine of the graph `name`, for the holder of `exclusive`; opened at its first use, kept until it
+        fails."""
         if name in self.engines and self.engines[name].failed:
             self.engines.pop(name).close()
         if name not in self.engines:
@@ -146,7 +147,7 @@ class EnginePool:
         return self.engines[name]
 
     def reopen(self, name: str, compute_dtype: ComputeDtype) -> None:
-        """Replace the engine of the graph `name`, for the holder; if the new one cannot be opened, the old one stays."""
+        """Replace the engine of the graph `name`, for the holder; if the new one does not open, the old one stays."""
         engine = self.engine(name)
         self.engines[name] = self.factory(name, compute_dtype)
         engine.close()
