@@ -79,8 +79,10 @@ class Rule:
             except OverflowError:  # what is no float has no place in JSON, and beyond 4 300 digits no text
                 return -math.inf if value < 0 else math.inf
             return int(value) if isinstance(value, numbers.Integral) else number
-        if self.type is bool and isinstance(value, _numpy_bool()):
-            return bool(value)
+        if self.type is bool:
+            import numpy as np  # only for a value that is no bool of Python
+
+            return bool(value) if isinstance(value, np.bool_) else value
         return value
 
     def accepts(self, value: Any) -> bool:
@@ -123,9 +125,3 @@ def option_faults(options: type, values: Mapping[str, Any]) -> list[str]:
         for name, value in values.items()
         if not rules[name].accepts(value)
     ]
-
-
-def _numpy_bool() -> type:
-    import numpy as np  # only for a value that is no bool of Python
-
-    return np.bool_

@@ -15,7 +15,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -28,12 +28,10 @@ Floats = TypeVar("Floats", npt.NDArray[np.float32], npt.NDArray[np.float64])
 BetaSchedule = Literal["scaled_linear", "linear"]
 """How beta grows with the timestep: linearly in its square root (Stable Diffusion), or linearly."""
 
-
 MAX_TRAIN_STEPS = 100_000
 """Largest number of timesteps."""
 
-_MIN_ALPHA = 1e-12
-"""Below, the solvers' logarithms of the signal-to-noise ratio lose all digits."""
+_MIN_ALPHA = 1e-12  # below, the solvers' logarithms of the signal-to-noise ratio lose all digits
 
 
 @dataclass(frozen=True)
@@ -251,23 +249,22 @@ class UniPc:
         return d
 
 
-@dataclass(frozen=True)
-class SolverEntry:
-    """A solver and the timesteps that it takes (`timesteps.TimestepSchedule`)."""
+class SolverEntry(NamedTuple):
+    """A solver and the timesteps that it takes (`TimestepSchedule`)."""
 
     make: Callable[[list[NoiseLevel]], Solver]
     """Makes it, given the noise level of every step and that of the end of the run."""
-    final_sigma: Literal["sigma_min", "zero"]
-    """Where the last step ends: at sigma of t = 0, or at sigma 0 (`final_sigmas_type` in diffusers)."""
-    grid: Literal["leading", "released"] = "leading"
-    """The grid of timesteps: "leading" (Lin et al. 2023, table 2), or that of LSAST's released code."""
+    to_zero: bool
+    """Whether the last step ends at sigma 0, not at that of t = 0 (`final_sigmas_type` in diffusers)."""
+    released: bool = False
+    """Whether the grid is that of LSAST's released code."""
 
 
 SOLVERS = {
-    "ddim": SolverEntry(Ddim, "sigma_min"),
-    "dpmpp2m": SolverEntry(DpmSolverPp2M, "zero"),
-    "unipc": SolverEntry(UniPc, "zero"),
-    "ddim_lsast": SolverEntry(Ddim, "sigma_min", grid="released"),
+    "ddim": SolverEntry(Ddim, to_zero=False),
+    "dpmpp2m": SolverEntry(DpmSolverPp2M, to_zero=True),
+    "unipc": SolverEntry(UniPc, to_zero=True),
+    "ddim_lsast": SolverEntry(Ddim, to_zero=False, released=True),
 }
 """The solvers by name."""
 
@@ -277,7 +274,7 @@ def make_solver(schedule: TimestepSchedule) -> Solver:
     return SOLVERS[schedule.solver].make(schedule.levels())
 
 
-OFFSET = 1
+_OFFSET = 1
 """The first timestep of every grid, ``steps_offset`` in diffusers."""
 
 
@@ -325,7 +322,7 @@ class TimestepSchedule:
             steps: points of the full grid, from pure noise down.
             strength: part of the grid that is run, in (0, 1].
             stages: stages of the prompts.
-            solver: one of `solvers.SOLVERS`.
+            solver: one of `SOLVERS`.
 
         Raises:
             UsageError: values out of range, all at once. With `ddim_lsast` also values with which the released code
@@ -339,12 +336,11 @@ class TimestepSchedule:
             faults.append(f"strength: found {strength}; expected more than 0 and at most 1")
         if stages < 1:
             faults.append(f"stages: found {stages}; expected at least 1")
-        released = entry is not None and entry.grid == "released"
-        if released:
+        if entry is not None and entry.released:
             grid = _released_grid(noise.train_steps, steps)
             faults += _released_faults(noise.train_steps, grid, steps, strength)
         else:
-            to_zero = entry is not None and entry.final_sigma == "zero"
+            to_zero = entry is not None and entry.to_zero
             grid = _leading_grid(noise.train_steps, steps, to_zero=to_zero)
             if not grid or grid[0] >= noise.train_steps:
                 largest = noise.train_steps - (2 if to_zero else 1)
@@ -352,13 +348,13 @@ class TimestepSchedule:
         if faults:
             raise UsageError(fault_list("invalid schedule:", faults))
         run = grid[len(grid) - max(int(steps * strength), 1) :]
-        start_t = grid[len(grid) - len(run) - 1] if released else run[0]
+        start_t = grid[len(grid) - len(run) - SOLVERS[solver].released]
         steps_run = tuple(Step(index, t, t * stages // noise.train_steps) for index, t in enumerate(run))
         return cls(noise, solver, steps_run, start_t)
 
     def levels(self) -> list[NoiseLevel]:
         """The noise level of every step, then that of the end of the run: [len(steps) + 1]."""
-        end = NoiseLevel.of(1) if SOLVERS[self.solver].final_sigma == "zero" else self.noise.level(0)
+        end = NoiseLevel.of(1) if SOLVERS[self.solver].to_zero else self.noise.level(0)
         return [*(self.noise.level(step.t) for step in self.steps), end]
 
     def add_noise(self, z0: Floats, noise: Floats) -> Floats:
@@ -372,14 +368,14 @@ def _leading_grid(train_steps: int, steps: int, *, to_zero: bool) -> list[int]:
     if steps < 1 or points > train_steps:
         return []
     stride = train_steps // points
-    return [OFFSET + stride * k for k in reversed(range(points))][:steps]
+    return [_OFFSET + stride * k for k in reversed(range(points))][:steps]
 
 
 def _released_grid(train_steps: int, steps: int) -> list[int]:
     """The timesteps of the released code's grid from the noisiest down, also where that code then fails."""
     if not 1 <= steps <= train_steps:
         return []
-    return [OFFSET + t for t in reversed(range(0, train_steps, train_steps // steps))]
+    return [_OFFSET + t for t in reversed(range(0, train_steps, train_steps // steps))]
 
 
 def _released_faults(train_steps: int, grid: list[int], steps: int, strength: float) -> list[str]:

@@ -121,7 +121,6 @@ def is_own(path: Path) -> bool:
 FOR_OTHERS_TO_READ = 0o755
 """The mode of a folder into which `written_by_others` lets nobody else write, whatever the umask is."""
 
-
 MAKE_OWN = "change that (chmod -R go-w), or set LSAST_HOME to a folder of your own"
 """What to do about what `written_by_others` finds."""
 
@@ -190,27 +189,19 @@ def _sweep(folder: Path) -> None:
     if folder in _swept or sys.platform == "win32":
         return
     _swept.add(folder)
-    with contextlib.suppress(OSError):
-        for name in filter(_UNFINISHED.fullmatch, os.listdir(folder)):
-            with contextlib.suppress(OSError):
-                _remove_unlocked(folder / name)
-
-
-def _remove_unlocked(path: Path) -> None:
     import fcntl
 
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
-        found = os.fstat(descriptor)
-        if found.st_uid != os.geteuid():
-            return
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises OSError while its writer lives
-        if stat.S_ISDIR(found.st_mode):
-            shutil.rmtree(path, ignore_errors=True)
-        elif stat.S_ISREG(found.st_mode):
-            path.unlink()
-    finally:
-        os.close(descriptor)
+    with contextlib.suppress(OSError):
+        for path in (folder / name for name in filter(_UNFINISHED.fullmatch, os.listdir(folder))):
+            with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+                descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                stack.callback(os.close, descriptor)
+                found = os.fstat(descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises OSError while its writer lives
+                if found.st_uid == os.geteuid() and stat.S_ISDIR(found.st_mode):
+                    shutil.rmtree(path, ignore_errors=True)
+                elif found.st_uid == os.geteuid() and stat.S_ISREG(found.st_mode):
+                    path.unlink()
 
 
 def exchange(first: Path, second: Path) -> bool:
@@ -221,11 +212,9 @@ def exchange(first: Path, second: Path) -> bool:
         return False
     old, new, library = os.fsencode(first), os.fsencode(second), ctypes.CDLL(None)
     if hasattr(library, "renameat2"):
-        here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of linux/fs.h
-        return bool(library.renameat2(here, old, here, new, swap) == 0)
-    if hasattr(library, "renamex_np"):
-        return bool(library.renamex_np(old, new, 2) == 0)  # RENAME_SWAP of macOS's sys/stdio.h
-    return False
+        return bool(library.renameat2(-100, old, -100, new, 2) == 0)  # AT_FDCWD, RENAME_EXCHANGE of linux/fs.h
+    # RENAME_SWAP of macOS's sys/stdio.h
+    return hasattr(library, "renamex_np") and bool(library.renamex_np(old, new, 2) == 0)
 
 
 def file_sha256(path: Path) -> str:

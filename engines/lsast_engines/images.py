@@ -5,6 +5,7 @@ Grey, CMYK and Lab are converted through their ICC profile, 16 bits by their ran
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import io
@@ -26,17 +27,6 @@ from .picture_file import FORMATS, check_size, has_alpha, name_other_frames, ope
 
 if TYPE_CHECKING:
     from PIL import Image
-
-# fmt: off
-SUFFIXES = frozenset({
-    ".apng", ".avif", ".avifs", ".blp", ".bmp", ".bw", ".cur", ".dcx", ".dds", ".dib", ".fit", ".fits", ".flc",
-    ".fli", ".ftc", ".ftu", ".gbr", ".gif", ".heic", ".heif", ".hif", ".icb", ".icns", ".ico", ".im", ".j2c",
-    ".j2k", ".jfif", ".jp2", ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".msp", ".pbm", ".pcd",
-    ".pcx", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".pxr", ".qoi", ".ras", ".rgb", ".rgba", ".sgi", ".tga",
-    ".tif", ".tiff", ".vda", ".vst", ".webp", ".xbm", ".xpm",
-})
-# fmt: on
-"""File suffixes (lower case) of the files that `find_pictures` returns: those of `FORMATS`."""
 
 _BOX = 1 << 20  # pixels that are converted at once
 
@@ -72,7 +62,7 @@ def find_pictures(folder: Path, others: list[Path] | None = None) -> list[Path]:
 
     Args:
         folder: the folder.
-        others: gets the files whose suffix is none of `SUFFIXES`.
+        others: gets the files whose suffix is that of no picture.
 
     Raises:
         PictureError: the folder does not exist or has no image.
@@ -83,6 +73,15 @@ def find_pictures(folder: Path, others: list[Path] | None = None) -> list[Path]:
     if not paths:
         raise PictureError(f"found no picture under {folder}; expected files like .jpg, .png, .tif or .webp")
     return paths
+
+
+@functools.cache
+def _suffixes() -> frozenset[str]:
+    """The suffixes, in lower case, of files in `FORMATS`."""
+    from PIL import Image
+
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+    return frozenset({*known, ".heic", ".heif", ".hif"})
 
 
 def _search(root: Path, others: list[Path]) -> Iterator[Path]:
@@ -110,7 +109,7 @@ def _search(root: Path, others: list[Path]) -> Iterator[Path]:
                             continue
                         linked.add(target)
                     folders.append(path)
-                elif path.suffix.lower() not in SUFFIXES:
+                elif path.suffix.lower() not in _suffixes():
                     others.append(path)
                 elif entry.is_file():
                     yield path
