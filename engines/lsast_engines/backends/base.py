@@ -35,7 +35,7 @@ _importing = threading.Lock()
 
 
 def import_library(name: str) -> Any:
-    """Import a backend's library, e.g. ``onnxruntime``, so that it does not report to its maker; used for all of them.
+    """Import a backend's library, e.g. ``onnxruntime``, without its telemetry; nothing else may import it.
 
     ONNX Runtime writes a device id and events below the home folder and looks up its collector, unless
     ``ORT_DISABLE_TELEMETRY`` is set when it is imported. OpenVINO reports its import through ``openvino_telemetry``,
@@ -91,10 +91,7 @@ class Engine(abc.ABC):
     """Name of the backend, a key of `registry.EXTRAS`."""
 
     def __init__(self, spec: GraphSpec, device: str, compute_dtype: ComputeDtype) -> None:
-        self.spec = spec
-        self.device = device
-        """Device that it runs on, e.g. ``cpu``."""
-        self.compute_dtype = compute_dtype
+        self.spec, self.device, self.compute_dtype = spec, device, compute_dtype
         self.bound: dict[str, Array] = {}
         """The arrays that `bind_inputs` was given and that are bound, by name."""
         self._bound: dict[str, Array] = {}
@@ -104,11 +101,8 @@ class Engine(abc.ABC):
         self._busy = threading.Lock()
 
     def bind_inputs(self, feeds: Feeds) -> None:
-        """Set inputs for all following calls; they are checked and copied to the device once, and may be set again.
-
-        Raises:
-            BackendError: unknown names, wrong types or shapes; all at once.
-        """
+        """Set inputs for all following calls; they are checked as by a call and copied to the device once, and may be
+        set again."""
         with self._exclusive():
             self._check(feeds, complete=False)
             # A copy, so that a caller who changes the array does not change the bound input.
@@ -150,12 +144,10 @@ class Engine(abc.ABC):
         """Keep checked inputs for every run, beside `_bound`."""
 
     @abc.abstractmethod
-    def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
-        """Run on checked inputs and the bound ones."""
+    def _run(self, feeds: dict[str, Array]) -> dict[str, Array]: ...
 
     @abc.abstractmethod
-    def _release_memory(self) -> None:
-        """Free working memory."""
+    def _release_memory(self) -> None: ...
 
     @abc.abstractmethod
     def _close(self) -> None:
@@ -248,13 +240,13 @@ def check_interface(
     outputs: Mapping[str, str],
     path: Path,
 ) -> None:
-    """Check that a graph file has the inputs and outputs of its spec.
+    """Check that the graph file `path` has the inputs and outputs of its spec.
 
     Args:
         spec: from the manifest.
         inputs: type and shape of the file's inputs by name; None is a dynamic axis.
         outputs: type of the file's outputs by name.
-        path: the file, for messages.
+        path: for messages.
 
     Raises:
         BackendError: they differ; all differences at once.

@@ -8,6 +8,7 @@ other offsets.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -35,13 +36,7 @@ from .onnx_file import encode, values
 MIN_BYTES = 1 << 30
 """Minimum size of a weight file to convert; smaller ones are left to the backend."""
 
-WEIGHTS = "base.safetensors"
-"""The weight file of a bundle."""
-
-_DIGEST_SUFFIX = ".sha256"
-_checked: set[tuple[Path, int, int, int]] = set()
-"""Converted weights that were found whole: path, inode, size and time of change."""
-
+_WEIGHTS, _DIGEST_SUFFIX = "base.safetensors", ".sha256"
 _FLOAT, _HALVES = 1, {"F16": 10, "BF16": 16}
 """Numbers of types in ONNX (TensorProto.DataType), by safetensors' name."""
 
@@ -61,7 +56,7 @@ def with_fp32_weights(path: Path, cache: Path | None = None, dtypes: tuple[str, 
         cache: folder for converted weights; None is ``fp32`` in the user's cache folder.
         dtypes: types to convert, by safetensors' name.
     """
-    weights = path.parent / WEIGHTS
+    weights = path.parent / _WEIGHTS
     if not weights.is_file() or weights.stat().st_size < MIN_BYTES:
         return path
     slots = read_slots(weights)
@@ -71,7 +66,7 @@ def with_fp32_weights(path: Path, cache: Path | None = None, dtypes: tuple[str, 
     if fault := _folder_fault(folder, cache, sum(slot.length * 2 for slot in slots.values())):
         _log.warning("painting needs more memory: %s", shown(fault))
         return path
-    target, graph = folder / WEIGHTS, folder / path.name
+    target, graph = folder / _WEIGHTS, folder / path.name
     if not _is_whole(target):
         _convert(weights, slots, target)
     moved = {old.offset: new for old, new in zip(slots.values(), read_slots(target).values(), strict=True)}
@@ -90,7 +85,7 @@ def _folder_fault(folder: Path, cache: Path | None, size: int) -> str:
         make_folder(folder, FOR_OTHERS_TO_READ)
     except OSError as error:
         return f"{folder} cannot be made ({error.strerror}): set LSAST_HOME to a folder of your own"
-    if (free := shutil.disk_usage(folder).free) < size and not (folder / WEIGHTS).is_file():
+    if (free := shutil.disk_usage(folder).free) < size and not (folder / _WEIGHTS).is_file():
         need = f"found {free / 1e9:.1f} GB free at {folder}; expected {size / 1e9:.1f} GB"
         return f"{need}: make room, set LSAST_HOME to a folder with room, or export the bundle in fp32"
     return ""
@@ -112,21 +107,25 @@ def _is_whole(target: Path) -> bool:
     """Whether the file is there and as it was written; it is read once in this process."""
     try:
         stat = target.stat()
-        state = (target, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        if state not in _checked:
-            if target.with_suffix(_DIGEST_SUFFIX).read_text() != file_sha256(target):
-                _log.warning("%s is damaged; it is converted again", target)
-                return False
-            _checked.add(state)
+        written = target.with_suffix(_DIGEST_SUFFIX).read_text()
+        whole = written == _sha256(target, stat.st_ino, stat.st_size, stat.st_mtime_ns)
     except OSError:
         return False
-    return True
+    if not whole:
+        _log.warning("%s is damaged; it is converted again", target)
+    return whole
+
+
+@functools.cache
+def _sha256(path: Path, *_: int) -> str:
+    return file_sha256(path)
 
 
 def _convert(weights: Path, slots: dict[str, Slot], target: Path) -> None:
-    half = {name: slot.dtype in _HALVES for name, slot in slots.items()}
     tensors = [
-        (name, "F32" if half[name] else slot.dtype, slot.shape, slot.length * (2 if half[name] else 1))
+        (name, "F32", slot.shape, slot.length * 2)
+        if slot.dtype in _HALVES
+        else (name, slot.dtype, slot.shape, slot.length)
         for name, slot in slots.items()
     ]
     header = encode_header(tensors)
@@ -151,7 +150,6 @@ def _convert(weights: Path, slots: dict[str, Slot], target: Path) -> None:
 
 
 def _to_float32(data: bytes, dtype: str) -> bytes:
-    """The values `data` of `dtype` (safetensors' name) as float32, if they have 16 bits; others unchanged."""
     if dtype == "F16":
         return np.frombuffer(data, np.float16).astype(np.float32).tobytes()
     if dtype == "BF16":  # the upper half of a float32
@@ -178,10 +176,10 @@ def _rewritten_initializer(
 ) -> bytes:
     """A TensorProto; if its data is in the weight file, with the new place, and the name that its cast had."""
     place = {entry[1][0]: entry[2][0] for entry in map(values, tensor[13])}
-    if place.get(b"location") != WEIGHTS.encode():
+    if place.get(b"location") != _WEIGHTS.encode():
         return raw
     slot, (name,) = moved[int(place[b"offset"])], tensor[8]
-    place = {b"location": WEIGHTS.encode(), b"offset": b"%d" % slot.offset, b"length": b"%d" % slot.length}
+    place = {b"location": _WEIGHTS.encode(), b"offset": b"%d" % slot.offset, b"length": b"%d" % slot.length}
     kind = [_FLOAT] if tensor[2][0] in _HALVES.values() else tensor[2]
     entries = [encode({1: [key], 2: [text]}) for key, text in place.items()]
     return encode({**tensor, 2: kind, 8: [casts.get(name, name)], 13: entries})

@@ -40,10 +40,7 @@ SOURCE = "source.txt"
 DIGESTS = "sha256.json"
 """File of an entry that holds its name, and the SHA-256 of its other files by name."""
 
-_FORMAT = 2
-"""Of the entries."""
-
-_WEIGHT_SUFFIXES = (".safetensors", ".data")
+_FORMAT = 2  # of the entries
 _log = logging.getLogger("lsast.graph_cache")
 _Session = TypeVar("_Session")
 
@@ -100,7 +97,9 @@ def open_cached(
             # Another process may have been quicker, or another bundle may be in place of this one.
             if not entry.exists() and entry == cache_path(backend, path, compute_dtype, environment):
                 fresh.rename(entry)
-                evict_stale(entry)
+                for other in entry.parent.glob(f"{entry.name.rpartition('-')[0]}-*"):
+                    if other != entry:  # of the same graph and compute dtype
+                        shutil.rmtree(other, ignore_errors=True)
             return session
     except Exception as error:
         _log.info("graph %s is not cached (%s)", path, error)
@@ -136,28 +135,16 @@ def weight_bytes(bundle: Path) -> int:
 
 
 def _weight_files(bundle: Path) -> list[Path]:
-    return [file for file in sorted(bundle.iterdir()) if file.suffix in _WEIGHT_SUFFIXES]
-
-
-def evict_stale(entry: Path) -> None:
-    """Remove the entries that `entry` replaces: those of the same graph and compute dtype."""
-    kind = entry.name.rpartition("-")[0]
-    for other in entry.parent.glob(f"{kind}-*"):
-        if other != entry:
-            shutil.rmtree(other, ignore_errors=True)
+    return [file for file in sorted(bundle.iterdir()) if file.suffix in (".safetensors", ".data")]
 
 
 def _verify(entry: Path) -> None:
     """Raises ValueError if the files of `entry` are not those that were written, or were written for another one."""
-    if not (entry / DIGESTS).is_file():
+    if not (entry / DIGESTS).is_file():  # a pipe would never end
         raise FileNotFoundError(entry / DIGESTS)
     written = parse_json((entry / DIGESTS).read_bytes())
-    digests = written["files"]
-    if (
-        written["entry"] != entry.name
-        or not digests
-        or any(file_sha256(entry / name) != digest for name, digest in digests.items())
-    ):
+    found = {name: file_sha256(entry / name) for name in written["files"]}
+    if written["entry"] != entry.name or not found or found != written["files"]:
         raise ValueError("damaged")
 
 

@@ -34,20 +34,12 @@ _PRECISION_HINTS: dict[ComputeDtype, str] = {"fp32": "f32", "bf16": "bf16", "fp1
 
 
 def devices() -> list[str]:
-    """The devices that OpenVINO finds, e.g. ``cpu``, ``gpu``.
-
-    Raises:
-        ImportError: it is not installed.
-    """
+    """The devices that OpenVINO finds, e.g. ``cpu``, ``gpu``; an ImportError if it is not installed."""
     return [str(device).lower() for device in shared_core(import_library("openvino")).available_devices]
 
 
 def compute_dtypes(device: str) -> tuple[ComputeDtype, ...]:
-    """What `device` computes in; on a processor with AVX-512, bf16 may be emulated.
-
-    Raises:
-        ImportError: OpenVINO is not installed.
-    """
+    """What `device` computes in; on a processor with AVX-512, bf16 may be emulated. Raises as `devices`."""
     found = shared_core(import_library("openvino")).get_property(device.upper(), "OPTIMIZATION_CAPABILITIES")
     names = {"fp32", *(str(name).lower() for name in found)}
     return tuple(dtype for dtype in _PRECISION_HINTS if dtype in names)
@@ -138,10 +130,8 @@ class OpenVinoEngine(Engine):
         return outputs
 
     def _check_computed(self, outputs: dict[str, Array], shapes: list[tuple[int, ...]]) -> None:
-        """Raises MemoryError for outputs of an earlier run.
-
-        They are all that OpenVINO 2026.4.1 with one thread gives when it gets no memory: it returns without an error.
-        """
+        """Raises MemoryError for outputs of an earlier run, which OpenVINO 2026.4.1 with one thread gives without an
+        error when it gets no memory."""
         names = [tensor.name for tensor in self.spec.inputs]
         expected = output_shapes(self.spec, dict(zip(names, shapes, strict=True)))
         if any(outputs[name].shape != shape for name, shape in expected.items()) or any(
@@ -190,14 +180,10 @@ class MmapPages:
 
     OpenVINO maps the weight file and repacks the weights, at first use, into memory of its own. The pages of the file
     would stay resident. They are clean: dropping them costs nothing, and a page that is used again is read from the
-    file. Works on Linux; elsewhere the system drops pages when it needs memory.
-
-    The mappings must stay as long as this object is used: the caller keeps their owner alive.
+    file. Works on Linux; elsewhere the system drops pages when it needs memory. The caller keeps the mappings' owner
+    alive.
     """
 
-    _MAPS = Path("/proc/self/maps")
-    _MADV_DONTNEED = 4
-    _SECONDS = 0.2
     _recording = threading.Lock()
 
     def __init__(self, folder: Path) -> None:
@@ -221,7 +207,7 @@ class MmapPages:
         done = threading.Event()
 
         def drop_repeatedly() -> None:
-            while not done.wait(self._SECONDS):
+            while not done.wait(0.2):
                 self._drop()
 
         helper = threading.Thread(target=drop_repeatedly, name="lsast-madvise", daemon=True)
@@ -237,7 +223,7 @@ class MmapPages:
         if not sys.platform.startswith("linux"):
             return set()
         ranges = set()
-        for line in self._MAPS.read_text().splitlines():
+        for line in Path("/proc/self/maps").read_text().splitlines():
             # 7f3e2dc00000-7f3f64c41000 r--s 00000000 fe:00 2457603    /folder/base.safetensors
             fields = line.split(maxsplit=5)
             if len(fields) == 6 and fields[1].startswith("r--") and fields[5].startswith(self._folder):
@@ -249,4 +235,4 @@ class MmapPages:
         madvise = ctypes.CDLL(None).madvise
         madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         for begin, end in self._ranges:
-            madvise(begin, end - begin, self._MADV_DONTNEED)
+            madvise(begin, end - begin, 4)  # MADV_DONTNEED

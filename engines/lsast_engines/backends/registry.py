@@ -107,8 +107,8 @@ def open_engine(
     Args:
         path: the ONNX file, with its weights beside it.
         spec: its inputs and outputs, from the manifest.
-        backend: ``onnxruntime``, ``openvino``, ``tensorrt-rtx``, ``tensorrt``, or ``auto``: the first that is
-            installed, has the device and supports the compute dtype.
+        backend: a key of `EXTRAS`, or ``auto``: the first that is installed, has the device and supports the compute
+            dtype.
         device: ``cpu``, ``cuda``, …, or ``auto``: the GPU for TensorRT, the CPU for the others.
         threads: CPU threads; None is the backend's default, and `core_limit` where that is less.
         compute_dtype: None is fp32, and on GPUs fp16. ONNX Runtime computes in fp32, and on GPUs in fp16, too;
@@ -145,11 +145,7 @@ def open_engine(
 
 
 def find_backend(backend: str, device: str, compute_dtype: ComputeDtype | None) -> tuple[str, str, ComputeDtype]:
-    """The backend, device and compute dtype that `open_engine` uses for these arguments.
-
-    Raises:
-        UsageError, MissingExtraError, BackendError: see `open_engine`.
-    """
+    """The backend, device and compute dtype that `open_engine` uses for these arguments; raises as that does."""
     backend, device = backend.lower(), device.lower()
     for option, value in (("--compute-dtype", compute_dtype), ("--device", device)):
         if gone := removal(f"{option} {value}"):

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 from .json_fields import parse_json
 
-_MAX_HEADER = 100_000_000
-"""safetensors' own limit, in bytes."""
+_MAX_HEADER = 100_000_000  # bytes, safetensors' own limit
 
 
 class Slot(NamedTuple):

@@ -67,10 +67,9 @@ def gpu_fault() -> str:
 
 
 def gpus() -> list[Gpu]:
-    """The NVIDIA GPUs that the driver lists, in its order; none where `gpu_fault` says why.
+    """The NVIDIA GPUs that the driver lists, in its order; none where `gpu_fault` says why, and raises as that does.
 
     Raises:
-        MissingExtraError: cuda-bindings is not installed.
         BackendError: a GPU that the driver lists cannot be asked.
     """
     runtime = load_cuda()

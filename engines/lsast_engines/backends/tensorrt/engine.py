@@ -109,11 +109,7 @@ def devices(flavor: TrtFlavor) -> list[str]:
 
 
 def gpu_fault(flavor: TrtFlavor) -> str:
-    """Why the library has no GPU here, and what mends that; empty if it has one.
-
-    Raises:
-        ImportError: the library or cuda-bindings is not installed.
-    """
+    """Why the library has no GPU here, and what mends that; empty if it has one. Raises as `devices`."""
     for module in (MODULES[flavor], "cuda.bindings"):
         with contextlib.suppress(ModuleNotFoundError):  # of a package that holds the module
             if importlib.util.find_spec(module) is not None:
@@ -173,7 +169,12 @@ def compile_command(bundle: Path, flavor: TrtFlavor, compute_dtype: str, gpu: Gp
 
 
 class TensorRtEngine(Engine):
-    """A compiled engine on the first GPU."""
+    """The compiled engine of the graph file `path` on the first GPU; `threads` has no effect.
+
+    Raises:
+        MissingExtraError: the library or cuda-python is not installed.
+        BackendError: no GPU, no matching engine (`find_engine`), or one that the library refuses.
+    """
 
     def __init__(
         self,
@@ -184,20 +185,6 @@ class TensorRtEngine(Engine):
         compute_dtype: ComputeDtype,
         flavor: TrtFlavor,
     ) -> None:
-        """Open the engine of the graph file `path`.
-
-        Args:
-            path: the ONNX file of a bundle.
-            spec: its inputs and outputs.
-            device: ``cuda``.
-            threads: ignored; the GPU does the work.
-            compute_dtype: what the engine was compiled in.
-            flavor: the library that compiled it.
-
-        Raises:
-            MissingExtraError: the library or cuda-python is not installed.
-            BackendError: no GPU, no matching engine (`find_engine`), or one that the library refuses.
-        """
         super().__init__(spec, device, compute_dtype)
         self.backend: str = flavor
         trt = load_library(flavor)

@@ -190,27 +190,6 @@ class EngineRecord:
         with replace_file(record_path(engine), own=True) as handle:
             handle.write((json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n").encode())
 
-    @classmethod
-    def load(cls, engine: Path) -> EngineRecord:
-        """Read the record beside `engine`.
-
-        Raises:
-            BackendError: not found, not a record, or of another format.
-        """
-        path = record_path(engine)
-        try:
-            data = parse_json(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise BackendError(f"{path} cannot be read ({error}); compile the engine again") from error
-        found = data.pop("format", None) if isinstance(data, dict) else None
-        if found != FORMAT:
-            raise BackendError(f"{path} has format {found!r}; this version reads {FORMAT}: compile the engine again")
-        faults: list[str] = []
-        record = read_object(cls, data, "", faults)
-        if record is None:
-            raise BackendError(fault_list(f"{path} is not the record of an engine; compile it again:", faults))
-        return record
-
 
 def record_path(engine: Path) -> Path:
     """The file of the record of `engine`."""
@@ -218,15 +197,25 @@ def record_path(engine: Path) -> Path:
 
 
 def verified_record(engine: Path) -> EngineRecord:
-    """The record of `engine`, after a check of the engine's size and SHA-256.
+    """The record beside `engine`, after a check of the engine's size and SHA-256.
 
     Raises:
-        BackendError: no engine, no record, or a file that was truncated, changed or replaced.
+        BackendError: no engine, no record, one of another format, or a file that was truncated, changed or replaced.
     """
     if not engine.is_file():
         raise BackendError(f"found no engine {engine}; compile it")
-    record = EngineRecord.load(engine)
-    faults = []
+    path = record_path(engine)
+    try:
+        data = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise BackendError(f"{path} cannot be read ({error}); compile the engine again") from error
+    found = data.pop("format", None) if isinstance(data, dict) else None
+    if found != FORMAT:
+        raise BackendError(f"{path} has format {found!r}; this version reads {FORMAT}: compile the engine again")
+    faults: list[str] = []
+    record = read_object(EngineRecord, data, "", faults)
+    if record is None:
+        raise BackendError(fault_list(f"{path} is not the record of an engine; compile it again:", faults))
     if (size := engine.stat().st_size) != record.bytes:
         faults.append(f"bytes: found {size}; expected {record.bytes}")
     elif (digest := file_sha256(engine)) != record.sha256:
