@@ -101,10 +101,7 @@ class Inversion:
     def run(self) -> RunResult:
         """Train to the last step and write the best prompts; every process returns the result.
 
-        Raises:
-            OutOfMemoryError: there is not enough memory for a step.
-            TrainingError: a loss that is not finite.
-            InterruptionError: SIGINT or SIGTERM; a checkpoint was written.
+        Errors are those of `TrainingLoop.run`, and an `OutOfMemoryError` without memory for a step.
         """
         self._estimate_time()
         if not self.loop.history:

@@ -33,7 +33,7 @@ from lsast_engines.bundle.graph_spec import (
     UnetSplit,
 )
 from lsast_train.base.attention import packed_kv
-from lsast_train.base.base import Base, build_base
+from lsast_train.base.base import Base
 from lsast_train.base.kv_packing import kv_layouts
 from lsast_train.base.lazy_base import LazyBase
 
@@ -51,7 +51,7 @@ def base_on_meta(parts: LazyBase, **loaded: Any) -> Base:
         loaded: networks that are in memory, by the name of `Base`'s field.
     """
     empty = {name: parts.networks[name]().on_meta() for name in NETWORKS if name not in loaded}
-    return build_base(parts.config, parts.fingerprint, null_context=parts.null_context, **{**empty, **loaded})
+    return Base(parts.config, parts.fingerprint, null_context=parts.null_context, **{**empty, **loaded})
 
 
 def geometry(base: Base) -> Geometry:

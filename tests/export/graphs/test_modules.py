@@ -16,7 +16,7 @@ from lsast_engines.bundle.bundle import Bundle
 from lsast_export.graphs import modules as graphs
 from lsast_export.graphs.modules import SplitProcessor, geometry, graph_module, head_groups, split_attention
 from lsast_export.graphs.trace import TracedGraph, trace
-from lsast_train.base.base import Base, build_base
+from lsast_train.base.base import Base
 from lsast_train.base.kv_packing import kv_layouts
 from lsast_train.base.lazy_base import load_base
 
@@ -157,4 +157,4 @@ def test_trace_reads_and_changes_no_weight(base: Base, traced: dict[str, TracedG
 def skeleton_of(base: Base) -> Base:
     with torch.device("meta"):
         networks = {name: type(net).from_config(net.config) for name, net in base.networks().items()}  # type: ignore[attr-defined]
-    return build_base(base.config, base.fingerprint, null_context=base.null_context, **networks)
+    return Base(base.config, base.fingerprint, null_context=base.null_context, **networks)

@@ -28,9 +28,9 @@ from lsast_export.graphs.modules import geometry, unet_split
 from lsast_export.graphs.trace import trace_graphs
 from lsast_export.parity.parity import relative_error
 from lsast_export.styles.bake import KVProjector
-from lsast_train.base.base import Base, BaseConfig, build_base
-from lsast_train.checkpoints.single_file import controlnet_weights, unet_weights
+from lsast_train.base.base import Base, BaseConfig
 from lsast_train.checkpoints.safe_unpickle import load_module_tensors
+from lsast_train.checkpoints.single_file import controlnet_weights, unet_weights
 
 BACKENDS = sorted(available_backends())
 Denoiser = Callable[[torch.Tensor, int, int], tuple[np.ndarray, list[np.ndarray]]]
@@ -43,7 +43,7 @@ def base_of(run: Recording) -> Base:
     multiple = 8 * 2 ** (len(unet.config.block_out_channels) - 1)
     config = BaseConfig("released", "sd15", "epsilon", tokens, 64, 0.18215, multiple=multiple)
     controlnet = controlnet_weights(run.control, run.heads).build()
-    return build_base(config, "0" * 64, unet, controlnet, nn.Identity(), run.io["unconditional"])
+    return Base(config, "0" * 64, unet, controlnet, nn.Identity(), run.io["unconditional"])
 
 
 def contexts_of(run: Recording, stage: int) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -1,15 +1,22 @@
-"""What the inversion feeds to the frozen networks, against diffusers' own."""
+"""Bases: what the inversion feeds to the frozen networks, against diffusers' own, and bases on disk."""
 
 from __future__ import annotations
 
 import copy
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
+from safetensors.torch import load_file, save_file
 
+from lsast_engines.errors import TrainingError
 from lsast_train.base.base import Base
+from lsast_train.base.lazy_base import load_base, open_base, save_base
+from lsast_train.mini.architecture import MiniConfig, build_mini
 from schedulers import ddpm
 
 
@@ -43,3 +50,54 @@ def test_eps_with_equal_contexts_equals_stock_diffusers(base: Base, controlled: 
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(base.add_noise(latent, noise, times), schedule.add_noise(latent, noise, times))
+
+
+def test_saved_base_loads_with_the_same_predictions(tmp_path: Path) -> None:
+    base = build_mini(MiniConfig.tiny(), 4)
+    base.config = replace(base.config, training={"steps": "0"})
+    fingerprint = save_base(base, tmp_path)
+    loaded = load_base(tmp_path)
+    assert (loaded.fingerprint, loaded.config) == (fingerprint, base.config)
+    x, t = torch.randn(1, 4, 8, 8), torch.tensor([500])
+    contexts, edges = loaded.null_context.expand(1, 3, -1, -1), (torch.rand(1, 3, 64, 64) > 0.9).float()
+    for name, network in base.networks().items():
+        found = loaded.networks()[name].state_dict()
+        assert all(torch.equal(value, found[key]) for key, value in network.state_dict().items())
+    with torch.no_grad():  # weights in the file lie elsewhere in memory, and products round otherwise
+        found_eps, expected_eps = loaded.eps(x, t, contexts, edges), base.eps(x, t, contexts, edges)
+    torch.testing.assert_close(found_eps, expected_eps, atol=1e-5, rtol=0)
+
+
+def test_open_base_with_weights_that_do_not_fit_reports_all(tmp_path: Path) -> None:
+    save_base(build_mini(MiniConfig.tiny()), tmp_path)
+    tensors = load_file(tmp_path / "base.safetensors")
+    tensors["unet.extra"] = tensors.pop("unet.conv_in.bias")
+    del tensors["controlnet.conv_in.weight"]
+    save_file(tensors, tmp_path / "base.safetensors")
+    with pytest.raises(TrainingError) as caught:
+        load_base(tmp_path)
+    for part in ("unet.conv_in.bias: missing", "unet.extra: not expected", "controlnet.conv_in.weight: missing"):
+        assert part in str(caught.value)
+
+
+def test_load_base_with_changed_weights_is_refused(tmp_path: Path) -> None:
+    fingerprint = save_base(build_mini(MiniConfig.tiny()), tmp_path)
+    tensors = load_file(tmp_path / "base.safetensors")
+    tensors["unet.conv_in.bias"] += 1
+    save_file(tensors, tmp_path / "base.safetensors")
+    assert open_base(tmp_path).fingerprint == fingerprint
+    with pytest.raises(TrainingError, match="SHA-256 differs"):
+        load_base(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["[", "[]", '{"format": 1}', '{"format": 9}'])
+def test_open_base_with_a_damaged_description_is_refused(tmp_path: Path, change: str) -> None:
+    save_base(build_mini(MiniConfig.tiny()), tmp_path)
+    description = tmp_path / "base.json"
+    content = json.loads(description.read_text())
+    description.write_text(change)
+    with pytest.raises(TrainingError, match=r"base\.json (cannot be read|has format 9)"):
+        open_base(tmp_path)
+    description.write_text(json.dumps({**content, "noise": {"train_steps": "many"}}))
+    with pytest.raises(TrainingError, match=r"base\.json cannot be read"):
+        open_base(tmp_path)

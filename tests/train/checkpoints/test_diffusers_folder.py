@@ -1,20 +1,23 @@
-"""A base in diffusers' format."""
+"""A base in diffusers' format, in a folder or on the hub (a stand-in for huggingface_hub)."""
 
 from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from lsast_engines.errors import TrainingError
+from lsast_engines.errors import LsastError, TrainingError, UsageError
 from lsast_train.base.lazy_base import load_base, open_base
 from lsast_train.checkpoints.source import BaseSource
 
@@ -151,3 +154,56 @@ def test_shard_index_with_a_path_is_refused(folder: Path, tmp_path: Path) -> Non
     index.write_text(json.dumps({"weight_map": {"conv_in.weight": "../../../secret.safetensors"}}))
     with pytest.raises(TrainingError, match=r"lists '\.\./\.\./\.\./secret.safetensors'"):
         open_base(BaseSource(folder, tmp_path / "canny"))
+
+
+@pytest.mark.parametrize("revision", [None, "main"])
+def test_hub_name_without_a_pinned_revision_is_refused(revision: str | None) -> None:
+    with pytest.raises(UsageError, match="expected a commit hash or tag"):
+        open_base(BaseSource("someone/stable-diffusion", revision=revision))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> list[tuple[str, str, str, bool]]:
+    """A hub with two repositories, one of which is in the cache already; lists what was asked for."""
+    asked: list[tuple[str, str, str, bool]] = []
+    folders = {"someone/tiny-v1-5": folder, "else/canny": tmp_path / "canny"}
+
+    def cached(name: str, path: str, _: None, revision: str) -> str | None:
+        asked.append((name, path, revision, True))
+        file = folders[name] / path if name == "else/canny" else None
+        return os.fspath(file) if file is not None and file.is_file() else None
+
+    def download(name: str, path: str, *, revision: str) -> str:
+        asked.append((name, path, revision, False))
+        if name not in folders:
+            raise LocalEntryNotFoundError("no connection")
+        if not (folders[name] / path).is_file():
+            raise EntryNotFoundError("no such file")
+        return os.fspath(folders[name] / path)
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return asked
+
+
+def test_hub_base_and_controlnet_are_read_from_the_cache_first(
+    published: Any, hub: list[tuple[str, str, str, bool]]
+) -> None:
+    parts = open_base(BaseSource("someone/tiny-v1-5", "else/canny@v1.1", revision="0123abc"))
+    assert published.same(parts.load("unet"), published.networks["ema"])
+    assert published.same(parts.load("controlnet"), published.networks["controlnet"])
+    assert {(name, revision) for name, _, revision, _ in hub} == {
+        ("someone/tiny-v1-5", "0123abc"),
+        ("else/canny", "v1.1"),
+    }
+    assert parts.config.name == "tiny-v1-5"
+    assert parts.config.training["source"] == "someone/tiny-v1-5"
+    assert (parts.config.training["revision"], parts.config.training["controlnet_revision"]) == ("0123abc", "v1.1")
+    # What is in the cache is not asked for on the network.
+    assert all(local for name, path, _, local in hub if (name, path) == ("else/canny", "config.json"))
+
+
+def test_hub_without_a_network_says_how_to_download(hub: list[tuple[str, str, str, bool]]) -> None:
+    with pytest.raises(LsastError, match="hf download no/where --revision 0123abc"):
+        open_base(BaseSource("no/where", revision="0123abc"))
+    assert sum(not local for *_, local in hub) == 1  # a dead network is tried once

@@ -1,3 +1,5 @@
+"""Guidance distillation: teacher, student and the style that is distilled."""
+
 from __future__ import annotations
 
 import json
@@ -11,18 +13,19 @@ import pytest
 import torch
 
 from lsast_engines.bundle.style import Style, StyleFile
-from lsast_engines.diffusion import SOLVERS
-from lsast_engines.errors import TrainingError, UsageError
+from lsast_engines.diffusion import SOLVERS, NoiseSchedule, TimestepSchedule
+from lsast_engines.errors import StyleError, TrainingError, UsageError
 from lsast_train.__main__ import main
 from lsast_train.base.base import Base
 from lsast_train.base.kv_packing import kv_layouts
 from lsast_train.base.lazy_base import save_base
 from lsast_train.distillation.distillation import Distillation
-from lsast_train.distillation.student import null_rows
-from lsast_train.distillation.teacher import control_residuals, predict
+from lsast_train.distillation.student import null_rows, read_style
+from lsast_train.distillation.teacher import Teacher, control_residuals, jitter_timesteps, predict, read_contents
 from lsast_train.mini.architecture import MiniConfig, build_mini
 from lsast_train.options import DistillOptions, Solver
 from lsast_train.paintings import PaintingDataset
+from lsast_train.prompts.prompt_file import Prompts, save_prompts
 from lsast_train.training.run import InterruptionError
 
 BRIEF = DistillOptions(guidance=4.0, pictures=4, noised=2, teacher_steps=4, steps=80, batch=4, lr=0.1, size=64,
@@ -156,3 +159,82 @@ def test_distill_command_prints_the_style_file(
         main([*[str(argument) for argument in arguments[:-1]], "--guidance", "1"])
     assert caught.value.code == 2
     assert "takes one pass already" in capsys.readouterr().err
+
+
+@pytest.fixture
+def prompts(base: Base) -> torch.Tensor:
+    """[10, 3, tokens, dim]: random prompts."""
+    generator = torch.Generator().manual_seed(0)
+    return base.null_context + torch.randn(10, 3, base.config.tokens, base.context_dim, generator=generator)
+
+
+@pytest.fixture
+def source(base: Base, prompts: torch.Tensor) -> Style:
+    """The style of `prompts`."""
+    with torch.no_grad():
+        kv_unet, kv_control = (layout.project(prompts).numpy() for layout in kv_layouts(base))
+    return Style("hand", base.fingerprint, 10, base.config.tokens, kv_unet, kv_control)
+
+
+def _guided(base: Base, prompts: torch.Tensor, latent: torch.Tensor, t: int, edges: torch.Tensor, g: float) -> Any:
+    """ε of two whole passes with contexts, the residuals those of the style; and that of the style alone."""
+    contexts = prompts[t // 100].expand(len(latent), -1, -1, -1)
+    null = base.null_context.expand_as(contexts)
+    time = torch.full((len(latent),), t)
+    with torch.no_grad():
+        plain = base.eps(latent, time, contexts, edges)
+        return base.eps(latent, time, null, residuals=base.control(latent, time, contexts, edges)) * (
+            1 - g
+        ) + g * plain, plain
+
+
+def test_teacher_targets_are_the_guided_noise_of_two_passes(
+    base: Base, source: Style, prompts: torch.Tensor, collection: PaintingDataset
+) -> None:
+    options = DistillOptions(guidance=4.0, teacher_steps=4, size=64)
+    content = read_contents(base, collection.training, 4, 64, 0, 0)
+    samples = Teacher(base, source, null_rows(base), options).samples(content, 0, noised=2)
+    assert sorted(set(samples.stage.tolist())) == list(range(10))
+    assert torch.equal(samples.stage, samples.timestep // 100)
+    for index in range(0, len(samples.stage), 5):
+        row, edges = slice(index, index + 1), content.edges[samples.picture[index : index + 1]]
+        guided, plain = _guided(base, prompts, samples.latent[row], int(samples.timestep[index]), edges, 4.0)
+        torch.testing.assert_close(samples.target[row], guided, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(samples.unguided[row], plain, rtol=1e-3, atol=1e-4)
+
+
+def test_jitter_timesteps_lowers_all_timesteps_by_less_than_a_stride() -> None:
+    schedule = TimestepSchedule.build(NoiseSchedule(), 12, 1.0, 10, "dpmpp2m")
+    assert jitter_timesteps(schedule, 0.0, 10).steps == schedule.steps
+    moved = jitter_timesteps(schedule, 0.5, 10)
+    assert [a.t - b.t for a, b in zip(schedule.steps, moved.steps, strict=True)] == [38] * 12
+    assert moved.start_t == schedule.start_t - 38
+    assert all(step.stage == step.t // 100 for step in moved.steps)
+    assert jitter_timesteps(schedule, 0.999, 10).steps[-1].t > 0
+
+
+def test_read_style_of_a_style_file_and_of_a_run_gives_the_same_keys_and_values(
+    base: Base, source: Style, prompts: torch.Tensor, tmp_path: Path
+) -> None:
+    file, run = tmp_path / "hand.safetensors", tmp_path / "runs" / "red" / "red.prompts.safetensors"
+    replace(source, meta={"licence": "CC0"}).save(file)
+    save_prompts(Prompts("red", base.fingerprint, "step+layer", "direct", "strided", "all", prompts), run)
+    left, right = read_style(str(file), base), read_style("red", base)
+    np.testing.assert_allclose(left.kv_unet, right.kv_unet, rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(left.kv_control, right.kv_control, rtol=2e-3, atol=2e-3)
+    assert (left.meta["licence"], right.name, right.meta["variant"]) == ("CC0", "red", "step+layer")
+
+
+def test_read_style_refuses_another_base_baked_guidance_and_unknown_names(
+    base: Base, source: Style, tmp_path: Path
+) -> None:
+    file = tmp_path / "hand.safetensors"
+    for changes, message in (
+        ({"base": "ab" * 32}, "was learned on base abab"),
+        ({"meta": {"guidance_baked": "7"}}, "guidance 7 baked in already"),
+    ):
+        replace(source, **changes).save(file)  # type: ignore[arg-type]
+        with pytest.raises(StyleError, match=message):
+            read_style(str(file), base)
+    with pytest.raises(StyleError, match=r"no prompts at nobody or runs/nobody/nobody\.prompts.*the base: it has none"):
+        read_style("nobody", base)

@@ -45,9 +45,9 @@ class BaseConfig:
 
 @dataclass(eq=False)
 class Base:
-    """A base in memory, frozen, in evaluation mode; `build_base` makes it.
+    """A base in memory: its networks are frozen and in evaluation mode.
 
-    The networks' attentions take contexts by layer group, so the networks are called with ``cross_attention_kwargs``
+    Their attentions take contexts by layer group, so the networks are called with ``cross_attention_kwargs``
     (`lsast_train.base.attention`) and without ``encoder_hidden_states``.
     """
 
@@ -60,11 +60,20 @@ class Base:
     """A `MiniAutoencoder` or diffusers' AutoencoderKL."""
     null_context: torch.Tensor
     """[tokens, dim]: the unconditional context."""
-    alphas_cumprod: torch.Tensor
-    """[train_steps] float32: ᾱ of every timestep."""
     style_encoder: StyleEncoder | None = None
     text_encoder: Any | None = None
     """transformers' CLIPTextModel of an imported base. It is not among `networks`: a bundle has no use for it."""
+    alphas_cumprod: torch.Tensor = field(init=False)
+    """[train_steps] float32: ᾱ of every timestep."""
+
+    def __post_init__(self) -> None:
+        for network in (self.unet, self.controlnet):
+            set_layerwise_processors(network)
+        for network in (*self.networks().values(), self.text_encoder):
+            if network is not None:
+                network.eval().requires_grad_(False)
+        alphas = self.config.noise.alphas_cumprod
+        self.alphas_cumprod = torch.tensor(alphas, dtype=torch.float32, device=self.null_context.device)
 
     @property
     def device(self) -> torch.device:
@@ -178,23 +187,3 @@ class Base:
 def autocast(device: torch.device, mixed_precision: MixedPrecision) -> torch.autocast:
     """The context manager in which networks on `device` run in `mixed_precision`."""
     return torch.autocast(device.type, AUTOCAST.get(mixed_precision), enabled=mixed_precision != "no")
-
-
-def build_base(
-    config: BaseConfig,
-    fingerprint: str,
-    unet: UNet2DConditionModel,
-    controlnet: ControlNetModel,
-    autoencoder: Any,
-    null_context: torch.Tensor,
-    style_encoder: StyleEncoder | None = None,
-    text_encoder: Any | None = None,
-) -> Base:
-    """A `Base` of these networks, which are frozen and get attention processors that take contexts by layer group."""
-    for network in (unet, controlnet):
-        set_layerwise_processors(network)
-    for network in (unet, controlnet, autoencoder, style_encoder, text_encoder):
-        if network is not None:
-            network.eval().requires_grad_(False)
-    alphas = torch.tensor(config.noise.alphas_cumprod, dtype=torch.float32, device=null_context.device)
-    return Base(config, fingerprint, unet, controlnet, autoencoder, null_context, alphas, style_encoder, text_encoder)

@@ -26,7 +26,7 @@ from lsast_engines.files import file_sha256, replace_file
 from ..checkpoints.inspection import BaseInspection, OpenWeights
 from ..checkpoints.source import BaseSource, bases_inside, import_base, is_importable
 from ..checkpoints.weights import OpenTensors, Weights, read_tensors, tensors_sha256, write_tensors
-from .base import Base, BaseConfig, build_base
+from .base import Base, BaseConfig
 from .mini_autoencoder import MiniAutoencoder
 from .style_encoder import StyleEncoder
 
@@ -96,7 +96,7 @@ class LazyBase:
                 "base.json); get the base again"
             )
         loaded = {name: self.load(name, dtype) for name in self.networks}
-        return build_base(self.config, self.fingerprint, null_context=self.null_context.to(dtype), **loaded)
+        return Base(self.config, self.fingerprint, null_context=self.null_context.to(dtype), **loaded)
 
 
 def open_base(source: str | Path | BaseSource | None = None) -> LazyBase:

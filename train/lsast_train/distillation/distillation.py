@@ -102,9 +102,7 @@ class Distillation:
     def run(self) -> RunResult:
         """Run the teacher, also again for a stopped run; train to the last step, write the best style.
 
-        Raises:
-            TrainingError: a loss that is not finite, or nothing learned.
-            InterruptionError: SIGINT or SIGTERM in training; a checkpoint was written.
+        Errors are those of `TrainingLoop.run`, and a `TrainingError` if nothing was learned.
         """
         options, teacher = self.options, Teacher(self.base, self.style, null_rows(self.base), self.options)
         sets = []

@@ -78,16 +78,11 @@ class DecoderTraining:
     Args:
         base: moved to the device; the decoder of its autoencoder is trained in place.
         styles: by name. Each paints with its own default options, or else with those of `FinetuneOptions`.
-        contents: pictures of any kind to paint, loaded with the options' size.
         folder: for ``decoder.curve.json``, and ``decoder.checkpoint.safetensors`` while the run is unfinished.
-        resume: go on from the checkpoint that a stopped run left in `folder`.
-        device: in torch's words; None is a GPU of CUDA if one is there.
+        contents, options, resume, device: as of `Finetuning`.
 
     Raises:
-        UsageError: no style; a device that is not there; an autoencoder that is not mini's, or a size that
-            the base cannot take.
-        StyleError: prompts without the statistics of the artist's latents.
-        TrainingError: a checkpoint that is missing, in the way, damaged, or of another run.
+        UsageError, StyleError, TrainingError: as `Finetuning`; no style, or an autoencoder that is not mini's.
     """
 
     def __init__(
@@ -136,11 +131,8 @@ class DecoderTraining:
     def run(self) -> None:
         """Train to the last step; the base's decoder ends with the running mean of its weights, frozen, on the CPU.
 
-        The checkpoint stays, so that nothing is lost until the caller has written the base.
-
-        Raises:
-            TrainingError: a loss that is not finite.
-            InterruptionError: SIGINT or SIGTERM; a checkpoint was written.
+        The checkpoint stays, so that nothing is lost until the caller has written the base. Errors are those of
+        `TrainingLoop.run`.
         """
         if not self.loop.history:
             self._evaluate(None)

@@ -100,12 +100,7 @@ class Finetuning:
         )
 
     def run(self) -> RunResult:
-        """Train to the last step and write its prompts.
-
-        Raises:
-            TrainingError: a loss that is not finite.
-            InterruptionError: SIGINT or SIGTERM; a checkpoint was written.
-        """
+        """Train to the last step and write its prompts; errors are those of `TrainingLoop.run`."""
         if not self.loop.history:
             self._evaluate(None)
         self.loop.run(self._train_step, self._evaluate)

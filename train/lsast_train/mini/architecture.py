@@ -8,7 +8,7 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import nn
 
-from ..base.base import Base, BaseConfig, build_base
+from ..base.base import Base, BaseConfig
 from ..base.mini_autoencoder import MiniAutoencoder
 from ..base.style_encoder import StyleEncoder
 
@@ -69,7 +69,7 @@ def build_mini(config: MiniConfig, seed: int = 0) -> Base:
         )
         controlnet = ControlNetModel(conditioning_embedding_out_channels=config.hint_widths, **shared)
         init_zero_convs(controlnet)
-        base = build_base(
+        return Base(
             BaseConfig("mini", "mini", "v_prediction", config.tokens, 512, 1.0),
             fingerprint="0" * 64,
             unet=unet,
@@ -78,7 +78,6 @@ def build_mini(config: MiniConfig, seed: int = 0) -> Base:
             style_encoder=StyleEncoder(config.tokens, config.dim),
             null_context=torch.randn(config.tokens, config.dim),
         )
-    return base
 
 
 def init_zero_convs(controlnet: ControlNetModel) -> None:

@@ -330,9 +330,7 @@ def train_vae_gan(
         teacher: its encoder anchors the latents; None: that of `autoencoder` at the start.
         device: where to train. Random numbers are drawn on the CPU, so a seed means the same on every device.
 
-    Raises:
-        InterruptionError: SIGINT or SIGTERM; the checkpoint is written.
-        TrainingError: files of other options, or a loss that is not finite.
+    Errors are those of `TrainingLoop` and its `run`.
     """
     device = torch.device(device)
     training = GanTraining(autoencoder, options, device, teacher)

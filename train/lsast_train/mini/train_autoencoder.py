@@ -88,9 +88,7 @@ def train_autoencoder(
 ) -> None:
     """Train `student` on `device`, in place; checkpoint and log go to `folder`. It comes back on the CPU.
 
-    Raises:
-        TrainingError: a loss that is not finite, or a checkpoint of other options.
-        InterruptionError: SIGINT or SIGTERM; a checkpoint was written.
+    Errors are those of `TrainingLoop` and its `run`.
     """
     device = torch.device(device)
     teacher.to(device)

@@ -165,11 +165,7 @@ def train_base(base: Base, data: LatentDataset, options: BaseTrainingOptions, fo
     """Train `base` in place; checkpoint and log go to `folder`. The result carries the averaged weights.
 
     It trains where `data` lies; `base` comes back on the CPU. Random numbers are drawn on the CPU, so a seed means the
-    same on every device.
-
-    Raises:
-        TrainingError: a loss that is not finite, or a checkpoint of another architecture.
-        InterruptionError: SIGINT or SIGTERM; a checkpoint was written.
+    same on every device. Errors are those of `TrainingLoop` and its `run`.
     """
     device = data.device
     base.to(device)

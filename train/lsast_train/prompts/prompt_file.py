@@ -13,15 +13,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from lsast_engines.bundle.bundle import PROMPTS
+from lsast_engines.bundle.json_fields import read_object
 from lsast_engines.bundle.style import style_name_faults
 from lsast_engines.errors import StyleError, fault_list
 from lsast_engines.files import replace_file
@@ -36,7 +37,21 @@ FORMAT = 2
 """Format number of prompt files."""
 
 _KEY = "lsast"
-_KIND = {"variant": Variant, "generator": Generator, "layout": Layout, "gradient": Gradient}
+_KINDS = ("variant", "generator", "layout", "gradient")
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The metadata of a prompt file, beside its format."""
+
+    name: str
+    base: str
+    variant: Variant
+    generator: Generator
+    layout: Layout
+    gradient: Gradient
+    meta: dict[str, str]
+    sha256: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,9 +100,6 @@ class Prompts:
 
     def _faults(self) -> list[str]:
         faults = style_name_faults(self.name)
-        for name, kind in _KIND.items():
-            if (found := getattr(self, name)) not in get_args(kind):
-                faults.append(f"{name}: found {found!r}; expected one of {', '.join(get_args(kind))}")
         if self.layout == "overlap" and self.variant != "step+layer":
             faults.append(f"layout: found overlap with variant {self.variant!r}; expected it with step+layer only")
         for name, tensor in self.tensors().items():
@@ -99,10 +111,8 @@ class Prompts:
         if len(shape) != 4 or shape[1] != len(GROUPS) or 0 in shape:
             faults.append(f"prompts: found shape {list(shape)}; expected [stages, {len(GROUPS)}, tokens, dim]")
         elif not faults and self.embeddings is not None:
-            found, count = (
-                list(self.embeddings.shape),
-                matrix_count(self.variant, self.generator, self.layout, shape[0]),
-            )
+            found = list(self.embeddings.shape)
+            count = matrix_count(self.variant, self.generator, self.layout, shape[0])
             if len(found) != 3 or 0 in found or (found[0], found[2]) != (count, shape[3]):
                 faults.append(f"embeddings: found shape {found}; expected [{count}, tokens, {shape[3]}]")
         return sorted(faults)
@@ -114,7 +124,7 @@ def save_prompts(prompts: Prompts, path: Path) -> None:
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in prompts.tensors().items()}
     header = {
         "format": FORMAT,
-        **{key: getattr(prompts, key) for key in ("name", "base", *_KIND, "meta")},
+        **{key: getattr(prompts, key) for key in ("name", "base", *_KINDS, "meta")},
         "sha256": _digest(tensors),
     }
     with replace_file(path) as handle:
@@ -147,19 +157,19 @@ def load_prompts(path: Path, base: Base | None = None) -> Prompts:
     Raises:
         StyleError: not there, no prompt file, of another format, damaged (all faults at once), or of another base.
     """
-    header, tensors = _read(path)
-    faults = _header_faults(header)
+    raw, tensors = _read(path)
+    faults: list[str] = []
+    known = {entry.name: raw[entry.name] for entry in fields(_Header) if entry.name in raw}
+    header = read_object(_Header, known, "", faults)
     if "prompts" not in tensors:
         faults.append("prompts: missing tensor")
-    if header.get("sha256") != _digest(tensors):
+    if raw.get("sha256") != _digest(tensors):
         faults.append("tensors: found other values than were written (SHA-256 differs); train or copy the file again")
-    if faults:
+    if header is None or faults:
         raise StyleError(fault_list(f"prompt file {path} is damaged:", faults))
-    kind = (header["variant"], header["generator"], header["layout"], header["gradient"])
+    kinds = (header.variant, header.generator, header.layout, header.gradient)
     try:
-        prompts = Prompts(
-            header["name"], header["base"], *kind, tensors["prompts"], header["meta"], tensors.get("embeddings")
-        )
+        prompts = Prompts(header.name, header.base, *kinds, tensors["prompts"], header.meta, tensors.get("embeddings"))
     except StyleError as error:
         raise StyleError(f"prompt file {path} is damaged: {error}") from error
     if base is not None:
@@ -189,17 +199,6 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             "train again, or update lsast"
         )
     return header, tensors
-
-
-def _header_faults(header: dict[str, Any]) -> list[str]:
-    texts = ("name", "base", *_KIND, "sha256")
-    faults = [
-        f"{key}: found {header.get(key)!r}; expected text" for key in texts if not isinstance(header.get(key), str)
-    ]
-    meta = header.get("meta")
-    if not isinstance(meta, dict) or not all(isinstance(value, str) for value in meta.values()):
-        faults.append("meta: expected an object of texts")
-    return faults
 
 
 def _digest(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -172,6 +172,7 @@ class TrainingLoop:
 
         Raises:
             InterruptionError: SIGINT or SIGTERM; a checkpoint was written.
+            TrainingError: a loss that is not finite.
         """
         began = saved = time.monotonic()
         before, first = self.seconds, self.step
