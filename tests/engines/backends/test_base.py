@@ -3,6 +3,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import mmap
+import os
+import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -13,8 +16,9 @@ import numpy as np
 import onnx
 import pytest
 
-from lsast_engines.backends.base import Engine
+from lsast_engines.backends.base import Engine, import_library
 from lsast_engines.backends.registry import open_engine
+from lsast_engines.bundle.bundle import EMBEDDED, Bundle
 from lsast_engines.bundle.graph_spec import DENOISER, GraphSpec, TensorSpec
 from lsast_engines.errors import BackendError
 
@@ -37,15 +41,11 @@ def close_to(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> b
     return all(np.allclose(found[name], expected[name], rtol=1e-5, atol=1e-5) for name in found)
 
 
-def test_engine_call_at_any_size_computes_the_graph(engine: Engine, toy: Any) -> None:
+def test_engine_call_at_any_size_and_stride_computes_the_graph(engine: Engine, toy: Any) -> None:
     assert (engine.backend in BACKENDS, engine.device, engine.spec) == (True, "cpu", toy.spec)
-    for batch, length in ((2, 5), (1, 1), (3, 17), (2, 5)):
+    for batch, length in ((2, 5), (1, 1), (3, 17), (2, 5), (4, 6)):
         feeds = toy.feeds(batch, length, seed=length)
         assert close_to(engine(feeds), toy.expected(feeds))
-
-
-def test_engine_call_with_strided_and_scalar_inputs_computes_the_graph(engine: Engine, toy: Any) -> None:
-    feeds = toy.feeds(4, 6)
     feeds |= {"x": feeds["x"][::2, :, ::-1], "timestep": feeds["timestep"][::2], "scale": np.float32(1.5)}
     assert not feeds["x"].flags.c_contiguous
     assert close_to(engine(feeds), toy.expected(feeds))
@@ -213,12 +213,10 @@ def test_check_interface_refuses_a_fixed_axis(toy: Any, backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_open_engine_of_a_damaged_file_is_refused(toy: Any, backend: str) -> None:
     pytest.importorskip(backend)
-    (toy.path.parent / "toy.data").unlink()
-    with pytest.raises(BackendError, match=rf"{backend} cannot load .*toy.onnx on cpu|toy.onnx is not a graph of a"):
-        open_engine(toy.path, toy.spec, backend)
-    toy.path.write_bytes(b"no graph")
-    with pytest.raises(BackendError, match=rf"{backend} cannot load .*toy.onnx on cpu|toy.onnx is not a graph of a"):
-        open_engine(toy.path, toy.spec, backend)
+    for damage in ((toy.path.parent / "toy.data").unlink, lambda: toy.path.write_bytes(b"no graph")):
+        damage()
+        with pytest.raises(BackendError, match=rf"{backend} cannot load .*toy.onnx on cpu|toy.onnx is not a graph of"):
+            open_engine(toy.path, toy.spec, backend)
     toy.path.unlink()
     with pytest.raises(BackendError, match=r"found no graph file .*toy.onnx"):
         open_engine(toy.path, toy.spec, backend)
@@ -238,3 +236,74 @@ def test_openvino_computes_in_the_requested_dtype(product: Any) -> None:
         error = np.abs(engine({"x": product.x})["y"] - exact).max() / np.abs(exact).max()
         assert engine.compute_dtype == compute_dtype
         assert eps / 64 < error < 4 * eps
+
+
+SCRIPT = """
+import sys, time
+from lsast_engines.backends.registry import open_engine
+from lsast_engines.bundle.bundle import EMBEDDED, Bundle
+bundle = Bundle.open(EMBEDDED)
+open_engine(bundle.graph_path("vae_decoder"), bundle.manifest.graphs["vae_decoder"], sys.argv[1], threads=1)
+time.sleep(2)  # ONNX Runtime looks up its collector after a while
+"""
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_open_engine_under_a_fresh_home_writes_no_file_and_looks_up_no_host(tmp_path: Path, backend: str) -> None:
+    home, trace = tmp_path / "home", tmp_path / "trace"
+    home.mkdir()
+    hidden = {"CI", "ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME"}
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment |= {"HOME": str(home), "LSAST_HOME": str(tmp_path / "lsast"), "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", SCRIPT, backend]
+    strace = ["strace", "-f", "-qq", "-o", str(trace), "-e", "trace=connect,sendto,sendmsg,sendmmsg"]
+    traced = (
+        shutil.which("strace") and not subprocess.run([*strace, "true"], capture_output=True, check=False).returncode
+    )
+    subprocess.run([*strace, *command] if traced else command, env=environment, check=True)
+    assert not list(home.rglob("*"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "lsast"] + ["trace"] * bool(traced)
+    if traced:
+        assert not [line for line in trace.read_text().splitlines() if "AF_INET" in line]
+
+
+def fake_library(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text(text)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+@pytest.mark.parametrize("kind", ["KeyboardInterrupt", "MemoryError"])
+def test_open_engine_while_an_import_is_interrupted_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    # as pybind11 reports an error of a module's initialisation
+    fake_library(tmp_path, monkeypatch, "onnxruntime", f"raise ImportError('initialization failed') from {kind}()")
+    bundle = Bundle.open(EMBEDDED)
+    with pytest.raises({"KeyboardInterrupt": KeyboardInterrupt, "MemoryError": MemoryError}[kind]):
+        open_engine(bundle.graph_path("vae_decoder"), bundle.manifest.graphs["vae_decoder"])
+
+
+def test_open_engine_with_a_broken_library_does_not_take_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_library(tmp_path, monkeypatch, "onnxruntime", "raise ImportError('failed to map segment from shared object')")
+    bundle = Bundle.open(EMBEDDED)
+    with pytest.raises(BackendError, match=r"onnxruntime is installed but cannot be imported \(failed to map"):
+        open_engine(bundle.graph_path("vae_decoder"), bundle.manifest.graphs["vae_decoder"])
+
+
+def test_import_library_of_a_folder_that_pip_left_raises_import_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lsast_left_behind").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ImportError, match="a folder without a library"):
+        import_library("lsast_left_behind")
+
+
+def test_import_library_keeps_the_users_choice_of_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
+    import_library("json")
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "0"
