@@ -63,11 +63,7 @@ def artists_of(folder: Path) -> dict[str, list[Path]]:
 
 
 def pictures_by(artist: str, folder: Path) -> list[Path]:
-    """The pictures of one artist under `folder`.
-
-    Raises:
-        PictureError, TrainingError: as `artists_of`; the artist is not among them.
-    """
+    """The pictures of one artist under `folder`; `TrainingError` if it is not among those of `artists_of`."""
     found = artists_of(folder)
     name = style_name(artist)
     if name not in found:

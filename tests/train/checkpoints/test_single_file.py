@@ -101,6 +101,13 @@ def test_v_prediction_of_a_single_file_is_read_where_it_is_told(published: Any, 
 @pytest.mark.parametrize(
     ("key", "kind"),
     [
+        ("model.diffusion_model.label_emb.0.0.weight", "Stable Diffusion XL"),
+        ("conditioner.embedders.1.x", "Stable Diffusion XL"),
+        ("conditioner.embedders.0.model.x", "Stable Diffusion 2 or SD-Turbo"),
+        ("model.diffusion_model.time_embed.cond_proj.weight", "a latent consistency model"),
+        ("lora_unet_down.lora_up.weight", "a LoRA"),
+        ("lora_unet_down.hada_w1_a", "a LoRA"),
+        ("emb_params", "a textual inversion"),
         ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "a diffusion transformer"),
         ("double_blocks.0.img_attn.qkv.weight", "a diffusion transformer"),
         ("down_blocks.0.motion_modules.0.temporal_transformer.norm.weight", "an AnimateDiff motion module"),

@@ -27,7 +27,7 @@ Contexts: TypeAlias = torch.Tensor | Sequence[torch.Tensor]
 """Contexts of all layer groups: [B, 3, T, dim], or three of [B, T, dim], in the order of `GROUPS`. Three tensors keep
 nothing for the backward pass of a group whose context is constant."""
 
-_PREFIXES: dict[str, Group] = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}
+_GROUP_OF: dict[str, Group] = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class CrossAttentionLayer:
     """One cross-attention of a network."""
 
     name: str
-    """Module path, e.g. ``down_blocks.0.attentions.0.transformer_blocks.0.attn2``."""
+    """Its module's path, e.g. ``down_blocks.0.attentions.0.transformer_blocks.0.attn2``."""
     group: Group
     module: Attention
     offset: int
@@ -54,7 +54,7 @@ def cross_attention_layers(network: nn.Module) -> list[CrossAttentionLayer]:
     name.
     """
     found = [
-        (_group(name), name, module)
+        (_GROUP_OF[name.partition(".")[0]], name, module)
         for name, module in network.named_modules()
         if isinstance(module, Attention) and module.is_cross_attention
     ]
@@ -127,7 +127,3 @@ def sdpa(attn: Attention, hidden: torch.Tensor, key: torch.Tensor, value: torch.
     mixed = mixed.transpose(1, 2).reshape(batch, -1, width)
     out: torch.Tensor = attn.to_out[1](attn.to_out[0](mixed))
     return out
-
-
-def _group(name: str) -> Group:
-    return _PREFIXES[name.split(".", 1)[0]]
