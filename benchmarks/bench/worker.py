@@ -91,20 +91,20 @@ class TimedEngine:
 
 def opened(bundle: Bundle, task: Mapping[str, Any], parts: Intervals) -> tuple[Stylizer, dict[str, TimedEngine]]:
     """A stylizer on timed engines, and those, filled as they are opened."""
-    from lsast.sessions.engine_pool import EngineFactory
+    from lsast.sessions.engine_pool import EnginePool
     from lsast.stylizer import Stylizer, first_graphs
 
     engines: dict[str, TimedEngine] = {}
 
-    class TimedFactory(EngineFactory):
-        def __call__(self, name: str, compute_dtype: ComputeDtype | None = None) -> Engine:
+    class TimedPool(EnginePool):
+        def open(self, name: str, compute_dtype: ComputeDtype | None = None) -> Engine:
             with parts(f"open {name}"):
-                engine = super().__call__(name, compute_dtype)
+                engine = super().open(name, compute_dtype)
             engines[name] = TimedEngine(engine, parts)
             return engines[name]
 
-    factory = TimedFactory(bundle, task["backend"], "cpu", task["threads"], task["compute_dtype"])
-    return Stylizer(factory, first_graphs(bundle, keywords(task))), engines
+    where = (task["backend"], "cpu", task["threads"], task["compute_dtype"])
+    return Stylizer(TimedPool(bundle, *where, first_graphs(bundle, keywords(task)))), engines
 
 
 def keywords(task: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import DENOISER, UNET_SPLIT_GRAPHS, VAE_DECODER, VAE_DECODER_TINY
@@ -18,21 +19,16 @@ from lsast_engines.diffusion import Solver, TimestepSchedule, make_solver
 from lsast_engines.errors import BundleError, UnknownStyleError, UsageError, did_you_mean, fault_list
 from lsast_engines.images import canny_edges, on_white, read_picture
 
-from .images.canvas import Pixels, canvas_for, released_edge_input, resize
+from .images.canvas import Pixels, Previewer, canvas_for, released_edge_input, resize
 from .images.mask import composite, keep_colour, read_mask, to_latent_mask
-from .images.preview import Previewer
 from .options.options import Options, current_options, rules
 from .options.style_mix import Mix
-from .sampling.batch import Palette, Sample, StyleSource
-from .sampling.mixed_style import MixedStyle
+from .sampling.batch import MixedStyle, Palette, Sample, StyleSource, X0Blend
 from .sampling.networks import Floats
 from .sampling.tiling import WHOLE_UP_TO, TileGrid
-from .sampling.x0_blend import X0Blend
 from .sessions.native_calls import native_call
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from .video.optical_flow import TemporalState
 
     Picture = str | os.PathLike[str] | BinaryIO | Image.Image | npt.ArrayLike
@@ -65,7 +61,6 @@ class Request:
         self.options = options
         self.styles = styles
         self.seconds: dict[str, float] = {}
-        """Wall time of each phase."""
         self._bundle = bundle
         self._temporal = temporal
         require_graphs(bundle, options)
@@ -159,8 +154,6 @@ class Request:
 
     def compose(self, painted: Pixels) -> Image.Image:
         """The painted canvas [H, W, 3] as the picture's painting, with its transparency and its colour profile."""
-        from PIL import Image
-
         with self._timed("finish"):
             rgb = self._canvas.crop(painted)
             if self.options.keep_colour:
@@ -178,10 +171,10 @@ class Request:
 def resolve_options(
     bundle: Bundle, given: Mapping[str, Any], preset: str | None, open_style: Callable[[str], StyleFile]
 ) -> tuple[Options, dict[str, StyleFile]]:
-    """The complete options of a call, of which `given` are not None, and the open styles that they name. Raises a
+    """The complete options of a call with the arguments `given`, and the open styles that they name. Raises a
     `UsageError` that names all invalid options, or an unknown style; a `StyleError` where a style's file is damaged,
     or was made for another base."""
-    given, manifest = current_options(given), bundle.manifest
+    given, manifest = current_options({name: given[name] for name in given if name != "mask"}), bundle.manifest
     if unknown := [f"{name!r}{did_you_mean(name, rules())}" for name in given if name not in rules()]:
         raise UsageError(fault_list(f"found no such options; expected {', '.join(rules())}:", unknown))
     names: list[str] = []

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from lsast_engines.errors import PictureError, UsageError, shown
 from lsast_engines.files import replace_file
@@ -21,8 +22,6 @@ from .images.formats import WRITTEN_PICTURES, check_format
 from .images.metadata import Provenance, Record
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from lsast_engines.backends.choice import Choice
 
     from .options.options import Options
@@ -108,8 +107,6 @@ class Result:
             raise PictureError(f"cannot write a {suffix[1:]} to the stream ({error})") from error
 
     def _write(self, handle: BinaryIO, path: Path, seconds: bool = False) -> None:
-        from PIL import Image
-
         form = WRITTEN_PICTURES[path.suffix.lower()]
         name, arguments = form.name, form.save_args
         image = self.image

@@ -25,18 +25,17 @@ from .request import Request, graphs_of, make_schedule, resolve_options
 from .result import Result
 from .sampling import networks, sampler, tiling
 from .sampling.batch import Batch
-from .sampling.cached_denoiser import CachedDenoiser
-from .sampling.networks import Floats, Graph, Pixels
+from .sampling.networks import CachedDenoiser, Floats, Graph, Pixels
 from .sessions import batching
 from .sessions.cancel import CancelToken
-from .sessions.engine_pool import STYLE_MEMORY, EngineFactory, EnginePool
+from .sessions.engine_pool import STYLE_MEMORY, EnginePool
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from lsast_engines.bundle.style import StyleFile
 
-    from .images.preview import Previewer
+    from .images.canvas import Previewer
     from .request import Picture
     from .video.optical_flow import TemporalState
 
@@ -104,12 +103,14 @@ def load(
     given = {name: rule.plain(value) for name, value in locals().items() if (rule := rules_of(_Arguments).get(name))}
     if faults := option_faults(_Arguments, given):
         raise UsageError(fault_list("invalid arguments of load:", faults))
-    factory = EngineFactory(Bundle.open(find_bundle(bundle)), backend, device, threads, compute_dtype)
+    found = Bundle.open(find_bundle(bundle))
     if build:
         from .sessions.build_engines import build_engines
 
-        build_engines(factory.bundle, backend.lower(), "fp16" if compute_dtype == "auto" else compute_dtype)
-    return Stylizer(factory, first_graphs(factory.bundle, {"preset": preset}), style_memory, preset, max_megapixels)
+        build_engines(found, backend.lower(), "fp16" if compute_dtype == "auto" else compute_dtype)
+    graphs = first_graphs(found, {"preset": preset})
+    pool = EnginePool(found, backend, device, threads, compute_dtype, graphs, style_memory)
+    return Stylizer(pool, preset, max_megapixels)
 
 
 class Stylizer:
@@ -122,22 +123,13 @@ class Stylizer:
     where it is unpickled, so that a pool of processes can be given one.
     """
 
-    def __init__(
-        self,
-        factory: EngineFactory,
-        graphs: Iterable[str] = REQUIRED_GRAPHS,
-        style_memory: int = STYLE_MEMORY,
-        preset: str | None = None,
-        max_megapixels: float | None = None,
-    ) -> None:
-        """Open `graphs`, others at their first use; arguments and errors as of `load`."""
-        self.bundle = factory.bundle
-        self._style_memory = style_memory
+    def __init__(self, pool: EnginePool, preset: str | None = None, max_megapixels: float | None = None) -> None:
+        self.bundle = pool.bundle
+        self._pool = pool
         self._preset = preset
         self.max_megapixels = max_megapixels
         """See `load`."""
-        self._pool = EnginePool(factory, graphs, style_memory)
-        self._bundle_sha256 = bundle_sha256(factory.bundle)
+        self._bundle_sha256 = bundle_sha256(self.bundle)
         self._versions = versions(self.choice.backend)
 
     @property
@@ -148,7 +140,7 @@ class Stylizer:
     @property
     def choice(self) -> Choice:
         """The backend, the device and the compute dtype of all paintings, and why they were chosen."""
-        return self._pool.factory.choice
+        return self._pool.choice
 
     @property
     def backend(self) -> str:
@@ -400,14 +392,13 @@ class Stylizer:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        factory = self._pool.factory
-        where = (self.bundle.path.resolve(), factory.backend, factory.device, factory.threads, factory.compute_dtype)
-        return load, (*where, self._style_memory, False, self._preset, self.max_megapixels)
+        where = (self.bundle.path.resolve(), *self._pool.arguments)
+        return load, (*where, False, self._preset, self.max_megapixels)
 
     def _request(self, picture: Picture, given: Mapping[str, Any], temporal: TemporalState | None = None) -> Request:
         """Resolve the options of a picture, among which `given` may have its mask, open its styles and read it."""
         self._pool.check(None)
-        options, styles = self._resolve({name: value for name, value in given.items() if name != "mask"})
+        options, styles = self._resolve(given)
         with enough_memory("to lay out the picture"):
             return Request(self.bundle, picture, options, styles, given.get("mask"), temporal, self.max_megapixels)
 

@@ -19,7 +19,15 @@ import lsast
 from lsast.sampling.batch import Batch
 from lsast.sampling.sampler import Networks, sample
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.graph_spec import Geometry, GraphSpec, UnetSplit, graph_specs, split_specs
+from lsast_engines.bundle.graph_spec import (
+    VAE_DECODER_TINY,
+    Geometry,
+    GraphSpec,
+    UnetSplit,
+    graph_specs,
+    split_specs,
+    tiny_decoder_spec,
+)
 from lsast_engines.bundle.manifest import AttentionLayer, Manifest
 from lsast_engines.bundle.style import Style
 from lsast_engines.diffusion import NoiseSchedule
@@ -139,6 +147,7 @@ NODES = {
         node("Sum", ["feature", "z_held", "no_time", "no_style"], ["eps"]),
     ],
 }
+NODES["vae_decoder_tiny"] = NODES["vae_decoder"]
 
 
 def _model(spec: GraphSpec, weights: SimpleNamespace) -> bytes:
@@ -230,12 +239,14 @@ def parted_path(
     weights: SimpleNamespace,
     manifest: Manifest,
 ) -> Path:
-    """The tiny bundle with its denoiser in parts, too."""
+    """The tiny bundle with its denoiser in parts, too, and with a small decoder that swaps red and blue."""
     folder = tmp_path_factory.mktemp("parted") / "tiny"
-    parts = {name: _model(spec, weights) for name, spec in PART_SPECS.items()}
+    specs = {**PART_SPECS, VAE_DECODER_TINY: tiny_decoder_spec(GEOMETRY)}
+    swapped = SimpleNamespace(**{**vars(weights), "decode": weights.decode[::-1].copy()})
+    parts = {name: _model(spec, swapped if name == VAE_DECODER_TINY else weights) for name, spec in specs.items()}
     sources: dict[str, Path | bytes] = {f"{name}.onnx": content for name, content in {**graphs, **parts}.items()}
     sources |= {str(file.relative_to(bundle_path)): file for file in bundle_path.rglob("*.safetensors")}
-    Bundle.write(folder, dataclasses.replace(manifest, graphs={**manifest.graphs, **PART_SPECS}), sources)
+    Bundle.write(folder, dataclasses.replace(manifest, graphs={**manifest.graphs, **specs}), sources)
     return folder
 
 

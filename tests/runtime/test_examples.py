@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -121,32 +120,6 @@ def test_window_example_painter_stops_for_the_next(
     kinds = [kind for kind, _ in _news(painter)]
     assert kinds.count("stopped") == 1
     assert kinds[-1] == "done" or kinds[-2:] == ["done", "stopped"]
-
-
-def test_window_example_shows_the_painting(window: ModuleType, photo: np.ndarray, stylizer: lsast.Stylizer) -> None:
-    import tkinter
-
-    try:
-        root = tkinter.Tk()
-    except tkinter.TclError as error:
-        pytest.skip(f"no display to open a window on ({error}); xvfb-run pytest has one")
-    try:
-        opened = window.Window(root, _Quick(stylizer))
-        opened.paint(photo)
-        end = time.monotonic() + 60
-        while opened.says.get() != "Done." and time.monotonic() < end:
-            root.update()
-            time.sleep(0.01)
-        root.update()
-        assert opened.says.get() == "Done."
-        assert opened.progress["value"] == 1.0
-        assert (opened._photo.width(), opened._photo.height()) == (640, 384)
-        shown = Image.new("RGB", (640, 384))
-        shown.putdata([opened._photo._PhotoImage__photo.get(x, y) for y in range(384) for x in range(640)])
-        expected = stylizer.stylize(photo, style=stylizer.styles[0], **QUICK).image.resize((640, 384))
-        assert np.abs(np.asarray(shown).astype(int) - np.asarray(expected)).max() <= 1
-    finally:
-        root.destroy()
 
 
 def test_frames_example_writes_pictures(

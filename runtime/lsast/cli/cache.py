@@ -25,7 +25,6 @@ class Entry:
     """A folder of a cache."""
 
     kind: str
-    """What it holds."""
     path: Path
     bytes: int
     source: str

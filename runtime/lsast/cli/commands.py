@@ -32,7 +32,6 @@ _SYNONYMS = {
     **dict.fromkeys(("clean", "clear", "prune"), "cache"),
     **dict.fromkeys(("check", "info", "status"), "doctor"),
 }
-"""Commands by words that users may try instead."""
 
 
 class Commands(Group):

@@ -20,7 +20,6 @@ LIBRARIES = (
     "numpy", "opencv-python-headless", "pillow", "safetensors", "onnxruntime", "onnxruntime-gpu", "openvino",
     "tensorrt", "tensorrt-rtx", "cuda-bindings", "cuda-python",
 )  # fmt: skip
-"""Distributions that the runtime uses."""
 
 _GPU_NOTES = {"tensorrt-rtx": " (compiles anywhere, runs on an NVIDIA GPU)", "tensorrt": " (needs an NVIDIA GPU)"}
 
@@ -47,18 +46,13 @@ class Report:
     gpu_fault: str
     """Why there is none, with the code of CUDA and what helps; empty if there is one."""
     driver: str
-    """The NVIDIA driver, or why it is unknown."""
     libraries: dict[str, str | None]
-    """Version by distribution; None if it is not installed."""
     backends: tuple[BackendState, ...]
     auto: str
-    """What paints if nothing is named, and why."""
     faster: str
     """What to install to paint faster on this processor, and how fast; empty if nothing is known."""
     telemetry: str
-    """What the libraries report to their makers."""
     faults: tuple[str, ...]
-    """Faults of the installation, each with its remedy."""
 
     @property
     def healthy(self) -> bool:

@@ -56,7 +56,6 @@ class Plan:
     """All jobs of one call."""
 
     jobs: tuple[Job, ...]
-    """In the order in which they are painted."""
     single: bool
     """Whether the call names one picture and one file for it. Then an existing file is replaced, and a failure ends the
     call; otherwise existing paintings are skipped, and failures are listed at the end."""

@@ -10,12 +10,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import signal
-import time
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -23,7 +21,6 @@ from click.core import ParameterSource
 from lsast_engines.cli import (
     USAGE,
     Command,
-    as_json,
     debug_option,
     echo,
     fail,
@@ -36,15 +33,11 @@ from lsast_engines.errors import LsastError
 
 from ..options.options import Options, rules
 
-if TYPE_CHECKING:
-    from .inputs import Job
-
 SECTIONS = {
     "Painting": (*rules(), "mask"),
     "Bundle and backend": ("bundle", "backend", "device", "threads", "compute_dtype", "max_megapixels", "build"),
     "Several paintings": ("overwrite", "watch", "axes", "origin"),
 }
-"""Sections of the help and their options."""
 
 
 def complete_style(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
@@ -195,8 +188,8 @@ def main(
         fail("found --grid and several pictures; expected: lsast-run IN OUT --grid OPTION=A,B", USAGE)
     where = {name: options.pop(name) for name in SECTIONS["Bundle and backend"]}
     options = {name: value for name, value in options.items() if value is not None}
+    from . import run
     from .inputs import Job, default_output, plan_jobs
-    from .run import paint_several
 
     with log_to_stderr(logging.WARNING):
         if origin is not None:
@@ -208,15 +201,15 @@ def main(
             options["mask"] = read_picture(options["mask"], where["max_megapixels"])
         out = out or (paths[-1] if len(paths) > 1 else default_output(paths[0]))
         if axes:
-            _paint_sheet(Job(Path(sources[0]), Path(out)), axes, where, options)
+            run.paint_sheet(Job(Path(sources[0]), Path(out)), axes, where, options)
         elif watch:
-            _watch(sources, out, where, options, overwrite)
+            run.paint_watched(sources, out, where, options, overwrite)
         elif (plan := plan_jobs(sources, out)).single:
-            _paint_one(plan.jobs[0], where, options)
+            run.paint_one(plan.jobs[0], where, options)
         else:
             if plan.left_out and not quiet():
                 echo(f"left out, by their suffixes no pictures: {plan.left_out}", err=True)
-            paint_several(plan.jobs, plan.failures, where, options, overwrite)
+            run.paint_several(plan.jobs, plan.failures, where, options, overwrite)
 
 
 def _repeat(origin: str, paths: tuple[str, ...], where: dict[str, Any], options: dict[str, Any]) -> None:
@@ -227,62 +220,3 @@ def _repeat(origin: str, paths: tuple[str, ...], where: dict[str, Any], options:
     given = {name: value for name, value in where.items() if source_of(name) is not ParameterSource.DEFAULT}
     report, line = repeat(Path(origin), [Path(path) for path in paths], given, options)
     print_result(report, line)
-
-
-def _paint_sheet(job: Job, axes: tuple[str, ...], where: dict[str, Any], options: dict[str, Any]) -> None:
-    """Paint a picture with every combination of some options and write them on one contact sheet."""
-    from tqdm import tqdm
-
-    from ..images.contact_sheet import contact_sheet, parse_axes
-    from ..result import Result
-    from .run import check, open_stylizer
-
-    assert job.source is not None
-    assert job.out is not None
-    check(job)
-    parsed = parse_axes(axes)
-    with (
-        open_stylizer(where, options) as stylizer,
-        tqdm(desc="painting", unit="cell", leave=False, disable=quiet() or None) as bar,
-    ):
-
-        def on_cell(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        sheet = contact_sheet(stylizer, job.source, parsed, on_cell=on_cell, out=job.out, **options)
-    Result(sheet.image, {}, sheet.options).save(job.out)
-    facts = {"out": str(job.out), "axes": parsed, "cells": len(sheet.cells), "options": asdict(sheet.options)}
-    print_result(facts, str(job.out))
-
-
-def _paint_one(job: Job, where: dict[str, Any], options: dict[str, Any]) -> None:
-    """Paint and save one picture, with a progress bar on stderr if that is a terminal."""
-    from .run import ProgressBars, check, open_stylizer, paint, without_mask
-
-    if as_json() and job.out is None:
-        fail("found --json and OUT -; expected the name of a file: both would go to standard output", USAGE)
-    check(job)
-    begin = time.perf_counter()
-    with contextlib.closing(ProgressBars(1)) as bars, open_stylizer(where, options) as stylizer:
-        opened = time.perf_counter()
-        check(job, stylizer.resolve(**without_mask(options)))
-        report = {"out": str(job.out), **paint(job, stylizer, options, bars)}
-    report["seconds"] = {"open": opened - begin, **report["seconds"]}
-    if job.out is not None:
-        print_result(report, str(job.out))
-
-
-def _watch(sources: tuple[str, ...], out: str, where: dict[str, Any], options: dict[str, Any], overwrite: bool) -> None:
-    """Paint the pictures in folders and those that are added, until the keyboard interrupts."""
-    from .run import paint_several
-    from .watch import check_watch, watch
-
-    check_watch(sources, out)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's script starts commands with & deaf to it
-    echo(f"watching {', '.join(sources)}; Ctrl-C ends", err=True)
-    paint_several(watch(sources, out, overwrite=overwrite), {}, where, options, True)
-
-
-if __name__ == "__main__":
-    main()

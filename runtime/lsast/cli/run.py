@@ -10,25 +10,32 @@ import contextlib
 import io
 import logging
 import os
+import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
+from tqdm import tqdm
 
-from lsast_engines.cli import as_json, describe, echo, is_closed, print_result, quiet, write_stdout
+from lsast_engines.bundle.bundle import Bundle, find_bundle
+from lsast_engines.cli import USAGE, as_json, describe, echo, fail, is_closed, print_result, quiet, write_stdout
 from lsast_engines.errors import BundleError, PictureError, StyleError, UsageError
+from lsast_engines.picture_file import read_stream
 
+from ..images.contact_sheet import contact_sheet, parse_axes
+from ..images.formats import read_header
+from ..options.options import Options
+from ..request import make_schedule, require_graphs, resolve_options
+from ..result import Result, validate_output_path
+from ..stylizer import Stylizer, load
+from ..video.transcode import check_video, paint_video
 from .inputs import Job, named, require_input
-
-if TYPE_CHECKING:
-    from ..options.options import Options
-    from ..result import Result
-    from ..stylizer import Stylizer
+from .watch import check_watch, watch
 
 Report = dict[str, Any]
 _SAME_FOR_ALL = (UsageError, StyleError, BundleError)
@@ -42,8 +49,6 @@ class ProgressBars:
 
     def __init__(self, files: int | None) -> None:
         """Show the bars of `files` files; None is an unknown number, 1 shows no bar for files."""
-        from tqdm import tqdm
-
         several, off = files != 1, quiet() or None  # None is off where stderr is no terminal
         self._files = tqdm(total=files, desc="files", unit="file", position=0, disable=off if several else True)
         self._steps = tqdm(desc="opening", unit="step", position=int(several), leave=False, disable=off)
@@ -89,13 +94,8 @@ class ProgressBars:
 def open_stylizer(where: dict[str, Any], options: dict[str, Any]) -> Stylizer:
     """Check the options of all paintings, which takes no engine, then open the engines. `where` are arguments of
     `lsast.load`, `options` keywords of `Stylizer.stylize`."""
-    from lsast_engines.bundle.bundle import Bundle, find_bundle
-
-    from ..request import make_schedule, require_graphs, resolve_options
-    from ..stylizer import load
-
     bundle = Bundle.open(find_bundle(where["bundle"]), verify_hashes=False)
-    resolved = resolve_options(bundle, without_mask(options), None, bundle.open_style)[0]
+    resolved = resolve_options(bundle, options, None, bundle.open_style)[0]
     require_graphs(bundle, resolved)
     make_schedule(bundle, resolved)
     return load(**where, preset=options.get("preset"))
@@ -149,7 +149,7 @@ def paint_several(
             """The report of a painting, or why it failed: whatever that is, the other files are still painted."""
             painter = stylizer()
             try:
-                check(job, painter.resolve(**without_mask(options)))
+                check(job, painter.resolve(**options))
                 return work()
             except Exception as error:
                 if isinstance(error, _SAME_FOR_ALL) and not job.is_video:
@@ -176,9 +176,50 @@ def paint_several(
         raise click.exceptions.Exit(1)
 
 
-def without_mask(options: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of `Stylizer.stylize` that are options: all but the mask."""
-    return {name: value for name, value in options.items() if name != "mask"}
+def paint_sheet(job: Job, axes: tuple[str, ...], where: dict[str, Any], options: dict[str, Any]) -> None:
+    """Paint a picture with every combination of some options and write them on one contact sheet."""
+    assert job.source is not None
+    assert job.out is not None
+    check(job)
+    parsed = parse_axes(axes)
+    with (
+        open_stylizer(where, options) as stylizer,
+        tqdm(desc="painting", unit="cell", leave=False, disable=quiet() or None) as bar,
+    ):
+
+        def on_cell(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        sheet = contact_sheet(stylizer, job.source, parsed, on_cell=on_cell, out=job.out, **options)
+    Result(sheet.image, {}, sheet.options).save(job.out)
+    facts = {"out": str(job.out), "axes": parsed, "cells": len(sheet.cells), "options": asdict(sheet.options)}
+    print_result(facts, str(job.out))
+
+
+def paint_one(job: Job, where: dict[str, Any], options: dict[str, Any]) -> None:
+    """Paint and save one picture, with a progress bar on stderr if that is a terminal."""
+    if as_json() and job.out is None:
+        fail("found --json and OUT -; expected the name of a file: both would go to standard output", USAGE)
+    check(job)
+    begin = time.perf_counter()
+    with contextlib.closing(ProgressBars(1)) as bars, open_stylizer(where, options) as stylizer:
+        opened = time.perf_counter()
+        check(job, stylizer.resolve(**options))
+        report = {"out": str(job.out), **paint(job, stylizer, options, bars)}
+    report["seconds"] = {"open": opened - begin, **report["seconds"]}
+    if job.out is not None:
+        print_result(report, str(job.out))
+
+
+def paint_watched(
+    sources: tuple[str, ...], out: str, where: dict[str, Any], options: dict[str, Any], overwrite: bool
+) -> None:
+    """Paint the pictures in folders and those that are added, until the keyboard interrupts."""
+    check_watch(sources, out)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's script starts commands with & deaf to it
+    echo(f"watching {', '.join(sources)}; Ctrl-C ends", err=True)
+    paint_several(watch(sources, out, overwrite=overwrite), {}, where, options, True)
 
 
 def check(job: Job, options: Options | None = None) -> None:
@@ -189,13 +230,8 @@ def check(job: Job, options: Options | None = None) -> None:
     if job.source is not None:
         require_input(job.source)
     if job.source is not None and job.out is not None and job.is_video:
-        from ..video.transcode import check_video
-
         check_video(job.source, job.out)
     elif job.out is not None:
-        from ..images.formats import read_header
-        from ..result import validate_output_path
-
         keeps_size = options is not None and options.fit != "stretch"
         header = read_header(job.source) if keeps_size and job.source else None
         validate_output_path(job.out, header and header[0])
@@ -207,14 +243,10 @@ def paint(job: Job, stylizer: Stylizer, options: dict[str, Any], bars: ProgressB
     """Paint one picture or video and write it; returns the facts for a report."""
     begin = time.perf_counter()
     if job.source is not None and job.out is not None and job.is_video:
-        from ..video.transcode import paint_video
-
         facts = paint_video(job.source, job.out, stylizer, options, bars.on_step, bars.on_frame)
         last = facts.pop("result")
         painted = {} if last is None else to_report(last, stylizer, {})
         return {**painted, **facts, "seconds": {"video": time.perf_counter() - begin}}
-    from lsast_engines.picture_file import read_stream
-
     source = job.source or read_stream(sys.stdin.buffer, "standard input")
     result = stylizer.stylize(source, **options, on_step=bars.on_step)
     begin = time.perf_counter()

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image, ImageDraw, ImageFont
+
 from lsast_engines.errors import UsageError
 from lsast_engines.images import read_picture
 from lsast_engines.removed import REMOVED_OPTIONS, RENAMED_OPTIONS
@@ -17,8 +19,6 @@ from .canvas import canvas_for
 from .formats import check_format
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from ..request import Picture
     from ..stylizer import Stylizer
 
@@ -121,8 +121,6 @@ def _labelled_sheet(
     cell: tuple[int, int], column_labels: Sequence[str], row_labels: Sequence[str], out: Path | None
 ) -> tuple[Image.Image, list[tuple[int, int]]]:
     """A sheet without paintings, and the left and top pixel of each, row by row; all are at most as large as `cell`."""
-    from PIL import Image, ImageDraw, ImageFont
-
     font = ImageFont.load_default(_TEXT)
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     margin = _GAP + max(int(pen.multiline_textbbox((0, 0), label, font)[2]) + 1 for label in row_labels)
@@ -145,8 +143,6 @@ def _thumbnail_size(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _thumbnail(painting: Image.Image) -> Image.Image:
-    from PIL import Image
-
     small = painting.resize(_thumbnail_size(painting.size), Image.Resampling.LANCZOS, reducing_gap=2)
     if small.mode == "RGBA":
         small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small)

@@ -13,14 +13,11 @@ from lsast_engines.errors import PictureError, UsageError
 
 @dataclass(frozen=True)
 class PictureFormat:
-    """A format of pictures that is written."""
+    """A format of pictures that is written: Pillow's name, arguments of its `save`, most pixels of a side."""
 
     name: str
-    """Pillow's."""
     save_args: dict[str, Any] = field(hash=False)
-    """Arguments of Pillow's `save`."""
     max_side: float = math.inf
-    """The largest width and height in pixels."""
 
 
 _JPEG = PictureFormat("JPEG", {"quality": 95, "subsampling": "4:4:4"}, 65500)
@@ -43,7 +40,6 @@ VIDEOS = frozenset({
     ".ogv", ".ts", ".vob", ".webm", ".wmv",
 })
 # fmt: on
-"""Suffixes of videos."""
 
 WRITTEN_VIDEOS = frozenset({".m4v", ".mkv", ".mov", ".mp4"})
 """Suffixes of videos that can be written; a source of another kind becomes a Matroska file, which holds any sound."""

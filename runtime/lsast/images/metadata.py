@@ -19,7 +19,9 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from PIL import Image, PngImagePlugin
 
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.json_fields import parse_json, read_object, read_value
@@ -30,11 +32,7 @@ from lsast_engines.picture_file import open_file, open_image
 from .._version import __version__
 from ..options.options import Options, current_options
 
-if TYPE_CHECKING:
-    from PIL import Image
-
 FORMAT = 1
-"""Format number of the JSON."""
 
 _EXIF, _SOFTWARE, _MAKER_NOTE, _USER_COMMENT = 0x8769, 0x0131, 0x927C, 0x9286
 _MARK, _UNICODE = b"lsast\0", b"UNICODE\0"
@@ -142,8 +140,6 @@ class Record:
 
     def pillow_save_args(self, form: str) -> dict[str, Any]:
         """Arguments of Pillow's `save` that write this into a file of the format `form`, a name of Pillow's."""
-        from PIL import Image, PngImagePlugin
-
         if form == "PNG":
             chunks = PngImagePlugin.PngInfo()
             chunks.add_text("parameters", self.a1111_parameters())

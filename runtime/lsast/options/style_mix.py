@@ -8,7 +8,7 @@
     vangogh@0-4+monet@5-9          by stage of the noise schedule, both ends included, 0 next to the clean picture
     vangogh:0.7@up+monet@0-4       each term with a weight, a group and a range of stages, or without
 
-`lsast.sampling.mixed_style` says what a mix means.
+`lsast.sampling.batch` says what a mix means.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ GROUPS = ("down", "mid", "up")
 """The layer groups, in the order in which a network runs them: `lsast_engines.bundle.manifest.Group`."""
 
 MAX_TERMS = 100
-"""Most terms of a mix."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,8 @@ class Term:
     stages: tuple[int, int] | None = None
     """First and last stage; None is all of them."""
     column: int = 0
-    """Column of the style's name in the text, for messages."""
+    """Column of the style's name in the text, for messages; that of the stages follows."""
     stages_column: int = 0
-    """Column of the stages in the text."""
 
     def applies_to(self, stage: int, group: str) -> bool:
         """Whether the term applies to `group` at `stage`."""

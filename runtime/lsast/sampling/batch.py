@@ -1,19 +1,20 @@
-"""Pictures that are painted together, as `sampler.sample` takes them."""
+"""Pictures that are painted together, as `sampler.sample` takes them, with their styles, palettes and solvers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from lsast_engines.bundle.style import LatentStatistics, StageKV, Style
-from lsast_engines.diffusion import NoiseLevel, Solver, TimestepSchedule
+from lsast_engines.bundle.manifest import AttentionLayer
+from lsast_engines.bundle.style import LatentStatistics, StageKV, Style, StyleFile
+from lsast_engines.diffusion import Array, NoiseLevel, Solver, TimestepSchedule
 
+from ..options.style_mix import GROUPS, Mix
 from .networks import Floats, Pixels
-from .x0_blend import X0Blend
 
 
 class StyleSource(Protocol):
@@ -21,6 +22,52 @@ class StyleSource(Protocol):
 
     def stage(self, stage: int) -> StageKV:
         """Keys and values of one stage."""
+
+
+_NETWORKS = {"kv_unet": "unet", "kv_control": "control"}
+"""The tensors of a `StageKV`, and the network of each."""
+
+
+class MixedStyle:
+    """Keys and values of a mix, computed for each pair of a stage and a layer group: the weights of the terms that
+    apply there are divided by their sum. Where none applies, the base's unconditional keys and values stand."""
+
+    def __init__(
+        self, mix: Mix, styles: Mapping[str, StyleFile | Style], null: Style, layers: Sequence[AttentionLayer]
+    ) -> None:
+        """Mix `styles`, all of one base, whose unconditional keys and values are `null`; `layers` are its
+        `attention_layers`."""
+        self._mix = mix
+        self._styles = styles
+        self._null = null
+        self._columns = {
+            (tensor, group): [
+                slice(layer.offset, layer.offset + 2 * layer.width)
+                for layer in layers
+                if (layer.network, layer.group) == (network, group)
+            ]
+            for tensor, network in _NETWORKS.items()
+            for group in GROUPS
+        }
+
+    def stage(self, stage: int) -> StageKV:
+        """Keys and values of one stage, 0 … stages - 1, in new arrays; a `StyleError` where a file is damaged."""
+        null = self._null.stage(min(stage, self._null.stages - 1))
+        mixed = StageKV(np.array(null.kv_unet), np.array(null.kv_control))
+        for group in GROUPS:
+            terms = [term for term in self._mix.terms if term.applies_to(stage, group)]
+            total = sum(term.weight for term in terms)
+            for tensor in _NETWORKS if terms else ():
+                for columns in self._columns[tensor, group]:
+                    getattr(mixed, tensor)[:, columns] = sum(
+                        term.weight / total * self._columns_of(term.style, stage, tensor)[:, columns].astype(np.float64)
+                        for term in terms
+                    )
+        return mixed
+
+    def _columns_of(self, style: str, stage: int, tensor: str) -> npt.NDArray[np.float32]:
+        values: npt.NDArray[np.float32] = getattr(self._styles[style].stage(stage), tensor)
+        return values
 
 
 @dataclass(frozen=True)
@@ -80,9 +127,7 @@ class Sample:
     guidance: float
     """Scale of classifier-free guidance. In a batch it is 1 in all pictures (one U-Net pass) or in none."""
     seed: int
-    """Seed of all noise of this picture."""
     palette: Palette | None = None
-    """The artist's palette; None keeps the picture's."""
 
 
 class Batch:
@@ -156,4 +201,29 @@ class BatchSolver:
         self.x0 = lambda: np.stack([
             self._levels[b][index].x0(z[b], eps[b]) if x0 is None else x0 for b, x0 in enumerate(blended)
         ])  # fmt: skip
+        return after
+
+
+class X0Blend:
+    """Wraps a solver and replaces its predicted x0 by x0 + w · (target - x0); ε is adjusted to match. Where w is 1
+    every solver stays on the target noised, sqrt(abar) target + sqrt(1 - abar) noise, as RePaint does (Lugmayr et
+    al. 2022, eq. 8). See `lsast_engines.diffusion` for the letters."""
+
+    def __init__(self, solver: Solver, schedule: TimestepSchedule, target: Array, weight: Array) -> None:
+        """Wrap `solver`, which takes the steps of `schedule`: target [4, h, w], weight w [h, w] of 0 … 1."""
+        self._solver = solver
+        self._levels = schedule.levels()
+        self._target = target
+        self.weight = weight
+        self.x0 = target
+        """The blended x0 of the last step, for previews: [4, h, w]."""
+
+    def step(self, eps: Array, index: int, x: Array) -> Array:
+        """See `Solver.step`."""
+        level = self._levels[index]
+        x0 = level.x0(x, eps)
+        self.x0 = x0 + self.weight * (self._target - x0)
+        after = self._solver.step(eps - level.alpha / level.sigma * self.weight * (self._target - x0), index, x)
+        if isinstance(self._solver, X0Blend):
+            self.x0 = self._solver.x0
         return after

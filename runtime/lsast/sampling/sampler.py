@@ -1,8 +1,8 @@
 """The sampling algorithm of LSAST, and what it needs of the networks.
 
 `sample` is the algorithm, from pictures to paintings, for a batch. Every other module of this package makes or wraps
-one of its nouns: `batch` the pictures, `networks` the networks, `tiling` large canvases of them, `cached_denoiser` the
-denoiser, `mixed_style` the style, `x0_blend` the solver.
+one of its nouns: `batch` the pictures, their styles and solvers, `networks` the networks, also with step caching,
+`tiling` large canvases of them.
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ AHEAD = 4
 _MISSING = object()
 
 Job = tuple["Picture", Mapping[str, Any]]
-"""A picture and its own options."""
 
 
 def jobs(

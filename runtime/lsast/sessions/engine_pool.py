@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import functools
 import logging
 import math
 import os
@@ -15,12 +14,11 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from lsast_engines.backends.base import ComputeDtype, Engine
-from lsast_engines.backends.choice import Choice, DtypeOrAuto, choose
+from lsast_engines.backends.choice import DtypeOrAuto, choose
 from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS
@@ -33,7 +31,6 @@ from .native_calls import calling_threads, native_call, require_python, user_cod
 T = TypeVar("T")
 
 STYLE_MEMORY = 256 * 2**20
-"""Default for the bytes of styles that are kept in memory between paintings."""
 
 _POLL_SECONDS = 0.05
 """How often a caller that waits for the engines looks at its token and at the end of Python."""
@@ -52,57 +49,32 @@ _log = logging.getLogger("lsast.engines")
 _pools: weakref.WeakSet[EnginePool] = weakref.WeakSet()
 
 
-@dataclass(frozen=True)
-class EngineFactory:
-    """How the graphs of a bundle are opened, in this process and in any other."""
-
-    bundle: Bundle
-    backend: str = "auto"
-    device: str = "auto"
-    threads: int | None = None
-    compute_dtype: DtypeOrAuto = "auto"
-
-    def __post_init__(self) -> None:
-        if self.bundle.manifest.storage_dtype == "int8" and self.compute_dtype == "fp16":  # was not tried
-            raise UsageError(
-                f"found compute_dtype fp16 for {self.bundle.path}, which is stored in int8; "
-                "expected fp32, or bf16 with OpenVINO: leave the option out"
-            )
-
-    @functools.cached_property
-    def choice(self) -> Choice:
-        """What all graphs are computed with; chosen once. Errors as of `lsast_engines.backends.choice.choose`."""
-        found = choose(self.bundle, self.backend, self.device, self.compute_dtype)
-        _log.info("%s on %s in %s: %s", found.backend, found.device, found.compute_dtype, found.reason)
-        return found
-
-    def __call__(self, name: str, compute_dtype: ComputeDtype | None = None) -> Engine:
-        """Open the graph `name`; `compute_dtype` replaces the chosen one. A `BundleError` where a file of the bundle
-        has changed since it was opened, and the errors of `lsast_engines.backends.registry.open_engine`."""
-        self.bundle.check_unchanged()
-        engine = open_engine(
-            self.bundle.graph_path(name),
-            self.bundle.manifest.graphs[name],
-            self.choice.backend,
-            self.choice.device,
-            self.threads,
-            compute_dtype or self.choice.compute_dtype,
-        )
-        self.bundle.check_unchanged()
-        return engine
-
-
 class EnginePool:
     """Engines and styles for any number of threads. An engine serves one thread at a time, so callers take turns."""
 
     def __init__(
-        self, factory: EngineFactory, graphs: Iterable[str] = REQUIRED_GRAPHS, style_memory: int = STYLE_MEMORY
+        self,
+        bundle: Bundle,
+        backend: str = "auto",
+        device: str = "auto",
+        threads: int | None = None,
+        compute_dtype: DtypeOrAuto = "auto",
+        graphs: Iterable[str] = REQUIRED_GRAPHS,
+        style_memory: int = STYLE_MEMORY,
     ) -> None:
-        """Open `graphs`, others at their first use; `style_memory` is `StyleCache`'s budget. After an error no engine
-        is open."""
-        self.factory = factory
+        """Open `graphs`, others at their first use; errors as of `choose` and `open`, after which no engine is open."""
+        if bundle.manifest.storage_dtype == "int8" and compute_dtype == "fp16":  # was not tried
+            raise UsageError(
+                f"found compute_dtype fp16 for {bundle.path}, which is stored in int8; "
+                "expected fp32, or bf16 with OpenVINO: leave the option out"
+            )
+        self.bundle = bundle
+        self.arguments = (backend, device, threads, compute_dtype, style_memory)
+        self.choice = choose(bundle, backend, device, compute_dtype)
+        """What all graphs are computed with."""
+        found = self.choice
+        _log.info("%s on %s in %s: %s", found.backend, found.device, found.compute_dtype, found.reason)
         self._graphs = tuple(graphs)
-        self._style_memory = style_memory
         self._closed = False
         self._reset()
         with native_call():
@@ -111,15 +83,13 @@ class EnginePool:
 
     def _reset(self) -> None:
         self.engines: dict[str, Engine] = {}
-        self.styles = StyleCache(self.factory.bundle, self._style_memory)
+        self.styles = StyleCache(self.bundle, self.arguments[-1])
         self._opened = False
         self._changed = threading.Condition()
         self._turn: int | None = None
-        """The thread whose painting may use the engines."""
+        """The thread whose painting may use the engines; then those that wait for it, too, and those in a callback."""
         self._threads: set[int] = set()
-        """Those that paint or wait for their turn."""
         self._callbacks: dict[int, float] = {}
-        """Threads that run a callback, and since when."""
         self._executor: ThreadPoolExecutor | None = None
         self._async_lapsed: Callable[[], bool] = lambda: False
 
@@ -137,19 +107,29 @@ class EnginePool:
             engine.close()
         self.engines.clear()
 
+    def open(self, name: str, compute_dtype: ComputeDtype | None = None) -> Engine:
+        """Open the graph `name`; `compute_dtype` replaces the chosen one. A `BundleError` where a file of the bundle
+        has changed since it was opened, and the errors of `lsast_engines.backends.registry.open_engine`."""
+        path, spec, choice = self.bundle.graph_path(name), self.bundle.manifest.graphs[name], self.choice
+        threads, dtype = self.arguments[2], compute_dtype or choice.compute_dtype
+        self.bundle.check_unchanged()
+        engine = open_engine(path, spec, choice.backend, choice.device, threads, dtype)
+        self.bundle.check_unchanged()
+        return engine
+
     def engine(self, name: str) -> Engine:
         """The engine of the graph `name`, for the holder of `exclusive`; opened at its first use, kept until it
         fails."""
         if name in self.engines and self.engines[name].failed:
             self.engines.pop(name).close()
         if name not in self.engines:
-            self.engines[name] = self.factory(name)
+            self.engines[name] = self.open(name)
         return self.engines[name]
 
     def reopen(self, name: str, compute_dtype: ComputeDtype) -> None:
         """Replace the engine of the graph `name`, for the holder; if the new one does not open, the old one stays."""
         engine = self.engine(name)
-        self.engines[name] = self.factory(name, compute_dtype)
+        self.engines[name] = self.open(name, compute_dtype)
         engine.close()
 
     @contextlib.contextmanager

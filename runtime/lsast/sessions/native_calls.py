@@ -23,7 +23,6 @@ class _Calls:
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self.depths: Counter[int] = Counter()
-        """Calls under way, by thread."""
         self.python_ends = False
 
     def add(self, number: int) -> None:

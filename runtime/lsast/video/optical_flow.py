@@ -19,8 +19,8 @@ from lsast_engines.diffusion import Solver, TimestepSchedule
 from lsast_engines.images import import_opencv
 
 from ..images.canvas import Pixels
+from ..sampling.batch import X0Blend
 from ..sampling.networks import Floats, to_pixels
-from ..sampling.x0_blend import X0Blend
 
 cv2 = import_opencv()
 
@@ -28,16 +28,6 @@ Field = npt.NDArray[np.float32]
 
 MAX_GREY_DIFF = 20.0
 """Mean absolute difference, in grey levels, beyond which a pixel shows another surface than one frame earlier."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TemporalOptions:
-    """How closely a frame follows the last painting."""
-
-    latent_weight: float = 0.85
-    """Weight of the last painting's latent in the predicted clean latent of every step, 0 to 1."""
-    pixel_weight: float = 0.5
-    """Weight of the last painting's pixels in the new one's, 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +88,9 @@ def _inside(back: Field) -> npt.NDArray[np.bool_]:
 class TemporalState:
     """The last frame of a video and its painting, which the painting of the next frame follows."""
 
-    def __init__(self, options: TemporalOptions | None = None) -> None:
-        self._options = options or TemporalOptions()
+    def __init__(self, *, latent_weight: float = 0.85, pixel_weight: float = 0.5) -> None:
+        """Weights, 0 to 1, of the last painting's latent in every step's clean latent, and of its pixels."""
+        self._weights = np.float32(latent_weight), np.float32(pixel_weight)
         self._content: Pixels | None = None
         self._latent: Floats | None = None
         self._painted: Pixels | None = None
@@ -125,13 +116,13 @@ class TemporalState:
         self._motion = Motion.between(previous, content)
         cells = self._motion.downsampled(factor)
         latent = warped(self._latent.transpose(1, 2, 0), cells.backward_flow).transpose(2, 0, 1)
-        return X0Blend(solver, schedule, latent, np.float32(self._options.latent_weight) * cells.valid)
+        return X0Blend(solver, schedule, latent, self._weights[0] * cells.valid)
 
     def blend(self, latent: Floats, painted: Pixels) -> Pixels:
         """The canvas [H, W, 3] of a painted latent [4, h, w], blended with the last painting, moved along the flow."""
         self._latent = latent.copy()
         if self._motion is not None and self._painted is not None:
-            weight = np.float32(self._options.pixel_weight) * self._motion.valid[..., None]
+            weight = self._weights[1] * self._motion.valid[..., None]
             moved = warped(self._painted.astype(np.float32), self._motion.backward_flow)
             painted = to_pixels(np.float32(1) * painted + weight * (moved - painted))
         self._painted = painted

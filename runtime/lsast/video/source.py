@@ -44,7 +44,6 @@ class Frame:
     """A picture of a video."""
 
     convert: Callable[[], Pixels]
-    """Makes the pixels."""
     start: int
     """When it is shown, in `Source.time_base`; later than the frame before."""
     duration: int

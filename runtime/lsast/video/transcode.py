@@ -8,7 +8,6 @@ after its last whole segment, and gives the same video.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import logging
@@ -55,13 +54,6 @@ def check_video(source: Path, out: Path) -> None:
     validate_output_place(out)
     if out.exists() and source.exists() and out.samefile(source):
         raise UsageError(f"found {out} as both IN and OUT; expected another name: a video is read while it is written")
-    facts = source.stat() if source.exists() else None
-    _check_content(source, out, form, facts and (facts.st_size, facts.st_mtime_ns))
-
-
-@functools.lru_cache(maxsize=256)
-def _check_content(source: Path, out: Path, form: str, _: object) -> None:
-    """Decode the first frame and copy the first sound; what stays as it is is not checked again."""
     with open_source(source) as video:
         first = next(video.frames(), None)
         if first is None:
@@ -139,11 +131,9 @@ def paint_video(
 def _key(source: Path, first: Frame, stylizer: Stylizer, options: Mapping[str, Any]) -> str:
     """A hash of everything that a painted segment depends on."""
     facts = source.stat()
-    mask = options.get("mask")
-    plain = {name: value for name, value in options.items() if name != "mask"}
-    provenance = stylizer.provenance(first.pixels, mask=mask, **plain)
+    provenance = stylizer.provenance(first.pixels, **options)
     known = [str(source.resolve()), facts.st_size, facts.st_mtime_ns, pyav().__version__, asdict(provenance),
-             asdict(stylizer.resolve(**plain))]  # fmt: skip
+             asdict(stylizer.resolve(**options))]  # fmt: skip
     return hashlib.sha256(json.dumps(known, default=str).encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -159,11 +149,9 @@ class Unfinished:
         self._out, self._folder, self._key = out, out.with_name(name), key
         self._digests: list[str] = []
         self.frames = 0
-        """Number of frames in the segments."""
         self.last_duration = 0
         """`Frame.duration` of the last of these."""
         self.temporal: dict[str, Any] = {}
-        """See `TemporalState.state`."""
         self._descriptor = self._take()
         try:
             self._load()

@@ -77,11 +77,6 @@ def test_lsast_run_without_out_paints_beside_the_source(folder: Path) -> None:
     assert _run("photos").stdout == f"{folder}/photos-painted/a.png\n"
 
 
-def test_list_styles_prints_names(folder: Path) -> None:
-    assert _run("--list-styles").stdout == "monet\nvangogh\n"
-    assert json.loads(_run("--list-styles", "--json").stdout) == {"styles": ["monet", "vangogh"], "guidance_baked": {}}
-
-
 USAGE = {
     "no arguments": ([], "found no IN"),
     "no output of a pattern": (["*.png"], "found *.png and no OUT"),
@@ -112,14 +107,6 @@ def test_lsast_run_with_wrong_usage_prints_one_line_and_exits_2(folder: Path, ar
     assert words in result.stderr
     assert "Usage:" not in result.stderr
     assert not (folder / "out.png").exists()
-
-
-def test_lsast_run_names_all_invalid_options_at_once(folder: Path) -> None:
-    result = _run("in.png", "out.png", "--steps", "0", "--strength", "2", "--control=-1", "--solver", "euler")
-    assert result.exit_code == 2
-    assert [line.split(":")[0].strip(" -") for line in result.stderr.splitlines()[1:]] == [
-        "steps", "strength", "control_scale", "solver",
-    ]  # fmt: skip
 
 
 FAILURES = {

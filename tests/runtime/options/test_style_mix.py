@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from lsast import UsageError
-from lsast.options.style_mix import GROUPS, Mix, Term
+from lsast.options.style_mix import GROUPS, Mix
 from lsast_engines.bundle.manifest import Group
 
 STAGES = 10
@@ -69,14 +69,6 @@ def test_mix_check_points_at_what_the_bundle_lacks(text: str, before: str, words
     with pytest.raises(UsageError, match=re.escape(words)) as caught:
         Mix.parse(text).check(["vangogh", "monet", "roerich"], STAGES)
     assert str(caught.value).split("\n")[-1] == f"    {' ' * len(before)}^"
-
-
-def test_term_applies_to_its_group_and_stages() -> None:
-    term = Term("vangogh", group="up", stages=(2, 4))
-    reached = [
-        (stage, group) for stage in range(10) for group in ("down", "mid", "up") if term.applies_to(stage, group)
-    ]
-    assert reached == [(2, "up"), (3, "up"), (4, "up")]
 
 
 def test_groups_are_those_of_the_manifest() -> None:

@@ -1,8 +1,10 @@
-"""Step caching, against the algorithm in plain numpy on the tiny graphs' own matrices."""
+"""Step caching, against the algorithm in plain numpy on the tiny graphs' own matrices; and the small decoder, which
+swaps red and blue, so that every picture says which one ran."""
 
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import lsast
 from lsast import BundleError, Stylizer, UsageError
 from lsast.options.options import PRESETS
 from lsast_engines.backends.registry import available_backends
-from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, UNET_SPLIT_GRAPHS
+from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, UNET_SPLIT_GRAPHS, VAE_DECODER_TINY
 from lsast_engines.diffusion import NoiseSchedule, TimestepSchedule, make_solver
 
 CHANGES: list[dict[str, Any]] = [
@@ -42,7 +44,7 @@ def _coarse(held: np.ndarray) -> np.ndarray:
 
 
 def _by_hand(stylizer: Stylizer, weights: Any, run: Any, options: dict[str, Any]) -> np.ndarray:
-    """The run in the words of `Options`; nothing of `lsast.sampling.cached_denoiser` is in it."""
+    """The run in the words of `Options`; nothing of `lsast.sampling.networks` is in it."""
     style, null = stylizer.bundle.style(options["style"]), stylizer.bundle.null_style
     schedule = TimestepSchedule.build(NoiseSchedule(), options["steps"], options["strength"], 10, options["solver"])
     solver = make_solver(schedule)
@@ -113,34 +115,12 @@ def test_cached_denoiser_that_skips_no_step_equals_the_denoiser(stylizer: Styliz
     assert np.abs(whole - _pixels(stylizer.stylize(photo, steps=10, strength=0.1, cache_interval=9))).max() <= 1
 
 
-def test_stylize_many_caches_each_pictures_own(stylizer: Stylizer, photo: np.ndarray, runs: list[Any]) -> None:
-    rows: list[dict[str, Any]] = [
-        {"style": "monet", "cache_interval": 2},
-        {"seed": 9, "cache_interval": 2},
-        {},
-        {"cache_interval": 2, "guidance": 1.0},
-    ]
-    many = list(stylizer.stylize_many([photo] * 4, rows=rows, batch=4))
-    assert [len(run.latents) for run in runs] == [2, 1, 1]
-    for row, result in zip(rows, many, strict=True):
-        assert np.abs(_pixels(result) - _pixels(stylizer.stylize(photo, **row))).max() <= 1
-
-
 def test_cached_denoiser_in_tiles_caches_each_tiles_own(stylizer: Stylizer, photo: np.ndarray) -> None:
     """The tiny graphs look no further than two cells, so tiles must give what the whole gives."""
     large = np.tile(photo, (4, 3, 1))[:330, :400]
     whole, tiled = (_pixels(stylizer.stylize(large, size=0, tile=tile, cache_interval=3)) for tile in (0, 128))
     assert np.abs(whole - tiled).max() <= 1
     assert whole.std() > 5, "a flat picture proves nothing"
-
-
-def test_cache_interval_works_with_masks_and_videos(stylizer: Stylizer, photo: np.ndarray) -> None:
-    mask = np.zeros(photo.shape[:2], np.uint8)
-    mask[20:70] = 255
-    masked = stylizer.stylize(photo, mask=mask, cache_interval=2)
-    assert (_pixels(masked)[:20] == photo[:20]).all()
-    frames = list(stylizer.stylize_frames([photo, photo], cache_interval=2))
-    assert (_pixels(frames[0]) == _pixels(stylizer.stylize(photo, cache_interval=2))).all()
 
 
 def test_cache_interval_without_split_graphs_says_what_adds_them(bundle_path: Path, photo: np.ndarray) -> None:
@@ -165,3 +145,33 @@ def test_load_with_a_preset_opens_its_graphs_and_reports_it(parted_path: Path, p
         assert (_pixels(plain.stylize(photo, **vars(found.options))) == _pixels(expected)).all()
     with pytest.raises(UsageError, match="found 'swift'; expected exact, balanced, fast, gentle or released"):
         lsast.load(parted_path, preset="swift")
+
+
+def _swapped(result: lsast.Result) -> np.ndarray:
+    pixels = _pixels(result)
+    assert np.abs(pixels - pixels[..., ::-1]).mean() > 1, "a grey picture proves nothing"
+    return pixels[..., ::-1]
+
+
+def test_small_decoder_is_opened_and_used_when_asked_for(stylizer: Stylizer, photo: np.ndarray) -> None:
+    full = stylizer.stylize(photo, seed=3)
+    assert VAE_DECODER_TINY not in stylizer._pool.engines
+    assert (_pixels(stylizer.stylize(photo, seed=3, decoder="full")) == _pixels(full)).all()
+    small = stylizer.stylize(photo, seed=3, decoder="small")
+    assert (_pixels(small) == _swapped(full)).all()
+    assert (full.options.decoder, small.options.decoder) == ("full", "small")
+    assert (_pixels(stylizer.stylize(photo, seed=3)) == _pixels(full)).all()
+
+
+def test_small_decoder_decodes_each_tile(stylizer: Stylizer) -> None:
+    rows, columns = np.mgrid[0:128, 0:256]
+    picture = np.stack([rows, columns, rows * columns % 256], axis=-1).astype(np.uint8)
+    assert stylizer.request(picture, size=0, tile=128).grid
+    full, small = (stylizer.stylize(picture, size=0, tile=128, decoder=name) for name in ("full", "small"))
+    assert np.abs(_pixels(small) - _swapped(full)).max() <= 1
+
+
+def test_small_decoder_that_the_bundle_lacks_says_what_adds_it(bundle_path: Path, photo: np.ndarray) -> None:
+    wanted = f"found no graph vae_decoder_tiny .* lsast-export decoder {re.escape(str(bundle_path))} --small FOLDER"
+    with lsast.load(bundle_path, threads=1) as without, pytest.raises(BundleError, match=wanted):
+        without.stylize(photo, decoder="small")

@@ -12,8 +12,7 @@ import torch
 
 import lsast
 import schedulers
-from lsast import BackendError, Stylizer
-from lsast.sampling.networks import Graph, decode
+from lsast import Stylizer
 from lsast_engines.backends.registry import available_backends
 from lsast_engines.bundle.bundle import Bundle
 
@@ -111,26 +110,3 @@ def test_stylize_binds_what_changes_and_one_row_without_guidance(
         first, *others = (sorted(call) for call in calls)  # seven steps, each of a stage of its own
         assert (first, others) == (["control_scale", "hint", "kv_control", "kv_unet"], [["kv_control", "kv_unet"]] * 6)
         assert {call["kv_unet"] for call in calls} == {(rows, 1, 3, 24)}
-
-
-class _Broken:
-    """An engine that overflows."""
-
-    backend = "broken"
-    compute_dtype = "fp32"
-
-    def __init__(self, name: str, outputs: dict[str, Any]) -> None:
-        self.spec = type("Spec", (), {"name": name})()
-        self.outputs = outputs
-
-    def __call__(self, feeds: object) -> dict[str, Any]:
-        return self.outputs
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_graph_with_values_that_are_not_finite_is_named(value: float) -> None:
-    image = np.zeros((1, 3, 8, 8), np.float32)
-    image[0, 1, 2, 3] = value
-    graph = Graph(_Broken("vae_decoder", {"image": image}))  # type: ignore[arg-type]
-    with pytest.raises(BackendError, match=r"the graph vae_decoder gave 1 values of image .* on broken"):
-        decode(graph, np.zeros((1, 4, 1, 1), np.float32))

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import lsast
-from benchmarks.speed.large import borders
 from lsast import Stylizer
 from lsast.request import Request
 from lsast.sampling.networks import Floats, Graph, decode, decode_rgb, embed_edges, encode
@@ -162,39 +161,3 @@ def test_tiled_networks_of_the_embedded_bundle_give_what_they_give_whole(mini: S
     decoder = graphs[VAE_DECODER]
     found = tiled_decoder(partial(decode_rgb, decoder), grid)(mean).astype(int)
     assert np.abs(found - decode(decoder, mean)).max() <= 3
-
-
-def _clouds(side: int) -> np.ndarray:
-    """1/f noise [side, side, 3]: as much going on everywhere, at every scale."""
-    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side))
-    frequency[0, 0] = np.inf
-    spectra = np.fft.rfft2(np.random.default_rng(2).standard_normal((3, side, side))) / frequency
-    waves = np.fft.irfft2(spectra, (side, side)).transpose(1, 2, 0)
-    return np.clip(128 + 40 * waves / waves.std(), 0, 255).astype(np.uint8)
-
-
-def _across(painting: np.ndarray, lines: tuple[list[int], list[int]], reach: int = 2) -> float:
-    """Squared differences of pixels across lines, and up to `reach` beside them, as a share of those elsewhere."""
-    shares = []
-    for axis in (0, 1):
-        steps = (np.diff(painting.astype(float), axis=axis) ** 2).mean(axis=(1 - axis, 2))
-        near = np.zeros(len(steps), bool)
-        for line in lines[axis]:
-            near[line - reach : line + reach - 1] = True
-        shares.append(steps[near].mean() / steps[~near].mean())
-    return float(np.mean(shares))
-
-
-@pytest.mark.slow
-def test_stylize_in_tiles_with_the_embedded_bundle_leaves_no_seam(mini: Stylizer) -> None:
-    side, tile = 640, 320
-    lines = borders(TileGrid.cover((side, side), tile, 8))
-    options = {"size": 0, "steps": 4, "strength": 0.75, "guidance": 2.0}
-    whole, tiled = (_pixels(mini.stylize(_clouds(side), tile=t, **options)) for t in (0, tile))
-    assert _across(tiled, lines) / _across(whole, lines) == pytest.approx(1, abs=0.05)
-    # Tiles side by side, each painted alone, do show: the measure is one.
-    quarters = [
-        np.hstack([_pixels(mini.stylize(_clouds(side)[y : y + tile, x : x + tile], **options)) for x in (0, tile)])
-        for y in (0, tile)
-    ]
-    assert _across(np.vstack(quarters), ([tile], [tile])) > 2

@@ -16,8 +16,8 @@ from lsast_engines.backends.registry import available_backends
 
 
 @pytest.fixture(scope="module", params=sorted(available_backends()))
-def stylizer(request: pytest.FixtureRequest, bundle_path: Path) -> Iterator[Stylizer]:
-    with lsast.load(bundle_path, backend=request.param) as opened:
+def stylizer(request: pytest.FixtureRequest, parted_path: Path) -> Iterator[Stylizer]:
+    with lsast.load(parted_path, backend=request.param) as opened:
         yield opened
 
 
@@ -70,9 +70,19 @@ def test_stylize_many_groups_sizes_and_keeps_the_order(stylizer: Stylizer, runs:
 def test_stylize_many_shares_no_batch_between_unlike_options(
     stylizer: Stylizer, photo: np.ndarray, runs: list[Any]
 ) -> None:
-    rows = [{"control_scale": 0.5}, {"guidance": 1.0}, {"steps": 20}, {"control_scale": 0.5}, {}]
-    many = list(stylizer.stylize_many([photo] * 5, rows=rows, batch=5))
-    assert [len(run.latents) for run in runs] == [2, 1, 1, 1]
+    half, cached, small = {"control_scale": 0.5}, {"cache_interval": 2}, {"decoder": "small"}
+    rows: list[dict[str, Any]] = [
+        half,
+        {"guidance": 1.0},
+        {"steps": 20},
+        half,
+        {},
+        cached,
+        {**cached, "seed": 9},
+        small,
+    ]
+    many = list(stylizer.stylize_many([photo] * 8, rows=rows, batch=8))
+    assert [len(run.latents) for run in runs] == [2, 1, 1, 1, 2, 1]
     for row, result in zip(rows, many, strict=True):
         _close(result, stylizer.stylize(photo, **row))
 

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 
 import lsast
-from fake_gpu import FakeCuda, FakeTrt, Kernel, Status, onnx_kernel, write_engine
+from fake_gpu import FakeCuda, FakeTrt, Status, onnx_kernel, write_engine
 from lsast import BackendError, Stylizer
-from lsast.sampling.networks import NotFiniteError
 from lsast_engines.backends.tensorrt import engine as tensorrt
 from lsast_engines.backends.tensorrt.engine_record import Range, ShapeRanges, engine_folder
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.graph_spec import DENOISER, REQUIRED_GRAPHS, VAE_ENCODER
+from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, VAE_ENCODER
 
 RANGES = ShapeRanges(Range(64, 64, 128), Range(1, 1, 3))
 FLAVORS: Any = ("tensorrt", "tensorrt-rtx")
@@ -152,29 +151,10 @@ def test_picture_beyond_the_profile_is_refused_before_it_runs(
     assert "execute" not in cuda.calls
 
 
-def test_stylize_with_compiled_engines_that_overflow_raises(
-    trt: FakeTrt, bundle_path: Path, picture: np.ndarray
-) -> None:
-    kernel = trt.graphs[DENOISER]
-    trt.graphs[DENOISER] = Kernel(kernel.spec, lambda feeds: {"eps": np.full_like(kernel.run(feeds)["eps"], np.inf)})
-    with (
-        lsast.load(bundle_path, "tensorrt") as stylizer,
-        pytest.raises(NotFiniteError, match="not finite, on tensorrt"),
-    ):
-        stylizer.stylize(picture, **LARGE)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"graph": "vae_decoder", "onnx": "0" * 64, "library_version": "1.6.0", "compute_dtype": "fp32",
-             "targets": ("8.6",), "gpu": "Other GPU"},
-            r"graph: found vae_decoder; expected vae_encoder\n.*onnx: found 000000000000…; expected [0-9a-f]{12}…\n"
-            r".*compute_dtype: found fp32; expected fp16\n.*library_version: found 1.6.0; expected 1.7.1\n"
-            r".*targets: found 8.6; expected 8.9, the GPU's\n.*gpu: found Other GPU; expected Fake GPU\n"
-            r".*it took 42 s last time\) with: lsast-export compile",
-        ),
+        ({"library_version": "1.6.0"}, r"library_version: found 1.6.0; expected 1.7.1\n.*with: lsast-export compile"),
         ({"content": b"no engine, but recorded as one"}, r"refuses .*\n.*magicTag"),
         ({}, r"found no engine .*vae_encoder.*\n  compile with: lsast-export compile .* --backend tensorrt .*--build"),
     ],

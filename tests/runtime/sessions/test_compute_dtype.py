@@ -58,18 +58,6 @@ def test_stylize_reads_only_the_stages_of_the_schedule(bundle_path: Path, photo:
         assert sorted(stylizer._pool.styles.get("vangogh")._read) == [0, 1, 2, 3, 4, 5, 6]
 
 
-def test_lsast_run_passes_the_compute_dtype_on(bundle_path: Path, photo: np.ndarray, tmp_path: Path) -> None:
-    Image.fromarray(photo).save(tmp_path / "in.png")
-    arguments = [str(tmp_path / "in.png"), str(tmp_path / "out.png"), "--bundle", str(bundle_path)]
-    arguments += ["--backend", "onnxruntime", "--compute-dtype"]
-    refused = CliRunner().invoke(main, [*arguments, "bf16"])
-    assert refused.exit_code == 1
-    assert "onnxruntime computes in fp32 on cpu" in refused.stderr
-    assert not (tmp_path / "out.png").exists()
-    assert CliRunner().invoke(main, [*arguments, "fp32"]).exit_code == 0
-    assert (tmp_path / "out.png").exists()
-
-
 def test_openvino_in_bf16_paints_the_same_after_a_small_picture() -> None:
     from lsast_engines.backends.openvino import compute_dtypes
 

@@ -172,20 +172,6 @@ def test_stylizer_whose_bundle_changes_paints_as_before_or_raises(
 STAGE_BYTES = 4 * 3 * (24 + 16)  # float32, three tokens, the widths of the tiny bundle
 
 
-def test_style_cache_evicts_the_least_recently_used(bundle_path: Path) -> None:
-    cache = StyleCache(Bundle.open(bundle_path), 3 * STAGE_BYTES)
-    cache.get("vangogh").stage(0), cache.get("vangogh").stage(1)
-    cache.get("monet").stage(0)
-    assert cache.bytes == 3 * STAGE_BYTES
-    cache.evict()
-    assert list(cache._styles) == ["vangogh", "monet"]
-    cache.get("vangogh")  # used again: monet is now the least recently used
-    cache.get("monet").stage(1), cache.get("vangogh").stage(2)
-    cache.evict()
-    assert list(cache._styles) == ["vangogh"]
-    assert cache.bytes == 3 * STAGE_BYTES
-
-
 def test_style_cache_keeps_no_more_files_open_than_systems_allow(bundle_path: Path, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(bundle_path, tmp_path / "bundle"))
     names = [f"monet{number}" for number in range(100)]

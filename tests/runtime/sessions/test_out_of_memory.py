@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 
-import numpy as np
 import pytest
 
-import lsast
 from lsast_engines.errors import OutOfMemoryError, enough_memory
 
 SCRIPT = """
@@ -63,19 +60,3 @@ def test_enough_memory_knows_the_words_of_every_library(error: Exception) -> Non
     with pytest.raises(OutOfMemoryError, match=message) as found, enough_memory("to read a photo"):
         raise error
     assert isinstance(found.value, MemoryError)
-
-
-def test_stylize_reports_memory_of_any_part(stylizer: lsast.Stylizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: object, **__: object) -> None:
-        raise MemoryError("Unable to allocate")
-
-    parts: list[tuple[str, Callable[[], object]]] = [
-        ("PIL.ImageFile.ImageFile.load", lambda: stylizer.stylize(b"P6 8 8 255 " + bytes(192))),
-        ("lsast.request.canny_edges", lambda: stylizer.stylize(np.zeros((8, 8, 3), np.uint8))),
-        ("lsast.stylizer.sampler.sample", lambda: stylizer.stylize(np.zeros((8, 8, 3), np.uint8))),
-    ]
-    for name, paint in parts:
-        with monkeypatch.context() as patch:
-            patch.setattr(name, fails)
-            with pytest.raises(lsast.OutOfMemoryError, match="found too little free memory to"):
-                paint()

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 
 from lsast import Stylizer
-from lsast.video.optical_flow import Motion, TemporalOptions, TemporalState, warped
+from lsast.video.optical_flow import Motion, TemporalState, warped
 
 SHIFT = (3.0, -2.0)
 """How far the surface of every pixel of a moved picture was to the right and down, one frame earlier."""
@@ -95,9 +95,7 @@ def test_temporal_state_with_weight_0_changes_nothing_and_restores(stylizer: Sty
     def paint(frames: list[np.ndarray], temporal: TemporalState) -> list[np.ndarray]:
         return [np.asarray(r.image) for r in stylizer.stylize_frames(frames, temporal=temporal, **options)]
 
-    for frame, painting in zip(
-        frames, paint(frames, TemporalState(TemporalOptions(latent_weight=0.0, pixel_weight=0.0))), strict=True
-    ):
+    for frame, painting in zip(frames, paint(frames, TemporalState(latent_weight=0.0, pixel_weight=0.0)), strict=True):
         np.testing.assert_array_equal(painting, np.asarray(stylizer.stylize(frame, **options).image))
     whole, first, second = paint(frames, TemporalState()), TemporalState(), TemporalState()
     parts = paint(frames[:2], first)

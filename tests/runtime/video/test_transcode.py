@@ -2,11 +2,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 import tracemalloc
 from fractions import Fraction
 from pathlib import Path
@@ -242,22 +237,3 @@ def test_lsast_run_paints_videos_beside_pictures(
     assert (result.exit_code, result.stdout) == (1, "out/clip.mp4\n")
     assert "painted 1, failed 1\n  - broken.mov cannot be read" in result.stderr
     assert _run("clip.mp4", "out.png").exit_code == 2
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that cannot be caught")
-def test_lsast_run_of_a_video_after_a_kill_continues(photo: np.ndarray, bundle_path: Path, tmp_path: Path) -> None:
-    segment = 24  # as shipped
-    write_clip(tmp_path / "clip.mp4", photo, 2 * segment)
-    environment = {**os.environ, "LSAST_BUNDLE": str(bundle_path)}
-    command = [sys.executable, "-m", "lsast", "clip.mp4", "out.mp4", "--size", "64", "--steps", "20", "--json"]
-    process = subprocess.Popen(command, env=environment, cwd=tmp_path)
-    state = tmp_path / ".out.mp4.parts" / "state.npz"
-    patience = time.monotonic() + 60
-    while not state.exists() and process.poll() is None and time.monotonic() < patience:
-        time.sleep(0.01)
-    process.kill()
-    process.wait(60)
-    assert not (tmp_path / "out.mp4").exists()
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, timeout=120, check=True)
-    assert json.loads(done.stdout)["resumed"] == segment
-    assert len(read(tmp_path / "out.mp4")[0]) == 2 * segment
