@@ -48,15 +48,10 @@ class Request:
         temporal: TemporalState | None = None,
         max_megapixels: float | None = None,
     ) -> None:
-        """Read the picture, lay it on its canvas and find its edges.
-
-        `styles` are the open styles that the options name, `temporal` the frame before and its painting, of a video.
-
-        Raises:
-            UsageError: a schedule that the solver does not allow.
-            BundleError: options that need graphs which the bundle does not have.
-            PictureError: the picture or the mask cannot be read, or they differ in size.
-        """
+        """Read the picture, lay it on its canvas and find its edges. `styles` are the open styles that the options
+        name, `temporal` the frame before and its painting, of a video. Raises a `UsageError` where the solver
+        does not allow the schedule, a `BundleError` for options that need graphs which the bundle does not have,
+        a `PictureError` if the picture or the mask cannot be read, or they differ in size."""
         manifest = bundle.manifest
         self.options = options
         self.styles = styles

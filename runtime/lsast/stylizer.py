@@ -148,11 +148,7 @@ class Stylizer:
         return self.choice.backend
 
     def resolve(self, **options: Any) -> Options:
-        """Complete the options of a call, as `stylize` does.
-
-        Raises:
-            UsageError, StyleError, BundleError: see `stylize`.
-        """
+        """Complete the options of a call; arguments and errors as of `stylize`."""
         resolved = self._resolve(options)[0]
         make_schedule(self.bundle, resolved)
         return resolved
@@ -228,16 +224,13 @@ class Stylizer:
     ) -> list[Result]:
         """Paint a batch: the second half of `stylize`, and all of it that needs the engines.
 
+        `on_step` is called once a step for the batch, and `cancel` ends all of it. Errors as of `stylize`.
+
         Args:
             requests: from `request`, all of one `batch_key`.
-            on_step: see `stylize`; called once a step for the batch.
-            cancel: see `stylize`; ends the whole batch.
 
         Returns:
             The paintings in the order of the requests. The `seconds` of a batch are divided by its pictures.
-
-        Raises:
-            LsastError: see `stylize`.
         """
         if not (on_step is None or callable(on_step)):
             raise UsageError(f"found {type(on_step).__name__} as on_step; expected a function of three arguments")
@@ -285,14 +278,8 @@ class Stylizer:
     async def stylize_async(self, picture: Picture, style: str | None = None, **options: Any) -> Result:
         """`stylize` for asyncio: it does not block the event loop, and cancelling the task cancels the painting.
 
-        Args:
-            picture: see `stylize`.
-            style: see `stylize`.
-            options: the other arguments of `stylize`, except `cancel`; `on_step` is called in another thread, from
-                which `loop.call_soon_threadsafe` leads back.
-
-        Raises:
-            LsastError: see `stylize`.
+        Arguments and errors as of `stylize`, but no `cancel`; `on_step` is called in another thread, from which
+        `loop.call_soon_threadsafe` leads back.
         """
         paint = partial(self.stylize, picture, style, **options)
         return await self._pool.run_async(lambda cancel: paint(cancel=cancel))
@@ -318,8 +305,7 @@ class Stylizer:
             styles: one for all, or one for each picture.
             rows: options of each picture, arguments of `stylize` (also `mask`); they win over `styles` and `options`.
             batch: most pictures in a batch, at least 1; memory grows with it.
-            cancel: see `stylize`.
-            options: options of all pictures.
+            options: arguments of `stylize` for all pictures.
 
         Yields:
             The paintings in the order of the pictures, each as soon as it and those before it are done. The `seconds`
@@ -351,19 +337,14 @@ class Stylizer:
     ) -> Iterator[Result]:
         """Repaint the frames of a video, each so that it follows the painting of the frame before.
 
+        The other arguments are those of `stylize`, with `on_step` called for every frame; an error ends the stream.
+
         Args:
-            frames: see `stylize`, in their order; a frame of another size than the one before starts anew.
-            style: see `stylize`.
+            frames: in their order; a frame of another size than the one before starts anew.
             temporal: the frame before and its painting; None starts a video. One state serves one video.
-            on_step: see `stylize`; called for every frame.
-            cancel: see `stylize`.
-            options: the other arguments of `stylize`.
 
         Yields:
             The paintings, each before the next frame is read.
-
-        Raises:
-            LsastError: see `stylize`; ends the stream.
         """
         from .video.optical_flow import TemporalState
 

@@ -104,9 +104,8 @@ def open_stylizer(where: dict[str, Any], options: dict[str, Any]) -> Stylizer:
 def paint_several(
     jobs: Iterable[Job], failures: dict[str, str], where: dict[str, Any], options: dict[str, Any], overwrite: bool
 ) -> None:
-    """Paint one job after another, report each on stdout and summarise on stderr.
-
-    What can be told of a failure before the first picture is read is logged then.
+    """Paint one job after another, report each on stdout and summarise on stderr. What can be told of a failure before
+    the first picture is read is logged then. Errors that every other picture would meet, too, end the run.
 
     Args:
         jobs: a tuple, or endless for watched folders, which an interrupt ends.
@@ -114,10 +113,6 @@ def paint_several(
         where: see `open_stylizer`, which is called before the first file that is painted.
         options: see `open_stylizer`.
         overwrite: paint those again whose painting exists.
-
-    Raises:
-        UsageError, StyleError, BundleError: every other picture would fail with it, too.
-        click.exceptions.Exit: status 1, something failed.
     """
     count = len(jobs) if isinstance(jobs, tuple) else None
     counts: Counter[str] = Counter()

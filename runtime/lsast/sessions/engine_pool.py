@@ -70,6 +70,8 @@ class EnginePool:
             )
         self.bundle = bundle
         self.arguments = (backend, device, threads, compute_dtype, style_memory)
+        """Those of `lsast.load`, for another process that opens the same."""
+        self._cpu_threads, self._style_memory = threads, style_memory
         self.choice = choose(bundle, backend, device, compute_dtype)
         """What all graphs are computed with."""
         found = self.choice
@@ -83,7 +85,7 @@ class EnginePool:
 
     def _reset(self) -> None:
         self.engines: dict[str, Engine] = {}
-        self.styles = StyleCache(self.bundle, self.arguments[-1])
+        self.styles = StyleCache(self.bundle, self._style_memory)
         self._opened = False
         self._changed = threading.Condition()
         self._turn: int | None = None
@@ -111,9 +113,9 @@ class EnginePool:
         """Open the graph `name`; `compute_dtype` replaces the chosen one. A `BundleError` where a file of the bundle
         has changed since it was opened, and the errors of `lsast_engines.backends.registry.open_engine`."""
         path, spec, choice = self.bundle.graph_path(name), self.bundle.manifest.graphs[name], self.choice
-        threads, dtype = self.arguments[2], compute_dtype or choice.compute_dtype
+        dtype = compute_dtype or choice.compute_dtype
         self.bundle.check_unchanged()
-        engine = open_engine(path, spec, choice.backend, choice.device, threads, dtype)
+        engine = open_engine(path, spec, choice.backend, choice.device, self._cpu_threads, dtype)
         self.bundle.check_unchanged()
         return engine
 

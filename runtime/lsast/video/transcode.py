@@ -43,13 +43,10 @@ _log = logging.getLogger("lsast.video")
 
 
 def check_video(source: Path, out: Path) -> None:
-    """Check, before anything is painted, that `source` is a video and that `out` can hold it.
-
-    Raises:
-        UsageError: the suffix of `out` is not written, or `out` is a folder or the source itself.
-        MissingExtraError: PyAV is not installed.
-        PictureError: the source cannot be read or has no pictures, or `out` cannot be written or cannot hold its sound.
-    """
+    """Check, before anything is painted, that `source` is a video and that `out` can hold it. Raises a `UsageError`
+    where the suffix of `out` is not written, or it is a folder or the source itself; a `PictureError` where the
+    source cannot be read or has no pictures, or `out` cannot be written or cannot hold its sound; a
+    `MissingExtraError` without PyAV."""
     form = output_format(source, out)
     validate_output_place(out)
     if out.exists() and source.exists() and out.samefile(source):
@@ -72,23 +69,17 @@ def paint_video(
     on_step: OnStep | None = None,
     on_frame: Callable[[int, int | None], None] | None = None,
 ) -> dict[str, Any]:
-    """Paint the first picture stream of a video, or an animated picture; sound is copied.
+    """Paint the first picture stream of a video, or an animated GIF, WebP or PNG; sound is copied. `out` is written
+    whole or not at all, as H.264 in the format of its suffix, or as an animated picture. Errors as of `check_video`
+    and `Stylizer.stylize`, whose keywords are `options`.
 
     Args:
-        source: the video, or the animated GIF, WebP or PNG.
-        out: the file to write, H.264 in the format of its suffix, or an animated picture.
-        stylizer: paints.
-        options: options of `Stylizer.stylize`.
         on_step: see `Stylizer.stylize`; called for every frame.
         on_frame: called with the number of frames done and the number there are, if known, before the first frame and
             after each.
 
     Returns:
         `frames` of the video, `resumed` of them painted by an earlier run, and the `result` of the last frame.
-
-    Raises:
-        UsageError, MissingExtraError, PictureError: see `check_video`; or another run paints `out`.
-        LsastError: see `Stylizer.stylize`.
     """
     check_video(source, out)
     form = output_format(source, out)
