@@ -16,7 +16,6 @@ import dataclasses
 import importlib.util
 import logging
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,40 +62,32 @@ def load_library(flavor: TrtFlavor) -> Any:
         raise MissingExtraError(flavor, flavor) from error
 
 
-@dataclass
-class LogCollector:
-    """Errors that a library logged, and the memory that an engine needs.
+def make_logger(trt: Any) -> Any:
+    """A logger for the module `trt` that prints nothing. Many calls of the library only log an error and go on.
 
-    Many of its calls only log an error and go on, or return None.
+    Its `take()` returns and clears the errors so far, those of a missing driver only if there are no others; its
+    `activation_bytes` are the largest "Total Activation Memory" that a builder logged.
     """
-
-    errors: list[str] = field(default_factory=list)
-    activation_bytes: int = 0
-    """The largest "Total Activation Memory" that a builder logged."""
-
-    def take(self) -> list[str]:
-        """Return and clear the errors so far; those of a missing driver only if there are no others."""
-        important = [line for line in self.errors if not any(ignored in line for ignored in _IGNORED_LOGS)]
-        errors, self.errors = important or self.errors, []
-        return list(dict.fromkeys(errors))
-
-
-def make_logger(trt: Any) -> tuple[Any, LogCollector]:
-    """A logger for the module `trt` that prints nothing, and the collector of what it logs."""
-    collector = LogCollector()
     severity = trt.ILogger.Severity
 
     class CollectingLogger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+            self.activation_bytes = 0
 
         def log(self, level: Any, message: str) -> None:
             if level in (severity.INTERNAL_ERROR, severity.ERROR):
-                collector.errors.append(message.strip())
+                self.errors.append(message.strip())
             elif found := re.search(r"Total Activation Memory: (\d+) bytes", message):
-                collector.activation_bytes = max(collector.activation_bytes, int(found[1]))
+                self.activation_bytes = max(self.activation_bytes, int(found[1]))
 
-    return CollectingLogger(), collector
+        def take(self) -> list[str]:
+            important = [line for line in self.errors if not any(ignored in line for ignored in _IGNORED_LOGS)]
+            errors, self.errors = important or self.errors, []
+            return list(dict.fromkeys(errors))
+
+    return CollectingLogger()
 
 
 def devices(flavor: TrtFlavor) -> list[str]:
@@ -127,12 +118,7 @@ def gpu_fault(flavor: TrtFlavor) -> str:
 
 
 def find_engine(
-    path: Path,
-    spec: GraphSpec,
-    flavor: TrtFlavor,
-    version: str,
-    compute_dtype: str,
-    gpu: Gpu,
+    path: Path, spec: GraphSpec, flavor: TrtFlavor, version: str, compute_dtype: str, gpu: Gpu
 ) -> EngineRecord:
     """The record of the engine of the graph file `path`, in `engine_folder`, for this library, compute dtype and GPU.
 
@@ -141,7 +127,9 @@ def find_engine(
             compile, and the command that compiles it.
     """
     engine = engine_folder(path.parent, flavor, compute_dtype) / f"{spec.name}{SUFFIX}"
-    command = compile_command(path.parent, flavor, compute_dtype, gpu)
+    command = f"lsast-export compile {path.parent} --backend {flavor} --compute-dtype {compute_dtype}"
+    command += f" --sm {gpu.capability}" if flavor == "tensorrt-rtx" else ""
+    command += ", or let lsast-run do so: --build"
     try:
         record = verified_record(engine)
     except BackendError as error:
@@ -159,13 +147,6 @@ def find_engine(
         took = f"it took {record.seconds:.0f} s last time"
         raise BackendError(Lines(f"{fault_list(heading, faults)}\n  compile again ({took}) with: {command}"))
     return record
-
-
-def compile_command(bundle: Path, flavor: TrtFlavor, compute_dtype: str, gpu: Gpu) -> str:
-    """The command that compiles missing engines for this GPU."""
-    sm = f" --sm {gpu.capability}" if flavor == "tensorrt-rtx" else ""
-    command = f"lsast-export compile {bundle} --backend {flavor} --compute-dtype {compute_dtype}{sm}"
-    return f"{command}, or let lsast-run do so: --build"
 
 
 class TensorRtEngine(Engine):
@@ -193,7 +174,7 @@ class TensorRtEngine(Engine):
         record = find_engine(path, spec, flavor, str(trt.__version__), compute_dtype, cuda.gpus()[0])
         file = engine_folder(path.parent, flavor, compute_dtype) / f"{spec.name}{SUFFIX}"
         self._profile: Profile = record.key.profile
-        self._logger, self._logs = make_logger(trt)
+        self._logger = make_logger(trt)
         self._library: Any = trt.Runtime(self._logger)
         self._engine: Any = self._library.deserialize_cuda_engine(file.read_bytes())
         self._require(self._engine is not None, f"refuses {file}")
@@ -293,7 +274,7 @@ class TensorRtEngine(Engine):
         self._require(self._context.execute_async_v3(self._stream.handle), "cannot run")
 
     def _require(self, passed: Any, fault: str) -> None:
-        errors = self._logs.take()
+        errors = self._logger.take()
         if not passed:
             heading = f"{self.backend}, graph {self.spec.name}: the library {fault}:"
             raise BackendError(fault_list(heading, errors or ["(no reason was logged)"]))
