@@ -162,23 +162,20 @@ def optional_specs(geometry: Geometry, graphs: Mapping[str, GraphSpec]) -> dict[
     small = {VAE_DECODER_TINY: tiny_decoder_spec(geometry)} if VAE_DECODER_TINY in graphs else {}
     if not any(name in graphs for name in UNET_SPLIT_GRAPHS):
         return small
-    residuals = graphs[CONTROLNET].outputs if CONTROLNET in graphs else ()
-    features = [_length(tensor, 2) for tensor in graphs[UNET_FULL].outputs[1:]] if UNET_FULL in graphs else []
-    # All inputs but latent, timestep, kv_unet and feature are residuals.
-    outer = len(graphs[UNET_OUTER].inputs) - 4 if UNET_OUTER in graphs else 0
-    cut = UnetSplit(
-        residuals=tuple((_length(t, 1), downsampling_level(str(t.shape[-1] if t.shape else 0))) for t in residuals),
-        outer=max(0, outer),
-        feature=next(filter(None, features), 0),
-    )
+    try:
+        cut = UnetSplit(
+            residuals=tuple(
+                (int(t.shape[1]), downsampling_level(str(t.shape[-1]))) for t in graphs[CONTROLNET].outputs
+            ),
+            # All inputs but latent, timestep, kv_unet and feature are residuals.
+            outer=len(graphs[UNET_OUTER].inputs) - 4,
+            feature=int(graphs[UNET_FULL].outputs[1].shape[2]),
+        )
+    except (LookupError, ValueError):  # a graph, an output or an axis is missing, or an axis has no length
+        cut = UnetSplit(residuals=(), outer=0, feature=0)
     return {**split_specs(geometry, cut), **small}
 
 
 def downsampling_level(axis: str) -> int:
     """The level of an axis ``h…`` or ``w…``: 0 for ``h``, 1 for ``h2``, 2 for ``h4``."""
     return int(axis[1:]).bit_length() - 1 if axis[1:].isdecimal() else 0
-
-
-def _length(tensor: TensorSpec, axis: int) -> int:
-    length = tensor.shape[axis] if axis < len(tensor.shape) else 0
-    return length if isinstance(length, int) else 0

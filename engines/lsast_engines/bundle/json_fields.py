@@ -73,43 +73,44 @@ def read_object(kind: type[Kind], data: object, where: str, faults: list[str]) -
 def read_value(hint: Any, value: object, where: str, faults: list[str]) -> Any:
     """A JSON value as a field with the type `hint` has it; see `read_object`. None if a fault was added."""
     hint, note = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, None)
-    if type(None) in get_args(hint):
-        hint, *_ = (part for part in get_args(hint) if part is not type(None))
+    origin, parts = get_origin(hint), get_args(hint)
+    if type(None) in parts:
+        hint, *_ = (part for part in parts if part is not type(None))
         return None if value is None else read_value(hint, value, where, faults)
     if isinstance(note, type):
         found = read_object(note, value, where, faults)
         return None if found is None else vars(found)
     if dataclasses.is_dataclass(hint):
         return read_object(hint, value, where, faults)  # type: ignore[arg-type]
-    fits, expected = _check(hint, note, value)
-    if not fits:
-        faults.append(f"{where}: found {_shown(value)}; expected {expected}")
-        return None
-    if hint is Any:
-        return value
-    if isinstance(value, dict):
-        of = get_args(hint)[1]
-        of = Annotated[str, _ANY_TEXT] if of is str else of
-        return {name: read_value(of, held, f"{where}.{name}", faults) for name, held in value.items()}
-    if isinstance(value, list):
-        items = [
-            read_value(of, held, f"{where}[{index}]", faults)
-            for index, (of, held) in enumerate(zip(_item_hints(hint, value), value, strict=True))
-        ]
-        return hint(*items) if hasattr(hint, "_fields") else tuple(items)
-    return float(value) if hint is float else value  # type: ignore[arg-type]
+    named = hasattr(hint, "_fields")
+    if origin is tuple or named:
+        hints = list(_hints(hint).values()) if named else list(parts)
+        if several := Ellipsis in hints:
+            hints = hints[:1] * len(value) if isinstance(value, list) else []
+        if isinstance(value, list) and len(value) == len(hints):
+            items = [
+                read_value(of, held, f"{where}[{index}]", faults)
+                for index, (of, held) in enumerate(zip(hints, value, strict=True))
+            ]
+            return hint(*items) if named else tuple(items)
+        expected = "a list" if several else f"a list of {len(hints)}"
+    elif origin is dict:
+        if isinstance(value, dict) and all(map(_is_text, value)):
+            of = Annotated[str, _ANY_TEXT] if parts[1] is str else parts[1]
+            return {name: read_value(of, held, f"{where}.{name}", faults) for name, held in value.items()}
+        expected = "an object"
+    else:
+        fits, expected = _check(hint, note, value)
+        if fits:
+            return float(value) if hint is float else value  # type: ignore[arg-type]
+    faults.append(f"{where}: found {_shown(value)}; expected {expected}")
+    return None
 
 
 def _check(hint: Any, note: Any, value: Any) -> tuple[bool, str]:
-    """Whether a value may be of the type `hint`, without its items; and what is expected."""
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin is dict:
-        return isinstance(value, dict) and all(map(_is_text, value)), "an object"
-    if origin is tuple or hasattr(hint, "_fields"):
-        fits = isinstance(value, list) and len(value) == len(_item_hints(hint, value))
-        return fits, "a list" if Ellipsis in parts else f"a list of {len(_item_hints(hint, value))}"
-    if origin is Literal:
-        return isinstance(value, str) and value in parts, f"one of {', '.join(parts)}"
+    """Whether a value may be of the type `hint`, which has no items; and what is expected."""
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint), f"one of {', '.join(get_args(hint))}"
     if hint is str:
         pattern = note or ".+"
         fits = _is_text(value) and re.fullmatch(pattern, value, re.DOTALL) is not None
@@ -124,14 +125,6 @@ def _check(hint: Any, note: Any, value: Any) -> tuple[bool, str]:
         is_axis = len(value) <= 20 if _is_text(value) and value else _check(int, None, value)[0]
         return is_axis, "the length or the name of an axis"
     return value is not _MISSING, "a value"
-
-
-def _item_hints(hint: Any, value: Any) -> list[Any]:
-    """The types of the items of a list."""
-    if hasattr(hint, "_fields"):
-        return list(_hints(hint).values())
-    first, *others = get_args(hint)
-    return [first] * len(value) if others == [Ellipsis] and isinstance(value, list) else [first, *others]
 
 
 @functools.cache
