@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from graph_runs import run_graph
 from lsast_engines.backends.base import output_shapes
 from lsast_engines.backends.tensorrt.engine_record import (
     ANY_GPU,
@@ -36,26 +37,14 @@ from lsast_engines.bundle.graph_spec import GraphSpec
 VERSION = "1.7.1"
 SCRATCH = 512
 """Bytes of working memory of every context."""
-Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a fake engine computes."""
+    """What a fake engine computes: what ONNX Runtime makes of a graph file."""
 
     spec: GraphSpec
-    run: Callable[[Arrays], Arrays]
-
-
-def onnx_kernel(path: Path, spec: GraphSpec) -> Kernel:
-    """A kernel that computes what ONNX Runtime makes of a graph file."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    names = [tensor.name for tensor in spec.outputs]
-    return Kernel(spec, lambda feeds: dict(zip(names, session.run(names, feeds), strict=True)))
+    path: Path
 
 
 def write_engine(
@@ -348,7 +337,7 @@ class FakeContext(_Object):
                 count = int(np.prod(shapes[tensor.name], dtype=int)) * np.dtype(tensor.dtype).itemsize
                 data = bytes(cuda.view(addresses[tensor.name], count))
                 feeds[tensor.name] = np.frombuffer(data, tensor.dtype).reshape(shapes[tensor.name])
-            for name, value in kernel.run(feeds).items():
+            for name, value in run_graph(kernel.path, feeds).items():
                 cuda.view(addresses[name], value.nbytes)[:] = value.tobytes()
 
         cuda.submit(stream, work)

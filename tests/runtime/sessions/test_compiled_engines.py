@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import lsast
-from fake_gpu import FakeCuda, FakeTrt, Status, onnx_kernel, write_engine
+from fake_gpu import FakeCuda, FakeTrt, Kernel, Status, write_engine
 from lsast import BackendError, Stylizer
 from lsast_engines.backends.tensorrt import engine as tensorrt
 from lsast_engines.backends.tensorrt.engine_record import Range, ShapeRanges, engine_folder
@@ -37,7 +37,7 @@ def trt(cuda: FakeCuda, bundle_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_
     kernels = {}
     for name in REQUIRED_GRAPHS:
         spec, path = bundle.manifest.graphs[name], bundle.graph_path(name)
-        kernels[name] = onnx_kernel(path, spec)
+        kernels[name] = Kernel(spec, path)
         for flavor in FLAVORS:
             write_engine(path, spec, engine_folder(bundle.path, flavor, "fp16"), flavor, RANGES)
     trt = FakeTrt(cuda, kernels)
