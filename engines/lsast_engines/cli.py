@@ -146,12 +146,14 @@ class Command(click.Command):
         """See `click.Command`."""
         try:
             return super().make_context(*args, **kwargs)
-        except click.exceptions.NoArgsIsHelpError:
+        except (click.exceptions.NoArgsIsHelpError, click.exceptions.Exit, click.exceptions.Abort):
             raise
         except click.UsageError as error:
             fail(f"{error.format_message()} (--help lists all options)", USAGE)
         except LsastError as error:
             fail(Lines(error), error.exit_code)
+        except RuntimeError as error:  # --version of a folder that is not installed
+            fail(describe(error), 1)
         except OSError as error:  # --help into a closed pipe
             _fail_for_stdout(error)
 
