@@ -87,11 +87,10 @@ class Command(click.Command):
         """See `click.Command`.
 
         Args:
-            args: of `click.Command`.
+            args, kwargs: of `click.Command`.
             requires: an extra and libraries of it, without which nothing but the help works; of a group, those that it
                 needs when none of its commands is named.
             sections: the parameters in each section of the help, by its title; "Other" takes those that are in none.
-            kwargs: of `click.Command`.
         """
         settings = {"max_content_width": 110, "help_option_names": ["-h", "--help"]}
         super().__init__(*args, **{**kwargs, "context_settings": settings | (kwargs.get("context_settings") or {})})

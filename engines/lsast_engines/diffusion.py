@@ -114,12 +114,10 @@ def guide(eps: Any, guidance: Any) -> Any:
     Classifier-free guidance (arXiv 2207.12598), for NumPy arrays and torch tensors alike.
 
     Args:
-        eps: predicted noise [G, ...], an array or a tuple of G arrays: (eps_null, eps_style), or (eps_style,) alone.
+        eps: predicted noise [G, ...], an array or a tuple of G arrays: (eps_null, eps_style), or (eps_style,) alone,
+            which is returned unchanged.
         guidance: scale, or the scales [B, 1, 1, 1] of a batch; 1 gives eps_style, larger values lead away from
             eps_null.
-
-    Returns:
-        The noise [...] of the same type; eps_style unchanged where it stands alone.
     """
     if len(eps) == 1:
         return eps[0]
@@ -136,10 +134,8 @@ class Solver(Protocol):
         Args:
             eps: predicted noise at step `index`, of the shape of `x`.
             index: position in `schedule.steps`; steps are taken in order, and 0 starts a new run.
-            x: the latent at step `index`, e.g. [B, 4, h, w].
-
-        Returns:
-            The latent at step `index` + 1, or the clean latent after the last; a new array.
+            x: the latent at step `index`, e.g. [B, 4, h, w]; a new array is returned, at step `index` + 1, or the clean
+                latent after the last.
         """
 
 
@@ -319,10 +315,9 @@ class TimestepSchedule:
 
         Args:
             noise: the base's noise schedule.
-            steps: points of the full grid, from pure noise down.
+            steps: points of the full grid of `solver`, from pure noise down.
             strength: part of the grid that is run, in (0, 1].
             stages: stages of the prompts.
-            solver: one of `SOLVERS`.
 
         Raises:
             UsageError: values out of range, all at once. With `ddim_lsast` also values with which the released code

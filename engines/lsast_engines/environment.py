@@ -85,10 +85,7 @@ def core_limit(root: Path = Path("/")) -> int | None:
 
     Limits are the affinity mask (`taskset`, a container's set of processors) and the quota of control groups, rounded
     up (`docker run --cpus 1.5`). Backends would count all cores, and threads that share one hold each other up. Linux
-    only.
-
-    Args:
-        root: of the file system; for tests.
+    only; `root` of the file system is another in tests.
     """
     if not hasattr(os, "sched_getaffinity"):
         return None

@@ -96,12 +96,8 @@ class ParityError(ExportError):
 def enough_memory(
     task: str, mend: str = "take a smaller size, smaller tiles or a smaller batch, or close other programs"
 ) -> Iterator[None]:
-    """Makes an `OutOfMemoryError` of what any library raises in the block when it gets no memory.
-
-    Args:
-        task: what the memory is for, e.g. "to read photo.jpg".
-        mend: what helps.
-    """
+    """Makes an `OutOfMemoryError` of what any library raises in the block when it gets no memory for `task`, e.g. "to
+    read photo.jpg"; `mend` says what helps."""
     try:
         yield
     except LsastError:

@@ -35,11 +35,8 @@ _swept: set[Path] = set()
 def replace_file(path: Path, *, own: bool = False) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` for writing; it is renamed to `path` at the end, or deleted on an error.
 
-    A file that is replaced keeps its mode; of a link, the file that it points to is replaced.
-
-    Args:
-        path: the file.
-        own: nobody else may write it, nor into folders that are made for it, whatever the umask is.
+    A file that is replaced keeps its mode; of a link, the file that it points to is replaced. With `own` nobody else
+    may write it, nor into folders that are made for it, whatever the umask is.
 
     Raises:
         OSError: `path` is a folder, a device or a pipe, or cannot be written.

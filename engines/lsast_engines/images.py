@@ -58,11 +58,7 @@ def find_pictures(folder: Path, others: list[Path] | None = None) -> list[Path]:
     """All image files under `folder`, at any depth, sorted; hidden files and folders are skipped.
 
     A linked folder is searched too, unless it lies inside `folder` or around it. Folders that cannot be read, and links
-    to nothing, are logged.
-
-    Args:
-        folder: the folder.
-        others: gets the files whose suffix is that of no picture.
+    to nothing, are logged. `others` gets the files whose suffix is that of no picture.
 
     Raises:
         PictureError: the folder does not exist or has no image.

@@ -20,7 +20,7 @@ REMOVED = {
     "lsast-export triton": "no server was ever run; serve on many machines with Ray, see docs/guides/many-machines.md",
     "lsast-export golden": "a test of this repository compares with recordings of the released code: "
     "tests/export/parity/test_released_run.py",
-    "lsast-export compile --quantised": f"{_EIGHT_BITS}; {_CPU}",
+    "--quantised": f"{_EIGHT_BITS}; {_CPU}",
     "--compute-dtype int8": f"{_EIGHT_BITS}; {_CPU}",
     "--compute-dtype fp8": _EIGHT_BITS,
     "--student-steps": "it added 0.4 dB; distill the guidance, which holds for any number of steps",

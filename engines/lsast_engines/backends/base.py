@@ -240,13 +240,8 @@ def check_interface(
     outputs: Mapping[str, str],
     path: Path,
 ) -> None:
-    """Check that the graph file `path` has the inputs and outputs of its spec.
-
-    Args:
-        spec: from the manifest.
-        inputs: type and shape of the file's inputs by name; None is a dynamic axis.
-        outputs: type of the file's outputs by name.
-        path: for messages.
+    """Check that the graph file `path` has the inputs and outputs of its spec: types and shapes of inputs by name, in
+    which None is a dynamic axis, and types of outputs.
 
     Raises:
         BackendError: they differ; all differences at once.

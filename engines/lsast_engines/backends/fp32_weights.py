@@ -49,12 +49,8 @@ _log = logging.getLogger("lsast.fp32_weights")
 def with_fp32_weights(path: Path, cache: Path | None = None, dtypes: tuple[str, ...] = ("F16", "BF16")) -> Path:
     """The graph file to open for `path`: itself, or its rewritten copy beside converted weights.
 
-    Without a cache folder of its own, with room, the backend expands the weights in memory, with a warning.
-
-    Args:
-        path: an ONNX file of a bundle.
-        cache: folder for converted weights; None is ``fp32`` in the user's cache folder.
-        dtypes: types to convert, by safetensors' name.
+    Weights of `dtypes`, by safetensors' name, are converted into the folder `cache`; None is ``fp32`` in the user's
+    cache folder. Without a folder of its own, with room, the backend expands them in memory, with a warning.
     """
     weights = path.parent / _WEIGHTS
     if not weights.is_file() or weights.stat().st_size < MIN_BYTES:

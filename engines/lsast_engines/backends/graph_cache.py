@@ -56,9 +56,8 @@ def open_cached(
     """Open a graph from the cache, or from its file and then cache it.
 
     Args:
-        backend: name of the backend.
+        backend: its name, as `compute_dtype` a part of what identifies an entry.
         path: an ONNX file; graphs outside a bundle, and of large bundles, are not cached.
-        compute_dtype: the type that the graph computes in.
         environment: version of the backend and name of the processor.
         load: opens the graph from the files of an entry, in the folder given.
         build: opens the graph from its file and writes the files of an entry into the folder given, if any.

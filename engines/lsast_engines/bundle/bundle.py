@@ -58,11 +58,8 @@ class Bundle:
 
     @classmethod
     def open(cls, path: Path, verify_hashes: bool = True) -> Bundle:
-        """Open a bundle and check everything that its manifest declares.
-
-        Args:
-            path: the folder.
-            verify_hashes: read every file and compare its SHA-256; otherwise only sizes are compared.
+        """Open a bundle and check everything that its manifest declares: of every file the SHA-256, or with
+        `verify_hashes` False the size only.
 
         Raises:
             BundleError: not a bundle, of another format, incomplete or damaged; all faults at once.
@@ -94,10 +91,8 @@ class Bundle:
     def has_changed(self, *, in_place: bool = False) -> bool:
         """Whether a file was replaced, removed or written over since it was checked, by something else.
 
+        With `in_place` only whether one was written over: what backends have mapped stays if it is replaced or removed.
         Where only times or numbers of files differ, the hashes decide: some network file systems number files anew.
-
-        Args:
-            in_place: only whether one was written over: what backends have mapped stays if it is replaced or removed.
         """
         for name, before in self._stats.items():
             file = self.path / name

@@ -46,10 +46,7 @@ def read_object(kind: type[Kind], data: object, where: str, faults: list[str]) -
         kind: the dataclass; a `UsageError` of its own checks is a fault, too.
         data: what `parse_json` gave.
         where: the place of the object in the text, for faults; empty for the whole.
-        faults: gets a line for each field that is missing, unknown or invalid.
-
-    Returns:
-        The dataclass; None if a fault was added.
+        faults: gets a line for each field that is missing, unknown or invalid; then the result is None.
     """
     hints, before = _hints(kind), len(faults)  # type: ignore[arg-type]
     if not isinstance(data, dict):
