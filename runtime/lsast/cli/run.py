@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import cache, partial
 from typing import Any
@@ -53,9 +53,9 @@ class ProgressBars:
         self._files = tqdm(total=files, desc="files", unit="file", position=0, disable=off if several else True)
         self._steps = tqdm(desc="opening", unit="step", position=int(several), leave=False, disable=off)
         self._frames: Any = None
-        self._new_frames = partial(
-            tqdm, desc="frames", unit="frame", position=int(several) + 1, leave=False, disable=off
-        )
+        self._new_frames = partial(tqdm, desc="frames", unit="frame", position=several + 1, leave=False, disable=off)
+        self.paused = self._files.external_write_mode
+        """Takes the bars off the terminal while a block writes to it."""
 
     def on_step(self, step: int, total: int, preview: object) -> None:
         """See `Stylizer.stylize`."""
@@ -72,23 +72,19 @@ class ProgressBars:
 
     def file_done(self) -> None:
         """Count one file."""
-        if self._frames is not None:
-            self._frames.close()
-            self._frames = None
+        self._close_frames()
         self._files.update()
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Take the bars off the terminal while the block writes to it."""
-        with self._files.external_write_mode():
-            yield
 
     def close(self) -> None:
         """Remove the bars of the current file and leave the bar of the files."""
-        if self._frames is not None:
-            self._frames.close()
+        self._close_frames()
         self._steps.close()
         self._files.close()
+
+    def _close_frames(self) -> None:
+        if self._frames is not None:
+            self._frames.close()
+            self._frames = None
 
 
 def open_stylizer(where: dict[str, Any], options: dict[str, Any]) -> Stylizer:

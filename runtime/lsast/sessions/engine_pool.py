@@ -72,14 +72,13 @@ class EnginePool:
         self.arguments = (backend, device, threads, compute_dtype, style_memory)
         """Those of `lsast.load`, for another process that opens the same."""
         self._cpu_threads, self._style_memory = threads, style_memory
-        self.choice = choose(bundle, backend, device, compute_dtype)
-        """What all graphs are computed with."""
-        found = self.choice
-        _log.info("%s on %s in %s: %s", found.backend, found.device, found.compute_dtype, found.reason)
         self._graphs = tuple(graphs)
         self._closed = False
         self._reset()
         with native_call():
+            self.choice = found = choose(bundle, backend, device, compute_dtype)
+            """What all graphs are computed with."""
+            _log.info("%s on %s in %s: %s", found.backend, found.device, found.compute_dtype, found.reason)
             self._open_first()
         _pools.add(self)
 

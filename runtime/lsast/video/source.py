@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -55,7 +55,7 @@ class Frame:
         return self.convert()
 
 
-class Source(Protocol):
+class Source:
     """A video or an animated picture that is open."""
 
     time_base: Fraction
@@ -64,13 +64,18 @@ class Source(Protocol):
     """Frames in a second, on average."""
     count: int | None
     """Number of frames, if it is known before they are read."""
-    sample_aspect: Fraction
+    sample_aspect = Fraction(1)
     """Width of a displayed pixel by its height."""
-    plays: int
+    plays = 0
     """How often an animated picture is shown; 0 is without end, also of a video."""
 
     def frames(self) -> Iterator[Frame]:
         """The frames, once; a `PictureError` for one of another size than the first."""
+        raise NotImplementedError
+
+    def _check_size(self, path: Path, width: int, height: int) -> None:
+        if width * height * 8 > MAX_BYTES:
+            raise PictureError(f"{path} has {width} x {height} pixels; expected fewer: scale it down")
 
 
 @contextlib.contextmanager
@@ -85,7 +90,7 @@ def open_source(path: Path) -> Iterator[Source]:
             yield _Video(path, container)
 
 
-class _Video:
+class _Video(Source):
     """The stream of pictures that FFmpeg finds best: the largest that is no cover."""
 
     def __init__(self, path: Path, container: InputContainer) -> None:
@@ -95,19 +100,16 @@ class _Video:
         if best is None or best.disposition & av.stream.Disposition.attached_pic:
             raise PictureError(f"found no picture in {path}; expected a video")
         self._stream: VideoStream = best
-        context = self._stream.codec_context
-        if context.width * context.height * 8 > MAX_BYTES:
-            raise PictureError(f"{path} has {context.width} x {context.height} pixels; expected fewer: scale it down")
+        self._check_size(path, best.codec_context.width, best.codec_context.height)
         self.rate = self._stream.average_rate or self._stream.guessed_rate or Fraction(25)
         self.time_base = self._stream.time_base or 1 / self.rate
         self.count = self._stream.frames or None
         self.sample_aspect = self._stream.sample_aspect_ratio or Fraction(1)
-        self.plays = 0
         self._start = start_of(container)
         self._damaged = 0
 
     def frames(self) -> Iterator[Frame]:
-        """See `Source`."""
+        """See `Source.frames`."""
         reformatter = pyav().video.reformatter.VideoReformatter()  # keeps its tables for the next frame
         size, last, duration, usual = None, None, 0, max(1, round(1 / self.rate / self.time_base))
         for number, frame in enumerate(_deinterlaced(self._decoded(), self._stream)):
@@ -170,7 +172,7 @@ def _seconds(text: str | None) -> float:
     return 3600 * int(found[1]) + 60 * int(found[2]) + float(found[3]) if found else 0.0
 
 
-class _Animation:
+class _Animation(Source):
     """An animated picture, by Pillow: FFmpeg 8 reads no animated WebP."""
 
     def __init__(self, path: Path, handle: BinaryIO) -> None:
@@ -184,10 +186,9 @@ class _Animation:
             raise
         except Exception as error:  # Pillow's decoders raise many types for damaged files
             raise PictureError(f"{path} cannot be read ({error}); expected an animated picture") from error
-        if self._image.width * self._image.height * 8 > MAX_BYTES:
-            raise PictureError(f"{path} has {self._image.width} x {self._image.height} pixels; scale it down")
+        self._check_size(path, *self._image.size)
         self.count: int | None = self._number - self._first
-        self.time_base, self.rate, self.sample_aspect = Fraction(1, 1000), Fraction(10), Fraction(1)
+        self.time_base, self.rate = Fraction(1, 1000), Fraction(10)
         self.plays = self._image.info.get("loop", 1)
         if self._image.format == "GIF" and self.plays:  # it holds the number of repetitions, and none at all for 1
             self.plays += "loop" in self._image.info
