@@ -253,9 +253,6 @@ def test_checkpoint_that_does_not_fit_the_run_is_refused(
         invert(base, resume=True)
 
 
-Invert = Callable[..., Inversion]
-
-
 def _kept(run: Inversion) -> tuple[int, torch.Tensor]:
     """Bytes that one step keeps for the way back, and its gradient."""
     storages: dict[int, int] = {}

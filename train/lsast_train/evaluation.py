@@ -28,10 +28,8 @@ def noise_error(
 
     Args:
         base: the frozen base; its ControlNet is left out, as in the released training.
-        space: gives the contexts of `timestep`.
-        latents: clean latents [B, 4, h, w].
-        noise: [B, 4, h, w].
-        timestep: [B].
+        latents, noise: clean latents and their noise, [B, 4, h, w].
+        timestep: [B]; `space` gives its contexts.
         mixed_precision: of the U-Net; prompts are always computed in float32.
         dropout: random numbers for the generator's dropout in training; None leaves dropout out.
     """

@@ -83,7 +83,13 @@ class Inversion:
         self.files.require(options.size, base.config.multiple, resume)
         self.base, self.paintings, self.options, self.licence = base, paintings, options, licence
         self.accelerator = Accelerator()
-        base.to(_device(device, self.accelerator), options.gradient_checkpointing, controlnet=False)
+        chosen = device not in (None, "auto")
+        if chosen and self.accelerator.num_processes > 1:
+            count = self.accelerator.num_processes
+            raise UsageError(f"found --device {device} in one of {count} processes; expected none there")
+        base.to(
+            find_device(device) if chosen else self.accelerator.device, options.gradient_checkpointing, controlnet=False
+        )
         self.latents = self._encode()
         self.space = self._prompt_space()
         self.optimizer = make_optimizer(self.space, options)
@@ -91,7 +97,12 @@ class Inversion:
         self.best = copy.deepcopy(self.space)
         self.loop = TrainingLoop(
             *(name, options, self.files.checkpoint, {"space": self.space, "best": self.best}, self.optimizer),
-            identity=self._identity(),
+            identity={
+                **options.identity(),
+                "base": base.fingerprint,
+                "paintings": paintings.digest,
+                "processes": self.accelerator.num_processes,
+            },
             resume=resume,
             writes=self.accelerator.is_main_process,
             device=base.device,
@@ -226,14 +237,6 @@ class Inversion:
         latents = cached.take(torch.arange(count), generator)
         return ValidationSet(self.base, latents, options.seed, options.mixed_precision)
 
-    def _identity(self) -> dict[str, Any]:
-        return {
-            **self.options.identity(),
-            "base": self.base.fingerprint,
-            "paintings": self.paintings.digest,
-            "processes": self.accelerator.num_processes,
-        }
-
     def _meta(self, result: RunResult) -> dict[str, str]:
         return {
             "licence": self.licence,
@@ -250,22 +253,6 @@ class Inversion:
             "relative_held_out_loss": f"{result.relative_loss:.6f}",
             "versions": json.dumps(versions()),
         }
-
-
-def _device(wanted: str | None, accelerator: Accelerator) -> torch.device:
-    """The device `wanted`, or the one that accelerate chooses.
-
-    Raises:
-        UsageError: it is not there, or several processes share the work.
-    """
-    device: torch.device = accelerator.device
-    if wanted in (None, "auto"):
-        return device
-    if accelerator.num_processes > 1:
-        raise UsageError(
-            f"found --device {wanted} in one of {accelerator.num_processes} processes; expected none there"
-        )
-    return find_device(wanted)
 
 
 def make_optimizer(space: PromptSpace, options: TrainOptions) -> torch.optim.AdamW:

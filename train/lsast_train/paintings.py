@@ -72,10 +72,9 @@ class PaintingDataset:
         progress: bool = True,
         paths: Sequence[Path] | None = None,
     ) -> PaintingDataset:
-        """Read every picture under `folder`.
+        """Read every picture under `folder`, at any depth.
 
         Args:
-            folder: searched at any depth.
             size: side of a training picture in pixels.
             crop: how a training picture is cut from a painting.
             painted: native side of the base in pixels; paintings are held at that scale, so that a smaller training

@@ -78,14 +78,6 @@ def test_single_file_with_its_own_controlnet_needs_no_other(published: Any, tmp_
     assert published.same(open_base(file).load("controlnet"), published.networks["controlnet"])
 
 
-def test_load_base_in_bf16_converts_as_torch_does(published: Any) -> None:
-    base = load_base(published.source(), torch.bfloat16)
-    assert {p.dtype for n in base.networks().values() for p in n.parameters()} == {torch.bfloat16}
-    assert base.null_context.dtype == torch.bfloat16
-    expected = published.networks["ema"].conv_in.weight.bfloat16()
-    assert torch.equal(base.unet.conv_in.weight, expected)
-
-
 @pytest.mark.parametrize("told", ["key", "metadata", "yaml", "nowhere"])
 def test_v_prediction_of_a_single_file_is_read_where_it_is_told(published: Any, tmp_path: Path, told: str) -> None:
     file = tmp_path / "v.safetensors"

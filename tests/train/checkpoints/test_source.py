@@ -9,13 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from lsast_engines.errors import BundleError, TrainingError, UsageError
-from lsast_export.cli.main import main as lsast_export
-from lsast_train.__main__ import main as lsast_train
 from lsast_train.base.lazy_base import LazyBase, load_base, open_base
 from lsast_train.checkpoints.source import BaseSource
 
@@ -153,24 +150,6 @@ def test_import_options_for_a_stored_base_are_refused() -> None:
         open_base(BaseSource(None, "x", "ema", "1234"))
     with pytest.raises(UsageError, match="unet_weights: found 'both'"):
         BaseSource(unet_weights="both")  # type: ignore[arg-type]
-
-
-def test_command_lines_pass_the_import_options(
-    published: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    one = tmp_path / "one.safetensors"
-    save_file(published.one_set, one)
-    options = ["--base", str(one), "--controlnet", str(published.controlnet_file), "--unet-weights", "ema"]
-    with pytest.raises(SystemExit) as caught:
-        lsast_train(["--style", "x", "--images", str(tmp_path), *options])
-    assert caught.value.code == 1
-    assert "found one set of weights" in capsys.readouterr().err
-    exported = CliRunner().invoke(lsast_export, ["bundle", *options, "--out", str(tmp_path / "out")])
-    assert exported.exit_code == 1
-    assert "found one set of weights" in exported.stderr
-    exported = CliRunner().invoke(lsast_export, ["bundle", "--revision", "abc", "--out", str(tmp_path / "out")])
-    assert exported.exit_code == 2
-    assert "found --revision" in exported.stderr
 
 
 TEXT = "cond_stage_model.transformer."

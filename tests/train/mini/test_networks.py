@@ -50,7 +50,7 @@ def test_mini_has_wide_heads_and_cross_attention_in_every_group(config: MiniConf
     assert {layer.group for layer in layers} == {"down", "mid", "up"}
     assert {layer.group for layer in cross_attention_layers(base.controlnet)} == {"down", "mid"}
     # TensorRT refuses native attention with heads narrower than 16 channels (docs/mini.md).
-    assert min(layer.width // layer.module.heads for layer in layers) >= 16
+    assert min(layer.width // base.unet.get_submodule(layer.name).heads for layer in layers) >= 16
 
 
 @pytest.mark.parametrize(("scale", "pixels"), [(0, 26), (1, 52)])

@@ -12,8 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lsast_engines.errors import TrainingError
-from lsast_train.training.loop import TrainingLoop, require_finite, set_learning_rate
+from lsast_train.training.loop import TrainingLoop
 from lsast_train.training.rng import RngStream, rng_for
 from lsast_train.training.run import LossCurve
 
@@ -81,15 +80,6 @@ def test_loop_with_a_limit_ends_evaluated_within_it(tmp_path: Path, monkeypatch:
     counter.loop.limit = 0.0
     counter.loop.run(slow_step, slow_evaluation)
     assert counter.loop.step == 13  # at least one step
-
-
-def test_helpers_of_a_step_refuse_what_cannot_go_on() -> None:
-    with pytest.raises(TrainingError, match="loss of step 7 is nan"):
-        require_finite(float("nan"), 7)
-    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "relative": 0.5}]
-    optimizer = torch.optim.SGD(groups, lr=1.0)
-    set_learning_rate(optimizer, 0.2)
-    assert optimizer.param_groups[0]["lr"] == 0.1
 
 
 def test_rng_for_other_streams_and_numbers_differs() -> None:

@@ -9,16 +9,15 @@ diffusers' ``cross_attention_kwargs`` (`layer_contexts`), as do keys and values 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
+from diffusers import ControlNetModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-Group = Literal["down", "mid", "up"]
-"""Layer group of a cross-attention: encoder, middle or decoder of the U-Net (ControlNet has no decoder)."""
+from lsast_engines.bundle.manifest import AttentionLayer, Group, Network
 
 GROUPS: tuple[Group, ...] = get_args(Group)
 """The layer groups in the order of the prompt space's group axis."""
@@ -30,39 +29,23 @@ nothing for the backward pass of a group whose context is constant."""
 _GROUP_OF: dict[str, Group] = {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}
 
 
-@dataclass(frozen=True)
-class CrossAttentionLayer:
-    """One cross-attention of a network."""
-
-    name: str
-    """Its module's path, e.g. ``down_blocks.0.attentions.0.transformer_blocks.0.attn2``."""
-    group: Group
-    module: Attention
-    offset: int
-    """First column of its keys in packed keys and values (`lsast_train.base.kv_packing`); its values follow."""
-
-    @property
-    def width(self) -> int:
-        """Channels of the keys, and of the values."""
-        return int(self.module.to_k.out_features)
-
-
-def cross_attention_layers(network: nn.Module) -> list[CrossAttentionLayer]:
+def cross_attention_layers(network: nn.Module) -> list[AttentionLayer]:
     """All cross-attention layers of a diffusers U-Net or ControlNet: down, mid, up, each in module order.
 
     Blocks built with ``only_cross_attention`` attend to the context in ``attn1`` too, so the module is asked, not its
-    name.
+    name. Their packed keys and values (`lsast_train.base.kv_packing`) lie one after the other, without gaps.
     """
+    kind: Network = "control" if isinstance(network, ControlNetModel) else "unet"
     found = [
-        (_GROUP_OF[name.partition(".")[0]], name, module)
+        (_GROUP_OF[name.partition(".")[0]], name, int(module.to_k.out_features))
         for name, module in network.named_modules()
         if isinstance(module, Attention) and module.is_cross_attention
     ]
-    layers: list[CrossAttentionLayer] = []
+    layers: list[AttentionLayer] = []
     offset = 0
-    for group, name, module in sorted(found, key=lambda layer: GROUPS.index(layer[0])):  # stable within a group
-        layers.append(CrossAttentionLayer(name, group, module, offset))
-        offset += 2 * layers[-1].width
+    for group, name, width in sorted(found, key=lambda layer: GROUPS.index(layer[0])):  # stable within a group
+        layers.append(AttentionLayer(name, kind, group, offset, width))
+        offset += 2 * width
     return layers
 
 
@@ -73,7 +56,7 @@ class LayerwiseProcessor:
         layer: the cross-attention it is set on; None for a self-attention.
     """
 
-    def __init__(self, layer: CrossAttentionLayer | None) -> None:
+    def __init__(self, layer: AttentionLayer | None) -> None:
         self.layer = layer
 
     def __call__(

@@ -94,7 +94,6 @@ class Base:
         """Move the base to `device`, the U-Net channels-last, in which convolutions are faster.
 
         Args:
-            device: of all networks.
             gradient_checkpointing: the U-Net computes its activations again in the backward pass.
             controlnet: whether ControlNet is moved, too; what does not use it saves its memory there.
         """

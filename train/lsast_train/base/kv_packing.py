@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lsast_engines.bundle.manifest import AttentionLayer, Network
+from lsast_engines.bundle.manifest import AttentionLayer
 
-from .attention import GROUPS, CrossAttentionLayer, cross_attention_layers
+from .attention import GROUPS, cross_attention_layers
 from .base import Base
 
 
@@ -24,23 +25,23 @@ from .base import Base
 class KVLayout:
     """The cross-attentions of one network and where each finds its columns."""
 
-    layers: tuple[CrossAttentionLayer, ...]
+    network: nn.Module
     entries: tuple[AttentionLayer, ...]
-    """The manifest's description of each layer, in the same order."""
-    width: int
-    """Columns of a packed row."""
 
-    @classmethod
-    def of(cls, network: nn.Module, name: Network) -> KVLayout:
-        """The layout of `network`, without gaps."""
-        layers = tuple(cross_attention_layers(network))
-        entries = tuple(AttentionLayer(layer.name, name, layer.group, layer.offset, layer.width) for layer in layers)
-        return cls(layers, entries, sum(2 * layer.width for layer in layers))
+    @property
+    def width(self) -> int:
+        """Columns of a packed row."""
+        return sum(2 * layer.width for layer in self.entries)
+
+    def weight(self, layer: AttentionLayer, matrix: str) -> torch.Tensor:
+        """The matrix ``to_k`` or ``to_v`` of a layer."""
+        linear: Any = self.network.get_submodule(f"{layer.name}.{matrix}")
+        weight: torch.Tensor = linear.weight
+        return weight
 
     def project(self, contexts: torch.Tensor) -> torch.Tensor:
         """Contexts [N, 3, T, dim], groups in the order of `GROUPS`, to packed keys and values [N, T, width]."""
-        modules = {layer.name: layer.module for layer in self.layers}
-        return project_kv(self.entries, contexts, lambda layer, matrix: getattr(modules[layer.name], matrix).weight)
+        return project_kv(self.entries, contexts, self.weight)
 
 
 def project_kv(
@@ -62,4 +63,5 @@ def project_kv(
 
 def kv_layouts(base: Base) -> tuple[KVLayout, KVLayout]:
     """The layouts of the base's U-Net and ControlNet."""
-    return KVLayout.of(base.unet, "unet"), KVLayout.of(base.controlnet, "control")
+    unet, control = (KVLayout(net, tuple(cross_attention_layers(net))) for net in (base.unet, base.controlnet))
+    return unet, control

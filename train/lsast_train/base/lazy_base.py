@@ -146,12 +146,6 @@ def save_base(base: Base | LazyBase, folder: Path, dtype: torch.dtype = torch.fl
     return fingerprint
 
 
-def find_base(name_or_path: str | Path | None = None) -> Path:
-    """The folder of a base: one just trained, which has no manifest yet, or else what `find_bundle` finds."""
-    given = None if name_or_path is None else Path(name_or_path).expanduser()
-    return given if given is not None and (given / "base.json").is_file() else find_bundle(name_or_path)
-
-
 def resolve_local_base(source: BaseSource) -> Path | None:
     """The folder of a base that lsast wrote, if `source` names one; None if it is one to import.
 
@@ -159,12 +153,14 @@ def resolve_local_base(source: BaseSource) -> Path | None:
         BundleError: neither.
         UsageError: options of an import for a base that lsast wrote.
     """
-    if source.base is not None:
-        given = Path(source.base).expanduser()
-        if is_importable(source.base) and not any((given / name).is_file() for name in ("base.json", MANIFEST)):
-            return None
+    given = None if source.base is None else Path(source.base).expanduser()
+    written = given is not None and any((given / name).is_file() for name in ("base.json", MANIFEST))
+    if source.base is not None and is_importable(source.base) and not written:
+        return None
     try:
-        folder = find_base(source.base)
+        # A base just trained has no manifest yet.
+        trained = given is not None and (given / "base.json").is_file()
+        folder = given if given is not None and trained else find_bundle(source.base)
     except BundleError as error:
         raise BundleError(
             Lines(
@@ -184,10 +180,8 @@ def check_fingerprint(found: str, what: str, base: str, fingerprint: str, facts:
     """Refuse what was learned on another base.
 
     Args:
-        found: fingerprint of the base that it was learned on.
-        what: its name in the message.
-        base: name of the base that it is for.
-        fingerprint: of that base.
+        found: fingerprint of the base that `what`, as the message calls it, was learned on.
+        base, fingerprint: of the base that it is for.
         facts: of that base, from its manifest or its training; under `EXPORTED_FROM` they name bases that it was made
             from, by rounding weights or by training its decoder on. What was learned on these fits, too.
 

@@ -15,8 +15,7 @@ from typing import Any
 
 from lsast_engines.errors import TrainingError, UsageError, fault_list
 
-from .diffusers_folder import FILES, add_from, read_folder
-from .hub import Repository, is_hub_id, open_hub, weight_files
+from .diffusers_folder import FILES, Repository, add_from, is_hub_id, open_hub, read_folder, weight_files
 from .inspection import BaseInspection, Part, UnetWeights
 from .networks import Kind
 from .single_file import read_controlnet_file, read_single_file, read_vae_file

@@ -197,41 +197,28 @@ def write_tensors(path: Path, networks: Mapping[str, OpenTensors], dtype: torch.
         dtype: floating tensors are stored in it; one at a time is converted.
     """
     plan = [
-        _TensorPlan(network, key, dtype if value.is_floating_point() else value.dtype, tuple(value.shape))
+        (network, key, dtype if value.is_floating_point() else value.dtype, tuple(value.shape))
         for network, opened in networks.items()
         for key, value in opened().items()
     ]
+    names = {entry: f"{entry[0]}.{entry[1]}".removeprefix(".") for entry in plan}
     # As safetensors itself sorts them: wide elements first, so that every tensor is aligned.
-    plan.sort(key=lambda entry: (-entry.dtype.itemsize, entry.name))
+    plan.sort(key=lambda entry: (-entry[2].itemsize, names[entry]))
     header = encode_header(
-        (entry.name, _CODES[entry.dtype], entry.shape, math.prod(entry.shape) * entry.dtype.itemsize) for entry in plan
+        (names[entry], _CODES[entry[2]], entry[3], math.prod(entry[3]) * entry[2].itemsize) for entry in plan
     )
     digest = hashlib.sha256(header)
     with replace_file(path) as handle:
         handle.write(header)
-        for network, entries in itertools.groupby(plan, key=lambda entry: entry.network):
+        for network, entries in itertools.groupby(plan, key=lambda entry: entry[0]):
             tensors = networks[network]()
-            for entry in entries:
-                value = tensors[entry.key].detach().to("cpu", entry.dtype).contiguous()
+            for _, key, stored, _ in entries:
+                value = tensors[key].detach().to("cpu", stored).contiguous()
                 data = value.reshape(-1).view(torch.uint8).numpy().data
                 digest.update(data)
                 handle.write(data)
             del tensors
     return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class _TensorPlan:
-    """A tensor to be written."""
-
-    network: str
-    key: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def name(self) -> str:
-        return f"{self.network}.{self.key}" if self.network else self.key
 
 
 def truncate(faults: Iterable[str], limit: int = 20) -> list[str]:

@@ -52,8 +52,7 @@ def read_style(name_or_path: str, base: Base, folder: Path | None = None) -> Sty
 
     Args:
         name_or_path: a file; or the name of a style of the base's bundle, or of prompts as `find_prompts` finds them.
-        base: what it has to belong to.
-        folder: the base's folder.
+        base, folder: what it has to belong to, and its folder.
 
     Raises:
         StyleError: there is none; it is damaged, of another base, or has guidance baked in already.
@@ -86,5 +85,4 @@ def null_rows(base: Base) -> torch.Tensor:
 
 @torch.no_grad()
 def _project(layout: KVLayout, prompts: torch.Tensor) -> torch.Tensor:
-    weight = layout.layers[0].module.to_k.weight
-    return layout.project(prompts.to(weight)).float().cpu()
+    return layout.project(prompts.to(layout.weight(layout.entries[0], "to_k"))).float().cpu()

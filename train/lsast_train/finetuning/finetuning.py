@@ -50,8 +50,7 @@ class Finetuning:
         prompts: of the style, learned on `base`.
         works: the artist's, loaded with the options' size.
         contents: pictures of any kind to paint, loaded with the options' size.
-        name: of the new style.
-        folder: for the files of the run.
+        folder, name: of the files of the run, and of the new style.
         resume: go on from the checkpoint that a stopped run left in `folder`.
         device: in torch's words; None is a GPU of CUDA if one is there.
 

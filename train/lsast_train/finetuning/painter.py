@@ -34,10 +34,7 @@ class Painter:
     """Paints pictures in a style.
 
     Args:
-        base: where it runs; its networks are used as they are.
-        prompts: of the style.
         strength, guidance, palette: see `lsast.Options`.
-        mixed_precision: of the networks.
 
     Raises:
         StyleError: prompts without the statistics of the artist's latents, which `palette` needs.

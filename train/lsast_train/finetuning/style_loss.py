@@ -57,9 +57,7 @@ class StyleLoss(nn.Module):
 
     Args:
         works: of which `WORKS` crops stand for all, each work in its turn.
-        size: side of a crop in pixels, as large as the paintings will be.
-        seed: of the crops.
-        device: where it runs.
+        size, seed: of the crops; they are as large as the paintings will be, in pixels.
     """
 
     def __init__(self, works: Sequence[Painting], size: int, seed: int, device: torch.device) -> None:

@@ -15,6 +15,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -90,21 +91,15 @@ def _fit(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]] | No
 
 
 def build_cache(folders: list[Path], encoder: torch.nn.Module, out: Path, device: torch.device | str = "cpu") -> None:
-    """Encode every picture under `folders` (a label each) and write the cache file `out`.
+    """Encode every picture under `folders`, a label each by its name, and write the safetensors file `out`, whole.
 
     Args:
-        folders: one folder per label; the label is the folder's name.
         encoder: image [1, 3, H, W] in [-1, 1] → latent [1, 4, H/8, W/8] in the units of the U-Net.
-        out: a safetensors file, replaced whole.
         device: where `encoder` runs; it comes back on the CPU.
     """
     device = torch.device(device)
     encoder = encoder.to(device)
-    latents: list[npt.NDArray[np.float16]] = []
-    edges: list[npt.NDArray[np.uint8]] = []
-    sizes: list[tuple[int, int]] = []
-    labels: list[int] = []
-    held: list[bool] = []
+    rows: list[tuple[Any, ...]] = []
     skipped: list[str] = []
     jobs = [(index, path) for index, folder in enumerate(folders) for path in find_pictures(folder)]
     with tqdm(total=len(jobs), desc="encode", unit="picture") as bar, ThreadPoolExecutor() as pool:
@@ -120,21 +115,22 @@ def build_cache(folders: list[Path], encoder: torch.nn.Module, out: Path, device
                 image = image.to(device, memory_format=torch.channels_last)
                 with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
                     latent = encoder(image)[0].float().cpu().numpy()
-                latents.append(latent.astype(np.float16))
-                edges.append(np.packbits(edge, axis=1))  # [H, W/8]
-                sizes.append((latent.shape[1], latent.shape[2]))
-                labels.append(label)
-                held.append(is_held_out(f"{path.parent.name}/{path.name}"))
+                bits = np.packbits(edge, axis=1)  # [H, W/8]
+                held = is_held_out(f"{path.parent.name}/{path.name}")
+                rows.append((latent.astype(np.float16).ravel(), bits.ravel(), latent.shape[1:], label, held))
     encoder.to("cpu")
     if skipped:
         log.warning("%d pictures unreadable or smaller than %d px, left out: %s", len(skipped), SMALLEST, skipped[:8])
+    if not rows:
+        raise TrainingError(f"found no usable one of {len(jobs)} pictures; expected some of {SMALLEST} pixels and more")
+    latents, edges, sizes, labels, held_out = zip(*rows, strict=True)
     data = save(
         {
-            "latents": np.concatenate([x.ravel() for x in latents]),
-            "edges": np.concatenate([x.ravel() for x in edges]),
+            "latents": np.concatenate(latents),
+            "edges": np.concatenate(edges),
             "sizes": np.array(sizes, dtype=np.int32),
             "labels": np.array(labels, dtype=np.int32),
-            "held_out": np.array(held, dtype=np.uint8),
+            "held_out": np.array(held_out, dtype=np.uint8),
         },
         metadata={"labels": json.dumps([folder.name for folder in folders])},
     )

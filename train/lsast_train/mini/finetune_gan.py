@@ -323,10 +323,8 @@ def train_vae_gan(
     """Train `autoencoder` in place; it ends with the running mean of its weights, frozen, on the CPU.
 
     Args:
-        autoencoder: weights to start from.
         folder: gets ``finetune_gan.checkpoint.safetensors``, and at every evaluation ``finetune_gan.log.json``.
         perceptual: the perceptual loss: `LiteDistance` on `device`.
-        resume: go on from the checkpoint in `folder`, if one is there.
         teacher: its encoder anchors the latents; None: that of `autoencoder` at the start.
         device: where to train. Random numbers are drawn on the CPU, so a seed means the same on every device.
 

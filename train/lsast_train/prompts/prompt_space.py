@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import nn
@@ -103,7 +102,14 @@ class PromptSpace(nn.Module):
         initial = initial.detach().float().cpu()
         count = matrix_count(variant, generator, layout)
         if generator == "geglu":
-            self.geglu = _generator(initial, count, seed)
+            tokens, dim = initial.shape
+            if (size := FACTOR * dim * count * tokens * dim) > GEGLU_LIMIT:
+                raise UsageError(
+                    f"found generator geglu for {count} matrices of {tokens} tokens of {dim} channels, whose last "
+                    f"layer would have {size / 1e9:.1f} billion weights; expected fewer tokens: choose prompt text, or "
+                    "generator attention"
+                )
+            self.geglu = GegluGenerator(initial.mean(0), count, tokens, seed=seed)
             return
         spread = INIT_STD * (initial.square().mean().sqrt().item() or 1.0)
         noise = torch.randn(count, *initial.shape, generator=torch.Generator().manual_seed(seed))
@@ -198,7 +204,7 @@ def build_space(base: Base, options: TrainOptions, draw: Callable[[], torch.Tens
         UsageError: text prompts on a base without a text encoder, placeholder tokens without text prompts or more of
             them than a caption has room for, or a generator that would be too large; all faults at once.
     """
-    mode = prompt_mode(base, options)
+    mode = ("context" if base.text_encoder is None else "text") if options.prompt == "auto" else options.prompt
     text = PlaceholderEncoder(base.text_encoder) if mode == "text" and base.text_encoder is not None else None
     faults = []
     if mode == "text" and text is None:
@@ -231,35 +237,10 @@ def build_space(base: Base, options: TrainOptions, draw: Callable[[], torch.Tens
         initial = text.words(options.rows, alike=options.generator == "geglu")
         if options.generator == "attention" and options.rows == 1:
             log.warning("self-attention over one row is a linear map: W_Q and W_K get no gradient")
-    space = PromptSpace(
-        initial,
-        options.variant,
-        options.generator,
-        options.layout,
-        options.gradient,
-        train_steps=base.config.noise.train_steps,
-        seed=options.seed,
-        text=text,
-    )
+    kinds = (options.variant, options.generator, options.layout, options.gradient)
+    steps = base.config.noise.train_steps
+    space = PromptSpace(initial, *kinds, train_steps=steps, seed=options.seed, text=text)
     return space.to(base.device)
-
-
-def prompt_mode(base: Base, options: TrainOptions) -> Literal["context", "text"]:
-    """Whether prompts pass a text encoder: with ``auto`` they do if the base has one."""
-    if options.prompt == "auto":
-        return "context" if base.text_encoder is None else "text"
-    return options.prompt
-
-
-def _generator(initial: torch.Tensor, count: int, seed: int) -> GegluGenerator:
-    tokens, dim = initial.shape
-    size = FACTOR * dim * count * tokens * dim
-    if size > GEGLU_LIMIT:
-        raise UsageError(
-            f"found generator geglu for {count} matrices of {tokens} tokens of {dim} channels, whose last layer would "
-            f"have {size / 1e9:.1f} billion weights; expected fewer tokens: choose prompt text, or generator attention"
-        )
-    return GegluGenerator(initial.mean(0), count, tokens, seed=seed)
 
 
 def initial_context(base: Base, draw: Callable[[], torch.Tensor]) -> torch.Tensor:

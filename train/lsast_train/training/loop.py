@@ -135,17 +135,11 @@ class TrainingLoop:
             handle.write(json.dumps({"options": asdict(self.options), "history": self.history}, indent=1).encode())
 
     def descend(self, loss: torch.Tensor, lr: float, clip: float | None = None) -> float:
-        """Take a step of the optimiser down the gradient of a loss, a scalar.
+        """Take a step of the optimiser down the gradient of a scalar loss, which has to be finite; returns its value.
 
         Args:
             lr: see `set_learning_rate`.
             clip: largest norm of the gradient of all weights.
-
-        Returns:
-            The loss.
-
-        Raises:
-            TrainingError: a loss that is not finite.
         """
         value: float = loss.item()
         require_finite(value, self.step)

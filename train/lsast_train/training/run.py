@@ -60,8 +60,7 @@ class RunFiles:
         """Refuse a run that cannot begin.
 
         Args:
-            size: side of its pictures in pixels.
-            multiple: the base's sides are multiples of it.
+            size: side of its pictures in pixels; the base's are multiples of `multiple`.
             resume: whether it goes on from a checkpoint.
             overwrite: whether it may replace the result of a finished run, if it does not go on.
 
