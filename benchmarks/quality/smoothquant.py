@@ -20,7 +20,7 @@ from lsast_engines.bundle.graph_spec import DENOISER
 from lsast_engines.images import psnr
 from lsast_export.quantize.calibration import Calibration
 from lsast_export.quantize.calibration_runs import denoise_run, load_calibration_images, prepare_runs, repaint
-from lsast_export.quantize.weights import WeightFile
+from lsast_export.quantize.weights import NAME, WeightFile
 
 BACKEND = "onnxruntime"
 
@@ -37,23 +37,23 @@ def main(images: Path, bundle: str | None, pictures: int, size: int, alphas: tup
     contents, _ = load_calibration_images(images, 2 * pictures, size)
     styles = list(source.styles())
     path = source.graph_path(DENOISER)
-    trials = prepare_runs(source, contents[1::2], [*styles[1:], *styles[:1]], [None], BACKEND, seed=1000)
-    expected = repaint(source, trials, BACKEND)
+    turned = [*styles[1:], *styles[:1]]
+    expected = repaint(source, contents[1::2], turned, BACKEND, seed=1000)
     with tempfile.TemporaryDirectory() as scratch:
         calibration = Calibration(path, Path(scratch))
-        for trial in prepare_runs(source, contents[::2], styles, [1.0], BACKEND):
+        for trial in prepare_runs(source, contents[::2], styles, BACKEND, strength=1.0):
             denoise_run(source, trial, calibration)
         calibration.close()
         found: dict[float | None, list[float]] = {}
         for alpha in (None, *alphas):
             if alpha is not None:
-                calibration.smooth(alpha)
-            with tempfile.TemporaryDirectory(dir=scratch) as folder:
-                with WeightFile(Path(folder)) as weights:
-                    weights.save(
-                        calibration.quantized(calibration.float_layers), calibration.folder, f"{DENOISER}.onnx"
-                    )
-                painted = repaint(source, trials, BACKEND, Path(folder) / f"{DENOISER}.onnx")
+                calibration.smooth(calibration.smoothing_factors(alpha))
+            with tempfile.TemporaryDirectory(dir=scratch) as name:
+                folder = Path(name)
+                model = calibration.quantized(calibration.float_layers)
+                with (folder / NAME).open("wb") as file:
+                    WeightFile(file).save(model, calibration.folder, f"{DENOISER}.onnx")
+                painted = repaint(source, contents[1::2], turned, BACKEND, seed=1000, folder=folder)
             found[alpha] = [psnr(*pair) for pair in zip(painted, expected, strict=True)]
             click.echo(f"alpha {alpha}: {statistics.mean(found[alpha]):.2f} dB", err=True)
     print(f"{source.manifest.name}, {size} pixels, {pictures} held-out pictures, styles {', '.join(styles)}\n")

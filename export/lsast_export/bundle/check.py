@@ -24,7 +24,7 @@ from ..graphs.small_decoder import WEIGHTS as SMALL_WEIGHTS
 from ..graphs.small_decoder import read_small_decoder
 from ..parity.parity import measure_parity, measure_small_parity, plan_for
 from ..progress import Progress, no_progress
-from ..quantize.calibration_runs import Pixels, load_calibration_images, prepare_runs, repaint
+from ..quantize.calibration_runs import Pixels, load_calibration_images, repaint
 from ..styles.bake import KVProjector, bake_null_style
 from .export import WEIGHTS
 
@@ -116,8 +116,7 @@ def _with_auto(report: CheckReport, bundle: Bundle, device: str, progress: Progr
     contents, _ = load_calibration_images(None, 1, max(1, round(size / multiple)) * multiple)
 
     def painted(backend: str, compute_dtype: ComputeDtype) -> Pixels:
-        runs = prepare_runs(bundle, contents, [report.styles[0]], [None], backend, compute_dtype=compute_dtype)
-        return repaint(bundle, runs, backend, compute_dtype=compute_dtype)[0]
+        return repaint(bundle, contents, [report.styles[0]], backend, compute_dtype=compute_dtype)[0]
 
     exact = painted("auto", "fp32")
     report = replace(report, auto=auto, auto_psnr=psnr(painted(auto.backend, auto.compute_dtype), exact))

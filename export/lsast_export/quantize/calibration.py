@@ -7,7 +7,7 @@ and maximum leave the graph: so a graph of Stable Diffusion's size fits into mem
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,74 +19,15 @@ from onnx import TensorProto, helper, numpy_helper
 from lsast_engines.backends.base import import_library
 
 from .calibration_runs import Feeds
-from .qdq import LayerRange, Ranges, Span, int8_graph, layers_of
+from .qdq import Ranges, Span, int8_graph, layers_of
 from .smoothquant import Factors, MinMax, find_groups, smooth, smoothing_factors
-from .weights import Model, Node, WeightFile, Weights, fold_weights
+from .weights import NAME, Model, WeightFile, Weights, fold_weights
 
 _ENDS = ("conv_in.", "conv_out.")
 """Weights of a network's first and last convolution, which stay float: their errors would affect everything."""
 
 _LOW, _HIGH = "/low", "/high"
 """Suffixes of the outputs that hold the minimum and the maximum of an activation."""
-
-
-class MinMaxObserver:
-    """A graph on ONNX Runtime, called like an engine, that records the range of activations over all calls."""
-
-    def __init__(self, model: Model, folder: Path, channels: Mapping[str, int | None]) -> None:
-        """Open `model`.
-
-        Args:
-            model: opset 18 or later; it is not changed.
-            folder: of its weights, if they lie in a file; the graph with the further outputs is written there and
-                removed again.
-            channels: names of activations; with the length of the last axis for those that are observed by channel.
-        """
-        onnxruntime = import_library("onnxruntime")
-        self._outputs = [value.name for value in model.graph.output]
-        self._found: dict[str, npt.NDArray[np.float32]] = {}
-        self._names = list(channels)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors; they are raised as well
-        options.enable_mem_pattern = False
-        with tempfile.NamedTemporaryFile(dir=folder, prefix="observed.", suffix=".onnx") as file:
-            onnx.save_model(_observed(model, channels), file.name)
-            self._session: Any = onnxruntime.InferenceSession(file.name, options, providers=["CPUExecutionProvider"])
-
-    def __call__(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Feeds:
-        """The graph's outputs, by name."""
-        ends = [name + end for name in self._names for end in (_LOW, _HIGH)]
-        wanted = [*self._outputs, *ends]
-        values = dict(zip(wanted, self._session.run(wanted, dict(feeds)), strict=True))
-        for name in ends:
-            further, seen = np.minimum if name.endswith(_LOW) else np.maximum, self._found.get(name)
-            self._found[name] = values[name] if seen is None else further(seen, values[name])
-        return {name: values[name] for name in self._outputs}
-
-    @property
-    def min_max(self) -> dict[str, MinMax]:
-        """Minimum and maximum of each activation, by name."""
-        return {name: (self._found[name + _LOW], self._found[name + _HIGH]) for name in self._names}
-
-
-def _observed(model: Model, channels: Mapping[str, int | None]) -> Model:
-    """`model` with minimum and maximum of activations as further outputs."""
-    observed = onnx.ModelProto()
-    observed.CopyFrom(model)
-    graph = observed.graph
-    first = "observed/first"
-    graph.initializer.append(numpy_helper.from_array(np.array([0], np.int64), first))
-    for name, count in channels.items():
-        flat = f"{name}/observed"
-        shape = [-1] if count is None else [-1, count]
-        graph.initializer.append(numpy_helper.from_array(np.array(shape, np.int64), f"{flat}/shape"))
-        graph.node.append(helper.make_node("Reshape", [name, f"{flat}/shape"], [flat], flat))
-        for operator, end in (("ReduceMin", _LOW), ("ReduceMax", _HIGH)):
-            graph.node.append(helper.make_node(operator, [flat, first], [name + end], name + end, keepdims=0))
-            graph.output.append(
-                helper.make_tensor_value_info(name + end, TensorProto.FLOAT, [] if count is None else [count])
-            )
-    return observed
 
 
 class Calibration:
@@ -102,88 +43,108 @@ class Calibration:
             folder: an empty folder for its weights, which must exist as long as this object is used.
         """
         self.folder = folder
-        with WeightFile(folder) as weights:
-            self._model = fold_weights(path, weights.tensor)
-        self.layers = layers_of(self._model)
-        """Names of the nodes that can be quantized, in the order of the graph."""
-        self._observer: MinMaxObserver | None = None
+        with (folder / NAME).open("wb") as file:
+            self._model = fold_weights(path, WeightFile(file))
+        self._layers = layers_of(self._model)
+        self._session: Any = None
         self._min_max: dict[str, MinMax] = {}
-        self._ranges: Ranges | None = None
         self._smoothed = 0
 
     @property
-    def ranges(self) -> Ranges:
-        """The ranges of all layers, by the names of their weights: recorded, or set by the caller."""
-        if self._ranges is None:
-            self._ranges = {weight: LayerRange(*spans) for weight, spans in self._spans().items()}
-        return self._ranges
-
-    @ranges.setter
-    def ranges(self, found: Ranges) -> None:
-        self._ranges = found
-
-    def __call__(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Feeds:
-        """The graph's outputs, by name; the ranges of its activations are recorded."""
-        if self._observer is None:
-            self._observer = MinMaxObserver(self._model, self.folder, self._watched())
-        return self._observer(feeds)
-
-    def close(self) -> None:
-        """Free the memory that running takes; the recorded ranges stay."""
-        if self._observer is not None:
-            self._min_max, self._observer, self._ranges = self._observer.min_max, None, None
-
-    def smooth(self, alpha: float) -> Factors:
-        """Smooth the graph and its ranges (`smoothquant`) by what was recorded: → the factors."""
-        factors = smoothing_factors(self._model, self._min_max, alpha, self.folder)
-        for group in find_groups(self._model):
-            low, high = self._min_max[group.activation]
-            factor = factors[group.weights[0]]
-            self._min_max[group.activation] = (low / factor, high / factor)
-        self._ranges = None
-        self.smooth_by(factors)
-        return factors
-
-    def smooth_by(self, factors: Factors) -> None:
-        """Smooth the graph by the factors of another one with the same layers, whose ranges are to be used, too."""
-        if not factors:
-            return
-        # A new file each time: the weights of an earlier smoothing are read while these are written.
-        self._smoothed += 1
-        with WeightFile(self.folder, f"smoothed{self._smoothed}.data") as weights:
-            smooth(self._model, factors, self.folder, weights.tensor)
+    def layers(self) -> list[str]:
+        """Names of the nodes that can be quantized, in the order of the graph."""
+        return [node.name for node in self._layers]
 
     @property
     def float_layers(self) -> frozenset[str]:
         """Names of the layers that should stay float: a network's first and last convolution."""
-        nodes = (node for node in self._layer_nodes() if node.op_type == "Conv")
-        return frozenset(node.name for node in nodes if any(end in node.input[1] for end in _ENDS))
+        convolutions = (node for node in self._layers if node.op_type == "Conv")
+        return frozenset(node.name for node in convolutions if any(end in node.input[1] for end in _ENDS))
 
-    def quantized(self, kept: Iterable[str]) -> Model:
-        """The graph with every layer in int8 but those of `kept`, whose weights lie in `folder`."""
-        return int8_graph(self._model, self.folder, self.ranges, set(self.layers) - set(kept))
+    @property
+    def ranges(self) -> Ranges:
+        """The recorded ranges of the input and the output of each layer, by the name of its weight."""
 
-    def _layer_nodes(self) -> list[Node]:
-        return [node for node in self._model.graph.node if node.name in set(self.layers)]
-
-    def _watched(self) -> dict[str, int | None]:
-        """Activations to observe; inputs of linear layers with their number of channels (`MinMaxObserver`)."""
-        constants = Weights(self._model, self.folder)
-        watched: dict[str, int | None] = {}
-        for node in self._layer_nodes():
-            if node.op_type == "Conv":
-                watched |= dict.fromkeys((node.input[0], node.output[0]))
-        for node in self._layer_nodes():
-            if node.op_type == "MatMul":
-                watched[node.input[0]] = constants.shape(node.input[1])[0]
-        return watched
-
-    def _spans(self) -> dict[str, tuple[Span, Span]]:
         def span(name: str) -> Span:
             low, high = self._min_max[name]
             return float(low.min()), float(high.max())
 
         return {
             node.input[1]: (span(node.input[0]), span(node.output[0] if node.op_type == "Conv" else node.input[0]))
-            for node in self._layer_nodes()
+            for node in self._layers
         }
+
+    def __call__(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Feeds:
+        """The graph's outputs, by name; the ranges of its activations are recorded."""
+        if self._session is None:
+            self._min_max, self._session = {}, self._open()
+        wanted = [output.name for output in self._session.get_outputs()]
+        values = dict(zip(wanted, self._session.run(wanted, dict(feeds)), strict=True))
+        for name in self._watched():
+            low, high = values.pop(name + _LOW), values.pop(name + _HIGH)
+            least, most = self._min_max.get(name, (low, high))
+            self._min_max[name] = (np.minimum(least, low), np.maximum(most, high))
+        return values
+
+    def close(self) -> None:
+        """Free the memory that running takes; the recorded ranges stay."""
+        self._session = None
+
+    def smoothing_factors(self, alpha: float) -> Factors:
+        """The factors that smooth the graph (`smoothquant`), by what was recorded."""
+        return smoothing_factors(self._model, Weights(self._model, self.folder), self._min_max, alpha)
+
+    def smooth(self, factors: Factors) -> None:
+        """Smooth the graph, and what was recorded, by its own factors or those of a graph with the same layers."""
+        if not factors:
+            return
+        # A new file each time: the weights of an earlier smoothing are read while these are written.
+        self._smoothed += 1
+        with (self.folder / f"smoothed{self._smoothed}.data").open("wb") as file:
+            smooth(self._model, Weights(self._model, self.folder), factors, WeightFile(file))
+        for group in find_groups(self._model):
+            if group.activation in self._min_max:
+                low, high = self._min_max[group.activation]
+                factor = factors[group.weights[0]]
+                self._min_max[group.activation] = (low / factor, high / factor)
+
+    def quantized(self, kept: Collection[str], ranges: Ranges | None = None) -> Model:
+        """The graph with every layer in int8 but those of `kept`, whose weights lie in `folder`.
+
+        Args:
+            ranges: of a graph with the same layers, in place of the recorded ones.
+        """
+        ranges = self.ranges if ranges is None else ranges
+        return int8_graph(self._model, self.folder, ranges, set(self.layers).difference(kept))
+
+    def _watched(self) -> dict[str, int | None]:
+        """Activations to observe; inputs of linear layers, by channel, with the number of channels."""
+        dims = {tensor.name: tensor.dims for tensor in self._model.graph.initializer}
+        watched: dict[str, int | None] = {}
+        for node in self._layers:
+            if node.op_type == "Conv":
+                watched |= dict.fromkeys((node.input[0], node.output[0]))
+        return watched | {node.input[0]: dims[node.input[1]][0] for node in self._layers if node.op_type == "MatMul"}
+
+    def _open(self) -> Any:
+        """A session of the graph with minimum and maximum of activations as further outputs."""
+        onnxruntime = import_library("onnxruntime")
+        observed = onnx.ModelProto()
+        observed.CopyFrom(self._model)
+        graph = observed.graph
+        first = "observed/first"
+        graph.initializer.append(numpy_helper.from_array(np.array([0], np.int64), first))
+        for name, count in self._watched().items():
+            flat = f"{name}/observed"
+            shape = [-1] if count is None else [-1, count]
+            graph.initializer.append(numpy_helper.from_array(np.array(shape, np.int64), f"{flat}/shape"))
+            graph.node.append(helper.make_node("Reshape", [name, f"{flat}/shape"], [flat], flat))
+            for operator, end in (("ReduceMin", _LOW), ("ReduceMax", _HIGH)):
+                graph.node.append(helper.make_node(operator, [flat, first], [name + end], name + end, keepdims=0))
+                graph.output.append(helper.make_tensor_value_info(name + end, TensorProto.FLOAT, shape[1:]))
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors; they are raised as well
+        options.enable_mem_pattern = False
+        with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".onnx") as file:
+            onnx.save_model(observed, file.name)
+            return onnxruntime.InferenceSession(file.name, options, providers=["CPUExecutionProvider"])

@@ -20,14 +20,13 @@ from lsast_engines.backends.base import ComputeDtype, Engine
 from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import CONTROLNET_COND, DENOISER, VAE_DECODER, VAE_ENCODER
-from lsast_engines.diffusion import Step, TimestepSchedule, guide, make_solver
+from lsast_engines.diffusion import TimestepSchedule, guide, make_solver
 from lsast_engines.errors import UsageError
 from lsast_engines.images import canny_edges, find_pictures, import_opencv, read_picture
 
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
 Feeds = dict[str, npt.NDArray[Any]]
-Record = Callable[[Feeds], None]
 Denoiser = Callable[[Feeds], Mapping[str, npt.NDArray[Any]]]
 
 DRAWN = "drawn"
@@ -72,39 +71,34 @@ def prepare_runs(
     bundle: Bundle,
     pictures: Sequence[Pixels],
     styles: Sequence[str],
-    strengths: Sequence[float | None],
     backend: str,
+    strength: float | None = None,
     seed: int = 0,
     folder: Path | None = None,
     compute_dtype: ComputeDtype = "fp32",
 ) -> list[SampleRun]:
-    """A run for each picture, with the styles and strengths in turn; a style's own defaults apply.
+    """A run for each picture, with the styles in turn; a style's own defaults apply.
 
     Args:
-        bundle: its graphs encode the pictures.
         pictures: [side, side, 3] each, of a legal size.
-        styles: names of its styles.
-        strengths: strengths to use in turn; None is the default of style and bundle.
+        styles: names of styles of `bundle`.
+        strength: None is the default of style and bundle.
         seed: of the first run's noise; each run has its own.
-        folder: of the graphs `vae_encoder` and `controlnet_cond`; by default that of the bundle.
+        folder: its graphs are used in place of those of `bundle`.
     """
     manifest = bundle.manifest
-
-    def opened(name: str) -> Engine:
-        path = bundle.graph_path(name) if folder is None else folder / f"{name}.onnx"
-        return open_engine(path, manifest.graphs[name], backend, "cpu", compute_dtype=compute_dtype)
-
     runs = []
-    with closing(opened(VAE_ENCODER)) as encoder, closing(opened(CONTROLNET_COND)) as embedder:
+    with (
+        _opened(bundle, VAE_ENCODER, backend, folder, compute_dtype) as encoder,
+        _opened(bundle, CONTROLNET_COND, backend, folder, compute_dtype) as embedder,
+    ):
         for index, rgb in enumerate(pictures):
-            style = styles[index % len(styles)]
-            file = bundle.open_style(style)
-            options = {**manifest.defaults, **file.defaults}
-            strength = strengths[index % len(strengths)] or options["strength"]
+            style = bundle.open_style(styles[index % len(styles)])
+            options = {**manifest.defaults, **style.defaults}
             schedule = TimestepSchedule.build(
-                manifest.noise, options["steps"], strength, manifest.stages, options["solver"]
+                manifest.noise, options["steps"], strength or options["strength"], manifest.stages, options["solver"]
             )
-            guidance = options["guidance"] if file.distilled_guidance is None else 1.0
+            guidance = options["guidance"] if style.distilled_guidance is None else 1.0
             generator = np.random.default_rng(seed + index)
             planes = np.broadcast_to(canny_edges(rgb).astype(np.float32), (1, 3, *rgb.shape[:2]))
             hint = embedder({"edges": np.ascontiguousarray(planes)})["hint"].copy()
@@ -113,7 +107,8 @@ def prepare_runs(
             z0 = np.float32(manifest.latent_scale) * (posterior["mean"] + posterior["std"] * noise)
             noise = generator.standard_normal(z0.shape, dtype=np.float32)
             noisy = schedule.add_noise(z0, noise).astype(np.float32)
-            runs.append(SampleRun(schedule, style, guidance, hint, noisy, np.float32(options["control_scale"])))
+            scale = np.float32(options["control_scale"])
+            runs.append(SampleRun(schedule, styles[index % len(styles)], guidance, hint, noisy, scale))
     return runs
 
 
@@ -128,81 +123,61 @@ def decoder_feeds(bundle: Bundle, latent: Floats) -> Feeds:
     return {"latent": latent / np.float32(bundle.manifest.latent_scale)}
 
 
-def feeds_at(bundle: Bundle, run: SampleRun, step: Step, latent: Floats) -> Feeds:
-    """Inputs of the denoiser at `step` of `run` with `latent` [1, 4, h, w]."""
-    null = bundle.null_style
-    row = bundle.open_style(run.style).stage(step.stage)
-    halves = [null.stage(step.stage if null.stages > 1 else 0).kv_unet, row.kv_unet]
-    return {
-        "latent": latent,
-        "hint": run.hint,
-        "timestep": np.array([step.t], np.int64),
-        "kv_unet": np.stack(halves[1 if run.guidance == 1 else 0 :])[:, None],
-        "kv_control": row.kv_control[None],
-        "control_scale": np.asarray(run.control_scale),
-    }
-
-
-def denoise_run(bundle: Bundle, run: SampleRun, denoiser: Denoiser, record: Record | None = None) -> Floats:
-    """Denoise: → the last latent [1, 4, h, w].
-
-    Args:
-        denoiser: an engine, or an object that is called like one.
-        record: is called with the inputs of the denoiser at each step.
-    """
-    solver = make_solver(run.schedule)
+def denoise_run(bundle: Bundle, run: SampleRun, denoiser: Denoiser) -> Floats:
+    """Denoise: → the last latent [1, 4, h, w]. `denoiser` is an engine, or is called like one."""
+    solver, null, style = make_solver(run.schedule), bundle.null_style, bundle.open_style(run.style)
     latent = run.noisy
     for step in run.schedule.steps:
-        feeds = feeds_at(bundle, run, step, latent)
-        if record is not None:
-            record(feeds)
+        row = style.stage(step.stage)
+        halves = [null.stage(step.stage if null.stages > 1 else 0).kv_unet, row.kv_unet]
+        feeds: Feeds = {
+            "latent": latent,
+            "hint": run.hint,
+            "timestep": np.array([step.t], np.int64),
+            "kv_unet": np.stack(halves[1 if run.guidance == 1 else 0 :])[:, None],
+            "kv_control": row.kv_control[None],
+            "control_scale": np.asarray(run.control_scale),
+        }
         eps = denoiser(feeds)["eps"].copy()
-        guided = guide(eps, run.guidance)
-        latent = np.asarray(solver.step(guided, step.index, latent), np.float32)
+        latent = np.asarray(solver.step(guide(eps, run.guidance), step.index, latent), np.float32)
     return latent
 
 
 def repaint(
     bundle: Bundle,
-    runs: Sequence[SampleRun],
+    pictures: Sequence[Pixels],
+    styles: Sequence[str],
     backend: str,
-    denoiser: Path | None = None,
-    decoder: Path | None = None,
+    seed: int = 0,
+    folder: Path | None = None,
     compute_dtype: ComputeDtype = "fp32",
 ) -> list[Pixels]:
-    """The pictures [H, W, 3] of `runs`.
-
-    Args:
-        denoiser: the graph's file; by default that of the bundle.
-        decoder: likewise.
-    """
-
-    def opened(name: str, path: Path | None) -> Engine:
-        spec = bundle.manifest.graphs[name]
-        return open_engine(path or bundle.graph_path(name), spec, backend, "cpu", compute_dtype=compute_dtype)
-
-    with closing(opened(DENOISER, denoiser)) as engine:
+    """`pictures` repainted, [side, side, 3] each; the arguments are those of `prepare_runs`."""
+    runs = prepare_runs(bundle, pictures, styles, backend, None, seed, folder, compute_dtype)
+    with _opened(bundle, DENOISER, backend, folder, compute_dtype) as engine:
         latents = [denoise_run(bundle, run, engine) for run in runs]
-    with closing(opened(VAE_DECODER, decoder)) as engine:
+    with _opened(bundle, VAE_DECODER, backend, folder, compute_dtype) as engine:
         images = [engine(decoder_feeds(bundle, latent))["image"][0].transpose(1, 2, 0).copy() for latent in latents]
     return [np.round(np.clip((image + 1) * 127.5, 0, 255)).astype(np.uint8) for image in images]
 
 
-def _square(rgb: Pixels, side: int) -> Pixels:
-    cv2 = import_opencv()
+def _opened(
+    bundle: Bundle, name: str, backend: str, folder: Path | None, compute_dtype: ComputeDtype
+) -> closing[Engine]:
+    path = bundle.graph_path(name)
+    if folder is not None and (folder / path.name).is_file():
+        path = folder / path.name
+    return closing(open_engine(path, bundle.manifest.graphs[name], backend, "cpu", compute_dtype=compute_dtype))
 
-    height, width = rgb.shape[:2]
-    edge = min(height, width)
-    top, left = (height - edge) // 2, (width - edge) // 2
-    cut = np.ascontiguousarray(rgb[top : top + edge, left : left + edge])
-    method = cv2.INTER_AREA if edge > side else cv2.INTER_CUBIC
-    return np.asarray(cv2.resize(cut, (side, side), interpolation=method), np.uint8)
+
+def _square(rgb: Pixels, side: int) -> Pixels:
+    from PIL import Image, ImageOps
+
+    return np.asarray(ImageOps.fit(Image.fromarray(rgb), (side, side), Image.Resampling.LANCZOS), np.uint8)
 
 
 def _drawn(seed: int, side: int) -> Pixels:
     """Coloured noise with a power spectrum of 1/f², as photographs have, behind polygons with sharp edges."""
-    cv2 = import_opencv()
-
     generator = np.random.default_rng(1000 + seed)
     rows, columns = np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side), indexing="ij")
     falling = 1 / np.maximum(np.hypot(rows, columns), 1 / side)
@@ -210,6 +185,7 @@ def _drawn(seed: int, side: int) -> Pixels:
     shared = planes[0] / planes[0].std()
     stacked = np.stack([shared + 0.5 * plane / plane.std() for plane in planes], axis=-1)
     picture = np.ascontiguousarray(np.clip(128 + 45 * stacked, 0, 255).astype(np.uint8))
+    cv2 = import_opencv()
     for _ in range(6):
         colour = tuple(int(level) for level in generator.integers(0, 256, 3))
         corners = generator.integers(0, side, (int(generator.integers(3, 7)), 2)).astype(np.int32)

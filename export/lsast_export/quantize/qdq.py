@@ -20,7 +20,6 @@ memory twice; here one weight is in memory at a time.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,23 +41,14 @@ _BIAS_ROOM = np.float32(2.0**30)
 Span = tuple[float, float]
 """Minimum and maximum."""
 
-
-@dataclass(frozen=True)
-class LayerRange:
-    """Ranges of a layer's input and output."""
-
-    input: Span
-    output: Span
+Ranges = Mapping[str, tuple[Span, Span]]
+"""Ranges of a layer's input and output, by the name of its weight, which is the same in all graphs of a bundle."""
 
 
-Ranges = Mapping[str, LayerRange]
-"""Ranges by the name of the layer's weight, which is the same in all graphs of a bundle."""
-
-
-def layers_of(model: Model) -> tuple[str, ...]:
-    """Names of the nodes of a folded graph that can be quantized, in the order of the graph."""
+def layers_of(model: Model) -> list[Node]:
+    """The nodes of a folded graph that can be quantized, in the order of the graph."""
     constants = {tensor.name for tensor in model.graph.initializer}
-    return tuple(node.name for node in model.graph.node if node.op_type in OPERATORS and node.input[1] in constants)
+    return [node for node in model.graph.node if node.op_type in OPERATORS and node.input[1] in constants]
 
 
 def int8_graph(plain: Model, folder: Path, ranges: Ranges, layers: Collection[str]) -> Model:
@@ -99,11 +89,11 @@ class _QdqInserter:
 
     def quantize_conv(self, node: Node) -> Iterable[Node]:
         """A convolution between its pairs; its inputs and its output get new names."""
-        span = self._span(node)
         source, weight, result = node.input[0], node.input[1], node.output[0]
+        taken, given = self._spans(node)
         before: list[Node] = []
         if source not in self._shared:
-            scale, zero = _unsigned(span.input)
+            scale, zero = _unsigned(taken)
             self._shared[source] = (f"{source}/q", scale)
             before = self._pair(source, f"{source}/q", scale, zero)
         node.input[0], step = self._shared[source]
@@ -116,14 +106,14 @@ class _QdqInserter:
         if bias is not None:
             scales = scales * step
             before.append(self._constant(node, 2, np.round(bias / scales).astype(np.int32), scales, axis=0))
-        scale, zero = _unsigned(span.output)
+        scale, zero = _unsigned(given)
         node.output[0] = f"{result}/float"
         return [*before, node, *self._pair(f"{result}/float", result, scale, zero)]
 
     def quantize_matmul(self, node: Node) -> Iterable[Node]:
         """A matrix product behind a pair of its own."""
         source = node.input[0]
-        scale = _signed(self._span(node).input)
+        scale = _signed(self._spans(node)[0])
         count = self._readers.get(source, 0)
         self._readers[source] = count + 1
         for _ in range(count):
@@ -135,7 +125,7 @@ class _QdqInserter:
         node.input[0] = own
         return [*before, node]
 
-    def _span(self, node: Node) -> LayerRange:
+    def _spans(self, node: Node) -> tuple[Span, Span]:
         if (found := self._ranges.get(node.input[1])) is None:
             raise ExportError(
                 f"found no range of layer {node.name} ({node.input[1]}); expected one recorded by the denoiser"

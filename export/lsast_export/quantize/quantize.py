@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import importlib.metadata
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx
 
@@ -39,8 +37,9 @@ from .calibration_runs import (
     prepare_runs,
     repaint,
 )
+from .qdq import Ranges
 from .smoothquant import ALPHA
-from .weights import WeightFile
+from .weights import NAME, WeightFile
 
 PICTURE_PSNR = "picture_psnr_db"
 """Key of the mean PSNR of held-out pictures in the manifest's `parity`."""
@@ -91,15 +90,19 @@ def quantize_bundle(
     progress("calibrating")
     contents, origin = load_calibration_images(options.images, 2 * options.pictures, options.size)
     styles = [name for name, path in source.styles().items() if path.parent == source.path / STYLES]
-    held_out = _HeldOut(source, contents[1::2], styles, options.backend)
     with scratch_folder(out.parent) as scratch:
-        folder = scratch / "bundle"
-        folder.mkdir()
-        with WeightFile(folder) as weights:
-            writer = _Writer(source, weights, options, scratch, progress)
-            facts = writer.write(contents[::2], styles)
+        (folder := scratch / "bundle").mkdir()
+        facts = _write_graphs(source, folder, contents[::2], styles, options, progress)
         progress("evaluating")
-        figures = held_out.figures(folder)
+        # With several styles, each is evaluated on other pictures than it was calibrated on.
+        turned = [*styles[1:], *styles[:1]]
+        found, expected = (
+            repaint(source, contents[1::2], turned, options.backend, seed=1000, folder=graphs)
+            for graphs in (folder, source.path)
+        )
+        # That of equal pictures is infinite, which a manifest cannot hold.
+        ratios = [min(psnr(*pair), 100.0) for pair in zip(found, expected, strict=True)]
+        figures = {PICTURE_PSNR: round(sum(ratios) / len(ratios), 2), PICTURE_PSNR_LEAST: round(min(ratios), 2)}
         _log.info("held-out pictures: %s", figures)
         if figures[PICTURE_PSNR] < options.target:
             raise ParityError(
@@ -147,100 +150,84 @@ def _require(source: Bundle, options: QuantizeOptions) -> None:
         raise UsageError(fault_list(f"{source.path} cannot be quantized:", faults))
 
 
-class _Writer:
-    """Writes the graphs of the new bundle; methods return entries for the manifest's `source`."""
+def _write_graphs(
+    source: Bundle,
+    folder: Path,
+    contents: Sequence[Pixels],
+    styles: Sequence[str],
+    options: QuantizeOptions,
+    progress: Progress,
+) -> dict[str, str]:
+    """Write the denoiser, its parts and the graphs of `also` in int8, calibrated on `contents`; copy the rest.
 
-    def __init__(
-        self, source: Bundle, weights: WeightFile, options: QuantizeOptions, scratch: Path, progress: Progress
-    ) -> None:
-        self._source, self._weights, self._options = source, weights, options
-        self._scratch, self._progress = scratch, progress
-
-    def write(self, contents: Sequence[Pixels], styles: Sequence[str]) -> dict[str, Any]:
-        """Write the denoiser, its parts and the graphs of `also` in int8, calibrated on `contents`; copy the rest."""
-        options = self._options
-        with self._calibration(DENOISER) as calibration:
-            count, latents = self._observed(calibration, contents, styles)
-            factors = calibration.smooth(options.smooth) if options.smooth is not None else {}
-            self._progress("quantizing")
-            ranges = calibration.ranges
-            facts: dict[str, Any] = {"latents": count, **self._save(DENOISER, calibration)}
-        facts["smoothed"] = "no" if options.smooth is None else f"alpha {options.smooth:g}"
-        for name in sorted(self._source.manifest.graphs.keys() - {DENOISER}):
-            if name in options.also:
-                facts |= self._quantize_optional(name, contents, latents)
-                continue
-            if name not in UNET_SPLIT_GRAPHS:
-                self._copy(name)
-                continue
-            # A part has the layers of the whole denoiser, with the same inputs, and so the same ranges.
-            with self._calibration(name) as calibration:
-                calibration.smooth_by(factors)
-                calibration.ranges = ranges
-                facts |= self._save(name, calibration)
-        return facts
-
-    def _observed(
-        self, calibration: Calibration, contents: Sequence[Pixels], styles: Sequence[str]
-    ) -> tuple[int, list[Floats]]:
-        """Denoise from pure noise, which visits every stage: → number of steps, final latents [1, 4, h, w]."""
-        runs = prepare_runs(self._source, contents, styles, [1.0], self._options.backend)
-        total = sum(len(run.schedule.steps) for run in runs)
-        done = 0
-
-        def record(given: Feeds) -> None:
-            nonlocal done
-            done += 1
-            self._progress("calibrating", f"step {done} of {total}")
-
-        latents = [denoise_run(self._source, run, calibration, record) for run in runs]
-        calibration.close()
-        return total, latents
-
-    def _quantize_optional(self, name: str, contents: Sequence[Pixels], latents: Sequence[Floats]) -> dict[str, str]:
-        """Quantize a graph of `OPTIONAL_GRAPHS`, calibrated on the pictures or on the final latents."""
-        self._progress(f"quantizing {name}")
-        if name == VAE_ENCODER:
-            seen = [encoder_feeds(rgb) for rgb in contents]
-        else:
-            seen = [decoder_feeds(self._source, latent) for latent in latents]
-        with self._calibration(name) as calibration:
-            for given in seen:
-                calibration(given)
-            calibration.close()
-            return self._save(name, calibration)
+    Returns entries for the manifest's `source`, and the number of ``latents`` that were seen.
+    """
+    facts: dict[str, str] = {}
 
     @contextlib.contextmanager
-    def _calibration(self, name: str) -> Iterator[Calibration]:
-        with tempfile.TemporaryDirectory(dir=self._scratch, prefix=f"{name}.") as folder:
-            yield Calibration(self._source.graph_path(name), Path(folder))
+    def calibrated(name: str) -> Iterator[Calibration]:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{name}.") as scratch:
+            yield Calibration(source.graph_path(name), Path(scratch))
 
-    def _save(self, name: str, calibration: Calibration) -> dict[str, str]:
-        kept = calibration.float_layers
-        self._weights.save(calibration.quantized(kept), calibration.folder, f"{name}.onnx")
-        return {f"{name}_in_float": f"{len(kept)} of {len(calibration.layers)} layers"}
+    with (folder / NAME).open("wb") as file:
+        weights = WeightFile(file)
 
-    def _copy(self, name: str) -> None:
-        model = onnx.load(str(self._source.graph_path(name)), load_external_data=False)
-        self._weights.save(model, self._source.path, f"{name}.onnx")
+        def save(name: str, calibration: Calibration, ranges: Ranges | None = None) -> None:
+            kept = calibration.float_layers
+            weights.save(calibration.quantized(kept, ranges), calibration.folder, f"{name}.onnx")
+            facts[f"{name}_in_float"] = f"{len(kept)} of {len(calibration.layers)} layers"
+
+        with calibrated(DENOISER) as calibration:
+            latents = _observe(source, calibration, contents, styles, options.backend, progress, facts)
+            factors = calibration.smoothing_factors(options.smooth) if options.smooth is not None else {}
+            calibration.smooth(factors)
+            progress("quantizing")
+            ranges = calibration.ranges
+            save(DENOISER, calibration)
+        facts["smoothed"] = "no" if options.smooth is None else f"alpha {options.smooth:g}"
+        for name in sorted(source.manifest.graphs.keys() - {DENOISER}):
+            if name in UNET_SPLIT_GRAPHS:
+                # A part has the layers of the whole denoiser, with the same inputs, and so the same ranges.
+                with calibrated(name) as calibration:
+                    calibration.smooth(factors)
+                    save(name, calibration, ranges)
+            elif name in options.also:
+                progress(f"quantizing {name}")
+                fed = [encoder_feeds(rgb) for rgb in contents]
+                if name == VAE_DECODER:
+                    fed = [decoder_feeds(source, latent) for latent in latents]
+                with calibrated(name) as calibration:
+                    for feeds in fed:
+                        calibration(feeds)
+                    calibration.close()
+                    save(name, calibration)
+            else:
+                model = onnx.load(str(source.graph_path(name)), load_external_data=False)
+                weights.save(model, source.path, f"{name}.onnx")
+    return facts
 
 
-class _HeldOut:
-    """Held-out pictures: repainted by the float graphs once, then by the quantized graphs for comparison."""
+def _observe(
+    source: Bundle,
+    calibration: Calibration,
+    contents: Sequence[Pixels],
+    styles: Sequence[str],
+    backend: str,
+    progress: Progress,
+    facts: dict[str, str],
+) -> list[Floats]:
+    """Denoise from pure noise, which visits every stage: → final latents [1, 4, h, w]; their number is a fact."""
+    runs = prepare_runs(source, contents, styles, backend, strength=1.0)
+    total = sum(len(run.schedule.steps) for run in runs)
+    done = 0
 
-    def __init__(self, source: Bundle, contents: Sequence[Pixels], styles: Sequence[str], backend: str) -> None:
-        self._source, self._backend = source, backend
-        # With several styles, each is evaluated on other pictures than it was calibrated on.
-        turned = [*styles[1:], *styles[:1]]
-        self._prepare = functools.partial(prepare_runs, source, contents, turned, [None], backend, seed=1000)
-        self._expected = self._repaint(source.path)
+    def observed(feeds: Feeds) -> Feeds:
+        nonlocal done
+        done += 1
+        progress("calibrating", f"step {done} of {total}")
+        return calibration(feeds)
 
-    def figures(self, folder: Path) -> dict[str, float]:
-        """PSNR of the pictures by the graphs of `folder`."""
-        # That of equal pictures is infinite, which a manifest cannot hold.
-        found = [min(psnr(*pair), 100.0) for pair in zip(self._repaint(folder), self._expected, strict=True)]
-        return {PICTURE_PSNR: round(sum(found) / len(found), 2), PICTURE_PSNR_LEAST: round(min(found), 2)}
-
-    def _repaint(self, folder: Path) -> list[Pixels]:
-        denoiser, decoder = (folder / f"{name}.onnx" for name in (DENOISER, VAE_DECODER))
-        return repaint(self._source, self._prepare(folder=folder), self._backend, denoiser, decoder)
+    latents = [denoise_run(source, run, observed) for run in runs]
+    calibration.close()
+    facts["latents"] = f"{total}"
+    return latents

@@ -19,13 +19,11 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from onnx import numpy_helper
 
-from .weights import InitializerFactory, Model, Node, Weights, replace_contents
+from .weights import Model, Node, WeightFile, Weights, biased_product, replace_contents
 
 ALPHA = 0.7
 """Migration strength: 0 evens out weights, 1 activations. The value with the best pictures of mini
@@ -62,9 +60,20 @@ def find_groups(model: Model) -> list[Group]:
     for node in model.graph.node:
         if node.op_type == "MatMul" and node.input[1] in constants:
             readers.setdefault(node.input[0], []).append(node)
+
+    def absorbing(node: Node | None) -> tuple[str, ...]:
+        """The weights that absorb a division of the output of `node`."""
+        if node is not None and node.op_type == "LayerNormalization":
+            last = all(attribute.i == -1 for attribute in node.attribute if attribute.name == "axis")
+            return tuple(node.input[1:]) if last and constants.issuperset(node.input[1:]) else ()
+        for name in node.input if node is not None and node.op_type == "Mul" else ():
+            if found := biased_product(name, producers, constants, users):
+                return found[0].input[1], found[2]
+        return ()
+
     groups = []
     for name, nodes in readers.items():
-        taken = _absorbing_weights(producers.get(name), producers, constants, users)
+        taken = absorbing(producers.get(name))
         weights = tuple(node.input[1] for node in nodes)
         # They are changed in place, so nothing else may read them.
         if taken and users[name] == len(nodes) and all(users[tensor] == 1 for tensor in (*taken, *weights)):
@@ -73,17 +82,14 @@ def find_groups(model: Model) -> list[Group]:
 
 
 def smoothing_factors(
-    model: Model, min_max: Mapping[str, MinMax], alpha: float = ALPHA, folder: Path | None = None
+    model: Model, weights: Weights, min_max: Mapping[str, MinMax], alpha: float = ALPHA
 ) -> dict[str, npt.NDArray[np.float32]]:
-    """The factors s of all groups.
+    """The factors s of all groups of a folded graph.
 
     Args:
-        model: a folded graph.
         min_max: of each group's activation, by channel.
         alpha: from 0 to 1.
-        folder: of the file with its weights, if they lie in one.
     """
-    weights = Weights(model, folder or Path())
     factors: dict[str, npt.NDArray[np.float32]] = {}
     for group in find_groups(model):
         low, high = min_max[group.activation]
@@ -91,59 +97,26 @@ def smoothing_factors(
         weight = np.max([np.abs(weights[name]).max(axis=1) for name in group.weights], axis=0).astype(np.float64)
         known = (activation > 0) & (weight > 0)
         powers = np.where(known, activation, 1) ** alpha / np.where(known, weight, 1) ** (1 - alpha)
-        factor = np.maximum(powers, _LEAST).astype(np.float32)
-        factors |= dict.fromkeys(group.weights, factor)
+        factors |= dict.fromkeys(group.weights, np.maximum(powers, _LEAST).astype(np.float32))
     return factors
 
 
-def smooth(model: Model, factors: Factors, folder: Path | None = None, store: InitializerFactory | None = None) -> int:
-    """Divide activations by `factors` and multiply weights with them, in place: → the number of groups.
+def smooth(model: Model, weights: Weights, factors: Factors, store: WeightFile) -> None:
+    """Divide activations by `factors` and multiply weights with them, in place.
 
     Args:
         model: a folded graph; its groups that are in `factors` are smoothed.
         factors: of `smoothing_factors`, for this graph or another one with the same layers.
-        folder: of the file with its weights, if they lie in one.
-        store: makes the initializers of changed weights; by default they lie in the model.
+        store: takes the changed weights.
     """
-    weights = Weights(model, folder or Path())
-    make = store or numpy_helper.from_array
     # A weight may be changed twice: as a layer of one group, and as the producer of the next.
     changes: dict[str, list[npt.NDArray[np.float32]]] = {}
-    groups = [group for group in find_groups(model) if group.weights[0] in factors]
-    for group in groups:
-        factor = factors[group.weights[0]]
-        for name in group.weights:
-            changes.setdefault(name, []).append(factor[:, None])
-        for name in group.producers:
-            changes.setdefault(name, []).append(np.float32(1) / factor)
-    changed = {name: make(math.prod(by, start=weights[name]), name) for name, by in changes.items()}
+    for group in find_groups(model):
+        if (factor := factors.get(group.weights[0])) is not None:
+            for name in group.weights:
+                changes.setdefault(name, []).append(factor[:, None])
+            for name in group.producers:
+                changes.setdefault(name, []).append(np.float32(1) / factor)
+    changed = {name: store.tensor(math.prod(by, start=weights[name]), name) for name, by in changes.items()}
     tensors = [changed.get(tensor.name, tensor) for tensor in model.graph.initializer]
     replace_contents(model, model.graph.node, tensors)
-    return len(groups)
-
-
-def _absorbing_weights(
-    node: Node | None, producers: Mapping[str, Node], constants: set[str], users: Mapping[str, int]
-) -> tuple[str, ...]:
-    """The weights that absorb a division of the output of `node`; empty if there are none."""
-    if node is None:
-        return ()
-    if node.op_type == "LayerNormalization":
-        own = tuple(node.input[1:])
-        last = all(attribute.i == -1 for attribute in node.attribute if attribute.name == "axis")
-        return own if last and all(name in constants for name in own) else ()
-    if node.op_type != "Mul":
-        return ()
-    for name in node.input:
-        add = producers.get(name)
-        if add is None or add.op_type != "Add" or users[name] != 1:
-            continue
-        biases = [each for each in add.input if each in constants]
-        products = [producers[each] for each in add.input if each in producers and producers[each].op_type == "MatMul"]
-        if (
-            len(biases) == len(products) == 1
-            and products[0].input[1] in constants
-            and users[products[0].output[0]] == 1
-        ):
-            return products[0].input[1], biases[0]
-    return ()

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -28,8 +28,6 @@ Node = Any
 
 Arrays = dict[str, Callable[[], npt.NDArray[Any]]]
 """Weights by name, computed when they are called."""
-InitializerFactory = Callable[[npt.NDArray[Any], str], Any]
-"""Makes the initializer (onnx.TensorProto) of an array, with a name."""
 
 NAME = "weights.data"
 """Name of the weight file in a quantized bundle."""
@@ -43,17 +41,14 @@ _HALVES = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 
 
 class Weights:
-    """The initializers of a graph by name; those in a file are read on each access."""
+    """The initializers of a graph by name; those in a file of `folder` are read on each access."""
 
     def __init__(self, model: Model, folder: Path) -> None:
-        self._tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.tensors = {tensor.name: tensor for tensor in model.graph.initializer}
         self._folder = folder
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
-
     def __getitem__(self, name: str) -> npt.NDArray[Any]:
-        tensor = self._tensors[name]
+        tensor = self.tensors[name]
         if uses_external_data(tensor):
             loaded = onnx.TensorProto()
             loaded.CopyFrom(tensor)
@@ -62,30 +57,19 @@ class Weights:
         array: npt.NDArray[Any] = numpy_helper.to_array(tensor)
         return array
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of an initializer, without reading it."""
-        return tuple(self._tensors[name].dims)
-
-    def is_half(self, name: str) -> bool:
-        """Whether an initializer has 16 bits."""
-        return self._tensors[name].data_type in _HALVES
+    def as_float32(self, name: str) -> npt.NDArray[Any]:
+        """An initializer, float32 where it holds floats."""
+        array = self[name]
+        is_float = array.dtype.kind == "f" or array.dtype.name == "bfloat16"
+        return array.astype(np.float32) if is_float else array
 
 
 class WeightFile:
-    """The file that the graphs of a folder refer into, in which each tensor is stored once. A context manager."""
+    """A file, open for writing, that the graphs of its folder refer into; each tensor is stored once."""
 
-    def __init__(self, folder: Path, name: str = NAME) -> None:
-        self._folder, self._name = folder, name
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._path = file, Path(file.name)
         self._places: dict[str, tuple[int, int]] = {}
-        self._file: BinaryIO = (folder / name).open("wb")
-
-    def __enter__(self) -> WeightFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
 
     def save(self, model: Model, source: Path, name: str) -> None:
         """Write `model` to the graph file `name`, and its weights to the weight file, one tensor in memory at a time.
@@ -97,7 +81,7 @@ class WeightFile:
         weights = Weights(model, source)
         for tensor in model.graph.initializer:
             tensor.CopyFrom(self.tensor(weights[tensor.name], tensor.name))
-        onnx.save_model(model, str(self._folder / name))
+        onnx.save_model(model, str(self._path.with_name(name)))
 
     def tensor(self, array: npt.NDArray[Any], name: str) -> Any:
         """An initializer (onnx.TensorProto) that refers to `array` in the file; small arrays lie in it."""
@@ -113,32 +97,27 @@ class WeightFile:
         kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
         made = onnx.TensorProto(name=name, data_type=kind, dims=array.shape)
         made.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in (("location", self._name), ("offset", str(offset)), ("length", str(length))):
-            entry = made.external_data.add()
-            entry.key, entry.value = key, value
+        for key, value in (("location", self._path.name), ("offset", str(offset)), ("length", str(length))):
+            made.external_data.add(key=key, value=value)
         return made
 
 
-def fold_weights(path: Path, store: InitializerFactory | None = None) -> Model:
-    """The graph of `path` with float32 weights, transposes of weights folded, GEGLU gates split off.
+def fold_weights(path: Path, store: WeightFile) -> Model:
+    """The graph of `path` with float32 weights in `store`, transposes of weights folded, GEGLU gates split off.
 
-    A weight is named after the one that it was made from, so that a layer's weight has one name in all graphs of a
-    bundle.
-
-    Args:
-        store: makes the initializers, one weight in memory at a time. By default they lie in the model; beyond 2 GB it
-            can then be saved as external data only.
+    One weight is in memory at a time. It is named after the one that it was made from, so that a layer's weight has
+    one name in all graphs of a bundle.
     """
     model = onnx.load(str(path), load_external_data=False)
     weights = Weights(model, path.parent)
-    arrays: Arrays = {tensor.name: _reader(weights, tensor.name) for tensor in model.graph.initializer}
+    arrays: Arrays = {name: partial(weights.as_float32, name) for name in weights.tensors}
     renamed: dict[str, str] = {}
     kept = []
     for node in model.graph.node:
         for place, name in enumerate(node.input):
             node.input[place] = renamed.get(name, name)
         source = node.input[0] if node.input else ""
-        if node.op_type == "Cast" and source in weights and weights.is_half(source):
+        if node.op_type == "Cast" and source in weights.tensors and weights.tensors[source].data_type in _HALVES:
             renamed[node.output[0]] = source
         elif node.op_type == "Transpose" and source in arrays:
             (order,) = [list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"]
@@ -149,9 +128,7 @@ def fold_weights(path: Path, store: InitializerFactory | None = None) -> Model:
             kept.append(node)
     kept = _split_geglu(kept, arrays, [value.name for value in model.graph.output])
     used = {name for node in kept for name in node.input}
-    make = store or numpy_helper.from_array
-    tensors = [make(array(), name) for name, array in arrays.items() if name in used]
-    replace_contents(model, kept, tensors)
+    replace_contents(model, kept, [store.tensor(array(), name) for name, array in arrays.items() if name in used])
     # The types and shapes in it are those of the weights before folding.
     del model.graph.value_info[:]
     return model
@@ -166,13 +143,26 @@ def replace_contents(model: Model, nodes: Iterable[Node], tensors: Iterable[Any]
     model.graph.initializer.extend(tensors)
 
 
-def _reader(weights: Weights, name: str) -> Callable[[], npt.NDArray[Any]]:
-    def read() -> npt.NDArray[Any]:
-        array = weights[name]
-        is_float = array.dtype.kind == "f" or array.dtype.name == "bfloat16"
-        return array.astype(np.float32) if is_float else array
+def biased_product(
+    name: str, producers: Mapping[str, Node], constants: Collection[str], users: Mapping[str, int]
+) -> tuple[Node, Node, str] | None:
+    """The nodes of x W and x W + b, and the name of b, if the value `name` is that sum with constants W and b, and has
+    one reader, as x W has.
 
-    return read
+    Args:
+        producers: the node of each value.
+        users: how many read each value.
+    """
+    add = producers.get(name)
+    if add is None or add.op_type != "Add" or users[name] != 1:
+        return None
+    biases = [each for each in add.input if each in constants]
+    products = [producers[each] for each in add.input if each in producers and producers[each].op_type == "MatMul"]
+    if len(biases) != 1 or len(products) != 1:
+        return None
+    product = products[0]
+    fits = product.input[1] in constants and users[product.output[0]] == 1
+    return (product, add, biases[0]) if fits else None
 
 
 def _transposed(array: Callable[[], npt.NDArray[Any]], order: list[int]) -> Callable[[], npt.NDArray[Any]]:
@@ -189,27 +179,21 @@ def _split_geglu(nodes: list[Node], arrays: Arrays, outputs: list[str]) -> list[
     users = Counter([*outputs, *(name for node in nodes for name in node.input)])
     replaced: dict[int, list[Node]] = {}
     for node in nodes:
-        add = producers.get(node.input[0]) if node.op_type == "Split" and len(node.output) == 2 else None
-        if add is None or add.op_type != "Add" or users[node.input[0]] != 1:
+        splits = node.op_type == "Split" and len(node.output) == 2
+        found = biased_product(node.input[0], producers, arrays, users) if splits else None
+        if found is None:
             continue
-        biases = [name for name in add.input if name in arrays]
-        products = [producers[name] for name in add.input if name in producers and producers[name].op_type == "MatMul"]
-        if len(biases) != 1 or len(products) != 1 or products[0].input[1] not in arrays:
-            continue
-        product, bias = products[0], biases[0]
+        product, add, bias = found
         shape = arrays[product.input[1]]().shape
-        if users[product.output[0]] != 1 or shape[1] % 2 or arrays[bias]().shape != shape[1:]:
+        if shape[1] % 2 or arrays[bias]().shape != shape[1:]:
             continue
         halves = []
         for index, output in enumerate(node.output):
-            names = [f"{name}/half{index}" for name in (product.input[1], bias, product.output[0])]
-            for name, whole in zip(names, (product.input[1], bias), strict=False):
-                arrays[name] = _half(arrays[whole], index)
+            weight, offset, between = (f"{name}/half{index}" for name in (product.input[1], bias, product.output[0]))
+            arrays[weight], arrays[offset] = _half(arrays[product.input[1]], index), _half(arrays[bias], index)
             halves += [
-                onnx.helper.make_node(
-                    "MatMul", [product.input[0], names[0]], [names[2]], f"{product.name}/half{index}"
-                ),
-                onnx.helper.make_node("Add", [names[2], names[1]], [output], f"{add.name}/half{index}"),
+                onnx.helper.make_node("MatMul", [product.input[0], weight], [between], f"{product.name}/half{index}"),
+                onnx.helper.make_node("Add", [between, offset], [output], f"{add.name}/half{index}"),
             ]
         replaced |= {id(product): [], id(add): [], id(node): halves}
     return [after for node in nodes for after in replaced.get(id(node), [node])]
