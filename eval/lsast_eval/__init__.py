@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from .evaluation import evaluate
 from .metrics.intervals import Score
-from .options import EvalOptions
-from .report import Report
+from .report import EvalOptions, Report
 from .voting.votes import Vote, read_votes, win_rates
 
 __all__ = ["EvalOptions", "Report", "Score", "Vote", "evaluate", "read_votes", "win_rates"]

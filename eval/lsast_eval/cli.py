@@ -12,8 +12,6 @@ import click
 from lsast_engines.cli import Group, combine_options, debug_option, echo, json_option, log_to_stderr, print_result
 from lsast_engines.errors import UsageError
 
-from .options import EvalOptions
-
 _FOLDER = click.Path(path_type=Path)
 
 
@@ -103,6 +101,8 @@ def main(
         raise UsageError(f"found no {' and no '.join(missing)}; lsast-eval needs them (--help lists all options)")
     assert contents is not None
     assert works is not None
+    from .report import EvalOptions
+
     options = replace(EvalOptions(), **{name: value for name, value in chosen.items() if value is not None})
     if threads is not None:
         import torch
@@ -188,12 +188,11 @@ def votes(files: tuple[Path, ...], confidence: float) -> None:
     }
     lines = []
     for name, found in rates.items():
-        width = max(len(_pair(rate.method, rate.other)) for rate in found)
+        pairs = [f"{rate.method} against {rate.other or 'all'}" for rate in found]
         lines += [name, ""]
-        for rate in found:
+        for pair, rate in zip(pairs, found, strict=True):
             counts = f"{rate.wins} won, {rate.ties} tied, {rate.losses} lost"
-            interval = f"[{rate.low:.1%}, {rate.high:.1%}]"
-            lines.append(f"{_pair(rate.method, rate.other):{width}}  {rate.rate:6.1%} {interval}  {counts}")
+            lines.append(f"{pair:{max(map(len, pairs))}}  {rate.rate:6.1%} [{rate.low:.1%}, {rate.high:.1%}]  {counts}")
         lines.append("")
     side = "no decided vote" if left is None else f"the left one was taken {left[0]:.1%} [{left[1]:.1%}, {left[2]:.1%}]"
     lines += [
@@ -201,7 +200,3 @@ def votes(files: tuple[Path, ...], confidence: float) -> None:
         f"* intervals of {confidence:.0%} are Wilson's, as if every vote had a person and a picture of its own",
     ]
     print_result(facts, *lines)
-
-
-def _pair(method: str, other: str | None) -> str:
-    return f"{method} against all" if other is None else f"{method} against {other}"

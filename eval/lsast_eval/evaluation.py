@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,15 +14,13 @@ from lsast_engines.environment import require_extra
 from lsast_engines.errors import PictureError
 from lsast_engines.images import find_pictures, read_on_white
 
-from .contact_sheet import SheetRow
 from .matching import artist_of, match_by_stem
 from .metrics.artist_classifier import FOLDS, PHOTOS, ArtistClassifier, ClassifierQuality, find_classes
 from .metrics.content import edge_f1, flat_gradient, resized, shrunk, ssim
 from .metrics.feature_cache import FeatureCache
 from .metrics.fid_kid import fid, kid
 from .metrics.intervals import Floats, Score, bootstrap_indices, score_of, wilson
-from .options import EvalOptions
-from .report import SMALL_SET, Metric, Report, Row
+from .report import SMALL_SET, EvalOptions, Metric, Report, Row, SheetRow
 
 if TYPE_CHECKING:
     from .metrics.efficientnet import EffNetLite
@@ -101,35 +97,44 @@ def evaluate(
             features = cache if size == 0 else FeatureCache(EffNetLite(size), options.cache_folder(), progress=progress)
             judges[metric] = ArtistClassifier.train(classes, artist, scored, features)
     draws = bootstrap_indices(len(matches.stems), options.bootstrap, options.seed)
-    scorer = _Scorer(cache, network.pooled, work_paths, judges, draws, options)
     content_figures = _content_figures(paths, network, options, progress)
     pooled = {name: cache.vectors(group)[:, network.pooled] for name, group in paths.items()}
     work_vectors = cache.vectors(work_paths)[:, network.pooled]
-    nearest = {name: _nearest(vectors, work_vectors) for name, vectors in pooled.items()}
+    roughness = np.array([flat_gradient(read_on_white(path)) for path in work_paths])
+    directions = work_vectors / np.linalg.norm(work_vectors, axis=1, keepdims=True).clip(1e-12)
+    nearest = {
+        name: [work_paths[index] for index in (vectors @ directions.T).argmax(1)] for name, vectors in pooled.items()
+    }
 
     rows = []
     for name, group in paths.items():
-        taken = {metric: judge.classes_of(group) for metric, judge in judges.items()}
         figures = content_figures[name]
-        scores = {
-            **scorer.style_scores(group, figures["lpips"], taken),
-            **{metric: score_of(values.mean(), values[draws].mean(1)) for metric, values in figures.items()},
-        }
+        figures["roughness"] = np.array([flat_gradient(read_on_white(path)) for path in group]) / roughness.mean()
+        scores = _distances(pooled[name], work_vectors, draws)
+        # Wright and Ommer 2022, eq. 9.
+        lpips, apart = figures["lpips"], scores["fid"]
+        replicates = (1 + lpips[draws].mean(1)) * (1 + apart.replicates)
+        scores["artfid"] = score_of((1 + lpips.mean()) * (1 + apart.value), replicates)
+        taken = {metric: judge.classes_of(group) for metric, judge in judges.items()}
+        for metric, names in taken.items():
+            hits = np.array([name == artist for name in names], dtype=np.float64)
+            low, high = wilson(float(hits.sum()), len(hits))
+            scores[metric] = Score(float(hits.mean()), low, high, hits[draws].mean(1))
+        scores |= {metric: score_of(values.mean(), values[draws].mean(1)) for metric, values in figures.items()}
+        del figures["roughness"]
         pictures: dict[str, dict[str, float | str]] = {}
         for index, stem in enumerate(matches.stems):
             pictures[stem] = {metric: float(values[index]) for metric, values in figures.items()}
-            pictures[stem]["nearest"] = work_paths[nearest[name][index]].name
+            pictures[stem]["nearest"] = nearest[name][index].name
             if "deception" in taken:
                 pictures[stem]["taken_for"] = taken["deception"][index]
         rows.append(Row(name, len(group), scores, pictures))
-    if (reference := scorer.works_reference()) is not None:
+    if (reference := _works_row(work_vectors, roughness, judges, len(matches.stems), options)) is not None:
         rows.append(reference)
 
     first = next(iter(matches.results))
     files = tuple(
-        SheetRow(
-            content, {name: group[index] for name, group in matches.results.items()}, work_paths[nearest[first][index]]
-        )
+        SheetRow(content, {name: group[index] for name, group in matches.results.items()}, nearest[first][index])
         for index, content in enumerate(matches.contents)
     )
     qualities = {metric: judge.quality for metric, judge in judges.items()}
@@ -142,98 +147,61 @@ def evaluate(
     return Report(artist, len(work_paths), metrics, tuple(rows), qualities, tuple(notes), options, files)
 
 
-@dataclass(frozen=True)
-class _Scorer:
-    """The style metrics, against works and resamplings that all methods share."""
-
-    store: FeatureCache
-    pooled: slice
-    works: Sequence[Path]
-    judges: Mapping[str, ArtistClassifier]
-    draws: npt.NDArray[np.int64]
-    options: EvalOptions
-
-    @cached_property
-    def roughness(self) -> npt.NDArray[np.float64]:
-        """`flat_gradient` of each work."""
-        return np.array([flat_gradient(read_on_white(path)) for path in self.works])
-
-    def _pooled(self, paths: Sequence[Path]) -> npt.NDArray[np.float64]:
-        return self.store.vectors(paths)[:, self.pooled].astype(np.float64)
-
-    def style_scores(
-        self, paths: Sequence[Path], lpips: npt.NDArray[np.float64], taken: Mapping[str, Sequence[str]]
-    ) -> dict[str, Score]:
-        """FID, KID, ArtFID, the deception scores and the roughness of one method."""
-        scores = _distances(self._pooled(paths), self._pooled(self.works), self.draws)
-        replicates = (1 + lpips[self.draws].mean(1)) * (1 + scores["fid"].replicates)
-        # Wright and Ommer 2022, eq. 9.
-        scores["artfid"] = score_of((1 + lpips.mean()) * (1 + scores["fid"].value), replicates)
-        for metric, names in taken.items():
-            hits = np.array([name == self.judges[metric].artist for name in names], dtype=np.float64)
-            low, high = wilson(float(hits.sum()), len(hits))
-            scores[metric] = Score(float(hits.mean()), low, high, hits[self.draws].mean(1))
-        rough = np.array([flat_gradient(read_on_white(path)) for path in paths]) / self.roughness.mean()
-        scores["roughness"] = score_of(rough.mean(), rough[self.draws].mean(1))
-        return scores
-
-    def works_reference(self) -> Row | None:
-        """As many works as there are contents (at most half of them) against the other works: what is within reach."""
-        count = min(self.draws.shape[1], len(self.works) // 2)
-        if count < 2 or len(self.works) - count < 2:
-            return None
-        order = np.random.default_rng(self.options.seed).permutation(len(self.works))
-        vectors = self._pooled(self.works)
-        draws = bootstrap_indices(count, self.options.bootstrap, self.options.seed)
-        scores = _distances(vectors[order[:count]], vectors[order[count:]], draws)
-        for metric, judge in self.judges.items():
-            quality = judge.quality
-            total = quality.classes[judge.artist]
-            low, high = wilson(quality.recall * total, total)
-            scores[metric] = Score(quality.recall, low, high, np.full(len(draws), quality.recall))
-        rough = self.roughness[order[:count]] / self.roughness.mean()
-        scores["roughness"] = score_of(rough.mean(), rough[draws].mean(1))
-        return Row(WORKS, count, scores)
+def _works_row(
+    vectors: npt.NDArray[np.float32],
+    roughness: Floats,
+    judges: Mapping[str, ArtistClassifier],
+    contents: int,
+    options: EvalOptions,
+) -> Row | None:
+    """As many works as there are contents (at most half of them) against the other works: what is within reach."""
+    count = min(contents, len(vectors) // 2)
+    if count < 2 or len(vectors) - count < 2:
+        return None
+    order = np.random.default_rng(options.seed).permutation(len(vectors))
+    draws = bootstrap_indices(count, options.bootstrap, options.seed)
+    scores = _distances(vectors[order[:count]], vectors[order[count:]], draws)
+    for metric, judge in judges.items():
+        recall, total = judge.quality.recall, judge.quality.classes[judge.artist]
+        scores[metric] = Score(recall, *wilson(recall * total, total), np.full(len(draws), recall))
+    rough = roughness[order[:count]] / roughness.mean()
+    scores["roughness"] = score_of(rough.mean(), rough[draws].mean(1))
+    return Row(WORKS, count, scores)
 
 
-def _distances(vectors: Floats, works: Floats, draws: npt.NDArray[np.int64]) -> dict[str, Score]:
+def _distances(
+    vectors: npt.NDArray[np.float32], works: npt.NDArray[np.float32], draws: npt.NDArray[np.int64]
+) -> dict[str, Score]:
     """FID and KID of vectors [N, D] to those of works."""
-    return {"fid": score_of(*fid(vectors, works, draws)), "kid": score_of(*kid(vectors, works, draws))}
+    x, y = vectors.astype(np.float64), works.astype(np.float64)
+    return {"fid": score_of(*fid(x, y, draws)), "kid": score_of(*kid(x, y, draws))}
 
 
 def _content_figures(
     paths: Mapping[str, Sequence[Path]], network: EffNetLite, options: EvalOptions, progress: bool
-) -> dict[str, dict[str, npt.NDArray[np.float64]]]:
+) -> dict[str, dict[str, Floats]]:
     """Row → content metric → a figure for each picture [N]."""
     from .metrics.efficientnet import perceptual_distance, structure_distance
 
     metrics = ("lpips", "ssim", "edge_f1", "cfsd")
     figures = {name: {metric: np.zeros(len(group)) for metric in metrics} for name, group in paths.items()}
-    jobs = len(paths[CONTENTS])
-    with tqdm(total=jobs, desc="contents", unit="picture", leave=False, disable=None if progress else True) as bar:
-        for index, path in enumerate(paths[CONTENTS]):
-            content = shrunk(read_on_white(path), options.size)
-            if min(content.shape[:2]) < 32:
-                raise PictureError(f"{path} is {content.shape[1]} by {content.shape[0]} pixels; expected at least 32")
-            maps = network.feature_maps(content)
-            for name, group in paths.items():
-                result, found = content, maps
-                if name != CONTENTS:
-                    result = resized(read_on_white(group[index]), *content.shape[:2])
-                    found = network.feature_maps(result)
-                row = figures[name]
-                row["ssim"][index] = ssim(content, result)
-                row["edge_f1"][index] = edge_f1(content, result)
-                row["lpips"][index] = perceptual_distance(maps, found)
-                row["cfsd"][index] = structure_distance(maps, found)
-            bar.update()
+    bar = tqdm(paths[CONTENTS], "contents", unit="picture", leave=False, disable=None if progress else True)
+    for index, path in enumerate(bar):
+        content = shrunk(read_on_white(path), options.size)
+        if min(content.shape[:2]) < 32:
+            raise PictureError(f"{path} is {content.shape[1]} by {content.shape[0]} pixels; expected at least 32")
+        maps = network.feature_maps(content)
+        for name, group in paths.items():
+            result, found = content, maps
+            if name != CONTENTS:
+                result = resized(read_on_white(group[index]), *content.shape[:2])
+                found = network.feature_maps(result)
+            row = figures[name]
+            row["ssim"][index] = ssim(content, result)
+            row["edge_f1"][index] = edge_f1(content, result)
+            row["lpips"][index] = perceptual_distance(maps, found)
+            row["cfsd"][index] = structure_distance(maps, found)
     return figures
-
-
-def _nearest(vectors: npt.NDArray[np.float32], works: npt.NDArray[np.float32]) -> list[int]:
-    """Index of the work whose vector has the largest cosine with each vector."""
-    similarity = vectors @ (works / np.linalg.norm(works, axis=1, keepdims=True).clip(1e-12)).T
-    return [int(index) for index in similarity.argmax(1)]
 
 
 def _notes(count: int, works: int, artist: str, judges: Mapping[str, ClassifierQuality]) -> list[str]:

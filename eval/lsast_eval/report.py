@@ -1,28 +1,60 @@
-"""The report of an evaluation: as a table, as JSON, and as a contact sheet."""
+"""The report of an evaluation, made with some options: as a table, as JSON, and as a contact sheet."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
+from lsast_engines.declared_options import Range, option_faults
 from lsast_engines.environment import package_version
-from lsast_engines.errors import UsageError
+from lsast_engines.errors import UsageError, fault_list
+from lsast_engines.files import cache_home, replace_file
+from lsast_engines.images import read_on_white
 
-from .contact_sheet import SheetRow, write_sheet
 from .metrics.artist_classifier import ClassifierQuality
 from .metrics.intervals import CONFIDENCE, Score, score_of
-from .options import EvalOptions
 
 FORMAT = 3
 """Format number of the report's JSON."""
 SMALL_SET = 2000
 """Number of pictures below which FID depends more on their number than on their style."""
 
-Better = Literal["lower", "higher"]
+_CELL, _GAP, _TEXT = 256, 8, 15
+"""Pixels: longer side of a picture, space between two, height of the letters."""
+_PAPER, _INK = (250, 250, 248), (30, 30, 30)
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Options of `evaluate`.
+
+    Raises:
+        UsageError: invalid values; all at once.
+    """
+
+    size: Annotated[int, Range(64)] = 512
+    """Shorter side, in pixels, at which a result is compared with its content.
+
+    A content is only ever shrunk to it, and a result is brought to the content's height and width.
+    """
+    bootstrap: Annotated[int, Range(20)] = 300
+    """Resamplings behind an interval."""
+    seed: Annotated[int, Range(0)] = 0
+    """Seed of the resampling, and of the draw of works in the reference row."""
+    cache: Path | None = None
+    """Folder for features by file hash. [default: ``eval`` in ``$LSAST_HOME``, else in lsast's XDG cache folder]"""
+
+    def __post_init__(self) -> None:
+        if faults := option_faults(EvalOptions, vars(self)):
+            raise UsageError(fault_list("invalid options:", faults))
+
+    def cache_folder(self) -> Path:
+        """Where features are kept; it need not exist."""
+        return self.cache or cache_home() / "eval"
 
 
 @dataclass(frozen=True)
@@ -30,7 +62,7 @@ class Metric:
     """A row of the table."""
 
     name: str
-    better: Better
+    better: Literal["lower", "higher"]
     about: Literal["style", "content"]
 
 
@@ -46,6 +78,17 @@ class Row:
     """Metric → score; a reference may lack some."""
     pictures: Mapping[str, Mapping[str, float | str]] = field(default_factory=dict)
     """Stem → content metrics of the picture, ``taken_for`` (its predicted class) and ``nearest`` (file of a work)."""
+
+
+@dataclass(frozen=True)
+class SheetRow:
+    """The files of one row."""
+
+    content: Path
+    results: Mapping[str, Path]
+    """Method → its result."""
+    nearest: Path
+    """The work nearest to the first method's result, in feature space."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +174,26 @@ class Report:
         """
         if rows < 1:
             raise UsageError(f"found {rows} rows; expected at least 1")
+        from PIL import Image, ImageDraw, ImageFont, ImageOps
+
         picked = np.unique(np.linspace(0, len(self.files) - 1, min(rows, len(self.files))).round().astype(int))
-        write_sheet(path, [self.files[index] for index in picked], self.artist)
+        font = ImageFont.load_default(_TEXT)
+        first, *others = self.files[0].results
+        labels = ["content", first, *others, f"{self.artist}: nearest to {first}"]
+        top, step = 2 * _TEXT + _GAP, _CELL + _GAP
+        sheet = Image.new("RGB", (len(labels) * step + _GAP, top + len(picked) * step), _PAPER)
+        draw = ImageDraw.Draw(sheet)
+        for column, label in enumerate(labels):
+            while len(label) > 1 and draw.textlength(label, font) > _CELL:
+                label = label[:-2] + "…"
+            draw.text((_GAP + column * step, _GAP), label, _INK, font)
+        for line, row in enumerate(self.files[index] for index in picked):
+            for column, file in enumerate((row.content, *row.results.values(), row.nearest)):
+                picture = Image.fromarray(read_on_white(file))
+                cell = ImageOps.pad(picture, (_CELL, _CELL), Image.Resampling.LANCZOS, _PAPER)
+                sheet.paste(cell, (_GAP + column * step, top + line * step))
+        with replace_file(path) as handle:
+            sheet.save(handle, format="PNG")
 
 
 def _row_json(row: Row) -> dict[str, Any]:

@@ -52,8 +52,8 @@ def test_resized_averages_where_it_shrinks() -> None:
     wide = np.zeros((100, 150, 3), np.uint8)
     assert (shrunk(wide, 64).shape, resized(wide, 30, 200).shape) == ((64, 96, 3), (30, 200, 3))
     assert shrunk(wide, 512) is wide
-    checks = np.indices((64, 64)).sum(0)[:, :, None].repeat(3, 2) % 2 * 255
-    assert np.abs(resized(checks.astype(np.uint8), 32, 32).astype(int) - 127.5).max() <= 1
+    checks = (np.indices((64, 64)).sum(0)[:, :, None].repeat(3, 2) % 2 * 255).astype(np.uint8)
+    assert np.abs(resized(checks, 32, 32).astype(int) - 127.5).max() <= 1
 
 
 def test_flat_gradient_is_that_of_the_flattest_quarter() -> None:
