@@ -205,13 +205,7 @@ class UniPc:
         self._x0s = [*self._x0s[-1:], x0]
         self._order = 2 if index > 0 and math.isfinite(self._h(index)) else 1
         self._x_before = x
-        return self._predict(index, x)
-
-    def _predict(self, index: int, x: Array) -> Array:
-        """UniP: from step `index` to the next."""
-        if self._order == 1:
-            return self._update(index, x, 0)
-        return self._update(index, x, 0.5 * self._d1(index))
+        return self._update(index, x, 0 if self._order == 1 else 0.5 * self._d1(index))
 
     def _correct(self, index: int, x0_t: Array) -> Array:
         """UniC: step `index` again, with the data prediction `x0_t` at its end."""

@@ -15,7 +15,6 @@ from benchmarks.bench import measure as bench_measure
 from benchmarks.bench.__main__ import main
 from benchmarks.bench.peak_flops import matmul_graph, quantized_matmul_graph, spec
 from benchmarks.bench.report import markdown
-from benchmarks.speed.compare import whole
 from lsast_engines.backends.registry import open_engine
 
 
@@ -109,32 +108,3 @@ def test_bench_report_holds_warm_cold_and_limits(folder: Path, small_products: N
     tables = markdown(report)
     assert all(title in tables for title in ("The limit", "Pictures", "Graphs and phases", "A new process"))
     assert f"n = 2; median (spread); load of the machine at the beginning {report['machine']['load']:.2f}" in tables
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--option", "speed=1"), "found the axis speed, no option"),
-        (("--option", "steps"), "expected an option and its values"),
-        (("--sizes", "big"), "found sizes 'big'"),
-        (("--batch", "0"), "found batches '0'"),
-        (("--preset", "quickest"), "found preset 'quickest'"),
-        (("--backend", "openvino:fp64"), "found 'openvino:fp64'; expected BACKEND or BACKEND:DTYPE"),
-        (("--repeats", "0"), "--repeats"),
-    ],
-)
-def test_bench_wrong_usage_is_refused_before_measuring(
-    arguments: tuple[str, str], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bench_measure, "run_worker", lambda *_: pytest.fail("measured"))
-    result = _run(*arguments)
-    assert result.exit_code == 2
-    assert message in result.stderr
-
-
-def test_whole_extrapolates_unmeasured_steps_at_the_median() -> None:
-    pictures, steps = whole([10.0, 12.0], [[1.0, 2.0], [3.0, 2.0]], measured=3, total=35)
-    assert (steps.n, steps.median) == (4, 2.0)
-    assert (pictures.least, pictures.most) == (10 + 32 * 2.0, 12 + 32 * 2.0)
-    pictures, _ = whole([10.0], [[1.0, 2.0]], measured=35, total=35)
-    assert pictures.median == 10.0

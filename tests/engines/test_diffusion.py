@@ -202,7 +202,8 @@ def test_ddim_lsast_grid_matches_the_released_code() -> None:
                 start, timesteps = -1, []
             if not timesteps:
                 failed += 1
-                with pytest.raises(UsageError, match=rf"found ({steps}|{strength} at {steps} steps); .* that code"):
+                words = "that code('s grid would go by| would take no step| would noise to point)"
+                with pytest.raises(UsageError, match=rf"found ({steps}|{strength} at {steps} steps); .* {words}"):
                     TimestepSchedule.build(NoiseSchedule(), steps, strength, 10, "ddim_lsast")
                 continue
             ran += 1
@@ -211,21 +212,8 @@ def test_ddim_lsast_grid_matches_the_released_code() -> None:
             assert all(step.stage == step.t // 100 for step in schedule.steps)
     assert ran > 500
     assert failed > 500
-
-
-@pytest.mark.parametrize(
-    ("steps", "strength", "words"),
-    [
-        (50, 1.0, "noise to point 50 of a grid whose last is 49"),
-        (50, 0.01, r"expected at least 0\.02 .* no step"),
-        (333, 0.7, "by 3 up to t = 1000, past its last timestep 999"),
-        (1001, 0.7, "expected 1 to 1000 with ddim_lsast"),
-        (0, 0.7, "expected 1 to 1000 with ddim_lsast"),
-    ],
-)
-def test_ddim_lsast_schedule_that_the_release_cannot_run_is_refused(steps: int, strength: float, words: str) -> None:
-    with pytest.raises(UsageError, match=words):
-        TimestepSchedule.build(NoiseSchedule(), steps, strength, 10, "ddim_lsast")
+    with pytest.raises(UsageError, match="expected 1 to 1000 with ddim_lsast"):
+        TimestepSchedule.build(NoiseSchedule(), 1001, 0.7, 10, "ddim_lsast")
 
 
 @both_sets
