@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +17,14 @@ from importlib.resources import files
 from itertools import combinations
 from pathlib import Path
 from threading import Lock
-from typing import Any, get_args
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
 
-from lsast_engines.bundle.json_fields import parse_json
-from lsast_engines.errors import LsastError, UsageError, shown
+from lsast_engines.bundle.json_fields import parse_json, read_object
+from lsast_engines.declared_options import Range
+from lsast_engines.errors import LsastError, UsageError, fault_list, shown
 from lsast_engines.images import find_pictures, read_on_white
 
 from ..matching import match_by_stem
@@ -54,6 +54,15 @@ class Pair:
     """Content, left, right."""
     works: tuple[Path, ...]
     """Works of the artist shown beside it."""
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What the page sends."""
+
+    pair: Annotated[int, Range(0)]
+    choice: Choice
+    seconds: Annotated[float, Range(0)]
 
 
 def draw_pairs(contents: Path, methods: Mapping[str, Path], works: Path | None, seed: int) -> list[Pair]:
@@ -98,15 +107,14 @@ class VoteSession:
             for vote in (read_votes([out]) if out.exists() else [])
             if (vote.voter, vote.artist) == (voter, artist)
         }
+        self._pictures: dict[str, tuple[int, Path, Path]] = {}
+        self._total = len(pairs)
+        self._lock = Lock()
         self._open = {
-            number: pair
+            number: (pair, self._question(number, pair))
             for number, pair in enumerate(pairs)
             if (pair.content, frozenset((pair.left, pair.right))) not in said
         }
-        self._total = len(pairs)
-        self._lock = Lock()
-        self._pictures: dict[str, tuple[int, Path, Path]] = {}
-        self._names: dict[tuple[int, Path], str] = {}
 
     @property
     def remaining(self) -> int:
@@ -118,20 +126,8 @@ class VoteSession:
         with self._lock:
             if not self._open:
                 return {"done": True}
-            number, pair = next(iter(self._open.items()))
-            content, left, right = [self._random_name(number, path, pair.files[0]) for path in pair.files]
-            works = [self._random_name(number, path, path) for path in pair.works]
-            return {
-                "done": False,
-                "pair": number,
-                "artist": self._artist,
-                "content": content,
-                "left": left,
-                "right": right,
-                "works": works,
-                "number": self._total - len(self._open) + 1,
-                "total": self._total,
-            }
+            _, question = next(iter(self._open.values()))
+            return {**question, "done": False, "number": self._total - len(self._open) + 1, "total": self._total}
 
     def answer(self, data: Any) -> None:
         """Write the vote that the page sent, as parsed JSON.
@@ -139,21 +135,18 @@ class VoteSession:
         Raises:
             UsageError: not a vote, or not for a pair that is open.
         """
-        if not isinstance(data, dict) or data.keys() != {"pair", "choice", "seconds"}:
-            raise UsageError("expected an object of pair, choice and seconds")
-        number, choice, seconds = data["pair"], data["choice"], data["seconds"]
-        if choice not in get_args(Choice) or type(number) is not int:
-            raise UsageError(f"expected a pair's number and a choice of {', '.join(get_args(Choice))}")
-        if type(seconds) not in (int, float) or not math.isfinite(seconds) or seconds < 0:
-            raise UsageError("expected seconds of 0 or more")
+        faults: list[str] = []
+        answer = read_object(_Answer, data, "", faults)
+        if answer is None:
+            raise UsageError(fault_list("this is no vote:", faults))
         with self._lock:
-            pair = self._open.get(number)
+            pair, _ = self._open.get(answer.pair, (None, None))
             if pair is None:
-                raise UsageError(f"pair {number} has its vote, or does not exist; reload the page")
+                raise UsageError(f"pair {answer.pair} has its vote, or does not exist; reload the page")
             time = datetime.now(timezone.utc).isoformat(timespec="seconds")
             names = (self._artist, pair.content, pair.left, pair.right)
-            append_vote(self._out, Vote(*names, choice, self._voter, round(float(seconds), 2), time))
-            del self._open[number]
+            append_vote(self._out, Vote(*names, answer.choice, self._voter, round(answer.seconds, 2), time))
+            del self._open[answer.pair]
 
     def picture(self, name: str) -> bytes | None:
         """The PNG that the page knows by this name, or None.
@@ -176,13 +169,19 @@ class VoteSession:
         Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
         return buffer.getvalue()
 
-    def _random_name(self, number: int, path: Path, like: Path) -> str:
-        # A new name in every pair: people could remember a name that stays the same.
-        key = (number, path)
-        if key not in self._names:
-            self._names[key] = f"picture/{secrets.token_hex(8)}"
-            self._pictures[self._names[key]] = (number, path, like)
-        return self._names[key]
+    def _question(self, number: int, pair: Pair) -> dict[str, Any]:
+        """A pair as JSON, its pictures by random names, new in every pair: people could remember one that stays."""
+
+        def names(paths: Sequence[Path], like: Path | None) -> list[str]:
+            made = {f"picture/{secrets.token_hex(8)}": (number, path, like or path) for path in paths}
+            self._pictures |= made
+            return list(made)
+
+        content, left, right = names(pair.files, pair.files[0])
+        works = names(pair.works, None)
+        return {
+            "pair": number, "artist": self._artist, "content": content, "left": left, "right": right, "works": works
+        }  # fmt: skip
 
 
 class _Server(ThreadingHTTPServer):
