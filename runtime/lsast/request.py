@@ -19,11 +19,11 @@ from lsast_engines.diffusion import Solver, TimestepSchedule, make_solver
 from lsast_engines.errors import BundleError, UnknownStyleError, UsageError, did_you_mean, fault_list
 from lsast_engines.images import canny_edges, on_white, read_picture
 
-from .images.canvas import Pixels, Previewer, canvas_for, released_edge_input, resize
+from .images.canvas import Canvas, Pixels, Previewer, released_edge_input, resize
 from .images.mask import composite, keep_colour, read_mask, to_latent_mask
 from .options.options import Options, current_options, rules
 from .options.style_mix import Mix
-from .sampling.batch import MixedStyle, Palette, Sample, StyleSource, X0Blend
+from .sampling.batch import MixedStyle, Palette, Sample, X0Blend
 from .sampling.networks import Floats
 from .sampling.tiling import WHOLE_UP_TO, TileGrid
 from .sessions.native_calls import native_call
@@ -65,7 +65,7 @@ class Request:
             rgb, alpha = self.source.rgb, self.source.alpha
             rgb = rgb if options.alpha == "keep" else on_white(rgb, alpha)
             self.mask = None if mask is None else read_mask(mask, self.source.size, options.feather, max_megapixels)
-            self._canvas = canvas_for(self.source.size, options.size, manifest.multiple, options.fit)
+            self._canvas = Canvas.fit(self.source.size, options.size, manifest.multiple, options.fit)
             self._rgb = resize(rgb, self._canvas.own)
             self._alpha, self._mask = (
                 None if plane is None else resize(plane, self._canvas.own) for plane in (alpha, self.mask)
@@ -107,7 +107,7 @@ class Request:
     def prepare(self) -> Sample:
         """The picture as the sampler takes it."""
         mix = Mix.parse(self.options.style)
-        style: StyleSource = self.styles[mix.terms[0].style]
+        style: StyleFile | MixedStyle = self.styles[mix.terms[0].style]
         if not mix.is_single:
             style = MixedStyle(mix, self.styles, self._bundle.null_style, self._bundle.manifest.attention_layers)
         return Sample(

@@ -29,12 +29,18 @@ class Canvas:
     """Height and width of the canvas: `inner` rounded up to legal multiples."""
 
     @classmethod
-    def fit(cls, own: tuple[int, int], size: int, multiple: int) -> Canvas:
+    def fit(
+        cls, own: tuple[int, int], size: int, multiple: int, fit: Literal["aspect", "stretch"] = "aspect"
+    ) -> Canvas:
         """The canvas for a picture of `own` height and width; legal sides are multiples of `multiple` pixels.
 
-        It has about size * size pixels, with `size` 0 those of the picture. Very long pictures are scaled further down,
-        because a side cannot be less than `multiple`.
+        See `Options.size` and `Options.fit`. Very long pictures are scaled further down, because a side cannot be less
+        than `multiple`. With "stretch" the picture is first resized to the canvas, a square, as the released code does
+        (docs/method.md §4, steps 1 and 2).
         """
+        if fit == "stretch":
+            square = (_round_up(size, multiple),) * 2
+            return cls(square, square, square)
         scale = 1.0
         if size:
             scale = min(size / math.sqrt(own[0] * own[1]), size * size / multiple / max(own))
@@ -61,15 +67,6 @@ class Canvas:
         (height, width), (outer_height, outer_width) = self.inner, self.outer
         top, left = (outer_height - height) // 2, (outer_width - width) // 2
         return resize(painted[top : top + height, left : left + width], self.own)
-
-
-def canvas_for(own: tuple[int, int], size: int, multiple: int, fit: Literal["aspect", "stretch"]) -> Canvas:
-    """The canvas for a picture of `own` height and width; see `Options.size` and `Options.fit`. With "stretch" it is a
-    square, to which the picture is resized first, as the released code does (docs/method.md §4, steps 1 and 2)."""
-    if fit == "aspect":
-        return Canvas.fit(own, size, multiple)
-    square = (_round_up(size, multiple),) * 2
-    return Canvas(square, square, square)
 
 
 def released_edge_input(rgb: Pixels, size: tuple[int, int]) -> Pixels:

@@ -15,7 +15,7 @@ from lsast_engines.images import read_picture
 from lsast_engines.removed import REMOVED_OPTIONS, RENAMED_OPTIONS
 
 from ..options.options import Options, rules
-from .canvas import canvas_for
+from .canvas import Canvas
 from .formats import check_format
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def contact_sheet(
     source = read_picture(picture, stylizer.max_megapixels)  # once; a stream cannot be read again
     if mask is not None:
         options["mask"] = read_picture(mask, stylizer.max_megapixels)
-    canvases = [canvas_for(source.size, o.size, stylizer.bundle.manifest.multiple, o.fit) for o in resolved]
+    canvases = [Canvas.fit(source.size, o.size, stylizer.bundle.manifest.multiple, o.fit) for o in resolved]
     sizes = [_thumbnail_size(canvas.own[::-1]) for canvas in canvases]
     cell = max(width for width, _ in sizes), max(height for _, height in sizes)
     image, corners = _labelled_sheet(cell, column_labels, row_labels, out)

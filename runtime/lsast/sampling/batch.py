@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,19 +12,11 @@ from lsast_engines.bundle.manifest import AttentionLayer
 from lsast_engines.bundle.style import LatentStatistics, StageKV, Style, StyleFile
 from lsast_engines.diffusion import Array, NoiseLevel, Solver, TimestepSchedule
 
-from ..options.style_mix import GROUPS, Mix
+from ..options.style_mix import Mix
 from .networks import Floats, Pixels
 
-
-class StyleSource(Protocol):
-    """A style, or a mix of styles."""
-
-    def stage(self, stage: int) -> StageKV:
-        """Keys and values of one stage."""
-
-
-_NETWORKS = {"kv_unet": "unet", "kv_control": "control"}
-"""The tensors of a `StageKV`, and the network of each."""
+_TENSORS = {"unet": "kv_unet", "control": "kv_control"}
+"""The tensor of a `StageKV` for each network."""
 
 
 class MixedStyle:
@@ -37,37 +28,22 @@ class MixedStyle:
     ) -> None:
         """Mix `styles`, all of one base, whose unconditional keys and values are `null`; `layers` are its
         `attention_layers`."""
-        self._mix = mix
-        self._styles = styles
-        self._null = null
-        self._columns = {
-            (tensor, group): [
-                slice(layer.offset, layer.offset + 2 * layer.width)
-                for layer in layers
-                if (layer.network, layer.group) == (network, group)
-            ]
-            for tensor, network in _NETWORKS.items()
-            for group in GROUPS
-        }
+        self._mix, self._styles, self._null, self._layers = mix, styles, null, layers
 
     def stage(self, stage: int) -> StageKV:
         """Keys and values of one stage, 0 … stages - 1, in new arrays; a `StyleError` where a file is damaged."""
         null = self._null.stage(min(stage, self._null.stages - 1))
         mixed = StageKV(np.array(null.kv_unet), np.array(null.kv_control))
-        for group in GROUPS:
-            terms = [term for term in self._mix.terms if term.applies_to(stage, group)]
+        for layer in self._layers:
+            tensor, columns = _TENSORS[layer.network], slice(layer.offset, layer.offset + 2 * layer.width)
+            terms = [term for term in self._mix.terms if term.applies_to(stage, layer.group)]
             total = sum(term.weight for term in terms)
-            for tensor in _NETWORKS if terms else ():
-                for columns in self._columns[tensor, group]:
-                    getattr(mixed, tensor)[:, columns] = sum(
-                        term.weight / total * self._columns_of(term.style, stage, tensor)[:, columns].astype(np.float64)
-                        for term in terms
-                    )
+            rows = [getattr(self._styles[term.style].stage(stage), tensor)[:, columns] for term in terms]
+            if terms:
+                getattr(mixed, tensor)[:, columns] = sum(
+                    term.weight / total * row.astype(np.float64) for term, row in zip(terms, rows, strict=True)
+                )
         return mixed
-
-    def _columns_of(self, style: str, stage: int, tensor: str) -> npt.NDArray[np.float32]:
-        values: npt.NDArray[np.float32] = getattr(self._styles[style].stage(stage), tensor)
-        return values
 
 
 @dataclass(frozen=True)
@@ -119,7 +95,7 @@ class Sample:
     """[H, W, 3]."""
     edges: Pixels
     """[H, W] of 0 and 1."""
-    style: StyleSource
+    style: StyleFile | Style | MixedStyle
     schedule: TimestepSchedule
     """The steps; all pictures of a batch have equally many."""
     solver: Callable[[Floats], Solver]

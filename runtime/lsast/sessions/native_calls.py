@@ -44,28 +44,29 @@ _calls = _Calls()
 @contextlib.contextmanager
 def native_call() -> Iterator[None]:
     """The end of Python waits for the block, which must end by itself. Raises a `UsageError` if it has begun."""
-    calls = _calls
-    calls.add(1)
-    try:
+    with _counted(1):
         require_python()
         yield
-    finally:
-        if calls is _calls:  # else this is a forked process, where nobody unlocks what another thread had locked
-            calls.add(-1)
 
 
 @contextlib.contextmanager
 def user_code() -> Iterator[None]:
     """A block inside `native_call` that calls a function of the user, for which the end of Python does not wait; a
     `UsageError` if it has begun meanwhile."""
+    with _counted(-1):
+        yield
+    require_python()
+
+
+@contextlib.contextmanager
+def _counted(number: int) -> Iterator[None]:
     calls = _calls
-    calls.add(-1)
+    calls.add(number)
     try:
         yield
     finally:
-        if calls is _calls:
-            calls.add(1)
-    require_python()
+        if calls is _calls:  # else this is a forked process, where nobody unlocks what another thread had locked
+            calls.add(-number)
 
 
 def calling_threads() -> set[int]:
