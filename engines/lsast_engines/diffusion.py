@@ -264,8 +264,7 @@ def make_solver(schedule: TimestepSchedule) -> Solver:
     return SOLVERS[schedule.solver].make(schedule.levels())
 
 
-_OFFSET = 1
-"""The first timestep of every grid, ``steps_offset`` in diffusers."""
+_OFFSET = 1  # the first timestep of every grid, ``steps_offset`` in diffusers
 
 
 @dataclass(frozen=True)

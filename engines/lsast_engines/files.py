@@ -27,8 +27,7 @@ _UNFINISHED = re.compile(r"\.lsast-[0-9a-f]{16}\.tmp")
 NOWHERE = Path(os.devnull) / "lsast"
 """The user's folder where there is no home, or one of another user: nothing is found in it, and it cannot be made."""
 
-_swept: set[Path] = set()
-"""No lock guards it: a fork might copy one that is held."""
+_swept: set[Path] = set()  # no lock guards it: a fork might copy one that is held
 
 
 @contextlib.contextmanager

@@ -235,10 +235,7 @@ def output_shapes(spec: GraphSpec, shapes: Mapping[str, Shape]) -> dict[str, Sha
 
 
 def check_interface(
-    spec: GraphSpec,
-    inputs: Mapping[str, tuple[str, tuple[int | None, ...]]],
-    outputs: Mapping[str, str],
-    path: Path,
+    spec: GraphSpec, inputs: Mapping[str, tuple[str, tuple[int | None, ...]]], outputs: Mapping[str, str], path: Path
 ) -> None:
     """Check that the graph file `path` has the inputs and outputs of its spec: types and shapes of inputs by name, in
     which None is a dynamic axis, and types of outputs.

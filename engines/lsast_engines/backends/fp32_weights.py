@@ -21,15 +21,7 @@ import numpy as np
 from ..bundle.manifest import declared_hashes
 from ..bundle.safetensors_header import Slot, encode_header, read_slots
 from ..errors import BackendError, shown
-from ..files import (
-    FOR_OTHERS_TO_READ,
-    MAKE_OWN,
-    cache_home,
-    file_sha256,
-    make_folder,
-    replace_file,
-    written_by_others,
-)
+from ..files import FOR_OTHERS_TO_READ, MAKE_OWN, cache_home, file_sha256, make_folder, replace_file, written_by_others
 from .graph_cache import SOURCE, read_source
 from .onnx_file import encode, values
 
@@ -37,11 +29,8 @@ MIN_BYTES = 1 << 30
 """Minimum size of a weight file to convert; smaller ones are left to the backend."""
 
 _WEIGHTS, _DIGEST_SUFFIX = "base.safetensors", ".sha256"
-_FLOAT, _HALVES = 1, {"F16": 10, "BF16": 16}
-"""Numbers of types in ONNX (TensorProto.DataType), by safetensors' name."""
-
-_EXTERNAL = 1
-"""TensorProto.DataLocation of a weight in a file."""
+_FLOAT, _HALVES = 1, {"F16": 10, "BF16": 16}  # TensorProto.DataType, by safetensors' name
+_EXTERNAL = 1  # TensorProto.DataLocation of a weight in a file
 
 _log = logging.getLogger("lsast.fp32_weights")
 

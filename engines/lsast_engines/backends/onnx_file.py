@@ -29,14 +29,11 @@ _MAX_FAULTS = 10
 _MAX_RANK = 8
 _MAX_ELEMENTS = 1 << 40
 
+# Bytes of an element by TensorProto.DataType.
 _ITEM_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
-"""Bytes of an element by TensorProto.DataType."""
-
+# The field that holds an attribute's value, by its type: float, int, text, tensor, floats, ints, texts.
 _VALUE_FIELDS = {1: 2, 2: 3, 3: 4, 4: 5, 6: 7, 7: 8, 8: 9}
-"""The field that holds an attribute's value, by its type: float, int, text, tensor, floats, ints, texts."""
-
-_TENSOR, _LISTS = 4, (6, 7, 8)
-"""Types of attributes: a tensor; those that may be empty or hold several values."""
+_TENSOR, _LISTS = 4, (6, 7, 8)  # types of attributes: a tensor; those that may be empty or hold several values
 
 
 def values(message: bytes) -> defaultdict[int, list[Any]]:

@@ -39,8 +39,8 @@ GPU_SUFFIX = ".fp16.onnx"
 KEPT_SESSIONS = 2
 """Picture sizes for which a GPU session is kept, e.g. portrait and landscape; each holds the weights once."""
 
-_GRAPH, _WEIGHTS = "graph.onnx", "weights.bin"
-"""Files of an entry in the graph cache."""
+_GRAPH, _WEIGHTS = "graph.onnx", "weights.bin"  # files of an entry in the graph cache
+_MIN_EXTERNAL_BYTES = 1024  # smaller constants stay in `_GRAPH`, since ONNX Runtime computes shapes from them
 
 _CUDA_OPTIONS = {
     "use_tf32": "0",  # it has the 10 mantissa bits of fp16, which is not what fp32 promises
@@ -51,9 +51,6 @@ _CUDA_OPTIONS = {
 """Options of the CUDA provider (onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html)."""
 
 _DRIVER = "install or update the NVIDIA driver; nvidia-smi shows it"
-
-_MIN_EXTERNAL_BYTES = 1024
-"""Smaller constants stay in `_GRAPH`, since ONNX Runtime computes shapes from them."""
 
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
 

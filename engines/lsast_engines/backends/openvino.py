@@ -21,14 +21,13 @@ from .base import Array, ComputeDtype, Engine, check_interface, import_library, 
 from .graph_cache import open_cached
 from .onnx_file import check_graph
 
-_BLOB = "graph.blob"
-"""File of an entry in the graph cache."""
+_BLOB = "graph.blob"  # file of an entry in the graph cache
 
+# NaNs that no computation gives, as integers, by their bytes: they mark outputs before a run.
 _UNTOUCHED = {2: 0x7E55, 4: 0x7FC05555}
-"""NaNs that no computation gives, as integers, by their bytes: they mark outputs before a run."""
 
+# What failed in a run is never freed: OpenVINO 2026.4.1 leaves a task behind that uses it, and would crash.
 _failed: list[Any] = []
-"""What failed in a run is never freed: OpenVINO 2026.4.1 leaves a task behind that uses it, and would crash."""
 
 _PRECISION_HINTS: dict[ComputeDtype, str] = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 

@@ -53,8 +53,7 @@ class Bundle:
         """The unconditional keys and values: one stage for all, or as many as the styles have."""
         self.user_style_folder = user_style_folder(manifest.fingerprint)
         """The folder into which `lsast-export` writes styles for a bundle that is not the user's own."""
-        self._stats: dict[str, os.stat_result] = {}
-        """Of the files, before they were checked."""
+        self._stats: dict[str, os.stat_result] = {}  # of the files, before they were checked
 
     @classmethod
     def open(cls, path: Path, verify_hashes: bool = True) -> Bundle:

@@ -21,8 +21,7 @@ from ..errors import UsageError
 MAX_INTEGER = 10_000_000
 """Largest whole number of a field that declares no other: no width, offset or count of a base is near it."""
 
-_ANY_TEXT = ".*"
-"""The pattern of the texts of an object, which may be empty; a text that is a field of its own may not."""
+_ANY_TEXT = ".*"  # of the texts of an object, which may be empty; a text that is a field of its own may not
 
 Kind = TypeVar("Kind")
 
