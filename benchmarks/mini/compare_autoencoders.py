@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from lsast_engines.files import replace_file
 from lsast_engines.images import find_pictures, read_picture
 from lsast_train.base.lazy_base import load_base
-from lsast_train.base.mini_autoencoder import MiniAutoencoder
+from lsast_train.base.mini_networks import MiniAutoencoder
 from lsast_train.mini.dataset import fit_picture, is_held_out
 from lsast_train.mini.perceptual import LiteDistance
 from lsast_train.mini.train_autoencoder import load_teacher, psnr

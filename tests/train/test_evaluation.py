@@ -13,7 +13,7 @@ import torch
 
 from golden_sets import GoldenFiles, both_sets
 from lsast_train.base.base import Base, BaseConfig
-from lsast_train.base.mini_autoencoder import MiniAutoencoder
+from lsast_train.base.mini_networks import MiniAutoencoder
 from lsast_train.checkpoints.single_file import controlnet_weights, unet_weights
 from lsast_train.evaluation import ValidationSet, noise_error
 from lsast_train.inversion import Inversion

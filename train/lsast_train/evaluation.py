@@ -57,24 +57,17 @@ class ValidationSet:
         losses = torch.zeros(space.stages, dtype=torch.float64)
         if not stages:
             return losses
-        device = self.latents.device
-        noise = torch.cat([self._noise(stage) for stage in stages]).to(device)
-        timestep = torch.cat([self._timesteps(stage, space.stages) for stage in stages]).to(device)
+        shape, device = self.latents.shape, self.latents.device
+        noises = [torch.randn(shape, generator=rng_for(self._seed, RngStream.VALIDATION_NOISE, s)) for s in stages]
+        # The timesteps of the latents in a stage are spread evenly over it.
+        length = self._base.config.noise.train_steps / space.stages
+        times = [int(length * (stage + (row + 0.5) / shape[0])) for stage in stages for row in range(shape[0])]
+        noise, timestep = torch.cat(noises).to(device), torch.tensor(times, device=device)
         rows = (self.latents.repeat(len(stages), 1, 1, 1), noise, timestep)
         count = max(1, _CELLS // self.latents[0, 0].numel())
         errors = [
-            noise_error(self._base, space, latents, drawn, times, self._mixed_precision)
-            for latents, drawn, times in zip(*(row.split(count) for row in rows), strict=True)
+            noise_error(self._base, space, latents, drawn, at, self._mixed_precision)
+            for latents, drawn, at in zip(*(row.split(count) for row in rows), strict=True)
         ]
         losses[stages] = torch.cat(errors).cpu().double().view(len(stages), -1).mean(1)
         return losses
-
-    def _noise(self, stage: int) -> torch.Tensor:
-        generator = rng_for(self._seed, RngStream.VALIDATION_NOISE, stage)
-        return torch.randn(self.latents.shape, generator=generator)
-
-    def _timesteps(self, stage: int, stages: int) -> torch.Tensor:
-        """The timesteps [N] of the latents in `stage`, spread evenly over it."""
-        count = len(self.latents)
-        length = self._base.config.noise.train_steps / stages
-        return torch.tensor([int(length * (stage + (index + 0.5) / count)) for index in range(count)])

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from click.testing import CliRunner
 
 from lsast_engines.errors import TrainingError
-from lsast_train.base.mini_autoencoder import MiniAutoencoder
+from lsast_train.base.mini_networks import MiniAutoencoder
 from lsast_train.cli.mini import copy_autoencoder, mini
 from lsast_train.mini.architecture import MiniConfig, build_mini
 from lsast_train.mini.dataset import Crops

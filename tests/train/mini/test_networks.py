@@ -11,8 +11,7 @@ import torch
 
 from lsast_engines.errors import TrainingError
 from lsast_train.base.attention import cross_attention_layers
-from lsast_train.base.mini_autoencoder import MiniAutoencoder
-from lsast_train.base.style_encoder import PATCH, StyleEncoder
+from lsast_train.base.mini_networks import PATCH, MiniAutoencoder, StyleEncoder
 from lsast_train.mini.architecture import MiniConfig, build_mini
 from lsast_train.mini.finetune_gan import MultiscaleDiscriminator, d_loss, feature_matching, g_loss
 from lsast_train.mini.perceptual import LiteDistance, feature_distance

@@ -15,7 +15,7 @@ from PIL import Image
 from lsast_engines.errors import TrainingError
 from lsast_train.base.attention import layer_contexts
 from lsast_train.base.lazy_base import load_base, save_base
-from lsast_train.base.mini_autoencoder import MiniAutoencoder
+from lsast_train.base.mini_networks import MiniAutoencoder
 from lsast_train.cli.mini import mini
 from lsast_train.mini.architecture import MiniConfig, build_mini
 from lsast_train.mini.dataset import Crops, LatentDataset, build_cache

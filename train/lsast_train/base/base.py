@@ -14,8 +14,7 @@ from lsast_engines.diffusion import NoiseSchedule
 
 from ..options import MixedPrecision
 from .attention import Contexts, layer_contexts, set_layerwise_processors
-from .mini_autoencoder import MiniAutoencoder
-from .style_encoder import StyleEncoder
+from .mini_networks import MiniAutoencoder, StyleEncoder
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Element types of mixed precision."""

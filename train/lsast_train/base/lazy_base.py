@@ -27,8 +27,7 @@ from ..checkpoints.inspection import BaseInspection, OpenWeights
 from ..checkpoints.source import BaseSource, bases_inside, import_base, is_importable
 from ..checkpoints.weights import OpenTensors, Weights, read_tensors, tensors_sha256, write_tensors
 from .base import Base, BaseConfig
-from .mini_autoencoder import MiniAutoencoder
-from .style_encoder import StyleEncoder
+from .mini_networks import MiniAutoencoder, StyleEncoder
 
 FORMAT = 1
 """Format number of ``base.json``."""

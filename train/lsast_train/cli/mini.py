@@ -19,7 +19,7 @@ from lsast_engines.images import find_pictures
 
 from ..base.base import Base
 from ..base.lazy_base import load_base, save_base
-from ..base.mini_autoencoder import MiniAutoencoder
+from ..base.mini_networks import MiniAutoencoder
 from ..mini.architecture import MiniConfig, build_mini
 from ..mini.dataset import Crops, LatentDataset, build_cache
 from ..mini.finetune_gan import GanOptions, train_vae_gan

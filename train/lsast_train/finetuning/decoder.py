@@ -31,7 +31,7 @@ from lsast_engines.bundle.style import decode_defaults
 from lsast_engines.errors import UsageError
 
 from ..base.base import Base, autocast
-from ..base.mini_autoencoder import MiniAutoencoder
+from ..base.mini_networks import MiniAutoencoder
 from ..mini.finetune_gan import LOSS_WEIGHTS, texture_loss
 from ..mini.perceptual import LiteDistance
 from ..options import DecoderOptions, FinetuneOptions

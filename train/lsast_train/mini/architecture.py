@@ -9,8 +9,7 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import nn
 
 from ..base.base import Base, BaseConfig
-from ..base.mini_autoencoder import MiniAutoencoder
-from ..base.style_encoder import StyleEncoder
+from ..base.mini_networks import MiniAutoencoder, StyleEncoder
 
 
 @dataclass(frozen=True)

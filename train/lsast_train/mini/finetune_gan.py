@@ -25,7 +25,7 @@ from diffusers import AutoencoderTiny
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from ..base.mini_autoencoder import MiniAutoencoder
+from ..base.mini_networks import MiniAutoencoder
 from ..training.loop import TrainingLoop, require_finite, set_learning_rate, update_ema
 from ..training.rng import RngStream, rng_for
 from .dataset import Crops

@@ -17,7 +17,7 @@ from diffusers import AutoencoderTiny
 from lsast_engines.errors import TrainingError
 from lsast_engines.images import psnr as picture_psnr
 
-from ..base.mini_autoencoder import MiniAutoencoder
+from ..base.mini_networks import MiniAutoencoder
 from ..training.loop import TrainingLoop
 from ..training.rng import RngStream, rng_for
 from ..training.run import fused
