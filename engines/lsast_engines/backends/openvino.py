@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import io
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -221,14 +222,10 @@ class MmapPages:
     def _mappings(self) -> set[tuple[int, int]]:
         if not sys.platform.startswith("linux"):
             return set()
-        ranges = set()
-        for line in Path("/proc/self/maps").read_text().splitlines():
-            # 7f3e2dc00000-7f3f64c41000 r--s 00000000 fe:00 2457603    /folder/base.safetensors
-            fields = line.split(maxsplit=5)
-            if len(fields) == 6 and fields[1].startswith("r--") and fields[5].startswith(self._folder):
-                begin, _, end = fields[0].partition("-")
-                ranges.add((int(begin, 16), int(end, 16)))
-        return ranges
+        # 7f3e2dc00000-7f3f64c41000 r--s 00000000 fe:00 2457603    /folder/base.safetensors
+        line = rf"^(\w+)-(\w+) r--\S (?:\S+ +){{3}}{re.escape(self._folder)}"
+        found = re.findall(line, Path("/proc/self/maps").read_text(), re.MULTILINE)
+        return {(int(begin, 16), int(end, 16)) for begin, end in found}
 
     def _drop(self) -> None:
         madvise = ctypes.CDLL(None).madvise

@@ -181,9 +181,7 @@ class TensorRtEngine(Engine):
         # TensorRT-RTX compiles kernels for the GPU when a context is made, and captures graphs itself.
         self._kernels = _RuntimeKernelCache(trt, self._engine, file) if flavor == "tensorrt-rtx" else None
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        self._context: Any = (
-            self._kernels.context() if self._kernels else self._engine.create_execution_context(strategy)
-        )
+        self._context: Any = self._kernels.context if self._kernels else self._engine.create_execution_context(strategy)
         self._require(self._context is not None, "cannot make an execution context")
         self._stream = Stream(cuda.load_cuda())
         self._buffers: dict[str, Buffer] = {}
@@ -286,21 +284,18 @@ class _RuntimeKernelCache:
     """The kernels that TensorRT-RTX compiles for the GPU of this machine, cached in a file beside the engine."""
 
     def __init__(self, trt: Any, engine: Any, file: Path) -> None:
-        self._engine, self._file = engine, file.with_name(f"{file.name}.kernels")
-        self._config = engine.create_runtime_config()
-        self._config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        self._file = file.with_name(f"{file.name}.kernels")
+        self._config = config = engine.create_runtime_config()  # lives as long as the context
+        config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         # Otherwise kernels for a shape are compiled in the background, and later runs differ from the first.
-        self._config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        self._config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        self._cache = self._config.create_runtime_cache()
+        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        self._cache = config.create_runtime_cache()
         self._known = self._file.read_bytes() if self._file.is_file() else b""
         if self._known and not self._cache.deserialize(self._known):
             _log.info("%s is of another GPU or version; kernels are compiled again", self._file)
-        self._config.set_runtime_cache(self._cache)
-
-    def context(self) -> Any:
-        """An execution context that uses the cache."""
-        return self._engine.create_execution_context(self._config)
+        config.set_runtime_cache(self._cache)
+        self.context = engine.create_execution_context(config)
 
     def save(self) -> None:
         """Write the file if the cache has changed."""
