@@ -19,6 +19,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,6 @@ from lsast_engines.bundle.graph_spec import (
     CONTROLNET,
     CONTROLNET_COND,
     DENOISER,
-    UNET_FULL,
-    UNET_OUTER,
     UNET_SPLIT_GRAPHS,
     VAE_DECODER,
     VAE_DECODER_TINY,
@@ -42,7 +41,6 @@ from lsast_engines.bundle.graph_spec import (
     tiny_decoder_spec,
 )
 from lsast_engines.bundle.manifest import Manifest
-from lsast_engines.diffusion import Step
 from lsast_engines.errors import ParityError, fault_list
 from lsast_train.base.base import BaseConfig
 from lsast_train.base.lazy_base import LazyBase
@@ -61,9 +59,6 @@ LARGE = 500_000_000
 
 _TINY_SIDES = ((1, 2, 2), (2, 1, 3))
 """Batch, height and width of the latents for a small decoder, the sides in units of the smallest legal one."""
-
-OpenGraph = Callable[[str], Any]
-"""Opens a graph by name, as a context manager of the `Engine`."""
 
 
 @dataclass(frozen=True)
@@ -134,116 +129,78 @@ def measure_parity(
     """
     if DENOISER not in graphs:
         plan = dataclasses.replace(plan, cases=tuple(dataclasses.replace(case, loop=False) for case in plan.cases))
-    comparison = _Comparison(base, plan, progress)
+    networks = base_on_meta(base)
+    cell = base.config.multiple // geometry(networks).factor
+    generator = np.random.default_rng(plan.seed)
+    inputs = [draw_inputs(case, plan.loop, base.config, networks.context_dim, cell, generator) for case in plan.cases]
+    projector = KVProjector.of_base(networks, base)
+    pairs = list(zip(inputs, run_torch(base, inputs, plan.loop, progress), strict=True))
+    figures: dict[str, float] = {}
+
+    def note(name: str, found: Array, expected: Array) -> None:
+        figures[name] = max(figures.get(name, 0.0), relative_error(found, expected, name))
 
     @contextmanager
-    def opened(name: str) -> Iterator[Engine]:
+    def opened(name: str) -> Iterator[Callable[..., dict[str, Array]]]:
         progress(f"comparing {name} on {backend}")
         with closing(open_engine(graphs[name], specs[name], backend, device, cache=cache)) as engine:
-            yield engine
+            yield partial(run_copied, engine)
+
+    @torch.no_grad()
+    def feeds(run: Run, drawn: Inputs) -> dict[str, Any]:
+        """What the denoiser and its parts take at the next step of a run, but for the hint."""
+        latent, timestep, contexts = run.inputs()  # contexts: [G, B, 3, tokens, dim]
+        unet, control = projector(contexts.flatten(0, 1))
+        return {
+            "latent": latent,
+            "timestep": timestep,
+            "kv_unet": unet.unflatten(0, contexts.shape[:2]).numpy(),
+            "kv_control": control[-contexts.shape[1] :].numpy(),
+            "control_scale": drawn.control_scale,
+        }
 
     if DENOISER in graphs:
-        loop = len(plan.loop.schedule(base.config.noise).steps)
-        steps = sum(loop if case.loop else 1 for case in plan.cases)
-        comparison.compare_required(opened, Eta(progress, f"comparing {DENOISER} on {backend}", steps))
-    if graphs.keys() >= set(UNET_SPLIT_GRAPHS):
-        comparison.compare_parts(opened, {tensor.name for tensor in specs[UNET_OUTER].inputs})
-    return comparison.figures
-
-
-class _Comparison:
-    """Figures of exported graphs against what torch computed for the cases of a plan."""
-
-    def __init__(self, base: LazyBase, plan: ParityPlan, progress: Progress) -> None:
-        networks = base_on_meta(base)
-        cell = base.config.multiple // geometry(networks).factor
-        generator = np.random.default_rng(plan.seed)
-        inputs = [
-            draw_inputs(case, plan.loop, base.config, networks.context_dim, cell, generator) for case in plan.cases
-        ]
-        self._base, self._plan = base, plan
-        self._projector = KVProjector.of_base(networks, base)
-        self._pairs = list(zip(inputs, run_torch(base, inputs, plan.loop, progress), strict=True))
-        self.figures: dict[str, float] = {}
-
-    def compare_required(self, opened: OpenGraph, eta: Eta) -> None:
-        """Compare the graphs of every bundle, and the denoising loop."""
-        self.figures |= dict.fromkeys((VAE_ENCODER, CONTROLNET_COND, DENOISER, VAE_DECODER), 0.0)
-        with opened(VAE_ENCODER) as engine:
-            for drawn, expected in self._pairs:
-                outputs = run_copied(engine, image=drawn.image)
-                self._note(VAE_ENCODER, outputs["mean"], expected.mean)
-                self._note(VAE_ENCODER, outputs["std"], expected.std)
+        figures |= dict.fromkeys((VAE_ENCODER, CONTROLNET_COND, DENOISER, VAE_DECODER), 0.0)
+        with opened(VAE_ENCODER) as graph:
+            for drawn, expected in pairs:
+                outputs = graph(image=drawn.image)
+                note(VAE_ENCODER, outputs["mean"], expected.mean)
+                note(VAE_ENCODER, outputs["std"], expected.std)
         hints = []
-        with opened(CONTROLNET_COND) as engine:
-            for drawn, expected in self._pairs:
-                hints.append(run_copied(engine, edges=drawn.edges)["hint"])
-                self._note(CONTROLNET_COND, hints[-1], expected.hint)
-        with opened(DENOISER) as engine:
-            for (drawn, expected), hint in zip(self._pairs, hints, strict=True):
-                run = Run(self._plan.loop, self._base.config, drawn, expected.mean, expected.std)
+        with opened(CONTROLNET_COND) as graph:
+            for drawn, expected in pairs:
+                hints.append(graph(edges=drawn.edges)["hint"])
+                note(CONTROLNET_COND, hints[-1], expected.hint)
+        steps = len(plan.loop.schedule(base.config.noise).steps)
+        total = sum(steps if case.loop else 1 for case in plan.cases)
+        eta = Eta(progress, f"comparing {DENOISER} on {backend}", total)
+        with opened(DENOISER) as graph:
+            for (drawn, expected), hint in zip(pairs, hints, strict=True):
+                run = Run(plan.loop, base.config, drawn, expected)
                 while (step := run.step) is not None:
-                    eps = self._denoise(engine, drawn, hint, run.latent, step)
+                    eps = graph(**feeds(run, drawn), hint=hint)["eps"]
                     if step.index == 0:
-                        self._note(DENOISER, eps, expected.eps)
+                        note(DENOISER, eps, expected.eps)
                     run.advance(eps)
                     eta.step()
                 if drawn.case.loop:
-                    assert expected.loop_end is not None, "run_torch ends every loop"
-                    self._note(LOOP, run.latent, expected.loop_end)
-        with opened(VAE_DECODER) as engine:
-            for drawn, expected in self._pairs:
-                self._note(VAE_DECODER, run_copied(engine, latent=drawn.noise)["image"], expected.image)
-
-    def compare_parts(self, opened: OpenGraph, outer_inputs: set[str]) -> None:
-        """Compare the denoiser's parts: ControlNet with its residuals, the U-Net and its outermost level with eps.
-
-        The outermost level gets the feature that the graph of the whole U-Net gave at the same step.
-        """
-        fed: list[dict[str, Any]] = []
-        with opened(CONTROLNET) as engine:
-            for drawn, expected in self._pairs:
-                kv_unet, kv_control = self._project(drawn, expected.stage)
-                step = {
-                    "latent": expected.latent,
-                    "timestep": np.full(len(expected.latent), expected.timestep, np.int64),
-                }
-                scaled = {"kv_control": kv_control, "control_scale": drawn.control_scale}
-                residuals = run_copied(engine, **step, hint=expected.hint, **scaled)
-                for found, wanted in zip(residuals.values(), expected.residuals, strict=True):
-                    self._note(CONTROLNET, found, wanted)
-                fed.append({**step, "kv_unet": kv_unet, **residuals})
-        with opened(UNET_FULL) as engine:
-            for feeds, (_, expected) in zip(fed, self._pairs, strict=True):
-                outputs = run_copied(engine, **feeds)
-                feeds["feature"] = outputs["feature"]
-                self._note(UNET_FULL, outputs["eps"], expected.eps)
-        with opened(UNET_OUTER) as engine:
-            for feeds, (_, expected) in zip(fed, self._pairs, strict=True):
-                outputs = run_copied(engine, **{name: feeds[name] for name in outer_inputs})
-                self._note(UNET_OUTER, outputs["eps"], expected.eps)
-
-    def _note(self, name: str, found: Array, expected: Array) -> None:
-        self.figures[name] = max(self.figures.get(name, 0.0), relative_error(found, expected, name))
-
-    def _project(self, drawn: Inputs, stage: int) -> tuple[Array, Array]:
-        """``kv_unet`` [G, B, T, Wu] and ``kv_control`` [B, T, Wc] of a stage."""
-        contexts = drawn.contexts[stage]  # [G, B, 3, tokens, dim]
-        with torch.no_grad():
-            unet, control = self._projector(contexts.flatten(0, 1))
-        return unet.unflatten(0, contexts.shape[:2]).numpy(), control[-contexts.shape[1] :].numpy()
-
-    def _denoise(self, engine: Engine, drawn: Inputs, hint: Array, latent: Array, step: Step) -> Array:
-        kv_unet, kv_control = self._project(drawn, step.stage)
-        return run_copied(
-            engine,
-            latent=latent,
-            hint=hint,
-            timestep=np.full(len(latent), step.t, np.int64),
-            kv_unet=kv_unet,
-            kv_control=kv_control,
-            control_scale=drawn.control_scale,
-        )["eps"]
+                    note(LOOP, run.latent, expected.loop_end)
+        with opened(VAE_DECODER) as graph:
+            for drawn, expected in pairs:
+                note(VAE_DECODER, graph(latent=drawn.noise)["image"], expected.image)
+    if graphs.keys() >= set(UNET_SPLIT_GRAPHS):
+        # Each part gets what the graph of the part before it gave.
+        known = [feeds(Run(plan.loop, base.config, *pair), pair[0]) | {"hint": pair[1].hint} for pair in pairs]
+        for name in UNET_SPLIT_GRAPHS:
+            taken = [tensor.name for tensor in specs[name].inputs]
+            with opened(name) as graph:
+                for held, (_, expected) in zip(known, pairs, strict=True):
+                    outputs = graph(**{key: held[key] for key in taken})
+                    held |= outputs
+                    wanted = expected.residuals if name == CONTROLNET else [expected.eps]
+                    for found, value in zip(outputs.values(), wanted, strict=name == CONTROLNET):
+                        note(name, found, value)
+    return figures
 
 
 def measure_small_parity(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from lsast_engines.diffusion import NoiseSchedule, Step, TimestepSchedule, make_solver
-from lsast_train.base.attention import GROUPS, layer_contexts
+from lsast_train.base.attention import GROUPS
 from lsast_train.base.base import Base, BaseConfig
 from lsast_train.base.lazy_base import LazyBase
 
@@ -80,37 +80,6 @@ class Inputs:
     stage: int
 
 
-class Run:
-    """The steps of a case, with eps from torch or from an exported graph: a guided loop, or a single step."""
-
-    def __init__(self, loop: Loop, config: BaseConfig, drawn: Inputs, mean: Array, std: Array) -> None:
-        """Begin a loop at a sample of torch's posterior [B, 4, h, w], a single step at the drawn noise."""
-        self._guidance = loop.guidance
-        self._solver: Any = None
-        self._steps: tuple[Step, ...] = (Step(0, drawn.timestep, drawn.stage),)
-        self._done = 0
-        self.latent: Array = drawn.noise
-        """[B, 4, h, w]: the latent of the next step."""
-        if drawn.case.loop:
-            schedule = loop.schedule(config.noise)
-            self._solver, self._steps = make_solver(schedule), schedule.steps
-            z0 = np.float32(config.latent_scale) * (mean + std * drawn.posterior)
-            self.latent = schedule.add_noise(z0, drawn.noise)
-
-    @property
-    def step(self) -> Step | None:
-        """The next step; None at the end."""
-        return self._steps[self._done] if self._done < len(self._steps) else None
-
-    def advance(self, eps: Array) -> None:
-        """Take the step with eps [G, B, 4, h, w]; a loop has two rows."""
-        if self._solver is not None:
-            unconditional, conditional = eps
-            guided = unconditional + self._guidance * (conditional - unconditional)
-            self.latent = self._solver.step(guided, self._done, self.latent).astype(np.float32)
-        self._done += 1
-
-
 @dataclass(eq=False)
 class Expected:
     """What torch computes for one case."""
@@ -119,17 +88,50 @@ class Expected:
     std: Array
     image: Array
     """The decoded noise."""
-    hint: Array
-    eps: Array
-    """Of the single step, or of the first step of the loop: [G, B, 4, h, w]."""
-    latent: Array
-    """The input of that step, [B, 4, h, w]."""
-    timestep: int
-    stage: int
-    residuals: list[Array]
-    """The ControlNet's of that step, scaled, the middle block's last."""
-    loop_end: Array | None = None
+    hint: Array = field(init=False)
+    residuals: list[Array] = field(init=False)
+    """The ControlNet's of the first step, scaled, the middle block's last."""
+    eps: Array = field(init=False)
+    """Of the first step, [G, B, 4, h, w]."""
+    loop_end: Array = field(init=False)
     """The latent that a loop ends with."""
+
+
+class Run:
+    """The steps of a case, with eps from torch or from an exported graph: a guided loop, or a single step."""
+
+    def __init__(self, loop: Loop, config: BaseConfig, drawn: Inputs, expected: Expected) -> None:
+        """Begin a loop at a sample of torch's posterior, a single step at the drawn noise."""
+        self._drawn, self._guidance = drawn, loop.guidance
+        self._solver: Any = None
+        self._steps: tuple[Step, ...] = (Step(0, drawn.timestep, drawn.stage),)
+        self._done = 0
+        self.latent: Array = drawn.noise
+        """[B, 4, h, w]: the latent of the next step."""
+        if drawn.case.loop:
+            schedule = loop.schedule(config.noise)
+            self._solver, self._steps = make_solver(schedule), schedule.steps
+            z0 = np.float32(config.latent_scale) * (expected.mean + expected.std * drawn.posterior)
+            self.latent = schedule.add_noise(z0, drawn.noise)
+
+    @property
+    def step(self) -> Step | None:
+        """The next step; None at the end."""
+        return self._steps[self._done] if self._done < len(self._steps) else None
+
+    def inputs(self) -> tuple[Array, npt.NDArray[np.int64], torch.Tensor]:
+        """Of the next step: latent, timestep [B], and the contexts [G, B, 3, tokens, dim] of its stage."""
+        step = self._steps[self._done]
+        # The run may write to its latent.
+        return self.latent.copy(), np.full(len(self.latent), step.t, np.int64), self._drawn.contexts[step.stage]
+
+    def advance(self, eps: Array) -> None:
+        """Take the step with eps [G, B, 4, h, w]; a loop has two rows."""
+        if self._solver is not None:
+            unconditional, conditional = eps
+            guided = unconditional + self._guidance * (conditional - unconditional)
+            self.latent = self._solver.step(guided, self._done, self.latent).astype(np.float32)
+        self._done += 1
 
 
 def draw_inputs(
@@ -153,41 +155,43 @@ def draw_inputs(
     )
 
 
+@torch.no_grad()
 def run_torch(base: LazyBase, inputs: Sequence[Inputs], loop: Loop, progress: Progress) -> list[Expected]:
     """What torch computes for all `inputs`, in float32."""
     phase = "computing in torch"
     progress(phase)
     eta = Eta(progress, phase, len(loop.schedule(base.config.noise).steps))
     networks = base_on_meta(base)
-    answers: list[Expected] = []
-    with torch.no_grad():
-        with loaded(networks, base, "autoencoder"):
-            autoencoded = [_autoencode(networks, drawn) for drawn in inputs]
-        runs = [
-            Run(loop, base.config, drawn, mean, std) for drawn, (mean, std, _) in zip(inputs, autoencoded, strict=True)
-        ]
-        while steps := [_StepInputs(drawn, run) for drawn, run in zip(inputs, runs, strict=True) if run.step]:
-            with loaded(networks, base, "controlnet"):
-                residuals = [step.control(networks) for step in steps]
-                embed = networks.controlnet.controlnet_cond_embedding
-                hints = [] if answers else [embed(torch.from_numpy(drawn.edges)).numpy() for drawn in inputs]
-            with loaded(networks, base, "unet"):
-                eps = [step.eps(networks, added) for step, added in zip(steps, residuals, strict=True)]
-            answers = answers or [
-                Expected(
-                    *autoencoded[index],
-                    hint=hint,
-                    eps=eps[index],
-                    latent=steps[index].latent.numpy(),
-                    timestep=steps[index].step.t,
-                    stage=steps[index].step.stage,
-                    residuals=[residual.numpy() for residual in residuals[index]],
-                )
-                for index, hint in enumerate(hints)
-            ]
-            for step, found in zip(steps, eps, strict=True):
-                step.run.advance(found)
-            eta.step()
+    with loaded(networks, base, "autoencoder"):
+        answers = []
+        for drawn in inputs:
+            mean, std = networks.encode(torch.from_numpy(drawn.image))
+            image = networks.decode(torch.from_numpy(drawn.noise))
+            answers.append(Expected(mean.numpy(), std.numpy(), image.numpy()))
+    runs = [Run(loop, base.config, *pair) for pair in zip(inputs, answers, strict=True)]
+    first = True
+    while going := [each for each in zip(inputs, answers, runs, strict=True) if each[2].step is not None]:
+        controls = []
+        with loaded(networks, base, "controlnet"):
+            for drawn, answer, run in going:
+                latent, timestep, contexts = run.inputs()
+                edges = torch.from_numpy(drawn.edges)
+                at = (torch.from_numpy(latent), torch.from_numpy(timestep))
+                # On the style's contexts: ControlNet never reads the null context.
+                control = networks.control(*at, contexts[-1], edges, float(drawn.control_scale))
+                controls.append((at, contexts, control))
+                if first:
+                    answer.hint = networks.controlnet.controlnet_cond_embedding(edges).numpy()
+                    residuals = (*control["down_block_additional_residuals"], control["mid_block_additional_residual"])
+                    answer.residuals = [residual.numpy() for residual in residuals]
+        with loaded(networks, base, "unet"):
+            for (_, answer, run), (at, contexts, control) in zip(going, controls, strict=True):
+                eps = torch.stack([networks.eps(*at, rows, residuals=control) for rows in contexts]).numpy()
+                if first:
+                    answer.eps = eps
+                run.advance(eps)
+        first = False
+        eta.step()
     for answer, run in zip(answers, runs, strict=True):
         answer.loop_end = run.latent
     return answers
@@ -206,51 +210,3 @@ def loaded(networks: Base, base: LazyBase, name: str) -> Iterator[None]:
         yield
     finally:
         network.to("meta")
-
-
-def _autoencode(networks: Base, drawn: Inputs) -> tuple[Array, Array, Array]:
-    """Mean and standard deviation of the image's posterior, and the decoded noise."""
-    mean, std = networks.encode(torch.from_numpy(drawn.image))
-    return mean.numpy(), std.numpy(), networks.decode(torch.from_numpy(drawn.noise)).numpy()
-
-
-class _StepInputs:
-    """The next step of a run: inputs of ControlNet and U-Net."""
-
-    def __init__(self, drawn: Inputs, run: Run) -> None:
-        assert run.step is not None, "the run goes on"
-        self.run, self.step = run, run.step
-        self.latent = torch.from_numpy(run.latent.copy())  # the run may write to its latent
-        self._timestep = torch.full((drawn.case.batch,), run.step.t)
-        self._contexts = drawn.contexts[run.step.stage]  # [G, B, 3, tokens, dim]
-        self._drawn = drawn
-
-    def control(self, networks: Base) -> list[torch.Tensor]:
-        """ControlNet's scaled residuals, on the style's contexts: it never reads the null context."""
-        down, mid = networks.controlnet(
-            self.latent,
-            self._timestep,
-            None,
-            torch.from_numpy(self._drawn.edges),
-            cross_attention_kwargs=layer_contexts(self._contexts[-1]),
-            return_dict=False,
-        )
-        return [float(self._drawn.control_scale) * residual for residual in (*down, mid)]
-
-    def eps(self, networks: Base, residuals: Sequence[torch.Tensor]) -> Array:
-        """[G, B, 4, h, w]: one pass for each guidance row."""
-        *down, mid = residuals
-        rows: list[Any] = []
-        for contexts in self._contexts:
-            output = networks.unet(
-                self.latent,
-                self._timestep,
-                None,
-                cross_attention_kwargs=layer_contexts(contexts),
-                down_block_additional_residuals=list(down),
-                mid_block_additional_residual=mid,
-                return_dict=False,
-            )[0]
-            rows.append(networks.eps_from_output(output, self.latent, self._timestep))
-        stacked: Array = torch.stack(rows).numpy()
-        return stacked
