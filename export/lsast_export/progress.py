@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from collections.abc import Callable
 
+from lsast_engines.cli import echo
 
-class Progress(Protocol):
-    """Is called when a phase begins and while it lasts."""
-
-    def __call__(self, phase: str, detail: str = "") -> None:
-        """`phase` begins; or, with `detail`, it goes on and is at `detail`."""
+Progress = Callable[..., None]
+"""Is called with a phase as it begins; while it lasts, with the phase and where it is."""
 
 
 def no_progress(phase: str, detail: str = "") -> None:
     """A `Progress` that shows nothing."""
+
+
+class PhaseTimer:
+    """A `Progress` that prints each phase on stderr as it begins, and measures how long each takes."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._starts: list[tuple[str, float]] = []
+
+    def __call__(self, phase: str, detail: str = "") -> None:
+        """See `Progress`."""
+        now = time.perf_counter() - self._began
+        if not detail:
+            self._starts.append((phase, now))
+        echo(f"[{now:6.1f} s] {detail and '  '}{detail or phase}", err=True)
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each phase, in order; the last one ends now."""
+        ends = [start for _, start in self._starts[1:]] + [time.perf_counter() - self._began]
+        return {phase: round(end - start, 3) for (phase, start), end in zip(self._starts, ends, strict=True)}
 
 
 class Eta:

@@ -34,8 +34,7 @@ _log = logging.getLogger("lsast.export")
 def add_parts(path: Path, backend: str = "onnxruntime", progress: Progress = no_progress) -> Bundle:
     """Write the graphs of the denoiser's parts into the bundle at `path`, proven against torch.
 
-    They are written under other names, compared, and renamed; the manifest follows last (`_commit_graphs`). Parts that
-    the bundle has are replaced.
+    Parts that the bundle has are replaced.
 
     Raises:
         BundleError: no sound bundle, or one that cannot be written to.
@@ -50,23 +49,26 @@ def add_parts(path: Path, backend: str = "onnxruntime", progress: Progress = no_
     traced = trace_graphs(base_on_meta(base), UNET_SPLIT_GRAPHS, progress)
     specs = {name: graph.spec for name, graph in traced.items()}
     plan = plan_for(base)
-    with (
-        _write_guard(path),
-        _scratch_names(path) as fresh,
-        scratch_folder(path) as cache,
-    ):
-        for name, graph in traced.items():
-            save_graph(graph, path / WEIGHTS, fresh[name])
-        figures = measure_parity(base, fresh, specs, plan, backend, progress=progress, cache=cache)
-        _log.info("parity: %s", figures)
-        require_parity(figures, plan.tolerance)
-        progress("writing the bundle")
-        files = {f"{name}.onnx": file for name, file in fresh.items()}
-        with _scratch_names(path) as for_gpus:
+    token = secrets.token_hex(4)
+    # Under hidden names, beside the weights that they refer to.
+    fresh = {name: path / f".{name}.{token}.onnx" for name in traced}
+    for_gpus = {name: path / f".{name}.{token}{GPU_SUFFIX}" for name in traced}
+    with _write_guard(path), scratch_folder(path) as cache:
+        try:
+            for name, graph in traced.items():
+                save_graph(graph, path / WEIGHTS, fresh[name])
+            figures = measure_parity(base, fresh, specs, plan, backend, progress=progress, cache=cache)
+            _log.info("parity: %s", figures)
+            require_parity(figures, plan.tolerance)
+            progress("writing the bundle")
             for name, file in fresh.items():
                 write_gpu_graph(file, for_gpus[name], name)
+            files = {f"{name}.onnx": file for name, file in fresh.items()}
             files |= {f"{name}{GPU_SUFFIX}": file for name, file in for_gpus.items()}
             return _commit_graphs(path, manifest, files, specs, figures)
+        finally:
+            for file in (*fresh.values(), *for_gpus.values()):
+                file.unlink(missing_ok=True)
 
 
 def add_small_decoder(
@@ -118,17 +120,18 @@ def _commit_graphs(
         files={name: entry for name, entry in manifest.files.items() if name not in entries},
         parity={name: figure for name, figure in manifest.parity.items() if name not in specs},
     )
+
+    def declare(written: Manifest) -> None:
+        with replace_file(path / MANIFEST) as handle:
+            handle.write(written.to_json().encode("utf-8"))
+
     if without != manifest:
-        _write_manifest(path, without)  # before a file that it declares is replaced
+        declare(without)  # before a file that it declares is replaced
     for name, file in files.items():
         file.replace(path / name)
-    whole = dataclasses.replace(
-        without,
-        graphs={**without.graphs, **specs},
-        files=dict(sorted({**without.files, **entries}.items())),
-        parity={**without.parity, **figures},
-    )
-    _write_manifest(path, whole)
+    files_declared = dict(sorted({**without.files, **entries}.items()))
+    graphs, parity = {**without.graphs, **specs}, {**without.parity, **figures}
+    declare(dataclasses.replace(without, graphs=graphs, files=files_declared, parity=parity))
     return Bundle.open(path, verify_hashes=False)
 
 
@@ -139,20 +142,3 @@ def _write_guard(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise BundleError(f"cannot write to {path} ({error}); copy the bundle to a folder that is yours") from error
-
-
-def _write_manifest(path: Path, manifest: Manifest) -> None:
-    with replace_file(path / MANIFEST) as handle:
-        handle.write(manifest.to_json().encode("utf-8"))
-
-
-@contextlib.contextmanager
-def _scratch_names(path: Path) -> Iterator[dict[str, Path]]:
-    """A hidden file for each part, beside the weights that it refers to; the block's leftovers are removed."""
-    token = secrets.token_hex(4)
-    names = {name: path / f".{name}.{token}.onnx" for name in UNET_SPLIT_GRAPHS}
-    try:
-        yield names
-    finally:
-        for file in names.values():
-            file.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ import torch
 from lsast_engines.backends.onnxruntime import GPU_SUFFIX
 from lsast_engines.backends.registry import find_backend
 from lsast_engines.bundle.bundle import NULL_STYLE_FILE, PROMPTS, STYLES, Bundle, require_free
-from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, UNET_SPLIT_GRAPHS, VAE_DECODER_TINY, GraphSpec
+from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, UNET_SPLIT_GRAPHS, VAE_DECODER_TINY
 from lsast_engines.bundle.manifest import MANIFEST, Manifest, StorageDtype
 from lsast_engines.environment import package_version
 from lsast_engines.errors import ExportError, fault_list
@@ -134,8 +134,34 @@ def export_bundle(
             figures = measure_parity(stored, paths, specs, plan, options.backend, progress=progress, cache=cache)
         _log.info("parity: %s", figures)
         require_parity(figures, plan.tolerance)
-        written = {**default_options(stored, [style.name for style in baked]), **(defaults or {})}
-        manifest = _manifest(empty, projector, options, plan, stages, written, figures, specs)
+        config = stored.config
+        libraries = ("torch", "diffusers", "onnx", "onnxscript")
+        manifest = Manifest(
+            name=config.name,
+            family=config.family,
+            fingerprint=stored.fingerprint,
+            height=config.size,
+            width=config.size,
+            latent_scale=config.latent_scale,
+            storage_dtype=options.storage_dtype,
+            noise=config.noise,
+            stages=stages,
+            tokens=config.tokens,
+            geometry=geometry(empty),
+            attention_layers=projector.layers,
+            graphs=specs,
+            defaults={**default_options(stored, [style.name for style in baked]), **(defaults or {})},
+            lsast_version=package_version("lsast"),
+            parity=figures,
+            source={
+                **config.training,
+                "opset": str(OPSET),
+                "parity_backend": options.backend,
+                "parity_tolerance": f"{plan.tolerance:g}",
+                **{library: package_version(library) for library in libraries},
+            },
+            multiple=config.multiple,
+        )
         del projector
         progress("writing the bundle")
         null_style.save(folder / NULL_STYLE_FILE)
@@ -193,42 +219,3 @@ def _common_stages(styles: Sequence[Prompts]) -> int:
         faults = [f"{name}: {stages} stages" for name, stages in found.items()]
         raise ExportError(fault_list("styles of one bundle must have equally many stages; found:", faults))
     return next(iter(found.values()), STAGES)
-
-
-def _manifest(
-    base: Base,
-    projector: KVProjector,
-    options: ExportOptions,
-    plan: ParityPlan,
-    stages: int,
-    defaults: dict[str, Any],
-    figures: dict[str, float],
-    specs: dict[str, GraphSpec],
-) -> Manifest:
-    config = base.config
-    return Manifest(
-        name=config.name,
-        family=config.family,
-        fingerprint=base.fingerprint,
-        height=config.size,
-        width=config.size,
-        latent_scale=config.latent_scale,
-        storage_dtype=options.storage_dtype,
-        noise=config.noise,
-        stages=stages,
-        tokens=config.tokens,
-        geometry=geometry(base),
-        attention_layers=projector.layers,
-        graphs=specs,
-        defaults=defaults,
-        lsast_version=package_version("lsast"),
-        parity=figures,
-        source={
-            **config.training,
-            "opset": str(OPSET),
-            "parity_backend": options.backend,
-            "parity_tolerance": f"{plan.tolerance:g}",
-            **{library: package_version(library) for library in ("torch", "diffusers", "onnx", "onnxscript")},
-        },
-        multiple=config.multiple,
-    )

@@ -1,19 +1,36 @@
-"""`lsast-export bundle`: export a base, with or without styles."""
+"""The commands `bundle`, `parts`, `decoder` and `check`: export a base, add graphs to a bundle, verify one."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS, VAE_DECODER_TINY
 from lsast_engines.bundle.style import BUNDLE_DEFAULTS, parse_defaults
-from lsast_engines.cli import Command, OptionDecorator, combine_options, debug_option, echo, json_option, print_result
+from lsast_engines.cli import (
+    Command,
+    OptionDecorator,
+    combine_options,
+    debug_option,
+    echo,
+    fail,
+    json_option,
+    print_result,
+)
 from lsast_engines.errors import UsageError
 from lsast_train.cli.shared import import_options
 
-from .shared import EXTRA, PhaseTimer
+from ..progress import PhaseTimer
+
+if TYPE_CHECKING:
+    from lsast_engines.bundle.bundle import Bundle
+
+EXTRA = ("export", "torch", "diffusers", "onnx", "onnxscript")
+"""The extra that most commands require, and libraries of it."""
 
 style_options = combine_options(
     click.option(
@@ -150,3 +167,113 @@ def export(
     if peak is not None:
         echo(f"           peak memory {peak / 1e9:.2f} GB", err=True)
     print_result(facts, written.path)
+
+
+_backend_option = click.option(
+    "--backend", default="onnxruntime", show_default=True, metavar="NAME", help="Backend to compare with torch on."
+)
+
+
+@click.command("parts", cls=Command, requires=EXTRA)
+@click.argument("bundle", metavar="BUNDLE")
+@_backend_option
+@json_option
+@debug_option
+def parts_command(bundle: str, backend: str) -> None:
+    """Add the denoiser's parts to BUNDLE (a folder or a name), for runs that skip some of them at some steps.
+
+    The parts (ControlNet, whole U-Net, its outermost level) refer into the bundle's weights and are proven against
+    torch. Weights, the other graphs and styles stay as they are.
+    """
+    from lsast_engines.bundle.bundle import find_bundle
+
+    from ..bundle.add_graphs import add_parts
+
+    phases = PhaseTimer()
+    written = add_parts(find_bundle(bundle), backend, progress=phases)
+    _print_added(written, UNET_SPLIT_GRAPHS, [f"{name}.onnx" for name in UNET_SPLIT_GRAPHS], phases)
+
+
+@click.command("decoder", cls=Command, requires=EXTRA)
+@click.argument("bundle", metavar="BUNDLE")
+@click.option(
+    "--small",
+    required=True,
+    metavar="PATH",
+    type=click.Path(path_type=Path),
+    help="Folder of a diffusers AutoencoderTiny, such as TAESD's, or its .safetensors alone.",
+)
+@_backend_option
+@json_option
+@debug_option
+def decoder_command(bundle: str, small: Path, backend: str) -> None:
+    """Add the decoder of a tiny autoencoder to BUNDLE (a folder or a name), for `lsast-run --decoder small`.
+
+    It must have been made for the latents of that base: TAESD's is for those of Stable Diffusion 1.x. It is proven
+    against torch; weights, the other graphs and styles of the bundle stay as they are.
+    """
+    from lsast_engines.bundle.bundle import Bundle, find_bundle
+
+    from ..bundle.add_graphs import add_small_decoder
+    from ..graphs.small_decoder import WEIGHTS, read_small_decoder
+
+    phases = PhaseTimer()
+    folder = find_bundle(bundle)
+    phases("reading the decoder")
+    decoder = read_small_decoder(small, Bundle.open(folder, verify_hashes=False).manifest)
+    written = add_small_decoder(folder, decoder, backend, progress=phases)
+    _print_added(written, [VAE_DECODER_TINY], [f"{VAE_DECODER_TINY}.onnx", WEIGHTS], phases)
+
+
+def _print_added(written: Bundle, graphs: Sequence[str], files: Sequence[str], phases: PhaseTimer) -> None:
+    manifest = written.manifest
+    facts = {
+        "bundle": str(written.path),
+        "bytes": sum(manifest.files[name].bytes for name in files),
+        "parity": {name: manifest.parity[name] for name in graphs},
+        "seconds": phases.seconds(),
+    }
+    print_result(facts, written.path)
+
+
+@click.command("check", cls=Command, requires=EXTRA)
+@click.argument("bundle", metavar="BUNDLE")
+@click.option("--backend", default="auto", metavar="NAME", help="onnxruntime, openvino or auto. [default: auto]")
+@click.option("--device", default="auto", metavar="NAME", help="cpu, cuda ... [default: auto]")
+@json_option
+@debug_option
+def check_command(bundle: str, backend: str, device: str) -> None:
+    """Verify BUNDLE (a folder or a name): hashes, graphs, styles, and parity with torch on this machine."""
+    from lsast_engines.bundle.bundle import find_bundle
+
+    from ..bundle.check import check_bundle
+
+    phases = PhaseTimer()
+    report = check_bundle(find_bundle(bundle), backend, device, progress=phases)
+    for name, error in report.figures.items():
+        recorded = report.recorded.get(name)
+        at_export = "" if recorded is None else f" (at export {recorded:.1e})"
+        verdict = "" if error <= report.tolerance else f": past the tolerance of {report.tolerance:.0e}"
+        echo(f"           {name}: relative error {error:.1e}{at_export}{verdict}", err=True)
+    auto = {}
+    if report.auto is not None:
+        auto = {"backend": report.auto.backend, "compute_dtype": report.auto.compute_dtype, "psnr": report.auto_psnr}
+        echo(
+            f"           auto: {report.auto.backend} in {report.auto.compute_dtype}, {report.auto_psnr:.1f} dB to fp32 "
+            f"(expected {report.auto_expected:.3g})",
+            err=True,
+        )
+    facts = {
+        "bundle": str(report.bundle),
+        "passed": report.passed,
+        "backend": report.backend,
+        "parity": report.figures,
+        "auto": auto,
+        "recorded": report.recorded,
+        "tolerance": report.tolerance,
+        "styles": list(report.styles),
+        "seconds": phases.seconds(),
+    }
+    print_result(facts, report.bundle)
+    if not report.passed:
+        fail(f"{report.bundle} does not compute what torch computes here; export it again, or use another backend", 1)

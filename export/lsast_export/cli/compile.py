@@ -10,17 +10,11 @@ import click
 from lsast_engines.backends.tensorrt.engine_record import Range, ShapeRanges, TrtFlavor
 from lsast_engines.cli import Command, debug_option, echo, json_option, print_result
 from lsast_engines.errors import UsageError
-from lsast_engines.removed import removal
 
-from .shared import PhaseTimer
+from ..progress import PhaseTimer
 
 if TYPE_CHECKING:
     from ..tensorrt.compile import CompileOptions
-
-
-def _refuse(ctx: click.Context, option: click.Parameter, value: str | None) -> None:
-    if value is not None:
-        raise UsageError(removal("lsast-export compile --quantised") or "")
 
 
 @click.command("compile", cls=Command, requires=("export", "onnx", "onnx_ir"))
@@ -37,7 +31,6 @@ def _refuse(ctx: click.Context, option: click.Parameter, value: str | None) -> N
     help="Compile this graph only; may be repeated. [default: all but the denoiser's parts]",
 )
 @click.option("--compute-dtype", metavar="TYPE", help="Number type to compute in: fp16 or fp32. [default: fp16]")
-@click.option("--quantised", expose_value=False, hidden=True, callback=_refuse)
 @click.option("--batch", metavar="N,N,N", help="Pictures at once: min, opt, max. [default: 1,1,4]")
 @click.option("--sides", metavar="N,N,N", help="Pixels of height and width: min, opt, max. [default: 384,512,1024]")
 @click.option(

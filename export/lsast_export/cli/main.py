@@ -1,4 +1,4 @@
-"""`lsast-export`: bake styles; its commands export, check and change bundles.
+"""`lsast-export`: bake styles and import prompts; its commands export, check and change bundles.
 
 The result's path, or with `--json` one JSON object, goes to stdout; phases and errors go to stderr. Exit status: 0
 done, 1 failed, 2 wrong usage, 130 interrupted. torch and onnx are imported only when there is something to do.
@@ -13,16 +13,22 @@ import click
 
 from lsast_engines.backends.tensorrt.engine_record import TrtFlavor
 from lsast_engines.bundle.style import parse_defaults
-from lsast_engines.cli import Group, debug_option, json_option, print_result
-from lsast_engines.errors import UsageError
+from lsast_engines.cli import Command, Group, debug_option, json_option, log_to_stderr, print_result
+from lsast_engines.errors import UsageError, fault_list
+from lsast_train.cli.shared import import_options
 
-from .add_graphs import decoder_command, parts_command
-from .bundle import bundle_command, bundle_options, export, style_options
-from .check import check_command
+from .bundle import (
+    EXTRA,
+    bundle_command,
+    bundle_options,
+    check_command,
+    decoder_command,
+    export,
+    parts_command,
+    style_options,
+)
 from .compile import compile_command, compile_engines
-from .import_ import import_command
 from .quantize import quantize_command
-from .shared import EXTRA
 
 
 @click.group("lsast-export", cls=Group, invoke_without_command=True, requires=EXTRA)
@@ -98,6 +104,38 @@ def bake(
 
         facts["compiled"] = compile_engines(bundle.path, CompileOptions(backend))
     print_result(facts, *paths.values())
+
+
+@click.command("import", cls=Command, requires=("export", "torch", "diffusers"))
+@click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
+@click.option("--base", metavar="PATH", required=True, help="Base whose text encoder resolves them.")
+@import_options()
+@click.option("--name", metavar="NAME", help="Name of the style. [default: that of the file]")
+@click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write to. [default: runs/NAME]")
+@json_option
+@debug_option
+def import_command(file: Path, base: str, name: str | None, out: Path | None, **source: Any) -> None:
+    """Read FILE, a checkpoint of LSAST's released code (embeddings_gs-99999.pt), without running what is pickled in it.
+
+    The text encoder of --base resolves its prompts and binds them to that base; `lsast-export --style NAME` bakes them.
+    """
+    from lsast_engines.bundle.style import style_name_faults
+
+    if name is not None and (faults := style_name_faults(name)):
+        raise UsageError(fault_list("invalid style name:", faults))
+    from lsast_train.base.lazy_base import open_base
+    from lsast_train.checkpoints.source import BaseSource
+    from lsast_train.prompts.prompt_file import save_prompts
+
+    from ..styles.released_checkpoint import import_prompts
+
+    given = {key: value for key, value in source.items() if value is not None}
+    with log_to_stderr():
+        prompts = import_prompts(file, open_base(BaseSource(base, **given)), name)
+    path = (out or Path("runs") / prompts.name) / f"{prompts.name}.prompts.safetensors"
+    save_prompts(prompts, path)
+    shape = list(prompts.tensors()["embeddings"].shape)
+    print_result({"prompts": str(path), "name": prompts.name, "base": prompts.base, "embeddings": shape}, path)
 
 
 for _command in (

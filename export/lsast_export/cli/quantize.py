@@ -11,7 +11,7 @@ import click
 from lsast_engines.cli import Command, debug_option, echo, json_option, print_result
 from lsast_engines.environment import require_extra
 
-from .shared import PhaseTimer
+from ..progress import PhaseTimer
 
 _OPTIONAL = {
     "vae_encoder": "vae_encoder",

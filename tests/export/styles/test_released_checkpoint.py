@@ -16,7 +16,7 @@ from torch import nn
 from golden_sets import GoldenFiles, TransformerBlock, both_sets, save_checkpoint
 from lsast_engines.bundle.bundle import EMBEDDED
 from lsast_engines.errors import StyleError, TrainingError
-from lsast_export.cli.import_ import import_command
+from lsast_export.cli.main import import_command
 from lsast_export.graphs.modules import base_on_meta
 from lsast_export.styles.bake import KVProjector, bake_prompts
 from lsast_export.styles.released_checkpoint import import_prompts, read_released
