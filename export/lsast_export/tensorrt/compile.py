@@ -28,15 +28,15 @@ from lsast_engines.backends.tensorrt.engine_record import (
     SUFFIX,
     EngineKey,
     EngineRecord,
-    Profile,
     ShapeRanges,
     TrtFlavor,
     engine_folder,
     graph_digest,
     verified_record,
 )
+from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, GraphSpec
-from lsast_engines.bundle.manifest import QUANTISED, Manifest
+from lsast_engines.bundle.manifest import QUANTISED
 from lsast_engines.environment import package_version
 from lsast_engines.errors import BackendError, ExportError, UsageError, fault_list
 from lsast_engines.files import replace_file
@@ -107,20 +107,25 @@ def compile_graph(
     found: EngineRecord | None = None
     with contextlib.suppress(BackendError):
         found = verified_record(engine)
+    phase = f"compiling {spec.name}"
+    progress(phase)
     if found is not None and not key.differences(found.key):
-        progress(f"compiling {spec.name}")
-        progress(f"compiling {spec.name}", "up to date")
+        progress(phase, "up to date")
         return found
     if "BFLOAT16" in dtypes_in(path):
         _require_bf16(targets, path.name)
-    progress(f"compiling {spec.name}")
     if found is not None:
-        progress(f"compiling {spec.name}", f"took {found.seconds:.0f} s last time")
+        progress(phase, f"took {found.seconds:.0f} s last time")
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="lsast-compile.") as scratch:
-        build = _Build(trt, options, key, progress)
-        source = _source(path, spec.name, options.compute_dtype == "fp16", Path(scratch))
-        serialized = build.run(source, spec)
+    logger = make_logger(trt)
+    with tempfile.TemporaryDirectory(prefix="lsast-compile.") as name:
+        scratch = Path(name)
+        for file in path.parent.iterdir():
+            if file.suffix in (".data", ".safetensors"):
+                # Links avoid copying gigabytes. onnx's own checks refuse them, the libraries' parser does not.
+                (scratch / file.name).symlink_to(file.resolve())
+        write_gpu_graph(path, scratch / path.name, spec.name, half=options.compute_dtype == "fp16", fused=False)
+        serialized = _build(trt, logger, scratch / path.name, key, options, progress)
     seconds = time.perf_counter() - began
     with replace_file(engine, own=True) as handle:
         handle.write(serialized)
@@ -129,7 +134,7 @@ def compile_graph(
         sha256=hashlib.sha256(serialized).hexdigest(),
         bytes=memoryview(serialized).nbytes,
         seconds=round(seconds, 3),
-        activation_bytes=build.activation_bytes,
+        activation_bytes=logger.activation_bytes,
         lsast_version=package_version("lsast"),
     )
     record.save(engine)
@@ -137,130 +142,96 @@ def compile_graph(
 
 
 def compile_bundle(
-    bundle: Path,
+    path: Path,
     options: CompileOptions,
     out: Path | None = None,
     progress: Progress = no_progress,
     graphs: Collection[str] = (),
 ) -> dict[str, EngineRecord]:
-    """Compile the graphs of a bundle; see `compile_graph`.
+    """Compile the graphs of the bundle at `path`; see `compile_graph`.
 
     Args:
         out: folder of the engines; by default the one where `lsast-run` looks for them.
         graphs: names of graphs to compile; by default those that every bundle has.
 
     Raises:
+        BundleError: no sound bundle.
         UsageError: there is no such graph, or the bundle is quantized.
     """
-    path = bundle / "manifest.json"
-    manifest = Manifest.from_json(path.read_text(encoding="utf-8"), str(path))
+    bundle = Bundle.open(path)
+    manifest = bundle.manifest
     if manifest.storage_dtype in QUANTISED:  # its Q/DQ pairs are placed for CPUs
         made_from = manifest.source.get("quantized_from", "see its manifest")
         raise UsageError(
-            f"found {bundle} in {manifest.storage_dtype}, quantized for CPUs; expected the bundle that it was made "
+            f"found {path} in {manifest.storage_dtype}, quantized for CPUs; expected the bundle that it was made "
             f"from, {made_from}: GPUs compute in fp16"
         )
     if unknown := sorted(set(graphs) - manifest.graphs.keys()):
         raise UsageError(f"found graphs {', '.join(unknown)}; expected of {', '.join(manifest.graphs)}")
     chosen = set(graphs) or set(REQUIRED_GRAPHS)
-    folder = out or engine_folder(bundle, options.library, options.compute_dtype)
+    folder = out or engine_folder(path, options.library, options.compute_dtype)
     return {
-        name: compile_graph(bundle / f"{name}.onnx", spec, folder / f"{name}{SUFFIX}", options, progress)
+        name: compile_graph(bundle.graph_path(name), spec, folder / f"{name}{SUFFIX}", options, progress)
         for name, spec in manifest.graphs.items()
         if name in chosen
     }
 
 
-class _Build:
-    """One run of a library's builder. It keeps every object alive to the end, which the library does not."""
+def _build(
+    trt: Any, logger: Any, source: Path, key: EngineKey, options: CompileOptions, progress: Progress
+) -> memoryview:
+    """The serialized engine of the graph `source`. Every object lives to the end, which the library needs."""
 
-    def __init__(self, trt: Any, options: CompileOptions, key: EngineKey, progress: Progress) -> None:
-        self._trt, self._options, self._key, self._progress = trt, options, key, progress
-        self._logger, self._complaints = make_logger(trt)
-
-    @property
-    def activation_bytes(self) -> int:
-        """Largest working memory of a run, as the builder logged it."""
-        return self._complaints.activation_bytes
-
-    def run(self, source: Path, spec: GraphSpec) -> Any:
-        """The serialized engine, a buffer."""
-        trt = self._trt
-        builder = trt.Builder(self._logger)
-        # TensorRT 10 would choose types by itself; later versions, and TensorRT-RTX, know no other networks.
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        parser = trt.OnnxParser(network, self._logger)
-        parsed = parser.parse_from_file(str(source))
-        faults = [str(parser.get_error(index).desc()) for index in range(parser.num_errors)]
-        self._require(parsed and not faults, "cannot be read", faults)
-        self._require(True, "was read with errors")
-        _check_network(trt, network, spec, self._key.profile)
-        config = builder.create_builder_config()
-        profile = builder.create_optimization_profile()
-        for name, span in self._key.profile.items():
-            profile.set_shape(name, *span)
-        index = config.add_optimization_profile(profile)
-        self._require(index == 0, "does not take these sizes")
-        monitor = _monitor(trt, f"compiling {spec.name}", self._progress)
-        config.progress_monitor = monitor
-        # It would round float32 to the 10 bits of TF32.
-        config.clear_flag(trt.BuilderFlag.TF32)
-        if self._options.library == "tensorrt-rtx":
-            self._aim(config)
-        serialized = builder.build_serialized_network(network, config)
-        self._require(serialized is not None, "cannot be compiled")
-        return serialized
-
-    def _aim(self, config: Any) -> None:
-        """Pass the compute capabilities to TensorRT-RTX; without any it compiles portably."""
-        if not self._options.targets:
-            return
-        config.num_compute_capabilities = len(self._options.targets)
-        for index, target in enumerate(self._options.targets):
-            done = config.set_compute_capability(_capability(self._trt, target), index)
-            self._require(done, f"cannot be compiled for {target}")
-
-    def _require(self, passed: Any, what: str, faults: list[str] | None = None) -> None:
+    def require(passed: Any, what: str, *faults: str) -> None:
         """Raise unless `passed` and no error was logged."""
-        found = list(dict.fromkeys([*(faults or []), *self._complaints.take()]))
+        found = list(dict.fromkeys([*faults, *logger.take()]))
         if not passed or found:
-            name, library = self._key.graph, self._options.library
-            found = found or ["(no reason given)"]
-            raise ExportError(fault_list(f"{library} {self._key.library_version}: graph {name} {what}:", found))
+            what = f"{key.library} {key.library_version}: graph {key.graph} {what}:"
+            raise ExportError(fault_list(what, found or ["(no reason given)"]))
 
+    began = time.perf_counter()
 
-def _source(path: Path, name: str, half: bool, scratch: Path) -> Path:
-    """The file to compile: `path` with all heads of an attention at once, in fp16 if asked, in the folder `scratch`."""
-    for file in path.parent.iterdir():
-        if file.suffix in (".data", ".safetensors"):
-            # Links avoid copying gigabytes. onnx's own checks refuse them, the libraries' parser does not.
-            (scratch / file.name).symlink_to(file.resolve())
-    write_gpu_graph(path, scratch / path.name, name, half=half, fused=False)
-    return scratch / path.name
+    class Monitor(trt.IProgressMonitor):
+        """Reports the outer phases of a build."""
 
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
 
-def _check_network(trt: Any, network: Any, spec: GraphSpec, profile: Profile) -> None:
-    """Make sure that the parsed network has the inputs and outputs of `spec`: a profile ignores unknown names."""
-    faults = []
-    types = {"float32": trt.float32, "int64": trt.int64}
-    for side, wanted, count, tensor_at in (
-        ("input", spec.inputs, network.num_inputs, network.get_input),
-        ("output", spec.outputs, network.num_outputs, network.get_output),
-    ):
-        found = {tensor.name: tensor for tensor in (tensor_at(index) for index in range(count))}
-        faults += [f"{side} {name}: not in the spec" for name in sorted(found.keys() - {t.name for t in wanted})]
-        for tensor in wanted:
-            if tensor.name not in found:
-                faults.append(f"{side} {tensor.name}: found none; expected {tensor}")
-            elif found[tensor.name].dtype != types[tensor.dtype]:
-                faults.append(f"{side} {tensor.name}: found {found[tensor.name].dtype}; expected {tensor}")
-            elif len(found[tensor.name].shape) != len(tensor.shape):
-                faults.append(f"{side} {tensor.name}: found {list(found[tensor.name].shape)}; expected {tensor}")
-    faults += [f"profile {name}: not an input" for name in sorted(profile.keys() - {t.name for t in spec.inputs})]
-    if faults:
-        raise ExportError(
-            fault_list(f"the file is not the graph {spec.name} that was expected; export it again:", faults)
-        )
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            if parent is None or parent == "Building engine":
+                told = f"{name[0].lower()}{name[1:]}, {time.perf_counter() - began:.0f} s"
+                progress(f"compiling {key.graph}", told)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            return True
+
+        def phase_finish(self, name: str) -> None: ...
+
+    builder = trt.Builder(logger)
+    # TensorRT 10 would choose types by itself; later versions, and TensorRT-RTX, know no other networks.
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    parsed = parser.parse_from_file(str(source))
+    require(parsed, "cannot be read", *(str(parser.get_error(index).desc()) for index in range(parser.num_errors)))
+    config = builder.create_builder_config()
+    profile = builder.create_optimization_profile()
+    inputs = {network.get_input(index).name for index in range(network.num_inputs)}
+    require(inputs == key.profile.keys(), f"takes {', '.join(sorted(inputs))}; expected {', '.join(key.profile)}")
+    for name, span in key.profile.items():
+        profile.set_shape(name, *span)
+    require(config.add_optimization_profile(profile) == 0, "does not take these sizes")
+    monitor = Monitor()
+    config.progress_monitor = monitor
+    # It would round float32 to the 10 bits of TF32.
+    config.clear_flag(trt.BuilderFlag.TF32)
+    if options.targets:
+        config.num_compute_capabilities = len(options.targets)
+        for index, target in enumerate(options.targets):
+            done = config.set_compute_capability(_capability(trt, target), index)
+            require(done, f"cannot be compiled for {target}")
+    serialized = builder.build_serialized_network(network, config)
+    require(serialized is not None, "cannot be compiled")
+    return memoryview(serialized)
 
 
 def _targets(options: CompileOptions, trt: Any) -> tuple[tuple[str, ...], str]:
@@ -301,24 +272,3 @@ def _require_bf16(targets: tuple[str, ...], holder: str) -> None:
             f"found bf16 weights in {holder} for the compute capabilities {', '.join(lacking)}; expected at least "
             f"{BF16_CAPABILITY}: leave them out, or export with --storage-dtype fp16"
         )
-
-
-def _monitor(trt: Any, phase: str, progress: Progress) -> Any:
-    """A progress monitor that reports the outer phases of a build."""
-    began = time.perf_counter()
-
-    class Monitor(trt.IProgressMonitor):
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-
-        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
-            if parent is None or parent == "Building engine":
-                progress(phase, f"{name[0].lower()}{name[1:]}, {time.perf_counter() - began:.0f} s")
-
-        def step_complete(self, name: str, step: int) -> bool:
-            return True
-
-        def phase_finish(self, name: str) -> None:
-            pass
-
-    return Monitor()
