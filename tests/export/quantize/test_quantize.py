@@ -3,7 +3,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,18 +126,6 @@ def test_fold_weights_keeps_a_split_with_another_reader(tmp_path: Path) -> None:
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_fold_weights_of_the_denoiser_computes_the_same(
-    bundles: dict[str, Bundle], feeds: Callable[..., Any], run: Any, tmp_path: Path
-) -> None:
-    bundle = bundles["bf16"]
-    given = feeds(bundle, 1, 2, 8, 8)
-    plain = folded(bundle.graph_path("denoiser"), tmp_path)
-    model = onnx.load(plain)
-    assert "Split" not in kinds(model)
-    assert all(tensor.data_type != TensorProto.BFLOAT16 for tensor in model.graph.initializer)
-    np.testing.assert_allclose(run_model(plain, given)[0], run(bundle, "denoiser", **given)["eps"], atol=1e-4)
-
-
 def test_int8_graph_runs_in_int8_on_onnx_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calibration = calibrated(toy(tmp_path), draw(4))
     assert calibration.layers == ["conv1", "conv2", "linear/half0", "linear/half1"]
@@ -170,19 +157,6 @@ def test_int8_graph_runs_in_int8_on_openvino(tmp_path: Path) -> None:
     assert products <= {"u8", "i8"}, dict(found)
     assert found["Convolution"]
     assert products
-
-
-def test_quantized_graph_is_near_and_kept_layers_are_exact(tmp_path: Path) -> None:
-    path = toy(tmp_path)
-    calibration = calibrated(path, draw(8))
-    (feeds,) = draw(1)
-    (expected,) = run_model(onnx.load(path), feeds)
-    graphs = (saved(calibration.quantized(kept), calibration.folder) for kept in ([], calibration.layers))
-    errors = [error(run_model(graph, feeds)[0], expected) for graph in graphs]
-    assert 1e-4 < errors[0] < 0.05
-    assert errors[1] < 1e-5
-    half = kinds(calibration.quantized(["conv1", "linear/half0"]))
-    assert half["DequantizeLinear"] < kinds(calibration.quantized([]))["DequantizeLinear"]
 
 
 def test_int8_graph_has_the_numbers_of_onnx_runtimes_quantizer(tmp_path: Path) -> None:
