@@ -108,12 +108,10 @@ def targets(
     return {
         "manifest": Target(hostile.json_texts(manifest), lambda text: Manifest.from_json(text).noise.alphas_cumprod),
         "style": Target(
-            hostile.safetensors_files(style.read_bytes(), "lsast"),
-            in_file(lambda path: Style.load(path).stage(0)),
+            hostile.safetensors_files(style.read_bytes(), "lsast"), in_file(lambda path: Style.load(path).stage(0))
         ),
         "prompts": Target(
-            hostile.safetensors_files(prompts.read_bytes(), "lsast"),
-            in_file(lambda path: load_prompts(path).tensors()),
+            hostile.safetensors_files(prompts.read_bytes(), "lsast"), in_file(lambda path: load_prompts(path).tensors())
         ),
         "record": Target(hostile.json_texts(made), record),
         "mix": Target(mixes | right | right, painted),

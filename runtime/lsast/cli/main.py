@@ -18,17 +18,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from lsast_engines.cli import (
-    USAGE,
-    Command,
-    debug_option,
-    echo,
-    fail,
-    json_option,
-    log_to_stderr,
-    print_result,
-    quiet,
-)
+from lsast_engines.cli import USAGE, Command, debug_option, echo, fail, json_option, log_to_stderr, print_result, quiet
 from lsast_engines.errors import LsastError
 
 from ..options.options import Options, rules

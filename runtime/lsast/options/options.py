@@ -64,9 +64,7 @@ class Options:
         Range(1, 1000),
     ]
     strength: Annotated[
-        float,
-        "How far the painting may depart from the picture; 1 starts from pure noise.",
-        Range(0, 1, above=True),
+        float, "How far the painting may depart from the picture; 1 starts from pure noise.", Range(0, 1, above=True)
     ]
     guidance: Annotated[
         float,
@@ -75,9 +73,7 @@ class Options:
         Range(0, 100),
     ]
     control_scale: Annotated[
-        float,
-        "How closely the picture's edges are followed (scale of the ControlNet); 0 ignores them.",
-        Range(0, 2),
+        float, "How closely the picture's edges are followed (scale of the ControlNet); 0 ignores them.", Range(0, 2)
     ]
     size: Annotated[
         int,
@@ -89,8 +85,7 @@ class Options:
     ]
     seed: Annotated[int, "Seed of all noise: the same seed gives the same pixels.", Range(0)] = 0
     alpha: Annotated[
-        Literal["keep", "composite"],
-        "Transparency: keep it, or composite the picture on white before painting.",
+        Literal["keep", "composite"], "Transparency: keep it, or composite the picture on white before painting."
     ] = "keep"
     fit: Annotated[
         Literal["aspect", "stretch"],

@@ -21,9 +21,7 @@ Job = tuple["Picture", Mapping[str, Any]]
 
 
 def jobs(
-    pictures: Iterable[Picture],
-    styles: str | Iterable[str | None] | None,
-    rows: Iterable[Mapping[str, Any]] | None,
+    pictures: Iterable[Picture], styles: str | Iterable[str | None] | None, rows: Iterable[Mapping[str, Any]] | None
 ) -> Iterator[Job]:
     """Every picture with its own options, see `Stylizer.stylize_many`; a `UsageError` where the shorter of pictures,
     styles and rows ends."""

@@ -139,8 +139,7 @@ def test_examine_starts_the_cuda_that_a_gpu_wheel_names(machine: Callable[..., R
 
 
 @pytest.mark.parametrize(
-    ("status", "expected"),
-    [(0, "NVIDIA 580.65.06"), (9, "nvidia-smi fails (580.65.06\n580.65.06)")],
+    ("status", "expected"), [(0, "NVIDIA 580.65.06"), (9, "nvidia-smi fails (580.65.06\n580.65.06)")]
 )
 def test_examine_reports_the_driver_that_its_tool_prints(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: int, expected: str

@@ -29,10 +29,7 @@ LAYERS = [
     AttentionLayer("e", "control", "mid", 0, 2),
     AttentionLayer("f", "control", "down", 4, 3),
 ]
-GROUP_OF = {
-    "kv_unet": ["down"] * 8 + ["up"] * 4 + ["down"] * 6 + ["mid"] * 2,
-    "kv_control": ["mid"] * 4 + ["down"] * 6,
-}
+GROUP_OF = {"kv_unet": ["down"] * 8 + ["up"] * 4 + ["down"] * 6 + ["mid"] * 2, "kv_control": ["mid"] * 4 + ["down"] * 6}
 STAGES = 10
 
 

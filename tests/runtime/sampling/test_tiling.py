@@ -11,14 +11,7 @@ import lsast
 from lsast import Stylizer
 from lsast.request import Request
 from lsast.sampling.networks import Floats, Graph, decode, decode_rgb, embed_edges, encode
-from lsast.sampling.tiling import (
-    TiledDenoiser,
-    TileGrid,
-    tiled_cond,
-    tiled_decoder,
-    tiled_encoder,
-    upsample_weights,
-)
+from lsast.sampling.tiling import TiledDenoiser, TileGrid, tiled_cond, tiled_decoder, tiled_encoder, upsample_weights
 from lsast_engines.bundle.bundle import EMBEDDED
 from lsast_engines.bundle.graph_spec import CONTROLNET_COND, DENOISER, VAE_DECODER, VAE_ENCODER
 

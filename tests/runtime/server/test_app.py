@@ -360,10 +360,7 @@ def test_token_is_asked_for_by_all_but_page_and_probes(parted_path: Path, png: b
 def test_upload_that_breaks_off_is_the_clients_fault(server: Running, kind: bytes) -> None:
     import asyncio
 
-    messages: list[Any] = [
-        {"type": "http.request", "body": b"--x\r\n", "more_body": True},
-        {"type": "http.disconnect"},
-    ]
+    messages: list[Any] = [{"type": "http.request", "body": b"--x\r\n", "more_body": True}, {"type": "http.disconnect"}]
     sent: list[Any] = []
 
     async def receive() -> Any:

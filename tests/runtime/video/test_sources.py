@@ -143,12 +143,7 @@ def test_check_video_reads_no_file_that_a_file_names(photo: np.ndarray, tmp_path
 
 @pytest.mark.parametrize(("codec", "pixels"), [("qtrle", "argb"), ("prores_ks", "yuva444p10le")])
 def test_paint_video_keeps_transparency_or_composites_it_on_white(
-    stylizer: Stylizer,
-    photo: np.ndarray,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    codec: str,
-    pixels: str,
+    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture, codec: str, pixels: str
 ) -> None:
     write_clip(tmp_path / "clip.mov", photo, 2, None, codec=codec, pixels=pixels)
     paint_video(tmp_path / "clip.mov", tmp_path / "out.gif", stylizer, QUICK)
