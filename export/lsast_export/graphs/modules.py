@@ -146,13 +146,8 @@ class ControlNetGraph(_GraphModule):
         control_scale: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         """The scaled residuals of one step, the middle block's last."""
-        down, mid = self.controlnet(
-            *(latent, timestep, None, hint),
-            conditioning_scale=control_scale,
-            cross_attention_kwargs=packed_kv(kv_control),
-            return_dict=False,
-        )
-        return (*down, mid)
+        control = self._base.control(latent, timestep, packed_kv(kv_control), hint, control_scale)  # type: ignore[arg-type]
+        return (*control["down_block_additional_residuals"], control["mid_block_additional_residual"])
 
 
 class DenoiserGraph(ControlNetGraph):
@@ -173,16 +168,13 @@ class DenoiserGraph(ControlNetGraph):
         guidance, batch = kv_unet.shape[:2]
         *down, mid = super().forward(latent, hint, timestep, kv_control, control_scale)
         latents, timesteps = _repeat(latent, guidance), _repeat(timestep, guidance)
-        output = self.unet(
-            latents,
-            timesteps,
-            None,
-            cross_attention_kwargs=packed_kv(kv_unet.flatten(0, 1)),
-            down_block_additional_residuals=[_repeat(residual, guidance) for residual in down],
-            mid_block_additional_residual=_repeat(mid, guidance),
-            return_dict=False,
-        )[0]
-        eps: torch.Tensor = self._base.eps_from_output(output, latents, timesteps).unflatten(0, (guidance, batch))
+        kv = packed_kv(kv_unet.flatten(0, 1))
+        residuals = {
+            "down_block_additional_residuals": [_repeat(residual, guidance) for residual in down],
+            "mid_block_additional_residual": _repeat(mid, guidance),
+        }
+        rows = self._base.eps(latents, timesteps, kv, residuals=residuals)
+        eps: torch.Tensor = rows.unflatten(0, (guidance, batch))
         return eps
 
 
