@@ -29,10 +29,8 @@ def find_bundle(name_or_path: str | Path | None = None) -> Path:
         raise BundleError(f"found {type(name_or_path).__name__} as bundle; expected a folder or a name")
     wanted = name_or_path or os.environ.get("LSAST_BUNDLE") or EMBEDDED
     folder = Path(os.path.expanduser(wanted))  # that of pathlib raises an error for an unknown user
-    if is_file(folder / MANIFEST):
-        return folder
     candidates = [folder]
-    if folder.name == str(wanted):
+    if folder.name == str(wanted) and not is_file(folder / MANIFEST):
         candidates += [home / folder.name for home in _homes()]
     for candidate in candidates:
         if is_file(candidate / MANIFEST):

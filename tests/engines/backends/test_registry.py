@@ -104,9 +104,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def machine(processor: str, installed: str, openvino_dtypes: tuple[str, ...] = ("fp32", "bf16")) -> None:
         monkeypatch.setenv(PROCESSOR, processor)
-        for name, module in (("onnxruntime", "onnxruntime"), ("openvino", "openvino")):
+        for name in ("onnxruntime", "openvino"):
             if name in installed:
-                monkeypatch.setattr(f"lsast_engines.backends.{module}.devices", lambda: ["cpu"])
+                monkeypatch.setattr(f"lsast_engines.backends.{name}.devices", lambda: ["cpu"])
             else:
                 monkeypatch.setitem(sys.modules, name, None)
         if "openvino" in installed:
