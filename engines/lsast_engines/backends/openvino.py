@@ -38,6 +38,11 @@ def devices() -> list[str]:
     return [str(device).lower() for device in shared_core(import_library("openvino")).available_devices]
 
 
+def gpu_fault() -> str:
+    """Empty: OpenVINO uses no NVIDIA GPU."""
+    return ""
+
+
 def compute_dtypes(device: str) -> tuple[ComputeDtype, ...]:
     """What `device` computes in; on a processor with AVX-512, bf16 may be emulated. Raises as `devices`."""
     found = shared_core(import_library("openvino")).get_property(device.upper(), "OPTIMIZATION_CAPABILITIES")

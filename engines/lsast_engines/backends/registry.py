@@ -25,7 +25,7 @@ class _Backend:
     extra: str
     """The extra that installs it."""
     module: str
-    """Its module, with the functions `devices` and, where it knows of GPUs, `gpu_fault`."""
+    """Its module, with the functions `devices` and `gpu_fault`."""
     engine: str
     """The subclass of `Engine` in it."""
     flavor: tuple[str, ...] = ()
@@ -90,7 +90,7 @@ def has_device(backend: str, device: str) -> bool:
 def gpu_fault(backend: str) -> str:
     """Why `backend` has no NVIDIA GPU here, and what mends it; empty if it has or could not. Raises as
     `backend_devices`."""
-    return "" if backend == "openvino" else str(_BACKENDS[backend].call("gpu_fault"))
+    return str(_BACKENDS[backend].call("gpu_fault"))
 
 
 def open_engine(
