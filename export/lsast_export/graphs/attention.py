@@ -57,39 +57,31 @@ def fuse_attention(model: ir.Model) -> int:
 
 
 def expand_attention(model: ir.Model) -> None:
-    """Replace every node of `fuse_attention` by operators of ONNX, with all heads at once: TensorRT fuses these."""
-    for node in list(model.graph):
-        if node.op_type == OPERATOR and node.domain == DOMAIN:
-            _replace(node, _expanded(node))
+    """Replace every node of `fuse_attention` by operators of ONNX, with all heads at once: TensorRT fuses these.
+
+    The new values have no types yet.
+    """
+    for attention in list(model.graph):
+        if attention.op_type == OPERATOR and attention.domain == DOMAIN:
+            tape = ir.tape.Tape()
+            heads = attention.attributes["num_heads"].as_int()
+            split, joined, scale = (
+                tape.op("Constant", [], {"value": ir.tensor(value)})
+                for value in (
+                    np.array([0, 0, heads, -1]),
+                    np.array([0, 0, -1]),
+                    np.array(attention.attributes["scale"].as_float(), np.float32),
+                )
+            )
+            query, key, value = (
+                tape.op("Transpose", [tape.op("Reshape", [source, split])], {"perm": perm})
+                for source, perm in zip(attention.inputs[:3], (_SWAP_HEADS, [0, 2, 3, 1], _SWAP_HEADS), strict=True)
+            )
+            scores = tape.op("Softmax", [tape.op("MatMul", [tape.op("Mul", [query, scale]), key])], {"axis": -1})
+            mixed = tape.op("Transpose", [tape.op("MatMul", [scores, value])], {"perm": _SWAP_HEADS})
+            tape.op("Reshape", [mixed, joined])
+            _replace(attention, tape.nodes)
     model.opset_imports.pop(DOMAIN, None)
-
-
-def _expanded(attention: ir.Node) -> list[ir.Node]:
-    nodes: list[ir.Node] = []
-
-    def add(op_type: str, *inputs: ir.Value | None, **attributes: object) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes=attributes, name=f"{attention.name}/{len(nodes)}")
-        node.outputs[0].name = f"{attention.outputs[0].name}/{len(nodes)}"
-        node.outputs[0].type = attention.outputs[0].type
-        nodes.append(node)
-        return node.outputs[0]
-
-    def constant(value: np.ndarray) -> ir.Value:
-        result = add("Constant", value=ir.tensor(value))
-        result.type, result.shape = ir.TensorType(ir.DataType.from_numpy(value.dtype)), ir.Shape(value.shape)
-        return result
-
-    heads = attention.attributes["num_heads"].as_int()
-    views = [add("Reshape", value, constant(np.array([0, 0, heads, -1]))) for value in attention.inputs[:3]]
-    query, key, value = (
-        add("Transpose", view, perm=perm)
-        for view, perm in zip(views, (_SWAP_HEADS, [0, 2, 3, 1], _SWAP_HEADS), strict=True)
-    )
-    scale = constant(np.array(attention.attributes["scale"].as_float(), np.float32))
-    scores = add("MatMul", add("Mul", query, scale), key)
-    mixed = add("MatMul", add("Softmax", scores, axis=-1), value)
-    add("Reshape", add("Transpose", mixed, perm=_SWAP_HEADS), constant(np.array([0, 0, -1])))
-    return nodes
 
 
 def _attention_of(value: ir.Value | None) -> _Attention | None:

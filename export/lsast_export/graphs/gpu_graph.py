@@ -33,6 +33,7 @@ block has its part in that (docs/gpu.md), and it runs once a picture."""
 _FLOAT_INPUTS = {"Resize": (1, 2)}
 """Inputs that are float32 by definition of the operator (onnx.ai/onnx/operators)."""
 
+_HALF = ir.DataType.FLOAT16
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
@@ -58,20 +59,22 @@ def write_gpu_graph(path: Path, target: Path, name: str, *, half: bool = True, f
         ExportError: a graph with sub-graphs, or whose types cannot be inferred.
     """
     model = ir.load(path)
-    ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)(model)
+    infer_types = ShapeInferencePass(check_type=True, strict_mode=False, data_prop=True)
+    infer_types(model)
     fuse_attention(model)
     if not fused:
         expand_attention(model)
+        infer_types(model)
     if half and name not in FLOAT_GRAPHS:
-        _Rewriter(model, ir.DataType.FLOAT16).run()
+        _Rewriter(model).run()
     ir.save(model, target)
 
 
 class _Rewriter:
     """Gives every node of a graph float32 or fp16, and casts values between the two."""
 
-    def __init__(self, model: ir.Model, half: ir.DataType) -> None:
-        self._graph, self._half = model.graph, half
+    def __init__(self, model: ir.Model) -> None:
+        self._graph = model.graph
         self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def run(self) -> None:
@@ -87,7 +90,7 @@ class _Rewriter:
                 self._cast_output(output, dtype)
 
     def _retype(self, node: ir.Node, full: bool) -> None:
-        wanted = ir.DataType.FLOAT if full else self._half
+        wanted = ir.DataType.FLOAT if full else _HALF
         if node.op_type == "Cast":
             self._retype_cast(node, full)
             return
@@ -95,7 +98,7 @@ class _Rewriter:
             return  # it is cast where it is used; libraries fold that
         for index, value in enumerate(node.inputs):
             exempt = index in _FLOAT_INPUTS.get(node.op_type, ())
-            if value is not None and value.dtype in (ir.DataType.FLOAT, self._half):
+            if value is not None and value.dtype in (ir.DataType.FLOAT, _HALF):
                 to = ir.DataType.FLOAT if exempt else wanted
                 node.replace_input_with(index, self._as(value, to, node))
         floats = any(
@@ -115,12 +118,12 @@ class _Rewriter:
         # A timestep or a length does not fit 11 bits; it is cast only where it is combined with fp16 values.
         if full or node.attributes["to"].as_int() != ir.DataType.FLOAT or source.dtype not in _FLOATS:
             return
-        if source.dtype == self._half and not output.is_graph_output():
+        if source.dtype == _HALF and not output.is_graph_output():
             ir.convenience.replace_all_uses_with(output, source)
             self._graph.remove(node, safe=True)
             return
-        node.attributes["to"] = ir.AttrInt64("to", self._half)
-        output.type = ir.TensorType(self._half)
+        node.attributes["to"] = ir.AttrInt64("to", _HALF)
+        output.type = ir.TensorType(_HALF)
 
     def _as(self, value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:
         """`value` in `dtype`, with one cast for all its users."""
