@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from lsast_engines.cli import echo
+from lsast_engines.cli import echo, quiet
 
 Progress = Callable[..., None]
 """Is called with a phase as it begins; while it lasts, with the phase and where it is."""
@@ -16,7 +16,7 @@ def no_progress(phase: str, detail: str = "") -> None:
 
 
 class PhaseTimer:
-    """A `Progress` that prints each phase on stderr as it begins, and measures how long each takes."""
+    """A `Progress` that prints each phase on stderr as it begins, unless `--quiet` is given, and times it."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -27,7 +27,8 @@ class PhaseTimer:
         now = time.perf_counter() - self._began
         if not detail:
             self._starts.append((phase, now))
-        echo(f"[{now:6.1f} s] {detail and '  '}{detail or phase}", err=True)
+        if not quiet():
+            echo(f"[{now:6.1f} s] {detail and '  '}{detail or phase}", err=True)
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each phase, in order; the last one ends now."""
