@@ -81,12 +81,6 @@ def test_figures_of_before_are_shown_and_drawn(compare: ModuleType, figures: Pat
     assert (tmp_path / "chart.png").stat().st_size < 100_000
 
 
-def test_stable_diffusion_cpp_needs_its_weights(compare: ModuleType) -> None:
-    result = CliRunner().invoke(compare.main, ["--peer", "stable-diffusion.cpp"])
-    assert result.exit_code == 2
-    assert "--base and --controlnet" in result.stderr
-
-
 def test_names_of_a_controlnet_for_stable_diffusion_cpp(compvis: Any) -> None:
     names = importlib.import_module("benchmarks.speed.peer_sdcpp")
     controlnet = ControlNetModel(
