@@ -154,7 +154,7 @@ def test_commands_of_the_page_give_the_same_bundle_styles_and_pictures_in_every_
     rounded: Any, outcomes: dict[str, dict[str, str]], form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if outcomes:  # what no form changes, and the page's own run has shown
-        monkeypatch.setattr(inversion, "save_curve", lambda *_: None)
+        monkeypatch.setattr(inversion.LossCurve, "save", lambda *_: None)
     rng = np.random.default_rng(0)
     for artist in ("morisot", "cassatt"):
         Path("paintings", artist).mkdir(parents=True)
