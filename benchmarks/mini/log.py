@@ -2,8 +2,8 @@
 
     python -m benchmarks.mini.log benchmarks/mini
 
-The folder holds ``base.log.json``, ``autoencoder.log.json`` and ``sharpening.log.json``, as `lsast-train mini` writes
-them.
+The folder holds ``base.log.json``, ``autoencoder.log.json`` and ``finetune_gan.log.json``, as `lsast-train mini` writes
+them (``sharpening.log.json`` is an earlier version's second phase).
 """
 
 from __future__ import annotations
@@ -31,8 +31,11 @@ def main(folder: Path) -> None:
     print("| tokens | " + " | ".join(stages) + f" |\n|{'---|' * (1 + len(stages))}")
     for name in ("null", "other", "label", "own", "own+edges"):
         print(f"| {name} | " + " | ".join(f"{row[name]:.4f}" for row in last) + " |")
-    for phase in ("autoencoder", "sharpening"):
-        history = json.loads((folder / f"{phase}.log.json").read_text())["history"]
+    for phase in ("autoencoder", "sharpening", "finetune_gan"):
+        file = folder / f"{phase}.log.json"
+        if not file.exists():
+            continue
+        history = json.loads(file.read_text())["history"]
         names = [name for name in history[0] if name != "step"]
         print(f"\n| {phase} step | {' | '.join(names)} |\n|{'---|' * (1 + len(names))}")
         for entry in history:
