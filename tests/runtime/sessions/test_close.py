@@ -104,6 +104,27 @@ def test_close_in_another_thread_ends_the_painting_and_those_that_wait(bundle_pa
             painting.result(SECONDS)
 
 
+def test_close_in_threads_while_others_paint_gives_paintings_or_our_error(bundle_path: Path, photo: np.ndarray) -> None:
+    with lsast.load(bundle_path) as alone:
+        expected = np.asarray(alone.stylize(photo).image)
+    for _ in range(5):
+        stylizer, barrier = lsast.load(bundle_path), threading.Barrier(5)
+
+        def work(lane: int, stylizer: Stylizer = stylizer, barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            if lane == 0:
+                stylizer.close()
+                return
+            while True:
+                try:
+                    np.testing.assert_array_equal(stylizer.stylize(photo).image, expected)
+                except UsageError:
+                    return
+
+        with ThreadPoolExecutor(5) as pool:
+            list(pool.map(work, range(5)))
+
+
 def test_close_with_async_calls_queued_ends_them_with_our_error(bundle_path: Path, photo: np.ndarray) -> None:
     async def scene() -> list[Any]:
         stylizer, begun, loop = lsast.load(bundle_path), asyncio.Event(), asyncio.get_running_loop()

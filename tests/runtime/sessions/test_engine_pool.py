@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ import pytest
 
 import lsast
 from lsast import BundleError, Stylizer
+from lsast.sessions import engine_pool
 from lsast.sessions.engine_pool import StyleCache
+from lsast.sessions.native_calls import native_call
 from lsast_engines.backends.registry import available_backends
 from lsast_engines.bundle.bundle import Bundle
 
@@ -169,6 +172,19 @@ def test_stylizer_whose_bundle_changes_paints_as_before_or_raises(
 STAGE_BYTES = 4 * 3 * (24 + 16)  # float32, three tokens, the widths of the tiny bundle
 
 
+def test_style_cache_evicts_the_least_recently_used(bundle_path: Path) -> None:
+    cache = StyleCache(Bundle.open(bundle_path), 3 * STAGE_BYTES)
+    cache.get("vangogh").stage(0), cache.get("vangogh").stage(1)
+    cache.get("monet").stage(0)
+    cache.evict()
+    assert list(cache._styles) == ["vangogh", "monet"]
+    cache.get("vangogh")  # used again: monet is now the least recently used
+    cache.get("monet").stage(1), cache.get("vangogh").stage(2)
+    cache.evict()
+    assert list(cache._styles) == ["vangogh"]
+    assert cache.bytes == 3 * STAGE_BYTES
+
+
 def test_style_cache_keeps_no_more_files_open_than_systems_allow(bundle_path: Path, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(bundle_path, tmp_path / "bundle"))
     names = [f"monet{number}" for number in range(100)]
@@ -191,3 +207,36 @@ def test_style_memory_changes_memory_and_no_picture(bundle_path: Path, photo: np
     with lsast.load(bundle_path, style_memory=5 * STAGE_BYTES) as poor, lsast.load(bundle_path) as rich:
         assert run(poor) == run(rich)
         assert poor._pool.styles.bytes <= 5 * STAGE_BYTES < rich._pool.styles.bytes
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the system does not tell what threads do")
+def test_fork_waits_for_paintings_and_not_for_other_threads() -> None:
+    end, inside = threading.Event(), threading.Event()
+
+    def work() -> None:
+        while not end.is_set():
+            pass
+
+    def paint() -> None:
+        with native_call():
+            inside.set()
+            work()
+
+    def soon(running: bool) -> bool:
+        """Whether this is said within ten seconds: threads of other tests may still run at first."""
+        for _ in range(1000):
+            if engine_pool._other_threads_run() is running:
+                return True
+            time.sleep(0.01)
+        return False
+
+    busy = threading.Thread(target=work)
+    busy.start()
+    assert soon(running=False)
+    painting = threading.Thread(target=paint)
+    painting.start()
+    inside.wait(20)
+    assert soon(running=True)
+    end.set()
+    busy.join()
+    painting.join()

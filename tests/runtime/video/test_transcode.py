@@ -2,6 +2,10 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import subprocess
+import sys
+import time
 import tracemalloc
 from fractions import Fraction
 from pathlib import Path
@@ -237,3 +241,21 @@ def test_lsast_run_paints_videos_beside_pictures(
     assert (result.exit_code, result.stdout) == (1, "out/clip.mp4\n")
     assert "painted 1, failed 1\n  - broken.mov cannot be read" in result.stderr
     assert _run("clip.mp4", "out.png").exit_code == 2
+
+
+def test_lsast_run_of_a_video_after_a_kill_continues(photo: np.ndarray, bundle_path: Path, tmp_path: Path) -> None:
+    write_clip(tmp_path / "clip.mp4", photo, 4 * SEGMENT)
+    program = "from lsast.video import transcode; from lsast.cli.main import main; "
+    program += f"transcode.SEGMENT = {SEGMENT}; main()"
+    command = [sys.executable, "-c", program, "clip.mp4", "out.mp4", "--size", "64", "--steps", "20", "--json"]
+    environment = {**os.environ, "LSAST_BUNDLE": str(bundle_path)}
+    process = subprocess.Popen(command, env=environment, cwd=tmp_path)
+    state = tmp_path / ".out.mp4.parts" / "state.npz"
+    while not state.exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()  # SIGKILL where there are signals
+    process.wait(60)
+    assert not (tmp_path / "out.mp4").exists()
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, timeout=120, check=True)
+    assert json.loads(done.stdout)["resumed"] in (SEGMENT, 2 * SEGMENT, 3 * SEGMENT)
+    assert len(read(tmp_path / "out.mp4")[0]) == 4 * SEGMENT
