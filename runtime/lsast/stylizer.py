@@ -104,6 +104,11 @@ def load(
     if faults := option_faults(_Arguments, given):
         raise UsageError(fault_list("invalid arguments of load:", faults))
     found = Bundle.open(find_bundle(bundle))
+    if found.manifest.storage_dtype == "int8" and compute_dtype == "fp16":  # was not tried
+        raise UsageError(
+            f"found compute_dtype fp16 for {found.path}, which is stored in int8; "
+            "expected fp32, or bf16 with OpenVINO: leave the option out"
+        )
     if build:
         from .sessions.build_engines import build_engines
 

@@ -6,6 +6,7 @@ Everything here is made again when it is needed. Bundles and styles that the use
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -78,7 +79,8 @@ def _folders(parent: Path) -> list[Path]:
 
 def _entry(kind: str, folder: Path, source: object, used: bool) -> Entry:
     size = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # another process has just removed it
-            size += 0 if path.is_dir() else path.lstat().st_size
+    for root, _, names in os.walk(folder):  # until Python 3.13 `rglob` fails where a folder has just been removed
+        for name in names:
+            with contextlib.suppress(OSError):  # another process has just removed it
+                size += os.lstat(os.path.join(root, name)).st_size
     return Entry(kind, folder, size, str(source or ""), used)

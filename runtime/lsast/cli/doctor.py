@@ -89,7 +89,7 @@ def examine() -> Report:
     except Exception as error:  # nothing is installed, or a library is broken
         auto, faster = f"nothing: {error}", ""
     telemetry = "off (that of ONNX Runtime and of OpenVINO)"
-    if (value := os.environ.get("ORT_DISABLE_TELEMETRY", "1")) != "1":  # see `lsast_engines.backends.imports`
+    if (value := os.environ.get("ORT_DISABLE_TELEMETRY", "1")) != "1":  # see `lsast_engines.backends.base`
         telemetry = f"OpenVINO's is off; ONNX Runtime's is left to ORT_DISABLE_TELEMETRY={value}"
     return Report(
         system=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",

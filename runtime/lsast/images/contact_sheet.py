@@ -87,6 +87,8 @@ def contact_sheet(
     values = axes.values() if isinstance(axes, Mapping) else ()
     if not values or not all(isinstance(axis, Collection) and len(axis) for axis in values):
         raise UsageError("found no axis, or one without a value; expected such as {'strength': [0.4, 0.6]}")
+    if "mask" in axes:
+        raise UsageError("found an axis 'mask', which is no option; expected the argument mask, for all paintings")
     across, *down = axes
     down.reverse()  # the last axis changes most slowly
     columns, rows = list(axes[across]), list(itertools.product(*(axes[name] for name in down)))

@@ -63,11 +63,6 @@ class EnginePool:
         style_memory: int = STYLE_MEMORY,
     ) -> None:
         """Open `graphs`, others at their first use; errors as of `choose` and `open`, after which no engine is open."""
-        if bundle.manifest.storage_dtype == "int8" and compute_dtype == "fp16":  # was not tried
-            raise UsageError(
-                f"found compute_dtype fp16 for {bundle.path}, which is stored in int8; "
-                "expected fp32, or bf16 with OpenVINO: leave the option out"
-            )
         self.bundle = bundle
         self.arguments = (backend, device, threads, compute_dtype, style_memory)
         """Those of `lsast.load`, for another process that opens the same."""
