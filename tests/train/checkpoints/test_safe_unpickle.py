@@ -124,14 +124,35 @@ def test_calls_of_functions_are_refused_by_name(
         b"\x80\x02}K\x01a.",
         b"\x80\x02]Q.",
         b"\x80\x02c__builtin__\nbytearray\nJ\x00\x00\x00\x40\x85R.",
+        b"\x80\x02" + 30 * b"c_codecs\nencode\n" + _text("x") + 30 * (_text("hex_codec") + b"\x86R") + b".",
     ],
-    ids=["INST", "STACK_GLOBAL", "EXT1", "call", "state", "set", "append", "storage", "memory"],
+    ids=["INST", "STACK_GLOBAL", "EXT1", "call", "state", "set", "append", "storage", "memory", "doubled"],
 )
 def test_instructions_that_torch_does_not_write_are_refused(
     tmp_path: Path, marker: Path, loader: Callable[[Path], Any], data: bytes
 ) -> None:
     with pytest.raises(TrainingError, match="refused, nothing of it was run"):
         loader(_archive(tmp_path / "bad.pt", data.replace(b"%s", str(marker).encode())))
+
+
+@pytest.mark.parametrize("call", [b"ctorch\nFloatTensor\nJ\x00\x00\x00\x10\x85R", b"ctorch._utils\n"
+                                  b"_rebuild_meta_tensor_no_storage\n(ctorch\nfloat32\nK\x09\x85K\x01\x85\x89tR"],
+                         ids=["made", "meta"])  # fmt: skip
+def test_load_module_tensors_refuses_tensors_that_are_not_in_the_file(tmp_path: Path, call: bytes) -> None:
+    with pytest.raises(TrainingError, match=r"refused, nothing of it was run: found .*tensor"):
+        load_module_tensors(_archive(tmp_path / "bad.pt", _dictionary(call)))
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_file_from_before_1_6_that_ends_as_an_archive_is_checked_as_torch_reads_it(
+    tmp_path: Path, loader: Callable[[Path], Any]
+) -> None:
+    head = b"".join(pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {}))
+    tail = _archive(tmp_path / "harmless.pt", b"\x80\x02}.").read_bytes()
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(head + _bomb(b"K\x01", b"}%sK\x01s") + pickle.dumps([], 2) + tail)
+    with pytest.raises(TrainingError, match="refused, nothing of it was run: found a tuple of more than"):
+        loader(path)
 
 
 @pytest.mark.parametrize("loader", LOADERS)

@@ -25,7 +25,11 @@ MAX_PICKLE = 64 << 20
 """Largest ``data.pkl`` that is read, in bytes; the tensors lie beside it."""
 
 MAX_ITEMS = 10_000
-"""Most items of a tuple, those of the tuples in it counted each time: a shared tuple can stand for 2**60 items."""
+"""Most items of a tuple, those of the tuples in it counted each time: a shared tuple can stand for 2**60 items. The
+result of a call counts `_CALL` times what it is given: calls in calls, such as ``_codecs.encode``, can double a text
+each time."""
+
+_CALL = 10
 
 _OLD_PICKLES = 5
 """Pickles at the head of a file from before PyTorch 1.6: magic number, version, system, content, names of storages."""
@@ -66,7 +70,7 @@ def load_pickle(path: Path, stubbed: Callable[[str], bool]) -> Any:
     stubs: list[Any] = [(type(name, (Stub,), {}), name) for name in check_pickle(path) if stubbed(name)]
     with path.open("rb") as stream, torch.device("cpu"), torch.serialization.safe_globals(stubs):
         # Files from before PyTorch 1.6 cannot be mapped into memory, and torch goes by the ending of a path.
-        mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"
+        mapped = _is_archive(stream) and path.suffix != ".safetensors"
         return torch.load(path if mapped else stream, map_location="cpu", weights_only=True, mmap=mapped)
 
 
@@ -80,8 +84,8 @@ def refusals(path: Path, expected: str) -> Iterator[None]:
     try:
         yield
     except (UnsafePickleError, pickle.UnpicklingError) as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        found = named[1] if named else str(error).split("\n")[0]
+        told = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"Unpickler error:\s*(.+)", str(error))
+        found = told[1] if told else str(error).split("\n")[0]
         message = f"{path} is refused, nothing of it was run: found {found}; expected {expected}"
         raise TrainingError(message) from None
     except FileNotFoundError:
@@ -104,6 +108,10 @@ def load_module_tensors(path: Path) -> dict[str, torch.Tensor]:
     """
     with refusals(path, "modules and tensors from torch.save"):
         tensors = dict(_flatten(load_pickle(path, lambda name: True), "", set()))
+        # A file can also have tensors made that are not in it, of any size and any content.
+        storages = {value.data_ptr(): value.untyped_storage().nbytes() for value in tensors.values()}
+        if sum(storages.values()) > path.stat().st_size:
+            raise UnsafePickleError("tensors of more bytes than the file has")
     if not tensors:
         raise TrainingError(f"{path} holds no tensors; expected a module's parameters")
     return tensors
@@ -121,8 +129,7 @@ def check_pickle(path: Path) -> set[str]:
     """
     names: set[str] = set()
     with path.open("rb") as stream:
-        if not zipfile.is_zipfile(stream):
-            stream.seek(0)
+        if not _is_archive(stream):
             for _ in range(_OLD_PICKLES):
                 _check_tuples(stream, names)
             return names
@@ -135,6 +142,13 @@ def check_pickle(path: Path) -> set[str]:
                 raise UnsafePickleError(f"{len(pickles)} entries data.pkl, or one of more than {MAX_PICKLE} bytes")
             _check_tuples(io.BytesIO(archive.read(pickles[0])), names)
     return names
+
+
+def _is_archive(stream: BinaryIO) -> bool:
+    """Whether torch reads a file as an archive. It asks the first bytes; `zipfile.is_zipfile` asks the last ones."""
+    head = stream.read(2)
+    stream.seek(0)
+    return head == b"PK"
 
 
 def _check_tuples(stream: BinaryIO, names: set[str]) -> None:
@@ -162,8 +176,10 @@ def _check_tuples(stream: BinaryIO, names: set[str]) -> None:
             stack.append(None)
         else:
             weight = 1 + sum(items) if "TUPLE" in opcode.name else 1
+            if opcode.name in ("REDUCE", "NEWOBJ"):
+                weight = _CALL * sum(items)
             if weight > MAX_ITEMS:
-                raise UnsafePickleError(f"a tuple of more than {MAX_ITEMS} items")
+                raise UnsafePickleError(f"a tuple of more than {MAX_ITEMS} items, or calls in calls")
             stack += [weight] * len(opcode.stack_after)
 
 
@@ -171,7 +187,7 @@ def _flatten(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, torch
     """The tensors under `value`, named as in a state dict; every container is visited once."""
     children: dict[Any, Any] = {}
     if isinstance(value, torch.Tensor):
-        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        if value.device.type != "cpu" or value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise UnsafePickleError("a tensor larger than its storage")
         yield name, value.detach()
     elif isinstance(value, dict):
