@@ -157,7 +157,7 @@ class Distillation:
     @torch.no_grad()
     def _sum(self, samples: TeacherSamples, rows: torch.Tensor, stage: int) -> float:
         parts = rows.split(self._rows_at_once)
-        return sum(self._error(samples, part, stage).double().sum().item() for part in parts)
+        return sum(self._error(samples, part, stage).cpu().double().sum().item() for part in parts)
 
     def _train_step(self, step: int) -> float:
         """One step on one stage; its loss is 1 for the unguided style."""
