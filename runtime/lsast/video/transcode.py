@@ -179,15 +179,17 @@ class Unfinished:
             raise PictureError(
                 f"found {self._folder}, a link or a folder of another user; expected no such name: remove it"
             )
+        descriptor = -1
         try:
             make_folder(self._folder)
-            descriptor = os.open(self._folder / _LOCK, os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o666)
+            with contextlib.suppress(FileNotFoundError):  # a run that ends has just removed what was made or opened
+                descriptor = os.open(self._folder / _LOCK, os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o666)
+                if try_lock(descriptor) and os.path.samestat(os.fstat(descriptor), os.stat(self._folder / _LOCK)):
+                    return descriptor
         except OSError as error:
             raise PictureError(f"cannot write {self._out} ({error}); expected a writable folder") from error
-        with contextlib.suppress(FileNotFoundError):  # a run that ends has just removed the file that was opened
-            if try_lock(descriptor) and os.path.samestat(os.fstat(descriptor), os.stat(self._folder / _LOCK)):
-                return descriptor
-        os.close(descriptor)
+        if descriptor >= 0:
+            os.close(descriptor)
         raise PictureError(f"{self._out} is being painted by another run; wait for it, or take another OUT")
 
     def _load(self) -> None:
