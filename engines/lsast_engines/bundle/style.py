@@ -217,7 +217,7 @@ class StyleFile:
             else:
                 faults.append(f"{name}: found no such tensor; expected [{self.stages}, {self.tokens}, width]")
         if len(self._digests) != self.stages:
-            faults.append(f"sha256: found {len(self._digests)}; expected a text for each of {self.stages} stages")
+            faults.append(f"sha256: found {len(self._digests)} texts; expected one for each of {self.stages} stages")
         if faults:
             raise StyleError(fault_list(f"style file {path} is damaged:", faults))
 

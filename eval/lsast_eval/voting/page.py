@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import numpy as np
 from PIL import Image
 
-from lsast_engines.bundle.json_fields import parse_json, read_object
+from lsast_engines.bundle.json_fields import MAX_INTEGER, parse_json, read_object
 from lsast_engines.declared_options import Range
 from lsast_engines.errors import LsastError, UsageError, fault_list, shown
 from lsast_engines.images import find_pictures, read_on_white
@@ -60,7 +60,7 @@ class Pair:
 class _Answer:
     """What the page sends."""
 
-    pair: Annotated[int, Range(0)]
+    pair: Annotated[int, Range(0, MAX_INTEGER)]
     choice: Choice
     seconds: Annotated[float, Range(0)]
 
@@ -136,7 +136,7 @@ class VoteSession:
             UsageError: not a vote, or not for a pair that is open.
         """
         faults: list[str] = []
-        answer = read_object(_Answer, data, "", faults)
+        answer = read_object(_Answer, data, "vote", faults)
         if answer is None:
             raise UsageError(fault_list("this is no vote:", faults))
         with self._lock:
