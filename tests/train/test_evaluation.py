@@ -65,6 +65,21 @@ def test_validation_loss_of_a_stage_is_the_mean_of_its_rows() -> None:
     assert found.numpy() == pytest.approx(expected, rel=1e-4)
 
 
+def test_validation_noise_is_the_same_every_time_and_another_for_every_row() -> None:
+    seen: list[torch.Tensor] = []
+
+    def eps(noisy: torch.Tensor, time: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        seen.append(noisy / (1 - _alphas()[time]).sqrt().view(-1, 1, 1, 1))
+        return torch.zeros_like(noisy)
+
+    probe = ValidationSet(_stub_base(eps), torch.zeros(2, 4, 8, 8), 0, "no")
+    space = PromptSpace(torch.randn(4, 8))
+    first = probe.losses(space, range(10))
+    torch.testing.assert_close(probe.losses(space, reversed(range(10))), first)
+    noise = torch.cat(seen)[:20]
+    assert torch.cdist(noise.flatten(1), noise.flatten(1)).add(100 * torch.eye(20)).min() > 10
+
+
 def test_noise_error_in_bf16_computes_contexts_in_fp32(
     text_base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

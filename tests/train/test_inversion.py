@@ -364,3 +364,12 @@ def test_seconds_and_hours_are_told_before_the_first_evaluation_and_change_nothi
     monkeypatch.setattr(silent, "_estimate_time", lambda: None)
     results = [load_prompts(run.run().file).prompts for run in (told, silent)]
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(("steps", "views"), [(1, 2), (100, 8)])
+def test_cached_crops_are_no_more_than_training_can_draw(
+    base: Base, invert: Invert, collection: PaintingDataset, steps: int, views: int
+) -> None:
+    """Four crops of each painting and their mirror images, or one crop where few pictures are drawn."""
+    run = invert(base, views=4, steps=steps, batch=4)
+    assert len(run.latents) == views * len(collection.training)

@@ -140,6 +140,18 @@ def test_dataset_digest_changes_with_pixels_and_names(paintings: Path, tmp_path:
     assert len({original, renamed, digest(copy)}) == 3
 
 
+def test_random_crop_is_a_part_of_the_painting_anywhere() -> None:
+    pixels = _gradient(70, 66)
+    corners = set()
+    for seed in range(200):
+        window = random_crop(Painting("x", pixels), 64, _generator(seed))
+        top, left = int(window[0, 0, 0]), int(window[0, 0, 1])
+        np.testing.assert_array_equal(window, pixels[top : top + 64, left : left + 64])
+        corners.add((top, left))
+    assert {top for top, _ in corners} == set(range(7))
+    assert {left for _, left in corners} == set(range(3))
+
+
 def test_cached_latents_are_those_of_the_crops_and_their_mirror_images(base: Base) -> None:
     squares = [Painting(str(index), np.roll(_gradient(64, 64), 20 * index, axis=0)) for index in range(2)]
     views = CachedLatents.encode(base, squares, 64, 2, _generator())
