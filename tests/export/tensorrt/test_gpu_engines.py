@@ -1,6 +1,6 @@
 """Compiled engines on a GPU: what no machine without one can say. Never run yet.
 
-They wait for a card: ``pytest -m gpu tests/export/test_gpu_engines.py``.
+They wait for a card: ``pytest -m gpu tests/export/tensorrt/test_gpu_engines.py``.
 """
 
 from __future__ import annotations
