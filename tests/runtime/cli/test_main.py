@@ -109,6 +109,14 @@ def test_lsast_run_with_wrong_usage_prints_one_line_and_exits_2(folder: Path, ar
     assert not (folder / "out.png").exists()
 
 
+def test_lsast_run_names_all_invalid_options_at_once(folder: Path) -> None:
+    result = _run("in.png", "out.png", "--steps", "0", "--strength", "2", "--control=-1", "--solver", "euler")
+    assert result.exit_code == 2
+    assert [line.split(":")[0].strip(" -") for line in result.stderr.splitlines()[1:]] == [
+        "steps", "strength", "control_scale", "solver",
+    ]  # fmt: skip
+
+
 FAILURES = {
     "no picture": (["nothing.png", "out.png"], "nothing.png"),
     "not a picture": (["noise.png", "out.png"], "noise.png"),
