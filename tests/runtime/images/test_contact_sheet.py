@@ -105,7 +105,10 @@ def test_contact_sheet_that_cannot_be_made_is_refused_before_it_is_painted(
 ) -> None:
     painted: list[int] = []
     count = {"on_cell": lambda done, _: painted.append(done)}
-    for axes in ({"strength": [0.3, 7.0]}, {"style": ["monet", "picasso"]}, {"keep_colour": [True, "yes"]}):
+    spoilt: tuple[dict[str, list[Any]], ...] = (
+        {"strength": [0.3, 7.0]}, {"style": ["monet", "picasso"]}, {"keep_colour": [True, "yes"]}, {"mask": [photo]},
+    )  # fmt: skip
+    for axes in spoilt:
         with pytest.raises(UsageError):
             contact_sheet(stylizer, photo, axes, **count)
     many = {"seed": list(range(16383 // photo.shape[1] + 1))}
