@@ -33,6 +33,7 @@ from .._version import __version__
 from ..options.options import Options, current_options
 
 FORMAT = 1
+"""Format number of the JSON."""
 
 _EXIF, _SOFTWARE, _MAKER_NOTE, _USER_COMMENT = 0x8769, 0x0131, 0x927C, 0x9286
 _MARK, _UNICODE = b"lsast\0", b"UNICODE\0"

@@ -8,3 +8,4 @@ from typing import Any
 SAMPLE = Path(__file__).parent / "sample.webp"
 
 THUMBNAIL: dict[str, Any] = {"size": 256, "steps": 10, "solver": "unipc", "seed": 0}
+"""Options of its paintings."""

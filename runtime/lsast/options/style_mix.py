@@ -26,6 +26,7 @@ GROUPS = ("down", "mid", "up")
 """The layer groups, in the order in which a network runs them: `lsast_engines.bundle.manifest.Group`."""
 
 MAX_TERMS = 100
+"""Most terms of a mix."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ AHEAD = 4
 _MISSING = object()
 
 Job = tuple["Picture", Mapping[str, Any]]
+"""A picture and its own options."""
 
 
 def jobs(

@@ -31,6 +31,7 @@ from .native_calls import calling_threads, native_call, require_python, user_cod
 T = TypeVar("T")
 
 STYLE_MEMORY = 256 * 2**20
+"""Default for the bytes of styles that are kept in memory between paintings."""
 
 _POLL_SECONDS = 0.05
 """How often a caller that waits for the engines looks at its token and at the end of Python."""
