@@ -40,6 +40,9 @@ def with_fp32_weights(path: Path, cache: Path | None = None, dtypes: tuple[str, 
 
     Weights of `dtypes`, by safetensors' name, are converted into the folder `cache`; None is ``fp32`` in the user's
     cache folder. Without a folder of its own, with room, the backend expands them in memory, with a warning.
+
+    Raises:
+        BackendError: `path` is no graph of a bundle, or its weights change meanwhile.
     """
     weights = path.parent / _WEIGHTS
     if not weights.is_file() or weights.stat().st_size < MIN_BYTES:
@@ -55,7 +58,10 @@ def with_fp32_weights(path: Path, cache: Path | None = None, dtypes: tuple[str, 
     if not _is_whole(target):
         _convert(weights, slots, target)
     moved = {old.offset: new for old, new in zip(slots.values(), read_slots(target).values(), strict=True)}
-    model = _rewritten_model(path.read_bytes(), moved)
+    try:
+        model = _rewritten_model(path.read_bytes(), moved)
+    except (LookupError, ValueError, TypeError, AttributeError) as error:  # without a field, or of other wire types
+        raise BackendError(f"{path} is not a graph of a bundle ({error}); export it again") from error
     if not graph.is_file() or graph.read_bytes() != model:  # it may be there, and the folder for reading only
         with replace_file(graph, own=True) as handle:
             handle.write(model)
@@ -92,8 +98,8 @@ def _is_whole(target: Path) -> bool:
     """Whether the file is there and as it was written; it is read once in this process."""
     try:
         stat = target.stat()
-        written = target.with_suffix(_DIGEST_SUFFIX).read_text()
-        whole = written == _sha256(target, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        written = target.with_suffix(_DIGEST_SUFFIX).read_bytes()
+        whole = written == _sha256(target, stat.st_ino, stat.st_size, stat.st_mtime_ns).encode()
     except OSError:
         return False
     if not whole:
