@@ -27,8 +27,15 @@ class PhaseTimer:
         now = time.perf_counter() - self._began
         if not detail:
             self._starts.append((phase, now))
+        self._print(f"[{now:6.1f} s] {detail and '  '}{detail or phase}")
+
+    def figure(self, text: str) -> None:
+        """Print a figure below the phases that gave it, unless `--quiet` is given."""
+        self._print(f"           {text}")
+
+    def _print(self, line: str) -> None:
         if not quiet():
-            echo(f"[{now:6.1f} s] {detail and '  '}{detail or phase}", err=True)
+            echo(line, err=True)
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each phase, in order; the last one ends now."""

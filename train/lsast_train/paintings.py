@@ -225,7 +225,8 @@ def latent_statistics(base: Base, paintings: Sequence[Painting], most: int = 24)
         top, left = (height - side) // 2, (width - side) // 2
         mean, _ = encode_pictures(base, [painting.pixels[top : top + side, left : left + side]])
         latent = base.config.latent_scale * mean[0]
-        moments.append(torch.stack([latent.mean((1, 2)), latent.std((1, 2))]))
+        # A channel that does not vary would make the statistics, and with them the prompts, invalid.
+        moments.append(torch.stack([latent.mean((1, 2)), latent.std((1, 2)).clamp(min=1e-4)]))
     mean, std = torch.stack(moments).mean(0).tolist()
     return LatentStatistics(tuple(mean), tuple(std))
 

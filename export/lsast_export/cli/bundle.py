@@ -16,7 +16,6 @@ from lsast_engines.cli import (
     OptionDecorator,
     combine_options,
     debug_option,
-    echo,
     fail,
     json_option,
     print_result,
@@ -165,7 +164,7 @@ def export(
         "peak_rss_bytes": peak,
     }
     if peak is not None:
-        echo(f"           peak memory {peak / 1e9:.2f} GB", err=True)
+        phases.figure(f"peak memory {peak / 1e9:.2f} GB")
     print_result(facts, written.path)
 
 
@@ -254,14 +253,13 @@ def check_command(bundle: str, backend: str, device: str) -> None:
         recorded = report.recorded.get(name)
         at_export = "" if recorded is None else f" (at export {recorded:.1e})"
         verdict = "" if error <= report.tolerance else f": past the tolerance of {report.tolerance:.0e}"
-        echo(f"           {name}: relative error {error:.1e}{at_export}{verdict}", err=True)
+        phases.figure(f"{name}: relative error {error:.1e}{at_export}{verdict}")
     auto = {}
     if report.auto is not None:
         auto = {"backend": report.auto.backend, "compute_dtype": report.auto.compute_dtype, "psnr": report.auto_psnr}
-        echo(
-            f"           auto: {report.auto.backend} in {report.auto.compute_dtype}, {report.auto_psnr:.1f} dB to fp32 "
-            f"(expected {report.auto_expected:.3g})",
-            err=True,
+        phases.figure(
+            f"auto: {report.auto.backend} in {report.auto.compute_dtype}, {report.auto_psnr:.1f} dB to fp32 "
+            f"(expected {report.auto_expected:.3g})"
         )
     facts = {
         "bundle": str(report.bundle),

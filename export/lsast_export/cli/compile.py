@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from lsast_engines.backends.tensorrt.engine_record import Range, ShapeRanges, TrtFlavor
-from lsast_engines.cli import Command, debug_option, echo, json_option, print_result
+from lsast_engines.cli import Command, debug_option, json_option, print_result
 from lsast_engines.errors import UsageError
 
 from ..progress import PhaseTimer
@@ -81,13 +81,12 @@ def compile_engines(
     records = compile_bundle(bundle, options, out, phases, graphs)
     for name, record in records.items():
         needs = f"{record.bytes / 1e9:.2f} GB, and {record.activation_bytes / 1e9:.2f} GB while it runs"
-        echo(f"           {name}: {needs}", err=True)
+        phases.figure(f"{name}: {needs}")
     activations = max((record.activation_bytes for record in records.values()), default=0)
     total = activations + sum(record.bytes for record in records.values())
-    echo(
-        f"           total activation memory up to {options.ranges.side.max} pixels: {activations / 1e9:.2f} GB, the "
-        f"largest, which the engines share as they run one after the other; with the engines: {total / 1e9:.2f} GB",
-        err=True,
+    phases.figure(
+        f"total activation memory up to {options.ranges.side.max} pixels: {activations / 1e9:.2f} GB, the "
+        f"largest, which the engines share as they run one after the other; with the engines: {total / 1e9:.2f} GB"
     )
     return {
         "bundle": str(bundle),

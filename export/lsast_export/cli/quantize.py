@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from lsast_engines.cli import Command, debug_option, echo, json_option, print_result
+from lsast_engines.cli import Command, debug_option, json_option, print_result
 from lsast_engines.environment import require_extra
 
 from ..progress import PhaseTimer
@@ -96,7 +96,7 @@ def quantize_command(
     written = quantize_bundle(source, out, options, phases)
     manifest = written.manifest
     for name, figure in manifest.parity.items():
-        echo(f"           {name}: {figure:.1f}", err=True)
+        phases.figure(f"{name}: {figure:.1f}")
     facts = {
         "bundle": str(written.path),
         "storage_dtype": manifest.storage_dtype,
