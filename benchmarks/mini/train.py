@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -25,8 +26,10 @@ class Step:
 
     name: str
     arguments: tuple[str, ...]
-    checkpoint: Path | None = None
-    """Folder that a stopped run leaves behind: the step goes on there with --resume."""
+    folder: Path | None = None
+    """Where a stopped run leaves its checkpoint: the step goes on from there with --resume."""
+    anew: tuple[str, ...] = ("--overwrite",)
+    """Arguments of a step that finds no checkpoint; a result without a line in the log counts for nothing."""
 
 
 def steps(given: argparse.Namespace) -> list[Step]:
@@ -41,7 +44,7 @@ def steps(given: argparse.Namespace) -> list[Step]:
     images = ("--images", str(given.paintings), "--images", str(given.photos), "--teacher", str(given.teacher))
     time_limit = ("--seconds", str(given.seconds)) if given.seconds else ()
     shares = tuple(word for share in given.share for word in ("--share", share))
-    listed = [Step("base", train("mini", base, *images, *shares, *time_limit), base)]
+    listed = [Step("base", train("mini", base, *images, *shares, *time_limit), base, anew=())]
     prompts: dict[str, Path] = {}
     for name, label in styles.items():
         works = ("--images", str(given.paintings / label), "--base", str(base))
@@ -52,34 +55,19 @@ def steps(given: argparse.Namespace) -> list[Step]:
         listed.append(Step(f"finetune {name}", train("finetune", tuned, *arguments), tuned))
         prompts[name] = tuned / f"{name}.prompts.safetensors"
     pairs = [f"{prompts[name]}={given.paintings / label}" for name, label in styles.items()]
-    listed.append(
-        Step(
-            "decoder",
-            train(
-                "decoder",
-                touched,
-                "--base",
-                str(base),
-                "--contents",
-                contents,
-                *(word for pair in pairs for word in ("--style", pair)),
-            ),
-            touched,
-        )
-    )
+    given_styles = tuple(word for pair in pairs for word in ("--style", pair))
+    decoder = train("decoder", touched, "--base", str(base), "--contents", contents, *given_styles)
+    listed.append(Step("decoder", decoder, touched))
     baked = tuple(word for file in prompts.values() for word in ("--style", str(touched / "prompts" / file.name)))
-    listed.append(
-        Step(
-            "bundle", ("lsast_export", "bundle", "--base", str(touched), *baked, "--out", str(out / "bundle"), "--json")
-        )
-    )
+    bundle = ("lsast_export", "bundle", "--base", str(touched), *baked, "--out", str(out / "bundle"), "--json")
+    listed.append(Step("bundle", bundle, anew=()))
     return listed
 
 
 def run(step: Step) -> dict[str, Any]:
     """Run a step; its line of the log. Its progress goes to stderr."""
-    stopped = step.checkpoint is not None and step.checkpoint.exists()
-    arguments = [*step.arguments, *(["--resume"] if stopped else [])]
+    stopped = step.folder is not None and any(step.folder.glob("*.checkpoint.safetensors"))
+    arguments = [*step.arguments, *(("--resume",) if stopped else step.anew)]
     begin = time.perf_counter()
     process = subprocess.run([sys.executable, "-m", *arguments], stdout=subprocess.PIPE, text=True)
     result: dict[str, Any] = {
@@ -118,4 +106,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # Ctrl-C is the step's, which writes its checkpoint and ends; then this program ends, too.
+    signal.signal(signal.SIGINT, lambda *_: None)
     main()

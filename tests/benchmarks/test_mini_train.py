@@ -40,13 +40,16 @@ def test_train_stopped_goes_on_and_ends_with_the_bundle(started: list[list[str]]
     with pytest.raises(SystemExit, match="'finetune vangogh' ended with status 1"):
         main()
     Path("new/tuned/vangogh").mkdir(parents=True)  # what the stopped step leaves behind
+    Path("new/tuned/vangogh/vangogh.checkpoint.safetensors").touch()
+    Path("new/learned/monet").mkdir(parents=True)  # a step that was killed before its first checkpoint
     main()
     lines = [json.loads(line) for line in Path("new/train.jsonl").read_text().splitlines()]
     names = ["base", "learn vangogh", "finetune vangogh", "learn monet", "finetune monet", "decoder", "bundle"]
     assert [line["step"] for line in lines] == names
     assert lines[0]["output"] == [{"loss": 1.5}]
     assert len(started) == len(names) + 1
-    assert started[3] == [*started[2], "--resume"]
+    assert started[3] == [*started[2][:-1], "--resume"]
+    assert started[2][-1] == started[4][-1] == "--overwrite"
 
 
 def test_train_commands_are_those_of_the_trainer_and_the_exporter(started: list[list[str]]) -> None:
