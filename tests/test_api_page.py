@@ -25,12 +25,12 @@ def maker() -> ModuleType:
     return module
 
 
-def test_the_page_is_what_the_docstrings_say(maker: ModuleType) -> None:
+def test_the_page_is_what_the_docstrings_say(maker):
     written = (DOCS / "api.md").read_text(encoding="utf-8")
     assert written == maker.page(), "run: python docs/make_api_page.py"
 
 
-def test_every_public_name_is_on_it_with_every_parameter_and_field(maker: ModuleType) -> None:
+def test_every_public_name_is_on_it_with_every_parameter_and_field(maker):
     text = maker.page()
     for name in lsast.__all__:
         assert re.search(rf"(## |- )`{name}`", text), name

@@ -151,8 +151,8 @@ def _write(form: str, rounded: Any) -> str:
 @pytest.mark.usefixtures("_short")
 @pytest.mark.parametrize("form", [pytest.param(form, marks=[pytest.mark.slow] * (form not in QUICK)) for form in FORMS])
 def test_commands_of_the_page_give_the_same_bundle_styles_and_pictures_in_every_form(
-    rounded: Any, outcomes: dict[str, dict[str, str]], form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    rounded, outcomes, form, monkeypatch
+):
     if outcomes:  # what no form changes, and the page's own run has shown
         monkeypatch.setattr(inversion.LossCurve, "save", lambda *_: None)
     rng = np.random.default_rng(0)

@@ -42,7 +42,7 @@ def _links(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_page_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
+def test_page_links_lead_to_files_and_headings_that_exist(page):
     broken = []
     for link in _links(page):
         path, _, anchor = link.partition("#")
@@ -52,13 +52,13 @@ def test_page_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
     assert broken == []
 
 
-def test_index_names_every_page() -> None:
+def test_index_names_every_page():
     index = ROOT / "docs" / "README.md"
     linked = {(index.parent / link.partition("#")[0]).resolve() for link in _links(index)}
     assert {path for path in PAGES if path.is_relative_to(ROOT / "docs") and path != index} <= linked
 
 
-def test_architecture_page_names_every_folder_and_only_files_that_exist() -> None:
+def test_architecture_page_names_every_folder_and_only_files_that_exist():
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     found = {file.parent for package in PACKAGES for file in (ROOT / package).rglob("__init__.py")}
     listed, above = set(), [ROOT]
@@ -70,7 +70,7 @@ def test_architecture_page_names_every_folder_and_only_files_that_exist() -> Non
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-def test_readme_has_at_most_120_lines_and_one_table() -> None:
+def test_readme_has_at_most_120_lines_and_one_table():
     text = README.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 120
     assert len(re.findall(r"^\|[-|]+\|$", text, re.MULTILINE)) == 1
@@ -89,7 +89,7 @@ QUICK_TRAINING = (
 )
 
 
-def test_readme_commands_run_word_for_word_on_a_clean_clone(tmp_path: Path) -> None:
+def test_readme_commands_run_word_for_word_on_a_clean_clone(tmp_path):
     """With the packages that are installed here; that they install is what `.ci/run` shows.
 
     To be quick, the sizes that are the default are 64: `test_readme_python_example_runs` paints at 512.
@@ -129,7 +129,7 @@ def test_readme_commands_run_word_for_word_on_a_clean_clone(tmp_path: Path) -> N
         assert (clone / name).is_file(), name
 
 
-def test_readme_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_python_example_runs(tmp_path, monkeypatch):
     (code,) = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").symlink_to(ROOT / "docs")
@@ -173,7 +173,7 @@ def _command(words: list[str]) -> click.Command:
     return command
 
 
-def test_documented_calls_use_options_that_the_commands_show() -> None:
+def test_documented_calls_use_options_that_the_commands_show():
     wrong = []
     for page, words in _documented_calls():
         options = [each for each in _command(words).params if not getattr(each, "hidden", False)]

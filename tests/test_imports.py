@@ -56,7 +56,7 @@ def _modules(package: str) -> list[str]:
     return [name.removesuffix(".__init__") for name in names]
 
 
-def test_server_process_loads_nothing_that_decodes_pictures() -> None:
+def test_server_process_loads_nothing_that_decodes_pictures():
     pytest.importorskip("fastapi_offline", reason="fastapi-offline is not installed: pip install '.[server]'")
     loaded = _python("import lsast.server.app, lsast.server.process, lsast.server.cli\nprint(json.dumps(loaded()))")
     assert {"fastapi", "pydantic"} <= set(loaded)
@@ -65,7 +65,7 @@ def test_server_process_loads_nothing_that_decodes_pictures() -> None:
         assert "fastapi" not in _python(f"import lsast.server.{module}\nprint(json.dumps(loaded()))")
 
 
-def test_every_lean_module_imports_where_torch_is_not() -> None:
+def test_every_lean_module_imports_where_torch_is_not():
     names = sorted(name for package in LEAN for name in _modules(package) if not name.startswith("lsast.server"))
     assert {"lsast", "lsast.cli.main", "lsast.stylizer", "lsast_engines.backends.registry"} <= set(names)
     loaded = _python(f"""
@@ -98,7 +98,7 @@ LIGHT = {
 
 
 @pytest.mark.parametrize(("code", "allowed"), LIGHT.values(), ids=LIGHT)
-def test_what_must_be_quick_loads_next_to_nothing(code: str, allowed: set[str]) -> None:
+def test_what_must_be_quick_loads_next_to_nothing(code, allowed):
     loaded = set(_python(f"{code}\nprint(json.dumps(loaded()))"))
     assert not loaded & set(HEAVY)
     assert loaded <= allowed | {"colorama"}  # click's, on Windows
@@ -112,7 +112,7 @@ def test_what_must_be_quick_loads_next_to_nothing(code: str, allowed: set[str]) 
         "import lsast_eval.voting.page",
     ],
 )
-def test_help_and_voting_load_no_torch(code: str) -> None:
+def test_help_and_voting_load_no_torch(code):
     loaded = set(_python(f"{code}\nprint(json.dumps(loaded()))"))
     assert not loaded & {"torch", "diffusers", "onnx", "onnxscript", "efficientnet_lite_pytorch", "scipy"}
 
@@ -121,7 +121,7 @@ def test_help_and_voting_load_no_torch(code: str) -> None:
     ("backend", "missing", "runs"),
     [("onnxruntime", (), "onnxruntime"), ("openvino", (), "openvino"), ("auto", ("openvino",), "onnxruntime")],
 )
-def test_painting_on_a_cpu_loads_no_module_of_a_gpu(backend: str, missing: tuple[str, ...], runs: str) -> None:
+def test_painting_on_a_cpu_loads_no_module_of_a_gpu(backend, missing, runs):
     loaded = set(
         _python(f"""
 import lsast, numpy
@@ -135,12 +135,12 @@ print(json.dumps(sorted(sys.modules)))
     assert not [name for name in loaded if name.startswith(("cuda", "tensorrt", "lsast_engines.backends.tensorrt"))]
 
 
-def test_the_probe_sees_what_it_forbids() -> None:
+def test_the_probe_sees_what_it_forbids():
     """The tests above would pass in vain if a loaded library went unseen."""
     assert {"lsast", "lsast_engines", "numpy"} <= set(_python("import lsast; lsast.load\nprint(json.dumps(loaded()))"))
 
 
-def test_all_is_sorted_and_complete() -> None:
+def test_all_is_sorted_and_complete():
     found = _python("import lsast\nprint(json.dumps([n for n in dir(lsast) if not n.startswith('_')]))")
     listed = _python("import lsast\nprint(json.dumps(lsast.__all__))")
     values = _python("import lsast\nprint(json.dumps([getattr(lsast, n).__name__ for n in lsast.__all__]))")
@@ -149,7 +149,7 @@ def test_all_is_sorted_and_complete() -> None:
     assert set(found) - set(listed) <= {"annotations", "importlib", "TYPE_CHECKING", "Any", "cli", "errors"}
 
 
-def test_an_unknown_name_is_an_attribute_error() -> None:
+def test_an_unknown_name_is_an_attribute_error():
     import lsast
 
     with pytest.raises(AttributeError, match="'lsast' has no attribute 'Painter'"):

@@ -37,13 +37,13 @@ def _names(requirements: list[str]) -> set[str]:
     return {re.match(r"[A-Za-z0-9._-]+", requirement).group().lower() for requirement in requirements}  # type: ignore[union-attr]
 
 
-def test_base_install_is_all_that_the_runtime_needs(project: dict[str, Any]) -> None:
+def test_base_install_is_all_that_the_runtime_needs(project):
     assert _names(project["project"]["dependencies"]) == {
         "click", "numpy", "opencv-python-headless", "pillow", "safetensors", "tqdm",
     }  # fmt: skip
 
 
-def test_no_extra_brings_two_onnx_runtimes(project: dict[str, Any]) -> None:
+def test_no_extra_brings_two_onnx_runtimes(project):
     extras = {extra: _names(wanted) for extra, wanted in project["project"]["optional-dependencies"].items()}
     # Both wheels write into one folder. An extra that pulls in another one (lsast[cpu]) would hide a second wheel.
     carriers = {extra for extra, names in extras.items() if any(name.startswith("onnxruntime") for name in names)}
@@ -55,7 +55,7 @@ def test_no_extra_brings_two_onnx_runtimes(project: dict[str, Any]) -> None:
     assert len(extras["cpu"]) == len(extras["gpu"]) == 1
 
 
-def test_the_errors_name_extras_that_there_are(project: dict[str, Any]) -> None:
+def test_the_errors_name_extras_that_there_are(project):
     sources = [path for folder, package in PACKAGES.items() for path in (ROOT / folder / package).rglob("*.py")]
     calls = [
         re.findall(r"MissingExtraError\([^,)]+,\s*\"(\w+)\"", path.read_text(encoding="utf-8")) for path in sources
@@ -65,14 +65,14 @@ def test_the_errors_name_extras_that_there_are(project: dict[str, Any]) -> None:
     assert named <= project["project"]["optional-dependencies"].keys()
 
 
-def test_there_is_one_version(project: dict[str, Any]) -> None:
+def test_there_is_one_version(project):
     assert "version" in project["project"]["dynamic"]
     assert project["tool"]["hatch"]["version"]["path"] == "runtime/lsast/_version.py"
     cited = re.findall(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
     assert cited == [lsast.__version__]
 
 
-def test_every_package_is_packaged_and_typed(project: dict[str, Any]) -> None:
+def test_every_package_is_packaged_and_typed(project):
     folders = [f"{folder}/{package}" for folder, package in PACKAGES.items()]
     assert project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == folders
     assert project["tool"]["pytest"]["ini_options"]["pythonpath"] == [*PACKAGES, ".", "tests/fakes", "tests/oracles"]
@@ -81,7 +81,7 @@ def test_every_package_is_packaged_and_typed(project: dict[str, Any]) -> None:
         assert (ROOT / folder / "__init__.py").is_file()
 
 
-def test_the_readmes_test_command_is_the_one_ci_runs() -> None:
+def test_the_readmes_test_command_is_the_one_ci_runs():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (command,) = re.findall(r"^<!-- test-command -->\n+```sh\n(.*?)\n```$", readme, re.MULTILINE | re.DOTALL)
     assert "pip install -c constraints.txt -e '.[cpu,openvino,server,train,export,eval,dev]'" in command

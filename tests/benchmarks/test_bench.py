@@ -44,7 +44,7 @@ def _run(*arguments: str) -> Result:
     return CliRunner().invoke(main, arguments)
 
 
-def test_matmul_graphs_compute_the_product(tmp_path: Path) -> None:
+def test_matmul_graphs_compute_the_product(tmp_path):
     onnx = pytest.importorskip("onnx")
     rng = np.random.default_rng(0)
     left, right = (rng.standard_normal((48, 48), dtype=np.float32) for _ in range(2))
@@ -67,7 +67,7 @@ def test_matmul_graphs_compute_the_product(tmp_path: Path) -> None:
                 assert 0 < error.mean() < 1.5 * deviation
 
 
-def test_bench_report_holds_warm_cold_and_limits(folder: Path, small_products: None) -> None:
+def test_bench_report_holds_warm_cold_and_limits(folder, small_products):
     result = _run(
         *("--backend", "onnxruntime", "--option", "guidance=1,2", "--option", "steps=4", "--option", "strength=0.5"),
         *("--sizes", "64", "--repeats", "2", "--cold", "--threads", "1", "--json", "-"),

@@ -17,7 +17,7 @@ KIT = ROOT / "benchmarks" / "gpu_day"
 @pytest.mark.parametrize(
     "call", ["engines", pytest.param("parity", marks=pytest.mark.slow), pytest.param("train", marks=pytest.mark.slow)]
 )
-def test_call_runs_every_step_on_the_cpu(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_call_runs_every_step_on_the_cpu(call, tmp_path, monkeypatch):
     monkeypatch.setenv("LSAST_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("sys.argv", ["run", call, "--out", str(tmp_path), "--rehearse"])
     run.main()
@@ -26,7 +26,7 @@ def test_call_runs_every_step_on_the_cpu(call: str, tmp_path: Path, monkeypatch:
     assert [result for result in results if result["status"] != 0 or "result" not in result] == []
 
 
-def test_commands_for_the_card_are_short_and_within_the_limits() -> None:
+def test_commands_for_the_card_are_short_and_within_the_limits():
     """A call may take 2 000 characters, and its steps together the seconds that gpu_day/README.md says."""
     lines = [line for line in (KIT / "README.md").read_text().splitlines() if "gpu_day.run" in line]
     calls = {shlex.split(line)[shlex.split(line).index("benchmarks.gpu_day.run") + 1]: line for line in lines}

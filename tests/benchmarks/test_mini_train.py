@@ -36,7 +36,7 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return commands
 
 
-def test_train_stopped_goes_on_and_ends_with_the_bundle(started: list[list[str]]) -> None:
+def test_train_stopped_goes_on_and_ends_with_the_bundle(started):
     with pytest.raises(SystemExit, match="'finetune vangogh' ended with status 1"):
         main()
     Path("new/tuned/vangogh").mkdir(parents=True)  # what the stopped step leaves behind
@@ -52,7 +52,7 @@ def test_train_stopped_goes_on_and_ends_with_the_bundle(started: list[list[str]]
     assert started[2][-1] == started[4][-1] == "--overwrite"
 
 
-def test_train_commands_are_those_of_the_trainer_and_the_exporter(started: list[list[str]]) -> None:
+def test_train_commands_are_those_of_the_trainer_and_the_exporter(started):
     with pytest.raises(SystemExit):
         main()
     main()

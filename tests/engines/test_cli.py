@@ -37,11 +37,11 @@ def run(error: BaseException) -> tuple[int, str]:
         (MemoryError("3 TiB"), "not enough memory (3 TiB); close other programs, or ask for less"),
     ],
 )
-def test_command_of_a_system_error_says_it_without_surprise(error: Exception, message: str) -> None:
+def test_command_of_a_system_error_says_it_without_surprise(error, message):
     assert run(error) == (1, f"Error: {message}\n")
 
 
-def test_command_escapes_what_does_not_print_and_breaks_lines_only_between_faults() -> None:
+def test_command_escapes_what_does_not_print_and_breaks_lines_only_between_faults():
     name = "a\n  - forged\x1b[2J\u202e\udcff"
     escaped = "a\\n  - forged\\x1b[2J\\u202e\\udcff"
     assert run(LsastError(f"no {name}")) == (1, f"Error: no {escaped}\n")
@@ -51,12 +51,12 @@ def test_command_escapes_what_does_not_print_and_breaks_lines_only_between_fault
     assert str(pickle.loads(pickle.dumps(error))) == str(error)  # a pool of processes
 
 
-def test_shown_keeps_letters_and_escapes_lines() -> None:
+def test_shown_keeps_letters_and_escapes_lines():
     assert shown("Ünïcødé 日本 א") == "Ünïcødé 日本 א"
     assert shown("a\nError: forged\x9b1m") == "a\\nError: forged\\x9b1m"
 
 
-def test_print_result_has_null_for_numbers_that_json_lacks() -> None:
+def test_print_result_has_null_for_numbers_that_json_lacks():
     @click.command(cls=Command)
     @json_option
     def command() -> None:
@@ -99,16 +99,14 @@ OUT = f"caf\udce9\n日\n{LINE}"
         ("--help >/dev/full", "utf-8", (1, "", "Error: standard output: No space left on device\n")),
     ],
 )
-def test_command_whose_streams_take_nothing_goes_on_and_tells_it(
-    redirection: str, encoding: str, expected: tuple[int, str, str]
-) -> None:
+def test_command_whose_streams_take_nothing_goes_on_and_tells_it(redirection, encoding, expected):
     line = f'set -o pipefail; "{sys.executable}" -c "$NAMES" {redirection}'
     environment = {**os.environ, "NAMES": NAMES, "PYTHONIOENCODING": encoding}
     ran = subprocess.run(["bash", "-c", line], env=environment, capture_output=True)
     assert (ran.returncode, os.fsdecode(ran.stdout), os.fsdecode(ran.stderr)) == expected
 
 
-def test_command_refuses_an_empty_argument() -> None:
+def test_command_refuses_an_empty_argument():
     @click.command(cls=Command)
     @click.argument("name")
     @click.option("--out")
@@ -120,7 +118,7 @@ def test_command_refuses_an_empty_argument() -> None:
         assert (result.exit_code, "found an empty argument" in result.stderr) == (2, True)
 
 
-def test_command_does_not_show_pillows_warnings() -> None:
+def test_command_does_not_show_pillows_warnings():
     @click.command(cls=Command)
     def command() -> None:
         warnings.warn_explicit("Corrupt EXIF data", UserWarning, "TiffImagePlugin.py", 1, module="PIL.TiffImagePlugin")

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler
 from safetensors.numpy import load_file
 
 import schedulers
-from golden_sets import GoldenFiles, both_sets
+from golden_sets import both_sets
 from lsast_engines.diffusion import SOLVERS, NoiseSchedule, TimestepSchedule, guide, make_solver
 from lsast_engines.errors import UsageError
 
@@ -37,7 +37,7 @@ def sharpen(scheduler: Any) -> None:
 @pytest.mark.parametrize("name", schedulers.SOLVERS)
 @pytest.mark.parametrize(("steps", "strength"), [(1, 1.0), (4, 0.3), (6, 0.5), (12, 0.7), (30, 0.7), (50, 1.0)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_solver_steps_match_diffusers(name: str, steps: int, strength: float, dtype: type[np.floating[Any]]) -> None:
+def test_solver_steps_match_diffusers(name, steps, strength, dtype):
     rng = np.random.default_rng(steps)
     schedule = TimestepSchedule.build(NoiseSchedule(), steps, strength, 10, name)
     solver = make_solver(schedule)
@@ -60,7 +60,7 @@ def test_solver_steps_match_diffusers(name: str, steps: int, strength: float, dt
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_solver_keeps_samples_independent_and_restarts(name: str) -> None:
+def test_solver_keeps_samples_independent_and_restarts(name):
     rng = np.random.default_rng(1)
     schedule = TimestepSchedule.build(NoiseSchedule(), 8, 0.7, 10, name)
     start, *eps = rng.standard_normal((1 + len(schedule.steps), 3, 4, 2, 2))
@@ -79,7 +79,7 @@ def test_solver_keeps_samples_independent_and_restarts(name: str) -> None:
 
 
 @both_sets
-def test_ddim_lsast_steps_match_the_recording(golden: GoldenFiles) -> None:
+def test_ddim_lsast_steps_match_the_recording(golden):
     recorded = load_file(f"{golden.prefix}_io.safetensors")
     schedule = TimestepSchedule.build(NoiseSchedule(), 50, 0.7, 10, "ddim_lsast")
     solver = make_solver(schedule)
@@ -91,7 +91,7 @@ def test_ddim_lsast_steps_match_the_recording(golden: GoldenFiles) -> None:
         np.testing.assert_allclose(found, end, rtol=0, atol=2e-6 * np.abs(end).max())
 
 
-def test_guide_of_two_rows_matches_the_formula() -> None:
+def test_guide_of_two_rows_matches_the_formula():
     null, style = np.random.default_rng(0).standard_normal((2, 1, 4, 2, 3)).astype(np.float32)
     exact = null.astype(np.float64) + 7.5 * (style.astype(np.float64) - null)
     found = guide(np.stack([null, style]), 7.5)
@@ -105,7 +105,7 @@ def test_guide_of_two_rows_matches_the_formula() -> None:
 @pytest.mark.parametrize(
     "spec", [NoiseSchedule(), NoiseSchedule(beta_schedule="linear"), NoiseSchedule(400, 1e-4, 0.02, "linear")], ids=str
 )
-def test_alphas_cumprod_matches_diffusers(spec: NoiseSchedule) -> None:
+def test_alphas_cumprod_matches_diffusers(spec):
     scheduler = DDIMScheduler(spec.train_steps, spec.beta_start, spec.beta_end, beta_schedule=spec.beta_schedule)
     abars = spec.alphas_cumprod
     assert abars.dtype == np.float64
@@ -113,7 +113,7 @@ def test_alphas_cumprod_matches_diffusers(spec: NoiseSchedule) -> None:
     np.testing.assert_allclose(abars, scheduler.alphas_cumprod.numpy(), rtol=2e-5)
 
 
-def test_noise_schedule_lists_all_faults() -> None:
+def test_noise_schedule_lists_all_faults():
     with pytest.raises(UsageError) as error:
         NoiseSchedule(0, 0.5, 0.1, "cosine")  # type: ignore[arg-type]
     assert all(part in str(error.value) for part in ("train_steps", "0.5 to 0.1", "'cosine'", "scaled_linear, linear"))
@@ -130,7 +130,7 @@ def img2img_timesteps(solver: str, steps: int, strength: float) -> list[int]:
 
 @pytest.mark.parametrize("solver", schedulers.SOLVERS)
 @pytest.mark.parametrize("strength", [0.3, 0.5, 0.7, 0.99, 1.0])
-def test_timesteps_match_diffusers_img2img(solver: str, strength: float) -> None:
+def test_timesteps_match_diffusers_img2img(solver, strength):
     for steps in (4, 7, 12, 30, 50, 100, 334, 499):
         schedule = TimestepSchedule.build(NoiseSchedule(), steps, strength, 10, solver)
         expected = img2img_timesteps(solver, steps, strength)
@@ -139,7 +139,7 @@ def test_timesteps_match_diffusers_img2img(solver: str, strength: float) -> None
         assert schedule.start_t == expected[0]
 
 
-def test_stages_match_the_method_page() -> None:
+def test_stages_match_the_method_page():
     # docs/method.md §4: 50 steps, strength 0.7 → 35 steps t = 681, 661, …, 1.
     cut = TimestepSchedule.build(NoiseSchedule(), 50, 0.7, 10)
     assert [(step.t, step.stage) for step in cut.steps] == [(t, t // 100) for t in range(681, 0, -20)]
@@ -149,7 +149,7 @@ def test_stages_match_the_method_page() -> None:
 
 
 @pytest.mark.parametrize("solver", schedulers.SOLVERS)
-def test_schedule_of_most_steps_has_distinct_timesteps(solver: str) -> None:
+def test_schedule_of_most_steps_has_distinct_timesteps(solver):
     largest = 999 if solver == "ddim" else 998
     timesteps = [step.t for step in TimestepSchedule.build(NoiseSchedule(), largest, 1.0, 10, solver).steps]
     assert len(set(timesteps)) == largest
@@ -158,7 +158,7 @@ def test_schedule_of_most_steps_has_distinct_timesteps(solver: str) -> None:
         TimestepSchedule.build(NoiseSchedule(), largest + 1, 1.0, 10, solver)
 
 
-def test_schedule_lists_all_faults() -> None:
+def test_schedule_lists_all_faults():
     with pytest.raises(UsageError) as error:
         TimestepSchedule.build(NoiseSchedule(), 0, float("nan"), 0, "euler")
     assert all(
@@ -168,7 +168,7 @@ def test_schedule_lists_all_faults() -> None:
 
 
 @pytest.mark.parametrize("solver", schedulers.SOLVERS)
-def test_add_noise_matches_diffusers(solver: str) -> None:
+def test_add_noise_matches_diffusers(solver):
     rng = np.random.default_rng(0)
     z0, noise = rng.standard_normal((2, 2, 4, 3, 5)).astype(np.float32)
     schedule = TimestepSchedule.build(NoiseSchedule(), 12, 0.7, 10, solver)
@@ -192,7 +192,7 @@ def released_run(steps: int, strength: float) -> tuple[int, list[int]]:
     return int(grid[count]), [int(t) for t in np.flip(grid[:count])]
 
 
-def test_ddim_lsast_grid_matches_the_released_code() -> None:
+def test_ddim_lsast_grid_matches_the_released_code():
     ran = failed = 0
     for steps in range(1, 1001):
         for strength in (0.001, 0.3, 0.7, 0.98, 1.0):
@@ -217,7 +217,7 @@ def test_ddim_lsast_grid_matches_the_released_code() -> None:
 
 
 @both_sets
-def test_ddim_lsast_grid_matches_the_recording(golden: GoldenFiles) -> None:
+def test_ddim_lsast_grid_matches_the_recording(golden):
     recorded = load_file(f"{golden.prefix}_io.safetensors")
     schedule = TimestepSchedule.build(NoiseSchedule(), 50, 0.7, 10, "ddim_lsast")
     assert [step.t for step in schedule.steps] == recorded["timesteps"].tolist()

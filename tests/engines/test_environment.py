@@ -52,12 +52,10 @@ V1 = "sys/fs/cgroup/cpu/docker/abc/"
         ({0, 1}, False, {"proc/self/cgroup": "0::/../x\n"}, 2),
     ],
 )  # fmt: skip
-def test_core_limit_counts_cores_within_mask_and_quota(
-    machine: Any, mask: set[int], smt: bool, files: dict[str, str], expected: int | None
-) -> None:
+def test_core_limit_counts_cores_within_mask_and_quota(machine, mask, smt, files, expected):
     assert core_limit(machine(mask, smt, files)) == expected
 
 
-def test_core_limit_without_affinity_masks_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_core_limit_without_affinity_masks_is_none(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # macOS, Windows
     assert core_limit() is None

@@ -32,7 +32,7 @@ def break_off(target: Path, error: type[BaseException]) -> None:
         raise error
 
 
-def test_replace_file_writes_whole_files_or_nothing(tmp_path: Path) -> None:
+def test_replace_file_writes_whole_files_or_nothing(tmp_path):
     target = tmp_path / "deep" / "file"
     with replace_file(target) as handle:
         handle.write(b"old")
@@ -56,7 +56,7 @@ def test_replace_file_writes_whole_files_or_nothing(tmp_path: Path) -> None:
         assert file_sha256(tmp_path / name) == hashlib.sha256(data).hexdigest()
 
 
-def test_homes_follow_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_homes_follow_the_environment(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for home in (str(tmp_path / "home"), "home"):  # a relative one is found after a change of folder
         monkeypatch.setenv("LSAST_HOME", home)
@@ -84,7 +84,7 @@ def test_homes_follow_the_environment(tmp_path: Path, monkeypatch: pytest.Monkey
         cache_home()
 
 
-def test_replace_file_never_touches_the_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replace_file_never_touches_the_umask(tmp_path, monkeypatch):
     before = os.umask(0o027)
     try:
         monkeypatch.delattr(os, "umask")
@@ -96,7 +96,7 @@ def test_replace_file_never_touches_the_umask(tmp_path: Path, monkeypatch: pytes
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o640
 
 
-def test_replace_file_keeps_the_mode_and_the_link_of_what_it_replaces(tmp_path: Path) -> None:
+def test_replace_file_keeps_the_mode_and_the_link_of_what_it_replaces(tmp_path):
     real, link = tmp_path / "deep" / "real", tmp_path / "link"
     real.parent.mkdir()
     real.write_bytes(b"old")
@@ -129,7 +129,7 @@ with replace_file(Path(sys.argv[1]) / "next"):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="files are not locked there")
-def test_replace_file_removes_what_a_killed_process_left_and_nothing_else(tmp_path: Path) -> None:
+def test_replace_file_removes_what_a_killed_process_left_and_nothing_else(tmp_path):
     other = tmp_path / ".lsast-mine.tmp"
     other.touch()
     (tmp_path / ".lsast-0123456789abcdef.tmp").symlink_to(other)
@@ -146,7 +146,7 @@ def test_replace_file_removes_what_a_killed_process_left_and_nothing_else(tmp_pa
     assert sorted(os.listdir(tmp_path)) == [".lsast-0123456789abcdef.tmp", ".lsast-mine.tmp", "next"]
 
 
-def test_scratch_folder_is_deleted_with_what_is_left_in_it(tmp_path: Path) -> None:
+def test_scratch_folder_is_deleted_with_what_is_left_in_it(tmp_path):
     with scratch_folder(tmp_path / "deep") as folder:
         (folder / "kept").mkdir()
         (folder / "left").mkdir()
@@ -155,7 +155,7 @@ def test_scratch_folder_is_deleted_with_what_is_left_in_it(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="renameat2 is Linux's")
-def test_exchange_swaps_two_folders(tmp_path: Path) -> None:
+def test_exchange_swaps_two_folders(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / f"was-{name}").touch()
@@ -164,7 +164,7 @@ def test_exchange_swaps_two_folders(tmp_path: Path) -> None:
     assert not exchange(tmp_path / "a", tmp_path / "c")
 
 
-def test_homes_without_a_home_are_found_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_homes_without_a_home_are_found_empty(monkeypatch):
     for name in ("LSAST_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME"):
         monkeypatch.delenv(name, raising=False)
 
@@ -180,7 +180,7 @@ def test_homes_without_a_home_are_found_empty(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
-def test_replace_file_of_its_own_lets_nobody_else_write_at_any_moment(tmp_path: Path) -> None:
+def test_replace_file_of_its_own_lets_nobody_else_write_at_any_moment(tmp_path):
     file = tmp_path / "root" / "folder" / "file"
     before = os.umask(0)
     try:
@@ -197,9 +197,7 @@ def test_replace_file_of_its_own_lets_nobody_else_write_at_any_moment(tmp_path: 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
-def test_written_by_others_finds_the_first_folder_or_file_that_others_may_write(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_written_by_others_finds_the_first_folder_or_file_that_others_may_write(tmp_path, monkeypatch):
     root = tmp_path / "root"
     folder, file = root / "a" / "b", root / "a" / "b" / "file"
     assert written_by_others(folder, root) is None

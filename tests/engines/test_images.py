@@ -69,7 +69,7 @@ class BytesPath:
         return os.fsencode(self.path)
 
 
-def test_read_picture_of_any_source_gives_rgb(tmp_path: Path) -> None:
+def test_read_picture_of_any_source_gives_rgb(tmp_path):
     pixels, path = noise(), tmp_path / "a.png"
     file = encoded(Image.fromarray(pixels))
     path.write_bytes(file)
@@ -110,7 +110,7 @@ def test_read_picture_of_any_source_gives_rgb(tmp_path: Path) -> None:
             read_picture(source)
 
 
-def test_read_picture_of_grey_gives_rgb_and_alpha() -> None:
+def test_read_picture_of_grey_gives_rgb_and_alpha():
     grey = noise(channels=2)
     picture = read_picture(encoded(Image.fromarray(grey[..., 0])))
     np.testing.assert_array_equal(picture.rgb, np.repeat(grey[..., :1], 3, axis=2))
@@ -127,7 +127,7 @@ def _bands(pixels: U8) -> list[Image.Image]:
     return [Image.fromarray(np.ascontiguousarray(pixels[..., band])) for band in range(pixels.shape[2])]
 
 
-def test_read_picture_keeps_alpha_unless_opaque() -> None:
+def test_read_picture_keeps_alpha_unless_opaque():
     pixels = noise(channels=4)
     picture = read_picture(encoded(Image.fromarray(pixels)))
     np.testing.assert_array_equal(picture.rgb, pixels[..., :3])
@@ -138,7 +138,7 @@ def test_read_picture_keeps_alpha_unless_opaque() -> None:
     assert read_picture(encoded(Image.fromarray(opaque))).alpha is None
 
 
-def test_read_picture_of_a_palette_gives_rgb_and_alpha() -> None:
+def test_read_picture_of_a_palette_gives_rgb_and_alpha():
     image = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8)).convert("P")
     image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     for kind, transparency, alpha in (
@@ -155,7 +155,7 @@ def test_read_picture_of_a_palette_gives_rgb_and_alpha() -> None:
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tiff"])
-def test_read_picture_of_16_bits_scales_by_the_full_range(suffix: str) -> None:
+def test_read_picture_of_16_bits_scales_by_the_full_range(suffix):
     grey = noise(channels=1, high=65536)[..., 0]
     for values in (grey, grey % 200):  # a dark picture stays dark
         picture = read_picture(cv2.imencode(suffix, values)[1].tobytes())
@@ -166,7 +166,7 @@ def test_read_picture_of_16_bits_scales_by_the_full_range(suffix: str) -> None:
     assert np.abs(picture.rgb - colour[..., ::-1] / 257).max() < 1
 
 
-def test_read_picture_of_a_16_bit_png_keeps_alpha() -> None:
+def test_read_picture_of_a_16_bit_png_keeps_alpha():
     grey = noise(3, 4, 2, high=65536)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in grey)
     picture = read_picture(png_file(4, 3, 16, 4, rows))
@@ -175,7 +175,7 @@ def test_read_picture_of_a_16_bit_png_keeps_alpha() -> None:
     assert np.abs(picture.alpha - grey[..., 1] / 257).max() < 1
 
 
-def test_read_picture_of_a_float_tiff_scales_to_8_bits() -> None:
+def test_read_picture_of_a_float_tiff_scales_to_8_bits():
     values = np.array([[0, 0.25], [0.5, 1]], np.float32)
     assert read_picture(encoded(Image.fromarray(values), "TIFF")).rgb[..., 0].tolist() == [[0, 64], [128, 255]]
     assert read_picture(encoded(Image.fromarray(values * 255), "TIFF")).rgb[..., 0].tolist() == [[0, 64], [128, 255]]
@@ -184,7 +184,7 @@ def test_read_picture_of_a_float_tiff_scales_to_8_bits() -> None:
         read_picture(encoded(Image.fromarray(values), "TIFF"))
 
 
-def test_read_picture_of_cmyk_and_lab_gives_rgb() -> None:
+def test_read_picture_of_cmyk_and_lab_gives_rgb():
     pixels = smooth()
     picture = read_picture(encoded(Image.fromarray(pixels).convert("CMYK"), "JPEG", quality=100))
     assert np.abs(picture.rgb.astype(int) - pixels).max() <= 4
@@ -197,7 +197,7 @@ def test_read_picture_of_cmyk_and_lab_gives_rgb() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_read_picture_applies_the_exif_orientation(orientation: int) -> None:
+def test_read_picture_applies_the_exif_orientation(orientation):
     stored = np.dstack([smooth(), noise(32, 48, 1)])
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -219,7 +219,7 @@ def test_read_picture_applies_the_exif_orientation(orientation: int) -> None:
         assert picture.icc == icc
 
 
-def test_read_picture_ignores_damaged_exif(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_picture_ignores_damaged_exif(monkeypatch):
     def fail(image: Image.Image) -> Image.Exif:
         raise struct.error("required argument is not an integer")
 
@@ -228,7 +228,7 @@ def test_read_picture_ignores_damaged_exif(monkeypatch: pytest.MonkeyPatch) -> N
     np.testing.assert_array_equal(read_picture(encoded(Image.fromarray(pixels))).rgb, pixels)
 
 
-def test_read_picture_of_unreadable_sources_is_refused(tmp_path: Path) -> None:
+def test_read_picture_of_unreadable_sources_is_refused(tmp_path):
     with pytest.raises(PictureError, match=r"found no file .*absent.png; expected a picture"):
         read_picture(tmp_path / "absent.png")
     with pytest.raises(PictureError, match="cannot be decoded" if sys.platform == "win32" else "found the folder"):
@@ -255,12 +255,12 @@ def test_read_picture_of_unreadable_sources_is_refused(tmp_path: Path) -> None:
         (np.full((4, 5, 3), np.nan), r"values outside \[0, 1\]"),
     ],
 )
-def test_read_picture_of_invalid_arrays_is_refused(array: npt.NDArray[Any], message: str) -> None:
+def test_read_picture_of_invalid_arrays_is_refused(array, message):
     with pytest.raises(PictureError, match=message):
         read_picture(array)
 
 
-def test_find_pictures_lists_images_sorted(tmp_path: Path) -> None:
+def test_find_pictures_lists_images_sorted(tmp_path):
     for name in ("b.JPG", "a/c.png", "a/.hidden.png", ".thumbs/d.png", "notes.txt", "e.tiff"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
@@ -272,7 +272,7 @@ def test_find_pictures_lists_images_sorted(tmp_path: Path) -> None:
         find_pictures(tmp_path / "folder.png")
 
 
-def test_canny_edges_of_a_square_are_its_border() -> None:
+def test_canny_edges_of_a_square_are_its_border():
     pixels = np.zeros((32, 32, 3), np.uint8)
     pixels[8:24, 8:24] = 255
     edges = canny_edges(pixels)
@@ -290,9 +290,7 @@ METAFILE = b"\xd7\xcd\xc6\x9a\0\0" + bytes(100)
 
 
 @pytest.mark.parametrize("data", [POSTSCRIPT, METAFILE])
-def test_read_picture_of_a_program_starts_no_other_program(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes
-) -> None:
+def test_read_picture_of_a_program_starts_no_other_program(tmp_path, monkeypatch, data):
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError(f"started {args}")
 
@@ -307,7 +305,7 @@ def test_read_picture_of_a_program_starts_no_other_program(
             read_picture(Image.open(io.BytesIO(data)))
 
 
-def test_read_picture_leaves_the_warnings_of_the_process_alone() -> None:
+def test_read_picture_leaves_the_warnings_of_the_process_alone():
     large = encoded(Image.new("1", (12000, 8000)))  # Pillow warns from 89 megapixels on
     before = list(warnings.filters)
     assert read_picture(large).size == (8000, 12000)
@@ -315,7 +313,7 @@ def test_read_picture_leaves_the_warnings_of_the_process_alone() -> None:
 
 
 @pytest.mark.parametrize(("kind", "megapixels"), [(2, 121), (0, 212), (6, 106)])
-def test_read_picture_bounds_the_pixels_before_decoding(kind: int, megapixels: int) -> None:
+def test_read_picture_bounds_the_pixels_before_decoding(kind, megapixels):
     with pytest.raises(PictureError, match=rf"20000 x 20000 pixels, 400 megapixels .*expected at most {megapixels}:"):
         read_picture(png_file(20000, 20000, colour=kind))
     with pytest.raises(PictureError, match="cannot be decoded"):  # within the limit: decoded, and found empty
@@ -325,7 +323,7 @@ def test_read_picture_bounds_the_pixels_before_decoding(kind: int, megapixels: i
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "I;16"])
-def test_read_picture_of_grey_uses_its_profile(mode: str) -> None:
+def test_read_picture_of_grey_uses_its_profile(mode):
     icc = gamma_profile()
     grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
     source = Image.fromarray(grey)
@@ -363,7 +361,7 @@ def gamma_profile() -> bytes:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "LA", "I;16", "CMYK"])
-def test_read_picture_of_many_boxes_converts_like_one(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+def test_read_picture_of_many_boxes_converts_like_one(monkeypatch, mode):
     image = Image.fromarray(smooth()).convert("I" if mode == "I;16" else mode)
     whole = read_picture(image)
     monkeypatch.setattr("lsast_engines.images._BOX", 50)  # wider than a row, and one that cuts rows
@@ -373,7 +371,7 @@ def test_read_picture_of_many_boxes_converts_like_one(monkeypatch: pytest.Monkey
         np.testing.assert_array_equal(found.rgb, whole.rgb)
 
 
-def test_find_pictures_lists_every_kind_that_is_read(tmp_path: Path) -> None:
+def test_find_pictures_lists_every_kind_that_is_read(tmp_path):
     kinds = {"avif": "AVIF", "jpe": "JPEG", "jp2": "JPEG2000", "mpo": "MPO", "apng": "PNG", "tga": "TGA", "qoi": "QOI"}
     for suffix, kind in kinds.items():
         Image.fromarray(smooth()).save(tmp_path / f"a.{suffix}", kind)
@@ -382,9 +380,7 @@ def test_find_pictures_lists_every_kind_that_is_read(tmp_path: Path) -> None:
     assert {read_picture(path).size for path in found} == {(32, 48)}
 
 
-def test_find_pictures_follows_links_and_names_what_it_leaves_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_find_pictures_follows_links_and_names_what_it_leaves_out(tmp_path, caplog, monkeypatch):
     inside, outside = tmp_path / "in", tmp_path / "out"
     for folder in (inside / "sub", inside / "closed", outside):
         folder.mkdir(parents=True)
@@ -409,7 +405,7 @@ def test_find_pictures_follows_links_and_names_what_it_leaves_out(
         assert reason in caplog.text
 
 
-def test_read_picture_of_heif_names_the_library_it_needs() -> None:
+def test_read_picture_of_heif_names_the_library_it_needs():
     if importlib.util.find_spec("pillow_heif"):
         pytest.skip("pillow-heif is installed")
     with pytest.raises(PictureError, match="pip install pillow-heif"):
@@ -417,9 +413,7 @@ def test_read_picture_of_heif_names_the_library_it_needs() -> None:
 
 
 @pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP", "TIFF", "AVIF"])
-def test_read_picture_of_several_frames_says_that_it_reads_the_first(
-    form: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_read_picture_of_several_frames_says_that_it_reads_the_first(form, caplog):
     frames = [Image.fromarray(np.full((8, 8, 3), level, np.uint8)) for level in (0, 128, 255)]
     picture = read_picture(encoded(frames[0], form, save_all=True, append_images=frames[1:]))
     assert picture.rgb.max() < 8

@@ -28,9 +28,7 @@ def _run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[in
 PAGE = Path(__file__).parents[2] / "docs" / "guides" / "evaluation.md"
 
 
-def test_commands_of_the_page_run_on_a_tree_like_div2k(
-    capsys: pytest.CaptureFixture[str], studio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commands_of_the_page_run_on_a_tree_like_div2k(capsys, studio, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for seed in range(3):
         save(tmp_path / "DIV2K_valid_HR", f"{801 + seed:04}", scene(seed))
@@ -69,9 +67,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG)
-def test_cli_with_wrong_usage_exits_2(
-    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
-) -> None:
+def test_cli_with_wrong_usage_exits_2(capsys, arguments, message):
     status, out, err = _run(capsys, *arguments)
     assert (status, out) == (2, "")
     assert message in err
@@ -79,7 +75,7 @@ def test_cli_with_wrong_usage_exits_2(
     assert len(err.splitlines()) == 1
 
 
-def test_votes_command_prints_text_and_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_votes_command_prints_text_and_json(capsys, tmp_path):
     for voter, choice in (("me", "left"), ("you", "left"), ("me", "tie"), ("you", "right")):
         vote = Vote("monet", "c", "ours", "theirs", choice, voter, 1.0, "2026-01-01T00:00:00+00:00")  # type: ignore[arg-type]
         append_vote(tmp_path / "votes.jsonl", vote)
@@ -95,9 +91,7 @@ def test_votes_command_prints_text_and_json(capsys: pytest.CaptureFixture[str], 
     assert "2 won, 1 tied, 1 lost" in out
 
 
-def test_cli_without_the_extra_names_it(
-    capsys: pytest.CaptureFixture[str], studio: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cli_without_the_extra_names_it(capsys, studio, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     contents = studio / "contents"
     status, _, err = _run(capsys, "--contents", contents, "--works", contents, "--method", f"a={contents}")
@@ -105,7 +99,7 @@ def test_cli_without_the_extra_names_it(
     assert "pip install 'lsast[eval]'" in err
 
 
-def test_eval_options_list_all_faults() -> None:
+def test_eval_options_list_all_faults():
     with pytest.raises(UsageError) as caught:
         EvalOptions(size=8, bootstrap=1, seed=-1)
     for part in ("size: found 8;", "bootstrap: found 1; expected a whole number, 20 or more", "seed: found -1"):

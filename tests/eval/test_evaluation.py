@@ -54,7 +54,7 @@ def report(studio: Path, methods: dict[str, Path], cache: Path) -> Report:
     )  # fmt: skip
 
 
-def test_report_of_unchanged_photos_is_perfect_content_and_no_style(report: Report) -> None:
+def test_report_of_unchanged_photos_is_perfect_content_and_no_style(report):
     for name in ("photo", "(contents)"):
         scores = report.row(name).scores
         assert scores["ssim"].value == scores["edge_f1"].value == 1
@@ -63,7 +63,7 @@ def test_report_of_unchanged_photos_is_perfect_content_and_no_style(report: Repo
         assert scores[DECEPTION].value == 0
 
 
-def test_deception_score_separates_artists(report: Report) -> None:
+def test_deception_score_separates_artists(report):
     assert report.row("real").scores[DECEPTION].value == 1
     assert report.row("other").scores[DECEPTION].value == 0
     assert {values["taken_for"] for values in report.row("other").pictures.values()} == {"blots"}
@@ -75,7 +75,7 @@ def test_deception_score_separates_artists(report: Report) -> None:
 
 
 @pytest.mark.parametrize("metric", [FID, KID])
-def test_style_metrics_order_by_style(report: Report, metric: str) -> None:
+def test_style_metrics_order_by_style(report, metric):
     value = {row.name: row.scores[metric].value for row in report.rows}
     assert value["(works)"] < value["mix"] < value["photo"]
     assert value["real"] < value["mix"]
@@ -84,13 +84,13 @@ def test_style_metrics_order_by_style(report: Report, metric: str) -> None:
 
 
 @pytest.mark.parametrize(("metric", "sign"), [(LPIPS, -1), (CFSD, -1), ("ssim", 1), ("edge_f1", 1)])
-def test_content_metrics_order_by_content(report: Report, metric: str, sign: int) -> None:
+def test_content_metrics_order_by_content(report, metric, sign):
     value = {row.name: sign * row.scores[metric].value for row in report.rows if metric in row.scores}
     assert value["photo"] > max(value["blur"], value["mix"])
     assert value["mix"] > max(value["real"], value["shuffled"])
 
 
-def test_scores_lie_in_their_intervals_and_artfid_is_a_product(report: Report) -> None:
+def test_scores_lie_in_their_intervals_and_artfid_is_a_product(report):
     for row in report.rows:
         if row.name != "(works)":
             lpips, fid, artfid = (row.scores[name].value for name in (LPIPS, FID, ARTFID))
@@ -100,7 +100,7 @@ def test_scores_lie_in_their_intervals_and_artfid_is_a_product(report: Report) -
     assert report.row("real").scores[DECEPTION].low > 0.5  # Wilson's: 8 of 8 is not certainty
 
 
-def test_difference_has_a_narrower_interval(report: Report) -> None:
+def test_difference_has_a_narrower_interval(report):
     score = report.difference("ssim", "mix", "real")
     one, other = (report.row(name).scores["ssim"] for name in ("mix", "real"))
     assert score.value == pytest.approx(one.value - other.value)
@@ -112,7 +112,7 @@ def test_difference_has_a_narrower_interval(report: Report) -> None:
         report.difference("vgg", "mix", "real")
 
 
-def test_nearest_work_of_a_copied_work_is_itself(studio: Path, cache: Path, tmp_path: Path) -> None:
+def test_nearest_work_of_a_copied_work_is_itself(studio, cache, tmp_path):
     for seed in range(COUNT):
         save(tmp_path / "copies", f"scene{seed}", hand("stripes", seed))
     options = EvalOptions(cache=cache, bootstrap=20)
@@ -130,7 +130,7 @@ def test_nearest_work_of_a_copied_work_is_itself(studio: Path, cache: Path, tmp_
     assert any(note.startswith("no photos among the classes") for note in report.notes)
 
 
-def test_table_and_json_agree(report: Report) -> None:
+def test_table_and_json_agree(report):
     table = report.table()
     document = json.loads(json.dumps(report.to_json()))
     lines = table.splitlines()
@@ -149,7 +149,7 @@ def test_table_and_json_agree(report: Report) -> None:
     assert any("EfficientNet-Lite0" in note for note in document["notes"])
 
 
-def test_sheet_shows_content_results_and_nearest_work(report: Report, tmp_path: Path) -> None:
+def test_sheet_shows_content_results_and_nearest_work(report, tmp_path):
     report.sheet(tmp_path / "sheet.png", rows=3)
     sheet = read_on_white(tmp_path / "sheet.png")
     assert sheet.shape[1] == 8 * 264 + 8
@@ -165,9 +165,7 @@ def test_sheet_shows_content_results_and_nearest_work(report: Report, tmp_path: 
         report.sheet(tmp_path / "sheet.png", rows=0)
 
 
-def test_evaluate_scores_without_artists_and_refuses_unknown_ones_and_small_classes(
-    studio: Path, cache: Path, methods: dict[str, Path], tmp_path: Path
-) -> None:
+def test_evaluate_scores_without_artists_and_refuses_unknown_ones_and_small_classes(studio, cache, methods, tmp_path):
     artists = studio / "artists"
     arguments = (studio / "contents", artists / "stripes", artists, {"photo": methods["photo"]})
     options = EvalOptions(cache=cache, bootstrap=20)
@@ -190,9 +188,7 @@ def test_evaluate_scores_without_artists_and_refuses_unknown_ones_and_small_clas
         evaluate(studio / "contents", artists / "stripes", tmp_path / "no", arguments[3], options=options)
 
 
-def test_feature_cache_computes_each_file_once(
-    cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_feature_cache_computes_each_file_once(cache, tmp_path, caplog, monkeypatch):
     network, calls = EffNetLite(), list[int]()
     whole = network.features
     monkeypatch.setattr(network, "features", lambda batch: calls.append(len(batch)) or whole(batch))

@@ -23,7 +23,7 @@ def folders(tmp_path: Path) -> dict[str, Path]:
     return {name: tmp_path / name for name in ("contents", "one", "two")}
 
 
-def test_match_by_stem_orders_results_like_contents(folders: dict[str, Path]) -> None:
+def test_match_by_stem_orders_results_like_contents(folders):
     (folders["two"] / "a.png").rename(folders["two"] / "a.webp")
     matches = match_by_stem(folders["contents"], {"one": folders["one"], "two": folders["two"]})
     assert matches.stems == ("a", "b", "c")
@@ -34,7 +34,7 @@ def test_match_by_stem_orders_results_like_contents(folders: dict[str, Path]) ->
     assert matches.notes == ()
 
 
-def test_match_by_stem_lists_all_faults(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_match_by_stem_lists_all_faults(folders, tmp_path):
     (folders["two"] / "b.png").unlink()
     save(folders["one"], "c", DOT)
     (tmp_path / "empty").mkdir()
@@ -51,9 +51,7 @@ def test_match_by_stem_lists_all_faults(folders: dict[str, Path], tmp_path: Path
     assert "four: found no folder" in text
 
 
-def test_match_by_stem_leaves_out_extra_results_with_a_warning(
-    folders: dict[str, Path], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_match_by_stem_leaves_out_extra_results_with_a_warning(folders, caplog):
     save(folders["one"], "sheet", DOT)
     with caplog.at_level(logging.WARNING, "lsast"):
         matches = match_by_stem(folders["contents"], {"one": folders["one"]})
@@ -63,7 +61,7 @@ def test_match_by_stem_leaves_out_extra_results_with_a_warning(
 
 
 @pytest.mark.parametrize("name", ["(works)", ""])
-def test_match_by_stem_refuses_names_of_reference_rows(folders: dict[str, Path], name: str) -> None:
+def test_match_by_stem_refuses_names_of_reference_rows(folders, name):
     with pytest.raises(UsageError, match="method names"):
         match_by_stem(folders["contents"], {name: folders["one"]})
     with pytest.raises(UsageError, match="found no method"):

@@ -36,7 +36,7 @@ def blurred(image: Image.Image) -> npt.NDArray[np.float64]:
     return np.asarray(image.filter(ImageFilter.GaussianBlur(8)).resize((96, 64)), dtype=np.float64)
 
 
-def test_embedded_bundle_is_valid_small_and_has_seven_styles() -> None:
+def test_embedded_bundle_is_valid_small_and_has_seven_styles():
     bundle = Bundle.open(EMBEDDED)
     assert set(STYLES) <= bundle.styles().keys()
     for name in bundle.styles():
@@ -48,7 +48,7 @@ def test_embedded_bundle_is_valid_small_and_has_seven_styles() -> None:
     assert 0 < max(bundle.manifest.parity.values()) < 1e-4
 
 
-def test_embedded_bundle_paints_nearly_the_same_with_its_split_graphs() -> None:
+def test_embedded_bundle_paints_nearly_the_same_with_its_split_graphs():
     bundle = Bundle.open(EMBEDDED)
     assert set(UNET_SPLIT_GRAPHS) < bundle.manifest.graphs.keys()
     assert (
@@ -64,9 +64,7 @@ def test_embedded_bundle_paints_nearly_the_same_with_its_split_graphs() -> None:
     assert 0 < errors[0] < errors[1] / 2, errors
 
 
-def test_embedded_bundle_keeps_the_photograph_recognisable(
-    painted: dict[tuple[str, int], npt.NDArray[np.float64]],
-) -> None:
+def test_embedded_bundle_keeps_the_photograph_recognisable(painted):
     photo = blurred(Image.open(PHOTO))
     for (style, _), picture in painted.items():
         likeness = np.corrcoef(photo.mean(2).ravel(), picture.mean(2).ravel())[0, 1]
@@ -74,9 +72,7 @@ def test_embedded_bundle_keeps_the_photograph_recognisable(
         assert np.abs(photo - picture).mean() > 5, style
 
 
-def test_embedded_styles_differ_by_more_than_the_noise_does(
-    painted: dict[tuple[str, int], npt.NDArray[np.float64]],
-) -> None:
+def test_embedded_styles_differ_by_more_than_the_noise_does(painted):
     """The same seed in two styles: what their difference has in common for two seeds, against what it has not."""
     for one, other in itertools.combinations(STYLES, 2):
         first, second = (painted[one, seed] - painted[other, seed] for seed in (0, 1))
@@ -84,7 +80,7 @@ def test_embedded_styles_differ_by_more_than_the_noise_does(
         assert of_styles > 1.5 * of_seeds, (one, other, of_styles / of_seeds)
 
 
-def test_interrupt_after_close_reaches_python() -> None:
+def test_interrupt_after_close_reaches_python():
     """OpenVINO frees the signal stack that it gave the thread; a core kept alive keeps Ctrl-C from crashing."""
     code = f"""
 import os, signal, lsast

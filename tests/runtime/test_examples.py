@@ -38,15 +38,13 @@ def _tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bundle_path: Path) ->
     monkeypatch.chdir(tmp_path)
 
 
-def test_examples_all_have_a_test() -> None:
+def test_examples_all_have_a_test():
     text = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parents[1].glob("**/test_*.py"))
     for path in EXAMPLES.glob("*.py"):
         assert f'"{path.stem}"' in text or f"{path.stem}.py" in text, f"no test names {path.name}"
 
 
-def test_paint_example_paints_each_picture_in_each_style(
-    photo: np.ndarray, stylizer: lsast.Stylizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paint_example_paints_each_picture_in_each_style(photo, stylizer, tmp_path, monkeypatch):
     for name, rgb in (("a", photo), ("b", photo[:, ::-1])):
         Image.fromarray(rgb).save(tmp_path / f"{name}.png")
     example = _example("paint")
@@ -95,9 +93,7 @@ def window() -> ModuleType:
     return _example("window")
 
 
-def test_window_example_painter_reports_previews_and_the_end(
-    window: ModuleType, photo: np.ndarray, stylizer: lsast.Stylizer
-) -> None:
+def test_window_example_painter_reports_previews_and_the_end(window, photo, stylizer):
     painter = window.Painter(stylizer)
     painter.start(photo, **QUICK).join()
     news = _news(painter)
@@ -109,9 +105,7 @@ def test_window_example_painter_reports_previews_and_the_end(
     assert (kind, "picasso" in message) == ("failed", True)
 
 
-def test_window_example_painter_stops_for_the_next(
-    window: ModuleType, photo: np.ndarray, stylizer: lsast.Stylizer
-) -> None:
+def test_window_example_painter_stops_for_the_next(window, photo, stylizer):
     painter = window.Painter(stylizer)
     first = painter.start(photo, steps=500, strength=1.0, size=64)
     second = painter.start(photo, **QUICK)
@@ -122,9 +116,7 @@ def test_window_example_painter_stops_for_the_next(
     assert kinds[-1] == "done" or kinds[-2:] == ["done", "stopped"]
 
 
-def test_frames_example_writes_pictures(
-    photo: np.ndarray, stylizer: lsast.Stylizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_frames_example_writes_pictures(photo, stylizer, tmp_path, monkeypatch):
     import cv2
 
     clip = tmp_path / "clip.avi"
@@ -152,7 +144,7 @@ def _default(spec: Any) -> Any:
     return kind[0] if isinstance(kind, list) else options[0]["default"]
 
 
-def test_comfyui_nodes_follow_its_conventions_and_paint(photo: np.ndarray, stylizer: lsast.Stylizer) -> None:
+def test_comfyui_nodes_follow_its_conventions_and_paint(photo, stylizer):
     package = _example("comfyui/__init__")
     nodes = package.NODE_CLASS_MAPPINGS
     assert {*package.NODE_DISPLAY_NAME_MAPPINGS} == {*nodes}
@@ -179,9 +171,7 @@ def test_comfyui_nodes_follow_its_conventions_and_paint(photo: np.ndarray, styli
     np.testing.assert_allclose(painted[1, :, :80], images[1, :, :80], atol=1e-6)
 
 
-def test_gradio_app_paints_and_is_short(
-    photo: np.ndarray, stylizer: lsast.Stylizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradio_app_paints_and_is_short(photo, stylizer, monkeypatch):
     made: dict[str, Any] = {}
     stub = ModuleType("gradio")
     widgets = {name: (lambda *values, **named: (values, named)) for name in ("Dropdown", "Slider", "Number")}
@@ -205,7 +195,7 @@ nbformat.write(notebook, sys.argv[2])
 
 
 @pytest.mark.needs("nbclient", "ipykernel")
-def test_notebook_runs_from_top_to_bottom(photo: np.ndarray, tmp_path: Path, bundle_path: Path) -> None:
+def test_notebook_runs_from_top_to_bottom(photo, tmp_path, bundle_path):
     Image.fromarray(photo).save(tmp_path / "picture.png")
     source, executed = EXAMPLES / "paint.ipynb", tmp_path / "executed.ipynb"
     environment = {
@@ -227,7 +217,7 @@ def test_notebook_runs_from_top_to_bottom(photo: np.ndarray, tmp_path: Path, bun
 
 @pytest.mark.slow
 @pytest.mark.needs("ray")
-def test_ray_example_paints_what_one_stylizer_paints(bundle_path: Path, photo: np.ndarray, tmp_path: Path) -> None:
+def test_ray_example_paints_what_one_stylizer_paints(bundle_path, photo, tmp_path):
     for index in range(4):
         path = tmp_path / "in" / f"{index % 2}" / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -147,7 +147,7 @@ NAMES = ["manifest", "style", "prompts", "record", "mix", "picture"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_hostile_input_is_refused_or_painted(targets: dict[str, Target], name: str) -> None:
+def test_hostile_input_is_refused_or_painted(targets, name):
     refused, taken = _run(targets[name], QUICK)
     assert refused > 0
     assert taken > 0
@@ -155,7 +155,7 @@ def test_hostile_input_is_refused_or_painted(targets: dict[str, Target], name: s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_much_hostile_input_is_refused_or_painted(targets: dict[str, Target], name: str) -> None:
+def test_much_hostile_input_is_refused_or_painted(targets, name):
     refused, taken = _run(targets[name], MANY)
     assert min(refused, taken) > 0
     print(f"{name}: {refused} refused, {taken} taken")  # noqa: T201 - figures of docs/results.md, by pytest -s

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -106,7 +105,7 @@ assert not events, events
 
 @pytest.mark.skipif(sys.platform == "win32", reason="of POSIX")
 @pytest.mark.parametrize("backend", sorted(available_backends()))
-def test_painting_changes_nothing_of_the_process(bundle_path: Path, backend: str, tmp_path: Path) -> None:
+def test_painting_changes_nothing_of_the_process(bundle_path, backend, tmp_path):
     command = [sys.executable, "-c", SCRIPT, str(bundle_path), backend]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -5,7 +5,6 @@ import logging
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,9 +27,7 @@ def _result(channels: int, shape: tuple[int, int] = (40, 60)) -> Result:
     ("name", "format_name", "tolerance"),
     [("a.png", "PNG", 0), ("a.JPEG", "JPEG", 8), ("a.webp", "WEBP", 12), ("a.avif", "AVIF", 12), ("a.tiff", "TIFF", 0)],
 )
-def test_save_chooses_the_format_by_suffix(
-    tmp_path: Path, name: str, format_name: str, tolerance: int, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_save_chooses_the_format_by_suffix(tmp_path, name, format_name, tolerance, caplog):
     """What the format can hold, transparency too, and the same bytes every time."""
     Image.init()
     if format_name not in Image.SAVE:
@@ -49,7 +46,7 @@ def test_save_chooses_the_format_by_suffix(
     assert not caplog.records
 
 
-def test_save_where_pillow_has_no_avif_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_where_pillow_has_no_avif_is_refused(tmp_path, monkeypatch):
     Image.init()
     monkeypatch.delitem(Image.SAVE, "AVIF", raising=False)
     with pytest.raises(PictureError, match="this Pillow has no AVIF"):
@@ -57,7 +54,7 @@ def test_save_where_pillow_has_no_avif_is_refused(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="its paths are shorter")
-def test_save_a_thousand_folders_deep_writes_what_find_pictures_finds(tmp_path: Path) -> None:
+def test_save_a_thousand_folders_deep_writes_what_find_pictures_finds(tmp_path):
     path = tmp_path.joinpath("deep", *"d" * 1000, "a.png")
     _result(3).save(path)
     found = find_pictures(tmp_path)
@@ -65,7 +62,7 @@ def test_save_a_thousand_folders_deep_writes_what_find_pictures_finds(tmp_path: 
     assert found == [path]
 
 
-def test_result_is_an_array_and_a_picture_of_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_result_is_an_array_and_a_picture_of_a_notebook(monkeypatch):
     result = _result(4)
     pixels = np.asarray(result)
     np.testing.assert_array_equal(pixels, np.asarray(result.image))
@@ -81,7 +78,7 @@ def test_result_is_an_array_and_a_picture_of_a_notebook(monkeypatch: pytest.Monk
     assert shown == [result.image]
 
 
-def test_save_as_jpeg_composites_on_white_and_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_save_as_jpeg_composites_on_white_and_warns(tmp_path, caplog):
     result = _result(4)
     with caplog.at_level(logging.WARNING, "lsast"):
         result.save(tmp_path / "a.jpg")
@@ -93,13 +90,13 @@ def test_save_as_jpeg_composites_on_white_and_warns(tmp_path: Path, caplog: pyte
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a", "png", ".png"])
-def test_save_with_an_unknown_suffix_lists_the_known(tmp_path: Path, name: str) -> None:
+def test_save_with_an_unknown_suffix_lists_the_known(tmp_path, name):
     with pytest.raises(UsageError, match=r"\.png, \.jpg, \.jpeg, \.webp"):
         _result(3).save(tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
-def test_save_to_what_is_no_file_raises_and_leaves_it(tmp_path: Path) -> None:
+def test_save_to_what_is_no_file_raises_and_leaves_it(tmp_path):
     (tmp_path / "a.png").mkdir()
     (tmp_path / "null.png").symlink_to(os.devnull)
     for name, kind in (("a.png", "folder"), ("null.png", "device")):
@@ -114,9 +111,7 @@ def test_save_to_what_is_no_file_raises_and_leaves_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_save_that_fails_keeps_the_existing_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
+def test_save_that_fails_keeps_the_existing_file(tmp_path, monkeypatch, error):
     (tmp_path / "a.png").write_bytes(b"before")
 
     def half(image: Image.Image, handle: object, **settings: object) -> None:

@@ -5,7 +5,6 @@ import io
 import math
 from decimal import Decimal
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -14,18 +13,18 @@ import pytest
 from PIL import Image, ImageCms
 
 import lsast
-from lsast import Stylizer, UsageError
+from lsast import UsageError
 from lsast.options.options import rules
 
 
 @pytest.mark.parametrize("own", [(160, 90), (90, 160), (50, 2000), (1, 1), (7, 5), (64, 64), (300, 301)])
 @pytest.mark.parametrize("size", [0, 96])
-def test_stylize_keeps_any_size_and_aspect(stylizer: Stylizer, own: tuple[int, int], size: int) -> None:
+def test_stylize_keeps_any_size_and_aspect(stylizer, own, size):
     rgb = np.random.default_rng(0).integers(0, 256, (*own, 3), dtype=np.uint8)
     assert np.asarray(stylizer.stylize(rgb, size=size)).shape == (*own, 3)
 
 
-def test_stylize_paints_the_padding_without_showing_it(stylizer: Stylizer) -> None:
+def test_stylize_paints_the_padding_without_showing_it(stylizer):
     """A picture that fills its canvas by itself, and one that is mirrored onto the same canvas, agree inside."""
     rng = np.random.default_rng(2)
     small = np.repeat(np.repeat(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8), 8, axis=0), 8, axis=1)  # [48, 48, 3]
@@ -34,7 +33,7 @@ def test_stylize_paints_the_padding_without_showing_it(stylizer: Stylizer) -> No
     np.testing.assert_array_equal(np.asarray(stylizer.stylize(small, size=0)), inner)
 
 
-def test_stylize_keeps_transparency_or_composites_on_white(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_stylize_keeps_transparency_or_composites_on_white(stylizer, photo):
     alpha = np.tile(np.linspace(0, 255, 160).astype(np.uint8), (96, 1))
     rgba = np.dstack([photo, alpha])
     kept = stylizer.stylize(rgba)
@@ -49,7 +48,7 @@ def test_stylize_keeps_transparency_or_composites_on_white(stylizer: Stylizer, p
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
-def test_stylize_keeps_the_colour_profile(stylizer: Stylizer, photo: np.ndarray, tmp_path: Path, suffix: str) -> None:
+def test_stylize_keeps_the_colour_profile(stylizer, photo, tmp_path, suffix):
     icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     held = io.BytesIO()
     Image.fromarray(photo).save(held, format="PNG", icc_profile=icc)
@@ -61,7 +60,7 @@ def test_stylize_keeps_the_colour_profile(stylizer: Stylizer, photo: np.ndarray,
         assert "icc_profile" not in saved.info
 
 
-def test_stylize_reports_steps_and_times_of_phases(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_stylize_reports_steps_and_times_of_phases(stylizer, photo):
     reported: list[tuple[int, int]] = []
     result = stylizer.stylize(
         photo, steps=10, strength=0.5, on_step=lambda step, total, _: reported.append((step, total))
@@ -71,7 +70,7 @@ def test_stylize_reports_steps_and_times_of_phases(stylizer: Stylizer, photo: np
     assert all(seconds > 0 for seconds in result.seconds.values())
 
 
-def test_stylize_after_an_interrupted_painting_works(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_stylize_after_an_interrupted_painting_works(stylizer, photo):
     expected = np.asarray(stylizer.stylize(photo))
 
     def interrupt(step: int, total: int, preview: object) -> None:
@@ -83,7 +82,7 @@ def test_stylize_after_an_interrupted_painting_works(stylizer: Stylizer, photo: 
     np.testing.assert_array_equal(np.asarray(stylizer.stylize(photo)), expected)
 
 
-def test_stylize_refuses_removed_options_by_name(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_stylize_refuses_removed_options_by_name(stylizer, photo):
     old: dict[str, Any] = {"control_low": 300, "control_interval": 2, "guidance_low": 1, "guidance_high": 700}
     with pytest.raises(UsageError, match="control_low was removed: use a smaller control_scale") as caught:
         stylizer.stylize(photo, **old)
@@ -94,13 +93,13 @@ def test_stylize_refuses_removed_options_by_name(stylizer: Stylizer, photo: np.n
         stylizer.stylize(photo, colour="red")
 
 
-def test_stylize_takes_old_names_of_options(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_stylize_takes_old_names_of_options(stylizer, photo):
     old: dict[str, Any] = {"control": 0.5, "solver": "released", "fit": "squash", "size": 64}
     new: dict[str, Any] = {"control_scale": 0.5, "solver": "ddim_lsast", "fit": "stretch", "size": 64}
     assert stylizer.stylize(photo, **old).options == stylizer.stylize(photo, **new).options
 
 
-def test_stylize_with_an_unknown_style_lists_the_available_ones(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_stylize_with_an_unknown_style_lists_the_available_ones(stylizer, photo):
     assert stylizer.styles == ["monet", "vangogh"]
     with pytest.raises(UsageError, match=r"'picasso'.*monet, vangogh"):
         stylizer.stylize(photo, style="picasso")
@@ -111,9 +110,7 @@ WRONG = [[], {}, object(), b"x", math.nan, 10**5000, -1, 1j, {1}, np.zeros(3), F
 
 
 @pytest.mark.parametrize("name", [*inspect.signature(lsast.load).parameters, *rules(), "on_step", "cancel", "mask"])
-def test_every_argument_of_a_wrong_type_or_range_is_refused_by_name(
-    stylizer: lsast.Stylizer, bundle_path: Path, photo: np.ndarray, name: str
-) -> None:
+def test_every_argument_of_a_wrong_type_or_range_is_refused_by_name(stylizer, bundle_path, photo, name):
     def use(value: Any) -> None:
         if name in inspect.signature(lsast.load).parameters and name != "preset":
             lsast.load(**{"bundle": bundle_path, "backend": "onnxruntime", name: value})
@@ -125,7 +122,7 @@ def test_every_argument_of_a_wrong_type_or_range_is_refused_by_name(
             use(value)
 
 
-def test_stylize_with_fit_stretch_gives_a_square(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_stylize_with_fit_stretch_gives_a_square(stylizer, photo):
     rgba = np.dstack([photo, np.full(photo.shape[:2], 90, np.uint8)])
     result = stylizer.stylize(rgba, fit="stretch", size=128)
     assert (result.image.size, result.image.mode) == ((128, 128), "RGBA")
@@ -136,9 +133,7 @@ def test_stylize_with_fit_stretch_gives_a_square(stylizer: Stylizer, photo: np.n
     np.testing.assert_array_equal(np.asarray(plain), np.asarray(stretched))
 
 
-def test_stylize_with_fit_stretch_finds_edges_in_the_bilinear_picture(
-    stylizer: Stylizer, photo: np.ndarray, runs: list[Any]
-) -> None:
+def test_stylize_with_fit_stretch_finds_edges_in_the_bilinear_picture(stylizer, photo, runs):
     # docs/method.md §4.1-2: Pillow's Lanczos for the encoder, OpenCV's bilinear on BGR for the edges.
     stylizer.stylize(photo, fit="stretch", size=120)
     (edges,), (rgb,) = runs[0].batch.edges, runs[0].batch.pictures

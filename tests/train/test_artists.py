@@ -12,7 +12,6 @@ from PIL import Image
 from lsast_engines.errors import TrainingError
 from lsast_train.__main__ import main
 from lsast_train.artists import artists_of, pictures_by, style_name
-from lsast_train.base.base import Base
 from lsast_train.base.lazy_base import save_base
 from lsast_train.prompts.prompt_file import load_prompts
 
@@ -29,12 +28,12 @@ def _names(found: dict[str, list[Path]]) -> dict[str, list[str]]:
     return {artist: [path.stem for path in paths] for artist, paths in found.items()}
 
 
-def test_style_name_is_how_wikiart_spells_an_artist() -> None:
+def test_style_name_is_how_wikiart_spells_an_artist():
     assert style_name("Vincent van Gogh") == style_name("vincent-van-gogh") == "vincent-van-gogh"
     assert style_name("Eugène  Delacroix") == "eugene-delacroix"
 
 
-def test_artists_of_wikiart_come_from_the_files_of_all_its_folders(tmp_path: Path) -> None:
+def test_artists_of_wikiart_come_from_the_files_of_all_its_folders(tmp_path):
     root = _pictures(
         tmp_path,
         "Impressionism/claude-monet_water-lilies-1914.png",
@@ -52,7 +51,7 @@ def test_artists_of_wikiart_come_from_the_files_of_all_its_folders(tmp_path: Pat
         pictures_by("Monet, Claude", root)
 
 
-def test_artists_of_ast_and_of_plain_folders_come_from_the_folders(tmp_path: Path) -> None:
+def test_artists_of_ast_and_of_plain_folders_come_from_the_folders(tmp_path):
     folders = ("paul-cezanne_card-players", "Claude Monet/late", "Vincent_van_Gogh", "Pierre-Auguste_Renoir")
     root = _pictures(tmp_path, *(f"{folder}/IMG_{number}.png" for number, folder in enumerate(folders)))
     assert _names(artists_of(root)) == {
@@ -65,7 +64,7 @@ def test_artists_of_ast_and_of_plain_folders_come_from_the_folders(tmp_path: Pat
         artists_of(_pictures(tmp_path / "flat", "1.png", "2.png"))
 
 
-def test_artists_of_a_table_beside_the_pictures(tmp_path: Path) -> None:
+def test_artists_of_a_table_beside_the_pictures(tmp_path):
     root = _pictures(tmp_path, "a/1.png", "a/2.png", "3.png")
     table = 'filename,genre,artist\na/1.png,landscape,Claude Monet\n"3.png",portrait,Eugène Delacroix\na/2.png,,\n'
     (root / "classes.csv").write_text(table, encoding="utf-8")
@@ -78,9 +77,7 @@ def _train(*arguments: Any) -> int:
     return int(caught.value.code or 0)
 
 
-def test_each_artist_learns_a_style_of_every_artist_that_has_enough_pictures(
-    base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_each_artist_learns_a_style_of_every_artist_that_has_enough_pictures(base, tmp_path, capsys):
     save_base(base, Path("tiny"))
     names = [f"Realism/{artist}_{n}.png" for artist in ("claude-monet", "paul-cezanne") for n in range(3)]
     root = _pictures(tmp_path / "wikiart", *names, "Realism/edvard-munch_one.png")

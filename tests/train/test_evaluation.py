@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from golden_sets import GoldenFiles, both_sets
+from golden_sets import both_sets
 from lsast_train.base.base import Base, BaseConfig
 from lsast_train.base.mini_networks import MiniAutoencoder
 from lsast_train.checkpoints.single_file import controlnet_weights, unet_weights
 from lsast_train.evaluation import ValidationSet, noise_error
 from lsast_train.inversion import Inversion
-from lsast_train.options import PRESETS, TrainOptions
+from lsast_train.options import PRESETS
 from lsast_train.paintings import PaintingDataset
 from lsast_train.prompts.prompt_space import PromptSpace
 from schedulers import ddpm
@@ -33,7 +32,7 @@ def _stub_base(eps: Callable[..., torch.Tensor]) -> Any:
     return SimpleNamespace(eps=eps, add_noise=ddpm().add_noise, config=config)
 
 
-def test_validation_loss_of_a_perfect_base_is_zero_and_of_zeros_is_one() -> None:
+def test_validation_loss_of_a_perfect_base_is_zero_and_of_zeros_is_one():
     alphas = _alphas()
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).expand(5, -1, -1, -1)
 
@@ -51,7 +50,7 @@ def test_validation_loss_of_a_perfect_base_is_zero_and_of_zeros_is_one() -> None
     assert torch.equal(blind.losses(space, []), torch.zeros(10, dtype=torch.float64))
 
 
-def test_validation_loss_of_a_stage_is_the_mean_of_its_rows() -> None:
+def test_validation_loss_of_a_stage_is_the_mean_of_its_rows():
     """A base that is off by its timestep / 100 everywhere."""
     alphas = _alphas()
     latents = torch.zeros(3, 4, 8, 8)
@@ -65,7 +64,7 @@ def test_validation_loss_of_a_stage_is_the_mean_of_its_rows() -> None:
     assert found.numpy() == pytest.approx(expected, rel=1e-4)
 
 
-def test_validation_noise_is_the_same_every_time_and_another_for_every_row() -> None:
+def test_validation_noise_is_the_same_every_time_and_another_for_every_row():
     seen: list[torch.Tensor] = []
 
     def eps(noisy: torch.Tensor, time: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
@@ -80,9 +79,7 @@ def test_validation_noise_is_the_same_every_time_and_another_for_every_row() -> 
     assert torch.cdist(noise.flatten(1), noise.flatten(1)).add(100 * torch.eye(20)).min() > 10
 
 
-def test_noise_error_in_bf16_computes_contexts_in_fp32(
-    text_base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_noise_error_in_bf16_computes_contexts_in_fp32(text_base, collection, brief, tmp_path, monkeypatch):
     run = Inversion(text_base, collection, replace(brief, mixed_precision="bf16"), "red", tmp_path)
     seen: list[Any] = []
 
@@ -111,7 +108,7 @@ def _touched(space: PromptSpace) -> list[int]:
     return found
 
 
-def test_gradient_decoder_keeps_nothing_before_the_decoder(base: Base) -> None:
+def test_gradient_decoder_keeps_nothing_before_the_decoder(base):
     space = _space(torch.randn(12, 4, 24))
     seen: dict[str, bool] = {}
     for name in ("conv_in", "mid_block", "up_blocks.0", "conv_out"):
@@ -122,7 +119,7 @@ def test_gradient_decoder_keeps_nothing_before_the_decoder(base: Base) -> None:
 
 
 @both_sets
-def test_noise_error_of_a_released_training_step_is_the_recorded_one(golden: GoldenFiles) -> None:
+def test_noise_error_of_a_released_training_step_is_the_recorded_one(golden):
     tokens, dim = golden.tensors("io")["unconditional"].shape
     base = Base(
         BaseConfig("golden", "sd15", "epsilon", tokens, 128, 0.18215),
@@ -143,9 +140,7 @@ def test_noise_error_of_a_released_training_step_is_the_recorded_one(golden: Gol
         assert error < 1e-4
 
 
-def test_released_preset_trains_only_the_last_rows_of_decoder_prompts(
-    text_base: Base, paintings: Path, tmp_path: Path
-) -> None:
+def test_released_preset_trains_only_the_last_rows_of_decoder_prompts(text_base, paintings, tmp_path):
     """Its first step: AdamW moves what has a gradient by the learning rate and lets the rest decay (docs/method.md
     §3)."""
     options = replace(PRESETS["released"], steps=1, size=64, evaluate_every=1, evaluate_latents=2)

@@ -10,7 +10,6 @@ import re
 import signal
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -24,7 +23,6 @@ from lsast_train.base.base import Base
 from lsast_train.evaluation import ValidationSet, noise_error
 from lsast_train.inversion import Inversion
 from lsast_train.mini.architecture import MiniConfig, build_mini
-from lsast_train.options import TrainOptions
 from lsast_train.paintings import PaintingDataset
 from lsast_train.prompts.prompt_file import load_prompts
 from lsast_train.prompts.prompt_space import PromptSpace
@@ -55,9 +53,7 @@ def _weights(base: Base) -> dict[str, str]:
     ],
     ids=lambda kind: " ".join(map(str, kind.values())),
 )
-def test_inversion_of_every_variant_learns_and_leaves_the_base_unchanged(
-    base: Base, invert: Invert, kind: dict[str, Any]
-) -> None:
+def test_inversion_of_every_variant_learns_and_leaves_the_base_unchanged(base, invert, kind):
     before = _weights(base)
     outcome = invert(base, **kind, steps=16, batch=6, weighting="v", evaluate_every=16).run()
     assert _weights(base) == before
@@ -75,9 +71,7 @@ def test_inversion_of_every_variant_learns_and_leaves_the_base_unchanged(
 
 
 @pytest.mark.parametrize("generator", ["geglu", "direct"])
-def test_dropout_acts_in_training_and_not_in_evaluation(
-    text_base: Base, invert: Invert, monkeypatch: Any, generator: Any
-) -> None:
+def test_dropout_acts_in_training_and_not_in_evaluation(text_base, invert, monkeypatch, generator):
     run = invert(text_base, generator=generator)
     losses = [run.loss(0, 0).item(), run.loss(0, 0).item()]
     monkeypatch.setattr("lsast_train.prompts.released_generator.DROPOUT", 0.0)
@@ -91,9 +85,7 @@ def test_dropout_acts_in_training_and_not_in_evaluation(
     assert torch.equal(probe.losses(run.space, [3]), found)
 
 
-def test_timesteps_are_uniform_and_learning_rates_follow_the_schedule(
-    base: Base, invert: Invert, monkeypatch: pytest.MonkeyPatch, after_step: Callable[..., None]
-) -> None:
+def test_timesteps_are_uniform_and_learning_rates_follow_the_schedule(base, invert, monkeypatch, after_step):
     times: list[torch.Tensor] = []
     rates: list[list[float]] = []
 
@@ -114,9 +106,7 @@ def test_timesteps_are_uniform_and_learning_rates_follow_the_schedule(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_loss_with_weighting_v_is_the_error_of_v(
-    base: Base, invert: Invert, monkeypatch: pytest.MonkeyPatch, seed: int
-) -> None:
+def test_loss_with_weighting_v_is_the_error_of_v(base, invert, monkeypatch, seed):
     seen: dict[str, Any] = {}
 
     def spy(*arguments: Any) -> torch.Tensor:
@@ -135,9 +125,7 @@ def test_loss_with_weighting_v_is_the_error_of_v(
     torch.testing.assert_close(loss, error * min(1, limit), rtol=1e-4, atol=1e-6)
 
 
-def test_inversion_keeps_the_prompts_of_the_best_evaluation(
-    base: Base, invert: Invert, monkeypatch: pytest.MonkeyPatch, after_step: Callable[..., None]
-) -> None:
+def test_inversion_keeps_the_prompts_of_the_best_evaluation(base, invert, monkeypatch, after_step):
     # Means over stages would prefer step 4 (5.0 < 5.1); relative to the untrained, step 2 is better.
     scripted = [[8.0] + [0.1] * 9, [8.0] + [0.05] * 9, [5.0] + [0.1] * 9]
     calls: list[None] = []
@@ -156,9 +144,7 @@ def test_inversion_keeps_the_prompts_of_the_best_evaluation(
     assert torch.equal(load_prompts(outcome.file).prompts, seen[2])
 
 
-def test_inversion_that_overfits_at_once_warns_and_keeps_the_untrained_prompts(
-    base: Base, invert: Invert, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inversion_that_overfits_at_once_warns_and_keeps_the_untrained_prompts(base, invert, caplog, monkeypatch):
     losses = iter([0.3, 0.3, 0.4, 0.2])  # held-out and training, untrained and trained: this run over-fits
     monkeypatch.setattr(ValidationSet, "losses", lambda *_: torch.full((10,), next(losses), dtype=torch.float64))
     run = invert(base)
@@ -170,7 +156,7 @@ def test_inversion_that_overfits_at_once_warns_and_keeps_the_untrained_prompts(
     assert "no step lowered the held-out loss" in caplog.text
 
 
-def test_inversion_with_a_nan_loss_raises(base: Base, invert: Invert) -> None:
+def test_inversion_with_a_nan_loss_raises(base, invert):
     torch.nn.init.constant_(base.unet.conv_out.weight, float("nan"))
     with pytest.raises(TrainingError, match=r"loss of step 0 is nan; lower --lr"):
         invert(base).run()
@@ -179,9 +165,7 @@ def test_inversion_with_a_nan_loss_raises(base: Base, invert: Invert) -> None:
 InterruptAt = Callable[[int], None]
 
 
-def test_resumed_inversion_equals_the_uninterrupted_one_bit_for_bit(
-    invert: Invert, tmp_path: Path, interrupt_at: InterruptAt
-) -> None:
+def test_resumed_inversion_equals_the_uninterrupted_one_bit_for_bit(invert, tmp_path, interrupt_at):
     def make(folder: str, **how: Any) -> Inversion:
         return invert(build_mini(MiniConfig.tiny()), folder, evaluate_every=8, **how)
 
@@ -208,9 +192,7 @@ def test_resumed_inversion_equals_the_uninterrupted_one_bit_for_bit(
     ],
     ids=lambda kind: " ".join(map(str, kind.values())),
 )
-def test_resumed_inversion_through_a_text_encoder_equals_the_uninterrupted_one(
-    text_base: Base, invert: Invert, interrupt_at: InterruptAt, kind: dict[str, Any]
-) -> None:
+def test_resumed_inversion_through_a_text_encoder_equals_the_uninterrupted_one(text_base, invert, interrupt_at, kind):
     """Bit for bit, with the generator's dropout."""
     lr = 0.01 if kind["generator"] == "geglu" else 1.0
     options = {**kind, "lr": lr, "map_lr": 0.0, "batch": 6, "evaluate_latents": 2}
@@ -229,10 +211,7 @@ def test_resumed_inversion_through_a_text_encoder_equals_the_uninterrupted_one(
     assert json.loads(prompts.meta["options"])["generator"] == kind["generator"]
 
 
-def test_checkpoint_that_does_not_fit_the_run_is_refused(
-    base: Base, invert: Invert, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path,
-    interrupt_at: InterruptAt,
-) -> None:  # fmt: skip
+def test_checkpoint_that_does_not_fit_the_run_is_refused(base, invert, collection, brief, tmp_path, interrupt_at):
     with pytest.raises(TrainingError, match=r"found no checkpoint .* start without --resume"):
         invert(base, resume=True)
     interrupt_at(1)
@@ -273,9 +252,7 @@ def _kept(run: Inversion) -> tuple[int, torch.Tensor]:
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradient(
-    text_base: Base, invert: Invert, precision: Any
-) -> None:
+def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradient(text_base, invert, precision):
     kind = {"generator": "direct", "mixed_precision": precision}
     much, expected = _kept(invert(text_base, **kind))
     little, found = _kept(invert(text_base, **kind, gradient_checkpointing=True))
@@ -286,9 +263,7 @@ def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradient(
     assert not text_base.unet.is_gradient_checkpointing
 
 
-def test_run_without_memory_for_a_step_names_the_options_that_save_it(
-    text_base: Base, invert: Invert, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_without_memory_for_a_step_names_the_options_that_save_it(text_base, invert, monkeypatch):
     def lacking(*_: Any) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
@@ -298,7 +273,7 @@ def test_run_without_memory_for_a_step_names_the_options_that_save_it(
         run.run()
 
 
-def test_round_unet_gives_the_loss_and_gradient_of_autocast(text_base: Base, invert: Invert) -> None:
+def test_round_unet_gives_the_loss_and_gradient_of_autocast(text_base, invert):
     for module in text_base.unet.modules():
         if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
             torch.nn.init.normal_(module.weight)
@@ -312,7 +287,7 @@ def test_round_unet_gives_the_loss_and_gradient_of_autocast(text_base: Base, inv
     assert sum(p.nbytes for p in text_base.unet.parameters()) < 0.52 * size
 
 
-def test_gradient_accumulation_gives_the_mean_gradient_of_its_batches(text_base: Base, invert: Invert) -> None:
+def test_gradient_accumulation_gives_the_mean_gradient_of_its_batches(text_base, invert):
     run = invert(text_base, generator="direct", gradient_accumulation=2, lr=1e-9)
     first, second = (torch.autograd.grad(run.loss(3, 0, part), run.space.matrices)[0] for part in (0, 1))
     assert not torch.equal(first, second)
@@ -320,9 +295,7 @@ def test_gradient_accumulation_gives_the_mean_gradient_of_its_batches(text_base:
     torch.testing.assert_close(run.space.matrices.grad, (first + second) / 2)
 
 
-def test_fp16_gives_nearly_the_gradient_of_float32_and_refuses_one_that_overflows(
-    text_base: Base, invert: Invert, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fp16_gives_nearly_the_gradient_of_float32_and_refuses_one_that_overflows(text_base, invert, monkeypatch):
     """Unscaled, its gradients would be zeros: they are below the smallest number of that type."""
     run = invert(text_base, "a", lr=1e-9)
     run._train_step(0)
@@ -337,7 +310,7 @@ def test_fp16_gives_nearly_the_gradient_of_float32_and_refuses_one_that_overflow
         half._train_step(0)
 
 
-def test_device_that_is_not_there_is_refused_and_controlnet_stays_where_it_is(text_base: Base, invert: Invert) -> None:
+def test_device_that_is_not_there_is_refused_and_controlnet_stays_where_it_is(text_base, invert):
     with pytest.raises(UsageError, match=r"found --device nowhere .*; expected one of cpu"):
         invert(text_base, device="nowhere")
     assert invert(text_base, device="cpu").base.device.type == "cpu"
@@ -347,9 +320,8 @@ def test_device_that_is_not_there_is_refused_and_controlnet_stays_where_it_is(te
 
 
 def test_seconds_and_hours_are_told_before_the_first_evaluation_and_change_nothing(
-    base: Base, collection: PaintingDataset, brief: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    base, collection, brief, tmp_path, monkeypatch, caplog
+):
     caplog.set_level("INFO")
     told = Inversion(base, collection, brief, "told", tmp_path / "told")
     with monkeypatch.context() as patch:
@@ -367,9 +339,7 @@ def test_seconds_and_hours_are_told_before_the_first_evaluation_and_change_nothi
 
 
 @pytest.mark.parametrize(("steps", "views"), [(1, 2), (100, 8)])
-def test_cached_crops_are_no_more_than_training_can_draw(
-    base: Base, invert: Invert, collection: PaintingDataset, steps: int, views: int
-) -> None:
+def test_cached_crops_are_no_more_than_training_can_draw(base, invert, collection, steps, views):
     """Four crops of each painting and their mirror images, or one crop where few pictures are drawn."""
     run = invert(base, views=4, steps=steps, batch=4)
     assert len(run.latents) == views * len(collection.training)

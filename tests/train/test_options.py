@@ -10,7 +10,7 @@ from lsast_engines.errors import UsageError
 from lsast_train.options import PRESETS, TrainOptions
 
 
-def test_paper_preset_has_the_papers_values() -> None:
+def test_paper_preset_has_the_papers_values():
     paper = PRESETS["paper"]
     assert (paper.steps, paper.batch, paper.size, paper.lr, paper.weight_decay) == (100_000, 1, 512, 5e-6, 0.01)
     assert (paper.variant, paper.generator, paper.weighting) == ("step+layer", "attention", "eps")
@@ -18,7 +18,7 @@ def test_paper_preset_has_the_papers_values() -> None:
     assert rates == pytest.approx([5e-6, 5e-6, 5e-7, 5e-7])
 
 
-def test_released_preset_has_the_released_values() -> None:
+def test_released_preset_has_the_released_values():
     """docs/method.md §3."""
     released = PRESETS["released"]
     assert (released.steps, released.batch, released.size, released.weight_decay) == (100_000, 1, 512, 0.01)
@@ -34,7 +34,7 @@ def test_released_preset_has_the_released_values() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["step", "cosine", "constant"])
-def test_learning_rate_equals_torchs_schedulers(schedule: Any) -> None:
+def test_learning_rate_equals_torchs_schedulers(schedule):
     options = TrainOptions(steps=40, lr=0.2, schedule=schedule, decay_after=15)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.2)
     scheduler: Any = {
@@ -49,7 +49,7 @@ def test_learning_rate_equals_torchs_schedulers(schedule: Any) -> None:
         scheduler.step()
 
 
-def test_train_options_with_invalid_values_report_all() -> None:
+def test_train_options_with_invalid_values_report_all():
     wrong: dict[str, Any] = {
         "variant": "layers", "generator": "mlp", "layout": "diagonal", "gradient": "none", "schedule": "linear",
         "prompt": "caption", "placeholder_tokens": 0,
@@ -64,6 +64,6 @@ def test_train_options_with_invalid_values_report_all() -> None:
     assert sorted(line.split(":")[0].removeprefix("  - ") for line in lines) == sorted(wrong)
 
 
-def test_style_names_are_letters_digits_and_some_signs() -> None:
+def test_style_names_are_letters_digits_and_some_signs():
     assert not any(map(style_name_faults, ("vangogh", "Claude-Monet_2.1", "0")))
     assert all(map(style_name_faults, ("", "../up", "a/b", ".hidden", "-x", "a b", "x" * 101, "naïve", "a\n")))

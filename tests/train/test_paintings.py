@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from lsast_engines.errors import PictureError, TrainingError
-from lsast_train.base.base import Base
 from lsast_train.paintings import (
     CachedLatents,
     Painting,
@@ -60,9 +59,7 @@ def odd_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_dataset_of_odd_pictures_uses_them_or_lists_them_in_one_line(
-    odd_folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_dataset_of_odd_pictures_uses_them_or_lists_them_in_one_line(odd_folder, caplog):
     with caplog.at_level(logging.WARNING, "lsast"):
         found = _by_name(PaintingDataset.load(odd_folder, 64, progress=False))
     assert set(found) == {"deep/er/cmyk.jpg", "deep/twin.png", "glass.png", "turned.png"}
@@ -95,9 +92,7 @@ def test_dataset_of_odd_pictures_uses_them_or_lists_them_in_one_line(
         ((96, 120), {"size": 64, "painted": 128, "crop": "squash"}, (64, 64)),
     ],
 )
-def test_dataset_holds_paintings_at_the_size_of_training(
-    tmp_path: Path, side: tuple[int, int], how: dict[str, Any], held: tuple[int, int]
-) -> None:
+def test_dataset_holds_paintings_at_the_size_of_training(tmp_path, side, how, held):
     for index in range(2):
         Image.fromarray(_gradient(*side) + np.uint8(index)).save(tmp_path / f"{index}.png")
     for painting in _by_name(PaintingDataset.load(tmp_path, **how, progress=False)).values():
@@ -106,7 +101,7 @@ def test_dataset_holds_paintings_at_the_size_of_training(
         assert random_crop(painting, how["size"], _generator()).shape == (how["size"], how["size"], 3)
 
 
-def test_dataset_of_too_few_pictures_raises(tmp_path: Path) -> None:
+def test_dataset_of_too_few_pictures_raises(tmp_path):
     with pytest.raises(PictureError, match="found no folder"):
         PaintingDataset.load(tmp_path / "nowhere", 64, progress=False)
     with pytest.raises(PictureError, match="found no picture"):
@@ -116,7 +111,7 @@ def test_dataset_of_too_few_pictures_raises(tmp_path: Path) -> None:
         PaintingDataset.load(tmp_path, 64, progress=False)
 
 
-def test_held_out_names_are_an_eighth_and_never_move() -> None:
+def test_held_out_names_are_an_eighth_and_never_move():
     names = [f"{index}.jpg" for index in range(1000)]
     held = held_out_names(names)
     assert 90 < len(held) < 160
@@ -126,7 +121,7 @@ def test_held_out_names_are_an_eighth_and_never_move() -> None:
         assert 1 <= len(held_out_names(names[start : start + count])) < count
 
 
-def test_dataset_digest_changes_with_pixels_and_names(paintings: Path, tmp_path: Path) -> None:
+def test_dataset_digest_changes_with_pixels_and_names(paintings, tmp_path):
     def digest(folder: Path) -> str:
         return PaintingDataset.load(folder, 64, progress=False).digest
 
@@ -140,7 +135,7 @@ def test_dataset_digest_changes_with_pixels_and_names(paintings: Path, tmp_path:
     assert len({original, renamed, digest(copy)}) == 3
 
 
-def test_random_crop_is_a_part_of_the_painting_anywhere() -> None:
+def test_random_crop_is_a_part_of_the_painting_anywhere():
     pixels = _gradient(70, 66)
     corners = set()
     for seed in range(200):
@@ -152,7 +147,7 @@ def test_random_crop_is_a_part_of_the_painting_anywhere() -> None:
     assert {left for _, left in corners} == set(range(3))
 
 
-def test_cached_latents_are_those_of_the_crops_and_their_mirror_images(base: Base) -> None:
+def test_cached_latents_are_those_of_the_crops_and_their_mirror_images(base):
     squares = [Painting(str(index), np.roll(_gradient(64, 64), 20 * index, axis=0)) for index in range(2)]
     views = CachedLatents.encode(base, squares, 64, 2, _generator())
     expected = []
@@ -164,7 +159,7 @@ def test_cached_latents_are_those_of_the_crops_and_their_mirror_images(base: Bas
     assert len(CachedLatents.encode(base, squares, 64, 2, _generator(), mirrored=False)) == 2
 
 
-def test_latents_are_scaled_samples_of_the_posterior() -> None:
+def test_latents_are_scaled_samples_of_the_posterior():
     def encode(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         shape = (len(image), 4, 8, 8)
         return torch.full(shape, 2.0), torch.full(shape, 3.0)
@@ -177,7 +172,7 @@ def test_latents_are_scaled_samples_of_the_posterior() -> None:
     assert not torch.equal(drawn[0], drawn[1])
 
 
-def test_latent_statistics_are_means_over_paintings_of_the_middle(base: Base) -> None:
+def test_latent_statistics_are_means_over_paintings_of_the_middle(base):
     tall = [Painting(str(index), np.roll(_gradient(80, 64), 20 * index, axis=0)) for index in range(3)]
     latents = encode_pictures(base, [painting.pixels[8:72] for painting in tall])[0].numpy() * base.config.latent_scale
     found = latent_statistics(base, tall)

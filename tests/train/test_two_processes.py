@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from lsast_train.base.base import Base
 from lsast_train.base.lazy_base import save_base
 from lsast_train.inversion import Inversion
 from lsast_train.options import PRESETS
@@ -24,7 +23,7 @@ ROOMS = os.pathsep.join(str(HERE.parents[1] / room) for room in ("engines", "tra
 STEPS = 3
 
 
-def test_two_processes_average_their_gradients_and_write_once(base: Base, paintings: Path, tmp_path: Path) -> None:
+def test_two_processes_average_their_gradients_and_write_once(base, paintings, tmp_path):
     save_base(base, tmp_path / "base")
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]

@@ -41,7 +41,7 @@ def close_to(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> b
     return all(np.allclose(found[name], expected[name], rtol=1e-5, atol=1e-5) for name in found)
 
 
-def test_engine_call_at_any_size_and_stride_computes_the_graph(engine: Engine, toy: Any) -> None:
+def test_engine_call_at_any_size_and_stride_computes_the_graph(engine, toy):
     assert (engine.backend in BACKENDS, engine.device, engine.spec) == (True, "cpu", toy.spec)
     for batch, length in ((2, 5), (1, 1), (3, 17), (2, 5), (4, 6)):
         feeds = toy.feeds(batch, length, seed=length)
@@ -51,7 +51,7 @@ def test_engine_call_at_any_size_and_stride_computes_the_graph(engine: Engine, t
     assert close_to(engine(feeds), toy.expected(feeds))
 
 
-def test_bind_inputs_keeps_copies_until_the_engine_is_closed(engine: Engine, toy: Any) -> None:
+def test_bind_inputs_keeps_copies_until_the_engine_is_closed(engine, toy):
     bound, other = toy.feeds(seed=1), toy.feeds(seed=2)
     engine.bind_inputs({"scale": bound["scale"]})
     engine.bind_inputs({"timestep": bound["timestep"]})
@@ -72,7 +72,7 @@ def test_bind_inputs_keeps_copies_until_the_engine_is_closed(engine: Engine, toy
         engine(toy.feeds())
 
 
-def test_release_memory_changes_no_output(engine: Engine, toy: Any) -> None:
+def test_release_memory_changes_no_output(engine, toy):
     feeds = toy.feeds(seed=1)
     engine.bind_inputs({"scale": feeds.pop("scale")})
     expected = {name: value.copy() for name, value in engine(feeds).items()}
@@ -84,9 +84,7 @@ def test_release_memory_changes_no_output(engine: Engine, toy: Any) -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
 @pytest.mark.parametrize(("limit", "kept"), [(0, False), (1 << 40, True)])
-def test_release_memory_of_a_large_bundle_gives_the_arena_back(
-    toy: Any, limit: int, kept: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_release_memory_of_a_large_bundle_gives_the_arena_back(toy, limit, kept, monkeypatch):
     onnxruntime = pytest.importorskip("lsast_engines.backends.onnxruntime")
     monkeypatch.setattr(onnxruntime, "MAX_WEIGHT_BYTES", limit)
     spec = dataclasses.replace(toy.spec, name=DENOISER)  # only what runs at every step has an arena
@@ -107,7 +105,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
-def test_engine_call_with_wrong_inputs_lists_all_faults(engine: Engine, toy: Any) -> None:
+def test_engine_call_with_wrong_inputs_lists_all_faults(engine, toy):
     feeds = toy.feeds(2, 5)
     wrong = {"x": feeds["x"].astype(np.float64), "timestep": feeds["timestep"][:1], "scales": feeds["scale"]}
     with pytest.raises(BackendError) as error:
@@ -133,7 +131,7 @@ def test_engine_call_with_wrong_inputs_lists_all_faults(engine: Engine, toy: Any
         engine(feeds)
 
 
-def test_engine_call_from_a_second_thread_is_refused(engine: Engine, toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_call_from_a_second_thread_is_refused(engine, toy, monkeypatch):
     inside, go_on = threading.Event(), threading.Event()
     run = type(engine)._run  # type: ignore[attr-defined]
 
@@ -155,7 +153,7 @@ def test_engine_call_from_a_second_thread_is_refused(engine: Engine, toy: Any, m
     assert close_to(results[0], toy.expected(feeds))
 
 
-def test_engine_call_that_fails_names_the_graph(engine: Engine, toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_call_that_fails_names_the_graph(engine, toy, monkeypatch):
     def fail(self: Any, feeds: Any) -> Any:
         raise RuntimeError("out of registers")
 
@@ -165,7 +163,7 @@ def test_engine_call_that_fails_names_the_graph(engine: Engine, toy: Any, monkey
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_engine_in_fp32_computes_in_float32(product: Any, backend: str) -> None:
+def test_engine_in_fp32_computes_in_float32(product, backend):
     # OpenVINO would take bf16 for a product of this width where the CPU has it, 1e-1 off.
     pytest.importorskip(backend)
     engine = open_engine(product.path, product.spec, backend)
@@ -173,7 +171,7 @@ def test_engine_in_fp32_computes_in_float32(product: Any, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_check_interface_lists_all_differences(toy: Any, backend: str) -> None:
+def test_check_interface_lists_all_differences(toy, backend):
     pytest.importorskip(backend)
     other = GraphSpec(
         "other",
@@ -196,7 +194,7 @@ def test_check_interface_lists_all_differences(toy: Any, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_check_interface_refuses_a_fixed_axis(toy: Any, backend: str) -> None:
+def test_check_interface_refuses_a_fixed_axis(toy, backend):
     pytest.importorskip(backend)
     model = onnx.load(toy.path)
     model.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 8
@@ -211,7 +209,7 @@ def test_check_interface_refuses_a_fixed_axis(toy: Any, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_open_engine_of_a_damaged_file_is_refused(toy: Any, backend: str) -> None:
+def test_open_engine_of_a_damaged_file_is_refused(toy, backend):
     pytest.importorskip(backend)
     for damage in ((toy.path.parent / "toy.data").unlink, lambda: toy.path.write_bytes(b"no graph")):
         damage()
@@ -222,7 +220,7 @@ def test_open_engine_of_a_damaged_file_is_refused(toy: Any, backend: str) -> Non
         open_engine(toy.path, toy.spec, backend)
 
 
-def test_openvino_computes_in_the_requested_dtype(product: Any) -> None:
+def test_openvino_computes_in_the_requested_dtype(product):
     openvino = pytest.importorskip("openvino")
     there = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     exact = product.x.astype(float) @ product.weight
@@ -249,7 +247,7 @@ time.sleep(2)  # ONNX Runtime looks up its collector after a while
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_open_engine_under_a_fresh_home_writes_no_file_and_looks_up_no_host(tmp_path: Path, backend: str) -> None:
+def test_open_engine_under_a_fresh_home_writes_no_file_and_looks_up_no_host(tmp_path, backend):
     home, trace = tmp_path / "home", tmp_path / "trace"
     home.mkdir()
     hidden = {"CI", "ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME"}
@@ -275,9 +273,7 @@ def fake_library(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, text:
 
 
 @pytest.mark.parametrize("kind", ["KeyboardInterrupt", "MemoryError"])
-def test_open_engine_while_an_import_is_interrupted_is_interrupted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_open_engine_while_an_import_is_interrupted_is_interrupted(tmp_path, monkeypatch, kind):
     # as pybind11 reports an error of a module's initialisation
     fake_library(tmp_path, monkeypatch, "onnxruntime", f"raise ImportError('initialization failed') from {kind}()")
     bundle = Bundle.open(EMBEDDED)
@@ -285,25 +281,21 @@ def test_open_engine_while_an_import_is_interrupted_is_interrupted(
         open_engine(bundle.graph_path("vae_decoder"), bundle.manifest.graphs["vae_decoder"])
 
 
-def test_open_engine_with_a_broken_library_does_not_take_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_open_engine_with_a_broken_library_does_not_take_another(tmp_path, monkeypatch):
     fake_library(tmp_path, monkeypatch, "onnxruntime", "raise ImportError('failed to map segment from shared object')")
     bundle = Bundle.open(EMBEDDED)
     with pytest.raises(BackendError, match=r"onnxruntime is installed but cannot be imported \(failed to map"):
         open_engine(bundle.graph_path("vae_decoder"), bundle.manifest.graphs["vae_decoder"])
 
 
-def test_import_library_of_a_folder_that_pip_left_raises_import_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_import_library_of_a_folder_that_pip_left_raises_import_error(tmp_path, monkeypatch):
     (tmp_path / "lsast_left_behind").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ImportError, match="a folder without a library"):
         import_library("lsast_left_behind")
 
 
-def test_import_library_keeps_the_users_choice_of_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_library_keeps_the_users_choice_of_telemetry(monkeypatch):
     monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
     import_library("json")
     assert os.environ["ORT_DISABLE_TELEMETRY"] == "0"

@@ -53,9 +53,7 @@ def case(request: pytest.FixtureRequest, product: Any, monkeypatch: pytest.Monke
     return case
 
 
-def test_cache_builds_once_for_each_processor_and_gives_the_same_values(
-    case: Case, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cache_builds_once_for_each_processor_and_gives_the_same_values(case, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(graph_cache, "MAX_WEIGHT_BYTES", (case.folder / "product.data").stat().st_size)
         plain = case.run()
@@ -73,7 +71,7 @@ def test_cache_builds_once_for_each_processor_and_gives_the_same_values(
     assert (case.builds, case.entries()) == (4, [other])
 
 
-def test_cache_replaces_the_entry_of_other_weights_even_of_the_same_size_and_time(case: Case) -> None:
+def test_cache_replaces_the_entry_of_other_weights_even_of_the_same_size_and_time(case):
     def declare(seconds: int) -> None:
         names = ("product.onnx", "product.data")
         files = {name: {"sha256": hashlib.sha256((case.folder / name).read_bytes()).hexdigest()} for name in names}
@@ -94,7 +92,7 @@ def test_cache_replaces_the_entry_of_other_weights_even_of_the_same_size_and_tim
     assert len({entry for (entry,) in entries}) == 3
 
 
-def test_cache_entry_that_a_backend_does_not_open_is_kept(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_entry_that_a_backend_does_not_open_is_kept(case, monkeypatch):
     expected, entries = case.run(), case.entries()
 
     def fail(entry: Path) -> Any:
@@ -108,7 +106,7 @@ def test_cache_entry_that_a_backend_does_not_open_is_kept(case: Case, monkeypatc
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
-def test_cache_that_others_may_write_is_neither_read_nor_written(case: Case, caplog: pytest.LogCaptureFixture) -> None:
+def test_cache_that_others_may_write_is_neither_read_nor_written(case, caplog):
     expected = case.run()
     (entry,) = case.entries()
     for path in (next(entry.iterdir()), entry, entry.parents[2]):
@@ -122,7 +120,7 @@ def test_cache_that_others_may_write_is_neither_read_nor_written(case: Case, cap
         path.chmod(path.stat().st_mode & 0o755)
 
 
-def test_cache_keeps_an_entry_for_each_compute_dtype(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_keeps_an_entry_for_each_compute_dtype(case, monkeypatch):
     case.run()
     (entry,) = case.entries()
     other = entry.with_name(entry.name.replace("-fp32-", "-bf16-"))
@@ -133,7 +131,7 @@ def test_cache_keeps_an_entry_for_each_compute_dtype(case: Case, monkeypatch: py
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "pipe", "another's"])
-def test_cache_reports_and_rebuilds_damaged_files(case: Case, caplog: pytest.LogCaptureFixture, damage: str) -> None:
+def test_cache_reports_and_rebuilds_damaged_files(case, caplog, damage):
     expected = case.run()
     (entry,) = case.entries()
     names = [file.name for file in entry.iterdir()]
@@ -161,9 +159,7 @@ def test_cache_reports_and_rebuilds_damaged_files(case: Case, caplog: pytest.Log
         assert case.builds == count
 
 
-def test_cache_that_cannot_be_written_does_not_stop_a_run(
-    case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_cache_that_cannot_be_written_does_not_stop_a_run(case, monkeypatch, tmp_path):
     expected = case.run()
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("LSAST_HOME", str(tmp_path / "file"))
@@ -171,7 +167,7 @@ def test_cache_that_cannot_be_written_does_not_stop_a_run(
     assert case.builds == 2
 
 
-def test_open_cached_keeps_the_entry_of_a_quicker_process(product: Any) -> None:
+def test_open_cached_keeps_the_entry_of_a_quicker_process(product):
     (product.path.parent / "manifest.json").write_text("{}")
     arguments: tuple[Any, ...] = ("onnxruntime", product.path, "fp32", "any")
     entry = graph_cache.cache_path(*arguments)

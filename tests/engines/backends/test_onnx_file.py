@@ -19,7 +19,7 @@ from lsast_engines.errors import BackendError
 _NESTED = {"GRAPH", "GRAPHS", "TYPE_PROTO", "SPARSE_TENSOR"}
 
 
-def test_operators_are_those_of_onnx() -> None:
+def test_operators_are_those_of_onnx():
     expected = {}
     for name in {schema.name for schema in onnx.defs.get_all_schemas_with_history() if schema.domain == ""}:
         try:
@@ -38,7 +38,7 @@ def test_operators_are_those_of_onnx() -> None:
 
 
 @pytest.mark.parametrize("name", [*REQUIRED_GRAPHS, *UNET_SPLIT_GRAPHS])
-def test_check_graph_accepts_the_embedded_graphs(name: str) -> None:
+def test_check_graph_accepts_the_embedded_graphs(name):
     check_graph(EMBEDDED / f"{name}.onnx")
 
 
@@ -100,7 +100,7 @@ HOSTILE: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("fault", HOSTILE)
-def test_check_graph_refuses_what_a_parser_relies_on(tmp_path: Path, fault: str) -> None:
+def test_check_graph_refuses_what_a_parser_relies_on(tmp_path, fault):
     (tmp_path / "weights").write_bytes(bytes(100))
     model = _model()
     check_graph(_written(tmp_path, model.SerializeToString()))
@@ -117,7 +117,7 @@ def _written(folder: Path, data: bytes) -> Path:
     return folder / "g.onnx"
 
 
-def test_check_graph_refuses_every_cut_and_reads_any_byte(tmp_path: Path) -> None:
+def test_check_graph_refuses_every_cut_and_reads_any_byte(tmp_path):
     data = _model().SerializeToString()
     for end in range(len(data)):
         with pytest.raises(BackendError):

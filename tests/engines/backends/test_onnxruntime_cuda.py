@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,16 +35,7 @@ OLD_DRIVER = (
         (CUDA, True, "no device", r"does not start \(no device\)"),
     ],
 )
-def test_cuda_that_does_not_start_says_why(
-    toy: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    provider: str,
-    loads: bool,
-    fault: str,
-    words: str,
-) -> None:
+def test_cuda_that_does_not_start_says_why(toy, tmp_path, monkeypatch, capsys, provider, loads, fault, words):
     def start(*_: Any) -> None:
         if fault:
             raise RuntimeError(fault)
@@ -97,7 +87,7 @@ def expect(engine: Engine, toy: Any, feeds: dict[str, np.ndarray], given: dict[s
         np.testing.assert_allclose(found[name], values, rtol=1e-4, atol=1e-4)
 
 
-def test_engine_on_cuda_keeps_a_session_for_each_size(card: Any, toy: Any) -> None:
+def test_engine_on_cuda_keeps_a_session_for_each_size(card, toy):
     engine = OnnxRuntimeEngine(toy.path, toy.spec, "cuda", None)
     assert card.opened == []
     for length in (5, 6, 5, 7, 5, 6):  # 7 takes the place of 6, then 6 that of 7
@@ -109,7 +99,7 @@ def test_engine_on_cuda_keeps_a_session_for_each_size(card: Any, toy: Any) -> No
     engine.close()
 
 
-def test_bind_inputs_on_cuda_uploads_once_for_each_session(card: Any, toy: Any) -> None:
+def test_bind_inputs_on_cuda_uploads_once_for_each_session(card, toy):
     engine = OnnxRuntimeEngine(toy.path, toy.spec, "cuda", None)
     first, other = toy.feeds(), toy.feeds(seed=1)
     engine.bind_inputs({"x": first["x"], "scale": first["scale"]})
@@ -120,7 +110,7 @@ def test_bind_inputs_on_cuda_uploads_once_for_each_session(card: Any, toy: Any) 
     assert card.uploads == [first["x"].nbytes, 4, 16, 16, 4, 16]
 
 
-def test_engine_writes_its_outputs_to_the_same_memory(toy: Any) -> None:
+def test_engine_writes_its_outputs_to_the_same_memory(toy):
     """On the CPU, by the same binding as on a GPU, where addresses are part of a CUDA graph."""
     engine = OnnxRuntimeEngine(toy.path, toy.spec, "cpu", None)
     first = engine(toy.feeds())
@@ -134,7 +124,7 @@ def test_engine_writes_its_outputs_to_the_same_memory(toy: Any) -> None:
     assert all(np.array_equal(kept[name], value) for name, value in released.items())  # still there
 
 
-def test_compute_dtype_is_fp16_on_a_gpu_unless_chosen(card: Any, toy: Any) -> None:
+def test_compute_dtype_is_fp16_on_a_gpu_unless_chosen(card, toy):
     assert open_engine(toy.path, toy.spec).compute_dtype == "fp32"
     graph = toy.path.with_name(f"toy{GPU_SUFFIX}")
     with pytest.raises(BackendError, match=f"found no graph for GPUs .*{graph.name}; export the bundle again"):
@@ -151,7 +141,7 @@ def test_compute_dtype_is_fp16_on_a_gpu_unless_chosen(card: Any, toy: Any) -> No
 
 
 @pytest.mark.gpu
-def test_cuda_computes_the_graph(toy: Any) -> None:
+def test_cuda_computes_the_graph(toy):
     if fault := gpu_fault():
         pytest.skip(f"onnxruntime: {fault}")
     engine = OnnxRuntimeEngine(toy.path, toy.spec, "cuda", None)

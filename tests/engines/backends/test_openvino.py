@@ -44,7 +44,7 @@ def read(mapped: mmap.mmap) -> int:
     return int(np.frombuffer(mapped, np.int32).sum(dtype=np.int64))
 
 
-def test_advise_dontneed_drops_the_recorded_pages_and_keeps_values(weights: Path, tmp_path: Path) -> None:
+def test_advise_dontneed_drops_the_recorded_pages_and_keeps_values(weights, tmp_path):
     total = SIZE // 4 * (SIZE // 4 - 1) // 2
     other, earlier = tmp_path / "other.bin", weights.with_name("earlier.bin")
     for path in (other, earlier):
@@ -71,7 +71,7 @@ def test_advise_dontneed_drops_the_recorded_pages_and_keeps_values(weights: Path
     assert [resident(path) for path in (earlier, other)] == [SIZE] * 2  # mapped before, and of another folder
 
 
-def test_engine_whose_cache_cannot_be_written_drops_only_what_it_has_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_whose_cache_cannot_be_written_drops_only_what_it_has_mapped(monkeypatch):
     def full(_: Path) -> str:
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -12,7 +12,6 @@ import pytest
 
 from lsast_engines.backends.choice import INT8_MEASURED, ROWS, choose
 from lsast_engines.backends.registry import available_backends, backend_devices, open_engine
-from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.environment import PROCESSOR, cpu_features
 from lsast_engines.errors import BackendError, MissingExtraError, UsageError
 
@@ -22,7 +21,7 @@ def hide(monkeypatch: pytest.MonkeyPatch, *libraries: str) -> None:
         monkeypatch.setitem(sys.modules, library, None)
 
 
-def test_open_engine_auto_takes_the_first_installed_backend(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_engine_auto_takes_the_first_installed_backend(toy, monkeypatch):
     assert list(available_backends()) == ["onnxruntime", "openvino"]
     assert all("cpu" in devices for devices in available_backends().values())
     assert open_engine(toy.path, toy.spec).backend == "onnxruntime"
@@ -32,7 +31,7 @@ def test_open_engine_auto_takes_the_first_installed_backend(toy: Any, monkeypatc
     assert open_engine(toy.path, toy.spec).backend == "openvino"
 
 
-def test_open_engine_auto_in_bf16_skips_onnxruntime(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_engine_auto_in_bf16_skips_onnxruntime(toy, monkeypatch):
     opened = []
     monkeypatch.setattr("lsast_engines.backends.openvino.devices", lambda: ["cpu"])
     monkeypatch.setattr("lsast_engines.backends.openvino.OpenVinoEngine", lambda *given: opened.append(given))
@@ -47,7 +46,7 @@ def test_open_engine_auto_in_bf16_skips_onnxruntime(toy: Any, monkeypatch: pytes
         open_engine(toy.path, toy.spec, compute_dtype="bf16")
 
 
-def test_open_engine_without_any_backend_names_the_extra(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_engine_without_any_backend_names_the_extra(toy, monkeypatch):
     hide(monkeypatch, "openvino", "onnxruntime")
     assert available_backends() == {}
     with pytest.raises(MissingExtraError, match=r"pip install 'lsast\[cpu\]'"):
@@ -56,7 +55,7 @@ def test_open_engine_without_any_backend_names_the_extra(toy: Any, monkeypatch: 
         open_engine(toy.path, toy.spec, "openvino")
 
 
-def test_open_engine_with_an_unavailable_choice_is_refused(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_engine_with_an_unavailable_choice_is_refused(toy, monkeypatch):
     with pytest.raises(BackendError, match=r"found no backend 'tensorflow' .*available: .*onnxruntime on cpu"):
         open_engine(toy.path, toy.spec, "tensorflow")
     for backend in ("auto", "onnxruntime"):
@@ -78,7 +77,7 @@ def test_open_engine_with_an_unavailable_choice_is_refused(toy: Any, monkeypatch
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_open_engine_with_tensorrt_runs_on_cuda(toy: Any, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+def test_open_engine_with_tensorrt_runs_on_cuda(toy, monkeypatch, device):
     opened = []
     monkeypatch.setattr("lsast_engines.backends.tensorrt.engine.devices", lambda flavor: ["cuda"])
     monkeypatch.setattr("lsast_engines.backends.tensorrt.engine.TensorRtEngine", lambda *given: opened.append(given))
@@ -86,7 +85,7 @@ def test_open_engine_with_tensorrt_runs_on_cuda(toy: Any, monkeypatch: pytest.Mo
     assert opened == [(toy.path, toy.spec, "cuda", None, "fp16", "tensorrt-rtx")]
 
 
-def test_backend_devices_of_an_unknown_backend_are_not_those_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_devices_of_an_unknown_backend_are_not_those_of_another(monkeypatch):
     monkeypatch.setattr("lsast_engines.backends.tensorrt.engine.devices", lambda flavor: ["cuda"])
     assert backend_devices("tensorrt") == ["cuda"]
     with pytest.raises(KeyError, match="tensorflow"):
@@ -143,8 +142,8 @@ BOTH = "onnxruntime openvino"
     ],
 )
 def test_choose_takes_the_row_of_the_machine_and_the_bundle(
-    pretend: Any, bundle: Bundle, processor: str, installed: str, storage_dtype: str, given: Any, expected: Any
-) -> None:
+    pretend, bundle, processor, installed, storage_dtype, given, expected
+):
     pretend(processor, installed)
     manifest = dataclasses.replace(bundle.manifest, storage_dtype=storage_dtype)
     found = choose(SimpleNamespace(manifest=manifest, path=bundle.path), **given)  # type: ignore[arg-type]
@@ -153,9 +152,7 @@ def test_choose_takes_the_row_of_the_machine_and_the_bundle(
     assert (INT8_MEASURED in found.reason) is (storage_dtype == "int8" and expected == BF16)
 
 
-def test_choose_with_a_broken_or_limited_openvino_takes_the_next_row(
-    pretend: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_choose_with_a_broken_or_limited_openvino_takes_the_next_row(pretend, monkeypatch):
     pretend("avx512_bf16", BOTH, ("fp32",))
     assert "openvino has no bf16 here" in choose().reason
 
@@ -169,7 +166,7 @@ def test_choose_with_a_broken_or_limited_openvino_takes_the_next_row(
         choose(backend="openvino", compute_dtype="bf16")
 
 
-def test_guide_shows_every_row_of_the_rule() -> None:
+def test_guide_shows_every_row_of_the_rule():
     text = GUIDE.read_text()
     for row in ROWS:
         assert f"| `{row.backend}` | `{row.compute_dtype}` | {f'`{row.feature}`' if row.feature else 'any'} |" in text
@@ -177,7 +174,7 @@ def test_guide_shows_every_row_of_the_rule() -> None:
     assert INT8_MEASURED in text
 
 
-def test_cpu_features_are_those_of_the_system_and_of_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_features_are_those_of_the_system_and_of_the_variable(monkeypatch):
     monkeypatch.setenv(PROCESSOR, "avx2, amx_bf16")
     assert cpu_features() == {"avx2", "amx_bf16"}
     monkeypatch.delenv(PROCESSOR)

@@ -4,14 +4,12 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from lsast_engines.bundle.bundle import Bundle, find_bundle, user_style_folder
 from lsast_engines.bundle.graph_spec import GraphSpec, TensorSpec
-from lsast_engines.bundle.manifest import Manifest
 from lsast_engines.bundle.style import Style
 from lsast_engines.errors import BundleError, StyleError, UsageError
 from lsast_engines.files import exchange, file_sha256
@@ -25,9 +23,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_bundle_write_gives_a_bundle_that_opens(
-    bundle: Bundle, manifest: Manifest, make_style: MakeStyle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bundle_write_gives_a_bundle_that_opens(bundle, manifest, make_style, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     opened = Bundle.open(Path("toy"))
     monkeypatch.chdir("/")
@@ -48,7 +44,7 @@ def test_bundle_write_gives_a_bundle_that_opens(
         opened.graph_path("time")
 
 
-def test_bundle_open_lists_all_faults(bundle: Bundle, make_style: MakeStyle) -> None:
+def test_bundle_open_lists_all_faults(bundle, make_style):
     path = bundle.path
     (path / "controlnet_cond.onnx").unlink()
     (path / "vae_decoder.onnx").write_bytes(b"longer than it was")
@@ -77,7 +73,7 @@ def test_bundle_open_lists_all_faults(bundle: Bundle, make_style: MakeStyle) -> 
     assert [size in str(error.value) for size in ("found 18 bytes", "SHA-256")] == [True, False]
 
 
-def test_bundle_write_refuses_graphs_of_another_geometry(tmp_path: Path, manifest: Manifest, sources: Sources) -> None:
+def test_bundle_write_refuses_graphs_of_another_geometry(tmp_path, manifest, sources):
     graphs = {**manifest.graphs, "time": GraphSpec("time", (), ())}
     del graphs["controlnet_cond"]
     graphs["vae_decoder"] = dataclasses.replace(
@@ -96,7 +92,7 @@ def test_bundle_write_refuses_graphs_of_another_geometry(tmp_path: Path, manifes
     assert not (tmp_path / "toy").exists()
 
 
-def test_bundle_refuses_files_outside_its_folder(bundle: Bundle, manifest: Manifest, sources: Sources) -> None:
+def test_bundle_refuses_files_outside_its_folder(bundle, manifest, sources):
     text = (bundle.path / "manifest.json").read_text()
     (bundle.path / "manifest.json").write_text(text.replace('"base.safetensors"', '"../sources/weights"'))
     with pytest.raises(BundleError, match=r"\.\./sources/weights: found a path; expected the plain name"):
@@ -106,7 +102,7 @@ def test_bundle_refuses_files_outside_its_folder(bundle: Bundle, manifest: Manif
     assert not list(bundle.path.parent.glob("**/evil"))
 
 
-def test_bundle_open_of_another_folder_is_refused(tmp_path: Path) -> None:
+def test_bundle_open_of_another_folder_is_refused(tmp_path):
     with pytest.raises(BundleError, match=r"found no manifest.json in .*; expected a bundle, written by: lsast-export"):
         Bundle.open(tmp_path)
     (tmp_path / "manifest.json").write_bytes(b"\xff\xfe\x00")
@@ -114,9 +110,7 @@ def test_bundle_open_of_another_folder_is_refused(tmp_path: Path) -> None:
         Bundle.open(tmp_path)
 
 
-def test_bundle_styles_lists_and_checks_its_own(
-    bundle: Bundle, make_style: MakeStyle, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_bundle_styles_lists_and_checks_its_own(bundle, make_style, caplog):
     make_style("b").save(bundle.path / "styles" / "b.safetensors")
     (bundle.path / "styles" / ".b.safetensors.tmp").write_bytes(b"")
     (bundle.path / "styles" / ".half.safetensors").write_bytes(b"")
@@ -138,9 +132,7 @@ def test_bundle_styles_lists_and_checks_its_own(
         assert part in str(error.value)
 
 
-def test_bundle_styles_of_the_user_replace_its_own(
-    bundle: Bundle, make_style: MakeStyle, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_bundle_styles_of_the_user_replace_its_own(bundle, make_style, tmp_path, monkeypatch):
     fingerprint = bundle.manifest.fingerprint
     assert user_style_folder(fingerprint) == tmp_path / "home" / "styles" / fingerprint[:16]
     mine = make_style("longer-name")
@@ -155,7 +147,7 @@ def test_bundle_styles_of_the_user_replace_its_own(
     assert user_style_folder(fingerprint).is_relative_to(tmp_path / "data" / "lsast" / "styles")
 
 
-def test_bundle_write_that_fails_leaves_nothing(tmp_path: Path, manifest: Manifest, sources: Sources) -> None:
+def test_bundle_write_that_fails_leaves_nothing(tmp_path, manifest, sources):
     before = tree(tmp_path)
     with pytest.raises(FileNotFoundError):
         Bundle.write(tmp_path / "toy", manifest, {**sources, "zz.data": tmp_path / "absent"})
@@ -165,7 +157,7 @@ def test_bundle_write_that_fails_leaves_nothing(tmp_path: Path, manifest: Manife
     assert {path.name for path in tmp_path.iterdir()} == {"sources"}
 
 
-def test_bundle_write_with_consume_moves_files(tmp_path: Path, manifest: Manifest, sources: Sources) -> None:
+def test_bundle_write_with_consume_moves_files(tmp_path, manifest, sources):
     weights = tmp_path / "sources" / "weights"
     inode, content = weights.stat().st_ino, weights.read_bytes()
     bundle = Bundle.write(tmp_path / "toy", manifest, sources, consume=True)
@@ -175,9 +167,7 @@ def test_bundle_write_with_consume_moves_files(tmp_path: Path, manifest: Manifes
     Bundle.open(bundle.path)
 
 
-def test_bundle_write_replaces_only_a_bundle_and_only_if_allowed(
-    bundle: Bundle, manifest: Manifest, sources: Sources, make_style: MakeStyle
-) -> None:
+def test_bundle_write_replaces_only_a_bundle_and_only_if_allowed(bundle, manifest, sources, make_style):
     with pytest.raises(BundleError, match=r"found a bundle at .*; name another folder, or allow to replace it"):
         Bundle.write(bundle.path, manifest, sources)
     make_style("mine").save(bundle.path / "styles" / "mine.safetensors")
@@ -206,9 +196,7 @@ def fail_on_new(rename: Callable[[Path, Path], Path], error: BaseException) -> C
     return replacement
 
 
-def test_bundle_write_that_fails_to_replace_restores_the_old_one(
-    bundle: Bundle, manifest: Manifest, sources: Sources, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bundle_write_that_fails_to_replace_restores_the_old_one(bundle, manifest, sources, monkeypatch):
     before = tree(bundle.path.parent)
     monkeypatch.setattr(Path, "rename", fail_on_new(Path.rename, OSError("disk on fire")))
     monkeypatch.setattr("lsast_engines.bundle.bundle.exchange", lambda *paths: False)
@@ -218,9 +206,7 @@ def test_bundle_write_that_fails_to_replace_restores_the_old_one(
     Bundle.open(bundle.path)
 
 
-def test_bundle_write_replaces_in_one_step(
-    bundle: Bundle, manifest: Manifest, sources: Sources, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bundle_write_replaces_in_one_step(bundle, manifest, sources, monkeypatch):
     moved: list[Path] = []
     rename = Path.rename
 
@@ -236,8 +222,8 @@ def test_bundle_write_replaces_in_one_step(
 
 
 def test_bundle_write_after_a_kill_between_two_renames_keeps_the_old_styles(
-    bundle: Bundle, manifest: Manifest, sources: Sources, make_style: MakeStyle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    bundle, manifest, sources, make_style, monkeypatch
+):
     make_style("mine").save(bundle.path / "styles" / "mine.safetensors")
     monkeypatch.setattr("lsast_engines.bundle.bundle.exchange", lambda *paths: False)
     with monkeypatch.context() as patch:  # nothing is cleaned after SIGKILL
@@ -251,7 +237,7 @@ def test_bundle_write_after_a_kill_between_two_renames_keeps_the_old_styles(
     assert [path.name for path in bundle.path.parent.iterdir() if path.name.startswith(".")] == []
 
 
-def test_find_bundle_searches_folders_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_bundle_searches_folders_in_order(tmp_path, monkeypatch):
     home, cwd, cache = tmp_path / "home", tmp_path / "cwd", tmp_path / "cache"
     places = (home / "engines/a", home / "engines/b", cwd / "engines/b", cwd / "engines/c", cache / "lsast/engines/d")
     for folder in places:

@@ -10,7 +10,7 @@ from lsast_engines.bundle.manifest import Manifest
 from lsast_engines.errors import BundleError
 
 
-def test_manifest_round_trip_keeps_all_fields(manifest: Manifest) -> None:
+def test_manifest_round_trip_keeps_all_fields(manifest):
     text = manifest.to_json()
     assert Manifest.from_json(text) == manifest
     assert Manifest.from_json(text).to_json() == text
@@ -29,7 +29,7 @@ def faults_of(data: Any) -> list[str]:
     return faults
 
 
-def test_manifest_from_json_lists_all_faults(manifest: Manifest) -> None:
+def test_manifest_from_json_lists_all_faults(manifest):
     data = json.loads(manifest.to_json())
     del data["name"]
     data["fingerprint"] = "abc"
@@ -68,7 +68,7 @@ def test_manifest_from_json_lists_all_faults(manifest: Manifest) -> None:
     )
 
 
-def test_manifest_of_lacking_or_contradicting_fields_is_refused(manifest: Manifest) -> None:
+def test_manifest_of_lacking_or_contradicting_fields_is_refused(manifest):
     data = json.loads(manifest.to_json())
     objects = ("noise", "attention_layers", "graphs", "defaults")
     lacking = {name: value for name, value in data.items() if name not in objects}
@@ -100,12 +100,12 @@ def test_manifest_of_lacking_or_contradicting_fields_is_refused(manifest: Manife
         ('{"format": 1}', r"has format 1; this version reads format 2: .*export the bundle again"),
     ],
 )
-def test_manifest_of_another_format_is_refused(text: str, message: str) -> None:
+def test_manifest_of_another_format_is_refused(text, message):
     with pytest.raises(BundleError, match=message):
         Manifest.from_json(text)
 
 
-def test_manifest_from_json_bounds_all_numbers_and_texts(manifest: Manifest) -> None:
+def test_manifest_from_json_bounds_all_numbers_and_texts(manifest):
     data = json.loads(manifest.to_json())
     data["name"] = "\ud800"
     data["latent_scale"] = 10**400

@@ -24,7 +24,7 @@ from lsast_engines.errors import StyleError, UsageError
 MakeStyle = Callable[..., Style]
 
 
-def test_style_file_round_trip_keeps_all_fields_in_float16(tmp_path: Path, make_style: MakeStyle) -> None:
+def test_style_file_round_trip_keeps_all_fields_in_float16(tmp_path, make_style):
     style = make_style("vangogh")
     style.save(tmp_path / "new" / "vangogh.safetensors")
     loaded = Style.load(tmp_path / "new" / "vangogh.safetensors")
@@ -40,7 +40,7 @@ def test_style_file_round_trip_keeps_all_fields_in_float16(tmp_path: Path, make_
     assert {name: tensor.dtype for name, tensor in stored.items()} == {"kv_unet": np.float16, "kv_control": np.float16}
 
 
-def test_style_save_of_equal_styles_gives_equal_bytes(tmp_path: Path, make_style: MakeStyle) -> None:
+def test_style_save_of_equal_styles_gives_equal_bytes(tmp_path, make_style):
     style = make_style()
     for name in ("1", "2"):
         style.save(tmp_path / name)
@@ -49,7 +49,7 @@ def test_style_save_of_equal_styles_gives_equal_bytes(tmp_path: Path, make_style
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes() == (tmp_path / "3").read_bytes()
 
 
-def test_style_of_invalid_tensors_lists_all_faults(make_style: MakeStyle) -> None:
+def test_style_of_invalid_tensors_lists_all_faults(make_style):
     style = make_style()
     spoilt = style.kv_control.copy()
     spoilt[0, 0, 0] = np.nan
@@ -59,7 +59,7 @@ def test_style_of_invalid_tensors_lists_all_faults(make_style: MakeStyle) -> Non
     assert "kv_control: found NaN or infinite values" in str(error.value)
 
 
-def test_style_save_refuses_paths_and_values_beyond_float16(tmp_path: Path, make_style: MakeStyle) -> None:
+def test_style_save_refuses_paths_and_values_beyond_float16(tmp_path, make_style):
     style = make_style()
     with pytest.raises(StyleError, match=r"name: found '\.\./x'; expected up to 100 letters"):
         dataclasses.replace(style, name="../x").save(tmp_path / "a")
@@ -111,7 +111,7 @@ def set_value(header: dict[str, Any], tensors: dict[str, Any]) -> None:
         (lambda header, tensors: header.pop("format"), "not a style; bake one with: lsast-export"),
     ],
 )
-def test_style_load_refuses_damaged_files(tmp_path: Path, make_style: MakeStyle, change: Any, message: str) -> None:
+def test_style_load_refuses_damaged_files(tmp_path, make_style, change, message):
     path = tmp_path / "a.safetensors"
     make_style().save(path)
     resave(path, change)
@@ -119,7 +119,7 @@ def test_style_load_refuses_damaged_files(tmp_path: Path, make_style: MakeStyle,
         Style.load(path)
 
 
-def test_style_file_reads_only_the_stages_that_are_asked_for(tmp_path: Path, make_style: MakeStyle) -> None:
+def test_style_file_reads_only_the_stages_that_are_asked_for(tmp_path, make_style):
     style, path = make_style(), tmp_path / "a.safetensors"
     style.save(path)
     resave(path, lambda header, tensors: tensors["kv_unet"].__setitem__((3, 0, 0), 7))  # stage 3 is damaged
@@ -138,7 +138,7 @@ def test_style_file_reads_only_the_stages_that_are_asked_for(tmp_path: Path, mak
         file.load()
 
 
-def test_style_file_that_is_cut_off_while_it_is_open_raises(tmp_path: Path, make_style: MakeStyle) -> None:
+def test_style_file_that_is_cut_off_while_it_is_open_raises(tmp_path, make_style):
     path = tmp_path / "a.safetensors"
     make_style().save(path)
     file = StyleFile(path)
@@ -147,7 +147,7 @@ def test_style_file_that_is_cut_off_while_it_is_open_raises(tmp_path: Path, make
         file.stage(3)
 
 
-def test_style_file_refuses_a_stage_that_is_not_finite(tmp_path: Path, make_style: MakeStyle) -> None:
+def test_style_file_refuses_a_stage_that_is_not_finite(tmp_path, make_style):
     path = tmp_path / "a.safetensors"
     make_style().save(path)
 
@@ -163,7 +163,7 @@ def test_style_file_refuses_a_stage_that_is_not_finite(tmp_path: Path, make_styl
         file.stage(4)
 
 
-def test_style_load_refuses_unreadable_files(tmp_path: Path, make_style: MakeStyle) -> None:
+def test_style_load_refuses_unreadable_files(tmp_path, make_style):
     path = tmp_path / "a.safetensors"
     with pytest.raises(StyleError, match="found no style file"):
         Style.load(path)
@@ -188,7 +188,7 @@ def saved(folder: Path, meta: dict[str, str]) -> Path:
     return path
 
 
-def test_style_file_gives_its_defaults_and_the_statistics_of_its_latents(tmp_path: Path) -> None:
+def test_style_file_gives_its_defaults_and_the_statistics_of_its_latents(tmp_path):
     values = {"strength": 1.0, "guidance": 8, "control_scale": 0.9, "steps": 11, "solver": "ddim"}
     statistics = LatentStatistics((0.1, -2.0), (0.5, 1.25))
     meta = {"licence": "", **encode_defaults(values), **statistics.to_meta()}
@@ -197,7 +197,7 @@ def test_style_file_gives_its_defaults_and_the_statistics_of_its_latents(tmp_pat
     assert (empty.defaults, empty.latent_statistics) == ({}, None)
 
 
-def test_encode_defaults_lists_all_invalid_values() -> None:
+def test_encode_defaults_lists_all_invalid_values():
     with pytest.raises(UsageError) as caught:
         encode_defaults({"style": "monet", "steps": 2.5, "strength": True, "guidance": 3})
     for part in ("'style'", "steps: found 2.5", "strength: found True"):
@@ -206,7 +206,7 @@ def test_encode_defaults_lists_all_invalid_values() -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"size": 64}', '{"steps": "many"}'])
-def test_style_file_with_invalid_defaults_is_refused(tmp_path: Path, text: str) -> None:
+def test_style_file_with_invalid_defaults_is_refused(tmp_path, text):
     with pytest.raises(StyleError, match="defaults"):
         StyleFile(saved(tmp_path, {"defaults": text}))
     assert decode_defaults({"defaults": text})[0] == {}
@@ -217,14 +217,12 @@ def test_style_file_with_invalid_defaults_is_refused(tmp_path: Path, text: str) 
     ["{", "[]", '{"mean": [0.1]}', '{"mean": [0.1], "std": [0.0]}', '{"mean": [0.1, 1], "std": [1]}',
      '{"mean": [], "std": []}', '{"mean": ["a"], "std": [1]}', '{"mean": [1e999], "std": [1]}'],
 )  # fmt: skip
-def test_style_file_with_invalid_statistics_is_refused(tmp_path: Path, text: str) -> None:
+def test_style_file_with_invalid_statistics_is_refused(tmp_path, text):
     with pytest.raises(StyleError, match=r"latent_statistics(\.\w+(\[0\])?)?: (found|invalid)"):
         StyleFile(saved(tmp_path, {"latent_statistics": text}))
 
 
-def test_style_file_that_is_replaced_while_it_is_opened_is_the_new_one(
-    tmp_path: Path, make_style: MakeStyle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_style_file_that_is_replaced_while_it_is_opened_is_the_new_one(tmp_path, make_style, monkeypatch):
     path, new = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     make_style().save(path)
     make_style("new").save(new)

@@ -14,7 +14,7 @@ def _clouds(counts: tuple[int, ...], dim: int = 12, apart: float = 3.0) -> tuple
     return (centres[labels] + rng.normal(size=(len(labels), dim))).astype(np.float32), labels
 
 
-def test_linear_probe_fit_is_a_stationary_point() -> None:
+def test_linear_probe_fit_is_a_stationary_point():
     vectors, labels = _clouds((40, 10), apart=0.5)
     probe = LinearProbe.fit(vectors, labels, 2, 0.05)
     weight, bias = (torch.tensor(array, requires_grad=True) for array in (probe.weight, probe.bias))
@@ -28,7 +28,7 @@ def test_linear_probe_fit_is_a_stationary_point() -> None:
     assert float(bias.grad.abs().max()) < 1e-3
 
 
-def test_assign_folds_is_even_and_depends_on_the_file() -> None:
+def test_assign_folds_is_even_and_depends_on_the_file():
     labels = np.repeat([0, 1], [23, 11])
     digests = [f"{index:x}" for index in range(34)]
     folds = assign_folds(digests, labels, 5)
@@ -39,7 +39,7 @@ def test_assign_folds_is_even_and_depends_on_the_file() -> None:
     np.testing.assert_array_equal(assign_folds([digests[i] for i in order], labels[order], 5), folds[order])
 
 
-def test_held_out_predictions_do_not_see_their_fold() -> None:
+def test_held_out_predictions_do_not_see_their_fold():
     """Every vector is its own direction: what training saw is remembered, what it did not see is a guess."""
     vectors, labels = np.eye(40, dtype=np.float32), np.tile([0, 1], 20)
     assert (LinearProbe.fit(vectors, labels, 2, 1e-4).predict(vectors) == labels).all()

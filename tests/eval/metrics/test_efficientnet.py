@@ -20,7 +20,7 @@ def network() -> EffNetLite:
 
 
 @pytest.mark.parametrize(("size", "width"), [(0, 1664), (2, 1696)])
-def test_pooled_features_lead_to_the_packages_own_logits(size: int, width: int) -> None:
+def test_pooled_features_lead_to_the_packages_own_logits(size, width):
     network = EffNetLite(size)
     assert network.key != EffNetLite(2 - size).key
     prepared = np.stack([network.prepare(scene(seed, 300)) for seed in (1, 2)])
@@ -32,7 +32,7 @@ def test_pooled_features_lead_to_the_packages_own_logits(size: int, width: int) 
     torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-4)
 
 
-def test_texture_features_are_moments_of_the_taps(network: EffNetLite) -> None:
+def test_texture_features_are_moments_of_the_taps(network):
     prepared = network.prepare(scene(3, 224))
     taps = [tap.numpy() for tap in network.feature_maps(prepared)]
     assert [tap.shape for tap in taps] == [(16, 112, 112), (24, 56, 56), (40, 28, 28), (112, 14, 14), (320, 7, 7)]
@@ -43,17 +43,17 @@ def test_texture_features_are_moments_of_the_taps(network: EffNetLite) -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(100, 400), (31, 31)])
-def test_prepare_takes_the_middle_of_any_shape(network: EffNetLite, height: int, width: int) -> None:
+def test_prepare_takes_the_middle_of_any_shape(network, height, width):
     assert network.prepare(np.zeros((height, width, 3), np.uint8)).shape == (224, 224, 3)
 
 
-def test_perceptual_distance_is_one_minus_cosine() -> None:
+def test_perceptual_distance_is_one_minus_cosine():
     a, b = torch.randn(7, 4, 5), torch.randn(7, 4, 5)
     places = [1 - torch.cosine_similarity(a[:, i, j], b[:, i, j], dim=0) for i in range(4) for j in range(5)]
     assert perceptual_distance([a, a], [b, a]) == pytest.approx(float(torch.stack(places).mean()) / 2, abs=1e-6)
 
 
-def test_self_similarity_divergence_is_a_kl_sum() -> None:
+def test_self_similarity_divergence_is_a_kl_sum():
     c, r = torch.randn(9, 4), torch.randn(9, 4)
     p, q = (torch.softmax(v @ v.T, 1).double() for v in (c, r))
     expected = float((p * (p / q).log()).sum())
@@ -61,7 +61,7 @@ def test_self_similarity_divergence_is_a_kl_sum() -> None:
     assert self_similarity_divergence(c, r, rows=100) == pytest.approx(expected, rel=1e-5)
 
 
-def test_structure_distance_ignores_an_offset() -> None:
+def test_structure_distance_ignores_an_offset():
     maps = [torch.randn(6, 8, 8) for _ in range(5)]
     shifted = [tap + torch.randn(6, 1, 1) for tap in maps]
     assert structure_distance(maps, shifted) == pytest.approx(0, abs=1e-5)

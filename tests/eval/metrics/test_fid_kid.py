@@ -21,12 +21,12 @@ def _by_eigenvalues(x: np.ndarray, y: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize(("n", "m", "d"), [(40, 60, 5), (6, 9, 4), (7, 30, 12), (5, 4, 16)])
-def test_fid_matches_the_papers_formula(n: int, m: int, d: int) -> None:
+def test_fid_matches_the_papers_formula(n, m, d):
     x, y = _sample(n, d), 1.4 * _sample(m, d, seed=2, shift=0.3)
     assert fid(x, y)[0] == pytest.approx(_by_eigenvalues(x, y), rel=1e-5)
 
 
-def test_kid_is_the_unbiased_discrepancy() -> None:
+def test_kid_is_the_unbiased_discrepancy():
     x, y = _sample(9, 6), _sample(7, 6, seed=3, shift=0.4)
 
     def k(a: np.ndarray, b: np.ndarray) -> float:
@@ -40,7 +40,7 @@ def test_kid_is_the_unbiased_discrepancy() -> None:
 
 @pytest.mark.parametrize("distance", [fid, kid])
 @pytest.mark.parametrize("m", [5, 30])
-def test_replicates_are_distances_of_resampled_sets(distance, m: int) -> None:  # type: ignore[no-untyped-def]
+def test_replicates_are_distances_of_resampled_sets(distance, m):
     x, y = _sample(8, 6), _sample(m, 6, seed=4)
     draws = bootstrap_indices(8, 5, seed=0)
     value, replicates = distance(x, y, draws)
@@ -49,7 +49,7 @@ def test_replicates_are_distances_of_resampled_sets(distance, m: int) -> None:  
     assert len(set(replicates.round(9))) == 5
 
 
-def test_score_of_covers_the_truth_at_its_level() -> None:
+def test_score_of_covers_the_truth_at_its_level():
     hits = 0
     for seed in range(300):
         values = np.random.default_rng(seed).normal(5, 2, 40)
@@ -59,7 +59,7 @@ def test_score_of_covers_the_truth_at_its_level() -> None:
     assert 0.82 < hits / 300 < 0.95
 
 
-def test_score_of_centres_the_replicates() -> None:
+def test_score_of_centres_the_replicates():
     """The bootstrap of FID lies above the FID; uncentred, the interval would not even hold the figure."""
     x, y = _sample(10, 20), _sample(30, 20, seed=5)
     value, replicates = fid(x, y, bootstrap_indices(10, 100, 0))
@@ -69,7 +69,7 @@ def test_score_of_centres_the_replicates() -> None:
     assert score.replicates.mean() == pytest.approx(value)
 
 
-def test_wilson_matches_published_intervals() -> None:
+def test_wilson_matches_published_intervals():
     # Newcombe 1998, table I, method 3: 81 of 263 and 0 of 20 at 95 %.
     assert wilson(81, 263, 0.95) == pytest.approx((0.2553, 0.3662), abs=5e-5)
     assert wilson(0, 20, 0.95) == pytest.approx((0.0, 0.1611), abs=5e-5)

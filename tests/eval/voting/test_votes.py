@@ -30,7 +30,7 @@ def _vote(left: str, right: str, choice: Any, content: str = "c") -> Vote:
     return Vote("monet", content, left, right, choice, "me", 1.5, "2026-01-01T00:00:00+00:00")
 
 
-def test_win_rates_of_known_votes() -> None:
+def test_win_rates_of_known_votes():
     votes = [
         *[_vote("ours", "magenta", "left")] * 6,
         *[_vote("magenta", "ours", "right")] * 2,
@@ -56,7 +56,7 @@ def test_win_rates_of_known_votes() -> None:
         win_rates([])
 
 
-def test_read_votes_gives_what_was_appended(tmp_path: Path) -> None:
+def test_read_votes_gives_what_was_appended(tmp_path):
     votes = [_vote("ours", "magenta", "tie", "Æ\n\udce9"), _vote("magenta", "ours", "left")]
     for vote in votes:
         append_vote(tmp_path / "deep" / "votes.jsonl", vote)
@@ -64,9 +64,7 @@ def test_read_votes_gives_what_was_appended(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [1, 5, 60, -1])
-def test_append_vote_after_an_unfinished_line_removes_it(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, kept: int
-) -> None:
+def test_append_vote_after_an_unfinished_line_removes_it(tmp_path, caplog, kept):
     path, votes = tmp_path / "votes.jsonl", [_vote("ours", "magenta", "left", name) for name in "abc"]
     append_vote(path, votes[0])
     whole = path.read_bytes()
@@ -79,7 +77,7 @@ def test_append_vote_after_an_unfinished_line_removes_it(
     assert read_votes([path]) == votes
 
 
-def test_append_vote_on_a_full_disk_keeps_the_file_whole(tmp_path: Path) -> None:
+def test_append_vote_on_a_full_disk_keeps_the_file_whole(tmp_path):
     program = """
 import resource, sys
 from pathlib import Path
@@ -98,7 +96,7 @@ except OSError:
     assert 0 < len(read_votes([path])) == int(ran.stdout)
 
 
-def test_read_votes_lists_all_wrong_lines(tmp_path: Path) -> None:
+def test_read_votes_lists_all_wrong_lines(tmp_path):
     good = {**vars(_vote("a", "b", "left")), "format": 1}
     bad = [
         '{"format": 1',
@@ -127,7 +125,7 @@ def folders(tmp_path: Path) -> dict[str, Path]:
     return {path.name: path for path in tmp_path.iterdir()}
 
 
-def test_draw_pairs_covers_all_pairs_in_random_order(folders: dict[str, Path]) -> None:
+def test_draw_pairs_covers_all_pairs_in_random_order(folders):
     methods = {name: folders[name] for name in METHODS}
     pairs = draw_pairs(folders["contents"], methods, folders["works"], seed=1)
     questions = Counter((pair.content, frozenset((pair.left, pair.right))) for pair in pairs)
@@ -194,7 +192,7 @@ def _shade(page: _Page, name: str) -> int:
     return int(np.asarray(picture)[0, 0, 0])
 
 
-def test_page_writes_votes_for_the_shown_method(page: _Page, session: VoteSession, tmp_path: Path) -> None:
+def test_page_writes_votes_for_the_shown_method(page, session, tmp_path):
     """The voter likes dark pictures, knows only what the page shows, and must elect the darkest method."""
     status, html = page.get("")
     assert status == 200
@@ -216,7 +214,7 @@ def test_page_writes_votes_for_the_shown_method(page: _Page, session: VoteSessio
     assert rates == {"ours": 1, "magenta": 0.5, "reinhard": 0}
 
 
-def test_page_answers_this_machine_only(page: _Page, session: VoteSession, tmp_path: Path) -> None:
+def test_page_answers_this_machine_only(page, session, tmp_path):
     number = json.loads(page.get("next")[1])["pair"]
     vote = json.dumps({"pair": number, "choice": "tie", "seconds": 1}).encode()
     assert page.get("next", Host="evil.example")[0] == 403
@@ -233,9 +231,7 @@ def test_page_answers_this_machine_only(page: _Page, session: VoteSession, tmp_p
     assert session.remaining == 11
 
 
-def test_page_leaves_out_a_pair_whose_picture_is_damaged(
-    page: _Page, session: VoteSession, folders: dict[str, Path], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_page_leaves_out_a_pair_whose_picture_is_damaged(page, session, folders, caplog):
     question = json.loads(page.get("next")[1])
     for method in METHODS:
         for file in folders[method].iterdir():
@@ -246,7 +242,7 @@ def test_page_leaves_out_a_pair_whose_picture_is_damaged(
     assert page.post(b"[" * 4000)[0] == 400
 
 
-def test_vote_session_asks_each_voter_once(folders: dict[str, Path], session: VoteSession, tmp_path: Path) -> None:
+def test_vote_session_asks_each_voter_once(folders, session, tmp_path):
     out = tmp_path / "votes.jsonl"
     session.answer({"pair": session.next()["pair"], "choice": "left", "seconds": 2})
     (written,) = read_votes([out])
@@ -259,7 +255,7 @@ def test_vote_session_asks_each_voter_once(folders: dict[str, Path], session: Vo
     assert VoteSession(draw_pairs(folders["contents"], methods, None, 8), "hokusai", out, "me").remaining == 12
 
 
-def test_open_server_on_a_taken_port_fails(page: _Page, session: VoteSession) -> None:
+def test_open_server_on_a_taken_port_fails(page, session):
     port = int(page.address.rstrip("/").rpartition(":")[2])
     with pytest.raises(UsageError, match=f"cannot listen on port {port}"):
         open_server(session, port)

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from lsast_engines.backends import fp32_weights
 from lsast_engines.backends.fp32_weights import is_current, with_fp32_weights
 from lsast_engines.backends.registry import open_engine
-from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS
 from lsast_engines.files import file_sha256
 
@@ -34,9 +33,7 @@ def _all_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_all_are_large")
 @pytest.mark.parametrize("storage_dtype", ["fp16", "bf16"])
-def test_with_fp32_weights_matches_a_float32_bundle(
-    bundles: dict[str, Bundle], tmp_path: Path, storage_dtype: str
-) -> None:
+def test_with_fp32_weights_matches_a_float32_bundle(bundles, tmp_path, storage_dtype):
     bundle = bundles[storage_dtype]
     stored = load_file(bundle.path / "base.safetensors")
     for name in REQUIRED_GRAPHS:
@@ -61,9 +58,7 @@ def test_with_fp32_weights_matches_a_float32_bundle(
 
 @pytest.mark.usefixtures("_all_are_large")
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_with_fp32_weights_computes_the_same(
-    bundles: dict[str, Bundle], run: Run, feeds: Feeds, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, backend: str
-) -> None:
+def test_with_fp32_weights_computes_the_same(bundles, run, feeds, monkeypatch, tmp_path, backend):
     bundle = bundles["bf16"]
     inputs = feeds(bundle, 1, 2, 8, 8)
     spec = bundle.manifest.graphs["denoiser"]
@@ -74,9 +69,7 @@ def test_with_fp32_weights_computes_the_same(
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_with_fp32_weights_leaves_small_and_float32_weights_alone(
-    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_with_fp32_weights_leaves_small_and_float32_weights_alone(bundles, monkeypatch, tmp_path):
     path = bundles["fp16"].graph_path("controlnet_cond")
     assert with_fp32_weights(path, tmp_path) == path
     monkeypatch.setattr(fp32_weights, "MIN_BYTES", 0)
@@ -86,9 +79,7 @@ def test_with_fp32_weights_leaves_small_and_float32_weights_alone(
 
 
 @pytest.mark.usefixtures("_all_are_large")
-def test_with_fp32_weights_converts_once_and_again_after_a_change(
-    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_with_fp32_weights_converts_once_and_again_after_a_change(bundles, monkeypatch, tmp_path):
     copy = Path(shutil.copytree(bundles["bf16"].path, tmp_path / "copy"))
     monkeypatch.setenv("LSAST_HOME", str(tmp_path / "home"))
     first = with_fp32_weights(copy / "controlnet_cond.onnx")
@@ -101,9 +92,7 @@ def test_with_fp32_weights_converts_once_and_again_after_a_change(
 
 
 @pytest.mark.usefixtures("_all_are_large")
-def test_with_fp32_weights_that_were_damaged_converts_again(
-    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_with_fp32_weights_that_were_damaged_converts_again(bundles, monkeypatch, tmp_path):
     path = bundles["bf16"].graph_path("controlnet_cond")
     weights = with_fp32_weights(path, tmp_path).parent / "base.safetensors"
     whole = weights.read_bytes()
@@ -117,9 +106,7 @@ def test_with_fp32_weights_that_were_damaged_converts_again(
 
 
 @pytest.mark.usefixtures("_all_are_large")
-def test_with_fp32_weights_of_other_weights_of_the_same_size_and_time_are_not_used(
-    bundles: dict[str, Bundle], tmp_path: Path
-) -> None:
+def test_with_fp32_weights_of_other_weights_of_the_same_size_and_time_are_not_used(bundles, tmp_path):
     copy = Path(shutil.copytree(bundles["bf16"].path, tmp_path / "copy"))
     weights, manifest = copy / "base.safetensors", copy / "manifest.json"
     stat = weights.stat()
@@ -134,8 +121,8 @@ def test_with_fp32_weights_of_other_weights_of_the_same_size_and_time_are_not_us
 @pytest.mark.usefixtures("_all_are_large")
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
 def test_with_fp32_weights_without_a_cache_of_its_own_leaves_them_to_the_backend(
-    bundles: dict[str, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+    bundles, tmp_path, monkeypatch, caplog
+):
     path = bundles["fp16"].graph_path("controlnet_cond")
     cache = tmp_path / "cache"
     before = os.umask(0)
@@ -157,7 +144,7 @@ def test_with_fp32_weights_without_a_cache_of_its_own_leaves_them_to_the_backend
 
 
 @pytest.mark.usefixtures("_all_are_large")
-def test_with_fp32_weights_replaces_what_the_same_file_held_before(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+def test_with_fp32_weights_replaces_what_the_same_file_held_before(bundles, tmp_path):
     bundle, cache = shutil.copytree(bundles["fp16"].path, tmp_path / "bundle"), tmp_path / "cache"
     old = with_fp32_weights(bundle / "denoiser.onnx", cache).parent
     other = with_fp32_weights(bundles["bf16"].graph_path("denoiser"), cache).parent

@@ -18,7 +18,6 @@ from lsast_engines.errors import BundleError
 from lsast_export.bundle.check import check_bundle
 from lsast_export.cli.main import main
 from lsast_export.parity.parity import large_plan
-from lsast_train.base.base import Base
 
 
 @pytest.fixture
@@ -57,7 +56,7 @@ def swap_weights(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_check_bundle_of_a_sound_bundle_passes(bundles: dict[str, Bundle], backend: str) -> None:
+def test_check_bundle_of_a_sound_bundle_passes(bundles, backend):
     report = check_bundle(bundles["fp16"].path, backend)
     assert report.passed
     assert report.figures.keys() == report.recorded.keys()
@@ -66,9 +65,7 @@ def test_check_bundle_of_a_sound_bundle_passes(bundles: dict[str, Bundle], backe
 
 
 @pytest.mark.needs("openvino")
-def test_check_bundle_compares_a_picture_of_auto_with_float32(
-    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_check_bundle_compares_a_picture_of_auto_with_float32(bundles, monkeypatch):
     monkeypatch.setattr("lsast_export.bundle.check.measure_parity", lambda *_: {})
     monkeypatch.setenv("LSAST_PROCESSOR", "avx512_bf16")
     monkeypatch.setattr("lsast_engines.backends.openvino.compute_dtypes", lambda device: ("fp32", "bf16"))
@@ -81,20 +78,20 @@ def test_check_bundle_compares_a_picture_of_auto_with_float32(
     assert check_bundle(bundles["fp32"].path, "onnxruntime").auto is None
 
 
-def test_check_bundle_finds_one_changed_bit(copy: Path) -> None:
+def test_check_bundle_finds_one_changed_bit(copy):
     flip_byte(copy / "base.safetensors", -9)
     with pytest.raises(BundleError, match=r"base\.safetensors: found SHA-256"):
         check_bundle(copy)
 
 
-def test_check_bundle_finds_a_changed_weight_with_a_matching_hash(copy: Path) -> None:
+def test_check_bundle_finds_a_changed_weight_with_a_matching_hash(copy):
     flip_byte(copy / "base.safetensors", -9)
     rehash(copy)
     with pytest.raises(BundleError, match=r"base\.safetensors: .* expected the fingerprint"):
         check_bundle(copy)
 
 
-def test_check_command_finds_swapped_weights_by_parity(copy: Path) -> None:
+def test_check_command_finds_swapped_weights_by_parity(copy):
     swap_weights(copy)
     rehash(copy)
     result = CliRunner().invoke(main, ["check", str(copy), "--json", "--backend", "onnxruntime"])
@@ -107,7 +104,7 @@ def test_check_command_finds_swapped_weights_by_parity(copy: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_check_bundle_lists_faults_of_all_styles(copy: Path) -> None:
+def test_check_bundle_lists_faults_of_all_styles(copy):
     null_style = Style.load(copy / "null.safetensors")
     changed = Style("null", null_style.base, 1, null_style.tokens, null_style.kv_unet * 1.01, null_style.kv_control)
     changed.save(copy / "null.safetensors")
@@ -123,7 +120,7 @@ def test_check_bundle_lists_faults_of_all_styles(copy: Path) -> None:
     assert "222222222222" in str(caught.value)
 
 
-def test_check_bundle_names_a_graph_that_onnx_refuses(copy: Path) -> None:
+def test_check_bundle_names_a_graph_that_onnx_refuses(copy):
     model = onnx.load(copy / "controlnet_cond.onnx", load_external_data=False)
     model.graph.node[-1].op_type = "Convolution"
     onnx.save(model, copy / "controlnet_cond.onnx")
@@ -132,7 +129,7 @@ def test_check_bundle_names_a_graph_that_onnx_refuses(copy: Path) -> None:
         check_bundle(copy)
 
 
-def test_large_plan_loops_at_the_native_size(base: Base) -> None:
+def test_large_plan_loops_at_the_native_size(base):
     plan = large_plan(dataclasses.replace(base.config, size=512, multiple=64))
     loops = [(case.height * 64, case.width * 64) for case in plan.cases if case.loop]
     assert loops == [(512, 512), (448, 576)]

@@ -14,7 +14,6 @@ from diffusers import ControlNetModel
 from PIL import Image
 
 from benchmarks.bench.configurations import Configuration
-from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.errors import UsageError
 
 
@@ -23,7 +22,7 @@ def compare() -> ModuleType:
     return importlib.import_module("benchmarks.speed.compare")
 
 
-def test_a_row_has_a_bundle_a_backend_a_preset_and_options(compare: ModuleType, bundles: dict[str, Bundle]) -> None:
+def test_a_row_has_a_bundle_a_backend_a_preset_and_options(compare, bundles):
     folder = str(bundles["bf16"].path)
     own = compare.Own.parse(f"fast, 8 bits: bundle={folder}, backend=openvino:bf16, preset=fast, guidance=1", "no", 64)
     options = {"guidance": 1}
@@ -35,7 +34,7 @@ def test_a_row_has_a_bundle_a_backend_a_preset_and_options(compare: ModuleType, 
 
 
 @pytest.mark.parametrize("text", ["", "no options", "a: b", ": guidance=1", "a: speed=9", "a: backend=openvino:fp9"])
-def test_rows_that_cannot_be_meant(compare: ModuleType, bundles: dict[str, Bundle], text: str) -> None:
+def test_rows_that_cannot_be_meant(compare, bundles, text):
     with pytest.raises(UsageError, match="found"):
         compare.Own.parse(text, str(bundles["fp32"].path), 512)
 
@@ -63,7 +62,7 @@ def figures(tmp_path: Path) -> Path:
     return path
 
 
-def test_figures_of_before_are_shown_and_drawn(compare: ModuleType, figures: Path, tmp_path: Path) -> None:
+def test_figures_of_before_are_shown_and_drawn(compare, figures, tmp_path):
     heights = []
     for bars in ([], ["--bar", "reference", "--bar", "lsast"]):
         told = ["--from-json", str(figures), "--chart", str(tmp_path / "chart.png"), *bars]
@@ -81,7 +80,7 @@ def test_figures_of_before_are_shown_and_drawn(compare: ModuleType, figures: Pat
     assert (tmp_path / "chart.png").stat().st_size < 100_000
 
 
-def test_names_of_a_controlnet_for_stable_diffusion_cpp(compvis: Any) -> None:
+def test_names_of_a_controlnet_for_stable_diffusion_cpp(compvis):
     names = importlib.import_module("benchmarks.speed.peer_sdcpp")
     controlnet = ControlNetModel(
         block_out_channels=(8, 8, 8, 8),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -25,13 +24,11 @@ from lsast_export.graphs.gpu_graph import dtypes_in
 from lsast_export.graphs.modules import geometry
 from lsast_export.graphs.trace import TracedGraph, trace
 from lsast_export.styles.bake import KVProjector, bake_style
-from lsast_train.base.base import Base
 from lsast_train.base.lazy_base import load_base
-from lsast_train.prompts.prompt_file import Prompts
 
 
 @pytest.mark.parametrize("storage_dtype", ["fp32", "fp16"])
-def test_export_bundle_stores_each_weight_once(bundles: dict[str, Bundle], storage_dtype: str) -> None:
+def test_export_bundle_stores_each_weight_once(bundles, storage_dtype):
     bundle = bundles[storage_dtype]
     weights = load_file(bundle.path / "base.safetensors")
     kind = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16}[storage_dtype]
@@ -55,7 +52,7 @@ def test_export_bundle_stores_each_weight_once(bundles: dict[str, Bundle], stora
 
 
 @pytest.mark.parametrize("storage_dtype", ["fp32", "fp16"])
-def test_export_bundle_records_parity_in_the_manifest(bundles: dict[str, Bundle], storage_dtype: str) -> None:
+def test_export_bundle_records_parity_in_the_manifest(bundles, storage_dtype):
     manifest = Bundle.open(bundles[storage_dtype].path).manifest
     assert set(manifest.parity) == {*REQUIRED_GRAPHS, "loop"}
     assert all(0 < error < 1e-5 for error in manifest.parity.values())
@@ -67,13 +64,13 @@ def test_export_bundle_records_parity_in_the_manifest(bundles: dict[str, Bundle]
     }
 
 
-def test_export_bundle_writes_all_gpu_graphs_but_the_encoder_in_fp16(bundles: dict[str, Bundle]) -> None:
+def test_export_bundle_writes_all_gpu_graphs_but_the_encoder_in_fp16(bundles):
     folder = bundles["fp32"].path
     halves = {name: "FLOAT16" in dtypes_in(folder / f"{name}{GPU_SUFFIX}") for name in REQUIRED_GRAPHS}
     assert halves == {name: name != "vae_encoder" for name in REQUIRED_GRAPHS}
 
 
-def test_export_bundle_bakes_styles_with_rounded_weights(bundles: dict[str, Bundle], prompts: Prompts) -> None:
+def test_export_bundle_bakes_styles_with_rounded_weights(bundles, prompts):
     bundle = bundles["fp16"]
     style = bundle.style("hand")
     assert style.meta["variant"] == "step+layer"
@@ -96,9 +93,7 @@ def wrong_graphs(traced: dict[str, TracedGraph]) -> dict[str, TracedGraph]:
     return {**traced, "denoiser": dataclasses.replace(denoiser, model=model)}
 
 
-def test_export_bundle_with_a_wrong_graph_writes_nothing(
-    base: Base, traced: dict[str, TracedGraph], tmp_path: Path
-) -> None:
+def test_export_bundle_with_a_wrong_graph_writes_nothing(base, traced, tmp_path):
     folder = tmp_path / "bundles"
     seen: set[str] = set()
 
@@ -115,9 +110,7 @@ def test_export_bundle_with_a_wrong_graph_writes_nothing(
     assert list(folder.iterdir()) == []
 
 
-def test_export_bundle_that_fails_keeps_the_bundle_before_it(
-    base: Base, traced: dict[str, TracedGraph], prompts: Prompts, tmp_path: Path
-) -> None:
+def test_export_bundle_that_fails_keeps_the_bundle_before_it(base, traced, prompts, tmp_path):
     out = tmp_path / "bundle"
     before = export_bundle(base, out, [prompts], traced=traced)
     with pytest.raises(ParityError):
@@ -127,9 +120,7 @@ def test_export_bundle_that_fails_keeps_the_bundle_before_it(
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
-def test_export_bundle_refuses_unfit_prompts_before_tracing(
-    base: Base, prompts: Prompts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_export_bundle_refuses_unfit_prompts_before_tracing(base, prompts, monkeypatch, tmp_path):
     monkeypatch.setattr(exporter, "trace_graphs", lambda *_: pytest.fail("traced"))
     foreign = dataclasses.replace(prompts, base="1" * 64)
     with pytest.raises(StyleError, match="111111111111"):
@@ -139,16 +130,14 @@ def test_export_bundle_refuses_unfit_prompts_before_tracing(
         export_bundle(base, tmp_path / "new", [prompts, short])
 
 
-def test_export_bundle_without_the_backend_fails_before_tracing(
-    base: Base, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_export_bundle_without_the_backend_fails_before_tracing(base, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     monkeypatch.setattr(exporter, "trace_graphs", lambda *_: pytest.fail("traced"))
     with pytest.raises(LsastError, match=r"onnxruntime is not installed.*lsast\[cpu\]"):
         export_bundle(base, tmp_path / "new", options=ExportOptions(backend="onnxruntime"))
 
 
-def test_trace_refuses_another_interface(base: Base) -> None:
+def test_trace_refuses_another_interface(base):
     class Squeezed(torch.nn.Module):
         def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return image[:, :1, ::8, ::8], image.mean(dim=(2, 3))
@@ -161,9 +150,7 @@ def test_trace_refuses_another_interface(base: Base) -> None:
     assert "expected std float32 [B, 4, h, w]" in str(caught.value)
 
 
-def test_save_graph_names_a_weight_that_is_not_stored(
-    traced: dict[str, TracedGraph], bundles: dict[str, Bundle], tmp_path: Path
-) -> None:
+def test_save_graph_names_a_weight_that_is_not_stored(traced, bundles, tmp_path):
     tensors = load_file(bundles["fp32"].path / "base.safetensors")
     gone = tensors.pop("controlnet.controlnet_cond_embedding.conv_in.bias")
     save_file(tensors, tmp_path / "base.safetensors")
@@ -171,7 +158,7 @@ def test_save_graph_names_a_weight_that_is_not_stored(
         save_graph(traced["controlnet_cond"], tmp_path / "base.safetensors", tmp_path / "controlnet_cond.onnx")
 
 
-def test_export_bundle_refuses_an_output_in_the_way_before_any_work(base: Base, tmp_path: Path) -> None:
+def test_export_bundle_refuses_an_output_in_the_way_before_any_work(base, tmp_path):
     (tmp_path / "file").write_text("kept")
     for out, error in ((tmp_path / "file", BundleError), (tmp_path / "file" / "out", UsageError)):
         with pytest.raises(error, match=r"expected a folder that can be made|exists and is not a bundle"):

@@ -72,7 +72,7 @@ def exported(folder: Path) -> Exports:
 
 
 @pytest.mark.parametrize("storage_dtype", ["fp32", "bf16"])
-def test_export_needs_little_more_than_the_largest_graph(exported: Exports, storage_dtype: str) -> None:
+def test_export_needs_little_more_than_the_largest_graph(exported, storage_dtype):
     row = exported[storage_dtype]
     assert row["peak_rss_gb"] * 1e9 <= 1.5 * DENOISER
     assert set(row["parity"]) == {"vae_encoder", "controlnet_cond", "denoiser", "vae_decoder", "loop"}
@@ -80,14 +80,14 @@ def test_export_needs_little_more_than_the_largest_graph(exported: Exports, stor
 
 
 @pytest.mark.parametrize("storage_dtype", ["fp32", "bf16"])
-def test_painting_needs_little_more_than_the_weights(exported: Exports, folder: Path, storage_dtype: str) -> None:
+def test_painting_needs_little_more_than_the_weights(exported, folder, storage_dtype):
     assert exported[storage_dtype]
     for row in script("run", folder, "--storage-dtype", storage_dtype, "--steps", 2, "--json")["rows"]:
         assert row["peak_rss_gb"] * 1e9 <= WEIGHTS + 2e9, row
         assert set(row["phases"]) >= {"open", "read", "edges", "encode", "denoise", "decode", "save"}
 
 
-def test_eight_bits_are_made_in_the_memory_of_an_export(exported: Exports, folder: Path) -> None:
+def test_eight_bits_are_made_in_the_memory_of_an_export(exported, folder):
     command = [sys.executable, "-m", "lsast_export", "quantize", exported.bundle("fp32"), "--out", folder / "int8",
                "--pictures", 1, "--size", 128, "--target", 30, "--json"]  # fmt: skip
     done = subprocess.run([*map(str, command)], check=True, stdout=subprocess.PIPE)
@@ -99,9 +99,7 @@ def test_eight_bits_are_made_in_the_memory_of_an_export(exported: Exports, folde
 @pytest.mark.parametrize(
     ("graph", "bound"), [("vae_encoder", 1e-5), ("controlnet_cond", 1e-3), ("denoiser", 3e-3), ("vae_decoder", 1e-2)]
 )
-def test_graphs_for_gpus_are_near_the_exported_ones_as_diffusers_in_fp16_is(
-    exported: Exports, graph: str, bound: float
-) -> None:
+def test_graphs_for_gpus_are_near_the_exported_ones_as_diffusers_in_fp16_is(exported, graph, bound):
     """At 256², with every value of the fp16 graph rounded, as a GPU does."""
     from benchmarks.gpu_day.engine_steps import random_feeds
 
@@ -131,7 +129,7 @@ def in_torch(folder: Path, graph: str, feeds: dict[str, np.ndarray]) -> list[np.
 
 
 @pytest.mark.needs("tensorrt_rtx")
-def test_the_denoiser_compiles_ahead_of_time(exported: Exports, folder: Path) -> None:
+def test_the_denoiser_compiles_ahead_of_time(exported, folder):
     if int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) < 14_000_000:
         pytest.skip("needs 14 GB of free memory")
     assert exported["fp32"]

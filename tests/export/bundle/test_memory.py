@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from lsast_engines.backends import onnxruntime as backend
 from lsast_engines.backends.registry import open_engine
-from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.environment import peak_memory
 from lsast_export.bundle import export as exporter
 from lsast_export.bundle.export import WEIGHTS, ExportOptions, export_bundle
@@ -27,7 +26,6 @@ from lsast_export.parity.torch_reference import draw_inputs, run_torch
 from lsast_export.styles.bake import KVProjector, bake_null_style, bake_style
 from lsast_train.base.base import Base
 from lsast_train.base.lazy_base import load_base, open_base
-from lsast_train.prompts.prompt_file import Prompts
 
 
 def in_memory(base: Base) -> set[str]:
@@ -38,9 +36,7 @@ def in_memory(base: Base) -> set[str]:
     }
 
 
-def test_bake_style_reads_from_files_what_the_loaded_base_projects(
-    bundles: dict[str, Bundle], prompts: Prompts
-) -> None:
+def test_bake_style_reads_from_files_what_the_loaded_base_projects(bundles, prompts):
     bundle = bundles["fp16"]
     stored = open_base(bundle.path)
     networks = base_on_meta(stored)
@@ -57,7 +53,7 @@ def test_bake_style_reads_from_files_what_the_loaded_base_projects(
     assert in_memory(networks) == set()
 
 
-def test_run_torch_holds_one_network_at_a_time(bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_torch_holds_one_network_at_a_time(bundles, monkeypatch):
     parts = open_base(bundles["fp32"].path)
     plan = ParityPlan()
     order = []
@@ -84,9 +80,7 @@ def test_run_torch_holds_one_network_at_a_time(bundles: dict[str, Bundle], monke
     assert len(told) == steps
 
 
-def test_export_bundle_moves_the_weight_file(
-    base: Base, traced: dict[str, TracedGraph], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_export_bundle_moves_the_weight_file(base, traced, monkeypatch, tmp_path):
     written: list[int] = []
     real = exporter.save_graph
 
@@ -100,7 +94,7 @@ def test_export_bundle_moves_the_weight_file(
     assert bundle.manifest.storage_dtype == "bf16"
 
 
-def test_peak_memory_is_the_kernels_high_water_mark() -> None:
+def test_peak_memory_is_the_kernels_high_water_mark():
     status = Path("/proc/self/status")
     if not status.is_file():
         pytest.skip("no /proc here")
@@ -110,7 +104,7 @@ def test_peak_memory_is_the_kernels_high_water_mark() -> None:
     assert abs(peak - int(kilobytes) * 1024) < 32 << 20
 
 
-def test_large_16_bit_weights_stay_in_their_file(bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_16_bit_weights_stay_in_their_file(bundles, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
     bundle = bundles["bf16"]
     halves = sum(t.nbytes for t in load_file(bundle.path / WEIGHTS).values() if t.dtype == torch.bfloat16)

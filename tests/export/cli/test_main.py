@@ -16,8 +16,6 @@ from lsast_engines.bundle.bundle import EMBEDDED, Bundle
 from lsast_engines.bundle.style import Style, StyleFile
 from lsast_export.bundle import export as exporter
 from lsast_export.cli.main import main
-from lsast_export.graphs.trace import TracedGraph
-from lsast_train.base.base import Base
 from lsast_train.base.lazy_base import save_base
 from lsast_train.prompts.prompt_file import Prompts, load_prompts, save_prompts
 
@@ -35,7 +33,7 @@ def learned(prompts: Prompts) -> Path:
 
 
 @pytest.mark.parametrize("arguments", [["--style", "x"], ["check", "x"], ["bundle", "--out", "x"]])
-def test_missing_library_error_names_the_extra(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+def test_missing_library_error_names_the_extra(monkeypatch, arguments):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "onnx" else find(name, *rest))
     result = lsast_export(*arguments)
@@ -56,7 +54,7 @@ def test_missing_library_error_names_the_extra(monkeypatch: pytest.MonkeyPatch, 
         (["golden", "x"], "lsast-export golden was removed"),
     ],
 )
-def test_wrong_usage_is_one_line_and_status_2(arguments: list[str], message: str) -> None:
+def test_wrong_usage_is_one_line_and_status_2(arguments, message):
     result = lsast_export(*arguments)
     assert result.exit_code == 2
     assert message in result.stderr
@@ -65,7 +63,7 @@ def test_wrong_usage_is_one_line_and_status_2(arguments: list[str], message: str
 
 
 @pytest.mark.parametrize("command", [["bundle", "--out", "x"], ["--style", "x"]])
-def test_wrong_defaults_are_all_listed(command: list[str]) -> None:
+def test_wrong_defaults_are_all_listed(command):
     wrong = ("steps=many", "hue=1", "style", "guidance=inf", "hand.size=64")
     result = lsast_export(*command, *(part for pair in wrong for part in ("--default", pair)))
     assert result.exit_code == 2
@@ -77,7 +75,7 @@ def test_wrong_defaults_are_all_listed(command: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("learned")
-def test_style_option_bakes_a_style_that_the_bundle_finds(bundles: dict[str, Bundle]) -> None:
+def test_style_option_bakes_a_style_that_the_bundle_finds(bundles):
     bundle = bundles["fp16"]
     shutil.copytree(bundle.path, "mine", ignore=shutil.ignore_patterns("styles"))
     result = lsast_export("--style", "hand", "--base", "mine")
@@ -90,7 +88,7 @@ def test_style_option_bakes_a_style_that_the_bundle_finds(bundles: dict[str, Bun
     assert path.read_bytes() == (bundle.path / "styles" / "hand.safetensors").read_bytes()
 
 
-def test_style_option_takes_precedence_over_the_bundles_style(bundles: dict[str, Bundle], learned: Path) -> None:
+def test_style_option_takes_precedence_over_the_bundles_style(bundles, learned):
     result = lsast_export("--style", str(learned), "--base", bundles["fp32"].path, "--json")
     report = json.loads(result.stdout)
     assert report["fingerprint"] == bundles["fp32"].manifest.fingerprint
@@ -99,7 +97,7 @@ def test_style_option_takes_precedence_over_the_bundles_style(bundles: dict[str,
     assert isinstance(opened.style("hand"), Style)
 
 
-def test_style_option_of_the_embedded_styles_gives_their_values() -> None:
+def test_style_option_of_the_embedded_styles_gives_their_values():
     """mini ships their prompts. They were recovered from the shipped values, so the smallest of these may differ."""
     names = sorted(path.stem for path in (EMBEDDED / "styles").glob("*.safetensors"))
     result = lsast_export(*(part for name in names for part in ("--style", name)))
@@ -114,7 +112,7 @@ def test_style_option_of_the_embedded_styles_gives_their_values() -> None:
             assert ((apart > 0).mean() < 1e-4, apart.max() < 1e-7) == (True, True)
 
 
-def test_style_option_with_missing_or_repeated_prompts_fails(bundles: dict[str, Bundle], learned: Path) -> None:
+def test_style_option_with_missing_or_repeated_prompts_fails(bundles, learned):
     result = lsast_export("--style", "hnad", "--base", bundles["fp16"].path)
     assert result.exit_code == 1
     assert "found no prompts at hnad or runs/hnad/hnad.prompts.safetensors" in result.stderr
@@ -123,7 +121,7 @@ def test_style_option_with_missing_or_repeated_prompts_fails(bundles: dict[str, 
 
 
 @pytest.mark.usefixtures("learned")
-def test_default_option_is_stored_in_the_style(bundles: dict[str, Bundle]) -> None:
+def test_default_option_is_stored_in_the_style(bundles):
     base = bundles["fp16"].path
     asked = ("--default", "hand.guidance=8", "--default", "hand.steps=11")
     result = lsast_export("--style", "hand", "--base", base, *asked)
@@ -138,7 +136,7 @@ def test_default_option_is_stored_in_the_style(bundles: dict[str, Bundle]) -> No
         assert told in refused.stderr
 
 
-def test_style_option_with_a_distilled_style_keeps_its_guidance(bundles: dict[str, Bundle], prompts: Prompts) -> None:
+def test_style_option_with_a_distilled_style_keeps_its_guidance(bundles, prompts):
     bundle = bundles["fp16"]
     folder = Path("runs", "hand-g7")
     style = bundle.style("hand")
@@ -162,13 +160,7 @@ def test_style_option_with_a_distilled_style_keeps_its_guidance(bundles: dict[st
     assert "does not fit" in lsast_export("--style", folder / "x.safetensors", "--base", bundle.path).stderr
 
 
-def test_bundle_command_exports_a_trained_base(
-    base: Base,
-    traced: dict[str, TracedGraph],
-    learned: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_bundle_command_exports_a_trained_base(base, traced, learned, monkeypatch, caplog):
     monkeypatch.setattr(exporter, "trace_graphs", lambda *_: traced)
     fingerprint = save_base(base, Path("trained"))
     refused = lsast_export("--style", "hand", "--base", "trained")

@@ -35,7 +35,7 @@ def operators(path: Path) -> list[str]:
 @pytest.mark.usefixtures("_exact")
 @pytest.mark.parametrize(("graph", "attentions"), [("denoiser", 28), ("unet_outer", 6), ("vae_decoder", 0)])
 @pytest.mark.parametrize("fused", [True, False])
-def test_rewritten_graphs_of_mini_give_the_same_bits(graph: str, attentions: int, fused: bool) -> None:
+def test_rewritten_graphs_of_mini_give_the_same_bits(graph, attentions, fused):
     spec = Bundle.open(EMBEDDED, verify_hashes=False).manifest.graphs[graph]
     path, rewritten = EMBEDDED / f"{graph}.onnx", EMBEDDED / f".test-{graph}-{fused}.onnx"
     try:
@@ -52,7 +52,7 @@ def test_rewritten_graphs_of_mini_give_the_same_bits(graph: str, attentions: int
 @pytest.mark.parametrize(
     ("graph", "bound"), [("vae_encoder", 1e-3), ("controlnet_cond", 1e-3), ("denoiser", 1e-3), ("vae_decoder", 2e-3)]
 )
-def test_gpu_graphs_of_mini_are_near_the_exported_ones(graph: str, bound: float) -> None:
+def test_gpu_graphs_of_mini_are_near_the_exported_ones(graph, bound):
     """The files of the bundle: by the engine as far as a CPU has it, and with the rounding of a GPU."""
     bundle = Bundle.open(EMBEDDED, verify_hashes=False)
     spec, path = bundle.manifest.graphs[graph], bundle.graph_path(graph)
@@ -87,7 +87,7 @@ class Split(nn.Module):
 
 @pytest.mark.usefixtures("_exact")
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (3, 3)])
-def test_split_heads_are_merged(tmp_path: Path, heads: int, groups: int) -> None:
+def test_split_heads_are_merged(tmp_path, heads, groups):
     from safetensors.torch import save_file
 
     torch.manual_seed(0)

@@ -38,9 +38,7 @@ def assert_one_float_type_a_node(nodes: Iterable[onnx.NodeProto], kinds: dict[st
 @pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize("storage_dtype", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("fused", [True, False])
-def test_write_gpu_graph_has_products_in_fp16_and_norms_and_the_encoder_in_fp32(
-    halved: Callable[..., Path], storage_dtype: str, graph: str, fused: bool
-) -> None:
+def test_write_gpu_graph_has_products_in_fp16_and_norms_and_the_encoder_in_fp32(halved, storage_dtype, graph, fused):
     path = halved(storage_dtype, graph, fused)
     onnx.checker.check_model(str(path), full_check=True)
     # onnx's own inference says what each value is, not what the rewriter noted.
@@ -67,12 +65,12 @@ def test_write_gpu_graph_has_products_in_fp16_and_norms_and_the_encoder_in_fp32(
     assert {value.type.tensor_type.elem_type for value in borders} <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}
 
 
-def test_write_gpu_graph_casts_no_fp16_weight(halved: Callable[..., Path]) -> None:
+def test_write_gpu_graph_casts_no_fp16_weight(halved):
     nodes = onnx.load(halved("fp16", "controlnet_cond"), load_external_data=False).graph.node
     assert Counter(node.op_type for node in nodes)["Cast"] == 2  # into the graph and out of it
 
 
-def test_dtypes_in_are_those_of_weights_and_casts(bundles: dict[str, Bundle]) -> None:
+def test_dtypes_in_are_those_of_weights_and_casts(bundles):
     assert {"FLOAT16", "FLOAT"} <= dtypes_in(bundles["fp16"].graph_path("controlnet_cond"))
     assert "BFLOAT16" in dtypes_in(bundles["bf16"].graph_path("controlnet_cond"))
     assert "FLOAT16" not in dtypes_in(bundles["fp32"].graph_path("controlnet_cond"))

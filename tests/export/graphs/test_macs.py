@@ -10,10 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bench.macs import count_macs
-from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS
 from lsast_export.graphs.modules import graph_module
-from lsast_train.base.base import Base
 
 LENGTHS = [
     {"B": 1, "G": 1, "h": 8, "w": 8, "H": 64, "W": 64},
@@ -24,9 +22,7 @@ LENGTHS = [
 
 @pytest.mark.parametrize("storage_dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("graph", REQUIRED_GRAPHS)
-def test_count_macs_matches_torchs_flop_counter(
-    base: Base, bundles: dict[str, Bundle], graph: str, storage_dtype: str
-) -> None:
+def test_count_macs_matches_torchs_flop_counter(base, bundles, graph, storage_dtype):
     bundle = bundles[storage_dtype]
     inputs = bundle.manifest.graphs[graph].inputs
     shapes: list[dict[str, Any]] = [

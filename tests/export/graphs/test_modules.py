@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import is_fake
 from lsast_engines.bundle.bundle import Bundle
 from lsast_export.graphs import modules as graphs
 from lsast_export.graphs.modules import SplitProcessor, geometry, graph_module, head_groups, split_attention
-from lsast_export.graphs.trace import TracedGraph, trace
+from lsast_export.graphs.trace import trace
 from lsast_train.base.base import Base
 from lsast_train.base.kv_packing import kv_layouts
 from lsast_train.base.lazy_base import load_base
@@ -43,9 +43,7 @@ def stock_networks(bundle: Bundle) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("storage_dtype", ["fp32", "fp16", "bf16"])
-def test_denoiser_graph_matches_stock_diffusers_networks(
-    bundles: dict[str, Bundle], run: Run, storage_dtype: str
-) -> None:
+def test_denoiser_graph_matches_stock_diffusers_networks(bundles, run, storage_dtype):
     bundle = bundles[storage_dtype]
     unet, controlnet = stock_networks(bundle)
     generator = torch.Generator().manual_seed(5)
@@ -88,9 +86,7 @@ def test_denoiser_graph_matches_stock_diffusers_networks(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_denoiser_graph_agrees_on_both_backends(
-    bundles: dict[str, Bundle], run: Run, feeds: Feeds, shape: tuple[int, int, int, int]
-) -> None:
+def test_denoiser_graph_agrees_on_both_backends(bundles, run, feeds, shape):
     inputs = feeds(bundles["fp16"], *shape)
     first, second = (
         run(bundles["fp16"], "denoiser", backend=backend, **inputs)["eps"] for backend in ("onnxruntime", "openvino")
@@ -109,14 +105,12 @@ def test_denoiser_graph_agrees_on_both_backends(
         ("mid_block.attentions.0.transformer_blocks.0.attn1", 1),
     ],
 )
-def test_head_groups_of_stable_diffusion_limit_the_scores(name: str, groups: int) -> None:
+def test_head_groups_of_stable_diffusion_limit_the_scores(name, groups):
     assert head_groups(name, heads=8, levels=4, side=64) == groups
     assert head_groups(name, heads=8, levels=4, side=16) == 1
 
 
-def test_split_attention_computes_the_same_and_restores_processors(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_split_attention_computes_the_same_and_restores_processors(monkeypatch):
     unet = UNet2DConditionModel(
         block_out_channels=(32, 64),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -141,7 +135,7 @@ def test_split_attention_computes_the_same_and_restores_processors(
     assert unet.attn_processors == before
 
 
-def test_trace_reads_and_changes_no_weight(base: Base, traced: dict[str, TracedGraph]) -> None:
+def test_trace_reads_and_changes_no_weight(base, traced):
     assert all(weight.device.type == "cpu" and not is_fake(weight) for weight in base.controlnet.parameters())
     with graph_module(skeleton_of(base), "controlnet_cond") as module:
         empty = trace(module, traced["controlnet_cond"].spec, base.config.multiple, geometry(base).factor)

@@ -29,7 +29,7 @@ def _batches(network: Any) -> list[int]:
 
 
 @pytest.mark.parametrize(("name", "control"), [("reference", 1), ("diffusers", 2)])
-def test_peers_run_the_expected_passes(peers: ModuleType, name: str, control: int) -> None:
+def test_peers_run_the_expected_passes(peers, name, control):
     base: Base = build_mini(MiniConfig.tiny())  # the pipeline changes its processors
     paint: Callable[[int], list[float]] = peers.PEERS[name](base, 64, torch.float32)
     unet, controlnet = _batches(base.unet), _batches(base.controlnet)

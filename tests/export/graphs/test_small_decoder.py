@@ -24,7 +24,6 @@ from lsast_export.bundle.add_graphs import add_small_decoder
 from lsast_export.bundle.check import check_bundle
 from lsast_export.cli.main import main
 from lsast_export.graphs.small_decoder import WEIGHTS, read_small_decoder
-from lsast_export.graphs.trace import TracedGraph
 from lsast_export.quantize.quantize import QuantizeOptions, quantize_bundle
 
 Run = Callable[..., dict[str, np.ndarray]]
@@ -74,9 +73,7 @@ def added(bundles: dict[str, Bundle], folder: Path, tmp_path_factory: pytest.Tem
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("shape", [(3, 4, 8, 8), (1, 4, 24, 8)])
-def test_small_decoder_graph_matches_diffusers(
-    added: Bundle, run: Run, tiny: AutoencoderTiny, shape: tuple[int, ...], backend: str
-) -> None:
+def test_small_decoder_graph_matches_diffusers(added, run, tiny, shape, backend):
     latent = 3 * np.random.default_rng(1).standard_normal(shape, dtype=np.float32)
     found = run(added, VAE_DECODER_TINY, backend=backend, latent=latent)["image"]
     # As a pipeline decodes: z / latent_scale is the base's own latent, z / scaling_factor the tiny autoencoder's.
@@ -89,16 +86,14 @@ def test_small_decoder_graph_matches_diffusers(
     assert added.manifest.graphs[VAE_DECODER_TINY].outputs == added.manifest.graphs["vae_decoder"].outputs
 
 
-def test_add_small_decoder_changes_no_other_file(
-    added: Bundle, bundles: dict[str, Bundle], assert_only_added: Callable[..., None]
-) -> None:
+def test_add_small_decoder_changes_no_other_file(added, bundles, assert_only_added):
     assert_only_added(added, bundles["fp16"], {GRAPH, WEIGHTS, f"{VAE_DECODER_TINY}{GPU_SUFFIX}"})
     assert 0 < added.manifest.parity[VAE_DECODER_TINY] < 1e-5
     modes = {(added.path / name).stat().st_mode & 0o777 for name in (GRAPH, WEIGHTS, "manifest.json")}
     assert len(modes) == 1, "whoever may read the manifest may read the rest"
 
 
-def test_add_small_decoder_replaces_an_earlier_one(added: Bundle, run: Run, tmp_path: Path) -> None:
+def test_add_small_decoder_replaces_an_earlier_one(added, run, tmp_path):
     path = shutil.copytree(added.path, tmp_path / "bundle")
     other = _random(num_decoder_blocks=(1, 1, 1, 1), scaling_factor=2.0)
     other.save_pretrained(tmp_path / "other")
@@ -108,7 +103,7 @@ def test_add_small_decoder_replaces_an_earlier_one(added: Bundle, run: Run, tmp_
     np.testing.assert_allclose(run(written, VAE_DECODER_TINY, latent=latent)["image"], expected, rtol=0, atol=1e-5)
 
 
-def test_read_small_decoder_lists_every_fault(tmp_path: Path, manifest: Manifest) -> None:
+def test_read_small_decoder_lists_every_fault(tmp_path, manifest):
     stranger = _random(latent_channels=16, num_decoder_blocks=(1, 1, 1), decoder_block_out_channels=(8, 8, 8))
     stranger.register_to_config(shift_factor=0.1, scaling_factor=0)
     stranger.save_pretrained(tmp_path)
@@ -132,7 +127,7 @@ def test_read_small_decoder_lists_every_fault(tmp_path: Path, manifest: Manifest
         assert f"  - {fault}" in str(caught.value)
 
 
-def test_read_small_decoder_of_another_autoencoder_is_refused(tmp_path: Path, manifest: Manifest, folder: Path) -> None:
+def test_read_small_decoder_of_another_autoencoder_is_refused(tmp_path, manifest, folder):
     AutoencoderKL(block_out_channels=(32,)).save_pretrained(tmp_path / "kl")
     with pytest.raises(ExportError, match="found AutoencoderKL; expected AutoencoderTiny"):
         read_small_decoder(tmp_path / "kl", manifest)
@@ -148,9 +143,7 @@ def test_read_small_decoder_of_another_autoencoder_is_refused(tmp_path: Path, ma
         read_small_decoder(odd, manifest)
 
 
-def test_quantized_bundle_takes_and_keeps_the_small_decoder_in_float32(
-    bundles: dict[str, Bundle], added: Bundle, folder: Path, tmp_path: Path, run: Run
-) -> None:
+def test_quantized_bundle_takes_and_keeps_the_small_decoder_in_float32(bundles, added, folder, tmp_path, run):
     latent = np.random.default_rng(4).standard_normal((1, 4, 8, 8), dtype=np.float32)
     expected = run(added, VAE_DECODER_TINY, latent=latent)["image"]
     quantised = quantize_bundle(added, tmp_path / "int8", QuantizeOptions(pictures=1, size=64, target=0))
@@ -161,19 +154,13 @@ def test_quantized_bundle_takes_and_keeps_the_small_decoder_in_float32(
     np.testing.assert_array_equal(run(taken, VAE_DECODER_TINY, latent=latent)["image"], expected)
 
 
-def test_check_bundle_measures_the_small_decoder(added: Bundle) -> None:
+def test_check_bundle_measures_the_small_decoder(added):
     report = check_bundle(added.path)
     assert report.passed
     assert report.figures[VAE_DECODER_TINY] == pytest.approx(added.manifest.parity[VAE_DECODER_TINY], rel=10)
 
 
-def test_decoder_command_reports_parity_and_a_new_export_keeps_it(
-    bundles: dict[str, Bundle],
-    folder: Path,
-    traced: dict[str, TracedGraph],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_decoder_command_reports_parity_and_a_new_export_keeps_it(bundles, folder, traced, tmp_path, monkeypatch):
     path = shutil.copytree(bundles["fp16"].path, tmp_path / "bundle")
     result = CliRunner().invoke(main, ["decoder", str(path), "--small", str(folder), "--json"])
     assert result.exit_code == 0, result.stderr
@@ -194,9 +181,7 @@ def test_decoder_command_reports_parity_and_a_new_export_keeps_it(
     assert (path / WEIGHTS).read_bytes() == weights
 
 
-def test_read_small_decoder_takes_taesds_own_files_and_half_folders(
-    manifest: Manifest, folder: Path, tmp_path: Path
-) -> None:
+def test_read_small_decoder_takes_taesds_own_files_and_half_folders(manifest, folder, tmp_path):
     """``taesd_decoder.pth`` of github.com/madebyollin/taesd counts a layer more: the one that bounds the latents."""
     network = AutoencoderTiny().eval()
     layers = {key.removeprefix("decoder.layers."): v for key, v in network.state_dict().items() if "decoder." in key}

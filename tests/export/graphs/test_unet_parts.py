@@ -6,7 +6,6 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -50,9 +49,7 @@ def outer(bundle: Bundle, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("shape", [(3, 2, 8, 8), (1, 1, 24, 8)])
-def test_parts_in_sequence_match_the_denoiser(
-    parted: Bundle, run: Run, feeds: Feeds, shape: tuple[int, int, int, int], backend: str
-) -> None:
+def test_parts_in_sequence_match_the_denoiser(parted, run, feeds, shape, backend):
     inputs = feeds(parted, *shape)
     whole = run(parted, "denoiser", backend=backend, **inputs)["eps"]
     found = split(inputs, run, parted, backend)
@@ -62,7 +59,7 @@ def test_parts_in_sequence_match_the_denoiser(
     np.testing.assert_allclose(again, found["eps"], rtol=0, atol=1e-6 * np.abs(whole).max())
 
 
-def test_quantized_parts_match_the_quantized_denoiser(parted: Bundle, run: Run, feeds: Feeds, tmp_path: Path) -> None:
+def test_quantized_parts_match_the_quantized_denoiser(parted, run, feeds, tmp_path):
     quantised = quantize_bundle(parted, tmp_path / "int8", QuantizeOptions(pictures=1, size=64, target=0))
     inputs = feeds(parted, 2, 1, 8, 8)
     expected, whole = (run(bundle, "denoiser", **inputs)["eps"] for bundle in (parted, quantised))
@@ -78,7 +75,7 @@ def test_quantized_parts_match_the_quantized_denoiser(parted: Bundle, run: Run, 
     assert distance(again, found["eps"]) < distance(whole, expected) / 3
 
 
-def test_unet_outer_on_a_cached_feature_matches_torch(parted: Bundle, run: Run, feeds: Feeds) -> None:
+def test_unet_outer_on_a_cached_feature_matches_torch(parted, run, feeds):
     """diffusers' own U-Net at the next step, but that its last up block takes from below what it took before."""
     before, now = (feeds(parted, 2, 1, 8, 16, seed) for seed in (1, 2))
     source = load_base(parted.path)
@@ -122,9 +119,7 @@ def test_unet_outer_on_a_cached_feature_matches_torch(parted: Bundle, run: Run, 
     assert np.abs(fresh - expected).max() > 1e-3, "a feature that does not matter proves nothing"
 
 
-def test_add_parts_changes_no_other_file(
-    parted: Bundle, bundles: dict[str, Bundle], assert_only_added: Callable[..., None]
-) -> None:
+def test_add_parts_changes_no_other_file(parted, bundles, assert_only_added):
     new = {f"{name}{suffix}" for name in UNET_SPLIT_GRAPHS for suffix in (".onnx", GPU_SUFFIX)}
     manifest = parted.manifest
     assert_only_added(parted, bundles["fp16"], new)
@@ -150,13 +145,7 @@ def wrong(traced_parts: dict[str, TracedGraph]) -> dict[str, TracedGraph]:
     return {**traced_parts, "controlnet": dataclasses.replace(control, model=model)}
 
 
-def test_add_parts_with_a_wrong_graph_changes_nothing(
-    parted: Bundle,
-    bundles: dict[str, Bundle],
-    traced_parts: dict[str, TracedGraph],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_add_parts_with_a_wrong_graph_changes_nothing(parted, bundles, traced_parts, tmp_path, monkeypatch):
     for place, bundle in enumerate((bundles["fp16"], parted)):
         folder = tmp_path / str(place)
         shutil.copytree(bundle.path, folder)
@@ -170,7 +159,7 @@ def test_add_parts_with_a_wrong_graph_changes_nothing(
         assert Bundle.open(add_parts(folder).path).manifest.graphs == parted.manifest.graphs
 
 
-def test_bundle_with_parts_of_another_base_is_refused(parted: Bundle, tmp_path: Path) -> None:
+def test_bundle_with_parts_of_another_base_is_refused(parted, tmp_path):
     folder = shutil.copytree(parted.path, tmp_path / "bundle")
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["graphs"]["unet_outer"]
@@ -185,9 +174,7 @@ def test_bundle_with_parts_of_another_base_is_refused(parted: Bundle, tmp_path: 
     assert "graph unet_full: found inputs" in str(caught.value)
 
 
-def test_parts_command_reports_parity(
-    bundles: dict[str, Bundle], traced_parts: dict[str, TracedGraph], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_command_reports_parity(bundles, traced_parts, tmp_path, monkeypatch):
     folder = shutil.copytree(bundles["fp16"].path, tmp_path / "bundle")
     monkeypatch.setattr(adding, "trace_graphs", lambda *_: traced_parts)
     result = CliRunner().invoke(main, ["parts", str(folder), "--json"])
@@ -203,13 +190,8 @@ def test_parts_command_reports_parity(
 
 
 def test_bundle_command_keeps_parts_and_adds_them_on_request(
-    parted: Bundle,
-    bundles: dict[str, Bundle],
-    traced: dict[str, TracedGraph],
-    traced_parts: dict[str, TracedGraph],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    parted, bundles, traced, traced_parts, tmp_path, monkeypatch
+):
     both = {**traced, **traced_parts}
     monkeypatch.setattr("lsast_export.bundle.export.trace_graphs", lambda _, names, *__: {n: both[n] for n in names})
     for name, source, options in (("kept", parted, []), ("new", bundles["fp16"], ["--parts"])):

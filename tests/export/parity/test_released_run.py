@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import released_lsast
-from golden_sets import GoldenFiles, Recording, both_sets, record
+from golden_sets import Recording, both_sets, record
 from lsast_engines.backends.registry import available_backends, open_engine
 from lsast_engines.bundle.graph_spec import CONTROLNET, CONTROLNET_COND, DENOISER, graph_specs, split_specs
 from lsast_engines.diffusion import NoiseSchedule, TimestepSchedule, guide, make_solver
@@ -153,14 +153,14 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_base_in_torch_repeats_the_released_algorithm(recipe: dict[str, Any]) -> None:
+def test_base_in_torch_repeats_the_released_algorithm(recipe):
     run = record(**recipe)
     errors = differences(run, torch_denoiser(run))
     assert max(errors.values()) < 3e-5, errors
 
 
 @both_sets
-def test_base_in_torch_repeats_the_recording(golden: GoldenFiles) -> None:
+def test_base_in_torch_repeats_the_recording(golden):
     errors = differences(golden.recording(), torch_denoiser(golden.recording()))
     assert max(errors.values()) < 1e-4, errors
 
@@ -193,7 +193,7 @@ def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for backend in (BACKENDS if name in ("not square", "a batch") else BACKENDS[:1])
     ],
 )
-def test_exported_graphs_repeat_the_released_algorithm(shallow: Path, recipe: dict[str, Any], backend: str) -> None:
+def test_exported_graphs_repeat_the_released_algorithm(shallow, recipe, backend):
     run = record(**SHALLOW, **recipe)
     with engine_denoiser(run, shallow, backend) as denoise:
         errors = differences(run, denoise)
@@ -203,7 +203,7 @@ def test_exported_graphs_repeat_the_released_algorithm(shallow: Path, recipe: di
 @pytest.mark.slow
 @both_sets
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_exported_graphs_repeat_the_recording(golden: GoldenFiles, tmp_path: Path, backend: str) -> None:
+def test_exported_graphs_repeat_the_recording(golden, tmp_path, backend):
     run = golden.recording()
     export(base_of(run), tmp_path)
     with engine_denoiser(run, tmp_path, backend) as denoise:
@@ -216,7 +216,7 @@ def _assert_near(found: torch.Tensor, expected: torch.Tensor, name: str) -> None
 
 
 @both_sets
-def test_oracle_repeats_the_recording(golden: GoldenFiles) -> None:
+def test_oracle_repeats_the_recording(golden):
     # On the released code's recording: without it, what the oracle records proves nothing about that code.
     run = golden.recording()
     found = released_lsast.sample(run.io, run.unet, run.control, run.heads, run.steps, run.strength, run.guidance)

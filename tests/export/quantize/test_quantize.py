@@ -116,7 +116,7 @@ def folded(path: Path, folder: Path) -> Path:
         return saved(fold_weights(path, WeightFile(file)), folder)
 
 
-def test_fold_weights_keeps_a_split_with_another_reader(tmp_path: Path) -> None:
+def test_fold_weights_keeps_a_split_with_another_reader(tmp_path):
     model = onnx.load(toy(tmp_path))
     model.graph.output.append(helper.make_tensor_value_info("both", TensorProto.FLOAT, ["B", "h", "w", 64]))
     onnx.save(model, tmp_path / "read.onnx")
@@ -126,7 +126,7 @@ def test_fold_weights_keeps_a_split_with_another_reader(tmp_path: Path) -> None:
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_int8_graph_runs_in_int8_on_onnx_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_graph_runs_in_int8_on_onnx_runtime(tmp_path, monkeypatch):
     calibration = calibrated(toy(tmp_path), draw(4))
     assert calibration.layers == ["conv1", "conv2", "linear/half0", "linear/half1"]
     path = saved(calibration.quantized([]), calibration.folder)
@@ -144,7 +144,7 @@ def test_int8_graph_runs_in_int8_on_onnx_runtime(tmp_path: Path, monkeypatch: py
     assert not found["Conv"] + found["MatMul"] + found["FusedConv"]
 
 
-def test_int8_graph_runs_in_int8_on_openvino(tmp_path: Path) -> None:
+def test_int8_graph_runs_in_int8_on_openvino(tmp_path):
     calibration = calibrated(toy(tmp_path), draw(4))
     path = saved(calibration.quantized([]), calibration.folder)
     compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -159,7 +159,7 @@ def test_int8_graph_runs_in_int8_on_openvino(tmp_path: Path) -> None:
     assert products
 
 
-def test_int8_graph_has_the_numbers_of_onnx_runtimes_quantizer(tmp_path: Path) -> None:
+def test_int8_graph_has_the_numbers_of_onnx_runtimes_quantizer(tmp_path):
     from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType
     from onnxruntime.quantization.calibrate import CalibrationDataReader, create_calibrator
 
@@ -200,7 +200,7 @@ def test_int8_graph_has_the_numbers_of_onnx_runtimes_quantizer(tmp_path: Path) -
     np.testing.assert_allclose(run_model(ours, feeds)[0], run_model(theirs, feeds)[0], atol=1e-5)
 
 
-def test_int8_graph_keeps_a_bias_larger_than_its_weights(tmp_path: Path) -> None:
+def test_int8_graph_keeps_a_bias_larger_than_its_weights(tmp_path):
     model = onnx.load(toy(tmp_path))
     for tensor in model.graph.initializer:
         if tensor.name == "second":
@@ -219,7 +219,7 @@ def test_int8_graph_keeps_a_bias_larger_than_its_weights(tmp_path: Path) -> None
     np.testing.assert_allclose(kept[:8], tensors["second_bias"][:8], rtol=1e-6)
 
 
-def test_weight_file_stores_equal_weights_of_two_graphs_once(tmp_path: Path) -> None:
+def test_weight_file_stores_equal_weights_of_two_graphs_once(tmp_path):
     path = toy(tmp_path)
     sizes = []
     for names in (["one.onnx"], ["one.onnx", "two.onnx"]):
@@ -234,7 +234,7 @@ def test_weight_file_stores_equal_weights_of_two_graphs_once(tmp_path: Path) -> 
     assert sizes[0] == sizes[1] > 32 * 32 * 9 * 4
 
 
-def test_quantize_bundle_keeps_styles_and_fingerprint(quantised: Bundle, bundles: dict[str, Bundle]) -> None:
+def test_quantize_bundle_keeps_styles_and_fingerprint(quantised, bundles):
     source = bundles["fp16"]
     manifest = quantised.manifest
     assert manifest.fingerprint == source.manifest.fingerprint
@@ -251,7 +251,7 @@ def test_quantize_bundle_keeps_styles_and_fingerprint(quantised: Bundle, bundles
     assert report.recorded == manifest.parity
 
 
-def test_quantized_bundle_cannot_be_quantized_loaded_or_compiled(quantised: Bundle, tmp_path: Path) -> None:
+def test_quantized_bundle_cannot_be_quantized_loaded_or_compiled(quantised, tmp_path):
     with pytest.raises(UsageError, match="expected the one that it was made from"):
         quantize_bundle(quantised, tmp_path / "again", QuantizeOptions(**SMALL))
     with pytest.raises(TrainingError, match="name the bundle that it was made from"):
@@ -261,14 +261,14 @@ def test_quantized_bundle_cannot_be_quantized_loaded_or_compiled(quantised: Bund
     assert not (tmp_path / "engines").exists()
 
 
-def test_quantize_bundle_below_the_target_writes_nothing(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+def test_quantize_bundle_below_the_target_writes_nothing(bundles, tmp_path):
     options = QuantizeOptions(pictures=1, size=64, target=500)
     with pytest.raises(ParityError, match="expected 500"):
         quantize_bundle(bundles["fp32"], tmp_path / "out", options)
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_quantize_bundle_with_also_quantizes_the_autoencoder(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+def test_quantize_bundle_with_also_quantizes_the_autoencoder(bundles, tmp_path):
     source = bundles["fp16"]
     options = QuantizeOptions(**SMALL, also=frozenset({"vae_encoder", "vae_decoder"}))
     also = quantize_bundle(source, tmp_path / "also", options)
@@ -290,13 +290,13 @@ def test_quantize_bundle_with_also_quantizes_the_autoencoder(bundles: dict[str, 
     assert also.manifest.parity[PICTURE_PSNR] >= SMALL["target"]
 
 
-def test_quantize_bundle_lists_all_faults_of_options(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+def test_quantize_bundle_lists_all_faults_of_options(bundles, tmp_path):
     wrong = QuantizeOptions(pictures=0, size=65, smooth=1.5, also=frozenset({"controlnet_cond"}))
     with pytest.raises(UsageError, match=r"(?s)0 pictures.*size of 65.*smooth of 1.5.*also controlnet_cond"):
         quantize_bundle(bundles["fp32"], tmp_path / "out", wrong)
 
 
-def test_quantize_command_calibrates_on_a_folder(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+def test_quantize_command_calibrates_on_a_folder(bundles, tmp_path):
     (photos := tmp_path / "photos").mkdir()
     for index in range(2):
         picture = np.random.default_rng(index).integers(0, 256, (40, 90 + index, 3)).astype(np.uint8)
@@ -317,16 +317,14 @@ def test_quantize_command_calibrates_on_a_folder(bundles: dict[str, Bundle], tmp
     assert "int8-weights was removed: for less memory export in fp16" in result.output
 
 
-def test_psnr_is_opencvs() -> None:
+def test_psnr_is_opencvs():
     rng = np.random.default_rng(1)
     one, other = (rng.integers(0, 256, (9, 7, 3)).astype(np.uint8) for _ in range(2))
     assert psnr(one, other) == pytest.approx(cv2.PSNR(one, other), rel=1e-6)
     assert psnr(one, one) == float("inf")
 
 
-def test_quantized_bundle_in_bf16_paints_as_near_to_float_as_in_fp32(
-    quantised: Bundle, bundles: dict[str, Bundle]
-) -> None:
+def test_quantized_bundle_in_bf16_paints_as_near_to_float_as_in_fp32(quantised, bundles):
     with pytest.raises(UsageError, match=r"found compute_dtype fp16.*expected fp32, or bf16"):
         lsast.load(quantised.path, compute_dtype="fp16")
     with pytest.raises(BackendError, match=r"onnxruntime computes in fp32 on cpu, others may in bf16"):
@@ -346,9 +344,7 @@ def test_quantized_bundle_in_bf16_paints_as_near_to_float_as_in_fp32(
         assert psnr(exact, bf16) >= psnr(exact, fp32) - 1.5
 
 
-def test_check_bundle_holds_auto_in_int8_to_the_same_backend_in_fp32(
-    quantised: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_check_bundle_holds_auto_in_int8_to_the_same_backend_in_fp32(quantised, monkeypatch):
     monkeypatch.setenv("LSAST_PROCESSOR", "avx512_bf16")
     if "bf16" not in compute_dtypes("cpu"):
         pytest.skip("OpenVINO has no bf16 here")
@@ -362,7 +358,7 @@ def test_check_bundle_holds_auto_in_int8_to_the_same_backend_in_fp32(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_quantize_command_on_the_embedded_bundle_meets_the_target(backend: str, tmp_path: Path) -> None:
+def test_quantize_command_on_the_embedded_bundle_meets_the_target(backend, tmp_path):
     arguments = ["quantise", "--out", str(tmp_path / "mini"), "--backend", backend, "--json"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output

@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from lsast_engines.bundle.bundle import Bundle
 from lsast_export.quantize.smoothquant import find_groups
 
 from .test_quantize import calibrated, error, run_model, save_graph, saved
@@ -47,7 +44,7 @@ def draw(count: int, seed: int = 1) -> list[dict[str, np.ndarray]]:
     return [{"x": rng.standard_normal((2, 9, WIDTH)).astype(np.float32)} for _ in range(count)]
 
 
-def test_find_groups_finds_norms_and_gated_products_that_nothing_else_reads(tmp_path: Path) -> None:
+def test_find_groups_finds_norms_and_gated_products_that_nothing_else_reads(tmp_path):
     model = onnx.load(block(tmp_path))
     norm, gate = find_groups(model)
     assert (norm.activation, norm.weights, norm.producers) == ("normed", ("value", "gate"), ("gamma", "beta"))
@@ -57,7 +54,7 @@ def test_find_groups_finds_norms_and_gated_products_that_nothing_else_reads(tmp_
     assert not find_groups(model)
 
 
-def test_smoothing_factors_match_the_papers_formula(tmp_path: Path) -> None:
+def test_smoothing_factors_match_the_papers_formula(tmp_path):
     path = block(tmp_path)
     factors = calibrated(path, draw(4)).smoothing_factors(0.25)
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
@@ -70,13 +67,13 @@ def test_smoothing_factors_match_the_papers_formula(tmp_path: Path) -> None:
     np.testing.assert_array_equal(factors["gate"], factors["value"])
 
 
-def test_smoothing_factors_of_a_zero_channel_are_one(tmp_path: Path) -> None:
+def test_smoothing_factors_of_a_zero_channel_are_one(tmp_path):
     factors = calibrated(block(tmp_path, zero=2), draw(4)).smoothing_factors(0.7)
     assert factors["value"][2] == 1
     assert np.isfinite(factors["value"]).all()
 
 
-def test_smooth_halves_the_error_of_int8_with_outliers(tmp_path: Path) -> None:
+def test_smooth_halves_the_error_of_int8_with_outliers(tmp_path):
     path = block(tmp_path)
     (feeds,) = draw(1, seed=2)
     (expected,) = run_model(path, feeds)
@@ -86,9 +83,7 @@ def test_smooth_halves_the_error_of_int8_with_outliers(tmp_path: Path) -> None:
     assert error(run_model(saved(calibration.quantized([]), calibration.folder), feeds)[0], expected) < plain / 2
 
 
-def test_folded_and_smoothed_denoiser_computes_the_same_in_the_predicted_ranges(
-    bundles: dict[str, Bundle], feeds: Callable[..., Any], run: Any, tmp_path: Path
-) -> None:
+def test_folded_and_smoothed_denoiser_computes_the_same_in_the_predicted_ranges(bundles, feeds, run, tmp_path):
     bundle = bundles["bf16"]
     given = feeds(bundle, 1, 2, 8, 8)
     calibration = calibrated(bundle.graph_path("denoiser"), [given], tmp_path / "calibration")

@@ -13,7 +13,6 @@ from lsast_export.styles.bake import KVProjector, bake_null_style, bake_prompts,
 from lsast_train.base.attention import GROUPS
 from lsast_train.base.base import Base
 from lsast_train.base.kv_packing import kv_layouts
-from lsast_train.prompts.prompt_file import Prompts
 
 
 def random_contexts(base: Base, *leading: int) -> torch.Tensor:
@@ -21,7 +20,7 @@ def random_contexts(base: Base, *leading: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
-def test_attention_layers_locate_the_columns_of_each_layer(base: Base) -> None:
+def test_attention_layers_locate_the_columns_of_each_layer(base):
     projector = KVProjector.of_base(base)
     style = bake_style(projector, random_contexts(base, 4), "x")
     contexts = random_contexts(base, 4).numpy()
@@ -39,7 +38,7 @@ def test_attention_layers_locate_the_columns_of_each_layer(base: Base) -> None:
         np.testing.assert_allclose(packed[..., middle:end], context @ attn.to_v.weight.numpy().T, rtol=0, atol=1e-5)
 
 
-def test_bake_null_style_projects_the_null_context(base: Base) -> None:
+def test_bake_null_style_projects_the_null_context(base):
     style = bake_null_style(KVProjector.of_base(base))
     assert (style.stages, style.base) == (1, base.fingerprint)
     attn = base.unet.get_submodule(kv_layouts(base)[0].entries[-1].name)
@@ -48,7 +47,7 @@ def test_bake_null_style_projects_the_null_context(base: Base) -> None:
     np.testing.assert_allclose(style.kv_unet[0, :, entry.offset + entry.width :], expected, rtol=0, atol=1e-5)
 
 
-def test_bake_style_lists_every_fault_of_the_prompts(base: Base, prompts: Prompts) -> None:
+def test_bake_style_lists_every_fault_of_the_prompts(base, prompts):
     wrong = prompts.prompts[:, :2].clone()
     wrong[0, 0, 0, 0] = torch.nan
     with pytest.raises(StyleError) as caught:
@@ -58,9 +57,7 @@ def test_bake_style_lists_every_fault_of_the_prompts(base: Base, prompts: Prompt
     assert "NaN" in str(caught.value)
 
 
-def test_bake_prompts_warns_of_a_style_that_learned_nothing(
-    base: Base, prompts: Prompts, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_bake_prompts_warns_of_a_style_that_learned_nothing(base, prompts, caplog):
     projector = KVProjector.of_base(base)
     bake_prompts(projector, replace(prompts, meta={"best_step": "60"}))
     assert not caplog.text

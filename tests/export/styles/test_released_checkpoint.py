@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner, Result
 from torch import nn
 
-from golden_sets import GoldenFiles, TransformerBlock, both_sets, save_checkpoint
+from golden_sets import TransformerBlock, both_sets, save_checkpoint
 from lsast_engines.bundle.bundle import EMBEDDED
 from lsast_engines.errors import StyleError, TrainingError
 from lsast_export.cli.main import import_command
@@ -78,7 +78,7 @@ def _by_transformers(compvis_base: Any, embeddings: torch.Tensor) -> torch.Tenso
 
 
 @both_sets
-def test_read_released_gives_the_recorded_embeddings(golden: GoldenFiles) -> None:
+def test_read_released_gives_the_recorded_embeddings(golden):
     released = read_released(golden.checkpoint)
     expected = golden.generator()
     assert torch.equal(released.constant[None], expected["initial"])
@@ -87,8 +87,8 @@ def test_read_released_gives_the_recorded_embeddings(golden: GoldenFiles) -> Non
 
 
 def test_imported_prompts_are_resolved_in_the_released_layout_and_baked_without_text_encoder(
-    save: Save, content: dict[str, Any], compvis_base: Any, published: LazyBase, caplog: pytest.LogCaptureFixture
-) -> None:
+    save, content, compvis_base, published, caplog
+):
     path = save(content)
     with caplog.at_level(logging.WARNING, "lsast"):
         prompts = import_prompts(path, published, "hand")
@@ -111,7 +111,7 @@ def test_imported_prompts_are_resolved_in_the_released_layout_and_baked_without_
     assert abs(found - expected).max() < 1e-4
 
 
-def test_read_released_lists_every_fault(save: Save, content: dict[str, Any], tmp_path: Path) -> None:
+def test_read_released_lists_every_fault(save, content, tmp_path):
     block = content["attention"]
     nn.init.constant_(block.ff.net[2].bias, float("nan"))
     with pytest.raises(StyleError, match="NaN or infinite"):
@@ -141,9 +141,7 @@ def _run(*arguments: object) -> Result:
     return CliRunner().invoke(import_command, [str(argument) for argument in arguments])
 
 
-def test_import_command_writes_prompts_of_the_base_or_refuses(
-    save: Save, content: dict[str, Any], compvis_base: Any, published: LazyBase
-) -> None:
+def test_import_command_writes_prompts_of_the_base_or_refuses(save, content, compvis_base, published):
     base = ["--base", compvis_base.file, "--controlnet", compvis_base.controlnet_file]
     ran = _run(save(content), "--name", "hand", *base, "--json")
     assert ran.exit_code == 0, ran.output

@@ -14,7 +14,6 @@ import pytest
 from click.testing import CliRunner
 from onnx import helper, numpy_helper
 
-from lsast_engines.backends.base import ComputeDtype
 from lsast_engines.backends.tensorrt.engine_record import (
     EngineKey,
     Range,
@@ -63,7 +62,7 @@ def bf16_weight(folder: Path) -> tuple[Path, GraphSpec]:
     return saved(folder, text, weight, ("B", 32), ("B", 32))
 
 
-def test_compile_graph_without_the_library_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_compile_graph_without_the_library_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "tensorrt_rtx", None)
     path, spec = product(tmp_path)
     with pytest.raises(MissingExtraError, match=r"tensorrt-rtx is not installed.*lsast\[tensorrt-rtx\]"):
@@ -77,13 +76,13 @@ def test_compile_graph_without_the_library_names_the_extra(monkeypatch: pytest.M
         ("tensorrt-rtx", ("sm89",), "found compute capability sm89; expected one such as 8.9"),
     ],
 )
-def test_compile_options_refuse_wrong_targets(library: str, targets: tuple[str, ...], message: str) -> None:
+def test_compile_options_refuse_wrong_targets(library, targets, message):
     with pytest.raises(UsageError, match=message):
         CompileOptions(library, targets)  # type: ignore[arg-type]
 
 
 @needs_rtx
-def test_compile_graph_recompiles_only_after_a_change(tmp_path: Path) -> None:
+def test_compile_graph_recompiles_only_after_a_change(tmp_path):
     path, spec = product(tmp_path)
     engine = tmp_path / "product.engine"
     said: list[str] = []
@@ -110,7 +109,7 @@ def test_compile_graph_recompiles_only_after_a_change(tmp_path: Path) -> None:
 
 
 @needs_rtx
-def test_compile_graph_reports_the_librarys_messages(tmp_path: Path) -> None:
+def test_compile_graph_reports_the_librarys_messages(tmp_path):
     path, spec = product(tmp_path, operator="Bernoulli (x)")
     engine = tmp_path / "product.engine"
     with pytest.raises(ExportError, match=r"(?s)graph product cannot be read:.*Bernoulli"):
@@ -120,7 +119,7 @@ def test_compile_graph_reports_the_librarys_messages(tmp_path: Path) -> None:
 
 
 @needs_rtx
-def test_compile_graph_refuses_another_graph(tmp_path: Path) -> None:
+def test_compile_graph_refuses_another_graph(tmp_path):
     path, spec = product(tmp_path)
     wanted = GraphSpec("product", (TensorSpec("z", "float32", ("B", 16, 8)),), spec.outputs)
     with pytest.raises(ExportError, match="graph product takes x; expected z"):
@@ -128,14 +127,14 @@ def test_compile_graph_refuses_another_graph(tmp_path: Path) -> None:
 
 
 @needs_rtx
-def test_compile_graph_lists_known_targets(tmp_path: Path) -> None:
+def test_compile_graph_lists_known_targets(tmp_path):
     path, spec = product(tmp_path)
     with pytest.raises(UsageError, match=r"found compute capability 9\.0; .*compiles for 7\.5, 8\.6, 8\.9, 12\.0"):
         compile_graph(path, spec, tmp_path / "product.engine", rtx_options(targets=("9.0",)))
 
 
 @needs_rtx
-def test_compile_graph_refuses_bf16_for_old_gpus(tmp_path: Path) -> None:
+def test_compile_graph_refuses_bf16_for_old_gpus(tmp_path):
     path, spec = bf16_weight(tmp_path)
     engine = tmp_path / "product.engine"
     with pytest.raises(ExportError, match=r"found bf16 .* 7\.5; expected at least 8\.0") as caught:
@@ -144,7 +143,7 @@ def test_compile_graph_refuses_bf16_for_old_gpus(tmp_path: Path) -> None:
     assert compile_graph(path, spec, engine, rtx_options(compute_dtype="fp32", targets=("8.6",))).bytes > 0
 
 
-def test_compile_graph_with_tensorrt_needs_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_graph_with_tensorrt_needs_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr("lsast_export.tensorrt.compile.load_library", lambda _: None)
     monkeypatch.setattr("lsast_engines.backends.tensorrt.cuda.gpu_fault", lambda: "no driver (35)")
     path, spec = product(tmp_path)
@@ -153,7 +152,7 @@ def test_compile_graph_with_tensorrt_needs_a_gpu(tmp_path: Path, monkeypatch: py
 
 
 @needs_rtx
-def test_compile_command_writes_where_the_runtime_looks(tmp_path: Path) -> None:
+def test_compile_command_writes_where_the_runtime_looks(tmp_path):
     graphs = ["--graph", "vae_encoder", "--graph", "controlnet_cond"]
     arguments = ["compile", "--backend", "tensorrt-rtx", "--sm", "8.9", *graphs, "--json"]
     result = CliRunner().invoke(main, arguments)
@@ -171,7 +170,7 @@ def test_compile_command_writes_where_the_runtime_looks(tmp_path: Path) -> None:
     assert "total activation memory up to 1024 pixels" in result.stderr
 
 
-def test_bake_with_a_tensorrt_backend_compiles_for_the_same_bundle(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bake_with_a_tensorrt_backend_compiles_for_the_same_bundle(monkeypatch):
     """From a learned style to engines in one command; what baking and compiling do is tested elsewhere."""
     calls: list[tuple[Path, CompileOptions]] = []
 
@@ -203,13 +202,13 @@ def test_bake_with_a_tensorrt_backend_compiles_for_the_same_bundle(monkeypatch: 
         (["triton", "models"], "lsast-export triton was removed: no server was ever run; serve on many machines"),
     ],
 )
-def test_compile_command_refuses_wrong_options(arguments: list[str], message: str) -> None:
+def test_compile_command_refuses_wrong_options(arguments, message):
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2
     assert message in result.stderr
 
 
-def test_compile_bundle_lists_known_graphs(tmp_path: Path) -> None:
+def test_compile_bundle_lists_known_graphs(tmp_path):
     with pytest.raises(
         UsageError, match=r"found graphs decoding; expected of vae_encoder, controlnet_cond, denoiser, vae_decoder"
     ):
@@ -217,9 +216,7 @@ def test_compile_bundle_lists_known_graphs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compute_dtype", ["fp16", "fp32"])
-def test_compile_bundle_in_fp16_leaves_the_encoder_in_fp32(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compute_dtype: ComputeDtype
-) -> None:
+def test_compile_bundle_in_fp16_leaves_the_encoder_in_fp32(tmp_path, monkeypatch, compute_dtype):
     """By the graphs that the library is given."""
     halves: dict[str, bool] = {}
 
@@ -238,9 +235,7 @@ def test_compile_bundle_in_fp16_leaves_the_encoder_in_fp32(
 
 @needs_rtx
 @pytest.mark.parametrize(("compute_dtype", "targets"), [("fp16", TARGETS), ("fp32", TARGETS[:1])])
-def test_embedded_bundle_compiles_for_every_target(
-    tmp_path: Path, compute_dtype: ComputeDtype, targets: tuple[str, ...]
-) -> None:
+def test_embedded_bundle_compiles_for_every_target(tmp_path, compute_dtype, targets):
     """At the sizes that are the default."""
     options = CompileOptions("tensorrt-rtx", targets, compute_dtype=compute_dtype)
     records = compile_bundle(EMBEDDED, options, tmp_path)

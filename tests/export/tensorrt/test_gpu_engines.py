@@ -52,9 +52,7 @@ def denoiser(
 Feeds = Callable[..., dict[str, np.ndarray]]
 
 
-def test_engine_matches_onnx_runtime(
-    denoiser: TensorRtEngine, bundles: dict[str, Bundle], feeds: Feeds, run: Callable[..., dict[str, np.ndarray]]
-) -> None:
+def test_engine_matches_onnx_runtime(denoiser, bundles, feeds, run):
     for shape in ((1, 2, 8, 8), (2, 1, 8, 16), (1, 2, 8, 8)):
         inputs = feeds(bundles["fp16"], *shape)
         expected = run(bundles["fp16"], "denoiser", **inputs)["eps"]
@@ -62,18 +60,14 @@ def test_engine_matches_onnx_runtime(
         assert error < TOLERANCE[denoiser.compute_dtype]
 
 
-def test_engine_with_a_cuda_graph_gives_the_same_bits(
-    denoiser: TensorRtEngine, bundles: dict[str, Bundle], feeds: Feeds
-) -> None:
+def test_engine_with_a_cuda_graph_gives_the_same_bits(denoiser, bundles, feeds):
     inputs = feeds(bundles["fp16"], 1, 2, 8, 8)
     plain = denoiser(inputs)["eps"].copy()
     for _ in range(3):
         np.testing.assert_array_equal(denoiser(inputs)["eps"], plain)
 
 
-def test_engine_allocates_nothing_after_warm_up(
-    denoiser: TensorRtEngine, bundles: dict[str, Bundle], feeds: Feeds
-) -> None:
+def test_engine_allocates_nothing_after_warm_up(denoiser, bundles, feeds):
     from cuda.bindings import runtime
 
     inputs = feeds(bundles["fp16"], 1, 2, 8, 8)
@@ -85,9 +79,7 @@ def test_engine_allocates_nothing_after_warm_up(
     assert runtime.cudaMemGetInfo()[1] == free
 
 
-def test_engine_takes_styles_as_inputs(
-    denoiser: TensorRtEngine, bundles: dict[str, Bundle], feeds: Feeds, run: Callable[..., dict[str, np.ndarray]]
-) -> None:
+def test_engine_takes_styles_as_inputs(denoiser, bundles, feeds, run):
     bundle = bundles["fp16"]
     hand, null = bundle.style("hand"), bundle.null_style.stage(0)
     inputs = {name: value for name, value in feeds(bundle, 1, 2, 8, 8).items() if not name.startswith("kv_")}

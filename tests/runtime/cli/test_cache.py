@@ -6,8 +6,6 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
-import pytest
 from click.testing import CliRunner
 from PIL import Image
 
@@ -21,9 +19,7 @@ def _list(*arguments: str) -> list[tuple[str, str, bool]]:
     return [(entry["kind"], entry["source"], entry["used"]) for entry in json.loads(result.stdout)["entries"]]
 
 
-def test_cache_lists_prunes_and_clears(
-    bundle_path: Path, photo: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cache_lists_prunes_and_clears(bundle_path, photo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LSAST_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(fp32_weights, "MIN_BYTES", 1)

@@ -33,7 +33,7 @@ def invoke(
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_version_quiet_verbose_and_examples(command: str) -> None:
+def test_every_command_has_version_quiet_verbose_and_examples(command):
     if command in ("train", "export", "eval"):
         pytest.importorskip(f"lsast_{command}")
     assert CliRunner().invoke(main, [command, "--version"]).stdout == f"lsast {lsast.__version__}\n"
@@ -42,14 +42,14 @@ def test_every_command_has_version_quiet_verbose_and_examples(command: str) -> N
     assert text.count(f"\n    lsast {command}") + text.count(f"lsast-{command} ") >= 2
 
 
-def test_help_lists_the_commands_and_none_is_like_help(invoke: Callable[..., Result]) -> None:
+def test_help_lists_the_commands_and_none_is_like_help(invoke):
     text = invoke("--help").stdout
     listed = [line.split()[0] for line in text.partition("Commands:\n")[2].splitlines()]
     assert sorted(listed) == sorted(COMMANDS)
     assert (invoke().exit_code, invoke().stderr) == (2, text)
 
 
-def test_wrong_command_says_which_is_meant(invoke: Callable[..., Result]) -> None:
+def test_wrong_command_says_which_is_meant(invoke):
     result = invoke("stlyes")
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith("Error: found command 'stlyes'; expected run, ")
@@ -57,13 +57,13 @@ def test_wrong_command_says_which_is_meant(invoke: Callable[..., Result]) -> Non
     assert invoke("paint", "in.png").stderr.endswith("; did you mean run?\n")
 
 
-def test_run_is_lsast_run(invoke: Callable[..., Result]) -> None:
+def test_run_is_lsast_run(invoke):
     assert invoke("-q", "run", "in.png", "a.png", "--seed", "3", "--size", "64").stdout == "a.png\n"
     assert CliRunner().invoke(run, ["in.png", "b.png", "--seed", "3", "--size", "64"]).stdout == "b.png\n"
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
 
 
-def test_styles_are_listed_and_painted_on_a_sheet(invoke: Callable[..., Result]) -> None:
+def test_styles_are_listed_and_painted_on_a_sheet(invoke):
     assert invoke("styles").stdout == "monet\nvangogh\n"
     assert json.loads(invoke("styles", "--json").stdout) == {"styles": ["monet", "vangogh"], "guidance_baked": {}}
     assert invoke("styles", "in.png").exit_code == 2
@@ -81,9 +81,7 @@ def test_styles_are_listed_and_painted_on_a_sheet(invoke: Callable[..., Result])
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_shell_completion_knows_commands_styles_and_names(
-    invoke: Callable[..., Result], shell: str, monkeypatch: pytest.MonkeyPatch, bundle_path: Path
-) -> None:
+def test_shell_completion_knows_commands_styles_and_names(invoke, shell, monkeypatch, bundle_path):
     monkeypatch.setenv("LSAST_HOME", "home")
     Path("home/engines").mkdir(parents=True)
     Path("home/engines/mine").symlink_to(bundle_path)
@@ -126,7 +124,7 @@ def test_shell_completion_knows_commands_styles_and_names(
         ["serve"],
     ],
 )
-def test_command_of_a_missing_extra_says_first_how_to_install_it(tmp_path: Path, arguments: list[str]) -> None:
+def test_command_of_a_missing_extra_says_first_how_to_install_it(tmp_path, arguments):
     code = (
         "import sys\nsys.modules.update(dict.fromkeys(['torch', 'diffusers', 'fastapi', 'uvicorn']))\n"
         f"from lsast.cli.commands import main\nmain({arguments!r})"

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,7 +34,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return versions
 
 
-def test_doctor_reports_on_this_machine(installed: dict[str, str]) -> None:
+def test_doctor_reports_on_this_machine(installed):
     result = CliRunner().invoke(main, ["--doctor", "--json"])
     facts = json.loads(result.stdout)
     assert (result.exit_code, facts["healthy"], facts["faults"]) == (0, True, [])
@@ -46,7 +45,7 @@ def test_doctor_reports_on_this_machine(installed: dict[str, str]) -> None:
     assert all(words in text for words in ("numpy", "backends", "telemetry off"))
 
 
-def test_doctor_with_both_onnxruntime_wheels_reports_a_fault(installed: dict[str, str]) -> None:
+def test_doctor_with_both_onnxruntime_wheels_reports_a_fault(installed):
     installed["onnxruntime-gpu"] = "1.31.1"
     result = CliRunner().invoke(main, ["--doctor"])
     fault = "fault: found onnxruntime 1.0 and onnxruntime-gpu 1.31.1; expected one of them"
@@ -54,7 +53,7 @@ def test_doctor_with_both_onnxruntime_wheels_reports_a_fault(installed: dict[str
     assert "pip uninstall -y onnxruntime onnxruntime-gpu" in result.stdout
 
 
-def test_examine_says_what_auto_takes_and_what_would_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examine_says_what_auto_takes_and_what_would_be_faster(monkeypatch):
     monkeypatch.setenv("LSAST_PROCESSOR", "avx512_bf16")
     monkeypatch.setitem(sys.modules, "openvino", None)
     report = examine()
@@ -65,9 +64,7 @@ def test_examine_says_what_auto_takes_and_what_would_be_faster(monkeypatch: pyte
     assert examine().faster == ""
 
 
-def test_examine_with_half_an_onnxruntime_reports_a_fault(
-    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_examine_with_half_an_onnxruntime_reports_a_fault(installed, monkeypatch):
     # What uninstalling one of two wheels leaves: a module without anything.
     monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace())
     report = examine()
@@ -116,9 +113,7 @@ def machine(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Calla
         (FakeCuda((9, 0)), "Fake GPU, 9.0, 1 GB", "found compute capability 9.0; expected 7.5, 8.6, 8.9"),
     ],
 )  # fmt: skip
-def test_examine_says_why_there_is_no_gpu(
-    machine: Callable[..., Report], driver: FakeCuda | None, gpu: str, rtx: str
-) -> None:
+def test_examine_says_why_there_is_no_gpu(machine, driver, gpu, rtx):
     report = machine(driver)
     assert f"gpu       {gpu}" in "\n".join(report.lines())
     states = {backend.name: backend for backend in report.backends}
@@ -130,7 +125,7 @@ def test_examine_says_why_there_is_no_gpu(
 
 
 @pytest.mark.parametrize("fault", ["its CUDA provider does not load (libcublas.so.13); pip install 'lsast[gpu]'", ""])
-def test_examine_starts_the_cuda_that_a_gpu_wheel_names(machine: Callable[..., Report], fault: str) -> None:
+def test_examine_starts_the_cuda_that_a_gpu_wheel_names(machine, fault):
     report = machine(FakeCuda(), fault)
     (state,) = (backend for backend in report.backends if backend.name == "onnxruntime")
     assert state.devices == (("cpu",) if fault else ("cpu", "cuda"))
@@ -141,9 +136,7 @@ def test_examine_starts_the_cuda_that_a_gpu_wheel_names(machine: Callable[..., R
 @pytest.mark.parametrize(
     ("status", "expected"), [(0, "NVIDIA 580.65.06"), (9, "nvidia-smi fails (580.65.06\n580.65.06)")]
 )
-def test_examine_reports_the_driver_that_its_tool_prints(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: int, expected: str
-) -> None:
+def test_examine_reports_the_driver_that_its_tool_prints(monkeypatch, tmp_path, status, expected):
     tool = tmp_path / "nvidia-smi"
     tool.write_text(f"#!/bin/sh\necho 580.65.06\necho 580.65.06\nexit {status}\n")
     tool.chmod(0o755)
@@ -151,7 +144,7 @@ def test_examine_reports_the_driver_that_its_tool_prints(
     assert examine().driver == expected
 
 
-def test_examine_with_broken_libraries_still_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examine_with_broken_libraries_still_reports(monkeypatch):
     def broken(*_: Any) -> Any:
         raise RuntimeError("libcuda.so.1: version mismatch")
 

@@ -54,7 +54,7 @@ def _pairs(*sources: str, out: str) -> dict[str, str]:
     return {str(job.source): str(job.out) for job in plan_jobs(sources, out).jobs}
 
 
-def test_plan_jobs_of_one_file_is_single_unless_out_is_a_folder(folder: Path) -> None:
+def test_plan_jobs_of_one_file_is_single_unless_out_is_a_folder(folder):
     plan = plan_jobs(["in/a.png"], "out.png")
     assert (plan.jobs, plan.single) == ((Job(Path("in/a.png"), Path("out.png")),), True)
     (folder / "there").mkdir()
@@ -64,7 +64,7 @@ def test_plan_jobs_of_one_file_is_single_unless_out_is_a_folder(folder: Path) ->
     assert _pairs("a[1].png", out="out.png") == {"a[1].png": "out.png"}
 
 
-def test_plan_jobs_of_several_sources_keeps_folder_names(folder: Path) -> None:
+def test_plan_jobs_of_several_sources_keeps_folder_names(folder):
     (folder / "more").mkdir()
     Image.new("RGB", (8, 8)).save(folder / "more" / "a.png")
     assert _pairs("in/deep", "more", "in/b.jpg", out="out") == {
@@ -75,12 +75,12 @@ def test_plan_jobs_of_several_sources_keeps_folder_names(folder: Path) -> None:
     }
 
 
-def test_plan_jobs_of_a_pattern_keeps_the_structure_below_its_plain_part(folder: Path) -> None:
+def test_plan_jobs_of_a_pattern_keeps_the_structure_below_its_plain_part(folder):
     assert _pairs("in/**/*.png", out="out") == {"in/a.png": "out/a.png", "in/deep/a.png": "out/deep/a.png"}
     assert _pairs("in/d*/*.png", out="out") == {"in/deep/a.png": "out/deep/a.png"}
 
 
-def test_plan_jobs_leaves_out_paintings_inside_the_searched_folder(folder: Path) -> None:
+def test_plan_jobs_leaves_out_paintings_inside_the_searched_folder(folder):
     before = _pairs("in", out="in/painted")
     (folder / "in" / "painted").mkdir()
     Image.new("RGB", (8, 8)).save(folder / "in" / "painted" / "a.png")
@@ -106,12 +106,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("sources", "out", "words"), WRONG.values(), ids=WRONG)
-def test_plan_jobs_with_invalid_arguments_raises(folder: Path, sources: list[str], out: str, words: str) -> None:
+def test_plan_jobs_with_invalid_arguments_raises(folder, sources, out, words):
     with pytest.raises(UsageError, match=words):
         plan_jobs(sources, out)
 
 
-def test_plan_jobs_with_some_bad_sources_names_them_and_keeps_the_others(folder: Path) -> None:
+def test_plan_jobs_with_some_bad_sources_names_them_and_keeps_the_others(folder):
     (folder / "in" / "scan.bmp").write_bytes(b"")
     (folder / "in" / "scan.bmp.png").write_bytes(b"")
     (folder / "empty").mkdir()
@@ -131,7 +131,7 @@ def test_plan_jobs_with_some_bad_sources_names_them_and_keeps_the_others(folder:
     assert {name for name, line in lines.items() if line.startswith(f"{name}: ")} == {"in/scan.bmp", "in/scan.bmp.png"}
 
 
-def test_lsast_run_of_a_folder_paints_each_file_as_alone(folder: Path) -> None:
+def test_lsast_run_of_a_folder_paints_each_file_as_alone(folder):
     result = _run("in", "out")
     assert result.exit_code == 0
     assert result.stdout.splitlines() == ["out/a.png", "out/b.jpg", "out/deep/a.png", "out/deep/scan.bmp.png"]
@@ -143,7 +143,7 @@ def test_lsast_run_of_a_folder_paints_each_file_as_alone(folder: Path) -> None:
             np.testing.assert_array_equal(Image.open(folder / "out" / name), alone)
 
 
-def test_lsast_run_skips_existing_paintings_unless_told_to_overwrite(folder: Path) -> None:
+def test_lsast_run_skips_existing_paintings_unless_told_to_overwrite(folder):
     (folder / "out").mkdir()
     (folder / "out" / "a.png").write_bytes(b"an earlier painting")
     result = _run("in/*.*g", "out")
@@ -156,7 +156,7 @@ def test_lsast_run_skips_existing_paintings_unless_told_to_overwrite(folder: Pat
     assert _format("out/a.png") == "PNG"
 
 
-def test_lsast_run_with_a_bad_file_paints_the_others(folder: Path) -> None:
+def test_lsast_run_with_a_bad_file_paints_the_others(folder):
     (folder / "in" / "b.jpg").write_bytes((folder / "in" / "b.jpg").read_bytes()[:500])
     result = _run("in", "missing.png", "out")
     assert (result.exit_code, len(result.stdout.splitlines())) == (1, 3)
@@ -171,14 +171,14 @@ def test_lsast_run_with_a_bad_file_paints_the_others(folder: Path) -> None:
     assert _files(folder / "out") == ["in/a.png", "in/deep/a.png", "in/deep/scan.bmp.png"]
 
 
-def test_lsast_run_with_options_invalid_for_all_files_ends(folder: Path) -> None:
+def test_lsast_run_with_options_invalid_for_all_files_ends(folder):
     result = _run("in", "out", "--steps", "0")
     assert (result.exit_code, result.stdout) == (2, "")
     assert len(re.findall("steps: found 0", result.stderr)) == 1
     assert not (folder / "out").exists()
 
 
-def test_lsast_run_with_a_mask_that_cannot_be_read_tells_it_once(folder: Path) -> None:
+def test_lsast_run_with_a_mask_that_cannot_be_read_tells_it_once(folder):
     (folder / "mask.png").write_bytes(b"no picture")
     result = _run("in", "out", "--mask", "mask.png")
     assert (result.exit_code, result.stdout) == (1, "")
@@ -186,7 +186,7 @@ def test_lsast_run_with_a_mask_that_cannot_be_read_tells_it_once(folder: Path) -
     assert not (folder / "out").exists()
 
 
-def test_lsast_run_of_names_with_line_breaks_prints_one_line_a_file(folder: Path) -> None:
+def test_lsast_run_of_names_with_line_breaks_prints_one_line_a_file(folder):
     (folder / "in" / "a.png").rename(folder / "in" / "a\nError: b\x1b.png")
     (folder / "in" / "b.jpg").rename(folder / "in" / "c\nd.jpg")
     (folder / "in" / "c\nd.jpg").write_bytes(b"no picture")
@@ -196,7 +196,7 @@ def test_lsast_run_of_names_with_line_breaks_prints_one_line_a_file(folder: Path
     assert len(result.stdout.splitlines()) == 3
 
 
-def test_lsast_run_of_several_with_json_prints_one_line_a_file(folder: Path) -> None:
+def test_lsast_run_of_several_with_json_prints_one_line_a_file(folder):
     (folder / "out").mkdir()
     (folder / "out" / "a.png").write_bytes(b"there")
     (folder / "in" / "b.jpg").write_bytes(b"no picture")
@@ -212,7 +212,7 @@ def test_lsast_run_of_several_with_json_prints_one_line_a_file(folder: Path) -> 
     assert lines[2]["options"]["size"] == 64
 
 
-def test_lsast_run_with_stdio_writes_the_picture_alone(folder: Path) -> None:
+def test_lsast_run_with_stdio_writes_the_picture_alone(folder):
     _run("in/a.png", "expected.png")
     expected = Image.open("expected.png")
     for source, given in (("-", Path("in/a.png").read_bytes()), ("in/a.png", b"")):
@@ -232,7 +232,7 @@ def _process(*arguments: str, **settings: Any) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that cannot be caught")
-def test_lsast_run_after_a_kill_continues(folder: Path, photo: np.ndarray) -> None:
+def test_lsast_run_after_a_kill_continues(folder, photo):
     for index in range(8):
         Image.fromarray(np.roll(photo, index, axis=0)).save(folder / "in" / f"{index}.png")
     arguments = ("in", "out", "--steps", "300", "--strength", "1", "--size", "64", "--guidance", "1")
@@ -253,7 +253,7 @@ def test_lsast_run_after_a_kill_continues(folder: Path, photo: np.ndarray) -> No
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
-def test_lsast_run_of_several_on_a_terminal_shows_two_bars(folder: Path, terminal: Any) -> None:
+def test_lsast_run_of_several_on_a_terminal_shows_two_bars(folder, terminal):
     stderr, read = terminal
     process = _process("in", "out", *QUICK, stdout=subprocess.PIPE, stderr=stderr)
     seen = b"".join(iter(read, b""))

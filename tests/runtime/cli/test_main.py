@@ -35,7 +35,7 @@ def _process(*arguments: str, **settings: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", "lsast", *arguments], **settings)
 
 
-def test_lsast_run_writes_what_the_library_paints_and_prints_the_path(folder: Path) -> None:
+def test_lsast_run_writes_what_the_library_paints_and_prints_the_path(folder):
     result = _run("in.png", "out.png", "--style", "monet", "--seed", "3", "--guidance", "1", "--size", "96")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "out.png\n", "")
     with lsast.load() as stylizer:
@@ -43,7 +43,7 @@ def test_lsast_run_writes_what_the_library_paints_and_prints_the_path(folder: Pa
     np.testing.assert_array_equal(Image.open("out.png"), expected)
 
 
-def test_lsast_run_with_json_prints_one_object_that_repeats_the_picture(folder: Path, bundle_path: Path) -> None:
+def test_lsast_run_with_json_prints_one_object_that_repeats_the_picture(folder, bundle_path):
     result = _run("in.png", "out.png", "--json", "--strength", "0.5", "--solver", "unipc", "--threads", "1")
     assert (result.exit_code, result.stderr) == (0, "")
     report = json.loads(result.stdout)
@@ -59,13 +59,13 @@ def test_lsast_run_with_json_prints_one_object_that_repeats_the_picture(folder: 
     np.testing.assert_array_equal(Image.open("out.png"), again)
 
 
-def test_lsast_run_may_paint_over_its_input(folder: Path, photo: np.ndarray) -> None:
+def test_lsast_run_may_paint_over_its_input(folder, photo):
     assert _run("in.png", "in.png").exit_code == 0
     assert np.asarray(Image.open("in.png")).shape == photo.shape
     assert (np.asarray(Image.open("in.png")) != photo).any()
 
 
-def test_lsast_run_without_out_paints_beside_the_source(folder: Path) -> None:
+def test_lsast_run_without_out_paints_beside_the_source(folder):
     assert _run("in.png").stdout == "in-painted.png\n"
     assert _run("in.png", "-o", "again.png", "-s", "vangogh", "-q").stdout == "again.png\n"
     Image.open("in.png").save("in.bmp")
@@ -99,7 +99,7 @@ USAGE = {
 
 
 @pytest.mark.parametrize(("arguments", "words"), USAGE.values(), ids=USAGE)
-def test_lsast_run_with_wrong_usage_prints_one_line_and_exits_2(folder: Path, arguments: list[str], words: str) -> None:
+def test_lsast_run_with_wrong_usage_prints_one_line_and_exits_2(folder, arguments, words):
     result = _run(*arguments)
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith("Error: ")
@@ -109,7 +109,7 @@ def test_lsast_run_with_wrong_usage_prints_one_line_and_exits_2(folder: Path, ar
     assert not (folder / "out.png").exists()
 
 
-def test_lsast_run_names_all_invalid_options_at_once(folder: Path) -> None:
+def test_lsast_run_names_all_invalid_options_at_once(folder):
     result = _run("in.png", "out.png", "--steps", "0", "--strength", "2", "--control=-1", "--solver", "euler")
     assert result.exit_code == 2
     assert [line.split(":")[0].strip(" -") for line in result.stderr.splitlines()[1:]] == [
@@ -128,7 +128,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize(("arguments", "words"), FAILURES.values(), ids=FAILURES)
-def test_lsast_run_that_fails_prints_one_line_and_exits_1(folder: Path, arguments: list[str], words: str) -> None:
+def test_lsast_run_that_fails_prints_one_line_and_exits_1(folder, arguments, words):
     (folder / "noise.png").write_bytes(b"\x89PNG no more")
     result = _run(*arguments)
     assert (result.exit_code, result.stdout) == (1, "")
@@ -138,21 +138,21 @@ def test_lsast_run_that_fails_prints_one_line_and_exits_1(folder: Path, argument
     assert not (folder / "out.png").exists()
 
 
-def test_debug_shows_the_traceback_before_the_same_line(folder: Path) -> None:
+def test_debug_shows_the_traceback_before_the_same_line(folder):
     result = _run("nothing.png", "out.png", "--debug")
     assert result.exit_code == 1
     assert "Traceback" in result.stderr
     assert result.stderr.splitlines()[-1].startswith("Error: ")
 
 
-def test_lsast_run_with_a_bug_prints_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lsast_run_with_a_bug_prints_one_line(folder, monkeypatch):
     monkeypatch.setattr("lsast.sampling.sampler.sample", lambda *_: 1 / 0)
     result = _run("in.png", "out.png")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == "Error: unexpected ZeroDivisionError: division by zero (--debug shows where)\n"
 
 
-def test_lsast_run_without_a_backend_says_how_to_install_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lsast_run_without_a_backend_says_how_to_install_one(folder, monkeypatch):
     for library in ("onnxruntime", "openvino"):
         monkeypatch.setitem(sys.modules, library, None)
     result = _run("in.png", "out.png")
@@ -161,7 +161,7 @@ def test_lsast_run_without_a_backend_says_how_to_install_one(folder: Path, monke
     assert "pip install 'lsast[cpu]'" in result.stderr
 
 
-def test_lsast_run_interrupted_leaves_no_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lsast_run_interrupted_leaves_no_file(folder, monkeypatch):
     def interrupt(bar: object, steps: int = 1) -> None:
         if steps:
             raise KeyboardInterrupt
@@ -173,7 +173,7 @@ def test_lsast_run_interrupted_leaves_no_file(folder: Path, monkeypatch: pytest.
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
-def test_lsast_run_on_a_terminal_shows_progress_and_stops_at_ctrl_c(folder: Path, terminal: Any) -> None:
+def test_lsast_run_on_a_terminal_shows_progress_and_stops_at_ctrl_c(folder, terminal):
     stderr, read = terminal
     # Large and long enough to be still at work when the first step is seen.
     arguments = ("in.png", "out.png", "--size", "2048", "--steps", "999", "--strength", "1")
@@ -193,7 +193,7 @@ def test_lsast_run_on_a_terminal_shows_progress_and_stops_at_ctrl_c(folder: Path
     assert [path.name for path in folder.iterdir()] == ["in.png"]
 
 
-def test_preset_is_reported_and_works_with_grid_and_from(folder: Path, parted_path: Path) -> None:
+def test_preset_is_reported_and_works_with_grid_and_from(folder, parted_path):
     where = ("--bundle", str(parted_path))
     painted = _run("in.png", "fast.png", "--json", "--preset", "fast", *where)
     assert painted.exit_code == 0, painted.stderr

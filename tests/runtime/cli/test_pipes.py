@@ -43,7 +43,7 @@ def _feed(name: str) -> None:
     threading.Thread(target=lambda: Path("pipe").write_bytes(Path(name).read_bytes()), daemon=True).start()
 
 
-def test_lsast_run_of_a_pipe_paints_what_comes_out_of_it(folder: Path) -> None:
+def test_lsast_run_of_a_pipe_paints_what_comes_out_of_it(folder):
     assert _run("in.png", "expected.png").exit_code == 0
     _feed("in.png")
     assert _run("pipe", "out.png").exit_code == 0
@@ -52,7 +52,7 @@ def test_lsast_run_of_a_pipe_paints_what_comes_out_of_it(folder: Path) -> None:
     assert _run("pipe", "sheet.png", "--grid", "strength=0.4,0.6").exit_code == 0
 
 
-def test_lsast_run_reads_a_mask_from_a_pipe_once_for_all_pictures(folder: Path) -> None:
+def test_lsast_run_reads_a_mask_from_a_pipe_once_for_all_pictures(folder):
     assert _run("in.png", "expected.png", "-m", "mask.png").exit_code == 0
     _feed("mask.png")
     assert _run("photos/a.png", "photos/b.png", "painted/", "-m", "pipe").exit_code == 0
@@ -69,22 +69,20 @@ def test_lsast_run_reads_a_mask_from_a_pipe_once_for_all_pictures(folder: Path) 
         (["--from", "in.png", "pipe"], "it is read more than once"),
     ],
 )
-def test_lsast_run_refuses_a_pipe_where_one_reading_is_not_enough(
-    folder: Path, arguments: list[str], words: str
-) -> None:
+def test_lsast_run_refuses_a_pipe_where_one_reading_is_not_enough(folder, arguments, words):
     result = _run(*arguments)
     assert result.exit_code in (1, 2)
     assert words in result.stderr
 
 
 @pytest.mark.parametrize("source", ["photos", "photos/*.png"])
-def test_lsast_run_names_the_pipes_of_a_folder_and_paints_the_others(folder: Path, source: str) -> None:
+def test_lsast_run_names_the_pipes_of_a_folder_and_paints_the_others(folder, source):
     result = _run(source, "painted/")
     assert (result.exit_code, result.stderr.count("pipe.png is left out: it is no file")) == (0, 1)
     assert sorted(os.listdir("painted")) == ["a.png", "b.png"]
 
 
-def test_watch_names_a_pipe_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_watch_names_a_pipe_once(folder, caplog):
 
     class Stop:
         rounds = 0
@@ -101,7 +99,7 @@ def test_watch_names_a_pipe_once(folder: Path, caplog: pytest.LogCaptureFixture)
     assert caplog.text.count("pipe.png is left out") == 1
 
 
-def test_read_picture_of_an_endless_stream_stops_at_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_picture_of_an_endless_stream_stops_at_a_bound(monkeypatch):
     monkeypatch.setattr(picture_file, "MAX_BYTES", 5_000_000)
     with (
         open("/dev/zero", "rb") as endless,

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -70,7 +69,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_watch_yields_missing_and_older_paintings_then_changes(folder: Path) -> None:
+def test_watch_yields_missing_and_older_paintings_then_changes(folder):
     watched = Watched(["in"], "out")
     try:
         assert watched.wait(2) == [("in/new.png", "out/new.png"), ("in/stale.png", "out/stale.png")]
@@ -84,7 +83,7 @@ def test_watch_yields_missing_and_older_paintings_then_changes(folder: Path) -> 
         watched.close()
 
 
-def test_watch_waits_for_a_file_that_is_still_written(folder: Path) -> None:
+def test_watch_waits_for_a_file_that_is_still_written(folder):
     watched = Watched(["in"], "out")
     try:
         watched.wait(2)
@@ -99,7 +98,7 @@ def test_watch_waits_for_a_file_that_is_still_written(folder: Path) -> None:
         watched.close()
 
 
-def test_watch_with_overwrite_yields_everything_once(folder: Path) -> None:
+def test_watch_with_overwrite_yields_everything_once(folder):
     (folder / "more").mkdir()
     watched = Watched(["in", "more"], "out", overwrite=True)
     try:
@@ -109,7 +108,7 @@ def test_watch_with_overwrite_yields_everything_once(folder: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs file names that are no text")
-def test_watch_goes_on_after_names_that_clash_or_are_no_text(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_watch_goes_on_after_names_that_clash_or_are_no_text(folder, caplog):
     watched = Watched(["in"], "out")
     try:
         watched.wait(2)
@@ -123,14 +122,14 @@ def test_watch_goes_on_after_names_that_clash_or_are_no_text(folder: Path, caplo
     assert sum("is that of in/c.bmp" in message for message in caplog.messages) == 2
 
 
-def test_check_watch_accepts_folders_only(folder: Path) -> None:
+def test_check_watch_accepts_folders_only(folder):
     for sources, out in ((["in/done.png"], "out"), (["-"], "out"), (["in", "x*"], "out"), (["in"], "in/done.png")):
         with pytest.raises(UsageError, match="expected"):
             check_watch(sources, out)
     check_watch(["in"], "new")
 
 
-def test_lsast_run_with_watch_paints_until_interrupted(folder: Path, photo: np.ndarray, bundle_path: Path) -> None:
+def test_lsast_run_with_watch_paints_until_interrupted(folder, photo, bundle_path):
     for path in (folder / "in").iterdir():
         path.unlink()
     environment = {**os.environ, "LSAST_BUNDLE": str(bundle_path)}

@@ -11,7 +11,7 @@ SIZES = [(512, 512), (1200, 800), (800, 1200), (50, 2000), (2000, 50), (1, 1), (
 
 @pytest.mark.parametrize("own", SIZES)
 @pytest.mark.parametrize(("size", "multiple"), [(512, 64), (256, 64), (200, 8)])
-def test_canvas_fit_is_legal_and_near_the_size(own: tuple[int, int], size: int, multiple: int) -> None:
+def test_canvas_fit_is_legal_and_near_the_size(own, size, multiple):
     canvas = Canvas.fit(own, size, multiple)
     for side in (0, 1):
         assert canvas.outer[side] % multiple == 0
@@ -25,7 +25,7 @@ def test_canvas_fit_is_legal_and_near_the_size(own: tuple[int, int], size: int, 
 
 
 @pytest.mark.parametrize("own", SIZES)
-def test_canvas_of_the_own_size_does_not_resample(own: tuple[int, int]) -> None:
+def test_canvas_of_the_own_size_does_not_resample(own):
     rgb = np.random.default_rng(0).integers(0, 256, (*own, 3), dtype=np.uint8)
     canvas = Canvas.fit(own, 0, 64)
     assert canvas.inner == own
@@ -33,7 +33,7 @@ def test_canvas_of_the_own_size_does_not_resample(own: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("own", [(100, 60), (60, 100), (64, 64), (1, 1), (65, 129)])
-def test_canvas_crop_shows_nothing_of_the_margin(own: tuple[int, int]) -> None:
+def test_canvas_crop_shows_nothing_of_the_margin(own):
     rgb = np.full((*own, 3), 90, np.uint8)
     canvas = Canvas.fit(own, 256, 64)
     marked = np.full((*canvas.outer, 3), 255, np.uint8)
@@ -43,7 +43,7 @@ def test_canvas_crop_shows_nothing_of_the_margin(own: tuple[int, int]) -> None:
     np.testing.assert_array_equal(canvas.crop(marked), rgb)
 
 
-def test_canvas_pad_mirrors_the_picture() -> None:
+def test_canvas_pad_mirrors_the_picture():
     rgb = np.arange(6 * 10 * 3, dtype=np.uint8).reshape(6, 10, 3)
     placed = Canvas.fit((6, 10), 0, 8).pad(rgb)
     assert placed.shape == (8, 16, 3)
@@ -53,7 +53,7 @@ def test_canvas_pad_mirrors_the_picture() -> None:
     np.testing.assert_array_equal(placed[1:7, 13:16], rgb[:, :-4:-1])
 
 
-def test_canvas_pad_scales_by_lanczos() -> None:
+def test_canvas_pad_scales_by_lanczos():
     rgb = np.zeros((90, 180, 3), np.uint8)
     rgb[30:60, 60:120] = 255
     canvas = Canvas.fit((90, 180), 64, 8)

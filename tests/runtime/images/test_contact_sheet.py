@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import lsast
-from lsast import PictureError, Stylizer, UsageError
+from lsast import PictureError, UsageError
 from lsast.cli.main import main
 from lsast.images.contact_sheet import CELL, contact_sheet, parse_axes
 
@@ -23,7 +23,7 @@ AXES: dict[str, list[Any]] = {
 }
 
 
-def test_contact_sheet_cell_is_the_painting_of_its_options(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_contact_sheet_cell_is_the_painting_of_its_options(stylizer, photo):
     reported: list[tuple[int, int]] = []
     sheet = contact_sheet(stylizer, photo, AXES, on_cell=lambda *progress: reported.append(progress), guidance=3.0)
     assert list(sheet.cells) == [(s, c, style) for style in AXES["style"] for c in (0.0, 2.0) for s in (0.3, 0.7, 1.0)]
@@ -39,7 +39,7 @@ def test_contact_sheet_cell_is_the_painting_of_its_options(stylizer: Stylizer, p
     assert [*tops.values()] == sorted({box[1] for box in sheet.cells.values()})
 
 
-def test_contact_sheet_labels_lie_beside_their_cells(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_contact_sheet_labels_lie_beside_their_cells(stylizer, photo):
     def sheet(values: list[float]) -> tuple[np.ndarray, list[tuple[int, int, int, int]]]:
         made = contact_sheet(stylizer, photo, {"control_scale": [1.0], "guidance": values}, steps=1)
         return np.asarray(made.image), list(made.cells.values())
@@ -54,7 +54,7 @@ def test_contact_sheet_labels_lie_beside_their_cells(stylizer: Stylizer, photo: 
     assert (second != other[boxes[1][1] : boxes[1][3], : boxes[1][0]]).any()
 
 
-def test_contact_sheet_scales_large_paintings_and_puts_transparent_ones_on_white(stylizer: Stylizer) -> None:
+def test_contact_sheet_scales_large_paintings_and_puts_transparent_ones_on_white(stylizer):
     rgba = np.zeros((500, 1000, 4), np.uint8)
     sheet = contact_sheet(stylizer, rgba, {"seed": [0]}, size=64)
     ((left, top, right, bottom),) = sheet.cells.values()
@@ -62,7 +62,7 @@ def test_contact_sheet_scales_large_paintings_and_puts_transparent_ones_on_white
     assert (np.asarray(sheet.image.crop((left, top, right, bottom))) == 255).all()
 
 
-def test_parse_axes_reads_names_and_values() -> None:
+def test_parse_axes_reads_names_and_values():
     found = parse_axes(["strength=0.4, 0.6", "steps=10", "style=vangogh:0.5+monet,monet", "keep-colour=true"])
     assert found == {
         "strength": [0.4, 0.6], "steps": [10], "style": ["vangogh:0.5+monet", "monet"], "keep_colour": [True],
@@ -81,12 +81,12 @@ def test_parse_axes_reads_names_and_values() -> None:
         (["seed=1", "seed=2"], "the axis seed, twice"),
     ],
 )
-def test_parse_axes_with_invalid_axes_raises(texts: list[str], words: str) -> None:
+def test_parse_axes_with_invalid_axes_raises(texts, words):
     with pytest.raises(UsageError, match=words):
         parse_axes(texts)
 
 
-def test_lsast_run_with_grid_writes_a_sheet(bundle_path: Path, photo: np.ndarray, tmp_path: Path) -> None:
+def test_lsast_run_with_grid_writes_a_sheet(bundle_path, photo, tmp_path):
     Image.fromarray(photo).save(tmp_path / "in.png")
     arguments = [str(tmp_path / "in.png"), str(tmp_path / "sheet.png"), "--bundle", str(bundle_path), "--json"]
     result = CliRunner().invoke(main, [*arguments, "--grid", "strength=0.3,0.7", "--grid", "style=monet,vangogh"])
@@ -100,9 +100,7 @@ def test_lsast_run_with_grid_writes_a_sheet(bundle_path: Path, photo: np.ndarray
     assert CliRunner().invoke(main, [*arguments, *masked, "--size", "64"]).exit_code == 0
 
 
-def test_contact_sheet_that_cannot_be_made_is_refused_before_it_is_painted(
-    stylizer: Stylizer, photo: np.ndarray
-) -> None:
+def test_contact_sheet_that_cannot_be_made_is_refused_before_it_is_painted(stylizer, photo):
     painted: list[int] = []
     count = {"on_cell": lambda done, _: painted.append(done)}
     spoilt: tuple[dict[str, list[Any]], ...] = (

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from lsast import PictureError, Stylizer
+from lsast import PictureError
 from lsast.images.mask import composite, keep_colour, read_mask, to_latent_mask
 
 
@@ -26,9 +25,7 @@ def _mask(height: int = 64, width: int = 128) -> np.ndarray:
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp2m", "unipc", "ddim_lsast"])
-def test_stylize_with_a_mask_paints_inside_and_keeps_the_outside_exactly(
-    stylizer: Stylizer, picture: np.ndarray, solver: str
-) -> None:
+def test_stylize_with_a_mask_paints_inside_and_keeps_the_outside_exactly(stylizer, picture, solver):
     options: dict[str, Any] = {"size": 0, "solver": solver, "guidance": 3.0}
     inside = _mask() == 255
     masked = np.asarray(stylizer.stylize(picture, mask=_mask(), feather=0, **options))
@@ -37,7 +34,7 @@ def test_stylize_with_a_mask_paints_inside_and_keeps_the_outside_exactly(
     assert (masked[inside] != picture[inside]).mean() > 0.9
 
 
-def test_stylize_with_a_mask_keeps_the_latent_outside(stylizer: Stylizer, picture: np.ndarray, runs: list[Any]) -> None:
+def test_stylize_with_a_mask_keeps_the_latent_outside(stylizer, picture, runs):
     mask = _mask()
     mask[:, 120:] = 51  # a fifth
     stylizer.stylize(picture, mask=mask, feather=0, size=0, solver="dpmpp2m", strength=0.7)
@@ -52,7 +49,7 @@ def test_stylize_with_a_mask_keeps_the_latent_outside(stylizer: Stylizer, pictur
     np.testing.assert_allclose(solver.weight, 1 - mask[::8, ::8] / 255, atol=1e-6)
 
 
-def test_read_mask_with_feather_fades_inside_the_mask(stylizer: Stylizer, picture: np.ndarray) -> None:
+def test_read_mask_with_feather_fades_inside_the_mask(stylizer, picture):
     inside = _mask() == 255
     masked = np.asarray(stylizer.stylize(picture, mask=_mask(), feather=10, size=0))
     np.testing.assert_array_equal(masked[~inside], picture[~inside])
@@ -64,7 +61,7 @@ def test_read_mask_with_feather_fades_inside_the_mask(stylizer: Stylizer, pictur
     assert share[32, 24:40].tolist() == expected
 
 
-def test_read_mask_does_not_fade_at_the_edge_of_the_picture() -> None:
+def test_read_mask_does_not_fade_at_the_edge_of_the_picture():
     whole = read_mask(np.full((32, 48), 255, np.uint8), (32, 48), 16)
     assert (whole == 255).all()
     half = np.zeros((32, 48), np.uint8)
@@ -72,7 +69,7 @@ def test_read_mask_does_not_fade_at_the_edge_of_the_picture() -> None:
     assert read_mask(half, (32, 48), 4)[:, 0].tolist() == [255] * 32
 
 
-def test_read_mask_takes_any_kind_of_picture(tmp_path: Path) -> None:
+def test_read_mask_takes_any_kind_of_picture(tmp_path):
     grey = np.tile(np.arange(0, 240, 10, dtype=np.uint8), (8, 1))
     Image.fromarray(grey).save(tmp_path / "m.png")
     clear = Image.merge("LA", [Image.new("L", (24, 8), 255), Image.fromarray(grey)])
@@ -83,12 +80,12 @@ def test_read_mask_takes_any_kind_of_picture(tmp_path: Path) -> None:
     assert np.abs(read_mask(coloured, (8, 24), 0) - luma).max() <= 1
 
 
-def test_read_mask_of_another_size_names_the_expected_one(stylizer: Stylizer, picture: np.ndarray) -> None:
+def test_read_mask_of_another_size_names_the_expected_one(stylizer, picture):
     with pytest.raises(PictureError, match=r"mask of 64 x 128 pixels; expected 128 x 64"):
         stylizer.stylize(picture, mask=_mask().T)
 
 
-def test_stylize_with_fit_stretch_stretches_the_mask(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_stylize_with_fit_stretch_stretches_the_mask(stylizer, photo):
     mask = np.zeros(photo.shape[:2], np.uint8)
     mask[:48] = 255
     result = np.asarray(stylizer.stylize(photo, mask=mask, feather=0, fit="stretch", size=128))
@@ -97,25 +94,25 @@ def test_stylize_with_fit_stretch_stretches_the_mask(stylizer: Stylizer, photo: 
     assert (result[:58] != stretched[:58]).mean() > 0.9
 
 
-def test_stylize_with_a_mask_keeps_transparency(stylizer: Stylizer, picture: np.ndarray) -> None:
+def test_stylize_with_a_mask_keeps_transparency(stylizer, picture):
     alpha = np.tile(np.arange(128, dtype=np.uint8) * 2, (64, 1))
     result = np.asarray(stylizer.stylize(np.dstack([picture, alpha]), mask=_mask(), feather=0))
     np.testing.assert_array_equal(result[..., 3], alpha)
     np.testing.assert_array_equal(result[48:, :, :3], picture[48:])
 
 
-def test_composite_with_a_grey_mask_paints_in_part() -> None:
+def test_composite_with_a_grey_mask_paints_in_part():
     painted, picture = (np.full((1, 1, 3), value, np.uint8) for value in (200, 100))
     assert composite(painted, picture, np.full((1, 1), 51, np.uint8)).tolist() == [[[120] * 3]]
 
 
-def test_to_latent_mask_gives_means_of_cells() -> None:
+def test_to_latent_mask_gives_means_of_cells():
     mask = np.random.default_rng(0).integers(0, 256, (16, 24), dtype=np.uint8)
     expected = [[mask[8 * i : 8 * i + 8, 8 * j : 8 * j + 8].mean() / 255 for j in range(3)] for i in range(2)]
     np.testing.assert_allclose(to_latent_mask(mask, 8), expected, rtol=1e-6)
 
 
-def test_keep_colour_joins_the_pictures_chroma_and_the_paintings_luma() -> None:
+def test_keep_colour_joins_the_pictures_chroma_and_the_paintings_luma():
     rng = np.random.default_rng(0)
     picture, painted = (rng.integers(90, 166, (40, 40, 3), dtype=np.uint8) for _ in range(2))
     kept = keep_colour(painted, picture)
@@ -124,7 +121,7 @@ def test_keep_colour_joins_the_pictures_chroma_and_the_paintings_luma() -> None:
     assert np.abs(bands[0][..., 1:] - bands[2][..., 1:]).max() <= 1
 
 
-def test_stylize_with_keep_colour_changes_the_finished_painting_alone(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_stylize_with_keep_colour_changes_the_finished_painting_alone(stylizer, photo):
     plain, kept = (np.asarray(stylizer.stylize(photo, keep_colour=keep)) for keep in (False, True))
     np.testing.assert_array_equal(kept, keep_colour(plain, photo))
     assert (plain != kept).any()

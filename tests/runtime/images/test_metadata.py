@@ -44,9 +44,7 @@ def _held(path: Path) -> tuple[dict[str, Any], str]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_record_in_a_file_says_what_it_was_made_of(
-    painted: lsast.Result, bundle_path: Path, photo: np.ndarray, tmp_path: Path, form: str
-) -> None:
+def test_record_in_a_file_says_what_it_was_made_of(painted, bundle_path, photo, tmp_path, form):
     painted.save(tmp_path / f"a.{form}", seconds=True)
     held, settings = _held(tmp_path / f"a.{form}")
     assert held["format"] == 1
@@ -81,9 +79,7 @@ def test_record_in_a_file_says_what_it_was_made_of(
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("given", ["jpg", "png"])
-def test_save_writes_nothing_private_of_the_picture(
-    bundle_path: Path, photo: np.ndarray, tmp_path: Path, form: str, given: str
-) -> None:
+def test_save_writes_nothing_private_of_the_picture(bundle_path, photo, tmp_path, form, given):
     exif = Image.Exif()
     exif[0x010F], exif[0x0110], exif[0x8298], exif[0x010E] = "Secretmake", "Secretcam", "Secretname", "Secretplace"
     exif.get_ifd(0x8825)[2] = (48.0, 51.0, 29.0)
@@ -105,7 +101,7 @@ def test_save_writes_nothing_private_of_the_picture(
     assert not any(str(tmp_path) in text for text in texts)
 
 
-def test_read_record_of_a_file_without_a_record_raises(painted: lsast.Result, tmp_path: Path) -> None:
+def test_read_record_of_a_file_without_a_record_raises(painted, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     with pytest.raises(PictureError, match="does not say how it was painted"):
         read_record(tmp_path / "plain.png")
@@ -144,7 +140,7 @@ def run(tmp_path: Path, photo: np.ndarray, bundle_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("form", ["png", "tif"])
-def test_from_repeats_a_painting_to_the_bit(run: Run, form: str) -> None:
+def test_from_repeats_a_painting_to_the_bit(run, form):
     made = run("in.png", f"out.{form}", "--style", MIX, "--seed", "3", "--mask", "mask.png", "--keep-colour")
     assert made.exit_code == 0, made.stderr
     alone = run("--from", f"out.{form}")
@@ -160,9 +156,7 @@ def test_from_repeats_a_painting_to_the_bit(run: Run, form: str) -> None:
     assert (first.provenance, first.options) == (second.provenance, second.options)
 
 
-def test_from_with_other_inputs_names_them_before_painting(
-    run: Run, photo: np.ndarray, bundle_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_from_with_other_inputs_names_them_before_painting(run, photo, bundle_path, monkeypatch):
     assert run("in.png", "out.png", "--style", MIX, "--mask", "mask.png").exit_code == 0
     photo = photo.copy()
     photo[0, 0, 0] ^= 1
@@ -190,7 +184,7 @@ def test_from_with_other_inputs_names_them_before_painting(
     assert (elsewhere.exit_code, "another bundle; name it with --bundle" in elsewhere.stderr) == (1, True)
 
 
-def test_from_with_another_result_says_by_how_much_and_what_changed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_with_another_result_says_by_how_much_and_what_changed(run, monkeypatch):
     assert run("in.png", "out.png").exit_code == 0
     with Image.open("out.png") as image:
         text, pixels = image.text, np.array(image)  # type: ignore[attr-defined]
@@ -204,7 +198,7 @@ def test_from_with_another_result_says_by_how_much_and_what_changed(run: Run, mo
     assert f"numpy 1.0, now {np.__version__}" in result.stderr
 
 
-def test_from_with_options_changes_the_picture_and_needs_out(run: Run, photo: np.ndarray) -> None:
+def test_from_with_options_changes_the_picture_and_needs_out(run, photo):
     assert run("in.png", "out.png", "--style", "monet", "--guidance", "3").exit_code == 0
     refused = run("--from", "out.png", "in.png", "--seed", "5")
     assert (refused.exit_code, "options and no OUT" in refused.stderr) == (2, True)
@@ -221,7 +215,7 @@ def test_from_with_options_changes_the_picture_and_needs_out(run: Run, photo: np
     assert list(other["styles"]) == ["vangogh"]
 
 
-def test_from_recognises_a_transparent_picture_on_white(run: Run, photo: np.ndarray) -> None:
+def test_from_recognises_a_transparent_picture_on_white(run, photo):
     alpha = np.full(photo.shape[:2], 90, np.uint8)
     Image.fromarray(np.dstack([photo, alpha])).save("clear.png")
     assert run("clear.png", "out.png", "--alpha", "composite").exit_code == 0
@@ -231,7 +225,7 @@ def test_from_recognises_a_transparent_picture_on_white(run: Run, photo: np.ndar
     assert (opaque.exit_code, "picture in.png: found" in opaque.stderr) == (1, True)
 
 
-def test_record_with_removed_options_without_effect_is_read(painted: lsast.Result, tmp_path: Path) -> None:
+def test_record_with_removed_options_without_effect_is_read(painted, tmp_path):
     painted.save(tmp_path / "a.png")
     held, _ = _held(tmp_path / "a.png")
     idle = {"control_low": 0, "control_interval": 1, "guidance_low": 0, "guidance_high": 1000}
@@ -242,7 +236,7 @@ def test_record_with_removed_options_without_effect_is_read(painted: lsast.Resul
         Record.from_json(json.dumps(held), "a.png")
 
 
-def test_record_with_names_of_earlier_versions_is_read(painted: lsast.Result, tmp_path: Path) -> None:
+def test_record_with_names_of_earlier_versions_is_read(painted, tmp_path):
     painted.save(tmp_path / "a.png")
     held, _ = _held(tmp_path / "a.png")
     held["arithmetic"] = held.pop("compute_dtype")

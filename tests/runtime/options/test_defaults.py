@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -44,7 +43,7 @@ def own(path: Path) -> Iterator[Stylizer]:
         yield opened
 
 
-def test_resolve_prefers_the_call_to_the_style_and_the_style_to_the_bundle(own: Stylizer) -> None:
+def test_resolve_prefers_the_call_to_the_style_and_the_style_to_the_bundle(own):
     found, defaults = own.resolve(style="monet"), own.bundle.manifest.defaults
     assert (found.guidance, found.strength, found.steps) == (5.0, 1.0, defaults["steps"])
     assert own.resolve(style="monet", guidance=1.0, strength=None).guidance == 1.0
@@ -53,9 +52,7 @@ def test_resolve_prefers_the_call_to_the_style_and_the_style_to_the_bundle(own: 
     assert own.resolve().steps == 4  # the bundle's own style is no exception
 
 
-def test_stylize_with_a_styles_defaults_equals_the_same_options_given(
-    path: Path, bundle_path: Path, photo: np.ndarray
-) -> None:
+def test_stylize_with_a_styles_defaults_equals_the_same_options_given(path, bundle_path, photo):
     with lsast.load(path) as own, lsast.load(bundle_path) as plain:
         left = own.stylize(photo, style="monet")
         right = plain.stylize(photo, style="monet", **OWN["monet"])
@@ -83,7 +80,7 @@ def distilled(baked: Path) -> Iterator[Stylizer]:
         yield opened
 
 
-def test_resolve_with_distilled_guidance_sets_guidance_1(distilled: Stylizer, photo: np.ndarray) -> None:
+def test_resolve_with_distilled_guidance_sets_guidance_1(distilled, photo):
     assert distilled.bundle.open_style("five").distilled_guidance == 5.0
     assert distilled.bundle.open_style("plain").distilled_guidance is None
     found = distilled.resolve(style="five")
@@ -107,14 +104,12 @@ def test_resolve_with_distilled_guidance_sets_guidance_1(distilled: Stylizer, ph
         ({"style": "vangogh@0-4+five@5-9"}, r"unequal distilled guidance \(vangogh 7, five 5\)"),
     ],
 )
-def test_resolve_with_distilled_guidance_refuses_guidance(
-    distilled: Stylizer, given: dict[str, Any], message: str
-) -> None:
+def test_resolve_with_distilled_guidance_refuses_guidance(distilled, given, message):
     with pytest.raises(lsast.UsageError, match=message):
         distilled.resolve(**given)
 
 
-def test_style_file_with_invalid_distilled_guidance_is_damaged(baked: Path, tmp_path: Path) -> None:
+def test_style_file_with_invalid_distilled_guidance_is_damaged(baked, tmp_path):
     style = Bundle.open(baked).style("plain")
     broken = Style("x", style.base, 10, style.tokens, style.kv_unet, style.kv_control, {"guidance_baked": "much"})
     broken.save(tmp_path / "x.safetensors")
@@ -122,12 +117,12 @@ def test_style_file_with_invalid_distilled_guidance_is_damaged(baked: Path, tmp_
         StyleFile(tmp_path / "x.safetensors")
 
 
-def test_list_styles_reports_distilled_guidance(baked: Path) -> None:
+def test_list_styles_reports_distilled_guidance(baked):
     facts = json.loads(CliRunner().invoke(main, ["--bundle", str(baked), "--list-styles", "--json"]).stdout)
     assert facts["guidance_baked"] == {"vangogh": 7.0, "monet": 7.0, "five": 5.0}
 
 
-def test_resolve_prefers_the_call_to_the_preset_and_the_preset_to_the_style(own: Stylizer) -> None:
+def test_resolve_prefers_the_call_to_the_preset_and_the_preset_to_the_style(own):
     found = own.resolve(style="vangogh", preset="fast", solver="ddim")
     # steps of the preset, solver of the call, guidance of the style, strength of the bundle
     strength = own.bundle.manifest.defaults["strength"]
@@ -135,19 +130,19 @@ def test_resolve_prefers_the_call_to_the_preset_and_the_preset_to_the_style(own:
     assert (found.preset, found.cache_interval) == ("fast", 2)
 
 
-def test_resolve_with_preset_exact_equals_no_preset(own: Stylizer) -> None:
+def test_resolve_with_preset_exact_equals_no_preset(own):
     exact, none = (own.resolve(style="monet", preset=preset) for preset in ("exact", None))
     assert dataclasses.replace(exact, preset=None) == none
     assert (exact.preset, none.preset) == ("exact", None)
 
 
-def test_resolve_prefers_the_calls_preset_to_the_stylizers(path: Path) -> None:
+def test_resolve_prefers_the_calls_preset_to_the_stylizers(path):
     with lsast.load(path, preset="balanced") as stylizer:
         assert stylizer.resolve().preset == "balanced"
         assert stylizer.resolve(preset="exact").cache_interval == 1
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_preset_options_are_valid(own: Stylizer, preset: str) -> None:
+def test_preset_options_are_valid(own, preset):
     options = own.resolve(preset=preset)
     assert {name: getattr(options, name) for name in preset_options(preset)} == preset_options(preset)

@@ -83,7 +83,7 @@ def _each(table: dict[str, list[Any]]) -> list[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize(("name", "value"), _each(LIMITS))
-def test_options_at_their_limits_are_valid(name: str, value: object) -> None:
+def test_options_at_their_limits_are_valid(name, value):
     assert dataclasses.asdict(Options(**{**GOOD, name: value})) == {**GOOD, name: value}
 
 
@@ -103,21 +103,21 @@ def test_options_at_their_limits_are_valid(name: str, value: object) -> None:
     ],
     ids=str,
 )
-def test_options_take_scalars_of_numpy_as_plain_values(name: str, value: object, plain: object) -> None:
+def test_options_take_scalars_of_numpy_as_plain_values(name, value, plain):
     found = getattr(Options(**{**GOOD, name: value}), name)
     assert (found, type(found)) == (plain, type(plain))
     assert json.loads(json.dumps(dataclasses.asdict(Options(**{**GOOD, name: value}))))[name] == plain
 
 
 @pytest.mark.parametrize(("name", "value"), _each(FAULTS))
-def test_options_with_an_invalid_value_name_it(name: str, value: object) -> None:
+def test_options_with_an_invalid_value_name_it(name, value):
     with pytest.raises(UsageError) as caught:
         Options(**{**GOOD, name: value})
     _, line = str(caught.value).split("\n")
     assert line.startswith(f"  - {name}: found {value!r}; expected ")
 
 
-def test_options_with_many_invalid_values_name_them_all() -> None:
+def test_options_with_many_invalid_values_name_them_all():
     wrong = {name: values[-1] for name, values in FAULTS.items()}
     assert wrong.keys() == GOOD.keys()
     with pytest.raises(UsageError) as caught:
@@ -125,13 +125,13 @@ def test_options_with_many_invalid_values_name_them_all() -> None:
     assert [line.split(":")[0] for line in str(caught.value).split("\n")[1:]] == [f"  - {name}" for name in GOOD]
 
 
-def test_options_with_fit_stretch_and_size_0_are_invalid() -> None:
+def test_options_with_fit_stretch_and_size_0_are_invalid():
     with pytest.raises(UsageError, match=r"size: found 0 with fit stretch; expected .* such as 512"):
         Options(**{**GOOD, "size": 0, "fit": "stretch"})
     Options(**{**GOOD, "size": 0, "fit": "aspect"})
 
 
-def test_preset_released_is_the_shipped_call() -> None:
+def test_preset_released_is_the_shipped_call():
     # docs/method.md §4: 50 DDIM steps, strength 0.7, scale 10, all ControlNet scales 1, stretched to 512 x 512.
     options = Options(style="monet", **preset_options("released"))
     shipped = {"steps": 50, "strength": 0.7, "guidance": 10.0, "control_scale": 1.0, "size": 512, "fit": "stretch"}
@@ -143,7 +143,7 @@ def test_preset_released_is_the_shipped_call() -> None:
         preset_options("sdxl")
 
 
-def test_options_with_a_syntax_error_in_a_mix_point_at_it() -> None:
+def test_options_with_a_syntax_error_in_a_mix_point_at_it():
     with pytest.raises(UsageError) as caught:
         Options(**{**GOOD, "style": "vangogh:x+monet", "steps": 0})
     lines = str(caught.value).split("\n")
@@ -152,12 +152,12 @@ def test_options_with_a_syntax_error_in_a_mix_point_at_it() -> None:
     assert sum(line.startswith("  - ") for line in lines) == 2
 
 
-def test_names_of_solvers_and_presets_are_those_that_exist() -> None:
+def test_names_of_solvers_and_presets_are_those_that_exist():
     assert get_args(SolverName) == tuple(SOLVERS)
     assert get_args(PresetName) == tuple(PRESETS)
 
 
-def test_stylize_has_the_signature_that_options_declare() -> None:
+def test_stylize_has_the_signature_that_options_declare():
     """Every field of `Options` is a keyword of `stylize`, of the same type or None for the default."""
     scope = vars(lsast.stylizer) | dict.fromkeys(("Picture", "OnStep", "TemporalState", "StyleFile"), Any)
     hints = typing.get_type_hints(Stylizer.stylize, scope)
@@ -168,7 +168,7 @@ def test_stylize_has_the_signature_that_options_declare() -> None:
     assert all(parameters[name].default is None for name in declared)
 
 
-def test_lsast_run_has_an_option_for_every_field_with_its_help() -> None:
+def test_lsast_run_has_an_option_for_every_field_with_its_help():
     options = {parameter.name: parameter for parameter in main.params if isinstance(parameter, click.Option)}
     assert {main.make_context("lsast-run", []).params[name] for name in rules()} == {None}
     for name, rule in rules().items():

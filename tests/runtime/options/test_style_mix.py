@@ -14,7 +14,7 @@ from lsast_engines.bundle.manifest import Group
 STAGES = 10
 
 
-def test_mix_ignores_spaces_around_signs() -> None:
+def test_mix_ignores_spaces_around_signs():
     spaced = Mix.parse(" vangogh : 0.6 @ up @ 0 - 4 + monet".replace("0 - 4", "0-4"))
     assert [(t.style, t.weight, t.group, t.stages) for t in spaced.terms] == [
         ("vangogh", 0.6, "up", (0, 4)),
@@ -49,7 +49,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("text", "before", "words"), FAULTS)
-def test_mix_with_a_syntax_error_points_at_it(text: str, before: str, words: str) -> None:
+def test_mix_with_a_syntax_error_points_at_it(text, before, words):
     with pytest.raises(UsageError, match=words) as caught:
         Mix.parse(text)
     _, shown, caret = str(caught.value).split("\n")
@@ -65,13 +65,13 @@ def test_mix_with_a_syntax_error_points_at_it(text: str, before: str, words: str
         ("vangogh+monet@4-10", "vangogh+monet@", "found stage 10; expected 0 to 9"),
     ],
 )
-def test_mix_check_points_at_what_the_bundle_lacks(text: str, before: str, words: str) -> None:
+def test_mix_check_points_at_what_the_bundle_lacks(text, before, words):
     with pytest.raises(UsageError, match=re.escape(words)) as caught:
         Mix.parse(text).check(["vangogh", "monet", "roerich"], STAGES)
     assert str(caught.value).split("\n")[-1] == f"    {' ' * len(before)}^"
 
 
-def test_groups_are_those_of_the_manifest() -> None:
+def test_groups_are_those_of_the_manifest():
     assert get_args(Group) == GROUPS
 
 
@@ -79,5 +79,5 @@ def test_groups_are_those_of_the_manifest() -> None:
     ("text", "single"),
     [("vangogh", True), ("vangogh:0.3", True), ("vangogh@up", False), ("vangogh@0-4", False), ("vangogh+monet", False)],
 )
-def test_mix_is_single_only_for_one_style_everywhere(text: str, single: bool) -> None:
+def test_mix_is_single_only_for_one_style_everywhere(text, single):
     assert Mix.parse(text).is_single == single

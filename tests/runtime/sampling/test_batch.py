@@ -74,7 +74,7 @@ MIXES = [
 
 
 @pytest.mark.parametrize("text", MIXES)
-def test_mixed_style_is_the_weighted_mean_of_the_terms_that_apply(text: str) -> None:
+def test_mixed_style_is_the_weighted_mean_of_the_terms_that_apply(text):
     mixed = _mixed(text)
     for stage in range(STAGES):
         row = mixed.stage(stage)
@@ -92,13 +92,13 @@ def test_mixed_style_is_the_weighted_mean_of_the_terms_that_apply(text: str) -> 
 
 
 @pytest.mark.parametrize("text", ["vangogh", "vangogh:0.3", "vangogh+vangogh", "vangogh@down+vangogh@mid+vangogh@up"])
-def test_mixed_style_of_one_style_is_that_style_to_the_bit(text: str) -> None:
+def test_mixed_style_of_one_style_is_that_style_to_the_bit(text):
     for stage in range(STAGES):
         np.testing.assert_array_equal(_mixed(text).stage(stage).kv_unet, STYLES["vangogh"].kv_unet[stage])
         np.testing.assert_array_equal(_mixed(text).stage(stage).kv_control, STYLES["vangogh"].kv_control[stage])
 
 
-def test_mixed_style_reads_a_null_of_many_stages_by_stage_and_leaves_it_alone() -> None:
+def test_mixed_style_reads_a_null_of_many_stages_by_stage_and_leaves_it_alone():
     null = _style("null", 11)
     before = null.kv_unet.copy()
     row = MixedStyle(Mix.parse("vangogh@up"), STYLES, null, LAYERS).stage(6)
@@ -152,7 +152,7 @@ def _run(solver: str, share: Any, steps: int = 12, watch: Any = None) -> tuple[n
     return found[0], (schedule, z0[0], draws[1])
 
 
-def test_sample_with_x0_blend_blends_the_predicted_x0_with_the_picture() -> None:
+def test_sample_with_x0_blend_blends_the_predicted_x0_with_the_picture():
     share = np.random.default_rng(1).uniform(size=(6, 8)).astype(np.float32)
     share[0], share[1] = 0, 1
     guesses: list[np.ndarray] = []
@@ -172,7 +172,7 @@ def test_sample_with_x0_blend_blends_the_predicted_x0_with_the_picture() -> None
 
 
 @pytest.mark.parametrize(("solver", "rest"), [("ddim", True), ("dpmpp2m", False), ("unipc", False)])
-def test_sample_where_the_blend_is_1_keeps_the_picture_with_every_solver(solver: str, rest: bool) -> None:
+def test_sample_where_the_blend_is_1_keeps_the_picture_with_every_solver(solver, rest):
     """In one half of the latent nothing is painted: it ends as z0, noised to where the schedule ends."""
     share = np.ones((6, 8), np.float32)
     share[:, :4] = 0
@@ -185,7 +185,7 @@ def test_sample_where_the_blend_is_1_keeps_the_picture_with_every_solver(solver:
     assert np.abs(free[:, :, :4] - expected[:, :, :4]).max() > 0.1
 
 
-def test_x0_blend_around_another_blends_one_after_the_other() -> None:
+def test_x0_blend_around_another_blends_one_after_the_other():
     noise, rng = NoiseSchedule(), np.random.default_rng(2)
     schedule = TimestepSchedule.build(noise, 12, 0.7, 10, "ddim")
     x, eps, picture, before = (rng.standard_normal((4, 6, 8)).astype(np.float32) for _ in range(4))
@@ -205,7 +205,7 @@ def moments(latent: np.ndarray) -> np.ndarray:
     return np.stack([latent.mean((1, 2)), latent.std((1, 2))])
 
 
-def test_match_leads_the_moments_of_a_latent_towards_the_palettes() -> None:
+def test_match_leads_the_moments_of_a_latent_towards_the_palettes():
     latent = np.random.default_rng(0).normal(0.7, 2, (4, 6, 8)).astype(np.float32)
     wanted = np.array([MONET.mean, MONET.std])
     for amount in (0, 0.25, 1):
@@ -215,13 +215,13 @@ def test_match_leads_the_moments_of_a_latent_towards_the_palettes() -> None:
     np.testing.assert_allclose(moments(Palette.of([(1.0, MONET)], 1).match(flat))[0], MONET.mean, atol=1e-6)
 
 
-def test_palette_of_a_mix_is_the_weighted_mean() -> None:
+def test_palette_of_a_mix_is_the_weighted_mean():
     mixed = Palette.of([(3.0, MONET), (1.0, GOYA)], 0.5)
     np.testing.assert_allclose(mixed.mean.ravel(), [0.2, -0.1, 0.4, 0.1], atol=1e-6)
     np.testing.assert_allclose(mixed.std.ravel(), [0.6, 0.7, 0.8, 0.9], atol=1e-6)
 
 
-def test_limit_narrows_the_predicted_picture_to_the_palettes_deviation_and_widens_none() -> None:
+def test_limit_narrows_the_predicted_picture_to_the_palettes_deviation_and_widens_none():
     rng, level = np.random.default_rng(1), NoiseLevel.of(0.3)
     x, eps = (rng.standard_normal((4, 6, 8), dtype=np.float32) for _ in range(2))
     x[0] /= 8
@@ -244,9 +244,7 @@ def styles(tmp_path: Path, bundle_path: Path) -> dict[str, StyleFile]:
     return {name: StyleFile(folder / f"{name}.safetensors") for name, folder in files.items()}
 
 
-def test_palette_is_by_style_off_where_there_is_none_and_refused_by_name(
-    styles: dict[str, StyleFile], bundle_path: Path
-) -> None:
+def test_palette_is_by_style_off_where_there_is_none_and_refused_by_name(styles, bundle_path):
     defaults = Bundle.open(bundle_path).manifest.defaults
 
     def palette(*names: str, **given: Any) -> float:
@@ -270,7 +268,7 @@ def fields(bundle_path: Path) -> dict[str, Any]:
             "solver": lambda _: make_solver(schedule), "guidance": 2.0, "seed": 0}  # fmt: skip
 
 
-def test_batch_with_a_palette_starts_from_and_steps_with_its_latents(bundle_path: Path, fields: dict[str, Any]) -> None:
+def test_batch_with_a_palette_starts_from_and_steps_with_its_latents(bundle_path, fields):
     palette, rng, schedule = Palette.of([(1.0, MONET)], 1), np.random.default_rng(2), fields["schedule"]
     batch = Batch([Sample(**fields, palette=palette), Sample(**fields)], Bundle.open(bundle_path).null_style, 1.0)
     z0, noise, eps = (rng.standard_normal((2, 4, 6, 8), dtype=np.float32) for _ in range(3))
@@ -283,9 +281,7 @@ def test_batch_with_a_palette_starts_from_and_steps_with_its_latents(bundle_path
     np.testing.assert_array_equal(after[1], make_solver(schedule).step(eps[1], 0, z[1]))
 
 
-def test_batch_style_has_the_nulls_row_of_its_stage_before_the_styles(
-    bundle_path: Path, fields: dict[str, Any]
-) -> None:
+def test_batch_style_has_the_nulls_row_of_its_stage_before_the_styles(bundle_path, fields):
     style = Bundle.open(bundle_path).style("monet")
     null = replace(style, kv_unet=style.kv_unet[::-1] + 1)
     found = Batch([Sample(**fields)], null, 1.0).style((6,)).kv_unet

@@ -85,9 +85,7 @@ def _by_hand(stylizer: Stylizer, weights: Any, run: Any, options: dict[str, Any]
 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
-def test_stylize_with_cache_interval_gives_what_the_algorithm_says(
-    stylizer: Stylizer, weights: Any, runs: list[Any], changes: dict[str, Any]
-) -> None:
+def test_stylize_with_cache_interval_gives_what_the_algorithm_says(stylizer, weights, runs, changes):
     rng = np.random.default_rng(4)
     options = {**stylizer.bundle.manifest.defaults, "steps": 12, "solver": "ddim", **changes}
     picture = np.repeat(np.repeat(rng.integers(60, 200, (8, 16, 3), dtype=np.uint8), 8, axis=0), 8, axis=1)
@@ -98,9 +96,7 @@ def test_stylize_with_cache_interval_gives_what_the_algorithm_says(
     assert np.abs(plain - expected).max() > 1e-2 * np.abs(expected).max(), "no change proves nothing"
 
 
-def test_stylize_without_cache_interval_opens_no_split_graph(
-    stylizer: Stylizer, bundle_path: Path, photo: np.ndarray
-) -> None:
+def test_stylize_without_cache_interval_opens_no_split_graph(stylizer, bundle_path, photo):
     with lsast.load(bundle_path, backend=stylizer.backend, threads=1) as without:
         expected = _pixels(without.stylize(photo, seed=3))
     assert (_pixels(stylizer.stylize(photo, seed=3)) == expected).all()
@@ -109,13 +105,13 @@ def test_stylize_without_cache_interval_opens_no_split_graph(
     assert set(stylizer._pool.engines) == {*REQUIRED_GRAPHS, *UNET_SPLIT_GRAPHS}
 
 
-def test_cached_denoiser_that_skips_no_step_equals_the_denoiser(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_cached_denoiser_that_skips_no_step_equals_the_denoiser(stylizer, photo):
     """An interval no step of which is left out: the parts at every step, to rounding the same picture."""
     whole = _pixels(stylizer.stylize(photo, steps=10, strength=0.1))
     assert np.abs(whole - _pixels(stylizer.stylize(photo, steps=10, strength=0.1, cache_interval=9))).max() <= 1
 
 
-def test_cached_denoiser_in_tiles_caches_each_tiles_own(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_cached_denoiser_in_tiles_caches_each_tiles_own(stylizer, photo):
     """The tiny graphs look no further than two cells, so tiles must give what the whole gives."""
     large = np.tile(photo, (4, 3, 1))[:330, :400]
     whole, tiled = (_pixels(stylizer.stylize(large, size=0, tile=tile, cache_interval=3)) for tile in (0, 128))
@@ -123,13 +119,13 @@ def test_cached_denoiser_in_tiles_caches_each_tiles_own(stylizer: Stylizer, phot
     assert whole.std() > 5, "a flat picture proves nothing"
 
 
-def test_cache_interval_without_split_graphs_says_what_adds_them(bundle_path: Path, photo: np.ndarray) -> None:
+def test_cache_interval_without_split_graphs_says_what_adds_them(bundle_path, photo):
     words = f"cache_interval needs; .* lsast-export parts {bundle_path}"
     with lsast.load(bundle_path, threads=1) as without, pytest.raises(BundleError, match=words):
         without.stylize(photo, cache_interval=2)
 
 
-def test_load_with_a_preset_opens_its_graphs_and_reports_it(parted_path: Path, photo: np.ndarray) -> None:
+def test_load_with_a_preset_opens_its_graphs_and_reports_it(parted_path, photo):
     with lsast.load(parted_path, threads=1, preset="fast") as stylizer:
         assert set(stylizer._pool.engines) == {*REQUIRED_GRAPHS, *UNET_SPLIT_GRAPHS} - {"denoiser"}
         found = stylizer.stylize(photo)
@@ -153,7 +149,7 @@ def _swapped(result: lsast.Result) -> np.ndarray:
     return pixels[..., ::-1]
 
 
-def test_small_decoder_is_opened_and_used_when_asked_for(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_small_decoder_is_opened_and_used_when_asked_for(stylizer, photo):
     full = stylizer.stylize(photo, seed=3)
     assert VAE_DECODER_TINY not in stylizer._pool.engines
     assert (_pixels(stylizer.stylize(photo, seed=3, decoder="full")) == _pixels(full)).all()
@@ -163,7 +159,7 @@ def test_small_decoder_is_opened_and_used_when_asked_for(stylizer: Stylizer, pho
     assert (_pixels(stylizer.stylize(photo, seed=3)) == _pixels(full)).all()
 
 
-def test_small_decoder_decodes_each_tile(stylizer: Stylizer) -> None:
+def test_small_decoder_decodes_each_tile(stylizer):
     rows, columns = np.mgrid[0:128, 0:256]
     picture = np.stack([rows, columns, rows * columns % 256], axis=-1).astype(np.uint8)
     assert stylizer.request(picture, size=0, tile=128).grid
@@ -171,7 +167,7 @@ def test_small_decoder_decodes_each_tile(stylizer: Stylizer) -> None:
     assert np.abs(_pixels(small) - _swapped(full)).max() <= 1
 
 
-def test_small_decoder_that_the_bundle_lacks_says_what_adds_it(bundle_path: Path, photo: np.ndarray) -> None:
+def test_small_decoder_that_the_bundle_lacks_says_what_adds_it(bundle_path, photo):
     wanted = f"found no graph vae_decoder_tiny .* lsast-export decoder {re.escape(str(bundle_path))} --small FOLDER"
     with lsast.load(bundle_path, threads=1) as without, pytest.raises(BundleError, match=wanted):
         without.stylize(photo, decoder="small")

@@ -80,7 +80,7 @@ CASES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("change", CASES, ids=str)
-def test_stylize_gives_what_the_algorithm_says(stylizer: Stylizer, weights: Any, change: dict[str, Any]) -> None:
+def test_stylize_gives_what_the_algorithm_says(stylizer, weights, change):
     rng = np.random.default_rng(5)
     rgb = np.repeat(np.repeat(rng.integers(60, 200, (8, 16, 3), dtype=np.uint8), 8, axis=0), 8, axis=1)
     edges = (cv2.Canny(rgb, 100, 200) > 0).astype(np.uint8)
@@ -93,9 +93,7 @@ def test_stylize_gives_what_the_algorithm_says(stylizer: Stylizer, weights: Any,
     assert np.abs(found - np.clip(expected, 0, 255)).max() < 0.51
 
 
-def test_stylize_binds_what_changes_and_one_row_without_guidance(
-    stylizer: Stylizer, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stylize_binds_what_changes_and_one_row_without_guidance(stylizer, photo, monkeypatch):
     engine, calls = stylizer._pool.engine("denoiser"), []
     bind = engine.bind_inputs
 

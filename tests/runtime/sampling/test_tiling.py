@@ -35,9 +35,7 @@ def _pixels(result: lsast.Result) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("canvas", "tile"), CANVASES.values(), ids=CANVASES)
-def test_tile_grid_covers_the_canvas_with_weights_that_sum_to_one_and_rims_of_0(
-    canvas: tuple[int, int], tile: int
-) -> None:
+def test_tile_grid_covers_the_canvas_with_weights_that_sum_to_one_and_rims_of_0(canvas, tile):
     grid = TileGrid.cover(canvas, tile, 8)
     total = np.zeros((canvas[0] // 8, canvas[1] // 8))
     for row, column in grid:
@@ -66,15 +64,13 @@ def test_tile_grid_covers_the_canvas_with_weights_that_sum_to_one_and_rims_of_0(
         ((1024, 1024), 0, None),
     ],
 )
-def test_request_grid_covers_canvases_of_more_than_one_and_a_half_tiles(
-    stylizer: Stylizer, canvas: tuple[int, int], tile: int, tiles: int | None
-) -> None:
+def test_request_grid_covers_canvases_of_more_than_one_and_a_half_tiles(stylizer, canvas, tile, tiles):
     options = stylizer.stylize(np.zeros((64, 64, 3), np.uint8), steps=1, tile=tile, size=0).options
     grid = Request(stylizer.bundle, np.zeros((*canvas, 3), np.uint8), options, {}).grid
     assert (grid and 8 * len(grid.columns[0].weight)) == tiles
 
 
-def test_upsample_weights_is_linear_between_cells() -> None:
+def test_upsample_weights_is_linear_between_cells():
     np.testing.assert_allclose(upsample_weights(np.array([0, 1, 1], np.float32), 4)[2:6], [0.125, 0.375, 0.625, 0.875])
 
 
@@ -89,7 +85,7 @@ class _Positions:
     def release_memory(self) -> None: ...
 
 
-def test_tiled_denoiser_gives_the_weighted_mean_of_the_tiles_noise() -> None:
+def test_tiled_denoiser_gives_the_weighted_mean_of_the_tiles_noise():
     denoiser = TiledDenoiser(_Positions, grid := TileGrid.cover((128, 448), 128, 8))
     rng = np.random.default_rng(0)
     latent = rng.standard_normal((2, 4, 16, 56), dtype=np.float32)
@@ -110,9 +106,7 @@ def test_tiled_denoiser_gives_the_weighted_mean_of_the_tiles_noise() -> None:
     np.testing.assert_allclose(found[0], expected, atol=1e-3)
 
 
-def test_stylize_in_tiles_with_graphs_of_short_reach_paints_what_it_paints_whole(
-    stylizer: Stylizer, photo: np.ndarray
-) -> None:
+def test_stylize_in_tiles_with_graphs_of_short_reach_paints_what_it_paints_whole(stylizer, photo):
     large = np.tile(photo, (4, 3, 1))[:330, :400]
     for solver in ("ddim", "dpmpp2m", "unipc"):
         whole, tiled = (_pixels(stylizer.stylize(large, size=0, tile=tile, solver=solver)) for tile in (0, 128))
@@ -120,9 +114,7 @@ def test_stylize_in_tiles_with_graphs_of_short_reach_paints_what_it_paints_whole
         assert whole.std() > 5, "a flat picture proves nothing"
 
 
-def test_stylize_in_tiles_runs_every_graph_on_tiles_alone(
-    stylizer: Stylizer, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stylize_in_tiles_runs_every_graph_on_tiles_alone(stylizer, photo, monkeypatch):
     seen: dict[str, set[tuple[int, ...]]] = {}
     for name in (VAE_ENCODER, CONTROLNET_COND, DENOISER, VAE_DECODER):
         engine = stylizer._pool.engines[name]
@@ -137,7 +129,7 @@ def test_stylize_in_tiles_runs_every_graph_on_tiles_alone(
     assert seen == {VAE_ENCODER: pixels, CONTROLNET_COND: pixels, DENOISER: cells, VAE_DECODER: cells}
 
 
-def test_tiled_networks_of_the_embedded_bundle_give_what_they_give_whole(mini: Stylizer) -> None:
+def test_tiled_networks_of_the_embedded_bundle_give_what_they_give_whole(mini):
     """Convolutions without normalisation: what of a tile counts saw its surroundings as the whole picture has them."""
     rng = np.random.default_rng(3)
     rgb = np.kron(rng.integers(0, 255, (24, 40, 3)), np.ones((16, 16, 1))).astype(np.uint8)  # 384 x 640

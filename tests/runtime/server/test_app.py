@@ -37,9 +37,7 @@ def _parsed(text: str) -> list[tuple[str, dict[str, Any]]]:
     return [(block["event"], json.loads(block["data"])) for block in blocks]
 
 
-def test_post_form_json_and_raw_body_paint_what_the_library_paints(
-    server: Running, stylizer: lsast.Stylizer, photo: np.ndarray, png: bytes
-) -> None:
+def test_post_form_json_and_raw_body_paint_what_the_library_paints(server, stylizer, photo, png):
     options = {**QUICK, "style": "monet@up+vangogh", "seed": 5, "keep_colour": True}
     expected = np.asarray(stylizer.stylize(photo, **options).image).astype(int)
     form = server.post(png, **options)
@@ -52,7 +50,7 @@ def test_post_form_json_and_raw_body_paint_what_the_library_paints(
         np.testing.assert_array_equal(pixels(answer.content), expected)
 
 
-def test_post_with_a_mask_keeps_the_black_part(server: Running, photo: np.ndarray, png: bytes) -> None:
+def test_post_with_a_mask_keeps_the_black_part(server, photo, png):
     mask = np.zeros(photo.shape[:2], np.uint8)
     mask[:, 80:] = 255
     painted = pixels(server.post(png, mask=as_png(mask), **QUICK).content)
@@ -69,9 +67,7 @@ def test_post_with_a_mask_keeps_the_black_part(server: Running, photo: np.ndarra
         ("image/png;q=0, image/*;q=0.5", "image/jpeg", "JPEG"),
     ],
 )
-def test_post_answers_in_the_format_of_accept_with_the_record(
-    server: Running, png: bytes, accept: str, media: str, form: str
-) -> None:
+def test_post_answers_in_the_format_of_accept_with_the_record(server, png, accept, media, form):
     answer = server.post(png, {"Accept": accept}, seed=9, **QUICK)
     assert answer.headers["content-type"] == media
     with Image.open(io.BytesIO(answer.content)) as image:
@@ -80,7 +76,7 @@ def test_post_answers_in_the_format_of_accept_with_the_record(
     assert server.client.post("/v1/records", content=answer.content).json()["options"]["seed"] == 9
 
 
-def test_post_with_another_accept_is_refused(server: Running, png: bytes) -> None:
+def test_post_with_another_accept_is_refused(server, png):
     answer = server.post(png, {"Accept": "text/html"})
     assert (answer.status_code, "image/png" in answer.json()["detail"]) == (406, True)
 
@@ -98,14 +94,12 @@ def test_post_with_another_accept_is_refused(server: Running, png: bytes) -> Non
         ({"picture": "text"}, "found picture more than once"),
     ],
 )
-def test_post_form_with_faulty_options_says_so_in_words(
-    server: Running, png: bytes, options: dict[str, Any], words: str
-) -> None:
+def test_post_form_with_faulty_options_says_so_in_words(server, png, options, words):
     answer = server.post(png, **options)
     assert (answer.status_code, words in answer.json()["detail"]) == (422, True), answer.text
 
 
-def test_post_with_a_mask_that_is_not_in_base64_paints_nothing(server: Running, png: bytes) -> None:
+def test_post_with_a_mask_that_is_not_in_base64_paints_nothing(server, png):
     text = base64.b64encode(png).decode()
     answer = server.client.post("/v1/paintings", json={"picture": text, "mask": f"data:image/png,{text}"})
     assert (answer.status_code, "mask: expected a picture in base64" in answer.text) == (422, True)
@@ -127,18 +121,18 @@ def test_post_with_a_mask_that_is_not_in_base64_paints_nothing(server: Running, 
         ({"content": b"not a picture"}, 422),
     ],
 )
-def test_post_with_a_faulty_body_is_refused(server: Running, request_: dict[str, Any], status: int) -> None:
+def test_post_with_a_faulty_body_is_refused(server, request_, status):
     answer = server.client.post("/v1/paintings", **request_)
     assert (answer.status_code, bool(answer.json()["detail"])) == (status, True)
 
 
-def test_post_of_a_decompression_bomb_is_refused_before_it_is_decoded(server: Running) -> None:
+def test_post_of_a_decompression_bomb_is_refused_before_it_is_decoded(server):
     answer = server.post(png_file(30_000, 30_000))
     assert (answer.status_code, "900 megapixels" in answer.json()["detail"]) == (422, True)
     assert server.post(as_png(np.zeros((64, 64, 3), np.uint8)), mask=png_file(30_000, 30_000)).status_code == 422
 
 
-def test_answers_hold_no_path_of_the_machine(server: Running, png: bytes, parted_path: Path) -> None:
+def test_answers_hold_no_path_of_the_machine(server, png, parted_path):
     damaged = parted_path / "styles" / "damaged.safetensors"
     damaged.write_bytes(b"nothing")
     try:
@@ -155,9 +149,7 @@ def test_answers_hold_no_path_of_the_machine(server: Running, png: bytes, parted
         damaged.unlink()
 
 
-def test_job_tells_its_progress_with_previews_and_keeps_the_painting(
-    server: Running, stylizer: lsast.Stylizer, photo: np.ndarray, png: bytes
-) -> None:
+def test_job_tells_its_progress_with_previews_and_keeps_the_painting(server, stylizer, photo, png):
     options = {**LONG, "steps": 300, "seed": 3}
     before = server.begin(png, **LONG)
     server.wait(before, "painting")
@@ -185,7 +177,7 @@ def test_job_tells_its_progress_with_previews_and_keeps_the_painting(
     assert server.client.get(path).status_code == 404
 
 
-def test_job_that_fails_says_so(server: Running) -> None:
+def test_job_that_fails_says_so(server):
     path = server.begin(b"no picture")
     facts = server.wait(path, "failed")
     assert "not a picture" in facts["error"]
@@ -193,7 +185,7 @@ def test_job_that_fails_says_so(server: Running) -> None:
     assert server.client.get(path, headers={"Accept": "image/png"}).status_code == 409
 
 
-def test_delete_cancels_one_that_is_painted_and_one_that_waits(server: Running, png: bytes) -> None:
+def test_delete_cancels_one_that_is_painted_and_one_that_waits(server, png):
     painted = server.begin(png, **LONG)
     waiting = [server.begin(png, **{**LONG, "seed": seed}) for seed in range(12)]
     server.wait(painted, "painting")
@@ -202,7 +194,7 @@ def test_delete_cancels_one_that_is_painted_and_one_that_waits(server: Running, 
     assert server.post(png, **QUICK).status_code == 200  # the worker is free again
 
 
-def test_client_that_leaves_cancels_its_painting(server: Running, png: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_client_that_leaves_cancels_its_painting(server, png, monkeypatch):
     monkeypatch.setattr("lsast.server.jobs.LEAVE_SECONDS", 0.5)
     counter = server.app.state.metrics.ended.labels("cancelled")
     before = counter._value.get()
@@ -216,7 +208,7 @@ def test_client_that_leaves_cancels_its_painting(server: Running, png: bytes, mo
     server.wait(path, "cancelled")
 
 
-def test_job_that_is_cancelled_before_it_runs_is_over(server: Running, png: bytes) -> None:
+def test_job_that_is_cancelled_before_it_runs_is_over(server, png):
     import asyncio
 
     async def cancel_at_once() -> str:
@@ -232,9 +224,7 @@ def test_job_that_is_cancelled_before_it_runs_is_over(server: Running, png: byte
     assert asyncio.run(cancel_at_once()) == "cancelled"
 
 
-def test_paintings_asked_for_together_are_those_of_single_calls(
-    server: Running, stylizer: lsast.Stylizer, photo: np.ndarray, png: bytes
-) -> None:
+def test_paintings_asked_for_together_are_those_of_single_calls(server, stylizer, photo, png):
     wide = as_png(np.concatenate([photo, photo], axis=1))
     answers: dict[int, bytes] = {}
     blocker = server.begin(png, **LONG)
@@ -256,7 +246,7 @@ def test_paintings_asked_for_together_are_those_of_single_calls(
         assert np.abs(pixels(answers[seed]) - expected).max() <= 2  # a batch adds up in another order
 
 
-def test_worker_that_dies_is_replaced_and_nothing_is_lost(server: Running, png: bytes) -> None:
+def test_worker_that_dies_is_replaced_and_nothing_is_lost(server, png):
     painter = server.app.state.painter
     restarts = painter.restarts
     paths = [server.begin(png, seed=seed, **{**QUICK, "steps": 300}) for seed in range(6)]
@@ -268,7 +258,7 @@ def test_worker_that_dies_is_replaced_and_nothing_is_lost(server: Running, png: 
         assert server.wait(path, "done", "failed")["state"] == "done"
 
 
-def test_bundle_that_is_replaced_is_opened_when_it_is_needed(parted_path: Path, png: bytes, tmp_path: Path) -> None:
+def test_bundle_that_is_replaced_is_opened_when_it_is_needed(parted_path, png, tmp_path):
     bundle = Path(shutil.copytree(parted_path, tmp_path / "bundle"))
     with running(bundle=str(bundle), threads=1) as opened:
         before = opened.post(png, **QUICK).content
@@ -284,7 +274,7 @@ def test_bundle_that_is_replaced_is_opened_when_it_is_needed(parted_path: Path, 
         assert opened.app.state.painter.restarts == 1
 
 
-def test_styles_follow_the_folder_without_a_restart(server: Running, parted_path: Path, png: bytes) -> None:
+def test_styles_follow_the_folder_without_a_restart(server, parted_path, png):
     def cards() -> dict[str, Any]:
         return {card["name"]: card["thumbnail"] for card in server.client.get("/v1/styles").json()}
 
@@ -302,7 +292,7 @@ def test_styles_follow_the_folder_without_a_restart(server: Running, parted_path
     assert cards() == old
 
 
-def test_options_are_those_of_the_library(server: Running, stylizer: lsast.Stylizer) -> None:
+def test_options_are_those_of_the_library(server, stylizer):
     from lsast.options.options import PRESETS, rules
 
     sheet = server.client.get("/v1/options").json()
@@ -316,7 +306,7 @@ def test_options_are_those_of_the_library(server: Running, stylizer: lsast.Styli
     assert form["picture"]["format"] == "binary"
 
 
-def test_host_and_origin_of_others_are_refused(server: Running) -> None:
+def test_host_and_origin_of_others_are_refused(server):
     get = server.client.get
     assert get("/healthz", headers={"Host": "evil.example"}).status_code == 400
     assert get("/healthz", headers={"Origin": "http://evil.example"}).status_code == 403
@@ -328,14 +318,14 @@ def test_host_and_origin_of_others_are_refused(server: Running) -> None:
     assert "default-src 'none'" in get("/").headers["content-security-policy"]
 
 
-def test_documentation_page_loads_nothing_from_elsewhere(server: Running) -> None:
+def test_documentation_page_loads_nothing_from_elsewhere(server):
     text = server.client.get("/docs").text
     assert "swagger-ui" in text
     assert "https://" not in text
     assert server.client.get("/static-offline-docs/swagger-ui-bundle.js").status_code == 200
 
 
-def test_readiness_and_metrics(server: Running, png: bytes) -> None:
+def test_readiness_and_metrics(server, png):
     assert server.client.get("/healthz").json() == {"status": "ok"}
     server.until(lambda: server.client.get("/readyz").status_code == 200)
     server.post(png, **QUICK)
@@ -345,7 +335,7 @@ def test_readiness_and_metrics(server: Running, png: bytes) -> None:
     assert (found["lsast_worker_ready"], found["lsast_queued"]) == (1, 0)
 
 
-def test_token_is_asked_for_by_all_but_page_and_probes(parted_path: Path, png: bytes) -> None:
+def test_token_is_asked_for_by_all_but_page_and_probes(parted_path, png):
     with running(bundle=str(parted_path), token="sésame") as server:
         for path in ("/", "/healthz", "/docs", "/openapi.json"):
             assert httpx.get(server.address + path).status_code == 200
@@ -357,7 +347,7 @@ def test_token_is_asked_for_by_all_but_page_and_probes(parted_path: Path, png: b
 
 
 @pytest.mark.parametrize("kind", [b"image/png", b"multipart/form-data; boundary=x"])
-def test_upload_that_breaks_off_is_the_clients_fault(server: Running, kind: bytes) -> None:
+def test_upload_that_breaks_off_is_the_clients_fault(server, kind):
     import asyncio
 
     messages: list[Any] = [{"type": "http.request", "body": b"--x\r\n", "more_body": True}, {"type": "http.disconnect"}]
@@ -377,7 +367,7 @@ def test_upload_that_breaks_off_is_the_clients_fault(server: Running, kind: byte
     assert sent[0]["status"] == 400
 
 
-def test_limits_hold(parted_path: Path, png: bytes) -> None:
+def test_limits_hold(parted_path, png):
     limits: dict[str, Any] = {"queue": 2, "batch": 1, "max_bytes": 4 * len(png), "seconds": 0.8, "upload_seconds": 1.0}
     limits |= {"max_size": 1500, "max_tile": 1000, "max_tiles": 100, "max_megapixels": 0.02}
     with running(bundle=str(parted_path), **limits) as server:
@@ -411,7 +401,7 @@ def test_limits_hold(parted_path: Path, png: bytes) -> None:
         assert server.post(png, **QUICK).status_code == 200
 
 
-def test_finished_jobs_are_forgotten(parted_path: Path, png: bytes) -> None:
+def test_finished_jobs_are_forgotten(parted_path, png):
     for limits in ({"keep_bytes": 0}, {"keep_seconds": 0.1}):
         with running(bundle=str(parted_path), **limits) as server:
             path = server.begin(png, **QUICK)

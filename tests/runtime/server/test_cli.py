@@ -42,7 +42,7 @@ def serving(parted_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
         process.kill()
 
 
-def test_sigterm_finishes_what_was_accepted(serving: tuple[subprocess.Popen[str], str], png: bytes) -> None:
+def test_sigterm_finishes_what_was_accepted(serving, png):
     process, address = serving
     options = {**LONG, "steps": 200, "size": 1024}
     answers = []
@@ -70,7 +70,7 @@ def test_sigterm_finishes_what_was_accepted(serving: tuple[subprocess.Popen[str]
     assert process.wait(30) == -signal.SIGTERM
 
 
-def test_second_ctrl_c_ends_at_once_without_tracebacks(serving: tuple[subprocess.Popen[str], str], png: bytes) -> None:
+def test_second_ctrl_c_ends_at_once_without_tracebacks(serving, png):
     process, address = serving
 
     def ask() -> None:
@@ -91,7 +91,7 @@ def test_second_ctrl_c_ends_at_once_without_tracebacks(serving: tuple[subprocess
     assert (process.returncode, stderr) == (0, "")
 
 
-def test_port_in_use_is_one_line(parted_path: Path) -> None:
+def test_port_in_use_is_one_line(parted_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         done = subprocess.run(
@@ -102,14 +102,14 @@ def test_port_in_use_is_one_line(parted_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_bundle_that_cannot_be_opened_ends_the_server_with_its_error(tmp_path: Path) -> None:
+def test_bundle_that_cannot_be_opened_ends_the_server_with_its_error(tmp_path):
     done = subprocess.run(COMMAND, env=_environment(tmp_path), capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("Error: found no bundle")
     assert "Traceback" not in done.stderr
 
 
-def test_variable_that_is_no_setting_is_named(tmp_path: Path) -> None:
+def test_variable_that_is_no_setting_is_named(tmp_path):
     environment = {**_environment(tmp_path), "LSAST_SERVE_TOKN": "secret"}
     done = subprocess.run(COMMAND, env=environment, capture_output=True, text=True, timeout=60)
     expected = "found LSAST_SERVE_TOKN in the environment, which is no setting; did you mean LSAST_SERVE_TOKEN?"
@@ -119,7 +119,7 @@ def test_variable_that_is_no_setting_is_named(tmp_path: Path) -> None:
     assert done.stderr.startswith("Error: Invalid value for LSAST_SERVE_BATCH: 'tcp://10.0.0.1:80' is not a valid int")
 
 
-def test_settings_report_all_faults_and_read_the_environment() -> None:
+def test_settings_report_all_faults_and_read_the_environment():
     with pytest.raises(UsageError, match=r"port: found 70000; expected 0 to 65535\n.*batch: found 0"):
         Settings(port=70000, batch=0)
     given = {"LSAST_SERVE_PORT": "9", "LSAST_SERVE_SECONDS": "1.5", "LSAST_SERVE_TOKEN": "x"}
@@ -131,7 +131,7 @@ def test_settings_report_all_faults_and_read_the_environment() -> None:
         Settings.from_environment({"LSAST_SERVE_PORT": "x"})
 
 
-def test_help_names_every_setting() -> None:
+def test_help_names_every_setting():
     done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, timeout=60)
     for name in rules_of(Settings):
         assert f"--{name.replace('_', '-')}" in done.stdout

@@ -103,7 +103,7 @@ def _download(page: Any, form: str = "png") -> bytes:
     return Path(waiting.value.path()).read_bytes()
 
 
-def test_page_paints_in_two_styles_mixes_compares_and_downloads(page: Any) -> None:
+def test_page_paints_in_two_styles_mixes_compares_and_downloads(page):
     _drop(page, PHOTO.read_bytes(), "lighthouse.jpg", "image/jpeg")
     page.click(".style[value=monet]")
     _paint(page)
@@ -133,7 +133,7 @@ def test_page_paints_in_two_styles_mixes_compares_and_downloads(page: Any) -> No
     assert lsast.read_record(_download(page)).options.seed == int(page.input_value("#option-seed"))
 
 
-def test_page_cancels_and_reports_faults_in_words(page: Any, server: Running) -> None:
+def test_page_cancels_and_reports_faults_in_words(page, server):
     _drop(page, PHOTO.read_bytes(), "lighthouse.jpg", "image/jpeg")
     page.click("summary")
     page.fill("#option-steps", "900")
@@ -151,7 +151,7 @@ def test_page_cancels_and_reports_faults_in_words(page: Any, server: Running) ->
     assert "found no style 'picasso'" in page.locator("#fault").inner_text()
 
 
-def test_page_restores_a_painting_and_keeps_settings_in_a_link(page: Any, server: Running) -> None:
+def test_page_restores_a_painting_and_keeps_settings_in_a_link(page, server):
     data = PHOTO.read_bytes()
     options = {"style": "monet@0-4+vangogh@5-9", "seed": 2**64 + 1, "strength": 0.4, "keep_colour": True}
     painted = server.post(data, size=64, steps=2, **options).content
@@ -172,7 +172,7 @@ def test_page_restores_a_painting_and_keeps_settings_in_a_link(page: Any, server
     assert page.input_value("#option-seed") == str(2**64 + 1)
 
 
-def test_page_names_what_it_leaves_out(page: Any, server: Running) -> None:
+def test_page_names_what_it_leaves_out(page, server):
     page.goto("about:blank")
     page.goto(server.address + "/" + SETTINGS + "&seed=many&colour=7&strength=0.5")
     page.wait_for_selector("#fault:not([hidden])")
@@ -188,7 +188,7 @@ def test_page_names_what_it_leaves_out(page: Any, server: Running) -> None:
     page.wait_for_selector("#after:not([hidden])")
 
 
-def test_page_paints_styles_on_the_matrix_with_the_keyboard(page: Any) -> None:
+def test_page_paints_styles_on_the_matrix_with_the_keyboard(page):
     page.click("summary")
     page.click(".brush[value=monet]")
     page.click("#fill")
@@ -204,7 +204,7 @@ def test_page_paints_styles_on_the_matrix_with_the_keyboard(page: Any) -> None:
     assert label == "up, stage 8: roerich"
 
 
-def test_page_paints_only_where_the_mask_is_brushed(page: Any) -> None:
+def test_page_paints_only_where_the_mask_is_brushed(page):
     _drop(page, PHOTO.read_bytes(), "lighthouse.jpg", "image/jpeg")
     page.click("#masking")
     box = page.locator("#mask").bounding_box()
@@ -233,7 +233,7 @@ def test_page_paints_only_where_the_mask_is_brushed(page: Any) -> None:
     assert page.evaluate(count) == pytest.approx(dot + 0.03 * 0.12 * 1.5, rel=0.05)
 
 
-def test_page_shows_the_defaults_of_the_chosen_style(page: Any, server: Running) -> None:
+def test_page_shows_the_defaults_of_the_chosen_style(page, server):
     defaults = {card["name"]: card["default"] for card in server.client.get("/v1/options").json()["options"]}
     for card in server.client.get("/v1/styles").json():
         page.click(f".style[value={card['name']}]")
@@ -242,7 +242,7 @@ def test_page_shows_the_defaults_of_the_chosen_style(page: Any, server: Running)
             assert shown == card["defaults"].get(name, defaults[name]), (card["name"], name)
 
 
-def test_page_has_a_name_for_every_control(page: Any) -> None:
+def test_page_has_a_name_for_every_control(page):
     page.click("summary")
     snapshot = page.locator("body").aria_snapshot()
     nameless = re.findall(
@@ -252,7 +252,7 @@ def test_page_has_a_name_for_every_control(page: Any) -> None:
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
-def test_page_asks_for_the_token_until_it_is_right(browser: Any, parted_path: Path) -> None:
+def test_page_asks_for_the_token_until_it_is_right(browser, parted_path):
     with running(bundle=str(parted_path), threads=1, token="sésame") as server:
         page = browser.new_page()
         page.goto(server.address)

@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).parents[2] / "fakes" / "ray_session.py"
 
 @pytest.mark.slow
 @pytest.mark.needs("ray")
-def test_ray_serve_loses_nothing_when_a_replica_is_killed(parted_path: Path, tmp_path: Path) -> None:
+def test_ray_serve_loses_nothing_when_a_replica_is_killed(parted_path, tmp_path):
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),

@@ -6,12 +6,10 @@ import contextlib
 
 import pytest
 
-from running_server import Running
-
 
 @pytest.mark.needs("schemathesis")
 @pytest.mark.filterwarnings("ignore")
-def test_api_answers_generated_requests_without_a_server_error(server: Running) -> None:
+def test_api_answers_generated_requests_without_a_server_error(server):
     import schemathesis
     from hypothesis import HealthCheck, given, settings
     from hypothesis.errors import Unsatisfiable

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,7 +31,7 @@ class RecordingPainter:
         return Event("failed", {"text": str(error)})
 
 
-def test_worker_paints_equal_sizes_together_up_to_its_batch_and_others_alone() -> None:
+def test_worker_paints_equal_sizes_together_up_to_its_batch_and_others_alone():
     events: dict[str, list[str]] = {}
     changed = threading.Condition()
 
@@ -56,7 +55,7 @@ def test_worker_paints_equal_sizes_together_up_to_its_batch_and_others_alone() -
     assert painter.groups == [["first"], ["a", "b"], ["wide"], ["alone"], ["c"]]
 
 
-def test_painter_keeps_default_sizes_within_its_limits(parted_path: Path, png: bytes) -> None:
+def test_painter_keeps_default_sizes_within_its_limits(parted_path, png):
     limits = {"max_size": 64, "max_tile": 64, "max_tiles": 9, "max_megapixels": 1.0, "batch": 1}
     painter = BatchPainter({"bundle": str(parted_path), "threads": 1}, limits)
     options = painter.read(Work("a", png, {}), CancelToken()).request.options

@@ -43,9 +43,7 @@ ROWS: list[dict[str, Any]] = [
 ]
 
 
-def test_stylize_many_paints_each_row_with_its_own_options_in_one_batch(
-    stylizer: Stylizer, photo: np.ndarray, runs: list[Any]
-) -> None:
+def test_stylize_many_paints_each_row_with_its_own_options_in_one_batch(stylizer, photo, runs):
     mask = np.zeros(photo.shape[:2], np.uint8)
     mask[20:70] = 255
     rows = [*ROWS, {"mask": mask, "seed": 8}]
@@ -58,7 +56,7 @@ def test_stylize_many_paints_each_row_with_its_own_options_in_one_batch(
     assert len({np.asarray(result.image).tobytes() for result in many}) == 6
 
 
-def test_stylize_many_groups_sizes_and_keeps_the_order(stylizer: Stylizer, runs: list[Any]) -> None:
+def test_stylize_many_groups_sizes_and_keeps_the_order(stylizer, runs):
     pictures = _pictures((64, 64), (96, 160), (64, 64), (64, 128), (96, 160), (64, 64), (64, 64))
     results = list(stylizer.stylize_many(iter(pictures), ["monet"] * 7, batch=3, size=0))
     assert [result.image.size[::-1] for result in results] == [picture.shape[:2] for picture in pictures]
@@ -67,9 +65,7 @@ def test_stylize_many_groups_sizes_and_keeps_the_order(stylizer: Stylizer, runs:
     assert [len(run.latents) for run in runs[:4]] == [3, 2, 1, 1]
 
 
-def test_stylize_many_shares_no_batch_between_unlike_options(
-    stylizer: Stylizer, photo: np.ndarray, runs: list[Any]
-) -> None:
+def test_stylize_many_shares_no_batch_between_unlike_options(stylizer, photo, runs):
     half, cached, small = {"control_scale": 0.5}, {"cache_interval": 2}, {"decoder": "small"}
     rows: list[dict[str, Any]] = [
         half,
@@ -87,7 +83,7 @@ def test_stylize_many_shares_no_batch_between_unlike_options(
         _close(result, stylizer.stylize(photo, **row))
 
 
-def test_stylize_many_reads_no_further_ahead_than_it_must(stylizer: Stylizer) -> None:
+def test_stylize_many_reads_no_further_ahead_than_it_must(stylizer):
     read = 0
 
     def endless() -> Iterator[np.ndarray]:
@@ -107,7 +103,7 @@ def test_stylize_many_reads_no_further_ahead_than_it_must(stylizer: Stylizer) ->
     assert read == batching.AHEAD * 2
 
 
-def test_stylize_many_raises_an_error_at_its_pictures_place(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_stylize_many_raises_an_error_at_its_pictures_place(stylizer, photo):
     stream = stylizer.stylize_many([photo, photo, b"no picture", photo], batch=4)
     assert isinstance(next(stream), lsast.Result)
     assert isinstance(next(stream), lsast.Result)
@@ -117,7 +113,7 @@ def test_stylize_many_raises_an_error_at_its_pictures_place(stylizer: Stylizer, 
         next(stream)
 
 
-def test_stylize_many_prefers_a_rows_options(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_stylize_many_prefers_a_rows_options(stylizer, photo):
     results = stylizer.stylize_many(
         [photo] * 3, ["vangogh", None, "monet"], rows=[{}, {"seed": 2}, {"style": "vangogh"}], style="monet", seed=1
     )
@@ -136,20 +132,18 @@ def test_stylize_many_prefers_a_rows_options(stylizer: Stylizer, photo: np.ndarr
         (["monet"], [{}], "found 1 styles and rows and more pictures"),
     ],
 )
-def test_stylize_many_with_unequal_counts_raises(
-    stylizer: Stylizer, photo: np.ndarray, styles: Any, rows: Any, words: str
-) -> None:
+def test_stylize_many_with_unequal_counts_raises(stylizer, photo, styles, rows, words):
     with pytest.raises(UsageError, match=words):
         list(stylizer.stylize_many([photo] * 2, styles, rows=rows))
 
 
 @pytest.mark.parametrize("pictures", ["photo.png", b"photo", None])
-def test_stylize_many_of_what_is_no_list_of_pictures_raises(stylizer: Stylizer, pictures: Any) -> None:
+def test_stylize_many_of_what_is_no_list_of_pictures_raises(stylizer, pictures):
     with pytest.raises(UsageError, match=f"found {type(pictures).__name__} as pictures; expected a list"):
         list(stylizer.stylize_many(pictures))
 
 
-def test_stylize_many_of_nothing_is_empty_and_batch_0_is_refused(stylizer: Stylizer) -> None:
+def test_stylize_many_of_nothing_is_empty_and_batch_0_is_refused(stylizer):
     assert list(stylizer.stylize_many([])) == []
     for batch in (0, float("nan")):
         with pytest.raises(UsageError, match=f"found a batch of {batch}"):

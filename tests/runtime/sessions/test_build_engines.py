@@ -51,9 +51,7 @@ def graphs(bundle: Bundle) -> list[str]:
     return list(bundle.manifest.graphs)
 
 
-def test_build_engines_runs_the_command_for_missing_engines_and_the_gpu(
-    bundle: Bundle, driver: FakeCuda, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_build_engines_runs_the_command_for_missing_engines_and_the_gpu(bundle, driver, commands, monkeypatch):
     assert build_engines(bundle, "tensorrt-rtx", "fp16") == graphs(bundle)
     (command,) = commands
     assert command[1:4] == ["-m", "lsast_export", "compile"]
@@ -74,17 +72,13 @@ def test_build_engines_runs_the_command_for_missing_engines_and_the_gpu(
     assert "--sm" not in commands[1]
 
 
-def test_build_engines_with_a_failing_compiler_names_the_command(
-    bundle: Bundle, driver: FakeCuda, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_build_engines_with_a_failing_compiler_names_the_command(bundle, driver, monkeypatch):
     monkeypatch.setattr(building, "_run", lambda _: 3)
     with pytest.raises(BackendError, match=r"failed with exit status 3; run it by itself: lsast-export compile"):
         build_engines(bundle, "tensorrt-rtx", "fp16")
 
 
-def test_build_engines_without_a_gpu_compiles_nothing(
-    bundle: Bundle, driver: FakeCuda, commands: list[list[str]]
-) -> None:
+def test_build_engines_without_a_gpu_compiles_nothing(bundle, driver, commands):
     driver.driver = Status.cudaErrorInsufficientDriver
     with pytest.raises(
         BackendError, match=r"found no NVIDIA GPU to build engines of tensorrt-rtx for: .* \(35\); no NVIDIA"
@@ -94,7 +88,7 @@ def test_build_engines_without_a_gpu_compiles_nothing(
 
 
 @pytest.mark.parametrize("backend", ["auto", "onnxruntime"])
-def test_build_engines_for_a_backend_without_engines_raises(tmp_path: Path, bundle_path: Path, backend: str) -> None:
+def test_build_engines_for_a_backend_without_engines_raises(tmp_path, bundle_path, backend):
     with pytest.raises(UsageError, match=f"found a backend '{backend}' .*; expected tensorrt or tensorrt-rtx"):
         lsast.load(bundle_path, backend, build=True)
     Image.new("RGB", (64, 64)).save(tmp_path / "in.png")
@@ -105,9 +99,7 @@ def test_build_engines_for_a_backend_without_engines_raises(tmp_path: Path, bund
 
 
 @pytest.mark.needs("tensorrt_rtx", "onnx_ir")
-def test_compile_leaves_engines_that_fit(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_compile_leaves_engines_that_fit(bundle, monkeypatch, tmp_path, capfd):
     """With TensorRT-RTX itself, which compiles without a GPU."""
     import tensorrt_rtx as rtx
 

@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 import lsast
-from lsast import CancelledError, CancelToken, Stylizer, UsageError
+from lsast import CancelledError, CancelToken, UsageError
 from lsast_engines.bundle.bundle import EMBEDDED
 
 
-def test_cancel_token_stops_before_the_next_step(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_cancel_token_stops_before_the_next_step(stylizer, photo):
     token = CancelToken()
     reported: list[int] = []
 
@@ -37,7 +37,7 @@ def test_cancel_token_stops_before_the_next_step(stylizer: Stylizer, photo: np.n
     stylizer.stylize(photo, cancel=CancelToken())
 
 
-def test_cancel_token_stops_a_waiting_painting_while_another_goes_on(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_cancel_token_stops_a_waiting_painting_while_another_goes_on(stylizer, photo):
     begun, go_on, token = threading.Event(), threading.Event(), CancelToken()
 
     def hold(*_: object) -> None:
@@ -56,7 +56,7 @@ def test_cancel_token_stops_a_waiting_painting_while_another_goes_on(stylizer: S
         first.result(timeout=30)
 
 
-def test_cancel_token_stops_a_stream(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_cancel_token_stops_a_stream(stylizer, photo):
     token = CancelToken()
     stream = stylizer.stylize_many([photo] * 6, batch=2, cancel=token)
     next(stream)
@@ -66,7 +66,7 @@ def test_cancel_token_stops_a_stream(stylizer: Stylizer, photo: np.ndarray) -> N
         next(stream)
 
 
-def test_stylize_async_gives_the_same_without_blocking_the_loop(stylizer: Stylizer, photo: np.ndarray) -> None:
+def test_stylize_async_gives_the_same_without_blocking_the_loop(stylizer, photo):
     ticks = 0
 
     async def tick() -> None:
@@ -93,9 +93,7 @@ def test_stylize_async_gives_the_same_without_blocking_the_loop(stylizer: Styliz
 STYLES = ["vangogh", "monet", "vangogh+monet"]
 
 
-def test_stylize_async_cancelled_stops_its_painting_and_drops_queued_ones(
-    stylizer: Stylizer, photo: np.ndarray
-) -> None:
+def test_stylize_async_cancelled_stops_its_painting_and_drops_queued_ones(stylizer, photo):
     steps: list[tuple[str, int]] = []
 
     async def scene() -> None:
@@ -136,9 +134,7 @@ def test_stylize_async_cancelled_stops_its_painting_and_drops_queued_ones(
         ((96, 160), 128, "stretch", (16, 16)),
     ],
 )
-def test_preview_shows_the_picture_without_the_margin(
-    stylizer: Stylizer, own: tuple[int, int], size: int, fit: Any, cells: tuple[int, int]
-) -> None:
+def test_preview_shows_the_picture_without_the_margin(stylizer, own, size, fit, cells):
     rgb = np.random.default_rng(1).integers(0, 256, (*own, 3), dtype=np.uint8)
     shown: list[Image.Image] = []
     stylizer.stylize(rgb, size=size, fit=fit, on_step=lambda step, total, preview: shown.append(preview()))
@@ -146,7 +142,7 @@ def test_preview_shows_the_picture_without_the_margin(
     assert shown[0].mode == "RGB"
 
 
-def test_preview_after_the_last_step_is_the_painting_scaled_down() -> None:
+def test_preview_after_the_last_step_is_the_painting_scaled_down():
     """On the embedded base, whose decoder undoes its encoder: the yardstick is the decoded painting itself."""
     photo = Path(__file__).parents[3] / "docs" / "images" / "lighthouse.jpg"
     with Image.open(photo) as image:

@@ -11,7 +11,6 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,7 @@ def _in_thread(call: Callable[[], object]) -> None:
 
 @pytest.mark.parametrize("how", ["close", "with", "thread", "twice", "signal"])
 @pytest.mark.parametrize("at", [0, 3, 7])
-def test_close_inside_on_step_ends_the_painting(bundle_path: Path, photo: np.ndarray, how: str, at: int) -> None:
+def test_close_inside_on_step_ends_the_painting(bundle_path, photo, how, at):
     stylizer = lsast.load(bundle_path)
     steps: list[int] = []
 
@@ -65,7 +64,7 @@ def test_close_inside_on_step_ends_the_painting(bundle_path: Path, photo: np.nda
         stylizer.stylize(photo)
 
 
-def test_close_in_an_iterator_of_pictures_or_a_file_ends_the_stream(bundle_path: Path, photo: np.ndarray) -> None:
+def test_close_in_an_iterator_of_pictures_or_a_file_ends_the_stream(bundle_path, photo):
     class Closing(io.BytesIO):
         def read(self, *_: Any) -> bytes:
             stylizer.close()
@@ -83,7 +82,7 @@ def test_close_in_an_iterator_of_pictures_or_a_file_ends_the_stream(bundle_path:
         stylizer.stylize(Closing())
 
 
-def test_close_in_another_thread_ends_the_painting_and_those_that_wait(bundle_path: Path, photo: np.ndarray) -> None:
+def test_close_in_another_thread_ends_the_painting_and_those_that_wait(bundle_path, photo):
     stylizer = lsast.load(bundle_path)
     begun, go_on = threading.Event(), threading.Event()
 
@@ -104,7 +103,7 @@ def test_close_in_another_thread_ends_the_painting_and_those_that_wait(bundle_pa
             painting.result(SECONDS)
 
 
-def test_close_in_threads_while_others_paint_gives_paintings_or_our_error(bundle_path: Path, photo: np.ndarray) -> None:
+def test_close_in_threads_while_others_paint_gives_paintings_or_our_error(bundle_path, photo):
     with lsast.load(bundle_path) as alone:
         expected = np.asarray(alone.stylize(photo).image)
     for _ in range(5):
@@ -125,7 +124,7 @@ def test_close_in_threads_while_others_paint_gives_paintings_or_our_error(bundle
             list(pool.map(work, range(5)))
 
 
-def test_close_with_async_calls_queued_ends_them_with_our_error(bundle_path: Path, photo: np.ndarray) -> None:
+def test_close_with_async_calls_queued_ends_them_with_our_error(bundle_path, photo):
     async def scene() -> list[Any]:
         stylizer, begun, loop = lsast.load(bundle_path), asyncio.Event(), asyncio.get_running_loop()
 
@@ -143,7 +142,7 @@ def test_close_with_async_calls_queued_ends_them_with_our_error(bundle_path: Pat
     assert [type(outcome) for outcome in outcomes] == [UsageError] * 5, outcomes
 
 
-def test_painting_inside_on_step_of_the_same_thread_raises(bundle_path: Path, photo: np.ndarray) -> None:
+def test_painting_inside_on_step_of_the_same_thread_raises(bundle_path, photo):
     with lsast.load(bundle_path) as stylizer:
         for paint in (stylizer.stylize, lambda *_, **options: asyncio.run(stylizer.stylize_async(photo, **options))):
             for inner in (stylizer.stylize, lambda photo: asyncio.run(stylizer.stylize_async(photo))):
@@ -160,8 +159,8 @@ def _photos(photo: np.ndarray, count: int) -> list[np.ndarray]:
     ("backend", "cache_interval"), [*((backend, 1) for backend in sorted(available_backends())), ("onnxruntime", 2)]
 )
 def test_on_step_that_waits_for_paintings_of_other_threads_gets_them(
-    parted_path: Path, photo: np.ndarray, backend: str, cache_interval: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    parted_path, photo, backend, cache_interval, monkeypatch
+):
     """Each step of each painting waits for a whole one with other inputs, three deep, across two stylizers."""
     monkeypatch.setattr("lsast.sessions.engine_pool.LAPSE_SECONDS", 0.05)
     photos = _photos(photo, 3)
@@ -184,9 +183,7 @@ def test_on_step_that_waits_for_paintings_of_other_threads_gets_them(
     assert sorted(painted) == [0] * 2 + [1] * 6 + [2] * 18
 
 
-def test_on_step_of_async_paintings_that_waits_for_async_paintings_gets_them(
-    bundle_path: Path, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_step_of_async_paintings_that_waits_for_async_paintings_gets_them(bundle_path, photo, monkeypatch):
     monkeypatch.setattr("lsast.sessions.engine_pool.LAPSE_SECONDS", 0.05)
     photos = _photos(photo, 3)
 
@@ -246,7 +243,7 @@ time.sleep(np.random.default_rng().uniform(0, 0.1))
 
 @pytest.mark.parametrize("backend", sorted(available_backends()))
 @pytest.mark.parametrize("what", ["paint", "load", "callback"])
-def test_exit_while_a_daemon_thread_works_is_clean(bundle_path: Path, backend: str, what: str) -> None:
+def test_exit_while_a_daemon_thread_works_is_clean(bundle_path, backend, what):
     done = subprocess.run(
         [sys.executable, "-c", EXIT, str(bundle_path), backend, what], capture_output=True, text=True, timeout=SECONDS
     )
@@ -275,7 +272,7 @@ with lsast.load(sys.argv[1]) as stylizer:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_fork_inside_on_step_paints_and_refuses_to_go_on_with_its_parents_painting(bundle_path: Path) -> None:
+def test_fork_inside_on_step_paints_and_refuses_to_go_on_with_its_parents_painting(bundle_path):
     command = [sys.executable, "-W", "ignore", "-c", FORK, str(bundle_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stderr

@@ -77,9 +77,7 @@ def alike(found: lsast.Result, expected: lsast.Result) -> None:
     assert np.mean(pictures[0] != pictures[1]) < 0.01
 
 
-def test_paintings_with_compiled_engines_are_those_of_onnxruntime(
-    on_gpu: Stylizer, on_cpu: Stylizer, cuda: FakeCuda, picture: np.ndarray
-) -> None:
+def test_paintings_with_compiled_engines_are_those_of_onnxruntime(on_gpu, on_cpu, cuda, picture):
     mask = np.zeros(picture.shape[:2], np.uint8)
     mask[:, 40:] = 255
     rows: list[dict[str, Any]] = [
@@ -97,9 +95,7 @@ def test_paintings_with_compiled_engines_are_those_of_onnxruntime(
     alike(on_gpu.stylize(large, **options), on_cpu.stylize(large, **options))
 
 
-def test_denoiser_is_captured_at_its_second_step_and_working_memory_given_back(
-    on_gpu: Stylizer, cuda: FakeCuda, picture: np.ndarray
-) -> None:
+def test_denoiser_is_captured_at_its_second_step_and_working_memory_given_back(on_gpu, cuda, picture):
     opened = len(cuda.memory)
     for large in (picture, picture, np.tile(picture, (2, 1, 1))):
         cuda.calls.clear()
@@ -116,7 +112,7 @@ def test_denoiser_is_captured_at_its_second_step_and_working_memory_given_back(
         assert (len(cuda.memory), len(cuda.executables)) == (opened, 0)
 
 
-def test_rtx_engines_compile_kernels_eagerly_and_cache_them(trt: FakeTrt, bundle_path: Path) -> None:
+def test_rtx_engines_compile_kernels_eagerly_and_cache_them(trt, bundle_path):
     lsast.load(bundle_path, "tensorrt-rtx").close()
     config = trt.configs[0]
     assert config.cuda_graph_strategy == trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
@@ -128,9 +124,7 @@ def test_rtx_engines_compile_kernels_eagerly_and_cache_them(trt: FakeTrt, bundle
 
 
 @pytest.mark.parametrize("at", [0, 1])
-def test_run_that_fails_names_the_reason_and_the_next_painting_is_whole(
-    on_gpu: Stylizer, trt: FakeTrt, picture: np.ndarray, at: int
-) -> None:
+def test_run_that_fails_names_the_reason_and_the_next_painting_is_whole(on_gpu, trt, picture, at):
     expected = on_gpu.stylize(picture, **LARGE).image
 
     def fail(step: int, *_: object) -> None:
@@ -143,9 +137,7 @@ def test_run_that_fails_names_the_reason_and_the_next_painting_is_whole(
     np.testing.assert_array_equal(on_gpu.stylize(picture, **LARGE).image, expected)
 
 
-def test_picture_beyond_the_profile_is_refused_before_it_runs(
-    on_gpu: Stylizer, cuda: FakeCuda, picture: np.ndarray
-) -> None:
+def test_picture_beyond_the_profile_is_refused_before_it_runs(on_gpu, cuda, picture):
     with pytest.raises(BackendError, match=r"image: found \[1, 3, 64, 192\]; expected \[1, 3, 64, 64\] to"):
         on_gpu.stylize(np.tile(picture, (1, 2, 1)), **LARGE)
     assert "execute" not in cuda.calls
@@ -159,9 +151,7 @@ def test_picture_beyond_the_profile_is_refused_before_it_runs(
         ({}, r"found no engine .*vae_encoder.*\n  compile with: lsast-export compile .* --backend tensorrt .*--build"),
     ],
 )  # fmt: skip
-def test_load_with_an_engine_of_something_else_says_what_differs_and_how_to_compile(
-    trt: FakeTrt, bundle_path: Path, changes: dict[str, Any], message: str
-) -> None:
+def test_load_with_an_engine_of_something_else_says_what_differs_and_how_to_compile(trt, bundle_path, changes, message):
     bundle, folder = Bundle.open(bundle_path), engine_folder(bundle_path, "tensorrt", "fp16")
     if changes:
         graph, spec = bundle.graph_path(VAE_ENCODER), bundle.manifest.graphs[VAE_ENCODER]
@@ -173,7 +163,7 @@ def test_load_with_an_engine_of_something_else_says_what_differs_and_how_to_comp
     assert not any((trt.cuda.memory, trt.cuda.streams))
 
 
-def test_load_without_a_gpu_or_enough_memory_says_so_and_leaves_nothing(trt: FakeTrt, bundle_path: Path) -> None:
+def test_load_without_a_gpu_or_enough_memory_says_so_and_leaves_nothing(trt, bundle_path):
     trt.cuda.room = 20_000
     with pytest.raises(BackendError, match="cudaMalloc failed: cudaErrorMemoryAllocation"):
         lsast.load(bundle_path, "tensorrt")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import pickle
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,9 +26,7 @@ def _overflow(stylizer: Stylizer, name: str) -> Engine:
     return engine
 
 
-def test_stylize_with_a_decoder_that_overflows_decodes_again_in_fp32_and_stays_there(
-    bundle_path: Path, photo: np.ndarray, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_stylize_with_a_decoder_that_overflows_decodes_again_in_fp32_and_stays_there(bundle_path, photo, caplog):
     caplog.set_level(logging.WARNING, "lsast")
     with lsast.load(bundle_path, backend="onnxruntime") as stylizer:
         expected = stylizer.stylize(photo).image
@@ -43,14 +40,14 @@ def test_stylize_with_a_decoder_that_overflows_decodes_again_in_fp32_and_stays_t
     assert "decoding again in fp32" in record.getMessage()
 
 
-def test_stylize_with_another_graph_that_overflows_raises(bundle_path: Path, photo: np.ndarray) -> None:
+def test_stylize_with_another_graph_that_overflows_raises(bundle_path, photo):
     with lsast.load(bundle_path, backend="onnxruntime") as stylizer:
         _overflow(stylizer, "vae_encoder")
         with pytest.raises(BackendError, match=r"the graph vae_encoder gave .* in fp16; try compute_dtype fp32"):
             stylizer.stylize(photo)
 
 
-def test_stylize_reads_only_the_stages_of_the_schedule(bundle_path: Path, photo: np.ndarray) -> None:
+def test_stylize_reads_only_the_stages_of_the_schedule(bundle_path, photo):
     with lsast.load(bundle_path) as stylizer:
         stylizer.stylize(photo, steps=10, strength=0.3, solver="ddim")  # t = 201, 101, 1
         assert sorted(stylizer._pool.styles.get("vangogh")._read) == [0, 1, 2]
@@ -58,7 +55,7 @@ def test_stylize_reads_only_the_stages_of_the_schedule(bundle_path: Path, photo:
         assert sorted(stylizer._pool.styles.get("vangogh")._read) == [0, 1, 2, 3, 4, 5, 6]
 
 
-def test_openvino_in_bf16_paints_the_same_after_a_small_picture() -> None:
+def test_openvino_in_bf16_paints_the_same_after_a_small_picture():
     from lsast_engines.backends.openvino import compute_dtypes
 
     if "bf16" not in compute_dtypes("cpu"):
@@ -73,8 +70,8 @@ def test_openvino_in_bf16_paints_the_same_after_a_small_picture() -> None:
 
 @pytest.mark.needs("onnxruntime", "openvino")
 def test_auto_is_chosen_once_and_its_paintings_are_repeated_on_other_processors(
-    bundle_path: Path, photo: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    bundle_path, photo, tmp_path, monkeypatch
+):
     monkeypatch.setattr("lsast_engines.backends.openvino.compute_dtypes", lambda device: ("fp32", "bf16"))
     Image.fromarray(photo).save(tmp_path / "in.png")
     monkeypatch.setenv("LSAST_PROCESSOR", "avx512_bf16")

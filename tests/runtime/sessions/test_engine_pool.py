@@ -29,9 +29,7 @@ MIXES = ["vangogh", "monet", "vangogh:0.6+monet:0.4", "monet@up+vangogh@0-4", "v
 
 
 @pytest.mark.parametrize("backend", sorted(available_backends()))
-def test_stylize_in_eight_threads_gives_the_serial_bytes(
-    bundle_path: Path, photo: np.ndarray, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stylize_in_eight_threads_gives_the_serial_bytes(bundle_path, photo, backend, monkeypatch):
     opened: list[str] = []
     open_style = Bundle.open_style
     monkeypatch.setattr(Bundle, "open_style", lambda self, name: opened.append(name) or open_style(self, name))
@@ -104,7 +102,7 @@ print("equal")
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize("backend", sorted(available_backends()))
-def test_stylize_in_a_forked_process_gives_the_same_while_its_parent_paints(bundle_path: Path, backend: str) -> None:
+def test_stylize_in_a_forked_process_gives_the_same_while_its_parent_paints(bundle_path, backend):
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FORK, str(bundle_path), backend],
         capture_output=True,
@@ -114,9 +112,7 @@ def test_stylize_in_a_forked_process_gives_the_same_while_its_parent_paints(bund
     assert (done.returncode, done.stdout) == (0, "equal\n"), done.stderr
 
 
-def test_stylizer_in_a_spawned_process_opens_the_bundle_again(
-    bundle_path: Path, photo: np.ndarray, tmp_path: Path
-) -> None:
+def test_stylizer_in_a_spawned_process_opens_the_bundle_again(bundle_path, photo, tmp_path):
     with lsast.load(bundle_path, threads=1, style_memory=1000) as stylizer:
         expected = np.asarray(stylizer.stylize(photo, style="monet", seed=5))
         assert stylizer.__reduce__() == (
@@ -139,9 +135,7 @@ def test_stylizer_in_a_spawned_process_opens_the_bundle_again(
 
 
 @pytest.mark.parametrize("how", ["copied", "replaced", "removed", "overwritten", "overwritten meanwhile"])
-def test_stylizer_whose_bundle_changes_paints_as_before_or_raises(
-    parted_path: Path, photo: np.ndarray, tmp_path: Path, how: str
-) -> None:
+def test_stylizer_whose_bundle_changes_paints_as_before_or_raises(parted_path, photo, tmp_path, how):
     bundle = Path(shutil.copytree(parted_path, tmp_path / "bundle"))
     with lsast.load(bundle) as stylizer:
         before = stylizer.stylize(photo).image
@@ -172,7 +166,7 @@ def test_stylizer_whose_bundle_changes_paints_as_before_or_raises(
 STAGE_BYTES = 4 * 3 * (24 + 16)  # float32, three tokens, the widths of the tiny bundle
 
 
-def test_style_cache_evicts_the_least_recently_used(bundle_path: Path) -> None:
+def test_style_cache_evicts_the_least_recently_used(bundle_path):
     cache = StyleCache(Bundle.open(bundle_path), 3 * STAGE_BYTES)
     cache.get("vangogh").stage(0), cache.get("vangogh").stage(1)
     cache.get("monet").stage(0)
@@ -185,7 +179,7 @@ def test_style_cache_evicts_the_least_recently_used(bundle_path: Path) -> None:
     assert cache.bytes == 3 * STAGE_BYTES
 
 
-def test_style_cache_keeps_no_more_files_open_than_systems_allow(bundle_path: Path, tmp_path: Path) -> None:
+def test_style_cache_keeps_no_more_files_open_than_systems_allow(bundle_path, tmp_path):
     bundle = Path(shutil.copytree(bundle_path, tmp_path / "bundle"))
     names = [f"monet{number}" for number in range(100)]
     for name in names:
@@ -197,7 +191,7 @@ def test_style_cache_keeps_no_more_files_open_than_systems_allow(bundle_path: Pa
     assert list(cache._styles) == names[-64:]
 
 
-def test_style_memory_changes_memory_and_no_picture(bundle_path: Path, photo: np.ndarray) -> None:
+def test_style_memory_changes_memory_and_no_picture(bundle_path, photo):
     def run(stylizer: Stylizer) -> str:
         digest = hashlib.sha256()
         for style in (*MIXES, *MIXES):
@@ -210,7 +204,7 @@ def test_style_memory_changes_memory_and_no_picture(bundle_path: Path, photo: np
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the system does not tell what threads do")
-def test_fork_waits_for_paintings_and_not_for_other_threads() -> None:
+def test_fork_waits_for_paintings_and_not_for_other_threads():
     end, inside = threading.Event(), threading.Event()
 
     def work() -> None:

@@ -34,7 +34,7 @@ with lsast.load(backend=sys.argv[1], threads=int(sys.argv[2]), compute_dtype="fp
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="bounds the memory of a process as Linux does")
 @pytest.mark.parametrize(("backend", "threads"), [("onnxruntime", 1), ("openvino", 1), ("openvino", 2)])
-def test_stylize_with_too_little_memory_says_so_and_paints_the_same_afterwards(backend: str, threads: int) -> None:
+def test_stylize_with_too_little_memory_says_so_and_paints_the_same_afterwards(backend, threads):
     command = [sys.executable, "-c", SCRIPT, backend, str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     lines = done.stdout.splitlines()
@@ -55,7 +55,7 @@ def test_stylize_with_too_little_memory_says_so_and_paints_the_same_afterwards(b
         Exception("OpenCV(5.0.0) alloc.cpp:73: error: (-4:Insufficient memory) Failed to allocate 3151872 bytes"),
     ],
 )
-def test_enough_memory_knows_the_words_of_every_library(error: Exception) -> None:
+def test_enough_memory_knows_the_words_of_every_library(error):
     message = "to read a photo; expected more: take a smaller size"
     with pytest.raises(OutOfMemoryError, match=message) as found, enough_memory("to read a photo"):
         raise error

@@ -5,7 +5,6 @@ from itertools import pairwise
 import cv2
 import numpy as np
 
-from lsast import Stylizer
 from lsast.video.optical_flow import Motion, TemporalState, warped
 
 SHIFT = (3.0, -2.0)
@@ -25,7 +24,7 @@ def _moved(large: np.ndarray, frame: int) -> np.ndarray:
     return np.ascontiguousarray(large[y : y + 128, x : x + 160])
 
 
-def test_motion_between_finds_the_shift_of_a_window() -> None:
+def test_motion_between_finds_the_shift_of_a_window():
     large = _texture(200, 240)
     motion = Motion.between(_moved(large, 0), _moved(large, 1))
     inner = motion.backward_flow[16:-16, 16:-16]
@@ -36,7 +35,7 @@ def test_motion_between_finds_the_shift_of_a_window() -> None:
     assert (motion.valid[:2] == 0).all(), "was outside"
 
 
-def test_motion_between_marks_uncovered_pixels_invalid() -> None:
+def test_motion_between_marks_uncovered_pixels_invalid():
     large = _texture(200, 240)
     before, now = _moved(large, 0), _moved(large, 0)
     patch = _texture(260, 200)[200:240, 100:140]
@@ -48,7 +47,7 @@ def test_motion_between_marks_uncovered_pixels_invalid() -> None:
     assert motion.valid[100:].mean() > 0.95
 
 
-def test_motion_downsampled_is_in_cells() -> None:
+def test_motion_downsampled_is_in_cells():
     backward_flow = np.tile(np.array([4.0, -8.0], np.float32), (64, 96, 1))
     valid = np.zeros((64, 96), np.float32)
     valid[:, :44] = 1
@@ -57,13 +56,13 @@ def test_motion_downsampled_is_in_cells() -> None:
     np.testing.assert_allclose(cells.valid[0], [1, 1, 1, 1, 1, 0.5, 0, 0, 0, 0, 0, 0])
 
 
-def test_warped_fetches_from_the_flows_target() -> None:
+def test_warped_fetches_from_the_flows_target():
     values = np.random.default_rng(0).standard_normal((20, 30, 4)).astype(np.float32)
     backward_flow = np.tile(np.array([3, 2], np.float32), (20, 30, 1))
     np.testing.assert_allclose(warped(values, backward_flow)[4:-6, 4:-8], values[6:-4, 7:-5], atol=1e-5)
 
 
-def test_stylize_frames_follows_the_painting_before(stylizer: Stylizer) -> None:
+def test_stylize_frames_follows_the_painting_before(stylizer):
     """The difference of two paintings along a motion that is known is below half of that of frames painted alone."""
     large = _texture(200, 240)
     frames = [_moved(large, k) for k in range(4)]
@@ -87,7 +86,7 @@ def test_stylize_frames_follows_the_painting_before(stylizer: Stylizer) -> None:
     assert error(followed) < 0.5 * error(alone)
 
 
-def test_temporal_state_with_weight_0_changes_nothing_and_restores(stylizer: Stylizer) -> None:
+def test_temporal_state_with_weight_0_changes_nothing_and_restores(stylizer):
     large = _texture(200, 240)
     frames = [_moved(large, k) for k in range(4)]
     options = {"size": 64, "guidance": 1.0, "style": "monet"}
@@ -103,7 +102,7 @@ def test_temporal_state_with_weight_0_changes_nothing_and_restores(stylizer: Sty
     np.testing.assert_array_equal(np.stack(parts + paint(frames[2:], second)), np.stack(whole))
 
 
-def test_stylize_frames_with_another_size_starts_anew(stylizer: Stylizer) -> None:
+def test_stylize_frames_with_another_size_starts_anew(stylizer):
     large = _texture(200, 240)
     frames = [_moved(large, 0), large[:128, :128]]
     painted = list(stylizer.stylize_frames(frames, size=0, guidance=1.0))

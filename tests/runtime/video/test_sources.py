@@ -31,9 +31,7 @@ def pixels_of(path: Path) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("display", [(0, True, False), (0, False, True), (180, False, False), (270, True, False)])
-def test_frames_are_turned_and_mirrored_as_they_are_displayed(
-    photo: np.ndarray, tmp_path: Path, display: tuple[int, bool, bool]
-) -> None:
+def test_frames_are_turned_and_mirrored_as_they_are_displayed(photo, tmp_path, display):
     write_clip(tmp_path / "plain.mp4", photo, 1, None)
     write_clip(tmp_path / "turned.mp4", photo, 1, None, display=display)
     turn, left_right, upside_down = display
@@ -44,9 +42,7 @@ def test_frames_are_turned_and_mirrored_as_they_are_displayed(
 
 
 @pytest.mark.parametrize(("turn", "expected"), [(0, Fraction(4, 3)), (90, Fraction(3, 4))])
-def test_paint_video_keeps_the_shape_of_displayed_pixels(
-    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path, turn: int, expected: Fraction
-) -> None:
+def test_paint_video_keeps_the_shape_of_displayed_pixels(stylizer, photo, tmp_path, turn, expected):
     write_clip(tmp_path / "clip.mp4", photo, 2, None, aspect=Fraction(4, 3), display=(turn, False, False))
     paint_video(tmp_path / "clip.mp4", tmp_path / "out.mp4", stylizer, QUICK)
     with av.open(str(tmp_path / "out.mp4")) as container:
@@ -54,7 +50,7 @@ def test_paint_video_keeps_the_shape_of_displayed_pixels(
 
 
 @pytest.mark.parametrize(("transfer", "white"), [(16, 0.5807), pytest.param(18, 0.75, marks=pytest.mark.slow)])
-def test_frames_in_hdr_have_white_where_diffuse_white_was(tmp_path: Path, transfer: int, white: float) -> None:
+def test_frames_in_hdr_have_white_where_diffuse_white_was(tmp_path, transfer, white):
     """203 cd/m² is 58 % of the PQ signal and 75 % of HLG's (ITU-R BT.2408, table 1)."""
     with av.open(str(tmp_path / "hdr.mkv"), "w") as container:
         stream: Any = container.add_stream("ffv1", rate=25)
@@ -69,7 +65,7 @@ def test_frames_in_hdr_have_white_where_diffuse_white_was(tmp_path: Path, transf
     assert pixels.min() >= 250
 
 
-def test_frames_that_change_their_size_end_with_the_time(photo: np.ndarray, tmp_path: Path) -> None:
+def test_frames_that_change_their_size_end_with_the_time(photo, tmp_path):
     for name, size in (("a.ts", (96, 64)), ("b.ts", (64, 96))):
         write_clip(tmp_path / name, photo, 4, None, codec="mpeg2video", size=size)
     both = (tmp_path / "a.ts").read_bytes() + (tmp_path / "b.ts").read_bytes()
@@ -88,9 +84,7 @@ def test_frames_that_change_their_size_end_with_the_time(photo: np.ndarray, tmp_
         ("clip.flv", "flv", "aac", (96, 64)),
     ],
 )
-def test_paint_video_reads_every_common_kind(
-    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path, name: str, codec: str, sound: str, size: tuple[int, int]
-) -> None:
+def test_paint_video_reads_every_common_kind(stylizer, photo, tmp_path, name, codec, sound, size):
     source, out = tmp_path / name, tmp_path / "out.mkv"
     write_clip(source, photo, 3, sound, codec=codec, size=size)
     assert paint_video(source, out, stylizer, QUICK)["frames"] == 3
@@ -103,9 +97,7 @@ def test_paint_video_reads_every_common_kind(
         assert heard == read(source)[2] != []
 
 
-def test_paint_video_mends_repeated_and_missing_times_of_sound(
-    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path
-) -> None:
+def test_paint_video_mends_repeated_and_missing_times_of_sound(stylizer, photo, tmp_path):
     write_clip(tmp_path / "clip.mkv", photo, 6, "pcm_s16le", codec="mpeg4")
     source = tmp_path / "faulty.mkv"
     with av.open(str(tmp_path / "clip.mkv")) as clip, av.open(str(source), "w") as faulty:
@@ -122,9 +114,7 @@ def test_paint_video_mends_repeated_and_missing_times_of_sound(
 
 
 @pytest.mark.parametrize("name", ["12:30.mp4", "a%03d.mp4", "-.mp4", "http:x.mp4"])
-def test_paint_video_takes_names_as_they_are(
-    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_paint_video_takes_names_as_they_are(stylizer, photo, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     write_clip(Path("clip.mp4"), photo, 2)
     os.rename("clip.mp4", name)
@@ -134,7 +124,7 @@ def test_paint_video_takes_names_as_they_are(
     assert os.listdir("out") == [name]
 
 
-def test_check_video_reads_no_file_that_a_file_names(photo: np.ndarray, tmp_path: Path) -> None:
+def test_check_video_reads_no_file_that_a_file_names(photo, tmp_path):
     write_clip(tmp_path / "clip.mp4", photo, 2)
     (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile clip.mp4\n")
     with pytest.raises(PictureError, match="cannot be read as a video"):
@@ -142,9 +132,7 @@ def test_check_video_reads_no_file_that_a_file_names(photo: np.ndarray, tmp_path
 
 
 @pytest.mark.parametrize(("codec", "pixels"), [("qtrle", "argb"), ("prores_ks", "yuva444p10le")])
-def test_paint_video_keeps_transparency_or_composites_it_on_white(
-    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture, codec: str, pixels: str
-) -> None:
+def test_paint_video_keeps_transparency_or_composites_it_on_white(stylizer, photo, tmp_path, caplog, codec, pixels):
     write_clip(tmp_path / "clip.mov", photo, 2, None, codec=codec, pixels=pixels)
     paint_video(tmp_path / "clip.mov", tmp_path / "out.gif", stylizer, QUICK)
     with Image.open(tmp_path / "out.gif") as painted:
@@ -158,9 +146,7 @@ def test_paint_video_keeps_transparency_or_composites_it_on_white(
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
-def test_paint_video_of_animated_pictures_keeps_times_and_opacity(
-    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path, suffix: str
-) -> None:
+def test_paint_video_of_animated_pictures_keeps_times_and_opacity(stylizer, photo, tmp_path, suffix):
     pictures, durations = [], [100, 200, 300, 400]
     for number in range(4):
         pixels = np.dstack([photo[:48, 10 * number :][:, :64], np.full((48, 64), 255, np.uint8)])
@@ -183,7 +169,7 @@ def test_paint_video_of_animated_pictures_keeps_times_and_opacity(
         assert container.duration == 1_000_000
 
 
-def test_frames_of_an_animated_png_leave_its_default_image_out(tmp_path: Path) -> None:
+def test_frames_of_an_animated_png_leave_its_default_image_out(tmp_path):
     default, *frames = (Image.fromarray(np.full((8, 8, 3), grey, np.uint8)) for grey in (9, 99, 199))
     default.save(tmp_path / "in.png", save_all=True, append_images=frames, default_image=True, duration=[100, 300])
     with open_source(tmp_path / "in.png") as source:
@@ -193,9 +179,7 @@ def test_frames_of_an_animated_png_leave_its_default_image_out(tmp_path: Path) -
 
 @pytest.mark.parametrize("plays", [0, 1, 4])
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".apng"])
-def test_paint_video_of_an_animated_picture_is_shown_as_often_as_it_is(
-    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path, suffix: str, plays: int
-) -> None:
+def test_paint_video_of_an_animated_picture_is_shown_as_often_as_it_is(stylizer, photo, tmp_path, suffix, plays):
     def loop(path: Path) -> int | None:
         if path.suffix != ".gif":
             return plays
@@ -211,9 +195,7 @@ def test_paint_video_of_an_animated_picture_is_shown_as_often_as_it_is(
             assert painted.info.get("loop") == loop(out)
 
 
-def test_paint_video_of_a_damaged_stream_paints_what_can_be_decoded(
-    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_paint_video_of_a_damaged_stream_paints_what_can_be_decoded(stylizer, photo, tmp_path, caplog):
     write_clip(tmp_path / "clip.avi", photo, 8, None, codec="mjpeg", pixels="yuvj420p")
     content = bytearray((tmp_path / "clip.avi").read_bytes())
     starts = [at for at in range(len(content)) if content[at : at + 3] == b"\xff\xd8\xff"]
@@ -244,14 +226,8 @@ def _stopped(source: Path, out: Path, stylizer: Stylizer, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("fault", ["state", "segment", "folder", "style"])
 def test_paint_video_throws_a_useless_unfinished_painting_away(
-    stylizer: Stylizer,
-    bundle_path: Path,
-    photo: np.ndarray,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    fault: str,
-) -> None:
+    stylizer, bundle_path, photo, tmp_path, monkeypatch, caplog, fault
+):
     source, out = tmp_path / "clip.mp4", tmp_path / "out.mp4"
     write_clip(source, photo, 4, None)
     copy = tmp_path / "bundle"
@@ -275,9 +251,7 @@ def test_paint_video_throws_a_useless_unfinished_painting_away(
     assert not folder.exists()
 
 
-def test_paint_video_of_an_output_that_another_run_paints_raises(
-    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path
-) -> None:
+def test_paint_video_of_an_output_that_another_run_paints_raises(stylizer, photo, tmp_path):
     source, out = tmp_path / "clip.mp4", tmp_path / "out.mp4"
     write_clip(source, photo, 3, None)
     found: list[str] = []
@@ -293,15 +267,13 @@ def test_paint_video_of_an_output_that_another_run_paints_raises(
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc")
-def test_paint_video_where_no_folder_can_be_made_raises(stylizer: Stylizer, photo: np.ndarray, tmp_path: Path) -> None:
+def test_paint_video_where_no_folder_can_be_made_raises(stylizer, photo, tmp_path):
     write_clip(tmp_path / "clip.mp4", photo, 3, None)
     with pytest.raises(PictureError, match=r"cannot write /proc/out\.mp4"):
         paint_video(tmp_path / "clip.mp4", Path("/proc/out.mp4"), stylizer, QUICK)
 
 
-def test_paint_video_without_room_names_the_output_and_goes_on_later(
-    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paint_video_without_room_names_the_output_and_goes_on_later(stylizer, photo, tmp_path, monkeypatch):
     source, out = tmp_path / "clip.mp4", tmp_path / "out.mp4"
     write_clip(source, photo, 3, None)
 
@@ -315,9 +287,7 @@ def test_paint_video_without_room_names_the_output_and_goes_on_later(
     assert paint_video(source, out, stylizer, QUICK)["resumed"] == 3
 
 
-def test_paint_video_follows_no_link_in_place_of_its_folder(
-    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path
-) -> None:
+def test_paint_video_follows_no_link_in_place_of_its_folder(stylizer, photo, tmp_path):
     write_clip(tmp_path / "clip.mp4", photo, 2, None)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / ".out.mp4.parts").symlink_to(tmp_path / "elsewhere")
@@ -326,22 +296,20 @@ def test_paint_video_follows_no_link_in_place_of_its_folder(
     assert not os.listdir(tmp_path / "elsewhere")
 
 
-def test_paint_video_writes_a_name_of_255_bytes(stylizer: Stylizer, photo: np.ndarray, tmp_path: Path) -> None:
+def test_paint_video_writes_a_name_of_255_bytes(stylizer, photo, tmp_path):
     write_clip(tmp_path / "clip.mp4", photo, 2, None)
     out = tmp_path / ("n" * 251 + ".mp4")
     paint_video(tmp_path / "clip.mp4", out, stylizer, QUICK)
     assert sorted(os.listdir(tmp_path)) == ["clip.mp4", out.name]
 
 
-def test_check_video_of_a_still_png_as_an_animation_is_refused(photo: np.ndarray, tmp_path: Path) -> None:
+def test_check_video_of_a_still_png_as_an_animation_is_refused(photo, tmp_path):
     write_clip(tmp_path / "clip.mp4", photo, 2, None)
     with pytest.raises(UsageError, match=r"expected a name that ends in \.apng, \.gif, \.m4v"):
         check_video(tmp_path / "clip.mp4", tmp_path / "out.png")
 
 
-def test_paint_video_of_a_file_that_is_cut_off_tells_where(
-    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_paint_video_of_a_file_that_is_cut_off_tells_where(stylizer, photo, tmp_path, caplog):
     whole, cut = tmp_path / "whole.mkv", tmp_path / "cut.mkv"
     write_clip(whole, photo, 9, "mp3", codec="ffv1", pixels="bgr0")
     paint_video(whole, tmp_path / "out.mp4", stylizer, QUICK)
@@ -351,9 +319,7 @@ def test_paint_video_of_a_file_that_is_cut_off_tells_where(
     assert re.search(r"its pictures end at 0\.\d\d s of 0\.3\d s; is it cut off\?", caplog.text)
 
 
-def test_frames_of_a_matroska_file_that_begins_late_are_not_called_cut_off(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_frames_of_a_matroska_file_that_begins_late_are_not_called_cut_off(tmp_path, caplog):
     with av.open(str(tmp_path / "late.mkv"), "w") as container:
         stream: Any = container.add_stream("ffv1", rate=24)
         stream.width, stream.height, stream.pix_fmt = 16, 16, "bgr0"

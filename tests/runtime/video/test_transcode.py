@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from lsast import PictureError, Stylizer, UsageError
+from lsast import PictureError, UsageError
 from lsast.cli.main import main
 from lsast.video.source import open_source
 from lsast.video.transcode import check_video, paint_video
@@ -97,9 +97,7 @@ def read(path: Path) -> tuple[list[np.ndarray], list[Fraction], list[bytes]]:
     return frames, times, sound
 
 
-def test_paint_video_paints_pictures_and_keeps_times_and_sound(
-    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path
-) -> None:
+def test_paint_video_paints_pictures_and_keeps_times_and_sound(stylizer, photo, tmp_path):
     source, out = tmp_path / "clip.mp4", tmp_path / "out.mp4"
     times = write_clip(source, photo, SEGMENT + 5)
     facts = paint_video(source, out, stylizer, QUICK)
@@ -115,9 +113,7 @@ def test_paint_video_paints_pictures_and_keeps_times_and_sound(
 
 
 @pytest.mark.parametrize("name", ["out.mkv", "out.mov", "out.m4v"])
-def test_paint_video_gives_the_same_in_every_format(
-    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path, name: str
-) -> None:
+def test_paint_video_gives_the_same_in_every_format(stylizer, photo, tmp_path, name):
     source = tmp_path / "clip.mp4"
     write_clip(source, photo, 3)
     paint_video(source, tmp_path / name, stylizer, QUICK)
@@ -128,9 +124,7 @@ def test_paint_video_gives_the_same_in_every_format(
     assert sound == read(source)[2]
 
 
-def test_paint_video_after_a_stop_continues_to_the_same_video(
-    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path
-) -> None:
+def test_paint_video_after_a_stop_continues_to_the_same_video(stylizer, photo, tmp_path):
     source, out, whole = tmp_path / "clip.mp4", tmp_path / "out.mp4", tmp_path / "whole.mp4"
     write_clip(source, photo, 2 * SEGMENT + 3)
     paint_video(source, whole, stylizer, QUICK)
@@ -151,7 +145,7 @@ def test_paint_video_after_a_stop_continues_to_the_same_video(
     assert out.read_bytes() == whole.read_bytes()
 
 
-def test_encoder_gives_the_same_bytes_for_the_same_frames(photo: np.ndarray, tmp_path: Path) -> None:
+def test_encoder_gives_the_same_bytes_for_the_same_frames(photo, tmp_path):
     """x264 with its AVX-512 code gives other bytes once in about 500 times (96 pixels are not a multiple of 128)."""
     write_clip(tmp_path / "clip.mp4", photo, SEGMENT, sound=None)
     rng, segments = np.random.default_rng(0), set()
@@ -167,9 +161,7 @@ def test_encoder_gives_the_same_bytes_for_the_same_frames(photo: np.ndarray, tmp
     assert len(segments) == 1
 
 
-def test_paint_video_memory_does_not_grow_with_the_length(
-    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path
-) -> None:
+def test_paint_video_memory_does_not_grow_with_the_length(stylizer, photo, tmp_path):
     held: list[int] = []
 
     def measure(done: int, total: int | None) -> None:
@@ -185,7 +177,7 @@ def test_paint_video_memory_does_not_grow_with_the_length(
     assert held[6 * SEGMENT] - held[2 * SEGMENT] < 96 * 64 * 3 * 4 * SEGMENT / 10
 
 
-def test_check_video_with_invalid_arguments_raises_before_painting(photo: np.ndarray, tmp_path: Path) -> None:
+def test_check_video_with_invalid_arguments_raises_before_painting(photo, tmp_path):
     source = tmp_path / "clip.mkv"
     with av.open(str(source), "w") as container:
         tone = container.add_stream("pcm_u8", rate=8000)
@@ -208,9 +200,7 @@ def test_check_video_with_invalid_arguments_raises_before_painting(photo: np.nda
     assert {path.name for path in tmp_path.iterdir()} == {"clip.mkv", "broken.mp4", "clip.mp4"}
 
 
-def test_check_video_with_sound_that_the_format_cannot_hold_raises(
-    stylizer: Stylizer, photo: np.ndarray, tmp_path: Path
-) -> None:
+def test_check_video_with_sound_that_the_format_cannot_hold_raises(stylizer, photo, tmp_path):
     source = tmp_path / "clip.mkv"
     write_clip(source, photo, 1, "pcm_u8")
     with pytest.raises(PictureError, match=r"pcm_u8.*\.mkv, which holds any sound"):
@@ -225,9 +215,7 @@ def _run(*arguments: str) -> Result:
     return CliRunner().invoke(main, [*arguments, *options])
 
 
-def test_lsast_run_paints_videos_beside_pictures(
-    photo: np.ndarray, bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lsast_run_paints_videos_beside_pictures(photo, bundle_path, tmp_path, monkeypatch):
     monkeypatch.setenv("LSAST_BUNDLE", str(bundle_path))
     monkeypatch.chdir(tmp_path)
     write_clip(tmp_path / "clip.mp4", photo, 4)
@@ -243,7 +231,7 @@ def test_lsast_run_paints_videos_beside_pictures(
     assert _run("clip.mp4", "out.png").exit_code == 2
 
 
-def test_lsast_run_of_a_video_after_a_kill_continues(photo: np.ndarray, bundle_path: Path, tmp_path: Path) -> None:
+def test_lsast_run_of_a_video_after_a_kill_continues(photo, bundle_path, tmp_path):
     write_clip(tmp_path / "clip.mp4", photo, 4 * SEGMENT)
     program = "from lsast.video import transcode; from lsast.cli.main import main; "
     program += f"transcode.SEGMENT = {SEGMENT}; main()"

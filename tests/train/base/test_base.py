@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,7 +34,7 @@ def _inputs(base: Base) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch
 
 
 @pytest.mark.parametrize("controlled", [False, True])
-def test_eps_with_equal_contexts_equals_stock_diffusers(base: Base, controlled: bool) -> None:
+def test_eps_with_equal_contexts_equals_stock_diffusers(base, controlled):
     latent, times, context, edges = _inputs(base)
     residuals = {}
     if controlled:
@@ -52,7 +51,7 @@ def test_eps_with_equal_contexts_equals_stock_diffusers(base: Base, controlled: 
     torch.testing.assert_close(base.add_noise(latent, noise, times), schedule.add_noise(latent, noise, times))
 
 
-def test_saved_base_loads_with_the_same_predictions(tmp_path: Path) -> None:
+def test_saved_base_loads_with_the_same_predictions(tmp_path):
     base = build_mini(MiniConfig.tiny(), 4)
     base.config = replace(base.config, training={"steps": "0"})
     fingerprint = save_base(base, tmp_path)
@@ -68,7 +67,7 @@ def test_saved_base_loads_with_the_same_predictions(tmp_path: Path) -> None:
     torch.testing.assert_close(found_eps, expected_eps, atol=1e-5, rtol=0)
 
 
-def test_open_base_with_weights_that_do_not_fit_reports_all(tmp_path: Path) -> None:
+def test_open_base_with_weights_that_do_not_fit_reports_all(tmp_path):
     save_base(build_mini(MiniConfig.tiny()), tmp_path)
     tensors = load_file(tmp_path / "base.safetensors")
     tensors["unet.extra"] = tensors.pop("unet.conv_in.bias")
@@ -80,7 +79,7 @@ def test_open_base_with_weights_that_do_not_fit_reports_all(tmp_path: Path) -> N
         assert part in str(caught.value)
 
 
-def test_load_base_with_changed_weights_is_refused(tmp_path: Path) -> None:
+def test_load_base_with_changed_weights_is_refused(tmp_path):
     fingerprint = save_base(build_mini(MiniConfig.tiny()), tmp_path)
     tensors = load_file(tmp_path / "base.safetensors")
     tensors["unet.conv_in.bias"] += 1
@@ -91,7 +90,7 @@ def test_load_base_with_changed_weights_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["[", "[]", '{"format": 1}', '{"format": 9}'])
-def test_open_base_with_a_damaged_description_is_refused(tmp_path: Path, change: str) -> None:
+def test_open_base_with_a_damaged_description_is_refused(tmp_path, change):
     save_base(build_mini(MiniConfig.tiny()), tmp_path)
     description = tmp_path / "base.json"
     content = json.loads(description.read_text())

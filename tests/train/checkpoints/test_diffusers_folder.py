@@ -7,9 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import pytest
@@ -59,9 +57,7 @@ def _bin(folder: Path) -> None:
     ],
     ids=["names of 2022", "fp16", "bin", "shards"],
 )
-def test_diffusers_folder_in_any_form_gives_the_networks(
-    published: Any, folder: Path, settings: dict[str, Any], change: Callable[[Path], None] | None
-) -> None:
+def test_diffusers_folder_in_any_form_gives_the_networks(published, folder, settings, change):
     half = "variant" in settings
     for part, name in (("unet", "ema"), ("vae", "autoencoder"), ("text_encoder", "text_encoder"),
                        ("controlnet", "controlnet")):  # fmt: skip
@@ -82,7 +78,7 @@ def test_diffusers_folder_in_any_form_gives_the_networks(
     assert (base.text_encoder.config.bos_token_id, base.text_encoder.config.eos_token_id) == (398, 399)
 
 
-def test_diffusers_folder_gives_ema_and_non_ema_weights(published: Any, folder: Path, tmp_path: Path) -> None:
+def test_diffusers_folder_gives_ema_and_non_ema_weights(published, folder, tmp_path):
     with pytest.raises(TrainingError, match=r"no diffusion_pytorch_model\.non_ema\.safetensors"):
         open_base(BaseSource(folder, tmp_path / "canny", "ema"))
     published.networks["unet"].save_pretrained(folder / "unet", variant="non_ema")
@@ -91,7 +87,7 @@ def test_diffusers_folder_gives_ema_and_non_ema_weights(published: Any, folder: 
         assert published.same(parts.load("unet"), published.networks[network])
 
 
-def test_diffusers_folder_schedule_is_read_and_others_are_refused(published: Any, folder: Path, tmp_path: Path) -> None:
+def test_diffusers_folder_schedule_is_read_and_others_are_refused(published, folder, tmp_path):
     schedule = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
     (folder / "scheduler").mkdir()
     file = folder / "scheduler" / "scheduler_config.json"
@@ -113,7 +109,7 @@ def test_diffusers_folder_schedule_is_read_and_others_are_refused(published: Any
             open_base(BaseSource(folder, tmp_path / "canny"))
 
 
-def test_diffusers_folder_with_missing_parts_reports_all(published: Any, folder: Path, tmp_path: Path) -> None:
+def test_diffusers_folder_with_missing_parts_reports_all(published, folder, tmp_path):
     (folder / "vae" / "config.json").unlink()
     (folder / "text_encoder" / "model.safetensors").unlink()
     shutil.rmtree(folder / "unet")
@@ -139,16 +135,14 @@ def test_diffusers_folder_with_missing_parts_reports_all(published: Any, folder:
         ("text_encoder", {"num_attention_heads": 7}, "text_encoder: its configuration makes no CLIPTextModel"),
     ],
 )
-def test_diffusers_folder_with_other_settings_is_refused_by_name(
-    folder: Path, tmp_path: Path, file: str, changed: dict[str, Any], message: str
-) -> None:
+def test_diffusers_folder_with_other_settings_is_refused_by_name(folder, tmp_path, file, changed, message):
     config = folder / file / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **changed}))
     with pytest.raises(TrainingError, match=re.escape(message)):
         open_base(BaseSource(folder, tmp_path / "canny"))
 
 
-def test_shard_index_with_a_path_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_shard_index_with_a_path_is_refused(folder, tmp_path):
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"conv_in.weight": "../../../secret.safetensors"}}))
@@ -157,7 +151,7 @@ def test_shard_index_with_a_path_is_refused(folder: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("revision", [None, "main"])
-def test_hub_name_without_a_pinned_revision_is_refused(revision: str | None) -> None:
+def test_hub_name_without_a_pinned_revision_is_refused(revision):
     with pytest.raises(UsageError, match="expected a commit hash or tag"):
         open_base(BaseSource("someone/stable-diffusion", revision=revision))
 
@@ -186,9 +180,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> list[t
     return asked
 
 
-def test_hub_base_and_controlnet_are_read_from_the_cache_first(
-    published: Any, hub: list[tuple[str, str, str, bool]]
-) -> None:
+def test_hub_base_and_controlnet_are_read_from_the_cache_first(published, hub):
     parts = open_base(BaseSource("someone/tiny-v1-5", "else/canny@v1.1", revision="0123abc"))
     assert published.same(parts.load("unet"), published.networks["ema"])
     assert published.same(parts.load("controlnet"), published.networks["controlnet"])
@@ -203,7 +195,7 @@ def test_hub_base_and_controlnet_are_read_from_the_cache_first(
     assert all(local for name, path, _, local in hub if (name, path) == ("else/canny", "config.json"))
 
 
-def test_hub_without_a_network_says_how_to_download(hub: list[tuple[str, str, str, bool]]) -> None:
+def test_hub_without_a_network_says_how_to_download(hub):
     with pytest.raises(LsastError, match="hf download no/where --revision 0123abc"):
         open_base(BaseSource("no/where", revision="0123abc"))
     assert sum(not local for *_, local in hub) == 1  # a dead network is tried once

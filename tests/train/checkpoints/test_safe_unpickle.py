@@ -9,7 +9,7 @@ import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +79,7 @@ def _bomb(first: bytes, use: bytes) -> bytes:
     return b"\x80\x02" + made + use.replace(b"%s", b"h\x3b") + b"."
 
 
-def test_load_module_tensors_gives_the_names_of_the_state_dict(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_load_module_tensors_gives_the_names_of_the_state_dict(tmp_path, caplog):
     module = nn.Sequential(nn.Linear(3, 4), nn.ModuleList([nn.BatchNorm1d(4), nn.LayerNorm(4)])).train()
     path = tmp_path / "a.pt"
     torch.save({"attention": module, "initial_embeddings": nn.Parameter(torch.ones(1, 3).T)}, path)
@@ -103,9 +101,7 @@ def test_load_module_tensors_gives_the_names_of_the_state_dict(
 @pytest.mark.parametrize(
     "function", [os.system, eval, getattr, functools.partial, torch.load], ids=lambda function: function.__name__
 )
-def test_calls_of_functions_are_refused_by_name(
-    tmp_path: Path, marker: Path, loader: Callable[[Path], Any], function: Any
-) -> None:
+def test_calls_of_functions_are_refused_by_name(tmp_path, marker, loader, function):
     data = pickle.dumps({"weight": _Calls(function, f"touch {marker}")}, 2)
     with pytest.raises(TrainingError, match=f"refused, nothing of it was run: found .*{function.__name__}"):
         loader(_archive(tmp_path / "bad.pt", data))
@@ -128,9 +124,7 @@ def test_calls_of_functions_are_refused_by_name(
     ],
     ids=["INST", "STACK_GLOBAL", "EXT1", "call", "state", "set", "append", "storage", "memory", "doubled"],
 )
-def test_instructions_that_torch_does_not_write_are_refused(
-    tmp_path: Path, marker: Path, loader: Callable[[Path], Any], data: bytes
-) -> None:
+def test_instructions_that_torch_does_not_write_are_refused(tmp_path, marker, loader, data):
     with pytest.raises(TrainingError, match="refused, nothing of it was run"):
         loader(_archive(tmp_path / "bad.pt", data.replace(b"%s", str(marker).encode())))
 
@@ -138,15 +132,13 @@ def test_instructions_that_torch_does_not_write_are_refused(
 @pytest.mark.parametrize("call", [b"ctorch\nFloatTensor\nJ\x00\x00\x00\x10\x85R", b"ctorch._utils\n"
                                   b"_rebuild_meta_tensor_no_storage\n(ctorch\nfloat32\nK\x09\x85K\x01\x85\x89tR"],
                          ids=["made", "meta"])  # fmt: skip
-def test_load_module_tensors_refuses_tensors_that_are_not_in_the_file(tmp_path: Path, call: bytes) -> None:
+def test_load_module_tensors_refuses_tensors_that_are_not_in_the_file(tmp_path, call):
     with pytest.raises(TrainingError, match=r"refused, nothing of it was run: found .*tensor"):
         load_module_tensors(_archive(tmp_path / "bad.pt", _dictionary(call)))
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_a_file_from_before_1_6_that_ends_as_an_archive_is_checked_as_torch_reads_it(
-    tmp_path: Path, loader: Callable[[Path], Any]
-) -> None:
+def test_a_file_from_before_1_6_that_ends_as_an_archive_is_checked_as_torch_reads_it(tmp_path, loader):
     head = b"".join(pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {}))
     tail = _archive(tmp_path / "harmless.pt", b"\x80\x02}.").read_bytes()
     path = tmp_path / "bad.safetensors"
@@ -166,15 +158,13 @@ def test_a_file_from_before_1_6_that_ends_as_an_archive_is_checked_as_torch_read
     ],
     ids=["value", "key", "reference", "size"],
 )
-def test_shared_tuples_are_refused_before_anyone_walks_them(
-    tmp_path: Path, loader: Callable[[Path], Any], data: bytes
-) -> None:
+def test_shared_tuples_are_refused_before_anyone_walks_them(tmp_path, loader, data):
     """A kilobyte each; hashing or printing the last takes 2**60 steps."""
     with pytest.raises(TrainingError, match="a tuple of more than"):
         loader(_archive(tmp_path / "bomb.pt", data, **{"data/0": bytes(8)}))
 
 
-def test_shared_and_deep_containers_are_refused(tmp_path: Path) -> None:
+def test_shared_and_deep_containers_are_refused(tmp_path):
     shared = b"\x80\x02}" + _text("w") + _tensor() + b"sq\x00"
     for level in range(1, 45):
         shared += b"}q" + bytes([level])
@@ -191,7 +181,7 @@ def test_shared_and_deep_containers_are_refused(tmp_path: Path) -> None:
             load_module_tensors(_archive(tmp_path / f"{name}.pt", data, **{"data/0": bytes(8)}))
 
 
-def test_a_huge_memo_index_takes_no_memory(tmp_path: Path) -> None:
+def test_a_huge_memo_index_takes_no_memory(tmp_path):
     data = b"\x80\x02}r" + struct.pack("<I", 2**31) + _text("w") + _tensor() + b"s."
     found = load_module_tensors(_archive(tmp_path / "a.pt", data, **{"data/0": bytes(8)}))
     assert torch.equal(found["w"], torch.zeros(2))
@@ -213,7 +203,7 @@ def test_a_huge_memo_index_takes_no_memory(tmp_path: Path) -> None:
     ],
     ids=["size", "stride", "offset", "expanded", "negative", "unlike", "text", "type", "path", "missing"],
 )
-def test_tensors_outside_of_their_storage_are_refused(tmp_path: Path, tensor: bytes) -> None:
+def test_tensors_outside_of_their_storage_are_refused(tmp_path, tensor):
     (tmp_path / "secret").write_bytes(bytes(8))
     good = _archive(tmp_path / "good.pt", _dictionary(_tensor()), **{"data/0": struct.pack("<2f", 1, 2)})
     assert load_module_tensors(good)["w"].tolist() == [1, 2]
@@ -223,7 +213,7 @@ def test_tensors_outside_of_their_storage_are_refused(tmp_path: Path, tensor: by
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("loader", LOADERS)
-def test_damaged_and_odd_archives_are_refused(tmp_path: Path, loader: Callable[[Path], Any]) -> None:
+def test_damaged_and_odd_archives_are_refused(tmp_path, loader):
     data = pickle.dumps({}, 2)
     twice = _archive(tmp_path / "twice.pt", data)
     with zipfile.ZipFile(twice, "a") as archive:
@@ -247,6 +237,6 @@ def test_damaged_and_odd_archives_are_refused(tmp_path: Path, loader: Callable[[
         loader(tmp_path / "none.pt")
 
 
-def test_files_without_modules_are_refused(tmp_path: Path) -> None:
+def test_files_without_modules_are_refused(tmp_path):
     with pytest.raises(TrainingError, match="holds no tensors"):
         load_module_tensors(_archive(tmp_path / "list.pt", pickle.dumps([1, 2], 2)))

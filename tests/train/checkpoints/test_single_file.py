@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from lsast_train.checkpoints.single_file import describe_unsupported, unet_weigh
 NETWORKS = ("unet", "controlnet", "autoencoder", "text_encoder")
 
 
-def test_single_file_gives_the_networks_it_was_written_from(published: Any) -> None:
+def test_single_file_gives_the_networks_it_was_written_from(published):
     base = load_base(published.source())
     loaded = {**base.networks(), "text_encoder": base.text_encoder}
     assert loaded.keys() == set(NETWORKS)
@@ -47,9 +45,7 @@ def test_single_file_gives_the_networks_it_was_written_from(published: Any) -> N
         ("auto", "one", "unet", "the only ones there"),
     ],
 )
-def test_unet_weights_choose_between_two_sets(
-    published: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, wanted: Any, stored: str, taken: str, fact: str
-) -> None:
+def test_unet_weights_choose_between_two_sets(published, tmp_path, caplog, wanted, stored, taken, fact):
     file = published.file
     if stored == "one":
         file = tmp_path / "one.safetensors"
@@ -61,7 +57,7 @@ def test_unet_weights_choose_between_two_sets(
     assert f"unet weights: {fact}" in caplog.text
 
 
-def test_unet_weights_of_one_set_or_with_missing_ema_tensors_are_refused(published: Any, tmp_path: Path) -> None:
+def test_unet_weights_of_one_set_or_with_missing_ema_tensors_are_refused(published, tmp_path):
     save_file(published.one_set, tmp_path / "one.safetensors")
     for wanted in ("ema", "non-ema"):
         with pytest.raises(TrainingError, match=f"found one set of weights .* two sets for --unet-weights {wanted}"):
@@ -72,14 +68,14 @@ def test_unet_weights_of_one_set_or_with_missing_ema_tensors_are_refused(publish
         open_base(published.source(base=tmp_path / "broken.safetensors"))
 
 
-def test_single_file_with_its_own_controlnet_needs_no_other(published: Any, tmp_path: Path) -> None:
+def test_single_file_with_its_own_controlnet_needs_no_other(published, tmp_path):
     file = tmp_path / "whole.safetensors"
     save_file({**published.all_tensors, **load_file(published.controlnet_file)}, file)
     assert published.same(open_base(file).load("controlnet"), published.networks["controlnet"])
 
 
 @pytest.mark.parametrize("told", ["key", "metadata", "yaml", "nowhere"])
-def test_v_prediction_of_a_single_file_is_read_where_it_is_told(published: Any, tmp_path: Path, told: str) -> None:
+def test_v_prediction_of_a_single_file_is_read_where_it_is_told(published, tmp_path, told):
     file = tmp_path / "v.safetensors"
     key = {"v_pred": torch.zeros(0)} if told == "key" else {}
     metadata = {"modelspec.prediction_type": "v"} if told == "metadata" else {"modelspec.prediction_type": "epsilon"}
@@ -112,12 +108,12 @@ def test_v_prediction_of_a_single_file_is_read_where_it_is_told(published: Any, 
         ("model.diffusion_model.input_blocks.0.0.weight", None),
     ],
 )
-def test_describe_unsupported_names_what_a_key_belongs_to(key: str, kind: str | None) -> None:
+def test_describe_unsupported_names_what_a_key_belongs_to(key, kind):
     found = describe_unsupported([key])
     assert found is None if kind is None else str(found).startswith(kind)
 
 
-def test_built_network_shares_weights_of_the_same_dtype(compvis: Any, compvis_base: Any) -> None:
+def test_built_network_shares_weights_of_the_same_dtype(compvis, compvis_base):
     unet = unet_weights(compvis_base.tensors).build()
     stored = compvis_base.tensors["model.diffusion_model.out.2.weight"]
     assert unet.conv_out.weight.data_ptr() == stored.data_ptr()
@@ -126,7 +122,7 @@ def test_built_network_shares_weights_of_the_same_dtype(compvis: Any, compvis_ba
     assert torch.equal(half.conv_out.weight, stored.half())
 
 
-def test_compvis_weights_that_do_not_fit_are_named(compvis_base: Any) -> None:
+def test_compvis_weights_that_do_not_fit_are_named(compvis_base):
     tensors = {key: value for key, value in compvis_base.tensors.items() if key.startswith("model.diffusion_model.")}
     prefix = "model.diffusion_model."
     missing = dict(tensors)

@@ -20,7 +20,7 @@ Tensors = dict[str, torch.Tensor]
 NETWORKS = ("unet", "controlnet", "autoencoder", "text_encoder")
 
 
-def test_fingerprint_is_the_same_in_every_format(published: Any, folder: Path, tmp_path: Path) -> None:
+def test_fingerprint_is_the_same_in_every_format(published, folder, tmp_path):
     named = {
         f"{name}.{key}": value.float().contiguous().numpy()
         for name in NETWORKS
@@ -81,7 +81,7 @@ CASES: dict[str, Callable[[Tensors], Tensors]] = {
 
 
 @pytest.mark.parametrize("messages", CASES)
-def test_single_file_of_another_model_is_refused_by_its_kind(published: Any, tmp_path: Path, messages: str) -> None:
+def test_single_file_of_another_model_is_refused_by_its_kind(published, tmp_path, messages):
     file = tmp_path / "bad.safetensors"
     save_file(CASES[messages](published.all_tensors), file)
     with pytest.raises(TrainingError) as caught:
@@ -90,7 +90,7 @@ def test_single_file_of_another_model_is_refused_by_its_kind(published: Any, tmp
         assert message in str(caught.value), caught.value
 
 
-def test_parts_of_two_models_are_all_reported(compvis: Any, published: Any, tmp_path: Path) -> None:
+def test_parts_of_two_models_are_all_reported(compvis, published, tmp_path):
     other = compvis.random_networks(
         {
             "block_out_channels": (64, 64),
@@ -117,7 +117,7 @@ def test_parts_of_two_models_are_all_reported(compvis: Any, published: Any, tmp_
         assert message in str(caught.value), caught.value
 
 
-def test_controlnet_that_is_missing_or_none_is_refused(published: Any, folder: Path, tmp_path: Path) -> None:
+def test_controlnet_that_is_missing_or_none_is_refused(published, folder, tmp_path):
     with pytest.raises(TrainingError, match=r"controlnet: found none in tiny-v1-5\.safetensors.*--controlnet"):
         open_base(published.file)
     with pytest.raises(TrainingError, match=r"controlnet: found a base in tiny-v1-5\.safetensors"):
@@ -131,7 +131,7 @@ def test_controlnet_that_is_missing_or_none_is_refused(published: Any, folder: P
         open_base(BaseSource(folder, tmp_path / "gone.safetensors"))
 
 
-def test_load_base_of_an_unknown_name_says_what_may_be_named(tmp_path: Path) -> None:
+def test_load_base_of_an_unknown_name_says_what_may_be_named(tmp_path):
     (tmp_path / "nowhere").touch()  # in the working folder; it holds no weights
     with pytest.raises(BundleError, match="or a base to import: a folder in diffusers' format"):
         load_base("nowhere")
@@ -145,7 +145,7 @@ def test_load_base_of_an_unknown_name_says_what_may_be_named(tmp_path: Path) -> 
             load_base(tmp_path / named)
 
 
-def test_import_options_for_a_stored_base_are_refused() -> None:
+def test_import_options_for_a_stored_base_are_refused():
     with pytest.raises(UsageError, match="--controlnet, --revision, --unet-weights"):
         open_base(BaseSource(None, "x", "ema", "1234"))
     with pytest.raises(UsageError, match="unet_weights: found 'both'"):
@@ -187,7 +187,7 @@ FORMS: dict[str, tuple[str, Callable[[Tensors], Tensors], Callable[[Tensors, Pat
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_single_file_gives_what_diffusers_converter_gives(published: Any, tmp_path: Path, form: str) -> None:
+def test_single_file_gives_what_diffusers_converter_gives(published, tmp_path, form):
     name, change, write = FORMS[form]
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     schedule = {"alphas_cumprod": (1 - betas).cumprod(0).float()}
@@ -216,7 +216,7 @@ def _same_as_diffusers(published: Any, found: LazyBase, part: str, file: Path) -
     return bool(published.same(found.load(part), expected))
 
 
-def test_controlnet_file_gives_what_diffusers_converter_gives(published: Any, tmp_path: Path) -> None:
+def test_controlnet_file_gives_what_diffusers_converter_gives(published, tmp_path):
     bare = {key.removeprefix("control_model."): v for key, v in load_file(published.controlnet_file).items()}
     torch.save(bare, tmp_path / "bare.pth")
     save_file(published.networks["controlnet"].state_dict(), tmp_path / "diffusers.safetensors")
@@ -227,7 +227,7 @@ def test_controlnet_file_gives_what_diffusers_converter_gives(published: Any, tm
         assert _same_as_diffusers(published, found, "controlnet", copied)
 
 
-def test_vae_option_replaces_the_autoencoder_or_adds_the_missing_one(published: Any, tmp_path: Path) -> None:
+def test_vae_option_replaces_the_autoencoder_or_adds_the_missing_one(published, tmp_path):
     other = published.networks["autoencoder"].__class__(**dict(published.networks["autoencoder"].config))
     other.register_to_config(scaling_factor=0.5)
     other.save_pretrained(tmp_path / "ft-mse")
@@ -247,14 +247,14 @@ def test_vae_option_replaces_the_autoencoder_or_adds_the_missing_one(published: 
 
 
 @pytest.mark.parametrize(("key", "kind"), [("difference", "differences"), ("lora_controlnet", "a Control-LoRA")])
-def test_controlnet_of_differences_is_refused_by_name(published: Any, tmp_path: Path, key: str, kind: str) -> None:
+def test_controlnet_of_differences_is_refused_by_name(published, tmp_path, key, kind):
     file = tmp_path / "difference.safetensors"
     save_file({**load_file(published.controlnet_file), key: torch.zeros(())}, file)
     with pytest.raises(TrainingError, match=f"controlnet: found {kind}"):
         open_base(published.source(controlnet=file))
 
 
-def test_controlnet_for_bgr_edges_keeps_the_order_of_its_hint_features(published: Any, tmp_path: Path) -> None:
+def test_controlnet_for_bgr_edges_keeps_the_order_of_its_hint_features(published, tmp_path):
     """Canny edges are the same in all three channels; diffusers would reverse what it is given, also features."""
     network = published.networks["controlnet"]
     settings = {**network.config, "controlnet_conditioning_channel_order": "bgr"}

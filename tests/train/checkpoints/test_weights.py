@@ -34,7 +34,7 @@ def _tensors() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt", "a"])
 @pytest.mark.parametrize("form", ["safetensors", "archive", "before PyTorch 1.6"])
-def test_read_tensors_gives_what_was_saved_whatever_the_ending(tmp_path: Path, form: str, name: str) -> None:
+def test_read_tensors_gives_what_was_saved_whatever_the_ending(tmp_path, form, name):
     tensors, path = _tensors(), tmp_path / name
     if form == "safetensors":
         save_file({key: value.detach().clone().contiguous() for key, value in tensors.items()}, path)
@@ -48,7 +48,7 @@ def test_read_tensors_gives_what_was_saved_whatever_the_ending(tmp_path: Path, f
         assert torch.equal(found[name], value)
 
 
-def test_read_tensors_takes_the_state_dict_out_of_a_training_checkpoint(tmp_path: Path) -> None:
+def test_read_tensors_takes_the_state_dict_out_of_a_training_checkpoint(tmp_path):
     module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     inner = {"epoch": 7, "state_dict": module.state_dict(), "hyper": {"betas": (0.9, 0.999), "x": None}}
     extras = {"score": np.float64(1.5), "values": np.ones(2), "hparams": Namespace(lr=1.0), "path": Path("x")}
@@ -58,7 +58,7 @@ def test_read_tensors_takes_the_state_dict_out_of_a_training_checkpoint(tmp_path
     assert all(torch.equal(found[key], value) for key, value in module.state_dict().items())
 
 
-def test_read_tensors_ignores_the_callbacks_of_lightning(tmp_path: Path) -> None:
+def test_read_tensors_ignores_the_callbacks_of_lightning(tmp_path):
     """As in the published v1-5-pruned.ckpt, whose callbacks are keyed by a class of PyTorch Lightning."""
     path, changed = tmp_path / "a.ckpt", tmp_path / "b.ckpt"
     # A name of the same length as the class's, replaced in the file.
@@ -72,7 +72,7 @@ def test_read_tensors_ignores_the_callbacks_of_lightning(tmp_path: Path) -> None
     assert torch.equal(read_tensors(changed)["w"], torch.ones(2))
 
 
-def test_read_tensors_of_a_module_names_what_it_refuses(tmp_path: Path) -> None:
+def test_read_tensors_of_a_module_names_what_it_refuses(tmp_path):
     torch.save({"a": nn.Linear(2, 2)}, tmp_path / "a.pt")
     with pytest.raises(
         TrainingError, match=r"found torch\.nn\.modules\.linear\.Linear; .* convert it to safetensors, or take the"
@@ -80,7 +80,7 @@ def test_read_tensors_of_a_module_names_what_it_refuses(tmp_path: Path) -> None:
         read_tensors(tmp_path / "a.pt")
 
 
-def test_read_tensors_of_a_lazy_name_imports_nothing(tmp_path: Path) -> None:
+def test_read_tensors_of_a_lazy_name_imports_nothing(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
         for name, data in (("data.pkl", b"\x80\x02ctorch\n_inductor\n."), ("version", b"3\n"), ("data/0", bytes(8))):
             archive.writestr(f"archive/{name}", data)
@@ -90,7 +90,7 @@ def test_read_tensors_of_a_lazy_name_imports_nothing(tmp_path: Path) -> None:
     assert ("torch._inductor" in sys.modules) == before
 
 
-def test_read_tensors_of_other_files_says_what_was_found(tmp_path: Path) -> None:
+def test_read_tensors_of_other_files_says_what_was_found(tmp_path):
     torch.save([torch.ones(2)], tmp_path / "list.pt")
     with pytest.raises(TrainingError, match="holds a list; expected tensors by name"):
         read_tensors(tmp_path / "list.pt")
@@ -115,7 +115,7 @@ def test_read_tensors_of_other_files_says_what_was_found(tmp_path: Path) -> None
         read_tensors(tmp_path / "cut.ckpt")
 
 
-def test_write_tensors_gives_the_bytes_of_the_safetensors_library(tmp_path: Path) -> None:
+def test_write_tensors_gives_the_bytes_of_the_safetensors_library(tmp_path):
     a = {"x": torch.randn(3, 5), "n": torch.arange(4), "e": torch.zeros(0, 2)}
     b = {"s": torch.tensor(2.5), "w": torch.randn(4, 6).T}
     digest = write_tensors(tmp_path / "f", {"b": lambda: b, "a": lambda: a, "": lambda: {"top": a["x"]}}, torch.float16)

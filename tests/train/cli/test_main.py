@@ -49,9 +49,7 @@ def _python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
 
 
-def test_train_command_prints_the_prompt_file(
-    capsys: pytest.CaptureFixture[str], base_folder: Path, paintings: Path, tmp_path: Path
-) -> None:
+def test_train_command_prints_the_prompt_file(capsys, base_folder, paintings, tmp_path):
     code, out, err = _run(
         capsys, "--style", "red", "--images", paintings, "--base", base_folder, "--licence", "CC0", *BRIEF
     )
@@ -71,9 +69,7 @@ def test_train_command_prints_the_prompt_file(
     ]
 
 
-def test_train_command_with_json_prints_the_result(
-    capsys: pytest.CaptureFixture[str], base_folder: Path, paintings: Path, tmp_path: Path
-) -> None:
+def test_train_command_with_json_prints_the_result(capsys, base_folder, paintings, tmp_path):
     arguments = ["--images", paintings, "--base", base_folder, "--out", tmp_path / "there", "--json", *BRIEF]
     code, out, _ = _run(capsys, "--style", "red", *arguments, "--variant", "layer", "--preset", "paper")
     assert code == 0
@@ -103,9 +99,7 @@ def test_train_command_with_json_prints_the_result(
         (["--style", "red", "--images", ".", "--base", "nowhere", "--out", __file__], "expected a folder that can"),
     ],
 )
-def test_train_command_with_wrong_usage_exits_with_2(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
-) -> None:
+def test_train_command_with_wrong_usage_exits_with_2(capsys, arguments, expected):
     code, out, err = _run(capsys, *arguments)
     assert (code, out) == (2, "")
     assert err.startswith("Error: ")
@@ -113,17 +107,13 @@ def test_train_command_with_wrong_usage_exits_with_2(
     assert "Traceback" not in err
 
 
-def test_train_command_that_fails_prints_one_line_and_exits_with_1(
-    capsys: pytest.CaptureFixture[str], base_folder: Path, tmp_path: Path
-) -> None:
+def test_train_command_that_fails_prints_one_line_and_exits_with_1(capsys, base_folder, tmp_path):
     code, _, err = _run(capsys, "--style", "red", "--images", tmp_path / "nowhere", "--base", base_folder)
     assert code == 1
     assert _errors(err) == [f"Error: found no folder {tmp_path / 'nowhere'}; expected a folder of pictures"]
 
 
-def test_interrupt_in_training_leaves_a_checkpoint_to_resume(
-    capsys: pytest.CaptureFixture[str], base_folder: Path, paintings: Path, tmp_path: Path
-) -> None:
+def test_interrupt_in_training_leaves_a_checkpoint_to_resume(capsys, base_folder, paintings, tmp_path):
     """The process gets a real SIGINT as soon as the run listens for it."""
     before = signal.getsignal(signal.SIGINT)
 
@@ -149,7 +139,7 @@ def test_interrupt_in_training_leaves_a_checkpoint_to_resume(
     assert "goes on after step" in err
 
 
-def test_help_works_without_torch_and_training_names_the_extra() -> None:
+def test_help_works_without_torch_and_training_names_the_extra():
     blocked = "import sys\nfor name in ('torch', 'diffusers', 'accelerate'): sys.modules[name] = None\n"
     run = "from lsast_train.__main__ import main\nmain(%r)"
     shown = _python(blocked + run % ["--help"])
@@ -162,9 +152,7 @@ def test_help_works_without_torch_and_training_names_the_extra() -> None:
         assert refused.stderr == "Error: torch is not installed; install it with: pip install 'lsast[train]'\n"
 
 
-def test_mini_needs_neither_matplotlib_nor_accelerate(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], paintings: Path, tmp_path: Path
-) -> None:
+def test_mini_needs_neither_matplotlib_nor_accelerate(monkeypatch, capsys, paintings, tmp_path):
     """The machines with a card that benchmarks/gpu_day is for lack them, or may."""
     find = importlib.util.find_spec
     missing = ("matplotlib", "accelerate")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -24,7 +23,6 @@ from lsast_train.distillation.student import null_rows, read_style
 from lsast_train.distillation.teacher import Teacher, control_residuals, jitter_timesteps, predict, read_contents
 from lsast_train.mini.architecture import MiniConfig, build_mini
 from lsast_train.options import DistillOptions, Solver
-from lsast_train.paintings import PaintingDataset
 from lsast_train.prompts.prompt_file import Prompts, save_prompts
 from lsast_train.training.run import InterruptionError
 
@@ -32,9 +30,7 @@ BRIEF = DistillOptions(guidance=4.0, pictures=4, noised=2, teacher_steps=4, step
                       evaluate_every=40)  # fmt: skip
 
 
-def test_distillation_brings_one_pass_nearer_to_two(
-    base: Base, source: Style, collection: PaintingDataset, tmp_path: Path
-) -> None:
+def test_distillation_brings_one_pass_nearer_to_two(base, source, collection, tmp_path):
     before = {key: value.clone() for key, value in base.unet.state_dict().items()}
     source.meta.update({"licence": "CC0", "defaults": json.dumps({"guidance": 4.0, "control": 0.8})})
     run = Distillation(base, source, collection, BRIEF, "hand-g4", tmp_path)
@@ -67,9 +63,7 @@ def test_distillation_brings_one_pass_nearer_to_two(
     assert outcome.curve.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_distillation_on_a_linear_base_finds_guidance_exactly(
-    base: Base, source: Style, collection: PaintingDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_distillation_on_a_linear_base_finds_guidance_exactly(base, source, collection, tmp_path, monkeypatch):
     """ε linear in keys and values: null + g (style - null) is the answer, and g = 4 is among the initial values."""
     width = kv_layouts(base)[0].width
     mix = torch.randn(width, 4, generator=torch.Generator().manual_seed(3)) / width**0.5
@@ -86,9 +80,7 @@ def test_distillation_on_a_linear_base_finds_guidance_exactly(
     np.testing.assert_allclose(StyleFile(outcome.file).load().kv_unet, expected, rtol=2e-3, atol=2e-3)
 
 
-def test_stages_that_the_teacher_does_not_paint_stay_unguided(
-    base: Base, source: Style, collection: PaintingDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_stages_that_the_teacher_does_not_paint_stay_unguided(base, source, collection, tmp_path, caplog):
     options = replace(BRIEF, strength=0.5, noised=0, steps=10)
     run = Distillation(base, source, collection, options, "hand-g4", tmp_path)
     outcome = run.run()
@@ -100,12 +92,7 @@ def test_stages_that_the_teacher_does_not_paint_stay_unguided(
     assert json.loads(outcome.curve.read_text())["stages"] == run.stages
 
 
-def test_resumed_distillation_equals_the_uninterrupted_one(
-    source: Style,
-    collection: PaintingDataset,
-    tmp_path: Path,
-    interrupt_at: Callable[[int], None],
-) -> None:
+def test_resumed_distillation_equals_the_uninterrupted_one(source, collection, tmp_path, interrupt_at):
     options = replace(BRIEF, steps=8, evaluate_every=4, pictures=2, noised=1, teacher_steps=2)
 
     def make(folder: str, options: DistillOptions = options, **how: Any) -> Distillation:
@@ -127,9 +114,7 @@ def test_resumed_distillation_equals_the_uninterrupted_one(
     assert [path.name for path in (tmp_path / "parts").glob("*.safetensors")] == ["hand-g4.safetensors"]
 
 
-def test_invalid_options_are_all_reported(
-    base: Base, source: Style, collection: PaintingDataset, tmp_path: Path
-) -> None:
+def test_invalid_options_are_all_reported(base, source, collection, tmp_path):
     assert get_args(Solver) == tuple(SOLVERS)
     with pytest.raises(UsageError) as caught:
         DistillOptions(guidance=1.0, lr=0.0, batch=0, solver="euler", strength=1.5)
@@ -139,9 +124,7 @@ def test_invalid_options_are_all_reported(
         Distillation(base, source, collection, replace(BRIEF, size=80), "a/b", tmp_path)
 
 
-def test_distill_command_prints_the_style_file(
-    base: Base, source: Style, paintings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_distill_command_prints_the_style_file(base, source, paintings, tmp_path, capsys):
     replace(source, base=save_base(base, tmp_path / "base")).save(tmp_path / "hand.safetensors")
     # The command's and an option's old names work, too.
     arguments = ["distil", "--style", tmp_path / "hand.safetensors", "--images", paintings, "--base", tmp_path / "base",
@@ -188,9 +171,7 @@ def _guided(base: Base, prompts: torch.Tensor, latent: torch.Tensor, t: int, edg
         ) + g * plain, plain
 
 
-def test_teacher_targets_are_the_guided_noise_of_two_passes(
-    base: Base, source: Style, prompts: torch.Tensor, collection: PaintingDataset
-) -> None:
+def test_teacher_targets_are_the_guided_noise_of_two_passes(base, source, prompts, collection):
     options = DistillOptions(guidance=4.0, teacher_steps=4, size=64)
     content = read_contents(base, collection.training, 4, 64, 0, 0)
     samples = Teacher(base, source, null_rows(base), options).samples(content, 0, noised=2)
@@ -203,7 +184,7 @@ def test_teacher_targets_are_the_guided_noise_of_two_passes(
         torch.testing.assert_close(samples.unguided[row], plain, rtol=1e-3, atol=1e-4)
 
 
-def test_jitter_timesteps_lowers_all_timesteps_by_less_than_a_stride() -> None:
+def test_jitter_timesteps_lowers_all_timesteps_by_less_than_a_stride():
     schedule = TimestepSchedule.build(NoiseSchedule(), 12, 1.0, 10, "dpmpp2m")
     assert jitter_timesteps(schedule, 0.0, 10).steps == schedule.steps
     moved = jitter_timesteps(schedule, 0.5, 10)
@@ -213,9 +194,7 @@ def test_jitter_timesteps_lowers_all_timesteps_by_less_than_a_stride() -> None:
     assert jitter_timesteps(schedule, 0.999, 10).steps[-1].t > 0
 
 
-def test_read_style_of_a_style_file_and_of_a_run_gives_the_same_keys_and_values(
-    base: Base, source: Style, prompts: torch.Tensor, tmp_path: Path
-) -> None:
+def test_read_style_of_a_style_file_and_of_a_run_gives_the_same_keys_and_values(base, source, prompts, tmp_path):
     file, run = tmp_path / "hand.safetensors", tmp_path / "runs" / "red" / "red.prompts.safetensors"
     replace(source, meta={"licence": "CC0"}).save(file)
     save_prompts(Prompts("red", base.fingerprint, "step+layer", "direct", "strided", "all", prompts), run)
@@ -225,9 +204,7 @@ def test_read_style_of_a_style_file_and_of_a_run_gives_the_same_keys_and_values(
     assert (left.meta["licence"], right.name, right.meta["variant"]) == ("CC0", "red", "step+layer")
 
 
-def test_read_style_refuses_another_base_baked_guidance_and_unknown_names(
-    base: Base, source: Style, tmp_path: Path
-) -> None:
+def test_read_style_refuses_another_base_baked_guidance_and_unknown_names(base, source, tmp_path):
     file = tmp_path / "hand.safetensors"
     for changes, message in (
         ({"base": "ab" * 32}, "was learned on base abab"),

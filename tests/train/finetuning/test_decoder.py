@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,9 +41,7 @@ def weights(base: Base) -> dict[str, torch.Tensor]:
     }
 
 
-def test_decoder_nears_the_works_and_nothing_else_of_the_base_changes(
-    base: Base, styles: dict[str, StyleWorks], contents: PaintingDataset, tmp_path: Path
-) -> None:
+def test_decoder_nears_the_works_and_nothing_else_of_the_base_changes(base, styles, contents, tmp_path):
     before = weights(base)
     DecoderTraining(base, styles, contents, BRIEF, tmp_path).run()
     changed = {key for key, value in weights(base).items() if not torch.equal(value, before[key])}
@@ -59,10 +56,7 @@ def test_decoder_nears_the_works_and_nothing_else_of_the_base_changes(
     assert last < first
 
 
-def test_resumed_decoder_training_equals_the_uninterrupted_one(
-    base: Base, styles: dict[str, StyleWorks], contents: PaintingDataset, tmp_path: Path,
-    interrupt_at: Callable[[int], None], caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+def test_resumed_decoder_training_equals_the_uninterrupted_one(base, styles, contents, tmp_path, interrupt_at, caplog):
     caplog.set_level("INFO")
     options, start = replace(BRIEF, steps=6, evaluate_every=3), base.autoencoder.state_dict()
     start = {key: value.clone() for key, value in start.items()}
@@ -98,9 +92,7 @@ def test_resumed_decoder_training_equals_the_uninterrupted_one(
         make("parts", resume=True)
 
 
-def test_decoder_training_paints_with_the_defaults_of_the_style(
-    base: Base, prompts: Prompts, collection: PaintingDataset, contents: PaintingDataset, tmp_path: Path
-) -> None:
+def test_decoder_training_paints_with_the_defaults_of_the_style(base, prompts, collection, contents, tmp_path):
     given = {}
     for name, strength in (("weak", 0.1), ("strong", 0.9)):
         tuned = replace(prompts, meta={**prompts.meta, **encode_defaults({"strength": strength})})
@@ -112,10 +104,7 @@ def test_decoder_training_paints_with_the_defaults_of_the_style(
     assert given["strong"] > given["weak"]
 
 
-def test_decoder_command_keeps_the_prompts_with_the_base(
-    base: Base, styles: dict[str, StyleWorks], paintings: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_decoder_command_keeps_the_prompts_with_the_base(base, styles, paintings, tmp_path, capsys, monkeypatch):
     source, out, given = tmp_path / "source", tmp_path / "out", tmp_path / "red.prompts.safetensors"
     monkeypatch.setattr(base, "config", replace(base.config, training={"steps": "1"}))
     save_base(base, source)
@@ -135,10 +124,7 @@ def test_decoder_command_keeps_the_prompts_with_the_base(
     assert "found one style twice" in capsys.readouterr().err
 
 
-def test_decoder_training_refuses_what_it_cannot_train(
-    base: Base, styles: dict[str, StyleWorks], contents: PaintingDataset, tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+def test_decoder_training_refuses_what_it_cannot_train(base, styles, contents, tmp_path, caplog):
     caplog.set_level("INFO")
     bare = StyleWorks(replace(styles["red"].prompts, name="bare", meta={}), styles["red"].works)
     with pytest.raises(StyleError, match="no statistics of the artist's latents"):

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +11,10 @@ from lsast.sampling.batch import Palette
 from lsast_engines.bundle.style import decode_defaults
 from lsast_engines.diffusion import TimestepSchedule
 from lsast_engines.errors import TrainingError
-from lsast_train.base.base import Base
 from lsast_train.finetuning.finetuning import Finetuning
 from lsast_train.finetuning.painter import random_pictures
 from lsast_train.options import FinetuneOptions
-from lsast_train.paintings import PaintingDataset
-from lsast_train.prompts.prompt_file import Prompts, load_prompts
+from lsast_train.prompts.prompt_file import load_prompts
 from lsast_train.training.rng import RngStream, rng_for
 from lsast_train.training.run import InterruptionError
 
@@ -38,8 +34,8 @@ BRIEF = FinetuneOptions(
 
 
 def test_finetuning_lowers_the_held_out_loss_and_leaves_the_base_unchanged(
-    base: Base, collection: PaintingDataset, contents: PaintingDataset, prompts: Prompts, tmp_path: Path
-) -> None:
+    base, collection, contents, prompts, tmp_path
+):
     networks = [*base.unet.parameters(), *base.controlnet.parameters(), *base.autoencoder.parameters()]
     before = [weight.clone() for weight in networks]
     result = Finetuning(base, prompts, collection, contents, BRIEF, "redder", tmp_path).run()
@@ -58,10 +54,7 @@ def test_finetuning_lowers_the_held_out_loss_and_leaves_the_base_unchanged(
     assert history[-1]["held_out"] == pytest.approx(result.relative_loss * history[0]["held_out"])
 
 
-def test_resumed_finetuning_equals_the_uninterrupted_one(
-    base: Base, collection: PaintingDataset, contents: PaintingDataset, prompts: Prompts, tmp_path: Path,
-    interrupt_at: Callable[[int], None],
-) -> None:  # fmt: skip
+def test_resumed_finetuning_equals_the_uninterrupted_one(base, collection, contents, prompts, tmp_path, interrupt_at):
     def make(name: str, **more: Any) -> Finetuning:
         return Finetuning(base, prompts, collection, contents, BRIEF, "redder", tmp_path / name, **more)
 
@@ -77,9 +70,7 @@ def test_resumed_finetuning_equals_the_uninterrupted_one(
     assert not any((tmp_path / "parts").glob("*checkpoint*"))
 
 
-def test_finetuning_paints_in_the_palette_of_the_runtime(
-    base: Base, collection: PaintingDataset, contents: PaintingDataset, prompts: Prompts, tmp_path: Path
-) -> None:
+def test_finetuning_paints_in_the_palette_of_the_runtime(base, collection, contents, prompts, tmp_path):
     run = Finetuning(base, prompts, collection, contents, BRIEF, "redder", tmp_path).painter
     palette = Palette(*(part.numpy() for part in run.palette), BRIEF.palette)
     latent = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 3
@@ -102,9 +93,7 @@ def test_finetuning_paints_in_the_palette_of_the_runtime(
         np.testing.assert_allclose(x0[row], level.x0(latent[row].numpy(), limited), rtol=1e-3, atol=1e-3)
 
 
-def test_gradient_through_the_sampler_is_that_of_finite_differences(
-    base: Base, collection: PaintingDataset, contents: PaintingDataset, prompts: Prompts, tmp_path: Path
-) -> None:
+def test_gradient_through_the_sampler_is_that_of_finite_differences(base, collection, contents, prompts, tmp_path):
     run = Finetuning(base, prompts, collection, contents, BRIEF, "redder", tmp_path).painter
     images, edges = random_pictures(contents.training, 2, 64, rng_for(0, RngStream.STEP, 0), base.device)
 

@@ -12,7 +12,7 @@ from lsast_train.paintings import Painting
 pytest.importorskip("efficientnet_lite_pytorch")
 
 
-def test_energy_distance_equals_its_definition_over_pairs() -> None:
+def test_energy_distance_equals_its_definition_over_pairs():
     rng = np.random.default_rng(0)
     rows, past, others = (torch.from_numpy(rng.normal(size=(count, 5))) for count in (4, 3, 6))
     same = [*rows, *past]
@@ -21,7 +21,7 @@ def test_energy_distance_equals_its_definition_over_pairs() -> None:
     assert energy_distance(rows, past, others).item() == pytest.approx((2 * across - inside) / math.sqrt(5))
 
 
-def test_self_similarities_ignore_colours_and_see_what_moves() -> None:
+def test_self_similarities_ignore_colours_and_see_what_moves():
     generator = torch.Generator().manual_seed(0)
     taps = [torch.randn(1, 8, 6, 6, generator=generator) for _ in range(4)]
     turn = torch.linalg.qr(torch.randn(8, 8, generator=generator))[0]
@@ -34,7 +34,7 @@ def test_self_similarities_ignore_colours_and_see_what_moves() -> None:
         assert (other - wanted).abs().mean() > 0.1
 
 
-def test_roughness_measures_the_flattest_and_the_busiest_blocks() -> None:
+def test_roughness_measures_the_flattest_and_the_busiest_blocks():
     """Bands of 16 rows whose columns alternate by 0, 0.1 and 0.2; the last row of each meets the next band."""
     picture = torch.zeros(1, 3, 49, 49)
     for band, height in enumerate((0.0, 0.1, 0.2, 0.2)):
@@ -45,7 +45,7 @@ def test_roughness_measures_the_flattest_and_the_busiest_blocks() -> None:
     assert busy.item() == pytest.approx(0.2, rel=1e-3)
 
 
-def test_roughness_tells_luminance_from_colour_and_fine_from_coarse() -> None:
+def test_roughness_tells_luminance_from_colour_and_fine_from_coarse():
     columns = torch.arange(65)
     fine, coarse = (columns % 2).float(), (columns // 4 % 2).float()
     grey, blue = torch.ones(3), torch.tensor([0.0, 0.0, 1.0]) - 0.114
@@ -60,7 +60,7 @@ def test_roughness_tells_luminance_from_colour_and_fine_from_coarse() -> None:
     assert found["coarse grey"][2:4] == pytest.approx(0.5, rel=0.05)
 
 
-def test_style_loss_of_an_artists_own_works_is_less_than_of_other_pictures() -> None:
+def test_style_loss_of_an_artists_own_works_is_less_than_of_other_pictures():
     rng = np.random.default_rng(0)
 
     def pictures(count: int, low: int, high: int) -> np.ndarray:

@@ -28,7 +28,7 @@ def cache(picture_folders: list[Path], tmp_path_factory: pytest.TempPathFactory)
     return path
 
 
-def test_cache_has_folders_as_labels_and_splits_by_name(cache: Path, picture_folders: list[Path]) -> None:
+def test_cache_has_folders_as_labels_and_splits_by_name(cache, picture_folders):
     data = LatentDataset(cache)
     names = [f"{folder.name}/{path.name}" for folder in picture_folders for path in sorted(folder.iterdir())]
     assert data.label_names == ["blue", "red"]
@@ -37,7 +37,7 @@ def test_cache_has_folders_as_labels_and_splits_by_name(cache: Path, picture_fol
     assert sorted([*data.train, *data.held_out]) == list(range(len(names)))
 
 
-def test_window_is_a_crop_of_latents_with_its_edges(cache: Path, picture_folders: list[Path]) -> None:
+def test_window_is_a_crop_of_latents_with_its_edges(cache, picture_folders):
     data = LatentDataset(cache)
     rgb = fit_picture(read_picture(sorted(picture_folders[0].iterdir())[3]).rgb)
     image = torch.tensor(rgb).permute(2, 0, 1)[None].float() / 127.5 - 1
@@ -62,7 +62,7 @@ def test_window_is_a_crop_of_latents_with_its_edges(cache: Path, picture_folders
     assert found == {True, False}
 
 
-def test_sampling_weights_follow_shares_and_small_pictures_are_left_out(cache: Path) -> None:
+def test_sampling_weights_follow_shares_and_small_pictures_are_left_out(cache):
     data = LatentDataset(cache)
     weights = data.sampling_weights({"blue": 0.0})
     assert set(data.labels[data.train[weights > 0]].tolist()) == {1}
@@ -84,16 +84,16 @@ def test_sampling_weights_follow_shares_and_small_pictures_are_left_out(cache: P
     ((1000, 900), (536, 488)),
     ((256, 2000), (360, 728)),  # 2:1 at most: 362 by 724
 ])  # fmt: skip
-def test_fit_picture_gives_512_squared_pixels(shape: tuple[int, int], fitted: tuple[int, int]) -> None:
+def test_fit_picture_gives_512_squared_pixels(shape, fitted):
     assert fit_picture(np.zeros((*shape, 3), np.uint8)).shape == (*fitted, 3)
 
 
-def test_fit_picture_of_a_long_picture_keeps_the_middle() -> None:
+def test_fit_picture_of_a_long_picture_keeps_the_middle():
     rgb = np.zeros((100, 400, 3), np.uint8)
     rgb[:, 100:300] = 200
     assert fit_picture(rgb).min() == 200
 
 
-def test_missing_cache_raises(tmp_path: Path) -> None:
+def test_missing_cache_raises(tmp_path):
     with pytest.raises(TrainingError, match="lsast-train mini"):
         LatentDataset(tmp_path / "none.safetensors")

@@ -67,7 +67,7 @@ def crops(picture_folders: list[Path]) -> Crops:
     return Crops(picture_folders, 64)
 
 
-def test_corrupt_latents_differ_in_smoothing_and_noise_by_row() -> None:
+def test_corrupt_latents_differ_in_smoothing_and_noise_by_row():
     latents = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     draw = torch.Generator().manual_seed(1)
     assert torch.equal(corrupt_latents(latents, replace(TINY, smoothing=0.0, noise=0.0), draw), latents)
@@ -93,7 +93,7 @@ class Recorded:
         return squared(image, target)
 
 
-def test_generator_losses_equal_their_formulas() -> None:
+def test_generator_losses_equal_their_formulas():
     autoencoder = tiny()
     state = GanTraining(autoencoder, replace(TINY, smoothing=0.0, noise=0.0), torch.device("cpu"))
     for parameter in state.anchor.parameters():
@@ -125,7 +125,7 @@ def test_generator_losses_equal_their_formulas() -> None:
     assert parts.keys() == {*expected, "discriminator"}  # before the warm-up ends
 
 
-def test_with_a_teacher_the_first_rows_are_the_teachers(teacher_folder: Path) -> None:
+def test_with_a_teacher_the_first_rows_are_the_teachers(teacher_folder):
     teacher = load_teacher(teacher_folder)
     state = GanTraining(tiny(), replace(TINY, gan_warmup=0), torch.device("cpu"), teacher)
     images, latents = torch.rand(4, 3, 64, 64) * 2 - 1, torch.randn(4, 4, 8, 8, requires_grad=True)
@@ -143,14 +143,14 @@ def test_with_a_teacher_the_first_rows_are_the_teachers(teacher_folder: Path) ->
     assert "anchor" not in state.modules
 
 
-def test_texture_loss_does_not_ask_where_the_texture_lies() -> None:
+def test_texture_loss_does_not_ask_where_the_texture_lies():
     checks = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).tile(16, 16).expand(1, 3, 32, 32)
     assert texture_loss(-checks, checks) == 0
     assert texture_loss(checks / 2, checks).item() == pytest.approx(math.log(2.01 / 1.01), rel=1e-5)
     assert texture_loss(torch.zeros_like(checks), checks).item() == pytest.approx(math.log(2.01 / 0.01), rel=1e-5)
 
 
-def test_ema_follows_its_formula() -> None:
+def test_ema_follows_its_formula():
     ema, live = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
     value = 0.0
     torch.nn.init.constant_(ema.weight, value)
@@ -162,7 +162,7 @@ def test_ema_follows_its_formula() -> None:
     assert ema.weight.item() == pytest.approx(value, rel=1e-4)
 
 
-def test_each_network_learns_in_its_time() -> None:
+def test_each_network_learns_in_its_time():
     options = replace(TINY, gan_warmup=1, encoder_part=2 / TINY.steps)
     state = GanTraining(tiny(), options, torch.device("cpu"))
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -185,7 +185,7 @@ def test_each_network_learns_in_its_time() -> None:
     assert [bool(part["anchor"] > 0) for part in parts] == [False, True, False]  # nothing has moved, moved, at rest
 
 
-def test_resume_from_a_checkpoint_gives_the_same_weights(crops: Crops, tmp_path: Path) -> None:
+def test_resume_from_a_checkpoint_gives_the_same_weights(crops, tmp_path):
     whole, cut = tiny(), tiny()
     options = replace(TINY, steps=6)
     train_vae_gan(whole, crops, options, tmp_path / "whole", squared)
@@ -205,7 +205,7 @@ def test_resume_from_a_checkpoint_gives_the_same_weights(crops: Crops, tmp_path:
     assert not equal(weights(whole), weights(tiny()))
 
 
-def test_training_brings_texture_back(crops: Crops, tmp_path: Path) -> None:
+def test_training_brings_texture_back(crops, tmp_path):
     autoencoder = tiny()
     pictures = crops.pictures(2)
     before = evaluate(autoencoder, autoencoder.encoder, pictures, squared)
@@ -221,7 +221,7 @@ def test_training_brings_texture_back(crops: Crops, tmp_path: Path) -> None:
     assert history[-1]["psnr"] == pytest.approx(after["psnr"], abs=1e-3)
 
 
-def test_a_base_gives_its_autoencoder(picture_folders: list[Path]) -> None:
+def test_a_base_gives_its_autoencoder(picture_folders):
     source, target = (build_mini(MiniConfig.tiny(), seed) for seed in (1, 2))
     unet = weights(target.unet)
     copy_autoencoder(source, target)
@@ -231,7 +231,7 @@ def test_a_base_gives_its_autoencoder(picture_folders: list[Path]) -> None:
         copy_autoencoder(build_mini(MiniConfig()), target)
 
 
-def test_the_command_line_wants_a_start() -> None:
+def test_the_command_line_wants_a_start():
     result = CliRunner().invoke(mini, ["--images", "i", "--out", "o"])
     assert result.exit_code == 2
     assert "neither --teacher nor --init" in result.output

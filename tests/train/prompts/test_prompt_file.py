@@ -13,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lsast_engines.errors import StyleError
-from lsast_train.base.base import Base
 from lsast_train.prompts.prompt_file import Prompts, load_prompts, save_prompts
 from lsast_train.prompts.prompt_space import PromptSpace
 from lsast_train.prompts.text_encoder import PlaceholderEncoder
@@ -46,7 +45,7 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("options", [{}, {"generator": "geglu", "layout": "overlap", "gradient": "decoder"}])
-def test_load_prompts_gives_what_save_prompts_wrote(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_load_prompts_gives_what_save_prompts_wrote(tmp_path, options):
     saved, path = _prompts(**options), tmp_path / "a"
     save_prompts(saved, path)
     found = load_prompts(path)
@@ -66,9 +65,7 @@ def test_load_prompts_gives_what_save_prompts_wrote(tmp_path: Path, options: dic
 
 
 @pytest.mark.parametrize(("generator", "layout", "tokens"), [("geglu", "overlap", 1), ("attention", "strided", 2)])
-def test_save_prompts_through_a_text_encoder_keeps_its_input(
-    text_base: Base, tmp_path: Path, generator: Any, layout: Any, tokens: int
-) -> None:
+def test_save_prompts_through_a_text_encoder_keeps_its_input(text_base, tmp_path, generator, layout, tokens):
     text = PlaceholderEncoder(text_base.text_encoder)
     space = PromptSpace(text.token_embedding().expand(tokens, -1), generator=generator, layout=layout, text=text)
     save_prompts(Prompts.of(space, "red", FINGERPRINT, {}), tmp_path / "a")
@@ -83,14 +80,14 @@ def test_save_prompts_through_a_text_encoder_keeps_its_input(
         torch.testing.assert_close(found.prompts[stage, group], expected[matrix])
 
 
-def test_load_prompts_of_another_base_raises(file: Path, base: Base) -> None:
+def test_load_prompts_of_another_base_raises(file, base):
     with pytest.raises(StyleError, match=r"learned on base abababababab.*; the base 'mini' is 000000000000"):
         load_prompts(file, base)
     base.fingerprint = FINGERPRINT
     assert load_prompts(file, base).name == "red"
 
 
-def test_load_prompts_of_another_file_raises(file: Path, tmp_path: Path) -> None:
+def test_load_prompts_of_another_file_raises(file, tmp_path):
     with pytest.raises(StyleError, match="learn one with: lsast-train"):
         load_prompts(tmp_path / "nowhere")
     save_file({"prompts": torch.zeros(1)}, tmp_path / "other")
@@ -112,7 +109,7 @@ def test_load_prompts_of_another_file_raises(file: Path, tmp_path: Path) -> None
         load_prompts(file)
 
 
-def test_load_prompts_with_an_invalid_header_reports_all_faults(file: Path) -> None:
+def test_load_prompts_with_an_invalid_header_reports_all_faults(file):
     _rewrite(file, lambda header: header.update(name=3, base=None, generator=[], meta={"works": 7}, sha256="0"))
     with pytest.raises(StyleError) as caught:
         load_prompts(file)
@@ -122,7 +119,7 @@ def test_load_prompts_with_an_invalid_header_reports_all_faults(file: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["../../evil", "/etc/passwd"])
-def test_load_prompts_with_a_path_as_name_raises(file: Path, name: str) -> None:
+def test_load_prompts_with_a_path_as_name_raises(file, name):
     _rewrite(file, lambda header: header.update(name=name))
     with pytest.raises(StyleError, match="letters, digits"):
         load_prompts(file)
@@ -140,6 +137,6 @@ def test_load_prompts_with_a_path_as_name_raises(file: Path, name: str) -> None:
         ({"embeddings": torch.full((30, 4, 8), float("nan"))}, "embeddings: found NaN"),
     ],
 )
-def test_prompts_with_tensors_that_do_not_fit_raise(change: dict[str, Any], expected: str) -> None:
+def test_prompts_with_tensors_that_do_not_fit_raise(change, expected):
     with pytest.raises(StyleError, match=expected):
         replace(_prompts(), **change)

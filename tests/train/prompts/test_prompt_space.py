@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 from lsast_engines.errors import UsageError
-from lsast_train.base.base import Base
 from lsast_train.inversion import make_optimizer
 from lsast_train.mini.architecture import MiniConfig, build_mini
 from lsast_train.options import PRESETS, TrainOptions, Variant
@@ -50,7 +49,7 @@ def _expected_matrix(variant: str, layout: str, stage: int, group: int) -> int:
         ("global", "strided", 1),
     ],
 )
-def test_matrix_index_gives_every_stage_and_group_its_matrix(variant: Any, layout: Any, matrices: int) -> None:
+def test_matrix_index_gives_every_stage_and_group_its_matrix(variant, layout, matrices):
     table = matrix_index(variant, layout)
     expected = [[_expected_matrix(variant, layout, s, group) for group in range(3)] for s in range(10)]
     assert table.tolist() == expected
@@ -64,7 +63,7 @@ def test_matrix_index_gives_every_stage_and_group_its_matrix(variant: Any, layou
 
 @pytest.mark.parametrize("gradient", ["all", "decoder"])
 @pytest.mark.parametrize("generator", ["attention", "direct", "geglu"])
-def test_contexts_of_mixed_stages_equal_those_of_each_row(generator: Any, gradient: Any) -> None:
+def test_contexts_of_mixed_stages_equal_those_of_each_row(generator, gradient):
     space = _space(generator=generator, gradient=gradient)
     times = torch.tensor([999, 0, 99, 100, 450, 0])
     together = space.contexts(times)
@@ -76,7 +75,7 @@ def test_contexts_of_mixed_stages_equal_those_of_each_row(generator: Any, gradie
 @pytest.mark.parametrize(
     ("kind", "generator", "gradient"), list(itertools.product(KINDS, ["attention", "direct"], ["all", "decoder"]))
 )
-def test_gradient_reaches_only_the_matrices_of_the_stages(kind: Any, generator: Any, gradient: Any) -> None:
+def test_gradient_reaches_only_the_matrices_of_the_stages(kind, generator, gradient):
     variant, layout = kind
     space = _space(variant=variant, layout=layout, generator=generator, gradient=gradient)
     contexts = space.contexts(torch.tensor([340, 999]))
@@ -88,7 +87,7 @@ def test_gradient_reaches_only_the_matrices_of_the_stages(kind: Any, generator: 
     assert touched == {_expected_matrix(variant, layout, stage, group) for stage in (3, 9) for group in groups}
 
 
-def test_attention_generator_is_torchs() -> None:
+def test_attention_generator_is_torchs():
     torch.manual_seed(0)
     space = _space().double()
     for parameter in space.parameters():
@@ -116,7 +115,7 @@ def test_attention_generator_is_torchs() -> None:
     ],
     ids=["few", "many", "one", "alike"],
 )
-def test_untrained_prompts_are_near_the_initial_context_and_differ(generator: Any, initial: torch.Tensor) -> None:
+def test_untrained_prompts_are_near_the_initial_context_and_differ(generator, initial):
     prompts = PromptSpace(initial, generator=generator).prompts()
     error = (prompts - initial).norm() / initial.expand_as(prompts).norm()
     # With more tokens than channels they cannot all be orthogonal for the attention.
@@ -125,7 +124,7 @@ def test_untrained_prompts_are_near_the_initial_context_and_differ(generator: An
     assert torch.cdist(flat, flat).add(torch.eye(30)).min() > 0
 
 
-def test_initial_context_of_zeros_has_a_finite_gradient() -> None:
+def test_initial_context_of_zeros_has_a_finite_gradient():
     space = PromptSpace(torch.zeros(4, 8))
     torch.autograd.backward(space.contexts(torch.tensor([0])).square().sum())
     assert space.matrices.grad is not None
@@ -133,7 +132,7 @@ def test_initial_context_of_zeros_has_a_finite_gradient() -> None:
     assert space.matrices.grad[0].abs().max() > 0
 
 
-def test_initial_context_is_the_mean_of_style_tokens_or_the_null_context() -> None:
+def test_initial_context_is_the_mean_of_style_tokens_or_the_null_context():
     base = build_mini(MiniConfig.tiny())
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     assert base.style_encoder is not None
@@ -144,7 +143,7 @@ def test_initial_context_is_the_mean_of_style_tokens_or_the_null_context() -> No
 
 
 @pytest.mark.parametrize("gradient", ["all", "decoder"])
-def test_layer_groups_of_a_step_share_one_dropout(gradient: Any) -> None:
+def test_layer_groups_of_a_step_share_one_dropout(gradient):
     """Overlapping, stage 3's middle is stage 4's encoder: the same matrix, made once for the whole step."""
     space = _space(generator="geglu", layout="overlap", gradient=gradient)
     contexts = space.contexts(torch.tensor([340, 440]), torch.Generator().manual_seed(1))
@@ -152,7 +151,7 @@ def test_layer_groups_of_a_step_share_one_dropout(gradient: Any) -> None:
     assert torch.equal(contexts[0, 2], contexts[1, 1])
 
 
-def test_text_encoder_is_not_trained_saved_or_copied(text_base: Base) -> None:
+def test_text_encoder_is_not_trained_saved_or_copied(text_base):
     space = PromptSpace(torch.randn(1, 24), text=PlaceholderEncoder(text_base.text_encoder))
     assert set(dict(space.named_parameters())) == {"matrices", "query", "key", "value"} == set(space.state_dict())
     assert copy.deepcopy(space).text is space.text
@@ -166,7 +165,7 @@ def _never() -> torch.Tensor:
     raise AssertionError("hundreds of megabytes of latents for nothing")
 
 
-def test_text_prompts_start_near_the_token_a(text_base: Base) -> None:
+def test_text_prompts_start_near_the_token_a(text_base):
     """docs/method.md §1.2: token 320; with more rows those of the letters that follow."""
     word = text_base.text_encoder.get_input_embeddings().weight[320]
     letters = text_base.text_encoder.get_input_embeddings().weight[320:330]
@@ -178,7 +177,7 @@ def test_text_prompts_start_near_the_token_a(text_base: Base) -> None:
     assert released.embeddings().shape == (30, 1, 24)
 
 
-def test_paper_preset_trains_every_parameter_and_its_attention_starts_near_the_identity(text_base: Base) -> None:
+def test_paper_preset_trains_every_parameter_and_its_attention_starts_near_the_identity(text_base):
     """One row has one key, over which softmax is 1: W_Q and W_K would get no gradient (docs/method.md §7)."""
     space = build_space(text_base, PRESETS["paper"], _never)
     assert space.matrices.shape == (30, 10, 24)
@@ -194,7 +193,7 @@ def test_paper_preset_trains_every_parameter_and_its_attention_starts_near_the_i
     assert min(largest.values()) > 1e-3 * max(largest.values())
 
 
-def test_rows_of_a_matrix_stay_apart_while_they_learn(text_base: Base) -> None:
+def test_rows_of_a_matrix_stay_apart_while_they_learn(text_base):
     """Rows that attend to all rows alike become equal, and equal rows get equal gradients (docs/method.md §7)."""
     space = build_space(text_base, PRESETS["paper"], _never)
     optimizer = make_optimizer(space, replace(PRESETS["paper"], lr=1e-2))
@@ -215,7 +214,7 @@ def test_rows_of_a_matrix_stay_apart_while_they_learn(text_base: Base) -> None:
     assert after[2] > 0.5  # 0.1 would be alike
 
 
-def test_prompt_auto_takes_the_text_encoder_if_there_is_one(text_base: Base, base: Base) -> None:
+def test_prompt_auto_takes_the_text_encoder_if_there_is_one(text_base, base):
     assert build_space(text_base, _options(), _never).text is not None
     assert build_space(base, _options(), lambda: torch.randn(3, 4, 8, 8)).text is None
     direct = build_space(text_base, _options(prompt="context"), _never)
@@ -224,16 +223,14 @@ def test_prompt_auto_takes_the_text_encoder_if_there_is_one(text_base: Base, bas
     torch.testing.assert_close(direct.matrices.mean(0), text_base.null_context, rtol=0, atol=0.05)
 
 
-def test_training_on_a_bundle_of_stable_diffusion_says_that_it_learns_contexts(
-    text_base: Base, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_training_on_a_bundle_of_stable_diffusion_says_that_it_learns_contexts(text_base, caplog):
     text_base.text_encoder = None
     assert build_space(text_base, _options(), _never).matrices.shape == (30, 77, 24)
     assert "'tiny-sd' has no text encoder" in caplog.text
     assert "name the --base that the bundle was exported from" in caplog.text
 
 
-def test_build_space_with_options_that_do_not_fit_the_base_raises(text_base: Base, base: Base) -> None:
+def test_build_space_with_options_that_do_not_fit_the_base_raises(text_base, base):
     with pytest.raises(UsageError, match=r"prompt: found text on base 'mini', which has no text encoder"):
         build_space(base, _options(prompt="text"), _never)
     with pytest.raises(UsageError, match=r"placeholder_tokens: found 2 without a text encoder"):
@@ -242,7 +239,7 @@ def test_build_space_with_options_that_do_not_fit_the_base_raises(text_base: Bas
         build_space(text_base, _options(placeholder_tokens=76), _never)
 
 
-def test_geglu_generator_of_whole_contexts_is_too_large(text_base: Base) -> None:
+def test_geglu_generator_of_whole_contexts_is_too_large(text_base):
     """77 tokens of 768 channels, thirty times, from 3072: 5.4 billion weights."""
     with pytest.raises(UsageError, match=r"5\.4 billion weights; .* choose prompt text"):
         PromptSpace(torch.zeros(77, 768), generator="geglu")

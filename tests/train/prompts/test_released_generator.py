@@ -23,7 +23,7 @@ def _generator(count: int = 5, tokens: int = 1, **sizes: int) -> GegluGenerator:
 
 @pytest.mark.parametrize("sizes", [{}, {"inner": 16, "hidden": 10}], ids=["release", "other"])
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_geglu_generator_equals_the_released_algorithm(sizes: dict[str, int], tokens: int) -> None:
+def test_geglu_generator_equals_the_released_algorithm(sizes, tokens):
     generator = _generator(tokens=tokens, **sizes)
     found = generator()
     assert found.shape == (5, tokens, DIM)
@@ -31,7 +31,7 @@ def test_geglu_generator_equals_the_released_algorithm(sizes: dict[str, int], to
     torch.testing.assert_close(found.flatten(0, 1), released_lsast.generator(state, state.pop("constant")))
 
 
-def test_geglu_generator_has_as_many_weights_as_the_released_one() -> None:
+def test_geglu_generator_has_as_many_weights_as_the_released_one():
     constant = torch.zeros(768)
     with torch.device("meta"):
         generator = GegluGenerator(constant, 30)
@@ -39,7 +39,7 @@ def test_geglu_generator_has_as_many_weights_as_the_released_one() -> None:
     assert generator.ff.net[2].weight.shape == (30 * 768, 3072)
 
 
-def test_geglu_generator_starts_with_torchs_default_weights() -> None:
+def test_geglu_generator_starts_with_torchs_default_weights():
     """The seed decides them; nobody else's random numbers are touched."""
     before = torch.get_rng_state()
     one, same, other = (GegluGenerator(torch.ones(DIM), 2, seed=seed) for seed in (1, 1, 2))
@@ -51,7 +51,7 @@ def test_geglu_generator_starts_with_torchs_default_weights() -> None:
     assert weight.std().item() == pytest.approx((4 * DIM) ** -0.5 / 3**0.5, rel=0.1)
 
 
-def test_gradient_of_queries_keys_and_second_norm_is_zero() -> None:
+def test_gradient_of_queries_keys_and_second_norm_is_zero():
     generator = _generator()
     torch.autograd.backward(generator().square().sum())
     moved = {name: bool(p.grad is not None and p.grad.abs().max() > 0) for name, p in generator.named_parameters()}
@@ -60,7 +60,7 @@ def test_gradient_of_queries_keys_and_second_norm_is_zero() -> None:
     assert not generator.constant.requires_grad
 
 
-def test_dropout_before_the_last_layer_is_inverted_and_binomial() -> None:
+def test_dropout_before_the_last_layer_is_inverted_and_binomial():
     generator = _generator()
     for attention in (generator.attn1, generator.attn2):
         nn.init.zeros_(attention.to_out[0].weight)
@@ -79,7 +79,7 @@ def test_dropout_before_the_last_layer_is_inverted_and_binomial() -> None:
 
 
 @pytest.mark.parametrize("which", ["attn1", "attn2"])
-def test_dropout_follows_each_attention(which: str) -> None:
+def test_dropout_follows_each_attention(which):
     generator = _generator()
     other = {"attn1": generator.attn2, "attn2": generator.attn1}[which]
     nn.init.zeros_(other.to_out[0].weight)

@@ -41,7 +41,7 @@ def _by_transformers(encoder: CLIPTextModel, embedding: torch.Tensor) -> tuple[t
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 75])
-def test_placeholder_contexts_and_gradients_equal_those_of_a_new_token(tokens: int) -> None:
+def test_placeholder_contexts_and_gradients_equal_those_of_a_new_token(tokens):
     encoder = _encoder()
     embeddings = torch.randn(2, tokens, 24, requires_grad=True)
     contexts = PlaceholderEncoder(encoder).contexts(embeddings)
@@ -58,7 +58,7 @@ def test_placeholder_contexts_and_gradients_equal_those_of_a_new_token(tokens: i
     assert all(parameter.grad is None for parameter in encoder.parameters())
 
 
-def test_placeholder_encoder_leaves_the_encoder_unchanged() -> None:
+def test_placeholder_encoder_leaves_the_encoder_unchanged():
     encoder = _encoder()
     ids = torch.randint(0, 998, (1, 77))
     before = encoder(ids).last_hidden_state
@@ -73,11 +73,11 @@ def test_placeholder_encoder_leaves_the_encoder_unchanged() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 23), (1, 76, 24), (1, 0, 24)])
-def test_embeddings_that_fit_no_caption_raise(shape: tuple[int, ...]) -> None:
+def test_embeddings_that_fit_no_caption_raise(shape):
     with pytest.raises(UsageError, match=r"expected 1 to 75 tokens of 24 channels"):
         PlaceholderEncoder(_encoder()).contexts(torch.zeros(shape))
 
 
-def test_token_embedding_outside_the_vocabulary_raises() -> None:
+def test_token_embedding_outside_the_vocabulary_raises():
     with pytest.raises(UsageError, match="found a text encoder of 1000 tokens"):
         PlaceholderEncoder(_encoder()).token_embedding(998)

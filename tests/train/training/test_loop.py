@@ -43,21 +43,21 @@ class _Counter:
         self.loop.run(self.step, self.evaluate, **how)
 
 
-def test_loop_evaluates_at_the_interval_and_at_the_end(tmp_path: Path) -> None:
+def test_loop_evaluates_at_the_interval_and_at_the_end(tmp_path):
     counter = _Counter(tmp_path)
     counter.run()
     assert (counter.loop.step, counter.means) == (6, [(0 + 1 + 2 + 3) / 4, (4 + 5) / 2])
     assert not counter.loop.checkpoint.exists()
 
 
-def test_loop_saves_checkpoints_at_the_interval_of_the_writing_process(tmp_path: Path) -> None:
+def test_loop_saves_checkpoints_at_the_interval_of_the_writing_process(tmp_path):
     _Counter(tmp_path, checkpoint_minutes=0.0, writes=False).run()
     assert not (tmp_path / "c").exists()
     _Counter(tmp_path, checkpoint_minutes=0.0).run()
     assert (tmp_path / "c").exists()
 
 
-def test_loop_with_a_limit_ends_evaluated_within_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loop_with_a_limit_ends_evaluated_within_it(tmp_path, monkeypatch):
     clock, left = [100.0], []
     monkeypatch.setattr("lsast_train.training.loop.time", SimpleNamespace(monotonic=lambda: clock[0]))
     counter = _Counter(tmp_path, steps=1000, seconds=20.0)
@@ -82,7 +82,7 @@ def test_loop_with_a_limit_ends_evaluated_within_it(tmp_path: Path, monkeypatch:
     assert counter.loop.step == 13  # at least one step
 
 
-def test_rng_for_other_streams_and_numbers_differs() -> None:
+def test_rng_for_other_streams_and_numbers_differs():
     keys = [(seed, purpose, *rest) for seed in (0, 1) for purpose in RngStream for rest in ((), (1,), (0, 1), (1, 1))]
     drawn = {torch.rand(1, generator=rng_for(*key), dtype=torch.float64).item() for key in keys}
     assert len(drawn) == len(keys)
@@ -99,7 +99,7 @@ def _curve() -> LossCurve:
     return LossCurve([dict(zip(("step", "held_out", "training"), row, strict=True)) for row in rows])
 
 
-def test_relative_loss_is_the_mean_over_stages_and_the_best_the_lowest() -> None:
+def test_relative_loss_is_the_mean_over_stages_and_the_best_the_lowest():
     curve = _curve()
     untrained, middle, last = curve.evaluations
     assert curve.relative(untrained) == 1
@@ -110,7 +110,7 @@ def test_relative_loss_is_the_mean_over_stages_and_the_best_the_lowest() -> None
     assert curve.best() is middle
 
 
-def test_save_writes_json_and_picture(tmp_path: Path) -> None:
+def test_save_writes_json_and_picture(tmp_path):
     path = tmp_path / "deep" / "red.curve.json"
     _curve().save(path, {"name": "red"})
     document = json.loads(path.read_text())

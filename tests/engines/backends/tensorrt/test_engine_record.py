@@ -68,7 +68,7 @@ CHANGES: dict[str, Any] = {
 }
 
 
-def test_key_differences_name_every_field() -> None:
+def test_key_differences_name_every_field():
     assert CHANGES.keys() == {field.name for field in dataclasses.fields(EngineKey)}
     assert a_key().differences(a_key()) == []
     for field, value in CHANGES.items():
@@ -76,7 +76,7 @@ def test_key_differences_name_every_field() -> None:
         assert fault.startswith(f"{field}: found ")
 
 
-def test_unsupported_reasons_name_target_and_gpu() -> None:
+def test_unsupported_reasons_name_target_and_gpu():
     assert a_key().unsupported_reasons("12.0", "anything") == []
     assert a_key().unsupported_reasons("8.6", "anything") == ["targets: found 8.9, 12.0; expected 8.6, the GPU's"]
     portable = a_key(targets=("portable",))
@@ -86,14 +86,14 @@ def test_unsupported_reasons_name_target_and_gpu() -> None:
     assert timed.unsupported_reasons("8.9", "NVIDIA L40S") == ["gpu: found NVIDIA L4; expected NVIDIA L40S"]
 
 
-def test_record_round_trip_keeps_all_fields(tmp_path: Path) -> None:
+def test_record_round_trip_keeps_all_fields(tmp_path):
     engine = an_engine(tmp_path)
     record = verified_record(engine)
     assert record.key == a_key()
     assert (record.bytes, record.seconds) == (72, 41.5)
 
 
-def test_verified_record_of_a_changed_engine_is_refused(tmp_path: Path) -> None:
+def test_verified_record_of_a_changed_engine_is_refused(tmp_path):
     engine, other = an_engine(tmp_path), an_engine(tmp_path, "vae_decoder", b"another!" * 9)
     whole = engine.read_bytes()
     engine.write_bytes(whole[:-1])
@@ -124,7 +124,7 @@ def test_verified_record_of_a_changed_engine_is_refused(tmp_path: Path) -> None:
         (lambda data: data | {"bytes": "72"}, "bytes: found '72'; expected a whole"),
     ],
 )
-def test_record_load_refuses_damaged_files(tmp_path: Path, edit: Any, message: str) -> None:
+def test_record_load_refuses_damaged_files(tmp_path, edit, message):
     engine = an_engine(tmp_path)
     path = record_path(engine)
     path.write_text(json.dumps(edit(json.loads(path.read_text()))))
@@ -135,7 +135,7 @@ def test_record_load_refuses_damaged_files(tmp_path: Path, edit: Any, message: s
         verified_record(engine)
 
 
-def test_graph_digest_covers_graph_and_weights(tmp_path: Path) -> None:
+def test_graph_digest_covers_graph_and_weights(tmp_path):
     graph, weights = tmp_path / "toy.onnx", tmp_path / "toy.data"
     graph.write_bytes(b"graph")
     weights.write_bytes(b"weights")
@@ -148,7 +148,7 @@ def test_graph_digest_covers_graph_and_weights(tmp_path: Path) -> None:
     assert len({before, changed, graph_digest(graph)}) == 3
 
 
-def test_engine_folder_is_named_by_the_base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_engine_folder_is_named_by_the_base(monkeypatch, tmp_path):
     monkeypatch.setenv("LSAST_HOME", str(tmp_path))
     fingerprint = Bundle.open(EMBEDDED, verify_hashes=False).manifest.fingerprint
     folder = tmp_path / "compiled" / f"mini-{fingerprint[:16]}" / "tensorrt" / "fp16"
@@ -161,7 +161,7 @@ def test_engine_folder_is_named_by_the_base(monkeypatch: pytest.MonkeyPatch, tmp
             engine_folder(EMBEDDED, "tensorrt", "fp16")
 
 
-def test_profile_of_a_split_graph_halves_deeper_levels() -> None:
+def test_profile_of_a_split_graph_halves_deeper_levels():
     cut = UnetSplit(residuals=((6, 0), (6, 1), (9, 3)), outer=1, feature=7)
     specs = split_specs(GEOMETRY, cut)
     profile = ShapeRanges().profile(specs["unet_full"])
@@ -172,7 +172,7 @@ def test_profile_of_a_split_graph_halves_deeper_levels() -> None:
     assert found == {"residual_0": (2, 6, 48, 64), "residual_1": (2, 6, 24, 32), "residual_2": (2, 9, 6, 8)}
 
 
-def test_profile_and_output_shapes_match_values_by_hand() -> None:
+def test_profile_and_output_shapes_match_values_by_hand():
     profile = ShapeRanges().profile(SPECS["denoiser"])
     # By hand: 384, 512 and 1024 pixels are 48, 64 and 128 cells.
     assert profile["latent"] == ((1, 4, 48, 48), (1, 4, 64, 64), (4, 4, 128, 128))
@@ -193,12 +193,12 @@ def test_profile_and_output_shapes_match_values_by_hand() -> None:
         ({"guidance": Range(1, 2, 3)}, "guidance: found 3 passes"),
     ],
 )
-def test_shape_ranges_refuse_invalid_values(ranges: dict[str, Range], message: str) -> None:
+def test_shape_ranges_refuse_invalid_values(ranges, message):
     with pytest.raises(UsageError, match=message):
         ShapeRanges(**ranges)
 
 
-def test_check_profile_lists_all_faults() -> None:
+def test_check_profile_lists_all_faults():
     profile = ShapeRanges().profile(SPECS["denoiser"])
     check_profile(profile, {"latent": (4, 4, 48, 128)}, "denoiser")
     with pytest.raises(BackendError) as caught:
