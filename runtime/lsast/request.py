@@ -22,7 +22,7 @@ from lsast_engines.images import canny_edges, on_white, read_picture
 from .images.canvas import Canvas, Pixels, Previewer, released_edge_input, resize
 from .images.mask import composite, keep_colour, read_mask, to_latent_mask
 from .options.options import Options, current_options, rules
-from .options.style_mix import Mix
+from .options.style_mix import Mix, Term, syntax_error
 from .sampling.batch import MixedStyle, Palette, Sample, X0Blend
 from .sampling.networks import Floats
 from .sampling.tiling import WHOLE_UP_TO, TileGrid
@@ -49,16 +49,14 @@ class Request:
         max_megapixels: float | None = None,
     ) -> None:
         """Read the picture, lay it on its canvas and find its edges. `styles` are the open styles that the options
-        name, `temporal` the frame before and its painting, of a video. Raises a `UsageError` where the solver
-        does not allow the schedule, a `BundleError` for options that need graphs which the bundle does not have,
-        a `PictureError` if the picture or the mask cannot be read, or they differ in size."""
+        name, `temporal` the frame before and its painting, of a video. Raises a `PictureError` if the picture or the
+        mask cannot be read, or they differ in size."""
         manifest = bundle.manifest
         self.options = options
         self.styles = styles
         self.seconds: dict[str, float] = {}
         self._bundle = bundle
         self._temporal = temporal
-        require_graphs(bundle, options)
         self._schedule = make_schedule(bundle, options)
         with self._timed("read"):
             self.source = read_picture(picture, max_megapixels)
@@ -167,23 +165,30 @@ def resolve_options(
     bundle: Bundle, given: Mapping[str, Any], preset: str | None, open_style: Callable[[str], StyleFile]
 ) -> tuple[Options, dict[str, StyleFile]]:
     """The complete options of a call with the arguments `given`, and the open styles that they name. Raises a
-    `UsageError` that names all invalid options, or an unknown style; a `StyleError` where a style's file is damaged,
-    or was made for another base."""
+    `UsageError` that names all invalid options, an unknown style, or steps that the solver does not allow; a
+    `StyleError` where a style's file is damaged, or was made for another base; a `BundleError` where the bundle lacks
+    graphs that the options need."""
     given, manifest = current_options({name: given[name] for name in given if name != "mask"}), bundle.manifest
     if unknown := [f"{name!r}{did_you_mean(name, rules())}" for name in given if name not in rules()]:
         raise UsageError(fault_list(f"found no such options; expected {', '.join(rules())}:", unknown))
-    names: list[str] = []
-    style = given.get("style")
-    if isinstance(style := manifest.defaults["style"] if style is None else style, str):
-        with contextlib.suppress(UsageError):  # `Options` reports a syntax error, together with all other faults
-            names = Mix.parse(style).styles
+    terms: tuple[Term, ...] = ()
     styles: dict[str, StyleFile] = {}
-    for name in names:
-        with contextlib.suppress(UnknownStyleError):  # told below, with its place in the mix
-            styles[name] = open_style(name)
+    no_style: UsageError | None = None
+    style = manifest.defaults["style"] if given.get("style") is None else given["style"]
+    if isinstance(style, str):
+        with contextlib.suppress(UsageError):  # `Options` reports a syntax error, together with all other faults
+            terms = Mix.parse(style).terms
+    for term in terms:
+        try:
+            styles[term.style] = open_style(term.style)
+        except UnknownStyleError as error:
+            no_style = no_style or syntax_error(f"{error}", style, term.column)
     options = Options.resolve(given, manifest.defaults, styles, preset)
-    mix = Mix.parse(options.style)
-    mix.check(list(styles if styles.keys() >= {*mix.styles} else bundle.styles()), manifest.stages)
+    if no_style:
+        raise no_style
+    Mix.parse(options.style).check_stages(manifest.stages)
+    require_graphs(bundle, options)
+    make_schedule(bundle, options)
     return options, styles
 
 

@@ -21,7 +21,7 @@ from lsast_engines.images import pixels_sha256
 
 from .images.metadata import Provenance, bundle_sha256, versions
 from .options.options import Options, PresetName, SolverName, preset_options, rules
-from .request import Request, graphs_of, make_schedule, resolve_options
+from .request import Request, graphs_of, resolve_options
 from .result import Result
 from .sampling import networks, sampler, tiling
 from .sampling.batch import Batch
@@ -154,9 +154,7 @@ class Stylizer:
 
     def resolve(self, **options: Any) -> Options:
         """Complete the options of a call; arguments and errors as of `stylize`."""
-        resolved = self._resolve(options)[0]
-        make_schedule(self.bundle, resolved)
-        return resolved
+        return self._resolve(options)[0]
 
     def stylize(
         self,

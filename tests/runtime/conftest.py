@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
 import lsast
 from lsast.sampling.batch import Batch
@@ -258,6 +259,15 @@ def photo() -> np.ndarray:
     rgb[24:72, 40:100] = (200, 60, 30)
     rgb[40:60, 110:150] = (20, 40, 220)
     return rgb
+
+
+@pytest.fixture
+def folder(tmp_path: Path, photo: np.ndarray, bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with in.png; the tiny bundle is the default."""
+    Image.fromarray(photo).save(tmp_path / "in.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LSAST_BUNDLE", str(bundle_path))
+    return tmp_path
 
 
 @dataclass

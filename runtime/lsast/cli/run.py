@@ -30,7 +30,7 @@ from lsast_engines.picture_file import read_stream
 from ..images.contact_sheet import contact_sheet, parse_axes
 from ..images.formats import read_header
 from ..options.options import Options
-from ..request import make_schedule, require_graphs, resolve_options
+from ..request import resolve_options
 from ..result import Result, validate_output_path
 from ..stylizer import Stylizer, load
 from ..video.transcode import check_video, paint_video
@@ -91,9 +91,7 @@ def open_stylizer(where: dict[str, Any], options: dict[str, Any]) -> Stylizer:
     """Check the options of all paintings, which takes no engine, then open the engines. `where` are arguments of
     `lsast.load`, `options` keywords of `Stylizer.stylize`."""
     bundle = Bundle.open(find_bundle(where["bundle"]), verify_hashes=False)
-    resolved = resolve_options(bundle, options, None, bundle.open_style)[0]
-    require_graphs(bundle, resolved)
-    make_schedule(bundle, resolved)
+    resolve_options(bundle, options, None, bundle.open_style)
     return load(**where, preset=options.get("preset"))
 
 

@@ -16,11 +16,10 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lsast_engines.errors import Lines, UsageError, did_you_mean, shown
+from lsast_engines.errors import Lines, UsageError, shown
 
 GROUPS = ("down", "mid", "up")
 """The layer groups, in the order in which a network runs them: `lsast_engines.bundle.manifest.Group`."""
@@ -80,19 +79,9 @@ class Mix:
         """Whether this is one style, everywhere, so that nothing is mixed."""
         return len(self.terms) == 1 and self.terms[0].group is None and self.terms[0].stages is None
 
-    def check(self, styles: Sequence[str], stages: int) -> None:
-        """Check that a bundle has these `styles` and so many `stages`; a `UsageError` has a caret under what it
-        lacks."""
+    def check_stages(self, stages: int) -> None:
+        """Check that a bundle has so many `stages`; a `UsageError` has a caret under what it lacks."""
         for term in self.terms:
-            if term.style not in styles:
-                near = did_you_mean(term.style, styles) or (
-                    f"; learn it with: lsast-train --style {term.style} --images DIR, then bake it with: lsast-export "
-                    f"--style {term.style}; where --bundle names a bundle, both take it as --base"
-                )
-                available = ", ".join(styles) or "none"
-                raise syntax_error(
-                    f"found no style {term.style!r}; available: {available}{near}", self.text, term.column
-                )
             if term.stages and term.stages[1] >= stages:
                 raise syntax_error(
                     f"found stage {term.stages[1]}; expected 0 to {stages - 1}", self.text, term.stages_column

@@ -22,13 +22,8 @@ COMMANDS = ["run", "serve", "train", "export", "eval", "styles", "cache", "docto
 
 
 @pytest.fixture
-def invoke(
-    tmp_path: Path, photo: np.ndarray, bundle_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Result]:
+def invoke(folder: Path) -> Callable[..., Result]:
     """Runs `lsast` in a folder with in.png, with the tiny bundle as the default."""
-    Image.fromarray(photo).save(tmp_path / "in.png")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LSAST_BUNDLE", str(bundle_path))
     return lambda *arguments, **more: CliRunner().invoke(main, arguments, prog_name="lsast", **more)
 
 

@@ -25,16 +25,14 @@ QUICK = ("--size", "64", "--guidance", "1")
 
 
 @pytest.fixture
-def folder(tmp_path: Path, photo: np.ndarray, bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with pictures at two depths, and the tiny bundle as the default."""
-    (tmp_path / "in" / "deep").mkdir(parents=True)
+def folder(folder: Path, photo: np.ndarray) -> Path:
+    """A working folder with pictures at two depths."""
+    (folder / "in" / "deep").mkdir(parents=True)
     for index, name in enumerate(("in/a.png", "in/b.jpg", "in/deep/a.png", "in/deep/scan.bmp")):
-        Image.fromarray(np.roll(photo, 10 * index, axis=1)).save(tmp_path / name)
-    (tmp_path / "in" / ".hidden.png").write_bytes(b"no picture")
-    (tmp_path / "in" / "notes.txt").write_text("no picture either")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LSAST_BUNDLE", str(bundle_path))
-    return tmp_path
+        Image.fromarray(np.roll(photo, 10 * index, axis=1)).save(name)
+    (folder / "in" / ".hidden.png").write_bytes(b"no picture")
+    (folder / "in" / "notes.txt").write_text("no picture either")
+    return folder
 
 
 def _run(*arguments: str, **settings: Any) -> Result:

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,15 +15,6 @@ from PIL import Image
 
 import lsast
 from lsast.cli.main import main
-
-
-@pytest.fixture
-def folder(tmp_path: Path, photo: np.ndarray, bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with in.png, and the tiny bundle as the default."""
-    Image.fromarray(photo).save(tmp_path / "in.png")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LSAST_BUNDLE", str(bundle_path))
-    return tmp_path
 
 
 def _run(*arguments: str) -> Result:

@@ -22,17 +22,15 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no named 
 
 
 @pytest.fixture
-def folder(tmp_path: Path, photo: np.ndarray, bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(folder: Path, photo: np.ndarray) -> Path:
     """A working folder with pictures, a mask, and pipes that nobody writes to."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LSAST_BUNDLE", str(bundle_path))
-    (tmp_path / "photos").mkdir()
-    for name in ("in.png", "photos/a.png", "photos/b.png"):
+    (folder / "photos").mkdir()
+    for name in ("photos/a.png", "photos/b.png"):
         Image.fromarray(photo).save(name)
     Image.fromarray(np.eye(*photo.shape[:2], dtype=bool)).save("mask.png")
     for name in ("pipe", "pipe.gif", "pipe.mp4", "photos/pipe.png"):
         os.mkfifo(name)
-    return tmp_path
+    return folder
 
 
 def _run(*arguments: str) -> Result:

@@ -17,23 +17,19 @@ from lsast import Stylizer
 from lsast.cli.main import main
 from lsast.options.options import PRESETS, preset_options
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.style import Style, StyleFile
+from lsast_engines.bundle.style import encode_defaults
 
 OWN = {"vangogh": {"guidance": 5.0, "steps": 4}, "monet": {"guidance": 5.0, "strength": 1.0}}
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory, bundle_path: Path) -> Path:
+def path(tmp_path_factory: pytest.TempPathFactory, parted_path: Path) -> Path:
     """The tiny bundle, whose two styles have defaults of their own."""
     folder = tmp_path_factory.mktemp("own") / "tiny"
-    shutil.copytree(bundle_path, folder)
+    shutil.copytree(parted_path, folder)
     for name, values in OWN.items():
-        file = folder / "styles" / f"{name}.safetensors"
-        style = StyleFile(file)
-        rows = [style.stage(stage) for stage in range(style.stages)]
-        kv_unet, kv_control = (np.stack([row[side] for row in rows]) for side in (0, 1))
-        meta = {"defaults": json.dumps(values)}
-        Style(name, style.base, style.stages, style.tokens, kv_unet, kv_control, meta).save(file)
+        style = dataclasses.replace(Bundle.open(folder).style(name), meta=encode_defaults(values))
+        style.save(folder / "styles" / f"{name}.safetensors")
     return folder
 
 
@@ -57,7 +53,7 @@ def test_stylize_with_a_styles_defaults_equals_the_same_options_given(path, bund
         left = own.stylize(photo, style="monet")
         right = plain.stylize(photo, style="monet", **OWN["monet"])
         assert left.options == right.options
-        np.testing.assert_array_equal(np.asarray(left.image), np.asarray(right.image))
+        np.testing.assert_array_equal(left.image, right.image)
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +62,9 @@ def baked(tmp_path_factory: pytest.TempPathFactory, bundle_path: Path) -> Path:
     folder = tmp_path_factory.mktemp("baked") / "tiny"
     shutil.copytree(bundle_path, folder)
     style = Bundle.open(folder).style("vangogh")
-    scales = {"vangogh": "7", "monet": "7", "five": "5", "plain": None}
-    for name, scale in scales.items():
-        meta = {"defaults": json.dumps({"steps": 4, "guidance": 6.0}), **({"guidance_baked": scale} if scale else {})}
-        made = Style(name, style.base, style.stages, style.tokens, style.kv_unet, style.kv_control, meta)
-        made.save(folder / "styles" / f"{name}.safetensors")
+    for name, scale in {"vangogh": "7", "monet": "7", "five": "5", "plain": None, "much": "much"}.items():
+        meta = {**encode_defaults({"steps": 4, "guidance": 6.0}), **({"guidance_baked": scale} if scale else {})}
+        dataclasses.replace(style, name=name, meta=meta).save(folder / "styles" / f"{name}.safetensors")
     return folder
 
 
@@ -109,12 +103,9 @@ def test_resolve_with_distilled_guidance_refuses_guidance(distilled, given, mess
         distilled.resolve(**given)
 
 
-def test_style_file_with_invalid_distilled_guidance_is_damaged(baked, tmp_path):
-    style = Bundle.open(baked).style("plain")
-    broken = Style("x", style.base, 10, style.tokens, style.kv_unet, style.kv_control, {"guidance_baked": "much"})
-    broken.save(tmp_path / "x.safetensors")
+def test_resolve_with_invalid_distilled_guidance_names_it(distilled):
     with pytest.raises(lsast.StyleError, match="guidance_baked: found 'much'; expected a number above 0"):
-        StyleFile(tmp_path / "x.safetensors")
+        distilled.resolve(style="much")
 
 
 def test_list_styles_reports_distilled_guidance(baked):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +106,6 @@ def test_stylize_without_cache_interval_opens_no_split_graph(stylizer, bundle_pa
     assert set(stylizer._pool.engines) == {*REQUIRED_GRAPHS, *UNET_SPLIT_GRAPHS}
 
 
-def test_cached_denoiser_that_skips_no_step_equals_the_denoiser(stylizer, photo):
-    """An interval no step of which is left out: the parts at every step, to rounding the same picture."""
-    whole = _pixels(stylizer.stylize(photo, steps=10, strength=0.1))
-    assert np.abs(whole - _pixels(stylizer.stylize(photo, steps=10, strength=0.1, cache_interval=9))).max() <= 1
-
-
 def test_cached_denoiser_in_tiles_caches_each_tiles_own(stylizer, photo):
     """The tiny graphs look no further than two cells, so tiles must give what the whole gives."""
     large = np.tile(photo, (4, 3, 1))[:330, :400]
@@ -119,10 +114,19 @@ def test_cached_denoiser_in_tiles_caches_each_tiles_own(stylizer, photo):
     assert whole.std() > 5, "a flat picture proves nothing"
 
 
-def test_cache_interval_without_split_graphs_says_what_adds_them(bundle_path, photo):
-    words = f"cache_interval needs; .* lsast-export parts {bundle_path}"
-    with lsast.load(bundle_path, threads=1) as without, pytest.raises(BundleError, match=words):
-        without.stylize(photo, cache_interval=2)
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"cache_interval": 2}, "found no graph controlnet, .* which cache_interval needs; .* lsast-export parts {}"),
+        ({"decoder": "small"}, "found no graph vae_decoder_tiny .* lsast-export decoder {} --small FOLDER"),
+    ],
+)
+def test_option_whose_graphs_the_bundle_lacks_says_what_adds_them(bundle_path, photo, option, words):
+    words = words.format(re.escape(str(bundle_path)))
+    with lsast.load(bundle_path, threads=1) as without:
+        for use in (without.resolve, partial(without.stylize, photo)):
+            with pytest.raises(BundleError, match=words):
+                use(**option)
 
 
 def test_load_with_a_preset_opens_its_graphs_and_reports_it(parted_path, photo):
@@ -165,9 +169,3 @@ def test_small_decoder_decodes_each_tile(stylizer):
     assert stylizer.request(picture, size=0, tile=128).grid
     full, small = (stylizer.stylize(picture, size=0, tile=128, decoder=name) for name in ("full", "small"))
     assert np.abs(_pixels(small) - _swapped(full)).max() <= 1
-
-
-def test_small_decoder_that_the_bundle_lacks_says_what_adds_it(bundle_path, photo):
-    wanted = f"found no graph vae_decoder_tiny .* lsast-export decoder {re.escape(str(bundle_path))} --small FOLDER"
-    with lsast.load(bundle_path, threads=1) as without, pytest.raises(BundleError, match=wanted):
-        without.stylize(photo, decoder="small")
