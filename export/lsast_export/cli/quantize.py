@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from lsast_engines.cli import Command, debug_option, json_option, print_result
-from lsast_engines.environment import require_extra
+from lsast_engines.environment import peak_memory, require_extra
+from lsast_train.cli.shared import declared_options
 
 from ..progress import PhaseTimer
+from ..quantize.options import QuantizeOptions
 
-_OPTIONAL = {
-    "vae_encoder": "vae_encoder",
-    "vae_decoder": "vae_decoder",
-    "encoder": "vae_encoder",
-    "decoder": "vae_decoder",
-}
+_OPTIONAL = {name: f"vae_{name.removeprefix('vae_')}" for name in ("vae_encoder", "vae_decoder", "encoder", "decoder")}
 """Graphs that `--also` takes, with their old names."""
 
 
@@ -43,23 +40,7 @@ def _refuse(ctx: click.Context, param: click.Parameter, value: str | None) -> No
     type=click.Path(path_type=Path),
     help="Pictures to calibrate and to evaluate on, like those that will be repainted. [default: some are drawn]",
 )
-@click.option("--pictures", type=int, metavar="N", help="Calibrate on N of them, evaluate on N others. [default: 4]")
-@click.option("--size", type=int, metavar="PIXELS", help="Side of these pictures. [default: 256]")
-@click.option(
-    "--target",
-    type=float,
-    metavar="DB",
-    help="Least mean PSNR to the pictures of the float graphs; below it nothing is written. [default: 30]",
-)
-@click.option(
-    "--backend", metavar="NAME", help="Backend to evaluate on: onnxruntime or openvino. [default: onnxruntime]"
-)
-@click.option(
-    "--smooth",
-    type=float,
-    metavar="ALPHA",
-    help="SmoothQuant's migration strength, 0 to 1. [default: 0.7]",
-)
+@declared_options(QuantizeOptions)
 @click.option(
     "--also",
     multiple=True,
@@ -71,28 +52,27 @@ def _refuse(ctx: click.Context, param: click.Parameter, value: str | None) -> No
 @json_option
 @debug_option
 def quantize_command(
-    bundle: str | None, out: Path, no_smooth: bool, also: tuple[str, ...], smooth: float | None, **chosen: Any
+    bundle: str | None, out: Path, images: Path | None, no_smooth: bool, also: tuple[str, ...], **chosen: Any
 ) -> None:
     """Write BUNDLE (a folder or a name; the embedded one) in int8, for CPUs, with its styles.
 
     The ranges of activations are taken from runs on calibration pictures; pictures that were not calibrated on are
     repainted in int8 and in float, and compared.
     """
-    if smooth is not None and no_smooth:
+    given = click.get_current_context().get_parameter_source("smooth")
+    if no_smooth and given is not ParameterSource.DEFAULT:
         raise click.UsageError("found --smooth and --no-smooth; expected one of them")
     require_extra("cpu", "onnxruntime")
     from lsast_engines.bundle.bundle import Bundle, find_bundle
-    from lsast_engines.environment import peak_memory
 
-    from ..quantize.quantize import QuantizeOptions, quantize_bundle
+    from ..quantize.quantize import quantize_bundle
 
     phases = PhaseTimer()
     phases("reading")
     source = Bundle.open(find_bundle(bundle))
-    given = {name: value for name, value in chosen.items() if value is not None}
-    if smooth is not None or no_smooth:
-        given["smooth"] = smooth
-    options = dataclasses.replace(QuantizeOptions(also=frozenset(_OPTIONAL[name] for name in also)), **given)
+    if no_smooth:
+        chosen["smooth"] = None
+    options = QuantizeOptions(images, also=frozenset(_OPTIONAL[name] for name in also), **chosen)
     written = quantize_bundle(source, out, options, phases)
     manifest = written.manifest
     for name, figure in manifest.parity.items():

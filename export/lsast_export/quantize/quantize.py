@@ -12,19 +12,19 @@ import importlib.metadata
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 
 from lsast_engines.bundle.bundle import NULL_STYLE_FILE, STYLES, Bundle, require_free
-from lsast_engines.bundle.graph_spec import DENOISER, UNET_SPLIT_GRAPHS, VAE_DECODER, VAE_ENCODER
+from lsast_engines.bundle.graph_spec import DENOISER, UNET_SPLIT_GRAPHS, VAE_DECODER
 from lsast_engines.bundle.manifest import QUANTISED
+from lsast_engines.declared_options import option_faults, rules_of
 from lsast_engines.errors import ParityError, UsageError, fault_list
 from lsast_engines.files import scratch_folder
 from lsast_engines.images import psnr
 
-from ..progress import Progress, no_progress
+from ..progress import Eta, Progress, no_progress
 from .calibration import Calibration
 from .calibration_runs import (
     Feeds,
@@ -37,8 +37,8 @@ from .calibration_runs import (
     prepare_runs,
     repaint,
 )
+from .options import OPTIONAL_GRAPHS, QuantizeOptions
 from .qdq import Ranges
-from .smoothquant import ALPHA
 from .weights import NAME, WeightFile
 
 PICTURE_PSNR = "picture_psnr_db"
@@ -46,30 +46,7 @@ PICTURE_PSNR = "picture_psnr_db"
 PICTURE_PSNR_LEAST = "picture_psnr_least_db"
 """Key of the lowest of them."""
 
-OPTIONAL_GRAPHS = (VAE_ENCODER, VAE_DECODER)
-"""Graphs that stay in float unless `QuantizeOptions.also` names them."""
-
 _log = logging.getLogger("lsast.export")
-
-
-@dataclass(frozen=True)
-class QuantizeOptions:
-    """Options of quantization."""
-
-    images: Path | None = None
-    """Folder of pictures to calibrate and to evaluate on; None generates some."""
-    pictures: int = 4
-    """Number of pictures to calibrate on; as many others are held out to evaluate on."""
-    size: int = 256
-    """Their side in pixels, a multiple of the bundle's."""
-    target: float = 30.0
-    """Least mean PSNR in dB between the held-out pictures of the quantized graphs and those of the float graphs."""
-    backend: str = "onnxruntime"
-    """Backend to evaluate on."""
-    smooth: float | None = ALPHA
-    """SmoothQuant's migration strength, 0 to 1 (`smoothquant`); None does without."""
-    also: frozenset[str] = frozenset()
-    """Further graphs to quantize, of `OPTIONAL_GRAPHS`. They run once a picture, so they matter in short runs."""
 
 
 def quantize_bundle(
@@ -138,12 +115,10 @@ def _require(source: Bundle, options: QuantizeOptions) -> None:
         faults.append(f"found a bundle in {manifest.storage_dtype}; expected the one that it was made from")
     if not any((source.path / STYLES).glob("*.safetensors")):
         faults.append("found no style in it; expected at least one to calibrate with: lsast-export bundle --style NAME")
-    if options.pictures < 1:
-        faults.append(f"found {options.pictures} pictures; expected at least 1")
-    if options.size < 1 or options.size % manifest.multiple:
-        faults.append(f"found a size of {options.size}; expected a multiple of {manifest.multiple}")
-    if options.smooth is not None and not 0 <= options.smooth <= 1:
-        faults.append(f"found a smooth of {options.smooth:g}; expected 0 to 1, or none")
+    declared = {name: value for name, value in vars(options).items() if rules_of(QuantizeOptions)[name].help}
+    faults += option_faults(QuantizeOptions, declared)
+    if options.size % manifest.multiple:
+        faults.append(f"size: found {options.size}; expected a multiple of {manifest.multiple}")
     if unknown := sorted(options.also - set(OPTIONAL_GRAPHS)):
         faults.append(f"found also {', '.join(unknown)}; expected of {', '.join(OPTIONAL_GRAPHS)}")
     if faults:
@@ -219,13 +194,12 @@ def _observe(
     """Denoise from pure noise, which visits every stage: → final latents [1, 4, h, w]; their number is a fact."""
     runs = prepare_runs(source, contents, styles, backend, strength=1.0)
     total = sum(len(run.schedule.steps) for run in runs)
-    done = 0
+    eta = Eta(progress, "calibrating", total)
 
     def observed(feeds: Feeds) -> Feeds:
-        nonlocal done
-        done += 1
-        progress("calibrating", f"step {done} of {total}")
-        return calibration(feeds)
+        outputs = calibration(feeds)
+        eta.step()
+        return outputs
 
     latents = [denoise_run(source, run, observed) for run in runs]
     calibration.close()

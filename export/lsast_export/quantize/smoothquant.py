@@ -25,10 +25,6 @@ import numpy.typing as npt
 
 from .weights import Model, Node, WeightFile, Weights, biased_product, replace_contents
 
-ALPHA = 0.7
-"""Migration strength: 0 evens out weights, 1 activations. The value with the best pictures of mini
-(docs/guides/quantization.md)."""
-
 MinMax = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 """Minimum and maximum of an activation: numbers, or [C] each for activations that are observed by channel."""
 
@@ -82,7 +78,7 @@ def find_groups(model: Model) -> list[Group]:
 
 
 def smoothing_factors(
-    model: Model, weights: Weights, min_max: Mapping[str, MinMax], alpha: float = ALPHA
+    model: Model, weights: Weights, min_max: Mapping[str, MinMax], alpha: float
 ) -> dict[str, npt.NDArray[np.float32]]:
     """The factors s of all groups of a folded graph.
 

@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
-from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
 Model = Any
 """An onnx.ModelProto."""
@@ -48,13 +47,9 @@ class Weights:
         self._folder = folder
 
     def __getitem__(self, name: str) -> npt.NDArray[Any]:
-        tensor = self.tensors[name]
-        if uses_external_data(tensor):
-            loaded = onnx.TensorProto()
-            loaded.CopyFrom(tensor)
-            load_external_data_for_tensor(loaded, str(self._folder))
-            tensor = loaded
-        array: npt.NDArray[Any] = numpy_helper.to_array(tensor)
+        tensor = onnx.TensorProto()
+        tensor.CopyFrom(self.tensors[name])  # older versions of onnx keep what they read in the tensor
+        array: npt.NDArray[Any] = numpy_helper.to_array(tensor, str(self._folder))
         return array
 
     def as_float32(self, name: str) -> npt.NDArray[Any]:

@@ -24,7 +24,8 @@ from lsast_export.bundle.add_graphs import add_small_decoder
 from lsast_export.bundle.check import check_bundle
 from lsast_export.cli.main import main
 from lsast_export.graphs.small_decoder import WEIGHTS, read_small_decoder
-from lsast_export.quantize.quantize import QuantizeOptions, quantize_bundle
+from lsast_export.quantize.options import QuantizeOptions
+from lsast_export.quantize.quantize import quantize_bundle
 
 Run = Callable[..., dict[str, np.ndarray]]
 

@@ -22,7 +22,8 @@ from lsast_export.bundle.add_graphs import add_parts
 from lsast_export.bundle.check import check_bundle
 from lsast_export.cli.main import main
 from lsast_export.graphs.trace import TracedGraph
-from lsast_export.quantize.quantize import QuantizeOptions, quantize_bundle
+from lsast_export.quantize.options import QuantizeOptions
+from lsast_export.quantize.quantize import quantize_bundle
 from lsast_train.base.attention import layer_contexts
 from lsast_train.base.kv_packing import kv_layouts
 from lsast_train.base.lazy_base import load_base

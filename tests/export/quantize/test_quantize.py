@@ -26,7 +26,8 @@ from lsast_export.bundle.check import INT8_MARGIN, check_bundle
 from lsast_export.cli.main import main
 from lsast_export.quantize.calibration import Calibration
 from lsast_export.quantize.calibration_runs import load_calibration_images
-from lsast_export.quantize.quantize import PICTURE_PSNR, QuantizeOptions, quantize_bundle
+from lsast_export.quantize.options import QuantizeOptions
+from lsast_export.quantize.quantize import PICTURE_PSNR, quantize_bundle
 from lsast_export.quantize.weights import NAME, WeightFile, fold_weights
 from lsast_export.tensorrt.compile import CompileOptions, compile_bundle
 from lsast_train.base.lazy_base import load_base
@@ -292,7 +293,9 @@ def test_quantize_bundle_with_also_quantizes_the_autoencoder(bundles, tmp_path):
 
 def test_quantize_bundle_lists_all_faults_of_options(bundles, tmp_path):
     wrong = QuantizeOptions(pictures=0, size=65, smooth=1.5, also=frozenset({"controlnet_cond"}))
-    with pytest.raises(UsageError, match=r"(?s)0 pictures.*size of 65.*smooth of 1.5.*also controlnet_cond"):
+    with pytest.raises(
+        UsageError, match=r"(?s)pictures: found 0; .*smooth: found 1.5; .*size: found 65; .*also controlnet_cond"
+    ):
         quantize_bundle(bundles["fp32"], tmp_path / "out", wrong)
 
 
