@@ -18,13 +18,11 @@ from pathlib import Path
 from lsast_engines.cli import describe
 from lsast_engines.errors import LsastError, PictureError, UsageError, fault_list, shown
 
-from ..images.formats import ANIMATIONS, VIDEOS, WRITTEN_PICTURES, WRITTEN_VIDEOS, is_animated
+from ..images.formats import ANIMATIONS, VIDEOS, WRITTEN_PICTURES, WRITTEN_VIDEOS, is_animated, video_format
 
 _log = logging.getLogger("lsast.cli")
 
 _WRITTEN = {*WRITTEN_PICTURES, *WRITTEN_VIDEOS}
-
-_PNG = (".apng", ".png")
 
 STDIO = "-"
 """The name of standard input as IN, and of standard output as OUT."""
@@ -44,11 +42,7 @@ class Job:
         """Whether the source is a video, by its suffix, or an animated picture whose frames OUT can hold."""
         if self.source is None or self.source.suffix.lower() in VIDEOS:
             return self.source is not None
-        suffix = "" if self.out is None else self.out.suffix.lower()
-        holds_frames = suffix in WRITTEN_VIDEOS | ANIMATIONS and (
-            suffix != ".png" or self.source.suffix.lower() in _PNG
-        )
-        return holds_frames and is_animated(self.source)
+        return self.out is not None and bool(video_format(self.source, self.out)) and is_animated(self.source)
 
 
 @dataclass(frozen=True)

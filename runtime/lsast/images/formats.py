@@ -41,11 +41,22 @@ VIDEOS = frozenset({
 })
 # fmt: on
 
-WRITTEN_VIDEOS = frozenset({".m4v", ".mkv", ".mov", ".mp4"})
-"""Suffixes of videos that can be written; a source of another kind becomes a Matroska file, which holds any sound."""
+WRITTEN_VIDEOS = {".m4v": "mp4", ".mkv": "matroska", ".mov": "mov", ".mp4": "mp4"}
+"""FFmpeg's names of the videos that are written, by suffix; a source of another kind becomes a Matroska file, which
+holds any sound."""
 
-ANIMATIONS = frozenset({".apng", ".gif", ".png", ".webp"})
-"""Suffixes of the animated pictures that are read and written as videos are; a PNG only where it is animated."""
+ANIMATIONS = {".apng": "apng", ".gif": "gif", ".png": "apng", ".webp": "webp"}
+"""FFmpeg's names of the animated pictures that are read and written as videos are, by suffix; a PNG only where it is
+animated."""
+
+
+def video_format(source: Path, out: Path) -> str | None:
+    """FFmpeg's name of the format of `out`, by its suffix, if that holds the frames of `source`; .png only those of an
+    animated PNG."""
+    suffix = out.suffix.lower()
+    if suffix == ".png" and source.suffix.lower() not in (".png", ".apng"):
+        return None
+    return (WRITTEN_VIDEOS | ANIMATIONS).get(suffix)
 
 
 def read_header(path: Path) -> tuple[tuple[int, int], bool] | None:

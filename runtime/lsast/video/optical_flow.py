@@ -58,7 +58,9 @@ class Motion:
         cancel = ((back + forth) ** 2).sum(2) < 0.01 * lengths + 0.5
         apart = np.abs(now - warped(before.astype(np.float32), back)).mean(2)
         alike = cv2.GaussianBlur(apart, (0, 0), 2) < MAX_GREY_DIFF
-        return cls(back, (cancel & alike & _inside(back)).astype(np.float32))
+        x, y = _sources(back)
+        inside = (x >= 0) & (x <= x.shape[1] - 1) & (y >= 0) & (y <= y.shape[0] - 1)
+        return cls(back, (cancel & alike & inside).astype(np.float32))
 
     def downsampled(self, factor: int) -> Motion:
         """The same by cells of factor * factor pixels, lengths in cells."""
@@ -70,19 +72,15 @@ class Motion:
 
 def warped(values: Field, flow: Field) -> Field:
     """Values [H, W, C] fetched from where the backward flow [H, W, 2] points; the rim is repeated beyond it."""
-    y, x = np.mgrid[0 : flow.shape[0], 0 : flow.shape[1]].astype(np.float32)
-    moved: Field = cv2.remap(
-        values, x + flow[..., 0], y + flow[..., 1], cv2.INTER_LANCZOS4, borderMode=cv2.BORDER_REPLICATE
-    )
+    x, y = _sources(flow).astype(np.float32)
+    moved: Field = cv2.remap(values, x, y, cv2.INTER_LANCZOS4, borderMode=cv2.BORDER_REPLICATE)
     return moved.reshape(values.shape)
 
 
-def _inside(back: Field) -> npt.NDArray[np.bool_]:
-    height, width = back.shape[:2]
-    y, x = np.mgrid[0:height, 0:width]
-    to_x, to_y = x + back[..., 0], y + back[..., 1]
-    inside: npt.NDArray[np.bool_] = (to_x >= 0) & (to_x <= width - 1) & (to_y >= 0) & (to_y <= height - 1)
-    return inside
+def _sources(flow: Field) -> npt.NDArray[np.float64]:
+    """Column and row to which a backward flow [H, W, 2] leads from each pixel: [2, H, W]."""
+    rows, columns = np.mgrid[0 : flow.shape[0], 0 : flow.shape[1]]
+    return np.stack([columns + flow[..., 0], rows + flow[..., 1]])
 
 
 class TemporalState:

@@ -55,7 +55,7 @@ def check_video(source: Path, out: Path) -> None:
         first = next(video.frames(), None)
         if first is None:
             raise PictureError(f"found no frame in {source}; expected a video")
-        if out.suffix.lower() == ".webp":
+        if form == "webp":
             check_format(out, (first.pixels.shape[1], first.pixels.shape[0]))
     if not is_animation(form) and source.suffix.lower() not in ANIMATIONS:
         check_sound(source, out, form)

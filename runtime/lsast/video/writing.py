@@ -17,7 +17,7 @@ from PIL import Image
 from lsast_engines.errors import PictureError, UsageError
 from lsast_engines.images import import_opencv, on_white
 
-from ..images.formats import ANIMATIONS
+from ..images.formats import ANIMATIONS, WRITTEN_VIDEOS, video_format
 from .source import Frame, Source, filtered, opened, pyav, start_of
 
 if TYPE_CHECKING:
@@ -28,30 +28,17 @@ _CPU_AVX512_SKX = 256
 """OpenCV's number of the AVX-512 instructions that x264 uses (cvdef.h)."""
 
 
-_CONTAINERS = {
-    ".m4v": "mp4",
-    ".mkv": "matroska",
-    ".mov": "mov",
-    ".mp4": "mp4",
-    ".apng": "apng",
-    ".png": "apng",
-    ".gif": "gif",
-    ".webp": "webp",
-}
-
-
 def output_format(source: Path, out: Path) -> str:
-    """FFmpeg's name of the format of `out`, by its suffix; .png only for an animated PNG. A `UsageError` for another
-    suffix."""
-    suffix, kinds = out.suffix.lower(), sorted({*_CONTAINERS} - {".png"})
-    if suffix not in _CONTAINERS or (suffix == ".png" and source.suffix.lower() not in (".png", ".apng")):
-        raise UsageError(f"found the output {out}; expected a name that ends in {', '.join(kinds)}")
-    return _CONTAINERS[suffix]
+    """`video_format`; a `UsageError` for a suffix that does not hold the frames of `source`."""
+    if form := video_format(source, out):
+        return form
+    kinds = sorted({*WRITTEN_VIDEOS, *ANIMATIONS} - {".png"})
+    raise UsageError(f"found the output {out}; expected a name that ends in {', '.join(kinds)}")
 
 
 def is_animation(form: str) -> bool:
     """Whether a format is that of an animated picture: it keeps opacity and has no sound."""
-    return form in ("apng", "gif", "webp")
+    return form in ANIMATIONS.values()
 
 
 def check_sound(source: Path, out: Path, form: str) -> None:
@@ -199,19 +186,20 @@ def join(segments: list[Path], last: Fraction, source: Path, handle: BinaryIO, f
     long the last frame is shown, in seconds, 0 if that is not known; `plays` is `Source.plays`."""
     if is_animation(form):
         write = _join_webp if form == "webp" else _join_animation
-        write(_segment_frames(segments), last, handle, form, plays)
+        write((frame for part in _containers(segments) for frame in part.decode(video=0)), last, handle, form, plays)
         return
     av = pyav()
     with contextlib.ExitStack() as stack:
         heard = None if source.suffix.lower() in ANIMATIONS else stack.enter_context(opened(source))
-        first = stack.enter_context(av.open(f"file:{segments[0]}"))  # so that no name is taken for an address
+        first = stack.enter_context(av.open(f"file:{segments[0]}"))
         joined = stack.enter_context(av.open(handle, "w", format=form))
         pictures = joined.add_stream_from_template(first.streams.video[0])
         sounds = _sound_streams(heard, joined) if heard else {}
         joined.start_encoding()  # only now the time bases of the output are known
 
         def picture_packets() -> Iterator[Any]:
-            for packet, following in pairwise(chain(_segment_packets(segments), [None])):
+            painted = (packet for part in _containers(segments) for packet in part.demux(video=0) if packet.size)
+            for packet, following in pairwise(chain(painted, [None])):
                 if following is None:
                     packet.duration = round(last / packet.time_base)
                 packet.stream = pictures
@@ -246,16 +234,10 @@ def _increasing(packets: Iterator[Any], start: Fraction) -> Iterator[Any]:
         yield packet
 
 
-def _segment_packets(segments: list[Path]) -> Iterator[Any]:
+def _containers(segments: list[Path]) -> Iterator[Any]:
     for segment in segments:
-        with pyav().open(f"file:{segment}") as container:
-            yield from (packet for packet in container.demux(video=0) if packet.size)
-
-
-def _segment_frames(segments: list[Path]) -> Iterator[Any]:
-    for segment in segments:
-        with pyav().open(f"file:{segment}") as container:
-            yield from container.decode(video=0)
+        with pyav().open(f"file:{segment}") as container:  # so that no name is taken for an address
+            yield container
 
 
 def _join_animation(frames: Iterator[Any], last: Fraction, handle: BinaryIO, form: str, plays: int) -> None:
