@@ -34,7 +34,7 @@ def project() -> dict[str, Any]:
 
 
 def _names(requirements: list[str]) -> set[str]:
-    return {re.match(r"[A-Za-z0-9._-]+", requirement).group().lower() for requirement in requirements}  # type: ignore[union-attr]
+    return {re.match(r"[A-Za-z0-9._-]+", requirement).group().lower() for requirement in requirements}
 
 
 def test_base_install_is_all_that_the_runtime_needs(project):

@@ -77,7 +77,7 @@ def test_cli_with_wrong_usage_exits_2(capsys, arguments, message):
 
 def test_votes_command_prints_text_and_json(capsys, tmp_path):
     for voter, choice in (("me", "left"), ("you", "left"), ("me", "tie"), ("you", "right")):
-        vote = Vote("monet", "c", "ours", "theirs", choice, voter, 1.0, "2026-01-01T00:00:00+00:00")  # type: ignore[arg-type]
+        vote = Vote("monet", "c", "ours", "theirs", choice, voter, 1.0, "2026-01-01T00:00:00+00:00")
         append_vote(tmp_path / "votes.jsonl", vote)
     status, out, _ = _run(capsys, "votes", tmp_path / "votes.jsonl", "--json")
     assert status == 0

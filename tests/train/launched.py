@@ -24,5 +24,5 @@ def finish_and_tell(run: inversion.Inversion) -> Any:
     return finish(run)
 
 
-inversion.Inversion._finish = finish_and_tell  # type: ignore[method-assign, assignment]
+inversion.Inversion._finish = finish_and_tell
 main(sys.argv[2:])

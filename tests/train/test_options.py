@@ -23,13 +23,8 @@ def test_released_preset_has_the_released_values():
     released = PRESETS["released"]
     assert (released.steps, released.batch, released.size, released.weight_decay) == (100_000, 1, 512, 0.01)
     assert (released.variant, released.generator, released.layout) == ("step+layer", "geglu", "overlap")
-    assert (released.gradient, released.crop, released.views, released.mixed_precision) == (
-        "decoder",
-        "squash",
-        1,
-        "no",
-    )
-    assert (released.prompt, released.rows, released.weighting) == ("auto", 1, "eps")
+    assert (released.gradient, released.crop, released.views, released.rows) == ("decoder", "squash", 1, 1)
+    assert (released.prompt, released.mixed_precision, released.weighting) == ("auto", "no", "eps")
     assert {released.learning_rate(step) for step in (0, 20_000, 99_999)} == {1e-6}
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from lsast_engines.bundle.style import LatentStatistics
 from lsast_engines.errors import PictureError, TrainingError
-from lsast_engines.images import find_pictures, read_on_white
+from lsast_engines.images import canny_edges, find_pictures, read_on_white
 
 from .base.base import Base
 from .options import Crop
@@ -143,6 +143,18 @@ def random_crop(painting: Painting, size: int, generator: torch.Generator) -> np
     height, width = painting.pixels.shape[:2]
     top, left = (int(torch.randint(side - size + 1, (), generator=generator)) for side in (height, width))
     return painting.pixels[top : top + size, left : left + size]
+
+
+def to_images(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Pictures [B, H, W, 3] uint8 → images [B, 3, H, W] in [-1, 1] on `device`."""
+    images = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return images.to(device, memory_format=torch.channels_last)
+
+
+def to_edges(pixels: torch.Tensor) -> torch.Tensor:
+    """Pictures [B, H, W, 3] uint8 → their edges for ControlNet, [B, 3, H, W] of 0 and 1, on the CPU."""
+    edges = np.stack([canny_edges(picture) for picture in pixels.numpy()])
+    return torch.from_numpy(edges).float()[:, None].expand(-1, 3, -1, -1)
 
 
 class CachedLatents:

@@ -49,7 +49,6 @@ def test_win_rates_of_known_votes():
     assert [rate.method for rate in win_rates(votes)[:3]] == ["ours", "magenta", "reinhard"]
     assert ("ours", "reinhard") not in rates
     share = left_bias(votes)
-    assert share is not None
     assert share[0] == pytest.approx(7 / 13)
     assert left_bias([_vote("a", "b", "tie")]) is None
     with pytest.raises(UsageError, match="found no votes"):

@@ -83,7 +83,7 @@ def test_diffusers_folder_gives_ema_and_non_ema_weights(published, folder, tmp_p
         open_base(BaseSource(folder, tmp_path / "canny", "ema"))
     published.networks["unet"].save_pretrained(folder / "unet", variant="non_ema")
     for wanted, network in (("non-ema", "unet"), ("ema", "ema"), ("auto", "ema")):
-        parts = open_base(BaseSource(folder, tmp_path / "canny", wanted))  # type: ignore[arg-type]
+        parts = open_base(BaseSource(folder, tmp_path / "canny", wanted))
         assert published.same(parts.load("unet"), published.networks[network])
 
 

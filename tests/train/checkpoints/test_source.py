@@ -44,23 +44,22 @@ def test_fingerprint_is_the_same_in_every_format(published, folder, tmp_path):
     assert half.fingerprint == full.fingerprint != digest.hexdigest()
 
 
-def _one(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _without(tensors: Tensors, *prefixes: str) -> Tensors:
+    return {key: value for key, value in tensors.items() if not key.startswith(prefixes)}
+
+
+def _one(tensors: Tensors) -> Tensors:
     """Without averaged weights."""
-    return {key: value for key, value in tensors.items() if not key.startswith("model_ema.")}
-
-
-def _changed(tensors: dict[str, torch.Tensor], name: str, value: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    rest = {key: tensor for key, tensor in tensors.items() if key != name}
-    return rest if value is None else {**rest, name: value}
+    return _without(tensors, "model_ema.")
 
 
 _FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 
 CASES: dict[str, Callable[[Tensors], Tensors]] = {
     "unet input channels: found 9; expected 4 (9 are an inpainting model's)":
-        lambda t: _changed(_one(t), _FIRST, torch.zeros(32, 9, 3, 3)),
+        lambda t: {**_one(t), _FIRST: torch.zeros(32, 9, 3, 3)},
     "unet input channels: found 8; expected 4 (8 are InstructPix2Pix's)":
-        lambda t: _changed(_one(t), _FIRST, torch.zeros(32, 8, 3, 3)),
+        lambda t: {**_one(t), _FIRST: torch.zeros(32, 8, 3, 3)},
     "unet context channels: found 1024; expected 768 (1024 are Stable Diffusion 2's)|"
     "controlnet context channels: found 64; expected 1024|text encoder channels: found 64; expected 1024":
         lambda t: {k: torch.zeros(len(v), 1024) if "attn2.to_k" in k or "attn2.to_v" in k else v
@@ -73,9 +72,8 @@ CASES: dict[str, Callable[[Tensors], Tensors]] = {
         lambda t: {k: v for k, v in t.items() if k.startswith("model.")},
     "found 2 tensors of an unknown kind, such as a.b, c": lambda t: {"a.b": torch.zeros(1), "c": torch.zeros(1)},
     "alphas_cumprod: found another noise": lambda t: {**t, "alphas_cumprod": torch.linspace(1, 0, 1000)},
-    "unet: found EMA weights without 1|autoencoder: quant_conv.bias: missing":
-        lambda t: _changed(_changed(t, "first_stage_model.quant_conv.bias", None),
-                           "model_ema.diffusion_modelout2bias", None),
+    "unet: found EMA weights without 1|modelout2bias|autoencoder: quant_conv.bias: missing":
+        lambda t: _without(t, "first_stage_model.quant_conv.bias", "model_ema.diffusion_modelout2bias"),
 }  # fmt: skip
 """What is wrong with a file, by the messages."""
 
@@ -103,8 +101,7 @@ def test_parts_of_two_models_are_all_reported(compvis, published, tmp_path):
     )
     other["controlnet"].save_pretrained(tmp_path / "other")
     text = {k: v for k, v in compvis.compvis_tensors(other).items() if k.startswith("cond_stage")}
-    rest = {k: v for k, v in published.all_tensors.items() if not k.startswith("cond_stage")}
-    save_file({**rest, **text}, tmp_path / "mixed.safetensors")
+    save_file({**_without(published.all_tensors, "cond_stage"), **text}, tmp_path / "mixed.safetensors")
     with pytest.raises(TrainingError) as caught:
         open_base(BaseSource(tmp_path / "mixed.safetensors", tmp_path / "other"))
     for message in (
@@ -149,7 +146,7 @@ def test_import_options_for_a_stored_base_are_refused():
     with pytest.raises(UsageError, match="--controlnet, --revision, --unet-weights"):
         open_base(BaseSource(None, "x", "ema", "1234"))
     with pytest.raises(UsageError, match="unet_weights: found 'both'"):
-        BaseSource(unet_weights="both")  # type: ignore[arg-type]
+        BaseSource(unet_weights="both")
 
 
 TEXT = "cond_stage_model.transformer."
@@ -233,7 +230,7 @@ def test_vae_option_replaces_the_autoencoder_or_adds_the_missing_one(published, 
     other.save_pretrained(tmp_path / "ft-mse")
     compvis = {k.removeprefix("first_stage_model."): v for k, v in published.one_set.items() if "first_stage" in k}
     torch.save({"state_dict": compvis}, tmp_path / "vae.ckpt")
-    save_file({k: v for k, v in published.one_set.items() if "first_stage" not in k}, tmp_path / "bare.safetensors")
+    save_file(_without(published.one_set, "first_stage"), tmp_path / "bare.safetensors")
     with pytest.raises(TrainingError, match=r"autoencoder: found none in bare\.safetensors.*--vae"):
         open_base(published.source(base=tmp_path / "bare.safetensors"))
     for base in (published.file, tmp_path / "bare.safetensors"):

@@ -15,12 +15,13 @@ from lsast_engines.bundle.style import Style, StyleFile
 from lsast_engines.diffusion import SOLVERS, NoiseSchedule, TimestepSchedule
 from lsast_engines.errors import StyleError, TrainingError, UsageError
 from lsast_train.__main__ import main
+from lsast_train.base.attention import packed_kv
 from lsast_train.base.base import Base
 from lsast_train.base.kv_packing import kv_layouts
 from lsast_train.base.lazy_base import save_base
 from lsast_train.distillation.distillation import Distillation
 from lsast_train.distillation.student import null_rows, read_style
-from lsast_train.distillation.teacher import Teacher, control_residuals, jitter_timesteps, predict, read_contents
+from lsast_train.distillation.teacher import Teacher, jitter_timesteps, read_contents
 from lsast_train.mini.architecture import MiniConfig, build_mini
 from lsast_train.options import DistillOptions, Solver
 from lsast_train.prompts.prompt_file import Prompts, save_prompts
@@ -51,10 +52,9 @@ def test_distillation_brings_one_pass_nearer_to_two(base, source, collection, tm
     for index in range(len(states.stage)):
         row, stage = slice(index, index + 1), int(states.stage[index])
         latent, time, edges = states.latent[row], states.timestep[row], states.edges[states.picture[row]]
-        unet, control = torch.from_numpy(style.kv_unet[stage]), torch.from_numpy(source.kv_control[stage])
+        unet, control = (packed_kv(torch.from_numpy(kv[stage])[None]) for kv in (style.kv_unet, source.kv_control))
         with torch.no_grad():
-            residuals = control_residuals(base, latent, time, control, edges, 1.0)
-            found = predict(base, latent, time, unet, residuals)
+            found = base.eps(latent, time, unet, residuals=base.control(latent, time, control, edges))
         for side, eps in enumerate((found, states.unguided[row])):
             squares[side, stage] += (eps - states.target[row]).square().sum().item()
     assert np.sqrt(squares[0] / squares[1]).mean() == pytest.approx(outcome.relative_loss, abs=0.01)
@@ -68,11 +68,10 @@ def test_distillation_on_a_linear_base_finds_guidance_exactly(base, source, coll
     width = kv_layouts(base)[0].width
     mix = torch.randn(width, 4, generator=torch.Generator().manual_seed(3)) / width**0.5
 
-    def linear(_: Base, latent: torch.Tensor, __: Any, kv: torch.Tensor, ___: Any) -> torch.Tensor:
-        return 0.3 * latent + (kv.mean(0) @ mix)[:, None, None]
+    def linear(_: Base, latent: torch.Tensor, __: Any, kv: Any, **___: Any) -> torch.Tensor:
+        return 0.3 * latent + (kv["kv"].mean(1) @ mix)[:, :, None, None]
 
-    for module in ("teacher", "distillation"):
-        monkeypatch.setattr(f"lsast_train.distillation.{module}.predict", linear)
+    monkeypatch.setattr(Base, "eps", linear)
     outcome = Distillation(base, source, collection, replace(BRIEF, steps=1), "hand-g4", tmp_path).run()
     assert (outcome.best_step, outcome.relative_loss < 1e-4) == (0, True)
     null = null_rows(base).numpy()
@@ -210,7 +209,7 @@ def test_read_style_refuses_another_base_baked_guidance_and_unknown_names(base, 
         ({"base": "ab" * 32}, "was learned on base abab"),
         ({"meta": {"guidance_baked": "7"}}, "guidance 7 baked in already"),
     ):
-        replace(source, **changes).save(file)  # type: ignore[arg-type]
+        replace(source, **changes).save(file)
         with pytest.raises(StyleError, match=message):
             read_style(str(file), base)
     with pytest.raises(StyleError, match=r"no prompts at nobody or runs/nobody/nobody\.prompts.*the base: it has none"):

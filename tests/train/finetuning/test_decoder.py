@@ -17,7 +17,7 @@ from lsast_train.base.lazy_base import load_base, save_base
 from lsast_train.cli.shared import parse_pairs
 from lsast_train.finetuning.decoder import DecoderTraining, StyleWorks
 from lsast_train.options import DecoderOptions
-from lsast_train.paintings import PaintingDataset
+from lsast_train.paintings import PaintingDataset, encode_pictures
 from lsast_train.prompts.prompt_file import Prompts, find_prompts, load_prompts, save_prompts
 from lsast_train.training.run import InterruptionError
 
@@ -98,9 +98,8 @@ def test_decoder_training_paints_with_the_defaults_of_the_style(base, prompts, c
         tuned = replace(prompts, meta={**prompts.meta, **encode_defaults({"strength": strength})})
         run = DecoderTraining(base, {name: StyleWorks(tuned, collection)}, contents, BRIEF, tmp_path / name)
         painted = run.paintings[name]["training"]
-        images = painted.pictures.float() / 127.5 - 1
-        with torch.no_grad():
-            given[name] = (painted.latents - base.encode(images)[0] * base.config.latent_scale).square().mean()
+        before = encode_pictures(base, list(painted.pictures.numpy()))[0] * base.config.latent_scale
+        given[name] = (painted.latents - before).square().mean()
     assert given["strong"] > given["weak"]
 
 

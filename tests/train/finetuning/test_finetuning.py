@@ -20,17 +20,8 @@ from lsast_train.training.run import InterruptionError
 
 pytest.importorskip("efficientnet_lite_pytorch")
 
-BRIEF = FinetuneOptions(
-    steps=6,
-    batch=2,
-    lr=0.3,
-    size=64,
-    strength=0.6,
-    guidance=2.0,
-    mixed_precision="no",
-    evaluate_every=3,
-    content_weight=1.0,
-)
+BRIEF = FinetuneOptions(steps=6, batch=2, lr=0.3, size=64, strength=0.6, guidance=2.0, mixed_precision="no",
+                        evaluate_every=3, content_weight=1.0)  # fmt: skip
 
 
 def test_finetuning_lowers_the_held_out_loss_and_leaves_the_base_unchanged(
@@ -95,10 +86,10 @@ def test_finetuning_paints_in_the_palette_of_the_runtime(base, collection, conte
 
 def test_gradient_through_the_sampler_is_that_of_finite_differences(base, collection, contents, prompts, tmp_path):
     run = Finetuning(base, prompts, collection, contents, BRIEF, "redder", tmp_path).painter
-    images, edges = random_pictures(contents.training, 2, 64, rng_for(0, RngStream.STEP, 0), base.device)
+    pictures = random_pictures(contents.training, 2, 64, rng_for(0, RngStream.STEP, 0))
 
     def painted() -> torch.Tensor:
-        return run.paint(images, edges, rng_for(0, RngStream.STEP, 1))
+        return run.paint(pictures, rng_for(0, RngStream.STEP, 1))
 
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(painted().shape, generator=generator)
@@ -110,7 +101,6 @@ def test_gradient_through_the_sampler_is_that_of_finite_differences(base, collec
         with torch.no_grad():
             run.prompts.copy_(start + sign * 1e-2 * direction)
             ends.append((weight.double() * painted().double()).sum().item())
-    assert run.prompts.grad is not None
     slope = (run.prompts.grad.double() * direction.double()).sum().item()
     assert abs(slope) > 0.1
     assert (ends[0] - ends[1]) / 2e-2 == pytest.approx(slope, rel=0.02)

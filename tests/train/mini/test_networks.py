@@ -58,7 +58,6 @@ def test_a_score_sees_its_patch_only(scale, pixels):
     discriminator = MultiscaleDiscriminator((4, 4, 4))
     image = torch.randn(1, 3, 128, 128, requires_grad=True)
     discriminator(image)[scale][-1][0, 0, 8, 8].backward()
-    assert image.grad is not None
     rows = image.grad.abs().sum((0, 1, 3)).nonzero()
     assert int(rows.max() - rows.min() + 1) == pixels
 
@@ -109,7 +108,6 @@ def test_only_the_image_gets_a_gradient():
     image, target = (torch.rand(1, 3, 32, 32, requires_grad=True) for _ in "ab")
     distance = LiteDistance()
     distance(image, target).backward()
-    assert image.grad is not None
     assert image.grad.abs().sum() > 0
     assert target.grad is None
 

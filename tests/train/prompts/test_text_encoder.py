@@ -48,12 +48,10 @@ def test_placeholder_contexts_and_gradients_equal_those_of_a_new_token(tokens):
     assert contexts.shape == (2, 77, 24)
     weights = torch.randn(contexts.shape)
     torch.autograd.backward((contexts * weights).sum())
-    assert embeddings.grad is not None
     for index, embedding in enumerate(embeddings):
         expected, table = _by_transformers(encoder, embedding)
         torch.testing.assert_close(contexts[index], expected, rtol=1e-4, atol=1e-5)
         torch.autograd.backward((expected * weights[index]).sum())
-        assert table.grad is not None
         torch.testing.assert_close(embeddings.grad[index], table.grad[STAR : STAR + tokens], rtol=1e-3, atol=1e-4)
     assert all(parameter.grad is None for parameter in encoder.parameters())
 

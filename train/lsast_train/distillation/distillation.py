@@ -22,6 +22,7 @@ from tqdm import tqdm
 from lsast_engines.bundle.style import DISTILLED_GUIDANCE_KEY, Style, decode_defaults, encode_defaults
 from lsast_engines.errors import TrainingError, UsageError, fault_list
 
+from ..base.attention import packed_kv
 from ..base.base import Base, autocast
 from ..base.kv_packing import kv_layouts
 from ..options import DistillOptions
@@ -30,7 +31,7 @@ from ..training.loop import TrainingLoop
 from ..training.rng import RngStream, rng_for
 from ..training.run import LossCurve, RunFiles, RunResult, find_device, fused, versions
 from .student import Student, null_rows
-from .teacher import Teacher, TeacherSamples, control_residuals, predict, read_contents
+from .teacher import Teacher, TeacherSamples, read_contents
 
 log = logging.getLogger("lsast.train")
 
@@ -148,10 +149,10 @@ class Distillation:
         base, options, edges = self.base, self.options, samples.edges[samples.picture[rows]]
         parts = (samples.latent[rows], samples.timestep[rows], edges, samples.target[rows])
         latent, timestep, edges, target = (part.to(base.device) for part in parts)
-        unet, control = self.student.rows(stage)
+        unet, control = (packed_kv(rows.expand(len(latent), -1, -1)) for rows in self.student.rows(stage))
         with autocast(base.device, options.mixed_precision if training else "no"):
-            residuals = control_residuals(base, latent, timestep, control, edges, options.control_scale)
-            predicted = predict(base, latent, timestep, unet, residuals)
+            residuals = base.control(latent, timestep, control, edges, options.control_scale)
+            predicted = base.eps(latent, timestep, unet, residuals=residuals)
         return (predicted.float() - target).square()
 
     @torch.no_grad()

@@ -19,12 +19,11 @@ from tqdm import tqdm
 
 from lsast_engines.bundle.style import Style
 from lsast_engines.diffusion import NoiseSchedule, Step, TimestepSchedule, guide, make_solver
-from lsast_engines.images import canny_edges
 
 from ..base.attention import packed_kv
 from ..base.base import Base
 from ..options import DistillOptions
-from ..paintings import Painting, encode_pictures, random_crop, sample_posterior
+from ..paintings import Painting, encode_pictures, random_crop, sample_posterior, to_edges
 from ..training.rng import RngStream, rng_for
 
 BATCH = 8
@@ -80,23 +79,9 @@ def read_contents(base: Base, paintings: Sequence[Painting], count: int, size: i
     for index in range(count):
         generator = rng_for(seed, RngStream.CONTENT, split, index)
         pixels = random_crop(paintings[index % len(paintings)], size, generator)
-        edges.append(torch.from_numpy(canny_edges(pixels)).float().expand(1, 3, -1, -1))
+        edges.append(to_edges(torch.tensor(pixels)[None]))
         latents.append(sample_posterior(base, *encode_pictures(base, [pixels]), generator).cpu())
     return Contents(torch.cat(latents), torch.cat(edges))
-
-
-def control_residuals(
-    base: Base, latent: torch.Tensor, timestep: torch.Tensor, kv: torch.Tensor, edges: torch.Tensor, scale: float
-) -> dict[str, Any]:
-    """ControlNet's residuals for `predict`, times `scale`; keys and values [T, Wc] are the same for all rows."""
-    return base.control(latent, timestep, packed_kv(kv.expand(len(latent), -1, -1)), edges, scale)
-
-
-def predict(
-    base: Base, latent: torch.Tensor, timestep: torch.Tensor, kv: torch.Tensor, residuals: dict[str, Any]
-) -> torch.Tensor:
-    """Predicted noise [B, 4, h, w]; keys and values [T, Wu] are the same for all rows."""
-    return base.eps(latent, timestep, packed_kv(kv.expand(len(latent), -1, -1)), residuals=residuals)
 
 
 class Teacher:
@@ -134,9 +119,10 @@ class Teacher:
         base = self.base
         x, time, edges = (part.to(base.device) for part in (latent, timestep, contents.edges[picture]))
         unet, control = (rows[int(timestep[0]) * self.stages // self.noise.train_steps] for rows in self._rows)
-        residuals = control_residuals(base, x, time, control, edges, self.options.control_scale)
-        plain, null = (predict(base, x, time, kv, residuals) for kv in (unet, self._null))
-        return picture, timestep, latent, guide((null, plain), self.options.guidance).cpu(), plain.cpu()
+        style, null, controls = (packed_kv(rows.expand(len(x), -1, -1)) for rows in (unet, self._null, control))
+        residuals = base.control(x, time, controls, edges, self.options.control_scale)
+        plain, unguided = (base.eps(x, time, kv, residuals=residuals) for kv in (style, null))
+        return picture, timestep, latent, guide((unguided, plain), self.options.guidance).cpu(), plain.cpu()
 
     def _painted(self, contents: Contents, split: int) -> Iterator[tuple[torch.Tensor, ...]]:
         options = self.options

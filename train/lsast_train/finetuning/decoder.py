@@ -35,7 +35,7 @@ from ..base.mini_networks import MiniAutoencoder
 from ..mini.finetune_gan import LOSS_WEIGHTS, texture_loss
 from ..mini.perceptual import LiteDistance
 from ..options import DecoderOptions, FinetuneOptions
-from ..paintings import PaintingDataset, random_crop
+from ..paintings import PaintingDataset, random_crop, to_images
 from ..prompts.prompt_file import Prompts
 from ..training.loop import TrainingLoop, update_ema
 from ..training.rng import RngStream, rng_for
@@ -66,7 +66,7 @@ class StyleWorks:
 
 @dataclass(frozen=True)
 class _Paintings:
-    """Pictures [N, 3, H, W] uint8 and their painted latents [N, 4, h, w], on the CPU."""
+    """Pictures [N, H, W, 3] uint8 and their painted latents [N, 4, h, w], on the CPU."""
 
     pictures: torch.Tensor
     latents: torch.Tensor
@@ -152,20 +152,17 @@ class DecoderTraining:
     @torch.no_grad()
     def _paint_pictures(self, painter: Painter, index: int) -> dict[str, _Paintings]:
         """What the painter of the style of this number paints of training and of held-out pictures."""
-        options = self.options
-        found = {}
-        for part, (pictures, count) in enumerate(
-            ((self.contents.training, options.paintings), (self.contents.held_out, HELD_OUT))
-        ):
-            generator = rng_for(options.seed, RngStream.CONTENT, index, part)
-            rows, at_once = [], max(1, _PAINTED_AT_ONCE // options.size**2)
+        options, found = self.options, {}
+        at_once = max(1, _PAINTED_AT_ONCE // options.size**2)
+        parts = {"training": options.paintings, "held_out": HELD_OUT}
+        for number, (part, count) in enumerate(parts.items()):
+            generator = rng_for(options.seed, RngStream.CONTENT, index, number)
+            rows = []
             for begin in tqdm(range(0, count, at_once), desc="paint", unit="batch"):
                 several = min(at_once, count - begin)
-                images, edges = random_pictures(pictures, several, options.size, generator, self.base.device)
-                rows.append(
-                    (((images + 1) * 127.5).round().byte().cpu(), painter.paint(images, edges, generator).cpu())
-                )
-            found["held_out" if part else "training"] = _Paintings(*map(torch.cat, zip(*rows, strict=True)))
+                pictures = random_pictures(getattr(self.contents, part), several, options.size, generator)
+                rows.append((pictures, painter.paint(pictures, generator).cpu()))
+            found[part] = _Paintings(*map(torch.cat, zip(*rows, strict=True)))
         return found
 
     def _train_step(self, step: int) -> float:
@@ -185,7 +182,7 @@ class DecoderTraining:
         unscaled = paintings.latents[rows].to(base.device) / base.config.latent_scale
         with autocast(base.device, self.options.mixed_precision):
             decoded = base.decode(unscaled.contiguous(memory_format=torch.channels_last))
-            return self.losses[name].forward(decoded, _images(paintings.pictures[rows], base.device), remember)
+            return self.losses[name].forward(decoded, to_images(paintings.pictures[rows], base.device), remember)
 
     def _reconstruction(self, generator: torch.Generator) -> torch.Tensor:
         """What crops of works and of contents lose by encoding and decoding, as in the autoencoder's training."""
@@ -195,7 +192,7 @@ class DecoderTraining:
             pictures = self.contents.training if index % 3 == 0 else self.styles[style].works.training
             picture = pictures[int(torch.randint(len(pictures), (), generator=generator))]
             crops.append(random_crop(picture, min(REAL_SIDE, self.options.size), generator))
-        images = _images(torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2), self.base.device)
+        images = to_images(torch.from_numpy(np.stack(crops)), self.base.device)
         with autocast(self.base.device, self.options.mixed_precision):
             with torch.no_grad():
                 latents = self.base.autoencoder.encode(images)
@@ -234,8 +231,3 @@ class DecoderTraining:
 
 def _mean_square(prompts: Prompts) -> str:
     return f"{prompts.prompts.double().square().mean().item():.12g}"
-
-
-def _images(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Pixels [B, 3, H, W] of 0 to 255 → images in [-1, 1]."""
-    return (pixels.float() / 127.5 - 1).to(device, memory_format=torch.channels_last)

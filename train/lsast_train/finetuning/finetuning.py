@@ -28,7 +28,7 @@ from lsast_engines.bundle.style import encode_defaults
 
 from ..base.base import Base, autocast
 from ..options import FinetuneOptions
-from ..paintings import PaintingDataset
+from ..paintings import PaintingDataset, to_images
 from ..prompts.prompt_file import Prompts, save_prompts
 from ..training.loop import TrainingLoop
 from ..training.rng import RngStream, rng_for
@@ -113,11 +113,11 @@ class Finetuning:
     def _losses(self, count: int, generator: torch.Generator, training: bool) -> Distances:
         """The losses of `count` pictures that are painted."""
         base, pictures = self.base, self.contents.training if training else self.contents.held_out
-        images, edges = random_pictures(pictures, count, self.options.size, generator, base.device)
-        latent = self.painter.paint(images, edges, generator) / base.config.latent_scale
+        chosen = random_pictures(pictures, count, self.options.size, generator)
+        latent = self.painter.paint(chosen, generator) / base.config.latent_scale
         with autocast(base.device, self.options.mixed_precision):
             painted = base.decode(latent.contiguous(memory_format=torch.channels_last))
-            losses: Distances = self.loss(painted, images, training)
+            losses: Distances = self.loss(painted, to_images(chosen, base.device), training)
             return losses
 
     @torch.no_grad()

@@ -15,12 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from lsast_engines.bundle.style import LatentStatistics
 from lsast_engines.diffusion import TimestepSchedule, guide, make_solver
 from lsast_engines.errors import StyleError
-from lsast_engines.images import canny_edges
 
 from ..base.attention import GROUPS
 from ..base.base import Base, autocast
 from ..options import MixedPrecision
-from ..paintings import Painting, encode_pictures, random_crop
+from ..paintings import Painting, encode_pictures, random_crop, to_edges
 from ..prompts.prompt_file import Prompts
 
 SAMPLER_STEPS = 12
@@ -62,15 +61,13 @@ class Painter:
         self.palette = mean, std
         """Mean and deviation of the artist's latents, [4, 1, 1] each, on the CPU."""
 
-    def paint(self, images: torch.Tensor, edges: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Painted latents [B, 4, h, w] of images [B, 3, H, W] in [-1, 1] with `edges` [B, 3, H, W] of 0 and 1.
+    def paint(self, pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Painted latents [B, 4, h, w] of pictures [B, H, W, 3] uint8.
 
         The latents have the base's scale; `Base.decode` takes them divided by it.
         """
-        base = self.base
-        pixels = ((images.cpu() + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        with torch.no_grad():
-            latent = encode_pictures(base, list(pixels))[0] * base.config.latent_scale
+        base, edges = self.base, to_edges(pictures).to(self.base.device)
+        latent = encode_pictures(base, list(pictures.numpy()))[0] * base.config.latent_scale
         stages = len(self.prompts)
         schedule = TimestepSchedule.build(base.config.noise, SAMPLER_STEPS, self.strength, stages, SOLVER)
         noise = torch.randn(latent.shape, generator=generator)
@@ -109,14 +106,10 @@ class Painter:
         return limited
 
 
-def random_pictures(
-    paintings: Sequence[Painting], count: int, size: int, generator: torch.Generator, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`count` random crops, half of them mirrored: images [B, 3, size, size] in [-1, 1], and their edges of 0 and 1."""
+def random_pictures(paintings: Sequence[Painting], count: int, size: int, generator: torch.Generator) -> torch.Tensor:
+    """`count` random crops, half of them mirrored, [B, size, size, 3] uint8."""
     crops = []
     for index in torch.randint(len(paintings), (count,), generator=generator).tolist():
         crop = random_crop(paintings[index], size, generator)
         crops.append(crop[:, ::-1] if torch.randint(2, (), generator=generator) else crop)
-    edges = torch.from_numpy(np.stack([canny_edges(crop) for crop in crops])).float()[:, None].expand(-1, 3, -1, -1)
-    images = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return images.to(device, memory_format=torch.channels_last), edges.to(device)
+    return torch.from_numpy(np.stack(crops))

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..mini.perceptual import LiteDistance
-from ..paintings import Painting, random_crop
+from ..paintings import Painting, random_crop, to_images
 from ..training.rng import RngStream, rng_for
 
 VIEW_WEIGHTS = (0.5, 1.0, 1.0, 1.0, 2.0)
@@ -66,11 +66,8 @@ class StyleLoss(nn.Module):
         generator, works = rng_for(seed, RngStream.TRAINING_CROPS), works[:WORKS]
         crops = np.stack([random_crop(works[index % len(works)], size, generator) for index in range(WORKS)])
         with torch.no_grad():
-            images = torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 127.5 - 1
-            parts = [
-                self._describe(part, self.features(part))
-                for part in images.to(device, memory_format=torch.channels_last).split(8)
-            ]
+            images = to_images(torch.from_numpy(crops), device)
+            parts = [self._describe(part, self.features(part)) for part in images.split(8)]
             described = [torch.cat(rows) for rows in zip(*parts, strict=True)]
         self._mean = [rows.mean(0) for rows in described]
         self._std = [rows.std(0) + 1e-3 for rows in described]
