@@ -60,28 +60,6 @@ def test_stylize_keeps_the_colour_profile(stylizer, photo, tmp_path, suffix):
         assert "icc_profile" not in saved.info
 
 
-def test_stylize_reports_steps_and_times_of_phases(stylizer, photo):
-    reported: list[tuple[int, int]] = []
-    result = stylizer.stylize(
-        photo, steps=10, strength=0.5, on_step=lambda step, total, _: reported.append((step, total))
-    )
-    assert reported == [(step, 5) for step in range(6)]
-    assert list(result.seconds) == ["read", "edges", "encode", "denoise", "decode", "finish"]
-    assert all(seconds > 0 for seconds in result.seconds.values())
-
-
-def test_stylize_after_an_interrupted_painting_works(stylizer, photo):
-    expected = np.asarray(stylizer.stylize(photo))
-
-    def interrupt(step: int, total: int, preview: object) -> None:
-        if step == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        stylizer.stylize(photo, style="monet", on_step=interrupt)
-    np.testing.assert_array_equal(np.asarray(stylizer.stylize(photo)), expected)
-
-
 def test_stylize_refuses_removed_options_by_name(stylizer, photo):
     old: dict[str, Any] = {"control_low": 300, "control_interval": 2, "guidance_low": 1, "guidance_high": 700}
     with pytest.raises(UsageError, match="control_low was removed: use a smaller control_scale") as caught:
@@ -91,18 +69,6 @@ def test_stylize_refuses_removed_options_by_name(stylizer, photo):
         list(stylizer.stylize_many([photo], **old))
     with pytest.raises(UsageError, match="'colour'"):
         stylizer.stylize(photo, colour="red")
-
-
-def test_stylize_takes_old_names_of_options(stylizer, photo):
-    old: dict[str, Any] = {"control": 0.5, "solver": "released", "fit": "squash", "size": 64}
-    new: dict[str, Any] = {"control_scale": 0.5, "solver": "ddim_lsast", "fit": "stretch", "size": 64}
-    assert stylizer.stylize(photo, **old).options == stylizer.stylize(photo, **new).options
-
-
-def test_stylize_with_an_unknown_style_lists_the_available_ones(stylizer, photo):
-    assert stylizer.styles == ["monet", "vangogh"]
-    with pytest.raises(UsageError, match=r"'picasso'.*monet, vangogh"):
-        stylizer.stylize(photo, style="picasso")
 
 
 WRONG = [[], {}, object(), b"x", math.nan, 10**5000, -1, 1j, {1}, np.zeros(3), Fraction(10**400), "?", Decimal(1)]

@@ -143,15 +143,6 @@ def test_preset_released_is_the_shipped_call():
         preset_options("sdxl")
 
 
-def test_options_with_a_syntax_error_in_a_mix_point_at_it():
-    with pytest.raises(UsageError) as caught:
-        Options(**{**GOOD, "style": "vangogh:x+monet", "steps": 0})
-    lines = str(caught.value).split("\n")
-    assert lines[1].startswith("  - style: found ")
-    assert lines[2].index("vangogh:x+monet") + len("vangogh:") == lines[3].index("^")
-    assert sum(line.startswith("  - ") for line in lines) == 2
-
-
 def test_names_of_solvers_and_presets_are_those_that_exist():
     assert get_args(SolverName) == tuple(SOLVERS)
     assert get_args(PresetName) == tuple(PRESETS)

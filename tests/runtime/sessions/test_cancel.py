@@ -20,7 +20,7 @@ from lsast_engines.bundle.bundle import EMBEDDED
 
 
 def test_cancel_token_stops_before_the_next_step(stylizer, photo):
-    token = CancelToken()
+    expected, token = stylizer.stylize(photo).image, CancelToken()
     reported: list[int] = []
 
     def on_step(step: int, total: int, preview: object) -> None:
@@ -34,7 +34,7 @@ def test_cancel_token_stops_before_the_next_step(stylizer, photo):
     assert token.cancelled
     with pytest.raises(CancelledError):
         stylizer.stylize(photo, cancel=token, on_step=lambda *_: pytest.fail("it was begun"))
-    stylizer.stylize(photo, cancel=CancelToken())
+    np.testing.assert_array_equal(stylizer.stylize(photo, cancel=CancelToken()).image, expected)
 
 
 def test_cancel_token_stops_a_waiting_painting_while_another_goes_on(stylizer, photo):

@@ -5,7 +5,7 @@ from itertools import pairwise
 import cv2
 import numpy as np
 
-from lsast.video.optical_flow import Motion, TemporalState, warped
+from lsast.video.optical_flow import Motion, TemporalState
 
 SHIFT = (3.0, -2.0)
 """How far the surface of every pixel of a moved picture was to the right and down, one frame earlier."""
@@ -54,12 +54,6 @@ def test_motion_downsampled_is_in_cells():
     cells = Motion(backward_flow, valid).downsampled(8)
     np.testing.assert_allclose(cells.backward_flow, np.tile([0.5, -1.0], (8, 12, 1)))
     np.testing.assert_allclose(cells.valid[0], [1, 1, 1, 1, 1, 0.5, 0, 0, 0, 0, 0, 0])
-
-
-def test_warped_fetches_from_the_flows_target():
-    values = np.random.default_rng(0).standard_normal((20, 30, 4)).astype(np.float32)
-    backward_flow = np.tile(np.array([3, 2], np.float32), (20, 30, 1))
-    np.testing.assert_allclose(warped(values, backward_flow)[4:-6, 4:-8], values[6:-4, 7:-5], atol=1e-5)
 
 
 def test_stylize_frames_follows_the_painting_before(stylizer):
