@@ -28,7 +28,7 @@ from .picture_file import FORMATS, check_size, has_alpha, name_other_frames, ope
 if TYPE_CHECKING:
     from PIL import Image
 
-_BOX = 1 << 20  # pixels that are converted at once
+_STRIP = 1 << 20  # pixels that are converted at once, or a row
 
 _LIBRARY_PATH = "LD_LIBRARY_PATH"
 _importing = threading.Lock()
@@ -212,7 +212,7 @@ def _from_array(array: npt.NDArray[Any]) -> Image8:
 
 
 def _from_image(image: Image.Image) -> Image8:
-    """A loaded image, converted box by box, so that there is no second copy of it in another mode."""
+    """A loaded image, converted strip by strip, so that there is no second copy of it in another mode."""
     icc: bytes | None = image.info.get("icc_profile") or None
     if image.mode == "La":
         image = image.convert("LA")  # the only mode to which Pillow converts premultiplied grey
@@ -223,14 +223,13 @@ def _from_image(image: Image.Image) -> Image8:
     stored_rgb = _stored(rgb, orientation)
     stored_alpha = None if alpha is None else _stored(alpha, orientation)
     convert = _converter(image, icc)
-    for box in _boxes(image.size):
-        part = image.crop(box)
-        place = (slice(box[1], box[3]), slice(box[0], box[2]))
+    for rows in _strips(image.height, image.width):
+        part = image.crop((0, rows.start, image.width, rows.stop))
         if stored_alpha is not None:
             rgba = part.convert("RGBA")
-            stored_alpha[place] = np.asarray(rgba.getchannel("A"))
+            stored_alpha[rows] = np.asarray(rgba.getchannel("A"))
             part = rgba if "transparency" in image.info and not _is_wide(image) else part
-        stored_rgb[place] = convert(part)
+        stored_rgb[rows] = convert(part)
     if alpha is not None and alpha.min() == 255:
         alpha = None
     # A grey profile does not describe RGB pixels; an RGB profile does, also for a palette of RGB colours.
@@ -238,14 +237,11 @@ def _from_image(image: Image.Image) -> Image8:
     return Image8(rgb, alpha, keep)
 
 
-def _boxes(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
-    """Left, top, right and bottom of boxes of at most `_BOX` pixels that cover a size (width, height)."""
-    width, height = size
-    columns = min(width, _BOX)
-    rows = max(1, _BOX // columns)
+def _strips(height: int, width: int) -> Iterator[slice]:
+    """The rows of strips of at most `_STRIP` pixels, or of one row, from the top."""
+    rows = max(1, _STRIP // width)
     for top in range(0, height, rows):
-        for left in range(0, width, columns):
-            yield left, top, min(left + columns, width), min(top + rows, height)
+        yield slice(top, min(top + rows, height))
 
 
 def _is_wide(image: Image.Image) -> bool:
@@ -277,9 +273,9 @@ def _grey_range(image: Image.Image) -> tuple[float, float]:
     """The values that become 0 and 255: of 16 bits the full range, of others the range of their values."""
     if image.mode.startswith("I;16"):
         return 0.0, 65535.0
-    parts = [np.asarray(image.crop(box)) for box in _boxes(image.size)]
-    low, high = float(min(part.min() for part in parts)), float(max(part.max() for part in parts))
-    if not all(np.isfinite(part).all() for part in parts):
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite(low + high):  # NaN passes through both
         raise PictureError("found a picture with NaN or infinite values; expected finite ones")
     if low >= 0 and 255 < high <= 65535:
         return 0.0, 65535.0
@@ -353,10 +349,9 @@ def on_white(rgb: npt.NDArray[np.uint8], alpha: npt.NDArray[np.uint8] | None) ->
     if alpha is None:
         return rgb
     result = np.empty_like(rgb)
-    for top in range(0, len(rgb), rows := max(1, _BOX // rgb.shape[1])):
-        part = slice(top, top + rows)
-        cover = alpha[part, :, None] / 255
-        result[part] = np.round(rgb[part] * cover + 255 * (1 - cover))
+    for rows in _strips(*alpha.shape):
+        cover = alpha[rows, :, None] / 255
+        result[rows] = np.round(rgb[rows] * cover + 255 * (1 - cover))
     return result
 
 

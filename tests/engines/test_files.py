@@ -135,7 +135,6 @@ def test_replace_file_removes_what_a_killed_process_left_and_nothing_else(tmp_pa
     (tmp_path / ".lsast-0123456789abcdef.tmp").symlink_to(other)
     writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE)
     try:
-        assert writer.stdout is not None
         writer.stdout.readline()
         subprocess.run([sys.executable, "-c", NEXT, str(tmp_path)], check=True)
         assert len(list(tmp_path.glob(".lsast-" + "[0-9a-f]" * 16 + ".tmp"))) == 3  # two of a process that lives

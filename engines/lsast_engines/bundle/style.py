@@ -26,7 +26,7 @@ import numpy.typing as npt
 from ..errors import StyleError, UsageError, fault_list
 from ..files import replace_file
 from ..removed import RENAMED_OPTIONS, RENAMED_VALUES
-from .json_fields import is_number, parse_json, read_object
+from .json_fields import is_number, parse_json, read_object, read_value
 from .safetensors_header import Slot, read_slots
 
 FORMAT = 2
@@ -329,13 +329,12 @@ def parse_defaults(pairs: Sequence[str]) -> tuple[dict[str, Any], dict[str, dict
 
 
 def _default_faults(values: Mapping[str, Any]) -> list[str]:
-    faults = []
+    faults: list[str] = []
     for name, value in values.items():
-        if (kind := STYLE_DEFAULTS.get(name)) is None:
+        if kind := STYLE_DEFAULTS.get(name):
+            read_value(kind, value, name, faults)
+        else:
             faults.append(f"found {name!r}; expected one of {', '.join(STYLE_DEFAULTS)}")
-        elif not (isinstance(value, str) if kind is str else is_number(value) and isinstance(value, (kind, int))):
-            expected = {int: "a whole number", float: "a number", str: "a text"}[kind]
-            faults.append(f"{name}: found {value!r:.40}; expected {expected}")
     return faults
 
 

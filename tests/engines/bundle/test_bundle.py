@@ -15,7 +15,6 @@ from lsast_engines.errors import BundleError, StyleError, UsageError
 from lsast_engines.files import exchange, file_sha256
 
 MakeStyle = Callable[..., Style]
-Sources = dict[str, "Path | bytes"]
 
 
 def tree(folder: Path) -> dict[str, bytes]:

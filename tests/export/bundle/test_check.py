@@ -70,22 +70,16 @@ def test_check_bundle_compares_a_picture_of_auto_with_float32(bundles, monkeypat
     monkeypatch.setenv("LSAST_PROCESSOR", "avx512_bf16")
     monkeypatch.setattr("lsast_engines.backends.openvino.compute_dtypes", lambda device: ("fp32", "bf16"))
     report = check_bundle(bundles["fp32"].path)
-    assert report.auto is not None
     assert (report.auto.backend, report.auto.compute_dtype) == ("openvino", "bf16")
-    assert report.auto_psnr is not None
     assert report.passed is (report.auto_psnr >= 45)
     assert not dataclasses.replace(report, auto_psnr=44.9).passed
     assert check_bundle(bundles["fp32"].path, "onnxruntime").auto is None
 
 
-def test_check_bundle_finds_one_changed_bit(copy):
+def test_check_bundle_finds_one_changed_bit_also_with_a_matching_hash(copy):
     flip_byte(copy / "base.safetensors", -9)
     with pytest.raises(BundleError, match=r"base\.safetensors: found SHA-256"):
         check_bundle(copy)
-
-
-def test_check_bundle_finds_a_changed_weight_with_a_matching_hash(copy):
-    flip_byte(copy / "base.safetensors", -9)
     rehash(copy)
     with pytest.raises(BundleError, match=r"base\.safetensors: .* expected the fingerprint"):
         check_bundle(copy)

@@ -140,8 +140,6 @@ def wrong(traced_parts: dict[str, TracedGraph]) -> dict[str, TracedGraph]:
     model = control.model.clone()
     outputs = list(model.graph.outputs)
     first, second = outputs[0].producer(), outputs[1].producer()
-    assert first is not None
-    assert second is not None
     first.replace_input_with(0, second.inputs[0])
     return {**traced_parts, "controlnet": dataclasses.replace(control, model=model)}
 

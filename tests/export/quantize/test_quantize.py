@@ -352,8 +352,6 @@ def test_check_bundle_holds_auto_in_int8_to_the_same_backend_in_fp32(quantised, 
     if "bf16" not in compute_dtypes("cpu"):
         pytest.skip("OpenVINO has no bf16 here")
     report = check_bundle(quantised.path)
-    assert report.auto is not None
-    assert report.auto_psnr is not None
     assert (report.auto.compute_dtype, report.passed) == ("bf16", True)
     assert report.auto_expected + INT8_MARGIN == pytest.approx(report.auto_psnr, abs=3)
     assert not dataclasses.replace(report, auto_psnr=report.auto_expected - 0.1).passed
