@@ -132,8 +132,7 @@ class Request:
         if self._temporal:
             solver = self._temporal.wrap_solver(solver, self._schedule, self._content, manifest.geometry.factor)
         if self._mask is not None:
-            planes = self._canvas.pad(np.repeat(self._mask[:, :, None], 3, axis=2))
-            painted = to_latent_mask(planes[:, :, 0], manifest.geometry.factor)
+            painted = to_latent_mask(self._canvas.pad(self._mask), manifest.geometry.factor)
             solver = X0Blend(solver, self._schedule, z0, 1 - painted)
         return solver
 

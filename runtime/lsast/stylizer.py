@@ -421,7 +421,7 @@ class Stylizer:
         cond = partial(networks.embed_edges, graph(CONTROLNET_COND))
         return sampler.Networks(
             vae_encoder=tiling.tiled_encoder(encode, grid) if grid else encode,
-            controlnet_cond=tiling.tiled_cond(cond, grid) if grid else cond,
+            controlnet_cond=tiling.tiled_encoder(cond, grid) if grid else cond,
             denoiser=tiling.TiledDenoiser(denoiser, grid) if grid else denoiser(),
             vae_decoder=decode,
             latent_scale=np.float32(manifest.latent_scale),

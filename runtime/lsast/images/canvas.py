@@ -47,12 +47,12 @@ class Canvas:
         inner = (max(1, round(own[0] * scale)), max(1, round(own[1] * scale)))
         return cls(own, inner, (_round_up(inner[0], multiple), _round_up(inner[1], multiple)))
 
-    def pad(self, rgb: Pixels) -> Pixels:
-        """Scale a picture [*own, 3] to `inner` and mirror it over its borders, [*outer, 3], so that edges and textures
-        go on."""
+    def pad(self, plane: Pixels) -> Pixels:
+        """Scale a picture [*own, 3] or a mask [*own] to `inner` and mirror it over its borders, [*outer, …], so that
+        edges and textures go on."""
         spare = [(outer - inner) for outer, inner in zip(self.outer, self.inner, strict=True)]
         margins = [(pixels // 2, pixels - pixels // 2) for pixels in spare]
-        return np.pad(resize(rgb, self.inner), [*margins, (0, 0)], mode="symmetric")
+        return np.pad(resize(plane, self.inner), [*margins, (0, 0)][: plane.ndim], mode="symmetric")
 
     def valid_cells(self, cells: tuple[int, ...]) -> tuple[slice, slice]:
         """Rows and columns of the picture, with partly filled ones, on the canvas scaled down to `cells`."""

@@ -77,12 +77,11 @@ class GraphDenoiser:
         self._graph.engine.release_memory()
 
 
-def encode(graph: Graph, pictures: Pixels) -> tuple[Floats, Floats]:
+def encode(graph: Graph, pictures: Pixels) -> Floats:
     """Run the graph `vae_encoder`, see `Networks.vae_encoder`."""
     images = pictures.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - np.float32(1)
     moments = [np.concatenate([outputs["mean"], outputs["std"]]) for outputs in graph.one_by_one("image", images)]
-    mean, std = np.stack(moments, axis=1)
-    return mean, std
+    return np.stack(moments, axis=1)
 
 
 def embed_edges(graph: Graph, edges: Pixels) -> Floats:

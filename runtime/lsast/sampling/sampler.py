@@ -60,8 +60,8 @@ def sample(networks: Networks, batch: Batch, callback: StepCallback | None = Non
 class Networks:
     """The networks of a base. In the shapes, H and W are in pixels, h and w in latent cells."""
 
-    vae_encoder: Callable[[Pixels], tuple[Floats, Floats]]
-    """Pictures [B, H, W, 3] → mean and standard deviation of their latents, [B, 4, h, w] each."""
+    vae_encoder: Callable[[Pixels], Floats]
+    """Pictures [B, H, W, 3] → mean and standard deviation of their latents, [2, B, 4, h, w]."""
     controlnet_cond: Callable[[Pixels], Floats]
     """Edges [B, H, W] of 0 and 1 → what the ControlNet reads of them, [B, C, h, w]."""
     denoiser: Denoiser

@@ -36,8 +36,11 @@ class TileSpan:
     """Its weight [length] in the blend at each cell; the weights of all tiles sum to 1."""
 
     def pixels(self, factor: int) -> tuple[slice, Floats]:
-        """The same in pixels, `factor` of them along a cell: slice and weight [length * factor]."""
-        return slice(self.cells.start * factor, self.cells.stop * factor), upsample_weights(self.weight, factor)
+        """The same in pixels, `factor` of them along a cell: slice and weight [length * factor], which is linear
+        between the middles of cells, so that no step shows."""
+        places = (np.arange(len(self.weight) * factor) + 0.5) / factor - 0.5
+        weight = np.interp(places, np.arange(len(self.weight)), self.weight).astype(np.float32)
+        return slice(self.cells.start * factor, self.cells.stop * factor), weight
 
 
 @dataclass(frozen=True)
@@ -97,12 +100,6 @@ def _spans(length: int, tile: int) -> tuple[TileSpan, ...]:
     )
 
 
-def upsample_weights(weight: Floats, factor: int) -> Floats:
-    """Weights by cell, by pixel: linear between the middles of cells, so that no step shows."""
-    pixels = (np.arange(len(weight) * factor) + 0.5) / factor - 0.5
-    return np.interp(pixels, np.arange(len(weight)), weight).astype(np.float32)
-
-
 class TiledDenoiser:
     """A denoiser for canvases of any size: every call runs one denoiser a tile and blends their noise."""
 
@@ -127,22 +124,11 @@ class TiledDenoiser:
             denoiser.release_memory()
 
 
-def tiled_encoder(
-    encoder: Callable[[Pixels], tuple[Floats, Floats]], grid: TileGrid
-) -> Callable[[Pixels], tuple[Floats, Floats]]:
-    """A `Networks.vae_encoder` for canvases of any size; mean and standard deviation are blended."""
-
-    def encode(pictures: Pixels) -> tuple[Floats, Floats]:
-        mean, std = grid.blend(np.stack(encoder(pictures[:, rows, columns])) for rows, columns in grid.pixel_slices())
-        return mean, std
-
-    return encode
-
-
-def tiled_cond(cond: Callable[[Pixels], Floats], grid: TileGrid) -> Callable[[Pixels], Floats]:
-    """A `Networks.controlnet_cond` for canvases of any size. The values are those of the whole picture: the graph's few
-    convolutions look 23 pixels far, less than what of a tile has weight 0."""
-    return lambda edges: grid.blend(cond(edges[:, rows, columns]) for rows, columns in grid.pixel_slices())
+def tiled_encoder(encoder: Callable[[Pixels], Floats], grid: TileGrid) -> Callable[[Pixels], Floats]:
+    """A `Networks.vae_encoder` or `Networks.controlnet_cond` for canvases of any size: what it gives of the tiles is
+    blended. What the ControlNet reads is that of the whole picture: the graph's few convolutions look 23 pixels far,
+    less than what of a tile has weight 0."""
+    return lambda pixels: grid.blend(encoder(pixels[:, rows, columns]) for rows, columns in grid.pixel_slices())
 
 
 def tiled_decoder(decode_rgb: Callable[[Floats], Iterable[Floats]], grid: TileGrid) -> Callable[[Floats], Pixels]:

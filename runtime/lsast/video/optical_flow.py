@@ -89,39 +89,36 @@ class TemporalState:
     def __init__(self, *, latent_weight: float = 0.85, pixel_weight: float = 0.5) -> None:
         """Weights, 0 to 1, of the last painting's latent in every step's clean latent, and of its pixels."""
         self._weights = np.float32(latent_weight), np.float32(pixel_weight)
-        self._content: Pixels | None = None
-        self._latent: Floats | None = None
-        self._painted: Pixels | None = None
+        self._last: dict[str, npt.NDArray[Any]] = {}
         self._motion: Motion | None = None
+        self._content: Pixels
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """The arrays that `restore` needs; none before the first frame."""
-        if self._content is None or self._latent is None or self._painted is None:
-            return {}
-        return {"content": self._content, "latent": self._latent, "painted": self._painted}
+        """The arrays that `restore` needs: `content` [H, W, 3], `latent` [4, h, w] and `painted` [H, W, 3] of the last
+        frame; none before the first."""
+        return self._last
 
     def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Go on from a `state`."""
-        self._content, self._latent, self._painted = (state.get(name) for name in ("content", "latent", "painted"))
+        self._last = dict(state)
 
     def wrap_solver(self, solver: Solver, schedule: TimestepSchedule, content: Pixels, factor: int) -> Solver:
         """The solver that paints a frame, around `solver`, which paints it by itself: its x0 is blended with the last
         painting's latent, moved along the flow. `content` is the frame on its canvas, [H, W, 3], `factor` the number
         of pixels along a side of a latent cell."""
-        previous, self._content, self._motion = self._content, content, None
-        if previous is None or self._latent is None or previous.shape != content.shape:
+        self._content, self._motion = content, None
+        if not self._last or self._last["content"].shape != content.shape:
             return solver
-        self._motion = Motion.between(previous, content)
+        self._motion = Motion.between(self._last["content"], content)
         cells = self._motion.downsampled(factor)
-        latent = warped(self._latent.transpose(1, 2, 0), cells.backward_flow).transpose(2, 0, 1)
+        latent = warped(self._last["latent"].transpose(1, 2, 0), cells.backward_flow).transpose(2, 0, 1)
         return X0Blend(solver, schedule, latent, self._weights[0] * cells.valid)
 
     def blend(self, latent: Floats, painted: Pixels) -> Pixels:
         """The canvas [H, W, 3] of a painted latent [4, h, w], blended with the last painting, moved along the flow."""
-        self._latent = latent.copy()
-        if self._motion is not None and self._painted is not None:
+        if self._motion is not None:
             weight = self._weights[1] * self._motion.valid[..., None]
-            moved = warped(self._painted.astype(np.float32), self._motion.backward_flow)
+            moved = warped(self._last["painted"].astype(np.float32), self._motion.backward_flow)
             painted = to_pixels(np.float32(1) * painted + weight * (moved - painted))
-        self._painted = painted
+        self._last = {"content": self._content, "latent": latent.copy(), "painted": painted}
         return painted

@@ -11,7 +11,7 @@ import lsast
 from lsast import Stylizer
 from lsast.request import Request
 from lsast.sampling.networks import Floats, Graph, decode, decode_rgb, embed_edges, encode
-from lsast.sampling.tiling import TiledDenoiser, TileGrid, tiled_cond, tiled_decoder, tiled_encoder, upsample_weights
+from lsast.sampling.tiling import TiledDenoiser, TileGrid, TileSpan, tiled_decoder, tiled_encoder
 from lsast_engines.bundle.bundle import EMBEDDED
 from lsast_engines.bundle.graph_spec import CONTROLNET_COND, DENOISER, VAE_DECODER, VAE_ENCODER
 
@@ -70,8 +70,10 @@ def test_request_grid_covers_canvases_of_more_than_one_and_a_half_tiles(stylizer
     assert (grid and 8 * len(grid.columns[0].weight)) == tiles
 
 
-def test_upsample_weights_is_linear_between_cells():
-    np.testing.assert_allclose(upsample_weights(np.array([0, 1, 1], np.float32), 4)[2:6], [0.125, 0.375, 0.625, 0.875])
+def test_tile_span_in_pixels_has_weights_that_are_linear_between_cells():
+    pixels, weight = TileSpan(slice(5, 8), np.array([0, 1, 1], np.float32)).pixels(4)
+    assert pixels == slice(20, 32)
+    np.testing.assert_allclose(weight[2:6], [0.125, 0.375, 0.625, 0.875])
 
 
 class _Positions:
@@ -138,7 +140,7 @@ def test_tiled_networks_of_the_embedded_bundle_give_what_they_give_whole(mini):
     graphs = {name: Graph(engine) for name, engine in mini._pool.engines.items()}
     edges = (rgb[None, ..., 0] > 127).astype(np.uint8)
     cond = partial(embed_edges, graphs[CONTROLNET_COND])
-    np.testing.assert_allclose(tiled_cond(cond, grid)(edges), cond(edges), atol=1e-4)
+    np.testing.assert_allclose(tiled_encoder(cond, grid)(edges), cond(edges), atol=1e-4)
     encoder = partial(encode, graphs[VAE_ENCODER])
     (mean, std), tiled = encoder(rgb[None]), tiled_encoder(encoder, grid)(rgb[None])
     # The encoder looks 84 pixels far, beyond the 20 to 40 that count for nothing, though with little weight.
