@@ -158,13 +158,9 @@ class LatentDataset:
             self.labels = file.get_tensor("labels")
             held = file.get_tensor("held_out").astype(bool)
             flat, packed = file.get_tensor("latents"), file.get_tensor("edges")
-        areas, widths = self.sizes.prod(axis=1), self.sizes[:, 1].tolist()
-        latents = torch.from_numpy(flat).to(device).split((4 * areas).tolist())
-        edges = torch.from_numpy(packed).to(device).split((8 * areas).tolist())
-        self._latents = [part.view(4, -1, width) for part, width in zip(latents, widths, strict=True)]
-        # Edge bits as [8h, w] bytes, so that a latent column is one byte wide.
-        self._edges = [part.view(-1, width) for part, width in zip(edges, widths, strict=True)]
-        self._bits = torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
+        self._latents, self._edges = torch.from_numpy(flat).to(device), torch.from_numpy(packed).to(device)
+        # Where a picture begins, in positions: it has 4 latents and 8 bytes of edges at each.
+        self._begins = np.cumsum(self.sizes.prod(axis=1)) - self.sizes.prod(axis=1)
         fits = self.sizes.min(axis=1) >= side
         self.train, self.held_out = np.flatnonzero(fits & ~held), np.flatnonzero(fits & held)
         if not len(self.train) or not len(self.held_out):
@@ -176,26 +172,30 @@ class LatentDataset:
     @property
     def device(self) -> torch.device:
         """Where the windows are."""
-        device: torch.device = self._latents[0].device
+        device: torch.device = self._latents.device
         return device
 
     def window(self, indices: npt.NDArray[np.int64], side: int, rng: np.random.Generator) -> Window:
         """Random crops of `side` latents out of the pictures `indices`, which hold them, mirrored half of the time."""
-        crops: list[torch.Tensor] = []
-        others: list[torch.Tensor] = []
-        edges = []
-        for index in indices:
-            height, width = self.sizes[index]
-            own, other = (rng.integers(0, [height - side + 1, width - side + 1]) for _ in "ab")
-            flipped = [-1] * bool(rng.random() < 0.5)  # a fair approximation of mirroring the picture (docs/mini.md)
-            for found, (y, x) in ((crops, own), (others, other)):
-                found.append(self._latents[index][:, y : y + side, x : x + side].float().flip(flipped))
-            y, x = own
-            packed = self._edges[index][8 * y : 8 * (y + side), x : x + side]
-            edges.append((packed[..., None] >> self._bits & 1).flatten(1).float().flip(flipped))
-        edge = torch.stack(edges)[:, None].expand(-1, 3, -1, -1)
-        labels = torch.from_numpy(self.labels[indices].astype(np.int64)).to(self.device)
-        return Window(torch.stack(crops), torch.stack(others), edge, labels)
+        sizes, count, device = self.sizes[indices], len(indices), self.device
+        corners = rng.integers(0, sizes[:, None] - side + 1, (count, 2, 2))  # of own and other: y, x
+        mirrored = rng.random((count, 1)) < 0.5  # a fair approximation of mirroring the picture (docs/mini.md)
+        columns = np.where(mirrored, np.arange(side)[::-1], np.arange(side))
+        begins, heights, widths = (array.reshape(-1, 1, 1) for array in (self._begins[indices], *sizes.T))
+
+        def cut(flat: torch.Tensor, planes: int, rows: int, corner: npt.NDArray[np.int64]) -> torch.Tensor:
+            """[B, planes, rows · side, side] of pictures that lie in `flat` as planes, `rows` rows for a latent."""
+            y = corner[:, :1, None] * rows + np.arange(rows * side)
+            y = begins * planes * rows + (np.arange(planes)[:, None] * heights * rows + y) * widths
+            x = corner[:, 1:] + columns
+            return flat[torch.from_numpy(y).to(device)[..., None] + torch.from_numpy(x).to(device)[:, None, None]]
+
+        own, other = corners.swapaxes(0, 1)
+        bits = torch.from_numpy(np.where(mirrored, np.arange(8), np.arange(7, -1, -1)).astype(np.uint8)).to(device)
+        edges = (cut(self._edges, 1, 8, own)[..., None] >> bits[:, None, None, None] & 1).flatten(3).float()
+        labels = torch.from_numpy(self.labels[indices].astype(np.int64)).to(device)
+        latents, others = (cut(self._latents, 4, 1, corner).float() for corner in (own, other))
+        return Window(latents, others, edges.expand(-1, 3, -1, -1), labels)
 
     def sampling_weights(self, share: dict[str, float]) -> npt.NDArray[np.float64]:
         """Probability of each picture of `train`: a label's pictures weigh `share` (default 1)."""
