@@ -23,10 +23,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..declared_options import rules_of
 from ..errors import StyleError, UsageError, fault_list
 from ..files import replace_file
 from ..removed import RENAMED_OPTIONS, RENAMED_VALUES
 from .json_fields import is_number, parse_json, read_object, read_value
+from .manifest import Defaults
 from .safetensors_header import Slot, read_slots
 
 FORMAT = 2
@@ -35,18 +37,12 @@ FORMAT = 2
 TENSORS = ("kv_unet", "kv_control")
 """The tensors of a style."""
 
-STYLE_DEFAULTS: dict[str, type] = {
-    "steps": int,
-    "strength": float,
-    "guidance": float,
-    "control_scale": float,
-    "solver": str,
-    "palette": float,
-}
-"""The options that a style may have its own default of, and their types; the runtime checks their ranges."""
+BUNDLE_DEFAULTS: dict[str, type] = {name: rule.type for name, rule in rules_of(Defaults).items()}
+"""The options that a bundle has defaults for, and their types; the runtime checks their ranges."""
 
-BUNDLE_DEFAULTS: dict[str, type] = {"style": str, **STYLE_DEFAULTS, "size": int}
-"""The same of a bundle's manifest."""
+STYLE_DEFAULTS = {name: kind for name, kind in BUNDLE_DEFAULTS.items() if name not in ("style", "size")}
+STYLE_DEFAULTS["palette"] = float
+"""The same of a style that has its own."""
 
 _DEFAULTS_KEY = "defaults"
 _LATENT_STATISTICS_KEY = "latent_statistics"

@@ -265,26 +265,22 @@ def test_open_engine_under_a_fresh_home_writes_no_file_and_looks_up_no_host(tmp_
         assert not [line for line in trace.read_text().splitlines() if "AF_INET" in line]
 
 
-def fake_library(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
-    (folder / name).mkdir()
-    (folder / name / "__init__.py").write_text(text)
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.delitem(sys.modules, name, raising=False)
-
-
-@pytest.mark.parametrize("kind", ["KeyboardInterrupt", "MemoryError"])
-def test_open_engine_while_an_import_is_interrupted_is_interrupted(tmp_path, monkeypatch, kind):
-    # as pybind11 reports an error of a module's initialisation
-    fake_library(tmp_path, monkeypatch, "onnxruntime", f"raise ImportError('initialization failed') from {kind}()")
+@pytest.mark.parametrize(
+    ("raised", "error", "message"),
+    [
+        # as pybind11 reports an error of a module's initialisation
+        ("ImportError('initialization failed') from KeyboardInterrupt()", KeyboardInterrupt, None),
+        ("ImportError('initialization failed') from MemoryError()", MemoryError, None),
+        ("ImportError('failed to map')", BackendError, r"onnxruntime is installed but cannot be imported \(fail"),
+    ],
+)
+def test_open_engine_with_a_library_that_fails_takes_no_other(tmp_path, monkeypatch, raised, error, message):
+    (tmp_path / "onnxruntime").mkdir()
+    (tmp_path / "onnxruntime" / "__init__.py").write_text(f"raise {raised}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
     bundle = Bundle.open(EMBEDDED)
-    with pytest.raises({"KeyboardInterrupt": KeyboardInterrupt, "MemoryError": MemoryError}[kind]):
-        open_engine(bundle.graph_path("vae_decoder"), bundle.manifest.graphs["vae_decoder"])
-
-
-def test_open_engine_with_a_broken_library_does_not_take_another(tmp_path, monkeypatch):
-    fake_library(tmp_path, monkeypatch, "onnxruntime", "raise ImportError('failed to map segment from shared object')")
-    bundle = Bundle.open(EMBEDDED)
-    with pytest.raises(BackendError, match=r"onnxruntime is installed but cannot be imported \(failed to map"):
+    with pytest.raises(error, match=message):
         open_engine(bundle.graph_path("vae_decoder"), bundle.manifest.graphs["vae_decoder"])
 
 

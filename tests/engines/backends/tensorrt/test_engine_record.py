@@ -96,15 +96,11 @@ def test_record_round_trip_keeps_all_fields(tmp_path):
 def test_verified_record_of_a_changed_engine_is_refused(tmp_path):
     engine, other = an_engine(tmp_path), an_engine(tmp_path, "vae_decoder", b"another!" * 9)
     whole = engine.read_bytes()
-    engine.write_bytes(whole[:-1])
-    with pytest.raises(BackendError, match="bytes: found 71; expected 72"):
-        verified_record(engine)
-    engine.write_bytes(whole[:-1] + b"!")
-    with pytest.raises(BackendError, match="SHA-256"):
-        verified_record(engine)
-    engine.write_bytes(other.read_bytes())  # of the same size
-    with pytest.raises(BackendError, match="SHA-256"):
-        verified_record(engine)
+    of_the_same_size = (whole[:-1] + b"!", other.read_bytes())
+    for content, message in ((whole[:-1], "bytes: found 71; expected 72"), *((c, "SHA-256") for c in of_the_same_size)):
+        engine.write_bytes(content)
+        with pytest.raises(BackendError, match=message):
+            verified_record(engine)
     engine.unlink()
     with pytest.raises(BackendError, match="found no engine"):
         verified_record(engine)
