@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -92,12 +91,6 @@ class CompvisBase:
     """``unet``, ``ema``, ``controlnet``, ``autoencoder`` and ``text_encoder``: diffusers' and transformers' own."""
     tensors: dict[str, torch.Tensor]
     """What is in `file`."""
-
-
-@pytest.fixture(scope="session")
-def compvis() -> ModuleType:
-    """What turns networks of diffusers into CompVis' naming."""
-    return compvis_names
 
 
 @pytest.fixture(scope="session")

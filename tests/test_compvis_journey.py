@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import compvis_names
 from lsast.cli.main import main as lsast_run
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.style import Style
@@ -61,11 +62,11 @@ def _run(words: list[str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def rounded(compvis_base: Any, compvis: Any) -> SimpleNamespace:
+def rounded(compvis_base: Any) -> SimpleNamespace:
     """`compvis_base` with values that fp16 holds, so that no form rounds them: its networks and tensors."""
     networks = {name: copy.deepcopy(network).half().float() for name, network in compvis_base.networks.items()}
-    control = {f"control_model.{k}": v for k, v in compvis.compvis_network(networks["controlnet"]).items()}
-    return SimpleNamespace(networks=networks, tensors=compvis.compvis_tensors(networks), control=control)
+    control = {f"control_model.{k}": v for k, v in compvis_names.compvis_network(networks["controlnet"]).items()}
+    return SimpleNamespace(networks=networks, tensors=compvis_names.compvis_tensors(networks), control=control)
 
 
 @pytest.fixture(scope="module")

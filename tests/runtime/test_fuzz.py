@@ -39,18 +39,11 @@ def stylizer(bundle_path: Path) -> Iterator[lsast.Stylizer]:
     logging.getLogger("lsast").setLevel(logging.NOTSET)
 
 
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """What is read, and by what; an input that is not refused must give something to paint with."""
-
-    inputs: st.SearchStrategy[Any]
-    read: Check
-
-
 @pytest.fixture(scope="module")
 def targets(
     stylizer: lsast.Stylizer, photo: np.ndarray, bundle_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Target]:
+) -> dict[str, tuple[st.SearchStrategy[Any], Check]]:
+    """What is read, and by what; an input that is not refused must give something to paint with."""
     folder = tmp_path_factory.mktemp("fuzz")
 
     def in_file(read: Callable[[Path], object]) -> Check:
@@ -106,22 +99,25 @@ def targets(
         hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5),
     )
     return {
-        "manifest": Target(hostile.json_texts(manifest), lambda text: Manifest.from_json(text).noise.alphas_cumprod),
-        "style": Target(
-            hostile.safetensors_files(style.read_bytes(), "lsast"), in_file(lambda path: Style.load(path).stage(0))
+        "manifest": (hostile.json_texts(manifest), lambda text: Manifest.from_json(text).noise.alphas_cumprod),
+        "style": (
+            hostile.safetensors_files(style.read_bytes(), "lsast"),
+            in_file(lambda path: Style.load(path).stage(0)),
         ),
-        "prompts": Target(
-            hostile.safetensors_files(prompts.read_bytes(), "lsast"), in_file(lambda path: load_prompts(path).tensors())
+        "prompts": (
+            hostile.safetensors_files(prompts.read_bytes(), "lsast"),
+            in_file(lambda path: load_prompts(path).tensors()),
         ),
-        "record": Target(hostile.json_texts(made), record),
-        "mix": Target(mixes | right | right, painted),
-        "picture": Target(hostile.picture_files() | arrays, picture),
+        "record": (hostile.json_texts(made), record),
+        "mix": (mixes | right | right, painted),
+        "picture": (hostile.picture_files() | arrays, picture),
     }
 
 
-def _run(target: Target, examples: int) -> tuple[int, int]:
-    """How many inputs were refused with an error of ours, and how many were taken."""
-    refused = taken = 0
+@pytest.mark.parametrize("examples", [QUICK, pytest.param(MANY, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["manifest", "style", "prompts", "record", "mix", "picture"])
+def test_hostile_input_is_refused_or_painted(targets, name, examples):
+    (inputs, read), refused, taken = targets[name], 0, 0
 
     @hypothesis.settings(
         max_examples=examples,
@@ -130,32 +126,15 @@ def _run(target: Target, examples: int) -> tuple[int, int]:
         derandomize=examples == QUICK,
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    @hypothesis.given(target.inputs)
+    @hypothesis.given(inputs)
     def check(given: Any) -> None:
         nonlocal refused, taken
         try:
-            target.read(given)
+            read(given)
             taken += 1
         except LsastError:
             refused += 1
 
     check()
-    return refused, taken
-
-
-NAMES = ["manifest", "style", "prompts", "record", "mix", "picture"]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_hostile_input_is_refused_or_painted(targets, name):
-    refused, taken = _run(targets[name], QUICK)
-    assert refused > 0
-    assert taken > 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_much_hostile_input_is_refused_or_painted(targets, name):
-    refused, taken = _run(targets[name], MANY)
     assert min(refused, taken) > 0
     print(f"{name}: {refused} refused, {taken} taken")  # noqa: T201 - figures of docs/results.md, by pytest -s

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from diffusers import ControlNetModel
 from PIL import Image
 
+import compvis_names
 from benchmarks.bench.configurations import Configuration
 from lsast_engines.errors import UsageError
 
@@ -80,7 +81,7 @@ def test_figures_of_before_are_shown_and_drawn(compare, figures, tmp_path):
     assert (tmp_path / "chart.png").stat().st_size < 100_000
 
 
-def test_names_of_a_controlnet_for_stable_diffusion_cpp(compvis):
+def test_names_of_a_controlnet_for_stable_diffusion_cpp():
     names = importlib.import_module("benchmarks.speed.peer_sdcpp")
     controlnet = ControlNetModel(
         block_out_channels=(8, 8, 8, 8),
@@ -90,6 +91,6 @@ def test_names_of_a_controlnet_for_stable_diffusion_cpp(compvis):
         conditioning_embedding_out_channels=(4, 4, 4, 4),
     )
     keys = list(controlnet.state_dict())
-    assert [names.compvis_key(key) for key in keys] == list(compvis.compvis_network(controlnet))
+    assert [names.compvis_key(key) for key in keys] == list(compvis_names.compvis_network(controlnet))
     with pytest.raises(ValueError, match="up_blocks"):
         names.compvis_key("up_blocks.0.resnets.0.conv1.weight")

@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+import compvis_names
 from lsast_engines.errors import BundleError, TrainingError, UsageError
 from lsast_train.base.lazy_base import LazyBase, load_base, open_base
 from lsast_train.checkpoints.source import BaseSource
@@ -88,8 +89,8 @@ def test_single_file_of_another_model_is_refused_by_its_kind(published, tmp_path
         assert message in str(caught.value), caught.value
 
 
-def test_parts_of_two_models_are_all_reported(compvis, published, tmp_path):
-    other = compvis.random_networks(
+def test_parts_of_two_models_are_all_reported(published, tmp_path):
+    other = compvis_names.random_networks(
         {
             "block_out_channels": (64, 64),
             "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -100,7 +101,7 @@ def test_parts_of_two_models_are_all_reported(compvis, published, tmp_path):
         }
     )
     other["controlnet"].save_pretrained(tmp_path / "other")
-    text = {k: v for k, v in compvis.compvis_tensors(other).items() if k.startswith("cond_stage")}
+    text = {k: v for k, v in compvis_names.compvis_tensors(other).items() if k.startswith("cond_stage")}
     save_file({**_without(published.all_tensors, "cond_stage"), **text}, tmp_path / "mixed.safetensors")
     with pytest.raises(TrainingError) as caught:
         open_base(BaseSource(tmp_path / "mixed.safetensors", tmp_path / "other"))
