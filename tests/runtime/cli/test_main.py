@@ -25,14 +25,6 @@ def _process(*arguments: str, **settings: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", "lsast", *arguments], **settings)
 
 
-def test_lsast_run_writes_what_the_library_paints_and_prints_the_path(folder):
-    result = _run("in.png", "out.png", "--style", "monet", "--seed", "3", "--guidance", "1", "--size", "96")
-    assert (result.exit_code, result.stdout, result.stderr) == (0, "out.png\n", "")
-    with lsast.load() as stylizer:
-        expected = stylizer.stylize("in.png", "monet", seed=3, guidance=1.0, size=96).image
-    np.testing.assert_array_equal(Image.open("out.png"), expected)
-
-
 def test_lsast_run_with_json_prints_one_object_that_repeats_the_picture(folder, bundle_path):
     result = _run("in.png", "out.png", "--json", "--strength", "0.5", "--solver", "unipc", "--threads", "1")
     assert (result.exit_code, result.stderr) == (0, "")
