@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS, VAE_DECODER_TINY
-from lsast_engines.bundle.style import BUNDLE_DEFAULTS, parse_defaults
+from lsast_engines.bundle.style import BUNDLE_DEFAULTS, STYLE_DEFAULTS, parse_defaults
 from lsast_engines.cli import (
     Command,
     OptionDecorator,
@@ -38,7 +38,7 @@ style_options = combine_options(
         multiple=True,
         metavar="[STYLE.]KEY=VALUE",
         help="A default option of one style; without STYLE, of the bundle that is exported. May be repeated. "
-        f"KEY: {', '.join(BUNDLE_DEFAULTS)}.",
+        f"KEY: {', '.join(BUNDLE_DEFAULTS)}; of a style also {', '.join(STYLE_DEFAULTS.keys() - BUNDLE_DEFAULTS)}.",
     ),
     click.option(
         "--base",

@@ -13,7 +13,7 @@ networks without class, image or adapter conditions; `parity` compares with that
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -208,6 +208,18 @@ class _UnetPart(_GraphModule):
         embedded = self.unet.time_embedding(self.unet.get_time_embed(latents, timesteps))
         return _Inputs(latents, timesteps, embedded, kv)
 
+    def _down(
+        self, inputs: _Inputs, blocks: Iterable[Any], residuals: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The way down through `blocks`: its output, and a skip for each of `residuals` [G·B, …], with that added."""
+        sample = self.unet.conv_in(inputs.latents)
+        skips = [sample]
+        for block in blocks:
+            sample, more = _run(block, sample, inputs)
+            skips += more
+        # The outermost level has no use for what it gives to the one below, its last skip.
+        return sample, [skip + residual for skip, residual in zip(skips, residuals, strict=False)]
+
     def _noise(self, feature: torch.Tensor, skips: Sequence[torch.Tensor], inputs: _Inputs) -> torch.Tensor:
         """The last up block and the output convolution: `feature` and the outermost skips → eps [G·B, 4, h, w]."""
         sample = _run(self.unet.up_blocks[-1], feature, inputs, res_hidden_states_tuple=tuple(skips))
@@ -224,13 +236,8 @@ class UnetFullGraph(_UnetPart):
         """The whole U-Net: eps [G, B, 4, h, w], and the input of the last up block, [G, B, C, h, w]."""
         guidance, batch = kv_unet.shape[:2]
         inputs = self._inputs(latent, timestep, kv_unet)
-        sample = self.unet.conv_in(inputs.latents)
-        skips = [sample]
-        for block in self.unet.down_blocks:
-            sample, more = _run(block, sample, inputs)
-            skips += more
         *down, mid = (_repeat(residual, guidance) for residual in residuals)
-        skips = [skip + residual for skip, residual in zip(skips, down, strict=True)]
+        sample, skips = self._down(inputs, self.unet.down_blocks, down)
         sample = self.unet.mid_block(sample, inputs.embedded, cross_attention_kwargs=inputs.kv) + mid
         for block in self.unet.up_blocks[:-1]:
             count = len(block.resnets)
@@ -254,15 +261,7 @@ class UnetOuterGraph(_UnetPart):
         *residuals, feature = residuals_and_feature
         guidance, batch = kv_unet.shape[:2]
         inputs = self._inputs(latent, timestep, kv_unet)
-        sample = self.unet.conv_in(inputs.latents)
-        skips = [sample]
-        block = self.unet.down_blocks[0]
-        for place, resnet in enumerate(block.resnets):
-            sample = resnet(sample, inputs.embedded)
-            if getattr(block, "has_cross_attention", False):
-                sample = block.attentions[place](sample, cross_attention_kwargs=inputs.kv, return_dict=False)[0]
-            skips.append(sample)
-        skips = [skip + _repeat(residual, guidance) for skip, residual in zip(skips, residuals, strict=True)]
+        _, skips = self._down(inputs, self.unet.down_blocks[:1], [_repeat(each, guidance) for each in residuals])
         eps = self._noise(feature.flatten(0, 1), skips, inputs)
         rows: torch.Tensor = eps.unflatten(0, (guidance, batch))
         return rows

@@ -64,7 +64,7 @@ def test_wrong_usage_is_one_line_and_status_2(arguments, message):
 
 @pytest.mark.parametrize("command", [["bundle", "--out", "x"], ["--style", "x"]])
 def test_wrong_defaults_are_all_listed(command):
-    wrong = ("steps=many", "hue=1", "style", "guidance=inf", "hand.size=64")
+    wrong = ("steps=many", "hue=1", "style", "guidance=inf", "hand.size=64", "palette=1")
     result = lsast_export(*command, *(part for pair in wrong for part in ("--default", pair)))
     assert result.exit_code == 2
     assert "steps=many: found 'many'; expected a whole number" in result.stderr
@@ -72,6 +72,7 @@ def test_wrong_defaults_are_all_listed(command):
     assert "style: expected KEY=VALUE" in result.stderr
     assert "guidance=inf: found 'inf'; expected a number" in result.stderr
     assert "hand.size=64: found key 'size'; expected one of steps" in result.stderr
+    assert "palette=1: found key 'palette'; expected one of style, steps" in result.stderr
 
 
 @pytest.mark.usefixtures("learned")
