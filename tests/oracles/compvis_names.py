@@ -66,25 +66,18 @@ def compvis_unet_key(key: str, layers: int, attending: tuple[bool, ...]) -> str:
     """CompVis' name (ldm/modules/diffusionmodules/openaimodel.py, cldm/cldm.py) of a tensor of U-Net or ControlNet."""
     parts = key.split(".")
     in_resnet = "resnets" in parts
-    if parts[0] == "down_blocks":
+    if parts[0] in ("down_blocks", "up_blocks"):
         block, kind, place = int(parts[1]), parts[2], int(parts[3])
-        number = 1 + block * (layers + 1) + place
-        head = {
-            "resnets": f"input_blocks.{number}.0",
-            "attentions": f"input_blocks.{number}.1",
-            "downsamplers": f"input_blocks.{(block + 1) * (layers + 1)}.0.op",
-        }[kind]
-        key = ".".join([head, *parts[5 if kind == "downsamplers" else 4 :]])
-    elif parts[0] == "up_blocks":
-        block, kind, place = int(parts[1]), parts[2], int(parts[3])
-        number = block * (layers + 1) + place
+        first = block * (layers + 1)
         upsampler = 2 if attending[::-1][block] else 1
+        down, up = f"input_blocks.{1 + first + place}", f"output_blocks.{first + place}"
         head = {
-            "resnets": f"output_blocks.{number}.0",
-            "attentions": f"output_blocks.{number}.1",
-            "upsamplers": f"output_blocks.{block * (layers + 1) + layers}.{upsampler}.conv",
+            "resnets": f"{down if parts[0] == 'down_blocks' else up}.0",
+            "attentions": f"{down if parts[0] == 'down_blocks' else up}.1",
+            "downsamplers": f"input_blocks.{first + layers + 1}.0.op",
+            "upsamplers": f"output_blocks.{first + layers}.{upsampler}.conv",
         }[kind]
-        key = ".".join([head, *parts[5 if kind == "upsamplers" else 4 :]])
+        key = ".".join([head, *parts[5 if kind.endswith("samplers") else 4 :]])
     elif parts[0] == "mid_block":
         place = 1 if parts[1] == "attentions" else 2 * int(parts[2])
         key = ".".join([f"middle_block.{place}", *parts[3:]])

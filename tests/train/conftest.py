@@ -13,12 +13,15 @@ import torch
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from lsast_engines.errors import TrainingError
+from lsast_train.__main__ import main
 from lsast_train.base.base import Base
 from lsast_train.inversion import Inversion
 from lsast_train.mini.architecture import MiniConfig, build_mini
 from lsast_train.options import TrainOptions
 from lsast_train.paintings import PaintingDataset
 from lsast_train.training.loop import TrainingLoop
+from lsast_train.training.run import InterruptionError, RunResult
 
 SIZE = 64
 
@@ -118,7 +121,55 @@ def after_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], Any
     return register
 
 
+def weights(base: Base) -> dict[str, torch.Tensor]:
+    """Copies of all tensors of a base's networks."""
+    return {
+        f"{name}.{key}": value.clone()
+        for name, network in base.networks().items()
+        for key, value in network.state_dict().items()
+    }
+
+
 @pytest.fixture
 def interrupt_at(after_step: Callable[[Callable[[int], Any]], None]) -> Callable[[int], None]:
     """Sends SIGINT to this process after a step of this number."""
     return lambda step: after_step(lambda now: os.kill(os.getpid(), signal.SIGINT) if now == step else None)
+
+
+@pytest.fixture
+def stop_and_resume(interrupt_at: Callable[[int], None]) -> Callable[[Callable[..., Any], int], RunResult]:
+    """Has a run made, stopped after a step and resumed; returns its result, which is that of an uninterrupted one.
+
+    ``make(folder, resume=…)`` makes the run.
+    """
+
+    def check(make: Callable[..., Any], step: int) -> RunResult:
+        handler = signal.getsignal(signal.SIGINT)
+        straight = make("straight").run()
+        interrupt_at(step)
+        with pytest.raises(InterruptionError, match=rf"after step {step}; .* --resume") as caught:
+            make("parts").run()
+        assert caught.value.exit_code == 130
+        with pytest.raises(TrainingError, match="unfinished run"):
+            make("parts")
+        resumed: RunResult = make("parts", resume=True).run()
+        assert resumed.file.read_bytes() == straight.file.read_bytes()
+        assert resumed.curve.read_text() == straight.curve.read_text()
+        assert (resumed.steps, resumed.best_step) == (straight.steps, straight.best_step)
+        assert list(resumed.file.parent.glob("*.safetensors")) == [resumed.file]
+        assert signal.getsignal(signal.SIGINT) is handler
+        return resumed
+
+    return check
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs ``lsast-train`` with arguments; returns exit status, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        return int(caught.value.code or 0), *capsys.readouterr()
+
+    return run

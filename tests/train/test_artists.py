@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from lsast_engines.errors import TrainingError
-from lsast_train.__main__ import main
 from lsast_train.artists import artists_of, pictures_by, style_name
 from lsast_train.base.lazy_base import save_base
 from lsast_train.prompts.prompt_file import load_prompts
@@ -71,31 +69,25 @@ def test_artists_of_a_table_beside_the_pictures(tmp_path):
     assert _names(artists_of(root)) == {"claude-monet": ["1"], "eugene-delacroix": ["3"]}
 
 
-def _train(*arguments: Any) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    return int(caught.value.code or 0)
-
-
-def test_each_artist_learns_a_style_of_every_artist_that_has_enough_pictures(base, tmp_path, capsys):
+def test_each_artist_learns_a_style_of_every_artist_that_has_enough_pictures(base, tmp_path, command):
     save_base(base, Path("tiny"))
     names = [f"Realism/{artist}_{n}.png" for artist in ("claude-monet", "paul-cezanne") for n in range(3)]
     root = _pictures(tmp_path / "wikiart", *names, "Realism/edvard-munch_one.png")
     knobs = ("--images", root, "--base", "tiny", "--steps", "1", "--batch", "1", "--size", "64")
-    assert _train("--each-artist", *knobs) == 1
-    out, err = capsys.readouterr()
+    code, out, err = command("--each-artist", *knobs)
+    assert code == 1
     files = [Path("runs", name, f"{name}.prompts.safetensors") for name in ("claude-monet", "paul-cezanne")]
     assert out.split() == [str(file) for file in files]
     assert [load_prompts(file).meta["works"] for file in files] == ["3", "3"]
     assert "edvard-munch: found 1 usable pictures" in err
     assert "no style for 1 of 3 artists: edvard-munch" in err
     before = files[0].read_bytes()
-    assert _train("--each-artist", *knobs) == 1
-    assert "claude-monet: finished before, passed over" in capsys.readouterr().err
+    code, _, err = command("--each-artist", *knobs)
+    assert (code, "claude-monet: finished before, passed over" in err) == (1, True)
     # Alone, a finished training is not replaced unasked.
-    assert _train("--artist", "Claude Monet", *knobs, "--seed", "5") == 1
-    assert "found a finished training" in capsys.readouterr().err
+    code, _, err = command("--artist", "Claude Monet", *knobs, "--seed", "5")
+    assert (code, "found a finished training" in err) == (1, True)
     assert files[0].read_bytes() == before
-    assert _train("--artist", "Claude Monet", *knobs, "--seed", "5", "--overwrite") == 0
+    assert command("--artist", "Claude Monet", *knobs, "--seed", "5", "--overwrite")[0] == 0
     assert files[0].read_bytes() != before
-    assert _train("--each-artist", "--style", "x", "--images", root) == 2
+    assert command("--each-artist", "--style", "x", "--images", root)[0] == 2

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import logging
 import re
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -29,15 +27,9 @@ from lsast_train.prompts.prompt_space import PromptSpace
 from lsast_train.training.run import InterruptionError
 from schedulers import ddpm
 
+from .conftest import weights
+
 Invert = Callable[..., Inversion]
-
-
-def _weights(base: Base) -> dict[str, str]:
-    return {
-        f"{name}.{key}": hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
-        for name, network in base.networks().items()
-        for key, value in network.state_dict().items()
-    }
 
 
 @pytest.mark.parametrize(
@@ -54,9 +46,9 @@ def _weights(base: Base) -> dict[str, str]:
     ids=lambda kind: " ".join(map(str, kind.values())),
 )
 def test_inversion_of_every_variant_learns_and_leaves_the_base_unchanged(base, invert, kind):
-    before = _weights(base)
+    before = weights(base)
     outcome = invert(base, **kind, steps=16, batch=6, weighting="v", evaluate_every=16).run()
-    assert _weights(base) == before
+    assert all(torch.equal(value, before[key]) for key, value in weights(base).items())
     assert not any(
         parameter.requires_grad for network in base.networks().values() for parameter in network.parameters()
     )
@@ -162,26 +154,9 @@ def test_inversion_with_a_nan_loss_raises(base, invert):
         invert(base).run()
 
 
-InterruptAt = Callable[[int], None]
-
-
-def test_resumed_inversion_equals_the_uninterrupted_one_bit_for_bit(invert, tmp_path, interrupt_at):
-    def make(folder: str, **how: Any) -> Inversion:
-        return invert(build_mini(MiniConfig.tiny()), folder, evaluate_every=8, **how)
-
-    straight = make("straight").run()
+def test_resumed_inversion_equals_the_uninterrupted_one_bit_for_bit(invert, stop_and_resume):
     # Part of the mean loss since the last evaluation is carried over.
-    interrupt_at(6)
-    with pytest.raises(InterruptionError, match=r"after step 6; .* --resume") as caught:
-        make("parts").run()
-    assert caught.value.exit_code == 130
-    assert [path.name for path in (tmp_path / "parts").iterdir()] == ["red.checkpoint.safetensors"]
-    resumed = make("parts", resume=True).run()
-    assert resumed.file.read_bytes() == straight.file.read_bytes()
-    assert resumed.curve.read_text() == straight.curve.read_text()
-    assert (resumed.steps, resumed.best_step) == (10, straight.best_step)
-    assert not (tmp_path / "parts" / "red.checkpoint.safetensors").exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    stop_and_resume(lambda *at, **how: invert(build_mini(MiniConfig.tiny()), *at, evaluate_every=8, **how), 6)
 
 
 @pytest.mark.parametrize(
@@ -192,20 +167,15 @@ def test_resumed_inversion_equals_the_uninterrupted_one_bit_for_bit(invert, tmp_
     ],
     ids=lambda kind: " ".join(map(str, kind.values())),
 )
-def test_resumed_inversion_through_a_text_encoder_equals_the_uninterrupted_one(text_base, invert, interrupt_at, kind):
+def test_resumed_inversion_through_a_text_encoder_equals_the_straight_one(text_base, invert, stop_and_resume, kind):
     """Bit for bit, with the generator's dropout."""
     lr = 0.01 if kind["generator"] == "geglu" else 1.0
     options = {**kind, "lr": lr, "map_lr": 0.0, "batch": 6, "evaluate_latents": 2}
     before = copy.deepcopy(text_base.text_encoder.state_dict())
-    straight = invert(text_base, "straight", **options).run()
-    assert (straight.best_step, straight.relative_loss < 0.9999) == (10, True)
-    interrupt_at(4)
-    with pytest.raises(InterruptionError):
-        invert(text_base, "parts", **options).run()
-    resumed = invert(text_base, "parts", resume=True, **options).run()
-    assert resumed.file.read_bytes() == straight.file.read_bytes()
+    result = stop_and_resume(lambda *at, **how: invert(text_base, *at, **options, **how), 4)
+    assert (result.best_step, result.relative_loss < 0.9999) == (10, True)
     assert all(torch.equal(v, before[k]) for k, v in text_base.text_encoder.state_dict().items())
-    prompts = load_prompts(straight.file, text_base)
+    prompts = load_prompts(result.file, text_base)
     assert prompts.prompts.shape == (10, 3, 77, 24)
     assert prompts.prompt == "text"
     assert json.loads(prompts.meta["options"])["generator"] == kind["generator"]
@@ -217,8 +187,6 @@ def test_checkpoint_that_does_not_fit_the_run_is_refused(base, invert, collectio
     interrupt_at(1)
     with pytest.raises(InterruptionError):
         invert(base).run()
-    with pytest.raises(TrainingError, match="unfinished run"):
-        invert(base)
     others = PaintingDataset(collection.training[1:], collection.held_out, "other paintings")
     with pytest.raises(TrainingError) as caught:
         Inversion(base, others, replace(brief, lr=0.2, seed=7), "red", tmp_path, resume=True)

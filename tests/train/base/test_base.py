@@ -13,7 +13,6 @@ from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
 
 from lsast_engines.errors import TrainingError
-from lsast_train.base.base import Base
 from lsast_train.base.lazy_base import load_base, open_base, save_base
 from lsast_train.mini.architecture import MiniConfig, build_mini
 from schedulers import ddpm
@@ -25,17 +24,12 @@ def _stock(network: Any) -> Any:
     return stock
 
 
-def _inputs(base: Base) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    latent = torch.randn(2, 4, 8, 8, generator=generator)
-    context = torch.randn(2, *base.null_context.shape, generator=generator)
-    edges = (torch.rand(2, 1, 64, 64, generator=generator) < 0.2).float().expand(-1, 3, -1, -1)
-    return latent, torch.tensor([30, 870]), context, edges
-
-
 @pytest.mark.parametrize("controlled", [False, True])
 def test_eps_with_equal_contexts_equals_stock_diffusers(base, controlled):
-    latent, times, context, edges = _inputs(base)
+    generator = torch.Generator().manual_seed(0)
+    latent, times = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([30, 870])
+    context = torch.randn(2, *base.null_context.shape, generator=generator)
+    edges = (torch.rand(2, 1, 64, 64, generator=generator) < 0.2).float().expand(-1, 3, -1, -1)
     residuals = {}
     if controlled:
         down, mid = _stock(base.controlnet)(latent, times, context, edges, return_dict=False)
@@ -47,7 +41,7 @@ def test_eps_with_equal_contexts_equals_stock_diffusers(base, controlled):
     expected = alphas.sqrt() * velocity + (1 - alphas).sqrt() * latent
     found = base.eps(latent, times, context[:, None].expand(-1, 3, -1, -1), edges if controlled else None)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(latent.shape, generator=generator)
     torch.testing.assert_close(base.add_noise(latent, noise, times), schedule.add_noise(latent, noise, times))
 
 

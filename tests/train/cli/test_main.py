@@ -9,11 +9,9 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from lsast_train.__main__ import main
 from lsast_train.base.base import Base
 from lsast_train.base.lazy_base import load_base, save_base
 from lsast_train.prompts.prompt_file import load_prompts
@@ -28,15 +26,6 @@ def base_folder(base: Base, tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-def _run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the command."""
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    code: Any = caught.value.code
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
 def _errors(err: str) -> list[str]:
     """The lines of stderr that are neither progress nor log."""
     lines = err.replace("\r", "\n").splitlines()
@@ -49,10 +38,8 @@ def _python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
 
 
-def test_train_command_prints_the_prompt_file(capsys, base_folder, paintings, tmp_path):
-    code, out, err = _run(
-        capsys, "--style", "red", "--images", paintings, "--base", base_folder, "--licence", "CC0", *BRIEF
-    )
+def test_train_command_prints_the_prompt_file(command, base_folder, paintings, tmp_path):
+    code, out, err = command("--style", "red", "--images", paintings, "--base", base_folder, "--licence", "CC0", *BRIEF)
     assert code == 0, err
     assert out == f"{Path('runs', 'red', 'red.prompts.safetensors')}\n"
     assert "kept step 2" in err
@@ -69,9 +56,9 @@ def test_train_command_prints_the_prompt_file(capsys, base_folder, paintings, tm
     ]
 
 
-def test_train_command_with_json_prints_the_result(capsys, base_folder, paintings, tmp_path):
+def test_train_command_with_json_prints_the_result(command, base_folder, paintings, tmp_path):
     arguments = ["--images", paintings, "--base", base_folder, "--out", tmp_path / "there", "--json", *BRIEF]
-    code, out, _ = _run(capsys, "--style", "red", *arguments, "--variant", "layer", "--preset", "paper")
+    code, out, _ = command("--style", "red", *arguments, "--variant", "layer", "--preset", "paper")
     assert code == 0
     result = json.loads(out)
     assert set(result) == {"file", "curve", "steps", "best_step", "relative_loss", "seconds"}
@@ -99,21 +86,21 @@ def test_train_command_with_json_prints_the_result(capsys, base_folder, painting
         (["--style", "red", "--images", ".", "--base", "nowhere", "--out", __file__], "expected a folder that can"),
     ],
 )
-def test_train_command_with_wrong_usage_exits_with_2(capsys, arguments, expected):
-    code, out, err = _run(capsys, *arguments)
+def test_train_command_with_wrong_usage_exits_with_2(command, arguments, expected):
+    code, out, err = command(*arguments)
     assert (code, out) == (2, "")
     assert err.startswith("Error: ")
     assert expected in err
     assert "Traceback" not in err
 
 
-def test_train_command_that_fails_prints_one_line_and_exits_with_1(capsys, base_folder, tmp_path):
-    code, _, err = _run(capsys, "--style", "red", "--images", tmp_path / "nowhere", "--base", base_folder)
+def test_train_command_that_fails_prints_one_line_and_exits_with_1(command, base_folder, tmp_path):
+    code, _, err = command("--style", "red", "--images", tmp_path / "nowhere", "--base", base_folder)
     assert code == 1
     assert _errors(err) == [f"Error: found no folder {tmp_path / 'nowhere'}; expected a folder of pictures"]
 
 
-def test_interrupt_in_training_leaves_a_checkpoint_to_resume(capsys, base_folder, paintings, tmp_path):
+def test_interrupt_in_training_leaves_a_checkpoint_to_resume(command, base_folder, paintings, tmp_path):
     """The process gets a real SIGINT as soon as the run listens for it."""
     before = signal.getsignal(signal.SIGINT)
 
@@ -125,16 +112,16 @@ def test_interrupt_in_training_leaves_a_checkpoint_to_resume(capsys, base_folder
     arguments = ["--style", "red", "--images", paintings, "--base", base_folder, "--batch", "2", "--size", "64"]
     finger = threading.Thread(target=press)
     finger.start()
-    code, out, err = _run(capsys, *arguments, "--steps", "40")
+    code, out, err = command(*arguments, "--steps", "40")
     finger.join()
     assert (code, out) == (130, "")
     (line,) = _errors(err)
     assert "go on with --resume" in line
     assert [path.name for path in (tmp_path / "runs" / "red").iterdir()] == ["red.checkpoint.safetensors"]
-    code, _, err = _run(capsys, *arguments, "--steps", "41", "--resume")
+    code, _, err = command(*arguments, "--steps", "41", "--resume")
     assert code == 1
     assert "steps: found 40 in the checkpoint, 41 now" in err
-    code, out, err = _run(capsys, *arguments, "--steps", "40", "--resume")
+    code, out, err = command(*arguments, "--steps", "40", "--resume")
     assert code == 0, err
     assert "goes on after step" in err
 
@@ -152,12 +139,12 @@ def test_help_works_without_torch_and_training_names_the_extra():
         assert refused.stderr == "Error: torch is not installed; install it with: pip install 'lsast[train]'\n"
 
 
-def test_mini_needs_neither_matplotlib_nor_accelerate(monkeypatch, capsys, paintings, tmp_path):
+def test_mini_needs_neither_matplotlib_nor_accelerate(monkeypatch, command, paintings, tmp_path):
     """The machines with a card that benchmarks/gpu_day is for lack them, or may."""
     find = importlib.util.find_spec
     missing = ("matplotlib", "accelerate")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in missing else find(name))
-    code, _, err = _run(capsys, "mini", "--images", paintings, "--out", tmp_path / "out")
+    code, _, err = command("mini", "--images", paintings, "--out", tmp_path / "out")
     assert (code, "found neither --teacher nor --init" in err) == (2, True), err
-    code, _, err = _run(capsys, "--style", "red", "--images", paintings)
+    code, _, err = command("--style", "red", "--images", paintings)
     assert (code, "is not installed" in err) == (1, True), err

@@ -14,7 +14,6 @@ import torch
 from lsast_engines.bundle.style import Style, StyleFile
 from lsast_engines.diffusion import SOLVERS, NoiseSchedule, TimestepSchedule
 from lsast_engines.errors import StyleError, TrainingError, UsageError
-from lsast_train.__main__ import main
 from lsast_train.base.attention import packed_kv
 from lsast_train.base.base import Base
 from lsast_train.base.kv_packing import kv_layouts
@@ -27,19 +26,21 @@ from lsast_train.options import DistillOptions, Solver
 from lsast_train.prompts.prompt_file import Prompts, save_prompts
 from lsast_train.training.run import InterruptionError
 
+from ..conftest import weights
+
 BRIEF = DistillOptions(guidance=4.0, pictures=4, noised=2, teacher_steps=4, steps=80, batch=4, lr=0.1, size=64,
                       evaluate_every=40)  # fmt: skip
 
 
 def test_distillation_brings_one_pass_nearer_to_two(base, source, collection, tmp_path):
-    before = {key: value.clone() for key, value in base.unet.state_dict().items()}
+    before = weights(base)
     source.meta.update({"licence": "CC0", "defaults": json.dumps({"guidance": 4.0, "control": 0.8})})
     run = Distillation(base, source, collection, BRIEF, "hand-g4", tmp_path)
     outcome = run.run()
     unguided, start, _, _ = (run.curve.relative(evaluation) for evaluation in run.curve.evaluations)
     assert (unguided, outcome.best_step) == (1.0, 80)
     assert outcome.relative_loss < min(0.79, 0.97 * start)
-    assert all(torch.equal(value, before[key]) for key, value in base.unet.state_dict().items())
+    assert all(torch.equal(value, before[key]) for key, value in weights(base).items())
     file = StyleFile(outcome.file)
     # The metadata is that of the original, but that its guidance is baked in.
     assert (file.distilled_guidance, file.defaults) == (4.0, {"control_scale": 0.8})
@@ -91,26 +92,18 @@ def test_stages_that_the_teacher_does_not_paint_stay_unguided(base, source, coll
     assert json.loads(outcome.curve.read_text())["stages"] == run.stages
 
 
-def test_resumed_distillation_equals_the_uninterrupted_one(source, collection, tmp_path, interrupt_at):
+def test_resumed_distillation_equals_the_uninterrupted_one(source, collection, tmp_path, stop_and_resume):
     options = replace(BRIEF, steps=8, evaluate_every=4, pictures=2, noised=1, teacher_steps=2)
 
     def make(folder: str, options: DistillOptions = options, **how: Any) -> Distillation:
         base = build_mini(MiniConfig.tiny())
         return Distillation(base, source, collection, options, "hand-g4", tmp_path / folder, **how)
 
-    straight = make("straight").run()
-    interrupt_at(6)
-    with pytest.raises(InterruptionError, match=r"after step 6; .* --resume") as caught:
-        make("parts").run()
-    assert caught.value.exit_code == 130
-    with pytest.raises(TrainingError, match="unfinished run"):
-        make("parts")
+    stop_and_resume(make, 6)
+    with pytest.raises(InterruptionError):  # at step 6 again
+        make("other").run()
     with pytest.raises(TrainingError, match=r"another run(.|\n)*guidance: found 4.0 in the checkpoint, 5.0 now"):
-        make("parts", replace(options, guidance=5.0), resume=True)
-    resumed = make("parts", resume=True).run()
-    assert resumed.file.read_bytes() == straight.file.read_bytes()
-    assert resumed.curve.read_text() == straight.curve.read_text()
-    assert [path.name for path in (tmp_path / "parts").glob("*.safetensors")] == ["hand-g4.safetensors"]
+        make("other", replace(options, guidance=5.0), resume=True)
 
 
 def test_invalid_options_are_all_reported(base, source, collection, tmp_path):
@@ -123,24 +116,20 @@ def test_invalid_options_are_all_reported(base, source, collection, tmp_path):
         Distillation(base, source, collection, replace(BRIEF, size=80), "a/b", tmp_path)
 
 
-def test_distill_command_prints_the_style_file(base, source, paintings, tmp_path, capsys):
+def test_distill_command_prints_the_style_file(base, source, paintings, tmp_path, command):
     replace(source, base=save_base(base, tmp_path / "base")).save(tmp_path / "hand.safetensors")
     # The command's and an option's old names work, too.
     arguments = ["distil", "--style", tmp_path / "hand.safetensors", "--images", paintings, "--base", tmp_path / "base",
                  "--guidance", "3", "--size", "64", "--pictures", "2", "--noised", "0", "--teacher-steps", "10",
                  "--steps", "4", "--batch", "2", "--precision", "fp32", "--json"]  # fmt: skip
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    assert caught.value.code == 0, err
+    code, out, err = command(*arguments)
+    assert code == 0, err
     result = json.loads(out)
     assert Path(result["file"]) == Path("runs/hand-g3/hand-g3.safetensors")
     assert StyleFile(Path(result["file"])).distilled_guidance == 3.0
     assert "is left" in err
-    with pytest.raises(SystemExit) as caught:
-        main([*[str(argument) for argument in arguments[:-1]], "--guidance", "1"])
-    assert caught.value.code == 2
-    assert "takes one pass already" in capsys.readouterr().err
+    code, _, err = command(*arguments[:-1], "--guidance", "1")
+    assert (code, "takes one pass already" in err) == (2, True)
 
 
 @pytest.fixture

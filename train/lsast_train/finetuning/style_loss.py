@@ -67,7 +67,7 @@ class StyleLoss(nn.Module):
         crops = np.stack([random_crop(works[index % len(works)], size, generator) for index in range(WORKS)])
         with torch.no_grad():
             images = to_images(torch.from_numpy(crops), device)
-            parts = [self._describe(part, self.features(part)) for part in images.split(8)]
+            parts = [self._describe(part, self._lite.features(part)) for part in images.split(8)]
             described = [torch.cat(rows) for rows in zip(*parts, strict=True)]
         self._mean = [rows.mean(0) for rows in described]
         self._std = [rows.std(0) + 1e-3 for rows in described]
@@ -79,14 +79,10 @@ class StyleLoss(nn.Module):
         self.filled: torch.Tensor
         self.register_buffer("filled", torch.zeros((), dtype=torch.long))
 
-    def features(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Images [B, 3, H, W] in [-1, 1] → the taps of `LiteDistance`."""
-        return self._lite.features(images)
-
     def _describe(self, images: torch.Tensor, taps: list[torch.Tensor]) -> list[torch.Tensor]:
         """Images and their taps → rows [B, D] for each of `WEIGHTS`."""
         found = []
-        for view in (taps, self.features(F.avg_pool2d(images, 2))):
+        for view in (taps, self._lite.features(F.avg_pool2d(images, 2))):
             for x in (tap.float() for tap in view):
                 found.append(torch.cat([x.mean((2, 3)), (x.var((2, 3)) + 1e-5).sqrt()], 1))
             found.append(self._lite.pooled(view).float())
@@ -105,8 +101,8 @@ class StyleLoss(nn.Module):
             remember: count earlier paintings to the distribution, and these to that of later ones.
         """
         with torch.no_grad():
-            content = self_similarities(self.features(pictures))
-        taps = self.features(images)
+            content = self_similarities(self._lite.features(pictures))
+        taps = self._lite.features(images)
         described = self._standardised(self._describe(images, taps))
         past = self.past[: int(self.filled) * remember].split(self._widths, 1)
         distances = [energy_distance(*rows) for rows in zip(described, past, self._works, strict=True)]

@@ -17,6 +17,7 @@ import copy
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,9 +87,9 @@ class MultiscaleDiscriminator(nn.Module):
         self.scales = nn.ModuleList(PatchDiscriminator(widths) for _ in range(2))
 
     def forward(self, image: torch.Tensor) -> list[list[torch.Tensor]]:
-        """Image [B, 3, H, W] → the features of each scale, full size first."""
+        """Image [B, 3, H, W] → the features of each scale in float32, full size first."""
         full, half = self.scales
-        return [full(image), half(F.avg_pool2d(image, 2))]
+        return [[x.float() for x in features] for features in (full(image), half(F.avg_pool2d(image, 2)))]
 
 
 def d_loss(real: list[list[torch.Tensor]], fake: list[list[torch.Tensor]]) -> torch.Tensor:
@@ -212,42 +213,25 @@ class GanTraining:
     ) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
-            discriminator = MultiscaleDiscriminator()
-        self.options, self.device = options, device
-        self.autoencoder = autoencoder
+            self.discriminator = MultiscaleDiscriminator()
+        self.options, self.device, self.autoencoder, self.teacher = options, device, autoencoder, teacher
         self.ema = copy.deepcopy(autoencoder)
-        self.teacher = teacher
         self.anchor: nn.Module = copy.deepcopy(autoencoder.encoder) if teacher is None else teacher.encoder
-        self.discriminator = discriminator
-        frozen = [self.ema, self.anchor, *([] if teacher is None else [teacher])]
-        for module in (self.autoencoder, self.discriminator, *frozen):
-            module.to(device, memory_format=torch.channels_last)
+        trained: list[Any] = [autoencoder.encoder, autoencoder.decoder, self.discriminator]
+        frozen: list[Any] = [self.ema, self.anchor, *([] if teacher is None else [teacher])]
+        for module in trained:
+            module.to(device, memory_format=torch.channels_last).requires_grad_(True)
         for module in frozen:
-            module.eval().requires_grad_(False)
-        self.autoencoder.requires_grad_(True)
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": list(autoencoder.encoder.parameters()), "relative": options.encoder_lr},
-                {"params": list(autoencoder.decoder.parameters()), "relative": options.lr},
-                {"params": list(self.discriminator.parameters()), "relative": options.discriminator_lr},
-            ],
-            betas=(0.5, 0.99),
-            weight_decay=0.0,
-            fused=True,
-        )
-
-    @property
-    def modules(self) -> dict[str, nn.Module]:
+            module.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        own = {"anchor": self.anchor} if teacher is None else {}
+        self.modules = {"autoencoder": autoencoder, "ema": self.ema, "discriminator": self.discriminator, **own}
         """The networks of a checkpoint. The teacher is in none."""
-        own = {} if self.teacher is not None else {"anchor": self.anchor}
-        return {"autoencoder": self.autoencoder, "ema": self.ema, "discriminator": self.discriminator, **own}
+        rates = (options.encoder_lr, options.lr, options.discriminator_lr)
+        groups = [{"params": list(x.parameters()), "relative": lr} for x, lr in zip(trained, rates, strict=True)]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.5, 0.99), weight_decay=0.0, fused=True)
 
     def train_step(
-        self,
-        step: int,
-        images: torch.Tensor,
-        perceptual: PerceptualDistance,
-        time_left: float = 1.0,
+        self, step: int, images: torch.Tensor, perceptual: PerceptualDistance, time_left: float = 1.0
     ) -> dict[str, torch.Tensor]:
         """Train autoencoder and discriminator in step `step` (from 0).
 
@@ -258,8 +242,7 @@ class GanTraining:
         Returns:
             The parts of the autoencoder's loss, and ``discriminator``, the loss of the discriminator.
         """
-        options, decoder = self.options, list(self.autoencoder.decoder.parameters())
-        use_gan = step >= options.gan_warmup
+        options = self.options
         train_encoder = step < options.encoder_part * options.steps and 1 - time_left <= options.encoder_part
         rise = min(1.0, (step + 1) / options.lr_warmup)
         set_learning_rate(self.optimizer, rise * min(1.0, 3 * (options.steps - step) / options.steps, 3 * time_left))
@@ -279,16 +262,16 @@ class GanTraining:
                 "perceptual": perceptual(decoded, target),
             }
             real, fake = self.discriminator(target), self.discriminator(decoded.detach())
-            real, fake = ([[x.float() for x in scale] for scale in scales] for scales in (real, fake))
-            if use_gan:
+            if step >= options.gan_warmup:
                 self.discriminator.requires_grad_(False)
-                scores = [[x.float() for x in scale] for scale in self.discriminator(decoded)]
+                scores = self.discriminator(decoded)
                 self.discriminator.requires_grad_(True)
                 losses |= {"matching": feature_matching(real, scores), "adversarial": g_loss(scores)}
         generator_loss = torch.stack([LOSS_WEIGHTS[name] * loss for name, loss in losses.items()]).sum()
         discriminator_loss = d_loss(real, fake)
         self.optimizer.zero_grad(set_to_none=True)
-        generator_loss.backward(inputs=list(self.autoencoder.parameters()) if train_encoder else decoder)
+        learner = self.autoencoder if train_encoder else self.autoencoder.decoder
+        generator_loss.backward(inputs=list(learner.parameters()))
         discriminator_loss.backward()
         nn.utils.clip_grad_norm_(self.autoencoder.parameters(), 1.0)
         self.optimizer.step()

