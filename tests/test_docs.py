@@ -155,7 +155,6 @@ MODULES = {
     "lsast-run": ("lsast.cli.main", "main"),
     "lsast-serve": ("lsast.server.cli", "main"),
     "lsast-train": ("lsast_train.cli.main", "command"),
-    "lsast-train mini": ("lsast_train.cli.mini", "mini"),
     "lsast-export": ("lsast_export.cli.main", "main"),
     "lsast-eval": ("lsast_eval.cli", "main"),
 }

@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
+from benchmarks.mini.training.dataset import fit_picture, is_held_out
+from benchmarks.mini.training.train_autoencoder import load_teacher, psnr
 from lsast_engines.files import replace_file
 from lsast_engines.images import find_pictures, read_picture
 from lsast_train.base.lazy_base import load_base
 from lsast_train.base.mini_networks import MiniAutoencoder
-from lsast_train.mini.dataset import fit_picture, is_held_out
-from lsast_train.mini.perceptual import LiteDistance
-from lsast_train.mini.train_autoencoder import load_teacher, psnr
+from lsast_train.finetuning.perceptual import LiteDistance
 
 Network = Callable[[torch.Tensor], torch.Tensor]
 

@@ -1,8 +1,8 @@
 """Print the training log of a base as Markdown: held-out errors and token gain over the steps.
 
-    python -m benchmarks.mini.log benchmarks/mini
+    python -m benchmarks.mini.log benchmarks/mini/logs
 
-The folder holds ``base.log.json``, ``autoencoder.log.json`` and ``finetune_gan.log.json``, as `lsast-train mini` writes
+The folder holds ``base.log.json``, ``autoencoder.log.json`` and ``finetune_gan.log.json``, as the training writes
 them (``sharpening.log.json`` is an earlier version's second phase).
 """
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+TRAINING = "benchmarks.mini.training"
+
 
 @dataclass(frozen=True)
 class Step:
@@ -34,29 +36,29 @@ class Step:
 
 def steps(given: argparse.Namespace) -> list[Step]:
     """Base, prompts by inversion, fine-tuned prompts, decoder, bundle."""
-    out, trainer = given.out, ("lsast_train", "--json", *(("--threads", str(given.threads)) if given.threads else ()))
+    out, shared = given.out, ("--json", *(("--threads", str(given.threads)) if given.threads else ()))
     styles = dict(text.split("=", 1) for text in given.style)
 
     def train(command: str, folder: Path, *arguments: str) -> tuple[str, ...]:
-        return (trainer[0], *([command] if command else []), *arguments, *trainer[1:], "--out", str(folder))
+        return (*command.split(), *arguments, *shared, "--out", str(folder))
 
     base, touched, contents = out / "base", out / "touched", str(given.contents or given.photos)
     images = ("--images", str(given.paintings), "--images", str(given.photos), "--teacher", str(given.teacher))
     time_limit = ("--seconds", str(given.seconds)) if given.seconds else ()
     shares = tuple(word for share in given.share for word in ("--share", share))
-    listed = [Step("base", train("mini", base, *images, *shares, *time_limit), base, anew=())]
+    listed = [Step("base", train(f"{TRAINING} base", base, *images, *shares, *time_limit), base, anew=())]
     prompts: dict[str, Path] = {}
     for name, label in styles.items():
         works = ("--images", str(given.paintings / label), "--base", str(base))
         learned, tuned = out / "learned" / name, out / "tuned" / name
-        listed.append(Step(f"learn {name}", train("", learned, "--style", name, *works), learned))
+        listed.append(Step(f"learn {name}", train("lsast_train", learned, "--style", name, *works), learned))
         prompts[name] = learned / f"{name}.prompts.safetensors"
         arguments = ("--style", str(prompts[name]), "--contents", contents, *works)
-        listed.append(Step(f"finetune {name}", train("finetune", tuned, *arguments), tuned))
+        listed.append(Step(f"finetune {name}", train("lsast_train finetune", tuned, *arguments), tuned))
         prompts[name] = tuned / f"{name}.prompts.safetensors"
     pairs = [f"{prompts[name]}={given.paintings / label}" for name, label in styles.items()]
     given_styles = tuple(word for pair in pairs for word in ("--style", pair))
-    decoder = train("decoder", touched, "--base", str(base), "--contents", contents, *given_styles)
+    decoder = train(f"{TRAINING} decoder", touched, "--base", str(base), "--contents", contents, *given_styles)
     listed.append(Step("decoder", decoder, touched))
     baked = tuple(word for file in prompts.values() for word in ("--style", str(touched / "prompts" / file.name)))
     bundle = ("lsast_export", "bundle", "--base", str(touched), *baked, "--out", str(out / "bundle"), "--json")
@@ -86,8 +88,8 @@ def main() -> None:
     parser.add_argument("--contents", type=Path, help="Photographs to paint while styles are tuned. [default: photos]")
     parser.add_argument("--teacher", type=Path, required=True, help="TAESD as a diffusers folder.")
     parser.add_argument("--style", action="append", required=True, metavar="NAME=FOLDER", help="Folder in paintings.")
-    parser.add_argument("--share", action="append", default=[], metavar="LABEL=X", help="As of lsast-train mini.")
-    parser.add_argument("--seconds", type=float, help="Time for the base alone, as of lsast-train mini.")
+    parser.add_argument("--share", action="append", default=[], metavar="LABEL=X", help="As of `training base`.")
+    parser.add_argument("--seconds", type=float, help="Time for the base alone.")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()

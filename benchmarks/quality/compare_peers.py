@@ -94,7 +94,7 @@ def linked(paths: list[Path], out: Path) -> list[Path]:
 
 def unseen(folder: Path) -> list[Path]:
     """The pictures in the folders of `folder` that the training of mini held out."""
-    from lsast_train.mini.dataset import is_held_out
+    from benchmarks.mini.training.dataset import is_held_out
 
     return [path for path in find_pictures(folder) if is_held_out(f"{path.parent.name}/{path.name}")]
 

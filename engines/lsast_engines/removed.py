@@ -4,6 +4,7 @@ from __future__ import annotations
 
 _EIGHT_BITS = "no engine in 8 bits ever ran on a GPU; use fp16"
 _CPU = "for processors there is lsast-export quantize"
+_OURS = "only who makes a base needs it; in a clone of the repository: python -m benchmarks.mini.training"
 _GUIDANCE = "use cache_interval, or a style with distilled guidance (lsast-train distill)"
 
 REMOVED_OPTIONS: dict[str, tuple[int, str]] = {
@@ -20,13 +21,13 @@ REMOVED = {
     "lsast-export triton": "no server was ever run; serve on many machines with Ray, see docs/guides/many-machines.md",
     "lsast-export golden": "a test of this repository compares with recordings of the released code: "
     "tests/export/parity/test_released_run.py",
+    "lsast-train mini": f"{_OURS} base",
+    "lsast-train decoder": f"{_OURS} decoder",
     "--quantised": f"{_EIGHT_BITS}; {_CPU}",
     "--compute-dtype int8": f"{_EIGHT_BITS}; {_CPU}",
     "--compute-dtype fp8": _EIGHT_BITS,
     "--student-steps": "it added 0.4 dB; distill the guidance, which holds for any number of steps",
     "--roughness-weight": "roughness is one of the features of the style loss; weigh the picture by --content-weight",
-    "--decoder-steps": "the decoder learns on what the styles of its base paint: lsast-train decoder",
-    "--decoder-only": "use lsast-train decoder, which trains on what the styles of the base paint",
     "--kind": "keys and values are distilled; prompts never were, beyond tests",
     "--device tensorrt": "use --backend tensorrt",
     "--device tensorrt-rtx": "use --backend tensorrt-rtx",

@@ -1,4 +1,4 @@
-"""`benchmarks.mini.train`: its commands against the parsers of `lsast-train` and `lsast-export`; nothing is trained."""
+"""`benchmarks.mini.train`: its commands against their parsers; nothing is trained."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ import click
 import pytest
 
 from benchmarks.mini.train import main
+from benchmarks.mini.training.__main__ import main as training_command
 from lsast_export.cli.main import main as export_command
 from lsast_train.cli.main import command as train_command
 
-PROGRAMS = {"lsast_train": train_command, "lsast_export": export_command}
+PROGRAMS = {
+    "lsast_train": train_command,
+    "lsast_export": export_command,
+    "benchmarks.mini.training": training_command,
+}
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from lsast_export.bundle.add_graphs import add_parts
 from lsast_export.bundle.export import ExportOptions, export_bundle
 from lsast_export.graphs.trace import TracedGraph, trace_graphs
 from lsast_train.base.base import Base
-from lsast_train.mini.architecture import MiniConfig, build_mini
+from lsast_train.base.mini_base import MiniConfig, build_mini
 from lsast_train.prompts.prompt_file import Prompts
 from lsast_train.prompts.prompt_space import matrix_index
 

@@ -16,8 +16,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from lsast_engines.errors import TrainingError
 from lsast_train.__main__ import main
 from lsast_train.base.base import Base
+from lsast_train.base.mini_base import MiniConfig, build_mini
 from lsast_train.inversion import Inversion
-from lsast_train.mini.architecture import MiniConfig, build_mini
 from lsast_train.options import TrainOptions
 from lsast_train.paintings import PaintingDataset
 from lsast_train.training.loop import TrainingLoop

@@ -18,9 +18,9 @@ from lsast_engines.errors import OutOfMemoryError, TrainingError, UsageError
 from lsast_train import inversion
 from lsast_train.base.attention import layer_contexts
 from lsast_train.base.base import Base
+from lsast_train.base.mini_base import MiniConfig, build_mini
 from lsast_train.evaluation import ValidationSet, noise_error
 from lsast_train.inversion import Inversion
-from lsast_train.mini.architecture import MiniConfig, build_mini
 from lsast_train.paintings import PaintingDataset
 from lsast_train.prompts.prompt_file import load_prompts
 from lsast_train.prompts.prompt_space import PromptSpace

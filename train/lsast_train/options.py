@@ -45,9 +45,6 @@ GPUs that have no bf16."""
 Solver = Literal["ddim", "dpmpp2m", "unipc", "ddim_lsast"]
 """The keys of `lsast_engines.diffusion.SOLVERS`."""
 
-LR_WARMUP = 20
-"""Steps in which the decoder's learning rate rises."""
-
 PLACEHOLDER_TOKENS = 10
 """Default rows of a matrix that passes a text encoder: the released configuration's ``max_vectors_per_token``."""
 
@@ -197,32 +194,6 @@ class FinetuneOptions(RunOptions):
     """Steps between two evaluations on held-out pictures."""
     checkpoint_minutes: Annotated[float, Range(0, above=True)] = field(default=2.0, compare=False)
     """Minutes between two checkpoints."""
-
-
-@dataclass(frozen=True)
-class DecoderOptions(RunOptions):
-    """How a decoder is trained on the paintings of a base's styles."""
-
-    steps: Annotated[int, "Optimiser steps; each is of one style, in turn.", Range(1)] = 400
-    batch: Annotated[int, "Paintings that are decoded in a step.", Range(2)] = 6
-    paintings: Annotated[int, "Pictures that each style paints beforehand.", Range(1)] = 96
-    lr: Annotated[float, "Learning rate at its highest.", Range(0, above=True)] = 2e-4
-    """It rises over the first `LR_WARMUP` steps and falls to zero by half a cosine."""
-    size: Annotated[int, "Side of a picture that is painted, in pixels.", Range(64)] = 256
-    content_weight: Annotated[float, "Weight of the loss of content.", Range(0)] = 9.0
-    reconstruction_weight: Annotated[float, "Weight of what real pictures lose by encoding and decoding.", Range(0)] = (
-        1.0
-    )
-    mixed_precision: Annotated[Literal["no", "bf16"], "Autocast of the networks."] = "bf16"
-    seed: Annotated[int, "Seed of all random numbers.", Range(0)] = 0
-    evaluate_every: Annotated[int, Range(1)] = 100
-    """Steps between two evaluations on held-out pictures."""
-    checkpoint_minutes: Annotated[float, Range(0, above=True)] = field(default=2.0, compare=False)
-    """Minutes between two checkpoints."""
-
-    def learning_rate(self, step: int) -> float:
-        """Learning rate of the step with this number, counted from 0."""
-        return min(1.0, (step + 1) / LR_WARMUP) * super().learning_rate(step)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lsast_train.base.base import Base
-from lsast_train.mini.architecture import MiniConfig, build_mini
+from lsast_train.base.mini_base import MiniConfig, build_mini
 
 
 @pytest.fixture(scope="module")

@@ -111,7 +111,6 @@ def test_shell_completion_knows_commands_styles_and_names(invoke, shell, monkeyp
         ["train", "--style", "a", "--images", "."],
         ["train", "--no-such-option"],
         ["train", "distill", "--no-such-option"],
-        ["train", "mini"],
         ["export", "--style", "a"],
         ["export", "--no-such-option"],
         ["export", "check", "nothing", "too much"],

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lsast_engines.errors import TrainingError
 from lsast_train.base.lazy_base import load_base, open_base, save_base
-from lsast_train.mini.architecture import MiniConfig, build_mini
+from lsast_train.base.mini_base import MiniConfig, build_mini
 from schedulers import ddpm
 
 

@@ -18,10 +18,10 @@ from lsast_train.base.attention import packed_kv
 from lsast_train.base.base import Base
 from lsast_train.base.kv_packing import kv_layouts
 from lsast_train.base.lazy_base import save_base
+from lsast_train.base.mini_base import MiniConfig, build_mini
 from lsast_train.distillation.distillation import Distillation
 from lsast_train.distillation.student import null_rows, read_style
 from lsast_train.distillation.teacher import Teacher, jitter_timesteps, read_contents
-from lsast_train.mini.architecture import MiniConfig, build_mini
 from lsast_train.options import DistillOptions, Solver
 from lsast_train.prompts.prompt_file import Prompts, save_prompts
 from lsast_train.training.run import InterruptionError

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.mini.training.dataset import LatentDataset, build_cache, fit_picture, is_held_out
 from lsast_engines.errors import TrainingError
 from lsast_engines.images import canny_edges, read_picture
-from lsast_train.mini.dataset import LatentDataset, build_cache, fit_picture, is_held_out
 
 
 class BlockMean(torch.nn.Module):
@@ -95,5 +95,5 @@ def test_fit_picture_of_a_long_picture_keeps_the_middle():
 
 
 def test_missing_cache_raises(tmp_path):
-    with pytest.raises(TrainingError, match="lsast-train mini"):
+    with pytest.raises(TrainingError, match=r"python -m benchmarks\.mini\.training base"):
         LatentDataset(tmp_path / "none.safetensors")

@@ -14,12 +14,9 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 
-from lsast_engines.errors import TrainingError
-from lsast_train.base.mini_networks import MiniAutoencoder
-from lsast_train.cli.mini import copy_autoencoder, mini
-from lsast_train.mini.architecture import MiniConfig, build_mini
-from lsast_train.mini.dataset import Crops
-from lsast_train.mini.finetune_gan import (
+from benchmarks.mini.training.__main__ import base, copy_autoencoder
+from benchmarks.mini.training.dataset import Crops
+from benchmarks.mini.training.finetune_gan import (
     GanOptions,
     GanTraining,
     corrupt_latents,
@@ -27,7 +24,10 @@ from lsast_train.mini.finetune_gan import (
     texture_loss,
     train_vae_gan,
 )
-from lsast_train.mini.train_autoencoder import load_teacher
+from benchmarks.mini.training.train_autoencoder import load_teacher
+from lsast_engines.errors import TrainingError
+from lsast_train.base.mini_base import MiniConfig, build_mini
+from lsast_train.base.mini_networks import MiniAutoencoder
 from lsast_train.training.loop import update_ema
 
 TINY = GanOptions(
@@ -232,9 +232,6 @@ def test_a_base_gives_its_autoencoder(picture_folders):
 
 
 def test_the_command_line_wants_a_start():
-    result = CliRunner().invoke(mini, ["--images", "i", "--out", "o"])
+    result = CliRunner().invoke(base, ["--images", "i", "--out", "o"])
     assert result.exit_code == 2
     assert "neither --teacher nor --init" in result.output
-    arguments = ["--images", "i", "--out", "o", "--init", "x.safetensors"]
-    assert "--init FILE was removed: name a base" in CliRunner().invoke(mini, arguments).output
-    assert "lsast-train decoder" in CliRunner().invoke(mini, [*arguments, "--decoder-only"]).output

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.mini.training.finetune_gan import MultiscaleDiscriminator, d_loss, feature_matching, g_loss
 from lsast_engines.errors import MissingExtraError
 from lsast_train.base.attention import cross_attention_layers
+from lsast_train.base.mini_base import MiniConfig, build_mini
 from lsast_train.base.mini_networks import PATCH, MiniAutoencoder, StyleEncoder
-from lsast_train.mini.architecture import MiniConfig, build_mini
-from lsast_train.mini.finetune_gan import MultiscaleDiscriminator, d_loss, feature_matching, g_loss
-from lsast_train.mini.perceptual import LiteDistance, feature_distance
+from lsast_train.finetuning.perceptual import LiteDistance, feature_distance
 
 
 def test_style_tokens_do_not_depend_on_the_order_of_patches():

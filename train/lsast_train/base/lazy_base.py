@@ -215,7 +215,7 @@ def _open_stored(folder: Path) -> LazyBase:
     description, file = folder / "base.json", folder / "base.safetensors"
     if not description.is_file():
         raise TrainingError(
-            f"found no base.json in {folder}; expected a base folder written by lsast-train mini or lsast-export (a "
+            f"found no base.json in {folder}; expected a base folder written by lsast-export (a "
             "quantized bundle has none: name the bundle that it was made from)"
         )
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +11,6 @@ from typing import Any
 import click
 
 from lsast_engines.cli import Group, log_to_stderr
-from lsast_engines.environment import require_extra
 from lsast_engines.errors import TrainingError, UsageError
 
 from ..artists import artists_of, pictures_by, style_name
@@ -29,7 +27,7 @@ from .shared import (
     set_up_torch,
     take_source,
 )
-from .tuning import decoder, distill, finetune
+from .tuning import distill, finetune
 
 log = logging.getLogger("lsast.train")
 
@@ -153,16 +151,5 @@ def command(
         raise TrainingError(f"found no style for {len(failed)} of {len(pictures)} artists: {', '.join(failed)}")
 
 
-for _other in (decoder, distill, finetune):
+for _other in (distill, finetune):
     command.add_command(_other)
-
-
-@command.command("mini", add_help_option=False, context_settings={"ignore_unknown_options": True})
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def mini(arguments: tuple[str, ...]) -> None:
-    """Train the small base `mini` itself."""
-    require_extra(*EXTRA[:3])  # it draws no curve and knows one process
-    group: click.Command = importlib.import_module("lsast_train.cli.mini").mini
-    # Not in standalone mode, click returns the exit status.
-    status = group.main(args=list(arguments), prog_name="lsast-train mini", standalone_mode=False)
-    raise click.exceptions.Exit(status or 0)

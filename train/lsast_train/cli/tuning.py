@@ -1,21 +1,19 @@
-"""``lsast-train distill``, ``finetune`` and ``decoder``, which begin with learned styles.
+"""``lsast-train distill`` and ``finetune``, which begin with learned styles.
 
 Options, progress and results on a terminal. Imports torch only when there is work to do.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from lsast_engines.bundle.bundle import PROMPTS
 from lsast_engines.cli import Command, log_to_stderr
-from lsast_engines.errors import TrainingError, UsageError
+from lsast_engines.errors import UsageError
 
-from ..options import DecoderOptions, DistillOptions, FinetuneOptions
+from ..options import DistillOptions, FinetuneOptions
 from ..training.run import RunFiles
 from .shared import (
     EXTRA,
@@ -23,7 +21,6 @@ from .shared import (
     folder_option,
     import_options,
     out_option,
-    parse_pairs,
     print_run,
     run_options,
     set_up_torch,
@@ -147,71 +144,3 @@ def finetune(
             PaintingDataset.load(tree, options.size, "random", loaded.config.size) for tree in (images, contents)
         )
         print_run(Finetuning(loaded, prompts, works, others, options, name, folder, resume, device).run())
-
-
-@click.command("decoder", cls=Command, requires=EXTRA)
-@click.option(
-    "-s",
-    "--style",
-    "styles",
-    required=True,
-    multiple=True,
-    metavar="NAME=DIR",
-    help="Prompts of a run or of the base's bundle, or a file, and the folder tree of the artist's works. Repeatable.",
-)
-@_contents_option
-@click.option("--base", metavar="NAME", help="Base or bundle with mini's autoencoder. [default: the embedded one]")
-@declared_options(DecoderOptions)
-@folder_option("-o", "--out", required=True, text="Folder of the base.")
-@run_options
-def decoder(
-    styles: tuple[str, ...],
-    contents: Path,
-    base: str | None,
-    device: str | None,
-    out: Path,
-    resume: bool,
-    overwrite: bool,
-    threads: int | None,
-    **chosen: Any,
-) -> None:
-    """Train the decoder of a base such as mini on what its styles paint.
-
-    \b
-      lsast-train decoder --style vangogh=paintings/van-gogh --style monet=paintings/monet \\
-          --contents photos --out base
-      lsast-export bundle --base base --style vangogh --style monet --out bundle
-
-    Prints the base's folder. The prompts stay valid, since nothing else of the base changes; they are copied into its
-    folder "prompts", where lsast-export finds them.
-    """
-    options, works = DecoderOptions(**chosen), parse_pairs("--style", "NAME=DIR", styles, Path)
-    if (out / "base.json").exists() and not overwrite:
-        raise TrainingError(f"found the base {out}; replace it with --overwrite, or name another folder with --out")
-    from ..base.lazy_base import load_base, resolve_local_base
-    from ..checkpoints.source import BaseSource
-    from ..finetuning.decoder import DecoderTraining, StyleWorks
-    from ..paintings import PaintingDataset
-    from ..prompts.prompt_file import find_prompts, load_prompts, save_prompts
-    from .mini import finish
-
-    set_up_torch(threads)
-    with log_to_stderr():
-        source = BaseSource(base)
-        loaded, place = load_base(source), resolve_local_base(source)
-        prompts = {name: load_prompts(find_prompts(name, place), loaded) for name in works}
-        if len({style.name for style in prompts.values()}) < len(prompts):
-            raise UsageError(f"found one style twice among --style {', '.join(prompts)}; expected each once")
-        RunFiles(out, "decoder").require(options.size, loaded.config.multiple, resume)
-        size = loaded.config.size
-        pairs = {
-            prompts[name].name: StyleWorks(prompts[name], PaintingDataset.load(tree, options.size, "random", size))
-            for name, tree in works.items()
-        }
-        others = PaintingDataset.load(contents, options.size, "random", size)
-        training = DecoderTraining(loaded, pairs, others, options, out, resume, device)
-        training.run()
-    for style in prompts.values():
-        save_prompts(style, out / PROMPTS / f"{style.name}.prompts.safetensors")
-    finish(loaded, out, {f"decoder_{name}": str(asdict(options)[name]) for name in ("steps", "paintings")})
-    training.files.checkpoint.unlink(missing_ok=True)

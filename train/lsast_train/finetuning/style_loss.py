@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..mini.perceptual import LiteDistance
 from ..paintings import Painting, random_crop, to_images
 from ..training.rng import RngStream, rng_for
+from .perceptual import LiteDistance
 
 VIEW_WEIGHTS = (0.5, 1.0, 1.0, 1.0, 2.0)
 """Weights of the taps at 1/2, 1/4, 1/8 and 1/16 of the size, and of the pooled features."""

@@ -26,11 +26,12 @@ from diffusers import AutoencoderTiny
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from ..base.mini_networks import MiniAutoencoder
-from ..training.loop import TrainingLoop, require_finite, set_learning_rate, update_ema
-from ..training.rng import RngStream, rng_for
+from lsast_train.base.mini_networks import MiniAutoencoder
+from lsast_train.finetuning.perceptual import PerceptualDistance
+from lsast_train.training.loop import TrainingLoop, require_finite, set_learning_rate, update_ema
+from lsast_train.training.rng import RngStream, rng_for
+
 from .dataset import Crops
-from .perceptual import PerceptualDistance
 from .train_autoencoder import psnr
 
 log = logging.getLogger("lsast.train.mini")

@@ -18,9 +18,9 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -28,23 +28,27 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from lsast_engines.bundle.style import decode_defaults
+from lsast_engines.declared_options import Range
 from lsast_engines.errors import UsageError
+from lsast_train.base.base import Base, autocast
+from lsast_train.base.mini_networks import MiniAutoencoder
+from lsast_train.finetuning.finetuning import HELD_OUT
+from lsast_train.finetuning.painter import Painter, random_pictures
+from lsast_train.finetuning.perceptual import LiteDistance
+from lsast_train.finetuning.style_loss import Distances, StyleLoss
+from lsast_train.options import FinetuneOptions, RunOptions
+from lsast_train.paintings import PaintingDataset, random_crop, to_images
+from lsast_train.prompts.prompt_file import Prompts
+from lsast_train.training.loop import TrainingLoop, update_ema
+from lsast_train.training.rng import RngStream, rng_for
+from lsast_train.training.run import RunFiles, find_device, fused
 
-from ..base.base import Base, autocast
-from ..base.mini_networks import MiniAutoencoder
-from ..mini.finetune_gan import LOSS_WEIGHTS, texture_loss
-from ..mini.perceptual import LiteDistance
-from ..options import DecoderOptions, FinetuneOptions
-from ..paintings import PaintingDataset, random_crop, to_images
-from ..prompts.prompt_file import Prompts
-from ..training.loop import TrainingLoop, update_ema
-from ..training.rng import RngStream, rng_for
-from ..training.run import RunFiles, find_device, fused
-from .finetuning import HELD_OUT
-from .painter import Painter, random_pictures
-from .style_loss import Distances, StyleLoss
+from .finetune_gan import LOSS_WEIGHTS, texture_loss
 
 log = logging.getLogger("lsast.train")
+
+LR_WARMUP = 20
+"""Steps in which the learning rate rises."""
 
 EMA = 0.99
 """Decay of the running mean of the decoder's weights, which is the result."""
@@ -54,6 +58,32 @@ REAL_CROPS, REAL_SIDE = 6, 128
 
 _PAINTED_AT_ONCE = 8 * 256**2
 """Pixels of the pictures that are painted together."""
+
+
+@dataclass(frozen=True)
+class DecoderOptions(RunOptions):
+    """How a decoder is trained on the paintings of a base's styles."""
+
+    steps: Annotated[int, "Optimiser steps; each is of one style, in turn.", Range(1)] = 400
+    batch: Annotated[int, "Paintings that are decoded in a step.", Range(2)] = 6
+    paintings: Annotated[int, "Pictures that each style paints beforehand.", Range(1)] = 96
+    lr: Annotated[float, "Learning rate at its highest.", Range(0, above=True)] = 2e-4
+    """It rises over the first `LR_WARMUP` steps and falls to zero by half a cosine."""
+    size: Annotated[int, "Side of a picture that is painted, in pixels.", Range(64)] = 256
+    content_weight: Annotated[float, "Weight of the loss of content.", Range(0)] = 9.0
+    reconstruction_weight: Annotated[float, "Weight of what real pictures lose by encoding and decoding.", Range(0)] = (
+        1.0
+    )
+    mixed_precision: Annotated[Literal["no", "bf16"], "Autocast of the networks."] = "bf16"
+    seed: Annotated[int, "Seed of all random numbers.", Range(0)] = 0
+    evaluate_every: Annotated[int, Range(1)] = 100
+    """Steps between two evaluations on held-out pictures."""
+    checkpoint_minutes: Annotated[float, Range(0, above=True)] = field(default=2.0, compare=False)
+    """Minutes between two checkpoints."""
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of the step with this number, counted from 0."""
+        return min(1.0, (step + 1) / LR_WARMUP) * super().learning_rate(step)
 
 
 @dataclass(frozen=True)

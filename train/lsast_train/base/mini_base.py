@@ -8,8 +8,8 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import nn
 
-from ..base.base import Base, BaseConfig
-from ..base.mini_networks import MiniAutoencoder, StyleEncoder
+from .base import Base, BaseConfig
+from .mini_networks import MiniAutoencoder, StyleEncoder
 
 
 @dataclass(frozen=True)

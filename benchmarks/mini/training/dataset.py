@@ -151,7 +151,7 @@ class LatentDataset:
 
     def __init__(self, path: Path, device: torch.device | str = "cpu", side: int = 1) -> None:
         if not path.is_file():
-            raise TrainingError(f"found no latent cache {path}; train it with: lsast-train mini")
+            raise TrainingError(f"found no latent cache {path}; make it with: python -m benchmarks.mini.training base")
         with safe_open(str(path), "numpy") as file:
             self.label_names: list[str] = json.loads(file.metadata()["labels"])
             self.sizes: npt.NDArray[np.int64] = file.get_tensor("sizes").astype(np.int64)

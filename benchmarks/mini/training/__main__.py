@@ -1,34 +1,51 @@
-"""``lsast-train mini``: train the small base itself, from folders of pictures to a base folder, in one command."""
+"""Train a small base such as mini, and its decoder on what its styles paint; docs/mini.md has the order.
+
+python -m benchmarks.mini.training base --images paintings --images photos --teacher taesd --out base
+python -m benchmarks.mini.training decoder --style monet=paintings/claude-monet --contents photos --out new
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
-from lsast_engines.cli import Command, debug_option, json_option, print_result
-from lsast_engines.errors import PictureError, TrainingError
+from lsast_engines.bundle.bundle import PROMPTS
+from lsast_engines.cli import Command, Group, debug_option, json_option, log_to_stderr, print_result
+from lsast_engines.errors import PictureError, TrainingError, UsageError
 from lsast_engines.files import require_writable
 from lsast_engines.images import find_pictures
+from lsast_train.base.base import Base
+from lsast_train.base.lazy_base import load_base, resolve_local_base, save_base
+from lsast_train.base.mini_base import MiniConfig, build_mini
+from lsast_train.base.mini_networks import MiniAutoencoder
+from lsast_train.checkpoints.source import BaseSource
+from lsast_train.cli.shared import (
+    declared_options,
+    device_option,
+    folder_option,
+    parse_pairs,
+    run_options,
+    set_up_torch,
+    threads_option,
+)
+from lsast_train.finetuning.perceptual import LiteDistance
+from lsast_train.paintings import PaintingDataset
+from lsast_train.prompts.prompt_file import find_prompts, load_prompts, save_prompts
+from lsast_train.training.loop import load_modules
+from lsast_train.training.run import RunFiles, find_device, versions
 
-from ..base.base import Base
-from ..base.lazy_base import load_base, save_base
-from ..base.mini_networks import MiniAutoencoder
-from ..mini.architecture import MiniConfig, build_mini
-from ..mini.dataset import Crops, LatentDataset, build_cache
-from ..mini.finetune_gan import GanOptions, train_vae_gan
-from ..mini.perceptual import LiteDistance
-from ..mini.train_autoencoder import AutoencoderOptions, load_teacher, train_autoencoder
-from ..mini.train_unet import BaseTrainingOptions, train_base
-from ..training.loop import load_modules
-from ..training.run import find_device, versions
-from .shared import declared_options, device_option, folder_option, parse_pairs, threads_option
+from .dataset import Crops, LatentDataset, build_cache
+from .finetune_gan import GanOptions, train_vae_gan
+from .train_autoencoder import AutoencoderOptions, load_teacher, train_autoencoder
+from .train_decoder import DecoderOptions, DecoderTraining, StyleWorks
+from .train_unet import BaseTrainingOptions, train_base
 
 log = logging.getLogger("lsast.train.mini")
 
@@ -65,7 +82,12 @@ def copy_autoencoder(source: Base, target: Base) -> None:
     load_modules(given, {"autoencoder": target.autoencoder}, heading)
 
 
-@click.command("mini", cls=Command)
+@click.group("training", cls=Group)
+def main() -> None:
+    """Train a small base such as mini."""
+
+
+@main.command("base", cls=Command)
 @folder_option(
     *("--images", "roots"),
     multiple=True,
@@ -94,7 +116,7 @@ def copy_autoencoder(source: Base, target: Base) -> None:
 @click.option("--resume", is_flag=True, help="Go on from the checkpoints in --out.")
 @json_option
 @debug_option
-def mini(
+def base(
     roots: tuple[Path, ...],
     teacher: Path | None,
     init: str | None,
@@ -122,8 +144,6 @@ def mini(
 
     if teacher is None and init is None:
         raise click.UsageError("found neither --teacher nor --init; expected where the autoencoder starts from")
-    if init is not None and init.endswith(".safetensors"):
-        raise click.UsageError("--init FILE was removed: name a base, or go on with a stopped run by --resume")
     if not resume and (left := sorted(map(str, out.rglob("*.checkpoint.safetensors")))):
         raise TrainingError(
             f"found checkpoints of another run, {', '.join(left)}; go on with --resume, delete them, or name another "
@@ -175,6 +195,62 @@ def mini(
     finish(base, out, facts)
 
 
+@main.command("decoder", cls=Command)
+@click.option(
+    "-s",
+    "--style",
+    "styles",
+    required=True,
+    multiple=True,
+    metavar="NAME=DIR",
+    help="Prompts of a run or of the base's bundle, or a file, and the folder tree of the artist's works. Repeatable.",
+)
+@folder_option("--contents", required=True, text="Folder tree of pictures to paint, such as photographs.")
+@click.option("--base", metavar="NAME", help="Base or bundle with mini's autoencoder. [default: the embedded one]")
+@declared_options(DecoderOptions)
+@folder_option("-o", "--out", required=True, text="Folder of the base.")
+@run_options
+def decoder(
+    styles: tuple[str, ...],
+    contents: Path,
+    base: str | None,
+    device: str | None,
+    out: Path,
+    resume: bool,
+    overwrite: bool,
+    threads: int | None,
+    **chosen: Any,
+) -> None:
+    """Train the decoder of a base such as mini on what its styles paint.
+
+    Prints the base's folder. The prompts stay valid, since nothing else of the base changes; they are copied into its
+    folder "prompts", where lsast-export finds them.
+    """
+    options, works = DecoderOptions(**chosen), parse_pairs("--style", "NAME=DIR", styles, Path)
+    if (out / "base.json").exists() and not overwrite:
+        raise TrainingError(f"found the base {out}; replace it with --overwrite, or name another folder with --out")
+    set_up_torch(threads)
+    with log_to_stderr():
+        source = BaseSource(base)
+        loaded, place = load_base(source), resolve_local_base(source)
+        prompts = {name: load_prompts(find_prompts(name, place), loaded) for name in works}
+        if len({style.name for style in prompts.values()}) < len(prompts):
+            raise UsageError(f"found one style twice among --style {', '.join(prompts)}; expected each once")
+        RunFiles(out, "decoder").require(options.size, loaded.config.multiple, resume)
+        size = loaded.config.size
+        pairs = {
+            prompts[name].name: StyleWorks(prompts[name], PaintingDataset.load(tree, options.size, "random", size))
+            for name, tree in works.items()
+        }
+        others = PaintingDataset.load(contents, options.size, "random", size)
+        training = DecoderTraining(loaded, pairs, others, options, out, resume, device)
+        training.run()
+    for style in prompts.values():
+        save_prompts(style, out / PROMPTS / f"{style.name}.prompts.safetensors")
+    finish(loaded, out, {f"decoder_{name}": str(asdict(options)[name]) for name in ("steps", "paintings")})
+    training.files.checkpoint.unlink(missing_ok=True)
+
+
 def finish(base: Base, out: Path, facts: dict[str, str]) -> None:
     """Write `base` and print where it is. A base that was trained on before stays a source of prompts."""
     origins = f"{base.config.training.get('exported_from', '')} {base.fingerprint}".split()
@@ -182,3 +258,7 @@ def finish(base: Base, out: Path, facts: dict[str, str]) -> None:
     base.config = replace(base.config, training={**base.config.training, **facts, **versions(), **known})
     save_base(base, out)
     print_result({"base": str(out), "fingerprint": load_base(out).fingerprint}, out)
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks.mini.training")

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..base.attention import layer_contexts
-from ..base.base import Base
-from ..training.loop import TrainingLoop, update_ema
-from ..training.rng import RngStream, rng_for
-from ..training.run import fused
+from lsast_train.base.attention import layer_contexts
+from lsast_train.base.base import Base
+from lsast_train.training.loop import TrainingLoop, update_ema
+from lsast_train.training.rng import RngStream, rng_for
+from lsast_train.training.run import fused
+
 from .dataset import LatentDataset, Window
 
 log = logging.getLogger("lsast.train.mini")

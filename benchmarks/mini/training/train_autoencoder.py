@@ -16,11 +16,11 @@ from diffusers import AutoencoderTiny
 
 from lsast_engines.errors import TrainingError
 from lsast_engines.images import psnr as picture_psnr
+from lsast_train.base.mini_networks import MiniAutoencoder
+from lsast_train.training.loop import TrainingLoop
+from lsast_train.training.rng import RngStream, rng_for
+from lsast_train.training.run import fused
 
-from ..base.mini_networks import MiniAutoencoder
-from ..training.loop import TrainingLoop
-from ..training.rng import RngStream, rng_for
-from ..training.run import fused
 from .dataset import Crops
 
 
