@@ -39,6 +39,8 @@ GPU_SUFFIX = ".fp16.onnx"
 KEPT_SESSIONS = 2
 """Picture sizes for which a GPU session is kept, e.g. portrait and landscape; each holds the weights once."""
 
+# AVX2 without VNNI adds products of u8 and i8 in 16 bits, which overflow; as u8 they do not. Others ignore this.
+_EXACT_INT8 = ("session.x64quantprecision", "1")
 _GRAPH, _WEIGHTS = "graph.onnx", "weights.bin"  # files of an entry in the graph cache
 _MIN_EXTERNAL_BYTES = 1024  # smaller constants stay in `_GRAPH`, since ONNX Runtime computes shapes from them
 
@@ -193,7 +195,7 @@ class OnnxRuntimeEngine(Engine):
             opened = build(None)
         else:
             # The order of weights depends on the processor: blocks of 16 channels with AVX-512, of 8 without.
-            environment = f"{self._library.__version__} {processor()}"
+            environment = f"{self._library.__version__} {processor()} {' '.join(_EXACT_INT8)}"
             opened = open_cached("onnxruntime", self._path, self.compute_dtype, environment, load, build)
         # A provider that cannot start may be left out without an error.
         if (found := opened.get_providers()[0]) != PROVIDERS[self.device]:
@@ -217,6 +219,7 @@ class OnnxRuntimeEngine(Engine):
         options.enable_mem_pattern = False
         # Otherwise a session's threads spin on after its run and slow down the session that runs next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.add_session_config_entry(*_EXACT_INT8)
         options.enable_cpu_mem_arena = _has_arena(self.spec)
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
