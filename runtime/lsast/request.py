@@ -179,9 +179,9 @@ def resolve_options(
             terms = Mix.parse(style).terms
     for term in terms:
         try:
-            styles[term.style] = open_style(term.style)
+            styles[term.style] = styles.get(term.style) or open_style(term.style)
         except UnknownStyleError as error:
-            no_style = no_style or syntax_error(f"{error}", style, term.column)
+            no_style = no_style or syntax_error(f"{error}", rules()["style"].plain(style), term.column)
     options = Options.resolve(given, manifest.defaults, styles, preset)
     if no_style:
         raise no_style

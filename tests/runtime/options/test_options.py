@@ -125,6 +125,15 @@ def test_options_with_many_invalid_values_name_them_all():
     assert [line.split(":")[0] for line in str(caught.value).split("\n")[1:]] == [f"  - {name}" for name in GOOD]
 
 
+def test_options_with_a_syntax_error_in_a_mix_point_at_it_beside_other_faults():
+    with pytest.raises(UsageError) as caught:
+        Options(**{**GOOD, "style": "vangogh:x+monet", "steps": 0})
+    _, first, shown, caret, second = str(caught.value).split("\n")
+    assert first.startswith("  - style: found ")
+    assert shown.index("vangogh:x+monet") + len("vangogh:") == caret.index("^")
+    assert second.startswith("  - steps: found 0")
+
+
 def test_options_with_fit_stretch_and_size_0_are_invalid():
     with pytest.raises(UsageError, match=r"size: found 0 with fit stretch; expected .* such as 512"):
         Options(**{**GOOD, "size": 0, "fit": "stretch"})

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import get_args
 
 import pytest
 
 from lsast import UsageError
 from lsast.options.style_mix import GROUPS, Mix
+from lsast.request import resolve_options
 from lsast_engines.bundle.manifest import Group
+from lsast_engines.bundle.style import StyleFile
 
 
 def test_mix_ignores_spaces_around_signs():
@@ -70,6 +73,26 @@ def test_resolve_points_at_what_of_a_mix_the_bundle_lacks(stylizer, text, before
     with pytest.raises(UsageError, match=words) as caught:
         stylizer.resolve(style=text)
     assert str(caught.value).split("\n")[-1] == f"    {' ' * len(before)}^"
+
+
+def test_resolve_shows_the_value_of_an_enumeration(stylizer):
+    class Artist(str, Enum):
+        PICASSO = "monet+picasso"
+
+    with pytest.raises(UsageError) as caught:
+        stylizer.resolve(style=Artist.PICASSO)
+    assert str(caught.value).split("\n")[1:] == ["    monet+picasso", "          ^"]
+
+
+def test_resolve_options_opens_each_style_of_a_mix_once(stylizer):
+    opened: list[str] = []
+
+    def open_style(name: str) -> StyleFile:
+        opened.append(name)
+        return stylizer.bundle.open_style(name)
+
+    resolve_options(stylizer.bundle, {"style": "monet@up+vangogh+monet@down"}, None, open_style)
+    assert opened == ["monet", "vangogh"]
 
 
 def test_groups_are_those_of_the_manifest():
