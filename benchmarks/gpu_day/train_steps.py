@@ -192,8 +192,8 @@ def styles(base: Path, pictures: Path, out: Path, device: str, rehearse: bool) -
 
 def decoder(base: Path, pictures: Path, prompts: Path, folder: Path, device: str, rehearse: bool) -> dict[str, Any]:
     """The decoder, on what the styles paint."""
-    command = [sys.executable, "-m", "lsast_train", "decoder", "--base", str(base), "--out", str(folder), "--json"]
-    command += ["--contents", str(pictures / "photos"), "--device", device]
+    command = [sys.executable, "-m", "benchmarks.mini.training", "decoder", "--base", str(base), "--out", str(folder)]
+    command += ["--json", "--contents", str(pictures / "photos"), "--device", device]
     command += ["--steps", "2", "--batch", "2", "--paintings", "2", "--size", "64"] if rehearse else []
     for name, (label, _) in STYLES.items():
         file = prompts / f"{name}.prompts.safetensors"

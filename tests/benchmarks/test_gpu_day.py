@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from benchmarks.gpu_day import run, train_steps
 from benchmarks.gpu_day.pack import LARGEST, pack_picture
 from benchmarks.gpu_day.run import ROOT, steps
+from benchmarks.mini.training.__main__ import main as training_command
 
 KIT = ROOT / "benchmarks" / "gpu_day"
 
@@ -33,6 +35,22 @@ def test_call_runs_every_step_on_the_cpu(call, tmp_path, monkeypatch):
     results = [json.loads(line) for line in (tmp_path / f"{call}.jsonl").read_text().splitlines()]
     assert [result["step"] for result in results] == [step.name for step in steps(call, tmp_path, True, pictures, 1)]
     assert [result for result in results if result["status"] != 0 or "result" not in result] == []
+
+
+def test_decoder_step_names_a_command_of_the_training(tmp_path, monkeypatch):
+    commands = []
+
+    def start(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, "")
+
+    monkeypatch.setattr(subprocess, "run", start)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "monet.prompts.safetensors").touch()
+    train_steps.decoder(tmp_path, tmp_path, tmp_path, tmp_path / "touched", "cpu", rehearse=True)
+    assert commands[0][1:4] == ["-m", "benchmarks.mini.training", "decoder"]
+    context = training_command.commands["decoder"].make_context("decoder", commands[0][4:])
+    assert context.params["styles"] == (f"{tmp_path}/monet.prompts.safetensors={tmp_path}/paintings/claude-monet",)
 
 
 def test_commands_for_the_card_stop_below_the_limit_of_a_call():
