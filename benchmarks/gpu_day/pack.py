@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import io
-import os
 import shutil
 import tarfile
 from collections.abc import Iterable
@@ -100,7 +99,7 @@ def main() -> None:
     pack_pictures(given.photos, out / "train" / "photos", 52)
     pack_pictures(given.paintings, out / "pictures" / "paintings", 55)
     for call in ("engines", "train"):  # so that a mended script reaches a machine that is warm
-        os.link(out / "parity" / "code.tar.xz", out / call / "code.tar.xz")
+        shutil.copy(out / "parity" / "code.tar.xz", out / call / "code.tar.xz")
 
 
 if __name__ == "__main__":
