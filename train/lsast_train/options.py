@@ -38,9 +38,9 @@ Crop = Literal["random", "squash"]
 Weighting = Literal["eps", "v"]
 """Loss weight of timestep t: 1 (error of the noise), or 1/ᾱ up to 20 (error of v, Salimans & Ho 2022, appendix D)."""
 
-MixedPrecision = Literal["no", "bf16", "fp16"]
-"""Autocast of the U-Net, in accelerate's words; prompts, loss and optimiser are always float32. ``fp16`` is for
-GPUs that have no bf16."""
+MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
+"""Autocast of the U-Net, in accelerate's words; prompts, loss and optimiser are always float32. ``auto``: bf16, but
+none on a processor that does not multiply it, where it is many times slower. ``fp16`` is for GPUs without bf16."""
 
 Solver = Literal["ddim", "dpmpp2m", "unipc", "ddim_lsast"]
 """The keys of `lsast_engines.diffusion.SOLVERS`."""
@@ -160,7 +160,7 @@ PRESETS: dict[str, TrainOptions] = {
         size=256,
         views=4,
         weighting="v",
-        mixed_precision="bf16",
+        mixed_precision="auto",
         palette=0.6,
         evaluate_every=60,
         evaluate_latents=12,
@@ -188,7 +188,7 @@ class FinetuneOptions(RunOptions):
     guidance: Annotated[float, "Guidance that the style is for.", Range(1)] = 6.0
     palette: Annotated[float, "Palette that the style is for.", Range(0, 1)] = 0.8
     content_weight: Annotated[float, "Weight of the loss of content.", Range(0)] = 9.0
-    mixed_precision: Annotated[Literal["no", "bf16"], "Autocast of the networks."] = "bf16"
+    mixed_precision: Annotated[Literal["auto", "no", "bf16"], "Autocast of the networks."] = "auto"
     seed: Annotated[int, "Seed of all random numbers.", Range(0)] = 0
     evaluate_every: Annotated[int, Range(1)] = 8
     """Steps between two evaluations on held-out pictures."""

@@ -41,7 +41,7 @@ from lsast_train.paintings import PaintingDataset, random_crop, to_images
 from lsast_train.prompts.prompt_file import Prompts
 from lsast_train.training.loop import TrainingLoop, update_ema
 from lsast_train.training.rng import RngStream, rng_for
-from lsast_train.training.run import RunFiles, find_device, fused
+from lsast_train.training.run import RunFiles, choose_precision, find_device, fused
 
 from .finetune_gan import LOSS_WEIGHTS, texture_loss
 
@@ -74,7 +74,7 @@ class DecoderOptions(RunOptions):
     reconstruction_weight: Annotated[float, "Weight of what real pictures lose by encoding and decoding.", Range(0)] = (
         1.0
     )
-    mixed_precision: Annotated[Literal["no", "bf16"], "Autocast of the networks."] = "bf16"
+    mixed_precision: Annotated[Literal["auto", "no", "bf16"], "Autocast of the networks."] = "auto"
     seed: Annotated[int, "Seed of all random numbers.", Range(0)] = 0
     evaluate_every: Annotated[int, Range(1)] = 100
     """Steps between two evaluations on held-out pictures."""
@@ -133,6 +133,7 @@ class DecoderTraining:
         self.files.require(options.size, base.config.multiple, resume)
         self.base, self.styles, self.contents, self.options = base, styles, contents, options
         base.to(find_device(device))
+        self.options = options = choose_precision(options, base.device)
         painters = {name: self._painter(style.prompts) for name, style in styles.items()}
         self.losses = {
             name: StyleLoss(style.works.training, options.size, options.seed, base.device)

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
+from benchmarks.mini.training.__main__ import main
 from benchmarks.mini.training.train_decoder import DecoderOptions, DecoderTraining, StyleWorks
 from lsast_engines.bundle.style import encode_defaults
 from lsast_engines.errors import StyleError, TrainingError, UsageError
@@ -94,21 +96,22 @@ def test_decoder_training_paints_with_the_defaults_of_the_style(base, prompts, c
     assert given["strong"] > given["weak"]
 
 
-def test_decoder_command_keeps_the_prompts_with_the_base(base, styles, paintings, tmp_path, command, monkeypatch):
+def test_decoder_command_keeps_the_prompts_with_the_base(base, styles, paintings, tmp_path, monkeypatch):
     source, out, given = tmp_path / "source", tmp_path / "out", tmp_path / "red.prompts.safetensors"
     monkeypatch.setattr(base, "config", replace(base.config, training={"steps": "1"}))
     save_base(base, source)
     save_prompts(replace(styles["red"].prompts, base=load_base(source).fingerprint), given)
-    call = ["decoder", "--contents", paintings, "--base", source, "--out", out]
-    call += ["--steps", 1, "--paintings", 1, "--size", 64, "--style", f"{given}={paintings}"]
-    assert command(*call)[:2] == (0, f"{out}\n")
+    call = ["decoder", "--contents", str(paintings), "--base", str(source), "--out", str(out)]
+    call += ["--steps", "1", "--paintings", "1", "--size", "64", "--style", f"{given}={paintings}"]
+    done = CliRunner().invoke(main, call, catch_exceptions=False)
+    assert (done.exit_code, done.stdout) == (0, f"{out}\n")
     assert not any(out.rglob("*checkpoint*"))
     kept = load_prompts(find_prompts("red", out), load_base(out))
     assert torch.equal(kept.prompts, styles["red"].prompts.prompts)
     copied = tmp_path / "copy"
     copied.write_bytes(given.read_bytes())
-    code, _, err = command(*call, "--overwrite", "--style", f"{copied}={paintings}")
-    assert (code, "found one style twice" in err) == (2, True)
+    refused = CliRunner().invoke(main, [*call, "--overwrite", "--style", f"{copied}={paintings}"])
+    assert (refused.exit_code, "found one style twice" in refused.stderr) == (2, True)
 
 
 def test_decoder_training_refuses_what_it_cannot_train(base, styles, contents, tmp_path, caplog):

@@ -15,7 +15,7 @@ from lsast_engines.errors import TrainingError, UsageError
 
 from ..artists import artists_of, pictures_by, style_name
 from ..options import PRESETS, TrainOptions
-from ..training.run import InterruptionError, RunFiles
+from ..training.run import InterruptionError, RunFiles, choose_precision, find_device
 from .shared import (
     EXTRA,
     declared_options,
@@ -127,6 +127,7 @@ def command(
     failed = []
     with log_to_stderr(logging.INFO if main else logging.ERROR):
         base = load_base(BaseSource(**source))
+        options = choose_precision(options, find_device(device))
         if options.mixed_precision != "no":
             base.round_unet(options.mixed_precision)
         # Of several styles, finished ones are passed over, and one that fails ends no other.
