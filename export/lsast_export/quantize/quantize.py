@@ -115,7 +115,8 @@ def _require(source: Bundle, options: QuantizeOptions) -> None:
         faults.append(f"found a bundle in {manifest.storage_dtype}; expected the one that it was made from")
     if not any((source.path / STYLES).glob("*.safetensors")):
         faults.append("found no style in it; expected at least one to calibrate with: lsast-export bundle --style NAME")
-    declared = {name: value for name, value in vars(options).items() if rules_of(QuantizeOptions)[name].help}
+    rules = rules_of(QuantizeOptions).items()
+    declared = {name: rule.plain(getattr(options, name)) for name, rule in rules if rule.help}
     faults += option_faults(QuantizeOptions, declared)
     if options.size % manifest.multiple:
         faults.append(f"size: found {options.size}; expected a multiple of {manifest.multiple}")

@@ -20,7 +20,7 @@ import lsast
 from lsast_engines.backends.onnxruntime import OnnxRuntimeEngine
 from lsast_engines.backends.openvino import compute_dtypes
 from lsast_engines.backends.registry import open_engine
-from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.bundle import EMBEDDED, Bundle
 from lsast_engines.bundle.graph_spec import GraphSpec, TensorSpec
 from lsast_engines.errors import BackendError, ParityError, TrainingError, UsageError
 from lsast_engines.images import psnr
@@ -315,6 +315,12 @@ def test_quantize_bundle_lists_all_faults_of_options(bundles, tmp_path):
         UsageError, match=r"(?s)pictures: found 0; .*smooth: found 1.5; .*size: found 65; .*also controlnet_cond"
     ):
         quantize_bundle(bundles["fp32"], tmp_path / "out", wrong)
+
+
+def test_quantize_takes_whole_numbers_of_numpy(tmp_path):
+    options = QuantizeOptions(pictures=np.int64(0), size=np.int64(64), target=np.float32(5))
+    with pytest.raises(UsageError, match=r"pictures: found 0; [^:]*$"):  # and no other fault
+        quantize_bundle(Bundle.open(EMBEDDED), tmp_path / "out", options)
 
 
 def test_quantize_command_calibrates_on_a_folder(bundles, tmp_path):
