@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu_day.pack --paintings DIR --photos DIR --onnxruntime FILE --out packed
 
-Needs diffusers and the packages of EfficientNet-Lite1 in this environment. About ten minutes on two cores, nearly all
-of them for pictures. OUT/CALL is what the call carries; what it unpacks stays in /tmp for the calls after it.
+Needs diffusers and the packages of EfficientNet-Lite1 in this environment. Nearly all of the time is for pictures.
+OUT/CALL is what the call carries; what it unpacks stays there for the calls after it.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def pack_tar(target: Path, parts: Iterable[tuple[Path, str]]) -> None:
 
     def travels(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
         path = Path(entry.name)
-        sort_out = path.suffix in LEFT_OUT or path.name == "__pycache__" or entry.issym()
-        return None if sort_out else entry
+        left_out = path.suffix in LEFT_OUT or path.name == "__pycache__" or entry.issym()
+        return None if left_out else entry
 
     with tarfile.open(target, "w:xz") as archive:
         for path, name in parts:

@@ -38,7 +38,7 @@ from .prompts.prompt_file import Prompts, save_prompts
 from .prompts.prompt_space import PromptSpace, build_space
 from .training.loop import TrainingLoop, require_finite, set_learning_rate
 from .training.rng import RngStream, rng_for
-from .training.run import LossCurve, RunFiles, RunResult, choose_precision, find_device, fused, versions
+from .training.run import LossCurve, RunFiles, RunResult, find_device, fused, versions
 
 log = logging.getLogger("lsast.train")
 
@@ -90,7 +90,6 @@ class Inversion:
         base.to(
             find_device(device) if chosen else self.accelerator.device, options.gradient_checkpointing, controlnet=False
         )
-        self.options = options = choose_precision(options, base.device)
         self.latents = self._encode()
         self.space = self._prompt_space()
         self.optimizer = make_optimizer(self.space, options)

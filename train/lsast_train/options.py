@@ -108,7 +108,7 @@ class TrainOptions(RunOptions):
     views: Annotated[int, "Crops of a picture, which are encoded once and kept.", Range(1)] = 8
     """Each crop is kept mirrored, too. A step draws a sample of its posterior."""
     weighting: Annotated[Weighting, "Which error the loss counts."] = "eps"
-    mixed_precision: Annotated[MixedPrecision, "Autocast of the U-Net."] = "no"
+    mixed_precision: Annotated[MixedPrecision, "Autocast of the U-Net; auto: bf16 where it is multiplied."] = "no"
     gradient_checkpointing: Annotated[
         bool, "Compute activations twice instead of keeping them: less memory, more time."
     ] = field(default=False, compare=False)
@@ -188,7 +188,9 @@ class FinetuneOptions(RunOptions):
     guidance: Annotated[float, "Guidance that the style is for.", Range(1)] = 6.0
     palette: Annotated[float, "Palette that the style is for.", Range(0, 1)] = 0.8
     content_weight: Annotated[float, "Weight of the loss of content.", Range(0)] = 9.0
-    mixed_precision: Annotated[Literal["auto", "no", "bf16"], "Autocast of the networks."] = "auto"
+    mixed_precision: Annotated[
+        Literal["auto", "no", "bf16"], "Autocast of the networks; auto: bf16 where it is multiplied."
+    ] = "auto"
     seed: Annotated[int, "Seed of all random numbers.", Range(0)] = 0
     evaluate_every: Annotated[int, Range(1)] = 8
     """Steps between two evaluations on held-out pictures."""

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from lsast_engines.errors import PictureError, TrainingError
 from lsast_engines.files import replace_file
 from lsast_engines.images import canny_edges, find_pictures, read_picture
-from lsast_train.training.run import bf16_autocast
+from lsast_train.base.base import autocast
 
 log = logging.getLogger("lsast.train.mini")
 
@@ -114,7 +114,7 @@ def build_cache(folders: list[Path], encoder: torch.nn.Module, out: Path, device
                 rgb, edge = fitted
                 image = torch.tensor(rgb).permute(2, 0, 1)[None].float() / 127.5 - 1  # [1, 3, H, W]
                 image = image.to(device, memory_format=torch.channels_last)
-                with torch.no_grad(), bf16_autocast(device):
+                with torch.no_grad(), autocast(device, "auto"):
                     latent = encoder(image)[0].float().cpu().numpy()
                 bits = np.packbits(edge, axis=1)  # [H, W/8]
                 held = is_held_out(f"{path.parent.name}/{path.name}")

@@ -26,11 +26,11 @@ from diffusers import AutoencoderTiny
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from lsast_train.base.base import autocast
 from lsast_train.base.mini_networks import MiniAutoencoder
 from lsast_train.finetuning.perceptual import PerceptualDistance
 from lsast_train.training.loop import TrainingLoop, require_finite, set_learning_rate, update_ema
 from lsast_train.training.rng import RngStream, rng_for
-from lsast_train.training.run import bf16_autocast
 
 from .dataset import Crops
 from .train_autoencoder import psnr
@@ -249,7 +249,7 @@ class GanTraining:
         rise = min(1.0, (step + 1) / options.lr_warmup)
         set_learning_rate(self.optimizer, rise * min(1.0, 3 * (options.steps - step) / options.steps, 3 * time_left))
         generator = rng_for(options.seed, RngStream.STEP, step)
-        with bf16_autocast(self.device):
+        with autocast(self.device, "auto"):
             with torch.set_grad_enabled(train_encoder):
                 latents = self.autoencoder.encode(images).float()
             with torch.no_grad():

@@ -16,10 +16,11 @@ from diffusers import AutoencoderTiny
 
 from lsast_engines.errors import TrainingError
 from lsast_engines.images import psnr as picture_psnr
+from lsast_train.base.base import autocast
 from lsast_train.base.mini_networks import MiniAutoencoder
 from lsast_train.training.loop import TrainingLoop
 from lsast_train.training.rng import RngStream, rng_for
-from lsast_train.training.run import bf16_autocast, fused
+from lsast_train.training.run import fused
 
 from .dataset import Crops
 
@@ -106,7 +107,7 @@ def train_autoencoder(
         cosine = 0.5 * (1 + min(np.cos(np.pi * step / options.steps), np.cos(np.pi * (1 - loop.time_left))))
         lr = options.lr * min(1.0, (step + 1) / options.warmup) * max(0.01, cosine)
         images = crops.batch(crops.train, options.batch, np.random.default_rng([options.seed, step])).to(device)
-        with bf16_autocast(device):
+        with autocast(device, "auto"):
             with torch.no_grad():
                 latents = teacher.encoder(images).float()
                 generator = rng_for(options.seed, RngStream.STEP, step)

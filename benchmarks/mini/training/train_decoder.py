@@ -41,7 +41,7 @@ from lsast_train.paintings import PaintingDataset, random_crop, to_images
 from lsast_train.prompts.prompt_file import Prompts
 from lsast_train.training.loop import TrainingLoop, update_ema
 from lsast_train.training.rng import RngStream, rng_for
-from lsast_train.training.run import RunFiles, choose_precision, find_device, fused
+from lsast_train.training.run import RunFiles, find_device, fused
 
 from .finetune_gan import LOSS_WEIGHTS, texture_loss
 
@@ -133,7 +133,6 @@ class DecoderTraining:
         self.files.require(options.size, base.config.multiple, resume)
         self.base, self.styles, self.contents, self.options = base, styles, contents, options
         base.to(find_device(device))
-        self.options = options = choose_precision(options, base.device)
         painters = {name: self._painter(style.prompts) for name, style in styles.items()}
         self.losses = {
             name: StyleLoss(style.works.training, options.size, options.seed, base.device)

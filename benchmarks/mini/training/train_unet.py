@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from lsast_train.base.attention import layer_contexts
-from lsast_train.base.base import Base
+from lsast_train.base.base import Base, autocast
 from lsast_train.training.loop import TrainingLoop, update_ema
 from lsast_train.training.rng import RngStream, rng_for
-from lsast_train.training.run import bf16_autocast, fused
+from lsast_train.training.run import fused
 
 from .dataset import LatentDataset, Window
 
@@ -154,9 +154,9 @@ def token_gain(model: JointModel, data: LatentDataset, side: int, count: int = 3
         t = torch.full((count,), stage * 100 + 50, device=device)
         row: dict[str, float] = {"t": float(stage * 100 + 50)}
         for name, context in contexts.items():
-            with bf16_autocast(device):
+            with autocast(device, "auto"):
                 row[name] = model.v_error(window.latents, noise, t, context, window.edges[:0]).mean().item()
-        with bf16_autocast(device):
+        with autocast(device, "auto"):
             row["own+edges"] = model.v_error(window.latents, noise, t, own, window.edges).mean().item()
         rows.append(row)
     return rows
@@ -196,7 +196,7 @@ def train_base(base: Base, data: LatentDataset, options: BaseTrainingOptions, fo
         latents = window.latents.contiguous(memory_format=torch.channels_last)
         noise = torch.randn(latents.shape, generator=generator).to(device)
         t = torch.randint(base.config.noise.train_steps, (options.batch,), generator=generator).to(device)
-        with bf16_autocast(device):
+        with autocast(device, "auto"):
             context = model.draw_context(window, options, mixed, generator)
             loss = model.v_error(latents, noise, t, context, window.edges[:with_edges]).mean()
         value = loop.descend(loss, options.lr * learning_rate_factor(step, options, loop.time_left), clip=1.0)

@@ -13,8 +13,10 @@ from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
 
 from lsast_engines.errors import TrainingError
+from lsast_train.base.base import autocast_dtype
 from lsast_train.base.lazy_base import load_base, open_base, save_base
 from lsast_train.base.mini_base import MiniConfig, build_mini
+from lsast_train.options import PRESETS, FinetuneOptions
 from schedulers import ddpm
 
 
@@ -94,3 +96,17 @@ def test_open_base_with_a_damaged_description_is_refused(tmp_path, change):
     description.write_text(json.dumps({**content, "noise": {"train_steps": "many"}}))
     with pytest.raises(TrainingError, match=r"base\.json cannot be read"):
         open_base(tmp_path)
+
+
+@pytest.mark.parametrize(("device", "instructions", "expected"), [
+    ("cpu", True, torch.bfloat16), ("cpu", False, None), ("cuda", False, torch.bfloat16)
+])  # fmt: skip
+def test_auto_precision_is_bf16_where_it_is_multiplied(monkeypatch, device, instructions, expected):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: instructions, raising=False)
+    place = torch.device(device)
+    assert autocast_dtype(place, "auto") == expected
+    assert [autocast_dtype(place, named) for named in ("no", "bf16", "fp16")] == [None, torch.bfloat16, torch.float16]
+    base = build_mini(MiniConfig.tiny())
+    base.round_unet("auto", place)
+    assert base.unet.conv_in.weight.dtype == (expected or torch.float32)
+    assert {PRESETS["quick"].mixed_precision, FinetuneOptions().mixed_precision} == {"auto"}

@@ -26,10 +26,10 @@ from benchmarks.mini.training.finetune_gan import (
 )
 from benchmarks.mini.training.train_autoencoder import load_teacher
 from lsast_engines.errors import TrainingError
+from lsast_train.base.base import autocast
 from lsast_train.base.mini_base import MiniConfig, build_mini
 from lsast_train.base.mini_networks import MiniAutoencoder
 from lsast_train.training.loop import update_ema
-from lsast_train.training.run import bf16_autocast
 
 TINY = GanOptions(
     steps=60,
@@ -100,7 +100,7 @@ def test_generator_losses_equal_their_formulas():
     for parameter in state.anchor.parameters():
         parameter.zero_()
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    with torch.no_grad(), bf16_autocast(torch.device("cpu")):
+    with torch.no_grad(), autocast(torch.device("cpu"), "auto"):
         latents = autoencoder.encode(images).float()
         decoded = autoencoder.decode(latents).float()
     asked = Recorded()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lsast_train.options import PRESETS, FinetuneOptions
 from lsast_train.training.loop import TrainingLoop
 from lsast_train.training.rng import RngStream, rng_for
-from lsast_train.training.run import LossCurve, choose_precision, multiplies_bf16
+from lsast_train.training.run import LossCurve
 
 
 class _Counter:
@@ -125,16 +123,3 @@ def test_save_writes_json_and_picture(tmp_path):
         assert picture.width >= 600
         colours = set(map(tuple, np.asarray(picture.convert("RGB")).reshape(-1, 3).tolist()))
     assert {(31, 119, 180), (255, 127, 14)} <= colours  # matplotlib's first two colours: both curves are there
-
-
-@pytest.mark.parametrize(
-    ("device", "instructions", "chosen"), [("cpu", True, "bf16"), ("cpu", False, "no"), ("cuda", False, "bf16")]
-)
-def test_auto_precision_is_bf16_where_it_is_multiplied(monkeypatch, device, instructions, chosen):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: instructions, raising=False)
-    place = torch.device(device)
-    assert multiplies_bf16(place) == (chosen == "bf16")
-    for options in (PRESETS["quick"], FinetuneOptions()):
-        assert choose_precision(options, place) == replace(options, mixed_precision=chosen)
-        named = replace(options, mixed_precision="bf16")
-        assert choose_precision(named, place) is named

@@ -104,15 +104,19 @@ class Base:
         self.null_context = self.null_context.to(device)
         self.alphas_cumprod = self.alphas_cumprod.to(device)
 
-    def round_unet(self, mixed_precision: MixedPrecision) -> None:
+    def round_unet(self, mixed_precision: MixedPrecision, device: torch.device | None = None) -> None:
         """Store the weights of the U-Net's convolutions and linear layers in the type of autocast: half the memory.
 
         With mixed precision they are rounded at every call otherwise, so the results are the same; the norms keep
-        float32. The base serves no other precision any more.
+        float32. The base serves no other precision any more. Without mixed precision nothing changes.
+
+        Args:
+            device: where the base will run; None is where it lies.
         """
-        for module in self.unet.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                module.to(AUTOCAST[mixed_precision])
+        if dtype := autocast_dtype(device or self.device, mixed_precision):
+            for module in self.unet.modules():
+                if isinstance(module, (nn.Conv2d, nn.Linear)):
+                    module.to(dtype)
 
     def eps(
         self,
@@ -184,4 +188,13 @@ class Base:
 
 def autocast(device: torch.device, mixed_precision: MixedPrecision) -> torch.autocast:
     """The context manager in which networks on `device` run in `mixed_precision`."""
-    return torch.autocast(device.type, AUTOCAST.get(mixed_precision), enabled=mixed_precision != "no")
+    dtype = autocast_dtype(device, mixed_precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def autocast_dtype(device: torch.device, mixed_precision: MixedPrecision) -> torch.dtype | None:
+    """The type of autocast on `device`, None without; ``auto`` takes no bf16 of a processor that only imitates it."""
+    if mixed_precision == "auto":
+        multiplies = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        mixed_precision = "bf16" if multiplies else "no"
+    return AUTOCAST.get(mixed_precision)

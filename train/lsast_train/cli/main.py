@@ -15,7 +15,7 @@ from lsast_engines.errors import TrainingError, UsageError
 
 from ..artists import artists_of, pictures_by, style_name
 from ..options import PRESETS, TrainOptions
-from ..training.run import InterruptionError, RunFiles, choose_precision, find_device
+from ..training.run import InterruptionError, RunFiles, find_device
 from .shared import (
     EXTRA,
     declared_options,
@@ -127,9 +127,7 @@ def command(
     failed = []
     with log_to_stderr(logging.INFO if main else logging.ERROR):
         base = load_base(BaseSource(**source))
-        options = choose_precision(options, find_device(device))
-        if options.mixed_precision != "no":
-            base.round_unet(options.mixed_precision)
+        base.round_unet(options.mixed_precision, find_device(device))
         # Of several styles, finished ones are passed over, and one that fails ends no other.
         for name, paths in pictures.items():
             if len(pictures) > 1 and files[name].result.exists() and not overwrite:

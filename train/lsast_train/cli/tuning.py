@@ -14,7 +14,7 @@ from lsast_engines.cli import Command, log_to_stderr
 from lsast_engines.errors import UsageError
 
 from ..options import DistillOptions, FinetuneOptions
-from ..training.run import RunFiles, choose_precision, find_device
+from ..training.run import RunFiles, find_device
 from .shared import (
     EXTRA,
     declared_options,
@@ -138,9 +138,7 @@ def finetune(
         name = name or prompts.name
         folder = out or Path("runs") / name
         RunFiles(folder, name).require(options.size, loaded.config.multiple, resume, overwrite)
-        options = choose_precision(options, find_device(device))
-        if options.mixed_precision != "no":
-            loaded.round_unet(options.mixed_precision)
+        loaded.round_unet(options.mixed_precision, find_device(device))
         works, others = (
             PaintingDataset.load(tree, options.size, "random", loaded.config.size) for tree in (images, contents)
         )

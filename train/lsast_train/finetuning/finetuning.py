@@ -32,7 +32,7 @@ from ..paintings import PaintingDataset, to_images
 from ..prompts.prompt_file import Prompts, save_prompts
 from ..training.loop import TrainingLoop
 from ..training.rng import RngStream, rng_for
-from ..training.run import RunFiles, RunResult, choose_precision, find_device, fused, versions
+from ..training.run import RunFiles, RunResult, find_device, fused, versions
 from .painter import Painter, random_pictures
 from .style_loss import Distances, StyleLoss
 
@@ -76,7 +76,6 @@ class Finetuning:
         self.files.require(options.size, base.config.multiple, resume)
         self.base, self.source, self.works, self.contents, self.options = base, prompts, works, contents, options
         base.to(find_device(device))
-        self.options = options = choose_precision(options, base.device)
         self.defaults = {name: getattr(options, name) for name in ("strength", "guidance", "palette")}
         self.painter = Painter(base, prompts, mixed_precision=options.mixed_precision, **self.defaults)
         self.prompts = nn.ParameterList([self.painter.prompts])

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from lsast_engines.bundle.style import style_name_faults
 from lsast_engines.environment import package_version
@@ -20,10 +19,6 @@ from lsast_engines.files import replace_file, require_writable
 
 if TYPE_CHECKING:
     import torch
-
-Options = TypeVar("Options")
-
-log = logging.getLogger("lsast.train")
 
 CURVE_FORMAT = 1
 """Format number of the loss curve's JSON."""
@@ -200,31 +195,6 @@ def find_device(name: str | None) -> torch.device:
         found = ["cpu", *(f"cuda:{i}" for i in range(count)), *(["mps"] if torch.backends.mps.is_available() else [])]
         reason = str(error).split("\n")[0]
         raise UsageError(f"found --device {name} ({reason}); expected one of {', '.join(found)}") from error
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether `device` has bf16 instructions; a processor without AVX-512 imitates them, many times slower."""
-    import torch
-
-    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def bf16_autocast(device: torch.device) -> torch.autocast:
-    """The context manager in which networks on `device` run in bf16, if it has that."""
-    import torch
-
-    return torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bf16(device))
-
-
-def choose_precision(options: Options, device: torch.device) -> Options:
-    """`options` with the mixed precision that ``auto`` is on `device`."""
-    given: Any = options
-    if given.mixed_precision != "auto":
-        return options
-    chosen = "bf16" if multiplies_bf16(device) else "no"
-    log.info("mixed precision: %s", chosen)
-    found: Options = replace(given, mixed_precision=chosen)
-    return found
 
 
 def fused(device: torch.device) -> dict[str, bool]:
