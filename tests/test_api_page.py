@@ -1,7 +1,5 @@
 """docs/api.md is what the docstrings say, and they say something about everything."""
 
-from __future__ import annotations
-
 import importlib.util
 import inspect
 import re

@@ -1,7 +1,5 @@
 """A tiny base with the names of Stable Diffusion 1.5's files goes the whole way of docs/sd15.md, in every form."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The pages: every link leads somewhere, the README is short, and its commands run word for word."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

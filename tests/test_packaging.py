@@ -1,7 +1,5 @@
 """What pyproject.toml promises about installing: lean, one ONNX Runtime at a time, one version."""
 
-from __future__ import annotations
-
 import re
 import sys
 from pathlib import Path

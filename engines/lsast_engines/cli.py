@@ -3,8 +3,6 @@
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted (`LsastError.exit_code`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

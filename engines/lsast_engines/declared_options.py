@@ -4,8 +4,6 @@ Checks, command line, documentation and the server's models are read off the dec
 out; a type may be ``Literal``, for named values, and may be optional (``| None``).
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import numbers

@@ -1,7 +1,5 @@
 """Facts of this process and its machine: installed packages, peak memory, and what the processor has."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib

@@ -1,7 +1,5 @@
 """The exceptions of all packages. Messages say what was found, what was expected, and how to mend it."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import re

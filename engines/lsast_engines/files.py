@@ -4,8 +4,6 @@ What is not finished has a hidden name that does not depend on the final one, an
 it. What a killed process left is not locked; the next one that writes in the same folder removes it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

@@ -1,7 +1,5 @@
 """Names of earlier versions: what was removed, and what to use instead; and what is called otherwise today."""
 
-from __future__ import annotations
-
 _EIGHT_BITS = "no engine in 8 bits ever ran on a GPU; use fp16"
 _CPU = "for processors there is lsast-export quantize"
 _OURS = "only who makes a base needs it; in a clone of the repository: python -m benchmarks.mini.training"

@@ -1,7 +1,5 @@
 """Scores for folders of stylised pictures: style, content, and votes of people."""
 
-from __future__ import annotations
-
 from .evaluation import evaluate
 from .metrics.intervals import Score
 from .report import EvalOptions, Report

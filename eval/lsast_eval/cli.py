@@ -1,7 +1,5 @@
 """``lsast-eval``: options, and results on a terminal. Imports torch only when pictures are to be scored."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Matches each method's results with their contents, by file stem."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Mapping

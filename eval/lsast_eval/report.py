@@ -1,7 +1,5 @@
 """The report of an evaluation, made with some options: as a table, as JSON, and as a contact sheet."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Progress of long commands."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 

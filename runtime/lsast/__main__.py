@@ -1,7 +1,5 @@
 """`python -m lsast` is `lsast-run`, for where scripts are not on the path."""
 
-from __future__ import annotations
-
 from .cli.main import main
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """`benchmarks/bench`: its statistics and sums against hand-made reports, and the whole of it on the embedded bundle."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

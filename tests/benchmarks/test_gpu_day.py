@@ -1,7 +1,5 @@
 """The day on a card is rehearsed: every step of every call runs on the CPU, at tiny sizes, and reports."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """`benchmarks.mini.train`: its commands against their parsers; nothing is trained."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -6,8 +6,6 @@ is pickled as its training does. Everything is computed by tests/oracles/release
 tensors.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A toy base of small widths: its manifest, styles and bundle, and a graph that both backends can run."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

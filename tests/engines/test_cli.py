@@ -1,7 +1,5 @@
 """What all command lines share: how a failure ends."""
 
-from __future__ import annotations
-
 import errno
 import json
 import math

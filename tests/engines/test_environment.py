@@ -1,7 +1,5 @@
 """What the machine tells of processors and their limits."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Two synthetic hands, stripes and blots, and photographs of neither kind."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import cv2

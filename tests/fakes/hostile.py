@@ -1,7 +1,5 @@
 """Strategies of hypothesis for files that are almost right."""
 
-from __future__ import annotations
-
 import copy
 import io
 import json

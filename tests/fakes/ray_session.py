@@ -1,7 +1,5 @@
 """Run by tests/runtime/server/test_ray.py: two replicas, 40 paintings, one replica killed in the middle."""
 
-from __future__ import annotations
-
 import io
 import socket
 import threading

@@ -1,7 +1,5 @@
 """A server with a worker process, on a free port of this machine."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import threading

@@ -1,7 +1,5 @@
 """Networks of diffusers in CompVis naming, as Stable Diffusion 1.x and ControlNet were published; tensors by name."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

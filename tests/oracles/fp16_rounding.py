@@ -4,8 +4,6 @@ On a CPU, ONNX Runtime computes most operators of such a graph in float32 and le
 its own result is nearer to that of the graph in float32 than a GPU's.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

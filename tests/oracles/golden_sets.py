@@ -5,8 +5,6 @@ code itself; it is not part of the repository, and tests on it are skipped witho
 architecture, schedule and shape.
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path

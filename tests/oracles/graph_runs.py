@@ -1,7 +1,5 @@
 """ONNX graphs in ONNX Runtime itself, on random inputs: what an engine or a rewritten graph is compared with."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """diffusers' schedulers on the noise of Stable Diffusion 1.5: what solvers and losses are compared with."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler

@@ -1,7 +1,5 @@
 """A bundle small enough to be computed by hand: every graph is a few linear operations, built without torch."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The default that ships: sound, small, and styles that paint one photograph differently."""
 
-from __future__ import annotations
-
 import itertools
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Input that is almost right, by hypothesis: every reader gives an error of ours, or what can be painted with."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import json

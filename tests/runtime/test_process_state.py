@@ -1,7 +1,5 @@
 """Painting leaves what the whole process shares as it is; with engines open, not even for a moment, for spied calls."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

@@ -1,7 +1,5 @@
 """What `test_two_processes` launches: the command itself, and the prompts as each process sees them at the end."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Collections of many artists, in the shapes that WikiArt and AST have."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

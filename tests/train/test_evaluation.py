@@ -1,7 +1,5 @@
 """The held-out loss, and the released way of training against what the released algorithm computed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace

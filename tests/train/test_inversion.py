@@ -1,7 +1,5 @@
 """Inversion: what it learns, how it is stopped and goes on, what saves memory and time."""
 
-from __future__ import annotations
-
 import copy
 import json
 import logging

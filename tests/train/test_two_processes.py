@@ -1,7 +1,5 @@
 """The same command under ``accelerate launch``, as on a machine with two GPUs, but on the CPU (gloo)."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Entry of ``lsast-train`` and ``python -m lsast_train``."""
 
-from __future__ import annotations
-
 from .cli.main import command
 
 

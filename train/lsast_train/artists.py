@@ -3,8 +3,6 @@
 Never imports torch: a wrong name is reported at once.
 """
 
-from __future__ import annotations
-
 import csv
 import difflib
 import re

@@ -1,7 +1,5 @@
 """The held-out loss of every stage, measured the same way each time so that two steps can be compared."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

@@ -13,8 +13,6 @@
 The held-out loss is measured on the way, and the prompts of the best evaluation are the result.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import logging

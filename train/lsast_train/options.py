@@ -3,8 +3,6 @@
 Never imports torch, so that ``lsast-train --help`` is quick and works without it.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal

@@ -1,7 +1,5 @@
 """The engine: a graph that is ready to run on a backend, and what all backends share: imports and checks."""
 
-from __future__ import annotations
-
 import abc
 import importlib
 import importlib.util

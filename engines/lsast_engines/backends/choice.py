@@ -3,8 +3,6 @@
 `ROWS` is the rule. docs/guides/speed.md shows it, docs/results.md the measurements.
 """
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass
 from typing import Literal

@@ -6,8 +6,6 @@ tensor at a time, into a float32 file in the cache folder, and the graph is rewr
 other offsets.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import logging

@@ -5,8 +5,6 @@ compute dtype, named by a hash of everything that the result depends on; it hold
 since a library may crash on damaged files. A new entry replaces older ones of the same graph and compute dtype.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

@@ -6,8 +6,6 @@ of `onnx.checker` that a parser relies on, for graphs as `lsast-export` writes t
 graphs, no functions. ONNX Runtime makes such checks by itself.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections import defaultdict

@@ -4,8 +4,6 @@ On both, inputs and outputs lie at fixed addresses (IO binding). On a GPU a sess
 with all axes fixed, and its first run is captured as a CUDA graph, so that later runs allocate nothing.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import io

@@ -1,7 +1,5 @@
 """Graphs on OpenVINO, which reads the same ONNX files and is fastest on x86 CPUs."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools

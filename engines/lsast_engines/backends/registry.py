@@ -3,8 +3,6 @@
 A backend's module, and its library, are imported only when the backend is asked for.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -12,8 +12,6 @@ h2, w2 h / 2, w / 2, and so on: the deeper levels of a network
 ====== =====================================================
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated

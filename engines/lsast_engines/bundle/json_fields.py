@@ -6,8 +6,6 @@ A field is a text, a whole or another number, one of some texts (``Literal``), a
 a text a pattern, and a ``dict`` a dataclass that declares its keys.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

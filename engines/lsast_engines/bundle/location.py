@@ -1,7 +1,5 @@
 """Where bundles lie; without NumPy, so that completion and a server find one at once."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

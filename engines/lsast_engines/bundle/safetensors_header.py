@@ -4,8 +4,6 @@ Such a file is 8 bytes of header length (little-endian), a JSON header, then raw
 (github.com/huggingface/safetensors, "Format").
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Measures on pixels: how much of the content is left, in luminance and edges, and how rough the flat parts are."""
 
-from __future__ import annotations
-
 import numpy as np
 import numpy.typing as npt
 

@@ -3,8 +3,6 @@
 Figures are not comparable with those of papers, which use other networks.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """FID and KID between two sets of features."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """A score with its interval: bootstrap over pictures, and Wilson's for a share."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from statistics import NormalDist

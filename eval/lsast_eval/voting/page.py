@@ -3,8 +3,6 @@
 The browser gets random names of pictures only: it never learns which method made one.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import logging

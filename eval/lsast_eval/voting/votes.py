@@ -1,7 +1,5 @@
 """Votes of people on pairs of results, their file, and the win rates of methods."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -1,7 +1,5 @@
 """Adds graphs to an exported bundle; its weights and styles stay as they are."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import logging

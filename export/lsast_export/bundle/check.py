@@ -1,7 +1,5 @@
 """Verifies a bundle where it will run: files, weights, styles, and parity with torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 

@@ -6,8 +6,6 @@ by tensor, tracing needs none, baking reads one matrix at a time, and torch has 
 opened (`parity`).
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import logging

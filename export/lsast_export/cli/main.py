@@ -4,8 +4,6 @@ The result's path, or with `--json` one JSON object, goes to stdout; phases and 
 done, 1 failed, 2 wrong usage, 130 interrupted. torch and onnx are imported only when there is something to do.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, get_args
 

@@ -1,7 +1,5 @@
 """`lsast-export quantize`: make a bundle in int8 from an exported one."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -9,8 +9,6 @@ ONNX's own Attention needs operator set 23. There the CUDA provider of ONNX Runt
 those nodes would run on the CPU, and a graph with such nodes cannot be captured.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -6,8 +6,6 @@ length in a file. So the graphs of a bundle refer into the file that training re
 CPU computes in float32 exactly what torch computes with the same rounded weights.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import onnx_ir as ir

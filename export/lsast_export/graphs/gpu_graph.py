@@ -6,8 +6,6 @@ operators in fp16; norms, softmax, sums and the path to the sine of the timestep
 float32. Inputs and outputs stay float32, and the weights are those of the bundle's graph.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import onnx_ir as ir

@@ -10,8 +10,6 @@ In parts, a run may skip the ControlNet at some steps, or all of the U-Net but i
 networks without class, image or adapter conditions; `parity` compares with that function.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple

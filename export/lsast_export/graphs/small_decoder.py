@@ -6,8 +6,6 @@ unscaled latents, so the graph contains the factor and has the interface of `vae
 their own, in float32, with the configuration in its metadata, so that `check` can compare with torch again.
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 import math

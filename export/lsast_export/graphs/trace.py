@@ -8,8 +8,6 @@ So no value of a weight is needed. While a module is traced, fake tensors, which
 weights, and `module` may be on the meta device (`base_on_meta`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import logging

@@ -13,8 +13,6 @@ A network is in memory once: torch goes first, its outputs are kept and its netw
 one after another.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager

@@ -6,8 +6,6 @@ every case, is freed, the U-Net runs for every case, and the next step of all lo
 This module is the reference of every export: it denoises in a loop of its own, with stock diffusers networks.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ The float32 weights of a graph lie in a file, from which ONNX Runtime maps them,
 and maximum leave the graph: so a graph of Stable Diffusion's size fits into memory.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path

@@ -5,8 +5,6 @@ scale of the bundle. A quantized graph is evaluated by its pictures, compared wi
 same noise.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Options of quantization, which the command line shows: without NumPy and onnx, so that it starts at once."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated

@@ -17,8 +17,6 @@ ONNX Runtime's own quantizer gives the same numbers (the tests compare), but hol
 memory twice; here one weight is in memory at a time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any

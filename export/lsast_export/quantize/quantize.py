@@ -4,8 +4,6 @@ The new bundle has graphs and weights of its own (`weights`) and the fingerprint
 of the base fits it. It is no base itself: styles are learned and baked with the bundle that it was made from.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import importlib.metadata

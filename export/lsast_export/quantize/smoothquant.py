@@ -13,8 +13,6 @@ The division costs nothing if the producer of X absorbs it:
 Layers that share X share s, with the maximum over all their W. The graph computes the same as before, but for rounding.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping

@@ -6,8 +6,6 @@ quantizer would take such a matrix for an activation. And GEGLU computes value a
 split: beside products in int8 the split costs much, so there are two products here.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping

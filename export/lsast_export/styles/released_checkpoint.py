@@ -4,8 +4,6 @@ The pickle is not executed: its tensors are read by name (`lsast_train.checkpoin
 output is kept, without dropout: the released script leaves it on by mistake (docs/method.md §8.5).
 """
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass
 from pathlib import Path

@@ -6,8 +6,6 @@ run on that GPU only; TensorRT-RTX compiles ahead of time, also without a GPU, f
 portably.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

@@ -3,8 +3,6 @@
 Everything here is made again when it is needed. Bundles and styles that the user keeps there are never touched.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

@@ -1,7 +1,5 @@
 """`lsast`: one name for all commands; what it calls is imported when it is called, so that `--help` answers at once."""
 
-from __future__ import annotations
-
 import logging
 import pkgutil
 from dataclasses import asdict

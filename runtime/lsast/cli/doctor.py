@@ -4,8 +4,6 @@ A broken installation must still get its report, so that every look-up catches w
 if its library is installed and finds the device; no graph is run.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

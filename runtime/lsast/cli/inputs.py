@@ -3,8 +3,6 @@
 No picture is decoded here, so that all faults of the arguments are reported before the first painting.
 """
 
-from __future__ import annotations
-
 import glob
 import logging
 import os

@@ -5,8 +5,6 @@ Exit status: 0 done, 1 something failed, 2 wrong usage, 130 interrupted. Numpy a
 picture is to be painted, so that `--help` and `--version` answer at once.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import logging

@@ -1,7 +1,5 @@
 """Repeating a painting from what its file says, and proving that it is the same: ``lsast-run --from``."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 from dataclasses import asdict

@@ -4,8 +4,6 @@ A file that fails does not stop the others. Existing paintings are skipped and f
 call continues one that was killed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

@@ -1,7 +1,5 @@
 """Watched folders: every picture that is added or changes is painted."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -1,7 +1,5 @@
 """The file suffixes of the pictures and videos that are read and written."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from dataclasses import dataclass, field

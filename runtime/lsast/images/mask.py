@@ -1,7 +1,5 @@
 """Masks, which say where a picture is painted; and painting in the picture's own colours."""
 
-from __future__ import annotations
-
 import numpy as np
 import numpy.typing as npt
 

@@ -1,7 +1,5 @@
 """The picture that shows what styles look like, on the server's cards and on the sheet of styles."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

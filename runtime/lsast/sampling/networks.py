@@ -1,7 +1,5 @@
 """The graphs of a bundle as the networks that `sampler.sample` runs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 

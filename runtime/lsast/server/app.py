@@ -1,7 +1,5 @@
 """The application: routes, and what guards them."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import collections

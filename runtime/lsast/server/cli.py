@@ -1,7 +1,5 @@
 """`lsast-serve`: start the server, say where it listens, and end it in good order."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -1,7 +1,5 @@
 """Jobs: paintings from the moment they are accepted until their clients have them."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

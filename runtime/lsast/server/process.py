@@ -1,7 +1,5 @@
 """The worker's process, seen from the server: started, spoken to, and started anew when it ends."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import itertools

@@ -1,7 +1,5 @@
 """What the API takes and gives, as pydantic models; those of the options are made from `lsast.options`."""
 
-from __future__ import annotations
-
 import base64
 import functools
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """What clients send: the body of a request, bounded in bytes and in time, as a picture with its options."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Compiling the engines that a GPU backend lacks, in a process of the exporter: the runtime imports nothing of that."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from typing import cast, get_args

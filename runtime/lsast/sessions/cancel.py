@@ -1,7 +1,5 @@
 """Stopping a painting from outside: from another thread, a button, a closed connection."""
 
-from __future__ import annotations
-
 import threading
 
 from lsast_engines.errors import CancelledError

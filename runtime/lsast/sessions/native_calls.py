@@ -5,8 +5,6 @@ backend or of OpenCV this aborts the whole process. So the end refuses new calls
 painting asks before every run of a graph whether it may go on.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import os

@@ -1,7 +1,5 @@
 """The graph cache on both backends: the same numbers without the work, and never those of another graph."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

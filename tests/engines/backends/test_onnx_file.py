@@ -1,7 +1,5 @@
 """Damaged and hostile graphs are refused before a backend parses them; onnx is the oracle of what an operator takes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """ONNX Runtime's CUDA provider where no GPU is: what is opened for "cuda" are real sessions and bindings on the CPU."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Resident pages of mapped files, as the kernel counts them; and which of them an engine may drop."""
 
-from __future__ import annotations
-
 import errno
 import mmap
 import re

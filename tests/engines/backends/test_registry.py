@@ -1,7 +1,5 @@
 """Which backend, device and compute dtype serve a request or are taken by `auto`, and what is said where none does."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Weights of 16 bits unpacked for the backends, as onnx and safetensors read the result."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """Re-verification of a bundle: what was tampered with is found."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """`benchmarks/speed/compare.py`: its rows, its tables and its names for stable-diffusion.cpp; nothing is measured."""
 
-from __future__ import annotations
-
 import importlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What an exported bundle holds, and that a wrong graph leaves none."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import re

@@ -1,7 +1,5 @@
 """Stable Diffusion 1.5 at full size, random weights: memory, parity and painting, by `benchmarks/sd15_random.py`."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """An export holds one network at a time: who has weights when, and which file is moved rather than copied."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """`lsast-export` as a user meets it."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Attention rewritten for GPUs computes what the exported graph computes: to the last bit, in float32."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Graphs rewritten to compute in fp16 are sound, compute nearly the same, and do what is delicate in float32."""
 
-from __future__ import annotations
-
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable

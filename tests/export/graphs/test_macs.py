@@ -1,7 +1,5 @@
 """`count_macs` on exported graphs, against torch's own count of the modules they were traced from."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

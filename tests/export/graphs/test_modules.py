@@ -1,7 +1,5 @@
 """What exported graphs compute: against torch, against unmodified diffusers networks, on two backends."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

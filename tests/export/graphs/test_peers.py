@@ -1,7 +1,5 @@
 """The peers of `benchmarks/speed/compare.py` do the work that they claim to: so many passes of each network a step."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 from types import ModuleType

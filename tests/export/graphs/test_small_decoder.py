@@ -1,7 +1,5 @@
 """A tiny autoencoder's decoder in a bundle: against diffusers' own, added safely, refused where it does not belong."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The denoiser in parts: against the whole denoiser, against torch where they leave something out, and added safely."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

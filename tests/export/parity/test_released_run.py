@@ -4,8 +4,6 @@ graphs. The recordings are those of tests/data, of the released code, and of the
 Every step is computed from the recorded latent, and (``free_…``) from the latent that our own run has reached.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager

@@ -1,7 +1,5 @@
 """Baked keys and values against attention on the context itself, as diffusers' modules compute it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Checkpoints of the released code, against the module that a checkpoint was pickled from."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable

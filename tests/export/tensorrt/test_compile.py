@@ -1,7 +1,5 @@
 """Engines compiled ahead of time by TensorRT-RTX, on a machine without a GPU: compiled, never run."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

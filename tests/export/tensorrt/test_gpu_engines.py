@@ -3,8 +3,6 @@
 They wait for a card: ``pytest -m gpu tests/export/tensorrt/test_gpu_engines.py``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import closing
 

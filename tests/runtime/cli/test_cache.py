@@ -1,7 +1,5 @@
 """The caches: what is listed, and what pruning and clearing remove."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

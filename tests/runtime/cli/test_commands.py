@@ -1,7 +1,5 @@
 """`lsast`: the commands under one name."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """The report on a machine: what it says of installations that tests can only pretend."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import json

@@ -1,7 +1,5 @@
 """Pipes in the place of files: read once where that is enough, else refused; named, not waited for, in folders."""
 
-from __future__ import annotations
-
 import logging
 import os
 import threading

@@ -1,7 +1,5 @@
 """Contact sheets: every cell is the painting that its labels name."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

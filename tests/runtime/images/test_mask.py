@@ -1,7 +1,5 @@
 """Where is painted, and which colours are kept: against the picture's own bytes, and against Pillow's Y'CbCr."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

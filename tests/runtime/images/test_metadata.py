@@ -1,7 +1,5 @@
 """What a painting's file says, what it keeps to itself, and repeating it: read by Pillow and by hand, not by lsast."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Precedence of defaults: the call, then its preset, then the style, then the bundle."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

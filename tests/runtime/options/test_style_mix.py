@@ -1,7 +1,5 @@
 """The grammar of mixes."""
 
-from __future__ import annotations
-
 from enum import Enum
 from typing import get_args
 

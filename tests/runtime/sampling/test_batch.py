@@ -1,7 +1,5 @@
 """Styles, solvers and palettes of a batch: each against its definition, written out."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,8 +1,6 @@
 """Step caching, against the algorithm in plain numpy on the tiny graphs' own matrices; and the small decoder, which
 swaps red and blue, so that every picture says which one ran."""
 
-from __future__ import annotations
-
 import pickle
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The whole path of one picture against plain numpy for the graphs and diffusers for the scheduler."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

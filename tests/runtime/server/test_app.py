@@ -1,7 +1,5 @@
 """The API over real HTTP, against what the library paints."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json

@@ -1,7 +1,5 @@
 """`lsast-serve` as a process: what it prints, how it ends."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,7 +1,5 @@
 """The page in a real browser, with the embedded bundle: what a person does, on a desktop and on a phone."""
 
-from __future__ import annotations
-
 import importlib.util
 import io
 import math

@@ -1,7 +1,5 @@
 """The application on a local Ray with two replicas, one of which is killed under load."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The API against its own OpenAPI document, by schemathesis: whatever is sent, no answer is a fault of the server."""
 
-from __future__ import annotations
-
 import contextlib
 
 import pytest

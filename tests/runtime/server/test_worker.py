@@ -1,7 +1,5 @@
 """Which paintings the worker gives to its painter together."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Sequence
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Many pictures at once: each as if it were alone, in order, and read no further ahead than was said."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

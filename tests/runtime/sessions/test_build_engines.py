@@ -1,8 +1,6 @@
 """`--build`: what is missing is compiled when that was allowed, and only then. No GPU: the driver is a fake that names
 one."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

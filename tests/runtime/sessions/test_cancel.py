@@ -1,7 +1,5 @@
 """Stopping a painting and looking at it meanwhile: from threads, callbacks and asyncio."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 import time

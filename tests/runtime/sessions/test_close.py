@@ -1,7 +1,5 @@
 """Closing a stylizer, and the end of Python, at any moment: an error of ours, never a hang or an abort."""
 
-from __future__ import annotations
-
 import asyncio
 import io
 import os

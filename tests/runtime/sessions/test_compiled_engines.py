@@ -1,8 +1,6 @@
 """Painting with compiled engines on a fake GPU, which checks order, addresses and lifetimes, and whose kernels are ONNX
 Runtime's: the paintings are those of ONNX Runtime. No GPU runs here."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Dtypes below fp32: asked for, refused, and overflowing."""
 
-from __future__ import annotations
-
 import logging
 import pickle
 import sys

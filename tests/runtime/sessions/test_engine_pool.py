@@ -1,7 +1,5 @@
 """One stylizer and many threads, forks and processes: all get what they would get alone, and nobody waits for ever."""
 
-from __future__ import annotations
-
 import hashlib
 import multiprocessing
 import os

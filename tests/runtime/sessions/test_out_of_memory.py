@@ -1,7 +1,5 @@
 """Too little memory is an `OutOfMemoryError`, whoever finds it, and never another picture; then painting goes on."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

@@ -1,7 +1,5 @@
 """What videos and animated pictures may be like: each is painted as a player shows it, or refused in plain words."""
 
-from __future__ import annotations
-
 import errno
 import itertools
 import os

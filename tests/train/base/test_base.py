@@ -1,7 +1,5 @@
 """Bases: what the inversion feeds to the frozen networks, against diffusers' own, and bases on disk."""
 
-from __future__ import annotations
-
 import copy
 import json
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A base in diffusers' format, in a folder or on the hub (a stand-in for huggingface_hub)."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os

@@ -1,7 +1,5 @@
 """Pickled modules: their tensors come out, nothing of a hostile file runs, and no file takes long or much memory."""
 
-from __future__ import annotations
-
 import functools
 import io
 import logging

@@ -1,7 +1,5 @@
 """A base in one file of CompVis naming, and its ControlNet: the networks come out that were written."""
 
-from __future__ import annotations
-
 import logging
 
 import pytest

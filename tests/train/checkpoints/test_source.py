@@ -1,7 +1,5 @@
 """Published bases: the forms that docs/sd15.md lists, against diffusers' own readers, and what does not fit."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Files of weights: what is in them comes out as views, wherever the caller builds networks."""
 
-from __future__ import annotations
-
 import hashlib
 import sys
 import zipfile

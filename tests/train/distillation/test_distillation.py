@@ -1,7 +1,5 @@
 """Guidance distillation: teacher, student and the style that is distilled."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

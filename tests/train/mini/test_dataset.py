@@ -1,7 +1,5 @@
 """The latent cache against an encoder whose output can be computed from the picture by hand."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The second phase of mini's autoencoder on tiny networks."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math

@@ -1,7 +1,5 @@
 """The networks of mini, and those that judge it in training."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Training of a tiny base and autoencoder on pictures whose two labels differ in colour."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The released generator against docs/method.md §1.3."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

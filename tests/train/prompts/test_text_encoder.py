@@ -1,7 +1,5 @@
 """Contexts of a placeholder's embedding against transformers itself with that row of its token embedding replaced."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The training loop, its random numbers and its loss curve."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace

@@ -6,8 +6,6 @@ diffusers' ``cross_attention_kwargs`` (`layer_contexts`), as do keys and values 
 (`packed_kv`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, TypeAlias, get_args
 

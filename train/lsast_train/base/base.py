@@ -1,7 +1,5 @@
 """The frozen base: U-Net, ControlNet and autoencoder that the prompt space is learned against."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal

@@ -5,8 +5,6 @@ axis, ``K_0 | V_0 | K_1 | V_1 | …``, in the order of `cross_attention_layers`.
 `lsast_train.base.attention.packed_kv` gives one to a network in place of contexts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any

@@ -5,8 +5,6 @@ keys ``unet.*``, ``controlnet.*``, ``autoencoder.*``, ``style_encoder.*``, ``nul
 the same two files: its ONNX graphs refer to the weights by offset, so nothing is stored twice.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields

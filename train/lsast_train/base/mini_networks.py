@@ -11,8 +11,6 @@ palette, not content: patches of 4×4 latents (32×32 pixels) are read one by on
 the patches changes nothing.
 """
 
-from __future__ import annotations
-
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin

@@ -3,8 +3,6 @@
 It is a local folder, or a repository of the Hugging Face hub at a pinned revision.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re

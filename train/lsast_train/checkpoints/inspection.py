@@ -1,7 +1,5 @@
 """What an inspection of a published base finds: its parts, its configuration, and every fault."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal

@@ -4,8 +4,6 @@ Where no configuration comes with the tensors, the architecture is read from the
 attention heads cannot be.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 

@@ -3,8 +3,6 @@
 Names are translated by diffusers' own converters, and nothing may be left over or missing afterwards.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path

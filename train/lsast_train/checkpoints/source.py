@@ -5,8 +5,6 @@ single file in CompVis naming; so is its ControlNet. Parts that do not fit toget
 built.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Weights on disk: read as views of their files, turned into networks, hashed and written, one network at a time."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import math

@@ -1,7 +1,5 @@
 """``lsast-train``: options, progress and results on a terminal. Imports torch only when there is work to do."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What the commands of ``lsast-train`` share."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path

@@ -3,8 +3,6 @@
 Options, progress and results on a terminal. Imports torch only when there is work to do.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -7,8 +7,6 @@ Stages are independent: a step uses samples of one stage and changes that stage 
 The result is an ordinary style with ``guidance_baked`` in its metadata.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import logging

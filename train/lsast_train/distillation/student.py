@@ -1,7 +1,5 @@
 """The style that is distilled, from a style file or a prompt file, and what is trained of it: its keys and values."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

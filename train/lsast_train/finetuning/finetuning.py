@@ -14,8 +14,6 @@ Inversion (`lsast_train.inversion`) asks that the prompts explain noise on the w
 a painting of another picture should look like.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from dataclasses import asdict, replace

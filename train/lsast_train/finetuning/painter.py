@@ -3,8 +3,6 @@
 Each step is computed again in the backward pass, so that one step's activations are held at a time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 The evaluation judges pictures by EfficientNet-Lite0 and Lite2; training never sees these networks.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 from pathlib import Path

@@ -8,8 +8,6 @@
   what was alike in the picture stays alike, in any colour.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

@@ -10,8 +10,6 @@ share (``attention``: Q, K, V = M W_Q, M W_K, M W_V; A = softmax(Q Kᵀ / √d);
 released code's generator (``geglu``).
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable

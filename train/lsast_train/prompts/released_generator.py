@@ -5,8 +5,6 @@ P = W_f (u · GELU(g)) + b with [u; g] = W_p LN₃(x₂) + b; no residual around
 is linear in its value: queries, keys and LN₂ never get a gradient. They are kept so that released weights fit.
 """
 
-from __future__ import annotations
-
 import torch
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor

@@ -3,8 +3,6 @@
 Checkpoints are resumed exactly and hold no pickle: weights, optimiser state and counters in one safetensors file.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -3,8 +3,6 @@
 So nothing random has to be stored in a checkpoint: a resumed run repeats the numbers of an uninterrupted one.
 """
 
-from __future__ import annotations
-
 from enum import IntEnum
 
 import numpy as np

@@ -5,8 +5,6 @@ frees what it allocated once, in the order that CUDA requires: graphs before the
 memory after the last work on it.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass

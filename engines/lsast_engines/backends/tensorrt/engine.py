@@ -9,8 +9,6 @@ An engine is opened only if its record agrees with the graph, the library and th
 compiled here.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import importlib.util

@@ -1,7 +1,5 @@
 """Compiled engines: their records, where what was changed or does not fit is named, and the shapes they are for."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
