@@ -34,11 +34,11 @@ def machine(device: str) -> dict[str, Any]:
 
 def mini(device: str, tiny: bool) -> dict[str, Any]:
     """Largest relative difference of mini's networks on `device` from the CPU in fp32, by graph and type."""
+    from benchmarks.mini.training.mini_base import MiniConfig, build_mini
     from lsast_engines.bundle.bundle import EMBEDDED
     from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, graph_specs
     from lsast_export.graphs.modules import geometry, graph_module
     from lsast_train.base.lazy_base import load_base
-    from lsast_train.base.mini_base import MiniConfig, build_mini
 
     base = build_mini(MiniConfig.tiny()) if tiny else load_base(EMBEDDED)
     cells = 8 if tiny else 32

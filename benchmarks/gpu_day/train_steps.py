@@ -25,11 +25,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from benchmarks.mini.training.dataset import LatentDataset, build_cache
+from benchmarks.mini.training.mini_base import MiniConfig, build_mini
 from benchmarks.mini.training.train_unet import BaseTrainingOptions, JointModel, train_base
 from lsast_engines.bundle.bundle import EMBEDDED
 from lsast_train.base.base import Base
 from lsast_train.base.lazy_base import load_base, save_base
-from lsast_train.base.mini_base import MiniConfig, build_mini
 from lsast_train.training.loop import TrainingLoop
 
 CARD = BaseTrainingOptions(

@@ -78,8 +78,8 @@ def _inputs(folder: Path) -> None:
     import av
     import torch
 
+    from benchmarks.mini.training.mini_base import MiniConfig, build_mini
     from lsast_train.base.lazy_base import save_base
-    from lsast_train.base.mini_base import MiniConfig, build_mini
 
     torch.manual_seed(0)
     save_base(build_mini(MiniConfig.tiny()), folder / "tiny")

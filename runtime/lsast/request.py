@@ -209,8 +209,8 @@ def require_graphs(bundle: Bundle, options: Options) -> None:
     denoisers, decoder = graphs_of(options)
     if missing := [name for name in denoisers if name not in bundle.manifest.graphs]:
         raise BundleError(
-            f"found no graph {', '.join(missing)} in {bundle.path}, which cache_interval needs; add the split graphs "
-            f"with: lsast-export parts {bundle.path}"
+            f"found no graph {', '.join(missing)} in {bundle.path}, which cache_interval needs; export it again "
+            f"with: lsast-export bundle --base BASE --out {bundle.path}"
         )
     if decoder not in bundle.manifest.graphs:
         raise BundleError(

@@ -1,5 +1,3 @@
-import dataclasses
-import shutil
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -9,15 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.mini.training.mini_base import MiniConfig, build_mini
 from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS
-from lsast_export.bundle import add_graphs as adding
-from lsast_export.bundle.add_graphs import add_parts
 from lsast_export.bundle.export import ExportOptions, export_bundle
 from lsast_export.graphs.trace import TracedGraph, trace_graphs
 from lsast_train.base.base import Base
-from lsast_train.base.mini_base import MiniConfig, build_mini
 from lsast_train.prompts.prompt_file import Prompts
 from lsast_train.prompts.prompt_space import matrix_index
 
@@ -103,41 +98,3 @@ def feeds(base: Base) -> Callable[..., dict[str, np.ndarray]]:
         }
 
     return draw
-
-
-@pytest.fixture(scope="session")
-def traced_parts(base: Base) -> dict[str, TracedGraph]:
-    """The parts of its denoiser, traced once."""
-    return trace_graphs(base, UNET_SPLIT_GRAPHS)
-
-
-@pytest.fixture(scope="session")
-def parted(
-    base: Base,
-    bundles: dict[str, Bundle],
-    traced_parts: dict[str, TracedGraph],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Bundle:
-    """The fp16 bundle with the parts added to it; tests must not change it."""
-    folder = tmp_path_factory.mktemp("parted") / "bundle"
-    shutil.copytree(bundles["fp16"].path, folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adding, "trace_graphs", lambda *_: traced_parts)
-        return add_parts(folder)
-
-
-@pytest.fixture(scope="session")
-def assert_only_added() -> Callable[..., None]:
-    """Fails unless a bundle is another one with the files `new`: assert_only_added(bundle, before, new)."""
-
-    def check(bundle: Bundle, before: Bundle, new: set[str]) -> None:
-        manifest = Bundle.open(bundle.path).manifest
-        assert {path.name for path in bundle.path.iterdir()} == {path.name for path in before.path.iterdir()} | new
-        for file in before.path.rglob("*.*"):
-            if file.name != "manifest.json":
-                assert (bundle.path / file.relative_to(before.path)).read_bytes() == file.read_bytes()
-        files = {name: entry for name, entry in manifest.files.items() if name not in new}
-        kept = {"graphs": before.manifest.graphs, "parity": before.manifest.parity, "files": files}
-        assert dataclasses.replace(manifest, **kept) == before.manifest
-
-    return check

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from benchmarks.mini.training.mini_base import MiniConfig, build_mini
 from lsast_engines.errors import TrainingError
 from lsast_train.__main__ import main
 from lsast_train.base.base import Base
-from lsast_train.base.mini_base import MiniConfig, build_mini
 from lsast_train.inversion import Inversion
 from lsast_train.options import TrainOptions
 from lsast_train.paintings import PaintingDataset

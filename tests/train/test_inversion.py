@@ -12,11 +12,11 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from benchmarks.mini.training.mini_base import MiniConfig, build_mini
 from lsast_engines.errors import OutOfMemoryError, TrainingError, UsageError
 from lsast_train import inversion
 from lsast_train.base.attention import layer_contexts
 from lsast_train.base.base import Base
-from lsast_train.base.mini_base import MiniConfig, build_mini
 from lsast_train.evaluation import ValidationSet, noise_error
 from lsast_train.inversion import Inversion
 from lsast_train.paintings import PaintingDataset

@@ -16,6 +16,7 @@ from typing import Any
 import click
 import torch
 
+from benchmarks.mini.training.mini_base import MiniConfig, build_mini
 from lsast_engines.bundle.bundle import PROMPTS
 from lsast_engines.cli import Command, Group, debug_option, json_option, log_to_stderr, print_result
 from lsast_engines.errors import PictureError, TrainingError, UsageError
@@ -23,7 +24,6 @@ from lsast_engines.files import require_writable
 from lsast_engines.images import find_pictures
 from lsast_train.base.base import Base
 from lsast_train.base.lazy_base import load_base, resolve_local_base, save_base
-from lsast_train.base.mini_base import MiniConfig, build_mini
 from lsast_train.base.mini_networks import MiniAutoencoder
 from lsast_train.checkpoints.source import BaseSource
 from lsast_train.cli.shared import (

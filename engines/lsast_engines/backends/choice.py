@@ -71,24 +71,35 @@ def choose(
     """
     backend, device, named = backend.lower(), device.lower(), None if compute_dtype == "auto" else compute_dtype
     passed_over: dict[str, None] = {}  # why no earlier row is taken, each reason once
-    remedy = ""
+    remedy, choice = "", None
+    quantised = bundle is not None and bundle.manifest.storage_dtype in QUANTISED
     if device in ("auto", "cpu") and "auto" in (backend, compute_dtype):
         for row in ROWS:
             if backend not in ("auto", row.backend) or named not in (None, row.compute_dtype):
                 continue
             fault, missing = _fault(row)
-            int8 = row.feature and bundle and bundle.manifest.storage_dtype in QUANTISED
-            measured = INT8_MEASURED if int8 else row.measured
+            measured = INT8_MEASURED if row.feature and quantised else row.measured
             if row.feature in cpu_features():
                 passed_over.clear()  # the rows above want features that the processor lacks: not what decides
             if not fault:
                 reason = f"the processor has {row.feature}: {measured}" if row.feature else "; ".join(passed_over)
                 reason = reason or f"{named or backend} was named"
-                return Choice(row.backend, "cpu", row.compute_dtype, reason, remedy)
+                choice = Choice(row.backend, "cpu", row.compute_dtype, reason, remedy)
+                break
             passed_over[fault] = None
             if missing and not remedy:
                 remedy = f"{install_command(EXTRAS[row.backend])}: {row.backend} in {row.compute_dtype} is {measured}"
-    return Choice(*find_backend(backend, device, named), reason="named" if named else "GPUs compute in fp16 by default")
+    if choice is None:
+        reason = "named" if named else "GPUs compute in fp16 by default"
+        choice = Choice(*find_backend(backend, device, named), reason=reason)
+    if quantised and (choice.backend, choice.device) == ("openvino", "cpu") and _overflows():
+        _log.warning("OpenVINO's 8-bit products overflow on this processor (AVX2 without VNNI); onnxruntime's do not")
+    return choice
+
+
+def _overflows() -> bool:
+    """Whether sums of two products of 8 bits are held in 16 bits, as x86 had it before VNNI."""
+    return "avx2" in cpu_features() and not cpu_features() & {"avx512_vnni", "avx_vnni"}
 
 
 def _fault(row: Row) -> tuple[str, bool]:

@@ -19,7 +19,7 @@ import torch
 from lsast_engines.backends.onnxruntime import GPU_SUFFIX
 from lsast_engines.backends.registry import find_backend
 from lsast_engines.bundle.bundle import NULL_STYLE_FILE, PROMPTS, STYLES, Bundle, require_free
-from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, UNET_SPLIT_GRAPHS, VAE_DECODER_TINY
+from lsast_engines.bundle.graph_spec import VAE_DECODER_TINY
 from lsast_engines.bundle.manifest import MANIFEST, Manifest, StorageDtype
 from lsast_engines.environment import package_version
 from lsast_engines.errors import ExportError, fault_list
@@ -58,8 +58,6 @@ class ExportOptions:
     """Backend that the graphs are compared with torch on."""
     plan: ParityPlan | None = None
     """What is compared, and the tolerance; None leaves it to `plan_for`."""
-    parts: bool = False
-    """Whether the denoiser's parts are written, too; they have no weights of their own."""
 
 
 def default_options(base: Base | LazyBase, styles: Sequence[str]) -> dict[str, Any]:
@@ -119,9 +117,7 @@ def export_bundle(
         projector = KVProjector.of_base(empty, stored)
         baked = [bake_prompts(projector, prompts) for prompts in styles]
         null_style = bake_null_style(projector)
-        names = [*REQUIRED_GRAPHS, *(UNET_SPLIT_GRAPHS if options.parts else ())]
-        graphs = dict(traced or {})
-        graphs |= trace_graphs(empty, [name for name in names if name not in graphs], progress)
+        graphs = traced or trace_graphs(empty, progress=progress)
         for name, graph in graphs.items():
             save_graph(graph, folder / WEIGHTS, folder / f"{name}.onnx")
             write_gpu_graph(folder / f"{name}.onnx", folder / f"{name}{GPU_SUFFIX}", name)
@@ -177,8 +173,6 @@ class Inherited:
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Of its manifest."""
-    parts: bool = False
-    """Whether it has the denoiser's parts."""
     small_decoder: SmallDecoder | None = None
     styles: tuple[Prompts, ...] = ()
     """Prompts of its styles."""
@@ -199,7 +193,7 @@ def inherited_from(folder: Path | None) -> Inherited:
     baked = {file.stem for file in (folder / STYLES).glob("*.safetensors")}
     if lost := sorted(baked - {prompts.name for prompts in styles}):
         _log.warning("styles of %s that have no prompts there are left out: %s", folder, ", ".join(lost))
-    return Inherited(manifest.defaults, manifest.graphs.keys() >= set(UNET_SPLIT_GRAPHS), small, tuple(styles))
+    return Inherited(manifest.defaults, small, tuple(styles))
 
 
 def _with_origin(base: Base | LazyBase) -> Base | LazyBase:

@@ -1,15 +1,13 @@
-"""The commands `bundle`, `parts`, `decoder` and `check`: export a base, add graphs to a bundle, verify one."""
+"""The commands `bundle`, `decoder` and `check`: export a base, add a small decoder to a bundle, verify one."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS, VAE_DECODER_TINY
+from lsast_engines.bundle.graph_spec import VAE_DECODER_TINY
 from lsast_engines.bundle.style import BUNDLE_DEFAULTS, STYLE_DEFAULTS, parse_defaults
 from lsast_engines.cli import (
     Command,
@@ -26,7 +24,7 @@ from lsast_train.cli.shared import import_options
 from ..progress import PhaseTimer
 
 if TYPE_CHECKING:
-    from lsast_engines.bundle.bundle import Bundle
+    pass
 
 EXTRA = ("export", "torch", "diffusers", "onnx", "onnxscript")
 """The extra that most commands require, and libraries of it."""
@@ -74,12 +72,6 @@ def bundle_options(hidden: bool = False) -> OptionDecorator:
             hidden=hidden,
             help="Number type that weights are stored in. [default: fp16]",
         ),
-        click.option(
-            "--parts",
-            is_flag=True,
-            hidden=hidden,
-            help="Write the denoiser's parts too, see lsast-export parts; a bundle that has them keeps them.",
-        ),
         import_options(hidden),
         click.option(
             "-o",
@@ -115,7 +107,6 @@ def export(
     out: Path,
     storage_dtype: str | None,
     backend: str | None,
-    parts: bool,
     **imports: str | None,
 ) -> None:
     """Export `base` with `styles` to `out` and print where; `imports` are the other fields of `BaseSource`."""
@@ -129,7 +120,7 @@ def export(
     from lsast_train.base.lazy_base import open_base, resolve_local_base
     from lsast_train.checkpoints.source import BaseSource
 
-    from ..bundle.add_graphs import add_small_decoder
+    from ..bundle.add_decoder import add_small_decoder
     from ..bundle.export import ExportOptions, export_bundle, inherited_from
     from ..styles.bake import read_prompts, with_defaults
 
@@ -145,10 +136,7 @@ def export(
     prompts = with_defaults([*chosen_styles, *(s for s in before.styles if s.name not in names)], for_styles)
     kept = {key: value for key, value in before.defaults.items() if key != "style" or not names}
     chosen: dict[str, Any] = {"storage_dtype": storage_dtype, "backend": backend}
-    options = dataclasses.replace(
-        ExportOptions(parts=parts or before.parts),
-        **{key: value for key, value in chosen.items() if value is not None},
-    )
+    options = ExportOptions(**{key: value for key, value in chosen.items() if value is not None})
     written = export_bundle(networks, out, prompts, options, {**kept, **wanted}, progress=phases)
     if before.small_decoder is not None:
         written = add_small_decoder(out, before.small_decoder, options.backend, phases)
@@ -168,31 +156,6 @@ def export(
     print_result(facts, written.path)
 
 
-_backend_option = click.option(
-    "--backend", default="onnxruntime", show_default=True, metavar="NAME", help="Backend to compare with torch on."
-)
-
-
-@click.command("parts", cls=Command, requires=EXTRA)
-@click.argument("bundle", metavar="BUNDLE")
-@_backend_option
-@json_option
-@debug_option
-def parts_command(bundle: str, backend: str) -> None:
-    """Add the denoiser's parts to BUNDLE (a folder or a name), for runs that skip some of them at some steps.
-
-    The parts (ControlNet, whole U-Net, its outermost level) refer into the bundle's weights and are proven against
-    torch. Weights, the other graphs and styles stay as they are.
-    """
-    from lsast_engines.bundle.bundle import find_bundle
-
-    from ..bundle.add_graphs import add_parts
-
-    phases = PhaseTimer()
-    written = add_parts(find_bundle(bundle), backend, progress=phases)
-    _print_added(written, UNET_SPLIT_GRAPHS, [f"{name}.onnx" for name in UNET_SPLIT_GRAPHS], phases)
-
-
 @click.command("decoder", cls=Command, requires=EXTRA)
 @click.argument("bundle", metavar="BUNDLE")
 @click.option(
@@ -202,7 +165,9 @@ def parts_command(bundle: str, backend: str) -> None:
     type=click.Path(path_type=Path),
     help="Folder of a diffusers AutoencoderTiny, such as TAESD's, or its .safetensors alone.",
 )
-@_backend_option
+@click.option(
+    "--backend", default="onnxruntime", show_default=True, metavar="NAME", help="Backend to compare with torch on."
+)
 @json_option
 @debug_option
 def decoder_command(bundle: str, small: Path, backend: str) -> None:
@@ -213,7 +178,7 @@ def decoder_command(bundle: str, small: Path, backend: str) -> None:
     """
     from lsast_engines.bundle.bundle import Bundle, find_bundle
 
-    from ..bundle.add_graphs import add_small_decoder
+    from ..bundle.add_decoder import add_small_decoder
     from ..graphs.small_decoder import WEIGHTS, read_small_decoder
 
     phases = PhaseTimer()
@@ -221,15 +186,11 @@ def decoder_command(bundle: str, small: Path, backend: str) -> None:
     phases("reading the decoder")
     decoder = read_small_decoder(small, Bundle.open(folder, verify_hashes=False).manifest)
     written = add_small_decoder(folder, decoder, backend, progress=phases)
-    _print_added(written, [VAE_DECODER_TINY], [f"{VAE_DECODER_TINY}.onnx", WEIGHTS], phases)
-
-
-def _print_added(written: Bundle, graphs: Sequence[str], files: Sequence[str], phases: PhaseTimer) -> None:
     manifest = written.manifest
     facts = {
         "bundle": str(written.path),
-        "bytes": sum(manifest.files[name].bytes for name in files),
-        "parity": {name: manifest.parity[name] for name in graphs},
+        "bytes": sum(manifest.files[name].bytes for name in (f"{VAE_DECODER_TINY}.onnx", WEIGHTS)),
+        "parity": {VAE_DECODER_TINY: manifest.parity[VAE_DECODER_TINY]},
         "seconds": phases.seconds(),
     }
     print_result(facts, written.path)

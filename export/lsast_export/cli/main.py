@@ -22,7 +22,6 @@ from .bundle import (
     check_command,
     decoder_command,
     export,
-    parts_command,
     style_options,
 )
 from .compile import compile_command, compile_engines
@@ -142,7 +141,6 @@ for _command in (
     compile_command,
     decoder_command,
     import_command,
-    parts_command,
     quantize_command,
 ):
     main.add_command(_command)

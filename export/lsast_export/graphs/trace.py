@@ -21,7 +21,14 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, GraphSpec, downsampling_level, graph_specs, split_specs
+from lsast_engines.bundle.graph_spec import (
+    REQUIRED_GRAPHS,
+    UNET_SPLIT_GRAPHS,
+    GraphSpec,
+    downsampling_level,
+    graph_specs,
+    split_specs,
+)
 from lsast_engines.errors import ExportError, fault_list
 from lsast_train.base.base import Base
 
@@ -52,7 +59,7 @@ class TracedGraph:
 
 
 def trace_graphs(
-    base: Base, names: Sequence[str] = REQUIRED_GRAPHS, progress: Progress = no_progress
+    base: Base, names: Sequence[str] = (*REQUIRED_GRAPHS, *UNET_SPLIT_GRAPHS), progress: Progress = no_progress
 ) -> dict[str, TracedGraph]:
     """Trace graphs of `base`, which may be on the meta device; the results have no weights and fit every storage type.
 
@@ -60,9 +67,7 @@ def trace_graphs(
         ExportError: a graph that torch cannot export, or one with other inputs and outputs than specified.
     """
     widths = geometry(base)
-    specs = graph_specs(widths)
-    if not specs.keys() >= set(names):
-        specs |= split_specs(widths, unet_split(base))
+    specs = graph_specs(widths) | split_specs(widths, unet_split(base))
     traced = {}
     for name in names:
         progress(f"tracing {name}")

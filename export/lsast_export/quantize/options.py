@@ -20,7 +20,7 @@ class QuantizeOptions:
     pictures: Annotated[int, "Calibrate on N pictures, evaluate on N others.", Range(1)] = 4
     size: Annotated[int, "Side of these pictures in pixels, a multiple of the bundle's.", Range(1)] = 256
     target: Annotated[
-        float, "Least mean PSNR in dB to the pictures of the float graphs; below it nothing is written."
+        float, "Least mean PSNR in dB to the pictures of the float graphs; below it nothing is written.", Range(0)
     ] = 30.0
     backend: Annotated[str, "Backend to evaluate on: onnxruntime or openvino."] = "onnxruntime"
     smooth: Annotated[float | None, "SmoothQuant's migration strength alpha, 0 to 1.", Range(0, 1)] = 0.7

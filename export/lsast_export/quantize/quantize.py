@@ -116,7 +116,7 @@ def _require(source: Bundle, options: QuantizeOptions) -> None:
     rules = rules_of(QuantizeOptions).items()
     declared = {name: rule.plain(getattr(options, name)) for name, rule in rules if rule.help}
     faults += option_faults(QuantizeOptions, declared)
-    if options.size % manifest.multiple:
+    if isinstance(declared["size"], int) and options.size % manifest.multiple:
         faults.append(f"size: found {options.size}; expected a multiple of {manifest.multiple}")
     if unknown := sorted(options.also - set(OPTIONAL_GRAPHS)):
         faults.append(f"found also {', '.join(unknown)}; expected of {', '.join(OPTIONAL_GRAPHS)}")

@@ -49,6 +49,8 @@ class WorkerProcess:
         self._settings = settings
         self._on_failure = on_failure
         self._ready = asyncio.Event()
+        self._failed = False
+        """Whether the first worker could not open its engines."""
         self._streams: dict[str, asyncio.Queue[Event | LsastError]] = {}
         self._names = (f"#{number}" for number in itertools.count())
         self._process: asyncio.subprocess.Process | None = None
@@ -58,7 +60,7 @@ class WorkerProcess:
     @property
     def ready(self) -> bool:
         """Whether a worker has its engines open."""
-        return self._ready.is_set()
+        return self._ready.is_set() and not self._failed
 
     @property
     def pid(self) -> int | None:
@@ -121,8 +123,11 @@ class WorkerProcess:
 
     @contextlib.asynccontextmanager
     async def _stream(self, name: str) -> AsyncIterator[asyncio.Queue[Event | LsastError]]:
-        """The events of one message; waits until the worker is ready."""
-        await self._ready.wait()
+        """The events of one message; waits until the worker is ready, or has failed to become so."""
+        if not self._failed:
+            await self._ready.wait()
+        if self._failed:
+            raise BackendError("the server cannot open its engines; its log says why")
         stream = self._streams[name] = asyncio.Queue()
         try:
             yield stream
@@ -210,6 +215,8 @@ class WorkerProcess:
             self.facts = dict(event.facts)
             self._ready.set()
         elif not self.facts:
+            self._failed = True
+            self._ready.set()  # for those who wait
             self._on_failure(_error(event))
         else:  # the bundle was replaced, and the new one is damaged, say
             _log.error("the worker does not start: %s", event.facts["text"])

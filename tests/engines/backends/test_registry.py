@@ -131,6 +131,7 @@ BOTH = "onnxruntime openvino"
         ("avx512_vnni amx_int8", BOTH, "int8", {}, ORT),
         ("avx512_bf16", BOTH, "int8", {"backend": "onnxruntime"}, ORT),
         ("avx2", BOTH, "int8", {"backend": "openvino"}, OV),
+        ("avx2 avx_vnni", BOTH, "int8", {"backend": "openvino"}, OV),
         ("avx512_bf16", BOTH, "fp32", {"compute_dtype": "fp32"}, ORT),
         ("avx512_bf16", BOTH, "fp32", {"backend": "ONNXRuntime"}, ORT),
         ("avx512_bf16", BOTH, "fp32", {"backend": "openvino"}, BF16),
@@ -140,7 +141,7 @@ BOTH = "onnxruntime openvino"
     ],
 )
 def test_choose_takes_the_row_of_the_machine_and_the_bundle(
-    pretend, bundle, processor, installed, storage_dtype, given, expected
+    pretend, bundle, processor, installed, storage_dtype, given, expected, caplog
 ):
     pretend(processor, installed)
     manifest = dataclasses.replace(bundle.manifest, storage_dtype=storage_dtype)
@@ -148,6 +149,8 @@ def test_choose_takes_the_row_of_the_machine_and_the_bundle(
     assert (found.backend, found.compute_dtype, found.device) == (*expected, "cpu")
     assert found.reason
     assert (INT8_MEASURED in found.reason) is (storage_dtype == "int8" and expected == BF16)
+    overflows = (processor, storage_dtype, expected) == ("avx2", "int8", OV)
+    assert ("8-bit products overflow" in caplog.text) is overflows
 
 
 def test_choose_with_a_broken_or_limited_openvino_takes_the_next_row(pretend, monkeypatch):

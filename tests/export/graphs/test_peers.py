@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.mini.training.mini_base import MiniConfig, build_mini
 from lsast_train.base.base import Base
-from lsast_train.base.mini_base import MiniConfig, build_mini
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """A tiny autoencoder's decoder in a bundle: against diffusers' own, added safely, refused where it does not belong."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import VAE_DECODER_TINY
 from lsast_engines.bundle.manifest import Manifest
 from lsast_engines.errors import ExportError
-from lsast_export.bundle.add_graphs import add_small_decoder
+from lsast_export.bundle.add_decoder import add_small_decoder
 from lsast_export.bundle.check import check_bundle
 from lsast_export.cli.main import main
 from lsast_export.graphs.small_decoder import WEIGHTS, read_small_decoder
@@ -85,8 +86,16 @@ def test_small_decoder_graph_matches_diffusers(added, run, tiny, shape, backend)
     assert added.manifest.graphs[VAE_DECODER_TINY].outputs == added.manifest.graphs["vae_decoder"].outputs
 
 
-def test_add_small_decoder_changes_no_other_file(added, bundles, assert_only_added):
-    assert_only_added(added, bundles["fp16"], {GRAPH, WEIGHTS, f"{VAE_DECODER_TINY}{GPU_SUFFIX}"})
+def test_add_small_decoder_changes_no_other_file(added, bundles):
+    before, new = bundles["fp16"], {GRAPH, WEIGHTS, f"{VAE_DECODER_TINY}{GPU_SUFFIX}"}
+    assert {path.name for path in added.path.iterdir()} == {path.name for path in before.path.iterdir()} | new
+    for file in before.path.rglob("*.*"):
+        if file.name != "manifest.json":
+            assert (added.path / file.relative_to(before.path)).read_bytes() == file.read_bytes()
+    manifest = Bundle.open(added.path).manifest
+    kept = {name: getattr(before.manifest, name) for name in ("graphs", "parity", "files")}
+    assert dataclasses.replace(manifest, **kept) == before.manifest
+    assert {name: entry for name, entry in manifest.files.items() if name not in new} == kept["files"]
     assert 0 < added.manifest.parity[VAE_DECODER_TINY] < 1e-5
     modes = {(added.path / name).stat().st_mode & 0o777 for name in (GRAPH, WEIGHTS, "manifest.json")}
     assert len(modes) == 1, "whoever may read the manifest may read the rest"

@@ -1,4 +1,4 @@
-"""The denoiser in parts: against the whole denoiser, against torch where they leave something out, and added safely."""
+"""The denoiser in parts: against the whole denoiser, and against torch where they leave something out."""
 
 import dataclasses
 import json
@@ -9,17 +9,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from click.testing import CliRunner
 
-from lsast_engines.backends.onnxruntime import GPU_SUFFIX
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS
 from lsast_engines.errors import BundleError, ParityError
-from lsast_export.bundle import add_graphs as adding
-from lsast_export.bundle.add_graphs import add_parts
-from lsast_export.bundle.check import check_bundle
-from lsast_export.cli.main import main
-from lsast_export.graphs.trace import TracedGraph
+from lsast_export.bundle.export import export_bundle
 from lsast_export.quantize.options import QuantizeOptions
 from lsast_export.quantize.quantize import quantize_bundle
 from lsast_train.base.attention import layer_contexts
@@ -28,6 +22,11 @@ from lsast_train.base.lazy_base import load_base
 
 Run = Callable[..., dict[str, np.ndarray]]
 Feeds = Callable[..., dict[str, np.ndarray]]
+
+
+@pytest.fixture
+def parted(bundles):
+    return bundles["fp16"]
 
 
 def split(
@@ -118,13 +117,9 @@ def test_unet_outer_on_a_cached_feature_matches_torch(parted, run, feeds):
     assert np.abs(fresh - expected).max() > 1e-3, "a feature that does not matter proves nothing"
 
 
-def test_add_parts_changes_no_other_file(parted, bundles, assert_only_added):
-    new = {f"{name}{suffix}" for name in UNET_SPLIT_GRAPHS for suffix in (".onnx", GPU_SUFFIX)}
-    manifest = parted.manifest
-    assert_only_added(parted, bundles["fp16"], new)
-    assert list(manifest.graphs) == [*bundles["fp16"].manifest.graphs, *UNET_SPLIT_GRAPHS]
-    assert all(0 < manifest.parity[name] < 1e-5 for name in UNET_SPLIT_GRAPHS)
-    for name in UNET_SPLIT_GRAPHS:  # no weight is stored again
+def test_bundle_parts_store_no_weight_again(parted):
+    assert all(0 < parted.manifest.parity[name] < 1e-5 for name in UNET_SPLIT_GRAPHS)
+    for name in UNET_SPLIT_GRAPHS:
         model = onnx.load(parted.graph_path(name), load_external_data=False)
         assert sum(t.ByteSize() for t in model.graph.initializer if not t.external_data) < 20_000
         assert {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"} == {
@@ -132,28 +127,15 @@ def test_add_parts_changes_no_other_file(parted, bundles, assert_only_added):
         }
 
 
-def wrong(traced_parts: dict[str, TracedGraph]) -> dict[str, TracedGraph]:
-    """Parts whose ControlNet listens to a residual of the wrong place."""
-    control = traced_parts["controlnet"]
-    model = control.model.clone()
-    outputs = list(model.graph.outputs)
-    first, second = outputs[0].producer(), outputs[1].producer()
+def test_export_bundle_with_a_wrong_part_writes_nothing(base, traced, tmp_path):
+    """A ControlNet that gives a residual of the wrong place."""
+    model = traced["controlnet"].model.clone()
+    first, second = model.graph.outputs[0].producer(), model.graph.outputs[1].producer()
     first.replace_input_with(0, second.inputs[0])
-    return {**traced_parts, "controlnet": dataclasses.replace(control, model=model)}
-
-
-def test_add_parts_with_a_wrong_graph_changes_nothing(parted, bundles, traced_parts, tmp_path, monkeypatch):
-    for place, bundle in enumerate((bundles["fp16"], parted)):
-        folder = tmp_path / str(place)
-        shutil.copytree(bundle.path, folder)
-        monkeypatch.setattr(adding, "trace_graphs", lambda *_: wrong(traced_parts))
-        with pytest.raises(ParityError, match="controlnet: found a relative error") as caught:
-            add_parts(folder)
-        assert "unet_outer:" not in str(caught.value) or "unet_full:" in str(caught.value)
-        assert Bundle.open(folder).manifest == bundle.manifest
-        assert {path.name for path in folder.iterdir()} == {path.name for path in bundle.path.iterdir()}
-        monkeypatch.setattr(adding, "trace_graphs", lambda *_: traced_parts)
-        assert Bundle.open(add_parts(folder).path).manifest.graphs == parted.manifest.graphs
+    wrong = {**traced, "controlnet": dataclasses.replace(traced["controlnet"], model=model)}
+    with pytest.raises(ParityError, match="controlnet: found a relative error"):
+        export_bundle(base, tmp_path / "bundle", traced=wrong)
+    assert not list(tmp_path.glob("bundle*"))
 
 
 def test_bundle_with_parts_of_another_base_is_refused(parted, tmp_path):
@@ -169,36 +151,3 @@ def test_bundle_with_parts_of_another_base_is_refused(parted, tmp_path):
         in str(caught.value)
     )
     assert "graph unet_full: found inputs" in str(caught.value)
-
-
-def test_parts_command_reports_parity(bundles, traced_parts, tmp_path, monkeypatch):
-    folder = shutil.copytree(bundles["fp16"].path, tmp_path / "bundle")
-    monkeypatch.setattr(adding, "trace_graphs", lambda *_: traced_parts)
-    result = CliRunner().invoke(main, ["parts", str(folder), "--json"])
-    assert result.exit_code == 0, result.stderr
-    report = json.loads(result.stdout)
-    assert report["bundle"] == str(folder)
-    assert set(report["parity"]) == set(UNET_SPLIT_GRAPHS)
-    assert report["bytes"] == sum((folder / f"{name}.onnx").stat().st_size for name in UNET_SPLIT_GRAPHS)
-    assert "comparing unet_outer" in result.stderr
-    missing = CliRunner().invoke(main, ["parts", "nowhere"])
-    assert missing.exit_code == 1
-    assert "found no bundle 'nowhere'" in missing.stderr
-
-
-def test_bundle_command_keeps_parts_and_adds_them_on_request(
-    parted, bundles, traced, traced_parts, tmp_path, monkeypatch
-):
-    both = {**traced, **traced_parts}
-    monkeypatch.setattr("lsast_export.bundle.export.trace_graphs", lambda _, names, *__: {n: both[n] for n in names})
-    for name, source, options in (("kept", parted, []), ("new", bundles["fp16"], ["--parts"])):
-        arguments = ["bundle", "--base", str(source.path), "--out", str(tmp_path / name), *options]
-        result = CliRunner().invoke(main, arguments)
-        assert result.exit_code == 0, result.stderr
-        assert (tmp_path / name / "unet_full.onnx").read_bytes() == (parted.path / "unet_full.onnx").read_bytes()
-    report = check_bundle(tmp_path / "new", "onnxruntime")
-    assert report.passed
-    assert set(UNET_SPLIT_GRAPHS) < report.figures.keys()
-    refused = CliRunner().invoke(main, ["--style", "x", "--parts"])
-    assert refused.exit_code == 2
-    assert "found --parts, which belongs to a whole bundle" in refused.stderr

@@ -313,6 +313,8 @@ def test_quantize_bundle_lists_all_faults_of_options(bundles, tmp_path):
         UsageError, match=r"(?s)pictures: found 0; .*smooth: found 1.5; .*size: found 65; .*also controlnet_cond"
     ):
         quantize_bundle(bundles["fp32"], tmp_path / "out", wrong)
+    with pytest.raises(UsageError, match=r"(?s)size: found '64'; .*target: found nan"):
+        quantize_bundle(bundles["fp32"], tmp_path / "out", QuantizeOptions(size="64", target=np.nan))
 
 
 def test_quantize_takes_whole_numbers_of_numpy(tmp_path):

@@ -186,4 +186,4 @@ def test_preset_is_reported_and_works_with_grid_and_from(folder, parted_path):
     assert _run("in.png", "sheet.png", "--grid", "preset=exact,balanced,fast", *where).exit_code == 0
     refused = _run("in.png", "out.png", "--preset", "fast")  # the plain bundle has no parts
     assert refused.exit_code == 1
-    assert "lsast-export parts" in refused.stderr
+    assert "lsast-export bundle" in refused.stderr

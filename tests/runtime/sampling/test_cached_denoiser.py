@@ -115,7 +115,10 @@ def test_cached_denoiser_in_tiles_caches_each_tiles_own(stylizer, photo):
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ({"cache_interval": 2}, "found no graph controlnet, .* which cache_interval needs; .* lsast-export parts {}"),
+        (
+            {"cache_interval": 2},
+            "found no graph controlnet, .* which cache_interval needs; .* lsast-export bundle .* {}",
+        ),
         ({"decoder": "small"}, "found no graph vae_decoder_tiny .* lsast-export decoder {} --small FOLDER"),
     ],
 )

@@ -107,6 +107,23 @@ def test_bundle_that_cannot_be_opened_ends_the_server_with_its_error(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_request_before_the_engines_fail_to_open_is_answered(parted_path, png):
+    command = [*COMMAND, "--backend", "tensorrt", "--device", "cpu", "--drain-seconds", "40"]
+    with subprocess.Popen(
+        command, env=_environment(parted_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            address = process.stdout.readline().strip()
+            answer = httpx.post(address + "/v1/paintings", content=png, timeout=30)
+            _, stderr = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert answer.status_code == 500
+    assert "cannot open its engines" in answer.text
+    assert process.returncode == 1
+    assert "Error: found no backend 'tensorrt' with device 'cpu'" in stderr
+
+
 def test_variable_that_is_no_setting_is_named(tmp_path):
     environment = {**_environment(tmp_path), "LSAST_SERVE_TOKN": "secret"}
     done = subprocess.run(COMMAND, env=environment, capture_output=True, text=True, timeout=60)

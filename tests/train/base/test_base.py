@@ -10,10 +10,10 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
 
+from benchmarks.mini.training.mini_base import MiniConfig, build_mini
 from lsast_engines.errors import TrainingError
 from lsast_train.base.base import autocast_dtype
 from lsast_train.base.lazy_base import load_base, open_base, save_base
-from lsast_train.base.mini_base import MiniConfig, build_mini
 from lsast_train.options import PRESETS, FinetuneOptions
 from schedulers import ddpm
 

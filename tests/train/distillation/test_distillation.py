@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.mini.training.mini_base import MiniConfig, build_mini
 from lsast_engines.bundle.style import Style, StyleFile
 from lsast_engines.diffusion import SOLVERS, NoiseSchedule, TimestepSchedule
 from lsast_engines.errors import StyleError, TrainingError, UsageError
@@ -16,7 +17,6 @@ from lsast_train.base.attention import packed_kv
 from lsast_train.base.base import Base
 from lsast_train.base.kv_packing import kv_layouts
 from lsast_train.base.lazy_base import save_base
-from lsast_train.base.mini_base import MiniConfig, build_mini
 from lsast_train.distillation.distillation import Distillation
 from lsast_train.distillation.student import null_rows, read_style
 from lsast_train.distillation.teacher import Teacher, jitter_timesteps, read_contents

@@ -22,10 +22,10 @@ from benchmarks.mini.training.finetune_gan import (
     texture_loss,
     train_vae_gan,
 )
+from benchmarks.mini.training.mini_base import MiniConfig, build_mini
 from benchmarks.mini.training.train_autoencoder import load_teacher
 from lsast_engines.errors import TrainingError
 from lsast_train.base.base import autocast
-from lsast_train.base.mini_base import MiniConfig, build_mini
 from lsast_train.base.mini_networks import MiniAutoencoder
 from lsast_train.training.loop import update_ema
 

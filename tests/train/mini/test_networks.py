@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from benchmarks.mini.training.finetune_gan import MultiscaleDiscriminator, d_loss, feature_matching, g_loss
+from benchmarks.mini.training.mini_base import MiniConfig, build_mini
 from lsast_engines.errors import MissingExtraError
 from lsast_train.base.attention import cross_attention_layers
-from lsast_train.base.mini_base import MiniConfig, build_mini
 from lsast_train.base.mini_networks import PATCH, MiniAutoencoder, StyleEncoder
 from lsast_train.finetuning.perceptual import LiteDistance, feature_distance
 

@@ -12,12 +12,12 @@ from PIL import Image
 
 from benchmarks.mini.training.__main__ import main
 from benchmarks.mini.training.dataset import Crops, LatentDataset, build_cache
+from benchmarks.mini.training.mini_base import MiniConfig, build_mini
 from benchmarks.mini.training.train_autoencoder import AutoencoderOptions, evaluate, load_teacher, train_autoencoder
 from benchmarks.mini.training.train_unet import BaseTrainingOptions, JointModel, learning_rate_factor, train_base
 from lsast_engines.errors import TrainingError
 from lsast_train.base.attention import layer_contexts
 from lsast_train.base.lazy_base import load_base, save_base
-from lsast_train.base.mini_base import MiniConfig, build_mini
 from lsast_train.base.mini_networks import MiniAutoencoder
 from schedulers import ddpm
 

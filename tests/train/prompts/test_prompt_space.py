@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.mini.training.mini_base import MiniConfig, build_mini
 from lsast_engines.errors import UsageError
-from lsast_train.base.mini_base import MiniConfig, build_mini
 from lsast_train.inversion import make_optimizer
 from lsast_train.options import PRESETS, TrainOptions, Variant
 from lsast_train.prompts.prompt_space import PromptSpace, build_space, initial_context, matrix_index

@@ -8,8 +8,8 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import nn
 
-from .base import Base, BaseConfig
-from .mini_networks import MiniAutoencoder, StyleEncoder
+from lsast_train.base.base import Base, BaseConfig
+from lsast_train.base.mini_networks import MiniAutoencoder, StyleEncoder
 
 
 @dataclass(frozen=True)
