@@ -16,9 +16,8 @@ from benchmarks.mini.training.__main__ import main as training_command
 KIT = ROOT / "benchmarks" / "gpu_day"
 
 
-@pytest.mark.parametrize(
-    "call", ["engines", pytest.param("parity", marks=pytest.mark.slow), pytest.param("train", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("call", ["engines", "parity", "train"])
 def test_call_runs_every_step_on_the_cpu(call, tmp_path, monkeypatch):
     monkeypatch.setenv("LSAST_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(run, "WORK", tmp_path / "work")

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from lsast_engines.backends.onnxruntime import GPU_SUFFIX
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, graph_specs
+from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, UNET_SPLIT_GRAPHS, graph_specs
 from lsast_engines.errors import BundleError, ExportError, LsastError, ParityError, StyleError, UsageError
 from lsast_export.bundle import export as exporter
 from lsast_export.bundle.export import ExportOptions, export_bundle
@@ -54,14 +54,14 @@ def test_export_bundle_stores_each_weight_once(bundles, storage_dtype):
 @pytest.mark.parametrize("storage_dtype", ["fp32", "fp16"])
 def test_export_bundle_records_parity_in_the_manifest(bundles, storage_dtype):
     manifest = Bundle.open(bundles[storage_dtype].path).manifest
-    assert set(manifest.parity) == {*REQUIRED_GRAPHS, "loop"}
+    graphs = {*REQUIRED_GRAPHS, *UNET_SPLIT_GRAPHS}
+    assert set(manifest.parity) == {*graphs, "loop"}
     assert all(0 < error < 1e-5 for error in manifest.parity.values())
-    assert manifest.graphs == graph_specs(manifest.geometry)
+    assert set(manifest.graphs) == graphs
+    assert manifest.graphs.items() >= graph_specs(manifest.geometry).items()
     assert manifest.source["torch"] == torch.__version__.split("+")[0] or manifest.source["torch"] == torch.__version__
     others = {"base.json", "base.safetensors", "null.safetensors"}
-    assert set(manifest.files) == others | {
-        f"{name}{suffix}" for name in REQUIRED_GRAPHS for suffix in (".onnx", GPU_SUFFIX)
-    }
+    assert set(manifest.files) == others | {f"{name}{suffix}" for name in graphs for suffix in (".onnx", GPU_SUFFIX)}
 
 
 def test_export_bundle_writes_all_gpu_graphs_but_the_encoder_in_fp16(bundles):
@@ -108,7 +108,7 @@ def test_export_bundle_with_a_wrong_graph_leaves_what_was_there(base, bundles, t
 
 
 def test_export_bundle_refuses_unfit_prompts_before_tracing(base, prompts, monkeypatch, tmp_path):
-    monkeypatch.setattr(exporter, "trace_graphs", lambda *_: pytest.fail("traced"))
+    monkeypatch.setattr(exporter, "trace_graphs", lambda *_, **__: pytest.fail("traced"))
     foreign = dataclasses.replace(prompts, base="1" * 64)
     with pytest.raises(StyleError, match="111111111111"):
         export_bundle(base, tmp_path / "new", [foreign])
@@ -119,7 +119,7 @@ def test_export_bundle_refuses_unfit_prompts_before_tracing(base, prompts, monke
 
 def test_export_bundle_without_the_backend_fails_before_tracing(base, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.setattr(exporter, "trace_graphs", lambda *_: pytest.fail("traced"))
+    monkeypatch.setattr(exporter, "trace_graphs", lambda *_, **__: pytest.fail("traced"))
     with pytest.raises(LsastError, match=r"onnxruntime is not installed.*lsast\[cpu\]"):
         export_bundle(base, tmp_path / "new", options=ExportOptions(backend="onnxruntime"))
 

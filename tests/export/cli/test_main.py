@@ -160,7 +160,7 @@ def test_style_option_with_a_distilled_style_keeps_its_guidance(bundles, prompts
 
 
 def test_bundle_command_exports_a_trained_base(base, traced, learned, monkeypatch, caplog):
-    monkeypatch.setattr(exporter, "trace_graphs", lambda *_: traced)
+    monkeypatch.setattr(exporter, "trace_graphs", lambda *_, **__: traced)
     fingerprint = save_base(base, Path("trained"))
     refused = lsast_export("--style", "hand", "--base", "trained")
     assert refused.exit_code == 2

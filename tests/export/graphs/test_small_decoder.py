@@ -181,7 +181,7 @@ def test_decoder_command_reports_parity_and_a_new_export_keeps_it(bundles, folde
     assert refused.exit_code == 1
     assert "found nothing at nowhere" in refused.stderr
 
-    monkeypatch.setattr("lsast_export.bundle.export.trace_graphs", lambda *_: traced)
+    monkeypatch.setattr("lsast_export.bundle.export.trace_graphs", lambda *_, **__: traced)
     weights = (path / WEIGHTS).read_bytes()
     again = CliRunner().invoke(main, ["bundle", "--base", str(path), "--out", str(path)])
     assert again.exit_code == 0, again.stderr
