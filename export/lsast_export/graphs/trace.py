@@ -18,11 +18,21 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes import Sequential
+from onnx_ir.passes.common import (
+    CommonSubexpressionEliminationPass,
+    DeduplicateInitializersPass,
+    NameFixPass,
+    RemoveUnusedNodesPass,
+)
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lsast_engines.bundle.graph_spec import (
+    CONTROLNET,
+    DENOISER,
     REQUIRED_GRAPHS,
+    UNET_FULL,
     UNET_SPLIT_GRAPHS,
     GraphSpec,
     downsampling_level,
@@ -63,17 +73,51 @@ def trace_graphs(
 ) -> dict[str, TracedGraph]:
     """Trace graphs of `base`, which may be on the meta device; the results have no weights and fit every storage type.
 
+    The denoiser is not traced: it is the graphs `controlnet` and `unet_full`, joined.
+
     Raises:
         ExportError: a graph that torch cannot export, or one with other inputs and outputs than specified.
     """
     widths = geometry(base)
     specs = graph_specs(widths) | split_specs(widths, unet_split(base))
+    halves = (CONTROLNET, UNET_FULL) if DENOISER in names else ()
     traced = {}
-    for name in names:
+    for name in dict.fromkeys(name for name in (*names, *halves) if name != DENOISER):
         progress(f"tracing {name}")
         with graph_module(base, name) as module:
             traced[name] = trace(module, specs[name], base.config.multiple, widths.factor)
-    return traced
+    if halves:
+        traced[DENOISER] = _joined(traced[CONTROLNET], traced[UNET_FULL], specs[DENOISER])
+    return {name: traced[name] for name in names}
+
+
+def _joined(controlnet: TracedGraph, unet: TracedGraph, spec: GraphSpec) -> TracedGraph:
+    """The denoiser: `unet` on the residuals of `controlnet`, without its second output."""
+    model, source = controlnet.model.clone(), unet.model.clone().graph
+    graph, eps = model.graph, source.outputs[0]
+    found = {value.name: value for value in (*graph.inputs, *graph.outputs)}
+    for value in source.inputs:
+        if value.name in found:
+            value.replace_all_uses_with(found[value.name])
+    inputs = [*graph.inputs, *(value for value in source.inputs if value.name not in found)]
+    nodes, constants = list(source), list(source.initializers.values())
+    for part in (source.inputs, source.outputs, source.initializers, graph.inputs, graph.outputs):
+        part.clear()
+    source.remove(nodes)
+    for value in (*constants, *(value for node in nodes for value in node.outputs if value is not eps)):
+        value.name = f"unet_{value.name}"  # both networks count their values from 0
+    for node in nodes:
+        node.name = f"unet_{node.name}"
+    graph.initializers.update({str(value.name): value for value in constants})
+    graph.extend(nodes)
+    places = [tensor.name for tensor in spec.inputs]
+    weights = tuple(sorted((*controlnet.weights, *unet.weights)))
+    graph.inputs.extend(sorted(inputs, key=lambda value: [*places, *weights].index(str(value.name))))
+    graph.outputs.append(eps)
+    Sequential(
+        RemoveUnusedNodesPass(), DeduplicateInitializersPass(), CommonSubexpressionEliminationPass(), NameFixPass()
+    )(model)
+    return TracedGraph(spec, model, weights)
 
 
 def trace(module: nn.Module, spec: GraphSpec, multiple: int, factor: int) -> TracedGraph:

@@ -42,7 +42,7 @@ def test_missing_library_error_names_the_extra(monkeypatch, arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "bundle, check, compile, decoder, import, parts, quantize"),
+        ([], "bundle, check, compile, decoder, import, quantize"),
         (["--style", "x", "check", "y"], "found options before 'check'"),
         (["--style", "x", "--precision", "fp16"], "expected it with the command: lsast-export bundle"),
         (["bundle", "--out", "x", "--backend", "tensorrt-rtx"], "lsast-export compile x --backend tensorrt-rtx"),

@@ -32,6 +32,7 @@ def styles(prompts: Prompts, collection: PaintingDataset) -> dict[str, StyleWork
     return {name: StyleWorks(replace(prompts, name=name), collection) for name in ("red", "a.dot")}
 
 
+@pytest.mark.slow
 def test_decoder_nears_the_works_and_nothing_else_of_the_base_changes(base, styles, contents, tmp_path):
     before = weights(base)
     DecoderTraining(base, styles, contents, BRIEF, tmp_path).run()
@@ -47,6 +48,7 @@ def test_decoder_nears_the_works_and_nothing_else_of_the_base_changes(base, styl
     assert last < first
 
 
+@pytest.mark.slow
 def test_resumed_decoder_training_equals_the_uninterrupted_one(base, styles, contents, tmp_path, interrupt_at, caplog):
     caplog.set_level("INFO")
     options, start = replace(BRIEF, steps=6, evaluate_every=3), base.autoencoder.state_dict()

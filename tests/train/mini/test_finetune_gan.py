@@ -204,6 +204,7 @@ def test_resume_from_a_checkpoint_gives_the_same_weights(crops, tmp_path):
     assert not equal(weights(whole), weights(tiny()))
 
 
+@pytest.mark.slow
 def test_training_brings_texture_back(crops, tmp_path):
     autoencoder = tiny()
     pictures = crops.pictures(2)

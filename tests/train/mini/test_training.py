@@ -70,6 +70,7 @@ def test_learning_rate_factor_warms_up_holds_and_decays():
     assert [learning_rate_factor(500, options, left) for left in (0.5, 0.2, 0.1, 0.0)] == [1, 1, 0.5, 0]
 
 
+@pytest.mark.slow
 def test_train_base_lowers_the_loss_and_tokens_reach_it(data, tmp_path):
     base = build_mini(MiniConfig.tiny())
     options = replace(TINY, steps=60, batch=12, lr=4e-3, style_lr=4e-3, evaluate_every=30)
