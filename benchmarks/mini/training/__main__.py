@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import torch
 
-from benchmarks.mini.training.mini_base import MiniConfig, build_mini
 from lsast_engines.bundle.bundle import PROMPTS
 from lsast_engines.cli import Command, Group, debug_option, json_option, log_to_stderr, print_result
 from lsast_engines.errors import PictureError, TrainingError, UsageError
@@ -30,7 +30,6 @@ from lsast_train.cli.shared import (
     declared_options,
     device_option,
     folder_option,
-    parse_pairs,
     run_options,
     set_up_torch,
     threads_option,
@@ -43,11 +42,14 @@ from lsast_train.training.run import RunFiles, find_device, versions
 
 from .dataset import Crops, LatentDataset, build_cache
 from .finetune_gan import GanOptions, train_vae_gan
+from .mini_base import MiniConfig, build_mini
 from .train_autoencoder import AutoencoderOptions, load_teacher, train_autoencoder
 from .train_decoder import DecoderOptions, DecoderTraining, StyleWorks
 from .train_unet import BaseTrainingOptions, train_base
 
 log = logging.getLogger("lsast.train.mini")
+
+Value = TypeVar("Value")
 
 TIME_SHARES = {"autoencoder": 0.2, "gan": 0.3}
 """With --seconds: the part of the time then left that each phase may take. U-Net, ControlNet and style encoder have the
@@ -80,6 +82,24 @@ def copy_autoencoder(source: Base, target: Base) -> None:
     given = {f"autoencoder.{key}": value for key, value in source.autoencoder.state_dict().items()}
     heading = f"found another autoencoder in base {source.config.name!r}; expected mini's, of its widths:"
     load_modules(given, {"autoencoder": target.autoencoder}, heading)
+
+
+def parse_pairs(option: str, form: str, values: Iterable[str], kind: Callable[[str], Value]) -> dict[str, Value]:
+    """``("monet=1.5", …)`` → values by name, each made by `kind`, which raises `ValueError` for a text it refuses.
+
+    Raises:
+        UsageError: not of that form, or a name twice.
+    """
+    found: dict[str, Value] = {}
+    for pair in values:
+        name, _, text = pair.partition("=")
+        try:
+            if not name or not text or name in found:
+                raise ValueError
+            found[name] = kind(text)
+        except ValueError:
+            raise UsageError(f"found {option} {pair}; expected {form}, each once") from None
+    return found
 
 
 @click.group("training", cls=Group)

@@ -29,10 +29,11 @@ from torch.nn.utils.parametrizations import spectral_norm
 from lsast_train.base.base import autocast
 from lsast_train.base.mini_networks import MiniAutoencoder
 from lsast_train.finetuning.perceptual import PerceptualDistance
-from lsast_train.training.loop import TrainingLoop, require_finite, set_learning_rate, update_ema
+from lsast_train.training.loop import TrainingLoop, require_finite, set_learning_rate
 from lsast_train.training.rng import RngStream, rng_for
 
 from .dataset import Crops
+from .ema import update_ema
 from .train_autoencoder import psnr
 
 log = logging.getLogger("lsast.train.mini")

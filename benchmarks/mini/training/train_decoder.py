@@ -39,10 +39,11 @@ from lsast_train.finetuning.style_loss import Distances, StyleLoss
 from lsast_train.options import FinetuneOptions, RunOptions
 from lsast_train.paintings import PaintingDataset, random_crop, to_images
 from lsast_train.prompts.prompt_file import Prompts
-from lsast_train.training.loop import TrainingLoop, update_ema
+from lsast_train.training.loop import TrainingLoop
 from lsast_train.training.rng import RngStream, rng_for
 from lsast_train.training.run import RunFiles, find_device, fused
 
+from .ema import update_ema
 from .finetune_gan import LOSS_WEIGHTS, texture_loss
 
 log = logging.getLogger("lsast.train")

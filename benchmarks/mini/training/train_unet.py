@@ -19,11 +19,12 @@ from torch import nn
 
 from lsast_train.base.attention import layer_contexts
 from lsast_train.base.base import Base, autocast
-from lsast_train.training.loop import TrainingLoop, update_ema
+from lsast_train.training.loop import TrainingLoop
 from lsast_train.training.rng import RngStream, rng_for
 from lsast_train.training.run import fused
 
 from .dataset import LatentDataset, Window
+from .ema import update_ema
 
 log = logging.getLogger("lsast.train.mini")
 

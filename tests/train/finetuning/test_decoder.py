@@ -8,12 +8,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks.mini.training.__main__ import main
+from benchmarks.mini.training.__main__ import main, parse_pairs
 from benchmarks.mini.training.train_decoder import DecoderOptions, DecoderTraining, StyleWorks
 from lsast_engines.bundle.style import encode_defaults
 from lsast_engines.errors import StyleError, TrainingError, UsageError
 from lsast_train.base.lazy_base import load_base, save_base
-from lsast_train.cli.shared import parse_pairs
 from lsast_train.paintings import PaintingDataset, encode_pictures
 from lsast_train.prompts.prompt_file import Prompts, find_prompts, load_prompts, save_prompts
 from lsast_train.training.run import InterruptionError

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from benchmarks.mini.training.__main__ import base, copy_autoencoder
 from benchmarks.mini.training.dataset import Crops
+from benchmarks.mini.training.ema import update_ema
 from benchmarks.mini.training.finetune_gan import (
     GanOptions,
     GanTraining,
@@ -27,7 +28,6 @@ from benchmarks.mini.training.train_autoencoder import load_teacher
 from lsast_engines.errors import TrainingError
 from lsast_train.base.base import autocast
 from lsast_train.base.mini_networks import MiniAutoencoder
-from lsast_train.training.loop import update_ema
 
 TINY = GanOptions(
     steps=60,

@@ -1,17 +1,13 @@
 """What the commands of ``lsast-train`` share."""
 
-from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from lsast_engines.cli import OptionDecorator, combine_options, debug_option, json_option, print_result
 from lsast_engines.declared_options import rules_of
-from lsast_engines.errors import UsageError
-
-Value = TypeVar("Value")
 
 EXTRA = ("train", "torch", "diffusers", "accelerate", "matplotlib")
 """The extra that the commands require, and what it installs."""
@@ -118,24 +114,6 @@ def declared_options(options: type, quick: Any = None) -> OptionDecorator:
             )
         )
     return combine_options(*reversed(added))
-
-
-def parse_pairs(option: str, form: str, values: Iterable[str], kind: Callable[[str], Value]) -> dict[str, Value]:
-    """``("monet=1.5", …)`` → values by name, each made by `kind`, which raises `ValueError` for a text it refuses.
-
-    Raises:
-        UsageError: not of that form, or a name twice.
-    """
-    found: dict[str, Value] = {}
-    for pair in values:
-        name, _, text = pair.partition("=")
-        try:
-            if not name or not text or name in found:
-                raise ValueError
-            found[name] = kind(text)
-        except ValueError:
-            raise UsageError(f"found {option} {pair}; expected {form}, each once") from None
-    return found
 
 
 def print_run(result: Any) -> None:

@@ -252,16 +252,6 @@ def require_finite(loss: float, step: int) -> None:
         raise TrainingError(f"the loss of step {step} is {loss}; lower --lr, or use --mixed-precision no")
 
 
-def update_ema(ema: nn.Module, module: nn.Module, decay: float, step: int) -> None:
-    """Move every weight of `ema` towards `module`'s by 1 - min(decay, (1 + step) / (10 + step)).
-
-    The shorter memory of the first steps is that of TensorFlow's ExponentialMovingAverage with ``num_updates``.
-    """
-    share = 1 - min(decay, (1 + step) / (10 + step))
-    with torch.no_grad():
-        torch._foreach_lerp_(list(ema.parameters()), list(module.parameters()), share)
-
-
 @contextlib.contextmanager
 def _deferred_signals() -> Iterator[list[int]]:
     """Notes SIGINT or SIGTERM in the list; a second signal is handled as before. Only the main thread gets signals."""
