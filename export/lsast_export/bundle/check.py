@@ -78,7 +78,7 @@ def check_bundle(
         MissingExtraError, BackendError: the backend is not installed or cannot run the graphs.
         ParityError: an output holds NaN or infinite values.
     """
-    find_backend(backend, "auto", None)  # before long work
+    find_backend(backend, device, None)  # before long work
     progress("verifying files")
     bundle = Bundle.open(path)
     graphs = {name: bundle.graph_path(name) for name in bundle.manifest.graphs}

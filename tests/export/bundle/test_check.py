@@ -10,9 +10,9 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.bundle import EMBEDDED, Bundle
 from lsast_engines.bundle.style import Style
-from lsast_engines.errors import BundleError
+from lsast_engines.errors import BackendError, BundleError
 from lsast_export.bundle.check import check_bundle
 from lsast_export.cli.main import main
 from lsast_export.parity.parity import large_plan
@@ -127,3 +127,8 @@ def test_large_plan_loops_at_the_native_size(base):
     assert loops == [(512, 512), (448, 576)]
     assert len(plan.loop.schedule(base.config.noise).steps) == 3
     assert {(case.batch, case.rows) for case in plan.cases} >= {(2, 1), (2, 2), (1, 2)}
+
+
+def test_check_bundle_with_an_unknown_device_is_refused_before_long_work():
+    with pytest.raises(BackendError, match="found no backend 'onnxruntime' with device 'zz'"):
+        check_bundle(EMBEDDED, "onnxruntime", "zz", progress=lambda phase: pytest.fail(phase))
