@@ -48,7 +48,7 @@ def steps(call: str, out: Path, rehearse: bool, pictures: Path | None, seconds: 
         return [Step("machine", (torch, "machine", *tiny), 20), Step("mini", (torch, "mini", *tiny), 60)]
     if call == "engines":
         flags = ("-q", "-p", "torch", "-p", "no:cacheprovider", "-m", "gpu", "-n", "0")
-        tests = ("tests/engines/backends/test_onnxruntime_cuda.py", "tests/train/mini/test_training.py")
+        tests = ("tests/engines/backends/test_onnxruntime_cuda.py", "tests/benchmarks/mini/test_training.py")
         return [
             Step("graphs", (engines, "graphs", *tiny), 45),
             Step("painting", (engines, "painting", *tiny), 40),

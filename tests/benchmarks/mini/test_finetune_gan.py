@@ -18,8 +18,12 @@ from benchmarks.mini.training.ema import update_ema
 from benchmarks.mini.training.finetune_gan import (
     GanOptions,
     GanTraining,
+    MultiscaleDiscriminator,
     corrupt_latents,
+    d_loss,
     evaluate,
+    feature_matching,
+    g_loss,
     texture_loss,
     train_vae_gan,
 )
@@ -235,3 +239,27 @@ def test_the_command_line_wants_a_start():
     result = CliRunner().invoke(base, ["--images", "i", "--out", "o"])
     assert result.exit_code == 2
     assert "neither --teacher nor --init" in result.output
+
+
+@pytest.mark.parametrize(("scale", "pixels"), [(0, 26), (1, 52)])
+def test_a_score_sees_its_patch_only(scale, pixels):
+    torch.manual_seed(0)
+    discriminator = MultiscaleDiscriminator((4, 4, 4))
+    image = torch.randn(1, 3, 128, 128, requires_grad=True)
+    discriminator(image)[scale][-1][0, 0, 8, 8].backward()
+    rows = image.grad.abs().sum((0, 1, 3)).nonzero()
+    assert int(rows.max() - rows.min() + 1) == pixels
+
+
+def test_hinge_losses_equal_their_formulas():
+    real = [[torch.tensor([2.0, 0.5])], [torch.tensor([-1.0, 1.0])]]
+    fake = [[torch.tensor([-2.0, 0.5])], [torch.tensor([-1.0, 3.0])]]
+    # Scale 0: (0 + 0.5)/2 + (0 + 1.5)/2 = 1; scale 1: (2 + 0)/2 + (0 + 4)/2 = 3.
+    assert d_loss(real, fake).item() == pytest.approx(2)
+    assert g_loss(fake).item() == pytest.approx((0.75 - 1) / 2)
+
+
+def test_feature_matching_is_relative_and_leaves_the_scores_out():
+    real = [[torch.full((2,), 2.0), torch.full((2,), 4.0), torch.zeros(1)]] * 2
+    fake = [[torch.full((2,), 3.0), torch.full((2,), 3.0), torch.ones(1)]] * 2
+    assert feature_matching(real, fake).item() == pytest.approx(1 / 2 + 1 / 4)

@@ -7,6 +7,13 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 
 
+@pytest.fixture(autouse=True)
+def _quiet_cpu(monkeypatch, tmp_path):
+    """Results must not depend on a GPU that happens to be there."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny autoencoder of TAESD's class with random weights."""
