@@ -3,7 +3,7 @@
 _EIGHT_BITS = "no engine in 8 bits ever ran on a GPU; use fp16"
 _CPU = "for processors there is lsast-export quantize"
 _OURS = "only who makes a base needs it; in a clone of the repository: python -m benchmarks.mini.training"
-_PARTS = "every bundle has the parts now; one of an earlier version gets them by lsast-export bundle"
+_SPLIT = "every bundle has the split graphs; export one of an earlier version again, with lsast-export bundle"
 _GUIDANCE = "use cache_interval, or a style with distilled guidance (lsast-train distill)"
 
 REMOVED_OPTIONS: dict[str, tuple[int, str]] = {
@@ -20,8 +20,8 @@ REMOVED = {
     "lsast-export triton": "no server was ever run; serve on many machines with Ray, see docs/guides/many-machines.md",
     "lsast-export golden": "a test of this repository compares with recordings of the released code: "
     "tests/export/parity/test_released_run.py",
-    "lsast-export parts": _PARTS,
-    "--parts": _PARTS,
+    "lsast-export parts": _SPLIT,
+    "--parts": _SPLIT,
     "lsast-train mini": f"{_OURS} base",
     "lsast-train decoder": f"{_OURS} decoder",
     "--quantised": f"{_EIGHT_BITS}; {_CPU}",

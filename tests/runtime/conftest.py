@@ -119,7 +119,7 @@ NODES = {
         node("Conv", ["latent", "decode_1x1"], ["small"]),
         node("Resize", ["small", "", "eightfold"], ["image"], mode="nearest"),
     ],
-    # The denoiser in parts: what is coarse of what the edges hold goes the deep way, the rest the shallow one.
+    # The denoiser split: what is coarse of what the edges hold goes the deep way, the rest the shallow one.
     "controlnet": [
         *CONTROL,
         *NO_TIME,
@@ -231,15 +231,15 @@ def bundle_path(tmp_path_factory: pytest.TempPathFactory, graphs: dict[str, byte
 
 
 @pytest.fixture(scope="session")
-def parted_path(
+def split_path(
     tmp_path_factory: pytest.TempPathFactory,
     bundle_path: Path,
     graphs: dict[str, bytes],
     weights: SimpleNamespace,
     manifest: Manifest,
 ) -> Path:
-    """The tiny bundle with its denoiser in parts, too, and with a small decoder that swaps red and blue."""
-    folder = tmp_path_factory.mktemp("parted") / "tiny"
+    """The tiny bundle with the denoiser split, too, and with a small decoder that swaps red and blue."""
+    folder = tmp_path_factory.mktemp("split") / "tiny"
     specs = {**PART_SPECS, VAE_DECODER_TINY: tiny_decoder_spec(GEOMETRY)}
     swapped = SimpleNamespace(**{**vars(weights), "decode": weights.decode[::-1].copy()})
     parts = {name: _model(spec, swapped if name == VAE_DECODER_TINY else weights) for name, spec in specs.items()}

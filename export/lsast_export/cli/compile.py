@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     "graphs",
     metavar="NAME",
     multiple=True,
-    help="Compile this graph only; may be repeated. [default: all but the denoiser's parts]",
+    help="Compile this graph only; may be repeated. [default: all but the split graphs]",
 )
 @click.option("--compute-dtype", metavar="TYPE", help="Number type to compute in: fp16 or fp32. [default: fp16]")
 @click.option("--batch", metavar="N,N,N", help="Pictures at once: min, opt, max. [default: 1,1,4]")

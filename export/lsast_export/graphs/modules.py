@@ -1,13 +1,14 @@
 """The modules that are traced, one for each graph of `lsast_engines.bundle.graph_spec`.
 
 Their parameters have the names of the weights in ``base.safetensors`` (``unet.…``, ``controlnet.…``,
-``autoencoder.…``), so that an exported initializer can be found in the file, and the denoiser's parts add no weights to
+``autoencoder.…``), so that an exported initializer can be found in the file, and the split graphs add no weights to
 a bundle. Where a graph needs a network changed (its processors, the embedding of the edges), a context manager changes
 it and restores it at the end.
 
-In parts, a run may skip the ControlNet at some steps, or all of the U-Net but its outermost level (DeepCache, Ma et al.
-2023, arXiv 2312.00858). There the U-Net runs block by block, as in diffusers' `UNet2DConditionModel.forward` for
-networks without class, image or adapter conditions; `parity` compares with that function.
+With the split graphs a run may skip the ControlNet at some steps, or all of the U-Net but its outermost level
+(DeepCache, Ma et al. 2023, arXiv 2312.00858). There the U-Net runs block by block, as in diffusers'
+`UNet2DConditionModel.forward` for networks without class, image or adapter conditions; `parity` compares with that
+function.
 """
 
 import contextlib
@@ -42,14 +43,14 @@ SCORES_LIMIT = 128 << 20
 """Largest size in bytes of a self-attention's scores, for one picture of native size and two guidance rows."""
 
 
-def base_on_meta(parts: LazyBase, **loaded: Any) -> Base:
-    """The base of `parts`, its networks on torch's meta device: shapes without memory, which is enough to trace.
+def base_on_meta(lazy: LazyBase, **loaded: Any) -> Base:
+    """The base of `lazy`, its networks on torch's meta device: shapes without memory, which is enough to trace.
 
     Args:
         loaded: networks that are in memory, by the name of `Base`'s field.
     """
-    empty = {name: parts.networks[name]().on_meta() for name in NETWORKS if name not in loaded}
-    return Base(parts.config, parts.fingerprint, null_context=parts.null_context, **{**empty, **loaded})
+    empty = {name: lazy.networks[name]().on_meta() for name in NETWORKS if name not in loaded}
+    return Base(lazy.config, lazy.fingerprint, null_context=lazy.null_context, **{**empty, **loaded})
 
 
 def geometry(base: Base) -> Geometry:
@@ -70,7 +71,7 @@ def geometry(base: Base) -> Geometry:
 
 
 def unet_split(base: Base) -> UnetSplit:
-    """Where the denoiser of `base` is cut into parts; its networks may be on the meta device."""
+    """Where the denoiser of `base` is split; its networks may be on the meta device."""
     widths = base.unet.config.block_out_channels
     residuals = [(widths[0], 0)]
     for level, (width, block) in enumerate(zip(widths, base.unet.down_blocks, strict=True)):
@@ -194,7 +195,7 @@ class _Inputs(NamedTuple):
     """See `packed_kv`."""
 
 
-class _UnetPart(_GraphModule):
+class _SplitUnet(_GraphModule):
     """What `unet_full` and `unet_outer` share: the embedding of the step, the outermost level."""
 
     networks = ("unet",)
@@ -225,7 +226,7 @@ class _UnetPart(_GraphModule):
         return self._base.eps_from_output(output, inputs.latents, inputs.timesteps)
 
 
-class UnetFullGraph(_UnetPart):
+class UnetFullGraph(_SplitUnet):
     """Graph `unet_full`."""
 
     def forward(
@@ -245,7 +246,7 @@ class UnetFullGraph(_UnetPart):
         return eps.unflatten(0, (guidance, batch)), sample.unflatten(0, (guidance, batch))
 
 
-class UnetOuterGraph(_UnetPart):
+class UnetOuterGraph(_SplitUnet):
     """Graph `unet_outer`."""
 
     def forward(

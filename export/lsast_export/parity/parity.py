@@ -111,7 +111,7 @@ def measure_parity(
 ) -> dict[str, float]:
     """The largest relative error of each graph, and of the denoising loop, over all cases of `plan`.
 
-    The denoiser's parts are compared if they are among `graphs`, at the first step of each case; alone, without the
+    The split graphs are compared if they are among `graphs`, at the first step of each case; alone, without the
     other graphs, they need no loop.
 
     Args:
@@ -146,7 +146,7 @@ def measure_parity(
 
     @torch.no_grad()
     def feeds(run: Run, drawn: Inputs) -> dict[str, Any]:
-        """What the denoiser and its parts take at the next step of a run, but for the hint."""
+        """What the denoiser and the split graphs take at the next step of a run, but for the hint."""
         latent, timestep, contexts = run.inputs()  # contexts: [G, B, 3, tokens, dim]
         unet, control = projector(contexts.flatten(0, 1))
         return {

@@ -132,7 +132,7 @@ def _write_graphs(
     options: QuantizeOptions,
     progress: Progress,
 ) -> dict[str, str]:
-    """Write the denoiser, its parts and the graphs of `also` in int8, calibrated on `contents`; copy the rest.
+    """Write the denoiser, the split graphs and the graphs of `also` in int8, calibrated on `contents`; copy the rest.
 
     Returns entries for the manifest's `source`, and the number of ``latents`` that were seen.
     """

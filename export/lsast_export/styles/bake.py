@@ -120,11 +120,11 @@ class KVProjector:
         return cls(bundle.manifest.fingerprint, bundle.manifest.attention_layers, null_context, file.get_tensor)
 
     @classmethod
-    def of_base(cls, base: Base, parts: LazyBase | None = None) -> KVProjector:
-        """Take them from the networks of `base`, or from `parts`, whose networks `base` has on the meta device."""
+    def of_base(cls, base: Base, lazy: LazyBase | None = None) -> KVProjector:
+        """Take them from the networks of `base`, or from `lazy`, whose networks `base` has on the meta device."""
         layers = tuple(entry for layout in kv_layouts(base) for entry in layout.entries)
         networks: dict[str, Mapping[str, torch.Tensor]] = {
-            prefix: base.networks()[prefix].state_dict() if parts is None else parts.networks[prefix]().tensors
+            prefix: base.networks()[prefix].state_dict() if lazy is None else lazy.networks[prefix]().tensors
             for prefix in _NETWORKS.values()
         }
 

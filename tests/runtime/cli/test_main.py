@@ -173,8 +173,8 @@ def test_lsast_run_on_a_terminal_shows_progress_and_stops_at_ctrl_c(folder, term
     assert [path.name for path in folder.iterdir()] == ["in.png"]
 
 
-def test_preset_is_reported_and_works_with_grid_and_from(folder, parted_path):
-    where = ("--bundle", str(parted_path))
+def test_preset_is_reported_and_works_with_grid_and_from(folder, split_path):
+    where = ("--bundle", str(split_path))
     painted = _run("in.png", "fast.png", "--json", "--preset", "fast", *where)
     assert painted.exit_code == 0, painted.stderr
     options = json.loads(painted.stdout)["options"]
@@ -184,6 +184,6 @@ def test_preset_is_reported_and_works_with_grid_and_from(folder, parted_path):
     assert changed.exit_code == 0, changed.stderr
     assert json.loads(changed.stdout)["options"]["steps"] == 12
     assert _run("in.png", "sheet.png", "--grid", "preset=exact,balanced,fast", *where).exit_code == 0
-    refused = _run("in.png", "out.png", "--preset", "fast")  # the plain bundle has no parts
+    refused = _run("in.png", "out.png", "--preset", "fast")  # the plain bundle has no split graphs
     assert refused.exit_code == 1
     assert "lsast-export bundle" in refused.stderr

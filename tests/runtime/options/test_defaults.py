@@ -21,10 +21,10 @@ OWN = {"vangogh": {"guidance": 5.0, "steps": 4}, "monet": {"guidance": 5.0, "str
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory, parted_path: Path) -> Path:
+def path(tmp_path_factory: pytest.TempPathFactory, split_path: Path) -> Path:
     """The tiny bundle, whose two styles have defaults of their own."""
     folder = tmp_path_factory.mktemp("own") / "tiny"
-    shutil.copytree(parted_path, folder)
+    shutil.copytree(split_path, folder)
     for name, values in OWN.items():
         style = dataclasses.replace(Bundle.open(folder).style(name), meta=encode_defaults(values))
         style.save(folder / "styles" / f"{name}.safetensors")

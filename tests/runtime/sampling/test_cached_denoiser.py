@@ -27,8 +27,8 @@ CHANGES: list[dict[str, Any]] = [
 
 
 @pytest.fixture(params=sorted({"onnxruntime", "openvino"} & available_backends().keys()))
-def stylizer(request: pytest.FixtureRequest, parted_path: Path) -> Iterator[Stylizer]:
-    with lsast.load(parted_path, backend=request.param, threads=1) as opened:
+def stylizer(request: pytest.FixtureRequest, split_path: Path) -> Iterator[Stylizer]:
+    with lsast.load(split_path, backend=request.param, threads=1) as opened:
         yield opened
 
 
@@ -130,14 +130,14 @@ def test_option_whose_graphs_the_bundle_lacks_says_what_adds_them(bundle_path, p
                 use(**option)
 
 
-def test_load_with_a_preset_opens_its_graphs_and_reports_it(parted_path, photo):
-    with lsast.load(parted_path, threads=1, preset="fast") as stylizer:
+def test_load_with_a_preset_opens_its_graphs_and_reports_it(split_path, photo):
+    with lsast.load(split_path, threads=1, preset="fast") as stylizer:
         assert set(stylizer._pool.engines) == {*REQUIRED_GRAPHS, *UNET_SPLIT_GRAPHS} - {"denoiser"}
         found = stylizer.stylize(photo)
         assert "denoiser" not in stylizer._pool.engines  # its weights are in memory once
         exact = stylizer.stylize(photo, preset="exact", seed=0)
         again = pickle.loads(pickle.dumps(stylizer))
-    with again, lsast.load(parted_path, threads=1) as plain:
+    with again, lsast.load(split_path, threads=1) as plain:
         expected = plain.stylize(photo, **PRESETS["fast"])
         assert (_pixels(found) == _pixels(expected)).all()
         assert (_pixels(again.stylize(photo)) == _pixels(expected)).all()
@@ -145,7 +145,7 @@ def test_load_with_a_preset_opens_its_graphs_and_reports_it(parted_path, photo):
         assert found.options.preset == "fast"
         assert (_pixels(plain.stylize(photo, **vars(found.options))) == _pixels(expected)).all()
     with pytest.raises(UsageError, match="found 'swift'; expected exact, balanced, fast, gentle or released"):
-        lsast.load(parted_path, preset="swift")
+        lsast.load(split_path, preset="swift")
 
 
 def _swapped(result: lsast.Result) -> np.ndarray:

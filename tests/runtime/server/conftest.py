@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="module")
-def server(parted_path: Path) -> Iterator[Running]:
+def server(split_path: Path) -> Iterator[Running]:
     from running_server import running  # skips without the extra [server]
 
-    with running(bundle=str(parted_path), threads=1) as opened:
+    with running(bundle=str(split_path), threads=1) as opened:
         yield opened
 
 

@@ -21,8 +21,8 @@ from running_server import LONG, QUICK, Running, as_png, httpx, pixels, running
 
 
 @pytest.fixture(scope="module")
-def stylizer(parted_path: Path) -> Iterator[lsast.Stylizer]:
-    with lsast.load(parted_path, threads=1) as opened:
+def stylizer(split_path: Path) -> Iterator[lsast.Stylizer]:
+    with lsast.load(split_path, threads=1) as opened:
         yield opened
 
 
@@ -130,8 +130,8 @@ def test_post_of_a_decompression_bomb_is_refused_before_it_is_decoded(server):
     assert server.post(as_png(np.zeros((64, 64, 3), np.uint8)), mask=png_file(30_000, 30_000)).status_code == 422
 
 
-def test_answers_hold_no_path_of_the_machine(server, png, parted_path):
-    damaged = parted_path / "styles" / "damaged.safetensors"
+def test_answers_hold_no_path_of_the_machine(server, png, split_path):
+    damaged = split_path / "styles" / "damaged.safetensors"
     damaged.write_bytes(b"nothing")
     try:
         for answer in (
@@ -141,7 +141,7 @@ def test_answers_hold_no_path_of_the_machine(server, png, parted_path):
             server.client.get("/v1/styles"),
             server.client.get("/v1/options"),
         ):
-            assert str(parted_path.parent) not in answer.text
+            assert str(split_path.parent) not in answer.text
             assert answer.status_code in (200, 422)
     finally:
         damaged.unlink()
@@ -256,23 +256,21 @@ def test_worker_that_dies_is_replaced_and_nothing_is_lost(server, png):
         assert server.wait(path, "done", "failed")["state"] == "done"
 
 
-def test_bundle_that_is_replaced_is_opened_when_it_is_needed(parted_path, png, tmp_path):
-    bundle = Path(shutil.copytree(parted_path, tmp_path / "bundle"))
+def test_bundle_that_is_replaced_is_opened_when_it_is_needed(split_path, png, tmp_path):
+    bundle = Path(shutil.copytree(split_path, tmp_path / "bundle"))
     with running(bundle=str(bundle), threads=1) as opened:
         before = opened.post(png, **QUICK).content
         bundle.rename(tmp_path / "old")
-        part = (parted_path / "unet_full.onnx").read_bytes() + b"\x32\x01x"  # the text that ONNX has for people
-        files = {
-            str(file.relative_to(parted_path)): file for file in parted_path.rglob("*.*") if file.suffix != ".json"
-        }
-        Bundle.write(bundle, Bundle.open(parted_path).manifest, {**files, "unet_full.onnx": part})
+        part = (split_path / "unet_full.onnx").read_bytes() + b"\x32\x01x"  # the text that ONNX has for people
+        files = {str(file.relative_to(split_path)): file for file in split_path.rglob("*.*") if file.suffix != ".json"}
+        Bundle.write(bundle, Bundle.open(split_path).manifest, {**files, "unet_full.onnx": part})
         assert opened.post(png, **QUICK).content == before
         assert opened.app.state.painter.restarts == 0
         assert opened.post(png, **QUICK, cache_interval=2).status_code == 200
         assert opened.app.state.painter.restarts == 1
 
 
-def test_styles_follow_the_folder_without_a_restart(server, parted_path, png):
+def test_styles_follow_the_folder_without_a_restart(server, split_path, png):
     def cards() -> dict[str, Any]:
         return {card["name"]: card["thumbnail"] for card in server.client.get("/v1/styles").json()}
 
@@ -280,8 +278,8 @@ def test_styles_follow_the_folder_without_a_restart(server, parted_path, png):
     old = cards()
     assert {*old} == {"monet", "vangogh"}
     assert pixels(base64.b64decode(old["monet"].partition(",")[2])).shape == (256, 256, 3)
-    added = parted_path / "styles" / "added.safetensors"
-    shutil.copyfile(parted_path / "styles" / "monet.safetensors", added)
+    added = split_path / "styles" / "added.safetensors"
+    shutil.copyfile(split_path / "styles" / "monet.safetensors", added)
     try:
         assert {*cards()} == {"added", "monet", "vangogh"}
         assert server.post(png, style="added", **QUICK).status_code == 200
@@ -333,8 +331,8 @@ def test_readiness_and_metrics(server, png):
     assert (found["lsast_worker_ready"], found["lsast_queued"]) == (1, 0)
 
 
-def test_token_is_asked_for_by_all_but_page_and_probes(parted_path, png):
-    with running(bundle=str(parted_path), token="sésame") as server:
+def test_token_is_asked_for_by_all_but_page_and_probes(split_path, png):
+    with running(bundle=str(split_path), token="sésame") as server:
         for path in ("/", "/healthz", "/docs", "/openapi.json"):
             assert httpx.get(server.address + path).status_code == 200
         for path in ("/v1/styles", "/v1/options", "/v1/paintings/x", "/metrics"):
@@ -365,10 +363,10 @@ def test_upload_that_breaks_off_is_the_clients_fault(server, kind):
     assert sent[0]["status"] == 400
 
 
-def test_limits_hold(parted_path, png):
+def test_limits_hold(split_path, png):
     limits: dict[str, Any] = {"queue": 2, "batch": 1, "max_bytes": 4 * len(png), "seconds": 0.8, "upload_seconds": 1.0}
     limits |= {"max_size": 1500, "max_tile": 1000, "max_tiles": 100, "max_megapixels": 0.02}
-    with running(bundle=str(parted_path), **limits) as server:
+    with running(bundle=str(split_path), **limits) as server:
         sheet = {card["name"]: card for card in server.client.get("/v1/options").json()["options"]}
         assert (sheet["size"]["high"], sheet["tile"]["high"], sheet["tile"]["default"]) == (1500, 1000, 1000)
         for options, words in (
@@ -399,9 +397,9 @@ def test_limits_hold(parted_path, png):
         assert server.post(png, **QUICK).status_code == 200
 
 
-def test_finished_jobs_are_forgotten(parted_path, png):
+def test_finished_jobs_are_forgotten(split_path, png):
     for limits in ({"keep_bytes": 0}, {"keep_seconds": 0.1}):
-        with running(bundle=str(parted_path), **limits) as server:
+        with running(bundle=str(split_path), **limits) as server:
             path = server.begin(png, **QUICK)
             done = server.app.state.metrics.ended.labels("done")
             server.until(lambda done=done: done._value.get() == 1)

@@ -27,9 +27,9 @@ def _environment(bundle: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def serving(parted_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serving(split_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(COMMAND, env=_environment(parted_path), **pipes, text=True) as process:  # type: ignore[call-overload]
+    with subprocess.Popen(COMMAND, env=_environment(split_path), **pipes, text=True) as process:  # type: ignore[call-overload]
         assert process.stdout is not None
         address = process.stdout.readline().strip()
         end = time.monotonic() + 60
@@ -89,11 +89,11 @@ def test_second_ctrl_c_ends_at_once_without_tracebacks(serving, png):
     assert (process.returncode, stderr) == (0, "")
 
 
-def test_port_in_use_is_one_line(parted_path):
+def test_port_in_use_is_one_line(split_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         done = subprocess.run(
-            [*COMMAND, "--port", port], env=_environment(parted_path), capture_output=True, text=True, timeout=60
+            [*COMMAND, "--port", port], env=_environment(split_path), capture_output=True, text=True, timeout=60
         )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"Error: cannot listen on 127.0.0.1, port {port} (")
@@ -107,10 +107,10 @@ def test_bundle_that_cannot_be_opened_ends_the_server_with_its_error(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_request_before_the_engines_fail_to_open_is_answered(parted_path, png):
+def test_request_before_the_engines_fail_to_open_is_answered(split_path, png):
     command = [*COMMAND, "--backend", "tensorrt", "--device", "cpu", "--drain-seconds", "40"]
     with subprocess.Popen(
-        command, env=_environment(parted_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=_environment(split_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
             address = process.stdout.readline().strip()

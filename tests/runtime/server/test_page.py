@@ -250,8 +250,8 @@ def test_page_has_a_name_for_every_control(page):
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
-def test_page_asks_for_the_token_until_it_is_right(browser, parted_path):
-    with running(bundle=str(parted_path), threads=1, token="sésame") as server:
+def test_page_asks_for_the_token_until_it_is_right(browser, split_path):
+    with running(bundle=str(split_path), threads=1, token="sésame") as server:
         page = browser.new_page()
         page.goto(server.address)
         page.wait_for_selector("#door[open]")

@@ -12,11 +12,11 @@ SCRIPT = Path(__file__).parents[2] / "fakes" / "ray_session.py"
 
 @pytest.mark.slow
 @pytest.mark.needs("ray")
-def test_ray_serve_loses_nothing_when_a_replica_is_killed(parted_path, tmp_path):
+def test_ray_serve_loses_nothing_when_a_replica_is_killed(split_path, tmp_path):
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "LSAST_BUNDLE": str(parted_path),
+        "LSAST_BUNDLE": str(split_path),
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     # A process of its own: Ray changes signals, logging and warnings of the one that it runs in.

@@ -53,8 +53,8 @@ def test_worker_paints_equal_sizes_together_up_to_its_batch_and_others_alone():
     assert painter.groups == [["first"], ["a", "b"], ["wide"], ["alone"], ["c"]]
 
 
-def test_painter_keeps_default_sizes_within_its_limits(parted_path, png):
+def test_painter_keeps_default_sizes_within_its_limits(split_path, png):
     limits = {"max_size": 64, "max_tile": 64, "max_tiles": 9, "max_megapixels": 1.0, "batch": 1}
-    painter = BatchPainter({"bundle": str(parted_path), "threads": 1}, limits)
+    painter = BatchPainter({"bundle": str(split_path), "threads": 1}, limits)
     options = painter.read(Work("a", png, {}), CancelToken()).request.options
     assert (options.size, options.tile) == (64, 64)

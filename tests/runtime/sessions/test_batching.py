@@ -14,8 +14,8 @@ from lsast_engines.backends.registry import available_backends
 
 
 @pytest.fixture(scope="module", params=sorted(available_backends()))
-def stylizer(request: pytest.FixtureRequest, parted_path: Path) -> Iterator[Stylizer]:
-    with lsast.load(parted_path, backend=request.param) as opened:
+def stylizer(request: pytest.FixtureRequest, split_path: Path) -> Iterator[Stylizer]:
+    with lsast.load(split_path, backend=request.param) as opened:
         yield opened
 
 

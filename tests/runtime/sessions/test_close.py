@@ -157,13 +157,13 @@ def _photos(photo: np.ndarray, count: int) -> list[np.ndarray]:
     ("backend", "cache_interval"), [*((backend, 1) for backend in sorted(available_backends())), ("onnxruntime", 2)]
 )
 def test_on_step_that_waits_for_paintings_of_other_threads_gets_them(
-    parted_path, photo, backend, cache_interval, monkeypatch
+    split_path, photo, backend, cache_interval, monkeypatch
 ):
     """Each step of each painting waits for a whole one with other inputs, three deep, across two stylizers."""
     monkeypatch.setattr("lsast.sessions.engine_pool.LAPSE_SECONDS", 0.05)
     photos = _photos(photo, 3)
     options: dict[str, Any] = {"steps": 3, "cache_interval": cache_interval}
-    with lsast.load(parted_path, backend=backend) as one, lsast.load(parted_path, backend=backend) as two:
+    with lsast.load(split_path, backend=backend) as one, lsast.load(split_path, backend=backend) as two:
         expected = [np.asarray(one.stylize(each, **options)) for each in photos]
 
         def paint(depth: int, stylizer: Stylizer) -> None:

@@ -133,14 +133,14 @@ def test_stylizer_in_a_spawned_process_opens_the_bundle_again(bundle_path, photo
 
 
 @pytest.mark.parametrize("how", ["copied", "replaced", "removed", "overwritten", "overwritten meanwhile"])
-def test_stylizer_whose_bundle_changes_paints_as_before_or_raises(parted_path, photo, tmp_path, how):
-    bundle = Path(shutil.copytree(parted_path, tmp_path / "bundle"))
+def test_stylizer_whose_bundle_changes_paints_as_before_or_raises(split_path, photo, tmp_path, how):
+    bundle = Path(shutil.copytree(split_path, tmp_path / "bundle"))
     with lsast.load(bundle) as stylizer:
         before = stylizer.stylize(photo).image
         if how in ("overwritten", "overwritten meanwhile"):
 
             def overwrite(*_: object) -> None:
-                shutil.copyfile(parted_path / "unet_full.onnx", bundle / "denoiser.onnx")
+                shutil.copyfile(split_path / "unet_full.onnx", bundle / "denoiser.onnx")
 
             if how == "overwritten":
                 overwrite()
@@ -149,7 +149,7 @@ def test_stylizer_whose_bundle_changes_paints_as_before_or_raises(parted_path, p
             return
         bundle.rename(tmp_path / "old")
         if how != "removed":
-            shutil.copytree(parted_path, bundle, copy_function=shutil.copyfile)
+            shutil.copytree(split_path, bundle, copy_function=shutil.copyfile)
         if how == "replaced":
             with (bundle / "unet_outer.onnx").open("r+b") as handle:
                 handle.write(b"\x08\x7f")  # the IR version

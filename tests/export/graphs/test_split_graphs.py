@@ -1,4 +1,4 @@
-"""The denoiser in parts: against the whole denoiser, and against torch where they leave something out."""
+"""The split graphs: against the whole denoiser, and against torch where they leave something out."""
 
 import dataclasses
 import json
@@ -25,14 +25,14 @@ Feeds = Callable[..., dict[str, np.ndarray]]
 
 
 @pytest.fixture
-def parted(bundles):
+def split_bundle(bundles):
     return bundles["fp16"]
 
 
 def split(
     inputs: dict[str, np.ndarray], run: Run, bundle: Bundle, backend: str = "onnxruntime"
 ) -> dict[str, np.ndarray]:
-    """What `controlnet`, then `unet_full`, give for the inputs of a denoiser; with what the parts go on with."""
+    """What `controlnet`, then `unet_full`, give for the inputs of a denoiser; with what the graphs go on with."""
     control = {name: value for name, value in inputs.items() if name != "kv_unet"}
     residuals = run(bundle, "controlnet", backend=backend, **control)
     own = {name: inputs[name] for name in ("latent", "timestep", "kv_unet")}
@@ -47,20 +47,20 @@ def outer(bundle: Bundle, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("shape", [(3, 2, 8, 8), (1, 1, 24, 8)])
-def test_parts_in_sequence_match_the_denoiser(parted, run, feeds, shape, backend):
-    inputs = feeds(parted, *shape)
-    whole = run(parted, "denoiser", backend=backend, **inputs)["eps"]
-    found = split(inputs, run, parted, backend)
+def test_split_graphs_in_sequence_match_the_denoiser(split_bundle, run, feeds, shape, backend):
+    inputs = feeds(split_bundle, *shape)
+    whole = run(split_bundle, "denoiser", backend=backend, **inputs)["eps"]
+    found = split(inputs, run, split_bundle, backend)
     np.testing.assert_allclose(found["eps"], whole, rtol=0, atol=2e-6 * np.abs(whole).max())
     own = {name: inputs[name] for name in ("latent", "timestep", "kv_unet")}
-    again = run(parted, "unet_outer", backend=backend, **own, **outer(parted, found))["eps"]
+    again = run(split_bundle, "unet_outer", backend=backend, **own, **outer(split_bundle, found))["eps"]
     np.testing.assert_allclose(again, found["eps"], rtol=0, atol=1e-6 * np.abs(whole).max())
 
 
-def test_quantized_parts_match_the_quantized_denoiser(parted, run, feeds, tmp_path):
-    quantised = quantize_bundle(parted, tmp_path / "int8", QuantizeOptions(pictures=1, size=64, target=0))
-    inputs = feeds(parted, 2, 1, 8, 8)
-    expected, whole = (run(bundle, "denoiser", **inputs)["eps"] for bundle in (parted, quantised))
+def test_quantized_split_graphs_match_the_quantized_denoiser(split_bundle, run, feeds, tmp_path):
+    quantised = quantize_bundle(split_bundle, tmp_path / "int8", QuantizeOptions(pictures=1, size=64, target=0))
+    inputs = feeds(split_bundle, 2, 1, 8, 8)
+    expected, whole = (run(bundle, "denoiser", **inputs)["eps"] for bundle in (split_bundle, quantised))
     found = split(inputs, run, quantised)
 
     def distance(one: np.ndarray, other: np.ndarray) -> float:
@@ -73,19 +73,21 @@ def test_quantized_parts_match_the_quantized_denoiser(parted, run, feeds, tmp_pa
     assert distance(again, found["eps"]) < distance(whole, expected) / 3
 
 
-def test_unet_outer_on_a_cached_feature_matches_torch(parted, run, feeds):
+def test_unet_outer_on_a_cached_feature_matches_torch(split_bundle, run, feeds):
     """diffusers' own U-Net at the next step, but that its last up block takes from below what it took before."""
-    before, now = (feeds(parted, 2, 1, 8, 16, seed) for seed in (1, 2))
-    source = load_base(parted.path)
-    contexts = torch.randn(2, 3, parted.manifest.tokens, source.context_dim, generator=torch.Generator().manual_seed(3))
+    before, now = (feeds(split_bundle, 2, 1, 8, 16, seed) for seed in (1, 2))
+    source = load_base(split_bundle.path)
+    contexts = torch.randn(
+        2, 3, split_bundle.manifest.tokens, source.context_dim, generator=torch.Generator().manual_seed(3)
+    )
     for inputs in (before, now):
         with torch.no_grad():
             inputs["kv_unet"] = kv_layouts(source)[0].project(contexts)[None].numpy()
-    found = split(before, run, parted)
+    found = split(before, run, split_bundle)
     own = {name: now[name] for name in ("latent", "timestep", "kv_unet")}
-    eps = run(parted, "unet_outer", **own, **outer(parted, found))["eps"][0]
+    eps = run(split_bundle, "unet_outer", **own, **outer(split_bundle, found))["eps"][0]
 
-    residuals = [torch.from_numpy(found[tensor.name]) for tensor in parted.manifest.graphs["controlnet"].outputs]
+    residuals = [torch.from_numpy(found[tensor.name]) for tensor in split_bundle.manifest.graphs["controlnet"].outputs]
     kept: list[torch.Tensor] = []
     replaying = False
 
@@ -113,21 +115,21 @@ def test_unet_outer_on_a_cached_feature_matches_torch(parted, run, feeds):
     hook.remove()
     np.testing.assert_allclose(found["feature"][0], kept[0].numpy(), rtol=0, atol=1e-5)
     np.testing.assert_allclose(eps, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-    fresh = split(now, run, parted)["eps"][0]
+    fresh = split(now, run, split_bundle)["eps"][0]
     assert np.abs(fresh - expected).max() > 1e-3, "a feature that does not matter proves nothing"
 
 
-def test_bundle_parts_store_no_weight_again(parted):
-    assert all(0 < parted.manifest.parity[name] < 1e-5 for name in UNET_SPLIT_GRAPHS)
+def test_split_graphs_store_no_weight_again(split_bundle):
+    assert all(0 < split_bundle.manifest.parity[name] < 1e-5 for name in UNET_SPLIT_GRAPHS)
     for name in UNET_SPLIT_GRAPHS:
-        model = onnx.load(parted.graph_path(name), load_external_data=False)
+        model = onnx.load(split_bundle.graph_path(name), load_external_data=False)
         assert sum(t.ByteSize() for t in model.graph.initializer if not t.external_data) < 20_000
         assert {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"} == {
             "base.safetensors"
         }
 
 
-def test_export_bundle_with_a_wrong_part_writes_nothing(base, traced, tmp_path):
+def test_export_bundle_with_a_wrong_split_graph_writes_nothing(base, traced, tmp_path):
     """A ControlNet that gives a residual of the wrong place."""
     model = traced["controlnet"].model.clone()
     first, second = model.graph.outputs[0].producer(), model.graph.outputs[1].producer()
@@ -138,8 +140,8 @@ def test_export_bundle_with_a_wrong_part_writes_nothing(base, traced, tmp_path):
     assert not list(tmp_path.glob("bundle*"))
 
 
-def test_bundle_with_parts_of_another_base_is_refused(parted, tmp_path):
-    folder = shutil.copytree(parted.path, tmp_path / "bundle")
+def test_bundle_with_split_graphs_of_another_base_is_refused(split_bundle, tmp_path):
+    folder = shutil.copytree(split_bundle.path, tmp_path / "bundle")
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["graphs"]["unet_outer"]
     manifest["graphs"]["unet_full"]["inputs"][4]["shape"][1] = 17
