@@ -15,6 +15,7 @@ from fp16_rounding import SumsInFloat, round_every_result
 from graph_runs import run_graph
 from lsast_engines.backends.onnxruntime import GPU_SUFFIX
 from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, UNET_SPLIT_GRAPHS
 from lsast_train.base.lazy_base import open_base
 
 pytestmark = pytest.mark.slow
@@ -73,7 +74,7 @@ def exported(folder: Path) -> Exports:
 def test_export_needs_little_more_than_the_largest_graph(exported, storage_dtype):
     row = exported[storage_dtype]
     assert row["peak_rss_gb"] * 1e9 <= 1.5 * DENOISER
-    assert set(row["parity"]) == {"vae_encoder", "controlnet_cond", "denoiser", "vae_decoder", "loop"}
+    assert set(row["parity"]) == {*REQUIRED_GRAPHS, *UNET_SPLIT_GRAPHS, "loop"}
     assert all(0 < error < 1e-4 for error in row["parity"].values())
 
 
