@@ -86,8 +86,8 @@ def load(
             level or two; on GPUs also `fp16`. `auto` is `bf16` where that is faster, else `fp32`, and on GPUs `fp16`.
             If the decoder overflows, it decodes again in `fp32`.
         style_memory: bytes of styles to keep in memory between paintings; the least recently used are dropped first.
-        build: with `tensorrt-rtx` or `tensorrt`, first compile the engines that are missing, which takes minutes and
-            needs the extra `export`; otherwise a missing engine is an error.
+        build: with `tensorrt-rtx` or `tensorrt`, first compile the engines that `preset` runs and that are missing. It
+            takes minutes and needs the extra `export`; otherwise a missing engine is an error.
         preset: the preset of all paintings that do not give their own, see `lsast.Options`.
         max_megapixels: most pixels of a picture's file, in millions; None refuses what takes more than 850 MB decoded:
             121 megapixels of RGB, 212 of grey.
@@ -109,11 +109,11 @@ def load(
             f"found compute_dtype fp16 for {found.path}, which is stored in int8; "
             "expected fp32, or bf16 with OpenVINO: leave the option out"
         )
+    graphs = first_graphs(found, {"preset": preset})
     if build:
         from .sessions.build_engines import build_engines
 
-        build_engines(found, backend.lower(), "fp16" if compute_dtype == "auto" else compute_dtype)
-    graphs = first_graphs(found, {"preset": preset})
+        build_engines(found, backend.lower(), "fp16" if compute_dtype == "auto" else compute_dtype, graphs)
     pool = EnginePool(found, backend, device, threads, compute_dtype, graphs, style_memory)
     return Stylizer(pool, preset, max_megapixels)
 

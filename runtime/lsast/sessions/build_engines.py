@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterable
 from typing import cast, get_args
 
 from lsast_engines.backends.base import ComputeDtype
@@ -9,12 +10,11 @@ from lsast_engines.backends.tensorrt.cuda import gpu_fault, gpus
 from lsast_engines.backends.tensorrt.engine import find_engine, load_library
 from lsast_engines.backends.tensorrt.engine_record import TrtFlavor
 from lsast_engines.bundle.bundle import Bundle
-from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS
 from lsast_engines.errors import BackendError, UsageError
 
 
-def build_engines(bundle: Bundle, backend: str, compute_dtype: ComputeDtype) -> list[str]:
-    """Compile the engines of a bundle that are missing or do not fit this machine; → the graphs of these.
+def build_engines(bundle: Bundle, backend: str, compute_dtype: ComputeDtype, graphs: Iterable[str]) -> list[str]:
+    """Compile the engines of `graphs` that are missing or do not fit this machine; → the graphs of these.
 
     Raises:
         UsageError: a backend without compiled engines.
@@ -28,8 +28,7 @@ def build_engines(bundle: Bundle, backend: str, compute_dtype: ComputeDtype) -> 
     if fault := gpu_fault():
         raise BackendError(f"found no NVIDIA GPU to build engines of {library} for: {fault}")
     gpu, missing = gpus()[0], []
-    # The split graphs are compiled by name only: lsast-export compile --graph unet_full …
-    for name in REQUIRED_GRAPHS:
+    for name in graphs:
         path, spec = bundle.graph_path(name), bundle.manifest.graphs[name]
         try:
             find_engine(path, spec, library, version, compute_dtype, gpu)

@@ -50,7 +50,7 @@ def graphs(bundle: Bundle) -> list[str]:
 
 
 def test_build_engines_runs_the_command_for_missing_engines_and_the_gpu(bundle, driver, commands, monkeypatch):
-    assert build_engines(bundle, "tensorrt-rtx", "fp16") == graphs(bundle)
+    assert build_engines(bundle, "tensorrt-rtx", "fp16", graphs(bundle)) == graphs(bundle)
     (command,) = commands
     assert command[1:4] == ["-m", "lsast_export", "compile"]
     assert command[4:11] == [str(bundle.path), "--backend", "tensorrt-rtx", "--compute-dtype", "fp16", "--sm", "8.9"]
@@ -63,17 +63,26 @@ def test_build_engines_runs_the_command_for_missing_engines_and_the_gpu(bundle, 
             raise BackendError("missing")
 
     monkeypatch.setattr(building, "find_engine", find)
-    assert build_engines(bundle, "tensorrt", "fp16") == []
+    assert build_engines(bundle, "tensorrt", "fp16", graphs(bundle)) == []
     there.remove("vae_decoder")
-    assert build_engines(bundle, "tensorrt", "fp16") == ["vae_decoder"]
+    assert build_engines(bundle, "tensorrt", "fp16", graphs(bundle)) == ["vae_decoder"]
     assert commands[1][-2:] == ["--graph", "vae_decoder"]
     assert "--sm" not in commands[1]
+
+
+def test_load_builds_what_the_preset_runs(split_path, driver, commands):
+    for preset, denoisers in ((None, ["denoiser"]), ("fast", ["controlnet", "unet_full", "unet_outer"])):
+        commands.clear()
+        with pytest.raises(BackendError):  # the fake compiler wrote no engine
+            lsast.load(split_path, "tensorrt-rtx", build=True, preset=preset)
+        (command,) = commands
+        assert [name for name in command[12::2] if name[:3] != "vae"] == ["controlnet_cond", *denoisers]
 
 
 def test_build_engines_with_a_failing_compiler_names_the_command(bundle, driver, monkeypatch):
     monkeypatch.setattr(building, "_run", lambda _: 3)
     with pytest.raises(BackendError, match=r"failed with exit status 3; run it by itself: lsast-export compile"):
-        build_engines(bundle, "tensorrt-rtx", "fp16")
+        build_engines(bundle, "tensorrt-rtx", "fp16", graphs(bundle))
 
 
 def test_build_engines_without_a_gpu_compiles_nothing(bundle, driver, commands):
@@ -81,7 +90,7 @@ def test_build_engines_without_a_gpu_compiles_nothing(bundle, driver, commands):
     with pytest.raises(
         BackendError, match=r"found no NVIDIA GPU to build engines of tensorrt-rtx for: .* \(35\); no NVIDIA"
     ):
-        build_engines(bundle, "tensorrt-rtx", "fp16")
+        build_engines(bundle, "tensorrt-rtx", "fp16", graphs(bundle))
     assert commands == []
 
 
@@ -103,7 +112,7 @@ def test_compile_leaves_engines_that_fit(bundle, monkeypatch, tmp_path, capfd):
 
     monkeypatch.setenv("LSAST_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(cuda, "load_cuda", FakeCuda)
-    assert build_engines(bundle, "tensorrt-rtx", "fp32") == graphs(bundle)
+    assert build_engines(bundle, "tensorrt-rtx", "fp32", graphs(bundle)) == graphs(bundle)
     for name, spec in bundle.manifest.graphs.items():
         path = bundle.graph_path(name)
         record = find_engine(path, spec, "tensorrt-rtx", str(rtx.__version__), "fp32", GPU)
@@ -112,4 +121,4 @@ def test_compile_leaves_engines_that_fit(bundle, monkeypatch, tmp_path, capfd):
     assert output.out == ""
     assert "compiling denoiser" in output.err
     monkeypatch.setattr(building, "_run", lambda _: pytest.fail("compiled again"))
-    assert build_engines(bundle, "tensorrt-rtx", "fp32") == []
+    assert build_engines(bundle, "tensorrt-rtx", "fp32", graphs(bundle)) == []
