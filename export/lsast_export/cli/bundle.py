@@ -1,9 +1,7 @@
 """The commands `bundle`, `decoder` and `check`: export a base, add a small decoder to a bundle, verify one."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -22,9 +20,6 @@ from lsast_engines.errors import UsageError
 from lsast_train.cli.shared import import_options
 
 from ..progress import PhaseTimer
-
-if TYPE_CHECKING:
-    pass
 
 EXTRA = ("export", "torch", "diffusers", "onnx", "onnxscript")
 """The extra that most commands require, and libraries of it."""
