@@ -14,6 +14,7 @@ from PIL import Image
 
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import DENOISER, UNET_SPLIT_GRAPHS, VAE_DECODER, VAE_DECODER_TINY
+from lsast_engines.bundle.manifest import QUANTISED
 from lsast_engines.bundle.style import StyleFile
 from lsast_engines.diffusion import Solver, TimestepSchedule, make_solver
 from lsast_engines.errors import BundleError, UnknownStyleError, UsageError, did_you_mean, fault_list
@@ -208,10 +209,18 @@ def require_graphs(bundle: Bundle, options: Options) -> None:
     """Raise a `BundleError` if a bundle lacks graphs that `options` need; the message says what adds them."""
     denoisers, decoder = graphs_of(options)
     if missing := [name for name in denoisers if name not in bundle.manifest.graphs]:
-        raise BundleError(
-            f"found no graph {', '.join(missing)} in {bundle.path}, which cache_interval needs; export it again "
-            f"with: lsast-export bundle --base BASE --out {bundle.path}"
-        )
+        stored = bundle.manifest.storage_dtype
+        if stored in QUANTISED:
+            again = (
+                "quantize its source again, once that has them: lsast-export bundle --base FOLDER --out FOLDER; "
+                f"lsast-export quantize FOLDER --out {bundle.path}"
+            )
+        else:
+            again = (
+                "export it again, from itself: lsast-export bundle "
+                f"--base {bundle.path} --out {bundle.path} --storage-dtype {stored}"
+            )
+        raise BundleError(f"found no graph {', '.join(missing)} in {bundle.path}, which cache_interval needs; {again}")
     if decoder not in bundle.manifest.graphs:
         raise BundleError(
             f"found no graph {decoder} in {bundle.path}, which decoder {options.decoder} needs; add it with: "

@@ -4,6 +4,7 @@ swaps red and blue, so that every picture says which one ran."""
 import pickle
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import pytest
 import lsast
 from lsast import BundleError, Stylizer, UsageError
 from lsast.options.options import PRESETS
+from lsast.request import require_graphs
 from lsast_engines.backends.registry import available_backends
+from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, UNET_SPLIT_GRAPHS, VAE_DECODER_TINY
 from lsast_engines.diffusion import NoiseSchedule, TimestepSchedule, make_solver
 
@@ -117,7 +120,8 @@ def test_cached_denoiser_in_tiles_caches_each_tiles_own(stylizer, photo):
     [
         (
             {"cache_interval": 2},
-            "found no graph controlnet, .* which cache_interval needs; .* lsast-export bundle .* {}",
+            "found no graph controlnet, .* which cache_interval needs; .* "
+            "lsast-export bundle --base {0} --out {0} --storage-dtype fp32",
         ),
         ({"decoder": "small"}, "found no graph vae_decoder_tiny .* lsast-export decoder {} --small FOLDER"),
     ],
@@ -128,6 +132,16 @@ def test_option_whose_graphs_the_bundle_lacks_says_what_adds_them(bundle_path, p
         for use in (without.resolve, partial(without.stylize, photo)):
             with pytest.raises(BundleError, match=words):
                 use(**option)
+
+
+def test_bundle_in_int8_without_split_graphs_is_to_be_quantised_again_not_replaced(bundle_path):
+    quantised = Bundle.open(bundle_path)
+    quantised.manifest = replace(quantised.manifest, storage_dtype="int8")
+    with lsast.load(bundle_path, threads=1) as stylizer:
+        options = replace(stylizer.resolve(), cache_interval=2)
+    words = f"lsast-export bundle --base FOLDER --out FOLDER; lsast-export quantize FOLDER --out {bundle_path}"
+    with pytest.raises(BundleError, match=re.escape(words)):
+        require_graphs(quantised, options)
 
 
 def test_load_with_a_preset_opens_its_graphs_and_reports_it(split_path, photo):
