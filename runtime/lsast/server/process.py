@@ -178,6 +178,8 @@ class WorkerProcess:
                 for stream in self._streams.values():
                     stream.put_nowait(WorkerDiedError("the worker ended"))
                 self._streams.clear()
+            if self._failed:  # another worker would fail like the first one
+                return
             pause = 0.0 if time.monotonic() - begin > MAX_PAUSE else min(2 * pause + 0.1, MAX_PAUSE)
             _log.error("the worker ended; starting another one")
             await asyncio.sleep(pause)

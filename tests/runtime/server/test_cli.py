@@ -122,6 +122,7 @@ def test_request_before_the_engines_fail_to_open_is_answered(split_path, png):
     assert "cannot open its engines" in answer.text
     assert process.returncode == 1
     assert "Error: found no backend 'tensorrt' with device 'cpu'" in stderr
+    assert "starting another one" not in stderr
 
 
 def test_variable_that_is_no_setting_is_named(tmp_path):
