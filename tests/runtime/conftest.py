@@ -119,7 +119,7 @@ NODES = {
         node("Conv", ["latent", "decode_1x1"], ["small"]),
         node("Resize", ["small", "", "eightfold"], ["image"], mode="nearest"),
     ],
-    # The denoiser split: what is coarse of what the edges hold goes the deep way, the rest the shallow one.
+    # The split graphs: what is coarse of what the edges hold goes the deep way, the rest the shallow one.
     "controlnet": [
         *CONTROL,
         *NO_TIME,
@@ -238,7 +238,7 @@ def split_path(
     weights: SimpleNamespace,
     manifest: Manifest,
 ) -> Path:
-    """The tiny bundle with the denoiser split, too, and with a small decoder that swaps red and blue."""
+    """The tiny bundle with the split graphs, too, and with a small decoder that swaps red and blue."""
     folder = tmp_path_factory.mktemp("split") / "tiny"
     specs = {**PART_SPECS, VAE_DECODER_TINY: tiny_decoder_spec(GEOMETRY)}
     swapped = SimpleNamespace(**{**vars(weights), "decode": weights.decode[::-1].copy()})

@@ -6,7 +6,7 @@
     ├── manifest.json            describes and checks the other files
     ├── base.safetensors         the weights, to which the graphs refer
     ├── vae_encoder.onnx, controlnet_cond.onnx, denoiser.onnx, vae_decoder.onnx
-    ├── controlnet.onnx, unet_full.onnx, unet_outer.onnx: the denoiser split for caching
+    ├── controlnet.onnx, unet_full.onnx, unet_outer.onnx: the split graphs, for step caching
     ├── vae_decoder_tiny.onnx, vae_decoder_tiny.safetensors: a smaller decoder (optional)
     ├── *.fp16.onnx              each graph for GPUs, in fp16; none in int8
     ├── null.safetensors         the unconditional keys and values, in the format of a style

@@ -22,7 +22,7 @@ REQUIRED_GRAPHS = (VAE_ENCODER, CONTROLNET_COND, DENOISER, VAE_DECODER)
 
 CONTROLNET, UNET_FULL, UNET_OUTER = "controlnet", "unet_full", "unet_outer"
 UNET_SPLIT_GRAPHS = (CONTROLNET, UNET_FULL, UNET_OUTER)
-"""The graphs of a split denoiser, which a bundle may have beside the denoiser: all three or none."""
+"""The split graphs, which a bundle may have beside the denoiser: all three or none."""
 
 VAE_DECODER_TINY = "vae_decoder_tiny"
 """A smaller decoder with the inputs and outputs of `VAE_DECODER`, which a bundle may have beside it."""
@@ -113,7 +113,7 @@ class UnetSplit:
 
 
 def split_specs(geometry: Geometry, cut: UnetSplit) -> dict[str, GraphSpec]:
-    """The specs of the graphs of a split denoiser, by graph name.
+    """The specs of the split graphs, by graph name.
 
     - ``controlnet``: the ControlNet at batch B, with the style's keys and values → its residuals, scaled.
     - ``unet_full``: the U-Net with these residuals → eps, and the `feature` that enters its outermost level.
@@ -153,7 +153,7 @@ class _Tensors:
 
 
 def optional_specs(geometry: Geometry, graphs: Mapping[str, GraphSpec]) -> dict[str, GraphSpec]:
-    """The specs that the optional ones of `graphs` should have; if one of a split denoiser is there, of all three.
+    """The specs that the optional ones of `graphs` should have; if one of the split graphs is there, of all three.
 
     The split is read from the shapes of `graphs`; the caller compares the result with them.
     """
