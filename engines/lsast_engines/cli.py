@@ -146,7 +146,7 @@ class Command(click.Command):
         except (click.exceptions.NoArgsIsHelpError, click.exceptions.Exit, click.exceptions.Abort):
             raise
         except click.UsageError as error:
-            fail(f"{error.format_message()} (--help lists all options)", USAGE)
+            _fail_for_usage(error)
         except LsastError as error:
             fail(Lines(error), error.exit_code)
         except RuntimeError as error:  # --version of a folder that is not installed
@@ -159,7 +159,7 @@ class Command(click.Command):
         try:
             returned = super().invoke(ctx)
         except click.UsageError as error:
-            fail(f"{error.format_message()} (--help lists all options)", USAGE)
+            _fail_for_usage(error)
         except (click.ClickException, click.exceptions.Exit):
             raise
         except (Exception, KeyboardInterrupt) as error:
@@ -263,6 +263,11 @@ def fail(message: str, status: int) -> NoReturn:
     lines[0] = f"Error: {lines[0]}"
     echo(*(line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…" for line in lines), err=True)
     raise click.exceptions.Exit(status)
+
+
+def _fail_for_usage(error: click.UsageError) -> NoReturn:
+    # click puts the choices of a missing option on lines of their own.
+    fail(f"{error.format_message().replace(chr(10) + chr(9), ' ')} (--help lists all options)", USAGE)
 
 
 OptionDecorator = Callable[[Callable[..., Any]], Callable[..., Any]]

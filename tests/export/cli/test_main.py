@@ -49,6 +49,7 @@ def test_missing_library_error_names_the_extra(monkeypatch, arguments):
         (["--style", "x", "--precision", "int8"], "'int8' is not one of"),
         (["bundle"], "Missing option '-o' / '--out'"),
         (["check"], "Missing argument 'BUNDLE'"),
+        (["compile"], "Missing option '--backend'. Choose from: tensorrt, tensorrt-rtx (--help lists all options)"),
         (["golden", "x"], "lsast-export golden was removed"),
     ],
 )
