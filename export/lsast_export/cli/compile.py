@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 @click.argument("bundle", metavar="[BUNDLE]", required=False)
 @click.option("--backend", type=click.Choice(get_args(TrtFlavor)), required=True, help="The library that compiles.")
 @click.option(
-    "--out", metavar="DIR", type=click.Path(path_type=Path), help="Put engines here, not where lsast-run finds them."
+    "-o",
+    "--out",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Put engines here, not where lsast-run finds them.",
 )
 @click.option(
     "--graph",

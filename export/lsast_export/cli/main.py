@@ -13,7 +13,7 @@ from lsast_engines.backends.tensorrt.engine_record import TrtFlavor
 from lsast_engines.bundle.style import parse_defaults
 from lsast_engines.cli import Command, Group, debug_option, json_option, log_to_stderr, print_result
 from lsast_engines.errors import UsageError, fault_list
-from lsast_train.cli.shared import import_options
+from lsast_train.cli.shared import folder_option, import_options
 
 from .bundle import (
     EXTRA,
@@ -108,7 +108,7 @@ def bake(
 @click.option("--base", metavar="PATH", required=True, help="Base whose text encoder resolves them.")
 @import_options()
 @click.option("--name", metavar="NAME", help="Name of the style. [default: that of the file]")
-@click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write to. [default: runs/NAME]")
+@folder_option("-o", "--out", text="Folder to write to. [default: runs/NAME]")
 @json_option
 @debug_option
 def import_command(file: Path, base: str, name: str | None, out: Path | None, **source: Any) -> None:

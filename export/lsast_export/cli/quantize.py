@@ -29,7 +29,7 @@ def _refuse(ctx: click.Context, param: click.Parameter, value: str | None) -> No
 @click.command("quantize", cls=Command, requires=("export", "onnx"))
 @click.argument("bundle", metavar="[BUNDLE]", required=False)
 @click.option(
-    "--out", metavar="DIR", type=click.Path(path_type=Path), required=True, help="Folder of the bundle to write."
+    "-o", "--out", metavar="DIR", type=click.Path(path_type=Path), required=True, help="Folder of the bundle to write."
 )
 @click.option("--storage-dtype", hidden=True, expose_value=False, callback=_refuse)
 @click.option(

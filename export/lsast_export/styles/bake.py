@@ -26,6 +26,7 @@ from lsast_engines.bundle.style import (
     encode_defaults,
 )
 from lsast_engines.errors import StyleError, UsageError, fault_list
+from lsast_engines.files import require_writable
 from lsast_train.base.attention import GROUPS
 from lsast_train.base.base import Base
 from lsast_train.base.kv_packing import kv_layouts, project_kv
@@ -214,9 +215,11 @@ def bake_for_bundle(bundle: Bundle, styles: Sequence[Prompts], distilled: Sequen
 
     Raises:
         StyleError: a style that does not fit the bundle, or a damaged file. Then none is written.
-        UsageError: a quantized bundle.
+        UsageError: a quantized bundle, or a folder that cannot be written.
     """
     manifest = bundle.manifest
+    folder = user_style_folder(manifest.fingerprint)
+    require_writable(folder)
     for prompts in styles:
         what = f"style {prompts.name!r}"
         check_fingerprint(prompts.base, what, manifest.name, manifest.fingerprint, manifest.source)
@@ -227,7 +230,6 @@ def bake_for_bundle(bundle: Bundle, styles: Sequence[Prompts], distilled: Sequen
         bundle.check_style(style)
     for style in made[len(styles) :]:
         _warn_of_unlearned(style.name, style.meta)
-    folder = user_style_folder(manifest.fingerprint)
     paths = {style.name: folder / f"{style.name}.safetensors" for style in made}
     for style in made:
         style.save(paths[style.name])

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from lsast_engines.errors import StyleError
-from lsast_export.styles.bake import KVProjector, bake_null_style, bake_prompts, bake_style
+from lsast_engines.bundle.bundle import EMBEDDED, Bundle
+from lsast_engines.errors import StyleError, UsageError
+from lsast_export.styles.bake import KVProjector, bake_for_bundle, bake_null_style, bake_prompts, bake_style
 from lsast_train.base.attention import GROUPS
 from lsast_train.base.base import Base
 from lsast_train.base.kv_packing import kv_layouts
@@ -61,3 +62,10 @@ def test_bake_prompts_warns_of_a_style_that_learned_nothing(base, prompts, caplo
     assert not caplog.text
     bake_prompts(projector, replace(prompts, meta={"best_step": "0"}))
     assert "style 'hand' learned nothing" in caplog.text
+
+
+def test_bake_into_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LSAST_HOME", str(tmp_path / "file"))
+    with pytest.raises(UsageError, match="file"):
+        bake_for_bundle(Bundle.open(EMBEDDED), [])
