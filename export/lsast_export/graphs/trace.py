@@ -99,7 +99,7 @@ def _joined(controlnet: TracedGraph, unet: TracedGraph, spec: GraphSpec) -> Trac
     for value in source.inputs:
         if value.name in found:
             value.replace_all_uses_with(found[value.name])
-    inputs = [*graph.inputs, *(value for value in source.inputs if value.name not in found)]
+    inputs = {str(value.name): value for value in (*source.inputs, *graph.inputs)}  # of both, the first graph's
     nodes, constants = list(source), list(source.initializers.values())
     for part in (source.inputs, source.outputs, source.initializers, graph.inputs, graph.outputs):
         part.clear()
@@ -110,9 +110,8 @@ def _joined(controlnet: TracedGraph, unet: TracedGraph, spec: GraphSpec) -> Trac
         node.name = f"unet_{node.name}"
     graph.initializers.update({str(value.name): value for value in constants})
     graph.extend(nodes)
-    places = [tensor.name for tensor in spec.inputs]
     weights = tuple(sorted((*controlnet.weights, *unet.weights)))
-    graph.inputs.extend(sorted(inputs, key=lambda value: [*places, *weights].index(str(value.name))))
+    graph.inputs.extend(inputs[name] for name in (*(tensor.name for tensor in spec.inputs), *weights))
     graph.outputs.append(eps)
     Sequential(
         RemoveUnusedNodesPass(), DeduplicateInitializersPass(), CommonSubexpressionEliminationPass(), NameFixPass()
