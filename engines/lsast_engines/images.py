@@ -64,7 +64,8 @@ def find_pictures(folder: Path, others: list[Path] | None = None) -> list[Path]:
         PictureError: the folder does not exist or has no image.
     """
     if not folder.is_dir():
-        raise PictureError(f"found no folder {folder}; expected a folder of pictures")
+        found = "the file" if folder.exists() else "no folder"
+        raise PictureError(f"found {found} {folder}; expected a folder of pictures")
     paths = sorted(_search(folder, [] if others is None else others))
     if not paths:
         raise PictureError(f"found no picture under {folder}; expected files like .jpg, .png, .tif or .webp")

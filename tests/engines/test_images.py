@@ -261,8 +261,10 @@ def test_find_pictures_lists_images_sorted(tmp_path):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "folder.png").mkdir()
     assert find_pictures(tmp_path) == [tmp_path / name for name in ("a/c.png", "b.JPG", "e.tiff")]
-    with pytest.raises(PictureError, match="found no folder"):
+    with pytest.raises(PictureError, match=r"found the file .*b.JPG; expected a folder of pictures"):
         find_pictures(tmp_path / "b.JPG")
+    with pytest.raises(PictureError, match=r"found no folder .*gone; expected a folder of pictures"):
+        find_pictures(tmp_path / "gone")
     with pytest.raises(PictureError, match=r"found no picture under .*; expected files like \.jpg"):
         find_pictures(tmp_path / "folder.png")
 

@@ -190,7 +190,8 @@ def find_classes(
         UsageError: the artist is none of them, names that clash, or one class only.
     """
     if not artists.is_dir():
-        raise PictureError(f"found no folder {artists}; expected a folder with a folder for each artist")
+        found = "the file" if artists.exists() else "no folder"
+        raise PictureError(f"found {found} {artists}; expected a folder with a folder for each artist")
     folders = {path.name: path for path in sorted(artists.iterdir()) if path.is_dir() and not path.name.startswith(".")}
     if unknown := sorted(set(leave_out) - folders.keys()):
         raise UsageError(f"found no {', '.join(unknown)} to leave out; the artists are {', '.join(folders)}")
