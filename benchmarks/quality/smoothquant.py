@@ -7,19 +7,18 @@ the int8 graph, and by the int8 graph smoothed with each alpha. Prints a Markdow
 to no smoothing picture by picture, with its standard error. Nothing is timed.
 """
 
-from __future__ import annotations
-
 import statistics
 import tempfile
 from pathlib import Path
 
 import click
 
+from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import Bundle, find_bundle
 from lsast_engines.bundle.graph_spec import DENOISER
 from lsast_engines.images import psnr
 from lsast_export.quantize.calibration import Calibration
-from lsast_export.quantize.calibration_runs import denoise_run, load_calibration_images, prepare_runs, repaint
+from lsast_export.quantize.paintings import load_calibration_images, paint
 from lsast_export.quantize.weights import NAME, WeightFile
 
 BACKEND = "onnxruntime"
@@ -36,14 +35,12 @@ def main(images: Path, bundle: str | None, pictures: int, size: int, alphas: tup
     source = Bundle.open(find_bundle(bundle))
     contents, _ = load_calibration_images(images, 2 * pictures, size)
     styles = list(source.styles())
-    path = source.graph_path(DENOISER)
+    spec = source.manifest.graphs[DENOISER]
     turned = [*styles[1:], *styles[:1]]
-    expected = repaint(source, contents[1::2], turned, BACKEND, seed=1000)
+    expected = paint(source, contents[1::2], turned, BACKEND, seed=1000)
     with tempfile.TemporaryDirectory() as scratch:
-        calibration = Calibration(path, Path(scratch))
-        for trial in prepare_runs(source, contents[::2], styles, BACKEND, strength=1.0):
-            denoise_run(source, trial, calibration)
-        calibration.close()
+        calibration = Calibration(source.graph_path(DENOISER), spec, Path(scratch))
+        paint(source, contents[::2], styles, BACKEND, {DENOISER: calibration}, strength=1.0)
         found: dict[float | None, list[float]] = {}
         for alpha in (None, *alphas):
             if alpha is not None:
@@ -53,7 +50,8 @@ def main(images: Path, bundle: str | None, pictures: int, size: int, alphas: tup
                 model = calibration.quantized(calibration.float_layers)
                 with (folder / NAME).open("wb") as file:
                     WeightFile(file).save(model, calibration.folder, f"{DENOISER}.onnx")
-                painted = repaint(source, contents[1::2], turned, BACKEND, seed=1000, folder=folder)
+                engine = open_engine(folder / f"{DENOISER}.onnx", spec, BACKEND, "cpu")
+                painted = paint(source, contents[1::2], turned, BACKEND, {DENOISER: engine}, seed=1000)
             found[alpha] = [psnr(*pair) for pair in zip(painted, expected, strict=True)]
             click.echo(f"alpha {alpha}: {statistics.mean(found[alpha]):.2f} dB", err=True)
     print(f"{source.manifest.name}, {size} pixels, {pictures} held-out pictures, styles {', '.join(styles)}\n")

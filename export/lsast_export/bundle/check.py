@@ -11,7 +11,7 @@ from lsast_engines.backends.choice import LEAST_PSNR, Choice, choose
 from lsast_engines.backends.registry import find_backend, open_engine
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import VAE_DECODER_TINY
-from lsast_engines.bundle.manifest import QUANTISED
+from lsast_engines.bundle.manifest import QUANTIZED
 from lsast_engines.errors import BundleError, LsastError, fault_list
 from lsast_engines.files import file_sha256
 from lsast_engines.images import psnr
@@ -22,7 +22,7 @@ from ..graphs.small_decoder import WEIGHTS as SMALL_WEIGHTS
 from ..graphs.small_decoder import read_small_decoder
 from ..parity.parity import measure_parity, measure_small_parity, plan_for
 from ..progress import Progress, no_progress
-from ..quantize.calibration_runs import Pixels, load_calibration_images, repaint
+from ..quantize.paintings import Pixels, load_calibration_images, paint
 from ..styles.bake import KVProjector, bake_null_style
 from .export import WEIGHTS
 
@@ -83,7 +83,7 @@ def check_bundle(
     bundle = Bundle.open(path)
     graphs = {name: bundle.graph_path(name) for name in bundle.manifest.graphs}
     progress("verifying graphs, weights and styles")
-    if bundle.manifest.storage_dtype in QUANTISED:
+    if bundle.manifest.storage_dtype in QUANTIZED:
         if faults := _graph_faults(graphs) + _style_faults(bundle):
             raise BundleError(fault_list(f"{path} is damaged; quantize it again:", faults))
         for name, graph in graphs.items():
@@ -106,19 +106,19 @@ def _with_auto(report: CheckReport, bundle: Bundle, device: str, progress: Progr
     """`report` with a generated picture of ``auto`` compared, if that was asked for and is not float32."""
     if {report.backend, device} != {"auto"} or (auto := choose(bundle)).compute_dtype == "fp32" or not report.styles:
         return report
-    quantised = bundle.manifest.storage_dtype in QUANTISED
-    if quantised and find_backend("auto", device, "fp32")[0] == auto.backend:
+    quantized = bundle.manifest.storage_dtype in QUANTIZED
+    if quantized and find_backend("auto", device, "fp32")[0] == auto.backend:
         return report
     progress(f"painting with {auto.backend} in {auto.compute_dtype}")
     size, multiple = bundle.manifest.defaults["size"], bundle.manifest.multiple
     contents, _ = load_calibration_images(None, 1, max(1, round(size / multiple)) * multiple)
 
     def painted(backend: str, compute_dtype: ComputeDtype) -> Pixels:
-        return repaint(bundle, contents, [report.styles[0]], backend, compute_dtype=compute_dtype)[0]
+        return paint(bundle, contents, [report.styles[0]], backend, compute_dtype=compute_dtype)[0]
 
     exact = painted("auto", "fp32")
     report = replace(report, auto=auto, auto_psnr=psnr(painted(auto.backend, auto.compute_dtype), exact))
-    if quantised:
+    if quantized:
         report = replace(report, auto_expected=psnr(painted(auto.backend, "fp32"), exact) - INT8_MARGIN)
     return report
 

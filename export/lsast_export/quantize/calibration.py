@@ -5,18 +5,17 @@ and maximum leave the graph: so a graph of Stable Diffusion's size fits into mem
 """
 
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from lsast_engines.backends.base import import_library
+from lsast_engines.backends.base import Array, Engine, import_library
+from lsast_engines.bundle.graph_spec import GraphSpec
 
-from .calibration_runs import Feeds
 from .qdq import Ranges, Span, int8_graph, layers_of
 from .smoothquant import Factors, MinMax, find_groups, smooth, smoothing_factors
 from .weights import NAME, Model, WeightFile, Weights, fold_weights
@@ -28,18 +27,21 @@ _LOW, _HIGH = "/low", "/high"
 """Suffixes of the outputs that hold the minimum and the maximum of an activation."""
 
 
-class Calibration:
+class Calibration(Engine):
     """A graph in float32 that records the ranges of its activations while it runs.
 
-    Call it like an engine, then `close` it; after that it can be smoothed and quantized.
+    When it is closed, it can be smoothed and quantized.
     """
 
-    def __init__(self, path: Path, folder: Path) -> None:
+    backend = "onnxruntime"
+
+    def __init__(self, path: Path, spec: GraphSpec, folder: Path) -> None:
         """Prepare the graph of `path` (`fold_weights`).
 
         Args:
             folder: an empty folder for its weights, which must exist as long as this object is used.
         """
+        super().__init__(spec, "cpu", "fp32")
         self.folder = folder
         with (folder / NAME).open("wb") as file:
             self._model = fold_weights(path, WeightFile(file))
@@ -72,20 +74,24 @@ class Calibration:
             for node in self._layers
         }
 
-    def __call__(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Feeds:
-        """The graph's outputs, by name; the ranges of its activations are recorded."""
+    def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         if self._session is None:
             self._min_max, self._session = {}, self._open()
         wanted = [output.name for output in self._session.get_outputs()]
-        values = dict(zip(wanted, self._session.run(wanted, dict(feeds)), strict=True))
+        values = dict(zip(wanted, self._session.run(wanted, {**self._bound, **feeds}), strict=True))
         for name in self._watched():
             low, high = values.pop(name + _LOW), values.pop(name + _HIGH)
             least, most = self._min_max.get(name, (low, high))
             self._min_max[name] = (np.minimum(least, low), np.maximum(most, high))
         return values
 
+    def _release_memory(self) -> None: ...
+
     def close(self) -> None:
-        """Free the memory that running takes; the recorded ranges stay."""
+        """Free the memory that running takes; the recorded ranges stay until it runs again."""
+        self._close()
+
+    def _close(self) -> None:
         self._session = None
 
     def smoothing_factors(self, alpha: float) -> Factors:

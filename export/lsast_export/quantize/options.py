@@ -18,7 +18,7 @@ class QuantizeOptions:
     images: Path | None = None
     """Folder of pictures to calibrate and to evaluate on; None generates some."""
     pictures: Annotated[int, "Calibrate on N pictures, evaluate on N others.", Range(1)] = 4
-    size: Annotated[int, "Side of these pictures in pixels, a multiple of the bundle's.", Range(1)] = 256
+    size: Annotated[int, "Side of these pictures in pixels, a multiple of the bundle's.", Range(64, 8192)] = 256
     target: Annotated[
         float, "Least mean PSNR in dB to the pictures of the float graphs; below it nothing is written.", Range(0)
     ] = 30.0

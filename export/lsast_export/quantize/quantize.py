@@ -14,9 +14,10 @@ from pathlib import Path
 
 import onnx
 
+from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import NULL_STYLE_FILE, STYLES, Bundle, require_free
-from lsast_engines.bundle.graph_spec import DENOISER, UNET_SPLIT_GRAPHS, VAE_DECODER
-from lsast_engines.bundle.manifest import QUANTISED
+from lsast_engines.bundle.graph_spec import DENOISER, UNET_SPLIT_GRAPHS
+from lsast_engines.bundle.manifest import QUANTIZED
 from lsast_engines.declared_options import option_faults, rules_of
 from lsast_engines.errors import ParityError, UsageError, fault_list
 from lsast_engines.files import scratch_folder
@@ -24,18 +25,8 @@ from lsast_engines.images import psnr
 
 from ..progress import Eta, Progress, no_progress
 from .calibration import Calibration
-from .calibration_runs import (
-    Feeds,
-    Floats,
-    Pixels,
-    decoder_feeds,
-    denoise_run,
-    encoder_feeds,
-    load_calibration_images,
-    prepare_runs,
-    repaint,
-)
 from .options import OPTIONAL_GRAPHS, QuantizeOptions
+from .paintings import Pixels, load_calibration_images, paint
 from .qdq import Ranges
 from .weights import NAME, WeightFile
 
@@ -71,9 +62,12 @@ def quantize_bundle(
         progress("evaluating")
         # With several styles, each is evaluated on other pictures than it was calibrated on.
         turned = [*styles[1:], *styles[:1]]
+        engines = {
+            name: open_engine(folder / f"{name}.onnx", manifest.graphs[name], options.backend, "cpu")
+            for name in (DENOISER, *options.also)
+        }
         found, expected = (
-            repaint(source, contents[1::2], turned, options.backend, seed=1000, folder=graphs)
-            for graphs in (folder, source.path)
+            paint(source, contents[1::2], turned, options.backend, graphs, seed=1000) for graphs in (engines, {})
         )
         # That of equal pictures is infinite, which a manifest cannot hold.
         ratios = [min(psnr(*pair), 100.0) for pair in zip(found, expected, strict=True)]
@@ -85,7 +79,6 @@ def quantize_bundle(
                 f"{options.target:g}: lower --target, or calibrate on --images like those that will be repainted"
             )
         progress("writing the bundle")
-        latents = facts.pop("latents")
         written = dataclasses.replace(
             manifest,
             storage_dtype="int8",
@@ -95,7 +88,7 @@ def quantize_bundle(
                 **facts,
                 "quantized_from": f"{manifest.name} ({manifest.storage_dtype})",
                 "calibrated_on": f"{options.pictures} pictures ({origin}) at {options.size} pixels, "
-                f"{latents} latents, styles {', '.join(styles)}",
+                f"styles {', '.join(styles)}",
                 "evaluated_on": f"{options.pictures} other pictures, {options.backend}",
                 "onnxruntime": importlib.metadata.version("onnxruntime"),
             },
@@ -109,7 +102,7 @@ def quantize_bundle(
 def _require(source: Bundle, options: QuantizeOptions) -> None:
     manifest = source.manifest
     faults = []
-    if manifest.storage_dtype in QUANTISED:
+    if manifest.storage_dtype in QUANTIZED:
         faults.append(f"found a bundle in {manifest.storage_dtype}; expected the one that it was made from")
     if not any((source.path / STYLES).glob("*.safetensors")):
         faults.append("found no style in it; expected at least one to calibrate with: lsast-export bundle --style NAME")
@@ -134,73 +127,43 @@ def _write_graphs(
 ) -> dict[str, str]:
     """Write the denoiser, the split graphs and the graphs of `also` in int8, calibrated on `contents`; copy the rest.
 
-    Returns entries for the manifest's `source`, and the number of ``latents`` that were seen.
+    Returns entries for the manifest's `source`.
     """
-    facts: dict[str, str] = {}
+    facts = {"smoothed": "no" if options.smooth is None else f"alpha {options.smooth:g}"}
+    graphs = source.manifest.graphs
 
     @contextlib.contextmanager
     def calibrated(name: str) -> Iterator[Calibration]:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{name}.") as scratch:
-            yield Calibration(source.graph_path(name), Path(scratch))
+            yield Calibration(source.graph_path(name), graphs[name], Path(scratch))
 
     with (folder / NAME).open("wb") as file:
         weights = WeightFile(file)
 
         def save(name: str, calibration: Calibration, ranges: Ranges | None = None) -> None:
+            progress(f"quantizing {name}")
             kept = calibration.float_layers
             weights.save(calibration.quantized(kept, ranges), calibration.folder, f"{name}.onnx")
             facts[f"{name}_in_float"] = f"{len(kept)} of {len(calibration.layers)} layers"
 
-        with calibrated(DENOISER) as calibration:
-            latents = _observe(source, calibration, contents, styles, options.backend, progress, facts)
-            factors = calibration.smoothing_factors(options.smooth) if options.smooth is not None else {}
-            calibration.smooth(factors)
-            progress("quantizing")
-            ranges = calibration.ranges
-            save(DENOISER, calibration)
-        facts["smoothed"] = "no" if options.smooth is None else f"alpha {options.smooth:g}"
-        for name in sorted(source.manifest.graphs.keys() - {DENOISER}):
+        with contextlib.ExitStack() as stack:
+            engines = {name: stack.enter_context(calibrated(name)) for name in (DENOISER, *sorted(options.also))}
+            eta = Eta(progress, "calibrating", len(contents))
+            # From pure noise, which visits every stage.
+            paint(source, contents, styles, options.backend, engines, strength=1.0, done=eta.step)
+            denoiser = engines[DENOISER]
+            factors = denoiser.smoothing_factors(options.smooth) if options.smooth is not None else {}
+            denoiser.smooth(factors)
+            ranges = denoiser.ranges
+            for name, calibration in engines.items():
+                save(name, calibration)
+        for name in sorted(graphs.keys() - engines):
             if name in UNET_SPLIT_GRAPHS:
                 # A part has the layers of the whole denoiser, with the same inputs, and so the same ranges.
                 with calibrated(name) as calibration:
                     calibration.smooth(factors)
                     save(name, calibration, ranges)
-            elif name in options.also:
-                progress(f"quantizing {name}")
-                fed = [encoder_feeds(rgb) for rgb in contents]
-                if name == VAE_DECODER:
-                    fed = [decoder_feeds(source, latent) for latent in latents]
-                with calibrated(name) as calibration:
-                    for feeds in fed:
-                        calibration(feeds)
-                    calibration.close()
-                    save(name, calibration)
             else:
                 model = onnx.load(str(source.graph_path(name)), load_external_data=False)
                 weights.save(model, source.path, f"{name}.onnx")
     return facts
-
-
-def _observe(
-    source: Bundle,
-    calibration: Calibration,
-    contents: Sequence[Pixels],
-    styles: Sequence[str],
-    backend: str,
-    progress: Progress,
-    facts: dict[str, str],
-) -> list[Floats]:
-    """Denoise from pure noise, which visits every stage: → final latents [1, 4, h, w]; their number is a fact."""
-    runs = prepare_runs(source, contents, styles, backend, strength=1.0)
-    total = sum(len(run.schedule.steps) for run in runs)
-    eta = Eta(progress, "calibrating", total)
-
-    def observed(feeds: Feeds) -> Feeds:
-        outputs = calibration(feeds)
-        eta.step()
-        return outputs
-
-    latents = [denoise_run(source, run, observed) for run in runs]
-    calibration.close()
-    facts["latents"] = f"{total}"
-    return latents

@@ -34,7 +34,7 @@ from lsast_engines.backends.tensorrt.engine_record import (
 )
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS, GraphSpec
-from lsast_engines.bundle.manifest import QUANTISED
+from lsast_engines.bundle.manifest import QUANTIZED
 from lsast_engines.environment import package_version
 from lsast_engines.errors import BackendError, ExportError, UsageError, fault_list
 from lsast_engines.files import replace_file
@@ -158,7 +158,7 @@ def compile_bundle(
     """
     bundle = Bundle.open(path)
     manifest = bundle.manifest
-    if manifest.storage_dtype in QUANTISED:  # its Q/DQ pairs are placed for CPUs
+    if manifest.storage_dtype in QUANTIZED:  # its Q/DQ pairs are placed for CPUs
         made_from = manifest.source.get("quantized_from", "see its manifest")
         raise UsageError(
             f"found {path} in {manifest.storage_dtype}, quantized for CPUs; expected the bundle that it was made "

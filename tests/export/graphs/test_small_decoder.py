@@ -154,10 +154,10 @@ def test_read_small_decoder_of_another_autoencoder_is_refused(tmp_path, manifest
 def test_quantized_bundle_takes_and_keeps_the_small_decoder_in_float32(bundles, added, folder, tmp_path, run):
     latent = np.random.default_rng(4).standard_normal((1, 4, 8, 8), dtype=np.float32)
     expected = run(added, VAE_DECODER_TINY, latent=latent)["image"]
-    quantised = quantize_bundle(added, tmp_path / "int8", QuantizeOptions(pictures=1, size=64, target=0))
-    np.testing.assert_array_equal(run(quantised, VAE_DECODER_TINY, latent=latent)["image"], expected)
-    small = read_small_decoder(folder, quantised.manifest)
-    taken = add_small_decoder(quantised.path, small)
+    quantized = quantize_bundle(added, tmp_path / "int8", QuantizeOptions(pictures=1, size=64, target=0))
+    np.testing.assert_array_equal(run(quantized, VAE_DECODER_TINY, latent=latent)["image"], expected)
+    small = read_small_decoder(folder, quantized.manifest)
+    taken = add_small_decoder(quantized.path, small)
     assert taken.manifest.storage_dtype == "int8"
     np.testing.assert_array_equal(run(taken, VAE_DECODER_TINY, latent=latent)["image"], expected)
 

@@ -58,10 +58,10 @@ def test_split_graphs_in_sequence_match_the_denoiser(split_bundle, run, feeds, s
 
 
 def test_quantized_split_graphs_match_the_quantized_denoiser(split_bundle, run, feeds, tmp_path):
-    quantised = quantize_bundle(split_bundle, tmp_path / "int8", QuantizeOptions(pictures=1, size=64, target=0))
+    quantized = quantize_bundle(split_bundle, tmp_path / "int8", QuantizeOptions(pictures=1, size=64, target=0))
     inputs = feeds(split_bundle, 2, 1, 8, 8)
-    expected, whole = (run(bundle, "denoiser", **inputs)["eps"] for bundle in (split_bundle, quantised))
-    found = split(inputs, run, quantised)
+    expected, whole = (run(bundle, "denoiser", **inputs)["eps"] for bundle in (split_bundle, quantized))
+    found = split(inputs, run, quantized)
 
     def distance(one: np.ndarray, other: np.ndarray) -> float:
         return float(np.sqrt(np.mean((one - other) ** 2)))
@@ -69,7 +69,7 @@ def test_quantized_split_graphs_match_the_quantized_denoiser(split_bundle, run, 
     # A last bit may round the other way, and go on through all layers behind it.
     assert distance(found["eps"], whole) < distance(whole, expected) / 3
     own = {name: inputs[name] for name in ("latent", "timestep", "kv_unet")}
-    again = run(quantised, "unet_outer", **own, **outer(quantised, found))["eps"]
+    again = run(quantized, "unet_outer", **own, **outer(quantized, found))["eps"]
     assert distance(again, found["eps"]) < distance(whole, expected) / 3
 
 

@@ -25,8 +25,8 @@ from lsast_engines.images import psnr
 from lsast_export.bundle.check import INT8_MARGIN, check_bundle
 from lsast_export.cli.main import main
 from lsast_export.quantize.calibration import Calibration
-from lsast_export.quantize.calibration_runs import load_calibration_images
 from lsast_export.quantize.options import QuantizeOptions
+from lsast_export.quantize.paintings import load_calibration_images
 from lsast_export.quantize.quantize import PICTURE_PSNR, quantize_bundle
 from lsast_export.quantize.weights import NAME, WeightFile, fold_weights
 from lsast_export.tensorrt.compile import CompileOptions, compile_bundle
@@ -36,8 +36,8 @@ SMALL = {"pictures": 1, "size": 64, "target": 5.0}
 
 
 @pytest.fixture(scope="module")
-def quantised(bundles: dict[str, Bundle], tmp_path_factory: Any) -> Bundle:
-    return quantize_bundle(bundles["fp16"], tmp_path_factory.mktemp("quantised") / "int8", QuantizeOptions(**SMALL))
+def quantized(bundles: dict[str, Bundle], tmp_path_factory: Any) -> Bundle:
+    return quantize_bundle(bundles["fp16"], tmp_path_factory.mktemp("quantized") / "int8", QuantizeOptions(**SMALL))
 
 
 SPEC = GraphSpec(
@@ -82,7 +82,7 @@ def draw(count: int) -> list[dict[str, np.ndarray]]:
 
 
 def run_model(model: Any, feeds: dict[str, np.ndarray], optimised: bool = True) -> list[np.ndarray]:
-    """What a model in memory, or in a file, gives; not optimised, it quantises and multiplies in float32."""
+    """What a model in memory, or in a file, gives; not optimised, it quantizes and multiplies in float32."""
     given = str(model) if isinstance(model, Path) else model.SerializeToString()
     options = onnxruntime.SessionOptions()
     if not optimised:
@@ -90,9 +90,11 @@ def run_model(model: Any, feeds: dict[str, np.ndarray], optimised: bool = True) 
     return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"]).run(None, feeds)
 
 
-def calibrated(path: Path, feeds: list[dict[str, np.ndarray]], folder: Path | None = None) -> Calibration:
+def calibrated(
+    path: Path, feeds: list[dict[str, np.ndarray]], spec: GraphSpec = SPEC, folder: Path | None = None
+) -> Calibration:
     (folder := folder or path.parent / "calibration").mkdir()
-    calibration = Calibration(path, folder)
+    calibration = Calibration(path, spec, folder)
     for given in feeds:
         calibration(given)
     calibration.close()
@@ -226,10 +228,10 @@ def test_int8_graph_keeps_a_bias_larger_than_its_weights(tmp_path):
             tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
     onnx.save(model, path := tmp_path / "light.onnx")
     calibration = calibrated(path, draw(4))
-    quantised = onnx.load(saved(calibration.quantized([]), calibration.folder))
+    quantized = onnx.load(saved(calibration.quantized([]), calibration.folder))
     tensors = {
         tensor.name: numpy_helper.to_array(tensor)
-        for tensor in (*quantised.graph.initializer, *model.graph.initializer)
+        for tensor in (*quantized.graph.initializer, *model.graph.initializer)
     }
     kept = tensors["conv2/bias/int8"] * tensors["conv2/bias/scale"]
     np.testing.assert_allclose(kept, tensors["second_bias"], atol=5e-4)
@@ -251,30 +253,30 @@ def test_weight_file_stores_equal_weights_of_two_graphs_once(tmp_path):
     assert sizes[0] == sizes[1] > 32 * 32 * 9 * 4
 
 
-def test_quantize_bundle_keeps_styles_and_fingerprint(quantised, bundles):
+def test_quantize_bundle_keeps_styles_and_fingerprint(quantized, bundles):
     source = bundles["fp16"]
-    manifest = quantised.manifest
+    manifest = quantized.manifest
     assert manifest.fingerprint == source.manifest.fingerprint
     assert manifest.source["quantized_from"] == f"{source.manifest.name} (fp16)"
     assert "1 pictures (drawn) at 64 pixels" in manifest.source["calibrated_on"]
-    assert list(quantised.styles()) == ["hand"]
-    quantised.style("hand")
+    assert list(quantized.styles()) == ["hand"]
+    quantized.style("hand")
     assert "base.safetensors" not in manifest.files
     assert manifest.parity[PICTURE_PSNR] >= 5
-    assert (quantised.path / "weights.data").stat().st_size < (source.path / "base.safetensors").stat().st_size
-    report = check_bundle(quantised.path, "onnxruntime")
+    assert (quantized.path / "weights.data").stat().st_size < (source.path / "base.safetensors").stat().st_size
+    report = check_bundle(quantized.path, "onnxruntime")
     assert report.passed
     assert report.styles == ("hand",)
     assert report.recorded == manifest.parity
 
 
-def test_quantized_bundle_cannot_be_quantized_loaded_or_compiled(quantised, tmp_path):
+def test_quantized_bundle_cannot_be_quantized_loaded_or_compiled(quantized, tmp_path):
     with pytest.raises(UsageError, match="expected the one that it was made from"):
-        quantize_bundle(quantised, tmp_path / "again", QuantizeOptions(**SMALL))
+        quantize_bundle(quantized, tmp_path / "again", QuantizeOptions(**SMALL))
     with pytest.raises(TrainingError, match="name the bundle that it was made from"):
-        load_base(quantised.path)
+        load_base(quantized.path)
     with pytest.raises(UsageError, match=r"quantized for CPUs.*mini \(fp16\)"):
-        compile_bundle(quantised.path, CompileOptions("tensorrt-rtx"), tmp_path / "engines")
+        compile_bundle(quantized.path, CompileOptions("tensorrt-rtx"), tmp_path / "engines")
     assert not (tmp_path / "engines").exists()
 
 
@@ -351,17 +353,17 @@ def test_psnr_is_opencvs():
     assert psnr(one, one) == float("inf")
 
 
-def test_quantized_bundle_in_bf16_paints_as_near_to_float_as_in_fp32(quantised, bundles):
+def test_quantized_bundle_in_bf16_paints_as_near_to_float_as_in_fp32(quantized, bundles):
     with pytest.raises(UsageError, match=r"found compute_dtype fp16.*expected fp32, or bf16"):
-        lsast.load(quantised.path, compute_dtype="fp16")
+        lsast.load(quantized.path, compute_dtype="fp16")
     with pytest.raises(BackendError, match=r"onnxruntime computes in fp32 on cpu, others may in bf16"):
-        lsast.load(quantised.path, backend="onnxruntime", compute_dtype="bf16")
+        lsast.load(quantized.path, backend="onnxruntime", compute_dtype="bf16")
     if "bf16" not in compute_dtypes("cpu"):
         pytest.skip("OpenVINO has no bf16 here")
     picture = load_calibration_images(None, 1, 128)[0][0]
     painted = []
     for bundle, backend, dtype in (
-        (bundles["fp16"], "onnxruntime", "fp32"), (quantised, "onnxruntime", "fp32"), (quantised, "openvino", "bf16"),
+        (bundles["fp16"], "onnxruntime", "fp32"), (quantized, "onnxruntime", "fp32"), (quantized, "openvino", "bf16"),
     ):  # fmt: skip
         with lsast.load(bundle.path, backend=backend, compute_dtype=dtype, threads=1) as stylizer:
             painted.append(
@@ -371,11 +373,11 @@ def test_quantized_bundle_in_bf16_paints_as_near_to_float_as_in_fp32(quantised, 
         assert psnr(exact, bf16) >= psnr(exact, fp32) - 1.5
 
 
-def test_check_bundle_holds_auto_in_int8_to_the_same_backend_in_fp32(quantised, monkeypatch):
+def test_check_bundle_holds_auto_in_int8_to_the_same_backend_in_fp32(quantized, monkeypatch):
     monkeypatch.setenv("LSAST_PROCESSOR", "avx512_bf16")
     if "bf16" not in compute_dtypes("cpu"):
         pytest.skip("OpenVINO has no bf16 here")
-    report = check_bundle(quantised.path)
+    report = check_bundle(quantized.path)
     assert (report.auto.compute_dtype, report.passed) == ("bf16", True)
     assert report.auto_expected + INT8_MARGIN == pytest.approx(report.auto_psnr, abs=3)
     assert not dataclasses.replace(report, auto_psnr=report.auto_expected - 0.1).passed

@@ -4,11 +4,15 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from lsast_engines.bundle.graph_spec import GraphSpec, TensorSpec
 from lsast_export.quantize.smoothquant import find_groups
 
 from .test_quantize import calibrated, error, run_model, save_graph, saved
 
 WIDTH = 16
+SPEC = GraphSpec(
+    "block", (TensorSpec("x", "float32", ("B", "n", WIDTH)),), (TensorSpec("y", "float32", ("B", "n", 4)),)
+)
 
 
 def block(folder: Path, zero: int | None = None) -> Path:
@@ -54,7 +58,7 @@ def test_find_groups_finds_norms_and_gated_products_that_nothing_else_reads(tmp_
 
 def test_smoothing_factors_match_the_papers_formula(tmp_path):
     path = block(tmp_path)
-    factors = calibrated(path, draw(4)).smoothing_factors(0.25)
+    factors = calibrated(path, draw(4), SPEC).smoothing_factors(0.25)
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
     x = np.concatenate([feeds["x"] for feeds in draw(4)]).astype(np.float64)
     normed = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
@@ -66,7 +70,7 @@ def test_smoothing_factors_match_the_papers_formula(tmp_path):
 
 
 def test_smoothing_factors_of_a_zero_channel_are_one(tmp_path):
-    factors = calibrated(block(tmp_path, zero=2), draw(4)).smoothing_factors(0.7)
+    factors = calibrated(block(tmp_path, zero=2), draw(4), SPEC).smoothing_factors(0.7)
     assert factors["value"][2] == 1
     assert np.isfinite(factors["value"]).all()
 
@@ -75,7 +79,7 @@ def test_smooth_halves_the_error_of_int8_with_outliers(tmp_path):
     path = block(tmp_path)
     (feeds,) = draw(1, seed=2)
     (expected,) = run_model(path, feeds)
-    calibration = calibrated(path, draw(8))
+    calibration = calibrated(path, draw(8), SPEC)
     plain = error(run_model(saved(calibration.quantized([]), calibration.folder), feeds)[0], expected)
     calibration.smooth(calibration.smoothing_factors(0.5))
     assert error(run_model(saved(calibration.quantized([]), calibration.folder), feeds)[0], expected) < plain / 2
@@ -84,7 +88,8 @@ def test_smooth_halves_the_error_of_int8_with_outliers(tmp_path):
 def test_folded_and_smoothed_denoiser_computes_the_same_in_the_predicted_ranges(bundles, feeds, run, tmp_path):
     bundle = bundles["bf16"]
     given = feeds(bundle, 1, 2, 8, 8)
-    calibration = calibrated(bundle.graph_path("denoiser"), [given], tmp_path / "calibration")
+    spec = bundle.manifest.graphs["denoiser"]
+    calibration = calibrated(bundle.graph_path("denoiser"), [given], spec, tmp_path / "calibration")
     factors = calibration.smoothing_factors(0.7)
     assert len(factors) >= 4
     calibration.smooth(factors)

@@ -1,0 +1,95 @@
+"""Pictures to calibrate and to evaluate on, and their paintings by the runtime: what is measured is what users see."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lsast.sessions.engine_pool import EnginePool
+from lsast.stylizer import Stylizer
+from lsast_engines.backends.base import ComputeDtype, Engine
+from lsast_engines.bundle.bundle import Bundle
+from lsast_engines.errors import UsageError
+from lsast_engines.images import find_pictures, import_opencv, read_picture
+
+Pixels = npt.NDArray[np.uint8]
+
+DRAWN = "drawn"
+"""The origin that `load_calibration_images` returns for generated pictures."""
+
+
+def load_calibration_images(folder: Path | None, count: int, side: int) -> tuple[list[Pixels], str]:
+    """Square pictures [side, side, 3], and their origin.
+
+    Args:
+        folder: pictures of any size, of which `count` are cropped to squares; None generates some.
+
+    Raises:
+        UsageError: the folder holds fewer.
+        PictureError: no such folder, or a file that is no picture.
+    """
+    if folder is None:
+        return [_drawn(seed, side) for seed in range(count)], DRAWN
+    paths = find_pictures(folder)
+    if len(paths) < count:
+        raise UsageError(f"found {len(paths)} pictures in {folder}; expected at least {count}")
+    # Spread over the folder, whose first files may be similar.
+    chosen = [paths[index * len(paths) // count] for index in range(count)]
+    return [_square(read_picture(path).rgb, side) for path in chosen], folder.name
+
+
+def paint(
+    bundle: Bundle,
+    pictures: Sequence[Pixels],
+    styles: Sequence[str],
+    backend: str,
+    engines: Mapping[str, Engine] | None = None,
+    compute_dtype: ComputeDtype = "fp32",
+    seed: int = 0,
+    done: Callable[[], None] = lambda: None,
+    **options: Any,
+) -> list[Pixels]:
+    """`pictures` painted on the CPU, [side, side, 3] each, in `styles` in turn and each with a seed of its own.
+
+    Args:
+        pictures: [side, side, 3] each, of a legal size.
+        styles: names of styles of `bundle`, whose own defaults apply.
+        engines: run in place of the bundle's graphs of these names; they are closed at the end.
+        seed: of the first picture.
+        done: called after each picture.
+        options: see `lsast.Stylizer.stylize`.
+    """
+    pool = EnginePool(bundle, backend, "cpu", compute_dtype=compute_dtype, graphs=())
+    pool.engines.update(engines or {})
+    painted = []
+    with Stylizer(pool) as stylizer:
+        for index, rgb in enumerate(pictures):
+            style = styles[index % len(styles)]
+            painted.append(np.asarray(stylizer.stylize(rgb, style, size=len(rgb), seed=seed + index, **options)))
+            done()
+    return painted
+
+
+def _square(rgb: Pixels, side: int) -> Pixels:
+    from PIL import Image, ImageOps
+
+    return np.asarray(ImageOps.fit(Image.fromarray(rgb), (side, side), Image.Resampling.LANCZOS), np.uint8)
+
+
+def _drawn(seed: int, side: int) -> Pixels:
+    """Coloured noise with a power spectrum of 1/f², as photographs have, behind polygons with sharp edges."""
+    generator = np.random.default_rng(1000 + seed)
+    rows, columns = np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side), indexing="ij")
+    falling = 1 / np.maximum(np.hypot(rows, columns), 1 / side)
+    planes = [np.fft.ifft2(np.fft.fft2(generator.standard_normal((side, side))) * falling).real for _ in range(3)]
+    shared = planes[0] / planes[0].std()
+    stacked = np.stack([shared + 0.5 * plane / plane.std() for plane in planes], axis=-1)
+    picture = np.ascontiguousarray(np.clip(128 + 45 * stacked, 0, 255).astype(np.uint8))
+    cv2 = import_opencv()
+    for _ in range(6):
+        colour = tuple(int(level) for level in generator.integers(0, 256, 3))
+        corners = generator.integers(0, side, (int(generator.integers(3, 7)), 2)).astype(np.int32)
+        cv2.fillPoly(picture, [corners], colour, lineType=cv2.LINE_AA)
+    return picture
