@@ -15,8 +15,6 @@ Memory: 8 GB. Disk: 3 GB for the base, 5.2 GB for a bundle in fp32, 2.6 GB in fp
 exported.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import math

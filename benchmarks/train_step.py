@@ -1,7 +1,5 @@
 """What a training step costs on this machine: seconds and memory, before anyone waits for a hundred thousand."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 

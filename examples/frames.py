@@ -6,8 +6,6 @@ Each frame follows the painting before it, so that strokes stay where they are. 
 video with its sound; this is for those who want the frames.) Needs `pip install 'lsast[cpu]'`.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator
 from pathlib import Path

@@ -5,8 +5,6 @@
 Needs `pip install 'lsast[cpu]'`.
 """
 
-from __future__ import annotations
-
 import itertools
 import sys
 from pathlib import Path

@@ -8,8 +8,6 @@ one that was stopped; a picture that fails costs a line, not the run. Ray spread
 and knows the machines; nothing here does.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -6,8 +6,6 @@ Needs `pip install 'lsast[cpu]'` and a Python with Tk. The window never waits: p
 and what it has to show is fetched by the window's own clock, for Tk may be touched by one thread only.
 """
 
-from __future__ import annotations
-
 import queue
 import threading
 import tkinter

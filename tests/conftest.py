@@ -25,7 +25,7 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
-TRACED = tuple(f"tests/export/{folder}/" for folder in ("backends", "bundle", "cli", "graphs", "quantize"))
+TRACED = tuple(f"tests/export/{folder}/" for folder in ("backends", "bundle", "cli", "graphs", "quantize", "tensorrt"))
 
 
 LONG = ("tests/test_compvis_journey.py", "tests/test_docs.py", "tests/train/test_two_processes.py")

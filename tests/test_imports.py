@@ -3,8 +3,6 @@
 The contracts in pyproject.toml (lint-imports) hold what the source may import, and that it has no import cycle.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -4,8 +4,6 @@ Tables go to stdout, or with ``--json -`` one JSON object; what is being measure
 a configuration could not be measured, 2 wrong usage.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a figure was measured on: stands beside every figure of a benchmark."""
 
-from __future__ import annotations
-
 import os
 import platform
 from typing import Any

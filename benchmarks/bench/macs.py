@@ -5,8 +5,6 @@ loaded. What counts is what `torch.utils.flop_counter` counts, at half its numbe
 as they are defined, however a backend computes them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Starts the processes of `worker` and makes rows of what they report."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -5,8 +5,6 @@ that it has; the best of each counts. A convolution that a backend computes by W
 multiplications than are counted, so that a fraction may come out above what this allows.
 """
 
-from __future__ import annotations
-
 import contextlib
 import tempfile
 import time

@@ -1,7 +1,5 @@
 """The report of the bench as Markdown, and bar charts."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@
 A card's machine has no weights of Stable Diffusion 1.5: the step `sd15` draws a weight file of the right layout there.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

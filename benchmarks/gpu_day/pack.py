@@ -6,8 +6,6 @@ Needs diffusers and the packages of EfficientNet-Lite1 in this environment. Near
 OUT/CALL is what the call carries; what it unpacks stays there for the calls after it.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import io

@@ -7,8 +7,6 @@ Each step is a process of its own and prints one JSON object last. Its line in O
 end of what it printed. A step that fails or is stopped does not stop the others. README.md has the commands for a card.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -4,8 +4,6 @@ The yardstick is a ControlNet at batch 1 and a U-Net at batch 2, of Stable Diffu
 drawn there, in fp16 and channels_last: the work of one guided step. `graph` is eager torch, captured as a CUDA graph.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import platform

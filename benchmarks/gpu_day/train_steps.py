@@ -5,8 +5,6 @@ is the base in fp16, its weights in parts (``cat base/base.safetensors.? > base.
 prompts.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import shutil

@@ -9,8 +9,6 @@ file of its weights or a diffusers folder of an AutoencoderTiny; DECODER@ENCODER
 EfficientNet-Lite2, which no training saw.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

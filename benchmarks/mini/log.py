@@ -6,8 +6,6 @@ The folder holds ``base.log.json``, ``autoencoder.log.json`` and ``finetune_gan.
 them (``sharpening.log.json`` is an earlier version's second phase).
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -7,8 +7,6 @@ Each step is a process of its own. OUT/train.jsonl has a line for each that ende
 printed. The same command again skips these and goes on in the step that was stopped. The last step writes OUT/bundle.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import signal

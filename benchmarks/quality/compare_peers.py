@@ -18,8 +18,6 @@ Paintings that are there already are kept.
 What presets cost: `--without-peers --preset exact --preset balanced --preset fast`.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

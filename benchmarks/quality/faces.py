@@ -1,7 +1,5 @@
 """Faces: found in the contents by OpenCV's cascades, and compared there with what a method made of them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

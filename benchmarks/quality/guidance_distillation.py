@@ -19,8 +19,6 @@ is painted already under `--out` is kept with its latent and its seconds, so tha
 folder for other options. The contents must be none that the student was distilled on.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Sequence

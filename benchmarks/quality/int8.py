@@ -8,8 +8,6 @@ that what else the machine does meets all of them. PSNR is that of the painting 
 picture and seed, mean over the pictures. Prints a Markdown table, or JSON; run nothing else meanwhile.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 import subprocess
@@ -38,7 +36,7 @@ ROWS = (
 @click.command()
 @click.argument("pictures", nargs=-1, type=click.Path(exists=True, path_type=Path))
 @click.option("--bundle", default=None, help="In fp32, fp16 or bf16; the embedded one.")
-@click.option("--int8", "int8", required=True, help="What quantise made of it.")
+@click.option("--int8", "int8", required=True, help="What quantize made of it.")
 @click.option("--size", default=512, show_default=True)
 @click.option("--rounds", default=3, show_default=True, help="Processes for each row.")
 @click.option("--threads", type=int, default=None, help="Default: what the backend takes.")

@@ -10,8 +10,6 @@ options may follow. A name of an embedded style stands for its prompts. Scores a
 there already are kept, so a method's name stands for the same prompts and options always.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile

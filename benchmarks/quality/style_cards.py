@@ -6,8 +6,6 @@
 `benchmarks/quality/compare_peers.py`. Text that no file knows (provenance, limits) stands in `NOTES`.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -7,8 +7,6 @@ distances, both means over the pictures: *palette*, the Euclidean distance of th
 L*, a* and b*; *texture*, the mean absolute difference of the log energy of eight oriented band-pass filters.
 """
 
-from __future__ import annotations
-
 from itertools import combinations
 from pathlib import Path
 

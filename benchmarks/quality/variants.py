@@ -14,8 +14,6 @@ the paintings stays. Every run is a file of its own in --out and those that are 
 benchmark goes on and two processes may share the work (`--variant`). The table has the seeds of which all runs exist.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import logging

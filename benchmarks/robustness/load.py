@@ -7,8 +7,6 @@ of asyncio tasks; and one thread of tiny calls. After each, one painting is comp
 table; memory is the resident set in MB, first after a tenth of the phase, then at its end. Linux.
 """
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import os

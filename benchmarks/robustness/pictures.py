@@ -7,8 +7,6 @@ Pillow's own test pictures hold every format and many kinds of damage. A file is
 of one line; everything else is wrong and listed. Ends with status 1 if something is wrong.
 """
 
-from __future__ import annotations
-
 import sys
 import warnings
 from collections import Counter

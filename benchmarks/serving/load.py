@@ -7,8 +7,6 @@ of a bad day: several sizes and formats, files that are no pictures, clients tha
 short, and the worker killed twice. Every accepted request must be answered or cancelled. Prints a Markdown table.
 """
 
-from __future__ import annotations
-
 import asyncio
 import collections
 import contextlib

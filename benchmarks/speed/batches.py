@@ -5,8 +5,6 @@
 Every row paints the same pictures in alternating styles. Prints a Markdown table; run nothing else meanwhile.
 """
 
-from __future__ import annotations
-
 import json
 import resource
 import statistics

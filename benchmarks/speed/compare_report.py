@@ -1,7 +1,5 @@
 """What `compare.py` measured, as Markdown and as a bar chart."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -10,8 +10,6 @@ run nothing else meanwhile.
 Never run on a GPU yet: `--device cpu` runs those ways that a machine without one has.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 import time

@@ -10,8 +10,6 @@ is coloured 1/f noise, which looks alike everywhere. `memory` prints the peak RS
 size.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

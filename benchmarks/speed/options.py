@@ -8,8 +8,6 @@ of their medians, in brackets how far these lie apart; PSNR is over all values o
 pictures and styles. Prints a Markdown table; run nothing else meanwhile.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 import time

@@ -5,8 +5,6 @@
 Prints a Markdown table; run nothing else meanwhile.
 """
 
-from __future__ import annotations
-
 import json
 import resource
 import statistics

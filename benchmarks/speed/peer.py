@@ -3,8 +3,6 @@
 It imports no library of a peer: that would count as memory of another.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable

@@ -11,8 +11,6 @@ picture prompts go through the text encoder, and picture and edges through the a
 in fp16 whatever is asked for, others as `compute_dtype` says.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

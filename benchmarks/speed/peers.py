@@ -6,8 +6,6 @@ the prompts at every step; `torch.compile` the same with U-Net and ControlNet co
 img2img pipeline, whose ControlNet runs at batch 2. Contexts and picture are random: they cost what real ones cost.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time

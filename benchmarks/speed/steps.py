@@ -7,8 +7,6 @@ share of the reference's own deviation) and of the picture's PSNR to it; means o
 is the bundle's own solver with `--reference` steps. A schedule of N steps runs the last int(N * strength).
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 from pathlib import Path

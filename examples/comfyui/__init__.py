@@ -7,8 +7,6 @@ ComfyUI's IMAGE is a float tensor [B, H, W, 3] in 0…1, its MASK one of [B, H, 
 mixes (`vangogh:0.6+monet@up`), so that mixes can be mixed again.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

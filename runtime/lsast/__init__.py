@@ -11,8 +11,6 @@ Importing this package costs next to nothing: numpy, Pillow, OpenCV and the infe
 name of it is first used, torch and diffusers never.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

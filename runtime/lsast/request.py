@@ -14,7 +14,7 @@ from PIL import Image
 
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import DENOISER, UNET_SPLIT_GRAPHS, VAE_DECODER, VAE_DECODER_TINY
-from lsast_engines.bundle.manifest import QUANTISED
+from lsast_engines.bundle.manifest import QUANTIZED
 from lsast_engines.bundle.style import StyleFile
 from lsast_engines.diffusion import Solver, TimestepSchedule, make_solver
 from lsast_engines.errors import BundleError, UnknownStyleError, UsageError, did_you_mean, fault_list
@@ -210,7 +210,7 @@ def require_graphs(bundle: Bundle, options: Options) -> None:
     denoisers, decoder = graphs_of(options)
     if missing := [name for name in denoisers if name not in bundle.manifest.graphs]:
         stored = bundle.manifest.storage_dtype
-        if stored in QUANTISED:
+        if stored in QUANTIZED:
             again = (
                 "quantize its source again, once that has them: lsast-export bundle --base FOLDER --out FOLDER; "
                 f"lsast-export quantize FOLDER --out {bundle.path}"

@@ -47,7 +47,7 @@ def test_matmul_graphs_compute_the_product(tmp_path):
     rng = np.random.default_rng(0)
     left, right = (rng.standard_normal((48, 48), dtype=np.float32) for _ in range(2))
     product = left @ right
-    for name, content in (("plain", matmul_graph(right)), ("quantised", quantized_matmul_graph(right))):
+    for name, content in (("plain", matmul_graph(right)), ("quantized", quantized_matmul_graph(right))):
         onnx.checker.check_model(onnx.load_from_string(content), full_check=True)
         path = tmp_path / f"{name}.onnx"
         path.write_bytes(content)

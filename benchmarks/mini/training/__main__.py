@@ -4,8 +4,6 @@ python -m benchmarks.mini.training base --images paintings --images photos --tea
 python -m benchmarks.mini.training decoder --style monet=paintings/claude-monet --contents photos --out new
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import time

@@ -5,8 +5,6 @@ windows out of the cached latents. The edges are cached beside them as packed bi
 [4, n, n] and its edges [8n, 8n] stay aligned.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

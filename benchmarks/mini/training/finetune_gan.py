@@ -11,8 +11,6 @@ the latents, so there is nothing to average. Without a teacher encoder and decod
 near those of the start.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 from dataclasses import dataclass

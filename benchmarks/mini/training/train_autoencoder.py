@@ -4,8 +4,6 @@ The student decodes towards what the teacher decodes, not towards the photograph
 function of the latent, so a plain absolute error can learn it, where the photograph's would be averaged to blur.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

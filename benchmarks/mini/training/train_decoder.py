@@ -13,8 +13,6 @@ style loss and the content loss are those of `lsast_train.finetuning.finetuning`
 prompts may be fine-tuned again with the new decoder.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 from collections.abc import Mapping

@@ -5,8 +5,6 @@ hardly counts an error of the picture; there the tokens must lower the loss (doc
 gives noise.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 from dataclasses import dataclass, field

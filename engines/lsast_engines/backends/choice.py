@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..bundle.bundle import Bundle
-from ..bundle.manifest import QUANTISED
+from ..bundle.manifest import QUANTIZED
 from ..environment import cpu_features
 from ..errors import BackendError, install_command
 from .base import ComputeDtype
@@ -72,13 +72,13 @@ def choose(
     backend, device, named = backend.lower(), device.lower(), None if compute_dtype == "auto" else compute_dtype
     passed_over: dict[str, None] = {}  # why no earlier row is taken, each reason once
     remedy, choice = "", None
-    quantised = bundle is not None and bundle.manifest.storage_dtype in QUANTISED
+    quantized = bundle is not None and bundle.manifest.storage_dtype in QUANTIZED
     if device in ("auto", "cpu") and "auto" in (backend, compute_dtype):
         for row in ROWS:
             if backend not in ("auto", row.backend) or named not in (None, row.compute_dtype):
                 continue
             fault, missing = _fault(row)
-            measured = INT8_MEASURED if row.feature and quantised else row.measured
+            measured = INT8_MEASURED if row.feature and quantized else row.measured
             if row.feature in cpu_features():
                 passed_over.clear()  # the rows above want features that the processor lacks: not what decides
             if not fault:
@@ -92,7 +92,7 @@ def choose(
     if choice is None:
         reason = "named" if named else "GPUs compute in fp16 by default"
         choice = Choice(*find_backend(backend, device, named), reason=reason)
-    if quantised and (choice.backend, choice.device) == ("openvino", "cpu") and _overflows():
+    if quantized and (choice.backend, choice.device) == ("openvino", "cpu") and _overflows():
         _log.warning("OpenVINO's 8-bit products overflow on this processor (AVX2 without VNNI); onnxruntime's do not")
     return choice
 

@@ -20,7 +20,7 @@ FORMAT = 2
 StorageDtype = Literal["fp32", "fp16", "bf16", "int8"]
 """Type of the stored weights, in ``int8`` bundles of activations too; inputs and outputs are always float32."""
 
-QUANTISED: tuple[StorageDtype, ...] = ("int8",)
+QUANTIZED: tuple[StorageDtype, ...] = ("int8",)
 """Storage dtypes of bundles that were quantized from another one; no base for training or baking."""
 
 Network = Literal["unet", "control"]

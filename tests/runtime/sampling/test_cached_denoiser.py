@@ -134,14 +134,14 @@ def test_option_whose_graphs_the_bundle_lacks_says_what_adds_them(bundle_path, p
                 use(**option)
 
 
-def test_bundle_in_int8_without_split_graphs_is_to_be_quantised_again_not_replaced(bundle_path):
-    quantised = Bundle.open(bundle_path)
-    quantised.manifest = replace(quantised.manifest, storage_dtype="int8")
+def test_bundle_in_int8_without_split_graphs_is_to_be_quantized_again_not_replaced(bundle_path):
+    quantized = Bundle.open(bundle_path)
+    quantized.manifest = replace(quantized.manifest, storage_dtype="int8")
     with lsast.load(bundle_path, threads=1) as stylizer:
         options = replace(stylizer.resolve(), cache_interval=2)
     words = f"lsast-export bundle --base FOLDER --out FOLDER; lsast-export quantize FOLDER --out {bundle_path}"
     with pytest.raises(BundleError, match=re.escape(words)):
-        require_graphs(quantised, options)
+        require_graphs(quantized, options)
 
 
 def test_load_with_a_preset_opens_its_graphs_and_reports_it(split_path, photo):
