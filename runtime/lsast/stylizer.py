@@ -72,6 +72,7 @@ def load(
     build: bool = False,
     preset: str | None = None,
     max_megapixels: float | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Stylizer:
     """Open a bundle and load its graphs, once for any number of pictures.
 
@@ -86,16 +87,19 @@ def load(
             level or two; on GPUs also `fp16`. `auto` is `bf16` where that is faster, else `fp32`, and on GPUs `fp16`.
             If the decoder overflows, it decodes again in `fp32`.
         style_memory: bytes of styles to keep in memory between paintings; the least recently used are dropped first.
-        build: with `tensorrt-rtx` or `tensorrt`, first compile the engines that `preset` runs and that are missing. It
-            takes minutes and needs the extra `export`; otherwise a missing engine is an error.
+        build: with `tensorrt-rtx` or `tensorrt`, first compile the engines that `preset` and `options` run and that are
+            missing. It takes minutes and needs the extra `export`; otherwise a missing engine is an error.
         preset: the preset of all paintings that do not give their own, see `lsast.Options`.
         max_megapixels: most pixels of a picture's file, in millions; None refuses what takes more than 850 MB decoded:
             121 megapixels of RGB, 212 of grey.
+        options: arguments of `Stylizer.stylize` for the first paintings: the graphs that they run are opened now, the
+            others when a painting needs them.
 
     Raises:
         UsageError: arguments of another type or out of range, all at once; more threads than a backend takes, an
-            unknown dtype, or `build` with a backend that needs none.
-        BundleError: there is no such bundle, or it is damaged.
+            unknown dtype, `build` with a backend that needs none, or invalid `options`.
+        StyleError: the file of a style in `options` is damaged.
+        BundleError: there is no such bundle, it is damaged, or lacks graphs that `options` need.
         BackendError: the backend, the device or the dtype is not available here; the message lists what is.
         MissingExtraError: no backend is installed.
     """
@@ -109,7 +113,11 @@ def load(
             f"found compute_dtype fp16 for {found.path}, which is stored in int8; "
             "expected fp32, or bf16 with OpenVINO: leave the option out"
         )
-    graphs = first_graphs(found, {"preset": preset})
+    if not isinstance(options, (Mapping, type(None))):
+        raise UsageError(f"found {type(options).__name__} as options; expected a dict of arguments of stylize")
+    if options is not None:
+        resolve_options(found, options, preset, found.open_style)
+    graphs = first_graphs(found, {"preset": preset, **(options or {})})
     if build:
         from .sessions.build_engines import build_engines
 

@@ -57,8 +57,8 @@ def repeat(
         verify_inputs(record, origin, Bundle.open(find_bundle(where.get("bundle"))), source, mask)
     if source is None:
         return report, f"{origin}: the bundle and the styles that it was painted with are here"
-    with contextlib.closing(ProgressBars(1)) as bars, _open(made, where) as stylizer:
-        changed = {**asdict(record.options), **preset_options(options.get("preset")), **options}
+    changed = {**asdict(record.options), **preset_options(options.get("preset")), **options}
+    with contextlib.closing(ProgressBars(1)) as bars, _open(made, where, changed) as stylizer:
         result = stylizer.stylize(source, **changed, mask=mask, on_step=bars.on_step)
     if out is None:
         compare_pixels(result, origin, record)
@@ -69,10 +69,10 @@ def repeat(
     return {**report, "options": asdict(result.options), "out": str(out)}, str(out)
 
 
-def _open(made: Provenance, where: dict[str, Any]) -> Stylizer:
+def _open(made: Provenance, where: dict[str, Any], options: dict[str, Any]) -> Stylizer:
     same = {"backend": made.backend, "device": made.device, "compute_dtype": made.compute_dtype}
     try:
-        return load(**{**same, **where})
+        return load(**{**same, **where}, options=options)
     except BackendError as error:
         autos = " ".join(f"--{key.replace('_', '-')} auto" for key in same if key not in where)
         if not autos:

@@ -20,7 +20,6 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from lsast_engines.bundle.bundle import Bundle, find_bundle
 from lsast_engines.cli import USAGE, as_json, describe, echo, fail, is_closed, print_result, quiet, write_stdout
 from lsast_engines.errors import BundleError, PictureError, StyleError, UsageError
 from lsast_engines.picture_file import read_stream
@@ -28,7 +27,6 @@ from lsast_engines.picture_file import read_stream
 from ..images.contact_sheet import contact_sheet, parse_axes
 from ..images.formats import read_header
 from ..options.options import Options
-from ..request import resolve_options
 from ..result import Result, validate_output_path
 from ..stylizer import Stylizer, load
 from ..video.transcode import check_video, paint_video
@@ -85,14 +83,6 @@ class ProgressBars:
             self._frames = None
 
 
-def open_stylizer(where: dict[str, Any], options: dict[str, Any]) -> Stylizer:
-    """Check the options of all paintings, which takes no engine, then open the engines. `where` are arguments of
-    `lsast.load`, `options` keywords of `Stylizer.stylize`."""
-    bundle = Bundle.open(find_bundle(where["bundle"]), verify_hashes=False)
-    resolve_options(bundle, options, None, bundle.open_style)
-    return load(**where, preset=options.get("preset"))
-
-
 def paint_several(
     jobs: Iterable[Job], failures: dict[str, str], where: dict[str, Any], options: dict[str, Any], overwrite: bool
 ) -> None:
@@ -102,8 +92,8 @@ def paint_several(
     Args:
         jobs: a tuple, or endless for watched folders, which an interrupt ends.
         failures: what cannot be painted, by the name of its file, and why; those of the jobs are added.
-        where: see `open_stylizer`, which is called before the first file that is painted.
-        options: see `open_stylizer`.
+        where: arguments of `lsast.load`, which is called before the first file that is painted.
+        options: keywords of `Stylizer.stylize`.
         overwrite: paint those again whose painting exists.
     """
     count = len(jobs) if isinstance(jobs, tuple) else None
@@ -119,7 +109,7 @@ def paint_several(
         if not quiet():
             stack.callback(summarise)
         bars = stack.enter_context(contextlib.closing(ProgressBars(count)))
-        stylizer = cache(lambda: stack.enter_context(open_stylizer(where, options)))
+        stylizer = cache(lambda: stack.enter_context(load(**where, options=options)))
 
         def report(status: str, source: str, out: str | None, **facts: Any) -> None:
             counts[status] += 1
@@ -170,7 +160,7 @@ def paint_sheet(job: Job, axes: tuple[str, ...], where: dict[str, Any], options:
     check(job)
     parsed = parse_axes(axes)
     with (
-        open_stylizer(where, options) as stylizer,
+        load(**where, options=options) as stylizer,
         tqdm(desc="painting", unit="cell", leave=False, disable=quiet() or None) as bar,
     ):
 
@@ -190,7 +180,7 @@ def paint_one(job: Job, where: dict[str, Any], options: dict[str, Any]) -> None:
         fail("found --json and OUT -; expected the name of a file: both would go to standard output", USAGE)
     check(job)
     begin = time.perf_counter()
-    with contextlib.closing(ProgressBars(1)) as bars, open_stylizer(where, options) as stylizer:
+    with contextlib.closing(ProgressBars(1)) as bars, load(**where, options=options) as stylizer:
         opened = time.perf_counter()
         check(job, stylizer.resolve(**options))
         report = {"out": str(job.out), **paint(job, stylizer, options, bars)}

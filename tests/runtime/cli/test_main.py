@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 
 import lsast
 from lsast.cli.main import main
+from lsast_engines.backends.registry import open_engine
 
 
 def _run(*arguments: str) -> Result:
@@ -37,6 +39,23 @@ def test_lsast_run_with_json_prints_one_object_that_repeats_the_picture(folder, 
     with lsast.load(bundle_path, backend=report["backend"]) as stylizer:
         again = stylizer.stylize("in.png", **dataclasses.asdict(options)).image
     np.testing.assert_array_equal(Image.open("out.png"), again)
+
+
+def test_lsast_run_opens_only_the_graphs_that_its_options_run(folder, split_path, monkeypatch):
+    opened = []
+
+    def open_noted(path: Path, *arguments: Any) -> Any:
+        opened.append(path.stem)
+        return open_engine(path, *arguments)
+
+    monkeypatch.setattr("lsast.sessions.engine_pool.open_engine", open_noted)
+    first = ["vae_encoder", "controlnet_cond"]
+    given = ("--bundle", str(split_path))
+    assert _run("in.png", "out.png", *given, "--cache-interval", "2").exit_code == 0
+    assert opened == [*first, "controlnet", "unet_full", "unet_outer", "vae_decoder"]
+    opened.clear()
+    assert _run("in.png", "out.png", *given, "--preset", "fast", "--cache-interval", "1").exit_code == 0
+    assert opened == [*first, "denoiser", "vae_decoder"]
 
 
 def test_lsast_run_may_paint_over_its_input(folder, photo):

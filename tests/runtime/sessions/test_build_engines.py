@@ -70,11 +70,17 @@ def test_build_engines_runs_the_command_for_missing_engines_and_the_gpu(bundle, 
     assert "--sm" not in commands[1]
 
 
-def test_load_builds_what_the_preset_runs(split_path, driver, commands):
-    for preset, denoisers in ((None, ["denoiser"]), ("fast", ["controlnet", "unet_full", "unet_outer"])):
+def test_load_builds_what_preset_and_options_run(split_path, driver, commands):
+    parts = ["controlnet", "unet_full", "unet_outer"]
+    for given, denoisers in (
+        ({}, ["denoiser"]),
+        ({"preset": "fast"}, parts),
+        ({"options": {"cache_interval": 3}}, parts),
+        ({"preset": "fast", "options": {"cache_interval": 1}}, ["denoiser"]),
+    ):
         commands.clear()
         with pytest.raises(BackendError):  # the fake compiler wrote no engine
-            lsast.load(split_path, "tensorrt-rtx", build=True, preset=preset)
+            lsast.load(split_path, "tensorrt-rtx", build=True, **given)
         (command,) = commands
         assert [name for name in command[12::2] if name[:3] != "vae"] == ["controlnet_cond", *denoisers]
 
