@@ -1,4 +1,4 @@
-"""How near a style with guidance baked in comes to guidance, in one pass a step instead of two.
+"""How near a style with distilled guidance comes to guidance, in one pass a step instead of two.
 
     pip install -c constraints.txt '.[cpu,train,export,eval]'
     for g in 3 5 7.5 10; do
@@ -107,11 +107,11 @@ def planned(stylizer: lsast.Stylizer, name: str, beside: Sequence[str]) -> dict[
     """Name and options of every way to paint beside the student `name`.
 
     Raises:
-        UsageError: it has no guidance baked in.
+        UsageError: its guidance is not distilled.
     """
     style = stylizer.bundle.open_style(name)
     if style.distilled_guidance is None:
-        raise UsageError(f"found {name!r}, which has no guidance baked in; expected a style of lsast-train distill")
+        raise UsageError(f"found {name!r}, whose guidance is not distilled; expected a style of lsast-train distill")
     original = style.meta["distilled_from"]
     return {
         "teacher": {"style": original, "guidance": style.distilled_guidance},
@@ -125,7 +125,9 @@ def planned(stylizer: lsast.Stylizer, name: str, beside: Sequence[str]) -> dict[
 @click.option("--contents", required=True, type=click.Path(exists=True, path_type=Path), help="Folder of pictures.")
 @click.option("--every", default=1, show_default=True, help="Take every n-th content.")
 @click.option("--out", required=True, type=click.Path(path_type=Path))
-@click.option("--student", "students", multiple=True, required=True, help="A style with guidance baked in; repeatable.")
+@click.option(
+    "--student", "students", multiple=True, required=True, help="A style with distilled guidance; repeatable."
+)
 @click.option("--beside", multiple=True, help="Another distilled style to show beside the student; repeatable.")
 @click.option("--bundle")
 @click.option("--backend", default="auto")

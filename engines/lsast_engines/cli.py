@@ -229,8 +229,8 @@ def echo(*lines: object, err: bool = False) -> None:
 
 
 def write_stdout(data: bytes, err: bool = False) -> None:
-    """Write bytes to stdout, or to stderr; if its reader is gone, or on a full disk, it takes nothing more, but ends no
-    command: of stdout the exit status tells it at the end."""
+    """Write bytes to stdout, or to stderr. If the reader is gone or the disk is full, these and all later bytes of the
+    stream are dropped, and the command goes on; for stdout, the exit status says so at the end."""
     try:
         click.echo(data, nl=False, err=err)
     except OSError as error:

@@ -123,8 +123,8 @@ def written_by_others(folder: Path, root: Path) -> Path | None:
     """The first of the folders from `root` down to `folder`, and of the files in it, that another user may have
     written; None if there is none, or the system does not tell (Windows).
 
-    Not meant are root and a group that has the number of the file's owner or of this user: most systems make one for
-    each user, and Kubernetes gives volumes of root to it (``fsGroup``).
+    Root is no other user here, nor is a group with the number of the file's owner or of this user: most systems make
+    such a group for each user, and Kubernetes gives volumes of root to it (``fsGroup``).
     """
     if sys.platform == "win32" or not root.is_dir():
         return None

@@ -1,1 +1,1 @@
-"""Exports a trained base and prompts to a bundle and styles, the only steps that need torch."""
+"""Writes bundles and styles from a base and prompts; needs torch."""

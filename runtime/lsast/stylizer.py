@@ -15,6 +15,7 @@ import numpy as np
 from lsast_engines.backends.choice import Choice, DtypeOrAuto
 from lsast_engines.bundle.bundle import Bundle, find_bundle
 from lsast_engines.bundle.graph_spec import CONTROLNET_COND, DENOISER, REQUIRED_GRAPHS, VAE_ENCODER
+from lsast_engines.bundle.manifest import QUANTIZED
 from lsast_engines.declared_options import Range, Rule, option_faults, rules_of
 from lsast_engines.errors import UsageError, enough_memory, fault_list
 from lsast_engines.images import pixels_sha256
@@ -108,9 +109,9 @@ def load(
     if faults := option_faults(_Arguments, given):
         raise UsageError(fault_list("invalid arguments of load:", faults))
     found = Bundle.open(find_bundle(bundle))
-    if found.manifest.storage_dtype == "int8" and compute_dtype == "fp16":  # was not tried
+    if (stored := found.manifest.storage_dtype) in QUANTIZED and compute_dtype == "fp16":  # was not tried
         raise UsageError(
-            f"found compute_dtype fp16 for {found.path}, which is stored in int8; "
+            f"found compute_dtype fp16 for {found.path}, which is stored in {stored}; "
             "expected fp32, or bf16 with OpenVINO: leave the option out"
         )
     if not isinstance(options, (Mapping, type(None))):
@@ -453,7 +454,8 @@ class Stylizer:
 
 
 def first_graphs(bundle: Bundle, options: Mapping[str, Any]) -> list[str]:
-    """The graphs to open before the first picture, given options of all pictures; without those the bundle lacks."""
+    """The graphs to open before the first picture, for options of all pictures; `REQUIRED_GRAPHS` if the bundle lacks
+    one of them."""
     denoisers, decoder = graphs_of({**preset_options(options.get("preset")), **options})
     names = (VAE_ENCODER, CONTROLNET_COND, *denoisers, decoder)
     return list(names if bundle.manifest.graphs.keys() >= {*names} else REQUIRED_GRAPHS)

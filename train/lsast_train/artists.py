@@ -28,10 +28,11 @@ def style_name(artist: str) -> str:
 def artists_of(folder: Path) -> dict[str, list[Path]]:
     """The pictures of each artist under `folder`, by `style_name`.
 
-    A CSV file in `folder` with a column ``artist`` and one of file names (``filename``, ``file``, ``path`` or
-    ``image``; paths relative to `folder`, or plain names) says it. Else names do: of the files, up to ``_``, where most
-    of them have the form ``ARTIST_TITLE`` with a hyphen in the artist (WikiArt, ``STYLE/ARTIST_TITLE.jpg``); or of the
-    folders in `folder` (``Paul_Cezanne/…jpg``), in small letters with hyphens up to ``_`` (AST, ``ARTIST_TITLE/…jpg``).
+    The artist is read from a CSV file in `folder` with a column ``artist`` and one of file names (``filename``,
+    ``file``, ``path`` or ``image``; paths relative to `folder`, or plain names). Without one it is the part before
+    ``_`` of the file's name, if most names have the form ``ARTIST_TITLE`` with a hyphen in the artist (WikiArt,
+    ``STYLE/ARTIST_TITLE.jpg``); otherwise the name of the folder in `folder` (``Paul_Cezanne/…jpg``; of one in small
+    letters with hyphens the part before ``_``, as in AST's ``ARTIST_TITLE/…jpg``).
 
     Raises:
         PictureError: no such folder, or no picture in it.

@@ -198,7 +198,7 @@ class FinetuneOptions(RunOptions):
 
 @dataclass(frozen=True)
 class DistillOptions(RunOptions):
-    """How guidance is baked into a style."""
+    """How guidance is distilled into a style."""
 
     guidance: Annotated[float, "Guidance that one pass shall give.", Range(0, 100, above=True)]
     """g of the teacher ε_null + g (ε_style - ε_null), other than 1."""

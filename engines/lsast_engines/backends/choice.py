@@ -17,8 +17,8 @@ from .registry import EXTRAS, find_backend, has_device
 DtypeOrAuto = ComputeDtype | Literal["auto"]
 
 LEAST_PSNR = 45.0
-"""Least PSNR in dB of a picture in what ``auto`` takes to the same in float32; ``lsast-export check`` holds a bundle to
-it, painting does not measure it. A bundle in int8 has a limit of its own (`lsast_export.bundle.check`)."""
+"""The smallest allowed PSNR, in dB, between a picture that ``auto`` paints and the same picture in float32.
+``lsast-export check`` tests it; painting does not. A bundle in int8 has its own limit (`lsast_export.bundle.check`)."""
 
 _log = logging.getLogger("lsast.choice")
 
@@ -44,7 +44,7 @@ ROWS = (
 """From the fastest to the slowest. AVX-512 alone emulates bf16, more slowly than fp32; Arm was not measured."""
 
 INT8_MEASURED = "in int8 1.2 times as fast as ONNX Runtime at Stable Diffusion 1.5's size, 1.1 to 1.4 times with mini"
-"""How fast OpenVINO is for a bundle in int8 where bf16 is what it keeps in float; measured on ``avx512_bf16``."""
+"""How fast OpenVINO is with a bundle in int8 whose float layers run in bf16; measured on ``avx512_bf16``."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class Choice:
 def choose(
     bundle: Bundle | None = None, backend: str = "auto", device: str = "auto", compute_dtype: DtypeOrAuto = "auto"
 ) -> Choice:
-    """Choose what is left to ``auto``; what is named is met or refused.
+    """Choose the arguments that are ``auto``. An argument that names something is taken as it is, or refused.
 
     Args:
-        bundle: in int8, the dtype is that of what it keeps in float; None stands for a small one in fp32.
-        backend: as `device` and `compute_dtype`, and what is raised, see `registry.open_engine`.
+        bundle: of one in int8, the compute dtype is that of its float layers; None stands for a small one in fp32.
+        backend, device, compute_dtype: see `registry.open_engine`, also for the errors.
     """
     backend, device, named = backend.lower(), device.lower(), None if compute_dtype == "auto" else compute_dtype
     passed_over: dict[str, None] = {}  # why no earlier row is taken, each reason once

@@ -37,7 +37,8 @@ GPU_SUFFIX = ".fp16.onnx"
 KEPT_SESSIONS = 2
 """Picture sizes for which a GPU session is kept, e.g. portrait and landscape; each holds the weights once."""
 
-# AVX2 without VNNI adds products of u8 and i8 in 16 bits, which overflow; as u8 they do not. Others ignore this.
+# AVX2 without VNNI adds products of u8 and i8 in 16 bits, which overflow. So ONNX Runtime takes weights as u8 there;
+# on other processors this has no effect.
 _EXACT_INT8 = ("session.x64quantprecision", "1")
 _GRAPH, _WEIGHTS = "graph.onnx", "weights.bin"  # files of an entry in the graph cache
 _MIN_EXTERNAL_BYTES = 1024  # smaller constants stay in `_GRAPH`, since ONNX Runtime computes shapes from them

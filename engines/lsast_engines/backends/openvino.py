@@ -133,8 +133,8 @@ class OpenVinoEngine(Engine):
         return outputs
 
     def _check_computed(self, outputs: dict[str, Array], shapes: list[tuple[int, ...]]) -> None:
-        """Raises MemoryError for outputs of an earlier run, which OpenVINO 2026.4.1 with one thread gives without an
-        error when it gets no memory."""
+        """Raise MemoryError if OpenVINO computed nothing: without memory, OpenVINO 2026.4.1 with one thread raises no
+        error, and leaves the outputs of an earlier run."""
         names = [tensor.name for tensor in self.spec.inputs]
         expected = output_shapes(self.spec, dict(zip(names, shapes, strict=True)))
         if any(outputs[name].shape != shape for name, shape in expected.items()) or any(

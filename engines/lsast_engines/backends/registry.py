@@ -35,7 +35,7 @@ class _Backend:
     """16-bit weights that it would hold in memory twice, in 16 and in 32 bits (`fp32_weights`)."""
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """Call what its module has under a name; it is imported for that, and no other."""
+        """Import the backend's module, and no other backend's, and call its function or class `name`."""
         module = importlib.import_module(self.module, __package__)
         return getattr(module, name)(*arguments, *self.flavor)
 
@@ -86,7 +86,7 @@ def has_device(backend: str, device: str) -> bool:
 
 
 def gpu_fault(backend: str) -> str:
-    """Why `backend` has no NVIDIA GPU here, and what mends it; empty if it has or could not. Raises as
+    """Why `backend` finds no NVIDIA GPU here, and what helps; empty if it finds one, or never uses one. Raises as
     `backend_devices`."""
     return str(_BACKENDS[backend].call("gpu_fault"))
 
@@ -134,6 +134,7 @@ def open_engine(
             path = with_fp32_weights(path, cache, entry.expanded_dtypes)
             threads = threads or core_limit()
         with enough_memory(f"to open {path}", "close other programs, or take a bundle in int8"):
+            # The class in its module, e.g. `onnxruntime.OnnxRuntimeEngine`.
             engine: Engine = entry.call(entry.engine, path, spec, device, threads, compute_dtype)
             return engine
     except LsastError:

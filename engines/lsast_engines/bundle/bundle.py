@@ -88,10 +88,11 @@ class Bundle:
         return bundle
 
     def has_changed(self, *, in_place: bool = False) -> bool:
-        """Whether a file was replaced, removed or written over since it was checked, by something else.
+        """Whether something has replaced, removed or overwritten a file since it was checked.
 
-        With `in_place` only whether one was written over: what backends have mapped stays if it is replaced or removed.
-        Where only times or numbers of files differ, the hashes decide: some network file systems number files anew.
+        With `in_place` only whether a file was overwritten: a backend that mapped a file keeps its content when the
+        file is replaced or removed. If only the time or the number of a file differs, its hash decides: some network
+        file systems change the numbers.
         """
         for name, before in self._stats.items():
             file = self.path / name

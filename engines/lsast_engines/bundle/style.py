@@ -177,8 +177,9 @@ class Style:
 class StyleFile:
     """A style file, whose stages are read when they are asked for, and then stay in memory.
 
-    A file that replaces it on disk has no effect, and one that is written over it is noticed: the file is not mapped,
-    since a mapping that is cut off ends the process. For one thread at a time.
+    Replacing the file on disk has no effect: this one stays open. Overwriting it is noticed by the checksum of the next
+    stage that is read. The file is not mapped into memory: a process whose mapped file becomes shorter is killed. For
+    one thread at a time.
 
     Raises:
         StyleError: not found, not a style, of another format, or damaged; all faults at once.

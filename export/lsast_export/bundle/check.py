@@ -27,7 +27,7 @@ from ..styles.bake import KVProjector, bake_null_style
 from .export import WEIGHTS
 
 INT8_MARGIN = 1.5
-"""By how many dB a picture in int8 may be farther from the one in float32 in bf16 than without."""
+"""How many dB of PSNR computing in bf16 may cost an int8 bundle, see `check_bundle`."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ def check_bundle(
     too.
 
     A quantized bundle has no weights for torch: its graphs are opened on `backend`, and the figures are those that were
-    recorded when it was made. Two backends round differently, so that its pictures differ by more than bf16 changes:
-    ``auto`` must be at most `INT8_MARGIN` farther from another backend in float32 than its own backend in float32 is.
-    Without another backend it is not measured.
+    recorded when it was made. Two backends round int8 differently, which changes a picture more than bf16 does. So the
+    pictures of ``auto`` and of its backend in float32 are both compared with the picture of another backend in float32;
+    the PSNR of ``auto`` may be lower by at most `INT8_MARGIN`. Without another backend nothing is measured.
 
     Raises:
         BundleError: a file, graph or style that is damaged; all faults of a phase at once.

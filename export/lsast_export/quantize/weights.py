@@ -139,8 +139,8 @@ def replace_contents(model: Model, nodes: Iterable[Node], tensors: Iterable[Any]
 def biased_product(
     name: str, producers: Mapping[str, Node], constants: Collection[str], users: Mapping[str, int]
 ) -> tuple[Node, Node, str] | None:
-    """The nodes of x W and x W + b, and the name of b, if the value `name` is that sum with constants W and b, and has
-    one reader, as x W has.
+    """The nodes of x W and of x W + b, and the name of b, if the value `name` is x W + b with constants W and b, and x
+    W and x W + b have one reader each; None otherwise.
 
     Args:
         producers: the node of each value.

@@ -70,8 +70,9 @@ class Canvas:
 
 
 def released_edge_input(rgb: Pixels, size: tuple[int, int]) -> Pixels:
-    """In what the released code finds edges: [H, W, 3] by OpenCV's bilinear, not as for the encoder, and in BGR as of
-    cv2.imread: where two channels are equally steep, Canny takes the first."""
+    """The picture in which the released code finds edges, [H, W, 3]: resized by OpenCV, bilinearly, not as the
+    encoder's input; and in BGR, as cv2.imread gives it, because Canny takes the first of two channels that are equally
+    steep."""
     return np.asarray(import_opencv().resize(np.ascontiguousarray(rgb[..., ::-1]), size[::-1]), dtype=np.uint8)
 
 

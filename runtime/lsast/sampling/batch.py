@@ -78,8 +78,8 @@ class Palette:
         return out
 
     def limit(self, eps: Floats, x: Floats, level: NoiseLevel) -> Floats:
-        """The predicted noise [4, h, w] at the latent `x`, with which no channel of the predicted x0 deviates more than
-        the palette's: guidance widens the deviation beyond that of any work."""
+        """The predicted noise [4, h, w] at the latent `x`, changed so that no channel of the predicted x0 has a larger
+        standard deviation than the palette's: guidance makes it larger than in any work of the artist."""
         x0 = level.x0(x, eps)
         mean, std = x0.mean((1, 2), keepdims=True), x0.std((1, 2), keepdims=True)
         excess = (x0 - mean) * (1 - np.minimum(self.std / np.maximum(std, 1e-3), 1))

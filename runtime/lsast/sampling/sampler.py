@@ -1,8 +1,8 @@
 """The sampling algorithm of LSAST, and what it needs of the networks.
 
-`sample` is the algorithm, from pictures to paintings, for a batch. Every other module of this package makes or wraps
-one of its nouns: `batch` the pictures, their styles and solvers, `networks` the networks, also with step caching,
-`tiling` large canvases of them.
+`sample` is the algorithm, from pictures to paintings, for a batch. The other modules of this package make or wrap its
+nouns: `batch` holds the pictures with their styles and solvers, `networks` runs the graphs, also with step caching, and
+`tiling` runs them on large canvases.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ gives the predicted clean latent x0 [B, 4, h, w]. An exception that it raises en
 def sample(networks: Networks, batch: Batch, callback: StepCallback | None = None) -> tuple[Floats, Pixels]:
     """Repaint a batch of pictures: LSAST's inference (docs/method.md §4), in which E is the encoder, D the decoder::
 
-        z0 = E(picture);  z_t = add_noise(z0);  for each t: eps = CFG(U-Net + ControlNet | prompt of stage s(t)),
-        z_(t-1) = solver(z_t, eps);  painting = D(z0)
+        z0 = scale · E(picture);  z = α z0 + σ noise
+        for each t:  eps = guide(U-Net + ControlNet at z, t, with the prompts of stage s(t));  z = solver(z, eps)
+        painting = D(z / scale)
 
     Args:
         networks: the networks of the base, plain or wrapped.
@@ -43,7 +44,7 @@ def sample(networks: Networks, batch: Batch, callback: StepCallback | None = Non
     z0 = networks.latent_scale * (mean + std * batch.noise(mean.shape))
     hint = networks.controlnet_cond(batch.edges)  # [B, C, h, w]; once, because it does not depend on t
     z = batch.add_noise(z0, batch.noise(z0.shape))
-    solver = batch.solver(z0)
+    solver = batch.solver(z0)  # a mask and a video blend its x0 (`X0Blend`)
     if callback:
         callback(0, batch.steps, lambda: z0)
     for step, (t, stages) in enumerate(batch.timesteps()):

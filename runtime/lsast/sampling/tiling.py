@@ -125,9 +125,9 @@ class TiledDenoiser:
 
 
 def tiled_encoder(encoder: Callable[[Pixels], Floats], grid: TileGrid) -> Callable[[Pixels], Floats]:
-    """A `Networks.vae_encoder` or `Networks.controlnet_cond` for canvases of any size: what it gives of the tiles is
-    blended. What the ControlNet reads is that of the whole picture: the graph's few convolutions look 23 pixels far,
-    less than what of a tile has weight 0."""
+    """A `Networks.vae_encoder` or `Networks.controlnet_cond` for canvases of any size: it runs on each tile, and the
+    results are blended. From tiles of 320 pixels on, `controlnet_cond` gives the same as for the whole picture: its
+    convolutions look 23 pixels far, and the rim of weight 0 is at least 24 pixels wide."""
     return lambda pixels: grid.blend(encoder(pixels[:, rows, columns]) for rows, columns in grid.pixel_slices())
 
 

@@ -52,8 +52,9 @@ def stream(
     paint: Callable[[Sequence[Request]], list[Result]],
     batch: int,
 ) -> Iterator[Result]:
-    """Paint the jobs of `source`, at most `batch` at once, and yield the results in their order; an error of `source`,
-    `read` or `paint`, which takes requests of one `batch_key`, is raised at the place of its picture."""
+    """Paint the jobs of `source` in batches of at most `batch`, and yield the results in the order of the jobs. `paint`
+    gets requests of one `batch_key`. An `LsastError` of `source` or `read` is raised after the results of earlier jobs,
+    an error of `paint` at the first picture of its batch."""
     window: list[tuple[Request, list[Result]]] = []
     """Requests in the order of the pictures, and their results: none yet, or one."""
     error: LsastError | None = None

@@ -214,8 +214,9 @@ class EnginePool:
             raise
 
     def _submit(self, work: Callable[[], T]) -> tuple[Future[T], Callable[[], bool]]:
-        """Work in the thread of async callers (more would only wait for the engines); and whether what runs before it
-        lapsed: it may wait for this, which then is to be cancelled and submitted again, to another thread."""
+        """Give `work` to the one thread of async callers; more threads would only wait for the engines. Also returns a
+        function that says whether the painting that runs there has lapsed: its callback may wait for `work`, which is
+        then to be cancelled and submitted again, and gets a new thread."""
         self._require_other_thread()
         with self._changed:
             self.check(None)

@@ -1,8 +1,8 @@
 """Calls of native code that the end of Python waits for.
 
-At its end Python stops every daemon thread where that next asks for the interpreter's lock. Inside the C++ code of a
-backend or of OpenCV this aborts the whole process. So the end refuses new calls and waits for those under way; a
-painting asks before every run of a graph whether it may go on.
+When Python ends, it stops each daemon thread as soon as the thread asks for the interpreter's lock. Inside the C++ code
+of a backend or of OpenCV this aborts the whole process. So the end of Python refuses new calls and waits for those that
+run; a painting asks before every run of a graph whether it may go on.
 """
 
 import atexit

@@ -53,7 +53,7 @@ def read_style(name_or_path: str, base: Base, folder: Path | None = None) -> Sty
         base, folder: what it has to belong to, and its folder.
 
     Raises:
-        StyleError: there is none; it is damaged, of another base, or has guidance baked in already.
+        StyleError: there is none; it is damaged, of another base, or its guidance is distilled already.
     """
     path = Path(name_or_path).expanduser()
     if not path.is_file():

@@ -1,9 +1,9 @@
 """How far paintings are from an artist's works as a distribution, and from the pictures that they are of.
 
-- *Style*: energy distance (Székely & Rizzo 2013, eq. 1) between the paintings' and the works' features in
-  `LiteDistance`, whose network no judge of the evaluation uses: means and deviations of the channels of its taps, and
-  its pooled features, of the pictures and of the same at half the size; and between their `roughness`, without which a
-  pattern lies over skies and walls. Distances of whole distributions ask no painting to look like one work.
+- *Style*: energy distance (Székely & Rizzo 2013, eq. 1) between the features of the paintings and of the works. These
+  are means and deviations of the channels of the taps of `LiteDistance`, and its pooled features, at full and at half
+  size; lsast-eval does not use this network. The `roughness` is compared, too: without it a pattern appears on skies
+  and walls. Whole distributions are compared, so that no painting has to look like one work.
 - *Content*: difference of the self-similarities of deep features, as in STROTSS (Kolkin et al. 2019, section 3.2):
   what was alike in the picture stays alike, in any colour.
 """
@@ -32,7 +32,8 @@ WORKS = 160
 """Crops of the artist's works that stand for all."""
 
 REMEMBERED = 24
-"""The last paintings that count as the distribution of the present ones. Many would be of prompts long left."""
+"""How many of the last paintings count as samples of the present distribution: older ones were painted with other
+prompts."""
 
 _BLOCK = 16
 """Side in pixels of the blocks whose gradient is measured."""
