@@ -195,7 +195,7 @@ def test_bake_with_a_tensorrt_backend_compiles_for_the_same_bundle(monkeypatch):
         (["--style", "x", "--backend", "openvino"], "found --backend, which belongs to a whole bundle"),
         (["compile", "--backend", "tensorrt-rtx", "--compute-dtype", "bf16"], "compiled in fp32 or fp16"),
         (["compile", "--backend", "tensorrt-rtx", "--compute-dtype", "fp8"], "--compute-dtype fp8 was removed"),
-        (["compile", "--backend", "tensorrt", "--quantized", "x"], "--quantized was removed: no engine in 8 bits"),
+        (["compile", "--backend", "tensorrt", "--quantised", "x"], "--quantised was removed: no engine in 8 bits"),
         (["modelopt", "out", "--to", "fp8"], "lsast-export modelopt was removed: "),
         (["triton", "models"], "lsast-export triton was removed: no server was ever run; serve on many machines"),
     ],

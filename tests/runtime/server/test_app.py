@@ -31,7 +31,11 @@ def _events(server: Running, path: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _parsed(text: str) -> list[tuple[str, dict[str, Any]]]:
-    blocks = [dict(line.split(": ", 1) for line in block.split("\n")) for block in text.strip().split("\n\n")]
+    blocks = [
+        dict(line.split(": ", 1) for line in block.split("\n"))
+        for block in text.strip().split("\n\n")
+        if not block.startswith(":")  # FastAPI sends such a comment after 15 s without an event
+    ]
     return [(block["event"], json.loads(block["data"])) for block in blocks]
 
 
