@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,9 @@ def test_lsast_run_on_a_terminal_shows_progress_and_stops_at_ctrl_c(folder, term
     stderr, read = terminal
     # Large and long enough to be still at work when the first step is seen.
     arguments = ("in.png", "out.png", "--size", "2048", "--steps", "999", "--strength", "1")
-    process = _process(*arguments, stdout=subprocess.PIPE, stderr=stderr)
+    # A shell's script starts commands with & deaf to SIGINT, and what they start inherits it.
+    hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = _process(*arguments, stdout=subprocess.PIPE, stderr=stderr, preexec_fn=hear)
     seen = b""
     while b"painting" not in seen and (piece := read()):
         seen += piece
