@@ -24,7 +24,7 @@ class QuantizeOptions:
     ] = 30.0
     backend: Annotated[str, "Backend to evaluate on: onnxruntime or openvino."] = "onnxruntime"
     smooth: Annotated[float | None, "SmoothQuant's migration strength alpha, 0 to 1.", Range(0, 1)] = 0.7
-    """0 evens out weights, 1 activations (`smoothquant`); None does without. The default has the best pictures of mini
-    (docs/guides/quantization.md)."""
+    """0 evens out weights, 1 activations (`smoothquant`); None does without. The default was the best for mini when it
+    was chosen, and is near the best now (docs/results.md)."""
     also: frozenset[str] = frozenset()
     """Further graphs to quantize, of `OPTIONAL_GRAPHS`. They run once a picture, so they matter in short runs."""
