@@ -110,8 +110,9 @@ def _with_auto(report: CheckReport, bundle: Bundle, device: str, progress: Progr
     if quantized and find_backend("auto", device, "fp32")[0] == auto.backend:
         return report
     progress(f"painting with {auto.backend} in {auto.compute_dtype}")
-    size, multiple = bundle.manifest.defaults["size"], bundle.manifest.multiple
-    contents, _ = load_calibration_images(None, 1, max(1, round(size / multiple)) * multiple)
+    multiple = bundle.manifest.multiple
+    size = max(bundle.manifest.defaults["size"] or 512, 64)  # 0 is a picture's own size, and a drawn one has none
+    contents, _ = load_calibration_images(None, 1, -(-size // multiple) * multiple)
 
     def painted(backend: str, compute_dtype: ComputeDtype) -> Pixels:
         return paint(bundle, contents, [report.styles[0]], backend, compute_dtype=compute_dtype)[0]

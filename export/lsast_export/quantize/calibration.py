@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from lsast_engines.backends.base import Array, Engine, import_library
 from lsast_engines.bundle.graph_spec import GraphSpec
+from lsast_engines.environment import core_limit
 
 from .qdq import Ranges, Span, int8_graph, layers_of
 from .smoothquant import Factors, MinMax, find_groups, smooth, smoothing_factors
@@ -28,10 +29,8 @@ _LOW, _HIGH = "/low", "/high"
 
 
 class Calibration(Engine):
-    """A graph in float32 that records the ranges of its activations while it runs.
-
-    When it is closed, it can be smoothed and quantized.
-    """
+    """A graph in float32 that records the ranges of its activations while it runs, and can then be smoothed and
+    quantized, also when it is closed."""
 
     backend = "onnxruntime"
 
@@ -85,11 +84,8 @@ class Calibration(Engine):
             self._min_max[name] = (np.minimum(least, low), np.maximum(most, high))
         return values
 
-    def _release_memory(self) -> None: ...
-
-    def close(self) -> None:
-        """Free the memory that running takes; the recorded ranges stay until it runs again."""
-        self._close()
+    def _release_memory(self) -> None:
+        """Nothing is kept between two runs, see `_open`."""
 
     def _close(self) -> None:
         self._session = None
@@ -99,9 +95,13 @@ class Calibration(Engine):
         return smoothing_factors(self._model, Weights(self._model, self.folder), self._min_max, alpha)
 
     def smooth(self, factors: Factors) -> None:
-        """Smooth the graph, and what was recorded, by its own factors or those of a graph with the same layers."""
+        """Smooth the graph, and what was recorded, by its own factors or those of a graph with the same layers.
+
+        If it runs again, it runs the smoothed graph, and records anew.
+        """
         if not factors:
             return
+        self._session = None
         # A new file each time: the weights of an earlier smoothing are read while these are written.
         self._smoothed += 1
         with (self.folder / f"smoothed{self._smoothed}.data").open("wb") as file:
@@ -149,6 +149,9 @@ class Calibration(Engine):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors; they are raised as well
         options.enable_mem_pattern = False
+        options.enable_cpu_mem_arena = False  # several graphs are open at once, and an arena keeps its memory
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # they run in turns
+        options.intra_op_num_threads = core_limit() or 0
         with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".onnx") as file:
             onnx.save_model(observed, file.name)
             return onnxruntime.InferenceSession(file.name, options, providers=["CPUExecutionProvider"])

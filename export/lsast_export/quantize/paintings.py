@@ -1,18 +1,22 @@
 """Pictures to calibrate and to evaluate on, and their paintings by the runtime: what is measured is what users see."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from lsast.request import make_schedule
 from lsast.sessions.engine_pool import EnginePool
 from lsast.stylizer import Stylizer
 from lsast_engines.backends.base import ComputeDtype, Engine
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.errors import UsageError
 from lsast_engines.images import find_pictures, import_opencv, read_picture
+
+from ..progress import Eta, Progress, no_progress
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -48,7 +52,8 @@ def paint(
     engines: Mapping[str, Engine] | None = None,
     compute_dtype: ComputeDtype = "fp32",
     seed: int = 0,
-    done: Callable[[], None] = lambda: None,
+    progress: Progress = no_progress,
+    phase: str = "painting",
     **options: Any,
 ) -> list[Pixels]:
     """`pictures` painted on the CPU, [side, side, 3] each, in `styles` in turn and each with a seed of its own.
@@ -56,20 +61,32 @@ def paint(
     Args:
         pictures: [side, side, 3] each, of a legal size.
         styles: names of styles of `bundle`, whose own defaults apply.
-        engines: run in place of the bundle's graphs of these names; they are closed at the end.
+        engines: run in place of the bundle's graphs of these names; they are closed at the end, also of a failure.
         seed: of the first picture.
-        done: called after each picture.
+        progress: called after each step, with `phase`.
         options: see `lsast.Stylizer.stylize`.
     """
-    pool = EnginePool(bundle, backend, "cpu", compute_dtype=compute_dtype, graphs=())
-    pool.engines.update(engines or {})
-    painted = []
-    with Stylizer(pool) as stylizer:
-        for index, rgb in enumerate(pictures):
-            style = styles[index % len(styles)]
-            painted.append(np.asarray(stylizer.stylize(rgb, style, size=len(rgb), seed=seed + index, **options)))
-            done()
-    return painted
+    with contextlib.ExitStack() as stack:
+        for engine in (engines or {}).values():
+            stack.callback(engine.close)
+        pool = EnginePool(bundle, backend, "cpu", compute_dtype=compute_dtype, graphs=())
+        pool.engines.update(engines or {})
+        stylizer = stack.enter_context(Stylizer(pool))
+        given = [
+            {**options, "style": styles[index % len(styles)], "size": len(rgb), "seed": seed + index}
+            for index, rgb in enumerate(pictures)
+        ]
+        schedules = [make_schedule(bundle, stylizer.resolve(**each)) for each in given]
+        eta = Eta(progress, phase, sum(len(schedule.steps) for schedule in schedules))
+
+        def on_step(done: int, _steps: int, _preview: object) -> None:
+            if done:
+                eta.step()
+
+        return [
+            np.asarray(stylizer.stylize(rgb, **each, on_step=on_step))
+            for rgb, each in zip(pictures, given, strict=True)
+        ]
 
 
 def _square(rgb: Pixels, side: int) -> Pixels:

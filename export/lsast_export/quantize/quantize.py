@@ -6,7 +6,6 @@ of the base fits it. It is no base itself: styles are learned and baked with the
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -14,16 +13,18 @@ from pathlib import Path
 
 import onnx
 
+from lsast.request import resolve_options
 from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import NULL_STYLE_FILE, STYLES, Bundle, require_free
 from lsast_engines.bundle.graph_spec import DENOISER, UNET_SPLIT_GRAPHS
 from lsast_engines.bundle.manifest import QUANTIZED
 from lsast_engines.declared_options import option_faults, rules_of
-from lsast_engines.errors import ParityError, UsageError, fault_list
+from lsast_engines.environment import package_version
+from lsast_engines.errors import LsastError, ParityError, UsageError, fault_list
 from lsast_engines.files import scratch_folder
 from lsast_engines.images import psnr
 
-from ..progress import Eta, Progress, no_progress
+from ..progress import Progress, no_progress
 from .calibration import Calibration
 from .options import OPTIONAL_GRAPHS, QuantizeOptions
 from .paintings import Pixels, load_calibration_images, paint
@@ -51,11 +52,12 @@ def quantize_bundle(
     """
     options = options or QuantizeOptions()
     require_free(out, replace=True)
-    _require(source, options)
+    # A user's style of the same name would be painted in place of the bundle's.
+    styles = [name for name, path in source.styles().items() if path.parent == source.path / STYLES]
+    _require(source, styles, options)
     manifest = source.manifest
     progress("calibrating")
     contents, origin = load_calibration_images(options.images, 2 * options.pictures, options.size)
-    styles = [name for name, path in source.styles().items() if path.parent == source.path / STYLES]
     with scratch_folder(out.parent) as scratch:
         (folder := scratch / "bundle").mkdir()
         facts = _write_graphs(source, folder, contents[::2], styles, options, progress)
@@ -67,7 +69,17 @@ def quantize_bundle(
             for name in (DENOISER, *options.also)
         }
         found, expected = (
-            paint(source, contents[1::2], turned, options.backend, graphs, seed=1000) for graphs in (engines, {})
+            paint(
+                source,
+                contents[1::2],
+                turned,
+                options.backend,
+                graphs,
+                seed=1000,
+                progress=progress,
+                phase="evaluating",
+            )
+            for graphs in (engines, {})
         )
         # That of equal pictures is infinite, which a manifest cannot hold.
         ratios = [min(psnr(*pair), 100.0) for pair in zip(found, expected, strict=True)]
@@ -90,7 +102,7 @@ def quantize_bundle(
                 "calibrated_on": f"{options.pictures} pictures ({origin}) at {options.size} pixels, "
                 f"styles {', '.join(styles)}",
                 "evaluated_on": f"{options.pictures} other pictures, {options.backend}",
-                "onnxruntime": importlib.metadata.version("onnxruntime"),
+                "onnxruntime": package_version("onnxruntime"),
             },
         )
         sources: dict[str, Path | bytes] = {file.name: file for file in sorted(folder.iterdir())}
@@ -99,20 +111,25 @@ def quantize_bundle(
         return Bundle.write(out, written, sources, replace=True)
 
 
-def _require(source: Bundle, options: QuantizeOptions) -> None:
+def _require(source: Bundle, styles: Sequence[str], options: QuantizeOptions) -> None:
     manifest = source.manifest
     faults = []
     if manifest.storage_dtype in QUANTIZED:
         faults.append(f"found a bundle in {manifest.storage_dtype}; expected the one that it was made from")
-    if not any((source.path / STYLES).glob("*.safetensors")):
+    if not styles:
         faults.append("found no style in it; expected at least one to calibrate with: lsast-export bundle --style NAME")
     rules = rules_of(QuantizeOptions).items()
     declared = {name: rule.plain(getattr(options, name)) for name, rule in rules if rule.help}
-    faults += option_faults(QuantizeOptions, declared)
-    if isinstance(declared["size"], int) and options.size % manifest.multiple:
+    faults += (wrong := option_faults(QuantizeOptions, declared))
+    if not any(fault.startswith("size:") for fault in wrong) and options.size % manifest.multiple:
         faults.append(f"size: found {options.size}; expected a multiple of {manifest.multiple}")
     if unknown := sorted(options.also - set(OPTIONAL_GRAPHS)):
         faults.append(f"found also {', '.join(unknown)}; expected of {', '.join(OPTIONAL_GRAPHS)}")
+    for name in styles:
+        try:
+            resolve_options(source, {"style": name}, None, source.open_style)
+        except LsastError as error:
+            faults.append(f"style {name}: {error}")
     if faults:
         raise UsageError(fault_list(f"{source.path} cannot be quantized:", faults))
 
@@ -148,9 +165,10 @@ def _write_graphs(
 
         with contextlib.ExitStack() as stack:
             engines = {name: stack.enter_context(calibrated(name)) for name in (DENOISER, *sorted(options.also))}
-            eta = Eta(progress, "calibrating", len(contents))
             # From pure noise, which visits every stage.
-            paint(source, contents, styles, options.backend, engines, strength=1.0, done=eta.step)
+            paint(
+                source, contents, styles, options.backend, engines, strength=1.0, progress=progress, phase="calibrating"
+            )
             denoiser = engines[DENOISER]
             factors = denoiser.smoothing_factors(options.smooth) if options.smooth is not None else {}
             denoiser.smooth(factors)

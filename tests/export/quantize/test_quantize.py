@@ -97,7 +97,6 @@ def calibrated(
     calibration = Calibration(path, spec, folder)
     for given in feeds:
         calibration(given)
-    calibration.close()
     return calibration
 
 
