@@ -6,14 +6,12 @@ a bundle. Where a graph needs a network changed (its processors, the embedding o
 it and restores it at the end.
 
 With the split graphs a run may skip the ControlNet at some steps, or all of the U-Net but its outermost level
-(DeepCache, Ma et al. 2023, arXiv 2312.00858). There the U-Net runs block by block, as in diffusers'
-`UNet2DConditionModel.forward` for networks without class, image or adapter conditions; `parity` compares with that
-function.
+(DeepCache, Ma et al. 2023, arXiv 2312.00858).
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +23,6 @@ from lsast_engines.bundle.graph_spec import (
     CONTROLNET_COND,
     DENOISER,
     UNET_FULL,
-    UNET_OUTER,
     VAE_DECODER,
     VAE_ENCODER,
     Geometry,
@@ -134,7 +131,7 @@ class ControlNetCondGraph(_GraphModule):
 class ControlNetGraph(_GraphModule):
     """Graph `controlnet`."""
 
-    networks: tuple[str, ...] = ("controlnet",)
+    networks = ("controlnet",)
 
     def forward(
         self,
@@ -149,12 +146,38 @@ class ControlNetGraph(_GraphModule):
         return (*control["down_block_additional_residuals"], control["mid_block_additional_residual"])
 
 
-class DenoiserGraph(ControlNetGraph):
+class UnetFullGraph(_GraphModule):
+    """Graph `unet_full`."""
+
+    networks = ("unet",)
+
+    def forward(
+        self, latent: torch.Tensor, timestep: torch.Tensor, kv_unet: torch.Tensor, *residuals: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The whole U-Net: eps [G, B, 4, h, w], and the input of the last up block, [G, B, C, h, w]."""
+        guidance, batch = kv_unet.shape[:2]  # len() would fix it in the traced graph
+        *down, mid = (_repeat(residual, guidance) for residual in residuals)
+        features = []
+
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            features.append(kwargs["hidden_states"].unflatten(0, (guidance, batch)))
+            # What the graph gives is what its last block takes, so that `unet_outer` can be cut out.
+            return args, {**kwargs, "hidden_states": features[0].flatten(0, 1)}
+
+        with self.unet.up_blocks[-1].register_forward_pre_hook(keep, with_kwargs=True):
+            rows = self._base.eps(
+                *(_repeat(latent, guidance), _repeat(timestep, guidance), packed_kv(kv_unet.flatten(0, 1))),
+                residuals={"down_block_additional_residuals": down, "mid_block_additional_residual": mid},
+            )
+        return rows.unflatten(0, (guidance, batch)), features[0]
+
+
+class DenoiserGraph(_GraphModule):
     """Graph `denoiser`: ControlNet and U-Net of one step."""
 
     networks = ("unet", "controlnet")
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         latent: torch.Tensor,
         hint: torch.Tensor,
@@ -164,112 +187,14 @@ class DenoiserGraph(ControlNetGraph):
         control_scale: torch.Tensor,
     ) -> torch.Tensor:
         """One step; shapes as in `lsast_engines.bundle.graph_spec.graph_specs`."""
-        guidance, batch = kv_unet.shape[:2]
-        *down, mid = super().forward(latent, hint, timestep, kv_control, control_scale)
-        latents, timesteps = _repeat(latent, guidance), _repeat(timestep, guidance)
-        kv = packed_kv(kv_unet.flatten(0, 1))
-        residuals = {
-            "down_block_additional_residuals": [_repeat(residual, guidance) for residual in down],
-            "mid_block_additional_residual": _repeat(mid, guidance),
-        }
-        rows = self._base.eps(latents, timesteps, kv, residuals=residuals)
-        eps: torch.Tensor = rows.unflatten(0, (guidance, batch))
+        residuals = ControlNetGraph(self._base)(latent, hint, timestep, kv_control, control_scale)
+        eps: torch.Tensor = UnetFullGraph(self._base)(latent, timestep, kv_unet, *residuals)[0]
         return eps
 
 
 def _repeat(rows: torch.Tensor, guidance: int) -> torch.Tensor:
     """[B, …] → [G·B, …]."""
     return rows.unsqueeze(0).expand(guidance, *rows.shape).flatten(0, 1)
-
-
-class _Inputs(NamedTuple):
-    """What every block of the U-Net takes, for each row of guidance and batch."""
-
-    latents: torch.Tensor
-    """[G·B, 4, h, w]"""
-    timesteps: torch.Tensor
-    """[G·B]"""
-    embedded: torch.Tensor
-    """[G·B, E]: the time embedding."""
-    kv: dict[str, Any]
-    """See `packed_kv`."""
-
-
-class _SplitUnet(_GraphModule):
-    """What `unet_full` and `unet_outer` share: the embedding of the step, the outermost level."""
-
-    networks = ("unet",)
-
-    def _inputs(self, latent: torch.Tensor, timestep: torch.Tensor, kv_unet: torch.Tensor) -> _Inputs:
-        guidance = kv_unet.shape[0]  # len() would fix it in the traced graph
-        kv = packed_kv(kv_unet.flatten(0, 1))
-        latents, timesteps = _repeat(latent, guidance), _repeat(timestep, guidance)
-        embedded = self.unet.time_embedding(self.unet.get_time_embed(latents, timesteps))
-        return _Inputs(latents, timesteps, embedded, kv)
-
-    def _down(
-        self, inputs: _Inputs, blocks: Iterable[Any], residuals: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The way down through `blocks`: its output, and a skip for each of `residuals` [G·B, …], with that added."""
-        sample = self.unet.conv_in(inputs.latents)
-        skips = [sample]
-        for block in blocks:
-            sample, more = _run(block, sample, inputs)
-            skips += more
-        # The outermost level has no use for what it gives to the one below, its last skip.
-        return sample, [skip + residual for skip, residual in zip(skips, residuals, strict=False)]
-
-    def _noise(self, feature: torch.Tensor, skips: Sequence[torch.Tensor], inputs: _Inputs) -> torch.Tensor:
-        """The last up block and the output convolution: `feature` and the outermost skips → eps [G·B, 4, h, w]."""
-        sample = _run(self.unet.up_blocks[-1], feature, inputs, res_hidden_states_tuple=tuple(skips))
-        output = self.unet.conv_out(self.unet.conv_act(self.unet.conv_norm_out(sample)))
-        return self._base.eps_from_output(output, inputs.latents, inputs.timesteps)
-
-
-class UnetFullGraph(_SplitUnet):
-    """Graph `unet_full`."""
-
-    def forward(
-        self, latent: torch.Tensor, timestep: torch.Tensor, kv_unet: torch.Tensor, *residuals: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The whole U-Net: eps [G, B, 4, h, w], and the input of the last up block, [G, B, C, h, w]."""
-        guidance, batch = kv_unet.shape[:2]
-        inputs = self._inputs(latent, timestep, kv_unet)
-        *down, mid = (_repeat(residual, guidance) for residual in residuals)
-        sample, skips = self._down(inputs, self.unet.down_blocks, down)
-        sample = self.unet.mid_block(sample, inputs.embedded, cross_attention_kwargs=inputs.kv) + mid
-        for block in self.unet.up_blocks[:-1]:
-            count = len(block.resnets)
-            sample = _run(block, sample, inputs, res_hidden_states_tuple=tuple(skips[-count:]))
-            skips = skips[:-count]
-        eps = self._noise(sample, skips, inputs)
-        return eps.unflatten(0, (guidance, batch)), sample.unflatten(0, (guidance, batch))
-
-
-class UnetOuterGraph(_SplitUnet):
-    """Graph `unet_outer`."""
-
-    def forward(
-        self,
-        latent: torch.Tensor,
-        timestep: torch.Tensor,
-        kv_unet: torch.Tensor,
-        *residuals_and_feature: torch.Tensor,
-    ) -> torch.Tensor:
-        """The outermost level, on a cached feature [G, B, C, h, w]: eps [G, B, 4, h, w]."""
-        *residuals, feature = residuals_and_feature
-        guidance, batch = kv_unet.shape[:2]
-        inputs = self._inputs(latent, timestep, kv_unet)
-        _, skips = self._down(inputs, self.unet.down_blocks[:1], [_repeat(each, guidance) for each in residuals])
-        eps = self._noise(feature.flatten(0, 1), skips, inputs)
-        rows: torch.Tensor = eps.unflatten(0, (guidance, batch))
-        return rows
-
-
-def _run(block: Any, sample: torch.Tensor, inputs: _Inputs, **skips: Any) -> Any:
-    """The output of a down or up block, which takes keys and values only if it has cross-attention."""
-    kwargs = {"cross_attention_kwargs": inputs.kv} if getattr(block, "has_cross_attention", False) else {}
-    return block(hidden_states=sample, temb=inputs.embedded, **kwargs, **skips)
 
 
 class SplitProcessor:
@@ -335,7 +260,6 @@ _MODULES: dict[str, type[_GraphModule]] = {
     VAE_DECODER: VaeDecoderGraph,
     CONTROLNET: ControlNetGraph,
     UNET_FULL: UnetFullGraph,
-    UNET_OUTER: UnetOuterGraph,
 }
 
 

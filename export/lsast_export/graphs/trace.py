@@ -33,6 +33,7 @@ from lsast_engines.bundle.graph_spec import (
     DENOISER,
     REQUIRED_GRAPHS,
     UNET_FULL,
+    UNET_OUTER,
     UNET_SPLIT_GRAPHS,
     GraphSpec,
     downsampling_level,
@@ -73,21 +74,23 @@ def trace_graphs(
 ) -> dict[str, TracedGraph]:
     """Trace graphs of `base`, which may be on the meta device; the results have no weights and fit every storage type.
 
-    The denoiser is not traced: it is the graphs `controlnet` and `unet_full`, joined.
+    Two are made of others: the denoiser is `controlnet` and `unet_full`, joined; `unet_outer` is cut out of the latter.
 
     Raises:
         ExportError: a graph that torch cannot export, or one with other inputs and outputs than specified.
     """
     widths = geometry(base)
     specs = graph_specs(widths) | split_specs(widths, unet_split(base))
-    halves = (CONTROLNET, UNET_FULL) if DENOISER in names else ()
+    made = {DENOISER: (CONTROLNET, UNET_FULL), UNET_OUTER: (UNET_FULL,)}
     traced = {}
-    for name in dict.fromkeys(name for name in (*names, *halves) if name != DENOISER):
+    for name in dict.fromkeys(source for wanted in names for source in made.get(wanted, (wanted,))):
         progress(f"tracing {name}")
         with graph_module(base, name) as module:
             traced[name] = trace(module, specs[name], base.config.multiple, widths.factor)
-    if halves:
+    if DENOISER in names:
         traced[DENOISER] = _joined(traced[CONTROLNET], traced[UNET_FULL], specs[DENOISER])
+    if UNET_OUTER in names:
+        traced[UNET_OUTER] = _outermost(traced[UNET_FULL], specs[UNET_OUTER])
     return {name: traced[name] for name in names}
 
 
@@ -116,6 +119,24 @@ def _joined(controlnet: TracedGraph, unet: TracedGraph, spec: GraphSpec) -> Trac
     Sequential(
         RemoveUnusedNodesPass(), DeduplicateInitializersPass(), CommonSubexpressionEliminationPass(), NameFixPass()
     )(model)
+    return TracedGraph(spec, model, weights)
+
+
+def _outermost(unet: TracedGraph, spec: GraphSpec) -> TracedGraph:
+    """The outermost level of `unet`, which takes what is the second output of `unet`."""
+    model = unet.model.clone()
+    graph = model.graph
+    whole = graph.outputs.pop()
+    feature = ir.val(whole.name, shape=whole.shape, type=whole.type)
+    whole.replace_all_uses_with(feature)
+    whole.name = f"{whole.name}_whole"
+    RemoveUnusedNodesPass()(model)
+    inputs = {str(value.name): value for value in (*graph.inputs, feature)}
+    weights = tuple(name for name in unet.weights if inputs[name].uses())
+    wanted = (*(tensor.name for tensor in spec.inputs), *weights)
+    if deep := [name for name, value in inputs.items() if value.uses() and name not in wanted]:
+        raise ExportError(f"the graph {spec.name!r} cannot be cut out of {unet.spec.name!r}: it uses {', '.join(deep)}")
+    graph.inputs[:] = [inputs[name] for name in wanted]
     return TracedGraph(spec, model, weights)
 
 
