@@ -188,7 +188,8 @@ class StyleFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor, self._slots, data = _open(path)
-        weakref.finalize(self, os.close, self._descriptor)
+        # Not when Python ends: a thread may read until then, and the system closes it.
+        weakref.finalize(self, os.close, self._descriptor).atexit = False
         faults: list[str] = []
         header = read_object(_Header, data, "", faults)
         if header is None:

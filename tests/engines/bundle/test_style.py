@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -218,6 +220,18 @@ def test_style_file_with_invalid_defaults_is_refused(tmp_path, text):
 def test_style_file_with_invalid_statistics_is_refused(tmp_path, text):
     with pytest.raises(StyleError, match=r"latent_statistics(\.\w+(\[0\])?)?: (found|invalid)"):
         StyleFile(saved(tmp_path, {"latent_statistics": text}))
+
+
+def test_style_file_can_be_read_until_python_has_ended(tmp_path, make_style):
+    """A daemon thread may paint until then. What is registered first at the end of Python is called last."""
+    make_style("hand").save(tmp_path / "hand.safetensors")
+    script = (
+        "import atexit, sys, pathlib; atexit.register(lambda: print(style.stage(9).kv_unet.shape));"
+        "from lsast_engines.bundle.style import StyleFile; style = StyleFile(pathlib.Path(sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "hand.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("(3, 20)\n", "")
 
 
 def test_style_file_that_is_replaced_while_it_is_opened_is_the_new_one(tmp_path, make_style, monkeypatch):
