@@ -56,8 +56,9 @@ def torch_step(case: Case, compiled: bool) -> Iterator[Step]:
         raise RuntimeError("torch finds no GPU")
     kind = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[case.compute_dtype]
     feeds = {name: torch.from_numpy(value).to(case.device) for name, value in case.feeds.items()}
-    with graph_module(load_base(case.bundle.path), DENOISER) as module, torch.inference_mode():
-        module = module.to(case.device).eval()
+    module = graph_module(load_base(case.bundle.path), DENOISER)
+    with torch.inference_mode():
+        module = module.to(case.device)
         run: Any = torch.compile(module) if compiled else module
 
         def step() -> None:

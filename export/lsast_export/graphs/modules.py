@@ -2,15 +2,13 @@
 
 Their parameters have the names of the weights in ``base.safetensors`` (``unet.…``, ``controlnet.…``,
 ``autoencoder.…``), so that an exported initializer can be found in the file, and the split graphs add no weights to
-a bundle. Where a graph needs a network changed (its processors, the embedding of the edges), a context manager changes
-it and restores it at the end.
+a bundle. Where a graph needs a network changed (its processors, the embedding of the edges), a copy of the network is.
 
 With the split graphs a run may skip the ControlNet at some steps, or all of the U-Net but its outermost level
 (DeepCache, Ma et al. 2023, arXiv 2312.00858).
 """
 
-import contextlib
-from collections.abc import Iterator
+import copy
 from typing import Any
 
 import torch
@@ -235,22 +233,14 @@ def head_groups(name: str, heads: int, levels: int, side: int) -> int:
     return next(n for n in range(1, heads + 1) if heads % n == 0 and (scores / n <= SCORES_LIMIT or n == heads))
 
 
-@contextlib.contextmanager
-def split_attention(network: Any, side: int) -> Iterator[None]:
-    """Let self-attentions of `network` that need it compute a few heads at a time, while the block runs."""
+def split_attention(network: Any, side: int) -> None:
+    """Let self-attentions of `network` that need it compute a few heads at a time."""
     levels = len(network.config.block_out_channels)
-    before = []
-    try:
-        for name, module in network.named_modules():
-            if isinstance(module, Attention) and not module.is_cross_attention:
-                groups = head_groups(name, module.heads, levels, side)
-                if groups > 1:
-                    before.append((module, module.processor))
-                    module.set_processor(SplitProcessor(groups))
-        yield
-    finally:
-        for module, processor in before:
-            module.set_processor(processor)
+    for name, module in network.named_modules():
+        if isinstance(module, Attention) and not module.is_cross_attention:
+            groups = head_groups(name, module.heads, levels, side)
+            if groups > 1:
+                module.set_processor(SplitProcessor(groups))
 
 
 _MODULES: dict[str, type[_GraphModule]] = {
@@ -263,26 +253,15 @@ _MODULES: dict[str, type[_GraphModule]] = {
 }
 
 
-@contextlib.contextmanager
-def skip_cond_embedding(controlnet: Any) -> Iterator[None]:
-    """Let `controlnet` take hint features where it takes edges, while the block runs."""
-    embedding = controlnet.controlnet_cond_embedding
-    controlnet.controlnet_cond_embedding = nn.Identity()
-    try:
-        yield
-    finally:
-        controlnet.controlnet_cond_embedding = embedding
-
-
-@contextlib.contextmanager
-def graph_module(base: Base, name: str) -> Iterator[nn.Module]:
-    """The module of the graph `name`; the networks of `base` are changed for it while the block runs."""
-    module = _MODULES[name](base)
-    with contextlib.ExitStack() as stack:
-        if name not in (VAE_ENCODER, CONTROLNET_COND, VAE_DECODER):  # which have no keys and values
-            for network in module.networks:
-                side = base.config.size // geometry(base).factor
-                stack.enter_context(split_attention(getattr(base, network), side))
-            if "controlnet" in module.networks:
-                stack.enter_context(skip_cond_embedding(base.controlnet))
-        yield module.eval()
+def graph_module(base: Base, name: str) -> nn.Module:
+    """The module of the graph `name`, made of copies of the networks of `base`, which share its weights."""
+    kind, own = _MODULES[name], copy.copy(base)
+    for network in kind.networks:
+        shared = {id(tensor): tensor for tensor in getattr(base, network).state_dict(keep_vars=True).values()}
+        setattr(own, network, copy.deepcopy(getattr(base, network), shared))
+    if name not in (VAE_ENCODER, CONTROLNET_COND, VAE_DECODER):  # which have no keys and values
+        for network in kind.networks:
+            split_attention(getattr(own, network), base.config.size // geometry(base).factor)
+        if "controlnet" in kind.networks:  # which takes hint features, where it takes edges
+            own.controlnet.controlnet_cond_embedding = nn.Identity()
+    return kind(own).eval()

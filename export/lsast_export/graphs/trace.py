@@ -29,6 +29,7 @@ from onnx_ir.passes.common import (
 )
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils.stateless import _reparametrize_module
 
 from lsast_engines.bundle.graph_spec import (
     CONTROLNET,
@@ -97,8 +98,7 @@ def trace_graphs(
     traced = {}
     for name in dict.fromkeys(source for wanted in names for source in made.get(wanted, (wanted,))):
         progress(f"tracing {name}")
-        with graph_module(base, name) as module:
-            traced[name] = trace(module, specs[name], base.config.multiple, widths.factor)
+        traced[name] = trace(graph_module(base, name), specs[name], base.config.multiple, widths.factor)
     if DENOISER in names:
         traced[DENOISER] = _joined(traced[CONTROLNET], traced[UNET_FULL], specs[DENOISER])
     if UNET_OUTER in names:
@@ -214,20 +214,14 @@ def _examples(spec: GraphSpec, multiple: int, factor: int) -> tuple[torch.Tensor
 @contextlib.contextmanager
 def _without_weights(module: nn.Module) -> Iterator[None]:
     """Replace weights and buffers of `module`, and all tensors that are made in the block, by fake tensors."""
-    found: list[dict[str, Any]] = [store for part in module.modules() for store in (part._parameters, part._buffers)]
-    stores = [(store, dict(store)) for store in found]
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     with FakeTensorMode(allow_non_fake_inputs=True):
-        try:
-            for store, before in stores:
-                for name, tensor in before.items():
-                    if tensor is not None:
-                        fake = torch.empty(tensor.shape, dtype=tensor.dtype)
-                        is_weight = isinstance(tensor, nn.Parameter)
-                        store[name] = nn.Parameter(fake, requires_grad=False) if is_weight else fake
+        fakes: dict[str, torch.Tensor] = {
+            name: nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), requires_grad=False)
+            for name, tensor in tensors.items()
+        }
+        with _reparametrize_module(module, fakes):
             yield
-        finally:
-            for store, before in stores:
-                store.update(before)
 
 
 @contextlib.contextmanager

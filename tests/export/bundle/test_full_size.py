@@ -122,8 +122,8 @@ def in_torch(folder: Path, graph: str, feeds: dict[str, np.ndarray]) -> list[np.
     names = {"denoiser": ("unet", "controlnet"), "controlnet_cond": ("controlnet",)}.get(graph, ("autoencoder",))
     base = base_on_meta(parts, **{name: parts.load(name, torch.float16) for name in names})
     inputs = [torch.from_numpy(value) for value in feeds.values()]
-    with graph_module(base, graph) as module, torch.no_grad(), SumsInFloat():
-        outputs = module(*(value.half() if value.is_floating_point() else value for value in inputs))
+    with torch.no_grad(), SumsInFloat():
+        outputs = graph_module(base, graph)(*(value.half() if value.is_floating_point() else value for value in inputs))
     return [output.float().numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
 

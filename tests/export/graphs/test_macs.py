@@ -29,7 +29,8 @@ def test_count_macs_matches_torchs_flop_counter(base, bundles, graph, storage_dt
     ]
     expected = []
     # torch does not count its fused attention on the CPU.
-    with graph_module(base, graph) as module, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    module = graph_module(base, graph)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         for shape in shapes:
             feeds = [
                 torch.randn(shape[t.name]) if t.dtype == "float32" else torch.arange(shape[t.name][0]) for t in inputs

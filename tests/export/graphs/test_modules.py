@@ -1,5 +1,6 @@
 """What exported graphs compute: against torch, against unmodified diffusers networks, on two backends."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import is_fake
 
+from benchmarks.mini.training.mini_base import MiniConfig, build_mini
 from lsast_engines.bundle.bundle import Bundle
 from lsast_export.graphs import modules as graphs
 from lsast_export.graphs.modules import SplitProcessor, geometry, graph_module, head_groups, split_attention
@@ -108,7 +110,7 @@ def test_head_groups_of_stable_diffusion_limit_the_scores(name, groups):
     assert head_groups(name, heads=8, levels=4, side=16) == 1
 
 
-def test_split_attention_computes_the_same_and_restores_processors(monkeypatch):
+def test_split_attention_computes_the_same(monkeypatch):
     unet = UNet2DConditionModel(
         block_out_channels=(32, 64),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -119,25 +121,33 @@ def test_split_attention_computes_the_same_and_restores_processors(monkeypatch):
     ).eval()
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(2, 4, 8, 8, generator=generator), 500, torch.randn(2, 3, 8, generator=generator)
-    before = unet.attn_processors
     with torch.no_grad():
         expected = unet(*inputs).sample  # untouched by us
         # The scores of the upper level, 64 tokens, are 2 x 4 x 64² x 4 bytes; those of the middle 1/16 of that.
         monkeypatch.setattr(graphs, "SCORES_LIMIT", 2 * 64**2 * 4)
-        with split_attention(unet, 8):
-            split = {name for name, kind in unet.attn_processors.items() if isinstance(kind, SplitProcessor)}
-            found = unet(*inputs).sample
+        split_attention(unet, 8)
+        found = unet(*inputs).sample
+    split = {name for name, kind in unet.attn_processors.items() if isinstance(kind, SplitProcessor)}
     assert {name.split(".")[0] for name in split} == {"down_blocks", "up_blocks"}
     assert all("attn1" in name for name in split)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert unet.attn_processors == before
+
+
+def test_graph_module_shares_weights_and_changes_no_network(monkeypatch):
+    monkeypatch.setattr(graphs, "SCORES_LIMIT", 0)
+    base = build_mini(dataclasses.replace(MiniConfig.tiny(), heads=2))
+    embedding, processors = base.controlnet.controlnet_cond_embedding, base.unet.attn_processors
+    module = graph_module(base, "denoiser")
+    assert any(isinstance(kind, SplitProcessor) for kind in module.unet.attn_processors.values())
+    assert (base.controlnet.controlnet_cond_embedding, base.unet.attn_processors) == (embedding, processors)
+    assert {*map(id, module.unet.parameters())} == {*map(id, base.unet.parameters())}
 
 
 def test_trace_reads_and_changes_no_weight(base, traced):
     assert all(weight.device.type == "cpu" and not is_fake(weight) for weight in base.controlnet.parameters())
-    with graph_module(skeleton_of(base), "controlnet_cond") as module:
-        empty = trace(module, traced["controlnet_cond"].spec, base.config.multiple, geometry(base).factor)
-        assert all(weight.device.type == "meta" and not is_fake(weight) for weight in module.parameters())
+    module = graph_module(skeleton_of(base), "controlnet_cond")
+    empty = trace(module, traced["controlnet_cond"].spec, base.config.multiple, geometry(base).factor)
+    assert all(weight.device.type == "meta" and not is_fake(weight) for weight in module.parameters())
     models = (empty.model, traced["controlnet_cond"].model)
     nodes = [
         [(node.op_type, [value.name for value in node.inputs if value]) for node in model.graph] for model in models
