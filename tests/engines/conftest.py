@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 
 from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import Geometry, GraphSpec, TensorSpec, graph_specs
@@ -108,20 +108,18 @@ class ToyGraph:
         self.path = folder / "toy.onnx"
         self.spec = SPEC
         self.weight = np.random.default_rng(7).standard_normal((4, 3)).astype(np.float16)
-        weight = numpy_helper.from_array(self.weight, "W")
         # A node, not an initializer: ONNX Runtime refuses axes in external data.
-        axes = numpy_helper.from_array(np.array([1, 2]), "axes")
-        nodes = [
-            helper.make_node("Constant", [], ["axes"], value=axes),
-            helper.make_node("Cast", ["W"], ["W32"], to=TensorProto.FLOAT),
-            helper.make_node("MatMul", ["W32", "x"], ["Wx"]),
-            helper.make_node("Mul", ["Wx", "scale"], ["scaled"]),
-            helper.make_node("Cast", ["timestep"], ["t32"], to=TensorProto.FLOAT),
-            helper.make_node("Unsqueeze", ["t32", "axes"], ["t"]),
-            helper.make_node("Add", ["scaled", "t"], ["y"]),
-            helper.make_node("ReduceSum", ["y", "axes"], ["total"], keepdims=0),
-        ]
-        _save(self.path, SPEC, nodes, weight)
+        text = """toy (float[B, 3, N] x, int64[B] timestep, float scale) => (float[B, 4, N] y, float[B] total) {
+            axes = Constant <value = int64[2] {1, 2}> ()
+            W32 = Cast <to = 1> (W)
+            Wx = MatMul (W32, x)
+            scaled = Mul (Wx, scale)
+            t32 = Cast <to = 1> (timestep)
+            t = Unsqueeze (t32, axes)
+            y = Add (scaled, t)
+            total = ReduceSum <keepdims = 0> (y, axes)
+        }"""
+        _save(self.path, text, self.weight)
 
     def feeds(self, batch: int = 2, length: int = 5, seed: int = 0) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(seed)
@@ -147,11 +145,8 @@ class ProductGraph:
         rng = np.random.default_rng(0)
         self.x, weight = rng.standard_normal((3, 64)).astype(np.float32), rng.standard_normal((64, 64))
         self.weight = weight.astype(np.float16)
-        nodes = [
-            helper.make_node("Cast", ["W"], ["W32"], to=TensorProto.FLOAT),
-            helper.make_node("MatMul", ["x", "W32"], ["y"]),
-        ]
-        _save(self.path, self.spec, nodes, numpy_helper.from_array(self.weight, "W"))
+        text = "product (float[N, 64] x) => (float[N, 64] y) { W32 = Cast <to = 1> (W) y = MatMul (x, W32) }"
+        _save(self.path, text, self.weight)
 
 
 @pytest.fixture
@@ -159,18 +154,12 @@ def product(tmp_path: Path) -> ProductGraph:
     return ProductGraph(tmp_path / "graphs")
 
 
-def _save(path: Path, spec: GraphSpec, nodes: list[onnx.NodeProto], weight: TensorProto) -> None:
-    """Write a graph whose weight lies beside it in a file of data."""
-    sides = ([_value_info(tensor) for tensor in side] for side in (spec.inputs, spec.outputs))
-    graph = helper.make_graph(nodes, spec.name, *sides, [weight])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+def _save(path: Path, text: str, weight: np.ndarray) -> None:
+    """Write the graph `text` (onnx.parser), whose weight W lies beside it in a file of data."""
+    model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 18]> {text}')
+    model.graph.initializer.append(numpy_helper.from_array(weight, "W"))
     location = path.with_suffix(".data").name
     onnx.save(model, path, save_as_external_data=True, location=location, size_threshold=0)
-
-
-def _value_info(tensor: TensorSpec) -> onnx.ValueInfoProto:
-    dtype = helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
-    return helper.make_tensor_value_info(tensor.name, dtype, list(tensor.shape))
 
 
 @pytest.fixture
