@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.mini.training.mini_base import MiniConfig, build_mini
+from graph_runs import random_feeds
 from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import Bundle
 from lsast_export.bundle.export import ExportOptions, export_bundle
@@ -78,23 +79,11 @@ def run() -> Run:
 
 
 @pytest.fixture
-def feeds(base: Base) -> Callable[..., dict[str, np.ndarray]]:
+def feeds() -> Callable[..., dict[str, np.ndarray]]:
     """Random inputs of the denoiser: feeds(bundle, batch, rows, height, width) in latent cells."""
 
     def draw(bundle: Bundle, batch: int, rows: int, height: int, width: int, seed: int = 0) -> dict[str, np.ndarray]:
-        g = bundle.manifest.geometry
-        generator = np.random.default_rng(seed)
-
-        def normal(*shape: int) -> np.ndarray:
-            return generator.standard_normal(shape, dtype=np.float32)
-
-        return {
-            "latent": normal(batch, g.latent_channels, height, width),
-            "hint": normal(batch, g.hint_channels, height, width),
-            "timestep": generator.integers(0, 1000, batch),
-            "kv_unet": normal(rows, batch, g.tokens, g.unet_width),
-            "kv_control": normal(batch, g.tokens, g.control_width),
-            "control_scale": np.asarray(0.7, np.float32),
-        }
+        lengths = {"B": batch, "G": rows, "h": height, "w": width}
+        return random_feeds(bundle.manifest.graphs["denoiser"], lengths, seed)
 
     return draw

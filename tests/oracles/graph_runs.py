@@ -14,9 +14,9 @@ LENGTHS = {"B": 1, "G": 2, "H": 128, "W": 192, "h": 16, "w": 24, "h2": 8, "w2": 
 Feeds = dict[str, np.ndarray]
 
 
-def random_feeds(spec: GraphSpec, lengths: Mapping[str, int] = LENGTHS) -> Feeds:
+def random_feeds(spec: GraphSpec, lengths: Mapping[str, int] = LENGTHS, seed: int = 0) -> Feeds:
     """Inputs of a graph: timesteps, and normally distributed numbers."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     feeds = {}
     for tensor in spec.inputs:
         shape = [lengths[axis] if isinstance(axis, str) else axis for axis in tensor.shape]

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
 import lsast
+from graph_runs import run_graph
 from lsast_engines.backends.onnxruntime import OnnxRuntimeEngine
 from lsast_engines.backends.openvino import compute_dtypes
 from lsast_engines.backends.registry import open_engine
@@ -81,15 +82,6 @@ def draw(count: int) -> list[dict[str, np.ndarray]]:
     return [{"x": rng.standard_normal((1, 16, 8, 8)).astype(np.float32)} for _ in range(count)]
 
 
-def run_model(model: Any, feeds: dict[str, np.ndarray], optimised: bool = True) -> list[np.ndarray]:
-    """What a model in memory, or in a file, gives; not optimised, it quantizes and multiplies in float32."""
-    given = str(model) if isinstance(model, Path) else model.SerializeToString()
-    options = onnxruntime.SessionOptions()
-    if not optimised:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"]).run(None, feeds)
-
-
 def calibrated(
     path: Path, feeds: list[dict[str, np.ndarray]], spec: GraphSpec = SPEC, folder: Path | None = None
 ) -> Calibration:
@@ -127,8 +119,9 @@ def test_fold_weights_keeps_a_split_with_another_reader(tmp_path):
     onnx.save(model, tmp_path / "read.onnx")
     (feeds,) = draw(1)
     plain = folded(tmp_path / "read.onnx", tmp_path)
-    for found, expected in zip(run_model(plain, feeds), run_model(model, feeds), strict=True):
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+    found = run_graph(plain, feeds)
+    for name, expected in run_graph(tmp_path / "read.onnx", feeds).items():
+        np.testing.assert_allclose(found[name], expected, atol=1e-5)
 
 
 def test_int8_graph_runs_in_int8_on_onnx_runtime(tmp_path, monkeypatch):
@@ -194,15 +187,17 @@ def test_int8_graph_has_the_numbers_of_onnx_runtimes_quantizer(tmp_path):
     quantizer.quantize_model()
     theirs = quantizer.model.model
     calibration = calibrated(path, draw(4))
-    ours = onnx.load(saved(calibration.quantized([]), calibration.folder))
+    ours = saved(calibration.quantized([]), calibration.folder)
+    onnx.save(theirs, tmp_path / "theirs.onnx")
 
     def numbers(model: Any) -> list[bytes]:
         tensors = [numpy_helper.to_array(tensor) for tensor in model.graph.initializer]
         return sorted(array.tobytes() for array in tensors if array.dtype in (np.int8, np.int32) and array.any())
 
-    assert numbers(ours) == numbers(theirs)
+    assert numbers(onnx.load(ours)) == numbers(theirs)
     (feeds,) = draw(1)
-    found, expected = (run_model(model, feeds, optimised=False)[0] for model in (ours, theirs))
+    # Not optimized, ONNX Runtime quantizes and multiplies in float32.
+    found, expected = (run_graph(path, feeds, optimize=False)["y"] for path in (ours, tmp_path / "theirs.onnx"))
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -212,10 +207,10 @@ def test_int8_engine_multiplies_without_overflow_on_any_processor(tmp_path):
     calibration = calibrated(path, draw(4))
     ours = saved(calibration.quantized([]), calibration.folder)
     (feeds,) = draw(1)
-    expected = run_model(ours, feeds, optimised=False)[0]
+    expected = run_graph(ours, feeds, optimize=False)["y"]
     with contextlib.closing(OnnxRuntimeEngine(ours, SPEC, "cpu", 1)) as engine:
         found = engine(feeds)["y"]
-    assert (found - expected).std() < 0.5 * (run_model(path, feeds)[0] - expected).std()
+    assert (found - expected).std() < 0.5 * (run_graph(path, feeds)["y"] - expected).std()
 
 
 def test_int8_graph_keeps_a_bias_larger_than_its_weights(tmp_path):
@@ -248,7 +243,7 @@ def test_weight_file_stores_equal_weights_of_two_graphs_once(tmp_path):
                 weights.save(onnx.load(path), tmp_path, name)
         sizes.append((folder / NAME).stat().st_size)
         (feeds,) = draw(1)
-        np.testing.assert_array_equal(run_model(folder / names[-1], feeds)[0], run_model(path, feeds)[0])
+        np.testing.assert_array_equal(run_graph(folder / names[-1], feeds)["y"], run_graph(path, feeds)["y"])
     assert sizes[0] == sizes[1] > 32 * 32 * 9 * 4
 
 

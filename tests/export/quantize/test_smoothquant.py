@@ -4,10 +4,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from graph_runs import run_graph
 from lsast_engines.bundle.graph_spec import GraphSpec, TensorSpec
 from lsast_export.quantize.smoothquant import find_groups
 
-from .test_quantize import calibrated, error, run_model, save_graph, saved
+from .test_quantize import calibrated, error, save_graph, saved
 
 WIDTH = 16
 SPEC = GraphSpec(
@@ -78,11 +79,11 @@ def test_smoothing_factors_of_a_zero_channel_are_one(tmp_path):
 def test_smooth_halves_the_error_of_int8_with_outliers(tmp_path):
     path = block(tmp_path)
     (feeds,) = draw(1, seed=2)
-    (expected,) = run_model(path, feeds)
+    expected = run_graph(path, feeds)["y"]
     calibration = calibrated(path, draw(8), SPEC)
-    plain = error(run_model(saved(calibration.quantized([]), calibration.folder), feeds)[0], expected)
+    plain = error(run_graph(saved(calibration.quantized([]), calibration.folder), feeds)["y"], expected)
     calibration.smooth(calibration.smoothing_factors(0.5))
-    assert error(run_model(saved(calibration.quantized([]), calibration.folder), feeds)[0], expected) < plain / 2
+    assert error(run_graph(saved(calibration.quantized([]), calibration.folder), feeds)["y"], expected) < plain / 2
 
 
 def test_folded_and_smoothed_denoiser_computes_the_same_in_the_predicted_ranges(bundles, feeds, run, tmp_path):
