@@ -68,12 +68,13 @@ def bundles(
 
 @pytest.fixture
 def run() -> Run:
-    """Runs a graph of a bundle once: run(bundle, graph, backend=…, **inputs)."""
+    """Runs a graph of a bundle once on those of `inputs` that it takes: run(bundle, graph, backend=…, **inputs)."""
 
     def run_once(bundle: Bundle, graph: str, backend: str = "onnxruntime", **feeds: Any) -> dict[str, np.ndarray]:
         spec = bundle.manifest.graphs[graph]
         with closing(open_engine(bundle.graph_path(graph), spec, backend, threads=1)) as engine:
-            return {name: value.copy() for name, value in engine(feeds).items()}
+            taken = {tensor.name: feeds[tensor.name] for tensor in spec.inputs}
+            return {name: value.copy() for name, value in engine(taken).items()}
 
     return run_once
 

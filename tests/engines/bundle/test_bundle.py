@@ -8,11 +8,8 @@ import pytest
 
 from lsast_engines.bundle.bundle import Bundle, find_bundle, user_style_folder
 from lsast_engines.bundle.graph_spec import GraphSpec, TensorSpec
-from lsast_engines.bundle.style import Style
 from lsast_engines.errors import BundleError, StyleError, UsageError
 from lsast_engines.files import exchange, file_sha256
-
-MakeStyle = Callable[..., Style]
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -21,8 +21,6 @@ from lsast_engines.bundle.style import (
 )
 from lsast_engines.errors import StyleError, UsageError
 
-MakeStyle = Callable[..., Style]
-
 
 def test_style_file_round_trip_keeps_all_fields_in_float16(tmp_path, make_style):
     style = make_style("vangogh")

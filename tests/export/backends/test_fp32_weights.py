@@ -3,7 +3,6 @@
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +18,6 @@ from lsast_engines.backends.fp32_weights import is_current, with_fp32_weights
 from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.graph_spec import REQUIRED_GRAPHS
 from lsast_engines.files import file_sha256
-
-Run = Callable[..., dict[str, np.ndarray]]
-Feeds = Callable[..., dict[str, np.ndarray]]
 
 
 @pytest.fixture

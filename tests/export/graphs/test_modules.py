@@ -1,7 +1,6 @@
 """What exported graphs compute: against torch, against unmodified diffusers networks, on two backends."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,6 @@ from lsast_export.graphs.trace import trace
 from lsast_train.base.base import Base
 from lsast_train.base.kv_packing import kv_layouts
 from lsast_train.base.lazy_base import load_base
-
-Run = Callable[..., dict[str, np.ndarray]]
-Feeds = Callable[..., dict[str, np.ndarray]]
 
 # None of these was traced or compared at export: batch 3, and shapes of other proportions.
 SHAPES = [(3, 2, 8, 8), (1, 1, 24, 8), (2, 2, 8, 32)]

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,6 @@ from lsast_export.cli.main import main
 from lsast_export.graphs.small_decoder import WEIGHTS, read_small_decoder
 from lsast_export.quantize.options import QuantizeOptions
 from lsast_export.quantize.quantize import quantize_bundle
-
-Run = Callable[..., dict[str, np.ndarray]]
 
 GRAPH = f"{VAE_DECODER_TINY}.onnx"
 SCALE = 0.5

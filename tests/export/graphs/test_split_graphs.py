@@ -21,7 +21,6 @@ from lsast_train.base.kv_packing import kv_layouts
 from lsast_train.base.lazy_base import load_base
 
 Run = Callable[..., dict[str, np.ndarray]]
-Feeds = Callable[..., dict[str, np.ndarray]]
 
 
 @pytest.fixture
@@ -33,16 +32,8 @@ def split(
     inputs: dict[str, np.ndarray], run: Run, bundle: Bundle, backend: str = "onnxruntime"
 ) -> dict[str, np.ndarray]:
     """What `controlnet`, then `unet_full`, give for the inputs of a denoiser; with what the graphs go on with."""
-    control = {name: value for name, value in inputs.items() if name != "kv_unet"}
-    residuals = run(bundle, "controlnet", backend=backend, **control)
-    own = {name: inputs[name] for name in ("latent", "timestep", "kv_unet")}
-    return {**residuals, **run(bundle, "unet_full", backend=backend, **own, **residuals)}
-
-
-def outer(bundle: Bundle, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What `unet_outer` takes of it."""
-    names = {tensor.name for tensor in bundle.manifest.graphs["unet_outer"].inputs}
-    return {name: value for name, value in found.items() if name in names}
+    residuals = run(bundle, "controlnet", backend=backend, **inputs)
+    return {**residuals, **run(bundle, "unet_full", backend=backend, **inputs, **residuals)}
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
@@ -52,8 +43,7 @@ def test_split_graphs_in_sequence_match_the_denoiser(split_bundle, run, feeds, s
     whole = run(split_bundle, "denoiser", backend=backend, **inputs)["eps"]
     found = split(inputs, run, split_bundle, backend)
     np.testing.assert_allclose(found["eps"], whole, rtol=0, atol=2e-6 * np.abs(whole).max())
-    own = {name: inputs[name] for name in ("latent", "timestep", "kv_unet")}
-    again = run(split_bundle, "unet_outer", backend=backend, **own, **outer(split_bundle, found))["eps"]
+    again = run(split_bundle, "unet_outer", backend=backend, **inputs, **found)["eps"]
     np.testing.assert_allclose(again, found["eps"], rtol=0, atol=1e-6 * np.abs(whole).max())
 
 
@@ -68,8 +58,7 @@ def test_quantized_split_graphs_match_the_quantized_denoiser(split_bundle, run, 
 
     # A last bit may round the other way, and go on through all layers behind it.
     assert distance(found["eps"], whole) < distance(whole, expected) / 3
-    own = {name: inputs[name] for name in ("latent", "timestep", "kv_unet")}
-    again = run(quantized, "unet_outer", **own, **outer(quantized, found))["eps"]
+    again = run(quantized, "unet_outer", **inputs, **found)["eps"]
     assert distance(again, found["eps"]) < distance(whole, expected) / 3
 
 
@@ -84,8 +73,7 @@ def test_unet_outer_on_a_cached_feature_matches_torch(split_bundle, run, feeds):
         with torch.no_grad():
             inputs["kv_unet"] = kv_layouts(source)[0].project(contexts)[None].numpy()
     found = split(before, run, split_bundle)
-    own = {name: now[name] for name in ("latent", "timestep", "kv_unet")}
-    eps = run(split_bundle, "unet_outer", **own, **outer(split_bundle, found))["eps"][0]
+    eps = run(split_bundle, "unet_outer", **now, **found)["eps"][0]
 
     residuals = [torch.from_numpy(found[tensor.name]) for tensor in split_bundle.manifest.graphs["controlnet"].outputs]
     kept: list[torch.Tensor] = []

@@ -3,7 +3,7 @@
 They wait for a card: ``pytest -m gpu tests/export/tensorrt/test_gpu_engines.py``.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 
 import numpy as np
@@ -45,9 +45,6 @@ def denoiser(
     path = bundle.graph_path("denoiser")
     with closing(TensorRtEngine(path, spec, "cuda", None, request.param, flavor=library)) as engine:
         yield engine
-
-
-Feeds = Callable[..., dict[str, np.ndarray]]
 
 
 def test_engine_matches_onnx_runtime(denoiser, bundles, feeds, run):
