@@ -51,6 +51,13 @@ def test_missing_library_error_names_the_extra(monkeypatch, arguments):
         (["check"], "Missing argument 'BUNDLE'"),
         (["compile"], "Missing option '--backend'. Choose from: tensorrt, tensorrt-rtx (--help lists all options)"),
         (["golden", "x"], "lsast-export golden was removed"),
+        (["compile", "--backend", "tensorrt-rtx", "--sides", "1,2"], "expected three whole numbers"),
+        (["--style", "x", "--backend", "openvino"], "found --backend, which belongs to a whole bundle"),
+        (["compile", "--backend", "tensorrt-rtx", "--compute-dtype", "bf16"], "compiled in fp32 or fp16"),
+        (["compile", "--backend", "tensorrt-rtx", "--compute-dtype", "fp8"], "--compute-dtype fp8 was removed"),
+        (["compile", "--backend", "tensorrt", "--quantised", "x"], "--quantised was removed: no engine in 8 bits"),
+        (["modelopt", "out", "--to", "fp8"], "lsast-export modelopt was removed: "),
+        (["triton", "models"], "lsast-export triton was removed: no server was ever run; serve on many machines"),
     ],
 )
 def test_wrong_usage_is_one_line_and_status_2(arguments, message):

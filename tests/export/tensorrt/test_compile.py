@@ -188,24 +188,6 @@ def test_bake_with_a_tensorrt_backend_compiles_for_the_same_bundle(monkeypatch):
     assert facts["compiled"]["engines"] == str(engine_folder(EMBEDDED, "tensorrt-rtx", "fp16"))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["compile", "--backend", "tensorrt-rtx", "--sides", "1,2"], "expected three whole numbers"),
-        (["--style", "x", "--backend", "openvino"], "found --backend, which belongs to a whole bundle"),
-        (["compile", "--backend", "tensorrt-rtx", "--compute-dtype", "bf16"], "compiled in fp32 or fp16"),
-        (["compile", "--backend", "tensorrt-rtx", "--compute-dtype", "fp8"], "--compute-dtype fp8 was removed"),
-        (["compile", "--backend", "tensorrt", "--quantised", "x"], "--quantised was removed: no engine in 8 bits"),
-        (["modelopt", "out", "--to", "fp8"], "lsast-export modelopt was removed: "),
-        (["triton", "models"], "lsast-export triton was removed: no server was ever run; serve on many machines"),
-    ],
-)
-def test_compile_command_refuses_wrong_options(arguments, message):
-    result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 2
-    assert message in result.stderr
-
-
 def test_compile_bundle_lists_known_graphs(tmp_path):
     with pytest.raises(
         UsageError, match=r"found graphs decoding; expected of vae_encoder, controlnet_cond, denoiser, vae_decoder"
