@@ -26,9 +26,8 @@ from lsast_engines.bundle.graph_spec import (
     Geometry,
     UnetSplit,
 )
-from lsast_train.base.attention import packed_kv
+from lsast_train.base.attention import cross_attention_layers, packed_kv
 from lsast_train.base.base import Base
-from lsast_train.base.kv_packing import kv_layouts
 from lsast_train.base.lazy_base import LazyBase
 
 NETWORKS = ("unet", "controlnet", "autoencoder")
@@ -50,7 +49,9 @@ def base_on_meta(lazy: LazyBase, **loaded: Any) -> Base:
 
 def geometry(base: Base) -> Geometry:
     """The widths of `base`, from its networks, which may be on the meta device (`base_on_meta`)."""
-    unet, control = kv_layouts(base)
+    unet, control = (
+        sum(2 * layer.width for layer in cross_attention_layers(network)) for network in (base.unet, base.controlnet)
+    )
     side = base.config.multiple
     encoder = base.controlnet.controlnet_cond_embedding
     with torch.no_grad():
@@ -58,8 +59,8 @@ def geometry(base: Base) -> Geometry:
     return Geometry(
         hint_channels=hint.shape[1],
         tokens=base.config.tokens,
-        unet_width=unet.width,
-        control_width=control.width,
+        unet_width=unet,
+        control_width=control,
         latent_channels=int(base.unet.config.in_channels),
         factor=side // hint.shape[2],
     )

@@ -27,9 +27,9 @@ from lsast_engines.bundle.style import (
 )
 from lsast_engines.errors import StyleError, UsageError, fault_list
 from lsast_engines.files import require_writable
-from lsast_train.base.attention import GROUPS
+from lsast_train.base.attention import GROUPS, cross_attention_layers
 from lsast_train.base.base import Base
-from lsast_train.base.kv_packing import kv_layouts, project_kv
+from lsast_train.base.kv_packing import project_kv
 from lsast_train.base.lazy_base import LazyBase, check_fingerprint
 from lsast_train.prompts.prompt_file import Prompts, find_prompts, load_prompts
 
@@ -123,7 +123,7 @@ class KVProjector:
     @classmethod
     def of_base(cls, base: Base, lazy: LazyBase | None = None) -> KVProjector:
         """Take them from the networks of `base`, or from `lazy`, whose networks `base` has on the meta device."""
-        layers = tuple(entry for layout in kv_layouts(base) for entry in layout.entries)
+        layers = (*cross_attention_layers(base.unet), *cross_attention_layers(base.controlnet))
         networks: dict[str, Mapping[str, torch.Tensor]] = {
             prefix: base.networks()[prefix].state_dict() if lazy is None else lazy.networks[prefix]().tensors
             for prefix in _NETWORKS.values()

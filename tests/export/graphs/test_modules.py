@@ -16,7 +16,7 @@ from lsast_export.graphs import modules as graphs
 from lsast_export.graphs.modules import SplitProcessor, geometry, graph_module, head_groups, split_attention
 from lsast_export.graphs.trace import trace
 from lsast_train.base.base import Base
-from lsast_train.base.kv_packing import kv_layouts
+from lsast_train.base.kv_packing import project_contexts
 from lsast_train.base.lazy_base import load_base
 
 # None of these was traced or compared at export: batch 3, and shapes of other proportions.
@@ -63,10 +63,10 @@ def test_denoiser_graph_matches_stock_diffusers_networks(bundles, run, storage_d
         ]
         # v = sqrt(abar) eps - sqrt(1 - abar) x0 (Salimans & Ho 2022)
         expected = torch.stack([abar.sqrt() * v + (1 - abar).sqrt() * latent for v in halves]).numpy()
-        layouts = kv_layouts(load_base(bundle.path))
+        base = load_base(bundle.path)
         grouped = context[:, :, None].expand(-1, -1, 3, -1, -1)  # the same context for all layer groups
-        kv_unet = torch.stack([layouts[0].project(rows) for rows in grouped]).numpy()
-        kv_control = layouts[1].project(grouped[1]).numpy()
+        kv_unet = torch.stack([project_contexts(base.unet, rows) for rows in grouped]).numpy()
+        kv_control = project_contexts(base.controlnet, grouped[1]).numpy()
     hint = run(bundle, "controlnet_cond", edges=edges.numpy())["hint"]
     found = run(
         bundle,

@@ -17,7 +17,7 @@ from lsast_export.bundle.export import export_bundle
 from lsast_export.quantize.options import QuantizeOptions
 from lsast_export.quantize.quantize import quantize_bundle
 from lsast_train.base.attention import layer_contexts
-from lsast_train.base.kv_packing import kv_layouts
+from lsast_train.base.kv_packing import project_contexts
 from lsast_train.base.lazy_base import load_base
 
 Run = Callable[..., dict[str, np.ndarray]]
@@ -71,7 +71,7 @@ def test_unet_outer_on_a_cached_feature_matches_torch(split_bundle, run, feeds):
     )
     for inputs in (before, now):
         with torch.no_grad():
-            inputs["kv_unet"] = kv_layouts(source)[0].project(contexts)[None].numpy()
+            inputs["kv_unet"] = project_contexts(source.unet, contexts)[None].numpy()
     found = split(before, run, split_bundle)
     eps = run(split_bundle, "unet_outer", **now, **found)["eps"][0]
 

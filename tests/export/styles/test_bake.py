@@ -9,9 +9,8 @@ import torch
 from lsast_engines.bundle.bundle import EMBEDDED, Bundle
 from lsast_engines.errors import StyleError, UsageError
 from lsast_export.styles.bake import KVProjector, bake_for_bundle, bake_null_style, bake_prompts, bake_style
-from lsast_train.base.attention import GROUPS
+from lsast_train.base.attention import GROUPS, cross_attention_layers
 from lsast_train.base.base import Base
-from lsast_train.base.kv_packing import kv_layouts
 
 
 def random_contexts(base: Base, *leading: int) -> torch.Tensor:
@@ -40,8 +39,8 @@ def test_attention_layers_locate_the_columns_of_each_layer(base):
 def test_bake_null_style_projects_the_null_context(base):
     style = bake_null_style(KVProjector.of_base(base))
     assert (style.stages, style.base) == (1, base.fingerprint)
-    attn = base.unet.get_submodule(kv_layouts(base)[0].entries[-1].name)
-    entry = kv_layouts(base)[0].entries[-1]
+    entry = cross_attention_layers(base.unet)[-1]
+    attn = base.unet.get_submodule(entry.name)
     expected = (base.null_context @ attn.to_v.weight.T).numpy()
     np.testing.assert_allclose(style.kv_unet[0, :, entry.offset + entry.width :], expected, rtol=0, atol=1e-5)
 

@@ -18,7 +18,7 @@ from lsast_export.cli.main import import_command
 from lsast_export.graphs.modules import base_on_meta
 from lsast_export.styles.bake import KVProjector, bake_prompts
 from lsast_export.styles.released_checkpoint import import_prompts, read_released
-from lsast_train.base.kv_packing import kv_layouts
+from lsast_train.base.attention import cross_attention_layers
 from lsast_train.base.lazy_base import LazyBase, open_base
 from lsast_train.checkpoints.source import BaseSource
 from lsast_train.prompts.prompt_file import load_prompts
@@ -101,7 +101,7 @@ def test_imported_prompts_are_resolved_in_the_released_layout_and_baked_without_
     networks = base_on_meta(published)
     style = bake_prompts(KVProjector.of_base(networks, published), prompts)
     assert (style.stages, style.tokens, style.meta["prompt"]) == (10, 77, "text")
-    entry = kv_layouts(networks)[0].entries[-1]
+    entry = cross_attention_layers(networks.unet)[-1]
     assert entry.group == "up"
     keys = published.load("unet").get_submodule(entry.name).to_k.weight
     expected = (prompts.prompts[6, 2] @ keys.T).numpy()

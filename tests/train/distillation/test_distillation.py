@@ -15,7 +15,7 @@ from lsast_engines.diffusion import SOLVERS, NoiseSchedule, TimestepSchedule
 from lsast_engines.errors import StyleError, TrainingError, UsageError
 from lsast_train.base.attention import packed_kv
 from lsast_train.base.base import Base
-from lsast_train.base.kv_packing import kv_layouts
+from lsast_train.base.kv_packing import project_contexts
 from lsast_train.base.lazy_base import save_base
 from lsast_train.distillation.distillation import Distillation
 from lsast_train.distillation.student import null_rows, read_style
@@ -64,7 +64,7 @@ def test_distillation_brings_one_pass_nearer_to_two(base, source, collection, tm
 
 def test_distillation_on_a_linear_base_finds_guidance_exactly(base, source, collection, tmp_path, monkeypatch):
     """ε linear in keys and values: null + g (style - null) is the answer, and g = 4 is among the initial values."""
-    width = kv_layouts(base)[0].width
+    width = source.kv_unet.shape[2]
     mix = torch.randn(width, 4, generator=torch.Generator().manual_seed(3)) / width**0.5
 
     def linear(_: Base, latent: torch.Tensor, __: Any, kv: Any, **___: Any) -> torch.Tensor:
@@ -141,7 +141,7 @@ def prompts(base: Base) -> torch.Tensor:
 def source(base: Base, prompts: torch.Tensor) -> Style:
     """The style of `prompts`."""
     with torch.no_grad():
-        kv_unet, kv_control = (layout.project(prompts).numpy() for layout in kv_layouts(base))
+        kv_unet, kv_control = (project_contexts(net, prompts).numpy() for net in (base.unet, base.controlnet))
     return Style("hand", base.fingerprint, 10, base.config.tokens, kv_unet, kv_control)
 
 

@@ -6,7 +6,6 @@ axis, ``K_0 | V_0 | K_1 | V_1 | …``, in the order of `cross_attention_layers`.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,30 +15,6 @@ from torch import nn
 from lsast_engines.bundle.manifest import AttentionLayer
 
 from .attention import GROUPS, cross_attention_layers
-from .base import Base
-
-
-@dataclass(frozen=True)
-class KVLayout:
-    """The cross-attentions of one network and where each finds its columns."""
-
-    network: nn.Module
-    entries: tuple[AttentionLayer, ...]
-
-    @property
-    def width(self) -> int:
-        """Columns of a packed row."""
-        return sum(2 * layer.width for layer in self.entries)
-
-    def weight(self, layer: AttentionLayer, matrix: str) -> torch.Tensor:
-        """The matrix ``to_k`` or ``to_v`` of a layer."""
-        linear: Any = self.network.get_submodule(f"{layer.name}.{matrix}")
-        weight: torch.Tensor = linear.weight
-        return weight
-
-    def project(self, contexts: torch.Tensor) -> torch.Tensor:
-        """Contexts [N, 3, T, dim], groups in the order of `GROUPS`, to packed keys and values [N, T, width]."""
-        return project_kv(self.entries, contexts, self.weight)
 
 
 def project_kv(
@@ -59,7 +34,12 @@ def project_kv(
     return torch.cat(parts, dim=-1)
 
 
-def kv_layouts(base: Base) -> tuple[KVLayout, KVLayout]:
-    """The layouts of the base's U-Net and ControlNet."""
-    unet, control = (KVLayout(net, tuple(cross_attention_layers(net))) for net in (base.unet, base.controlnet))
-    return unet, control
+def project_contexts(network: nn.Module, contexts: torch.Tensor) -> torch.Tensor:
+    """Packed keys and values [N, T, width] of `contexts`, as of `project_kv`, in a U-Net or ControlNet."""
+
+    def weight(layer: AttentionLayer, matrix: str) -> torch.Tensor:
+        linear: Any = network.get_submodule(f"{layer.name}.{matrix}")
+        found: torch.Tensor = linear.weight
+        return found
+
+    return project_kv(cross_attention_layers(network), contexts, weight)

@@ -22,7 +22,6 @@ from lsast_engines.errors import TrainingError, UsageError, fault_list
 
 from ..base.attention import packed_kv
 from ..base.base import Base, autocast
-from ..base.kv_packing import kv_layouts
 from ..options import DistillOptions
 from ..paintings import PaintingDataset
 from ..training.loop import TrainingLoop
@@ -74,7 +73,7 @@ class Distillation:
         if faults:
             raise UsageError(fault_list(f"style {style.name!r} has invalid defaults:", faults))
         base.to(find_device(device))
-        self.student = Student(style, kv_layouts(base)[0]).to(base.device)
+        self.student = Student(style, base.unet).to(base.device)
         self.optimizer = torch.optim.AdamW(
             self.student.parameters(), lr=options.lr, betas=(0.9, 0.999), weight_decay=0.0, **fused(base.device)
         )

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import nn
 
 from lsast_engines.bundle.bundle import Bundle
@@ -10,9 +11,9 @@ from lsast_engines.bundle.manifest import MANIFEST
 from lsast_engines.bundle.style import DISTILLED_GUIDANCE_KEY, Style
 from lsast_engines.errors import StyleError
 
-from ..base.attention import GROUPS
+from ..base.attention import GROUPS, cross_attention_layers
 from ..base.base import Base
-from ..base.kv_packing import KVLayout, kv_layouts
+from ..base.kv_packing import project_contexts
 from ..base.lazy_base import check_fingerprint
 from ..prompts.prompt_file import find_prompts, load_prompts
 
@@ -23,19 +24,20 @@ class Student(nn.Module):
     The scale is the root mean square of each layer's keys or values, so that one learning rate suits all layers.
 
     Args:
-        layout: of the U-Net's keys and values.
+        unet: the base's.
     """
 
     init: torch.Tensor
     control: torch.Tensor
     scale: torch.Tensor
 
-    def __init__(self, style: Style, layout: KVLayout) -> None:
+    def __init__(self, style: Style, unet: nn.Module) -> None:
         super().__init__()
         kv_unet = torch.from_numpy(style.kv_unet)
         self.register_buffer("init", kv_unet.clone())
         self.register_buffer("control", torch.from_numpy(style.kv_control), persistent=False)
-        parts = kv_unet.split([width for entry in layout.entries for width in (entry.width, entry.width)], dim=2)
+        widths = [layer.width for layer in cross_attention_layers(unet) for _ in ("key", "value")]
+        parts = kv_unet.split(widths, dim=2)
         scale = torch.cat([part.square().mean().sqrt().expand(part.shape[2]) for part in parts])
         self.register_buffer("scale", scale, persistent=False)
         self.delta = nn.ParameterList(torch.zeros_like(rows) for rows in kv_unet)
@@ -65,7 +67,7 @@ def read_style(name_or_path: str, base: Base, folder: Path | None = None) -> Sty
             raise StyleError(f"{error}; or a style of the base: {', '.join(styles) or 'it has none'}") from None
     if path.name.endswith(".prompts.safetensors"):
         found = load_prompts(path, base)
-        kv_unet, kv_control = (_project(layout, found.prompts).numpy() for layout in kv_layouts(base))
+        kv_unet, kv_control = (_project(net, found.prompts).numpy() for net in (base.unet, base.controlnet))
         meta = {**{key: str(getattr(found, key)) for key in ("variant", "layout", "prompt")}, **found.meta}
         return Style(found.name, base.fingerprint, len(kv_unet), kv_unet.shape[1], kv_unet, kv_control, meta)
     style = Style.load(path)
@@ -78,9 +80,9 @@ def read_style(name_or_path: str, base: Base, folder: Path | None = None) -> Sty
 def null_rows(base: Base) -> torch.Tensor:
     """Keys and values [T, Wu] of the base's null context in the U-Net, on the CPU."""
     context = base.null_context.float().expand(1, len(GROUPS), -1, -1)
-    return _project(kv_layouts(base)[0], context)[0]
+    return _project(base.unet, context)[0]
 
 
 @torch.no_grad()
-def _project(layout: KVLayout, prompts: torch.Tensor) -> torch.Tensor:
-    return layout.project(prompts.to(layout.weight(layout.entries[0], "to_k"))).float().cpu()
+def _project(network: UNet2DConditionModel | ControlNetModel, prompts: torch.Tensor) -> torch.Tensor:
+    return project_contexts(network, prompts.to(network.device, network.dtype)).float().cpu()
