@@ -59,32 +59,19 @@ class MiniAutoencoder(ModelMixin, ConfigMixin):
         decoder_blocks: tuple[int, int, int] = (3, 3, 2),
     ) -> None:
         super().__init__()
-        half, quarter, eighth = encoder_widths
-        self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(2),
-            nn.Conv2d(12, half, 3, padding=1),
-            *(ResidualBlock(half) for _ in range(encoder_blocks[0])),
-            nn.Conv2d(half, quarter, 3, stride=2, padding=1),
-            *(ResidualBlock(quarter) for _ in range(encoder_blocks[1])),
-            nn.Conv2d(quarter, eighth, 3, stride=2, padding=1),
-            *(ResidualBlock(eighth) for _ in range(encoder_blocks[2])),
-            nn.ReLU(),
-            nn.Conv2d(eighth, 4, 3, padding=1),
-        )
-        eighth, quarter, half = decoder_widths
-        self.decoder = nn.Sequential(
-            nn.Conv2d(4, eighth, 3, padding=1),
-            *(ResidualBlock(eighth) for _ in range(decoder_blocks[0])),
-            nn.Upsample(scale_factor=2),
-            nn.Conv2d(eighth, quarter, 3, padding=1),
-            *(ResidualBlock(quarter) for _ in range(decoder_blocks[1])),
-            nn.Upsample(scale_factor=2),
-            nn.Conv2d(quarter, half, 3, padding=1),
-            *(ResidualBlock(half) for _ in range(decoder_blocks[2])),
-            nn.ReLU(),
-            nn.Conv2d(half, 12, 3, padding=1),
-            nn.PixelShuffle(2),
-        )
+        layers: list[nn.Module] = [nn.PixelUnshuffle(2)]
+        channels = 12
+        for stride, width, blocks in zip((1, 2, 2), encoder_widths, encoder_blocks, strict=True):
+            layers += [nn.Conv2d(channels, width, 3, stride, padding=1), *(ResidualBlock(width) for _ in range(blocks))]
+            channels = width
+        self.encoder = nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(channels, 4, 3, padding=1))
+        layers, channels = [], 4
+        for width, blocks in zip(decoder_widths, decoder_blocks, strict=True):
+            if layers:
+                layers.append(nn.Upsample(scale_factor=2))
+            layers += [nn.Conv2d(channels, width, 3, padding=1), *(ResidualBlock(width) for _ in range(blocks))]
+            channels = width
+        self.decoder = nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(channels, 12, 3, padding=1), nn.PixelShuffle(2))
 
     def encode(self, image: torch.Tensor) -> torch.Tensor:
         """Image [B, 3, H, W] in [-1, 1] → latent [B, 4, H/8, W/8]."""
