@@ -95,13 +95,14 @@ def test_what_must_be_quick_loads_next_to_nothing(code, allowed):
     "code",
     [
         "from lsast_export.cli.main import main; main(['--help'], standalone_mode=False)",
+        "from lsast_train.cli.main import command; command(['--help'], standalone_mode=False)",
         "from lsast_eval.cli import main; main(['--help'], standalone_mode=False)",
         "import lsast_eval.voting.page",
     ],
 )
 def test_help_and_voting_load_no_torch(code):
     loaded = set(_python(f"{code}\nprint(json.dumps(loaded()))"))
-    assert not loaded & {"torch", "diffusers", "onnx", "onnxscript", "efficientnet_lite_pytorch", "scipy"}
+    assert not loaded & {"torch", "diffusers", "accelerate", "onnx", "onnxscript", "efficientnet_lite_pytorch", "scipy"}
 
 
 @pytest.mark.parametrize(
