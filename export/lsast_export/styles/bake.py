@@ -1,7 +1,7 @@
 """Baking: prompts become keys and values, which are all that the runtime reads of them.
 
 A cross-attention uses its context c only as K = W_k c and V = W_v c. Both depend on the style and the stage, not on
-the picture or the step, so a style *is* its keys and values, packed as `lsast_train.base.kv_packing` says. In the
+the picture or the step, so a style *is* its keys and values, packed as `lsast_train.base.attention` says. In the
 order of this file: a style's prompts are read, checked, projected and written.
 """
 
@@ -27,9 +27,8 @@ from lsast_engines.bundle.style import (
 )
 from lsast_engines.errors import StyleError, UsageError, fault_list
 from lsast_engines.files import require_writable
-from lsast_train.base.attention import GROUPS, cross_attention_layers
+from lsast_train.base.attention import GROUPS, cross_attention_layers, project_kv
 from lsast_train.base.base import Base
-from lsast_train.base.kv_packing import project_kv
 from lsast_train.base.lazy_base import LazyBase, check_fingerprint
 from lsast_train.prompts.prompt_file import Prompts, find_prompts, load_prompts
 

@@ -15,8 +15,8 @@ from lsast_engines.bundle.bundle import Bundle
 from lsast_export.graphs import modules as graphs
 from lsast_export.graphs.modules import SplitProcessor, geometry, graph_module, head_groups, split_attention
 from lsast_export.graphs.trace import trace
+from lsast_train.base.attention import project_contexts
 from lsast_train.base.base import Base
-from lsast_train.base.kv_packing import project_contexts
 from lsast_train.base.lazy_base import load_base
 
 # None of these was traced or compared at export: batch 3, and shapes of other proportions.

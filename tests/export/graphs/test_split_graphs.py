@@ -16,8 +16,7 @@ from lsast_engines.errors import BundleError, ParityError
 from lsast_export.bundle.export import export_bundle
 from lsast_export.quantize.options import QuantizeOptions
 from lsast_export.quantize.quantize import quantize_bundle
-from lsast_train.base.attention import layer_contexts
-from lsast_train.base.kv_packing import project_contexts
+from lsast_train.base.attention import layer_contexts, project_contexts
 from lsast_train.base.lazy_base import load_base
 
 Run = Callable[..., dict[str, np.ndarray]]

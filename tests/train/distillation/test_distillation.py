@@ -13,9 +13,8 @@ from benchmarks.mini.training.mini_base import MiniConfig, build_mini
 from lsast_engines.bundle.style import Style, StyleFile
 from lsast_engines.diffusion import SOLVERS, NoiseSchedule, TimestepSchedule
 from lsast_engines.errors import StyleError, TrainingError, UsageError
-from lsast_train.base.attention import packed_kv
+from lsast_train.base.attention import packed_kv, project_contexts
 from lsast_train.base.base import Base
-from lsast_train.base.kv_packing import project_contexts
 from lsast_train.base.lazy_base import save_base
 from lsast_train.distillation.distillation import Distillation
 from lsast_train.distillation.student import null_rows, read_style

@@ -11,9 +11,8 @@ from lsast_engines.bundle.manifest import MANIFEST
 from lsast_engines.bundle.style import DISTILLED_GUIDANCE_KEY, Style
 from lsast_engines.errors import StyleError
 
-from ..base.attention import GROUPS, cross_attention_layers
+from ..base.attention import GROUPS, cross_attention_layers, project_contexts
 from ..base.base import Base
-from ..base.kv_packing import project_contexts
 from ..base.lazy_base import check_fingerprint
 from ..prompts.prompt_file import find_prompts, load_prompts
 
