@@ -2,10 +2,10 @@ import json
 import subprocess
 import sys
 import threading
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
+from http.client import HTTPConnection
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -140,26 +140,13 @@ def test_draw_pairs_covers_all_pairs_in_random_order(folders):
         draw_pairs(folders["contents"], {"ours": folders["ours"]}, None, 0)
 
 
-class _Page:
-    def __init__(self, address: str) -> None:
-        self.address = address
-
-    def get(self, path: str, **headers: str) -> tuple[int, bytes]:
-        return self._open(urllib.request.Request(self.address + path, headers=headers))
-
-    def post(self, data: bytes, path: str = "vote", **headers: str) -> tuple[int, bytes]:
-        given = {"Content-Type": "application/json", **headers}
-        return self._open(urllib.request.Request(self.address + path, data, given))
-
-    @staticmethod
-    def _open(request: urllib.request.Request) -> tuple[int, bytes]:
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        try:
-            with opener.open(request, timeout=10) as answer:
-                return answer.status, answer.read()
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, error.read()
+def _ask(port: int, path: str, data: bytes | None = None, **headers: str) -> tuple[int, bytes]:
+    """Status and body that the page answers to a GET, or to a POST of `data`."""
+    kind = {} if data is None else {"Content-Type": "application/json"}
+    with closing(HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+        connection.request("GET" if data is None else "POST", f"/{path}", data, {**kind, **headers})
+        answer = connection.getresponse()
+        return answer.status, answer.read()
 
 
 @pytest.fixture
@@ -169,18 +156,19 @@ def session(folders: dict[str, Path], tmp_path: Path) -> VoteSession:
 
 
 @pytest.fixture
-def page(session: VoteSession) -> Iterator[_Page]:
+def port(session: VoteSession) -> Iterator[int]:
+    """Of a running page."""
     server = open_server(session)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    yield _Page(f"http://127.0.0.1:{server.server_address[1]}/")
+    yield server.server_address[1]
     server.shutdown()
     server.server_close()
     thread.join()
 
 
-def _shade(page: _Page, name: str) -> int:
-    status, data = page.get(name)
+def _shade(port: int, name: str) -> int:
+    status, data = _ask(port, name)
     assert status == 200
     picture = Image.open(BytesIO(data))
     assert picture.format == "PNG"
@@ -189,54 +177,54 @@ def _shade(page: _Page, name: str) -> int:
     return int(np.asarray(picture)[0, 0, 0])
 
 
-def test_page_writes_votes_for_the_shown_method(page, session, tmp_path):
+def test_page_writes_votes_for_the_shown_method(port, session, tmp_path):
     """The voter likes dark pictures, knows only what the page shows, and must elect the darkest method."""
-    status, html = page.get("")
+    status, html = _ask(port, "")
     assert status == 200
     assert b"<!doctype html>" in html
     for number in range(12):
-        status, answer = page.get("next")
+        status, answer = _ask(port, "next")
         question = json.loads(answer)
         assert (question["number"], question["total"], question["artist"]) == (number + 1, 12, "monet")
         assert not any(name.encode() in answer for name in (*METHODS, "s0", "s1", "s2", "s3"))
-        left, right = (_shade(page, question[side]) for side in ("left", "right"))
+        left, right = (_shade(port, question[side]) for side in ("left", "right"))
         choice = "left" if left < right else "right"
         vote = {"pair": question["pair"], "choice": choice, "seconds": 0.5}
-        assert page.post(json.dumps(vote).encode())[0] == 200
-        assert page.post(json.dumps(vote).encode())[0] == 400  # no second vote on one pair
+        assert _ask(port, "vote", json.dumps(vote).encode())[0] == 200
+        assert _ask(port, "vote", json.dumps(vote).encode())[0] == 400  # no second vote on one pair
         assert len(read_votes([tmp_path / "votes.jsonl"])) == number + 1
-    assert json.loads(page.get("next")[1]) == {"done": True}
+    assert json.loads(_ask(port, "next")[1]) == {"done": True}
     assert session.remaining == 0
     rates = {rate.method: rate.rate for rate in win_rates(read_votes([tmp_path / "votes.jsonl"])) if rate.other is None}
     assert rates == {"ours": 1, "magenta": 0.5, "reinhard": 0}
 
 
-def test_page_answers_this_machine_only(page, session, tmp_path):
-    number = json.loads(page.get("next")[1])["pair"]
+def test_page_answers_this_machine_only(port, session, tmp_path):
+    number = json.loads(_ask(port, "next")[1])["pair"]
     vote = json.dumps({"pair": number, "choice": "tie", "seconds": 1}).encode()
-    assert page.get("next", Host="evil.example")[0] == 403
-    assert page.post(vote, Origin="https://evil.example")[0] == 403
-    assert page.post(vote, **{"Content-Type": "text/plain"})[0] == 404
-    assert page.post(b"x" * 5000)[0] == 413
-    assert page.get("picture/0000")[0] == 404
-    assert page.get("../votes.jsonl")[0] == 404
+    assert _ask(port, "next", Host="evil.example")[0] == 403
+    assert _ask(port, "vote", vote, Origin="https://evil.example")[0] == 403
+    assert _ask(port, "vote", vote, **{"Content-Type": "text/plain"})[0] == 404
+    assert _ask(port, "vote", b"x" * 5000)[0] == 413
+    assert _ask(port, "picture/0000")[0] == 404
+    assert _ask(port, "../votes.jsonl")[0] == 404
     for bad in (b"no json", b"[]", b'{"pair": 0}', vote.replace(b"tie", b"all"), vote.replace(b"1}", b"-1}"),
                 vote.replace(b"1}", b"NaN}"), vote.replace(str(number).encode(), b"99")):  # fmt: skip
-        assert page.post(bad)[0] == 400
+        assert _ask(port, "vote", bad)[0] == 400
     assert not (tmp_path / "votes.jsonl").exists()
-    assert page.post(vote, Origin=page.address.rstrip("/"))[0] == 200
+    assert _ask(port, "vote", vote, Origin=f"http://127.0.0.1:{port}")[0] == 200
     assert session.remaining == 11
 
 
-def test_page_leaves_out_a_pair_whose_picture_is_damaged(page, session, folders, caplog):
-    question = json.loads(page.get("next")[1])
+def test_page_leaves_out_a_pair_whose_picture_is_damaged(port, session, folders, caplog):
+    question = json.loads(_ask(port, "next")[1])
     for method in METHODS:
         for file in folders[method].iterdir():
             file.write_bytes(b"no picture")
-    assert page.get(question["left"])[0] == 404
+    assert _ask(port, question["left"])[0] == 404
     assert "is left out" in caplog.text
-    assert json.loads(page.get("next")[1])["pair"] != question["pair"]
-    assert page.post(b"[" * 4000)[0] == 400
+    assert json.loads(_ask(port, "next")[1])["pair"] != question["pair"]
+    assert _ask(port, "vote", b"[" * 4000)[0] == 400
 
 
 def test_vote_session_asks_each_voter_once(folders, session, tmp_path):
@@ -252,7 +240,6 @@ def test_vote_session_asks_each_voter_once(folders, session, tmp_path):
     assert VoteSession(draw_pairs(folders["contents"], methods, None, 8), "hokusai", out, "me").remaining == 12
 
 
-def test_open_server_on_a_taken_port_fails(page, session):
-    port = int(page.address.rstrip("/").rpartition(":")[2])
+def test_open_server_on_a_taken_port_fails(port, session):
     with pytest.raises(UsageError, match=f"cannot listen on port {port}"):
         open_server(session, port)
