@@ -105,28 +105,6 @@ def to_pixels(rgb: Floats) -> Pixels:
     return pixels
 
 
-class Extrapolator:
-    """Caches the outputs of a graph and extrapolates them linearly in sigma for the steps at which it is skipped. After
-    a single run they are reused as they are."""
-
-    def __init__(self) -> None:
-        self._runs: list[tuple[Sigmas, dict[str, Floats]]] = []
-
-    def update(self, sigmas: Sigmas, outputs: Mapping[str, Floats]) -> dict[str, Floats]:
-        """Cache a copy of the outputs of a run at `sigmas` [B], each [B, …] or [G, B, C, h, w]; → the copy."""
-        copied = {name: value.copy() for name, value in outputs.items()}
-        self._runs = [*self._runs[-1:], (sigmas, copied)]
-        return copied
-
-    def at(self, sigmas: Sigmas) -> dict[str, Floats]:
-        """The outputs of a run at `sigmas` [B], extrapolated."""
-        (before_at, before), (last_at, last) = self._runs[0], self._runs[-1]
-        if len(self._runs) == 1:
-            return last
-        share = ((sigmas - last_at) / (last_at - before_at)).astype(np.float32)[:, None, None, None]
-        return {name: value + share * (value - before[name]) for name, value in last.items()}
-
-
 class CachedDenoiser:
     """Step caching: the whole U-Net at every n-th step, and between them its outermost level alone; for one run.
 
@@ -143,8 +121,8 @@ class CachedDenoiser:
         self._interval = interval
         self._sigmas: Sigmas = np.sqrt(1 - noise.alphas_cumprod)
         self._step = 0
-        self._residuals = Extrapolator()
-        self._feature = Extrapolator()
+        self._cached: list[tuple[Sigmas, dict[str, Floats]]] = []
+        """Of the last two full steps sigma [B], and copies of the residuals [B, …] and the feature [G, B, C, h, w]."""
 
     def __call__(
         self, latent: Floats, timestep: npt.NDArray[np.int64], hint: Floats, style: StageKV, control_scale: Floats
@@ -156,11 +134,20 @@ class CachedDenoiser:
         inputs = {"latent": latent, "timestep": timestep, "hint": hint, "control_scale": control_scale,
                   **style._asdict()}  # fmt: skip
         if not full:
-            return self._run(UNET_OUTER, {**inputs, **self._residuals.at(sigmas), **self._feature.at(sigmas)})["eps"]
-        residuals = self._residuals.update(sigmas, self._run(CONTROLNET, inputs))
+            return self._run(UNET_OUTER, {**inputs, **self._extrapolated(sigmas)})["eps"]
+        residuals = self._run(CONTROLNET, inputs)
         outputs = self._run(UNET_FULL, {**inputs, **residuals})
-        self._feature.update(sigmas, {"feature": outputs["feature"]})
+        copied = {name: value.copy() for name, value in {**residuals, "feature": outputs["feature"]}.items()}
+        self._cached = [*self._cached[-1:], (sigmas, copied)]
         return outputs["eps"]
+
+    def _extrapolated(self, sigmas: Sigmas) -> dict[str, Floats]:
+        """The cached values at `sigmas` [B], linear in sigma; after a single full step they are reused as they are."""
+        (before_at, before), (last_at, last) = self._cached[0], self._cached[-1]
+        if len(self._cached) == 1:
+            return last
+        share = ((sigmas - last_at) / (last_at - before_at)).astype(np.float32)[:, None, None, None]
+        return {name: value + share * (value - before[name]) for name, value in last.items()}
 
     def _run(self, name: str, inputs: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, Floats]:
         """Run a graph on those of `inputs` that it takes."""
@@ -169,6 +156,6 @@ class CachedDenoiser:
 
     def release_memory(self) -> None:
         """See `Denoiser.release_memory`; what is cached goes, too."""
-        self._residuals, self._feature = Extrapolator(), Extrapolator()
+        self._cached = []
         for graph in self._graphs.values():
             graph.engine.release_memory()
