@@ -1,4 +1,5 @@
-"""The whole path of one picture against plain numpy for the graphs and diffusers for the scheduler."""
+"""The whole path of one picture, with step caching too, against plain numpy for the graphs and diffusers for the
+scheduler."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,13 +19,20 @@ SCALE = 0.5  # latent_scale of the tiny bundle
 
 
 @pytest.fixture(params=sorted(available_backends()))
-def stylizer(request: pytest.FixtureRequest, bundle_path: Any) -> Iterator[Stylizer]:
-    with lsast.load(bundle_path, backend=request.param) as opened:
+def stylizer(request: pytest.FixtureRequest, split_path: Any) -> Iterator[Stylizer]:
+    with lsast.load(split_path, backend=request.param) as opened:
         yield opened
 
 
-def _paint_by_hand(weights: Any, bundle: Bundle, rgb: np.ndarray, edges: np.ndarray, options: dict[str, Any]) -> Any:
-    """The released algorithm (docs/method.md §4.2) for one picture of legal size, on the tiny graphs' own matrices."""
+def _coarse(held: np.ndarray) -> np.ndarray:
+    """What of [4, h, w] a level further down sees."""
+    means = held.reshape(4, held.shape[1] // 2, 2, held.shape[2] // 2, 2).mean(axis=(2, 4))
+    return np.repeat(np.repeat(means, 2, axis=1), 2, axis=2)
+
+
+def _sample_by_hand(weights: Any, bundle: Bundle, rgb: np.ndarray, edges: np.ndarray, options: dict[str, Any]) -> Any:
+    """The released algorithm (docs/method.md §4.2) for one picture of legal size, on the tiny graphs' own matrices: the
+    latent. With step caching, in the words of `Options`; nothing of `lsast.sampling.networks` is in it."""
     style, null = bundle.style(options["style"]), bundle.null_style
     height, width = rgb.shape[:2]
 
@@ -38,8 +46,9 @@ def _paint_by_hand(weights: Any, bundle: Bundle, rgb: np.ndarray, edges: np.ndar
     posterior, start = (rng.standard_normal(mean.shape, dtype=np.float32) for _ in range(2))
     z0 = torch.from_numpy(SCALE * (mean + std * posterior))
 
-    features = pooled(np.repeat(edges[:, :, None], 3, axis=2).astype(float)) @ weights.hint.T
-    held = (features @ weights.edges.T).transpose(2, 0, 1)  # [4, h, w]
+    hint = pooled(np.repeat(edges[:, :, None], 3, axis=2).astype(float)) @ weights.hint.T
+    edge_map = (hint @ weights.edges.T).transpose(2, 0, 1)  # [4, h, w]
+    abars = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
 
     scheduler = schedulers.scheduler("ddim" if options["solver"] == "ddim_lsast" else options["solver"])
     scheduler.set_timesteps(options["steps"])
@@ -51,19 +60,24 @@ def _paint_by_hand(weights: Any, bundle: Bundle, rgb: np.ndarray, edges: np.ndar
     # The released code noises one grid point further up than it begins.
     noised_to = scheduler.timesteps[skipped - 1 :][:1] if options["solver"] == "ddim_lsast" else timesteps[:1]
     z = scheduler.add_noise(z0, torch.from_numpy(start.astype(float)), noised_to)
-    for t in timesteps:
-        stage = int(t) // 100
-        shared = z.numpy()[0] / 2 + float(t) / 1000 * weights.time[0][:, None, None]
-        gate = style.kv_control[stage].astype(float).mean(axis=0) @ weights.control
-        shared = shared + options["control_scale"] * held * gate[:, None, None]
-        eps_c, eps_u = (
-            shared + (kv.astype(float).mean(axis=0) @ weights.unet)[:, None, None]
-            for kv in (style.kv_unet[stage], null.kv_unet[0])
-        )
-        eps = eps_u + options["guidance"] * (eps_c - eps_u)
+    full: list[tuple[float, np.ndarray]] = []  # of the full steps sigma, and ControlNet's residual with both features
+    for index, t in enumerate(timesteps):
+        sigma = np.sqrt(1 - abars[int(t)])
+        if index % options["cache_interval"] == 0:
+            stage = int(t) // 100
+            gate = style.kv_control[stage].astype(float).mean(axis=0) @ weights.control
+            held = options["control_scale"] * edge_map * gate[:, None, None]
+            deep = _coarse(held) + float(t) / 1000 * weights.time[0][:, None, None]
+            kv = (style.kv_unet[stage], null.kv_unet[0])
+            features = [(row.astype(float).mean(axis=0) @ weights.unet)[:, None, None] + deep for row in kv]
+            full.append((sigma, np.stack([held, *features])))
+        (before, old), (last, new) = full[-2:] if len(full) > 1 else (full[0], full[0])
+        share = (sigma - last) / (last - before) if last != before else 0.0
+        held, feature_c, feature_u = new + share * (new - old)
+        shallow = z.numpy()[0] / 2 + held - _coarse(held)
+        eps = shallow + feature_u + options["guidance"] * (feature_c - feature_u)
         z = scheduler.step(torch.from_numpy(eps[None]), t, z).prev_sample
-    image = np.einsum("rc,chw->hwr", weights.decode, z.numpy()[0] / SCALE)
-    return np.repeat(np.repeat(image, 8, axis=0), 8, axis=1)
+    return z.numpy()[0]
 
 
 CASES: list[dict[str, Any]] = [
@@ -74,20 +88,31 @@ CASES: list[dict[str, Any]] = [
     {"guidance": 0.0, "control_scale": 2.0, "strength": 0.05},
     {"steps": 50, "strength": 0.7, "guidance": 5.0, "control_scale": 0.4},
     {"steps": 50, "strength": 0.7, "solver": "ddim_lsast"},
+    {"cache_interval": 3, "steps": 12},
+    {"cache_interval": 2, "steps": 12, "guidance": 1.0},
+    {"cache_interval": 2, "steps": 12, "solver": "unipc"},
+    {"cache_interval": 4, "steps": 12, "solver": "dpmpp2m"},
 ]
 
 
 @pytest.mark.parametrize("change", CASES, ids=str)
-def test_stylize_gives_what_the_algorithm_says(stylizer, weights, change):
+def test_stylize_gives_what_the_algorithm_says(stylizer, weights, runs, change):
     rng = np.random.default_rng(5)
     rgb = np.repeat(np.repeat(rng.integers(60, 200, (8, 16, 3), dtype=np.uint8), 8, axis=0), 8, axis=1)
     edges = (cv2.Canny(rgb, 100, 200) > 0).astype(np.uint8)
     assert 0.01 < edges.mean() < 0.5
-    options = {**stylizer.bundle.manifest.defaults, "seed": 0, **change, "size": 0}
-
-    expected = (_paint_by_hand(weights, stylizer.bundle, rgb, edges, options) + 1) * 127.5
-    assert np.mean((expected > 0) & (expected < 255)) > 0.5, "a painting that is clipped proves nothing"
+    plain = {**stylizer.bundle.manifest.defaults, "seed": 0, **change, "size": 0, "cache_interval": 1}
+    options = plain | change
     found = np.asarray(stylizer.stylize(rgb, **options).image).astype(int)
+
+    latent = _sample_by_hand(weights, stylizer.bundle, rgb, edges, options)
+    np.testing.assert_allclose(runs[0].latents[0], latent, atol=2e-4 * np.abs(latent).max())
+    if options != plain:
+        other = _sample_by_hand(weights, stylizer.bundle, rgb, edges, plain)
+        assert np.abs(other - latent).max() > 1e-2 * np.abs(latent).max(), "no change proves nothing"
+    image = np.einsum("rc,chw->hwr", weights.decode, latent / SCALE)
+    expected = (np.repeat(np.repeat(image, 8, axis=0), 8, axis=1) + 1) * 127.5
+    assert np.mean((expected > 0) & (expected < 255)) > 0.5, "a painting that is clipped proves nothing"
     assert np.abs(found - np.clip(expected, 0, 255)).max() < 0.51
 
 
