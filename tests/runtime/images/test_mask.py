@@ -8,6 +8,7 @@ from PIL import Image
 
 from lsast import PictureError
 from lsast.images.mask import composite, keep_colour, read_mask, to_latent_mask
+from lsast_engines.diffusion import NoiseSchedule
 
 
 @pytest.fixture
@@ -32,19 +33,27 @@ def test_stylize_with_a_mask_paints_inside_and_keeps_the_outside_exactly(stylize
     assert (masked[inside] != picture[inside]).mean() > 0.9
 
 
-def test_stylize_with_a_mask_keeps_the_latent_outside(stylizer, picture, runs):
+@pytest.mark.parametrize(("solver", "rest"), [("ddim", True), ("dpmpp2m", False), ("unipc", False)])
+def test_stylize_with_a_mask_keeps_the_latent_outside(stylizer, picture, runs, solver, rest):
+    """There the latent ends as z0, noised to where the schedule ends."""
     mask = _mask()
     mask[:, 120:] = 51  # a fifth
-    stylizer.stylize(picture, mask=mask, feather=0, size=0, solver="dpmpp2m", strength=0.7)
-    (run,) = runs
+    options: dict[str, Any] = {"feather": 0, "size": 0, "solver": solver, "strength": 0.7}
+    stylizer.stylize(picture, **options, mask=mask)
+    stylizer.stylize(picture, **options)
+    run, free = runs
     mean, std = run.networks.vae_encoder(run.batch.pictures)
-    noise = np.random.Generator(np.random.PCG64(0)).standard_normal(mean.shape, dtype=np.float32)
-    z0, latent = (run.networks.latent_scale * (mean + std * noise))[0], run.latents[0]
-    outside = mask[::8, ::8] == 0
-    np.testing.assert_allclose(latent[:, outside], z0[:, outside], atol=1e-4)
-    assert np.abs(latent[:, ~outside] - z0[:, ~outside]).min(axis=0).max() > 1e-2
-    (solver,) = run.batch.solver(z0[None])._solvers
-    np.testing.assert_allclose(solver.weight, 1 - mask[::8, ::8] / 255, atol=1e-6)
+    draws = np.random.Generator(np.random.PCG64(0)).standard_normal((2, *mean.shape[1:]), dtype=np.float32)
+    z0 = run.networks.latent_scale * (mean + std * draws[0])[0]
+    abar = NoiseSchedule().alphas_cumprod[0] if rest else 1.0
+    kept, latent = np.sqrt(abar) * z0 + np.sqrt(1 - abar) * draws[1], run.latents[0]
+    inside, outside = (mask[::8, ::8] == value for value in (255, 0))
+    np.testing.assert_allclose(latent[:, outside], kept[:, outside], atol=1e-4)
+    np.testing.assert_allclose(latent[:, inside], free.latents[0][:, inside], atol=1e-4)
+    assert np.abs(latent[:, ~outside] - kept[:, ~outside]).min(axis=0).max() > 1e-2
+    assert np.abs(free.latents[0][:, outside] - kept[:, outside]).max() > 0.1
+    (blend,) = run.batch.solver(z0[None])._solvers
+    np.testing.assert_allclose(blend.weight, 1 - mask[::8, ::8] / 255, atol=1e-6)
 
 
 def test_read_mask_with_feather_fades_inside_the_mask(stylizer, picture):
