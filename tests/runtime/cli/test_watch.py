@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import subprocess
@@ -68,8 +69,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_watch_yields_missing_and_older_paintings_then_changes(folder):
-    watched = Watched(["in"], "out")
-    try:
+    with contextlib.closing(Watched(["in"], "out")) as watched:
         assert watched.wait(2) == [("in/new.png", "out/new.png"), ("in/stale.png", "out/stale.png")]
         (folder / "in" / "deep").mkdir()
         (folder / "in" / "deep" / "late.jpg").write_bytes(b"picture")
@@ -77,13 +77,10 @@ def test_watch_yields_missing_and_older_paintings_then_changes(folder):
         (folder / "in" / "done.png").write_bytes(b"another picture")
         expected = [("in/deep/late.jpg", "out/deep/late.jpg"), ("in/done.png", "out/done.png")]
         assert sorted(watched.wait(4)[2:]) == expected
-    finally:
-        watched.close()
 
 
 def test_watch_waits_for_a_file_that_is_still_written(folder):
-    watched = Watched(["in"], "out")
-    try:
+    with contextlib.closing(Watched(["in"], "out")) as watched:
         watched.wait(2)
         with (folder / "in" / "slow.png").open("wb") as handle:
             for _ in range(6):
@@ -92,31 +89,23 @@ def test_watch_waits_for_a_file_that_is_still_written(folder):
                 time.sleep(SETTLED / 3)
                 assert len(watched.jobs) == 2
         assert watched.wait(3)[2:] == [("in/slow.png", "out/slow.png")]
-    finally:
-        watched.close()
 
 
 def test_watch_with_overwrite_yields_everything_once(folder):
     (folder / "more").mkdir()
-    watched = Watched(["in", "more"], "out", overwrite=True)
-    try:
+    with contextlib.closing(Watched(["in", "more"], "out", overwrite=True)) as watched:
         assert [out for _, out in watched.wait(3)] == ["out/in/done.png", "out/in/new.png", "out/in/stale.png"]
-    finally:
-        watched.close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs file names that are no text")
 def test_watch_goes_on_after_names_that_clash_or_are_no_text(folder, caplog):
-    watched = Watched(["in"], "out")
-    try:
+    with contextlib.closing(Watched(["in"], "out")) as watched:
         watched.wait(2)
         for name in ("c.bmp", "c.bmp.png", os.fsdecode(b"caf\xe9.png")):
             (folder / "in" / name).write_bytes(b"picture")
         assert watched.wait(3)[2:] == [("in/caf\udce9.png", "out/caf\udce9.png")]
         (folder / "in" / "last.png").write_bytes(b"picture")
         assert watched.wait(4)[3:] == [("in/last.png", "out/last.png")]
-    finally:
-        watched.close()
     assert sum("is that of in/c.bmp" in message for message in caplog.messages) == 2
 
 
