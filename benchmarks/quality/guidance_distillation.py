@@ -65,9 +65,6 @@ def paint(stylizer: lsast.Stylizer, picture: Path, options: dict[str, Any]) -> t
     latents: list[np.ndarray] = []
 
     class Recorder(TemporalState):
-        def wrap_solver(self, solver: Any, *_: Any) -> Any:
-            return solver
-
         def blend(self, latent: Any, painted: Any) -> Any:
             latents.append(latent.copy())
             return painted

@@ -28,10 +28,6 @@ class Recorder(TemporalState):
 
     latent: Any = None
 
-    def wrap_solver(self, solver: Any, *_: Any) -> Any:
-        """See `TemporalState.wrap_solver`: the solver as it is."""
-        return solver
-
     def blend(self, latent: Any, painted: Any) -> Any:
         """See `TemporalState.blend`: the canvas as it is."""
         self.latent = latent.copy()

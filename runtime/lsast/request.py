@@ -16,7 +16,7 @@ from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.graph_spec import DENOISER, UNET_SPLIT_GRAPHS, VAE_DECODER, VAE_DECODER_TINY
 from lsast_engines.bundle.manifest import QUANTIZED
 from lsast_engines.bundle.style import StyleFile
-from lsast_engines.diffusion import Solver, TimestepSchedule, make_solver
+from lsast_engines.diffusion import TimestepSchedule
 from lsast_engines.errors import BundleError, UnknownStyleError, UsageError, did_you_mean, fault_list
 from lsast_engines.images import canny_edges, on_white, read_picture
 
@@ -114,7 +114,7 @@ class Request:
             edges=self._edges,
             style=style,
             schedule=self._schedule,
-            solver=self._solver,
+            blends=self._blends,
             guidance=self.options.guidance,
             seed=self.options.seed,
             palette=self._palette(mix),
@@ -126,16 +126,14 @@ class Request:
         parts = [(weight, statistics) for weight, statistics in weighted if statistics is not None]
         return Palette.of(parts, self.options.palette) if parts and self.options.palette else None
 
-    def _solver(self, z0: Floats) -> Solver:
-        """The solver of the run, given the picture's latent z0 [4, h, w]; a video and a mask blend x0."""
-        manifest = self._bundle.manifest
-        solver = make_solver(self._schedule)
-        if self._temporal:
-            solver = self._temporal.wrap_solver(solver, self._schedule, self._content, manifest.geometry.factor)
+    def _blends(self, z0: Floats) -> list[X0Blend]:
+        """What a mask and a video blend x0 with, given the picture's latent z0 [4, h, w]."""
+        factor, blends = self._bundle.manifest.geometry.factor, []
         if self._mask is not None:
-            painted = to_latent_mask(self._canvas.pad(self._mask), manifest.geometry.factor)
-            solver = X0Blend(solver, self._schedule, z0, 1 - painted)
-        return solver
+            blends.append(X0Blend(z0, 1 - to_latent_mask(self._canvas.pad(self._mask), factor)))
+        if self._temporal and (blend := self._temporal.begin(self._content, factor)):
+            blends.append(blend)
+        return blends
 
     def previewer(self, z0: Floats) -> Previewer:
         """Makes small pictures of latents, given the picture's own latent z0 [4, h, w]."""

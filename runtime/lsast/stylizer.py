@@ -256,13 +256,13 @@ class Stylizer:
         times: list[float] = []
         previewers: list[Previewer] = []
 
-        def callback(step: int, steps: int, x0: Callable[[], Floats]) -> None:
+        def callback(step: int, steps: int, x0: Floats) -> None:
             times.append(time.perf_counter())
             if on_step:
                 if not previewers:  # at step 0, x0 is the picture's own latent
-                    previewers.extend(request.previewer(z0) for request, z0 in zip(requests, x0(), strict=True))
+                    previewers.extend(request.previewer(z0) for request, z0 in zip(requests, x0, strict=True))
                 with self._pool.callback(cancel):
-                    on_step(step, steps, lambda index=0: previewers[index](x0()[index]))
+                    on_step(step, steps, lambda index=0: previewers[index](x0[index]))
 
         with self._pool.exclusive(cancel):
             self.bundle.check_unchanged(in_place=True)

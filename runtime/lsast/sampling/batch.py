@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from lsast_engines.bundle.manifest import AttentionLayer
 from lsast_engines.bundle.style import LatentStatistics, StageKV, Style, StyleFile
-from lsast_engines.diffusion import Array, NoiseLevel, Solver, TimestepSchedule
+from lsast_engines.diffusion import Array, NoiseLevel, TimestepSchedule, make_solver
 
 from ..options.style_mix import Mix
 from .networks import Floats, Pixels
@@ -87,6 +87,24 @@ class Palette:
         return limited
 
 
+@dataclass(frozen=True)
+class X0Blend:
+    """Replaces the predicted x0 by x0 + w · (target - x0); ε is adjusted to match. Where w is 1 every solver stays on
+    the target noised, sqrt(abar) target + sqrt(1 - abar) noise, as RePaint does (Lugmayr et al. 2022, eq. 8). See
+    `lsast_engines.diffusion` for the letters."""
+
+    target: Array
+    """[4, h, w]."""
+    weight: Array
+    """w, 0 … 1: [h, w]."""
+
+    def apply(self, eps: Array, x: Array, level: NoiseLevel) -> tuple[Array, Array]:
+        """The predicted noise at the latent `x`, adjusted, and the blended x0: [4, h, w] each."""
+        x0 = level.x0(x, eps)
+        adjusted = eps - level.alpha / level.sigma * self.weight * (self.target - x0)
+        return adjusted, x0 + self.weight * (self.target - x0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """One picture of a batch, and how it is painted."""
@@ -98,8 +116,8 @@ class Sample:
     style: StyleFile | Style | MixedStyle
     schedule: TimestepSchedule
     """The steps; all pictures of a batch have equally many."""
-    solver: Callable[[Floats], Solver]
-    """Makes the solver of the run, given the picture's own latent z0 [4, h, w]."""
+    blends: Callable[[Floats], Sequence[X0Blend]]
+    """What blends every step's x0, one after the other, given the picture's own latent z0 [4, h, w]."""
     guidance: float
     """Scale of classifier-free guidance. In a batch it is 1 in all pictures (one U-Net pass) or in none."""
     seed: int
@@ -152,54 +170,33 @@ class Batch:
 
     def solver(self, z0: Floats) -> BatchSolver:
         """The solvers of the run, given the pictures' own latents [B, 4, h, w]."""
-        return BatchSolver([sample.solver(z) for sample, z in zip(self._samples, z0, strict=True)],
-                           self._samples)  # fmt: skip
+        return BatchSolver(self._samples, z0)
 
 
 class BatchSolver:
     """The solver of each picture of a batch."""
 
-    def __init__(self, solvers: Sequence[Solver], samples: Sequence[Sample]) -> None:
-        self._solvers = solvers
+    def __init__(self, samples: Sequence[Sample], z0: Floats) -> None:
+        """For the steps of a run from the pictures' own latents z0 [B, 4, h, w]."""
+        self._samples = samples
+        self._solvers = [make_solver(sample.schedule) for sample in samples]
         self._levels = [sample.schedule.levels() for sample in samples]
-        self._palettes = [sample.palette for sample in samples]
-        self.x0: Callable[[], Floats]
-        """Computes the last x0 prediction, [B, 4, h, w]."""
+        self._blends = [sample.blends(z) for sample, z in zip(samples, z0, strict=True)]
+        self.x0: Floats
+        """The last x0 prediction, [B, 4, h, w]."""
 
     def step(self, eps: Floats, index: int, z: Floats) -> Floats:
         """See `Solver.step`; arrays are [B, 4, h, w]."""
-        eps = eps.copy()  # `x0` may be computed after the next run has overwritten the graph's output
-        for b, palette in enumerate(self._palettes):
-            if palette is not None:
-                eps[b] = palette.limit(eps[b], z[b], self._levels[b][index])
-        after = np.stack([solver.step(eps[b], index, z[b]) for b, solver in enumerate(self._solvers)])
-        blended = [solver.x0 if isinstance(solver, X0Blend) else None for solver in self._solvers]
-        self.x0 = lambda: np.stack([
-            self._levels[b][index].x0(z[b], eps[b]) if x0 is None else x0 for b, x0 in enumerate(blended)
-        ])  # fmt: skip
-        return after
-
-
-class X0Blend:
-    """Wraps a solver and replaces its predicted x0 by x0 + w · (target - x0); ε is adjusted to match. Where w is 1
-    every solver stays on the target noised, sqrt(abar) target + sqrt(1 - abar) noise, as RePaint does (Lugmayr et
-    al. 2022, eq. 8). See `lsast_engines.diffusion` for the letters."""
-
-    def __init__(self, solver: Solver, schedule: TimestepSchedule, target: Array, weight: Array) -> None:
-        """Wrap `solver`, which takes the steps of `schedule`: target [4, h, w], weight w [h, w] of 0 … 1."""
-        self._solver = solver
-        self._levels = schedule.levels()
-        self._target = target
-        self.weight = weight
-        self.x0 = target
-        """The blended x0 of the last step, for previews: [4, h, w]."""
-
-    def step(self, eps: Array, index: int, x: Array) -> Array:
-        """See `Solver.step`."""
-        level = self._levels[index]
-        x0 = level.x0(x, eps)
-        self.x0 = x0 + self.weight * (self._target - x0)
-        after = self._solver.step(eps - level.alpha / level.sigma * self.weight * (self._target - x0), index, x)
-        if isinstance(self._solver, X0Blend):
-            self.x0 = self._solver.x0
-        return after
+        after, predicted = [], []
+        for b, sample in enumerate(self._samples):
+            noise: Array = eps[b]
+            level = self._levels[b][index]
+            if sample.palette is not None:
+                noise = sample.palette.limit(eps[b], z[b], level)
+            x0 = level.x0(z[b], noise)
+            for blend in self._blends[b]:
+                noise, x0 = blend.apply(noise, z[b], level)
+            after.append(self._solvers[b].step(noise, index, z[b]))
+            predicted.append(x0)
+        self.x0 = np.stack(predicted)
+        return np.stack(after)

@@ -20,12 +20,12 @@ from lsast_engines.diffusion import guide
 from .batch import Batch
 from .networks import Floats, Pixels
 
-StepCallback = Callable[[int, int, Callable[[], Floats]], None]
-"""Called before the first step and after each with the number of steps done, the number there are, and a function that
-gives the predicted clean latent x0 [B, 4, h, w]. An exception that it raises ends the run."""
+StepCallback = Callable[[int, int, Floats], None]
+"""Called before the first step and after each with the number of steps done, the number there are, and the predicted
+clean latent x0 [B, 4, h, w]. An exception that it raises ends the run."""
 
 
-def sample(networks: Networks, batch: Batch, callback: StepCallback | None = None) -> tuple[Floats, Pixels]:
+def sample(networks: Networks, batch: Batch, callback: StepCallback) -> tuple[Floats, Pixels]:
     """Repaint a batch of pictures: LSAST's inference (docs/method.md §4), in which E is the encoder, D the decoder::
 
         z0 = scale · E(picture);  z = α z0 + σ noise
@@ -44,15 +44,13 @@ def sample(networks: Networks, batch: Batch, callback: StepCallback | None = Non
     z0 = networks.latent_scale * (mean + std * batch.noise(mean.shape))
     hint = networks.controlnet_cond(batch.edges)  # [B, C, h, w]; once, because it does not depend on t
     z = batch.add_noise(z0, batch.noise(z0.shape))
-    solver = batch.solver(z0)  # a mask and a video blend its x0 (`X0Blend`)
-    if callback:
-        callback(0, batch.steps, lambda: z0)
+    solver = batch.solver(z0)  # a mask and a video blend the x0 (`X0Blend`)
+    callback(0, batch.steps, z0)
     for step, (t, stages) in enumerate(batch.timesteps()):
         kv = batch.style(stages)  # keys and values of the prompt of stage s(t) = floor(t * stages / train_steps)
         eps = guide(networks.denoiser(z, t, hint, kv, batch.control_scale), batch.guidance)
         z = solver.step(eps, step, z)
-        if callback:
-            callback(step + 1, batch.steps, solver.x0)
+        callback(step + 1, batch.steps, solver.x0)
     networks.denoiser.release_memory()
     return z, networks.vae_decoder(z / networks.latent_scale)
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lsast_engines.diffusion import Solver, TimestepSchedule
 from lsast_engines.images import import_opencv
 
 from ..images.canvas import Pixels
@@ -102,17 +101,17 @@ class TemporalState:
         """Go on from a `state`."""
         self._last = dict(state)
 
-    def wrap_solver(self, solver: Solver, schedule: TimestepSchedule, content: Pixels, factor: int) -> Solver:
-        """The solver that paints a frame, around `solver`, which paints it by itself: its x0 is blended with the last
-        painting's latent, moved along the flow. `content` is the frame on its canvas, [H, W, 3], `factor` the number
-        of pixels along a side of a latent cell."""
+    def begin(self, content: Pixels, factor: int) -> X0Blend | None:
+        """Begin a frame: its x0 is blended with the last painting's latent, moved along the flow; None if there is no
+        such painting of its size. `content` is the frame on its canvas, [H, W, 3], `factor` the number of pixels along
+        a side of a latent cell."""
         self._content, self._motion = content, None
         if not self._last or self._last["content"].shape != content.shape:
-            return solver
+            return None
         self._motion = Motion.between(self._last["content"], content)
         cells = self._motion.downsampled(factor)
         latent = warped(self._last["latent"].transpose(1, 2, 0), cells.backward_flow).transpose(2, 0, 1)
-        return X0Blend(solver, schedule, latent, self._weights[0] * cells.valid)
+        return X0Blend(latent, self._weights[0] * cells.valid)
 
     def blend(self, latent: Floats, painted: Pixels) -> Pixels:
         """The canvas [H, W, 3] of a painted latent [4, h, w], blended with the last painting, moved along the flow."""
