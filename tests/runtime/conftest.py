@@ -92,12 +92,6 @@ TIME = [
     node("MatMul", ["time_column", "time"], ["time_row"]),
     node("Unsqueeze", ["time_row", "axes23"], ["time_map"]),
 ]
-# What a graph is given and does not need is 0 of its sum.
-NO_TIME = [
-    node("Cast", ["timestep"], ["timestep_float"], to=TensorProto.FLOAT),
-    node("Unsqueeze", ["timestep_float", "axes123"], ["timestep_map"]),
-    node("Mul", ["timestep_map", "zero"], ["no_time"]),
-]
 HALF = [node("Mul", ["latent", "half"], ["z"])]
 HALF_AND_FINE = [*HALF, node("Add", ["z", "residual_0"], ["z_held"])]
 COARSE = node("Resize", ["residual_1", "", "twice"], ["coarse"], mode="nearest")
@@ -122,12 +116,9 @@ NODES = {
     # The split graphs: what is coarse of what the edges hold goes the deep way, the rest the shallow one.
     "controlnet": [
         *CONTROL,
-        *NO_TIME,
-        node("Mul", ["latent", "zero"], ["no_latent"]),
-        node("Sum", ["held", "no_latent", "no_time"], ["whole"]),
-        node("AveragePool", ["whole"], ["residual_1"], kernel_shape=[2, 2], strides=[2, 2]),
+        node("AveragePool", ["held"], ["residual_1"], kernel_shape=[2, 2], strides=[2, 2]),
         COARSE,
-        node("Sub", ["whole", "coarse"], ["residual_0"]),
+        node("Sub", ["held", "coarse"], ["residual_0"]),
     ],
     # feature[g, b] = style_map + time_map + residual_1[b], wide again
     "unet_full": [
@@ -139,11 +130,8 @@ NODES = {
         node("Add", ["feature", "z_held"], ["eps"]),
     ],
     "unet_outer": [
-        *NO_TIME,
-        node("ReduceSum", ["kv_unet"], ["kv_sum"], keepdims=0),
-        node("Mul", ["kv_sum", "zero"], ["no_style"]),
         *HALF_AND_FINE,
-        node("Sum", ["feature", "z_held", "no_time", "no_style"], ["eps"]),
+        node("Add", ["feature", "z_held"], ["eps"]),
     ],
 }
 NODES["vae_decoder_tiny"] = NODES["vae_decoder"]
@@ -159,8 +147,8 @@ def _model(spec: GraphSpec, weights: SimpleNamespace) -> bytes:
         **vars(weights),
         **{f"{name}_1x1": matrix[:, :, None, None] for name, matrix in vars(weights).items()},
         **{f"axis{axis}": np.array([axis]) for axis in (1, 2)},
-        **{f"axes{axes}": np.array([int(axis) for axis in axes]) for axes in ("23", "34", "123")},
-        **{name: np.float32(value) for name, value in {"zero": 0, "half": 0.5, "thousand": 1000}.items()},
+        **{f"axes{axes}": np.array([int(axis) for axis in axes]) for axes in ("23", "34")},
+        **{name: np.float32(value) for name, value in {"half": 0.5, "thousand": 1000}.items()},
         **{name: np.array([1, 1, n, n], np.float32) for name, n in {"twice": 2, "eightfold": 8}.items()},
     }
     used = {name for each in NODES[spec.name] for name in each.input} - {tensor.name for tensor in spec.inputs}
