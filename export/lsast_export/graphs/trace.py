@@ -60,7 +60,6 @@ _EXAMPLE_SIDES = (2, 3)
 """Lengths of the dynamic axes while tracing; height and width in units of the smallest legal size. All differ, and none
 is 1: torch takes equal lengths for the same axis and specialises on 1."""
 
-
 _CLEAN_UP = Sequential(
     RemoveUnusedNodesPass(),
     RemoveUnusedOpsetsPass(),
@@ -139,8 +138,7 @@ def _outermost(unet: TracedGraph, spec: GraphSpec) -> TracedGraph:
     whole = graph.outputs.pop()
     feature = ir.val(whole.name, shape=whole.shape, type=whole.type)
     whole.replace_all_uses_with(feature)
-    whole.name = f"{whole.name}_whole"
-    RemoveUnusedNodesPass()(model)
+    RemoveUnusedNodesPass()(model)  # all levels below
     inputs = {str(value.name): value for value in (*graph.inputs, feature)}
     weights = tuple(name for name in unet.weights if inputs[name].uses())
     wanted = (*(tensor.name for tensor in spec.inputs), *weights)
