@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
@@ -72,6 +73,27 @@ def test_check_bundle_compares_a_picture_of_auto_with_float32(bundles, monkeypat
     assert report.passed is (report.auto_psnr >= 45)
     assert not dataclasses.replace(report, auto_psnr=44.9).passed
     assert check_bundle(bundles["fp32"].path, "onnxruntime").auto is None
+
+
+@pytest.mark.needs("openvino")
+@pytest.mark.parametrize(("size", "side"), [(0, 512), (100, 128)])
+def test_check_bundle_paints_a_picture_of_a_legal_size(copy, monkeypatch, size, side):
+    """Whatever the default of the bundle: a picture's own size, or one that is no multiple."""
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["defaults"]["size"] = size
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    sides: list[int] = []
+
+    def paint(_bundle: object, contents: list[np.ndarray], *_: object, **__: object) -> list[np.ndarray]:
+        sides.append(len(contents[0]))
+        return contents
+
+    monkeypatch.setattr("lsast_export.bundle.check.paint", paint)
+    monkeypatch.setattr("lsast_export.bundle.check.measure_parity", lambda *_: {})
+    monkeypatch.setenv("LSAST_PROCESSOR", "avx512_bf16")
+    monkeypatch.setattr("lsast_engines.backends.openvino.compute_dtypes", lambda device: ("fp32", "bf16"))
+    check_bundle(copy)
+    assert sides == [side, side]
 
 
 def test_check_bundle_finds_one_changed_bit_also_with_a_matching_hash(copy):
