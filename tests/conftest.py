@@ -17,8 +17,14 @@ NO_SKIPS = "LSAST_TESTS_NEED"
 """Environment variable: set, a test that is marked ``needs`` fails where its modules are missing; see .ci/run."""
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """What tiny networks on a busy machine need in order to be quick."""
+    worker = getattr(config, "workerinput", {}).get("workerid")
+    if worker and hasattr(os, "sched_setaffinity"):
+        # A core for each process: libraries take as many threads as they see cores, and threads of two processes that
+        # share a core wait for each other.
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
     # torch's tracer makes objects by the million: a fifth of its time went into collecting garbage.
     gc.set_threshold(100_000, 50, 50)
     # Threads that wait for one another cost a hundred times what they save.

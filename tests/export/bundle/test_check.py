@@ -63,8 +63,8 @@ def test_check_bundle_of_a_sound_bundle_passes(bundles, backend):
     assert report.styles == ("hand",)
 
 
-@pytest.mark.needs("openvino")
 def test_check_bundle_compares_a_picture_of_auto_with_float32(bundles, monkeypatch):
+    pytest.importorskip("openvino")
     monkeypatch.setattr("lsast_export.bundle.check.measure_parity", lambda *_: {})
     monkeypatch.setenv("LSAST_PROCESSOR", "avx512_bf16")
     monkeypatch.setattr("lsast_engines.backends.openvino.compute_dtypes", lambda device: ("fp32", "bf16"))
@@ -75,10 +75,10 @@ def test_check_bundle_compares_a_picture_of_auto_with_float32(bundles, monkeypat
     assert check_bundle(bundles["fp32"].path, "onnxruntime").auto is None
 
 
-@pytest.mark.needs("openvino")
 @pytest.mark.parametrize(("size", "side"), [(0, 512), (100, 128)])
 def test_check_bundle_paints_a_picture_of_a_legal_size(copy, monkeypatch, size, side):
     """Whatever the default of the bundle: a picture's own size, or one that is no multiple."""
+    pytest.importorskip("openvino")
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["defaults"]["size"] = size
     (copy / "manifest.json").write_text(json.dumps(manifest))

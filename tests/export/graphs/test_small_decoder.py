@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from lsast_engines.errors import ExportError
 from lsast_export.bundle.add_decoder import add_small_decoder
 from lsast_export.bundle.check import check_bundle
 from lsast_export.cli.main import main
-from lsast_export.graphs.small_decoder import WEIGHTS, read_small_decoder
+from lsast_export.graphs.small_decoder import WEIGHTS, SmallDecoder, read_small_decoder, trace_small_decoder
+from lsast_export.graphs.trace import TracedGraph
 from lsast_export.quantize.options import QuantizeOptions
 from lsast_export.quantize.quantize import quantize_bundle
 
@@ -41,6 +43,22 @@ def _random(**changes: Any) -> AutoencoderTiny:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         return AutoencoderTiny(**config).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_trace() -> Iterator[None]:
+    """Equal architectures are traced once: it takes nearly all the time, and reads no weight."""
+    traces: dict[str, TracedGraph] = {}
+
+    def trace_once(small: SmallDecoder, manifest: Manifest) -> TracedGraph:
+        key = f"{small.config} {manifest.geometry} {manifest.latent_scale}"
+        if key not in traces:
+            traces[key] = trace_small_decoder(small, manifest)
+        return traces[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lsast_export.bundle.add_decoder.trace_small_decoder", trace_once)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -45,10 +46,12 @@ def test_finetuning_lowers_the_held_out_loss_and_leaves_the_base_unchanged(
 def test_resumed_finetuning_equals_the_uninterrupted_one(
     base, collection, contents, prompts, tmp_path, stop_and_resume
 ):
-    def make(name: str, **more: Any) -> Finetuning:
-        return Finetuning(base, prompts, collection, contents, BRIEF, "redder", tmp_path / name, **more)
+    options = replace(BRIEF, steps=4, evaluate_every=2, strength=0.3)
 
-    stop_and_resume(make, 4)
+    def make(name: str, **more: Any) -> Finetuning:
+        return Finetuning(base, prompts, collection, contents, options, "redder", tmp_path / name, **more)
+
+    stop_and_resume(make, 3)
 
 
 def test_finetuning_paints_in_the_palette_of_the_runtime(base, collection, contents, prompts, tmp_path):

@@ -61,7 +61,10 @@ class Weights:
 
     def faults(self) -> list[str]:
         """Tensors that are missing, of another shape, or not expected in this network; a line each."""
-        expected = {key: value.shape for key, value in self.on_meta().state_dict().items()}
+        return self._misfits(self.on_meta())
+
+    def _misfits(self, network: nn.Module) -> list[str]:
+        expected = {key: value.shape for key, value in network.state_dict().items()}
         return shape_faults({key: value.shape for key, value in self.tensors.items()}, expected)
 
     def build(self, dtype: torch.dtype = torch.float32) -> Any:
@@ -72,11 +75,11 @@ class Weights:
         Raises:
             TrainingError: weights that do not fit, or that are not finite; all faults at once.
         """
-        if faults := self.faults():
+        network = self.on_meta()
+        if faults := self._misfits(network):
             raise TrainingError(
                 fault_list(f"the weights of {self.what} do not fit its architecture:", truncate(faults))
             )
-        network = self.on_meta()
         state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.tensors.items()}
         if infinite := [f"{key}: NaN or infinite" for key, value in state.items() if not torch.isfinite(value).all()]:
             raise TrainingError(fault_list(f"found weights of {self.what} that are no numbers:", truncate(infinite)))
