@@ -133,8 +133,8 @@ def write_prompts(folder: Path) -> None:
     import torch
 
     from lsast_train.base.lazy_base import open_base
+    from lsast_train.prompts.matrix_index import matrix_index
     from lsast_train.prompts.prompt_file import Prompts, save_prompts
-    from lsast_train.prompts.prompt_space import matrix_index
 
     parts = open_base(source(folder))
     matrices = torch.randn(30, parts.config.tokens, TEXT["hidden_size"])

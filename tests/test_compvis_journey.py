@@ -25,7 +25,8 @@ from lsast_engines.errors import StyleError
 from lsast_export.cli.main import main as lsast_export
 from lsast_export.graphs.trace import TracedGraph, trace_graphs
 from lsast_train import inversion
-from lsast_train.base.lazy_base import check_fingerprint, load_base
+from lsast_train.base.fingerprint import check_fingerprint
+from lsast_train.base.lazy_base import load_base
 from lsast_train.checkpoints.source import BaseSource
 from lsast_train.cli.main import command as lsast_train
 from lsast_train.options import PRESETS

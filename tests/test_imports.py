@@ -105,6 +105,21 @@ def test_help_and_voting_load_no_torch(code):
     assert not loaded & {"torch", "diffusers", "accelerate", "onnx", "onnxscript", "efficientnet_lite_pytorch", "scipy"}
 
 
+def test_baking_a_style_loads_no_diffusers(tmp_path, monkeypatch):
+    monkeypatch.setenv("LSAST_HOME", str(tmp_path))
+    example = str(ROOT / "examples" / "malevich.prompts.safetensors")
+    loaded = set(
+        _python(f"""
+from lsast_export.cli.main import main
+main(["--style", {example!r}], standalone_mode=False)
+print(json.dumps(loaded()))
+""")
+    )
+    assert list(tmp_path.rglob("malevich.safetensors"))
+    assert "torch" in loaded
+    assert not loaded & {"diffusers", "transformers", "onnx"}
+
+
 @pytest.mark.parametrize(
     ("backend", "missing", "runs"),
     [("onnxruntime", (), "onnxruntime"), ("openvino", (), "openvino"), ("auto", ("openvino",), "onnxruntime")],

@@ -14,8 +14,8 @@ from lsast_engines.bundle.bundle import Bundle
 from lsast_export.bundle.export import ExportOptions, export_bundle
 from lsast_export.graphs.trace import TracedGraph, trace_graphs
 from lsast_train.base.base import Base
+from lsast_train.prompts.matrix_index import matrix_index
 from lsast_train.prompts.prompt_file import Prompts
-from lsast_train.prompts.prompt_space import matrix_index
 
 Run = Callable[..., dict[str, np.ndarray]]
 

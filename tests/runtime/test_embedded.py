@@ -15,13 +15,13 @@ from lsast_engines.bundle.bundle import EMBEDDED, Bundle
 from lsast_engines.bundle.graph_spec import UNET_SPLIT_GRAPHS
 
 PHOTO = Path(__file__).parents[2] / "docs" / "images" / "lighthouse.jpg"
-SIZE = 256
+SIZE = 192
 STYLES = ("vangogh", "monet", "cezanne", "roerich", "martin", "koson", "north")
 
 
 @pytest.fixture(scope="module")
 def painted() -> dict[tuple[str, int], npt.NDArray[np.float64]]:
-    with lsast.load(backend="onnxruntime", threads=2) as stylizer:
+    with lsast.load(backend="onnxruntime") as stylizer:
         return {
             (style, seed): blurred(stylizer.stylize(PHOTO, style=style, size=SIZE, seed=seed).image)
             for style in STYLES

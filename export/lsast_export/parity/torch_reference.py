@@ -16,9 +16,9 @@ import numpy.typing as npt
 import torch
 
 from lsast_engines.diffusion import NoiseSchedule, Step, TimestepSchedule, make_solver
-from lsast_train.base.attention import GROUPS
 from lsast_train.base.base import Base, BaseConfig
 from lsast_train.base.lazy_base import LazyBase
+from lsast_train.base.projection import GROUPS
 
 from ..graphs.modules import base_on_meta
 from ..progress import Eta, Progress

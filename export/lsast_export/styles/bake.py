@@ -1,7 +1,7 @@
 """Baking: prompts become keys and values, which are all that the runtime reads of them.
 
 A cross-attention uses its context c only as K = W_k c and V = W_v c. Both depend on the style and the stage, not on
-the picture or the step, so a style *is* its keys and values, packed as `lsast_train.base.attention` says. In the
+the picture or the step, so a style *is* its keys and values, packed as `lsast_train.base.projection` says. In the
 order of this file: a style's prompts are read, checked, projected and written.
 """
 
@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,10 +27,13 @@ from lsast_engines.bundle.style import (
 )
 from lsast_engines.errors import StyleError, UsageError, fault_list
 from lsast_engines.files import require_writable
-from lsast_train.base.attention import GROUPS, cross_attention_layers, project_kv
-from lsast_train.base.base import Base
-from lsast_train.base.lazy_base import LazyBase, check_fingerprint
+from lsast_train.base.fingerprint import check_fingerprint
+from lsast_train.base.projection import GROUPS, project_kv
 from lsast_train.prompts.prompt_file import Prompts, find_prompts, load_prompts
+
+if TYPE_CHECKING:
+    from lsast_train.base.base import Base
+    from lsast_train.base.lazy_base import LazyBase
 
 _log = logging.getLogger("lsast.export")
 
@@ -122,6 +125,8 @@ class KVProjector:
     @classmethod
     def of_base(cls, base: Base, lazy: LazyBase | None = None) -> KVProjector:
         """Take them from the networks of `base`, or from `lazy`, whose networks `base` has on the meta device."""
+        from lsast_train.base.attention import cross_attention_layers
+
         layers = (*cross_attention_layers(base.unet), *cross_attention_layers(base.controlnet))
         networks: dict[str, Mapping[str, torch.Tensor]] = {
             prefix: base.networks()[prefix].state_dict() if lazy is None else lazy.networks[prefix]().tensors

@@ -12,11 +12,11 @@ import torch
 
 from lsast_engines.errors import StyleError, fault_list, shape_faults
 from lsast_engines.files import file_sha256
-from lsast_train.base.attention import GROUPS
 from lsast_train.base.lazy_base import LazyBase
+from lsast_train.base.projection import GROUPS
 from lsast_train.checkpoints.safe_unpickle import load_module_tensors
+from lsast_train.prompts.matrix_index import matrix_index
 from lsast_train.prompts.prompt_file import Prompts
-from lsast_train.prompts.prompt_space import matrix_index
 from lsast_train.prompts.released_generator import HEADS, GegluGenerator
 from lsast_train.prompts.text_encoder import PlaceholderEncoder
 

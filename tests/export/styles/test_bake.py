@@ -9,8 +9,9 @@ import torch
 from lsast_engines.bundle.bundle import EMBEDDED, Bundle
 from lsast_engines.errors import StyleError, UsageError
 from lsast_export.styles.bake import KVProjector, bake_for_bundle, bake_null_style, bake_prompts, bake_style
-from lsast_train.base.attention import GROUPS, cross_attention_layers
+from lsast_train.base.attention import cross_attention_layers
 from lsast_train.base.base import Base
+from lsast_train.base.projection import GROUPS
 
 
 def random_contexts(base: Base, *leading: int) -> torch.Tensor:

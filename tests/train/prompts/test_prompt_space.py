@@ -11,7 +11,8 @@ from benchmarks.mini.training.mini_base import MiniConfig, build_mini
 from lsast_engines.errors import UsageError
 from lsast_train.inversion import make_optimizer
 from lsast_train.options import PRESETS, TrainOptions, Variant
-from lsast_train.prompts.prompt_space import PromptSpace, build_space, initial_context, matrix_index
+from lsast_train.prompts.matrix_index import matrix_index
+from lsast_train.prompts.prompt_space import PromptSpace, build_space, initial_context
 from lsast_train.prompts.text_encoder import PlaceholderEncoder
 
 VARIANTS = get_args(Variant)

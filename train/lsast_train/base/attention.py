@@ -4,13 +4,10 @@ diffusers gives one context to every block of a U-Net. LSAST needs three: one fo
 middle (`mid`) and one for the decoder (`up`) (docs/method.md §1.4). They reach the attention processors through
 diffusers' ``cross_attention_kwargs`` (`layer_contexts`), as do keys and values that were projected beforehand
 (`packed_kv`).
-
-A cross-attention sees its context c only as K = W_k c and V = W_v c. Those of all layers are packed along the last
-axis, ``K_0 | V_0 | K_1 | V_1 | …``, in the order of `cross_attention_layers`; a style file holds such rows.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias, get_args
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +17,7 @@ from torch import nn
 
 from lsast_engines.bundle.manifest import AttentionLayer, Group, Network
 
-GROUPS: tuple[Group, ...] = get_args(Group)
-"""The layer groups in the order of the prompt space's group axis."""
+from .projection import GROUPS, project_kv
 
 Contexts: TypeAlias = torch.Tensor | Sequence[torch.Tensor]
 """Contexts of all layer groups: [B, 3, T, dim], or three of [B, T, dim], in the order of `GROUPS`. Three tensors keep
@@ -111,23 +107,6 @@ def sdpa(attn: Attention, hidden: torch.Tensor, key: torch.Tensor, value: torch.
     mixed = mixed.transpose(1, 2).reshape(batch, -1, width)
     out: torch.Tensor = attn.to_out[1](attn.to_out[0](mixed))
     return out
-
-
-def project_kv(
-    layers: Iterable[AttentionLayer], contexts: torch.Tensor, weight: Callable[[AttentionLayer, str], torch.Tensor]
-) -> torch.Tensor:
-    """Packed keys and values [N, T, width] of `contexts`.
-
-    Args:
-        layers: of one network, in the order of their columns.
-        contexts: [N, 3, T, dim], groups in the order of `GROUPS`.
-        weight: the matrix ``to_k`` or ``to_v`` of a layer, in the dtype of `contexts`.
-    """
-    parts = []
-    for layer in layers:
-        context = contexts[:, GROUPS.index(layer.group)]  # [N, T, dim]
-        parts += [F.linear(context, weight(layer, matrix)) for matrix in ("to_k", "to_v")]
-    return torch.cat(parts, dim=-1)
 
 
 def project_contexts(network: nn.Module, contexts: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from lsast_engines.bundle.bundle import find_bundle
 from lsast_engines.bundle.manifest import MANIFEST
 from lsast_engines.diffusion import NoiseSchedule
-from lsast_engines.errors import BundleError, Lines, StyleError, TrainingError, UsageError, fault_list
+from lsast_engines.errors import BundleError, Lines, TrainingError, UsageError, fault_list
 from lsast_engines.files import file_sha256, replace_file
 
 from ..checkpoints.inspection import BaseInspection, OpenWeights
@@ -37,9 +37,6 @@ _CLASSES: dict[str, Any] = {
     "AutoencoderKL": AutoencoderKL,
     "MiniAutoencoder": MiniAutoencoder,
 }
-
-EXPORTED_FROM = "exported_from"
-"""Key among the training facts of a base: fingerprints, separated by blanks, of the bases whose prompts fit it."""
 
 
 @dataclass(eq=False)
@@ -171,25 +168,6 @@ def resolve_local_base(source: BaseSource) -> Path | None:
     if given_options:
         raise UsageError(f"found {', '.join(given_options)} for {folder}; expected them only for a base to import")
     return folder
-
-
-def check_fingerprint(found: str, what: str, base: str, fingerprint: str, facts: Mapping[str, str]) -> None:
-    """Refuse what was learned on another base.
-
-    Args:
-        found: fingerprint of the base that `what`, as the message calls it, was learned on.
-        base, fingerprint: of the base that it is for.
-        facts: of that base, from its manifest or its training; under `EXPORTED_FROM` they name bases that it was made
-            from, by rounding weights or by training its decoder on. What was learned on these fits, too.
-
-    Raises:
-        StyleError: another base.
-    """
-    if found not in (fingerprint, *facts.get(EXPORTED_FROM, "").split()):
-        raise StyleError(
-            f"{what} was learned on base {found[:12]}…; the base {base!r} is {fingerprint[:12]}…: train it again on "
-            "this base, or name the base that it was trained on with --base"
-        )
 
 
 def _description(network: Any) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from lsast_engines.bundle.manifest import MANIFEST
 from lsast_engines.bundle.style import DISTILLED_GUIDANCE_KEY, Style
 from lsast_engines.errors import StyleError
 
-from ..base.attention import GROUPS, cross_attention_layers, project_contexts
+from ..base.attention import cross_attention_layers, project_contexts
 from ..base.base import Base
-from ..base.lazy_base import check_fingerprint
+from ..base.fingerprint import check_fingerprint
+from ..base.projection import GROUPS
 from ..prompts.prompt_file import find_prompts, load_prompts
 
 

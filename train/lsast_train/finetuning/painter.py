@@ -14,8 +14,8 @@ from lsast_engines.bundle.style import LatentStatistics
 from lsast_engines.diffusion import TimestepSchedule, guide, make_solver
 from lsast_engines.errors import StyleError
 
-from ..base.attention import GROUPS
 from ..base.base import Base, autocast
+from ..base.projection import GROUPS
 from ..options import MixedPrecision
 from ..paintings import Painting, encode_pictures, random_crop, to_edges
 from ..prompts.prompt_file import Prompts

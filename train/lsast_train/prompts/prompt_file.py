@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,11 +27,14 @@ from lsast_engines.bundle.style import style_name_faults
 from lsast_engines.errors import StyleError, fault_list
 from lsast_engines.files import replace_file
 
-from ..base.attention import GROUPS
-from ..base.base import Base
-from ..base.lazy_base import check_fingerprint
+from ..base.fingerprint import check_fingerprint
+from ..base.projection import GROUPS
 from ..options import Generator, Gradient, Layout, Variant
-from .prompt_space import PromptSpace, matrix_count
+from .matrix_index import matrix_count
+
+if TYPE_CHECKING:
+    from ..base.base import Base
+    from .prompt_space import PromptSpace
 
 FORMAT = 2
 """Format number of prompt files."""

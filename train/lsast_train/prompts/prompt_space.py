@@ -10,25 +10,27 @@ share (``attention``: Q, K, V = M W_Q, M W_K, M W_V; A = softmax(Q Kᵀ / √d);
 released code's generator (``geglu``).
 """
 
+from __future__ import annotations
+
 import logging
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from lsast_engines.errors import UsageError, fault_list
 
-from ..base.attention import GROUPS
-from ..base.base import Base
 from ..options import Generator, Gradient, Layout, TrainOptions, Variant
+from .matrix_index import matrix_count, matrix_index
 from .released_generator import FACTOR, GegluGenerator
 from .text_encoder import PlaceholderEncoder
 
-log = logging.getLogger("lsast.train")
+if TYPE_CHECKING:
+    from ..base.base import Base
 
-STAGES = 10
-"""Equal parts of the noise schedule; stage 0 is the clean end (docs/method.md §1.4)."""
+log = logging.getLogger("lsast.train")
 
 INIT_STD = 0.01
 """Standard deviation of the matrices around their start, relative to its root mean square."""
@@ -41,28 +43,6 @@ _MIN_SINGULAR = 0.01
 
 _SELF_ATTENTION = 0.99
 """Attention of a token to itself at the start."""
-
-
-def matrix_index(variant: Variant, layout: Layout = "strided", stages: int = STAGES) -> torch.Tensor:
-    """Index k of the matrix that serves each stage and layer group, int64 [stages, 3].
-
-    ``step+layer`` gives 3s + l (30 matrices) or, overlapping, s + l: 12 matrices, each serving three stages in turn
-    (the released code makes 30 and never reads the other 18, docs/method.md §8.1). ``step`` gives s, ``layer`` l and
-    ``global`` 0.
-    """
-    stage = torch.arange(stages)[:, None].expand(stages, len(GROUPS))
-    group = torch.arange(len(GROUPS))[None].expand(stages, len(GROUPS))
-    if variant == "step+layer":
-        return stage + group if layout == "overlap" else len(GROUPS) * stage + group
-    tables = {"step": stage, "layer": group, "global": torch.zeros_like(stage)}
-    return tables[variant].clone()
-
-
-def matrix_count(variant: Variant, generator: Generator, layout: Layout, stages: int = STAGES) -> int:
-    """Number of matrices: those that are read; with ``geglu`` also those that only the released generator makes."""
-    if generator == "geglu" and variant == "step+layer":
-        return len(GROUPS) * stages
-    return int(matrix_index(variant, layout, stages).max()) + 1
 
 
 class PromptSpace(nn.Module):
