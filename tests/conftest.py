@@ -1,6 +1,7 @@
 import gc
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,15 @@ NO_SKIPS = "LSAST_TESTS_NEED"
 
 def pytest_configure(config: pytest.Config) -> None:
     """What tiny networks on a busy machine need in order to be quick."""
-    worker = getattr(config, "workerinput", {}).get("workerid")
-    if worker and hasattr(os, "sched_setaffinity"):
-        # A core for each process: libraries take as many threads as they see cores, and threads of two processes that
-        # share a core wait for each other.
+    worker = getattr(config, "workerinput", {})
+    number = re.fullmatch(r"gw(\d+)", worker.get("workerid", ""))
+    if number and hasattr(os, "sched_setaffinity"):
+        # Each process has cores of its own: libraries take as many threads as they see cores, and threads of two
+        # processes that share a core wait for each other.
         cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+        count = min(worker["workercount"], len(cores))
+        place = int(number[1]) % count
+        os.sched_setaffinity(0, cores[place * len(cores) // count : (place + 1) * len(cores) // count])
     # torch's tracer makes objects by the million: a fifth of its time went into collecting garbage.
     gc.set_threshold(100_000, 50, 50)
     # Threads that wait for one another cost a hundred times what they save.
@@ -42,7 +46,7 @@ class _OneTrace(LoadFileScheduling):
     """A file stays in one process, and so do the tests that share the exporter's traced graphs, which take long."""
 
     def _split_scope(self, nodeid: str) -> str:
-        if os.environ.get(NO_SKIPS):  # few tests that share nothing
+        if os.environ.get(NO_SKIPS):  # .ci/run selects few tests; most of them share nothing
             return nodeid
         file: str = super()._split_scope(nodeid)
         return "traced" if file.startswith(TRACED) else file

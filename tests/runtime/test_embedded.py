@@ -53,7 +53,7 @@ def test_embedded_bundle_paints_nearly_the_same_with_its_split_graphs():
         sum(bundle.manifest.files[f"{name}.onnx"].bytes for name in UNET_SPLIT_GRAPHS) < 1_000_000
     )  # they refer into the base
     options = {"style": "vangogh", "size": 128, "steps": 6, "strength": 0.9}
-    with lsast.load(backend="onnxruntime", threads=1) as stylizer:
+    with lsast.load(backend="onnxruntime", threads=2) as stylizer:
         exact, shallow, unguided = (
             np.asarray(stylizer.stylize(PHOTO, **options, **lever).image.resize((64, 64)), float)
             for lever in ({}, {"cache_interval": 2}, {"guidance": 1.0})

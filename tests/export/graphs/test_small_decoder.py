@@ -51,7 +51,7 @@ def _one_trace() -> Iterator[None]:
     traces: dict[str, TracedGraph] = {}
 
     def trace_once(small: SmallDecoder, manifest: Manifest) -> TracedGraph:
-        key = f"{small.config} {manifest.geometry} {manifest.latent_scale}"
+        key = f"{small.config} {manifest.geometry} {manifest.latent_scale} {manifest.multiple}"
         if key not in traces:
             traces[key] = trace_small_decoder(small, manifest)
         return traces[key]

@@ -1,9 +1,9 @@
 """Contexts become keys and values.
 
 A cross-attention sees its context c only as K = W_k c and V = W_v c. Those of all layers of a network are packed along
-the last axis, ``K_0 | V_0 | K_1 | V_1 | …``, in the order of `cross_attention_layers`; a style file holds such rows.
-This needs the matrices only. diffusers is not imported here, nor by what bakes a style: that would take longer than
-baking.
+the last axis, ``K_0 | V_0 | K_1 | V_1 | …``, in the order of `attention.cross_attention_layers`; a style file holds
+such rows. This needs the matrices only. diffusers is not imported here, nor by what bakes a style: that would take
+longer than baking.
 """
 
 from collections.abc import Callable, Iterable
