@@ -10,25 +10,20 @@ share (``attention``: Q, K, V = M W_Q, M W_K, M W_V; A = softmax(Q Kᵀ / √d);
 released code's generator (``geglu``).
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from lsast_engines.errors import UsageError, fault_list
 
+from ..base.base import Base
 from ..options import Generator, Gradient, Layout, TrainOptions, Variant
 from .matrix_index import matrix_count, matrix_index
 from .released_generator import FACTOR, GegluGenerator
 from .text_encoder import PlaceholderEncoder
-
-if TYPE_CHECKING:
-    from ..base.base import Base
 
 log = logging.getLogger("lsast.train")
 
