@@ -29,7 +29,7 @@ from .metrics import CONTENT_TYPE, Metrics
 from .process import WorkerDiedError
 from .schemas import Fault, OptionSheet, Painting, StyleCard, models, option_cards
 from .settings import WORKER_LIMITS, Settings
-from .uploads import FORM, JSON, RAW, discard, read_file, read_painting
+from .uploads import FORM, JSON, RAW, read_file, read_painting
 
 MEDIA = {"image/png": ".png", "image/jpeg": ".jpg", "image/webp": ".webp"}
 """The media types of paintings, the first being the default, and their suffixes."""
@@ -154,13 +154,9 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
         if state(request).draining:
             raise HTTPException(503, "the server is about to end", {"Retry-After": "10"})
         jobs: Jobs = state(request).jobs
-        try:
-            with jobs.place():
-                picture, mask, options = await read_painting(request, settings)
-                job = jobs.submit(picture, mask, options, ".png" if later else MEDIA[media], later)
-        except QueueFullError:
-            await discard(request, settings)
-            raise
+        with jobs.place():
+            picture, mask, options = await read_painting(request, settings)
+            job = jobs.submit(picture, mask, options, ".png" if later else MEDIA[media], later)
         if later:
             headers = {"Location": f"{request.scope.get('root_path', '')}/v1/paintings/{job.work.id}"}
             return JSONResponse(jobs.snapshot(job).model_dump(), 202, headers)

@@ -66,13 +66,6 @@ async def read_body(request: Request, settings: Settings) -> bytes:
     return b"".join([chunk async for chunk in _stream(request, settings)])
 
 
-async def discard(request: Request, settings: Settings) -> None:
-    """Read the body of a request that is refused, so that its client comes to read the answer."""
-    with _in_time(settings):
-        async for _ in _stream(request, settings):
-            pass
-
-
 async def _stream(request: Request, settings: Settings) -> AsyncGenerator[bytes, None]:
     found, declared = 0, request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > settings.max_bytes:
@@ -97,9 +90,9 @@ def _in_time(settings: Settings) -> Iterator[None]:
 
 
 def _too_large(settings: Settings) -> HTTPException:
-    # The rest of the body is not read, so the connection cannot be used again.
+    # The connection stays open: uvicorn reads on. Closed with unread bytes, it would be reset, and the answer lost.
     detail = f"found more than {settings.max_bytes} bytes, the most that this server takes: scale the picture down"
-    return HTTPException(413, detail, {"Connection": "close"})
+    return HTTPException(413, detail)
 
 
 def _no_query(request: Request) -> None:

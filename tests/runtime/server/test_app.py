@@ -7,6 +7,8 @@ import shutil
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -385,6 +387,17 @@ def test_limits_hold(split_path, png):
         assert server.client.post("/v1/paintings", content=bytes(5 * len(png))).status_code == 413
         chunks = (bytes(len(png)) for _ in range(5))
         assert server.client.post("/v1/paintings", content=chunks).status_code == 413
+        with closing(HTTPConnection(server.address.removeprefix("http://"))) as client:
+            client.auto_open = False  # one connection, which no refusal resets
+            client.connect()
+            client.putrequest("POST", "/v1/paintings")
+            client.putheader("Content-Length", str(10 * len(png)))
+            client.endheaders(png)
+            refused = client.getresponse()
+            assert (refused.status, b"scale the picture down" in refused.read()) == (413, True)
+            client.send(9 * png)
+            client.request("GET", "/healthz")
+            assert client.getresponse().status == 200
         long = {**LONG, "size": 1100, "guidance": 7.0, "tile": 256}
         slow = server.post(png, **long)
         assert (slow.status_code, "more than 0.8 s" in slow.text) == (504, True)
