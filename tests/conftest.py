@@ -1,9 +1,10 @@
 import gc
 import importlib.util
+import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,10 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
-TRACED = tuple(f"tests/export/{folder}/" for folder in ("backends", "bundle", "cli", "graphs", "quantize", "tensorrt"))
+TRACED = ("tests/export/", "tests/test_compvis_journey.py")
 
 
-LONG = ("tests/test_compvis_journey.py", "tests/test_docs.py", "tests/train/test_two_processes.py")
+LONG = ("tests/test_docs.py", "tests/train/test_two_processes.py")
 """Files of few tests that take long: they begin first, lest one process ends with them while the other waits."""
 
 
@@ -76,6 +77,27 @@ def _home_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LSAST_HOME", str(tmp_path_factory.mktemp("home")))
         patch.setenv("LSAST_PROCESSOR", "")
+        yield
+
+
+@pytest.fixture(scope="session")
+def one_trace() -> Iterator[None]:
+    """A graph of one architecture is traced once: it takes nearly all the time of an export, and reads no weight."""
+    from lsast_export.graphs import trace as tracing
+
+    traces: dict[str, tracing.TracedGraph] = {}
+
+    def trace_once(module: Any, *arguments: Any) -> tracing.TracedGraph:
+        public = [{k: v for k, v in getattr(module, name).config.items() if k[0] != "_"} for name in module.networks]
+        configs = json.dumps(public, sort_keys=True)  # which makes tuples lists, as a file does
+        key = repr((replace(module._base.config, name="", training={}), configs, arguments))
+        if key not in traces:
+            traces[key] = trace(module, *arguments)
+        return traces[key]
+
+    trace = tracing.trace
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracing, "trace", trace_once)
         yield
 
 

@@ -23,7 +23,6 @@ from lsast_engines.bundle.bundle import Bundle
 from lsast_engines.bundle.style import Style
 from lsast_engines.errors import StyleError
 from lsast_export.cli.main import main as lsast_export
-from lsast_export.graphs.trace import TracedGraph, trace_graphs
 from lsast_train import inversion
 from lsast_train.base.fingerprint import check_fingerprint
 from lsast_train.base.lazy_base import load_base
@@ -68,23 +67,9 @@ def outcomes() -> dict[str, dict[str, str]]:
     return {}
 
 
-@pytest.fixture(scope="module")
-def traces() -> dict[str, Any]:
-    """Traced graphs by architecture, all that tracing reads of a base; it takes nearly all the time."""
-    return {}
-
-
 @pytest.fixture
-def _short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, traces: dict[str, Any]) -> None:
-    """An empty folder, few evaluations, and one trace for all forms."""
-
-    def trace_once(base: Any, **_: Any) -> dict[str, TracedGraph]:
-        key = json.dumps([dict(network.config) for network in base.networks().values()], default=str)
-        if key not in traces:
-            traces[key] = trace_graphs(base)
-        return traces[key]
-
-    monkeypatch.setattr("lsast_export.bundle.export.trace_graphs", trace_once)
+def _short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty folder, and few evaluations."""
     monkeypatch.setitem(PRESETS, "paper", replace(PRESETS["paper"], views=1, evaluate_latents=1))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LSAST_HOME", str(tmp_path / "home"))
@@ -142,7 +127,7 @@ def _write(form: str, rounded: Any) -> str:
     return "weights/control_v11p_sd15_canny.pth"
 
 
-@pytest.mark.usefixtures("_short")
+@pytest.mark.usefixtures("_short", "one_trace")
 @pytest.mark.parametrize("form", [pytest.param(form, marks=[pytest.mark.slow] * (form not in QUICK)) for form in FORMS])
 def test_commands_of_the_page_give_the_same_bundle_styles_and_pictures_in_every_form(
     rounded, outcomes, form, monkeypatch

@@ -27,6 +27,11 @@ def _own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_trace(one_trace: None) -> None:
+    pass
+
+
 def random_prompts(base: Base, name: str, seed: int = 0) -> Prompts:
     """Prompts as a training run on `base` would leave them, of random values."""
     generator = torch.Generator().manual_seed(seed)
@@ -47,8 +52,8 @@ def prompts(base: Base) -> Prompts:
 
 
 @pytest.fixture(scope="session")
-def traced(base: Base) -> dict[str, TracedGraph]:
-    """The graphs of `base`, traced once: this takes nearly all the time of these tests."""
+def traced(base: Base, one_trace: None) -> dict[str, TracedGraph]:
+    """The graphs of `base`."""
     return trace_graphs(base)
 
 

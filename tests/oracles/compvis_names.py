@@ -25,7 +25,7 @@ def random_networks(unet: dict[str, Any], seed: int = 0) -> dict[str, Any]:
         networks = {
             "unet": UNet2DConditionModel(**unet),
             "ema": UNet2DConditionModel(**unet),
-            "controlnet": ControlNetModel(**control, conditioning_embedding_out_channels=(4, 8, 8, 16)),
+            "controlnet": ControlNetModel(**control, conditioning_embedding_out_channels=(4, 8, 12, 16)),
             "autoencoder": AutoencoderKL(
                 block_out_channels=(32, 32, 32, 64),
                 down_block_types=("DownEncoderBlock2D",) * 4,

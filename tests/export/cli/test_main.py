@@ -12,7 +12,6 @@ from click.testing import CliRunner, Result
 
 from lsast_engines.bundle.bundle import EMBEDDED, Bundle
 from lsast_engines.bundle.style import Style, StyleFile
-from lsast_export.bundle import export as exporter
 from lsast_export.cli.main import main
 from lsast_train.base.lazy_base import save_base
 from lsast_train.prompts.prompt_file import Prompts, load_prompts, save_prompts
@@ -167,8 +166,7 @@ def test_style_option_with_a_distilled_style_keeps_its_guidance(bundles, prompts
     assert "does not fit" in lsast_export("--style", folder / "x.safetensors", "--base", bundle.path).stderr
 
 
-def test_bundle_command_exports_a_trained_base(base, traced, learned, monkeypatch, caplog):
-    monkeypatch.setattr(exporter, "trace_graphs", lambda *_, **__: traced)
+def test_bundle_command_exports_a_trained_base(base, learned, caplog):
     fingerprint = save_base(base, Path("trained"))
     refused = lsast_export("--style", "hand", "--base", "trained")
     assert refused.exit_code == 2

@@ -1,6 +1,7 @@
 """What exported graphs compute: against torch, against unmodified diffusers networks, on two backends."""
 
 import dataclasses
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import is_fake
 
 from benchmarks.mini.training.mini_base import MiniConfig, build_mini
+from lsast_engines.backends.registry import open_engine
 from lsast_engines.bundle.bundle import Bundle
 from lsast_export.graphs import modules as graphs
 from lsast_export.graphs.modules import SplitProcessor, geometry, graph_module, head_groups, split_attention
@@ -81,14 +83,17 @@ def test_denoiser_graph_matches_stock_diffusers_networks(bundles, run, storage_d
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_denoiser_graph_agrees_on_both_backends(bundles, run, feeds, shape):
-    inputs = feeds(bundles["fp16"], *shape)
-    first, second = (
-        run(bundles["fp16"], "denoiser", backend=backend, **inputs)["eps"] for backend in ("onnxruntime", "openvino")
-    )
-    assert first.shape == (shape[1], shape[0], 4, *shape[2:])
-    np.testing.assert_allclose(first, second, rtol=0, atol=1e-4 * np.abs(first).max())
+def test_denoiser_graph_agrees_on_both_backends(bundles, feeds):
+    path, spec = bundles["fp16"].graph_path("denoiser"), bundles["fp16"].manifest.graphs["denoiser"]
+    with (
+        closing(open_engine(path, spec, "onnxruntime", threads=1)) as one,
+        closing(open_engine(path, spec, "openvino", threads=1)) as other,
+    ):
+        for shape in SHAPES:
+            inputs = feeds(bundles["fp16"], *shape)
+            first, second = (engine(inputs)["eps"] for engine in (one, other))
+            assert first.shape == (shape[1], shape[0], 4, *shape[2:])
+            np.testing.assert_allclose(first, second, rtol=0, atol=1e-4 * np.abs(first).max())
 
 
 @pytest.mark.parametrize(

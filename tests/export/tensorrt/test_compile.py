@@ -214,7 +214,9 @@ def test_compile_bundle_in_fp16_leaves_the_encoder_in_fp32(tmp_path, monkeypatch
 
 
 @needs_rtx
-@pytest.mark.parametrize(("compute_dtype", "targets"), [("fp16", TARGETS), ("fp32", TARGETS[:1])])
+@pytest.mark.parametrize(
+    ("compute_dtype", "targets"), [("fp16", TARGETS), pytest.param("fp32", TARGETS[:1], marks=pytest.mark.slow)]
+)
 def test_embedded_bundle_compiles_for_every_target(tmp_path, compute_dtype, targets):
     """At the sizes that are the default."""
     options = CompileOptions("tensorrt-rtx", targets, compute_dtype=compute_dtype)

@@ -13,6 +13,7 @@ from PIL import Image
 
 import compvis_names
 from benchmarks.bench.configurations import Configuration
+from lsast_engines.bundle.bundle import EMBEDDED
 from lsast_engines.errors import UsageError
 
 
@@ -21,8 +22,8 @@ def compare() -> ModuleType:
     return importlib.import_module("benchmarks.speed.compare")
 
 
-def test_a_row_has_a_bundle_a_backend_a_preset_and_options(compare, bundles):
-    folder = str(bundles["bf16"].path)
+def test_a_row_has_a_bundle_a_backend_a_preset_and_options(compare):
+    folder = str(EMBEDDED)
     own = compare.Own.parse(f"fast, 8 bits: bundle={folder}, backend=openvino:bf16, preset=fast, guidance=1", "no", 64)
     options = {"guidance": 1}
     expected = Configuration(backend="openvino", compute_dtype="bf16", preset="fast", options=options, size=64)
@@ -33,9 +34,9 @@ def test_a_row_has_a_bundle_a_backend_a_preset_and_options(compare, bundles):
 
 
 @pytest.mark.parametrize("text", ["", "no options", "a: b", ": guidance=1", "a: speed=9", "a: backend=openvino:fp9"])
-def test_rows_that_cannot_be_meant(compare, bundles, text):
+def test_rows_that_cannot_be_meant(compare, text):
     with pytest.raises(UsageError, match="found"):
-        compare.Own.parse(text, str(bundles["fp32"].path), 512)
+        compare.Own.parse(text, str(EMBEDDED), 512)
 
 
 def _row(name: str, by: str, seconds: float, **more: Any) -> dict[str, Any]:
