@@ -12,6 +12,7 @@ import click
 from lsast_engines.backends.tensorrt.engine_record import TrtFlavor
 from lsast_engines.bundle.style import parse_defaults
 from lsast_engines.cli import Command, Group, debug_option, json_option, log_to_stderr, print_result
+from lsast_engines.environment import require_extra
 from lsast_engines.errors import UsageError, fault_list
 from lsast_train.cli.shared import folder_option, import_options
 
@@ -28,7 +29,7 @@ from .compile import compile_command, compile_engines
 from .quantize import quantize_command
 
 
-@click.group("lsast-export", cls=Group, invoke_without_command=True, requires=EXTRA)
+@click.group("lsast-export", cls=Group, invoke_without_command=True, requires=("export", "torch"))
 @style_options
 @bundle_options(hidden=True)
 @json_option
@@ -51,6 +52,7 @@ def main(
         if given or styles or base or defaults:
             raise UsageError(f"found options before {ctx.invoked_subcommand!r}; expected them behind it")
     elif options["out"] is not None:  # what the command `bundle` does was spelled so before
+        require_extra(*EXTRA)
         export(styles, base, defaults, **options)
     elif not styles:
         raise UsageError(
@@ -73,6 +75,8 @@ def bake(
 
     With `backend`, the engines of the bundle that are missing are compiled, too.
     """
+    if backend is not None:
+        require_extra(*EXTRA)
     for_bundle, for_styles = parse_defaults(defaults)
     if for_bundle:
         raise UsageError(

@@ -29,13 +29,22 @@ def learned(prompts: Prompts) -> Path:
     return path
 
 
-@pytest.mark.parametrize("arguments", [["--style", "x"], ["check", "x"], ["bundle", "--out", "x"]])
-def test_missing_library_error_names_the_extra(monkeypatch, arguments):
+@pytest.mark.parametrize(
+    ("library", "arguments"),
+    [
+        ("torch", ["--style", "x"]),  # which needs no more
+        ("onnx", ["--style", "x", "--backend", "tensorrt-rtx"]),
+        ("onnx", ["--style", "x", "--out", "x"]),
+        ("onnx", ["check", "x"]),
+        ("onnx", ["bundle", "--out", "x"]),
+    ],
+)
+def test_missing_library_error_names_the_extra(monkeypatch, library, arguments):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "onnx" else find(name, *rest))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == library else find(name, *rest))
     result = lsast_export(*arguments)
     assert result.exit_code == 1
-    assert result.stderr == "Error: onnx is not installed; install it with: pip install 'lsast[export]'\n"
+    assert result.stderr == f"Error: {library} is not installed; install it with: pip install 'lsast[export]'\n"
 
 
 @pytest.mark.parametrize(
