@@ -13,16 +13,10 @@ from lsast_eval import EvalOptions, Report, evaluate
 from lsast_eval.metrics.efficientnet import EffNetLite
 from lsast_eval.metrics.feature_cache import FeatureCache
 
-from .conftest import hand, save, scene
+from .conftest import COUNT, WORKS, hand, save, scene
 
-COUNT = 8
 FID, KID, ARTFID = "fid", "kid", "artfid"
 LPIPS, CFSD, DECEPTION = "lpips", "cfsd", "deception"
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +61,7 @@ def test_deception_score_separates_artists(report):
     assert {values["taken_for"] for values in report.row("other").pictures.values()} == {"blots"}
     assert {values["taken_for"] for values in report.row("photo").pictures.values()} == {"photos"}
     facts = report.judges[DECEPTION]  # the contents differ from the photos, and no method's file is among the works
-    assert facts.classes == {"blots": 20, "stripes": 20, "photos": 20}
+    assert facts.classes == {"blots": WORKS, "stripes": WORKS, "photos": WORKS}
     assert facts.recall == report.row("(works)").scores[DECEPTION].value
     assert set(facts.false_alarms) == {"blots", "photos"}
 
@@ -95,7 +89,7 @@ def test_scores_lie_in_their_intervals_and_artfid_is_a_product(report):
             assert artfid == pytest.approx((1 + lpips) * (1 + fid))
         for name, score in row.scores.items():
             assert score.low <= score.value + 1e-12 and score.value <= score.high + 1e-12, (row.name, name)  # noqa: PT018
-    assert report.row("real").scores[DECEPTION].low > 0.5  # Wilson's: 8 of 8 is not certainty
+    assert report.row("real").scores[DECEPTION].low > 0.5  # Wilson's: all of few is not certainty
 
 
 def test_difference_has_a_narrower_interval(report):
@@ -123,7 +117,7 @@ def test_nearest_work_of_a_copied_work_is_itself(studio, cache, tmp_path):
     assert nearest == {f"scene{seed}": f"w{seed}.png" for seed in range(COUNT)}
     assert [row.nearest.name for row in report.files] == [f"w{seed}.png" for seed in range(COUNT)]
     # Copies of works are judged, so they may not have been trained on.
-    assert report.judges[DECEPTION].classes == {"blots": 20, "stripes": 20 - COUNT}
+    assert report.judges[DECEPTION].classes == {"blots": WORKS, "stripes": WORKS - COUNT}
     assert any(note.startswith(f"copies: {COUNT} results are works themselves") for note in report.notes)
     assert any(note.startswith("no photos among the classes") for note in report.notes)
 
@@ -132,7 +126,7 @@ def test_table_and_json_agree(report):
     table = report.table()
     document = json.loads(json.dumps(report.to_json()))
     lines = table.splitlines()
-    assert lines[0] == "stripes: against 20 works; intervals of 95%"
+    assert lines[0] == f"stripes: against {WORKS} works; intervals of 95%"
     assert lines[2].split() == ["photo", "mix", "real", "shuffled", "other", "blur", "(contents)", "(works)"]
     for name, row in document["methods"].items():
         assert row["n"] == COUNT
@@ -143,7 +137,7 @@ def test_table_and_json_agree(report):
         assert set(row["pictures"]) == {f"scene{seed}" for seed in range(COUNT)}
     assert list(document["references"]) == ["(contents)", "(works)"]
     assert f"{document['judges'][DECEPTION]['accuracy']:.3f}" in table
-    assert "biased upwards below 2000 pictures: 8 results, 20 works" in table
+    assert f"biased upwards below 2000 pictures: {COUNT} results, {WORKS} works" in table
     assert any("EfficientNet-Lite0" in note for note in document["notes"])
 
 
