@@ -51,7 +51,7 @@ def case(request: pytest.FixtureRequest, product: Any, monkeypatch: pytest.Monke
     return case
 
 
-def test_cache_builds_once_for_each_processor_and_gives_the_same_values(case, monkeypatch):
+def test_cache_builds_once_for_each_processor_and_dtype_and_gives_the_same_values(case, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(graph_cache, "MAX_WEIGHT_BYTES", (case.folder / "product.data").stat().st_size)
         plain = case.run()
@@ -60,13 +60,15 @@ def test_cache_builds_once_for_each_processor_and_gives_the_same_values(case, mo
         np.testing.assert_array_equal(case.run(), plain)
     assert case.builds == 2
     (entry,) = case.entries()
+    of_bf16 = entry.with_name(entry.name.replace("-fp32-", "-bf16-"))
+    of_bf16.mkdir()
     monkeypatch.setattr(case.module, "processor", lambda: "another")
     case.run()
-    (other,) = case.entries()
-    assert (case.builds, other != entry) == (3, True)
+    entries = case.entries()
+    assert (case.builds, of_bf16 in entries, entry in entries, len(entries)) == (3, True, False, 2)
     (case.folder / "manifest.json").unlink()  # a graph of no bundle
     case.run()
-    assert (case.builds, case.entries()) == (4, [other])
+    assert (case.builds, case.entries()) == (4, entries)
 
 
 def test_cache_replaces_the_entry_of_other_weights_even_of_the_same_size_and_time(case):
@@ -116,16 +118,6 @@ def test_cache_that_others_may_write_is_neither_read_nor_written(case, caplog):
         assert f"{path} may be written by others" in caplog.text
         assert sorted(entry.parents[2].rglob("*")) == before
         path.chmod(path.stat().st_mode & 0o755)
-
-
-def test_cache_keeps_an_entry_for_each_compute_dtype(case, monkeypatch):
-    case.run()
-    (entry,) = case.entries()
-    other = entry.with_name(entry.name.replace("-fp32-", "-bf16-"))
-    other.mkdir()
-    monkeypatch.setattr(case.module, "processor", lambda: "another")
-    case.run()
-    assert (other in case.entries(), entry in case.entries(), len(case.entries())) == (True, False, 2)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "pipe", "another's"])
