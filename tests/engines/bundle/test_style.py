@@ -23,29 +23,19 @@ from lsast_engines.bundle.style import (
 from lsast_engines.errors import StyleError, UsageError
 
 
-def test_style_file_round_trip_keeps_all_fields_in_float16(tmp_path, make_style):
-    style = make_style("vangogh")
-    style.save(tmp_path / "new" / "vangogh.safetensors")
-    loaded = Style.load(tmp_path / "new" / "vangogh.safetensors")
-    fields = ("name", "base", "stages", "tokens", "meta")
-    assert [getattr(loaded, field) for field in fields] == [getattr(style, field) for field in fields]
+def test_style_file_keeps_all_fields_in_float16_and_is_equal_for_equal_styles(tmp_path, make_style):
+    style, files = make_style(), [tmp_path / "new" / name for name in "abc"]
+    backwards = dataclasses.replace(style, meta=dict(reversed(style.meta.items())))
+    for each, file in zip((style, style, backwards), files, strict=True):
+        each.save(file)
+    assert len({file.read_bytes() for file in files}) == 1
+    loaded, stored = Style.load(files[0]), load_file(files[0])  # as any reader of safetensors sees it
     for name in ("kv_unet", "kv_control"):
         tensor = getattr(loaded, name)
-        assert tensor.dtype == np.float32
-        assert tensor.flags.c_contiguous
+        assert (tensor.dtype, tensor.flags.c_contiguous, stored[name].dtype) == (np.float32, True, np.float16)
         np.testing.assert_array_equal(tensor, getattr(style, name).astype(np.float16))
-    # Any safetensors reader sees the two tensors in half precision.
-    stored = load_file(tmp_path / "new" / "vangogh.safetensors")
-    assert {name: tensor.dtype for name, tensor in stored.items()} == {"kv_unet": np.float16, "kv_control": np.float16}
-
-
-def test_style_save_of_equal_styles_gives_equal_bytes(tmp_path, make_style):
-    style = make_style()
-    for name in ("1", "2"):
-        style.save(tmp_path / name)
-    backwards = dataclasses.replace(style, meta=dict(reversed(style.meta.items())))
-    backwards.save(tmp_path / "3")
-    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes() == (tmp_path / "3").read_bytes()
+    fields = ("name", "base", "stages", "tokens", "meta")
+    assert [getattr(loaded, field) for field in fields] == [getattr(style, field) for field in fields]
 
 
 def test_style_of_invalid_tensors_lists_all_faults(make_style):
