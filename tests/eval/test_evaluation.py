@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -35,14 +36,15 @@ def methods(studio: Path) -> dict[str, Path]:
     return folders
 
 
+def judge(studio: Path, methods: dict[str, Path], cache: Path, bootstrap: int = 20, **given: Any) -> Report:
+    """Score methods against the artist of stripes; `given` are arguments of `evaluate`."""
+    given = {"artists": studio / "artists", "options": EvalOptions(cache=cache, bootstrap=bootstrap), **given}
+    return evaluate(studio / "contents", studio / "artists" / "stripes", methods=methods, progress=False, **given)
+
+
 @pytest.fixture(scope="module")
 def report(studio: Path, methods: dict[str, Path], cache: Path) -> Report:
-    options = EvalOptions(cache=cache, bootstrap=60)
-    artists = studio / "artists"
-    return evaluate(
-        studio / "contents", artists / "stripes", artists, methods, options=options, photos=studio / "photos",
-        progress=False,
-    )  # fmt: skip
+    return judge(studio, methods, cache, bootstrap=60, photos=studio / "photos")
 
 
 def test_report_of_unchanged_photos_is_perfect_content_and_no_style(report):
@@ -106,12 +108,7 @@ def test_difference_has_a_narrower_interval(report):
 def test_nearest_work_of_a_copied_work_is_itself(studio, cache, tmp_path):
     for seed in range(COUNT):
         save(tmp_path / "copies", f"scene{seed}", hand("stripes", seed))
-    options = EvalOptions(cache=cache, bootstrap=20)
-    artists = studio / "artists"
-    report = evaluate(
-        studio / "contents", artists / "stripes", artists, {"copies": tmp_path / "copies"}, options=options,
-        progress=False,
-    )  # fmt: skip
+    report = judge(studio, {"copies": tmp_path / "copies"}, cache)
     nearest = {stem: values["nearest"] for stem, values in report.row("copies").pictures.items()}
     assert nearest == {f"scene{seed}": f"w{seed}.png" for seed in range(COUNT)}
     assert [row.nearest.name for row in report.files] == [f"w{seed}.png" for seed in range(COUNT)]
@@ -157,26 +154,24 @@ def test_sheet_shows_content_results_and_nearest_work(report, tmp_path):
 
 
 def test_evaluate_scores_without_artists_and_refuses_unknown_ones_and_small_classes(studio, cache, methods, tmp_path):
-    artists = studio / "artists"
-    arguments = (studio / "contents", artists / "stripes", artists, {"photo": methods["photo"]})
-    options = EvalOptions(cache=cache, bootstrap=20)
-    report = evaluate(*arguments[:2], None, arguments[3], "Stripes", options, progress=False)
+    photo = {"photo": methods["photo"]}
+    report = judge(studio, photo, cache, artists=None, artist="Stripes")
     assert (report.artist, report.judges) == ("Stripes", {})
     assert DECEPTION not in {metric.name for metric in report.metrics} | report.row("photo").scores.keys()
-    with pytest.raises(UsageError, match=r"found no artist 'dots'.*blots, stripes"):
-        evaluate(*arguments, "dots", options, progress=False)
-    with pytest.raises(UsageError, match="found no dots to leave out"):
-        evaluate(*arguments, options=options, leave_out=["dots"], progress=False)
-    with pytest.raises(UsageError, match="found one class, stripes"):
-        evaluate(*arguments, options=options, leave_out=["blots"], progress=False)
     few = tmp_path / "artists"
-    shutil.copytree(artists / "stripes", few / "stripes")
+    shutil.copytree(studio / "artists" / "stripes", few / "stripes")
     for seed in range(4):
         save(few / "dots", f"w{seed}", hand("blots", seed))
-    with pytest.raises(UsageError, match=r"dots \(4\); expected at least 5"):
-        evaluate(*arguments[:2], few, arguments[3], options=options, progress=False)
-    with pytest.raises(PictureError, match="found no folder"):
-        evaluate(studio / "contents", artists / "stripes", tmp_path / "no", arguments[3], options=options)
+    wrong: list[tuple[type[Exception], str, dict[str, Any]]] = [
+        (UsageError, r"found no artist 'dots'.*blots, stripes", {"artist": "dots"}),
+        (UsageError, "found no dots to leave out", {"leave_out": ["dots"]}),
+        (UsageError, "found one class, stripes", {"leave_out": ["blots"]}),
+        (UsageError, r"dots \(4\); expected at least 5", {"artists": few}),
+        (PictureError, "found no folder", {"artists": tmp_path / "no"}),
+    ]
+    for error, message, given in wrong:
+        with pytest.raises(error, match=message):
+            judge(studio, photo, cache, **given)
 
 
 def test_feature_cache_computes_each_file_once(cache, tmp_path, caplog, monkeypatch):
