@@ -15,12 +15,10 @@ from lsast_engines.files import (
     NOWHERE,
     cache_home,
     data_home,
-    exchange,
     file_sha256,
     is_own,
     make_folder,
     replace_file,
-    scratch_folder,
     written_by_others,
 )
 
@@ -144,24 +142,6 @@ def test_replace_file_removes_what_a_killed_process_left_and_nothing_else(tmp_pa
         writer.communicate()
     subprocess.run([sys.executable, "-c", NEXT, str(tmp_path)], check=True)
     assert sorted(os.listdir(tmp_path)) == [".lsast-0123456789abcdef.tmp", ".lsast-mine.tmp", "next"]
-
-
-def test_scratch_folder_is_deleted_with_what_is_left_in_it(tmp_path):
-    with scratch_folder(tmp_path / "deep") as folder:
-        (folder / "kept").mkdir()
-        (folder / "left").mkdir()
-        (folder / "kept").rename(tmp_path / "deep" / "kept")
-    assert os.listdir(tmp_path / "deep") == ["kept"]
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="renameat2 is Linux's")
-def test_exchange_swaps_two_folders(tmp_path):
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        (tmp_path / name / f"was-{name}").touch()
-    assert exchange(tmp_path / "a", tmp_path / "b")
-    assert (os.listdir(tmp_path / "a"), os.listdir(tmp_path / "b")) == (["was-b"], ["was-a"])
-    assert not exchange(tmp_path / "a", tmp_path / "c")
 
 
 def test_homes_without_a_home_are_found_empty(monkeypatch):

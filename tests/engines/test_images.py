@@ -313,22 +313,12 @@ def test_read_picture_of_grey_uses_its_profile(mode):
 
 
 def gamma_profile() -> bytes:
-    """A grey ICC profile of gamma 1.5 (ICC.1:2010, 7.2 to 7.3 and 10.5)."""
-
-    def number(value: float) -> bytes:
-        return struct.pack(">i", round(value * 65536))
-
-    white = b"XYZ " + bytes(4) + number(0.9642) + number(1) + number(0.8249)
-    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, 0x180)
-    text = b"desc" + bytes(4) + struct.pack(">I", 2) + b"g\0" + bytes(78)
-    tags, body, offset = b"", b"", 128 + 4 + 4 * 12
-    for name, data in ((b"desc", text), (b"wtpt", white), (b"kTRC", curve), (b"cprt", b"text" + bytes(4) + b"none\0")):
-        tags += name + struct.pack(">II", offset + len(body), len(data))
-        body += data + bytes(-len(data) % 4)
-    size = offset + len(body)
-    header = struct.pack(">I4sI4s4s4s", size, b"lcms", 0x02400000, b"mntr", b"GRAY", b"XYZ ") + bytes(12) + b"acsp"
-    header += bytes(28) + white[8:] + bytes(48)
-    return header + struct.pack(">I", 4) + tags + body
+    """A grey ICC profile of gamma 1.5, with that curve as its only tag (ICC.1:2010, 7.2 to 7.3 and 10.5)."""
+    white = struct.pack(">3i", *(round(value * 65536) for value in (0.9642, 1, 0.8249)))
+    header = struct.pack(">I4sI4s4s4s", 160, b"lcms", 0x02400000, b"mntr", b"GRAY", b"XYZ ") + bytes(12) + b"acsp"
+    tag = struct.pack(">I4sII", 1, b"kTRC", 144, 14)
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, 0x180) + bytes(2)
+    return header + bytes(28) + white + bytes(48) + tag + curve
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "LA", "I;16", "CMYK"])

@@ -15,9 +15,6 @@ from lsast_eval.metrics.feature_cache import FeatureCache
 
 from .conftest import COUNT, WORKS, hand, save, scene
 
-FID, KID, ARTFID = "fid", "kid", "artfid"
-LPIPS, CFSD, DECEPTION = "lpips", "cfsd", "deception"
-
 
 @pytest.fixture(scope="module")
 def methods(studio: Path) -> dict[str, Path]:
@@ -51,23 +48,23 @@ def test_report_of_unchanged_photos_is_perfect_content_and_no_style(report):
     for name in ("photo", "(contents)"):
         scores = report.row(name).scores
         assert scores["ssim"].value == scores["edge_f1"].value == 1
-        assert scores[LPIPS].value == pytest.approx(0, abs=1e-6)
-        assert scores[CFSD].value == pytest.approx(0, abs=1e-6)
-        assert scores[DECEPTION].value == 0
+        assert scores["lpips"].value == pytest.approx(0, abs=1e-6)
+        assert scores["cfsd"].value == pytest.approx(0, abs=1e-6)
+        assert scores["deception"].value == 0
 
 
 def test_deception_score_separates_artists(report):
-    assert report.row("real").scores[DECEPTION].value == 1
-    assert report.row("other").scores[DECEPTION].value == 0
+    assert report.row("real").scores["deception"].value == 1
+    assert report.row("other").scores["deception"].value == 0
     assert {values["taken_for"] for values in report.row("other").pictures.values()} == {"blots"}
     assert {values["taken_for"] for values in report.row("photo").pictures.values()} == {"photos"}
-    facts = report.judges[DECEPTION]  # the contents differ from the photos, and no method's file is among the works
+    facts = report.judges["deception"]  # the contents differ from the photos, and no method's file is among the works
     assert facts.classes == {"blots": WORKS, "stripes": WORKS, "photos": WORKS}
-    assert facts.recall == report.row("(works)").scores[DECEPTION].value
+    assert facts.recall == report.row("(works)").scores["deception"].value
     assert set(facts.false_alarms) == {"blots", "photos"}
 
 
-@pytest.mark.parametrize("metric", [FID, KID])
+@pytest.mark.parametrize("metric", ["fid", "kid"])
 def test_style_metrics_order_by_style(report, metric):
     value = {row.name: row.scores[metric].value for row in report.rows}
     assert value["(works)"] < value["mix"] < value["photo"]
@@ -76,7 +73,7 @@ def test_style_metrics_order_by_style(report, metric):
     assert value["shuffled"] == pytest.approx(value["mix"], rel=1e-4)  # the same set in another order
 
 
-@pytest.mark.parametrize(("metric", "sign"), [(LPIPS, -1), (CFSD, -1), ("ssim", 1), ("edge_f1", 1)])
+@pytest.mark.parametrize(("metric", "sign"), [("lpips", -1), ("cfsd", -1), ("ssim", 1), ("edge_f1", 1)])
 def test_content_metrics_order_by_content(report, metric, sign):
     value = {row.name: sign * row.scores[metric].value for row in report.rows if metric in row.scores}
     assert value["photo"] > max(value["blur"], value["mix"])
@@ -86,11 +83,11 @@ def test_content_metrics_order_by_content(report, metric, sign):
 def test_scores_lie_in_their_intervals_and_artfid_is_a_product(report):
     for row in report.rows:
         if row.name != "(works)":
-            lpips, fid, artfid = (row.scores[name].value for name in (LPIPS, FID, ARTFID))
+            lpips, fid, artfid = (row.scores[name].value for name in ("lpips", "fid", "artfid"))
             assert artfid == pytest.approx((1 + lpips) * (1 + fid))
         for name, score in row.scores.items():
             assert score.low <= score.value + 1e-12 and score.value <= score.high + 1e-12, (row.name, name)  # noqa: PT018
-    assert report.row("real").scores[DECEPTION].low > 0.5  # Wilson's: all of few is not certainty
+    assert report.row("real").scores["deception"].low > 0.5  # Wilson's: all of few is not certainty
 
 
 def test_difference_has_a_narrower_interval(report):
@@ -98,9 +95,9 @@ def test_difference_has_a_narrower_interval(report):
     one, other = (report.row(name).scores["ssim"] for name in ("mix", "real"))
     assert score.value == pytest.approx(one.value - other.value)
     assert 0 < score.low < score.value < score.high
-    assert report.difference(FID, "mix", "shuffled").value == pytest.approx(0, abs=0.01)
+    assert report.difference("fid", "mix", "shuffled").value == pytest.approx(0, abs=0.01)
     with pytest.raises(UsageError, match="found no row 'their'"):
-        report.difference(FID, "their", "mix")
+        report.difference("fid", "their", "mix")
     with pytest.raises(UsageError, match="'vgg'"):
         report.difference("vgg", "mix", "real")
 
@@ -113,7 +110,7 @@ def test_nearest_work_of_a_copied_work_is_itself(studio, cache, tmp_path):
     assert nearest == {f"scene{seed}": f"w{seed}.png" for seed in range(COUNT)}
     assert [row.nearest.name for row in report.files] == [f"w{seed}.png" for seed in range(COUNT)]
     # Copies of works are judged, so they may not have been trained on.
-    assert report.judges[DECEPTION].classes == {"blots": WORKS, "stripes": WORKS - COUNT}
+    assert report.judges["deception"].classes == {"blots": WORKS, "stripes": WORKS - COUNT}
     assert any(note.startswith(f"copies: {COUNT} results are works themselves") for note in report.notes)
     assert any(note.startswith("no photos among the classes") for note in report.notes)
 
@@ -132,7 +129,7 @@ def test_table_and_json_agree(report):
             assert float(line[column:].split()[0]) == pytest.approx(score["value"], abs=0.06)
         assert set(row["pictures"]) == {f"scene{seed}" for seed in range(COUNT)}
     assert list(document["references"]) == ["(contents)", "(works)"]
-    assert f"{document['judges'][DECEPTION]['accuracy']:.3f}" in table
+    assert f"{document['judges']['deception']['accuracy']:.3f}" in table
     assert f"biased upwards below 2000 pictures: {COUNT} results, {WORKS} works" in table
     assert any("EfficientNet-Lite0" in note for note in document["notes"])
 
@@ -157,7 +154,7 @@ def test_evaluate_scores_without_artists_and_refuses_unknown_ones_and_small_clas
     photo = {"photo": methods["photo"]}
     report = judge(studio, photo, cache, artists=None, artist="Stripes")
     assert (report.artist, report.judges) == ("Stripes", {})
-    assert DECEPTION not in {metric.name for metric in report.metrics} | report.row("photo").scores.keys()
+    assert "deception" not in {metric.name for metric in report.metrics} | report.row("photo").scores.keys()
     few = tmp_path / "artists"
     shutil.copytree(studio / "artists" / "stripes", few / "stripes")
     for seed in range(4):
