@@ -124,8 +124,7 @@ def test_cache_reports_and_rebuilds_damaged_files(case, caplog, damage):
     expected = case.run()
     (entry,) = case.entries()
     names = [file.name for file in entry.iterdir()]
-    assert len(names) > 1
-    assert DIGESTS in names
+    assert {DIGESTS} < set(names)
     for count, name in enumerate(names, start=2):
         written = (entry / name).read_bytes()
         content = bytearray(written)
